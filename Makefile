@@ -110,8 +110,8 @@ test-faults: prepare verify tracker-servers browser docs ## Run the fault tests 
 
 STORES ?= versity minio moto
 STORE_TESTS := tests/faults/storage tests/integration/cli/test_storage.py tests/integration/cli/test_transfers.py \
-  "tests/pod/test_resume.py::test_a_resumed_run_equals_an_uninterrupted_run[windows-lora-2-pod_stopped]" \
-  "tests/pod/test_resume.py::test_a_resumed_run_equals_an_uninterrupted_run[end-full-1-pod_killed]"
+  "tests/pod/test_resume.py::test_a_resumed_run_equals_an_uninterrupted_run[windows-lora-2-stop_pod]" \
+  "tests/pod/test_resume.py::test_a_resumed_run_equals_an_uninterrupted_run[end-full-1-kill_pod]"
 
 .PHONY: test-stores
 test-stores: setup ## Run the tests of storage and two whole jobs against S3 servers of other make (STORES="versity minio moto" chooses some)

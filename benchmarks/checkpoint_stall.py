@@ -1,17 +1,18 @@
-"""How much checkpoints slow down training: the stall of each checkpoint, in the background and without, and the effect of a slow S3 server.
+"""How much checkpoints slow down training: the stall of each checkpoint, written in the background or not, and the effect of a slow S3 server.
 
     python -m benchmarks.checkpoint_stall
 
 Method. A pod (supervisor and one rank of the real trainer, one thread) trains a small Llama on this machine's CPU and uploads to a real S3 server on
 the same machine. The stall is the time for which a checkpoint stops training: from the decision to save a step until the rank notifies the
 supervisor, measured on the rank's clock. The benchmark measures two training states in turn: a LoRA adapter with its optimizer, and a full model with
-its optimizer (1 GB unless an option says otherwise). Runs whose checkpoints are written in the background alternate with runs whose training waits
-for the files. Each pair of consecutive runs yields two ratios, background to blocking: of the median stalls, and of the times from the second step to
-the last. The results are the medians of these ratios. The checkpoints are far enough apart that each is written before the next one is due. Without a
-pod, the part `copy` saves a state of 16-megabyte tensors in turn in the background and blocking, and compares the times after which the caller
-continues; the first of each kind is dropped, because it allocates memory. Then the same LoRA training runs alternately without checkpoints and with a
-checkpoint after every 10th step. A proxy limits each upload to 1 MB/s. Each pair of consecutive runs yields a ratio: the median step time with
-checkpoints (without the steps that save) divided by the median step time without checkpoints. The result is the median of these ratios.
+its optimizer (1 GB unless an option says otherwise). Runs whose checkpoints are written in the background alternate with blocking runs, whose
+training waits until the files are written. Each pair of consecutive runs gives two ratios of background to blocking: the ratio of the median stalls,
+and the ratio of the times from the second step to the last. The results are the medians of these ratios. The checkpoints are far enough apart that
+each is written before the next one is due. The part `copy` needs no pod: it saves a state of 16-megabyte tensors, in turn in the background and
+blocking, and compares the times after which the caller continues. The first save of each kind is not counted, because it allocates memory. In the
+part `slow`, a proxy limits each upload to 1 MB/s, and the same LoRA training runs alternately without checkpoints and with a checkpoint after every
+10th step. Each pair of consecutive runs gives a ratio: the median time of the steps that save no checkpoint, divided by the median step time of the
+run without checkpoints. The result is the median of these ratios.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ LORA_MODEL_SHAPE = {"hidden": 512, "layers": 8}
 SLOW_BYTES_PER_SECOND = 1e6
 STEPS_PER_CHECKPOINT = 10
 STEPS_BETWEEN_STALLS = {"lora": 10, "full": 15}
-"""Steps per checkpoint when stalls are measured."""
+"""Number of steps between checkpoints when stalls are measured, by method."""
 
 
 @dataclass(frozen=True)
@@ -40,21 +41,21 @@ class TimedTraining:
     """The times of one run, in seconds."""
 
     steps: list[float]
-    """Each step that does not follow a checkpoint."""
+    """Durations of the steps that do not follow a checkpoint."""
     stalls: list[float]
-    """Each checkpoint but that of the last step, for which no copy is made."""
+    """Stalls of all checkpoints except that of the last step, whose files are not copied."""
     checkpoint_bytes: int
     """Size of the largest checkpoint."""
     total: float
-    """From the end of the first step to the end of the last."""
+    """Time from the end of the first step to the end of the last step."""
 
 
 def run_training(
-    workspace: Workspace, name: str, spec: dict[str, Any], *, endpoint_url: str | None = None, in_background: bool = True
+    workspace: Workspace, name: str, spec: dict[str, Any], *, endpoint_url: str | None = None, writes_in_background: bool = True
 ) -> TimedTraining:
-    """Run a training. If `in_background` is false, training waits until each checkpoint is written."""
+    """Train once and return the times. If `writes_in_background` is false, training waits until each checkpoint is written."""
     target = workspace.target(name, endpoint_url=endpoint_url)
-    environment = {"OMP_NUM_THREADS": "1", "BENCHMARK_CHECKPOINTS": "background" if in_background else "blocking"}
+    environment = {"OMP_NUM_THREADS": "1", "BENCHMARK_CHECKPOINTS": "background" if writes_in_background else "blocking"}
     with workspace.create_pod(name, spec, target, "benchmarks.lib.timed_train", env=environment) as pod:
         code = pod.end(580)
         assert code == 0, pod.text[-3000:]
@@ -68,7 +69,7 @@ def run_training(
     return TimedTraining(steps[2:], before_last, size, max(end_by_step.values()) - min(end_by_step.values()))
 
 
-def training_spec(workspace: Workspace, method: str, model_shape: dict[str, Any], steps: int, checkpoint_steps: int | None) -> dict[str, Any]:
+def make_training_spec(workspace: Workspace, method: str, model_shape: dict[str, Any], steps: int, checkpoint_steps: int | None) -> dict[str, Any]:
     checkpoint = {"steps": checkpoint_steps, "keep": 2} if checkpoint_steps else {"strategy": "no"}
     return workspace.spec(
         model_shape, method={"type": method}, checkpoint=checkpoint, tracking={"loggingSteps": 10},
@@ -78,14 +79,15 @@ def training_spec(workspace: Workspace, method: str, model_shape: dict[str, Any]
 
 
 def measure_stalls(workspace: Workspace, method: str, model_shape: dict[str, Any], steps: int, round_count: int) -> dict[str, Any]:
-    """Measure the stalls of one kind of training state, in the background and blocking in turn."""
+    """Measure the stalls for one method. Runs that write checkpoints in the background alternate with blocking runs."""
     runs: dict[bool, list[TimedTraining]] = {True: [], False: []}
     for number in range(round_count):
-        for in_background in (True, False) if number % 2 == 0 else (False, True):
-            spec = training_spec(workspace, method, model_shape, steps, STEPS_BETWEEN_STALLS[method])
-            name = f"stall-{method}-{number}-{in_background}"
-            runs[in_background].append(run_training(workspace, name, spec, in_background=in_background))
-            print(f"{name}: stalls {[round(stall, 3) for stall in runs[in_background][-1].stalls]}, {runs[in_background][-1].total:.1f} s", flush=True)
+        for writes_in_background in (True, False) if number % 2 == 0 else (False, True):
+            spec = make_training_spec(workspace, method, model_shape, steps, STEPS_BETWEEN_STALLS[method])
+            name = f"stall-{method}-{number}-{writes_in_background}"
+            runs[writes_in_background].append(run_training(workspace, name, spec, writes_in_background=writes_in_background))
+            newest_run = runs[writes_in_background][-1]
+            print(f"{name}: stalls {[round(stall, 3) for stall in newest_run.stalls]}, {newest_run.total:.1f} s", flush=True)
     pairs = list(zip(runs[True], runs[False], strict=True))
     stall_ratios = [statistics.median(after.stalls) / statistics.median(before.stalls) for after, before in pairs]
     time_ratios = [after.total / before.total for after, before in pairs]
@@ -100,7 +102,7 @@ def measure_stalls(workspace: Workspace, method: str, model_shape: dict[str, Any
 
 
 def measure_copies(folder: Path, megabytes: int, round_count: int) -> dict[str, Any]:
-    """Measure the time after which the caller of a save continues, in the background and blocking in turn, in this process."""
+    """Measure in this process how long a save blocks its caller. Saves in the background alternate with blocking saves."""
     import torch
     from finetune_trainer.checkpoint.background import BackgroundWriter
 
@@ -108,12 +110,12 @@ def measure_copies(folder: Path, megabytes: int, round_count: int) -> dict[str, 
     state = {f"tensor{number}": torch.full((4_000_000,), float(number)) for number in range(max(1, megabytes // 16))}
     writer, seconds = BackgroundWriter(), {True: [], False: []}  # type: tuple[BackgroundWriter, dict[bool, list[float]]]
     for number in range(round_count + 1):
-        for writer.in_background in (True, False) if number % 2 == 0 else (False, True):
+        for writer.writes_in_background in (True, False) if number % 2 == 0 else (False, True):
             started = time.monotonic()
-            with writer.collect_files():
+            with writer.begin_checkpoint():
                 torch.save(state, folder / "state.pt")
             writer.finish_checkpoint()
-            seconds[writer.in_background].append(time.monotonic() - started)
+            seconds[writer.writes_in_background].append(time.monotonic() - started)
             writer.wait()
     ratios = [after / before for after, before in zip(seconds[True][1:], seconds[False][1:], strict=True)]
     return {
@@ -124,7 +126,7 @@ def measure_copies(folder: Path, megabytes: int, round_count: int) -> dict[str, 
 
 
 def measure_slow_store(workspace: Workspace, round_count: int, steps: int) -> dict[str, Any]:
-    """Measure how much a server limited to 1 MB/s slows down steps. Runs with and without checkpoints alternate."""
+    """Measure how much uploads limited to 1 MB/s slow down steps. Runs with and without checkpoints alternate."""
     median_pairs: list[tuple[float, float]] = []
     with S3Proxy(workspace.server.host_url) as proxy:
         proxy.fault(Bandwidth(SLOW_BYTES_PER_SECOND), operation="PutObject")
@@ -133,7 +135,7 @@ def measure_slow_store(workspace: Workspace, round_count: int, steps: int) -> di
             checkpoint_settings = (None, STEPS_PER_CHECKPOINT) if number % 2 == 0 else (STEPS_PER_CHECKPOINT, None)
             median_by_setting = {}
             for checkpoint_steps in checkpoint_settings:
-                spec = training_spec(workspace, "lora", {}, steps, checkpoint_steps)
+                spec = make_training_spec(workspace, "lora", {}, steps, checkpoint_steps)
                 training = run_training(workspace, f"slow-{number}-{checkpoint_steps}", spec, endpoint_url=proxy.url)
                 median_by_setting[checkpoint_steps] = statistics.median(training.steps)
             median_pairs.append((median_by_setting[None], median_by_setting[STEPS_PER_CHECKPOINT]))
@@ -141,7 +143,7 @@ def measure_slow_store(workspace: Workspace, round_count: int, steps: int) -> di
                 f"round {number}: {median_by_setting[None] * 1000:.2f} ms without, {median_by_setting[STEPS_PER_CHECKPOINT] * 1000:.2f} ms with",
                 flush=True,
             )
-    ratios = [slow / none for none, slow in median_pairs]
+    ratios = [with_checkpoints / without for without, with_checkpoints in median_pairs]
     return {
         "bytesPerSecond": SLOW_BYTES_PER_SECOND, "rounds": round_count, "stepsEach": steps, "ratio": round(statistics.median(ratios), 4),
         "ratios": [round(ratio, 4) for ratio in ratios], "stepMsWithout": round(1000 * statistics.median(a for a, _ in median_pairs), 2),
@@ -149,7 +151,7 @@ def measure_slow_store(workspace: Workspace, round_count: int, steps: int) -> di
 
 
 def main() -> None:
-    """Measure and write the result. A part that is not measured keeps its measurements of the last run."""
+    """Measure the chosen parts and write the result. A part that is not measured keeps its result from the last run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default="copy,lora,full,slow", help="parts to measure")
     parser.add_argument("--lora-steps", type=int, default=240)

@@ -3,8 +3,8 @@
     python benchmarks/cli_startup.py --runs 20
 
 Method. The commands run alternately, each as a new process, and are timed on the monotonic clock. The first round warms the page cache
-and is not counted. For the other rounds, the result contains the median and maximum duration and the median CPU time. CPU time hardly depends
-on other load. The target is 0.4 s for `--help`.
+and is not counted. For the other rounds, the result contains the median and maximum duration and the median CPU time, which hardly depends
+on other programs on the machine. The target is 0.4 s for `--help`.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ ENV_FILE_TEXT = "MODEL_NAME=org/m\nTRAIN_DATA_PATH=s3://data/t.jsonl\nDATASET_TY
 
 
 def measure_commands(commands: dict[str, list[str]], run_count: int) -> dict[str, dict[str, float]]:
-    """Measure the times of each command."""
+    """Run each command `run_count` times. Returns its median and worst duration and its median CPU time, in seconds."""
     seconds_by_command: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
     for round_number in range(run_count + 1):
         for name, arguments in commands.items():
-            start, cpu_seconds_before = time.perf_counter(), children_cpu_seconds()
+            start, cpu_seconds_before = time.perf_counter(), measure_children_cpu_seconds()
             subprocess.run([sys.executable, "-m", "finetune_cli", *arguments], check=True, capture_output=True)
             if round_number:
-                seconds_by_command[name].append((time.perf_counter() - start, children_cpu_seconds() - cpu_seconds_before))
+                seconds_by_command[name].append((time.perf_counter() - start, measure_children_cpu_seconds() - cpu_seconds_before))
     return {
         name: {
             "medianSeconds": round(statistics.median(wall for wall, _ in samples), 3),
@@ -49,8 +49,8 @@ def measure_commands(commands: dict[str, list[str]], run_count: int) -> dict[str
     }
 
 
-def children_cpu_seconds() -> float:
-    """CPU seconds (user and system) of all child processes that have ended."""
+def measure_children_cpu_seconds() -> float:
+    """Return the CPU seconds (user and system) of all child processes that have ended."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
 

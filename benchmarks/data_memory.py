@@ -1,4 +1,4 @@
-"""Memory that the preparation of training data needs for each token.
+"""How much memory the preparation of training data needs for each token.
 
     python benchmarks/data_memory.py
 
@@ -6,7 +6,7 @@ Method. A process prepares chat rows of about 1,000 tokens for training: it read
 of its memory is the sum of two exact counters: `tracemalloc` counts the bytes of Python objects and numpy arrays, and Arrow's memory pool counts
 the bytes of Arrow arrays. Pages of memory-mapped files are not counted, because the system can drop them. Every case runs with two numbers of
 rows, each in a new process; the bytes for each token are the difference of the two peaks, divided by the difference of the numbers of tokens.
-The tokenizer has 30,000 words, because Python shares the objects of the numbers up to 256.
+The tokenizer has 30,000 words, because Python keeps only one object for each number up to 256, so that small token IDs would need no memory.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TEMPLATE = (
 
 
 def make_tokenizer() -> Any:
-    """A tokenizer whose tokens are the words `w0` to `w29999`."""
+    """Return a tokenizer whose tokens are the words `w0` to `w29999`."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -44,16 +44,16 @@ def make_tokenizer() -> Any:
     )
 
 
-def chat_row(number: int) -> dict[str, Any]:
-    """A question and its answer, with `WORDS_PER_ROW` words that depend on the number of the row."""
-    words = [f"w{(number * 7919 + index * 31) % WORDS}" for index in range(WORDS_PER_ROW)]
+def make_chat_row(row_number: int) -> dict[str, Any]:
+    """Return a row with a question and its answer. Its `WORDS_PER_ROW` words depend on the row's number."""
+    words = [f"w{(row_number * 7919 + index * 31) % WORDS}" for index in range(WORDS_PER_ROW)]
     half = WORDS_PER_ROW // 2
     return {"messages": [{"role": "user", "content": " ".join(words[:half])}, {"role": "assistant", "content": " ".join(words[half:])}]}
 
 
-def pair_row(number: int) -> dict[str, Any]:
-    """A prompt with a better and a worse answer."""
-    first, second = chat_row(number)["messages"], chat_row(number + 1)["messages"]
+def make_pair_row(row_number: int) -> dict[str, Any]:
+    """Return a row with a prompt, a preferred answer and a rejected answer."""
+    first, second = make_chat_row(row_number)["messages"], make_chat_row(row_number + 1)["messages"]
     return {"prompt": first[:1], "chosen": first[1:], "rejected": second[1:]}
 
 
@@ -64,9 +64,9 @@ def prepare_supervised(folder: Path, tokenizer: Any, row_count: int, **dataset: 
     from tests.support.learning import make_run
 
     run, inputs = make_run(folder, folder / "model", {"dataset": {"maxSequenceLength": 4096, "numProc": 1, **dataset}}, rows=())
-    write_rows(inputs.train[0], chat_row, row_count)
+    write_rows(inputs.train[0], make_chat_row, row_count)
     start_counting()
-    data = prepare(run, inputs, tokenizer, max_positions=4096, cache=folder / "tokens")
+    data = prepare(run, inputs, tokenizer, max_positions=4096, cache_folder=folder / "tokens")
     return sum(report.tokens for report in data.reports.values())
 
 
@@ -77,20 +77,20 @@ def prepare_pairs(folder: Path, tokenizer: Any, row_count: int) -> int:
     from tests.support.learning import make_run
 
     run, inputs = make_run(folder, folder / "model", {"dataset": {"maxSequenceLength": 4096, "numProc": 1}, "trainer": {"type": "dpo"}}, rows=())
-    write_rows(inputs.train[0], pair_row, row_count)
+    write_rows(inputs.train[0], make_pair_row, row_count)
     context: Any = SimpleNamespace(run=run, inputs=inputs, tokenizer=tokenizer, token_cache=folder / "tokens", max_positions=4096)
     start_counting()
     splits, _ = answers.load_rows(context, answers.RowLayout.PAIRS)
     return sum(len(ids) for row in splits.train for ids in row.values())
 
 
-def write_rows(path: Path, row: Callable[[int], dict[str, Any]], row_count: int) -> None:
-    """Write the rows one by one, so that the program itself keeps none of them."""
+def write_rows(path: Path, make_row: Callable[[int], dict[str, Any]], row_count: int) -> None:
+    """Create and write the rows one by one, so that they do not stay in the memory of this process."""
     with path.open("w") as file:
-        file.writelines(json.dumps(row(number)) + "\n" for number in range(row_count))
+        file.writelines(json.dumps(make_row(number)) + "\n" for number in range(row_count))
 
 
-CASES: dict[str, Callable[[Path, Any, int], int]] = {
+CASE_BY_NAME: dict[str, Callable[[Path, Any, int], int]] = {
     "plain": prepare_supervised,
     "packed": lambda *arguments: prepare_supervised(*arguments, packing=True),
     "split": lambda *arguments: prepare_supervised(*arguments, split={"validation": 0.1, "test": 0.1}),
@@ -99,7 +99,7 @@ CASES: dict[str, Callable[[Path, Any, int], int]] = {
 
 
 def start_counting() -> None:
-    """Import the libraries and start both counters."""
+    """Start both memory counters. The libraries are imported first, so that their objects are not counted."""
     import accelerate
     import datasets
     import pyarrow
@@ -111,16 +111,16 @@ def start_counting() -> None:
 
 
 def run_case(name: str, row_count: int) -> dict[str, int]:
-    """Prepare the rows of a case in this process. Returns its tokens and the peaks of both counters."""
+    """Prepare the rows of a case in this process. Returns the number of tokens and the peaks of both counters in bytes."""
     import pyarrow
 
     with tempfile.TemporaryDirectory() as folder:
-        tokens = CASES[name](Path(folder), make_tokenizer(), row_count)
+        tokens = CASE_BY_NAME[name](Path(folder), make_tokenizer(), row_count)
         return {"tokens": tokens, "pythonPeak": tracemalloc.get_traced_memory()[1], "arrowPeak": pyarrow.default_memory_pool().max_memory()}
 
 
 def measure(name: str, row_counts: tuple[int, ...]) -> dict[str, float]:
-    """Run a case with each number of rows in a new process."""
+    """Run a case with each number of rows in a new process. Returns the peaks of the larger run and the bytes per token."""
     small, large = (
         json.loads(subprocess.run([sys.executable, __file__, "--case", name, str(count)], check=True, capture_output=True, text=True).stdout)
         for count in row_counts
@@ -141,7 +141,7 @@ def main() -> None:
     if options.case:
         print(json.dumps(run_case(options.case[0], int(options.case[1]))))
         return
-    figures = {name: measure(name, ROW_COUNTS) for name in CASES}
+    figures = {name: measure(name, ROW_COUNTS) for name in CASE_BY_NAME}
     print(json.dumps(figures, indent=1))
     if not options.no_write:
         import record

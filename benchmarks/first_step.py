@@ -36,12 +36,12 @@ TIMEOUT_SECONDS = 300
 
 
 class NotMeasured(Exception):
-    """A run did not reach its first step; the message names the stage that did not finish."""
+    """A run did not reach its first step. The message names the stage that did not finish."""
 
 
 @dataclass
 class Timeline:
-    """When this program first saw each event of one run, in seconds of the monotonic clock."""
+    """The times at which this program first saw each event of one run, in seconds of the monotonic clock."""
 
     applied_at: float = 0.0
     job_seen_at: float | None = None
@@ -50,8 +50,8 @@ class Timeline:
     pod_name: str | None = None
     timings: dict[str, float] = field(default_factory=dict)
 
-    def stage_seconds(self) -> dict[str, float]:
-        """Durations of the stages, in seconds."""
+    def compute_stage_seconds(self) -> dict[str, float]:
+        """Return the duration of each stage in seconds."""
         assert self.job_seen_at and self.running_seen_at and self.first_step_at
         observed_seconds = {
             "admission": self.job_seen_at - self.applied_at, "podStart": self.running_seen_at - self.job_seen_at,
@@ -62,7 +62,7 @@ class Timeline:
 
 
 class Run:
-    """Applies the manifest once, under its own name, and measures the stages."""
+    """One run: applies the manifest under a new name, and measures the stages."""
 
     def __init__(self, manifest: dict[str, Any], namespace: str, name: str) -> None:
         self._core, self._batch, self._jobs = client.CoreV1Api(), client.BatchV1Api(), client.CustomObjectsApi()
@@ -86,7 +86,7 @@ class Run:
         finally:
             self._jobs.delete_namespaced_custom_object(*collection, self._name)
             self._wait_until_gone(selector)
-        return self._timeline.stage_seconds()
+        return self._timeline.compute_stage_seconds()
 
     def _wait_until_gone(self, selector: str) -> None:
         """Wait until the run has no pods. Errors: NotMeasured."""
@@ -109,8 +109,8 @@ class Run:
                 self._pod_is_running.set()
                 return
 
-    def _send_token(self) -> None:
-        """Read the Secret of the attempt, and send its token with all further requests."""
+    def _add_token_header(self) -> None:
+        """Derive the progress token from the attempt's Secret, and add it to the headers of all further requests."""
         pod = self._core.read_namespaced_pod(self._timeline.pod_name, self._namespace)
         job = self._batch.read_namespaced_job(pod.metadata.labels["batch.kubernetes.io/job-name"], self._namespace)
         name = job.metadata.annotations.get(names.Annotation.ATTEMPT_SECRET)
@@ -121,7 +121,7 @@ class Run:
 
     def _wait_for_step(self) -> None:
         """Request the pod's progress until it reports a finished step."""
-        self._send_token()
+        self._add_token_header()
         deadline = time.monotonic() + TIMEOUT_SECONDS
         while time.monotonic() < deadline:
             report = self._read_report()
@@ -136,15 +136,15 @@ class Run:
         pod = f"{self._timeline.pod_name}:{names.PROGRESS_PORT}"
         try:
             response = self._core.connect_get_namespaced_pod_proxy_with_path(
-                pod, self._namespace, names.Path.PROGRESS.value.lstrip("/"), _preload_content=False
+                pod, self._namespace, names.HttpPath.PROGRESS.value.lstrip("/"), _preload_content=False
             )
             return ProgressReport.model_validate_json(response.data)  # type: ignore[attr-defined]  # the stub does not know `_preload_content`
         except (client.ApiException, ValidationError):
             return None
 
 
-def median_stage_seconds(runs: list[dict[str, float]]) -> dict[str, float]:
-    """Median duration of each stage; runs without the stage are ignored."""
+def compute_median_stage_seconds(runs: list[dict[str, float]]) -> dict[str, float]:
+    """Return the median duration of each stage in seconds. Runs without the stage are ignored."""
     stages = dict.fromkeys(name for run in runs for name in run)
     return {name: round(statistics.median([run[name] for run in runs if name in run]), 2) for name in stages}
 
@@ -164,8 +164,8 @@ def main() -> None:
         seconds_by_stage = Run(manifest, options.namespace, f"first-step-{number}-{int(time.time()) % 100000}").measure()
         print("warm-up" if number == 0 else f"run {number}", json.dumps(seconds_by_stage), flush=True)
         runs += [seconds_by_stage] if number else []
-    path = record.write_result("first_step", {"median": median_stage_seconds(runs), "runs": runs}, method=record.extract_method(__doc__))
-    print(json.dumps(median_stage_seconds(runs), indent=1))
+    path = record.write_result("first_step", {"median": compute_median_stage_seconds(runs), "runs": runs}, method=record.extract_method(__doc__))
+    print(json.dumps(compute_median_stage_seconds(runs), indent=1))
     print(f"written: {path.relative_to(record.ROOT)}")
 
 

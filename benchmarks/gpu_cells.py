@@ -1,15 +1,14 @@
-"""Runs tests and benchmarks on a machine with a GPU, as named cells. The most valuable cells run first.
+"""Runs tests and benchmarks on a machine with a GPU. Each test run or benchmark is a named cell; the most important cells run first.
 
-    make gpu-kit                                                   # here: packs what that machine lacks
-    python3 benchmarks/gpu_cells.py install build/gpu-kit/site.tar.xz   # there, once
-    python3 benchmarks/gpu_cells.py run --output OUT --seconds 1800     # there; repeat until all cells have run
-    python3 benchmarks/gpu_cells.py run --rehearse --output OUT         # on a CPU, with tiny models
-    python benchmarks/gpu_cells.py record OUT/gpu_cells.json ...        # here: writes results/gpu_cells.json
+    make gpu-kit                                                   # on the development machine: packs the packages that the GPU machine lacks
+    python3 benchmarks/gpu_cells.py install build/gpu-kit/site.tar.xz   # on the GPU machine, once
+    python3 benchmarks/gpu_cells.py run --output OUT --seconds 1800     # on the GPU machine, until all cells have run
+    python3 benchmarks/gpu_cells.py run --rehearse --output OUT         # on any machine, on its CPU with tiny models
+    python benchmarks/gpu_cells.py record OUT/gpu_cells.json ...        # on the development machine: writes results/gpu_cells.json
 
-Method. Every cell runs in a separate process and writes one JSON value. Cells that ran already, according to the files given with
-`--done`, are skipped, so several calls together run the whole list. The cells `tests-*` run the tests of `tests/gpu` in parallel processes;
-the other cells run alone. The result names the versions that were used. The machine uses its own version of torch, so no result was
-measured with the locked version.
+Method. Every cell runs in a separate process and writes one JSON value. Cells that have passed in an earlier call are skipped; `--done` names the
+result files of earlier calls. The cells `tests-*` run the tests of `tests/gpu` in parallel processes; the other cells run one after the other. The
+result names the versions of the libraries. The GPU machine uses its own version of torch, so no result was measured with the locked version.
 """
 
 from __future__ import annotations
@@ -32,31 +31,31 @@ import gpu_test_report
 import record
 
 ROOT = Path(__file__).resolve().parent.parent
-SITE = Path("/opt/gpu-kit/site-packages")
+PACKAGES_FOLDER = Path("/opt/gpu-kit/site-packages")
 """Folder of the kit's packages.
 
-Its name must be `site-packages`: dill treats only modules in such a folder as installed, and the hashes of datasets depend on it.
+Its name must be `site-packages`, because dill treats only modules in a folder of this name as installed, and the hashes of datasets depend on it.
 """
 PYTHONPATH = os.pathsep.join(str(ROOT / part) for part in ("crds", "operator", "trainer-image", "benchmarks", "."))
-VERSIONS = ("torch", "triton", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "deepspeed", "liger-kernel", "pyarrow")
+RECORDED_PACKAGES = ("torch", "triton", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "deepspeed", "liger-kernel", "pyarrow")
 CELL_SECONDS = 90.0
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A named cell. `command` gets the path of the cell's JSON file and whether this is a rehearsal on a CPU."""
+    """A named cell. `command` receives the path of the cell's JSON file, and whether this is a rehearsal on a CPU. `seconds`: its time limit."""
 
     name: str
     command: Callable[[Path, bool], Sequence[str]]
     seconds: float = CELL_SECONDS
 
 
-def environment_cell(output: Path, is_rehearsal: bool) -> Sequence[str]:
+def make_environment_command(output: Path, is_rehearsal: bool) -> Sequence[str]:
     return (sys.executable, str(Path(__file__)), "environment", str(output))
 
 
-def test_cell(name: str, expression: str, *, processes: int, seconds: float = CELL_SECONDS) -> Cell:
-    """A cell that runs tests of `tests/gpu`."""
+def make_test_cell(name: str, expression: str, *, processes: int, seconds: float = CELL_SECONDS) -> Cell:
+    """Return a cell that runs tests of `tests/gpu`. `expression` selects the tests, as pytest's option -k."""
 
     def command(output: Path, is_rehearsal: bool) -> Sequence[str]:
         # A machine without the project's environment lacks some of pytest's plugins that pyproject.toml configures.
@@ -67,58 +66,60 @@ def test_cell(name: str, expression: str, *, processes: int, seconds: float = CE
     return Cell(f"tests-{name}", command, seconds)
 
 
-def speed_cell(shape: str, method: str, data: str, arms: str, *, rounds: int = 1, steps: int = 12, batch: int = 2, seconds: float = CELL_SECONDS) -> Cell:
-    """A cell that measures arms of `gpu_throughput.py`."""
-    name = "-".join(["speed", shape, method, data, *([f"batch{batch}"] if batch != 2 else [])])
+def make_speed_cell(
+    model_size: str, method: str, data_kind: str, arms: str, *, rounds: int = 1, steps: int = 12, batch: int = 2, seconds: float = CELL_SECONDS,
+) -> Cell:
+    """Return a cell that runs `gpu_throughput.py`. `arms`: the names of the trainers that it compares, separated by semicolons."""
+    name = "-".join(["speed", model_size, method, data_kind, *([f"batch{batch}"] if batch != 2 else [])])
 
     def command(output: Path, is_rehearsal: bool) -> Sequence[str]:
-        size = ["--shape", "tiny", "--device", "cpu", "--length", "256"] if is_rehearsal else ["--shape", shape]
-        models = ["--model-cache", str(model_folder())]
+        size = ["--shape", "tiny", "--device", "cpu", "--length", "256"] if is_rehearsal else ["--shape", model_size]
+        models = ["--model-cache", str(choose_model_folder())]
         amount = ["--rounds", str(rounds), "--steps", str(steps), "--batch", str(batch), "--output", str(output), "--no-write"]
-        return (sys.executable, str(ROOT / "benchmarks/gpu_throughput.py"), *size, "--method", method, "--data", data, "--arms", arms, *models, *amount)
+        return (sys.executable, str(ROOT / "benchmarks/gpu_throughput.py"), *size, "--method", method, "--data", data_kind, "--arms", arms, *models, *amount)
 
     return Cell(name, command, seconds)
 
 
 CELLS = (
-    Cell("environment", environment_cell, 60),
-    test_cell("features", "not does_not_fit", processes=12, seconds=300),
-    test_cell("memory", "does_not_fit", processes=1),
-    speed_cell("8b", "lora", "packed", "ours; tuned; bare"),
-    speed_cell("8b", "lora", "chat", "ours; tuned; bare"),
-    speed_cell("1b", "lora", "packed", "ours; tuned; bare", steps=20),
-    speed_cell("8b", "qlora", "packed", "ours; tuned; bare"),
-    speed_cell("8b", "full", "packed", "ours; ours, 16-bit weights; tuned, checkpointing on"),
-    speed_cell("1b", "full", "packed", "ours; tuned; bare", steps=20),
-    speed_cell("1b", "lora", "chat", "ours; tuned; bare", steps=20),
-    speed_cell("1b", "full", "chat", "ours; tuned; bare", steps=20),
-    speed_cell("1b", "lora", "packed", "tuned; tuned, compiled", steps=30, batch=4),
+    Cell("environment", make_environment_command, 60),
+    make_test_cell("features", "not does_not_fit", processes=12, seconds=300),
+    make_test_cell("memory", "does_not_fit", processes=1),
+    make_speed_cell("8b", "lora", "packed", "ours; tuned; bare"),
+    make_speed_cell("8b", "lora", "chat", "ours; tuned; bare"),
+    make_speed_cell("1b", "lora", "packed", "ours; tuned; bare", steps=20),
+    make_speed_cell("8b", "qlora", "packed", "ours; tuned; bare"),
+    make_speed_cell("8b", "full", "packed", "ours; ours, 16-bit weights; tuned, checkpointing on"),
+    make_speed_cell("1b", "full", "packed", "ours; tuned; bare", steps=20),
+    make_speed_cell("1b", "lora", "chat", "ours; tuned; bare", steps=20),
+    make_speed_cell("1b", "full", "chat", "ours; tuned; bare", steps=20),
+    make_speed_cell("1b", "lora", "packed", "tuned; tuned, compiled", steps=30, batch=4),
 )
 
 
-def model_folder() -> Path:
-    """Folder of the generated models. Memory is faster than the disk, if there is enough."""
+def choose_model_folder() -> Path:
+    """Return the folder of the generated models: in memory if 30 GiB are free there, because it is faster than the disk."""
     memory = Path("/dev/shm")  # noqa: S108  models are no secrets
     if memory.exists() and os.statvfs(memory).f_bavail * os.statvfs(memory).f_frsize > 30 * 2**30:
         return memory / "gpu-kit-models"
-    return SITE / "models"
+    return PACKAGES_FOLDER / "models"
 
 
 def install(archive: Path) -> None:
-    """Unpack the kit and make its packages take precedence over those of the machine's Python."""
-    SITE.mkdir(parents=True, exist_ok=True)
+    """Unpack the kit, so that its packages take precedence over those of the machine's Python."""
+    PACKAGES_FOLDER.mkdir(parents=True, exist_ok=True)
     with tarfile.open(archive) as tar:
-        tar.extractall(SITE, filter="data")
+        tar.extractall(PACKAGES_FOLDER, filter="data")
     path_file = Path(sysconfig.get_paths()["purelib"]) / "gpu-kit.pth"
-    path_file.write_text(f"import sys; sys.path.insert(0, {str(SITE)!r})\n")
-    print(f"{SITE} comes first on the path of {sys.executable}")
+    path_file.write_text(f"import sys; sys.path.insert(0, {str(PACKAGES_FOLDER)!r})\n")
+    print(f"{PACKAGES_FOLDER} comes first on the path of {sys.executable}")
 
 
 def describe_environment() -> dict[str, Any]:
-    """Return the versions, device, and the two ceilings of the GPU: bf16 matrix products and memory bandwidth."""
+    """Return the versions of the libraries, the device, and two measured limits of the GPU: bf16 matrix products and memory bandwidth."""
     import torch
 
-    result: dict[str, Any] = {"cores": os.cpu_count(), "versions": record.package_versions(VERSIONS) | {"cuda": torch.version.cuda}}
+    result: dict[str, Any] = {"cores": os.cpu_count(), "versions": record.read_package_versions(RECORDED_PACKAGES) | {"cuda": torch.version.cuda}}
     if not torch.cuda.is_available():
         return result | {"device": "cpu"}
     properties = torch.cuda.get_device_properties(0)
@@ -126,13 +127,13 @@ def describe_environment() -> dict[str, Any]:
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     source = torch.randn(2**30, device="cuda")
     target = torch.empty_like(source)
-    result["matmulTeraflops"] = round(2 * 8192**3 / _seconds(lambda: torch.matmul(a, b)) / 1e12, 1)
-    result["copyTerabytesPerSecond"] = round(2 * 4 * 2**30 / _seconds(lambda: target.copy_(source)) / 1e12, 2)
+    result["matmulTeraflops"] = round(2 * 8192**3 / _measure_seconds(lambda: torch.matmul(a, b)) / 1e12, 1)
+    result["copyTerabytesPerSecond"] = round(2 * 4 * 2**30 / _measure_seconds(lambda: target.copy_(source)) / 1e12, 2)
     return result
 
 
-def _seconds(action: Callable[[], Any]) -> float:
-    """Return the median duration of an action on the GPU."""
+def _measure_seconds(action: Callable[[], Any]) -> float:
+    """Return the median duration of an action on the GPU in seconds."""
     import statistics
 
     import torch
@@ -148,11 +149,11 @@ def _seconds(action: Callable[[], Any]) -> float:
 
 
 def run_cell(cell: Cell, folder: Path, seconds: float, *, is_rehearsal: bool) -> dict[str, Any]:
-    """Run one cell for at most `seconds`. Returns its result; a cell that ran out of time keeps what it has written."""
+    """Run one cell for at most `seconds`. Returns its result. If the cell runs out of time, the result contains the figures that it has written so far."""
     output, log = folder / f"{cell.name}.json", folder / f"{cell.name}.log"
     environment = os.environ | {
         "PYTHONPATH": PYTHONPATH, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1",
-        gpu_test_report.VARIABLE: str(output.with_suffix(".jsonl")),
+        gpu_test_report.REPORT_VARIABLE: str(output.with_suffix(".jsonl")),
         **({"REHEARSE_ON_CPU": "1", "OMP_NUM_THREADS": "1"} if is_rehearsal else {"OMP_NUM_THREADS": "4"}),
     }  # fmt: skip
     started_at = time.monotonic()
@@ -171,7 +172,7 @@ def run_cell(cell: Cell, folder: Path, seconds: float, *, is_rehearsal: bool) ->
 
 
 def _read_figures(output: Path) -> Any:
-    """The figures that a cell has written: its JSON file, or the table of its tests."""
+    """Return the figures that a cell has written: its JSON file, or the results of its tests."""
     if output.exists():
         return json.loads(output.read_text())
     report = output.with_suffix(".jsonl")
@@ -188,7 +189,7 @@ def has_result(figures: Any) -> bool:
 
 
 def summarise(cells: Mapping[str, Any]) -> str:
-    """A short table of all cells."""
+    """Return a short text with the status and main figures of all cells."""
     lines = []
     for name, cell in cells.items():
         lines.append(f"{cell['status']:12} {name} ({cell['seconds']} s)")
@@ -210,7 +211,7 @@ def _describe_arm(arm: Mapping[str, Any]) -> str:
 
 
 def run_cells(options: argparse.Namespace) -> int:
-    """Run the cells that are not done, in order, until the time is used up. Returns 1 if a cell failed."""
+    """Run the cells that have not passed yet, in order, until the time is used up. Returns 1 if a cell did not pass, else 0."""
     deadline = time.monotonic() + options.seconds
     options.output.mkdir(parents=True, exist_ok=True)
     done = {name for file in options.done for name, cell in json.loads(file.read_text())["cells"].items() if cell["status"] == "passed"}
@@ -230,7 +231,7 @@ def run_cells(options: argparse.Namespace) -> int:
 
 
 def merge_results(files: Sequence[Path]) -> dict[str, Any]:
-    """Merge the cells of several calls. A later result replaces an earlier one unless it has no figures."""
+    """Merge the cells of several calls. A later result of a cell replaces an earlier one, unless it has no figures."""
     merged: dict[str, Any] = {}
     for file in files:
         for name, cell in json.loads(file.read_text())["cells"].items():
@@ -252,7 +253,7 @@ def write_results(name: str, files: Sequence[Path]) -> Path:
 
 
 def parse_cells(text: str) -> list[str]:
-    """Return the cells of an option, separated by commas. Errors: argparse.ArgumentTypeError for an unknown cell."""
+    """Return the names of cells in an option, which are separated by commas. Errors: argparse.ArgumentTypeError for an unknown cell."""
     names, known = text.split(","), [cell.name for cell in CELLS]
     for name in names:
         if name not in known:
@@ -261,7 +262,7 @@ def parse_cells(text: str) -> list[str]:
 
 
 def main() -> int:
-    """Install the kit, run the cells, or describe the machine."""
+    """Install the kit, run the cells, record the results, or describe the machine. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("install", help="unpack the kit").add_argument("archive", type=Path)

@@ -4,13 +4,14 @@
     python benchmarks/gpu_throughput.py --shape tiny --device cpu --no-write       # only checks that the benchmark runs
 
 Method. The model is a Llama of the chosen shape. Its weights are random, because throughput does not depend on them. `packed` data are documents
-of different lengths that are packed into full sequences. `chat` data are conversations of about 500 tokens, a few of them much longer. All
-arms train in one process on the same rows, one after the other, those with Liger's kernels last. Each arm runs `rounds` times. `ours` is the
-whole rank with the defaults of a FineTuneJob that names only model, data, method, sequence length and batch size. `bare` is TRL's
+of different lengths that are packed into full sequences. `chat` data are conversations of about 500 tokens, a few of them much longer. An
+arm is one program with one set of settings. All arms train in one process on the same rows, one after the other, those with Liger's kernels last. Each
+arm runs `rounds` times. `ours` is a whole rank of this trainer with the defaults of a FineTuneJob that names only model, data, method, sequence
+length and batch size. `bare` is TRL's
 SFTTrainer with TRL's defaults on 16-bit weights. The `tuned` arms are TRL with settings chosen by hand for speed. The loss of the
-first step is recorded, because equal work must give equal losses. Time is measured from the end of the warm-up steps to the end of the
-last step, with the device synchronised at both ends. Padding tokens are not counted. MFU is the rate of the model's FLOPs
-(recomputation is not counted), divided by the device's dense bf16 peak. With N parameters and A attention FLOPs per token, a token
+first step is recorded, because arms that do the same work must have the same loss. Time is measured from the end of the warm-up steps to the end of the
+last step, with the device synchronised at both ends. Padding tokens are not counted. MFU is the number of the model's FLOPs
+per second (recomputation is not counted), divided by the device's peak for dense bf16. With N parameters and A attention FLOPs per token, a token
 needs 4N + 3A FLOPs with adapters and 3 (2N + A) with full training.
 """
 
@@ -63,16 +64,17 @@ WORDS = ("red", "green", "blue", "one", "two", "three", "Paris", "Berlin", "fox"
 
 @dataclass(frozen=True)
 class Workload:
-    """What all arms train."""
+    """The training that all arms run: model, method, data and number of steps."""
 
     shape: str
+    """Size of the model: a key of `MODEL_SHAPES`."""
     method: str
     data: str
     """`packed` or `chat`."""
     length: int
     """Tokens of a full sequence."""
     batch: int
-    """Number of full sequences in a step. A step of unpacked chat data has rows with about the same number of tokens."""
+    """Number of full sequences in a step. With unpacked chat data, a step has more rows, with about as many tokens in total."""
     steps: int
     warmup_steps: int
     is_gpu: bool
@@ -91,9 +93,9 @@ class TrlArm:
     liger: bool = False
     compiles: bool = False
     packs: bool = False
-    """Whether chat data are packed, too."""
+    """Whether the arm also packs chat data."""
     dropout: float | None = None
-    """LoRA's dropout; None: as in `ours`."""
+    """LoRA's dropout. None: the same as in `ours`."""
 
 
 OUR_ARMS: dict[str, dict[str, Any]] = {
@@ -104,7 +106,7 @@ OUR_ARMS: dict[str, dict[str, Any]] = {
     "ours, without liger": {"model": {"ligerKernels": False}},
     "ours, sdpa": {"model": {"attention": "sdpa"}},
 }
-"""Arms of this trainer: settings beside the defaults."""
+"""Arms of this trainer, with the settings that differ from the defaults."""
 TRL_ARMS = {
     "bare": TrlArm(checkpointing=True),
     "tuned": TrlArm(checkpointing=False, attention="varlen", packs=True, dropout=0.0, liger=True),
@@ -131,7 +133,7 @@ class ArmResult:
 
 @dataclass
 class CountingCollator:
-    """A collator that counts the tokens of each batch that are not padding."""
+    """A collator that also counts the tokens of each batch that are not padding."""
 
     inner: Any
     counts: list[int] = field(default_factory=list)
@@ -146,7 +148,7 @@ class CountingCollator:
 
 
 def make_window_timer(workload: Workload, result: ArmResult) -> Any:
-    """Create a callback that measures the steps after the warm-up."""
+    """Create a callback that writes the speed of the steps after the warm-up and the first loss into `result`."""
     import torch
     from transformers import TrainerCallback
 
@@ -181,7 +183,7 @@ def make_window_timer(workload: Workload, result: ArmResult) -> Any:
 
 
 def make_model(folder: Path, workload: Workload) -> Path:
-    """Write a model with random bf16 weights and the small tokenizer of the tests, which uses only a part of the vocabulary."""
+    """Write a model with random bf16 weights, and the small tokenizer of the tests, which uses only a part of the vocabulary. Returns `folder`."""
     import torch
     from transformers import LlamaForCausalLM
 
@@ -192,13 +194,13 @@ def make_model(folder: Path, workload: Workload) -> Path:
     tokenizer = make_tokenizer(folder)
     torch.manual_seed(0)
     with torch.device("cuda" if workload.is_gpu else "cpu"):
-        model = LlamaForCausalLM(model_config(workload, tokenizer.eos_token_id, tokenizer.pad_token_id)).to(torch.bfloat16)
+        model = LlamaForCausalLM(make_model_config(workload, tokenizer.eos_token_id, tokenizer.pad_token_id)).to(torch.bfloat16)
     model.save_pretrained(folder)
     return folder
 
 
-def model_config(workload: Workload, eos_token_id: int | None = None, pad_token_id: int | None = None) -> Any:
-    """The configuration of the workload's model."""
+def make_model_config(workload: Workload, eos_token_id: int | None = None, pad_token_id: int | None = None) -> Any:
+    """Return the configuration of the workload's model."""
     from transformers import LlamaConfig
 
     return LlamaConfig(
@@ -230,8 +232,8 @@ def make_rows(workload: Workload) -> list[dict[str, Any]]:
     return rows
 
 
-def our_spec(workload: Workload, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """The spec of an arm of this trainer."""
+def make_our_spec(workload: Workload, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the spec of an arm of this trainer. `changes`: the settings that differ from the defaults."""
     from tests.support.learning import merge_mappings
 
     spec = merge_mappings(
@@ -248,7 +250,7 @@ def our_spec(workload: Workload, changes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def run_our_arm(workload: Workload, changes: Mapping[str, Any], folder: Path, model: Path, result: ArmResult) -> None:
-    """Run this trainer once."""
+    """Run this trainer once, and write the measurements into `result`."""
     from finetune_trainer import train
     from finetune_trainer.channel import Channel
     from trainer_overhead import MeasuringHooks
@@ -259,7 +261,7 @@ def run_our_arm(workload: Workload, changes: Mapping[str, Any], folder: Path, mo
         def _save_output(self, trainer: Any, trainable_model: Any) -> tuple[Path, dict[str, Any]]:
             return self.inputs.output_dir, {}
 
-    run, inputs = make_run(folder, model, our_spec(workload, changes), make_rows(workload))
+    run, inputs = make_run(folder, model, make_our_spec(workload, changes), make_rows(workload))
     train.preload(run)
     channel = Channel.create_recording(folder / "work")
     TrainOnly(run, channel, inputs, MeasuringHooks(make_window_timer(workload, result))).execute()
@@ -270,9 +272,9 @@ class PreparedTokens:
     """The training data of the TRL arms."""
 
     tokens: Any
-    """The data set of token sequences."""
+    """Dataset of token sequences."""
     run: Any
-    """The run of the arm `ours` that produced the tokens."""
+    """The run configuration of the arm `ours`, with which the data were tokenised."""
 
 
 def prepare_tokens(workload: Workload, folder: Path, model: Path) -> PreparedTokens:
@@ -285,7 +287,7 @@ def prepare_tokens(workload: Workload, folder: Path, model: Path) -> PreparedTok
 
     from tests.support.learning import make_run
 
-    run, inputs = make_run(folder, model, our_spec(workload, {}), make_rows(workload))
+    run, inputs = make_run(folder, model, make_our_spec(workload, {}), make_rows(workload))
     train.preload(run)
     device = hardware.detect_hardware(run, 0)
     tokenizer, _ = models.load_tokenizer(run, inputs)
@@ -299,7 +301,7 @@ def prepare_tokens(workload: Workload, folder: Path, model: Path) -> PreparedTok
 def run_trl_arm(
     workload: Workload, arm: TrlArm, folder: Path, model_folder: Path, prepared: PreparedTokens, result: ArmResult
 ) -> None:
-    """Run TRL once on the tokens of this trainer."""
+    """Run TRL once on the tokens that this trainer has prepared, and write the measurements into `result`."""
     import torch
     from finetune_trainer import attention, kernels
     from peft import LoraConfig, get_peft_model
@@ -346,7 +348,7 @@ def run_trl_arm(
 
 
 def run_arm(workload: Workload, name: str, folder: Path, model: Path, prepared: PreparedTokens) -> ArmResult:
-    """Run one arm. If the arm fails, the result contains the first line of the error."""
+    """Run one arm once. If it fails, the result contains the first line of the error."""
     import torch
     from accelerate.state import AcceleratorState, GradientState
 
@@ -366,21 +368,21 @@ def run_arm(workload: Workload, name: str, folder: Path, model: Path, prepared: 
         result.error = f"{type(error).__name__}: {str(error).splitlines()[0][:300] if str(error) else ''}"
         if not isinstance(error, torch.OutOfMemoryError):
             traceback.print_exc()
-        traceback.clear_frames(error.__traceback__)  # Otherwise the frames would keep tensors in memory.
+        traceback.clear_frames(error.__traceback__)  # otherwise the frames would keep tensors in memory
     if workload.is_gpu:
         result.peak_memory_gb = round(torch.cuda.max_memory_allocated() / 1e9, 2)
     result.seconds = round(time.perf_counter() - started_at, 1)
     return result
 
 
-def flops_of_token(workload: Workload, document_lengths: Sequence[int]) -> float:
-    """FLOPs that the model needs to train one token. A token attends on average to half of its document."""
+def count_flops_per_token(workload: Workload, document_lengths: Sequence[int]) -> float:
+    """Return the number of FLOPs that the model needs to train on one token. On average, a token attends to half of its document."""
     import torch
     from finetune_trainer.speed import ModelShape, flops_per_token
     from transformers import LlamaForCausalLM
 
     with torch.device("meta"):
-        shape = ModelShape.of(LlamaForCausalLM(model_config(workload)))
+        shape = ModelShape.of(LlamaForCausalLM(make_model_config(workload)))
     attended_length = sum(length**2 for length in document_lengths) / sum(document_lengths)
     return flops_per_token(shape, attended_length, frozen_base=workload.method != "full")
 
@@ -391,9 +393,9 @@ def uses_liger(arm: str) -> bool:
 
 
 def measure_arms(workload: Workload, names: Sequence[str], rounds: int, cache: Path) -> Iterator[dict[str, Any]]:
-    """Run the arms one after the other. Yields the figures so far after every run, so that an interrupted benchmark keeps its results."""
+    """Run the arms one after the other. After each run, yield all figures measured so far, so that an interrupted benchmark keeps them."""
     import torch
-    from finetune_trainer.speed import peak_of
+    from finetune_trainer.speed import peak_flops_of
 
     folder = Path(tempfile.mkdtemp(prefix="gpu-throughput-"))
     device = torch.cuda.get_device_name() if workload.is_gpu else "cpu"
@@ -401,7 +403,7 @@ def measure_arms(workload: Workload, names: Sequence[str], rounds: int, cache: P
     prepared = prepare_tokens(workload, folder / "tokens", model)
     tokens = prepared.tokens
     lengths = [length for row in tokens["seq_lengths"] for length in row] if workload.data == "packed" else [len(row) for row in tokens["input_ids"]]
-    flops, peak = flops_of_token(workload, lengths), peak_of(device)
+    flops, peak = count_flops_per_token(workload, lengths), peak_flops_of(device)
     figures: dict[str, Any] = {"workload": asdict(workload), "device": device, "flopsPerToken": round(flops), "arms": {}}
     # Liger replaces the layers of a model type for the whole process.
     names = sorted(names, key=uses_liger)
@@ -421,7 +423,7 @@ def measure_arms(workload: Workload, names: Sequence[str], rounds: int, cache: P
 
 
 def parse_arms(text: str) -> list[str]:
-    """Return the arms of an option, separated by semicolons. Errors: argparse.ArgumentTypeError for an unknown arm."""
+    """Return the names of arms in an option, which are separated by semicolons. Errors: argparse.ArgumentTypeError for an unknown arm."""
     names = [name.strip() for name in text.split(";")]
     for name in names:
         if name not in OUR_ARMS and name not in TRL_ARMS:

@@ -1,12 +1,12 @@
-"""Host overhead: the time per micro-batch that the host spends outside the model's computation. A fast GPU would wait during this time.
+"""Host overhead: the time for each micro-batch in which the host does not run the model's computation. A fast GPU would be idle in this time.
 
     python benchmarks/host_overhead.py --rounds 4 --steps 60
 
 Method. A Llama with 32 layers and LoRA on all linear layers has 2,665 modules. Its width is 32, so that its arithmetic is small on a CPU. One
 micro-batch makes an optimizer step. The time outside the computation is the duration of a step without five parts: collation of the batch (`dataMs`),
 forward pass, backward pass, norm of the gradients, and step of the optimizer. Three programs train the same model on the same batches, one after the
-other in changing order. `plain` is a loop in PyTorch that does only these parts; outside of them, it frees the gradients and the graph. `ours` is the
-whole rank of this trainer. In `libraries`, the same rank uses the methods of transformers that walk over all modules: `train`, `zero_grad`,
+other in changing order. `plain` is a loop in PyTorch that runs only these parts, and frees the gradients and the graph between them. `ours` is the
+whole rank of this trainer. In `libraries`, the same rank uses the methods of transformers that iterate over all modules: `train`, `zero_grad`,
 `parameters` for the gradient norm, and `num_parameters` for the number of operations. Each figure is the median over all steps of all rounds,
 without the first ten steps of a run. The host overhead is this time minus the time of `plain`. The losses of `ours` and `libraries` must be
 equal. The target is an overhead of 1 ms for `ours`.
@@ -36,18 +36,18 @@ LAYERS = 32
 
 @dataclass
 class StepTimes:
-    """Seconds of each step of a run."""
+    """Durations in seconds and losses of the steps of one run."""
 
     total: list[float] = field(default_factory=list)
     computation: list[float] = field(default_factory=list)
-    """Forward pass, backward pass, gradient norm and optimizer."""
+    """Duration of forward pass, backward pass, gradient norm and optimizer."""
     data: list[float] = field(default_factory=list)
-    """Fetching and collating the batch."""
+    """Duration of fetching and collating the batch."""
     losses: list[float] = field(default_factory=list)
     modules: int = 0
 
     def after_warmup(self) -> StepTimes:
-        """Remove the first steps."""
+        """Remove the warm-up steps, and return this object."""
         for values in (self.total, self.computation, self.data):
             del values[:WARMUP_STEPS]
         return self
@@ -70,14 +70,14 @@ class StepTimer:
 
         class TimingCallback(TrainerCallback):
             def on_trainer_created(self, trainer: Any) -> None:
-                trainer.accelerator.backward = timer.timed(trainer.accelerator.backward)
-                trainer.get_batch_samples = timer.timed(trainer.get_batch_samples, is_data=True)
+                trainer.accelerator.backward = timer.wrap_timed(trainer.accelerator.backward)
+                trainer.get_batch_samples = timer.wrap_timed(trainer.get_batch_samples, is_data=True)
 
             def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any) -> None:
                 timer.times.modules = sum(1 for _ in model.modules())
                 model.register_forward_pre_hook(timer._begin_forward)
                 model.register_forward_hook(timer._end_forward)
-                optimizer.step = timer.timed(optimizer.step)
+                optimizer.step = timer.wrap_timed(optimizer.step)
 
             def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
                 timer.end_step()
@@ -87,25 +87,27 @@ class StepTimer:
 
         return [*rank.create_callbacks(run, channel, inputs), TimingCallback()]
 
-    def resume_path(self, inputs: Any) -> None:
+    def get_resume_folder(self, inputs: Any) -> None:
         """Return None: the run does not resume."""
 
-    def deliver_output(self, run: Any, channel: Any, model_dir: Path, kind: Any, extra: dict[str, Any]) -> None:
+    def report_final_artefact(self, run: Any, channel: Any, model_dir: Path, kind: Any, extra: dict[str, Any]) -> None:
         """Do nothing: the artefact is not uploaded."""
 
     @contextmanager
     def timed_gradient_norm(self) -> Iterator[None]:
-        """Measure the duration of torch's gradient norm function while the context is active."""
+        """While the context is active, add the duration of torch's function for the gradient norm to the computation."""
         import torch
 
         original = torch.nn.utils.clip_grad_norm_
-        torch.nn.utils.clip_grad_norm_ = self.timed(original)
+        torch.nn.utils.clip_grad_norm_ = self.wrap_timed(original)
         try:
             yield
         finally:
             torch.nn.utils.clip_grad_norm_ = original
 
-    def timed(self, function: Callable[..., Any], *, is_data: bool = False) -> Callable[..., Any]:
+    def wrap_timed(self, function: Callable[..., Any], *, is_data: bool = False) -> Callable[..., Any]:
+        """Wrap a function, so that its duration counts as computation or, with `is_data`, as fetching data."""
+
         def call(*args: Any, **options: Any) -> Any:
             began_at = time.perf_counter()
             result = function(*args, **options)
@@ -134,8 +136,8 @@ class StepTimer:
 
 
 @contextmanager
-def library_methods() -> Iterator[None]:
-    """Let transformers walk over the modules, as in a trainer without `finetune_trainer.module_walks`."""
+def use_library_methods() -> Iterator[None]:
+    """While the context is active, let transformers iterate over all modules, as in a trainer without `finetune_trainer.module_walks`."""
     from finetune_trainer import engine
 
     @contextmanager
@@ -151,7 +153,7 @@ def library_methods() -> Iterator[None]:
 
 
 def run_plain_loop(run: Any, inputs: Any, folder: Path, steps: int) -> StepTimes:
-    """Train in a loop that calls only the model, torch and the optimizer, and return the times of its steps after the warm-up."""
+    """Train in a loop that calls only the model, torch and the optimizer. Returns the times of the steps after the warm-up."""
     import torch
     from finetune_trainer import train
     from finetune_trainer.channel import Channel
@@ -162,7 +164,7 @@ def run_plain_loop(run: Any, inputs: Any, folder: Path, steps: int) -> StepTimes
     optimizer, model = trainer.create_optimizer(), trainer.model.train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     batches = [batch for batch, _ in zip(trainer.get_train_dataloader(), range(8), strict=False)]
-    forward, backward, clip, step = map(timer.timed, (model, torch.Tensor.backward, torch.nn.utils.clip_grad_norm_, optimizer.step))
+    forward, backward, clip, step = map(timer.wrap_timed, (model, torch.Tensor.backward, torch.nn.utils.clip_grad_norm_, optimizer.step))
     for number in range(steps):
         batch = batches[number % len(batches)]
         outputs = forward(**batch, use_cache=False, fused_lm_head=True)
@@ -177,14 +179,14 @@ def run_plain_loop(run: Any, inputs: Any, folder: Path, steps: int) -> StepTimes
 
 
 def run_rank(run: Any, inputs: Any, folder: Path, *, uses_library_methods: bool) -> StepTimes:
-    """Run the rank once, and return the times of its steps after the warm-up."""
+    """Run the whole rank once. Returns the times of the steps after the warm-up."""
     from contextlib import nullcontext
 
     from finetune_trainer import train
     from finetune_trainer.channel import Channel
 
     timer = StepTimer()
-    with library_methods() if uses_library_methods else nullcontext(), timer.timed_gradient_norm():
+    with use_library_methods() if uses_library_methods else nullcontext(), timer.timed_gradient_norm():
         train.TrainingSession(run, Channel.create_recording(folder / "work"), inputs, timer).execute()
     return timer.times.after_warmup()
 

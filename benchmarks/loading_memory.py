@@ -4,9 +4,9 @@
 
 Method. A pod (supervisor and four ranks of the real trainer, on this machine's CPU) trains a Llama whose weights are stored in bf16 and loaded in
 32 bits (about 170 MB), as a full fine-tuning on GPUs does. Each rank samples its private memory (RssAnon) every 5 ms: bytes that no other process shares
-and that the kernel cannot drop. The result is the increase from the beginning of the loading to its peak, until the model is loaded and until the first
-step. Runs in which the ranks share one converted copy of the weights alternate with runs in which each rank converts all weights. The losses of all runs
-with the same strategy must be equal.
+and that the kernel cannot drop. The benchmark reports two increases over the memory before the model is loaded: `loaded`, the peak until the model is
+loaded, and `peak`, the peak until the first step. Runs in which the ranks share one converted copy of the weights alternate with runs in which each rank
+converts all weights. The losses of all runs with the same strategy must be equal.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 
 
 def create_16_bit_model(workspace: Workspace) -> Path:
-    """Create the model in 16 bits and return its folder."""
+    """Create a copy of the model with weights in bf16. Returns its folder."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -41,9 +41,9 @@ def create_16_bit_model(workspace: Workspace) -> Path:
     return folder
 
 
-def run_training(workspace: Workspace, model: Path, strategy: str, loading: str, number: int) -> list[dict[str, Any]]:
-    """Train two steps. Returns the record of each rank (see `benchmarks.lib.measured_loading`)."""
-    name = f"{strategy}-{loading}-{number}"
+def run_training(workspace: Workspace, model: Path, strategy: str, loading: str, round_number: int) -> list[dict[str, Any]]:
+    """Train two steps. Returns the measurements of each rank, as `benchmarks.lib.measured_loading` writes them."""
+    name = f"{strategy}-{loading}-{round_number}"
     spec = workspace.spec(
         MODEL_SHAPE, method={"type": "full"}, checkpoint={"strategy": "no"}, tracking={"loggingSteps": 1}, distributed=STRATEGIES[strategy],
         training={"maxSteps": 2, "batchSizePerDevice": 1, "gradientAccumulationSteps": 1, "learningRate": 1e-4},
@@ -58,7 +58,7 @@ def run_training(workspace: Workspace, model: Path, strategy: str, loading: str,
 
 
 def measure_strategy(workspace: Workspace, model: Path, strategy: str, round_count: int) -> dict[str, Any]:
-    """Measure both kinds of loading in turn. Errors: AssertionError if the losses differ."""
+    """Measure loading with shared and with private weights in turn. Errors: AssertionError if the losses differ."""
     ranks_by_loading: dict[str, list[dict[str, Any]]] = {"shared": [], "private": []}
     losses: set[tuple[float, ...]] = set()
     for number in range(round_count):
@@ -77,6 +77,7 @@ def measure_strategy(workspace: Workspace, model: Path, strategy: str, round_cou
 
 
 def summarize_increases(increases: list[int]) -> dict[str, float]:
+    """Return the median and the maximum of increases in bytes, in megabytes."""
     return {"median": round(statistics.median(increases) / 1e6, 1), "most": round(max(increases) / 1e6, 1)}
 
 

@@ -1,11 +1,11 @@
-"""Measured peaks of memory of small training runs on a CPU, beside the memory plan's estimates.
+"""Measured memory peaks of small training runs on a CPU, compared with the memory plan's estimates.
 
     python benchmarks/memory_peaks.py --runs 100
 
 Method. Each run has a random configuration: family (Llama, Qwen2, Qwen3, Gemma, Mixtral), sizes, method (full, LoRA, QLoRA), optimizer,
 precision, recomputation, packing or padding, attention, loss and accumulation. It trains two steps with transformers, PEFT and TRL's loss on
-random weights. torch's profiler records each allocation; the peak counts from the first forward pass. The estimate sees the configuration
-only. The seed is the configuration. Estimates are computed again by `tests/unit/api/test_memory_plan.py`.
+random weights. torch's profiler records each allocation; the peak is measured from the first forward pass on. The estimate uses only the
+configuration, which follows from the run's seed. `tests/unit/api/test_memory_plan.py` computes the estimates of all seeds again.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ RECORDED_PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes")
 
 
 def measure(seed: int) -> dict[str, Any]:
-    """Measure one run."""
+    """Run the configuration of a seed. Returns the measured and the estimated peak in bytes."""
     run = SmallRun.draw(seed)
     measured = measure_peak(run)
-    return {"seed": seed, "measuredBytes": measured, "expectedBytes": replay(run.as_step()).total}
+    return {"seed": seed, "measuredBytes": measured, "expectedBytes": replay(run.as_step()).total_bytes}
 
 
 def main() -> None:
@@ -43,7 +43,7 @@ def main() -> None:
         "runs": len(errors), "within5Percent": sum(error <= 0.05 for error in errors), "medianError": round(statistics.median(errors), 5),
         "worstError": round(errors[-1], 5), "peaks": measured,
     }  # fmt: skip
-    record.write_result("memory_peaks", figures, method=record.extract_method(__doc__), versions=record.package_versions(RECORDED_PACKAGES))
+    record.write_result("memory_peaks", figures, method=record.extract_method(__doc__), versions=record.read_package_versions(RECORDED_PACKAGES))
 
 
 if __name__ == "__main__":

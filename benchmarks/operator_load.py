@@ -4,8 +4,8 @@
     python benchmarks/operator_load.py --parts idle,restart --finished 2000
     python benchmarks/operator_load.py --parts steady --jobs 1000
 
-Method. KWOK simulates pods. etcd, kube-apiserver, kube-controller-manager and kube-scheduler of the local cluster run on this machine with
-raised client limits, equal for all variants. The operator has its default configuration.
+Method. KWOK simulates pods. etcd, kube-apiserver, kube-controller-manager and kube-scheduler of the local cluster run on this machine, with the
+same raised client limits for all variants. The operator has its default configuration.
 burst: three variants run alternately, each in a new namespace, with 20 clients and one pod per job. `bare` creates minimal Jobs. `same-pod`
 creates the same Jobs as the operator, but without FineTuneJobs. `ours` creates FineTuneJobs. `ratiosSamePod` (ours divided by same-pod) is
 the cost of the operator. `ratios` (ours divided by bare) also includes the cost of the pod's volumes, probe, limits and security context.
@@ -15,7 +15,7 @@ idle, restart: one job runs until it succeeds. While the operator is stopped, ma
 pods. Then the operator starts, is idle for a while, and is restarted.
 steady: running jobs report a new step each second; staleness is the age of the step in the status.
 The CPU time of the control plane and of the operator is read from /proc. The operator counts its requests; requests for events are not
-counted as writes. `loadBefore` is the load average before the benchmark. If it is high, only the counts of requests are meaningful.
+counted as writes. `loadBefore` is the load average before the benchmark. If it is high, only the numbers of requests are meaningful.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ import record
 from finetune_api import names
 from lib import finished_jobs
 from lib.kwok import STEADY_NAMESPACE, Kwok, make_nodes
-from lib.load import Client, FirstSeen, Object, condition_true, percentile
+from lib.load import Client, FirstSeen, Object, make_condition_test, percentile
 from lib.operator import LagSampler, Operator, ProgressServer, count_writes
-from lib.plane import CpuUsage, FastControlPlane, memory_bytes
+from lib.plane import CpuUsage, FastControlPlane, read_memory_bytes
 from ruamel.yaml import YAML
 
 from localcluster import Endpoint
@@ -48,7 +48,6 @@ from localcluster import Endpoint
 ROOT = Path(__file__).resolve().parent.parent
 BUDGETS_FILE = ROOT / "benchmarks" / "budgets" / "operator_load.json"
 FINETUNEJOB_API_PATH = f"/apis/{names.API_VERSION}"
-MERGE = "application/merge-patch+json"
 APPLY_PATCH_TYPE = "application/apply-patch+yaml"
 PARTS = ("burst", "idle", "restart", "steady")
 FINISHED_NAMESPACE, PODS_PER_FINISHED_JOB = "left", 2
@@ -56,7 +55,7 @@ FINISHED_NAMESPACE, PODS_PER_FINISHED_JOB = "left", 2
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """Size of the measurement."""
+    """What to measure, with how many jobs, rounds and clients, and for how long."""
 
     parts: tuple[str, ...]
     job_count: int
@@ -70,7 +69,7 @@ class LoadOptions:
 
 @dataclass(frozen=True)
 class BurstVariant:
-    """The kind of objects that a burst creates. `is_finished` returns whether an object has finished."""
+    """The objects that a burst creates. `is_finished` says whether an object has finished."""
 
     name: str
     api_path: str
@@ -80,7 +79,7 @@ class BurstVariant:
 
 
 def make_bare_job(name: str) -> Object:
-    """A minimal Job with one pod."""
+    """Return a minimal Job with one pod."""
     pod = {"restartPolicy": "Never", "containers": [{"name": "trainer", "image": "example.org/trainer:1"}]}
     spec = {"completions": 1, "parallelism": 1, "completionMode": "Indexed", "backoffLimit": 0}
     body = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": name}}
@@ -88,34 +87,34 @@ def make_bare_job(name: str) -> Object:
 
 
 def make_same_pod_variant(job: Object) -> BurstVariant:
-    """Create copies of the operator's Job `job`. Another value of the managed-by label keeps the operator from selecting them."""
-    by_hand = {names.Label.MANAGED_BY.value: "hand"}
+    """Return a variant whose objects are copies of the operator's Job `job`. Their label managed-by differs, so that the operator ignores them."""
+    labels = {names.Label.MANAGED_BY.value: "hand"}
     return BurstVariant(
-        "same-pod", BARE_JOB_VARIANT.api_path, BARE_JOB_VARIANT.plural, lambda name: finished_jobs.copy_job(job, name, by_hand), BARE_JOB_VARIANT.is_finished
+        "same-pod", BARE_JOB_VARIANT.api_path, BARE_JOB_VARIANT.plural, lambda name: finished_jobs.copy_job(job, name, labels), BARE_JOB_VARIANT.is_finished
     )
 
 
 def make_finetunejob(name: str) -> Object:
-    """A FineTuneJob with one pod."""
+    """Return a FineTuneJob with one pod."""
     spec = {
         "model": {"source": "org/name"}, "dataset": {"train": "s3://bucket/train.jsonl"}, "resources": {"gpusPerNode": 0},
     }  # fmt: skip
     return {"apiVersion": names.API_VERSION, "kind": names.KIND, "metadata": {"name": name}, "spec": spec}
 
 
-BARE_JOB_VARIANT = BurstVariant("bare", "/apis/batch/v1", "jobs", make_bare_job, condition_true("Complete"))
-FINETUNEJOB_VARIANT = BurstVariant("ours", FINETUNEJOB_API_PATH, names.PLURAL, make_finetunejob, condition_true("Succeeded"))
+BARE_JOB_VARIANT = BurstVariant("bare", "/apis/batch/v1", "jobs", make_bare_job, make_condition_test("Complete"))
+FINETUNEJOB_VARIANT = BurstVariant("ours", FINETUNEJOB_API_PATH, names.PLURAL, make_finetunejob, make_condition_test("Succeeded"))
 
 
 class LoadBenchmark:
-    """Measures the operator on one control plane."""
+    """Measures the operator with one control plane."""
 
     def __init__(self, options: LoadOptions, folder: Path, endpoint: Endpoint, control_plane: FastControlPlane, client: Client) -> None:
         self._options, self._folder, self._endpoint, self._control_plane, self._client = options, folder, endpoint, control_plane, client
         self._progress = ProgressServer()
 
     async def run(self) -> dict[str, Any]:
-        """Run the chosen parts, one after another."""
+        """Run the chosen parts one after the other. Returns the figures by part."""
         parts = {"burst": self._measure_burst, "idle": self._measure_idle, "restart": self._measure_restart, "steady": self._measure_steady}
         await self._install_crd_and_nodes()
         figures: dict[str, Any] = {}
@@ -165,7 +164,7 @@ class LoadBenchmark:
         return {
             "rounds": rounds, "ratios": ratios["bare"], "ratiosSamePod": ratios["same-pod"], **medians_by_variant,
             "loopLagP99": round(percentile(lag.samples, 0.99), 3),
-            "rssPeakMB": round(memory_bytes(operator.pid, "VmHWM") / 1e6, 1),
+            "rssPeakMB": round(read_memory_bytes(operator.pid, "VmHWM") / 1e6, 1),
         }  # fmt: skip
 
     async def _create_operator_job(self) -> Object:
@@ -203,14 +202,14 @@ class LoadBenchmark:
             "created": round(created_at - began_at, 2), "jobsExist": round(jobs_seen_at - began_at, 2),
             "podsExist": round(pods_seen_at - began_at, 2), "allDone": round(ended_at - started_at, 2),
             "podWaitP50": round(percentile(pod_wait_seconds, 0.5), 3), "podWaitP99": round(percentile(pod_wait_seconds, 0.99), 3),
-            "cpuMsPerJobToPods": milliseconds_per_job(sum(cpu_seconds_to_pods.values()), count), "cpuSecondsToPods": cpu_seconds_to_pods,
-            "cpuMsPerJobToEnd": milliseconds_per_job(sum(cpu_seconds_to_end.values()), count), "cpuSecondsToEnd": cpu_seconds_to_end,
+            "cpuMsPerJobToPods": to_milliseconds_per_job(sum(cpu_seconds_to_pods.values()), count), "cpuSecondsToPods": cpu_seconds_to_pods,
+            "cpuMsPerJobToEnd": to_milliseconds_per_job(sum(cpu_seconds_to_end.values()), count), "cpuSecondsToEnd": cpu_seconds_to_end,
             "writesPerJobToPods": round(count_writes(requests_to_pods) / count, 2),
-            "writesPerJobToEnd": round(count_writes(requests_to_end) / count, 2), "requestsPerJob": requests_per_job(requests_to_end, count),
+            "writesPerJobToEnd": round(count_writes(requests_to_end) / count, 2), "requestsPerJob": compute_requests_per_job(requests_to_end, count),
         }  # fmt: skip
 
     async def _create_namespace(self, namespace: str) -> None:
-        """Create a namespace and wait for its default ServiceAccount: until it exists, the API server refuses pods."""
+        """Create a namespace and wait for its default ServiceAccount, without which the API server refuses pods."""
         await self._client.send("POST", "/api/v1/namespaces", {"metadata": {"name": namespace}})
         for _ in range(600):
             try:
@@ -257,7 +256,7 @@ class LoadBenchmark:
         pods = await self._client.list(f"/api/v1/namespaces/{FINISHED_NAMESPACE}/pods")
         return {
             "finishedJobs": self._options.finished_job_count, "pods": len(pods), "firstReconcileSeconds": round(seconds, 2),
-            "rssMB": round(memory_bytes(operator.pid) / 1e6, 1),
+            "rssMB": round(read_memory_bytes(operator.pid) / 1e6, 1),
         }  # fmt: skip
 
     async def _measure_steady(self, operator: Operator) -> dict[str, Any]:
@@ -287,7 +286,7 @@ class LoadBenchmark:
             "operatorCpuShare": round(cpu_seconds["operator"] / seconds, 3),
             "stalenessP50": percentile(report_ages, 0.5), "stalenessP99": percentile(report_ages, 0.99),
             "loopLagP99": round(percentile(lag.samples, 0.99), 3),
-            "rssPeakMB": round(memory_bytes(operator.pid, "VmHWM") / 1e6, 1),
+            "rssPeakMB": round(read_memory_bytes(operator.pid, "VmHWM") / 1e6, 1),
         }  # fmt: skip
 
 
@@ -296,23 +295,23 @@ def _has_step(body: Object) -> bool:
 
 
 def compute_medians(round_figures: list[dict[str, Any]]) -> dict[str, float]:
-    """Median of each number over the rounds."""
+    """Return the median of each number over all rounds."""
     number_keys = [key for key, value in round_figures[0].items() if isinstance(value, int | float)]
     return {key: round(statistics.median(result[key] for result in round_figures), 3) for key in number_keys}
 
 
-def milliseconds_per_job(seconds: float, job_count: int) -> float:
-    """CPU milliseconds per job."""
+def to_milliseconds_per_job(seconds: float, job_count: int) -> float:
+    """Convert the CPU seconds of all jobs to milliseconds per job."""
     return round(1000 * seconds / job_count, 2)
 
 
-def requests_per_job(requests: Counter[str], job_count: int) -> dict[str, float]:
-    """Requests per job, by verb and resource."""
+def compute_requests_per_job(requests: Counter[str], job_count: int) -> dict[str, float]:
+    """Return the number of requests per job, by verb and resource."""
     return {label: round(number / job_count, 2) for label, number in sorted(requests.items()) if number}
 
 
 def print_progress(text: str) -> None:
-    """Print the progress of the benchmark."""
+    """Print a line on the progress of the benchmark to standard error."""
     sys.stderr.write(f"{text}\n")
 
 
@@ -320,23 +319,23 @@ def print_progress(text: str) -> None:
 
 
 def check_budgets(figures: dict[str, Any], budgets: dict[str, Any]) -> list[dict[str, Any]]:
-    """Compare the figures of the measured parts with their budgets. A figure above its limit by at most the margin counts as noise."""
+    """Compare the figures of the measured parts with their budgets. A figure that exceeds its limit by at most the margin counts as noise."""
     verdicts = []
     for path, budget in budgets.items():
-        value: Any = figures
+        measured_value: Any = figures
         parts = path.split(".")
         if parts[0] not in figures:
             continue
         for part in parts:
-            value = value[part]
+            measured_value = measured_value[part]
         limit, margin = budget["limit"], budget.get("margin", 0)
-        verdict = "holds" if value <= limit else ("within its margin" if value <= limit * (1 + margin) else "EXCEEDED")
-        verdicts.append({"figure": path, "measured": value, "limit": limit, "verdict": verdict, "why": budget["why"]})
+        verdict = "holds" if measured_value <= limit else ("within its margin" if measured_value <= limit * (1 + margin) else "EXCEEDED")
+        verdicts.append({"figure": path, "measured": measured_value, "limit": limit, "verdict": verdict, "why": budget["why"]})
     return verdicts
 
 
 def write_figures(measured_parts: dict[str, Any]) -> Path:
-    """Write the measured parts, each with its size, load and commit. A part that was not measured keeps its earlier figures."""
+    """Write the figures of the measured parts, each with its size, load and commit. A part that was not measured keeps its earlier figures."""
     path = record.RESULTS_FOLDER / "operator_load.json"
     earlier_figures = json.loads(path.read_text())["figures"] if path.exists() else {}
     figures = {part: earlier_figures[part] for part in PARTS if part in earlier_figures} | measured_parts
@@ -361,7 +360,7 @@ def main() -> int:
         tuple(options.parts.split(",")), options.jobs, options.finished, options.rounds, options.clients,
         options.idle_seconds, options.steady_seconds, options.timeout,
     )  # fmt: skip
-    run_details = {"size": vars(load_options), "loadBefore": round(os.getloadavg()[0], 2), "commit": record.checkout_commit()}
+    run_details = {"size": vars(load_options), "loadBefore": round(os.getloadavg()[0], 2), "commit": record.read_commit()}
     figures = asyncio.run(run_benchmark(load_options))
     verdicts = check_budgets(figures, json.loads(BUDGETS_FILE.read_text()))
     for verdict in verdicts:

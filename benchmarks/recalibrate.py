@@ -1,13 +1,13 @@
-"""Collect the measured / planned ratios of finished jobs, and write the table with which plans are calibrated.
+"""Collect the ratios of measured to planned values of finished jobs, and write the table with which plans are calibrated.
 
     kubectl get finetunejobs -A -o json > jobs.json
     .venv/bin/python benchmarks/recalibrate.py jobs.json
 
-Method. Each job that trained successfully has planned work, planned memory and measured values in `status.plan`. The program adds one row for each
-such job to `benchmarks/calibration_runs.jsonl`: type and number of GPUs, measured / planned time of a step, and measured / planned peak of memory. The
-planned time is computed again from the planned work without the table, so that a table does not calibrate itself. A row has a hash of the job's uid, and
-neither names nor addresses. Then the program writes `crds/finetune_api/calibration_table.py`: runs, median, lowest and highest for each type of GPU.
-Plans use entries of at least three runs.
+Method. Each job that trained successfully has planned work, planned memory and measured values in `status.plan`. The program adds one line for each
+such job to `benchmarks/calibration_runs.jsonl`: type and number of GPUs, and the ratio of measured to planned value for the time of a step and for the
+peak of memory. The planned time is computed again from the planned work without the table, so that a table does not calibrate itself. A line contains a
+hash of the job's uid, but no name and no address. Then the program writes `crds/finetune_api/calibration_table.py`: for each type of GPU, the number of
+runs and the median, lowest and highest ratio. Plans use only entries of at least three runs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune_api.gpus import GPU_TYPES, gpu_of_device
+from finetune_api.gpus import GPU_TYPES, find_gpu_type
 from finetune_api.names import Phase
 from finetune_api.status import FineTuneJobStatus
 from finetune_api.time_plan import plan_time
@@ -32,23 +32,23 @@ from pydantic import ValidationError
 ROOT = Path(__file__).resolve().parent.parent
 RUNS_FILE = ROOT / "benchmarks" / "calibration_runs.jsonl"
 TABLE_FILE = ROOT / "crds" / "finetune_api" / "calibration_table.py"
-TABLE = '''"""Written by benchmarks/recalibrate.py from benchmarks/calibration_runs.jsonl. Do not edit it by hand.
+TABLE_MODULE_TEMPLATE = '''"""Written by benchmarks/recalibrate.py from benchmarks/calibration_runs.jsonl. Do not edit it by hand.
 
-Each entry: number of runs; median, lowest and highest of measured / planned. {summary}
+Each entry has the number of runs, and the median, lowest and highest ratio of measured to planned value. {summary}
 """
 
 from __future__ import annotations
 
 TIME: dict[tuple[str, bool], tuple[int, float, float, float]] = {time}
-"""Seconds of the optimizer steps, by type of GPU and whether the run had several GPUs."""
+"""Ratios for the time of an optimizer step, by type of GPU and by whether the run had several GPUs."""
 MEMORY: dict[tuple[str, bool], tuple[int, float, float, float]] = {memory}
-"""Peak of memory of the first rank's GPU, by type of GPU and whether the run had several GPUs."""
+"""Ratios for the memory peak of the first rank's GPU, by type of GPU and by whether the run had several GPUs."""
 '''
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a job: a line of `benchmarks/calibration_runs.jsonl`."""
+    """The ratios of one job: a line of `benchmarks/calibration_runs.jsonl`."""
 
     run: str
     """Hash of the job's uid."""
@@ -56,25 +56,25 @@ class Run:
     """Type of the GPUs, as in `finetune_api.gpus`."""
     gpus: int
     time_ratio: float | None = None
-    """Measured / planned time of an optimizer step."""
+    """Measured time of an optimizer step divided by the planned time."""
     memory_ratio: float | None = None
-    """Measured / planned peak of memory."""
+    """Measured peak of memory divided by the planned peak."""
 
 
 def read_jobs(content: Any) -> list[dict[str, Any]]:
-    """Return the FineTuneJobs in a JSON document: one job, or a list as kubectl writes it."""
+    """Return the FineTuneJobs in a JSON document, which is one object or a list as kubectl writes it."""
     items = content.get("items") if isinstance(content, dict) and content.get("kind", "").endswith("List") else [content]
     return [one for one in items or [] if isinstance(one, dict) and one.get("kind") == "FineTuneJob"]
 
 
-def run_of_job(job: dict[str, Any]) -> Run | None:
-    """Return the measured / planned ratios of a job, or None if the job has no measured values, or no known type of GPU."""
+def read_run_of_job(job: dict[str, Any]) -> Run | None:
+    """Return the ratios of a job, or None if it has no measured values or its type of GPU is unknown."""
     try:
         status = FineTuneJobStatus.model_validate(job.get("status") or {})
     except ValidationError:
         return None
     plan, resolved = status.plan, status.resolved
-    gpu = gpu_of_device((resolved.device if resolved else None) or "")
+    gpu = find_gpu_type((resolved.device if resolved else None) or "")
     if status.phase is not Phase.SUCCEEDED or plan is None or plan.measured is None or gpu is None:
         return None
     gpus, time_ratio, memory_ratio = (resolved.world_size if resolved else None) or 1, None, None
@@ -90,36 +90,38 @@ def run_of_job(job: dict[str, Any]) -> Run | None:
     return Run(hashlib.sha256(uid.encode()).hexdigest()[:16], name, gpus, time_ratio, memory_ratio)
 
 
-def summarise(runs: Iterable[Run], value: str) -> dict[tuple[str, bool], tuple[int, float, float, float]]:
-    """Return number, median, lowest and highest value of the runs, by type of GPU and whether there are several GPUs."""
+def summarise(runs: Iterable[Run], ratio_name: str) -> dict[tuple[str, bool], tuple[int, float, float, float]]:
+    """Return the number of runs and the median, lowest and highest of a ratio, by type of GPU and by whether the run had several GPUs.
+
+    `ratio_name`: `time_ratio` or `memory_ratio`."""
     values: dict[tuple[str, bool], list[float]] = defaultdict(list)
     for run in runs:
-        if (ratio := getattr(run, value)) is not None:
+        if (ratio := getattr(run, ratio_name)) is not None:
             values[run.gpu, run.gpus > 1].append(ratio)
     return {key: (len(found), round(statistics.median(found), 4), min(found), max(found)) for key, found in sorted(values.items())}
 
 
-def table_text(runs: Sequence[Run]) -> str:
-    """Return the module with the table."""
-    parts = {}
-    for name, value in (("time", "time_ratio"), ("memory", "memory_ratio")):
-        entries = [f"    {key!r}: {entry!r},".replace("'", '"') for key, entry in summarise(runs, value).items()]
-        parts[name] = "\n".join(["{", *entries, "}"]) if entries else "{}"
-    return TABLE.format(summary=f"{len(runs)} runs." if runs else "No run was recorded yet.", **parts)
+def format_table_module(runs: Sequence[Run]) -> str:
+    """Return the text of the module with the table."""
+    table_texts = {}
+    for name, ratio_name in (("time", "time_ratio"), ("memory", "memory_ratio")):
+        entries = [f"    {key!r}: {entry!r},".replace("'", '"') for key, entry in summarise(runs, ratio_name).items()]
+        table_texts[name] = "\n".join(["{", *entries, "}"]) if entries else "{}"
+    return TABLE_MODULE_TEMPLATE.format(summary=f"{len(runs)} runs." if runs else "No run was recorded yet.", **table_texts)
 
 
 def read_runs(file: Path) -> list[Run]:
-    """Return the recorded runs."""
+    """Return the runs in the file, or an empty list if it does not exist."""
     return [Run(**json.loads(line)) for line in file.read_text().splitlines() if line] if file.exists() else []
 
 
-def add_runs(recorded: Sequence[Run], found: Iterable[Run]) -> list[Run]:
-    """Return all runs. A run that is recorded already is replaced."""
-    return list({one.run: one for one in (*recorded, *found)}.values())
+def add_runs(recorded_runs: Sequence[Run], new_runs: Iterable[Run]) -> list[Run]:
+    """Return the recorded and the new runs. A new run replaces the recorded run of the same job."""
+    return list({one.run: one for one in (*recorded_runs, *new_runs)}.values())
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the program. Returns its exit code."""
+    """Add the runs of the given files, and write the table. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="JSON of FineTuneJobs; without files, the table is written again")
     parser.add_argument("--runs", type=Path, default=RUNS_FILE, help="file of the recorded runs")
@@ -132,11 +134,11 @@ def main(arguments: Sequence[str]) -> int:
         except (OSError, ValueError) as error:
             print(f"{file} is not a JSON file: {error}; write the output of `kubectl get finetunejobs -A -o json` to it", file=sys.stderr)
             return 1
-    found = [run for job in jobs if (run := run_of_job(job)) is not None]
+    found = [run for job in jobs if (run := read_run_of_job(job)) is not None]
     runs = add_runs(read_runs(options.runs), found)
     if runs:
         options.runs.write_text("".join(json.dumps(asdict(run)) + "\n" for run in runs))
-    options.table.write_text(table_text(runs))
+    options.table.write_text(format_table_module(runs))
     print(f"{len(found)} of {len(jobs)} jobs have measured values; the table follows from {len(runs)} runs")
     return 0
 

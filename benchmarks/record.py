@@ -18,7 +18,7 @@ RECORDED_PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "kopf
 
 
 def describe_machine() -> dict[str, Any]:
-    """Cores, memory and processor of this machine."""
+    """Return the processor, number of cores, memory and kernel of this machine."""
     cpu = next(
         (
             line.split(":", 1)[1].strip()
@@ -31,8 +31,8 @@ def describe_machine() -> dict[str, Any]:
     return {"cpu": cpu, "cores": os.cpu_count(), "memoryGiB": round(memory_bytes / 2**30, 1), "kernel": platform.release()}
 
 
-def package_versions(packages: Iterable[str] = RECORDED_PACKAGES) -> dict[str, str]:
-    """Versions of the installed packages."""
+def read_package_versions(packages: Iterable[str] = RECORDED_PACKAGES) -> dict[str, str]:
+    """Return the versions of Python and of those packages that are installed."""
     version_by_package = {"python": platform.python_version()}
     for name in packages:
         try:
@@ -42,8 +42,8 @@ def package_versions(packages: Iterable[str] = RECORDED_PACKAGES) -> dict[str, s
     return version_by_package
 
 
-def checkout_commit() -> str:
-    """Commit of the checkout; a `+` is appended if tracked files have uncommitted changes."""
+def read_commit() -> str:
+    """Return the short hash of the checkout's commit, followed by `+` if tracked files have uncommitted changes."""
     try:
         head = subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
@@ -64,12 +64,12 @@ def extract_method(docstring: str | None) -> str:
 def write_result(
     name: str, figures: dict[str, Any], *, method: str, machine: dict[str, Any] | None = None, versions: dict[str, str] | None = None
 ) -> Path:
-    """Write `results/<name>.json`, which replaces the last result. By default, `machine` and `versions` describe this machine."""
+    """Write `results/<name>.json`, which replaces the last result. Returns its path. By default, `machine` and `versions` describe this machine."""
     RESULTS_FOLDER.mkdir(parents=True, exist_ok=True)
     path = RESULTS_FOLDER / f"{name}.json"
     record = {
-        "benchmark": name, "time": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), "commit": checkout_commit(), "method": method,
-        "machine": machine or describe_machine(), "versions": versions or package_versions(), "figures": figures,
+        "benchmark": name, "time": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), "commit": read_commit(), "method": method,
+        "machine": machine or describe_machine(), "versions": versions or read_package_versions(), "figures": figures,
     }  # fmt: skip
     path.write_text(json.dumps(record, indent=1) + "\n")
     return path

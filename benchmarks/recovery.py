@@ -1,13 +1,13 @@
-"""Time from a kill to the first new step, by stage.
+"""The time from the kill of a rank to the first new step, by stage.
 
     python -m benchmarks.recovery --kills 12
 
 Method. The real trainer trains a tiny Llama with LoRA on one rank with the real supervisor and a real S3 server, on this machine's CPU. The rank is
 killed with SIGKILL at a random time after a commit. `detect` is the time from the kill until the pod has exited and its termination message is
-readable. This program starts the next attempt at once, and requests its progress every 10 ms until its first new step. first_step.py measures the
-time for creating a Job and starting a pod. The pod measures its own stages. In `starting` and `downloading`, the supervisor checks the storage and
-downloads model and data, while the rank imports its libraries. In `restoring`, the checkpoint is downloaded and verified. `loading` covers the
-remaining imports and loading the model. `training` covers loading the optimizer state, skipping used data, and the first step. The first kill warms
+readable. This program starts the next attempt at once, and requests its progress every 10 ms until its first new step. The time for creating a Job and
+starting a pod is not included; first_step.py measures it. The pod measures its own stages. In `starting` and `downloading`, the supervisor checks the
+storage and downloads model and data, while the rank imports its libraries. In `restoring`, the checkpoint is downloaded and verified. `loading` covers
+the remaining imports and loading the model. `training` covers loading the optimizer state, skipping used data, and the first step. The first kill warms
 the page cache and is not counted.
 """
 
@@ -31,7 +31,7 @@ STAGES = ("starting", "downloading", "checking", "restoring", "loading", "traini
 
 
 def wait_for_first_new_step(pod: Pod, newest_step: int) -> dict[str, float]:
-    """Wait for the first new step. Returns the seconds of each stage, as measured by the pod."""
+    """Wait for the first step after `newest_step`. Returns the seconds of each stage, as measured by the pod."""
     while True:
         assert pod.process is not None and pod.process.poll() is None, pod.text[-3000:]
         report = pod.report()
@@ -41,7 +41,7 @@ def wait_for_first_new_step(pod: Pod, newest_step: int) -> dict[str, float]:
 
 
 def kill_rank(pod: Pod, newest_step: int, rng: random.Random) -> tuple[float, float, int]:
-    """Kill the rank after the next commit. Returns the time of the kill, the seconds until the pod ended, and the newest committed step."""
+    """Kill the rank after the next commit. Returns the time of the kill, the seconds until the end of the pod, and the newest committed step."""
     pod.wait_committed(newest_step + 1)
     time.sleep(rng.uniform(0, 0.3))
     killed_at = time.monotonic()

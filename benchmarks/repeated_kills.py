@@ -5,13 +5,13 @@
 Method. The ranks compute a chain of hashes instead of training (tests/pod/toy_rank.py); supervisor, agent, checkpoint protocol and S3
 server are real. After the first new step of an attempt, at a random time between two checkpoints, a random victim (rank, agent or the whole
 pod) is killed with SIGKILL, or the pod is stopped with SIGTERM. This program then starts the next attempt at once, with the same inputs as
-the operator. Steps lost: the steps after the newest committed checkpoint. A kill may lose one checkpoint in upload and one queued checkpoint.
-With a checkpoint after each step of 50 ms, the number of lost steps also depends on the load of the machine. Goodput: the duration of all
+the operator. Steps lost: the steps after the newest committed checkpoint. At a kill, one checkpoint may be in upload and another one queued; both are lost.
+If each step of 50 ms saves a checkpoint, the number of lost steps also depends on the load of the machine. Goodput: the duration of all
 steps that were kept, divided by the running time of all pods. Recovery: the time from a kill to the next attempt's first new step.
-After each kill, all committed checkpoints are read and compared with their manifests. At the end, each step must have a logged state, and
-each state must equal that of an uninterrupted run. The expected states are computed from the chain of hashes.
+After each kill, all committed checkpoints are read and compared with their manifests. At the end, the log must contain a state for each step,
+and each logged state must equal that of an uninterrupted run, which is computed from the chain of hashes.
 
-With --seconds, no attempt starts after this time. With --folder, the same command continues the run.
+With --seconds, no attempt starts after this time. With --folder, the same command continues an interrupted run.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ POLL_SECONDS = 0.01
 
 
 class RunRecord(BaseModel):
-    """Counters of a benchmark run. The benchmark stores them on disk, so that the same command can continue an interrupted run."""
+    """Counters of a benchmark run. They are stored on disk, so that the same command can continue an interrupted run."""
 
     attempt: int = 0
     kill_count: int = 0
     newest_step: int = 0
-    pod_seconds: float = Field(default=0.0, description="Running time of all pods.")
+    pod_seconds: float = Field(default=0.0, description="Running time of all pods in seconds.")
     recovery_seconds: list[float] = Field(default_factory=list)
     steps_lost: list[int] = Field(default_factory=list)
     codes: dict[str, int] = Field(default_factory=dict, description="Number of attempts by victim and exit code.")
@@ -54,7 +54,7 @@ class RunRecord(BaseModel):
 
 
 def kill_victim(pod: Pod, victim: str) -> None:
-    """Kill the victim, or stop the pod."""
+    """Kill the rank, the agent or the pod with SIGKILL, or stop the pod with SIGTERM."""
     if victim == "pod":
         pod.kill()
     elif victim == "stop":
@@ -64,20 +64,20 @@ def kill_victim(pod: Pod, victim: str) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-def verify_checkpoints(tree: CheckpointTree, folder: Path, run_record: RunRecord) -> int:
+def verify_checkpoints(checkpoint_tree: CheckpointTree, folder: Path, run_record: RunRecord) -> int:
     """Compare each committed checkpoint with its manifest. Returns the newest committed step."""
     newest_step = 0
-    for committed in tree.list_committed():
-        manifest = tree.read_manifest(committed)
+    for committed in checkpoint_tree.list_committed():
+        manifest = checkpoint_tree.read_manifest(committed)
         assert manifest is not None, f"{committed.folder} is committed without its manifest"
-        problem = fetch_verified(tree, committed.folder, manifest, folder / committed.folder, lambda path: True)
+        problem = fetch_verified(checkpoint_tree, committed.folder, manifest, folder / committed.folder, lambda path: True)
         assert problem is None, problem
         newest_step = max(newest_step, manifest.step)
         run_record.verified_checkpoints += 1
     return newest_step
 
 
-def expected_states(steps: int) -> list[str]:
+def compute_expected_states(steps: int) -> list[str]:
     """Compute the state of an uninterrupted run after each step; index 0 is the state before the first step."""
     states = [""]
     for step in range(1, steps + 1):
@@ -85,25 +85,27 @@ def expected_states(steps: int) -> list[str]:
     return states
 
 
-def compare_states(tree: CheckpointTree, steps: int) -> int:
-    """Compare all logged states with those of an uninterrupted run. Returns their number. Fails if a state differs, or if a step logged no state."""
-    states, compared_count = expected_states(steps), 0
+def compare_states(checkpoint_tree: CheckpointTree, steps: int) -> int:
+    """Compare each logged state with that of an uninterrupted run. Returns the number of logged states.
+
+    Errors: AssertionError if a logged state differs, or if the log lacks the state of a step."""
+    states, compared_count = compute_expected_states(steps), 0
     logged_steps: set[int] = set()
-    for stat in tree.store.list("metrics/"):
-        for line in (tree.store.get(stat.key) or b"").decode().splitlines():
+    for stat in checkpoint_tree.store.list("metrics/"):
+        for line in (checkpoint_tree.store.get(stat.key) or b"").decode().splitlines():
             value = json.loads(line)
             assert value["chain"] == states[value["step"]], f"{stat.key}: step {value['step']} differs from the expected state"
             compared_count += 1
             logged_steps.add(value["step"])
     unlogged_steps = set(range(1, steps + 1)) - logged_steps
     assert not unlogged_steps, f"steps without a logged line: {sorted(unlogged_steps)[:10]}"
-    model = tree.get_committed(None)
-    assert model is not None and tree.store.get(f"{model.folder}/{CHAIN_FILE.format(0)}") == states[-1].encode()
+    model = checkpoint_tree.get_committed(None)
+    assert model is not None and checkpoint_tree.store.get(f"{model.folder}/{CHAIN_FILE.format(0)}") == states[-1].encode()
     return compared_count
 
 
 def run_attempt(workspace: Workspace, options: argparse.Namespace, run_record: RunRecord, rng: random.Random) -> None:
-    """Run one attempt: start it, wait for a new step, kill a victim, verify the checkpoints."""
+    """Run one attempt: start it, wait for a new step, kill a victim, and verify the checkpoints."""
     run_record.attempt += 1
     target, name = workspace.target("repeated-kills"), f"attempt-{run_record.attempt}"
     spec = workspace.spec(checkpoint={"steps": options.every})

@@ -3,7 +3,7 @@
     python -m benchmarks.storage_throughput --megabytes 256 --rounds 5
 
 Method. A real S3 server (SeaweedFS) shares this machine's cores with the client, so only ratios are meaningful.
-Three clients transfer the same file alternately, in a random order in each round: the trainer's `S3Store` (`put_file`, `download`), boto3
+Three clients transfer the same file one after the other, in a random order in each round: the trainer's `S3Store` (`put_file`, `download`), boto3
 (`upload_file`, `download_file`) and, if installed, obstore (`put`, and `get` streamed to a file). Only the trainer's download also computes a
 hash. Before an upload, the trainer hashes the file; this time is reported separately as `sha256`. The figures of a client are its median MB/s
 over the rounds, its CPU seconds per GB (all threads of this process) and its largest memory increase (the kernel's high-water mark is reset
@@ -37,7 +37,7 @@ OTHER_CLIENTS = ("boto3", "obstore")
 
 @dataclass(frozen=True)
 class TransferCost:
-    """Wall seconds, CPU seconds and bytes of memory of one transfer."""
+    """The cost of one transfer: wall-clock time, CPU time, and increase of memory in bytes."""
 
     wall_seconds: float
     cpu_seconds: float

@@ -35,7 +35,7 @@ LOSS_TOLERANCE = 1e-6
 
 @dataclass
 class RunMeasurements:
-    """Measurements of one run: seconds of the training loop and of the whole run, losses, and the shares of time spent waiting for data."""
+    """Measurements of one run: seconds of the training loop and of the whole run, losses, and the shares of time spent on waiting for data."""
 
     loop_seconds: float = 0.0
     run_seconds: float = 0.0
@@ -66,7 +66,7 @@ def make_timing_callback(measurements: RunMeasurements) -> Any:
 
 
 class MeasuringHooks:
-    """The hooks of a rank without a supervisor, and the callback that measures the run."""
+    """The hooks of a rank that runs without a supervisor. They add the callback that measures the run."""
 
     def __init__(self, callback: Any) -> None:
         self._callback = callback
@@ -77,10 +77,10 @@ class MeasuringHooks:
 
         return [*rank.create_callbacks(run, channel, inputs), self._callback]
 
-    def resume_path(self, inputs: Any) -> None:
+    def get_resume_folder(self, inputs: Any) -> None:
         """Return None: the run does not resume."""
 
-    def deliver_output(self, run: Any, channel: Any, model_dir: Path, kind: Any, extra: dict[str, Any]) -> None:
+    def report_final_artefact(self, run: Any, channel: Any, model_dir: Path, kind: Any, extra: dict[str, Any]) -> None:
         """Do nothing: the artefact is not uploaded."""
 
 
@@ -88,7 +88,7 @@ Program = Callable[[Any, Any, Path], RunMeasurements]
 
 
 def run_our_trainer(run: Any, inputs: Any, folder: Path) -> RunMeasurements:
-    """Run this trainer once."""
+    """Run this trainer once and return its measurements."""
     from finetune_trainer import train
     from finetune_trainer.channel import Channel
 
@@ -99,7 +99,7 @@ def run_our_trainer(run: Any, inputs: Any, folder: Path) -> RunMeasurements:
 
 
 def run_plain_trl(run: Any, inputs: Any, folder: Path) -> RunMeasurements:
-    """Run a plain TRL script once, with the same arguments and tokens."""
+    """Run a plain TRL script once with the arguments and tokens of this trainer, and return its measurements."""
     from datasets import Dataset
     from finetune_trainer.arguments import shared_arguments
     from finetune_trainer.distributed import DistributedStrategy
@@ -149,7 +149,7 @@ def run_plain_trl(run: Any, inputs: Any, folder: Path) -> RunMeasurements:
 
 
 def run_timed(program: Program, run: Any, inputs: Any, folder: Path) -> RunMeasurements:
-    """Run once and measure the whole duration."""
+    """Run a program once. The measurements also contain the duration of the whole run."""
     gc.collect()
     began_at = time.perf_counter()
     measurements = program(run, inputs, folder)
@@ -160,7 +160,7 @@ def run_timed(program: Program, run: Any, inputs: Any, folder: Path) -> RunMeasu
 def measure_pairs(
     round_count: int, steps: int, *, hidden_size: int, layer_count: int, sequence_length: int, batch_size: int, method: str
 ) -> dict[str, Any]:
-    """Measure pairs of alternating runs. Errors: SystemExit if the losses of a pair differ."""
+    """Run both programs alternately and return the ratios of their durations. Errors: SystemExit if the losses of a pair differ."""
     import torch
 
     from tests.support.learning import make_run
@@ -202,14 +202,14 @@ def measure_pairs(
 
 
 def _compute_ratios(duration_pairs: list[tuple[float, float]]) -> dict[str, Any]:
-    """Return the duration of this trainer divided by that of the plain TRL script: for each pair of runs, and the median."""
+    """Return the ratio of this trainer's duration to that of the plain TRL script for each pair of runs, and the median of these ratios."""
     ratios = [a / b for a, b in duration_pairs]
     return {"ratio": round(statistics.median(ratios), 4), "ratios": [round(ratio, 4) for ratio in ratios]}
 
 
 @contextmanager
 def suppress_warnings() -> Iterator[None]:
-    """Suppress warnings of the libraries."""
+    """Suppress warnings of the libraries while the context is active."""
     import warnings
 
     with warnings.catch_warnings():

@@ -28,8 +28,8 @@ MIN_GO_VERSION = (1, 26)
 class Program:
     """One Go program. Its version is that of the Go module `version_module`. `first_build_duration` is shown to the user before a build.
 
-    `package` is the Go package to build: our own (`.`), or one of a module that go.mod lists as a tool. `is_optional` programs are built by the tests
-    that need them, not by `localcluster build`.
+    `package` is the Go package to build: our own (`.`), or one of a module that go.mod lists as a tool. `localcluster build` leaves out
+    programs with `is_optional`; the tests that need them build them.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Program:
 
     @property
     def binary_path(self) -> Path:
-        """Path of the built program."""
+        """Path of the built program. It contains the version and a hash of the sources and build flags."""
         digest = hashlib.sha256()
         for path in sorted(self.folder.iterdir()):
             if path.name in ("go.mod", "go.sum") or path.suffix == ".go":
@@ -64,7 +64,7 @@ class Program:
 
     @property
     def build_flags(self) -> list[str]:
-        """Build flags. Linker flags set the version that the Kubernetes components report to clients, as in the upstream build."""
+        """Flags of `go build`. The linker flags set the version that the Kubernetes components report to clients, as in the upstream build."""
         linker_flags = ["-s", "-w"]
         if self.name == KUBE_PROGRAM:
             major, minor, _ = self.version.split(".")
@@ -109,8 +109,8 @@ def ensure_built(name: str, step: Step = silent_step) -> Path:
     return binary_path
 
 
-def module_sources(name: str) -> Path:
-    """Return the folder with the sources of the Go module that gives a program its version. Errors: MissingRequirement, BuildFailed."""
+def download_module_sources(name: str) -> Path:
+    """Download the Go module that gives a program its version. Returns the folder with its sources. Errors: MissingRequirement, BuildFailed."""
     program = PROGRAM_BY_NAME[name]
     assert program.version_module is not None
     check_go()

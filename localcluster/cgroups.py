@@ -1,4 +1,4 @@
-"""Create and remove the cgroups of the containers: in each cgroup hierarchy, every node has one cgroup."""
+"""Create and remove the cgroups that hold the containers: one for each node in each cgroup hierarchy."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def create_cgroups(node_names: list[str]) -> None:
                 (folder / "cgroup.subtree_control").write_text(" ".join(f"+{name}" for name in names))
         elif (parent_cgroup / "cpuset.cpus").exists():
             _inherit_cpuset(parent_cgroup, [parent_cgroup / node for node in node_names])
-        _set_weight(parent_cgroup)
+        _raise_cpu_weight(parent_cgroup)
 
 
-def _set_weight(folder: Path) -> None:
-    """Raise the CPU weight. With the default weight, all pods together would get only as much CPU time as one other cgroup."""
+def _raise_cpu_weight(folder: Path) -> None:
+    """Raise the CPU weight of a cgroup. With the default weight, all pods together would get only as much CPU time as one other cgroup."""
     for name, default_weight in (("cpu.weight", 100), ("cpu.shares", 1024)):
         if (folder / name).exists():
             (folder / name).write_text(str(CPU_WEIGHT_FACTOR * default_weight))
@@ -68,7 +68,10 @@ def kill_node(node_name: str) -> None:
 
 
 def remove_cgroups(timeout_seconds: float = 10.0) -> None:
-    """Remove all cgroups. The caller must have killed their processes. Errors: StartFailed if a cgroup is still in use after `timeout_seconds`."""
+    """Remove the cgroups of all local clusters. The caller must kill their processes first.
+
+    Errors: StartFailed if a cgroup is still in use after `timeout_seconds`.
+    """
     deadline = time.monotonic() + timeout_seconds
     while folders := list_cgroups():
         for folder in folders:

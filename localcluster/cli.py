@@ -17,7 +17,7 @@ from localcluster.control_plane import CONTROL_PLANE_MODE, NODE_MODE, ControlPla
 from localcluster.errors import LocalClusterError, NotRunning
 from localcluster.node_cluster import NodeCluster, list_ready_nodes
 from localcluster.processes import Lifetime
-from localcluster.steps import shown_step
+from localcluster.steps import show_step
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 node_app = typer.Typer(help="Make a node fail, and recover it.", no_args_is_help=True)
@@ -36,12 +36,12 @@ class Mode(StrEnum):
 INTERRUPTED_EXIT_CODE = 130
 """Exit code after Ctrl-C or SIGTERM."""
 NameOption = Annotated[str, typer.Option(help="Name of the cluster.")]
-StateOption = Annotated[Path | None, typer.Option(help="Folder for the cluster's state (default: a folder in the cache).", file_okay=False)]
+StateOption = Annotated[Path | None, typer.Option(help="Folder for the cluster's files (default: a folder in the cache).", file_okay=False)]
 
 
-def state_folder(name: str, state: Path | None) -> Path:
-    """Return the state folder: `state` if it is given, else the default folder of the cluster `name`."""
-    return (state or paths.default_state_folder(name)).absolute()
+def state_folder(name: str, given_folder: Path | None) -> Path:
+    """Return the state folder: `given_folder`, or the default folder of the cluster `name` if it is None."""
+    return (given_folder or paths.default_state_folder(name)).absolute()
 
 
 @app.command()
@@ -52,14 +52,14 @@ def up(
     name: NameOption = "default",
     state: StateOption = None,
 ) -> None:
-    """Start a cluster unless it is running, and print its KUBECONFIG and S3 address."""
+    """Start a cluster unless it is already running. Print the command that sets KUBECONFIG, and the S3 address."""
     state_dir = state_folder(name, state)
     if mode is Mode.CONTROL_PLANE:
         if nodes != 1 or gpus:
             raise typer.BadParameter("--nodes and --gpus need --mode node: a control plane alone has no nodes")
-        endpoint = ControlPlane(state_dir, lifetime=Lifetime.UNTIL_STOPPED, step=shown_step).up()
+        endpoint = ControlPlane(state_dir, lifetime=Lifetime.UNTIL_STOPPED, step=show_step).up()
     else:
-        cluster = NodeCluster(state_dir, nodes=nodes, gpus=gpus, lifetime=Lifetime.UNTIL_STOPPED, step=shown_step).up()
+        cluster = NodeCluster(state_dir, nodes=nodes, gpus=gpus, lifetime=Lifetime.UNTIL_STOPPED, step=show_step).up()
         endpoint = cluster.endpoint
         typer.echo(f"# S3: {cluster.s3.host_url} on this machine, {cluster.s3.cluster_url} in pods")
     typer.echo(f"export KUBECONFIG={endpoint.kubeconfig}")
@@ -71,9 +71,9 @@ def down(
     state: StateOption = None,
     purge: Annotated[bool, typer.Option(help="Also remove the images that the nodes have cached.")] = False,
 ) -> None:
-    """Stop a cluster. Keep the nodes' images for the next cluster."""
+    """Stop a cluster. Without --purge, the nodes keep their images for the next cluster."""
     state_dir = state_folder(name, state)
-    with shown_step(f"stop the cluster in {state_dir}"):
+    with show_step(f"stop the cluster in {state_dir}"):
         if read_mode(state_dir) == CONTROL_PLANE_MODE or os.geteuid() != 0:
             ControlPlane(state_dir).down()
         else:
@@ -83,7 +83,7 @@ def down(
 
 def open_endpoint(state_dir: Path) -> Endpoint:
     """Return the API server endpoint of the cluster in `state_dir`. Errors: NotRunning."""
-    endpoint = NodeCluster(state_dir).endpoint if read_mode(state_dir) == NODE_MODE else ControlPlane(state_dir).running_endpoint()
+    endpoint = NodeCluster(state_dir).endpoint if read_mode(state_dir) == NODE_MODE else ControlPlane(state_dir).find_running_endpoint()
     if endpoint is None or not endpoint.is_ready():
         raise NotRunning(f"no cluster is running in {state_dir}: run `localcluster up`")
     return endpoint
@@ -113,7 +113,7 @@ def kubeconfig(name: NameOption = "default", state: StateOption = None) -> None:
 )
 def kubectl(context: typer.Context, name: NameOption = "default", state: StateOption = None) -> NoReturn:
     """Run kubectl on the cluster, for example: localcluster kubectl -- get pods -A."""
-    program = build.ensure_built(build.KUBE_PROGRAM, shown_step)
+    program = build.ensure_built(build.KUBE_PROGRAM, show_step)
     config = open_endpoint(state_folder(name, state)).kubeconfig
     os.execv(program, [str(program), "kubectl", "--kubeconfig", str(config), *context.args])
 
@@ -126,7 +126,7 @@ def load_image(
 ) -> None:
     """Load an image into all nodes."""
     source = Path(image) if Path(image).is_dir() else image
-    typer.echo(NodeCluster(state_folder(name, state), step=shown_step).load_image(source))
+    typer.echo(NodeCluster(state_folder(name, state), step=show_step).load_image(source))
 
 
 @app.command("build")
@@ -134,7 +134,7 @@ def build_programs() -> None:
     """Build the cluster's programs from Go modules unless they are cached."""
     for program in build.PROGRAM_BY_NAME.values():
         if not program.is_optional:
-            typer.echo(build.ensure_built(program.name, shown_step))
+            typer.echo(build.ensure_built(program.name, show_step))
 
 
 @app.command()
@@ -143,7 +143,7 @@ def packages(install: Annotated[bool, typer.Option(help="Install missing package
     package_by_program = {**requirements.NODE_PACKAGES, **requirements.IMAGE_PACKAGES, **requirements.TEST_PACKAGES}
     missing_names = requirements.list_missing_packages(package_by_program)
     if missing_names and install:
-        with shown_step(f"install {' '.join(missing_names)}"):
+        with show_step(f"install {' '.join(missing_names)}"):
             requirements.install_packages(missing_names)
     requirements.check_packages(package_by_program)
     typer.echo(f"present: {' '.join(sorted(set(package_by_program.values())))}")
@@ -151,7 +151,7 @@ def packages(install: Annotated[bool, typer.Option(help="Install missing package
 
 @node_app.command("stop")
 def node_stop(node: str, name: NameOption = "default", state: StateOption = None) -> None:
-    """Stop the node's kubelet. The node becomes NotReady, and its containers keep running."""
+    """Kill the kubelet of a node. The node becomes NotReady, and its containers keep running."""
     NodeCluster(state_folder(name, state)).stop_kubelet(node)
 
 
@@ -163,8 +163,8 @@ def node_kill(node: str, name: NameOption = "default", state: StateOption = None
 
 @node_app.command("start")
 def node_start(node: str, name: NameOption = "default", state: StateOption = None) -> None:
-    """Start the node again and wait until it is ready."""
-    with shown_step(f"start {node}"):
+    """Start a stopped or killed node again, and wait until it is ready."""
+    with show_step(f"start {node}"):
         NodeCluster(state_folder(name, state)).start_node(node)
 
 
@@ -173,7 +173,7 @@ def images_build(
     which: Annotated[list[images.ImageName], typer.Argument(help="operator, trainer, s3, cli, or all (operator, trainer and s3).")],
 ) -> None:
     """Build images as OCI layouts in the cache, and print the tag and folder of each."""
-    for built_image in images.build_images(which, shown_step):
+    for built_image in images.build_images(which, show_step):
         typer.echo(f"{built_image.tag} {built_image.layout_folder}")
 
 

@@ -1,6 +1,6 @@
 """Compute the command lines and configuration files of the Kubernetes components from addresses and folders.
 
-Values differ from the upstream defaults only if a cluster on one machine needs other values.
+A value differs from its upstream default only if a cluster on one machine needs another value.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ SERVICE_CIDR = "10.96.0.0/16"
 DNS_DOMAIN = "cluster.local"
 AUDIT_POLICY_FILE = "audit-policy.json"
 AUDIT_LOG = "logs/audit.log"
-"""The API server's audit log in the state folder: who wrote which FineTuneJob, and all requests of ServiceAccounts. One JSON object per line."""
+"""The API server's audit log in the state folder: all created pods, who wrote which FineTuneJob, and all requests of ServiceAccounts. One JSON object
+per line."""
 WRITING_VERBS = ["create", "update", "patch", "delete", "deletecollection"]
 
 
@@ -36,19 +37,19 @@ class ControlPlaneAddresses:
 
 @dataclass(frozen=True)
 class User:
-    """One line of the API server's token file."""
+    """One user in the API server's token file."""
 
     token: str
     name: str
-    group: str
+    user_group: str
 
     @property
-    def line(self) -> str:
-        return f"{self.token},{self.name},{self.name},{self.group}\n"
+    def token_file_line(self) -> str:
+        return f"{self.token},{self.name},{self.name},{self.user_group}\n"
 
 
-def etcd_command(kube_program: Path, folder: Path, addresses: ControlPlaneAddresses) -> list[str]:
-    """Command line of etcd. fsync is off, because etcd's data are removed when the cluster ends."""
+def make_etcd_command(kube_program: Path, folder: Path, addresses: ControlPlaneAddresses) -> list[str]:
+    """Return the command line of etcd. fsync is off, because etcd's data are removed when the cluster ends."""
     client_url, peer_url = f"http://127.0.0.1:{addresses.etcd_port}", f"http://127.0.0.1:{addresses.etcd_peer_port}"
     return [
         str(kube_program), "etcd", "--data-dir", str(folder / "etcd"), "--unsafe-no-fsync", "--log-level", "warn",
@@ -57,8 +58,8 @@ def etcd_command(kube_program: Path, folder: Path, addresses: ControlPlaneAddres
     ]
 
 
-def api_server_command(kube_program: Path, folder: Path, addresses: ControlPlaneAddresses) -> list[str]:
-    """Command line of the API server, with a token file and a self-signed serving certificate.
+def make_api_server_command(kube_program: Path, folder: Path, addresses: ControlPlaneAddresses) -> list[str]:
+    """Return the command line of the API server, with a token file and a self-signed serving certificate.
 
     If the address is a loopback address, the endpoint reconciler is off, because pods could not connect to this address.
     """
@@ -79,13 +80,15 @@ def api_server_command(kube_program: Path, folder: Path, addresses: ControlPlane
     ]
 
 
-def make_audit_policy(group: str) -> str:
-    """Return an audit policy that records writes to objects of one API group, and all requests of ServiceAccounts to the API's resources.
+def make_audit_policy(api_group: str) -> str:
+    """Return an audit policy that records created pods, writes to objects of one API group, and all requests of ServiceAccounts.
 
-    Tests compare these requests with the granted permissions. Components of the cluster have other users, so the log stays small.
+    The log contains the whole manifest of a created pod. Tests compare the requests of ServiceAccounts with their permissions. The log stays small,
+    because the cluster's components are no ServiceAccounts.
     """
     rules = [
-        {"level": "Metadata", "verbs": WRITING_VERBS, "resources": [{"group": group}]},
+        {"level": "Request", "verbs": ["create"], "resources": [{"group": "", "resources": ["pods"]}]},
+        {"level": "Metadata", "verbs": WRITING_VERBS, "resources": [{"group": api_group}]},
         {"level": "None", "nonResourceURLs": ["*"]},
         {"level": "Metadata", "userGroups": ["system:serviceaccounts"]},
         {"level": "None"},
@@ -93,8 +96,8 @@ def make_audit_policy(group: str) -> str:
     return json.dumps({"apiVersion": "audit.k8s.io/v1", "kind": "Policy", "omitStages": ["RequestReceived"], "rules": rules})
 
 
-def controller_manager_command(kube_program: Path, folder: Path, *, node_grace_seconds: int) -> list[str]:
-    """Command line of the controller manager. A node without heartbeat for `node_grace_seconds` becomes NotReady."""
+def make_controller_manager_command(kube_program: Path, folder: Path, *, node_grace_seconds: int) -> list[str]:
+    """Return the command line of the controller manager. A node without heartbeat for `node_grace_seconds` becomes NotReady."""
     return [
         str(kube_program), "kube-controller-manager", "--kubeconfig", str(folder / "kubeconfig"),
         "--service-account-private-key-file", str(folder / "sa.key"), "--root-ca-file", str(folder / "ca.crt"),
@@ -103,16 +106,16 @@ def controller_manager_command(kube_program: Path, folder: Path, *, node_grace_s
     ]
 
 
-def scheduler_command(kube_program: Path, folder: Path) -> list[str]:
-    """Command line of the scheduler."""
+def make_scheduler_command(kube_program: Path, folder: Path) -> list[str]:
+    """Return the command line of the scheduler."""
     return [
         str(kube_program), "kube-scheduler", "--kubeconfig", str(folder / "kubeconfig"), "--leader-elect=false",
         "--secure-port", "0",
     ]
 
 
-def kubelet_command(kube_program: Path, folder: Path, *, node_name: str, node_address: str) -> list[str]:
-    """Command line of one node's kubelet, with its files below the node's `folder`."""
+def make_kubelet_command(kube_program: Path, folder: Path, *, node_name: str, node_address: str) -> list[str]:
+    """Return the command line of one node's kubelet. `folder` is the node's folder, which holds the kubelet's files."""
     return [
         str(kube_program), "kubelet", "--config", str(folder / "kubelet.json"), "--kubeconfig", str(folder / "kubeconfig"),
         "--root-dir", str(folder / "kubelet"), "--cert-dir", str(folder / "kubelet-certs"),
@@ -120,8 +123,8 @@ def kubelet_command(kube_program: Path, folder: Path, *, node_name: str, node_ad
     ]
 
 
-def kubelet_configuration(folder: Path, *, containerd_socket: str, dns_address: str, cgroup_root: str, lease_seconds: int) -> str:
-    """The kubelet's configuration file. Eviction thresholds are low, because the disk may be nearly full. Image garbage collection is off."""
+def make_kubelet_configuration(folder: Path, *, containerd_socket: str, dns_address: str, cgroup_root: str, lease_seconds: int) -> str:
+    """Return the kubelet's configuration file. Eviction thresholds are low, because the disk may be nearly full. Image garbage collection is off."""
     return json.dumps(
         {
             "apiVersion": "kubelet.config.k8s.io/v1beta1",
@@ -152,8 +155,8 @@ def kubelet_configuration(folder: Path, *, containerd_socket: str, dns_address: 
     )
 
 
-def kube_proxy_command(kube_program: Path, kubeconfig: Path, *, node_name: str, cluster_cidr: str) -> list[str]:
-    """Command line of kube-proxy in iptables mode. kube-proxy does not set the conntrack sysctls, because they affect the whole machine."""
+def make_kube_proxy_command(kube_program: Path, kubeconfig: Path, *, node_name: str, cluster_cidr: str) -> list[str]:
+    """Return the command line of kube-proxy in iptables mode. kube-proxy does not set the conntrack sysctls, because they affect the whole machine."""
     return [
         str(kube_program), "kube-proxy", "--kubeconfig", str(kubeconfig), "--proxy-mode", "iptables",
         "--hostname-override", node_name, "--cluster-cidr", cluster_cidr, "--conntrack-max-per-core", "0",
@@ -163,7 +166,7 @@ def kube_proxy_command(kube_program: Path, kubeconfig: Path, *, node_name: str, 
 
 
 def make_kubeconfig(server: str, token: str, ca: bytes | None) -> str:
-    """A kubeconfig in JSON, which is valid YAML. If `ca` is None, clients do not verify the server; only the cluster's components use this."""
+    """Return a kubeconfig as JSON, which is valid YAML. If `ca` is None, clients do not verify the server; only components of the cluster use this."""
     cluster: dict[str, str | bool] = {"server": server}
     if ca is None:
         cluster["insecure-skip-tls-verify"] = True

@@ -16,12 +16,12 @@ _UNUSED_PLUGINS = [
 
 
 def make_configuration(node: Node, *, with_cri: bool) -> str:
-    """Text of config.toml. `cri=False` disables the CRI plugin. Old containers can then be removed before a kubelet sees them."""
+    """Return the text of config.toml. With `with_cri=False` the CRI plugin is off, so that old containers can be removed before a kubelet sees them."""
     # Without CAP_SYS_RESOURCE, runc fails when it lowers the oom_score_adj of a sandbox; restrict_oom_score_adj avoids this.
     disabled_plugins = _UNUSED_PLUGINS if with_cri else [*_UNUSED_PLUGINS, "io.containerd.grpc.v1.cri"]
     cri_table = 'plugins."io.containerd.grpc.v1.cri"'
     return f"""version = 2
-root = {json.dumps(str(node.store))}
+root = {json.dumps(str(node.image_folder))}
 state = "/run/finetune/containerd"
 disabled_plugins = {json.dumps(disabled_plugins)}
 [grpc]
@@ -45,7 +45,7 @@ disabled_plugins = {json.dumps(disabled_plugins)}
 
 
 def make_cni_configuration(node: Node) -> str:
-    """The CNI configuration: pods are attached to a bridge of the node. Traffic to other nodes is routed without masquerading."""
+    """Return the CNI configuration: pods are attached to a bridge of the node, and traffic to other nodes is routed without masquerading."""
     prefix = node.pod_cidr.rpartition(".")[0]
     return json.dumps(
         {
@@ -68,7 +68,7 @@ def make_cni_configuration(node: Node) -> str:
 def write_configuration(node: Node) -> Path:
     """Write the containerd and CNI configuration of a node. Returns the path of config.toml."""
     (node.folder / "cni").mkdir(parents=True, exist_ok=True)
-    node.store.mkdir(parents=True, exist_ok=True)
+    node.image_folder.mkdir(parents=True, exist_ok=True)
     (node.folder / "cni" / "10-bridge.conflist").write_text(make_cni_configuration(node))
     (node.folder / "containerd-without-cri.toml").write_text(make_configuration(node, with_cri=False))
     path = node.folder / "containerd.toml"

@@ -1,6 +1,6 @@
-"""Run a Kubernetes API server with etcd and the controllers, but without nodes: for tests that write pod statuses like a kubelet.
+"""Run a Kubernetes API server with etcd and the controllers, but without nodes: for tests that write pod statuses as a kubelet does.
 
-The control plane consists of three processes on the loopback interface and needs neither root nor namespaces. It is ready in about three
+The control plane consists of three processes on the loopback interface and needs neither root nor Linux namespaces. It is ready in about three
 seconds. Several control planes can run at the same time (each needs 600 MB of memory).
 """
 
@@ -34,7 +34,7 @@ NODE_MODE = "node"
 PLAN_FILE = "plan.json"
 """File in the state folder of a cluster with nodes. This file is written before any process starts."""
 DEFAULT_SERVICE_ACCOUNT = "/api/v1/namespaces/default/serviceaccounts/default"
-"""URL path of a ServiceAccount that the controllers create. When this ServiceAccount exists, the controllers are working."""
+"""URL path of a ServiceAccount that the controllers create. Its existence shows that the controllers work."""
 
 
 class ControlPlane:
@@ -57,7 +57,7 @@ class ControlPlane:
     def up(self) -> Endpoint:
         """Start the control plane unless it is running in this folder."""
         with lock_state_folder(self.state_dir):
-            if running := self.running_endpoint():
+            if running := self.find_running_endpoint():
                 return running
             kube_program = build.ensure_built(build.KUBE_PROGRAM, self._step)
             with self._step("start the control plane"):
@@ -75,8 +75,8 @@ class ControlPlane:
                         raise
         raise AssertionError("unreachable")
 
-    def running_endpoint(self) -> Endpoint | None:
-        """Return the endpoint if the control plane is running and ready, else None."""
+    def find_running_endpoint(self) -> Endpoint | None:
+        """Return the endpoint of the API server, or None if the control plane is not running or not ready."""
         endpoint = read_endpoint(self.state_dir, CONTROL_PLANE_MODE)
         is_complete = len(processes.list_owned_pids(self.state_dir)) >= len(PROCESS_NAMES) + self._with_scheduler
         return endpoint if is_complete and endpoint and endpoint.is_ready() else None
@@ -87,14 +87,14 @@ class ControlPlane:
         addresses = ControlPlaneAddresses("127.0.0.1", "127.0.0.1", port, etcd_port, peer_port)
         token = write_credentials(self.state_dir, kube_program, addresses, [])
         servers = [
-            self._spawn(etcd, components.etcd_command(kube_program, self.state_dir, addresses)),
-            self._spawn(api_server, components.api_server_command(kube_program, self.state_dir, addresses)),
+            self._spawn(etcd, components.make_etcd_command(kube_program, self.state_dir, addresses)),
+            self._spawn(api_server, components.make_api_server_command(kube_program, self.state_dir, addresses)),
         ]
         endpoint = wait_for_api(self.state_dir, addresses, token, servers)
-        argv = components.controller_manager_command(kube_program, self.state_dir, node_grace_seconds=40)
+        argv = components.make_controller_manager_command(kube_program, self.state_dir, node_grace_seconds=40)
         servers.append(self._spawn(controller_manager, argv))
         if self._with_scheduler:
-            servers.append(self._spawn("kube-scheduler", components.scheduler_command(kube_program, self.state_dir)))
+            servers.append(self._spawn("kube-scheduler", components.make_scheduler_command(kube_program, self.state_dir)))
         processes.wait_until(
             "the controller manager", lambda: endpoint.exists(DEFAULT_SERVICE_ACCOUNT), servers=servers, timeout=60
         )
@@ -149,7 +149,7 @@ def write_credentials(folder: Path, kube_program: Path, addresses: ControlPlaneA
     admin_user = User(secrets.token_hex(20), "admin", ADMIN_GROUP)
     (folder / "certs").mkdir(exist_ok=True)
     for name, text in {
-        "tokens.csv": "".join(user.line for user in [admin_user, *node_users]),
+        "tokens.csv": "".join(user.token_file_line for user in [admin_user, *node_users]),
         "kubeconfig": components.make_kubeconfig(addresses.server, admin_user.token, None),
         components.AUDIT_POLICY_FILE: components.make_audit_policy(AUDITED_GROUP),
     }.items():
@@ -160,7 +160,7 @@ def write_credentials(folder: Path, kube_program: Path, addresses: ControlPlaneA
 
 
 def wait_for_api(folder: Path, addresses: ControlPlaneAddresses, token: str, servers: list[Server]) -> Endpoint:
-    """Wait for the serving certificate and for readiness. Then add the certificate to the kubeconfig, so that clients verify the server."""
+    """Wait until the API server has a certificate and is ready. Then add the certificate to the kubeconfig, so that clients verify the server."""
     certificate = folder / "certs" / "apiserver.crt"
     processes.wait_until("the API server's certificate", certificate.exists, servers=servers, timeout=60)
     endpoint = Endpoint(folder / "kubeconfig", addresses.server, token, folder / "ca.crt")
@@ -183,7 +183,10 @@ def write_state(folder: Path, mode: str, endpoint: Endpoint, **extra_fields: obj
 
 
 def read_endpoint(folder: Path, mode: str) -> Endpoint | None:
-    """Return the endpoint from the state file; None if there is no state file. Errors: ClusterDiffers if a cluster of another mode is running."""
+    """Return the endpoint from the state file, or None if the file names no cluster of this mode.
+
+    Errors: ClusterDiffers if a cluster of another mode is running.
+    """
     try:
         state = json.loads((folder / STATE_FILE).read_text())
     except FileNotFoundError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class LocalClusterError(Exception):
-    """An error that the user can correct. `code` is stable across versions; `message` describes the problem and the remedy."""
+    """An error that the user can correct. `code` does not change between versions; `message` describes the problem and the remedy."""
 
     code = "LocalCluster"
 

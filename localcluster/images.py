@@ -1,7 +1,7 @@
 """Build the project's images from its Dockerfiles, as OCI layouts that a node imports with hard links.
 
-buildah builds the images; its layer cache lies outside the checkout. skopeo exports them as uncompressed OCI layouts. A node unpacks only new
-layers. After a code change, it therefore reads megabytes instead of gigabytes.
+buildah builds the images and keeps its layer cache outside the checkout. skopeo exports the images as uncompressed OCI layouts. A node unpacks only
+new layers, so that it reads megabytes instead of gigabytes after a code change.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ RECIPE_BY_IMAGE = {
 
 @dataclass(frozen=True)
 class BuiltImage:
-    """An image and its OCI layout."""
+    """A built image: its tag, and the folder of its OCI layout."""
 
     tag: str
     layout_folder: Path
@@ -108,15 +108,15 @@ def build_recipe(recipe: ImageRecipe, context: Path, step: Step = silent_step) -
             _run_build(recipe, context, base_image)
         with step(f"export {recipe.tag}"):
             _export_layout(recipe)
-        if _free_gb() < MIN_FREE_GB:
-            with contextlib.suppress(BuildFailed):  # a test may have mounted an older image; a later build removes it
+        if _read_free_gb() < MIN_FREE_GB:
+            with contextlib.suppress(BuildFailed):  # buildah keeps an older image that a test has mounted; a later build removes it
                 run_buildah("rmi", "--prune")
     return BuiltImage(recipe.tag, recipe.layout_folder)
 
 
 def check_disk(recipe: ImageRecipe) -> None:
     """Check that the disk has enough space for a first build. Errors: MissingRequirement."""
-    free_gb = _free_gb()
+    free_gb = _read_free_gb()
     if free_gb < recipe.needed_disk_gb:
         raise MissingRequirement(
             f"{recipe.tag} needs {recipe.needed_disk_gb} GB of disk for its first build, but {paths.cache_folder()} has only {free_gb} GB free: "
@@ -124,7 +124,7 @@ def check_disk(recipe: ImageRecipe) -> None:
         )
 
 
-def _free_gb() -> int:
+def _read_free_gb() -> int:
     paths.cache_folder().mkdir(parents=True, exist_ok=True)
     return shutil.disk_usage(paths.cache_folder()).free >> 30
 
@@ -132,30 +132,30 @@ def _free_gb() -> int:
 @contextlib.contextmanager
 def lock_builds() -> Iterator[None]:
     """Hold the build lock of the machine, so that builds run one after the other."""
-    layer_folder().mkdir(parents=True, exist_ok=True)
-    with (layer_folder() / "lock").open("w") as lock:
+    get_layer_folder().mkdir(parents=True, exist_ok=True)
+    with (get_layer_folder() / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
-def layer_folder() -> Path:
-    """Folder in which buildah stores layers."""
+def get_layer_folder() -> Path:
+    """Return the folder in which buildah stores layers."""
     return paths.cache_folder() / "buildah"
 
 
 def run_buildah(*arguments: str | Path, timeout: float | None = None) -> str:
-    """Run buildah with its layers in `layer_folder()`. Returns its output. Errors: BuildFailed if buildah fails or needs more than `timeout` seconds."""
-    command = ["buildah", *_storage_options(), *(str(a) for a in arguments)]
+    """Run buildah with its layers in `get_layer_folder()`. Returns its output. Errors: BuildFailed if buildah fails or needs more than `timeout` seconds."""
+    command = ["buildah", *_make_storage_options(), *(str(a) for a in arguments)]
     return _run_command(command, f"buildah {arguments[0]}", timeout)
 
 
-def _storage_options() -> list[str]:
-    return ["--root", str(layer_folder() / "root"), "--runroot", str(layer_folder() / "run"), "--storage-driver", "overlay"]
+def _make_storage_options() -> list[str]:
+    return ["--root", str(get_layer_folder() / "root"), "--runroot", str(get_layer_folder() / "run"), "--storage-driver", "overlay"]
 
 
 def _run_command(command: list[str], description: str, timeout: float | None = None) -> str:
     # /tmp may be too small: buildah writes gigabytes of temporary files.
-    temporary_folder = layer_folder() / "tmp"
+    temporary_folder = get_layer_folder() / "tmp"
     temporary_folder.mkdir(parents=True, exist_ok=True)
     env = {**os.environ, "TMPDIR": str(temporary_folder)}
     try:
@@ -163,7 +163,7 @@ def _run_command(command: list[str], description: str, timeout: float | None = N
     except subprocess.TimeoutExpired:
         raise BuildFailed(f"{description} took longer than {timeout:.0f} s") from None
     if result.returncode != 0:
-        log = layer_folder() / "last-failure.log"
+        log = get_layer_folder() / "last-failure.log"
         log.write_text(result.stdout + result.stderr)
         log_tail = " | ".join((result.stderr.strip() or result.stdout.strip()).splitlines()[-4:])
         raise BuildFailed(f"{description} failed ({result.returncode}): {log_tail} (log: {log})")
@@ -171,7 +171,7 @@ def _run_command(command: list[str], description: str, timeout: float | None = N
 
 
 def ensure_base(step: Step = silent_step) -> str:
-    """Return the name of the base image: PUBLIC_BASE if it can be pulled, else LOCAL_BASE. Create the image if it does not exist."""
+    """Return the name of the base image: PUBLIC_BASE if it can be pulled, else LOCAL_BASE. Pull or create the image if it does not exist."""
     images = json.loads(run_buildah("images", "--json") or "[]") or []
     existing_names = {name for image in images for name in image.get("names") or []}
     for name in (PUBLIC_BASE, LOCAL_BASE):
@@ -186,7 +186,7 @@ def ensure_base(step: Step = silent_step) -> str:
 
 
 def _create_local_base() -> None:
-    with tempfile.TemporaryDirectory(dir=layer_folder()) as scratch:
+    with tempfile.TemporaryDirectory(dir=get_layer_folder()) as scratch:
         root = Path(scratch) / "root"
         _run_command(
             ["debootstrap", "--variant=minbase", "--include=python3.11,ca-certificates", "bookworm", str(root)],
@@ -205,19 +205,19 @@ def _create_local_base() -> None:
 
 
 def _run_build(recipe: ImageRecipe, context: Path, base_image: str) -> None:
-    with tempfile.TemporaryDirectory(dir=layer_folder()) as scratch:
+    with tempfile.TemporaryDirectory(dir=get_layer_folder()) as scratch:
         # This build context replaces the Dockerfiles' stage `uv`. buildah 1.28 cannot mount a file from a stage that it takes from its cache.
         shutil.copy2(find_program("uv", "the Python package uv"), scratch)
         build_options = [f"--build-arg={argument}" for argument in (f"BASE={base_image}", *recipe.build_arguments)]
         run_buildah(
             "bud", "--quiet", "--isolation", "chroot", "--network", "host", "--pull=never", "--layers",
-            "--disable-compression", *build_options, *_ca_secret(), *_uv_cache(), "--build-context", f"uv={scratch}",
+            "--disable-compression", *build_options, *_make_ca_secret_options(), *_make_uv_cache_options(), "--build-context", f"uv={scratch}",
             "--tag", recipe.tag, "--file", context / recipe.dockerfile, context,
         )
 
 
-def _ca_secret() -> list[str]:
-    """Pass the CA certificates of this machine as a build secret. If a proxy re-signs TLS connections, downloads need these certificates."""
+def _make_ca_secret_options() -> list[str]:
+    """Return the buildah options that pass this machine's CA certificates as a build secret. Downloads need them if a proxy re-signs TLS connections."""
     configured_files = [Path(os.environ[name]) for name in CA_FILE_VARIABLES if os.environ.get(name)]
     for path in [*configured_files, DEBIAN_CA_FILE]:
         if path.is_file():
@@ -225,8 +225,8 @@ def _ca_secret() -> list[str]:
     return []
 
 
-def _uv_cache() -> list[str]:
-    """Mount the user's uv cache, so that a build does not download cached packages again."""
+def _make_uv_cache_options() -> list[str]:
+    """Return the buildah options that mount the user's uv cache, so that a build does not download cached packages again."""
     path = Path(os.environ.get("UV_CACHE_DIR") or Path.home() / ".cache" / "uv")
     path.mkdir(parents=True, exist_ok=True)
     return ["--volume", f"{path}:/root/.cache/uv"]
@@ -236,7 +236,7 @@ def _export_layout(recipe: ImageRecipe) -> None:
     """Export the image to its OCI layout. skopeo skips existing blobs. Afterwards, remove the blobs of older images."""
     recipe.layout_folder.parent.mkdir(parents=True, exist_ok=True)
     (recipe.layout_folder / "index.json").unlink(missing_ok=True)
-    source = f"containers-storage:[overlay@{layer_folder() / 'root'}+{layer_folder() / 'run'}]{recipe.tag}"
+    source = f"containers-storage:[overlay@{get_layer_folder() / 'root'}+{get_layer_folder() / 'run'}]{recipe.tag}"
     command = [
         "skopeo", "copy", "--quiet", "--dest-oci-accept-uncompressed-layers",
         source, f"oci:{recipe.layout_folder}:{recipe.tag}",

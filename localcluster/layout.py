@@ -7,7 +7,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import subprocess
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from localcluster import paths
@@ -27,21 +27,21 @@ MAX_DEFAULT_PREFIX = 4
 
 @dataclass(frozen=True)
 class Node:
-    """One node. `folder` contains the kubelet's files. `store` contains the images; it is kept for the next cluster on this machine."""
+    """One node. `folder` contains the kubelet's files. `image_folder` contains the images, which are kept for the next cluster on this machine."""
 
     name: str
     number: int
-    block: str
+    address_block: str
     folder: Path
-    store: Path
+    image_folder: Path
 
     @property
     def address(self) -> str:
-        return f"{self.block}.0.{self.number}"
+        return f"{self.address_block}.0.{self.number}"
 
     @property
     def pod_cidr(self) -> str:
-        return f"{self.block}.{self.number}.0/24"
+        return f"{self.address_block}.{self.number}.0/24"
 
     @property
     def socket(self) -> str:
@@ -55,23 +55,23 @@ class Node:
 
 @dataclass(frozen=True)
 class Plan:
-    """Names, folders and addresses of a cluster with `count` nodes. All addresses are in the /16 `block` (such as `10.201`).
+    """Names, folders and addresses of a cluster with `node_count` nodes. All addresses are in the /16 `address_block` (such as `10.201`).
     `folder` contains the state of the local cluster.
     """
 
     folder: Path
-    block: str
-    count: int
+    address_block: str
+    node_count: int
 
     @property
     def nodes(self) -> list[Node]:
         return [
-            Node(f"n{i}", i, self.block, self.folder / f"n{i}", node_stores() / f"n{i}")
-            for i in range(1, self.count + 1)
+            Node(f"n{i}", i, self.address_block, self.folder / f"n{i}", get_image_root_folder() / f"n{i}")
+            for i in range(1, self.node_count + 1)
         ]
 
     def node(self, name: str) -> Node:
-        """The node with this name. Errors: KeyError."""
+        """Return the node with this name. Errors: KeyError."""
         return {node.name: node for node in self.nodes}[name]
 
     @property
@@ -81,14 +81,14 @@ class Plan:
     @property
     def host_address(self) -> str:
         """This machine's address on the cluster's network."""
-        return f"{self.block}.0.254"
+        return f"{self.address_block}.0.254"
 
     @property
     def cluster_cidr(self) -> str:
-        return f"{self.block}.0.0/16"
+        return f"{self.address_block}.0.0/16"
 
     def dump(self) -> str:
-        return json.dumps({**asdict(self), "folder": str(self.folder)})
+        return json.dumps({"folder": str(self.folder), "block": self.address_block, "count": self.node_count})
 
     @staticmethod
     def load(text: str) -> Plan:
@@ -96,8 +96,8 @@ class Plan:
         return Plan(Path(data["folder"]), data["block"], data["count"])
 
 
-def node_stores() -> Path:
-    """Folder of the nodes' images. All clusters use the same folder, but only one cluster can run at a time."""
+def get_image_root_folder() -> Path:
+    """Return the folder of the nodes' images. All clusters use the same folder, but only one cluster can run at a time."""
     return paths.cache_folder() / "nodes"
 
 

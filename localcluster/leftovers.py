@@ -1,4 +1,4 @@
-"""Find the processes, namespaces, mounts, network links and cgroups that a cluster has left behind."""
+"""Find the processes, Linux namespaces, mounts, network links and cgroups that a cluster has left behind."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 
 from localcluster import cgroups, processes
 from localcluster.layout import HOST_LINK
-from localcluster.machine import pid_in_namespace
+from localcluster.machine import read_pid_in_namespace
 
-NAMESPACE_KINDS = ("net", "mnt", "pid")
+LINUX_NAMESPACE_KINDS = ("net", "mnt", "pid")
 
 
 @dataclass(frozen=True)
 class Leftovers:
-    """Names of the leftovers, by kind."""
+    """What a cluster has left behind, with one tuple of names for each kind of thing."""
 
     processes: tuple[str, ...]
     namespaces: tuple[str, ...]
@@ -28,23 +28,23 @@ class Leftovers:
 NO_LEFTOVERS = Leftovers((), (), (), (), ())
 
 
-def list_cluster_namespaces(state_dir: Path) -> frozenset[str]:
-    """List the namespaces of a running cluster's processes, except the namespaces of this process."""
+def list_linux_namespaces(state_dir: Path) -> frozenset[str]:
+    """List the Linux namespaces of a running cluster's processes, except the namespaces of this process."""
     namespaces = set()
     for pid in processes.list_owned_pids(state_dir):
-        if pid_in_namespace(pid) is not None:
+        if read_pid_in_namespace(pid) is not None:
             namespaces.update(_list_namespaces(pid))
     return frozenset(namespaces - _list_namespaces(os.getpid()))
 
 
-def find_leftovers(state_dir: Path, namespaces: frozenset[str] = frozenset()) -> Leftovers:
-    """Find everything that belongs to the cluster in `state_dir`. `namespaces` is the result of `list_cluster_namespaces` while the cluster was running.
+def find_leftovers(state_dir: Path, linux_namespaces: frozenset[str] = frozenset()) -> Leftovers:
+    """Find everything that belongs to the cluster in `state_dir`. `linux_namespaces` is the result of `list_linux_namespaces` while the cluster was running.
 
-    A process belongs to the cluster if the cluster has started it, or if it runs in one of `namespaces`, like the processes of containers.
+    A process belongs to the cluster if the cluster has started it, or if it runs in one of `linux_namespaces`, as the processes of containers do.
     """
     mount_lines = Path("/proc/self/mountinfo").read_text().splitlines()
     pids = [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit() and processes.start_time(int(p.name))]
-    namespaces_by_pid = {pid: _list_namespaces(pid) & namespaces for pid in pids}
+    namespaces_by_pid = {pid: _list_namespaces(pid) & linux_namespaces for pid in pids}
     owned_pids = set(processes.list_owned_pids(state_dir)) | {pid for pid, inside in namespaces_by_pid.items() if inside}
     return Leftovers(
         processes=tuple(sorted(f"{pid} {_read_command(pid)}" for pid in owned_pids)),
@@ -57,8 +57,8 @@ def find_leftovers(state_dir: Path, namespaces: frozenset[str] = frozenset()) ->
 
 def _list_namespaces(pid: int) -> set[str]:
     namespaces = set()
-    for kind in NAMESPACE_KINDS:
-        with contextlib.suppress(OSError):  # the process has ended or is a zombie
+    for kind in LINUX_NAMESPACE_KINDS:
+        with contextlib.suppress(OSError):  # ignore a process that has ended or is a zombie
             namespaces.add(str(Path(f"/proc/{pid}/ns/{kind}").readlink()))
     return namespaces
 

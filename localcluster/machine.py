@@ -1,4 +1,4 @@
-"""Create, use and remove the namespaces of a cluster with nodes, from outside.
+"""Create, use and remove the Linux namespaces of a cluster with nodes, from outside.
 
 Only one such cluster can run per machine, because its cgroups and its veth pair have fixed names. A file lock protects the cgroups and the
 veth pair. The cluster's processes hold the lock; when the last process ends, the kernel releases the lock. While the lock is free, all
@@ -27,13 +27,13 @@ PROGRAM_SEARCH_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/
 
 
 class Machine:
-    """Manages the namespaces of the cluster in `folder`. An earlier program may have started the cluster."""
+    """Manages the Linux namespaces of the cluster in `folder`. This program or an earlier one may have started the cluster."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def start(self, plan: Plan, lifetime: Lifetime) -> Server:
-        """Create the namespaces, the nodes' networks and the veth pair to this machine. Components are not started yet."""
+        """Create the Linux namespaces, the nodes' networks and the veth pair to this machine. Components are not started yet."""
         lock = take_lock(self.folder)
         with lock:
             clean_machine()
@@ -52,25 +52,25 @@ class Machine:
         return server
 
     def _connect_network(self, plan: Plan) -> None:
-        run("ip", "link", "add", HOST_LINK, "type", "veth", "peer", "name", "host", "netns", str(self.pid()))
+        run("ip", "link", "add", HOST_LINK, "type", "veth", "peer", "name", "host", "netns", str(self.find_pid()))
         run("ip", "addr", "add", f"{plan.host_address}/24", "dev", HOST_LINK)
         run("ip", "link", "set", HOST_LINK, "up")
-        run("nsenter", "-t", str(self.pid()), "-n", "ip", "link", "set", "host", "master", "lan0", "up")
+        run("nsenter", "-t", str(self.find_pid()), "-n", "ip", "link", "set", "host", "master", "lan0", "up")
 
     def is_responding(self) -> bool:
-        """Whether the first process inside the namespaces answers requests."""
+        """Whether the first process inside the Linux namespaces answers requests."""
         try:
-            namespace_init.send_request(self.folder, "states")
+            namespace_init.send_request(self.folder, "get_exit_codes")
         except OSError:
             return False
         return True
 
     def request(self, method: str, **arguments: Any) -> Any:
-        """Send a request to the first process inside the namespaces. Errors: NotRunning if there is no such process, StartFailed if the request fails."""
+        """Send a request to the first process inside the Linux namespaces. Errors: NotRunning if there is no such process, StartFailed if the request fails."""
         try:
             return namespace_init.send_request(self.folder, method, **arguments)
         except OSError:
-            raise not_running(self.folder) from None
+            raise make_not_running_error(self.folder) from None
         except RuntimeError as error:
             raise StartFailed(str(error)) from None
 
@@ -81,31 +81,31 @@ class Machine:
 
     def check_components(self) -> None:
         """Check that no component has exited. Errors: StartFailed with the end of the component's log."""
-        for name, code in self.request("states").items():
+        for name, code in self.request("get_exit_codes").items():
             if code is not None:
                 raise StartFailed(f"{name} exited with {code}: {processes.join_last_lines(self.folder / 'logs' / f'{name}.log')}")
 
     def is_running(self, names: Sequence[str]) -> bool:
-        """Whether the namespaces exist and all components in `names` are running."""
+        """Whether the Linux namespaces exist and all components in `names` are running."""
         try:
-            states = namespace_init.send_request(self.folder, "states")
+            states = namespace_init.send_request(self.folder, "get_exit_codes")
         except OSError:
             return False
         return all(name in states and states[name] is None for name in names)
 
-    def pid(self, node: str | None = None) -> int:
-        """Return the pid, on this machine, of a process in the namespaces of `node`; if `node` is None, of the cluster's first process."""
-        namespace_pid = 1 if node is None else self.request("holder", node=node)
+    def find_pid(self, node: str | None = None) -> int:
+        """Return the pid on this machine of a process in the Linux namespaces of `node`, or of the cluster's first process if `node` is None."""
+        namespace_pid = 1 if node is None else self.request("get_holder_pid", node=node)
         for pid in processes.list_owned_pids(self.folder):
-            if pid_in_namespace(pid) == namespace_pid:
+            if read_pid_in_namespace(pid) == namespace_pid:
                 return pid
-        raise not_running(self.folder)
+        raise make_not_running_error(self.folder)
 
     def kill_shims(self, node: str) -> None:
         """Kill the containerd shims of a node. Otherwise containers would keep running after containerd has been killed."""
-        mount_namespace = Path(f"/proc/{self.pid(node)}/ns/mnt").readlink()
+        mount_namespace = Path(f"/proc/{self.find_pid(node)}/ns/mnt").readlink()
         for pid in processes.list_owned_pids(self.folder):
-            with contextlib.suppress(OSError):  # the process has ended
+            with contextlib.suppress(OSError):  # ignore a process that has ended
                 is_shim = Path(f"/proc/{pid}/comm").read_text().startswith("containerd-shim")
                 if is_shim and Path(f"/proc/{pid}/ns/mnt").readlink() == mount_namespace:
                     os.kill(pid, signal.SIGKILL)
@@ -121,12 +121,12 @@ class Machine:
             clean_machine()
 
 
-def not_running(folder: Path) -> NotRunning:
+def make_not_running_error(folder: Path) -> NotRunning:
     """Create the error for a command that needs a running cluster with nodes."""
     return NotRunning(f"no cluster with nodes is running in {folder}: run `localcluster up --mode node`")
 
 
-def pid_in_namespace(pid: int) -> int | None:
+def read_pid_in_namespace(pid: int) -> int | None:
     """Return the pid of a process inside its PID namespace; None if it is in the same PID namespace as this program, or has ended."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
@@ -137,7 +137,9 @@ def pid_in_namespace(pid: int) -> int | None:
 
 
 def take_lock(folder: Path) -> TextIO:
-    """Take the machine's lock. Errors: ClusterBusy if another cluster holds the lock; the message contains the state folder of that cluster.
+    """Take the lock that allows one cluster with nodes per machine.
+
+    Errors: ClusterBusy if another cluster holds the lock; the message names the state folder of this cluster.
 
     If the cluster in `folder` holds the lock, wait for the lock: the caller has killed the cluster's processes, but some may still be
     exiting. `processes.list_owned_pids` does not find an exiting process, because the kernel frees its environment before it closes the lock file.
@@ -170,7 +172,7 @@ def _try_lock(lock: TextIO, folder: Path) -> bool:
 
 
 def clean_machine() -> None:
-    """Remove the veth pair and the cgroups. The caller must hold the machine's lock."""
+    """Remove the veth pair and the cgroups. The caller must hold the lock from `take_lock`."""
     link_path = Path(f"/sys/class/net/{HOST_LINK}")
     if link_path.exists():
         # Ignore errors: when the namespace of the peer device ends, the kernel removes the link, possibly at the same time.

@@ -30,8 +30,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 PRIVATE_FOLDERS = ("/run", "/var/log", "/var/lib/cni", "/var/lib/kubelet")
 """Folders whose paths are hard-coded in the components. On each node, a private tmpfs is mounted over each of these folders."""
 PROTECTED_SYSCTLS = {"vm/overcommit_memory": "1", "kernel/panic": "10", "kernel/panic_on_oops": "1"}
-"""Sysctls that the kubelet would change for the whole machine. Regular files are mounted over these sysctls, so the machine's values do not
-change.
+"""Sysctls that the kubelet would change for the whole machine. Regular files are mounted over them, so that the machine's values do not change.
 """
 
 
@@ -76,7 +75,7 @@ def set_up_first_node(plan: Plan) -> None:
 
 
 def enable_forwarding(device: str) -> None:
-    """Enable IP forwarding, and add a route for service addresses to `device`, for the node's own processes."""
+    """Enable IP forwarding, and route service addresses to `device`, so that the node's own processes can reach services."""
     run_setup_command("ip", "route", "add", SERVICE_CIDR, "dev", device)
     write_sysctl("net/ipv4/ip_forward", "1")
     with contextlib.suppress(FileNotFoundError):  # without bridge filtering, a pod cannot reach a service backend on its own node
@@ -84,7 +83,7 @@ def enable_forwarding(device: str) -> None:
 
 
 def set_up_other_node(node: Node, plan: Plan) -> None:
-    """Set up a node other than the first one. Must run inside the node's namespaces, after its veth device has been created."""
+    """Set up a node other than the first one. The caller must run inside the node's Linux namespaces, and must create the node's veth device first."""
     run_setup_command("ip", "link", "set", "lo", "up")
     run_setup_command("ip", "addr", "add", f"{node.address}/24", "dev", "eth0")
     run_setup_command("ip", "link", "set", "eth0", "up")
@@ -132,7 +131,7 @@ def unshare(flags: int) -> None:
 
 
 def enter_namespaces(pid: int) -> None:
-    """Join the mount and network namespaces of process `pid`. Called between fork and exec."""
+    """Join the mount and network namespaces of process `pid`. Popen calls this function between fork and exec."""
     for kind in ("mnt", "net"):
         namespace_fd = os.open(f"/proc/{pid}/ns/{kind}", os.O_RDONLY)
         if _libc.setns(namespace_fd, 0) != 0:
@@ -150,40 +149,40 @@ class Component:
 
 @dataclass
 class ComponentManager:
-    """Handles requests from the socket. A request names one of the public methods, except `reap` and `handle_request`."""
+    """Runs the method that each request asks for. A request can ask for every public method except `reap` and `handle_request`."""
 
     plan: Plan
-    holder_pids: dict[str, int]
-    components: dict[str, Component] = field(default_factory=dict)
+    holder_pid_by_node: dict[str, int]
+    component_by_name: dict[str, Component] = field(default_factory=dict)
 
     def start(self, name: str, node: str, argv: list[str], log: str) -> int:
         """Start a component on a node. Returns its pid. Errors: ValueError if a component of this name is running."""
-        existing = self.components.get(name)
+        existing = self.component_by_name.get(name)
         if existing and existing.exit_code is None:
             raise ValueError(f"{name} is running")
-        holder_pid = self.holder_pids.get(node)
+        holder_pid = self.holder_pid_by_node.get(node)
         with Path(log).open("ab") as out:
             process = subprocess.Popen(
                 argv, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
                 preexec_fn=(lambda: enter_namespaces(holder_pid)) if holder_pid else None,
             )
         process.returncode = 0  # prevents Popen from waiting for the process, because `reap` collects the exit code
-        self.components[name] = Component(process.pid)
+        self.component_by_name[name] = Component(process.pid)
         return process.pid
 
-    def kill(self, name: str, number: int) -> None:
+    def kill(self, name: str, signal_number: int) -> None:
         """Send a signal to a component, unless it has ended."""
-        component = self.components[name]
+        component = self.component_by_name[name]
         if component.exit_code is None:
-            os.kill(component.pid, number)
+            os.kill(component.pid, signal_number)
 
-    def holder(self, node: str) -> int:
-        """Return the pid (in the cluster's PID namespace) of the process that keeps the node's namespaces alive."""
-        return self.holder_pids.get(node, 1)
+    def get_holder_pid(self, node: str) -> int:
+        """Return the pid (in the cluster's PID namespace) of the process that keeps the node's Linux namespaces alive."""
+        return self.holder_pid_by_node.get(node, 1)
 
-    def states(self) -> dict[str, int | None]:
+    def get_exit_codes(self) -> dict[str, int | None]:
         """Return the exit code of each component; None while the component runs."""
-        return {name: component.exit_code for name, component in self.components.items()}
+        return {name: component.exit_code for name, component in self.component_by_name.items()}
 
     def reap(self) -> None:
         """Collect the exit codes of all ended processes, including orphans of containers."""
@@ -192,7 +191,7 @@ class ComponentManager:
                 pid, status = os.waitpid(-1, os.WNOHANG)
                 if pid == 0:
                     return
-                for component in self.components.values():
+                for component in self.component_by_name.values():
                     if component.pid == pid:
                         component.exit_code = os.waitstatus_to_exitcode(status)
 
@@ -233,7 +232,7 @@ def serve_connection(listener: socket.socket, manager: ComponentManager) -> None
 
 
 @contextlib.contextmanager
-def short_path(folder: Path, name: str) -> Iterator[str]:
+def open_short_path(folder: Path, name: str) -> Iterator[str]:
     """Yield a short path to the socket `name` in `folder`: the kernel limits the path of a socket to 108 characters."""
     folder_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -245,7 +244,7 @@ def short_path(folder: Path, name: str) -> Iterator[str]:
 def open_control_socket(folder: Path) -> socket.socket:
     (folder / CONTROL_SOCKET).unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    with short_path(folder, CONTROL_SOCKET) as path:
+    with open_short_path(folder, CONTROL_SOCKET) as path:
         listener.bind(path)
     (folder / CONTROL_SOCKET).chmod(0o600)
     listener.listen(16)
@@ -258,7 +257,7 @@ def send_request(folder: Path, method: str, **arguments: Any) -> Any:
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.settimeout(20)
-        with short_path(folder, CONTROL_SOCKET) as path:
+        with open_short_path(folder, CONTROL_SOCKET) as path:
             connection.connect(path)
         with connection.makefile("rw") as stream:
             stream.write(json.dumps({"method": method, **arguments}) + "\n")
@@ -275,8 +274,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     set_up_first_node(plan)
     mount_private_folders(plan.nodes[0].folder, plan.api_address)
-    holder_pids = {node.name: fork_node(node, plan) for node in plan.nodes[1:]}
-    serve_requests(ComponentManager(plan, holder_pids))
+    holder_pid_by_node = {node.name: fork_node(node, plan) for node in plan.nodes[1:]}
+    serve_requests(ComponentManager(plan, holder_pid_by_node))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Run a complete Kubernetes cluster, for the demo and the e2e tests. Its nodes run real containers, and an S3 server runs in a pod.
 
-The cluster runs in its own namespaces. When the first process of the PID namespace ends, the kernel kills all other processes in this namespace.
+The cluster runs in its own Linux namespaces. When the first process of the PID namespace ends, the kernel kills all other processes in this namespace.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from localcluster.control_plane import (
     write_state,
 )
 from localcluster.errors import ClusterDiffers, ImageNotFound, NotRunning
-from localcluster.layout import API_PORT, S3_NODE_PORT, Node, Plan, find_free_block, node_stores
-from localcluster.machine import Machine, not_running, take_lock
+from localcluster.layout import API_PORT, S3_NODE_PORT, Node, Plan, find_free_block, get_image_root_folder
+from localcluster.machine import Machine, make_not_running_error, take_lock
 from localcluster.oci import Image, find_index_entry, write_layout
 from localcluster.processes import Lifetime, Server
-from localcluster.s3 import S3Endpoint, is_ready, new_keys
+from localcluster.s3 import S3Endpoint, is_ready, make_keys
 from localcluster.steps import Step, silent_step
 from localcluster.store import Containerd
 
@@ -71,7 +71,7 @@ class NodeCluster:
         self._lifetime = lifetime
         self._step = step
         self._machine = Machine(self.state_dir)
-        self._started = False
+        self._was_started_here = False
 
     def up(self) -> NodeCluster:
         """Start the cluster unless it is running in this folder. Returns when nodes, DNS and S3 work."""
@@ -83,7 +83,7 @@ class NodeCluster:
                 program_paths = {name: build.ensure_built(name, self._step) for name in (build.KUBE_PROGRAM, "coredns", "pause")}
                 try:
                     self._start(program_paths)
-                    self._started = True
+                    self._was_started_here = True
                 except BaseException:
                     with self._step("clean up after the failed start"):
                         self._machine.end()
@@ -95,7 +95,7 @@ class NodeCluster:
         endpoint = read_endpoint(self.state_dir, MODE)
         if endpoint is None or not endpoint.is_ready() or not self._machine.is_running(PROCESS_NAMES):
             return False
-        if (count := self.plan.count) != self.options.nodes:
+        if (count := self.plan.node_count) != self.options.nodes:
             raise ClusterDiffers(
                 f"the cluster in {self.state_dir} is running with {count} node(s), but {self.options.nodes} node(s) are requested: "
                 f"run `localcluster down` first"
@@ -111,14 +111,14 @@ class NodeCluster:
             endpoint = self._start_control_plane(plan, program_paths[build.KUBE_PROGRAM], server)
         with self._step("load the system images"):
             self._load_system_images(plan, program_paths["pause"])
-        access_key, secret_key = new_keys()
-        with self._step(f"start {plan.count} node(s)"):
+        access_key, secret_key = make_keys()
+        with self._step(f"start {plan.node_count} node(s)"):
             self._start_nodes(plan, program_paths, endpoint)
             # S3 runs on the first node, so that it stays available when a test stops another node.
             s3_pod.apply_objects(endpoint, access_key, secret_key, node=plan.nodes[0].name)
-            self._wait_until("the nodes", lambda: len(list_ready_nodes(endpoint)) == plan.count)
+            self._wait_until("the nodes", lambda: len(list_ready_nodes(endpoint)) == plan.node_count)
         with self._step("start S3"):
-            s3 = s3_endpoint(plan, access_key, secret_key)
+            s3 = make_s3_endpoint(plan, access_key, secret_key)
             self._wait_until("S3", lambda: is_ready(s3))
         write_state(self.state_dir, MODE, endpoint, access_key=access_key, secret_key=secret_key)
 
@@ -127,8 +127,8 @@ class NodeCluster:
         addresses = ControlPlaneAddresses("0.0.0.0", plan.api_address, API_PORT, 2379, 2380)  # noqa: S104 - in its own namespace
         node_users = [User(secrets.token_hex(20), f"system:node:{node.name}", "system:nodes") for node in plan.nodes]
         token = write_credentials(self.state_dir, kube_program, addresses, node_users)
-        self._machine.start_component("etcd", first_node, components.etcd_command(kube_program, self.state_dir, addresses))
-        self._machine.start_component("kube-apiserver", first_node, components.api_server_command(kube_program, self.state_dir, addresses))
+        self._machine.start_component("etcd", first_node, components.make_etcd_command(kube_program, self.state_dir, addresses))
+        self._machine.start_component("kube-apiserver", first_node, components.make_api_server_command(kube_program, self.state_dir, addresses))
         for node in plan.nodes:
             self._start_containerd(node)
         endpoint = wait_for_api(self.state_dir, addresses, token, [server])
@@ -136,14 +136,14 @@ class NodeCluster:
             node_kubeconfig = node.folder / "kubeconfig"
             node_kubeconfig.touch(mode=0o600)
             node_kubeconfig.write_text(components.make_kubeconfig(addresses.server, user.token, endpoint.ca.read_bytes()))
-        controller_manager = components.controller_manager_command(kube_program, self.state_dir, node_grace_seconds=NODE_GRACE_SECONDS)
+        controller_manager = components.make_controller_manager_command(kube_program, self.state_dir, node_grace_seconds=NODE_GRACE_SECONDS)
         self._machine.start_component("kube-controller-manager", first_node, controller_manager)
-        self._machine.start_component("kube-scheduler", first_node, components.scheduler_command(kube_program, self.state_dir))
+        self._machine.start_component("kube-scheduler", first_node, components.make_scheduler_command(kube_program, self.state_dir))
         return endpoint
 
     def _start_containerd(self, node: Node) -> None:
         """Remove the containers of an earlier cluster from the node's store, then start containerd. The kubelet must not see old containers."""
-        has_old_store = node.store.exists()
+        has_old_store = node.image_folder.exists()
         containerd.write_configuration(node)
         name = f"containerd-{node.name}"
         if has_old_store:
@@ -155,7 +155,7 @@ class NodeCluster:
         self._machine.start_component(name, node, ["containerd", "-c", str(node.folder / "containerd.toml")])
 
     def _has_ended(self, name: str) -> bool:
-        return self._machine.request("states")[name] is not None
+        return self._machine.request("get_exit_codes")[name] is not None
 
     def _load_system_images(self, plan: Plan, pause_program: Path) -> None:
         folder = pause_program.parent / "image"
@@ -175,17 +175,17 @@ class NodeCluster:
         )
         self._machine.start_component("coredns", first_node, [str(program_paths["coredns"]), "-conf", str(corefile)])
         for node in plan.nodes:
-            configuration = components.kubelet_configuration(
+            configuration = components.make_kubelet_configuration(
                 node.folder, containerd_socket=node.socket, dns_address=plan.api_address, cgroup_root=node.cgroup,
                 lease_seconds=LEASE_SECONDS,
             )
             (node.folder / "kubelet.json").write_text(configuration)
             self._start_kubelet(kube_program, node)
-            kube_proxy = components.kube_proxy_command(kube_program, endpoint.kubeconfig, node_name=node.name, cluster_cidr=plan.cluster_cidr)
+            kube_proxy = components.make_kube_proxy_command(kube_program, endpoint.kubeconfig, node_name=node.name, cluster_cidr=plan.cluster_cidr)
             self._machine.start_component(f"kube-proxy-{node.name}", node, kube_proxy)
 
     def _start_kubelet(self, kube_program: Path, node: Node) -> None:
-        argv = components.kubelet_command(kube_program, node.folder, node_name=node.name, node_address=node.address)
+        argv = components.make_kubelet_command(kube_program, node.folder, node_name=node.name, node_address=node.address)
         self._machine.start_component(f"kubelet-{node.name}", node, argv)
 
     def _wait_until(self, description: str, condition: processes.Condition) -> None:
@@ -196,7 +196,7 @@ class NodeCluster:
         processes.wait_until(description, is_ready, servers=[], timeout=60)
 
     def down(self) -> None:
-        """Stop the cluster. Keep the nodes' images for the next cluster."""
+        """Stop the cluster. The nodes' images are kept for the next cluster."""
         with lock_state_folder(self.state_dir):
             self._machine.end()
             self._clean_state_folder()
@@ -205,7 +205,7 @@ class NodeCluster:
         """Stop the cluster, and remove its state folder and the nodes' images."""
         self.down()
         with take_lock(self.state_dir):
-            shutil.rmtree(node_stores(), ignore_errors=True)
+            shutil.rmtree(get_image_root_folder(), ignore_errors=True)
         shutil.rmtree(self.state_dir, ignore_errors=True)
 
     def _clean_state_folder(self) -> None:
@@ -217,28 +217,28 @@ class NodeCluster:
         return self.up()
 
     def __exit__(self, *raised: object) -> None:
-        if self._started:
+        if self._was_started_here:
             self.down()
 
     @property
     def plan(self) -> Plan:
-        """Names and addresses. Errors: NotRunning."""
+        """Names, folders and addresses of the running cluster. Errors: NotRunning."""
         try:
             return Plan.load((self.state_dir / PLAN_FILE).read_text())
         except FileNotFoundError:
-            raise not_running(self.state_dir) from None
+            raise make_not_running_error(self.state_dir) from None
 
     @property
     def network_pid(self) -> int:
         """Pid of a process in the network namespace of the first node, for `nsenter --net`. All pods can reach servers in this namespace."""
-        return self._machine.pid()
+        return self._machine.find_pid()
 
     @property
     def endpoint(self) -> Endpoint:
         """The API server. Errors: NotRunning."""
         endpoint = read_endpoint(self.state_dir, MODE)
         if endpoint is None:
-            raise not_running(self.state_dir)
+            raise make_not_running_error(self.state_dir)
         return endpoint
 
     @property
@@ -251,11 +251,11 @@ class NodeCluster:
         """The S3 server in the cluster. Errors: NotRunning."""
         plan = self.plan
         state = json.loads((self.state_dir / STATE_FILE).read_text())
-        return s3_endpoint(plan, state["access_key"], state["secret_key"])
+        return make_s3_endpoint(plan, state["access_key"], state["secret_key"])
 
     def containerd(self, node: Node) -> Containerd:
         """Return a client for a node's containerd."""
-        return Containerd(f"/proc/{self._machine.pid(node.name)}/root{node.socket}", node.store)
+        return Containerd(f"/proc/{self._machine.find_pid(node.name)}/root{node.socket}", node.image_folder)
 
     def load_image(self, image: Path | str, *, nodes: Sequence[str] | None = None) -> str:
         """Load an image into `nodes`, by default into all nodes. Returns the image's name. Errors: ImageNotFound.
@@ -277,22 +277,22 @@ class NodeCluster:
 
     def stop_kubelet(self, name: str) -> None:
         """Kill a node's kubelet. The node becomes NotReady, and its containers keep running."""
-        self._kill_component(f"kubelet-{self._node(name).name}")
+        self._kill_component(f"kubelet-{self._find_node(name).name}")
 
     def power_off(self, name: str) -> None:
-        """Kill a node's kubelet, containerd and all containers, as a power cut would."""
+        """Kill the kubelet, containerd and all containers of a node, as a power cut would."""
         self.stop_kubelet(name)
         self._kill_component(f"containerd-{name}")
         self._machine.kill_shims(name)
         cgroups.kill_node(name)
 
     def _kill_component(self, name: str) -> None:
-        self._machine.request("kill", name=name, number=int(signal.SIGKILL))
+        self._machine.request("kill", name=name, signal_number=int(signal.SIGKILL))
         processes.wait_until(f"the end of {name}", lambda: self._has_ended(name), servers=[], timeout=10)
 
     def start_node(self, name: str) -> None:
         """Start the components that `stop_kubelet` or `power_off` killed, and wait until the node is Ready."""
-        node = self._node(name)
+        node = self._find_node(name)
         started_at = datetime.now(UTC)
         if self._has_ended(f"containerd-{name}"):
             argv = ["containerd", "-c", str(node.folder / "containerd.toml")]
@@ -304,7 +304,7 @@ class NodeCluster:
         self._wait_until(f"node {name}", lambda: name in list_ready_nodes(self.endpoint, heartbeat_after=started_at))
         self._set_gpus()
 
-    def _node(self, name: str) -> Node:
+    def _find_node(self, name: str) -> Node:
         try:
             return self.plan.node(name)
         except KeyError:
@@ -321,8 +321,8 @@ class NodeCluster:
                 self.endpoint.request("PATCH", path, patch, content_type="application/json-patch+json")
 
 
-def s3_endpoint(plan: Plan, access_key: str, secret_key: str) -> S3Endpoint:
-    """Addresses and keys of a cluster's S3 server."""
+def make_s3_endpoint(plan: Plan, access_key: str, secret_key: str) -> S3Endpoint:
+    """Return the addresses and keys of a cluster's S3 server."""
     return S3Endpoint(f"http://{plan.api_address}:{S3_NODE_PORT}", s3_pod.CLUSTER_URL, access_key, secret_key)
 
 

@@ -9,11 +9,11 @@ CHECKOUT_FOLDER = Path(__file__).resolve().parent.parent
 
 
 def cache_folder() -> Path:
-    """Folder of files that can be created again: binaries, image layers, clusters."""
+    """Return the folder of files that can be created again: binaries, image layers, clusters."""
     user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return user_cache / "finetune-operator"
 
 
 def default_state_folder(name: str) -> Path:
-    """State folder of the cluster `name`."""
+    """Return the default state folder of the cluster `name`."""
     return cache_folder() / "clusters" / name

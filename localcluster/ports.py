@@ -1,7 +1,7 @@
-"""Find free ports on the loopback.
+"""Find free ports on the loopback interface.
 
 The ports are below the range of ephemeral ports. Otherwise the kernel could assign a port to an outgoing connection before the server binds
-it. Two programs may still choose the same port: if bind fails with `address already in use`, the caller must choose again.
+it. Two programs may still choose the same port: the caller must choose again if bind fails with `address already in use`.
 """
 
 from __future__ import annotations

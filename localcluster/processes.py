@@ -1,7 +1,7 @@
 """Start processes, find them again, and end them with all their children.
 
-There are no pid files, because they are wrong after a reboot and may be missing after a `kill -9`. Instead, the environment of each
-process names its owner (a state folder). Child processes inherit the variable, and `/proc` is searched for it.
+There are no pid files, because they are wrong after a reboot and may be missing after a `kill -9`. Instead, an environment variable of each
+process names its owner (a state folder). Child processes inherit the variable, and `list_owned_pids` searches `/proc` for it.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def spawn(
 
 
 def join_last_lines(log: Path, lines: int = 3) -> str:
-    """The last lines of a log, joined into one line."""
+    """Return the last lines of a log, joined into one line."""
     try:
         text = log.read_text(errors="replace").splitlines()
     except OSError:
@@ -98,8 +98,8 @@ def list_owned_pids(owner: Path) -> list[int]:
 
 
 def start_time(pid: int) -> str | None:
-    """Return the start time of a process in clock ticks; None if it has ended. If the kernel reuses a pid, the start time distinguishes the
-    processes.
+    """Return the start time of a process in clock ticks; None if it has ended. The start time distinguishes two processes for which the kernel
+    has used the same pid.
     """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

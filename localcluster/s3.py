@@ -50,20 +50,20 @@ class S3Endpoint:
         )
 
     def environment(self) -> dict[str, str]:
-        """Environment variables with which a child process on this machine can use the server."""
+        """Return the environment variables with which a child process on this machine can use the server."""
         return {
             "AWS_ACCESS_KEY_ID": self.access_key, "AWS_SECRET_ACCESS_KEY": self.secret_key,
             "AWS_ENDPOINT_URL": self.host_url, "AWS_REGION": self.region,
         }
 
 
-def new_keys() -> tuple[str, str]:
+def make_keys() -> tuple[str, str]:
     """Create a random access key and secret key."""
     return "AK" + secrets.token_hex(9).upper(), secrets.token_hex(20)
 
 
 def make_identity_config(access_key: str, secret_key: str) -> dict[str, Any]:
-    """SeaweedFS's `-s3.config` with one administrator and no other user."""
+    """Return the file for SeaweedFS's option `-s3.config`, with one administrator and no other user."""
     return {
         "identities": [
             {
@@ -92,7 +92,7 @@ def find_program(name: str, package: str) -> Path:
 
 
 def make_server_arguments(ports: list[int], *, data_folder: str, config_file: str, s3_bind_address: str) -> list[str]:
-    """Arguments of `weed server`: the S3 gateway listens on `s3_bind_address`, the other services on the loopback; telemetry is off.
+    """Return the arguments of `weed server`: the S3 gateway listens on `s3_bind_address`, the other services on the loopback; telemetry is off.
 
     `ports` contains eight ports, in this order: S3, master, volume and filer, each followed by its gRPC port.
     """
@@ -117,7 +117,7 @@ class S3Process:
 
     def __init__(self, directory: Path, *, access_key: str | None = None, secret_key: str | None = None) -> None:
         self.directory = directory.absolute()
-        new_access_key, new_secret_key = new_keys()
+        new_access_key, new_secret_key = make_keys()
         self.access_key, self.secret_key = access_key or new_access_key, secret_key or new_secret_key
         self._server: processes.Server | None = None
         self.ports: list[int] = []
@@ -177,7 +177,7 @@ class S3Process:
         return "address already in use" in self._log.read_text(errors="replace")
 
     def stop(self) -> None:
-        """Kill the server if it is running. Its data stay in `directory`."""
+        """Kill the server if it is running. The data stay in `directory`."""
         self._kill_server()
 
     def _kill_server(self) -> None:

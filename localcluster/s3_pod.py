@@ -30,7 +30,7 @@ def write_image_layout() -> Path:
 
 
 def make_objects(access_key: str, secret_key: str, *, node: str | None = None) -> list[dict[str, Any]]:
-    """Return the manifests in the order of creation. If `node` is given, the server runs on that node."""
+    """Return the manifests of the S3 server in the order of creation. If `node` is given, the server runs on this node."""
     config = {"s3.json": json.dumps(make_identity_config(access_key, secret_key))}
     return [
         _make_object("v1", "Namespace", NAMESPACE),
@@ -41,7 +41,7 @@ def make_objects(access_key: str, secret_key: str, *, node: str | None = None) -
 
 
 def apply_objects(endpoint: Endpoint, access_key: str, secret_key: str, *, node: str) -> None:
-    """Create or update the objects."""
+    """Create or update the objects of the S3 server."""
     namespace_path = f"namespaces/{NAMESPACE}"
     paths = [f"/api/v1/{namespace_path}", f"/api/v1/{namespace_path}/secrets/{APP_NAME}", f"/api/v1/{namespace_path}/services/{APP_NAME}"]
     paths.append(f"/apis/apps/v1/{namespace_path}/deployments/{APP_NAME}")
@@ -79,7 +79,7 @@ def _make_pod_spec(node: str | None) -> dict[str, Any]:
         "ports": [{"name": "s3", "containerPort": S3_PORT}],
         # Without a CPU request, the pod would have the lowest CPU weight, and training pods would leave it too little CPU time.
         "resources": {"requests": {"cpu": "500m", "memory": "256Mi"}},
-        # The pod becomes unready only after 12 failures: on a busy machine, late answers must not make S3 unreachable.
+        # The pod becomes unready only after 12 failures, because late answers of a busy machine must not make S3 unreachable.
         "readinessProbe": {
             "httpGet": {"path": "/status", "port": S3_PORT}, "periodSeconds": 1, "timeoutSeconds": 5, "failureThreshold": 12,
         },

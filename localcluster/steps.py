@@ -13,14 +13,14 @@ Step = Callable[[str], AbstractContextManager[None]]
 
 @contextlib.contextmanager
 def silent_step(description: str) -> Iterator[None]:
-    """Show nothing. Programs and tests use this function."""
+    """A `Step` that shows nothing, for programs and tests."""
     del description
     yield
 
 
 @contextlib.contextmanager
-def shown_step(description: str) -> Iterator[None]:
-    """Show the step on standard error. On a terminal, show a spinner; otherwise print one line before and one line after the step."""
+def show_step(description: str) -> Iterator[None]:
+    """A `Step` that shows the description on standard error: with a spinner on a terminal, otherwise with one line before and one after the step."""
     from rich.console import Console  # the import takes 0.2 s
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)

@@ -43,7 +43,7 @@ class Containerd:
     def is_responding(self) -> bool:
         return subprocess.run(["ctr", "-a", self.socket_path, "version"], capture_output=True).returncode == 0
 
-    def images(self) -> dict[str, str]:
+    def list_images(self) -> dict[str, str]:
         """Return the digest of each image, by image name."""
         rows = [line.split() for line in self.run_ctr("images", "ls").splitlines()[1:]]
         return {row[0]: row[2] for row in rows}
@@ -51,7 +51,7 @@ class Containerd:
     def load(self, layout_folder: Path, tag: str | None = None) -> str:
         """Import and unpack an image from an OCI layout, unless containerd already has the image. Returns the image's name."""
         name, index_entry = find_index_entry(layout_folder, tag)
-        if self.images().get(name) == index_entry["digest"]:
+        if self.list_images().get(name) == index_entry["digest"]:
             return name
         for tries_left in reversed(range(MAX_IMPORT_ATTEMPTS)):
             try:
@@ -64,7 +64,7 @@ class Containerd:
         return name
 
     def _import_image(self, layout_folder: Path, name: str, index_entry: dict[str, Any]) -> None:
-        """Hard-link large blobs and send the other blobs as an archive."""
+        """Import an image into containerd: hard-link its large blobs, and send its other missing blobs as an archive."""
         missing_digests = self._list_missing_digests(layout_folder, index_entry)
         digests_to_copy = [digest for digest in missing_digests if not self._hard_link(layout_folder, digest)]
         with tempfile.TemporaryFile() as archive:
@@ -73,27 +73,27 @@ class Containerd:
             self.run_ctr("images", "import", "-", stdin=archive)
 
     def _remove_untagged(self) -> None:
-        """Remove images whose tag now names a newer image. Otherwise the old images would keep gigabytes on the disk under the names `sha256:...`."""
-        images = self.images()
-        for name in untagged_names(images):
+        """Remove images whose tag now belongs to a newer image. Otherwise they would occupy gigabytes of disk under the names `sha256:...`."""
+        images = self.list_images()
+        for name in find_untagged_names(images):
             self.run_ctr("images", "rm", name)
 
     def _list_missing_digests(self, layout_folder: Path, index_entry: dict[str, Any]) -> list[str]:
-        manifest = json.loads(blob_path(layout_folder, index_entry["digest"]).read_text())
+        manifest = json.loads(get_blob_path(layout_folder, index_entry["digest"]).read_text())
         existing_digests = set(self.run_ctr("content", "ls", "-q").split())
         image_digests = [index_entry["digest"], manifest["config"]["digest"], *(layer["digest"] for layer in manifest["layers"])]
         return [digest for digest in dict.fromkeys(image_digests) if digest not in existing_digests]
 
     def _hard_link(self, layout_folder: Path, digest: str) -> bool:
         """Hard-link a blob into the content store and register it. Returns False if the blob is small or on another file system."""
-        source = blob_path(layout_folder, digest)
+        source = get_blob_path(layout_folder, digest)
         if source.stat().st_size < 1 << 20:
             return False
-        target = blob_path(self.data_folder / "io.containerd.content.v1.content", digest)
+        target = get_blob_path(self.data_folder / "io.containerd.content.v1.content", digest)
         try:
             os.link(source, target)
         except FileExistsError:
-            pass  # an image that has been removed left this file; the content is the same, because the file is named after its hash
+            pass  # a removed image has left this file; its content is the same, because its name is the hash of the content
         except OSError:
             return False
         size = str(source.stat().st_size)
@@ -110,14 +110,14 @@ class Containerd:
             self.run_ctr("containers", "rm", container)
 
 
-def untagged_names(images: dict[str, str]) -> list[str]:
-    """List the images that have no tag: their only name is their hash. `images` maps names to digests."""
+def find_untagged_names(images: dict[str, str]) -> list[str]:
+    """Return the names of the images without a tag, whose only name is their hash. `images` maps names to digests."""
     tagged_digests = {digest for name, digest in images.items() if not name.startswith("sha256:")}
     return [name for name, digest in images.items() if name.startswith("sha256:") and digest not in tagged_digests]
 
 
-def blob_path(layout_folder: Path, digest: str) -> Path:
-    """Path of a blob in a layout or a content store."""
+def get_blob_path(layout_folder: Path, digest: str) -> Path:
+    """Return the path of a blob in a layout or a content store."""
     return layout_folder / "blobs" / digest.replace(":", "/")
 
 
@@ -132,4 +132,4 @@ def _write_archive(archive_file: BinaryIO, layout_folder: Path, name: str, index
             header.size = len(data)
             archive.addfile(header, io.BytesIO(data))
         for digest in digests:
-            archive.add(blob_path(layout_folder, digest), arcname=f"blobs/{digest.replace(':', '/')}")
+            archive.add(get_blob_path(layout_folder, digest), arcname=f"blobs/{digest.replace(':', '/')}")

@@ -1,8 +1,7 @@
 """Create the JSON schema of the chart's values. The schema rejects unknown keys.
 
-The types of the chart's own keys are defined here; their descriptions are the comments of values.yaml. The schema of the operator's settings is
-generated from the models in `finetune_operator.settings`. If the operator would reject a value, Helm therefore rejects it before it installs
-anything.
+The types of the chart's own keys are defined here; their descriptions are the comments in values.yaml. The schema of the operator's settings is
+generated from the models in `finetune_operator.settings`, so that Helm rejects a value that the operator would reject, before it installs anything.
 """
 
 from __future__ import annotations
@@ -26,44 +25,44 @@ VALUES_FILE = Path(__file__).resolve().parent.parent / "helm/finetune-operator/v
 FIELDS_SET_BY_CHART = (
     "namespaces", "trainer", "storage", "resources", "prepare", "modelCache", "nodePools", "policy", "leaderElection", "isolation", "log", "http",
 )  # fmt: skip
-"""Fields of the operator's configuration that users cannot set below `settings`. The chart sets them from other values or to a constant."""
+"""Fields of the operator's configuration that users cannot set below `settings`: the chart sets them to constants or from other values."""
 
 
-def closed_object_schema(properties: dict[str, Schema], required: tuple[str, ...] = ()) -> Schema:
-    """Schema of an object that allows no keys except `properties`."""
+def make_closed_object_schema(properties: dict[str, Schema], required: tuple[str, ...] = ()) -> Schema:
+    """Return the schema of an object that allows no keys except `properties`."""
     schema: Schema = {"type": "object", "additionalProperties": False, "properties": properties}
     return schema | ({"required": [*required]} if required else {})
 
 
-def string_schema(**keywords: Any) -> Schema:
-    """Schema of a string with further JSON schema keywords."""
+def make_string_schema(**keywords: Any) -> Schema:
+    """Return the schema of a string, with `keywords` as further JSON schema keywords."""
     return {"type": "string", **keywords}
 
 
-def array_schema(items: Schema) -> Schema:
-    return {"type": "array", "items": items}
+def make_array_schema(item_schema: Schema) -> Schema:
+    return {"type": "array", "items": item_schema}
 
 
 OPEN_OBJECT: Schema = {"type": "object"}
 """Schema of an object with any content. Only the API server validates the content."""
 BOOLEAN: Schema = {"type": "boolean"}
 STRING: Schema = {"type": "string"}
-OBJECT_NAME = string_schema(pattern=rf"^({DNS_SUBDOMAIN})?$", maxLength=253)
+OBJECT_NAME = make_string_schema(pattern=rf"^({DNS_SUBDOMAIN})?$", maxLength=253)
 """Name of a Kubernetes object, or the empty string."""
-DURATION = string_schema(pattern="^([0-9]+(ms|[smhd]))*$")
+DURATION = make_string_schema(pattern="^([0-9]+(ms|[smhd]))*$")
 """A duration of Prometheus such as 30s, or the empty string."""
 PORT: Schema = {"type": "integer", "minimum": 1, "maximum": 65535}
 COUNT_OR_PERCENTAGE: Schema = {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": "^([0-9]{1,2}%|100%)?$"}]}
 
 
-def image_schema() -> Schema:
-    """Schema of an image: repository, tag, digest and pull policy."""
-    return closed_object_schema(
+def make_image_schema() -> Schema:
+    """Return the schema of an image: repository, tag, digest and pull policy."""
+    return make_closed_object_schema(
         {
-            "repository": string_schema(pattern=r"^[a-z0-9]([-a-z0-9._/]|:[0-9]+/)*$"),
-            "tag": string_schema(pattern=r"^([A-Za-z0-9_][-A-Za-z0-9_.]{0,127})?$"),
-            "digest": string_schema(pattern="^(sha256:[0-9a-f]{64})?$"),
-            "pullPolicy": string_schema(enum=["Always", "IfNotPresent", "Never"]),
+            "repository": make_string_schema(pattern=r"^[a-z0-9]([-a-z0-9._/]|:[0-9]+/)*$"),
+            "tag": make_string_schema(pattern=r"^([A-Za-z0-9_][-A-Za-z0-9_.]{0,127})?$"),
+            "digest": make_string_schema(pattern="^(sha256:[0-9a-f]{64})?$"),
+            "pullPolicy": make_string_schema(enum=["Always", "IfNotPresent", "Never"]),
         },
         ("repository",),
     )
@@ -77,16 +76,16 @@ class SettingsSchema:
         self._definitions: dict[str, Schema] = config_schema["$defs"]
         self._properties: dict[str, Schema] = config_schema["properties"]
 
-    def field_schema(self, name: str) -> Schema:
-        """Schema of one top-level field, with all `$ref` resolved."""
+    def resolve_field_schema(self, name: str) -> Schema:
+        """Return the schema of one top-level field, with all `$ref` resolved."""
         return self._resolve_references(self._properties[name])
 
-    def schemas_inside_settings(self) -> dict[str, Schema]:
-        """Schemas of the fields that users set below `settings`."""
-        return {name: self.field_schema(name) for name in self._properties if name not in FIELDS_SET_BY_CHART}
+    def list_settings_schemas(self) -> dict[str, Schema]:
+        """Return the schemas of the fields that users set below `settings`."""
+        return {name: self.resolve_field_schema(name) for name in self._properties if name not in FIELDS_SET_BY_CHART}
 
     def _resolve_references(self, node: Any) -> Any:
-        """Return the schema without references, generated titles and null. Null is not needed, because a values file can leave out a key."""
+        """Return a schema without references, generated titles and null types. Null is not needed, because a values file can leave out a key."""
         if isinstance(node, list):
             return [self._resolve_references(item) for item in node]
         if not isinstance(node, dict):
@@ -95,23 +94,23 @@ class SettingsSchema:
             node = self._definitions[node["$ref"].rsplit("/", 1)[1]] | {k: v for k, v in node.items() if k != "$ref"}
         resolved_schema: Schema = {}
         for key, value in node.items():
-            if _is_superfluous(key, value):
+            if _is_unneeded_keyword(key, value):
                 continue
             resolved_schema[key] = (
                 {name: self._resolve_references(sub) for name, sub in value.items()}
                 if key == "properties"
                 else self._resolve_references(value)
             )
-        return _without_null(resolved_schema)
+        return _remove_null_type(resolved_schema)
 
 
-def _is_superfluous(key: str, value: Any) -> bool:
+def _is_unneeded_keyword(key: str, value: Any) -> bool:
     """Whether a keyword is a generated title, a CRD extension (`x-...`), or a default value that is not a scalar."""
     is_title = key == "title" and isinstance(value, str)
     return is_title or key.startswith("x-") or (key == "default" and not isinstance(value, str | int | float))
 
 
-def _without_null(schema: Schema) -> Schema:
+def _remove_null_type(schema: Schema) -> Schema:
     options = schema.get("anyOf")
     if not isinstance(options, list) or {"type": "null"} not in options:
         return schema
@@ -120,134 +119,137 @@ def _without_null(schema: Schema) -> Schema:
     return other_options[0] | keywords if len(other_options) == 1 else keywords | {"anyOf": other_options}
 
 
-def trainer_schema(settings: SettingsSchema) -> Schema:
-    """Schema of `trainer`: the operator's `trainer` section, but the image is split into parts, `resources` is added, and `openshift` sets `fixedUser`."""
-    fields = dict(settings.field_schema("trainer")["properties"])
+def make_trainer_schema(settings: SettingsSchema) -> Schema:
+    """Return the schema of `trainer`. Unlike the operator's section, it splits the image into keys, allows `resources`, and lacks `fixedUser`."""
+    fields = dict(settings.resolve_field_schema("trainer")["properties"])
     fields.pop("imagePullPolicy")
     fields.pop("fixedUser")
-    fields["image"] = image_schema()
+    fields["image"] = make_image_schema()
     for name in ("serviceAccountName", "priorityClassName"):
-        # Also allow the empty string: it is the chart's default and means that the chart does not set the field.
+        # The empty string is also allowed: it is the chart's default, and the chart then does not set the field.
         pattern = "^$|" + fields[name].pop("pattern")
         fields[name] |= {"pattern": pattern}
-    fields["resources"] = settings.field_schema("resources")
-    return closed_object_schema(fields)
+    fields["resources"] = settings.resolve_field_schema("resources")
+    return make_closed_object_schema(fields)
 
 
-def model_cache_schema(settings: SettingsSchema) -> Schema:
-    """Schema of `modelCache`: the operator's section, but empty strings mean that the chart does not set the field."""
-    schema = settings.field_schema("modelCache")
+def make_model_cache_schema(settings: SettingsSchema) -> Schema:
+    """Return the schema of `modelCache`. Other than in the operator's section, a field may be empty: the chart then does not set the field."""
+    schema = settings.resolve_field_schema("modelCache")
     fields = schema["properties"]
-    for holder, name in ((fields, "default"), (fields["node"]["properties"], "path")):
-        holder[name] = holder[name] | {"pattern": "^$|" + holder[name]["pattern"]}
+    for parent_fields, name in ((fields, "default"), (fields["node"]["properties"], "path")):
+        parent_fields[name] = parent_fields[name] | {"pattern": "^$|" + parent_fields[name]["pattern"]}
     return schema
 
 
-def leader_election_schema(settings: SettingsSchema) -> Schema:
-    """Schema of `leaderElection`, without the Lease's name and namespace: the chart derives them from the release."""
-    fields = settings.field_schema("leaderElection")["properties"]
+def make_leader_election_schema(settings: SettingsSchema) -> Schema:
+    """Return the schema of `leaderElection`, without the Lease's name and namespace: the chart derives them from the release."""
+    fields = settings.resolve_field_schema("leaderElection")["properties"]
     user_fields = {name: field for name, field in fields.items() if name not in ("leaseName", "leaseNamespace")}
-    return closed_object_schema(user_fields)
+    return make_closed_object_schema(user_fields)
 
 
-def isolation_schema(settings: SettingsSchema) -> Schema:
-    """Schema of `isolation`, without the fields that the chart derives from the release."""
-    fields = settings.field_schema("isolation")["properties"]
-    return closed_object_schema({name: field for name, field in fields.items() if name not in ("keySecretName", "operatorNamespace", "operatorLabels")})
+def make_isolation_schema(settings: SettingsSchema) -> Schema:
+    """Return the schema of `isolation`, without the fields that the chart derives from the release."""
+    fields = settings.resolve_field_schema("isolation")["properties"]
+    return make_closed_object_schema({name: field for name, field in fields.items() if name not in ("keySecretName", "operatorNamespace", "operatorLabels")})
 
 
-def policy_schema(settings: SettingsSchema) -> Schema:
-    """Schema of `policy`: the operator's `policy` section, and whether the chart creates a ValidatingAdmissionPolicy."""
-    schema = settings.field_schema("policy")
+def make_policy_schema(settings: SettingsSchema) -> Schema:
+    """Return the schema of `policy`: the operator's `policy` section, and whether the chart creates a ValidatingAdmissionPolicy."""
+    schema = settings.resolve_field_schema("policy")
     is_checked_at_apply = {"type": "boolean", "description": "Whether the API server also checks the rules, with a ValidatingAdmissionPolicy."}
     return schema | {"properties": {"validatingAdmissionPolicy": is_checked_at_apply, **schema["properties"]}}
 
 
-def container_resources_schema() -> Schema:
-    """Schema of `resources`."""
+def make_container_resources_schema() -> Schema:
+    """Return the schema of `resources`."""
     quantities_schema = {"type": "object", "additionalProperties": QUANTITY_SCHEMA}
-    return closed_object_schema({"requests": quantities_schema, "limits": quantities_schema})
+    return make_closed_object_schema({"requests": quantities_schema, "limits": quantities_schema})
 
 
-def env_schema() -> Schema:
-    """Schema of one entry of a container's `env`."""
-    return closed_object_schema({"name": string_schema(pattern=ENV_NAME_PATTERN), "value": STRING, "valueFrom": OPEN_OBJECT}, ("name",))
+def make_env_schema() -> Schema:
+    """Return the schema of one entry of a container's `env`."""
+    return make_closed_object_schema({"name": make_string_schema(pattern=ENV_NAME_PATTERN), "value": STRING, "valueFrom": OPEN_OBJECT}, ("name",))
 
 
-def named_object_schema(*required: str) -> Schema:
-    """Schema of an object with required string fields and any other fields."""
-    return {"type": "object", "properties": {name: string_schema(minLength=1) for name in required}, "required": [*required]}
+def make_named_object_schema(*required: str) -> Schema:
+    """Return the schema of an object with required string fields and any other fields."""
+    return {"type": "object", "properties": {name: make_string_schema(minLength=1) for name in required}, "required": [*required]}
 
 
-def monitor_schema() -> Schema:
-    """Schema of `metrics.serviceMonitor` and `metrics.podMonitor`."""
-    relabelings = array_schema(OPEN_OBJECT)
-    return closed_object_schema({
+def make_monitor_schema() -> Schema:
+    """Return the schema of `metrics.serviceMonitor` and `metrics.podMonitor`."""
+    relabelings = make_array_schema(OPEN_OBJECT)
+    return make_closed_object_schema({
         "enabled": BOOLEAN, "namespace": OBJECT_NAME, "labels": LABELS_SCHEMA, "interval": DURATION, "scrapeTimeout": DURATION,
         "relabelings": relabelings, "metricRelabelings": relabelings,
     })  # fmt: skip
 
 
-def metrics_schema() -> Schema:
-    """Schema of `metrics`."""
-    place = {"enabled": BOOLEAN, "namespace": OBJECT_NAME, "labels": LABELS_SCHEMA}
+def make_metrics_schema() -> Schema:
+    """Return the schema of `metrics`."""
+    common_fields = {"enabled": BOOLEAN, "namespace": OBJECT_NAME, "labels": LABELS_SCHEMA}
     service = {"enabled": BOOLEAN, "port": PORT, "labels": LABELS_SCHEMA, "annotations": ANNOTATIONS_SCHEMA}
-    rules = {"alertLabels": {"type": "object", "additionalProperties": STRING}, "disabledAlerts": array_schema(STRING), "extraRules": array_schema(OPEN_OBJECT)}
-    return closed_object_schema({
-        "service": closed_object_schema(service),
-        "serviceMonitor": monitor_schema(),
-        "podMonitor": monitor_schema(),
-        "prometheusRule": closed_object_schema(place | rules),
-        "grafanaDashboard": closed_object_schema(place | {"annotations": ANNOTATIONS_SCHEMA}),
+    rules = {
+        "alertLabels": {"type": "object", "additionalProperties": STRING},
+        "disabledAlerts": make_array_schema(STRING), "extraRules": make_array_schema(OPEN_OBJECT),
+    }  # fmt: skip
+    return make_closed_object_schema({
+        "service": make_closed_object_schema(service),
+        "serviceMonitor": make_monitor_schema(),
+        "podMonitor": make_monitor_schema(),
+        "prometheusRule": make_closed_object_schema(common_fields | rules),
+        "grafanaDashboard": make_closed_object_schema(common_fields | {"annotations": ANNOTATIONS_SCHEMA}),
     })  # fmt: skip
 
 
-def network_policy_schema() -> Schema:
-    """Schema of `networkPolicy`."""
-    rules = array_schema(OPEN_OBJECT)
-    cidr = string_schema(pattern="^[0-9a-fA-F.:]+/[0-9]{1,3}$")
-    return closed_object_schema({
-        "enabled": BOOLEAN, "apiServerPorts": array_schema(PORT) | {"minItems": 1}, "apiServerCidrs": array_schema(cidr),
+def make_network_policy_schema() -> Schema:
+    """Return the schema of `networkPolicy`."""
+    rules = make_array_schema(OPEN_OBJECT)
+    cidr = make_string_schema(pattern="^[0-9a-fA-F.:]+/[0-9]{1,3}$")
+    return make_closed_object_schema({
+        "enabled": BOOLEAN, "apiServerPorts": make_array_schema(PORT) | {"minItems": 1}, "apiServerCidrs": make_array_schema(cidr),
         "metricsFrom": rules, "extraIngress": rules, "extraEgress": rules,
     })  # fmt: skip
 
 
-def openai_server_schema(settings: SettingsSchema) -> Schema:
-    """Schema of `openaiServer`. The server checks the spec of each model when it starts."""
-    model = closed_object_schema({"spec": OPEN_OBJECT}, ("spec",))
-    name = string_schema(pattern=rf"^{DNS_SUBDOMAIN}$", maxLength=253)
-    account = closed_object_schema({"namespace": name, "serviceAccounts": array_schema(name) | {"minItems": 1}}, ("namespace", "serviceAccounts"))
-    return closed_object_schema({
-        "enabled": BOOLEAN, "image": image_schema(), "replicas": {"type": "integer", "minimum": 0, "maximum": 10},
-        "models": {"type": "object", "additionalProperties": model}, "storage": settings.field_schema("storage"),
-        "maxFileBytes": {"type": "integer", "minimum": 1}, "keysSecret": OBJECT_NAME, "credentialsSecret": OBJECT_NAME, "accounts": array_schema(account),
-        "serviceAccountAnnotations": ANNOTATIONS_SCHEMA, "resources": container_resources_schema(),
-        "service": closed_object_schema({"port": PORT, "labels": LABELS_SCHEMA, "annotations": ANNOTATIONS_SCHEMA}),
-        "networkPolicy": closed_object_schema({
-            "enabled": BOOLEAN, "clients": array_schema(OPEN_OBJECT), "storagePorts": array_schema(PORT) | {"minItems": 1},
+def make_openai_server_schema(settings: SettingsSchema) -> Schema:
+    """Return the schema of `openaiServer`. The server checks the spec of each model when it starts."""
+    model = make_closed_object_schema({"spec": OPEN_OBJECT}, ("spec",))
+    name = make_string_schema(pattern=rf"^{DNS_SUBDOMAIN}$", maxLength=253)
+    account = make_closed_object_schema({"namespace": name, "serviceAccounts": make_array_schema(name) | {"minItems": 1}}, ("namespace", "serviceAccounts"))
+    return make_closed_object_schema({
+        "enabled": BOOLEAN, "image": make_image_schema(), "replicas": {"type": "integer", "minimum": 0, "maximum": 10},
+        "models": {"type": "object", "additionalProperties": model}, "storage": settings.resolve_field_schema("storage"),
+        "maxFileBytes": {"type": "integer", "minimum": 1}, "keysSecret": OBJECT_NAME, "credentialsSecret": OBJECT_NAME, "accounts": make_array_schema(account),
+        "serviceAccountAnnotations": ANNOTATIONS_SCHEMA, "resources": make_container_resources_schema(),
+        "service": make_closed_object_schema({"port": PORT, "labels": LABELS_SCHEMA, "annotations": ANNOTATIONS_SCHEMA}),
+        "networkPolicy": make_closed_object_schema({
+            "enabled": BOOLEAN, "clients": make_array_schema(OPEN_OBJECT), "storagePorts": make_array_schema(PORT) | {"minItems": 1},
         }),
     })  # fmt: skip
 
 
-def operator_pod_schemas(settings: SettingsSchema) -> dict[str, Schema]:
-    """Schemas of the values that become fields of the operator's pods."""
-    toleration = settings.field_schema("nodePools")["items"]["properties"]["tolerations"]["items"]
+def make_operator_pod_schemas(settings: SettingsSchema) -> dict[str, Schema]:
+    """Return the schemas of the values that become fields of the operator's pods."""
+    toleration = settings.resolve_field_schema("nodePools")["items"]["properties"]["tolerations"]["items"]
     return {
-        "resources": container_resources_schema(),
+        "resources": make_container_resources_schema(),
         "podSecurityContext": OPEN_OBJECT,
         "securityContext": OPEN_OBJECT,
-        "extraEnv": array_schema(env_schema()),
-        "extraVolumes": array_schema(named_object_schema("name")),
-        "extraVolumeMounts": array_schema(named_object_schema("name", "mountPath")),
+        "extraEnv": make_array_schema(make_env_schema()),
+        "extraVolumes": make_array_schema(make_named_object_schema("name")),
+        "extraVolumeMounts": make_array_schema(make_named_object_schema("name", "mountPath")),
         "nodeSelector": LABELS_SCHEMA,
-        "tolerations": array_schema(toleration),
+        "tolerations": make_array_schema(toleration),
         "affinity": OPEN_OBJECT,
-        "topologySpreadConstraints": array_schema(named_object_schema("topologyKey", "whenUnsatisfiable")),
+        "topologySpreadConstraints": make_array_schema(make_named_object_schema("topologyKey", "whenUnsatisfiable")),
         "priorityClassName": OBJECT_NAME,
         "runtimeClassName": OBJECT_NAME,
         "podLabels": LABELS_SCHEMA,
         "podAnnotations": ANNOTATIONS_SCHEMA,
-        "podDisruptionBudget": closed_object_schema(
+        "podDisruptionBudget": make_closed_object_schema(
             {"enabled": BOOLEAN, "minAvailable": COUNT_OR_PERCENTAGE, "maxUnavailable": COUNT_OR_PERCENTAGE}
         ),
     }
@@ -257,39 +259,39 @@ def make_values_schema() -> Schema:
     """Return the content of values.schema.json."""
     settings = SettingsSchema()
     properties = {
-        "imageRegistry": string_schema(pattern=r"^([a-z0-9]([-a-z0-9._/]|:[0-9]+)*)?$"),
-        "image": image_schema(),
-        "imagePullSecrets": array_schema(string_schema(pattern=rf"^{DNS_SUBDOMAIN}$")),
+        "imageRegistry": make_string_schema(pattern=r"^([a-z0-9]([-a-z0-9._/]|:[0-9]+)*)?$"),
+        "image": make_image_schema(),
+        "imagePullSecrets": make_array_schema(make_string_schema(pattern=rf"^{DNS_SUBDOMAIN}$")),
         "replicas": {"type": "integer", "minimum": 0, "maximum": 10},
-        "leaderElection": leader_election_schema(settings),
-        "isolation": isolation_schema(settings),
-        "watchNamespaces": settings.field_schema("namespaces") | {"uniqueItems": True},
+        "leaderElection": make_leader_election_schema(settings),
+        "isolation": make_isolation_schema(settings),
+        "watchNamespaces": settings.resolve_field_schema("namespaces") | {"uniqueItems": True},
         "checkOtherReleases": BOOLEAN,
         "openshift": BOOLEAN,
-        "trainer": trainer_schema(settings),
-        "storage": settings.field_schema("storage"),
-        "prepare": settings.field_schema("prepare"),
-        "modelCache": model_cache_schema(settings),
-        "nodePools": settings.field_schema("nodePools"),
-        "policy": policy_schema(settings),
-        "settings": closed_object_schema(settings.schemas_inside_settings()),
-        "log": settings.field_schema("log"),
-        "crds": closed_object_schema({"enabled": BOOLEAN, "keep": BOOLEAN}),
-        "rbac": closed_object_schema({"create": BOOLEAN, "aggregate": BOOLEAN}),
-        "serviceAccount": closed_object_schema({"create": BOOLEAN, "name": OBJECT_NAME, "annotations": ANNOTATIONS_SCHEMA}),
-        **operator_pod_schemas(settings),
-        "networkPolicy": network_policy_schema(),
-        "metrics": metrics_schema(),
-        "openaiServer": openai_server_schema(settings),
-        "tests": closed_object_schema({"enabled": BOOLEAN}),
+        "trainer": make_trainer_schema(settings),
+        "storage": settings.resolve_field_schema("storage"),
+        "prepare": settings.resolve_field_schema("prepare"),
+        "modelCache": make_model_cache_schema(settings),
+        "nodePools": settings.resolve_field_schema("nodePools"),
+        "policy": make_policy_schema(settings),
+        "settings": make_closed_object_schema(settings.list_settings_schemas()),
+        "log": settings.resolve_field_schema("log"),
+        "crds": make_closed_object_schema({"enabled": BOOLEAN, "keep": BOOLEAN}),
+        "rbac": make_closed_object_schema({"create": BOOLEAN, "aggregate": BOOLEAN}),
+        "serviceAccount": make_closed_object_schema({"create": BOOLEAN, "name": OBJECT_NAME, "annotations": ANNOTATIONS_SCHEMA}),
+        **make_operator_pod_schemas(settings),
+        "networkPolicy": make_network_policy_schema(),
+        "metrics": make_metrics_schema(),
+        "openaiServer": make_openai_server_schema(settings),
+        "tests": make_closed_object_schema({"enabled": BOOLEAN}),
         "commonLabels": LABELS_SCHEMA,
-        "extraObjects": array_schema({"type": ["object", "string"]}),
+        "extraObjects": make_array_schema({"type": ["object", "string"]}),
         "nameOverride": STRING,
         "fullnameOverride": STRING,
         "global": OPEN_OBJECT | {"description": "Values that Helm shares with subcharts; this chart does not use them."},
     }
     schema_header = {"$schema": "http://json-schema.org/draft-07/schema#", "title": "Values of finetune-operator"}
-    return schema_header | add_descriptions(closed_object_schema(properties), read_value_comments(VALUES_FILE.read_text("utf-8")))
+    return schema_header | add_descriptions(make_closed_object_schema(properties), read_value_comments(VALUES_FILE.read_text("utf-8")))
 
 
 def read_value_comments(text: str) -> dict[tuple[str, ...], str]:

@@ -1,7 +1,7 @@
 """`make demo`: run one fine-tuning job on a real cluster, from `kubectl apply` to a model in S3, and show each step.
 
-The demo runs the steps of a user: it installs the chart, uploads a model and data, applies `examples/quickstart.yaml`, and watches the
-job. CLUSTER=kind|local|current chooses the cluster; KEEP=1 keeps everything running.
+The demo does what a user would do: it installs the chart, uploads a model and data, applies `examples/quickstart.yaml`, and watches the
+job. CLUSTER=kind|local|current chooses the cluster; with KEEP=1, everything keeps running afterwards.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from demo_clusters import CRD_NAME, NAMESPACE, RELEASE_NAME, DemoCluster, NoClus
 from demo_view import Job, Snapshot, follow_job
 from finetune_api.names import Phase
 from parallel_steps import StepFailed, run_all
-from prepare import ROOT, model_step
+from prepare import ROOT, make_model_step
 from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
@@ -45,12 +45,12 @@ console = Console(stderr=False, soft_wrap=True)
 
 
 class DemoFailed(Exception):
-    """The demo cannot continue; the message tells the user the reason."""
+    """The demo cannot continue. The message says why."""
 
 
 @contextlib.contextmanager
 def show_step(title: str) -> Iterator[None]:
-    """Show a step and its duration."""
+    """Show the title while the step runs, then print it with the step's duration."""
     started_at = time.monotonic()
     with console.status(title) if console.is_terminal else contextlib.nullcontext():
         yield
@@ -75,7 +75,7 @@ def upload_model_and_data(cluster: DemoCluster) -> None:
 
 
 def split_image_reference(reference: str) -> dict[str, str]:
-    """Split an image reference into the chart's values."""
+    """Split an image reference into the chart's values `repository`, `tag` and `digest`."""
     name, _, digest = reference.partition("@")
     repository, colon, tag = name.rpartition(":")
     if not colon or "/" in tag:
@@ -119,7 +119,7 @@ def install_chart(cluster: DemoCluster) -> None:
 
 
 def create_namespace(cluster: DemoCluster) -> None:
-    """Create a namespace with the strictest Pod Security level and the S3 credentials of the jobs."""
+    """Create the namespace of the jobs with the strictest Pod Security level, and a Secret with the S3 credentials in it."""
     pod_security_labels = {"pod-security.kubernetes.io/enforce": "restricted"}
     s3_credentials = {"AWS_ACCESS_KEY_ID": cluster.s3.access_key, "AWS_SECRET_ACCESS_KEY": cluster.s3.secret_key}
     objects = [
@@ -209,7 +209,7 @@ def run_demo(cluster: DemoCluster) -> None:
 
 
 def clean_up(cluster: DemoCluster) -> None:
-    """Remove everything that the demo has created. Ignores Ctrl-C during the removal."""
+    """Remove everything that the demo has created. Ctrl-C is ignored during the removal."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     with show_step("remove everything"):
@@ -219,7 +219,7 @@ def clean_up(cluster: DemoCluster) -> None:
 
 
 def uninstall_objects(cluster: DemoCluster) -> None:
-    """Remove the demo's objects from a user's cluster. Delete the namespace RELEASE last: its label shows that the demo has created all objects."""
+    """Remove the demo's objects from a user's cluster. The namespace RELEASE_NAME goes last: its label shows that the demo has created all objects."""
     with contextlib.suppress(subprocess.CalledProcessError):
         cluster.kubectl("delete", "namespace", NAMESPACE, "--ignore-not-found")
     with contextlib.suppress(DemoFailed):
@@ -230,9 +230,9 @@ def uninstall_objects(cluster: DemoCluster) -> None:
 
 
 def prepare_and_run(cluster: DemoCluster, *, keep_running: bool) -> None:
-    """Prepare the cluster, run the demo, and clean up. If `keep_running` is true and the demo succeeds, remove nothing."""
+    """Prepare the cluster, run the demo, and clean up. If the demo succeeds and `keep_running` is true, nothing is removed."""
     print_heading(f"Prepare the {cluster.name} cluster (slow steps run in parallel, and only once)")
-    run_all([*cluster.steps(), HELM.step(), model_step()], cache_folder() / "logs", console)
+    run_all([*cluster.steps(), HELM.step(), make_model_step()], cache_folder() / "logs", console)
     is_kept = False
     try:
         cluster.up()
@@ -244,7 +244,7 @@ def prepare_and_run(cluster: DemoCluster, *, keep_running: bool) -> None:
             clean_up(cluster)
     if is_kept:
         print_heading("Everything keeps running (KEEP=1)")
-        for line in cluster.manual_commands():
+        for line in cluster.describe_manual_commands():
             console.print(f"  {line}", highlight=False, markup=False)
 
 

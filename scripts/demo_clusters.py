@@ -18,17 +18,17 @@ from typing import Any
 
 from finetune_api.names import GROUP, PLURAL
 from parallel_steps import Commands, Step
-from prepare import ROOT, local_steps
+from prepare import ROOT, make_local_steps
 from smollm2 import cache_folder
-from tools import KIND, installed_kind
+from tools import KIND, find_installed_kind
 
 from localcluster import s3_pod
 from localcluster.errors import NotRunning
 from localcluster.machine import take_lock
 from localcluster.node_cluster import NodeCluster
 from localcluster.processes import Lifetime
-from localcluster.s3 import S3Endpoint, is_ready, new_keys
-from localcluster.steps import shown_step
+from localcluster.s3 import S3Endpoint, is_ready, make_keys
+from localcluster.steps import show_step
 
 OPERATOR_IMAGE = "localhost/finetune-operator:dev"
 TRAINER_IMAGE = "localhost/finetune-trainer:dev"
@@ -37,15 +37,15 @@ NAMESPACE = "finetune-demo"
 RELEASE_NAME = "finetune-operator"
 CRD_NAME = f"{PLURAL}.{GROUP}"
 DEMO_LABEL = f"{GROUP}/demo"
-"""Label that marks the namespaces that the demo has created in a user's cluster."""
+"""Label of the namespaces that the demo has created in a user's cluster."""
 
 
 class NoCluster(Exception):
-    """The demo has no cluster to run on; the one-line message names what is missing."""
+    """The demo has no cluster to run on. The one-line message says what is missing."""
 
 
 class DemoCluster(ABC):
-    """A cluster for the demo."""
+    """A cluster on which the demo runs."""
 
     name: str
     operator_image = OPERATOR_IMAGE
@@ -53,7 +53,7 @@ class DemoCluster(ABC):
 
     @abstractmethod
     def steps(self) -> list[Step]:
-        """Return the slow steps. The caller runs them in parallel before it calls `up`."""
+        """Return the slow steps that prepare the cluster. The demo runs them in parallel before it calls `up`."""
 
     @abstractmethod
     def up(self) -> None:
@@ -78,27 +78,27 @@ class DemoCluster(ABC):
         """Run kubectl. Returns its output. Errors: CalledProcessError."""
 
     def has_demo_objects(self) -> bool:
-        """Whether the demo must uninstall its objects. False if `down` removes the whole cluster."""
+        """Whether the demo must uninstall its objects, because `down` does not remove the whole cluster."""
         return False
 
-    def manual_commands(self) -> list[str]:
+    def describe_manual_commands(self) -> list[str]:
         """Return commands for the user. The demo prints them if KEEP=1 keeps everything running."""
         return [f"export KUBECONFIG={self.kubeconfig}", "kubectl get finetunejobs -A     # show the jobs", "make down"]
 
 
 class LocalDemoCluster(DemoCluster):
-    """The local cluster; it needs Linux and root. If the cluster is already running, the demo uses it and does not stop it."""
+    """The cluster of `localcluster`, which needs Linux and root. If it is already running, the demo uses it and does not stop it."""
 
     name = "local"
 
     def __init__(self, *, keep_running: bool) -> None:
-        self._cluster = NodeCluster(lifetime=Lifetime.UNTIL_STOPPED if keep_running else Lifetime.UNTIL_PARENT_ENDS, step=shown_step)
+        self._cluster = NodeCluster(lifetime=Lifetime.UNTIL_STOPPED if keep_running else Lifetime.UNTIL_PARENT_ENDS, step=show_step)
         self._was_running = False
 
     def steps(self) -> list[Step]:
         if not self._is_running():
-            take_lock(self._cluster.state_dir).close()  # if another cluster is running, fail before the slow steps
-        return local_steps()
+            take_lock(self._cluster.state_dir).close()  # fails before the slow steps if another cluster is running
+        return make_local_steps()
 
     def up(self) -> None:
         self._was_running = self._is_running()
@@ -127,7 +127,7 @@ class LocalDemoCluster(DemoCluster):
     def kubectl(self, *arguments: str, stdin: str | None = None) -> str:
         return self._cluster.kubectl(*arguments, stdin=stdin)
 
-    def manual_commands(self) -> list[str]:
+    def describe_manual_commands(self) -> list[str]:
         kubectl_command = f"{sys.executable} -m localcluster kubectl --"
         return [f"export KUBECONFIG={self.kubeconfig}", f"{kubectl_command} get finetunejobs -A", "make down"]
 
@@ -148,12 +148,12 @@ class KindCluster(KubectlCluster):
     def __init__(self, *, keep_running: bool) -> None:
         del keep_running  # kind's containers keep running until they are removed
         self._kubeconfig = cache_folder() / f"{KIND_NAME}.kubeconfig"
-        self._kind_program = installed_kind() or KIND.path
+        self._kind_program = find_installed_kind() or KIND.path
         self._port_forward: subprocess.Popen[str] | None = None
         self._s3: S3Endpoint | None = None
 
     def steps(self) -> list[Step]:
-        kind_steps = [] if installed_kind() else [KIND.step()]
+        kind_steps = [] if find_installed_kind() else [KIND.step()]
         build_steps = [
             Step(f"image of the {name}", lambda command, file=file, tag=tag: self._build_image(command, file, tag))  # type: ignore[misc]  # lambda defaults
             for name, file, tag in (
@@ -178,17 +178,17 @@ class KindCluster(KubectlCluster):
 
     def up(self) -> None:
         for image in (OPERATOR_IMAGE, TRAINER_IMAGE):
-            with shown_step(f"load {image}"):
+            with show_step(f"load {image}"):
                 self._run_kind("load", "docker-image", image, "--name", KIND_NAME)
-        with shown_step("start S3"), tempfile.TemporaryDirectory() as folder:
+        with show_step("start S3"), tempfile.TemporaryDirectory() as folder:
             self._run_kind("load", "image-archive", str(_write_s3_archive(Path(folder))), "--name", KIND_NAME)
-            access_key, secret_key = new_keys()
+            access_key, secret_key = make_keys()
             objects = {"apiVersion": "v1", "kind": "List", "items": s3_pod.make_objects(access_key, secret_key)}
             self.kubectl("apply", "-f", "-", stdin=json.dumps(objects))
             self.kubectl("-n", s3_pod.NAMESPACE, "rollout", "status", f"deployment/{s3_pod.APP_NAME}", "--timeout=120s")
-            self._s3 = self._reach_s3(access_key, secret_key)
+            self._s3 = self._forward_s3_port(access_key, secret_key)
 
-    def _reach_s3(self, access_key: str, secret_key: str) -> S3Endpoint:
+    def _forward_s3_port(self, access_key: str, secret_key: str) -> S3Endpoint:
         command = ["kubectl", "--kubeconfig", str(self._kubeconfig), "-n", s3_pod.NAMESPACE, "port-forward"]
         self._port_forward = subprocess.Popen(
             [*command, f"service/{s3_pod.APP_NAME}", f":{s3_pod.S3_PORT}"], stdout=subprocess.PIPE, text=True
@@ -221,7 +221,7 @@ class KindCluster(KubectlCluster):
 
 
 def _write_s3_archive(folder: Path) -> Path:
-    """Write the S3 image as an archive. An annotation sets the name under which containerd imports the image."""
+    """Write the S3 image as a tar archive. Returns its path. An annotation sets the name under which containerd imports the image."""
     layout_folder = shutil.copytree(s3_pod.write_image_layout(), folder / "layout")
     image_index = json.loads((layout_folder / "index.json").read_text())
     for entry in image_index["manifests"]:
@@ -234,7 +234,7 @@ def _write_s3_archive(folder: Path) -> Path:
 
 
 class CurrentCluster(KubectlCluster):
-    """The cluster of the user's kubeconfig. This cluster pulls the images from a registry, and the demo uses an external S3 server."""
+    """The cluster of the user's kubeconfig. It pulls the images from a registry, and the demo uses an existing S3 server."""
 
     name = "current"
     required_variables = ("OPERATOR_IMAGE", "TRAINER_IMAGE", "S3_ENDPOINT", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
@@ -254,22 +254,22 @@ class CurrentCluster(KubectlCluster):
         return []
 
     def up(self) -> None:
-        with shown_step("connect to the cluster of the kubeconfig"):
+        with show_step("connect to the cluster of the kubeconfig"):
             self.kubectl("version", "-o", "json")
-        with shown_step("connect to S3"):
+        with show_step("connect to S3"):
             if not is_ready(self.s3):
                 raise NoCluster(f"S3_ENDPOINT={self.s3.host_url} refuses a write that is signed with the given keys")
         self._create_namespaces()
 
     def _create_namespaces(self) -> None:
-        """Create the demo's two namespaces. Errors: NoCluster if one of the namespaces or the CRD already exists and was not created by the demo."""
+        """Create the demo's two namespaces. Errors: NoCluster if a namespace or the CRD exists already, but not from an earlier demo."""
         labels = {name: self._read_labels("namespace", name) for name in (RELEASE_NAME, NAMESPACE)}
-        objects_of_others = [f"namespace {name}" for name, object_labels in labels.items() if object_labels is not None and DEMO_LABEL not in object_labels]
+        foreign_objects = [f"namespace {name}" for name, object_labels in labels.items() if object_labels is not None and DEMO_LABEL not in object_labels]
         if labels[RELEASE_NAME] is None and self._read_labels("crd", CRD_NAME) is not None:
-            objects_of_others.append(f"the CustomResourceDefinition {CRD_NAME}")
-        if objects_of_others:
+            foreign_objects.append(f"the CustomResourceDefinition {CRD_NAME}")
+        if foreign_objects:
             raise NoCluster(
-                f"the cluster of {self.kubeconfig} already has {' and '.join(objects_of_others)}. The demo would replace and remove them: "
+                f"the cluster of {self.kubeconfig} already has {' and '.join(foreign_objects)}. The demo would replace and remove them: "
                 "use a cluster without the operator, or apply examples/quickstart.yaml there"
             )
         for name, object_labels in labels.items():
@@ -320,7 +320,7 @@ def choose_cluster(requested_name: str, *, keep_running: bool) -> DemoCluster:
     if requested_name and requested_name not in CLUSTER_CLASSES:
         raise NoCluster(f"CLUSTER={requested_name} is unknown: set CLUSTER to kind, local or current, or do not set it")
     if not requested_name:
-        requested_name = best_available_cluster()
+        requested_name = choose_available_cluster()
     if requested_name == "kind" and not is_docker_running():
         raise NoCluster(
             "CLUSTER=kind needs Docker, but `docker info` fails: start Docker, or use CLUSTER=local"
@@ -345,7 +345,7 @@ def check_local() -> None:
         )
 
 
-def best_available_cluster() -> str:
+def choose_available_cluster() -> str:
     """Choose a cluster for a user who has not set CLUSTER. Returns its name. Errors: NoCluster."""
     if is_docker_running():
         return "kind"

@@ -1,6 +1,6 @@
 """Show a running job: phase, progress, loss, remaining time and events.
 
-On a terminal, the view is updated in place. Otherwise, each change is printed as a line. The view reads only the job's status and events.
+On a terminal, the view is updated in place. Without a terminal, each change is printed as a line. The view only reads the job's status and events.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SHOWN_EVENTS = 8
 
 @dataclass(frozen=True)
 class Event:
-    """One event of the job."""
+    """One Kubernetes event about the job."""
 
     time: datetime
     reason: str
@@ -49,7 +49,7 @@ class Snapshot:
 
     @property
     def phase(self) -> str:
-        """The phase; if the operator has not written a phase yet, a text that says so."""
+        """The job's phase, or a text that says that the operator has not written a phase yet."""
         return str(self.status.phase) if self.status and self.status.phase else "Waiting for the operator"
 
     @property
@@ -59,10 +59,10 @@ class Snapshot:
 
 
 class JobReader(Protocol):
-    """An object from which the view reads the current state of a job."""
+    """An object that reads the current status and events of a job."""
 
     def read(self) -> Snapshot:
-        """Read the current state."""
+        """Return the current status and events."""
 
 
 @dataclass
@@ -75,7 +75,7 @@ class Job:
     _clients: tuple[Any, Any] | None = field(default=None, repr=False)
 
     def read(self) -> Snapshot:
-        """Read status and events."""
+        """Return the current status and events from the API server."""
         custom_objects, events = self._get_clients()
         resource = custom_objects.get_namespaced_custom_object(GROUP, VERSION, self.namespace, PLURAL, self.name)
         status = resource.get("status") or {}
@@ -126,18 +126,18 @@ def _follow_live(job: JobReader, console: Console, timeout_seconds: float) -> Sn
 
 
 def _follow_as_lines(job: JobReader, console: Console, timeout_seconds: float) -> Snapshot:
-    """Print one line for each change of phase, each event, and each fifth of the steps."""
+    """Print one line for each change of the phase, for each event, and for each fifth of the steps. Returns the last snapshot."""
     printed_lines: set[str] = set()
     for snapshot in _poll_snapshots(job, timeout_seconds):
-        for line in [f"phase {snapshot.phase}", *(event.line for event in snapshot.events), *_milestone_lines(snapshot)]:
+        for line in [f"phase {snapshot.phase}", *(event.line for event in snapshot.events), *_make_milestone_lines(snapshot)]:
             if line not in printed_lines:
                 printed_lines.add(line)
                 console.print(f"    {line}", highlight=False, markup=False)
     return snapshot
 
 
-def _milestone_lines(snapshot: Snapshot) -> list[str]:
-    """Return the line `20 % of the steps done` (40 %, 60 %, 80 %, 100 %); no line before 20 %."""
+def _make_milestone_lines(snapshot: Snapshot) -> list[str]:
+    """Return the line `N % of the steps done` for the last milestone (20, 40, 60, 80 or 100 %), or no line before 20 %."""
     progress = snapshot.status.progress if snapshot.status else None
     percent = (progress.percent or 0) // 20 * 20 if progress else 0
     return [f"{percent} % of the steps done"] if percent else []

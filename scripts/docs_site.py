@@ -16,7 +16,7 @@ LOCK = ROOT / "requirements/docs.lock"
 
 
 def ensure_mkdocs() -> Path:
-    """Install the locked packages unless they are installed. Returns the interpreter of their environment."""
+    """Install the packages of docs.lock unless they are installed. Returns the Python interpreter of their environment."""
     digest = hashlib.sha256(LOCK.read_bytes()).hexdigest()[:12]
     folder = cache_folder() / f"docs-{sys.version_info[0]}.{sys.version_info[1]}-{digest}"
     python, ready = folder / "bin" / "python", folder / ".ready"
@@ -32,9 +32,9 @@ def ensure_mkdocs() -> Path:
 
 
 def build_site(folder: Path) -> subprocess.CompletedProcess[str]:
-    """Write the site into a folder. The exit code is not 0 if a link is dead or the navigation lacks a page."""
+    """Write the site into a folder. The result's exit code is not 0 if a link is dead or a page is missing in the navigation."""
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    env |= {"NO_MKDOCS_2_WARNING": "1"}  # Stop the theme from printing an announcement of another program.
+    env |= {"NO_MKDOCS_2_WARNING": "1"}  # The theme would otherwise print an advertisement for another program.
     # With --quiet, mkdocs would not count warnings, so that --strict would have no effect.
     command: list[str | Path] = [ensure_mkdocs(), "-m", "mkdocs", "build", "--strict", "--site-dir", folder]
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)

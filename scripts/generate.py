@@ -1,8 +1,8 @@
 """Write the files that are generated from the models, or check that they are up to date.
 
-The generated files are the CRD, the reference pages, the chart's values schema, README and admission rules, and the chart's copy of the CRD. The
-page about types of models is written from recorded runs. The chart needs a copy, because Helm cannot read files outside a chart. helm-docs writes the
-README from the comments of values.yaml. `make verify` runs this program with --check.
+The generated files are the CRD, the reference pages, and the chart's values schema, README, admission rules and copy of the CRD. The chart needs a copy
+of the CRD, because Helm cannot read files outside a chart. The page about types of models is written from recorded runs. helm-docs writes the README
+from the comments in values.yaml. `make verify` runs this program with --check.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from pathlib import Path
 from chart_schema import make_values_schema
 from finetune_api.reference import build_pages
 from finetune_api.schema import crd_yaml
-from finetune_api.tenancy.admission import rule_expressions_yaml
-from models_page import models_page
+from finetune_api.tenancy.admission import build_admission_rules_yaml
+from models_page import make_models_page
 from tools import HELM_DOCS, build_tools
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,7 +28,7 @@ VALUES_SCHEMA = CHART / "values.schema.json"
 ADMISSION_RULES = CHART / "files/admission-rules.yaml"
 
 
-def chart_readme() -> str:
+def render_chart_readme() -> str:
     """Return the text of the chart's README. Errors: StepFailed if helm-docs cannot be built."""
     build_tools(HELM_DOCS)
     command = [HELM_DOCS.path, "--dry-run", "--log-level", "error", "--sort-values-order", "file", "--chart-search-root", CHART]
@@ -37,10 +37,10 @@ def chart_readme() -> str:
 
 
 def generate_files() -> dict[Path, str]:
-    """Return the text of each generated file."""
+    """Return the text of each generated file by its path."""
     values = json.dumps(make_values_schema(), indent=2, ensure_ascii=False) + "\n"
-    reference_pages = {REFERENCE_FOLDER / name: text for name, text in (build_pages() | {"models.md": models_page()}).items()}
-    chart_files = {VALUES_SCHEMA: values, ADMISSION_RULES: rule_expressions_yaml(), CHART / "README.md": chart_readme()}
+    reference_pages = {REFERENCE_FOLDER / name: text for name, text in (build_pages() | {"models.md": make_models_page()}).items()}
+    chart_files = {VALUES_SCHEMA: values, ADMISSION_RULES: build_admission_rules_yaml(), CHART / "README.md": render_chart_readme()}
     return dict.fromkeys(CRD_FILES, crd_yaml()) | chart_files | reference_pages
 
 

@@ -2,9 +2,9 @@
 
     python scripts/gpu_kit.py            # writes build/gpu-kit/site.tar.xz
 
-The kit is for a machine with Python 3.12, torch for CUDA 13.0, numpy, scipy and pandas. It adds packages of
-`requirements/trainer.lock` in their locked versions, for that Python. `benchmarks/gpu_cells.py` says how to use the kit there. The kit and
-all tracked files together stay below 60 MiB, so that they can be copied quickly.
+The kit is for a machine with Python 3.12, torch for CUDA 13.0, numpy, scipy and pandas. It contains further packages of
+`requirements/trainer.lock` in their locked versions, for Python 3.12. `benchmarks/gpu_cells.py` says how to use the kit. The kit and all tracked
+files together are smaller than 60 MiB, so that they can be copied quickly.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ ARCHIVE = ROOT / "build" / "gpu-kit" / "site.tar.xz"
 PYTHON_VERSION = "3.12"
 PLATFORM = "x86_64-manylinux_2_28"
 CUDA_LIBRARY = "libbitsandbytes_cuda130.so"
-"""The library of bitsandbytes for the machine's CUDA version. The wheel has one for each version of CUDA and ROCm, 125 MB in all."""
-PACKED_NAMES = (
+"""The library of bitsandbytes for the machine's CUDA version. The wheel contains a library for each version of CUDA and ROCm, 125 MB in all."""
+PACKED_PACKAGES = (
     "accelerate", "annotated-types", "bitsandbytes", "datasets", "deepspeed", "dill", "et-xmlfile", "fsspec", "hjson", "httpcore2", "httpx2", "huggingface-hub",
     "jsonschema", "jsonschema-specifications", "liger-kernel", "multiprocess", "openpyxl", "peft", "py-cpuinfo", "pyarrow", "pydantic", "pydantic-core",
     "referencing", "rpds-py", "safetensors", "tokenizers", "transformers", "trl", "truststore", "typing-extensions", "typing-inspection",
 )  # fmt: skip
-"""Locked packages that the machine lacks or has in another version."""
-PUBLISHED_AS_SOURCE = ("deepspeed",)
-"""Packages without a wheel. They are pure Python, so the installed files are packed."""
-LEFT_OUT = re.compile(
+"""Locked packages that are missing on the machine, or have another version there."""
+PACKAGES_WITHOUT_WHEEL = ("deepspeed",)
+"""Packages that are published without a wheel. They are pure Python, so the kit contains their installed files."""
+UNNEEDED_FILE_PATTERN = re.compile(
     r"(^|/)(__pycache__|tests?|include|src|examples)/|\.(pyi|pyx|pxd|h|hpp|a)$|libbitsandbytes_(?!cuda130|cpu)|^bin/"
     r"|^pyarrow/(_|lib(arrow_)?(python_)?)(flight|gcsfs|azurefs|s3fs|s3)\.|^pyarrow/lib\w+\.so(\.\d+\.\d+\.\d+)?$"
 )
-"""Files that no cell needs, by their path below the packages' folder."""
+"""Pattern for the files that no cell needs, as paths in the packages' folder."""
 SIZE_LIMIT_MIB = 60
 
 
-def locked_requirements(lock: str) -> dict[str, str]:
+def read_locked_requirements(lock: str) -> dict[str, str]:
     """Return the requirements of a lock file with their hashes, by the name of the package."""
     entries = re.split(r"\n(?=[a-z0-9])", re.sub(r"^\s*#.*\n", "", lock, flags=re.MULTILINE))
     named = ((re.match(r"[a-z0-9][a-z0-9._-]*(?===)", entry), entry) for entry in entries)
@@ -50,14 +50,14 @@ def locked_requirements(lock: str) -> dict[str, str]:
 
 
 def install_packages(folder: Path) -> None:
-    """Install the wheels of the locked versions for the GPU machine into `folder`. The hashes are checked."""
-    requirements = locked_requirements(TRAINER_LOCK_FILE.read_text())
-    chosen = [requirements[name] for name in PACKED_NAMES if name not in PUBLISHED_AS_SOURCE]
+    """Install the locked wheels for the GPU machine into `folder`. uv checks their hashes."""
+    requirements = read_locked_requirements(TRAINER_LOCK_FILE.read_text())
+    chosen = [requirements[name] for name in PACKED_PACKAGES if name not in PACKAGES_WITHOUT_WHEEL]
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
         file.write("\n".join(chosen) + "\n")
         file.flush()
         base = Path(sys.executable).resolve()
-        uv = next(Path(entry, "uv") for entry in [sysconfig.get_path("scripts"), *_shared_script_folders()] if Path(entry, "uv").exists())
+        uv = next(Path(entry, "uv") for entry in [sysconfig.get_path("scripts"), *_find_shared_script_folders()] if Path(entry, "uv").exists())
         command = [
             uv, "pip", "install", "-q", "--target", folder, "--python", base, "--python-version", PYTHON_VERSION, "--python-platform", PLATFORM,
             "--no-deps", "--require-hashes", "--only-binary", ":all:", "-r", file.name,
@@ -65,7 +65,7 @@ def install_packages(folder: Path) -> None:
         subprocess.run(command, check=True)
 
 
-def _shared_script_folders() -> Iterator[Path]:
+def _find_shared_script_folders() -> Iterator[Path]:
     """Yield the script folders of all environments on `sys.path`, because the checkout's environment uses the packages of a shared environment."""
     yield from (Path(entry).parents[2] / "bin" for entry in sys.path if entry.endswith("site-packages"))
 
@@ -86,12 +86,12 @@ def pack_folder(folder: Path, archive: Path) -> None:
     with tarfile.open(archive, "w:xz", preset=6) as tar:
         for path in sorted(folder.rglob("*")):
             name = path.relative_to(folder).as_posix()
-            if path.is_file() and not LEFT_OUT.search(name):
+            if path.is_file() and not UNNEEDED_FILE_PATTERN.search(name):
                 tar.add(path, name)
 
 
-def tracked_bytes() -> int:
-    """Total size of the tracked files of this checkout."""
+def measure_tracked_files() -> int:
+    """Return the total size of the tracked files of this checkout in bytes."""
     names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     return sum((ROOT / name).stat().st_size for name in names.split("\0") if name and (ROOT / name).is_file())
 
@@ -101,10 +101,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="gpu-kit-") as name:
         folder = Path(name)
         install_packages(folder)
-        for package in PUBLISHED_AS_SOURCE:
+        for package in PACKAGES_WITHOUT_WHEEL:
             copy_installed_package(package, folder)
         pack_folder(folder, ARCHIVE)
-    sizes = [size / 2**20 for size in (ARCHIVE.stat().st_size, tracked_bytes())]
+    sizes = [size / 2**20 for size in (ARCHIVE.stat().st_size, measure_tracked_files())]
     print(f"{ARCHIVE.relative_to(ROOT)}: {sizes[0]:.1f} MiB; with the tracked files {sum(sizes):.1f} MiB (limit {SIZE_LIMIT_MIB})")
     return int(sum(sizes) > SIZE_LIMIT_MIB)
 

@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
-# Write the lock files of the images, the command line, the unit tests and the mutation tool, with the package versions of the test environment
-# (dev.lock), and the lock files of the MLflow server and checkov for tests, of the documentation site and of the image of the vLLM server, which
-# need other versions. The lock files contain no index URLs. Each lock of operator, command line and unit tests is valid for Python 3.11 to 3.13:
-# the packages are compared.
+# Write the lock files. Those of the images, the command line, the unit tests and the mutation tool have the package versions of the test environment
+# (dev.lock). Those of the MLflow server, checkov, the documentation site and the vLLM server's image have other versions. No lock file contains an
+# index URL. The locks of operator, command line and unit tests are valid for Python 3.11 to 3.13: this script compares the packages of all versions.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 uv="$(scripts/uv.sh)"

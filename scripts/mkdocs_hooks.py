@@ -1,6 +1,6 @@
-"""Hooks of the documentation site: files outside of `docs/` that pages link to become part of the site, below `source/`.
+"""Hooks of mkdocs that add files outside of `docs/` to the documentation site, below `source/`, if pages link to them.
 
-So each link works in the repository and on the site, and the site needs no address of a repository.
+Each link therefore works in the repository and on the site, and the site needs no URL of a repository.
 """
 
 from __future__ import annotations
@@ -14,60 +14,60 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
-LINK = re.compile(r"(\]\()([^)\s#:]+)((?:#[^)\s]*)?\))")
-"""A relative link of Markdown: the text before the target, the target, an anchor with the closing parenthesis."""
-PAGES_OF_THE_PROJECT = ("CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "examples/README.md")
+LINK_PATTERN = re.compile(r"(\]\()([^)\s#:]+)((?:#[^)\s]*)?\))")
+"""A relative link in Markdown. Groups: `](`, the target, and an optional anchor with the closing parenthesis."""
+PROJECT_PAGES = ("CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "examples/README.md")
 
 
-def site_uri(path: Path) -> str:
-    """Return the address on the site, relative to its root, of a file of the repository."""
+def to_site_uri(path: Path) -> str:
+    """Return the path of a repository file on the site, relative to the site's root."""
     return path.relative_to(DOCS).as_posix() if path.is_relative_to(DOCS) else f"source/{path.relative_to(ROOT).as_posix()}"
 
 
-def source_path(src_uri: str) -> Path:
-    """Return the file of the repository from which a page or file of the site is made."""
+def to_source_path(src_uri: str) -> Path:
+    """Return the repository file from which mkdocs creates a page or file of the site."""
     return ROOT / src_uri.removeprefix("source/") if src_uri.startswith("source/") else DOCS / src_uri
 
 
-def linked_paths(page: Path) -> set[Path]:
+def find_linked_paths(page: Path) -> set[Path]:
     """Return the existing files of the repository that a page links to."""
-    targets = {Path(os.path.normpath(page.parent / match[2])) for match in LINK.finditer(page.read_text("utf-8"))}
+    targets = {Path(os.path.normpath(page.parent / match[2])) for match in LINK_PATTERN.finditer(page.read_text("utf-8"))}
     return {target for target in targets if target.is_file() and target.is_relative_to(ROOT)}
 
 
 def on_files(files: Files, *, config: Any) -> Files:
     """Add the pages of the project, and all files outside of `docs/` that pages link to."""
-    unread = [source_path(file.src_uri) for file in files if file.src_uri.endswith(".md")] + [ROOT / name for name in PAGES_OF_THE_PROJECT]
+    unread = [to_source_path(file.src_uri) for file in files if file.src_uri.endswith(".md")] + [ROOT / name for name in PROJECT_PAGES]
     seen: set[Path] = set()
     while unread:
         page = unread.pop()
         if page in seen:
             continue
         seen.add(page)
-        uri = site_uri(page)
+        uri = to_site_uri(page)
         if files.get_file_from_path(uri) is None:
             files.append(File.generated(config, uri, abs_src_path=str(page)))
         if page.suffix == ".md":
-            unread += linked_paths(page)
+            unread += find_linked_paths(page)
     return files
 
 
 def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Files) -> str:
-    """Replace the targets of links with addresses on the site. Append the list of decisions to the index of decisions."""
-    folder = source_path(page.file.src_uri).parent
+    """Replace the targets of a page's links with paths on the site. Append the list of decisions to the index page of decisions."""
+    folder = to_source_path(page.file.src_uri).parent
     site_folder = Path(page.file.src_uri).parent
 
-    def on_site(match: re.Match[str]) -> str:
+    def to_site_link(match: re.Match[str]) -> str:
         target = Path(os.path.normpath(folder / match[2]))
         if not target.is_file() or not target.is_relative_to(ROOT):
             return match[0]
-        return match[1] + os.path.relpath(site_uri(target), site_folder) + match[3]
+        return match[1] + os.path.relpath(to_site_uri(target), site_folder) + match[3]
 
     if page.file.src_uri == "decisions/README.md":
-        markdown += "\n" + "\n".join(_decisions()) + "\n"
-    return LINK.sub(on_site, markdown)
+        markdown += "\n" + "\n".join(_list_decisions()) + "\n"
+    return LINK_PATTERN.sub(to_site_link, markdown)
 
 
-def _decisions() -> list[str]:
+def _list_decisions() -> list[str]:
     pages = sorted((DOCS / "decisions").glob("0*.md"), reverse=True)
     return [f"* [{path.name[:4]}: {path.read_text('utf-8').splitlines()[0].lstrip('# ')}]({path.name})" for path in pages]

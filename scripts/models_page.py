@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-RECORD = Path(__file__).resolve().parent.parent / "tests/support/model_matrix.json"
-METHODS = tuple(f"{method}{packing}" for method in ("full", "lora", "lora, 8-bit base", "qlora") for packing in ("", ", packed"))
+RECORD_FILE = Path(__file__).resolve().parent.parent / "tests/support/model_matrix.json"
+COLUMNS = tuple(f"{method}{packing}" for method in ("full", "lora", "lora, 8-bit base", "qlora") for packing in ("", ", packed"))
 """Columns of each table: method and quantisation, without and with packing."""
 WORKS, NOT_TRIED = "yes", "–"
 HEADER = """# Types of models
@@ -27,30 +27,30 @@ writes this page from the record.
 """
 
 
-def models_page() -> str:
-    """Return the text of the page."""
-    record: dict[str, Any] = json.loads(RECORD.read_text("utf-8"))
+def make_models_page() -> str:
+    """Return the text of the reference page about types of models."""
+    record: dict[str, Any] = json.loads(RECORD_FILE.read_text("utf-8"))
     reasons: list[str] = []
     verdicts: dict[str, dict[str, dict[str, str]]] = record["verdicts"]
     names = list(dict.fromkeys(name for families in verdicts.values() for name in families))
-    sections = [_table(strategy, {name: families.get(name, {}) for name in names}, reasons) for strategy, families in verdicts.items()]
+    sections = [_format_table(strategy, {name: families.get(name, {}) for name in names}, reasons) for strategy, families in verdicts.items()]
     notes = "\n".join(f"{number}. {reason}" for number, reason in enumerate(reasons, 1)) or "No combination."
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     return "\n".join([HEADER.format(versions=versions), "\n\n".join(sections), "\n## Refused or failed\n", notes, ""])
 
 
-def _table(strategy: str, families: dict[str, dict[str, str]], reasons: list[str]) -> str:
-    """Return the table of a strategy. New reasons are appended to `reasons`."""
-    lines = [f"## {strategy}", "", f"| type | {' | '.join(METHODS)} |", f"|---|{'---|' * len(METHODS)}"]
+def _format_table(strategy: str, families: dict[str, dict[str, str]], reasons: list[str]) -> str:
+    """Return the heading and table of one strategy. Appends new refusal messages to `reasons`."""
+    lines = [f"## {strategy}", "", f"| type | {' | '.join(COLUMNS)} |", f"|---|{'---|' * len(COLUMNS)}"]
     for family, verdicts in families.items():
-        unknown = verdicts.keys() - set(METHODS)
+        unknown = verdicts.keys() - set(COLUMNS)
         if unknown:
-            raise ValueError(f"{RECORD.name} has a verdict on {', '.join(sorted(unknown))}, which has no column")
-        lines.append(f"| `{family}` | {' | '.join(_mark(verdicts.get(method), reasons) for method in METHODS)} |")
+            raise ValueError(f"{RECORD_FILE.name} has a verdict on {', '.join(sorted(unknown))}, which has no column")
+        lines.append(f"| `{family}` | {' | '.join(_to_mark(verdicts.get(method), reasons) for method in COLUMNS)} |")
     return "\n".join(lines)
 
 
-def _mark(verdict: str | None, reasons: list[str]) -> str:
+def _to_mark(verdict: str | None, reasons: list[str]) -> str:
     if verdict is None or verdict == WORKS:
         return NOT_TRIED if verdict is None else "•"
     if verdict not in reasons:

@@ -1,10 +1,10 @@
 """`make mutants`: change a module in many small ways, one at a time, and report the changes that no test notices.
 
-cosmic-ray runs in a separate environment (requirements/mutants.lock). cosmic-ray changes source files in place. Therefore it runs in copies
-of the checkout. MODULES="lease decide" selects modules. The documentation of cosmic-ray explains the mutation operators. A surviving mutant
-is either equivalent to the original code or shows a missing test.
+cosmic-ray runs in a separate environment (requirements/mutants.lock), and in copies of the checkout, because it changes source files in place.
+Its documentation explains the mutation operators. MODULES="lease decide" selects modules. A surviving mutant is either equivalent to the
+original code, or shows that a test is missing.
 
-A run of all mutants takes hours. SAMPLE=150 tests 150 mutants of each module, drawn at random with a fixed seed.
+Testing all mutants takes hours. With SAMPLE=150, 150 mutants of each module are tested, drawn at random with a fixed seed.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from smollm2 import cache_folder
 LOCK = ROOT / "requirements/mutants.lock"
 OPERATOR, TRAINER = "operator/finetune_operator", "trainer-image/finetune_trainer"
 OPERATOR_TESTS, TRAINER_TESTS = "tests/unit/operator", "tests/unit/trainer"
-LIBRARIES = ("hypothesis", "aiohttp", "kopf", "kubernetes.aio", "boto3", "torch", "transformers", "ruamel.yaml")
-"""Libraries that the test server imports once for all mutants."""
-PART_SIZE = 20
-"""Mutants that one worker tests in a row."""
+PRELOADED_LIBRARIES = ("hypothesis", "aiohttp", "kopf", "kubernetes.aio", "boto3", "torch", "transformers", "ruamel.yaml")
+"""Libraries that the test server imports once and all tests use."""
+BATCH_SIZE = 20
+"""Number of mutants that one worker tests in a row."""
 MODULES = {
     "decide": (f"{OPERATOR}/decide.py", OPERATOR_TESTS),
     "act": (f"{OPERATOR}/act.py", OPERATOR_TESTS),
@@ -48,8 +48,8 @@ MODULES = {
     "template": (f"{TRAINER}/data/template.py", "tests/unit/trainer_data"),
     "rules": ("crds/finetune_api/rules", "tests/unit/api"),
 }
-"""Modules with critical logic. Each module is listed with the tests that must fail if the module is changed."""
-CONFIG = """\
+"""Modules with critical logic, by name. Each entry has the module's path and the tests that should fail for each mutant."""
+CONFIG_TEMPLATE = """\
 [cosmic-ray]
 module-path = {module!r}
 timeout = {timeout}
@@ -67,7 +67,7 @@ exclude-operators = ["core/ReplaceBinaryOperator_BitOr_.*"]
 
 @dataclass(frozen=True)
 class Mutant:
-    """One tested change."""
+    """One changed line of a source file, and whether a test noticed the change (`is_killed`)."""
 
     file: str
     line: int
@@ -87,13 +87,13 @@ def install_cosmic_ray() -> Path:
     return folder / "bin"
 
 
-def copy_checkout(target: Path) -> None:
+def copy_checkout(target_folder: Path) -> None:
     """Copy all tracked files, including uncommitted changes."""
     names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
     for name in filter(None, names.split("\0")):
         if (ROOT / name).is_file():
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, target / name)
+            (target_folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, target_folder / name)
 
 
 class MutationRun:
@@ -111,9 +111,9 @@ class MutationRun:
 
     @contextlib.contextmanager
     def test_server(self) -> Iterator[None]:
-        """Run the server that runs tests in forked processes."""
+        """Run the server of `mutants_server.py`, which runs tests in forked processes."""
         python = ROOT / ".venv/bin/python"
-        server = subprocess.Popen([python, ROOT / "scripts/mutants_server.py", "serve", self._socket, *LIBRARIES])
+        server = subprocess.Popen([python, ROOT / "scripts/mutants_server.py", "serve", self._socket, *PRELOADED_LIBRARIES])
         try:
             while not self._socket.exists():
                 if server.poll() is not None:
@@ -128,19 +128,19 @@ class MutationRun:
         """Test the mutants of one module. Errors: CalledProcessError if the unchanged module fails its tests."""
         module, tests = MODULES[name]
         drawn = self._draw_mutants(module, tests)
-        parts = [
-            (file, set(idents[start : start + PART_SIZE]))
-            for file, idents in sorted(drawn.items())
-            for start in range(0, len(idents), PART_SIZE)
+        batches = [
+            (file, set(mutant_ids[start : start + BATCH_SIZE]))
+            for file, mutant_ids in sorted(drawn.items())
+            for start in range(0, len(mutant_ids), BATCH_SIZE)
         ]
         with concurrent.futures.ThreadPoolExecutor(self._worker_count) as pool:
-            results = pool.map(lambda part: self._test_part(part[0], part[1], tests), parts)
-            return [mutant for part in results for mutant in part]
+            results = pool.map(lambda batch: self._test_batch(batch[0], batch[1], tests), batches)
+            return [mutant for batch_mutants in results for mutant in batch_mutants]
 
     def _draw_mutants(self, module: str, tests: str) -> dict[str, list[str]]:
-        """Check that the tests pass without a change; return the ids of the mutants to test, by file."""
-        with self._session(module, tests) as (checkout, session):
-            self._call(checkout, "cosmic-ray", "baseline", "mutants.toml")
+        """Check that the tests pass on the unchanged module. Returns the ids of the mutants to test, by file."""
+        with self._open_session(module, tests) as (checkout, session):
+            self._run_program(checkout, "cosmic-ray", "baseline", "mutants.toml")
             with contextlib.closing(sqlite3.connect(session)) as database:
                 query = (
                     "select module_path, operator_name, occurrence from mutation_specs"
@@ -149,46 +149,46 @@ class MutationRun:
                 mutants = [(file, f"{operator} {number}") for file, operator, number in database.execute(query)]
         if self._sample_size is not None and self._sample_size < len(mutants):
             mutants = random.Random(0).sample(mutants, self._sample_size)
-        return {file: [ident for of, ident in mutants if of == file] for file in {file for file, _ in mutants}}
+        return {file: [mutant_id for mutant_file, mutant_id in mutants if mutant_file == file] for file in {file for file, _ in mutants}}
 
-    def _test_part(self, file: str, chosen: set[str], tests: str) -> list[Mutant]:
-        """Test the chosen mutants of one file. The file's own tests come first, because they notice most changes quickly."""
+    def _test_batch(self, file: str, mutant_ids: set[str], tests: str) -> list[Mutant]:
+        """Test some mutants of one file. Tests named after the file run first, because they notice most changes quickly."""
         own = sorted(path for folder in tests.split() for path in (ROOT / folder).glob(f"**/test_{Path(file).stem}.py"))
         ordered = [str(path.relative_to(ROOT)) for path in own]
         ordered += [] if own and self._only_own_tests else [tests]
-        with self._session(file, *ordered) as (checkout, session):
+        with self._open_session(file, *ordered) as (checkout, session):
             with contextlib.closing(sqlite3.connect(session)) as database, database:
                 rows = database.execute("select job_id, operator_name, occurrence from mutation_specs").fetchall()
-                others = [(job,) for job, operator, number in rows if f"{operator} {number}" not in chosen]
+                others = [(job,) for job, operator, number in rows if f"{operator} {number}" not in mutant_ids]
                 for table in ("work_results", "mutation_specs", "work_items"):
                     database.executemany(f"delete from {table} where job_id = ?", others)
-            self._call(checkout, "cosmic-ray", "exec", "mutants.toml", session.name)
-            return list(_results(self._call(checkout, "cosmic-ray", "dump", session.name)))
+            self._run_program(checkout, "cosmic-ray", "exec", "mutants.toml", session.name)
+            return list(_parse_results(self._run_program(checkout, "cosmic-ray", "dump", session.name)))
 
     @contextlib.contextmanager
-    def _session(self, module: str, *tests: str) -> Iterator[tuple[Path, Path]]:
-        """A checkout with a cosmic-ray session of all mutants of `module`. The groups of tests run in order until one fails."""
+    def _open_session(self, module: str, *tests: str) -> Iterator[tuple[Path, Path]]:
+        """Yield a checkout and the file of a cosmic-ray session with all mutants of `module`. For each mutant, the groups of tests run until one fails."""
         client = [sys.executable, "-I", "-S", str(ROOT / "scripts/mutants_server.py"), "run", str(self._socket)]
         command = shlex.join([*client, *tests])
         checkout = self._checkouts.get()
         try:
-            (checkout / "mutants.toml").write_text(CONFIG.format(module=module, timeout=self._timeout_seconds, command=command))
+            (checkout / "mutants.toml").write_text(CONFIG_TEMPLATE.format(module=module, timeout=self._timeout_seconds, command=command))
             session = checkout / "mutants.sqlite"
             session.unlink(missing_ok=True)
-            self._call(checkout, "cosmic-ray", "init", "mutants.toml", session.name)
-            self._call(checkout, "cr-filter-operators", session.name, "mutants.toml")
+            self._run_program(checkout, "cosmic-ray", "init", "mutants.toml", session.name)
+            self._run_program(checkout, "cr-filter-operators", session.name, "mutants.toml")
             yield checkout, session
         finally:
             self._checkouts.put(checkout)
 
-    def _call(self, checkout: Path, program: str, *arguments: str) -> str:
+    def _run_program(self, checkout: Path, program: str, *arguments: str) -> str:
         done = subprocess.run(
             [self._programs / program, *arguments], cwd=checkout, check=True, stdout=subprocess.PIPE, text=True
         )
         return done.stdout
 
 
-def _results(dump: str) -> Iterator[Mutant]:
+def _parse_results(dump: str) -> Iterator[Mutant]:
     for line in dump.splitlines():
         item, result = json.loads(line)
         if result is not None and result["worker_outcome"] != "skipped":
@@ -209,7 +209,7 @@ def print_result(name: str, mutants: list[Mutant]) -> None:
 
 
 def main() -> int:
-    """Test the chosen modules. Print the share of killed mutants and the surviving mutants."""
+    """Test the chosen modules, and print the share of killed mutants and the surviving mutants of each."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("modules", nargs="*", choices=[*MODULES, []], help=f"of {', '.join(MODULES)}; default: all")
     parser.add_argument("--timeout", type=float, default=120, help="maximum seconds for the tests of one mutant")

@@ -1,9 +1,9 @@
-"""Runs pytest in forked processes for `mutants.py`. Importing the libraries takes longer than most tests of a mutant; the server imports them once.
+"""Runs pytest in forked processes for `mutants.py`. The server imports the libraries once, because their import takes longer than most tests.
 
     mutants_server.py serve SOCKET MODULE...        import the libraries, then answer requests
     mutants_server.py run SOCKET TESTS [TESTS...]   run groups of tests in the working directory until one group fails
 
-`run` imports nothing of pytest and starts in milliseconds. If it is killed (cosmic-ray's timeout), the server kills the tests.
+`run` does not import pytest, so that it starts in milliseconds. If cosmic-ray kills it after a timeout, the server kills the tests.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import sys
 from pathlib import Path
 
 
-def run(address: str, groups: list[str]) -> int:
-    """Ask the server to run the tests. Returns 0 if all tests pass."""
+def run(address: str, test_groups: list[str]) -> int:
+    """Ask the server to run groups of tests in the working directory. Returns 0 if all tests pass, else 1."""
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(address)
-        connection.sendall(json.dumps({"folder": str(Path.cwd()), "groups": groups}).encode() + b"\n")
+        connection.sendall(json.dumps({"folder": str(Path.cwd()), "groups": test_groups}).encode() + b"\n")
         answer = connection.recv(16)
     return int(answer or b"1")
 
@@ -41,12 +41,12 @@ def serve(address: str, modules: list[str]) -> None:
                 listener.close()
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                 with contextlib.suppress(OSError):
-                    handle(connection)
+                    handle_request(connection)
                 os._exit(0)
             connection.close()
 
 
-def handle(connection: socket.socket) -> None:
+def handle_request(connection: socket.socket) -> None:
     """Run the tests of one request in a child process, and send its exit code. Kill the child if the client disconnects."""
     request = json.loads(connection.makefile().readline())
     child = os.fork()
@@ -54,7 +54,7 @@ def handle(connection: socket.socket) -> None:
         os._exit(run_tests(request["folder"], request["groups"]))
     watcher = os.fork()
     if watcher == 0:
-        connection.recv(1)  # This call returns when the client ends.
+        connection.recv(1)  # returns when the client ends
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child, signal.SIGKILL)
         os._exit(0)
@@ -63,17 +63,17 @@ def handle(connection: socket.socket) -> None:
     connection.sendall(str(int(status != 0)).encode())
 
 
-def run_tests(folder: str, groups: list[str]) -> int:
-    """Run the groups of tests in order until one fails. Returns pytest's exit code."""
+def run_tests(folder: str, test_groups: list[str]) -> int:
+    """Run the groups of tests in `folder` in order until one fails. Returns 0 if all pass, else 1."""
     os.setsid()
     os.chdir(folder)
     silent = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(silent, stream)
-    sys.dont_write_bytecode = True  # Python would otherwise reuse the compiled mutant for the next one, which has the same size and time.
+    sys.dont_write_bytecode = True  # Otherwise Python would run the compiled code of an earlier mutant whose file has the same size and time.
     import pytest
 
-    for group in groups:
+    for group in test_groups:
         child = os.fork()
         if child == 0:
             os._exit(int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *group.split()])))

@@ -1,6 +1,6 @@
-"""The Python packages of the images and of the command line: their versions in the lock files, and their metadata in the environment of `make setup`.
+"""Reads the Python packages of the images and the command line: versions from the lock files, and metadata from the environment of `make setup`.
 
-All lock files have the versions of `dev.lock`, so the metadata of the installed packages are those of the images. A test compares the versions.
+All lock files contain the versions of `dev.lock`, so the installed packages have the same metadata as those in the images. A test compares the versions.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = ("operator", "trainer", "cli")
 """The programs that users install. Each has a lock file `requirements/<program>.lock`."""
 LOCK_LINE = re.compile(r"^([\w.-]+)==(\S+)(?: ; (.*?))?(?: \\)?$", re.MULTILINE)
-SPDX_OF_WORDS = {
+SPDX_BY_LICENCE_TEXT = {
     "apache": "Apache-2.0", "apache 2.0": "Apache-2.0", "apache 2.0 license": "Apache-2.0", "apache license 2.0": "Apache-2.0",
     "apache license, version 2.0": "Apache-2.0", "apache software license": "Apache-2.0", "apache software license 2.0": "Apache-2.0",
     "mit license": "MIT", "the mit license (mit)": "MIT", "isc license": "ISC", "isc license (iscl)": "ISC", "bsd license": "BSD",
     "bsd 2-clause license": "BSD-2-Clause", "3-clause bsd license": "BSD-3-Clause", "bsd 3-clause license": "BSD-3-Clause",
     "psfl": "PSF-2.0", "python software foundation license": "PSF-2.0", "dual license": "",
 }  # fmt: skip
-"""SPDX identifiers of the words in the metadata of packages. An empty text: the words name no licence. `BSD`: the number of clauses is not named."""
-LICENCES_OF_PACKAGES = {
+"""SPDX identifiers by the licence texts in package metadata. Empty: the text names no licence. `BSD`: the text does not name the number of clauses."""
+LICENCE_BY_PACKAGE = {
     "cuda-toolkit": "no files: a package that only names the packages of NVIDIA's toolkit",
     "antlr4-python3-runtime": "BSD-3-Clause",
     "nvidia-cusparselt-cu13": "LicenseRef-NVIDIA-Proprietary",
     "nvidia-nccl-cu13": "BSD-3-Clause",
     "nvidia-nvtx": "Apache-2.0 WITH LLVM-exception",
 }
-"""Licences that the metadata of a package do not name, or name differently from its licence file. Source: the licence files of the packages."""
+"""Licences by package, for packages whose metadata name none or another than their licence file. Source: the packages' licence files."""
 
 
 @dataclass(frozen=True)
@@ -44,24 +44,24 @@ class Package:
     name: str
     version: str
     licence: str
-    """Licence from the metadata, as an SPDX expression if the package gives one."""
+    """The licence: an SPDX expression if one is known, otherwise the text in the metadata."""
     dependencies: tuple[str, ...]
-    """Names of the packages that this package requires in the image."""
+    """Names of the packages in the same lock file that this package requires."""
 
 
 class MissingPackage(Exception):
-    """A package of a lock file is not installed with this version."""
+    """A package of a lock file is not installed, or is installed with another version."""
 
 
-def locked_versions(lock: Path) -> dict[str, str]:
-    """Return the version of each package that the lock file installs with this Python version, by name."""
+def read_locked_versions(lock: Path) -> dict[str, str]:
+    """Return the versions of the packages that a lock file installs with this Python version, by package name."""
     found = LOCK_LINE.findall(lock.read_text("utf-8"))
     return {canonicalize_name(name): version for name, version, marker in found if not marker or Marker(marker).evaluate()}
 
 
 def read_packages(program: str) -> list[Package]:
     """Return the packages of a program, by name. Errors: MissingPackage."""
-    versions = locked_versions(ROOT / f"requirements/{program}.lock")
+    versions = read_locked_versions(ROOT / f"requirements/{program}.lock")
     return [_read_package(name, version, versions) for name, version in sorted(versions.items())]
 
 
@@ -72,26 +72,26 @@ def _read_package(name: str, version: str, versions: dict[str, str]) -> Package:
         raise MissingPackage(f"{name} {version} is not installed: run make setup") from error
     if found["Version"] != version:
         raise MissingPackage(f"{name} is installed as {found['Version']}, but the lock file has {version}: run make setup")
-    return Package(name, version, _licence_of(name, found), tuple(sorted(set(_required_names(name)) & versions.keys())))
+    return Package(name, version, _find_licence(name, found), tuple(sorted(set(_list_required_names(name)) & versions.keys())))
 
 
-def _required_names(name: str) -> Iterator[str]:
-    """Yield the names of all requirements, also of optional features: an optional package that is in the image is used."""
+def _list_required_names(name: str) -> Iterator[str]:
+    """Yield the names of all requirements. Those of optional features count too, because a package uses an optional package that is installed."""
     for text in requires(name) or []:
         yield canonicalize_name(Requirement(text).name)
 
 
-def _licence_of(name: str, found: PackageMetadata) -> str:
-    expression = found.get("License-Expression")
-    if name in LICENCES_OF_PACKAGES or expression:
-        return LICENCES_OF_PACKAGES.get(name) or str(expression)
-    # Some packages write the whole text of the licence into this field. Its first line is the name.
-    first_line = (found.get("License") or "").strip().partition("\n")[0].strip()
-    named = _spdx(first_line)
-    classifiers = [_spdx(line.split(" :: ")[-1]) for line in found.get_all("Classifier") or [] if line.startswith("License ::")]
+def _find_licence(name: str, package_metadata: PackageMetadata) -> str:
+    expression = package_metadata.get("License-Expression")
+    if name in LICENCE_BY_PACKAGE or expression:
+        return LICENCE_BY_PACKAGE.get(name) or str(expression)
+    # Some packages write the whole licence text into this field; its first line is the name of the licence.
+    first_line = (package_metadata.get("License") or "").strip().partition("\n")[0].strip()
+    named = _to_spdx(first_line)
+    classifiers = [_to_spdx(line.split(" :: ")[-1]) for line in package_metadata.get_all("Classifier") or [] if line.startswith("License ::")]
     is_name = bool(named) and len(named) <= 20
     return named if is_name else " OR ".join(sorted(filter(None, classifiers))) or "unknown"
 
 
-def _spdx(words: str) -> str:
-    return SPDX_OF_WORDS.get(words.lower(), words)
+def _to_spdx(licence_text: str) -> str:
+    return SPDX_BY_LICENCE_TEXT.get(licence_text.lower(), licence_text)

@@ -1,7 +1,7 @@
 """Run slow steps in parallel, and show how long each step takes.
 
-A step is a function that runs commands. A step starts when the steps that it depends on have ended. The first failure stops all other steps, and
-only this failure is reported. When this program ends, it stops all programs that it has started, even after Ctrl-C.
+A step is a function that runs commands. It starts when the steps that it requires have ended. The first failure stops all other steps, and
+only this failure is reported. `run_all` stops all started programs before it returns, even after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from rich.table import Table
 
 POLL_SECONDS = 0.1
 TERMINATION_GRACE_SECONDS = 10
-"""Time between SIGTERM and SIGKILL."""
+"""Seconds between SIGTERM and SIGKILL."""
 
 
 class StepFailed(Exception):
-    """A step failed. The message contains a few lines for the user."""
+    """A step failed. The message contains the last lines of its output."""
 
 
 @dataclass
@@ -82,10 +82,10 @@ class Commands:
         with self._lock:
             self.is_stopping.set()
             processes = list(self.running_processes)
-        for number in (signal.SIGTERM, signal.SIGKILL):
+        for signal_number in (signal.SIGTERM, signal.SIGKILL):
             for process in processes:
                 with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, number)
+                    os.killpg(process.pid, signal_number)
             deadline = time.monotonic() + TERMINATION_GRACE_SECONDS
             for process in processes:
                 with contextlib.suppress(subprocess.TimeoutExpired):
@@ -131,7 +131,7 @@ def _report_end(step: Step, future: Future[None], console: Console) -> None:
 
 @contextlib.contextmanager
 def _show_progress(steps: Sequence[Step], console: Console):  # type: ignore[no-untyped-def]  # yields a function
-    """On a terminal, show the running steps and their durations below the printed lines. Yields a function that refreshes the display."""
+    """On a terminal, show the running steps and their durations below the printed lines. Yields a function that updates this display."""
     if not console.is_terminal:
         yield lambda: None
         return

@@ -1,6 +1,6 @@
-"""Run the slow steps that the demo and the end-to-end tests need, in parallel: build Kubernetes, Helm and the images, create the model.
+"""Run the slow steps that the demo and the end-to-end tests need, in parallel: build Kubernetes, Helm and the images, and create the model.
 
-The results of the steps are cached. If all results are in the cache, a run takes one or two seconds.
+The steps store their results in the cache. If the cache contains all results, this program takes one or two seconds.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from tools import HELM, HELM_DOCS
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def python_command(*arguments: str) -> list[str]:
+def make_python_command(*arguments: str) -> list[str]:
     """Return a command line that runs Python in this environment."""
     return [sys.executable, *arguments]
 
 
-def model_step() -> Step:
+def make_model_step() -> Step:
     """Return the step that creates the demo's model."""
-    return Step("SmolLM2-135M as safetensors", lambda command: command(python_command(str(ROOT / "scripts/smollm2.py"))))
+    return Step("SmolLM2-135M as safetensors", lambda command: command(make_python_command(str(ROOT / "scripts/smollm2.py"))))
 
 
-def local_steps() -> list[Step]:
+def make_local_steps() -> list[Step]:
     """Return the steps that prepare the local cluster: Debian packages, programs and images."""
     packages_step = "Debian packages of the local cluster"
     return [
-        Step(packages_step, lambda command: command(python_command("-m", "localcluster", "packages", "--install"))),
-        Step("Kubernetes, from its Go modules", lambda command: command(python_command("-m", "localcluster", "build"))),
+        Step(packages_step, lambda command: command(make_python_command("-m", "localcluster", "packages", "--install"))),
+        Step("Kubernetes, from its Go modules", lambda command: command(make_python_command("-m", "localcluster", "build"))),
         Step(
             "images of operator, trainer and S3",
-            lambda command: command(python_command("-m", "localcluster", "images", "build", "all")),
+            lambda command: command(make_python_command("-m", "localcluster", "images", "build", "all")),
             required_steps=(packages_step,),
         ),
     ]
@@ -44,7 +44,7 @@ def main() -> int:
     """Run all steps. Returns the exit code: 0 after success, 1 if a step failed, 130 after Ctrl-C."""
     console = Console(stderr=True)
     try:
-        run_all([*local_steps(), HELM.step(), HELM_DOCS.step(), model_step()], cache_folder() / "logs", console)
+        run_all([*make_local_steps(), HELM.step(), HELM_DOCS.step(), make_model_step()], cache_folder() / "logs", console)
     except StepFailed as error:
         console.print(f"[red]prepare:[/] {error}", highlight=False)
         return 1

@@ -2,7 +2,7 @@
 
     python scripts/release.py dist/release [--url https://host/releases/v0.2.0] [--image NAME@sha256:DIGEST ...]
 
-The same commit and the same locked packages lead to the same bytes: all times are SOURCE_DATE_EPOCH (default: the time of the commit), and owners,
+The same commit and locked packages always give the same bytes: all times are SOURCE_DATE_EPOCH (default: the time of the commit), and owners,
 permissions and the order of files are fixed. Images are built and pushed separately, because only the registry knows their digests.
 """
 
@@ -33,11 +33,11 @@ from packages import ROOT, MissingPackage
 
 CHART = Path("helm/finetune-operator")
 CRD = Path("crds/finetunejobs.yaml")
-CHECKSUMS = "SHA256SUMS"
-LAUNCHER = Path("scripts/krew/kubectl-finetune")
+CHECKSUMS_FILE_NAME = "SHA256SUMS"
+LAUNCHER_FILE = Path("scripts/krew/kubectl-finetune")
 IMAGE_PATTERN = re.compile(r"[a-z0-9][a-z0-9./:_-]*@sha256:[0-9a-f]{64}")
 OLDEST_ZIP_TIME = 315532800
-"""1980-01-01, the first time that a zip file can contain."""
+"""1980-01-01 in seconds since 1970: the earliest time that a zip file can contain."""
 
 
 class ReleaseError(Exception):
@@ -46,7 +46,7 @@ class ReleaseError(Exception):
 
 @dataclass(frozen=True)
 class ReleaseFile:
-    """A file in an archive: its name, content, and whether it is a program."""
+    """A file in an archive. `is_program`: whether it is executable."""
 
     name: str
     content: bytes
@@ -54,58 +54,58 @@ class ReleaseFile:
 
 
 def build_release(folder: Path, url: str | None, images: Iterable[str]) -> list[Path]:
-    """Build all files in `folder`, which is replaced. Return their paths. Errors: ReleaseError, MissingPackage."""
+    """Replace `folder` by a folder with all files of the release. Returns their paths. Errors: ReleaseError, MissingPackage."""
     given_images = sorted(images)
     if wrong := [image for image in given_images if not IMAGE_PATTERN.fullmatch(image)]:
         raise ReleaseError(f"--image {wrong[0]}: write name@sha256:digest, with the digest that the registry printed")
     if url is not None and not url.startswith("https://"):
         raise ReleaseError(f"--url {url}: write the https:// address of the folder from which users download the files")
-    if folder.exists() and any(folder.iterdir()) and not (folder / CHECKSUMS).exists():
-        raise ReleaseError(f"{folder} contains other files than a release: give a new folder")
+    if folder.exists() and any(folder.iterdir()) and not (folder / CHECKSUMS_FILE_NAME).exists():
+        raise ReleaseError(f"{folder} is not empty and contains no release: give a new folder")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    epoch = source_date_epoch()
+    epoch = read_source_date_epoch()
     with tempfile.TemporaryDirectory() as temporary:
         source = Path(temporary) / "source"
         export_commit(source)
         wheel = build_wheel(source, folder, epoch)
-        write_tar(folder / f"finetune-operator-{RELEASE}.tgz", chart_files(source / CHART), epoch)
+        write_tar(folder / f"finetune-operator-{RELEASE}.tgz", read_chart_files(source / CHART), epoch)
         plugin = folder / f"kubectl-finetune-{RELEASE}.tar.gz"
-        write_tar(plugin, plugin_files(source, wheel), epoch)
+        write_tar(plugin, read_plugin_files(source, wheel), epoch)
         shutil.copyfile(source / CRD, folder / CRD.name)
     sbom.write_files(folder)
     if given_images:
         (folder / "images.txt").write_text("\n".join(given_images) + "\n", "utf-8")
     if url is not None:
-        (folder / "finetune.yaml").write_text(krew_manifest(plugin, url.rstrip("/")), "utf-8")
+        (folder / "finetune.yaml").write_text(make_krew_manifest(plugin, url.rstrip("/")), "utf-8")
     return [*sorted(folder.iterdir()), write_checksums(folder)]
 
 
-def source_date_epoch() -> int:
-    """Return the time of all files, in seconds since 1970: SOURCE_DATE_EPOCH, or the time of the last commit."""
+def read_source_date_epoch() -> int:
+    """Return the time for all files in seconds since 1970: SOURCE_DATE_EPOCH, or the time of the last commit."""
     text = os.environ.get("SOURCE_DATE_EPOCH") or run_git("log", "-1", "--format=%ct").decode().strip()
     if not text.isdecimal():
         raise ReleaseError(f"SOURCE_DATE_EPOCH is {text}: write the seconds since 1970 as a number")
     return max(int(text), OLDEST_ZIP_TIME)
 
 
-def run_git(*words: str) -> bytes:
-    done = subprocess.run(["git", "-C", ROOT, *words], capture_output=True, check=False)
+def run_git(*arguments: str) -> bytes:
+    done = subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, check=False)
     if done.returncode:
-        raise ReleaseError(f"git {words[0]} failed: {done.stderr.decode().strip()}; build a release in a clone of the repository")
+        raise ReleaseError(f"git {arguments[0]} failed: {done.stderr.decode().strip()}; build a release in a clone of the repository")
     return done.stdout
 
 
 def export_commit(folder: Path) -> None:
     """Write the files of the last commit to `folder`."""
     if run_git("status", "--porcelain", "--untracked-files=no").strip():
-        print("release: the files of the last commit are used; changes of the working tree are not part of it", file=sys.stderr)
+        print("release: the release contains the files of the last commit, without the uncommitted changes", file=sys.stderr)
     with tarfile.open(fileobj=io.BytesIO(run_git("archive", "HEAD"))) as archive:
         archive.extractall(folder, filter="data")
 
 
 def build_wheel(source: Path, folder: Path, epoch: int) -> Path:
-    """Build the wheel, and write its files again with fixed times, permissions and order."""
+    """Build the wheel, and copy its files into a wheel in `folder` with fixed times, permissions and order. Returns its path."""
     program = "import sys, setuptools.build_meta as backend; backend.build_wheel(sys.argv[1])"
     built = source.parent / "wheel"
     built.mkdir()
@@ -124,8 +124,8 @@ def build_wheel(source: Path, folder: Path, epoch: int) -> Path:
     return target
 
 
-def chart_files(chart: Path) -> list[ReleaseFile]:
-    """Return the files of the chart below a folder with its name, without those that `.helmignore` names."""
+def read_chart_files(chart: Path) -> list[ReleaseFile]:
+    """Return the files of the chart, below a folder with the chart's name. Files that match `.helmignore` are left out."""
     ignored = [*(chart / ".helmignore").read_text("utf-8").split(), ".helmignore"]
     names = sorted(path.relative_to(chart).as_posix() for path in chart.rglob("*") if path.is_file())
     kept = [name for name in names if not any(fnmatch.fnmatch(Path(name).name, pattern.rstrip("/")) for pattern in ignored)]
@@ -134,16 +134,16 @@ def chart_files(chart: Path) -> list[ReleaseFile]:
     return [ReleaseFile(f"{chart.name}/{name}", (chart / name).read_bytes()) for name in ordered]
 
 
-def plugin_files(source: Path, wheel: Path) -> list[ReleaseFile]:
+def read_plugin_files(source: Path, wheel: Path) -> list[ReleaseFile]:
     """Return the files of the kubectl plugin: a launcher, the wheel, the locked requirements and the licence."""
     return [
-        ReleaseFile("kubectl-finetune", (source / LAUNCHER).read_bytes(), is_program=True), ReleaseFile(wheel.name, wheel.read_bytes()),
+        ReleaseFile("kubectl-finetune", (source / LAUNCHER_FILE).read_bytes(), is_program=True), ReleaseFile(wheel.name, wheel.read_bytes()),
         ReleaseFile("requirements.lock", (source / "requirements/cli.lock").read_bytes()), ReleaseFile("LICENSE", (source / "LICENSE").read_bytes()),
     ]  # fmt: skip
 
 
 def write_tar(path: Path, files: Iterable[ReleaseFile], epoch: int) -> None:
-    """Write a compressed archive in which times, owners and permissions are fixed."""
+    """Write a gzip-compressed tar archive with fixed times, owners and permissions."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as archive:
         for file in files:
@@ -153,8 +153,8 @@ def write_tar(path: Path, files: Iterable[ReleaseFile], epoch: int) -> None:
     path.write_bytes(gzip.compress(buffer.getvalue(), mtime=epoch))
 
 
-def krew_manifest(plugin: Path, url: str) -> str:
-    """Return the manifest of the kubectl plugin for an index of krew."""
+def make_krew_manifest(plugin: Path, url: str) -> str:
+    """Return the manifest of the kubectl plugin for a krew index."""
     platform = {
         "selector": {"matchExpressions": [{"key": "os", "operator": "In", "values": ["darwin", "linux"]}]},
         "uri": f"{url}/{plugin.name}", "sha256": hashlib.sha256(plugin.read_bytes()).hexdigest(),
@@ -173,10 +173,10 @@ def krew_manifest(plugin: Path, url: str) -> str:
 
 
 def write_checksums(folder: Path) -> Path:
-    """Write SHA256SUMS, for `sha256sum --check`."""
+    """Write the file SHA256SUMS, which `sha256sum --check` reads. Returns its path."""
     lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in sorted(folder.iterdir())]
-    (folder / CHECKSUMS).write_text("".join(lines), "utf-8")
-    return folder / CHECKSUMS
+    (folder / CHECKSUMS_FILE_NAME).write_text("".join(lines), "utf-8")
+    return folder / CHECKSUMS_FILE_NAME
 
 
 def main(arguments: list[str]) -> int:

@@ -1,6 +1,6 @@
 """Take the screenshots of `docs/guides/report.md`: train a tiny model, and show the report of the run in a headless Chromium.
 
-The first attempt of the run is killed, and the second one continues, so that the report shows two attempts.
+The first attempt of the run is killed, and a second attempt continues, so that the report shows two attempts.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-IMAGES = ROOT / "docs/guides/images"
+IMAGES_FOLDER = ROOT / "docs/guides/images"
 MAX_BYTES = 150_000
 SCREENSHOTS = (("report-desktop.png", 1180, 1560, False), ("report-phone.png", 360, 1500, True))
 """File, width and height in CSS pixels, and whether the theme is dark."""
 HOW_TO_INSTALL = "no browser is installed: install Chromium, on Debian with `apt-get install chromium-headless-shell`"
 COLOURS = 256
-"""Number of colours in a saved picture. With more colours, the files are larger, but look the same."""
+"""Number of colours in a saved picture. More colours make the files larger, but not visibly better."""
 
 
 def main() -> None:
@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def _find_or_install_browser() -> str | None:
-    """Return the path of the browser. On Debian, root installs it with apt-get. None if it is absent and cannot be installed."""
+    """Return the path of the browser, or None without one. If it is missing and this user is root on Debian, apt-get installs it first."""
     from localcluster.requirements import install_packages
     from tests.support.browser import PACKAGE, find_browser
 
@@ -50,14 +50,14 @@ def _find_or_install_browser() -> str | None:
 
 
 def _train_and_report(folder: Path) -> Path:
-    """Run a job in the given folder, whose name may be visible in the pictures. Returns the job's report."""
+    """Run a job in the given folder, whose name may be visible in the pictures. Returns the path of the job's report."""
     from finetune_api.names import REPORT_KEY
-    from report_run import run_with_report, store_of
+    from report_run import run_with_report, stored_run_folder
 
     from tests.support.tiny import make_tiny_model
 
     run_with_report(folder, make_tiny_model(folder / "tiny-llama"))
-    return store_of(folder) / REPORT_KEY
+    return stored_run_folder(folder) / REPORT_KEY
 
 
 def _take_screenshots(program: str, report: Path) -> None:
@@ -65,17 +65,17 @@ def _take_screenshots(program: str, report: Path) -> None:
 
     from tests.support.browser import Browser
 
-    IMAGES.mkdir(exist_ok=True)
+    IMAGES_FOLDER.mkdir(exist_ok=True)
     with Browser(program) as browser:
         for name, width, height, is_dark in SCREENSHOTS:
             visit = browser.show(report.resolve().as_uri(), width=width, dark=is_dark)
             assert not visit.requests and not visit.errors, visit
-            browser.screenshot(IMAGES / name, height=height)
-            with Image.open(IMAGES / name) as picture:
-                picture.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE).save(IMAGES / name, optimize=True)
-            size = (IMAGES / name).stat().st_size
+            browser.screenshot(IMAGES_FOLDER / name, height=height)
+            with Image.open(IMAGES_FOLDER / name) as picture:
+                picture.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE).save(IMAGES_FOLDER / name, optimize=True)
+            size = (IMAGES_FOLDER / name).stat().st_size
             assert size <= MAX_BYTES, f"{name} has {size} bytes"
-            print(f"{IMAGES / name}: {size} bytes")
+            print(f"{IMAGES_FOLDER / name}: {size} bytes")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python scripts/sbom.py dist
 
-The files contain no time and no random number, so that equal lock files lead to equal files. They contain the Python packages. The packages of
-the base image are in the bill of materials of the base.
+The files contain no time and no random number, so that equal lock files give equal files. They list only Python packages; the base image has its
+own bill of materials.
 """
 
 from __future__ import annotations
@@ -20,45 +20,46 @@ from finetune_api.names import RELEASE
 from packages import PROGRAMS, MissingPackage, Package, read_packages
 from packaging.licenses import InvalidLicenseExpression, canonicalize_license_expression
 
-NAMES = {"operator": "finetune-operator", "trainer": "finetune-trainer", "cli": "finetune-cli"}
+APPLICATION_NAMES = {"operator": "finetune-operator", "trainer": "finetune-trainer", "cli": "finetune-cli"}
 NAMESPACE = uuid.UUID("6f0f4c5e-6e1b-5b0e-9d0a-2f7f4a5a9c11")
-"""Fixed namespace of the serial numbers, which follow from the content."""
+"""UUID namespace of the serial numbers, which are computed from the content."""
 
 
 def build_sbom(program: str, packages: Iterable[Package]) -> dict[str, Any]:
     """Return the bill of materials of one program."""
     found = list(packages)
-    root = {"type": "application", "bom-ref": NAMES[program], "name": NAMES[program], "version": RELEASE, "licenses": [_licence("Apache-2.0")]}
+    name = APPLICATION_NAMES[program]
+    root = {"type": "application", "bom-ref": name, "name": name, "version": RELEASE, "licenses": [_make_licence_entry("Apache-2.0")]}
     refs = {package.name: f"pkg:pypi/{package.name}@{package.version}" for package in found}
-    required = {name for package in found for name in package.dependencies}
-    value: dict[str, Any] = {
+    required = {dependency for package in found for dependency in package.dependencies}
+    bill: dict[str, Any] = {
         "bomFormat": "CycloneDX", "specVersion": "1.6", "version": 1, "metadata": {"component": root},
         "components": [
             {
                 "type": "library", "bom-ref": refs[package.name], "name": package.name, "version": package.version, "purl": refs[package.name],
-                "licenses": [_licence(package.licence)],
+                "licenses": [_make_licence_entry(package.licence)],
             }
             for package in found
         ],
         "dependencies": [
-            {"ref": NAMES[program], "dependsOn": [refs[package.name] for package in found if package.name not in required]},
-            *({"ref": refs[package.name], "dependsOn": [refs[name] for name in package.dependencies]} for package in found),
+            {"ref": name, "dependsOn": [refs[package.name] for package in found if package.name not in required]},
+            *({"ref": refs[package.name], "dependsOn": [refs[dependency] for dependency in package.dependencies]} for package in found),
         ],
     }  # fmt: skip
-    serial = uuid.uuid5(NAMESPACE, json.dumps(value, sort_keys=True))
-    return {**value, "serialNumber": f"urn:uuid:{serial}"}
+    serial = uuid.uuid5(NAMESPACE, json.dumps(bill, sort_keys=True))
+    return {**bill, "serialNumber": f"urn:uuid:{serial}"}
 
 
-def _licence(text: str) -> dict[str, Any]:
-    """Return the licence as an SPDX expression, or as a name if it is none."""
+def _make_licence_entry(licence_text: str) -> dict[str, Any]:
+    """Return the CycloneDX entry of a licence: an SPDX expression, or a name if the text is no valid expression."""
     try:
-        return {"expression": canonicalize_license_expression(text)}
+        return {"expression": canonicalize_license_expression(licence_text)}
     except InvalidLicenseExpression:
-        return {"license": {"name": text}}
+        return {"license": {"name": licence_text}}
 
 
-def licence_table(packages_by_program: dict[str, list[Package]]) -> str:
-    """Return a Markdown table of all packages with licence and programs."""
+def format_licence_table(packages_by_program: dict[str, list[Package]]) -> str:
+    """Return a Markdown page with a table of all packages: version, licence, and the programs that contain the package."""
     programs_of: dict[Package, list[str]] = {}
     for program, packages in packages_by_program.items():
         for package in packages:
@@ -75,7 +76,7 @@ def write_files(folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     packages = {program: read_packages(program) for program in PROGRAMS}
     texts = {f"sbom-{program}.cdx.json": json.dumps(build_sbom(program, found), indent=1, sort_keys=True) + "\n" for program, found in packages.items()}
-    texts["licences.md"] = licence_table(packages)
+    texts["licences.md"] = format_licence_table(packages)
     for name, text in texts.items():
         (folder / name).write_text(text, "utf-8")
     return [folder / name for name in texts]

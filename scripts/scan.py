@@ -15,22 +15,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from packages import PROGRAMS, ROOT, locked_versions
+from packages import PROGRAMS, ROOT, read_locked_versions
 from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
 ECOSYSTEM = "PyPI"
 FIRST_VERSION = "0"
-"""In the OSV format, this value of `introduced` means: before every version."""
+"""Value of `introduced` in the OSV format for a vulnerability that every version has from the beginning."""
 
 
 class UnusableDatabase(Exception):
-    """The folder contains no reports, or a file that is no report."""
+    """The folder contains no reports, or contains a file that is no report."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A locked package that a report affects."""
+    """A locked package with a vulnerability that a report describes."""
 
     package: str
     version: str
@@ -46,7 +46,7 @@ class Finding:
 
 
 def scan(folder: Path, versions_by_program: dict[str, dict[str, str]]) -> tuple[list[Finding], int]:
-    """Return the findings, by package and report, and the number of reports. Errors: UnusableDatabase."""
+    """Return the findings, sorted by package and report, and the number of reports read. Errors: UnusableDatabase."""
     programs_of: dict[str, dict[str, list[str]]] = {}
     for program, versions in versions_by_program.items():
         for name, version in versions.items():
@@ -54,16 +54,16 @@ def scan(folder: Path, versions_by_program: dict[str, dict[str, str]]) -> tuple[
     findings, count = [], 0
     for report in read_reports(folder):
         count += 1
-        for name in {_package_name(affected) for affected in report.get("affected", [])} & programs_of.keys():
+        for name in {_read_package_name(affected) for affected in report.get("affected", [])} & programs_of.keys():
             for version, programs in programs_of[name].items():
-                fixed_in = fixed_version_of(report, name, version)
+                fixed_in = find_fixed_version(report, name, version)
                 if fixed_in is not None:
                     findings.append(Finding(name, version, tuple(programs), report["id"], str(report.get("summary", "")), fixed_in))
     return sorted(findings, key=lambda finding: (finding.package, finding.version, finding.report)), count
 
 
 def read_reports(folder: Path) -> Iterator[dict[str, Any]]:
-    """Yield all reports that were not withdrawn. Errors: UnusableDatabase."""
+    """Yield all reports except withdrawn ones. Errors: UnusableDatabase."""
     files = sorted(folder.rglob("*.json"))
     if not files:
         raise UnusableDatabase(f"{folder} contains no *.json file: give a folder with vulnerability reports in the OSV format")
@@ -79,52 +79,52 @@ def read_reports(folder: Path) -> Iterator[dict[str, Any]]:
             yield report
 
 
-def fixed_version_of(report: dict[str, Any], name: str, version: str) -> str | None:
-    """Return the version in which the vulnerability is fixed, an empty text if none is known, or None if the package is not affected."""
+def find_fixed_version(report: dict[str, Any], name: str, version: str) -> str | None:
+    """Return the version that fixes the vulnerability, an empty text if no such version is known, or None if this version of the package is not affected."""
     for affected in report.get("affected", []):
-        if _package_name(affected) != name:
+        if _read_package_name(affected) != name:
             continue
         ranges = [one for one in affected.get("ranges", []) if one.get("type") in ("ECOSYSTEM", "SEMVER")]
-        matching = [fixed for one in ranges if (fixed := _fixed_version(one.get("events", []), version)) is not None]
-        if matching or _equals_one(version, affected.get("versions", [])):
+        matching = [fixed for one in ranges if (fixed := _find_range_end(one.get("events", []), version)) is not None]
+        if matching or _is_listed(version, affected.get("versions", [])):
             return next(filter(None, matching), "")
     return None
 
 
-def _package_name(affected: dict[str, Any]) -> str | None:
+def _read_package_name(affected: dict[str, Any]) -> str | None:
     """Return the normalised name of an affected Python package; None for other ecosystems."""
     package = affected.get("package", {})
     return canonicalize_name(str(package.get("name", ""))) if package.get("ecosystem") == ECOSYSTEM else None
 
 
-def _equals_one(version: str, others: list[str]) -> bool:
-    """Whether the version equals one of the others by the rules for Python versions, for example 1.0 and 1.0.0."""
-    return any(Version(version) == found for other in others if (found := _parse(other)) is not None)
+def _is_listed(version: str, listed_versions: list[str]) -> bool:
+    """Whether a list contains the version. By the rules for Python versions, 1.0 equals 1.0.0."""
+    return any(Version(version) == found for other in listed_versions if (found := _parse_version(other)) is not None)
 
 
-def _fixed_version(events: list[dict[str, str]], version: str) -> str | None:
-    """Return the version that ends the range with this version, an empty text for a range without end, or None if no range contains the version."""
-    wanted, is_inside = Version(version), False
-    for event in sorted(events, key=_position):
+def _find_range_end(events: list[dict[str, str]], version: str) -> str | None:
+    """Return the fixed version that ends the affected range, an empty text if none ends it, or None if no range contains `version`."""
+    scanned_version, is_inside = Version(version), False
+    for event in sorted(events, key=_make_event_sort_key):
         kind, text = next(iter(event.items()))
-        limit = None if text == FIRST_VERSION else _parse(text)
+        limit = None if text == FIRST_VERSION else _parse_version(text)
         if kind == "introduced":
-            is_inside = is_inside or limit is None or wanted >= limit
+            is_inside = is_inside or limit is None or scanned_version >= limit
         elif limit is not None and is_inside and kind in ("fixed", "last_affected"):
-            is_past = wanted >= limit if kind == "fixed" else wanted > limit
+            is_past = scanned_version >= limit if kind == "fixed" else scanned_version > limit
             if not is_past:
                 return text if kind == "fixed" else ""
             is_inside = False
     return "" if is_inside else None
 
 
-def _position(event: dict[str, str]) -> tuple[Version, bool]:
-    """The order of events: by version, and with equal versions first `introduced`."""
+def _make_event_sort_key(event: dict[str, str]) -> tuple[Version, bool]:
+    """Return the sort key of an event: its version; of two events with the same version, `introduced` comes first."""
     kind, text = next(iter(event.items()))
-    return _parse(text) or Version("0.dev0"), kind != "introduced"
+    return _parse_version(text) or Version("0.dev0"), kind != "introduced"
 
 
-def _parse(text: str) -> Version | None:
+def _parse_version(text: str) -> Version | None:
     try:
         return Version(text)
     except InvalidVersion:
@@ -136,7 +136,7 @@ def main(arguments: list[str]) -> int:
         print(f"scan: {' '.join(arguments) or 'no folder'}: give one existing folder with vulnerability reports: make scan DB=folder", file=sys.stderr)
         return 2
     try:
-        findings, count = scan(Path(arguments[0]), {program: locked_versions(ROOT / f"requirements/{program}.lock") for program in PROGRAMS})
+        findings, count = scan(Path(arguments[0]), {program: read_locked_versions(ROOT / f"requirements/{program}.lock") for program in PROGRAMS})
     except UnusableDatabase as error:
         print(f"scan: {error}", file=sys.stderr)
         return 2

@@ -34,7 +34,7 @@ site="$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["pure
 for tool in "$base"/bin/*; do
   name="$(basename "$tool")"
   [ -e ".venv/bin/$name" ] || [ "$name" = uv ] || case "$name" in python*|activate*|pip*) ;; *)
-    # The shared environment's scripts start an interpreter that cannot import the project. Make them start the interpreter of .venv.
+    # The shared environment's scripts start an interpreter that cannot import the project. Their copies start the interpreter of .venv instead.
     if head -c 2 "$tool" | grep -q '#!'; then
       sed "1s|.*|#!$PWD/.venv/bin/python|" "$tool" > ".venv/bin/$name" && chmod +x ".venv/bin/$name"
     else

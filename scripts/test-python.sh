@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Run the unit tests of API, operator and command line with another version of Python, and install the wheel there.
-# Usage: test-python.sh VERSION, for example 3.12. The environment is build/python-VERSION. It has no package that only the trainer needs, for example torch.
+# Usage: test-python.sh VERSION, for example 3.12. The environment is build/python-VERSION. It lacks packages that only the trainer needs, such as torch.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 version="${1:-}"

@@ -1,4 +1,4 @@
-"""Build Helm, helm-docs, kind and tools of the tests from their Go modules into the cache."""
+"""Build Helm, helm-docs, kind and programs that tests use, from their Go modules into the cache."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SCRIPTS_FOLDER = Path(__file__).resolve().parent
 
 @dataclass(frozen=True)
 class GoTool:
-    """A Go program. If the environment variable `override_variable` is set, its value is the path of the binary to use instead."""
+    """A Go program. The environment variable `override_variable` can name another binary to use instead."""
 
     name: str
     package: str
@@ -26,7 +26,7 @@ class GoTool:
 
     @property
     def path(self) -> Path:
-        """Path of the program: the value of the environment variable `override_variable` if it is set, else the path in the cache."""
+        """Path of the program: the value of the variable `override_variable` if it is set, else the path in the cache."""
         override_path = os.environ.get(self.override_variable)
         return Path(override_path) if override_path else cache_folder() / "tools" / f"{self.name}-{self.version}" / self.name
 
@@ -61,11 +61,11 @@ HELM_3 = GoTool(
         for package in ("chartutil", "lint/rules") for part in ("Major=1", "Minor=34")
     ),
 )  # fmt: skip
-"""Used only by tests of the chart in `make test-faults`."""
+"""Helm 3, which only the chart's tests in `make test-faults` use."""
 HELM_DOCS = GoTool("helm-docs", "github.com/norwoodj/helm-docs/cmd/helm-docs", "v1.14.2", "HELM_DOCS")
 VERSITY_GATEWAY = GoTool("versitygw", "github.com/versity/versitygw/cmd/versitygw", "v1.8.0", "VERSITYGW")
 MINIO = GoTool("minio", "github.com/minio/minio", "v0.0.0-20260212201848-7aac2a2c5b7c", "MINIO")
-"""S3 servers of the tests in `make test-stores`. MinIO has the AGPL licence: it is only run by tests, and is part of no image or package."""
+"""VersityGW and MinIO are S3 servers for `make test-stores`. MinIO has the AGPL licence: only tests run it, and no image or package contains it."""
 KIND = GoTool("kind", "sigs.k8s.io/kind", "v0.33.0", "KIND")
 
 
@@ -78,8 +78,8 @@ def build_tools(*tools: GoTool) -> None:
         run_all([tool.step() for tool in missing_tools], cache_folder() / "logs", Console(stderr=True))
 
 
-def installed_kind() -> Path | None:
-    """Return the path of kind if it is on the PATH, else None."""
+def find_installed_kind() -> Path | None:
+    """Return the path of the program `kind` if it is on the PATH, else None."""
     path = shutil.which("kind")
     return Path(path) if path else None
 

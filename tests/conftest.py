@@ -1,4 +1,4 @@
-"""Distributes the tests to pytest-xdist workers: one file per worker, and all tests of the node cluster on one worker."""
+"""Distributes the tests to pytest-xdist workers: all tests of a file run on one worker, and all tests of the node cluster run on the same worker."""
 
 from __future__ import annotations
 
@@ -12,32 +12,34 @@ from hypothesis import HealthCheck, settings
 from tests.support import fault_rows, later_clock
 
 NODE_CLUSTER_TESTS = "tests/e2e/"
-"""Folder of the tests that share the only node cluster of the machine."""
+"""Folder of the tests that share the machine's only node cluster."""
 NETWORK_TESTS = "tests/integration/delivery/test_network_policies.py"
-"""Not beside the node cluster: the kernel can give their namespaces the numbers of namespaces that the cluster has just left."""
+"""Tests that create network namespaces. They never run at the same time as the node cluster, because the kernel reuses the namespace numbers of
+ended pods.
+"""
 
 
 os.environ["CXX"] = "/no-c++-compiler-as-in-the-trainer-image"
-"""torch compiles extensions with this program. Without the variable, tests would compile extensions that the trainer image cannot compile."""
+"""torch compiles extensions with the program in `CXX`. The trainer image has no C++ compiler, so the tests must not find one either."""
 
-if not os.environ.get("CI"):  # with CI set, hypothesis loads its own profile, which has no time limits and fixed examples
+if not os.environ.get("CI"):  # with CI set, hypothesis loads its own profile, which has no time limit and always tries the same examples
     settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
     settings.load_profile("untimed")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Register the summary of fault rows here, because the xdist controller prints it and loads no other conftest."""
+    """Register the plugin that prints the fault rows. The xdist controller prints them, and it loads only this conftest."""
     fault_rows.register_plugin(config)
     if not config.pluginmanager.is_registered(later_clock):
         config.pluginmanager.register(later_clock)
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        # A shell ignores SIGINT in background jobs, and programs that the tests interrupt would inherit this setting.
+        # A shell starts background jobs with SIGINT ignored. Programs that the tests interrupt would inherit this setting.
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Keep the tests of a file on one worker, because they share fixtures that are slow to create."""
+    """Run all tests of a file on one worker, because they share fixtures that are slow to create."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ScheduleByFile(LoadScopeScheduling):  # type: ignore[misc]  # pytest-xdist is not typed

@@ -1,8 +1,9 @@
 """Starts vLLM in the container next to the trainer, and reports its end to the trainer.
 
-The trainer writes the model and then `server.json` to the shared volume. This program waits for that file, starts `vllm serve` and waits for its end.
-A server that has ended is not started again: the trainer fails when it finds `ended.json`, and the next attempt gets a new pod. This program uses the
-standard library only, because vLLM pins the versions of most other packages. `finetune_trainer/generation_server.py` is the other side.
+The trainer writes the model and then `server.json` to the shared volume. This program waits for `server.json`, starts `vllm serve`, and writes
+`ended.json` when vLLM has ended. A server that has ended is not started again: the trainer fails when it finds `ended.json`, and the next attempt
+gets a new pod. This program only uses the standard library, because vLLM pins the versions of most other packages. The trainer's side is
+`finetune_trainer/generation_server.py`.
 """
 
 from __future__ import annotations
@@ -22,30 +23,30 @@ CONTRACT_VERSION = 1
 """Version of the format of `server.json` and `ended.json`."""
 POLL_SECONDS = 0.2
 LAST_LINES = 3
-"""Lines of vLLM's log that `ended.json` repeats."""
+"""How many of the last lines of vLLM's log `ended.json` repeats."""
 KILLED = "its container was killed, probably because it used more memory than trainer.grpo.generation.memory"
-"""Message of the next container if this program was killed together with vLLM, as after an out-of-memory of the container."""
+"""The message in `ended.json` if this program was killed together with vLLM. The restarted container writes it."""
 FOLDER_VARIABLE, DEFAULT_FOLDER = "FINETUNE_GENERATION_DIR", "/work/generation"
 
 
-def serve_command(folder: Path, options: dict[str, Any]) -> list[str]:
-    """Return the command of vLLM. `options`: the content of `server.json`."""
+def build_server_command(folder: Path, options: dict[str, Any]) -> list[str]:
+    """Return the command that starts vLLM. `options`: the contents of `server.json`."""
     return [
         "vllm", "serve", str(folder / "model"), "--host", "127.0.0.1", "--port", str(options["port"]),
         "--tensor-parallel-size", str(max(1, options["gpus"])), "--gpu-memory-utilization", str(options["gpuMemoryUtilization"]),
         "--dtype", options["dtype"], "--max-model-len", str(options["maxLength"]), "--seed", str(options["seed"]),
-        # The trainer sends all sampling options, and corrects for differences between its probabilities and those of the server.
+        # The trainer sends all sampling options, and corrects the differences between its own probabilities and those of the server.
         "--generation-config", "vllm", "--logprobs-mode", "processed_logprobs",
     ]  # fmt: skip
 
 
-def serve_environment() -> dict[str, str]:
-    """Return the environment of vLLM. Its development mode offers the requests to reload weights; only the pod itself can reach the port."""
+def build_server_environment() -> dict[str, str]:
+    """Return the environment of vLLM. In development mode, vLLM accepts requests to reload weights. Only the pod itself can reach its port."""
     return {**os.environ, "VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
 
 
 def wait_for_options(file: Path) -> dict[str, Any]:
-    """Wait until the trainer has written `server.json`, and return its content."""
+    """Wait until the trainer has written `server.json`, and return its contents."""
     while not file.exists():
         time.sleep(POLL_SECONDS)
     options: dict[str, Any] = json.loads(file.read_text())
@@ -53,10 +54,10 @@ def wait_for_options(file: Path) -> dict[str, Any]:
 
 
 def run_server(command: list[str]) -> str:
-    """Run vLLM, pass its log on, and return why it ended."""
+    """Run vLLM, print its log lines, and return why it ended."""
     lines: deque[str] = deque(maxlen=LAST_LINES)
     try:
-        process = subprocess.Popen(command, env=serve_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+        process = subprocess.Popen(command, env=build_server_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     except OSError as error:
         return f"{command[0]} cannot be started: {error.strerror}"
 
@@ -72,28 +73,28 @@ def run_server(command: list[str]) -> str:
 
 
 def report_end(file: Path, message: str) -> None:
-    """Write `ended.json`. The trainer must never see a half-written file."""
+    """Write `ended.json` atomically, so that the trainer never reads an incomplete file."""
     unfinished = file.with_suffix(".tmp")
     unfinished.write_text(json.dumps({"message": message}))
     unfinished.replace(file)
 
 
 def main() -> int:
-    """Wait for the options, serve, and report the end."""
+    """Wait for the options, run the server, and report its end. Returns exit code 1, because the server must not end before the trainer."""
     folder = Path(os.environ.get(FOLDER_VARIABLE, DEFAULT_FOLDER))
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
     end_file, start_file = folder / "ended.json", folder / "started.mark"
     if start_file.exists() and not end_file.exists():
         report_end(end_file, KILLED)
-    if end_file.exists():  # The kubelet has started the container again. The trainer ends the attempt.
-        print("the server has ended before: it is not started again in this attempt", file=sys.stderr, flush=True)
+    if end_file.exists():  # The kubelet has started the container again. The trainer has read the file, or will read it, and ends the attempt.
+        print("the server has already ended, and is not started again in this attempt", file=sys.stderr, flush=True)
         return 1
     options = wait_for_options(folder / "server.json")
     start_file.touch()
     if options.get("version") != CONTRACT_VERSION:
         message = f"this image reads version {CONTRACT_VERSION} of server.json, but the trainer wrote version {options.get('version')}"
     else:
-        message = run_server(serve_command(folder, options))
+        message = run_server(build_server_command(folder, options))
     report_end(end_file, message)
     print(message, file=sys.stderr, flush=True)
     return 1

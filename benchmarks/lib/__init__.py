@@ -1,1 +1,1 @@
-"""Parts of the load benchmark: a control plane with raised limits, simulated nodes, clients, and measurements."""
+"""Modules that several benchmarks share: pods as local processes, a control plane with simulated nodes and clients, and measurements."""

@@ -19,7 +19,7 @@ from tests.support.tiny import make_tiny_model
 ROOT = Path(__file__).resolve().parents[2]
 BUCKET = "benchmarks"
 POD_PYTHONPATH = os.pathsep.join([PYTHONPATH, str(ROOT / "tests/pod")])
-"""PYTHONPATH of a pod; it includes the modules that can replace the training."""
+"""PYTHONPATH of a pod. It includes `tests/pod`, whose modules can replace the training."""
 
 
 @dataclass(frozen=True)
@@ -31,15 +31,15 @@ class Workspace:
 
     @property
     def credentials(self) -> dict[str, str]:
-        """S3 credentials as environment variables of a pod."""
+        """The environment variables of a pod with the S3 credentials."""
         return {"AWS_ACCESS_KEY_ID": self.server.access_key, "AWS_SECRET_ACCESS_KEY": self.server.secret_key}
 
     def target(self, run_name: str, *, endpoint_url: str | None = None) -> StoreTarget:
-        """Storage root of one run."""
+        """Return the storage location of the run `run_name`."""
         return StoreTarget(uri=f"s3://{BUCKET}/{run_name}/team/job/{UID}", endpoint=endpoint_url or self.server.host_url)
 
     def spec(self, model: dict[str, Any] | None = None, **groups: Any) -> dict[str, Any]:
-        """Return the spec of a small job. `model` contains arguments for make_tiny_model; a model is created when it is first needed."""
+        """Return the spec of a small job. `model` contains arguments of make_tiny_model, which creates the model at the first call."""
         model_arguments = model or {}
         name = "-".join(["model", *(f"{key}{value}" for key, value in sorted(model_arguments.items()))])
         if not (self.folder / name / "config.json").exists():
@@ -65,7 +65,7 @@ class Workspace:
 
 @contextlib.contextmanager
 def open_workspace(folder: Path | None = None) -> Iterator[Workspace]:
-    """Start an S3 server in a temporary folder. If `folder` is given, use and keep that folder instead."""
+    """Start an S3 server and yield a workspace, in a temporary folder or in `folder`, which is kept."""
     with contextlib.ExitStack() as stack:
         workspace_folder = folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         workspace_folder.mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,7 @@ def open_workspace(folder: Path | None = None) -> Iterator[Workspace]:
 
 
 def summarize(values: list[float], digits: int = 3) -> dict[str, float | int | None]:
-    """Median, 99th percentile, maximum and number of the values."""
+    """Return the number of values, their median, 99th percentile and maximum."""
     if not values:
         return {"n": 0, "p50": None, "p99": None, "most": None}
     ordered = sorted(values)

@@ -1,4 +1,4 @@
-"""Create thousands of finished jobs as copies of a job that has run.
+"""Create thousands of finished jobs as copies of one job that has really run.
 
 Each copy is a FineTuneJob with its final status, a completed Job, and pods. The pods are not bound to a node and have no final status,
 because nothing reads the status of a finished job's pods.
@@ -22,7 +22,7 @@ SERVER_FIELDS = ("uid", "resourceVersion", "creationTimestamp", "generation", "m
 
 @dataclass(frozen=True)
 class FinishedJob:
-    """A finished FineTuneJob, its Job and one of its pods."""
+    """A finished FineTuneJob (`job`), its batch Job (`attempt`) and one of its pods."""
 
     job: Object
     attempt: Object
@@ -59,14 +59,14 @@ async def _write_copy(client: Client, namespace: str, template: FinishedJob, nam
     labels = {names.Label.JOB_NAME.value: name, names.Label.JOB_UID.value: created_job["metadata"]["uid"]}
     attempt = copy_job(template.attempt, job_name, labels)
     attempt["spec"]["suspend"] = True
-    attempt["metadata"]["ownerReferences"] = [_owner_reference(created_job, names.API_VERSION, names.KIND)]
+    attempt["metadata"]["ownerReferences"] = [_make_owner_reference(created_job, names.API_VERSION, names.KIND)]
     job = await client.send("POST", jobs_path, attempt)
-    # Patch, do not replace: the Job controller writes the condition Suspended at the same time.
+    # The status is patched, not replaced, because the Job controller writes the condition Suspended at the same time.
     await client.send("PATCH", f"{jobs_path}/{job_name}/status", {"status": template.attempt["status"]}, MERGE_PATCH_TYPE)
     for index in range(pod_count):
         pod = copy_object(template.pod, f"{job_name}-{index}-left", labels | {"batch.kubernetes.io/job-name": job_name})
         pod["spec"] = {key: value for key, value in pod["spec"].items() if key != "nodeName"}
-        pod["metadata"]["ownerReferences"] = [_owner_reference(job, "batch/v1", "Job")]
+        pod["metadata"]["ownerReferences"] = [_make_owner_reference(job, "batch/v1", "Job")]
         pod.pop("status", None)
         await client.send("POST", f"/api/v1/namespaces/{namespace}/pods", pod)
 
@@ -89,6 +89,6 @@ def copy_object(body: Object, name: str, labels: dict[str, str] | None = None) -
     return copy
 
 
-def _owner_reference(body: Object, api_version: str, kind: str) -> dict[str, Any]:
+def _make_owner_reference(body: Object, api_version: str, kind: str) -> dict[str, Any]:
     metadata = body["metadata"]
     return {"apiVersion": api_version, "kind": kind, "name": metadata["name"], "uid": metadata["uid"], "controller": True}

@@ -1,6 +1,6 @@
 """Simulate nodes and pods with KWOK: a pod that is bound to a node runs and succeeds at once.
 
-Only pods in the namespace `STEADY_NAMESPACE` keep running.
+Pods in the namespace `STEADY_NAMESPACE` keep running instead.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ spec:
 
 
 def build_program() -> Path:
-    """Build KWOK on the first call. Returns the path of the program."""
+    """Build KWOK unless it is in the cache. Returns the path of the program."""
     cache_folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     target = cache_folder / "finetune-operator" / "tools" / f"kwok-{KWOK_VERSION}" / "kwok"
     if not target.exists():
@@ -120,10 +120,10 @@ def build_program() -> Path:
     return target
 
 
-async def make_nodes(client: Client, count: int) -> None:
+async def make_nodes(client: Client, node_count: int) -> None:
     """Create nodes that are ready, have large capacity and no taints."""
     capacity = {"cpu": "10000", "memory": "100Ti", "ephemeral-storage": "1000Ti", "pods": "10000"}
-    for number in range(count):
+    for number in range(node_count):
         name = f"simulated-{number}"
         await client.send("POST", "/api/v1/nodes", {"metadata": {"name": name, "labels": {"kubernetes.io/hostname": name}}})
         ready_condition = {"type": "Ready", "status": "True", "reason": "Simulated"}
@@ -134,7 +134,7 @@ async def make_nodes(client: Client, count: int) -> None:
 
 
 class Kwok:
-    """The KWOK process, as a context manager."""
+    """Runs the KWOK process while its context is active."""
 
     def __init__(self, endpoint: Endpoint, folder: Path) -> None:
         self._endpoint, self._folder = endpoint, folder

@@ -18,7 +18,7 @@ METADATA_ONLY_TYPE = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=
 
 
 class Client:
-    """A client of the API server. An async context manager."""
+    """A client of the API server, to be used as an async context manager."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
@@ -35,7 +35,7 @@ class Client:
         await self._session.close()
 
     async def send(self, method: str, path: str, body: Any = None, content_type: str = "application/json") -> Object:
-        """Send one request. Errors: RuntimeError with the server's message."""
+        """Send one request and return the JSON of the response. Errors: RuntimeError with the server's message."""
         data = None if body is None else json.dumps(body).encode()
         url = self._endpoint.server + path
         async with self._session.request(method, url, data=data, headers={"Content-Type": content_type}) as response:
@@ -72,7 +72,7 @@ class Client:
         return sent_at_by_name
 
     async def events(self, path: str, *, version: str, meta_only: bool) -> AsyncIterator[Object]:
-        """Watch a collection from a resourceVersion."""
+        """Yield the events of a watch from a resourceVersion on. If `meta_only` is true, the objects have only their metadata."""
         headers = {"Accept": METADATA_ONLY_TYPE} if meta_only else {}
         url = f"{self._endpoint.server}{path}?watch=true&resourceVersion={version}"
         incomplete_line = b""
@@ -86,7 +86,7 @@ class Client:
 
 
 class FirstSeen:
-    """Watches a collection and records when `is_wanted` was first true for each object."""
+    """Watches a collection, and stores when `is_wanted` was first true for each object. If `is_wanted` is None, the first event of an object counts."""
 
     def __init__(self, client: Client, path: str, is_wanted: Callable[[Object], bool] | None = None) -> None:
         self._client, self._path, self._is_wanted = client, path, is_wanted
@@ -127,8 +127,9 @@ class FirstSeen:
             self._changed.set()
 
     async def wait_for_count(self, count: int, timeout_seconds: float) -> float:
-        """Wait until `count` objects have been seen. Returns the time when the last one was first seen. Errors: TimeoutError after
-        `timeout_seconds`.
+        """Wait until `count` objects have been seen. Returns the time at which the last of them was first seen.
+
+        Errors: TimeoutError after `timeout_seconds`.
         """
         deadline = time.monotonic() + timeout_seconds
         while len(self.first_seen) < count:
@@ -144,8 +145,8 @@ class FirstSeen:
         return sorted(self.first_seen.values())[count - 1]
 
 
-def condition_true(condition_type: str) -> Callable[[Object], bool]:
-    """Return a function that says whether an object's condition `condition_type` is True."""
+def make_condition_test(condition_type: str) -> Callable[[Object], bool]:
+    """Return a function that says whether an object has the condition `condition_type` with status True."""
 
     def is_condition_true(body: Object) -> bool:
         conditions = (body.get("status") or {}).get("conditions") or []
@@ -155,6 +156,6 @@ def condition_true(condition_type: str) -> Callable[[Object], bool]:
 
 
 def percentile(values: list[float], fraction: float) -> float:
-    """Percentile by the nearest-rank method; 0 if there are no values."""
+    """Return a percentile of the values; 0 if there are none. `fraction`: for example 0.99."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(fraction * len(ordered)))] if ordered else 0.0

@@ -1,8 +1,8 @@
 """Run the real training, and record the largest memory of this rank while the model is loaded and sharded.
 
-FINETUNE_TRAINER_MODULE selects this module. It writes `<work>/memory-<rank>.json`: the private bytes of the process (RssAnon) before the model
-is loaded, their peak until it is loaded and until training begins, and the logged losses. With BENCHMARK_LOADING=private, every rank converts
-the weights by itself.
+FINETUNE_TRAINER_MODULE selects this module. It writes `<work>/memory-<rank>.json` with the private bytes of the process (RssAnon): `before` the model
+is loaded, `loaded` (their peak until the model is loaded) and `peak` (their peak until training begins). The file also contains the logged losses.
+With BENCHMARK_LOADING=private, every rank converts the weights by itself.
 """
 
 from __future__ import annotations
@@ -41,34 +41,34 @@ def main(run: RunConfig, channel: Channel, inputs: Inputs) -> None:
         meter.loaded = meter.peak
         return result
 
-    def note_stage(stage: Stage, detail: str | None = None) -> None:
+    def stop_at_training(stage: Stage, detail: str | None = None) -> None:
         if stage is Stage.TRAINING:
             meter.stop()
         report_stage(stage, detail)
 
-    def note_line(step: int, values: dict[str, Any]) -> None:
+    def collect_loss(step: int, values: dict[str, Any]) -> None:
         losses.extend([values["loss"]] if "loss" in values else [])
         report_log_line(step, values)
 
     if os.environ.get(LOADING_VARIABLE) == "private":
-        train.TrainingSession._shared_weights = lambda self: nullcontext((self.inputs, []))  # type: ignore[method-assign] # as before
+        train.TrainingSession._shared_weights = lambda self: nullcontext((self.inputs, []))  # type: ignore[method-assign] # no shared copy of the weights
     model.load_model = load_and_measure
-    train.TrainingSession._build_trainer = build_and_measure  # type: ignore[method-assign] # to be measured
-    channel.report_stage, channel.report_log_line = note_stage, note_line  # type: ignore[method-assign] # likewise
+    train.TrainingSession._build_trainer = build_and_measure  # type: ignore[method-assign] # measures the loading
+    channel.report_stage, channel.report_log_line = stop_at_training, collect_loss  # type: ignore[method-assign] # end of the measurement, losses
     train.main(run, channel, inputs)
     result = {"before": meter.before, "loaded": meter.loaded, "peak": meter.peak, "losses": losses}
-    (channel.work / f"memory-{channel.rank}.json").write_text(json.dumps(result))
+    (channel.work_folder / f"memory-{channel.rank}.json").write_text(json.dumps(result))
 
 
 class MemoryMeter:
-    """Samples the private memory of this process until `stop`."""
+    """Samples the private memory of this process from `start` to `stop`, in bytes."""
 
     def __init__(self) -> None:
         self.before = self.loaded = self.peak = 0
         self._ended = threading.Event()
 
     def start(self) -> None:
-        self.before = self.peak = private_bytes()
+        self.before = self.peak = read_private_bytes()
         threading.Thread(target=self._sample, daemon=True).start()
 
     def stop(self) -> None:
@@ -76,10 +76,10 @@ class MemoryMeter:
 
     def _sample(self) -> None:
         while not self._ended.wait(SAMPLE_SECONDS):
-            self.peak = max(self.peak, private_bytes())
+            self.peak = max(self.peak, read_private_bytes())
 
 
-def private_bytes() -> int:
-    """Bytes of memory that only this process has, without the file cache, which processes share and the kernel may drop."""
+def read_private_bytes() -> int:
+    """Return the bytes of memory that only this process uses. The file cache does not count, because processes share it and the kernel can drop it."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status["RssAnon"].split()[0]) * 1024

@@ -1,4 +1,4 @@
-"""Small training runs on a CPU: random configurations, their measured peak of memory, and the memory plan's description of them."""
+"""Small training runs on a CPU with random configurations: measures their peak of memory, and describes them for the memory plan."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune_api.memory import optimizers
-from finetune_api.memory.architecture import model_shape
+from finetune_api.memory.architecture import parse_model_shape
 from finetune_api.memory.heads import LossHead
 from finetune_api.memory.layers import Batch, Kernels, TrainedWeights
 from finetune_api.memory.replay import Step
@@ -20,13 +20,13 @@ PRECISIONS = ("float32", "bfloat16", "autocast")
 """`bfloat16`: 16-bit weights. `autocast`: 32-bit weights, and for LoRA either 16-bit or 32-bit base weights, computed in bfloat16."""
 OPTIMIZERS = {"adamw": optimizers.ADAMW_FUSED, "sgd": optimizers.SGD, "adafactor": optimizers.ADAFACTOR}
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-TARGETS = (("q_proj", "v_proj"), ("q_proj", "k_proj", "v_proj", "o_proj"), ALL_LINEAR)
+TARGET_MODULES = (("q_proj", "v_proj"), ("q_proj", "k_proj", "v_proj", "o_proj"), ALL_LINEAR)
 STEPS = 2
 
 
 @dataclass(frozen=True)
 class SmallRun:
-    """One configuration."""
+    """The configuration of one small run, which follows from its seed."""
 
     seed: int
     family: str
@@ -56,14 +56,14 @@ class SmallRun:
 
     @staticmethod
     def draw(seed: int) -> SmallRun:
-        """Draw a configuration. After a change of this function, `memory_peaks.json` must be measured again."""
+        """Draw a random configuration with the seed `seed`. After a change of this function, `memory_peaks.json` must be measured again."""
         rng = random.Random(seed)
         family, method = rng.choice(FAMILIES), rng.choice(METHODS)
         heads, size = rng.choice((2, 4, 8)), rng.choice((32, 64))
         hidden = heads * size if family in ("llama", "qwen2", "mixtral") else rng.choice((128, 192, 256, 384))
         precision = rng.choice(PRECISIONS)
         packs = rng.random() < 0.4
-        targets = rng.choice(TARGETS[:2] if family == "mixtral" else TARGETS)
+        targets = rng.choice(TARGET_MODULES[:2] if family == "mixtral" else TARGET_MODULES)
         base_bytes = {"float32": 4, "bfloat16": 2, "autocast": 4 if method == "full" else rng.choice((2, 4))}[precision]
         return SmallRun(
             seed, family, hidden, rng.randrange(2, 5) * hidden, rng.randrange(2, 6), heads, rng.choice([one for one in (1, 2, 4, 8) if one <= heads]), size,
@@ -73,7 +73,7 @@ class SmallRun:
         )  # fmt: skip
 
     def config(self) -> dict[str, Any]:
-        """The model's `config.json`."""
+        """Return the content of the model's `config.json`."""
         values: dict[str, Any] = {
             "model_type": self.family, "hidden_size": self.hidden, "intermediate_size": self.feed_forward, "num_hidden_layers": self.layers,
             "num_attention_heads": self.heads, "num_key_value_heads": self.key_heads, "head_dim": self.head_size, "vocab_size": self.vocabulary,
@@ -82,27 +82,27 @@ class SmallRun:
         return values | ({"num_local_experts": 4, "num_experts_per_tok": 2} if self.family == "mixtral" else {})
 
     def as_step(self) -> Step:
-        """The run as the memory plan describes it."""
+        """Return the memory plan's description of the run."""
         is_full = self.method == "full"
         weights = TrainedWeights(
-            0.5 + 4 / 64 if self.method == "qlora" else self.base_bytes, self.base_bytes, is_full, rank=self.rank,
-            targets=frozenset() if is_full else frozenset(self.targets), dropout=self.dropout and not is_full,
+            0.5 + 4 / 64 if self.method == "qlora" else self.base_bytes, self.base_bytes, is_full, lora_rank=self.rank,
+            target_layers=frozenset() if is_full else frozenset(self.targets), has_dropout=self.dropout and not is_full,
         )  # fmt: skip
         # Batches of one row have no padding. Packed rows hold several documents.
         batch = Batch(self.rows, self.tokens, has_mask=self.packs or self.rows > 1)
         return Step(
-            model_shape(self.config()), weights, batch, OPTIMIZERS[self.optimizer], Kernels(is_gpu=False, attention=self.attention),
+            parse_model_shape(self.config()), weights, batch, OPTIMIZERS[self.optimizer], Kernels(is_gpu=False, attention=self.attention),
             autocast_bytes=2 if self.precision == "autocast" else None, quantized_compute_bytes=self.compute_bytes,
-            head=LossHead(self.head), recomputed_layers=self.layers if self.recomputes else 0, accumulation=self.accumulation,
+            loss_head=LossHead(self.head), recomputed_layer_count=self.layers if self.recomputes else 0, accumulation=self.accumulation,
         )  # fmt: skip
 
     @property
     def compute_bytes(self) -> int:
-        """Bytes of each value in which quantised layers compute."""
+        """Bytes of each value in the computation of quantised layers."""
         return 4 if self.precision == "float32" else 2
 
 def measure_peak(run: SmallRun) -> int:
-    """Train some steps and return the peak of torch's allocated memory in bytes."""
+    """Train STEPS steps and return the peak of torch's allocated memory in bytes."""
     import torch
     from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -120,11 +120,11 @@ def measure_peak(run: SmallRun) -> int:
                     _train_step(run, model, optimizer, batches)
     finally:
         gc.enable()
-    return _peak_of(profiler.profiler.kineto_results.experimental_event_tree())
+    return _find_peak(profiler.profiler.kineto_results.experimental_event_tree())
 
 
-def _peak_of(events: Any) -> int:
-    """Largest number of allocated bytes since the event `training`."""
+def _find_peak(events: Any) -> int:
+    """Return the largest number of allocated bytes since the event `training`."""
     allocations: list[tuple[int, int]] = []
     started = 0
     waiting = list(events)
@@ -160,7 +160,7 @@ def _create_model(run: SmallRun) -> Any:
             model = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, attn_implementation=run.attention, quantization_config=quantization, device_map={"": "cpu"}
             )
-        for parameter in model.parameters():  # unquantised weights are views of the whole file
+        for parameter in model.parameters():  # unquantised weights are views of the whole file, which would stay in memory
             if parameter.is_floating_point():
                 parameter.data = parameter.data.clone()
         for module in model.modules():  # as the trainer does
@@ -198,7 +198,7 @@ def _create_optimizer(run: SmallRun, parameters: list[Any]) -> Any:
 
 
 def _create_batch(run: SmallRun) -> dict[str, Any]:
-    """Random tokens: one packed row of several documents, or padded rows."""
+    """Return a batch of random tokens: one packed row with three documents, or padded rows."""
     import torch
 
     ids = torch.randint(0, run.vocabulary, (run.rows, run.tokens))

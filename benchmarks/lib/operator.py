@@ -24,7 +24,7 @@ WRITE_VERBS = ("create", "update", "patch", "delete")
 
 
 class Operator:
-    """Runs the operator with its default configuration, except for addresses. A context manager."""
+    """Runs the operator with its default configuration, except for addresses, while its context is active."""
 
     def __init__(self, endpoint: Endpoint, folder: Path, progress_url: str) -> None:
         self._endpoint, self._folder, self._progress_url = endpoint, folder, progress_url
@@ -68,7 +68,7 @@ class Operator:
         return self._process.pid
 
     def read_metrics(self) -> dict[str, float]:
-        """Metric samples by `name{labels}`; empty while the operator does not respond."""
+        """Return the metric samples by `name{labels}`, or an empty dict if the operator does not respond."""
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{self._port}/metrics", timeout=10) as response:
                 text = response.read().decode()
@@ -78,7 +78,7 @@ class Operator:
         return {name: float(value) for name, _, value in pairs}
 
     def count_requests(self) -> Counter[str]:
-        """Number of requests that the operator has sent to the API server, by `verb resource`."""
+        """Return the number of requests that the operator has sent to the API server, by `verb resource`."""
         counts: Counter[str] = Counter()
         for name, value in self.read_metrics().items():
             if name.startswith(f"{METRIC_PREFIX}_api_requests_total{{"):
@@ -110,7 +110,7 @@ def _sum_samples(samples: dict[str, float], name: str) -> float:
 
 
 class LagSampler:
-    """Reads the operator's event-loop lag metric once a second. An async context manager."""
+    """Reads the operator's metric for the event-loop lag once a second, while its async context is active."""
 
     def __init__(self, operator: Operator) -> None:
         self._operator = operator
@@ -168,5 +168,5 @@ class ProgressServer:
         return web.Response(body=json.dumps(report), content_type="application/json")
 
     def current_step(self) -> int:
-        """The step that all pods now report."""
+        """Return the step that all pods report now."""
         return 1 + int(time.time() - self.started_at)

@@ -1,8 +1,8 @@
-"""Published training runs with measured peaks, and the memory plan's description of them.
+"""Published training runs with their measured peaks of memory, and their description for the memory plan.
 
 Source: PEFT's comparison of methods (repository huggingface/peft, commit 5d602fd, folder method_comparison/MetaMathQA/results), Apache-2.0. All runs
-train Llama 3.2 3B in bfloat16 with batches of four rows on an L40S. The published peak is the largest memory that torch reserved. The runs differ in
-the method only, and have the same batches. The tokens of their longest batch were not published.
+train Llama 3.2 3B in bfloat16 with batches of four rows on an L40S. The published peak is the largest memory that torch reserved. The runs
+differ only in the method, and have the same batches. The length of their longest row was not published.
 """
 
 from __future__ import annotations
@@ -10,34 +10,34 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from finetune_api.memory import optimizers
-from finetune_api.memory.architecture import model_shape
+from finetune_api.memory.architecture import parse_model_shape
 from finetune_api.memory.heads import LossHead
 from finetune_api.memory.layers import Batch, Kernels, TrainedWeights
 from finetune_api.memory.replay import Step
 
-LLAMA_3B = model_shape({
+LLAMA_3B = parse_model_shape({
     "model_type": "llama", "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24,
     "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256, "tie_word_embeddings": True,
 })  # fmt: skip
 ATTENTION, FEED_FORWARD = frozenset({"q_proj", "v_proj"}), frozenset({"gate_proj", "up_proj", "down_proj"})
 ALL_LAYERS = FEED_FORWARD | {"q_proj", "k_proj", "v_proj", "o_proj"}
 SMALLEST_LENGTH, LARGEST_LENGTH = 600, 768
-"""The runs truncate rows after 768 tokens."""
+"""Bounds of the longest row in tokens. The runs truncate rows after 768 tokens."""
 
 
 @dataclass(frozen=True)
 class PublishedRun:
-    """A run and its published peak."""
+    """A published run and its peak of reserved memory."""
 
     name: str
     reserved_bytes: int
     weights: TrainedWeights = field(default_factory=lambda: TrainedWeights(2, 2, False))
 
     def as_step(self, longest_row: int) -> Step:
-        """The run as the memory plan describes it, if its longest row has so many tokens."""
+        """Return the memory plan's description of the run. `longest_row`: tokens of its longest row."""
         batch = Batch(4, longest_row + self.weights.prompt_tokens, has_mask=True)
         return Step(
-            LLAMA_3B, self.weights, batch, optimizers.ADAMW_FOREACH, Kernels(is_gpu=True), head=LossHead.LOGITS, keeps_outputs=True, accumulation=1
+            LLAMA_3B, self.weights, batch, optimizers.ADAMW_FOREACH, Kernels(is_gpu=True), loss_head=LossHead.LOGITS, keeps_outputs=True, accumulation=1
         )
 
 
@@ -45,16 +45,17 @@ def _adapter(**settings: object) -> TrainedWeights:
     return TrainedWeights(2, 2, False, **settings)  # type: ignore[arg-type]
 
 
+IA3_LAYERS = frozenset({"k_proj", "v_proj", "down_proj"})
 PUBLISHED_RUNS = (
     PublishedRun("full-finetuning--lr_0.00001", 38868615168, TrainedWeights(2, 2, True)),
-    PublishedRun("lora--rank32", 22292725760, _adapter(rank=32, targets=ATTENTION)),
-    PublishedRun("lora--rank64", 22552772608, _adapter(rank=64, targets=ATTENTION)),
-    PublishedRun("lora--rank64-rslora", 22561161216, _adapter(rank=64, targets=ATTENTION)),
-    PublishedRun("lora--rank10-target-mlp", 24698159104, _adapter(rank=10, targets=FEED_FORWARD)),
-    PublishedRun("lora--rank32-dora", 24532484096, _adapter(rank=32, targets=ATTENTION, is_dora=True)),
-    PublishedRun("ia3--default", 23234347008, _adapter(scaled=frozenset({"k_proj", "v_proj", "down_proj"}), input_scaled=frozenset({"down_proj"}))),
-    PublishedRun("ia3--lr_0.001", 23234347008, _adapter(scaled=frozenset({"k_proj", "v_proj", "down_proj"}), input_scaled=frozenset({"down_proj"}))),
-    PublishedRun("ia3--all-attn-5k-lr0.005", 26145193984, _adapter(scaled=ALL_LAYERS, input_scaled=FEED_FORWARD)),
+    PublishedRun("lora--rank32", 22292725760, _adapter(lora_rank=32, target_layers=ATTENTION)),
+    PublishedRun("lora--rank64", 22552772608, _adapter(lora_rank=64, target_layers=ATTENTION)),
+    PublishedRun("lora--rank64-rslora", 22561161216, _adapter(lora_rank=64, target_layers=ATTENTION)),
+    PublishedRun("lora--rank10-target-mlp", 24698159104, _adapter(lora_rank=10, target_layers=FEED_FORWARD)),
+    PublishedRun("lora--rank32-dora", 24532484096, _adapter(lora_rank=32, target_layers=ATTENTION, is_dora=True)),
+    PublishedRun("ia3--default", 23234347008, _adapter(ia3_layers=IA3_LAYERS, ia3_input_layers=frozenset({"down_proj"}))),
+    PublishedRun("ia3--lr_0.001", 23234347008, _adapter(ia3_layers=IA3_LAYERS, ia3_input_layers=frozenset({"down_proj"}))),
+    PublishedRun("ia3--all-attn-5k-lr0.005", 26145193984, _adapter(ia3_layers=ALL_LAYERS, ia3_input_layers=FEED_FORWARD)),
     PublishedRun("prompt_tuning--default", 24394072064, _adapter(prompt_tokens=200)),
     PublishedRun("prompt_tuning--lr_0.001", 24394072064, _adapter(prompt_tokens=200)),
     PublishedRun("prompt_tuning--sample_vocab-lr_0.001", 24410849280, _adapter(prompt_tokens=200)),

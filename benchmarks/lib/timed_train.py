@@ -23,21 +23,21 @@ def main(run: RunConfig, channel: Channel, inputs: Inputs) -> None:
     original_heartbeat, original_staged = channel.report_step, channel.report_staged_files
 
     def record_heartbeat(step: int) -> None:
-        record(channel, step=step, ended=time.monotonic())
+        append_record(channel, step=step, ended=time.monotonic())
         original_heartbeat(step)
 
     def record_staged(step: int, folder: Any, **values: Any) -> None:
-        record(channel, step=step, stall=values["stallSeconds"])
+        append_record(channel, step=step, stall=values["stallSeconds"])
         original_staged(step, folder, **values)
 
-    channel.report_step, channel.report_staged_files = record_heartbeat, record_staged  # type: ignore[method-assign] # to be timed
+    channel.report_step, channel.report_staged_files = record_heartbeat, record_staged  # type: ignore[method-assign] # records the times
     if os.environ.get("BENCHMARK_CHECKPOINTS") == "blocking":
         from finetune_trainer.checkpoint.rank import CheckpointStager
 
-        CheckpointStager._copies_fit_in_memory = lambda self: False  # type: ignore[method-assign] # as before checkpoints were written in the background
+        CheckpointStager._copies_fit_in_memory = lambda self: False  # type: ignore[method-assign] # blocks until the files are written
     train.main(run, channel, inputs)
 
 
-def record(channel: Channel, **values: float) -> None:
-    with (channel.work / "times.jsonl").open("a") as file:
+def append_record(channel: Channel, **values: float) -> None:
+    with (channel.work_folder / "times.jsonl").open("a") as file:
         file.write(json.dumps(values) + "\n")

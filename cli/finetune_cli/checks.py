@@ -9,37 +9,37 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune_api.names import API_VERSION, KIND, MAX_NAME_LENGTH, NAME_PATTERN
-from finetune_api.rules import ExecutionTarget, Problem, check, warnings
+from finetune_api.rules import ExecutionTarget, Problem, check_spec, find_warnings
 from finetune_api.sources import is_data_file_name
 from finetune_api.spec import FineTuneJobSpec, load_spec
-from finetune_api.support import unsupported_fields
+from finetune_api.support import find_unsupported_fields
 from pydantic import ValidationError
 
-from finetune_cli.field_errors import FieldError, field_errors, is_within, locations_to_remove
+from finetune_cli.field_errors import FieldError, find_locations_to_remove, is_within, iterate_field_errors
 from finetune_cli.fields import get_value
 from finetune_cli.manifests import Manifest
 from finetune_cli.mistakes import Mistake
 from finetune_cli.redaction import contains_secret
-from finetune_cli.suggestions import closest_name
+from finetune_cli.suggestions import find_closest_name
 from finetune_cli.unknown_fields import find_unknown_fields
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One problem of a manifest. A problem with `is_error` false is a warning: only `validate --strict` refuses the manifest."""
+    """One problem of a manifest: an error, or a warning (`is_error` is false), for which only `validate --strict` refuses the manifest."""
 
     mistake: Mistake
     code: str
     is_error: bool = True
 
 
-def errors_of(findings: list[Finding]) -> list[Finding]:
+def select_errors(findings: list[Finding]) -> list[Finding]:
     """Return the findings that are errors."""
     return [finding for finding in findings if finding.is_error]
 
 
-def warnings_of(findings: list[Finding]) -> list[Mistake]:
-    """Return the warnings, about values that are valid but probably not intended."""
+def select_warnings(findings: list[Finding]) -> list[Mistake]:
+    """Return the warnings. A warning is about a value that is valid, but probably not intended."""
     return [finding.mistake for finding in findings if not finding.is_error]
 
 
@@ -54,7 +54,7 @@ def check_manifest(
         mistake = Mistake(manifest.location("spec"), "spec", message, "write `spec:` followed by its fields")
         return None, [*findings, Finding(mistake, "SpecMissing")]
     unknown_fields = list(find_unknown_fields(raw_spec))
-    raw_spec = without_nulls(raw_spec)
+    raw_spec = remove_nulls(raw_spec)
     findings += [_make_finding(manifest, field.path, field.message, field.hint, "UnknownField") for field in unknown_fields]
     spec, field_errors = _load_spec(raw_spec)
     findings += [
@@ -67,27 +67,27 @@ def check_manifest(
         misnamed_paths = {field.suggested_path for field in unknown_fields}
         findings += [
             _make_finding(manifest, problem.path, problem.message, problem.hint, problem.code)
-            for problem in _broken_rules(spec, raw_spec, target)
+            for problem in _find_broken_rules(spec, raw_spec, target)
             if problem.path not in misnamed_paths and not any(_is_caused_by(problem, error) for error in field_errors)
         ]
         findings += [
             _make_finding(manifest, warning.path, warning.message, warning.hint, warning.code, is_error=False)
-            for warning in warnings(spec)
+            for warning in find_warnings(spec)
         ]
     findings += _find_secrets(manifest, raw_spec)
     return spec, findings
 
 
 def _is_caused_by(problem: Problem, error: FieldError) -> bool:
-    """Whether a rule is broken because the invalid value was removed: at the same path, or because a source of the group is missing."""
+    """Whether a rule is broken only because the invalid value of `error` was removed: the rule is about the same path, or reports a missing source."""
     is_missing_source = problem.code in ("ModelMissing", "DatasetMissing") and is_within(error.path, problem.path.partition(".")[0])
     return is_missing_source or is_within(problem.path, error.path) or is_within(error.path, problem.path)
 
 
-def _broken_rules(spec: FineTuneJobSpec, raw_spec: dict[str, Any], target: ExecutionTarget) -> list[Problem]:
-    """Return the problems of a spec that can be read: broken rules, and fields that this release does not implement."""
-    unsupported_problems = unsupported_fields(spec)
-    problems = [problem for problem in check(spec, target=target) if not _is_about_unsupported_field(problem, unsupported_problems)]
+def _find_broken_rules(spec: FineTuneJobSpec, raw_spec: dict[str, Any], target: ExecutionTarget) -> list[Problem]:
+    """Return the rules that a spec breaks, and the fields that this release does not implement. A local run may use paths of this machine as sources."""
+    unsupported_problems = find_unsupported_fields(spec)
+    problems = [problem for problem in check_spec(spec, target=target) if not _is_about_unsupported_field(problem, unsupported_problems)]
     is_local = target is ExecutionTarget.LOCAL
     return [
         problem for problem in (*problems, *unsupported_problems)
@@ -99,11 +99,11 @@ def _make_finding(manifest: Manifest, path: str, message: str, hint: str, code: 
     return Finding(Mistake(manifest.location(f"spec.{path}"), f"spec.{path}", message, hint), code, is_error)
 
 
-def without_nulls(value: dict[str, Any]) -> dict[str, Any]:
+def remove_nulls(mapping: dict[str, Any]) -> dict[str, Any]:
     """Return a copy without null values, because the API server removes them."""
     return {
-        key: without_nulls(inner) if isinstance(inner, dict) else inner
-        for key, inner in value.items()
+        key: remove_nulls(inner) if isinstance(inner, dict) else inner
+        for key, inner in mapping.items()
         if inner is not None
     }
 
@@ -111,7 +111,7 @@ def without_nulls(value: dict[str, Any]) -> dict[str, Any]:
 def _is_about_unsupported_field(problem: Problem, unsupported_problems: list[Problem]) -> bool:
     """Return whether a problem is about an unsupported field.
 
-    Such problems are not reported, because their hints would contradict the hint to remove the field.
+    Such a problem is not reported, because its hint would contradict the hint to remove the field.
     """
     paths = [field.path for field in unsupported_problems]
     return any(is_within(problem.path, path) for path in paths) or (
@@ -149,36 +149,36 @@ METADATA_KEYS = (
 
 
 def _check_metadata(manifest: Manifest) -> Iterator[Finding]:
-    """Check everything outside the spec."""
+    """Yield a finding for each problem of a manifest outside its spec."""
     for key, expected, code in (("apiVersion", API_VERSION, "ApiVersion"), ("kind", KIND, "Kind")):
         value = manifest.value.get(key)
         if value != expected:
             message = "this required field is missing" if value is None else f"{value} is not {expected}"
             yield Finding(Mistake(manifest.location(key), key, message, f"write {key}: {expected}"), code)
-    yield from (_unknown_key_finding(manifest, key, TOP_LEVEL_KEYS, "") for key in manifest.value if key not in TOP_LEVEL_KEYS)
+    yield from (_report_unknown_key(manifest, key, TOP_LEVEL_KEYS, "") for key in manifest.value if key not in TOP_LEVEL_KEYS)
     metadata = manifest.value.get("metadata")
-    message = invalid_name(manifest.name)
+    message = find_name_problem(manifest.name)
     if message:
-        hint = _name_hint(manifest.name, metadata)
+        hint = _make_name_hint(manifest.name, metadata)
         yield Finding(Mistake(manifest.location("metadata.name"), "metadata.name", message, hint), "NameInvalid")
     if isinstance(metadata, dict):
         yield from (
-            _unknown_key_finding(manifest, key, METADATA_KEYS, "metadata.") for key in metadata if key not in METADATA_KEYS
+            _report_unknown_key(manifest, key, METADATA_KEYS, "metadata.") for key in metadata if key not in METADATA_KEYS
         )
         yield from _find_unquoted_values(manifest, metadata)
 
 
-def _name_hint(name: str, metadata: Any) -> str:
+def _make_name_hint(name: str, metadata: Any) -> str:
     """Return what to write instead of a missing or invalid name: the corrected name, or the rule for names."""
     rule = f"write at most {MAX_NAME_LENGTH} characters a-z, 0-9 and -, beginning with a letter"
     if not name and isinstance(metadata, dict) and metadata.get("generateName"):
         return f"only `kubectl create` uses generateName, so {rule}"
     corrected = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    is_corrected = bool(corrected) and corrected != name and not invalid_name(corrected)
+    is_corrected = bool(corrected) and corrected != name and not find_name_problem(corrected)
     return f"{rule}, for example {corrected}" if is_corrected else rule
 
 
-def invalid_name(name: str) -> str:
+def find_name_problem(name: str) -> str:
     """Return why a text is not a valid name of a FineTuneJob, or an empty string for a valid name."""
     if not name:
         return "this required field is missing"
@@ -187,8 +187,8 @@ def invalid_name(name: str) -> str:
     return "" if re.match(NAME_PATTERN, name) else f"{name!r} cannot be the name of a FineTuneJob"
 
 
-def _unknown_key_finding(manifest: Manifest, key: str, known_keys: tuple[str, ...], prefix: str) -> Finding:
-    closest = closest_name(key, known_keys)
+def _report_unknown_key(manifest: Manifest, key: str, known_keys: tuple[str, ...], prefix: str) -> Finding:
+    closest = find_closest_name(key, known_keys)
     hint = (
         f"did you mean {prefix}{closest}?" if closest else "remove it" if prefix else "remove it, or move it below spec"
     )
@@ -198,9 +198,9 @@ def _unknown_key_finding(manifest: Manifest, key: str, known_keys: tuple[str, ..
 def _find_unquoted_values(manifest: Manifest, metadata: dict[str, Any]) -> Iterator[Finding]:
     """Yield an error for each number or boolean in labels, annotations and namespace. The API server accepts only strings there."""
     values: list[tuple[str, Any]] = [("namespace", metadata.get("namespace"))]
-    for group in ("labels", "annotations"):
-        group_values = metadata.get(group)
-        values += [(f"{group}.{key}", value) for key, value in group_values.items()] if isinstance(group_values, dict) else []
+    for mapping_name in ("labels", "annotations"):
+        mapping = metadata.get(mapping_name)
+        values += [(f"{mapping_name}.{key}", value) for key, value in mapping.items()] if isinstance(mapping, dict) else []
     for key, value in values:
         if isinstance(value, bool | int | float):
             path, text = f"metadata.{key}", str(value).lower() if isinstance(value, bool) else str(value)
@@ -222,21 +222,21 @@ def _load_spec(raw_spec: dict[str, Any]) -> tuple[FineTuneJobSpec | None, list[F
         try:
             return load_spec(value), errors
         except ValidationError as error:
-            errors += list(field_errors(error, errors))
-            value = _remove_locations(value, list(locations_to_remove(error)))
+            errors += list(iterate_field_errors(error, errors))
+            value = _remove_locations(value, list(find_locations_to_remove(error)))
     return None, errors
 
 
-def _remove_locations(value: dict[str, Any], locations: list[tuple[Any, ...]]) -> dict[str, Any]:
+def _remove_locations(raw_spec: dict[str, Any], locations: list[tuple[Any, ...]]) -> dict[str, Any]:
     """Return a copy without the fields at these locations. A list with an invalid item is removed as a whole."""
-    result = copy.deepcopy(value)
+    result = copy.deepcopy(raw_spec)
     for location in locations:
-        group: Any = result
-        for depth, part in enumerate(location):
-            inner = group.get(part) if isinstance(group, dict) else None
+        parent: Any = result
+        for depth, key in enumerate(location):
+            inner = parent.get(key) if isinstance(parent, dict) else None
             if depth == len(location) - 1 or not isinstance(inner, dict):
-                if isinstance(group, dict):
-                    group.pop(part, None)
+                if isinstance(parent, dict):
+                    parent.pop(key, None)
                 break
-            group = inner
+            parent = inner
     return result

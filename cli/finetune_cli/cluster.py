@@ -1,4 +1,4 @@
-"""Client of the API server. Objects are plain dicts. The client uses kubectl's configuration. Each error message is one sentence."""
+"""Sends requests to the API server with kubectl's configuration. Kubernetes objects are plain dicts."""
 
 from __future__ import annotations
 
@@ -48,18 +48,18 @@ class Cluster:
     client: Any
     namespace: str
     impersonated_user: str = ""
-    """User in whose name requests are sent (`Impersonate-User`). The API server checks that user's rights. Empty: the user of the credentials."""
+    """The user that requests impersonate (header `Impersonate-User`). The API server then checks this user's rights. Empty: no impersonation."""
 
     # --- FineTuneJobs
 
     def get_job(self, name: str) -> KubeObject:
         """Return a FineTuneJob. Raises ClusterError, with code 404 if the job does not exist."""
-        return self.call_api("GET", self._job_path(name))
+        return self.call_api("GET", self._make_job_path(name))
 
     def create_object(self, body: KubeObject, *, dry_run: bool = False) -> KubeObject:
         """Create an object. The server refuses unknown fields."""
         query = {"fieldManager": FIELD_MANAGER, "fieldValidation": "Strict", **({"dryRun": "All"} if dry_run else {})}
-        return self.call_api("POST", self._collection_path(body), query, body)
+        return self.call_api("POST", self._make_collection_path(body), query, body)
 
     def apply_object(self, body: KubeObject, *, dry_run: bool = False) -> KubeObject:
         """Create or update an object by server-side apply."""
@@ -69,42 +69,42 @@ class Cluster:
             "force": "true",
             **({"dryRun": "All"} if dry_run else {}),
         }
-        path = f"{self._collection_path(body)}/{quote(str(body['metadata']['name']), safe='')}"
+        path = f"{self._make_collection_path(body)}/{quote(str(body['metadata']['name']), safe='')}"
         return self.call_api("PATCH", path, query, body, "application/apply-patch+yaml")
 
     def delete_object(self, body: KubeObject) -> None:
-        """Delete an object with this uid; its dependents are deleted in the background. Raises ClusterError."""
-        path = f"{self._collection_path(body)}/{quote(str(body['metadata']['name']), safe='')}"
+        """Delete an object if it still has the uid in `body`. Kubernetes deletes its dependents in the background. Raises ClusterError."""
+        path = f"{self._make_collection_path(body)}/{quote(str(body['metadata']['name']), safe='')}"
         self.call_api("DELETE", path, None, {"propagationPolicy": "Background", "preconditions": {"uid": body["metadata"]["uid"]}})
 
     def patch_spec(self, name: str, spec: KubeObject) -> KubeObject:
         """Change fields of a FineTuneJob's spec."""
         return self.call_api(
             "PATCH",
-            self._job_path(name),
+            self._make_job_path(name),
             {"fieldManager": FIELD_MANAGER},
             {"spec": spec},
             "application/merge-patch+json",
         )
 
     def get_table(self, name: str | None, *, all_namespaces: bool) -> KubeObject:
-        """Return the FineTuneJobs as the server's table, with the columns of `kubectl get`."""
+        """Return one FineTuneJob or all of them as a Table, whose columns the API server chooses as for `kubectl get`."""
         return self.call_api(
-            "GET", self._job_path(name) if name else self._jobs_path(all_namespaces), accept_type=TABLE_CONTENT_TYPE
+            "GET", self._make_job_path(name) if name else self._make_jobs_path(all_namespaces), accept_type=TABLE_CONTENT_TYPE
         )
 
     def list_jobs(self, *, all_namespaces: bool, label_selector: str = "") -> list[KubeObject]:
         """Return the FineTuneJobs of this namespace, or of all namespaces."""
-        path = self._jobs_path(all_namespaces)
+        path = self._make_jobs_path(all_namespaces)
         items = self.call_api("GET", path, {"labelSelector": label_selector} if label_selector else None).get("items") or []
         return [{"apiVersion": API_VERSION, "kind": KIND, **item} for item in items]
 
     def wait_until_created(self, name: str, deadline: float | None) -> bool:
-        """Wait until a FineTuneJob exists. Return False at the deadline (in seconds of `time.monotonic`). Raises ClusterError."""
+        """Wait until a FineTuneJob exists. Return False if it does not exist at the deadline (in seconds of `time.monotonic`). Raises ClusterError."""
         while True:
             # Without a resource version, the watch begins with the existing objects.
             query = {"fieldSelector": f"metadata.name={parse_job_name(name)}"}
-            for event in self._watch(f"{JOBS_API_PATH}/{self._namespaced_path(PLURAL)}", query, deadline):
+            for event in self._watch(f"{JOBS_API_PATH}/{self._make_namespaced_path(PLURAL)}", query, deadline):
                 if event.get("type") in ("ADDED", "MODIFIED"):
                     return True
             if deadline is not None and time.monotonic() >= deadline:
@@ -118,7 +118,7 @@ class Cluster:
             if deadline is not None and time.monotonic() >= deadline:
                 return
             query = {"fieldSelector": f"metadata.name={name}", "resourceVersion": job["metadata"]["resourceVersion"]}
-            for event in self._watch(f"{JOBS_API_PATH}/{self._namespaced_path(PLURAL)}", query, deadline):
+            for event in self._watch(f"{JOBS_API_PATH}/{self._make_namespaced_path(PLURAL)}", query, deadline):
                 if event.get("type") in ("ADDED", "MODIFIED"):
                     yield event["object"]
                 elif event.get("type") == "DELETED":
@@ -131,20 +131,20 @@ class Cluster:
     def list_pods(self, name: str, attempt: int | None = None) -> list[KubeObject]:
         """Return the pods of a job, sorted by attempt and completion index."""
         selector = f"{Label.JOB_NAME}={name}" + (f",{Label.ATTEMPT}={attempt}" if attempt is not None else "")
-        pods = self.call_api("GET", f"{CORE_API_PATH}/{self._namespaced_path('pods')}", {"labelSelector": selector}).get("items") or []
+        pods = self.call_api("GET", f"{CORE_API_PATH}/{self._make_namespaced_path('pods')}", {"labelSelector": selector}).get("items") or []
         return sorted(
-            pods, key=lambda pod: (attempt_of(pod), index_of(pod), pod["metadata"].get("creationTimestamp", ""))
+            pods, key=lambda pod: (get_attempt(pod), get_pod_index(pod), pod["metadata"].get("creationTimestamp", ""))
         )
 
     def list_trainer_pods(self, *, all_namespaces: bool) -> list[KubeObject]:
         """Return the pods of all jobs in this namespace or in all namespaces, sorted by job, attempt and completion index."""
-        path = f"{CORE_API_PATH}/pods" if all_namespaces else f"{CORE_API_PATH}/{self._namespaced_path('pods')}"
+        path = f"{CORE_API_PATH}/pods" if all_namespaces else f"{CORE_API_PATH}/{self._make_namespaced_path('pods')}"
         pods = self.call_api("GET", path, {"labelSelector": f"{Label.MANAGED_BY}={MANAGER_NAME}"}).get("items") or []
-        return sorted(pods, key=lambda pod: (pod["metadata"]["namespace"], _job_of(pod), attempt_of(pod), index_of(pod)))
+        return sorted(pods, key=lambda pod: (pod["metadata"]["namespace"], _get_job_name(pod), get_attempt(pod), get_pod_index(pod)))
 
     def watch_pods(self, selector: str, deadline: float) -> Iterator[KubeObject]:
         """Yield the pods with these labels now and after every change, until the deadline (in seconds of `time.monotonic`). Raises ClusterError."""
-        path = f"{CORE_API_PATH}/{self._namespaced_path('pods')}"
+        path = f"{CORE_API_PATH}/{self._make_namespaced_path('pods')}"
         while True:
             collection = self.call_api("GET", path, {"labelSelector": selector})
             yield from collection.get("items") or []
@@ -157,12 +157,12 @@ class Cluster:
                 yield event["object"]
 
     def read_from_pod(self, namespace: str, pod: str, path: str) -> KubeObject:
-        """Return the JSON that a trainer pod's HTTP server sends. The API server forwards the request. Raises ClusterError."""
-        address = self._namespaced_path("pods", f"{pod}:{PROGRESS_PORT}", namespace=namespace).replace("%3A", ":")
+        """Send a GET request through the API server to the HTTP server of a trainer pod, and return the JSON response. Raises ClusterError."""
+        address = self._make_namespaced_path("pods", f"{pod}:{PROGRESS_PORT}", namespace=namespace).replace("%3A", ":")
         return self.call_api("GET", f"{CORE_API_PATH}/{address}/proxy{path}", timeout_seconds=POD_TIMEOUT_SECONDS)
 
-    def can_i(self, verb: str, resource: str) -> bool:
-        """Whether the user may use a verb on a resource (`pods/log`, `events.events.k8s.io`) in the namespace. Raises ClusterError."""
+    def is_allowed_to(self, verb: str, resource: str) -> bool:
+        """Whether the user may use a verb on a resource such as `pods/log` or `events.events.k8s.io` in the namespace. Raises ClusterError."""
         name, _, group = resource.partition(".")
         plural, _, subresource = name.partition("/")
         attributes = {"namespace": self.namespace, "verb": verb, "group": group, "resource": plural, "subresource": subresource}
@@ -172,12 +172,12 @@ class Cluster:
 
     def list_events(self, object_uids: set[str]) -> list[KubeObject]:
         """Return the events about the objects with these uids, oldest first."""
-        events = self.call_api("GET", f"{EVENTS_API_PATH}/{self._namespaced_path('events')}").get("items") or []
-        return sorted((event for event in events if (event.get("regarding") or {}).get("uid") in object_uids), key=event_time)
+        events = self.call_api("GET", f"{EVENTS_API_PATH}/{self._make_namespaced_path('events')}").get("items") or []
+        return sorted((event for event in events if (event.get("regarding") or {}).get("uid") in object_uids), key=get_event_time)
 
     def get_secret(self, name: str) -> KubeObject:
         """Return a Secret of the namespace."""
-        return self.call_api("GET", f"{CORE_API_PATH}/{self._namespaced_path('secrets', name)}")
+        return self.call_api("GET", f"{CORE_API_PATH}/{self._make_namespaced_path('secrets', name)}")
 
     def stream_log(self, pod: str, container: str, *, follow: bool, tail_lines: int | None) -> Iterator[str]:
         """Yield the lines of a container's log. Raises ClusterError."""
@@ -188,7 +188,7 @@ class Cluster:
         }
         response = self._send(
             "GET",
-            f"{CORE_API_PATH}/{self._namespaced_path('pods', pod)}/log",
+            f"{CORE_API_PATH}/{self._make_namespaced_path('pods', pod)}/log",
             query,
             None,
             "",
@@ -220,8 +220,8 @@ class Cluster:
         return value
 
     def _watch(self, path: str, query: dict[str, str], deadline: float | None) -> Iterator[KubeObject]:
-        """Yield the events of a watch, which the API server ends at the deadline at the latest."""
-        seconds = _watch_seconds_until(deadline)
+        """Yield the events of one watch request. The API server ends the request at the deadline or earlier."""
+        seconds = _compute_watch_seconds(deadline)
         query = {**query, "watch": "true", "timeoutSeconds": str(seconds)}
         response = self._send("GET", path, query, None, "", "application/json", seconds + CALL_TIMEOUT_SECONDS)
         for line in _read_lines(response):
@@ -254,16 +254,16 @@ class Cluster:
             )  # fmt: skip
         except urllib3.exceptions.HTTPError as error:
             raise ClusterError(
-                f"the API server at {self.client.configuration.host} cannot be reached: {last_reason(error)}"
+                f"the API server at {self.client.configuration.host} cannot be reached: {find_innermost_cause(error)}"
             ) from None
         if response.status >= 400:
-            raise self._response_error(response.read(), response.status, path)
+            raise self._to_cluster_error(response.read(), response.status, path)
         return response
 
-    def _response_error(self, body: bytes, status: int, path: str) -> ClusterError:
+    def _to_cluster_error(self, body: bytes, status: int, path: str) -> ClusterError:
         """Return the error for a failed response.
 
-        If the CRD is not installed, the code is 0 instead of 404. With code 404, callers would treat the job as deleted.
+        If the CRD is not installed, the error has code 0 instead of 404, because callers treat 404 as a deleted job.
         """
         host = self.client.configuration.host
         try:
@@ -287,29 +287,29 @@ class Cluster:
             message = f"the API server at {host} responded with HTTP {status}: {text[:120]}"
         return ClusterError(message, status)
 
-    def _job_path(self, name: str) -> str:
-        return f"{JOBS_API_PATH}/{self._namespaced_path(PLURAL, parse_job_name(name))}"
+    def _make_job_path(self, name: str) -> str:
+        return f"{JOBS_API_PATH}/{self._make_namespaced_path(PLURAL, parse_job_name(name))}"
 
-    def _jobs_path(self, all_namespaces: bool) -> str:
-        return f"{JOBS_API_PATH}/{PLURAL}" if all_namespaces else f"{JOBS_API_PATH}/{self._namespaced_path(PLURAL)}"
+    def _make_jobs_path(self, all_namespaces: bool) -> str:
+        return f"{JOBS_API_PATH}/{PLURAL}" if all_namespaces else f"{JOBS_API_PATH}/{self._make_namespaced_path(PLURAL)}"
 
-    def _namespaced_path(self, plural_kind: str, name: str | None = None, namespace: str | None = None) -> str:
+    def _make_namespaced_path(self, plural_kind: str, name: str | None = None, namespace: str | None = None) -> str:
         """Return the URL path of a collection or of one object. Names are URL-quoted, so that a name like `../x` cannot refer to another collection."""
         path = f"namespaces/{quote(namespace or self.namespace, safe='')}/{plural_kind}"
         return path if name is None else f"{path}/{quote(name, safe='')}"
 
-    def _collection_path(self, body: KubeObject) -> str:
+    def _make_collection_path(self, body: KubeObject) -> str:
         kind, version = str(body["kind"]), str(body["apiVersion"])
         namespace = (body.get("metadata") or {}).get("namespace") or self.namespace
         plural_kind = {KIND: PLURAL, "Secret": "secrets", "ConfigMap": "configmaps", "Job": "jobs"}.get(kind)
         if plural_kind is None:
             raise ClusterError(f"this command does not submit objects of kind {kind}: use kubectl apply")
         root = CORE_API_PATH if version == "v1" else f"/apis/{version}"
-        return f"{root}/{self._namespaced_path(plural_kind, namespace=str(namespace))}"
+        return f"{root}/{self._make_namespaced_path(plural_kind, namespace=str(namespace))}"
 
 
-def _watch_seconds_until(deadline: float | None) -> int:
-    """Return how long the next watch request lasts."""
+def _compute_watch_seconds(deadline: float | None) -> int:
+    """Return the duration of the next watch request in seconds."""
     return WATCH_SECONDS if deadline is None else max(1, min(WATCH_SECONDS, int(deadline - time.monotonic())))
 
 
@@ -347,7 +347,7 @@ def _load_kubeconfig(configuration: Any, context: str | None, path: str | None) 
     """
     from kubernetes import config
 
-    with _captured_log_errors() as log_errors:
+    with _capture_log_errors() as log_errors:
         try:
             config.load_kube_config(config_file=path, context=context, client_configuration=configuration)
             contexts, active_context = config.list_kube_config_contexts(config_file=path)
@@ -356,7 +356,7 @@ def _load_kubeconfig(configuration: Any, context: str | None, path: str | None) 
         except OSError as error:
             raise ClusterError(f"{error.filename or path or 'the kubeconfig'}: {error.strerror}") from None
         except Exception as error:
-            # The library does not wrap the exceptions of its parsers. Their text is left out: it may quote credentials of the file.
+            # The kubernetes library does not catch the exceptions of its parsers. Their text may quote credentials, so the message leaves it out.
             raise ClusterError(
                 f"{path or '~/.kube/config'} is not a valid kubeconfig ({type(error).__name__})"
             ) from None
@@ -368,8 +368,8 @@ def _load_kubeconfig(configuration: Any, context: str | None, path: str | None) 
 
 
 @contextlib.contextmanager
-def _captured_log_errors() -> Iterator[list[str]]:
-    """Collect logged errors: if a credential plugin fails, the library only logs the error."""
+def _capture_log_errors() -> Iterator[list[str]]:
+    """Yield a list that receives each logged error, because the kubernetes library only logs the failure of a credential plugin."""
     error_messages: list[str] = []
 
     class ErrorCollector(logging.Handler):
@@ -387,8 +387,8 @@ def _captured_log_errors() -> Iterator[list[str]]:
 POD_NAMESPACE_FILE = "/var/run/secrets/kubernetes.io/serviceaccount/namespace"
 
 
-def last_reason(error: Exception) -> str:
-    """Return the innermost cause from the text of nested network errors."""
+def find_innermost_cause(error: Exception) -> str:
+    """Extract the innermost cause from the text of a network error, which lists nested errors."""
     text = str(error)
     return text.rpartition(": ")[2].strip("()<> '\"") or type(error).__name__
 
@@ -418,23 +418,23 @@ def parse_job_name(name: str) -> str:
     return job_name
 
 
-def _job_of(pod: KubeObject) -> str:
+def _get_job_name(pod: KubeObject) -> str:
     return str((pod["metadata"].get("labels") or {}).get(Label.JOB_NAME, ""))
 
 
-def attempt_of(pod: KubeObject) -> int:
+def get_attempt(pod: KubeObject) -> int:
     """Return the attempt number of a pod from its label, or 0 without the label."""
     return int((pod["metadata"].get("labels") or {}).get(Label.ATTEMPT, 0))
 
 
-def index_of(pod: KubeObject) -> int:
+def get_pod_index(pod: KubeObject) -> int:
     """Return the completion index of a pod within its attempt."""
     labels, annotations = pod["metadata"].get("labels") or {}, pod["metadata"].get("annotations") or {}
     key = "batch.kubernetes.io/job-completion-index"
     return int(labels.get(key) or annotations.get(key) or 0)
 
 
-def event_time(event: KubeObject) -> str:
+def get_event_time(event: KubeObject) -> str:
     """Return the time of the last occurrence of an event, as a text that sorts by time."""
     series = event.get("series") or {}
     times = (

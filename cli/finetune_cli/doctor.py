@@ -1,4 +1,4 @@
-"""The checks of `finetune doctor`: cluster, CRD, operator, rights, node pools, image and storage. Each check gives one result with a cure."""
+"""The checks of `finetune doctor`: cluster, CRD, operator, rights, node pools, image and storage. Each result says what to do about a problem."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.cluster import StorageRoot
 
 from finetune_cli.cluster import Cluster, ClusterError
-from finetune_cli.fields import fields, fields_below
+from finetune_cli.fields import fields, iterate_fields_below
 from finetune_cli.installation import (
     DEFAULT_GPU_RESOURCE,
     Installation,
     InstallationMissing,
     Pool,
     TrainerImage,
+    count_gpus_of_node,
     find_installation,
-    gpus_of_node,
     list_chart_objects,
     list_nodes,
-    nodes_of_pool,
+    select_nodes_of_pool,
 )
 from finetune_cli.probe_job import ProbeEnd, ProbeResult, ProbeSettings, run_probe
 
 OLDEST_KUBERNETES = (1, 32)
 INSTALL_CURE = "install the chart of the operator, or choose another cluster with --context"
 ROLE_CURE = "ask the platform team for the role finetune-user of the command line's guide in this namespace"
-RIGHTS = (
+REQUIRED_RIGHTS = (
     *((f"{PLURAL}.{GROUP}", verb) for verb in ("get", "list", "watch", "create", "patch", "delete")),
     ("pods", "list"), ("pods/log", "get"), ("pods/proxy", "get"), ("events.events.k8s.io", "list"),
 )  # fmt: skip
@@ -74,7 +74,7 @@ class CheckResult:
 
 @dataclass
 class Doctor:
-    """Runs the checks. `spec`: the job whose image, pool and storage are checked instead of the operator's defaults."""
+    """Runs the checks. If `spec` is given, they use the image, pool and storage of this job instead of the operator's defaults."""
 
     cluster: Cluster
     operator_namespace: str | None = None
@@ -82,10 +82,10 @@ class Doctor:
     timeout_seconds: float = 300
     skipped: frozenset[CheckName] = frozenset()
     installation_problem: str = field(default="", init=False)
-    """Why `installation` is None."""
+    """Why the operator's configuration cannot be read. Empty: it was read, or not needed yet."""
 
     def run(self) -> Iterator[CheckResult]:
-        """Yield the result of each check that is not skipped. After an unreachable cluster or a missing CRD, the other checks are unknown."""
+        """Yield the result of each check that is not skipped. If the check of the cluster fails, no other check runs."""
         checks: dict[CheckName, Callable[[], CheckResult]] = {
             CheckName.CLUSTER: self._check_cluster, CheckName.CRD: self._check_crd, CheckName.OPERATOR: self._check_operator,
             CheckName.RIGHTS: self._check_rights, CheckName.POOLS: self._check_pools,
@@ -101,7 +101,7 @@ class Doctor:
             yield from (result for result in self._check_pod() if result.check not in self.skipped)
 
     def _run_check(self, name: CheckName, check: Callable[[], CheckResult]) -> CheckResult:
-        """Run a check. A refused request makes the result unknown, any other error of the API server makes it failed."""
+        """Run a check. If the API server forbids a request, the result is UNKNOWN. After any other ClusterError, it is FAILED."""
         try:
             return check()
         except ClusterError as error:
@@ -126,26 +126,26 @@ class Doctor:
             if error.code in (0, HTTPStatus.NOT_FOUND):
                 return CheckResult(CheckName.CRD, CheckState.FAILED, f"the cluster has no CRD for {KIND} {API_VERSION}", INSTALL_CURE)
             raise
-        served, known = self._served_fields(), {one.path for one in fields() if one.path.startswith("spec.")}
+        served, known = self._read_served_fields(), {one.path for one in fields() if one.path.startswith("spec.")}
         if missing := sorted(known - served):
             return CheckResult(
-                CheckName.CRD, CheckState.FAILED, f"the CRD is older than this program ({RELEASE}): it does not know {_first_of(missing)}",
+                CheckName.CRD, CheckState.FAILED, f"the CRD is older than this program ({RELEASE}): it does not know {_list_first(missing)}",
                 f"upgrade the chart to {RELEASE} (with crds.enabled), or use the program of the chart's release",
             )  # fmt: skip
         if extra := sorted(served - known):
             return CheckResult(
-                CheckName.CRD, CheckState.FAILED, f"the CRD is newer than this program ({RELEASE}), which does not know {_first_of(extra)}",
+                CheckName.CRD, CheckState.FAILED, f"the CRD is newer than this program ({RELEASE}), which does not know {_list_first(extra)}",
                 "upgrade this program with pip",
             )  # fmt: skip
         return CheckResult(CheckName.CRD, CheckState.OK, f"{PLURAL}.{GROUP} has all fields of {RELEASE}")
 
-    def _served_fields(self) -> set[str]:
-        """Return the paths of all fields of the spec that the API server knows. Every user may read this document."""
+    def _read_served_fields(self) -> set[str]:
+        """Return the paths of all spec fields in the API server's OpenAPI document, which every user may read."""
         document = self.cluster.call_api("GET", f"/openapi/v3/apis/{API_VERSION}")
         schemas = (document.get("components") or {}).get("schemas") or {}
         for schema in schemas.values():
             if any(one.get("kind") == KIND for one in schema.get("x-kubernetes-group-version-kind") or []):
-                return {one.path for one in fields_below("spec", schema["properties"]["spec"])} - {"spec"}
+                return {one.path for one in iterate_fields_below("spec", schema["properties"]["spec"])} - {"spec"}
         return set()
 
     def _check_operator(self) -> CheckResult:
@@ -161,7 +161,7 @@ class Doctor:
         if ready == 0:
             cure = f"read `kubectl -n {metadata['namespace']} logs deployment/{metadata['name']}`"
             return CheckResult(CheckName.OPERATOR, CheckState.FAILED, f"{name}, release {version}: none of {replicas} pods is ready", cure)
-        if _minor(version) != _minor(RELEASE):
+        if _to_minor_release(version) != _to_minor_release(RELEASE):
             cure = "upgrade the chart or this program, so that both have the same release"
             return CheckResult(CheckName.OPERATOR, CheckState.FAILED, f"{name} has release {version}, this program has {RELEASE}", cure)
         if self.installation is None:
@@ -178,7 +178,7 @@ class Doctor:
             return None
 
     def _check_rights(self) -> CheckResult:
-        missing = [f"{verb} {resource}" for resource, verb in RIGHTS if not self.cluster.can_i(verb, resource)]
+        missing = [f"{verb} {resource}" for resource, verb in REQUIRED_RIGHTS if not self.cluster.is_allowed_to(verb, resource)]
         if missing:
             return CheckResult(CheckName.RIGHTS, CheckState.FAILED, f"in namespace {self.cluster.namespace} you may not: {', '.join(missing)}", ROLE_CURE)
         return CheckResult(CheckName.RIGHTS, CheckState.OK, f"all rights of this program in namespace {self.cluster.namespace}")
@@ -187,29 +187,29 @@ class Doctor:
 
     def _check_pools(self) -> CheckResult:
         if self.installation is None:
-            return self._without_configuration(CheckName.POOLS)
+            return self._report_unreadable_configuration(CheckName.POOLS)
         nodes, pools = list_nodes(self.cluster), self.installation.config.node_pools
         if not pools:
-            gpus = sum(gpus_of_node(node, DEFAULT_GPU_RESOURCE) for node in nodes)
+            gpus = sum(count_gpus_of_node(node, DEFAULT_GPU_RESOURCE) for node in nodes)
             return CheckResult(CheckName.POOLS, CheckState.OK, f"no node pools are configured; the nodes have {gpus} {DEFAULT_GPU_RESOURCE}")
-        problems = [problem for pool in pools if (problem := pool_problem(pool, nodes))]
+        problems = [problem for pool in pools if (problem := find_pool_problem(pool, nodes))]
         if problems:
             cure = "correct nodePools in the chart's values, or install the device plugin; for nodes that an autoscaler adds, use --skip pools"
             return CheckResult(CheckName.POOLS, CheckState.FAILED, "; ".join(problems), cure)
-        counts = ", ".join(f"{pool.name} ({len(nodes_of_pool(pool, nodes))} nodes)" for pool in pools)
+        counts = ", ".join(f"{pool.name} ({len(select_nodes_of_pool(pool, nodes))} nodes)" for pool in pools)
         return CheckResult(CheckName.POOLS, CheckState.OK, counts)
 
-    def _without_configuration(self, check: CheckName) -> CheckResult:
+    def _report_unreadable_configuration(self, check: CheckName) -> CheckResult:
         cure = "ask for the permission to read the operator's ConfigMap, or name its namespace with --operator-namespace"
         return CheckResult(check, CheckState.UNKNOWN, f"the operator's configuration cannot be read: {self.installation_problem}", cure)
 
     # --- the pod
 
     def _check_pod(self) -> Iterator[CheckResult]:
-        """Check image and storage with one pod."""
-        settings = self._probe_settings()
+        """Yield the results of the image check and the storage check, which share one pod."""
+        settings = self._make_probe_settings()
         if settings is None:
-            yield from (self._without_configuration(check) for check in (CheckName.IMAGE, CheckName.STORAGE))
+            yield from (self._report_unreadable_configuration(check) for check in (CheckName.IMAGE, CheckName.STORAGE))
             return
         try:
             result = run_probe(self.cluster, settings, self.timeout_seconds)
@@ -219,11 +219,11 @@ class Doctor:
                 state, cure = CheckState.UNKNOWN, f"ask for the rights to create and delete jobs in namespace {self.cluster.namespace}"
             yield from (CheckResult(check, state, str(error), cure) for check in (CheckName.IMAGE, CheckName.STORAGE))
             return
-        yield image_result(settings, result, self.timeout_seconds)
-        yield storage_result(settings, result)
+        yield to_image_result(settings, result, self.timeout_seconds)
+        yield to_storage_result(settings, result)
 
-    def _probe_settings(self) -> ProbeSettings | None:
-        """Return what the pod uses: values of the job first, then those of the operator. None without a known image."""
+    def _make_probe_settings(self) -> ProbeSettings | None:
+        """Return the settings of the pod: values of the job, otherwise those of the operator's configuration. None if no trainer image is known."""
         config = self.installation.config if self.installation else None
         placement = self.spec.placement if self.spec else None
         trainer = config.trainer if config else TrainerImage()
@@ -232,13 +232,13 @@ class Doctor:
         trainer = trainer.model_copy(update={name: value for name, value in changes.items() if value})
         if not trainer.image:
             return None
-        pool = self._pool(config.node_pools if config else [])
+        pool = self._select_pool(config.node_pools if config else [])
         selector = {**(pool.node_selector if pool else {}), **((placement.node_selector or {}) if placement else {})}
         tolerations = [*(pool.tolerations if pool else []), *(one.to_wire() for one in (placement.tolerations or [] if placement else []))]
-        return ProbeSettings(trainer, selector, tolerations, self._storage(config.storage if config else StorageRoot()))
+        return ProbeSettings(trainer, selector, tolerations, self._resolve_storage(config.storage if config else StorageRoot()))
 
-    def _pool(self, pools: list[Pool]) -> Pool | None:
-        """Return the pool that the job uses: the one it names, otherwise the default pool unless it trains on CPU."""
+    def _select_pool(self, pools: list[Pool]) -> Pool | None:
+        """Return the node pool of the job: the pool that it names, or the default pool. None if it trains on CPUs."""
         resources = self.spec.resources if self.spec else None
         if resources is not None and resources.node_pool:
             return next((pool for pool in pools if pool.name == resources.node_pool), None)
@@ -246,26 +246,26 @@ class Doctor:
             return None
         return next((pool for pool in pools if pool.default), None)
 
-    def _storage(self, default: StorageRoot) -> StorageRoot:
+    def _resolve_storage(self, default: StorageRoot) -> StorageRoot:
         if self.spec is None:
             return default
         return resolve_defaults(self.spec, platform_defaults=PlatformDefaults(storage=default if default.uri else None)).spec.storage
 
 
-def pool_problem(pool: Pool, nodes: list[dict[str, Any]]) -> str:
+def find_pool_problem(pool: Pool, nodes: list[dict[str, Any]]) -> str:
     """Return why jobs cannot run in a pool now, or an empty string."""
-    own_nodes = nodes_of_pool(pool, nodes)
+    own_nodes = select_nodes_of_pool(pool, nodes)
     labels = ", ".join(f"{key}={value}" for key, value in pool.node_selector.items())
     if not own_nodes:
         return f"pool {pool.name}: no node has the labels {labels}" if labels else f"pool {pool.name}: the cluster has no nodes"
-    most = max(gpus_of_node(node, pool.gpu_resource) for node in own_nodes)
+    most = max(count_gpus_of_node(node, pool.gpu_resource) for node in own_nodes)
     if most < pool.gpus_per_node:
         return f"pool {pool.name}: its nodes have at most {most} {pool.gpu_resource}, but gpusPerNode is {pool.gpus_per_node}"
     return ""
 
 
-def image_result(settings: ProbeSettings, result: ProbeResult, timeout_seconds: float) -> CheckResult:
-    """Return whether the image of the trainer could be pulled and started."""
+def to_image_result(settings: ProbeSettings, result: ProbeResult, timeout_seconds: float) -> CheckResult:
+    """Return the result of the image check: whether the trainer image was pulled and started."""
     image = settings.trainer.image
     if result.end is ProbeEnd.NOT_PULLED:
         cure = "push the image, correct trainer.image in the chart's values, or create the Secret of trainer.imagePullSecrets in this namespace"
@@ -279,8 +279,8 @@ def image_result(settings: ProbeSettings, result: ProbeResult, timeout_seconds: 
     return CheckResult(CheckName.IMAGE, CheckState.OK, image)
 
 
-def storage_result(settings: ProbeSettings, result: ProbeResult) -> CheckResult:
-    """Return whether the pod could write, read and list in storage."""
+def to_storage_result(settings: ProbeSettings, result: ProbeResult) -> CheckResult:
+    """Return the result of the storage check: whether the pod could write, read and list objects."""
     uri = settings.storage.uri
     if not uri:
         cure = "set storage.uri in the chart's values, or check a job with its own storage: finetune doctor -f job.yaml"
@@ -296,11 +296,11 @@ def storage_result(settings: ProbeSettings, result: ProbeResult) -> CheckResult:
     return CheckResult(CheckName.STORAGE, CheckState.OK, f"a pod can write, read and list in {uri}{limits}")
 
 
-def _first_of(paths: list[str]) -> str:
-    """Name the first paths of a list, and count the others."""
+def _list_first(paths: list[str]) -> str:
+    """Return a text with the first three paths and the number of further paths. Fields inside a listed field do not count."""
     outermost = [path for path in paths if not any(path.startswith((f"{other}.", f"{other}[")) for other in paths)]
     return ", ".join(outermost[:3]) + (f" and {len(outermost) - 3} more fields" if len(outermost) > 3 else "")
 
 
-def _minor(version: str) -> str:
+def _to_minor_release(version: str) -> str:
     return ".".join(version.split(".")[:2])

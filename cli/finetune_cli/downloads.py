@@ -1,8 +1,8 @@
 """Downloads objects from storage to local files.
 
-A file has its final name only when it is complete and was checked. Until then it is a hidden file whose name contains the digest or the ETag of the
-object, so that an interrupted download continues only if the object is still the same. Files of a checkpoint or model have the sha256 of their
-manifest. Other files are compared with the MD5 digests in the store's ETag.
+A download writes to a hidden part file, and renames it when the content is complete and checked. The name of the part file contains a hash of the
+object's sha256 or ETag, so that an interrupted download continues only if the object is unchanged. Files of a checkpoint or model are checked against
+the sha256 in the manifest, and other files against the MD5 digests in the store's ETag.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from finetune_api.names import Storage
 
@@ -23,8 +24,8 @@ from finetune_cli.job_storage import (
     JobStorage,
     StorageError,
     StorageErrors,
-    checked_file_list,
     parse_manifest,
+    read_file_list,
     read_manifest_bytes,
 )
 from finetune_cli.transfers import (
@@ -34,14 +35,14 @@ from finetune_cli.transfers import (
     FileState,
     Progress,
     TransferredFile,
+    choose_part_bytes,
+    compute_sha256_of_file,
     digest_file,
-    part_bytes_of,
-    sha256_of_file,
     write_whole_file,
 )
 
 MAX_LOST_CONNECTIONS = 5
-"""A download ends if the connection is lost this often in a row without a new byte."""
+"""A download fails after this many lost connections in a row that delivered no byte."""
 _MULTIPART_ETAG = re.compile(r"^[0-9a-f]{32}-(\d+)$")
 _MD5 = re.compile(r"^[0-9a-f]{32}$")
 
@@ -58,30 +59,30 @@ class RemoteFile:
 
     @property
     def version(self) -> str:
-        """A short text that differs for objects with other content."""
+        """A short hash that changes with the content: of the sha256, or of ETag and size."""
         return hashlib.sha256((self.sha256 or f"{self.etag} {self.size}").encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)
 class Source:
-    """The files to download from a storage. `manifest` holds the bytes of the manifest of a checkpoint or model, otherwise None."""
+    """The files to download from a storage. `manifest`: the manifest's bytes for a checkpoint or model, otherwise None."""
 
     storage: JobStorage
     files: tuple[RemoteFile, ...]
     manifest: bytes | None = None
 
 
-def committed_source(storage: JobStorage, committed: CommittedFolder) -> Source:
+def make_committed_source(storage: JobStorage, committed: CommittedFolder) -> Source:
     """Return the files of a committed checkpoint or model. Raises StorageError if the manifest is damaged."""
     content = read_manifest_bytes(storage, committed)
     folder = f"{committed.folder}/{committed.path}"
-    entries = checked_file_list(storage.object_uri(folder), parse_manifest(content))
+    entries = read_file_list(storage.make_object_uri(folder), parse_manifest(content))
     files = tuple(RemoteFile(f"{folder}/{one['path']}", str(one["path"]), int(one["size"]), sha256=str(one["sha256"])) for one in entries)
     return Source(storage, files, content)
 
 
-def plain_source(storage: JobStorage, key: str) -> Source:
-    """Return the object with this key, or all objects below it. Raises StorageError if there is none."""
+def make_plain_source(storage: JobStorage, key: str) -> Source:
+    """Return the object with this key, or all objects below it, as files to download. Raises StorageError if there is no object."""
     single = storage.find_object(key) if key else None
     found = [single] if single is not None else list(storage.list_objects(key))
     folder = "" if not key else f"{key}/" if single is None else key[: -len(key.rpartition("/")[2])]
@@ -91,11 +92,11 @@ def plain_source(storage: JobStorage, key: str) -> Source:
         if path.endswith("/") or not path:  # an empty object that stands for a folder
             continue
         if path.startswith("/") or ".." in path.split("/"):
-            raise StorageError(f"{storage.object_uri(stored.key)}: the name of the object would be a file outside the target folder")
+            raise StorageError(f"{storage.make_object_uri(stored.key)}: the name of the object would be a file outside the target folder")
         etag = stored.etag if storage.local is None else digest_file(storage.local / stored.key).etag
         files.append(RemoteFile(stored.key, path, stored.size, etag=etag))
     if not files:
-        raise StorageError(f"{storage.object_uri(key)}: there is no object at this URI or below it")
+        raise StorageError(f"{storage.make_object_uri(key)}: there is no object at this URI or below it")
     return Source(storage, tuple(files))
 
 
@@ -117,14 +118,25 @@ def download(source: Source, folder: Path, progress: Progress, *, overwrite: boo
 
 def _require_disk_space(source: Source, folder: Path) -> None:
     existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-    needed = sum(file.size for file in source.files if not (folder / file.path).exists() and not _part_file(folder / file.path, file).exists())
+    needed = sum(file.size for file in source.files if not (folder / file.path).exists() and not _make_part_file_path(folder / file.path, file).exists())
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise StorageError(f"{existing} has {free / 1e9:.1f} GB free, but the download needs {needed / 1e9:.1f} GB; choose another folder with --to")
 
 
-def _part_file(target: Path, file: RemoteFile) -> Path:
+def _make_part_file_path(target: Path, file: RemoteFile) -> Path:
     return target.with_name(f".{target.name}.{file.version}{PART_SUFFIX}")
+
+
+class _Comparison(NamedTuple):
+    """The result of comparing a local file with an object in storage."""
+
+    check: Check
+    """What was compared: sha256, ETag, or only the size."""
+    sha256: str
+    """The sha256 of the local file. It is empty for a target file with another size than the object, because no caller reads it then."""
+    is_equal: bool
+    """Whether the check found no difference."""
 
 
 class Download:
@@ -132,51 +144,51 @@ class Download:
 
     def __init__(self, storage: JobStorage, file: RemoteFile, target: Path):
         self._storage, self._file, self._target = storage, file, target
-        self._part = _part_file(target, file)
+        self._part = _make_part_file_path(target, file)
 
     def run(self, progress: Progress, overwrite: bool) -> TransferredFile:
-        """Download the file unless the target has its content. Raises StorageError, OSError."""
-        count = progress.begin_file(self._file.path, self._file.size)
+        """Download the file, unless the target file already has its content. Raises StorageError, OSError."""
+        report_bytes = progress.begin_file(self._file.path, self._file.size)
         if self._target.exists():
-            check, sha256, is_equal = self._compare(self._target)
-            if is_equal and check is not Check.SIZE:
-                count(self._file.size)
-                return self._result(sha256, FileState.UNCHANGED, check)
+            comparison = self._compare(self._target)
+            if comparison.is_equal and comparison.check is not Check.SIZE:
+                report_bytes(self._file.size)
+                return self._make_result(comparison.sha256, FileState.UNCHANGED, comparison.check)
             if not overwrite:
-                problem = "and cannot be compared, because the store gives no digest" if is_equal else "with other content"
+                problem = "and cannot be compared, because the store gives no digest" if comparison.is_equal else "with other content"
                 raise StorageError(f"{self._target} exists already {problem}; choose another folder with --to, or replace files with --overwrite")
         self._target.parent.mkdir(parents=True, exist_ok=True)
         is_resumed = self._part.exists() and self._part.stat().st_size > 0
-        self._fetch(count)
-        check, sha256, is_equal = self._compare(self._part)
-        if not is_equal:
+        self._fetch(report_bytes)
+        comparison = self._compare(self._part)
+        if not comparison.is_equal:
             size = self._part.stat().st_size
             self._part.unlink()
             expected = f"the manifest lists {self._file.size} bytes and {self._file.sha256[:12]}..."
             if not self._file.sha256:
                 expected = f"the store lists {self._file.size} bytes and the ETag {self._file.etag}"
-            uri = self._storage.object_uri(self._file.key)
-            raise StorageError(f"{uri} is damaged: the file has {size} bytes and sha256 {sha256[:12]}..., but {expected}")
+            uri = self._storage.make_object_uri(self._file.key)
+            raise StorageError(f"{uri} is damaged: the file has {size} bytes and sha256 {comparison.sha256[:12]}..., but {expected}")
         self._part.replace(self._target)
-        return self._result(sha256, FileState.RESUMED if is_resumed else FileState.TRANSFERRED, check)
+        return self._make_result(comparison.sha256, FileState.RESUMED if is_resumed else FileState.TRANSFERRED, comparison.check)
 
-    def _result(self, sha256: str, state: FileState, check: Check) -> TransferredFile:
-        return TransferredFile(self._target, self._storage.object_uri(self._file.key), self._file.size, sha256, state, check)
+    def _make_result(self, sha256: str, state: FileState, check: Check) -> TransferredFile:
+        return TransferredFile(self._target, self._storage.make_object_uri(self._file.key), self._file.size, sha256, state, check)
 
-    def _fetch(self, count: Callable[[int], None]) -> None:
-        """Append the missing bytes to the part file. If the connection is lost, ask for the remaining bytes."""
+    def _fetch(self, report_bytes: Callable[[int], None]) -> None:
+        """Append the missing bytes to the part file. If the connection is lost, request the bytes that are still missing."""
         with self._part.open("ab") as file:
             if file.tell() > self._file.size:
                 file.seek(0)
                 file.truncate()
-            count(file.tell())
+            report_bytes(file.tell())
             lost_connections = 0
             while file.tell() < self._file.size:
                 start = file.tell()
                 try:
                     for chunk in self._storage.read_chunks(self._file.key, start, self._file.etag):
                         file.write(chunk)
-                        count(len(chunk))
+                        report_bytes(len(chunk))
                 except ConnectionLost:
                     lost_connections = lost_connections + 1 if file.tell() == start else 0
                     if lost_connections >= MAX_LOST_CONNECTIONS:
@@ -185,33 +197,30 @@ class Download:
                     if file.tell() < self._file.size:
                         break  # the object is shorter than its size in the manifest
 
-    def _compare(self, path: Path) -> tuple[Check, str, bool]:
-        """Compare a local file with the object. Return the kind of check, the file's sha256, and whether both are equal.
-
-        The sha256 is empty for a target with another size, because callers do not read it.
-        """
+    def _compare(self, path: Path) -> _Comparison:
+        """Compare a local file with the object."""
         if path.stat().st_size != self._file.size:
-            return Check.SIZE, sha256_of_file(path) if path == self._part else "", False
+            return _Comparison(Check.SIZE, compute_sha256_of_file(path) if path == self._part else "", False)
         if self._file.sha256:
-            sha256 = sha256_of_file(path)
-            return Check.SHA256, sha256, sha256 == self._file.sha256
-        part_bytes = self._part_bytes()
+            sha256 = compute_sha256_of_file(path)
+            return _Comparison(Check.SHA256, sha256, sha256 == self._file.sha256)
+        part_bytes = self._find_part_bytes()
         if part_bytes is None:
-            return Check.SIZE, sha256_of_file(path), True
+            return _Comparison(Check.SIZE, compute_sha256_of_file(path), True)
         digest = digest_file(path, part_bytes)
-        return Check.ETAG, digest.sha256, digest.etag == self._file.etag
+        return _Comparison(Check.ETAG, digest.sha256, digest.etag == self._file.etag)
 
-    def _part_bytes(self) -> int | None:
-        """Return the size of the parts of which the ETag has the digests. None: the ETag contains no digest of the content."""
+    def _find_part_bytes(self) -> int | None:
+        """Return the part size in bytes of the upload whose MD5 digests the ETag contains. None: the ETag contains no digest of the content."""
         if _MD5.match(self._file.etag):
             return max(1, self._file.size)
         match = _MULTIPART_ETAG.match(self._file.etag)
         if match is None:
             return None
-        own = part_bytes_of(self._file.size)
-        if -(-self._file.size // own) == int(match[1]):
-            return own
-        with StorageErrors(self._storage.object_uri(self._file.key)):
-            response = self._storage.client.head_object(Bucket=self._storage.bucket, Key=self._storage.full_key(self._file.key), PartNumber=1)
+        default_size = choose_part_bytes(self._file.size)
+        if -(-self._file.size // default_size) == int(match[1]):
+            return default_size
+        with StorageErrors(self._storage.make_object_uri(self._file.key)):
+            response = self._storage.client.head_object(Bucket=self._storage.bucket, Key=self._storage.make_full_key(self._file.key), PartNumber=1)
         first_part = int(response["ContentLength"])
         return first_part if -(-self._file.size // max(1, first_part)) == int(match[1]) else None

@@ -1,4 +1,4 @@
-"""Console entry points. All slow imports happen inside `_run`, so that Ctrl-C during an import prints no traceback."""
+"""The functions that the installed programs call. All slow imports happen inside `_run`, so that Ctrl-C during an import prints no traceback."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ INTERRUPTED_EXIT_CODE = 130
 
 
 def main() -> None:
-    """Run `finetune`."""
+    """Run the program `finetune` or `kubectl-finetune`."""
     _run("main")
 
 

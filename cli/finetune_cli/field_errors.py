@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from finetune_api.patterns import FORMS
+from finetune_api.patterns import MISMATCH_TEXTS
 from pydantic import ValidationError
 
-from finetune_cli.value_hints import hint_for_value, text_of
+from finetune_cli.value_hints import hint_for_value, to_yaml_text
 
 
 @dataclass(frozen=True)
@@ -22,19 +22,19 @@ class FieldError:
     is_unknown: bool = False
 
 
-def is_within(path: str, group: str) -> bool:
-    """Return whether `path` equals `group`, or is a field or list item inside the group."""
-    return path == group or path.startswith((f"{group}.", f"{group}["))
+def is_within(path: str, group_path: str) -> bool:
+    """Whether `path` equals `group_path`, or names a field or list item inside this group."""
+    return path == group_path or path.startswith((f"{group_path}.", f"{group_path}["))
 
 
-def field_errors(error: ValidationError, known_errors: Iterable[FieldError] = ()) -> Iterator[FieldError]:
-    """Yield every error of a model.
+def iterate_field_errors(error: ValidationError, known_errors: Iterable[FieldError] = ()) -> Iterator[FieldError]:
+    """Yield every error that pydantic found.
 
-    The values of the `known` errors were removed. A field that is missing only because of such a removal is not reported.
+    The values with `known_errors` were removed before this validation. A field that is missing only because of such a removal is not reported.
     """
     earlier_errors = list(known_errors)
     for details in error.errors():
-        path = path_of(details["loc"])
+        path = to_dotted_path(details["loc"])
         if details["type"] == "missing" and any(
             is_within(other.path, path.rpartition(".")[0] or path) for other in earlier_errors
         ):
@@ -43,15 +43,15 @@ def field_errors(error: ValidationError, known_errors: Iterable[FieldError] = ()
         yield FieldError(path, _message(details), hint, details["type"] == "extra_forbidden")
 
 
-def locations_to_remove(error: ValidationError) -> Iterator[tuple[Any, ...]]:
-    """Yield the locations to remove so that the spec validates: invalid values, and groups without a required field."""
+def find_locations_to_remove(error: ValidationError) -> Iterator[tuple[Any, ...]]:
+    """Yield the locations to remove so that the spec validates: invalid values, and groups in which a required field is missing."""
     for details in error.errors():
         location = details["loc"][:-1] if details["type"] == "missing" else details["loc"]
         if location:
             yield location
 
 
-def path_of(location: tuple[Any, ...]) -> str:
+def to_dotted_path(location: tuple[Any, ...]) -> str:
     """Convert the location of a pydantic error to a dotted path."""
     path = ""
     for part in location:
@@ -65,8 +65,8 @@ def _message(details: Any) -> str:
     value = details["input"]
     if details["type"] == "string_too_short":
         return "the value is empty"
-    value_text = text_of(value) if isinstance(value, str | int | float) and len(str(value)) <= 200 else ""
+    value_text = to_yaml_text(value) if isinstance(value, str | int | float) and len(str(value)) <= 200 else ""
     if details["type"] == "string_pattern_mismatch":
-        return f"{value_text or 'the value'} {FORMS.get(details['ctx']['pattern'], 'does not have the required form')}"
+        return f"{value_text or 'the value'} {MISMATCH_TEXTS.get(details['ctx']['pattern'], 'does not have the required form')}"
     message = str(details["msg"]).removeprefix("Value error, ").removeprefix("Input ").replace("a valid array", "a list")
     return f"{value_text}: {message}" if value_text else message

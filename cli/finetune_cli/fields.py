@@ -18,10 +18,10 @@ class Field:
     """One field. `path` starts with `spec` or `status`; `[]` marks the items of a list."""
 
     path: str
-    kind: str
+    type_text: str
     description: str
     is_group: bool
-    words: tuple[str, ...] = ()
+    enum_values: tuple[str, ...] = ()
     """Allowed values of an enum."""
 
 
@@ -29,7 +29,7 @@ class Field:
 def fields() -> tuple[Field, ...]:
     """Return every field of spec and status, each group before its fields."""
     root = build_crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]
-    return tuple(field for name in ("spec", "status") for field in fields_below(name, root[name]))
+    return tuple(field for name in ("spec", "status") for field in iterate_fields_below(name, root[name]))
 
 
 @functools.cache
@@ -38,24 +38,24 @@ def fields_by_path() -> dict[str, Field]:
     return {field.path: field for field in fields()}
 
 
-def fields_below(path: str, schema: dict[str, Any]) -> Iterator[Field]:
+def iterate_fields_below(path: str, schema: dict[str, Any]) -> Iterator[Field]:
     """Yield the field that an OpenAPI schema describes, and all fields inside it."""
     is_group = bool(schema.get("properties"))
     enum_values = tuple(str(value) for value in schema.get("enum") or schema.get("items", {}).get("enum") or ())
-    yield Field(path, kind_of(schema), str(schema.get("description", "")), is_group, enum_values)
+    yield Field(path, describe_type(schema), str(schema.get("description", "")), is_group, enum_values)
     inner, suffix = (schema["items"], "[]") if schema.get("type") == "array" else (schema, "")
     for name, value in (inner.get("properties") or {}).items():
-        yield from fields_below(f"{path}{suffix}.{name}", value)
+        yield from iterate_fields_below(f"{path}{suffix}.{name}", value)
 
 
-def kind_of(schema: dict[str, Any]) -> str:
+def describe_type(schema: dict[str, Any]) -> str:
     """Describe the type of a field with its bounds, or list the values of an enum."""
     if "x-kubernetes-int-or-string" in schema:
         return "quantity"
     if schema.get("type") == "array":
-        return f"list of {kind_of(schema['items'])}"
+        return f"list of {describe_type(schema['items'])}"
     if "additionalProperties" in schema:
-        return f"map of {kind_of(schema['additionalProperties'])}"
+        return f"map of {describe_type(schema['additionalProperties'])}"
     if "enum" in schema:
         return " | ".join(str(value) for value in schema["enum"])
     if schema.get("properties"):
@@ -66,37 +66,37 @@ def kind_of(schema: dict[str, Any]) -> str:
     return " ".join(part for part in (str(schema.get("type", "object")), bounds) if part)
 
 
-def without_indexes(path: str) -> str:
-    """Return a path without the numbers of list items: `tolerations[].key` for `tolerations[2].key`."""
+def remove_indexes(path: str) -> str:
+    """Return a path without list indexes: `tolerations[].key` for `tolerations[2].key`."""
     return re.sub(r"\[\d+\]", "[]", path)
 
 
-def field_at(path: str) -> Field | None:
-    """Return the field at a path below spec, which may have numbers of list items. None if there is no such field."""
-    return fields_by_path().get(f"spec.{without_indexes(path)}")
+def find_field(path: str) -> Field | None:
+    """Return the field at a path below spec, which may contain list indexes. None if there is no such field."""
+    return fields_by_path().get(f"spec.{remove_indexes(path)}")
 
 
-def example_of(path: str) -> str:
+def find_example(path: str) -> str:
     """Return the example in the description of a field below spec, or an empty string without an example."""
-    field = field_at(path)
+    field = find_field(path)
     match = re.search(r"Example: `(.*?)`\.?(?: Values:|$)", field.description) if field else None
     return match.group(1) if match else ""
 
 
-def group_example(path: str) -> str:
+def make_group_example(path: str) -> str:
     """Return an example of a group below spec with one of its fields, such as `training: {epochs: 3}`.
 
     Returns an empty string if the field is not a group.
     """
-    pattern = f"spec.{without_indexes(path)}"
+    pattern = f"spec.{remove_indexes(path)}"
     field = fields_by_path().get(pattern.removesuffix("[]"))
     if field is None or not (field.is_group or pattern.endswith("[]")):
         return ""
     prefix = f"{pattern}."
     inner = [item.path.removeprefix(prefix) for item in fields() if item.path.startswith(prefix)]
-    examples = [(name, example_of(f"{path}.{name}")) for name in inner if "." not in name]
+    examples = [(name, find_example(f"{path}.{name}")) for name in inner if "." not in name]
     pairs = [f"{name}: {example}" for name, example in examples if example]
-    # A reference shows all fields. A list item shows two, because the schema lists required fields first. Any other group shows one field.
+    # The example shows all fields of a reference, the first two of a list item (the schema lists required fields first), and one of any other group.
     shown_pairs = pairs if path.endswith("Ref") else pairs[: 2 if pattern.endswith("[]") else 1]
     name = "" if pattern.endswith("[]") else f"{path.rpartition('.')[2]}: "
     return f"{name}{{{', '.join(shown_pairs)}}}" if shown_pairs else ""

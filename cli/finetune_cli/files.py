@@ -10,7 +10,7 @@ from finetune_cli.output import CommandError
 
 STDIN_PATH = "-"
 MAX_BYTES = 4 << 20
-"""Maximum size of a file. No API server accepts a larger manifest. JSONL data files may be larger."""
+"""Maximum size of a file that is not a JSONL data file. No API server accepts a larger manifest."""
 DATA_SUFFIX = ".jsonl"
 
 
@@ -51,7 +51,7 @@ def read_text(path: Path) -> str:
 
 
 def _read_bytes(path: Path) -> bytes:
-    """Read a whole data file. Read other files only up to one byte more than the maximum, to detect that they are too large."""
+    """Read a whole data file, or at most MAX_BYTES + 1 bytes of another file: the additional byte shows that the file is too large."""
     if str(path) == STDIN_PATH:
         return sys.stdin.buffer.read(MAX_BYTES + 1)
     with path.open("rb") as file:
@@ -63,10 +63,10 @@ def write_text(path: Path, text: str) -> None:
     try:
         path.write_text(text, encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise unwritable_file_error(path, error) from None
+        raise make_unwritable_file_error(path, error) from None
 
 
-def unwritable_file_error(path: Path, error: Exception) -> UnwritableFile:
+def make_unwritable_file_error(path: Path, error: Exception) -> UnwritableFile:
     """Return the error for a path that cannot be written."""
     return UnwritableFile(
         f"{path} cannot be written: {getattr(error, 'strerror', None) or error}; choose another path with -o"

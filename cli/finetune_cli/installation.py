@@ -8,7 +8,7 @@ from http import HTTPStatus
 from typing import Any
 
 from finetune_api.base import LenientModel
-from finetune_api.pod_resources import POD_DEFAULTS, ConfiguredResources, resources_of_pod, whole_gpus
+from finetune_api.pod_resources import POD_DEFAULTS, ConfiguredResources, choose_pod_resources, count_whole_gpus
 from finetune_api.spec.cluster import StorageRoot
 from pydantic import ValidationError
 from pydantic.alias_generators import to_camel
@@ -17,7 +17,7 @@ from finetune_cli.cluster import CORE_API_PATH, Cluster, ClusterError, KubeObjec
 from finetune_cli.output import CommandError
 
 DEFAULT_NAMESPACE = "finetune-operator"
-"""Namespace in the installation guide. It is searched if the user may not search all namespaces."""
+"""The namespace that the installation guide uses. Only this namespace is searched if the user may not list objects in all namespaces."""
 SELECTOR = "app.kubernetes.io/part-of=finetune-operator"
 """Label of every object of the chart."""
 CONFIG_KEY = "config.yaml"
@@ -25,7 +25,7 @@ DEFAULT_GPU_RESOURCE = "nvidia.com/gpu"
 
 
 class InstallationMissing(CommandError):
-    """No operator was found where the user may look."""
+    """No operator with a valid configuration was found in the namespaces that the user may read."""
 
 
 class Pool(LenientModel):
@@ -44,7 +44,7 @@ class Pool(LenientModel):
 
 
 class TrainerImage(LenientModel):
-    """The part of the operator's configuration that decides how nodes pull the trainer image and as whom pods run."""
+    """The trainer settings in the operator's configuration: how nodes pull the image, and as which user and ServiceAccount pods run."""
 
     image: str = ""
     image_pull_policy: str = "IfNotPresent"
@@ -54,7 +54,7 @@ class TrainerImage(LenientModel):
 
 
 class InstalledConfig(LenientModel):
-    """The operator's configuration, as far as the commands need it."""
+    """The fields of the operator's configuration that the commands use."""
 
     trainer: TrainerImage = TrainerImage()
     storage: StorageRoot = StorageRoot()
@@ -62,11 +62,11 @@ class InstalledConfig(LenientModel):
     node_pools: list[Pool] = []
     namespaces: list[str] | None = None
 
-    def pod_defaults(self, pool: Pool) -> dict[str, str]:
-        """Return CPU, memory, disk and shared memory of a pod that uses all GPUs of a node of the pool and does not set them."""
+    def compute_pod_defaults(self, pool: Pool) -> dict[str, str]:
+        """Return the default CPU, memory, disk and shared memory of a pod that uses all GPUs of one node of this pool."""
         per_gpu = self.resources.get("perGpu") or {}
-        configured = ConfiguredResources(_quantities(pool.resources), _quantities(per_gpu), _quantities(self.resources))
-        return resources_of_pod(whole_gpus(pool.gpu_resource, pool.gpus_per_node), pool.gpu_memory, configured)
+        configured = ConfiguredResources(_select_quantities(pool.resources), _select_quantities(per_gpu), _select_quantities(self.resources))
+        return choose_pod_resources(count_whole_gpus(pool.gpu_resource, pool.gpus_per_node), pool.gpu_memory, configured)
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Installation:
 
 @dataclass(frozen=True)
 class PoolUsage:
-    """The nodes of a pool now: all nodes, those that accept pods, and the GPUs of the latter."""
+    """The nodes and GPUs of a pool at one moment. `gpus` and `free_gpus` count only usable nodes, which accept pods of this pool."""
 
     nodes: int
     usable_nodes: int
@@ -91,9 +91,9 @@ class PoolUsage:
 
 
 def list_chart_objects(cluster: Cluster, plural: str, api_path: str, namespace: str | None) -> list[KubeObject]:
-    """Return the chart's objects of a kind: those in a namespace, or those in all namespaces.
+    """Return the chart's objects of one kind in `namespace`, or in all namespaces if it is None.
 
-    If the user may not search all namespaces, only the namespace of the installation guide is searched. Raises ClusterError.
+    If the user may not list objects in all namespaces, only DEFAULT_NAMESPACE is searched. Raises ClusterError.
     """
     query = {"labelSelector": SELECTOR}
     if namespace is None:
@@ -131,7 +131,7 @@ def _parse_config(config_map: KubeObject) -> InstalledConfig:
         raise InstallationMissing(f"{place}: {CONFIG_KEY} is not a configuration of this operator ({type(error).__name__})") from None
 
 
-def _quantities(resources: dict[str, Any]) -> dict[str, Any]:
+def _select_quantities(resources: dict[str, Any]) -> dict[str, Any]:
     return {name: resources.get(to_camel(name)) for name in POD_DEFAULTS}
 
 
@@ -149,27 +149,27 @@ def list_active_pods(cluster: Cluster) -> list[KubeObject]:
     return list(cluster.call_api("GET", f"{CORE_API_PATH}/pods", query).get("items") or [])
 
 
-def nodes_of_pool(pool: Pool, nodes: Iterable[KubeObject]) -> list[KubeObject]:
+def select_nodes_of_pool(pool: Pool, nodes: Iterable[KubeObject]) -> list[KubeObject]:
     """Return the nodes that have the labels of a pool."""
     return [node for node in nodes if pool.node_selector.items() <= (node["metadata"].get("labels") or {}).items()]
 
 
-def usage_of_pool(pool: Pool, nodes: list[KubeObject], pods: list[KubeObject]) -> PoolUsage:
-    """Return how many nodes and GPUs of a pool exist and are free. Nodes that are not ready, cordoned or tainted count as not usable."""
-    own_nodes = nodes_of_pool(pool, nodes)
-    usable = {node["metadata"]["name"]: gpus_of_node(node, pool.gpu_resource) for node in own_nodes if is_usable(node, pool)}
+def compute_pool_usage(pool: Pool, nodes: list[KubeObject], pods: list[KubeObject]) -> PoolUsage:
+    """Return how many nodes and GPUs of a pool exist, are usable and are free. `is_usable` says which nodes are usable."""
+    own_nodes = select_nodes_of_pool(pool, nodes)
+    usable = {node["metadata"]["name"]: count_gpus_of_node(node, pool.gpu_resource) for node in own_nodes if is_usable(node, pool)}
     used = dict.fromkeys(usable, 0)
     for pod in pods:
         node = (pod.get("spec") or {}).get("nodeName")
         if node in used:
-            used[node] += requested_gpus(pod, pool.gpu_resource)
+            used[node] += count_requested_gpus(pod, pool.gpu_resource)
     free = {name: max(0, usable[name] - used[name]) for name in usable}
     free_nodes = sum(1 for name in free if free[name] >= max(1, pool.gpus_per_node)) if pool.gpus_per_node else len(usable)
     return PoolUsage(len(own_nodes), len(usable), sum(usable.values()), sum(free.values()), free_nodes)
 
 
-def gpus_of_node(node: KubeObject, resource: str) -> int:
-    """Return the GPUs that pods can use on a node."""
+def count_gpus_of_node(node: KubeObject, resource: str) -> int:
+    """Return the number of GPUs that pods can use on a node."""
     return int(((node.get("status") or {}).get("allocatable") or {}).get(resource, 0))
 
 
@@ -188,14 +188,14 @@ def _tolerates(toleration: dict[str, Any], taint: dict[str, Any]) -> bool:
     return has_key and has_value and toleration.get("effect") in (None, "", taint.get("effect"))
 
 
-def requested_gpus(pod: KubeObject, resource: str) -> int:
-    """Return the GPUs that a pod requests: those of all containers, or those of its largest init container if that is more."""
+def count_requested_gpus(pod: KubeObject, resource: str) -> int:
+    """Return the number of GPUs that a pod requests: the sum of its containers, or the largest request of an init container if that is higher."""
     spec = pod.get("spec") or {}
-    running = sum(_requests(spec.get("containers") or [], resource))
-    return max([running, *_requests(spec.get("initContainers") or [], resource)])
+    running = sum(_read_requests(spec.get("containers") or [], resource))
+    return max([running, *_read_requests(spec.get("initContainers") or [], resource)])
 
 
-def _requests(containers: list[dict[str, Any]], resource: str) -> Iterator[int]:
+def _read_requests(containers: list[dict[str, Any]], resource: str) -> Iterator[int]:
     for container in containers:
         resources = container.get("resources") or {}
         yield int((resources.get("requests") or resources.get("limits") or {}).get(resource, 0))

@@ -1,4 +1,4 @@
-"""Plans the memory of a job on the user's machine, for `finetune plan` and `finetune validate`, with values for the fields that the spec leaves out."""
+"""Plans a job's memory offline for `finetune plan` and `finetune validate`, and chooses values for fields that the spec leaves out."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from finetune_api.errors import ConfigError
     from finetune_api.memory.architecture import ModelShape
     from finetune_api.memory.changes import Change
-    from finetune_api.memory.description import Facts
+    from finetune_api.memory.description import RunFacts
     from finetune_api.memory.plan import JobPlan
     from finetune_api.pod import GpuPool
     from finetune_api.spec import FineTuneJobSpec
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from finetune_cli.manifests import Manifest
 
 STORED_SIZE_TOLERANCE = 0.02
+"""Relative difference between the size of the weight files and the planned size, above which the plan adds a note."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,10 @@ class MethodPlan:
 
 
 def read_gpu(gpu: str | None, gpu_memory: str | None, gpus_per_node: int | None = None) -> GpuPool | None:
-    """Return the GPUs of `--gpu` or `--gpu-memory` as a pool. None: neither is given."""
+    """Return a pool with the GPUs that `--gpu` or `--gpu-memory` describes, or None if neither option is given."""
     from finetune_api.gpus import GPU_TYPES
     from finetune_api.pod import GpuPool
-    from finetune_api.quantities import SIZE_KIND, parse_amount, quantity_problem
+    from finetune_api.quantities import SIZE_KIND, find_quantity_problem, parse_amount
 
     if gpu is not None and gpu_memory is not None:
         raise output.fail("--gpu and --gpu-memory exclude each other: remove one of the two")
@@ -60,19 +61,19 @@ def read_gpu(gpu: str | None, gpu_memory: str | None, gpus_per_node: int | None 
         return GpuPool(name=gpu.lower(), memory_bytes=memory_bytes, gpu_type=gpu.lower(), gpus_per_node=count, is_current=True)
     if gpu_memory is None:
         return None
-    problem = quantity_problem(gpu_memory, SIZE_KIND)
+    problem = find_quantity_problem(gpu_memory, SIZE_KIND)
     if problem is not None:
         raise output.fail(f"--gpu-memory: {'; '.join(problem)}")
     amount = int(parse_amount(gpu_memory))
     if amount < 1:
-        raise output.fail(f"--gpu-memory {gpu_memory}: a GPU has memory; write for example 80Gi")
+        raise output.fail(f"--gpu-memory {gpu_memory}: the size must be above 0; write for example 80Gi")
     return GpuPool(name="the GPU", memory_bytes=amount, gpus_per_node=count, is_current=True)
 
 
-def plan_job(resolved: ResolvedSpec, shape: ModelShape, pool: GpuPool | None, facts: Facts, data: DataSize | None = None) -> MethodPlan:
-    """Plan a job. With a GPU, the values that the spec leaves out are those that the preparation of the job would choose on GPUs of this type.
+def plan_job(resolved: ResolvedSpec, shape: ModelShape, pool: GpuPool | None, facts: RunFacts, data: DataSize | None = None) -> MethodPlan:
+    """Plan a job. If `pool` is given, fields that the spec leaves out get the values that the job's preparation would choose on this pool.
 
-    The node pool is not chosen, because only the operator knows the pools. Errors: those of `describe_step`.
+    No node pool is chosen, because only the operator knows all pools. Raises the errors of `describe_step`.
     """
     from finetune_api.errors import ConfigError
     from finetune_api.memory.choices import choose_values
@@ -92,15 +93,15 @@ def plan_job(resolved: ResolvedSpec, shape: ModelShape, pool: GpuPool | None, fa
 
 
 def find_model(spec: FineTuneJobSpec, folder: Path | None) -> Path | None:
-    """Return the folder with the model's configuration: `folder`, or `model.source` if it is a folder. None: neither exists."""
+    """Return the folder with the model's configuration: `folder`, or `model.source` if it is a folder. None if neither is a folder."""
     source = (spec.model.source or "").removeprefix("file://")
     return folder or (Path(source) if source and Path(source).is_dir() else None)
 
 
 def read_model(spec: FineTuneJobSpec, folder: Path | None) -> tuple[ModelShape, list[str]]:
     """Read the model's configuration. Returns its sizes, and a note if the index of its weight files contradicts them."""
-    from finetune_api.memory.architecture import read_model_shape, stored_bytes
-    from finetune_api.memory.plan import count_parameters, gigabytes
+    from finetune_api.memory.architecture import read_model_shape, read_stored_bytes
+    from finetune_api.memory.plan import count_parameters, format_gigabytes
 
     found = find_model(spec, folder)
     if found is None:
@@ -109,28 +110,28 @@ def read_model(spec: FineTuneJobSpec, folder: Path | None) -> tuple[ModelShape, 
             f"model.source is {source or 'missing'}, which is no folder on this machine: add --model-config FOLDER with the config.json of this model"
         )
     shape = read_model_shape(found)
-    stored, expected = stored_bytes(found), count_parameters(shape) * shape.stored_bytes
+    stored, expected = read_stored_bytes(found), count_parameters(shape) * shape.stored_value_bytes
     if stored is None or abs(stored / expected - 1) <= STORED_SIZE_TOLERANCE:
         return shape, []
     return shape, [
-        f"the weight files have {gigabytes(stored)}, but the plan assumes {gigabytes(int(expected))}: the plan may be wrong by this difference"
+        f"the weight files have {format_gigabytes(stored)}, but the plan assumes {format_gigabytes(int(expected))}: the plan may be wrong by this difference"
     ]
 
 
-def find_misfit(manifest: Manifest, spec: FineTuneJobSpec, *, pool: GpuPool, folder: Path | None) -> Iterator[Finding]:
-    """Yield an error if the job does not fit on GPUs of this type, and a warning if that is not known."""
+def find_memory_findings(manifest: Manifest, spec: FineTuneJobSpec, *, pool: GpuPool, folder: Path | None) -> Iterator[Finding]:
+    """Yield an error if the job does not fit on the GPUs of `pool`, or a warning if it may not fit or cannot be planned."""
     from finetune_api.defaults import resolve_defaults
     from finetune_api.errors import FineTuneError
     from finetune_api.memory.architecture import read_model_shape
-    from finetune_api.memory.changes import describe_changes
-    from finetune_api.memory.description import Facts
-    from finetune_api.memory.plan import gigabytes
-    from finetune_api.rules import check, gpus_per_node
+    from finetune_api.memory.changes import format_changes_hint
+    from finetune_api.memory.description import RunFacts
+    from finetune_api.memory.plan import format_gigabytes
+    from finetune_api.rules import check_spec, gpus_per_node
 
     from finetune_cli.checks import Finding
     from finetune_cli.mistakes import Mistake
 
-    if gpus_per_node(spec) == 0 or check(spec):
+    if gpus_per_node(spec) == 0 or check_spec(spec):
         return
     model = find_model(spec, folder)
     path, location = "spec", manifest.location("spec")
@@ -139,7 +140,7 @@ def find_misfit(manifest: Manifest, spec: FineTuneJobSpec, *, pool: GpuPool, fol
         yield Finding(Mistake(location, path, message, "add --model-config FOLDER with the config.json of this model"), "NotPlanned", is_error=False)
         return
     try:
-        planned = plan_job(resolve_defaults(spec), read_model_shape(model), pool, Facts())
+        planned = plan_job(resolve_defaults(spec), read_model_shape(model), pool, RunFacts())
     except FineTuneError as error:
         yield Finding(Mistake(location, path, f"the memory of the job is not planned: {error.message}", error.hint or ""), "NotPlanned", is_error=False)
         return
@@ -148,7 +149,7 @@ def find_misfit(manifest: Manifest, spec: FineTuneJobSpec, *, pool: GpuPool, fol
         yield Finding(Mistake(location, path, planned.refusal.message, planned.refusal.hint or ""), "DoesNotFit")
     elif memory.upper_bytes > (pool.memory_bytes or 0):
         message = (
-            f"the job may not fit: {gigabytes(memory.expected_bytes)} are expected on each GPU and at most {gigabytes(memory.upper_bytes)} are possible, "
-            f"but {pool.name} has {gigabytes(pool.memory_bytes or 0)}"
+            f"the job may not fit: {format_gigabytes(memory.expected_bytes)} are expected on each GPU and "
+            f"at most {format_gigabytes(memory.upper_bytes)} are possible, but {pool.name} has {format_gigabytes(pool.memory_bytes or 0)}"
         )
-        yield Finding(Mistake(location, path, message, describe_changes(planned.changes)), "DoesNotFit", is_error=False)
+        yield Finding(Mistake(location, path, message, format_changes_hint(planned.changes)), "DoesNotFit", is_error=False)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from finetune_api.names import Storage, attempt_of_uri
+from finetune_api.names import Storage, parse_attempt_of_uri
 from finetune_api.spec.cluster import StorageRoot
 
 from finetune_cli.output import CommandError
@@ -34,7 +34,7 @@ class StorageError(CommandError):
 
 
 class ConnectionLost(StorageError):
-    """The connection to storage failed, also after the client's retries. The transfer can continue later."""
+    """The connection to storage failed after all retries of the S3 client. The same transfer can be continued later."""
 
 
 @dataclass(frozen=True)
@@ -56,15 +56,15 @@ class JobStorage:
         if parts.scheme not in ("s3", "file"):
             raise StorageError(f"{uri}: this command reads only s3:// and file:// storage")
         self.bucket, self.prefix = parts.netloc, parts.path.strip("/")
-        self.client: Any = None if self.local else _s3_client(storage_root, credentials)
+        self.client: Any = None if self.local else _make_s3_client(storage_root, credentials)
 
     def open_folder(self, uri: str) -> JobStorage:
-        """Return the objects below another URI of the same store, with the same connection."""
-        other = copy.copy(self)
+        """Return the JobStorage of another URI in the same bucket or file system. Both share one S3 client."""
+        opened = copy.copy(self)
         parts = urlsplit(uri)
-        other.uri, other.prefix = uri.rstrip("/"), parts.path.strip("/")
-        other.local = Path(parts.path) if self.local is not None else None
-        return other
+        opened.uri, opened.prefix = uri.rstrip("/"), parts.path.strip("/")
+        opened.local = Path(parts.path) if self.local is not None else None
+        return opened
 
     def list_objects(self, folder_path: str = "") -> Iterator[StoredObject]:
         """Yield all objects below a folder, sorted by key. Raises StorageError."""
@@ -88,34 +88,34 @@ class JobStorage:
                 return (self.local / key).read_bytes()
             except OSError as error:
                 raise StorageError(f"{self.uri}/{key}: {error.strerror}") from None
-        with StorageErrors(self.object_uri(key)):
-            content: bytes = self.client.get_object(Bucket=self.bucket, Key=self.full_key(key))["Body"].read()
+        with StorageErrors(self.make_object_uri(key)):
+            content: bytes = self.client.get_object(Bucket=self.bucket, Key=self.make_full_key(key))["Body"].read()
             return content
 
     def read_if_exists(self, key: str) -> bytes | None:
         """Return the content of a small object, or None if it does not exist. Raises StorageError."""
         if self.local is not None:
             return self.read_object(key) if (self.local / key).exists() else None
-        with StorageErrors(self.object_uri(key)):
+        with StorageErrors(self.make_object_uri(key)):
             try:
-                content: bytes = self.client.get_object(Bucket=self.bucket, Key=self.full_key(key))["Body"].read()
+                content: bytes = self.client.get_object(Bucket=self.bucket, Key=self.make_full_key(key))["Body"].read()
             except self.client.exceptions.NoSuchKey:
                 return None
             return content
 
     def write_object(self, key: str, content: bytes) -> None:
-        """Write a small object, replacing an existing one. Raises StorageError."""
+        """Write a small object. An existing object with this key is replaced. Raises StorageError."""
         if self.local is not None:
             try:
                 write_whole_file(self.local / key, content)
             except OSError as error:
                 raise StorageError(f"{self.uri}/{key}: {error.strerror}") from None
             return
-        with StorageErrors(self.object_uri(key)):
-            self.client.put_object(Bucket=self.bucket, Key=self.full_key(key), Body=content)
+        with StorageErrors(self.make_object_uri(key)):
+            self.client.put_object(Bucket=self.bucket, Key=self.make_full_key(key), Body=content)
 
     def list_links(self, folder_path: str) -> list[str]:
-        """Return the keys of symbolic links: the folder itself, and files and folders below it. Object storage has none."""
+        """Return the keys of the symbolic links in a folder, or of the folder itself if it is a link. Object storage has no links."""
         if self.local is None:
             return []
         root = self.local / folder_path
@@ -123,20 +123,20 @@ class JobStorage:
         return [path.relative_to(self.local).as_posix() for path in paths if path.is_symlink()]
 
     def find_object(self, key: str) -> StoredObject | None:
-        """Return size and ETag of an object, or None if it does not exist. Raises StorageError."""
+        """Return an object's key, size and ETag, or None if it does not exist. Raises StorageError."""
         if self.local is not None:
             path = self.local / key
             return StoredObject(key, path.stat().st_size) if path.is_file() else None
         from botocore.exceptions import ClientError
 
-        with StorageErrors(self.object_uri(key)):
+        with StorageErrors(self.make_object_uri(key)):
             try:
-                response = self.client.head_object(Bucket=self.bucket, Key=self.full_key(key))
+                response = self.client.head_object(Bucket=self.bucket, Key=self.make_full_key(key))
             except ClientError as error:
                 if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") == HTTPStatus.NOT_FOUND:
                     return None
-                # The response to HEAD has no body. The response to GET says whether the keys are wrong, or a right is missing.
-                self.client.get_object(Bucket=self.bucket, Key=self.full_key(key), Range="bytes=0-0")
+                # A HEAD response has no body. The GET response says whether the credentials are wrong or a permission is missing.
+                self.client.get_object(Bucket=self.bucket, Key=self.make_full_key(key), Range="bytes=0-0")
                 raise
             return StoredObject(key, int(response["ContentLength"]), str(response.get("ETag", "")).strip('"'))
 
@@ -150,8 +150,8 @@ class JobStorage:
             return
         options = {"Range": f"bytes={start}-"} if start else {}
         options |= {"IfMatch": f'"{etag}"'} if etag else {}
-        with StorageErrors(self.object_uri(key)):
-            yield from self.client.get_object(Bucket=self.bucket, Key=self.full_key(key), **options)["Body"].iter_chunks(1 << 20)
+        with StorageErrors(self.make_object_uri(key)):
+            yield from self.client.get_object(Bucket=self.bucket, Key=self.make_full_key(key), **options)["Body"].iter_chunks(1 << 20)
 
     def delete_objects(self, stored_objects: list[StoredObject]) -> None:
         """Delete objects in the given order. Raises StorageError for the first object that could not be deleted."""
@@ -160,7 +160,7 @@ class JobStorage:
                 (self.local / stored.key).unlink(missing_ok=True)
             return
         for start in range(0, len(stored_objects), 1000):
-            batch = [{"Key": self.full_key(stored.key)} for stored in stored_objects[start : start + 1000]]
+            batch = [{"Key": self.make_full_key(stored.key)} for stored in stored_objects[start : start + 1000]]
             with StorageErrors(self.uri):
                 failed_objects = (
                     self.client.delete_objects(Bucket=self.bucket, Delete={"Objects": batch, "Quiet": True}).get(
@@ -171,16 +171,16 @@ class JobStorage:
             if failed_objects:
                 raise StorageError(f"{failed_objects[0].get('Key')}: {failed_objects[0].get('Message') or failed_objects[0].get('Code')}")
 
-    def full_key(self, key: str) -> str:
+    def make_full_key(self, key: str) -> str:
         """Return the key of an object in its bucket."""
         return f"{self.prefix}/{key}" if self.prefix else key
 
-    def object_uri(self, key: str) -> str:
+    def make_object_uri(self, key: str) -> str:
         """Return the URI of an object or folder."""
         return f"{self.uri}/{key}" if key else self.uri
 
 
-def _s3_client(storage_root: StorageRoot, credentials: dict[str, str] | None) -> Any:
+def _make_s3_client(storage_root: StorageRoot, credentials: dict[str, str] | None) -> Any:
     import boto3
     from botocore.config import Config
 
@@ -202,10 +202,10 @@ def _s3_client(storage_root: StorageRoot, credentials: dict[str, str] | None) ->
 
 
 class StorageErrors:
-    """Turns errors of the S3 client into StorageErrors without secrets."""
+    """A context manager that turns each error of the S3 client into a StorageError, whose message contains no secret."""
 
-    def __init__(self, target: str):
-        self.target = target
+    def __init__(self, location: str):
+        self.location = location
 
     def __enter__(self) -> None:
         return None
@@ -222,19 +222,19 @@ class StorageErrors:
 
         if isinstance(error, ClientError):
             details = error.response.get("Error", {})
-            raise StorageError(f"{self.target}: {details.get('Code')}: {details.get('Message')}") from None
+            raise StorageError(f"{self.location}: {details.get('Code')}: {details.get('Message')}") from None
         if isinstance(error, NoCredentialsError):
-            raise StorageError(f"{self.target}: there are no S3 credentials; {CREDENTIALS_HINT}") from None
+            raise StorageError(f"{self.location}: there are no S3 credentials; {CREDENTIALS_HINT}") from None
         if isinstance(error, ConnectionFailure | HTTPClientError | IncompleteReadError):
-            raise ConnectionLost(f"{self.target}: {error}") from None
+            raise ConnectionLost(f"{self.location}: {error}") from None
         if isinstance(error, BotoCoreError):
-            raise StorageError(f"{self.target}: {error}") from None
+            raise StorageError(f"{self.location}: {error}") from None
 
 
-def root_of_uri(uri: str) -> str:
-    """Return the URI of a job's folder. `uri`: the URI of the folder itself, of the model, of a checkpoint or of the lineage."""
+def to_job_folder_uri(uri: str) -> str:
+    """Return the URI of a job's folder. `uri` is this folder, or a model, checkpoint or lineage statement inside it."""
     folder = uri.rstrip("/")
-    if attempt_of_uri(folder) is not None:
+    if parse_attempt_of_uri(folder) is not None:
         folder = folder.rpartition("/")[0]
     return _INNER_PATH.sub("", folder)
 
@@ -242,7 +242,7 @@ def root_of_uri(uri: str) -> str:
 _INNER_PATH = re.compile(rf"(?<=[^/:])/({Storage.MODEL}|{Storage.MERGED}|{Storage.CHECKPOINTS}(/step-\d+)?|{Storage.LINEAGE}(/statement\.[a-z.]+)?)$")
 
 
-def root_of(job: dict[str, Any]) -> tuple[str, StorageRoot]:
+def locate_job_folder(job: dict[str, Any]) -> tuple[str, StorageRoot]:
     """Return the URI of a job's folder in storage and the connection settings, from spec and status. Raises StorageError.
 
     If the job adopted the result of an earlier job of the same name, the folder is that of the earlier job.
@@ -278,9 +278,12 @@ class CommittedFolder:
     """A committed checkpoint or model in storage."""
 
     folder: str
+    """Key of the folder that holds the commit marker."""
     path: str
+    """Name of the folder inside `folder` that holds the files."""
     manifest_sha256: str
     is_healthy: bool
+    """Whether the folder contains the marker of a healthy checkpoint. Only `list_committed_folders` looks for this marker."""
 
 
 def list_committed_folders(storage: JobStorage) -> list[CommittedFolder]:
@@ -294,13 +297,13 @@ def list_committed_folders(storage: JobStorage) -> list[CommittedFolder]:
 
 
 def find_committed_folder(storage: JobStorage, folder: str) -> CommittedFolder | None:
-    """Return the commit of a folder, or None if the folder has no commit marker. Raises StorageError."""
+    """Return the committed checkpoint or model in a folder, or None if the folder has no commit marker. Raises StorageError."""
     marker = storage.read_if_exists(f"{folder}/{Storage.COMMITTED}")
     return None if marker is None else parse_marker(storage, folder, marker)
 
 
 def parse_marker(storage: JobStorage, folder: str, content: bytes, is_healthy: bool = False) -> CommittedFolder:
-    """Return the commit that a marker describes. Raises StorageError if the marker is damaged."""
+    """Return the checkpoint or model that a commit marker describes. Raises StorageError if the marker is damaged."""
     try:
         marker = json.loads(content)
         if not is_folder_name(marker["path"]):
@@ -311,17 +314,17 @@ def parse_marker(storage: JobStorage, folder: str, content: bytes, is_healthy: b
 
 
 def is_folder_name(value: object) -> bool:
-    """Whether the value is the name of a folder, and no path to another folder."""
+    """Whether the value is the name of one folder, not a longer path."""
     return isinstance(value, str) and "/" not in value and value not in ("", ".", "..")
 
 
 def read_manifest(storage: JobStorage, committed_folder: CommittedFolder) -> dict[str, Any]:
-    """Return the manifest of a commit. Raises StorageError if its hash is wrong."""
+    """Return the manifest of a checkpoint or model. Raises StorageError if its sha256 is not the one in the commit marker."""
     return parse_manifest(read_manifest_bytes(storage, committed_folder))
 
 
 def read_manifest_bytes(storage: JobStorage, committed_folder: CommittedFolder) -> bytes:
-    """Return the manifest of a commit as it is stored. Raises StorageError if its hash is wrong."""
+    """Return the manifest's bytes as they are stored. Raises StorageError if their sha256 is not the one in the commit marker."""
     key = f"{committed_folder.folder}/{committed_folder.path}/{Storage.MANIFEST}"
     data = storage.read_object(key)
     if hashlib.sha256(data).hexdigest() != committed_folder.manifest_sha256:
@@ -330,13 +333,13 @@ def read_manifest_bytes(storage: JobStorage, committed_folder: CommittedFolder) 
 
 
 def parse_manifest(content: bytes) -> dict[str, Any]:
-    """Return the manifest as data."""
+    """Parse the JSON text of a manifest."""
     manifest: dict[str, Any] = json.loads(content)
     return manifest
 
 
-def checked_file_list(location: str, manifest: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the files that a manifest lists. Raises StorageError, which names `location`, if a file is outside the folder of the commit."""
+def read_file_list(location: str, manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the files that a manifest lists. Raises StorageError if the list is invalid or a file lies outside the folder; the message names `location`."""
     files: list[dict[str, Any]] = manifest.get("files") or []
     is_list = isinstance(files, list) and files and all(isinstance(entry, dict) and {"path", "size", "sha256"} <= entry.keys() for entry in files)
     if not is_list:
@@ -349,9 +352,9 @@ def checked_file_list(location: str, manifest: dict[str, Any]) -> list[dict[str,
 
 
 def verify_files(storage: JobStorage, committed_folder: CommittedFolder) -> int:
-    """Read every file of a commit and compare it with the manifest. Returns the bytes read. Raises StorageError."""
+    """Read every file of a checkpoint or model and compare it with the manifest. Returns the number of bytes read. Raises StorageError."""
     total = 0
-    for entry in checked_file_list(storage.uri, read_manifest(storage, committed_folder)):
+    for entry in read_file_list(storage.uri, read_manifest(storage, committed_folder)):
         key = f"{committed_folder.folder}/{committed_folder.path}/{entry['path']}"
         sha256, byte_count = hash_object(storage, key)
         if sha256 != entry["sha256"] or byte_count != entry["size"]:
@@ -363,10 +366,10 @@ def verify_files(storage: JobStorage, committed_folder: CommittedFolder) -> int:
     return total
 
 
-def hash_object(storage: JobStorage, key: str) -> tuple[str, int]:
-    """Read an object. Returns its sha256 (hex) and its bytes."""
+def hash_object(storage: JobStorage, object_key: str) -> tuple[str, int]:
+    """Read an object. Returns its sha256 (hex) and its size in bytes."""
     digest, byte_count = hashlib.sha256(), 0
-    for chunk in storage.read_chunks(key):
+    for chunk in storage.read_chunks(object_key):
         digest.update(chunk)
         byte_count += len(chunk)
     return digest.hexdigest(), byte_count

@@ -1,4 +1,4 @@
-"""Evaluates JSONPath expressions as `kubectl wait --for=jsonpath=...` writes them: fields, indexes, `[*]` and filters for equality."""
+"""Evaluates JSONPath expressions in the syntax of `kubectl wait --for=jsonpath=...`: fields, indexes, `[*]` and filters for equality."""
 
 from __future__ import annotations
 
@@ -18,69 +18,69 @@ _FILTER = re.compile(r"""\[\?\(@(?P<path>\.[^=!<>]+?)\s*==\s*(?P<value>"[^"]*"|'
 
 
 class InvalidJsonPath(CommandError):
-    """An expression that is no JSONPath, or uses a part that this program does not know."""
+    """The text is not a JSONPath, or uses syntax that this program does not support."""
 
 
 @dataclass(frozen=True)
 class JsonPath:
-    """An expression and its parts: the name of a field, an index, `*`, or the path and value of a filter."""
+    """A parsed expression. Each step is a field's name after a dot, an index, `*`, or a filter (the path and the value that it must have)."""
 
     text: str
-    parts: tuple[str | int | tuple[JsonPath, str], ...]
+    steps: tuple[str | int | tuple[JsonPath, str], ...]
 
     def find(self, value: Any) -> list[Any]:
-        """Return the values at the path. Fields that do not exist give no value."""
+        """Return all values at the path. A field that does not exist adds no value."""
         found = [value]
-        for part in self.parts:
-            found = [inner for one in found for inner in _step(one, part)]
+        for step in self.steps:
+            found = [inner for one in found for inner in _apply_step(one, step)]
         return found
 
 
 def parse_json_path(text: str) -> JsonPath:
     """Parse `{.a.b}`, `.a.b` or `a.b`. Raises InvalidJsonPath."""
-    rest = text.strip().strip("'\"")
-    rest = rest[1:-1] if rest.startswith("{") and rest.endswith("}") else rest
-    rest = rest.removeprefix("$")
-    rest = rest if rest.startswith((".", "[")) else f".{rest}"
-    parts: list[str | int | tuple[JsonPath, str]] = []
-    while rest:
-        part, length = _next_part(text, rest)
-        parts.append(part)
-        rest = rest[length:]
-    if not parts:
+    remaining_text = text.strip().strip("'\"")
+    remaining_text = remaining_text[1:-1] if remaining_text.startswith("{") and remaining_text.endswith("}") else remaining_text
+    remaining_text = remaining_text.removeprefix("$")
+    remaining_text = remaining_text if remaining_text.startswith((".", "[")) else f".{remaining_text}"
+    steps: list[str | int | tuple[JsonPath, str]] = []
+    while remaining_text:
+        step, length = _parse_next_step(text, remaining_text)
+        steps.append(step)
+        remaining_text = remaining_text[length:]
+    if not steps:
         raise InvalidJsonPath(f"{text}: the path is empty; write for example {EXAMPLE}")
-    return JsonPath(text, tuple(parts))
+    return JsonPath(text, tuple(steps))
 
 
-def _next_part(text: str, rest: str) -> tuple[str | int | tuple[JsonPath, str], int]:
-    """Return the first part of the rest of an expression, and its length."""
-    if match := _ALL.match(rest):
+def _parse_next_step(expression: str, remaining_text: str) -> tuple[str | int | tuple[JsonPath, str], int]:
+    """Parse the first step of `remaining_text`, the part of the expression that is not parsed yet. Return the step and its length."""
+    if match := _ALL.match(remaining_text):
         return "*", match.end()
-    if match := _INDEX.match(rest):
+    if match := _INDEX.match(remaining_text):
         return int(match[1]), match.end()
-    if match := _FILTER.match(rest):
+    if match := _FILTER.match(remaining_text):
         return (parse_json_path(match["path"]), match["value"].strip("'\"")), match.end()
-    if match := _QUOTED_NAME.match(rest):
+    if match := _QUOTED_NAME.match(remaining_text):
         return f".{match['name']}", match.end()
-    if match := _NAME.match(rest):
+    if match := _NAME.match(remaining_text):
         return "." + re.sub(r"\\(.)", r"\1", match[1]), match.end()
     raise InvalidJsonPath(
-        f'{text}: {rest!r} is not understood; write a path such as {EXAMPLE} or {{.status.conditions[?(@.type=="Finished")].status}}'
+        f'{expression}: {remaining_text!r} is not understood; write a path such as {EXAMPLE} or {{.status.conditions[?(@.type=="Finished")].status}}'
     )
 
 
-def _step(value: Any, part: str | int | tuple[JsonPath, str]) -> list[Any]:
-    if isinstance(part, int):
-        return [value[part]] if isinstance(value, list) and -len(value) <= part < len(value) else []
-    if isinstance(part, tuple):
-        path, expected = part
-        return [item for item in value if expected in map(text_of, path.find(item))] if isinstance(value, list) else []
-    if part == "*":
+def _apply_step(value: Any, step: str | int | tuple[JsonPath, str]) -> list[Any]:
+    if isinstance(step, int):
+        return [value[step]] if isinstance(value, list) and -len(value) <= step < len(value) else []
+    if isinstance(step, tuple):
+        path, expected = step
+        return [item for item in value if expected in map(to_kubectl_text, path.find(item))] if isinstance(value, list) else []
+    if step == "*":
         return list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
-    name = part[1:]
+    name = step[1:]
     return [value[name]] if isinstance(value, dict) and name in value else []
 
 
-def text_of(value: Any) -> str:
+def to_kubectl_text(value: Any) -> str:
     """Return a value as text, as kubectl prints it: strings without quotes, all other values as JSON."""
     return value if isinstance(value, str) else json.dumps(value)

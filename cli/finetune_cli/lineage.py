@@ -1,7 +1,7 @@
 """Checks a stored model against its commit marker, its manifest, its lineage statement and the statement's signature.
 
-Each check yields findings with a code. Without a signature, one person could have changed all compared files together. Only a signature by
-a trusted key shows that nothing was changed after signing.
+Each check adds findings, each with a code. A user who can write to storage could change all compared files so that they still agree. Only a
+signature by a trusted key shows that nothing was changed after signing.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 from finetune_api.lineage import (
-    BASE_MODEL,
+    BASE_MODEL_DEPENDENCY,
     BUILD_TYPE,
     ENVELOPE_KEY,
     IMAGE_SETS,
     PAYLOAD_TYPE,
-    REVISION,
+    REVISION_ANNOTATION,
     STATEMENT_KEY,
     Envelope,
     Statement,
-    without_secrets,
+    remove_secrets,
 )
-from finetune_api.names import RUN_FILE_NAME, Storage, attempt_folder, attempt_of_uri
+from finetune_api.names import RUN_FILE_NAME, Storage, attempt_folder, parse_attempt_of_uri
 from pydantic import ValidationError
 
 from finetune_cli.job_storage import JobStorage, StorageError, hash_object
-from finetune_cli.signing import is_signed_by, key_id, payload_of
+from finetune_cli.signing import compute_key_id, decode_payload, is_signed_by
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -40,7 +40,7 @@ SHA256_DIGITS = 64
 
 
 class CheckName(StrEnum):
-    """The checks, in their order."""
+    """The checks, in the order of the output."""
 
     MARKER = "marker"
     MANIFEST = "manifest"
@@ -57,12 +57,12 @@ class Code(StrEnum):
     """The problem that a check has found. Codes do not change between releases."""
 
     LINK = "FileIsLink"
-    """A file or folder is a symbolic link, so it can change without a change in this storage."""
+    """A file or folder is a symbolic link, so its content can change outside this storage."""
     MARKER_MISSING = "MarkerMissing"
     MARKER_INVALID = "MarkerInvalid"
     MANIFEST_MISSING = "ManifestMissing"
     MANIFEST_CHANGED = "ManifestChanged"
-    """The manifest has another sha256 than the marker names."""
+    """The manifest's sha256 is not the one in the commit marker."""
     MANIFEST_INVALID = "ManifestInvalid"
     PATH_INVALID = "ManifestPathInvalid"
     """The manifest lists a path outside the model's folder."""
@@ -125,8 +125,8 @@ class CheckResults:
     manifest: dict[str, Any] | None = None
     manifest_sha256: str = ""
 
-    def findings_of(self, *checks: CheckName) -> list[Finding]:
-        """Return the findings of some checks."""
+    def select_findings(self, *checks: CheckName) -> list[Finding]:
+        """Return the findings of the given checks."""
         return [finding for finding in self.findings if finding.check in checks]
 
 
@@ -149,10 +149,10 @@ class Verifier:
         self._check_signature(key, require_signature)
         return self._result
 
-    def _find(self, check: CheckName, code: Code, message: str) -> None:
+    def _add_finding(self, check: CheckName, code: Code, message: str) -> None:
         self._result.findings.append(Finding(check, code, message))
 
-    def _note(self, check: CheckName, text: str) -> None:
+    def _add_note(self, check: CheckName, text: str) -> None:
         self._result.notes[check] = text
 
     # ---- the model ----
@@ -160,48 +160,48 @@ class Verifier:
     def _check_links(self) -> None:
         self._links = {key for folder in (Storage.MODEL, Storage.LINEAGE) for key in self._storage.list_links(folder)}
         for key in sorted(self._links):
-            self._find(CheckName.FILES, Code.LINK, f"{key} is a symbolic link; replace it by a copy of its target")
+            self._add_finding(CheckName.FILES, Code.LINK, f"{key} is a symbolic link; replace it by a copy of its target")
 
-    def _is_linked(self, key: str) -> bool:
-        return any(key == link or key.startswith(f"{link}/") for link in self._links)
+    def _is_linked(self, object_key: str) -> bool:
+        return any(object_key == link or object_key.startswith(f"{link}/") for link in self._links)
 
     def _check_marker(self) -> dict[str, Any] | None:
-        """Return the marker, if it is valid."""
+        """Return the model's commit marker, or None if it is missing or invalid."""
         data = self._storage.read_if_exists(MARKER_KEY)
         if data is None:
-            self._find(CheckName.MARKER, Code.MARKER_MISSING, f"{self._storage.uri} has no {MARKER_KEY}: no model is committed there")
+            self._add_finding(CheckName.MARKER, Code.MARKER_MISSING, f"{self._storage.uri} has no {MARKER_KEY}: no model is committed there")
             return None
-        marker = _json_object(data)
+        marker = _parse_json_object(data)
         path, digest = marker.get("path"), marker.get("manifestSha256")
-        if not isinstance(path, str) or "/" in path or attempt_of_uri(path) is None or not _is_sha256(digest):
-            self._find(CheckName.MARKER, Code.MARKER_INVALID, f"{MARKER_KEY} does not name a folder and the sha256 of its manifest")
+        if not isinstance(path, str) or "/" in path or parse_attempt_of_uri(path) is None or not _is_sha256(digest):
+            self._add_finding(CheckName.MARKER, Code.MARKER_INVALID, f"{MARKER_KEY} does not name a folder and the sha256 of its manifest")
             return None
         self._result.folder = f"{Storage.MODEL}/{path}"
-        self._note(CheckName.MARKER, f"{MARKER_KEY} names {path}")
+        self._add_note(CheckName.MARKER, f"{MARKER_KEY} names {path}")
         return marker
 
     def _check_manifest(self, marker: dict[str, Any]) -> None:
         key = f"{self._result.folder}/{Storage.MANIFEST}"
         data = self._storage.read_if_exists(key)
         if data is None:
-            self._find(CheckName.MANIFEST, Code.MANIFEST_MISSING, f"{key} is missing")
+            self._add_finding(CheckName.MANIFEST, Code.MANIFEST_MISSING, f"{key} is missing")
             return
         digest = self._result.manifest_sha256 = hashlib.sha256(data).hexdigest()
         if digest != marker["manifestSha256"]:
             named = marker["manifestSha256"]
-            self._find(CheckName.MANIFEST, Code.MANIFEST_CHANGED, f"{key} has sha256 {digest[:12]}..., but the marker names {named[:12]}...")
-        manifest = _json_object(data)
+            self._add_finding(CheckName.MANIFEST, Code.MANIFEST_CHANGED, f"{key} has sha256 {digest[:12]}..., but the marker names {named[:12]}...")
+        manifest = _parse_json_object(data)
         entries = manifest.get("files")
-        if not isinstance(entries, list) or not entries or not all(map(_is_entry, entries)) or not isinstance(manifest.get("facts"), dict):
-            self._find(CheckName.MANIFEST, Code.MANIFEST_INVALID, f"{key} does not contain the files with path, size and sha256, and the facts")
+        if not isinstance(entries, list) or not entries or not all(map(_is_file_entry, entries)) or not isinstance(manifest.get("facts"), dict):
+            self._add_finding(CheckName.MANIFEST, Code.MANIFEST_INVALID, f"{key} does not contain the files with path, size and sha256, and the facts")
             return
         self._result.manifest = manifest
-        self._note(CheckName.MANIFEST, f"sha256 {digest[:12]}..., {len(entries)} files")
+        self._add_note(CheckName.MANIFEST, f"sha256 {digest[:12]}..., {len(entries)} files")
         for path, count in Counter(entry["path"] for entry in entries).items():
             if not _is_inside(path):
-                self._find(CheckName.MANIFEST, Code.PATH_INVALID, f"the manifest lists {path!r}, which is not inside the model's folder")
+                self._add_finding(CheckName.MANIFEST, Code.PATH_INVALID, f"the manifest lists {path!r}, which is not inside the model's folder")
             if count > 1:
-                self._find(CheckName.MANIFEST, Code.PATH_DUPLICATE, f"the manifest lists {path} {count} times")
+                self._add_finding(CheckName.MANIFEST, Code.PATH_DUPLICATE, f"the manifest lists {path} {count} times")
 
     def _check_files(self) -> None:
         if self._result.manifest is None:
@@ -213,22 +213,22 @@ class Verifier:
             if self._is_linked(f"{folder}/{path}"):
                 continue
             if path not in stored:
-                self._find(CheckName.FILES, Code.FILE_MISSING, f"{path} is missing")
+                self._add_finding(CheckName.FILES, Code.FILE_MISSING, f"{path} is missing")
                 continue
             total += entry["size"]
             self._check_file(folder, path, entry)
         for path in sorted(stored - entries.keys() - {Storage.MANIFEST.value}):
             if not self._is_linked(f"{folder}/{path}"):
-                self._find(CheckName.FILES, Code.FILE_UNEXPECTED, f"{path} is in the model's folder, but not in the manifest")
-        self._note(CheckName.FILES, f"{len(entries)} files, {total} bytes read again")
+                self._add_finding(CheckName.FILES, Code.FILE_UNEXPECTED, f"{path} is in the model's folder, but not in the manifest")
+        self._add_note(CheckName.FILES, f"{len(entries)} files, {total} bytes read again")
 
     def _check_file(self, folder: str, path: str, entry: dict[str, Any]) -> None:
         sha256, size = hash_object(self._storage, f"{folder}/{path}")
         if size != entry["size"]:
-            self._find(CheckName.FILES, Code.FILE_CHANGED, f"{path} has {size} bytes, but the manifest lists {entry['size']}")
+            self._add_finding(CheckName.FILES, Code.FILE_CHANGED, f"{path} has {size} bytes, but the manifest lists {entry['size']}")
         elif sha256 != entry["sha256"]:
             text = f"{path} has sha256 {sha256[:12]}..., but the manifest lists {entry['sha256'][:12]}..."
-            self._find(CheckName.FILES, Code.FILE_CHANGED, text)
+            self._add_finding(CheckName.FILES, Code.FILE_CHANGED, text)
 
     # ---- the statement ----
 
@@ -236,29 +236,29 @@ class Verifier:
         data = self._storage.read_if_exists(STATEMENT_KEY)
         if data is None:
             text = f"{STATEMENT_KEY} is missing, for example because the run used a release before 0.2.0; this run cannot be signed or replayed"
-            self._find(CheckName.STATEMENT, Code.STATEMENT_MISSING, text)
+            self._add_finding(CheckName.STATEMENT, Code.STATEMENT_MISSING, text)
             return
         self._result.statement_bytes = data
         try:
             statement = Statement.model_validate_json(data)
         except ValidationError as error:
             location = ".".join(map(str, error.errors()[0]["loc"])) or "the whole file"
-            self._find(CheckName.STATEMENT, Code.STATEMENT_INVALID, f"{STATEMENT_KEY} is not a statement of a fine-tuning run: {location}")
+            self._add_finding(CheckName.STATEMENT, Code.STATEMENT_INVALID, f"{STATEMENT_KEY} is not a statement of a fine-tuning run: {location}")
             return
         if statement.predicate.build_definition.build_type != BUILD_TYPE:
             text = f"{STATEMENT_KEY} has another buildType than {BUILD_TYPE}"
-            self._find(CheckName.STATEMENT, Code.STATEMENT_INVALID, text)
+            self._add_finding(CheckName.STATEMENT, Code.STATEMENT_INVALID, text)
             return
         self._result.statement = statement
-        self._note(CheckName.STATEMENT, f"of {statement.job}, step {statement.run.step}")
+        self._add_note(CheckName.STATEMENT, f"of {statement.job}, step {statement.run.step}")
         manifest = self._result.manifest
         if manifest is not None and statement.job != manifest.get("job"):
             text = f"the statement is about the run {statement.job}, but the model belongs to the run {manifest.get('job')}"
-            self._find(CheckName.STATEMENT, Code.OTHER_RUN, text)
+            self._add_finding(CheckName.STATEMENT, Code.OTHER_RUN, text)
         elif manifest is not None:
             self._compare_subjects(statement, manifest)
-            for name in contradictions_with_manifest(statement, manifest):
-                self._find(CheckName.STATEMENT, Code.CONTRADICTS_MANIFEST, f"{name} in the statement differs from the manifest")
+            for name in find_contradictions(statement, manifest):
+                self._add_finding(CheckName.STATEMENT, Code.CONTRADICTS_MANIFEST, f"{name} in the statement differs from the manifest")
             self._compare_spec(statement, manifest)
 
     def _compare_subjects(self, statement: Statement, manifest: dict[str, Any]) -> None:
@@ -266,77 +266,78 @@ class Verifier:
         subjects = [(one.name or "", one.digest.get("sha256", "")) for one in statement.subject]
         if Counter(expected) != Counter(subjects):
             name = sorted((Counter(expected) - Counter(subjects)) + (Counter(subjects) - Counter(expected)))[0][0]
-            self._find(CheckName.STATEMENT, Code.SUBJECT_CHANGED, f"{name} in the statement's subjects differs from the manifest")
+            self._add_finding(CheckName.STATEMENT, Code.SUBJECT_CHANGED, f"{name} in the statement's subjects differs from the manifest")
 
     def _compare_spec(self, statement: Statement, manifest: dict[str, Any]) -> None:
-        """Compare with the run configuration of the attempt that committed the model."""
+        """Compare the statement's spec with the run configuration of the attempt that committed the model."""
         key = f"{Storage.RUN}/{attempt_folder(int(manifest.get('attempt') or 1))}/{RUN_FILE_NAME}"
         data = self._storage.read_if_exists(key)
         if data is None:
             return
-        spec, _ = without_secrets(_json_object(data).get("spec") or {})
+        spec, _ = remove_secrets(_parse_json_object(data).get("spec") or {})
         if spec != statement.spec:
-            path = next(iter(sorted(_different_paths(spec, statement.spec))), "spec")
-            self._find(CheckName.STATEMENT, Code.CONTRADICTS_RUN, f"{path} in the statement differs from {key}")
+            path = next(iter(sorted(_find_different_paths(spec, statement.spec))), "spec")
+            self._add_finding(CheckName.STATEMENT, Code.CONTRADICTS_RUN, f"{path} in the statement differs from {key}")
 
     def _check_checkpoints(self) -> None:
-        """Compare the checkpoints that are still stored. Retention or a user may have removed others."""
-        if self._result.statement is None or self._result.findings_of(CheckName.STATEMENT):
+        """Compare the checkpoints that are still stored with the statement. Retention or a user may have deleted other checkpoints."""
+        if self._result.statement is None or self._result.select_findings(CheckName.STATEMENT):
             return
         byproducts = self._result.statement.predicate.run_details.byproducts
         stored = 0
         for checkpoint in byproducts:
             data = self._storage.read_if_exists(f"{checkpoint.name}/{Storage.COMMITTED}")
             stored += data is not None
-            if data is not None and _json_object(data).get("manifestSha256") != checkpoint.digest.get("sha256"):
-                self._find(CheckName.CHECKPOINTS, Code.CHECKPOINT_CHANGED, f"{checkpoint.name} has another manifest than in the statement")
-        self._note(CheckName.CHECKPOINTS, f"{stored} of {len(byproducts)} named checkpoints are stored (their files are not read)")
+            if data is not None and _parse_json_object(data).get("manifestSha256") != checkpoint.digest.get("sha256"):
+                self._add_finding(CheckName.CHECKPOINTS, Code.CHECKPOINT_CHANGED, f"{checkpoint.name} has another manifest than in the statement")
+        self._add_note(CheckName.CHECKPOINTS, f"{stored} of {len(byproducts)} named checkpoints are stored (their files are not read)")
 
     # ---- the signature ----
 
-    def _check_signature(self, key: Ed25519PublicKey | None, require_signature: bool) -> None:
+    def _check_signature(self, public_key: Ed25519PublicKey | None, require_signature: bool) -> None:
         data = self._storage.read_if_exists(ENVELOPE_KEY)
         if data is None:
-            if key is not None or require_signature:
-                self._find(CheckName.SIGNATURE, Code.UNSIGNED, "the statement is unsigned; sign it with `finetune sign`")
+            if public_key is not None or require_signature:
+                self._add_finding(CheckName.SIGNATURE, Code.UNSIGNED, "the statement is unsigned; sign it with `finetune sign`")
             return
         findings_before = len(self._result.findings)
         envelope = self._read_envelope(data)
         if envelope is not None:
-            self._check_envelope(envelope, key)
+            self._check_envelope(envelope, public_key)
         if len(self._result.findings) > findings_before:
             self._result.signature = SignatureState.FAILED
         else:
-            self._result.signature = SignatureState.VERIFIED if key is not None else SignatureState.NOT_CHECKED
+            self._result.signature = SignatureState.VERIFIED if public_key is not None else SignatureState.NOT_CHECKED
 
-    def _read_envelope(self, data: bytes) -> Envelope | None:
+    def _read_envelope(self, envelope_bytes: bytes) -> Envelope | None:
         try:
-            return Envelope.model_validate_json(data)
+            return Envelope.model_validate_json(envelope_bytes)
         except ValidationError as error:
             details = error.errors()[0]
             location = ".".join(map(str, details["loc"])) or "the whole file"
             problem = "no signature covers this field" if details["type"] == "extra_forbidden" else "missing or not valid"
-            self._find(CheckName.SIGNATURE, Code.ENVELOPE_INVALID, f"{ENVELOPE_KEY}: {location}: {problem}")
+            self._add_finding(CheckName.SIGNATURE, Code.ENVELOPE_INVALID, f"{ENVELOPE_KEY}: {location}: {problem}")
             return None
 
-    def _check_envelope(self, envelope: Envelope, key: Ed25519PublicKey | None) -> None:
+    def _check_envelope(self, envelope: Envelope, public_key: Ed25519PublicKey | None) -> None:
         if envelope.payload_type != PAYLOAD_TYPE:
             text = f"the payload type is {envelope.payload_type} instead of {PAYLOAD_TYPE}"
-            self._find(CheckName.SIGNATURE, Code.PAYLOAD_TYPE, text)
+            self._add_finding(CheckName.SIGNATURE, Code.PAYLOAD_TYPE, text)
             return
-        if payload_of(envelope) != self._result.statement_bytes:
+        if decode_payload(envelope) != self._result.statement_bytes:
             text = f"the signature is for another statement than {STATEMENT_KEY}; sign the stored statement with `finetune sign`"
-            self._find(CheckName.SIGNATURE, Code.SIGNED_OTHER, text)
-        if key is None or is_signed_by(envelope, key):
+            self._add_finding(CheckName.SIGNATURE, Code.SIGNED_OTHER, text)
+        if public_key is None or is_signed_by(envelope, public_key):
             return
-        if any(signature.keyid == key_id(key) for signature in envelope.signatures):
-            self._find(CheckName.SIGNATURE, Code.SIGNATURE_INVALID, f"the signature of the key {key_id(key)[:12]}... does not match the statement")
+        if any(signature.keyid == compute_key_id(public_key) for signature in envelope.signatures):
+            text = f"the signature of the key {compute_key_id(public_key)[:12]}... does not match the statement"
+            self._add_finding(CheckName.SIGNATURE, Code.SIGNATURE_INVALID, text)
         else:
-            text = f"the statement has {len(envelope.signatures)} signatures, but none by the key {key_id(key)[:12]}..."
-            self._find(CheckName.SIGNATURE, Code.NOT_TRUSTED, text)
+            text = f"the statement has {len(envelope.signatures)} signatures, but none by the key {compute_key_id(public_key)[:12]}..."
+            self._add_finding(CheckName.SIGNATURE, Code.NOT_TRUSTED, text)
 
 
-def contradictions_with_manifest(statement: Statement, manifest: dict[str, Any]) -> Iterator[str]:
+def find_contradictions(statement: Statement, manifest: dict[str, Any]) -> Iterator[str]:
     """Yield the names of the facts in a statement that differ from the manifest."""
     facts = manifest["facts"]
     for name in sorted({*facts, *statement.run.facts}):
@@ -344,9 +345,9 @@ def contradictions_with_manifest(statement: Statement, manifest: dict[str, Any])
             yield name
     if statement.run.step != manifest.get("step"):
         yield "step"
-    base = statement.dependency(BASE_MODEL)
+    base = statement.dependency(BASE_MODEL_DEPENDENCY)
     revision = facts.get("modelRevision")
-    if base is None or base.annotations.get(REVISION) != revision or base.digest.get("gitCommit", revision) != revision:
+    if base is None or base.annotations.get(REVISION_ANNOTATION) != revision or base.digest.get("gitCommit", revision) != revision:
         yield "the revision of the base model"
     if not _has_digest(statement, facts.get("datasetDigest"), ("dataset.train", "dataset.mixture[")):
         yield "the digest of the training data"
@@ -359,12 +360,12 @@ def contradictions_with_manifest(statement: Statement, manifest: dict[str, Any])
             yield f"the digest of the {name}"
 
 
-def _has_digest(statement: Statement, digest: Any, sources: tuple[str, ...]) -> bool:
-    """Whether sources in the statement have this combined digest, and whether it follows from the digests of their files.
+def _has_digest(statement: Statement, digest: Any, name_prefixes: tuple[str, ...]) -> bool:
+    """Whether the sources whose names begin with one of `name_prefixes` have this combined digest in the statement.
 
-    `sources`: prefix of the sources' names.
+    If the statement lists digests of their files, the combined digest must follow from them.
     """
-    resources = [one for one in statement.predicate.build_definition.resolved_dependencies if (one.name or "").startswith(sources)]
+    resources = [one for one in statement.predicate.build_definition.resolved_dependencies if (one.name or "").startswith(name_prefixes)]
     combined = [one.annotations["combinedDigest"] for one in resources if "combinedDigest" in one.annotations]
     files = [one.digest["sha256"] for one in resources if "combinedDigest" not in one.annotations and "sha256" in one.digest]
     are_files_right = not files or hashlib.sha256("\n".join(files).encode()).hexdigest() == digest
@@ -381,16 +382,16 @@ def read_envelope(storage: JobStorage) -> Envelope | None:
 
 
 def require_statement(verification: CheckResults) -> Statement:
-    """Return the statement. Raises StorageError with the finding if it is missing or invalid."""
+    """Return the statement. Raises StorageError with the finding's message if it is missing or invalid."""
     if verification.statement is None:
-        raise StorageError(verification.findings_of(CheckName.STATEMENT)[0].message)
+        raise StorageError(verification.select_findings(CheckName.STATEMENT)[0].message)
     return verification.statement
 
 
-def _json_object(data: bytes) -> dict[str, Any]:
-    """Return the JSON object, or an empty dict for anything else."""
+def _parse_json_object(content: bytes) -> dict[str, Any]:
+    """Return the JSON object in `content`, or an empty dict if it holds no JSON object."""
     try:
-        value = json.loads(data)
+        value = json.loads(content)
     except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
@@ -400,7 +401,7 @@ def _is_sha256(value: Any) -> bool:
     return isinstance(value, str) and len(value) == SHA256_DIGITS and set(value) <= set("0123456789abcdef")
 
 
-def _is_entry(entry: Any) -> bool:
+def _is_file_entry(entry: Any) -> bool:
     is_object = isinstance(entry, dict) and isinstance(entry.get("path"), str)
     return is_object and isinstance(entry.get("size"), int) and _is_sha256(entry.get("sha256"))
 
@@ -410,9 +411,9 @@ def _is_inside(path: str) -> bool:
     return "\\" not in path and "\0" not in path and all(part not in ("", ".", "..") for part in path.split("/"))
 
 
-def _different_paths(left: Any, right: Any, path: str = "") -> Iterator[str]:
-    if isinstance(left, dict) and isinstance(right, dict):
-        for key in left.keys() | right.keys():
-            yield from _different_paths(left.get(key), right.get(key), f"{path}.{key}".lstrip("."))
-    elif left != right:
+def _find_different_paths(first_value: Any, second_value: Any, path: str = "") -> Iterator[str]:
+    if isinstance(first_value, dict) and isinstance(second_value, dict):
+        for key in first_value.keys() | second_value.keys():
+            yield from _find_different_paths(first_value.get(key), second_value.get(key), f"{path}.{key}".lstrip("."))
+    elif first_value != second_value:
         yield path

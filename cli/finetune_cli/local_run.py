@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_api import names
-from finetune_api.defaults import PlatformDefaults, ResolvedSpec, keep_recorded_defaults, origins_of, resolve_defaults
+from finetune_api.defaults import PlatformDefaults, ResolvedSpec, find_origins, keep_recorded_defaults, resolve_defaults
 from finetune_api.names import Env, ExitCode, FailureClass
 from finetune_api.pod import ProgressReport, ResumeConfig, RunConfig, StoreTarget, TerminationMessage, World
 from finetune_api.rules import ExecutionTarget
@@ -30,9 +30,9 @@ from finetune_api.status import Metrics, Stage
 from pydantic import ValidationError
 
 from finetune_cli import output
-from finetune_cli.checks import check_manifest, errors_of
+from finetune_cli.checks import check_manifest, select_errors
 from finetune_cli.fields import flatten, with_values
-from finetune_cli.files import unwritable_file_error
+from finetune_cli.files import make_unwritable_file_error
 from finetune_cli.local_spec import (
     LocalMachine,
     LocalRunError,
@@ -42,9 +42,9 @@ from finetune_cli.local_spec import (
     require_s3_credentials,
 )
 from finetune_cli.manifests import Manifest, read_job
-from finetune_cli.overrides import name_option, parse_overrides
+from finetune_cli.overrides import attribute_to_option, parse_overrides
 from finetune_cli.provenance import AssignedValue
-from finetune_cli.status_text import progress_bar
+from finetune_cli.status_text import draw_progress_bar
 
 NAMESPACE = "local"
 POLL_SECONDS = 0.5
@@ -55,7 +55,7 @@ CONFIG_MAPS = "config-maps"
 
 @dataclass(frozen=True)
 class LocalRun:
-    """A prepared run with all files written."""
+    """A local run that is ready to start: all its files are written."""
 
     name: str
     config: RunConfig
@@ -79,7 +79,7 @@ def prepare_run(
     manifest = read_job(file)
     overrides = parse_overrides(set_texts)
     spec = with_values(manifest.spec, {path: assigned.value for path, assigned in overrides.items()})
-    _check_spec(manifest, spec, overrides, only_path="ValueInvalid")
+    _check_spec(manifest, spec, overrides, only_code="ValueInvalid")
     machine = LocalMachine(
         folder.resolve(),
         file.resolve().parent,
@@ -98,21 +98,21 @@ def prepare_run(
         _link_config_maps(run.config_maps, machine.config_maps)
         return run
     except OSError as error:
-        raise unwritable_file_error(folder, error) from None
+        raise make_unwritable_file_error(folder, error) from None
 
 
 def _check_spec(
-    manifest: Manifest, spec: dict[str, Any], overrides: dict[str, AssignedValue], only_path: str | None = None
+    manifest: Manifest, spec: dict[str, Any], overrides: dict[str, AssignedValue], only_code: str | None = None
 ) -> FineTuneJobSpec:
     """Check a manifest with `spec` as its spec, and return the validated spec. Raises Exit.
 
-    With `only`, report only the errors with this code. An error in a value of `--set` names the option.
+    With `only_code`, report only the errors with this code. An error in a value of `--set` names the option.
     """
-    changed_manifest = Manifest(manifest.file, manifest.number, {**manifest.value, "spec": spec}, manifest.lines)
+    changed_manifest = Manifest(manifest.file, manifest.document_number, {**manifest.value, "spec": spec}, manifest.lines)
     checked_spec, findings = check_manifest(changed_manifest, ExecutionTarget.LOCAL)
-    errors = [finding for finding in errors_of(findings) if only_path in (None, finding.code)]
+    errors = [finding for finding in select_errors(findings) if only_code in (None, finding.code)]
     if errors or checked_spec is None:
-        raise output.fail(*(name_option(finding.mistake, overrides) for finding in errors))
+        raise output.fail(*(attribute_to_option(finding.mistake, overrides) for finding in errors))
     return checked_spec
 
 
@@ -128,8 +128,8 @@ def _write_run(name: str, resolution: ResolvedSpec, root: Path, notes: list[str]
     resolution = _continue_job(state_folder / names.RUN_FILE_NAME, resolution, job_folder, name)
     counter = state_folder / "attempt"
     counted = int(counter.read_text(encoding="utf-8")) if counter.is_file() else 0
-    # Storage is read too, because users delete the counter's folder to free disk space: the folder also contains downloads.
-    attempt = max(counted, last_started_attempt(job_folder)) + 1
+    # The attempts in storage count too: users delete the counter's folder to free disk space, because it also contains downloads.
+    attempt = max(counted, find_last_attempt(job_folder)) + 1
     counter.write_text(str(attempt), encoding="utf-8")
     spec, defaults = resolution.spec, resolution.defaults
     gpus = spec.resources.gpus_per_node or 0
@@ -140,7 +140,7 @@ def _write_run(name: str, resolution: ResolvedSpec, root: Path, notes: list[str]
         attempt=attempt,
         spec=spec,
         defaults=sorted(defaults),
-        origins=origins_of(defaults),
+        origins=find_origins(defaults),
         world=World(
             nodes=1, processes_per_node=spec.resources.processes_per_node or max(1, gpus), gpus_per_node=gpus,
             master_address="127.0.0.1", master_port=0, rendezvous_id=f"{uid}-{attempt}",
@@ -157,7 +157,7 @@ def _write_run(name: str, resolution: ResolvedSpec, root: Path, notes: list[str]
 
 
 def _link_config_maps(folder: Path, config_maps: dict[str, Path]) -> None:
-    """Create the folders of ConfigMaps that the trainer reads, with links to the files of the user's folders."""
+    """Create a folder for each ConfigMap that the trainer reads, with links to the files in the user's folder."""
     shutil.rmtree(folder, ignore_errors=True)
     for name, source in config_maps.items():
         (folder / name).mkdir(parents=True)
@@ -165,9 +165,9 @@ def _link_config_maps(folder: Path, config_maps: dict[str, Path]) -> None:
             (folder / name / file.name).symlink_to(file.resolve())
 
 
-def last_started_attempt(job_folder: Path) -> int:
+def find_last_attempt(job_folder: Path) -> int:
     """Return the highest attempt number that the trainer recorded in storage, or 0 without attempts."""
-    numbers = (names.attempt_of_folder(path.name) for path in (job_folder / names.Storage.RUN).glob("*"))
+    numbers = (names.parse_attempt_of_folder(path.name) for path in (job_folder / names.Storage.RUN).glob("*"))
     return max((number for number in numbers if number is not None), default=0)
 
 
@@ -206,7 +206,7 @@ def run_trainer(run: LocalRun, interpreter_path: str | None, variables: dict[str
     run.work_folder.mkdir(parents=True, exist_ok=True)
     termination_file = run.work_folder / "termination-message.json"
     termination_file.unlink(missing_ok=True)
-    port = free_port()
+    port = find_free_port()
     command = [
         interpreter,
         "-m",
@@ -232,7 +232,7 @@ def run_trainer(run: LocalRun, interpreter_path: str | None, variables: dict[str
         process = subprocess.Popen(
             command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
-        with _termination_as_interrupt():
+        with _treat_termination_as_interrupt():
             code = _wait_for_trainer(process, port, termination_file)
     return _print_result(code, termination_file, run)
 
@@ -250,7 +250,7 @@ def require_trainer(interpreter: str) -> None:
         )
 
 
-def free_port() -> int:
+def find_free_port() -> int:
     """Return a free TCP port of this machine."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -258,7 +258,7 @@ def free_port() -> int:
 
 
 @contextmanager
-def _termination_as_interrupt() -> Iterator[None]:
+def _treat_termination_as_interrupt() -> Iterator[None]:
     """Treat SIGTERM and SIGHUP as Ctrl-C. Otherwise, they would end this program and leave the trainer running."""
     previous = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
@@ -274,7 +274,7 @@ def _wait_for_trainer(process: subprocess.Popen[bytes], port: int, termination_f
     The last report comes from the termination message, because the process may end between two polls.
     The first Ctrl-C or SIGTERM makes the trainer save and stop; the second kills the trainer.
     """
-    show_report = progress_printer()
+    show_report = make_progress_printer()
     interrupts = 0
     while True:
         try:
@@ -286,7 +286,7 @@ def _wait_for_trainer(process: subprocess.Popen[bytes], port: int, termination_f
             output.print_notes([hint])
             continue
         if code is not None:
-            show_report(last_report(termination_file))
+            show_report(read_last_report(termination_file))
             show_report(None)
             return code
 
@@ -305,13 +305,13 @@ def _poll_trainer(process: subprocess.Popen[bytes], port: int, show_report: Call
 def fetch_progress(port: int) -> ProgressReport | None:
     """Return the trainer's progress report, or None if the trainer does not respond."""
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}{names.Path.PROGRESS}", timeout=5) as response:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{names.HttpPath.PROGRESS}", timeout=5) as response:
             return ProgressReport.model_validate_json(response.read())
     except (urllib.error.URLError, ConnectionError, TimeoutError, ValueError):
         return None
 
 
-def progress_printer() -> Callable[[ProgressReport | None], None]:
+def make_progress_printer() -> Callable[[ProgressReport | None], None]:
     """Return a function that prints progress reports. A call with None ends the output.
 
     On a terminal one line is updated. Without a terminal, a line is printed at each change of the stage and every ten percent.
@@ -326,20 +326,20 @@ def progress_printer() -> Callable[[ProgressReport | None], None]:
             return
         state = (report.stage, (report.progress.percent or 0) // 10)
         if is_terminal:
-            sys.stderr.write("\r\033[K" + line_of(report))
+            sys.stderr.write("\r\033[K" + format_report_line(report))
             sys.stderr.flush()
         elif state != last[0]:
-            output.error_console().print(line_of(report))
+            output.error_console().print(format_report_line(report))
         last[0] = state
 
     return show
 
 
-def line_of(report: ProgressReport) -> str:
+def format_report_line(report: ProgressReport) -> str:
     """Format a progress report as one line."""
     parts = [str(report.stage)]
     if report.progress.step is not None:
-        parts += [progress_bar(report.progress.percent), report.progress.display or str(report.progress.step)]
+        parts += [draw_progress_bar(report.progress.percent), report.progress.display or str(report.progress.step)]
     if report.metrics.train_loss is not None:
         parts.append(f"loss {report.metrics.train_loss:.4g}")
     if report.progress.eta:
@@ -355,7 +355,7 @@ def _print_result(code: int, termination_file: Path, run: LocalRun) -> int:
     if code == ExitCode.OK:
         uri = message.output.uri if message and message.output else run.config.storage.uri
         output.write(f"{run.name}: done, the model is in {uri}")
-        output.print_notes([f"report: {report}" for report in [_report_file(run)] if report is not None])
+        output.print_notes([f"report: {report}" for report in [_find_report_file(run)] if report is not None])
         return output.OK
     if code == ExitCode.PREEMPTED_SAVED:
         output.print_notes(
@@ -366,19 +366,19 @@ def _print_result(code: int, termination_file: Path, run: LocalRun) -> int:
         output.print_errors([f"{message.class_ or ''} {message.code or ''}: {message.message}".strip()])
         output.print_notes([message.hint] if message.hint else [])
     else:
-        output.print_errors([f"the trainer ended with exit code {code}", *_last_lines(run.log)])
-    output.print_notes([f"report: {report}" for report in [_report_file(run)] if report is not None])
+        output.print_errors([f"the trainer ended with exit code {code}", *_read_last_lines(run.log)])
+    output.print_notes([f"report: {report}" for report in [_find_report_file(run)] if report is not None])
     output.print_notes([f"log: {run.log}"])
     return output.JOB_FAILED
 
 
-def _report_file(run: LocalRun) -> Path | None:
+def _find_report_file(run: LocalRun) -> Path | None:
     """Return the report of the run, or None if the trainer has not written it."""
     path = Path(run.config.storage.uri.removeprefix("file://"), names.REPORT_KEY)
     return path if path.is_file() else None
 
 
-def last_report(path: Path) -> ProgressReport | None:
+def read_last_report(path: Path) -> ProgressReport | None:
     """Convert the termination message to a progress report. Return None if the message contains no step."""
     message = _read_termination_message(path)
     if message is None or message.progress is None or message.progress.step is None:
@@ -396,5 +396,5 @@ def _read_termination_message(path: Path) -> TerminationMessage | None:
         return None
 
 
-def _last_lines(log: Path) -> Iterator[str]:
+def _read_last_lines(log: Path) -> Iterator[str]:
     yield from log.read_text(encoding="utf-8", errors="replace").splitlines()[-5:]

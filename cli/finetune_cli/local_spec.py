@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune_api.sources import ConfigMapSource, PvcSource, is_data_file_name, parse
+from finetune_api.sources import ConfigMapSource, PvcSource, is_data_file_name, parse_source
 
 from finetune_cli.fields import get_value, set_value
 from finetune_cli.job_storage import CREDENTIALS_HINT
@@ -34,7 +34,7 @@ class LocalRunError(CommandError):
 
 @dataclass(frozen=True)
 class LocalMachine:
-    """Folders and GPUs of the user's machine. `config_maps`, `claims`: local folders that replace ConfigMaps and volume claims, by name."""
+    """Folders and GPUs of the user's machine. `config_maps` and `claim_folders` map each ConfigMap or volume claim to the local folder that replaces it."""
 
     output_folder: Path
     manifest_folder: Path
@@ -72,15 +72,15 @@ def adapt_spec(spec: dict[str, Any], machine: LocalMachine) -> list[str]:
     for path in SOURCE_FIELDS:
         text = get_value(spec, path)
         if isinstance(text, str) and text:
-            set_value(spec, path, local_source(text, path, machine))
-    for path, item, key in _sources_in_lists(spec):
-        item[key] = local_source(item[key], path, machine)
+            set_value(spec, path, to_local_source(text, path, machine))
+    for path, item, key in _find_sources_in_lists(spec):
+        item[key] = to_local_source(item[key], path, machine)
     _inline_config_maps(spec, machine)
     _limit_resources(spec, machine.gpu_count, notes)
     return notes
 
 
-def _sources_in_lists(spec: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str]]:
+def _find_sources_in_lists(spec: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str]]:
     """Yield the path of each source in a list of the spec, the list item, and the key of the source in this item."""
     for path, key in (("dataset.mixture", "source"), ("evaluation.benchmarks", "folder"), ("output.combineAdapters", "source")):
         for i, item in enumerate(get_value(spec, path) or []):
@@ -88,21 +88,21 @@ def _sources_in_lists(spec: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any
                 yield f"{path}[{i}].{key}", item, key
 
 
-def local_source(text: str, path: str, machine: LocalMachine) -> str:
-    """Return a source that this machine can read. Hub, S3 and web sources stay unchanged. Raises LocalRunError."""
+def to_local_source(text: str, path: str, machine: LocalMachine) -> str:
+    """Convert a source to one that this machine can read. Hub, S3 and web sources stay unchanged. Raises LocalRunError."""
     if text.startswith("file://") and not text.startswith("file:///"):
-        return _file_source(text.removeprefix("file://"), path, machine)
+        return _to_file_source(text.removeprefix("file://"), path, machine)
     if text.startswith((".", "/", "~")) or is_data_file_name(text):
-        return _file_source(text, path, machine)
-    source = parse(text, path=path)
+        return _to_file_source(text, path, machine)
+    source = parse_source(text, spec_path=path)
     if isinstance(source, ConfigMapSource):
-        return f"file://{_path_in_folder(machine.config_maps, source.name, source.key, path, '--config-map')}"
+        return f"file://{_find_path_in_folder(machine.config_maps, source.name, source.key, path, '--config-map')}"
     if isinstance(source, PvcSource):
-        return f"file://{_path_in_folder(machine.claim_folders, source.claim, source.path, path, '--claim')}"
+        return f"file://{_find_path_in_folder(machine.claim_folders, source.claim, source.path, path, '--claim')}"
     return text
 
 
-def _file_source(text: str, path: str, machine: LocalMachine) -> str:
+def _to_file_source(text: str, path: str, machine: LocalMachine) -> str:
     """Return the `file://` source of a path. A relative path is searched in the current folder, then in the manifest's folder."""
     try:
         file = Path(text).expanduser()
@@ -118,7 +118,7 @@ def _file_source(text: str, path: str, machine: LocalMachine) -> str:
     )
 
 
-def _path_in_folder(folders: dict[str, Path], name: str, inner_path: str, path: str, option: str) -> Path:
+def _find_path_in_folder(folders: dict[str, Path], name: str, inner_path: str, path: str, option: str) -> Path:
     if name not in folders:
         raise LocalRunError(
             f"spec.{path}: {name} is not on this machine; name a folder that replaces it with {option} {name}=FOLDER"
@@ -132,7 +132,7 @@ def _path_in_folder(folders: dict[str, Path], name: str, inner_path: str, path: 
 def require_s3_credentials(spec: dict[str, Any]) -> None:
     """Raise LocalRunError if a source is in S3 and this machine has no credentials. Without this check the trainer would fail after its start."""
     sources = {path: get_value(spec, path) for path in SOURCE_FIELDS}
-    sources |= {path: item[key] for path, item, key in _sources_in_lists(spec)}
+    sources |= {path: item[key] for path, item, key in _find_sources_in_lists(spec)}
     s3_sources = {path: text for path, text in sources.items() if isinstance(text, str) and text.startswith("s3://")}
     if not s3_sources:
         return
@@ -144,19 +144,19 @@ def require_s3_credentials(spec: dict[str, Any]) -> None:
 
 
 def _inline_config_maps(spec: dict[str, Any], machine: LocalMachine) -> None:
-    """Replace the ConfigMap reference of a chat template by the template's text, and check that the prompts exist.
+    """Replace the ConfigMap reference of a chat template by the template's text, and check that the file with the comparison prompts exists.
 
     Raises LocalRunError for references that only a pod can read.
     """
     reference = get_value(spec, "dataset.chatTemplate.configMapRef")
     if isinstance(reference, dict):
         name, key = str(reference.get("name")), str(reference.get("key"))
-        file = _path_in_folder(machine.config_maps, name, key, "dataset.chatTemplate.configMapRef", "--config-map")
+        file = _find_path_in_folder(machine.config_maps, name, key, "dataset.chatTemplate.configMapRef", "--config-map")
         spec["dataset"]["chatTemplate"] = {"text": file.read_text(encoding="utf-8")}
     prompts = get_value(spec, "evaluation.comparison.promptsRef")
     if isinstance(prompts, dict):
         name, key = str(prompts.get("name")), str(prompts.get("key"))
-        _path_in_folder(machine.config_maps, name, key, "evaluation.comparison.promptsRef", "--config-map")
+        _find_path_in_folder(machine.config_maps, name, key, "evaluation.comparison.promptsRef", "--config-map")
     for path in ("distributed.deepspeed.configRef", "distributed.fsdp.configRef"):
         if get_value(spec, path) is not None:
             raise LocalRunError(

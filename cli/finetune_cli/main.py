@@ -97,7 +97,7 @@ def _print_version(is_requested: bool) -> None:
             installed_version = version("finetune-operator")
         except PackageNotFoundError:
             installed_version = "from a checkout"
-        sys.stdout.write(f"{_program()} {installed_version}\n")
+        sys.stdout.write(f"{_get_program_name()} {installed_version}\n")
         raise typer.Exit
 
 
@@ -150,12 +150,12 @@ def _flush_stdout(code: int) -> int:
     return code
 
 
-def run(words: list[str], tool_arguments: list[str]) -> int:
+def run(arguments: list[str], tool_arguments: list[str]) -> int:
     """Run one command and return its exit code. Wrong usage gives 1, as in kubectl, because 2 means that the job failed."""
     from finetune_cli import output
 
     try:
-        app(args=words, prog_name=_program(), obj=tool_arguments)
+        app(args=arguments, prog_name=_get_program_name(), obj=tool_arguments)
     except output.CommandExit as exit_:
         return exit_.code
     except Exception as error:
@@ -193,7 +193,7 @@ def _print_bug(error: Exception) -> None:
 
     frame = traceback.extract_tb(error.__traceback__)[-1]
     file = frame.filename.replace("\\", "/").rpartition("/")[2]
-    output.print_errors([f"this is a bug in {_program()}: {type(error).__name__} in {file}:{frame.lineno}"])
+    output.print_errors([f"this is a bug in {_get_program_name()}: {type(error).__name__} in {file}:{frame.lineno}"])
     if os.environ.get(TRACE_VARIABLE):
         traceback.print_exception(error)
     else:
@@ -213,7 +213,7 @@ def kubectl_complete() -> None:
         sys.stdout.write(f":{NO_FILE_COMPLETION}\n")
 
 
-def _program() -> str:
+def _get_program_name() -> str:
     """Return the program's name as the user typed it.
 
     Options that install shell completion always get `finetune`, because kubectl has its own completion for plugins.

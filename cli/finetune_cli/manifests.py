@@ -19,28 +19,28 @@ LIST_KIND = "List"
 
 @dataclass(frozen=True)
 class Manifest:
-    """One object of a file, with the line of every field."""
+    """One Kubernetes object of a file, with the line number of every field."""
 
     file: str
-    number: int
+    document_number: int
     value: dict[str, Any]
     lines: dict[str, int]
 
     @property
     def name(self) -> str:
-        """Return metadata.name, or an empty string."""
+        """`metadata.name`, or an empty string."""
         metadata = self.value.get("metadata")
         return str(metadata.get("name") or "") if isinstance(metadata, dict) else ""
 
     @property
     def is_job(self) -> bool:
-        """Return whether this is a FineTuneJob, possibly with a misspelled kind or version."""
+        """Whether this is a FineTuneJob, possibly with a misspelled kind or version."""
         kind, version = str(self.value.get("kind")), str(self.value.get("apiVersion"))
         return kind.lower() == KIND.lower() or version.startswith(f"{GROUP}/")
 
     @property
     def spec(self) -> dict[str, Any]:
-        """Return the spec, or an empty dict without a spec. Raises CommandError if the spec is not a mapping."""
+        """The spec, or an empty dict if there is no spec. Raises CommandError if the spec is not a mapping."""
         spec = self.value.get("spec") or {}
         if not isinstance(spec, dict):
             raise CommandError(
@@ -49,7 +49,7 @@ class Manifest:
         return spec
 
     def location(self, path: str) -> str:
-        """Return `file:line` of a field. If the file lacks the field, return `file:line` of the nearest enclosing group."""
+        """Return `file:line` of a field or, if the file lacks the field, of the nearest enclosing group."""
         while path and path not in self.lines:
             path = path[: path.rfind("[")] if path.endswith("]") else path.rpartition(".")[0]
         return f"{self.file}:{self.lines[path]}" if path else self.file
@@ -96,13 +96,13 @@ def parse_manifests(text: str, file: str) -> Iterator[Manifest]:
                 Mistake(f"{file}:{tree.line}", "", "this is not a manifest, because it is not a mapping")
             )
         if tree.value.get("kind") == LIST_KIND and isinstance(tree.value.get("items"), list):
-            yield from _list_items(file, number, tree)
+            yield from _iterate_list_items(file, number, tree)
         elif tree.value:
             yield Manifest(file, number, tree.value, tree.lines)
 
 
-def _list_items(file: str, document_number: int, list_document: Tree) -> Iterator[Manifest]:
-    """Yield the objects of a List document, as `kubectl get -o yaml` prints several objects."""
+def _iterate_list_items(file: str, document_number: int, list_document: Tree) -> Iterator[Manifest]:
+    """Yield the objects of a `List`, the document in which `kubectl get -o yaml` prints several objects."""
     for i, item in enumerate(list_document.value["items"]):
         start = f"items[{i}]"
         if not isinstance(item, dict):

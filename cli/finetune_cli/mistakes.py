@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Mistake:
-    """One mistake in the user's files or options: location, key as written, problem, and how to correct it.
+    """One mistake in the user's files or options: where it is, the key as written, the problem, and how to correct it.
 
-    `feature` names what a FineTuneJob cannot do, if that is the problem.
+    `feature` is only set if a FineTuneJob cannot do what the input asks for; it names this feature.
     """
 
     location: str

@@ -15,7 +15,7 @@ OK, ERROR, JOB_FAILED = 0, 1, 2
 
 
 class CommandExit(Exception):
-    """End the command with an exit code. All messages are printed before."""
+    """Ends the command with an exit code. The code that raises it has printed all messages."""
 
     def __init__(self, code: int):
         super().__init__(code)
@@ -23,7 +23,7 @@ class CommandExit(Exception):
 
 
 class CommandError(Exception):
-    """A failure that is printed as one sentence, without a traceback."""
+    """A failure of the command. Its text is printed without a traceback."""
 
 
 @functools.cache
@@ -65,12 +65,12 @@ def _print_lines(prefix: str, lines: Iterable[Any], style: str) -> None:
 
 
 def print_errors(lines: Iterable[Any]) -> None:
-    """Print errors."""
+    """Print error messages: why the command fails."""
     _print_lines("error", lines, "bold red")
 
 
 def print_warnings(lines: Iterable[Any]) -> None:
-    """Print warnings: messages that require an action of the user."""
+    """Print warnings: messages on which the user should act."""
     _print_lines("warning", lines, "yellow")
 
 
@@ -80,6 +80,6 @@ def print_notes(lines: Iterable[Any]) -> None:
 
 
 def fail(*lines: Any) -> CommandExit:
-    """Print errors and return the exception that ends the command with exit code 1."""
+    """Print errors, and return an exception that ends the command with exit code 1. The caller raises it."""
     print_errors(lines)
     return CommandExit(ERROR)

@@ -8,11 +8,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from finetune_cli.field_errors import is_within
-from finetune_cli.fields import Field, example_of, fields, group_example
+from finetune_cli.fields import Field, fields, find_example, make_group_example
 from finetune_cli.mistakes import InvalidInput, Mistake
 from finetune_cli.provenance import AssignedValue, ValueOrigin
 from finetune_cli.suggestions import suggest_field
-from finetune_cli.value_hints import field_example_hint, group_example_hint
+from finetune_cli.value_hints import make_field_example_hint, make_group_example_hint
 from finetune_cli.yaml_reader import parse_value
 
 FIELD_OF_OPTION = {
@@ -26,9 +26,9 @@ CONFIG_MAP_KEY_PATTERN = re.compile(r"^[-._a-zA-Z0-9]+$")
 
 
 def parse_overrides(set_texts: Iterable[str], options: Mapping[str, Any] | None = None) -> dict[str, AssignedValue]:
-    """Return the values given by `--set` and by dedicated options such as `--model`, by spec path. Raises InvalidInput.
+    """Return the values that `--set` and options such as `--model` give, by spec path. Raises InvalidInput.
 
-    `options` maps the option's name to its value. The value None means that the option is not given.
+    `options` maps the name of each option to its value, or to None if the user does not give the option.
     """
     mistakes: list[Mistake] = []
     result: dict[str, AssignedValue] = {}
@@ -43,8 +43,8 @@ def parse_overrides(set_texts: Iterable[str], options: Mapping[str, Any] | None 
     return result
 
 
-def name_option(mistake: Mistake, overrides: Mapping[str, AssignedValue]) -> Mistake:
-    """If an option set the field of a mistake, return the mistake with the option as its location. Otherwise return the mistake unchanged."""
+def attribute_to_option(mistake: Mistake, overrides: Mapping[str, AssignedValue]) -> Mistake:
+    """If an option has set the field with the mistake, return a mistake whose location is this option. Otherwise return the mistake unchanged."""
     path = mistake.key.removeprefix("spec.")
     assigned = next((value for known, value in overrides.items() if is_within(path, known)), None)
     if assigned is None:
@@ -55,18 +55,18 @@ def name_option(mistake: Mistake, overrides: Mapping[str, AssignedValue]) -> Mis
 
 
 def hint_for_option(hint: str, option: str, path: str) -> str:
-    """Return the hint for the value of an option. An example in YAML becomes an example of the option.
+    """Return the hint for the value of an option. A YAML example becomes an example of the option.
 
-    An option sets only whole lists, so the example for a list item is a list.
+    An option can only set a whole list, so the example for a list item becomes a list.
     """
-    if not hint or hint not in (field_example_hint(path), group_example_hint(path)):
+    if not hint or hint not in (make_field_example_hint(path), make_group_example_hint(path)):
         return hint
     if path.endswith("]"):
-        path, example = path.partition("[")[0], f"[{group_example(path)}]"
+        path, example = path.partition("[")[0], f"[{make_group_example(path)}]"
     elif "[" in path:
         return hint
     else:
-        example = example_of(path)
+        example = find_example(path)
     argument = f"{path}={example}" if option == "--set" else example
     return f"for example {option} {shlex.quote(argument)}"
 
@@ -103,7 +103,7 @@ def _parse_set(text: str, fields_by_path: dict[str, Field], mistakes: list[Mista
         hint = f"set its fields, for example --set {nested_path}=VALUE, or remove the group with --set {path}=null"
         mistakes.append(Mistake("--set", path, "this is a group of fields and takes no value", hint))
     else:
-        return {path: AssignedValue(_convert_text(field.kind, value), ValueOrigin("--set"), path)}
+        return {path: AssignedValue(_convert_text(field.type_text, value), ValueOrigin("--set"), path)}
     return {}
 
 
@@ -112,26 +112,26 @@ def _hint_for_unknown(path: str, by_path: dict[str, Field]) -> str:
     parent = path
     while parent and parent not in by_path:
         parent = parent[: parent.rfind("[")] if parent.endswith("]") else parent.rpartition(".")[0]
-    kind = by_path[parent].kind if parent else ""
-    if kind.startswith("list of"):
+    type_text = by_path[parent].type_text if parent else ""
+    if type_text.startswith("list of"):
         return f"set the whole list: --set '{parent}=[...]'"
-    if kind.startswith("map of"):
+    if type_text.startswith("map of"):
         return f"set the whole map: --set '{parent}={{NAME: VALUE}}'"
     closest = suggest_field(path, [field_path for field_path in by_path if "[]" not in field_path])
     return f"did you mean {closest}?" if closest else "`finetune explain` lists all fields"
 
 
-def _convert_text(kind: str, text: str) -> Any:
-    """Convert a text to the type of a field. For strings and enums, `no` and `010` stay text."""
-    if kind.startswith("string") or (" | " in kind and not kind.startswith("list")):
+def _convert_text(type_text: str, text: str) -> Any:
+    """Convert the text of an option to the type of its field. For a string or an enum, `no` and `010` stay text."""
+    if type_text.startswith("string") or (" | " in type_text and not type_text.startswith("list")):
         return text
     value = parse_value(text)
-    if kind == "map of string" and isinstance(value, dict):
-        return {key: item if isinstance(item, str | dict | list) else _as_string(item) for key, item in value.items()}
-    if kind.startswith("list of") and isinstance(value, str) and not text.startswith("["):
+    if type_text == "map of string" and isinstance(value, dict):
+        return {key: item if isinstance(item, str | dict | list) else _to_string(item) for key, item in value.items()}
+    if type_text.startswith("list of") and isinstance(value, str) and not text.startswith("["):
         return [part.strip() for part in value.split(",")]
     return value
 
 
-def _as_string(value: Any) -> str:
+def _to_string(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)

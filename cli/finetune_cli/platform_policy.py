@@ -11,14 +11,14 @@ from finetune_api.tenancy import Platform, PlatformPolicy, Pool, check_policy
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from finetune_cli.checks import Finding
-from finetune_cli.config_files import mistakes_of, read_mapping
+from finetune_cli.config_files import list_mistakes, read_mapping
 from finetune_cli.files import display_name
 from finetune_cli.manifests import Manifest
 from finetune_cli.mistakes import InvalidInput, Mistake
 
-CODE = "ForbiddenByPolicy"
-CHART_ONLY = "validatingAdmissionPolicy"
-"""Key of `policy` that only the chart reads."""
+FINDING_CODE = "ForbiddenByPolicy"
+CHART_ONLY_KEY = "validatingAdmissionPolicy"
+"""Key of `policy` that only the chart uses, so `validate` ignores it."""
 
 
 class _Pool(BaseModel):
@@ -34,7 +34,7 @@ class _Storage(BaseModel):
 
 
 class _ChartValues(BaseModel):
-    """The values of the chart that the rules need. Other values are ignored."""
+    """The chart's values that the check of the rules needs. Other values are ignored."""
 
     policy: PlatformPolicy = PlatformPolicy()
     storage: _Storage = _Storage()
@@ -50,25 +50,25 @@ class ChartPolicy:
     pools: tuple[Pool, ...]
 
     def find_problems(self, manifest: Manifest, spec: FineTuneJobSpec, namespace: str | None) -> Iterator[Finding]:
-        """Yield each value of a manifest that the rules refuse. `namespace` applies to manifests without metadata.namespace; default: `default`."""
+        """Yield a finding for each value that the rules refuse. `namespace`: the namespace of a manifest without metadata.namespace; None means `default`."""
         metadata = manifest.value.get("metadata")
         own_namespace = metadata.get("namespace") if isinstance(metadata, dict) else None
         used_namespace = str(own_namespace or namespace or "default")
         platform = Platform(used_namespace, self.storage_uri, self.pools)
         for problem in check_policy(spec, self.policy.rules_for(used_namespace), platform):
             path = f"spec.{problem.path}"
-            yield Finding(Mistake(manifest.location(path), path, problem.message, problem.hint), CODE)
+            yield Finding(Mistake(manifest.location(path), path, problem.message, problem.hint), FINDING_CODE)
 
 
 def read_chart_policy(path: Path) -> ChartPolicy:
-    """Read a values file of the chart. Errors: InvalidInput with every wrong key, UnreadableFile."""
+    """Read a values file of the chart. Raises UnreadableFile, or InvalidInput with every wrong key."""
     values, lines = read_mapping(path, "a values file of the chart", "write `policy:` followed by its rules")
     policy = values.get("policy")
     if isinstance(policy, dict):
-        values = {**values, "policy": {key: value for key, value in policy.items() if key != CHART_ONLY}}
+        values = {**values, "policy": {key: value for key, value in policy.items() if key != CHART_ONLY_KEY}}
     try:
         found = _ChartValues.model_validate({key: value for key, value in values.items() if value is not None})
     except ValidationError as error:
-        raise InvalidInput(list(mistakes_of(error, display_name(path), lines, "there is no rule of this name"))) from error
+        raise InvalidInput(list(list_mistakes(error, display_name(path), lines, "there is no rule of this name"))) from error
     pools = tuple(Pool(pool.name, pool.gpu_resource, pool.default) for pool in found.node_pools)
     return ChartPolicy(found.policy, found.storage.uri, pools)

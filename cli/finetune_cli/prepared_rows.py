@@ -1,4 +1,4 @@
-"""Finds the prepared rows of a namespace that no job has used for `prepare.ttlDays`."""
+"""Finds and deletes a namespace's prepared rows that no job has used for `prepare.ttlDays` days."""
 
 from __future__ import annotations
 
@@ -6,33 +6,33 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from finetune_api.names import USED_MARKER, prepared_root
-from finetune_api.prepared import UsedMarker, removal_order
+from finetune_api.prepared import UsedMarker, group_keys_for_removal
 
 from finetune_cli.job_storage import JobStorage, StoredObject
 
 
 @dataclass(frozen=True)
 class UnusedRows:
-    """Prepared rows that may be removed."""
+    """Prepared rows that no job has used for `prepare.ttlDays` days."""
 
     storage: JobStorage
     groups_by_digest: dict[str, list[list[StoredObject]]]
-    """For each digest, groups of objects in the order of their removal. The first group is the marker of the commit."""
+    """For each digest of prepared rows, groups of objects in the order in which they must be deleted. The first group is the commit marker."""
 
     @property
     def objects(self) -> list[StoredObject]:
-        """All objects."""
+        """All objects of the unused rows."""
         return [stored for groups in self.groups_by_digest.values() for group in groups for stored in group]
 
     @property
     def bytes(self) -> int:
-        """Size of all objects."""
+        """Size of all objects in bytes."""
         return sum(stored.size for stored in self.objects)
 
     def delete(self, now: datetime) -> UnusedRows:
-        """Delete the rows that are still unused, and return them. A job may have used some since they were found. Raises StorageError.
+        """Delete the rows that are still unused, and return the deleted rows. A job may have used other rows since they were found. Raises StorageError.
 
-        The groups are deleted one after the other, because a store may delete the objects of one request in any order.
+        Each group is deleted with its own request, because a store may delete the objects of one request in any order.
         """
         deleted = {}
         for digest, groups in self.groups_by_digest.items():
@@ -45,16 +45,16 @@ class UnusedRows:
 
 
 def find_unused_rows(job_storage: JobStorage, now: datetime) -> UnusedRows:
-    """Return the unused rows of the namespace of a job. Raises StorageError.
+    """Return the unused rows in the namespace of a job. Raises StorageError.
 
-    Rows without a readable marker `_USED` are kept: the next preparation pod writes the marker.
+    Rows without a readable marker `_USED` do not count as unused: the next preparation pod writes the marker.
     """
     storage = job_storage.open_folder(prepared_root(job_storage.uri))
     by_digest: dict[str, dict[str, StoredObject]] = {}
     for stored in storage.list_objects():
         by_digest.setdefault(stored.key.partition("/")[0], {})[stored.key] = stored
     unused = {
-        digest: [[objects[key] for key in group] for group in removal_order(objects)]
+        digest: [[objects[key] for key in group] for group in group_keys_for_removal(objects)]
         for digest, objects in by_digest.items()
         if _is_unused(storage, digest, now)
     }

@@ -1,6 +1,6 @@
-"""A short Job that starts the trainer image and checks from its pod that storage can be reached. The Job is deleted afterwards.
+"""Creates a short Job that starts the trainer image and checks from its pod that storage can be reached, then deletes the Job.
 
-If the program is killed, Kubernetes ends and deletes the Job: it has a deadline and a TTL.
+The Job has a deadline and a TTL, so that Kubernetes ends and deletes it if this program is killed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from finetune_api import names
 from finetune_api.names import Env
 from finetune_api.pod import StorageCheckResult, StoreTarget
-from finetune_api.sources import PvcSource, parse
+from finetune_api.sources import PvcSource, parse_source
 from finetune_api.spec.cluster import StorageRoot
 from pydantic import ValidationError
 
@@ -23,16 +23,16 @@ from finetune_cli.installation import TrainerImage
 
 PULL_PROBLEMS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError")
 CONFIG_PROBLEMS = ("CreateContainerConfigError",)
-"""Reasons of a container that waits for a Secret or ConfigMap. The image is pulled before."""
+"""Reasons of a container that waits for a Secret or ConfigMap. Its image is already pulled."""
 TTL_SECONDS = 60
 LABELS = {"app.kubernetes.io/name": "finetune-doctor"}
 NO_STORAGE_URI = "file:///tmp"
-"""Without storage, the pod checks its own temporary folder, so that the image is checked nevertheless."""
+"""If no storage is known, the pod checks its own temporary folder, so that the image can still be checked."""
 
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """What the pod of the probe uses: image, node labels and tolerations of the pool, and storage."""
+    """The settings of the probe's pod: the image, the pool's node labels and tolerations, and the storage."""
 
     trainer: TrainerImage
     node_selector: dict[str, str]
@@ -55,7 +55,7 @@ class ProbeEnd(StrEnum):
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """The end of a probe, and the message of the pod or of Kubernetes. `storage` is present if the image knows the check."""
+    """How a probe ended, and the message of the pod or of Kubernetes. `storage` is None if the pod did not run the storage check."""
 
     end: ProbeEnd
     message: str = ""
@@ -72,17 +72,17 @@ def run_probe(cluster: Cluster, settings: ProbeSettings, timeout_seconds: float)
 
 
 def build_job(namespace: str, settings: ProbeSettings, deadline_seconds: int) -> KubeObject:
-    """Return the Job. Its pod meets Pod Security `restricted`, uses no GPU and mounts no token."""
+    """Build the Job. Its pod meets the Pod Security level `restricted`, uses no GPU and mounts no token."""
     trainer = settings.trainer
     ids = {"runAsUser": names.TRAINER_UID, "runAsGroup": names.TRAINER_UID, "fsGroup": names.TRAINER_UID} if trainer.fixed_user else {}
-    volumes, mounts = _volumes(settings.storage)
+    volumes, mounts = _build_volumes(settings.storage)
     pod: KubeObject = {
         "restartPolicy": "Never",
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
         "terminationGracePeriodSeconds": 1,
         "securityContext": {"runAsNonRoot": True, **ids, "seccompProfile": {"type": "RuntimeDefault"}},
-        "containers": [_container(namespace, settings, mounts)],
+        "containers": [_build_container(namespace, settings, mounts)],
         "volumes": volumes,
         "nodeSelector": settings.node_selector,
         "tolerations": settings.tolerations,
@@ -103,14 +103,14 @@ def build_job(namespace: str, settings: ProbeSettings, deadline_seconds: int) ->
     }
 
 
-def _container(namespace: str, settings: ProbeSettings, mounts: list[KubeObject]) -> KubeObject:
+def _build_container(namespace: str, settings: ProbeSettings, mounts: list[KubeObject]) -> KubeObject:
     resources = {"cpu": "100m", "memory": "512Mi", "ephemeral-storage": "256Mi"}
     return {
         "name": names.TRAINER_CONTAINER,
         "image": settings.trainer.image,
         "imagePullPolicy": settings.trainer.image_pull_policy,
-        "args": [names.CHECK_STORAGE_COMMAND, store_target(namespace, settings.storage).model_dump_json(by_alias=True, exclude_none=True)],
-        "env": _credentials(settings.storage),
+        "args": [names.CHECK_STORAGE_COMMAND, make_store_target(namespace, settings.storage).model_dump_json(by_alias=True, exclude_none=True)],
+        "env": _build_credential_variables(settings.storage),
         "resources": {"requests": resources, "limits": {**resources, "cpu": "1"}},
         "securityContext": {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}},
         "terminationMessagePath": names.TERMINATION_LOG,
@@ -119,8 +119,8 @@ def _container(namespace: str, settings: ProbeSettings, mounts: list[KubeObject]
     }
 
 
-def store_target(namespace: str, storage: StorageRoot) -> StoreTarget:
-    """Return the location that the pod checks: the folder of the namespace in the storage, with which jobs begin their paths."""
+def make_store_target(namespace: str, storage: StorageRoot) -> StoreTarget:
+    """Return the storage location that the pod checks: the namespace's folder, in which jobs create their own folders."""
     encryption = storage.encryption
     return StoreTarget(
         uri=f"{storage.uri.rstrip('/')}/{namespace}" if storage.uri else NO_STORAGE_URI, endpoint=storage.endpoint, region=storage.region,
@@ -130,8 +130,8 @@ def store_target(namespace: str, storage: StorageRoot) -> StoreTarget:
     )  # fmt: skip
 
 
-def _credentials(storage: StorageRoot) -> list[KubeObject]:
-    """The environment variables with the keys of the storage. Kubernetes reads them from the Secrets; this program does not see them."""
+def _build_credential_variables(storage: StorageRoot) -> list[KubeObject]:
+    """Return environment variables with the storage credentials. Kubernetes reads the values from the Secrets; this program never reads them."""
     variables: list[KubeObject] = []
     if storage.credentials_secret_ref:
         for key in (Env.STORAGE_ACCESS_KEY, Env.STORAGE_SECRET_KEY, Env.STORAGE_SESSION_TOKEN):
@@ -143,11 +143,11 @@ def _credentials(storage: StorageRoot) -> list[KubeObject]:
     return variables
 
 
-def _volumes(storage: StorageRoot) -> tuple[list[KubeObject], list[KubeObject]]:
-    """Volumes and mounts: a temporary folder, the claim of a `pvc://` storage, and the CA bundle."""
+def _build_volumes(storage: StorageRoot) -> tuple[list[KubeObject], list[KubeObject]]:
+    """Return the volumes and mounts of the pod: a temporary folder, the claim of `pvc://` storage, and the CA bundle."""
     volumes: list[KubeObject] = [{"name": "tmp", "emptyDir": {"sizeLimit": "64Mi"}}]
     mounts: list[KubeObject] = [{"name": "tmp", "mountPath": "/tmp"}]  # noqa: S108 -- an emptyDir: the root file system is read-only
-    source = parse(storage.uri, path="storage.uri") if storage.uri else None
+    source = parse_source(storage.uri, spec_path="storage.uri") if storage.uri else None
     if isinstance(source, PvcSource):
         volumes.append({"name": "claim", "persistentVolumeClaim": {"claimName": source.claim}})
         mounts.append({"name": "claim", "mountPath": f"{names.PVC_MOUNT}/{source.claim}"})
@@ -165,11 +165,11 @@ def _wait_for_result(cluster: Cluster, job: KubeObject, deadline: float) -> Prob
         result = read_result(last_pod)
         if result is not None:
             return result
-    return ProbeResult(ProbeEnd.NOT_STARTED, _waiting_message(last_pod) or _newest_warning(cluster, job) or "the pod did not end in time")
+    return ProbeResult(ProbeEnd.NOT_STARTED, _make_waiting_message(last_pod) or _find_newest_warning(cluster, job) or "the pod did not end in time")
 
 
 def read_result(pod: KubeObject) -> ProbeResult | None:
-    """Return the result of a pod, or None while it waits or runs."""
+    """Return the probe's result from its pod, or None while the pod waits or runs."""
     statuses = (pod.get("status") or {}).get("containerStatuses") or []
     state = (statuses[0].get("state") or {}) if statuses else {}
     waiting, terminated = state.get("waiting") or {}, state.get("terminated")
@@ -190,17 +190,17 @@ def _parse_message(message: str) -> StorageCheckResult | None:
         return None
 
 
-def _waiting_message(pod: KubeObject) -> str:
+def _make_waiting_message(pod: KubeObject) -> str:
     """Return why a pod waits: the scheduler's message, or that the image is being pulled."""
     status = pod.get("status") or {}
     scheduled: Callable[[KubeObject], bool] = lambda one: one["type"] == "PodScheduled" and one["status"] == "False"  # noqa: E731
     message = next((str(one.get("message") or "") for one in filter(scheduled, status.get("conditions") or [])), "")
     if message:
-        return f"no node takes the pod: {message}"
+        return f"the pod fits on no node: {message}"
     return "the image is still being pulled" if (pod.get("spec") or {}).get("nodeName") else ""
 
 
-def _newest_warning(cluster: Cluster, job: KubeObject) -> str:
-    """Return the newest warning about the Job, for example that a quota refuses the pod."""
+def _find_newest_warning(cluster: Cluster, job: KubeObject) -> str:
+    """Return the text of the newest warning event about the Job, for example that a quota refuses the pod. Empty: there is no warning."""
     warnings = [event for event in cluster.list_events({job["metadata"]["uid"]}) if event.get("type") == "Warning"]
     return str(warnings[-1].get("note") or "") if warnings else ""

@@ -1,4 +1,4 @@
-"""The origin of a value of a spec."""
+"""Describes where a value of a spec comes from."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ValueOrigin:
-    """The origin of a value. `location`: `file:line`, `command line`, or the reason for a default."""
+    """Where a value comes from. `location`: `file:line`, `command line`, an option, or the reason for a default."""
 
     location: str
     written_by_user: bool = True
@@ -16,7 +16,7 @@ class ValueOrigin:
 
 @dataclass(frozen=True)
 class AssignedValue:
-    """A value of the spec with its origin. `key`: the option as the user wrote it; empty for a default."""
+    """A value of the spec with its origin. `key`: the name under which the user gave the value; empty for a default."""
 
     value: Any
     origin: ValueOrigin

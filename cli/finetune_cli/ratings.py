@@ -14,23 +14,23 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from finetune_api.rating_sheet import BASE, HIGHEST, LOWEST, SCORES, TRAINED
+from finetune_api.rating_sheet import BASE_MODEL, HIGHEST_SCORE, LOWEST_SCORE, SCORE_COLUMNS, TRAINED_MODEL
 
 from finetune_cli.files import display_name, read_text
 from finetune_cli.mistakes import InvalidInput, Mistake
 
-ALLOWED = f"write a whole number from {LOWEST} to {HIGHEST}, or leave the cell empty"
+SCORE_HINT = f"write a whole number from {LOWEST_SCORE} to {HIGHEST_SCORE}, or leave the cell empty"
 Z_95 = statistics.NormalDist().inv_cdf(0.975)
 
 
 @dataclass(frozen=True)
 class Rating:
-    """The scores that one person has given to one answer."""
+    """The scores that one rater has given to one answer."""
 
     answer: str
-    """The row's `id`."""
+    """ID of the answer: column `id` of the sheet."""
     question: str
-    """The row's `promptID`."""
+    """ID of the question: column `promptID` of the sheet."""
     model: str
     rater: str
     scores: Mapping[str, int]
@@ -40,15 +40,15 @@ class Rating:
 # ---- reading ----
 
 
-def read_ratings(files: Sequence[Path], key: Path | None) -> list[Rating]:
-    """Read all sheets. With a key, `model` is the model that gave the answer. Errors: UnreadableFile; InvalidInput with every mistake."""
+def read_ratings(files: Sequence[Path], key_file: Path | None) -> list[Rating]:
+    """Read all sheets. With a key file, each rating names the model that gave the answer. Raises UnreadableFile, or InvalidInput with every mistake."""
     mistakes: list[Mistake] = []
-    models = _read_key(key) if key else {}
+    models = _read_key(key_file) if key_file else {}
     ratings = [rating for file in files for rating in _read_sheet(file, mistakes)]
-    if key:
+    if key_file:
         for rating in ratings:
             if rating.answer not in models:
-                problem = f"the key {display_name(key)} does not contain the id {rating.answer!r}"
+                problem = f"the key {display_name(key_file)} does not contain the id {rating.answer!r}"
                 mistakes.append(Mistake(rating.location, "id", problem, "give the human_rating_key.json that was written with these sheets"))
         ratings = [replace(rating, model=models.get(rating.answer, rating.model)) for rating in ratings]
     seen: dict[tuple[str, str], str] = {}
@@ -64,7 +64,7 @@ def read_ratings(files: Sequence[Path], key: Path | None) -> list[Rating]:
 def _read_key(path: Path) -> dict[str, str]:
     value = _parse_json(path)
     models = value.get("models") if isinstance(value, dict) else None
-    if not isinstance(models, dict) or not all(model in (TRAINED, BASE) for model in models.values()):
+    if not isinstance(models, dict) or not all(model in (TRAINED_MODEL, BASE_MODEL) for model in models.values()):
         problem = "this file does not name the model behind each answer of the rating sheets"
         raise InvalidInput([Mistake(display_name(path), "models", problem, "give the file human_rating_key.json")])
     return models
@@ -78,7 +78,7 @@ def _parse_json(path: Path) -> Any:
 
 
 def _read_sheet(path: Path, mistakes: list[Mistake]) -> list[Rating]:
-    rows = _json_rows(path) if path.suffix.lower() == ".json" else _csv_rows(path)
+    rows = _read_json_rows(path) if path.suffix.lower() == ".json" else _read_csv_rows(path)
     raters = {str(row.get("rater") or "").strip() for _, row in rows} - {""}
     ratings = []
     for location, row in rows:
@@ -92,7 +92,7 @@ def _read_sheet(path: Path, mistakes: list[Mistake]) -> list[Rating]:
     return ratings
 
 
-def _json_rows(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
+def _read_json_rows(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
     value = _parse_json(path)
     rows = value.get("rows") if isinstance(value, dict) else None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
@@ -100,12 +100,12 @@ def _json_rows(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
     return [(f"{display_name(path)}: row {number}", row) for number, row in enumerate(rows, 1)]
 
 
-def _csv_rows(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
-    """Read a sheet with commas, or with the semicolons or tabs that some spreadsheets write."""
+def _read_csv_rows(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
+    """Return each row with its location. Columns are separated by commas, or by semicolons or tabs, which some spreadsheet programs write."""
     text = read_text(path)
     head = text.partition("\n")[0]
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=head.count))
-    missing = [name for name in ("id", *SCORES) if name not in (reader.fieldnames or [])]
+    missing = [name for name in ("id", *SCORE_COLUMNS) if name not in (reader.fieldnames or [])]
     if missing:
         problem = f"this is not a rating sheet: the columns {', '.join(missing)} are missing"
         raise InvalidInput([Mistake(f"{display_name(path)}:1", "", problem, "keep the first line of the sheet")])
@@ -118,7 +118,7 @@ def _csv_rows(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
 
 def _read_scores(location: str, row: Mapping[str, Any], mistakes: list[Mistake]) -> dict[str, int]:
     scores = {}
-    for name in SCORES:
+    for name in SCORE_COLUMNS:
         value = row.get(name)
         if value is None or str(value).strip() == "":
             continue
@@ -126,8 +126,8 @@ def _read_scores(location: str, row: Mapping[str, Any], mistakes: list[Mistake])
             number = float(str(value).strip())
         except ValueError:
             number = math.nan
-        if isinstance(value, bool) or not LOWEST <= number <= HIGHEST or number != int(number):
-            mistakes.append(Mistake(location, name, f"{str(value)[:40]!r} is not a score", ALLOWED))
+        if isinstance(value, bool) or not LOWEST_SCORE <= number <= HIGHEST_SCORE or number != int(number):
+            mistakes.append(Mistake(location, name, f"{str(value)[:40]!r} is not a score", SCORE_HINT))
         else:
             scores[name] = int(number)
     return scores
@@ -137,22 +137,25 @@ def _read_scores(location: str, row: Mapping[str, Any], mistakes: list[Mistake])
 
 
 def summarise(ratings: Sequence[Rating]) -> dict[str, Any]:
-    """Return the statistics of each model and score, the agreement of the raters, and the win rate of the trained model."""
+    """Return the statistics of each score for each model, the agreement of the raters, and the win rate of the trained model."""
     raters = sorted({rating.rater for rating in ratings})
-    models = sorted({rating.model for rating in ratings}, key=lambda name: (name != TRAINED, name))
+    models = sorted({rating.model for rating in ratings}, key=lambda name: (name != TRAINED_MODEL, name))
     return {
         "raters": raters,
         "answers": len({rating.answer for rating in ratings}),
         "scores": {
-            model: {name: spread([rating.scores[name] for rating in ratings if rating.model == model and name in rating.scores]) for name in SCORES}
+            model: {
+                name: describe_values([rating.scores[name] for rating in ratings if rating.model == model and name in rating.scores])
+                for name in SCORE_COLUMNS
+            }
             for model in models
         },
-        "agreement": {name: _agreement(ratings, name) for name in SCORES},
-        "winRate": win_rate(ratings),
+        "agreement": {name: _compute_agreement(ratings, name) for name in SCORE_COLUMNS},
+        "winRate": compute_win_rate(ratings),
     }
 
 
-def spread(values: Sequence[int]) -> dict[str, float | int | None]:
+def describe_values(values: Sequence[int]) -> dict[str, float | int | None]:
     """Return count, mean, median, sample standard deviation, smallest and largest value."""
     if not values:
         return {"count": 0, "mean": None, "median": None, "std": None, "min": None, "max": None}
@@ -162,21 +165,22 @@ def spread(values: Sequence[int]) -> dict[str, float | int | None]:
     }  # fmt: skip
 
 
-def _agreement(ratings: Iterable[Rating], score: str) -> dict[str, Any]:
+def _compute_agreement(ratings: Iterable[Rating], score: str) -> dict[str, Any]:
     by_answer: dict[str, list[int]] = defaultdict(list)
     for rating in ratings:
         if score in rating.scores:
             by_answer[rating.answer].append(rating.scores[score])
-    alpha = krippendorff_alpha(list(by_answer.values()))
+    alpha = compute_krippendorff_alpha(list(by_answer.values()))
     if alpha is not None:
         return {"alpha": alpha}
     is_rated_twice = any(len(values) > 1 for values in by_answer.values())
     return {"alpha": None, "reason": "all scores are equal" if is_rated_twice else "no answer has scores by two raters"}
 
 
-def krippendorff_alpha(units: Sequence[Sequence[int]]) -> float | None:
-    """Return Krippendorff's alpha for ordinal scores: 1 is perfect agreement, 0 is the agreement expected by chance. `units`: the scores of
-    each answer.
+def compute_krippendorff_alpha(units: Sequence[Sequence[int]]) -> float | None:
+    """Return Krippendorff's alpha for ordinal scores: 1 is perfect agreement, 0 is the agreement expected by chance.
+
+    `units` holds the scores of each answer.
 
     alpha = 1 - observed / expected disagreement. Answers with one score are left out. The distance of two scores c < k is the
     square of n_c/2 + n_(c+1) + ... + n_(k-1) + n_k/2, where n are the counts of the scores (Krippendorff 2011, "Computing
@@ -189,8 +193,8 @@ def krippendorff_alpha(units: Sequence[Sequence[int]]) -> float | None:
             counts[value] += 1
     total = sum(counts.values())
 
-    def distance(one: int, other: int) -> float:
-        low, high = min(one, other), max(one, other)
+    def distance(first_score: int, second_score: int) -> float:
+        low, high = min(first_score, second_score), max(first_score, second_score)
         between = sum(count for value, count in counts.items() if low <= value <= high)
         return (between - (counts[low] + counts[high]) / 2) ** 2
 
@@ -201,7 +205,7 @@ def krippendorff_alpha(units: Sequence[Sequence[int]]) -> float | None:
     return 1 - (total - 1) * observed / expected
 
 
-def win_rate(ratings: Iterable[Rating]) -> dict[str, Any]:
+def compute_win_rate(ratings: Iterable[Rating]) -> dict[str, Any]:
     """Return how often raters give the trained model's answer a higher `overall` score than the base model's answer to the same question.
 
     A tie counts one half. The rate of a question is the mean over its raters, and the win rate is the mean over the questions. The 95 %
@@ -214,21 +218,21 @@ def win_rate(ratings: Iterable[Rating]) -> dict[str, Any]:
     by_question: dict[str, list[float]] = defaultdict(list)
     wins = ties = losses = 0
     for (question, _), scores in pairs.items():
-        if TRAINED not in scores or BASE not in scores:
+        if TRAINED_MODEL not in scores or BASE_MODEL not in scores:
             continue
-        difference = scores[TRAINED] - scores[BASE]
+        difference = scores[TRAINED_MODEL] - scores[BASE_MODEL]
         wins, ties, losses = wins + (difference > 0), ties + (difference == 0), losses + (difference < 0)
         by_question[question].append(0.5 if difference == 0 else float(difference > 0))
     if not by_question:
         return {"rate": None, "reason": "no rater has given both answers to a question an `overall` score, or --key is missing"}
     rate = statistics.fmean(statistics.fmean(values) for values in by_question.values())
-    low, high = wilson_interval(rate, len(by_question))
+    low, high = compute_wilson_interval(rate, len(by_question))
     return {"rate": rate, "low": low, "high": high, "questions": len(by_question), "wins": wins, "ties": ties, "losses": losses}
 
 
-def wilson_interval(rate: float, count: int) -> tuple[float, float]:
+def compute_wilson_interval(rate: float, question_count: int) -> tuple[float, float]:
     """Return Wilson's 95 % score interval of a rate."""
-    scale = 1 + Z_95**2 / count
-    center = (rate + Z_95**2 / (2 * count)) / scale
-    half = Z_95 / scale * math.sqrt(rate * (1 - rate) / count + Z_95**2 / (4 * count**2))
+    scale = 1 + Z_95**2 / question_count
+    center = (rate + Z_95**2 / (2 * question_count)) / scale
+    half = Z_95 / scale * math.sqrt(rate * (1 - rate) / question_count + Z_95**2 / (4 * question_count**2))
     return max(0.0, center - half), min(1.0, center + half)

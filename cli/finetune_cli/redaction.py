@@ -20,7 +20,7 @@ def redact_text(text: str, replacement: str = REDACTED_TEXT) -> str:
 
 
 def contains_secret(value: Any) -> bool:
-    """Return whether a string, or any string inside a list or mapping, looks like a secret."""
+    """Whether a string, or any string inside a list or mapping, looks like a secret."""
     return any(redact_text(text) != text for text in _iterate_strings(value))
 
 

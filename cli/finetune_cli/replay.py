@@ -1,6 +1,6 @@
 """Repeats a run from its lineage statement on this machine, and compares the weights.
 
-The trainer checks after its downloads, before the training, that base model and data are those of the statement.
+Before the training starts, the trainer checks that the downloaded base model and data are those that the statement names.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune_api.base import LenientModel, remove_path
+from finetune_api.base import LenientModel, remove_value_at_path
 from finetune_api.lineage import Statement
 from finetune_api.names import GROUP, KIND, VERSION, Env
 from finetune_api.spec.cluster import StorageRoot
 
 from finetune_cli import output
-from finetune_cli.downloads import committed_source, download
+from finetune_cli.downloads import download, make_committed_source
 from finetune_cli.fields import get_value
 from finetune_cli.job_storage import CommittedFolder, JobStorage, StorageError
 from finetune_cli.lineage import MODEL_CHECKS, CheckResults, Verifier, require_statement
@@ -29,9 +29,9 @@ from finetune_cli.local_spec import SOURCE_FIELDS, LocalRunError
 from finetune_cli.transfers import SilentProgress
 
 UNUSED_GROUPS = ("output", "phases", "placement", "policy", "storage")
-"""Groups of the spec that do not influence the weights. Without them a replay publishes nothing and runs no stage after training."""
+"""Groups of the spec that do not influence the weights. A replay removes them, so that it publishes nothing and runs no stage after training."""
 USED_FIELDS = {"evaluation": ("strategy", "steps", "batchSizePerDevice"), "tracking": ("loggingSteps", "logFirstStep")}
-"""Groups of which only some fields influence the training. Without the others a replay reports to no tracker and evaluates nothing."""
+"""For some groups, the fields that influence the training. A replay removes their other fields, so that it reports to no tracker and computes no metrics."""
 CPU = "cpu"
 
 
@@ -46,7 +46,7 @@ class ReplayRefused(LocalRunError):
 class ReplayOptions:
     """Options of `finetune run --local` that also apply to a replay."""
 
-    sets: list[str] = field(default_factory=list)
+    set_texts: list[str] = field(default_factory=list)
     config_maps: list[str] = field(default_factory=list)
     claims: list[str] = field(default_factory=list)
     python: str | None = None
@@ -65,7 +65,7 @@ class WeightComparison(LenientModel):
 
 @dataclass(frozen=True)
 class ReplayResult:
-    """The comparison, and known reasons for a difference."""
+    """The comparison of the weights, and the known reasons why they may differ."""
 
     comparison: WeightComparison
     reasons: list[str]
@@ -74,7 +74,7 @@ class ReplayResult:
 def read_run(storage: JobStorage) -> CheckResults:
     """Verify the stored model and read its statement. Raises StorageError if the model is damaged. Prints other findings as warnings."""
     verification = Verifier(storage).verify()
-    damage = verification.findings_of(*MODEL_CHECKS)
+    damage = verification.select_findings(*MODEL_CHECKS)
     if damage:
         raise StorageError(f"{damage[0].code}: {damage[0].message}; a damaged model cannot be compared")
     require_statement(verification)
@@ -83,7 +83,7 @@ def read_run(storage: JobStorage) -> CheckResults:
 
 
 def replay(storage: JobStorage, folder: Path, options: ReplayOptions) -> ReplayResult | int:
-    """Repeat the run below `folder`. Returns the result, or the exit code of the command if the training failed.
+    """Repeat the run in `folder`. Returns the comparison, or the exit code of the command if the training failed.
 
     Raises ReplayRefused, StorageError, LocalRunError, or Exit after printing errors of the spec.
     """
@@ -91,8 +91,8 @@ def replay(storage: JobStorage, folder: Path, options: ReplayOptions) -> ReplayR
     require_trainer(interpreter)
     verification = read_run(storage)
     statement = require_statement(verification)
-    run = _prepare(statement, folder, options)
-    variables = {Env.EXPECTED_INPUTS.value: json.dumps(_expected_inputs(statement))}
+    run = _prepare_replay(statement, folder, options)
+    variables = {Env.EXPECTED_INPUTS.value: json.dumps(_collect_expected_inputs(statement))}
     threads = {one.threads for one in statement.run.attempts if one.threads}
     if threads:
         variables["OMP_NUM_THREADS"] = str(max(threads))
@@ -102,31 +102,31 @@ def replay(storage: JobStorage, folder: Path, options: ReplayOptions) -> ReplayR
     repeated = Verifier(JobStorage(run.config.storage.uri, StorageRoot())).verify()
     original_folder = folder / "original"
     marker = CommittedFolder("model", verification.folder.removeprefix("model/"), verification.manifest_sha256, True)
-    download(committed_source(storage, marker), original_folder, SilentProgress())
+    download(make_committed_source(storage, marker), original_folder, SilentProgress())
     repeated_folder = Path(run.config.storage.uri.removeprefix("file://")) / repeated.folder
     comparison = compare_weights(interpreter, original_folder, repeated_folder)
-    return ReplayResult(comparison, list(reasons_to_differ(statement, require_statement(repeated))))
+    return ReplayResult(comparison, list(find_reasons_to_differ(statement, require_statement(repeated))))
 
 
-def _expected_inputs(statement: Statement) -> dict[str, Any]:
-    """Return the facts about base model and data that the trainer compares before training.
+def _collect_expected_inputs(statement: Statement) -> dict[str, Any]:
+    """Return the facts about base model and data that the trainer must find before it trains.
 
-    ConfigMaps are left out, because they are mounted only in pods.
+    The digest of ConfigMaps is left out, because only pods mount ConfigMaps.
     """
     facts = statement.run.facts
-    others = {name: digest for name, digest in (facts.get("beside") or {}).items() if name != "contents of ConfigMaps"}
-    return {"modelRevision": facts.get("modelRevision", ""), "datasetDigest": facts.get("datasetDigest", ""), "beside": others}
+    other_digests = {name: digest for name, digest in (facts.get("beside") or {}).items() if name != "contents of ConfigMaps"}
+    return {"modelRevision": facts.get("modelRevision", ""), "datasetDigest": facts.get("datasetDigest", ""), "beside": other_digests}
 
 
-def _prepare(statement: Statement, folder: Path, options: ReplayOptions) -> LocalRun:
+def _prepare_replay(statement: Statement, folder: Path, options: ReplayOptions) -> LocalRun:
     """Write the run configuration of the replay."""
     internal = statement.predicate.build_definition.internal_parameters
-    _require_complete_sources(internal.get("redactedFields") or [], options.sets)
-    spec, recorded_defaults = replayed_spec(statement)
+    _require_complete_sources(internal.get("redactedFields") or [], options.set_texts)
+    spec, recorded_defaults = make_replay_spec(statement)
     manifest_file = folder / "job.json"
     manifest = {"apiVersion": f"{GROUP}/{VERSION}", "kind": KIND, "metadata": {"name": statement.job.split("/")[1]}, "spec": spec}
     manifest_file.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    run = prepare_run(manifest_file, folder, options.sets, options.config_maps, options.claims, recorded_defaults=recorded_defaults)
+    run = prepare_run(manifest_file, folder, options.set_texts, options.config_maps, options.claims, recorded_defaults=recorded_defaults)
     ranks = int(statement.run.facts.get("worldSize") or 1)
     if run.config.world.size != ranks:
         raise ReplayRefused(
@@ -136,8 +136,8 @@ def _prepare(statement: Statement, folder: Path, options: ReplayOptions) -> Loca
     return run
 
 
-def replayed_spec(statement: Statement) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the fields that the user had set and that influence the weights, and the defaults of the run by path."""
+def make_replay_spec(statement: Statement) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the spec of the replay (the fields that the user has set and that influence the weights), and the defaults of the run by path."""
     spec = copy.deepcopy(statement.spec)
     for group in UNUSED_GROUPS:
         spec.pop(group, None)
@@ -148,12 +148,12 @@ def replayed_spec(statement: Statement) -> tuple[dict[str, Any], dict[str, Any]]
         value = get_value(spec, path)
         if value is not None:
             recorded_defaults[path] = value
-            remove_path(spec, path)
+            remove_value_at_path(spec, path)
     return {group: value for group, value in spec.items() if value != {}}, recorded_defaults
 
 
-def _require_complete_sources(redacted_fields: list[str], sets: list[str]) -> None:
-    given = {text.partition("=")[0] for text in sets}
+def _require_complete_sources(redacted_fields: list[str], set_texts: list[str]) -> None:
+    given = {text.partition("=")[0] for text in set_texts}
     for path in redacted_fields:
         is_source = path in SOURCE_FIELDS or path.startswith("dataset.mixture[")
         if is_source and path not in given:
@@ -163,7 +163,7 @@ def _require_complete_sources(redacted_fields: list[str], sets: list[str]) -> No
 
 
 def compare_weights(interpreter: str, left: Path, right: Path) -> WeightComparison:
-    """Compare two models in the trainer's environment, because the command line has no library for tensors. Raises LocalRunError."""
+    """Compare the weights of two models with the trainer's interpreter, because the command line has no library for tensors. Raises LocalRunError."""
     command = [interpreter, "-m", "finetune_trainer", "compare-weights", str(left), str(right)]
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     if process.returncode != 0:
@@ -172,7 +172,7 @@ def compare_weights(interpreter: str, left: Path, right: Path) -> WeightComparis
     return WeightComparison.model_validate_json(process.stdout)
 
 
-def reasons_to_differ(original: Statement, repeated: Statement) -> Iterator[str]:
+def find_reasons_to_differ(original: Statement, repeated: Statement) -> Iterator[str]:
     """Yield the known reasons why the weights of two runs may differ."""
     for name, run in (("the run", original), ("the replay", repeated)):
         devices = {device for one in run.run.attempts if (device := one.resolved.device) and not device.lower().startswith(CPU)}

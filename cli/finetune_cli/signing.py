@@ -1,6 +1,6 @@
 """Ed25519 keys in PEM files, and DSSE envelopes that are signed with them.
 
-A message never contains a key. Source: the DSSE v1 specification (envelope and protocol).
+No message contains a private key. Source: the DSSE v1 specification (envelope and protocol).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune_api.lineage import PAYLOAD_TYPE, Envelope, Signature, signed_bytes
+from finetune_api.lineage import PAYLOAD_TYPE, Envelope, Signature, encode_signed_bytes
 
 from finetune_cli.output import CommandError
 
@@ -29,15 +29,15 @@ class KeyFileError(CommandError):
 
 
 def read_private_key(path: Path) -> Ed25519PrivateKey:
-    """Read a private key. The password of an encrypted key comes from the variable FINETUNE_KEY_PASSWORD or a prompt. Raises KeyFileError."""
+    """Read a private key. The password of an encrypted key comes from the environment variable FINETUNE_KEY_PASSWORD or a prompt. Raises KeyFileError."""
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-    data = _read(path)
+    data = _read_key_file(path)
     _require_private_file(path)
     is_encrypted = b"ENCRYPTED" in data
     try:
-        key = load_pem_private_key(data, _password(path).encode() if is_encrypted else None)
+        key = load_pem_private_key(data, _ask_password(path).encode() if is_encrypted else None)
     except (ValueError, TypeError):
         problem = "the password is wrong, or the file is damaged" if is_encrypted else "this is not a private key in PEM form"
         raise KeyFileError(f"{path}: {problem}; {NEW_KEY_HINT}") from None
@@ -52,7 +52,7 @@ def read_public_key(path: Path) -> Ed25519PublicKey:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
-    data = _read(path)
+    data = _read_key_file(path)
     if b"PRIVATE KEY" in data:
         raise KeyFileError(f"{path}: this is a private key; give the public key, for example {path}.pub")
     try:
@@ -64,7 +64,7 @@ def read_public_key(path: Path) -> Ed25519PublicKey:
     return key
 
 
-def _read(path: Path) -> bytes:
+def _read_key_file(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
@@ -78,7 +78,7 @@ def _require_private_file(path: Path) -> None:
         raise KeyFileError(f"{path}: other users have access to this private key (mode {mode:03o}); run `chmod 600 {path}`")
 
 
-def _password(path: Path) -> str:
+def _ask_password(path: Path) -> str:
     password = os.environ.get(PASSWORD_VARIABLE)
     if password is None and sys.stdin.isatty():
         import typer
@@ -90,7 +90,7 @@ def _password(path: Path) -> str:
 
 
 def write_new_key(path: Path, password: str) -> Path:
-    """Create a key pair: the private key in `path`, readable only by this user, and the public key in `path.pub`. Returns the latter.
+    """Write a new private key to `path`, readable only by this user, and its public key to `path.pub`. Returns the path of the public key.
 
     An empty `password` leaves the private key unencrypted. Existing files are not replaced. Raises CommandError.
     """
@@ -121,41 +121,41 @@ def write_new_key(path: Path, password: str) -> Path:
     return public_path
 
 
-def key_id(key: Any) -> str:
-    """Return the sha256 (hex) of a public key in DER form."""
+def compute_key_id(public_key: Any) -> str:
+    """Return the ID of a public key: the sha256 (hex) of its DER form."""
     from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-    return hashlib.sha256(key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)).hexdigest()
+    return hashlib.sha256(public_key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)).hexdigest()
 
 
-def sign(payload: bytes, key: Ed25519PrivateKey, other_signatures: list[Signature]) -> Envelope:
-    """Sign a statement. `other_signatures` of the same payload are kept, except those with the same key ID."""
-    own = Signature(keyid=key_id(key.public_key()), sig=base64.b64encode(key.sign(signed_bytes(PAYLOAD_TYPE, payload))).decode())
+def sign(payload: bytes, private_key: Ed25519PrivateKey, other_signatures: list[Signature]) -> Envelope:
+    """Sign a statement. The envelope also keeps `other_signatures` of the same payload, except those with the ID of this key."""
+    own = Signature(keyid=compute_key_id(private_key.public_key()), sig=base64.b64encode(private_key.sign(encode_signed_bytes(PAYLOAD_TYPE, payload))).decode())
     signatures = [*(one for one in other_signatures if one.keyid != own.keyid), own]
     return Envelope(payload_type=PAYLOAD_TYPE, payload=base64.b64encode(payload).decode(), signatures=signatures)
 
 
-def payload_of(envelope: Envelope) -> bytes | None:
+def decode_payload(envelope: Envelope) -> bytes | None:
     """Return the payload of an envelope, or None if it is not base64."""
     try:
-        return _decode(envelope.payload)
+        return _decode_base64(envelope.payload)
     except ValueError:
         return None
 
 
-def _decode(text: str) -> bytes:
-    """Decode base64 with the standard or the URL-safe alphabet: DSSE allows both."""
+def _decode_base64(text: str) -> bytes:
+    """Decode base64 text in the standard or the URL-safe alphabet; DSSE allows both."""
     return base64.b64decode(text.replace("-", "+").replace("_", "/"), validate=True)
 
 
-def is_signed_by(envelope: Envelope, key: Ed25519PublicKey) -> bool:
-    """Return whether one of the signatures was made with this key. Key IDs are only hints, so every signature is tried."""
+def is_signed_by(envelope: Envelope, public_key: Ed25519PublicKey) -> bool:
+    """Whether one of the signatures was made with this key. Every signature is tried, because key IDs are only hints."""
     from cryptography.exceptions import InvalidSignature
 
-    payload = payload_of(envelope)
+    payload = decode_payload(envelope)
     for signature in envelope.signatures if payload is not None else []:
         try:
-            key.verify(_decode(signature.sig), signed_bytes(envelope.payload_type, payload or b""))
+            public_key.verify(_decode_base64(signature.sig), encode_signed_bytes(envelope.payload_type, payload or b""))
         except (InvalidSignature, ValueError):
             continue
         return True

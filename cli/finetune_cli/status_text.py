@@ -9,12 +9,12 @@ from finetune_api.names import FINAL_PHASES, Phase
 from finetune_api.names import Condition as ConditionType
 from finetune_api.status import EvaluationResult, FineTuneJobStatus, MetricResult
 
-from finetune_cli.cluster import event_time
+from finetune_cli.cluster import get_event_time
 
 BAR_WIDTH = 30
 SPARK_BLOCKS = "▁▂▃▄▅▆▇█"
 SMALLEST_TIME_SHARE = 0.01
-"""Smaller parts of the job's time are not shown."""
+"""Parts of the job's time with a smaller share are not shown."""
 STAGE_PHASES = (
     (Phase.PENDING, Phase.PREPARING, Phase.VALIDATING, Phase.QUEUED), (Phase.STARTING,), (Phase.RUNNING, Phase.RECOVERING), (Phase.EVALUATING,),
     (Phase.UPLOADING,), (Phase.SUCCEEDED,),
@@ -22,28 +22,28 @@ STAGE_PHASES = (
 STAGE_NAMES = ("accepted", "started", "trained", "evaluated", "uploaded", "done")
 
 
-def status_of(job: dict[str, Any]) -> FineTuneJobStatus:
+def parse_status(job: dict[str, Any]) -> FineTuneJobStatus:
     """Return the status of a job. Fields of newer operator versions are ignored."""
     return FineTuneJobStatus.model_validate(job.get("status") or {})
 
 
-def condition_status(status: FineTuneJobStatus, condition_type: ConditionType) -> bool | None:
-    """Return whether a condition is true, or None if the condition is absent or Unknown."""
+def get_condition_status(status: FineTuneJobStatus, condition_type: ConditionType) -> bool | None:
+    """Whether a condition is true, or None if the condition is absent or Unknown."""
     entry = status.condition(condition_type)
     return None if entry is None or entry.status == "Unknown" else entry.status == "True"
 
 
 def has_finished(status: FineTuneJobStatus) -> bool:
-    """Return whether the job has ended, so that no further attempt follows."""
-    return bool(condition_status(status, ConditionType.FINISHED)) or status.phase in FINAL_PHASES
+    """Whether the job has ended, so that no further attempt follows."""
+    return bool(get_condition_status(status, ConditionType.FINISHED)) or status.phase in FINAL_PHASES
 
 
 def has_succeeded(status: FineTuneJobStatus) -> bool:
-    """Return whether the final model is committed in storage."""
-    return bool(condition_status(status, ConditionType.SUCCEEDED)) or status.phase == Phase.SUCCEEDED
+    """Whether the final model is committed in storage."""
+    return bool(get_condition_status(status, ConditionType.SUCCEEDED)) or status.phase == Phase.SUCCEEDED
 
 
-def progress_bar(percent: int | None) -> str:
+def draw_progress_bar(percent: int | None) -> str:
     """Draw a progress bar of fixed width."""
     filled_cells = 0 if percent is None else max(0, min(BAR_WIDTH, round(BAR_WIDTH * percent / 100)))
     return "█" * filled_cells + "░" * (BAR_WIDTH - filled_cells)
@@ -60,7 +60,7 @@ def draw_sparkline(values: list[float]) -> str:
     )
 
 
-def stage_line(phase: Phase | None) -> str:
+def format_stage_line(phase: Phase | None) -> str:
     """List the stages of a job, each with a mark: done, active or not started."""
     current_index = next((i for i, group in enumerate(STAGE_PHASES) if phase in group), None)
     if current_index is None:
@@ -73,8 +73,8 @@ def stage_line(phase: Phase | None) -> str:
     return "  ".join(f"{mark} {name}" for mark, name in zip(stage_marks, STAGE_NAMES, strict=True))
 
 
-def age_text(time: datetime | None, now: datetime | None = None) -> str:
-    """Format how long ago a time was, as kubectl does."""
+def format_age(time: datetime | None, now: datetime | None = None) -> str:
+    """Format the time since `time` as kubectl does."""
     if time is None:
         return "-"
     seconds = int(((now or datetime.now(UTC)) - time.astimezone(UTC)).total_seconds())
@@ -85,11 +85,11 @@ def age_text(time: datetime | None, now: datetime | None = None) -> str:
     return f"{seconds // 3600}h" if seconds < 172800 else f"{seconds // 86400}d"
 
 
-def format_bytes(number: int | None) -> str:
+def format_bytes(byte_count: int | None) -> str:
     """Format a number of bytes with a binary unit."""
-    if number is None:
+    if byte_count is None:
         return "-"
-    value = float(number)
+    value = float(byte_count)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if value < 1024:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
@@ -99,26 +99,26 @@ def format_bytes(number: int | None) -> str:
 
 def describe_job(job: dict[str, Any], losses: list[float] | None = None, now: datetime | None = None) -> str:
     """Describe a job and its progress as text."""
-    status = status_of(job)
+    status = parse_status(job)
     spec = job.get("spec") or {}
     metadata = job["metadata"]
     phase = f"{status.phase or Phase.PENDING}" + (f" ({status.reason})" if status.reason else "")
     lines = [f"{metadata.get('namespace', '')}/{metadata['name']}  {phase}"]
-    lines += [f"  {line}" for line in (_reason(status), stage_line(status.phase)) if line]
+    lines += [f"  {line}" for line in (_find_reason(status), format_stage_line(status.phase)) if line]
     lines += [
         "",
-        *_model_and_method(spec, status),
-        *_progress_lines(status, losses or [], now),
-        *_time_lines(status),
-        *_failure_lines(status),
-        *_attempts(status),
-        *_checkpoint_lines(status, now),
+        *_format_model_lines(spec, status),
+        *_format_progress_lines(status, losses or [], now),
+        *_format_time_lines(status),
+        *_format_failure_lines(status),
+        *_format_attempt_lines(status),
+        *_format_checkpoint_lines(status, now),
     ]
-    lines += _output_and_notes(status)
+    lines += _format_output_lines(status)
     return "\n".join(lines)
 
 
-def _reason(status: FineTuneJobStatus) -> str:
+def _find_reason(status: FineTuneJobStatus) -> str:
     """Return the reason why the job waits or ended, or an empty string without a reason."""
     for kind in (ConditionType.STALLED, ConditionType.RECONCILING, ConditionType.ACCEPTED, ConditionType.FINISHED):
         entry = status.condition(kind)
@@ -128,17 +128,17 @@ def _reason(status: FineTuneJobStatus) -> str:
     return ""
 
 
-def _model(spec: dict[str, Any], status: FineTuneJobStatus) -> str:
-    """Return the source of the model; for a URI, preceded by the model's short name."""
+def _format_model(spec: dict[str, Any], status: FineTuneJobStatus) -> str:
+    """Return the model's source. If the source is a URI and the model's name is known, the name comes first."""
     source = str((spec.get("model") or {}).get("source", "-"))
     name = status.resolved.model_name if status.resolved else None
     return f"{name} ({source})" if name and "://" in source else source
 
 
-def _model_and_method(spec: dict[str, Any], status: FineTuneJobStatus) -> list[str]:
+def _format_model_lines(spec: dict[str, Any], status: FineTuneJobStatus) -> list[str]:
     resolved = status.resolved
     method = (resolved and resolved.method) or (spec.get("method") or {}).get("type") or "lora"
-    parts = [f"model     {_model(spec, status)}", f"method    {method}"]
+    parts = [f"model     {_format_model(spec, status)}", f"method    {method}"]
     if resolved is not None and resolved.world_size:
         strategy = resolved.strategy or "-"
         parts.append(
@@ -153,15 +153,15 @@ def _model_and_method(spec: dict[str, Any], status: FineTuneJobStatus) -> list[s
     return parts
 
 
-def _progress_lines(status: FineTuneJobStatus, losses: list[float], now: datetime | None) -> list[str]:
+def _format_progress_lines(status: FineTuneJobStatus, losses: list[float], now: datetime | None) -> list[str]:
     progress, metrics = status.progress, status.metrics
     lines = []
     if progress is not None and progress.step is not None:
         eta = f", {progress.eta} left" if progress.eta else ""
-        lines.append(f"progress  {progress_bar(progress.percent)} {progress.display or progress.step}{eta}")
+        lines.append(f"progress  {draw_progress_bar(progress.percent)} {progress.display or progress.step}{eta}")
         if progress.tokens_per_second:
             speed = f"{progress.tokens_per_second:,.0f} tokens/s, {progress.tokens_seen or 0:,} tokens in total"
-            lines.append(f"speed     {speed}, reported {age_text(progress.update_time, now)} ago")
+            lines.append(f"speed     {speed}, reported {format_age(progress.update_time, now)} ago")
     if status.latest_checkpoint_step is not None:
         lines.append(f"saved     step {status.latest_checkpoint_step}")
     if metrics is not None:
@@ -182,8 +182,8 @@ def _progress_lines(status: FineTuneJobStatus, losses: list[float], now: datetim
     return lines
 
 
-def _time_lines(status: FineTuneJobStatus) -> list[str]:
-    """Return the largest parts of the job's time, in percent."""
+def _format_time_lines(status: FineTuneJobStatus) -> list[str]:
+    """Return the lines for the cost of the job and for the largest shares of its time, in percent."""
     goodput = status.goodput
     if goodput is None or goodput.wall_seconds <= 0:
         return []
@@ -193,7 +193,7 @@ def _time_lines(status: FineTuneJobStatus) -> list[str]:
     return [*lines, f"time      {goodput.wall_seconds:,.0f} s: {', '.join(texts)}"]
 
 
-def _failure_lines(status: FineTuneJobStatus) -> list[str]:
+def _format_failure_lines(status: FineTuneJobStatus) -> list[str]:
     failure = status.failure
     if failure is None:
         return []
@@ -214,7 +214,7 @@ def _failure_lines(status: FineTuneJobStatus) -> list[str]:
     return [*lines, f"          {failure.hint}"] if failure.hint else lines
 
 
-def _attempts(status: FineTuneJobStatus) -> list[str]:
+def _format_attempt_lines(status: FineTuneJobStatus) -> list[str]:
     if not status.attempts:
         return []
     lines = ["", "ATTEMPT  REASON                 EXIT  FROM STEP  LAST STEP  LOST  NODE"]
@@ -228,23 +228,23 @@ def _attempts(status: FineTuneJobStatus) -> list[str]:
     return lines
 
 
-def _checkpoint_lines(status: FineTuneJobStatus, now: datetime | None) -> list[str]:
-    return ["", *checkpoint_table(status, now)] if status.checkpoints else []
+def _format_checkpoint_lines(status: FineTuneJobStatus, now: datetime | None) -> list[str]:
+    return ["", *format_checkpoint_table(status, now)] if status.checkpoints else []
 
 
-def checkpoint_table(status: FineTuneJobStatus, now: datetime | None = None) -> list[str]:
+def format_checkpoint_table(status: FineTuneJobStatus, now: datetime | None = None) -> list[str]:
     """Return a table with one line per checkpoint."""
     lines = ["STEP      HEALTHY  LOSS      SIZE        AGE   URI"]
     for checkpoint in sorted(status.checkpoints, key=lambda entry: entry.step):
         healthy = {True: "yes", False: "no", None: "-"}[checkpoint.healthy]
         loss = "-" if checkpoint.eval_loss is None else f"{checkpoint.eval_loss:.4g}"
         lines.append(
-            f"{checkpoint.step:<9} {healthy:<8} {loss:<9} {format_bytes(checkpoint.bytes):<11} {age_text(checkpoint.time, now):<5} {checkpoint.uri}"
+            f"{checkpoint.step:<9} {healthy:<8} {loss:<9} {format_bytes(checkpoint.bytes):<11} {format_age(checkpoint.time, now):<5} {checkpoint.uri}"
         )
     return lines
 
 
-def _output_and_notes(status: FineTuneJobStatus) -> list[str]:
+def _format_output_lines(status: FineTuneJobStatus) -> list[str]:
     lines = []
     if status.output is not None and status.output.uri:
         lines += ["", f"output    {status.output.uri} ({status.output.kind or '-'})"]
@@ -255,7 +255,7 @@ def _output_and_notes(status: FineTuneJobStatus) -> list[str]:
             "adopted": f"from the earlier job with uid {output.adopted_uid}, without training" if output.adopted_uid else None,
         }  # fmt: skip
         lines += [f"{name:<9} {uri}" for name, uri in further.items() if uri]
-    lines += _evaluation_lines(status)
+    lines += _format_evaluation_lines(status)
     if status.adaptations:
         lines.append("")
         for adaptation in status.adaptations:
@@ -266,13 +266,13 @@ def _output_and_notes(status: FineTuneJobStatus) -> list[str]:
     return lines
 
 
-def _evaluation_lines(status: FineTuneJobStatus) -> list[str]:
+def _format_evaluation_lines(status: FineTuneJobStatus) -> list[str]:
     """Return the results of the evaluation: one line for each metric, each benchmark and each gate."""
     evaluation = status.evaluation
-    return [] if evaluation is None else [*_metric_lines(evaluation), *_benchmark_lines(evaluation), *_gate_lines(evaluation)]
+    return [] if evaluation is None else [*_format_metric_lines(evaluation), *_format_benchmark_lines(evaluation), *_format_gate_lines(evaluation)]
 
 
-def _benchmark_lines(evaluation: EvaluationResult) -> list[str]:
+def _format_benchmark_lines(evaluation: EvaluationResult) -> list[str]:
     """Return one line for each metric of the benchmarks, with the value of the base model if it was measured."""
     if not evaluation.benchmarks:
         return []
@@ -285,20 +285,20 @@ def _benchmark_lines(evaluation: EvaluationResult) -> list[str]:
     return lines
 
 
-def _gate_lines(evaluation: EvaluationResult) -> list[str]:
+def _format_gate_lines(evaluation: EvaluationResult) -> list[str]:
     lines = [f"gate      {'passed' if gate.passed else 'FAILED'}: {gate.text or gate.metric}" for gate in evaluation.gates or []]
     return ["", *lines] if lines else []
 
 
-def _metric_lines(evaluation: EvaluationResult) -> list[str]:
+def _format_metric_lines(evaluation: EvaluationResult) -> list[str]:
     """Return one line for each metric, with its value or the reason why it has no value."""
     if not evaluation.metrics:
         return []
     rows = f" on {evaluation.rows} rows" if evaluation.rows is not None else ""
-    return ["", f"evaluation{rows}", *(f"  {name:<22} {_metric_text(metric)}" for name, metric in evaluation.metrics.items())]
+    return ["", f"evaluation{rows}", *(f"  {name:<22} {_format_metric(metric)}" for name, metric in evaluation.metrics.items())]
 
 
-def _metric_text(metric: MetricResult) -> str:
+def _format_metric(metric: MetricResult) -> str:
     """Return the value of a metric, or the reason why it has no value, and the comparison with the base model."""
     if metric.value is None:
         return f"- ({metric.reason or 'not measured'})"
@@ -309,8 +309,8 @@ def _metric_text(metric: MetricResult) -> str:
     return text
 
 
-def event_line(event: dict[str, Any]) -> str:
+def format_event_line(event: dict[str, Any]) -> str:
     """Format a Kubernetes event as one line."""
     regarding = event.get("regarding") or {}
     object_name = f"{regarding.get('kind', '')}/{regarding.get('name', '')}"
-    return f"{event_time(event)[:19]:<20} {event.get('type', ''):<8} {event.get('reason', ''):<26} {object_name:<40} {event.get('note', '')}"
+    return f"{get_event_time(event)[:19]:<20} {event.get('type', ''):<8} {event.get('reason', ''):<26} {object_name:<40} {event.get('note', '')}"

@@ -6,32 +6,32 @@ import difflib
 import re
 from collections.abc import Iterable
 
-from finetune_api.aliases import field_for_alias, normalise
+from finetune_api.aliases import find_field_for_alias, normalise
 
 COMMON_NAMES = ("name", "key", "type", "value", "values", "source", "format", "columns", "weight", "operator")
-"""Names that fields of several unrelated groups have. Such a name does not show which field the user means."""
+"""Names of fields in several unrelated groups. Such a name alone does not show which field the user means."""
 
 
 def suggest_field(path: str, known_paths: Iterable[str]) -> str:
     """Return the field that an unknown path probably means, or an empty string if no field is similar.
 
-    `path` and `known` may begin with `spec.`. Precedence: another spelling of a field in the same group (`batch_size`), a usual name in
-    other tools (`lr`), the same name in another group, a similar name.
+    `path` and `known_paths` may begin with `spec.`. Precedence: a field of the same group in another spelling (`batch_size`), the field for a
+    name from other tools (`lr`), a field with the same name in another group, a field with a similar name.
     """
     candidates = list(known_paths)
     group, _, name = path.rpartition(".")
     same_group = (field for field in candidates if field.rpartition(".")[0] == group)
     other_spelling = next((field for field in same_group if normalise(field.rpartition(".")[2]) == normalise(name)), "")
     prefix = "spec." if path.startswith("spec.") else ""
-    alias = field_for_alias(path.removeprefix("spec."))
+    alias = find_field_for_alias(path.removeprefix("spec."))
     known_alias = prefix + alias if prefix + alias in candidates else ""
-    return other_spelling or known_alias or _field_elsewhere(path, candidates) or closest_name(path, candidates)
+    return other_spelling or known_alias or _find_field_elsewhere(path, candidates) or find_closest_name(path, candidates)
 
 
-def _field_elsewhere(path: str, candidates: list[str]) -> str:
-    """Return the field with the same name in another group: below the same group, or if it is the only field with this name.
+def _find_field_elsewhere(path: str, candidates: list[str]) -> str:
+    """Return the least nested field with the same name in another group, or an empty string if several fields are equally nested.
 
-    Of several fields, the least nested one is returned.
+    Fields below the group of `path` have precedence. Elsewhere, a name in COMMON_NAMES is not searched.
     """
     group, _, name = path.rpartition(".")
     same_name = [field for field in candidates if normalise(field.rpartition(".")[2]) == normalise(name)]
@@ -41,17 +41,17 @@ def _field_elsewhere(path: str, candidates: list[str]) -> str:
     return least_nested[0] if len(least_nested) == 1 else ""
 
 
-def closest_name(word: str, known_names: Iterable[str]) -> str:
-    """Return the known name most similar to a word, or an empty string. For a dotted word, names of the same group have precedence."""
+def find_closest_name(word: str, known_names: Iterable[str]) -> str:
+    """Return the known name that is most similar to a word, or an empty string. For a dotted word, names of the same group have precedence."""
     candidates = list(dict.fromkeys(known_names))
     head, dot, tail = word.rpartition(".")
     siblings = {
         candidate.rpartition(".")[2]: candidate for candidate in candidates if candidate.rpartition(".")[0] == head
     }
-    initials = {_initials_of(name): candidate for name, candidate in reversed(siblings.items())}
+    initials = {_get_initials(name): candidate for name, candidate in reversed(siblings.items())}
     if len(tail.strip("-")) <= 3 and tail.strip("-").lower() in initials:
         return initials[tail.strip("-").lower()]
-    similar = _most_similar(tail, siblings, 0.55)
+    similar = _find_most_similar(tail, siblings, 0.55)
     if similar:
         return siblings[similar]
     same_prefix = next(
@@ -61,15 +61,15 @@ def closest_name(word: str, known_names: Iterable[str]) -> str:
         return same_prefix if len(tail) > 1 else ""
     other_groups = (candidate for candidate in candidates if candidate.rpartition(".")[2] == tail and tail not in COMMON_NAMES)
     name_in_other_group = next(other_groups, "")
-    return same_prefix or name_in_other_group or ("" if siblings else _most_similar(word, candidates, 0.8))
+    return same_prefix or name_in_other_group or ("" if siblings else _find_most_similar(word, candidates, 0.8))
 
 
-def _most_similar(word: str, known_names: Iterable[str], cutoff: float) -> str:
+def _find_most_similar(word: str, known_names: Iterable[str], cutoff: float) -> str:
     names_by_lower_case = {name.lower(): name for name in known_names}
     matches = difflib.get_close_matches(word.lower(), names_by_lower_case, 1, cutoff)
     return names_by_lower_case[matches[0]] if matches else ""
 
 
-def _initials_of(name: str) -> str:
+def _get_initials(name: str) -> str:
     """Return the initials of the words of a name: `lr` for `learning_rate`."""
     return "".join(part[:1] for part in re.split("[-_]", name.strip("-").lower()))

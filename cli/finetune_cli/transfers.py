@@ -1,4 +1,4 @@
-"""What uploads and downloads share: the sizes of parts, digests of local files, and the progress of a transfer."""
+"""Code that uploads and downloads share: part sizes, digests of local files, and the progress of a transfer."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Protocol
 
 MIB = 1 << 20
 PART_BYTES = 8 * MIB
-"""Smallest part of a multipart upload. Smaller files are uploaded with one request, as the trainer does."""
+"""Smallest part size of a multipart upload in bytes. A file of at most this size is uploaded with one request, as in the trainer."""
 MAX_PARTS = 9000
-"""S3 allows 10000 parts."""
+"""Maximum number of parts of an upload. S3 allows 10000."""
 PARALLEL_TRANSFERS = 4
-"""Parts (uploads) or files (downloads) that are transferred at the same time."""
+"""Number of parts (uploads) or files (downloads) that are transferred at the same time."""
 PART_SUFFIX = ".part"
 """Suffix of files whose download is incomplete."""
 
@@ -28,7 +28,7 @@ class FileState(StrEnum):
     RESUMED = "resumed"
     """An earlier, interrupted transfer was continued."""
     UNCHANGED = "unchanged"
-    """The destination has the same content already."""
+    """The destination already has the same content."""
 
 
 class Check(StrEnum):
@@ -44,7 +44,7 @@ class Check(StrEnum):
 
 @dataclass(frozen=True)
 class TransferredFile:
-    """A file at its destination. `uri` names the object in storage."""
+    """The result of the transfer of one file. `path` is the local file, `uri` the object in storage."""
 
     path: Path
     uri: str
@@ -58,11 +58,11 @@ class Progress(Protocol):
     """Receives the progress of a transfer. The methods are called from several threads."""
 
     def begin_file(self, name: str, size: int) -> Callable[[int], None]:
-        """Announce a file. The returned function receives the bytes of each part that is at its destination."""
+        """Announce the transfer of a file. The caller must call the returned function with the size of each part that has reached its destination."""
 
 
 class SilentProgress:
-    """Shows nothing."""
+    """A `Progress` that shows nothing."""
 
     def begin_file(self, name: str, size: int) -> Callable[[int], None]:
         """Return a function that does nothing."""
@@ -80,25 +80,25 @@ class LocalDigest:
 
     @property
     def etag(self) -> str:
-        """The ETag that S3 gives to an object of these parts, without server-side encryption with KMS keys."""
+        """The ETag of an object that is uploaded in these parts, unless the store encrypts it with KMS keys."""
         if self.size <= self.part_bytes:
             return self.part_md5s[0].hex()
         return f"{hashlib.md5(b''.join(self.part_md5s), usedforsecurity=False).hexdigest()}-{len(self.part_md5s)}"
 
 
-def part_bytes_of(size: int) -> int:
-    """Return the size of the parts in which a file of `size` bytes is uploaded. Only the size decides, so that a later run finds equal parts."""
+def choose_part_bytes(size: int) -> int:
+    """Return the part size in bytes for the upload of a file. It depends only on the file's size, so that a later run can reuse uploaded parts."""
     return max(PART_BYTES, -(-size // MAX_PARTS // MIB) * MIB)
 
 
-def sha256_of_file(path: Path) -> str:
+def compute_sha256_of_file(path: Path) -> str:
     """Return the sha256 (hex) of a local file. Faster than `digest_file`, which also computes the MD5 of each part. Raises OSError."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_whole_file(path: Path, content: bytes) -> None:
-    """Write a small file under another name, then rename it. Raises OSError."""
+    """Write a small file under a temporary name, then rename it, so that the file is never incomplete. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}{PART_SUFFIX}")
     part.write_bytes(content)
@@ -108,7 +108,7 @@ def write_whole_file(path: Path, content: bytes) -> None:
 def digest_file(path: Path, part_bytes: int | None = None) -> LocalDigest:
     """Read a local file and return its digests. Raises OSError."""
     size = path.stat().st_size
-    length = part_bytes or part_bytes_of(size)
+    length = part_bytes or choose_part_bytes(size)
     whole, parts = hashlib.sha256(), []
     with path.open("rb") as file:
         while part := file.read(length):

@@ -1,9 +1,9 @@
 """Uploads files and folders to storage.
 
-A file has its final name only when it is complete: large files are multipart uploads, which S3 shows after the last part, and small files are one
-request. Each part is sent with its MD5 digest, so that the store refuses a damaged part. If an upload is interrupted, its parts stay in the store.
-The next run lists these parts and uploads only the missing ones. A folder with the manifest of a checkpoint or model is compared with its manifest,
-and gets its commit marker after all files.
+An object becomes visible only when it is complete: a small file is uploaded with one request, and S3 shows a multipart upload of a large file only
+after its completion. Each part is sent with its MD5 digest, so that the store refuses a damaged part. After an interruption, the uploaded parts stay
+in the store, and the next run uploads only the missing parts. If a folder is a checkpoint or model, its files are compared with its manifest, and
+the commit marker is written after all files.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from finetune_cli.job_storage import (
     StorageError,
     StorageErrors,
     StoredObject,
-    checked_file_list,
     find_committed_folder,
     is_folder_name,
+    read_file_list,
 )
 from finetune_cli.transfers import (
     PARALLEL_TRANSFERS,
@@ -38,17 +38,17 @@ from finetune_cli.transfers import (
     LocalDigest,
     Progress,
     TransferredFile,
+    compute_sha256_of_file,
     digest_file,
-    sha256_of_file,
 )
 
-LAST_FILES = ("config.json", "adapter_config.json")
-"""Files without which no program loads a model. They are uploaded last, so that an incomplete folder is not taken for a model."""
+FILES_UPLOADED_LAST = ("config.json", "adapter_config.json")
+"""Files that every program needs to load a model. They are uploaded last, so that no program loads an incomplete model."""
 
 
 @dataclass(frozen=True)
 class LocalFile:
-    """A file to upload: its path, its key below the URI of the storage, and the sha256 that a manifest lists for it."""
+    """A file to upload: its path, the key of its object (relative to the storage's URI), and the sha256 in the manifest, or None without a manifest."""
 
     path: Path
     key: str
@@ -57,7 +57,7 @@ class LocalFile:
 
 @dataclass(frozen=True)
 class CommittedUpload:
-    """A checkpoint or model to upload: its folder in storage, the folder of its files, and the bytes of its manifest."""
+    """A checkpoint or model to upload. `folder`: key of its folder in storage. `incarnation`: name of the folder inside it that holds the files."""
 
     folder: str
     incarnation: str
@@ -76,14 +76,14 @@ class CommittedUpload:
         return json.dumps({"attempt": self.attempt, "path": self.incarnation, "manifestSha256": self.manifest_sha256}, sort_keys=True).encode()
 
 
-def plain_files(source: Path) -> list[LocalFile]:
-    """Return the files of a folder, or the file itself with its name as key. Links are followed. Raises StorageError if there is no file."""
+def list_plain_files(source: Path) -> list[LocalFile]:
+    """Return the files of a folder, or the file itself with its name as key. Links are followed. Raises StorageError if the folder contains no file."""
     if source.is_file():
         return [LocalFile(source, source.name)]
     paths = [path for path in sorted(source.rglob("*")) if path.is_file() and not path.name.endswith(PART_SUFFIX)]
     if not paths:
         raise StorageError(f"{source}: the folder contains no files")
-    return [LocalFile(path, path.relative_to(source).as_posix()) for path in sorted(paths, key=lambda path: path.name in LAST_FILES)]
+    return [LocalFile(path, path.relative_to(source).as_posix()) for path in sorted(paths, key=lambda path: path.name in FILES_UPLOADED_LAST)]
 
 
 def read_committed_upload(source: Path) -> CommittedUpload | None:
@@ -106,7 +106,7 @@ def read_committed_upload(source: Path) -> CommittedUpload | None:
     folder = Storage.MODEL.value if manifest.get("kind") else f"{Storage.CHECKPOINTS}/{checkpoint_folder(step)}"
     files = tuple(
         LocalFile(source / str(entry["path"]), f"{folder}/{incarnation}/{entry['path']}", str(entry["sha256"]))
-        for entry in checked_file_list(str(path), manifest)
+        for entry in read_file_list(str(path), manifest)
     )
     missing = [str(file.path) for file in files if not file.path.is_file()]
     if missing:
@@ -115,7 +115,7 @@ def read_committed_upload(source: Path) -> CommittedUpload | None:
 
 
 class Uploader:
-    """Uploads files below the URI of a storage."""
+    """Uploads files to one storage location."""
 
     def __init__(self, storage: JobStorage, progress: Progress):
         self._storage = storage
@@ -126,17 +126,17 @@ class Uploader:
         return [self._upload_file(file) for file in files]
 
     def upload_committed(self, upload: CommittedUpload) -> list[TransferredFile]:
-        """Upload the files of a checkpoint or model, then its manifest, and last its commit marker. Raises StorageError, OSError."""
+        """Upload the files of a checkpoint or model, then its manifest, then its commit marker. Raises StorageError, OSError."""
         existing = find_committed_folder(self._storage, upload.folder)
         if existing is not None and existing.manifest_sha256 != upload.manifest_sha256:
-            raise StorageError(f"{self._storage.object_uri(upload.folder)} already contains another checkpoint or model; choose another target")
+            raise StorageError(f"{self._storage.make_object_uri(upload.folder)} already contains another checkpoint or model; choose another target")
         uploaded = self.upload_files(list(upload.files))
         self._storage.write_object(f"{upload.folder}/{upload.incarnation}/{Storage.MANIFEST}", upload.manifest)
         self._storage.write_object(f"{upload.folder}/{Storage.COMMITTED}", upload.marker)
         return uploaded
 
     def _upload_file(self, file: LocalFile) -> TransferredFile:
-        count = self._progress.begin_file(file.path.name, file.path.stat().st_size)
+        report_bytes = self._progress.begin_file(file.path.name, file.path.stat().st_size)
         digest = digest_file(file.path)
         if file.expected_sha256 not in (None, digest.sha256):
             raise StorageError(
@@ -144,29 +144,29 @@ class Uploader:
                 "download the folder again"
             )
         if self._storage.local is not None:
-            state = _copy_file(self._storage, file, digest, count)
+            state = _copy_file(self._storage, file, digest, report_bytes)
         else:
-            state = self._upload_to_s3(file, digest, count)
+            state = self._upload_to_s3(file, digest, report_bytes)
         check = Check.SHA256 if file.expected_sha256 else Check.ETAG if self._storage.local is None else Check.SIZE
-        return TransferredFile(file.path, self._storage.object_uri(file.key), digest.size, digest.sha256, state, check)
+        return TransferredFile(file.path, self._storage.make_object_uri(file.key), digest.size, digest.sha256, state, check)
 
-    def _upload_to_s3(self, file: LocalFile, digest: LocalDigest, count: Callable[[int], None]) -> FileState:
+    def _upload_to_s3(self, file: LocalFile, digest: LocalDigest, report_bytes: Callable[[int], None]) -> FileState:
         stored = self._find_stored(file)
         if stored is not None and (stored.size, stored.etag) == (digest.size, digest.etag):
-            count(digest.size)
+            report_bytes(digest.size)
             return FileState.UNCHANGED
         if len(digest.part_md5s) == 1:
-            with StorageErrors(self._storage.object_uri(file.key)):
+            with StorageErrors(self._storage.make_object_uri(file.key)):
                 self._storage.client.put_object(
                     **self._location(file), Body=file.path.read_bytes(), ContentMD5=base64.b64encode(digest.part_md5s[0]).decode()
                 )
-            count(digest.size)
+            report_bytes(digest.size)
             return FileState.TRANSFERRED
         upload = MultipartUpload(self._storage, file, digest)
-        return upload.run(count)
+        return upload.run(report_bytes)
 
     def _find_stored(self, file: LocalFile) -> StoredObject | None:
-        """Return the object with the key of a file. Keys that may only write get None; a wrong key is reported by the upload itself."""
+        """Return the stored object of a file, or None if there is none or the credentials may not read it. Wrong credentials make the upload itself fail."""
         try:
             return self._storage.find_object(file.key)
         except ConnectionLost:
@@ -175,58 +175,58 @@ class Uploader:
             return None
 
     def _location(self, file: LocalFile) -> dict[str, str]:
-        return {"Bucket": self._storage.bucket, "Key": self._storage.full_key(file.key)}
+        return {"Bucket": self._storage.bucket, "Key": self._storage.make_full_key(file.key)}
 
 
 class MultipartUpload:
-    """The upload of one large file to S3. Parts of an interrupted upload with equal content are used again."""
+    """The upload of one large file to S3. It reuses the parts of an interrupted upload if their content is equal."""
 
     def __init__(self, storage: JobStorage, file: LocalFile, digest: LocalDigest):
         self._file, self._digest = file, digest
         self._client = storage.client
-        self._uri = storage.object_uri(file.key)
-        self._location = {"Bucket": storage.bucket, "Key": storage.full_key(file.key)}
+        self._uri = storage.make_object_uri(file.key)
+        self._location = {"Bucket": storage.bucket, "Key": storage.make_full_key(file.key)}
 
-    def run(self, count: Callable[[int], None]) -> FileState:
-        """Upload the missing parts and complete the upload. Raises StorageError. After an interrupt, the parts stay in the store."""
+    def run(self, report_bytes: Callable[[int], None]) -> FileState:
+        """Upload the missing parts and complete the upload. Raises StorageError. After an interruption, the uploaded parts stay in the store."""
         with StorageErrors(self._uri):
             upload_id, etags = self._find_unfinished()
             state = FileState.RESUMED if etags else FileState.TRANSFERRED
             if upload_id is None:
                 upload_id = str(self._client.create_multipart_upload(**self._location)["UploadId"])
-            count(sum(self._part_size(number) for number in etags))
+            report_bytes(sum(self._compute_part_bytes(number) for number in etags))
             missing = [number for number in range(1, len(self._digest.part_md5s) + 1) if number not in etags]
-            for number, etag in self._upload_parts(upload_id, missing, count):
+            for number, etag in self._upload_parts(upload_id, missing, report_bytes):
                 etags[number] = etag
             parts = [{"PartNumber": number, "ETag": etags[number]} for number in sorted(etags)]
             self._client.complete_multipart_upload(**self._location, UploadId=upload_id, MultipartUpload={"Parts": parts})
         return state
 
-    def _upload_parts(self, upload_id: str, numbers: list[int], count: Callable[[int], None]) -> list[tuple[int, str]]:
-        def upload_part(number: int) -> tuple[int, str]:
+    def _upload_parts(self, upload_id: str, numbers: list[int], report_bytes: Callable[[int], None]) -> list[tuple[int, str]]:
+        def upload_part(part_number: int) -> tuple[int, str]:
             with self._file.path.open("rb") as file:
-                file.seek((number - 1) * self._digest.part_bytes)
+                file.seek((part_number - 1) * self._digest.part_bytes)
                 body = file.read(self._digest.part_bytes)
-            # The digest is that of the first reading, so the store refuses the part if the file has changed since then.
-            md5 = base64.b64encode(self._digest.part_md5s[number - 1]).decode()
-            response = self._client.upload_part(**self._location, UploadId=upload_id, PartNumber=number, Body=body, ContentMD5=md5)
-            count(len(body))
-            return number, str(response["ETag"])
+            # `self._digest` was computed before the upload, so the store refuses the part if the file has changed since then.
+            md5 = base64.b64encode(self._digest.part_md5s[part_number - 1]).decode()
+            response = self._client.upload_part(**self._location, UploadId=upload_id, PartNumber=part_number, Body=body, ContentMD5=md5)
+            report_bytes(len(body))
+            return part_number, str(response["ETag"])
 
         pool = ThreadPoolExecutor(PARALLEL_TRANSFERS)
         try:
             return list(pool.map(upload_part, numbers))
         finally:
-            # After a failure or Ctrl-C, parts that have not begun are not uploaded.
+            # After a failure or Ctrl-C, no further part is started.
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _part_size(self, number: int) -> int:
-        return min(self._digest.part_bytes, self._digest.size - (number - 1) * self._digest.part_bytes)
+    def _compute_part_bytes(self, part_number: int) -> int:
+        return min(self._digest.part_bytes, self._digest.size - (part_number - 1) * self._digest.part_bytes)
 
     def _find_unfinished(self) -> tuple[str | None, dict[int, str]]:
-        """Return the id and the ETags of the parts of the unfinished upload with the most parts. All parts must have the content of the file.
+        """Return the ID and the part ETags of the unfinished upload that has the most parts, or None and no ETags.
 
-        Without the permission to list uploads, none is found, and the whole file is uploaded.
+        An upload counts only if all its parts match the file. Without the permission to list uploads, none is found and the whole file is uploaded.
         """
         from botocore.exceptions import ClientError
 
@@ -234,34 +234,34 @@ class MultipartUpload:
         try:
             for page in self._client.get_paginator("list_multipart_uploads").paginate(Bucket=self._location["Bucket"], Prefix=self._location["Key"]):
                 for entry in page.get("Uploads") or []:
-                    etags = self._matching_parts(entry) if entry["Key"] == self._location["Key"] else None
+                    etags = self._find_matching_parts(entry) if entry["Key"] == self._location["Key"] else None
                     if etags and len(etags) > len(best[1]):
                         best = (str(entry["UploadId"]), etags)
         except ClientError:
             return None, {}
         return best
 
-    def _matching_parts(self, upload: dict[str, Any]) -> dict[int, str] | None:
-        """Return the ETags of an upload's parts, or None if a part differs from the file."""
+    def _find_matching_parts(self, upload: dict[str, Any]) -> dict[int, str] | None:
+        """Return the ETags of an unfinished upload by part number, or None if a part differs from the file."""
         etags: dict[int, str] = {}
         for page in self._client.get_paginator("list_parts").paginate(**self._location, UploadId=upload["UploadId"]):
             for part in page.get("Parts") or []:
                 number, md5s = int(part["PartNumber"]), self._digest.part_md5s
-                if number > len(md5s) or str(part["ETag"]).strip('"') != md5s[number - 1].hex() or int(part["Size"]) != self._part_size(number):
+                if number > len(md5s) or str(part["ETag"]).strip('"') != md5s[number - 1].hex() or int(part["Size"]) != self._compute_part_bytes(number):
                     return None
                 etags[number] = str(part["ETag"])
         return etags
 
 
-def _copy_file(storage: JobStorage, file: LocalFile, digest: LocalDigest, count: Callable[[int], None]) -> FileState:
-    """Copy a file into a local storage folder. The copy gets its final name when it is complete. Raises OSError."""
+def _copy_file(storage: JobStorage, file: LocalFile, digest: LocalDigest, report_bytes: Callable[[int], None]) -> FileState:
+    """Copy a file into a local storage folder, unless it is there already. The copy gets its final name when it is complete. Raises OSError."""
     assert storage.local is not None
     target = storage.local / file.key
-    is_equal = target.is_file() and target.stat().st_size == digest.size and sha256_of_file(target) == digest.sha256
+    is_equal = target.is_file() and target.stat().st_size == digest.size and compute_sha256_of_file(target) == digest.sha256
     if not is_equal:
         target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_name(f".{target.name}{PART_SUFFIX}")
         shutil.copyfile(file.path, part)
         part.replace(target)
-    count(digest.size)
+    report_bytes(digest.size)
     return FileState.UNCHANGED if is_equal else FileState.TRANSFERRED

@@ -1,4 +1,4 @@
-"""What `finetune wait --for` waits for: a condition, the existence of a job, or a value at a JSONPath."""
+"""The goals of `finetune wait --for`: a condition, the existence of a job, or a value at a JSONPath."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any, ClassVar
 from finetune_api.names import Condition, Phase
 from finetune_api.status import FineTuneJobStatus
 
-from finetune_cli.jsonpath import EXAMPLE, JsonPath, parse_json_path, text_of
+from finetune_cli.jsonpath import EXAMPLE, JsonPath, parse_json_path, to_kubectl_text
 from finetune_cli.output import CommandError
-from finetune_cli.status_text import has_succeeded, status_of
+from finetune_cli.status_text import has_succeeded, parse_status
 
 RUNNING = "running"
-FORMS = f"condition=Finished, condition=Suspended=False, jsonpath='{EXAMPLE}'=Running, create, delete"
+GOAL_EXAMPLES = f"condition=Finished, condition=Suspended=False, jsonpath='{EXAMPLE}'=Running, create, delete"
 OPTIONAL_CONDITIONS = (Condition.SUSPENDED, Condition.RECONCILING, Condition.STALLED)
-"""Conditions that a successful job need not reach. Every successful job reaches the others."""
+"""Conditions that a job can succeed without. Every successful job reaches all other conditions."""
 _DURATION = re.compile(r"^(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?$")
 WEEK_SECONDS = 7 * 24 * 3600
 
@@ -37,24 +37,24 @@ class Existence(StrEnum):
 
 @dataclass(frozen=True)
 class ConditionGoal:
-    """A condition with a status."""
+    """The job has a condition with a certain status."""
 
     condition: Condition
     status: str = "True"
     ends_with_job: ClassVar[bool] = True
-    """Whether the goal cannot be reached after the end of the job."""
+    """Whether a job that has ended can no longer reach the goal."""
 
     def is_reached(self, job: dict[str, Any]) -> bool:
         """Whether the job has the condition with this status."""
-        entry = status_of(job).condition(self.condition)
+        entry = parse_status(job).condition(self.condition)
         return entry is not None and entry.status == self.status
 
     def accepts_failed_job(self) -> bool:
-        """Whether a failed job that has reached the goal is a success of the wait."""
+        """Whether the wait succeeds if the job has reached the goal and has failed."""
         return (self.condition, self.status) in ((Condition.SUCCEEDED, "False"), (Condition.STALLED, "True"))
 
     def is_reached_without_report(self, status: FineTuneJobStatus) -> bool:
-        """Whether a job that ended without a report of this condition has reached the goal nevertheless."""
+        """Whether an ended job counts as having reached the goal although no status with this condition was seen."""
         return self.status == "True" and self.condition not in OPTIONAL_CONDITIONS and has_succeeded(status)
 
 
@@ -66,45 +66,45 @@ class RunningGoal:
 
     def is_reached(self, job: dict[str, Any]) -> bool:
         """Whether a pod trains, evaluates or uploads."""
-        return status_of(job).phase in (Phase.RUNNING, Phase.EVALUATING, Phase.UPLOADING)
+        return parse_status(job).phase in (Phase.RUNNING, Phase.EVALUATING, Phase.UPLOADING)
 
     def accepts_failed_job(self) -> bool:
-        """A failed job is never a success."""
+        """Return False: the wait for a failed job never succeeds."""
         return False
 
     def is_reached_without_report(self, status: FineTuneJobStatus) -> bool:
-        """A successful job has been running."""
+        """Whether the job has succeeded: every successful job was running before."""
         return has_succeeded(status)
 
 
 @dataclass(frozen=True)
 class JsonPathGoal:
-    """A value at a path; without `value`, the path exists."""
+    """The job has a value at a path. If `value` is None, any value reaches the goal."""
 
     path: JsonPath
     value: str | None = None
 
     def is_reached(self, job: dict[str, Any]) -> bool:
-        """Whether the path has the value. Raises InvalidGoal if the path has several values, or a list or an object."""
+        """Whether the path has the value. Raises InvalidGoal if the path selects several values, a list or an object."""
         found = self.path.find(job)
         if self.value is None or not found:
             return bool(found)
         if len(found) > 1 or isinstance(found[0], dict | list):
             kind = f"{len(found)} values" if len(found) > 1 else "an object or a list"
             raise InvalidGoal(f"{self.path.text} has {kind}, which cannot equal {self.value!r}; write the path of one value, for example {EXAMPLE}")
-        return text_of(found[0]) == self.value
+        return to_kubectl_text(found[0]) == self.value
 
     @property
     def ends_with_job(self) -> bool:
         """Whether the path is in the status, which does not change after the end of the job."""
-        return self.path.parts[0] == ".status"
+        return self.path.steps[0] == ".status"
 
     def accepts_failed_job(self) -> bool:
-        """The user decides which value is a failure."""
+        """Return True: the user has chosen the value, so it may be that of a failed job."""
         return True
 
     def is_reached_without_report(self, status: FineTuneJobStatus) -> bool:
-        """Only the value counts."""
+        """Return False: only the value itself reaches the goal."""
         return False
 
 
@@ -112,7 +112,7 @@ Goal = ConditionGoal | RunningGoal | JsonPathGoal | Existence
 
 
 def parse_goal(text: str) -> Goal:
-    """Parse the value of `--for`, as kubectl writes it, or as the name of a condition. Raises InvalidGoal, InvalidJsonPath."""
+    """Parse the value of `--for`: the syntax of `kubectl wait`, `running`, or the name of a condition. Raises InvalidGoal, InvalidJsonPath."""
     kind, has_value, rest = text.partition("=")
     match kind.lower():
         case "delete" | "create" if not has_value:
@@ -125,14 +125,14 @@ def parse_goal(text: str) -> Goal:
         case "running" if not has_value:
             return RunningGoal()
     if has_value:
-        raise InvalidGoal(f"--for {text}: write one of {FORMS}")
+        raise InvalidGoal(f"--for {text}: write one of {GOAL_EXAMPLES}")
     return ConditionGoal(_parse_condition(text, text))
 
 
 def _parse_condition(name: str, text: str) -> Condition:
     found = {condition.value.lower(): condition for condition in Condition}.get(name.lower())
     if found is None:
-        raise InvalidGoal(f"--for {text}: unknown condition; write one of {RUNNING}, {', '.join(Condition)}; other forms: {FORMS}")
+        raise InvalidGoal(f"--for {text}: unknown condition; write one of {RUNNING}, {', '.join(Condition)}; other forms: {GOAL_EXAMPLES}")
     return found
 
 
@@ -157,7 +157,7 @@ def _parse_json_path_goal(text: str) -> JsonPathGoal:
 
 
 def parse_timeout(text: str | None) -> float | None:
-    """Return a time limit in seconds from `90`, `30s`, `5m` or `1h30m`. As in kubectl, a negative time means one week. Raises InvalidGoal."""
+    """Convert a time limit such as `90`, `30s`, `5m` or `1h30m` to seconds. As in kubectl, a negative time means one week. Raises InvalidGoal."""
     if text is None:
         return None
     if text.startswith("-") and text[1:]:

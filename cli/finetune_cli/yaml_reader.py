@@ -1,7 +1,7 @@
 """Reads YAML with line numbers by the rules of YAML 1.1, as kubectl and most other tools do. Duplicate keys are refused.
 
-`2e-4` is read as a number although YAML 1.1 requires a dot, because the author of such a value means a number. `1_000` is a number in YAML 1.1.
-An unquoted `no` is read as false. Converters that expect a word turn false back into `no`.
+`2e-4` is read as a number, although YAML 1.1 requires a dot, because users who write it mean a number. As in YAML 1.1, `1_000` is a number, and an
+unquoted `no` is read as false. Importers that expect a word convert false back to `no`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 from finetune_cli.redaction import SECRET_NAME_PATTERN
 
 MAX_NODES = 20_000
-"""Maximum number of values, more than any configuration has. With nested aliases, a few lines could expand to billions of values."""
-MAX_QUOTED = 80
+"""Maximum number of values after aliases are expanded, more than any configuration has. A few lines with nested aliases could expand to billions of values."""
+MAX_QUOTED_CHARACTERS = 80
 TEMPLATE_HINT = "a template must be rendered first, for example with `helm template`"
 SCALAR_TAGS = frozenset({"null", "bool", "int", "float", "str", "timestamp", "value"})
 
@@ -32,7 +32,7 @@ class Problem:
 
 @dataclass
 class Tree:
-    """One YAML document: the value, the line of every path, and the errors."""
+    """One YAML document: its value, the line number of each path, and its errors."""
 
     value: Any
     lines: dict[str, int] = field(default_factory=dict)
@@ -40,21 +40,21 @@ class Tree:
     line: int = 1
 
     def leaves(self, opaque_paths: frozenset[str] = frozenset()) -> Iterator[tuple[str, Any]]:
-        """Yield (dotted path, value) of every value that is not a mapping. Mappings whose path is in `opaque` count as values."""
-        yield from _leaves(self.value, "", opaque_paths)
+        """Yield the dotted path and the value of everything that is not a mapping. A mapping in `opaque_paths` counts as a value."""
+        yield from _iterate_leaves(self.value, "", opaque_paths)
 
 
-def _leaves(value: Any, prefix: str, opaque_paths: frozenset[str]) -> Iterator[tuple[str, Any]]:
+def _iterate_leaves(value: Any, prefix: str, opaque_paths: frozenset[str]) -> Iterator[tuple[str, Any]]:
     for key, inner in value.items():
         path = f"{prefix}.{key}" if prefix else str(key)
         if isinstance(inner, dict) and path not in opaque_paths:
-            yield from _leaves(inner, path, opaque_paths)
+            yield from _iterate_leaves(inner, path, opaque_paths)
         else:
             yield path, inner
 
 
 class InvalidYaml(Exception):
-    """A text that is invalid YAML, too large, or nested too deeply. `line` is 0 if unknown."""
+    """The text is invalid YAML, has too many values, or is nested too deeply. `line` is 0 if the line is unknown."""
 
     def __init__(self, message: str, line: int = 0):
         super().__init__(message)
@@ -73,7 +73,7 @@ def read_trees(text: str) -> list[Tree]:
     except MarkedYAMLError as error:
         error_position = error.problem_mark or error.context_mark
         raise InvalidYaml(
-            f"invalid YAML: {error.problem or error.context}{_quoted_line(text, error_position)}{_yaml_hint(text, error_position)}",
+            f"invalid YAML: {error.problem or error.context}{_quote_line(text, error_position)}{_make_yaml_hint(text, error_position)}",
             error_position.line + 1 if error_position else 0,
         ) from None
     except YAMLError as error:
@@ -82,17 +82,17 @@ def read_trees(text: str) -> list[Tree]:
         raise InvalidYaml("the YAML is nested too deeply for a configuration") from None
 
 
-def _quoted_line(text: str, error_position: Any) -> str:
-    """Return the invalid line as the end of a message, or an empty string if the line is unknown, empty, or may hold a secret."""
+def _quote_line(text: str, error_position: Any) -> str:
+    """Return a text for the end of an error message that quotes the invalid line. It is empty if the line is unknown or empty, or may hold a secret."""
     lines = text.splitlines()
     line = lines[error_position.line].strip() if error_position and error_position.line < len(lines) else ""
     if SECRET_NAME_PATTERN.search(line):
         return ""
-    return f", in the line `{line[:MAX_QUOTED]}`" if line else ""
+    return f", in the line `{line[:MAX_QUOTED_CHARACTERS]}`" if line else ""
 
 
-def _yaml_hint(text: str, error_position: Any) -> str:
-    """Return what to write, as the end of a message, for usual causes of invalid YAML: tabs, and templates."""
+def _make_yaml_hint(text: str, error_position: Any) -> str:
+    """Return a hint for the end of an error message, for two usual causes of invalid YAML: tabs and templates."""
     lines = text.splitlines()
     line = lines[error_position.line] if error_position and error_position.line < len(lines) else ""
     if re.match(r" *\t", line):
@@ -102,7 +102,7 @@ def _yaml_hint(text: str, error_position: Any) -> str:
 
 def _build_tree(node: Any) -> Tree:
     tree = Tree(None, line=node.start_mark.line + 1)
-    tree.value = _NodeReader(tree).value(node, "")
+    tree.value = _NodeReader(tree).read(node, "")
     return tree
 
 
@@ -116,18 +116,18 @@ def parse_value(text: str) -> Any:
 
 
 class _NodeReader:
-    """Turns YAML nodes into values and records lines and errors in the tree."""
+    """Converts YAML nodes to values, and stores lines and errors in the tree."""
 
     def __init__(self, tree: Tree):
         self.tree = tree
-        self.count = 0
+        self.value_count = 0
         self.unfinished: set[int] = set()
-        """Ids of the nodes that enclose the current node. An alias to such a node would recurse without end."""
+        """Python ids of the nodes that enclose the current node. An alias to one of them would recurse without end."""
 
-    def value(self, node: Any, path: str) -> Any:
+    def read(self, node: Any, path: str) -> Any:
         line = node.start_mark.line + 1
-        self.count += 1
-        if self.count > MAX_NODES:
+        self.value_count += 1
+        if self.value_count > MAX_NODES:
             raise InvalidYaml(f"the file holds more than {MAX_NODES} values after aliases are expanded", line)
         self.tree.lines.setdefault(path, line)
         kind = str(node.tag).rpartition(":")[2]
@@ -150,13 +150,13 @@ class _NodeReader:
         self.tree.problems.append(Problem(line, path, message, hint))
 
     def _read_sequence(self, node: Any, path: str) -> list[Any]:
-        return [self.value(item, f"{path}[{i}]") for i, item in enumerate(node.value)]
+        return [self.read(item, f"{path}[{i}]") for i, item in enumerate(node.value)]
 
     def _read_mapping(self, node: Any, prefix: str) -> dict[str, Any]:
-        """Read a mapping. The keys of the mapping override merged mappings (`<<`). Earlier merged mappings override later merged mappings."""
+        """Read a mapping. Its own keys override keys of merged mappings (`<<`), and an earlier merged mapping overrides a later one."""
         result: dict[str, Any] = {}
-        for merged in reversed(list(self._merged_mappings(node))):
-            result |= self.value(merged, prefix) or {}
+        for merged in reversed(list(self._find_merged_mappings(node))):
+            result |= self.read(merged, prefix) or {}
         first_lines: dict[str, int] = {}
         for key_node, value_node in node.value:
             line = key_node.start_mark.line + 1
@@ -172,10 +172,10 @@ class _NodeReader:
                 self._add_problem(line, path, f"the key occurs twice, in lines {first_lines[key]} and {line}", "keep one")
                 continue
             self.tree.lines[path] = first_lines[key] = line
-            result[key] = self.value(value_node, path)
+            result[key] = self.read(value_node, path)
         return result
 
-    def _merged_mappings(self, node: Any) -> Iterator[Any]:
+    def _find_merged_mappings(self, node: Any) -> Iterator[Any]:
         """Yield the mappings that are merged with `<<`."""
         for key_node, value_node in node.value:
             if not _is_merge(key_node):
@@ -192,7 +192,7 @@ def _is_merge(node: Any) -> bool:
 
 
 def read_scalar(node: Any) -> Any:
-    """Return the value of a scalar node by the rules of YAML 1.1. The docstring of this module lists additional spellings of numbers."""
+    """Return the value of a scalar node by the rules of YAML 1.1, with the exception for numbers in this module's docstring."""
     kind = str(node.tag).rpartition(":")[2]
     raw = str(node.value)
     if kind == "null":
@@ -205,7 +205,7 @@ def read_scalar(node: Any) -> Any:
 
 
 def _parse_plain_number(number_text: str) -> Any:
-    """Read a number by YAML 1.1: with underscores, 0x, 0b, or a leading 0 for octal. Numbers in base 60 stay text."""
+    """Parse a number of YAML 1.1: with underscores, 0x, 0b, or a leading 0 for octal. A number in base 60 stays text."""
     digits = number_text.replace("_", "")
     sign = -1 if digits.startswith("-") else 1
     plain = digits.lstrip("+-")

@@ -1,4 +1,4 @@
-"""Names of options and values in other tools, and ours. If a spec contains another tool's name, the error message suggests our name."""
+"""Maps option names and values of other tools to those of this API. Error messages suggest the name of this API for a name of another tool."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ FIELD_ALIASES: dict[str, str] = {
     "restartpolicy": "policy.retries", "maxretries": "policy.retries", "backofflimit": "policy.retries",
     "pushtohub": "output.hub.push", "hubmodelid": "output.hub.repository",
 }  # fmt: skip
-"""Maps option names of other tools to spec paths. Names are in lower case without `_` and `-`. A key `group.name` applies only in the group `group`."""
+"""Maps option names of other tools to spec paths. The keys are in lower case, without `_` and `-`. A key `group.name` applies only in this group."""
 
 VALUE_ALIASES: dict[str, dict[str, str]] = {
     "method.type": {"peft": "lora", "fft": "full", "fullfinetuning": "full", "fullfinetune": "full", "ptuning": "promptTuning", "prefix": "prefixTuning"},
@@ -119,14 +119,15 @@ VALUE_ALIASES: dict[str, dict[str, str]] = {
     "evaluation.gates[].op": {"<": "lt", "<=": "le", ">": "gt", ">=": "ge", "min": "ge", "max": "le"},
     "encryption.type": {"aws:kms": "kms", "ssekms": "kms", "aes256": "s3", "sses3": "s3", "ssec": "customerKey"},
 }  # fmt: skip
-"""Maps usual names of values to our values, by field. The usual names are in lower case without `_` and `-`; `true` and `false` are YAML's booleans."""
+"""For each spec path, maps values that users often write to values of this API. These values are in lower case, without `_` and `-`; `true` and `false`
+are YAML's booleans."""
 
 OPTIMIZER_ALIASES: dict[str, str] = {
     "adam": "adamw_torch_fused", "adamw": "adamw_torch_fused", "adamw_hf": "adamw_torch_fused", "adamwtorch": "adamw_torch",
     "adam8bit": "adamw_8bit", "adamw8bit": "adamw_8bit", "pagedadamw": "paged_adamw_32bit", "pagedadam": "paged_adamw_32bit",
     "lion": "lion_32bit", "pagedlion": "paged_lion_32bit", "sgdm": "sgd", "momentum": "sgd",
 }  # fmt: skip
-"""Maps optimizer names of other tools, in lower case, to values of `training.optimizer`."""
+"""Maps optimizer names of other tools to values of `training.optimizer`. The keys are in lower case."""
 
 
 def normalise(name: str) -> str:
@@ -134,7 +135,7 @@ def normalise(name: str) -> str:
     return name.lower().replace("_", "").replace("-", "")
 
 
-def field_for_alias(path: str) -> str:
-    """Return the spec path for an option name of another tool: `training.learningRate` for `training.lr`. For unknown names, return an empty string."""
-    group, _, name = path.rpartition(".")
+def find_field_for_alias(alias_path: str) -> str:
+    """Return the spec path that an option name of another tool means: `training.learningRate` for `training.lr`, or "" for an unknown name."""
+    group, _, name = alias_path.rpartition(".")
     return FIELD_ALIASES.get(f"{group}.{normalise(name)}") or FIELD_ALIASES.get(normalise(name), "")

@@ -1,4 +1,4 @@
-"""Names of benchmarks and of their tasks. Operator, command line and trainer use these tables."""
+"""Tables of the benchmarks and their tasks, for operator, command line and trainer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class BenchmarkKind(StrEnum):
     HARNESS = "harness"
     """Runs tasks of the lm-evaluation-harness."""
     DOMAINS = "domains"
-    """Asks the questions of domain files and compares the answers with the expected ones."""
+    """Asks the questions in domain files and compares the answers with the expected answers."""
     RATING_SHEETS = "ratingSheets"
     """Writes sheets in which people rate the answers."""
     CODE = "code"
@@ -28,21 +28,21 @@ BENCHMARK_KINDS = {
 }
 """The kind of each benchmark, by its name in the spec.
 
-`human-eval` means rating sheets, because two of the five imported tools use the name in this way.
+`human-eval` means rating sheets: two of the five tools whose configuration files `finetune import` reads use the name in this way.
 """
 
-CURRENT_TASK_NAMES = {"truthfulqa_mc": ("truthfulqa_mc1", "truthfulqa_mc2")}
-"""Old names of harness tasks and the tasks that replace them. All other names are those of the harness."""
+REPLACEMENTS_OF_OLD_TASKS = {"truthfulqa_mc": ("truthfulqa_mc1", "truthfulqa_mc2")}
+"""Maps each old name of a harness task to the tasks that replace it. Task names that are not in this table are names of the harness."""
 
 
 @dataclass(frozen=True)
 class BundledTask:
     """A task whose definition the harness contains. Its data set must be in the benchmark's folder."""
 
-    definition: str
-    """Folder of the definition, below the task folder of the harness."""
-    dataset: str
-    """Hub repository of the data set. A copy must be at this path below the benchmark's folder."""
+    definition_folder: str
+    """Folder of the task's definition, relative to the task folder of the harness."""
+    dataset_repository: str
+    """Hub repository of the data set. The benchmark's folder must contain a copy at this path."""
 
 
 BUNDLED_TASKS = {
@@ -55,12 +55,12 @@ BUNDLED_TASKS = {
     "arc_challenge": BundledTask("arc", "allenai/ai2_arc"),
     "arc_easy": BundledTask("arc", "allenai/ai2_arc"),
 }
-"""Tasks that need no definition in the benchmark's folder. For all other tasks, the folder must also contain the definition."""
+"""Tasks for which the benchmark's folder needs only the data. For all other tasks, the folder must also contain the task's definition."""
 
 DEFAULT_RATING_QUESTIONS = 50
-"""Number of questions of a rating sheet if the benchmark has no `limit`."""
+"""Number of questions in a rating sheet if the benchmark sets no `limit`."""
 
 
-def current_task_names(tasks: list[str]) -> list[str]:
-    """Replace old task names. Each name is returned once, in the order of the list."""
-    return list(dict.fromkeys(name for task in tasks for name in CURRENT_TASK_NAMES.get(task, (task,))))
+def replace_old_task_names(tasks: list[str]) -> list[str]:
+    """Return the tasks with old names replaced by current names, in the same order and each name once."""
+    return list(dict.fromkeys(name for task in tasks for name in REPLACEMENTS_OF_OLD_TASKS.get(task, (task,))))

@@ -1,4 +1,4 @@
-"""How plans compare with real runs on a type of GPU, from the table that `benchmarks/recalibrate.py` writes."""
+"""Correct plans by the measured values of earlier runs on the same type of GPU. `benchmarks/recalibrate.py` writes the table of these runs."""
 
 from __future__ import annotations
 
@@ -9,40 +9,43 @@ from finetune_api import calibration_table
 from finetune_api.gpus import GPU_TYPES, GpuType
 from finetune_api.status import MemoryPlan
 
-FEWEST_RUNS = 3
-"""With fewer runs of a type of GPU, its plans are not calibrated."""
-Table = Mapping[tuple[str, bool], tuple[int, float, float, float]]
+MIN_CALIBRATION_RUNS = 3
+"""Plans for a type of GPU are calibrated only if at least this number of runs was measured on it."""
+CalibrationTable = Mapping[tuple[str, bool], tuple[int, float, float, float]]
+"""Maps (type of GPU, whether the runs had several GPUs) to (number of runs, median, lowest and highest measured value / planned value)."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Measured value / planned value of the runs on one type of GPU."""
+    """Measured value / planned value in the runs on one type of GPU: median, lowest and highest ratio."""
 
-    runs: int
-    median: float
-    lowest: float
-    highest: float
+    run_count: int
+    median_ratio: float
+    lowest_ratio: float
+    highest_ratio: float
 
     @property
-    def margin(self) -> float:
-        """Factor by which the bounds are widened. It is larger for fewer runs, because their lowest and highest ratios are less reliable."""
-        return 1 + 1 / self.runs
+    def widening_factor(self) -> float:
+        """Factor by which bounds are widened. The fewer the runs, the less reliable are their lowest and highest ratios, and the larger is the factor."""
+        return 1 + 1 / self.run_count
 
 
-def find_calibration(table: Table, gpu: GpuType, *, has_several_gpus: bool) -> Calibration | None:
-    """Return the calibration for a type of GPU, or None if there are fewer than three runs."""
-    name = next((name for name, one in GPU_TYPES.items() if one == gpu), "")
+def find_calibration(table: CalibrationTable, gpu: GpuType, *, has_several_gpus: bool) -> Calibration | None:
+    """Return the calibration for a type of GPU, or None if the table has fewer than MIN_CALIBRATION_RUNS runs on it."""
+    name = next((name for name, known_gpu in GPU_TYPES.items() if known_gpu == gpu), "")
     entry = table.get((name, has_several_gpus))
-    return Calibration(*entry) if entry is not None and entry[0] >= FEWEST_RUNS else None
+    return Calibration(*entry) if entry is not None and entry[0] >= MIN_CALIBRATION_RUNS else None
 
 
-def calibrate_memory(plan: MemoryPlan, gpu: GpuType, *, has_several_gpus: bool, table: Table = calibration_table.MEMORY) -> MemoryPlan:
-    """Return a plan whose upper bound follows from the runs on this type of GPU. The expected peak and its parts stay.
+def calibrate_memory(plan: MemoryPlan, gpu: GpuType, *, has_several_gpus: bool, table: CalibrationTable = calibration_table.MEMORY) -> MemoryPlan:
+    """Return the plan with an upper bound that is computed from the runs on this type of GPU. The expected peak and its parts do not change.
 
-    The bound is never below the expected peak, and it covers the highest measured peak.
+    The upper bound is at least the expected peak, and at least the expected peak times the highest ratio of these runs. Without enough
+    runs, the plan is returned unchanged.
     """
-    known = find_calibration(table, gpu, has_several_gpus=has_several_gpus)
-    if known is None:
+    calibration = find_calibration(table, gpu, has_several_gpus=has_several_gpus)
+    if calibration is None:
         return plan
-    upper = plan.expected_bytes * max(1.0, known.highest + (known.margin - 1) * (known.highest - known.lowest))
-    return plan.model_copy(update={"upper_bytes": int(upper), "calibration_runs": known.runs})
+    spread = calibration.highest_ratio - calibration.lowest_ratio
+    upper = plan.expected_bytes * max(1.0, calibration.highest_ratio + (calibration.widening_factor - 1) * spread)
+    return plan.model_copy(update={"upper_bytes": int(upper), "calibration_runs": calibration.run_count})

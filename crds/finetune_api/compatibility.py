@@ -1,7 +1,7 @@
-"""Read the spec of a FineTuneJob and `run.json` even if a neighbouring release wrote them.
+"""Read the spec of a FineTuneJob and `run.json` even if the next older or next newer release wrote them.
 
-`docs/decisions/0070-contract-across-versions.md` describes the rules. The default of a new field always means the behaviour of older
-releases. An older reader may therefore ignore an unknown field with its default value, but not an unknown field that the user set.
+The default of a new field always keeps the behaviour of older releases. An older release may therefore ignore an unknown field that has
+its default value, but not an unknown field that the user set. `docs/decisions/0070-contract-across-versions.md` describes these rules.
 """
 
 from __future__ import annotations
@@ -14,15 +14,18 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from finetune_api.base import version_key
+from finetune_api.base import version_sort_key
 from finetune_api.errors import ConfigError, TooOldError
 from finetune_api.names import OLDEST_TRAINER, RELEASE, Origin
 from finetune_api.pod import RunConfig, read_marks
 from finetune_api.spec import FineTuneJobSpec
 
-UNKNOWN_FIELD = "extra_forbidden"
-UNKNOWN_WORDS = ("enum", "literal_error")
+UNKNOWN_FIELD_ERROR = "extra_forbidden"
+"""pydantic's error type for a field that the model does not have."""
+UNKNOWN_VALUE_ERRORS = ("enum", "literal_error")
+"""pydantic's error types for a value that an enumeration does not have."""
 Location = tuple[int | str, ...]
+"""pydantic's location of a value: the field names and list indices that lead to it."""
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -36,62 +39,62 @@ class UnknownItem:
 
 
 def read_spec(raw_spec: Mapping[str, Any]) -> tuple[FineTuneJobSpec, tuple[str, ...]]:
-    """Return the spec without unknown parts, and the spec paths of all unknown fields and unknown enumeration values.
+    """Return the spec without unknown fields and unknown enumeration values, and the spec paths of these fields and values.
 
     Errors: ValidationError for values that no release accepts.
     """
     spec, unknown_items = _read_known_items(FineTuneJobSpec, dict(raw_spec))
-    return spec, tuple(_dotted_path(item.location) for item in unknown_items)
+    return spec, tuple(_format_dotted_path(item.location) for item in unknown_items)
 
 
-def read_run_config(data: bytes) -> RunConfig:
+def read_run_config(run_json: bytes) -> RunConfig:
     """Read the bytes of `run.json`.
 
-    Unknown fields of the spec are ignored if their origin is `default`. Unknown fields outside the spec are always ignored: if a trainer
-    must know such a field, the operator raises `minTrainerVersion`. Errors: TooOldError `TrainerTooOld` for all other unknown fields and
-    if `run.json` requires a newer trainer; ConfigError `RunFileInvalid`.
+    An unknown field inside the spec is ignored only if its value is a default. Unknown fields outside the spec are always ignored: if a
+    trainer must know such a field, the operator writes a higher `minTrainerVersion`. Errors: TooOldError `TrainerTooOld` if `run.json`
+    contains any other unknown field or requires a newer trainer; ConfigError `RunFileInvalid` if it cannot be read.
     """
     try:
-        raw_config = json.loads(data)
+        raw_config = json.loads(run_json)
     except ValueError as error:
         raise ConfigError("RunFileInvalid", f"run.json is not JSON: {error}") from error
     needed_release = str(read_marks(raw_config).get("minTrainerVersion", OLDEST_TRAINER)) if isinstance(raw_config, dict) else OLDEST_TRAINER
-    if version_key(needed_release) > version_key(RELEASE):
-        raise _too_old_error(f"run.json needs trainer {needed_release} or newer")
+    if version_sort_key(needed_release) > version_sort_key(RELEASE):
+        raise _make_too_old_error(f"run.json needs trainer {needed_release} or newer")
     try:
         run, unknown_items = _read_known_items(RunConfig, raw_config)
     except ValidationError as error:
         first_error = error.errors()[0]
-        raise ConfigError("RunFileInvalid", f"run.json: {_dotted_path(first_error['loc'])}: {first_error['msg']}") from error
-    refused_paths = [path for item in unknown_items for path in _paths_to_refuse(run, item)]
+        raise ConfigError("RunFileInvalid", f"run.json: {_format_dotted_path(first_error['loc'])}: {first_error['msg']}") from error
+    refused_paths = [path for item in unknown_items for path in _iterate_paths_to_refuse(run, item)]
     if refused_paths:
-        raise _too_old_error(f"run.json contains {', '.join(refused_paths)}, which this trainer does not know")
+        raise _make_too_old_error(f"run.json contains {', '.join(refused_paths)}, which this trainer does not know")
     return run
 
 
-def _too_old_error(problem: str) -> TooOldError:
+def _make_too_old_error(problem: str) -> TooOldError:
     hint = "use a trainer image of the operator's release: update or remove spec.placement.image"
     return TooOldError("TrainerTooOld", f"{problem}; this is trainer {RELEASE}", hint=hint)
 
 
-def _paths_to_refuse(run: RunConfig, unknown_item: UnknownItem) -> Iterator[str]:
-    """Yield the paths of unknown fields and values in `unknown` that a trainer must not ignore."""
+def _iterate_paths_to_refuse(run: RunConfig, unknown_item: UnknownItem) -> Iterator[str]:
+    """Yield the path of the unknown item, or the paths of the values inside it, unless the trainer may ignore them."""
     location, value = unknown_item.location, unknown_item.value
     if not unknown_item.is_field:
-        yield f"{_dotted_path(location)}: {value}"
+        yield f"{_format_dotted_path(location)}: {value}"
         return
-    path = _dotted_path(location[1:])
+    path = _format_dotted_path(location[1:])
     if location[0] != "spec" or (path in run.defaults and run.origin(path) is Origin.DEFAULT):
         return
     if isinstance(value, dict):
         for name, inner in value.items():
-            yield from _paths_to_refuse(run, UnknownItem((*location, name), inner, is_field=True))
+            yield from _iterate_paths_to_refuse(run, UnknownItem((*location, name), inner, is_field=True))
     else:
         yield f"spec.{path}"
 
 
 def _read_known_items(model: type[Model], raw_values: Any) -> tuple[Model, list[UnknownItem]]:
-    """Return a model of the known fields, and a list of the unknown fields and values. Errors: ValidationError for values that every release refuses."""
+    """Return the model with the known fields, and the list of unknown fields and values. Errors: ValidationError for values that every release refuses."""
     raw_values = copy.deepcopy(raw_values)
     unknown_items: list[UnknownItem] = []
     while True:
@@ -100,7 +103,7 @@ def _read_known_items(model: type[Model], raw_values: Any) -> tuple[Model, list[
         except ValidationError as error:
             removed_locations = {item.location for item in unknown_items}
             removable_items = {
-                item["loc"]: item["type"] for item in error.errors() if item["type"] in (UNKNOWN_FIELD, *UNKNOWN_WORDS)
+                item["loc"]: item["type"] for item in error.errors() if item["type"] in (UNKNOWN_FIELD_ERROR, *UNKNOWN_VALUE_ERRORS)
             } | {
                 # A group cannot be read without its required fields. If a required field has an unknown value, remove the whole group.
                 item["loc"][:-1]: item["type"] for item in error.errors()
@@ -109,23 +112,23 @@ def _read_known_items(model: type[Model], raw_values: Any) -> tuple[Model, list[
             if not removable_items:
                 raise
             # Remove items from the end of a list first, so that the indices of the other items remain valid.
-            for location in sorted(removable_items, key=_sort_key, reverse=True):
-                value = _remove_at(raw_values, location)
-                unknown_items.append(UnknownItem(location, value, is_field=removable_items[location] == UNKNOWN_FIELD))
+            for location in sorted(removable_items, key=_location_sort_key, reverse=True):
+                value = _remove_value_at(raw_values, location)
+                unknown_items.append(UnknownItem(location, value, is_field=removable_items[location] == UNKNOWN_FIELD_ERROR))
 
 
-def _sort_key(location: Location) -> list[tuple[int, str]]:
+def _location_sort_key(location: Location) -> list[tuple[int, str]]:
     return [(part, "") if isinstance(part, int) else (0, part) for part in location]
 
 
-def _remove_at(values: Any, location: Location) -> Any:
+def _remove_value_at(values: Any, location: Location) -> Any:
     *parent_keys, last_key = location
     for part in parent_keys:
         values = values[part]
     return values.pop(last_key)
 
 
-def _dotted_path(location: Location) -> str:
+def _format_dotted_path(location: Location) -> str:
     """Return a location as a dotted path: `("spec", "trainer", "rewards", 0)` is `spec.trainer.rewards[0]`."""
     text = ""
     for part in location:

@@ -1,7 +1,7 @@
 """Fill in the defaults of a spec and record which values were filled in.
 
-The CRD's schema sets no defaults, because the operator could not distinguish such defaults from user values. Constant defaults are
-declared with their fields (`option(default=...)`). This module computes the defaults that depend on other fields.
+The CRD's schema sets no defaults, because the operator could not distinguish such defaults from values of the user. Constant defaults are
+declared with their fields (`spec_field(default=...)`). This module computes the defaults that depend on other fields.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
-from finetune_api.base import DEFAULT_KEY, Group, nested_group
+from finetune_api.base import DEFAULT_KEY, Group, find_nested_group
 from finetune_api.names import Origin
 from finetune_api.objectives import FORMATS_WITHOUT_TURNS, OBJECTIVES
 from finetune_api.rules import (
@@ -23,6 +23,7 @@ from finetune_api.rules import (
     batch_split,
     can_be_cached,
     evaluates_during_training,
+    find_warnings,
     generation_server,
     given_bits,
     gpus_per_node,
@@ -31,7 +32,6 @@ from finetune_api.rules import (
     method_type_of,
     trainer_type_of,
     uses_loftq,
-    warnings,
     world_size,
 )
 from finetune_api.spec import FineTuneJobSpec, load_spec
@@ -53,13 +53,13 @@ LEARNING_RATE_FULL = 2e-5
 LEARNING_RATE_ADAPTER = 2e-4
 WARMUP_RATIO = 0.03
 MAX_SEQUENCE_LENGTH = 2048
-GENERATION_IMAGE = "trainer.grpo.generation.image"
-"""Field with the image of the vLLM server."""
+GENERATION_IMAGE_PATH = "trainer.grpo.generation.image"
+"""Spec path of the field with the image of the vLLM server."""
 
 
 @dataclass(frozen=True)
 class PlatformDefaults:
-    """Defaults of the operator's configuration. For local runs: defaults that depend on the machine."""
+    """Defaults that the operator's configuration sets or, for local runs, that depend on the machine."""
 
     storage: StorageRoot | None = None
     gpu_resource: str = "nvidia.com/gpu"
@@ -79,7 +79,7 @@ class PlatformDefaults:
 
 @dataclass(frozen=True)
 class ResolvedSpec:
-    """The result of `resolve_defaults`: the spec with all defaults, the filled-in values, and notes for the user."""
+    """A spec with all defaults filled in, the filled-in values, and notes for the user. `resolve_defaults` returns it."""
 
     spec: FineTuneJobSpec
     defaults: dict[str, Any] = field(default_factory=dict)
@@ -88,9 +88,9 @@ class ResolvedSpec:
 
 
 METHOD_GROUPS = frozenset(
-    f"method.{info.alias or name}" for name, info in Method.model_fields.items() if nested_group(info.annotation)
+    f"method.{info.alias or name}" for name, info in Method.model_fields.items() if find_nested_group(info.annotation)
 )
-"""The groups of `spec.method`. `resolve_defaults` adds the group that has the name of the method; a group of another method would be refused."""
+"""Spec paths of the groups of `spec.method`. `resolve_defaults` adds only the group of the job's method, because a rule refuses all others."""
 OPTIONAL_GROUPS = METHOD_GROUPS | frozenset({
     "model.tokenSecretRef", "model.storage", "model.quantization", "method.lora.loftq",
     "trainer.dpo", "trainer.grpo", "trainer.grpo.generation", "dataset.storage", "dataset.columns", "dataset.split", "dataset.chatTemplate", "dataset.mcq", "dataset.checks",
@@ -99,36 +99,36 @@ OPTIONAL_GROUPS = METHOD_GROUPS | frozenset({
     "evaluation.metricModels",
     "tracking.mlflow", "tracking.wandb", "tracking.mongodb",
 })  # fmt: skip
-"""Groups without automatic defaults: a group is present only if the user sets it, or the method or objective needs it."""
+"""Spec paths of groups that are not filled with defaults. Such a group is present only if the user sets it, or the method or objective needs it."""
 
 
 def resolve_defaults(
     spec: FineTuneJobSpec, *, platform_defaults: PlatformDefaults | None = None, choices: Mapping[str, Any] | None = None
 ) -> ResolvedSpec:
-    """Fill in every default. This function does not check the spec: call `rules.check` first.
+    """Return the spec with every default filled in. This function does not check the spec: call `rules.check_spec` first.
 
-    `choices`: values that the plan chose for fields that the user has left out, by spec path. They take precedence over defaults.
+    `choices`: values that the plan chose for fields that the user left out, by spec path. These values take precedence over defaults.
     """
     platform_defaults = platform_defaults or PlatformDefaults()
-    applied = {path: value for path, value in (choices or {}).items() if spec.value(path) is None}
+    applied_choices = {path: value for path, value in (choices or {}).items() if spec.value(path) is None}
     usual_batch = batch_split(spec)[0]
-    spec = spec.with_values(applied)
+    spec = spec.with_values(applied_choices)
     value = spec.to_wire()
     filled_values: dict[str, Any] = {}
     notes: list[str] = []
-    computed = _computed_defaults(spec, platform_defaults)
-    # The plan does not count the memory of an evaluation, so its micro-batch is not raised.
+    computed = _compute_defaults(spec, platform_defaults)
+    # The plan does not include the memory of evaluations, so a larger micro-batch of the plan does not apply to them.
     computed["evaluation.batchSizePerDevice"] = min(usual_batch, computed["evaluation.batchSizePerDevice"])
     for path, default in computed.items():
-        _fill_in(value, path, default, filled_values)
-    filled_values |= applied
+        _fill_in_default(value, path, default, filled_values)
+    filled_values |= applied_choices
     method = method_type_of(spec)
     if f"method.{method}" in METHOD_GROUPS:
         value.setdefault("method", {}).setdefault(method.value, {})
     _fill_in_constants(FineTuneJobSpec, value, "", filled_values)
     if spec.training.max_steps is not None:
         filled_values.pop("training.epochs", None)
-    notes += [f"{warning.path} {warning.message}" for warning in warnings(spec)]
+    notes += [f"{warning.path} {warning.message}" for warning in find_warnings(spec)]
     if method is MethodType.LORA and spec.model.quantization and spec.model.quantization.bits == 4:
         notes.append("method lora on a 4-bit base model is equivalent to method qlora")
     if spec.distributed.strategy is StrategyType.DDP and world_size(spec) == 1:
@@ -136,13 +136,13 @@ def resolve_defaults(
     return ResolvedSpec(FineTuneJobSpec.model_validate(value), filled_values, notes)
 
 
-def _computed_defaults(spec: FineTuneJobSpec, platform_defaults: PlatformDefaults) -> dict[str, Any]:
+def _compute_defaults(spec: FineTuneJobSpec, platform_defaults: PlatformDefaults) -> dict[str, Any]:
     """Return the defaults that depend on other fields or on the platform, by spec path."""
     method, trainer, gpus = method_type_of(spec), trainer_type_of(spec), gpus_per_node(spec)
     result: dict[str, Any] = {
         "model.tokenizer": spec.model.source,
         "model.cache": platform_defaults.model_cache if can_be_cached(spec) else None,
-        "training.learningRate": _learning_rate(method, trainer),
+        "training.learningRate": _default_learning_rate(method, trainer),
         "training.gradientCheckpointing": "disabled" if gpus == 0 or method is MethodType.PREFIX_TUNING else "enabled",
         "resources.processesPerNode": gpus or 1,
         "resources.gpuResource": platform_defaults.gpu_resource,
@@ -152,7 +152,7 @@ def _computed_defaults(spec: FineTuneJobSpec, platform_defaults: PlatformDefault
         "resources.ephemeralStorage": platform_defaults.ephemeral_storage,
         "resources.sharedMemory": platform_defaults.shared_memory,
         "prepare.strategy": platform_defaults.prepare_strategy,
-        "policy.onExistingResult": _on_existing_result(spec, platform_defaults),
+        "policy.onExistingResult": _default_on_existing_result(spec, platform_defaults),
         "prepare.resources.cpu": platform_defaults.prepare_cpu,
         "prepare.resources.memory": platform_defaults.prepare_memory,
         "prepare.resources.ephemeralStorage": platform_defaults.prepare_ephemeral_storage,
@@ -169,36 +169,38 @@ def _computed_defaults(spec: FineTuneJobSpec, platform_defaults: PlatformDefault
     if spec.training.warmup_steps is None:
         result["training.warmupRatio"] = WARMUP_RATIO
     if generation_server(spec) is not None:
-        result[GENERATION_IMAGE] = platform_defaults.generation_image
+        result[GENERATION_IMAGE_PATH] = platform_defaults.generation_image
     if evaluates_during_training(spec) and spec.evaluation.strategy in (None, IntervalStrategy.STEPS):
         result["evaluation.steps"] = spec.checkpoint.steps or 100
-    result |= _method_defaults(spec, method) | dict(OBJECTIVES[trainer].defaults) | _storage_defaults(spec, platform_defaults)
+    result |= _list_method_defaults(spec, method) | dict(OBJECTIVES[trainer].defaults) | _list_storage_defaults(spec, platform_defaults)
     return {path: default for path, default in result.items() if default is not None}
 
 
-def _on_existing_result(spec: FineTuneJobSpec, platform_defaults: PlatformDefaults) -> str | None:
-    """Only a preparation pod looks for earlier results, so a job without preparation trains. None: a local run, which has no preparation."""
+def _default_on_existing_result(spec: FineTuneJobSpec, platform_defaults: PlatformDefaults) -> str | None:
+    """Return the default of `policy.onExistingResult`, or None for a local run.
+
+    The default of a job without a preparation is `train`, because only a preparation pod looks for earlier results.
+    """
     if platform_defaults.prepare_strategy is None:
         return None
     strategy = spec.prepare.strategy or PrepareStrategy(platform_defaults.prepare_strategy)
     return OnExistingResult.ADOPT.value if is_prepared(spec, strategy) else OnExistingResult.TRAIN.value
 
 
-def _learning_rate(method: MethodType, trainer: TrainerType) -> float:
+def _default_learning_rate(method: MethodType, trainer: TrainerType) -> float:
     objective_default = OBJECTIVES[trainer].learning_rate
     if objective_default is not None:
         return objective_default
     return LEARNING_RATE_FULL if method in BASE_WEIGHT_METHODS else LEARNING_RATE_ADAPTER
 
 
-def _method_defaults(spec: FineTuneJobSpec, method: MethodType) -> dict[str, Any]:
+def _list_method_defaults(spec: FineTuneJobSpec, method: MethodType) -> dict[str, Any]:
     result: dict[str, Any] = {}
     if method is MethodType.QLORA:
         result["model.quantization.bits"] = 4
     if uses_loftq(spec):
         result["model.quantization.bits"] = 4
-    given = given_bits(spec)
-    bits = 4 if method is MethodType.QLORA or uses_loftq(spec) else given
+    bits = 4 if method is MethodType.QLORA or uses_loftq(spec) else given_bits(spec)
     if bits == 4:
         result |= {"model.quantization.type": "nf4", "model.quantization.doubleQuant": True}
         result["model.quantization.computeDtype"] = "bfloat16" if gpus_per_node(spec) else "float32"
@@ -211,10 +213,10 @@ def _method_defaults(spec: FineTuneJobSpec, method: MethodType) -> dict[str, Any
     return result
 
 
-def _storage_defaults(spec: FineTuneJobSpec, platform_defaults: PlatformDefaults) -> dict[str, Any]:
+def _list_storage_defaults(spec: FineTuneJobSpec, platform_defaults: PlatformDefaults) -> dict[str, Any]:
     """Return defaults of `spec.storage` from the operator's configuration.
 
-    If the job sets its own endpoint, only `uri` has a default: region and credentials of the configured store do not fit another store.
+    If the job sets its own endpoint, only `uri` has a default: the configured region and credentials belong to the configured store.
     """
     if platform_defaults.storage is None:
         return {}
@@ -224,23 +226,23 @@ def _storage_defaults(spec: FineTuneJobSpec, platform_defaults: PlatformDefaults
     return {f"storage.{key}": value for key, value in default.items()}
 
 
-FROM_PLATFORM = (
+PLATFORM_DEFAULT_PATHS = (
     "resources.gpuResource", "resources.nodePool", "resources.cpu", "resources.memory", "resources.ephemeralStorage", "resources.sharedMemory",
-    GENERATION_IMAGE,
+    GENERATION_IMAGE_PATH,
 )  # fmt: skip
+"""Spec paths of defaults that come from the operator's configuration. All defaults of `spec.storage` come from there, too."""
+
+LATE_DEFAULT_PATHS = ("dataset.maxSequenceLength", "dataset.useChatTemplate", "dataset.numProc")
+"""Spec paths of defaults that depend on the model or the pod. The trainer fills in these defaults and reports them for `status.resolved.defaults`."""
 
 
-LATE_DEFAULTS = ("dataset.maxSequenceLength", "dataset.useChatTemplate", "dataset.numProc")
-"""Defaults that depend on the model or the pod. The trainer fills them in and reports them for `status.resolved.defaults`."""
-
-
-def valid_late_defaults(reported: Any) -> dict[str, Any]:
-    """Return the late defaults of a pod's report that have a valid value. All other entries are dropped, because a report can contain any value."""
+def keep_valid_late_defaults(reported_defaults: Any) -> dict[str, Any]:
+    """Return the valid values of LATE_DEFAULT_PATHS in the defaults that a pod reported. Pods run user code, so a report can contain any value."""
     result: dict[str, Any] = {}
-    for path in LATE_DEFAULTS:
+    for path in LATE_DEFAULT_PATHS:
         group, _, name = path.partition(".")
         try:
-            value = load_spec({group: {name: reported.get(path)}}).value(path) if isinstance(reported, dict) else None
+            value = load_spec({group: {name: reported_defaults.get(path)}}).value(path) if isinstance(reported_defaults, dict) else None
         except ValidationError:
             continue
         if value is not None:
@@ -248,38 +250,41 @@ def valid_late_defaults(reported: Any) -> dict[str, Any]:
     return result
 
 
-FORMER_DEFAULTS = ("model.ligerKernels",)
-"""Fields whose constant default was removed. An earlier release filled in this default, and its jobs keep it."""
-GROUPS_OF_THE_ATTEMPT = ("resources", "placement", "policy", "storage")
-"""Groups whose recorded defaults are not kept. They determine where and how long an attempt runs, not the training."""
-FIELDS_OF_THE_ATTEMPT = ("model.cache",)
-"""Fields whose recorded defaults are not kept for the same reason. A claim that the platform has replaced may no longer exist."""
+REMOVED_DEFAULT_PATHS = ("model.ligerKernels",)
+"""Spec paths of fields that had a constant default in an earlier release. Jobs that began with that release keep the default."""
+GROUPS_WITH_CURRENT_DEFAULTS = ("resources", "placement", "policy", "storage")
+"""Groups whose defaults may change between two attempts of a job. They determine where and how long an attempt runs, but not the training."""
+FIELDS_WITH_CURRENT_DEFAULTS = ("model.cache",)
+"""Fields whose defaults may change between two attempts of a job. An earlier default of `model.cache` may name a volume that no longer exists."""
 
 
 def keep_recorded_defaults(resolved_spec: ResolvedSpec, recorded_defaults: Mapping[str, Any]) -> ResolvedSpec:
-    """Return the resolved spec of a job with the defaults that its first attempt recorded, because a new release can have other defaults.
+    """Return the resolved spec with the defaults that the job's first attempt recorded, because a new release can have other defaults.
 
     Errors: pydantic's ValidationError if this release does not accept a recorded default.
     """
     values = {
         path: recorded for path, recorded in recorded_defaults.items()
-        if path.partition(".")[0] not in GROUPS_OF_THE_ATTEMPT and path not in FIELDS_OF_THE_ATTEMPT and _differs_from_recorded(resolved_spec, path, recorded)
+        if path.partition(".")[0] not in GROUPS_WITH_CURRENT_DEFAULTS and path not in FIELDS_WITH_CURRENT_DEFAULTS and _must_restore_recorded(resolved_spec, path, recorded)
     }  # fmt: skip
     if not values:
         return resolved_spec
     return replace(resolved_spec, spec=resolved_spec.spec.with_values(values), defaults={**resolved_spec.defaults, **values})
 
 
-def _differs_from_recorded(resolved_spec: ResolvedSpec, path: str, recorded: Any) -> bool:
-    """Whether the current default of a field, or no default, would replace the recorded default. A value of the user is never replaced."""
+def _must_restore_recorded(resolved_spec: ResolvedSpec, path: str, recorded: Any) -> bool:
+    """Whether the recorded default of a field has to replace the current one, because the default was changed or removed.
+
+    False for a field that the user set.
+    """
     if path in resolved_spec.defaults:
         return bool(resolved_spec.defaults[path] != recorded)
-    return path in FORMER_DEFAULTS and resolved_spec.spec.value(path) is None
+    return path in REMOVED_DEFAULT_PATHS and resolved_spec.spec.value(path) is None
 
 
-def origins_of(filled_paths: Iterable[str], chosen_paths: Collection[str] = ()) -> dict[str, Origin]:
-    """Return the origins of filled-in values, by spec path. Values of origin `default` are omitted. `chosen_paths`: those that the plan chose."""
-    platform_paths = {path for path in filled_paths if path in FROM_PLATFORM or path.startswith("storage.")}
+def find_origins(filled_paths: Iterable[str], chosen_paths: Collection[str] = ()) -> dict[str, Origin]:
+    """Return the origin of each filled-in value, by spec path. Values of origin `default` are omitted. `chosen_paths`: paths of the plan's choices."""
+    platform_paths = {path for path in filled_paths if path in PLATFORM_DEFAULT_PATHS or path.startswith("storage.")}
     return dict.fromkeys(platform_paths, Origin.PLATFORM) | {path: Origin.PLAN for path in filled_paths if path in chosen_paths}
 
 
@@ -298,13 +303,13 @@ DEFAULT_CONDITIONS: dict[str, Callable[[dict[str, Any]], bool]] = {
         for name in ("gpus", "gpuMemoryUtilization", "cpu", "memory", "startTimeoutSeconds", "requestTimeoutSeconds")
     },
 }
-"""Constant defaults with a condition. The condition gets the fields of the same group, with camelCase keys."""
+"""Conditions of constant defaults, by spec path. A condition gets the values of the field's group, by camelCase name, and says whether the default applies."""
 COMPUTED_DEFAULTS = frozenset({"method.promptLength", "model.quantization.type", "model.quantization.doubleQuant"})
-"""Constant defaults that depend on other groups: `_computed_defaults` fills them in."""
+"""Spec paths of constant defaults that apply only with certain values of other groups. `_compute_defaults` fills them in."""
 
 
 class _Field(NamedTuple):
-    """The properties of a field that `_fill_in_constants` needs."""
+    """A field of the spec, as `_fill_in_constants` needs it."""
 
     wire_name: str
     group: type[Group] | None
@@ -314,37 +319,38 @@ class _Field(NamedTuple):
 
 
 @cache
-def _fields(model: type[BaseModel]) -> tuple[_Field, ...]:
+def _list_fields(model: type[BaseModel]) -> tuple[_Field, ...]:
     fields = []
     for name, info in model.model_fields.items():
-        group = nested_group(info.annotation)
+        group = find_nested_group(info.annotation)
         can_be_empty = group is not None and not any(field.is_required() for field in group.model_fields.values())
         metadata = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
         fields.append(_Field(info.alias or name, group, can_be_empty, metadata))
     return tuple(fields)
 
 
-def _fill_in_constants(model: type[BaseModel], value: dict[str, Any], prefix: str, filled_values: dict[str, Any]) -> None:
-    """Fill in every constant default of `value` and of the groups in `value`."""
-    for wire_name, group, can_be_empty, metadata in _fields(model):
-        path = f"{prefix}{wire_name}"
+def _fill_in_constants(model: type[BaseModel], group_values: dict[str, Any], path_prefix: str, filled_values: dict[str, Any]) -> None:
+    """Fill in every constant default of a group and of the groups nested in it. `group_values`: the values of the group, by camelCase name."""
+    for wire_name, group, can_be_empty, metadata in _list_fields(model):
+        path = f"{path_prefix}{wire_name}"
         if group is not None:
             if can_be_empty and path not in OPTIONAL_GROUPS:
-                value.setdefault(wire_name, {})
-            if isinstance(value.get(wire_name), dict):
-                _fill_in_constants(group, value[wire_name], f"{path}.", filled_values)
-        elif DEFAULT_KEY in metadata and value.get(wire_name) is None and _default_applies(path, value):
-            value[wire_name] = filled_values[path] = metadata[DEFAULT_KEY]
+                group_values.setdefault(wire_name, {})
+            if isinstance(group_values.get(wire_name), dict):
+                _fill_in_constants(group, group_values[wire_name], f"{path}.", filled_values)
+        elif DEFAULT_KEY in metadata and group_values.get(wire_name) is None and _default_applies(path, group_values):
+            group_values[wire_name] = filled_values[path] = metadata[DEFAULT_KEY]
 
 
-def _default_applies(path: str, group: dict[str, Any]) -> bool:
-    return path not in COMPUTED_DEFAULTS and (path not in DEFAULT_CONDITIONS or DEFAULT_CONDITIONS[path](group))
+def _default_applies(path: str, group_values: dict[str, Any]) -> bool:
+    return path not in COMPUTED_DEFAULTS and (path not in DEFAULT_CONDITIONS or DEFAULT_CONDITIONS[path](group_values))
 
 
-def _fill_in(value: dict[str, Any], path: str, default: Any, filled_values: dict[str, Any]) -> None:
-    """Set the value at `path` to `default`, unless a value is already set."""
+def _fill_in_default(spec_values: dict[str, Any], path: str, default: Any, filled_values: dict[str, Any]) -> None:
+    """Set the value at `path` to `default` and record it in `filled_values`, unless a value is already set."""
     *groups, name = path.split(".")
+    group_values = spec_values
     for group in groups:
-        value = value.setdefault(group, {})
-    if value.get(name) is None:
-        value[name] = filled_values[path] = default
+        group_values = group_values.setdefault(group, {})
+    if group_values.get(name) is None:
+        group_values[name] = filled_values[path] = default

@@ -1,4 +1,4 @@
-"""Exception classes, one per exit code of the trainer. `code` identifies the failure, and `hint` tells the user what to write.
+"""Exception classes, one for each exit code of the trainer. `code` identifies the failure, and `hint` says what the user can write instead.
 
 The trainer turns these exceptions into exit codes and termination messages. The CLI and the operator raise only ConfigError. An error
 message states the invalid value and why it cannot work. Error messages never contain secrets.
@@ -20,7 +20,7 @@ class FineTuneError(Exception):
 
     exit_code: ClassVar[ExitCode] = ExitCode.INTERNAL_ERROR
     follows_other_rank: ClassVar[bool] = False
-    """Whether another rank has failed first and caused this error."""
+    """Whether this class of error is only a consequence of another rank's failure."""
 
     def __init__(self, code: str, message: str, *, hint: str | None = None, failure_class: FailureClass | None = None):
         super().__init__(message)
@@ -34,10 +34,10 @@ class FineTuneError(Exception):
 
     def __reduce__(self) -> tuple[object, ...]:
         """Make errors picklable, because ranks send errors to the supervisor."""
-        return _rebuild, (type(self), self.code, self.message, self.hint, self.failure_class)
+        return _rebuild_error, (type(self), self.code, self.message, self.hint, self.failure_class)
 
 
-def _rebuild(
+def _rebuild_error(
     cls: type[FineTuneError], code: str, message: str, hint: str | None, failure_class: FailureClass
 ) -> FineTuneError:
     return cls(code, message, hint=hint, failure_class=failure_class)
@@ -74,7 +74,7 @@ class StorageError(FineTuneError):
 
 
 class InternalError(FineTuneError):
-    """Exit code 70: unclassified failure."""
+    """Exit code 70: the failure belongs to no other class."""
 
     exit_code = ExitCode.INTERNAL_ERROR
 
@@ -105,7 +105,7 @@ class PeerError(FineTuneError):
 
 
 class CredentialsError(FineTuneError):
-    """Exit code 77: credentials or permissions are missing or wrong."""
+    """Exit code 77: credentials are missing or wrong, or lack a permission."""
 
     exit_code = ExitCode.CREDENTIALS_REFUSED
 
@@ -134,5 +134,5 @@ class VerificationFailedError(FineTuneError):
     exit_code = ExitCode.VERIFICATION_FAILED
 
 
-ERROR_OF_CODE: dict[int, type[FineTuneError]] = {int(cls.exit_code): cls for cls in FineTuneError.__subclasses__()}
-"""The error class of each exit code that the trainer raises."""
+ERROR_OF_EXIT_CODE: dict[int, type[FineTuneError]] = {int(cls.exit_code): cls for cls in FineTuneError.__subclasses__()}
+"""The error class of each exit code that the trainer reports by raising an error."""

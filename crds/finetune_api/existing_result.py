@@ -1,10 +1,10 @@
-"""Compares a new FineTuneJob with the stored result of an earlier job of the same name, for `policy.onExistingResult`.
+"""Compare a new FineTuneJob with the stored result of an earlier job of the same name, for `policy.onExistingResult`.
 
-After a successful end, rank 0's pod stores a `RunResult` at `names.RESULT_KEY`. A new job with another uid adopts this result if its digest
-is the same. The digest covers two things:
+After a successful run, rank 0's pod stores a `RunResult` at `names.RESULT_KEY`. A later job of the same name adopts this result if both jobs
+have the same digest. The digest covers:
 
-* the values that the user set in fields that can change the result. Filled-in defaults do not count, because a job keeps the defaults with
-  which it began: an upgrade with other defaults must not train everything again;
+* the values that the user set in fields that can change the result. Filled-in defaults are not included: otherwise, every job would train
+  again after an upgrade to a release with other defaults;
 * the contents of the inputs: data, ConfigMaps, and the versions of models.
 """
 
@@ -19,11 +19,11 @@ from typing import Any
 from pydantic import Field
 
 from finetune_api.base import LenientModel
-from finetune_api.lineage import without_secrets
+from finetune_api.lineage import remove_secrets
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import EvaluationResult, Metrics, Output, Progress, ResolvedConfig
 
-WITHOUT_EFFECT_ON_RESULT = (
+PATHS_WITHOUT_EFFECT_ON_RESULT = (
     "storage", "placement", "policy", "prepare", "tracking", "suspend", "cancel",
     "resources.nodePool", "resources.gpuResource", "resources.cpu", "resources.memory", "resources.ephemeralStorage", "resources.sharedMemory",
     "checkpoint.keep", "checkpoint.pinned", "checkpoint.allowPickle",
@@ -31,16 +31,16 @@ WITHOUT_EFFECT_ON_RESULT = (
 )  # fmt: skip
 """Groups and fields that decide where, when and with which rights a job runs, but not what it trains and stores.
 
-The numbers of nodes, GPUs and processes are not listed, because the effective batch follows from them.
+The numbers of nodes, GPUs and processes are not listed, because they determine the effective batch.
 """
 
 
 class RunResult(LenientModel):
     """`run/result.json` in storage: the result of a successful run, and the spec and inputs from which it was made."""
 
-    digest: str = Field(description="`result_digest` of `settings` and `inputs`.")
+    digest: str = Field(description="sha256 (hex) over `settings` and `inputs`.")
     settings: dict[str, Any] = Field(description="The values that the user set and that can change the result, by spec path, without secrets.")
-    inputs: dict[str, str] = Field(description="Digest or version of each input, by its name in messages.")
+    inputs: dict[str, str] = Field(description="Digest or version of each input, by the name that messages use for the input.")
     finished_at: datetime = Field(description="End of the run.")
     output: Output = Field(description="The final model, as in the status.")
     evaluation: EvaluationResult | None = Field(default=None, description="Results of the evaluation, as in the status.")
@@ -49,40 +49,40 @@ class RunResult(LenientModel):
     resolved: ResolvedConfig | None = Field(default=None, description="The configuration in use, as in the status.")
 
 
-def result_settings(spec: FineTuneJobSpec, filled_paths: Collection[str], originals: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def collect_result_settings(spec: FineTuneJobSpec, filled_paths: Collection[str], user_values: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Return the values that the user set and that can change the result, by spec path.
 
-    `filled_paths`: paths of filled-in defaults, which are left out. `originals`: values of the user that the operator has adapted after a
-    failure. Queries and passwords of web addresses are left out, so a new signature of the same address is no difference.
+    `filled_paths`: spec paths of filled-in defaults, which are left out. `user_values`: the user's own values of fields that the operator
+    changed after a failure. Queries and passwords of web addresses are removed, so a renewed signature in an address is not a difference.
     """
-    value, _ = without_secrets(spec.to_wire())
-    settings = {path: leaf for path, leaf in _leaves(value, "") if path not in filled_paths and not _has_no_effect(path)}
-    restored = settings | {path: original for path, original in (originals or {}).items() if path in settings}
+    value, _ = remove_secrets(spec.to_wire())
+    settings = {path: leaf for path, leaf in _iterate_leaves(value, "") if path not in filled_paths and not _is_without_effect(path)}
+    restored = settings | {path: user_value for path, user_value in (user_values or {}).items() if path in settings}
     return {path: leaf for path, leaf in restored.items() if leaf is not None}
 
 
-def _leaves(value: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for name, inner in value.items():
+def _iterate_leaves(nested_values: Mapping[str, Any], path_prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, inner in nested_values.items():
         if isinstance(inner, Mapping):
-            yield from _leaves(inner, f"{prefix}{name}.")
+            yield from _iterate_leaves(inner, f"{path_prefix}{name}.")
         else:
-            yield f"{prefix}{name}", inner
+            yield f"{path_prefix}{name}", inner
 
 
-def _has_no_effect(path: str) -> bool:
-    return any(path == field or path.startswith(f"{field}.") for field in WITHOUT_EFFECT_ON_RESULT)
+def _is_without_effect(path: str) -> bool:
+    return any(path == field or path.startswith(f"{field}.") for field in PATHS_WITHOUT_EFFECT_ON_RESULT)
 
 
-def result_digest(settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
-    """Return the sha256 (hex) over the values of `result_settings` and the digests of the inputs."""
+def compute_result_digest(settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
+    """Return the sha256 (hex) over the values of `collect_result_settings` and the digests of the inputs."""
     text = json.dumps({"settings": dict(settings), "inputs": dict(inputs)}, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def result_differences(earlier: RunResult, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> list[str]:
-    """Return what differs from the earlier run: spec paths, then names of inputs with the word `contents`. Empty if the digests are equal."""
-    return _changed_keys(earlier.settings, settings) + [f"contents of {name}" for name in _changed_keys(earlier.inputs, inputs)]
+def list_result_differences(earlier: RunResult, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> list[str]:
+    """Return what differs from the earlier run: spec paths, then `contents of <input>`. The list is empty if the digests are equal."""
+    return _list_changed_keys(earlier.settings, settings) + [f"contents of {name}" for name in _list_changed_keys(earlier.inputs, inputs)]
 
 
-def _changed_keys(earlier: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+def _list_changed_keys(earlier: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return [key for key in sorted({*earlier, *new}) if earlier.get(key) != new.get(key)]

@@ -1,8 +1,8 @@
 """Meaning and retry policy of each exit code of a trainer pod.
 
 No other module maps exit codes. The operator's retry rules, the Job's podFailurePolicy, the default hints and the reference
-documentation use this table. The trainer uses this table to choose the root cause if several ranks fail. A new exit code needs a member of
-`names.ExitCode`, a row in this table and, if the trainer raises it, an error class in `errors`.
+documentation use the table `EXIT_POLICIES`. If several ranks fail, the trainer uses this table to choose the root cause. A new exit code
+needs a member of `names.ExitCode`, an entry in this table and, if the trainer raises an error for it, a class in `errors`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from finetune_api.names import ExitCode, FailureClass, Reason
 
 
 class RetryPolicy(StrEnum):
-    """What the operator does after an attempt ended with a failure."""
+    """What the operator does after an attempt has failed."""
 
     NEVER = "never"
     """End the job: no further attempt can succeed."""
@@ -31,7 +31,7 @@ class RetryPolicy(StrEnum):
 
 
 class FailurePrecedence(IntEnum):
-    """If several pods or ranks fail, the failure with the lowest precedence value decides the attempt's reason."""
+    """Which failure decides the attempt's reason if several pods or ranks fail: the one with the lowest value."""
 
     FIXABLE_INPUT = 0
     """Failures of configuration, data, model, storage or installation, which a person can fix."""
@@ -42,7 +42,7 @@ class FailurePrecedence(IntEnum):
     REMOVED_BY_CLUSTER = 3
     """The cluster removed or rejected the pod."""
     PEER_FAILURE = 4
-    """The rank noticed that another rank failed."""
+    """A rank stopped because another rank failed."""
     STOPPED_ON_REQUEST = 5
     """The pod stopped on request."""
 
@@ -54,7 +54,7 @@ class ExitPolicy:
     The failure class, failure code and hint of the termination message take precedence over the values of this policy.
     """
 
-    code: ExitCode
+    exit_code: ExitCode
     failure_class: FailureClass
     retry_policy: RetryPolicy
     precedence: FailurePrecedence
@@ -69,14 +69,14 @@ class ExitPolicy:
     def fails_job(self) -> bool:
         """Whether the podFailurePolicy fails the Job as soon as one pod exits with this code.
 
-        All other exit codes fail the Job through `backoffLimit: 0`. A podFailurePolicy rule for these codes would also fail a
-        suspended Job, because the pods of a suspended Job exit with code 75.
+        All other exit codes fail the Job through `backoffLimit: 0`. The podFailurePolicy must not contain code 75, with which the pods of a
+        suspended Job exit: a rule for this code would fail the suspended Job.
         """
         return self.retry_policy in (RetryPolicy.NEVER, RetryPolicy.ROLL_BACK, RetryPolicy.WAIT)
 
 
 EXIT_POLICIES: dict[int, ExitPolicy] = {
-    policy.code: policy
+    policy.exit_code: policy
     for policy in (
         ExitPolicy(
             ExitCode.CONFIG_INVALID, FailureClass.USER, RetryPolicy.NEVER, FailurePrecedence.FIXABLE_INPUT, Reason.USER_ERROR,
@@ -148,9 +148,9 @@ EXIT_POLICIES: dict[int, ExitPolicy] = {
         ),
     )
 }  # fmt: skip
-"""Policies of all exit codes with which a trainer pod reports a failure."""
+"""The policy of each exit code with which a trainer pod reports a failure."""
 
-REASON_OF_CLASS: dict[FailureClass, Reason] = {
+REASON_OF_FAILURE_CLASS: dict[FailureClass, Reason] = {
     FailureClass.USER: Reason.USER_ERROR,
     FailureClass.DATA: Reason.DATA_ERROR,
     FailureClass.MODEL: Reason.MODEL_ERROR,
@@ -161,14 +161,14 @@ REASON_OF_CLASS: dict[FailureClass, Reason] = {
     FailureClass.INFRASTRUCTURE: Reason.PEER_FAILED,
     FailureClass.INTERNAL: Reason.INTERNAL_ERROR,
 }
-"""Reason of a failed attempt, by failure class. This table applies if the termination message and the exit code's policy have different failure classes."""
+"""Reason of a failed attempt, by failure class. Used if the termination message has another failure class than the policy of the exit code."""
 
 
-def attempt_reason(policy: ExitPolicy, failure_class: FailureClass) -> Reason:
-    """Return the reason of a failed attempt. `policy` is the policy of the exit code; `failure_class` is from the termination message."""
-    return policy.reason if failure_class is policy.failure_class else REASON_OF_CLASS[failure_class]
+def choose_attempt_reason(policy: ExitPolicy, failure_class: FailureClass) -> Reason:
+    """Return the reason of a failed attempt. `policy`: the policy of its exit code. `failure_class`: the class in its termination message."""
+    return policy.reason if failure_class is policy.failure_class else REASON_OF_FAILURE_CLASS[failure_class]
 
 
-def codes_that_fail_the_job() -> list[int]:
-    """Return the sorted exit codes for the FailJob rule of the podFailurePolicy."""
+def list_exit_codes_that_fail_the_job() -> list[int]:
+    """Return the exit codes for the FailJob rule of the podFailurePolicy, in ascending order."""
     return sorted(int(code) for code, policy in EXIT_POLICIES.items() if policy.fails_job)

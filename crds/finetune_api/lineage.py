@@ -1,8 +1,8 @@
-"""The lineage statement of a final model and the DSSE envelope of its signature. The statement is an in-toto statement.
+"""The lineage statement of a final model (an in-toto statement) and the DSSE envelope with its signature.
 
-The trainer writes the statement, and the command line signs, verifies and replays it. The predicate is SLSA provenance v1, because its
-fields suit a fine-tuning run (parameters, dependencies, the builder), and supply-chain tools can read it. Facts for which SLSA has no field
-are stored below `finetune_run`. The specification reserves names with a vendor's prefix for such extensions.
+The trainer writes the statement, and the command line signs, verifies and replays it. The predicate is SLSA provenance v1: its fields suit
+a fine-tuning run (parameters, dependencies, the builder), and supply-chain tools can read them. Facts for which SLSA has no field are below
+`finetune_run`, because the specification reserves names with a vendor's prefix for such extensions.
 
 Sources: the specifications of in-toto attestation v1 (statement, resource descriptor), SLSA provenance v1 and DSSE v1.
 """
@@ -28,18 +28,19 @@ BUILDER_ID = "https://finetune-operator.io/trainer"
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 STATEMENT_KEY = f"{Storage.LINEAGE}/statement.json"
 ENVELOPE_KEY = f"{Storage.LINEAGE}/statement.dsse.json"
-BASE_MODEL = "model.source"
-"""Name of the dependency that is the base model. As for all sources, the name is the path of the spec field."""
-TRAINER_IMAGE = "trainer image"
-REVISION = "revision"
-"""Annotation of the base model: the commit of a hub model, or a fingerprint of the files."""
+"""Path of the signed envelope below the job's folder in storage. STATEMENT_KEY is the path of the statement without a signature."""
+BASE_MODEL_DEPENDENCY = "model.source"
+"""Name of the base model in the list of dependencies. Every source in this list has the path of its spec field as its name."""
+TRAINER_IMAGE_DEPENDENCY = "trainer image"
+REVISION_ANNOTATION = "revision"
+"""Name of an annotation of the base model. Its value is the commit of a hub model, or a fingerprint of the files."""
 TRAINING_IMAGES, HELD_OUT_IMAGES = "training image set", "held-out image set"
-"""The images that the rows name, among the inputs of a run. Their digests cover the contents of the images."""
+"""Names of two dependencies: the images of the training rows, and the images of the validation and test rows. Their digests cover all image files."""
 IMAGE_SETS = (TRAINING_IMAGES, HELD_OUT_IMAGES)
 
 
 class Resource(LenientModel):
-    """in-toto's resource descriptor: a file or another input or result, with its digests by algorithm."""
+    """An in-toto resource descriptor: a file, or another input or result of the run, with its digests by algorithm."""
 
     name: str | None = None
     uri: str | None = None
@@ -73,7 +74,8 @@ class BuildMetadata(LenientModel):
 class AttemptRecord(LenientModel):
     """`run/records/<incarnation>.json` in storage: how one incarnation of an attempt began, what it used, and how it ended.
 
-    Rank 0's pod writes the record when the training begins, after each commit, and at its end. The record of a pod that was killed has no end.
+    Rank 0's pod writes the file when training begins, after each committed checkpoint, and before the pod ends. If the pod is killed, the
+    file has no end time.
     """
 
     attempt: int = Field(description="Number of the attempt.")
@@ -82,7 +84,7 @@ class AttemptRecord(LenientModel):
     ended_at: datetime | None = Field(default=None, description="End of rank 0's pod.")
     gpus: int = Field(default=0, description="GPUs of all pods of the attempt. 0: training on CPUs.")
     pods: int = Field(default=1, description="Pods of the attempt.")
-    threads: int | None = Field(default=None, description="CPU threads of each rank, which affect sums on a CPU. Absent if nothing was trained.")
+    threads: int | None = Field(default=None, description="CPU threads of each rank, whose number affects the rounding of sums. Absent if nothing was trained.")
     config_sha256: str = Field(default="", description="sha256 (hex) of the run configuration.")
     start_step: int | None = Field(default=None, description="Optimizer step from which the training started. Absent if nothing was trained.")
     last_step: int | None = Field(default=None, description="Last optimizer step that the incarnation completed.")
@@ -90,18 +92,18 @@ class AttemptRecord(LenientModel):
     code: str | None = Field(default=None, description="Code of the failure or of the stop. Absent after a success.")
     message: str | None = Field(default=None, description="What failed, and why.")
     hint: str | None = Field(default=None, description="What the user can do.")
-    timings: dict[str, float] = Field(default_factory=dict, description="Seconds by name of the stage.")
+    timings: dict[str, float] = Field(default_factory=dict, description="Duration of each stage in seconds, by name of the stage.")
     time_use: TimeUse | None = Field(default=None, description="What the time of rank 0's container was used for. Absent for a pod that was killed.")
     notes: list[str] = Field(default_factory=list, description="Notes of `status.resolved.notes`.")
     resolved: ResolvedConfig = Field(default_factory=ResolvedConfig, description="The configuration in use.")
 
     def without_texts(self) -> AttemptRecord:
-        """Return the record without sentences, which may quote values that are not meant for readers of a statement."""
+        """Return the record without message, hint and notes, which may quote values that are not meant for readers of a statement."""
         return self.model_copy(update={"message": None, "hint": None, "notes": []})
 
 
 class RunSummary(LenientModel):
-    """Facts about the run that SLSA provenance has no field for."""
+    """Facts about the run for which SLSA provenance has no field."""
 
     step: int = Field(description="Optimizer steps of the final model.")
     facts: dict[str, Any] = Field(description="The `facts` of the model's manifest: revision of the base model, data digest, seed, world size, versions, ...")
@@ -135,12 +137,12 @@ class Statement(LenientModel):
         value = super().to_wire()
         definition, details = value["predicate"]["buildDefinition"], value["predicate"]["runDetails"]
         value["subject"] = [resource.to_wire() for resource in self.subject]
-        definition["resolvedDependencies"] = [one.to_wire() for one in self.predicate.build_definition.resolved_dependencies]
-        details["byproducts"] = [one.to_wire() for one in self.predicate.run_details.byproducts]
+        definition["resolvedDependencies"] = [dependency.to_wire() for dependency in self.predicate.build_definition.resolved_dependencies]
+        details["byproducts"] = [byproduct.to_wire() for byproduct in self.predicate.run_details.byproducts]
         return value
 
     def to_bytes(self) -> bytes:
-        """Return the JSON that is stored and signed."""
+        """Return the statement as the JSON that is stored and signed."""
         return json.dumps(self.to_wire(), indent=1, sort_keys=True, ensure_ascii=False).encode()
 
     @property
@@ -155,12 +157,12 @@ class Statement(LenientModel):
 
     @property
     def job(self) -> str:
-        """namespace/name/uid."""
+        """The FineTuneJob that wrote the model: `namespace/name/uid`."""
         return self.predicate.run_details.metadata.invocation_id
 
     def dependency(self, name: str) -> Resource | None:
         """Return the dependency with this name, or None."""
-        return next((one for one in self.predicate.build_definition.resolved_dependencies if one.name == name), None)
+        return next((resource for resource in self.predicate.build_definition.resolved_dependencies if resource.name == name), None)
 
 
 class Signature(WireModel):
@@ -171,39 +173,40 @@ class Signature(WireModel):
 
 
 class Envelope(WireModel):
-    """A DSSE envelope. An unknown field makes it invalid, because a signature does not cover it."""
+    """A DSSE envelope. An envelope with an unknown field is refused, because the signature does not cover that field."""
 
     payload_type: str
     payload: str = Field(description="The statement's bytes in base64.")
     signatures: list[Signature] = Field(min_length=1)
 
 
-def signed_bytes(payload_type: str, payload: bytes) -> bytes:
-    """Return the bytes that a DSSE signature covers: the pre-authentication encoding of the payload type and the payload."""
+def encode_signed_bytes(payload_type: str, payload: bytes) -> bytes:
+    """Return the bytes that a DSSE signature covers: DSSE's pre-authentication encoding of the payload type and the payload."""
     encoded_type = payload_type.encode()
     return b"DSSEv1 %d %s %d %s" % (len(encoded_type), encoded_type, len(payload), payload)
 
 
-def without_secrets(spec: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return the spec without possible secrets, and the paths of the changed fields.
+def remove_secrets(spec: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return the spec without values that may be secret, and the paths of the changed fields.
 
-    Queries and passwords of web addresses and the values of `placement.env` are removed. Secrets themselves are never part of a spec,
-    only their names.
+    The queries and passwords of web addresses and the values of `placement.env` are removed. A spec contains only the names of Secrets,
+    never their contents.
     """
-    changed: list[str] = []
-    value = _redact(spec, "", changed)
+    changed_paths: list[str] = []
+    value = _redact(spec, "", changed_paths)
     for index, variable in enumerate((value.get("placement") or {}).get("env") or []):
         if variable.pop("value", None) is not None:
-            changed.append(f"placement.env[{index}].value")
-    return value, changed
+            changed_paths.append(f"placement.env[{index}].value")
+    return value, changed_paths
 
 
-def _redact(value: Any, path: str, changed: list[str]) -> Any:
+def _redact(value: Any, path: str, changed_paths: list[str]) -> Any:
+    """Return a copy of a spec or of a part of it without secrets in web addresses, and append the paths of changed values to `changed_paths`."""
     if isinstance(value, dict):
-        return {key: _redact(inner, f"{path}.{key}".lstrip("."), changed) for key, inner in value.items()}
+        return {key: _redact(inner, f"{path}.{key}".lstrip("."), changed_paths) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_redact(inner, f"{path}[{index}]", changed) for index, inner in enumerate(value)]
+        return [_redact(inner, f"{path}[{index}]", changed_paths) for index, inner in enumerate(value)]
     if isinstance(value, str) and (redacted := redact_source(value)) != value:
-        changed.append(path)
+        changed_paths.append(path)
         return redacted
     return value

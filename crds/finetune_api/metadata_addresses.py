@@ -1,4 +1,4 @@
-"""Addresses at which clouds serve credentials and configuration of the node to every program that can reach them."""
+"""Addresses at which clouds serve the node's credentials and configuration to every program that can reach them."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ METADATA_CIDRS = (
     "fd00:ec2::254/128",
     "fd20:ce::254/128",
 )
-"""AWS, Google, Azure and others; AWS tasks; Alibaba; Azure's host agent; Oracle; AWS and Google over IPv6.
+"""In this order: AWS, Google, Azure and others; AWS ECS tasks; Alibaba; Azure's host agent; Oracle; AWS over IPv6; Google over IPv6.
 
-Not listed: 169.254.170.23 and fd00:ec2::23, EKS Pod Identity. They serve only the credentials of the pod's own ServiceAccount.
+169.254.170.23 and fd00:ec2::23 (EKS Pod Identity) are not listed, because they serve only the credentials of the pod's own ServiceAccount.
 """
 
 _NETWORKS = tuple(ipaddress.ip_network(cidr) for cidr in METADATA_CIDRS)
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
-"""Addresses of IPv4 hosts behind a NAT64 gateway. Their last four bytes are the IPv4 address."""
+"""IPv6 addresses of IPv4 hosts behind a NAT64 gateway. Their last four bytes are the IPv4 address."""
 
 
-def is_metadata_address(text: str) -> bool:
-    """Whether an IP address is a metadata address or another link-local address. Also for IPv4 addresses that are written as IPv6."""
-    address = ipaddress.ip_address(text.partition("%")[0])
+def is_metadata_address(address_text: str) -> bool:
+    """Whether an IP address is a metadata address or another link-local address. An IPv6 address that contains an IPv4 address counts as that one."""
+    address = ipaddress.ip_address(address_text.partition("%")[0])
     if isinstance(address, ipaddress.IPv6Address):
-        embedded = address.ipv4_mapped or address.sixtofour
+        embedded_ipv4 = address.ipv4_mapped or address.sixtofour
         if address in _NAT64:
-            embedded = ipaddress.IPv4Address(address.packed[-4:])
-        if embedded is not None:
-            address = embedded
+            embedded_ipv4 = ipaddress.IPv4Address(address.packed[-4:])
+        if embedded_ipv4 is not None:
+            address = embedded_ipv4
     return address.is_link_local or any(address in network for network in _NETWORKS)

@@ -1,6 +1,6 @@
 """Names that operator, trainer and CLI share: labels, environment variables, reasons, exit codes, paths.
 
-All other modules import these constants instead of repeating the strings.
+All other modules import these constants and do not repeat the strings.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ MAX_NAME_LENGTH = 40
 NAME_PATTERN = "^[a-z]([-a-z0-9]*[a-z0-9])?$"
 
 MANAGER_NAME = "finetune-operator"
-"""Value of the label `app.kubernetes.io/managed-by` on the operator's objects. Also the field manager of the operator's writes."""
+"""Value of the label `app.kubernetes.io/managed-by` on the operator's objects, and name of the field manager of the operator's writes."""
 
 RELEASE = "0.2.0"
 """Release of this package. Operator and trainer images that contain this package have the same release."""
 OLDEST_TRAINER = "0.1.0"
 """Oldest trainer release that the operator supports. A job's `run.json` may require a newer trainer."""
 CONTRACT_VERSION = 2
-"""Version of the format of `run.json`. Every change of the structure increments the version."""
+"""Version of the format of `run.json`. Every change of the format increments the version."""
 
 
 class Origin(StrEnum):
-    """Origin of a value in the resolved spec."""
+    """Where a value in the resolved spec comes from."""
 
     USER = "user"
     """The user set the value."""
@@ -73,7 +73,7 @@ class Annotation(StrEnum):
     RERUN_OF = f"{GROUP}/rerun-of"
     """On a FineTuneJob from `finetune rerun`: name and uid of the original job."""
     FROM_STEP = f"{GROUP}/from-step"
-    """On a FineTuneJob from `finetune rerun`: optimizer step of the original job's checkpoint. The rerun starts from that checkpoint."""
+    """On a FineTuneJob from `finetune rerun`: optimizer step of the original job's checkpoint from which the new job starts."""
     OPENAI_REQUEST = f"{GROUP}/openai-request"
     """On a FineTuneJob from `finetune serve-openai`: the client's request as JSON."""
 
@@ -100,11 +100,11 @@ class Env(StrEnum):
     WORK_DIR = "FINETUNE_WORK_DIR"
     """Writable scratch folder for downloads, staged checkpoints and logs; default `/work`."""
     CONFIG_MAPS = "FINETUNE_CONFIG_MAPS"
-    """Folder with one folder for each ConfigMap that the spec names; default `/etc/finetune-config`. Local runs set this variable."""
+    """Folder that contains one folder for each ConfigMap that the spec names; default `/etc/finetune-config`. Local runs set this variable."""
     TERMINATION_LOG = "FINETUNE_TERMINATION_LOG"
     """Path of the file for the termination message; default `/dev/termination-log`."""
     PORT = "FINETUNE_PORT"
-    """Port of the progress server; default 8080. In local runs 0: the progress server uses any free port."""
+    """Port of the progress server; default 8080. In local runs, the value is 0, and the progress server uses any free port."""
     INCARNATION_FOLDER = "FINETUNE_INCARNATION"
     """Name of the incarnation's folder in storage, `a<attempt>-<8 hex>`. The supervisor sets this variable for the ranks."""
     FINAL_UPLOAD_TIMEOUT_SECONDS = "FINETUNE_FINAL_UPLOAD_TIMEOUT_SECONDS"
@@ -112,15 +112,15 @@ class Env(StrEnum):
     NO_COMMIT_TIMEOUT_SECONDS = "FINETUNE_UNSAVED_TIMEOUT_SECONDS"
     """If uploads of checkpoints fail, training stops after this many seconds without a committed checkpoint; default 21600."""
     EXPECTED_INPUTS = "FINETUNE_EXPECTED_INPUTS"
-    """JSON with the expected revision of the base model and digests of the data. If an input differs, the pod exits with code 64. Set by `finetune replay`."""
+    """JSON with the expected revision of the base model and digests of the data, from `finetune replay`. If an input differs, the pod exits with code 64."""
     HF_TOKEN = "HF_TOKEN"
     """Token for a model hub, from `model.tokenSecretRef`."""
     STORAGE_ACCESS_KEY = "AWS_ACCESS_KEY_ID"
-    """Access key from `storage.credentialsSecretRef`. The variable with prefix MODEL_ or DATASET_ is for `model.storage` or `dataset.storage`."""
+    """Access key from `storage.credentialsSecretRef`. With the prefix MODEL_ or DATASET_, the variable contains the key of `model.storage` or `dataset.storage`."""
     STORAGE_SECRET_KEY = "AWS_SECRET_ACCESS_KEY"
     """Secret key from the same Secret as STORAGE_ACCESS_KEY, with the same prefixes."""
     STORAGE_SESSION_TOKEN = "AWS_SESSION_TOKEN"
-    """Session token from the same Secret as STORAGE_ACCESS_KEY, with the same prefixes. The Secret may omit this key."""
+    """Session token from the same Secret as STORAGE_ACCESS_KEY, with the same prefixes. Not set if the Secret contains no session token."""
     STORAGE_CUSTOMER_KEY = "AWS_SSE_CUSTOMER_KEY"
     """Encryption key from `storage.encryption.customerKeySecretRef` (32 bytes in base64), with the same prefixes as STORAGE_ACCESS_KEY."""
 
@@ -135,7 +135,7 @@ WANDB_KEY = "WANDB_API_KEY"
 MLFLOW_CREDENTIALS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 """Environment variables with the credentials of an MLflow server. Users set them in `placement.env`, from a Secret."""
 WANDB_MODE = "WANDB_MODE"
-"""Environment variable of W&B. With `offline` in `placement.env`, the trainer writes files instead of connecting to a server."""
+"""Environment variable of W&B. If `placement.env` sets it to `offline`, the trainer writes files and does not connect to a server."""
 MONGODB_URI = "MONGODB_URI"
 """Environment variable with the URI from `tracking.mongodb.uriSecretRef`. A variable of the same name in `placement.env` takes precedence."""
 JUDGE_KEY = "OPENAI_API_KEY"
@@ -147,13 +147,12 @@ RUN_MOUNT = "/etc/finetune"
 RUN_FILE_NAME = "run.json"
 RUN_FILE = f"{RUN_MOUNT}/{RUN_FILE_NAME}"
 CHECK_STORAGE_COMMAND = "check-storage"
-"""Command of the trainer image: check that a pod can write, read and list in storage. The argument is a StoreTarget as JSON."""
+"""Command of the trainer image that checks whether a pod can write, read and list in storage. Its argument is a StoreTarget as JSON."""
 ATTEMPT_SECRET_KEY = "attempt-secret"
-"""Key in the Secret of an attempt, and name of the file in the folder `/etc/finetune` of its pods."""
+"""Key of the Secret object that holds the secret of an attempt, and name of the file in `/etc/finetune` of the pods."""
 ATTEMPT_SECRET_FILE = f"{RUN_MOUNT}/{ATTEMPT_SECRET_KEY}"
 CHECKPOINT_KEY = "checkpoint-key"
-"""Key in the Secret of an attempt, and name of the file next to the attempt's secret: the key that signs the job's checkpoints. In a
-preparation pod: the key that signs the prepared rows of the namespace."""
+"""Key of the Secret object that holds the signing key, and name of the file in `/etc/finetune` of the pods. The signing key signs the job's checkpoints or, in a preparation pod, the prepared rows of the namespace."""
 MAX_RUN_BYTES = 64 * 1024
 """Maximum size of `run.json` in bytes. The operator stores `run.json` in an annotation, and Kubernetes limits the size of annotations."""
 CONFIGMAP_MOUNT = "/etc/finetune-config"
@@ -161,9 +160,9 @@ CONFIGMAP_MOUNT = "/etc/finetune-config"
 PVC_MOUNT = "/mnt/pvc"
 """The PersistentVolumeClaim of a URI `pvc://claim/path` is mounted at `/mnt/pvc/<claim>/`."""
 MODEL_CACHE_MOUNT = "/mnt/model-cache"
-"""The volume of `model.cache` is mounted here in the init container. The trainer container mounts the folder of its namespace, read-only, if the cache is on a node."""
+"""The init container mounts the volume of `model.cache` here. If the cache is on a node, the trainer container mounts only its namespace's folder, read-only."""
 MODEL_CACHE_CONTAINER = "model-cache"
-"""Name of the init container that fills the cache of models."""
+"""Name of the init container that downloads the base model into the cache of `model.cache`."""
 CA_MOUNT = "/etc/finetune-ca"
 """The CA bundle of `storage.caBundleRef` is mounted at `/etc/finetune-ca/ca.crt`."""
 WORK_MOUNT = "/work"
@@ -174,39 +173,39 @@ TRAINER_CONTAINER = "trainer"
 GENERATION_CONTAINER = "generation"
 """Name of the container with the vLLM server, which generates the completions of grpo."""
 GENERATION_PORT = 8100
-"""Port of the vLLM server. It listens on the loopback address of the pod only."""
+"""Port of the vLLM server, which listens only on the loopback address of the pod."""
 GENERATION_MOUNT = f"{WORK_MOUNT}/generation"
-"""Volume that the trainer and the vLLM server share. The trainer writes the model's weights to it."""
+"""Folder on a volume that the trainer and the vLLM server share. The trainer writes the model's weights to this folder."""
 GENERATION_MODEL_FOLDER = "model"
-"""Folder in this volume with the model that the server reads."""
+"""Folder below GENERATION_MOUNT with the model that the vLLM server reads."""
 GENERATION_OPTIONS_FILE = "server.json"
-"""File in this volume with the options of the server. The trainer writes it last; the server waits for it."""
+"""File below GENERATION_MOUNT with the options of the vLLM server. The trainer writes this file last, because the server starts as soon as it exists."""
 GENERATION_END_FILE = "ended.json"
-"""File in this volume that the server's container writes when the server has ended, with `message`."""
+"""File below GENERATION_MOUNT that the server's container writes after the vLLM server has ended: JSON {message}."""
 GENERATION_CONTRACT_VERSION = 1
-"""Version of the format of these files."""
+"""Version of the format of GENERATION_OPTIONS_FILE and GENERATION_END_FILE."""
 PROGRESS_PORT = 8080
 PROGRESS_PORT_NAME = "progress"
 PROGRESS_TOKEN_HEADER = "X-Finetune-Token"
-"""HTTP header with the token of `GET /progress`. `Authorization` would replace the caller's credentials on the way through the API server."""
+"""HTTP header with the token of `GET /progress`. The header `Authorization` is not used: the API server, which forwards the request, needs it for itself."""
 RENDEZVOUS_PORT = 29400
-"""Port of the rendezvous on the pod of rank 0. Only jobs with several pods use this port."""
+"""Port on the pod of rank 0 at which the pods of a job with several pods meet (torch.distributed's rendezvous)."""
 TRAINER_UID = 10001
 """User ID and group ID of the trainer and operator containers."""
 
 
-class Path(StrEnum):
+class HttpPath(StrEnum):
     """Paths of the supervisor's HTTP server."""
 
     PROGRESS = "/progress"
     METRICS = "/metrics"
     HEALTH = "/healthz"
     USAGE = "/usage"
-    """Current usage of memory and GPUs, for `finetune top`."""
+    """Current use of memory and GPUs, for `finetune top`."""
 
 
 class ExitCode(IntEnum):
-    """Exit code of the trainer container. `finetune_api.exits` maps each exit code to a failure class and a retry policy."""
+    """Exit codes of the trainer container. `finetune_api.exits` maps each exit code to a failure class and a retry policy."""
 
     OK = 0
     """Success: the final model is committed to storage."""
@@ -219,7 +218,7 @@ class ExitCode(IntEnum):
     STORAGE_SETUP = 67
     """Storage is wrongly configured: bucket, region, addressing, TLS."""
     STORAGE_UNREACHABLE = 69
-    """Storage was unreachable, even after retries."""
+    """Storage could not be reached, even after retries."""
     INTERNAL_ERROR = 70
     """The failure belongs to no other class, for example an unexpected exception."""
     OUT_OF_MEMORY = 71
@@ -231,15 +230,15 @@ class ExitCode(IntEnum):
     PEER_FAILED = 74
     """Another rank or a collective operation failed, or training hung."""
     PREEMPTED_SAVED = 75
-    """The pod stopped on request and saved a checkpoint."""
+    """The pod was asked to stop, and saved a checkpoint."""
     PREEMPTED_UNSAVED = 76
-    """The pod stopped on request, but could not save a checkpoint."""
+    """The pod was asked to stop, but could not save a checkpoint."""
     CREDENTIALS_REFUSED = 77
-    """Credentials or permissions are missing or wrong."""
+    """Credentials are missing or wrong, or lack a permission."""
     INSTALLATION_BROKEN = 78
-    """The trainer image lacks a compiler or library that the run needs, or the pod has no GPU driver."""
+    """The trainer image lacks a compiler or a library that the run needs, or the pod has no GPU driver."""
     TRAINER_TOO_OLD = 79
-    """The trainer image does not know a field that the user set. The job waits for a newer image."""
+    """The trainer image does not know a field that the user set. The job waits for a newer trainer image."""
     GATE_FAILED = 80
     """The trained model failed a gate in `evaluation.gates`. The model is kept in storage."""
     VERIFICATION_FAILED = 81
@@ -251,7 +250,7 @@ class ExitCode(IntEnum):
 
 
 class FailureClass(StrEnum):
-    """Kind of a failure. Failure messages start with this word."""
+    """Kind of failure. Failure messages start with this word."""
 
     USER = "User"
     """The spec cannot work. The user must change the spec."""
@@ -327,15 +326,15 @@ class Condition(StrEnum):
     CHECKPOINTS_HEALTHY = "CheckpointsHealthy"
     """The newest checkpoint is committed, and no checkpoint is damaged."""
     TRACKERS_REACHABLE = "TrackersReachable"
-    """The trackers of `tracking.reportTo` accept the values of the run. This condition exists only for running jobs with trackers. A tracker never delays a job."""
+    """The trackers of `tracking.reportTo` accept the metrics of the run. This condition exists only for running jobs with trackers. A tracker never delays a job."""
     SUCCEEDED = "Succeeded"
     """The final model is committed to storage."""
     FINISHED = "Finished"
     """The job has ended, and the operator starts no further attempt."""
     RECONCILING = "Reconciling"
-    """Condition for kstatus, which is present and True while the operator or the pods are working."""
+    """For tools that use kstatus, such as Argo CD and Flux: present and True while the operator or the pods are working."""
     STALLED = "Stalled"
-    """Condition for kstatus, which is present and True after a final failure, or if a person must act."""
+    """For tools that use kstatus, such as Argo CD and Flux: present and True after a final failure, or if a person must act."""
 
 
 class Reason(StrEnum):
@@ -419,13 +418,13 @@ class Reason(StrEnum):
     """A checkpoint could not be staged or uploaded. Training continues, and the previous checkpoint remains the newest."""
     # Trackers
     TRACKERS_REACHABLE = "TrackersReachable"
-    """The trackers accept the values of the run."""
+    """The trackers accept the metrics of the run."""
     TRACKER_UNAVAILABLE = "TrackerUnavailable"
-    """A tracker does not answer. Training continues, and the values are sent when the tracker answers again."""
+    """A tracker does not answer. Training continues, and the trainer sends the metrics when the tracker answers again."""
     TRACKER_CREDENTIALS_REJECTED = "TrackerCredentialsRejected"
     """A tracker does not accept the credentials."""
     TRACKER_FAILED = "TrackerFailed"
-    """A tracker refuses a request, or the process that sends values to trackers has ended."""
+    """A tracker refuses a request, or the process that sends metrics to the trackers has ended."""
     STATUS_REJECTED = "StatusRejected"
     """The API server rejected the status. The operator then writes the status without the values that the pods reported."""
     # Reasons for the end of an attempt or a job
@@ -448,7 +447,7 @@ class Reason(StrEnum):
     DEADLINE_EXCEEDED = "DeadlineExceeded"
     """The job ran longer than `policy.activeDeadlineSeconds`."""
     BUDGET_EXCEEDED = "BudgetExceeded"
-    """The job has spent `policy.maxCost`, or even the lower bound of its planned cost is higher."""
+    """The job has spent `policy.maxCost`, or even the lower bound of its planned cost is above `policy.maxCost`."""
     USER_ERROR = "UserError"
     """The configuration cannot work."""
     DATA_ERROR = "DataError"
@@ -458,11 +457,11 @@ class Reason(StrEnum):
     STORAGE_ERROR = "StorageError"
     """Object storage refused a request or could not be reached."""
     INTERNAL_ERROR = "InternalError"
-    """The failure has none of the other reasons and may be a bug."""
+    """The failure fits none of the other reasons and may be a bug."""
     INSTALLATION_BROKEN = "InstallationBroken"
-    """The trainer image lacks a compiler or library that the run needs."""
+    """The trainer image lacks a compiler or a library that the run needs, or the pod has no GPU driver."""
     TRAINER_TOO_OLD = "TrainerTooOld"
-    """The trainer image does not know a field that the user set. The job waits for a newer image."""
+    """The trainer image does not know a field that the user set. The job waits for a newer trainer image."""
     GATE_FAILED = "GateFailed"
     """The trained model failed a gate of `evaluation.gates`. The model is kept in storage."""
     MERGE_FAILED = "MergeFailed"
@@ -517,45 +516,45 @@ class Storage(StrEnum):
     MANIFEST = "manifest.json"
     """File in each incarnation's folder: size and sha256 of every file, optimizer step, and metrics."""
     SIGNATURE = "manifest.hmac"
-    """File next to the manifest of a checkpoint or of prepared rows: signature (hex) with the job's key for checkpoints, or with the namespace's key for prepared rows. Absent without `isolation.secret`."""
+    """File next to the manifest of a checkpoint or of prepared rows, with the manifest's signature (hex). The job's own key signs checkpoints, and the namespace's key signs prepared rows. Absent without `isolation.secret`."""
     COMMITTED = "_COMMITTED"
     """Marker of a committed checkpoint, next to the incarnation folders and written last: JSON {attempt, path, manifestSha256}."""
     HEALTHY = "_HEALTHY"
-    """Marker in a checkpoint's folder. The trainer writes the marker if loss and gradients stay finite in the steps after the checkpoint."""
+    """Marker in a checkpoint's folder. The trainer writes it if loss and gradients stay finite in the steps after the checkpoint."""
     PROMOTED = "_PROMOTED"
-    """Marker in the folder `model`, next to `_COMMITTED`. The trainer writes the marker if the final model passes every gate of `evaluation.gates`."""
+    """Marker in the folder `model`, next to `_COMMITTED`. The trainer writes it if the final model passes every gate of `evaluation.gates`."""
 
 
 PREPARED_FOLDER = "_prepared"
-"""Folder below `<storage.uri>/<namespace>/` with the prepared rows of all jobs of the namespace, one folder `<digest>` per data set. Names of jobs cannot contain an underscore, so no job uses this folder."""
+"""Folder below `<storage.uri>/<namespace>/` with the prepared rows of the namespace, in one folder `<digest>` for each data set. No job has a folder of this name, because names of jobs cannot contain an underscore."""
 USED_MARKER = "_USED"
-"""Marker in a folder of prepared rows: JSON {until}. The rows are kept until this time. Each preparation, and the first pod of each attempt that uses the rows, renews it."""
+"""Marker in a folder of prepared rows: JSON {until}. The rows are kept until this time. Each preparation that uses the rows, and the first pod of each attempt that uses them, moves the time forward."""
 RESULT_KEY = f"{Storage.RUN}/result.json"
-"""Object below the job's folder that the trainer writes after a successful end: the result, and the spec and inputs from which it was made."""
+"""Object below the job's folder that the trainer writes after a successful run: the result, and the spec and inputs from which it was made."""
 ADAPTER_SHA256 = "adapterSha256"
-"""Key in the `extra` of a merged model's manifest: sha256 (hex) of the manifest of the adapter that was merged."""
+"""Name of an entry in `extra` of a merged model's manifest: sha256 (hex) of the manifest of the merged adapter."""
 
 REPORT_KEY = f"{Storage.REPORT}/index.html"
-"""Path of the run's report below `<storage.uri>/<namespace>/<name>/<uid>/`: an HTML page that contains everything that it shows."""
+"""Path of the run's report below `<storage.uri>/<namespace>/<name>/<uid>/`: an HTML page that loads no other files."""
 
 
 def checkpoint_folder(step: int) -> str:
-    """Return the folder name of a checkpoint. The step has eight digits, so that names and steps have the same order."""
+    """Return the name of a checkpoint's folder, with the step in eight digits, so that the names sort in the order of the steps."""
     return f"step-{step:08d}"
 
 
 def incarnation_folder(attempt: int, pod_uid: str) -> str:
-    """Return the folder name of an incarnation: `a<attempt>-<first 8 hex digits of the pod's uid>`.
+    """Return the name of an incarnation's folder: `a<attempt>-<first 8 hex digits of the pod's uid>`.
 
-    An incarnation is one run of an attempt's pod 0. Each incarnation has its own name, so an old pod that still runs cannot overwrite
-    the files of the new pod.
+    An incarnation is one run of an attempt's pod 0. If the Job replaces this pod, the new pod is another incarnation and writes to
+    another folder. An old pod that still runs can therefore not overwrite the files of the new pod.
     """
     uid_digits = "".join(c for c in pod_uid.lower() if c in "0123456789abcdef")[:8]
     return f"a{attempt}-{uid_digits:0<8}"
 
 
-def attempt_of_uri(uri: str) -> int | None:
-    """Return the number of the attempt that wrote the checkpoint at `uri`. None: the URI does not end with an incarnation's folder."""
+def parse_attempt_of_uri(uri: str) -> int | None:
+    """Return the number of the attempt that wrote the checkpoint or model at `uri`, or None if the URI does not end with an incarnation's folder."""
     prefix, _, digits = uri.rstrip("/").rpartition("/")[2].partition("-")
     number = prefix[1:]
     return int(number) if prefix[:1] == "a" and number.isdecimal() and len(digits) == 8 else None
@@ -566,8 +565,8 @@ def attempt_folder(attempt: int) -> str:
     return f"{_ATTEMPT_FOLDER}{attempt}"
 
 
-def attempt_of_folder(name: str) -> int | None:
-    """Return the attempt number in the name of a folder below `run/`. None: the folder belongs to no attempt."""
+def parse_attempt_of_folder(name: str) -> int | None:
+    """Return the attempt number in the name of a folder below `run/`, or None if the folder belongs to no attempt."""
     number = name.removeprefix(_ATTEMPT_FOLDER)
     return int(number) if number != name and number.isdecimal() else None
 
@@ -576,28 +575,29 @@ _ATTEMPT_FOLDER = "attempt-"
 
 
 PREPARATION_ATTEMPT = 0
-"""Number of the attempt in labels, progress reports and Secrets of a preparation."""
+"""The attempt number that labels, progress reports and Secrets of a preparation contain."""
 
 
 def prepared_root(job_root: str) -> str:
-    """Return the URI of the folder with the prepared rows of a namespace. `job_root`: `<storage.uri>/<namespace>/<name>/<uid>`."""
+    """Return the URI of the folder with the prepared rows of a job's namespace. `job_root`: `<storage.uri>/<namespace>/<name>/<uid>`."""
     return f"{job_root.rstrip('/').rsplit('/', 2)[0]}/{PREPARED_FOLDER}"
 
 
-def preparation_job_name(name: str, number: int) -> str:
-    """Return the name of a preparation's Job. The first preparation has number 1.
+def preparation_job_name(name: str, preparation: int) -> str:
+    """Return the name of a preparation's Job. `name`: name of the FineTuneJob. `preparation`: number of the preparation, from 1.
 
-    The name of an attempt's Job ends with a hyphen and a number. A preparation of `x` therefore never has the name of an attempt of `x-prepare`.
+    There is no hyphen before the number, unlike in the name of an attempt's Job. The Job of a preparation of `x` therefore never has the
+    same name as the Job of an attempt of `x-prepare`.
     """
-    return f"{name}-prepare{number}"
+    return f"{name}-prepare{preparation}"
 
 
-def preparation_of_job_name(job_name: str, name: str) -> int | None:
-    """Return the number of the preparation of FineTuneJob `name` whose Job has this name. None: the Job is no preparation of this FineTuneJob."""
+def parse_preparation_number(job_name: str, name: str) -> int | None:
+    """Return the number of the preparation in the name of its Job, or None if the Job is not a preparation of the FineTuneJob `name`."""
     number = job_name.removeprefix(preparation_job_name(name, 0)[:-1])
     return int(number) if number != job_name and number.isdecimal() else None
 
 
 def attempt_job_name(name: str, attempt: int) -> str:
-    """Return the name of an attempt's Job and Service."""
+    """Return the name of an attempt's Job, which is also the name of its Service. `name`: name of the FineTuneJob."""
     return f"{name}-{attempt}"

@@ -1,7 +1,7 @@
 """Data formats, options and defaults of each objective (`trainer.type`).
 
-A new objective needs one value of `TrainerType`, one row of `OBJECTIVES`, and one module in `finetune_trainer.objective` with the
-same name as the value.
+A new objective needs a member of `TrainerType`, an entry in `OBJECTIVES`, and a module in `finetune_trainer.objective` with the name of
+the member's value.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class ObjectiveFacts:
     dataset_formats: tuple[DatasetFormat, ...]
     """Data formats that the objective can learn from. Error messages suggest the first format."""
     options: frozenset[str] = frozenset()
-    """Fields of `spec.trainer`, in camelCase, that the objective reads in addition to `type` and `backend`."""
+    """Names, in camelCase, of the fields of `spec.trainer` that the objective reads in addition to `type` and `backend`."""
     learning_rate: float | None = None
-    """Default of `training.learningRate`. None: the method decides the default."""
+    """Default of `training.learningRate`. None: the default depends on the method."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    """Defaults of other fields, by spec path."""
+    """Further defaults of the objective, by spec path."""
 
 
 _DPO_BETA_DEFAULT = {"trainer.dpo.beta": 0.1}

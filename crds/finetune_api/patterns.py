@@ -1,4 +1,4 @@
-"""Patterns of text fields in the spec. `FORMS` describes each pattern for error messages."""
+"""Patterns of text fields in the spec, and `MISMATCH_TEXTS`: an explanation of each pattern for error messages."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RELATIVE_FOLDER = r"^[^/\s][^\s]*$"
 PROJECT_NAME = r"^[\w.-]+$"
 SERVICE_URL = r"^https?://[^\s/?#@]+(/[^\s?#@]*)?$"
 
-FORMS: dict[str, str] = {
+MISMATCH_TEXTS: dict[str, str] = {
     OBJECT_NAME: "is not the name of a Kubernetes object: a-z, 0-9, `-` and `.`, with a letter or digit first and last",
     DATA_KEY: "is not a key of a Secret or ConfigMap: letters, digits, `-`, `_` and `.`",
     NO_SPACE: "is empty or contains a space",
@@ -37,4 +37,4 @@ FORMS: dict[str, str] = {
     PROJECT_NAME: "is not a name of letters, digits, `-`, `_` and `.`",
     SERVICE_URL: "is not the URL of a service: `https://` or `http://`, a host and an optional path, without user, password or query",
 }
-"""For each pattern, why a text does not match it. The text of the user stands before this phrase."""
+"""What an error message says about a value that does not match a pattern, by pattern. The value itself comes before this phrase."""

@@ -2,7 +2,7 @@
 
 `RunConfig` configures a pod: the operator writes it to an annotation of the Job's pod template, and the pod mounts the annotation
 as the file `run.json`. `ProgressReport` is the response of `GET /progress`. `TerminationMessage` is the container's termination
-message. `docs/decisions/0070-contract-across-versions.md` describes the compatibility of neighbouring releases.
+message. `docs/decisions/0070-contract-across-versions.md` says how an operator and a trainer of neighbouring releases read this data.
 """
 
 from __future__ import annotations
@@ -15,7 +15,14 @@ from typing import Annotated, Any
 
 from pydantic import AliasChoices, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from finetune_api.base import ReportModel, WireModel, fields_with_since, remove_path, value_at, version_key
+from finetune_api.base import (
+    ReportModel,
+    WireModel,
+    get_value_at_path,
+    map_fields_to_release,
+    remove_value_at_path,
+    version_sort_key,
+)
 from finetune_api.names import CONTRACT_VERSION, MAX_TERMINATION_BYTES, OLDEST_TRAINER, FailureClass, Origin
 from finetune_api.redaction import redact_all
 from finetune_api.spec import FineTuneJobSpec
@@ -39,9 +46,9 @@ class StoreTarget(WireModel):
 
     uri: str = Field(description="`s3://bucket/prefix`, `file:///path` or `pvc://claim/path`. A location that is only read may be `https://host/path`.")
     endpoint: str | None = Field(default=None, description="URL of an S3-compatible store. Without an endpoint, the store is AWS S3.")
-    region: str | None = Field(default=None, description="Region in the signature of each request.")
+    region: str | None = Field(default=None, description="Region of the store, which is part of each request's signature.")
     addressing_style: AddressingStyle | None = Field(
-        default=None, description="Whether the bucket is part of the path or of the host name."
+        default=None, description="Whether the bucket's name is in the path or in the host name of URLs."
     )
     ca_bundle: str | None = Field(default=None, description="Path of a PEM file with trusted CA certificates.")
     credentials_prefix: str = Field(
@@ -62,9 +69,9 @@ class World(WireModel):
     nodes: int = Field(ge=1, description="Number of pods.")
     processes_per_node: int = Field(ge=1, description="Ranks per pod.")
     gpus_per_node: int = Field(ge=0, description="GPUs per pod. 0: training on CPU.")
-    master_address: str = Field(description="Host of the rendezvous: `<job>-0.<service>`. With one pod: the loopback address.")
-    master_port: int = Field(ge=0, le=65535, description="Port of the rendezvous. With one pod 0: any free port.")
-    rendezvous_id: str = Field(description="`<uid>-<attempt>`. Each attempt has another ID, so that ranks of an older attempt cannot join.")
+    master_address: str = Field(description="Host of the rendezvous: `<job>-0.<service>`, or the loopback address if the attempt has one pod.")
+    master_port: int = Field(ge=0, le=65535, description="Port of the rendezvous. An attempt with one pod has the value 0 and uses any free port.")
+    rendezvous_id: str = Field(description="`<uid>-<attempt>`. Each attempt has its own ID, so ranks of an older attempt cannot join.")
 
     @property
     def size(self) -> int:
@@ -81,37 +88,37 @@ class ResumeConfig(WireModel):
     expect_step: int = Field(
         default=0,
         ge=0,
-        description="Newest committed step that the operator knows. If this step is > 0 and no checkpoint can be loaded, the pod exits with code 73.",
+        description="Newest committed step that the operator knows, or 0. If it is above 0 and no checkpoint can be loaded, the pod exits with code 73.",
     )
     max_step: int | None = Field(
-        default=None, ge=0, description="Checkpoints after this step are ignored. The operator sets max_step to roll back after divergence."
+        default=None, ge=0, description="Checkpoints after this step are ignored. The operator sets this field to roll back after divergence."
     )
     rolled_back_attempt: int | None = Field(
-        default=None, ge=1, description="The first attempt after the rollback. `max_step` does not apply to checkpoints of this attempt and later ones."
+        default=None, ge=1, description="Number of the first attempt after the rollback. `max_step` does not apply to checkpoints of this attempt and of later ones."
     )
     known_checkpoints: dict[str, str] = Field(
         default={},
-        description="The job's checkpoints in its status: sha256 of the manifest by folder, for example `step-00000400/a1-1f3c9a2b`. A stored checkpoint with another sha256 is refused.",
+        description="The checkpoints in the job's status: sha256 of the manifest, by folder (for example `step-00000400/a1-1f3c9a2b`). A stored checkpoint in one of these folders with another sha256 is refused.",
     )
 
 
 class PreparedRows(WireModel):
-    """Prepared rows below `<storage.uri>/<namespace>/_prepared/`: those of the job, and how long unused rows are kept."""
+    """Which prepared rows below `<storage.uri>/<namespace>/_prepared/` the job uses, and how long unused rows are kept."""
 
-    digest: str | None = Field(default=None, description="Folder of the rows that the training pods use. Absent in a preparation.")
-    manifest_sha256: str | None = Field(default=None, description="Expected sha256 (hex) of the manifest of these rows.")
-    ttl_days: int = Field(default=30, ge=1, description="Days after their last use after which rows may be removed.")
+    digest: str | None = Field(default=None, description="Name of the folder with the rows that the training pods use. Absent in a preparation.")
+    manifest_sha256: str | None = Field(default=None, description="Expected sha256 (hex) of the manifest of the prepared rows.")
+    ttl_days: int = Field(default=30, ge=1, description="Days since their last use after which rows may be removed.")
 
 
 class GpuPool(WireModel):
-    """A node pool that the job may use, for the choices of its preparation."""
+    """A node pool that the preparation may choose for the job."""
 
     name: str = Field(description="Name of the pool.")
-    memory_bytes: int | None = Field(default=None, ge=1, description="Memory of each GPU. Absent if it is not known.")
+    memory_bytes: int | None = Field(default=None, ge=1, description="Memory of each GPU in bytes. Absent if it is not known.")
     gpu_type: str | None = Field(default=None, description="Type of the GPUs. Absent if it is not known.")
-    price_per_gpu_hour: float | None = Field(default=None, ge=0, description="Price of one GPU for one hour. Absent if it is not known.")
+    price_per_gpu_hour: float | None = Field(default=None, ge=0, description="Price of one GPU-hour. Absent if it is not known.")
     gpus_per_node: int = Field(default=1, ge=1, description="Largest number of GPUs that the job may request on each node.")
-    is_current: bool = Field(default=False, description="Whether the job uses this pool if the plan chooses none.")
+    is_current: bool = Field(default=False, description="Whether the job uses this pool if the preparation chooses none.")
 
 
 _MARK_PREFIX = "#"
@@ -142,7 +149,7 @@ class RunConfig(WireModel):
     defaults: Annotated[list[str], Field(description="Spec paths of the values that the user did not set.")] = []
     origins: Annotated[
         dict[str, Origin],
-        Field(description="Origins, by spec path, of values listed in `defaults`. Values in `defaults` without an entry have the origin `default`."),
+        Field(description="Origins of values that are listed in `defaults`, by spec path. A listed value without an entry has the origin `default`."),
     ] = {}
     min_trainer_version: str = Field(
         default=OLDEST_TRAINER, description="Oldest trainer release that can run this configuration."
@@ -158,7 +165,7 @@ class RunConfig(WireModel):
     dataset_store: StoreTarget | None = Field(default=None, description="Connection to the store of s3:// data. Default: the connection of `storage`.")
     resume: ResumeConfig = Field(description="The checkpoint from which the attempt starts.")
     prepared: PreparedRows | None = Field(default=None, description="Prepared rows in storage. Absent for jobs without a preparation.")
-    pools: list[GpuPool] = Field(default=[], description="Node pools that the job may use. Only for the preparation, which chooses one of them.")
+    pools: list[GpuPool] = Field(default=[], description="Node pools from which the preparation chooses. Empty for training pods.")
     generation_url: str | None = Field(
         default=None, description="Address of the vLLM server that generates the completions of grpo. Absent if the trainer generates them itself."
     )
@@ -171,15 +178,15 @@ class RunConfig(WireModel):
     def to_wire(self) -> dict[str, Any]:
         """Return the dict for JSON. Spec fields that trainer 0.1.0 does not know are omitted if their origin is `default`."""
         value = super().to_wire()
-        releases = fields_with_since(FineTuneJobSpec)
+        releases = map_fields_to_release(FineTuneJobSpec)
         default_paths = [path for path in releases if self.origin(path) is Origin.DEFAULT]
-        user_paths = [path for path in releases if path not in default_paths and value_at(value["spec"], path) is not None]
+        user_paths = [path for path in releases if path not in default_paths and get_value_at_path(value["spec"], path) is not None]
         required_releases = {value.pop("minTrainerVersion"), *(releases[path] for path in user_paths)}
         for path in default_paths:
-            remove_path(value["spec"], path)
+            remove_value_at_path(value["spec"], path)
         value["spec"].pop("prepare", None)  # trainer 0.1.0 does not know the group, and only the operator reads it
         mark_entries = [f"{_MARK_PREFIX}{origin} {path}" for path, origin in value.pop("origins").items()]
-        mark_entries.append(f"{_MARK_PREFIX}{_MIN_TRAINER_VERSION} {max(required_releases, key=version_key)}")
+        mark_entries.append(f"{_MARK_PREFIX}{_MIN_TRAINER_VERSION} {max(required_releases, key=version_sort_key)}")
         rolled_back_attempt = value["resume"].pop("rolledBackAttempt", None)
         if rolled_back_attempt is not None:
             mark_entries.append(f"{_MARK_PREFIX}{_ROLLED_BACK_ATTEMPT} {rolled_back_attempt}")
@@ -197,26 +204,26 @@ class RunConfig(WireModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _read_marks(cls, data: Any) -> Any:
-        return read_marks(data) if isinstance(data, dict) else data
+    def _read_marks(cls, raw_config: Any) -> Any:
+        return read_marks(raw_config) if isinstance(raw_config, dict) else raw_config
 
     def to_bytes(self) -> bytes:
         """Return canonical JSON with sorted keys and without spaces. The sha256 of these bytes is the configuration hash."""
         return json.dumps(self.to_wire(), sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
     @staticmethod
-    def sha256(data: bytes) -> str:
+    def sha256(run_json: bytes) -> str:
         """Return the configuration hash (hex) of the content of `run.json`."""
-        return hashlib.sha256(data).hexdigest()
+        return hashlib.sha256(run_json).hexdigest()
 
 
-def read_marks(data: dict[str, Any]) -> dict[str, Any]:
-    """Move the marks in the list `defaults` to their fields, and return the new dict."""
-    entries = data.get("defaults")
+def read_marks(raw_config: dict[str, Any]) -> dict[str, Any]:
+    """Return a copy of the raw `run.json` in which the marks of the list `defaults` are moved to their own fields."""
+    entries = raw_config.get("defaults")
     mark_entries = [entry for entry in entries if str(entry).startswith(_MARK_PREFIX)] if isinstance(entries, list) else []
     if not mark_entries:
-        return data
-    result = data | {"defaults": [entry for entry in data["defaults"] if entry not in mark_entries], "origins": {}}
+        return raw_config
+    result = raw_config | {"defaults": [entry for entry in raw_config["defaults"] if entry not in mark_entries], "origins": {}}
     for mark in mark_entries:
         key, _, value = mark.removeprefix(_MARK_PREFIX).partition(" ")
         if key == _MIN_TRAINER_VERSION:
@@ -237,17 +244,17 @@ def read_marks(data: dict[str, Any]) -> dict[str, Any]:
         elif key == _GENERATION_URL:
             result["generationUrl"] = value
         else:
-            # Treat an unknown origin as `user`, so that the trainer does not ignore the field.
+            # An unknown origin counts as `user`, so that the trainer refuses an unknown field instead of ignoring it.
             result["origins"][value] = key if key in list(Origin) else Origin.USER
     return result
 
 
 class HealthReport(ReportModel):
-    """Health of training. The operator uses this report to detect stalls, divergence and checkpoint problems."""
+    """Health of the training in a pod, from which the operator detects stalls, divergence and checkpoint problems."""
 
     healthy: bool = Field(
         default=True,
-        description="False while a loss or gradient norm is not finite, or a checkpoint could not be stored.",
+        description="Whether training is healthy. False while a loss or gradient norm is not finite, or a checkpoint could not be stored.",
     )
     seconds_since_step: float | None = Field(default=None, description="Seconds since the last optimizer step.")
     seconds_since_heartbeat: float | None = Field(
@@ -260,19 +267,18 @@ class HealthReport(ReportModel):
         default=None, description="Seconds from the start of the last checkpoint's upload to its commit."
     )
     checkpoint_problem: str | None = Field(
-        default=None, description="Reason and one sentence about a checkpoint that was skipped or is damaged."
+        default=None, description="Reason (a CamelCase word) and one sentence about a checkpoint that was skipped or is damaged."
     )
 
     tracker_problem: str | None = Field(
-        default=None, description="Reason and one sentence about a tracker that does not accept values at present."
+        default=None, description="Reason (a CamelCase word) and one sentence about a tracker that does not accept metrics at present."
     )
 
     @model_serializer(mode="wrap")
     def _write_old_name(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Also write `secondsSinceHeartbeat` under its old name.
 
-        Operator 0.1.0 reads this field only under its old name, `secondsSinceSign`. Without it, that operator would treat a long evaluation
-        as a stall.
+        Operator 0.1.0 reads only the old name, `secondsSinceSign`. Without this value, it would treat a long evaluation as a stall.
         """
         value: dict[str, Any] = handler(self)
         if value.get("secondsSinceHeartbeat") is not None:
@@ -284,7 +290,7 @@ class ProgressReport(ReportModel):
     """The response of `GET /progress`."""
 
     attempt: int = Field(description="Attempt of this pod.")
-    uid: str = Field(description="uid of the FineTuneJob. A different uid shows that the address now belongs to another job's pod.")
+    uid: str = Field(description="uid of the FineTuneJob. An unexpected uid shows that the pod's address now belongs to a pod of another job.")
     stage: Stage = Field(default=Stage.STARTING, description="What the pod is doing.")
     detail: str | None = Field(default=None, description="Details of the stage. Example: `model: 1.2 of 2.7 GB`.")
     progress: Progress = Field(default_factory=Progress)
@@ -294,14 +300,14 @@ class ProgressReport(ReportModel):
     output: Output | None = Field(default=None, description="The final model or adapter, as soon as it is committed.")
     evaluation: EvaluationResult | None = Field(default=None, description="Results of the evaluation after training.")
     resumed_from_step: int | None = Field(default=None, description="Optimizer step from which this attempt resumed.")
-    plan: RunPlan | None = Field(default=None, description="What the run is expected to need, and measured values.")
-    data: DataReport | None = Field(default=None, description="Counts of the data so far, from a preparation.")
+    plan: RunPlan | None = Field(default=None, description="Memory, work, time and cost that the plan expects for the run, and the measured values.")
+    data: DataReport | None = Field(default=None, description="Counts of the rows and tokens that a preparation has read so far.")
     resolved: ResolvedConfig = Field(
         default_factory=ResolvedConfig, description="The configuration in use, without fields that this trainer release does not know."
     )
     health: HealthReport = Field(default_factory=HealthReport)
     timings: dict[str, float] = Field(default_factory=dict, description="Durations of the stages in seconds, by name of the stage.")
-    time_use: TimeUse | None = Field(default=None, description="What the time since the start of this pod's container was used for.")
+    time_use: TimeUse | None = Field(default=None, description="What the container's time since its start was used for.")
 
 
 class GpuUsage(ReportModel):
@@ -322,12 +328,12 @@ class PodUsage(ReportModel):
 
 
 class StorageCheckResult(ReportModel):
-    """The termination message of the command `check-storage`."""
+    """The termination message of a pod that runs the command `check-storage`."""
 
     ok: bool = Field(description="Whether the pod can write, read and list in storage.")
     code: str = Field(default="", description="Code of the failure.")
-    message: str = Field(default="", description="What failed; for a success, what the store supports.")
-    hint: str = Field(default="", description="What to do.")
+    message: str = Field(default="", description="What failed or, after a success, what the store supports.")
+    hint: str = Field(default="", description="What the user can do after a failure.")
 
     def to_json(self) -> str:
         """Return the result as JSON of at most 4096 bytes, the kubelet's limit, without secrets."""
@@ -335,7 +341,7 @@ class StorageCheckResult(ReportModel):
 
 
 class TerminationMessage(ReportModel):
-    """The termination message: one JSON object below 4 KiB."""
+    """The termination message of a trainer pod: one JSON object of at most 4096 bytes."""
 
     class_: Annotated[FailureClass | None, Field(alias="class")] = None
     code: str | None = Field(default=None, description="Code of the failure, for programs. Example: `DatasetEmpty`.")
@@ -356,7 +362,7 @@ class TerminationMessage(ReportModel):
     )
     output: Output | None = None
     evaluation: EvaluationResult | None = None
-    data: DataReport | None = Field(default=None, description="Counts of the data, from a preparation.")
+    data: DataReport | None = Field(default=None, description="Counts of the rows and tokens that a preparation has read.")
     metrics: Metrics | None = None
     progress: Progress | None = None
     checkpoints: list[Checkpoint] = Field(default_factory=list)
@@ -364,22 +370,25 @@ class TerminationMessage(ReportModel):
     resumed_from_step: int | None = None
     resolved: ResolvedConfig | None = None
     plan: RunPlan | None = None
-    time_use: TimeUse | None = Field(default=None, description="What the time since the start of this pod's container was used for.")
+    time_use: TimeUse | None = Field(default=None, description="What the container's time since its start was used for.")
 
     def to_json(self) -> str:
-        """Return the message as JSON of at most 4096 bytes, the kubelet's limit, without secrets. Optional fields are dropped first, then long texts cut."""
-        return _termination_json(self.to_wire(), _DROPPED_PARTS)
+        """Return the message as JSON of at most 4096 bytes, the kubelet's limit, without secrets. If it is longer, optional fields are dropped, then texts are cut."""
+        return _termination_json(self.to_wire(), _PART_REMOVERS)
 
 
-def _termination_json(value: dict[str, Any], droppable_parts: tuple[Callable[[dict[str, Any]], None], ...] = ()) -> str:
-    """Replace the secrets in the texts, drop parts and cut the texts until the JSON fits. Everyone who may read a pod can read its termination message."""
+def _termination_json(value: dict[str, Any], part_removers: tuple[Callable[[dict[str, Any]], None], ...] = ()) -> str:
+    """Return the JSON of a termination message, shortened to at most 4096 bytes. `part_removers`: functions that shorten a message, in order of use.
+
+    Secrets in the message and in the hint are replaced, because everyone who may read a pod can read its termination message.
+    """
     texts = {key: redact_all(value[key], "[redacted]") for key in ("hint", "message") if isinstance(value.get(key), str)}
     value |= texts
-    for drop_part in droppable_parts:
+    for remove_part in part_removers:
         if len(_compact_json(value)) <= MAX_TERMINATION_BYTES:
             break
-        drop_part(value)
-    for key in sorted(texts, key=lambda one: len(texts[one]), reverse=True):  # The longest text first, so that a short hint stays whole.
+        remove_part(value)
+    for key in sorted(texts, key=lambda name: len(texts[name]), reverse=True):  # The longest text first, so that a short hint is not cut.
         excess = len(_compact_json(value)) - MAX_TERMINATION_BYTES
         if excess > 0:
             text = texts[key].encode(errors="replace")
@@ -398,32 +407,32 @@ def _drop_reasons_of_verification(message: dict[str, Any]) -> None:
         artefact.pop("reason", None)
 
 
-_DROPPED_PARTS: tuple[Callable[[dict[str, Any]], None], ...] = (
-    partial(remove_path, path="plan.memory"),
-    partial(remove_path, path="resolved"),
-    partial(remove_path, path="checkpoints"),
-    partial(remove_path, path="metrics"),
-    partial(remove_path, path="timeUse"),
+_PART_REMOVERS: tuple[Callable[[dict[str, Any]], None], ...] = (
+    partial(remove_value_at_path, path="plan.memory"),
+    partial(remove_value_at_path, path="resolved"),
+    partial(remove_value_at_path, path="checkpoints"),
+    partial(remove_value_at_path, path="metrics"),
+    partial(remove_value_at_path, path="timeUse"),
     _drop_texts_of_passed_gates,
-    partial(remove_path, path="evaluation.benchmarks"),
-    partial(remove_path, path="evaluation.metrics"),
-    partial(remove_path, path="evaluation"),
-    partial(remove_path, path="output.evaluation"),
+    partial(remove_value_at_path, path="evaluation.benchmarks"),
+    partial(remove_value_at_path, path="evaluation.metrics"),
+    partial(remove_value_at_path, path="evaluation"),
+    partial(remove_value_at_path, path="output.evaluation"),
     _drop_reasons_of_verification,
-    partial(remove_path, path="output.lineageUri"),
-    partial(remove_path, path="output.reportUri"),
-    partial(remove_path, path="output.publishedUri"),
-    partial(remove_path, path="output.mergedUri"),
-    partial(remove_path, path="output.hubUri"),
-    partial(remove_path, path="latestCheckpoint"),
-    partial(remove_path, path="checkpoint"),
+    partial(remove_value_at_path, path="output.lineageUri"),
+    partial(remove_value_at_path, path="output.reportUri"),
+    partial(remove_value_at_path, path="output.publishedUri"),
+    partial(remove_value_at_path, path="output.mergedUri"),
+    partial(remove_value_at_path, path="output.hubUri"),
+    partial(remove_value_at_path, path="latestCheckpoint"),
+    partial(remove_value_at_path, path="checkpoint"),
 )
-"""Functions that drop a part of a termination message that is too long, in the order of use.
+"""Functions that remove one part each from a termination message that is too long, in the order of use.
 
-The storage keeps all results of the evaluation. The last report and the status keep the dropped addresses.
+All results of the evaluation are also in storage. The last progress report and the status contain the removed addresses.
 """
 
 
 def _compact_json(value: dict[str, Any]) -> bytes:
-    """Return compact JSON in valid UTF-8. Incomplete characters, as at the end of a cut log line, are replaced to keep the message readable."""
+    """Return compact JSON in valid UTF-8. An incomplete character, such as at the end of a log line that was cut, is replaced by `?`."""
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode(errors="replace")

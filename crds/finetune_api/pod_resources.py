@@ -1,11 +1,12 @@
-"""CPU, memory, disk and shared memory of a pod, if the job does not set them.
+"""Defaults for the CPU, memory, disk and shared memory of a pod.
 
-Each value has this order: the node pool, `resources.perGpu` (only for pods with GPUs), `resources`, and last the built-in values of this module.
+A quantity that the job does not set comes from the first of these that sets it: the node pool, `resources.perGpu` (only for pods with GPUs) and
+`resources` in the operator's configuration, and the built-in values of this module.
 
-The built-in values for GPUs are chosen so that a pod fits on the smallest machines that clouds offer with its number of GPUs: 4 CPUs and 15 GiB
-of memory with one T4, 4 CPUs and 16 GiB with one A10G or L4. The machine's own components need a part of this. With a larger GPU, a pod needs
-more memory, because each rank loads weights and collects the state for checkpoints in the host's memory. All machines of the large clouds have
-at least two thirds of the GPUs' memory as host memory, so half of it fits.
+With the built-in values, a pod with GPUs fits on the smallest cloud machine with this number of GPUs: 4 CPUs and 15 GiB of memory with one T4,
+4 CPUs and 16 GiB with one A10G or L4. The values are lower than that, because the kubelet and the system need a part of the machine. A pod with
+larger GPUs needs more memory, because each rank loads weights and collects the state for checkpoints in host memory. Its built-in memory is half
+of the GPUs' memory. This fits, because machines of the large clouds have at least two thirds as much host memory as GPU memory.
 """
 
 from __future__ import annotations
@@ -17,52 +18,56 @@ from typing import Any
 from finetune_api.quantities import parse_amount
 
 POD_DEFAULTS = {"cpu": "1", "memory": "4Gi", "ephemeral_storage": "20Gi", "shared_memory": "1Gi"}
-"""Built-in values of a pod without GPUs. GPU pods had the same values before release 0.2.0."""
-GPU_CPUS = 3
-GPU_MEMORY_GIB = 10
-GPU_SHARED_MEMORY_GIB = 2
-"""NCCL and DeepSpeed exchange data between the ranks of a pod in /dev/shm."""
+"""Built-in quantity of each resource, for a pod without GPUs. Before release 0.2.0, pods with GPUs had the same quantities."""
+CPUS_PER_GPU = 3
+MIN_MEMORY_GIB_PER_GPU = 10
+SHARED_MEMORY_GIB_PER_GPU = 2
+"""Size of /dev/shm for each GPU. NCCL and DeepSpeed use /dev/shm to exchange data between the ranks of a pod."""
 GIB = 2**30
 
 
 @dataclass(frozen=True)
 class ConfiguredResources:
-    """The quantities that the operator's configuration sets, by the names of POD_DEFAULTS."""
+    """The quantities that the operator's configuration sets. All keys are keys of POD_DEFAULTS."""
 
-    pool: Mapping[str, Any] = field(default_factory=dict)
-    per_gpu: Mapping[str, Any] = field(default_factory=dict)
-    general: Mapping[str, Any] = field(default_factory=dict)
+    pool_quantities: Mapping[str, Any] = field(default_factory=dict)
+    """Quantities for each pod in the job's node pool."""
+    quantities_per_gpu: Mapping[str, Any] = field(default_factory=dict)
+    """Quantities for each GPU of a pod, in any pool."""
+    platform_quantities: Mapping[str, Any] = field(default_factory=dict)
+    """Quantities for each pod, in any pool."""
 
 
-def whole_gpus(gpu_resource: str, gpus: int) -> int:
-    """Return the number of whole GPUs. MIG slices (parts of a GPU) count as none: their pods get the same values as pods without GPUs."""
+def count_whole_gpus(gpu_resource: str, gpus: int) -> int:
+    """Return the number of whole GPUs of a pod: 0 for a pod with MIG slices (parts of a GPU), which gets the same defaults as a pod without GPUs."""
     return 0 if "/mig-" in gpu_resource else gpus
 
 
-def resources_of_pod(
+def choose_pod_resources(
     gpus: int, gpu_memory: str | int | None, configured: ConfiguredResources, *, has_former_defaults: bool = False
 ) -> dict[str, str]:
-    """Return each quantity of POD_DEFAULTS for a pod with this number of whole GPUs.
+    """Return the default quantity of each pod resource (the keys of POD_DEFAULTS), from the operator's configuration or the built-in values.
 
-    `gpu_memory`: the memory of one GPU, if the pool says it. `has_former_defaults`: the job began with the built-in values before release 0.2.0.
+    `gpus`: number of whole GPUs of the pod. `gpu_memory`: memory of one GPU, if the node pool sets it. `has_former_defaults`: whether the job
+    began before release 0.2.0 and keeps the built-in values of that time.
     """
-    built_in = POD_DEFAULTS if gpus == 0 or has_former_defaults else _gpu_defaults(gpus, gpu_memory)
-    layers = (configured.pool, _times_gpus(configured.per_gpu, gpus), configured.general)
+    built_in = POD_DEFAULTS if gpus == 0 or has_former_defaults else _compute_gpu_defaults(gpus, gpu_memory)
+    layers = (configured.pool_quantities, _multiply_by_gpus(configured.quantities_per_gpu, gpus), configured.platform_quantities)
     return {name: str(next((layer[name] for layer in layers if layer.get(name) is not None), built_in[name])) for name in POD_DEFAULTS}
 
 
-def _gpu_defaults(gpus: int, gpu_memory: str | int | None) -> dict[str, str]:
+def _compute_gpu_defaults(gpus: int, gpu_memory: str | int | None) -> dict[str, str]:
     gpu_memory_gib = int(parse_amount(str(gpu_memory)) / GIB) if gpu_memory is not None else 0
     return {
-        "cpu": str(GPU_CPUS * gpus),
-        "memory": f"{max(GPU_MEMORY_GIB, gpu_memory_gib // 2) * gpus}Gi",
+        "cpu": str(CPUS_PER_GPU * gpus),
+        "memory": f"{max(MIN_MEMORY_GIB_PER_GPU, gpu_memory_gib // 2) * gpus}Gi",
         "ephemeral_storage": POD_DEFAULTS["ephemeral_storage"],
-        "shared_memory": f"{GPU_SHARED_MEMORY_GIB * gpus}Gi",
+        "shared_memory": f"{SHARED_MEMORY_GIB_PER_GPU * gpus}Gi",
     }
 
 
-def _times_gpus(per_gpu: Mapping[str, Any], gpus: int) -> dict[str, str]:
-    """The configured values per GPU, multiplied by the number of GPUs, as whole millicores or bytes."""
+def _multiply_by_gpus(per_gpu: Mapping[str, Any], gpus: int) -> dict[str, str]:
+    """Return the quantities of a pod: those of one GPU, multiplied by the number of GPUs, in whole millicores or bytes. Empty without GPUs."""
     if gpus == 0:
         return {}
     return {

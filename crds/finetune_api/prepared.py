@@ -1,6 +1,6 @@
-"""How long prepared rows are kept: the marker `_USED` in each folder below `<storage.uri>/<namespace>/_prepared/`.
+"""The marker `_USED` in each folder below `<storage.uri>/<namespace>/_prepared/`, which says until when the prepared rows are kept.
 
-Each preparation that uses the rows, and the first pod of each attempt, moves the marker's time forward. After this
+Each preparation that uses the rows, and the first pod of each attempt that uses them, moves the marker's time forward. After this
 time, preparation pods and `finetune purge` may remove the rows.
 """
 
@@ -22,15 +22,15 @@ class UsedMarker(LenientModel):
     """Before this time, the rows are not removed."""
 
     @staticmethod
-    def parse(data: bytes | None) -> UsedMarker | None:
-        """Return the marker; None if it is missing or cannot be read."""
+    def parse(marker_json: bytes | None) -> UsedMarker | None:
+        """Return the marker, or None if it is missing or cannot be read."""
         try:
-            return UsedMarker.model_validate_json(data) if data is not None else None
+            return UsedMarker.model_validate_json(marker_json) if marker_json is not None else None
         except ValueError:
             return None
 
     def to_bytes(self) -> bytes:
-        """The content of the object."""
+        """Return the content of the object `_USED`."""
         return self.model_dump_json(by_alias=True).encode()
 
     def is_expired(self, now: datetime) -> bool:
@@ -38,19 +38,20 @@ class UsedMarker(LenientModel):
         return now >= self.until
 
 
-def renewed_marker(current: UsedMarker | None, now: datetime, ttl_days: int) -> UsedMarker:
+def renew_marker(current: UsedMarker | None, now: datetime, ttl_days: int) -> UsedMarker:
     """Return a marker that keeps the rows for `ttl_days`, and at least as long as the current marker does."""
     until = now.astimezone(UTC).replace(microsecond=0) + timedelta(days=ttl_days)
     return UsedMarker(until=until if current is None else max(until, current.until))
 
 
-def removal_order(keys: Iterable[str]) -> list[list[str]]:
-    """Group the keys of a folder with prepared rows in the order of their removal: commit marker, manifests, other files, `_USED`.
+def group_keys_for_removal(object_keys: Iterable[str]) -> list[list[str]]:
+    """Return groups of the objects in a folder with prepared rows, in the order of removal: commit marker, manifests, other files, `_USED`.
 
-    A reader then finds either a complete folder or none. An interrupted removal leaves `_USED`, so that a later removal continues.
+    With this order, a reader finds either the complete rows or no commit marker. An interrupted removal leaves `_USED`, so a later removal
+    can continue.
     """
     order = {Storage.COMMITTED.value: 0, Storage.MANIFEST.value: 1, USED_MARKER: 3}
     groups: dict[int, list[str]] = {}
-    for key in sorted(keys):
+    for key in sorted(object_keys):
         groups.setdefault(order.get(key.rpartition("/")[2], 2), []).append(key)
     return [groups[number] for number in sorted(groups)]

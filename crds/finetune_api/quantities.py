@@ -8,9 +8,9 @@ from decimal import Decimal
 from typing import Any
 
 CPU_PATTERN = r"^([0-9]+(\.[0-9]{1,3})?|\.[0-9]{1,3}|[0-9]+m)$"
-"""CPUs: `4`, `0.5`, `500m`."""
+"""A number of CPUs, such as `4`, `0.5` or `500m`."""
 SIZE_PATTERN = r"^([0-9]{7,}|[0-9]+(\.[0-9]+)?([KMGTPE]i|[kMGTPE])|[0-9]+[eE][0-9]+)$"
-"""Bytes with a unit: `32Gi`, `500M`. A number without a unit needs at least 7 digits, because users who write `4` almost always mean gibibytes."""
+"""A number of bytes, such as `32Gi` or `500M`. A number without a unit needs at least 7 digits, because users who write `4` usually mean `4Gi`."""
 MIN_SIZE_BYTES = 1_000_000
 _NUMBER_PATTERN = re.compile(r"^\s*[-+]?(\d+(?:\.\d+)?)\s*([A-Za-z%]*)\s*$")
 _UNIT_FACTORS: dict[str, int] = {"k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 10**15, "E": 10**18} | {
@@ -24,7 +24,7 @@ _ALL_UNIT_FACTORS: dict[str, int | Decimal] = {
 
 @dataclass(frozen=True)
 class QuantityKind:
-    """A kind of quantity: the pattern for strings, the minimum for integers, and a valid example."""
+    """A kind of quantity (CPUs or bytes): the pattern for strings, the minimum for integers, and a valid example."""
 
     pattern: str
     minimum: int
@@ -32,7 +32,7 @@ class QuantityKind:
 
     @property
     def schema(self) -> dict[str, Any]:
-        """Return the CRD schema of a field with this kind of quantity."""
+        """The CRD schema of a field with this kind of quantity."""
         return {"x-kubernetes-int-or-string": True, "pattern": self.pattern, "minimum": self.minimum}
 
 
@@ -40,8 +40,8 @@ CPU_KIND = QuantityKind(CPU_PATTERN, 1, "4")
 SIZE_KIND = QuantityKind(SIZE_PATTERN, MIN_SIZE_BYTES, "32Gi")
 
 
-def quantity_problem(value: str | int, kind: QuantityKind) -> tuple[str, str] | None:
-    """Return a problem and a hint for an invalid quantity. Return None for a valid quantity."""
+def find_quantity_problem(value: str | int, kind: QuantityKind) -> tuple[str, str] | None:
+    """Return (problem, hint) for an invalid quantity, or None for a valid one."""
     text = str(value)
     if isinstance(value, int) and value >= kind.minimum:
         return None
@@ -60,13 +60,13 @@ def quantity_problem(value: str | int, kind: QuantityKind) -> tuple[str, str] | 
 
 
 def parse_amount(text: str) -> Decimal:
-    """Convert a Kubernetes quantity to CPUs or bytes. Errors: decimal.InvalidOperation if the text is not a quantity."""
+    """Return the number of CPUs or bytes that a Kubernetes quantity means. Errors: decimal.InvalidOperation if the text is not a quantity."""
     unit = next((suffix for suffix in sorted(_ALL_UNIT_FACTORS, key=len, reverse=True) if text.endswith(suffix)), "")
     return Decimal(text.removesuffix(unit)) * _ALL_UNIT_FACTORS.get(unit, 1)
 
 
 def _suggest_quantity(text: str, kind: QuantityKind) -> str:
-    """Return the quantity that the user probably means. Return an empty string if the meaning is unclear."""
+    """Return the quantity that the user probably means, or an empty string if the meaning is unclear."""
     match = _NUMBER_PATTERN.match(text)
     if match is None or "%" in text or Decimal(match.group(1)) == 0:
         return ""

@@ -1,30 +1,31 @@
-"""The sheets in which people rate answers: file names, columns and scale. The trainer writes them, the command line reads them."""
+"""File names, columns and scale of the sheets in which people rate answers. The trainer writes these sheets, and the command line reads them."""
 
 from __future__ import annotations
 
 JSON_FILE, CSV_FILE = "human_rating.json", "human_rating.csv"
 KEY_FILE = "human_rating_key.json"
-"""File that names the model of each row. People who rate must not see this file."""
+"""File that says which model wrote the answer in each row. The raters must not see this file."""
 INSTRUCTIONS_FILE = "human_rating_instructions.txt"
-SCORES = ("relevance", "accuracy", "coherence", "overall")
-"""Columns that people fill in."""
-COLUMNS = ("id", "promptID", "model", "prompt", "response", *SCORES, "rater", "comments")
-LOWEST, HIGHEST = 1, 5
-TRAINED, BASE = "trained", "base"
-"""Names of the models in the key."""
+SCORE_COLUMNS = ("relevance", "accuracy", "coherence", "overall")
+"""Columns in which raters write a score."""
+COLUMNS = ("id", "promptID", "model", "prompt", "response", *SCORE_COLUMNS, "rater", "comments")
+LOWEST_SCORE, HIGHEST_SCORE = 1, 5
+TRAINED_MODEL, BASE_MODEL = "trained", "base"
+"""Names of the two models in KEY_FILE."""
 
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
 """A spreadsheet executes a cell as a formula if it begins with one of these characters (https://owasp.org/www-community/attacks/CSV_Injection)."""
 
 
-def as_plain_cell(text: str) -> str:
-    """Return a text that spreadsheets show unchanged. If the text would be a formula, an apostrophe is put in front."""
+def to_plain_cell(text: str) -> str:
+    """Return the text for a cell that spreadsheets never execute. Text that would be a formula gets an apostrophe in front."""
     return f"'{text}" if text.lstrip(" ").startswith(_FORMULA_STARTS) else text
 
 
 INSTRUCTIONS = f"""How to rate the answers
 
-Each row has a question (prompt) and an answer (response). Rate every answer on its own, with whole numbers from {LOWEST} (worst) to {HIGHEST} (best):
+Each row has a question (prompt) and an answer (response). Rate every answer on its own, \
+with whole numbers from {LOWEST_SCORE} (worst) to {HIGHEST_SCORE} (best):
 
 relevance   Does the answer address the question?
 accuracy    Are its statements correct?

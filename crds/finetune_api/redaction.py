@@ -1,10 +1,10 @@
 """Recognises secrets in text by their form, so that no message, log line, report or file shows them.
 
-The forms are those that public secret scanners look for, as far as they can be told from ordinary text: tokens with a fixed prefix, signed
-tokens, private keys, credentials in headers and URLs. A secret without any form, such as a bare password, cannot be recognised.
+It recognises the forms that public secret scanners look for and that ordinary text does not have: tokens with a fixed prefix, signed tokens,
+private keys, and credentials in headers and URLs. A secret without such a form, for example a bare password, is not recognised.
 
-Users and pods supply the text, so the time must grow only linearly with its length: no pattern repeats a group, and every repetition before the
-end of a pattern is bounded.
+Users and pods supply the text, so the time of a search must grow only linearly with the length of the text. Therefore no pattern repeats a
+group, and every repetition before the end of a pattern is bounded.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _PREFIXED_TOKENS = (
     r"eyJ[A-Za-z0-9_-]{10,4000}\.[A-Za-z0-9_-]{10,}(?:\.[A-Za-z0-9_-]+)?",  # JSON Web Tokens
 )  # fmt: skip
 _TOKEN_START = r"(?:(?<![A-Za-z0-9_])|(?<=\\[nrt])|(?<=%[0-9A-Fa-f]{2})|(?<=\[[0-9]m)|(?<=\[[0-9]{2}m))"  # noqa: S105 -- a pattern
-"""A token starts a word, or follows an escaped line break, an escaped character of a URL, or the code of a colour."""
+"""Matches where a token can start: at the start of a word, or after an escaped line break, an escaped character of a URL, or a colour code."""
 _QUERY_NAMES = r"[A-Za-z_-]{0,40}(?:token|key|keyid|secret|password|passwd|credential|sig|signature|auth)"
 _VALUE_NAMES = (
     r"secret[_-]?(?:access[_-]?)?key|secret|token|password|passwd|api[_-]?key|access[_-]?key|account[_-]?key|private[_-]?key|"
@@ -52,21 +52,21 @@ TOKEN_PATTERNS = (
     re.compile(rf"(?<=%26|%3F)({_QUERY_NAMES})(%3D)([^&%\s'\"<>]+(?:%2[0-57-9A-F][^&%\s'\"<>]{{0,500}})?)", re.IGNORECASE),
     re.compile(r"(hooks\.slack\.com/(?:services|workflows))(/)([A-Za-z0-9/_+]{20,})"),
 )
-"""Secrets that their own form shows. If a pattern has three groups, the first two are kept."""
+"""Patterns of secrets that are recognisable by their own form. If a pattern has three groups, only the third is replaced."""
 
 ASSIGNMENT_PATTERN = re.compile(rf"(?<![A-Za-z])({_VALUE_NAMES})([\"']?\s{{0,5}}[=:]\s{{0,5}}[\"']?)([^\s\"',;]{{4,}})", re.IGNORECASE)
-"""A value that its name shows, for example `password=...`. Texts that users write themselves, such as YAML files, contain such names without secrets."""
+"""Matches a value after a name that suggests a secret, as in `password=...`. Texts that users write, such as YAML files, contain such names without secrets."""
 
 
 def redact_tokens(text: str, replacement: str) -> str:
-    """Return the text with everything replaced whose form is that of a secret."""
+    """Return the text with every secret that is recognisable by its own form replaced by `replacement`."""
     for pattern in TOKEN_PATTERNS:
         text = _replace(pattern, text, replacement)
     return text
 
 
 def redact_all(text: str, replacement: str) -> str:
-    """Return the text without secrets, also without values that follow a name such as `password`."""
+    """Return the text with every secret replaced by `replacement`, and also every value that follows a name such as `password`."""
     return _replace(ASSIGNMENT_PATTERN, redact_tokens(text, replacement), replacement)
 
 
@@ -75,8 +75,8 @@ def _replace(pattern: re.Pattern[str], text: str, replacement: str) -> str:
 
 
 class RedactingFormatter(logging.Formatter):
-    """Formats log records without secrets, tracebacks included."""
+    """Formats log records and their tracebacks without secrets."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Format the record, then replace secrets."""
+        """Return the text of the record with all secrets replaced."""
         return redact_all(super().format(record), "[redacted]")

@@ -1,4 +1,4 @@
-"""Generate the reference pages in `docs/reference` from the CRD, the names and the rules.
+"""Generate the reference pages in `docs/reference` from the CRD, the shared names and the rules.
 
 `python -m finetune_api.reference FOLDER` writes the pages. `make verify` fails if a page is out of date.
 """
@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from finetune_api import names
-from finetune_api.base import member_docs, nested_groups
+from finetune_api.base import iterate_nested_groups, read_member_docs
 from finetune_api.exits import EXIT_POLICIES, RetryPolicy
 from finetune_api.rules import RULES
 from finetune_api.schema import PRINTER_COLUMNS, build_crd
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.support import UNSUPPORTED_FIELDS, wire_path
+from finetune_api.support import UNSUPPORTED_FIELDS, to_wire_path
 from finetune_api.troubleshooting import (
     CURE_OF_CONDITION,
     CURE_OF_EXIT_CODE,
@@ -34,33 +34,33 @@ def build_pages() -> dict[str, str]:
     """Return the text of each page, by file name."""
     root = build_crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]
     return {
-        "spec.md": GENERATED_NOTE + "# FineTuneJob: spec\n\n" + "\n".join(_sections("spec", root["spec"])),
-        "status.md": GENERATED_NOTE + "# FineTuneJob: status\n\n" + _columns_section() + "\n".join(_sections("status", root["status"])),
-        "names.md": GENERATED_NOTE + _names_page(),
-        "rules.md": GENERATED_NOTE + _rules_page(),
-        "troubleshooting.md": GENERATED_NOTE + _troubleshooting_page(),
+        "spec.md": GENERATED_NOTE + "# FineTuneJob: spec\n\n" + "\n".join(_iterate_sections("spec", root["spec"])),
+        "status.md": GENERATED_NOTE + "# FineTuneJob: status\n\n" + _make_columns_section() + "\n".join(_iterate_sections("status", root["status"])),
+        "names.md": GENERATED_NOTE + _build_names_page(),
+        "rules.md": GENERATED_NOTE + _build_rules_page(),
+        "troubleshooting.md": GENERATED_NOTE + _build_troubleshooting_page(),
     }
 
 
-def _sections(path: str, schema: dict[str, Any]) -> Iterator[str]:
-    """Yield a section with the table of an object's fields, then the sections of all nested objects."""
+def _iterate_sections(path: str, schema: dict[str, Any]) -> Iterator[str]:
+    """Yield the section of an object, with a table of its fields, then the sections of all nested objects."""
     yield f"## {path}\n\n| field | type | meaning |\n|---|---|---|"
     for name, value in schema["properties"].items():
-        yield f"| `{name}` | {_type_text(value)} | {_escape_cell(value.get('description', ''))} |"
+        yield f"| `{name}` | {_format_type(value)} | {_escape_cell(value.get('description', ''))} |"
     yield ""
     for name, value in schema["properties"].items():
         inner, suffix = (value["items"], "[]") if value.get("type") == "array" else (value, "")
         if inner.get("properties"):
-            yield from _sections(f"{path}.{name}{suffix}", inner)
+            yield from _iterate_sections(f"{path}.{name}{suffix}", inner)
 
 
-def _type_text(value: dict[str, Any]) -> str:
+def _format_type(value: dict[str, Any]) -> str:
     if "x-kubernetes-int-or-string" in value:
         return "quantity"
     if value["type"] == "array":
-        return f"list of {_type_text(value['items'])}"
+        return f"list of {_format_type(value['items'])}"
     if "additionalProperties" in value:
-        return f"map of {_type_text(value['additionalProperties'])}"
+        return f"map of {_format_type(value['additionalProperties'])}"
     if "enum" in value:
         return " \\| ".join(f"`{word}`" for word in value["enum"])
     low = f"{'>' if value.get('exclusiveMinimum') else '≥'} {value['minimum']:g}" if "minimum" in value else ""
@@ -72,7 +72,7 @@ def _escape_cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
 
 
-def _columns_section() -> str:
+def _make_columns_section() -> str:
     rows = [
         f"| {name.upper()} | `{path}` | {'wide' if wide else 'always'} | {text} |"
         for name, _, path, wide, text in PRINTER_COLUMNS
@@ -89,27 +89,27 @@ def _columns_section() -> str:
     )
 
 
-def _enum_table(title: str, enum_class: type[Enum]) -> str:
-    member_texts = member_docs(enum_class)
+def _make_enum_table(title: str, enum_class: type[Enum]) -> str:
+    member_texts = read_member_docs(enum_class)
     rows = [f"| `{member.value}` | {_escape_cell(member_texts.get(member.name, ''))} |" for member in enum_class]
     return "\n".join([f"## {title}\n", "| name | meaning |", "|---|---|", *rows, "", ""])
 
 
-def _exit_codes() -> str:
+def _make_exit_codes_section() -> str:
     """Return a table of the exit codes and a table of the retry policies."""
-    descriptions = member_docs(names.ExitCode)
+    descriptions = read_member_docs(names.ExitCode)
     rows = []
     for code in names.ExitCode:
         policy = EXIT_POLICIES.get(code)
         cells = [policy.failure_class, policy.default_failure_code, policy.retry_policy, policy.default_hint] if policy else [""] * 4
         rows.append(f"| {code:d} | {_escape_cell(descriptions[code.name])} | " + " | ".join(_escape_cell(str(cell)) for cell in cells) + " |")
     header = "| code | meaning | `failure.class` | `failure.code` | retry policy | hint |"
-    retries = _enum_table("Retry policies after a failed attempt", RetryPolicy)
+    retries = _make_enum_table("Retry policies after a failed attempt", RetryPolicy)
     return "\n".join(["## Exit codes of a pod\n", header, "|---|---|---|---|---|---|", *rows, "", "", retries])
 
 
-def _names_page() -> str:
-    parts: list[tuple[str, type[Enum]]] = [
+def _build_names_page() -> str:
+    enums: list[tuple[str, type[Enum]]] = [
         ("Labels on objects that the operator creates", names.Label),
         ("Annotations", names.Annotation),
         ("Conditions", names.Condition),
@@ -117,18 +117,18 @@ def _names_page() -> str:
         ("Environment variables of the trainer container", names.Env),
         ("Names in storage", names.Storage),
     ]
-    return "# Names shared by operator, trainer and CLI\n\n" + "\n".join(_enum_table(title, enum) for title, enum in parts) + "\n" + _exit_codes()
+    return "# Names shared by operator, trainer and CLI\n\n" + "\n".join(_make_enum_table(title, enum) for title, enum in enums) + "\n" + _make_exit_codes_section()
 
 
-def _rules_page() -> str:
+def _build_rules_page() -> str:
     messages = {rule.code: [rule.message] if rule.cel else [] for rule in RULES}
-    for cel in dict.fromkeys(cel for group in nested_groups(FineTuneJobSpec) for cel in group.cel):
+    for cel in dict.fromkeys(cel for group in iterate_nested_groups(FineTuneJobSpec) for cel in group.cel):
         messages[cel.code].append(cel.message)
     rows = [
         f"| `{rule.code}` | {'API server, ' if messages[rule.code] else ''}operator, command line | {_escape_cell('; '.join(messages[rule.code]))} |"
         for rule in RULES
     ]
-    unsupported = [f"| `{wire_path(row.path)}` | {_escape_cell(row.hint)} |" for row in UNSUPPORTED_FIELDS]
+    unsupported = [f"| `{to_wire_path(row.path)}` | {_escape_cell(row.hint)} |" for row in UNSUPPORTED_FIELDS]
     return "\n".join(
         [
             "# Rules\n", "## Cross-field rules\n", "| rule | checked by | message of the API server |", "|---|---|---|", *rows,
@@ -147,50 +147,50 @@ TROUBLESHOOTING_INTRODUCTION = """\
    `kubectl describe finetunejob JOB`.
 2. `finetune logs JOB` shows the logs of the newest attempt.
 3. Look up the reason, the exit code or the failure code on this page.
-4. `finetune support-bundle JOB` writes an archive for a bug report, without Secrets. Check it before you share it.
+4. `finetune support-bundle JOB` writes an archive for a bug report, without Secrets. Check the archive before you share it.
 
-`status.failure.code` has a code of one of the tables "Failure codes" or, if the trainer repeats a check of the spec, of "Rules". If the code is not on
-this page, it is the name of a Python exception, `ExitCode` with a number, or the name that Kubernetes gives to the end of a pod (for example
-`EvictionByEvictionAPI`). The message then comes from the library or from Kubernetes.
+`status.failure.code` contains a code from one of the tables "Failure codes". If the trainer refuses the spec, it contains a code from the table
+"Rules". A code that is not on this page is the name of a Python exception, `ExitCode` with a number, or the reason that Kubernetes gives for the end
+of a pod (for example `EvictionByEvictionAPI`). The message then comes from the library or from Kubernetes.
 """
 
 
-def _troubleshooting_page() -> str:
+def _build_troubleshooting_page() -> str:
     parts = [
         TROUBLESHOOTING_INTRODUCTION,
-        _cure_table("Conditions", names.Condition, {key.value: text for key, text in CURE_OF_CONDITION.items()}),
-        _cure_table("Reasons of conditions, attempts and events", names.Reason, {key.value: text for key, text in CURE_OF_REASON.items()}),
-        _exit_cure_table(),
-        *(_remedy_table(f"Failure codes: {subject}", remedies) for subject, remedies in FAILURE_REMEDIES.items()),
-        _remedy_table("Rules: why a spec is refused", RULE_REMEDIES),
+        _make_cure_table("Conditions", names.Condition, {key.value: text for key, text in CURE_OF_CONDITION.items()}),
+        _make_cure_table("Reasons of conditions, attempts and events", names.Reason, {key.value: text for key, text in CURE_OF_REASON.items()}),
+        _make_exit_cure_table(),
+        *(_make_remedy_table(f"Failure codes: {subject}", remedies) for subject, remedies in FAILURE_REMEDIES.items()),
+        _make_remedy_table("Rules: why a spec is refused", RULE_REMEDIES),
     ]
     return "\n".join(parts)
 
 
-def _cure_table(title: str, enum_class: type[Enum], cures: dict[str, str]) -> str:
-    meanings = member_docs(enum_class)
+def _make_cure_table(title: str, enum_class: type[Enum], cures: dict[str, str]) -> str:
+    meanings = read_member_docs(enum_class)
     rows = [f"| `{member.value}` | {_escape_cell(meanings[member.name])} | {_escape_cell(cures[member.value])} |" for member in enum_class]
     return "\n".join([f"## {title}\n", "| name | meaning or cause | what to do |", "|---|---|---|", *rows, ""])
 
 
-def _exit_cure_table() -> str:
-    meanings = member_docs(names.ExitCode)
+def _make_exit_cure_table() -> str:
+    meanings = read_member_docs(names.ExitCode)
     cures = {int(code): text for code, text in CURE_OF_EXIT_CODE.items()} | {int(code): policy.default_hint for code, policy in EXIT_POLICIES.items()}
-    rows = [f"| {code:d} | {_escape_cell(meanings[code.name])} | {_escape_cell(_sentence(cures[code]))} |" for code in names.ExitCode]
+    rows = [f"| {code:d} | {_escape_cell(meanings[code.name])} | {_escape_cell(_to_sentence(cures[code]))} |" for code in names.ExitCode]
     return "\n".join(["## Exit codes of a pod\n", "| code | cause | what to do |", "|---|---|---|", *rows, ""])
 
 
-def _remedy_table(title: str, remedies: tuple[Remedy, ...]) -> str:
+def _make_remedy_table(title: str, remedies: tuple[Remedy, ...]) -> str:
     rows = [f"| `{row.code}` | {_escape_cell(row.cause)} | {_escape_cell(row.cure)} |" for row in sorted(remedies, key=lambda row: row.code)]
     return "\n".join([f"## {title}\n", "| code | cause | cure |", "|---|---|---|", *rows, ""])
 
 
-def _sentence(text: str) -> str:
+def _to_sentence(text: str) -> str:
     return text[0].upper() + text[1:].rstrip(".") + "."
 
 
 def main() -> None:
-    """Write all pages into a folder. The first command-line argument is the folder's path."""
+    """Write all pages into the folder whose path is the first command-line argument."""
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in build_pages().items():

@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from finetune_api import names
-from finetune_api.base import DEFAULT_KEY, DEFAULT_TEXT_KEY, EXAMPLE_KEY, Group, member_docs
+from finetune_api.base import DEFAULT_KEY, DEFAULT_TEXT_KEY, EXAMPLE_KEY, Group, read_member_docs
 from finetune_api.rules import RULES
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import FineTuneJobStatus
@@ -25,9 +25,9 @@ from finetune_api.status import FineTuneJobStatus
 Schema = dict[str, Any]
 
 MUTABLE_FIELDS = ("suspend", "cancel", "policy", "placement")
-"""Mutable fields of the spec. Some fields inside `policy` and `placement` are immutable, as are all other fields of the spec."""
-MUTABLE_POLICY = ("activeDeadlineSeconds", "ttlSecondsAfterFinished", "maxCost")
-"""Mutable fields of `spec.policy`."""
+"""Fields of the spec that can change after the job is created. Some fields inside `policy` and `placement` are immutable nevertheless."""
+MUTABLE_POLICY_FIELDS = ("activeDeadlineSeconds", "ttlSecondsAfterFinished", "maxCost")
+"""Fields of `spec.policy` that can change after the job is created."""
 LIST_MAP_KEYS = {
     ("status", "conditions"): ["type"],
     ("status", "attempts"): ["number"],
@@ -35,7 +35,7 @@ LIST_MAP_KEYS = {
     ("spec", "placement", "volumes"): ["name"],
     ("spec", "placement", "volumeMounts"): ["mountPath"],
 }
-"""Keys of the lists with `x-kubernetes-list-type: map`, by path."""
+"""The lists with `x-kubernetes-list-type: map`: path of the list, and the names of the fields that identify an item."""
 
 PRINTER_COLUMNS: tuple[tuple[str, str, str, int, str], ...] = (
     ("Status", "string", ".status.phase", 0, "Phase of the job."),
@@ -43,7 +43,7 @@ PRINTER_COLUMNS: tuple[tuple[str, str, str, int, str], ...] = (
     ("Loss", "number", ".status.metrics.trainLoss", 0, "Latest training loss."),
     ("ETA", "string", ".status.progress.eta", 0, "Estimated time to the end of training."),
     ("Workers", "string", ".status.workers.display", 0, "Number of ready pods / number of all pods."),
-    ("Restarts", "integer", ".status.restarts", 0, "Number of attempts after the first attempt."),
+    ("Restarts", "integer", ".status.restarts", 0, "Number of attempts after the first one."),
     ("Reason", "string", ".status.reason", 0, "Reason why the job waits or failed, in one word."),
     ("Age", "date", ".metadata.creationTimestamp", 0, "Time since the job was created."),
     ("Model", "string", ".status.resolved.modelName", 1, "Short name of the base model."),
@@ -57,7 +57,7 @@ SELECTABLE_PATHS = (".status.phase", ".spec.model.source", ".spec.placement.queu
 
 
 def describe_field(field_info: FieldInfo) -> str:
-    """Return the description of a field for `kubectl explain`: meaning, values, default, example."""
+    """Return the description of a field in the CRD: its meaning, values, default and example."""
     text = (field_info.description or "").strip()
     extra = field_info.json_schema_extra if isinstance(field_info.json_schema_extra, dict) else {}
     text += explain_values(field_info.annotation)
@@ -71,11 +71,11 @@ def describe_field(field_info: FieldInfo) -> str:
 
 
 def explain_values(annotation: Any) -> str:
-    """Return a sentence for each value of an enumeration. For other types, return an empty string."""
+    """Return the explanations of all values of an enumeration, or an empty string for any other type."""
     enum = _find_enum(annotation)
     if enum is None:
         return ""
-    docs_by_member = member_docs(enum)
+    docs_by_member = read_member_docs(enum)
     return " Values: " + " ".join(f"`{member.value}`: {docs_by_member[member.name]}" for member in enum)
 
 
@@ -89,13 +89,13 @@ def _to_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def model_schema(model: type[BaseModel], path: tuple[str, ...]) -> Schema:
-    """Return the structural schema of the model at `path`."""
+def make_model_schema(model: type[BaseModel], path: tuple[str, ...]) -> Schema:
+    """Return the structural schema of a pydantic model. `path`: names of the fields that lead to the model."""
     properties: Schema = {}
     required_names: list[str] = []
     for name, field_info in model.model_fields.items():
         wire_name = field_info.alias or name
-        schema = type_schema(field_info.annotation, list(field_info.metadata), (*path, wire_name))
+        schema = make_type_schema(field_info.annotation, list(field_info.metadata), (*path, wire_name))
         schema = {"description": describe_field(field_info), **schema}
         if field_info.is_required():
             required_names.append(wire_name)
@@ -105,37 +105,37 @@ def model_schema(model: type[BaseModel], path: tuple[str, ...]) -> Schema:
     result: Schema = {"type": "object", "properties": properties}
     if required_names:
         result["required"] = required_names
-    rules = [{"rule": expression, "message": message} for expression, message in _rules(model, path)]
+    rules = [{"rule": expression, "message": message} for expression, message in _iterate_cel_rules(model, path)]
     if rules:
         result["x-kubernetes-validations"] = rules
     return result
 
 
-def _rules(model: type[BaseModel], path: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+def _iterate_cel_rules(model: type[BaseModel], path: tuple[str, ...]) -> Iterator[tuple[str, str]]:
     if issubclass(model, Group):
         yield from ((rule.expression, rule.message) for rule in model.cel)
     if path == ("spec",):
         yield from ((rule.cel, rule.message) for rule in RULES if rule.cel)
 
 
-def type_schema(annotation: Any, metadata: list[Any], path: tuple[str, ...]) -> Schema:
-    """Return the schema of an annotated type. `metadata` contains the constraints from outer annotations."""
+def make_type_schema(annotation: Any, metadata: list[Any], path: tuple[str, ...]) -> Schema:
+    """Return the structural schema of a type annotation. `metadata`: constraints of the annotations around it. `path`: the field, for error messages."""
     origin = get_origin(annotation)
     if origin is Annotated:
         inner, *more = get_args(annotation)
-        return type_schema(inner, [*metadata, *more], path)
+        return make_type_schema(inner, [*metadata, *more], path)
     if origin in (Union, types.UnionType):
         options = [arg for arg in get_args(annotation) if arg is not type(None)]
         if len(options) == 1:
-            return type_schema(options[0], metadata, path)
+            return make_type_schema(options[0], metadata, path)
         if set(options) == {str, int}:
-            return {"anyOf": [{"type": "integer"}, {"type": "string"}], **_int_or_string(metadata)}
+            return {"anyOf": [{"type": "integer"}, {"type": "string"}], **_make_quantity_schema(metadata)}
         raise TypeError(f"{'.'.join(path)}: a structural schema has no union types: {annotation}")
     if origin is Literal:
         return {"type": "string", "enum": list(get_args(annotation))}
     if origin is list:
         (item,) = get_args(annotation)
-        schema: Schema = {"type": "array", "items": type_schema(item, [], (*path, "*")), **_length_bounds(metadata, "Items")}
+        schema: Schema = {"type": "array", "items": make_type_schema(item, [], (*path, "*")), **_make_length_bounds(metadata, "Items")}
         keys = LIST_MAP_KEYS.get(path)
         return schema | (
             {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": keys}
@@ -148,15 +148,15 @@ def type_schema(annotation: Any, metadata: list[Any], path: tuple[str, ...]) -> 
             return {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
         return {
             "type": "object",
-            "additionalProperties": type_schema(value, [], (*path, "*")),
-            **_length_bounds(metadata, "Properties"),
+            "additionalProperties": make_type_schema(value, [], (*path, "*")),
+            **_make_length_bounds(metadata, "Properties"),
         }
-    return _scalar_schema(annotation, metadata, path)
+    return _make_scalar_schema(annotation, metadata, path)
 
 
-def _scalar_schema(annotation: type, metadata: list[Any], path: tuple[str, ...]) -> Schema:
+def _make_scalar_schema(annotation: type, metadata: list[Any], path: tuple[str, ...]) -> Schema:
     if issubclass(annotation, BaseModel):
-        return model_schema(annotation, path)
+        return make_model_schema(annotation, path)
     if issubclass(annotation, Enum):
         return {"type": "string", "enum": [member.value for member in annotation]}
     if issubclass(annotation, datetime):
@@ -164,16 +164,16 @@ def _scalar_schema(annotation: type, metadata: list[Any], path: tuple[str, ...])
     if issubclass(annotation, bool):
         return {"type": "boolean"}
     if issubclass(annotation, int):
-        return {"type": "integer", "format": "int64", **_number_bounds(metadata)}
+        return {"type": "integer", "format": "int64", **_make_number_bounds(metadata)}
     if issubclass(annotation, float):
-        return {"type": "number", **_number_bounds(metadata)}
+        return {"type": "number", **_make_number_bounds(metadata)}
     if issubclass(annotation, str):
-        return {"type": "string", **_length_bounds(metadata, "Length"), **_pattern_schema(metadata)}
+        return {"type": "string", **_make_length_bounds(metadata, "Length"), **_make_pattern_schema(metadata)}
     raise TypeError(f"{'.'.join(path)}: no structural schema for {annotation}")
 
 
 def iterate_constraints(metadata: list[Any]) -> Iterator[tuple[str, Any]]:
-    """Yield (name, value) of every constraint in `Field`, `StringConstraints` or other annotations."""
+    """Yield (name, value) of every constraint in the metadata of an annotation, such as (`ge`, 1)."""
     for item in metadata:
         parts = [*item.metadata, item] if isinstance(item, FieldInfo) else [item]
         for part in parts:
@@ -186,11 +186,11 @@ def iterate_constraints(metadata: list[Any]) -> Iterator[tuple[str, Any]]:
                 yield "enum", extra["enum"]
 
 
-def _number_bounds(metadata: list[Any]) -> Schema:
-    """Return the bounds of a number.
+def _make_number_bounds(metadata: list[Any]) -> Schema:
+    """Return the part of a number's schema that contains its bounds.
 
-    A fractional bound becomes a CEL rule, because the API server compares integers with a truncated bound: the value `0` would violate
-    `maximum: 0.5, exclusiveMaximum: true`.
+    A fractional bound becomes a CEL rule, because the API server truncates the bound before it compares it with an integer: with
+    `maximum: 0.5, exclusiveMaximum: true`, it would refuse the value `0`.
     """
     schema: Schema = {}
     for name, value in iterate_constraints(metadata):
@@ -208,8 +208,8 @@ def _number_bounds(metadata: list[Any]) -> Schema:
     return schema
 
 
-def _int_or_string(metadata: list[Any]) -> Schema:
-    """Return the schema of a quantity. `pattern` constrains strings; `minimum` constrains integers."""
+def _make_quantity_schema(metadata: list[Any]) -> Schema:
+    """Return the schema of a quantity. Its `pattern` applies to strings, and its `minimum` to integers."""
     extras = [item.json_schema_extra for item in metadata if isinstance(item, FieldInfo)]
     return next((extra for extra in extras if isinstance(extra, dict)), {"x-kubernetes-int-or-string": True})
 
@@ -219,13 +219,13 @@ CEL_COMPARISONS = {
 }  # fmt: skip
 
 
-def _length_bounds(metadata: list[Any], length_suffix: str) -> Schema:
-    """Return the bounds of a length, such as `maxItems`. `unit` is `Items`, `Properties` or `Length`."""
+def _make_length_bounds(metadata: list[Any], length_suffix: str) -> Schema:
+    """Return the bounds of a length, such as `maxItems`. `length_suffix`: `Items`, `Properties` or `Length`."""
     constraint_values = dict(iterate_constraints(metadata))
     return {f"{bound_name}{length_suffix}": constraint_values[f"{bound_name}_length"] for bound_name in ("min", "max") if f"{bound_name}_length" in constraint_values}
 
 
-def _pattern_schema(metadata: list[Any]) -> Schema:
+def _make_pattern_schema(metadata: list[Any]) -> Schema:
     constraint_values = dict(iterate_constraints(metadata))
     return {"pattern": constraint_values["pattern"]} if "pattern" in constraint_values else {}
 
@@ -235,7 +235,7 @@ def add_immutability_rules(spec: Schema) -> None:
     policy, placement = spec["properties"]["policy"], spec["properties"]["placement"]
     policy["default"], placement["default"] = {}, {}
     _forbid_change(spec, "spec", [wire_name for wire_name in spec["properties"] if wire_name not in MUTABLE_FIELDS])
-    _forbid_change(policy, "spec.policy", [wire_name for wire_name in policy["properties"] if wire_name not in MUTABLE_POLICY])
+    _forbid_change(policy, "spec.policy", [wire_name for wire_name in policy["properties"] if wire_name not in MUTABLE_POLICY_FIELDS])
     _forbid_change(placement, "spec.placement", [wire_name for wire_name in placement["properties"] if wire_name != "queueName"])
     _add_cel_rule(
         spec, "self.placement == oldSelf.placement || oldSelf.suspend || (has(self.placement.queueName) ? self.placement.queueName : '') == (has(oldSelf.placement.queueName) ? oldSelf.placement.queueName : '')",
@@ -250,10 +250,10 @@ def add_immutability_rules(spec: Schema) -> None:
 
 
 def _forbid_change(schema: Schema, path: str, wire_names: list[str]) -> None:
-    """Forbid changing the fields `wires` of a group, and adding or removing these fields.
+    """Forbid changing, adding or removing the fields `wire_names` of a group. `path`: path of the group, for error messages.
 
-    The API server runs CEL rules at every status write, so the rules must be cheap. The rule of a field does not run if the field is
-    absent. The rule of the group compares only the presence of fields.
+    The API server runs CEL rules at every status write, so the rules must be cheap. Each field has a rule that compares its value, and
+    does not run if the field is absent. The group has one rule that compares only which fields are present.
     """
     immutable_message = "cannot change after creation: create a new FineTuneJob"
     for wire_name in wire_names:
@@ -271,14 +271,14 @@ def _add_cel_rule(schema: Schema, rule: str, **message_fields: str) -> None:
 
 
 def build_crd() -> Schema:
-    """The CustomResourceDefinition."""
-    spec = model_schema(FineTuneJobSpec, ("spec",))
+    """Return the CustomResourceDefinition of FineTuneJob."""
+    spec = make_model_schema(FineTuneJobSpec, ("spec",))
     add_immutability_rules(spec)
-    status = model_schema(FineTuneJobStatus, ("status",))
+    status = make_model_schema(FineTuneJobStatus, ("status",))
     status["properties"]["observedGeneration"]["default"] = -1
     status["default"] = {"observedGeneration": -1}
-    # Only the operator writes the status, and always writes the whole status. With an atomic map, the API server does not record the
-    # owner of each field. Such a record would be as long as the status and would take a quarter of the time of each write.
+    # Only the operator writes the status, and it always writes the whole status. With an atomic map, the API server does not record the
+    # owner of each field. These entries would be as long as the status itself and would take a quarter of the time of each write.
     status["x-kubernetes-map-type"] = "atomic"
     root = {
         "type": "object",
@@ -311,7 +311,7 @@ def build_crd() -> Schema:
             },
             "versions": [{
                 "name": names.VERSION, "served": True, "storage": True, "subresources": {"status": {}},
-                "additionalPrinterColumns": [_printer_column(*column) for column in PRINTER_COLUMNS],
+                "additionalPrinterColumns": [_make_printer_column(*column) for column in PRINTER_COLUMNS],
                 "selectableFields": [{"jsonPath": path} for path in SELECTABLE_PATHS],
                 "schema": {"openAPIV3Schema": root},
             }],
@@ -319,7 +319,7 @@ def build_crd() -> Schema:
     }  # fmt: skip
 
 
-def _printer_column(name: str, column_type: str, path: str, priority: int, description: str) -> Schema:
+def _make_printer_column(name: str, column_type: str, path: str, priority: int, description: str) -> Schema:
     column = {"name": name, "type": column_type, "jsonPath": path, "description": description}
     return column | ({"priority": priority} if priority else {})
 
@@ -328,7 +328,7 @@ GENERATED_HEADER = "# Generated from crds/finetune_api by `make generate`; `make
 
 
 def crd_yaml() -> str:
-    """Return the CRD as YAML with the same meaning in YAML 1.1 and 1.2. kubectl and Helm use YAML 1.1, in which an unquoted `no` is false."""
+    """Return the CRD as YAML that means the same in YAML 1.1 and 1.2. kubectl and Helm read YAML 1.1, in which an unquoted `no` is false."""
     from io import StringIO
 
     from ruamel.yaml import YAML
@@ -344,7 +344,7 @@ AMBIGUOUS_WORDS = frozenset({"y", "n", "yes", "no", "on", "off", "true", "false"
 
 
 def _quote_ambiguous_words(value: Any) -> Any:
-    """Return a copy of `value` in which strings are quoted if YAML 1.1 would read them as booleans or null."""
+    """Return a copy of `value` in which every string that YAML 1.1 would read as a boolean or as null is quoted."""
     from ruamel.yaml.scalarstring import SingleQuotedScalarString
 
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Recognise usual mistakes in sources, such as `gs://bucket/key` or the page of a hub repository, and suggest the correct source."""
+"""Recognise common mistakes in sources, such as `gs://bucket/key` or the web page of a hub repository, and suggest the correct source."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import re
 from urllib.parse import urlsplit
 
 S3_SPELLINGS = ("s3a", "s3n")
-"""Schemes of Hadoop for S3."""
+"""Hadoop's URL schemes for S3."""
 S3_COMPATIBLE_STORES = {
     "gs": "https://storage.googleapis.com", "gcs": "https://storage.googleapis.com", "minio": "http://minio:9000",
     "r2": "https://ACCOUNT.r2.cloudflarestorage.com", "oss": "https://oss-REGION.aliyuncs.com", "cos": "https://cos.REGION.myqcloud.com",
 }  # fmt: skip
-"""Schemes of other stores with an S3 interface, and an endpoint of this interface."""
+"""Maps the URL scheme of another store with an S3 interface to the endpoint of this interface, or to an example of one."""
 STORES_WITHOUT_S3 = ("az", "abfs", "abfss", "wasb", "wasbs", "adl", "hdfs", "dbfs", "ftp", "sftp", "git", "ssh", "nfs")
 _SCHEME_WITHOUT_SLASHES = re.compile(r"^(s3|hf|pvc|configmap|file):/?(?!/)(\S+)$", re.IGNORECASE)
 _S3_ARN = re.compile(r"^arn:[a-z-]+:s3:::(\S+)$")
@@ -24,13 +24,13 @@ _HUB_FILE_PAGE = re.compile(r"^/(?:datasets/)?[\w.-]+/[\w.-]+/blob/")
 _GITHUB_FILE_PAGE = re.compile(r"^/([\w.-]+/[\w.-]+)/blob/(.+)$")
 
 
-def explain_mistake(text: str, path: str) -> tuple[str, str] | None:
-    """Return (problem, what to write) for a usual mistake in the source at the spec path `path`. Return None for any other text."""
+def explain_mistake(text: str, spec_path: str) -> tuple[str, str] | None:
+    """Return (problem, what to write) for a source with a common mistake, or None for any other text. `spec_path`: path of the source in the spec."""
     if match := _S3_ARN.match(text):
         return "this is an ARN and not an address", f"s3://{match[1]}"
     scheme, separator, address = text.partition("://")
     if separator:
-        return _explain_scheme(scheme, address, path) or _explain_web_page(text)
+        return _explain_scheme(scheme, address, spec_path) or _explain_web_page(text)
     if has_placeholder(text):
         return "this is a placeholder, and a FineTuneJob has no variables", "the value itself"
     if match := _SCHEME_WITHOUT_SLASHES.match(text):
@@ -38,18 +38,18 @@ def explain_mistake(text: str, path: str) -> tuple[str, str] | None:
         return f"`//` is missing after `{match[1]}:`", f"{match[1].lower()}{slashes}{match[2]}"
     if _WINDOWS_PATH.search(text):
         file_name = re.split(r"[\\/]", text.rstrip("\\/"))[-1]
-        return "this seems to be a local path, but pods cannot read files of your machine", f"s3://bucket/{file_name}, after you uploaded the files there"
+        return "this seems to be a local path, but pods cannot read files on your machine", f"s3://bucket/{file_name}, after you uploaded the files there"
     if match := _REVISION_AFTER_COLON.match(text):
         return "a revision follows `@` and not `:`", f"{match[1]}@{match[2]}"
     return None
 
 
 def has_placeholder(text: str) -> bool:
-    """Whether a source contains a variable that was not replaced: `${MODEL}`, `$MODEL`, `{{ model }}` or `<model>`."""
+    """Whether a source contains a placeholder that was not replaced, such as `${MODEL}`, `$MODEL`, `{{ model }}` or `<model>`."""
     return bool(_PLACEHOLDER.search(text))
 
 
-def _explain_scheme(scheme: str, address: str, path: str) -> tuple[str, str] | None:
+def _explain_scheme(scheme: str, address: str, spec_path: str) -> tuple[str, str] | None:
     known_scheme = scheme.lower()
     if known_scheme in S3_SPELLINGS or (known_scheme != scheme and known_scheme in ("s3", "hf", "pvc", "configmap", "file")):
         correct_scheme = "s3" if known_scheme in S3_SPELLINGS else known_scheme
@@ -58,7 +58,7 @@ def _explain_scheme(scheme: str, address: str, path: str) -> tuple[str, str] | N
         # The address may contain a signature, so the suggestion does not repeat the address.
         return f"`{scheme}://` is not a supported notation", "https:// in lower case"
     if known_scheme in S3_COMPATIBLE_STORES:
-        field = {"dataset": "dataset.storage.endpoint", "model": "model.storage.endpoint"}.get(path.partition(".")[0], "storage.endpoint")
+        field = {"dataset": "dataset.storage.endpoint", "model": "model.storage.endpoint"}.get(spec_path.partition(".")[0], "storage.endpoint")
         problem = f"`{scheme}://` is not a supported notation, but the trainer can use the S3 interface of this store"
         return problem, f"s3://{address}, and the address of the interface in {field}, for example {S3_COMPATIBLE_STORES[known_scheme]}"
     if known_scheme in STORES_WITHOUT_S3:
@@ -68,7 +68,7 @@ def _explain_scheme(scheme: str, address: str, path: str) -> tuple[str, str] | N
 
 
 def _explain_web_page(text: str) -> tuple[str, str] | None:
-    """Explain addresses of web pages that show a repository or a file. The trainer would read the page as data."""
+    """Return (problem, what to write) for the address of a web page that shows a repository or a file, or None. The trainer would read the page as data."""
     try:
         parts = urlsplit(text)
     except ValueError:

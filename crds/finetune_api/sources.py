@@ -82,7 +82,7 @@ class HttpsSource:
 
     @property
     def is_job_result(self) -> bool:
-        """Whether the URL is the folder of a job's checkpoint or final model. The trainer can read no other folders from a web server."""
+        """Whether the URL is the folder of a job's checkpoint or final model. From a web server, the trainer can read only such folders."""
         return bool(_CHECKPOINT_PATH_PATTERN.search(self._path) or _MODEL_PATH_PATTERN.search(self._path))
 
     @property
@@ -108,84 +108,84 @@ class FileSource:
 Source = HubSource | S3Source | PvcSource | ConfigMapSource | HttpsSource | FileSource
 
 
-def parse(text: str, *, path: str = "model.source") -> Source:
-    """Parse a source. Error messages contain `path`, the spec path of the field.
+def parse_source(text: str, *, spec_path: str = "model.source") -> Source:
+    """Return the parsed source. `spec_path`: path of the field in the spec, for error messages.
 
     Errors: ConfigError `SourceInvalid`.
     """
     if text != text.strip() or not text:
-        raise _source_error(path, text, "the source is empty, or starts or ends with a space", SOURCE_NOTATIONS)
-    mistake = explain_mistake(text, path)
+        raise _make_source_error(spec_path, text, "the source is empty, or starts or ends with a space", SOURCE_NOTATIONS)
+    mistake = explain_mistake(text, spec_path)
     if mistake is not None:
-        raise _source_error(path, text, *mistake)
+        raise _make_source_error(spec_path, text, *mistake)
     scheme, colon, address = text.partition("://")
     if not colon:
-        return _parse_hub_source(text, path, text)
+        return _parse_hub_source(text, spec_path, text)
     match scheme:
         case "hf":
-            return _parse_hub_source(address, path, text)
+            return _parse_hub_source(address, spec_path, text)
         case "s3":
-            return _parse_s3_source(address, path, text)
+            return _parse_s3_source(address, spec_path, text)
         case "pvc":
             claim, _, volume_path = address.partition("/")
             _require(
                 bool(_OBJECT_NAME_PATTERN.match(claim)),
-                path,
+                spec_path,
                 text,
                 "the name of the PersistentVolumeClaim is missing or invalid",
                 "pvc://claim/path",
             )
-            _require(".." not in volume_path.split("/"), path, text, "the path contains `..`", "pvc://claim/path")
+            _require(".." not in volume_path.split("/"), spec_path, text, "the path contains `..`", "pvc://claim/path")
             return PvcSource(claim, volume_path.strip("/"))
         case "configmap":
             name, _, key = address.partition("/")
             _require(
                 bool(_OBJECT_NAME_PATTERN.match(name)) and bool(_CONFIG_MAP_KEY_PATTERN.match(key)),
-                path,
+                spec_path,
                 text,
                 "the name or the key of the ConfigMap is missing or invalid",
                 "configmap://name/key",
             )
             return ConfigMapSource(name, key)
         case "https" | "http":
-            return _parse_web_source(scheme, text, path)
+            return _parse_web_source(scheme, text, spec_path)
         case "file":
             _require(
-                address.startswith("/"), path, text, "the path is not absolute", f"file:///{address.lstrip('/') or 'path'}"
+                address.startswith("/"), spec_path, text, "the path is not absolute", f"file:///{address.lstrip('/') or 'path'}"
             )
             return FileSource("/" + address.strip("/"))
         case _:
-            raise _source_error(path, text, f"`{scheme}://` is not a supported notation", SOURCE_NOTATIONS)
+            raise _make_source_error(spec_path, text, f"`{scheme}://` is not a supported notation", SOURCE_NOTATIONS)
 
 
-def _parse_hub_source(address: str, path: str, text: str) -> HubSource:
+def _parse_hub_source(address: str, spec_path: str, text: str) -> HubSource:
     repo, at, revision = address.partition("@")
     if text.startswith((".", "/", "~")):
         absolute_path = text if text.startswith("/") else "/path/to/" + text.lstrip("./~")
-        raise _source_error(
-            path,
+        raise _make_source_error(
+            spec_path,
             text,
-            "this seems to be a local path, but pods cannot read files of your machine",
+            "this seems to be a local path, but pods cannot read files on your machine",
             f"file://{absolute_path} for a path in the trainer image, otherwise s3://bucket/key",
         )
     if is_data_file_name(text):
-        raise _source_error(
-            path,
+        raise _make_source_error(
+            spec_path,
             text,
-            "this is a file name, but pods cannot read files of your machine",
+            "this is a file name, but pods cannot read files on your machine",
             f"s3://bucket/{text}, pvc://claim/{text} or configmap://name/{text.rpartition('/')[2]}; for a file in the image "
             f"file:///path/{text}, for a hub repository hf://{text}; `finetune run --local` reads the relative path",
         )
     _require(
         bool(_REPO_PATTERN.match(repo)) and "--" not in repo and ".." not in repo,
-        path,
+        spec_path,
         text,
         "this is not the name of a hub repository",
         SOURCE_NOTATIONS,
     )
     _require(
         not at or bool(_REVISION_PATTERN.match(revision)),
-        path,
+        spec_path,
         text,
         "the branch, tag or commit after @ is missing or invalid",
         f"{repo}@main",
@@ -199,33 +199,29 @@ def is_data_file_name(text: str) -> bool:
 
 
 def is_unreadable_data_file(text: str) -> bool:
-    """Whether a source of data ends with the extension of a file that the trainer cannot read, such as `.xlsx`."""
+    """Whether a source of data ends with a file extension that the trainer cannot read, such as `.xlsx`."""
     return bool(_UNREADABLE_FILE_PATTERN.search(redact_source(text)))
 
 
-def _parse_s3_source(address: str, path: str, text: str) -> S3Source:
+def _parse_s3_source(address: str, spec_path: str, text: str) -> S3Source:
     bucket, _, key = address.partition("/")
     _require(
         bool(_BUCKET_PATTERN.match(bucket)),
-        path,
+        spec_path,
         text,
         "the bucket name is missing or invalid (3 to 63 characters of a-z 0-9 . -)",
         "s3://bucket/key",
     )
-    _require("?" not in key and "#" not in key, path, text, "the key contains `?` or `#`", "s3://bucket/key")
+    _require("?" not in key and "#" not in key, spec_path, text, "the key contains `?` or `#`", "s3://bucket/key")
     return S3Source(bucket, key.strip("/"))
 
 
 MAX_MODEL_NAME_LENGTH = 24
-"""Maximum length of a model name. The lines of `kubectl get -o wide` then have fewer than 200 characters."""
+"""Maximum length of a short model name. With this limit, the lines of `kubectl get -o wide` have fewer than 200 characters."""
 
 
 def model_name(source: str) -> str:
-    """Return a short name of a model source for tables, with at most `MAX_MODEL_NAME_LENGTH` characters.
-
-    The name is the hub repository without the owner, the last folder of a path, or, for a job's result
-    (`.../<job>/<uid>/model` or `.../checkpoints/step-<n>`), the name of the job.
-    """
+    """Return a short name of a model source for tables: its last folder, cut after `MAX_MODEL_NAME_LENGTH` characters."""
     name = last_folder(source)
     return name if len(name) <= MAX_MODEL_NAME_LENGTH else name[: MAX_MODEL_NAME_LENGTH - 3] + "..."
 
@@ -244,32 +240,32 @@ def last_folder(source: str) -> str:
 
 
 def redact_source(text: str) -> str:
-    """Return a source without secrets, for messages. The query of a URL may contain a signature; the part before @ may contain a password."""
+    """Return a source in the form in which messages may show it. A URL loses its query, which may contain a signature, and the part before @, which may contain a password."""
     if not re.match(r"\s*https?://", text, re.IGNORECASE):
         return text
     return re.sub(r"://[^/@]*@", "://", text.partition("?")[0].partition("#")[0])
 
 
-def _parse_web_source(scheme: str, text: str, path: str) -> HttpsSource:
-    _require(scheme == "https", path, text, "plain http does not protect the file against modification", "https" + redact_source(text)[len("http") :])
+def _parse_web_source(scheme: str, text: str, spec_path: str) -> HttpsSource:
+    _require(scheme == "https", spec_path, text, "plain http does not protect the file against modification", "https" + redact_source(text)[len("http") :])
     try:
         parts = urlsplit(text)
         is_complete = bool(parts.hostname) and bool(parts.path.strip("/")) and parts.port != 0
     except ValueError:  # an invalid port or IPv6 address
         is_complete = False
-    _require(is_complete, path, text, "the host or the path is missing or invalid", "https://host/path/file.jsonl")
+    _require(is_complete, spec_path, text, "the host or the path is missing or invalid", "https://host/path/file.jsonl")
     if parts.username or parts.password:
         raise ConfigError(
-            "SourceInvalid", f"{path}: the URL for {parts.hostname} contains a user or password, but everyone who can read the FineTuneJob could read this password",
+            "SourceInvalid", f"{spec_path}: the URL for {parts.hostname} contains a user or password, but everyone who can read the FineTuneJob can read it",
             hint="store the file in S3, or provide a URL without a password",
         )  # fmt: skip
     return HttpsSource(text)
 
 
-def _require(is_valid: bool, path: str, text: str, problem: str, suggestion: str) -> None:
+def _require(is_valid: bool, spec_path: str, text: str, problem: str, suggestion: str) -> None:
     if not is_valid:
-        raise _source_error(path, text, problem, suggestion)
+        raise _make_source_error(spec_path, text, problem, suggestion)
 
 
-def _source_error(path: str, text: str, problem: str, suggestion: str) -> ConfigError:
-    return ConfigError("SourceInvalid", f"{path} is {redact_source(text)!r}: {problem}", hint=f"write {suggestion}")
+def _make_source_error(spec_path: str, text: str, problem: str, suggestion: str) -> ConfigError:
+    return ConfigError("SourceInvalid", f"{spec_path} is {redact_source(text)!r}: {problem}", hint=f"write {suggestion}")

@@ -1,7 +1,7 @@
-"""The status of a FineTuneJob: the state that the operator observed. Users, kubectl, GitOps tools and the CLI read the status.
+"""The status of a FineTuneJob: what the operator observed about the job. Users, kubectl, GitOps tools and the CLI read the status.
 
-The operator writes changes of a field with `prompt` immediately. Changes of all other fields, such as
-progress, metrics and checkpoints, wait for the next periodic status write.
+The operator writes a change of a field that is declared with `immediate` at once. Changes of all other fields, such as progress, metrics
+and checkpoints, wait for the next periodic status write.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, Field, PlainSerializer
 
-from finetune_api.base import PROMPT_KEY, PromptWrite, ReportModel, status_field
+from finetune_api.base import IMMEDIATE_WRITE_KEY, ImmediateWrite, ReportModel, status_field
 from finetune_api.names import Condition as ConditionType
 from finetune_api.names import FailureClass, Phase, Reason
 from finetune_api.spec.enums import OutputKind
 
 
 def format_rfc3339(time: datetime) -> str:
-    """Return a time in the format of Kubernetes: UTC, whole seconds, `Z`."""
+    """Return a UTC time in the format of Kubernetes, such as `2026-03-01T12:00:00Z`."""
     return f"{time.isoformat(timespec='seconds')[:19]}Z"  # three times as fast as `strftime`
 
 
@@ -28,7 +28,7 @@ Time = Annotated[datetime, PlainSerializer(format_rfc3339, return_type=str, when
 
 
 def round_to_six_digits(value: float) -> float:
-    """Return the number rounded to six significant digits. Shorter numbers are easier to read and keep the termination message small."""
+    """Return the number rounded to six significant digits, which is easier to read and keeps the termination message small."""
     return float(f"{value:.6g}")
 
 
@@ -36,15 +36,15 @@ RoundedNumber = Annotated[float, AfterValidator(round_to_six_digits)]
 
 
 class Condition(ReportModel):
-    """A condition, with the fields of a Kubernetes condition."""
+    """A condition of the FineTuneJob, with the fields of any Kubernetes condition."""
 
-    type: ConditionType = status_field("Name of the condition.", default=..., prompt=PromptWrite.WHEN_VALUE_CHANGES)
+    type: ConditionType = status_field("Name of the condition.", default=..., immediate=ImmediateWrite.WHEN_VALUE_CHANGES)
     status: Literal["True", "False", "Unknown"] = status_field(
-        "Whether the condition is true. Values: `True`: the condition is true. `False`: the condition is false. `Unknown`: not known yet.",
-        default=..., prompt=PromptWrite.WHEN_VALUE_CHANGES,
+        "Whether the condition is true. Values: `True`: the condition is true. `False`: the condition is false. `Unknown`: the operator does not know yet.",
+        default=..., immediate=ImmediateWrite.WHEN_VALUE_CHANGES,
     )  # fmt: skip
     reason: str = status_field(
-        "Reason for the condition's status, as one CamelCase word.", default="", example="Unschedulable", prompt=PromptWrite.WHEN_VALUE_CHANGES
+        "Reason for the condition's status, as one CamelCase word.", default="", example="Unschedulable", immediate=ImmediateWrite.WHEN_VALUE_CHANGES
     )
     message: str = status_field("Explanation of the condition's status in one sentence.", default="")
     last_transition_time: Time | None = status_field("Time of the last change of `status`.", example="2026-03-01T12:00:00Z")
@@ -56,21 +56,21 @@ class Condition(ReportModel):
 class Attempt(ReportModel):
     """One attempt to run the job. Each attempt is one Kubernetes Job."""
 
-    number: int = status_field("Number of the attempt. The first attempt has number 1.", default=..., example=1, prompt=PromptWrite.WHEN_VALUE_CHANGES)
+    number: int = status_field("Number of the attempt. The first attempt has number 1.", default=..., example=1, immediate=ImmediateWrite.WHEN_VALUE_CHANGES)
     start_time: Time | None = status_field(
         "Creation time of the attempt's Job. With a queue: time of the Job's admission.", example="2026-03-01T12:00:00Z"
     )
     end_time: Time | None = status_field(
-        "End of the attempt's last pod.", example="2026-03-01T14:00:00Z", prompt=PromptWrite.WHEN_VALUE_CHANGES
+        "End of the attempt's last pod.", example="2026-03-01T14:00:00Z", immediate=ImmediateWrite.WHEN_VALUE_CHANGES
     )
-    reason: str | None = status_field("Reason for the end of the attempt, in one word.", example="OutOfMemory", prompt=PromptWrite.WHEN_VALUE_CHANGES)
+    reason: str | None = status_field("Reason for the end of the attempt, in one word.", example="OutOfMemory", immediate=ImmediateWrite.WHEN_VALUE_CHANGES)
     message: str | None = status_field("Error message of the failed rank.")
     exit_code: int | None = status_field(
-        "Exit code of the trainer container that explains the end of the attempt. docs/reference/names.md lists all exit codes.", example=71
+        "Exit code of the trainer container whose end decided the attempt's reason. docs/reference/names.md lists all exit codes.", example=71
     )
     node: str | None = status_field("Node of the failed rank.", example="gpu-node-3")
     resumed_from_step: int | None = status_field(
-        "Optimizer step from which the attempt resumed. An attempt that started without a checkpoint does not have this field.", example=400
+        "Optimizer step from which the attempt resumed. Absent if the attempt started without a checkpoint.", example=400
     )
     last_step: int | None = status_field("Last optimizer step that the attempt completed.", example=450)
     steps_lost: int | None = status_field("Number of optimizer steps that the next attempt had to repeat.", example=50)
@@ -82,49 +82,49 @@ class Attempt(ReportModel):
 
 
 class Preparation(ReportModel):
-    """The check of storage, model and data in a pod without GPUs, before the first attempt."""
+    """The preparation of the job: a pod without GPUs checks storage, model and data before the first attempt."""
 
     number: int = status_field(
-        "Number of the newest preparation. Its Job is `<name>-prepare<number>`.", default=1, example=1, prompt=PromptWrite.WHEN_VALUE_CHANGES
+        "Number of the newest preparation. Its Job is `<name>-prepare<number>`.", default=1, example=1, immediate=ImmediateWrite.WHEN_VALUE_CHANGES
     )
-    failures: int = status_field("Number of failed preparations. The limit is policy.retries.", default=0, example=1, prompt=PromptWrite.WHEN_VALUE_CHANGES)
+    failures: int = status_field("Number of failed preparations. The limit is policy.retries.", default=0, example=1, immediate=ImmediateWrite.WHEN_VALUE_CHANGES)
     start_time: Time | None = status_field("Start of the first preparation.", example="2026-03-01T12:00:00Z")
-    end_time: Time | None = status_field("End of the last ended preparation.", example="2026-03-01T12:02:00Z", prompt=PromptWrite.WHEN_VALUE_CHANGES)
+    end_time: Time | None = status_field("End of the newest preparation that has ended.", example="2026-03-01T12:02:00Z", immediate=ImmediateWrite.WHEN_VALUE_CHANGES)
     reason: str | None = status_field(
-        "Why no further preparation follows, in one word. Absent until then.", example="Prepared", prompt=PromptWrite.WHEN_VALUE_CHANGES
+        "Why no further preparation follows, in one word. Absent as long as another preparation may follow.", example="Prepared", immediate=ImmediateWrite.WHEN_VALUE_CHANGES
     )
     message: str | None = status_field("Why the last preparation failed or was skipped.", example="no node could take the pod within 300 s")
-    stage: str | None = status_field("What the pod of the preparation is doing. Absent before and after.", example="checking")
+    stage: str | None = status_field("What the preparation pod is doing. Absent if no preparation pod is running.", example="checking")
     tokenised_rows: int | None = status_field(
-        "Rows that the newest preparation has tokenised. 0: the rows of an earlier preparation of the same data are used.", example=120000
+        "Number of rows that the newest preparation has tokenised. 0: the rows of an earlier preparation of the same data are used.", example=120000
     )
 
 
 class DataReport(ReportModel):
-    """Counts of the data, measured before the first step, and where its prepared rows are stored."""
+    """Counts of the rows and tokens, from before the first optimizer step, and the location of the prepared rows."""
 
     digest: str | None = status_field(
-        "Hash of everything that determines the prepared rows: the content of the data, options, tokenizer, chat template and version of the code.",
+        "Hash of everything that determines the prepared rows: the content of the data, the options, the tokenizer, the chat template and the version of the code.",
         example="5f2b8c1d...",
     )  # fmt: skip
     prepared_uri: str | None = status_field(
         "Folder of the prepared rows, which the training pods download. Absent if no rows are stored.", example="s3://models/ft/team-a/_prepared/5f2b8c1d..."
     )
     prepared_sha256: str | None = status_field(
-        "sha256 (hex) of the manifest of the prepared rows. A training pod refuses rows with another manifest, and prepares the data itself."
+        "sha256 (hex) of the manifest of the prepared rows. A training pod does not use rows with another manifest, but prepares the data itself."
     )
-    rows: dict[str, int] | None = status_field("Usable rows by split.", example={"train": 900, "validation": 100})
-    bad_rows: int | None = status_field("Rows that were left out because they are bad.", example=2)
-    duplicates: int | None = status_field("Rows that were left out because they equal an earlier row. Absent without dataset.checks.", example=3)
+    rows: dict[str, int] | None = status_field("Number of usable rows, by split.", example={"train": 900, "validation": 100})
+    bad_rows: int | None = status_field("Number of rows that were left out because they cannot be used for training.", example=2)
+    duplicates: int | None = status_field("Number of rows that were left out because they equal an earlier row. Absent without dataset.checks.", example=3)
     personal_data: dict[str, int] | None = status_field(
-        "Number of rows with personal data, by kind. Absent without dataset.checks.", example={"email": 4}
+        "Number of rows with personal data, by kind of data. Absent without dataset.checks.", example={"email": 4}
     )
-    tokens: int | None = status_field("Tokens of the training rows.", example=412345)
-    trained_tokens: int | None = status_field("Tokens of the training rows that are trained on.", example=198765)
+    tokens: int | None = status_field("Number of tokens in the training rows.", example=412345)
+    trained_tokens: int | None = status_field("Number of tokens in the training rows for which the loss is computed.", example=198765)
     median_length: int | None = status_field("Median length of the training rows, in tokens.", example=310)
     longest: int | None = status_field("Length of the longest training row, in tokens.", example=2048)
-    tokenised_rows: int | None = status_field("Rows that the preparation tokenised. 0 if stored rows are used.", example=1000)
-    truncated: int | None = status_field("Training rows that were cut at the maximum sequence length.", example=12)
+    tokenised_rows: int | None = status_field("Number of rows that the preparation tokenised. 0 if it uses stored rows.", example=1000)
+    truncated: int | None = status_field("Number of training rows that were cut at the maximum sequence length.", example=12)
 
 
 class Progress(ReportModel):
@@ -139,11 +139,11 @@ class Progress(ReportModel):
         "Estimated seconds to the end of training, computed from recent step durations.", example=4320
     )
     eta: str | None = status_field("Estimated time to the end of training as text.", example="1h12m")
-    tokens_seen: int | None = status_field("Number of tokens used in training, without padding.", example=983040)
+    tokens_seen: int | None = status_field("Number of tokens on which the model was trained so far, without padding.", example=983040)
     tokens_per_second: float | None = status_field(
         "Recent training throughput of all ranks together, in tokens per second.", example=2730.7
     )
-    update_time: Time | None = status_field("Time of the trainer's report with these values.", example="2026-03-01T12:00:00Z")
+    update_time: Time | None = status_field("Time of the trainer's report that contains these values.", example="2026-03-01T12:00:00Z")
 
 
 class Metrics(ReportModel):
@@ -160,7 +160,7 @@ class Metrics(ReportModel):
 class Checkpoint(ReportModel):
     """A checkpoint that is committed to storage."""
 
-    step: int = status_field("Number of completed optimizer steps in the checkpoint.", default=..., example=400)
+    step: int = status_field("Number of optimizer steps that were completed when the checkpoint was saved.", default=..., example=400)
     uri: str = status_field(
         "Folder with the checkpoint's files.", default=...,
         example="s3://models/ft/team-a/support-bot/UID/checkpoints/step-00000400/a1-1f3c9a2b",
@@ -183,7 +183,7 @@ class VerificationOutcome(StrEnum):
     VERIFIED = "Verified"
     """The stored model computes the same values as the trained model."""
     NOT_VERIFIED = "NotVerified"
-    """The values could not be compared, or rounding can explain their difference. The field `reason` says which."""
+    """The values could not be compared, or rounding can explain their difference. The field `reason` says which of the two applies."""
     FAILED = "Failed"
     """The stored model is damaged, has no effect, or computes other values than the trained model."""
 
@@ -196,10 +196,10 @@ class ArtefactVerification(ReportModel):
     code: str | None = status_field("Code of the reason, for programs.", example="AdapterHasNoEffect")
     reason: str | None = status_field("Why the artefact failed or could not be verified.", example="all B matrices of the adapter are zero")
     difference: float | None = status_field(
-        "Difference between the stored and the trained model: root mean square over the tokens, in nats. In 32 bits: the largest difference of any token.",
+        "Difference between the stored and the trained model in nats: the root mean square over all tokens or, for models in 32 bits, the largest difference of a token.",
         example=0.0000021,
     )
-    tolerance: float | None = status_field("Largest accepted difference, in the same unit.", example=0.001)
+    tolerance: float | None = status_field("Largest accepted value of `difference`, in the same unit.", example=0.001)
     change_from_base: float | None = status_field(
         "Root mean square of the difference between the stored model and the base model, in nats per token. Absent if the base model cannot compute these values, for example without a score head.",
         example=0.83,
@@ -213,7 +213,7 @@ class Verification(ReportModel):
     rows: int = status_field("Number of compared rows.", default=0, example=8)
     tokens: int = status_field("Number of compared values: tokens, or scores of a reward model.", default=0, example=412)
     artefacts: list[ArtefactVerification] = status_field(
-        "Results of each artefact.", default_factory=list, example=[{"artefact": "adapter", "result": "Verified", "difference": 0.0000021, "tolerance": 0.001}]
+        "Result for each artefact.", default_factory=list, example=[{"artefact": "adapter", "result": "Verified", "difference": 0.0000021, "tolerance": 0.001}]
     )
 
 
@@ -242,7 +242,7 @@ class Output(ReportModel):
         "The lineage statement: base model, data, spec and library versions from which the final model was made. The statement is unsigned until you run `finetune sign`."
     )
     adopted_uid: str | None = status_field(
-        "uid of the earlier FineTuneJob of the same name whose result this job adopted. Its files lie below `<storage.uri>/<namespace>/<name>/<uid>/`. Absent if this job trained.",
+        "uid of the earlier FineTuneJob of the same name whose result this job adopted. The files of the earlier job are below `<storage.uri>/<namespace>/<name>/<uid>/`. Absent if this job trained.",
         example="5c3f0f5e-8f4e-4f0c-9a44-0d9f3a1c2b7e",
     )
     promoted: bool | None = status_field(
@@ -258,7 +258,7 @@ class Output(ReportModel):
 
 
 class MetricResult(ReportModel):
-    """Values of one evaluation metric. An absent value was not measured."""
+    """Values of one evaluation metric. A value that was not measured is absent."""
 
     value: RoundedNumber | None = status_field("Value of the trained model, in the metric's own unit.", example=0.83)
     base: RoundedNumber | None = status_field("Value of the base model on the same rows.", example=0.79)
@@ -266,7 +266,7 @@ class MetricResult(ReportModel):
     low: RoundedNumber | None = status_field("Lower end of the 95 % confidence interval of the difference.", example=0.012)
     high: RoundedNumber | None = status_field("Upper end of the 95 % confidence interval of the difference.", example=0.068)
     reason: str | None = status_field(
-        "Reason if the metric or its confidence interval could not be computed.", example="2 of 200 answers could not be scored by the judge"
+        "Why the metric or its confidence interval could not be computed.", example="2 of 200 answers could not be scored by the judge"
     )
 
 
@@ -281,7 +281,7 @@ class GateResult(ReportModel):
 
 
 class BenchmarkResult(ReportModel):
-    """One metric of one task of a benchmark."""
+    """The value of one metric of one task of a benchmark."""
 
     name: str = status_field("Benchmark of evaluation.benchmarks.", default=..., example="lm-eval")
     task: str = status_field("Task or domain.", default=..., example="hellaswag")
@@ -290,15 +290,15 @@ class BenchmarkResult(ReportModel):
     stderr: RoundedNumber | None = status_field("Standard error of the value.", example=0.005)
     base: RoundedNumber | None = status_field("Value of the base model. Only with compareWithBase.", example=0.58)
     difference: RoundedNumber | None = status_field("Value of the trained model minus value of the base model.", example=-0.02)
-    reason: str | None = status_field("Reason if the metric has no value.", example="the task reports no number for bypass")
+    reason: str | None = status_field("Why the metric has no value.", example="the task reports no number for bypass")
 
 
 class EvaluationResult(ReportModel):
     """Results of the evaluation after training."""
 
     headline: str | None = status_field(
-        "Name and value of the most important metric: the metric of a failed gate, or else of the first gate, or else the first of evaluation.metrics. "
-        "If there are none, a completed job shows its last validation loss or, without validation data, its last training loss.",
+        "Name and value of the most important metric: the metric of a failed gate, otherwise of the first gate, otherwise the first of evaluation.metrics. "
+        "A completed job without gates and metrics shows its last validation loss or, without validation data, its last training loss.",
         example="accuracy 0.83",
     )
     rows: int | None = status_field("Number of evaluated rows.", example=200)
@@ -309,7 +309,7 @@ class EvaluationResult(ReportModel):
         "Results of evaluation.gates, in the order of the spec.", example=[{"metric": "accuracy", "passed": True}]
     )
     benchmarks: list[BenchmarkResult] | None = status_field(
-        "Results of evaluation.benchmarks. For a group of tasks, only the metrics of the group are shown. The file evaluation/benchmark_results.json contains all results.",
+        "Results of evaluation.benchmarks. For a group of tasks, only the metrics of the whole group are listed. The file evaluation/benchmark_results.json contains all results.",
         example=[{"name": "lm-eval", "task": "hellaswag", "metric": "acc", "value": 0.56, "stderr": 0.005, "base": 0.58, "difference": -0.02}],
     )
     comparison_uri: str | None = status_field(
@@ -324,13 +324,13 @@ class EvaluationResult(ReportModel):
 class Failure(ReportModel):
     """Failure of the job or of its last attempt."""
 
-    class_: Annotated[FailureClass, Field(alias="class", description="Kind of the failure.")]
+    class_: Annotated[FailureClass, Field(alias="class", description="Kind of failure.")]
     code: str = status_field("Code of the failure, for programs.", default="", example="DatasetEmpty")
     message: str = status_field("Error message: what failed, and why.", default="")
     hint: str | None = status_field("Hint for the user or the platform team.")
     node: str | None = status_field("Node of the failed rank.", example="gpu-node-3")
-    rank: int | None = status_field("Global number of the failed rank.", example=3)
-    step: int | None = status_field("Optimizer step during the failure.", example=450)
+    rank: int | None = status_field("Global rank number of the failed rank.", example=3)
+    step: int | None = status_field("Optimizer step at which the failure happened.", example=450)
     exit_code: int | None = status_field("Exit code of the trainer container.", example=65)
 
 
@@ -345,7 +345,7 @@ class Adaptation(ReportModel):
     )  # fmt: skip
     set: dict[str, Any] | None = status_field("New values by spec path.", example={"training.batchSizePerDevice": 2})
     explanation: str | None = status_field(
-        "Why these values were chosen: what was planned, and what was measured. Since 0.2.0.",
+        "Why the operator chose the new values: what was planned, and what was measured. Since 0.2.0.",
         example="the attempt needed at least 81.2 GB of GPU memory, 79.6 GB were available, and the plan expected 70.1 GB; the new values need 47.2 GB, at most 50.5 GB",
     )  # fmt: skip
 
@@ -359,7 +359,7 @@ class Workers(ReportModel):
 
 
 class MemoryParts(ReportModel):
-    """What the planned memory is used for, at the moment of the peak, in bytes."""
+    """The planned memory at the moment of its peak, in bytes, by what it is used for."""
 
     weights: int = status_field("Weights of the model and of the adapter.", default=0, example=16232153088)
     gradients: int = status_field("Gradients of the trained weights.", default=0, example=84017152)
@@ -372,13 +372,13 @@ class MemoryParts(ReportModel):
 
 
 class MemoryPlan(ReportModel):
-    """Planned peak of memory on each rank."""
+    """Planned peak of GPU memory on each rank."""
 
     expected_bytes: int = status_field("Expected peak in bytes, the sum of all parts.", default=..., example=55400000000)
     upper_bytes: int = status_field("Upper bound of the peak in bytes.", default=..., example=59278000000)
-    parts: MemoryParts = status_field("The expected peak in parts.", default_factory=MemoryParts)
+    parts: MemoryParts = status_field("The expected peak, by what the memory is used for.", default_factory=MemoryParts)
     calibration_runs: int | None = status_field(
-        "Number of runs on this type of GPU from which the upper bound follows. Absent if it is not calibrated. Since 0.2.0.", example=12
+        "Number of runs on this type of GPU from which the upper bound was computed. Absent if there were too few runs. Since 0.2.0.", example=12
     )
 
 
@@ -386,52 +386,52 @@ class MeasuredRun(ReportModel):
     """Measured values of the run, to compare with the plan."""
 
     memory_bytes: int | None = status_field(
-        "Peak of the memory that the first rank's GPU used, in bytes, with the CUDA context. Absent without a GPU.", example=55100000000
+        "Peak of the memory in use on the first rank's GPU, in bytes, with the CUDA context. Absent without a GPU.", example=55100000000
     )
     seconds: float | None = status_field(
         "Seconds of the optimizer steps that no later attempt repeated, to compare with the planned time. Present after a successful training. Since 0.2.0.",
         example=861.4,
     )  # fmt: skip
-    steps: int | None = status_field("Number of these steps. It differs from the planned steps if the training stopped early. Since 0.2.0.", example=500)
+    steps: int | None = status_field("Number of the optimizer steps that `seconds` covers. It differs from the planned number if training stopped early. Since 0.2.0.", example=500)
 
 
 class MemoryAdvice(ReportModel):
-    """What the memory plan advises after a GPU had no memory left. Planned peaks are corrected by what the attempt needed."""
+    """Advice of the memory plan after an attempt ran out of GPU memory. If the attempt needed more than planned, all planned peaks are raised accordingly."""
 
-    needed_bytes: int = status_field("Memory in use when an allocation failed, with the refused request, in bytes.", default=..., example=81200000000)
-    available_bytes: int = status_field("Memory of the GPU that the rank could use, in bytes.", default=..., example=79600000000)
-    planned_bytes: int = status_field("Expected peak of the failed attempt by the plan, in bytes.", default=..., example=70100000000)
-    batch_size_per_device: int | None = status_field("Advised micro-batch. Absent if no values need less memory.", example=2)
-    gradient_checkpointing: str | None = status_field("Advised recomputation. Absent if it does not change.", example="enabled")
-    fits: bool = status_field("Whether the upper bound with the advised values fits.", default=False, example=True)
+    needed_bytes: int = status_field("Memory in use when an allocation failed, plus the size of this allocation, in bytes.", default=..., example=81200000000)
+    available_bytes: int = status_field("GPU memory that the rank could use, in bytes.", default=..., example=79600000000)
+    planned_bytes: int = status_field("Peak that the plan expected for the failed attempt, in bytes.", default=..., example=70100000000)
+    batch_size_per_device: int | None = status_field("Advised micro-batch. Absent if no smaller micro-batch or recomputation is left.", example=2)
+    gradient_checkpointing: str | None = status_field("Advised value of training.gradientCheckpointing. Absent if it does not change.", example="enabled")
+    fits: bool = status_field("Whether the upper bound with the advised values is at most availableBytes.", default=False, example=True)
     expected_bytes: int | None = status_field("Expected peak with the advised values, in bytes.", example=47200000000)
     upper_bytes: int | None = status_field("Upper bound with the advised values, in bytes.", example=50500000000)
     changes: list[str] | None = status_field(
-        "Up to three changes of the spec that would fit, if no smaller values are left.", example=["dataset.maxSequenceLength: 1024"]
+        "Up to three changes of the spec with which the job would fit. Present if batchSizePerDevice is absent.", example=["dataset.maxSequenceLength: 1024"]
     )
 
 
 class WorkPlan(ReportModel):
-    """The planned work of the optimizer steps, of all ranks together."""
+    """The planned work of all optimizer steps, on all ranks together."""
 
     steps: int = status_field("Number of optimizer steps.", default=..., example=500)
-    tokens: int = status_field("Tokens of all steps.", default=..., example=8192000)
+    tokens: int = status_field("Number of tokens in all steps.", default=..., example=8192000)
     petaflop: float = status_field("Floating-point operations, in units of 1e15.", default=..., example=250)
     traffic_terabytes: float = status_field("Memory traffic of weights and optimizer states on the GPUs, in units of 1e12 bytes.", default=..., example=26)
 
 
 class TimePlan(ReportModel):
-    """Planned time of the optimizer steps, without start, evaluation, checkpoints and upload."""
+    """Planned time of all optimizer steps. Start, evaluation, checkpoints and upload are not included."""
 
-    expected_seconds: int = status_field("Expected seconds.", default=..., example=840)
+    expected_seconds: int = status_field("Expected time in seconds.", default=..., example=840)
     lower_seconds: int = status_field("Lower bound in seconds.", default=..., example=520)
     upper_seconds: int = status_field("Upper bound in seconds.", default=..., example=2700)
-    calibrated: bool = status_field("Whether the bounds were measured with this type of GPU.", default=False, example=False)
-    calibration_runs: int | None = status_field("Number of runs from which the bounds follow. Absent if they are not calibrated. Since 0.2.0.", example=12)
+    calibrated: bool = status_field("Whether expected time and bounds were computed from runs on this type of GPU.", default=False, example=False)
+    calibration_runs: int | None = status_field("Number of runs from which the time was computed. Absent if `calibrated` is false. Since 0.2.0.", example=12)
 
 
 class CostPlan(ReportModel):
-    """Planned cost of the optimizer steps, with the bounds of the planned time."""
+    """Planned cost of all optimizer steps. The bounds follow from the bounds of the planned time."""
 
     gpu_hours: float = status_field("Expected GPU-hours.", default=..., example=1.87)
     expected: float = status_field("Expected cost.", default=..., example=5.6)
@@ -449,55 +449,55 @@ class Choice(ReportModel):
 
 
 class RunPlan(ReportModel):
-    """What the run was expected to need, and what it needed."""
+    """The memory, work, time and cost that the plan expects for the run, and the measured values."""
 
-    choices: list[Choice] | None = status_field("Values that the plan chose before the first attempt. All attempts use them.")
+    choices: list[Choice] | None = status_field("Values that the plan chose before the first attempt. All attempts use these values.")
     no_choices: str | None = status_field(
-        "Why the plan chose no values. The fields that the spec leaves out have their defaults.", example="the job uses no GPU"
+        "Why the plan chose no values. Fields that the spec leaves out then have their defaults.", example="the job uses no GPU"
     )
 
-    memory: MemoryPlan | None = status_field("Planned memory of each rank. Absent if the plan does not know this kind of run.")
-    work: WorkPlan | None = status_field("Planned work. Absent if the plan does not know this kind of run.")
-    time: TimePlan | None = status_field("Planned time. Absent without a known type of GPU.")
+    memory: MemoryPlan | None = status_field("Planned GPU memory of each rank. Absent if the plan cannot compute the memory of such a run.")
+    work: WorkPlan | None = status_field("Planned work. Absent if the plan cannot compute the work of such a run.")
+    time: TimePlan | None = status_field("Planned time. Absent if the type of GPU is not known.")
     cost: CostPlan | None = status_field("Planned cost. Absent if the node pool has no price.")
     measured: MeasuredRun | None = status_field("Measured values of the newest attempt.")
-    out_of_memory: MemoryAdvice | None = status_field("Advice after the newest attempt that ran out of GPU memory. Since 0.2.0.")
+    out_of_memory: MemoryAdvice | None = status_field("Advice of the plan after the newest attempt that ran out of GPU memory. Since 0.2.0.")
 
 
 class TimeUse(ReportModel):
-    """Seconds by what they were used for. A part that took no time is absent."""
+    """What the time was used for, in seconds. A field whose use took no time is absent."""
 
-    waiting: float | None = status_field("Backoff, waiting for the end of earlier pods, and delays of the operator.", example=12)
-    suspended: float | None = status_field("The job was suspended.")
-    queued: float | None = status_field("The Job waited for its queue.")
-    preparation: float | None = status_field("The preparation without GPUs.", example=95)
-    scheduling: float | None = status_field("Rank 0's pod waited for a node.", example=4)
-    pod_start: float | None = status_field("Image pull, mounts and the start of the container.", example=21)
-    starting: float | None = status_field("Start of the processes.", example=3.2)
-    download: float | None = status_field("Download of model and data.", example=40.5)
-    checking: float | None = status_field("Check of spec, model and rows.", example=2.1)
-    loading: float | None = status_field("Tokenising rows, loading the model or a checkpoint.", example=31)
-    first_step: float | None = status_field("The first optimizer step of the pod, in which kernels are compiled.", example=9.4)
-    steps: float | None = status_field("Optimizer steps that no later attempt repeated.", example=5120)
-    lost_steps: float | None = status_field("Optimizer steps that a later attempt repeated.", example=61.5)
-    saving: float | None = status_field("Training waited for the writing of a checkpoint or of the final model.", example=8.8)
-    evaluation: float | None = status_field("Evaluation, during training and after it.", example=120)
-    upload: float | None = status_field("Upload of the final model.", example=14)
-    finishing: float | None = status_field("Merge, verification and report.", example=25)
-    stopping: float | None = status_field("From a stop request to the end of the pod.")
+    waiting: float | None = status_field("Time in which the job waited for its backoff, for the end of earlier pods, or for the operator.", example=12)
+    suspended: float | None = status_field("Time in which the job was suspended.")
+    queued: float | None = status_field("Time in which the attempt's Job waited for its queue.")
+    preparation: float | None = status_field("Time of the preparation in a pod without GPUs.", example=95)
+    scheduling: float | None = status_field("Time in which rank 0's pod waited for a node.", example=4)
+    pod_start: float | None = status_field("Time for pulling the image, mounting volumes and starting the container.", example=21)
+    starting: float | None = status_field("Time for starting the processes in the container.", example=3.2)
+    download: float | None = status_field("Time for downloading model and data.", example=40.5)
+    checking: float | None = status_field("Time for checking spec, model and rows.", example=2.1)
+    loading: float | None = status_field("Time for tokenising rows, and for loading the model or a checkpoint.", example=31)
+    first_step: float | None = status_field("Time of the pod's first optimizer step, in which kernels are compiled.", example=9.4)
+    steps: float | None = status_field("Time of optimizer steps that no later attempt repeated.", example=5120)
+    lost_steps: float | None = status_field("Time of optimizer steps that a later attempt repeated.", example=61.5)
+    saving: float | None = status_field("Time in which training waited until a checkpoint or the final model was written.", example=8.8)
+    evaluation: float | None = status_field("Time of evaluations during and after training.", example=120)
+    upload: float | None = status_field("Time for uploading the final model.", example=14)
+    finishing: float | None = status_field("Time for merging and verifying the model and for writing the report.", example=25)
+    stopping: float | None = status_field("Time from a stop request to the end of the pod.")
     other: float | None = status_field("Time that belongs to no other part.", example=0.9)
 
     def seconds(self) -> dict[str, float]:
-        """Return the seconds of all parts that took time, by the part's name in JSON."""
+        """Return the seconds of each part that took time, by its name in JSON."""
         return {name: value for name, value in self.to_wire().items() if value}
 
 
 class AttemptTime(ReportModel):
-    """The time from the end of the previous attempt, or from the creation of the job, to the end of an attempt."""
+    """What the time of one attempt was used for. This time begins at the end of the previous attempt or, for the first attempt, at the creation of the job."""
 
     number: int = status_field("Number of the attempt.", default=..., example=1)
     wall_seconds: float = status_field("The sum of all parts.", default=..., example=5560.4)
-    parts: dict[str, float] = status_field("Seconds by part, with the names of status.goodput.parts.", default_factory=dict, example={"steps": 5120})
+    parts: dict[str, float] = status_field("Seconds by part. The parts have the same names as in status.goodput.parts.", default_factory=dict, example={"steps": 5120})
 
 
 class Goodput(ReportModel):
@@ -505,35 +505,35 @@ class Goodput(ReportModel):
 
     wall_seconds: float = status_field("Seconds from the creation of the job to the newest report or the end of the newest attempt: the sum of all parts.", default=..., example=5560.4)
     percent: float | None = status_field(
-        "Percentage of the time on nodes that went into optimizer steps that no later attempt repeated.", example=92.1
+        "Share of the pods' time on nodes, in percent, that was used for optimizer steps that no later attempt repeated.", example=92.1
     )
-    parts: TimeUse = status_field("Seconds by part, of all attempts.", default_factory=TimeUse)
-    attempts: list[AttemptTime] = status_field("The newest ten attempts.", default_factory=list)
-    earlier: dict[str, float] | None = status_field("Seconds by part, of attempts that are no longer listed.", example={"steps": 310})
+    parts: TimeUse = status_field("Seconds by part, for all attempts together.", default_factory=TimeUse)
+    attempts: list[AttemptTime] = status_field("Times of the newest ten attempts.", default_factory=list)
+    earlier: dict[str, float] | None = status_field("Seconds by part, for all older attempts together.", example={"steps": 310})
 
 
 class JobCost(ReportModel):
     """GPU time of the job, and its cost."""
 
-    gpu_hours: float = status_field("Hours on nodes, times GPUs, of all pods, until the newest report or the end of the newest attempt.", default=0.0, example=4.2)
+    gpu_hours: float = status_field("GPU-hours of all pods while they were on nodes, until the newest report or the end of the newest attempt.", default=0.0, example=4.2)
     amount: float = status_field("Cost of the GPU-hours.", default=0.0, example=12.6)
     currency: str = status_field("Currency of the cost.", default="", example="EUR")
     display: str = status_field("Cost and currency as text.", default="", example="12.60 EUR")
-    price_per_gpu_hour: float = status_field("Price when the job started.", default=0.0, example=3)
+    price_per_gpu_hour: float = status_field("Price of one GPU-hour when the job started.", default=0.0, example=3)
     ended_gpu_seconds: float = status_field("GPU-seconds of ended attempts.", default=0.0, example=7200)
 
 
 class ModelOrigin(StrEnum):
-    """Where a pod got the base model from."""
+    """Source from which a pod got the base model: a cache, or a download."""
 
     CACHE = "cache"
-    """The cache had the model."""
+    """The pod read the model from the cache."""
     DOWNLOAD = "download"
-    """The pod downloaded the model, into the cache if it could. status.resolved.notes says why the cache was not used."""
+    """The pod downloaded the model, and stored it in the cache if possible. If the cache was not used, status.resolved.notes says why."""
 
 
 class ResolvedConfig(ReportModel):
-    """The configuration in use: the spec with defaults, and values that the operator and the trainer computed."""
+    """The configuration in use: filled-in defaults, and values that the operator and the trainer computed or measured."""
 
     world_size: int | None = status_field("Number of ranks.", example=8)
     effective_batch: int | None = status_field(
@@ -541,7 +541,7 @@ class ResolvedConfig(ReportModel):
     )
     method: str | None = status_field("Fine-tuning method.", example="lora")
     model_name: str | None = status_field(
-        "Short name of the base model, at most 28 characters.", example="SmolLM2-135M-Instruct"
+        "Short name of the base model, at most 24 characters.", example="SmolLM2-135M-Instruct"
     )
     strategy: str | None = status_field("Distributed strategy in use: single, ddp, fsdp or deepspeed.", example="ddp")
     attention: str | None = status_field("Attention implementation in use.", example="sdpa")
@@ -559,7 +559,7 @@ class ResolvedConfig(ReportModel):
     dataset_rows: int | None = status_field("Number of training rows.", example=12000)
     dataset_format: str | None = status_field("Data format of the rows, from the spec or detected.", example="messages")
     image: str | None = status_field(
-        "Trainer image in the pod's spec.", example="ghcr.io/finetune-operator/trainer:0.2.0"
+        "Trainer image, as in the pod's spec.", example="ghcr.io/finetune-operator/trainer:0.2.0"
     )
     image_digest: str | None = status_field("Digest of the running trainer image.")
     node_pool: str | None = status_field("Node pool in use.", example="h100")
@@ -568,13 +568,13 @@ class ResolvedConfig(ReportModel):
         "sha256 (hex) of the first attempt's spec, without mutable fields."
     )
     max_duration_seconds: int | None = status_field(
-        "The platform's limit on the running time of the job, from policy.maxDurationSeconds of the chart when the job was accepted.", example=604800
+        "The platform's limit on the running time of the job in seconds: policy.maxDurationSeconds of the chart's values when the job was accepted.", example=604800
     )
     resume_exact: bool | None = status_field(
         "Whether a resumed run and an uninterrupted run have bitwise identical results.", example=True
     )
-    resume_note: str | None = status_field("Reason if a resumed run can differ from an uninterrupted run.")
-    storage: dict[str, Any] | None = status_field("Capabilities of the storage that the trainer detected at its start.")
+    resume_note: str | None = status_field("Why a resumed run can differ from an uninterrupted run. Absent if it cannot.")
+    storage: dict[str, Any] | None = status_field("Features of the store that the trainer detected at its start.")
     defaults: dict[str, Any] | None = status_field(
         "All filled-in defaults, by spec path.", example={"training.epochs": 3}
     )
@@ -584,123 +584,123 @@ class ResolvedConfig(ReportModel):
 
 
 class FineTuneJobStatus(ReportModel):
-    """The state of a FineTuneJob that the operator observed."""
+    """What the operator observed about a FineTuneJob."""
 
     observed_generation: int = status_field(
         "metadata.generation of the spec that this status describes. -1 until the operator has read the job.",
-        default=-1, example=1, prompt=PromptWrite.WHEN_VALUE_CHANGES,
+        default=-1, example=1, immediate=ImmediateWrite.WHEN_VALUE_CHANGES,
     )  # fmt: skip
     phase: Phase | None = status_field(
-        "State of the job in one word, for people. Programs should read the conditions.", example="Running", prompt=PromptWrite.WHEN_VALUE_CHANGES
+        "Summary of the conditions in one word, for people. Programs should read the conditions.", example="Running", immediate=ImmediateWrite.WHEN_VALUE_CHANGES
     )
     reason: str | None = status_field(
-        "Reason why the job waits or failed, or succeeded without training, in one word. `-` if the phase needs no reason.",
-        example="Unschedulable", prompt=PromptWrite.WHEN_VALUE_CHANGES,
+        "Why the job waits, failed, or succeeded without training, in one word. `-` if the phase needs no reason.",
+        example="Unschedulable", immediate=ImmediateWrite.WHEN_VALUE_CHANGES,
     )  # fmt: skip
-    conditions: list[Condition] = status_field("Conditions, by type.", default_factory=list, prompt=PromptWrite.WHEN_VALUE_CHANGES)
-    attempt: int | None = status_field("Number of the current attempt.", example=1, prompt=PromptWrite.WHEN_VALUE_CHANGES)
-    restarts: int | None = status_field("Number of attempts after the first attempt.", example=0, prompt=PromptWrite.WHEN_VALUE_CHANGES)
+    conditions: list[Condition] = status_field("Conditions, by type.", default_factory=list, immediate=ImmediateWrite.WHEN_VALUE_CHANGES)
+    attempt: int | None = status_field("Number of the current attempt.", example=1, immediate=ImmediateWrite.WHEN_VALUE_CHANGES)
+    restarts: int | None = status_field("Number of attempts after the first attempt.", example=0, immediate=ImmediateWrite.WHEN_VALUE_CHANGES)
     retries_used: int | None = status_field(
-        "Number of consecutive failed attempts without progress. The limit is policy.retries.", example=0, prompt=PromptWrite.WHEN_VALUE_CHANGES
+        "Number of consecutive failed attempts without progress. The limit is policy.retries.", example=0, immediate=ImmediateWrite.WHEN_VALUE_CHANGES
     )
     active_seconds: int | None = status_field(
         "Running time of all ended attempts together, in seconds. Time in the queue and suspended time do not count.",
-        example=7200, prompt=PromptWrite.WHEN_VALUE_CHANGES,
+        example=7200, immediate=ImmediateWrite.WHEN_VALUE_CHANGES,
     )  # fmt: skip
-    attempts: list[Attempt] = status_field("The newest ten attempts.", default_factory=list, prompt=PromptWrite.WHEN_VALUE_CHANGES)
+    attempts: list[Attempt] = status_field("The newest ten attempts.", default_factory=list, immediate=ImmediateWrite.WHEN_VALUE_CHANGES)
     preparation: Preparation | None = status_field(
-        "The preparation of the job in a pod without GPUs. Absent for jobs without a preparation.", prompt=PromptWrite.WHEN_VALUE_CHANGES
+        "The preparation of the job in a pod without GPUs. Absent for jobs without a preparation.", immediate=ImmediateWrite.WHEN_VALUE_CHANGES
     )
-    data: DataReport | None = status_field("Counts of the data. Present after a preparation.", prompt=PromptWrite.WHEN_VALUE_CHANGES)
+    data: DataReport | None = status_field("Counts of the rows and tokens. Present after a preparation.", immediate=ImmediateWrite.WHEN_VALUE_CHANGES)
     progress: Progress | None = status_field("Progress of training.")
     metrics: Metrics | None = status_field("Latest values of the training metrics.")
     checkpoints: list[Checkpoint] = status_field(
         "The newest five committed checkpoints, and the best checkpoint.", default_factory=list
     )
     latest_checkpoint: str | None = status_field(
-        "Folder of the newest committed checkpoint.", prompt=PromptWrite.WHEN_PRESENCE_CHANGES,
+        "Folder of the newest committed checkpoint.", immediate=ImmediateWrite.WHEN_PRESENCE_CHANGES,
         example="s3://models/ft/team-a/support-bot/UID/checkpoints/step-00000400/a1-1f3c9a2b",
     )  # fmt: skip
     latest_checkpoint_step: int | None = status_field("Optimizer step of the newest committed checkpoint.", example=400)
-    output: Output | None = status_field("The final model or adapter.", prompt=PromptWrite.WHEN_VALUE_CHANGES)
-    evaluation: EvaluationResult | None = status_field("Results of the evaluation after training.", prompt=PromptWrite.WHEN_VALUE_CHANGES)
-    failure: Failure | None = status_field("Failure of the job or of its last attempt.", prompt=PromptWrite.WHEN_VALUE_CHANGES)
+    output: Output | None = status_field("The final model or adapter.", immediate=ImmediateWrite.WHEN_VALUE_CHANGES)
+    evaluation: EvaluationResult | None = status_field("Results of the evaluation after training.", immediate=ImmediateWrite.WHEN_VALUE_CHANGES)
+    failure: Failure | None = status_field("Failure of the job or of its last attempt.", immediate=ImmediateWrite.WHEN_VALUE_CHANGES)
     adaptations: list[Adaptation] = status_field(
         "Changes that the operator made to the job's configuration, so that the job can continue.",
-        default_factory=list, prompt=PromptWrite.WHEN_VALUE_CHANGES,
+        default_factory=list, immediate=ImmediateWrite.WHEN_VALUE_CHANGES,
     )  # fmt: skip
     workers: Workers | None = status_field("Pods of the current attempt.")
     resolved: ResolvedConfig | None = status_field("The configuration in use.")
-    plan: RunPlan | None = status_field("What the run is expected to need. Since 0.2.0.")
+    plan: RunPlan | None = status_field("Planned memory, work, time and cost of the run. Since 0.2.0.")
     cost: JobCost | None = status_field("GPU-hours and cost of the job. Absent if the node pool has no price. Since 0.2.0.")
     goodput: Goodput | None = status_field("What the time of the job was used for. Since 0.2.0.")
     start_time: Time | None = status_field(
         "Creation time of the first attempt's Job. With a queue: time of the Job's admission.",
-        example="2026-03-01T12:00:00Z", prompt=PromptWrite.WHEN_VALUE_CHANGES,
+        example="2026-03-01T12:00:00Z", immediate=ImmediateWrite.WHEN_VALUE_CHANGES,
     )  # fmt: skip
     completion_time: Time | None = status_field(
-        "Time at which the job ended.", example="2026-03-01T14:03:00Z", prompt=PromptWrite.WHEN_VALUE_CHANGES
+        "Time at which the job ended.", example="2026-03-01T14:03:00Z", immediate=ImmediateWrite.WHEN_VALUE_CHANGES
     )
     duration: str | None = status_field("Time from the start to the end of the job, as text.", example="2h3m")
 
-    def condition(self, kind: ConditionType) -> Condition | None:
-        """Return the condition of type `kind`. None: the status does not contain the condition."""
-        return next((condition for condition in self.conditions if condition.type == kind), None)
+    def condition(self, condition_type: ConditionType) -> Condition | None:
+        """Return the condition of this type, or None if the status does not contain it."""
+        return next((condition for condition in self.conditions if condition.type == condition_type), None)
 
     def is_true(self, condition_type: ConditionType) -> bool:
-        """Whether the condition of type `kind` has status True."""
+        """Whether the status contains the condition of this type with status True."""
         condition = self.condition(condition_type)
         return condition is not None and condition.status == "True"
 
     @property
     def steps_done(self) -> int:
-        """Return the last reported optimizer step, or 0 before the first report."""
+        """The last reported optimizer step, or 0 before the first report."""
         return (self.progress.step if self.progress else None) or 0
 
 
-def prompt_part(wire: dict[str, Any]) -> dict[str, Any]:
-    """Return all fields with `prompt` of the JSON of a status. If two statuses have equal fields with `prompt`, the operator may write the newer status later."""
-    present = {name: bool(wire.get(name)) for name in _fields_marked(FineTuneJobStatus, PromptWrite.WHEN_PRESENCE_CHANGES)}
-    part: dict[str, Any] = _select_fields(wire, _prompt_fields(FineTuneJobStatus))
-    return part | present
+def select_immediate_fields(status_json: dict[str, Any]) -> dict[str, Any]:
+    """Return those fields of a status whose changes the operator writes at once. If they are equal in two statuses, it may write the newer one later."""
+    is_present = {name: bool(status_json.get(name)) for name in _list_fields_with_immediate_write(FineTuneJobStatus, ImmediateWrite.WHEN_PRESENCE_CHANGES)}
+    selected: dict[str, Any] = _select_fields(status_json, _build_immediate_field_tree(FineTuneJobStatus))
+    return selected | is_present
 
 
-def _select_fields(value: Any, fields: dict[str, Any] | None) -> Any:
-    """Return the parts of a JSON value that `fields` names; None means the whole value."""
-    if fields is None:
-        return value
-    if isinstance(value, list):
-        return [_select_fields(item, fields) for item in value]
-    return {name: _select_fields(value[name], inner) for name, inner in fields.items() if name in value}
+def _select_fields(json_value: Any, field_tree: dict[str, Any] | None) -> Any:
+    """Return the fields of a JSON value that `field_tree` contains. None selects the whole value."""
+    if field_tree is None:
+        return json_value
+    if isinstance(json_value, list):
+        return [_select_fields(item, field_tree) for item in json_value]
+    return {name: _select_fields(json_value[name], inner) for name, inner in field_tree.items() if name in json_value}
 
 
 @cache
-def _fields_marked(model: type[BaseModel], mark: PromptWrite) -> tuple[str, ...]:
-    """The JSON names of the fields with this mark."""
+def _list_fields_with_immediate_write(model: type[BaseModel], immediate: ImmediateWrite) -> tuple[str, ...]:
+    """Return the JSON names of the model's fields that are declared with this value of `immediate`."""
     return tuple(
         info.alias or name
         for name, info in model.model_fields.items()
-        if isinstance(info.json_schema_extra, dict) and info.json_schema_extra.get(PROMPT_KEY) == mark
+        if isinstance(info.json_schema_extra, dict) and info.json_schema_extra.get(IMMEDIATE_WRITE_KEY) == immediate
     )
 
 
 @cache
-def _prompt_fields(model: type[BaseModel]) -> dict[str, Any]:
-    """Return the JSON names of the fields with `PromptWrite.WHEN_VALUE_CHANGES`.
+def _build_immediate_field_tree(model: type[BaseModel]) -> dict[str, Any]:
+    """Return the fields that are declared with `ImmediateWrite.WHEN_VALUE_CHANGES`, as a tree of JSON names for `_select_fields`.
 
-    The value of a name is None, or the fields with this mark of the object or of the list items, if these have such fields.
+    A name maps to None if the whole field is selected. If its object or list items have such fields themselves, it maps to their tree.
     """
     fields: dict[str, Any] = {}
     for name, info in model.model_fields.items():
         alias = info.alias or name
-        if alias in _fields_marked(model, PromptWrite.WHEN_VALUE_CHANGES):
+        if alias in _list_fields_with_immediate_write(model, ImmediateWrite.WHEN_VALUE_CHANGES):
             items = [argument for argument in get_args(info.annotation) if isinstance(argument, type) and issubclass(argument, BaseModel)]
-            fields[alias] = (_prompt_fields(items[0]) if items else None) or None
+            fields[alias] = (_build_immediate_field_tree(items[0]) if items else None) or None
     return fields
 
 
 class Stage(StrEnum):
-    """Current activity of a pod. A phase can consist of several stages."""
+    """What a pod is doing. A phase of the job can consist of several stages."""
 
     STARTING = "starting"
     """The container has started and is preparing the ranks."""
@@ -721,11 +721,11 @@ class Stage(StrEnum):
     EVALUATING = "evaluating"
     """The pod is evaluating the model."""
     COMPARING = "comparing"
-    """The pod is measuring the base model to compare it with the trained model."""
+    """The pod is evaluating the base model, to compare it with the trained model."""
     BENCHMARKING = "benchmarking"
     """The pod is running the benchmarks of `evaluation.benchmarks`."""
     VERIFYING = "verifying"
-    """The pod is checking that the stored final model can be loaded."""
+    """The pod is checking that the stored final model computes the same values as the trained model."""
     UPLOADING = "uploading"
     """The pod is uploading the final model."""
     REPORTING = "reporting"
@@ -735,19 +735,20 @@ class Stage(StrEnum):
     DONE = "done"
     """The final model is committed to storage."""
     FAILED = "failed"
-    """The pod failed and is about to exit."""
+    """The pod has failed and is about to exit."""
 
 
 REASON_OF_STAGE = {
     Stage.MERGING: Reason.MERGE_FAILED, Stage.EVALUATING: Reason.EVALUATION_FAILED, Stage.COMPARING: Reason.COMPARISON_FAILED,
     Stage.BENCHMARKING: Reason.BENCHMARK_FAILED, Stage.VERIFYING: Reason.VERIFICATION_FAILED, Stage.REPORTING: Reason.REPORT_FAILED,
 }  # fmt: skip
-"""Reason of an attempt in which a stage after training failed."""
+"""Reason of a failed attempt, by the stage after training that failed."""
 
-PART_OF_STAGE = {
+TIME_USE_OF_STAGE = {
     Stage.STARTING: "starting", Stage.DOWNLOADING: "download", Stage.CHECKING: "checking", Stage.LOADING: "loading", Stage.RESTORING: "loading",
     Stage.TRAINING: "steps", Stage.SAVING: "saving", Stage.MERGING: "finishing", Stage.EVALUATING: "evaluation", Stage.COMPARING: "evaluation",
     Stage.BENCHMARKING: "evaluation", Stage.VERIFYING: "finishing", Stage.UPLOADING: "upload", Stage.REPORTING: "finishing",
     Stage.STOPPING: "stopping", Stage.DONE: "other", Stage.FAILED: "other",
 }  # fmt: skip
-"""Part of `TimeUse` to which the time of a stage belongs. The first step, saving and evaluation are taken out of the time of training."""
+"""Field of `TimeUse` (in camelCase) to which the time of a stage belongs. Times of the first step, of saving and of evaluations during training are
+then moved from `steps` to their own fields."""

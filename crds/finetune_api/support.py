@@ -1,6 +1,6 @@
-"""Fields of the API that this release does not implement. The operator refuses a spec that sets an unsupported field, instead of ignoring the field.
+"""Fields and values of the API that this release does not implement. The operator refuses a spec that contains one, instead of ignoring it.
 
-To implement a field, remove the field's row from `UNSUPPORTED_FIELDS`.
+To implement a field, remove its entry from `UNSUPPORTED_FIELDS`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from finetune_api.base import nested_group
+from finetune_api.base import find_nested_group
 from finetune_api.names import Reason
 from finetune_api.rules import Problem
 from finetune_api.spec import FineTuneJobSpec
@@ -21,13 +21,15 @@ def _is_set(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class UnsupportedField:
-    """A field of the spec that this release does not implement. `path` is a dotted path of attribute names."""
+    """A field of the spec for which this release implements no value, or not all values."""
 
     path: str
+    """Dotted path of attribute names, such as `method.lora.loftq.bits`."""
     is_refused: Callable[[Any], bool] = _is_set
+    """Says whether a value of the field is refused."""
     hint: str = "remove it"
     reason: str = "is part of the API, but this release does not implement it"
-    """Why the field or value is refused, after the value."""
+    """Why the field or value is refused. In the message, this text comes after the value."""
 
     @property
     def refuses_every_value(self) -> bool:
@@ -44,7 +46,7 @@ def _contains(item: object) -> Callable[[Any], bool]:
 
 
 UNSUPPORTED_FIELDS: tuple[UnsupportedField, ...] = (
-    UnsupportedField("method.lora.loftq.bits", _any_of(2, 8), "write 4, because no library can load the base model of LoftQ with 2 or 8 bits"),
+    UnsupportedField("method.lora.loftq.bits", _any_of(2, 8), "write 4, because no library can load LoftQ's base model with 2 or 8 bits"),
     UnsupportedField(
         "method.lora.loftq.iterations",
         lambda value: value not in (None, 1),
@@ -54,46 +56,46 @@ UNSUPPORTED_FIELDS: tuple[UnsupportedField, ...] = (
         "output.export", _contains("gguf"),
         "write safetensors and `mergeAdapter: true`, and convert the folder of status.output.mergedUri (method full: status.output.uri) with "
         "convert_hf_to_gguf.py of llama.cpp",
-        "contains gguf, but no library converts complete models of the transformers version in this release to GGUF",
+        "contains gguf, but no library can convert a complete model to GGUF with the transformers version of this release",
     ),
     UnsupportedField(
         "output.export", _contains("onnx"),
         "write safetensors and `mergeAdapter: true`, and convert the folder of status.output.mergedUri (method full: status.output.uri) with "
         "optimum-onnx and the older transformers version that it needs",
-        "contains onnx, but no library converts complete models of the transformers version in this release to ONNX",
+        "contains onnx, but no library can convert a complete model to ONNX with the transformers version of this release",
     ),
 )
 
 
-def unsupported_fields(spec: FineTuneJobSpec) -> list[Problem]:
-    """Return one problem for each field that the spec sets but this release does not implement."""
-    return [_problem(spec, row) for row in UNSUPPORTED_FIELDS if row.is_refused(_value(spec, row.path))]
+def find_unsupported_fields(spec: FineTuneJobSpec) -> list[Problem]:
+    """Return one problem for each field of the spec whose value this release does not implement."""
+    return [_make_problem(spec, field) for field in UNSUPPORTED_FIELDS if field.is_refused(_read_attribute(spec, field.path))]
 
 
-def _value(spec: FineTuneJobSpec, path: str) -> Any:
+def _read_attribute(spec: FineTuneJobSpec, path: str) -> Any:
     value: Any = spec
     for name in path.split("."):
         value = getattr(value, name, None)
     return value
 
 
-def wire_path(path: str) -> str:
-    """Convert a dotted path of attribute names to camelCase: `output.merge_adapter` to `output.mergeAdapter`."""
+def to_wire_path(path: str) -> str:
+    """Return a dotted path of attribute names as a spec path: `output.mergeAdapter` for `output.merge_adapter`."""
     parts: list[str] = []
     model: Any = FineTuneJobSpec
     for name in path.split("."):
         field = model.model_fields[name]
         parts.append(field.alias or name)
-        model = nested_group(field.annotation)
+        model = find_nested_group(field.annotation)
     return ".".join(parts)
 
 
-def _problem(spec: FineTuneJobSpec, row: UnsupportedField) -> Problem:
-    value = _value(spec, row.path)
-    shown = f"{value!s} " if isinstance(value, str | int | float) else ""
+def _make_problem(spec: FineTuneJobSpec, field: UnsupportedField) -> Problem:
+    value = _read_attribute(spec, field.path)
+    value_text = f"{value!s} " if isinstance(value, str | int | float) else ""
     return Problem(
-        wire_path(row.path),
+        to_wire_path(field.path),
         Reason.NOT_SUPPORTED_YET,
-        f"{shown}{row.reason}",
-        row.hint,
+        f"{value_text}{field.reason}",
+        field.hint,
     )

@@ -1,1 +1,1 @@
-"""The control loop: creates Jobs for each FineTuneJob, and writes the progress of their pods to the status of the FineTuneJob."""
+"""The control loop. It creates the Jobs of each FineTuneJob and writes the progress of their pods to the FineTuneJob's status."""

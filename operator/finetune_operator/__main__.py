@@ -1,4 +1,4 @@
-"""`finetune-operator`: read the configuration, connect, run."""
+"""The command `finetune-operator`: reads the configuration, connects to the API server and runs the operator."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _tune_garbage_collector() -> None:
     """Exclude imported modules from garbage collection, and collect old objects less often.
 
     The cache holds thousands of long-lived objects. With the default thresholds, each burst of events triggers a full collection, which
-    blocks the event loop. A burst leaves many reference cycles, so young objects are still collected, in small portions.
+    blocks the event loop. A burst leaves many reference cycles, so young objects are still collected often, a few at a time.
     Measurements: docs/decisions/0030-operator-core.md.
     """
     gc.collect()
@@ -75,7 +75,10 @@ def _parse_options(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _load_config(path: Path | None) -> settings.OperatorConfig:
-    """Read the file that `--config` names. If `--config` is not given, use the environment variable, the mounted file or the defaults."""
+    """Return the configuration. `path` is the argument of `--config`.
+
+    Without it, read the file that the environment variable names, or else the mounted file. If neither exists, use the defaults.
+    """
     if path is not None:
         return settings.load_config(path)
     if variable := os.environ.get(CONFIG_VARIABLE):

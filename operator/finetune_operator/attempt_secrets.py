@@ -2,7 +2,7 @@
 
 The operator may create Secrets, but may not read the Secrets of users. It reads only its own key, at startup and when it becomes the leader. If the Secret
 with the key is deleted while the operator runs, the leader creates it again with the same key. If it is deleted while no operator runs, the next leader
-creates another key. It then cannot read the progress of attempts that run at that time. They continue.
+creates another key. The attempts that run at that time continue, but with the new key, the operator cannot read their progress.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from finetune_operator.settings import IsolationSettings, StartError
 
 logger = logging.getLogger(__name__)
 
-KEY_NAME = "key"
+KEY_ENTRY_NAME = "key"
 KEY_BYTES = 32
 
 
 class AttemptSecrets:
-    """The secrets of all attempts. `load` must be called before the other functions."""
+    """Derives the secrets of all attempts from the operator's key. `load_key` must be called before the other functions."""
 
     def __init__(self, settings: IsolationSettings, operator_key: bytes | None = None):
         self._settings = settings
@@ -43,12 +43,12 @@ class AttemptSecrets:
         """Whether new attempts get a Secret."""
         return self._settings.secret
 
-    async def load(self, kube: KubeClient, namespace: str, *, may_create: bool = True) -> None:
+    async def load_key(self, kube: KubeClient, namespace: str, *, may_create: bool = True) -> None:
         """Read the operator's key from its Secret. If the Secret is missing, create it, unless `may_create` is false. Errors: KubeError, StartError.
 
-        Only the leader may create the Secret: if it was deleted, the leader restores the key that it uses, and a standby replica that starts at
-        that time would create another key. If `isolation.secret` is false, the key is only read if it exists: attempts that started before that
-        change still ask for a token.
+        Only the leader may create the Secret. If the Secret was deleted, the leader restores the key that it uses; a standby replica that starts
+        at that time would create another key. If `isolation.secret` is false, the key is read if it exists, because attempts that started
+        while `isolation.secret` was true still ask for a token.
         """
         name = self._settings.key_secret_name
         try:
@@ -76,7 +76,7 @@ class AttemptSecrets:
             return await kube.get(SECRET, namespace, name)
 
     async def restore_key(self, kube: KubeClient, namespace: str) -> None:
-        """Create the Secret with the operator's key again if it was deleted. Log a warning if it contains another key. Errors: KubeError."""
+        """Create the Secret with the operator's key again if it was deleted. If it contains another key, log a warning. Errors: KubeError."""
         if not self.is_enabled:
             return
         name = self._settings.key_secret_name
@@ -93,25 +93,25 @@ class AttemptSecrets:
                 namespace, name,
             )  # fmt: skip
 
-    def secret_name(self, job_name: str, uid: str, attempt: int) -> str:
-        """Return the name of the Secret of an attempt. `job_name`: name of the attempt's Job."""
+    def derive_secret_name(self, job_name: str, uid: str, attempt: int) -> str:
+        """Return the name of an attempt's Secret. `job_name`: name of the attempt's Job."""
         return f"{job_name}-{derive_secret_name_suffix(self._key, uid, attempt)}"
 
-    def secret(self, uid: str, attempt: int) -> str:
-        """Return the secret of an attempt."""
+    def derive_secret(self, uid: str, attempt: int) -> str:
+        """Return an attempt's secret, from which its tokens are derived."""
         return derive_attempt_secret(self._key, uid, attempt)
 
-    def checkpoint_key(self, uid: str) -> str:
+    def derive_checkpoint_key(self, uid: str) -> str:
         """Return the key that signs the checkpoints of all attempts of a job."""
         return derive_checkpoint_key(self._key, uid)
 
-    def prepared_rows_key(self, namespace: str) -> str:
+    def derive_prepared_rows_key(self, namespace: str) -> str:
         """Return the key that signs the prepared rows of a namespace."""
         return derive_prepared_rows_key(self._key, namespace)
 
-    def progress_token(self, uid: str, attempt: int) -> str | None:
-        """Return the token for reading an attempt's progress; None if the operator has no key. An attempt without a secret ignores the token."""
-        return derive_progress_token(self.secret(uid, attempt)) if self._operator_key is not None else None
+    def derive_progress_token(self, uid: str, attempt: int) -> str | None:
+        """Return the token for reading an attempt's progress, or None if the operator has no key. An attempt without a secret ignores the token."""
+        return derive_progress_token(self.derive_secret(uid, attempt)) if self._operator_key is not None else None
 
     @property
     def _key(self) -> bytes:
@@ -127,17 +127,17 @@ def _build_key_secret(name: str, namespace: str, key: bytes) -> Object:
         "metadata": {"name": name, "namespace": namespace, "labels": {Label.MANAGED_BY.value: MANAGER_NAME}},
         "type": "Opaque",
         "immutable": True,
-        "data": {KEY_NAME: base64.b64encode(key).decode()},
+        "data": {KEY_ENTRY_NAME: base64.b64encode(key).decode()},
     }
 
 
 def _read_key(body: Object, name: str) -> bytes:
     try:
-        key = base64.b64decode((body.get("data") or {}).get(KEY_NAME, ""), validate=True)
+        key = base64.b64decode((body.get("data") or {}).get(KEY_ENTRY_NAME, ""), validate=True)
     except (binascii.Error, ValueError):
         key = b""
     if len(key) < KEY_BYTES:
         raise StartError(
-            f"Secret {name} has no key {KEY_NAME!r} of at least {KEY_BYTES} bytes: delete the Secret, and the operator creates a new one"
+            f"Secret {name} has no key {KEY_ENTRY_NAME!r} of at least {KEY_BYTES} bytes: delete the Secret, and the operator creates a new one"
         )
     return key

@@ -1,7 +1,7 @@
-"""Cache of FineTuneJobs, their Jobs and their pods, filled by watch events and lists. The cache may be older than the cluster's state.
+"""JobCache of FineTuneJobs, their Jobs and their pods, filled by watch events and lists. The cache may be older than the cluster's state.
 
 An older version of an object never replaces a newer version, so events may arrive twice or out of order. An update without a relevant
-change causes no reconcile. Such updates are frequent: the operator's own writes return as events, and each pod changes the Job's counters.
+change causes no reconcile. Such updates are frequent: each write of the operator returns as an event, and each pod changes its Job's counters.
 A deleted pod stays in the cache, marked as deleted, until the end of its attempt is recorded. The pod's exit code and termination message are
 often the only evidence of how the attempt ended.
 """
@@ -11,15 +11,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from finetune_operator.views import JobObject, JobView, PodView, as_deleted
-from finetune_operator.workqueue import Key
+from finetune_operator.views import FineTuneJobView, JobView, PodView, mark_deleted
+from finetune_operator.workqueue import JobKey
 
 
 @dataclass
 class CacheEntry:
     """A FineTuneJob, its Jobs by uid, and its pods by uid."""
 
-    finetunejob: JobObject | None = None
+    finetunejob: FineTuneJobView | None = None
     jobs: dict[str, JobView] = field(default_factory=dict)
     pods: dict[str, PodView] = field(default_factory=dict)
 
@@ -30,16 +30,16 @@ class CacheEntry:
 
 
 class CacheUpdate(NamedTuple):
-    """Result of a cache update. `has_changed`: a relevant field changed. `is_new`: the FineTuneJob was not in the cache before."""
+    """Result of a cache update. `has_changed`: whether a relevant field changed. `is_new`: whether the FineTuneJob was not cached before."""
 
-    key: Key
+    key: JobKey
     has_changed: bool
     is_new: bool = False
 
 
 @dataclass(frozen=True)
 class FullList:
-    """Uids from one full list of each kind. `version` is the lowest resourceVersion of these lists."""
+    """The uids of all existing objects, from one full list of each kind. `version` is the lowest resourceVersion of these lists."""
 
     finetunejob_uids: frozenset[str]
     job_uids: frozenset[str]
@@ -48,38 +48,38 @@ class FullList:
     namespaces: frozenset[str] = frozenset()
     """Namespaces that were listed. An empty set means all namespaces."""
 
-    def proves_deleted(self, view: JobObject | JobView | PodView, listed_uids: frozenset[str]) -> bool:
-        """Whether this object must have been deleted: the list is newer than the cached object, but `listed_uids` does not contain the object."""
+    def proves_deleted(self, view: FineTuneJobView | JobView | PodView, listed_uids: frozenset[str]) -> bool:
+        """Whether the cached object `view` was deleted: the full list is newer, but `listed_uids` does not contain the object."""
         was_listed = not self.namespaces or view.namespace in self.namespaces
         return was_listed and view.version <= self.version and view.uid not in listed_uids
 
 
-class Cache:
+class JobCache:
     """Cache entries by FineTuneJob. Not thread-safe: all callers run in one event loop."""
 
     def __init__(self) -> None:
-        self._entries: dict[Key, CacheEntry] = {}
+        self._entries: dict[JobKey, CacheEntry] = {}
 
-    def get(self, key: Key) -> CacheEntry:
-        """The entry of a FineTuneJob, or an empty entry if nothing is cached."""
+    def get(self, key: JobKey) -> CacheEntry:
+        """Return the entry of a FineTuneJob, or an empty entry if nothing is cached."""
         return self._entries.get(key) or CacheEntry()
 
-    def keys(self) -> list[Key]:
-        """Keys of all cached FineTuneJobs."""
+    def list_keys(self) -> list[JobKey]:
+        """Return the keys of all cached FineTuneJobs."""
         return [key for key, entry in self._entries.items() if entry.finetunejob is not None]
 
-    def finetunejobs(self) -> list[JobObject]:
-        """All cached FineTuneJobs."""
+    def list_finetunejobs(self) -> list[FineTuneJobView]:
+        """Return all cached FineTuneJobs."""
         return [entry.finetunejob for entry in self._entries.values() if entry.finetunejob is not None]
 
-    def has_version(self, key: Key, uid: str, resource_version: str) -> bool:
+    def has_version(self, key: JobKey, uid: str, resource_version: str) -> bool:
         """Whether this version of a FineTuneJob is already cached, so that the caller need not parse its body again."""
         cached_job = self.get(key).finetunejob
         return cached_job is not None and (cached_job.uid, cached_job.resource_version) == (uid, resource_version)
 
-    def put_finetunejob(self, view: JobObject) -> CacheUpdate:
+    def put_finetunejob(self, view: FineTuneJobView) -> CacheUpdate:
         """Store a FineTuneJob unless the same or a newer version of it is cached."""
-        key = Key(view.namespace, view.name)
+        key = JobKey(view.namespace, view.name)
         entry = self._get_or_create_entry(key)
         cached_job = entry.finetunejob
         if cached_job is not None and (view.version < cached_job.version or view == cached_job):
@@ -89,7 +89,7 @@ class Cache:
         entry.finetunejob = view
         return CacheUpdate(key, has_changed=True, is_new=cached_job is None)
 
-    def drop_finetunejob(self, key: Key, uid: str) -> None:
+    def drop_finetunejob(self, key: JobKey, uid: str) -> None:
         """Remove the FineTuneJob with this uid. A new FineTuneJob with the same name stays cached."""
         entry = self._get_or_create_entry(key)
         if entry.finetunejob is not None and entry.finetunejob.uid == uid:
@@ -98,7 +98,7 @@ class Cache:
 
     def put_job(self, view: JobView) -> CacheUpdate:
         """Store a Job unless a newer version of it is cached."""
-        key = Key(view.namespace, view.job_name)
+        key = JobKey(view.namespace, view.finetunejob_name)
         jobs = self._get_or_create_entry(key).jobs
         cached_job = jobs.get(view.uid)
         if cached_job is not None and view.version < cached_job.version:
@@ -106,13 +106,13 @@ class Cache:
         jobs[view.uid] = view
         return CacheUpdate(key, has_changed=cached_job is None or replace(cached_job, version=view.version) != view)
 
-    def drop_job(self, view: JobView) -> Key:
+    def drop_job(self, view: JobView) -> JobKey:
         """Remove a deleted Job. Returns the key of its FineTuneJob.
 
-        A Job that loses the label of the watch and gets it back counts as deleted and added. The addition may be handled first, so a newer
-        version stays cached.
+        If a Job loses the label that the watch selects, and gets it back, the watch reports a deletion and an addition. The addition may be
+        handled first, so a newer cached version is kept.
         """
-        key = Key(view.namespace, view.job_name)
+        key = JobKey(view.namespace, view.finetunejob_name)
         jobs = self._get_or_create_entry(key).jobs
         cached_job = jobs.get(view.uid)
         if cached_job is not None and cached_job.version <= view.version:
@@ -122,7 +122,7 @@ class Cache:
 
     def put_pod(self, view: PodView) -> CacheUpdate:
         """Store a pod unless a newer version of it is cached."""
-        key = Key(view.namespace, view.job_name)
+        key = JobKey(view.namespace, view.finetunejob_name)
         pods = self._get_or_create_entry(key).pods
         cached_pod = pods.get(view.uid)
         if cached_pod is not None and (view.version < cached_pod.version or cached_pod.is_deleted):
@@ -130,24 +130,24 @@ class Cache:
         pods[view.uid] = view
         return CacheUpdate(key, has_changed=cached_pod is None or replace(cached_pod, version=view.version) != view)
 
-    def mark_pod_deleted(self, view: PodView) -> Key:
+    def mark_pod_deleted(self, view: PodView) -> JobKey:
         """Mark a pod as deleted and keep its newest known state. Returns the key of its FineTuneJob."""
-        key = Key(view.namespace, view.job_name)
+        key = JobKey(view.namespace, view.finetunejob_name)
         entry = self._get_or_create_entry(key)
         cached_pod = entry.pods.get(view.uid)
-        entry.pods[view.uid] = as_deleted(cached_pod if cached_pod is not None and cached_pod.version > view.version else view)
+        entry.pods[view.uid] = mark_deleted(cached_pod if cached_pod is not None and cached_pod.version > view.version else view)
         self._remove_if_empty(key)
         return key
 
-    def drop_deleted_pods(self, key: Key, *, before_attempt: int) -> None:
-        """Remove the deleted pods of earlier attempts: the end of these attempts is recorded in the status."""
+    def drop_deleted_pods(self, key: JobKey, *, before_attempt: int) -> None:
+        """Remove the deleted pods of attempts before `before_attempt`, because the status already records how these attempts ended."""
         pods = self._get_or_create_entry(key).pods
         for uid in [uid for uid, pod in pods.items() if pod.is_deleted and pod.attempt < before_attempt]:
             del pods[uid]
 
-    def prune(self, full_list: FullList) -> set[Key]:
-        """Remove each object that was deleted according to the full lists. Returns the FineTuneJobs that changed."""
-        changed_keys: set[Key] = set()
+    def prune(self, full_list: FullList) -> set[JobKey]:
+        """Remove each object that was deleted according to the full lists. Returns the keys of the FineTuneJobs that changed."""
+        changed_keys: set[JobKey] = set()
         for key, entry in list(self._entries.items()):
             cached_job = entry.finetunejob
             if cached_job is not None and full_list.proves_deleted(cached_job, full_list.finetunejob_uids):
@@ -159,10 +159,10 @@ class Cache:
                 changed_keys.add(self.mark_pod_deleted(pod))
         return changed_keys
 
-    def _get_or_create_entry(self, key: Key) -> CacheEntry:
+    def _get_or_create_entry(self, key: JobKey) -> CacheEntry:
         return self._entries.setdefault(key, CacheEntry())
 
-    def _remove_if_empty(self, key: Key) -> None:
+    def _remove_if_empty(self, key: JobKey) -> None:
         entry = self._entries.get(key)
         if entry is not None and entry.is_empty:
             del self._entries[key]

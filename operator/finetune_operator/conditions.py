@@ -6,12 +6,12 @@ from collections.abc import Iterable
 from datetime import datetime
 from typing import Literal
 
-from finetune_api.names import Condition as Kind
+from finetune_api.names import Condition as ConditionType
 from finetune_api.names import Phase, Reason
 from finetune_api.status import Condition, Stage
 
-from finetune_operator.deadlines import start_timeout_seconds, waiting_since
-from finetune_operator.phase import phase_of_pods
+from finetune_operator.deadlines import find_waiting_start, get_start_timeout_seconds
+from finetune_operator.phase import compute_phase_of_pods
 from finetune_operator.plan import JobEnd, Outcome, Situation
 from finetune_operator.policies.acceptance import RefusedSpec
 from finetune_operator.policies.timeouts import seconds_between
@@ -32,146 +32,148 @@ TRACKER_PROBLEMS = {reason.value: reason for reason in (Reason.TRACKER_UNAVAILAB
 
 
 def compute_conditions(inputs: StatusInput, latest_checkpoint: str | None, *, transition_time: datetime) -> list[Condition]:
-    """Return all conditions, in a fixed order. `transition_time`: when the conditions that change now have changed."""
+    """Return all conditions, in a fixed order. `transition_time`: the time of a change that this reconcile makes."""
     new_conditions = [
-        _accepted_condition(inputs), _prepared_condition(inputs), _quota_reserved_condition(inputs), _pods_ready_condition(inputs),
-        _suspended_condition(inputs), _checkpoints_healthy_condition(inputs, latest_checkpoint), _trackers_reachable_condition(inputs),
-        _succeeded_condition(inputs), _finished_condition(inputs), _reconciling_condition(inputs), _stalled_condition(inputs),
+        _compute_accepted_condition(inputs), _compute_prepared_condition(inputs), _compute_quota_reserved_condition(inputs),
+        _compute_pods_ready_condition(inputs), _compute_suspended_condition(inputs), _compute_checkpoints_healthy_condition(inputs, latest_checkpoint),
+        _compute_trackers_reachable_condition(inputs), _compute_succeeded_condition(inputs), _compute_finished_condition(inputs),
+        _compute_reconciling_condition(inputs), _compute_stalled_condition(inputs),
     ]  # fmt: skip
     old_by_type = {condition.type: condition for condition in inputs.old_status.conditions}
     return [
-        _with_transition_time(condition, old_by_type.get(condition.type), transition_time, inputs.facts.job.generation)
+        _set_transition_time(condition, old_by_type.get(condition.type), transition_time, inputs.facts.job.generation)
         for condition in new_conditions if condition is not None
     ]  # fmt: skip
 
 
-def with_generation(conditions: Iterable[Condition], generation: int) -> list[Condition]:
+def set_generation(conditions: Iterable[Condition], generation: int) -> list[Condition]:
     """Return the same conditions with another `observedGeneration`."""
-    return [_copy_with(condition, condition.last_transition_time, generation) for condition in conditions]
+    return [_copy_condition(condition, condition.last_transition_time, generation) for condition in conditions]
 
 
-def _with_transition_time(
+def _set_transition_time(
     new_condition: Condition, old_condition: Condition | None, transition_time: datetime, generation: int
 ) -> Condition:
     """Return the condition with `lastTransitionTime`, the time at which the status of the condition last changed."""
     unchanged_since = old_condition.last_transition_time if old_condition is not None and old_condition.status == new_condition.status else None
     known_times = [time for time in (unchanged_since, new_condition.last_transition_time) if time is not None]
-    # The stored time may be too early: while the operator was stopped, the condition may have changed and changed back. So the later time
-    # is used.
-    return _copy_with(new_condition, max(known_times, default=transition_time), generation)
+    # The stored time may be too early: while the operator was stopped, the condition may have changed and changed back. So the later of
+    # the two known times is used.
+    return _copy_condition(new_condition, max(known_times, default=transition_time), generation)
 
 
-def _copy_with(condition: Condition, transition_time: datetime | None, generation: int) -> Condition:
+def _copy_condition(condition: Condition, transition_time: datetime | None, generation: int) -> Condition:
     return condition.model_copy(update={"last_transition_time": transition_time, "observed_generation": generation})
 
 
 def _make_condition(
-    kind: Kind, status: ConditionStatus, reason: Reason, message: str, transition_time: datetime | None = None
+    condition_type: ConditionType, status: ConditionStatus, reason: Reason, message: str, transition_time: datetime | None = None
 ) -> Condition:
     return Condition(
-        type=kind, status=status, reason=reason.value, message=clean(message), last_transition_time=transition_time
+        type=condition_type, status=status, reason=reason.value, message=clean(message), last_transition_time=transition_time
     )
 
 
-def _accepted_condition(inputs: StatusInput) -> Condition:
+def _compute_accepted_condition(inputs: StatusInput) -> Condition:
     acceptance = inputs.facts.acceptance
     if isinstance(acceptance, RefusedSpec):
         message = acceptance.message + (f"; {acceptance.hint}" if acceptance.hint and not acceptance.is_final else "")
-        return _make_condition(Kind.ACCEPTED, "False", acceptance.reason, message)
-    return _make_condition(Kind.ACCEPTED, "True", Reason.ACCEPTED, "the spec passed all checks")
+        return _make_condition(ConditionType.ACCEPTED, "False", acceptance.reason, message)
+    return _make_condition(ConditionType.ACCEPTED, "True", Reason.ACCEPTED, "the spec passed all checks")
 
 
-def _prepared_condition(inputs: StatusInput) -> Condition | None:
-    record = inputs.plan.preparation or inputs.old_status.preparation
-    if record is None:
+def _compute_prepared_condition(inputs: StatusInput) -> Condition | None:
+    preparation = inputs.plan.preparation or inputs.old_status.preparation
+    if preparation is None:
         return None
-    if record.reason is None:
-        return _make_condition(Kind.PREPARED, "False", *describe_preparation(record, inputs.blocking_condition if _is_preparing(inputs) else None))
-    if record.reason == Reason.EXISTING_RESULT_ADOPTED:
-        return _make_condition(Kind.PREPARED, "True", Reason.EXISTING_RESULT_ADOPTED, "spec and inputs are those of an earlier run")
-    if record.reason == Reason.PREPARED:
-        return _make_condition(Kind.PREPARED, "True", Reason.PREPARED, "storage, model and data passed all checks that need no GPU")
-    reason = Reason(record.reason) if record.reason in list(Reason) else Reason.FAILED
-    return _make_condition(Kind.PREPARED, "False", reason, record.message or record.reason)
+    if preparation.reason is None:
+        blocking_condition = inputs.blocking_condition if _is_preparing(inputs) else None
+        return _make_condition(ConditionType.PREPARED, "False", *describe_preparation(preparation, blocking_condition))
+    if preparation.reason == Reason.EXISTING_RESULT_ADOPTED:
+        return _make_condition(ConditionType.PREPARED, "True", Reason.EXISTING_RESULT_ADOPTED, "spec and inputs are those of an earlier run")
+    if preparation.reason == Reason.PREPARED:
+        return _make_condition(ConditionType.PREPARED, "True", Reason.PREPARED, "storage, model and data passed all checks that need no GPU")
+    reason = Reason(preparation.reason) if preparation.reason in list(Reason) else Reason.FAILED
+    return _make_condition(ConditionType.PREPARED, "False", reason, preparation.message or preparation.reason)
 
 
 def _is_preparing(inputs: StatusInput) -> bool:
     return inputs.plan.situation is Situation.PREPARING
 
 
-def _quota_reserved_condition(inputs: StatusInput) -> Condition | None:
+def _compute_quota_reserved_condition(inputs: StatusInput) -> Condition | None:
     name = inputs.facts.spec.placement.queue_name
-    if not name and not inputs.is_queued and inputs.facts.condition(Kind.QUOTA_RESERVED) is None:
+    if not name and not inputs.is_queued and inputs.facts.condition(ConditionType.QUOTA_RESERVED) is None:
         return None
     queue = f"queue {name}" if name else "the queue"
     job = inputs.current_job
     if job is None:
-        return _make_condition(Kind.QUOTA_RESERVED, "False", Reason.PROGRESSING, "no Job exists, so no quota is requested")
+        return _make_condition(ConditionType.QUOTA_RESERVED, "False", Reason.PROGRESSING, "no Job exists, so no quota is requested")
     if job.is_finished:
-        return _make_condition(Kind.QUOTA_RESERVED, "False", Reason.PROGRESSING, "the attempt ended and released its quota")
+        return _make_condition(ConditionType.QUOTA_RESERVED, "False", Reason.PROGRESSING, "the attempt ended and released its quota")
     if inputs.is_queued:
-        return _make_condition(Kind.QUOTA_RESERVED, "False", Reason.QUEUED, f"waiting for quota in {queue}")
+        return _make_condition(ConditionType.QUOTA_RESERVED, "False", Reason.QUEUED, f"waiting for quota in {queue}")
     message, admitted_at = f"{queue} admitted attempt {job.attempt}", inputs.facts.admitted_at
-    return _make_condition(Kind.QUOTA_RESERVED, "True", Reason.PROGRESSING, message, admitted_at)
+    return _make_condition(ConditionType.QUOTA_RESERVED, "True", Reason.PROGRESSING, message, admitted_at)
 
 
-def _pods_ready_condition(inputs: StatusInput) -> Condition:
-    total, ready_pods = inputs.facts.nodes, inputs.ready_pods
+def _compute_pods_ready_condition(inputs: StatusInput) -> Condition:
+    total, ready_pods = inputs.facts.pod_count, inputs.ready_pods
     if inputs.plan.job_end is not None:
-        return _make_condition(Kind.PODS_READY, "False", Reason.PODS_NOT_READY, "the job is finished")
+        return _make_condition(ConditionType.PODS_READY, "False", Reason.PODS_NOT_READY, "the job is finished")
     if ready_pods >= total:
-        return _make_condition(Kind.PODS_READY, "True", Reason.PODS_READY, f"all {total} pods are ready")
+        return _make_condition(ConditionType.PODS_READY, "True", Reason.PODS_READY, f"all {total} pods are ready")
     if _is_preparing(inputs):
-        return _make_condition(Kind.PODS_READY, "False", Reason.PODS_NOT_READY, "the preparation has not ended; no pod of an attempt exists")
+        return _make_condition(ConditionType.PODS_READY, "False", Reason.PODS_NOT_READY, "the preparation has not ended; no pod of an attempt exists")
     if inputs.blocking_condition is not None:
         message = f"waiting for {total - ready_pods} of {total} pods: {inputs.blocking_condition.message}"
-        return _make_condition(Kind.PODS_READY, "False", inputs.blocking_condition.reason, message)
-    return _make_condition(Kind.PODS_READY, "False", Reason.PODS_NOT_READY, f"{ready_pods} of {total} pods are ready")
+        return _make_condition(ConditionType.PODS_READY, "False", inputs.blocking_condition.reason, message)
+    return _make_condition(ConditionType.PODS_READY, "False", Reason.PODS_NOT_READY, f"{ready_pods} of {total} pods are ready")
 
 
-def _suspended_condition(inputs: StatusInput) -> Condition:
+def _compute_suspended_condition(inputs: StatusInput) -> Condition:
     if inputs.is_suspended:
         step = inputs.facts.next_start_step
         start = f"the next attempt continues from step {step}" if step else "no checkpoint is committed yet"
-        return _make_condition(Kind.SUSPENDED, "True", Reason.SUSPENDED, f"spec.suspend is true and no pod is left; {start}")
-    if inputs.facts.suspend_requested and inputs.plan.job_end is None:
-        return _make_condition(Kind.SUSPENDED, "False", Reason.SUSPENDING, "spec.suspend is true; the pods save and stop")
-    if inputs.facts.is_true(Kind.SUSPENDED):
-        return _make_condition(Kind.SUSPENDED, "False", Reason.RESUMED, "spec.suspend is false again")
-    return _make_condition(Kind.SUSPENDED, "False", Reason.PROGRESSING, "spec.suspend is false")
+        return _make_condition(ConditionType.SUSPENDED, "True", Reason.SUSPENDED, f"spec.suspend is true and no pod is left; {start}")
+    if inputs.facts.is_suspend_requested and inputs.plan.job_end is None:
+        return _make_condition(ConditionType.SUSPENDED, "False", Reason.SUSPENDING, "spec.suspend is true; the pods save and stop")
+    if inputs.facts.is_true(ConditionType.SUSPENDED):
+        return _make_condition(ConditionType.SUSPENDED, "False", Reason.RESUMED, "spec.suspend is false again")
+    return _make_condition(ConditionType.SUSPENDED, "False", Reason.PROGRESSING, "spec.suspend is false")
 
 
-def _checkpoints_healthy_condition(inputs: StatusInput, latest_checkpoint: str | None) -> Condition:
+def _compute_checkpoints_healthy_condition(inputs: StatusInput, latest_checkpoint: str | None) -> Condition:
     problem = inputs.last_report.health.checkpoint_problem if inputs.last_report else None
     if problem:
         reason = CHECKPOINT_PROBLEMS.get(problem.split(":")[0].strip(), Reason.CHECKPOINT_NOT_STORED)
-        return _make_condition(Kind.CHECKPOINTS_HEALTHY, "False", reason, problem)
+        return _make_condition(ConditionType.CHECKPOINTS_HEALTHY, "False", reason, problem)
     if latest_checkpoint:
         message = f"newest checkpoint: {latest_checkpoint}"
-        return _make_condition(Kind.CHECKPOINTS_HEALTHY, "True", Reason.CHECKPOINT_COMMITTED, message)
-    return _make_condition(Kind.CHECKPOINTS_HEALTHY, "Unknown", Reason.PROGRESSING, "no checkpoint is committed yet")
+        return _make_condition(ConditionType.CHECKPOINTS_HEALTHY, "True", Reason.CHECKPOINT_COMMITTED, message)
+    return _make_condition(ConditionType.CHECKPOINTS_HEALTHY, "Unknown", Reason.PROGRESSING, "no checkpoint is committed yet")
 
 
-def _trackers_reachable_condition(inputs: StatusInput) -> Condition | None:
-    """Whether trackers accept the values of a running job. Jobs without trackers and finished jobs do not have this condition."""
+def _compute_trackers_reachable_condition(inputs: StatusInput) -> Condition | None:
+    """Return the TrackersReachable condition: whether trackers accept the metrics of a running job. Other jobs do not have this condition."""
     if not inputs.facts.spec.tracking.report_to or inputs.plan.job_end is not None or inputs.last_report is None:
         return None
     problem = inputs.last_report.health.tracker_problem
     if problem is None:
-        return _make_condition(Kind.TRACKERS_REACHABLE, "True", Reason.TRACKERS_REACHABLE, "the trackers accept the values of the run")
+        return _make_condition(ConditionType.TRACKERS_REACHABLE, "True", Reason.TRACKERS_REACHABLE, "the trackers accept the values of the run")
     reason = TRACKER_PROBLEMS.get(problem.split(":")[0].strip(), Reason.TRACKER_FAILED)
-    return _make_condition(Kind.TRACKERS_REACHABLE, "False", reason, problem)
+    return _make_condition(ConditionType.TRACKERS_REACHABLE, "False", reason, problem)
 
 
-def _succeeded_condition(inputs: StatusInput) -> Condition:
+def _compute_succeeded_condition(inputs: StatusInput) -> Condition:
     job_end = inputs.plan.job_end
     if job_end is None:
-        return _make_condition(Kind.SUCCEEDED, "Unknown", Reason.PROGRESSING, "the job is not finished")
+        return _make_condition(ConditionType.SUCCEEDED, "Unknown", Reason.PROGRESSING, "the job is not finished")
     if inputs.adopts_result:
-        return _make_condition(Kind.SUCCEEDED, "True", job_end.reason, _describe_adopted_result(inputs))
+        return _make_condition(ConditionType.SUCCEEDED, "True", job_end.reason, _describe_adopted_result(inputs))
     if job_end.outcome is Outcome.SUCCEEDED:
-        return _make_condition(Kind.SUCCEEDED, "True", Reason.SUCCEEDED, "the final artefact is committed")
-    return _make_condition(Kind.SUCCEEDED, "False", job_end.reason, _why_not_succeeded(job_end))
+        return _make_condition(ConditionType.SUCCEEDED, "True", Reason.SUCCEEDED, "the final artefact is committed")
+    return _make_condition(ConditionType.SUCCEEDED, "False", job_end.reason, _describe_unsuccessful_end(job_end))
 
 
 def _describe_adopted_result(inputs: StatusInput) -> str:
@@ -180,14 +182,14 @@ def _describe_adopted_result(inputs: StatusInput) -> str:
     return f"nothing was trained: the FineTuneJob of the same name with uid {uid} had the same spec and inputs, and its result is {uri}"
 
 
-def _finished_condition(inputs: StatusInput) -> Condition:
+def _compute_finished_condition(inputs: StatusInput) -> Condition:
     job_end = inputs.plan.job_end
     if job_end is None:
-        return _make_condition(Kind.FINISHED, "False", Reason.PROGRESSING, "the job is not finished")
-    return _make_condition(Kind.FINISHED, "True", REASON_OF_OUTCOME[job_end.outcome], "no further attempt follows")
+        return _make_condition(ConditionType.FINISHED, "False", Reason.PROGRESSING, "the job is not finished")
+    return _make_condition(ConditionType.FINISHED, "True", REASON_OF_OUTCOME[job_end.outcome], "no further attempt follows")
 
 
-def _why_not_succeeded(job_end: JobEnd) -> str:
+def _describe_unsuccessful_end(job_end: JobEnd) -> str:
     if job_end.outcome is Outcome.CANCELLED:
         return "spec.cancel is true; the newest checkpoint is kept"
     failure = job_end.failure
@@ -196,12 +198,12 @@ def _why_not_succeeded(job_end: JobEnd) -> str:
     return f"{failure.class_} {failure.code}: {failure.message}" + (f"; {failure.hint}" if failure.hint else "")
 
 
-def _reconciling_condition(inputs: StatusInput) -> Condition | None:
+def _compute_reconciling_condition(inputs: StatusInput) -> Condition | None:
     """Return the Reconciling condition of kstatus, or None if the job is finished or suspended."""
     if inputs.plan.job_end is not None or inputs.is_suspended:
         return None
     reason, message = _describe_activity(inputs)
-    return _make_condition(Kind.RECONCILING, "True", reason, message)
+    return _make_condition(ConditionType.RECONCILING, "True", reason, message)
 
 
 def _describe_activity(inputs: StatusInput) -> tuple[Reason, str]:
@@ -235,24 +237,24 @@ def _describe_stage(inputs: StatusInput) -> str:
     if live_report is not None:
         detail = live_report.report.detail
         return live_report.report.stage + (f", {detail}" if detail else "")
-    return Stage.TRAINING if phase_of_pods(inputs, in_recovery=False) is Phase.RUNNING else Stage.STARTING
+    return Stage.TRAINING if compute_phase_of_pods(inputs, follows_failure=False) is Phase.RUNNING else Stage.STARTING
 
 
-def _stalled_condition(inputs: StatusInput) -> Condition | None:
+def _compute_stalled_condition(inputs: StatusInput) -> Condition | None:
     """Return the Stalled condition of kstatus if the job failed or has waited for its pods longer than the start timeout."""
     plan, facts = inputs.plan, inputs.facts
     if plan.job_end is not None:
         if plan.job_end.outcome is not Outcome.FAILED:
             return None
-        return _make_condition(Kind.STALLED, "True", plan.job_end.reason, _why_not_succeeded(plan.job_end))
-    waits_since = waiting_since(facts)
-    limit = start_timeout_seconds(facts)
+        return _make_condition(ConditionType.STALLED, "True", plan.job_end.reason, _describe_unsuccessful_end(plan.job_end))
+    waits_since = find_waiting_start(facts)
+    limit = get_start_timeout_seconds(facts)
     if waits_since is None or seconds_between(waits_since, facts.now) < limit:
         return None
     is_blocked_start = plan.situation in (Situation.PREPARING, Situation.STARTING, Situation.BLOCKED) and inputs.blocking_condition is not None
     is_running = plan.situation is Situation.ACTIVE and plan.termination is None and not inputs.is_queued
-    if not (plan.refusal is not None or is_blocked_start or (is_running and inputs.ready_pods < facts.nodes)):
+    if not (plan.refusal is not None or is_blocked_start or (is_running and inputs.ready_pods < facts.pod_count)):
         return None
     explanation = plan.refusal.message if plan.refusal else inputs.blocking_condition.message if inputs.blocking_condition else "the pods are not ready"
     message = f"policy.startTimeoutSeconds {limit} passed: {explanation}"
-    return _make_condition(Kind.STALLED, "True", Reason.START_TIMEOUT, message)
+    return _make_condition(ConditionType.STALLED, "True", Reason.START_TIMEOUT, message)

@@ -1,8 +1,8 @@
 """Types of configuration values that are copied into pods: quantities, labels, tolerations, environment variables.
 
-Each type checks Kubernetes' rules when the configuration is loaded. Otherwise the API server would reject a wrong value only when the
-operator creates a Job, and every FineTuneJob would be blocked. Each type also contains these rules as a JSON schema, so that
-`helm install` rejects a wrong value.
+Each type checks Kubernetes' rules when the configuration is loaded. Without this check, the API server would reject each Job that contains
+a wrong value, and every FineTuneJob would be blocked. Each type also contains the rules as a JSON schema, so that `helm install` rejects
+a wrong value.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ Schema = dict[str, Any]
 DNS_LABEL = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?"
 DNS_SUBDOMAIN = rf"{DNS_LABEL}(\.{DNS_LABEL})*"
 LABEL_NAME = r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?"
-KEY_PATTERN = rf"^({DNS_SUBDOMAIN}/)?{LABEL_NAME}$"
+LABEL_KEY_PATTERN = rf"^({DNS_SUBDOMAIN}/)?{LABEL_NAME}$"
 LABEL_VALUE_PATTERN = rf"^({LABEL_NAME})?$"
 ENV_NAME_PATTERN = r"^[A-Za-z_][A-Za-z0-9_]*$"
 QUANTITY_PATTERN = r"^([0-9]+(\.[0-9]*)?|\.[0-9]+)([numkMGTPE]|[KMGTPE]i|[eE][-+]?[0-9]+)?$"
-RESERVED_KEYS = rf"^({GROUP}/|{Label.MANAGED_BY}$|batch\.kubernetes\.io/)".replace("-operator.", r"-operator\.")
+RESERVED_KEY_PATTERN = rf"^({GROUP}/|{Label.MANAGED_BY}$|batch\.kubernetes\.io/)".replace("-operator.", r"-operator\.")
 """Keys of labels and annotations that the operator or the Job controller sets. A configured value for such a key would be lost."""
-RESERVED_ENV = r"^FINETUNE_"
+RESERVED_ENV_PATTERN = r"^FINETUNE_"
 
-KEY_RULE = "at most 63 letters, digits, '-', '_' and '.'; a DNS name and '/' may precede them"
+LABEL_KEY_RULE = "at most 63 letters, digits, '-', '_' and '.'; a DNS name and '/' may precede them"
 LABEL_VALUE_RULE = "at most 63 letters, digits, '-', '_' and '.', with a letter or digit first and last"
 
 
@@ -41,8 +41,8 @@ def _check_quantity(value: object) -> object:
 
 def _check_labels(labels: dict[str, str]) -> dict[str, str]:
     for key, value in labels.items():
-        if not re.fullmatch(KEY_PATTERN, key):
-            raise ValueError(f"{key!r} is not a label key: write {KEY_RULE}")
+        if not re.fullmatch(LABEL_KEY_PATTERN, key):
+            raise ValueError(f"{key!r} is not a label key: write {LABEL_KEY_RULE}")
         if not re.fullmatch(LABEL_VALUE_PATTERN, value):
             raise ValueError(f"{value!r} is not a value for label {key}: write {LABEL_VALUE_RULE}")
     return labels
@@ -50,14 +50,14 @@ def _check_labels(labels: dict[str, str]) -> dict[str, str]:
 
 def _check_annotations(annotations: dict[str, str]) -> dict[str, str]:
     for key in annotations:
-        if not re.fullmatch(KEY_PATTERN, key):
-            raise ValueError(f"{key!r} is not an annotation key: write {KEY_RULE}")
+        if not re.fullmatch(LABEL_KEY_PATTERN, key):
+            raise ValueError(f"{key!r} is not an annotation key: write {LABEL_KEY_RULE}")
     return annotations
 
 
 def _check_not_reserved(values: dict[str, str]) -> dict[str, str]:
     for key in values:
-        if re.match(RESERVED_KEYS, key):
+        if re.match(RESERVED_KEY_PATTERN, key):
             raise ValueError(f"{key} is set by the operator or by Kubernetes: remove it")
     return values
 
@@ -68,7 +68,7 @@ def _check_env(variables: dict[str, str]) -> dict[str, str]:
             raise ValueError(
                 f"{name!r} is not a name of an environment variable: write letters, digits and '_', and start with a letter or '_'"
             )
-        if re.match(RESERVED_ENV, name):
+        if re.match(RESERVED_ENV_PATTERN, name):
             raise ValueError(f"{name} is set by the operator: remove it")
     return variables
 
@@ -92,18 +92,18 @@ def _check_cidr(cidr: str) -> str:
         raise ValueError(f"{cidr!r} is not an address range: write for example 10.0.0.0/8 or fd00::/8") from error
 
 
-def _map_schema(key_pattern: str, value: Schema, reserved_key: str = "") -> Schema:
+def _build_map_schema(key_pattern: str, value_schema: Schema, reserved_key_pattern: str = "") -> Schema:
     # Helm 4.3 reports the errors of `propertyNames` at a wrong location, so the schema uses `patternProperties`.
-    allowed_properties: Schema = {key_pattern: {"type": "string"} | value}
-    forbidden_properties: Schema = {reserved_key: False} if reserved_key else {}
+    allowed_properties: Schema = {key_pattern: {"type": "string"} | value_schema}
+    forbidden_properties: Schema = {reserved_key_pattern: False} if reserved_key_pattern else {}
     return {"type": "object", "patternProperties": allowed_properties | forbidden_properties, "additionalProperties": False}
 
 
 QUANTITY_SCHEMA: Schema = {
     "anyOf": [{"type": "string", "pattern": QUANTITY_PATTERN}, {"type": "integer", "minimum": 0}]
 }
-LABELS_SCHEMA = _map_schema(KEY_PATTERN, {"pattern": LABEL_VALUE_PATTERN})
-ANNOTATIONS_SCHEMA = _map_schema(KEY_PATTERN, {})
+LABELS_SCHEMA = _build_map_schema(LABEL_KEY_PATTERN, {"pattern": LABEL_VALUE_PATTERN})
+ANNOTATIONS_SCHEMA = _build_map_schema(LABEL_KEY_PATTERN, {})
 TOLERATION_RULES: list[Schema] = [
     {
         "if": {"properties": {"operator": {"const": "Exists"}}, "required": ["operator"]},
@@ -121,7 +121,7 @@ DnsName = Annotated[str, StringConstraints(pattern=rf"^{DNS_SUBDOMAIN}$", max_le
 """Name of a Kubernetes object, such as a Secret."""
 NamespaceName = Annotated[str, StringConstraints(pattern=rf"^{DNS_LABEL}$", max_length=63)]
 HostPath = Annotated[str, StringConstraints(pattern=r"^(/([^/\s:.]|\.[^/\s:.])[^/\s:]*){2,}$", max_length=253)]
-"""Folder on a node, at least two levels deep. Its path contains no `:`, which Kubernetes forbids in volumes."""
+"""Absolute path of a folder on a node, at least two levels deep. It contains no `:`, which Kubernetes forbids in the paths of volumes."""
 Cidr = Annotated[str, AfterValidator(_check_cidr), WithJsonSchema({"type": "string", "pattern": "^[0-9a-fA-F:.]+/[0-9]{1,3}$"})]
 PlatformQuantity = Annotated[str | int, BeforeValidator(_check_quantity), WithJsonSchema(QUANTITY_SCHEMA)]
 NodeLabels = Annotated[dict[str, str], AfterValidator(_check_labels), WithJsonSchema(LABELS_SCHEMA)]
@@ -129,16 +129,16 @@ PodLabels = Annotated[
     dict[str, str],
     AfterValidator(_check_labels),
     AfterValidator(_check_not_reserved),
-    WithJsonSchema(_map_schema(KEY_PATTERN, {"pattern": LABEL_VALUE_PATTERN}, RESERVED_KEYS)),
+    WithJsonSchema(_build_map_schema(LABEL_KEY_PATTERN, {"pattern": LABEL_VALUE_PATTERN}, RESERVED_KEY_PATTERN)),
 ]
 PodAnnotations = Annotated[
     dict[str, str],
     AfterValidator(_check_annotations),
     AfterValidator(_check_not_reserved),
-    WithJsonSchema(_map_schema(KEY_PATTERN, {}, RESERVED_KEYS)),
+    WithJsonSchema(_build_map_schema(LABEL_KEY_PATTERN, {}, RESERVED_KEY_PATTERN)),
 ]
 EnvVariables = Annotated[
-    dict[str, str], AfterValidator(_check_env), WithJsonSchema(_map_schema(ENV_NAME_PATTERN, {}, RESERVED_ENV))
+    dict[str, str], AfterValidator(_check_env), WithJsonSchema(_build_map_schema(ENV_NAME_PATTERN, {}, RESERVED_ENV_PATTERN))
 ]
 PlatformToleration = Annotated[
     Toleration, AfterValidator(_check_toleration), Field(json_schema_extra={"allOf": TOLERATION_RULES})

@@ -9,7 +9,7 @@ from finetune_api.pod import ProgressReport
 
 from finetune_operator.facts import Facts
 from finetune_operator.policies import timeouts
-from finetune_operator.policies.retry import backoff_seconds
+from finetune_operator.policies.retry import compute_backoff_seconds
 from finetune_operator.policies.verdict import RefusedSpec
 from finetune_operator.views import PodView
 
@@ -19,19 +19,22 @@ REPEAT_FORCE_DELETE_SECONDS = 30.0
 """Seconds between two forced deletions of a pod. A finalizer can keep the pod after a forced deletion."""
 
 
-def start_timeout_seconds(facts: Facts) -> int:
-    """`policy.startTimeoutSeconds`."""
+def get_start_timeout_seconds(facts: Facts) -> int:
+    """Return `policy.startTimeoutSeconds`, or its default if the spec does not set it."""
     return facts.spec.policy.start_timeout_seconds or DEFAULT_START_TIMEOUT_SECONDS
 
 
-def start_timeout_at(facts: Facts) -> datetime | None:
-    """When a job that waits for its pods starts to count as stalled, or None if the job does not wait for pods."""
-    waits_since = waiting_since(facts)
-    return add_seconds(waits_since, start_timeout_seconds(facts)) if waits_since else None
+def compute_start_timeout(facts: Facts) -> datetime | None:
+    """Return when a job that waits for its pods starts to count as stalled, or None if the job does not wait for pods."""
+    waits_since = find_waiting_start(facts)
+    return add_seconds(waits_since, get_start_timeout_seconds(facts)) if waits_since else None
 
 
-def waiting_since(facts: Facts) -> datetime | None:
-    """When the job began to wait for its pods or for the Job that creates them, or None if the job does not wait (queued, suspended)."""
+def find_waiting_start(facts: Facts) -> datetime | None:
+    """Return when the job began to wait for its pods or for the Job that creates them.
+
+    Return None if the job does not wait, because it is queued or suspended.
+    """
     pods_ready = facts.condition(Condition.PODS_READY)
     if facts.running_since is not None:
         # If the status still shows all pods as ready, then they became unready just now.
@@ -43,8 +46,8 @@ def waiting_since(facts: Facts) -> datetime | None:
     if facts.current_job is not None or pods_ready is None or pods_ready.status == "True" or pods_ready.last_transition_time is None:
         return None
     if facts.is_true(Condition.SUSPENDED):
-        return None  # the job is resumed in this reconcile: time spent suspended does not count as waiting
-    suspended_condition, (_, backoff_end) = facts.condition(Condition.SUSPENDED), backoff_interval(facts)
+        return None  # this reconcile resumes the job, and the time of the suspension does not count as waiting
+    suspended_condition, (_, backoff_end) = facts.condition(Condition.SUSPENDED), compute_backoff_interval(facts)
     preparation = facts.job.status.preparation
     other_starts = [
         suspended_condition.last_transition_time if suspended_condition else None, backoff_end, preparation.end_time if preparation else None
@@ -52,39 +55,39 @@ def waiting_since(facts: Facts) -> datetime | None:
     return max([pods_ready.last_transition_time, *(start for start in other_starts if start is not None)])
 
 
-def backoff_interval(facts: Facts) -> tuple[datetime | None, datetime | None]:
-    """Return the begin and the end of the backoff after the last attempt, or (None, None) if no attempt has ended."""
+def compute_backoff_interval(facts: Facts) -> tuple[datetime | None, datetime | None]:
+    """Return the start and the end of the backoff after the last attempt, or (None, None) if no attempt has ended."""
     attempts = facts.job.status.attempts
     ended_at = attempts[-1].end_time if attempts else None
-    return ended_at, add_seconds(ended_at, backoff_seconds(attempts, facts.config.retry, facts.job.uid)) if ended_at else None
+    return ended_at, add_seconds(ended_at, compute_backoff_seconds(attempts, facts.config.retry, facts.job.uid)) if ended_at else None
 
 
-def stall_message(facts: Facts) -> str:
+def describe_stall(facts: Facts) -> str:
     """Return why the running attempt counts as stalled, or an empty string if the attempt is not stalled."""
-    report, reported_at = _last_report(facts)
-    return timeouts.stall_message(facts.spec, report, reported_at, facts.active_pods, facts.now, _unready_since(facts))
+    report, reported_at = _find_last_report(facts)
+    return timeouts.describe_stall(facts.spec, report, reported_at, facts.active_pods, facts.now, _find_unready_since(facts))
 
 
-def stall_check_at(facts: Facts) -> datetime | None:
+def compute_stall_check_time(facts: Facts) -> datetime | None:
     """Return the time at which the attempt counts as stalled unless a new report arrives or a pod becomes ready."""
-    report, reported_at = _last_report(facts)
-    unready_since = _unready_since(facts)
+    report, reported_at = _find_last_report(facts)
+    unready_since = _find_unready_since(facts)
     silent_since = [time for time in (reported_at, unready_since) if time is not None and time <= facts.now]
-    limit = timeouts.stall_limit_seconds(facts.spec, report)
+    limit = timeouts.compute_stall_limit_seconds(facts.spec, report)
     return add_seconds(max(silent_since), limit + 1) if reported_at and silent_since else None
 
 
-def _last_report(facts: Facts) -> tuple[ProgressReport | None, datetime | None]:
+def _find_last_report(facts: Facts) -> tuple[ProgressReport | None, datetime | None]:
     """Return the last report of the attempt's active pods and its time. If this process has no report, the status provides the time."""
     live_report = facts.live_report
-    return (live_report.report, live_report.time) if live_report else (None, _last_report_time_from_status(facts))
+    return (live_report.report, live_report.received_at) if live_report else (None, _read_last_report_time(facts))
 
 
-def _last_report_time_from_status(facts: Facts) -> datetime | None:
+def _read_last_report_time(facts: Facts) -> datetime | None:
     """Return the time of the active pods' last report according to the status. Used after a restart of the operator.
 
-    None if the pods are ready, do not run, or have never trained. If a queue replaced rank 0's pod within the attempt, the result is the
-    start of the new pod. The node's clock sets a report's time. If that clock is ahead, the stall timeout is only delayed.
+    None if the pods are ready, do not run, or have never trained. If a queue replaced rank 0's pod within the attempt, the result is at least
+    the start of the new pod. The time of a report comes from its node's clock. If this clock is ahead, the stall timeout passes later.
     """
     record, progress, pods_ready = facts.attempt_record, facts.job.status.progress, facts.condition(Condition.PODS_READY)
     rank0_pod = facts.rank0_pod
@@ -96,19 +99,19 @@ def _last_report_time_from_status(facts: Facts) -> datetime | None:
     return max(started_at, reported_at) if reported_at else started_at
 
 
-def _unready_since(facts: Facts) -> datetime | None:
+def _find_unready_since(facts: Facts) -> datetime | None:
     """Return when the pods became unready according to the status. If the status shows the pods as ready, return the current time."""
     pods_ready = facts.condition(Condition.PODS_READY)
     return facts.now if pods_ready is not None and pods_ready.status == "True" else pods_ready.last_transition_time if pods_ready else None
 
 
-def force_delete_at(facts: Facts, pods: tuple[PodView, ...]) -> datetime | None:
-    """Return when the next pod must be force-deleted. A pod counts as lost with its node if its deletion takes too long.
+def compute_force_delete_time(facts: Facts, pods: tuple[PodView, ...]) -> datetime | None:
+    """Return when the next pod must be force-deleted, because its deletion takes so long that its node counts as lost.
 
-    If a pod counts as lost now, this reconcile force-deletes it. The next forced deletion follows after `REPEAT_FORCE_DELETE_SECONDS`.
+    If a pod has already reached this time, this reconcile force-deletes it, and the result is `REPEAT_FORCE_DELETE_SECONDS` from now.
     """
     deletion_times = [pod.deletion_timestamp for pod in pods if pod.deletion_timestamp and not pod.is_deleted]
-    if timeouts.pods_of_lost_nodes(pods, facts.config.lost_node_seconds, facts.now):
+    if timeouts.find_pods_of_lost_nodes(pods, facts.config.lost_node_seconds, facts.now):
         return add_seconds(facts.now, REPEAT_FORCE_DELETE_SECONDS)
     return add_seconds(min(deletion_times), facts.config.lost_node_seconds + 1) if deletion_times else None
 

@@ -4,11 +4,11 @@
 cannot post an event, the reconcile continues. The API server does not allow changes of an event's message, so the event's name contains a hash
 of the message.
 
-kubectl sorts events of one second by their names. `kubectl get events` and `kubectl describe` sort all events of the operator in this way,
-because only the older API of events has the time that they use. The names therefore begin with the job's resourceVersion and the number of the event.
+`kubectl get events` and `kubectl describe` sort events by a field that only the older events API (`v1`) has. They sort events without
+this field by name. The names of the operator's events therefore begin with the job's resourceVersion and the number of the event.
 
 Events are emitted before the status is written. If the operator restarts before the status write, it detects the same transition and
-emits an event with the same name again. So no event is lost. A new event is not duplicated; an event that repeats an earlier one may be.
+emits an event with the same name again. So no event is lost, and no new event is duplicated. Only a repeated event may be counted twice.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from datetime import UTC, datetime
 from typing import Literal
 
 from finetune_api import names
-from finetune_api.names import Condition as Kind
+from finetune_api.names import Condition as ConditionType
 from finetune_api.names import Phase, Reason
 from finetune_api.status import Attempt, FineTuneJobStatus
 
 from finetune_operator.kube import AlreadyExists, KubeClient, KubeError, NotFound
 from finetune_operator.objects import EVENT, Object
 from finetune_operator.text import clean
-from finetune_operator.views import JobObject
+from finetune_operator.views import FineTuneJobView
 
 logger = logging.getLogger(__name__)
 
-Type = Literal["Normal", "Warning"]
+EventType = Literal["Normal", "Warning"]
 MAX_NOTE_CHARACTERS = 1000
 """Maximum length of an event's message in characters. The API server allows 1024 bytes."""
 POST_TIMEOUT_SECONDS = 5.0
@@ -43,10 +43,10 @@ FINISH_ACTION = "Finish"
 """Action of a job's last event. The rate limit never drops this event."""
 BUCKET_TOKENS, TOKEN_REFILL_SECONDS = 25, 60.0
 """Size of a job's token bucket, and seconds until one token is added to the bucket."""
-MAX_NAMES = 16384
-"""Number of event names that are kept for series."""
-MAX_BUCKETS = 4096
-"""If there are more token buckets than this, the full buckets are dropped."""
+MAX_EVENT_NAMES = 16384
+"""Maximum number of event names that the operator keeps to count repeated events in a series."""
+MAX_TOKEN_BUCKETS = 4096
+"""If there are more token buckets than this, buckets that are full again are dropped."""
 BLOCKING_REASONS = frozenset({
     Reason.UNSCHEDULABLE, Reason.IMAGE_PULL_FAILED, Reason.CONFIG_MISSING, Reason.QUOTA_EXCEEDED,
     Reason.FORBIDDEN_BY_POLICY, Reason.CHILDREN_CONFLICT,
@@ -59,13 +59,13 @@ class EventDraft:
 
     reason: Reason
     note: str
-    type: Type = "Normal"
+    type: EventType = "Normal"
     action: str = "Reconcile"
 
 
 def draft_events(old_status: FineTuneJobStatus, new_status: FineTuneJobStatus) -> list[EventDraft]:
-    """Return the events for the change from `old_status` to `new_status`, in the order in which these events occur in a run."""
-    steps = (_acceptance_events, _preparation_events, _attempt_events, _waiting_events, _training_events, _end_events)
+    """Return the events for the change from `old_status` to `new_status`, in the order in which a run causes them: for example acceptance before training."""
+    steps = (_draft_acceptance_events, _draft_preparation_events, _draft_attempt_events, _draft_waiting_events, _draft_training_events, _draft_end_events)
     return [draft for events_of_step in steps for draft in events_of_step(old_status, new_status)]
 
 
@@ -78,13 +78,13 @@ class ConditionState:
     message: str = ""
 
 
-def _condition_state(status: FineTuneJobStatus, kind: Kind) -> ConditionState:
-    condition = status.condition(kind)
+def _read_condition_state(status: FineTuneJobStatus, condition_type: ConditionType) -> ConditionState:
+    condition = status.condition(condition_type)
     return ConditionState(condition.status, condition.reason, condition.message) if condition else ConditionState()
 
 
-def _acceptance_events(old_status: FineTuneJobStatus, new_status: FineTuneJobStatus) -> Iterator[EventDraft]:
-    old_condition, new_condition = _condition_state(old_status, Kind.ACCEPTED), _condition_state(new_status, Kind.ACCEPTED)
+def _draft_acceptance_events(old_status: FineTuneJobStatus, new_status: FineTuneJobStatus) -> Iterator[EventDraft]:
+    old_condition, new_condition = _read_condition_state(old_status, ConditionType.ACCEPTED), _read_condition_state(new_status, ConditionType.ACCEPTED)
     if new_condition.status == "True" and old_condition.status != "True":
         # The event about the start of an attempt or of a preparation also says that the job was accepted.
         has_started = (new_status.attempts and not old_status.attempts) or (new_status.preparation and not old_status.preparation)
@@ -94,11 +94,11 @@ def _acceptance_events(old_status: FineTuneJobStatus, new_status: FineTuneJobSta
         yield EventDraft(Reason(new_condition.reason), new_condition.message, "Warning", "Accept")
 
 
-def _preparation_events(old_status: FineTuneJobStatus, new_status: FineTuneJobStatus) -> Iterator[EventDraft]:
+def _draft_preparation_events(old_status: FineTuneJobStatus, new_status: FineTuneJobStatus) -> Iterator[EventDraft]:
     old, new = old_status.preparation, new_status.preparation
     if new is None:
         return
-    condition = _condition_state(new_status, Kind.PREPARED)
+    condition = _read_condition_state(new_status, ConditionType.PREPARED)
     if old is None:
         yield EventDraft(Reason.PREPARING, f"created the Job of preparation {new.number}", action="Prepare")
     elif new.number > old.number:
@@ -108,7 +108,7 @@ def _preparation_events(old_status: FineTuneJobStatus, new_status: FineTuneJobSt
         yield EventDraft(Reason(condition.reason), condition.message, "Normal" if is_prepared else "Warning", "Prepare")
 
 
-def _attempt_events(old_status: FineTuneJobStatus, new_status: FineTuneJobStatus) -> Iterator[EventDraft]:
+def _draft_attempt_events(old_status: FineTuneJobStatus, new_status: FineTuneJobStatus) -> Iterator[EventDraft]:
     old_by_number = {attempt.number: attempt for attempt in old_status.attempts}
     for attempt in new_status.attempts:
         old_attempt = old_by_number.get(attempt.number)
@@ -118,14 +118,14 @@ def _attempt_events(old_status: FineTuneJobStatus, new_status: FineTuneJobStatus
             note = f"attempt {attempt.number} resumed from step {attempt.resumed_from_step}"
             yield EventDraft(Reason.RESUMED_FROM_CHECKPOINT, note)
         if attempt.end_time is not None and (old_attempt is None or old_attempt.end_time is None):
-            yield from _failed_attempt_events(attempt)
+            yield from _draft_failed_attempt_events(attempt)
     for change in new_status.adaptations[len(old_status.adaptations) :]:
         yield EventDraft(Reason(change.reason), f"changed for the next attempt: {change.change}", "Warning", "Adapt")
     if (new_status.attempt or 1) > (old_status.attempt or 1) and not _is_finished(new_status) and new_status.phase is not Phase.SUSPENDED:
         yield EventDraft(Reason.RETRYING, f"attempt {new_status.attempt} follows")
 
 
-def _failed_attempt_events(attempt: Attempt) -> Iterator[EventDraft]:
+def _draft_failed_attempt_events(attempt: Attempt) -> Iterator[EventDraft]:
     if attempt.reason in (Reason.SUCCEEDED, Reason.SUSPENDED, Reason.CANCELLED) or not attempt.reason:
         return
     code_part = f", exit code {attempt.exit_code}" if attempt.exit_code is not None else ""
@@ -134,35 +134,37 @@ def _failed_attempt_events(attempt: Attempt) -> Iterator[EventDraft]:
     yield EventDraft(Reason(attempt.reason), note, "Warning", "Observe")
 
 
-def _waiting_events(old_status: FineTuneJobStatus, new_status: FineTuneJobStatus) -> Iterator[EventDraft]:
-    old_condition, new_condition = _condition_state(old_status, Kind.QUOTA_RESERVED), _condition_state(new_status, Kind.QUOTA_RESERVED)
+def _draft_waiting_events(old_status: FineTuneJobStatus, new_status: FineTuneJobStatus) -> Iterator[EventDraft]:
+    old_condition = _read_condition_state(old_status, ConditionType.QUOTA_RESERVED)
+    new_condition = _read_condition_state(new_status, ConditionType.QUOTA_RESERVED)
     is_queued = new_condition.status == "False" and new_condition.reason == Reason.QUEUED
     if is_queued and (old_condition.status, old_condition.reason) != (new_condition.status, new_condition.reason):
         if old_condition.status == "True":
             yield EventDraft(Reason.PREEMPTED, "the queue revoked the quota; the pods save and stop", "Warning", "Queue")
         yield EventDraft(Reason.QUEUED, new_condition.message, action="Queue")
-    old_condition, new_condition = _condition_state(old_status, Kind.PODS_READY), _condition_state(new_status, Kind.PODS_READY)
+    old_condition, new_condition = _read_condition_state(old_status, ConditionType.PODS_READY), _read_condition_state(new_status, ConditionType.PODS_READY)
     if new_condition.reason != old_condition.reason and new_condition.reason in BLOCKING_REASONS:
         yield EventDraft(Reason(new_condition.reason), new_condition.message, "Warning", "Wait")
-    old_condition, new_condition = _condition_state(old_status, Kind.STALLED), _condition_state(new_status, Kind.STALLED)
+    old_condition, new_condition = _read_condition_state(old_status, ConditionType.STALLED), _read_condition_state(new_status, ConditionType.STALLED)
     if new_condition.status == "True" and old_condition.status != "True" and not _is_finished(new_status):
         yield EventDraft(Reason(new_condition.reason), new_condition.message, "Warning", "Wait")
 
 
-def _training_events(old_status: FineTuneJobStatus, new_status: FineTuneJobStatus) -> Iterator[EventDraft]:
+def _draft_training_events(old_status: FineTuneJobStatus, new_status: FineTuneJobStatus) -> Iterator[EventDraft]:
     if not old_status.steps_done and new_status.steps_done and not _is_finished(new_status):
         total = new_status.progress.total_steps if new_status.progress else None
         note = f"completed the first of {total} steps" if total else "completed the first step"
         yield EventDraft(Reason.TRAINING_STARTED, note, action="Train")
     if new_status.latest_checkpoint and not old_status.latest_checkpoint:
         yield EventDraft(Reason.FIRST_CHECKPOINT_COMMITTED, f"committed {new_status.latest_checkpoint}", action="Checkpoint")
-    old_condition, new_condition = _condition_state(old_status, Kind.CHECKPOINTS_HEALTHY), _condition_state(new_status, Kind.CHECKPOINTS_HEALTHY)
+    old_condition = _read_condition_state(old_status, ConditionType.CHECKPOINTS_HEALTHY)
+    new_condition = _read_condition_state(new_status, ConditionType.CHECKPOINTS_HEALTHY)
     if new_condition.status == "False" and old_condition.status != "False":
         yield EventDraft(Reason(new_condition.reason), new_condition.message, "Warning", "Checkpoint")
 
 
-def _end_events(old_status: FineTuneJobStatus, new_status: FineTuneJobStatus) -> Iterator[EventDraft]:
-    old_condition, new_condition = _condition_state(old_status, Kind.SUSPENDED), _condition_state(new_status, Kind.SUSPENDED)
+def _draft_end_events(old_status: FineTuneJobStatus, new_status: FineTuneJobStatus) -> Iterator[EventDraft]:
+    old_condition, new_condition = _read_condition_state(old_status, ConditionType.SUSPENDED), _read_condition_state(new_status, ConditionType.SUSPENDED)
     if new_condition.status == "True" and old_condition.status != "True":
         yield EventDraft(Reason.SUSPENDED, new_condition.message, action="Suspend")
     if new_condition.status == "False" and old_condition.status == "True" and new_condition.reason == Reason.RESUMED and not _is_finished(new_status):
@@ -170,12 +172,12 @@ def _end_events(old_status: FineTuneJobStatus, new_status: FineTuneJobStatus) ->
     if not _is_finished(new_status) or _is_finished(old_status):
         return
     if new_status.reason == Reason.EXISTING_RESULT_ADOPTED:
-        yield EventDraft(Reason.EXISTING_RESULT_ADOPTED, _condition_state(new_status, Kind.SUCCEEDED).message, action=FINISH_ACTION)
+        yield EventDraft(Reason.EXISTING_RESULT_ADOPTED, _read_condition_state(new_status, ConditionType.SUCCEEDED).message, action=FINISH_ACTION)
     elif new_status.phase is Phase.SUCCEEDED:
         output_location = new_status.output.uri if new_status.output and new_status.output.uri else "storage"
         yield EventDraft(Reason.SUCCEEDED, f"the final artefact is committed: {output_location}", action=FINISH_ACTION)
     elif new_status.phase is Phase.CANCELLED:
-        yield EventDraft(Reason.CANCELLED, _condition_state(new_status, Kind.SUCCEEDED).message, action=FINISH_ACTION)
+        yield EventDraft(Reason.CANCELLED, _read_condition_state(new_status, ConditionType.SUCCEEDED).message, action=FINISH_ACTION)
     else:
         failure = new_status.failure
         text = f"{failure.class_} {failure.code}: {failure.message}" if failure else "unknown"
@@ -184,24 +186,24 @@ def _end_events(old_status: FineTuneJobStatus, new_status: FineTuneJobStatus) ->
 
 
 def _is_finished(status: FineTuneJobStatus) -> bool:
-    return status.is_true(Kind.FINISHED)
+    return status.is_true(ConditionType.FINISHED)
 
 
-def content_hash(job: JobObject, draft: EventDraft) -> str:
-    """Return a hash that is equal for equal events of the same job."""
+def hash_event_content(job: FineTuneJobView, draft: EventDraft) -> str:
+    """Return a hash of the job's uid and the event's content, so that equal events of one job have equal hashes."""
     text = clean(draft.note, MAX_NOTE_CHARACTERS)
     return hashlib.sha256("\0".join((job.uid, draft.type, draft.reason, draft.action, text)).encode()).hexdigest()[:16]
 
 
-def event_name(job: JobObject, draft: EventDraft, number: int) -> str:
+def build_event_name(job: FineTuneJobView, draft: EventDraft, event_number: int) -> str:
     """Return the name of the event with this number among the events that are emitted for one resourceVersion of the job.
 
     Names sort in the order in which the events are emitted, because a later resourceVersion is a larger number.
     """
-    return f"{job.name}.{job.version:016x}.{number:02x}.{content_hash(job, draft)}"
+    return f"{job.name}.{job.version:016x}.{event_number:02x}.{hash_event_content(job, draft)}"
 
 
-def build_event(job: JobObject, draft: EventDraft, name: str, reporting_instance: str, now: datetime) -> Object:
+def build_event(job: FineTuneJobView, draft: EventDraft, name: str, reporting_instance: str, now: datetime) -> Object:
     """Return the Kubernetes object of one event."""
     return {
         "apiVersion": EVENT.api_version,
@@ -210,7 +212,7 @@ def build_event(job: JobObject, draft: EventDraft, name: str, reporting_instance
             "name": name,
             "namespace": job.namespace,
         },
-        "eventTime": _micro_time(now),
+        "eventTime": _format_micro_time(now),
         "reportingController": names.GROUP,
         "reportingInstance": reporting_instance[:128],
         "action": draft.action,
@@ -227,7 +229,7 @@ def build_event(job: JobObject, draft: EventDraft, name: str, reporting_instance
     }
 
 
-def _micro_time(moment: datetime) -> str:
+def _format_micro_time(moment: datetime) -> str:
     return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
@@ -255,19 +257,19 @@ class EventRecorder:
         self._kube = kube
         self._reporting_instance = reporting_instance
         self._buckets: dict[str, TokenBucket] = {}
-        self._uncommitted: dict[str, set[str]] = {}
-        """Hashes of the events posted since the job's last status write, by uid of the job."""
+        self._posted_hashes: dict[str, set[str]] = {}
+        """Hashes of the events that were posted since the last status write of a job, by the job's uid."""
         self._names: dict[str, str] = {}
-        """Names of earlier events, by hash, for the series of repeated events."""
+        """Names of earlier events, by hash. A repeated event increases the count of the earlier event."""
 
-    async def emit(self, job: JobObject, drafts: list[EventDraft]) -> None:
-        """Post the events for the next status write. Until `record_status_write`, each event is posted only once. Errors are logged, not raised."""
-        posted_hashes = self._uncommitted.setdefault(job.uid, set())
+    async def emit(self, job: FineTuneJobView, drafts: list[EventDraft]) -> None:
+        """Post the events that belong to the next status write. A retry of this write posts no event again. Errors are logged, not raised."""
+        posted_hashes = self._posted_hashes.setdefault(job.uid, set())
         for draft in drafts:
-            draft_hash = content_hash(job, draft)
+            draft_hash = hash_event_content(job, draft)
             if draft_hash in posted_hashes:
                 continue
-            name = event_name(job, draft, len(posted_hashes))
+            name = build_event_name(job, draft, len(posted_hashes))
             posted_hashes.add(draft_hash)
             if not self._take_token(job.uid) and draft.action != FINISH_ACTION:
                 logger.info("dropped event %s of %s/%s: rate limit", draft.reason, job.namespace, job.name)
@@ -280,18 +282,18 @@ class EventRecorder:
                 logger.info("event not posted: %s", str(error) or "timeout")
 
     def record_status_write(self, uid: str) -> None:
-        """Record that the status was written. From now on, an equal event is a repeat, and the series counts it."""
-        self._uncommitted.pop(uid, None)
+        """Record that the job's status was written. From now on, an equal event counts as a repetition."""
+        self._posted_hashes.pop(uid, None)
 
     async def _post(self, event: Object, event_hash: str) -> None:
-        """Count the event in the series of an earlier equal event. If there is none, create the event."""
+        """Increase the count of an earlier equal event. If there is no such event, create the event."""
         earlier_name = self._names.get(event_hash)
         if earlier_name is not None and await self._count_in_series(earlier_name, event):
             return
         self._names[event_hash] = event["metadata"]["name"]
-        if len(self._names) > MAX_NAMES:
+        if len(self._names) > MAX_EVENT_NAMES:
             del self._names[next(iter(self._names))]
-        # If the event exists, this operator has emitted it before a restart.
+        # If the event exists, the operator emitted it before it was restarted.
         with contextlib.suppress(AlreadyExists):
             await self._kube.create(EVENT, event["metadata"]["namespace"], event)
 
@@ -310,7 +312,7 @@ class EventRecorder:
     def _take_token(self, uid: str) -> bool:
         now = asyncio.get_running_loop().time()
         is_allowed = self._buckets.setdefault(uid, TokenBucket(BUCKET_TOKENS, now)).take_token(now)
-        if len(self._buckets) > MAX_BUCKETS:
+        if len(self._buckets) > MAX_TOKEN_BUCKETS:
             full_refill_seconds = BUCKET_TOKENS * TOKEN_REFILL_SECONDS
             self._buckets = {key: bucket for key, bucket in self._buckets.items() if now - bucket.refilled_at <= full_refill_seconds}
         return is_allowed

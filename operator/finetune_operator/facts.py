@@ -11,9 +11,9 @@ from finetune_api.names import (
     Condition,
     Reason,
     attempt_job_name,
-    attempt_of_uri,
+    parse_attempt_of_uri,
+    parse_preparation_number,
     preparation_job_name,
-    preparation_of_job_name,
 )
 from finetune_api.pod import ProgressReport, TerminationMessage
 from finetune_api.spec import FineTuneJobSpec
@@ -22,11 +22,11 @@ from finetune_api.status import Attempt, Checkpoint, Stage
 from finetune_api.status import Condition as StatusCondition
 
 from finetune_operator.policies.acceptance import AcceptedSpec, RefusedSpec
-from finetune_operator.policies.adaptations import apply_adaptations, max_start_step, rolled_back_attempt
+from finetune_operator.policies.adaptations import apply_adaptations, find_max_start_step, find_rolled_back_attempt
 from finetune_operator.policies.blocking import BlockingCondition
 from finetune_operator.policies.timeouts import seconds_between
 from finetune_operator.settings import OperatorConfig
-from finetune_operator.views import JobObject, JobView, PodView
+from finetune_operator.views import FineTuneJobView, JobView, PodView
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class ReceivedReport:
     """A progress report of rank 0's pod, and the time at which the operator received the report."""
 
     report: ProgressReport
-    time: datetime
+    received_at: datetime
     pod_uid: str = ""
 
 
@@ -48,9 +48,9 @@ class ReportedCheckpoints:
 
 @dataclass(frozen=True)
 class Facts:
-    """One job, its Jobs and pods, and the time."""
+    """All data about one FineTuneJob at the time `now`. Most properties are derived from the fields."""
 
-    job: JobObject
+    job: FineTuneJobView
     acceptance: AcceptedSpec | RefusedSpec
     now: datetime
     config: OperatorConfig
@@ -64,10 +64,11 @@ class Facts:
     """The newest progress report of a preparation pod."""
     blocking_condition: BlockingCondition | None = None
     """The blocking condition found in events about the current Job or its pods."""
-    keeps_preparation: bool = True
-    """False if the installed CRD is so old that it removes `status.preparation`. Such a job is not prepared, because its end would be forgotten."""
+    crd_has_preparation_field: bool = True
+    """Whether the installed CRD keeps `status.preparation`. An old CRD removes it, so the operator would forget the end of a preparation.
+    Jobs are then not prepared."""
     spec: FineTuneJobSpec = field(init=False)
-    """The resolved and adapted spec. If the spec was refused, only the readable fields are set."""
+    """The resolved and adapted spec. If the spec was refused, only the fields that the operator could read are set."""
 
     def __post_init__(self) -> None:
         spec, adaptations = self.acceptance.spec or FineTuneJobSpec(), self.job.status.adaptations
@@ -76,38 +77,38 @@ class Facts:
     # The spec. Fields that stop a job are read from the raw spec, so that these fields work even if the spec cannot be parsed.
 
     @property
-    def suspend_requested(self) -> bool:
-        """`spec.suspend` is true."""
+    def is_suspend_requested(self) -> bool:
+        """Whether `spec.suspend` is true."""
         return self.job.spec.get("suspend") is True
 
     @property
-    def cancel_requested(self) -> bool:
-        """`spec.cancel` is true."""
+    def is_cancel_requested(self) -> bool:
+        """Whether `spec.cancel` is true."""
         return self.job.spec.get("cancel") is True
 
     @property
     def active_deadline_seconds(self) -> int | None:
-        """`policy.activeDeadlineSeconds`, but at most the platform's limit, which was recorded when the job was accepted."""
+        """`policy.activeDeadlineSeconds` or, if it is lower, the platform's limit when the job was accepted. None if there is no limit."""
         resolved = self.job.status.resolved
         limits = (self._policy_seconds("activeDeadlineSeconds"), resolved.max_duration_seconds if resolved else None)
         return min((limit for limit in limits if limit is not None), default=None)
 
     @property
     def deadline_source(self) -> str:
-        """The name of the setting that `active_deadline_seconds` comes from."""
+        """The name of the setting from which `active_deadline_seconds` comes, for messages."""
         is_of_job = self.active_deadline_seconds == self._policy_seconds("activeDeadlineSeconds")
         return "policy.activeDeadlineSeconds" if is_of_job else "the platform's rule policy.maxDurationSeconds"
 
     @property
     def max_cost(self) -> float | None:
-        """`policy.maxCost`."""
+        """`policy.maxCost` as the user wrote it, or None if it is not set."""
         policy = self.job.spec.get("policy")
         value = policy.get("maxCost") if isinstance(policy, dict) else None
         return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
     @property
     def ttl_seconds_after_finished(self) -> int | None:
-        """`policy.ttlSecondsAfterFinished`."""
+        """`policy.ttlSecondsAfterFinished` as the user wrote it, or None if it is not set."""
         return self._policy_seconds("ttlSecondsAfterFinished")
 
     def _policy_seconds(self, name: str) -> int | None:
@@ -116,17 +117,17 @@ class Facts:
         return value if isinstance(value, int) and not isinstance(value, bool) else None
 
     @property
-    def spec_is_readable(self) -> bool:
+    def is_spec_readable(self) -> bool:
         """Whether the operator can use the stored spec.
 
-        False for OperatorTooOld (unknown field or value) and SpecChanged (an older CRD may have removed a field).
+        It cannot use a spec that was refused with OperatorTooOld (unknown field or value) or SpecChanged (an older CRD may have removed a field).
         """
         refusal_reason = self.acceptance.reason if isinstance(self.acceptance, RefusedSpec) else None
         return refusal_reason not in (Reason.OPERATOR_TOO_OLD, Reason.SPEC_CHANGED)
 
     @property
     def requires_result_comparison(self) -> bool:
-        """Whether the user wrote `policy.onExistingResult: adopt` or `fail`. With adopt as a default, the job may also start without a preparation."""
+        """Whether the user wrote `policy.onExistingResult: adopt` or `fail`, so that the job must not start without a preparation."""
         is_default = not isinstance(self.acceptance, AcceptedSpec) or "policy.onExistingResult" in self.acceptance.defaults
         return not is_default and self.spec.policy.on_existing_result in (OnExistingResult.ADOPT, OnExistingResult.FAIL)
 
@@ -162,14 +163,14 @@ class Facts:
 
     @cached_property
     def preparation_number(self) -> int:
-        """Number of the newest preparation, from the status or, if the status lacks the preparation, from the names of the Jobs."""
+        """Number of the newest preparation: from the status or, if the status lacks it, from the names of the Jobs. 1 before the first preparation."""
         record = self.job.status.preparation
-        numbers = [preparation_of_job_name(job.name, self.job.name) or 1 for job in self.owned_jobs]
+        numbers = [parse_preparation_number(job.name, self.job.name) or 1 for job in self.owned_jobs]
         return record.number if record is not None else max(numbers, default=1)
 
     @cached_property
     def preparation_job(self) -> JobView | None:
-        """The Job of the newest preparation, unless the status says that no further preparation follows."""
+        """The Job of the newest preparation, or None if it does not exist or the status already records the result of the preparation."""
         record, name = self.job.status.preparation, preparation_job_name(self.job.name, self.preparation_number)
         if record is not None and record.reason is not None:
             return None
@@ -182,10 +183,10 @@ class Facts:
         return tuple(pod for pod in self.owned_pods if pod.job_uid == job.uid) if job is not None else ()
 
     @property
-    def nodes(self) -> int:
-        """Number of pods of the current Job. If there is no Job, the number of nodes in the spec."""
+    def pod_count(self) -> int:
+        """Number of pods of the current Job or, if there is no Job, of nodes in the spec."""
         job = self.current_job
-        return job.nodes if job is not None and job.nodes else self.spec.resources.nodes or 1
+        return job.pod_count if job is not None and job.pod_count else self.spec.resources.nodes or 1
 
     @cached_property
     def attempt_pods(self) -> tuple[PodView, ...]:
@@ -194,13 +195,13 @@ class Facts:
 
     @cached_property
     def active_pods(self) -> tuple[PodView, ...]:
-        """The newest unfinished pod of each rank of the current attempt. If a queue replaced a pod, a rank has several pods."""
-        return _newest_by_rank(pod for pod in self.attempt_pods if not pod.is_finished)
+        """The newest unfinished pod of each rank of the current attempt. A rank has several pods if a queue replaced its pod."""
+        return _find_newest_by_rank(pod for pod in self.attempt_pods if not pod.is_finished)
 
     @cached_property
     def newest_pods(self) -> tuple[PodView, ...]:
         """The newest pod of each rank of the current attempt, finished or not."""
-        return _newest_by_rank(self.attempt_pods)
+        return _find_newest_by_rank(self.attempt_pods)
 
     @cached_property
     def rank0_pod(self) -> PodView | None:
@@ -211,14 +212,14 @@ class Facts:
 
     @property
     def live_report(self) -> ReceivedReport | None:
-        """The last report if its pod is still active. None if, for example, a queue has replaced the pod within the attempt."""
+        """The last report, or None if its pod is no longer active, for example because a queue replaced the pod within the attempt."""
         rank0_pod = self.rank0_pod
         is_live = self.last_report is not None and rank0_pod is not None and rank0_pod.uid == self.last_report.pod_uid
         return self.last_report if is_live else None
 
     @property
-    def model_is_committed(self) -> bool:
-        """Whether the last report or the status contains the final model."""
+    def is_model_committed(self) -> bool:
+        """Whether the final model is in storage, according to the last report or the status."""
         return self.job.status.output is not None or (self.last_report is not None and self.last_report.report.output is not None)
 
     @property
@@ -228,11 +229,10 @@ class Facts:
 
     @property
     def reported_checkpoints(self) -> tuple[ReportedCheckpoints, ...]:
-        """Lists of checkpoints from rank 0's pods of the current attempt, oldest first.
+        """The lists of checkpoints that rank 0's pods of the current attempt have reported, oldest first.
 
-        A queue may replace the pods within one attempt. Then the termination message of a replaced pod may be the only list of the last
-        checkpoints that the pod committed. Once the status lists these checkpoints, the message is ignored, because the retention policy
-        may have removed some of the checkpoints.
+        If a queue replaces a pod within the attempt, only the pod's termination message may list the last checkpoints that the pod committed.
+        Once the status lists these checkpoints, the message is ignored, because the retention policy may have removed some of them.
         """
         pods = sorted((pod for pod in self.attempt_pods if pod.completion_index == 0), key=lambda pod: pod.created_at)
         last_report = self.last_report
@@ -249,18 +249,18 @@ class Facts:
 
     def _lists_newer_checkpoints(self, message: TerminationMessage) -> bool:
         """Whether the message lists a newer step of the current attempt than the status does."""
-        listed_steps = self.steps_of_this_attempt(message.checkpoints, message.resumed_from_step)
-        return max(listed_steps, default=0) > max(self.steps_of_this_attempt(self.job.status.checkpoints, None), default=0)
+        listed_steps = self.list_steps_of_this_attempt(message.checkpoints, message.resumed_from_step)
+        return max(listed_steps, default=0) > max(self.list_steps_of_this_attempt(self.job.status.checkpoints, None), default=0)
 
     # Status
 
-    def condition(self, kind: Condition) -> StatusCondition | None:
+    def condition(self, condition_type: Condition) -> StatusCondition | None:
         """Return the status condition of this type."""
-        return self.job.status.condition(kind)
+        return self.job.status.condition(condition_type)
 
-    def is_true(self, kind: Condition) -> bool:
+    def is_true(self, condition_type: Condition) -> bool:
         """Whether the status condition of this type is True."""
-        return self.job.status.is_true(kind)
+        return self.job.status.is_true(condition_type)
 
     @property
     def is_finished(self) -> bool:
@@ -282,7 +282,7 @@ class Facts:
 
     @property
     def running_since(self) -> datetime | None:
-        """When the current period of running time began, or None while the job is queued, suspended or between attempts."""
+        """Since when the job has been running without a pause, or None while it is queued, suspended or between attempts."""
         record, job = self.attempt_record, self.current_job
         if record is None and job is not None:
             # The status does not list the attempt yet.
@@ -306,32 +306,32 @@ class Facts:
 
     @property
     def earlier_running_seconds(self) -> float:
-        """Running time of the job before the current period, in seconds."""
+        """Seconds for which the job ran before `running_since`."""
         return float(self.job.status.active_seconds or 0)
 
-    def running_seconds(self, end_time: datetime) -> float:
-        """Running time of all attempts until `end_time`, in seconds. If a queue has suspended the Job, the time since then does not count."""
+    def compute_running_seconds(self, end_time: datetime) -> float:
+        """Return the running time of all attempts until `end_time`, in seconds. If a queue suspended the Job, the time after that does not count."""
         suspended_since = self.current_job.suspended_since if self.current_job else None
         if suspended_since is None:
             return self.earlier_running_seconds + seconds_between(self.running_since, end_time)
-        # While the operator did not run, the queue may have suspended and resumed the Job. Only the times of the newest pods are certain then.
+        # While the operator was stopped, the queue may have suspended and resumed the Job. So only the time since the newest pods were created counts.
         counted_from = max([time for time in (self.running_since, *(pod.created_at for pod in self.newest_pods)) if time], default=None)
         return self.earlier_running_seconds + seconds_between(counted_from, min(end_time, suspended_since, self.last_seen_at))
 
     @property
     def last_seen_at(self) -> datetime:
-        """The last time at which the current attempt is known to have run. Used after the attempt's Job was deleted.
+        """The last time at which the current attempt is known to have run. It is used as the attempt's end if the attempt's Job was deleted.
 
-        Usually this is the current time. If the Job was deleted while the operator did not run, the pods or the status show an earlier time.
+        Usually this is the current time. If the Job was deleted while the operator was stopped, the pods or the status show an earlier time.
         """
-        pod_end_times = [_end_of(pod) for pod in self.newest_pods]
+        pod_end_times = [_find_end(pod) for pod in self.newest_pods]
         if None in pod_end_times:
             return self.now
         progress, pods_ready = self.job.status.progress, self.condition(Condition.PODS_READY)
         recorded_times = [progress.update_time if progress else None, pods_ready.last_transition_time if pods_ready else None]
         recorded_times += [
             self.attempt_record.start_time if self.attempt_record else None,
-            self.last_report.time if self.last_report else None,
+            self.last_report.received_at if self.last_report else None,
         ]
         known_times = [time for time in (pod_end_times or recorded_times) if time is not None]
         return min(self.now, max(known_times, default=self.now))
@@ -346,33 +346,33 @@ class Facts:
         steps += [attempt.committed_step for attempt in status.attempts if attempt.committed_step is not None]
         return max([*steps, 0])
 
-    def steps_of_this_attempt(self, checkpoints: Iterable[Checkpoint], start: int | None) -> list[int]:
+    def list_steps_of_this_attempt(self, checkpoints: Iterable[Checkpoint], start: int | None) -> list[int]:
         """Return the steps of the given checkpoints that the current attempt committed.
 
-        A checkpoint's URI usually names its attempt. If the URI names no attempt, the checkpoint counts if its step is after `start`.
-        `start` is the step from which the current attempt started.
+        A checkpoint's URI usually names its attempt. If it does not, the checkpoint counts if its step is after `start`, the step from which
+        the current attempt started.
         """
-        steps = [(checkpoint.step, attempt_of_uri(checkpoint.uri)) for checkpoint in checkpoints]
+        steps = [(checkpoint.step, parse_attempt_of_uri(checkpoint.uri)) for checkpoint in checkpoints]
         return [step for step, attempt in steps if (step > (start or 0) if attempt is None else attempt == self.attempt)]
 
     @property
     def newest_step_of_earlier_attempts(self) -> int:
-        """Newest committed step of earlier attempts. The current attempt has made progress if it commits a newer step."""
+        """Newest step that earlier attempts committed. The current attempt makes progress if it commits a newer step."""
         status = self.job.status
         steps = [attempt.committed_step for attempt in status.attempts if attempt.number < self.attempt]
-        # `status.attempts` has only the newest ten attempts, but `status.checkpoints` may contain checkpoints of older attempts.
-        steps += [c.step for c in status.checkpoints if (attempt_of_uri(c.uri) or self.attempt) < self.attempt]
+        # `status.attempts` has only the newest ten attempts, but `status.checkpoints` may contain checkpoints of attempts before them.
+        steps += [c.step for c in status.checkpoints if (parse_attempt_of_uri(c.uri) or self.attempt) < self.attempt]
         return max([step for step in steps if step is not None] + [0])
 
     @property
     def max_start_step(self) -> int | None:
         """Newest step that the next attempt may start from after a rollback. None means no limit."""
-        return max_start_step(self.job.status.adaptations, self.job.status.checkpoints)
+        return find_max_start_step(self.job.status.adaptations, self.job.status.checkpoints)
 
     @property
     def rolled_back_attempt(self) -> int | None:
-        """The first attempt after the last rollback. None means that there was no rollback."""
-        return rolled_back_attempt(self.job.status.adaptations)
+        """Number of the first attempt after the last rollback, or None if there was no rollback."""
+        return find_rolled_back_attempt(self.job.status.adaptations)
 
     @property
     def next_start_step(self) -> int:
@@ -381,11 +381,11 @@ class Facts:
         return self.newest_committed_step if limit is None else min(limit, self.newest_committed_step)
 
 
-def _newest_by_rank(pods: Iterable[PodView]) -> tuple[PodView, ...]:
+def _find_newest_by_rank(pods: Iterable[PodView]) -> tuple[PodView, ...]:
     newest_by_index = {pod.completion_index: pod for pod in sorted(pods, key=lambda pod: pod.created_at)}
     return tuple(newest_by_index[index] for index in sorted(newest_by_index))
 
 
-def _end_of(pod: PodView) -> datetime | None:
+def _find_end(pod: PodView) -> datetime | None:
     """Return when a pod ended or should have ended, or None if the time is unknown."""
     return (pod.terminated.finished_at if pod.terminated else None) or pod.deletion_timestamp

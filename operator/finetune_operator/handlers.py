@@ -1,8 +1,7 @@
-"""The handlers of events: each event updates the cache, and a relevant change adds the job to the work queue.
+"""The handlers of watch events: each event updates the cache, and a relevant change adds the job to the work queue.
 
-kopf calls them for the objects in its lists and for deletions. `watch_stream.py` calls the same functions for changes.
-
-The operator uses only `on.login` and `on.event`, so kopf sets no finalizer, writes no annotation and keeps no state on any object.
+kopf calls the handlers for the objects in its lists and for deletions. `watch_stream.py` calls them for changes.
+The operator uses only kopf's `on.login` and `on.event`, so kopf writes nothing to the objects: no finalizer and no annotation.
 """
 
 from __future__ import annotations
@@ -14,18 +13,18 @@ import kopf
 from finetune_api.names import GROUP, VERSION
 
 from finetune_operator import kopf_adapter
-from finetune_operator.cache import Cache, CacheUpdate
+from finetune_operator.cache import CacheUpdate, JobCache
 from finetune_operator.kopf_adapter import WatchMonitor
 from finetune_operator.kube import KubeClient
 from finetune_operator.objects import FINETUNEJOB, JOB, POD, Object
 from finetune_operator.views import read_finetunejob, read_job, read_pod
-from finetune_operator.workqueue import Key, WorkQueue
+from finetune_operator.workqueue import JobKey, WorkQueue
 
 DELETED_EVENT_TYPE = "DELETED"
 
 
-def create_registry(kube: KubeClient, cache: Cache, queue: WorkQueue, monitor: WatchMonitor) -> kopf.OperatorRegistry:
-    """Return handlers that update `cache` and `queue`. `monitor` observes all requests that kopf sends."""
+def create_registry(kube: KubeClient, cache: JobCache, queue: WorkQueue, monitor: WatchMonitor) -> kopf.OperatorRegistry:
+    """Return kopf's registry of handlers, which update `cache` and `queue`. `monitor` observes all requests of kopf."""
     registry, handlers = kopf.OperatorRegistry(), create_handlers(cache, queue)
 
     @kopf.on.login(registry=registry)
@@ -41,8 +40,8 @@ def create_registry(kube: KubeClient, cache: Cache, queue: WorkQueue, monitor: W
     return registry
 
 
-def create_handlers(cache: Cache, queue: WorkQueue) -> dict[str, Callable[[str | None, Object], None]]:
-    """Return a handler of events for each plural. Its arguments: the type of the event, or None for an object from a list; the object."""
+def create_handlers(cache: JobCache, queue: WorkQueue) -> dict[str, Callable[[str | None, Object], None]]:
+    """Return the event handler of each kind, by plural. Its arguments are the event's type (None for an object from a list) and the object."""
 
     def enqueue(update: CacheUpdate) -> None:
         if not update.has_changed:
@@ -55,7 +54,7 @@ def create_handlers(cache: Cache, queue: WorkQueue) -> dict[str, Callable[[str |
     def enqueue_update(update: CacheUpdate | None, event_type: str | None, body: Object) -> None:
         if update is None or not update.has_changed:
             return
-        if shows_end(event_type, body):
+        if is_ending(event_type, body):
             queue.add(update.key)
         else:
             queue.add_update(update.key)
@@ -67,28 +66,28 @@ def create_handlers(cache: Cache, queue: WorkQueue) -> dict[str, Callable[[str |
     }
 
 
-def shows_end(event_type: str | None, body: Object) -> bool:
-    """Whether a Job or pod is deleted, is being deleted, or is suspended.
+def is_ending(event_type: str | None, body: Object) -> bool:
+    """Whether a Job or pod was deleted, is being deleted, or is suspended.
 
-    Such a change is reconciled without delay, because only this state may show why the attempt ends.
+    Such a change is reconciled without delay, because later changes may hide why the attempt ends.
     """
     is_suspended = (body.get("spec") or {}).get("suspend") is True
     return event_type == DELETED_EVENT_TYPE or "deletionTimestamp" in body["metadata"] or is_suspended
 
 
-def cache_finetunejob(cache: Cache, event_type: str | None, body: Object) -> CacheUpdate:
+def cache_finetunejob(cache: JobCache, event_type: str | None, body: Object) -> CacheUpdate:
     """Apply a watch event of a FineTuneJob to the cache. `event_type` is None for an object from a list."""
-    meta = body["metadata"]
-    key = Key(meta["namespace"], meta["name"])
+    metadata = body["metadata"]
+    key = JobKey(metadata["namespace"], metadata["name"])
     if event_type == DELETED_EVENT_TYPE:
-        cache.drop_finetunejob(key, meta["uid"])
+        cache.drop_finetunejob(key, metadata["uid"])
         return CacheUpdate(key, has_changed=True)
-    if cache.has_version(key, meta["uid"], str(meta.get("resourceVersion", ""))):
+    if cache.has_version(key, metadata["uid"], str(metadata.get("resourceVersion", ""))):
         return CacheUpdate(key, has_changed=False)
     return cache.put_finetunejob(read_finetunejob(body))
 
 
-def cache_job(cache: Cache, event_type: str | None, body: Object) -> CacheUpdate | None:
+def cache_job(cache: JobCache, event_type: str | None, body: Object) -> CacheUpdate | None:
     """Apply a watch event of a Job to the cache. Returns None if the operator did not create the Job."""
     view = read_job(body)
     if view is None:
@@ -96,7 +95,7 @@ def cache_job(cache: Cache, event_type: str | None, body: Object) -> CacheUpdate
     return CacheUpdate(cache.drop_job(view), has_changed=True) if event_type == DELETED_EVENT_TYPE else cache.put_job(view)
 
 
-def cache_pod(cache: Cache, event_type: str | None, body: Object) -> CacheUpdate | None:
+def cache_pod(cache: JobCache, event_type: str | None, body: Object) -> CacheUpdate | None:
     """Apply a watch event of a pod to the cache. Returns None if the pod belongs to no Job of the operator."""
     view = read_pod(body)
     if view is None:

@@ -12,33 +12,33 @@ from finetune_operator.workqueue import WorkQueue
 class HealthChecks:
     """Health checks of this process. Each check returns a description of the problem, or an empty string."""
 
-    def __init__(self, config: OperatorConfig, monitor: WatchMonitor, queue: WorkQueue, is_synced: asyncio.Event):
-        self._monitor, self._queue, self._is_synced = monitor, queue, is_synced
+    def __init__(self, config: OperatorConfig, monitor: WatchMonitor, queue: WorkQueue, cache_filled: asyncio.Event):
+        self._monitor, self._queue, self._is_synced = monitor, queue, cache_filled
         self._stalled_watch_seconds = max(2 * config.resync_seconds + config.api.timeout_seconds, STALLED_WATCH_SECONDS)
         self._stuck_seconds = config.stuck_seconds
         self._is_working = False
         self._is_stopping = False
 
     def on_workers_started(self) -> None:
-        """Start to report jobs that wait too long for a worker. A standby replica has no workers, so its jobs wait indefinitely."""
+        """Start to report jobs that wait too long for a worker. Before, this replica was a standby without workers, so all of its jobs waited."""
         self._queue.restart_wait_times()
         self._is_working = True
 
     def on_stopping(self) -> None:
-        """Report the process as not ready, because it is stopping, and stop reporting jobs that wait too long."""
+        """Report from now on that the process is stopping and not ready. Jobs that wait too long are no longer reported."""
         self._is_working = False
         self._is_stopping = True
 
-    def liveness_problem(self) -> str:
-        """Return why the process should be restarted: a stalled watch, or a job that waits too long for a worker."""
-        stalled_watch = self._monitor.stalled_watch(self._stalled_watch_seconds)
-        if stalled_watch or not self._is_working:
-            return stalled_watch
+    def find_liveness_problem(self) -> str:
+        """Return why the process should be restarted: a stalled watch, or a job that has waited too long for a worker."""
+        describe_stalled_watch = self._monitor.describe_stalled_watch(self._stalled_watch_seconds)
+        if describe_stalled_watch or not self._is_working:
+            return describe_stalled_watch
         oldest_age_seconds = self._queue.oldest_key_age_seconds()
         return f"a job has waited {oldest_age_seconds:.0f} s for a worker" if oldest_age_seconds > self._stuck_seconds else ""
 
-    def readiness_problem(self) -> str:
-        """Return why the process is not ready: its cache is not filled, or the process is stopping."""
+    def find_readiness_problem(self) -> str:
+        """Return why the process is not ready: its cache is not filled yet, or the process is stopping."""
         if self._is_stopping:
             return "the operator is stopping"
         return "" if self._is_synced.is_set() else "the cache of Kubernetes objects is not filled yet"

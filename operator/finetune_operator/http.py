@@ -15,8 +15,8 @@ from finetune_operator.settings import HttpSettings
 logger = logging.getLogger(__name__)
 
 
-class Server:
-    """The HTTP server. `refresh_metrics` updates the gauges before each scrape."""
+class HttpServer:
+    """The operator's HTTP server. `refresh_metrics` is called before each scrape, to update the gauges."""
 
     def __init__(
         self, settings: HttpSettings, metrics: Metrics, *, health: HealthChecks, refresh_metrics: Callable[[], None]
@@ -45,10 +45,10 @@ class Server:
             await self._runner.cleanup()
 
     async def _get_healthz(self, _: web.Request) -> web.Response:
-        return _response(self._health.liveness_problem())
+        return _build_response(self._health.find_liveness_problem())
 
     async def _get_readyz(self, _: web.Request) -> web.Response:
-        return _response(self._health.readiness_problem())
+        return _build_response(self._health.find_readiness_problem())
 
     async def _get_metrics(self, _: web.Request) -> web.Response:
         self._refresh_metrics()
@@ -56,5 +56,5 @@ class Server:
         return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 
-def _response(problem: str) -> web.Response:
+def _build_response(problem: str) -> web.Response:
     return web.Response(text=f"{problem or 'ok'}\n", status=503 if problem else 200)

@@ -1,4 +1,4 @@
-"""In-process state of a job between two reconciles. A restarted operator starts without this state, so it must not affect correctness."""
+"""State of a job that only the operator process keeps. After a restart it is empty, so correct decisions must not depend on it."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from finetune_operator.throttle import PendingChanges
 FIRST_EVENT_READ_SECONDS = 15.0
 """Seconds between the first two reads of events about missing pods. The interval doubles after each read."""
 SPEC_NOT_NEEDED = AcceptedSpec(FineTuneJobSpec())
-"""Placeholder for the resolved spec of a finished job. Later reconciles do not use that spec, so the placeholder saves memory."""
+"""Placeholder that replaces the resolved spec of a finished job to save memory, because later reconciles do not use this spec."""
 
 
 @dataclass
 class EventReadState:
-    """The blocking condition found in events about a job's missing pods, and the time of the next read of these events."""
+    """The blocking condition that was found in events about a job's missing pods, and the time at which these events are read again."""
 
     blocking_condition: BlockingCondition | None = None
     due_at: float | None = None
-    """Event loop time of the next read, or None if no pod is missing."""
+    """Event loop time at which the events are read again, or None if no pod is missing."""
     interval_seconds: float = FIRST_EVENT_READ_SECONDS
 
 
@@ -35,23 +35,23 @@ class JobState:
     uid: str = ""
     generation: int = 0
     spec: Object = field(default_factory=dict)
-    """The spec from which `acceptance` was computed. `generation` is the generation of this spec."""
+    """The spec from which `acceptance` was computed. `generation` is the FineTuneJob's generation with this spec."""
     choices: dict[str, Any] = field(default_factory=dict)
-    """The values that the job's plan chose, with which `acceptance` was computed."""
+    """The values that the plan chose, from which `acceptance` was also computed."""
     acceptance: AcceptedSpec | RefusedSpec = SPEC_NOT_NEEDED
     event_read: EventReadState = field(default_factory=EventReadState)
     pending_changes: PendingChanges = field(default_factory=PendingChanges)
-    first_status_due: float | None = None
-    """The job's first status write may be deferred until this event loop time during a burst."""
+    first_status_due_at: float | None = None
+    """Event loop time until which the job's first status write may be deferred during a burst."""
     status_rejection: str = ""
-    """The API server's last error message that rejected this job's status. If the same message is repeated, it is not logged again."""
+    """The API server's last error message about a rejected status of this job. The same message is logged only once."""
     stored_status: tuple[str, Object] | None = None
-    """The resourceVersion and the JSON of the last status that was compared. None for a finished job."""
-    pruned_write: tuple[str, Object] | None = None
-    """The last status write from which an older CRD removed new fields: the resulting resourceVersion and the status as it was sent.
-    As long as the object has this resourceVersion, the same write would change nothing."""
+    """The resourceVersion and the JSON of the stored status, as last compared with a new status. None for a finished job."""
+    pruned_status_write: tuple[str, Object] | None = None
+    """The last status write from which an older CRD removed new fields: the resulting resourceVersion, and the status that was sent.
+    While the object has this resourceVersion, sending the same status again would change nothing."""
 
     @property
-    def removes_preparation(self) -> bool:
+    def crd_lacks_preparation_field(self) -> bool:
         """Whether an older CRD removed `preparation` from the last status write."""
-        return self.pruned_write is not None and "preparation" in self.pruned_write[1]
+        return self.pruned_status_write is not None and "preparation" in self.pruned_status_write[1]

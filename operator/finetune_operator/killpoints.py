@@ -1,7 +1,7 @@
-"""Points in the code at which a test can kill the operator. Such a test proves that the operator recovers from a crash at that point.
+"""Points in the code at which a test can kill the operator, to prove that it recovers from a crash there.
 
-The points are active only if `FINETUNE_TEST_KILL_FILE` names a file when the process starts. The file contains the name of a point. When
-the process reaches that point, it removes the file and kills itself with SIGKILL. Without the variable, a point costs one comparison.
+The points are active only if the environment variable `FINETUNE_TEST_KILL_FILE` names a file when the process starts. The file contains the name of
+a point. When the process reaches this point, it removes the file and kills itself with SIGKILL. Without the variable, a point costs one comparison.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class KillPoint(StrEnum):
     BEFORE_JOB_CREATE = "before_job_create"
     AFTER_JOB_CREATE = "after_job_create"
     BEFORE_CHILD_CREATE = "before_child_create"
-    """The Job exists, but not yet one of its NetworkPolicy, Secret and Service."""
+    """The Job exists, but one of its other objects (NetworkPolicy, Secret, Service) does not exist yet."""
     AFTER_CHILD_CREATE = "after_child_create"
     BEFORE_JOB_DELETE = "before_job_delete"
     AFTER_JOB_DELETE = "after_job_delete"
@@ -34,7 +34,7 @@ _kill_file = os.environ.get(KILL_FILE_VARIABLE)
 
 
 def kill_if_requested(point: KillPoint) -> None:
-    """Kill the process if the file names this point."""
+    """Kill the process if the file with the kill point names this point."""
     if _kill_file is None:
         return
     file = Path(_kill_file)

@@ -1,21 +1,21 @@
 """Adapts kopf to this operator: its settings, state storages, HTTP session, retries, watches and log lines.
 
 kopf lists and watches the resources and calls the handlers in `handlers.py`, as in any operator built with kopf. Each item below works
-around a behaviour of kopf 1.45. Without the item, a test fails:
+around a behaviour of kopf 1.45, and a test fails if the item is removed:
 
-* `EndlessBackoff`: `networking.error_backoffs` is finite by default (https://github.com/nolar/kopf/pull/788).
-* `NoDiffBaseStorage`, `NoProgressStorage`: the default storages copy each object at each event
+* `EndlessBackoff`: by default, kopf stops retrying a request after some time (https://github.com/nolar/kopf/pull/788).
+* `NoDiffBaseStorage`, `NoProgressStorage`: kopf's default storages copy the whole object at each event
   (https://github.com/nolar/kopf/issues/702).
-* `TracedSession`: all contexts share a custom session (https://github.com/nolar/kopf/pull/1230). The first context that ends
-  closes the session for all others.
+* `TracedSession`: all of kopf's contexts would share a custom HTTP session (https://github.com/nolar/kopf/pull/1230), and the first
+  context that ends would close it for all others.
 * `inactivity_timeout` (https://github.com/nolar/kopf/pull/1268) is disabled, because it can end a watch permanently;
   `WatchMonitor` detects stalled watches instead.
-* `WatchStreams`: kopf does not close a watch stream if its task is cancelled while it hands over an event. Python then closes the stream
-  and the generators inside it at the same time, which sometimes fails with a traceback at the end of the process.
+* `WatchStreams`: kopf does not close a watch stream if the stream's task is cancelled while it hands over an event. Python then closes the
+  stream and the generators inside it at the same time, which sometimes fails with a traceback at the end of the process.
 * `watch_stream.py` handles changes of objects before kopf reads them, because kopf needs about 0.6 ms of CPU time for each event.
-* `run`: if `scanning.disabled` is set, kopf reads the API server's discovery document only once, at startup.
-* `IDLE_WORKER_SECONDS`: kopf keeps the last event of each object for 5 seconds, which needs much memory in a burst.
-* `RetryLogFilter`: kopf logs an error before each retry of a request.
+* `run` waits until the CRD is served, because with `scanning.disabled` kopf reads the API server's discovery document only once, at startup.
+* `IDLE_WORKER_SECONDS`: by default, kopf keeps the last event of each object for 5 seconds, which needs much memory in a burst.
+* `RetryLogFilter`: kopf logs each retry of a request as an error.
 * `resync.py` compares full lists with the cache, because kopf does not report objects that were deleted between two lists.
 """
 
@@ -38,12 +38,12 @@ import kopf
 from finetune_operator.kube import PAGE_SIZE, KubeClient, RequestObserver
 from finetune_operator.objects import FINETUNEJOB, MANAGED_BY_SELECTOR
 from finetune_operator.settings import OperatorConfig
-from finetune_operator.watch_stream import ChangeHandler, response_class
+from finetune_operator.watch_stream import ChangeHandler, build_response_class
 
 LOGIN_PERIOD = timedelta(minutes=10)
-"""kopf asks for new credentials after this time, because service account tokens rotate."""
+"""After this time, kopf asks for new credentials, because tokens of ServiceAccounts rotate."""
 WATCH_SECONDS = 60
-"""Duration of one watch request (`timeoutSeconds`). kopf then sends the next watch request with the last resourceVersion."""
+"""Duration of one watch request (`timeoutSeconds`). After it, kopf sends the next watch request, from the last resourceVersion on."""
 WATCH_TIMEOUT_SECONDS = 75
 """Client-side timeout of one watch request. It is longer than `WATCH_SECONDS`, so this timeout ends only dead connections."""
 TEN_YEARS_SECONDS = 10 * 365 * 86400.0
@@ -51,31 +51,31 @@ SHUTDOWN_SECONDS = 25
 """Time limit for kopf's shutdown. The pod's termination grace period is 30 seconds."""
 DISCOVERY_PERIOD_SECONDS = 0.2
 IDLE_WORKER_SECONDS = 0.5
-"""Seconds after which kopf ends the idle task of an object. Until then, the task holds the object's last event, which is about 70 KB of
-Python objects for a Job or a pod. With kopf's default of 5 seconds, the operator needed 226 MB in a burst of 1,000 jobs; now 153 MB."""
+"""Seconds after which kopf ends the idle task of an object. The task holds the object's last event: about 70 KB for a Job or a pod.
+In a burst of 1,000 jobs, the operator needed 226 MB with kopf's default of 5 seconds, and needs 153 MB with this value."""
 STALLED_WATCH_SECONDS = 4.0 * WATCH_TIMEOUT_SECONDS
 """A watch counts as stalled after this many seconds without a new request. The longest pause of `EndlessBackoff` is much shorter."""
-OTHER_RESOURCE = "discovery"
+OTHER_RESOURCE_LABEL = "discovery"
 """Value of the metric label `resource` for requests to URLs other than the watched collections."""
 
 
 class EndlessBackoff:
     """An infinite sequence of pauses between retries, in seconds.
 
-    The API server may be unavailable for an hour during an upgrade. By default kopf gives up after eight retries, and the operator ends.
+    The API server may be unavailable for an hour during an upgrade. With kopf's default, the operator would end after eight retries.
     This is a class, not a generator, because kopf iterates over the same object for each request.
     """
 
     def __iter__(self) -> Iterator[float]:
-        """1, 1, 2, 3, 5, ... 30, 30, ..."""
+        """Yield 1, 1, 2, 3, 5, 8, 13, 21 and then 30 without end."""
         return itertools.chain((1, 1, 2, 3, 5, 8, 13, 21), itertools.repeat(30))
 
 
 class NoDiffBaseStorage(kopf.DiffBaseStorage):
-    """Stores no last-handled state.
+    """Stores nothing. kopf's default storage keeps the last-handled state of each object.
 
-    By default kopf makes a deep copy of the object at each event, to compute the difference to the last-handled state. `on.event` handlers
-    do not use the difference. Each Job contains a run configuration of several kilobytes, so the copy took half of the time of an event.
+    For this, kopf makes a deep copy of the object at each event and computes the difference, which `on.event` handlers do not use. Each Job contains
+    a run configuration of several kilobytes, so the copy took half of the time of an event.
     """
 
     def build(self, **_: Any) -> kopf.BodyEssence:
@@ -89,7 +89,7 @@ class NoDiffBaseStorage(kopf.DiffBaseStorage):
 
 
 class NoProgressStorage(kopf.ProgressStorage):
-    """Stores no handler progress. kopf never retries `on.event` handlers, so they have no progress."""
+    """Stores nothing. kopf's default storage keeps the progress of retried handlers, but kopf never retries `on.event` handlers."""
 
     def fetch(self, **_: Any) -> None:
         return None
@@ -107,8 +107,8 @@ class NoProgressStorage(kopf.ProgressStorage):
         return essence
 
 
-def operator_settings(config: OperatorConfig) -> kopf.OperatorSettings:
-    """Return kopf's settings: kopf lists and watches with label selectors, and writes nothing to the cluster."""
+def build_kopf_settings(config: OperatorConfig) -> kopf.OperatorSettings:
+    """Return settings with which kopf lists and watches Jobs and pods by label and writes nothing to the cluster."""
     result = kopf.OperatorSettings()
     result.persistence.diffbase_storage = NoDiffBaseStorage()
     result.persistence.progress_storage = NoProgressStorage()
@@ -124,8 +124,8 @@ def operator_settings(config: OperatorConfig) -> kopf.OperatorSettings:
     result.watching.chunk_size = PAGE_SIZE
     result.watching.server_timeout = WATCH_SECONDS
     result.watching.client_timeout = WATCH_TIMEOUT_SECONDS
-    # The inactivity timeout can cancel the watching task at any await. If the task is handing over an event at that moment, the watch
-    # ends permanently and without an error. `client_timeout` ends dead connections instead.
+    # The inactivity timeout can cancel the watching task at any await. If the task is just handing over an event, the watch ends
+    # permanently and without an error. `client_timeout` ends dead connections instead.
     result.watching.inactivity_timeout = TEN_YEARS_SECONDS
     result.watching.label_selectors["batch", "v1", "jobs"] = MANAGED_BY_SELECTOR
     result.watching.label_selectors["", "v1", "pods"] = MANAGED_BY_SELECTOR
@@ -141,9 +141,9 @@ async def run(
 ) -> None:
     """Wait until the API server serves the custom resource, then run kopf until the process is asked to stop.
 
-    With `scanning.disabled`, kopf reads the discovery document only once. If the CRD is not served at that time, kopf never watches it.
+    With `scanning.disabled`, kopf reads the discovery document only once. If the document lacks the CRD then, kopf never watches FineTuneJobs.
     """
-    while not (is_stopping() or await kube.is_served(FINETUNEJOB)):  # noqa: ASYNC110 -- the API server sends no event for this
+    while not (is_stopping() or await kube.is_served(FINETUNEJOB)):  # noqa: ASYNC110 -- the API server sends no event about its discovery document
         await asyncio.sleep(DISCOVERY_PERIOD_SECONDS)
     if is_stopping():
         return
@@ -152,7 +152,7 @@ async def run(
     async with WatchStreams():
         await kopf.operator(
             registry=registry,
-            settings=operator_settings(config),
+            settings=build_kopf_settings(config),
             standalone=True,
             clusterwide=not namespaces,
             namespaces=namespaces,
@@ -162,9 +162,9 @@ async def run(
 class WatchStreams:
     """Closes kopf's watch streams at the end of an `async with` block.
 
-    A watch stream is the async generator `infinite_watch`, which contains the async generator `streaming_block`. At its end, the event loop
-    closes all open async generators concurrently (`shutdown_asyncgens`). If the inner one is closed first, the outer one fails with
-    "generator didn't stop after athrow()". Here, only the outer one is closed, and it closes the inner one.
+    A watch stream is the async generator `infinite_watch`, which contains the async generator `streaming_block`. When the event loop ends, it
+    closes all open async generators concurrently (`shutdown_asyncgens`). If the inner generator is closed first, the outer one fails with
+    "generator didn't stop after athrow()". This class closes only the outer generator, which then closes the inner one.
     """
 
     GENERATOR_NAME = "infinite_watch"
@@ -182,7 +182,7 @@ class WatchStreams:
             await stream.aclose()
 
     def _on_first_iteration(self, generator: AsyncGenerator[Any, Any]) -> None:
-        """Record a watch stream. Then call the hook of the event loop, which Python calls for each new async generator."""
+        """Record the generator if it is a watch stream, then call the event loop's own hook. Python calls this for each new async generator."""
         if getattr(generator, "__name__", "") == self.GENERATOR_NAME:
             self._streams.add(generator)
         if self._hooks.firstiter is not None:
@@ -190,7 +190,7 @@ class WatchStreams:
 
 
 async def login(kube: KubeClient, monitor: WatchMonitor, handlers: Mapping[str, ChangeHandler]) -> TracedSession:
-    """Return credentials for kopf, taken from the operator's own API client. `handlers`: see `watch_stream.WatchResponse`."""
+    """Return credentials for kopf, from the operator's own API client. `handlers`: as in `watch_stream.WatchResponse`."""
     configuration = kube.configuration
     bearer_token = (await configuration.auth_settings()).get("BearerToken")
     scheme, _, token = str(bearer_token["value"]).rpartition(" ") if bearer_token else ("", "", "")
@@ -209,11 +209,11 @@ async def login(kube: KubeClient, monitor: WatchMonitor, handlers: Mapping[str, 
 
 
 class TracedSession(kopf.AiohttpSession):
-    """Credentials that create a new HTTP session for each of kopf's contexts. `WatchMonitor` traces the requests of each session.
-    `handlers` handle changes that kopf watches.
+    """Credentials that create a new HTTP session for each of kopf's contexts. `monitor` traces the requests of each session.
 
-    When a context ends, kopf closes its session. `kopf.AiohttpSession` would share one session among all contexts. After the end of the
-    first context, the remaining watches would wait for new credentials forever, and the process would not exit.
+    `handlers` handle the changes in kopf's watches. When a context ends, kopf closes its session. With `kopf.AiohttpSession`, all contexts would share
+    one session: after the end of the first context, the other watches would wait for new credentials forever, and the process would not exit.
+
     Two objects are equal if their credentials are equal. Otherwise kopf would retry credentials that the server has rejected.
     """
 
@@ -239,20 +239,20 @@ class TracedSession(kopf.AiohttpSession):
             connector=aiohttp.TCPConnector(limit=0, ssl=connection_info.as_ssl_context()),
             headers=connection_info.as_http_headers(),
             trust_env=connection_info.trust_env,
-            trace_configs=[monitor.trace_config()],
-            response_class=response_class(handlers),
+            trace_configs=[monitor.build_trace_config()],
+            response_class=build_response_class(handlers),
         )
 
     @aiohttp_session.setter
     def aiohttp_session(self, _: aiohttp.ClientSession) -> None:
-        """Ignore the value: the constructor of the base class assigns one."""
+        """Ignore the assigned value. This setter exists because the constructor of the base class assigns a session."""
 
 
 class WatchMonitor:
     """Counts kopf's requests and detects stalled watches of the given collections (URL paths).
 
     The API server ends each watch request after `WATCH_SECONDS`, and kopf then sends the next request. If kopf sends no new request, the
-    watch is stalled and its events are lost. Full re-lists also deliver the changes, but late, so they could mask a stalled watch.
+    watch is stalled and its events are lost. Without this class, a stalled watch could remain unnoticed, because full lists deliver the changes later.
     """
 
     def __init__(self, collection_paths: Iterable[str], observer: RequestObserver):
@@ -265,24 +265,24 @@ class WatchMonitor:
         """Start to detect stalled watches. Call this just before kopf starts to watch."""
         self._last_started = dict.fromkeys(self._paths, asyncio.get_running_loop().time())
 
-    def stalled_watch(self, limit_seconds: float) -> str:
-        """Describe a watch that has been stalled for longer than `limit_seconds`. Returns an empty string if no watch is stalled."""
+    def describe_stalled_watch(self, limit_seconds: float) -> str:
+        """Return a message about the watch without a request for longer than `limit_seconds`, or an empty string if there is none."""
         now = asyncio.get_running_loop().time()
         path, started_at = min(self._last_started.items(), key=lambda item: item[1], default=("", now))
         age_seconds = now - started_at
         return f"the watch of {path} is stalled: no request for {age_seconds:.0f} s" if age_seconds > limit_seconds else ""
 
-    def record(self, path: str, status: int, seconds: float, *, is_watch: bool) -> None:
-        """Record one request. `status` is 0 if there was no answer. `seconds` is the time until the response's headers arrived."""
+    def record_request(self, path: str, status: int, seconds: float, *, is_watch: bool) -> None:
+        """Record one request. `status` is the HTTP status, or 0 without an answer. `seconds` is the time until the response's headers arrived."""
         # The API server's URL may contain a path prefix (as with Rancher), so only the end of the path is compared.
         collection = next((known_path for known_path in self._paths if path.endswith(known_path)), "")
         verb = "get" if not collection else "watch" if is_watch else "list"
-        self._observer(verb, collection.rpartition("/")[2] or OTHER_RESOURCE, status, seconds)
+        self._observer(verb, collection.rpartition("/")[2] or OTHER_RESOURCE_LABEL, status, seconds)
         if is_watch and status == 200 and collection in self._last_started:
             self._last_started[collection] = asyncio.get_running_loop().time()
 
-    def trace_config(self) -> aiohttp.TraceConfig:
-        """Return tracing hooks for an aiohttp session. The hooks call `record` for each request."""
+    def build_trace_config(self) -> aiohttp.TraceConfig:
+        """Return tracing hooks for an aiohttp session. The hooks call `record_request` for each request."""
         config = aiohttp.TraceConfig()
         config.on_request_start.append(self._on_start)
         config.on_request_end.append(self._on_end)
@@ -311,7 +311,7 @@ class WatchMonitor:
         status: int,
     ) -> None:
         seconds = asyncio.get_running_loop().time() - trace_context.started
-        self.record(params.url.path, status, seconds, is_watch=params.url.query.get("watch") == "true")
+        self.record_request(params.url.path, status, seconds, is_watch=params.url.query.get("watch") == "true")
 
 
 class RetryLogFilter(logging.Filter):
@@ -326,7 +326,7 @@ class RetryLogFilter(logging.Filter):
     )
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Change the level of a record to WARNING if the record is about one of the first retries. Keep all records."""
+        """Keep every record, but lower its level to WARNING if it is about one of the first retries."""
         match = self._RETRY_PATTERN.match(record.getMessage()) if record.name.startswith("kopf") else None
         if match is not None and int(match.group(1)) <= self.FIRST_RETRIES:
             record.levelno, record.levelname = logging.WARNING, logging.getLevelName(logging.WARNING)
@@ -334,7 +334,7 @@ class RetryLogFilter(logging.Filter):
 
 
 def configure_logging() -> None:
-    """Change the levels of kopf's log messages. Call this after the root logger has its handlers."""
+    """Adjust the levels of kopf's log messages. Call this after the handlers of the root logger are set."""
     for handler in logging.getLogger().handlers:
         handler.addFilter(RetryLogFilter())
     # kopf logs each event of each object at INFO. The reconciler logs its own actions, so kopf's lines are not needed.

@@ -3,8 +3,8 @@
 The asyncio part of the official client handles kubeconfig, rotating tokens, TLS and proxies. The client's generated models are not used,
 because these models drop fields that a newer server sends.
 
-Only this module retries requests: reads, writes that contain a resourceVersion, and deletes that contain a uid. This module does not
-retry creates: if the outcome of a create is unknown, the caller reads the object by name.
+Only this module retries requests: reads, writes that contain a resourceVersion, and deletes that contain a uid. A create is not retried. If its
+outcome is unknown, the caller reads the object by name.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ MAX_TRIES = 5
 """Maximum number of tries of one request, including the first try."""
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.1, 5.0
 MAX_MESSAGE_CHARACTERS = 2048
-"""Maximum length of an error message. The message about a rejected Job contains the whole Job, so longer messages are cut."""
+"""Maximum length of an error message. Longer messages are cut, because a message about a rejected Job contains the whole Job."""
 PAGE_SIZE = 200
-"""Objects per page of a list. A page of this size has a few megabytes. Larger pages would block the event loop longer during parsing."""
+"""Objects per page of a list. Such a page has a few megabytes. Parsing a larger page would block the event loop longer."""
 CLOCK_PERIOD_SECONDS = 10.0
-"""Seconds between two comparisons of the local clock with the server's clock."""
+"""Shortest time in seconds between two comparisons of the local clock with the server's clock."""
 CLOCK_TOLERANCE_SECONDS = 2.0
-"""A smaller difference between the two clocks is ignored, because the server's `Date` header has whole seconds."""
+"""Smaller differences between the local clock and the server's clock are ignored, because the `Date` header has whole seconds."""
 
 
 class KubeError(Exception):
@@ -54,8 +54,8 @@ class KubeError(Exception):
         super().__init__(f"{verb} {kind.plural} {name}: {code} {reason}: {message}")
         self.verb, self.kind, self.name, self.code, self.reason, self.message = verb, kind, name, code, reason, message
         self.retry_after: float | None = None
-        self.object_missing = False
-        """Whether a 404 means that this object does not exist, although its kind and its namespace exist."""
+        self.is_object_missing = False
+        """Whether this is a 404 about the object itself. Another 404 may mean that its kind or its namespace does not exist."""
 
 
 class NotFound(KubeError):
@@ -109,22 +109,22 @@ class ObjectList(NamedTuple):
     version: int
     """resourceVersion of the list."""
     is_first_page: bool = True
-    """Whether this page starts a list. If a later page is a first page again, the list restarted: discard the earlier pages."""
+    """Whether this page starts a list. If a later page starts the list again, the caller must discard the earlier pages."""
 
 
 @dataclass
 class ServerClock:
-    """The API server's clock. The server sets the times from which deadlines are computed, so the local clock must not be used."""
+    """The API server's clock. Deadlines are computed from times that the server sets, so they must not be compared with the local clock."""
 
     clock_offset: timedelta = timedelta()
     compared_at: float = field(default=float("-inf"))
 
     def now(self) -> datetime:
-        """Current time, UTC."""
+        """Return the current time of the server in UTC."""
         return datetime.now(UTC) + self.clock_offset
 
     def update_offset(self, date_header: str | None, loop_time: float) -> None:
-        """Compare the local clock with the `Date` header of a response, at most every ten seconds."""
+        """Compare the local clock with the `Date` header of a response, at most every `CLOCK_PERIOD_SECONDS`."""
         if not date_header or loop_time - self.compared_at < CLOCK_PERIOD_SECONDS:
             return
         self.compared_at = loop_time
@@ -148,22 +148,22 @@ class KubeClient:
         configuration.retries = None
         # The proxy variables are read only once, here. With `trust_env`, the client would read them and ~/.netrc for each request.
         configuration.client_session_kwargs = {"trust_env": False}
-        configuration.proxy = configuration.proxy or _proxy_of(configuration.host)
+        configuration.proxy = configuration.proxy or _find_proxy(configuration.host)
         self.configuration = configuration
         self.clock = ServerClock()
         self._rest = RESTClientObject(configuration)
         self._timeout = settings.timeout_seconds
         self._observer = observer or (lambda verb, plural, code, seconds: None)
         self.ensure_may_write: Callable[[], None] = lambda: None
-        """Called before each write, except writes of Leases. The callback raises an error if this replica may no longer write."""
+        """Function that is called before each write, except writes of Leases. It raises an error if this replica may no longer write."""
 
     @classmethod
     async def connect(
         cls, settings: ApiSettings, observer: RequestObserver | None = None, *, kubeconfig: Path | None = None
     ) -> KubeClient:
-        """Connect with the first of these that exists: `kubeconfig`, the pod's ServiceAccount, $KUBECONFIG, ~/.kube/config.
+        """Connect with the first of these sources that exists: `kubeconfig`, the pod's ServiceAccount, $KUBECONFIG, ~/.kube/config.
 
-        Errors: kubernetes.aio.config.ConfigException if none of these exists.
+        Errors: kubernetes.aio.config.ConfigException if no source exists.
         """
         configuration = Configuration()
         try:
@@ -180,7 +180,7 @@ class KubeClient:
         await self._rest.close()
 
     async def is_served(self, kind: Kind) -> bool:
-        """Whether the discovery document lists this kind. For a new CRD, this becomes true shortly after its objects can be read."""
+        """Whether the discovery document lists this kind. A new CRD is listed shortly after its objects can be read."""
         group = kind.api_version.partition("/")[0]
         groups = (await self._send_with_retries("get", kind, "", "GET", "/apis")).body.get("groups") or []
         if group not in [served.get("name") for served in groups]:
@@ -197,25 +197,25 @@ class KubeClient:
         """Read one object. Errors: NotFound, Unavailable, ..."""
         return (await self._send_with_retries("get", kind, name, "GET", kind.path(namespace, name))).body
 
-    async def list(self, kind: Kind, namespace: str | None = None, *, labels: str = "", fields: str = "") -> ObjectList:
+    async def list(self, kind: Kind, namespace: str | None = None, *, label_selector: str = "", field_selector: str = "") -> ObjectList:
         """Return all objects of a kind in one namespace or in the whole cluster."""
         items: list[Object] = []
         version = 0
-        async for page in self.pages(kind, namespace, labels=labels, fields=fields):
+        async for page in self.list_pages(kind, namespace, label_selector=label_selector, field_selector=field_selector):
             items = page.items if page.is_first_page else items + page.items
             version = page.version
         return ObjectList(items, version)
 
-    async def pages(
-        self, kind: Kind, namespace: str | None = None, *, labels: str = "", fields: str = ""
+    async def list_pages(
+        self, kind: Kind, namespace: str | None = None, *, label_selector: str = "", field_selector: str = ""
     ) -> AsyncIterator[ObjectList]:
-        """Like `list`, but page by page, so that the caller need not hold all objects. All pages show the same resourceVersion.
+        """Yield all objects page by page, so that the caller need not hold them all. All pages have the same resourceVersion.
 
-        The server compacts its history every five minutes. If the continue token expires between two pages, the list restarts with
-        another first page. The restarted list has only one page, as in client-go's pager, so no continue token can expire again.
+        The server compacts its history every five minutes. If the continue token therefore expires between two pages, the list restarts with
+        a first page that contains all objects, as in client-go's pager, so no token can expire again.
         """
-        query = {"limit": str(PAGE_SIZE)} | ({"labelSelector": labels} if labels else {})
-        query |= {"fieldSelector": fields} if fields else {}
+        query = {"limit": str(PAGE_SIZE)} | ({"labelSelector": label_selector} if label_selector else {})
+        query |= {"fieldSelector": field_selector} if field_selector else {}
         while True:
             try:
                 page = (await self._send_with_retries("list", kind, "", "GET", kind.path(namespace), query=query)).body
@@ -279,7 +279,7 @@ class KubeClient:
         self, verb: str, kind: Kind, name: str, method: str, path: str, *,
         body: Object | None = None, query: Mapping[str, str] | None = None,
     ) -> ApiResponse:  # fmt: skip
-        """Send a request, and retry it with growing pauses while the server is unavailable."""
+        """Send a request up to `MAX_TRIES` times, with growing pauses, while the server is unavailable."""
         pause_seconds = FIRST_PAUSE_SECONDS
         for tries_left in reversed(range(MAX_TRIES)):
             try:
@@ -309,58 +309,58 @@ class KubeClient:
                     _request_timeout=aiohttp.ClientTimeout(total=self._timeout),
                 )  # fmt: skip
                 code = response.status
-                data = await response.read()
+                response_body = await response.read()
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
-            raise _error_without_answer(verb, kind, name, error) from error
+            raise _build_error_without_answer(verb, kind, name, error) from error
         finally:
             self._observer(verb, kind.plural, code, loop.time() - started_at)
         self.clock.update_offset(response.headers.get("Date"), loop.time())
-        value = _parse_json(data)
+        value = _parse_json(response_body)
         if code >= 400:
-            raise _error_from_status(verb, kind, name, code, value, response.headers)
-        return ApiResponse(value, tuple(_warning_text(text) for text in response.headers.getall("Warning", ())))
+            raise _build_error_from_status(verb, kind, name, code, value, response.headers)
+        return ApiResponse(value, tuple(_extract_warning_text(text) for text in response.headers.getall("Warning", ())))
 
     async def _build_headers(self, method: str) -> dict[str, str]:
         headers = {"Accept": "application/json", "User-Agent": USER_AGENT}
         if method != "GET":
-            patch = method == "PATCH"
-            headers["Content-Type"] = "application/merge-patch+json" if patch else "application/json"
+            is_patch = method == "PATCH"
+            headers["Content-Type"] = "application/merge-patch+json" if is_patch else "application/json"
         bearer_token = (await self.configuration.auth_settings()).get("BearerToken")
         if bearer_token:
             headers["Authorization"] = str(bearer_token["value"])
         return headers
 
 
-def _proxy_of(url: str) -> str | None:
+def _find_proxy(url: str) -> str | None:
     """Return the proxy for this URL according to HTTPS_PROXY, NO_PROXY and similar environment variables."""
-    parts = urlsplit(url)
-    if not parts.hostname or proxy_bypass(parts.hostname):
+    url_parts = urlsplit(url)
+    if not url_parts.hostname or proxy_bypass(url_parts.hostname):
         return None
-    return getproxies().get(parts.scheme)
+    return getproxies().get(url_parts.scheme)
 
 
-def _parse_json(data: bytes) -> Object:
+def _parse_json(response_body: bytes) -> Object:
     try:
-        value = from_json(data)
+        value = from_json(response_body)
     except ValueError:
-        return {"message": data[:500].decode(errors="replace")}
+        return {"message": response_body[:500].decode(errors="replace")}
     return value if isinstance(value, dict) else {"message": str(value)[:500]}
 
 
-def _warning_text(header: str) -> str:
-    """Text of a warning header (RFC 7234): `299 - "text"`."""
+def _extract_warning_text(header: str) -> str:
+    """Return the text of a warning header, which has the form `299 - "text"` (RFC 7234)."""
     start, end = header.find('"'), header.rfind('"')
     return header[start + 1 : end].replace('\\"', '"') if 0 <= start < end else header
 
 
-def _error_without_answer(verb: str, kind: Kind, name: str, error: Exception) -> KubeError:
+def _build_error_without_answer(verb: str, kind: Kind, name: str, error: Exception) -> KubeError:
     message = str(error) or type(error).__name__
     if isinstance(error, aiohttp.ClientConnectorError) or verb != "create":
         return Unavailable(verb, kind, name, 0, "NoAnswer", message)
     return OutcomeUnknown(verb, kind, name, 0, "NoAnswer", message)
 
 
-def _error_from_status(
+def _build_error_from_status(
     verb: str, kind: Kind, name: str, code: int, status: Object, headers: Mapping[str, str]
 ) -> KubeError:
     reason, message = str(status.get("reason") or ""), str(status.get("message") or "")[:MAX_MESSAGE_CHARACTERS]
@@ -381,17 +381,17 @@ def _error_from_status(
         case 429:
             error_class = Unavailable
         case _ if code >= 500:
-            # A proxy may answer a create with a 5xx although the server has created the object.
+            # A proxy may answer with a 5xx although the server has created the object.
             error_class = OutcomeUnknown if verb == "create" else Unavailable
     kube_error = error_class(verb, kind, name, code, reason, message)
-    kube_error.object_missing = code == 404 and bool(name) and (status.get("details") or {}).get("name") == name
+    kube_error.is_object_missing = code == 404 and bool(name) and (status.get("details") or {}).get("name") == name
     retry_after = headers.get("Retry-After", "")
     kube_error.retry_after = float(retry_after) if retry_after.isdigit() else None
     return kube_error
 
 
 def _is_namespace_terminating(status: Object) -> bool:
-    """Whether a request failed because its namespace is being deleted or does not exist."""
+    """Whether the request failed because its namespace is being deleted or does not exist."""
     details = status.get("details") or {}
     causes = [cause.get("reason") for cause in details.get("causes") or []]
     return "NamespaceTerminating" in causes or details.get("kind") == "namespaces"

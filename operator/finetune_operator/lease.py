@@ -1,7 +1,7 @@
 """Leader election with a Lease, by the rules of client-go: at most one replica is active.
 
-A replica uses its own clock to measure the time since it observed the leader's last renewal. A replica never uses the times in the Lease, so the
-replicas' clocks may differ. If the leader cannot renew the Lease in time, it stops writing, and its process ends.
+A replica measures with its own clock how long ago it observed the leader's last renewal. It never compares its clock with the times in the Lease, so
+the clocks of the replicas may differ. If the leader cannot renew the Lease in time, it stops writing, and its process ends.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ logger = logging.getLogger(__name__)
 
 
 class LeaseLost(Exception):
-    """Another replica may have become the leader, so this replica must not write to the API server any more."""
+    """Raised when another replica may have become the leader, so that this replica must not write to the API server any more."""
 
 
 class LeaderElector:
-    """Acquires and renews the Lease for the replica `identity`. Times are in seconds of the event loop's clock."""
+    """Acquires and renews the Lease for the replica `identity`. All times are event loop times in seconds."""
 
     def __init__(self, kube: KubeClient, settings: LeaderElection, namespace: str, identity: str):
         self._kube = kube
@@ -45,7 +45,7 @@ class LeaderElector:
     async def acquire(self) -> None:
         """Wait until this replica is the leader."""
         logger.info("waiting for Lease %s/%s", self._namespace, self._settings.lease_name)
-        while not await self._try_acquire_or_renew():  # noqa: ASYNC110 -- the Lease changes on the API server
+        while not await self._try_acquire_or_renew():  # noqa: ASYNC110 -- another replica changes the Lease
             await asyncio.sleep(self._settings.retry_period_seconds)
         self.is_leader = True
         logger.info("this replica is the leader")
@@ -72,7 +72,7 @@ class LeaderElector:
 
     async def _try_acquire_or_renew(self) -> bool:
         """Try once to acquire or renew the Lease. Returns whether this replica holds the Lease."""
-        # Other replicas may see the new Lease long before the response arrives. So the start of the request counts as time of renewal.
+        # Other replicas may see the renewed Lease long before the response arrives here. So the start of the request counts as the time of renewal.
         started_at = asyncio.get_running_loop().time()
         try:
             async with asyncio.timeout(self._settings.renew_deadline_seconds):
@@ -153,9 +153,9 @@ class LeaderTasks:
         self._is_acquired = asyncio.Event()
 
     def create_coroutines(self) -> dict[str, Coroutine[Any, Any, None]]:
-        """Return two coroutines by name. Both run until the process ends. Errors: LeaseLost, and errors of `on_elected`.
+        """Return two coroutines by name: one holds the Lease, the other works as the leader. Both run until the process ends.
 
-        With thousands of objects, `on_elected` takes longer than the renew deadline, so another coroutine renews the Lease at the same time.
+        They are separate because with thousands of objects, `on_elected` takes longer than the renew deadline. Errors: LeaseLost, errors of `on_elected`.
         """
         return {"lease": self._hold_lease(), "leader": self._work_as_leader()}
 

@@ -14,17 +14,17 @@ from finetune_api.redaction import RedactingFormatter, redact_all
 from finetune_operator.settings import LogFormat, LogSettings
 from finetune_operator.text import REDACTED_TEXT
 
-job: contextvars.ContextVar[str] = contextvars.ContextVar("job", default="")
+current_job: contextvars.ContextVar[str] = contextvars.ContextVar("job", default="")
 """`namespace/name` of the job that is being reconciled."""
-attempt: contextvars.ContextVar[int] = contextvars.ContextVar("attempt", default=0)
+current_attempt: contextvars.ContextVar[int] = contextvars.ContextVar("attempt", default=0)
 """Number of the current attempt of the job that is being reconciled, or 0 before the first attempt."""
 reconcile_number: contextvars.ContextVar[int] = contextvars.ContextVar("reconcile", default=0)
 """Number of the current reconcile, counted since the process started."""
 
 
-def context() -> dict[str, Any]:
-    """Return the context fields of the current log line, without empty fields."""
-    fields = {"job": job.get(), "attempt": attempt.get(), "reconcile": reconcile_number.get()}
+def get_context_fields() -> dict[str, Any]:
+    """Return the fields that name the current job, attempt and reconcile in a log line. Empty fields are left out."""
+    fields = {"job": current_job.get(), "attempt": current_attempt.get(), "reconcile": reconcile_number.get()}
     return {name: value for name, value in fields.items() if value}
 
 
@@ -37,7 +37,7 @@ class JsonFormatter(logging.Formatter):
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": redact_all(record.getMessage(), REDACTED_TEXT),
-            **context(),
+            **get_context_fields(),
         }
         if record.exc_info:
             value["exception"] = redact_all(self.formatException(record.exc_info), REDACTED_TEXT)
@@ -45,14 +45,14 @@ class JsonFormatter(logging.Formatter):
 
 
 class TextFormatter(RedactingFormatter):
-    """Formats each record as time, level, message and context."""
+    """Formats each record as time, level and message, and the fields of `get_context_fields`."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S")
 
     def format(self, record: logging.LogRecord) -> str:
         line = super().format(record)
-        fields = " ".join(f"{name}={value}" for name, value in context().items())
+        fields = " ".join(f"{name}={value}" for name, value in get_context_fields().items())
         return f"{line} [{fields}]" if fields else line
 
 

@@ -1,4 +1,4 @@
-"""Prometheus metrics of the operator. Labels are verbs, kinds, reasons and phases, but not job names, so the number of series is bounded."""
+"""Prometheus metrics of the operator. Labels contain verbs, kinds, reasons and phases, but no job names, so the number of series is bounded."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PREFIX = "finetune_operator"
 
 
 class Metrics:
-    """All metrics of one process. They use a separate registry, so that tests can create several instances."""
+    """All metrics of one operator process. Each instance has its own registry, so that tests can create several instances."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -54,7 +54,7 @@ class Metrics:
             registry=self.registry,
         )
         for outcome in (Phase.SUCCEEDED, Phase.FAILED, Phase.CANCELLED):
-            # Prometheus' increase() misses the first value of a series. With these zeros, it also counts the first job of an outcome.
+            # Prometheus' increase() ignores the first value of a series. So each series starts with 0, and the first job of each outcome is counted.
             self.jobs_finished.labels(outcome.value)
         self.time_to_running = Histogram(
             f"{PREFIX}_time_to_running_seconds",
@@ -80,7 +80,7 @@ class Metrics:
         )
         self.attempt_seconds = Counter(
             f"{PREFIX}_attempt_seconds_total",
-            "Seconds of ended attempts by use, as in status.goodput. The part steps includes lostSteps, which are known later.",
+            "Seconds of ended attempts by part, as in status.goodput. The part steps includes lostSteps, because lost steps are only known later.",
             ["part"],
             registry=self.registry,
         )
@@ -103,18 +103,18 @@ class Metrics:
         self.api_requests.labels(verb, resource, str(code)).inc()
         self.api_seconds.labels(verb).observe(seconds)
 
-    def record_attempt_time(self, old: Goodput | None, new: Goodput | None, ended_attempt: int | None) -> None:
-        """Count the time of an attempt that has ended, and steps of earlier attempts that are now known to be lost."""
-        lost_before = {entry.number: entry.parts.get("lostSteps", 0.0) for entry in (old.attempts if old else [])}
-        for entry in new.attempts if new else []:
+    def record_attempt_time(self, old_goodput: Goodput | None, new_goodput: Goodput | None, ended_attempt: int | None) -> None:
+        """Count the time of an attempt that has ended, and the time of earlier steps that are now known to be lost."""
+        known_lost_seconds = {entry.number: entry.parts.get("lostSteps", 0.0) for entry in (old_goodput.attempts if old_goodput else [])}
+        for entry in new_goodput.attempts if new_goodput else []:
             if entry.number == ended_attempt:
                 for part, seconds in entry.parts.items():
                     self.attempt_seconds.labels(part).inc(seconds)
-            elif entry.number in lost_before:
-                self.attempt_seconds.labels("lostSteps").inc(max(0.0, entry.parts.get("lostSteps", 0.0) - lost_before[entry.number]))
+            elif entry.number in known_lost_seconds:
+                self.attempt_seconds.labels("lostSteps").inc(max(0.0, entry.parts.get("lostSteps", 0.0) - known_lost_seconds[entry.number]))
 
     def record_model_fetch(self, resolved: ResolvedConfig) -> None:
-        """Count where an ended attempt got its base model from."""
+        """Count whether an ended attempt got its base model from the cache or by a download."""
         if resolved.model_source is not None:
             self.model_fetches.labels(resolved.model_source.value).inc()
             self.model_bytes_saved.inc(resolved.model_bytes_saved or 0)

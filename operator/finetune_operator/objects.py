@@ -14,14 +14,14 @@ Object = dict[str, Any]
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of object and its URL path."""
+    """A kind of Kubernetes object, with its names in the API."""
 
     api_version: str
     kind: str
     plural: str
 
     def path(self, namespace: str | None, name: str | None = None, subresource: str | None = None) -> str:
-        """URL path of the collection or of one object."""
+        """Return the URL path of one object or, without `name`, of the collection. Without `namespace`, the collection of the whole cluster."""
         root = "/api/v1" if self.api_version == "v1" else f"/apis/{self.api_version}"
         parts = [root]
         if namespace:
@@ -43,4 +43,4 @@ DEFAULT_CONTAINER_ANNOTATION = "kubectl.kubernetes.io/default-container"
 LEASE = Kind("coordination.k8s.io/v1", "Lease", "leases")
 
 MANAGED_BY_SELECTOR = f"{names.Label.MANAGED_BY}={names.MANAGER_NAME}"
-"""Label selector of the Jobs and pods that the operator creates. With it, the operator need not watch all pods of the cluster."""
+"""Selects the Jobs and pods that the operator creates. With this selector, the operator need not watch all pods of the cluster."""

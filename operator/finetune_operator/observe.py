@@ -1,54 +1,54 @@
-"""Step 1 of a reconcile: collects the facts about one job from the cache. Before a decision depends on the absence of an object, the
-operator reads the object from the API server."""
+"""Step 1 of a reconcile: collects the facts about one job from the cache. The cache may lack an object that exists, so before a decision
+depends on a missing object, the operator asks the API server for it."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 from finetune_api.names import PREPARATION_ATTEMPT, Label, attempt_job_name
-from finetune_api.names import Condition as Kind
+from finetune_api.names import Condition as ConditionType
 
 from finetune_operator.blocking_conditions import BlockingConditionReader
-from finetune_operator.cache import Cache
+from finetune_operator.cache import JobCache
 from finetune_operator.facts import Facts
 from finetune_operator.job_state import SPEC_NOT_NEEDED, JobState
 from finetune_operator.kube import KubeClient, NotFound
 from finetune_operator.objects import JOB, POD
 from finetune_operator.policies.acceptance import FirstAttempt, RefusedSpec, accept, read_first_attempt
-from finetune_operator.policies.choices import chosen_values
+from finetune_operator.policies.choices import get_chosen_values
 from finetune_operator.scrape import ProgressScraper
 from finetune_operator.settings import OperatorConfig
-from finetune_operator.views import JobObject, JobView, read_job, read_pod
-from finetune_operator.workqueue import Key
+from finetune_operator.views import FineTuneJobView, JobView, read_job, read_pod
+from finetune_operator.workqueue import JobKey
 
 
 class JobObserver:
     """Collects facts, and keeps the in-process state of all jobs."""
 
     def __init__(
-        self, *, kube: KubeClient, cache: Cache, scraper: ProgressScraper, blocking_reader: BlockingConditionReader, config: OperatorConfig
+        self, *, kube: KubeClient, cache: JobCache, scraper: ProgressScraper, blocking_reader: BlockingConditionReader, config: OperatorConfig
     ):
         self._kube, self._cache, self._scraper = kube, cache, scraper
         self._blocking_reader, self._config = blocking_reader, config
-        self.states: dict[Key, JobState] = {}
+        self.states: dict[JobKey, JobState] = {}
 
-    async def observe(self, key: Key) -> Facts | None:
+    async def observe(self, key: JobKey) -> Facts | None:
         """Return the facts about a job, or None if the job does not exist. Errors: KubeError."""
-        facts = self._from_cache(key)
+        facts = self._read_facts_from_cache(key)
         for read in (self._read_job, self._read_pods, self._read_blocking_events):
             if facts is None or facts.is_finished or facts.job.is_deleting:
                 return facts
             # The cache may change during each read. For example, the job may be deleted or replaced.
             if await read(key, facts):
-                facts = self._from_cache(key)
+                facts = self._read_facts_from_cache(key)
         return facts
 
-    def _from_cache(self, key: Key) -> Facts | None:
+    def _read_facts_from_cache(self, key: JobKey) -> Facts | None:
         entry = self._cache.get(key)
         job = entry.finetunejob
         if job is None:
             return None
-        state = self._update_state(key, job, has_job=any(other.is_owned and other.owner_uid == job.uid and other.attempt > 0 for other in entry.jobs.values()))
+        state = self._update_state(key, job, has_job=any(view.is_owned and view.owner_uid == job.uid and view.attempt > 0 for view in entry.jobs.values()))
         facts = Facts(
             job=job,
             acceptance=state.acceptance,
@@ -56,34 +56,35 @@ class JobObserver:
             config=self._config,
             jobs=tuple(entry.jobs.values()),
             pods=tuple(entry.pods.values()),
-            keeps_preparation=not state.removes_preparation,
+            crd_has_preparation_field=not state.crd_lacks_preparation_field,
             blocking_condition=state.event_read.blocking_condition,
             preparation_report=self._scraper.last_report(key, job.uid, PREPARATION_ATTEMPT),
         )
         last_report = self._scraper.last_report(key, job.uid, facts.attempt)
         return replace(facts, last_report=last_report) if last_report else facts
 
-    def _update_state(self, key: Key, job: JobObject, *, has_job: bool) -> JobState:
+    def _update_state(self, key: JobKey, job: FineTuneJobView, *, has_job: bool) -> JobState:
         state = self.states.get(key)
         if state is None or state.uid != job.uid:
             state = self.states[key] = JobState(job.uid)
-        is_finished = job.status.is_true(Kind.FINISHED)
-        # If the API server prunes fields that an older CRD lacks, the spec changes but the generation does not.
-        choices = chosen_values(job.status.plan)
+        is_finished = job.status.is_true(ConditionType.FINISHED)
+        # If an older CRD lacks a field of the spec, the API server removes the field. The spec then changes, but the generation does not.
+        choices = get_chosen_values(job.status.plan)
         spec_changed = (state.generation, state.spec, state.choices) != (job.generation, job.spec, choices)
         state.generation, state.spec, state.choices = job.generation, job.spec, choices
-        # If the operator ended just after it created the first Job, the status lacks the attempt. The rules for new jobs then do not apply.
+        # If the operator stopped just after it created the first Job, the status lacks the attempt. The job has started nevertheless, so
+        # the rules for new jobs do not apply.
         first_record = read_first_attempt(job.status) or (FirstAttempt() if has_job else None)
         refused_as_new = isinstance(state.acceptance, RefusedSpec) and state.acceptance.is_final and first_record is not None
-        # If the status of a finished job was emptied, the job starts again and its spec is needed.
+        # If a user emptied the status of a finished job, the job starts again, and its spec is needed again.
         if spec_changed or ((refused_as_new or state.acceptance is SPEC_NOT_NEEDED) and not is_finished):
             state.acceptance = SPEC_NOT_NEEDED if is_finished else accept(
-                job.spec, self._config, first_record, namespace=job.namespace, was_accepted=job.status.is_true(Kind.ACCEPTED), choices=choices
+                job.spec, self._config, first_record, namespace=job.namespace, was_accepted=job.status.is_true(ConditionType.ACCEPTED), choices=choices
             )  # fmt: skip
         return state
 
-    async def _read_job(self, key: Key, facts: Facts) -> bool:
-        """Read the Job of a running attempt if the cache lacks that Job. Returns whether a request was sent."""
+    async def _read_job(self, key: JobKey, facts: Facts) -> bool:
+        """Read the Job of a running attempt from the API server if the cache lacks it. Returns whether a request was sent."""
         record = facts.attempt_record
         is_running = record is not None and record.start_time is not None and record.end_time is None
         if facts.current_job is not None or not is_running:
@@ -97,13 +98,13 @@ class JobObserver:
             self._cache.put_job(view)
         return True
 
-    async def _read_pods(self, key: Key, facts: Facts) -> bool:
-        """Read the pods of a finished Job if the cache does not show how they ended. Returns whether a request was sent."""
-        job = job_ahead_of_pods(facts)
+    async def _read_pods(self, key: JobKey, facts: Facts) -> bool:
+        """Read the pods of a finished Job from the API server if the cache does not show their end. Returns whether a request was sent."""
+        job = find_job_ahead_of_pods(facts)
         if job is None:
             return False
         selector = f"{Label.JOB_UID}={facts.job.uid},{Label.ATTEMPT}={job.attempt}"
-        listing = await self._kube.list(POD, key.namespace, labels=selector)
+        listing = await self._kube.list(POD, key.namespace, label_selector=selector)
         listed_uids = set()
         for body in listing.items:
             view = read_pod(body)
@@ -115,25 +116,25 @@ class JobObserver:
                 self._cache.mark_pod_deleted(pod)
         return True
 
-    async def _read_blocking_events(self, key: Key, facts: Facts) -> bool:
+    async def _read_blocking_events(self, key: JobKey, facts: Facts) -> bool:
         return await self._blocking_reader.read(key, facts, self.states[key].event_read)
 
-    def drop_state(self, key: Key) -> JobState | None:
-        """Drop the in-process state of a deleted job, and return that state."""
+    def drop_state(self, key: JobKey) -> JobState | None:
+        """Drop and return the in-process state of a deleted job. Returns None if there is none."""
         self._blocking_reader.release(key)
         return self.states.pop(key, None)
 
-    def release_finished(self, key: Key) -> None:
-        """Release a finished job's resolved spec, the JSON of its status and its reservation in the rate limiter: none is needed any more."""
+    def release_finished(self, key: JobKey) -> None:
+        """Release what a finished job no longer needs: its resolved spec, the JSON of its status, and its reservation in the rate limiter."""
         self._blocking_reader.release(key)
         self.states[key].stored_status = None
         self.states[key].acceptance = SPEC_NOT_NEEDED
 
 
-def job_ahead_of_pods(facts: Facts) -> JobView | None:
-    """Return the Job of the attempt or of the preparation if it is finished, but the cache does not yet show the end of all its pods."""
-    candidates = ((facts.current_job, facts.newest_pods, facts.nodes), (facts.preparation_job, facts.preparation_pods, 1))
-    for job, pods, count in candidates:
-        if job is not None and job.is_finished and (len(pods) < count or any(not pod.is_finished for pod in pods)):
+def find_job_ahead_of_pods(facts: Facts) -> JobView | None:
+    """Return the current Job (of the attempt or of the preparation) if it is finished, but the cache does not show the end of all its pods."""
+    candidates = ((facts.current_job, facts.newest_pods, facts.pod_count), (facts.preparation_job, facts.preparation_pods, 1))
+    for job, pods, pod_count in candidates:
+        if job is not None and job.is_finished and (len(pods) < pod_count or any(not pod.is_finished for pod in pods)):
             return job
     return None

@@ -1,10 +1,10 @@
-"""Computes `status.phase` and `status.reason`. Both are single words for people. Programs read conditions instead."""
+"""Computes `status.phase` and `status.reason`. Both are single words for people. Programs read the conditions instead."""
 
 from __future__ import annotations
 
 import re
 
-from finetune_api.names import Condition as Kind
+from finetune_api.names import Condition as ConditionType
 from finetune_api.names import Phase, Reason
 from finetune_api.status import Condition, FineTuneJobStatus, Progress, Stage
 
@@ -49,20 +49,20 @@ SHORT_CODE_PATTERN = re.compile(r"[A-Za-z][A-Za-z0-9]{0,39}")
 
 
 def compute_phase(inputs: StatusInput) -> Phase:
-    """Compute the phase of the job."""
+    """Return the phase of the job."""
     plan, facts = inputs.plan, inputs.facts
     if plan.job_end is not None:
         return PHASE_OF_OUTCOME[plan.job_end.outcome]
     if inputs.is_suspended:
         return Phase.SUSPENDED
-    in_recovery = is_recovering(inputs.old_status)
+    follows_failure = is_recovering(inputs.old_status)
     match plan.situation:
         case Situation.REFUSED:
             return Phase.PENDING
         case Situation.PREPARING:
             return Phase.PREPARING
         case Situation.BLOCKED:
-            return Phase.SUSPENDING if facts.suspend_requested else Phase.RECOVERING if in_recovery else Phase.PENDING
+            return Phase.SUSPENDING if facts.is_suspend_requested else Phase.RECOVERING if follows_failure else Phase.PENDING
         case Situation.BACKING_OFF | Situation.ENDED:
             return Phase.RECOVERING
         case Situation.STARTING if inputs.result.created_job is None:
@@ -71,7 +71,7 @@ def compute_phase(inputs: StatusInput) -> Phase:
         return PHASE_OF_TERMINATION.get(inputs.termination_reason, Phase.RECOVERING)
     if inputs.is_queued:
         return Phase.QUEUED
-    return phase_of_pods(inputs, in_recovery)
+    return compute_phase_of_pods(inputs, follows_failure)
 
 
 def is_recovering(status: FineTuneJobStatus) -> bool:
@@ -80,35 +80,35 @@ def is_recovering(status: FineTuneJobStatus) -> bool:
     return bool(ended_attempts) and ended_attempts[-1].reason != Reason.SUSPENDED
 
 
-def phase_of_pods(inputs: StatusInput, in_recovery: bool) -> Phase:
-    """Compute the phase of a running attempt from the reports of its pods."""
+def compute_phase_of_pods(inputs: StatusInput, follows_failure: bool) -> Phase:
+    """Return the phase of a running attempt, from the last report of rank 0's pod. `follows_failure`: whether the attempt follows a failed one."""
     facts, live_report = inputs.facts, inputs.facts.live_report
     if live_report is None:
         record = facts.attempt_record
         if facts.active_pods and record is not None and record.last_step:
-            # The operator was restarted and has not read the pod's progress yet, but the status shows that the pod trained.
+            # The operator was restarted and has no progress report yet, but the status shows that this attempt trained.
             return Phase.RUNNING
-        return Phase.RECOVERING if in_recovery else Phase.STARTING
+        return Phase.RECOVERING if follows_failure else Phase.STARTING
     report = live_report.report
     reported_phase = PHASE_OF_STAGE[report.stage]
     if report.stage is Stage.EVALUATING and report.output is None and _is_before_last_step(report.progress):
         return Phase.RUNNING
     is_starting = reported_phase in (Phase.STARTING, Phase.VALIDATING)
-    return Phase.RECOVERING if is_starting and in_recovery else reported_phase
+    return Phase.RECOVERING if is_starting and follows_failure else reported_phase
 
 
 def _is_before_last_step(progress: Progress) -> bool:
-    """Whether training still has steps to do. False if the job has no optimizer steps, because it only evaluates."""
+    """Whether optimizer steps remain. A job that only evaluates has no optimizer steps."""
     return progress.total_steps is not None and (progress.step or 0) < progress.total_steps
 
 
 def compute_reason(inputs: StatusInput, conditions: list[Condition]) -> str:
-    """Return in one word why the job waits, is being ended, recovers or has failed. Return `-` if the phase needs no reason."""
+    """Return in one word why the job waits, is being ended, recovers or has failed, or `-` if its phase needs no reason."""
     plan = inputs.plan
     if plan.job_end is not None:
         if inputs.adopts_result:
             return plan.job_end.reason
-        return _reason_of_failure(inputs) if plan.job_end.outcome is Outcome.FAILED else NO_VALUE
+        return _choose_failure_reason(inputs) if plan.job_end.outcome is Outcome.FAILED else NO_VALUE
     if inputs.is_suspended:
         return NO_VALUE
     if plan.refusal is not None:
@@ -124,25 +124,25 @@ def compute_reason(inputs: StatusInput, conditions: list[Condition]) -> str:
         return Reason.QUEUED
     if is_recovering(inputs.old_status) and compute_phase(inputs) is Phase.RECOVERING:
         return next(attempt.reason for attempt in reversed(inputs.old_status.attempts) if attempt.end_time is not None) or NO_VALUE
-    reason = _reason_of_conditions(conditions)
+    reason = _find_problem_reason(conditions)
     waits_for_pods = plan.situation in (Situation.STARTING, Situation.ACTIVE) and inputs.facts.live_report is None
-    if reason == NO_VALUE and waits_for_pods and compute_phase(inputs) is Phase.STARTING and inputs.ready_pods < inputs.facts.nodes:
+    if reason == NO_VALUE and waits_for_pods and compute_phase(inputs) is Phase.STARTING and inputs.ready_pods < inputs.facts.pod_count:
         return Reason.PODS_NOT_READY
     return reason
 
 
-def _reason_of_failure(inputs: StatusInput) -> str:
-    """Return the failure code for the column of `kubectl get`, or the reason of the job's end if the code is too long for it."""
+def _choose_failure_reason(inputs: StatusInput) -> str:
+    """Return the failure code or, if it does not fit into a column of `kubectl get`, the reason of the job's end."""
     job_end = inputs.plan.job_end
     assert job_end is not None  # noqa: S101 -- the caller checks
     code = job_end.failure.code if job_end.failure else ""
     return code if SHORT_CODE_PATTERN.fullmatch(code) else job_end.reason
 
 
-def _reason_of_conditions(conditions: list[Condition]) -> str:
-    """Return the reason of the first condition that shows a problem of a running attempt."""
+def _find_problem_reason(conditions: list[Condition]) -> str:
+    """Return the reason of the first condition that shows a problem of a running attempt, or `-` if there is none."""
     for condition in conditions:
-        is_problem = (condition.type, condition.status) in ((Kind.STALLED, "True"), (Kind.CHECKPOINTS_HEALTHY, "False"))
+        is_problem = (condition.type, condition.status) in ((ConditionType.STALLED, "True"), (ConditionType.CHECKPOINTS_HEALTHY, "False"))
         if is_problem:
             return condition.reason
     return NO_VALUE

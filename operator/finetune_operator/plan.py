@@ -21,7 +21,7 @@ class Situation(StrEnum):
     DELETING = "deleting"
     """The FineTuneJob is being deleted. The garbage collector deletes its Jobs and pods."""
     REFUSED = "refused"
-    """The operator cannot run the spec, or cannot run it yet."""
+    """The operator cannot run the spec now."""
     SUSPENDED = "suspended"
     """The user suspended the job, and all of its pods have ended."""
     PREPARING = "preparing"
@@ -37,13 +37,13 @@ class Situation(StrEnum):
     TERMINATING = "terminating"
     """The Job of the attempt is being deleted."""
     ENDED = "ended"
-    """The attempt has ended. This reconcile records that, and decides whether the next attempt starts or the job ends."""
+    """The attempt has ended. This reconcile records its end, and whether the next attempt starts or the job ends."""
     FINISHED = "finished"
     """The job is finished and starts no further attempt."""
 
 
 class Outcome(StrEnum):
-    """How a job finishes."""
+    """Whether a finished job succeeded, failed or was cancelled."""
 
     SUCCEEDED = "Succeeded"
     FAILED = "Failed"
@@ -52,7 +52,7 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True)
 class JobEnd:
-    """The end of the job."""
+    """How and why the job finishes."""
 
     outcome: Outcome
     reason: Reason
@@ -61,10 +61,10 @@ class JobEnd:
 
 @dataclass(frozen=True)
 class AttemptEnd:
-    """The end of the current attempt, as the status records it."""
+    """How the current attempt ended, as the status records it, and what follows."""
 
     reason: Reason
-    time: datetime
+    ended_at: datetime
     failure: Failure | None = None
     termination_message: TerminationMessage | None = None
     """The newest termination message of rank 0."""
@@ -87,38 +87,38 @@ class Termination:
 
 @dataclass(frozen=True)
 class Plan:
-    """The actions of this reconcile, and values from which the status is computed."""
+    """The actions of one reconcile, and values from which the new status is computed."""
 
     situation: Situation
-    create_attempt: int | None = None
+    attempt_to_create: int | None = None
     """Number of the attempt whose Job this reconcile creates, or None."""
-    create_preparation: int | None = None
+    preparation_to_create: int | None = None
     """Number of the preparation whose Job this reconcile creates, or None."""
     preparation: Preparation | None = None
     """The new record of the preparation, or None if the record does not change."""
     preparation_message: TerminationMessage | None = None
     """The termination message of a preparation that has succeeded."""
-    delete_jobs: tuple[JobView, ...] = ()
-    delete_pods: tuple[PodView, ...] = ()
+    jobs_to_delete: tuple[JobView, ...] = ()
+    pods_to_delete: tuple[PodView, ...] = ()
     """Pods without a Job that this reconcile deletes with their grace period."""
-    force_delete_pods: tuple[PodView, ...] = ()
+    pods_to_force_delete: tuple[PodView, ...] = ()
     """Pods of lost nodes that this reconcile deletes without a grace period, because the kubelet does not answer."""
     termination: Termination | None = None
     attempt_end: AttemptEnd | None = None
     job_end: JobEnd | None = None
     blocking_condition: BlockingCondition | None = None
-    scrape_pod: PodView | None = None
+    pod_to_scrape: PodView | None = None
     """The pod whose progress report the scraper reads."""
     reconcile_at: datetime | None = None
     """When the job must be reconciled again because a time limit passes."""
     refusal: RefusedSpec | None = None
-    is_clean: bool = False
+    is_cleaned_up: bool = False
     """Whether the job is finished and this reconcile deletes none of its Jobs and pods."""
 
     @property
     def writes_decision(self) -> bool:
-        """Whether this reconcile writes a decision to the status that the next reconcile carries out."""
-        ends_preparation = self.preparation is not None and self.create_preparation is None
+        """Whether this reconcile only writes a decision to the status, and the next reconcile carries it out."""
+        ends_preparation = self.preparation is not None and self.preparation_to_create is None
         return ends_preparation or self.termination is not None or self.attempt_end is not None or self.job_end is not None
 
 

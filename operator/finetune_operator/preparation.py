@@ -1,8 +1,8 @@
 """Decides about the preparation: a Job without GPUs that checks storage, model and data before the first attempt.
 
-A preparation that finds a mistake of the user ends the job before a pod asks for a GPU. A preparation that fails for another reason is
+If the preparation finds a mistake of the user, the job fails before a pod asks for a GPU. If the preparation fails for another reason, it is
 repeated. With `prepare.strategy: auto`, a preparation that gets no node or cannot run is skipped, and the training pods check everything
-themselves, as without a preparation. The record in `status.preparation` holds all decisions, so a restarted operator continues.
+themselves, as without a preparation. `status.preparation` contains all decisions, so a restarted operator continues from them.
 """
 
 from __future__ import annotations
@@ -20,25 +20,29 @@ from finetune_operator.deadlines import add_seconds
 from finetune_operator.facts import Facts
 from finetune_operator.plan import JobEnd, Outcome, Plan, Situation
 from finetune_operator.policies import timeouts
-from finetune_operator.policies.blocking import BlockingCondition, blocking_condition_of_pods
-from finetune_operator.policies.cause import cause_of
-from finetune_operator.policies.retry import DEFAULT_RETRIES, FailureCause, doubled_pause_seconds
+from finetune_operator.policies.blocking import BlockingCondition, find_blocking_condition_in_pods
+from finetune_operator.policies.cause import find_cause
+from finetune_operator.policies.retry import DEFAULT_RETRIES, FailureCause, compute_pause_seconds
 from finetune_operator.policies.verdict import AcceptedSpec
 from finetune_operator.text import clean
 from finetune_operator.views import JobView, PodView
 
 PLACEMENT_SECONDS = 300.0
-"""With strategy auto, a preparation whose pod cannot start within this time is skipped."""
+"""With strategy auto, a preparation whose pod does not start within this many seconds is skipped."""
 MAX_AUTO_PREPARATIONS = 6
-"""With strategy auto, no more preparations are tried than this, for example if the cluster removes each pod."""
-CODES_OF_POD = ("LocalDiskTooSmall", "CredentialsMissing", "RewardFileInvalid")
-"""Failures that a training pod may not have: it has more disk, the role of another node, or a GPU for the user's reward code."""
+"""Maximum number of preparations of a job with strategy auto. It matters, for example, if the cluster removes the pod of each preparation."""
+PREPARATION_ONLY_CODES = ("LocalDiskTooSmall", "CredentialsMissing", "RewardFileInvalid")
+"""Failure codes with which a preparation may end although a training pod would succeed, because the training pod has more disk, the
+role of another node, or a GPU for the user's reward code."""
 DEADLINE_REASON = "DeadlineExceeded"
 """Reason of a failed Job whose `activeDeadlineSeconds` passed."""
 
 
 def plan_preparation(facts: Facts) -> Plan | None:
-    """Return the plan of a job that must be prepared before its first attempt. None: no preparation is needed, or an earlier one must end first."""
+    """Return the plan of a job that must be prepared before its first attempt.
+
+    Return None if no preparation is needed, or if an earlier Job or pod of the FineTuneJob must end first.
+    """
     if not _needs_preparation(facts):
         return None
     record = facts.job.status.preparation or Preparation(number=facts.preparation_number, start_time=facts.now)
@@ -56,10 +60,10 @@ def plan_preparation(facts: Facts) -> Plan | None:
 
 
 def _needs_preparation(facts: Facts) -> bool:
-    """Whether the job must be prepared and no preparation has succeeded, was skipped or ended the job."""
-    if facts.attempt > 1 or facts.attempt_record is not None or facts.suspend_requested or not isinstance(facts.acceptance, AcceptedSpec):
+    """Whether the job must be prepared and has no final result of a preparation yet: prepared, skipped or failed."""
+    if facts.attempt > 1 or facts.attempt_record is not None or facts.is_suspend_requested or not isinstance(facts.acceptance, AcceptedSpec):
         return False
-    if not facts.keeps_preparation:
+    if not facts.crd_has_preparation_field:
         return False
     record, strategy = facts.job.status.preparation, facts.spec.prepare.strategy
     if record is not None and record.reason is not None:
@@ -68,57 +72,57 @@ def _needs_preparation(facts: Facts) -> bool:
 
 
 def _plan_start(facts: Facts, record: Preparation) -> Plan:
-    """Create the Job of the preparation, after the pause that follows a failure."""
-    start = _start_time(facts, record)
+    """Return the plan that creates the preparation's Job, that waits for the pause after a failure, or that skips the preparation."""
+    start = _compute_start_time(facts, record)
     if start > facts.now:
-        return Plan(Situation.PREPARING, reconcile_at=timeouts.next_reconcile_at(facts.now, start))
+        return Plan(Situation.PREPARING, reconcile_at=timeouts.compute_next_reconcile(facts.now, start))
     if _may_start_unprepared(facts) and facts.now >= add_seconds(start, PLACEMENT_SECONDS):
         return _plan_skip(record, facts.now, f"no Job could be created for {PLACEMENT_SECONDS:.0f} s")
     is_new = facts.job.status.preparation is None
     return Plan(
-        Situation.PREPARING, create_preparation=record.number, preparation=record if is_new else None, delete_jobs=_superseded_jobs(facts, record),
-        reconcile_at=timeouts.next_reconcile_at(facts.now, add_seconds(start, PLACEMENT_SECONDS)),
+        Situation.PREPARING, preparation_to_create=record.number, preparation=record if is_new else None, jobs_to_delete=_find_superseded_jobs(facts, record),
+        reconcile_at=timeouts.compute_next_reconcile(facts.now, add_seconds(start, PLACEMENT_SECONDS)),
     )  # fmt: skip
 
 
-def _superseded_jobs(facts: Facts, record: Preparation) -> tuple[JobView, ...]:
-    """Return the Jobs of earlier preparations, except the newest of them, whose logs may be of interest."""
+def _find_superseded_jobs(facts: Facts, record: Preparation) -> tuple[JobView, ...]:
+    """Return the finished Jobs of earlier preparations, except the newest, which is kept so that users can read its pod's logs."""
     newest = preparation_job_name(facts.job.name, record.number - 1)
     return tuple(job for job in facts.owned_jobs if job.name != newest and job.is_finished and not job.is_deleting)
 
 
-def _start_time(facts: Facts, record: Preparation) -> datetime:
-    """When the preparation could start: at the job's start, after the pause that follows a failure, or after a suspension."""
-    suspended, ended_at = facts.condition(Condition.SUSPENDED), record.end_time
-    earlier = record.number - 1
-    pause = doubled_pause_seconds(earlier, facts.config.retry) if earlier else 0.0
-    times = [record.start_time, add_seconds(ended_at, pause) if ended_at else None]
-    if suspended is not None:
-        times.append(facts.now if suspended.status == "True" else suspended.last_transition_time)
+def _compute_start_time(facts: Facts, record: Preparation) -> datetime:
+    """Return the earliest start of the preparation. It waits for the pause after a failed preparation and for the end of a suspension."""
+    suspended_condition, ended_at = facts.condition(Condition.SUSPENDED), record.end_time
+    failed_count = record.number - 1
+    pause_seconds = compute_pause_seconds(failed_count, facts.config.retry) if failed_count else 0.0
+    times = [record.start_time, add_seconds(ended_at, pause_seconds) if ended_at else None]
+    if suspended_condition is not None:
+        times.append(facts.now if suspended_condition.status == "True" else suspended_condition.last_transition_time)
     return max(time for time in times if time is not None)
 
 
 def _plan_running(facts: Facts, record: Preparation, job: JobView, pods: tuple[PodView, ...]) -> Plan:
-    if timeouts.pods_of_lost_nodes(pods, facts.config.lost_node_seconds, facts.now):
+    if timeouts.find_pods_of_lost_nodes(pods, facts.config.lost_node_seconds, facts.now):
         repeated = record.model_copy(update={"number": record.number + 1, "end_time": facts.now, "message": "the node of the pod is lost"})
-        return Plan(Situation.PREPARING, delete_jobs=(job,), preparation=repeated)
-    # Without the pod's status, events may tell why the pod does not start: a missing ConfigMap, a volume, a quota.
-    blocking_condition = blocking_condition_of_pods(pods) or facts.blocking_condition
+        return Plan(Situation.PREPARING, jobs_to_delete=(job,), preparation=repeated)
+    # If the pod's status does not show why the pod does not start, events may show it: a missing ConfigMap, a volume or a quota.
+    blocking_condition = find_blocking_condition_in_pods(pods) or facts.blocking_condition
     is_waiting = blocking_condition is not None or not any(pod.node for pod in pods)
-    limit = add_seconds(job.created_at, PLACEMENT_SECONDS)
-    if is_waiting and _may_start_unprepared(facts) and facts.now >= limit:
+    placement_deadline = add_seconds(job.created_at, PLACEMENT_SECONDS)
+    if is_waiting and _may_start_unprepared(facts) and facts.now >= placement_deadline:
         problem = blocking_condition.message if blocking_condition else "no node could take the pod"
         return _plan_skip(record, facts.now, f"the pod of the preparation did not start within {PLACEMENT_SECONDS:.0f} s: {problem}")
     deletion_times = [pod.deletion_timestamp for pod in pods if pod.deletion_timestamp]
     lost_at = add_seconds(min(deletion_times), facts.config.lost_node_seconds + 1) if deletion_times else None
     return Plan(
-        Situation.PREPARING, blocking_condition=blocking_condition, scrape_pod=_pod_to_read(facts, pods),
-        reconcile_at=timeouts.next_reconcile_at(facts.now, limit if is_waiting else None, lost_at),
+        Situation.PREPARING, blocking_condition=blocking_condition, pod_to_scrape=_find_pod_to_read(facts, pods),
+        reconcile_at=timeouts.compute_next_reconcile(facts.now, placement_deadline if is_waiting else None, lost_at),
     )  # fmt: skip
 
 
-def _pod_to_read(facts: Facts, pods: tuple[PodView, ...]) -> PodView | None:
-    """Return the pod whose progress is read. Without `isolation.secret`, the pod refuses all requests, so there is none."""
+def _find_pod_to_read(facts: Facts, pods: tuple[PodView, ...]) -> PodView | None:
+    """Return the running pod whose progress the operator reads. None without `isolation.secret`, because the pod then refuses all requests."""
     running = (pod for pod in pods if pod.phase == "Running" and pod.ip and not pod.is_deleted)
     return next(running, None) if facts.config.isolation.secret else None
 
@@ -134,9 +138,9 @@ def _plan_success(facts: Facts, record: Preparation, ended_at: datetime) -> Plan
 
 
 def _plan_failure(facts: Facts, record: Preparation, job: JobView, pods: tuple[PodView, ...]) -> Plan:
-    """End the job, repeat the preparation or skip it."""
+    """Return the plan after a failed preparation: repeat it, skip it or fail the job."""
     assert job.failed_at is not None  # noqa: S101 -- the caller checks
-    cause = _cause_of_failure(job, pods)
+    cause = _find_cause_of_preparation(job, pods)
     is_final = _is_users_mistake(facts, cause, pods)
     if not is_final and _may_repeat(facts, record, job, cause):
         failures = record.failures + (cause.retry_policy is RetryPolicy.COUNTED)
@@ -151,9 +155,9 @@ def _plan_failure(facts: Facts, record: Preparation, job: JobView, pods: tuple[P
     return Plan(Situation.PREPARING, preparation=ended, job_end=JobEnd(Outcome.FAILED, reason, cause.failure))
 
 
-def _cause_of_failure(job: JobView, pods: tuple[PodView, ...]) -> FailureCause:
-    """Return the cause, with hints about the fields of the preparation instead of those of training pods."""
-    cause = cause_of(job, pods)
+def _find_cause_of_preparation(job: JobView, pods: tuple[PodView, ...]) -> FailureCause:
+    """Return why the preparation failed. Hints name the fields of the preparation instead of those of training pods."""
+    cause = find_cause(job, pods)
     failure, changes = cause.failure, {}
     if job.failed_reason == DEADLINE_REASON:
         message = "the preparation was ended because it took longer than six hours"
@@ -167,17 +171,17 @@ def _cause_of_failure(job: JobView, pods: tuple[PodView, ...]) -> FailureCause:
 
 
 def _is_users_mistake(facts: Facts, cause: FailureCause, pods: tuple[PodView, ...]) -> bool:
-    """Whether the failure would end a training pod, too, so that no attempt can succeed."""
+    """Whether the failure is a mistake of the user that would also end a training pod, so that no attempt can succeed."""
     is_reported = any(pod.termination_message is not None for pod in pods)
-    if cause.retry_policy is not RetryPolicy.NEVER or not is_reported or cause.failure.code in CODES_OF_POD:
+    if cause.retry_policy is not RetryPolicy.NEVER or not is_reported or cause.failure.code in PREPARATION_ONLY_CODES:
         return False
-    # Without a Secret, the rights may come from the role of the node, and the training pods run on other nodes.
+    # Without a Secret, the pod may have the rights of its node's role, and the training pods run on other nodes.
     has_secret = facts.spec.storage.credentials_secret_ref is not None
     return has_secret or cause.failure.exit_code != ExitCode.CREDENTIALS_REFUSED
 
 
 def _may_repeat(facts: Facts, record: Preparation, job: JobView, cause: FailureCause) -> bool:
-    """Whether another preparation may succeed."""
+    """Whether the preparation may be repeated, because another one may succeed."""
     if job.failed_reason == DEADLINE_REASON or (_may_start_unprepared(facts) and record.number >= MAX_AUTO_PREPARATIONS):
         return False
     match cause.retry_policy:
@@ -199,13 +203,13 @@ def _plan_skip(record: Preparation, ended_at: datetime, problem: str) -> Plan:
 
 
 def _may_start_unprepared(facts: Facts) -> bool:
-    """Whether the job may start without a preparation. It may not if the user wrote `policy.onExistingResult: adopt` or `fail`."""
+    """Whether the job may start without a preparation: with strategy auto, unless the user wrote `policy.onExistingResult: adopt` or `fail`."""
     return facts.spec.prepare.strategy is PrepareStrategy.AUTO and not facts.requires_result_comparison
 
 
 def describe_preparation(record: Preparation, blocking_condition: BlockingCondition | None) -> tuple[Reason, str]:
-    """Return reason and message for the conditions of a job that is being prepared."""
+    """Return the reason and the message for the conditions of a job that is being prepared."""
     if blocking_condition is not None:
         return blocking_condition.reason, f"preparation {record.number} waits: {blocking_condition.message}"
-    earlier = f"; the preparation before it failed: {record.message}" if record.message else ""
-    return Reason.PREPARING, f"preparation {record.number} checks storage, model and data without a GPU{earlier}"
+    earlier_failure = f"; the preparation before it failed: {record.message}" if record.message else ""
+    return Reason.PREPARING, f"preparation {record.number} checks storage, model and data without a GPU{earlier_failure}"

@@ -1,6 +1,6 @@
-"""Computes the new status from the facts, the plan and the result of the plan's actions. These functions are pure.
+"""Computes the new status from the facts, the plan and the result of the plan's actions. All functions are pure.
 
-The status contains only observed values, no expected values. `pod_reports` has already limited and cleaned all values from pods.
+The status describes only what happened, not what is expected to happen. `pod_reports` has already limited and cleaned all values from pods.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from datetime import datetime
 from typing import TypeVar
 
 from finetune_api.compatibility import read_spec
-from finetune_api.names import Condition as Kind
-from finetune_api.names import FailureClass, Reason, attempt_of_uri
+from finetune_api.names import Condition as ConditionType
+from finetune_api.names import FailureClass, Reason, parse_attempt_of_uri
 from finetune_api.rules import effective_batch, gpus_per_node, world_size
 from finetune_api.sources import model_name
 from finetune_api.spec import FineTuneJobSpec
@@ -37,48 +37,48 @@ from finetune_api.status import (
 )
 from pydantic import BaseModel
 
-from finetune_operator.conditions import compute_conditions, with_generation
-from finetune_operator.costs import compute_cost, plan_with_cost
+from finetune_operator.conditions import compute_conditions, set_generation
+from finetune_operator.costs import add_planned_cost, compute_cost
 from finetune_operator.facts import Facts
 from finetune_operator.goodput import compute_goodput
 from finetune_operator.phase import NO_VALUE, compute_phase, compute_reason
 from finetune_operator.plan import ActionResult, AttemptEnd, JobEnd, Outcome, Plan, Situation
 from finetune_operator.policies.acceptance import AcceptedSpec
-from finetune_operator.policies.choices import accepted_choices
+from finetune_operator.policies.choices import accept_choices
 from finetune_operator.policies.timeouts import seconds_between
 from finetune_operator.status_input import StatusInput
 from finetune_operator.text import clean, format_duration
 
-KEPT_ATTEMPTS = 10
-KEPT_CHECKPOINTS = 5
-KEPT_ADAPTATIONS = 20
-HEADLINE_NAMES = {"rouge": "rougeL"}
-"""Name of a metric in the status, if it differs from its name in the spec."""
-REJECTED_FIELD = re.compile(r"\bstatus\.(\w+)(?:\[(\d+)\])?[^\s:]*: (?:Unsupported|Invalid|Required|Too)")
-"""Matches a status field or list item in a 422 response, for example `status.phase: Unsupported value: "Preparing"`."""
-STEP_IN_URI = re.compile(r"/step-(\d{8,})(?:/|$)")
+KEPT_ATTEMPT_COUNT = 10
+KEPT_CHECKPOINT_COUNT = 5
+KEPT_ADAPTATION_COUNT = 20
+HEADLINE_METRIC_NAMES = {"rouge": "rougeL"}
+"""Names of metrics in the status that differ from their names in the spec. The keys are the names in the spec."""
+REJECTED_FIELD_PATTERN = re.compile(r"\bstatus\.(\w+)(?:\[(\d+)\])?[^\s:]*: (?:Unsupported|Invalid|Required|Too)")
+"""Matches the name of a rejected status field or list item in a 422 response, for example `status.phase: Unsupported value: "Preparing"`."""
+STEP_IN_URI_PATTERN = re.compile(r"/step-(\d{8,})(?:/|$)")
 
 Model = TypeVar("Model", bound=BaseModel)
 
 
 def merge_fields(base: Model, *newer_values: Model | None) -> Model:
-    """Return a copy of `base` with all fields that are set in `newer_values`. Later arguments take precedence."""
+    """Return a copy of `base` in which fields are replaced by those that are set in `newer_values`. Later arguments take precedence."""
     fields = {name: value for source in newer_values if source is not None for name, value in source if value is not None}
     return base.model_copy(update=fields)
 
 
 def compute_status(facts: Facts, plan: Plan, result: ActionResult) -> FineTuneJobStatus:
-    """Return the new status."""
+    """Return the new status of the job."""
     old_status = facts.job.status
     if plan.situation is Situation.DELETING:
         return old_status
     if plan.situation is Situation.FINISHED and plan.job_end is None:
-        return _with_generation(old_status, facts.job.generation)
+        return _set_generation(old_status, facts.job.generation)
     inputs = StatusInput(facts, plan, result)
     counters, checkpoints, metrics = _compute_counters(inputs), _compute_checkpoints(inputs), _compute_metrics(inputs)
     attempts, progress, resolved = _compute_attempts(inputs), _compute_progress(inputs), _compute_resolved(inputs)
     completion_time = _compute_completion_time(inputs, attempts, progress, checkpoints, counters.adaptations)
-    goodput = compute_goodput(facts, old_status.goodput, attempts, plan.attempt_end, inputs.current_job, KEPT_ATTEMPTS)
+    goodput = compute_goodput(facts, old_status.goodput, attempts, plan.attempt_end, inputs.current_job, KEPT_ATTEMPT_COUNT)
     all_conditions = compute_conditions(inputs, checkpoints.latest_uri, transition_time=completion_time or facts.now)
     return FineTuneJobStatus(
         observed_generation=facts.job.generation,
@@ -103,7 +103,7 @@ def compute_status(facts: Facts, plan: Plan, result: ActionResult) -> FineTuneJo
         adaptations=counters.adaptations,
         workers=_compute_workers(inputs),
         resolved=resolved,
-        plan=_with_measured_time(plan_with_cost(_compute_plan(inputs), facts, resolved.device), inputs, goodput, progress, attempts),
+        plan=_add_measured_time(add_planned_cost(_compute_plan(inputs), facts, resolved.device), inputs, goodput, progress, attempts),
         cost=compute_cost(facts, plan.attempt_end),
         goodput=goodput,
         start_time=counters.start_time,
@@ -112,22 +112,23 @@ def compute_status(facts: Facts, plan: Plan, result: ActionResult) -> FineTuneJo
     )
 
 
-def _with_generation(status: FineTuneJobStatus, generation: int) -> FineTuneJobStatus:
-    """Return the status with a new generation. In a finished job, an edit of the spec changes only `observedGeneration`."""
-    if all(known == generation for known in (status.observed_generation, *(condition.observed_generation for condition in status.conditions))):
+def _set_generation(status: FineTuneJobStatus, generation: int) -> FineTuneJobStatus:
+    """Return the status of a finished job with the spec's new generation. An edit of the spec has no other effect on a finished job."""
+    observed_generations = (status.observed_generation, *(condition.observed_generation for condition in status.conditions))
+    if all(observed == generation for observed in observed_generations):
         return status
     updated_fields = FineTuneJobStatus(
-        observed_generation=generation, conditions=with_generation(status.conditions, generation)
+        observed_generation=generation, conditions=set_generation(status.conditions, generation)
     )
     return status.model_copy(
         update={"observed_generation": updated_fields.observed_generation, "conditions": updated_fields.conditions}
     )
 
 
-def reduced_status(new_status: FineTuneJobStatus, stored_status: FineTuneJobStatus) -> FineTuneJobStatus:
-    """Return a reduced status: fields that later decisions need come from `new_status`, and fields that pods report come from `stored_status`.
+def reduce_status(new_status: FineTuneJobStatus, stored_status: FineTuneJobStatus) -> FineTuneJobStatus:
+    """Return a status that is written if the API server rejects `new_status`, so that suspend, cancel and the deadline still work.
 
-    If the API server rejects `new_status`, the reduced status is written, so that suspend, cancel and the deadline still work.
+    Fields that later decisions need come from `new_status`. Fields that pods report come from `stored_status`.
     """
     resolved = new_status.resolved or ResolvedConfig()
     return FineTuneJobStatus(
@@ -139,7 +140,7 @@ def reduced_status(new_status: FineTuneJobStatus, stored_status: FineTuneJobStat
         restarts=new_status.restarts,
         retries_used=new_status.retries_used,
         active_seconds=new_status.active_seconds,
-        attempts=_reduced_attempts(new_status.attempts, stored_status.attempts),
+        attempts=_reduce_attempts(new_status.attempts, stored_status.attempts),
         preparation=new_status.preparation,
         data=stored_status.data,
         progress=stored_status.progress,
@@ -149,7 +150,7 @@ def reduced_status(new_status: FineTuneJobStatus, stored_status: FineTuneJobStat
         latest_checkpoint_step=stored_status.latest_checkpoint_step,
         output=Output(uri=new_status.output.uri, adopted_uid=new_status.output.adopted_uid) if new_status.output else None,
         evaluation=stored_status.evaluation,
-        failure=_reduced_failure(new_status.failure),
+        failure=_reduce_failure(new_status.failure),
         adaptations=new_status.adaptations,
         workers=new_status.workers,
         resolved=merge_fields(
@@ -158,7 +159,7 @@ def reduced_status(new_status: FineTuneJobStatus, stored_status: FineTuneJobStat
                 defaults=resolved.defaults, spec_sha256=resolved.spec_sha256, max_duration_seconds=resolved.max_duration_seconds
             ),
         ),
-        plan=_reduced_plan(new_status.plan, stored_status.plan),
+        plan=_reduce_plan(new_status.plan, stored_status.plan),
         cost=new_status.cost,
         goodput=stored_status.goodput,
         start_time=new_status.start_time,
@@ -167,10 +168,13 @@ def reduced_status(new_status: FineTuneJobStatus, stored_status: FineTuneJobStat
     )
 
 
-def without_rejected_fields(status: FineTuneJobStatus, message: str) -> FineTuneJobStatus:
-    """Return the status without the fields and list items that the API server rejected. For example, an older CRD may lack a phase."""
+def remove_rejected_fields(status: FineTuneJobStatus, message: str) -> FineTuneJobStatus:
+    """Return the status without the fields and list items that the API server rejected, for example a phase that an older CRD lacks.
+
+    `message`: the API server's error message.
+    """
     value = status.to_wire()
-    for field, index in sorted(set(REJECTED_FIELD.findall(message)), key=lambda match: int(match[1] or -1), reverse=True):
+    for field, index in sorted(set(REJECTED_FIELD_PATTERN.findall(message)), key=lambda match: int(match[1] or -1), reverse=True):
         if not index:
             value.pop(field, None)
         elif int(index) < len(value.get(field, [])):
@@ -178,7 +182,7 @@ def without_rejected_fields(status: FineTuneJobStatus, message: str) -> FineTune
     return FineTuneJobStatus.model_validate(value)
 
 
-def _reduced_attempts(new_attempts: list[Attempt], stored_attempts: list[Attempt]) -> list[Attempt]:
+def _reduce_attempts(new_attempts: list[Attempt], stored_attempts: list[Attempt]) -> list[Attempt]:
     stored_by_number = {attempt.number: attempt for attempt in stored_attempts}
     return [
         Attempt(
@@ -192,14 +196,14 @@ def _reduced_attempts(new_attempts: list[Attempt], stored_attempts: list[Attempt
     ]  # fmt: skip
 
 
-def _reduced_plan(new_plan: RunPlan | None, stored_plan: RunPlan | None) -> RunPlan | None:
-    """Keep the new choices, because the first attempt follows from them."""
+def _reduce_plan(new_plan: RunPlan | None, stored_plan: RunPlan | None) -> RunPlan | None:
+    """Return the stored plan with the new choices. They must not be lost, because the first attempt is built from them."""
     if new_plan is None or new_plan.choices is None:
         return stored_plan
     return (stored_plan or RunPlan()).model_copy(update={"choices": new_plan.choices})
 
 
-def _reduced_failure(failure: Failure | None) -> Failure | None:
+def _reduce_failure(failure: Failure | None) -> Failure | None:
     if failure is None:
         return None
     return Failure(class_=failure.class_, code=failure.code, message=failure.message, hint=failure.hint)
@@ -228,7 +232,7 @@ def _compute_counters(inputs: StatusInput) -> AttemptCounters:
     if attempt_end is not None:
         retries_used = 0 if attempt_end.made_progress else (old_status.retries_used or 0) + attempt_end.is_counted
         if attempt_end.adaptation is not None:
-            adaptations = [*old_status.adaptations, attempt_end.adaptation][-KEPT_ADAPTATIONS:]
+            adaptations = [*old_status.adaptations, attempt_end.adaptation][-KEPT_ADAPTATION_COUNT:]
     return AttemptCounters(
         attempt=attempt if has_started else old_status.attempt,
         restarts=attempt - 1,
@@ -240,12 +244,12 @@ def _compute_counters(inputs: StatusInput) -> AttemptCounters:
 
 
 def _compute_active_seconds(inputs: StatusInput) -> int | None:
-    """Running time of all attempts in seconds. Updated when a period of running time ends."""
+    """Return the running time of all attempts in seconds. It is updated when an attempt ends or a queue revokes its quota."""
     facts, attempt_end = inputs.facts, inputs.plan.attempt_end
-    lost_quota = inputs.is_queued and facts.is_true(Kind.QUOTA_RESERVED)
+    lost_quota = inputs.is_queued and facts.is_true(ConditionType.QUOTA_RESERVED)
     if facts.running_since is None or (attempt_end is None and not lost_quota):
         return inputs.old_status.active_seconds
-    return round(facts.running_seconds(attempt_end.time if attempt_end is not None else facts.now))
+    return round(facts.compute_running_seconds(attempt_end.ended_at if attempt_end is not None else facts.now))
 
 
 def _compute_attempts(inputs: StatusInput) -> list[Attempt]:
@@ -257,26 +261,26 @@ def _compute_attempts(inputs: StatusInput) -> list[Attempt]:
         if job is None:
             return list(inputs.old_status.attempts)
         old_record = Attempt(number=number, start_time=job.created_at, config_sha256=job.config_sha256 or None)
-    current_record = merge_fields(old_record, _reported_attempt(inputs, old_record))
+    current_record = merge_fields(old_record, _build_reported_attempt(inputs, old_record))
     if plan.termination is not None:
         current_record = merge_fields(
             current_record, Attempt(number=number, reason=plan.termination.reason, message=plan.termination.message)
         )
     if plan.attempt_end is not None:
-        current_record = merge_fields(current_record, _ended_attempt(plan.attempt_end, number))
+        current_record = merge_fields(current_record, _build_ended_attempt(plan.attempt_end, number))
     attempts[number] = current_record
     previous_record = attempts.get(number - 1)
     if previous_record is not None and (inputs.last_report is not None or plan.attempt_end is not None):
-        attempts[number - 1] = _previous_attempt(previous_record, current_record, inputs)
-    return [attempts[number] for number in sorted(attempts)][-KEPT_ATTEMPTS:]
+        attempts[number - 1] = _complete_previous_attempt(previous_record, current_record, inputs)
+    return [attempts[number] for number in sorted(attempts)][-KEPT_ATTEMPT_COUNT:]
 
 
-def _reported_attempt(inputs: StatusInput, old_record: Attempt) -> Attempt | None:
-    """Return those fields of the current attempt's record that the pod reports."""
+def _build_reported_attempt(inputs: StatusInput, old_record: Attempt) -> Attempt | None:
+    """Return the fields of the current attempt's record that come from rank 0's progress report."""
     last_report = inputs.last_report
     if last_report is None:
         return None
-    steps = inputs.facts.steps_of_this_attempt(last_report.checkpoints, last_report.resumed_from_step)
+    steps = inputs.facts.list_steps_of_this_attempt(last_report.checkpoints, last_report.resumed_from_step)
     return Attempt(
         number=old_record.number,
         last_step=last_report.progress.step,
@@ -285,11 +289,11 @@ def _reported_attempt(inputs: StatusInput, old_record: Attempt) -> Attempt | Non
     )
 
 
-def _ended_attempt(attempt_end: AttemptEnd, number: int) -> Attempt:
+def _build_ended_attempt(attempt_end: AttemptEnd, number: int) -> Attempt:
     failure, message = attempt_end.failure, attempt_end.termination_message
     return Attempt(
         number=number,
-        end_time=attempt_end.time,
+        end_time=attempt_end.ended_at,
         reason=attempt_end.reason,
         message=clean(failure.message) if failure else None,
         exit_code=failure.exit_code if failure else 0,
@@ -301,14 +305,14 @@ def _ended_attempt(attempt_end: AttemptEnd, number: int) -> Attempt:
     )
 
 
-def _previous_attempt(previous_record: Attempt, current_record: Attempt, inputs: StatusInput) -> Attempt:
+def _complete_previous_attempt(previous_record: Attempt, current_record: Attempt, inputs: StatusInput) -> Attempt:
     """Complete the previous attempt's record with the step from which the current attempt resumed.
 
-    If the previous attempt ended while the operator did not run, the status lacks the last steps of that attempt. If the current attempt
-    resumed from a later step than the status shows, the previous attempt must have committed that step.
+    If the previous attempt ended while the operator was stopped, its record lacks its last steps. If the current attempt resumed from a later
+    step than the record shows, the previous attempt must have committed this step.
     """
     resumed_step = current_record.resumed_from_step
-    if resumed_step is not None and resumed_step > (previous_record.last_step or 0) and _committed_by(previous_record, resumed_step, inputs):
+    if resumed_step is not None and resumed_step > (previous_record.last_step or 0) and _has_committed(previous_record, resumed_step, inputs):
         committed_step = max(resumed_step, previous_record.committed_step or 0)
         return merge_fields(
             previous_record, Attempt(number=previous_record.number, last_step=resumed_step, committed_step=committed_step, steps_lost=0)
@@ -319,14 +323,14 @@ def _previous_attempt(previous_record: Attempt, current_record: Attempt, inputs:
     return merge_fields(previous_record, Attempt(number=previous_record.number, steps_lost=steps_lost))
 
 
-def _committed_by(attempt: Attempt, step: int, inputs: StatusInput) -> bool:
+def _has_committed(attempt: Attempt, step: int, inputs: StatusInput) -> bool:
     """Whether `attempt` committed the checkpoint of `step`.
 
-    A checkpoint's URI usually names its attempt. If no URI names an attempt, only the first report of the current attempt is a proof. Later,
-    a queue may have replaced the current attempt's pods, and the new pods resume from the current attempt's own checkpoints.
+    A checkpoint's URI usually names its attempt. If no URI names an attempt, the answer is True only for the first report of the current attempt:
+    later, a queue may have replaced the current attempt's pods, and the new pods resume from checkpoints of the current attempt itself.
     """
     reported_checkpoints = [checkpoint for source in inputs.facts.reported_checkpoints for checkpoint in source.checkpoints]
-    attempts = {attempt_of_uri(c.uri) for c in [*inputs.old_status.checkpoints, *reported_checkpoints] if c.step == step} - {None}
+    attempts = {parse_attempt_of_uri(c.uri) for c in [*inputs.old_status.checkpoints, *reported_checkpoints] if c.step == step} - {None}
     if attempts:
         return attempt.number in attempts
     record = inputs.facts.attempt_record
@@ -334,7 +338,7 @@ def _committed_by(attempt: Attempt, step: int, inputs: StatusInput) -> bool:
 
 
 def _compute_workers(inputs: StatusInput) -> Workers:
-    total = inputs.facts.nodes
+    total = inputs.facts.pod_count
     ready_count = inputs.ready_pods if inputs.plan.job_end is None else 0
     return Workers(ready=ready_count, total=total, display=f"{ready_count}/{total}")
 
@@ -346,7 +350,7 @@ def _compute_preparation(inputs: StatusInput) -> Preparation | None:
         data = plan.preparation_message.data if plan.preparation_message else None
         return plan.preparation.model_copy(update={"stage": None, "tokenised_rows": data.tokenised_rows if data else None})
     record = inputs.old_status.preparation
-    if record is None or report is None or plan.scrape_pod is None or report.pod_uid != plan.scrape_pod.uid:
+    if record is None or report is None or plan.pod_to_scrape is None or report.pod_uid != plan.pod_to_scrape.uid:
         return record
     data = report.report.data
     return record.model_copy(update={"stage": report.report.stage.value, "tokenised_rows": data.tokenised_rows if data else None})
@@ -356,7 +360,7 @@ def _compute_preparation(inputs: StatusInput) -> Preparation | None:
 
 
 def _compute_progress(inputs: StatusInput) -> Progress:
-    """Return the progress from the last report and, after the end, from the termination message. Missing fields keep their old values."""
+    """Return the progress from the last report and, after the end, from the termination message. Fields that both lack keep their old values."""
     last_report, message = inputs.last_report, inputs.termination_message
     merged_progress = merge_fields(
         inputs.old_status.progress or Progress(), last_report.progress if last_report else None, message.progress if message else None
@@ -371,7 +375,7 @@ def _compute_progress(inputs: StatusInput) -> Progress:
 
 
 def _compute_display_fields(progress: Progress, inputs: StatusInput) -> Progress:
-    """Return the progress fields that contain text for people."""
+    """Return the progress fields that are shown to people: the text, the percentage and the remaining time."""
     step, total = progress.step, progress.total_steps
     is_training = inputs.plan.situation is Situation.ACTIVE and not inputs.is_queued and bool(inputs.facts.active_pods)
     seconds_remaining = progress.seconds_remaining
@@ -394,7 +398,7 @@ def _compute_metrics(inputs: StatusInput) -> Metrics:
 
 @dataclass(frozen=True)
 class StatusCheckpoints:
-    """`kept_checkpoints`: the newest committed checkpoints and the best one. `latest_uri`, `latest_step`: URI and step of the newest checkpoint."""
+    """The newest committed checkpoints and the best one (`kept_checkpoints`), and the URI and the step of the newest checkpoint."""
 
     kept_checkpoints: list[Checkpoint]
     latest_uri: str | None
@@ -402,25 +406,26 @@ class StatusCheckpoints:
 
 
 def _compute_checkpoints(inputs: StatusInput) -> StatusCheckpoints:
-    # The key is the step, because an attempt after a rollback commits a step again and replaces the earlier checkpoint of that step.
+    # The key is the step: an attempt after a rollback commits the same step again, and its checkpoint replaces the earlier one of this step.
     by_step = {checkpoint.step: checkpoint for checkpoint in inputs.old_status.checkpoints}
     for source in inputs.facts.reported_checkpoints:
         by_step = {step: known_checkpoint for step, known_checkpoint in by_step.items() if not _is_removed(known_checkpoint, source.checkpoints)}
         by_step |= {new.step: _merge_checkpoint(by_step.get(new.step), new, inputs.facts.now) for new in source.checkpoints}
     ordered_checkpoints = sorted(by_step.values(), key=lambda checkpoint: checkpoint.step)
-    kept_checkpoints = ordered_checkpoints[-KEPT_CHECKPOINTS:]
+    kept_checkpoints = ordered_checkpoints[-KEPT_CHECKPOINT_COUNT:]
     evaluated_checkpoints = [checkpoint for checkpoint in ordered_checkpoints if checkpoint.eval_loss is not None]
     best_checkpoint = min(evaluated_checkpoints, key=lambda checkpoint: checkpoint.eval_loss or 0.0, default=None)
     if best_checkpoint is not None and best_checkpoint not in kept_checkpoints:
         kept_checkpoints = [best_checkpoint, *kept_checkpoints]
-    latest_uri = _latest_uri(inputs, kept_checkpoints) or inputs.old_status.latest_checkpoint
-    return StatusCheckpoints(kept_checkpoints, latest_uri, _step_of(latest_uri, kept_checkpoints))
+    latest_uri = _find_latest_uri(inputs, kept_checkpoints) or inputs.old_status.latest_checkpoint
+    return StatusCheckpoints(kept_checkpoints, latest_uri, _find_step(latest_uri, kept_checkpoints))
 
 
 def _merge_checkpoint(known_checkpoint: Checkpoint | None, reported_checkpoint: Checkpoint, now: datetime) -> Checkpoint:
-    """Fill in the fields that the report lacks. For example, only the attempt that saved a checkpoint reports its upload duration.
+    """Return the reported checkpoint with known values for the fields that the report lacks.
 
-    The clock of a node may be fast. A time in the future is replaced by the time of the first report.
+    For example, only the attempt that saved a checkpoint reports the duration of the upload. The clock of a node may be fast, so a time in the
+    future is replaced by the time of the first report about the checkpoint.
     """
     if known_checkpoint is None or known_checkpoint.uri != reported_checkpoint.uri:
         merged, first_seen = reported_checkpoint, now
@@ -431,24 +436,24 @@ def _merge_checkpoint(known_checkpoint: Checkpoint | None, reported_checkpoint: 
 
 
 def _is_removed(checkpoint: Checkpoint, listed_checkpoints: Sequence[Checkpoint]) -> bool:
-    """Whether the retention policy removed the checkpoint: the pod lists newer checkpoints, but not this checkpoint.
+    """Whether the retention policy removed the checkpoint: the pod lists a newer checkpoint, but not this one.
 
-    A checkpoint that a rollback skipped is newer than all listed checkpoints. Such a checkpoint still exists.
+    A checkpoint that is newer than all listed checkpoints still exists: a rollback skipped it.
     """
-    steps = {other.step for other in listed_checkpoints}
+    steps = {listed.step for listed in listed_checkpoints}
     return bool(steps) and checkpoint.step not in steps and checkpoint.step < max(steps)
 
 
-def _latest_uri(inputs: StatusInput, kept_checkpoints: list[Checkpoint]) -> str | None:
+def _find_latest_uri(inputs: StatusInput, kept_checkpoints: list[Checkpoint]) -> str | None:
     last_report, message = inputs.last_report, inputs.termination_message
     reported_uri = (message.latest_checkpoint if message else None) or (last_report.latest_checkpoint if last_report else None)
     return reported_uri or (kept_checkpoints[-1].uri if kept_checkpoints else None)
 
 
-def _step_of(uri: str | None, kept_checkpoints: list[Checkpoint]) -> int | None:
+def _find_step(uri: str | None, kept_checkpoints: list[Checkpoint]) -> int | None:
     if uri is None:
         return None
-    match = STEP_IN_URI.search(uri)
+    match = STEP_IN_URI_PATTERN.search(uri)
     return next((checkpoint.step for checkpoint in kept_checkpoints if checkpoint.uri == uri), int(match[1]) if match else None)
 
 
@@ -456,11 +461,11 @@ def _step_of(uri: str | None, kept_checkpoints: list[Checkpoint]) -> int | None:
 
 
 def _compute_resolved(inputs: StatusInput) -> ResolvedConfig:
-    """Merge the run's configuration from the spec, the pods and the trainer's report. Later sources in this list take precedence."""
+    """Merge the resolved configuration from the spec, the pods and the trainer's reports. In this order, each source overrides those before it."""
     facts, last_report, message = inputs.facts, inputs.last_report, inputs.termination_message
-    # A running attempt keeps the values of its start, even if the operator's configuration changes later.
+    # A running attempt keeps the values with which it started, even if the operator's configuration changes.
     is_running = facts.current_job is not None and facts.attempt_record is not None
-    from_spec = _resolved_from_spec(inputs, facts.acceptance) if isinstance(facts.acceptance, AcceptedSpec) and not is_running else None
+    from_spec = _resolve_from_spec(inputs, facts.acceptance) if isinstance(facts.acceptance, AcceptedSpec) and not is_running else None
     job = inputs.current_job
     observed_values = ResolvedConfig(
         config_sha256=(job.config_sha256 if job else None) or None,
@@ -470,14 +475,14 @@ def _compute_resolved(inputs: StatusInput) -> ResolvedConfig:
     trainer_values = [prepared_values, last_report.resolved if last_report else None, message.resolved if message else None]
     resolved = merge_fields(inputs.old_status.resolved or ResolvedConfig(), from_spec, observed_values, *trainer_values)
     own_defaults = (from_spec or inputs.old_status.resolved or ResolvedConfig()).defaults or {}
-    late_defaults = [known.defaults for known in trainer_values if known is not None and known.defaults]
+    late_defaults = [trainer_value.defaults for trainer_value in trainer_values if trainer_value is not None and trainer_value.defaults]
     if not late_defaults:
         return resolved
-    # A value that the operator filled in is never replaced, because the next attempt uses it.
+    # A default that the operator filled in is never replaced by one of the trainer, because the next attempt uses it.
     return resolved.model_copy(update={"defaults": late_defaults[-1] | own_defaults})
 
 
-def _resolved_from_spec(inputs: StatusInput, acceptance: AcceptedSpec) -> ResolvedConfig:
+def _resolve_from_spec(inputs: StatusInput, acceptance: AcceptedSpec) -> ResolvedConfig:
     spec = inputs.facts.spec
     return ResolvedConfig(
         method=spec.method.type,
@@ -493,17 +498,17 @@ def _resolved_from_spec(inputs: StatusInput, acceptance: AcceptedSpec) -> Resolv
     )
 
 
-def _with_measured_time(
+def _add_measured_time(
     plan: RunPlan | None, inputs: StatusInput, goodput: Goodput | None, progress: Progress, attempts: list[Attempt]
 ) -> RunPlan | None:
-    """After a successful training, add the seconds of the optimizer steps to the plan, for comparison with the planned time."""
+    """Add the measured seconds of the optimizer steps to the plan of a job that trained successfully, to compare them with the planned time."""
     job_end = inputs.plan.job_end
     has_trained = job_end is not None and job_end.outcome is Outcome.SUCCEEDED and not inputs.adopts_result
     if plan is None or plan.work is None or goodput is None or not has_trained or not goodput.parts.steps:
         return plan
     start = 0
     if inputs.facts.spec.checkpoint.resume not in (None, "auto", "never"):  # another job trained the first steps
-        start = next((one.resumed_from_step or 0 for one in attempts if one.number == 1), progress.step or 0)
+        start = next((attempt.resumed_from_step or 0 for attempt in attempts if attempt.number == 1), progress.step or 0)
     if (progress.step or 0) <= start:
         return plan
     seconds = round((goodput.parts.first_step or 0.0) + goodput.parts.steps, 3)
@@ -522,41 +527,45 @@ def _compute_evaluation(inputs: StatusInput, metrics: Metrics) -> EvaluationResu
     evaluation = _merge_reports(EvaluationResult(), "evaluation", inputs)
     headline = _compute_headline(inputs.facts.spec, evaluation) if evaluation is not None else None
     if headline is None and inputs.plan.job_end is not None and inputs.plan.job_end.outcome is Outcome.SUCCEEDED:
-        headline = _loss_headline(metrics)
+        headline = _compute_loss_headline(metrics)
     if evaluation is None and headline is None:
         return None
     return (evaluation or EvaluationResult()).model_copy(update={"headline": headline})
 
 
-def _merge_reports(empty: Model, name: str, inputs: StatusInput) -> Model | None:
-    """Merge the values of one field from the status, the live report and the termination message. Newer sources take precedence.
+def _merge_reports(empty_model: Model, field_name: str, inputs: StatusInput) -> Model | None:
+    """Merge the values of the field `field_name` from the status, the preparation, the live report and the termination message.
 
-    None if no source has a value. A termination message may lack values, because its size is limited.
+    Later sources take precedence. The earlier ones are needed because a termination message has a limited size and may lack values. Returns None if no
+    source has a value.
     """
     live_report = inputs.facts.live_report
     sources = (inputs.old_status, inputs.plan.preparation_message, live_report.report if live_report else None, inputs.termination_message)
-    known = [value for source in sources if (value := getattr(source, name, None)) is not None]
-    return merge_fields(empty, *known) if known else None
+    values = [value for source in sources if (value := getattr(source, field_name, None)) is not None]
+    return merge_fields(empty_model, *values) if values else None
 
 
 def _compute_plan(inputs: StatusInput) -> RunPlan | None:
-    """Return the plan. Only a preparation makes choices, and they never change; user code may write anything into later reports."""
+    """Return the job's plan. Choices in the reports of attempts are ignored, because user code may have written them.
+
+    Only a preparation makes choices, and the first choices never change.
+    """
     facts, message = inputs.facts, inputs.plan.preparation_message
     plan, old = _merge_reports(RunPlan(), "plan", inputs), inputs.old_status.plan or RunPlan()
     choices, no_choices = old.choices, old.no_choices
     if choices is None and isinstance(facts.acceptance, AcceptedSpec) and facts.attempt_record is None:
         if message is not None and message.plan is not None:
             spec, _ = read_spec(facts.job.spec)
-            choices = accepted_choices(message.plan.choices, spec, facts.acceptance, facts.config, facts.job.namespace)
+            choices = accept_choices(message.plan.choices, spec, facts.acceptance, facts.config, facts.job.namespace)
             no_choices = None if choices else message.plan.no_choices
-        no_choices = no_choices or (None if choices else _why_nothing_was_chosen(inputs))
+        no_choices = no_choices or (None if choices else _explain_missing_choices(inputs))
     if plan is None and choices is None and no_choices is None:
         return None
     return (plan or RunPlan()).model_copy(update={"choices": choices, "no_choices": no_choices})
 
 
-def _why_nothing_was_chosen(inputs: StatusInput) -> str | None:
-    """Return why a job starts without choices, at the start of its first attempt or at the end of its preparation."""
+def _explain_missing_choices(inputs: StatusInput) -> str | None:
+    """Return why a job starts without choices, or None until its preparation ends or its first attempt starts."""
     facts, record = inputs.facts, inputs.plan.preparation or inputs.old_status.preparation
     if gpus_per_node(facts.spec) == 0:
         reason = "the job uses no GPU"
@@ -571,7 +580,7 @@ def _why_nothing_was_chosen(inputs: StatusInput) -> str | None:
 
 
 def _compute_headline(spec: FineTuneJobSpec, evaluation: EvaluationResult) -> str | None:
-    """Return the name and the value of one metric for the status.
+    """Return the name and the value of the most important metric as text, or None if there is no metric.
 
     Metrics of failed gates come first, then metrics of other gates, then `evaluation.metrics`.
     """
@@ -579,25 +588,25 @@ def _compute_headline(spec: FineTuneJobSpec, evaluation: EvaluationResult) -> st
         return None
     failed = [gate.metric for gate in evaluation.gates or [] if not gate.passed]
     requested = [*failed, *(gate.metric for gate in spec.evaluation.gates or []), *(spec.evaluation.metrics or [])]
-    for name in (HEADLINE_NAMES.get(one, str(one)) for one in requested):
+    for name in (HEADLINE_METRIC_NAMES.get(metric_name, str(metric_name)) for metric_name in requested):
         metric = evaluation.metrics.get(name)
         if metric is not None and metric.value is not None:
             return f"{name} {metric.value:.4g}" + (" (gate failed)" if failed else "")
     return None
 
 
-def _loss_headline(metrics: Metrics) -> str | None:
-    """Return the last validation loss as text, or the last training loss if there is no validation loss. None if nothing was trained."""
+def _compute_loss_headline(metrics: Metrics) -> str | None:
+    """Return the last validation loss as text or, without a validation loss, the last training loss. None if nothing was trained."""
     if metrics.eval_loss is not None:
         return f"validation loss {metrics.eval_loss:.4g}"
     return None if metrics.train_loss is None else f"training loss {metrics.train_loss:.4g}"
 
 
 def _compute_failure(inputs: StatusInput) -> Failure | None:
-    """Return the failure of a finished job. In an unfinished job, return the last attempt's failure until the next attempt trains."""
+    """Return the failure of a finished job. For an unfinished job, return the failure of the last attempt until the next attempt trains."""
     plan = inputs.plan
     if plan.job_end is not None:
-        return _final_failure(plan.job_end)
+        return _choose_final_failure(plan.job_end)
     if plan.attempt_end is not None:
         is_requested = plan.attempt_end.reason in (Reason.SUSPENDED, Reason.CANCELLED)
         return None if is_requested else plan.attempt_end.failure
@@ -606,7 +615,7 @@ def _compute_failure(inputs: StatusInput) -> Failure | None:
     return None if is_training else inputs.old_status.failure
 
 
-def _final_failure(job_end: JobEnd) -> Failure | None:
+def _choose_final_failure(job_end: JobEnd) -> Failure | None:
     if job_end.outcome is not Outcome.FAILED:
         return None
     return job_end.failure or Failure(class_=FailureClass.INTERNAL, code=job_end.reason, message="unknown")
@@ -615,14 +624,14 @@ def _final_failure(job_end: JobEnd) -> Failure | None:
 def _compute_completion_time(
     inputs: StatusInput, attempts: list[Attempt], progress: Progress, checkpoints: StatusCheckpoints, adaptations: list[Adaptation]
 ) -> datetime | None:
-    """Return the end of the last attempt, or a later time that the status shows. None if the job is not finished.
+    """Return the end of the last attempt or, if it is later, the latest time that the status shows. None if the job is not finished.
 
-    A container's end has no fractions of a second, and other times come from other clocks. Without this rule, a checkpoint or a
-    condition could be later than the end of the job.
+    The end of a container has no fractions of a second, and other times come from other clocks. Without this rule, a checkpoint or a
+    condition could have a later time than the end of the job.
     """
     if inputs.plan.job_end is None:
         return None
-    end_time = inputs.plan.attempt_end.time if inputs.plan.attempt_end is not None else inputs.facts.now
+    end_time = inputs.plan.attempt_end.ended_at if inputs.plan.attempt_end is not None else inputs.facts.now
     shown_times = [
         inputs.old_status.start_time, progress.update_time,
         *(time for attempt in attempts for time in (attempt.start_time, attempt.end_time)),

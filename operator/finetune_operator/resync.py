@@ -1,7 +1,7 @@
-"""Lists all resources to fill the cache at startup, and to remove objects from the cache if the watches did not report their deletion.
+"""Lists all objects: at startup to fill the cache, and later to remove deleted objects whose deletion the watches did not report.
 
-kopf 1.45 does not report a deletion that happens between the end of a watch and the next list. So the deleted object would stay in the
-cache forever. The problem was observed with a pod that was deleted before its watch ended with 410.
+kopf 1.45 does not report a deletion that happens between the end of a watch and the next list. Without the lists of this module, the deleted object
+would stay in the cache forever. This was observed with a pod that was deleted before its watch ended with 410.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from finetune_operator.cache import Cache, FullList
+from finetune_operator.cache import FullList, JobCache
 from finetune_operator.handlers import cache_finetunejob, cache_job, cache_pod
 from finetune_operator.kube import KubeClient, KubeError, NotFound
 from finetune_operator.objects import FINETUNEJOB, JOB, MANAGED_BY_SELECTOR, POD, Kind, Object
@@ -25,7 +25,7 @@ OBJECTS_PER_STEP = 20
 
 
 class _KindList(NamedTuple):
-    """Uids from the full lists of one kind. `version` is the lowest resourceVersion of these lists."""
+    """The uids of all objects of one kind, from full lists. `version` is the lowest resourceVersion of these lists."""
 
     uids: set[str]
     version: int
@@ -34,17 +34,17 @@ class _KindList(NamedTuple):
 class Resyncer:
     """Lists all objects into the cache and adds all FineTuneJobs to the work queue."""
 
-    def __init__(self, kube: KubeClient, cache: Cache, queue: WorkQueue, namespaces: tuple[str, ...]):
+    def __init__(self, kube: KubeClient, cache: JobCache, queue: WorkQueue, namespaces: tuple[str, ...]):
         self._kube, self._cache, self._queue = kube, cache, queue
         self._namespaces = namespaces
         self._last_version = 0
         self._lock = asyncio.Lock()
-        self.is_synced = asyncio.Event()
-        """Set after all objects were first listed."""
+        self.cache_filled = asyncio.Event()
+        """Set after all objects were listed for the first time."""
 
     async def run_periodically(self, period_seconds: float) -> None:
-        """List all objects periodically until cancelled. The first resync starts one period after all objects were first listed."""
-        await self.is_synced.wait()
+        """List all objects periodically until cancelled. This begins one period after the cache was filled at startup."""
+        await self.cache_filled.wait()
         while True:
             await asyncio.sleep(period_seconds)
             try:
@@ -53,15 +53,15 @@ class Resyncer:
                 logger.warning("the resync failed and is repeated in %.0f s: %s", period_seconds, error)
 
     async def run_once(self) -> None:
-        """List all objects once. Errors: KubeError; StartError if the CRD is missing or the server's resourceVersion decreased."""
-        # Two concurrent resyncs could finish in the wrong order. The older lists would then look like a restored backup.
+        """List all objects once and update the cache. Errors: KubeError; StartError if the CRD is missing or the server's resourceVersion decreased."""
+        # Two concurrent resyncs could finish in the wrong order. The lower version of the older lists would then look like a restored backup.
         async with self._lock:
             await self._list_all()
 
     async def _list_all(self) -> None:
-        finetunejobs = await self._list(FINETUNEJOB, "", cache_finetunejob)
-        jobs = await self._list(JOB, MANAGED_BY_SELECTOR, cache_job)
-        pods = await self._list(POD, MANAGED_BY_SELECTOR, cache_pod)
+        finetunejobs = await self._list_kind(FINETUNEJOB, "", cache_finetunejob)
+        jobs = await self._list_kind(JOB, MANAGED_BY_SELECTOR, cache_job)
+        pods = await self._list_kind(POD, MANAGED_BY_SELECTOR, cache_pod)
         full_list = FullList(
             finetunejob_uids=frozenset(finetunejobs.uids),
             job_uids=frozenset(jobs.uids),
@@ -76,18 +76,18 @@ class Resyncer:
                 "the operator must restart with an empty cache"
             )
         self._last_version = full_list.version
-        for key in [*self._cache.prune(full_list), *self._cache.keys()]:
+        for key in [*self._cache.prune(full_list), *self._cache.list_keys()]:
             self._queue.add(key)
-        self.is_synced.set()
+        self.cache_filled.set()
 
-    async def _list(self, kind: Kind, labels: str, store: Callable[[Cache, None, Object], Any]) -> _KindList:
-        """Store all objects of a kind in the cache. Small steps are used, so that thousands of objects do not block the event loop."""
+    async def _list_kind(self, kind: Kind, label_selector: str, store: Callable[[JobCache, None, Object], Any]) -> _KindList:
+        """Store all objects of a kind in the cache, in small steps, so that thousands of objects do not block the event loop."""
         uids: set[str] = set()
         versions: list[int] = []
         try:
             for namespace in self._namespaces or (None,):
                 uids_of_namespace: set[str] = set()
-                async for page in self._kube.pages(kind, namespace, labels=labels):
+                async for page in self._kube.list_pages(kind, namespace, label_selector=label_selector):
                     if page.is_first_page:
                         uids_of_namespace.clear()
                     for number, body in enumerate(page.items, start=1):

@@ -1,7 +1,7 @@
 """Runs the concurrent tasks of the operator process, and stops them.
 
-Each replica watches, so the cache of a standby replica is up to date. But only the leader reconciles. If one task ends, the process ends:
-without that task, the operator would not do its work, but it would look healthy.
+Each replica watches, so the cache of a standby replica is up to date, but only the leader reconciles. If one task ends, the process ends.
+Otherwise the operator would look healthy although a part of its work is not done.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from typing import Any
 
 from finetune_operator import kopf_adapter
 from finetune_operator.attempt_secrets import AttemptSecrets
-from finetune_operator.cache import Cache
+from finetune_operator.cache import JobCache
 from finetune_operator.events import EventRecorder
 from finetune_operator.handlers import create_registry
 from finetune_operator.health import HealthChecks
-from finetune_operator.http import Server
+from finetune_operator.http import HttpServer
 from finetune_operator.kopf_adapter import WatchMonitor
 from finetune_operator.kube import KubeClient, KubeError
 from finetune_operator.lease import LeaderElector, LeaderTasks, LeaseLost
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 DRAIN_SECONDS = 10.0
-"""When the process is asked to stop, running reconciles have this many seconds to finish."""
+"""Seconds that running reconciles have to finish when the process is asked to stop."""
 LAG_PERIOD_SECONDS = 1.0
 
 
@@ -48,7 +48,7 @@ class OperatorRuntime:
 
     def __init__(self, config: OperatorConfig, kube: KubeClient, metrics: Metrics):
         self._config, self._kube, self._metrics = config, kube, metrics
-        self._cache = Cache()
+        self._cache = JobCache()
         self._queue = WorkQueue()
         self._scraper = ProgressScraper(config.scrape, kube.clock.now, self._queue.add)
         replica_identity = f"{socket.gethostname()}-{uuid.uuid4().hex[:8]}"
@@ -57,20 +57,20 @@ class OperatorRuntime:
             kube=kube, cache=self._cache, queue=self._queue, recorder=EventRecorder(kube, replica_identity), scraper=self._scraper,
             metrics=metrics, config=config, secrets=self._secrets,
         )  # fmt: skip
-        self._elector = LeaderElector(kube, config.leader_election, _own_namespace(), replica_identity)
+        self._elector = LeaderElector(kube, config.leader_election, _find_own_namespace(), replica_identity)
         self._resyncer = Resyncer(kube, self._cache, self._queue, config.namespaces)
         collection_paths = [kind.path(name) for kind in (FINETUNEJOB, JOB, POD) for name in config.namespaces or (None,)]
         self._monitor = WatchMonitor(collection_paths, metrics.record_request)
-        self._health = HealthChecks(config, self._monitor, self._queue, self._resyncer.is_synced)
-        self._server = Server(config.http, metrics, health=self._health, refresh_metrics=self._refresh_metrics)
+        self._health = HealthChecks(config, self._monitor, self._queue, self._resyncer.cache_filled)
+        self._server = HttpServer(config.http, metrics, health=self._health, refresh_metrics=self._refresh_metrics)
         self._is_working = asyncio.Event()
         self._stop_requested = asyncio.Event()
 
     async def run(self) -> int:
-        """Run until the process is asked to stop. Returns the exit code: 0 if it was asked to stop, 1 if a task failed."""
+        """Run until the process is asked to stop or a task fails. Returns the exit code: 0 if the process was asked to stop, otherwise 1."""
         # kopf installs its own signal handlers later. Until then, these handlers stop the process.
-        for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, self._stop_requested.set)
+        for signal_number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(signal_number, self._stop_requested.set)
         try:
             await self._server.start()
         except OSError as error:
@@ -85,7 +85,7 @@ class OperatorRuntime:
         return await self._run_tasks()
 
     async def _fill_cache(self) -> int | None:
-        """Read the operator's key and fill the cache before all other tasks start. Returns an exit code if this fails or if the process is asked to stop."""
+        """Read the operator's key and fill the cache before all other tasks start. Returns None, or an exit code if this fails or a stop is requested."""
         load_task = asyncio.create_task(self._load())
         stop_task = asyncio.create_task(self._stop_requested.wait())
         await asyncio.wait([load_task, stop_task], return_when=asyncio.FIRST_COMPLETED)
@@ -99,16 +99,16 @@ class OperatorRuntime:
         return None if error is None else 1
 
     async def _load(self) -> None:
-        await self._secrets.load(self._kube, self._key_namespace, may_create=not self._config.leader_election.enabled)
+        await self._secrets.load_key(self._kube, self._key_namespace, may_create=not self._config.leader_election.enabled)
         await self._resyncer.run_once()
 
     async def _prepare_to_lead(self) -> None:
-        await self._secrets.load(self._kube, self._key_namespace)
+        await self._secrets.load_key(self._kube, self._key_namespace)
         await self._resyncer.run_once()
 
     @property
     def _key_namespace(self) -> str:
-        return self._config.isolation.operator_namespace or _own_namespace()
+        return self._config.isolation.operator_namespace or _find_own_namespace()
 
     async def _keep_key(self) -> None:
         """Restore the Secret with the operator's key once per resync interval while this replica is the leader."""
@@ -141,7 +141,7 @@ class OperatorRuntime:
         for name, error in errors.items():
             if error is not None:
                 _log_failure(name, error)
-        # If the Lease is lost, another replica may already write. Then running reconciles must not continue.
+        # If the Lease is lost, another replica may already write, so running reconciles must not continue.
         if not any(isinstance(error, LeaseLost) for error in errors.values()):
             await self._drain()
         await self._stop_tasks([watch_task, *tasks])
@@ -173,7 +173,7 @@ class OperatorRuntime:
         self._metrics.leader.set(1)
         self._health.on_workers_started()
         self._is_working.set()
-        logger.info("reconciling %d jobs with %d workers", len(self._cache.keys()), self._config.workers)
+        logger.info("reconciling %d jobs with %d workers", len(self._cache.list_keys()), self._config.workers)
 
     async def _work(self) -> None:
         await self._is_working.wait()
@@ -187,19 +187,19 @@ class OperatorRuntime:
             self._metrics.loop_lag.set(max(0.0, loop.time() - started_at - LAG_PERIOD_SECONDS))
 
     def _refresh_metrics(self) -> None:
-        phase_counts = Counter(str(job.status.phase or "Pending") for job in self._cache.finetunejobs())
+        phase_counts = Counter(str(job.status.phase or "Pending") for job in self._cache.list_finetunejobs())
         self._metrics.set_phase_counts(phase_counts)
         self._metrics.queue_depth.set(len(self._queue))
 
 
-def _own_namespace() -> str:
+def _find_own_namespace() -> str:
     if name := os.environ.get("POD_NAMESPACE"):
         return name
     return NAMESPACE_FILE.read_text().strip() if NAMESPACE_FILE.exists() else "default"
 
 
 def _log_failure(task_name: str, error: BaseException) -> None:
-    """Log why the process ends. An expected error is logged in one line, any other error with a traceback."""
+    """Log why the process ends: an expected error in one line, any other error with a traceback."""
     if isinstance(error, StartError | LeaseLost | KubeError):
         logger.error("%s: %s", task_name, error)
     else:

@@ -52,7 +52,7 @@ class SettingsError(StartError):
 
 
 class PullPolicy(StrEnum):
-    """When a node pulls the trainer image."""
+    """When nodes pull an image. The values are those of Kubernetes."""
 
     ALWAYS = "Always"
     IF_NOT_PRESENT = "IfNotPresent"
@@ -76,7 +76,7 @@ class LogLevel(StrEnum):
 
 
 class TrainerSettings(WireModel):
-    """`trainer`: the training pods."""
+    """`trainer`: settings of the training pods."""
 
     image: str = Field(default="finetune-trainer:0.2.0", min_length=1, description="Image of the trainer.")
     image_pull_policy: PullPolicy = Field(default=PullPolicy.IF_NOT_PRESENT, description="When nodes pull the image.")
@@ -101,7 +101,7 @@ class TrainerSettings(WireModel):
 
 
 class PodResources(WireModel):
-    """Resources of a pod. Absent values come from the next source; see `finetune_api.pod_resources`."""
+    """Resources of a training pod. `finetune_api.pod_resources` says where absent values come from."""
 
     cpu: PlatformQuantity | None = Field(default=None, description="CPU request.")
     memory: PlatformQuantity | None = Field(default=None, description="Memory request and limit, including /dev/shm.")
@@ -110,7 +110,7 @@ class PodResources(WireModel):
 
 
 class ResourcesPerGpu(WireModel):
-    """`resources.perGpu`: resources of pods with GPUs, for each GPU. MIG slices are not GPUs here."""
+    """`resources.perGpu`: resources per GPU, for pods with whole GPUs. MIG slices do not count as GPUs here."""
 
     cpu: PlatformQuantity | None = Field(default=None, description="CPU request per GPU.")
     memory: PlatformQuantity | None = Field(default=None, description="Memory request and limit per GPU, including /dev/shm.")
@@ -118,18 +118,19 @@ class ResourcesPerGpu(WireModel):
 
 
 class ResourceSettings(PodResources):
-    """`resources`: resources of pods if neither the job nor the node pool sets them. Built-in values replace absent values.
+    """`resources`: resources of a training pod if neither the job nor the node pool sets them. Built-in values replace absent values.
 
-    Built-in: 1 CPU, 4Gi of memory, 20Gi of disk and 1Gi of shared memory; per GPU 3 CPUs, 10Gi or half of the pool's gpuMemory, and 2Gi.
+    Without GPUs, the built-in values are 1 CPU, 4Gi of memory, 20Gi of disk and 1Gi of shared memory. With GPUs, a pod has 3 CPUs, 2Gi of shared
+    memory, and 10Gi or half of the pool's gpuMemory as memory, for each GPU.
     """
 
     per_gpu: ResourcesPerGpu = Field(
-        default=ResourcesPerGpu(), description="Values per GPU. For pods with GPUs, they replace the other values of `resources`."
+        default=ResourcesPerGpu(), description="Values per GPU. For pods with GPUs, they take precedence over the other values of `resources`."
     )
 
 
 class PrepareSettings(WireModel):
-    """`prepare`: the preparation pods. They check storage, model and data before the first attempt, and have no GPUs."""
+    """`prepare`: settings of the preparation pods, which check storage, model and data without GPUs before the first attempt."""
 
     strategy: PrepareStrategy = Field(
         default=PrepareStrategy.NEVER, description="Whether jobs without spec.prepare.strategy are prepared: auto, always or never."
@@ -142,13 +143,13 @@ class PrepareSettings(WireModel):
 
 
 class NodeCacheSettings(WireModel):
-    """`modelCache.node`: a cache of models on the disk of each node, for `model.cache: node`. Pods mount it with hostPath."""
+    """`modelCache.node`: the cache of base models on the disk of each node, for `model.cache: node`. Pods mount it with hostPath."""
 
     path: HostPath | None = Field(default=None, description="Folder on the nodes, writable for user 10001; default: there is no cache on the nodes.")
     size_limit: PlatformQuantity = Field(default="200Gi", description="Maximum size of all models in the cache of one node.")
     namespaces: tuple[NamespacePattern, ...] = Field(
-        default=(), description="Namespaces whose jobs may use the cache; `*` matches any text. Pod Security baseline and restricted forbid hostPath, so the "
-        "namespaces need another level.",
+        default=(), description="Namespaces whose jobs may use the cache; `*` matches any text. The Pod Security levels "
+        "baseline and restricted forbid hostPath, so the namespaces need another level.",
     )  # fmt: skip
 
     def is_enabled_in(self, namespace: str) -> bool:
@@ -157,7 +158,7 @@ class NodeCacheSettings(WireModel):
 
     @property
     def size_limit_bytes(self) -> int:
-        """`size_limit` in bytes."""
+        """Maximum size of all models in the cache of one node, in bytes."""
         return int(parse_amount(str(self.size_limit)))
 
 
@@ -178,7 +179,7 @@ class ModelCacheSettings(WireModel):
         return self
 
     def default_for(self, namespace: str) -> str | None:
-        """Return the default of `model.cache` in a namespace."""
+        """Return the default of `model.cache` for jobs of a namespace, or None for no cache."""
         return None if self.default == NODE_CACHE and not self.node.is_enabled_in(namespace) else self.default
 
 
@@ -197,10 +198,10 @@ class NodePool(WireModel):
         default=0, ge=0, le=64, description="GPUs of each node; 0: the pool is for CPU training."
     )
     gpu_memory: PlatformQuantity | None = Field(
-        default=None, description="Memory of one GPU, shown in lists of pools, and for the memory plan; default: that of `gpuType`."
+        default=None, description="Memory of one GPU, for lists of pools and for the memory plan; default: the memory of `gpuType`."
     )
     gpu_type: str | None = Field(
-        default=None, description="Type of the GPUs, for the plan of memory and time; default for the time: the name that the driver reports."
+        default=None, description="Type of the GPUs, for the plans of memory and time; without it, the plan of time uses the name that the driver reports."
     )
     price_per_gpu_hour: float | None = Field(default=None, ge=0, description="Price of one GPU for one hour, in `currency`; default: costs are not shown.")
     max_nodes: int | None = Field(default=None, ge=1, description="Maximum number of nodes in the pool; default: no limit.")
@@ -241,17 +242,17 @@ class LeaderElection(WireModel):
 
 
 class IsolationSettings(WireModel):
-    """`isolation`: how an attempt is protected from other pods. A change affects only attempts that start later."""
+    """`isolation`: how each attempt is protected from other pods. A change of these settings affects only attempts that start later."""
 
     secret: bool = Field(
-        default=False, description="Whether each attempt gets a Secret: without it, no pod reads its progress or joins its ranks."
+        default=False, description="Whether each attempt gets a Secret. A pod without this Secret cannot read the attempt's progress or join its ranks."
     )
     key_secret_name: DnsName = Field(
         default="finetune-operator-attempt-key",
         description="Name of the Secret with the key from which the operator derives the Secrets of attempts. The operator creates it in its own namespace.",
     )
     network_policy: bool = Field(
-        default=False, description="Whether each attempt gets a NetworkPolicy: only its own pods, the operator and `metricsFrom` reach its pods."
+        default=False, description="Whether each attempt gets a NetworkPolicy, with which only its own pods, the operator and `metricsFrom` reach its pods."
     )
     operator_namespace: NamespaceName | None = Field(default=None, description="Namespace of the operator; default: its own. Required by `networkPolicy`.")
     operator_labels: NodeLabels = Field(default={}, description="Labels of the operator's pods. Required by `networkPolicy`.")
@@ -273,7 +274,7 @@ class IsolationSettings(WireModel):
 
     @property
     def all_blocked_cidrs(self) -> tuple[str, ...]:
-        """All address ranges that training pods must not reach."""
+        """All address ranges that training pods cannot reach, including the metadata addresses if they are blocked."""
         return (*(METADATA_CIDRS if self.block_metadata else ()), *self.blocked_cidrs)
 
 
@@ -291,21 +292,21 @@ class ScrapeSettings(WireModel):
 
 
 class RetrySettings(WireModel):
-    """`retry`: the pause before the next attempt. The pause doubles with each attempt without progress."""
+    """`retry`: the pause between two attempts, which doubles with each attempt without progress."""
 
     base_seconds: Seconds = Field(default=10, description="First pause.")
     max_seconds: Seconds = Field(default=600, description="Longest pause.")
 
 
 class ApiSettings(WireModel):
-    """`api`: the client of the API server."""
+    """`api`: settings of the client of the API server."""
 
     connections: int = Field(default=32, ge=1, le=1024, description="Concurrent connections.")
     timeout_seconds: Seconds = Field(default=30, description="Timeout of one request.")
 
 
 class HttpSettings(WireModel):
-    """`http`: the server of `/healthz`, `/readyz` and `/metrics`."""
+    """`http`: the operator's HTTP server with `/healthz`, `/readyz` and `/metrics`."""
 
     host: str = Field(default="0.0.0.0", description="Address to listen on.")  # noqa: S104 -- probes come from outside the pod
     port: int = Field(default=8080, ge=0, le=65535, description="Port to listen on; 0: any free port, which is logged.")
@@ -334,7 +335,7 @@ class OperatorConfig(WireModel):
     node_pools: tuple[NodePool, ...] = ()
     currency: str = Field(default="USD", min_length=1, max_length=16, description="Currency of `nodePools[].pricePerGpuHour` and of `spec.policy.maxCost`.")
     policy: PlatformPolicy = Field(
-        default=PlatformPolicy(), description="What the FineTuneJobs of each namespace may use. Started jobs are not affected by a new rule."
+        default=PlatformPolicy(), description="Rules about what the FineTuneJobs of each namespace may use. A new rule does not affect jobs that have started."
     )
     workers: int = Field(default=16, ge=1, le=256, description="Jobs that are reconciled concurrently.")
     resync_seconds: Seconds = Field(default=300, description="Time between two full lists of all watched objects.")
@@ -368,8 +369,8 @@ class OperatorConfig(WireModel):
         """Return the pool with this name, or None if no such pool exists."""
         return next((pool for pool in self.node_pools if pool.name == name), None)
 
-    def platform_of(self, namespace: str) -> Platform:
-        """Return the data about a namespace and this configuration that the rules of `policy` check."""
+    def build_platform(self, namespace: str) -> Platform:
+        """Return what the rules of `policy` need to know about the platform: the namespace, the default storage and the pools."""
         pools = tuple(Pool(pool.name, pool.gpu_resource, pool.default) for pool in self.node_pools)
         return Platform(namespace, self.storage.uri, pools)
 
@@ -380,7 +381,7 @@ class OperatorConfig(WireModel):
 
 
 def parse_config(value: Any, source_name: str) -> OperatorConfig:
-    """Validate a parsed file. If it is not valid, raise SettingsError; the message names `source_name`, each wrong key and its problem."""
+    """Return the configuration in a parsed file. Errors: SettingsError, whose message names `source_name` and each wrong key with its problem."""
     try:
         return OperatorConfig.model_validate(value if value is not None else {})
     except ValidationError as error:
@@ -392,7 +393,7 @@ def parse_config(value: Any, source_name: str) -> OperatorConfig:
 
 
 def load_config(path: Path) -> OperatorConfig:
-    """Read the file at `path`. Errors: SettingsError if it is missing, not YAML, or not valid."""
+    """Read the configuration file at `path`. Errors: SettingsError if it is missing, not YAML, or not valid."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Data type: the input from which the status is computed."""
+"""Data type: all values from which a new status is computed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from finetune_operator.views import JobView
 
 @dataclass(frozen=True)
 class StatusInput:
-    """The facts, the plan and the result of the plan's actions. The properties are used by several status fields."""
+    """The facts, the plan and the result of the plan's actions. The properties are values that several fields of the status need."""
 
     facts: Facts
     plan: Plan
@@ -29,12 +29,12 @@ class StatusInput:
 
     @property
     def current_job(self) -> JobView | None:
-        """The Job of the current attempt. This reconcile may have created the Job."""
+        """The Job of the current attempt, even if this reconcile has just created it."""
         return self.result.created_job or self.facts.current_job
 
     @property
     def is_queued(self) -> bool:
-        """Whether the Job waits in a queue: a Job with `spec.suspend` true."""
+        """Whether the Job waits in a queue. While the Job waits, a queue such as Kueue sets the Job's `spec.suspend` to true."""
         job = self.current_job
         return job is not None and job.is_suspended and not job.is_finished
 
@@ -42,16 +42,16 @@ class StatusInput:
     def is_suspended(self) -> bool:
         """Whether the user suspended the job and all pods have ended."""
         between_attempts = self.plan.situation is Situation.ENDED and self.plan.job_end is None
-        return self.facts.suspend_requested and (self.plan.situation is Situation.SUSPENDED or between_attempts)
+        return self.facts.is_suspend_requested and (self.plan.situation is Situation.SUSPENDED or between_attempts)
 
     @property
     def ready_pods(self) -> int:
-        """Number of pods that are ready."""
+        """Number of ready pods of the current attempt."""
         return sum(pod.is_ready for pod in self.facts.active_pods)
 
     @property
     def blocking_condition(self) -> BlockingCondition | None:
-        """Why pods are missing."""
+        """Why pods cannot be created or do not start, or None if nothing blocks them."""
         return self.result.blocking_condition or self.plan.blocking_condition
 
     @property
@@ -66,7 +66,7 @@ class StatusInput:
 
     @property
     def termination_message(self) -> TerminationMessage | None:
-        """Rank 0's termination message if the attempt has ended. If the job adopts an earlier result, the message of the preparation."""
+        """Rank 0's termination message if the attempt has ended, or the preparation's message if the job adopts an earlier result. Otherwise None."""
         if self.plan.attempt_end is None:
             return self.plan.preparation_message if self.adopts_result else None
         return self.plan.attempt_end.termination_message

@@ -1,17 +1,17 @@
-"""Step 4 of a reconcile: emits events, and writes the status if the status changed. There is at most one write per reconcile. During a
-burst of changes, writes that are not urgent are deferred."""
+"""Step 4 of a reconcile: if the status changed, emits events and writes the status once. During a burst of changes, writes that are not urgent
+are deferred."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 
-from finetune_api.names import Condition as Kind
+from finetune_api.names import Condition as ConditionType
 from finetune_api.names import Reason
-from finetune_api.status import FineTuneJobStatus, ResolvedConfig, prompt_part
+from finetune_api.status import FineTuneJobStatus, ResolvedConfig, select_immediate_fields
 
 from finetune_operator.blocking_conditions import all_pods_ended
-from finetune_operator.cache import Cache
+from finetune_operator.cache import JobCache
 from finetune_operator.events import EventDraft, EventRecorder, draft_events
 from finetune_operator.facts import Facts
 from finetune_operator.job_state import JobState
@@ -21,73 +21,74 @@ from finetune_operator.metrics import Metrics
 from finetune_operator.objects import FINETUNEJOB, Object
 from finetune_operator.plan import ActionResult, Plan, Situation
 from finetune_operator.policies.timeouts import seconds_between
-from finetune_operator.report import compute_status, reduced_status, without_rejected_fields
+from finetune_operator.report import compute_status, reduce_status, remove_rejected_fields
 from finetune_operator.throttle import MAX_DEFER_SECONDS, StatusThrottle
-from finetune_operator.views import JobObject, read_finetunejob
-from finetune_operator.workqueue import Key, WorkQueue
+from finetune_operator.views import FineTuneJobView, read_finetunejob
+from finetune_operator.workqueue import JobKey, WorkQueue
 
 logger = logging.getLogger(__name__)
 
 FIRST_STATUS_DEFER_SECONDS, FIRST_STATUS_RECHECK_SECONDS = MAX_DEFER_SECONDS, 1.0
-"""Maximum delay of a job's first status write during a burst of new jobs, and seconds between two checks whether the burst continues."""
+"""During a burst of new jobs: maximum delay of a job's first status write, and time between two checks whether the burst continues, in seconds."""
 START_EVENTS = (Reason.ACCEPTED, Reason.ATTEMPT_STARTED)
-"""These events may be deferred together with the first status of a job."""
+"""Reasons of events that may be deferred together with the first status of a job."""
 
 
 class StatusWriter:
-    """Writes statuses. All jobs share one instance, because bursts are detected across jobs."""
+    """Writes the statuses of all jobs. They share one instance, because a burst consists of changes of several jobs."""
 
     def __init__(
-        self, *, kube: KubeClient, cache: Cache, queue: WorkQueue, recorder: EventRecorder, metrics: Metrics, progress_seconds: float
+        self, *, kube: KubeClient, cache: JobCache, queue: WorkQueue, recorder: EventRecorder, metrics: Metrics, progress_seconds: float
     ):
         self._kube, self._cache, self._queue = kube, cache, queue
         self._recorder, self._metrics = recorder, metrics
         self._throttle = StatusThrottle(progress_seconds)
 
-    async def write(self, key: Key, facts: Facts, plan: Plan, result: ActionResult, state: JobState) -> None:
+    async def write(self, key: JobKey, facts: Facts, plan: Plan, result: ActionResult, state: JobState) -> None:
         """Compute the new status and write it. If the write is deferred, queue the job for a later reconcile instead.
 
-        Errors: Conflict if the FineTuneJob has changed since it was observed; other KubeErrors.
+        Errors: Conflict if the FineTuneJob has changed since this reconcile read it; other KubeErrors.
         """
         old_status, new_status = facts.job.status, compute_status(facts, plan, result)
         if new_status is old_status:
             return
-        old_wire, new_wire = _stored_status(facts.job, state), new_status.to_wire()
-        if old_wire == new_wire or state.pruned_write == (facts.job.resource_version, new_wire):
+        old_wire, new_status_json = _get_stored_status(facts.job, state), new_status.to_wire()
+        if old_wire == new_status_json or state.pruned_status_write == (facts.job.resource_version, new_status_json):
             state.pending_changes.transition_at = None
             return
         drafts = draft_events(old_status, new_status)
-        delay_seconds = self._delay_seconds(facts, plan, new_status, drafts, state, is_transition=prompt_part(old_wire) != prompt_part(new_wire))
+        is_transition = select_immediate_fields(old_wire) != select_immediate_fields(new_status_json)
+        delay_seconds = self._compute_delay_seconds(facts, plan, new_status, drafts, state, is_transition=is_transition)
         if delay_seconds > 0:
             self._queue.add_after(key, delay_seconds)
             return
         now = asyncio.get_running_loop().time()
         await self._recorder.emit(facts.job, drafts)
         kill_if_requested(KillPoint.BEFORE_STATUS_WRITE)
-        written_job = await self._replace_status(facts.job, new_status, new_wire, state)
+        written_job = await self._replace_status(facts.job, new_status, new_status_json, state)
         kill_if_requested(KillPoint.AFTER_STATUS_WRITE)
-        # The next interval starts when the progress was received. If it started at the write, one late write would delay all later writes.
-        received_ago = seconds_between(facts.last_report.time, facts.now) if facts.last_report else 0.0
+        # The interval until the next write starts when the progress was received. If it started at the write, a late write would delay all later ones.
+        received_ago = seconds_between(facts.last_report.received_at, facts.now) if facts.last_report else 0.0
         self._throttle.record_write(state.pending_changes, now - received_ago)
         self._cache.put_finetunejob(written_job)
         self._recorder.record_status_write(facts.job.uid)
         self._record_metrics(facts, old_status, new_status, plan)
 
-    async def _replace_status(self, job: JobObject, new_status: FineTuneJobStatus, new_wire: Object, state: JobState) -> JobObject:
-        """Write the status, whose JSON is `new_wire`. If the API server rejects it, omit values from pods, so that suspend, cancel and
-        deadlines still work."""
+    async def _replace_status(self, job: FineTuneJobView, new_status: FineTuneJobStatus, new_status_json: Object, state: JobState) -> FineTuneJobView:
+        """Write the status, whose JSON is `new_status_json`. If the API server rejects the status, write it without the values from pods, so that
+        suspend, cancel and deadlines still work."""
         try:
-            body = await self._send_status(job, new_wire)
+            body = await self._send_status(job, new_status_json)
         except Invalid as error:
             await self._report_rejection(job, error, state)
         else:
             written_job = read_finetunejob(body)
-            # The comparison of the JSON is fast. It may find a difference that has no meaning, for example a changed form of a time.
-            is_pruned = body.get("status") != new_wire and written_job.status.to_wire() != new_wire
-            state.pruned_write = (written_job.resource_version, new_wire) if is_pruned else None
-            state.stored_status = None if is_pruned else (written_job.resource_version, new_wire)
+            # The fast comparison of the JSON may find a difference without meaning, for example another form of a time. So the parsed values decide.
+            is_pruned = body.get("status") != new_status_json and written_job.status.to_wire() != new_status_json
+            state.pruned_status_write = (written_job.resource_version, new_status_json) if is_pruned else None
+            state.stored_status = None if is_pruned else (written_job.resource_version, new_status_json)
             return written_job
-        wire_without_reports = reduced_status(new_status, job.status).to_wire()
+        wire_without_reports = reduce_status(new_status, job.status).to_wire()
         if wire_without_reports == job.status.to_wire():
             return job
         try:
@@ -95,17 +96,17 @@ class StatusWriter:
         except Invalid as error:
             # A newer CRD may reject values that were stored under an older CRD.
             logger.warning("the API server also rejects the values of the stored status: %s", error)
-        minimal_status = reduced_status(new_status, FineTuneJobStatus())
+        minimal_status = reduce_status(new_status, FineTuneJobStatus())
         try:
             return read_finetunejob(await self._send_status(job, minimal_status.to_wire()))
         except Invalid as error:
             # A CRD that is older than the operator lacks some phases and conditions that the operator writes.
-            return read_finetunejob(await self._send_status(job, without_rejected_fields(minimal_status, error.message).to_wire()))
+            return read_finetunejob(await self._send_status(job, remove_rejected_fields(minimal_status, error.message).to_wire()))
 
-    async def _send_status(self, job: JobObject, status: Object) -> Object:
-        return await self._kube.replace(FINETUNEJOB, job.namespace, status_body(job, status), subresource="status")
+    async def _send_status(self, job: FineTuneJobView, status: Object) -> Object:
+        return await self._kube.replace(FINETUNEJOB, job.namespace, build_status_body(job, status), subresource="status")
 
-    async def _report_rejection(self, job: JobObject, error: Invalid, state: JobState) -> None:
+    async def _report_rejection(self, job: FineTuneJobView, error: Invalid, state: JobState) -> None:
         if error.message == state.status_rejection:
             return
         state.status_rejection = error.message
@@ -113,22 +114,24 @@ class StatusWriter:
         text = f"the API server rejects the status; the operator writes it without the values from the pods: {error.message}"
         await self._recorder.emit(job, [EventDraft(Reason.STATUS_REJECTED, text, "Warning", "Report")])
 
-    def _delay_seconds(
+    def _compute_delay_seconds(
         self, facts: Facts, plan: Plan, new_status: FineTuneJobStatus, drafts: list[EventDraft], state: JobState, *, is_transition: bool
     ) -> float:
-        """Return the seconds to wait before the write. If the result is not positive, the status must be written now."""
-        now = asyncio.get_running_loop().time()
+        """Return the seconds to wait before the write. If the result is 0 or negative, the status must be written now."""
+        now, is_update_burst = asyncio.get_running_loop().time(), self._queue.is_update_burst
         if not is_transition:
-            return self._throttle.progress_delay(state.pending_changes, now, 0.0 if new_status.steps_done else MAX_DEFER_SECONDS)
+            burst_seconds = 0.0 if new_status.steps_done else MAX_DEFER_SECONDS
+            return self._throttle.compute_progress_delay(state.pending_changes, now, burst_seconds, is_update_burst=is_update_burst)
         if may_defer(plan, facts.job.status, new_status, drafts):
-            return self._throttle.transition_delay(state.pending_changes, pods_ended=all_pods_ended(facts), now=now)
+            pods_ended = all_pods_ended(facts)
+            return self._throttle.compute_transition_delay(state.pending_changes, pods_ended=pods_ended, now=now, is_update_burst=is_update_burst)
         return 0.0
 
-    def defer_first_status(self, key: Key, state: JobState) -> bool:
-        """Defer the first status of a new job if other FineTuneJobs wait for their Jobs. Returns False if no other FineTuneJob waits."""
+    def defer_first_status(self, key: JobKey, state: JobState) -> bool:
+        """Defer the first status of a new job if other FineTuneJobs wait for their Jobs. Returns whether the status is deferred."""
         if self._queue.is_burst:
             now = asyncio.get_running_loop().time()
-            state.first_status_due = now + FIRST_STATUS_DEFER_SECONDS
+            state.first_status_due_at = now + FIRST_STATUS_DEFER_SECONDS
             state.pending_changes.created_at = now
             self._queue.add_after(key, FIRST_STATUS_RECHECK_SECONDS)
         elif len(self._queue):
@@ -137,22 +140,22 @@ class StatusWriter:
             return False
         return True
 
-    def is_first_status_deferred(self, key: Key, state: JobState | None) -> bool:
-        """Whether this reconcile can be skipped: the job's first status write is deferred, and the burst continues or the job has no pods."""
-        if state is None or state.first_status_due is None:
+    def is_first_status_deferred(self, key: JobKey, state: JobState | None) -> bool:
+        """Whether this reconcile can be skipped: the job's first status write is deferred, and the burst continues or the job still has no pods."""
+        if state is None or state.first_status_due_at is None:
             return False
         now, entry = asyncio.get_running_loop().time(), self._cache.get(key)
         job = entry.finetunejob
         is_unchanged = job is not None and not job.is_deleting and (job.uid, job.generation) == (state.uid, state.generation)
         can_wait = self._queue.is_burst or not entry.pods
-        if not is_unchanged or not can_wait or now >= state.first_status_due:
-            state.first_status_due = None
+        if not is_unchanged or not can_wait or now >= state.first_status_due_at:
+            state.first_status_due_at = None
             return False
-        self._queue.add_after(key, min(FIRST_STATUS_RECHECK_SECONDS, state.first_status_due - now))
+        self._queue.add_after(key, min(FIRST_STATUS_RECHECK_SECONDS, state.first_status_due_at - now))
         return True
 
     def drop_state(self, uid: str) -> None:
-        """Drop the state of a deleted job."""
+        """Drop what is stored about a deleted job."""
         self._recorder.record_status_write(uid)
 
     def _record_metrics(self, facts: Facts, old_status: FineTuneJobStatus, new_status: FineTuneJobStatus, plan: Plan) -> None:
@@ -170,7 +173,7 @@ class StatusWriter:
         if plan.job_end is not None:
             self._metrics.jobs_finished.labels(plan.job_end.outcome.value).inc()
             logger.info("%s: %s", plan.job_end.outcome.value, plan.job_end.reason)
-        new_quota, old_quota = new_status.condition(Kind.QUOTA_RESERVED), old_status.condition(Kind.QUOTA_RESERVED)
+        new_quota, old_quota = new_status.condition(ConditionType.QUOTA_RESERVED), old_status.condition(ConditionType.QUOTA_RESERVED)
         if new_quota is not None and old_quota is not None and (old_quota.status, new_quota.status) == ("False", "True"):
             admitted_at = new_quota.last_transition_time or facts.now
             self._metrics.quota_wait.observe(seconds_between(old_quota.last_transition_time, admitted_at))
@@ -178,8 +181,8 @@ class StatusWriter:
             self._metrics.time_to_running.observe((facts.now - facts.job.created_at).total_seconds())
 
 
-def _stored_status(job: JobObject, state: JobState) -> Object:
-    """Return the JSON of the job's stored status. It is kept, because several reconciles see the same version of the job."""
+def _get_stored_status(job: FineTuneJobView, state: JobState) -> Object:
+    """Return the JSON of the job's stored status. It is computed once per version of the job, because several reconciles see the same version."""
     if state.stored_status is None or state.stored_status[0] != job.resource_version:
         state.stored_status = (job.resource_version, job.status.to_wire())
     return state.stored_status[1]
@@ -188,15 +191,15 @@ def _stored_status(job: JobObject, state: JobState) -> Object:
 def may_defer(plan: Plan, old_status: FineTuneJobStatus, new_status: FineTuneJobStatus, drafts: list[EventDraft]) -> bool:
     """Whether a transition may be deferred and written together with the next transition.
 
-    A transition may be deferred if no attempt ends, all new events are in `START_EVENTS`, and no step is done. A change of the running time
-    is written at once, because the deadline is computed from the running time.
+    A transition may be deferred if no attempt ends, the reasons of all new events are in `START_EVENTS`, and no step is done yet. A change of the
+    running time is written at once, because the deadline is computed from it.
     """
     needs_event = any(draft.reason not in START_EVENTS for draft in drafts)
     ends_period = plan.situation is not Situation.ACTIVE or plan.termination or old_status.active_seconds != new_status.active_seconds
     return not needs_event and not new_status.steps_done and not ends_period
 
 
-def status_body(job: JobObject, status: Object) -> Object:
+def build_status_body(job: FineTuneJobView, status: Object) -> Object:
     """Return the request body of a status write. The server rejects the write if the job's resourceVersion has changed."""
     return {
         "apiVersion": FINETUNEJOB.api_version,

@@ -1,4 +1,4 @@
-"""Makes text from users and other programs safe to show. Masks secrets, removes control characters and limits the length."""
+"""Makes text from users and other programs safe to show: masks secrets, removes control characters and limits the length."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ REDACTED_TEXT = "[redacted]"
 
 
 def clean(text: str, limit: int = MAX_MESSAGE_CHARACTERS) -> str:
-    """Mask secrets and cut the text to `limit` characters. All users who may read the FineTuneJob can see the result."""
+    """Return the text with masked secrets and at most `limit` characters. All users who may read the FineTuneJob can see the result."""
     return _clean_and_cache(text[: limit * 4], limit)
 
 
@@ -20,7 +20,7 @@ def clean(text: str, limit: int = MAX_MESSAGE_CHARACTERS) -> str:
 def _clean_and_cache(text: str, limit: int) -> str:
     """Return the result of `clean`. Results are cached, because a status repeats the same messages at each reconcile.
 
-    The cache must not hold whole texts of other programs, which may be long, so `text` is already cut.
+    `clean` cuts the text before this call, so that the cache does not hold long texts of other programs.
     """
     text = "".join(c if c.isprintable() or c == "\n" else " " for c in text).strip()
     text = redact_all(text, REDACTED_TEXT)

@@ -1,7 +1,7 @@
 """Small immutable views of the objects that the operator watches, read from their JSON.
 
-The cache holds thousands of objects, so it keeps only these views. A Job's template contains the whole run configuration, and a pod's
-managed fields are longer than its status. If an object cannot be read, the result is None and no error is raised.
+The cache holds thousands of objects, so it keeps only these views instead of the whole objects: a Job's template contains the whole run
+configuration, and a pod's managed fields are longer than its status. A Job or pod that the operator did not create has no view.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from finetune_api.names import (
     TRAINER_CONTAINER,
     Annotation,
     Label,
-    preparation_of_job_name,
+    parse_preparation_number,
 )
 from finetune_api.pod import TerminationMessage
 from finetune_api.status import FineTuneJobStatus
@@ -33,7 +33,7 @@ INDEX_ANNOTATION = "batch.kubernetes.io/job-completion-index"
 JOB_NAME_LABEL = "batch.kubernetes.io/job-name"
 INITIALIZING_REASON = "PodInitializing"
 GATED_REASON = "SchedulingGated"
-MAX_TEXT = 2048
+MAX_TEXT_CHARACTERS = 2048
 """Maximum length of a message in characters. Longer messages are cut."""
 
 
@@ -47,8 +47,8 @@ class JobView:
     version: int
     owner_uid: str
     is_owned: bool
-    """Whether the Job's controller is a FineTuneJob. If the controller is another object, or the Job has none, `owner_uid` comes from a label."""
-    job_name: str
+    """Whether the Job's controller is a FineTuneJob. If not, `owner_uid` comes from a label."""
+    finetunejob_name: str
     """Name of the FineTuneJob, from the label."""
     attempt: int
     created_at: datetime
@@ -56,24 +56,24 @@ class JobView:
     is_suspended: bool = False
     """`spec.suspend` of the Job. A suspended Job waits in a queue."""
     suspended_since: datetime | None = None
-    """Transition time of the Job's Suspended condition. The condition disappears shortly after the queue has resumed the Job."""
+    """When the queue suspended the Job, or None. The Job's Suspended condition still shows this time shortly after the queue has resumed the Job."""
     queue: str | None = None
     started_at: datetime | None = None
     completed_at: datetime | None = None
     failed_at: datetime | None = None
     failed_reason: str = ""
     failed_message: str = ""
-    nodes: int = 0
+    pod_count: int = 0
     """Number of pods (`spec.completions`), or 0 if the number is unknown."""
     config_sha256: str = ""
     attempt_secret_name: str = ""
-    """Name of the Secret that the pods mount, or an empty string: Jobs of older operators have none."""
+    """Name of the attempt's Secret, or an empty string if the attempt has none."""
     network_policy_name: str = ""
-    """Name of the NetworkPolicy of the attempt, or an empty string."""
+    """Name of the attempt's NetworkPolicy, or an empty string if the attempt has none."""
 
     @property
     def is_finished(self) -> bool:
-        """Whether the Job succeeded or failed. The Job controller reports this after the last pod has ended."""
+        """Whether the Job controller reports that the Job succeeded or failed. It does so after the last pod has ended."""
         return self.completed_at is not None or self.failed_at is not None
 
 
@@ -100,7 +100,7 @@ class PodView:
     """uid of the Job that owns the pod, or an empty string."""
     owner_uid: str
     """uid of the FineTuneJob, from the label."""
-    job_name: str
+    finetunejob_name: str
     attempt: int
     completion_index: int
     created_at: datetime
@@ -111,7 +111,7 @@ class PodView:
     deletion_timestamp: datetime | None = None
     """`metadata.deletionTimestamp`: when the pod's grace period ends, or None if the pod is not being deleted."""
     removed_at: datetime | None = None
-    """When this process learned that the pod no longer exists; None while it exists."""
+    """When this process learned that the pod no longer exists, or None while the pod exists."""
     reason: str = ""
     message: str = ""
     scheduled_at: datetime | None = None
@@ -126,7 +126,7 @@ class PodView:
     disruption_message: str = ""
     terminated: TerminatedState | None = None
     init_failure_message: str = ""
-    """A message about a failed init container, of the cache of models or of an admission webhook."""
+    """A message about a failed init container, or an empty string. The operator (for the model cache) or an admission webhook adds such containers."""
     image_id: str = ""
     is_deleted: bool = False
     """Whether the pod was deleted. The other fields then contain its last known state."""
@@ -138,12 +138,12 @@ class PodView:
 
     @property
     def termination_message(self) -> TerminationMessage | None:
-        """The termination message of the trainer, or None if the container wrote no such message."""
+        """The trainer's termination message, or None if the trainer has written none."""
         return read_termination_message(self.terminated.message) if self.terminated else None
 
 
 @dataclass(frozen=True)
-class JobObject:
+class FineTuneJobView:
     """A FineTuneJob: the metadata that the operator uses, the spec as the user wrote it, and the status."""
 
     namespace: str
@@ -163,14 +163,14 @@ def parse_time(text: Any) -> datetime | None:
     if not isinstance(text, str):
         return None
     try:
-        moment = datetime.fromisoformat(text.replace("Z", "+00:00"))
+        time = datetime.fromisoformat(text.replace("Z", "+00:00"))
     except ValueError:
         return None
-    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+    return time if time.tzinfo else time.replace(tzinfo=UTC)
 
 
 def read_status(raw_status: Any) -> FineTuneJobStatus:
-    """Read a status. Fields and list items that cannot be read are dropped. All other values are kept."""
+    """Read the status of a FineTuneJob. Fields and list items that cannot be read are dropped."""
     try:
         return FineTuneJobStatus.model_validate(raw_status if isinstance(raw_status, dict) else {})
     except ValidationError as error:
@@ -178,18 +178,18 @@ def read_status(raw_status: Any) -> FineTuneJobStatus:
         return FineTuneJobStatus()
 
 
-def read_finetunejob(body: Object) -> JobObject:
+def read_finetunejob(body: Object) -> FineTuneJobView:
     """Return the view of a FineTuneJob."""
-    meta = body["metadata"]
-    return JobObject(
-        namespace=meta["namespace"],
-        name=meta["name"],
-        uid=meta["uid"],
-        version=_parse_version(meta),
-        resource_version=str(meta.get("resourceVersion", "")),
-        generation=int(meta.get("generation", 1)),
-        created_at=parse_time(meta.get("creationTimestamp")) or datetime.now(UTC),
-        is_deleting=bool(meta.get("deletionTimestamp")),
+    metadata = body["metadata"]
+    return FineTuneJobView(
+        namespace=metadata["namespace"],
+        name=metadata["name"],
+        uid=metadata["uid"],
+        version=_parse_version(metadata),
+        resource_version=str(metadata.get("resourceVersion", "")),
+        generation=int(metadata.get("generation", 1)),
+        created_at=parse_time(metadata.get("creationTimestamp")) or datetime.now(UTC),
+        is_deleting=bool(metadata.get("deletionTimestamp")),
         spec=body.get("spec") or {},
         status=read_status(body.get("status")),
     )
@@ -197,43 +197,43 @@ def read_finetunejob(body: Object) -> JobObject:
 
 def read_job(body: Object) -> JobView | None:
     """Return the view of a Job, or None if the Job neither has the operator's labels nor is controlled by a FineTuneJob."""
-    meta = body["metadata"]
-    labels, annotations = meta.get("labels") or {}, meta.get("annotations") or {}
-    identity = _identity_from_labels(labels) or _identity_from_owner(meta)
+    metadata = body["metadata"]
+    labels, annotations = metadata.get("labels") or {}, metadata.get("annotations") or {}
+    identity = _read_identity_from_labels(labels) or _read_identity_from_owner(metadata)
     if identity is None:
         return None
-    job_name, attempt = identity
+    finetunejob_name, attempt = identity
     status, spec = body.get("status") or {}, body.get("spec") or {}
-    owner_uid = _controller_uid(meta, KIND)
+    owner_uid = _find_controller_uid(metadata, KIND)
     conditions = {c.get("type"): c for c in status.get("conditions") or [] if c.get("status") == "True"}
     failed_condition = conditions.get("Failed", {})
     return JobView(
-        namespace=meta["namespace"],
-        name=meta["name"],
-        uid=meta["uid"],
-        version=_parse_version(meta),
+        namespace=metadata["namespace"],
+        name=metadata["name"],
+        uid=metadata["uid"],
+        version=_parse_version(metadata),
         owner_uid=owner_uid or str(labels.get(Label.JOB_UID, "")),
         is_owned=owner_uid is not None,
-        job_name=job_name,
+        finetunejob_name=finetunejob_name,
         attempt=attempt,
-        created_at=parse_time(meta.get("creationTimestamp")) or datetime.now(UTC),
-        is_deleting=bool(meta.get("deletionTimestamp")),
+        created_at=parse_time(metadata.get("creationTimestamp")) or datetime.now(UTC),
+        is_deleting=bool(metadata.get("deletionTimestamp")),
         is_suspended=bool(spec.get("suspend")),
-        suspended_since=_transition_time(conditions.get("Suspended")),
+        suspended_since=_read_transition_time(conditions.get("Suspended")),
         queue=labels.get(Label.QUEUE),
         started_at=parse_time(status.get("startTime")),
-        completed_at=_transition_time(conditions.get("Complete")),
-        failed_at=_transition_time(failed_condition),
+        completed_at=_read_transition_time(conditions.get("Complete")),
+        failed_at=_read_transition_time(failed_condition),
         failed_reason=str(failed_condition.get("reason", "")),
-        failed_message=str(failed_condition.get("message", ""))[:MAX_TEXT],
-        nodes=_parse_number(spec.get("completions")) or 0,
+        failed_message=str(failed_condition.get("message", ""))[:MAX_TEXT_CHARACTERS],
+        pod_count=_parse_number(spec.get("completions")) or 0,
         config_sha256=str(annotations.get(Annotation.RUN_CONFIG_SHA256, "")),
         attempt_secret_name=str(annotations.get(Annotation.ATTEMPT_SECRET, "")),
         network_policy_name=str(annotations.get(Annotation.NETWORK_POLICY, "")),
     )
 
 
-def _identity_from_labels(labels: Object) -> tuple[str, int] | None:
+def _read_identity_from_labels(labels: Object) -> tuple[str, int] | None:
     """Read the name of the FineTuneJob and the number of the attempt from the labels."""
     attempt = _parse_number(labels.get(Label.ATTEMPT))
     if labels.get(Label.MANAGED_BY) != MANAGER_NAME or not labels.get(Label.JOB_NAME) or attempt is None:
@@ -241,73 +241,73 @@ def _identity_from_labels(labels: Object) -> tuple[str, int] | None:
     return str(labels[Label.JOB_NAME]), attempt
 
 
-def _identity_from_owner(meta: Object) -> tuple[str, int] | None:
-    """Read the FineTuneJob's name and the attempt from the controller and the Job's name. Used if a Job has lost its labels.
+def _read_identity_from_owner(metadata: Object) -> tuple[str, int] | None:
+    """Read the FineTuneJob's name and the number of the attempt from the controller and the Job's name.
 
-    Without this function, the operator would create a second Job for the same attempt.
+    This is needed for a Job that has lost its labels: the operator would otherwise create a second Job for the same attempt.
     """
-    owners = meta.get("ownerReferences") or []
+    owners = metadata.get("ownerReferences") or []
     owner = next((str(o.get("name")) for o in owners if o.get("kind") == KIND and o.get("controller")), "")
-    if owner and preparation_of_job_name(str(meta["name"]), owner) is not None:
+    if owner and parse_preparation_number(str(metadata["name"]), owner) is not None:
         return owner, 0
-    name, _, number = str(meta["name"]).rpartition("-")
+    name, _, number = str(metadata["name"]).rpartition("-")
     return (owner, int(number)) if owner and name == owner and number.isdigit() else None
 
 
 def read_pod(body: Object) -> PodView | None:
     """Return the view of a pod, or None if the pod lacks the operator's labels."""
-    meta = body["metadata"]
-    labels, annotations = meta.get("labels") or {}, meta.get("annotations") or {}
+    metadata = body["metadata"]
+    labels, annotations = metadata.get("labels") or {}, metadata.get("annotations") or {}
     attempt = _parse_number(labels.get(Label.ATTEMPT))
     if labels.get(Label.MANAGED_BY) != MANAGER_NAME or not labels.get(Label.JOB_NAME) or attempt is None:
         return None
     status = body.get("status") or {}
     conditions = {c.get("type"): c for c in status.get("conditions") or []}
-    container_status = _trainer_status(status)
+    container_status = _find_trainer_status(status)
     state = container_status.get("state") or {}
-    waiting_state, disruption_target = _waiting_state(status, state), conditions.get("DisruptionTarget", {})
+    waiting_state, disruption_target = _find_waiting_state(status, state), conditions.get("DisruptionTarget", {})
     is_disrupted = disruption_target.get("status") == "True"
     scheduled_condition = conditions.get("PodScheduled", {})
     is_unschedulable = scheduled_condition.get("status") == "False" and scheduled_condition.get("reason") in ("Unschedulable", GATED_REASON)
     return PodView(
-        namespace=meta["namespace"],
-        name=meta["name"],
-        uid=meta["uid"],
-        version=_parse_version(meta),
-        job_uid=_controller_uid(meta, "Job") or "",
+        namespace=metadata["namespace"],
+        name=metadata["name"],
+        uid=metadata["uid"],
+        version=_parse_version(metadata),
+        job_uid=_find_controller_uid(metadata, "Job") or "",
         owner_uid=str(labels.get(Label.JOB_UID, "")),
-        job_name=labels[Label.JOB_NAME],
+        finetunejob_name=labels[Label.JOB_NAME],
         attempt=attempt,
         completion_index=_parse_number(annotations.get(INDEX_ANNOTATION) or labels.get(INDEX_ANNOTATION)) or 0,
-        created_at=parse_time(meta.get("creationTimestamp")) or datetime.now(UTC),
+        created_at=parse_time(metadata.get("creationTimestamp")) or datetime.now(UTC),
         phase=str(status.get("phase", "Pending")),
         is_ready=conditions.get("Ready", {}).get("status") == "True",
         ip=str(status.get("podIP", "")),
         node=str((body.get("spec") or {}).get("nodeName", "")),
-        deletion_timestamp=parse_time(meta.get("deletionTimestamp")),
+        deletion_timestamp=parse_time(metadata.get("deletionTimestamp")),
         reason=str(status.get("reason", "")),
-        message=str(status.get("message", ""))[:MAX_TEXT],
-        scheduled_at=_transition_time(scheduled_condition) if scheduled_condition.get("status") == "True" else None,
-        unschedulable_message=_unschedulable_message(body, scheduled_condition)[:MAX_TEXT] if is_unschedulable else "",
+        message=str(status.get("message", ""))[:MAX_TEXT_CHARACTERS],
+        scheduled_at=_read_transition_time(scheduled_condition) if scheduled_condition.get("status") == "True" else None,
+        unschedulable_message=_build_unschedulable_message(body, scheduled_condition)[:MAX_TEXT_CHARACTERS] if is_unschedulable else "",
         waiting_reason=str(waiting_state.get("reason", "")),
-        waiting_message=str(waiting_state.get("message", ""))[:MAX_TEXT],
+        waiting_message=str(waiting_state.get("message", ""))[:MAX_TEXT_CHARACTERS],
         running_since=parse_time((state.get("running") or {}).get("startedAt")),
         disruption_reason=str(disruption_target.get("reason", "") or "DisruptionTarget") if is_disrupted else "",
-        disruption_message=str(disruption_target.get("message", ""))[:MAX_TEXT] if is_disrupted else "",
+        disruption_message=str(disruption_target.get("message", ""))[:MAX_TEXT_CHARACTERS] if is_disrupted else "",
         terminated=_read_terminated_state(state.get("terminated")),
-        init_failure_message=_init_failure_message(status)[:MAX_TEXT],
+        init_failure_message=_describe_init_failure(status)[:MAX_TEXT_CHARACTERS],
         image_id=str(container_status.get("imageID", "")),
     )
 
 
-def _trainer_status(status: Object) -> Object:
-    """Find the trainer container's status by name, because admission webhooks may add other containers."""
+def _find_trainer_status(status: Object) -> Object:
+    """Return the status of the trainer container. It is found by name, because admission webhooks may add other containers."""
     containers: list[Object] = status.get("containerStatuses") or [{}]
     return next((container for container in containers if container.get("name") == TRAINER_CONTAINER), containers[0])
 
 
-def _waiting_state(status: Object, state: Object) -> Object:
-    """Return the waiting state of the trainer container. While init containers run, return their first waiting state."""
+def _find_waiting_state(status: Object, state: Object) -> Object:
+    """Return why the trainer container waits. While init containers have not ended, return why the first of them waits."""
     trainer_waiting: Object = state.get("waiting") or {}
     if trainer_waiting.get("reason") != INITIALIZING_REASON:
         return trainer_waiting
@@ -318,7 +318,7 @@ def _waiting_state(status: Object, state: Object) -> Object:
     return next((state for state in states if state.get("reason") not in (None, INITIALIZING_REASON)), trainer_waiting)
 
 
-def _init_failure_message(status: Object) -> str:
+def _describe_init_failure(status: Object) -> str:
     for init in status.get("initContainerStatuses") or []:
         terminated_state = (init.get("state") or {}).get("terminated") or {}
         code = _parse_number(terminated_state.get("exitCode"))
@@ -328,13 +328,13 @@ def _init_failure_message(status: Object) -> str:
     return ""
 
 
-def _unschedulable_message(body: Object, scheduled_condition: Object) -> str:
+def _build_unschedulable_message(body: Object, scheduled_condition: Object) -> str:
     """Return the scheduler's message, followed by the names of the pod's scheduling gates."""
     gate_names = [str(gate.get("name")) for gate in (body.get("spec") or {}).get("schedulingGates") or []]
     return str(scheduled_condition.get("message", "")) + (f" ({', '.join(gate_names)})" if gate_names else "")
 
 
-def as_deleted(pod: PodView) -> PodView:
+def mark_deleted(pod: PodView) -> PodView:
     """Return the last known state of a pod, marked as deleted."""
     return replace(pod, is_deleted=True, is_ready=False, removed_at=pod.removed_at or datetime.now(UTC))
 
@@ -351,19 +351,19 @@ def _read_terminated_state(value: Object | None) -> TerminatedState | None:
     )
 
 
-def _transition_time(condition: Object | None) -> datetime | None:
+def _read_transition_time(condition: Object | None) -> datetime | None:
     if not condition:
         return None
     return parse_time(condition.get("lastTransitionTime")) or datetime.now(UTC)
 
 
-def _controller_uid(meta: Object, kind: str) -> str | None:
-    owners = meta.get("ownerReferences") or []
+def _find_controller_uid(metadata: Object, kind: str) -> str | None:
+    owners = metadata.get("ownerReferences") or []
     return next((o.get("uid") for o in owners if o.get("kind") == kind and o.get("controller")), None)
 
 
-def _parse_version(meta: Object) -> int:
-    return _parse_number(meta.get("resourceVersion")) or 0
+def _parse_version(metadata: Object) -> int:
+    return _parse_number(metadata.get("resourceVersion")) or 0
 
 
 def _parse_number(value: Any) -> int | None:

@@ -1,8 +1,10 @@
 """Handles changes of objects before kopf reads them from its watch streams.
 
-For each event, kopf creates or wakes a task of the object, three loggers and two causes. In a burst of jobs, this took a third of the operator's
-CPU time, and each task held the body of its last event. The operator's handlers only update the cache, so they need none of this.
-kopf still lists and watches. It reads a bookmark instead of handled changes, so it continues an interrupted watch at the right version.
+For each event, kopf wakes or creates a task for the object, and creates three loggers and two `Cause` objects. In a burst of jobs, this
+took a third of the operator's CPU time, and each task held the body of its last event. The operator's handlers only update the cache, so
+they need none of this.
+
+kopf still lists and watches. It reads a bookmark in place of the handled changes, so it continues an interrupted watch at the right version.
 Deletions and all other events go to kopf unchanged, because a deletion must be handled after the object's event from kopf's list.
 """
 
@@ -22,17 +24,17 @@ logger = logging.getLogger(__name__)
 
 ChangeHandler = Callable[[str, Object], None]
 """Handles one change. Arguments: `ADDED` or `MODIFIED`, and the object."""
-CHANGES = ("ADDED", "MODIFIED")
+CHANGE_TYPES = ("ADDED", "MODIFIED")
 
 
 class WatchResponse(aiohttp.ClientResponse):
-    """A response to a request of kopf. If it is a watch of a collection in `handlers`, its changes go to that handler."""
+    """A response to a request of kopf. If kopf watches a resource that has an entry in `handlers`, the changes go to this handler."""
 
     handlers: ClassVar[Mapping[str, ChangeHandler]] = {}
     """Handlers by the plural of their resource."""
 
     async def start(self, connection: Any) -> aiohttp.ClientResponse:
-        """Read the headers. aiohttp calls this once."""
+        """Read the headers and, if the response is a watch, replace its content by a `WatchStream`. aiohttp calls this once."""
         await super().start(connection)
         handler = self.handlers.get(self.url.name)
         if handler is not None and self.status == 200 and self.url.query.get("watch") == "true":
@@ -40,8 +42,8 @@ class WatchResponse(aiohttp.ClientResponse):
         return self
 
 
-def response_class(handlers: Mapping[str, ChangeHandler]) -> type[WatchResponse]:
-    """Return the class of responses for a session of kopf."""
+def build_response_class(handlers: Mapping[str, ChangeHandler]) -> type[WatchResponse]:
+    """Return a class of responses with these handlers, for an HTTP session of kopf."""
     return type("WatchResponse", (WatchResponse,), {"handlers": handlers})
 
 
@@ -54,11 +56,11 @@ class WatchStream:
         self._incomplete_line = b""
 
     def __getattr__(self, name: str) -> Any:
-        """Everything else, for example whether the connection has failed, comes from the original content."""
+        """Return all other attributes, for example the error of a failed connection, from the original content."""
         return getattr(self._content, name)
 
     def iter_chunked(self, size: int) -> WatchStream:
-        """Return the stream in chunks. kopf reads watches only with this function."""
+        """Return the stream, which is read in chunks of at most `size` bytes. kopf reads watches only with this method."""
         self._chunks = self._content.iter_chunked(size)
         return self
 
@@ -67,37 +69,37 @@ class WatchStream:
 
     async def __anext__(self) -> bytes:
         while True:
-            data = await anext(self._chunks)
-            *lines, self._incomplete_line = (self._incomplete_line + data).split(b"\n")
+            received_bytes = await anext(self._chunks)
+            *lines, self._incomplete_line = (self._incomplete_line + received_bytes).split(b"\n")
             if lines:
                 return b"".join(line + b"\n" for line in self._replace_handled(lines))
 
     def _replace_handled(self, lines: list[bytes]) -> Iterator[bytes]:
-        """Handle the changes in `lines`. Yield the lines for kopf: one bookmark for all changes in a row, and the other lines."""
+        """Handle the changes in `lines`. Yield the lines for kopf: one bookmark for each sequence of handled changes, and all other lines unchanged."""
         version = None
         for line in lines:
             handled_version = self._handle_change(line)
             if handled_version is None:
-                yield from _bookmarks(version)
+                yield from _yield_bookmarks(version)
                 yield line
             version = handled_version
-        yield from _bookmarks(version)
+        yield from _yield_bookmarks(version)
 
     def _handle_change(self, line: bytes) -> str | None:
         """Handle the event in `line` and return its resourceVersion, or None if kopf must handle the event."""
         try:
             event = from_json(line)
-            if event["type"] not in CHANGES:
+            if event["type"] not in CHANGE_TYPES:
                 return None
             version = str(event["object"]["metadata"]["resourceVersion"])
             self._handler(event["type"], event["object"])
         except Exception:
-            # kopf calls the same handler again and logs its error, like that of any handler. The watch continues.
+            # kopf calls the same handler again and logs its error, as for any handler. The watch continues.
             logger.debug("the event goes to kopf", exc_info=True)
             return None
         return version
 
 
-def _bookmarks(version: str | None) -> Iterator[bytes]:
+def _yield_bookmarks(version: str | None) -> Iterator[bytes]:
     if version is not None:
         yield json.dumps({"type": "BOOKMARK", "object": {"metadata": {"resourceVersion": version}}}).encode()

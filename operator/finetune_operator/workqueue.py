@@ -1,13 +1,12 @@
 """A work queue with the semantics of client-go: only one worker handles a key at a time, and no added key is lost.
 
-If a key is already queued, adding it again changes nothing. If a key is added while a worker handles it, the key is queued again later.
+If a key is already queued, adding it again changes nothing. If a key is added while a worker handles it, it is queued again afterwards.
 The pause after a failure doubles with each failure in a row. If `add_after` is called several times for a key, the earliest time is used.
 
 Namespaces take turns: a namespace with thousands of queued jobs does not delay the jobs of other namespaces.
 
-Updates of Jobs and pods are added with `add_update`. During a burst of updates, they wait for two seconds, so that one reconcile handles several.
-
-Workers take high-priority keys first. So in a burst of new jobs, all Jobs are created before statuses are updated. After several
+A changed Job or pod adds its key with `add_update`. During a burst of such updates, a key waits for two seconds, so that one reconcile handles
+several updates. Workers take high-priority keys first, so in a burst of new jobs, all Jobs are created before statuses are updated. After several
 high-priority keys in a row, a worker takes one key with normal priority.
 """
 
@@ -22,13 +21,13 @@ from typing import NamedTuple
 from finetune_operator.throttle import BurstDetector
 
 FIRST_BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS = 0.005, 300.0
-HIGH_PRIORITY_IN_A_ROW = 7
+MAX_HIGH_PRIORITY_IN_A_ROW = 7
 """After this many high-priority keys in a row, a worker takes one key with normal priority."""
 UPDATE_DELAY_SECONDS = 2.0
-"""During a burst of updates, an updated key waits this long. The pod and the Job of a training change several times within seconds."""
+"""Seconds that a key waits during a burst of updates. The pods and the Job of an attempt change several times within seconds."""
 
 
-class Key(NamedTuple):
+class JobKey(NamedTuple):
     """Namespace and name of a FineTuneJob."""
 
     namespace: str
@@ -39,18 +38,18 @@ class Key(NamedTuple):
 
 
 class FairQueue:
-    """Queue in which namespaces take turns. The keys of one namespace leave the queue in the order in which they were added."""
+    """Queue in which namespaces take turns. Keys of the same namespace leave the queue in the order in which they were added."""
 
     def __init__(self) -> None:
-        self._keys_by_namespace: OrderedDict[str, deque[Key]] = OrderedDict()
+        self._keys_by_namespace: OrderedDict[str, deque[JobKey]] = OrderedDict()
         self._count = 0
 
-    def append(self, key: Key) -> None:
-        """Add a key behind the other keys of its namespace. A namespace without keys takes its turn after the other namespaces."""
+    def append(self, key: JobKey) -> None:
+        """Add a key after the other keys of its namespace. If the namespace had no keys, its turn comes after the other namespaces."""
         self._keys_by_namespace.setdefault(key.namespace, deque()).append(key)
         self._count += 1
 
-    def popleft(self) -> Key:
+    def popleft(self) -> JobKey:
         """Remove and return the first key of the namespace whose turn it is."""
         namespace, keys = self._keys_by_namespace.popitem(last=False)
         key = keys.popleft()
@@ -78,19 +77,19 @@ class WorkQueue:
         self._high_priority_in_a_row = 0
         self._burst = BurstDetector()
         self._update_burst = BurstDetector()
-        self._waiting_since: dict[Key, float] = {}
-        self._working_since: dict[Key, float] = {}
-        self._added_while_working: set[Key] = set()
-        self._due: dict[Key, float] = {}
-        self._heap: list[tuple[float, Key]] = []
-        self._failures: dict[Key, int] = {}
+        self._waiting_since: dict[JobKey, float] = {}
+        self._working_since: dict[JobKey, float] = {}
+        self._added_while_working: set[JobKey] = set()
+        self._due_times: dict[JobKey, float] = {}
+        self._heap: list[tuple[float, JobKey]] = []
+        self._failures: dict[JobKey, int] = {}
         self._waiters: deque[asyncio.Future[None]] = deque()
         """One future for each idle worker, in the order in which the workers became idle."""
         self._timer: asyncio.TimerHandle | None = None
         """Fires when the earliest delayed key is due, at `_timer_due_at`."""
         self._timer_due_at: float | None = None
 
-    def add(self, key: Key) -> None:
+    def add(self, key: JobKey) -> None:
         """Queue `key` for the next free worker."""
         if key in self._working_since:
             self._added_while_working.add(key)
@@ -99,7 +98,7 @@ class WorkQueue:
             self._ready.append(key)
             self._wake_worker()
 
-    def add_high_priority(self, key: Key) -> None:
+    def add_high_priority(self, key: JobKey) -> None:
         """Queue `key` before all keys with normal priority."""
         if key not in self._working_since and key not in self._waiting_since:
             self._waiting_since[key] = self._clock()
@@ -108,27 +107,31 @@ class WorkQueue:
         else:
             self.add(key)
 
-    def add_update(self, key: Key) -> None:
+    @property
+    def is_update_burst(self) -> bool:
+        """Whether many Jobs and pods have changed during the last seconds."""
+        return self._update_burst.is_active(self._clock())
+
+    def add_update(self, key: JobKey) -> None:
         """Queue `key` because one of its objects has changed. During a burst of such changes, the key is queued after a short delay."""
-        now = self._clock()
-        self._update_burst.record(now)
-        if self._update_burst.is_active(now):
+        self._update_burst.record(self._clock())
+        if self.is_update_burst:
             self.add_after(key, UPDATE_DELAY_SECONDS)
         else:
             self.add(key)
 
-    def add_after(self, key: Key, seconds: float) -> None:
+    def add_after(self, key: JobKey, seconds: float) -> None:
         """Queue `key` after a delay. If `key` is already due earlier, the call changes nothing."""
         if seconds <= 0:
             self.add(key)
             return
         due_at = self._clock() + seconds
-        if due_at < self._due.get(key, float("inf")):
-            self._due[key] = due_at
+        if due_at < self._due_times.get(key, float("inf")):
+            self._due_times[key] = due_at
             heapq.heappush(self._heap, (due_at, key))
             self._set_timer()
 
-    def add_after_failure(self, key: Key) -> float:
+    def add_after_failure(self, key: JobKey) -> float:
         """Queue `key` after a pause that doubles with each failure in a row. Returns the pause in seconds."""
         failure_count = self._failures.get(key, 0)
         self._failures[key] = failure_count + 1
@@ -136,11 +139,11 @@ class WorkQueue:
         self.add_after(key, pause_seconds)
         return pause_seconds
 
-    def reset_failures(self, key: Key) -> None:
+    def reset_failures(self, key: JobKey) -> None:
         """Reset the failure counter of `key` after a reconcile without an error."""
         self._failures.pop(key, None)
 
-    async def take(self) -> tuple[Key, float]:
+    async def take(self) -> tuple[JobKey, float]:
         """Wait for a key. Returns the key and the seconds for which it was queued. The worker must call `done` afterwards."""
         while True:
             self._queue_due_keys()
@@ -149,14 +152,14 @@ class WorkQueue:
                 now = self._clock()
                 waited_seconds = now - self._waiting_since.pop(key)
                 self._working_since[key] = now
-                self._due.pop(key, None)
+                self._due_times.pop(key, None)
                 return key, waited_seconds
             waiter = asyncio.get_running_loop().create_future()
             self._waiters.append(waiter)
             await waiter
 
     def _wake_worker(self) -> None:
-        """Wake one idle worker. If all idle workers woke for each key, all but one of them would find an empty queue."""
+        """Wake one idle worker for the new key. Waking all of them would be useless, because only one of them gets the key."""
         while self._waiters:
             waiter = self._waiters.popleft()
             if not waiter.done():
@@ -178,9 +181,9 @@ class WorkQueue:
         self._timer_due_at = None
         self._queue_due_keys()
 
-    def _pop_next_key(self) -> Key:
+    def _pop_next_key(self) -> JobKey:
         takes_high_priority = self._high_priority and (
-            not self._ready or self._high_priority_in_a_row < HIGH_PRIORITY_IN_A_ROW
+            not self._ready or self._high_priority_in_a_row < MAX_HIGH_PRIORITY_IN_A_ROW
         )
         self._high_priority_in_a_row = self._high_priority_in_a_row + 1 if takes_high_priority else 0
         if not takes_high_priority:
@@ -188,7 +191,7 @@ class WorkQueue:
         self._burst.record(self._clock())
         return self._high_priority.popleft()
 
-    def done(self, key: Key) -> None:
+    def done(self, key: JobKey) -> None:
         """Record that the worker has handled `key`. If the key was added during this time, queue it again."""
         del self._working_since[key]
         if key in self._added_while_working:
@@ -201,15 +204,15 @@ class WorkQueue:
         self._high_priority.clear()
         self._waiting_since.clear()
         self._added_while_working.clear()
-        self._due.clear()
+        self._due_times.clear()
 
     def restart_wait_times(self) -> None:
-        """Restart the waiting times that `oldest_key_age_seconds` and `take` report for queued keys."""
+        """Measure the waiting times of all queued keys from now on. `oldest_key_age_seconds` and `take` report these times."""
         now = self._clock()
         self._waiting_since = dict.fromkeys(self._waiting_since, now)
 
     def oldest_key_age_seconds(self) -> float:
-        """Return how many seconds ago the oldest key was queued, including the time for which a worker has handled it. 0 if there is no key."""
+        """Return the longest time in seconds for which a key has been queued or a worker has been handling one. 0 if there is no key."""
         now = self._clock()
         start_times = [*self._waiting_since.values(), *self._working_since.values()]
         return now - min(start_times) if start_times else 0.0
@@ -231,13 +234,13 @@ class WorkQueue:
         now = self._clock()
         while self._heap and self._heap[0][0] <= now:
             due_at, key = heapq.heappop(self._heap)
-            if self._due.get(key) == due_at:
-                del self._due[key]
+            if self._due_times.get(key) == due_at:
+                del self._due_times[key]
                 self.add(key)
         self._set_timer()
 
     def seconds_until_due(self) -> float | None:
         """Return the seconds until the next delayed key is due, or None if no key is delayed."""
-        while self._heap and self._due.get(self._heap[0][1]) != self._heap[0][0]:
+        while self._heap and self._due_times.get(self._heap[0][1]) != self._heap[0][0]:
             heapq.heappop(self._heap)
         return max(0.0, self._heap[0][0] - self._clock()) if self._heap else None

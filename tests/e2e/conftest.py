@@ -1,4 +1,4 @@
-"""One cluster with two nodes, real containers, DNS and S3 for all tests in this folder, and one installed operator."""
+"""Fixtures of the e2e tests. All tests share one cluster (two nodes, real containers, DNS and S3) and one installed operator."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from localcluster import NodeCluster, images, paths
-from localcluster.steps import shown_step
+from localcluster.steps import show_step
 from tests.e2e.jobs.installation import OPERATOR_IMAGE, TRAINER_IMAGE, Installation, JobNamespace, demo
 from tests.support.audit_log import read_requests
 from tests.support.tiny import make_tiny_model
@@ -18,20 +18,20 @@ from tests.support.tiny import make_tiny_model
 
 @pytest.fixture(scope="session")
 def node_cluster() -> Iterator[NodeCluster]:
-    """Nodes n1 and n2, each with four simulated GPUs; S3 runs on n1. The images of the nodes are kept for the next run."""
-    with exclusive_run(), NodeCluster(paths.default_state_folder("tests"), nodes=2, gpus=4, step=shown_step) as cluster:
+    """A cluster of the nodes n1 and n2, each with four simulated GPUs. S3 runs on n1. The images on the nodes are kept for the next test run."""
+    with exclusive_run(), NodeCluster(paths.default_state_folder("tests"), nodes=2, gpus=4, step=show_step) as cluster:
         yield cluster
 
 
 @contextlib.contextmanager
 def exclusive_run() -> Iterator[None]:
-    """Hold the lock of this machine: only one cluster with nodes can run at a time."""
+    """Hold this machine's lock during the test run, because only one cluster with nodes can run at a time."""
     paths.cache_folder().mkdir(parents=True, exist_ok=True)
     with (paths.cache_folder() / "e2e.lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            with shown_step("wait for another run of these tests"):
+            with show_step("wait for another run of these tests"):
                 fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -48,8 +48,8 @@ def namespace(node_cluster: NodeCluster) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def installation(node_cluster: NodeCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
-    """The cluster with the operator of this checkout installed, and a model in S3. The chart must have permitted all requests of the operator."""
-    images.build_images([images.ImageName.OPERATOR, images.ImageName.TRAINER], shown_step)
+    """The cluster with the operator of this checkout and a model in S3. After all tests, no request of the operator may have been forbidden."""
+    images.build_images([images.ImageName.OPERATOR, images.ImageName.TRAINER], show_step)
     for tag in (OPERATOR_IMAGE, TRAINER_IMAGE):
         node_cluster.load_image(tag)
     installation = Installation(node_cluster)
@@ -58,7 +58,7 @@ def installation(node_cluster: NodeCluster, tmp_path_factory: pytest.TempPathFac
     installation.upload(model, {})
     yield installation
     requests = read_requests(node_cluster.endpoint, demo.RELEASE_NAME, demo.RELEASE_NAME)
-    print("permissions that the operator used:", sorted({request.permission for request in requests}))  # pytest -s shows it
+    print("permissions that the operator used:", sorted({request.permission for request in requests}))  # shown by pytest -s
     assert sorted(request for request in requests if not request.is_permitted) == []
 
 
@@ -72,7 +72,7 @@ def job_namespace(installation: Installation) -> Iterator[JobNamespace]:
 
 @pytest.fixture(scope="module")
 def shared_namespace(installation: Installation) -> Iterator[JobNamespace]:
-    """A namespace for jobs that several tests of a module read."""
+    """A namespace for the jobs that several tests of a module share."""
     created = installation.create_namespace(f"shared-{secrets.token_hex(4)}")
     yield created
     installation.api.delete("namespaces", None, created.namespace)

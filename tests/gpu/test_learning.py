@@ -1,4 +1,4 @@
-"""Features that need a CUDA device: 16-bit training, fused kernels, paged optimizers, activations in host memory."""
+"""Features of the trainer that need a CUDA device: 16-bit training, fused kernels, paged optimizers, activations in host memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support.learning import TEN_ROWS, RunOutcome, merge_mappings, run_tra
 from tests.support.tiny import make_tiny_model
 
 pytestmark = pytest.mark.gpu
-SIXTY = {
+SIXTY_STEPS = {
     "training": {"maxSteps": 60, "batchSizePerDevice": 10, "scheduler": "constant"},
     "resources": {"gpusPerNode": 1, "processesPerNode": 1},
 }
@@ -21,9 +21,9 @@ SIXTY = {
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose sizes the kernels support. Skips the tests of this folder without a CUDA device."""
+    """A model whose sizes the kernels support. Without a CUDA device, the tests of this file are skipped."""
     require_cuda()
-    import bitsandbytes  # noqa: F401  imported before a job hides it
+    import bitsandbytes  # noqa: F401  it must be imported before a run hides the package
 
     return make_tiny_model(tmp_path_factory.mktemp("models") / "gpu", hidden=256)
 
@@ -48,7 +48,7 @@ RUNS: dict[str, dict[str, Any]] = {
 def run(name: str, model: Path, folder: Path) -> RunOutcome:
     if name in ("liger", "backend unsloth") and importlib.util.find_spec("liger_kernel") is None:
         pytest.skip("liger-kernel is only published for x86-64")
-    return run_training(folder, model, merge_mappings(SIXTY, RUNS[name]))
+    return run_training(folder, model, merge_mappings(SIXTY_STEPS, RUNS[name]))
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -67,15 +67,15 @@ def test_a_reward_model_trains_32_bit_weights_on_a_16_bit_base(model: Path, tmp_
     from tests.support.preferences import PREFERENCE_PAIRS
 
     spec = {"method": {"lora": {"dropout": 0}}, "trainer": {"type": "reward"}, "training": {"maxSteps": 2}}
-    outcome = run_training(tmp_path, model, merge_mappings(SIXTY, spec), PREFERENCE_PAIRS)
+    outcome = run_training(tmp_path, model, merge_mappings(SIXTY_STEPS, spec), PREFERENCE_PAIRS)
     types = {(one.requires_grad, one.dtype) for one in outcome.model.parameters()}
     assert types == {(True, torch.float32), (False, torch.bfloat16)}
 
 
-def test_full_training_keeps_weights_in_32_bits(model: Path, tmp_path: Path) -> None:
+def test_full_training_stores_weights_in_32_bits_during_training(model: Path, tmp_path: Path) -> None:
     import torch
 
-    outcome = run_training(tmp_path, model, merge_mappings(SIXTY, {"method": {"type": "full"}, "training": {"maxSteps": 2}}))
+    outcome = run_training(tmp_path, model, merge_mappings(SIXTY_STEPS, {"method": {"type": "full"}, "training": {"maxSteps": 2}}))
     assert {p.dtype for p in outcome.model.parameters()} == {torch.float32}
 
 
@@ -83,7 +83,7 @@ def test_full_training_keeps_weights_in_32_bits(model: Path, tmp_path: Path) -> 
 def test_packed_sequences_have_the_losses_of_sdpa(method: dict[str, Any], model: Path, tmp_path: Path) -> None:
     spec = {"method": method, "dataset": {"packing": True}, "training": {"maxSteps": 5, "learningRate": 1e-3}}
     outcomes = {
-        name: run_training(tmp_path / name, model, merge_mappings(SIXTY, {**spec, "model": {"attention": name}}))
+        name: run_training(tmp_path / name, model, merge_mappings(SIXTY_STEPS, {**spec, "model": {"attention": name}}))
         for name in ("auto", "sdpa")
     }
     assert {name: outcome.resolved["attention"] for name, outcome in outcomes.items()} == {"auto": "varlen", "sdpa": "sdpa"}
@@ -93,7 +93,7 @@ def test_packed_sequences_have_the_losses_of_sdpa(method: dict[str, Any], model:
 
 @pytest.mark.parametrize("method", [{"type": "full"}, {"lora": {"dropout": 0}}], ids=["full", "lora"])
 def test_a_padding_free_run_has_the_losses_of_a_padded_run(method: dict[str, Any], model: Path, tmp_path: Path) -> None:
-    """Ten rows in batches of four. The last batch of an evaluation has two rows."""
+    """Batches have four rows. The last batch of an evaluation of ten rows has only two rows."""
     rows = [
         {"messages": [row["messages"][0], {"role": "assistant", "content": "red " * (1 + 17 * i % 50)}]}
         for i, row in enumerate(TEN_ROWS)
@@ -103,7 +103,7 @@ def test_a_padding_free_run_has_the_losses_of_a_padded_run(method: dict[str, Any
         "evaluation": {"strategy": "steps", "steps": 5},
     }  # fmt: skip
     padding_free, padded = (
-        run_training(tmp_path / name, model, merge_mappings(SIXTY, {**spec, "model": {"attention": name}}), rows, validation=rows)
+        run_training(tmp_path / name, model, merge_mappings(SIXTY_STEPS, {**spec, "model": {"attention": name}}), rows, validation=rows)
         for name in ("auto", "sdpa")
     )
     assert [outcome.resolved["attention"] for outcome in (padding_free, padded)] == ["varlen", "sdpa"]
@@ -118,12 +118,12 @@ def test_a_padding_free_run_has_the_losses_of_a_padded_run(method: dict[str, Any
 
 @pytest.mark.parametrize("head_size", [64, 256])
 @pytest.mark.parametrize("window", [None, 1, 5, 64], ids=lambda window: f"window {window}")
-def test_the_kernel_computes_what_sdpa_computes_with_a_mask(window: int | None, head_size: int, model: Path) -> None:
-    """Forward and backward pass of one layer with grouped key heads. A window counts the token itself, as in transformers."""
+def test_the_kernel_computes_the_same_as_sdpa_with_a_mask(window: int | None, head_size: int, model: Path) -> None:
+    """Compares the forward and the backward pass of one layer with grouped key heads. As in transformers, a window includes the token itself."""
     from types import SimpleNamespace
 
     import torch
-    from finetune_trainer.attention import varlen_attention
+    from finetune_trainer.attention import compute_varlen_attention
 
     lengths = [7, 1, 40, 200, 64]
     starts = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32, device="cuda")
@@ -139,7 +139,7 @@ def test_the_kernel_computes_what_sdpa_computes_with_a_mask(window: int | None, 
 
     def results(attention_mask: torch.Tensor | None, **options: Any) -> list[torch.Tensor]:
         query, key, value = (tensor.clone().requires_grad_() for tensor in inputs)
-        result, _ = varlen_attention(layer, query, key, value, attention_mask, scaling=0.1, sliding_window=window, **options)
+        result, _ = compute_varlen_attention(layer, query, key, value, attention_mask, scaling=0.1, sliding_window=window, **options)
         result.backward(weights)
         gradients = [tensor.grad for tensor in (query, key, value)]
         return [result, *(gradient for gradient in gradients if gradient is not None)]

@@ -1,4 +1,4 @@
-"""The matrix of methods and objectives is the same on a GPU as on a CPU, and every fused or paged optimizer trains."""
+"""A GPU accepts the same combinations of methods and objectives as a CPU, and every fused, paged or 8-bit optimizer trains."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PRECISIONS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True)
 def gpu() -> None:
-    """Skips the tests of this file without a CUDA device."""
+    """Skip the tests of this file if there is no CUDA device."""
     require_gpu()
 
 

@@ -1,5 +1,7 @@
-"""Whole pods on a GPU: every strategy trains, a killed run resumes exactly, and exhausted memory is named. (`make test-gpu` runs the
-tests one at a time, because the last test takes nearly all memory of the GPU.)"""
+"""Whole pods on a GPU: every strategy trains, a killed run resumes exactly, and a lack of GPU memory is reported.
+
+`make test-gpu` runs the tests one at a time, because the last test takes nearly all memory of the GPU.
+"""
 
 from __future__ import annotations
 
@@ -27,9 +29,9 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "zero2": {"strategy": "deepspeed", "deepspeed": {"zeroStage": 2}},
     "zero3": {"strategy": "deepspeed", "deepspeed": {"zeroStage": 3}},
 }
-EXPECTED = {"none": "single", "fsdp": "fsdp", "zero1": "deepspeed", "zero2": "deepspeed", "zero3": "deepspeed"}
-"""The strategy that the pod reports."""
-RESUMED: dict[str, dict[str, Any]] = {
+EXPECTED_STRATEGIES = {"none": "single", "fsdp": "fsdp", "zero1": "deepspeed", "zero2": "deepspeed", "zero3": "deepspeed"}
+"""For each strategy of the tests: the strategy that the pod reports."""
+RESUMED_SPECS: dict[str, dict[str, Any]] = {
     "lora": {"method": {"type": "lora", "lora": {"dropout": 0.1}}},
     "full": {"method": {"type": "full"}},
     "qlora": {"method": {"type": "qlora"}},
@@ -40,15 +42,15 @@ RESUMED: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose sizes the kernels support. Skips the tests of this file without a CUDA device."""
+    """A model whose sizes the kernels support. Without a CUDA device, the tests of this file are skipped."""
     require_gpu()
     from tests.support.tiny import make_tiny_model
 
     return make_tiny_model(tmp_path_factory.mktemp("models") / "gpu", hidden=256)
 
 
-def gpu_pod(folder: Path, model: Path, spec: dict[str, Any], *, attempt: int = 1, store: Path | None = None) -> Pod:
-    """A pod with one GPU that stores its results below `store` (default: `folder`)."""
+def make_gpu_pod(folder: Path, model: Path, spec: dict[str, Any], *, attempt: int = 1, store: Path | None = None) -> Pod:
+    """Create a pod with one GPU that stores its results below `store` (default: `folder`)."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = write_rows(folder / "rows.jsonl")
     base = {
@@ -60,8 +62,8 @@ def gpu_pod(folder: Path, model: Path, spec: dict[str, Any], *, attempt: int = 1
     return Pod(run_config(merge(base, spec), target, attempt=attempt, gpus=GPU_COUNT), folder / f"pod-{attempt}")
 
 
-def final_weights(pod: Pod) -> dict[str, bytes]:
-    """The weight files of the pod's final model, by name."""
+def read_final_weights(pod: Pod) -> dict[str, bytes]:
+    """Return the content of each weight file of the pod's final model, by file name."""
     output = pod.termination_message().output
     assert output is not None and output.uri is not None
     return {path.name: path.read_bytes() for path in Path(output.uri.removeprefix("file://")).rglob("*.safetensors")}
@@ -71,25 +73,25 @@ def final_weights(pod: Pod) -> dict[str, bytes]:
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_strategy_trains_on_one_gpu(strategy: str, method: str, model: Path, tmp_path: Path) -> None:
     spec = {"method": {"type": method}, "distributed": STRATEGIES[strategy], "training": {"maxSteps": 4}}
-    with gpu_pod(tmp_path, model, spec) as pod:
+    with make_gpu_pod(tmp_path, model, spec) as pod:
         assert pod.end() == ExitCode.OK, pod.text[-6000:]
-        assert final_weights(pod)
+        assert read_final_weights(pod)
         resolved = pod.termination_message().resolved
-    assert resolved is not None and resolved.strategy == EXPECTED[strategy]
+    assert resolved is not None and resolved.strategy == EXPECTED_STRATEGIES[strategy]
     assert (resolved.device == "cpu") is IS_REHEARSAL
 
 
-@pytest.mark.parametrize("name", RESUMED)
+@pytest.mark.parametrize("name", RESUMED_SPECS)
 def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_run(name: str, model: Path, tmp_path: Path) -> None:
-    with gpu_pod(tmp_path / "whole", model, RESUMED[name]) as whole:
+    with make_gpu_pod(tmp_path / "whole", model, RESUMED_SPECS[name]) as whole:
         assert whole.end() == ExitCode.OK, whole.text[-6000:]
-    with gpu_pod(tmp_path / "killed", model, RESUMED[name]) as killed:
+    with make_gpu_pod(tmp_path / "killed", model, RESUMED_SPECS[name]) as killed:
         killed.wait_committed(CHECKPOINT_STEPS)
         killed.kill()
-    with gpu_pod(tmp_path / "again", model, RESUMED[name], attempt=2, store=tmp_path / "killed") as resumed:
+    with make_gpu_pod(tmp_path / "again", model, RESUMED_SPECS[name], attempt=2, store=tmp_path / "killed") as resumed:
         assert resumed.end() == ExitCode.OK, resumed.text[-6000:]
     assert resumed.termination_message().resumed_from_step in range(CHECKPOINT_STEPS, STEPS)
-    assert final_weights(resumed) == final_weights(whole)
+    assert read_final_weights(resumed) == read_final_weights(whole)
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
@@ -98,12 +100,12 @@ def test_a_pod_evaluates_its_model_on_the_gpu(method: str, model: Path, tmp_path
         "method": {"type": method}, "training": {"maxSteps": 4}, "dataset": {"split": {"train": 0.75, "test": 0.25}}, "phases": {"infer": True},
         "evaluation": {"metrics": ["perplexity", "accuracy", "f1"], "comparison": {"generation": {"maxNewTokens": 8}}},
     }  # fmt: skip
-    with gpu_pod(tmp_path, model, spec) as pod:
+    with make_gpu_pod(tmp_path, model, spec) as pod:
         assert pod.end() == ExitCode.OK, pod.text[-6000:]
         message = pod.termination_message()
     assert message.output is not None and message.output.evaluation is not None and message.evaluation is not None
     values = {name: metric.value for name, metric in (message.evaluation.metrics or {}).items()}
-    # The trainer measured the same rows in its own process, in batches of another size.
+    # The trainer has measured the same rows in its own process, but in batches of another size.
     assert values["loss"] == pytest.approx(message.output.evaluation["testLoss"], rel=1e-2)
     assert values["accuracy"] == pytest.approx(message.output.evaluation["testTokenAccuracy"], abs=0.02)
     assert len(list((tmp_path / "store").rglob("predictions.jsonl"))) == 1
@@ -111,9 +113,9 @@ def test_a_pod_evaluates_its_model_on_the_gpu(method: str, model: Path, tmp_path
 
 @pytest.mark.parametrize("uses_advice", [False, True], ids=["halved", "advice of the memory plan"])
 def test_a_batch_that_does_not_fit_is_reduced_until_it_fits(model: Path, tmp_path: Path, uses_advice: bool) -> None:
-    """Another program uses most of the GPU's memory, so only two GiB are left for the pods of all attempts."""
+    """This process occupies the GPU's memory except for two GiB. Each attempt that runs out of memory is followed by one with a smaller batch."""
     import torch
-    from finetune_operator.policies.adaptations import adapt_to_out_of_memory, apply_adaptations, original_values
+    from finetune_operator.policies.adaptations import adapt_to_out_of_memory, apply_adaptations, get_original_values
 
     text = "The quick brown fox jumps over the lazy dog. " * 40
     rows = write_rows(tmp_path / "long.jsonl", [{"text": text} for _ in range(512)])
@@ -121,7 +123,7 @@ def test_a_batch_that_does_not_fit_is_reduced_until_it_fits(model: Path, tmp_pat
         "method": {"type": "full"}, "dataset": {"train": f"file://{rows}", "maxSequenceLength": 512},
         "training": {"maxSteps": 1, "batchSizePerDevice": 512, "gradientAccumulationSteps": 1, "gradientCheckpointing": "disabled"},
     }  # fmt: skip
-    pod, codes, batches = gpu_pod(tmp_path, model, spec), [], []
+    pod, codes, batches = make_gpu_pod(tmp_path, model, spec), [], []
     free_bytes, _ = torch.cuda.mem_get_info()
     held = torch.empty(max(0, free_bytes - 2 * 2**30), dtype=torch.uint8, device="cuda")
     while not codes or codes[-1] == ExitCode.OUT_OF_MEMORY:
@@ -136,11 +138,11 @@ def test_a_batch_that_does_not_fit_is_reduced_until_it_fits(model: Path, tmp_pat
             adaptation = adapt_to_out_of_memory(pod.run.spec, datetime.now(UTC), advice)
             adapted = apply_adaptations(pod.run.spec, [adaptation])
             attempt = pod.run.attempt + 1
-            changes = {"spec": adapted, "attempt": attempt, "before_adaptation": original_values(pod.run.spec, [adaptation])}
+            changes = {"spec": adapted, "attempt": attempt, "before_adaptation": get_original_values(pod.run.spec, [adaptation])}
             pod = Pod(pod.run.model_copy(update=changes), tmp_path / f"pod-{attempt}")
     del held
     torch.cuda.empty_cache()
     assert codes[-1] == ExitCode.OK, pod.text[-6000:]
-    assert len(codes) > 1, "the first batch fits into the memory"
+    assert len(codes) > 1, "the first batch already fits into the memory"
     assert len(codes) == 2 if uses_advice else batches == [(512 >> step, 1 << step) for step in range(len(codes))]
     assert all(rows * steps == 512 for rows, steps in batches)

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.gpu
 
 
 def test_token_metrics_on_a_gpu_equal_those_on_the_cpu() -> None:
-    """The labels may still be on the CPU, and the sums of a GPU can be added to sums on the CPU."""
+    """The labels may be on the CPU, and the counts of a GPU can be merged with counts on the CPU."""
     require_cuda()
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(4, 33, 16, generator=generator)

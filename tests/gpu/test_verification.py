@@ -1,4 +1,4 @@
-"""Pods on a GPU verify their stored model: transformers and PEFT compute in 16 bits what the trainer computed, within the difference of its batch layouts."""
+"""Pods on a GPU verify their stored model: in 16 bits, it differs from the trained model no more than the trainer's own batch layouts differ."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "pod"))
 from pod_harness import UID, Pod, merge, run_config, write_rows  # noqa: E402 - the path comes first
 
 pytestmark = pytest.mark.gpu
-LORA: dict[str, Any] = {"method": {"type": "lora", "lora": {"dropout": 0}}}
-FULL: dict[str, Any] = {"method": {"type": "full"}}
-ZERO3: dict[str, Any] = {"distributed": {"strategy": "deepspeed", "deepspeed": {"zeroStage": 3}}}
-FSDP: dict[str, Any] = {"distributed": {"strategy": "fsdp"}}
+LORA_SPEC: dict[str, Any] = {"method": {"type": "lora", "lora": {"dropout": 0}}}
+FULL_SPEC: dict[str, Any] = {"method": {"type": "full"}}
+ZERO3_SPEC: dict[str, Any] = {"distributed": {"strategy": "deepspeed", "deepspeed": {"zeroStage": 3}}}
+FSDP_SPEC: dict[str, Any] = {"distributed": {"strategy": "fsdp"}}
 RUNS: dict[str, dict[str, Any]] = {
-    "lora": LORA,
-    "full": FULL,
+    "lora": LORA_SPEC,
+    "full": FULL_SPEC,
     "qlora": {"method": {"type": "qlora"}},
     "dora": {"method": {"type": "dora"}},
-    "8 bits": {**LORA, "model": {"quantization": {"bits": 8}}},
-    "fp16": {**LORA, "training": {"mixedPrecision": "fp16"}},
-    "fp32": {**LORA, "training": {"mixedPrecision": "no"}},
+    "8 bits": {**LORA_SPEC, "model": {"quantization": {"bits": 8}}},
+    "fp16": {**LORA_SPEC, "training": {"mixedPrecision": "fp16"}},
+    "fp32": {**LORA_SPEC, "training": {"mixedPrecision": "no"}},
     "spectrum": {"method": {"type": "spectrum"}},
-    "eager": {**LORA, "model": {"attention": "eager"}},
-    "liger": {**FULL, "model": {"ligerKernels": True}},
-    "fsdp lora": {**LORA, **FSDP},
-    "fsdp full": {**FULL, **FSDP},
-    "zero3 lora": {**LORA, **ZERO3},
-    "zero3 full": {**FULL, **ZERO3},
+    "eager": {**LORA_SPEC, "model": {"attention": "eager"}},
+    "liger": {**FULL_SPEC, "model": {"ligerKernels": True}},
+    "fsdp lora": {**LORA_SPEC, **FSDP_SPEC},
+    "fsdp full": {**FULL_SPEC, **FSDP_SPEC},
+    "zero3 lora": {**LORA_SPEC, **ZERO3_SPEC},
+    "zero3 full": {**FULL_SPEC, **ZERO3_SPEC},
 }
 
 

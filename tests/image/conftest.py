@@ -1,4 +1,4 @@
-"""The built trainer image for all tests in this folder."""
+"""The fixture for the trainer image, which all tests of this folder share."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ from tests.support.trainer_image import TrainerImage, open_trainer_image
 
 @pytest.fixture(scope="session")
 def trainer_image() -> Iterator[TrainerImage]:
-    """The trainer image of this checkout."""
+    """The trainer image that is built from this checkout."""
     with open_trainer_image() as image:
         yield image

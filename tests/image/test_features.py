@@ -1,4 +1,4 @@
-"""The tests of the trainer's features pass with the Python, the libraries and the trainer of the built image, under the restrictions of a pod."""
+"""The feature tests of the trainer also pass inside the built image, with its Python and its libraries and under the restrictions of a pod."""
 
 from __future__ import annotations
 

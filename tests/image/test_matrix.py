@@ -1,4 +1,4 @@
-"""Strategies, methods and objectives work in the built trainer image: as its user, on a read-only root file system and without a network."""
+"""Strategies, methods and objectives work in the built trainer image as its user, with a read-only root file system and without a network."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ QUICK_CELLS = [
     ("qlora", "kto", "deepspeed, ZeRO 2"), ("lora", "grpo", "deepspeed, ZeRO 3"), ("full", "orpo", "ZeRO 3, offload"), ("lora", "dpo", "fsdp, fullShard"),
     ("lora, 8-bit base", "reward", "ddp"), ("spectrum", "sft", "ddp"),
 ]  # fmt: skip
-"""Method, objective and strategy. Every strategy library, every objective and every quantisation occurs once."""
+"""Combinations of method, objective and strategy. They cover every strategy library, every objective and every quantisation."""
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""A whole pod in the built trainer image: the supervisor as process 1, with two ranks. A broken image ends the job at the first attempt."""
+"""A whole pod in the built trainer image: its process 1 is the supervisor. If the image is broken, the first attempt ends the job."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DEEPSPEED_SPEC = {"method": {"type": "lora"}, "distributed": {"strategy": "deeps
 
 @dataclass(frozen=True)
 class EndedPod:
-    """The results of a pod."""
+    """A pod that has ended, with its exit code, its log and its termination message."""
 
     exit_code: int
     log: str
@@ -29,7 +29,7 @@ class EndedPod:
 
 
 def run_pod(image: TrainerImage, folder: Path, spec: dict[str, Any], *, processes: int = 2, gpus: int = 0) -> EndedPod:
-    """Run one pod until it ends. Its model, data and results are in `folder`."""
+    """Run one pod until it ends. `folder` contains its model, its data and its results."""
     model, rows = make_tiny_model(folder / "model"), write_rows(folder / "rows.jsonl")
     (folder / "work").mkdir()
     base: dict[str, Any] = {
@@ -52,7 +52,7 @@ def run_pod(image: TrainerImage, folder: Path, spec: dict[str, Any], *, processe
     return EndedPod(code, log, TerminationMessage.model_validate_json(message.read_text()))
 
 
-@pytest.mark.slow  # tests/e2e/jobs/test_resume.py runs pods with two ranks, and test_matrix.py offloads
+@pytest.mark.slow  # tests/e2e/jobs/test_resume.py also runs pods with two ranks, and test_matrix.py also offloads
 def test_a_pod_with_two_deepspeed_ranks_trains_with_offloading(trainer_image: TrainerImage, tmp_path: Path) -> None:
     pod = run_pod(trainer_image, tmp_path, DEEPSPEED_SPEC)
     assert pod.exit_code == ExitCode.OK, pod.log[-6000:]
@@ -61,7 +61,7 @@ def test_a_pod_with_two_deepspeed_ranks_trains_with_offloading(trainer_image: Tr
 
 
 def test_a_pod_evaluates_its_model(trainer_image: TrainerImage, tmp_path: Path) -> None:
-    """The libraries of all metrics that need no judge run without a network and with a read-only root file system."""
+    """The metrics that need no judge model work without a network and with a read-only root file system."""
     metrics = ["perplexity", "accuracy", "f1", "bleu", "rouge", "bertscore", "semanticSimilarity"]
     source = f"file://{tmp_path}/model"
     evaluation = {

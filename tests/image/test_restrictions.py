@@ -1,4 +1,4 @@
-"""What the built trainer image contains and permits, and how failures of missing compilers are classified there."""
+"""The built trainer image contains the trainer of this checkout, restricts it like a pod, and has no compiler."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from tests.support.trainer_image import TrainerImage
 pytestmark = pytest.mark.image
 
 
-def run_report(image: TrainerImage, folder: Path, module: str) -> dict[str, Any]:
-    """Run a module of the tests in the image. Returns the JSON value that it writes."""
+def run_module_in_image(image: TrainerImage, folder: Path, module: str) -> dict[str, Any]:
+    """Run a Python module of the tests in the image. Returns the JSON value that the module writes."""
     with (folder / "log").open("wb") as output:
         code = image.python_runner(folder)(["-m", module, str(folder / "report.json")], {}, output, 120)
     assert code == 0, (folder / "log").read_text()[-6000:]
@@ -25,8 +25,8 @@ def run_report(image: TrainerImage, folder: Path, module: str) -> dict[str, Any]
     return report
 
 
-def test_the_container_of_the_tests_has_the_restrictions_of_a_pod(trainer_image: TrainerImage, tmp_path: Path) -> None:
-    report = run_report(trainer_image, tmp_path, "tests.support.image_report")
+def test_the_test_container_has_the_restrictions_of_a_pod(trainer_image: TrainerImage, tmp_path: Path) -> None:
+    report = run_module_in_image(trainer_image, tmp_path, "tests.support.image_report")
     assert (report["user"], report["capabilities"]) == (10001, 0)
     assert report["networkInterfaces"] == ["lo"]
     assert set(report["writableFolders"]) == {"/dev/shm", "/tmp", str(tmp_path)}
@@ -39,9 +39,9 @@ def test_the_image_has_the_trainer_of_this_checkout(trainer_image: TrainerImage)
 
 
 @pytest.mark.slow
-def test_a_missing_compiler_is_a_broken_installation(trainer_image: TrainerImage, tmp_path: Path) -> None:
-    """The libraries raise their real errors, because the image of the tests has no compiler."""
-    failures = run_report(trainer_image, tmp_path, "tests.support.compiler_failures")
+def test_a_missing_compiler_is_reported_as_a_broken_installation(trainer_image: TrainerImage, tmp_path: Path) -> None:
+    """The image has no compiler, so the libraries raise the errors that they would raise in a pod."""
+    failures = run_module_in_image(trainer_image, tmp_path, "tests.support.compiler_failures")
     assert {name: failure["exitCode"] for name, failure in failures.items()} == dict.fromkeys(failures, 78)
     parts = {name: failure["message"].partition("lacks ")[2].partition(":")[0] for name, failure in failures.items()}
     assert parts == {
@@ -51,6 +51,6 @@ def test_a_missing_compiler_is_a_broken_installation(trainer_image: TrainerImage
     assert failures["CUDA"]["code"] == "GpuDriverMissing"
 
 
-def test_tests_beside_the_image_cannot_compile_extensions_either() -> None:
-    """Otherwise a test could pass with an extension that the image cannot compile."""
+def test_tests_outside_the_image_cannot_compile_extensions_either() -> None:
+    """Otherwise, such a test could pass with an extension that cannot be compiled in the image."""
     assert not Path(os.environ["CXX"]).exists()

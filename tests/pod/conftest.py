@@ -1,4 +1,4 @@
-"""Fixtures of the pod tests: one S3 server and one tiny model per session, and a prefix per test."""
+"""Fixtures of the pod tests: one S3 server and one tiny model for the whole session, and a separate key prefix for each test."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from tests.support.stores import running_store  # noqa: E402 - the path comes fi
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark all tests below this folder with `pod`."""
     for item in items:
         if Path(__file__).parent in Path(item.fspath).parents:
             item.add_marker(pytest.mark.pod)

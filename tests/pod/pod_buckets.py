@@ -1,4 +1,4 @@
-"""A bucket in the session's S3 server, and a separate prefix for each test."""
+"""The S3 bucket of the test session, in which each test has its own key prefix."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ BUCKET_NAME = "pods"
 
 @dataclass(frozen=True)
 class Bucket:
-    """A separate prefix in the session's bucket. All tests share one bucket, because SeaweedFS reserves volumes for each bucket."""
+    """One test's key prefix in the shared bucket. All tests share one bucket, because SeaweedFS reserves volumes for each bucket."""
 
     name: str
     endpoint: S3Endpoint
     root: str
+    """The key prefix of the test, without a trailing slash."""
 
     @property
     def client(self) -> Any:
@@ -28,29 +29,30 @@ class Bucket:
 
     @property
     def env(self) -> dict[str, str]:
-        """Credentials for a pod."""
+        """The environment variables that give a pod its S3 credentials."""
         return {"AWS_ACCESS_KEY_ID": self.endpoint.access_key, "AWS_SECRET_ACCESS_KEY": self.endpoint.secret_key}
 
     def target(self, **change: Any) -> StoreTarget:
-        """The storage target with the job's prefix."""
+        """Return the storage target of the job `team/job`, with the fields in `change` replaced."""
         values = {"uri": f"s3://{self.name}/{self.root}/team/job/{UID}", "endpoint": self.endpoint.host_url} | change
         return StoreTarget.model_validate(values)
 
     def keys(self, prefix: str = "") -> list[str]:
-        """Keys below the job's prefix, relative to the prefix."""
+        """List the job's keys that begin with `prefix`. The returned keys and `prefix` are relative to the job's folder."""
         base = f"{self.root}/team/job/{UID}/"
         pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.name, Prefix=base + prefix)
         return [item["Key"][len(base) :] for page in pages for item in page.get("Contents", [])]
 
     def read(self, key: str) -> bytes:
-        """Read an object below the job's prefix."""
+        """Read an object. `key` is relative to the job's folder."""
         answer = self.client.get_object(Bucket=self.name, Key=f"{self.root}/team/job/{UID}/{key}")
         return bytes(answer["Body"].read())
 
     def put(self, key: str, data: bytes) -> None:
+        """Write an object. Unlike in `read`, `key` is the complete key in the bucket."""
         self.client.put_object(Bucket=self.name, Key=key, Body=data)
 
 
 def new_bucket(server: S3Endpoint) -> Bucket:
-    """A new, empty prefix."""
+    """Create a `Bucket` with a new, empty key prefix."""
     return Bucket(BUCKET_NAME, server, uuid.uuid4().hex[:12])

@@ -1,4 +1,4 @@
-"""A pod without Kubernetes: a supervisor as a local process, with a run configuration and a termination message."""
+"""Run a pod without Kubernetes: the supervisor is a local process that reads run.json and writes a termination message."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ from finetune_api.pod import ProgressReport, ResumeConfig, RunConfig, StoreTarge
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.cluster import StorageRoot
 
+from tests.support.merge import merge
+
 REPOSITORY = Path(__file__).parents[2]
 PYTHONPATH = os.pathsep.join(str(REPOSITORY / part) for part in ("crds", "trainer-image", "."))
 UID = "11111111-2222-3333-4444-555555555555"
@@ -42,27 +44,18 @@ ROWS = [
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]] | None = None) -> Path:
-    """Write a JSONL file."""
+    """Write the rows (default: `ROWS`) to a JSONL file, and return its path."""
     path.write_text("".join(json.dumps(row) + "\n" for row in (ROWS if rows is None else rows)))
     return path
-
-
-def merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
-    """Merge nested dictionaries; `change` takes precedence."""
-    result = dict(base)
-    for key, value in change.items():
-        are_mappings = isinstance(value, dict) and isinstance(result.get(key), dict)
-        result[key] = merge(result[key], value) if are_mappings else value
-    return result
 
 
 def run_config(
     spec: dict[str, Any], storage: StoreTarget, *, attempt: int = 1, nodes: int = 1, processes: int = 1,
     gpus: int = 0, resume: ResumeConfig | None = None, master_port: int = 0, grace: int = 60,
 ) -> RunConfig:  # fmt: skip
-    """Build the run configuration that the operator would write for this spec. `gpus`: GPUs per node.
+    """Build the run configuration that the operator would write for this spec. `processes` and `gpus` are numbers per node.
 
-    The stored model is verified only if the spec requests it, because the stage would double the duration of a test.
+    Unlike in a real job, the stored model is verified only if the spec requests it, because the verification would double the duration of a test.
     """
     spec = merge({"output": {"verify": False}}, spec)
     root = storage.uri.rsplit("/", 3)[0]
@@ -82,7 +75,7 @@ def run_config(
 
 @dataclass
 class Pod:
-    """One supervisor process. `end()` waits until the process ends; the end of the `with` block kills the process."""
+    """One supervisor process. `end()` waits until the process exits by itself. A process that still runs at the end of the `with` block is killed."""
 
     run: RunConfig
     folder: Path
@@ -92,15 +85,15 @@ class Pod:
     arguments: tuple[str, ...] = ()
     process: subprocess.Popen[bytes] | None = None
     has_secret: bool = True
-    """Whether the pod has the secret of its attempt and the key for checkpoints. Pods of operator 0.1.0 have neither."""
+    """Whether the pod gets the files with the attempt's secret and the checkpoint key. Operator 0.1.0 creates pods without both files."""
 
     @property
     def secret(self) -> str:
-        """The secret of the attempt: the same for all pods of a gang."""
+        """The secret of the attempt. All pods of a gang have the same secret."""
         return derive_attempt_secret(b"key of the test", self.run.uid, self.run.attempt)
 
     def start(self) -> Pod:
-        """Write run.json and start the process."""
+        """Write run.json and the secret files, and start the supervisor process."""
         self.folder.mkdir(parents=True, exist_ok=True)
         data = self.run.to_bytes()
         (self.folder / "run.json").write_bytes(data)
@@ -139,12 +132,12 @@ class Pod:
 
     @property
     def text(self) -> str:
-        """The log so far."""
+        """The text that the pod has logged so far."""
         return (self.folder / "log").read_text(errors="replace")
 
     @property
     def port(self) -> int | None:
-        """Port of the pod's HTTP server; None until the server listens."""
+        """The port of the pod's HTTP server. None until the server listens."""
         with (self.folder / "log").open("rb") as stream:
             head = stream.read(20_000).decode(errors="replace")
         for line in head.splitlines():
@@ -153,7 +146,7 @@ class Pod:
         return None
 
     def get(self, path: str = "/progress") -> bytes | None:
-        """Return the response body of a path; None if there is no response."""
+        """Send a GET request for `path` to the pod's HTTP server. Returns the response body, or None if the request fails."""
         if self.port is None:
             return None
         request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", headers={PROGRESS_TOKEN_HEADER: derive_progress_token(self.secret)})
@@ -164,12 +157,12 @@ class Pod:
             return None
 
     def report(self) -> ProgressReport | None:
-        """The pod's progress report."""
+        """Read the pod's progress report. None if the pod does not answer."""
         data = self.get()
         return ProgressReport.model_validate_json(data) if data else None
 
     def step(self) -> int:
-        """The newest optimizer step that the pod reports."""
+        """Return the newest optimizer step that the pod reports. 0 if it has not reported any step."""
         report = self.report()
         return (report.progress.step or 0) if report else 0
 
@@ -177,7 +170,7 @@ class Pod:
         return TerminationMessage.model_validate_json((self.folder / "termination-message").read_text())
 
     def wait_until(self, is_true: Callable[[], bool], timeout: float = 300) -> None:
-        """Wait until `holds()` is true. If the pod ends first or the timeout expires, fail with the pod's log."""
+        """Wait until `is_true()` is true. Fail with the pod's log if the pod ends first or after `timeout` seconds."""
         deadline = time.monotonic() + timeout
         while not is_true():
             assert self.process is not None
@@ -192,7 +185,7 @@ class Pod:
         self.wait_until(lambda: self.step() >= step, timeout)
 
     def wait_committed(self, step: int, timeout: float = 300) -> None:
-        """Wait until a checkpoint of at least this step is committed."""
+        """Wait until the pod reports a committed checkpoint of this step or a later one."""
 
         def is_committed() -> bool:
             report = self.report()
@@ -201,17 +194,17 @@ class Pod:
         self.wait_until(is_committed, timeout)
 
     def end(self, timeout: float = 400) -> int:
-        """Wait until the process ends. Returns the exit code."""
+        """Wait until the process ends, for at most `timeout` seconds. Returns the exit code."""
         assert self.process is not None
         try:
             return self.process.wait(timeout)
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"still running after {timeout} s:\n{self.text[-6000:]}") from None
+            raise AssertionError(f"the pod is still running after {timeout} s:\n{self.text[-6000:]}") from None
 
     # ---- signals ----
 
-    def pids(self, command: str) -> list[int]:
-        """Pids of the pod's descendants whose command line contains this argument (`train`, `agent`)."""
+    def pids(self, argument: str) -> list[int]:
+        """Return the process ids of the pod's descendants that were started with this argument, for example `train` or `agent`."""
         assert self.process is not None
         from finetune_trainer.processes import descendants
 
@@ -221,17 +214,17 @@ class Pod:
                 arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
             except OSError:
                 continue
-            if command.encode() in arguments:
+            if argument.encode() in arguments:
                 matching.append(pid)
         return matching
 
     def terminate(self) -> None:
-        """Send SIGTERM to PID 1, as a kubelet does."""
+        """Send SIGTERM to the supervisor, as a kubelet does when it stops a pod."""
         assert self.process is not None
         self.process.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """Send SIGKILL to PID 1 and all its descendants, as when a node is lost."""
+        """Send SIGKILL to the supervisor and all its descendants. To the other pods, this looks like a lost node."""
         assert self.process is not None
         from finetune_trainer.processes import descendants
 

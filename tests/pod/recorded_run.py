@@ -1,4 +1,4 @@
-"""Records of runs that tests compare with `==`: every logged value, the rows of every step, the final weights."""
+"""Record a run so that tests can compare two runs with `==`: every logged value, the rows of every step and the final weights."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from localcluster.s3 import S3Endpoint
 
 STEPS, CHECKPOINT_STEPS = 40, 8
 TIMED_SUFFIXES = ("_per_second", "runtime", "data_wait_share", "peak_memory_gb", "mfu", "unix_time", "training_seconds", "step_time")
-"""Name suffixes of logged values that measure time or memory and therefore differ between equal runs."""
+"""Name suffixes of the logged values that measure time or memory. These values differ even between two equal runs."""
 Lines = dict[tuple[int, str], dict[str, Any]]
-"""Logged values, by step and kind of log line (`loss` or `eval_loss`)."""
+"""The values of each log line, by step and by the loss that the line contains (`loss` or `eval_loss`)."""
 Rows = dict[tuple[int, int], list[list[str]]]
-"""Hashes of the rows of each micro-batch, by step and rank."""
+"""The hashes of the rows of each micro-batch, by (step, rank)."""
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "windows": {"tracking": {"loggingSteps": 5}},
@@ -44,23 +44,23 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fsdp": {"distributed": {"strategy": "fsdp"}, "tracking": {"loggingSteps": 3}},
     "zero": {"distributed": {"strategy": "deepspeed", "deepspeed": {"zeroStage": 2}}, "tracking": {"loggingSteps": 3}},
 }  # fmt: skip
-"""Variants of the run. An epoch has 9 steps: 36 rows, 4 rows per step on one rank. In the variant `early`, early
-stopping ends the run at the third evaluation, because no evaluation is enough better than the first."""
+"""The spec fields that each variant changes. On one rank, an epoch has 9 steps: 36 rows with 4 rows per step. In the variant `early`,
+early stopping ends the run at the third evaluation, because no loss improves by the threshold of 1000."""
 LAST_STEP = {"early": 3 * CHECKPOINT_STEPS}
-"""Last step of the variants that end before `STEPS`."""
+"""The last step of each variant that ends before `STEPS`."""
 
 
 @dataclass(frozen=True)
 class RecordedRun:
-    """Log lines, trained rows and final weights of a run with one or several attempts."""
+    """The log lines, trained rows and weight hashes of a run with one or several attempts."""
 
     lines: Lines
     rows: Rows
     weight_hashes: dict[str, str]
 
 
-def spec_of(model: Path, rows: Path, method: str, variant: str = "plain") -> dict[str, Any]:
-    """A spec with dropout, shuffling and accumulation. Checkpoints are in the middle of epochs and of logging windows."""
+def make_spec(model: Path, rows: Path, method: str, variant: str = "plain") -> dict[str, Any]:
+    """Return a spec with shuffled rows and gradient accumulation. Most of its checkpoints lie within an epoch and a logging window."""
     spec = {
         "model": {"source": f"file://{model}"},
         "method": {"type": method, **({"lora": {"dropout": 0.1}} if method == "lora" else {})},
@@ -77,10 +77,10 @@ def spec_of(model: Path, rows: Path, method: str, variant: str = "plain") -> dic
     return spec_with_variant
 
 
-def traced_pod(
+def make_traced_pod(
     run: RunConfig, folder: Path, bucket: Bucket, *, hold_point: str = "", failure_point: str = "", node_rank: int = 0
 ) -> Pod:
-    """A pod that runs the real training and records the rows of each step."""
+    """Create a pod that runs `traced_train`: the real training, which also records the rows of each step."""
     env = {
         "PYTHONPATH": os.pathsep.join([PYTHONPATH, str(Path(__file__).parent)]), "FINETUNE_TRAINER_MODULE": "traced_train",
         **({"TRACE_HOLD": hold_point} if hold_point else {}), **({"TRACE_BREAK": failure_point} if failure_point else {}),
@@ -89,14 +89,14 @@ def traced_pod(
 
 
 def record_run(bucket: Bucket, pods: Iterable[Pod], termination: TerminationMessage) -> RecordedRun:
-    """Build the record of a run from the files of its pods and its bucket."""
-    return RecordedRun(read_log_lines(bucket), read_trained_rows(pods), weight_hashes(bucket, termination))
+    """Read the record of a run from the work folders of its pods and from its bucket."""
+    return RecordedRun(read_log_lines(bucket), read_trained_rows(pods), read_weight_hashes(bucket, termination))
 
 
-def read_log_lines(bucket: Bucket, attempt: str = "") -> Lines:
-    """Logged values of one attempt (`a2-`) or of all attempts. Attempts that logged the same step must have logged equal values."""
+def read_log_lines(bucket: Bucket, attempt_prefix: str = "") -> Lines:
+    """Read the logged values of one attempt (for example `a2-`), or of all attempts by default. Fail if two attempts logged different values for a step."""
     lines_by_step: Lines = {}
-    for key in bucket.keys(f"metrics/{attempt or 'a'}"):
+    for key in bucket.keys(f"metrics/{attempt_prefix or 'a'}"):
         for text in bucket.read(key).decode().splitlines():
             value = json.loads(text)
             kind = next((name for name in ("loss", "eval_loss") if name in value), None)
@@ -104,13 +104,13 @@ def read_log_lines(bucket: Bucket, attempt: str = "") -> Lines:
                 continue
             comparable = {name: number for name, number in value.items() if not name.endswith(TIMED_SUFFIXES)}
             assert lines_by_step.setdefault((value["step"], kind), comparable) == comparable, (
-                f"step {value['step']} of {key}"
+                f"another attempt logged other values for step {value['step']} of {key}"
             )
     return lines_by_step
 
 
 def read_trained_rows(pods: Iterable[Pod]) -> Rows:
-    """The rows of each rank and step. Attempts that trained the same step must have trained equal rows."""
+    """Read the rows of each step and rank. Fail if two attempts trained a step on different rows."""
     rows_by_step: Rows = {}
     for pod in pods:
         for file in sorted((pod.folder / "work").glob("rows-*.jsonl")):
@@ -121,20 +121,20 @@ def read_trained_rows(pods: Iterable[Pod]) -> Rows:
                 entry = json.loads(text)
                 hashes = entry["rows"]
                 assert rows_by_step.setdefault((entry["step"], rank), hashes) == hashes, (
-                    f"step {entry['step']} of {file}"
+                    f"another attempt trained step {entry['step']} of {file} on other rows"
                 )
     return rows_by_step
 
 
-def weight_hashes(bucket: Bucket, termination: TerminationMessage) -> dict[str, str]:
-    """sha256 of the final model's weight files, from its manifest."""
+def read_weight_hashes(bucket: Bucket, termination: TerminationMessage) -> dict[str, str]:
+    """Return the sha256 of each weight file of the final model, as its manifest lists them."""
     assert termination.output is not None and termination.output.uri is not None
     manifest = json.loads(bucket.read(termination.output.uri.split("/job/", 1)[1].split("/", 1)[1] + "/manifest.json"))
     return {item["path"]: item["sha256"] for item in manifest["files"] if item["path"].endswith(".safetensors")}
 
 
 def committed_steps(bucket: Bucket) -> list[int]:
-    """Steps of committed checkpoints."""
+    """Return the steps of all committed checkpoints, in ascending order."""
     keys = [key.split("/") for key in bucket.keys("checkpoints/") if key.endswith("_COMMITTED")]
     return sorted(int(folder.removeprefix("step-")) for _, folder, _ in keys)
 
@@ -142,9 +142,9 @@ def committed_steps(bucket: Bucket) -> list[int]:
 def run_uninterrupted(
     server: S3Endpoint, folder: Path, model: Path, rows: Path, method: str, processes: int, variant: str = "plain"
 ) -> RecordedRun:
-    """The record of a run without interruptions. All tests share one run per variant, method and number of ranks.
+    """Return the record of a run without interruptions. All tests share one run for each variant, method and number of ranks.
 
-    The workers of pytest-xdist share the runs, too: each worker has a tiny model and rows with equal content.
+    The workers of pytest-xdist also share these runs, because the tiny model and the rows have the same content in every worker.
     """
     name = f"uninterrupted-{variant}-{method}-{processes}"
     shared_folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
@@ -152,7 +152,7 @@ def run_uninterrupted(
     with record_file.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another worker may be recording this run
         if not record_file.exists():
-            record = _record_uninterrupted(server, folder / name, spec_of(model, rows, method, variant), processes, variant)
+            record = _record_uninterrupted(server, folder / name, make_spec(model, rows, method, variant), processes, variant)
             record_file.write_bytes(pickle.dumps(record))
         record = pickle.loads(record_file.read_bytes())
         assert isinstance(record, RecordedRun)
@@ -162,11 +162,11 @@ def run_uninterrupted(
 def _record_uninterrupted(server: S3Endpoint, folder: Path, spec: dict[str, Any], processes: int, variant: str) -> RecordedRun:
     bucket = new_bucket(server)
     run = run_config(spec, bucket.target(), processes=processes)
-    with traced_pod(run, folder, bucket) as pod:
+    with make_traced_pod(run, folder, bucket) as pod:
         assert pod.end() == 0, pod.text[-4000:]
     record = record_run(bucket, [pod], pod.termination_message())
     last, every = LAST_STEP.get(variant, STEPS), run.spec.tracking.logging_steps or 1
     logged = [step for step, kind in sorted(record.lines) if kind == "loss"]
-    assert logged == sorted({1, *range(every, last + 1, every), last}), "exactly the expected lines are logged"
+    assert logged == sorted({1, *range(every, last + 1, every), last}), "the run logged other steps than its spec requests"
     assert sorted(record.rows) == [(step, rank) for step in range(1, last + 1) for rank in range(processes)]
     return record

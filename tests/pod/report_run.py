@@ -1,4 +1,4 @@
-"""A run with a report: 200 steps, the first attempt is killed, the second one continues and evaluates the model."""
+"""Run a job of 200 steps that writes a report. Its first attempt is killed; the second one resumes and evaluates the model."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from finetune_api.pod import ProgressReport, StoreTarget, TerminationMessage
 from pod_harness import UID, Pod, merge, run_config, write_rows
 
 STEPS = 200
-KILLED_AFTER = 60
+KILLED_AFTER_STEP = 60
+"""The first attempt is killed after the checkpoint of this step is committed."""
 SECRET = "a-token-that-must-stay-secret"
+"""The pods' HF_TOKEN, which the report must not show."""
 
 
-def number_rows() -> list[dict[str, Any]]:
-    """Questions about sums and products with their answers. One row has an e-mail address, and one row occurs twice."""
+def make_number_rows() -> list[dict[str, Any]]:
+    """Make rows with questions about sums and products and their answers. One row has an e-mail address, and one row occurs twice."""
     questions = [(f"What is {a} + {b}?", f"It is {a + b}.") for a in range(12) for b in range(12)]
     questions += [(f"Multiply {a} by {b}.", f"The product is {a * b}.") for a in range(12) for b in range(6)]
     questions += [questions[0], ("Whom do I ask about sums?", "Write to sums@example.org.")]
@@ -27,19 +29,21 @@ def number_rows() -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class TwoAttempts:
-    """Times and messages of the two attempts. Each attempt is one process, which starts at once."""
+    """What a test knows about the two attempts of the run. Each attempt is one local process, so it needs no time to get a node."""
 
     first_times: tuple[datetime, datetime]
+    """The start and the end of the first attempt."""
     first_report: ProgressReport
-    """The last report before the first attempt was killed."""
+    """The progress report that was read just before the first attempt was killed."""
     second_times: tuple[datetime, datetime]
+    """The start and the end of the second attempt."""
     message: TerminationMessage
     """The termination message of the second attempt."""
 
 
 def run_with_report(folder: Path, model: Path, spec: dict[str, Any] | None = None) -> TwoAttempts:
-    """Run both attempts. The report is in `store_of(folder)`."""
-    rows = write_rows(folder / "sums-and-products.jsonl", number_rows())
+    """Run both attempts with their files below `folder`. `stored_run_folder(folder)` then contains the report."""
+    rows = write_rows(folder / "sums-and-products.jsonl", make_number_rows())
     base = {
         "model": {"source": f"file://{model}"}, "method": {"type": "full"},
         "dataset": {"train": f"file://{rows}", "split": {"train": 0.8, "validation": 0.1, "test": 0.1}, "checks": {"deduplicate": True, "piiScan": True}},
@@ -52,15 +56,15 @@ def run_with_report(folder: Path, model: Path, spec: dict[str, Any] | None = Non
     merged = merge(base, spec or {})
     target = StoreTarget(uri=f"file://{folder}/store/team-a/sums-bot/{UID}")
     first_start = datetime.now(UTC)
-    with _pod(merged, target, folder, 1) as killed:
-        killed.wait_committed(KILLED_AFTER)
+    with _make_pod(merged, target, folder, 1) as killed:
+        killed.wait_committed(KILLED_AFTER_STEP)
         killed.wait_until(lambda: _has_uncommitted_steps(killed))
         report = killed.report()
         assert report is not None
         killed.kill()
         first_end = datetime.now(UTC)
     second_start = datetime.now(UTC)
-    with _pod(merged, target, folder, 2) as resumed:
+    with _make_pod(merged, target, folder, 2) as resumed:
         assert resumed.end() == ExitCode.OK, resumed.text[-6000:]
         second_end = datetime.now(UTC)
     return TwoAttempts((first_start, first_end), report, (second_start, second_end), resumed.termination_message())
@@ -71,16 +75,16 @@ def _has_uncommitted_steps(pod: Pod) -> bool:
     return report is not None and bool(report.checkpoints) and report.checkpoints[0].step < (report.progress.step or 0)
 
 
-def _pod(spec: dict[str, Any], target: StoreTarget, folder: Path, attempt: int) -> Pod:
+def _make_pod(spec: dict[str, Any], target: StoreTarget, folder: Path, attempt: int) -> Pod:
     run = run_config(spec, target, attempt=attempt).model_copy(update={"name": "sums-bot", "namespace": "team-a"})
     return Pod(run, folder / f"pod-{attempt}", {"HF_TOKEN": SECRET})
 
 
-def store_of(folder: Path) -> Path:
-    """The run's folder in storage."""
+def stored_run_folder(folder: Path) -> Path:
+    """Return the folder in storage with the files of the run."""
     return folder / "store" / "team-a" / "sums-bot" / UID
 
 
 def read_json(path: Path) -> Any:
-    """The value in a JSON file."""
+    """Return the value that a JSON file contains."""
     return json.loads(path.read_text())

@@ -1,4 +1,4 @@
-"""Pods that merge their adapter and push the model to a hub, a local stub."""
+"""Pods that merge their adapter into the base model, and pods that push their model to a local stub of the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pod_harness import UID, Pod, merge, run_config, write_rows
 from tests.support.hub import TOKEN, Hub, serve_hub
 from tests.support.tiny import make_tiny_model
 
-HUB = {"push": True, "repository": "org/bot", "tokenSecretRef": {"name": "hub", "key": "token"}}
+HUB_OUTPUT = {"push": True, "repository": "org/bot", "tokenSecretRef": {"name": "hub", "key": "token"}}
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def make_pod(folder: Path, model: Path, output: dict[str, Any], *, hub: Hub | No
 
 @pytest.fixture(scope="module")
 def style_adapter(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter that changes the base model visibly."""
+    """An adapter with random weights, so that its merge changes the base model."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -64,7 +64,8 @@ def style_adapter(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
-def stored(folder: Path, key: str = "") -> Path:
+def stored_path(folder: Path, key: str = "") -> Path:
+    """Return the path of an object in the job\'s storage folder."""
     return folder / "store" / "team" / "job" / UID / key
 
 
@@ -72,16 +73,16 @@ def test_a_pod_merges_its_adapter_with_another_and_pushes_the_merged_model(model
     from transformers import AutoModelForCausalLM
 
     others = [{"source": f"file://{style_adapter}", "weight": 0.5}]
-    settings = {"verify": True, "mergeAdapter": True, "combineAdapters": others, "export": ["oci"], "hub": HUB, "dir": "results", "layout": "flat"}
+    settings = {"verify": True, "mergeAdapter": True, "combineAdapters": others, "export": ["oci"], "hub": HUB_OUTPUT, "dir": "results", "layout": "flat"}
     with make_pod(tmp_path, model, settings, hub=hub) as pod:
         assert pod.end() == ExitCode.OK, pod.text[-6000:]
         message = pod.termination_message()
     output = message.output
     assert output is not None and output.uri is not None and output.merged_uri is not None
     incarnation = output.uri.rpartition("/")[2]
-    merged = stored(tmp_path, f"merged/{incarnation}")
+    merged = stored_path(tmp_path, f"merged/{incarnation}")
     assert output.merged_uri == f"file://{merged}"
-    assert json.loads(stored(tmp_path, "merged/_COMMITTED").read_text())["path"] == incarnation
+    assert json.loads(stored_path(tmp_path, "merged/_COMMITTED").read_text())["path"] == incarnation
     manifest = json.loads((merged / "manifest.json").read_text())
     assert manifest["kind"] == "model" and manifest["extra"] == {"adapter": output.uri, "adapterSha256": output.sha256}
     assert AutoModelForCausalLM.from_pretrained(merged).num_parameters() == AutoModelForCausalLM.from_pretrained(model).num_parameters()
@@ -96,8 +97,8 @@ def test_a_pod_merges_its_adapter_with_another_and_pushes_the_merged_model(model
     assert output.verification is not None and output.verification.artefacts is not None
     adapter_check, merged_check = output.verification.artefacts
     assert (adapter_check.result, merged_check.result) == (VerificationOutcome.VERIFIED, VerificationOutcome.VERIFIED)
-    assert adapter_check.change_from_base != merged_check.change_from_base, "the other adapter changes the merged model, too"
-    root = stored(tmp_path)
+    assert adapter_check.change_from_base != merged_check.change_from_base, "the merged model contains only one of the two adapters"
+    root = stored_path(tmp_path)
     statement = json.loads((root / "lineage/statement.json").read_text())
     sources = {entry.get("name"): entry.get("uri") for entry in statement["predicate"]["buildDefinition"]["resolvedDependencies"]}
     assert sources["output.combineAdapters[0].source"] == f"file://{style_adapter}"
@@ -109,9 +110,9 @@ def test_a_pod_merges_its_adapter_with_another_and_pushes_the_merged_model(model
     assert not any(TOKEN.encode() in data for data in everything)
 
 
-@pytest.mark.slow  # test_evaluation.py stops a pod in another stage
+@pytest.mark.slow  # test_evaluation.py stops a pod during its evaluation
 @pytest.mark.faults
-def test_a_pod_that_is_stopped_while_merging_is_continued_by_the_next_attempt(model: Path, tmp_path: Path) -> None:
+def test_the_next_attempt_merges_after_a_pod_was_stopped_while_merging(model: Path, tmp_path: Path) -> None:
     with make_pod(tmp_path, model, {"mergeAdapter": True}) as stopped:
         stopped.wait_until(lambda: (report := stopped.report()) is not None and report.output is not None and report.stage is Stage.MERGING)
         stopped.terminate()
@@ -122,25 +123,25 @@ def test_a_pod_that_is_stopped_while_merging_is_continued_by_the_next_attempt(mo
         assert resumed.end() == ExitCode.OK, resumed.text[-6000:]
     resumed_output = resumed.termination_message().output
     assert resumed_output is not None and resumed_output.sha256 == output.sha256 and "step 1/4" not in resumed.text
-    assert [path.name for path in stored(tmp_path, "merged").iterdir() if path.is_dir()] == [str(resumed_output.merged_uri).rpartition("/")[2]]
+    assert [path.name for path in stored_path(tmp_path, "merged").iterdir() if path.is_dir()] == [str(resumed_output.merged_uri).rpartition("/")[2]]
 
 
 @pytest.mark.faults
-def test_a_refused_push_fails_with_the_credentials_and_keeps_the_model(model: Path, hub: Hub, tmp_path: Path) -> None:
+def test_a_refused_push_is_reported_as_refused_credentials_and_keeps_the_model(model: Path, hub: Hub, tmp_path: Path) -> None:
     hub.failures = {"/commit/main": [(403, "forbidden")]}
-    with make_pod(tmp_path, model, {"hub": HUB}, hub=hub) as refused:
+    with make_pod(tmp_path, model, {"hub": HUB_OUTPUT}, hub=hub) as refused:
         assert refused.end() == ExitCode.CREDENTIALS_REFUSED, refused.text[-6000:]
     message = refused.termination_message()
     assert (message.code, message.stage) == ("HubAccessDenied", Stage.UPLOADING)
     assert message.output is not None and message.output.uri is not None and message.output.hub_uri is None
-    with make_pod(tmp_path, model, {"hub": HUB}, hub=hub, attempt=2) as repeated:
+    with make_pod(tmp_path, model, {"hub": HUB_OUTPUT}, hub=hub, attempt=2) as repeated:
         assert repeated.end() == ExitCode.OK, repeated.text[-6000:]
     assert hub.repositories["org/bot"].files.keys() >= {"adapter_model.safetensors", "adapter_config.json", "generation_config.json", "README.md"}
     assert len(hub.repositories["org/bot"].commits) == 1 and "step 1/4" not in repeated.text
 
 
-def test_a_pod_without_a_token_ends_before_training(model: Path, hub: Hub, tmp_path: Path) -> None:
-    with make_pod(tmp_path, model, {"hub": HUB}, hub=hub, FINETUNE_HUB_TOKEN="") as pod:  # noqa: S106  an empty variable
+def test_a_pod_without_a_hub_token_ends_before_training(model: Path, hub: Hub, tmp_path: Path) -> None:
+    with make_pod(tmp_path, model, {"hub": HUB_OUTPUT}, hub=hub, FINETUNE_HUB_TOKEN="") as pod:  # noqa: S106  an empty value, not a password
         assert pod.end() == ExitCode.CREDENTIALS_REFUSED, pod.text[-6000:]
     message = pod.termination_message()
     assert (message.code, message.output, hub.requests) == ("HubTokenMissing", None, []) and "step 1/4" not in pod.text

@@ -1,6 +1,6 @@
-"""A pod with invalid input or storage ends before training.
+"""A pod with an invalid model, invalid data or invalid storage ends before training.
 
-The exit code and the failure class tell whether the user, the storage administrator or the cluster administrator must act.
+The exit code and the failure class show whether the user, the storage administrator or the cluster administrator must act.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def run_failing_pod(
         code = pod.end()
     termination = pod.termination_message()
     assert code == termination.exit_code, pod.text[-3000:]
-    assert termination.step is None, "the pod trained"
+    assert termination.step is None, "the pod began to train"
     assert "Found credentials" not in pod.text, "botocore logs the origin of the credentials for every connection"
     assert bucket.endpoint.secret_key not in pod.text + termination.to_json()
     assert len(termination.to_json().encode()) <= 4096
@@ -41,10 +41,11 @@ def spec(model: Path, rows: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def check_failure(termination: TerminationMessage, code: int, name: str, failure_class: FailureClass, *parts: str) -> None:
-    assert (termination.exit_code, termination.code, termination.class_) == (code, name, failure_class), termination
-    for part in parts:
-        assert part in f"{termination.message} {termination.hint}"
+def check_failure(termination: TerminationMessage, exit_code: int, code: str, failure_class: FailureClass, *expected_texts: str) -> None:
+    """Check the failure of a pod. Its message or its hint must contain each of `expected_texts`."""
+    assert (termination.exit_code, termination.code, termination.class_) == (exit_code, code, failure_class), termination
+    for expected_text in expected_texts:
+        assert expected_text in f"{termination.message} {termination.hint}"
 
 
 def test_a_missing_bucket_is_a_storage_failure(bucket: Bucket, tmp_path: Path, spec: dict[str, Any]) -> None:
@@ -108,7 +109,7 @@ def test_a_data_set_that_is_not_utf8_is_a_data_failure(bucket: Bucket, tmp_path:
     check_failure(termination, 65, "DatasetNotUtf8", FailureClass.DATA, "latin.jsonl", "17")
 
 
-def test_a_malformed_row_is_named(bucket: Bucket, tmp_path: Path, spec: dict[str, Any]) -> None:
+def test_a_malformed_row_is_reported_with_its_number(bucket: Bucket, tmp_path: Path, spec: dict[str, Any]) -> None:
     lines = [json.dumps(ROWS[number % len(ROWS)]) for number in range(200)]
     lines[16] = lines[16][:-5]
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
@@ -116,14 +117,14 @@ def test_a_malformed_row_is_named(bucket: Bucket, tmp_path: Path, spec: dict[str
     check_failure(termination, 65, "DatasetRowInvalid", FailureClass.DATA, "rows.jsonl", "row 17")
 
 
-def test_an_unknown_role_is_reported_with_its_row(bucket: Bucket, tmp_path: Path, spec: dict[str, Any]) -> None:
+def test_an_unknown_role_is_reported_with_the_number_of_its_row(bucket: Bucket, tmp_path: Path, spec: dict[str, Any]) -> None:
     rows = [*ROWS[:2], {"messages": [{"role": "wizard", "content": "x"}, {"role": "assistant", "content": "y"}]}]
     write_rows(tmp_path / "rows.jsonl", rows)
     termination = run_failing_pod(bucket, tmp_path, merge(spec, {"dataset": {"train": f"file://{tmp_path}/rows.jsonl"}}))
     check_failure(termination, 65, "UnknownRole", FailureClass.DATA, "wizard", "row 3")
 
 
-def test_a_job_with_progress_but_without_checkpoints_has_a_storage_failure(bucket: Bucket, tmp_path: Path, spec: dict[str, Any]) -> None:
+def test_an_attempt_that_finds_no_checkpoint_to_resume_has_a_storage_failure(bucket: Bucket, tmp_path: Path, spec: dict[str, Any]) -> None:
     run = run_config(spec, bucket.target(), attempt=2, resume=ResumeConfig(mode="auto", expect_step=100))
     with Pod(run, tmp_path / "pod", bucket.env) as pod:
         assert pod.end() == 73

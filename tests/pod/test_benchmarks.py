@@ -1,4 +1,4 @@
-"""Pods that run benchmarks after training: harness tasks with local data, domain files and rating sheets."""
+"""Pods that run benchmarks after training: tasks of lm-evaluation-harness with local data, question files for a domain, and sheets for human ratings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from finetune_api.names import ExitCode
 from finetune_api.pod import StoreTarget
-from finetune_api.rating_sheet import BASE, COLUMNS, TRAINED
+from finetune_api.rating_sheet import BASE_MODEL, COLUMNS, TRAINED_MODEL
 from finetune_api.status import Stage
 from pod_harness import UID, Pod, merge, run_config, write_rows
 
@@ -26,7 +26,7 @@ from tests.support.benchmark_folders import (
 )
 from tests.support.tiny import make_tiny_model
 
-SHEETS = {"name": "human-eval", "limit": 3, "compareWithBase": True}
+RATING_SHEETS = {"name": "human-eval", "limit": 3, "compareWithBase": True}
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
-def benchmark_pod(folder: Path, model: Path, benchmarks: list[dict[str, Any]], spec: dict[str, Any] | None = None, *, attempt: int = 1) -> Pod:
+def make_benchmark_pod(folder: Path, model: Path, benchmarks: list[dict[str, Any]], spec: dict[str, Any] | None = None, *, attempt: int = 1) -> Pod:
     folder.mkdir(exist_ok=True)
     rows = write_rows(folder / "rows.jsonl")
     base = {
@@ -43,17 +43,18 @@ def benchmark_pod(folder: Path, model: Path, benchmarks: list[dict[str, Any]], s
         "evaluation": {"benchmarks": benchmarks, "comparison": {"generation": {"maxNewTokens": 8}}},
     }  # fmt: skip
     target = StoreTarget(uri=f"file://{folder}/store/team/job/{UID}")
-    # No library may write into the home folder, and the stage itself keeps the libraries off the hub.
+    # With this HOME, a library that writes into the home folder fails. The benchmark stage must set HF_HUB_OFFLINE itself.
     env = {"HOME": "/proc/nowhere", "HF_HUB_OFFLINE": "0"}
     return Pod(run_config(merge(base, spec or {}), target, attempt=attempt), folder / f"pod-{attempt}", env=env)
 
 
-def stored(folder: Path, key: str) -> Path:
+def stored_path(folder: Path, key: str) -> Path:
+    """Return the path of an object in the job\'s storage folder."""
     return folder / "store" / "team" / "job" / UID / key
 
 
 def perplexity_of_answers(model: Path) -> float:
-    """exp of the mean negative log-likelihood of the first four answers after their questions, without the harness."""
+    """Compute the perplexity of the first four answers of `SUMS` without the harness: exp(mean negative log-likelihood of an answer)."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -78,105 +79,105 @@ def test_a_pod_runs_benchmarks_of_its_model_and_of_the_base_model(model: Path, t
     benchmarks = [
         {"name": "lm-eval", "folder": f"file://{tasks}", "compareWithBase": True, "limit": 4},
         {"name": "domain-specific-eval", "folder": f"file://{domains}"},
-        SHEETS,
+        RATING_SHEETS,
     ]
-    with benchmark_pod(tmp_path, model, benchmarks) as pod:
+    with make_benchmark_pod(tmp_path, model, benchmarks) as pod:
         assert pod.end() == ExitCode.OK, pod.text[-6000:]
         message = pod.termination_message()
-    entries = json.loads(stored(tmp_path, "evaluation/benchmark_results.json").read_text())["benchmarks"]
+    entries = json.loads(stored_path(tmp_path, "evaluation/benchmark_results.json").read_text())["benchmarks"]
     found = {(entry["task"], entry["metric"]): entry for entry in entries}
     assert [name for name, _ in found] == ["likelihood", "sums", "written_sums", "hellaswag", "hellaswag", *["sums"] * 7]
     likelihood = found["likelihood", "perplexity"]
     assert likelihood["base"] == pytest.approx(perplexity_of_answers(model), rel=1e-4)
-    assert likelihood["value"] < likelihood["base"]  # the trained model knows such sums better
+    assert likelihood["value"] < likelihood["base"]  # the training rows contain such sums
     sums = found["sums", "acc"]
     assert sums["samples"] == 4 and sums["value"] in (0, 0.25, 0.5, 0.75, 1) and sums["base"] in (0, 0.25, 0.5, 0.75, 1)
     assert sums["difference"] == sums["value"] - sums["base"]
-    # The standard error of a mean of zeros and ones, with the sample's variance.
+    # The harness reports the standard error of the mean of four zeros and ones, with the sample variance.
     assert sums["stderr"] == pytest.approx(math.sqrt(sums["value"] * (1 - sums["value"]) / 3))
     assert found["hellaswag", "acc_norm"]["samples"] == 2 and found["written_sums", "exact_match"]["base"] is not None
     assert found["sums", "accuracy"]["value"] in (0, 1) and found["sums", "accuracy"]["base"] is None
     assert message.evaluation is not None and message.evaluation.benchmarks is not None
     assert [(one.task, one.metric) for one in message.evaluation.benchmarks] == [(entry["task"], entry["metric"]) for entry in entries]
-    assert json.loads(stored(tmp_path, "evaluation/domain_sums_results.json").read_text()).keys() >= {"bleu", "rouge1_f", "rouge2_f", "rougeL_f"}
-    assert json.loads(stored(tmp_path, "evaluation/lm_eval_results.json").read_text())["sums"] == {"acc": sums["value"]}
-    with stored(tmp_path, "evaluation/human_rating.csv").open(encoding="utf-8-sig", newline="") as stream:
+    assert json.loads(stored_path(tmp_path, "evaluation/domain_sums_results.json").read_text()).keys() >= {"bleu", "rouge1_f", "rouge2_f", "rougeL_f"}
+    assert json.loads(stored_path(tmp_path, "evaluation/lm_eval_results.json").read_text())["sums"] == {"acc": sums["value"]}
+    with stored_path(tmp_path, "evaluation/human_rating.csv").open(encoding="utf-8-sig", newline="") as stream:
         rows = list(csv.DictReader(stream))
-    models = json.loads(stored(tmp_path, "evaluation/human_rating_key.json").read_text())["models"]
+    models = json.loads(stored_path(tmp_path, "evaluation/human_rating_key.json").read_text())["models"]
     assert tuple(rows[0]) == COLUMNS and [row["promptID"] for row in rows] == ["1", "1", "2", "2", "3", "3"]
-    assert [row["model"] for row in rows] == ["A", "B"] * 3 and sorted(models.values()) == [BASE] * 3 + [TRAINED] * 3
+    assert [row["model"] for row in rows] == ["A", "B"] * 3 and sorted(models.values()) == [BASE_MODEL] * 3 + [TRAINED_MODEL] * 3
     assert all(row["prompt"].startswith("What is ") and row["overall"] == "" for row in rows)
-    assert stored(tmp_path, "run/stages/benchmarking.json").exists()
+    assert stored_path(tmp_path, "run/stages/benchmarking.json").exists()
 
 
 def test_a_task_without_data_is_refused_before_training(model: Path, tmp_path: Path) -> None:
     write_task(tmp_path / "tasks", "sums")
     benchmark = {"name": "lm-eval", "folder": f"file://{tmp_path / 'tasks'}", "tasks": ["sums", "hellaswag"]}
-    with benchmark_pod(tmp_path, model, [benchmark]) as pod:
+    with make_benchmark_pod(tmp_path, model, [benchmark]) as pod:
         assert pod.end() == ExitCode.CONFIG_INVALID, pod.text[-6000:]
     message = pod.termination_message()
     assert message.code == "TaskNotInFolder" and message.output is None and "evaluation.benchmarks[0].folder" in (message.message or "")
-    assert not stored(tmp_path, "model").exists()
+    assert not stored_path(tmp_path, "model").exists()
 
 
 @pytest.mark.slow
-def test_code_runs_only_where_it_is_allowed(model: Path, tmp_path: Path) -> None:
+def test_a_benchmark_runs_code_only_if_its_spec_allows_it(model: Path, tmp_path: Path) -> None:
     tasks, code = tmp_path / "tasks", tmp_path / "code"
     write_task(tasks, "coded", CHOICE_TASK + "process_docs: !function utils.first_row\nfewshot_split: test\n")
     (tasks / "utils.py").write_text("def first_row(rows):\n    return rows.select([0, 1, 2])\n")
     code.mkdir()
     problem = {"prompt": "def one():\n    return 1\n", "test": "def check(candidate):\n    assert candidate() == 1", "entry_point": "one"}
-    # The second function is complete and right whatever the model adds, unless it adds a syntax error in front of a stop text.
+    # The first prompt is already a correct function. So it passes its test unless the model adds a syntax error before a stop text.
     (code / "rows.jsonl").write_text(json.dumps(problem) + "\n" + json.dumps(problem | {"test": "def check(candidate):\n    assert False"}))
     folders = [
         {"name": "lm-eval", "folder": f"file://{tasks}", "tasks": ["coded"], "fewShot": 1, "applyChatTemplate": True},
         {"name": "openai-humaneval", "folder": f"file://{code}", "compareWithBase": True},
     ]
-    with benchmark_pod(tmp_path / "refused", model, folders[:1]) as refused:
+    with make_benchmark_pod(tmp_path / "refused", model, folders[:1]) as refused:
         assert refused.end() == ExitCode.CONFIG_INVALID, refused.text[-6000:]
     assert refused.termination_message().code == "CodeExecutionNotAllowed"
     allowed = [benchmark | {"allowCodeExecution": True} for benchmark in folders]
-    with benchmark_pod(tmp_path / "allowed", model, allowed, {"method": {"type": "full"}}) as pod:
+    with make_benchmark_pod(tmp_path / "allowed", model, allowed, {"method": {"type": "full"}}) as pod:
         assert pod.end() == ExitCode.OK, pod.text[-6000:]
-    entries = json.loads(stored(tmp_path / "allowed", "evaluation/benchmark_results.json").read_text())["benchmarks"]
+    entries = json.loads(stored_path(tmp_path / "allowed", "evaluation/benchmark_results.json").read_text())["benchmarks"]
     assert [(entry["task"], entry["metric"], entry["samples"]) for entry in entries] == [("coded", "acc", 3), ("humaneval", "pass@1", 2)]
     assert entries[1]["value"] in (0, 0.5) and entries[1]["base"] in (0, 0.5)
 
 
 @pytest.mark.slow
-def test_a_stopped_pod_keeps_its_finished_tasks(model: Path, tmp_path: Path) -> None:
+def test_the_next_attempt_keeps_the_finished_tasks_of_a_killed_pod(model: Path, tmp_path: Path) -> None:
     tasks = tmp_path / "tasks"
     for name in ("first", "second"):
         write_task(tasks, name)
     long = [{"question": f"count to {number}", "choices": ["1"], "answer": 0} for number in range(60)]
     write_task(tasks, "third", GENERATION_TASK.replace("max_gen_toks: 4", "max_gen_toks: 100"), long)
     benchmarks = [{"name": "lm-eval", "folder": f"file://{tasks}", "tasks": ["first", "second", "third"]}]
-    parts = stored(tmp_path, "run/stages/benchmarking-parts")
-    with benchmark_pod(tmp_path, model, benchmarks) as killed:
+    parts = stored_path(tmp_path, "run/stages/benchmarking-parts")
+    with make_benchmark_pod(tmp_path, model, benchmarks) as killed:
         killed.wait_until(lambda: len(list(parts.rglob("*.json"))) == 2 and killed.report() is not None)
         report = killed.report()
         assert report is not None and report.stage is Stage.BENCHMARKING and report.detail == "task 3 of 3: third"
         killed.kill()
-    for part in parts.rglob("*.json"):  # a value that the tasks cannot have shows that they do not run again
+    for part in parts.rglob("*.json"):  # an impossible value, which a task that ran again would overwrite
         part.write_text(part.read_text().replace('"value":', '"value":7,"was":'))
-    with benchmark_pod(tmp_path, model, benchmarks, attempt=2) as resumed:
+    with make_benchmark_pod(tmp_path, model, benchmarks, attempt=2) as resumed:
         assert resumed.end() == ExitCode.OK, resumed.text[-6000:]
-    entries = json.loads(stored(tmp_path, "evaluation/benchmark_results.json").read_text())["benchmarks"]
+    entries = json.loads(stored_path(tmp_path, "evaluation/benchmark_results.json").read_text())["benchmarks"]
     assert [(entry["task"], entry["value"]) for entry in entries[:2]] == [("first", 7), ("second", 7)]
     assert entries[2]["task"] == "third" and entries[2]["samples"] == 60 and entries[2]["value"] != 7
 
 
 @pytest.mark.slow
-def test_a_failing_task_does_not_stop_the_others_and_names_itself(model: Path, tmp_path: Path) -> None:
+def test_a_failing_task_is_named_and_does_not_stop_the_other_tasks(model: Path, tmp_path: Path) -> None:
     tasks = tmp_path / "tasks"
-    write_task(tasks, "broken", CHOICE_TASK.replace("doc_to_target: answer", 'doc_to_target: "{{{{missing_column}}}}"'))
+    write_task(tasks, "broken", CHOICE_TASK.replace("doc_to_target: answer", 'doc_to_target: "{{{{missing_column_error}}}}"'))
     write_task(tasks, "escaping", CHOICE_TASK.replace("{{{{question}}}}", "{{{{question.__class__.__mro__[1].__subclasses__()}}}}"))
     write_task(tasks, "sums")
-    with benchmark_pod(tmp_path, model, [{"name": "lm-eval", "folder": f"file://{tasks}"}]) as pod:
+    with make_benchmark_pod(tmp_path, model, [{"name": "lm-eval", "folder": f"file://{tasks}"}]) as pod:
         assert pod.end() == ExitCode.CONFIG_INVALID, pod.text[-6000:]
     message = pod.termination_message()
     assert message.code == "BenchmarkTaskFailed" and "the task broken failed" in (message.message or "")
     assert message.output is not None and message.stage is Stage.BENCHMARKING
-    assert len(list(stored(tmp_path, "run/stages/benchmarking-parts").rglob("*.json"))) == 1
+    assert len(list(stored_path(tmp_path, "run/stages/benchmarking-parts").rglob("*.json"))) == 1
     assert "1 other task failed, too" in (message.message or "")
     assert "the task escaping failed: SecurityError" in pod.text

@@ -1,4 +1,4 @@
-"""Training in a pod whose disk is full, because the file system is small or because the pod has a disk limit."""
+"""Training while the disk is full: the work folder is a small file system, or the pod has a disk limit."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from finetune_api.pod import ResumeConfig
 from finetune_trainer.checkpoint.space import DISK_RESERVE_BYTES
 from pod_buckets import Bucket
 from pod_harness import run_config
-from recorded_run import committed_steps, record_run, run_uninterrupted, spec_of, traced_pod
+from recorded_run import committed_steps, make_spec, make_traced_pod, record_run, run_uninterrupted
 
 from localcluster.s3 import S3Endpoint
 from tests.support.slices import quick_slice
 
 DISK_BYTES = 4 * DISK_RESERVE_BYTES
-"""Size of the disk in bytes."""
+"""The size of the file system, or the pod's disk limit, in bytes."""
 
 
 @pytest.fixture(params=["file system", "limit"])
 def small_disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[tuple[Path, dict[str, str]]]:
-    """The work folder and the pod's environment. The folder is a small file system, or the environment sets a disk limit."""
+    """The work folder, and environment variables for the pod. The folder is a small file system, or the variables set a disk limit."""
     if request.param == "limit":
         work = tmp_path / "one" / "work"
         work.mkdir(parents=True)
@@ -47,13 +47,13 @@ def test_training_continues_without_checkpoints_while_the_disk_is_full(
     s3_server: S3Endpoint, bucket: Bucket, model: Path, rows: Path, small_disk: tuple[Path, dict[str, str]], tmp_path: Path,
     tmp_path_factory: pytest.TempPathFactory, processes: int,
 ) -> None:  # fmt: skip
-    """Two checkpoints are skipped. After space is freed, the next checkpoint is committed. The resumed run equals an uninterrupted run."""
+    """Two checkpoints are skipped. Once the disk has space, the next checkpoint is committed. The resumed run equals an uninterrupted run."""
     expected_run = run_uninterrupted(s3_server, tmp_path_factory.getbasetemp(), model, rows, "lora", processes, "windows")
-    spec = spec_of(model, rows, "lora", "windows")
+    spec = make_spec(model, rows, "lora", "windows")
     work, limit = small_disk
     filler = work / "filler"
     filler.write_bytes(bytes(DISK_BYTES - DISK_RESERVE_BYTES))
-    small = traced_pod(run_config(spec, bucket.target(), processes=processes), tmp_path / "one", bucket, hold_point="forward:19")
+    small = make_traced_pod(run_config(spec, bucket.target(), processes=processes), tmp_path / "one", bucket, hold_point="forward:19")
     small.env |= limit
     with small as pod:
         pod.wait_until((work / "held").exists)
@@ -66,6 +66,6 @@ def test_training_continues_without_checkpoints_while_the_disk_is_full(
         assert pod.end() == 75, pod.text[-4000:]
     assert committed_steps(bucket) == [19]
     resume = ResumeConfig(mode="auto", expect_step=19)
-    with traced_pod(run_config(spec, bucket.target(), processes=processes, attempt=2, resume=resume), tmp_path / "two", bucket) as again:
+    with make_traced_pod(run_config(spec, bucket.target(), processes=processes, attempt=2, resume=resume), tmp_path / "two", bucket) as again:
         assert again.end() == 0, again.text[-4000:]
     assert record_run(bucket, [pod, again], again.termination_message()) == expected_run

@@ -24,7 +24,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
-def evaluating_pod(folder: Path, model: Path, spec: dict[str, Any], *, attempt: int = 1) -> Pod:
+def make_evaluating_pod(folder: Path, model: Path, spec: dict[str, Any], *, attempt: int = 1) -> Pod:
     rows = write_rows(folder / "rows.jsonl")
     base = {
         "model": {"source": f"file://{model}"}, "dataset": {"train": f"file://{rows}", "split": {"train": 28 / 36, "test": 8 / 36}},
@@ -36,42 +36,43 @@ def evaluating_pod(folder: Path, model: Path, spec: dict[str, Any], *, attempt: 
     return Pod(run_config(merge(base, spec), target, attempt=attempt), folder / f"pod-{attempt}")
 
 
-def stored(folder: Path, key: str) -> Path:
+def stored_path(folder: Path, key: str) -> Path:
+    """Return the path of an object in the job\'s storage folder."""
     return folder / "store" / "team" / "job" / UID / key
 
 
 @pytest.mark.faults
-def test_a_pod_measures_a_model_without_adapter_and_writes_its_answers(model: Path, tmp_path: Path) -> None:
-    """`test_stages.py` tests the same with an adapter."""
-    with evaluating_pod(tmp_path, model, {"method": {"type": "full"}, "phases": {"infer": True}}) as pod:
+def test_a_pod_evaluates_a_model_without_adapter_and_writes_its_answers(model: Path, tmp_path: Path) -> None:
+    """`test_stages.py` tests the evaluation of an adapter."""
+    with make_evaluating_pod(tmp_path, model, {"method": {"type": "full"}, "phases": {"infer": True}}) as pod:
         assert pod.end() == ExitCode.OK, pod.text[-6000:]
         message = pod.termination_message()
     assert message.output is not None and message.output.evaluation is not None and message.evaluation is not None
     values = {name: metric.value for name, metric in (message.evaluation.metrics or {}).items()}
     assert message.evaluation.rows == TEST_ROWS
     assert values.keys() == {"loss", "perplexity", "accuracy", "precision", "recall", "f1", "exactMatch", "bleu", "rouge1", "rouge2", "rougeL"}
-    # The trainer measured the same rows in its own process.
+    # The trainer has measured the same rows at the end of the training, in its own process.
     assert values["loss"] == pytest.approx(message.output.evaluation["testLoss"], abs=1e-4)
     assert values["accuracy"] == pytest.approx(message.output.evaluation["testTokenAccuracy"], abs=1e-4)
     assert values["recall"] == values["accuracy"] and math.isclose(values["perplexity"] or 0, math.exp(values["loss"] or 0), rel_tol=1e-3)
-    predictions = [json.loads(line) for line in stored(tmp_path, "evaluation/predictions.jsonl").read_text().splitlines()]
+    predictions = [json.loads(line) for line in stored_path(tmp_path, "evaluation/predictions.jsonl").read_text().splitlines()]
     assert len(predictions) == TEST_ROWS and predictions[0].keys() == {"system_prompt", "user_prompt", "assistant_response", "ground_truth"}
     assert all(row["user_prompt"].startswith("What is ") and row["ground_truth"].startswith("It is ") for row in predictions)
-    summary = json.loads(stored(tmp_path, "evaluation/evaluation_summary.json").read_text())
+    summary = json.loads(stored_path(tmp_path, "evaluation/evaluation_summary.json").read_text())
     assert summary["bleu_score"] == pytest.approx(values["bleu"], abs=1e-3)
-    assert stored(tmp_path, "evaluation/evaluation_detailed.xlsx").exists() and stored(tmp_path, "evaluation/evaluation_results.json").exists()
-    assert stored(tmp_path, "run/stages/evaluating.json").exists()
+    assert stored_path(tmp_path, "evaluation/evaluation_detailed.xlsx").exists() and stored_path(tmp_path, "evaluation/evaluation_results.json").exists()
+    assert stored_path(tmp_path, "run/stages/evaluating.json").exists()
 
 
 @pytest.mark.faults
-def test_a_pod_that_is_stopped_during_the_evaluation_keeps_its_model_and_the_next_one_evaluates(model: Path, tmp_path: Path) -> None:
-    with evaluating_pod(tmp_path, model, {}) as stopped:
+def test_a_pod_that_is_stopped_during_its_evaluation_keeps_its_model_and_the_next_attempt_evaluates(model: Path, tmp_path: Path) -> None:
+    with make_evaluating_pod(tmp_path, model, {}) as stopped:
         stopped.wait_until(lambda: (report := stopped.report()) is not None and report.output is not None and report.stage is Stage.EVALUATING)
         stopped.terminate()
         assert stopped.end() == ExitCode.PREEMPTED_SAVED, stopped.text[-6000:]
     message = stopped.termination_message()
     assert message.output is not None and message.evaluation is None and "after training" in (message.message or "")
-    with evaluating_pod(tmp_path, model, {}, attempt=2) as resumed:
+    with make_evaluating_pod(tmp_path, model, {}, attempt=2) as resumed:
         assert resumed.end() == ExitCode.OK, resumed.text[-6000:]
     assert resumed.termination_message().output == message.output
     assert resumed.termination_message().evaluation is not None

@@ -14,14 +14,15 @@ from pod_harness import ROWS, UID, Pod, merge, run_config, write_rows
 NEW_UID = "99999999-2222-3333-4444-555555555555"
 
 
-def new_job(run: RunConfig) -> RunConfig:
-    """The run configuration of a job with the same name and another uid."""
+def copy_with_new_uid(run: RunConfig) -> RunConfig:
+    """Return the run configuration of a later job with the same name and another uid."""
     storage = run.storage.model_copy(update={"uri": run.storage.uri.replace(UID, NEW_UID)})
     return run.model_copy(update={"uid": NEW_UID, "storage": storage})
 
 
 def prepare(run: RunConfig, folder: Path, bucket: Bucket) -> TerminationMessage:
-    with Pod(new_job(run), folder, bucket.env, command="prepare") as pod:
+    """Run a preparation pod of a later job with the same name, and return its termination message."""
+    with Pod(copy_with_new_uid(run), folder, bucket.env, command="prepare") as pod:
         code = pod.end()
     message = pod.termination_message()
     assert message.exit_code == code, pod.text[-3000:]
@@ -29,10 +30,11 @@ def prepare(run: RunConfig, folder: Path, bucket: Bucket) -> TerminationMessage:
 
 
 def put(bucket: Bucket, name: str, data: bytes) -> None:
+    """Write an object below the test's key prefix."""
     bucket.put(f"{bucket.root}/{name}", data)
 
 
-def test_a_rebuilt_cluster_adopts_the_result_of_the_same_spec_and_data(bucket: Bucket, tmp_path: Path, model: Path) -> None:
+def test_a_job_in_a_rebuilt_cluster_adopts_the_result_of_the_same_spec_and_data(bucket: Bucket, tmp_path: Path, model: Path) -> None:
     for file in sorted(model.iterdir()):
         put(bucket, f"base/{file.name}", file.read_bytes())
     put(bucket, "rows.jsonl", write_rows(tmp_path / "rows.jsonl").read_bytes())
@@ -59,7 +61,7 @@ def test_a_rebuilt_cluster_adopts_the_result_of_the_same_spec_and_data(bucket: B
     assert (adopted.metrics, adopted.step, adopted.exit_code) == (trained.metrics, 4, 0)
     assert adopted.resolved is not None and trained.resolved is not None
     assert adopted.resolved.dataset_digest == trained.resolved.dataset_digest
-    assert not [file.name for file in (tmp_path / "adopted").rglob("*.safetensors")], "the weights are not downloaded"
+    assert not [file.name for file in (tmp_path / "adopted").rglob("*.safetensors")], "the preparation pod downloaded weights"
     assert bucket.client.list_objects_v2(Bucket=bucket.name, Prefix=f"{bucket.root}/team/job/{NEW_UID}/")["KeyCount"] == 0
 
     put(bucket, "rows.jsonl", write_rows(tmp_path / "rows.jsonl", ROWS[:-1]).read_bytes())

@@ -1,6 +1,6 @@
-"""grpo with a vLLM server whose server ends: the attempt fails with a retried code, and the next attempt equals an uninterrupted run.
+"""grpo while its vLLM server ends: the attempt fails with an exit code that is retried, and the resumed run equals an uninterrupted run.
 
-vLLM itself is replaced by `tests.support.generation_server`.
+`tests.support.generation_server` replaces vLLM.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from finetune_api.names import ExitCode, FailureClass
 from finetune_api.pod import TerminationMessage
 from pod_buckets import Bucket, new_bucket
 from pod_harness import Pod, run_config
-from recorded_run import read_log_lines, weight_hashes
+from recorded_run import read_log_lines, read_weight_hashes
 
 from localcluster.s3 import S3Endpoint
 from tests.support.generation_server import DIES_AT, start_server
@@ -36,16 +36,19 @@ def grpo_spec(model: Path, rows: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def run_attempt(folder: Path, bucket: Bucket, spec: dict[str, Any], attempt: int = 1, **faults: str) -> tuple[int, TerminationMessage, int]:
-    """Run an attempt with its own server. Returns the exit code, the termination message and the number of generations."""
-    with start_server(folder / "work" / "generation", folder / "record.jsonl", **faults) as server:
+def run_attempt(folder: Path, bucket: Bucket, spec: dict[str, Any], attempt: int = 1, **fault_variables: str) -> tuple[int, TerminationMessage, int]:
+    """Run an attempt with its own server, which gets `fault_variables` in its environment.
+
+    Returns the exit code, the termination message and the number of generations.
+    """
+    with start_server(folder / "work" / "generation", folder / "record.jsonl", **fault_variables) as server:
         run = run_config(spec, bucket.target(), attempt=attempt, processes=RANKS).model_copy(update={"generation_url": server.url})
         with Pod(run, folder, bucket.env) as pod:
             return pod.end(), pod.termination_message(), len(server.generations)
 
 
 @pytest.mark.slow
-def test_the_attempt_after_a_server_has_ended_equals_an_uninterrupted_run(
+def test_a_run_that_resumes_after_its_server_ended_equals_an_uninterrupted_run(
     s3_server: S3Endpoint, bucket: Bucket, model: Path, rows: Path, tmp_path: Path
 ) -> None:
     spec, undisturbed_bucket = grpo_spec(model, rows), new_bucket(s3_server)
@@ -60,4 +63,4 @@ def test_the_attempt_after_a_server_has_ended_equals_an_uninterrupted_run(
     code, resumed, generations = run_attempt(tmp_path / "second", bucket, spec, attempt=2)
     assert (code, resumed.resumed_from_step, generations) == (ExitCode.OK, CHECKPOINT_STEPS, STEPS - CHECKPOINT_STEPS), resumed
     assert read_log_lines(bucket) == read_log_lines(undisturbed_bucket)
-    assert weight_hashes(bucket, resumed) == weight_hashes(undisturbed_bucket, undisturbed)
+    assert read_weight_hashes(bucket, resumed) == read_weight_hashes(undisturbed_bucket, undisturbed)

@@ -1,4 +1,4 @@
-"""A pod of a replay compares its inputs with those of the run. `test_resumed_run.py` tests the lineage statement."""
+"""A pod that replays a run compares its inputs with the inputs of that run. `test_resumed_run.py` tests the lineage statement."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
-def lineage_pod(folder: Path, model: Path, *, attempt: int = 1, steps: int = 200, env: dict[str, str] | None = None) -> Pod:
+def make_lineage_pod(folder: Path, model: Path, *, attempt: int = 1, steps: int = 200, env: dict[str, str] | None = None) -> Pod:
     rows = write_rows(folder / "rows.jsonl")
     spec: dict[str, Any] = {
         "model": {"source": f"file://{model}"}, "dataset": {"train": f"file://{rows}"}, "checkpoint": {"steps": steps // 10, "keep": 2},
@@ -32,7 +32,7 @@ def lineage_pod(folder: Path, model: Path, *, attempt: int = 1, steps: int = 200
 
 def test_a_pod_stops_before_training_if_the_inputs_of_a_replay_have_changed(model: Path, tmp_path: Path) -> None:
     expected = {"FINETUNE_EXPECTED_INPUTS": json.dumps({"modelRevision": "sha256:0", "datasetDigest": "1"})}
-    with lineage_pod(tmp_path, model, env=expected) as pod:
+    with make_lineage_pod(tmp_path, model, env=expected) as pod:
         assert pod.end() == ExitCode.CONFIG_INVALID, pod.text[-6000:]
     message = pod.termination_message()
     assert message.code == "InputsChanged"

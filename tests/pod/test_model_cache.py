@@ -1,4 +1,4 @@
-"""Pods with a cache of base models: one download for all pods of a node, and the same run as without the cache."""
+"""Pods with a cache of base models: all pods of a node share one download, and a run equals a run without the cache."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from finetune_api.pod import RunConfig, TerminationMessage
 from finetune_trainer.model_cache.record import CacheRecord
 from pod_buckets import Bucket, new_bucket
 from pod_harness import Pod, merge, run_config
-from recorded_run import record_run, spec_of, traced_pod
+from recorded_run import make_spec, make_traced_pod, record_run
 
 from localcluster.s3 import S3Endpoint
 from tests.support.hub import Hub, serve_hub
 from tests.support.s3proxy import Latency, S3Proxy
 
-FILES = ["chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
-NODE = ("--tenant", "team", "--size-limit", str(10**9))
-CLAIM = ("--tenant", "models", "--copy")
+MODEL_FILES = ["chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+NODE_CACHE_OPTIONS = ("--tenant", "team", "--size-limit", str(10**9))
+CLAIM_CACHE_OPTIONS = ("--tenant", "models", "--copy")
 
 
 @pytest.fixture
@@ -30,66 +30,68 @@ def hub(model: Path) -> Iterator[Hub]:
         yield server
 
 
-def hub_variables(hub: Hub) -> dict[str, str]:
+def hub_environment(hub: Hub) -> dict[str, str]:
     return {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_TOKEN": ""}
 
 
-def init_pod(run: RunConfig, folder: Path, cache: Path, arguments: tuple[str, ...], env: dict[str, str]) -> Pod:
-    """The init container of the pod whose trainer container has the same folder."""
+def make_cache_pod(run: RunConfig, folder: Path, cache: Path, arguments: tuple[str, ...], env: dict[str, str]) -> Pod:
+    """Create the init container that fills the cache. It shares `folder` with the trainer container of its pod."""
     return Pod(run, folder, env, command="fill-cache", arguments=("--folder", str(cache), *arguments))
 
 
 def read_record(pod: Pod) -> CacheRecord:
+    """Read which models the init container has provided."""
     record = CacheRecord.read(pod.folder / "work")
     assert record is not None, pod.text[-4000:]
     return record
 
 
-def weights_size(model: Path) -> int:
-    return sum((model / name).stat().st_size for name in FILES)
+def model_size_bytes(model: Path) -> int:
+    return sum((model / name).stat().st_size for name in MODEL_FILES)
 
 
-def model_values(message: TerminationMessage) -> tuple[Any, ...]:
+def read_model_values(message: TerminationMessage) -> tuple[Any, ...]:
+    """Return the reported source of the model, the number of saved bytes and the notes about the cache."""
     resolved = message.resolved
     assert resolved is not None
     return resolved.model_source, resolved.model_bytes_saved, [note for note in resolved.notes or [] if "cache" in note]
 
 
 def train(run: RunConfig, folder: Path, bucket: Bucket, hub: Hub) -> tuple[Pod, TerminationMessage]:
-    """Run the trainer container with traced rows."""
-    pod = traced_pod(run, folder, bucket)
-    pod.env |= hub_variables(hub)
+    """Run the trainer container, which records the rows of each step."""
+    pod = make_traced_pod(run, folder, bucket)
+    pod.env |= hub_environment(hub)
     with pod:
         assert pod.end() == 0, pod.text[-4000:]
     return pod, pod.termination_message()
 
 
 def test_eight_pods_of_a_node_download_the_model_once(s3_server: S3Endpoint, hub: Hub, model: Path, rows: Path, tmp_path: Path) -> None:
-    """Two of the pods train, one with the model in the cache and one with a copy of it. Their runs equal a run without a cache, bit for bit."""
-    spec = merge(spec_of(model, rows, "full"), {"model": {"source": "org/tiny"}})
+    """One pod trains with the model in the node's cache, another with a copy from a claim. Both runs equal a run without a cache, bit for bit."""
+    spec = merge(make_spec(model, rows, "full"), {"model": {"source": "org/tiny"}})
     buckets = [new_bucket(s3_server) for _ in range(3)]
-    run, variables, cache = run_config(spec, buckets[0].target()), hub_variables(hub), tmp_path / "node"
-    pods = [init_pod(run, tmp_path / f"pod-{number}", cache, NODE, variables).start() for number in range(8)]
+    run, variables, cache = run_config(spec, buckets[0].target()), hub_environment(hub), tmp_path / "node"
+    pods = [make_cache_pod(run, tmp_path / f"pod-{number}", cache, NODE_CACHE_OPTIONS, variables).start() for number in range(8)]
     assert [pod.end() for pod in pods] == [0] * 8
-    assert hub.downloads("org/tiny") == FILES
+    assert hub.list_downloads("org/tiny") == MODEL_FILES
     cached = [read_record(pod).models["model.source"] for pod in pods]
     assert sorted(model.from_cache for model in cached) == [False] + [True] * 7
     assert len({model.path for model in cached}) == 1
 
     chosen = next(pod for pod, model in zip(pods, cached, strict=True) if model.from_cache)
     with_cache, message = train(run, chosen.folder, buckets[0], hub)
-    assert model_values(message) == ("cache", weights_size(model), [])
-    assert hub.downloads("org/tiny") == FILES and not (chosen.folder / "work/fetched/model").exists()
+    assert read_model_values(message) == ("cache", model_size_bytes(model), [])
+    assert hub.list_downloads("org/tiny") == MODEL_FILES and not (chosen.folder / "work/fetched/model").exists()
 
     copy_run = run_config(spec, buckets[1].target())
-    with init_pod(copy_run, tmp_path / "claim-pod", tmp_path / "claim", CLAIM, variables) as pod:
+    with make_cache_pod(copy_run, tmp_path / "claim-pod", tmp_path / "claim", CLAIM_CACHE_OPTIONS, variables) as pod:
         assert pod.end() == 0
     with_copy, copy_message = train(copy_run, tmp_path / "claim-pod", buckets[1], hub)
-    assert model_values(copy_message) == ("download", 0, [])
-    assert hub.downloads("org/tiny") == sorted(FILES * 2)
+    assert read_model_values(copy_message) == ("download", 0, [])
+    assert hub.list_downloads("org/tiny") == sorted(MODEL_FILES * 2)
 
     without_cache, plain_message = train(run_config(spec, buckets[2].target()), tmp_path / "plain", buckets[2], hub)
-    assert model_values(plain_message) == (None, None, [])
+    assert read_model_values(plain_message) == (None, None, [])
     expected = record_run(buckets[2], [without_cache], plain_message)
     assert record_run(buckets[0], [with_cache], message) == expected
     assert record_run(buckets[1], [with_copy], copy_message) == expected
@@ -97,21 +99,21 @@ def test_eight_pods_of_a_node_download_the_model_once(s3_server: S3Endpoint, hub
         assert other.resolved and plain_message.resolved and other.resolved.model_revision == plain_message.resolved.model_revision
 
 
-def test_a_cache_that_fails_only_adds_a_note(s3_server: S3Endpoint, hub: Hub, model: Path, rows: Path, tmp_path: Path) -> None:
+def test_a_pod_whose_cache_fails_trains_and_adds_a_note(s3_server: S3Endpoint, hub: Hub, model: Path, rows: Path, tmp_path: Path) -> None:
     bucket = new_bucket(s3_server)
-    run = run_config(merge(spec_of(model, rows, "lora"), {"model": {"source": "org/tiny"}, "training": {"maxSteps": 2}}), bucket.target())
+    run = run_config(merge(make_spec(model, rows, "lora"), {"model": {"source": "org/tiny"}, "training": {"maxSteps": 2}}), bucket.target())
     (tmp_path / "node").write_text("not a folder")
-    with init_pod(run, tmp_path / "pod", tmp_path / "node", NODE, hub_variables(hub)) as pod:
+    with make_cache_pod(run, tmp_path / "pod", tmp_path / "node", NODE_CACHE_OPTIONS, hub_environment(hub)) as pod:
         assert pod.end() == 0
     _, message = train(run, tmp_path / "pod", bucket, hub)
-    source, saved, notes = model_values(message)
-    assert (source, saved) == ("download", 0) and hub.downloads("org/tiny") == FILES
+    source, saved, notes = read_model_values(message)
+    assert (source, saved) == ("download", 0) and hub.list_downloads("org/tiny") == MODEL_FILES
     assert [note.partition(": ")[0] for note in notes] == ["model.source is downloaded without model.cache"]
 
 
 def test_a_model_in_s3_is_downloaded_once(s3_server: S3Endpoint, bucket: Bucket, model: Path, rows: Path, tmp_path: Path) -> None:
-    """One object was uploaded in parts. A poisoned file in the claim is found by the hash that the store names."""
-    for name in FILES:
+    """One object was uploaded in parts. The store's hash reveals a file that was changed in the claim."""
+    for name in MODEL_FILES:
         bucket.put(f"{bucket.root}/base/{name}", (model / name).read_bytes())
     blob = os.urandom(17 * 1024 * 1024)
     (tmp_path / "extra.bin").write_bytes(blob)
@@ -119,18 +121,18 @@ def test_a_model_in_s3_is_downloaded_once(s3_server: S3Endpoint, bucket: Bucket,
     with S3Proxy(s3_server.host_url) as proxy:
         read = proxy.fault(Latency(0), operation="GetObject", key="/base/extra.bin")
         target = bucket.target(endpoint=proxy.url)
-        run = run_config(merge(spec_of(model, rows, "lora"), {"model": {"source": f"s3://{bucket.name}/{bucket.root}/base"}}), target)
+        run = run_config(merge(make_spec(model, rows, "lora"), {"model": {"source": f"s3://{bucket.name}/{bucket.root}/base"}}), target)
 
-        def fill(name: str) -> CacheRecord:
-            with init_pod(run, tmp_path / name, tmp_path / "claim", CLAIM, bucket.env) as pod:
+        def fill_cache(name: str) -> CacheRecord:
+            with make_cache_pod(run, tmp_path / name, tmp_path / "claim", CLAIM_CACHE_OPTIONS, bucket.env) as pod:
                 assert pod.end() == 0
             return read_record(pod)
 
-        first, second = fill("first"), fill("second")
+        first, second = fill_cache("first"), fill_cache("second")
         downloads = read.hits
         (cached,) = (tmp_path / "claim").glob("models/*/files/extra.bin")
         cached.write_bytes(b"\0" + blob[1:])
-        third = fill("third")
+        third = fill_cache("third")
     assert [record.models["model.source"].from_cache for record in (first, second, third)] == [False, True, False], (first.notes, second.notes)
     assert read.hits == 2 * downloads
     assert (first.notes, second.notes) == ([], [])

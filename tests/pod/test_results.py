@@ -1,4 +1,4 @@
-"""A pod writes a copy of all results below `output.dir`. `test_stages.py` tests the flat layout, `test_resumed_run.py` the metric files."""
+"""A pod copies all results below `output.dir`. `test_stages.py` tests the flat layout, and `test_resumed_run.py` tests the metric files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.tiny import make_tiny_model
 
 
 @pytest.mark.faults
-def test_a_copy_of_all_results_lies_below_the_output_folder(tmp_path: Path) -> None:
+def test_all_results_are_copied_below_the_output_folder(tmp_path: Path) -> None:
     model, rows = make_tiny_model(tmp_path / "tiny"), write_rows(tmp_path / "rows.jsonl")
     spec = {
         "model": {"source": f"file://{model}"},

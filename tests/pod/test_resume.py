@@ -1,6 +1,6 @@
 """Exact resume through a real S3 server: a killed or stopped run that resumes is bitwise equal to an uninterrupted run.
 
-Each run waits at a fixed point until the test interrupts the run, so that the result does not depend on the speed of the machine.
+Each run pauses at a fixed point until the test interrupts it, so the result does not depend on the speed of the machine.
 """
 
 from __future__ import annotations
@@ -16,7 +16,15 @@ import pytest
 from finetune_api.pod import ResumeConfig
 from pod_buckets import Bucket
 from pod_harness import Pod, run_config
-from recorded_run import CHECKPOINT_STEPS, STEPS, committed_steps, record_run, run_uninterrupted, spec_of, traced_pod
+from recorded_run import (
+    CHECKPOINT_STEPS,
+    STEPS,
+    committed_steps,
+    make_spec,
+    make_traced_pod,
+    record_run,
+    run_uninterrupted,
+)
 
 from localcluster.s3 import S3Endpoint
 from tests.support.s3proxy import Blackhole, S3Proxy
@@ -25,40 +33,44 @@ SLOW_DISK_NOTE = "checkpoints are due faster than the pod writes them to its dis
 WAITING_POINTS = {
     "epochs": ("forward:16", 8), "boundary": ("forward:18", 9), "end": (f"end:{STEPS}", STEPS), "early-end": ("end:24", 24),
 }  # fmt: skip
-"""For each variant: the waiting point (at the end of an epoch or of the run), and the newest committed step at this point."""
+"""For each variant: the point at which the run pauses (the end of an epoch or of the run), and the newest checkpoint that is committed then."""
 SPEC_OF_VARIANT = {"end": "plain", "early-end": "early"}
-"""Variants that use the spec of another variant, but have their own waiting point."""
+"""The variants that pause at another point, and the variant whose spec they use."""
 DEFAULT_WAITING_POINT = ("accumulation:19", 16)
-"""Default waiting point: in the middle of an epoch, a logging window and an effective batch, and between two checkpoints."""
+"""The default point lies within an epoch, a logging window and an effective batch, and between two checkpoints."""
 
 
-def rank_killed(pod: Pod) -> tuple[int, int]:
-    """Send SIGKILL to the last rank."""
+def kill_rank(pod: Pod) -> tuple[int, int]:
+    """Send SIGKILL to the last rank. Returns the pod's exit code and the expected exit code."""
     os.kill(pod.pids("train")[-1], signal.SIGKILL)
     return pod.end(), 74
 
 
-def agent_killed(pod: Pod) -> tuple[int, int]:
+def kill_agent(pod: Pod) -> tuple[int, int]:
+    """Send SIGKILL to the agent. Returns the pod's exit code and the expected exit code."""
     os.kill(pod.pids("agent")[0], signal.SIGKILL)
     return pod.end(), 74
 
 
-def pod_killed(pod: Pod) -> tuple[int, int]:
-    """Send SIGKILL to PID 1 and all its descendants, as when a node is lost."""
+def kill_pod(pod: Pod) -> tuple[int, int]:
+    """Send SIGKILL to the supervisor and all its descendants. Returns the exit code and the expected exit code, which are equal."""
     pod.kill()
     return -signal.SIGKILL, -signal.SIGKILL
 
 
-def pod_stopped(pod: Pod) -> tuple[int, int]:
-    """Send SIGTERM, as an eviction does."""
+def stop_pod(pod: Pod) -> tuple[int, int]:
+    """Send SIGTERM, as an eviction does. Returns the pod's exit code and the expected exit code."""
     pod.terminate()
     return pod.end(), 75
 
 
-def resume_case(
+def make_resume_case(
     method: str, processes: int, interrupt: Callable[[Pod], tuple[int, int]], variant: str, *, is_quick: bool = False
 ) -> Any:
-    """A case. `make test` runs only quick cases: tests/e2e/jobs/test_resume.py resumes pods with two ranks, and tests/pod/strategies resumes ranks."""
+    """Return one case of a parametrized test. `make test` runs only the quick cases.
+
+    Its other resumes are in tests/e2e/jobs/test_resume.py (pods with two ranks) and in tests/pod/strategies (ranks without a pod).
+    """
     marks = [] if is_quick else [pytest.mark.faults]
     return pytest.param(
         method, processes, interrupt, variant, marks=marks, id=f"{variant}-{method}-{processes}-{interrupt.__name__}"
@@ -68,14 +80,14 @@ def resume_case(
 @pytest.mark.parametrize(
     ("method", "processes", "interrupt", "variant"),
     [
-        resume_case("lora", 2, pod_stopped, "windows"), resume_case("full", 1, pod_killed, "end"),
-        resume_case("full", 1, pod_killed, "plain"), resume_case("lora", 1, pod_killed, "early-end"),
-        resume_case("lora", 2, rank_killed, "windows"), resume_case("full", 1, pod_stopped, "plain", is_quick=True),
-        resume_case("lora", 1, pod_stopped, "packing"),
-        resume_case("full", 1, pod_stopped, "boundary"), resume_case("lora", 2, agent_killed, "boundary"),
-        resume_case("lora", 1, pod_killed, "epochs"), resume_case("lora", 1, pod_stopped, "epochs"), resume_case("lora", 1, rank_killed, "best"),
-        resume_case("lora", 1, pod_stopped, "best"), resume_case("lora", 1, rank_killed, "early"), resume_case("lora", 1, pod_stopped, "early"),
-        resume_case("full", 2, rank_killed, "fsdp"), resume_case("lora", 2, pod_stopped, "fsdp"),
+        make_resume_case("lora", 2, stop_pod, "windows"), make_resume_case("full", 1, kill_pod, "end"),
+        make_resume_case("full", 1, kill_pod, "plain"), make_resume_case("lora", 1, kill_pod, "early-end"),
+        make_resume_case("lora", 2, kill_rank, "windows"), make_resume_case("full", 1, stop_pod, "plain", is_quick=True),
+        make_resume_case("lora", 1, stop_pod, "packing"),
+        make_resume_case("full", 1, stop_pod, "boundary"), make_resume_case("lora", 2, kill_agent, "boundary"),
+        make_resume_case("lora", 1, kill_pod, "epochs"), make_resume_case("lora", 1, stop_pod, "epochs"), make_resume_case("lora", 1, kill_rank, "best"),
+        make_resume_case("lora", 1, stop_pod, "best"), make_resume_case("lora", 1, kill_rank, "early"), make_resume_case("lora", 1, stop_pod, "early"),
+        make_resume_case("full", 2, kill_rank, "fsdp"), make_resume_case("lora", 2, stop_pod, "fsdp"),
     ],
 )  # fmt: skip
 def test_a_resumed_run_equals_an_uninterrupted_run(
@@ -87,24 +99,24 @@ def test_a_resumed_run_equals_an_uninterrupted_run(
     expected_run = run_uninterrupted(
         s3_server, tmp_path_factory.getbasetemp(), model, rows, method, processes, spec_variant
     )
-    spec = spec_of(model, rows, method, spec_variant)
+    spec = make_spec(model, rows, method, spec_variant)
     hold, newest = WAITING_POINTS.get(variant, DEFAULT_WAITING_POINT)
     run = run_config(spec, bucket.target(), processes=processes)
-    with traced_pod(run, tmp_path / "one", bucket, hold_point=hold) as first:
+    with make_traced_pod(run, tmp_path / "one", bucket, hold_point=hold) as first:
         first.wait_until((first.folder / "work" / "held").exists)
         first.wait_committed(newest)
         code, expected = interrupt(first)
     assert code == expected, first.text[-4000:]
-    at = int(hold.partition(":")[2]) if interrupt is pod_stopped else newest
-    assert max(committed_steps(bucket)) == at and not bucket.keys("model/")
+    resume_step = int(hold.partition(":")[2]) if interrupt is stop_pod else newest
+    assert max(committed_steps(bucket)) == resume_step and not bucket.keys("model/")
 
     again = run_config(
         spec, bucket.target(), processes=processes, attempt=2, resume=ResumeConfig(mode="auto", expect_step=newest)
     )
-    with traced_pod(again, tmp_path / "two", bucket) as second:
+    with make_traced_pod(again, tmp_path / "two", bucket) as second:
         assert second.end() == 0, second.text[-4000:]
     termination = second.termination_message()
-    assert termination.resumed_from_step == at
+    assert termination.resumed_from_step == resume_step
     assert termination.resolved is not None and termination.resolved.resume_exact is True
     assert record_run(bucket, [first, second], termination) == expected_run
 
@@ -112,12 +124,12 @@ def test_a_resumed_run_equals_an_uninterrupted_run(
 @pytest.mark.parametrize(
     ("method", "processes", "interrupt", "variant", "phase"),
     [
-        pytest.param("full", 1, pod_killed, "plain", "write", id="write"),
+        pytest.param("full", 1, kill_pod, "plain", "write", id="write"),
         *(
             pytest.param(*case, marks=pytest.mark.faults, id=f"{case[4]}-{case[3]}-{case[2].__name__}")
             for case in (
-                ("full", 1, pod_killed, "plain", "copy"), ("full", 1, pod_killed, "plain", "upload"), ("lora", 2, rank_killed, "windows", "write"),
-                ("full", 2, rank_killed, "fsdp", "copy"), ("full", 2, rank_killed, "fsdp", "write"), ("full", 2, rank_killed, "zero", "write"),
+                ("full", 1, kill_pod, "plain", "copy"), ("full", 1, kill_pod, "plain", "upload"), ("lora", 2, kill_rank, "windows", "write"),
+                ("full", 2, kill_rank, "fsdp", "copy"), ("full", 2, kill_rank, "fsdp", "write"), ("full", 2, kill_rank, "zero", "write"),
             )
         ),
     ],
@@ -127,13 +139,13 @@ def test_a_kill_before_a_checkpoint_is_complete_resumes_from_the_previous_one(
     tmp_path_factory: pytest.TempPathFactory, method: str, processes: int, interrupt: Callable[[Pod], tuple[int, int]],
     variant: str, phase: str,
 ) -> None:  # fmt: skip
-    """Kill the run while the checkpoint of step 16 is copied, written to the disk, or uploaded."""
+    """Kill the run while the checkpoint of step 16 is copied to host memory, written to the disk, or uploaded."""
     expected_run = run_uninterrupted(s3_server, tmp_path_factory.getbasetemp(), model, rows, method, processes, variant)
-    spec = spec_of(model, rows, method, variant)
+    spec = make_spec(model, rows, method, variant)
     with S3Proxy(s3_server.host_url) as proxy:
         upload = proxy.fault(Blackhole(), operation="PutObject", key="/checkpoints/step-00000016/")
         run = run_config(spec, bucket.target(endpoint=proxy.url), processes=processes)
-        with traced_pod(run, tmp_path / "one", bucket, hold_point=f"{phase}:16") as first:
+        with make_traced_pod(run, tmp_path / "one", bucket, hold_point=f"{phase}:16") as first:
             first.wait_until((lambda: upload.hits > 0) if phase == "upload" else (first.folder / "work" / "held").exists)
             first.wait_committed(8)
             code, expected = interrupt(first)
@@ -141,20 +153,20 @@ def test_a_kill_before_a_checkpoint_is_complete_resumes_from_the_previous_one(
     assert committed_steps(bucket) == [8] and not bucket.keys("model/")
 
     again = run_config(spec, bucket.target(), processes=processes, attempt=2, resume=ResumeConfig(mode="auto", expect_step=8))
-    with traced_pod(again, tmp_path / "two", bucket) as second:
+    with make_traced_pod(again, tmp_path / "two", bucket) as second:
         assert second.end() == 0, second.text[-4000:]
     assert second.termination_message().resumed_from_step == 8
     assert record_run(bucket, [first, second], second.termination_message()) == expected_run
 
 
 @pytest.mark.faults
-def test_a_stop_waits_for_the_checkpoint_in_the_background(
+def test_a_stop_waits_until_a_checkpoint_is_written_in_the_background(
     s3_server: S3Endpoint, bucket: Bucket, model: Path, rows: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:  # fmt: skip
-    """The checkpoint of step 16 is still being written when that of step 24 is due. Training waits, and a stop saves all of them."""
+    """The checkpoint of step 16 is still being written when the checkpoint of step 24 is due. Training waits, and a stop saves both checkpoints and its own."""
     expected_run = run_uninterrupted(s3_server, tmp_path_factory.getbasetemp(), model, rows, "full", 1, "plain")
-    spec = spec_of(model, rows, "full", "plain")
-    with traced_pod(run_config(spec, bucket.target()), tmp_path / "one", bucket, hold_point="write:16") as first:
+    spec = make_spec(model, rows, "full", "plain")
+    with make_traced_pod(run_config(spec, bucket.target()), tmp_path / "one", bucket, hold_point="write:16") as first:
         first.wait_until((first.folder / "work" / "held").exists)
         first.wait_step(24)
         first.terminate()
@@ -163,26 +175,26 @@ def test_a_stop_waits_for_the_checkpoint_in_the_background(
     assert stopped.committed_step == 25 and 16 in committed_steps(bucket)
     assert stopped.resolved is not None and SLOW_DISK_NOTE in (stopped.resolved.notes or [])
     again = run_config(spec, bucket.target(), attempt=2, resume=ResumeConfig(mode="auto", expect_step=25))
-    with traced_pod(again, tmp_path / "two", bucket) as second:
+    with make_traced_pod(again, tmp_path / "two", bucket) as second:
         assert second.end() == 0, second.text[-4000:]
     assert record_run(bucket, [first, second], second.termination_message()) == expected_run
 
 
-@pytest.mark.slow  # the first case above stops a pod during a step
+@pytest.mark.slow  # the first test of this file stops a pod during a step
 @pytest.mark.faults
 def test_a_stop_during_an_evaluation_completes_the_evaluation(
     s3_server: S3Endpoint, bucket: Bucket, model: Path, rows: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:  # fmt: skip
     """A run that is stopped during an evaluation completes the evaluation and one more step. The next attempt does not repeat the evaluation."""
     expected_run = run_uninterrupted(s3_server, tmp_path_factory.getbasetemp(), model, rows, "lora", 1, "best")
-    spec = spec_of(model, rows, "lora", "best")
-    with traced_pod(run_config(spec, bucket.target()), tmp_path / "one", bucket, hold_point="evaluation:16") as first:
+    spec = make_spec(model, rows, "lora", "best")
+    with make_traced_pod(run_config(spec, bucket.target()), tmp_path / "one", bucket, hold_point="evaluation:16") as first:
         first.wait_until((first.folder / "work" / "held").exists)
         first.terminate()
         assert first.end() == 75, first.text[-4000:]
     assert first.termination_message().committed_step == 17
     again = run_config(spec, bucket.target(), attempt=2, resume=ResumeConfig(mode="auto", expect_step=17))
-    with traced_pod(again, tmp_path / "two", bucket) as second:
+    with make_traced_pod(again, tmp_path / "two", bucket) as second:
         assert second.end() == 0, second.text[-4000:]
     assert second.termination_message().resumed_from_step == 17
     assert record_run(bucket, [first, second], second.termination_message()) == expected_run
@@ -195,21 +207,21 @@ def test_a_run_that_is_killed_repeatedly_equals_an_uninterrupted_run(
     s3_server: S3Endpoint, bucket: Bucket, model: Path, rows: Path, tmp_path: Path,
     tmp_path_factory: pytest.TempPathFactory, seed: int,
 ) -> None:  # fmt: skip
-    """Kill five attempts of a run at random steps. Some attempts are killed before they commit a checkpoint."""
+    """Kill five attempts of a run at random steps. Some attempts are killed before they have committed a checkpoint."""
     expected_run = run_uninterrupted(s3_server, tmp_path_factory.getbasetemp(), model, rows, "lora", 1, "windows")
-    spec, draw = spec_of(model, rows, "lora", "windows"), random.Random(seed)
+    spec, draw = make_spec(model, rows, "lora", "windows"), random.Random(seed)
     pods: list[Pod] = []
     newest = 0
     for attempt in range(1, 7):
         kill_step = draw.randint(newest + 1, min(STEPS, newest + 2 * CHECKPOINT_STEPS)) if attempt < 6 else 0
         resume = ResumeConfig(mode="auto", expect_step=newest)
         run = run_config(spec, bucket.target(), attempt=attempt, resume=resume)
-        pod = traced_pod(run, tmp_path / f"attempt-{attempt}", bucket, hold_point=f"forward:{kill_step}" if kill_step else "")
+        pod = make_traced_pod(run, tmp_path / f"attempt-{attempt}", bucket, hold_point=f"forward:{kill_step}" if kill_step else "")
         pods.append(pod)
         with pod:
             if kill_step:
                 pod.wait_until((pod.folder / "work" / "held").exists)
-                code, expected = rank_killed(pod)
+                code, expected = kill_rank(pod)
                 assert code == expected, pod.text[-4000:]
             else:
                 assert pod.end() == 0, pod.text[-4000:]

@@ -1,4 +1,4 @@
-"""Runs that resume under changed conditions: non-finite losses, less memory, another number of ranks. Inexact resumes are reported."""
+"""Runs that resume with a changed spec or number of ranks after a non-finite loss or a lack of memory. The status reports each inexact resume."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from recorded_run import (
     STEPS,
     RecordedRun,
     committed_steps,
+    make_spec,
+    make_traced_pod,
     read_log_lines,
     read_trained_rows,
     record_run,
     run_uninterrupted,
-    spec_of,
-    traced_pod,
 )
 
 from localcluster.s3 import S3Endpoint
@@ -36,7 +36,7 @@ from tests.support.slices import quick_slice
 
 pytestmark = pytest.mark.faults
 RELATIVE_TOLERANCES = {"loss": 1e-6, "grad_norm": 1e-5}
-"""Relative tolerances for up to forty optimizer steps, because another summation order rounds differently."""
+"""The largest allowed relative difference from the expected run. Such differences arise because sums in another order round differently."""
 
 
 @pytest.mark.parametrize(("step", "logged"), quick_slice([(23, "between two log lines"), (20, "at a log line")], [(23, "between two log lines")]))
@@ -44,16 +44,16 @@ def test_a_non_finite_loss_is_never_saved_and_the_replay_is_exact(
     s3_server: S3Endpoint, bucket: Bucket, model: Path, rows: Path, tmp_path: Path,
     tmp_path_factory: pytest.TempPathFactory, step: int, logged: str,
 ) -> None:  # fmt: skip
-    """Steps 20 and 25 are logged. A run with a non-finite loss at step 20 or 23 ends before the checkpoint of step 24."""
+    """Every fifth step is logged. A run whose loss is not finite at step 20 or 23 ends before it saves the checkpoint of step 24."""
     expected_run = run_uninterrupted(s3_server, tmp_path_factory.getbasetemp(), model, rows, "lora", 1, "windows")
-    spec = spec_of(model, rows, "lora", "windows")
-    with traced_pod(run_config(spec, bucket.target()), tmp_path / "one", bucket, failure_point=f"nan:{step}") as first:
+    spec = make_spec(model, rows, "lora", "windows")
+    with make_traced_pod(run_config(spec, bucket.target()), tmp_path / "one", bucket, failure_point=f"nan:{step}") as first:
         assert first.end() == 72, first.text[-4000:]
     termination = first.termination_message()
     assert (termination.code, termination.class_) == ("LossNotFinite", FailureClass.DIVERGED), logged
     assert committed_steps(bucket) == [CHECKPOINT_STEPS, 2 * CHECKPOINT_STEPS]
     again = run_config(spec, bucket.target(), attempt=2, resume=ResumeConfig(mode="auto", expect_step=2 * CHECKPOINT_STEPS))
-    with traced_pod(again, tmp_path / "two", bucket) as second:
+    with make_traced_pod(again, tmp_path / "two", bucket) as second:
         assert second.end() == 0, second.text[-4000:]
     assert record_run(bucket, [first, second], second.termination_message()) == expected_run
 
@@ -61,20 +61,20 @@ def test_a_non_finite_loss_is_never_saved_and_the_replay_is_exact(
 @pytest.mark.parametrize(
     ("method", "processes", "variant"), quick_slice([("lora", 1, "windows"), ("full", 2, "fsdp"), ("full", 2, "zero")], [("full", 2, "zero")])
 )
-def test_half_the_learning_rate_applies_after_a_rollback(
+def test_a_halved_learning_rate_applies_after_a_rollback(
     s3_server: S3Endpoint, bucket: Bucket, model: Path, rows: Path, tmp_path: Path,
     tmp_path_factory: pytest.TempPathFactory, method: str, processes: int, variant: str,
 ) -> None:  # fmt: skip
-    """The operator's new learning rate overrides the old rate in the saved states of optimizer and scheduler."""
+    """The new learning rate of the spec replaces the old rate in the saved states of optimizer and scheduler."""
     expected_run = run_uninterrupted(s3_server, tmp_path_factory.getbasetemp(), model, rows, method, processes, variant)
-    spec = spec_of(model, rows, method, variant)
+    spec = make_spec(model, rows, method, variant)
     run = run_config(spec, bucket.target(), processes=processes)
-    with traced_pod(run, tmp_path / "one", bucket, failure_point="nan:20") as first:
+    with make_traced_pod(run, tmp_path / "one", bucket, failure_point="nan:20") as first:
         assert first.end() == 72, first.text[-4000:]
     slower = merge(spec, {"training": {"learningRate": 5e-4}})
     resume = ResumeConfig(mode="auto", expect_step=CHECKPOINT_STEPS, max_step=CHECKPOINT_STEPS)
     again = run_config(slower, bucket.target(), processes=processes, attempt=2, resume=resume)
-    with traced_pod(again, tmp_path / "two", bucket) as second:
+    with make_traced_pod(again, tmp_path / "two", bucket) as second:
         assert second.end() == 0, second.text[-4000:]
     termination = second.termination_message()
     assert termination.resumed_from_step == CHECKPOINT_STEPS and termination.resolved is not None
@@ -88,41 +88,39 @@ def test_half_the_learning_rate_applies_after_a_rollback(
 def test_a_smaller_micro_batch_gives_close_losses(
     s3_server: S3Endpoint, bucket: Bucket, model: Path, rows: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:  # fmt: skip
-    """A micro-batch of 2 rows runs out of memory. The next attempt uses 1 row and twice the accumulation steps, and has close losses."""
+    """A micro-batch of 2 rows runs out of memory. The next attempt uses 1 row and twice the accumulation steps, and its losses are nearly equal."""
     expected_run = run_uninterrupted(s3_server, tmp_path_factory.getbasetemp(), model, rows, "full", 1, "plain")
-    spec = spec_of(model, rows, "full")
-    with traced_pod(run_config(spec, bucket.target()), tmp_path / "one", bucket, failure_point="memory:19") as first:
+    spec = make_spec(model, rows, "full")
+    with make_traced_pod(run_config(spec, bucket.target()), tmp_path / "one", bucket, failure_point="memory:19") as first:
         assert first.end() == 71, first.text[-4000:]
     assert (first.termination_message().code, first.termination_message().committed_step) == ("GpuOutOfMemory", 2 * CHECKPOINT_STEPS)
     smaller = merge(spec, {"training": {"batchSizePerDevice": 1, "gradientAccumulationSteps": 4}})
     again = run_config(smaller, bucket.target(), attempt=2, resume=ResumeConfig(mode="auto", expect_step=2 * CHECKPOINT_STEPS))
-    with traced_pod(again, tmp_path / "two", bucket) as second:
+    with make_traced_pod(again, tmp_path / "two", bucket) as second:
         assert second.end() == 0, second.text[-4000:]
     resolved = second.termination_message().resolved
     assert resolved is not None and resolved.resume_exact is False and "split differently" in (resolved.resume_note or "")
-    require_close(bucket, [second], expected_run)
+    assert_close_to_run(bucket, [second], expected_run)
 
 
 @pytest.mark.slow
 def test_a_rank_with_less_memory_reduces_the_micro_batch_of_all_ranks(bucket: Bucket, model: Path, tmp_path: Path) -> None:
-
     """Row 23 of docs/guides/checkpoints.md: the second rank has memory for one row. The operator reduces the micro-batch twice.
-
 
     The number of rows is a multiple of the effective batch, because the padding of an incomplete last batch would depend on the
     micro-batch size.
     """
     rows = write_rows(tmp_path / "rows.jsonl", ROWS[:32])
-    spec = merge(spec_of(model, rows, "full"), {"training": {"batchSizePerDevice": 4, "gradientAccumulationSteps": 1}})
+    spec = merge(make_spec(model, rows, "full"), {"training": {"batchSizePerDevice": 4, "gradientAccumulationSteps": 1}})
     whole_bucket = Bucket(bucket.name, bucket.endpoint, bucket.root + "-whole")
-    with traced_pod(run_config(spec, whole_bucket.target(), processes=2), tmp_path / "whole", whole_bucket) as pod:
+    with make_traced_pod(run_config(spec, whole_bucket.target(), processes=2), tmp_path / "whole", whole_bucket) as pod:
         assert pod.end() == 0, pod.text[-4000:]
     expected_run, batch = record_run(whole_bucket, [pod], pod.termination_message()), pod.termination_message().resolved
 
     run = run_config(spec, bucket.target(), processes=2)
     pods, changes = [], []
     for attempt in (1, 2):
-        with traced_pod(run, tmp_path / f"attempt-{attempt}", bucket, failure_point="memory-limit:19:1:1") as pod:
+        with make_traced_pod(run, tmp_path / f"attempt-{attempt}", bucket, failure_point="memory-limit:19:1:1") as pod:
             assert pod.end() == 71, pod.text[-4000:]
         termination = pod.termination_message()
         assert (termination.code, termination.class_, termination.rank, termination.step) == ("GpuOutOfMemory", FailureClass.OUT_OF_MEMORY, 1, 18)
@@ -131,18 +129,18 @@ def test_a_rank_with_less_memory_reduces_the_micro_batch_of_all_ranks(bucket: Bu
         assert isinstance(adaptation, Adaptation)
         changes.append(adaptation.set)
         pods.append(pod)
-        run = next_attempt(run, adaptation, 2 * CHECKPOINT_STEPS)
+        run = make_next_attempt(run, adaptation, 2 * CHECKPOINT_STEPS)
     assert [(change[BATCH_FIELD], change[ACCUMULATION_FIELD]) for change in changes] == [(2, 2), (1, 4)]
-    with traced_pod(run, tmp_path / "attempt-3", bucket, failure_point="memory-limit:19:1:1") as last:
+    with make_traced_pod(run, tmp_path / "attempt-3", bucket, failure_point="memory-limit:19:1:1") as last:
         assert last.end() == 0, last.text[-4000:]
     resolved = last.termination_message().resolved
     assert resolved is not None and batch is not None and resolved.effective_batch == batch.effective_batch == 8
     assert resolved.resume_exact is False and "split differently" in (resolved.resume_note or "")
-    require_close(bucket, [*pods, last], expected_run)
+    assert_close_to_run(bucket, [*pods, last], expected_run)
 
 
-def next_attempt(run: RunConfig, adaptation: Adaptation, expected_step: int) -> RunConfig:
-    """The run configuration of the next attempt after one more adaptation."""
+def make_next_attempt(run: RunConfig, adaptation: Adaptation, expected_step: int) -> RunConfig:
+    """Return the run configuration of the next attempt, with the adaptation applied to its spec."""
     number = run.attempt + 1
     return run.model_copy(
         update={
@@ -155,29 +153,29 @@ def next_attempt(run: RunConfig, adaptation: Adaptation, expected_step: int) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_another_number_of_ranks_trains_the_same_rows(bucket: Bucket, model: Path, rows: Path, tmp_path: Path, strategy: str) -> None:
-    """Row 25 of docs/guides/checkpoints.md: attempts with 4, 2 and 1 ranks train the same rows at each step. fsdp is refused on one rank."""
-    spec = merge(spec_of(model, rows, "full"), {"training": {"batchSizePerDevice": 1}})
+    """Row 25 of docs/guides/checkpoints.md: attempts with 4, 2 and 1 ranks train the same rows at each step. One rank refuses a checkpoint of fsdp."""
+    spec = merge(make_spec(model, rows, "full"), {"training": {"batchSizePerDevice": 1}})
     whole_bucket = Bucket(bucket.name, bucket.endpoint, bucket.root + "-whole")
-    with resized_pod(1, spec, "none", whole_bucket, tmp_path / "whole") as pod:
+    with make_resized_pod(1, spec, "none", whole_bucket, tmp_path / "whole") as pod:
         assert pod.end() == 0, pod.text[-4000:]
     expected_run = record_run(whole_bucket, [pod], pod.termination_message())
 
-    pods = [stop_at_hold_step(resized_pod(4, spec, strategy, bucket, tmp_path / "four", hold_step=15))]
-    second = resized_pod(2, spec, strategy, bucket, tmp_path / "two", attempt=2, expected_step=15, hold_step=27)
+    pods = [stop_at_hold_step(make_resized_pod(4, spec, strategy, bucket, tmp_path / "four", hold_step=15))]
+    second = make_resized_pod(2, spec, strategy, bucket, tmp_path / "two", attempt=2, expected_step=15, hold_step=27)
     pods.append(stop_at_hold_step(second))
     assert_resumed_inexactly(second.termination_message(), 15, "4 ranks")
     committed_before = committed_steps(bucket)
-    with resized_pod(1, spec, "none", bucket, tmp_path / "one", attempt=3, expected_step=27) as last:
+    with make_resized_pod(1, spec, "none", bucket, tmp_path / "one", attempt=3, expected_step=27) as last:
         code = last.end()
     if strategy == "fsdp":
         assert_refused(last, code, "was made by fsdp", "fsdp stores the optimizer's state in another form")
         assert committed_steps(bucket) == committed_before
-        with resized_pod(2, spec, strategy, bucket, tmp_path / "again", attempt=4, expected_step=27) as last:
+        with make_resized_pod(2, spec, strategy, bucket, tmp_path / "again", attempt=4, expected_step=27) as last:
             assert last.end() == 0, last.text[-4000:]
     else:
         assert code == 0, last.text[-4000:]
         assert_resumed_inexactly(last.termination_message(), 27, "2 ranks")
-    require_close(bucket, [*pods, last], expected_run)
+    assert_close_to_run(bucket, [*pods, last], expected_run)
 
 
 @pytest.mark.slow
@@ -186,30 +184,30 @@ def test_a_deepspeed_checkpoint_is_refused_on_another_number_of_ranks(bucket: Bu
 
     The refused checkpoint is not deleted.
     """
-    spec = merge(spec_of(model, rows, "full"), {"training": {"batchSizePerDevice": 1}})
-    stop_at_hold_step(resized_pod(2, spec, "deepspeed", bucket, tmp_path / "two", hold_step=9))
+    spec = merge(make_spec(model, rows, "full"), {"training": {"batchSizePerDevice": 1}})
+    stop_at_hold_step(make_resized_pod(2, spec, "deepspeed", bucket, tmp_path / "two", hold_step=9))
     committed_before = committed_steps(bucket)
     for attempt, strategy in enumerate(("deepspeed", "none"), 2):
-        with resized_pod(1, spec, strategy, bucket, tmp_path / strategy, attempt=attempt, expected_step=9) as pod:
+        with make_resized_pod(1, spec, strategy, bucket, tmp_path / strategy, attempt=attempt, expected_step=9) as pod:
             code = pod.end()
-        reason = f"was made by deepspeed on 2 ranks, this run uses {strategy} on 1: DeepSpeed cannot split its optimizer state"
+        reason = f"was made by deepspeed on 2 ranks, but this run uses {strategy} on 1: DeepSpeed cannot split its optimizer state"
         assert_refused(pod, code, "step-00000009", reason)
     assert committed_steps(bucket) == committed_before and 9 in committed_before
 
 
-def resized_pod(
+def make_resized_pod(
     ranks: int, spec: dict[str, Any], strategy: str, bucket: Bucket, folder: Path, *, attempt: int = 1, expected_step: int = 0,
     hold_step: int = 0,
 ) -> Pod:  # fmt: skip
-    """A pod with `ranks` ranks that trains four rows per step. `hold_step`: the pod waits for a stop request before this step."""
+    """Create a pod with `ranks` ranks that trains four rows per step. Before `hold_step`, the pod waits for a stop request."""
     change = {"distributed": {"strategy": strategy}, "training": {"gradientAccumulationSteps": 4 // ranks}}
     resume = ResumeConfig(mode="auto", expect_step=expected_step)
     run = run_config(merge(spec, change), bucket.target(), processes=ranks, attempt=attempt, resume=resume)
-    return traced_pod(run, folder, bucket, hold_point=f"forward:{hold_step}" if hold_step else "")
+    return make_traced_pod(run, folder, bucket, hold_point=f"forward:{hold_step}" if hold_step else "")
 
 
 def stop_at_hold_step(pod: Pod) -> Pod:
-    """Run the pod up to its waiting point, stop the pod, and check that it saves a checkpoint."""
+    """Run the pod until it waits for a stop request, stop it, and check that it saves a checkpoint. Returns the pod."""
     with pod:
         pod.wait_until((pod.folder / "work" / "held").exists)
         pod.terminate()
@@ -224,16 +222,16 @@ def assert_resumed_inexactly(termination: TerminationMessage, step: int, previou
 
 
 def assert_refused(pod: Pod, code: int, *reasons: str) -> None:
-    """Check that the pod ended with exit code 64 and these reasons before the first step."""
+    """Check that the pod ended with exit code 64 before the first step, and that its message contains each reason."""
     termination = pod.termination_message()
     assert (code, termination.code, termination.class_) == (64, "CheckpointIncompatible", FailureClass.USER), pod.text[-4000:]
     assert all(reason in (termination.message or "") for reason in reasons), termination.message
     assert not list((pod.folder / "work").glob("rows-*.jsonl"))
 
 
-def require_close(bucket: Bucket, pods: list[Pod], expected_run: RecordedRun) -> None:
-    """Compare with the expected run: losses and gradient norms must be close, learning rates and rows of each step must be equal."""
-    expected_rows = by_step(expected_run.rows)
+def assert_close_to_run(bucket: Bucket, pods: list[Pod], expected_run: RecordedRun) -> None:
+    """Check each step against the expected run: losses and gradient norms are close, and learning rates and rows are equal."""
+    expected_rows = join_ranks(expected_run.rows)
     for pod in pods:
         logged = read_log_lines(bucket, f"a{pod.run.attempt}-")
         for key, line in logged.items():
@@ -242,13 +240,13 @@ def require_close(bucket: Bucket, pods: list[Pod], expected_run: RecordedRun) ->
                 assert line[name] == pytest.approx(expected[name], rel=close), (pod.run.attempt, key, name)
             assert line["learning_rate"] == expected["learning_rate"]
         last_step = (pod.termination_message().step or 0) if pod.termination_message().exit_code else STEPS
-        learned = by_step(read_trained_rows([pod]))
+        learned = join_ranks(read_trained_rows([pod]))
         assert all(expected_rows[step] == rows for step, rows in learned.items() if step <= last_step)
     assert (STEPS, "loss") in logged
 
 
-def by_step(rows: dict[tuple[int, int], list[list[str]]]) -> dict[int, list[str]]:
-    """All rows of a step, over all ranks."""
+def join_ranks(rows: dict[tuple[int, int], list[list[str]]]) -> dict[int, list[str]]:
+    """Join the rows of all ranks. Returns the sorted row hashes of each step."""
     rows_by_step: dict[int, list[str]] = {}
     for (step, _), batches in rows.items():
         rows_by_step[step] = sorted([*rows_by_step.get(step, []), *(row for batch in batches for row in batch)])

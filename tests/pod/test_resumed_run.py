@@ -1,4 +1,4 @@
-"""The files of one run whose first attempt was killed: its metric files, its values in TensorBoard, its lineage statement, its report and its use of time."""
+"""One run whose first attempt was killed: its metric files, TensorBoard values, lineage statement, report and use of time cover both attempts."""
 
 from __future__ import annotations
 
@@ -16,19 +16,35 @@ from finetune_api.lineage import Statement
 from finetune_api.names import REPORT_KEY
 from finetune_api.pod import TerminationMessage
 from finetune_api.status import Attempt, AttemptTime, TimeUse
-from finetune_operator.goodput import AttemptTimes, PodTime, split_lost_steps, split_time, summarise, total
+from finetune_operator.goodput import (
+    AttemptTimes,
+    PodTimes,
+    build_goodput,
+    split_attempt_time,
+    split_lost_steps,
+    sum_parts,
+)
 from finetune_trainer.checkpoint.manifest import RunFacts
 from finetune_trainer.results.log_entry import LogEntry
-from finetune_trainer.supervisor.remaining_time import expected_step_seconds
+from finetune_trainer.supervisor.remaining_time import estimate_step_seconds
 from pod_harness import UID
-from report_run import KILLED_AFTER, SECRET, STEPS, TwoAttempts, number_rows, read_json, run_with_report, store_of
+from report_run import (
+    KILLED_AFTER_STEP,
+    SECRET,
+    STEPS,
+    TwoAttempts,
+    make_number_rows,
+    read_json,
+    run_with_report,
+    stored_run_folder,
+)
 from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.support.html_page import Element, parse, table
+from tests.support.html_page import Element, parse_page, read_table
 from tests.support.tiny import make_tiny_model
 
-SPEC: dict[str, Any] = {
+CHANGED_SPEC: dict[str, Any] = {
     "checkpoint": {"keep": 2}, "output": {"runName": {"prefix": "sums-", "name": "Run 1"}},
     "tracking": {"reportTo": ["tensorboard"], "systemMetrics": True},
     "placement": {"env": [{"name": "MY_VALUE", "value": "not-for-others"}]},
@@ -37,7 +53,7 @@ SPEC: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class ResumedRun:
-    """The run after its second attempt."""
+    """A run with two attempts that has ended."""
 
     folder: Path
     model: Path
@@ -50,25 +66,25 @@ class ResumedRun:
 
     @property
     def store(self) -> Path:
-        """The run's folder in storage."""
-        return store_of(self.folder)
+        """The folder in storage with the files of the run."""
+        return stored_run_folder(self.folder)
 
     @property
     def logged(self) -> list[dict[str, Any]]:
-        """The entries of the log of both attempts."""
+        """The logged entries of both attempts."""
         return [json.loads(line) for line in (self.store / "metrics/log.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> ResumedRun:
     model, folder = make_tiny_model(tmp_path_factory.mktemp("models") / "tiny"), tmp_path_factory.mktemp("run")
-    return ResumedRun(folder, model, run_with_report(folder, model, SPEC))
+    return ResumedRun(folder, model, run_with_report(folder, model, CHANGED_SPEC))
 
 
-def tensor_shapes(path: Path) -> list[tuple[int, ...]]:
-    """The shapes of all tensors in a file."""
+def read_tensor_shapes(path: Path) -> list[tuple[int, ...]]:
+    """Return the shapes of all tensors in a safetensors file."""
     with safe_open(path, "pt") as file:
-        return [tuple(file.get_slice(name).get_shape()) for name in file.keys()]  # noqa: SIM118  a file is not a mapping
+        return [tuple(file.get_slice(name).get_shape()) for name in file.keys()]  # noqa: SIM118  a safetensors file cannot be iterated like a mapping
 
 
 def test_metric_files_cover_all_attempts(run: ResumedRun) -> None:
@@ -82,13 +98,13 @@ def test_metric_files_cover_all_attempts(run: ResumedRun) -> None:
     assert [entry["epoch"] for entry in epochs] == list(range(1, len(epochs) + 1)) and epochs[-1]["eval_loss"] is not None
     assert final["training_summary"]["total_steps"] == STEPS and final["training_summary"]["final_eval_loss"] == epochs[-1]["eval_loss"]
     assert final["configuration"]["technique"] == "full" and final["configuration"]["batch_size"] == "8"
-    assert performance["trainable_parameters"] == sum(math.prod(shape) for shape in tensor_shapes(run.model / "model.safetensors"))
+    assert performance["trainable_parameters"] == sum(math.prod(shape) for shape in read_tensor_shapes(run.model / "model.safetensors"))
     assert performance["training_time_minutes"] * 60 == pytest.approx(final["training_summary"]["total_training_time"])
     assert len(training["loss_history"]) == STEPS
     seconds = [entry["training_seconds"] for entry in run.logged]
     assert seconds == sorted(seconds)
     test_rows = [json.loads(line) for line in (run.store / "metrics/test_split.jsonl").read_text().splitlines()]
-    assert len(test_rows) == 23 and all(row in number_rows() for row in test_rows)
+    assert len(test_rows) == 23 and all(row in make_number_rows() for row in test_rows)
 
 
 def test_each_step_is_in_tensorboard_once(run: ResumedRun) -> None:
@@ -124,7 +140,7 @@ def test_the_lineage_statement_describes_all_attempts_the_inputs_and_every_file(
     assert dependencies["dataset.train/sums-and-products.jsonl"] == sha256(run.folder / "sums-and-products.jsonl")
     assert dependencies["model.source/model.safetensors"] == sha256(run.model / "model.safetensors")
     assert statement.job == f"team-a/sums-bot/{UID}" and statement.run.step == STEPS and statement.spec["training"]["seed"] == 42
-    assert run.message.resumed_from_step is not None and run.message.resumed_from_step >= KILLED_AFTER
+    assert run.message.resumed_from_step is not None and run.message.resumed_from_step >= KILLED_AFTER_STEP
     assert [(one.attempt, one.start_step) for one in statement.run.attempts] == [(1, 0), (2, run.message.resumed_from_step)]
     resolved = statement.run.attempts[1].resolved
     assert resolved is not None and resolved.device == "cpu"
@@ -136,61 +152,62 @@ def test_the_lineage_statement_describes_all_attempts_the_inputs_and_every_file(
     assert {"python", "torch", "transformers", "peft", "trl"} <= versions.keys()
 
 
-def badge(page: Element) -> str:
-    return next(element.full_text for element in page.all("span") if "badge" in element.attributes.get("class", ""))
+def read_badge(page: Element) -> str:
+    """Return the text of the badge that shows the phase of the run."""
+    return next(element.full_text for element in page.find_all("span") if "badge" in element.attributes.get("class", ""))
 
 
 def test_the_report_covers_all_steps_and_attempts(run: ResumedRun) -> None:
     message, store = run.message, run.store
     assert message.output is not None and message.output.report_uri == f"file://{store}/{REPORT_KEY}"
     text = (store / REPORT_KEY).read_text()
-    page = parse(text)
-    assert badge(page) == "Completed" and SECRET not in text
-    attempts = table(page, "Attempts of the run")
+    page = parse_page(text)
+    assert read_badge(page) == "Completed" and SECRET not in text
+    attempts = read_table(page, "Attempts of the run")
     resumed_at = int(attempts[2][3])
     assert [row[0] for row in attempts] == ["attempt", "1", "2"] and attempts[2][4] == str(STEPS) and resumed_at % 20 == 0
     assert attempts[1][3:5] == ["0", attempts[1][4]] and int(attempts[1][4].removesuffix(" or later")) >= resumed_at
-    assert (attempts[1][6], attempts[2][6]) == ("The pod was killed, and wrote no reason.", "completed")
-    figures = {figure.all("strong")[0].full_text: figure for figure in page.all("figure")}
-    lines = {figure: len(element.all("path")[0].attributes["d"].split("L")) for figure, element in figures.items() if element.all("path")}
+    assert (attempts[1][6], attempts[2][6]) == ("The pod was killed before it could write a reason.", "completed")
+    figures = {figure.find_all("strong")[0].full_text: figure for figure in page.find_all("figure")}
+    lines = {figure: len(element.find_all("path")[0].attributes["d"].split("L")) for figure, element in figures.items() if element.find_all("path")}
     assert lines["Training loss"] == lines["Learning rate"] == lines["Gradient norm"] == STEPS
     assert lines["Validation loss"] == STEPS // 10
-    assert figures["Training loss"].all("g", **{"class": "attempts"})[0].full_text == "attempt 2 attempt 2"
-    steps = [row.children[0].full_text for row in figures["Validation loss"].all("tr")[1:]]
+    assert figures["Training loss"].find_all("g", **{"class": "attempts"})[0].full_text == "attempt 2 attempt 2"
+    steps = [row.children[0].full_text for row in figures["Validation loss"].find_all("tr")[1:]]
     assert steps == [str(step) for step in range(10, STEPS + 1, 10)]
-    metrics = {row[0]: row[1] for row in table(page, "Evaluation of 23 rows after training")}
+    metrics = {row[0]: row[1] for row in read_table(page, "Evaluation of 23 rows after training")}
     assert {"loss", "perplexity", "accuracy", "f1", "bleu", "rougeL"} < metrics.keys()
-    assert len(page.all("article")) == 2 * 12, "answers to the test questions, and the same answers beside those of the base model"
-    checks = dict(table(page, "Checks of the training rows"))
+    assert len(page.find_all("article")) == 2 * 12, "the report shows each of 12 answers twice: alone, and next to the answer of the base model"
+    checks = dict(read_table(page, "Checks of the training rows"))
     assert (checks["duplicates left out"], checks["rows that may hold personal data: email"]) == ("1", "1")
-    origin = dict(table(page, "Model and inputs"))
+    origin = dict(read_table(page, "Model and inputs"))
     assert (origin["final model"], origin["sha256 of the model's manifest"]) == (message.output.uri, message.output.sha256)
-    assert {row[0] for row in table(page, "Files of the final model")[1:]} >= {"model.safetensors", "tokenizer.json"}
+    assert {row[0] for row in read_table(page, "Files of the final model")[1:]} >= {"model.safetensors", "tokenizer.json"}
     records = [read_json(path) for path in sorted((store / "run/records").iterdir())]
     assert [(record["attempt"], "endedAt" in record) for record in records] == [(1, False), (2, True)]
 
 
-def parts_of_pod(times: tuple[datetime, datetime], reported: TimeUse | None, last_part: str) -> dict[str, float]:
-    """Split the time of an attempt whose pod had a node at once."""
+def split_observed_time(times: tuple[datetime, datetime], reported: TimeUse | None, last_part: str) -> dict[str, float]:
+    """Return the seconds of each part of an attempt's time. The attempt's pod is scheduled without a delay."""
     assert reported is not None
     begins_at, ends_at = times
-    pod = PodTime(begins_at, begins_at, begins_at, ends_at, reported.seconds(), last_part)
-    return {part: round(seconds, 3) for part, seconds in split_time(AttemptTimes(begins_at, ends_at, job_created_at=begins_at, pods=[pod])).items()}
+    pod = PodTimes(begins_at, begins_at, begins_at, ends_at, reported.seconds(), last_part)
+    return {part: round(seconds, 3) for part, seconds in split_attempt_time(AttemptTimes(begins_at, ends_at, job_created_at=begins_at, pods=[pod])).items()}
 
 
-def test_the_parts_of_the_time_sum_to_the_time(run: ResumedRun) -> None:
+def test_the_parts_of_the_time_sum_to_the_wall_time_of_both_attempts(run: ResumedRun) -> None:
     attempts, message = run.attempts, run.attempts.message
-    first = parts_of_pod(attempts.first_times, attempts.first_report.time_use, "steps")
-    second = parts_of_pod(attempts.second_times, message.time_use, "other")
+    first = split_observed_time(attempts.first_times, attempts.first_report.time_use, "steps")
+    second = split_observed_time(attempts.second_times, message.time_use, "other")
     assert {"starting", "checking", "loading", "firstStep", "steps", "evaluation", "saving"} <= first.keys() and "other" not in first
     assert {"firstStep", "steps", "evaluation", "upload", "finishing", "other"} <= second.keys()
 
-    entries = [AttemptTime(number=number, wall_seconds=total(parts), parts=parts) for number, parts in ((1, first), (2, second))]
+    entries = [AttemptTime(number=number, wall_seconds=sum_parts(parts), parts=parts) for number, parts in ((1, first), (2, second))]
     records = [
         Attempt(number=1, last_step=attempts.first_report.progress.step),
         Attempt(number=2, resumed_from_step=message.resumed_from_step, last_step=STEPS),
     ]
-    goodput = summarise(split_lost_steps(entries, records), {})
+    goodput = build_goodput(split_lost_steps(entries, records), {})
     wall_seconds = sum((end - start).total_seconds() for start, end in (attempts.first_times, attempts.second_times))
     parts = goodput.parts.seconds()
     assert min(parts.values()) > 0 and sum(parts.values()) == pytest.approx(wall_seconds, rel=0.001)
@@ -198,9 +215,9 @@ def test_the_parts_of_the_time_sum_to_the_time(run: ResumedRun) -> None:
     assert parts["other"] < 0.01 * wall_seconds, parts
 
 
-def test_a_resumed_run_estimates_its_end_before_its_own_steps_are_measured(run: ResumedRun) -> None:
+def test_a_resumed_attempt_can_estimate_its_end_from_the_steps_of_the_first_attempt(run: ResumedRun) -> None:
     entries = [LogEntry.model_validate(line) for line in run.logged]
-    before = [entry for entry in entries if entry.step <= KILLED_AFTER]
+    before = [entry for entry in entries if entry.step <= KILLED_AFTER_STEP]
     facts = RunFacts(world_size=1, effective_batch=8)
-    expected = expected_step_seconds(before, facts, facts)
-    assert expected is not None and 0 < expected < (run.attempts.first_times[1] - run.attempts.first_times[0]).total_seconds() / KILLED_AFTER
+    expected = estimate_step_seconds(before, facts, facts)
+    assert expected is not None and 0 < expected < (run.attempts.first_times[1] - run.attempts.first_times[0]).total_seconds() / KILLED_AFTER_STEP

@@ -1,5 +1,5 @@
-"""One pod with the stages after training: it evaluates its model, compares it with the base model, decides gates, verifies the stored adapter
-and copies all results below `output.dir`."""
+"""One pod with all stages after training: it evaluates its model, compares the model with the base model, checks the gates, verifies the
+stored adapter and copies all results below `output.dir`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ GATES = [
 
 @dataclass(frozen=True)
 class EndedRun:
-    """A job's folder in storage, the copy of its results, and its termination message."""
+    """A run that has ended: its folder in storage, the folder with the copied results, and its termination message."""
 
     store: Path
     copy: Path
@@ -74,7 +74,7 @@ def test_the_model_is_measured_and_its_answers_are_stored(run: EndedRun) -> None
     values = {name: metric.value for name, metric in (run.evaluation.metrics or {}).items()}
     assert run.evaluation.rows == TEST_ROWS and run.output.evaluation is not None
     assert values.keys() == {"loss", "perplexity", "accuracy", "precision", "recall", "f1", "exactMatch", "bleu", "rouge1", "rouge2", "rougeL"}
-    # The trainer measured the same rows in its own process.
+    # The trainer has measured the same rows at the end of the training, in its own process.
     assert values["loss"] == pytest.approx(run.output.evaluation["testLoss"], abs=1e-4)
     assert values["accuracy"] == pytest.approx(run.output.evaluation["testTokenAccuracy"], abs=1e-4)
     assert values["recall"] == values["accuracy"] and math.isclose(values["perplexity"] or 0, math.exp(values["loss"] or 0), rel_tol=1e-3)
@@ -93,7 +93,7 @@ def test_the_model_is_compared_with_the_base_model_and_promoted(run: EndedRun) -
         assert None not in (metric.value, metric.base, metric.difference), name
         assert metric.difference == pytest.approx((metric.value or 0) - (metric.base or 0), abs=2e-3), name
         assert metric.low is not None and metric.high is not None and metric.low <= (metric.difference or 0) <= metric.high, (name, metric)
-    assert (metrics["loss"].high or 0) < 0  # training has lowered the loss on the held-out rows
+    assert (metrics["loss"].high or 0) < 0  # the whole confidence interval shows a lower loss on the held-out rows
     assert [(gate.metric, gate.passed) for gate in evaluation.gates or []] == [("perplexity", True), ("loss", True), ("rouge", True)]
     promoted = run.read_json("model/_PROMOTED")
     assert (promoted["manifestSha256"], promoted["uri"], promoted["attempt"], len(promoted["gates"])) == (output.sha256, output.uri, 1, 3)
@@ -108,7 +108,7 @@ def test_the_model_is_compared_with_the_base_model_and_promoted(run: EndedRun) -
 def test_the_stored_adapter_computes_what_was_trained(run: EndedRun) -> None:
     found = run.output.verification
     assert found is not None and (found.result, found.rows) == (VerificationOutcome.VERIFIED, TEST_ROWS)
-    # The rows of the user's data are beside the model, not in the folder that is published.
+    # The reference values contain rows of the user's data. They are stored next to the model folder, because that folder is published.
     (reference,) = (run.store / "run").glob("reference-values-*.json")
     assert found.tokens == sum(len(row["values"]) for row in json.loads(reference.read_text())["rows"])
     assert not list((run.store / "model").rglob("reference-values*"))
@@ -121,7 +121,7 @@ def test_the_stored_adapter_computes_what_was_trained(run: EndedRun) -> None:
     assert run.output.uri in deployment["spec"]["template"]["spec"]["initContainers"][0]["args"]
 
 
-def test_a_copy_of_all_results_lies_below_the_output_folder(run: EndedRun) -> None:
+def test_all_results_are_copied_below_the_output_folder(run: EndedRun) -> None:
     assert run.output.uri is not None and run.output.published_uri == f"file://{run.copy}"
     original = Path(run.output.uri.removeprefix("file://"))
     for path in ("adapter_model.safetensors", "adapter_config.json", "tokenizer.json"):

@@ -1,6 +1,6 @@
-"""SIGTERM while a request of the work after training hangs: the pod ends with exit code 75, and the next attempt continues the work.
+"""SIGTERM after training, while a storage request hangs: the pod ends with exit code 75, and the next attempt continues the work.
 
-Without a timeout of its own, such a request ends only after about nine minutes, because it is sent nine times. The tests wait a shorter time.
+Without a stop, a hanging request fails only after about nine minutes, because the client sends it nine times. The tests wait a shorter time.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import pytest
 from finetune_api.names import ExitCode
 from pod_buckets import Bucket
 from pod_harness import Pod, merge
-from test_supervisor import toy_pod
+from test_supervisor import make_toy_pod
 
 from tests.support.s3proxy import Blackhole, Rule, S3Operation, S3Proxy
 from tests.support.slices import quick_slice
 
-COPY: dict[str, Any] = {"output": {"dir": "results", "layout": "flat"}}
+COPY_SPEC: dict[str, Any] = {"output": {"dir": "results", "layout": "flat"}}
 
 
 @pytest.fixture
@@ -32,9 +32,9 @@ def spec(model: Path, rows: Path) -> dict[str, Any]:
     return {"model": {"source": f"file://{model}"}, "dataset": {"train": f"file://{rows}", "format": "messages"}, "checkpoint": {"steps": 20}}
 
 
-def pod_through(proxy: S3Proxy, bucket: Bucket, folder: Path, spec: dict[str, Any], attempt: int) -> Pod:
-    """A pod of toy ranks whose storage is behind the proxy. Its rank starts a child that outlives the rank."""
-    pod = toy_pod(folder, spec, {"at": {"0:20": "process"}}, env=bucket.env, name=f"pod-{attempt}", attempt=attempt)
+def make_proxied_pod(proxy: S3Proxy, bucket: Bucket, folder: Path, spec: dict[str, Any], attempt: int) -> Pod:
+    """Create a pod with a toy rank that reaches its storage through the proxy. The rank starts a child process that outlives the rank."""
+    pod = make_toy_pod(folder, spec, {"at": {"0:20": "process"}}, env=bucket.env, name=f"pod-{attempt}", attempt=attempt)
     changes: dict[str, Any] = {"storage": bucket.target(endpoint=proxy.url)}
     if pod.run.spec.output.dir:
         changes["publish"] = f"s3://{bucket.name}/{bucket.root}/{pod.run.spec.output.dir}"
@@ -42,11 +42,11 @@ def pod_through(proxy: S3Proxy, bucket: Bucket, folder: Path, spec: dict[str, An
     return pod
 
 
-def stop_while_hanging(pod: Pod, rule: Rule[S3Operation]) -> None:
-    """Wait until the proxy holds a request, and stop the pod."""
+def stop_while_request_hangs(pod: Pod, rule: Rule[S3Operation]) -> None:
+    """Start the pod, and stop it as soon as a request matches `rule`, which keeps the request unanswered."""
     with rule, pod:
         pod.wait_until(lambda: rule.hits > 0)
-        assert [pod.pids(one) for one in ("agent", "train", "child-of-a-rank")] == [[], [], []], "a process of the training still uses memory"
+        assert [pod.pids(one) for one in ("agent", "train", "child-of-a-rank")] == [[], [], []], "a training process still runs after the training"
         pod.terminate()
         assert pod.end(timeout=300) == ExitCode.PREEMPTED_SAVED, pod.text[-3000:]
     message = pod.termination_message()
@@ -54,32 +54,32 @@ def stop_while_hanging(pod: Pod, rule: Rule[S3Operation]) -> None:
     assert message.output is not None and message.output.published_uri is None
 
 
-def copied_keys(proxy: S3Proxy, bucket: Bucket) -> list[str]:
-    """The model files that were copied to `output.dir` so far."""
+def list_copied_files(proxy: S3Proxy, bucket: Bucket) -> list[str]:
+    """Return the model files that were copied to `output.dir` so far."""
     prefix = f"/{bucket.name}/{bucket.root}/results/"
     puts = [one for one in proxy.exchanges if one.operation == "PutObject" and one.client_status == 200 and one.path.startswith(prefix)]
     return [name for one in puts if (name := one.path.removeprefix(prefix)).startswith(("adapter", "chain"))]
 
 
 def test_a_stop_during_the_copy_and_during_a_download(proxy: S3Proxy, bucket: Bucket, spec: dict[str, Any], tmp_path: Path) -> None:
-    first, second, third = (pod_through(proxy, bucket, tmp_path, merge(spec, COPY), attempt) for attempt in (1, 2, 3))
-    stop_while_hanging(first, proxy.fault(Blackhole(), operation="PutObject", key="/results/chain-0"))
-    assert "started the child" in first.text and copied_keys(proxy, bucket) == ["adapter_model.safetensors"]
-    stop_while_hanging(second, proxy.fault(Blackhole(), operation="GetObject", key="/model/a1-.*/adapter_model.safetensors"))
+    first, second, third = (make_proxied_pod(proxy, bucket, tmp_path, merge(spec, COPY_SPEC), attempt) for attempt in (1, 2, 3))
+    stop_while_request_hangs(first, proxy.fault(Blackhole(), operation="PutObject", key="/results/chain-0"))
+    assert "started the child" in first.text and list_copied_files(proxy, bucket) == ["adapter_model.safetensors"]
+    stop_while_request_hangs(second, proxy.fault(Blackhole(), operation="GetObject", key="/model/a1-.*/adapter_model.safetensors"))
     with third as pod:
         assert pod.end() == ExitCode.OK, pod.text[-3000:]
-    assert copied_keys(proxy, bucket) == ["adapter_model.safetensors", "chain-0"]
+    assert list_copied_files(proxy, bucket) == ["adapter_model.safetensors", "chain-0"]
     output = third.termination_message().output
     assert output is not None and output.published_uri == f"s3://{bucket.name}/{bucket.root}/results"
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("held", quick_slice(["model", "data"], ["model"]))
+@pytest.mark.parametrize("hanging_input", quick_slice(["model", "data"], ["model"]))
 def test_a_stop_during_a_download_for_a_stage(
-    held: str, proxy: S3Proxy, bucket: Bucket, spec: dict[str, Any], model: Path, rows: Path, tmp_path: Path
+    hanging_input: str, proxy: S3Proxy, bucket: Bucket, spec: dict[str, Any], model: Path, rows: Path, tmp_path: Path
 ) -> None:
-    """An attempt that continues after training downloads the base model and the data, because the stages need them."""
-    with pod_through(proxy, bucket, tmp_path, spec, 1) as first:
+    """The second attempt does not train, but it downloads the base model and the data, because its stages need them."""
+    with make_proxied_pod(proxy, bucket, tmp_path, spec, 1) as first:
         assert first.end() == ExitCode.OK, first.text[-3000:]
     for path in (path for path in model.iterdir() if path.is_file()):
         bucket.put(f"{bucket.root}/inputs/model/{path.name}", path.read_bytes())
@@ -89,5 +89,5 @@ def test_a_stop_during_a_download_for_a_stage(
         "model": {"source": f"{inputs}/model"}, "dataset": {"train": f"{inputs}/data", "split": {"test": 0.25}},
         "evaluation": {"metrics": ["perplexity"]},
     }  # fmt: skip
-    second = pod_through(proxy, bucket, tmp_path, merge(spec, changes), 2)
-    stop_while_hanging(second, proxy.fault(Blackhole(), operation="GetObject", key=f"/inputs/{held}/"))
+    second = make_proxied_pod(proxy, bucket, tmp_path, merge(spec, changes), 2)
+    stop_while_request_hangs(second, proxy.fault(Blackhole(), operation="GetObject", key=f"/inputs/{hanging_input}/"))

@@ -1,6 +1,6 @@
-"""Prepared rows in a real S3 server: preparations share them, and training pods use them only if they are verified.
+"""Prepared rows in a real S3 server: preparations share them, and training pods use them only after their signature and hashes are verified.
 
-Every run with stored rows is compared with a run that tokenises the data itself: rows of each step, log and weights are equal.
+A run with stored rows must have the same rows per step, log and weights as a run that tokenises the data itself.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from finetune_api.pod import PreparedRows, ResumeConfig, RunConfig, TerminationM
 from finetune_api.status import DataReport
 from pod_buckets import Bucket
 from pod_harness import ROWS, UID, Pod, merge, run_config, write_rows
-from recorded_run import record_run, run_uninterrupted, spec_of, traced_pod, weight_hashes
+from recorded_run import make_spec, make_traced_pod, read_weight_hashes, record_run, run_uninterrupted
 
 from localcluster.s3 import S3Endpoint
 
@@ -34,14 +34,14 @@ def prepare(bucket: Bucket, folder: Path, spec: dict[str, Any], uid: str = UID, 
     return pod.termination_message()
 
 
-def run_with_rows(spec: dict[str, Any], bucket: Bucket, data: DataReport, **options: Any) -> RunConfig:
-    """The run configuration that the operator writes after this preparation."""
+def make_run_with_rows(spec: dict[str, Any], bucket: Bucket, data: DataReport, **options: Any) -> RunConfig:
+    """Return the run configuration that the operator writes after a preparation with this data report."""
     rows = PreparedRows(digest=data.digest, manifest_sha256=data.prepared_sha256)
     return run_config(spec, bucket.target(), **options).model_copy(update={"prepared": rows})
 
 
-def stored_keys(bucket: Bucket) -> list[str]:
-    """Keys below the folder of the namespace's prepared rows."""
+def list_stored_keys(bucket: Bucket) -> list[str]:
+    """List the keys of the namespace's prepared rows, relative to their folder."""
     base = f"{bucket.root}/team/_prepared/"
     answer = bucket.client.list_objects_v2(Bucket=bucket.name, Prefix=base)
     return [item["Key"].removeprefix(base) for item in answer.get("Contents", [])]
@@ -51,16 +51,17 @@ def full_key(bucket: Bucket, key: str) -> str:
     return f"{bucket.root}/team/_prepared/{key}"
 
 
-def read(bucket: Bucket, key: str) -> bytes:
+def read_object(bucket: Bucket, key: str) -> bytes:
     return bytes(bucket.client.get_object(Bucket=bucket.name, Key=full_key(bucket, key))["Body"].read())
 
 
-def notes_of(message: TerminationMessage) -> list[str]:
+def list_prepared_rows_notes(message: TerminationMessage) -> list[str]:
+    """Return the notes of a training pod about its prepared rows."""
     assert message.resolved is not None
     return [note for note in message.resolved.notes or [] if "rows of the preparation" in note or "prepared rows" in note]
 
 
-def data_of(message: TerminationMessage) -> DataReport:
+def require_data_report(message: TerminationMessage) -> DataReport:
     assert message.data is not None
     return message.data
 
@@ -71,20 +72,20 @@ USED_NOTE = "the rows of the preparation are used: 36 rows"
 def test_a_second_job_tokenises_nothing_and_a_run_with_stored_rows_is_equal(
     s3_server: S3Endpoint, bucket: Bucket, model: Path, rows: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    spec = spec_of(model, rows, "full")
-    first = data_of(prepare(bucket, tmp_path / "first", spec))
-    second = data_of(prepare(bucket, tmp_path / "second", spec, OTHER_UID))
+    spec = make_spec(model, rows, "full")
+    first = require_data_report(prepare(bucket, tmp_path / "first", spec))
+    second = require_data_report(prepare(bucket, tmp_path / "second", spec, OTHER_UID))
     assert (first.tokenised_rows, second.tokenised_rows) == (36, 0)
     assert second.model_copy(update={"tokenised_rows": 36}) == first
     assert first.prepared_uri == f"s3://{bucket.name}/{bucket.root}/team/_prepared/{first.digest}"
-    names = sorted(key.split("/", 1)[1] for key in stored_keys(bucket))
+    names = sorted(key.split("/", 1)[1] for key in list_stored_keys(bucket))
     assert [name for name in names if "/" not in name] == ["_COMMITTED", "_USED"]
     assert sorted({name.split("/", 1)[1] for name in names if "/" in name}) == ["manifest.hmac", "manifest.json", "prepared.json", "train/00000.arrow"]
 
-    with traced_pod(run_with_rows(spec, bucket, first), tmp_path / "train", bucket) as pod:
+    with make_traced_pod(make_run_with_rows(spec, bucket, first), tmp_path / "train", bucket) as pod:
         assert pod.end() == 0, pod.text[-4000:]
     message = pod.termination_message()
-    assert notes_of(message) == [USED_NOTE]
+    assert list_prepared_rows_notes(message) == [USED_NOTE]
     expected = run_uninterrupted(s3_server, tmp_path_factory.getbasetemp(), model, rows, "full", 1)
     assert record_run(bucket, [pod], message) == expected
 
@@ -93,8 +94,8 @@ def test_a_second_job_tokenises_nothing_and_a_run_with_stored_rows_is_equal(
 
 
 def flip_byte(bucket: Bucket, data: DataReport) -> None:
-    key = next(key for key in stored_keys(bucket) if key.endswith("00000.arrow"))
-    content = bytearray(read(bucket, key))
+    key = next(key for key in list_stored_keys(bucket) if key.endswith("00000.arrow"))
+    content = bytearray(read_object(bucket, key))
     content[-40] ^= 1
     bucket.put(full_key(bucket, key), bytes(content))
 
@@ -104,18 +105,18 @@ def delete_marker(bucket: Bucket, data: DataReport) -> None:
 
 
 def delete_shard(bucket: Bucket, data: DataReport) -> None:
-    key = next(key for key in stored_keys(bucket) if key.endswith("00000.arrow"))
+    key = next(key for key in list_stored_keys(bucket) if key.endswith("00000.arrow"))
     bucket.client.delete_object(Bucket=bucket.name, Key=full_key(bucket, key))
 
 
 def replace_commit(bucket: Bucket, data: DataReport) -> None:
-    """Commit other rows, as someone who may write to the bucket could do: files, manifest and marker fit together."""
+    """Commit other rows, as an attacker with write access to the bucket could do: files, manifest and marker agree with each other."""
     import hashlib
 
-    marker = json.loads(read(bucket, f"{data.digest}/_COMMITTED"))
+    marker = json.loads(read_object(bucket, f"{data.digest}/_COMMITTED"))
     folder = f"{data.digest}/{marker['path']}"
-    manifest = json.loads(read(bucket, f"{folder}/manifest.json"))
-    content = bytearray(read(bucket, f"{folder}/train/00000.arrow"))
+    manifest = json.loads(read_object(bucket, f"{folder}/manifest.json"))
+    content = bytearray(read_object(bucket, f"{folder}/train/00000.arrow"))
     content[-40] ^= 1
     entry = next(file for file in manifest["files"] if file["path"].endswith(".arrow"))
     entry["sha256"] = hashlib.sha256(content).hexdigest()
@@ -125,13 +126,13 @@ def replace_commit(bucket: Bucket, data: DataReport) -> None:
     bucket.put(full_key(bucket, f"{data.digest}/_COMMITTED"), json.dumps(marker | {"manifestSha256": hashlib.sha256(text).hexdigest()}).encode())
 
 
-def other_layout(bucket: Bucket, data: DataReport) -> None:
-    """Store a manifest without the summary of the rows, as another version could write it. `data.prepared_sha256` names this manifest."""
+def write_other_layout(bucket: Bucket, data: DataReport) -> None:
+    """Store a manifest without the summary of the rows, as another version could write it. Sets `data.prepared_sha256` to its hash."""
     import hashlib
 
-    marker = json.loads(read(bucket, f"{data.digest}/_COMMITTED"))
+    marker = json.loads(read_object(bucket, f"{data.digest}/_COMMITTED"))
     key = f"{data.digest}/{marker['path']}/manifest.json"
-    text = json.dumps(json.loads(read(bucket, key)) | {"extra": {}}).encode()
+    text = json.dumps(json.loads(read_object(bucket, key)) | {"extra": {}}).encode()
     bucket.put(full_key(bucket, key), text)
     data.__dict__["prepared_sha256"] = hashlib.sha256(text).hexdigest()
     bucket.put(full_key(bucket, f"{data.digest}/_COMMITTED"), json.dumps(marker | {"manifestSha256": data.prepared_sha256}).encode())
@@ -142,58 +143,58 @@ DAMAGES: dict[str, tuple[Callable[[Bucket, DataReport], None], str]] = {
     "deleted marker": (delete_marker, "nothing is committed at"),
     "deleted shard": (delete_shard, "is missing"),
     "replaced commit": (replace_commit, "was replaced after the preparation"),
-    "another version": (other_layout, "were prepared by another version"),
+    "another version": (write_other_layout, "were prepared by another version"),
 }
 
 
-@pytest.mark.slow  # tests/unit/trainer/supervisor/test_stored_rows.py damages rows too
+@pytest.mark.slow  # tests/unit/trainer/supervisor/test_stored_rows.py also damages rows
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_rows_that_cannot_be_used_are_prepared_again_with_a_note(
+def test_a_training_pod_notes_damaged_rows_and_tokenises_the_data_itself(
     s3_server: S3Endpoint, bucket: Bucket, model: Path, rows: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, damage: str
 ) -> None:
     change, problem = DAMAGES[damage]
-    spec = spec_of(model, rows, "full")
-    data = data_of(prepare(bucket, tmp_path / "prepare", spec))
+    spec = make_spec(model, rows, "full")
+    data = require_data_report(prepare(bucket, tmp_path / "prepare", spec))
     change(bucket, data)
-    with traced_pod(run_with_rows(spec, bucket, data), tmp_path / "train", bucket) as pod:
+    with make_traced_pod(make_run_with_rows(spec, bucket, data), tmp_path / "train", bucket) as pod:
         assert pod.end() == 0, pod.text[-4000:]
     message = pod.termination_message()
-    (note,) = notes_of(message)
+    (note,) = list_prepared_rows_notes(message)
     assert note.startswith("the prepared rows are not used: ") and note.endswith("; this pod reads and tokenises the data"), note
     assert problem in note
     assert record_run(bucket, [pod], message) == run_uninterrupted(s3_server, tmp_path_factory.getbasetemp(), model, rows, "full", 1)
 
 
 @pytest.mark.slow
-def test_changed_data_are_prepared_again(bucket: Bucket, model: Path, tmp_path: Path) -> None:
-    """The data change at the same place: a later preparation gets another digest, and a training pod does not use the older rows."""
+def test_data_that_have_changed_are_prepared_again(bucket: Bucket, model: Path, tmp_path: Path) -> None:
+    """A data file changes. A later preparation stores rows with another digest, and a training pod does not use the rows of the old file."""
     rows = write_rows(tmp_path / "rows.jsonl")
-    spec = merge(spec_of(model, rows, "full"), {"training": {"maxSteps": 2}})
-    old = data_of(prepare(bucket, tmp_path / "old", spec))
+    spec = merge(make_spec(model, rows, "full"), {"training": {"maxSteps": 2}})
+    old = require_data_report(prepare(bucket, tmp_path / "old", spec))
     changed = [*ROWS[:-1], {"messages": [*ROWS[-1]["messages"][:1], {"role": "assistant", "content": "It is many."}]}]
     write_rows(rows, changed)
-    new = data_of(prepare(bucket, tmp_path / "new", spec, OTHER_UID))
+    new = require_data_report(prepare(bucket, tmp_path / "new", spec, OTHER_UID))
     assert old.digest != new.digest and new.tokenised_rows == 36
-    assert len({key.split("/")[0] for key in stored_keys(bucket)}) == 2
-    with Pod(run_with_rows(spec, bucket, old), tmp_path / "train", bucket.env) as pod:
+    assert len({key.split("/")[0] for key in list_stored_keys(bucket)}) == 2
+    with Pod(make_run_with_rows(spec, bucket, old), tmp_path / "train", bucket.env) as pod:
         assert pod.end() == 0, pod.text[-4000:]
-    assert notes_of(pod.termination_message()) == [
+    assert list_prepared_rows_notes(pod.termination_message()) == [
         "the prepared rows are not used: the data have changed since the preparation; this pod reads and tokenises the data"
     ]
 
 
 @pytest.mark.slow
-def test_rows_of_another_tokenizer_are_not_trained_on(bucket: Bucket, model: Path, rows: Path, tmp_path: Path) -> None:
-    """The supervisor cannot see that the chat template differs. The rank does, and tokenises the data."""
-    spec = merge(spec_of(model, rows, "full"), {"training": {"maxSteps": 2}})
-    data = data_of(prepare(bucket, tmp_path / "prepare", spec))
+def test_rows_of_another_chat_template_are_not_trained_on(bucket: Bucket, model: Path, rows: Path, tmp_path: Path) -> None:
+    """Only the rank, not the supervisor, can see that the chat template differs. The rank then tokenises the data again."""
+    spec = merge(make_spec(model, rows, "full"), {"training": {"maxSteps": 2}})
+    data = require_data_report(prepare(bucket, tmp_path / "prepare", spec))
     template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     changed = merge(spec, {"dataset": {"chatTemplate": {"text": template}}})
-    with Pod(run_with_rows(changed, bucket, data), tmp_path / "train", bucket.env) as pod:
+    with Pod(make_run_with_rows(changed, bucket, data), tmp_path / "train", bucket.env) as pod:
         assert pod.end() == 0, pod.text[-4000:]
-    assert notes_of(pod.termination_message()) == [
+    assert list_prepared_rows_notes(pod.termination_message()) == [
         USED_NOTE,
-        "the rows of the preparation were made from another tokenizer, other options or by another version; this pod tokenised the data again",
+        "the prepared rows come from another tokenizer, other options or another version, so this pod tokenised the data again",
     ]
 
 
@@ -203,35 +204,35 @@ def test_a_resumed_attempt_with_stored_rows_is_equal(
     s3_server: S3Endpoint, bucket: Bucket, model: Path, rows: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory,
     method: str, processes: int, variant: str,
 ) -> None:  # fmt: skip
-    spec = spec_of(model, rows, method, variant)
-    data = data_of(prepare(bucket, tmp_path / "prepare", spec, processes=processes))
-    with traced_pod(run_with_rows(spec, bucket, data, processes=processes), tmp_path / "one", bucket, hold_point="accumulation:19") as first:
+    spec = make_spec(model, rows, method, variant)
+    data = require_data_report(prepare(bucket, tmp_path / "prepare", spec, processes=processes))
+    with make_traced_pod(make_run_with_rows(spec, bucket, data, processes=processes), tmp_path / "one", bucket, hold_point="accumulation:19") as first:
         first.wait_until((first.folder / "work" / "held").exists)
         first.wait_committed(16)
         first.kill()
-    again = run_with_rows(spec, bucket, data, processes=processes, attempt=2, resume=ResumeConfig(mode="auto", expect_step=16))
-    with traced_pod(again, tmp_path / "two", bucket) as second:
+    again = make_run_with_rows(spec, bucket, data, processes=processes, attempt=2, resume=ResumeConfig(mode="auto", expect_step=16))
+    with make_traced_pod(again, tmp_path / "two", bucket) as second:
         assert second.end() == 0, second.text[-4000:]
     message = second.termination_message()
-    assert (message.resumed_from_step, any("rows of the preparation are used" in note for note in notes_of(message))) == (16, True)
+    assert (message.resumed_from_step, any("rows of the preparation are used" in note for note in list_prepared_rows_notes(message))) == (16, True)
     expected = run_uninterrupted(s3_server, tmp_path_factory.getbasetemp(), model, rows, method, processes, variant)
     assert record_run(bucket, [first, second], message) == expected
 
 
-# ---- sharing and removal ----
+# ---- rows that several preparations share, and rows that are removed ----
 
 
-def tokenised_rows(pod: Pod) -> int | None:
-    """The progress of a preparation, as the operator reads it."""
+def read_tokenised_rows(pod: Pod) -> int | None:
+    """Read the number of rows that a preparation pod has tokenised so far. None if the pod has not reported it."""
     report = pod.report()
     assert report is None or report.attempt == PREPARATION_ATTEMPT
     return report.data.tokenised_rows if report is not None and report.data is not None else None
 
 
 @pytest.mark.slow
-def test_of_two_preparations_at_once_the_first_commit_counts(bucket: Bucket, model: Path, rows: Path, tmp_path: Path) -> None:
-    """Both tokenise the rows: the first one waits until the second has looked for stored rows and found none."""
-    spec = spec_of(model, rows, "full")
+def test_two_simultaneous_preparations_report_the_rows_of_the_first_commit(bucket: Bucket, model: Path, rows: Path, tmp_path: Path) -> None:
+    """Both preparations tokenise the data, because neither finds stored rows: the first one is paused until the second one has committed."""
+    spec = make_spec(model, rows, "full")
     pods = []
     for number, uid in enumerate((UID, OTHER_UID)):
         target = bucket.target(uri=f"s3://{bucket.name}/{bucket.root}/team/job/{uid}")
@@ -241,66 +242,66 @@ def test_of_two_preparations_at_once_the_first_commit_counts(bucket: Bucket, mod
         first.wait_until(lambda: bool(list((first.folder / "work").glob("stored-rows-*"))))
         assert first.process is not None
         first.process.send_signal(signal.SIGSTOP)
-        second.wait_until(lambda: tokenised_rows(second) == 36)
+        second.wait_until(lambda: read_tokenised_rows(second) == 36)
         assert second.end() == 0, second.text[-4000:]
         first.process.send_signal(signal.SIGCONT)
         assert first.end() == 0, first.text[-4000:]
-    reports = [data_of(pod.termination_message()) for pod in pods]
+    reports = [require_data_report(pod.termination_message()) for pod in pods]
     assert reports[0] == reports[1] and reports[0].tokenised_rows == 36
-    incarnations = {key.split("/")[1] for key in stored_keys(bucket) if key.count("/") > 1}
-    assert len(incarnations) == 1, "the second preparation removes its own files"
+    incarnations = {key.split("/")[1] for key in list_stored_keys(bucket) if key.count("/") > 1}
+    assert len(incarnations) == 1, "the preparation that commits last leaves its own files in the bucket"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spoil", [flip_byte, replace_commit], ids=["damaged", "without the signature of a preparation"])
-def test_rows_that_cannot_be_trusted_are_prepared_again(
-    bucket: Bucket, model: Path, rows: Path, tmp_path: Path, spoil: Callable[[Bucket, DataReport], object]
+@pytest.mark.parametrize("damage_rows", [flip_byte, replace_commit], ids=["damaged", "without the signature of a preparation"])
+def test_a_preparation_replaces_rows_that_are_damaged_or_not_signed(
+    bucket: Bucket, model: Path, rows: Path, tmp_path: Path, damage_rows: Callable[[Bucket, DataReport], object]
 ) -> None:
-    """Without a signature: an attacker with write access to the bucket commits rows before the first preparation of a job searches for them."""
-    spec = spec_of(model, rows, "full")
-    spoil(bucket, data_of(prepare(bucket, tmp_path / "one", spec)))
-    second = data_of(prepare(bucket, tmp_path / "two", spec, OTHER_UID))
-    third = data_of(prepare(bucket, tmp_path / "three", spec))
+    """An attacker with write access to the bucket can commit rows before a job's preparation, but cannot sign them."""
+    spec = make_spec(model, rows, "full")
+    damage_rows(bucket, require_data_report(prepare(bucket, tmp_path / "one", spec)))
+    second = require_data_report(prepare(bucket, tmp_path / "two", spec, OTHER_UID))
+    third = require_data_report(prepare(bucket, tmp_path / "three", spec))
     assert (second.tokenised_rows, third.tokenised_rows, third.prepared_sha256) == (36, 0, second.prepared_sha256)
 
 
 @pytest.mark.slow
 def test_a_preparation_removes_rows_that_are_unused_for_too_long(bucket: Bucket, model: Path, rows: Path, tmp_path: Path) -> None:
-    spec = spec_of(model, rows, "full")
-    old = data_of(prepare(bucket, tmp_path / "old", spec))
-    assert datetime.fromisoformat(json.loads(read(bucket, f"{old.digest}/_USED"))["until"]) > datetime.now(UTC) + timedelta(days=29)
+    spec = make_spec(model, rows, "full")
+    old = require_data_report(prepare(bucket, tmp_path / "old", spec))
+    assert datetime.fromisoformat(json.loads(read_object(bucket, f"{old.digest}/_USED"))["until"]) > datetime.now(UTC) + timedelta(days=29)
     bucket.put(full_key(bucket, f"{old.digest}/_USED"), json.dumps({"until": "2026-01-01T00:00:00Z"}).encode())
-    new = data_of(prepare(bucket, tmp_path / "new", merge(spec, {"dataset": {"maxSequenceLength": 64}}), OTHER_UID, ttl_days=7))
-    assert {key.split("/")[0] for key in stored_keys(bucket)} == {new.digest}
-    assert datetime.fromisoformat(json.loads(read(bucket, f"{new.digest}/_USED"))["until"]) < datetime.now(UTC) + timedelta(days=8)
+    new = require_data_report(prepare(bucket, tmp_path / "new", merge(spec, {"dataset": {"maxSequenceLength": 64}}), OTHER_UID, ttl_days=7))
+    assert {key.split("/")[0] for key in list_stored_keys(bucket)} == {new.digest}
+    assert datetime.fromisoformat(json.loads(read_object(bucket, f"{new.digest}/_USED"))["until"]) < datetime.now(UTC) + timedelta(days=8)
 
 
-PAIRS = [{"prompt": f"{a} + 1?", "chosen": f"It is {a + 1}.", "rejected": f"It is {a}."} for a in range(12)]
-LABELLED = [{"prompt": f"{a} + 1?", "completion": f"It is {a + a % 2}.", "label": a % 2 == 1} for a in range(12)]
+PREFERENCE_PAIRS = [{"prompt": f"{a} + 1?", "chosen": f"It is {a + 1}.", "rejected": f"It is {a}."} for a in range(12)]
+LABELLED_ANSWERS = [{"prompt": f"{a} + 1?", "completion": f"It is {a + a % 2}.", "label": a % 2 == 1} for a in range(12)]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("trainer", "data_format", "data"), [("dpo", "preference", PAIRS), ("kto", "unpairedPreference", LABELLED)], ids=["dpo", "kto"]
+    ("trainer", "data_format", "data"), [("dpo", "preference", PREFERENCE_PAIRS), ("kto", "unpairedPreference", LABELLED_ANSWERS)], ids=["dpo", "kto"]
 )
-def test_rows_of_preferences_are_shared_too(
+def test_preference_rows_are_also_shared_by_preparations(
     bucket: Bucket, model: Path, tmp_path: Path, trainer: str, data_format: str, data: list[dict[str, Any]]
 ) -> None:
-    """The final weights with stored rows equal those without."""
+    """A run with stored rows ends with the weights of a run without stored rows."""
     rows = write_rows(tmp_path / "rows.jsonl", data)
     spec = {
         "model": {"source": f"file://{model}"}, "trainer": {"type": trainer}, "dataset": {"train": f"file://{rows}", "format": data_format},
         "training": {"maxSteps": 3, "batchSizePerDevice": 2},
     }  # fmt: skip
-    first = data_of(prepare(bucket, tmp_path / "first", spec))
-    assert (first.tokenised_rows, data_of(prepare(bucket, tmp_path / "second", spec, OTHER_UID)).tokenised_rows) == (12, 0)
+    first = require_data_report(prepare(bucket, tmp_path / "first", spec))
+    assert (first.tokenised_rows, require_data_report(prepare(bucket, tmp_path / "second", spec, OTHER_UID)).tokenised_rows) == (12, 0)
     weights = []
-    for name, run in (("with", run_with_rows(spec, bucket, first)), ("without", run_config(spec, bucket.target(), attempt=2))):
+    for name, run in (("with", make_run_with_rows(spec, bucket, first)), ("without", run_config(spec, bucket.target(), attempt=2))):
         with Pod(run, tmp_path / name, bucket.env) as pod:
             assert pod.end() == 0, pod.text[-4000:]
         message = pod.termination_message()
-        assert notes_of(message) == (["the rows of the preparation are used: 12 rows"] if name == "with" else [])
-        weights.append(weight_hashes(bucket, message))
+        assert list_prepared_rows_notes(message) == (["the rows of the preparation are used: 12 rows"] if name == "with" else [])
+        weights.append(read_weight_hashes(bucket, message))
         for key in bucket.keys(""):
             bucket.client.delete_object(Bucket=bucket.name, Key=f"{bucket.root}/team/job/{UID}/{key}")
     assert weights[0] == weights[1] != {}

@@ -1,4 +1,4 @@
-"""The supervisor with toy ranks that only count steps: exit codes, termination messages, stalls, stops, and cleanup of processes."""
+"""The supervisor of toy ranks, which only count steps: exit codes, termination messages, stalls, stops, and the end of all processes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def spec(model: Path, rows: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def toy_pod(
+def make_toy_pod(
     folder: Path,
     spec: dict[str, Any],
     script: dict[str, Any],
@@ -36,7 +36,7 @@ def toy_pod(
     name: str = "pod",
     **run: Any,
 ) -> Pod:
-    """A pod whose ranks follow a script and whose storage is a folder."""
+    """Create a pod whose ranks follow a script of `toy_rank` and whose storage is a local folder."""
     config = run_config(spec, StoreTarget(uri=f"file://{folder}/root/team/job/{UID}"), **run)
     path = os.pathsep.join([PYTHONPATH, str(TESTS_FOLDER)])
     settings = {"PYTHONPATH": path, "FINETUNE_TRAINER_MODULE": "toy_rank", "TOY_SCRIPT": json.dumps(script)}
@@ -44,11 +44,13 @@ def toy_pod(
 
 
 def committed_steps(folder: Path) -> list[int]:
+    """Return the steps of all committed checkpoints, in ascending order."""
     markers = (folder / "root/team/job" / UID / "checkpoints").glob("step-*/_COMMITTED")
     return sorted(int(path.parent.name.removeprefix("step-")) for path in markers)
 
 
 def wait_for_exit(pod: Pod) -> tuple[int, TerminationMessage]:
+    """Wait until the pod ends. Returns its exit code and its termination message."""
     code = pod.end()
     termination = pod.termination_message()
     assert termination.exit_code == code, pod.text[-3000:]
@@ -56,7 +58,7 @@ def wait_for_exit(pod: Pod) -> tuple[int, TerminationMessage]:
 
 
 def test_a_finished_run_commits_its_model(tmp_path: Path, spec: dict[str, Any]) -> None:
-    with toy_pod(tmp_path, spec, {}) as pod:
+    with make_toy_pod(tmp_path, spec, {}) as pod:
         code, termination = wait_for_exit(pod)
     assert code == 0, pod.text[-3000:]
     assert termination.output is not None and termination.output.uri is not None and termination.output.kind == "adapter"
@@ -79,19 +81,19 @@ def test_a_finished_run_commits_its_model(tmp_path: Path, spec: dict[str, Any]) 
         ("crash", 70, "TrainerCrashed", FailureClass.INTERNAL),
     ],
 )
-def test_a_failing_rank_is_named(
+def test_a_failing_rank_is_named_in_the_termination_message(
     tmp_path: Path, spec: dict[str, Any], event: str, code: int, name: str, failure_class: FailureClass
 ) -> None:
-    with toy_pod(tmp_path, spec, {"at": {"0:7": event}}) as pod:
+    with make_toy_pod(tmp_path, spec, {"at": {"0:7": event}}) as pod:
         exit_code, termination = wait_for_exit(pod)
     assert (exit_code, termination.code, termination.class_, termination.rank, termination.origin) == (code, name, failure_class, 0, True)
     assert committed_steps(tmp_path) == [5] and termination.committed_step == 5
     assert len((pod.folder / "termination-message").read_bytes()) <= 4096
 
 
-def test_the_rank_that_failed_first_is_named(tmp_path: Path, spec: dict[str, Any]) -> None:
+def test_the_termination_message_names_the_rank_that_failed_first(tmp_path: Path, spec: dict[str, Any]) -> None:
     script = {"at": {"0:7": "lose-peer", "1:9": "diverge"}, "pause": 0.02}
-    with toy_pod(tmp_path, spec, script, processes=2) as pod:
+    with make_toy_pod(tmp_path, spec, script, processes=2) as pod:
         code, termination = wait_for_exit(pod)
     assert (code, termination.code, termination.rank) in [(72, "LossNotFinite", 1), (74, "PeerLost", 0)]
     if termination.rank == 0:  # rank 1 was killed before it reported its failure, so only the report of rank 0 exists
@@ -99,7 +101,7 @@ def test_the_rank_that_failed_first_is_named(tmp_path: Path, spec: dict[str, Any
 
 
 def test_a_huge_log_does_not_damage_the_termination_message(tmp_path: Path, spec: dict[str, Any]) -> None:
-    with toy_pod(tmp_path, spec, {"at": {"0:3": "shout"}}) as pod:
+    with make_toy_pod(tmp_path, spec, {"at": {"0:3": "shout"}}) as pod:
         code, termination = wait_for_exit(pod)
     assert (code, termination.code) == (70, "TrainerCrashed")
     assert (pod.folder / "log").stat().st_size > 100_000_000
@@ -107,7 +109,7 @@ def test_a_huge_log_does_not_damage_the_termination_message(tmp_path: Path, spec
 
 def test_a_frozen_rank_is_reported_as_a_stall(tmp_path: Path, spec: dict[str, Any]) -> None:
     quick = merge(spec, {"policy": {"stallTimeoutSeconds": 2}})
-    with toy_pod(tmp_path, quick, {"at": {"0:7": "freeze"}}) as pod:
+    with make_toy_pod(tmp_path, quick, {"at": {"0:7": "freeze"}}) as pod:
         code, termination = wait_for_exit(pod)
     assert (code, termination.code, termination.class_) == (74, "Stalled", FailureClass.INFRASTRUCTURE)
     assert "after step 6" in (termination.message or "")
@@ -115,7 +117,7 @@ def test_a_frozen_rank_is_reported_as_a_stall(tmp_path: Path, spec: dict[str, An
 
 def test_a_rank_that_hangs_while_it_loads_is_reported_as_a_stall(tmp_path: Path, spec: dict[str, Any]) -> None:
     quick = merge(spec, {"policy": {"stallTimeoutSeconds": 2}})
-    with toy_pod(tmp_path, quick, {"at": {"import:0": "hang"}}) as pod:
+    with make_toy_pod(tmp_path, quick, {"at": {"import:0": "hang"}}) as pod:
         code, termination = wait_for_exit(pod)
     assert (code, termination.code, termination.class_) == (74, "Stalled", FailureClass.INFRASTRUCTURE)
     assert "while loading model and data: the ranks neither compute nor read" in (termination.message or "")
@@ -124,7 +126,7 @@ def test_a_rank_that_hangs_while_it_loads_is_reported_as_a_stall(tmp_path: Path,
 
 def test_a_hanging_rank_leaves_its_stacks_in_the_log(tmp_path: Path, spec: dict[str, Any]) -> None:
     quick = merge(spec, {"policy": {"stallTimeoutSeconds": 2}})
-    with toy_pod(tmp_path, quick, {"at": {"0:7": "hang"}}) as pod:
+    with make_toy_pod(tmp_path, quick, {"at": {"0:7": "hang"}}) as pod:
         code, termination = wait_for_exit(pod)
     assert (code, termination.code) == (74, "Stalled")
     assert "toy_rank.py" in pod.text and "in run_scripted_event" in pod.text
@@ -132,20 +134,20 @@ def test_a_hanging_rank_leaves_its_stacks_in_the_log(tmp_path: Path, spec: dict[
 
 def test_a_stop_saves_and_the_next_attempt_resumes(tmp_path: Path, spec: dict[str, Any]) -> None:
     script = {"steps": 2000, "every": 1000, "pause": 0.005}
-    with toy_pod(tmp_path, spec, script) as pod:
+    with make_toy_pod(tmp_path, spec, script) as pod:
         pod.wait_step(10)
         pod.terminate()
         code, termination = wait_for_exit(pod)
     assert (code, termination.class_, termination.code) == (75, FailureClass.PREEMPTED, "StoppedSaved")
     assert termination.step == termination.committed_step and committed_steps(tmp_path) == [termination.step]
     again = {"steps": termination.step + 5, "every": 1000}
-    with toy_pod(tmp_path, spec, again, name="two", attempt=2, resume=ResumeConfig(mode="auto", expect_step=termination.step)) as pod:
+    with make_toy_pod(tmp_path, spec, again, name="two", attempt=2, resume=ResumeConfig(mode="auto", expect_step=termination.step)) as pod:
         code, second = wait_for_exit(pod)
     assert (code, second.resumed_from_step) == (0, termination.step)
 
 
 def test_a_stop_before_the_first_step_loses_nothing(tmp_path: Path, spec: dict[str, Any]) -> None:
-    with toy_pod(tmp_path, spec, {"at": {"import:0": "hang"}}) as pod:
+    with make_toy_pod(tmp_path, spec, {"at": {"import:0": "hang"}}) as pod:
         pod.wait_until(lambda: bool(pod.pids("train")))
         pod.terminate()
         code, termination = wait_for_exit(pod)
@@ -153,8 +155,8 @@ def test_a_stop_before_the_first_step_loses_nothing(tmp_path: Path, spec: dict[s
 
 
 def test_a_stop_during_the_imports_is_not_lost(tmp_path: Path, spec: dict[str, Any]) -> None:
-    """A SIGTERM that arrives during the supervisor's imports has the same effect as a later SIGTERM."""
-    with toy_pod(tmp_path, spec, {"steps": 100000}) as pod:
+    """The supervisor also obeys a SIGTERM that arrives while it still imports its modules."""
+    with make_toy_pod(tmp_path, spec, {"steps": 100000}) as pod:
         assert pod.process is not None
         caught = Path(f"/proc/{pod.process.pid}/status")
 
@@ -169,7 +171,7 @@ def test_a_stop_during_the_imports_is_not_lost(tmp_path: Path, spec: dict[str, A
 
 
 def test_a_second_ctrl_c_ends_the_pod_without_waiting(tmp_path: Path, spec: dict[str, Any]) -> None:
-    with toy_pod(tmp_path, spec, {"at": {"0:7": "hang"}}, grace=3600) as pod:
+    with make_toy_pod(tmp_path, spec, {"at": {"0:7": "hang"}}, grace=3600) as pod:
         pod.wait_step(6)
         assert pod.process is not None
         pod.process.send_signal(signal.SIGINT)
@@ -181,7 +183,7 @@ def test_a_second_ctrl_c_ends_the_pod_without_waiting(tmp_path: Path, spec: dict
 
 def test_a_stop_that_exceeds_the_grace_period_ends_without_a_checkpoint(tmp_path: Path, spec: dict[str, Any]) -> None:
     """The rank hangs until the grace period ends. The pod exits with 76 and leaves no incomplete checkpoint."""
-    with toy_pod(tmp_path, spec, {"at": {"0:7": "hang"}}, grace=2) as pod:
+    with make_toy_pod(tmp_path, spec, {"at": {"0:7": "hang"}}, grace=2) as pod:
         pod.wait_step(6)
         pod.terminate()
         code, termination = wait_for_exit(pod)
@@ -190,28 +192,28 @@ def test_a_stop_that_exceeds_the_grace_period_ends_without_a_checkpoint(tmp_path
 
 
 def test_checkpoints_are_skipped_while_staging_fails(tmp_path: Path, spec: dict[str, Any]) -> None:
-    """The progress report shows the problem, and training continues. When staging works again, checkpoints are committed."""
-    with toy_pod(tmp_path, spec, {"steps": 100000}) as pod:
+    """Training continues, and the progress report shows the problem. As soon as files can be staged again, checkpoints are committed."""
+    with make_toy_pod(tmp_path, spec, {"steps": 100000}) as pod:
         pod.wait_committed(5)
         staged = pod.folder / "work" / "staged"
         staged.rename(staged.with_name("away"))
         staged.touch()
-        pod.wait_until(lambda: "StagingFailed" in (problem(pod) or ""))
+        pod.wait_until(lambda: "StagingFailed" in (read_checkpoint_problem(pod) or ""))
         during = pod.step()
         pod.wait_step(during + 10)
         staged.unlink()
         staged.mkdir()
         pod.wait_committed(during + 10)
-        pod.wait_until(lambda: problem(pod) is None)
+        pod.wait_until(lambda: read_checkpoint_problem(pod) is None)
 
 
-def problem(pod: Pod) -> str | None:
+def read_checkpoint_problem(pod: Pod) -> str | None:
     report = pod.report()
     return report.health.checkpoint_problem if report else None
 
 
-def test_a_final_model_that_cannot_be_staged_is_named(tmp_path: Path, spec: dict[str, Any]) -> None:
-    with toy_pod(tmp_path, spec, {"steps": 40, "every": 1000, "pause": 0.02}) as pod:
+def test_a_final_model_that_cannot_be_staged_is_a_storage_failure(tmp_path: Path, spec: dict[str, Any]) -> None:
+    with make_toy_pod(tmp_path, spec, {"steps": 40, "every": 1000, "pause": 0.02}) as pod:
         pod.wait_step(1)
         (pod.folder / "work" / "staged").rmdir()
         (pod.folder / "work" / "staged").touch()
@@ -220,16 +222,16 @@ def test_a_final_model_that_cannot_be_staged_is_named(tmp_path: Path, spec: dict
 
 
 def test_a_new_attempt_of_a_finished_run_reports_the_existing_output(tmp_path: Path, spec: dict[str, Any]) -> None:
-    with toy_pod(tmp_path, spec, {}) as pod:
+    with make_toy_pod(tmp_path, spec, {}) as pod:
         _, first = wait_for_exit(pod)
-    with toy_pod(tmp_path, spec, {}, name="two", attempt=2, resume=ResumeConfig(mode="auto", expect_step=20)) as pod:
+    with make_toy_pod(tmp_path, spec, {}, name="two", attempt=2, resume=ResumeConfig(mode="auto", expect_step=20)) as pod:
         code, second = wait_for_exit(pod)
     assert code == 0 and first.output == second.output and first.output is not None
 
 
 @pytest.mark.parametrize("victim", ["supervisor", "agent"])
 def test_ranks_end_after_the_supervisor_or_the_agent_is_killed(tmp_path: Path, spec: dict[str, Any], victim: str) -> None:
-    with toy_pod(tmp_path, spec, {"steps": 100000}, processes=2) as pod:
+    with make_toy_pod(tmp_path, spec, {"steps": 100000}, processes=2) as pod:
         pod.wait_step(3)
         ranks = pod.pids("train")
         assert len(ranks) == 2 and pod.process is not None
@@ -250,7 +252,7 @@ def is_alive(pid: int) -> bool:
 
 
 def test_the_http_server_reports_progress_and_metrics(tmp_path: Path, spec: dict[str, Any]) -> None:
-    with toy_pod(tmp_path, spec, {"steps": 100000}) as pod:
+    with make_toy_pod(tmp_path, spec, {"steps": 100000}) as pod:
         pod.wait_until(lambda: pod.get("/healthz") == b"ok\n")
         pod.wait_committed(10)
         report = pod.report()
@@ -269,12 +271,12 @@ def test_the_http_server_reports_progress_and_metrics(tmp_path: Path, spec: dict
         assert pod.get("/nothing") is None
 
 
-def test_a_port_that_is_taken_is_named(tmp_path: Path, spec: dict[str, Any]) -> None:
+def test_a_port_that_is_already_in_use_is_reported(tmp_path: Path, spec: dict[str, Any]) -> None:
     with socket.socket(socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET) as taken:
         taken.bind(("", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        with toy_pod(tmp_path, spec, {}, env={"FINETUNE_PORT": port}) as pod:
+        with make_toy_pod(tmp_path, spec, {}, env={"FINETUNE_PORT": port}) as pod:
             code, termination = wait_for_exit(pod)
     assert (code, termination.code) == (70, "PortInUse") and port in (termination.message or "")
     assert "Traceback" not in pod.text
@@ -282,7 +284,7 @@ def test_a_port_that_is_taken_is_named(tmp_path: Path, spec: dict[str, Any]) -> 
 
 def test_no_storage_credentials_reach_a_rank(tmp_path: Path, spec: dict[str, Any]) -> None:
     env = {"AWS_SECRET_ACCESS_KEY": "hidden-word", "MODEL_AWS_SECRET_ACCESS_KEY": "hidden-word", "KEPT": "seen"}
-    with toy_pod(tmp_path, spec, {"steps": 100000}, env=env) as pod:
+    with make_toy_pod(tmp_path, spec, {"steps": 100000}, env=env) as pod:
         pod.wait_step(1)
         environment = Path(f"/proc/{pod.pids('train')[0]}/environ").read_bytes()
     assert b"KEPT=seen" in environment and b"hidden-word" not in environment

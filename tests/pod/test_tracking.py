@@ -1,4 +1,4 @@
-"""Pods send their values to trackers. `test_resumed_run.py` tests TensorBoard after a kill and a resume that repeats steps."""
+"""Pods send their values to trackers. `test_resumed_run.py` tests TensorBoard for a killed run that repeats steps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from finetune_api.pod import StoreTarget
 from pod_harness import UID, Pod, merge, run_config, write_rows
 
 from tests.support.tiny import make_tiny_model
-from tests.support.wandb_file import history, summary
+from tests.support.wandb_file import read_history, read_summary
 
 STEPS = 60
 
@@ -22,7 +22,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
-def tracked_pod(folder: Path, model: Path, spec: dict[str, Any], *, attempt: int = 1, env: dict[str, str] | None = None) -> Pod:
+def make_tracked_pod(folder: Path, model: Path, spec: dict[str, Any], *, attempt: int = 1, env: dict[str, str] | None = None) -> Pod:
     rows = write_rows(folder / "rows.jsonl")
     base = {
         "model": {"source": f"file://{model}"}, "dataset": {"train": f"file://{rows}", "split": {"train": 28 / 36, "test": 8 / 36}},
@@ -33,20 +33,21 @@ def tracked_pod(folder: Path, model: Path, spec: dict[str, Any], *, attempt: int
     return Pod(run_config(merge(base, spec), target, attempt=attempt), folder / f"pod-{attempt}", env=env or {})
 
 
-def stored(folder: Path, key: str) -> Path:
+def stored_path(folder: Path, key: str) -> Path:
+    """Return the path of an object in the job\'s storage folder."""
     return folder / "store" / "team" / "job" / UID / key
 
 
-def logged(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in stored(folder, "metrics/log.jsonl").read_text().splitlines()]
+def read_log_entries(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in stored_path(folder, "metrics/log.jsonl").read_text().splitlines()]
 
 
 def test_wandb_files_are_written_offline_without_a_home_folder(model: Path, tmp_path: Path) -> None:
     spec = {"training": {"maxSteps": 6}, "tracking": {"reportTo": ["wandb"], "systemMetrics": True}}
-    with tracked_pod(tmp_path, model, spec, env={"WANDB_MODE": "offline", "HOME": "/nonexistent"}) as pod:
+    with make_tracked_pod(tmp_path, model, spec, env={"WANDB_MODE": "offline", "HOME": "/nonexistent"}) as pod:
         assert pod.end() == ExitCode.OK, pod.text[-6000:]
-    [file] = stored(tmp_path, "tracking/wandb").rglob("*.wandb")
-    rows = [(row["_step"], row["loss"]) for row in history(file) if "loss" in row]
-    assert rows == [(line["step"], line["loss"]) for line in logged(tmp_path) if "loss" in line]
+    [file] = stored_path(tmp_path, "tracking/wandb").rglob("*.wandb")
+    rows = [(row["_step"], row["loss"]) for row in read_history(file) if "loss" in row]
+    assert rows == [(line["step"], line["loss"]) for line in read_log_entries(tmp_path) if "loss" in line]
     assert [step for step, _ in rows] == [1, 2, 3, 4, 5, 6]
-    assert summary(file)["artifact/model"] == pod.termination_message().output.uri  # type: ignore[union-attr]
+    assert read_summary(file)["artifact/model"] == pod.termination_message().output.uri  # type: ignore[union-attr]

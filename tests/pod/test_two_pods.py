@@ -10,7 +10,7 @@ import pytest
 from finetune_api.pod import ResumeConfig, StoreTarget, TerminationMessage
 from pod_buckets import Bucket
 from pod_harness import Pod, run_config
-from recorded_run import RecordedRun, record_run, run_uninterrupted, spec_of, traced_pod
+from recorded_run import RecordedRun, make_spec, make_traced_pod, record_run, run_uninterrupted
 
 from localcluster.ports import free_ports
 from localcluster.s3 import S3Endpoint
@@ -19,7 +19,7 @@ from tests.support.s3proxy import Latency, S3Proxy
 
 @dataclass(frozen=True)
 class TwoPods:
-    """Two pods that train together, and the expected record of their run."""
+    """A gang of two pods, and the expected record of its run."""
 
     spec: dict[str, Any]
     bucket: Bucket
@@ -27,17 +27,17 @@ class TwoPods:
     expected_run: RecordedRun
 
     def start(self, attempt: int, expected_step: int, target: StoreTarget, *, hold_point: str = "", signalled_pod: int = 0) -> list[Pod]:
-        """Start an attempt. The pod `signalled_pod` waits in the phase `hold_point`."""
+        """Create the two pods of an attempt. The pod `signalled_pod` pauses at `hold_point` until the ranks have agreed on a stop."""
         resume = ResumeConfig(mode="auto", expect_step=expected_step)
         run = run_config(self.spec, target, nodes=2, attempt=attempt, master_port=free_ports(1)[0], resume=resume)
         folders = [self.folder / f"attempt-{attempt}-{node}" for node in (0, 1)]
         return [
-            traced_pod(run, folders[node], self.bucket, hold_point=hold_point if node == signalled_pod else "", node_rank=node)
+            make_traced_pod(run, folders[node], self.bucket, hold_point=hold_point if node == signalled_pod else "", node_rank=node)
             for node in (0, 1)
         ]
 
     def stop_one_pod(self, first_pods: list[Pod], signalled_pod: int) -> list[TerminationMessage]:
-        """Send SIGTERM to one pod, as a kubelet does. The ranks then agree on a step after which both pods stop."""
+        """Send SIGTERM to one pod, as a kubelet does. Both pods must then stop after the same step. Returns both termination messages."""
         first_pods[signalled_pod].terminate()
         assert [pod.end() for pod in first_pods] == [75, 75], first_pods[0].text[-3000:] + first_pods[1].text[-3000:]
         termination = [pod.termination_message() for pod in first_pods]
@@ -58,50 +58,51 @@ def gang(
     request: pytest.FixtureRequest, s3_server: S3Endpoint, bucket: Bucket, model: Path, rows: Path, tmp_path: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> TwoPods:  # fmt: skip
-    """Two pods with the variant `windows`, or with the variant in the test's parameters."""
+    """A gang that trains the variant in the test's parameters (default: `windows`)."""
     variant = getattr(request, "param", "windows")
     expected_run = run_uninterrupted(s3_server, tmp_path_factory.getbasetemp(), model, rows, "lora", 2, variant)
-    return TwoPods(spec_of(model, rows, "lora", variant), bucket, tmp_path, expected_run)
+    return TwoPods(make_spec(model, rows, "lora", variant), bucket, tmp_path, expected_run)
 
 
-def stop_case(phase: str, signalled_pod: int, stop_step: int, *, is_quick: bool = False, variant: str = "windows") -> Any:
+def make_stop_case(phase: str, signalled_pod: int, stop_step: int, *, is_quick: bool = False, variant: str = "windows") -> Any:
+    """Return one case of a parametrized test. `make test` runs only the quick cases."""
     marks = [] if is_quick else [pytest.mark.faults]
     return pytest.param(variant, phase, signalled_pod, stop_step, marks=marks, id=f"{phase}-pod-{signalled_pod}")
 
 
 @pytest.mark.parametrize(
-    ("gang", "phase", "signalled", "stop"),
+    ("gang", "phase", "signalled_pod", "stop_step"),
     [
-        stop_case("accumulation:12", 1, 12), stop_case("forward:12", 0, 12), stop_case("forward:12", 1, 12),
-        stop_case("accumulation:12", 0, 12), stop_case("save:8", 0, 9), stop_case("save:8", 1, 9),
-        stop_case("evaluation:16", 0, 17, variant="best"), stop_case("evaluation:16", 1, 17, variant="best"),
+        make_stop_case("accumulation:12", 1, 12), make_stop_case("forward:12", 0, 12), make_stop_case("forward:12", 1, 12),
+        make_stop_case("accumulation:12", 0, 12), make_stop_case("save:8", 0, 9), make_stop_case("save:8", 1, 9),
+        make_stop_case("evaluation:16", 0, 17, variant="best"), make_stop_case("evaluation:16", 1, 17, variant="best"),
     ],
     indirect=["gang"],
 )  # fmt: skip
 def test_a_stop_of_one_pod_stops_both_at_the_same_step(
-    gang: TwoPods, phase: str, signalled: int, stop: int
+    gang: TwoPods, phase: str, signalled_pod: int, stop_step: int
 ) -> None:
-    """The signalled pod is in `phase`. The other pod waits for the signalled pod in the next collective operation."""
-    first = gang.start(1, 0, gang.bucket.target(), hold_point=phase, signalled_pod=signalled)
+    """The signalled pod pauses in `phase`, so the other pod waits for it in the next collective operation."""
+    first = gang.start(1, 0, gang.bucket.target(), hold_point=phase, signalled_pod=signalled_pod)
     with first[0], first[1]:
-        first[signalled].wait_until((first[signalled].folder / "work" / "held").exists)
-        termination = gang.stop_one_pod(first, signalled)
-    assert termination[0].committed_step == stop
-    assert [key for key in gang.bucket.keys(f"checkpoints/step-{stop:08}/") if key.endswith("/manifest.hmac")] != []
-    gang.resume_and_compare(first, stop)
+        first[signalled_pod].wait_until((first[signalled_pod].folder / "work" / "held").exists)
+        termination = gang.stop_one_pod(first, signalled_pod)
+    assert termination[0].committed_step == stop_step
+    assert [key for key in gang.bucket.keys(f"checkpoints/step-{stop_step:08}/") if key.endswith("/manifest.hmac")] != []
+    gang.resume_and_compare(first, stop_step)
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("signalled", [0, 1])
-def test_a_stop_while_the_gang_uploads_commits_both_checkpoints(gang: TwoPods, s3_server: S3Endpoint, signalled: int) -> None:
-    """The pods finish the running upload, and then upload the checkpoint that the stop request caused."""
+@pytest.mark.parametrize("signalled_pod", [0, 1])
+def test_a_stop_while_the_gang_uploads_commits_both_checkpoints(gang: TwoPods, s3_server: S3Endpoint, signalled_pod: int) -> None:
+    """The pods finish the upload of the checkpoint of step 8, and then upload the checkpoint that the stop request causes."""
     with S3Proxy(s3_server.host_url) as proxy:
         slow = proxy.fault(Latency(1.0), operation="PutObject", key=r"checkpoints/step-0*8/")
         first = gang.start(1, 0, gang.bucket.target(endpoint=proxy.url))
         with first[0], first[1]:
-            first[signalled].wait_until(lambda: slow.hits > 0)
-            termination = gang.stop_one_pod(first, signalled)
-    stop = termination[0].committed_step
-    assert stop is not None
-    assert {f"step-{8:08}", f"step-{stop:08}"} <= {key.split("/")[1] for key in gang.bucket.keys("checkpoints/")}
-    gang.resume_and_compare(first, stop)
+            first[signalled_pod].wait_until(lambda: slow.hits > 0)
+            termination = gang.stop_one_pod(first, signalled_pod)
+    stop_step = termination[0].committed_step
+    assert stop_step is not None
+    assert {f"step-{8:08}", f"step-{stop_step:08}"} <= {key.split("/")[1] for key in gang.bucket.keys("checkpoints/")}
+    gang.resume_and_compare(first, stop_step)

@@ -1,4 +1,4 @@
-"""Pods whose stored model differs from the trained model, or that are stopped while they verify it. `test_stages.py` tests a model that is equal."""
+"""Pods whose stored model differs from the trained model, or that are stopped during the verification. `test_stages.py` tests a correct model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
-def verifying_pod(folder: Path, model: Path, spec: dict[str, Any], *, attempt: int = 1, uid: str = UID) -> Pod:
+def make_verifying_pod(folder: Path, model: Path, spec: dict[str, Any], *, attempt: int = 1, uid: str = UID) -> Pod:
     folder.mkdir(parents=True, exist_ok=True)
     rows = write_rows(folder / "rows.jsonl")
     base = {
@@ -39,28 +39,30 @@ def verifying_pod(folder: Path, model: Path, spec: dict[str, Any], *, attempt: i
     return Pod(run.model_copy(update={"uid": uid}), folder / f"pod-{uid[0]}-{attempt}")
 
 
-def verification_of(pod: Pod) -> Verification:
+def require_verification(pod: Pod) -> Verification:
     output = pod.termination_message().output
     assert output is not None and output.verification is not None, pod.text[-6000:]
     return output.verification
 
 
-def stored(folder: Path, key: str, uid: str = UID) -> Path:
+def stored_path(folder: Path, key: str, uid: str = UID) -> Path:
+    """Return the path of an object in the job\'s storage folder."""
     return folder / "store" / "team" / "job" / uid / key
 
 
-def files_of(folder: Path) -> dict[str, bytes]:
+def read_files(folder: Path) -> dict[str, bytes]:
+    """Return the content of every file below the folder, by relative path."""
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def with_module(folder: Path, text: str) -> dict[str, str]:
-    """The environment of a pod whose processes first run `text`."""
+def write_start_module(folder: Path, text: str) -> dict[str, str]:
+    """Write a `sitecustomize` module with this text. Returns the environment with which every Python process of a pod runs it first."""
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(text)
     return {"PYTHONPATH": f"{folder}{os.pathsep}{PYTHONPATH}"}
 
 
-SABOTAGE = """
+DAMAGE_SAVED_ADAPTER = """
 import sys
 
 if "train" in sys.argv:  # only the ranks, which save the model
@@ -77,42 +79,42 @@ if "train" in sys.argv:  # only the ranks, which save the model
 
     train._name_base_by_source = name_base_and_damage
 """
-"""A `sitecustomize` module: the saved B matrices are 1.5 times those of the trained model, which no check of the files can detect."""
+"""A `sitecustomize` module that multiplies the saved B matrices by 1.5. No check of file hashes can detect this."""
 
 
-def test_a_stored_model_that_differs_from_the_trained_one_fails_the_job_for_good_and_is_not_published(model: Path, tmp_path: Path) -> None:
+def test_a_stored_model_that_differs_from_the_trained_model_fails_the_job_and_is_not_published(model: Path, tmp_path: Path) -> None:
     spec = {"output": {"dir": "results", "layout": "flat"}}
-    pod = verifying_pod(tmp_path, model, spec)
-    pod.env = with_module(tmp_path / "sabotage", SABOTAGE)
+    pod = make_verifying_pod(tmp_path, model, spec)
+    pod.env = write_start_module(tmp_path / "sabotage", DAMAGE_SAVED_ADAPTER)
     with pod:
         assert pod.end() == ExitCode.VERIFICATION_FAILED, pod.text[-6000:]
-    message, found = pod.termination_message(), verification_of(pod)
+    message, found = pod.termination_message(), require_verification(pod)
     assert (message.code, message.stage, message.class_) == ("ValuesDiffer", Stage.VERIFYING, FailureClass.MODEL)
     assert "differ by" in (message.message or "") and message.output is not None and message.output.uri in (message.hint or "")
     assert (found.result, found.artefacts[0].code) == (VerificationOutcome.FAILED, "ValuesDiffer")
     assert found.artefacts[0].difference is not None and found.artefacts[0].difference > 1e-2
     assert message.output.uri is not None and Path(message.output.uri.removeprefix("file://")).exists()
     assert message.output.published_uri is None and not (tmp_path / "store" / "results").exists()
-    # The finding is final: another attempt repeats neither the training nor the verification.
-    with verifying_pod(tmp_path, model, spec, attempt=2) as again:
+    # A failed verification is final: another attempt repeats neither the training nor the verification.
+    with make_verifying_pod(tmp_path, model, spec, attempt=2) as again:
         assert again.end() == ExitCode.VERIFICATION_FAILED, again.text[-6000:]
     assert again.termination_message().code == "ValuesDiffer"
     assert "step 1/4" not in again.text and "Loading weights" not in again.text
 
 
 @pytest.mark.slow
-def test_a_pod_that_is_stopped_while_it_verifies_keeps_its_model_and_the_next_one_verifies(model: Path, tmp_path: Path) -> None:
-    with verifying_pod(tmp_path, model, {}) as stopped:
+def test_a_pod_that_is_stopped_during_its_verification_keeps_its_model_and_the_next_attempt_verifies(model: Path, tmp_path: Path) -> None:
+    with make_verifying_pod(tmp_path, model, {}) as stopped:
         stopped.wait_until(lambda: (report := stopped.report()) is not None and report.stage is Stage.VERIFYING)
         stopped.terminate()
         assert stopped.end() == ExitCode.PREEMPTED_SAVED, stopped.text[-6000:]
-    with verifying_pod(tmp_path, model, {}, attempt=2) as resumed:
+    with make_verifying_pod(tmp_path, model, {}, attempt=2) as resumed:
         assert resumed.end() == ExitCode.OK, resumed.text[-6000:]
-    assert verification_of(resumed).result is VerificationOutcome.VERIFIED
+    assert require_verification(resumed).result is VerificationOutcome.VERIFIED
     assert "step 1/4" not in resumed.text
 
 
-EXHAUSTED_MEMORY = """
+EXHAUST_MEMORY = """
 import sys
 
 if "stage" in sys.argv:
@@ -121,18 +123,18 @@ if "stage" in sys.argv:
     def exhaust_memory(*arguments):
         raise MemoryError("no memory is left")
 
-    verify.artefacts_of = exhaust_memory
+    verify.list_artefacts = exhaust_memory
 """
-"""A `sitecustomize` module: the stage `verifying` needs more memory than the pod has."""
-OTHER_JOB = "99999999-2222-3333-4444-555555555555"
+"""A `sitecustomize` module that makes the stage `verifying` run out of memory."""
+OTHER_JOB_UID = "99999999-2222-3333-4444-555555555555"
 
 
 @pytest.fixture(scope="module")
 def unverified(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The folder of a job whose stage `verifying` failed because its memory was exhausted, and the address of its model."""
+    """Run a job whose stage `verifying` runs out of memory. Returns the folder of its files, and the address of its model."""
     folder = tmp_path_factory.mktemp("unverified")
-    pod = verifying_pod(folder, model, {}, uid=OTHER_JOB)
-    pod.env = with_module(folder / "exhausted", EXHAUSTED_MEMORY)
+    pod = make_verifying_pod(folder, model, {}, uid=OTHER_JOB_UID)
+    pod.env = write_start_module(folder / "exhausted", EXHAUST_MEMORY)
     with pod:
         assert pod.end() == ExitCode.OUT_OF_MEMORY, pod.text[-6000:]
         message = pod.termination_message()
@@ -141,62 +143,62 @@ def unverified(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     return folder, message.output.uri
 
 
-def repeating(uri: str, **changes: Any) -> dict[str, Any]:
-    """A job that repeats only the verification. It needs no data."""
+def repetition_spec(uri: str, **changes: Any) -> dict[str, Any]:
+    """Return the spec of a job that only verifies the stored model of another job again. Such a job needs no data."""
     return merge({"phases": {"train": False, "from": uri}, "dataset": {"train": None, "split": None}}, changes)
 
 
 @pytest.mark.slow
 def test_a_job_without_training_repeats_the_verification_of_another_job(unverified: tuple[Path, str], model: Path) -> None:
     folder, uri = unverified
-    other_files = files_of(stored(folder, "", OTHER_JOB))
-    with verifying_pod(folder, model, repeating(uri)) as pod:
+    other_files = read_files(stored_path(folder, "", OTHER_JOB_UID))
+    with make_verifying_pod(folder, model, repetition_spec(uri)) as pod:
         assert pod.end() == ExitCode.OK, pod.text[-6000:]
-    found, output = verification_of(pod), pod.termination_message().output
+    found, output = require_verification(pod), pod.termination_message().output
     assert output is not None and output.uri == uri
     assert (found.result, found.rows, [artefact.artefact for artefact in found.artefacts]) == (VerificationOutcome.VERIFIED, TEST_ROWS, ["adapter"])
     assert found.artefacts[0].tolerance == 1e-3 and (found.artefacts[0].difference or 0) <= 1e-4 < (found.artefacts[0].change_from_base or 0)
-    assert files_of(stored(folder, "", OTHER_JOB)) == other_files
-    assert {path.name for path in stored(folder, "run/stages").iterdir()} == {"verifying.json"}
+    assert read_files(stored_path(folder, "", OTHER_JOB_UID)) == other_files
+    assert {path.name for path in stored_path(folder, "run/stages").iterdir()} == {"verifying.json"}
     assert "step 1/4" not in pod.text
 
 
 @pytest.mark.slow
-def test_the_verification_of_a_changed_model_of_another_job_fails_and_without_recorded_values_it_says_so(
+def test_a_changed_model_of_another_job_fails_and_a_model_without_reference_values_is_not_verified(
     unverified: tuple[Path, str], model: Path, tmp_path: Path
 ) -> None:
-    """The merged model of this job is verified, too."""
+    """The second job also merges the adapter, and its merged model fails the verification, too."""
     folder, uri = unverified
-    shutil.copytree(stored(folder, "", OTHER_JOB), stored(tmp_path, "", OTHER_JOB))
+    shutil.copytree(stored_path(folder, "", OTHER_JOB_UID), stored_path(tmp_path, "", OTHER_JOB_UID))
     uri = uri.replace(str(folder), str(tmp_path))
-    values = next(stored(tmp_path, "run", OTHER_JOB).glob("reference-values-*.json"))
+    values = next(stored_path(tmp_path, "run", OTHER_JOB_UID).glob("reference-values-*.json"))
     values.rename(values.with_name("kept"))
-    with verifying_pod(tmp_path, model, repeating(uri)) as pod:
+    with make_verifying_pod(tmp_path, model, repetition_spec(uri)) as pod:
         assert pod.end() == ExitCode.OK, pod.text[-6000:]
-    found = verification_of(pod)
+    found = require_verification(pod)
     assert (found.result, found.artefacts[0].code) == (VerificationOutcome.NOT_VERIFIED, "NoReferenceValues")
     assert found.artefacts[0].reason == f"the reference values file://{values} are missing"
 
     values.with_name("kept").rename(values)
-    changed = uid_of(2)
-    pod = verifying_pod(tmp_path, model, repeating(uri, output={"mergeAdapter": True}), uid=changed)
-    pod.env = with_module(tmp_path / "changed", CHANGED_AFTER_DOWNLOAD)
+    changed = make_uid(2)
+    pod = make_verifying_pod(tmp_path, model, repetition_spec(uri, output={"mergeAdapter": True}), uid=changed)
+    pod.env = write_start_module(tmp_path / "changed", CHANGE_DOWNLOADED_ADAPTER)
     with pod:
         assert pod.end() == ExitCode.VERIFICATION_FAILED, pod.text[-6000:]
-    found, message = verification_of(pod), pod.termination_message()
+    found, message = require_verification(pod), pod.termination_message()
     assert [(one.artefact, one.result, one.code) for one in found.artefacts] == [
         ("adapter", VerificationOutcome.FAILED, "ValuesDiffer"), ("merged", VerificationOutcome.FAILED, "ValuesDiffer"),
     ]  # fmt: skip
     assert (message.code, message.stage) == ("ValuesDiffer", Stage.VERIFYING)
-    record = json.loads(stored(tmp_path, "run/stages/verifying.json", changed).read_text())
+    record = json.loads(stored_path(tmp_path, "run/stages/verifying.json", changed).read_text())
     assert record["result"]["verification"]["result"] == "Failed"
 
 
-def uid_of(number: int) -> str:
+def make_uid(number: int) -> str:
     return UID.replace("1", str(number))
 
 
-CHANGED_AFTER_DOWNLOAD = """
+CHANGE_DOWNLOADED_ADAPTER = """
 import finetune_trainer.supervisor.prepare as prepare
 
 download = prepare.download_existing_model
@@ -210,4 +212,4 @@ def download_and_change(existing, folder, **options):
 
 prepare.download_existing_model = download_and_change
 """
-"""A `sitecustomize` module: the B matrices of the downloaded adapter are 1.5 times the stored ones."""
+"""A `sitecustomize` module that multiplies the B matrices of the downloaded adapter by 1.5."""

@@ -1,4 +1,4 @@
-"""A pod that trains a vision-language model on images from S3, is killed, and resumes exactly."""
+"""Pods that train a vision-language model on images: exact resume, swapped images, and verification of the stored model."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from finetune_api.status import VerificationOutcome
 from finetune_trainer.inputs import Inputs
 from pod_buckets import Bucket
 from pod_harness import UID, Pod, merge, run_config, write_rows
-from recorded_run import traced_pod, weight_hashes
+from recorded_run import make_traced_pod, read_weight_hashes
 
-from tests.support.vision import COLOURS, make_vision_model, png
+from tests.support.vision import COLOURS, make_png, make_vision_model
 
 STEPS, CHECKPOINT_STEPS, KILLED_IN_STEP = 9, 4, 5
-"""An epoch has three steps: five rows, two micro-batches of one row in a step."""
+"""An epoch has three steps, because a step trains two of the five rows."""
 
 
 @pytest.fixture(scope="module")
@@ -28,11 +28,11 @@ def vision_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_data(folder: Path, bucket: Bucket) -> Path:
-    """Write the rows, and the images to a local folder and to the bucket. The rows name the images by path and by address."""
+    """Write rows and images. The images are in a local folder and in the bucket. Every second row refers to its image by an S3 address, the others by name."""
     (folder / "images").mkdir()
     rows = []
     for number, (name, colour) in enumerate(COLOURS.items()):
-        content = png(colour, (40 + 8 * number, 32))
+        content = make_png(colour, (40 + 8 * number, 32))
         (folder / "images" / f"{name}.png").write_bytes(content)
         bucket.put(f"{bucket.root}/images/{name}.png", content)
         address = f"s3://{bucket.name}/{bucket.root}/images/" if number % 2 else ""
@@ -41,7 +41,7 @@ def write_data(folder: Path, bucket: Bucket) -> Path:
     return write_rows(folder / "rows.jsonl", rows)
 
 
-def spec_of(model: Path, rows: Path, bucket: Bucket) -> dict[str, Any]:
+def make_spec(model: Path, rows: Path, bucket: Bucket) -> dict[str, Any]:
     return {
         "model": {"source": f"file://{model}", "modality": "visionLanguage"},
         "method": {"type": "lora", "lora": {"dropout": 0.1}, "vision": {"visionLayers": True}},
@@ -56,9 +56,9 @@ def test_a_killed_run_on_images_resumes_exactly(bucket: Bucket, vision_model: Pa
     from tests.support.learning import train_here
 
     rows = write_data(tmp_path, bucket)
-    spec = spec_of(vision_model, rows, bucket)
+    spec = make_spec(vision_model, rows, bucket)
     run = run_config(spec, bucket.target())
-    with traced_pod(run, tmp_path / "one", bucket, hold_point=f"accumulation:{KILLED_IN_STEP}") as first:
+    with make_traced_pod(run, tmp_path / "one", bucket, hold_point=f"accumulation:{KILLED_IN_STEP}") as first:
         first.wait_until((first.folder / "work" / "held").exists)
         first.wait_committed(CHECKPOINT_STEPS)
         first.kill()
@@ -76,15 +76,15 @@ def test_a_killed_run_on_images_resumes_exactly(bucket: Bucket, vision_model: Pa
     uninterrupted = train_here(run, inputs)
     assert uninterrupted.folder is not None
     expected = hashlib.sha256((uninterrupted.folder / "adapter_model.safetensors").read_bytes()).hexdigest()
-    assert weight_hashes(bucket, message) == {"adapter_model.safetensors": expected}
+    assert read_weight_hashes(bucket, message) == {"adapter_model.safetensors": expected}
 
 
 @pytest.mark.faults
-def test_a_swapped_image_of_equal_size_is_noticed_by_resume_and_lineage(vision_model: Path, tmp_path: Path) -> None:
-    """The images lie beside the data file, without dataset.images.root."""
+def test_resume_and_lineage_detect_a_swapped_image_of_equal_size(vision_model: Path, tmp_path: Path) -> None:
+    """The images are in the folder of the data file, and the spec sets no `dataset.images.root`."""
     rows = []
     for name, colour in COLOURS.items():
-        (tmp_path / f"{name}.png").write_bytes(png(colour))
+        (tmp_path / f"{name}.png").write_bytes(make_png(colour))
         question = [{"type": "image", "url": f"{name}.png"}, {"type": "text", "text": "question"}]
         rows.append({"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": name}]})
     file = write_rows(tmp_path / "rows.jsonl", rows)
@@ -98,13 +98,13 @@ def test_a_swapped_image_of_equal_size_is_noticed_by_resume_and_lineage(vision_m
         assert first.end() == ExitCode.OK, first.text[-6000:]
     statement = json.loads((root / "lineage" / "statement.json").read_text())
     dependencies = {one["name"]: one for one in statement["predicate"]["buildDefinition"]["resolvedDependencies"]}
-    lines = sorted(f"{name}.png\0{hashlib.sha256(png(colour)).hexdigest()}" for name, colour in COLOURS.items())
+    lines = sorted(f"{name}.png\0{hashlib.sha256(make_png(colour)).hexdigest()}" for name, colour in COLOURS.items())
     digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
     assert dependencies["training image set"]["annotations"] == {"combinedDigest": digest}
-    (root / "model" / "_COMMITTED").unlink()  # the job had stopped before its end
+    (root / "model" / "_COMMITTED").unlink()  # as if the job had stopped before it committed its model
 
     content = (tmp_path / "red.png").read_bytes()
-    swapped = png((20, 20, 222))
+    swapped = make_png((20, 20, 222))
     assert len(content) == len(swapped)
     (tmp_path / "red.png").write_bytes(swapped)
     with Pod(run_config(spec, target, attempt=2), tmp_path / "two") as second:
@@ -121,11 +121,11 @@ def test_a_swapped_image_of_equal_size_is_noticed_by_resume_and_lineage(vision_m
 @pytest.mark.slow
 @pytest.mark.faults
 def test_adapter_and_merged_model_are_verified_by_a_fresh_process(bucket: Bucket, vision_model: Path, tmp_path: Path) -> None:
-    """Two ranks train vision layers. Some micro-batches have no image, so that the vision layers get no gradient on one of the ranks."""
+    """Two ranks train the vision layers. Some micro-batches have no image, so the vision layers of one rank get no gradient from them."""
     rows = write_data(tmp_path, bucket)
     text_row = {"messages": [{"role": "user", "content": "question"}, {"role": "assistant", "content": "Paris"}]}
     rows.write_text(rows.read_text() + 4 * (json.dumps(text_row) + "\n"))
-    spec = merge(spec_of(vision_model, rows, bucket), {"output": {"verify": True, "mergeAdapter": True}})
+    spec = merge(make_spec(vision_model, rows, bucket), {"output": {"verify": True, "mergeAdapter": True}})
     with Pod(run_config(spec, bucket.target(), processes=2), tmp_path / "pod", bucket.env) as pod:
         assert pod.end() == ExitCode.OK, pod.text[-6000:]
     output = pod.termination_message().output

@@ -1,8 +1,9 @@
-"""A rank for tests of the supervisor. It does not train: it counts steps, writes checkpoints and fails where TOY_SCRIPT specifies it.
+"""A rank for tests of the supervisor. It does not train: it counts steps, writes checkpoints and fails at the steps that TOY_SCRIPT names.
 
-The state is a hash of the previous state and the step. A run that resumes from a wrong state therefore ends with a different hash.
-TOY_SCRIPT is JSON: {"steps": 20 (or "further": 20, counted from the step of the resume),
-"every": 5, "pause": 0.01, "bytes": 1000, "at": {"<rank>:<step>": "<event>"}}.
+The state of a rank is a hash of its previous state and the step. So a run that resumes from a wrong state ends with a different hash.
+TOY_SCRIPT is a JSON object; all fields are optional. `steps` is the last step, and `further` is the number of steps after the resume.
+`every` is the number of steps between checkpoints, `pause` the seconds per step, and `bytes` the size of a checkpoint file.
+`at` maps `<rank>:<step>` to an event of `run_scripted_event`.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ from finetune_trainer.checkpoint.stop import SingleRankStore, StopAgreement, Tcp
 from finetune_trainer.inputs import Inputs
 
 CHAIN_FILE = "chain-{}"
-"""File with a rank's state."""
-CHILD_MARK = "child-of-a-rank"
-"""Argument of the child that the event `process` starts."""
+"""The file with the state of a rank, by rank number."""
+CHILD_ARGUMENT = "child-of-a-rank"
+"""An argument by which tests find the child process that the event `process` starts."""
 SCRIPT: dict[str, Any] = json.loads(os.environ.get("TOY_SCRIPT", "{}"))
 
 
@@ -65,7 +66,7 @@ def main(run: RunConfig, channel: Channel, inputs: Inputs) -> None:
 
 
 def next_chain(chain: str, rank: int, step: int) -> str:
-    """Return the state after a step: the hash of the previous state, the rank and the step."""
+    """Return the state after this step: the hash of the previous state, the rank and the step."""
     return hashlib.sha256(f"{chain}/{rank}:{step}".encode()).hexdigest()
 
 
@@ -80,7 +81,7 @@ def save_checkpoint(channel: Channel, inputs: Inputs, step: int, chain: str, is_
 
 
 def run_scripted_event(rank: int | str, step: int) -> None:
-    """Run the event that the script contains for this rank and step. Without such an event, do nothing."""
+    """Run the event that TOY_SCRIPT has for this rank and step, if any. During the imports, the rank is `import` and the step is 0."""
     match SCRIPT.get("at", {}).get(f"{rank}:{step}"):
         case None:
             return
@@ -106,8 +107,8 @@ def run_scripted_event(rank: int | str, step: int) -> None:
             os._exit(3)
         case "out-of-memory":
             raise MemoryError("cannot allocate 7 GiB")
-        case "process":  # a child that outlives the rank, as a worker of a data loader can
-            child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)", CHILD_MARK], start_new_session=True)
+        case "process":  # the child can outlive the rank, like a data loader worker
+            child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)", CHILD_ARGUMENT], start_new_session=True)
             print(f"started the child {child.pid}", flush=True)
         case "thread":
             threading.Thread(target=time.sleep, args=(3600,)).start()

@@ -1,12 +1,15 @@
-"""The real training with a record of each step's rows, and with points at which a test can pause a rank until a stop is requested.
+"""The real training, which also records the rows of each step, can pause a rank until a stop is requested, and can fail.
 
 Tests select this module with FINETUNE_TRAINER_MODULE. `<work>/rows-<rank>.jsonl` has one line per step, with a hash for each sequence of each
-micro-batch. TRACE_HOLD, `<phase>:<step>`, pauses this rank at that point until all ranks have agreed on the step to stop at: `forward`,
-`accumulation` (before the second micro-batch of the step), `save`, `copy` (between two copies of the state to host memory), `write`
-(after the first file of the checkpoint is written, in the background), `evaluation` (after the step), `end` (after the last step).
-The file `<work>/held` shows that the rank is paused.
-TRACE_BREAK, `memory:<step>` or `nan:<step>`, makes a micro-batch of that step run out of memory or return a non-finite loss.
-With `memory-limit:<step>:<rank>:<rows>`, that rank runs out of memory for larger micro-batches, from that step on.
+micro-batch.
+
+TRACE_HOLD is `<phase>:<step>`. The rank pauses at this point until all ranks have agreed on the step after which they stop. The file
+`<work>/held` shows that the rank is paused. The phases are `forward` (before the first micro-batch of the step), `accumulation` (before the
+other micro-batches), `save` (before the checkpoint), `copy` (between two copies of the state to host memory), `write` (after a file of the
+checkpoint is written in the background), `evaluation` (in the evaluation after the step) and `end` (after the last step).
+
+TRACE_BREAK simulates a failure. With `memory:<step>`, the step runs out of memory. With `nan:<step>`, its loss is not finite. With
+`memory-limit:<step>:<rank>:<rows>`, this rank has memory for at most `rows` rows in a micro-batch, from this step on.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ HOLD_VARIABLE = "TRACE_HOLD"
 BREAK_VARIABLE = "TRACE_BREAK"
 preload = train.preload
 agreements: list[StopAgreement] = []
-"""Contains the stop agreement of this rank after the agreement has started."""
+"""The stop agreement of this rank. Empty until the agreement has started."""
 
 
 def main(run: RunConfig, channel: Channel, inputs: Inputs) -> None:
@@ -36,31 +39,31 @@ def main(run: RunConfig, channel: Channel, inputs: Inputs) -> None:
 
 
 def patch_trainer(channel: Channel) -> None:
-    """Replace methods of the trainer by methods that record rows and pause the rank."""
+    """Wrap methods of the trainer so that they also record rows, pause the rank and simulate failures."""
     from finetune_trainer.checkpoint.background import BackgroundWriter
     from finetune_trainer.engine import GuardedTrainer
 
     before = GuardedTrainer.get_batch_samples
     defer_file = BackgroundWriter._defer
-    micro = saved_step = file_count = 0
+    micro_batch = saved_step = file_count = 0
 
     def batches(self: Any, *args: Any, **options: Any) -> Any:
-        nonlocal micro
-        micro = 0
+        nonlocal micro_batch
+        micro_batch = 0
         samples, count = before(self, *args, **options)
         if samples:
             entry = {"step": self.state.global_step + 1, "rows": [hash_rows(batch) for batch in samples]}
-            with (channel.work / f"rows-{channel.rank}.jsonl").open("a") as file:
+            with (channel.work_folder / f"rows-{channel.rank}.jsonl").open("a") as file:
                 file.write(json.dumps(entry) + "\n")
         return samples, count
 
     def training_step(self: Any, *args: Any, **options: Any) -> Any:
-        nonlocal micro
-        micro += 1
-        wait_at_hold_point(channel, "forward" if micro == 1 else "accumulation", self.state.global_step + 1)
+        nonlocal micro_batch
+        micro_batch += 1
+        wait_at_hold_point(channel, "forward" if micro_batch == 1 else "accumulation", self.state.global_step + 1)
         enforce_memory_limit(channel.rank, self.state.global_step + 1, args[1])
         loss = super(GuardedTrainer, self).training_step(*args, **options)
-        return loss_or_failure(loss, self.model, self.state.global_step + 1)
+        return apply_failure(loss, self.model, self.state.global_step + 1)
 
     def prediction_step(self: Any, *args: Any, **options: Any) -> Any:
         wait_at_hold_point(channel, "evaluation", self.state.global_step)
@@ -93,29 +96,29 @@ def patch_trainer(channel: Channel) -> None:
         begin(self, step)
 
     begin = StopAgreement.start
-    BackgroundWriter._defer = defer  # type: ignore[method-assign] # pause the rank
-    StopAgreement.start = start  # type: ignore[method-assign] # record the agreement
-    GuardedTrainer.get_batch_samples = batches  # type: ignore[method-assign] # likewise
-    GuardedTrainer.training_step = training_step  # type: ignore[method-assign] # likewise
-    GuardedTrainer.prediction_step = prediction_step  # type: ignore[method-assign] # likewise
-    GuardedTrainer._finalize_training = finalize  # type: ignore[method-assign] # likewise
-    GuardedTrainer._save_checkpoint = save  # type: ignore[method-assign] # likewise
+    BackgroundWriter._defer = defer  # type: ignore[method-assign]
+    StopAgreement.start = start  # type: ignore[method-assign]
+    GuardedTrainer.get_batch_samples = batches  # type: ignore[method-assign]
+    GuardedTrainer.training_step = training_step  # type: ignore[method-assign]
+    GuardedTrainer.prediction_step = prediction_step  # type: ignore[method-assign]
+    GuardedTrainer._finalize_training = finalize  # type: ignore[method-assign]
+    GuardedTrainer._save_checkpoint = save  # type: ignore[method-assign]
 
 
 def enforce_memory_limit(rank: int, step: int, batch: dict[str, Any]) -> None:
-    """Raise torch.OutOfMemoryError, as CUDA does, if the micro-batch is larger than the limit of this rank."""
+    """Raise torch.OutOfMemoryError, as CUDA does, if TRACE_BREAK limits this rank to fewer rows than the micro-batch has."""
     import torch
 
     failure, *numbers = os.environ.get(BREAK_VARIABLE, "").split(":")
     if failure != "memory-limit":
         return
-    first, limited_rank, rows = map(int, numbers)
-    if rank == limited_rank and step >= first and len(batch["input_ids"]) > rows:
+    first_limited_step, limited_rank, max_rows = map(int, numbers)
+    if rank == limited_rank and step >= first_limited_step and len(batch["input_ids"]) > max_rows:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7.00 GiB")
 
 
-def loss_or_failure(loss: Any, model: Any, step: int) -> Any:
-    """Return the loss, or simulate the failure that TRACE_BREAK sets for this step."""
+def apply_failure(loss: Any, model: Any, step: int) -> Any:
+    """Return the loss. If TRACE_BREAK names this step, raise torch.OutOfMemoryError, or make the gradients and the returned loss NaN."""
     import torch
 
     failure, _, failing_step = os.environ.get(BREAK_VARIABLE, "").partition(":")
@@ -137,9 +140,9 @@ def hash_rows(batch: dict[str, Any]) -> list[str]:
 
 
 def wait_at_hold_point(channel: Channel, phase: str, step: int) -> None:
-    """If TRACE_HOLD names this point, wait until the ranks have agreed on the step after which they stop."""
+    """If TRACE_HOLD names this phase and step, wait until the ranks have agreed on the step after which they stop."""
     if os.environ.get(HOLD_VARIABLE) != f"{phase}:{step}":
         return
-    (channel.work / "held").touch()
+    (channel.work_folder / "held").touch()
     while not any(agreement.stop_step for agreement in agreements):
         time.sleep(0.005)

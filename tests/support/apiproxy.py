@@ -1,8 +1,8 @@
-"""A fault proxy in front of a Kubernetes API server: faults by verb and resource, and commands to open watches.
+"""A fault proxy in front of a Kubernetes API server. A test chooses requests by verb and resource, and can send commands to open watches.
 
     with ApiProxy(endpoint) as proxy:
         operator = start(kubeconfig=proxy.kubeconfig(tmp_path / "kubeconfig"))
-        with proxy.fault(LostResponse(), verb="create", resource="jobs", times=1): ...
+        with proxy.fault(LostResponse(), verb="create", resource="jobs", max_hits=1): ...
         proxy.command_watches("pods", SendEvent.error(410))
 
 Clients connect to the proxy by plain HTTP on the loopback interface. The proxy connects to the server by TLS and forwards the clients' credentials.
@@ -59,7 +59,7 @@ VERB_BY_METHOD = {"POST": "create", "PUT": "update", "PATCH": "patch", "DELETE":
 
 @dataclass(frozen=True)
 class ApiOperation:
-    """Verb and resource of a request. `resource` is the plural name, with the subresource if there is one (`pods/status`)."""
+    """What a request does to which object. `resource` is the plural name, followed by the subresource if there is one (`pods/status`)."""
 
     verb: str
     resource: str
@@ -81,7 +81,7 @@ class ApiOperation:
 
 @dataclass(frozen=True)
 class WatchCommand:
-    """A command to the watches that are now open."""
+    """A command to the watches that are open when it is sent."""
 
 
 @dataclass(frozen=True)
@@ -91,14 +91,14 @@ class DisconnectWatch(WatchCommand):
 
 @dataclass(frozen=True)
 class StallWatch(WatchCommand):
-    """Deliver no further events, but keep the connection open, like a load balancer that has lost the connection's state."""
+    """Deliver no further events, but keep the connection open. A load balancer that forgets a connection has the same effect."""
 
 
 @dataclass(frozen=True)
 class SendEvent(WatchCommand):
-    """Send the client an additional event that does not come from the server."""
+    """Send the client an event that the server did not send."""
 
-    event: str
+    event_json: str
 
     @classmethod
     def error(cls, code: int = 410) -> SendEvent:
@@ -108,14 +108,14 @@ class SendEvent(WatchCommand):
 
 @dataclass(frozen=True)
 class ReplayEvents(WatchCommand):
-    """Deliver the last `count` events again, oldest first. The client thus receives duplicates, and old versions after newer versions."""
+    """Deliver the last `count` events again, oldest first. The client receives duplicates, and old versions of objects after newer versions."""
 
     count: int
 
 
 @dataclass(frozen=True)
 class DelayEvents:
-    """A fault for watches: every event is delivered `seconds` late. The client's cache is therefore stale."""
+    """A fault for watches: every event is delivered `seconds` late, so the client's cache is stale."""
 
     seconds: float
 
@@ -144,7 +144,7 @@ class DelayEvents:
 
 
 class Watch:
-    """Forwards the lines of one open watch, and executes commands."""
+    """One open watch: forwards the server's lines to the client, and executes the commands of the test."""
 
     MAX_RECENT_EVENTS = 50
 
@@ -155,7 +155,7 @@ class Watch:
         self._is_stalled = False
 
     async def transform_lines(self, chunks: Chunks) -> Chunks:
-        """Yield the lines that the client receives: those of the server, changed by the commands."""
+        """Yield the lines that the client receives: the server's lines, as changed by the commands."""
         lines = _split_lines(chunks)
         line: asyncio.Task[bytes] = asyncio.ensure_future(anext(lines))
         command: asyncio.Task[WatchCommand] = asyncio.ensure_future(self.commands.get())
@@ -183,8 +183,8 @@ class Watch:
         match command:
             case StallWatch():
                 self._is_stalled = True
-            case SendEvent(event):
-                return [event.encode() + b"\n"]
+            case SendEvent(event_json):
+                return [event_json.encode() + b"\n"]
             case ReplayEvents(count):
                 return self._recent_events[-count:]
             case DisconnectWatch():
@@ -206,7 +206,7 @@ async def _split_lines(chunks: Chunks) -> Chunks:
 
 
 class ApiProxy(FaultProxy[ApiOperation]):
-    """See the module."""
+    """A proxy between clients and a Kubernetes API server. The module's docstring has an example."""
 
     def __init__(self, endpoint: Endpoint, *, seed: int = 0) -> None:
         super().__init__(endpoint.server, seed=seed, tls_context=ssl.create_default_context(cafile=str(endpoint.ca)))
@@ -214,7 +214,7 @@ class ApiProxy(FaultProxy[ApiOperation]):
         self._watches: set[Watch] = set()
 
     def kubeconfig(self, path: Path, token: str | None = None) -> Path:
-        """Write a kubeconfig for this proxy. The kubeconfig contains `token`; the default is the administrator's token."""
+        """Write a kubeconfig whose server is this proxy. `token` is the client's token; the default is the administrator's."""
         config = {
             "apiVersion": "v1", "kind": "Config", "current-context": "proxy",
             "clusters": [{"name": "proxy", "cluster": {"server": self.url}}],
@@ -229,8 +229,8 @@ class ApiProxy(FaultProxy[ApiOperation]):
         self, fault: Fault, *, verb: str | None = None, resource: str | None = None, name: str = "",
         namespace: str | None = None, max_hits: int | None = None, skipped_matches: int = 0, probability: float = 1.0,
     ) -> Rule[ApiOperation]:  # fmt: skip
-        """Apply `fault` to requests with this verb, resource (such as `finetunejobs/status`) and namespace; None matches all. `name` is a
-        regular expression for a part of the object's name.
+        """Apply `fault` to the requests with this verb, resource (such as `finetunejobs/status`) and namespace; None matches every value. `name` is a
+        regular expression that must occur in the object's name.
         """
         name_pattern = re.compile(name)
         return self.add_rule(
@@ -241,7 +241,7 @@ class ApiProxy(FaultProxy[ApiOperation]):
         )  # fmt: skip
 
     def command_watches(self, resource: str, command: WatchCommand) -> int:
-        """Send a command to every open watch of `resource`. Returns the number of these watches."""
+        """Send a command to every open watch of `resource`. Returns how many watches received it."""
         count = 0
 
         def send_command() -> None:
@@ -255,7 +255,7 @@ class ApiProxy(FaultProxy[ApiOperation]):
         return count
 
     def list_writes(self, namespace: str | None = None) -> tuple[str, ...]:
-        """Return the labels (such as `create jobs`) of all write requests so far, in order."""
+        """Return the labels (such as `create jobs`) of all write requests so far, in order. With `namespace`, only the requests in it count."""
         return tuple(
             e.operation for e in self.exchanges
             if e.method not in ("GET", "HEAD") and (namespace is None or f"/namespaces/{namespace}/" in e.path)

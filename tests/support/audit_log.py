@@ -1,20 +1,22 @@
-"""Reads the API server's audit log of a local cluster: which requests a ServiceAccount has sent, and which of them its roles do not permit."""
+"""Reads the audit log of a local cluster's API server: the created pods, and the requests of a ServiceAccount with RBAC's decision on each."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from localcluster import Endpoint
 from localcluster.components import AUDIT_LOG
 
 AUTHORIZATION = "authorization.k8s.io/decision"
-"""Annotation of an audit event. A request that RBAC permits and admission refuses, as in a terminating namespace, has `allow` and status 403."""
+"""Annotation with RBAC's decision. A request that RBAC permits but admission refuses (as in a terminating namespace) has `allow` and status 403."""
 
 
 @dataclass(frozen=True, order=True)
 class AuditedRequest:
-    """One request. `resource` includes the subresource, for example `pods/log`."""
+    """One request and whether RBAC permitted it. `resource` includes the subresource, for example `pods/log`."""
 
     resource: str
     verb: str
@@ -22,16 +24,30 @@ class AuditedRequest:
 
     @property
     def permission(self) -> tuple[str, str]:
-        """Resource and verb, as a role grants them."""
+        """The resource and verb that a role must grant for this request."""
         return self.resource, self.verb
 
 
 def read_requests(endpoint: Endpoint, namespace: str, account: str) -> set[AuditedRequest]:
-    """Return the different requests of a ServiceAccount so far."""
-    lines = (endpoint.kubeconfig.parent / AUDIT_LOG).read_text("utf-8").splitlines()
+    """Return the requests that a ServiceAccount has sent so far, without duplicates."""
     user = f"system:serviceaccount:{namespace}:{account}"
-    events = [event for event in map(json.loads, lines) if event["user"]["username"] == user]
-    return {_parse_request(event) for event in events}
+    return {_parse_request(event) for event in _read_events(endpoint) if event["user"]["username"] == user}
+
+
+def read_created_pods(endpoint: Endpoint, namespace: str) -> list[dict[str, Any]]:
+    """Return the manifests in all requests so far that create a pod in `namespace`, including pods that no longer exist."""
+    return [
+        event["requestObject"] for event in _read_events(endpoint)
+        if (event["objectRef"]["resource"], event["verb"], event["objectRef"].get("namespace")) == ("pods", "create", namespace)
+        and "requestObject" in event
+    ]  # fmt: skip
+
+
+def _read_events(endpoint: Endpoint) -> Iterator[dict[str, Any]]:
+    """Yield all events of the audit log, including the events in rotated files."""
+    log = endpoint.kubeconfig.parent / AUDIT_LOG
+    for file in sorted(log.parent.glob(f"{log.stem}*{log.suffix}")):
+        yield from map(json.loads, file.read_text("utf-8").splitlines())
 
 
 def _parse_request(event: dict[str, object]) -> AuditedRequest:

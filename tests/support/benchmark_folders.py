@@ -1,4 +1,4 @@
-"""Folders with tiny benchmarks: tasks of the lm-evaluation-harness with local data, and domain files."""
+"""Writes tiny benchmarks into folders: tasks of the lm-evaluation-harness with local data, and domain files."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ metric_list: [{{metric: perplexity, aggregation: perplexity, higher_is_better: f
 
 
 def write_task(folder: Path, name: str, definition: str = CHOICE_TASK, rows: list[dict[str, Any]] | None = None) -> Path:
-    """Write the definition of a task and its data into a folder. Returns the file of the definition."""
+    """Write a benchmark task and its data into `folder`. Returns the path of the task's definition."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (SUMS if rows is None else rows)))
     path = folder / f"{name}.yaml"
@@ -51,7 +51,7 @@ def write_task(folder: Path, name: str, definition: str = CHOICE_TASK, rows: lis
 
 
 def write_hellaswag(folder: Path) -> None:
-    """Write a copy of the data set that the harness's own task `hellaswag` reads, with two rows."""
+    """Write a dataset with two rows in the layout that the harness's built-in task `hellaswag` reads."""
     data = folder / "Rowan" / "hellaswag"
     data.mkdir(parents=True)
     rows = [
@@ -66,6 +66,6 @@ def write_hellaswag(folder: Path) -> None:
 
 
 def write_domain(folder: Path, name: str, questions: Any) -> None:
-    """Write a domain file."""
+    """Write `questions` as a domain file: the JSON file of a domain benchmark."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / name).write_text(json.dumps(questions))

@@ -1,7 +1,7 @@
-"""A headless Chromium that shows one page, over the DevTools protocol on two pipes (no WebSocket library, no open port).
+"""A headless Chromium with one page, controlled by the DevTools protocol on two pipes. This needs no WebSocket library and no open port.
 
-The protocol is one JSON object per message, and a zero byte after each message: `--remote-debugging-pipe` in Chromium's
-`content/public/common/content_switches.cc`. Chromium reads from descriptor 3 and writes to descriptor 4.
+Each message is one JSON object followed by a zero byte; see `--remote-debugging-pipe` in Chromium's
+`content/public/common/content_switches.cc`. Chromium reads from file descriptor 3 and writes to file descriptor 4.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, Self
 
 PROGRAMS = ("chromium-headless-shell", "chromium", "google-chrome")
 PACKAGE = "chromium-headless-shell"
-"""The Debian package; it is much smaller than the package of the browser with a window."""
+"""The Debian package to install. It is much smaller than the package of the full browser."""
 ARGUMENTS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run", "--disable-background-networking", "--disable-sync",
     "--disable-component-update", "--remote-debugging-pipe",
@@ -33,22 +33,22 @@ os.dup2(to_browser, 3)
 os.dup2(from_browser, 4)
 os.execv(sys.argv[3], sys.argv[3:])
 """
-"""Program that gives the pipes the numbers that the browser expects, and then becomes the browser."""
+"""Program that moves the pipes to the file descriptors 3 and 4, which the browser expects, and then executes the browser."""
 
 
 def find_browser() -> str | None:
-    """Return the path of a Chromium program; None if none is installed."""
+    """Return the path of an installed Chromium program, or None."""
     return next((path for program in PROGRAMS if (path := shutil.which(program))), None)
 
 
 @dataclass
-class Visit:
-    """What happened while a page was loaded."""
+class PageLoad:
+    """The requests and errors of a page while it was loaded."""
 
     requests: list[str] = field(default_factory=list)
-    """URLs that the page requested, without the page itself."""
+    """URLs that the page requested. The URL of the page itself is not included."""
     errors: list[str] = field(default_factory=list)
-    """Messages of the console and exceptions of scripts."""
+    """Console messages and exceptions of scripts."""
 
 
 class Browser:
@@ -83,35 +83,35 @@ class Browser:
         os.close(self._read)
         self._folder.cleanup()
 
-    def show(self, url: str, *, width: int, height: int = 800, dark: bool = False) -> Visit:
-        """Load a page in a window of this size in CSS pixels, and wait until it is loaded."""
+    def show(self, url: str, *, width: int, height: int = 800, dark: bool = False) -> PageLoad:
+        """Load a page and wait until it is loaded. `width` and `height` are the window's size in CSS pixels."""
         self._send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
         self._send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
         self._events.clear()
         self._send("Page.navigate", url=url)
         self._wait_for(lambda event: event["method"] == "Page.loadEventFired")
-        visit = Visit()
+        page_load = PageLoad()
         for event in self._events:
-            self._note(event, url, visit)
-        return visit
+            self._record_event(event, url, page_load)
+        return page_load
 
     @staticmethod
-    def _note(event: dict[str, Any], url: str, visit: Visit) -> None:
+    def _record_event(event: dict[str, Any], url: str, page_load: PageLoad) -> None:
         parameters = event.get("params", {})
         match event["method"]:
             case "Network.requestWillBeSent" if parameters["request"]["url"] != url:
-                visit.requests.append(parameters["request"]["url"])
+                page_load.requests.append(parameters["request"]["url"])
             case "Log.entryAdded":
-                visit.errors.append(parameters["entry"]["text"])
+                page_load.errors.append(parameters["entry"]["text"])
             case "Runtime.consoleAPICalled" | "Runtime.exceptionThrown":
-                visit.errors.append(json.dumps(parameters))
+                page_load.errors.append(json.dumps(parameters))
 
     def evaluate(self, expression: str) -> Any:
         """Return the value of a JavaScript expression."""
         return self._send("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
 
     def screenshot(self, path: Path, *, height: int | None = None) -> None:
-        """Save a picture of the page from its top. `height`: CSS pixels; the whole page by default."""
+        """Save a picture of the page from its top down to `height` CSS pixels. The default is the whole page."""
         size = self._send("Page.getLayoutMetrics")["cssContentSize"]
         clip = {"x": 0, "y": 0, "width": size["width"], "height": height or size["height"], "scale": 1}
         data = self._send("Page.captureScreenshot", format="png", captureBeyondViewport=True, clip=clip)["data"]
@@ -138,11 +138,11 @@ class Browser:
             self._events.append(self._receive())
 
     def _receive(self) -> dict[str, Any]:
-        """Return the next message. Errors: RuntimeError if the browser has ended."""
+        """Return the browser's next message. Errors: RuntimeError if the browser has exited."""
         while b"\0" not in self._buffer:
             data = os.read(self._read, 1 << 16)
             if not data:
-                raise RuntimeError(f"the browser ended with {self._process.wait()}")
+                raise RuntimeError(f"the browser exited with code {self._process.wait()}")
             self._buffer += data
         text, _, self._buffer = self._buffer.partition(b"\0")
         message: dict[str, Any] = json.loads(text)

@@ -1,17 +1,17 @@
-"""For each CEL rule of the spec, a spec that breaks this rule. The API server and the offline rules must both refuse this spec."""
+"""For each CEL rule of the spec, a spec that breaks the rule. The API server and the command line's offline check must both refuse it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
-from finetune_api.base import CelRule, nested_groups
+from finetune_api.base import CelRule, iterate_nested_groups
 from finetune_api.spec import FineTuneJobSpec
 
 MINIMAL_SPEC: dict[str, Any] = {"model": {"source": "org/name"}, "dataset": {"train": "s3://bucket/train.jsonl"}}
 CUSTOMER_KEY = {"type": "customerKey", "customerKeySecretRef": {"name": "sse", "key": "key"}}
 ROWS = {"train": "s3://bucket/train.jsonl", "test": "s3://bucket/test.jsonl"}
-SPEC_RULES: dict[str, dict[str, Any]] = {
+SPEC_RULE_BREAKERS: dict[str, dict[str, Any]] = {
     "ModelMissing": {"model": {"dtype": "auto"}},
     "QloraNeedsFourBits": {"method": {"type": "qlora"}, "model": {"source": "a/b", "quantization": {"bits": 8}}},
     "FullNeedsWholeWeights": {"method": {"type": "full"}, "model": {"source": "a/b", "quantization": {"bits": 4}}},
@@ -29,8 +29,8 @@ SPEC_RULES: dict[str, dict[str, Any]] = {
     "ModelCacheInvalid": {"model": {"source": "a/b", "cache": "s3://bucket/cache"}},
     "HubRepositoryMissing": {"output": {"hub": {"push": True, "tokenSecretRef": {"name": "h", "key": "t"}}}},
 }
-"""For each rule that compares several groups, by its code: a spec that breaks the rule."""
-GROUP_RULES: dict[tuple[str, str], dict[str, Any]] = {
+"""For the code of each rule that compares several groups of fields: a spec that breaks the rule."""
+GROUP_RULE_BREAKERS: dict[tuple[str, str], dict[str, Any]] = {
     ("Encryption", "kmsKeyId requires"): {"storage": {"encryption": {"type": "s3", "kmsKeyId": "alias/x"}}},
     ("Encryption", "type customerKey"): {"storage": {"encryption": {"type": "customerKey"}}},
     ("StorageConnection", "every request"): {"dataset": {"train": "s3://bucket/x", "storage": {"endpoint": "http://s:9", "encryption": CUSTOMER_KEY}}},
@@ -68,12 +68,12 @@ GROUP_RULES: dict[tuple[str, str], dict[str, Any]] = {
     ("Phases", "`train: false` and `from`"): {"phases": {"train": False, "evaluate": True}, "evaluation": {"metrics": ["perplexity"]}},
     ("Training", "training.warmupSteps"): {"training": {"warmupSteps": 0, "warmupRatio": 0.1}},
 }  # fmt: skip
-"""For each rule inside one group, by the group and the beginning of the rule's message: a spec that breaks the rule."""
+"""For each rule inside one group of fields: a spec that breaks the rule. The key is the group's class name and the start of the rule's message."""
 
 
-def group_rules() -> Iterator[tuple[CelRule, dict[str, Any]]]:
-    """Yield each rule inside a group, with a spec that breaks the rule. Errors: ValueError if GROUP_RULES does not contain the rule."""
-    for group in dict.fromkeys(nested_groups(FineTuneJobSpec)):
+def iterate_group_rules() -> Iterator[tuple[CelRule, dict[str, Any]]]:
+    """Yield each rule inside a group of fields, with a spec that breaks it. Errors: ValueError if GROUP_RULE_BREAKERS has no spec for a rule."""
+    for group in dict.fromkeys(iterate_nested_groups(FineTuneJobSpec)):
         for rule in group.cel:
-            [case] = [spec for (name, start), spec in GROUP_RULES.items() if name == group.__name__ and rule.message.startswith(start)]
+            [case] = [spec for (name, start), spec in GROUP_RULE_BREAKERS.items() if name == group.__name__ and rule.message.startswith(start)]
             yield rule, MINIMAL_SPEC | case

@@ -1,4 +1,4 @@
-"""Run many short training runs (cells) in one launch. Starting the ranks takes seconds, but a tiny run takes less than one second.
+"""Runs many short training runs (cells) in one launch, because starting the ranks takes seconds and a tiny run less than one second.
 
 `launch_cells` starts this module once for each rank. Every rank runs the same cells in the same order, and rank 0 writes the results.
 """
@@ -20,12 +20,14 @@ from typing import IO, Any
 
 CHECKOUT_FOLDER = Path(__file__).parents[2]
 PythonRunner = Callable[[Sequence[str], Mapping[str, str], IO[bytes], float], int]
-"""Runs Python with arguments, further environment variables, a file for the output and a timeout in seconds. Returns the exit code."""
+"""A function that runs Python and returns the exit code. Its arguments are the program's arguments, additional environment variables, a file for the
+output and a timeout in seconds.
+"""
 
 
 @dataclass
 class Cell:
-    """One run. The fields are arguments of `tests.support.learning.make_run`."""
+    """One short training run. Most fields are arguments of `tests.support.learning.make_run`."""
 
     name: str
     model: str
@@ -38,14 +40,14 @@ class Cell:
     resume: str | None = None
     """The checkpoint folder from which the run resumes."""
     padding_free: bool = False
-    """Whether the run concatenates the rows of a batch, as on a GPU. The CPU computes variable-length attention with sdpa."""
+    """Whether the run concatenates the rows of a batch, as it does on a GPU. The CPU then computes variable-length attention with sdpa."""
     keep: bool = False
     """Whether to keep the final folder and the checkpoints on disk."""
 
 
 @dataclass
 class Result:
-    """The results of a cell, as rank 0 has recorded them."""
+    """The results of one cell, recorded by rank 0."""
 
     name: str
     seconds: float = 0.0
@@ -58,28 +60,29 @@ class Result:
     kind: str | None = None
     files: list[str] = field(default_factory=list)
     folder: str = ""
-    """Output folder of the Trainer; the final artefact is in its folder `final`."""
+    """Output folder of the Trainer. The final artefact is in its subfolder `final`."""
     error: dict[str, Any] | None = None
-    """Class, code, message, hint and exitCode of the failure. An unclassified failure also has a traceback."""
+    """Class, code, message, hint and exitCode of the failure, or None. `traceback` is set for an unclassified failure."""
 
 
-def python_of_tests(arguments: Sequence[str], environment: Mapping[str, str]) -> dict[str, Any]:
-    """Arguments of `subprocess.run` for Python in the environment of the tests, with the trainer of this checkout."""
+def build_test_python_call(arguments: Sequence[str], environment: Mapping[str, str]) -> dict[str, Any]:
+    """Return the arguments with which `subprocess.run` starts the tests' Python, with the trainer of this checkout."""
     path = os.pathsep.join(str(CHECKOUT_FOLDER / part) for part in ("crds", "trainer-image", "."))
     return {"args": [sys.executable, *arguments], "env": {**os.environ, **environment, "PYTHONPATH": path}, "cwd": CHECKOUT_FOLDER}
 
 
-def run_python_of_tests(arguments: Sequence[str], environment: Mapping[str, str], output: IO[bytes], timeout: float) -> int:
-    """Run Python in the environment of the tests. Returns the exit code."""
-    return subprocess.run(**python_of_tests(arguments, environment), stdout=output, stderr=subprocess.STDOUT, timeout=timeout).returncode
+def run_test_python(arguments: Sequence[str], environment: Mapping[str, str], output: IO[bytes], timeout: float) -> int:
+    """Run the tests' Python with `arguments` and additional variables. Returns the exit code."""
+    return subprocess.run(**build_test_python_call(arguments, environment), stdout=output, stderr=subprocess.STDOUT, timeout=timeout).returncode
 
 
 def launch_cells(
-    cells: Sequence[Cell], folder: Path, *, rank_count: int, timeout: float = 540, run_python: PythonRunner = run_python_of_tests
+    cells: Sequence[Cell], folder: Path, *, rank_count: int, timeout: float = 540, run_python: PythonRunner = run_test_python
 ) -> dict[str, Result]:
-    """Run the cells with `rank_count` processes on this machine. Returns the results by cell name.
+    """Run each cell on `rank_count` processes of this machine. Returns the results by cell name.
 
-    `run_python` starts Python; `TrainerImage.python_runner` starts it in the trainer image. Errors: AssertionError with the end of the output.
+    `run_python` starts Python; `TrainerImage.python_runner` starts it in the trainer image. Errors: AssertionError with the end of the output, if
+    the program fails.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "cells.json").write_text(json.dumps([asdict(cell) for cell in cells]))
@@ -95,7 +98,7 @@ def launch_cells(
 
 def main(folder: Path) -> None:
     """Run all cells on this rank."""
-    import bitsandbytes  # noqa: F401  some cells hide this package: import it before they run
+    import bitsandbytes  # noqa: F401  imported before the cells, because some cells hide this package
     import torch
 
     rank, rank_count = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -104,13 +107,13 @@ def main(folder: Path) -> None:
         torch.distributed.init_process_group("gloo")
     cells = [Cell(**value) for value in json.loads((folder / "cells.json").read_text())]
     if any("deepspeed" in json.dumps(cell.spec) for cell in cells):
-        import deepspeed  # noqa: F401  some cells hide this package: import it before they run
+        import deepspeed  # noqa: F401  imported before the cells, because some cells hide this package
     results = []
     for number, cell in enumerate(cells):
         _reset_library_state()
         results.append(_run_cell(cell, folder / f"{number:03d}", rank, rank_count))
         if rank == 0:
-            (folder / "results.json").write_text(json.dumps([asdict(one) for one in results], default=str))
+            (folder / "results.json").write_text(json.dumps([asdict(result) for result in results], default=str))
             print(f"{cell.name}: {results[-1].losses or results[-1].error}", flush=True)
     os._exit(0)  # exit without shutting down communication threads, because the shutdown may hang
 
@@ -128,7 +131,7 @@ def _run_cell(cell: Cell, folder: Path, rank: int, rank_count: int) -> Result:
 
     result, hooks, start = Result(cell.name), RecordingHooks(), time.monotonic()
     resume = RestoredCheckpoint(path=Path(cell.resume), step=1, uri="file:///x") if cell.resume else None
-    if rank == 0:  # writes the files
+    if rank == 0:  # rank 0 writes the files that the other ranks need
         _make_cell_run(cell, folder, rank_count, resume)
     _wait_for_all_ranks(rank_count)
     run, inputs = _make_cell_run(cell, folder, rank_count, resume)
@@ -136,7 +139,7 @@ def _run_cell(cell: Cell, folder: Path, rank: int, rank_count: int) -> Result:
     channel = Channel.create_recording(folder / "work", rank=rank, local_rank=rank, world_size=rank_count)
     train.preload(run)
     freeze_libraries()
-    choice = (attention.VARLEN, []) if cell.padding_free else None
+    choice = (attention.VARLEN_ATTENTION, []) if cell.padding_free else None
     try:
         with patch.object(attention, "choose_attention", lambda *_: choice) if choice else nullcontext():
             train.main(run, channel, inputs, hooks)
@@ -179,7 +182,7 @@ def _wait_for_all_ranks(rank_count: int) -> None:
 
 
 def _reset_library_state() -> None:
-    """Reset the global variables in which accelerate, transformers and DeepSpeed keep the state of a run."""
+    """Reset the global variables in which accelerate, transformers and DeepSpeed keep the settings of the previous cell."""
     from accelerate.state import AcceleratorState, GradientState
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 

@@ -1,4 +1,4 @@
-"""Writes how the trainer classifies the errors of libraries that find no compiler or GPU driver. Runs in the trainer image."""
+"""Writes how the trainer classifies the errors of libraries that look for a compiler or a GPU driver. Runs in the trainer image."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def compile_with_torch() -> None:
     torch.compile(lambda x: x.sin() + 1)(torch.ones(4))
 
 
-def find_compiler_of_triton() -> None:
+def find_triton_compiler() -> None:
     from triton.runtime.build import _find_compiler
 
     _find_compiler("c")
@@ -50,7 +50,7 @@ ACTIONS: dict[str, Callable[[], None]] = {
     "DeepSpeed's Adam": load_adam,
     "DeepSpeed's CUDA operation": load_cuda_operation,
     "torch.compile": compile_with_torch,
-    "Triton": find_compiler_of_triton,
+    "Triton": find_triton_compiler,
     "CUDA": initialise_cuda,
 }
 

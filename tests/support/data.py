@@ -1,4 +1,4 @@
-"""Helpers for tests of the data stages: create a run with a data file, load its examples, and tokenise its rows."""
+"""Helpers for tests of the trainer's data package: create a run with a data file, load its examples, and tokenise its rows."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def catch_check_error(folder: Path, dataset: dict[str, Any] | None = None, rows:
 
 
 def tokenizer(folder: Path, template: str | None = CHATML_TEMPLATE, **options: Any) -> Any:
-    """Create a tiny tokenizer with a chat template."""
+    """Create a tiny tokenizer with the chat template `template`."""
     return make_tokenizer(folder / "tokenizer", chat_template=template, **options)
 
 
@@ -81,11 +81,11 @@ def prepare_rows(
 ) -> PreparedData:
     """Tokenise the rows and return the token sequences."""
     run, inputs = make_run(folder, Path("/models/tiny"), {"dataset": dataset or {}}, rows)
-    return prepare(run, inputs, tok, max_positions=limit, cache=folder / "tokens")
+    return prepare(run, inputs, tok, max_positions=limit, cache_folder=folder / "tokens")
 
 
 def decode_rows(tok: Any, data: PreparedData) -> list[tuple[str, str]]:
-    """Return (whole text, trained text) for every training sequence."""
+    """Return the whole text and the trained text of each training sequence."""
     return [
         (tok.decode(row["input_ids"]), tok.decode([token for token in row["labels"] if token != -100]))
         for row in data.train

@@ -1,4 +1,4 @@
-"""Reads the blocks of code of all Markdown pages of the project."""
+"""Reads the code blocks of all Markdown pages of the project."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PAGES = sorted(
 )
 FENCE = re.compile(r"^(?P<indent> *)```(?P<language>[a-z]*)(?: title=\"(?P<title>[^\"]*)\")?\n(?P<text>.*?)^ *```$", re.M | re.S)
 NOT_RUN = "*Not run here: "
-"""A line with this text in front of a block says why the tests check only the syntax of the block."""
+"""Start of the line before a block of which the tests check only the syntax. The rest of the line gives the reason."""
 SPEC_FIELDS = {field.alias or name for name, field in FineTuneJobSpec.model_fields.items()}
 VALUES_COMMENT = "# chart values"
 SMALLEST_SPEC: dict[str, Any] = {"model": {"source": "org/name"}, "dataset": {"train": "s3://bucket/train.jsonl"}}
@@ -28,7 +28,7 @@ SMALLEST_SPEC: dict[str, Any] = {"model": {"source": "org/name"}, "dataset": {"t
 
 @dataclass(frozen=True)
 class Block:
-    """One block of code of a page. `title` is the name of the file that the reader writes; empty if there is none."""
+    """One code block of a page. `title` is the name of the file that the reader saves the block as, or empty."""
 
     page: Path
     line: int
@@ -39,28 +39,28 @@ class Block:
 
     @property
     def name(self) -> str:
-        """Page and line, for messages and ids of tests."""
+        """Page and line number, for messages and test ids."""
         return f"{self.page.relative_to(ROOT)}:{self.line}"
 
     def commands(self) -> list[str]:
-        """Return the commands of a shell block: one line each, without comments and continuations."""
+        """Return the commands of a shell block without comments, each joined into one line."""
         joined = self.text.replace("\\\n", " ")
-        if self.language == "console":  # a transcript: commands with a prompt, and what they print
+        if self.language == "console":  # a transcript: commands after a `$` prompt, and their output
             joined = "\n".join(line.removeprefix("$ ") for line in joined.splitlines() if line.startswith("$ "))
         return [" ".join(line.split()) for line in joined.splitlines() if line.strip() and not line.strip().startswith("#")]
 
     def words(self) -> list[list[str]]:
-        """Return the words of each command, without comments at the end of a line."""
+        """Return each command as a list of words, without a comment at its end."""
         return [shlex.split(command, comments=True) for command in self.commands()]
 
 
 @cache
 def read_blocks() -> tuple[Block, ...]:
-    """Return the blocks of all pages, in the order of pages and lines."""
-    return tuple(block for page in PAGES for block in _blocks_of(page))
+    """Return the blocks of all pages, in the order of PAGES."""
+    return tuple(block for page in PAGES for block in _read_page_blocks(page))
 
 
-def _blocks_of(page: Path) -> list[Block]:
+def _read_page_blocks(page: Path) -> list[Block]:
     text = page.read_text("utf-8")
     blocks = []
     for match in FENCE.finditer(text):
@@ -72,7 +72,7 @@ def _blocks_of(page: Path) -> list[Block]:
 
 
 def read_objects(block: Block) -> list[dict[str, Any]]:
-    """Return the Kubernetes objects of a YAML block. A block with fields of a spec becomes a FineTuneJob with the smallest spec."""
+    """Return the Kubernetes objects of a YAML block. A block that shows only spec fields becomes a FineTuneJob: SMALLEST_SPEC with these fields."""
     documents = [document for document in yaml.safe_load_all(block.text) if document]
     objects = []
     for document in documents:
@@ -85,5 +85,5 @@ def read_objects(block: Block) -> list[dict[str, Any]]:
 
 
 def is_chart_values(block: Block) -> bool:
-    """Whether the block has values of the chart."""
+    """Whether the block contains values for the Helm chart."""
     return block.language == "yaml" and (block.text.startswith(VALUES_COMMENT) or block.title == "values.yaml" or "\ntrainer:\n" in f"\n{block.text}")

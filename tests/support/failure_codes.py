@@ -1,4 +1,4 @@
-"""Finds every failure code that the source text of operator, trainer and API models contains."""
+"""Finds every failure code in the source text of the operator, the trainer and the API package."""
 
 from __future__ import annotations
 
@@ -17,31 +17,30 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 @cache
 def find_failure_codes() -> tuple[set[str], set[tuple[str, str]]]:
-    """Return all literal failure codes, and (file name, expression) of each call of an error class whose code is computed.
+    """Return all literal failure codes, and the (file name, expression) pairs of the codes that are computed when an error is created.
 
-    A code is the argument `code` of an error class or of a function with a parameter of this name, the value of the key "code" of a dictionary, or
-    the value of a variable `code`.
+    A literal code is an argument `code` of an error class or a function, the value of a dictionary's key "code", or the value of a variable `code`.
     """
     trees = {path: ast.parse(path.read_text("utf-8")) for folder in PACKAGES for path in sorted((ROOT / folder).rglob("*.py"))}
-    error_classes = _error_classes(trees.values())
-    positions = _positions_of_code(trees.values()) | dict.fromkeys(error_classes, 0)
+    error_classes = _find_error_classes(trees.values())
+    positions = _find_code_positions(trees.values()) | dict.fromkeys(error_classes, 0)
     codes: set[str] = set()
     computed: set[tuple[str, str]] = set()
     for tree in trees.values():
-        for value in _named_code(tree):
-            codes |= _literal_codes(value)
+        for value in _find_named_codes(tree):
+            codes |= _find_literal_codes(value)
     for path, tree in trees.items():
         for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
             name = ast.unparse(call.func).rpartition(".")[2]
-            for value in _code_arguments(call, positions.get(name)):
-                codes |= _literal_codes(value)
-                if name in error_classes and not _literal_codes(value):
+            for value in _find_code_arguments(call, positions.get(name)):
+                codes |= _find_literal_codes(value)
+                if name in error_classes and not _find_literal_codes(value):
                     computed.add((path.name, ast.unparse(value)))
     return codes, computed
 
 
-def _named_code(tree: ast.Module) -> Iterator[ast.expr]:
-    """Yield the values of keys "code" of dictionaries and of variables `code`."""
+def _find_named_codes(tree: ast.Module) -> Iterator[ast.expr]:
+    """Yield the values that the source assigns to dictionary keys "code" and to variables `code`."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Dict):
             yield from (value for key, value in zip(node.keys, node.values, strict=True) if isinstance(key, ast.Constant) and key.value == "code")
@@ -49,8 +48,8 @@ def _named_code(tree: ast.Module) -> Iterator[ast.expr]:
             yield node.value
 
 
-def _error_classes(trees: Iterable[ast.Module]) -> set[str]:
-    """Return the names of `FineTuneError` and all classes that derive from it."""
+def _find_error_classes(trees: Iterable[ast.Module]) -> set[str]:
+    """Return the names of `FineTuneError` and of all its subclasses."""
     classes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
     names = {"FineTuneError"}
     while True:
@@ -60,8 +59,8 @@ def _error_classes(trees: Iterable[ast.Module]) -> set[str]:
         names |= derived
 
 
-def _positions_of_code(trees: Iterable[ast.Module]) -> dict[str, int]:
-    """Map the name of each class or function with a parameter `code` to the position of this parameter in a call."""
+def _find_code_positions(trees: Iterable[ast.Module]) -> dict[str, int]:
+    """Return the position of the parameter `code` in a call, for the name of each class or function that has this parameter."""
     positions: dict[str, int] = {}
     for node in (node for tree in trees for node in ast.walk(tree)):
         if isinstance(node, ast.ClassDef):
@@ -75,15 +74,15 @@ def _positions_of_code(trees: Iterable[ast.Module]) -> dict[str, int]:
     return positions
 
 
-def _code_arguments(call: ast.Call, position: int | None) -> list[ast.expr]:
+def _find_code_arguments(call: ast.Call, position: int | None) -> list[ast.expr]:
     named = [keyword.value for keyword in call.keywords if keyword.arg == "code"]
     if position is None or position >= len(call.args):
         return named
     return [*named, call.args[position]]
 
 
-def _literal_codes(value: ast.expr) -> set[str]:
-    """Return the codes in an expression that is a literal or chooses between literals."""
-    parts = [value.body, value.orelse] if isinstance(value, ast.IfExp) else value.values if isinstance(value, ast.BoolOp) else [value]
-    texts = [part.value for part in parts if isinstance(part, ast.Constant) and isinstance(part.value, str)]
+def _find_literal_codes(value: ast.expr) -> set[str]:
+    """Return the codes in an expression that is a string or chooses between strings (`a if x else b`, `a or b`)."""
+    choices = [value.body, value.orelse] if isinstance(value, ast.IfExp) else value.values if isinstance(value, ast.BoolOp) else [value]
+    texts = [choice.value for choice in choices if isinstance(choice, ast.Constant) and isinstance(choice.value, str)]
     return {text for text in texts if CODE_PATTERN.fullmatch(text)}

@@ -1,4 +1,4 @@
-"""Types of text models, each with the sizes of a tiny configuration."""
+"""Text model families (transformers model types), each with the sizes of a tiny model."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_g
 
 @dataclass(frozen=True)
 class Family:
-    """A type of model: the sizes of a tiny configuration, and the trainer's notes about this type."""
+    """One transformers model type: the sizes of a tiny model, and properties that the trainer reports in its notes."""
 
     sizes: dict[str, Any] = field(default_factory=dict)
     has_sdpa: bool = True
     experts: str | None = None
-    """Path of the experts' parameters in a layer."""
+    """Path of the experts' parameters inside a layer; None for a model without experts."""
     left_out: tuple[str, ...] = ()
-    """Linear layers without an adapter."""
+    """Names of the linear layers that get no adapter."""
     is_slow: bool = False
-    """Whether the family is only trained by `make test-faults`."""
+    """Whether only `make test-faults` trains this family."""
 
 
 DENSE_LAYERS = ("down_proj", "gate_proj", "up_proj")
@@ -82,7 +82,7 @@ FAMILIES = {
 
 
 def make_family(folder: Path, name: str) -> Path:
-    """Write a tiny model of the family with random weights."""
+    """Write a tiny model of the family `name`, with random weights, into `folder`."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 

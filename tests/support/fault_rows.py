@@ -1,4 +1,4 @@
-"""Pytest plugin: a marker names the rows of the fault matrix that a test covers, and a summary lists the passed and failed rows."""
+"""Pytest plugin for the fault matrix: the marker `row` names the rows that a test covers, and a summary lists the passed and the failed rows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def register_plugin(config: pytest.Config) -> None:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Count one outcome for each row of the test: the outcome of the test function, or a failure of the test's setup or teardown."""
+    """Count one outcome for each row that the test covers: the outcome of the test function, or a failed setup or teardown."""
     if report.when != "call" and report.passed:
         return
     for key, value in report.user_properties:
@@ -38,7 +38,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print the numbers of the rows that have passed and of those that have failed."""
+    """Print the numbers of the passed rows and of the failed rows."""
     if not _counts_by_row:
         return
     failed_rows = sorted(row for row, counts in _counts_by_row.items() if counts.get("failed"))

@@ -1,11 +1,10 @@
 """An HTTP proxy that injects faults into chosen requests.
 
-Tests with the proxy use the real client library and the real server, but the network fails at a chosen request. Such tests check promises like
-"if the response to a create is lost, the operator does not create a second Job". This module contains the part that does not depend on the
-protocol; `s3proxy` and `apiproxy` parse the requests. Path, query and headers (including `Host`) are forwarded unchanged, so signatures stay
-valid.
+The client library and the server are real, but the network between them fails at a chosen request. A test can thus check that, for example, the
+operator creates no second Job if the response to the first creation is lost. This module does not depend on the protocol; `s3proxy` and `apiproxy`
+parse the requests. The proxy forwards path, query and headers (including `Host`) unchanged, so signatures stay valid.
 
-The event loop runs in a separate thread. Synchronous tests can therefore use the proxy as a context manager.
+The proxy's event loop runs in a separate thread, so synchronous tests can use the proxy in a `with` block.
 """
 
 from __future__ import annotations
@@ -36,17 +35,17 @@ HOP_BY_HOP = {
 }  # fmt: skip
 STATUS_WITHOUT_BODY = (204, 304)
 LOG_WAIT_SECONDS = 2.0
-"""Maximum time to wait until all responses that have begun are logged."""
+"""Maximum time to wait until every response that has begun is in the log."""
 PIECE_BYTES = 16 * 1024
-"""If a rate limit applies, bodies are forwarded in pieces of this size."""
+"""Size of the pieces in which a rate-limited body is forwarded."""
 
 
 class TruncatedBody(Exception):
-    """Raised by a body transform: close the connection before the announced length is sent."""
+    """Raised by a body transform: the proxy then closes the connection before it has sent the announced length."""
 
 
 class ConnectionBroken(Exception):
-    """Raised by a fault: reset the connection, so that the client receives no response."""
+    """Raised by a fault: the proxy then resets the connection, and the client receives no response."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ class Exchange:
     fault_name: str
     """Name of the applied fault; empty if no fault was applied."""
     started_at: float
-    """When the request arrived, in seconds of the monotonic clock."""
+    """Arrival time of the request, in seconds of the monotonic clock."""
     seconds: float
     request_bytes: int
     response_bytes: int
@@ -77,7 +76,7 @@ class Operation(Protocol):
 
     @property
     def label(self) -> str:
-        """Short name for logs and assertions."""
+        """Short name of the operation in the log and in assertions, such as `PutObject`."""
 
     @property
     def is_endless(self) -> bool:
@@ -89,7 +88,7 @@ Op = TypeVar("Op", bound=Operation)
 
 @dataclass
 class Call(Generic[Op]):
-    """A request that the proxy is handling. A fault calls one of the methods to forward or answer the request."""
+    """A request that the proxy is handling. Its fault calls one of the methods, to forward or to answer the request."""
 
     proxy: FaultProxy[Op]
     request: web.BaseRequest
@@ -103,7 +102,7 @@ class Call(Generic[Op]):
     async def forward(
         self, *, request_transform: BodyTransform | None = None, response_transform: BodyTransform | None = None
     ) -> web.StreamResponse:
-        """Forward the request to the server and the response to the client. The transforms may change the bodies."""
+        """Forward the request to the server, and the response to the client. The two transforms may change the bodies."""
         async with self._upstream(request_transform) as answer:
             self.server_status = answer.status
             response = web.StreamResponse(status=answer.status, reason=answer.reason, headers=_forwarded_headers(answer.headers))
@@ -129,7 +128,7 @@ class Call(Generic[Op]):
             return await answer.read(), _forwarded_headers(answer.headers)
 
     async def send_answer(self, status: int, body: bytes, headers: Mapping[str, str]) -> web.StreamResponse:
-        """Send the client a response that does not come from the server."""
+        """Answer the client without the server."""
         await self._send_continue()
         async for chunk in self.request.content.iter_any():
             self.request_bytes += len(chunk)
@@ -147,7 +146,7 @@ class Call(Generic[Op]):
             self.proxy.count_begun_responses(1)
 
     async def close(self) -> None:
-        """Close the connection in the middle of the response. The client still receives the bytes that were written before."""
+        """Close the connection in the middle of the response. The client still receives the bytes that are already written."""
         transport = self.request.transport
         if transport is not None:
             transport.close()
@@ -189,15 +188,15 @@ class Call(Generic[Op]):
 
 
 class Fault(Protocol):
-    """A fault that is injected into a request."""
+    """A failure that the proxy injects into a request."""
 
     async def handle(self, call: Call[Any]) -> web.StreamResponse:
-        """Handle the request instead of the proxy. Errors: ConnectionBroken; the proxy then resets the connection."""
+        """Forward or answer the request with the fault. Errors: ConnectionBroken, if the proxy must reset the connection."""
 
 
 @dataclass(frozen=True)
 class Latency:
-    """The proxy forwards the request to the server late. If the client gives up before, the server never receives the request."""
+    """The proxy forwards the request `seconds` late. If the client gives up earlier, the server never receives the request."""
 
     seconds: float
 
@@ -208,7 +207,7 @@ class Latency:
 
 @dataclass(frozen=True)
 class DelayResponse:
-    """The server executes the request at once, but the client receives the response late."""
+    """The server executes the request at once, but the client receives the response `seconds` later."""
 
     seconds: float
 
@@ -220,7 +219,7 @@ class DelayResponse:
 
 @dataclass(frozen=True)
 class Bandwidth:
-    """Request and response bodies are limited to `bytes_per_second`."""
+    """The proxy forwards the bodies of the request and the response at no more than `bytes_per_second`."""
 
     bytes_per_second: float
 
@@ -290,7 +289,7 @@ class Blackhole:
 
 @dataclass(frozen=True)
 class Truncate:
-    """The response announces the full length of the body, but ends after `body_bytes` bytes."""
+    """The response announces the body's full length, but the connection closes after `body_bytes` bytes."""
 
     body_bytes: int
 
@@ -310,7 +309,7 @@ class Truncate:
 
 @dataclass(frozen=True)
 class FlipByte:
-    """The bits of the byte at `offset` of the response body are inverted. A shorter body is not changed."""
+    """The proxy inverts all bits of the response body's byte at `offset`. A body that ends earlier is not changed."""
 
     offset: int
 
@@ -320,14 +319,14 @@ class FlipByte:
     async def _flip(self, chunks: Chunks) -> Chunks:
         passed_bytes = 0
         async for chunk in chunks:
-            at = self.offset - passed_bytes
+            index = self.offset - passed_bytes
             passed_bytes += len(chunk)
-            yield chunk[:at] + bytes([chunk[at] ^ 0xFF]) + chunk[at + 1 :] if 0 <= at < len(chunk) else chunk
+            yield chunk[:index] + bytes([chunk[index] ^ 0xFF]) + chunk[index + 1 :] if 0 <= index < len(chunk) else chunk
 
 
 @dataclass(eq=False)
 class Rule(Generic[Op]):
-    """A fault and the requests to which it applies. If it is used as a context manager, it is removed at the end of the block."""
+    """A fault and the requests to which it applies. A `with` block removes the rule at its end."""
 
     proxy: FaultProxy[Op]
     fault: Fault
@@ -338,14 +337,14 @@ class Rule(Generic[Op]):
     hits: int = 0
     """Number of requests to which the fault was applied."""
     match_count: int = 0
-    """Number of requests that matched, including those that were skipped."""
+    """Number of matching requests, including the requests to which the fault was not applied."""
 
     @property
     def name(self) -> str:
         return type(self.fault).__name__
 
     def applies_to(self, operation: Op, rng: random.Random) -> bool:
-        """Whether the fault is applied to this request. Updates the counts."""
+        """Whether to apply the fault to this request. Updates `hits` and `match_count`."""
         if not self.matches(operation) or (self.max_hits is not None and self.hits >= self.max_hits):
             return False
         self.match_count += 1
@@ -382,7 +381,7 @@ class _ProxyStartup:
 
 
 class FaultProxy(ABC, Generic[Op]):
-    """Base class of the fault proxies. `upstream` is the URL of the server. Rules with a probability use random numbers from `seed`."""
+    """Base class of the fault proxies. `upstream` is the server's URL. `seed` starts the random numbers for rules with a probability."""
 
     def __init__(
         self, upstream: str, *, seed: int = 0, tls_context: ssl.SSLContext | None = None
@@ -398,7 +397,7 @@ class FaultProxy(ABC, Generic[Op]):
 
     @abstractmethod
     def parse_operation(self, request: web.BaseRequest) -> Op:
-        """Parse a request."""
+        """Return the operation that the request performs."""
 
     @abstractmethod
     def error_response(self, code: int, reason: str) -> tuple[bytes, dict[str, str]]:
@@ -408,7 +407,7 @@ class FaultProxy(ABC, Generic[Op]):
 
     @property
     def url(self) -> str:
-        """URL of the proxy. Clients use it instead of the server's URL."""
+        """URL of the proxy, which clients use instead of the server's URL."""
         assert self._running is not None, "the proxy is not started: use it in a with statement"
         return f"http://127.0.0.1:{self._running.port}"
 
@@ -416,7 +415,7 @@ class FaultProxy(ABC, Generic[Op]):
         self, fault: Fault, matches: Callable[[Op], bool], *,
         max_hits: int | None = None, skipped_matches: int = 0, probability: float = 1.0,
     ) -> Rule[Op]:  # fmt: skip
-        """Apply `fault` to matching requests with this probability, at most `max_hits` times. The first `skipped_matches` matching requests are skipped."""
+        """Apply `fault` to matching requests: each with this probability, at most `max_hits` of them, and none of the first `skipped_matches`."""
         rule = Rule(self, fault, matches, max_hits, skipped_matches, probability)
         with self._changed:
             self._rules.append(rule)
@@ -434,7 +433,7 @@ class FaultProxy(ABC, Generic[Op]):
 
     @property
     def exchanges(self) -> tuple[Exchange, ...]:
-        """All requests that have ended so far, in the order in which they ended. A request is included as soon as a client has received its full response."""
+        """All finished requests, in the order in which they finished. A request whose full response the client has received is always included."""
         with self._changed:
             self._changed.wait_for(lambda: not self._begun_responses, LOG_WAIT_SECONDS)
             return tuple(self._log)
@@ -446,11 +445,11 @@ class FaultProxy(ABC, Generic[Op]):
             self._log.clear()
 
     def count(self, operation: str) -> int:
-        """Number of requests of an operation so far, including failed requests."""
+        """Return the number of requests of an operation so far, including failed requests."""
         return sum(exchange.operation == operation for exchange in self.exchanges)
 
     def wait_for(self, matches: Callable[[Exchange], bool], *, timeout_seconds: float = 20.0) -> Exchange:
-        """Return the first exchange that matches, or wait for it. Past exchanges also match. Errors: TimeoutError after `timeout_seconds`."""
+        """Return the first matching exchange of the log, or wait for one. Errors: TimeoutError after `timeout_seconds`."""
         deadline = time.monotonic() + timeout_seconds
         checked_count = 0
         with self._changed:
@@ -463,7 +462,7 @@ class FaultProxy(ABC, Generic[Op]):
                 if seconds_left <= 0 or not self._changed.wait(seconds_left):
                     if any(matches(exchange) for exchange in self._log[checked_count:]):
                         continue
-                    raise TimeoutError(f"no such request within {timeout_seconds:.0f} s; {len(self._log)} other requests were logged")
+                    raise TimeoutError(f"no matching request within {timeout_seconds:.0f} s; the log has {len(self._log)} other requests")
 
     # -- start and stop ------------------------------------------------------------------------------------------------
 
@@ -502,14 +501,14 @@ class FaultProxy(ABC, Generic[Op]):
 
     @property
     def session(self) -> aiohttp.ClientSession:
-        """HTTP session to the server."""
+        """HTTP session with which the proxy sends requests to the server."""
         assert self._running is not None
         return self._running.session
 
     async def _serve(self, startup: _ProxyStartup) -> None:
         try:
             loop, stop_requested = asyncio.get_running_loop(), asyncio.Event()
-            # Without TLS, each request opens a new connection, because a test may restart the server.
+            # A server without TLS may be restarted by a test. Each request to it opens a new connection.
             connector = aiohttp.TCPConnector(limit=0, ssl=self._tls_context or True, force_close=self._tls_context is None)
             session = aiohttp.ClientSession(
                 connector=connector, auto_decompress=False, cookie_jar=aiohttp.DummyCookieJar(),
@@ -551,7 +550,7 @@ class FaultProxy(ABC, Generic[Op]):
         return call.forward()
 
     def count_begun_responses(self, count: int) -> None:
-        """Record that `count` responses have begun. The log lists a response when it ends."""
+        """Record that `count` responses have begun. A response is added to the log when it ends."""
         with self._changed:
             self._begun_responses += count
 
@@ -575,20 +574,20 @@ def _forwarded_headers(headers: Mapping[str, str]) -> CIMultiDict[str]:
 
 
 def _reset_connection(request: web.BaseRequest) -> None:
-    """Close the connection with RST. Buffered data are dropped, and the client's next read fails."""
+    """Close the connection with a TCP reset: buffered data are dropped, and the client's next read fails."""
     transport = request.transport
     if transport is None:
         return
     connection: socket.socket | None = transport.get_extra_info("socket")
     if connection is not None:
-        with contextlib.suppress(OSError):  # the client has closed the connection already
+        with contextlib.suppress(OSError):  # raised if the client has already closed the connection
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     transport.abort()
 
 
 @contextlib.contextmanager
 def active_rules(*rules: Rule[Any]) -> Iterator[None]:
-    """Remove several rules at the end of a `with` block."""
+    """Remove all these rules at the end of the `with` block."""
     with contextlib.ExitStack() as stack:
         for rule in rules:
             stack.enter_context(rule)

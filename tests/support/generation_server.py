@@ -1,7 +1,7 @@
-"""A small stand-in for `vllm serve` on a CPU: the requests that the trainer sends, answered by transformers.
+"""A small stand-in for `vllm serve` on a CPU: it answers the trainer's requests with completions from transformers.
 
-`start_server` starts the real program of the server's container (`vllm-image/serve.py`), with this module in place of vLLM. Environment variables
-choose the reported versions and the faults, and name the file that records each generation.
+`start_server` starts the real program of the generation container (`vllm-image/serve.py`), which starts this module in place of vLLM. STUB_*
+environment variables choose the reported version and the faults, and name the file that records each generation.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ DEFAULT_VERSION = "0.31.0"
 
 @dataclass
 class Server:
-    """A running container program. `url`: address of the server, as in run.json."""
+    """A running program of the generation container. `url` is the server's address, as in run.json."""
 
     url: str
     folder: Path
@@ -39,13 +39,13 @@ class Server:
 
     @property
     def generations(self) -> list[dict[str, Any]]:
-        """All generations so far: prompts, completions, seed, and options of sampling."""
+        """All generations so far, each with its prompts, completions, seed and sampling options."""
         return [json.loads(line) for line in self.record.read_text().splitlines()] if self.record.exists() else []
 
 
 @contextmanager
 def start_server(folder: Path, record: Path, **faults: str) -> Iterator[Server]:
-    """Start the program of the server's container. `folder`: the volume that it shares with the trainer. `faults`: STUB_* variables."""
+    """Start the program of the generation container. `folder` is the volume that it shares with the trainer; `faults` are STUB_* variables."""
     folder.mkdir(parents=True, exist_ok=True)
     programs = record.parent / "programs"
     programs.mkdir(parents=True, exist_ok=True)
@@ -58,28 +58,28 @@ def start_server(folder: Path, record: Path, **faults: str) -> Iterator[Server]:
     }  # fmt: skip
     process = subprocess.Popen([sys.executable, str(SERVE_PROGRAM)], env=env, start_new_session=True)
     try:
-        yield Server(f"http://127.0.0.1:{free_port()}", folder, record, process)
+        yield Server(f"http://127.0.0.1:{find_free_port()}", folder, record, process)
     finally:
         process.terminate()
         process.wait(30)
 
 
-def free_port() -> int:
-    """Return a port of the loopback address that is free now."""
+def find_free_port() -> int:
+    """Return a currently free port of the loopback interface."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 class Model:
-    """The model of a folder, loaded by transformers."""
+    """A model that transformers has loaded from `folder`."""
 
     def __init__(self, folder: str, dtype: str) -> None:
         self.folder, self.dtype = folder, dtype
         self.reload()
 
     def reload(self) -> None:
-        """Read the weights of the folder again."""
+        """Load the weights from the folder again."""
         import torch
         from transformers import AutoModelForCausalLM
 
@@ -88,7 +88,7 @@ class Model:
 
 
 def complete(model: Any, prompt: list[int], body: dict[str, Any], number: int) -> dict[str, Any]:
-    """Sample completion `number` of a prompt with the options of the request `body`. Returns one item of the list `choices`."""
+    """Sample one completion of `prompt` with the options in `body`. `number` makes its seed unique. Returns an item of the response's `choices`."""
     import torch
 
     generator = torch.Generator().manual_seed(body["seed"] + number)
@@ -96,7 +96,7 @@ def complete(model: Any, prompt: list[int], body: dict[str, Any], number: int) -
     while len(ids) - len(prompt) < body["max_tokens"]:
         with torch.no_grad():
             scores = model(torch.tensor([ids])).logits[0, -1].float() / body["temperature"]
-        token = int(torch.multinomial(keep_top(scores.softmax(-1), body["top_p"]), 1, generator=generator))
+        token = int(torch.multinomial(keep_top_p(scores.softmax(-1), body["top_p"]), 1, generator=generator))
         ids.append(token)
         log_probabilities.append(float(scores.log_softmax(-1)[token]))
         if token in body["stop_token_ids"]:
@@ -107,13 +107,13 @@ def complete(model: Any, prompt: list[int], body: dict[str, Any], number: int) -
     return {"prompt_token_ids": prompt, "token_ids": completion, "logprobs": logprobs}
 
 
-def keep_top(probabilities: Any, top_p: float) -> Any:
-    """Set all but the most likely tokens with the total probability `top_p` to 0."""
+def keep_top_p(probabilities: Any, top_p: float) -> Any:
+    """Keep the most likely tokens that together have the probability `top_p`, and set the probabilities of all other tokens to 0."""
     if top_p >= 1:
         return probabilities
-    ordered, places = probabilities.sort(descending=True)
+    ordered, token_ids = probabilities.sort(descending=True)
     kept = ordered.cumsum(-1) - ordered < top_p
-    return probabilities.new_zeros(probabilities.shape).scatter(0, places[kept], ordered[kept])
+    return probabilities.new_zeros(probabilities.shape).scatter(0, token_ids[kept], ordered[kept])
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -125,10 +125,10 @@ class Handler(BaseHTTPRequestHandler):
     generations = 0
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 -- the name of the overridden argument
-        """Requests are not logged."""
+        """Log nothing."""
 
     def do_GET(self) -> None:  # noqa: N802 -- the name of the overridden method
-        """Answer a request without a body."""
+        """Answer a GET request."""
         answers = {
             "/health": None, "/version": {"version": os.environ.get(VERSION, DEFAULT_VERSION)},
             "/server_info?config_format=json": {"model_config": {"logprobs_mode": os.environ.get(LOGPROBS_MODE, "processed_logprobs")}},
@@ -136,7 +136,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_json(200, answers[self.path]) if self.path in answers else self.send_json(404, {"error": "not found"})
 
     def do_POST(self) -> None:  # noqa: N802 -- the name of the overridden method
-        """Answer a request with a JSON object."""
+        """Answer a POST request, whose body is a JSON object."""
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with self.lock:
             if self.path == "/v1/completions":
@@ -150,7 +150,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.send_json(404, {"error": "not found"})
 
     def send_completions(self, body: dict[str, Any]) -> None:
-        """Generate, unless this generation has a fault. The first generation has number 1."""
+        """Answer with sampled completions, or inject the fault that a STUB_* variable sets for this generation. The first generation has number 1."""
         type(self).generations += 1
         number = str(self.generations)
         if os.environ.get(DIES_AT) == number:
@@ -168,7 +168,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_json(200, {"choices": choices})
 
     def send_json(self, status: int, value: Any) -> None:
-        """Send an answer. None: an empty body."""
+        """Answer with `value` as JSON; None sends an empty body."""
         data = b"" if value is None else json.dumps(value).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
@@ -177,7 +177,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def main() -> None:
-    """Serve the model until the process is ended. Unknown options of vLLM are an error."""
+    """Serve the model until the process is terminated. An option that this parser does not know is an error."""
     parser = argparse.ArgumentParser()
     parser.add_argument("command", choices=["serve"])
     parser.add_argument("model")

@@ -1,4 +1,4 @@
-"""Tests that need a CUDA device skip without one. With REHEARSE_ON_CPU=1 they run on the CPU, to find mistakes in the tests themselves."""
+"""Skips GPU tests on machines without a CUDA device. With REHEARSE_ON_CPU=1, the tests run on the CPU instead, which finds mistakes in the tests."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ ONE_GPU: dict[str, Any] = {"resources": {"gpusPerNode": GPU_COUNT, "processesPer
 
 
 def require_cuda() -> None:
-    """Skip the test without a CUDA device, even in a rehearsal."""
+    """Skip the test if there is no CUDA device, even in a rehearsal on the CPU."""
     torch = pytest.importorskip("torch", reason="torch is not installed")
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
 
 
 def require_gpu() -> None:
-    """Skip the test without a CUDA device, except in a rehearsal."""
+    """Skip the test if there is no CUDA device, except in a rehearsal on the CPU."""
     if not IS_REHEARSAL:
         require_cuda()

@@ -1,7 +1,7 @@
-"""Exclude loaded libraries from garbage collection.
+"""Excludes loaded libraries from garbage collection.
 
-accelerate runs a garbage collection whenever a training begins. If torch, transformers, PEFT and TRL are loaded, the collection visits more
-than a million objects. This takes a third of a second, or three quarters of a tiny training. Frozen objects are not visited.
+accelerate runs a garbage collection at the start of every training. With torch, transformers, PEFT and TRL loaded, the collection visits more than
+a million objects, which takes a third of a second: three quarters of the time of a tiny training. It does not visit frozen objects.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ _frozen_modules = 0
 
 
 def freeze_libraries() -> None:
-    """If further modules have been loaded since the last call, exclude all existing objects from later garbage collections of this process."""
-    global _frozen_modules  # the garbage collector also has one state per process
+    """Exclude all existing objects from later garbage collections of this process. Does nothing if no module was loaded since the last call."""
+    global _frozen_modules  # one value per process, like the frozen objects themselves
     if len(sys.modules) > _frozen_modules:
         gc.collect()
         gc.freeze()

@@ -1,4 +1,4 @@
-"""Count the work of the host in each training step: modules visited by walks over the model, and values read from tensors."""
+"""Counts the work of the host (CPU) in a training step: the visited modules of the model, and the values read from tensors."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ import torch
 from torch.nn import Module
 
 READING_METHODS = ("item", "tolist", "numpy", "cpu", "nonzero", "__bool__", "__float__", "__int__", "__index__")
-"""Methods of a tensor that need its values on the host. On a GPU, the host waits until the GPU has computed them."""
+"""Tensor methods that copy values to the host. With a GPU, they wait until the GPU has computed the values."""
 SKIPPED_FOLDERS = ("/torch/", "/contextlib.py", "/tests/support/host_work.py")
 
 
 class HostWork:
-    """The counts of one training step, or of all steps so far."""
+    """The counts in one `count_host_work` block."""
 
     def __init__(self) -> None:
         self.visited_modules: Counter[str] = Counter()
-        """Number of visited modules, by the caller of the walk."""
+        """Number of modules that each caller has visited, by caller."""
         self.tensor_reads: Counter[str] = Counter()
-        """Number of values read from tensors, by the caller."""
+        """Number of values that each caller has read from tensors, by caller."""
 
 
-def _caller() -> str:
-    """Return the innermost function outside torch, as `folder/file.py:function`."""
+def _find_caller() -> str:
+    """Return the innermost calling function outside torch, as `folder/file.py:function`."""
     frame = sys._getframe(2)
     while frame.f_back is not None and any(part in frame.f_code.co_filename for part in SKIPPED_FOLDERS):
         frame = frame.f_back
@@ -39,7 +39,9 @@ def _caller() -> str:
 
 @contextmanager
 def count_host_work() -> Iterator[HostWork]:
-    """Count all walks and reads within the context. All walks of torch (also `train`, `apply` and `parameters`) use one of two methods."""
+    """Count the module visits and tensor reads in a `with` block. Torch visits modules only by `named_modules` and `named_children`, also in `train`,
+    `apply` and `parameters`.
+    """
     work = HostWork()
     original_modules, original_children = Module.named_modules, Module.named_children
 
@@ -47,17 +49,17 @@ def count_host_work() -> Iterator[HostWork]:
         is_outermost = memo is None
         for found in original_modules(self, memo, *args, **options):
             if is_outermost:
-                work.visited_modules[_caller()] += 1
+                work.visited_modules[_find_caller()] += 1
             yield found
 
     def named_children(self: Module) -> Iterator[Any]:
         for found in original_children(self):
-            work.visited_modules[_caller()] += 1
+            work.visited_modules[_find_caller()] += 1
             yield found
 
-    def counted(method: Callable[..., Any]) -> Callable[..., Any]:
+    def count_reads(method: Callable[..., Any]) -> Callable[..., Any]:
         def read(self: torch.Tensor, *args: Any, **options: Any) -> Any:
-            work.tensor_reads[_caller()] += 1
+            work.tensor_reads[_find_caller()] += 1
             return method(self, *args, **options)
 
         return read
@@ -66,5 +68,5 @@ def count_host_work() -> Iterator[HostWork]:
         patch.setattr(Module, "named_modules", named_modules)
         patch.setattr(Module, "named_children", named_children)
         for name in READING_METHODS:
-            patch.setattr(torch.Tensor, name, counted(getattr(torch.Tensor, name)))
+            patch.setattr(torch.Tensor, name, count_reads(getattr(torch.Tensor, name)))
         yield work

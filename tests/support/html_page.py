@@ -1,4 +1,4 @@
-"""Reads an HTML page into elements, and fails if the page is not well-formed."""
+"""Parses an HTML page into elements, and fails if the page is not well-formed."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ VOID_ELEMENTS = {"meta", "link", "br", "hr", "img", "wbr"}
 
 @dataclass
 class Element:
-    """One element with its text, and the text of all elements within it."""
+    """One element of a page. `text` is its own text, without the text of its children."""
 
     tag: str
     attributes: dict[str, str]
     text: str = ""
     children: list[Element] = field(default_factory=list)
 
-    def all(self, tag: str, **attributes: str) -> list[Element]:
-        """Every element below with this tag and these attributes."""
+    def find_all(self, tag: str, **attributes: str) -> list[Element]:
+        """Return all descendants with this tag and these attributes."""
         found = [child for child in self.children if child.tag == tag and attributes.items() <= child.attributes.items()]
-        return found + [element for child in self.children for element in child.all(tag, **attributes)]
+        return found + [element for child in self.children for element in child.find_all(tag, **attributes)]
 
     @property
     def full_text(self) -> str:
-        """The text of the element and of all elements within it, with single spaces."""
+        """The text of the element and of all its descendants, with single spaces."""
         return " ".join(" ".join([self.text, *(child.full_text for child in self.children)]).split())
 
 
@@ -50,8 +50,8 @@ class _Reader(HTMLParser):
         self.open[-1].text += data
 
 
-def parse(text: str) -> Element:
-    """Read a page. Fails unless every element is closed in the right order."""
+def parse_page(text: str) -> Element:
+    """Parse a page. Errors: AssertionError if an element is not closed, or closed in the wrong order."""
     reader = _Reader()
     reader.feed(text)
     reader.close()
@@ -59,7 +59,7 @@ def parse(text: str) -> Element:
     return reader.open[0]
 
 
-def table(page: Element, caption: str) -> list[list[str]]:
-    """The rows of the table with this caption, with its header."""
-    region = next(element for element in page.all("div", role="region") if element.attributes["aria-label"] == caption)
-    return [[cell.full_text for cell in row.children] for row in region.all("tr")]
+def read_table(page: Element, caption: str) -> list[list[str]]:
+    """Return the rows of the table with this caption, first the header row."""
+    region = next(element for element in page.find_all("div", role="region") if element.attributes["aria-label"] == caption)
+    return [[cell.full_text for cell in row.children] for row in region.find_all("tr")]

@@ -1,7 +1,7 @@
-"""A local stub of the model hub's API: an HTTP server on loopback with the requests of a push, and with the requests of a download.
+"""A local stub of the model hub: an HTTP server on the loopback interface that answers the API requests of a push and of a download.
 
-Repositories, files and commits are kept in memory. Like the real hub, the server reports the id of each stored file before an upload, so
-that a client can leave out unchanged files. Source: the requests of huggingface_hub 2.4 (`hf_api.py`, `_commit_api.py`, `lfs.py`).
+The stub keeps repositories, files and commits in memory. Like the real hub, it reports the id of each stored file before an upload, so that a client
+does not upload unchanged files. Source of the protocol: huggingface_hub 2.4 (`hf_api.py`, `_commit_api.py`, `lfs.py`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LARGE_FILE_SUFFIXES = (".safetensors", "tokenizer.json")
 
 @dataclass
 class Commit:
-    """One commit: its id, its message and description, and the paths that it changes."""
+    """One commit of a repository: its id, the first line and the rest of its message, and the paths that it changes."""
 
     oid: str
     summary: str
@@ -36,18 +36,18 @@ class Commit:
 
 @dataclass
 class Repository:
-    """A repository with its newest files."""
+    """A repository: its current files, the paths of its large files, and its commits, oldest first."""
 
     is_private: bool
     files: dict[str, bytes] = field(default_factory=dict)
     large: set[str] = field(default_factory=set)
     commits: list[Commit] = field(default_factory=list)
     is_served: bool = False
-    """Whether the files can be downloaded, without a token unless the repository is private or gated."""
+    """Whether clients can download the files. Private and gated repositories then require a token."""
     is_gated: bool = False
 
-    def oid_of(self, path: str) -> str | None:
-        """The hub's id of a file: the git blob id, or the sha256 of a large file. None if there is no such file."""
+    def find_oid(self, path: str) -> str | None:
+        """Return the hub's id of a file: the git blob id, or the sha256 of a large file. None if there is no such file."""
         if path not in self.files:
             return None
         data = self.files[path]
@@ -58,17 +58,17 @@ class Repository:
 
 @dataclass
 class Hub:
-    """A running stub."""
+    """The state of a running stub."""
 
     url: str = ""
     port: int = 0
     repositories: dict[str, Repository] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
-    """`METHOD /path` of each request."""
+    """All requests so far, each as `METHOD /path`."""
     uploads: dict[str, bytes] = field(default_factory=dict)
-    """Uploaded large files by sha256 (hex)."""
+    """Contents of the uploaded large files, by sha256 (hex)."""
     failures: dict[str, list[tuple[int, str]]] = field(default_factory=dict)
-    """Status and text of the next responses to requests whose path contains the key."""
+    """For each part of a path: status and error text of the next responses to requests whose path contains it."""
     accepted_token: str = TOKEN
     owners: tuple[str, ...] = (USER, "org")
 
@@ -81,8 +81,8 @@ class Hub:
         self.repositories[name] = repository
         return repository
 
-    def downloads(self, name: str) -> list[str]:
-        """Names of the files of a repository that were downloaded, in order, once for each download."""
+    def list_downloads(self, name: str) -> list[str]:
+        """Return the names of the downloaded files of a repository, sorted. A file that was downloaded twice is listed twice."""
         prefix = f"GET /{name}/resolve/"
         return sorted(request.removeprefix(prefix).partition("/")[2] for request in self.requests if request.startswith(prefix))
 
@@ -117,8 +117,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, body: bytes) -> None:
         path = self.path.partition("?")[0]
         self.hub.requests.append(f"{self.command} {path}")
-        for part, responses in self.hub.failures.items():
-            if part in path and responses:
+        for path_part, responses in self.hub.failures.items():
+            if path_part in path and responses:
                 status, text = responses.pop(0)
                 self._send(status, {"error": text})
                 return
@@ -130,7 +130,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(*self._route(path, body))
 
     def _answer_download(self, path: str) -> bool:
-        """Answer a request for a repository that is served. False: it is another request."""
+        """Answer a request for a downloadable repository. Returns False, without an answer, if the request is for something else."""
         found = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree|auth-check)(?:/([^/]+))?)?", path)
         file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([0-9a-f]{40})/(.+)", path)
         match = found or file
@@ -153,7 +153,7 @@ class _Handler(BaseHTTPRequestHandler):
         return True
 
     def _tree_entry(self, repository: Repository, name: str) -> dict[str, Any]:
-        oid, size = repository.oid_of(name), len(repository.files[name])
+        oid, size = repository.find_oid(name), len(repository.files[name])
         large = {"lfs": {"oid": oid, "size": size, "pointerSize": 130}} if name in repository.large else {}
         return {"type": "file", "path": name, "size": size, "oid": oid, **large}
 
@@ -163,7 +163,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(404, {"error": "no such file"}, {"X-Error-Code": "EntryNotFound"})
             return
         self.send_response(200)
-        headers = {"ETag": f'"{repository.oid_of(name)}"', "X-Repo-Commit": repository.commits[-1].oid, "Content-Length": str(len(data))}
+        headers = {"ETag": f'"{repository.find_oid(name)}"', "X-Repo-Commit": repository.commits[-1].oid, "Content-Length": str(len(data))}
         for key, value in headers.items():
             self.send_header(key, value)
         self.end_headers()
@@ -207,7 +207,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _upload_mode(self, repository: Repository, path: str) -> dict[str, Any]:
         mode = "lfs" if path.endswith(LARGE_FILE_SUFFIXES) else "regular"
-        return {"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": repository.oid_of(path)}
+        return {"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": repository.find_oid(path)}
 
     def _upload_action(self, item: dict[str, Any]) -> dict[str, Any]:
         if item["oid"] in self.hub.uploads:
@@ -250,7 +250,9 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def serve_hub(host: str = "127.0.0.1", bind: AbstractContextManager[None] | None = None, url: str | None = None) -> Iterator[Hub]:
-    """Run a stub with no repositories. `bind`: a context in which the socket is opened. `url`: the address that clients use, if it is another one."""
+    """Run a stub without repositories. The socket is opened inside the context `bind`. `url` is the address for clients, if it differs from the
+    socket's.
+    """
     hub = Hub()
     with bind or contextlib.nullcontext():
         server = ThreadingHTTPServer((host, 0), type("Handler", (_Handler,), {"hub": hub}))

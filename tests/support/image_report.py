@@ -1,4 +1,4 @@
-"""Writes what the process may do in its container: user, capabilities, network interfaces and writable folders. Runs in the trainer image."""
+"""Writes a report on the rights of a process in its container: user, capabilities, network interfaces and writable folders. Runs in the trainer image."""
 
 from __future__ import annotations
 

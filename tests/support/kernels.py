@@ -1,4 +1,4 @@
-"""Small models of the types for which the trainer chooses Liger's kernels."""
+"""Compares small models with and without Liger's kernels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SPECIAL_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
 def make_model(model_type: str, kind: str) -> Any:
-    """Return a model with random weights, or None if transformers has no model of this type and kind (`causal` or `reward`)."""
+    """Return a model with random weights. `kind` is `causal` or `reward`. None if transformers has no such model for `model_type`."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     known = AutoConfig.for_model(model_type)
@@ -23,14 +23,14 @@ def make_model(model_type: str, kind: str) -> Any:
 
 
 def uses_kernels(model: Any) -> bool:
-    """Whether a layer of the model uses a kernel of Liger."""
+    """Whether any layer of the model uses a Liger kernel."""
     return any(getattr(module.forward, "__module__", "").startswith("liger_kernel") for module in model.modules())
 
 
 def compare_kernels(model_type: str, kind: str, device: str) -> tuple[float, float] | None:
-    """Return the largest relative difference of the outputs and of a parameter's gradient with and without Liger's kernels.
+    """Compare a model with and without Liger's kernels. Returns the largest relative difference of an output, and that of a parameter's gradient.
 
-    None if transformers has no model of this type and kind.
+    None if transformers has no model of this type and kind (see `make_model`).
     """
     import torch
     from finetune_trainer.kernels import LIGER_OPTIONS
@@ -45,16 +45,16 @@ def compare_kernels(model_type: str, kind: str, device: str) -> tuple[float, flo
     model = model.to(device)
     tokens = torch.randint(3, SIZES["vocab_size"], (2, 9), device=device)
 
-    def results() -> tuple[Any, dict[str, Any]]:
+    def compute_outputs_and_gradients() -> tuple[Any, dict[str, Any]]:
         model.zero_grad()
         outputs = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
         outputs.pow(2).mean().backward()
-        return outputs.detach(), {name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None}
+        return outputs.detach(), {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
 
-    expected, expected_gradients = results()
+    expected, expected_gradients = compute_outputs_and_gradients()
     apply_liger_kernel(model, LIGER_OPTIONS)
     assert uses_kernels(model)
-    found, gradients = results()
+    outputs, gradients = compute_outputs_and_gradients()
     assert gradients.keys() == expected_gradients.keys()
-    differences = [float((gradients[name] - one).norm() / (one.norm() + 1e-12)) for name, one in expected_gradients.items()]
-    return float((found - expected).abs().max() / expected.abs().max()), max(differences)
+    differences = [float((gradients[name] - gradient).norm() / (gradient.norm() + 1e-12)) for name, gradient in expected_gradients.items()]
+    return float((outputs - expected).abs().max() / expected.abs().max()), max(differences)

@@ -1,4 +1,4 @@
-"""A synchronous Kubernetes API client for tests. It waits with watches instead of polling, and returns warning headers."""
+"""A synchronous Kubernetes API client for tests. It waits with watches instead of polling, and returns the server's warnings."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ API_PATHS = {
     "subjectaccessreviews": "/apis/authorization.k8s.io/v1",
     "priorityclasses": "/apis/scheduling.k8s.io/v1",
 }
-"""Path of the API group of each resource. Resources that are not listed are in the core group."""
+"""Path of each resource's API group. A resource that is not listed belongs to the core group."""
 PATCH_CONTENT_TYPES = {
     "merge": "application/merge-patch+json", "json": "application/json-patch+json",
     "apply": "application/apply-patch+yaml", "strategic": "application/strategic-merge-patch+json",
@@ -56,7 +56,7 @@ class ApiResponse:
 
 
 def resource_path(resource: str, namespace: str | None = None, name: str | None = None) -> str:
-    """Return the URL path of a collection, an object, or an object's subresource (`resource` is then for example `pods/status`)."""
+    """Return the URL path of a collection, of an object, or of an object's subresource (with `resource` such as `pods/status`)."""
     plural, _, subresource = resource.partition("/")
     parts = [API_PATHS.get(plural, "/api/v1")]
     parts += ["namespaces", namespace] if namespace else []
@@ -113,7 +113,7 @@ class KubeApi:
         return dict(self.request("PATCH", resource_path(resource, namespace, name), body, patch_type=patch_type, **query).body)
 
     def delete(self, resource: str, namespace: str | None, name: str, **options: Any) -> bool:
-        """Delete an object with these DeleteOptions. Returns whether the object existed."""
+        """Delete an object. `options` are fields of DeleteOptions. Returns whether the object existed."""
         try:
             self.request("DELETE", resource_path(resource, namespace, name), options or None)
         except ApiError as error:
@@ -122,7 +122,7 @@ class KubeApi:
             raise
         return True
 
-    def events(self, namespace: str, name: str) -> Objects:
+    def list_events(self, namespace: str, name: str) -> Objects:
         """Return the events about an object, oldest first."""
         events = self.list("events", namespace, fields=f"regarding.name={name}")
         return sorted(events, key=lambda e: (e.get("eventTime") or e.get("deprecatedFirstTimestamp") or ""))
@@ -131,9 +131,9 @@ class KubeApi:
         self, resource: str, namespace: str | None, name: str, until: Callable[[Object], bool], *,
         timeout: float = 30.0, description: str = "",
     ) -> Object:  # fmt: skip
-        """Wait until `until(object)` is true, and return the object. Errors: AssertionError with the object's last status after `timeout` seconds."""
+        """Wait until `until(object)` is true, and return the object. Errors: AssertionError with the last status, after `timeout` seconds."""
         last_object: Object | None = None
-        for last_object in self._states(resource, namespace, name, time.monotonic() + timeout):
+        for last_object in self._follow_object(resource, namespace, name, time.monotonic() + timeout):
             if last_object is not None and until(last_object):
                 return last_object
         status = dict((last_object or {}).get("status") or {})
@@ -143,8 +143,8 @@ class KubeApi:
 
     def wait_gone(self, resource: str, namespace: str | None, name: str, *, timeout: float = 30.0) -> None:
         """Wait until the object does not exist. Errors: AssertionError after `timeout` seconds."""
-        for state in self._states(resource, namespace, name, time.monotonic() + timeout):
-            if state is None:
+        for current_object in self._follow_object(resource, namespace, name, time.monotonic() + timeout):
+            if current_object is None:
                 return
         raise AssertionError(f"{resource} {namespace}/{name} still exists after {timeout:.0f} s")
 
@@ -152,7 +152,7 @@ class KubeApi:
         self, resource: str, namespace: str | None, until: Callable[[Objects], bool], *,
         labels: str = "", timeout: float = 30.0,
     ) -> Objects:  # fmt: skip
-        """Wait until `until(objects)` is true for a collection, and return its objects. Errors: AssertionError after `timeout` seconds."""
+        """Wait until `until(objects)` is true for the objects of a collection, and return them. Errors: AssertionError after `timeout` seconds."""
         deadline = time.monotonic() + timeout
         while True:
             answer = self.request("GET", resource_path(resource, namespace), **({"labelSelector": labels} if labels else {}))
@@ -168,8 +168,8 @@ class KubeApi:
                 names = [item["metadata"]["name"] for item in items]
                 raise AssertionError(f"{resource} in {namespace} were not in the expected state within {timeout:.0f} s: {names}")
 
-    def _states(self, resource: str, namespace: str | None, name: str, deadline: float) -> Iterator[Object | None]:
-        """Yield the current object, and the object after each change, until the deadline. Yield None while the object does not exist."""
+    def _follow_object(self, resource: str, namespace: str | None, name: str, deadline: float) -> Iterator[Object | None]:
+        """Yield the object now and after each change, until the deadline. Yields None while the object does not exist."""
         path, fields = resource_path(resource, namespace), f"metadata.name={name}"
         while time.monotonic() < deadline:
             collection = self.request("GET", path, fieldSelector=fields).body
@@ -193,7 +193,7 @@ class KubeApi:
                 *lines, incomplete_line = (incomplete_line + chunk).split(b"\n")
                 yield from (json.loads(line) for line in lines)
         finally:
-            with contextlib.suppress(Exception):  # the stream may be in any state; the connection is not used again
+            with contextlib.suppress(Exception):  # closing may fail in the middle of a stream; the connection is not used again
                 response.close()
 
     def _url(self, path: str, query: dict[str, str]) -> str:
@@ -203,9 +203,9 @@ class KubeApi:
 def find_condition(body: Object, condition_type: str) -> Object:
     """Return the condition of this type; an empty dict if there is none."""
     conditions = (body.get("status") or {}).get("conditions") or []
-    return next((dict(one) for one in conditions if one["type"] == condition_type), {})
+    return next((dict(condition) for condition in conditions if condition["type"] == condition_type), {})
 
 
-def condition_is_true(body: Object, kind: str) -> bool:
-    """Whether the status of this condition is True."""
-    return find_condition(body, kind).get("status") == "True"
+def condition_is_true(body: Object, condition_type: str) -> bool:
+    """Whether the object has a condition of this type with the status True."""
+    return find_condition(body, condition_type).get("status") == "True"

@@ -1,8 +1,8 @@
-"""A fake scheduler and kubelet with simulated nodes. The test decides how pods run and end; no containers are started.
+"""A fake scheduler and kubelet with simulated nodes. The test decides how pods run and end; no container is started.
 
-`FakeKubelet` writes to a real API server what a scheduler and kubelets write (node leases, bindings, pod status, the final deletion) and
-serves `/progress` for its pods. The `PodPlan` of a namespace defines what happens to its pods. A test may replace the plan at any time, and may
-end single pods. The event loop runs in a separate thread.
+`FakeKubelet` sends to a real API server what a scheduler and kubelets send (node leases, bindings, pod status, the removal of deleted pods), and
+answers `GET /progress` for the pods. The `PodPlan` of a namespace defines what happens to its pods. A test may replace the plan at any time, and may
+end a single pod. The event loop runs in a separate thread.
 
     with FakeKubelet(endpoint) as kubelet:
         kubelet.set_plan("ns", PodPlan())                        # pods start and keep running
@@ -51,23 +51,23 @@ class PodStart(Enum):
     STAY_PENDING = "stay pending"
     """The pod is neither bound nor started."""
     UNSCHEDULABLE = "unschedulable"
-    """The pod fits on no node. `PodPlan.message` is the scheduler's message."""
+    """No node has enough resources for the pod. `PodPlan.message` is the scheduler's message."""
     CONTAINER_WAITING = "container waiting"
-    """The pod is bound, and its container waits. The waiting state has `PodPlan.reason` (such as `ImagePullBackOff`) and `PodPlan.message`."""
+    """The pod is bound, but its container does not start. Its waiting state has `PodPlan.reason` (such as `ImagePullBackOff`) and `PodPlan.message`."""
 
 
 @dataclass(frozen=True)
 class ContainerExit:
-    """How a container ends."""
+    """How a pod's container ends: exit code, termination message, and reasons in the pod's status."""
 
     exit_code: int = 0
     termination_message: TerminationMessage | str | None = None
     reason: str = ""
-    """Reason in the container's terminated state, such as `OOMKilled`. If empty, the exit code decides: `Completed` for 0, else `Error`."""
+    """Reason in the container's terminated state, such as `OOMKilled`. Empty means `Completed` for exit code 0, else `Error`."""
     pod_reason: str = ""
     """`status.reason` of the pod, such as `Evicted`."""
     disruption_reason: str = ""
-    """Reason of the pod's DisruptionTarget condition. If empty, the pod does not get this condition."""
+    """Reason of the pod's DisruptionTarget condition. Empty means that the pod does not get this condition."""
 
 
 @dataclass(frozen=True)
@@ -80,12 +80,12 @@ class PodPlan:
     when_running: ContainerExit | None = None
     """How each pod ends as soon as it runs; None if pods keep running."""
     when_deleted: ContainerExit | None = ContainerExit(75)
-    """How a running pod ends when it is deleted; None if deleted pods do not end, as on a dead node."""
+    """How a running pod ends when it is deleted; None if its container keeps running, as on a node that has lost power."""
 
 
 @dataclass(frozen=True)
 class FakePod:
-    """The last observed state of a pod."""
+    """A pod as the fake kubelet last observed it."""
 
     namespace: str
     name: str
@@ -112,13 +112,13 @@ def parse_pod(body: Object) -> FakePod:
 
 
 def _number_or_zero(text: str | None) -> int:
-    """Parse a label value. Returns 0 if it is not a number: pods that the operator did not create may have its labels with any value."""
+    """Parse a label value. Returns 0 if it is not a number, because a pod of another creator may have the operator's labels with any value."""
     return int(text) if text and text.isdigit() else 0
 
 
 class FakeKubelet:
-    """See the module. `nodes` contains the node names. `resources` contains the extended resources of each node. Each node has ample CPU,
-    memory and disk.
+    """A scheduler and the kubelets of simulated nodes (see the module). `nodes` are the nodes' names; `resources` are the extended resources of each
+    node. CPU, memory and disk of a node never run out.
     """
 
     def __init__(
@@ -153,15 +153,15 @@ class FakeKubelet:
 
     @property
     def progress_url(self) -> str:
-        """Value for the operator's setting `scrape.url`, so that the operator reads progress from this server."""
+        """Value of the operator's setting `scrape.url` with which the operator reads progress from this fake kubelet."""
         return f"http://127.0.0.1:{self._port}/{{namespace}}/{{pod}}{{path}}"
 
     def set_plan(self, namespace: str, plan: PodPlan) -> None:
         """Set the plan of a namespace. The plan also applies to existing pods."""
         self._run_in_loop(self._set_plan(namespace, plan))
 
-    def pods(self, namespace: str, job: str | None = None, attempt: int | None = None) -> list[FakePod]:
-        """Return the last observed state of the pods, sorted by job, attempt and index."""
+    def list_pods(self, namespace: str, job: str | None = None, attempt: int | None = None) -> list[FakePod]:
+        """Return the pods as last observed, sorted by job, attempt and index."""
         with self._changed:
             matching_pods = [
                 pod for pod in self._pods.values()
@@ -176,7 +176,7 @@ class FakeKubelet:
         """Wait until `until(pods)` is true for the pods of a job, and return the pods. Errors: AssertionError after `timeout` seconds."""
         deadline = time.monotonic() + timeout
         with self._changed:
-            while not until(pods := self.pods(namespace, job, attempt)):
+            while not until(pods := self.list_pods(namespace, job, attempt)):
                 seconds_left = deadline - time.monotonic()
                 if seconds_left <= 0:
                     raise AssertionError(f"pods of {namespace}/{job} are not in the expected state: {pods}; {self.errors[-3:]}")
@@ -186,7 +186,7 @@ class FakeKubelet:
     def wait_running(
         self, namespace: str, job: str, *, attempt: int | None = None, count: int = 1, timeout: float = 30.0
     ) -> list[FakePod]:
-        """Wait until a job has `count` running pods, and return these pods."""
+        """Wait until a job has exactly `count` running pods, and return these pods."""
 
         def select_running(pods: list[FakePod]) -> list[FakePod]:
             return [pod for pod in pods if pod.phase == "Running" and not pod.is_deleting]
@@ -197,16 +197,16 @@ class FakeKubelet:
         return select_running(pods)
 
     def end_pod(self, pod: FakePod, container_exit: ContainerExit) -> None:
-        """End the container of a pod. The pod then ends, too."""
+        """End a pod's container, and thereby the pod."""
         self._run_in_loop(self._end_pod(pod, container_exit))
 
     def set_progress(self, namespace: str, job: str, **report: Any) -> None:
-        """Set the response of a job's pods to GET /progress. `report` uses the JSON names of `ProgressReport`; attempt and uid are added."""
+        """Set the response of a job's pods to GET /progress. `report` has the JSON fields of `ProgressReport`; attempt and uid are added to them."""
         with self._changed:
             self._reports[namespace, job] = {"stage": Stage.TRAINING.value, **report}
 
     def wait_progress_request(self, namespace: str, job: str, *, timeout: float = 20.0) -> None:
-        """Wait for the next GET /progress of a job."""
+        """Wait until the operator sends the next GET /progress for a job."""
         deadline = time.monotonic() + timeout
         with self._changed:
             count_before = self.progress_requests.get((namespace, job), 0)
@@ -216,12 +216,12 @@ class FakeKubelet:
                 self._changed.wait(seconds_left)
 
     def kill_node(self, node: str) -> None:
-        """Stop renewing the node's Lease and stop changing its pods, as after a power failure."""
+        """Stop renewing the node's Lease and changing its pods, like a node that has lost power."""
         with self._changed:
             self._silent_nodes.add(node)
 
     def revive_node(self, node: str) -> None:
-        """Resume renewing the node's Lease and changing its pods."""
+        """Renew the node's Lease and change its pods again."""
         with self._changed:
             self._silent_nodes.discard(node)
         self._run_in_loop(self._apply_plans())
@@ -356,7 +356,7 @@ class FakeKubelet:
             self._apply_plan(pod)
 
     def _apply_plan(self, pod: FakePod) -> None:
-        """Start the action that the plan requires for the pod. Do nothing if this action was also the last action."""
+        """Start the action that the plan requires for the pod, unless it is the pod's last action."""
         plan = self._plans.get(pod.namespace, PodPlan())
         if pod.node in self._silent_nodes:
             return
@@ -432,7 +432,7 @@ class FakeKubelet:
         await self._patch_status(pod, status)
 
     async def _delete_object(self, pod: FakePod) -> None:
-        """Remove the object of a deleted pod. A kubelet does this when the containers have ended."""
+        """Remove the pod object, as a kubelet does for a deleted pod whose containers have ended."""
         body = {"gracePeriodSeconds": 0, "preconditions": {"uid": pod.uid}}
         await self._send_request("DELETE", f"/api/v1/namespaces/{pod.namespace}/pods/{pod.name}", body, accepted_codes=(404, 409))
 
@@ -450,7 +450,7 @@ class FakeKubelet:
             if pod:
                 self.progress_requests[namespace, pod.job] = self.progress_requests.get((namespace, pod.job), 0) + 1
             self._changed.notify_all()
-        if pod is None or pod.phase != "Running" or f"/{rest[0] if rest else ''}" != names.Path.PROGRESS:
+        if pod is None or pod.phase != "Running" or f"/{rest[0] if rest else ''}" != names.HttpPath.PROGRESS:
             raise web.HTTPNotFound
         uid = pod.body["metadata"]["labels"].get(Label.JOB_UID, "")
         report = ProgressReport(attempt=pod.attempt, uid=uid).to_wire() | (configured_report or {})
@@ -465,7 +465,7 @@ class FakeKubelet:
         self, method: str, path: str, body: Object | None = None, *, content_type: str = "application/json",
         query: dict[str, str] | None = None, accepted_codes: tuple[int, ...] = (),
     ) -> Object | None:  # fmt: skip
-        """Send a request and return the response body; None if the status code is in `accepted_codes`. Errors: OSError for other status codes from 400."""
+        """Send a request and return the response body, or None for a status code in `accepted_codes`. Errors: OSError for any other error status."""
         async with self._session.request(
             method, self._endpoint.server + path, params=query, headers={"Content-Type": content_type},
             data=None if body is None else json.dumps(body).encode(), timeout=aiohttp.ClientTimeout(total=20),
@@ -487,9 +487,9 @@ async def _parse_events(stream: aiohttp.StreamReader) -> Any:
 
 
 def _make_pod_status(pod: FakePod, container_state: Object, *, ready: bool) -> Object:
-    """Return the status of a running pod. `container_state` is the `state` object of its container status (waiting, running or terminated).
+    """Return the status of a running pod. `container_state` is the `state` of its container status: waiting, running or terminated.
 
-    As in a real kubelet's status, a condition that does not change keeps its time.
+    A condition whose status does not change keeps its lastTransitionTime, as with a real kubelet.
     """
     container = (pod.body["spec"].get("containers") or [{}])[0]
     is_ready = "True" if ready else "False"
@@ -513,18 +513,20 @@ def _read_start_time(pod: FakePod) -> str:
 
 
 def current_time() -> str:
-    """Return the current time in the format of Kubernetes."""
+    """Return the current time in the Kubernetes format, such as `2026-01-31T12:00:00Z`."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def success_exit(uri: str = "s3://bucket/model", step: int = 10, **fields: Any) -> ContainerExit:
-    """Return the ending of a pod that has finished training: exit code 0, and a termination message with the artefact's URI."""
+    """Return the exit of a container that has finished training: exit code 0, and a termination message with the artefact's URI."""
     output = {"uri": uri, "sha256": "0" * 64, "kind": "adapter"}
     return ContainerExit(0, TerminationMessage.model_validate({"output": output, "step": step, **fields}))
 
 
 def failure_exit(exit_code: int, *, step: int | None = None, committed_step: int | None = None, **fields: Any) -> ContainerExit:
-    """Return the ending of a pod that has failed. `committed_step` is the step of the newest checkpoint, `fields` describe the failure."""
+    """Return the exit of a container that has failed. `committed_step` is the step of the newest committed checkpoint. `fields` are further fields of
+    the termination message.
+    """
     message_fields = {"exitCode": exit_code, "step": step, "committedStep": committed_step, **fields}
     fields_with_value = {key: value for key, value in message_fields.items() if value is not None}
     return ContainerExit(exit_code, TerminationMessage.model_validate(fields_with_value))

@@ -1,7 +1,7 @@
-"""Kueue's own controller, built from its Go module, for tests against a control plane with or without nodes.
+"""Runs the real Kueue controller, built from its Go module, for tests against a control plane with or without nodes.
 
-The CRDs and the webhooks come from the chart in the module. The API server calls the webhooks of Jobs and of Kueue's own kinds on this machine. Pods,
-Deployments and the kinds of other projects are not handled.
+CRDs and webhooks come from the chart in the Go module. The controller runs on this machine, where the API server calls its webhooks. It handles only
+Jobs and Kueue's own resources: no Pods, Deployments or resources of other projects.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 
 from localcluster import Endpoint
-from localcluster.build import KUEUE_PROGRAM, ensure_built, module_sources
+from localcluster.build import KUEUE_PROGRAM, download_module_sources, ensure_built
 from localcluster.ports import free_ports
 from localcluster.processes import Lifetime, spawn, wait_until
 
@@ -44,16 +44,16 @@ PATHS = {
 
 @dataclass(frozen=True)
 class NodeNetwork:
-    """The network of a node cluster, in which the API server runs: a process in this network, and the address under which this machine reaches it."""
+    """The network of a node cluster, in which the API server also runs. `pid` is a process in this network. This machine reaches it at `address`."""
 
     pid: int
     address: str
 
 
-def _chart_objects() -> list[Object]:
-    """Return the CRDs, the webhook configurations and the empty Secret of the chart."""
+def _render_chart_objects() -> list[Object]:
+    """Return the CRDs, the webhook configurations and the empty Secret from Kueue's chart."""
     build_tools(HELM)
-    chart = module_sources(KUEUE_PROGRAM) / "charts/kueue"
+    chart = download_module_sources(KUEUE_PROGRAM) / "charts/kueue"
     command = [HELM.path, "template", "kueue", chart, "--namespace", NAMESPACE]
     text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return [body for body in yaml.load_all(text, yaml.CSafeLoader) if body and _is_needed(body)]
@@ -63,10 +63,10 @@ def _is_needed(body: Object) -> bool:
     return body["kind"] in PATHS and body["kind"] != "Service"
 
 
-def _with_port(body: Object, port: int) -> Object:
-    """Return the object with webhooks at the port of the controller, and without the webhooks of kinds that the tests do not use."""
+def _adapt_webhooks(body: Object, port: int) -> Object:
+    """Let the object's webhooks call the controller's port, and remove the webhooks for resources that the tests do not use."""
     if "webhooks" in body:
-        body["webhooks"] = [one for one in body["webhooks"] if set(one["rules"][0]["resources"]) <= HANDLED_RESOURCES]
+        body["webhooks"] = [webhook for webhook in body["webhooks"] if set(webhook["rules"][0]["resources"]) <= HANDLED_RESOURCES]
     conversion = body.get("spec", {}).get("conversion") or {}
     for webhook in [*body.get("webhooks", []), *([conversion["webhook"]] if "webhook" in conversion else [])]:
         webhook["clientConfig"]["service"]["port"] = port
@@ -74,17 +74,17 @@ def _with_port(body: Object, port: int) -> Object:
 
 
 def _install(endpoint: Endpoint, webhook_port: int) -> None:
-    """Apply Kueue's objects. The webhooks' Service leads to this machine, so that the API server finds the controller without a node."""
+    """Apply Kueue's objects. The webhooks' Service has the external name `localhost`, so the API server reaches the controller without a node."""
     endpoint.apply(f"/api/v1/namespaces/{NAMESPACE}", {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}})
     service = {
         "apiVersion": "v1", "kind": "Service", "metadata": {"name": "kueue-webhook-service", "namespace": NAMESPACE},
         "spec": {"type": "ExternalName", "externalName": "localhost"},
     }  # fmt: skip
-    for body in [service, *_chart_objects()]:
-        endpoint.apply(f"{PATHS[body['kind']]}/{body['metadata']['name']}", _with_port(body, webhook_port))
+    for body in [service, *_render_chart_objects()]:
+        endpoint.apply(f"{PATHS[body['kind']]}/{body['metadata']['name']}", _adapt_webhooks(body, webhook_port))
 
 
-def _configuration(folder: Path, webhook_port: int, health_address: str) -> Object:
+def _make_configuration(folder: Path, webhook_port: int, health_address: str) -> Object:
     return {
         "apiVersion": "config.kueue.x-k8s.io/v1beta2", "kind": "Configuration", "namespace": NAMESPACE,
         "health": {"healthProbeBindAddress": health_address}, "metrics": {"bindAddress": "0"},
@@ -98,9 +98,10 @@ def _configuration(folder: Path, webhook_port: int, health_address: str) -> Obje
 
 @contextlib.contextmanager
 def running_kueue(endpoint: Endpoint, folder: Path, network: NodeNetwork | None = None) -> Iterator[Path]:
-    """Install Kueue's CRDs and webhooks, and run its controller until the context ends. Yields the path of its log. Errors: StartFailed, BuildFailed.
+    """Install Kueue's CRDs and webhooks, and run its controller during the `with` block. Yields the path of its log. Errors: StartFailed, BuildFailed.
 
-    The API server calls the webhooks at the loopback address, so the controller runs in the network of the API server: that of this machine, or `network`.
+    The API server calls the webhooks at its loopback address, so the controller must run in the API server's network: `network`, or by default this
+    machine's.
     """
     certificates = folder / "certificates"
     certificates.mkdir(parents=True)
@@ -109,7 +110,7 @@ def running_kueue(endpoint: Endpoint, folder: Path, network: NodeNetwork | None 
     _install(endpoint, webhook_port)
     config, log = folder / "config.yaml", folder / "log"
     health_address = f"{network.address if network else '127.0.0.1'}:{health_port}"
-    config.write_text(json.dumps(_configuration(certificates, webhook_port, health_address)))
+    config.write_text(json.dumps(_make_configuration(certificates, webhook_port, health_address)))
     enter_network = ["nsenter", "--net", "--target", str(network.pid)] if network else []
     server = spawn(
         "Kueue", [*enter_network, program, "--config", config, "--zap-log-level", "2"], owner=folder, log=log, lifetime=Lifetime.UNTIL_PARENT_ENDS,
@@ -126,14 +127,14 @@ def running_kueue(endpoint: Endpoint, folder: Path, network: NodeNetwork | None 
 
 
 def _remove_webhooks(endpoint: Endpoint) -> None:
-    """Remove the webhooks, because the API server would refuse all Jobs without the controller."""
+    """Remove the webhooks. Otherwise the API server would refuse every Job after the controller has stopped."""
     for kind in ("MutatingWebhookConfiguration", "ValidatingWebhookConfiguration"):
         for item in endpoint.get(PATHS[kind])["items"]:
             endpoint.request("DELETE", f"{PATHS[kind]}/{item['metadata']['name']}")
 
 
 def _mount_secret(endpoint: Endpoint, folder: Path) -> bool:
-    """Write the certificates that the controller has made to its folder, as a kubelet does. Returns False if there are none yet."""
+    """Write the certificates in the controller's Secret to `folder`, as a kubelet mounts them. Returns whether the Secret has certificates."""
     data = endpoint.get(f"{PATHS['Secret']}/kueue-webhook-server-cert").get("data") or {}
     for name, text in data.items():
         (folder / name).write_bytes(base64.b64decode(text))
@@ -141,7 +142,7 @@ def _mount_secret(endpoint: Endpoint, folder: Path) -> bool:
 
 
 def _is_ready(address: str) -> bool:
-    """Whether the controller's webhooks are served."""
+    """Whether the controller serves its webhooks."""
     try:
         with urllib.request.urlopen(f"http://{address}/readyz", timeout=2) as response:
             return bool(response.status == 200)
@@ -150,19 +151,19 @@ def _is_ready(address: str) -> bool:
 
 
 class QueueObjects:
-    """One ClusterQueue with one flavour and one LocalQueue `team-a`, for the namespace of one test."""
+    """The Kueue objects for the namespace of one test: a ResourceFlavor, a ClusterQueue, and the LocalQueue `team-a`."""
 
     def __init__(self, endpoint: Endpoint, namespace: str) -> None:
         self._endpoint, self._namespace, self.name = endpoint, namespace, namespace
 
     def create(self, quotas: dict[str, str], *, node_labels: dict[str, str] | None = None) -> None:
-        """Create the objects. `quotas` has the quantity of each resource; `node_labels` are those of the flavour's nodes."""
+        """Create the objects. `quotas` is the quantity of each resource; `node_labels` select the nodes of the ResourceFlavor."""
         self._apply("resourceflavors", self.name, "ResourceFlavor", {"nodeLabels": node_labels or {}})
         self.set_quotas(quotas)
         self._apply(f"namespaces/{self._namespace}/localqueues", "team-a", "LocalQueue", {"clusterQueue": self.name}, namespace=self._namespace)
 
     def set_quotas(self, quotas: dict[str, str], *, stop_policy: str = "None") -> None:
-        """Write the ClusterQueue. With the stop policy `HoldAndDrain`, Kueue evicts its workloads and admits none."""
+        """Write the ClusterQueue. With the stop policy `HoldAndDrain`, Kueue evicts the queue's workloads and admits no others."""
         resources = [{"name": name, "nominalQuota": quantity} for name, quantity in quotas.items()]
         self._apply("clusterqueues", self.name, "ClusterQueue", {
             "namespaceSelector": {}, "stopPolicy": stop_policy, "preemption": {"withinClusterQueue": "LowerPriority"},
@@ -174,16 +175,16 @@ class QueueObjects:
         body = {"apiVersion": "kueue.x-k8s.io/v1beta2", "kind": "WorkloadPriorityClass", "metadata": {"name": name}, "value": value}
         self._endpoint.apply(f"{API}/workloadpriorityclasses/{name}", body)
 
-    def workloads(self) -> dict[str, Object]:
+    def workloads_by_job(self) -> dict[str, Object]:
         """Return the Workloads of the namespace by the name of their Job."""
         items = self._endpoint.get(f"{API}/namespaces/{self._namespace}/workloads")["items"]
         return {item["metadata"]["ownerReferences"][0]["name"]: item for item in items if item["metadata"].get("ownerReferences")}
 
-    def used(self, resource: str) -> str:
-        """Return how much of a resource the admitted workloads use, as the ClusterQueue reports it."""
+    def read_usage(self, resource: str) -> str:
+        """Return the quantity of a resource that the admitted workloads use, from the status of the ClusterQueue."""
         status = self._endpoint.get(f"{API}/clusterqueues/{self.name}").get("status", {})
-        resources = [one for flavour in status.get("flavorsUsage", []) for one in flavour["resources"]]
-        return next((str(one["total"]) for one in resources if one["name"] == resource), "0")
+        usages = [usage for flavour in status.get("flavorsUsage", []) for usage in flavour["resources"]]
+        return next((str(usage["total"]) for usage in usages if usage["name"] == resource), "0")
 
     def _apply(self, path: str, name: str, kind: str, spec: Object, namespace: str | None = None) -> None:
         metadata = {"name": name, **({"namespace": namespace} if namespace else {})}

@@ -1,7 +1,7 @@
-"""pytest plugin: all xdist workers but the first collect the tests with a clock that is ahead.
+"""Pytest plugin: the first xdist worker collects the tests with the true time, and all other workers with a clock that is ahead.
 
-pytest-xdist ends a run whose workers have collected different tests. So every run with several workers shows that no test id depends on the
-time, on the process or on its hash seed.
+pytest-xdist aborts a run whose workers collect different tests. A run with several workers thus fails if a test id depends on the time, on the
+process or on its hash seed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ SECONDS_AHEAD = 1.5
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection(session: pytest.Session) -> Generator[None, object, object]:
-    """Set the clock ahead during the collection of workers that are not the first one."""
+    """Collect the tests with a clock that is ahead, except on the first worker."""
     worker = getattr(session.config, "workerinput", {}).get("workerid", "gw0")
     if worker == "gw0":
         return (yield)
@@ -27,7 +27,7 @@ def pytest_collection(session: pytest.Session) -> Generator[None, object, object
 
 @contextmanager
 def clock_ahead(seconds: float) -> Iterator[None]:
-    """Within the context, `time.time` is ahead. Afterwards, also modules that have imported the replaced function get the true time."""
+    """Let `time.time` be ahead within the `with` block. A module that imported the replaced function gets the true time after the block."""
     true_time, offset = time.time, seconds
 
     def time_ahead() -> float:

@@ -1,4 +1,4 @@
-"""Attempts of a job that run the stages after training, with a folder as storage and a function instead of the process of a stage."""
+"""Attempts of a job that run only the stages after training. The storage is a folder, and a function replaces the process of each stage."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MERGED: dict[str, Any] = {"output": {"mergeAdapter": True}}
 
 
 class FakeStages(LaterStages):
-    """Stages whose processes are replaced by a function."""
+    """The stages after training, with the function `behaviour` in place of each stage's process."""
 
     calls: list[StageTask]
 
@@ -39,7 +39,7 @@ class FakeStages(LaterStages):
 
     @staticmethod
     def behaviour(folder: Path) -> None:
-        """Write the files of a stage that evaluates."""
+        """Write the files that the stage `evaluating` writes."""
         (folder / OUTPUT_FOLDER / "predictions.jsonl").write_text('{"a": 1}\n')
         (folder / RESULT_FILE).write_text(StageResult(evaluation=EVALUATION).model_dump_json(by_alias=True))
 
@@ -48,7 +48,7 @@ class Attempt:
     """One attempt of a job whose model is committed."""
 
     def __init__(self, folder: Path, number: int, *, has_trained: bool = True, spec: dict[str, Any] = EVALUATED) -> None:
-        self.run, self.inputs = _run_of(folder, number, spec)
+        self.run, self.inputs = _make_attempt_run(folder, number, spec)
         self.tree = CheckpointTree(FolderStore(folder / "store", f"file://{folder}/store"))
         work = folder / f"work-{number}"
         work.mkdir()
@@ -70,11 +70,11 @@ class Attempt:
         return self.inputs
 
     def end(self, output: Output) -> StageReport:
-        """Run the stages."""
+        """Run the stages after training for the model `output`."""
         return self.stages.run(output)
 
 
-def _run_of(folder: Path, number: int, spec: dict[str, Any]) -> tuple[RunConfig, Inputs]:
+def _make_attempt_run(folder: Path, number: int, spec: dict[str, Any]) -> tuple[RunConfig, Inputs]:
     (folder / f"inputs-{number}").mkdir()
     run, inputs = make_run(folder / f"inputs-{number}", folder / "model", spec)
     publish = f"file://{folder}/copies/{run.spec.output.dir}" if run.spec.output.dir else None
@@ -82,7 +82,7 @@ def _run_of(folder: Path, number: int, spec: dict[str, Any]) -> tuple[RunConfig,
 
 
 def commit_model(folder: Path) -> Output:
-    """Commit the final model of attempt 1."""
+    """Commit a final model to the folder's storage, as attempt 1 would."""
     tree = CheckpointTree(FolderStore(folder / "store", f"file://{folder}/store"))
     (folder / "final").mkdir()
     (folder / "final" / "model.safetensors").write_bytes(b"weights")
@@ -92,14 +92,14 @@ def commit_model(folder: Path) -> Output:
 
 
 def write_merged_model(folder: Path) -> None:
-    """Write a merged model of three files, as the process of the stage `merging` does."""
+    """Write a merged model with three files, as the process of the stage `merging` does."""
     for name in ("config.json", "model-1.safetensors", "model-2.safetensors"):
         (folder / OUTPUT_FOLDER / name).write_text(name)
     (folder / RESULT_FILE).write_text(StageResult().model_dump_json(by_alias=True))
 
 
 def write_measurements(folder: Path) -> None:
-    """Write measurements, as the processes of the stages `evaluating` and `comparing` do."""
+    """Write measurements and a result, as the processes of the stages `evaluating` and `comparing` do."""
     if StageTask.read(folder).stage is Stage.EVALUATING:
         (folder / OUTPUT_FOLDER / "measurements.json").write_text('{"rowCount": 2}')
     (folder / RESULT_FILE).write_text(StageResult(evaluation=EVALUATION).model_dump_json(by_alias=True))

@@ -1,4 +1,4 @@
-"""Train a tiny model in this process. The result contains losses, messages and the folder of the artefact."""
+"""Trains a tiny model in the process of the test, and records the run's losses, messages and artefact."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ TEN_ROWS = [
         ("question", "Paris"), ("answer", "Berlin"), ("input", "nine"), ("output", "three"), ("true", "false"),
     ]
 ]  # fmt: skip
-"""Ten rows with unrelated answers: learning one answer does not help with another answer."""
+"""Ten rows whose answers have nothing in common, so learning one answer does not help with another."""
 
 
 def merge_mappings(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of `base`, overwritten with the values of `overrides`. Nested mappings are merged."""
+    """Return a copy of `base` with the values of `overrides`. Nested mappings are merged."""
     result = dict(base)
     for key, value in overrides.items():
         are_mappings = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
@@ -36,7 +36,7 @@ def merge_mappings(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dic
 
 
 def write_rows(path: Path, rows: Sequence[Any]) -> Path:
-    """Write rows as JSONL."""
+    """Write rows to a JSONL file. Returns its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -47,7 +47,7 @@ def make_run(
     ranks: int = 1, restore: RestoredCheckpoint | None = None, validation: Sequence[Any] | None = None,
     config_maps: Mapping[str, Mapping[str, str]] | None = None, adapter: Path | None = None,
 ) -> tuple[RunConfig, Inputs]:  # fmt: skip
-    """Create a resolved run and its inputs, with all files below `folder`. The run uses a CPU unless the spec requests GPUs."""
+    """Create a run with resolved defaults, and its inputs. All files are below `folder`. The run uses the CPU unless the spec requests GPUs."""
     train_file = write_rows(folder / "train.jsonl", rows)
     validation_files = [write_rows(folder / "validation.jsonl", validation)] if validation is not None else []
     base_spec: dict[str, Any] = {
@@ -90,7 +90,7 @@ def create_method_for_run(
     keep_base_dtype: bool = False,
     new_token_ids: Sequence[int] = (),
 ) -> Any:
-    """Create the method of a run on a CPU. If `fsdp` is true, the method prepares the model for FSDP."""
+    """Create the run's training method on the CPU. With `fsdp`, the method prepares the model for FSDP."""
     import torch
     from finetune_trainer.distributed import DistributedStrategy
     from finetune_trainer.hardware import Hardware
@@ -106,7 +106,7 @@ def create_method_for_run(
 
 @dataclass
 class RunOutcome:
-    """The results of a run."""
+    """What a run has logged, reported and trained."""
 
     logs: list[dict[str, Any]] = field(default_factory=list)
     folder: Path | None = None
@@ -118,12 +118,12 @@ class RunOutcome:
 
     @property
     def losses(self) -> list[float]:
-        """Training losses of all logged steps."""
+        """Training losses of all logged steps, oldest first."""
         return [line["loss"] for line in self.logs if "loss" in line]
 
     @property
     def grad_norms(self) -> list[float]:
-        """Gradient norms of all logged steps."""
+        """Gradient norms of all logged steps, oldest first."""
         return [line["grad_norm"] for line in self.logs if "grad_norm" in line]
 
     @property
@@ -132,13 +132,13 @@ class RunOutcome:
         return [line["eval_loss"] for line in self.logs if "eval_loss" in line]
 
     def messages(self, kind: str) -> list[dict[str, Any]]:
-        """Return the messages of one kind that the rank has sent to the supervisor."""
+        """Return the messages of this kind that the rank has sent to the supervisor."""
         assert self.channel is not None
         return [message for message in self.channel.sent if message["kind"] == kind]
 
     @property
     def resolved(self) -> dict[str, Any]:
-        """The resolved settings that the run has reported."""
+        """All resolved settings that the run has reported."""
         settings: dict[str, Any] = {}
         for message in self.messages("resolved"):
             settings |= message["value"]
@@ -151,13 +151,13 @@ class RunOutcome:
 
 
 class RecordingHooks:
-    """An implementation of `train.Hooks` that records the logs and the folder of the artefact."""
+    """An implementation of `train.Hooks` that records the logs, the trained model and the artefact."""
 
     def __init__(self) -> None:
         self.outcome = RunOutcome()
 
     def create_callbacks(self, run: RunConfig, channel: Channel, inputs: Inputs) -> list[Any]:
-        """Return a callback that records the logs, and lets the Trainer write its checkpoints in the background."""
+        """Return a callback that records the logs and the model, and lets the Trainer write its checkpoints in the background."""
         from finetune_trainer.checkpoint.background import BackgroundWriter
         from transformers import TrainerCallback
 
@@ -166,7 +166,7 @@ class RecordingHooks:
 
         class Recorder(TrainerCallback):
             def on_trainer_created(self, trainer: Any) -> None:
-                trainer.checkpoint_writer, writer.in_background = writer, True
+                trainer.checkpoint_writer, writer.writes_in_background = writer, True
 
             def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
                 writer.wait()
@@ -182,17 +182,17 @@ class RecordingHooks:
 
         return [Recorder()]
 
-    def resume_path(self, inputs: Inputs) -> Path | None:
+    def get_resume_folder(self, inputs: Inputs) -> Path | None:
         """Folder of the restored checkpoint."""
         return inputs.restore.path if inputs.restore else None
 
-    def deliver_output(self, run: RunConfig, channel: Channel, model_dir: Path, kind: Any, extra: dict[str, Any]) -> None:
+    def report_final_artefact(self, run: RunConfig, channel: Channel, model_dir: Path, kind: Any, extra: dict[str, Any]) -> None:
         """Record the folder of the artefact instead of uploading it."""
         self.outcome.folder, self.outcome.kind, self.outcome.extra = model_dir, kind.value, extra
 
 
 def train_here(run: RunConfig, inputs: Inputs) -> RunOutcome:
-    """Run one rank in this process. Errors that the rank raises reach the caller unchanged."""
+    """Train as the only rank, in this process. Errors of the rank reach the caller unchanged."""
     from finetune_trainer import train
 
     train.preload(run)

@@ -1,4 +1,4 @@
-"""A finished run in a local folder, with a lineage statement, written by the trainer's own code without training."""
+"""Writes a finished run with a lineage statement into a local folder. The trainer's own code writes the files, but no training takes place."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.cluster import StorageRoot
 from finetune_api.spec.enums import OutputKind
 from finetune_api.status import ResolvedConfig
-from finetune_trainer.checkpoint.manifest import Manifest, prefix_of
+from finetune_trainer.checkpoint.manifest import Manifest, checkpoint_folder_key
 from finetune_trainer.checkpoint.tree import CheckpointTree
 from finetune_trainer.file_entry import sha256_file
 from finetune_trainer.inputs import Inputs
 from finetune_trainer.storage.roots import open_store
 from finetune_trainer.supervisor.attempt_recorder import AttemptRecorder
-from finetune_trainer.supervisor.fetch import combined_digest, fingerprint
+from finetune_trainer.supervisor.fetch import compute_combined_digest, compute_fingerprint
 from finetune_trainer.supervisor.file_digests import FileDigests
 from finetune_trainer.supervisor.lineage import Lineage
-from finetune_trainer.supervisor.prepare import run_facts_of
+from finetune_trainer.supervisor.prepare import collect_run_facts
 from finetune_trainer.supervisor.run_state import RunState
 
 UID = "11111111-2222-3333-4444-555555555555"
@@ -34,32 +34,32 @@ FILES = {"adapter_model.safetensors": b"weights" * 100, "adapter_config.json": b
 
 
 def write_finished_run(folder: Path, uid: str = UID) -> Path:
-    """Write a run with two checkpoints, a model and a statement. Returns the job's folder in storage."""
+    """Write a run with two checkpoints, a model and a lineage statement. Returns the job's folder in storage."""
     (folder / "base").mkdir(parents=True)
     (folder / "base" / "config.json").write_text("{}")
     for name in ("train", "test"):
         (folder / f"{name}.jsonl").write_text(f'{{"text": "{name}"}}\n')
     root = folder / "store" / "team" / "bot" / uid
-    run, tree = _run_config(folder, root, uid), CheckpointTree(open_store(StoreTarget(uri=f"file://{root}")))
-    inputs = _inputs(folder)
-    facts = run_facts_of(run, "0" * 64, inputs)
+    run, tree = _make_run_config(folder, root, uid), CheckpointTree(open_store(StoreTarget(uri=f"file://{root}")))
+    inputs = make_inputs(folder)
+    facts = collect_run_facts(run, "0" * 64, inputs)
     tree.begin_attempt(1, run.to_bytes())
     for step in (10, 20, None):
         files = folder / "files" / str(step)
         for name, content in (FILES if step is None else {"state.bin": b"%d" % step}).items():
             (files / name).parent.mkdir(parents=True, exist_ok=True)
             (files / name).write_bytes(content)
-        entries = tree.upload(prefix_of(step), INCARNATION, files)
+        entries = tree.upload(checkpoint_folder_key(step), INCARNATION, files)
         kind = OutputKind.ADAPTER if step is None else None
         manifest = Manifest(job=f"team/bot/{uid}", incarnation=INCARNATION, step=step or 20, kind=kind, facts=facts, files=entries)
-        tree.commit(prefix_of(step), manifest)
+        tree.commit(checkpoint_folder_key(step), manifest)
     recorder = AttemptRecorder(run, tree, incarnation=INCARNATION, config_sha256="0" * 64, started_at=datetime(2026, 3, 1, tzinfo=UTC))
     recorder.record_start(0, ResolvedConfig())
     assert Lineage(run, tree, RunState(), FileDigests()).write_statement(inputs) == f"file://{root}/lineage/statement.json"
     return root
 
 
-def _run_config(folder: Path, root: Path, uid: str) -> RunConfig:
+def _make_run_config(folder: Path, root: Path, uid: str) -> RunConfig:
     spec = {
         "model": {"source": f"file://{folder}/base"}, "resources": {"gpusPerNode": 0},
         "dataset": {"train": f"file://{folder}/train.jsonl", "test": "https://user:secret@host/test.jsonl?signature=abc"},
@@ -72,11 +72,11 @@ def _run_config(folder: Path, root: Path, uid: str) -> RunConfig:
     )  # fmt: skip
 
 
-def _inputs(folder: Path) -> Inputs:
+def make_inputs(folder: Path) -> Inputs:
     train, test = [folder / "train.jsonl"], [folder / "test.jsonl"]
     return Inputs(
-        model=folder / "base", train=train, test=test, model_revision=fingerprint(folder / "base"),
-        dataset_digest=combined_digest(train, sha256_file), image_digests={TRAINING_IMAGES: "1" * 64}, output_dir=folder, config_maps=folder / "none",
+        model=folder / "base", train=train, test=test, model_revision=compute_fingerprint(folder / "base"),
+        dataset_digest=compute_combined_digest(train, sha256_file), image_digests={TRAINING_IMAGES: "1" * 64}, output_dir=folder, config_maps=folder / "none",
     )  # fmt: skip
 
 
@@ -85,14 +85,14 @@ def model_folder(root: Path) -> Path:
 
 
 def edit_json(path: Path, edit: Callable[[Any], None]) -> None:
-    """Change a JSON file in place."""
+    """Apply `edit` to the value in a JSON file, and write the file."""
     value = json.loads(path.read_bytes())
     edit(value)
     path.write_text(json.dumps(value))
 
 
 def edit_manifest(root: Path, edit: Callable[[Any], None]) -> None:
-    """Change the manifest, and adapt the marker and the statement's subjects, as an attacker with write access to storage would do."""
+    """Change the model's manifest, and adapt the commit marker and the statement's subjects to it, as an attacker with access to storage would."""
     path = model_folder(root) / "manifest.json"
     edit_json(path, edit)
     data = path.read_bytes()

@@ -1,7 +1,7 @@
-"""Run every method with every objective and every strategy. Write which combinations work, and why the others are refused.
+"""Runs every method with every objective and every strategy, and records which combinations work and why each other combination is refused.
 
 `python -m tests.support.matrix` runs all combinations in the trainer image (about ten minutes on two cores) and writes docs/reference/matrix.md.
-It needs what `make prepare` installs and builds.
+Run `make prepare` before.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from finetune_api.names import ExitCode
 
-from tests.support.cells import CHECKOUT_FOLDER, Cell, PythonRunner, Result, launch_cells, run_python_of_tests
+from tests.support.cells import CHECKOUT_FOLDER, Cell, PythonRunner, Result, launch_cells, run_test_python
 from tests.support.learning import TEN_ROWS, merge_mappings
 from tests.support.preferences import LABELLED_ANSWERS, PREFERENCE_PAIRS, PROMPTS
 
@@ -56,16 +56,16 @@ RANKS_BY_STRATEGY: dict[str, tuple[int, dict[str, Any]]] = {
     "deepspeed, ZeRO 3": (2, {"strategy": "deepspeed", "deepspeed": {"zeroStage": 3}}),
 }
 VerdictTable = dict[tuple[str, str], str]
-"""For each (method, objective): `yes` if the combination works, else the reason for the refusal."""
+"""The verdict for each (method, objective): `yes` if the combination works, else the message with which it is refused."""
 
 
 def run_strategy(
     strategy: str, folder: Path, *, methods: Sequence[str] = tuple(SPEC_BY_METHOD), base_spec: Mapping[str, Any] | None = None,
-    run_python: PythonRunner = run_python_of_tests,
+    run_python: PythonRunner = run_test_python,
 ) -> VerdictTable:  # fmt: skip
-    """Run all cells of one strategy in one launch. `base_spec`: settings of every cell. `run_python`: see `launch_cells`.
+    """Run every method with every objective for one strategy, in one launch. `base_spec` holds settings for all of these runs.
 
-    Errors: AssertionError if a cell fails with an error other than a ConfigError.
+    `run_python`: see `launch_cells`. Errors: AssertionError if a run fails with an exit code other than CONFIG_INVALID.
     """
     rank_count, distributed_spec = RANKS_BY_STRATEGY[strategy]
     model = _make_model(folder / "model")
@@ -101,7 +101,7 @@ def _make_model(path: Path) -> Path:
 
 
 def _make_adapter(model: Path, folder: Path, task_type: str) -> str:
-    """Create and save an adapter for the PEFT task type `task_type`. Returns its folder."""
+    """Save a new LoRA adapter for the PEFT task type `task_type`. Returns its folder."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -141,16 +141,16 @@ def render_page(tables: dict[str, VerdictTable]) -> str:
                 cell_texts.append("•" if verdict == WORKS_VERDICT else str(reasons.index(verdict) + 1))
             lines.append(f"| {method} | {' | '.join(cell_texts)} |")
         sections.append("\n".join(lines))
-    notes = "\n".join(f"{place}. {reason}" for place, reason in enumerate(reasons, 1))
+    notes = "\n".join(f"{number}. {reason}" for number, reason in enumerate(reasons, 1))
     return "\n".join([PAGE_HEADER, "\n\n".join(sections), "\n## Refused\n", notes, ""])
 
 
 def _group_by_table(tables: dict[str, VerdictTable]) -> Iterator[tuple[list[str], VerdictTable]]:
-    """Group the strategies that have equal tables. Yields the names of the strategies and their table."""
+    """Yield each different table, with the names of the strategies that have this table."""
     groups: list[tuple[list[str], VerdictTable]] = []
     for strategy, table in tables.items():
-        for names, other in groups:
-            if other == table:
+        for names, group_table in groups:
+            if group_table == table:
                 names.append(strategy)
                 break
         else:
@@ -163,10 +163,10 @@ def read_expected_table(strategy: str) -> VerdictTable:
     text = PAGE.read_text()
     assert strategy in text, f"the page has no table of {strategy}: run python -m tests.support.matrix '{strategy}'"
     reasons = dict(re.findall(r"^(\d+)\. (.+)$", text.split("\n## Refused\n")[1], re.MULTILINE))
-    section = next(one for one in text.split("\n## ") if strategy in one.splitlines()[0].split("; "))
+    section = next(section for section in text.split("\n## ") if strategy in section.splitlines()[0].split("; "))
     table: VerdictTable = {}
     for line in section.splitlines():
-        cell_texts = [one.strip() for one in line.strip("|").split("|")]
+        cell_texts = [cell_text.strip() for cell_text in line.strip("|").split("|")]
         if cell_texts[0] in SPEC_BY_METHOD:
             for objective, mark in zip(TRAINER_BY_OBJECTIVE, cell_texts[1:], strict=True):
                 table[cell_texts[0], objective] = WORKS_VERDICT if mark == "•" else reasons[mark]
@@ -174,7 +174,7 @@ def read_expected_table(strategy: str) -> VerdictTable:
 
 
 def main(requested_strategies: Sequence[str]) -> None:
-    """Run the requested strategies (default: all) in the trainer image. Write the page after each strategy; the tables of other strategies stay unchanged."""
+    """Run the requested strategies (by default all) in the trainer image. After each strategy, write its table into the reference page."""
     from tests.support.trainer_image import open_trainer_image
 
     tables = {name: read_expected_table(name) for name in RANKS_BY_STRATEGY if PAGE.exists() and name in PAGE.read_text()}

@@ -6,7 +6,7 @@ from typing import Any
 
 
 class MlflowRuns:
-    """The runs of one experiment."""
+    """The runs of one MLflow experiment."""
 
     def __init__(self, tracking_uri: str, experiment: str) -> None:
         from mlflow.tracking import MlflowClient
@@ -22,11 +22,11 @@ class MlflowRuns:
         return {run.info.run_name for run in self.all()}
 
     def run(self, name: str) -> Any:
-        """The only run with this name."""
+        """Return the run with this name. Errors: ValueError unless exactly one run has this name."""
         [run] = [run for run in self.all() if run.info.run_name == name]
         return run
 
-    def history(self, name: str, key: str) -> list[tuple[int, float]]:
-        """Step and value of every stored value of a metric, in the order of steps."""
-        values = self._client.get_metric_history(self.run(name).info.run_id, key)
-        return sorted((metric.step, metric.value) for metric in values)
+    def history(self, name: str, metric: str) -> list[tuple[int, float]]:
+        """Return (step, value) for every stored value of a run's metric, sorted by step."""
+        values = self._client.get_metric_history(self.run(name).info.run_id, metric)
+        return sorted((value.step, value.value) for value in values)

@@ -1,6 +1,6 @@
-"""Fixtures for tests that train in this process: imported libraries, and tiny models that are created once per session.
+"""Fixtures for tests that train in their own process: imported libraries, and tiny models that are created once per session.
 
-A conftest that imports a fixture makes it available to its tests.
+A conftest imports the fixtures that its tests use.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ import pytest
 
 @pytest.fixture(scope="session", autouse=True)
 def libraries() -> Iterator[None]:
-    """Import bitsandbytes at the start. Some tests hide this package from later imports, and other tests in the same process need it."""
+    """Import bitsandbytes first. Some tests hide this package from later imports, but other tests in the same process need it."""
     import bitsandbytes  # noqa: F401  an imported package cannot be hidden
     import torch
 
     torch.set_num_threads(1)
     yield
-    gc.unfreeze()  # otherwise Python would not clean up these objects at its exit
+    gc.unfreeze()  # otherwise Python would not clean up the frozen objects when it exits
 
 
 @pytest.fixture(scope="session")
 def raw_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with random weights."""
+    """Folder of a model with random weights."""
     from tests.support.tiny import make_tiny_model
 
     return make_tiny_model(tmp_path_factory.mktemp("models") / "raw")
@@ -38,7 +38,7 @@ def raw_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with other random weights and the same vocabulary."""
+    """Folder of a model that differs from `raw_model` only in its random weights."""
     from tests.support.tiny import make_tiny_model
 
     return make_tiny_model(tmp_path_factory.mktemp("models") / "other", seed=7)
@@ -46,15 +46,15 @@ def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def taught_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that was trained on the questions of the ten rows, but with wrong answers."""
+    """Folder of a model that was trained on the questions of TEN_ROWS with wrong answers."""
     from tests.support.learning import TEN_ROWS
     from tests.support.tiny import make_tiny_model, train_model
 
     path = make_tiny_model(tmp_path_factory.mktemp("models") / "taught")
     answers = [row["messages"][1]["content"] for row in TEN_ROWS]
     wrong_conversations = [
-        [row["messages"][0], {"role": "assistant", "content": answers[(place + shift) % len(answers)]}]
+        [row["messages"][0], {"role": "assistant", "content": answers[(index + shift) % len(answers)]}]
         for shift in (3, 5, 7)
-        for place, row in enumerate(TEN_ROWS)
+        for index, row in enumerate(TEN_ROWS)
     ]
     return train_model(path, wrong_conversations, steps=120)

@@ -1,11 +1,11 @@
-"""A small network in network namespaces that enforces NetworkPolicies with nftables. Runs as a program of its own.
+"""A small network of network namespaces that enforces NetworkPolicies with nftables. Runs as a separate program.
 
-No network plugin that enforces NetworkPolicies runs on the test machine. This program takes its place: it makes one network namespace for
-each pod, translates the given policies into nftables rules of the pods' namespaces, and tries connections. It needs root, `ip` and `nft`.
+The test machine has no network plugin that enforces NetworkPolicies. This program replaces one: it creates a network namespace for each pod, translates
+the policies into nftables rules for these namespaces, and tries connections. It needs root, `ip` and `nft`.
 
-All namespaces are inside a network and a mount namespace of the program, so they end with it and no other program sees them. A refused
-connection is reset at once, where a real plugin would drop its packets. The translation covers the parts of NetworkPolicies that the
-operator uses, and fails for all others.
+The program runs in its own network and mount namespace. The pods' namespaces are inside them, so they disappear when the program ends, and no other
+program sees them. A forbidden connection is reset at once, whereas a real plugin drops its packets. Only the NetworkPolicy fields that the operator
+uses are translated; any other field is an error.
 """
 
 from __future__ import annotations
@@ -28,37 +28,39 @@ Object = dict[str, Any]
 NAMESPACE_NAME_LABEL = "kubernetes.io/metadata.name"
 CLONE_NEWNET = 0x40000000
 CONNECT_SECONDS = 20
-"""Only a failure of this program makes a connection wait so long: rules refuse at once, and every address exists."""
+"""Timeout of a connection. A connection takes this long only after a failure of this program: every address exists, and forbidden connections are
+reset at once.
+"""
 
 
 @dataclass(frozen=True)
 class LabPod:
-    """A pod, or a host outside the cluster (an empty namespace). It listens on all `ports`."""
+    """A pod that listens on all `ports`. With an empty `namespace`, it is a host outside the cluster."""
 
     name: str
     namespace: str
     labels: dict[str, str]
     addresses: tuple[str, ...]
-    """Addresses with prefix length."""
+    """IP addresses with a prefix length, such as `10.0.0.1/8`."""
     ports: tuple[int, ...] = ()
 
     @property
     def ips(self) -> list[str]:
-        """Addresses without prefix length."""
+        """The IP addresses without the prefix length."""
         return [str(ipaddress.ip_interface(address).ip) for address in self.addresses]
 
 
 @dataclass(frozen=True)
 class Lab:
-    """The pods, the policies, and the connections to try: (name of the source, address, port)."""
+    """The pods and policies of a network, and the connections to try. Each attempt is (name of the connecting pod, target address, target port)."""
 
     pods: tuple[LabPod, ...]
     policies: tuple[Object, ...] = ()
     attempts: tuple[tuple[str, str, int], ...] = field(default=())
 
 
-def missing_requirement() -> str | None:
-    """What this machine lacks for a lab, or None."""
+def find_missing_requirement() -> str | None:
+    """Return a message on what this machine lacks to run a lab; None if it lacks nothing."""
     missing = [program for program in ("ip", "nft", "unshare", "mount") if shutil.which(program, path="/usr/sbin:/sbin:/usr/bin:/bin") is None]
     if missing:
         return f"missing programs: {', '.join(missing)} (Debian packages nftables, iproute2)"
@@ -67,7 +69,7 @@ def missing_requirement() -> str | None:
 
 
 def run_lab(lab: Lab) -> list[bool]:
-    """Build the network in a new process, and return for each connection whether it succeeded."""
+    """Build the network in a new process, and return whether each attempt connected."""
     repository = Path(__file__).parents[2]
     done = subprocess.run(
         ["unshare", "--net", "--mount", "--propagation", "private", sys.executable, "-m", "tests.support.network_lab"],
@@ -80,8 +82,8 @@ def run_lab(lab: Lab) -> list[bool]:
 # ---- from NetworkPolicies to nftables ----
 
 
-def nft_rules(pod: LabPod, lab: Lab) -> str:
-    """The rules of one pod. A pod is isolated in a direction as soon as one policy with this direction selects it."""
+def make_nft_rules(pod: LabPod, lab: Lab) -> str:
+    """Return the nftables rules for a pod's namespace. The pod is isolated in a direction if at least one policy of this direction selects it."""
     lines = ["table inet network_policy {"]
     for direction, chain, hook in (("Ingress", "incoming", "input"), ("Egress", "outgoing", "output")):
         policies = [p for p in lab.policies if _selects(p["spec"]["podSelector"], pod.labels) and p["metadata"]["namespace"] == pod.namespace]
@@ -92,32 +94,32 @@ def nft_rules(pod: LabPod, lab: Lab) -> str:
         lines += [f"{'iif' if direction == 'Ingress' else 'oif'} lo accept", "meta l4proto ipv6-icmp accept"]
         for policy in policies:
             for rule in policy["spec"].get(direction.lower(), []):
-                lines += _accept_rules(rule, direction, policy, lab)
+                lines += _make_accept_rules(rule, direction, policy, lab)
         lines += ["meta l4proto tcp reject with tcp reset", "drop", "}"]
     return "\n".join([*lines, "}"])
 
 
-def _accept_rules(rule: Object, direction: str, policy: Object, lab: Lab) -> list[str]:
-    """The rules for one entry of `ingress` or `egress`: every peer with every port."""
+def _make_accept_rules(rule: Object, direction: str, policy: Object, lab: Lab) -> list[str]:
+    """Return the nftables rules for one entry of `ingress` or `egress`: one rule for every pair of peer and port."""
     peers = rule.get("from" if direction == "Ingress" else "to")
     assert set(rule) <= {"from", "to", "ports"}
     side = "saddr" if direction == "Ingress" else "daddr"
-    addresses = [""] if not peers else [line for peer in peers for line in _peer_matches(peer, side, policy, lab)]
+    addresses = [""] if not peers else [line for peer in peers for line in _make_peer_matches(peer, side, policy, lab)]
     ports = [f"{port['protocol'].lower()} dport {port['port']} " for port in rule.get("ports", [])] or [""]
     return [f"{address}{port}accept" for address in addresses for port in ports]
 
 
-def _peer_matches(peer: Object, side: str, policy: Object, lab: Lab) -> list[str]:
+def _make_peer_matches(peer: Object, side: str, policy: Object, lab: Lab) -> list[str]:
     if "ipBlock" in peer:
         assert set(peer) == {"ipBlock"}
         block = peer["ipBlock"]
-        family = _family(block["cidr"])
+        family = _find_address_family(block["cidr"])
         exceptions = block.get("except", [])
         excluded = f"{family} {side} != {{ {', '.join(exceptions)} }} " if exceptions else ""
         return [f"{family} {side} {block['cidr']} {excluded}"]
     assert set(peer) <= {"podSelector", "namespaceSelector"}
     selected = [pod for pod in lab.pods if pod.namespace and _selects_peer(peer, pod, policy["metadata"]["namespace"])]
-    return [f"{_family(ip)} {side} {ip} " for pod in selected for ip in pod.ips]
+    return [f"{_find_address_family(ip)} {side} {ip} " for pod in selected for ip in pod.ips]
 
 
 def _selects_peer(peer: Object, pod: LabPod, own_namespace: str) -> bool:
@@ -134,22 +136,22 @@ def _selects(selector: Object, labels: dict[str, str]) -> bool:
     return bool(selector.get("matchLabels", {}).items() <= labels.items())
 
 
-def _family(address: str) -> str:
+def _find_address_family(address: str) -> str:
     return "ip6" if ":" in address else "ip"
 
 
-# ---- the network, in a process of its own ----
+# ---- the network, in a separate process ----
 
 
 def run(*command: str, text: str | None = None) -> None:
-    """Run a command; its error message ends this program."""
+    """Run a command. If it fails, exit this program with the command's error message."""
     done = subprocess.run(command, input=text, capture_output=True, text=True)
     if done.returncode != 0:
         sys.exit(f"{' '.join(command)}: {done.stderr}{text or ''}")
 
 
-def in_namespace(name: str, function: Callable[[], T]) -> T:
-    """Call a function in a thread that has entered a network namespace. Sockets stay in the namespace in which they were created."""
+def call_in_namespace(name: str, function: Callable[[], T]) -> T:
+    """Call a function in a thread inside a network namespace. A socket that it creates stays in this namespace."""
     libc = ctypes.CDLL(None, use_errno=True)
     results: list[T] = []
 
@@ -166,8 +168,8 @@ def in_namespace(name: str, function: Callable[[], T]) -> T:
 
 
 def build_network(lab: Lab) -> list[socket.socket]:
-    """Connect all pods with one bridge, load their rules, and return their listening sockets."""
-    run("mount", "-t", "tmpfs", "tmpfs", "/run")  # `ip netns` keeps its names there
+    """Connect all pods to one bridge, load their nftables rules, and return their listening sockets."""
+    run("mount", "-t", "tmpfs", "tmpfs", "/run")  # `ip netns` stores the namespaces' names in /run
     links = ["link add bridge0 type bridge", "link set bridge0 up"]
     for number, pod in enumerate(lab.pods):
         links += [f"netns add {pod.name}", f"link add pod{number} type veth peer name eth0 netns {pod.name}", f"link set pod{number} master bridge0 up"]
@@ -177,16 +179,16 @@ def build_network(lab: Lab) -> list[socket.socket]:
         addresses = [f"addr add {address} dev eth0{' nodad' if ':' in address else ''}" for address in pod.addresses]
         run("ip", "-n", pod.name, "-batch", "-", text="\n".join(["link set lo up", "link set eth0 up", *addresses, "route add default dev eth0"]))
         run("ip", "-n", pod.name, "-6", "route", "add", "default", "dev", "eth0")
-        rules = nft_rules(pod, lab)
+        rules = make_nft_rules(pod, lab)
         if "chain" in rules:
             run("ip", "netns", "exec", pod.name, "nft", "-f", "-", text=rules)
         for port in pod.ports:
-            listeners.append(in_namespace(pod.name, lambda port=port: socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)))
+            listeners.append(call_in_namespace(pod.name, lambda port=port: socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)))
     return listeners
 
 
 def can_connect(address: str, port: int) -> bool:
-    """Whether a connection is accepted. A refused connection is reset; any other failure ends this program."""
+    """Whether a connection is accepted. Returns False if it is reset. Errors: OSError after any other failure."""
     try:
         socket.create_connection((address, port), timeout=CONNECT_SECONDS).close()
     except ConnectionRefusedError:
@@ -195,12 +197,12 @@ def can_connect(address: str, port: int) -> bool:
 
 
 def main() -> None:
-    """Read a lab as JSON from standard input, and write the results as a JSON list."""
+    """Read a Lab as JSON from standard input, and print the result of each attempt as a JSON list of booleans."""
     value = json.load(sys.stdin)
     pods = tuple(LabPod(**{**pod, "addresses": tuple(pod["addresses"]), "ports": tuple(pod["ports"])}) for pod in value["pods"])
     lab = Lab(pods, tuple(value["policies"]))
     listeners = build_network(lab)
-    print(json.dumps([in_namespace(source, lambda a=address, p=port: can_connect(a, p)) for source, address, port in value["attempts"]]))
+    print(json.dumps([call_in_namespace(source, lambda a=address, p=port: can_connect(a, p)) for source, address, port in value["attempts"]]))
     for listener in listeners:
         listener.close()
 

@@ -1,4 +1,4 @@
-"""Run the operator as a process with a configuration file. Tests can signal, kill and stop it, and read its log and metrics."""
+"""Runs the operator as a process with a configuration file. A test can stop, kill and signal the process, and read its log and metrics."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FAST_CONFIG: dict[str, Any] = {
     "scrape": {"intervalSeconds": 0.2, "startingIntervalSeconds": 0.2, "timeoutSeconds": 2},
     "log": {"format": "json", "level": "info"},
 }
-"""A configuration with short intervals and timeouts, so that tests are fast."""
+"""A configuration of the operator with short intervals and timeouts, so that tests are fast."""
 KILL_VARIABLE = "FINETUNE_TEST_KILL_FILE"
 ERROR_LINE_PATTERN = re.compile(
     r'"level": ?"(?:error|critical)"|Traceback \(most recent call last\)| \[?(?:ERROR|CRITICAL)\b', re.I
@@ -37,7 +37,7 @@ ERROR_LINE_PATTERN = re.compile(
 
 
 def merge_mappings(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of `base`, overwritten with the values of `overrides`. Nested mappings are merged."""
+    """Return a copy of `base` with the values of `overrides`. Nested mappings are merged."""
     result = dict(base)
     for key, value in overrides.items():
         are_mappings = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
@@ -47,22 +47,19 @@ def merge_mappings(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dic
 
 @dataclass
 class OperatorProcess:
-    """One operator process. As a context manager, it is started on entry and killed on exit.
-
-    `config` is merged into FAST_CONFIG. `kill_at` sets the point of the code at which the process kills itself.
-    """
+    """One operator process. A `with` block starts the process at its beginning and kills it at its end. `config` is merged into FAST_CONFIG."""
 
     folder: Path
     kubeconfig: Path
     config: Mapping[str, Any] = field(default_factory=dict)
     env: Mapping[str, str] = field(default_factory=dict)
     command_prefix: tuple[str, ...] = ()
-    """Command and arguments before the operator's command, for example faketime with its arguments."""
+    """Words before the operator's command, for example `faketime` and its arguments."""
     _process: subprocess.Popen[bytes] | None = None
     port: int = 0
 
     def start(self, *, wait_until_ready: bool = True) -> Self:
-        """Start the process. If `wait_until_ready` is true, wait until /readyz succeeds. Errors: AssertionError if the process ends before it is ready."""
+        """Start the process and, if `wait_until_ready`, wait until /readyz succeeds. Errors: AssertionError if the process exits before it is ready."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.port = free_ports(1)[0]
         config = merge_mappings(merge_mappings(FAST_CONFIG, self.config), {"http": {"host": "127.0.0.1", "port": self.port}})
@@ -82,7 +79,7 @@ class OperatorProcess:
         return self
 
     def kill_at(self, point: str) -> None:
-        """Make the process kill itself when it next reaches this kill point."""
+        """Let the process kill itself when it next reaches this kill point of the code."""
         unfinished_file = self.folder / "kill-at.new"
         unfinished_file.write_text(point)
         unfinished_file.rename(self.folder / "kill-at")
@@ -108,7 +105,7 @@ class OperatorProcess:
         """Wait until /readyz returns 200."""
         deadline = time.monotonic() + timeout
         while self.read_status_code("/readyz") != 200:
-            assert self.is_running, f"the operator ended while starting: {self.log[-3000:]}"
+            assert self.is_running, f"the operator exited during its start: {self.log[-3000:]}"
             assert time.monotonic() < deadline, f"the operator was not ready in {timeout:.0f} s: {self.log[-3000:]}"
             time.sleep(0.05)
 
@@ -117,7 +114,7 @@ class OperatorProcess:
         return self._get(path)[0]
 
     def read_metrics(self) -> dict[str, float]:
-        """Return the values of /metrics, by `name{labels}`."""
+        """Return the metrics of /metrics. The keys are `name{labels}`."""
         text = self._get("/metrics")[1]
         lines = (line.rpartition(" ") for line in text.splitlines() if line and not line.startswith("#"))
         return {name: float(value) for name, _, value in lines}
@@ -132,7 +129,7 @@ class OperatorProcess:
             return 0, ""
 
     def wait_end(self, timeout: float = 30.0) -> int:
-        """Wait until the process ends by itself. Returns its exit code; if a signal has killed the process, the negative signal number."""
+        """Wait until the process exits by itself. Returns its exit code, or the negative signal number if a signal has killed it."""
         assert self._process is not None, "the operator was not started"
         try:
             return self._process.wait(timeout)
@@ -144,13 +141,13 @@ class OperatorProcess:
         self._process.send_signal(number)
 
     def kill(self) -> None:
-        """Send SIGKILL and wait until the process has ended. Does nothing if it has already ended."""
+        """Send SIGKILL and wait until the process has exited. Does nothing if it has already exited."""
         if self._process is not None and self._process.poll() is None:
             self._process.kill()
             self._process.wait()
 
     def stop(self, timeout: float = 20.0) -> int:
-        """Send SIGTERM and return the exit code. Errors: AssertionError if the process does not end in time; the process is then killed."""
+        """Send SIGTERM and return the exit code. If the process does not exit in time, kill it. Errors: AssertionError after such a kill."""
         assert self._process is not None, "the operator was not started"
         if self._process.poll() is None:
             self._process.terminate()
@@ -160,8 +157,8 @@ class OperatorProcess:
             self.kill()
             raise AssertionError(f"the operator ignored SIGTERM for {timeout:.0f} s: {self.log[-3000:]}") from None
 
-    def error_lines(self, allowed: Iterable[str] = ()) -> list[str]:
-        """Return log lines of level error and tracebacks, except lines that match a regular expression in `allowed`."""
+    def find_error_lines(self, allowed: Iterable[str] = ()) -> list[str]:
+        """Return the log lines with an error or a traceback, except the lines that match a regular expression in `allowed`."""
         allowed_patterns = [re.compile(expression) for expression in allowed]
         return [
             line for line in self.log.splitlines()

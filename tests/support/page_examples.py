@@ -1,8 +1,7 @@
-"""Every example of the tools' pages that the importers accept, with its stand-ins: a tiny model, tiny data, and the objects that the
-example names.
+"""For each example in other tools' documentation that `finetune import` accepts: what a test cluster needs to run the imported job.
 
-The examples come from the importers' tests (`tests/unit/cli/cases.py`). Stand-ins replace only what a test cluster lacks: the model, the
-data, GPUs, Secrets, ConfigMaps, and servers.
+The examples come from the importers' tests (`tests/unit/cli/cases.py`). Tiny models, tiny data and other stand-ins replace only what a test cluster
+lacks: the model, the data, GPUs, Secrets, ConfigMaps and servers.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import Any
 
 from tests.support.benchmark_folders import write_domain, write_task
 from tests.support.tiny import CHATML_TEMPLATE, make_tokenizer
-from tests.unit.cli.cases import import_cases
+from tests.unit.cli.cases import list_import_cases
 from tests.unit.cli.import_command import import_files
 
 ROW_COUNT = 24
@@ -25,7 +24,7 @@ TRACKING_URI = "http://mlflow:5000"
 BENCHMARK_TASKS = ("hellaswag", "mmlu", "truthfulqa_mc1", "truthfulqa_mc2", "winogrande", "gsm8k", "arc_challenge")
 PROMPTS = "What is 3 + 2?\n\nWhat is 5 + 2?\n"
 DEEPSPEED_SETTINGS = {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "zero_optimization": {"stage": "auto"}}
-"""The files that examples name without showing them."""
+"""Content of a DeepSpeed configuration file that examples name but do not show."""
 
 
 # --- models ---------------------------------------------------------------------------------------------------------
@@ -38,7 +37,7 @@ GEMMA_TEMPLATE = (
 
 @dataclass(frozen=True)
 class TinyModel:
-    """A model with random weights, of the type and with the kind of tokenizer of the model that it replaces."""
+    """A model with random weights. It has the model type of the model that it replaces, and also a chat template if that model has one."""
 
     model_type: str
     chat_template: str | None = CHATML_TEMPLATE
@@ -59,7 +58,7 @@ MODELS = {
 
 
 def write_model(name: str, folder: Path) -> None:
-    """Write one of the models with its tokenizer."""
+    """Write a model of MODELS and its tokenizer into `folder`."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -82,51 +81,51 @@ def write_model(name: str, folder: Path) -> None:
 # --- data -----------------------------------------------------------------------------------------------------------
 
 
-def _instruction(number: int) -> dict[str, Any]:
+def _make_instruction(number: int) -> dict[str, Any]:
     return {"instruction": f"What is {number} + 2?", "response": f"It is {number + 2}."}
 
 
-def _choice(number: int) -> dict[str, Any]:
+def _make_choice(number: int) -> dict[str, Any]:
     options = {"A": str(number + 1), "B": str(number + 2), "C": str(number + 3)}
     return {"question": f"What is {number} + 2?", "answer": "B", "options": options, "meta_info": "sums"}
 
 
-def _alpaca(number: int) -> dict[str, Any]:
+def _make_alpaca(number: int) -> dict[str, Any]:
     return {"instruction": "Add the numbers.", "input": f"{number} and 2", "output": f"It is {number + 2}."}
 
 
-def _sharegpt(number: int) -> dict[str, Any]:
+def _make_sharegpt(number: int) -> dict[str, Any]:
     return {"conversations": [{"from": "human", "value": f"What is {number} + 2?"}, {"from": "gpt", "value": f"It is {number + 2}."}]}
 
 
-def _question(number: int) -> dict[str, Any]:
+def _make_question(number: int) -> dict[str, Any]:
     return {"question": f"What is {number} + 2?", "answer": f"It is {number + 2}.", "system": "You add numbers."}
 
 
-def _ticket(number: int) -> dict[str, Any]:
+def _make_ticket(number: int) -> dict[str, Any]:
     return {"ticket": f"Order {number} is missing.", "reply": f"Order {number} is on its way."}
 
 
-def _tagged_answer(number: int) -> dict[str, Any]:
+def _make_tagged_answer(number: int) -> dict[str, Any]:
     return {"Question": f"What is {number} + 2?", "Response": f"<answer>{number + 2}</answer>"}
 
 
-def _preference(number: int) -> dict[str, Any]:
+def _make_preference(number: int) -> dict[str, Any]:
     return {"Question": f"What is {number} + 2?", "Chosen": f"It is {number + 2}.", "Rejected": "No idea."}
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows in the format of an example. `extension`: `jsonl`, `json` (an array) or `csv`. `train_count`: number of training rows."""
+    """A dataset in the format that an example expects. `extension` is `jsonl`, `json` (an array) or `csv`."""
 
-    make: Callable[[int], dict[str, Any]]
+    make_row: Callable[[int], dict[str, Any]]
     extension: str = "jsonl"
     train_count: int = ROW_COUNT
 
-    def text(self, split: str) -> str:
-        """Return the content of the file of `train`, `validation` or `test`."""
+    def render(self, split: str) -> str:
+        """Return the content of the dataset's file for a split: `train`, `validation` or `test`."""
         first, count = FIRST_NUMBERS[split], self.train_count if split == "train" else HELD_OUT_COUNT
-        rows = [self.make(number) for number in range(first, first + count)]
+        rows = [self.make_row(number) for number in range(first, first + count)]
         if self.extension == "json":
             return json.dumps(rows)
         if self.extension == "csv":
@@ -135,62 +134,65 @@ class Rows:
 
 
 ROWS = {
-    "instruction": Rows(_instruction),
-    "choices": Rows(_choice),
-    "alpaca": Rows(_alpaca, "json"),
-    "alpaca-csv": Rows(_alpaca, "csv"),
-    "sharegpt": Rows(_sharegpt, "json"),
-    "questions": Rows(_question),
-    "tickets": Rows(_ticket),
-    "tagged": Rows(_tagged_answer),
-    "preferences": Rows(_preference, "json", 2 * ROW_COUNT),
+    "instruction": Rows(_make_instruction),
+    "choices": Rows(_make_choice),
+    "alpaca": Rows(_make_alpaca, "json"),
+    "alpaca-csv": Rows(_make_alpaca, "csv"),
+    "sharegpt": Rows(_make_sharegpt, "json"),
+    "questions": Rows(_make_question),
+    "tickets": Rows(_make_ticket),
+    "tagged": Rows(_make_tagged_answer),
+    "preferences": Rows(_make_preference, "json", 2 * ROW_COUNT),
 }
 FIRST_NUMBERS = {"train": 0, "validation": 100, "test": 200}
 HELD_OUT_COUNT = 6
-"""Number of rows of validation and test data."""
+"""Number of rows in the validation data, and in the test data."""
 
 
 # --- examples -------------------------------------------------------------------------------------------------------
 
 ON_CPU = ("training.device=cpu", "training.mixedPrecision=no")
-"""For examples with `DEVICE=cuda`, which the tool trains with fp16."""
+"""For examples with `DEVICE=cuda`, which the original tool trains with fp16."""
 PLAIN_CHECKPOINTING = ("training.gradientCheckpointing=enabled",)
-"""For examples that request the checkpointing of Unsloth, which needs a GPU."""
+"""For examples that request Unsloth's gradient checkpointing, which needs a GPU."""
 WITHOUT_UNSLOTH = ("trainer.backend=transformers", *PLAIN_CHECKPOINTING)
 """For examples that train with Unsloth, which needs a GPU."""
 WANDB_FILES = ('placement.env=[{"name": "WANDB_MODE", "value": "offline"}]',)
-"""For examples that track with Weights & Biases, whose server no test has."""
+"""For examples that track with Weights & Biases. The tests have no such server, so the tracker writes files."""
 TWO_RANKS = ("resources.processesPerNode=2",)
 """For examples that shard or replicate the model over GPUs."""
 HUB_STAND_IN = (
     "output.hub.tokenSecretRef.name=hub", "output.hub.tokenSecretRef.key=token", 'placement.env=[{"name": "HF_ENDPOINT", "value": "http://hub"}]',
 )  # fmt: skip
-"""For examples that push the model to the hub. Their files contain no token, and no test may use the real hub."""
+"""For examples that push the model to the hub. Their files contain no token, and the tests must not use the real hub."""
 MLFLOW_ADDRESS = (f"tracking.mlflow.trackingUri={TRACKING_URI}",)
-"""For the example with a placeholder instead of the server's address."""
+"""For the example that has a placeholder instead of the MLflow server's address."""
 
 
 FEWER_STEPS = ("training.maxSteps=60",)
-"""For the example with 200 steps, which evaluates every 50 steps."""
+"""For the example with 200 steps. The smaller number still includes an evaluation, which takes place every 50 steps."""
 
 
 @dataclass(frozen=True)
 class PageExample:
-    """The stand-ins of an example. `steps`: optimizer steps of the whole run. `changes`: fields of the spec, as `--set` takes them.
-
-    `splits`: data files besides the training data. `tokenizer`: the model of a tokenizer that the example takes from another model.
-    """
+    """How to run the job of an example on a test cluster."""
 
     model: str
+    """Key of MODELS."""
     rows: str
+    """Key of ROWS."""
     steps: int
+    """Number of optimizer steps of the whole run."""
     changes: tuple[str, ...] = ()
+    """Changed fields of the spec, each an argument of `--set`."""
     splits: tuple[str, ...] = ()
+    """Splits with a data file, in addition to `train`."""
     has_benchmarks: bool = False
     tokenizer: str | None = None
+    """Key of MODELS, if the example uses the tokenizer of another model."""
 
 
-def _toml(steps: int, *changes: str, model: str = "qwen2", rows: str = "questions", splits: tuple[str, ...] = ()) -> PageExample:
+def _toml_example(steps: int, *changes: str, model: str = "qwen2", rows: str = "questions", splits: tuple[str, ...] = ()) -> PageExample:
     return PageExample(model, rows, steps, changes, splits)
 
 
@@ -208,26 +210,26 @@ PAGE_EXAMPLES: dict[str, PageExample] = {
     "env-command-line-over-file": PageExample("gpt2", "instruction", 4),
     "env-page-run": PageExample("gpt2", "choices", 5, ON_CPU),
     "env-page-example-7": PageExample("llama", "instruction", 6, ON_CPU),
-    "samples-toml-A": _toml(4, *PLAIN_CHECKPOINTING, rows="tickets"),
-    "samples-toml-B": _toml(60, model="llama-chat"),
-    "samples-toml-C": _toml(60, model="gemma", splits=("test",)),
-    "blocks-toml-01": _toml(60),
-    "blocks-toml-02": _toml(60),
-    "blocks-toml-03": _toml(60, splits=("validation",)),
-    "blocks-toml-04": _toml(60),
-    "blocks-toml-07": _toml(60),
-    "blocks-toml-08": _toml(60, *PLAIN_CHECKPOINTING),
-    "blocks-toml-09": _toml(60, *MLFLOW_ADDRESS),
-    "blocks-toml-10": _toml(60, *HUB_STAND_IN),
-    "blocks-toml-11": _toml(60),
-    "blocks-toml-12": _toml(60, *PLAIN_CHECKPOINTING),
-    "blocks-toml-13": _toml(60, *PLAIN_CHECKPOINTING),
-    "blocks-toml-14": _toml(60, *PLAIN_CHECKPOINTING, model="llama-chat"),
-    "blocks-toml-15": _toml(30),
-    "blocks-toml-16": _toml(100, splits=("validation",)),
-    "blocks-toml-17": _toml(6),
-    "blocks-toml-18": _toml(30, *HUB_STAND_IN),
-    "blocks-toml-19": _toml(30, *PLAIN_CHECKPOINTING),
+    "samples-toml-A": _toml_example(4, *PLAIN_CHECKPOINTING, rows="tickets"),
+    "samples-toml-B": _toml_example(60, model="llama-chat"),
+    "samples-toml-C": _toml_example(60, model="gemma", splits=("test",)),
+    "blocks-toml-01": _toml_example(60),
+    "blocks-toml-02": _toml_example(60),
+    "blocks-toml-03": _toml_example(60, splits=("validation",)),
+    "blocks-toml-04": _toml_example(60),
+    "blocks-toml-07": _toml_example(60),
+    "blocks-toml-08": _toml_example(60, *PLAIN_CHECKPOINTING),
+    "blocks-toml-09": _toml_example(60, *MLFLOW_ADDRESS),
+    "blocks-toml-10": _toml_example(60, *HUB_STAND_IN),
+    "blocks-toml-11": _toml_example(60),
+    "blocks-toml-12": _toml_example(60, *PLAIN_CHECKPOINTING),
+    "blocks-toml-13": _toml_example(60, *PLAIN_CHECKPOINTING),
+    "blocks-toml-14": _toml_example(60, *PLAIN_CHECKPOINTING, model="llama-chat"),
+    "blocks-toml-15": _toml_example(30),
+    "blocks-toml-16": _toml_example(100, splits=("validation",)),
+    "blocks-toml-17": _toml_example(6),
+    "blocks-toml-18": _toml_example(30, *HUB_STAND_IN),
+    "blocks-toml-19": _toml_example(30, *PLAIN_CHECKPOINTING),
     "samples-yaml-A": PageExample("mistral-chat", "sharegpt", 4),
     "samples-yaml-B": PageExample("qwen2-12-layers", "alpaca", 2, (), ("validation",)),
     "blocks-yaml-01": PageExample("llama-chat", "alpaca", 6, (), ("validation",), has_benchmarks=True),
@@ -250,33 +252,33 @@ PAGE_EXAMPLES: dict[str, PageExample] = {
     "blocks-guide-13": PageExample("llama", "alpaca", 6),
 }
 
-SAME_JOB = {
+EXAMPLE_WITH_SAME_JOB = {
     "env-page-run": "blocks-env-01", "blocks-toml-02": "blocks-toml-01", "yaml-page-run": "blocks-yaml-01", "yaml-page-validate": "blocks-yaml-01",
 }  # fmt: skip
-"""Examples whose job has the same spec as that of another example, because they only start it or repeat the tool's defaults."""
+"""Examples whose job has the same spec as the job of another example: they only start that job, or they spell out the tool's defaults."""
 
 
-def accepted_examples() -> list[str]:
-    """Return the names of all examples that are accepted. Examples that are only a part of a file are imported with `--model` and `--data`."""
-    given = {"model.source": "org/model", "dataset.train": "org/rows"}
+def list_accepted_examples() -> list[str]:
+    """Return the names of all examples that the importers accept. An example without a model and data must be accepted with `--model` and `--data`."""
+    model_and_data = {"model.source": "org/model", "dataset.train": "org/rows"}
     return [
         name
-        for name, (files, source, words) in import_cases().items()
-        if any(not import_files(*files, source=source, words=words, overrides=overrides).mistakes for overrides in ({}, given))
+        for name, (files, source, words) in list_import_cases().items()
+        if any(not import_files(*files, source=source, words=words, overrides=overrides).mistakes for overrides in ({}, model_and_data))
     ]
 
 
-def job_name(name: str) -> str:
-    """Return the name of an example's job."""
+def make_job_name(name: str) -> str:
+    """Return the name of an example's job: the example's name in lower case."""
     return name.lower()
 
 
-def import_arguments(name: str, root: str) -> list[str]:
-    """Return the arguments of `finetune import` for an example. `root`: URI of the folder with the files of `stand_in_files`."""
-    files, source, words = import_cases()[name]
+def make_import_arguments(name: str, root: str) -> list[str]:
+    """Return the arguments of `finetune import` for an example. `root` is the URI of the folder that `write_stand_ins` has written."""
+    files, source, words = list_import_cases()[name]
     example = PAGE_EXAMPLES[name]
     extension = ROWS[example.rows].extension
-    options = ["import", *map(str, files), *(["--from", source] if source else []), "--name", job_name(name), "--gpus", "0"]
+    options = ["import", *map(str, files), *(["--from", source] if source else []), "--name", make_job_name(name), "--gpus", "0"]
     options += ["--model", f"{root}/models/{example.model}", "--data", f"{root}/data/{example.rows}-train.{extension}"]
     for split in example.splits:
         options += [f"--{split}", f"{root}/data/{example.rows}-{split}.{extension}"]
@@ -289,21 +291,21 @@ def import_arguments(name: str, root: str) -> list[str]:
     return [*options, *(["--", *shlex.split(words)] if words else [])]
 
 
-def stand_in_files(folder: Path) -> None:
-    """Write the models, the data and the benchmarks of all examples."""
+def write_stand_ins(folder: Path) -> None:
+    """Write the models, datasets and benchmarks for all examples into `folder`."""
     for name in MODELS:
         write_model(name, folder / "models" / name)
     (folder / "data").mkdir()
     for name, rows in ROWS.items():
         for split in FIRST_NUMBERS:
-            (folder / "data" / f"{name}-{split}.{rows.extension}").write_text(rows.text(split))
+            (folder / "data" / f"{name}-{split}.{rows.extension}").write_text(rows.render(split))
     for task in BENCHMARK_TASKS:
         write_task(folder / "benchmarks", task)
     write_domain(folder / "benchmarks", "domain_sums.json", [{"question": "What is 1 + 2?", "answer": "It is 3.", "keywords": ["3"]}])
 
 
-def config_maps(name: str, spec: dict[str, Any]) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield name and content of each ConfigMap that an example's job names and its manifest does not contain."""
+def list_missing_config_maps(name: str, spec: dict[str, Any]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield the name and content of each ConfigMap that an example's job needs but its manifest does not contain."""
     prompts = spec.get("evaluation", {}).get("comparison", {}).get("promptsRef")
     if prompts:
         yield prompts["name"], {prompts["key"]: PROMPTS}

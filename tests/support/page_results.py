@@ -1,4 +1,4 @@
-"""Checks that a finished run has written all results that its spec requests."""
+"""Checks that a finished job has written all results that its spec requests."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from tests.support.page_examples import FIRST_NUMBERS, HELD_OUT_COUNT, PROMPTS, 
 
 METRIC_FILES = {"step_metrics.json", "epoch_metrics.json", "final_metrics.json", "training_metrics.json", "performance_summary.json", "log.jsonl"}
 TOKEN_METRICS = ("accuracy", "f1", "precision", "recall")
-METRICS_OF = {"rouge": ("rouge1", "rouge2", "rougeL"), "perplexity": ("perplexity", "loss")}
-"""Names of metrics in the results, by the metric in the spec. Other metrics have the same name in both."""
+RESULT_NAMES_BY_METRIC = {"rouge": ("rouge1", "rouge2", "rougeL"), "perplexity": ("perplexity", "loss")}
+"""Names in the results for a metric of the spec. A metric that is not listed has the same name in both."""
 FULL_METHODS = ("full", "spectrum")
 GPT2_LAYERS = {"c_attn", "c_fc", "c_proj"}
 LLAMA_LAYERS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -29,13 +29,13 @@ LLAMA_LAYERS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A finished job: the spec from its manifest, its status, and access to stored objects by URI."""
+    """A finished job: the spec of its manifest, its status, and functions that read and list stored objects by URI."""
 
     spec: dict[str, Any]
     status: FineTuneJobStatus
     read: Callable[[str], bytes]
     list_files: Callable[[str], list[str]]
-    """Return the paths of all files below a URI, relative to it."""
+    """Returns the paths of all files below a URI, relative to the URI."""
 
     @property
     def output(self) -> Output:
@@ -49,27 +49,27 @@ class FinishedRun:
 
     @property
     def folder(self) -> str:
-        """URI of the job's folder."""
+        """URI of the job's folder in storage."""
         return str(self.output.uri).rpartition("/model/")[0]
 
-    def at(self, path: str) -> Any:
-        """Return the value of the spec at a dotted path; None if there is none."""
+    def get_field(self, path: str) -> Any:
+        """Return the spec field at a dotted path, such as `method.lora.rank`; None if it is not set."""
         value: Any = self.spec
         for part in path.split("."):
             value = value.get(part) if isinstance(value, dict) else None
         return value
 
-    def json(self, path: str) -> Any:
+    def read_json(self, path: str) -> Any:
         """Return the content of a JSON file in the job's folder."""
         return json.loads(self.read(f"{self.folder}/{path}"))
 
-    def lines(self, path: str) -> list[dict[str, Any]]:
-        """Return the rows of a JSON Lines file in the job's folder."""
+    def read_rows(self, path: str) -> list[dict[str, Any]]:
+        """Return the rows of a JSONL file in the job's folder."""
         return [json.loads(line) for line in self.read(f"{self.folder}/{path}").splitlines()]
 
 
 def check_results(run: FinishedRun, steps: int) -> None:
-    """Check the results of a run of `steps` optimizer steps against its spec. Errors: AssertionError."""
+    """Check the results of a run with `steps` optimizer steps against its spec. Errors: AssertionError."""
     _check_progress(run, steps)
     _check_model(run)
     _check_metric_files(run, steps)
@@ -77,21 +77,21 @@ def check_results(run: FinishedRun, steps: int) -> None:
     _check_report_and_lineage(run)
     if has_validation(run):
         _check_validation(run)
-    if run.at("dataset.split.test") or run.at("dataset.test"):
+    if run.get_field("dataset.split.test") or run.get_field("dataset.test"):
         _check_test_rows(run)
-    if run.at("phases.evaluate") is not False and (metrics := run.at("evaluation.metrics")):
+    if run.get_field("phases.evaluate") is not False and (metrics := run.get_field("evaluation.metrics")):
         _check_metrics(run, metrics)
-    if run.at("phases.infer"):
+    if run.get_field("phases.infer"):
         _check_predictions(run)
-    if run.at("evaluation.comparison.promptsRef"):
+    if run.get_field("evaluation.comparison.promptsRef"):
         _check_comparison(run)
-    if benchmarks := run.at("evaluation.benchmarks"):
+    if benchmarks := run.get_field("evaluation.benchmarks"):
         _check_benchmarks(run, benchmarks)
 
 
 def has_validation(run: FinishedRun) -> bool:
-    """Return whether the job has validation data."""
-    return bool(run.at("dataset.validation") or run.at("dataset.split.validation"))
+    """Whether the job has validation data."""
+    return bool(run.get_field("dataset.validation") or run.get_field("dataset.split.validation"))
 
 
 def _check_progress(run: FinishedRun, steps: int) -> None:
@@ -99,19 +99,19 @@ def _check_progress(run: FinishedRun, steps: int) -> None:
     assert progress is not None and metrics is not None
     assert (progress.step, progress.total_steps, run.status.restarts) == (steps, steps, 0)
     assert metrics.train_loss is not None and 0 < metrics.train_loss < 20
-    interval, limit = run.at("checkpoint.steps"), run.at("checkpoint.keep")
-    saved = {*range(interval, steps, interval), steps} if interval else None
-    stored = {int(path.partition("/")[0].removeprefix("step-")) for path in run.list_files(f"{run.folder}/checkpoints") if path.endswith("/_COMMITTED")}
-    if saved is not None:
-        assert stored <= saved and steps in stored
-        assert stored == saved if not limit else len(stored) <= limit + 2  # the best and the newest are kept, too
+    interval, limit = run.get_field("checkpoint.steps"), run.get_field("checkpoint.keep")
+    saved_steps = {*range(interval, steps, interval), steps} if interval else None
+    stored_steps = {int(path.partition("/")[0].removeprefix("step-")) for path in run.list_files(f"{run.folder}/checkpoints") if path.endswith("/_COMMITTED")}
+    if saved_steps is not None:
+        assert stored_steps <= saved_steps and steps in stored_steps
+        assert stored_steps == saved_steps if not limit else len(stored_steps) <= limit + 2  # the best and the newest checkpoint are always kept
 
 
 def _check_model(run: FinishedRun) -> None:
     files = {entry["path"] for entry in json.loads(run.read(f"{run.output.uri}/manifest.json"))["files"]}
     assert files <= set(run.list_files(str(run.output.uri)))
     assert {"tokenizer.json", "generation_config.json", "README.md"} <= files
-    method = run.at("method.type")
+    method = run.get_field("method.type")
     if method in FULL_METHODS:
         assert run.output.kind is OutputKind.MODEL and "model.safetensors" in files
     else:
@@ -119,20 +119,20 @@ def _check_model(run: FinishedRun) -> None:
         _check_adapter(run, json.loads(run.read(f"{run.output.uri}/adapter_config.json")))
     verification = run.output.verification
     assert verification is not None
-    artefacts = [one.artefact for one in verification.artefacts or []]
-    for one in verification.artefacts or []:
-        # Merging into the unquantised base changes the values by the error of the quantisation.
-        assert one.result is VerificationOutcome.VERIFIED or (one.artefact, one.code, method) == ("merged", "BaseWasQuantised", "qlora"), one
-    merges = bool(run.at("output.mergeAdapter"))
+    artefacts = [entry.artefact for entry in verification.artefacts or []]
+    for entry in verification.artefacts or []:
+        # An adapter of a quantised base is merged into the unquantised base. The merged model differs by the quantisation error.
+        assert entry.result is VerificationOutcome.VERIFIED or (entry.artefact, entry.code, method) == ("merged", "BaseWasQuantised", "qlora"), entry
+    merges = bool(run.get_field("output.mergeAdapter"))
     assert artefacts == (["model"] if method in FULL_METHODS else ["adapter", "merged"] if merges else ["adapter"])
     if merges:
         assert {"model.safetensors", "config.json", "tokenizer.json"} <= set(run.list_files(str(run.output.merged_uri)))
 
 
 def _check_adapter(run: FinishedRun, adapter: dict[str, Any]) -> None:
-    lora = run.at("method.lora")
+    lora = run.get_field("method.lora")
     assert (adapter["r"], adapter["lora_alpha"], adapter["lora_dropout"]) == (lora["rank"], lora["alpha"], lora["dropout"])
-    assert adapter["use_dora"] is (run.at("method.type") == "dora")
+    assert adapter["use_dora"] is (run.get_field("method.type") == "dora")
     assert adapter["use_rslora"] is bool(lora.get("rankStabilized"))
     targets = {name.rpartition(".")[2] for name in adapter["target_modules"]}
     if requested := lora.get("targetModules"):
@@ -143,35 +143,35 @@ def _check_adapter(run: FinishedRun, adapter: dict[str, Any]) -> None:
 
 def _check_metric_files(run: FinishedRun, steps: int) -> None:
     assert set(run.list_files(f"{run.folder}/metrics")) >= METRIC_FILES
-    final = run.json("metrics/final_metrics.json")
+    final = run.read_json("metrics/final_metrics.json")
     summary, configuration = final["training_summary"], final["configuration"]
-    assert (summary["total_steps"], configuration["technique"]) == (steps, run.at("method.type"))
-    assert configuration["batch_size"] == str(run.at("training.batchSizePerDevice"))
-    assert float(configuration["learning_rate"]) == run.at("training.learningRate")
+    assert (summary["total_steps"], configuration["technique"]) == (steps, run.get_field("method.type"))
+    assert configuration["batch_size"] == str(run.get_field("training.batchSizePerDevice"))
+    assert float(configuration["learning_rate"]) == run.get_field("training.learningRate")
     assert run.status.metrics is not None
-    assert run.status.metrics.train_loss == pytest.approx(logged_losses(run)[-1][1], rel=1e-5)
+    assert run.status.metrics.train_loss == pytest.approx(read_logged_losses(run)[-1][1], rel=1e-5)
     assert summary["best_train_loss"] <= summary["final_train_loss"] < 20
-    logged = run.at("tracking.loggingSteps")
+    logged = run.get_field("tracking.loggingSteps")
     expected = sorted({1, *range(logged, steps + 1, logged), steps})
-    assert [entry["step"] for entry in run.json("metrics/step_metrics.json")] == expected
-    epochs = run.json("metrics/epoch_metrics.json")
+    assert [entry["step"] for entry in run.read_json("metrics/step_metrics.json")] == expected
+    epochs = run.read_json("metrics/epoch_metrics.json")
     assert [entry["epoch"] for entry in epochs] == list(range(1, len(epochs) + 1))
-    if not run.at("training.maxSteps"):
-        assert len(epochs) == run.at("training.epochs") == summary["total_epochs"]
+    if not run.get_field("training.maxSteps"):
+        assert len(epochs) == run.get_field("training.epochs") == summary["total_epochs"]
 
 
 def _check_published_copy(run: FinishedRun) -> None:
-    copy, has_folders = str(run.output.published_uri), run.at("output.layout") == "projectModelTime"
-    root, folder = run.at("storage.uri"), run.at("output.dir")
-    assert copy.startswith(f"{root}/{folder}/{run.at('output.project')}/" if has_folders else f"{root}/{folder}")
+    copy, has_folders = str(run.output.published_uri), run.get_field("output.layout") == "projectModelTime"
+    root, folder = run.get_field("storage.uri"), run.get_field("output.dir")
+    assert copy.startswith(f"{root}/{folder}/{run.get_field('output.project')}/" if has_folders else f"{root}/{folder}")
     model = f"{copy}/model" if has_folders else copy
     name = "model.safetensors" if run.output.kind is OutputKind.MODEL else "adapter_model.safetensors"
     assert run.read(f"{model}/{name}") == run.read(f"{run.output.uri}/{name}")
     files = set(run.list_files(copy))
     assert METRIC_FILES | {"report.html"} <= files
-    if run.at("output.mergeAdapter"):
+    if run.get_field("output.mergeAdapter"):
         assert "merged/model.safetensors" in files
-    if run.at("evaluation.comparison.promptsRef"):
+    if run.get_field("evaluation.comparison.promptsRef"):
         assert "model_comparison.json" in files
 
 
@@ -187,45 +187,45 @@ def _check_report_and_lineage(run: FinishedRun) -> None:
 
 def _check_validation(run: FinishedRun) -> None:
     assert run.status.metrics is not None and run.status.metrics.eval_loss is not None
-    last = run.json("metrics/epoch_metrics.json")[-1]
+    last = run.read_json("metrics/epoch_metrics.json")[-1]
     assert run.status.metrics.eval_loss == pytest.approx(last["eval_loss"], rel=1e-5)
     assert 0 <= last["eval_accuracy"] <= 1
-    if "f1" in (run.at("evaluation.metrics") or []):
+    if "f1" in (run.get_field("evaluation.metrics") or []):
         assert all(0 <= last[f"eval_{name}"] <= 1 for name in TOKEN_METRICS)
-    if run.at("evaluation.steps"):
-        measured = {entry["step"] for entry in run.lines("metrics/log.jsonl") if "eval_loss" in entry}
+    if run.get_field("evaluation.steps"):
+        measured = {entry["step"] for entry in run.read_rows("metrics/log.jsonl") if "eval_loss" in entry}
         assert run.status.progress is not None and run.status.progress.step in measured
 
 
 def _check_test_rows(run: FinishedRun) -> None:
-    split = run.at("dataset.split") or {}
+    split = run.get_field("dataset.split") or {}
     expected = ROW_COUNT - sum(math.floor(ROW_COUNT * split.get(name, 0)) for name in ("train", "validation"))
-    assert len(run.lines("metrics/test_split.jsonl")) == (HELD_OUT_COUNT if run.at("dataset.test") else expected)
+    assert len(run.read_rows("metrics/test_split.jsonl")) == (HELD_OUT_COUNT if run.get_field("dataset.test") else expected)
     assert run.output.evaluation is not None and run.output.evaluation["testRows"] > 0
 
 
 def _check_metrics(run: FinishedRun, metrics: list[str]) -> None:
     found = run.evaluation.metrics or {}
-    names = [name for metric in metrics for name in METRICS_OF.get(metric, (metric,))]
-    if run.at("dataset.format") == "mcq":
+    names = [name for metric in metrics for name in RESULT_NAMES_BY_METRIC.get(metric, (metric,))]
+    if run.get_field("dataset.format") == "mcq":
         names += [f"letter{metric.capitalize()}" for metric in metrics]
     for name in names:
         assert found[name].value is not None, (name, found[name].reason)
-    results = run.json("evaluation/evaluation_results.json")
-    stored = {name: results[_name_in_file(name)] for name in names}
-    assert run.json("evaluation/evaluation_summary.json")
+    results = run.read_json("evaluation/evaluation_results.json")
+    stored = {name: results[_to_file_name(name)] for name in names}
+    assert run.read_json("evaluation/evaluation_summary.json")
     if {"bleu", "rouge"} & set(metrics):
         assert run.read(f"{run.folder}/evaluation/evaluation_detailed.xlsx").startswith(b"PK")
     assert {name: found[name].value for name in names} == pytest.approx(stored, rel=1e-3)
 
 
-def _name_in_file(metric: str) -> str:
+def _to_file_name(metric: str) -> str:
     name = re.sub("^letter(.)", lambda match: f"letter_{match[1].lower()}", metric)
     return f"{name}_f" if name.startswith("rouge") else name
 
 
 def _check_predictions(run: FinishedRun) -> None:
-    rows, first = run.lines("evaluation/predictions.jsonl"), FIRST_NUMBERS["test"]
+    rows, first = run.read_rows("evaluation/predictions.jsonl"), FIRST_NUMBERS["test"]
     numbers = range(first, first + HELD_OUT_COUNT)
     assert len(rows) == HELD_OUT_COUNT
     assert all(row.keys() == {"system_prompt", "user_prompt", "assistant_response", "ground_truth"} for row in rows)
@@ -234,7 +234,7 @@ def _check_predictions(run: FinishedRun) -> None:
 
 
 def _check_comparison(run: FinishedRun) -> None:
-    comparison = run.json("evaluation/model_comparison.json")
+    comparison = run.read_json("evaluation/model_comparison.json")
     assert comparison["metadata"]["generation_params"].items() >= {"max_new_tokens": 150, "temperature": 0.7, "top_p": 0.9, "do_sample": True}.items()
     assert [row["prompt"] for row in comparison["comparisons"]] == PROMPTS.strip().split("\n\n")
     assert all(row["base_model_response"] and row["finetuned_model_response"] for row in comparison["comparisons"])
@@ -242,7 +242,7 @@ def _check_comparison(run: FinishedRun) -> None:
 
 def _check_benchmarks(run: FinishedRun, benchmarks: list[dict[str, Any]]) -> None:
     files = set(run.list_files(f"{run.folder}/evaluation"))
-    found = {(one.name, one.task, one.metric): one.value for one in run.evaluation.benchmarks or []}
+    found = {(entry.name, entry.task, entry.metric): entry.value for entry in run.evaluation.benchmarks or []}
     assert all(value is not None for value in found.values())
     for benchmark in benchmarks:
         name = benchmark["name"]
@@ -253,21 +253,21 @@ def _check_benchmarks(run: FinishedRun, benchmarks: list[dict[str, Any]]) -> Non
         elif name == "domain-specific-eval":
             assert (name, "sums", "bleu") in found and "domain_sums_results.json" in files
         else:
-            assert {task for one, task, _ in found if one == name} == set(benchmark["tasks"])
-            assert set(run.json("evaluation/lm_eval_results.json")) == set(benchmark["tasks"])
-    assert len(run.json("evaluation/benchmark_results.json")["benchmarks"]) == len(found)
+            assert {task for found_name, task, _ in found if found_name == name} == set(benchmark["tasks"])
+            assert set(run.read_json("evaluation/lm_eval_results.json")) == set(benchmark["tasks"])
+    assert len(run.read_json("evaluation/benchmark_results.json")["benchmarks"]) == len(found)
 
 
 # --- trackers -------------------------------------------------------------------------------------------------------
 
 
-def logged_losses(run: FinishedRun) -> list[tuple[int, float]]:
-    """Return step and training loss of each logged line."""
-    return [(line["step"], line["loss"]) for line in run.lines("metrics/log.jsonl") if "loss" in line]
+def read_logged_losses(run: FinishedRun) -> list[tuple[int, float]]:
+    """Return (step, training loss) for each logged training loss."""
+    return [(line["step"], line["loss"]) for line in run.read_rows("metrics/log.jsonl") if "loss" in line]
 
 
 def check_tensorboard(run: FinishedRun, folder: Path) -> None:
-    """Read the event files with TensorBoard's own reader. `folder`: for a copy of the files. Errors: AssertionError."""
+    """Check the event files with TensorBoard's own reader. `folder` receives a copy of the files. Errors: AssertionError."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     uri = f"{run.folder}/tracking/tensorboard"
@@ -279,30 +279,30 @@ def check_tensorboard(run: FinishedRun, folder: Path) -> None:
 
 
 def check_wandb_files(run: FinishedRun, folder: Path) -> None:
-    """Read the offline file of Weights & Biases with its own message classes. `folder`: for a copy of the file. Errors: AssertionError."""
-    from tests.support.wandb_file import history, summary
+    """Check the offline file of Weights & Biases with its own message classes. `folder` receives a copy of the file. Errors: AssertionError."""
+    from tests.support.wandb_file import read_history, read_summary
 
     uri = f"{run.folder}/tracking/wandb"
     [path] = [path for path in run.list_files(uri) if path.endswith(".wandb")]
     copy = folder / "run.wandb"
     copy.write_bytes(run.read(f"{uri}/{path}"))
-    _check_same_losses([(row["_step"], row["loss"]) for row in history(copy) if "loss" in row], run)
-    assert summary(copy)["artifact/model"] == run.output.uri
+    _check_same_losses([(row["_step"], row["loss"]) for row in read_history(copy) if "loss" in row], run)
+    assert read_summary(copy)["artifact/model"] == run.output.uri
 
 
 def check_mlflow(run: FinishedRun, runs: MlflowRuns) -> None:
-    """Read the runs from an MLflow server: a parent and a run of the training, both finished. Errors: AssertionError."""
+    """Check the runs on an MLflow server: a parent run and a training run, both finished. Errors: AssertionError."""
     [run_name] = [name for name in runs.names() if f"{name}_finetuning" in runs.names()]
-    requested = run.at("output.runName")
+    requested = run.get_field("output.runName")
     assert run_name.startswith(requested.get("prefix", "")) and run_name.endswith(requested.get("suffix", "")) and requested.get("name", run_name) == run_name
     parent, training = runs.run(run_name), runs.run(f"{run_name}_finetuning")
     assert (parent.info.status, training.info.status) == ("FINISHED", "FINISHED")
     assert training.data.tags["mlflow.parentRunId"] == parent.info.run_id
-    assert parent.data.params["training.learningRate"] == str(run.at("training.learningRate"))
+    assert parent.data.params["training.learningRate"] == str(run.get_field("training.learningRate"))
     _check_same_losses(runs.history(f"{run_name}_finetuning", "loss"), run)
 
 
 def _check_same_losses(found: list[tuple[int, float]], run: FinishedRun) -> None:
-    expected = logged_losses(run)
+    expected = read_logged_losses(run)
     assert expected and [step for step, _ in found] == [step for step, _ in expected]
     assert [value for _, value in found] == pytest.approx([loss for _, loss in expected], rel=1e-6)

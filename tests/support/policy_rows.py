@@ -1,4 +1,4 @@
-"""Specs that the platform's policy allows or refuses. The operator and the API server must agree on every row."""
+"""Specs that the platform policy allows or refuses. The operator and the API server must decide the same on every row."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CHART_VALUES: Values = {
         ]
     },
 }  # fmt: skip
-"""Values of the chart: the default rules for `plain`, strict rules for `strict` and rules without limits for `free`."""
+"""Values of the Helm chart. The namespace `plain` has the default rules, `strict` has strict rules, and `free` has rules that allow everything."""
 NAMESPACES = ("plain", "strict", "free")
 
 BASE_SPECS: dict[str, Values] = {
@@ -42,56 +42,56 @@ BASE_SPECS: dict[str, Values] = {
 
 
 class Row(NamedTuple):
-    """One spec: the base spec of the namespace with the changed groups. `refused` is None, or the field and the rule that refuse the spec."""
+    """One spec: the base spec of the namespace, with changes. `refusal` is the refused field and the rule that refuses it; None if the spec is allowed."""
 
     namespace: str
-    groups: Values
-    refused: tuple[str, str] | None
+    changed_groups: Values
+    refusal: tuple[str, str] | None
 
     @property
     def spec(self) -> Values:
-        """The spec."""
+        """The complete spec. A field whose changed value is None is left out."""
         base = BASE_SPECS[self.namespace]
-        changed = {name: {**base.get(name, {}), **group} for name, group in self.groups.items()}
+        changed = {name: {**base.get(name, {}), **group} for name, group in self.changed_groups.items()}
         return {name: {key: value for key, value in group.items() if value is not None} for name, group in {**base, **changed}.items()}
 
 
-def _both(path: str, rule: str, refused: list[tuple[str, Values]], allowed: list[tuple[str, Values]]) -> list[Row]:
-    return [Row(space, groups, (path, rule)) for space, groups in refused] + [Row(space, groups, None) for space, groups in allowed]
+def _make_rows(path: str, rule: str, refused: list[tuple[str, Values]], allowed: list[tuple[str, Values]]) -> list[Row]:
+    return [Row(namespace, groups, (path, rule)) for namespace, groups in refused] + [Row(namespace, groups, None) for namespace, groups in allowed]
 
 
-def _mount(path: str) -> Values:
+def _mount_at(path: str) -> Values:
     return {"placement": {"volumes": [{"name": "v", "configMap": "c"}], "volumeMounts": [{"name": "v", "mountPath": path}]}}
 
 
-def _placement(**fields: Any) -> Values:
+def _set_placement(**fields: Any) -> Values:
     return {"placement": fields}
 
 
-def _generation(**options: Any) -> Values:
-    """A grpo job with a vLLM server."""
+def _make_generation(**options: Any) -> Values:
+    """Return the trainer group of a grpo job with a vLLM server."""
     generation = {"backend": "vllm", **options}
     return {"trainer": {"type": "grpo", "rewards": [{"builtin": "thinkFormat"}], "grpo": {"generation": generation}}}
 
 
-def _env(*names: str) -> Values:
-    return _placement(env=[{"name": name, "value": "1"} for name in names])
+def _set_env(*names: str) -> Values:
+    return _set_placement(env=[{"name": name, "value": "1"} for name in names])
 
 
-def _train(source: str) -> Values:
+def _train_on(source: str) -> Values:
     return {"dataset": {"train": source}}
 
 
-RUN = "11111111-1111-4111-8111-111111111111"
-OTHERS_CHECKPOINT = f"s3://finetune/jobs/other/bot/{RUN}/checkpoints/step-00000100"
-OWN_CHECKPOINT = f"s3://finetune/jobs/plain/bot/{RUN}/checkpoints/step-00000100"
+RUN_UID = "11111111-1111-4111-8111-111111111111"
+OTHERS_CHECKPOINT = f"s3://finetune/jobs/other/bot/{RUN_UID}/checkpoints/step-00000100"
+OWN_CHECKPOINT = f"s3://finetune/jobs/plain/bot/{RUN_UID}/checkpoints/step-00000100"
 REWARD = {"configMapRef": {"name": "r", "key": "r.py"}}
 HUMAN_EVAL = {"name": "openai-humaneval", "folder": "pvc://data/human-eval", "allowCodeExecution": True}
 CUSTOMER_KEY = {"type": "customerKey", "customerKeySecretRef": {"name": "theirs", "key": "k"}}
 
 
-def _secret_rows() -> list[Row]:
-    """One row for each field that names a Secret."""
+def _make_secret_rows() -> list[Row]:
+    """Return a refused row for each field that names a Secret, and the same specs as allowed rows."""
     key, name = {"name": "theirs", "key": "k"}, {"name": "theirs"}
     specs: dict[str, Values] = {
         "model.tokenSecretRef.name": {"model": {"tokenSecretRef": key}},
@@ -105,16 +105,16 @@ def _secret_rows() -> list[Row]:
         "tracking.mongodb.uriSecretRef.name": {"tracking": {"reportTo": ["mongodb"], "mongodb": {"uriSecretRef": key}}},
         "storage.credentialsSecretRef.name": {"storage": {"credentialsSecretRef": name}},
         "storage.encryption.customerKeySecretRef.name": {"storage": {"encryption": CUSTOMER_KEY}},
-        "placement.env[].secretKeyRef.name": _placement(env=[{"name": "NCCL_X", "secretKeyRef": key}]),
-        "placement.imagePullSecrets[]": _placement(imagePullSecrets=["strict-a", "theirs"]),
-        "placement.volumes[].secret": _placement(volumes=[{"name": "a", "secret": "strict-b"}, {"name": "b", "secret": "theirs"}]),
+        "placement.env[].secretKeyRef.name": _set_placement(env=[{"name": "NCCL_X", "secretKeyRef": key}]),
+        "placement.imagePullSecrets[]": _set_placement(imagePullSecrets=["strict-a", "theirs"]),
+        "placement.volumes[].secret": _set_placement(volumes=[{"name": "a", "secret": "strict-b"}, {"name": "b", "secret": "theirs"}]),
     }
     refused = [Row("strict", groups, (path, "secrets")) for path, groups in specs.items()]
-    return refused + [Row("plain", groups, None) for groups in specs.values()] + [Row("strict", _placement(imagePullSecrets=["strict-a"]), None)]
+    return refused + [Row("plain", groups, None) for groups in specs.values()] + [Row("strict", _set_placement(imagePullSecrets=["strict-a"]), None)]
 
 
-def _address_rows() -> list[Row]:
-    """Addresses that the job reads and writes."""
+def _make_source_rows() -> list[Row]:
+    """Return rows for all addresses that a job reads."""
     others, own = "s3://finetune/jobs/other/x.jsonl", "s3://finetune/jobs/plain/x.jsonl"
     model = {"type": "adapter", "adapter": {"source": "s3://finetune/jobs/other/a"}}
     specs: dict[str, tuple[str, Values]] = {
@@ -123,7 +123,7 @@ def _address_rows() -> list[Row]:
         "model.cache": ("strict", {"model": {"cache": "pvc://theirs/hub"}}),
         "method.adapter.source": ("plain", {"method": model}),
         "trainer.dpo.referenceModel": ("plain", {"trainer": {"type": "dpo", "dpo": {"referenceModel": others}}}),
-        "dataset.train": ("plain", _train(others)),
+        "dataset.train": ("plain", _train_on(others)),
         "dataset.validation": ("plain", {"dataset": {"validation": others}}),
         "dataset.test": ("plain", {"dataset": {"test": others}}),
         "dataset.mixture[].source": ("strict", {"dataset": {"mixture": [{"source": "org/rows"}, {"source": "theirs/rows"}], "train": None}}),
@@ -138,28 +138,28 @@ def _address_rows() -> list[Row]:
     rows += [Row("free", groups, None) for path, (namespace, groups) in specs.items() if namespace == "plain"]
     for source in ("s3://finetune", "s3://finetune/", "s3://finetune//", "s3://finetune/jobs", "s3://finetune/jobs/plain/../other/x", "s3://finetune/jobs//other/x",
                    "s3://finetune/./x", "s3://finetune/jobs/plainly/x"):  # fmt: skip
-        rows.append(Row("plain", _train(source), ("dataset.train", "sources")))
+        rows.append(Row("plain", _train_on(source), ("dataset.train", "sources")))
     for source in (own, "s3://finetune/jobs/plain", "s3://finetune/jobs/plain/", "s3://finetune/jobsx", "s3://finetune2/jobs/other", "org/rows",
                    "hf://org/rows@main", "configmap://rows/r.jsonl", "pvc://claim/finetune/jobs", "https://x.example.com/a//b/../c.jsonl"):  # fmt: skip
-        rows.append(Row("plain", _train(source), None))
+        rows.append(Row("plain", _train_on(source), None))
     for cache in ("node", "none"):
         rows += [Row(namespace, {"model": {"cache": cache}}, None) for namespace in ("plain", "strict")]
     rows.append(Row("plain", {"model": {"cache": "pvc://models/hub"}}, None))
     for resume in ("auto", "never", OWN_CHECKPOINT, "https://x.example.com/checkpoints/step-00000100"):
         rows.append(Row("plain", {"checkpoint": {"resume": resume}}, None))
     for source in ("hf://orgs/rows", "s3://data/strict-2/x", "s3://data", "file:///data/x", "https://data.example.com.evil.example/x"):
-        rows.append(Row("strict", _train(source), ("dataset.train", "sources")))
+        rows.append(Row("strict", _train_on(source), ("dataset.train", "sources")))
     for source in ("s3://data/strict/x", "hf://org/rows", "configmap://rows/r.jsonl", "https://data.example.com/x"):
-        rows.append(Row("strict", _train(source), None))
+        rows.append(Row("strict", _train_on(source), None))
     return rows
 
 
-def _destination_rows() -> list[Row]:
+def _make_destination_rows() -> list[Row]:
     def stored(uri: str, **output: str) -> Values:
         return {"storage": {"uri": uri}, **({"output": output} if output else {})}
 
     hub = {"push": True, "tokenSecretRef": {"name": "strict-hub", "key": "k"}}
-    rows = _both("storage.uri", "destinations", [
+    rows = _make_rows("storage.uri", "destinations", [
         ("plain", stored("s3://finetune/jobs/other")), ("plain", stored("s3://finetune//jobs")),
         ("strict", stored("s3://other")), ("strict", stored("pvc://claim")),
     ], [
@@ -167,42 +167,43 @@ def _destination_rows() -> list[Row]:
         ("plain", stored("s3://finetune/jobs/plain")), ("plain", stored("pvc://claim/x")), ("strict", stored("s3://results/")),
         ("free", stored("s3://finetune/jobs/other")),
     ])  # fmt: skip
-    rows += _both("output.dir", "destinations", [
+    rows += _make_rows("output.dir", "destinations", [
         ("plain", {"output": {"dir": "other/bot"}}), ("plain", {"output": {"dir": "results"}}), ("plain", {"output": {"dir": "plain/../other"}}),
         ("plain", stored("s3://finetune", dir="jobs/other")), ("plain", stored("s3://finetune/jobs", dir="other")), ("strict", {"output": {"dir": "x"}}),
     ], [
         ("plain", {"output": {"dir": "plain/results"}}), ("plain", {"output": {"dir": "plain"}}), ("plain", stored("s3://own", dir="results")),
         ("strict", {"output": {"dir": "strict/x"}}), ("free", {"output": {"dir": "results"}}),
     ])  # fmt: skip
-    rows += _both("output.hub.repository", "destinations", [("strict", {"output": {"hub": {**hub, "repository": "org/m"}}})], [
+    rows += _make_rows("output.hub.repository", "destinations", [("strict", {"output": {"hub": {**hub, "repository": "org/m"}}})], [
         ("strict", {"output": {"hub": {**hub, "repository": "org/strict-m"}}}), ("plain", {"output": {"hub": {**hub, "repository": "org/m"}}}),
     ])  # fmt: skip
     return rows
 
 
-def _pool_and_limit_rows() -> list[Row]:
+def _make_pool_and_limit_rows() -> list[Row]:
     def resources(**fields: Any) -> Values:
         return {"resources": fields}
 
     mig = "nvidia.com/mig-1g.10gb"
     return [
-        *_both("resources.nodePool", "nodePools",
+        *_make_rows("resources.nodePool", "nodePools",
                [("strict", resources(nodePool="mig")), ("strict", resources(gpusPerNode=0)), ("strict", resources(gpuResource=mig)),
                 ("strict", resources(gpuResource="amd.com/gpu"))],
                [("strict", resources(gpusPerNode=1)), ("strict", resources(nodePool="h100", gpusPerNode=0)), ("plain", resources(gpuResource=mig)),
                 ("strict", resources(gpuResource="nvidia.com/gpu")), ("plain", resources(gpusPerNode=0))]),
-        *_both("resources.nodes", "maxNodes", [("strict", resources(nodes=3))], [("strict", resources(nodes=2)), ("plain", resources(nodes=3))]),
-        *_both("resources.gpusPerNode", "maxGpus",
-               [("strict", resources(nodes=2, gpusPerNode=5)), ("strict", resources(gpusPerNode=8) | _generation()),
-                ("strict", resources(gpusPerNode=6) | _generation(gpus=3))],
-               [("strict", resources(gpusPerNode=6) | _generation(gpus=2)), ("strict", resources(gpusPerNode=8) | _generation(backend="transformers")),
+        *_make_rows("resources.nodes", "maxNodes", [("strict", resources(nodes=3))], [("strict", resources(nodes=2)), ("plain", resources(nodes=3))]),
+        *_make_rows("resources.gpusPerNode", "maxGpus",
+               [("strict", resources(nodes=2, gpusPerNode=5)), ("strict", resources(gpusPerNode=8) | _make_generation()),
+                ("strict", resources(gpusPerNode=6) | _make_generation(gpus=3))],
+               [("strict", resources(gpusPerNode=6) | _make_generation(gpus=2)),
+                ("strict", resources(gpusPerNode=8) | _make_generation(backend="transformers")),
                 ("strict", resources(nodes=2, gpusPerNode=4)), ("strict", resources(gpusPerNode=8)), ("plain", resources(nodes=2, gpusPerNode=8))]),
-        *_both("policy.activeDeadlineSeconds", "maxDurationSeconds", [("strict", {"policy": {"activeDeadlineSeconds": 3601}})],
+        *_make_rows("policy.activeDeadlineSeconds", "maxDurationSeconds", [("strict", {"policy": {"activeDeadlineSeconds": 3601}})],
                [("strict", {"policy": {"activeDeadlineSeconds": 3600}}), ("plain", {"policy": {"activeDeadlineSeconds": 3601}})]),
     ]  # fmt: skip
 
 
-def _placement_rows() -> list[Row]:
+def _make_placement_rows() -> list[Row]:
     control_plane, every = {"key": "node-role.kubernetes.io/control-plane", "operator": "Exists"}, {"operator": "Exists"}
     gpu = {"key": "nvidia.com/gpu", "operator": "Exists"}
     control_plane_label = "node-role.kubernetes.io/control-plane"
@@ -210,48 +211,48 @@ def _placement_rows() -> list[Row]:
     def affinity(operator: str) -> Values:
         values = {"values": ["true"]} if operator in ("In", "NotIn") else {}
         term = {"key": control_plane_label, "operator": operator, **values}
-        return _placement(nodeAffinity=[{"key": "topology.kubernetes.io/zone", "operator": "Exists"}, term])
+        return _set_placement(nodeAffinity=[{"key": "topology.kubernetes.io/zone", "operator": "Exists"}, term])
 
     return [
-        *_both("placement.image", "images",
-               [("strict", _placement(image="docker.io/x:1")), ("strict", _placement(image="registry.example.com/old/x:1"))],
-               [("strict", _placement(image="registry.example.com/a/x:1")), ("strict", _placement(image="registry.example.com/old/kept:1")),
-                ("plain", _placement(image="docker.io/x:1"))]),
-        *_both("trainer.grpo.generation.image", "images",
-               [("strict", _generation(image="docker.io/x:1"))], [("strict", _generation(image="registry.example.com/a/x:1"))]),
-        *_both("placement.serviceAccountName", "serviceAccounts",
-               [("plain", _placement(serviceAccountName="admin")), ("strict", _placement(serviceAccountName="default"))],
-               [("plain", _placement(serviceAccountName="default")), ("strict", _placement(serviceAccountName="trainer-strict")),
-                ("free", _placement(serviceAccountName="admin"))]),
-        *_both("placement.priorityClassName", "priorityClasses",
-               [("plain", _placement(priorityClassName="system-cluster-critical")), ("strict", _placement(priorityClassName="high"))],
-               [("plain", _placement(priorityClassName="high")), ("free", _placement(priorityClassName="system-node-critical"))]),
-        *_both("placement.tolerations[]", "tolerations",
-               [("plain", _placement(tolerations=[gpu, control_plane])), ("plain", _placement(tolerations=[every])),
-                ("strict", _placement(tolerations=[{"key": "other", "operator": "Exists"}])), ("strict", _placement(tolerations=[every]))],
-               [("plain", _placement(tolerations=[gpu])), ("strict", _placement(tolerations=[gpu])), ("free", _placement(tolerations=[every]))]),
-        *_both("placement.nodeSelector", "nodeLabels",
-               [("plain", _placement(nodeSelector={"zone": "a", control_plane_label: ""})), ("strict", _placement(nodeSelector={"gpu": "h100"}))],
-               [("plain", _placement(nodeSelector={"gpu": "h100"})), ("strict", _placement(nodeSelector={"topology.kubernetes.io/zone": "a"}))]),
-        *_both("placement.nodeAffinity[]", "nodeLabels", [("plain", affinity("Exists")), ("plain", affinity("In"))],
+        *_make_rows("placement.image", "images",
+               [("strict", _set_placement(image="docker.io/x:1")), ("strict", _set_placement(image="registry.example.com/old/x:1"))],
+               [("strict", _set_placement(image="registry.example.com/a/x:1")), ("strict", _set_placement(image="registry.example.com/old/kept:1")),
+                ("plain", _set_placement(image="docker.io/x:1"))]),
+        *_make_rows("trainer.grpo.generation.image", "images",
+               [("strict", _make_generation(image="docker.io/x:1"))], [("strict", _make_generation(image="registry.example.com/a/x:1"))]),
+        *_make_rows("placement.serviceAccountName", "serviceAccounts",
+               [("plain", _set_placement(serviceAccountName="admin")), ("strict", _set_placement(serviceAccountName="default"))],
+               [("plain", _set_placement(serviceAccountName="default")), ("strict", _set_placement(serviceAccountName="trainer-strict")),
+                ("free", _set_placement(serviceAccountName="admin"))]),
+        *_make_rows("placement.priorityClassName", "priorityClasses",
+               [("plain", _set_placement(priorityClassName="system-cluster-critical")), ("strict", _set_placement(priorityClassName="high"))],
+               [("plain", _set_placement(priorityClassName="high")), ("free", _set_placement(priorityClassName="system-node-critical"))]),
+        *_make_rows("placement.tolerations[]", "tolerations",
+               [("plain", _set_placement(tolerations=[gpu, control_plane])), ("plain", _set_placement(tolerations=[every])),
+                ("strict", _set_placement(tolerations=[{"key": "other", "operator": "Exists"}])), ("strict", _set_placement(tolerations=[every]))],
+               [("plain", _set_placement(tolerations=[gpu])), ("strict", _set_placement(tolerations=[gpu])), ("free", _set_placement(tolerations=[every]))]),
+        *_make_rows("placement.nodeSelector", "nodeLabels",
+               [("plain", _set_placement(nodeSelector={"zone": "a", control_plane_label: ""})), ("strict", _set_placement(nodeSelector={"gpu": "h100"}))],
+               [("plain", _set_placement(nodeSelector={"gpu": "h100"})), ("strict", _set_placement(nodeSelector={"topology.kubernetes.io/zone": "a"}))]),
+        *_make_rows("placement.nodeAffinity[]", "nodeLabels", [("plain", affinity("Exists")), ("plain", affinity("In"))],
                [("plain", affinity("DoesNotExist")), ("plain", affinity("NotIn")), ("free", affinity("Exists"))]),
-        *_both("placement.env[].name", "environment",
-               [("plain", _env("DEBUG", "LD_PRELOAD")), ("plain", _env("PYTHONPATH")), ("strict", _env("NCCL_DEBUG", "DEBUG"))],
-               [("plain", _env("DEBUG", "PYTHONFAULTHANDLER", "XLD_A")), ("strict", _env("NCCL_DEBUG")), ("free", _env("LD_PRELOAD"))]),
-        *_both("placement.labels", "labels", [("strict", _placement(labels={"team": "a", "role": "b"}))],
-               [("strict", _placement(labels={"team": "a"})), ("plain", _placement(labels={"role": "b"}))]),
-        *_both("placement.annotations", "annotations",
-               [("strict", _placement(annotations={"note": "a"})), ("plain", _placement(annotations={"k8s.v1.cni.cncf.io/networks": "kube-system/x"}))],
-               [("plain", _placement(annotations={"note": "a"}))]),
-        *_both("placement.volumeMounts[].mountPath", "mountPaths",
-               [("plain", _mount(path)) for path in ("/app", "/app/", "/app/finetune_trainer", "//", "/opt", "/opt/venv/lib", "/etc/finetune", "/mnt/../app",
-                                                     "/mnt//x", "/dev/shm", "/mnt/.", "/var")] + [("strict", _mount("/data"))],
-               [("plain", _mount(path)) for path in ("/mnt/x", "/mnt/x/", "/application", "/opt/tools", "/data", "/var/lib/x", "/mnt/..x")]
-               + [("strict", _mount("/mnt")), ("strict", _mount("/mnt/x")), ("free", _mount("/app")), ("free", _mount("/mnt/../app"))]),
+        *_make_rows("placement.env[].name", "environment",
+               [("plain", _set_env("DEBUG", "LD_PRELOAD")), ("plain", _set_env("PYTHONPATH")), ("strict", _set_env("NCCL_DEBUG", "DEBUG"))],
+               [("plain", _set_env("DEBUG", "PYTHONFAULTHANDLER", "XLD_A")), ("strict", _set_env("NCCL_DEBUG")), ("free", _set_env("LD_PRELOAD"))]),
+        *_make_rows("placement.labels", "labels", [("strict", _set_placement(labels={"team": "a", "role": "b"}))],
+               [("strict", _set_placement(labels={"team": "a"})), ("plain", _set_placement(labels={"role": "b"}))]),
+        *_make_rows("placement.annotations", "annotations",
+               [("strict", _set_placement(annotations={"note": "a"})), ("plain", _set_placement(annotations={"k8s.v1.cni.cncf.io/networks": "kube-system/x"}))],
+               [("plain", _set_placement(annotations={"note": "a"}))]),
+        *_make_rows("placement.volumeMounts[].mountPath", "mountPaths",
+               [("plain", _mount_at(path)) for path in ("/app", "/app/", "/app/finetune_trainer", "//", "/opt", "/opt/venv/lib", "/etc/finetune", "/mnt/../app",
+                                                     "/mnt//x", "/dev/shm", "/mnt/.", "/var")] + [("strict", _mount_at("/data"))],
+               [("plain", _mount_at(path)) for path in ("/mnt/x", "/mnt/x/", "/application", "/opt/tools", "/data", "/var/lib/x", "/mnt/..x")]
+               + [("strict", _mount_at("/mnt")), ("strict", _mount_at("/mnt/x")), ("free", _mount_at("/app")), ("free", _mount_at("/mnt/../app"))]),
     ]  # fmt: skip
 
 
-def _endpoint_rows() -> list[Row]:
+def _make_endpoint_rows() -> list[Row]:
     def connected(endpoint: str, *, tracking: bool = False) -> Values:
         if tracking:
             return {"tracking": {"reportTo": ["mlflow"], "mlflow": {"trackingUri": endpoint}}}
@@ -259,7 +260,7 @@ def _endpoint_rows() -> list[Row]:
 
     metadata = "http://169.254.169.254"
     return [
-        *_both("storage.endpoint", "endpoints",
+        *_make_rows("storage.endpoint", "endpoints",
                [("plain", connected(metadata)), ("plain", connected("https://METADATA.google.internal/")), ("strict", connected("https://s3.example.com:9000"))],
                [("plain", connected("http://10.0.0.1:9000")), ("strict", connected("https://s3.example.com")), ("strict", connected("https://S3.example.com/")),
                 ("free", connected(metadata))]),
@@ -276,22 +277,23 @@ def _endpoint_rows() -> list[Row]:
     ]  # fmt: skip
 
 
-def _code_rows() -> list[Row]:
+def _make_code_rows() -> list[Row]:
     rewards = {"trainer": {"type": "grpo", "rewards": [{"builtin": "length"}, REWARD]}}
     pickled = {"checkpoint": {"resume": "pvc://claim/checkpoints/step-00000100", "allowPickle": True}, "distributed": {"strategy": "fsdp"}}
     return [
-        *_both("model.trustRemoteCode", "allowTrustRemoteCode", [("strict", {"model": {"trustRemoteCode": True}})],
+        *_make_rows("model.trustRemoteCode", "allowTrustRemoteCode", [("strict", {"model": {"trustRemoteCode": True}})],
                [("strict", {"model": {"trustRemoteCode": False}}), ("plain", {"model": {"trustRemoteCode": True}})]),
-        *_both("trainer.rewards[].configMapRef", "allowUserCode", [("strict", rewards)],
+        *_make_rows("trainer.rewards[].configMapRef", "allowUserCode", [("strict", rewards)],
                [("strict", {"trainer": {"type": "grpo", "rewards": [{"builtin": "length"}]}}), ("plain", rewards)]),
-        *_both("evaluation.benchmarks[].allowCodeExecution", "allowUserCode", [("strict", {"evaluation": {"benchmarks": [HUMAN_EVAL]}})],
+        *_make_rows("evaluation.benchmarks[].allowCodeExecution", "allowUserCode", [("strict", {"evaluation": {"benchmarks": [HUMAN_EVAL]}})],
                [("strict", {"evaluation": {"benchmarks": [{**HUMAN_EVAL, "allowCodeExecution": False}]}}),
                 ("plain", {"evaluation": {"benchmarks": [HUMAN_EVAL]}})]),
-        *_both("checkpoint.allowPickle", "allowUserCode", [("strict", pickled)], [("plain", pickled)]),
+        *_make_rows("checkpoint.allowPickle", "allowUserCode", [("strict", pickled)], [("plain", pickled)]),
     ]  # fmt: skip
 
 
 ROWS: tuple[Row, ...] = (
     *(Row(namespace, {}, None) for namespace in NAMESPACES),
-    *_placement_rows(), *_secret_rows(), *_endpoint_rows(), *_address_rows(), *_destination_rows(), *_code_rows(), *_pool_and_limit_rows(),
+    *_make_placement_rows(), *_make_secret_rows(), *_make_endpoint_rows(), *_make_source_rows(), *_make_destination_rows(), *_make_code_rows(),
+    *_make_pool_and_limit_rows(),
 )  # fmt: skip

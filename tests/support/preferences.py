@@ -1,4 +1,4 @@
-"""Small data sets for objectives on preferences, labels and rewards."""
+"""Small datasets for the objectives that train on preferences, labels or rewards."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _QUESTIONS = [
 PREFERENCE_PAIRS: list[dict[str, Any]] = [
     {"prompt": [user_message(question)], "chosen": [assistant_message(good)], "rejected": [assistant_message(bad)]} for question, good, bad in _QUESTIONS
 ]
-"""Ten questions with a better and a worse answer."""
+"""Ten questions, each with a better and a worse answer."""
 LABELLED_ANSWERS: list[dict[str, Any]] = [
     {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
     for row in PREFERENCE_PAIRS
     for side in ("chosen", "rejected")
 ]
-"""The questions and answers of PAIRS as single rows, each with the label good or bad."""
+"""The questions of PREFERENCE_PAIRS with one answer per row. The label is True for the better answer."""
 PROMPTS: list[dict[str, Any]] = [{"prompt": [user_message(question)], "answer": good} for question, good, _ in _QUESTIONS]
-"""The questions of PAIRS as prompts. The column `answer` contains the better answer."""
+"""The questions of PREFERENCE_PAIRS as prompts. The column `answer` contains the better answer."""

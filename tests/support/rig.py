@@ -1,7 +1,7 @@
-"""Test rig for fault tests of the operator: a real API server, a fake kubelet, fault proxies, and operators as processes.
+"""The test rig of the operator's fault tests: a real API server, a fake kubelet, fault proxies, and operators as processes.
 
-All tests of a run share one API server and one fake kubelet. Each test has its own namespace, and its operators watch only this namespace.
-When a test ends, its operators are killed. A log line of level error fails the test unless it matches `Rig.allowed_log_lines`.
+All tests of a run share one API server and one fake kubelet. Each test has its own namespace, and its operators watch only this namespace. At the end
+of a test, its operators are killed. A log line of level error fails the test, unless it matches `Rig.allowed_log_lines`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _namespace_numbers = itertools.count(1)
 
 @dataclass
 class Cluster:
-    """The API server and the fake kubelet, shared by all tests of a run."""
+    """The API server and the fake kubelet that all tests of a run share."""
 
     endpoint: Endpoint
     api: KubeApi
@@ -51,7 +51,7 @@ def install_crd(api: KubeApi) -> None:
 
 
 def is_served(api: KubeApi) -> bool:
-    """Whether the API server can list FineTuneJobs. The API server may need a moment after the CRD has the condition `Established`."""
+    """Whether the API server lists FineTuneJobs. It may not do so at once when the CRD gets the condition `Established`."""
     try:
         api.list(FINETUNEJOBS, "default")
     except ApiError as error:
@@ -63,7 +63,7 @@ def is_served(api: KubeApi) -> bool:
 
 @pytest.fixture(scope="session")
 def fault_cluster(control_plane: Endpoint) -> Iterator[Cluster]:
-    """The API server with the CRD installed, and a fake kubelet."""
+    """An API server with the installed CRD, and a fake kubelet."""
     api = KubeApi(control_plane)
     install_crd(api)
     with FakeKubelet(control_plane) as kubelet:
@@ -72,7 +72,7 @@ def fault_cluster(control_plane: Endpoint) -> Iterator[Cluster]:
 
 @dataclass
 class Rig:
-    """The namespace, operators and proxies of one test."""
+    """The namespace, the operators and the fault proxies of one test."""
 
     cluster: Cluster
     namespace: str
@@ -80,7 +80,7 @@ class Rig:
     operators: list[OperatorProcess] = field(default_factory=list)
     proxies: list[ApiProxy] = field(default_factory=list)
     allowed_log_lines: list[str] = field(default_factory=list)
-    """Regular expressions. Matching log lines of level error do not fail the test."""
+    """Regular expressions of log lines that do not fail the test, although their level is error."""
 
     @property
     def api(self) -> KubeApi:
@@ -92,17 +92,17 @@ class Rig:
 
     # -- the operator --------------------------------------------------------------------------------------------------
 
-    def proxy(self, seed: int = 0) -> ApiProxy:
+    def start_proxy(self, seed: int = 0) -> ApiProxy:
         """Start a fault proxy in front of the API server."""
         proxy = ApiProxy(self.cluster.endpoint, seed=seed).start()
         self.proxies.append(proxy)
         return proxy
 
-    def operator(
+    def start_operator(
         self, *, proxy: ApiProxy | None = None, config: Mapping[str, Any] | None = None,
         wait_until_ready: bool = True, token: str | None = None, env: Mapping[str, str] | None = None,
     ) -> OperatorProcess:  # fmt: skip
-        """Start an operator for this namespace. The operator uses `proxy` and `token` (default: the administrator's token)."""
+        """Start an operator for this namespace. It connects through `proxy`, if given, with `token`; the default is the administrator's token."""
         folder = self.folder / f"operator-{len(self.operators)}"
         folder.mkdir()
         if proxy is not None:
@@ -117,12 +117,12 @@ class Rig:
     # -- jobs ----------------------------------------------------------------------------------------------------------
 
     def submit(self, name: str = "job", **spec: Any) -> Object:
-        """Create a FineTuneJob. Its spec is a minimal spec, merged with `spec`."""
+        """Create a FineTuneJob with the fields of MINIMAL_SPEC and `spec`."""
         body = {"apiVersion": names.API_VERSION, "kind": names.KIND, "metadata": {"name": name}}
         return self.api.create(FINETUNEJOBS, self.namespace, body | {"spec": merge_mappings(MINIMAL_SPEC, spec)}, fieldValidation="Strict")
 
     def patch_spec(self, name: str = "job", **spec: Any) -> Object:
-        """Merge `spec` into the job's spec."""
+        """Merge `spec` into the FineTuneJob's spec."""
         return self.api.patch(FINETUNEJOBS, self.namespace, name, {"spec": spec})
 
     def get(self, name: str = "job") -> Object:
@@ -135,11 +135,11 @@ class Rig:
         return self.api.wait(FINETUNEJOBS, self.namespace, name, until, timeout=timeout, description=description)
 
     def wait_phase(self, phase: Phase, name: str = "job", *, timeout: float = 30) -> Object:
-        """Wait until the job is in the phase, and return the object."""
+        """Wait until the FineTuneJob is in the phase, and return the object."""
         return self.wait(lambda b: (b.get("status") or {}).get("phase") == phase, name, timeout=timeout, description=phase)
 
     def wait_attempt(self, number: int, name: str = "job", *, timeout: float = 30) -> Object:
-        """Wait until the status has a start time for the attempt, and return the object."""
+        """Wait until the status shows a start time for attempt `number`, and return the object."""
         return self.wait(
             lambda b: any(
                 a["number"] == number and a.get("startTime") for a in (b.get("status") or {}).get("attempts", [])
@@ -150,47 +150,47 @@ class Rig:
     def wait_finished(self, name: str = "job", *, timeout: float = 30) -> Object:
         return self.wait(lambda b: condition_is_true(b, Condition.FINISHED), name, timeout=timeout, description="finished")
 
-    def job_names(self, name: str = "job") -> list[str]:
-        """Return the sorted names of the Jobs of a FineTuneJob."""
+    def list_job_names(self, name: str = "job") -> list[str]:
+        """Return the names of a FineTuneJob's Jobs, sorted."""
         jobs = self.api.list("jobs", self.namespace, labels=f"{Label.JOB_NAME}={name}")
         return sorted(body["metadata"]["name"] for body in jobs)
 
-    def event_reasons(self, name: str = "job") -> list[str]:
-        """Return the reasons of the events about a FineTuneJob, oldest first."""
-        return [event["reason"] for event in self.api.events(self.namespace, name)]
+    def list_event_reasons(self, name: str = "job") -> list[str]:
+        """Return the reason of each event about a FineTuneJob, oldest first."""
+        return [event["reason"] for event in self.api.list_events(self.namespace, name)]
 
-    def event_notes(self, name: str = "job") -> list[tuple[str, str]]:
-        """Return (reason, note) of the events about a FineTuneJob. An event that was emitted several times is returned several times."""
-        events = self.api.events(self.namespace, name)
+    def list_event_notes(self, name: str = "job") -> list[tuple[str, str]]:
+        """Return (reason, note) for each event about a FineTuneJob. An event that was emitted n times is listed n times."""
+        events = self.api.list_events(self.namespace, name)
         return [(e["reason"], e["note"]) for e in events for _ in range((e.get("series") or {}).get("count", 1))]
 
     def wait_event(self, reason: str, name: str = "job", *, timeout: float = 20) -> Object:
-        """Wait for an event with the reason, and return the first one."""
+        """Wait for an event about the FineTuneJob with this reason, and return the first one."""
 
         def select_events(items: list[Object]) -> list[Object]:
             return [e for e in items if e["reason"] == reason and e["regarding"]["name"] == name]
 
         return select_events(self.api.wait_list("events", self.namespace, lambda items: bool(select_events(items)), timeout=timeout))[0]
 
-    def log(self) -> str:
-        """The logs of all operators."""
+    def read_logs(self) -> str:
+        """Return the logs of all operators of the test."""
         return "".join(operator.log for operator in self.operators)
 
     # -- cleanup ---------------------------------------------------------------------------------------------------------
 
     def close(self) -> list[str]:
-        """Kill the operators, stop the proxies, delete the namespace. Returns log lines of level error that are not in `allowed_log_lines`."""
+        """Kill the operators, stop the proxies and delete the namespace. Returns the error lines of the logs that `allowed_log_lines` does not allow."""
         for operator in self.operators:
             operator.kill()
         for proxy in self.proxies:
             proxy.stop()
         self.api.delete("namespaces", None, self.namespace)
-        return [line for operator in self.operators for line in operator.error_lines(self.allowed_log_lines)]
+        return [line for operator in self.operators for line in operator.find_error_lines(self.allowed_log_lines)]
 
 
 @pytest.fixture
 def rig(fault_cluster: Cluster, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Rig]:
-    """A rig with its own namespace. A log line of level error fails the test unless it matches `allowed_log_lines`."""
+    """A rig with a new namespace. A log line of level error fails the test, unless it matches `allowed_log_lines`."""
     test_name = re.sub(r"[^a-z0-9]+", "-", request.node.originalname.removeprefix("test_").lower())[:30].strip("-")
     namespace = f"f{next(_namespace_numbers)}-{test_name}".strip("-")
     fault_cluster.api.create("namespaces", None, {"metadata": {"name": namespace}})
@@ -203,26 +203,26 @@ def rig(fault_cluster: Cluster, tmp_path: Path, request: pytest.FixtureRequest) 
 
 
 def count_status_writes(proxy: ApiProxy) -> int:
-    """Count the status writes of FineTuneJobs that the API server has accepted."""
+    """Count the accepted writes to the status of FineTuneJobs."""
     return sum(e.operation.endswith(f"{FINETUNEJOBS}/status") and 200 <= e.server_status < 300 for e in proxy.exchanges)
 
 
 def count_created(proxy: ApiProxy, resource: str) -> int:
-    """Count the objects of a resource that clients of the proxy have created."""
+    """Count the objects of a resource that were created through the proxy."""
     return sum(e.operation == f"create {resource}" and e.server_status == 201 for e in proxy.exchanges)
 
 
-def forbidden_writes(proxy: ApiProxy) -> list[str]:
-    """Return the writes to FineTuneJobs outside their status. The operator must not send such writes."""
+def find_forbidden_writes(proxy: ApiProxy) -> list[str]:
+    """Return the writes to FineTuneJobs outside their status, which the operator must never send."""
     return [e.operation for e in proxy.exchanges if e.method not in ("GET", "HEAD") and e.operation.endswith(f" {FINETUNEJOBS}")]
 
 
 def attempt_reasons(body: Object) -> list[tuple[int, str]]:
     """Return (number, reason) for each attempt in the status."""
-    return [(one["number"], one.get("reason", "")) for one in (body.get("status") or {}).get("attempts", [])]
+    return [(attempt["number"], attempt.get("reason", "")) for attempt in (body.get("status") or {}).get("attempts", [])]
 
 
 __all__ = [
     "FINETUNEJOBS", "MINIMAL_SPEC", "Cluster", "Rig", "attempt_reasons", "find_condition", "condition_is_true", "count_created", "count_status_writes",
-    "fault_cluster", "forbidden_writes", "install_crd", "rig",
+    "fault_cluster", "find_forbidden_writes", "install_crd", "rig",
 ]  # fmt: skip

@@ -1,12 +1,12 @@
-"""A fault proxy in front of an S3 server. A fault applies to an S3 operation and to keys.
+"""A fault proxy in front of an S3 server. A test chooses requests by S3 operation and key.
 
     with S3Proxy(endpoint.host_url) as proxy:
         client = boto3.client("s3", endpoint_url=proxy.url, ...)
-        with proxy.fault(Status(503, "SlowDown"), operation="PutObject", key="checkpoints/", times=2) as slow: ...
+        with proxy.fault(Status(503, "SlowDown"), operation="PutObject", key="checkpoints/", max_hits=2) as slow: ...
         assert slow.hits == 2
 
-Clients must use path-style addressing (the first path segment is the bucket). Signatures stay valid: clients sign the proxy's address as
-`Host`, and the proxy forwards this header unchanged.
+Clients must use path-style addresses, in which the first path segment is the bucket. Signatures stay valid, because clients sign the proxy's address as
+`Host` and the proxy forwards this header unchanged.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ ERROR_BY_CODE = {
 
 @dataclass(frozen=True)
 class S3Operation:
-    """The API operation, bucket and key of an S3 request."""
+    """What an S3 request does: the name of the API operation, the bucket and the key."""
 
     label: str
     bucket: str
@@ -57,13 +57,13 @@ class S3Operation:
 
 
 class S3Proxy(FaultProxy[S3Operation]):
-    """See the module. `upstream` is the server's address."""
+    """A proxy between clients and an S3 server. The module's docstring has an example. `upstream` is the server's URL."""
 
     def fault(
         self, fault: Fault, *, operation: str | None = None, key: str = "",
         max_hits: int | None = None, skipped_matches: int = 0, probability: float = 1.0,
     ) -> Rule[S3Operation]:  # fmt: skip
-        """Apply `fault` to requests of an operation (such as `PutObject`; None means all) whose key matches the regular expression `key`."""
+        """Apply `fault` to the requests of an operation (such as `PutObject`; None means all) whose key contains a match of the regular expression `key`."""
         key_pattern = re.compile(key)
         return self.add_rule(
             fault, lambda request: operation in (None, request.label) and bool(key_pattern.search(request.key)),
@@ -71,12 +71,12 @@ class S3Proxy(FaultProxy[S3Operation]):
         )  # fmt: skip
 
     def endpoint_through(self, endpoint: S3Endpoint) -> S3Endpoint:
-        """Return a copy of the endpoint with the proxy's address."""
+        """Return a copy of the endpoint with the proxy's URL instead of the server's."""
         return replace(endpoint, host_url=self.url, cluster_url=self.url)
 
     def parse_operation(self, request: web.BaseRequest) -> S3Operation:
         bucket, _, key = request.path.lstrip("/").partition("/")
-        return S3Operation(_operation_name(request, bucket, key), bucket, key)
+        return S3Operation(_find_operation_name(request, bucket, key), bucket, key)
 
     def error_response(self, code: int, reason: str) -> tuple[bytes, dict[str, str]]:
         error_code = reason or ERROR_BY_CODE.get(code, "InternalError")
@@ -84,8 +84,8 @@ class S3Proxy(FaultProxy[S3Operation]):
         return body.encode(), {"Content-Type": "application/xml", "x-amz-request-id": "proxy"}
 
 
-def _operation_name(request: web.BaseRequest, bucket: str, key: str) -> str:
-    """Return the operation's name as in botocore."""
+def _find_operation_name(request: web.BaseRequest, bucket: str, key: str) -> str:
+    """Return the name that botocore gives to the request's operation."""
     method, query = request.method, request.query
     is_copy = "x-amz-copy-source" in request.headers
     match method:

@@ -1,7 +1,7 @@
-"""A probe program: which features of S3 a store has, observed with real requests.
+"""Probes S3 servers with real requests, and records which features of S3 each server has.
 
-`python -m tests.support.store_features` starts every server of `stores.py`, writes what was seen to store_features.json, and writes the table in
-docs/reference/stores.md. Tests compare both with the servers.
+`python -m tests.support.store_features` starts every server of `stores.py`, writes the results to store_features.json, and writes the table in
+docs/reference/stores.md. Tests compare both files with the servers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from unittest import mock
 from localcluster.s3 import S3Endpoint
 from tests.support.stores import StoreName, chosen_store, running_store
 
-FACTS_FILE = Path(__file__).with_name("store_features.json")
+RESULTS_FILE = Path(__file__).with_name("store_features.json")
 PAGE = Path(__file__).parents[2] / "docs/reference/stores.md"
 TABLE_START, TABLE_END = "<!-- seen: begin -->", "<!-- seen: end -->"
 BUCKET = "features"
@@ -32,7 +32,7 @@ MIB = 1024 * 1024
 WRITERS = 8
 UNUSUAL_KEYS = ("with space", "ümlaut-雪", "100%25 +plus", "a#b?c&d", ".hidden")
 YES, NO, IGNORED = "yes", "no", "ignored"
-"""A feature works; does not work; or the store accepts the request without an error, but does not do what it asks for."""
+"""Results of a probe. `yes`: the feature works. `no`: it does not work. `ignored`: the server accepts the request, but does not do what it asks for."""
 SSE_S3 = "encryption with the store's key (SSE-S3)"
 SSE_KMS = "encryption with a key service (SSE-KMS)"
 SSE_C = "encryption with the customer's key (SSE-C)"
@@ -45,7 +45,7 @@ PROBE_BY_FEATURE: dict[str, Probe] = {}
 
 
 def feature(text: str) -> Callable[[Probe], Probe]:
-    """Register a probe for a feature; `text` is its row in the table."""
+    """Register the decorated function as the probe of a feature. `text` is the feature's name in the table."""
 
     def register(probe: Probe) -> Probe:
         PROBE_BY_FEATURE[text] = probe
@@ -54,8 +54,8 @@ def feature(text: str) -> Callable[[Probe], Probe]:
     return register
 
 
-def answer_of(request: Callable[[], object]) -> str:
-    """Return `yes` if a request succeeds, otherwise the status and the code of the error response."""
+def describe_answer(request: Callable[[], object]) -> str:
+    """Send a request. Returns `yes` if it succeeds, otherwise the status code and the error code of the response."""
     from botocore.exceptions import ClientError
 
     try:
@@ -66,9 +66,9 @@ def answer_of(request: Callable[[], object]) -> str:
     return YES
 
 
-def refused(request: Callable[[], object]) -> str:
-    """Return `yes` with the error of a request that a store must refuse, or `ignored` if the request succeeds."""
-    answer = answer_of(request)
+def describe_refusal(request: Callable[[], object]) -> str:
+    """Send a request that a server should refuse. Returns `yes` with the error, or `ignored` if the request succeeds."""
+    answer = describe_answer(request)
     return IGNORED if answer == YES else f"yes ({answer})"
 
 
@@ -81,69 +81,69 @@ def read(server: S3Endpoint, key: str, **arguments: Any) -> bytes:
 
 
 @feature("create only if absent (`If-None-Match: *`)")
-def _create_if_absent(server: S3Endpoint) -> str:
+def _probe_create_if_absent(server: S3Endpoint) -> str:
     put(server, "absent", IfNoneMatch="*")
-    return refused(lambda: put(server, "absent", b"other", IfNoneMatch="*"))
+    return describe_refusal(lambda: put(server, "absent", b"other", IfNoneMatch="*"))
 
 
 @feature(f"of {WRITERS} simultaneous creations, one succeeds")
-def _creation_is_atomic(server: S3Endpoint) -> str:
+def _probe_creation_is_atomic(server: S3Endpoint) -> str:
     for round_number in range(10):
         key = f"atomic-{round_number}"
         with ThreadPoolExecutor(WRITERS) as pool:
-            answers = list(pool.map(lambda writer: answer_of(lambda: put(server, key, str(writer).encode(), IfNoneMatch="*")), range(WRITERS)))  # noqa: B023
+            answers = list(pool.map(lambda writer: describe_answer(lambda: put(server, key, str(writer).encode(), IfNoneMatch="*")), range(WRITERS)))  # noqa: B023
         if answers.count(YES) != 1:
             return NO
     return YES
 
 
 @feature("replace only one version (`If-Match` on PUT)")
-def _replace_if_match(server: S3Endpoint) -> str:
+def _probe_replace_if_match(server: S3Endpoint) -> str:
     tag = put(server, "replace")["ETag"]
-    answer = answer_of(lambda: put(server, "replace", b"second", IfMatch=tag))
-    return answer if answer != YES else refused(lambda: put(server, "replace", b"third", IfMatch=tag))
+    answer = describe_answer(lambda: put(server, "replace", b"second", IfMatch=tag))
+    return answer if answer != YES else describe_refusal(lambda: put(server, "replace", b"third", IfMatch=tag))
 
 
 @feature("read only one version (`If-Match` on GET)")
-def _read_if_match(server: S3Endpoint) -> str:
+def _probe_read_if_match(server: S3Endpoint) -> str:
     tag = put(server, "read")["ETag"]
     put(server, "read", b"second")
-    return refused(lambda: read(server, "read", IfMatch=tag))
+    return describe_refusal(lambda: read(server, "read", IfMatch=tag))
 
 
 @feature(MD5)
-def _wrong_md5(server: S3Endpoint) -> str:
-    return refused(lambda: put(server, "md5", ContentMD5=base64.b64encode(hashlib.md5(b"x").digest()).decode()))
+def _probe_wrong_md5(server: S3Endpoint) -> str:
+    return describe_refusal(lambda: put(server, "md5", ContentMD5=base64.b64encode(hashlib.md5(b"x").digest()).decode()))
 
 
 @feature("a wrong SHA-256 checksum is refused")
-def _wrong_sha256(server: S3Endpoint) -> str:
-    return refused(lambda: put(server, "sha256", ChecksumSHA256=base64.b64encode(hashlib.sha256(b"x").digest()).decode()))
+def _probe_wrong_sha256(server: S3Endpoint) -> str:
+    return describe_refusal(lambda: put(server, "sha256", ChecksumSHA256=base64.b64encode(hashlib.sha256(b"x").digest()).decode()))
 
 
 @feature("boto3's default checksums (CRC in a trailer)")
-def _default_checksums(server: S3Endpoint) -> str:
+def _probe_default_checksums(server: S3Endpoint) -> str:
     client = server.client(request_checksum_calculation="when_supported", response_checksum_validation="when_supported")
-    answer = answer_of(lambda: client.put_object(Bucket=BUCKET, Key="crc", Body=b"body"))
+    answer = describe_answer(lambda: client.put_object(Bucket=BUCKET, Key="crc", Body=b"body"))
     return answer if answer != YES else YES if read(server, "crc") == b"body" else "stores other bytes"
 
 
 @feature("ETag of an object is its MD5")
-def _etag_is_md5(server: S3Endpoint) -> str:
+def _probe_etag_is_md5(server: S3Endpoint) -> str:
     return YES if put(server, "etag")["ETag"].strip('"') == hashlib.md5(b"body").hexdigest() else NO
 
 
 def _upload_parts(server: S3Endpoint, key: str, parts: list[bytes]) -> Any:
     client = server.client()
-    place = {"Bucket": BUCKET, "Key": key}
-    upload = client.create_multipart_upload(**place)["UploadId"]
-    tags = [client.upload_part(**place, UploadId=upload, PartNumber=n, Body=part)["ETag"] for n, part in enumerate(parts, 1)]
+    target = {"Bucket": BUCKET, "Key": key}
+    upload = client.create_multipart_upload(**target)["UploadId"]
+    tags = [client.upload_part(**target, UploadId=upload, PartNumber=n, Body=part)["ETag"] for n, part in enumerate(parts, 1)]
     listed = [{"PartNumber": number, "ETag": tag} for number, tag in enumerate(tags, 1)]
-    return client.complete_multipart_upload(**place, UploadId=upload, MultipartUpload={"Parts": listed})
+    return client.complete_multipart_upload(**target, UploadId=upload, MultipartUpload={"Parts": listed})
 
 
 @feature("multipart upload; its ETag is the MD5 of the parts' MD5")
-def _multipart(server: S3Endpoint) -> str:
+def _probe_multipart(server: S3Endpoint) -> str:
     parts = [b"a" * 5 * MIB, b"b" * 100]
     tag = _upload_parts(server, "parts", parts)["ETag"].strip('"')
     if read(server, "parts") != b"".join(parts):
@@ -152,12 +152,12 @@ def _multipart(server: S3Endpoint) -> str:
 
 
 @feature("a part below 5 MiB that is not the last is refused")
-def _small_part(server: S3Endpoint) -> str:
-    return refused(lambda: _upload_parts(server, "small-parts", [b"a" * 100, b"b" * 100]))
+def _probe_small_part(server: S3Endpoint) -> str:
+    return describe_refusal(lambda: _upload_parts(server, "small-parts", [b"a" * 100, b"b" * 100]))
 
 
 @feature("size of a part (`partNumber` on HEAD)")
-def _part_size(server: S3Endpoint) -> str:
+def _probe_part_size(server: S3Endpoint) -> str:
     _upload_parts(server, "sized", [b"a" * 5 * MIB, b"b" * 100])
     try:
         size = server.client().head_object(Bucket=BUCKET, Key="sized", PartNumber=1)["ContentLength"]
@@ -167,21 +167,21 @@ def _part_size(server: S3Endpoint) -> str:
 
 
 @feature(UNFINISHED_UPLOADS)
-def _unfinished_uploads(server: S3Endpoint) -> str:
+def _probe_unfinished_uploads(server: S3Endpoint) -> str:
     client = server.client()
-    place = {"Bucket": BUCKET, "Key": "unfinished/one"}
-    upload = client.create_multipart_upload(**place)["UploadId"]
-    client.upload_part(**place, UploadId=upload, PartNumber=1, Body=b"a" * 5 * MIB)
+    target = {"Bucket": BUCKET, "Key": "unfinished/one"}
+    upload = client.create_multipart_upload(**target)["UploadId"]
+    client.upload_part(**target, UploadId=upload, PartNumber=1, Body=b"a" * 5 * MIB)
     client.create_multipart_upload(Bucket=BUCKET, Key="elsewhere/one")
-    found = [one["UploadId"] for one in client.list_multipart_uploads(Bucket=BUCKET, Prefix="unfinished/").get("Uploads", [])]
-    sizes = [part["Size"] for part in client.list_parts(**place, UploadId=upload).get("Parts", [])]
-    client.abort_multipart_upload(**place, UploadId=upload)
+    found = [listed_upload["UploadId"] for listed_upload in client.list_multipart_uploads(Bucket=BUCKET, Prefix="unfinished/").get("Uploads", [])]
+    sizes = [part["Size"] for part in client.list_parts(**target, UploadId=upload).get("Parts", [])]
+    client.abort_multipart_upload(**target, UploadId=upload)
     is_gone = not client.list_multipart_uploads(Bucket=BUCKET, Prefix="unfinished/").get("Uploads")
     return YES if (found, sizes, is_gone) == ([upload], [5 * MIB], True) else NO
 
 
 @feature("listing in pages, in the order of the keys' bytes")
-def _listing(server: S3Endpoint) -> str:
+def _probe_listing(server: S3Endpoint) -> str:
     keys = [f"list/{name}" for name in ("-", "a", "a/b", "a0", "B", "z")]
     for key in [key for key in keys if key != "list/a"]:
         put(server, key)
@@ -192,14 +192,14 @@ def _listing(server: S3Endpoint) -> str:
 
 
 @feature("objects `a` and `a/b` at the same time")
-def _object_and_folder(server: S3Endpoint) -> str:
+def _probe_object_and_folder(server: S3Endpoint) -> str:
     put(server, "both/a")
-    answer = answer_of(lambda: put(server, "both/a/b"))
+    answer = describe_answer(lambda: put(server, "both/a/b"))
     return answer if answer != YES else YES if read(server, "both/a") == b"body" else NO
 
 
 @feature("unusual characters in keys")
-def _unusual_keys(server: S3Endpoint) -> str:
+def _probe_unusual_keys(server: S3Endpoint) -> str:
     for key in UNUSUAL_KEYS:
         put(server, f"names/{key}", key.encode())
     found = {entry["Key"] for entry in server.client().list_objects_v2(Bucket=BUCKET, Prefix="names/").get("Contents", [])}
@@ -207,18 +207,18 @@ def _unusual_keys(server: S3Endpoint) -> str:
 
 
 @feature("ranges of an object")
-def _ranges(server: S3Endpoint) -> str:
+def _probe_ranges(server: S3Endpoint) -> str:
     put(server, "range", b"0123456789")
     parts = read(server, "range", Range="bytes=2-4"), read(server, "range", Range="bytes=-3"), read(server, "range", Range="bytes=8-")
-    is_refused = answer_of(lambda: read(server, "range", Range="bytes=20-")).startswith("416")
+    is_refused = describe_answer(lambda: read(server, "range", Range="bytes=20-")).startswith("416")
     return YES if parts == (b"234", b"789", b"89") and is_refused else NO
 
 
 @feature("deletion of many objects in one request")
-def _batch_delete(server: S3Endpoint) -> str:
+def _probe_batch_delete(server: S3Endpoint) -> str:
     put(server, "batch/a")
     keys = [{"Key": "batch/a"}, {"Key": "batch/missing"}]
-    answer = answer_of(lambda: server.client().delete_objects(Bucket=BUCKET, Delete={"Objects": keys, "Quiet": True}))
+    answer = describe_answer(lambda: server.client().delete_objects(Bucket=BUCKET, Delete={"Objects": keys, "Quiet": True}))
     return answer if answer != YES else NO if "Contents" in server.client().list_objects_v2(Bucket=BUCKET, Prefix="batch/") else YES
 
 
@@ -231,42 +231,42 @@ def _fetch(url: str) -> int:
 
 
 @feature("presigned URLs; one with another signature is refused")
-def _presigned(server: S3Endpoint) -> str:
+def _probe_presigned(server: S3Endpoint) -> str:
     put(server, "presigned")
-    place = {"Bucket": BUCKET, "Key": "presigned"}
-    url = server.client(signature_version="s3v4").generate_presigned_url("get_object", Params=place)
-    other = replace(server, secret_key="0" * 40).client(signature_version="s3v4").generate_presigned_url("get_object", Params=place)
+    target = {"Bucket": BUCKET, "Key": "presigned"}
+    url = server.client(signature_version="s3v4").generate_presigned_url("get_object", Params=target)
+    other = replace(server, secret_key="0" * 40).client(signature_version="s3v4").generate_presigned_url("get_object", Params=target)
     if _fetch(url) != 200:
         return NO
     return YES if _fetch(other) == 403 else "yes, but every signature is accepted"
 
 
 @feature("a wrong secret key is refused")
-def _wrong_keys(server: S3Endpoint) -> str:
-    return refused(lambda: put(replace(server, secret_key="0" * 40), "wrong"))
+def _probe_wrong_keys(server: S3Endpoint) -> str:
+    return describe_refusal(lambda: put(replace(server, secret_key="0" * 40), "wrong"))
 
 
 @feature(UNKNOWN_KEY)
-def _unknown_key(server: S3Endpoint) -> str:
-    return refused(lambda: put(replace(server, access_key="AKUNKNOWN"), "unknown"))
+def _probe_unknown_key(server: S3Endpoint) -> str:
+    return describe_refusal(lambda: put(replace(server, access_key="AKUNKNOWN"), "unknown"))
 
 
 @feature("a wrong region is refused")
-def _wrong_region(server: S3Endpoint) -> str:
-    return refused(lambda: put(replace(server, region="eu-west-9"), "region"))
+def _probe_wrong_region(server: S3Endpoint) -> str:
+    return describe_refusal(lambda: put(replace(server, region="eu-west-9"), "region"))
 
 
 @feature(CLOCK)
-def _wrong_clock(server: S3Endpoint) -> str:
+def _probe_wrong_clock(server: S3Endpoint) -> str:
     from botocore import auth
 
     clock = auth.get_current_datetime
     with mock.patch.object(auth, "get_current_datetime", lambda *args, **options: clock(*args, **options) + timedelta(minutes=20)):
-        return refused(lambda: put(server, "clock"))
+        return describe_refusal(lambda: put(server, "clock"))
 
 
-def _encrypted(server: S3Endpoint, key: str, **arguments: Any) -> str:
-    answer = answer_of(lambda: put(server, key, **arguments))
+def _probe_encryption(server: S3Endpoint, key: str, **arguments: Any) -> str:
+    answer = describe_answer(lambda: put(server, key, **arguments))
     if answer != YES:
         return answer
     reported = server.client().head_object(Bucket=BUCKET, Key=key).get("ServerSideEncryption")
@@ -274,63 +274,63 @@ def _encrypted(server: S3Endpoint, key: str, **arguments: Any) -> str:
 
 
 @feature(SSE_S3)
-def _encryption_s3(server: S3Endpoint) -> str:
-    return _encrypted(server, "sse-s3", ServerSideEncryption="AES256")
+def _probe_encryption_s3(server: S3Endpoint) -> str:
+    return _probe_encryption(server, "sse-s3", ServerSideEncryption="AES256")
 
 
 @feature(SSE_KMS)
-def _encryption_kms(server: S3Endpoint) -> str:
-    return _encrypted(server, "sse-kms", ServerSideEncryption="aws:kms")
+def _probe_encryption_kms(server: S3Endpoint) -> str:
+    return _probe_encryption(server, "sse-kms", ServerSideEncryption="aws:kms")
 
 
 @feature(SSE_C)
-def _encryption_customer(server: S3Endpoint) -> str:
+def _probe_encryption_customer(server: S3Endpoint) -> str:
     key = {"SSECustomerAlgorithm": "AES256", "SSECustomerKey": bytes(range(32))}
-    answer = answer_of(lambda: put(server, "sse-c", **key))
+    answer = describe_answer(lambda: put(server, "sse-c", **key))
     if answer != YES:
         return answer
-    return NO if read(server, "sse-c", **key) != b"body" else YES if answer_of(lambda: read(server, "sse-c")) != YES else IGNORED
+    return NO if read(server, "sse-c", **key) != b"body" else YES if describe_answer(lambda: read(server, "sse-c")) != YES else IGNORED
 
 
-def observe(server: S3Endpoint) -> dict[str, str]:
-    """Probe every feature of a running store."""
+def probe_all_features(server: S3Endpoint) -> dict[str, str]:
+    """Return the result of every probe on a running server, by feature."""
     server.client().create_bucket(Bucket=BUCKET)
     return {text: probe(server) for text, probe in PROBE_BY_FEATURE.items()}
 
 
-def load_facts() -> dict[str, dict[str, str]]:
-    """Return what was seen on each store: the value of each feature by the name of the store."""
-    return dict(json.loads(FACTS_FILE.read_text()))
+def load_results() -> dict[str, dict[str, str]]:
+    """Return the recorded result of each feature, by server name and feature."""
+    return dict(json.loads(RESULTS_FILE.read_text()))
 
 
-def seen_on_chosen_store(text: str) -> str:
-    """Return what was seen of a feature on the store that FINETUNE_TEST_STORE names."""
-    return load_facts()[chosen_store()][text]
+def read_result_of_chosen_store(text: str) -> str:
+    """Return the recorded result of a feature on the server that FINETUNE_TEST_STORE names."""
+    return load_results()[chosen_store()][text]
 
 
-def render_table(facts: dict[str, dict[str, str]]) -> str:
-    """Return the table of docs/reference/stores.md: one row for each feature, one column for each store."""
-    lines = ["| feature | " + " | ".join(StoreName(name).title for name in facts) + " |", "|---|" + "---|" * len(facts)]
-    lines += [f"| {text} | " + " | ".join(values.get(text, "?") for values in facts.values()) + " |" for text in PROBE_BY_FEATURE]
+def render_table(results: dict[str, dict[str, str]]) -> str:
+    """Return the table of docs/reference/stores.md, with a row for each feature and a column for each server."""
+    lines = ["| feature | " + " | ".join(StoreName(name).title for name in results) + " |", "|---|" + "---|" * len(results)]
+    lines += [f"| {text} | " + " | ".join(values.get(text, "?") for values in results.values()) + " |" for text in PROBE_BY_FEATURE]
     return "\n".join(lines)
 
 
-def replace_table(page: str, facts: dict[str, dict[str, str]]) -> str:
-    """Return the text of the page with a new table."""
+def replace_table(page: str, results: dict[str, dict[str, str]]) -> str:
+    """Return the text of the page with its table replaced by a table of `results`."""
     before, rest = page.split(TABLE_START)
     after = rest.split(TABLE_END)[1]
-    return f"{before}{TABLE_START}\n{render_table(facts)}\n{TABLE_END}{after}"
+    return f"{before}{TABLE_START}\n{render_table(results)}\n{TABLE_END}{after}"
 
 
 def main(names: list[str]) -> None:
-    """Probe the named stores (default: all) and write the facts and the table."""
-    facts = load_facts() if FACTS_FILE.exists() else {}
+    """Probe the named servers (by default all) and write the results and the table."""
+    results = load_results() if RESULTS_FILE.exists() else {}
     for name in [StoreName(name) for name in names] or list(StoreName):
         with tempfile.TemporaryDirectory() as folder, running_store(Path(folder) / "store", name) as server:
-            facts[name] = observe(server)
-    facts = {name: facts[name] for name in StoreName if name in facts}
-    FACTS_FILE.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
-    PAGE.write_text(replace_table(PAGE.read_text(), facts))
+            results[name] = probe_all_features(server)
+    results = {name: results[name] for name in StoreName if name in results}
+    RESULTS_FILE.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    PAGE.write_text(replace_table(PAGE.read_text(), results))
 
 
 if __name__ == "__main__":

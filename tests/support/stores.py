@@ -1,7 +1,7 @@
-"""S3 servers of several makes for tests. The same tests of storage run against each of them.
+"""Starts S3 servers for tests. There are several server programs, and the same storage tests run against each of them.
 
 The environment variable FINETUNE_TEST_STORE names the server that the fixture `s3_server` starts; the default is SeaweedFS. `make test-stores` runs
-the tests of storage against the others. `python -m tests.support.stores` builds the servers that are Go programs into the cache.
+the storage tests against the other servers. `python -m tests.support.stores` builds the servers that are Go programs into the cache.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from localcluster.ports import free_ports
 from localcluster.processes import Lifetime, spawn, wait_until
-from localcluster.s3 import S3Endpoint, S3Process, find_program, is_ready, new_keys
+from localcluster.s3 import S3Endpoint, S3Process, find_program, is_ready, make_keys
 
 sys.path.append(str(Path(__file__).parents[2] / "scripts"))
 from tools import MINIO, VERSITY_GATEWAY, build_tools  # noqa: E402 - the path comes first
@@ -28,7 +28,7 @@ START_SECONDS = 60
 
 
 class StoreName(StrEnum):
-    """Makes of S3 servers that run on this machine."""
+    """S3 server programs that the tests can start on this machine."""
 
     SEAWEEDFS = "seaweedfs"
     VERSITY = "versity"
@@ -37,7 +37,7 @@ class StoreName(StrEnum):
 
     @property
     def title(self) -> str:
-        """Name and version of the server, for people."""
+        """Display name and version of the server program."""
         match self:
             case StoreName.VERSITY:
                 return f"Versity gateway {VERSITY_GATEWAY.version}"
@@ -49,7 +49,7 @@ class StoreName(StrEnum):
 
 
 OTHER_STORES = (StoreName.VERSITY, StoreName.MINIO, StoreName.MOTO)
-"""The servers that only `make test-faults` uses."""
+"""The servers with which only `make test-faults` and `make test-stores` run tests."""
 
 
 def chosen_store() -> StoreName:
@@ -59,14 +59,14 @@ def chosen_store() -> StoreName:
 
 @dataclass(frozen=True)
 class ServerCommand:
-    """The command line of a server, and its additional environment variables."""
+    """The command line that starts a server, and its additional environment variables."""
 
     arguments: list[str | Path]
     environment: dict[str, str] = field(default_factory=dict)
 
 
-def _command(name: StoreName, port: int, folder: Path, access_key: str, secret_key: str) -> ServerCommand:
-    """Return the command of a server that listens on the loopback and stores its objects below `folder`."""
+def _make_command(name: StoreName, port: int, folder: Path, access_key: str, secret_key: str) -> ServerCommand:
+    """Return the command of a server that listens on the loopback interface and stores its objects below `folder`."""
     data = folder / "data"
     match name:
         case StoreName.VERSITY:
@@ -81,21 +81,21 @@ def _command(name: StoreName, port: int, folder: Path, access_key: str, secret_k
             )
         case StoreName.MOTO:
             return ServerCommand([find_program("moto_server", "the Python package moto[server]"), "--host", "127.0.0.1", "--port", str(port)])
-    raise ValueError(f"{name} has no command of its own: use S3Process")
+    raise ValueError(f"{name} has no separate command: use S3Process")
 
 
 @contextmanager
 def running_store(folder: Path, name: StoreName | None = None) -> Iterator[S3Endpoint]:
-    """Run an S3 server until the context ends; the default is the server that FINETUNE_TEST_STORE names. Errors: StartFailed, StepFailed."""
+    """Run an S3 server during the `with` block. The default is the server that FINETUNE_TEST_STORE names. Errors: StartFailed, StepFailed."""
     name = name or chosen_store()
     if name is StoreName.SEAWEEDFS:
         with S3Process(folder) as endpoint:
             yield endpoint
         return
     (folder / "data").mkdir(parents=True)
-    access_key, secret_key = new_keys()
+    access_key, secret_key = make_keys()
     port = free_ports(1)[0]
-    command = _command(name, port, folder, access_key, secret_key)
+    command = _make_command(name, port, folder, access_key, secret_key)
     server = spawn(
         name, command.arguments, owner=folder, log=folder / "log", lifetime=Lifetime.UNTIL_PARENT_ENDS, working_folder=folder,
         env={**os.environ, "HOME": str(folder), **command.environment},

@@ -1,8 +1,8 @@
-"""Create a tiny model in a third of a second: a byte-level BPE tokenizer and a two-layer Llama, saved in the hub's layout.
+"""Creates a tiny model in a third of a second: a byte-level BPE tokenizer and a two-layer Llama, saved in the hub's layout.
 
-Nothing is downloaded. The weights are random but seeded: two calls with the same arguments write the same bytes. Options create variants for
-tests: templates with and without generation markers, no pad token, a pad token that is also the end token, a beginning token, tied
-embeddings, attention biases.
+Nothing is downloaded. The weights are random, but two calls with the same arguments write the same bytes. Options create variants: a chat template with
+or without generation markers, no pad token, a pad token that is also the end-of-sequence token, a beginning-of-sequence token, tied embeddings, and
+attention biases.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ CHATML_MARKED = (
     "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-"""ChatML with generation markers around the content of an assistant's message and its end-of-turn token."""
+"""ChatML with generation markers around each assistant message and its end-of-turn token."""
 
 
 def make_tokenizer(
     path: Path | str, *, chat_template: str | None = CHATML_TEMPLATE, pad: str | None = "<|pad|>", bos: bool = False
 ):
-    """Train and save the tokenizer. If `bos` is true, it adds <|bos|> before every text."""
+    """Train a tokenizer and save it at `path`. If `bos` is true, the tokenizer adds <|bos|> before every text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -95,7 +95,7 @@ def make_tiny_model(
 
 
 def make_tiny_classifier(path: Path | str, *, seed: int = 1) -> Path:
-    """Write a tiny reward model: the backbone of `make_tiny_model` and a head with one output."""
+    """Write a tiny reward model: the layers of `make_tiny_model` and a head with one output. Returns `path`."""
     import torch
     from transformers import AutoTokenizer, LlamaForSequenceClassification
 
@@ -111,7 +111,7 @@ def make_tiny_classifier(path: Path | str, *, seed: int = 1) -> Path:
 
 
 def train_model(path: Path | str, conversations: list[list[dict[str, str]]], *, steps: int = 150, rate: float = 5e-3) -> Path:
-    """Train all weights of the saved model on conversations, so that adapters can learn on it. On random weights, adapters learn almost
+    """Train all weights of the saved model on conversations, so that an adapter can learn on it. With random weights, an adapter learns almost
     nothing, because the frozen head gives every token nearly the same score.
     """
     import torch

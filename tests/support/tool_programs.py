@@ -1,4 +1,4 @@
-"""Programs that only tests need: Python packages in separate environments, and promtool from its Debian package."""
+"""Installs programs that only tests need: Python packages in separate environments, and promtool from its Debian package."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _lock(name: str) -> Iterator[None]:
 
 
 def ensure_environment(name: str) -> Path:
-    """Install the packages of `requirements/NAME.lock` unless they are installed. Returns the interpreter of their environment."""
+    """Create an environment with the packages of `requirements/NAME.lock`, unless it exists. Returns the path of its Python."""
     lock_file = REQUIREMENTS_FOLDER / f"{name}.lock"
     digest = hashlib.sha256(lock_file.read_bytes()).hexdigest()[:12]
     folder = cache_folder() / f"{name}-{sys.version_info[0]}.{sys.version_info[1]}-{digest}"
@@ -41,9 +41,9 @@ def ensure_environment(name: str) -> Path:
 
 
 def ensure_promtool() -> Path | None:
-    """Return the path of promtool: a program on the PATH, or the program of Debian's package `prometheus`. None without both.
+    """Return the path of promtool, from the PATH or from Debian's package `prometheus`; None if neither is available.
 
-    The package is unpacked, not installed, because its installation starts a server. Prometheus' Go module cannot be installed with `go install`.
+    The package is only unpacked, because installing it would start a server. `go install` cannot build promtool from Prometheus' Go module.
     """
     if found := shutil.which("promtool"):
         return Path(found)

@@ -1,7 +1,7 @@
-"""Real servers for the tests of trackers: MLflow in a separate environment, and FerretDB instead of MongoDB.
+"""Starts real servers for the tests of trackers: MLflow in a separate Python environment, and FerretDB instead of MongoDB.
 
-FerretDB speaks MongoDB's protocol and stores documents in SQLite. There is no freely available package of the MongoDB server.
-`python -m tests.support.tracker_servers` installs and builds both into the cache.
+FerretDB implements MongoDB's protocol and stores documents in SQLite. It replaces the MongoDB server, which has no freely licensed package.
+`python -m tests.support.tracker_servers` installs MLflow and builds FerretDB into the cache.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from tests.support.tool_programs import ensure_environment
 
 START_SECONDS = 300
 MLFLOW_ENVIRONMENT = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-"""Without job execution, the server starts no further processes."""
+"""With these variables, the MLflow server sends no usage data and starts no processes for jobs."""
 
 
 def ensure_mlflow_server() -> Path:
-    """Install the locked packages of the MLflow server unless they are installed. Returns the interpreter of their environment."""
+    """Create an environment with the locked packages of the MLflow server, unless it exists. Returns the path of its Python."""
     return ensure_environment("mlflow-server")
 
 
 class TrackerServer:
-    """A server process on a loopback port, which can be stopped and started again with the same data."""
+    """A server process that a test can stop and start again with the same port and data."""
 
     def __init__(self, name: str, folder: Path, command: Callable[[int, Path], list[str | Path]], is_ready: Callable[[int], bool]) -> None:
         self._name, self._folder, self._command, self._is_ready = name, folder, command, is_ready
@@ -54,7 +54,7 @@ class TrackerServer:
         return self
 
     def stop(self) -> None:
-        """Kill the server and its workers."""
+        """Kill the server and its worker processes."""
         if self._server is not None and self._server.process.poll() is None:
             os.killpg(self._server.process.pid, 9)
             self._server.process.wait()
@@ -66,10 +66,10 @@ class TrackerServer:
         self.stop()
 
 
-def mlflow_server(folder: Path, host: str = "127.0.0.1", run_in: Sequence[str] = (), allowed_hosts: str | None = None) -> TrackerServer:
-    """An MLflow server with an SQLite database.
+def make_mlflow_server(folder: Path, host: str = "127.0.0.1", run_in: Sequence[str] = (), allowed_hosts: str | None = None) -> TrackerServer:
+    """Return an MLflow server with an SQLite database. It listens on `host`.
 
-    `run_in`: a command that starts the server in another network, where it listens on `host`. `allowed_hosts`: the names that clients may use.
+    `run_in` is a command prefix that runs the server in another network. `allowed_hosts` are the host names that clients may use.
     """
     python = ensure_mlflow_server()
 
@@ -90,8 +90,8 @@ def mlflow_server(folder: Path, host: str = "127.0.0.1", run_in: Sequence[str] =
     return TrackerServer("mlflow", folder, command, is_ready)
 
 
-def mongodb_server(folder: Path) -> TrackerServer:
-    """A FerretDB server."""
+def make_mongodb_server(folder: Path) -> TrackerServer:
+    """Return a FerretDB server, which stands in for MongoDB."""
     from pymongo import MongoClient
     from pymongo.errors import PyMongoError
 

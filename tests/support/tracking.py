@@ -1,4 +1,4 @@
-"""A run and its events, for tests of trackers."""
+"""Creates a tracked run and its events, for tests of trackers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ START = STARTED_AT.timestamp()
 
 
 def tracked_run(**changes: Any) -> TrackedRun:
-    """A run of attempt 1."""
+    """Return the tracked run of a job's first attempt, with `changes` to its fields."""
     values: dict[str, Any] = {
         "name": "support-bot", "project": "support", "namespace": "team", "job": "job", "uid": UID, "attempt": 1, "model": "org/base",
         "storage_uri": "s3://bucket/team/job", "started_at": STARTED_AT, "resumed_from_step": 0,
@@ -38,23 +38,23 @@ def tracked_run(**changes: Any) -> TrackedRun:
 
 
 def log_events(first: int, last: int, *, evaluated: tuple[int, ...] = ()) -> list[Event]:
-    """Return one training line for each step, with a loss that is computed from the step, and an evaluation at each of the steps `evaluated`."""
+    """Return a training log event for each step from `first` to `last`, and an evaluation log event for each step in `evaluated`."""
     events: list[Event] = []
     for step in range(first, last + 1):
         coordinates = {"step": step, "epoch": step / 10, "unix_time": START + step}
-        events.append(LogEvent(entry=LogEntry(**coordinates, loss=loss_of(step), learning_rate=1e-4)))
+        events.append(LogEvent(entry=LogEntry(**coordinates, loss=compute_loss(step), learning_rate=1e-4)))
         if step in evaluated:
-            events.append(LogEvent(entry=LogEntry(**coordinates, eval_loss=loss_of(step) + 0.5)))
+            events.append(LogEvent(entry=LogEntry(**coordinates, eval_loss=compute_loss(step) + 0.5)))
     return events
 
 
-def loss_of(step: int) -> float:
-    """The loss of a step; an exact binary number."""
+def compute_loss(step: int) -> float:
+    """Return the training loss of a step. A binary floating-point number represents it exactly."""
     return 4 - step / 32
 
 
 def start_events() -> list[Event]:
-    """Return the events of the data sets and of the start of training."""
+    """Return the events about the datasets and the start of training."""
     sources = (
         DataSource(context="training", source="s3://bucket/train.jsonl", digest="a" * 64),
         DataSource(context="validation", source="s3://bucket/validation.jsonl", digest="b" * 64),
@@ -63,10 +63,13 @@ def start_events() -> list[Event]:
 
 
 def end_events(last: int, *, end: RunEnd = RunEnd.FINISHED, reason: str | None = None) -> list[Event]:
-    """The model, the end of training, an evaluation, and the end of the attempt. After a failure, only the end of the attempt."""
-    ended = EndEvent(end=end, time=START + 100, reason=reason)
+    """Return the events after step `last`: the training summary, the model, the end of training, an evaluation, and the end of the attempt.
+
+    Unless `end` is FINISHED, return only the end of the attempt.
+    """
+    end_event = EndEvent(end=end, time=START + 100, reason=reason)
     if end is not RunEnd.FINISHED:
-        return [ended]
+        return [end_event]
     times: dict[str, Any] = {"end": RunEnd.FINISHED, "step": last}
     summary = LogEntry(step=last, epoch=last / 10, unix_time=START + 60, **{"train_loss": 1.5, "train_runtime": 60.0})
     return [
@@ -74,13 +77,13 @@ def end_events(last: int, *, end: RunEnd = RunEnd.FINISHED, reason: str | None =
         ArtifactEvent(name="model", uri="s3://bucket/team/job/model/a1-1", sha256="c" * 64),
         PhaseEvent(phase=TrackedPhase.TRAIN, start_time=START + 1, end_time=START + 61, **times),
         PhaseEvent(phase=TrackedPhase.EVALUATE, start_time=START + 62, end_time=START + 70, values={"perplexity": 5.25}, **times),
-        ended,
+        end_event,
     ]
 
 
 @dataclass
 class FolderStorage:
-    """Stores files of trackers in a folder. The next `failures` requests fail."""
+    """Storage in a folder for the files of trackers. The next `failures` uploads fail. `keys` lists the keys of all successful uploads."""
 
     folder: Path
     failures: int = 0

@@ -1,7 +1,7 @@
-"""Run Python in the built trainer image, under the restrictions of a trainer pod and without a cluster.
+"""Runs Python in the built trainer image, with the restrictions of a trainer pod but without a cluster.
 
-A trainer pod runs as uid 10001 without capabilities, on a read-only root file system. The containers of this module have the same
-restrictions, and no network except their loopback interface. runc starts them on the layers that buildah has built.
+A trainer pod runs as uid 10001 without capabilities, on a read-only root file system. The containers of this module have the same restrictions, and
+additionally no network except the loopback interface. runc starts them from the image that buildah has built.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from finetune_api.names import TRAINER_UID
 
 from localcluster import images, paths
 from localcluster.requirements import find_executable
-from localcluster.steps import shown_step
+from localcluster.steps import show_step
 from tests.support.cells import CHECKOUT_FOLDER, PythonRunner
 
 CHECKOUT_IN_CONTAINER = "/checkout"
-PACKAGES_OF_IMAGE = ("crds/finetune_api", "trainer-image/finetune_trainer")
-"""Packages of the checkout that the image contains. In a container, the image's packages replace those of the checkout."""
+PACKAGES_IN_IMAGE = ("crds/finetune_api", "trainer-image/finetune_trainer")
+"""Packages that both the checkout and the image contain. In a container, the image's copies are mounted over the checkout's."""
 NAME_PREFIX = "finetune-test-"
 TEST_PACKAGES = ("pytest", "pluggy", "iniconfig", "hypothesis", "sortedcontainers", "pytest-asyncio", "pytest-timeout", "cryptography", "cffi", "pycparser")
-"""Packages that the tests need and the image does not contain."""
+"""Packages that the tests need but the image does not contain."""
 PASSED_VARIABLES = ("ONEDNN_MAX_CPU_ISA", "OMP_NUM_THREADS")
-"""Variables of the test process that adapt the libraries to this machine."""
+"""Environment variables that containers take from the test process, because they adapt libraries to this machine."""
 SITE_PACKAGES = "/opt/venv/lib/python3.11/site-packages"
 """Folder of the installed packages in the image."""
 _container_numbers = itertools.count()
@@ -41,7 +41,7 @@ _container_numbers = itertools.count()
 
 @dataclass(frozen=True)
 class TrainerImage:
-    """The mounted trainer image."""
+    """The trainer image, mounted as a folder of this machine."""
 
     root: Path
     """The image's root file system."""
@@ -56,7 +56,8 @@ class TrainerImage:
     ) -> int:  # fmt: skip
         """Run a command in a new container. Returns its exit code.
 
-        `shared_folder` has the same path in the container, and the container's user owns all its files. Errors: subprocess.TimeoutExpired.
+        `shared_folder` is mounted at the same path in the container, and all its files are given to the container's user. Errors:
+        subprocess.TimeoutExpired.
         """
         for path in [shared_folder, *shared_folder.rglob("*")]:
             os.chown(path, TRAINER_UID, TRAINER_UID, follow_symlinks=False)
@@ -66,10 +67,10 @@ class TrainerImage:
             hosts.write_text("127.0.0.1 localhost trainer\n")
             mounts = [
                 _bind_mount(hosts, "/etc/hosts"), _bind_mount(CHECKOUT_FOLDER, CHECKOUT_IN_CONTAINER),
-                *(_bind_mount(self.root / "app" / Path(path).name, f"{CHECKOUT_IN_CONTAINER}/{path}") for path in PACKAGES_OF_IMAGE),
+                *(_bind_mount(self.root / "app" / Path(path).name, f"{CHECKOUT_IN_CONTAINER}/{path}") for path in PACKAGES_IN_IMAGE),
                 _bind_mount(shared_folder, str(shared_folder), is_writable=True),
             ]  # fmt: skip
-            configuration = self._container_configuration(command, environment or {}, mounts)
+            configuration = self._make_container_configuration(command, environment or {}, mounts)
             (Path(bundle) / "config.json").write_text(json.dumps(configuration))
             try:
                 return subprocess.run(
@@ -79,7 +80,7 @@ class TrainerImage:
                 subprocess.run(_runc_command("delete", "--force", name), capture_output=True)
 
     def run_pytest(self, arguments: Sequence[str], shared_folder: Path, output: IO[bytes], *, timeout: float) -> int:
-        """Run tests of this checkout with the image's Python and libraries. Returns pytest's exit code. pytest itself is copied from this environment."""
+        """Run tests of this checkout with the Python and libraries of the image. pytest is copied from the current environment. Returns its exit code."""
         packages = shared_folder / "test-packages"
         for name in TEST_PACKAGES:
             for file in distribution(name).files or ():
@@ -94,7 +95,7 @@ class TrainerImage:
         return self.run(command, shared_folder, output, environment=environment, timeout=timeout)
 
     def python_runner(self, shared_folder: Path) -> PythonRunner:
-        """Return a runner that starts the image's Python with the test helpers of this checkout, and with the trainer of the image."""
+        """Return a function that runs the image's Python with the image's trainer and this checkout's test helpers."""
 
         def run_python(arguments: Sequence[str], environment: Mapping[str, str], output: IO[bytes], timeout: float) -> int:
             variables = {**environment, "PYTHONPATH": f"{self.environment['PYTHONPATH']}:{CHECKOUT_IN_CONTAINER}"}
@@ -102,8 +103,8 @@ class TrainerImage:
 
         return run_python
 
-    def _container_configuration(self, command: Sequence[str], environment: Mapping[str, str], mounts: list[dict[str, Any]]) -> dict[str, Any]:
-        """The configuration of the OCI runtime specification, https://github.com/opencontainers/runtime-spec/blob/v1.0.2/config.md"""
+    def _make_container_configuration(self, command: Sequence[str], environment: Mapping[str, str], mounts: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return the `config.json` of a container: https://github.com/opencontainers/runtime-spec/blob/v1.0.2/config.md"""
         user, group = (int(number) for number in self.user.split(":"))
         passed = {name: os.environ[name] for name in PASSED_VARIABLES if name in os.environ}
         variables = {**self.environment, **passed, **environment}
@@ -139,16 +140,16 @@ def _runc_command(*arguments: str) -> list[str]:
 
 @contextmanager
 def open_trainer_image() -> Iterator[TrainerImage]:
-    """Build the trainer image of this checkout (unchanged layers come from the cache) and mount it."""
+    """Build the trainer image of this checkout and mount it. Unchanged layers come from the cache."""
     _remove_abandoned_containers()
-    images.build_images([images.ImageName.TRAINER], shown_step)
+    images.build_images([images.ImageName.TRAINER], show_step)
     with _mount_image() as image:
         yield image
 
 
 @contextmanager
 def open_broken_trainer_image(removed_folder: str) -> Iterator[TrainerImage]:
-    """Mount the trainer image without one folder of its installed packages."""
+    """Mount the trainer image and delete one folder of its installed packages."""
     with _mount_image() as image:
         shutil.rmtree(image.root / SITE_PACKAGES.lstrip("/") / removed_folder)
         yield image
@@ -168,7 +169,7 @@ def _mount_image() -> Iterator[TrainerImage]:
 
 
 def _remove_abandoned_containers() -> None:
-    """Remove the containers of test processes that were killed."""
+    """Remove the containers that killed test processes have left behind."""
     running = subprocess.run(_runc_command("list", "--quiet"), capture_output=True, text=True).stdout.split()
     for name in running:
         if _is_abandoned(name):

@@ -1,6 +1,6 @@
-"""Create tiny vision-language models with their processors, and rows with images. Nothing is downloaded.
+"""Creates tiny vision-language models with their processors, and rows with images. Nothing is downloaded.
 
-The models have random but seeded weights. Their processors are written from the sizes in `FAMILIES`, in the layout of the hub.
+The weights of the models are random, but equal for the same seed. The processors have the settings in `FAMILIES`, and are saved in the hub's layout.
 """
 
 from __future__ import annotations
@@ -17,40 +17,40 @@ from typing import Any
 from tests.support.tiny import make_tokenizer
 
 COLOURS = {"red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220), "yes": (240, 240, 240), "no": (10, 10, 10)}
-"""The answer for each image of one colour."""
-TEXT = {
+"""RGB values of each answer: an image of one colour has the colour's name as its answer."""
+TEXT_SIZES = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
     "max_position_embeddings": 512,
 }  # fmt: skip
 
-TEMPLATE = (
+CHAT_TEMPLATE = (
     "{%% for message in messages %%}{{ '<|im_start|>' + message['role'] + '\\n' }}"
     "{%% for part in message['content'] %%}{%% if part['type'] == 'image' %%}{{ '%s' }}{%% else %%}{{ part['text'] }}{%% endif %%}{%% endfor %%}"
     "{{ '<|im_end|>\\n' }}{%% endfor %%}{%% if add_generation_prompt %%}{{ '<|im_start|>assistant\\n' }}{%% endif %%}"
 )
-"""ChatML for messages whose content is a list of parts. `%s` is the placeholder of an image."""
+"""ChatML for messages whose content is a list of texts and images. `%s` is replaced by the model's placeholder for an image."""
 
 
 @dataclass(frozen=True)
 class VisionFamily:
-    """A type of vision-language model: its tokens for images, and the settings of a tiny configuration and processor."""
+    """One type of vision-language model: its tokens for images, and the settings of a tiny model and its processor."""
 
     placeholder: str
-    """Text that the chat template writes for an image."""
+    """Text that the chat template writes in place of an image."""
     image_token: str
-    """Token that the processor repeats for the patches of an image."""
+    """Token that the processor repeats, once for each patch of an image."""
     special_tokens: tuple[str, ...]
     processor: dict[str, Any]
-    """`preprocessor_config.json`."""
+    """Content of `preprocessor_config.json`."""
     vision: dict[str, Any]
     text: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     processor_options: dict[str, Any] = field(default_factory=dict)
-    """`processor_config.json`."""
+    """Content of `processor_config.json`."""
     named_tokens: dict[str, str] = field(default_factory=dict)
-    """Tokens that the processor reads as attributes of the tokenizer."""
+    """Special tokens by the tokenizer attribute from which the processor reads them."""
     tower: str = ""
-    """Name of the module with the vision layers."""
+    """Name of the model's module with the vision layers."""
     projector: str = ""
 
 
@@ -62,11 +62,11 @@ QWEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_p
 QWEN_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}}
 IDEFICS_TOKENS = ("<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>", *(f"<row_{y}_col_{x}>" for y in (1, 2) for x in (1, 2)))
 SIGLIP = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 14}
-"""Sizes of the vision layers. 4-bit weights are computed in blocks of 64 values, so narrower layers would fail on a CPU."""
+"""Sizes of the vision layers. On a CPU, layers with 4-bit weights need at least 64 values per row, because the weights are computed in blocks of 64."""
 
 
-def idefics(processor_type: str, **options: Any) -> VisionFamily:
-    """Idefics3 and SmolVLM: an image is cut into tiles of 28 pixels, and each tile becomes one token."""
+def make_idefics_family(processor_type: str, **options: Any) -> VisionFamily:
+    """Return the settings of Idefics3 or SmolVLM: the processor cuts an image into tiles of 28 pixels, and each tile becomes one token."""
     return VisionFamily(
         placeholder="<image>", image_token="<image>", special_tokens=IDEFICS_TOKENS,
         processor={
@@ -98,11 +98,11 @@ FAMILIES = {
         named_tokens={"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"},
         tower="vision_tower", projector="multi_modal_projector",
     ),
-    "idefics3": idefics("Idefics3ImageProcessor"),
-    "smolvlm": idefics("SmolVLMImageProcessor"),
+    "idefics3": make_idefics_family("Idefics3ImageProcessor"),
+    "smolvlm": make_idefics_family("SmolVLMImageProcessor"),
 }  # fmt: skip
 SIMILAR_FAMILIES = ("qwen2_5_vl", "smolvlm")
-"""Families whose layers and processors are also those of another family. Trained by `make test-faults`."""
+"""Families with the same layers and processors as another family. Only `make test-faults` trains them."""
 
 
 def make_vision_model(folder: Path, name: str, *, seed: int = 0) -> Path:
@@ -112,7 +112,7 @@ def make_vision_model(folder: Path, name: str, *, seed: int = 0) -> Path:
 
     family = FAMILIES[name]
     folder.mkdir(parents=True, exist_ok=True)
-    make_tokenizer(folder, chat_template=TEMPLATE % family.placeholder)
+    make_tokenizer(folder, chat_template=CHAT_TEMPLATE % family.placeholder)
     named_tokens = {"extra_special_tokens": family.named_tokens} if family.named_tokens else {}
     tokenizer = AutoTokenizer.from_pretrained(folder, **named_tokens)
     tokenizer.add_tokens(list(family.special_tokens), special_tokens=True)
@@ -134,22 +134,22 @@ def make_vision_model(folder: Path, name: str, *, seed: int = 0) -> Path:
             "image_token_index": image_id,
         }  # fmt: skip
         del own_ids["image_token_id"]
-    text = TEXT | {"vocab_size": len(tokenizer)} | tokens | family.text
+    text = TEXT_SIZES | {"vocab_size": len(tokenizer)} | tokens | family.text
     if name in ("idefics3", "smolvlm"):
         text["model_type"] = "llama"
     config = AutoConfig.for_model(name, text_config=text, vision_config=family.vision, tie_word_embeddings=False, **family.config, **own_ids, **tokens)
     state = torch.random.get_rng_state()
     torch.manual_seed(seed)
     model = AutoModelForImageTextToText.from_config(config)
-    if name == "gemma3":  # transformers starts with zeros, so that all images would be equal
+    if name == "gemma3":  # transformers initialises these weights with zeros, which would make all images equal
         torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=0.2)
     model.save_pretrained(folder)
     torch.random.set_rng_state(state)
     return folder
 
 
-def png(colour: tuple[int, int, int], size: tuple[int, int] = (40, 32)) -> bytes:
-    """A PNG of one colour."""
+def make_png(colour: tuple[int, int, int], size: tuple[int, int] = (40, 32)) -> bytes:
+    """Return a PNG image of one colour. `size` is width and height in pixels."""
     from PIL import Image
 
     stream = io.BytesIO()
@@ -157,17 +157,17 @@ def png(colour: tuple[int, int, int], size: tuple[int, int] = (40, 32)) -> bytes
     return stream.getvalue()
 
 
-def data_uri(content: bytes) -> str:
-    """The content as a base64 data URI."""
+def to_data_uri(content: bytes) -> str:
+    """Return the bytes of a PNG as a base64 data URI."""
     return "data:image/png;base64," + base64.b64encode(content).decode()
 
 
-def image_rows(colours: Sequence[str] = tuple(COLOURS), *, sizes: Sequence[tuple[int, int]] = ((40, 32),)) -> list[dict[str, Any]]:
-    """One question about an image of each colour. The answer is the colour's name. `sizes`: width and height of the images, used in turn."""
+def make_image_rows(colours: Sequence[str] = tuple(COLOURS), *, sizes: Sequence[tuple[int, int]] = ((40, 32),)) -> list[dict[str, Any]]:
+    """Return a question about an image of each colour, whose answer is the colour's name. The images have the sizes (width, height) in turn."""
     return [
         {
             "messages": [
-                {"role": "user", "content": [{"type": "image", "image": data_uri(png(COLOURS[name], size))}, {"type": "text", "text": "question"}]},
+                {"role": "user", "content": [{"type": "image", "image": to_data_uri(make_png(COLOURS[name], size))}, {"type": "text", "text": "question"}]},
                 {"role": "assistant", "content": name},
             ]
         }
@@ -175,9 +175,9 @@ def image_rows(colours: Sequence[str] = tuple(COLOURS), *, sizes: Sequence[tuple
     ]
 
 
-def image_pairs(colours: Sequence[str] = tuple(COLOURS), *, sizes: Sequence[tuple[int, int]] = ((40, 32),)) -> list[dict[str, Any]]:
-    """One question about an image of each colour. The better answer is the colour's name, the worse answer is a sentence about another colour."""
-    rows = image_rows(colours, sizes=sizes)
+def make_image_pairs(colours: Sequence[str] = tuple(COLOURS), *, sizes: Sequence[tuple[int, int]] = ((40, 32),)) -> list[dict[str, Any]]:
+    """Return a question about an image of each colour. The better answer is the colour's name, and the worse is a sentence about another colour."""
+    rows = make_image_rows(colours, sizes=sizes)
     return [
         {
             "prompt": row["messages"][:1], "chosen": row["messages"][1:],

@@ -1,4 +1,7 @@
-"""Reads a `.wandb` file with W&B's own message classes. Its frame is LevelDB's log format: blocks of 32 KiB with records in one or several parts."""
+"""Reads a `.wandb` file with W&B's own message classes.
+
+The file has LevelDB's log format: blocks of 32 KiB, and records that are stored in one piece or in several.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ FULL, FIRST, LAST = 1, 2, 4
 
 
 def read_records(path: Path) -> Iterator[Any]:
-    """Yield the records of a run, in order."""
+    """Yield the records of the file, in order."""
     record_class = importlib.import_module("wandb.proto.wandb_internal_pb2").Record
     data = path.read_bytes()
     assert data[:4] == MAGIC, "not a file of W&B"
@@ -26,16 +29,16 @@ def read_records(path: Path) -> Iterator[Any]:
         if left < HEADER_BYTES:
             position += left
             continue
-        length, kind = struct.unpack("<HB", data[position + 4 : position + HEADER_BYTES])
-        part = data[position + HEADER_BYTES : position + HEADER_BYTES + length]
-        record = part if kind in (FULL, FIRST) else record + part
+        length, piece_type = struct.unpack("<HB", data[position + 4 : position + HEADER_BYTES])
+        piece = data[position + HEADER_BYTES : position + HEADER_BYTES + length]
+        record = piece if piece_type in (FULL, FIRST) else record + piece
         position += HEADER_BYTES + length
-        if kind in (FULL, LAST):
+        if piece_type in (FULL, LAST):
             yield record_class.FromString(record)
 
 
-def history(path: Path) -> list[dict[str, Any]]:
-    """The logged rows, with their step as `_step`."""
+def read_history(path: Path) -> list[dict[str, Any]]:
+    """Return the logged rows, each with its step as `_step`."""
     rows = []
     for record in read_records(path):
         if record.WhichOneof("record_type") == "history":
@@ -43,8 +46,8 @@ def history(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def summary(path: Path) -> dict[str, Any]:
-    """The values of the run's summary."""
+def read_summary(path: Path) -> dict[str, Any]:
+    """Return the values of the run's summary."""
     values = {}
     for record in read_records(path):
         if record.WhichOneof("record_type") == "summary":

@@ -1,8 +1,8 @@
-"""Entry point of the trainer image. `supervise` and `prepare` run as PID 1 of a pod, `fill-cache` as its init container; the other commands are
-processes of such a pod.
+"""Entry point of the trainer image. `supervise` and `prepare` run as PID 1 of a pod, and `fill-cache` runs in its init container. The other
+commands run as further processes of a pod.
 
-`agent` starts the pod's ranks, `train` runs one rank, `check` is the process of a preparation, `stage` runs a stage after training, `track`
-sends a run to its trackers, `compare-weights` compares the weights of two models for `finetune replay`, `check-storage` checks the access
+`agent` starts the pod's ranks, `train` runs one rank, `check` checks spec, model and data before GPUs are requested, `stage` runs a stage after training,
+`track` sends a run to its trackers, `compare-weights` compares the weights of two models for `finetune replay`, `check-storage` checks the access
 to storage for `finetune doctor`.
 
 This module imports only light packages, because the pod must answer HTTP within a second of its start.
@@ -19,7 +19,7 @@ import time
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
+    """Run the command that the arguments name, and return the exit code."""
     command_line = sys.argv[1:] if arguments is None else arguments
     command, options = (command_line[0], command_line[1:]) if command_line else ("supervise", [])
     match command:
@@ -81,18 +81,18 @@ def _supervise(command: str, arguments: list[str]) -> int:
     except ImportError as error:
         return _exit_code_of_failed_import(error)
 
-    code = run_pod(Settings.from_env(run_file=options.run_file, work=options.work_dir, port=options.port), stop_requests)
+    code = run_pod(Settings.from_env(run_file=options.run_file, work_folder=options.work_dir, port=options.port), stop_requests)
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
-    # End without waiting for threads: after a stop, abandoned transfers run until their requests time out.
+    # Exit without waiting for threads, because after a stop request, abandoned transfers run until they time out.
     os._exit(code)
 
 
 def _fill_cache(arguments: list[str]) -> int:
-    """Run the init container with the cache. SIGTERM ends it at once: the kernel releases its locks, and the next pod downloads the model again."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda _number, _frame: os._exit(128 + signal.SIGTERM))
+    """Fill the model cache in an init container. SIGTERM ends the process at once: the kernel releases its locks, and the next pod downloads again."""
+    for signal_number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signal_number, lambda _number, _frame: os._exit(128 + signal.SIGTERM))
     from finetune_trainer.logs import configure_logging
     from finetune_trainer.supervisor import cache_pod
 
@@ -101,13 +101,13 @@ def _fill_cache(arguments: list[str]) -> int:
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # without waiting for threads of the clients
+    os._exit(code)  # without waiting for the threads of the storage clients
 
 
 def _exit_code_of_failed_import(error: ImportError) -> int:
-    """If the image lacks a part, print the part's name and return exit code 78.
+    """If the image lacks a package or a library, print its name and return exit code 78. Other errors are raised again.
 
-    Kubernetes copies the end of the log to the termination message. Other errors are raised again.
+    Kubernetes copies the printed name to the termination message, because that message is the end of the log.
     """
     from finetune_trainer.failure import installation_error
 
@@ -121,8 +121,8 @@ def _exit_code_of_failed_import(error: ImportError) -> int:
 def _record_early_stop_requests() -> list[float]:
     """Record the time of each SIGTERM that arrives during the imports. Without a handler, the kernel discards signals to PID 1."""
     requests: list[float] = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda _number, _frame: requests.append(time.monotonic()))
+    for signal_number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signal_number, lambda _number, _frame: requests.append(time.monotonic()))
     return requests
 
 

@@ -1,9 +1,9 @@
-"""Decides which activations are recomputed if the spec does not decide it.
+"""Decides which layers recompute their activations, if the spec leaves this choice to the trainer.
 
 Recomputing (gradient checkpointing) saves memory and costs a second forward pass. A run does not recompute if the estimated memory of its
 largest micro-batch fits into the GPU. Otherwise, in each micro-batch, as many of the last layers as possible keep their activations. The
-estimate covers dense decoders with LoRA or full training. For each token and layer, the estimate counts kept values per hidden unit, per
-unit of the attention heads and per unit of the feed-forward layer. These counts depend on the kernels (`KeptValues`). Measured peaks are
+estimate covers dense decoders with LoRA or full training. For each token and layer, it counts the values that the layer keeps per hidden
+unit, per unit of the attention heads and per unit of the feed-forward layer (`KeptValues`). These counts depend on the kernels. Measured peaks are
 lower than the estimate: by 11 to 33 % with Liger's kernels, and by more without them (benchmarks/results/gpu_cells*.json). If an attempt
 still runs out of memory, the operator adapts the spec: the next attempt has a smaller micro-batch and recomputes all activations.
 """
@@ -19,53 +19,54 @@ from finetune_api.spec.enums import GradientCheckpointing, MethodType, OnOutOfMe
 
 from finetune_trainer.arguments import CHECKPOINTING_PATH
 from finetune_trainer.hardware import Hardware
-from finetune_trainer.kernels import COMPARED_TYPES
+from finetune_trainer.kernels import COMPARED_MODEL_TYPES
 from finetune_trainer.recomputation import count_kept_layers
 
-ESTIMATED_TYPES = COMPARED_TYPES - {"falcon_h1"}
+ESTIMATED_MODEL_TYPES = COMPARED_MODEL_TYPES - {"falcon_h1"}
 """Model types for which the estimate is valid: each layer has attention and a gated feed-forward layer, but no experts or state space."""
 ESTIMATED_METHODS = (MethodType.FULL, MethodType.LORA, MethodType.QLORA)
-FIXED_BYTES = 3 * 10**9
-"""Memory for the CUDA context, workspaces and a part of the logits."""
-USABLE_SHARE = 0.9
-"""Share of the GPU's memory that the estimate may reach. The rest is for fragmentation."""
+FIXED_OVERHEAD_BYTES = 3 * 10**9
+"""Memory for the CUDA context, workspaces and some of the logits."""
+USABLE_GPU_MEMORY_SHARE = 0.9
+"""Largest allowed ratio of the estimate to the GPU's memory. The rest of the memory is for fragmentation."""
 UNSHARDED_STRATEGIES = ("single", "ddp")
+"""Strategies with which each GPU holds the whole model."""
 
 
 @dataclass(frozen=True)
 class KeptValues:
-    """How many values a layer keeps for the backward pass, per token and unit."""
+    """How many values a layer keeps per token for the backward pass: for each hidden unit, attention unit and feed-forward unit."""
 
-    hidden: int
-    attention: int
-    feed_forward: int
+    per_hidden_unit: int
+    per_attention_unit: int
+    per_feed_forward_unit: int
 
 
-TORCH_KERNELS, LIGER_KERNELS = KeptValues(5, 8, 6), KeptValues(4, 6, 4)
-DROPOUT = KeptValues(4, 0, 2)
-"""Additional values if adapters use dropout: the masked inputs of the adapters."""
+KEPT_WITH_TORCH_KERNELS, KEPT_WITH_LIGER_KERNELS = KeptValues(5, 8, 6), KeptValues(4, 6, 4)
+KEPT_ADDITIONALLY_WITH_DROPOUT = KeptValues(4, 0, 2)
+"""Additional values that a layer keeps if its adapters use dropout: the masked inputs of the adapters."""
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Estimated bytes."""
+    """The estimated memory of one GPU, in bytes."""
 
     state_bytes: int
-    """Weights, gradients and optimizer state, at the end of the forward pass."""
+    """Bytes of weights, gradients and optimizer state at the end of the forward pass."""
     activation_bytes: int
-    """Activations of one micro-batch, if none are recomputed."""
+    """Bytes of the activations of one micro-batch if no layer recomputes them."""
 
     @property
     def total_bytes(self) -> int:
-        return self.state_bytes + self.activation_bytes + FIXED_BYTES
+        return self.state_bytes + self.activation_bytes + FIXED_OVERHEAD_BYTES
 
 
 @dataclass(frozen=True)
 class ActivationChoice:
-    """Which activations are kept. The others are recomputed."""
+    """Which activations are kept. All other activations are recomputed."""
 
     kept_layer_tokens: int | None
-    """Maximum of (layers that keep activations) x (tokens of the micro-batch, with padding). None if all micro-batches keep all activations."""
+    """Largest allowed product of the layers that keep activations and the tokens of the micro-batch (with padding). None: all layers keep them."""
     note: str
     """Sentence for the status."""
 
@@ -73,16 +74,16 @@ class ActivationChoice:
 def choose_kept_activations(
     run: RunConfig, hardware: Hardware, strategy_name: str, config: Any, *, batch_tokens: int, gpu_bytes: int, uses_liger: bool
 ) -> ActivationChoice | None:
-    """Choose the activations that need not be recomputed. Return None if all must be recomputed, or if the spec decides.
+    """Choose which activations are kept. Return None if all must be recomputed, or if the spec decides.
 
     `config`: the model's configuration. `batch_tokens`: tokens of the largest micro-batch, with padding. `gpu_bytes`: total memory of the
     GPU. (The free memory is not used, so that all ranks and attempts on the same type of GPU make the same choice.) `uses_liger`: whether
     the model computes with Liger's kernels.
     """
-    if not _is_choice_of_trainer(run) or not _is_estimated(run, hardware, strategy_name, config):
+    if not _may_trainer_choose(run) or not _is_estimated(run, hardware, strategy_name, config):
         return None
     estimate = estimate_memory(run, hardware, strategy_name, config, batch_tokens, uses_liger=uses_liger)
-    available_bytes = int(USABLE_SHARE * gpu_bytes)
+    available_bytes = int(USABLE_GPU_MEMORY_SHARE * gpu_bytes)
     if estimate.total_bytes <= available_bytes:
         return ActivationChoice(None, (
             f"activations are not recomputed, because the run needs an estimated {estimate.total_bytes / 1e9:.0f} GB of "
@@ -90,22 +91,22 @@ def choose_kept_activations(
         ))  # fmt: skip
     layers = config.num_hidden_layers
     bytes_per_layer_token = estimate.activation_bytes / (layers * batch_tokens)
-    layer_tokens = int((available_bytes - estimate.state_bytes - FIXED_BYTES) // bytes_per_layer_token)
+    layer_tokens = int((available_bytes - estimate.state_bytes - FIXED_OVERHEAD_BYTES) // bytes_per_layer_token)
     kept = count_kept_layers(layers, batch_tokens, layer_tokens)
     # All packed micro-batches have the same length. Other micro-batches have at least one token per row.
     shortest_tokens = batch_tokens if run.spec.dataset.packing else run.spec.training.batch_size_per_device or 1
     if count_kept_layers(layers, shortest_tokens, layer_tokens) == 0:
         return None
-    smaller = "" if run.spec.dataset.packing else f" (by none in micro-batches of up to {layer_tokens // layers} tokens)"
+    smaller = "" if run.spec.dataset.packing else f" (no layer does in micro-batches of up to {layer_tokens // layers} tokens)"
     return ActivationChoice(layer_tokens, (
-        f"activations are recomputed by {layers - kept} of {layers} layers{' in the largest micro-batch' if smaller else ''}{smaller}, because by the "
-        f"trainer's estimate only the other activations fit into {gpu_bytes / 1e9:.0f} GB of GPU memory "
-        "(training.gradientCheckpointing: enabled would recompute all)"
+        f"{layers - kept} of {layers} layers recompute their activations{' in the largest micro-batch' if smaller else ''}{smaller}, because by the "
+        f"trainer's estimate only the activations of the other layers fit into {gpu_bytes / 1e9:.0f} GB of GPU memory "
+        "(with training.gradientCheckpointing: enabled, all layers recompute)"
     ))  # fmt: skip
 
 
-def _is_choice_of_trainer(run: RunConfig) -> bool:
-    """Whether the trainer may choose: the spec does not decide, and after an out-of-memory error another attempt with a smaller batch follows."""
+def _may_trainer_choose(run: RunConfig) -> bool:
+    """Whether the trainer may choose: the spec leaves the choice open, and after an out-of-memory error another attempt with a smaller batch follows."""
     training = run.spec.training
     return (
         training.gradient_checkpointing is GradientCheckpointing.ENABLED
@@ -119,16 +120,16 @@ def _is_choice_of_trainer(run: RunConfig) -> bool:
 
 
 def _is_estimated(run: RunConfig, hardware: Hardware, strategy_name: str, config: Any) -> bool:
-    """Whether the estimate is valid for the run."""
+    """Whether `estimate_memory` is valid for the run."""
     lora = run.spec.method.lora
     return (
         hardware.device.type == "cuda"
         and hardware.attention != "eager"  # Eager attention keeps the weights of all pairs of tokens.
         and strategy_name in UNSHARDED_STRATEGIES
-        and config.model_type in ESTIMATED_TYPES
+        and config.model_type in ESTIMATED_MODEL_TYPES
         and trainer_type_of(run.spec) is TrainerType.SFT
         and method_type_of(run.spec) in ESTIMATED_METHODS
-        # The estimate does not include DoRA's copies, and modules and embeddings that are trained in full.
+        # The estimate includes neither DoRA's copies of weights nor modules and embeddings that are trained in full.
         and not (lora is not None and (lora.use_dora or lora.modules_to_save))
         and not run.spec.model.new_tokens
     )
@@ -137,15 +138,17 @@ def _is_estimated(run: RunConfig, hardware: Hardware, strategy_name: str, config
 def estimate_memory(
     run: RunConfig, hardware: Hardware, strategy_name: str, config: Any, batch_tokens: int, *, uses_liger: bool
 ) -> MemoryEstimate:
-    """Estimate the memory of a run that recomputes no activations. `config`: the configuration of a model of `ESTIMATED_TYPES`."""
+    """Estimate the memory of a run that recomputes no activations. `config`: the configuration of a model of `ESTIMATED_MODEL_TYPES`."""
     hidden, feed_forward, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     head_size = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
     attention = max(hidden, config.num_attention_heads * head_size)
     keys = (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * head_size
     lora = run.spec.method.lora
-    kept = [LIGER_KERNELS if uses_liger else TORCH_KERNELS, *([DROPOUT] if lora is not None and lora.dropout else [])]
-    values = sum(one.hidden * hidden + one.attention * attention + one.feed_forward * feed_forward for one in kept)
-    value_bytes = 2 if hardware.bf16 or hardware.fp16 else 4
+    kept = [KEPT_WITH_LIGER_KERNELS if uses_liger else KEPT_WITH_TORCH_KERNELS]
+    if lora is not None and lora.dropout:
+        kept.append(KEPT_ADDITIONALLY_WITH_DROPOUT)
+    values = sum(counts.per_hidden_unit * hidden + counts.per_attention_unit * attention + counts.per_feed_forward_unit * feed_forward for counts in kept)
+    value_bytes = 2 if hardware.computes_in_bf16 or hardware.computes_in_fp16 else 4
     layer_parameters = layers * (2 * hidden * (attention + keys) + 3 * hidden * feed_forward)
     adapter_parameters = ((lora.rank if lora is not None else None) or 16) * layers * (4 * (hidden + attention) + 3 * (hidden + feed_forward))
     size = _ModelSize(layer_parameters, config.vocab_size * hidden, (1 if config.tie_word_embeddings else 2) * config.vocab_size * hidden)
@@ -159,31 +162,31 @@ def estimate_memory(
 
 @dataclass(frozen=True)
 class _ModelSize:
-    """Numbers of parameters."""
+    """Numbers of parameters of a model."""
 
-    layers: int
-    head: int
-    embeddings: int
-    """Input embeddings and head. They may be the same parameters."""
+    layer_parameters: int
+    head_parameters: int
+    embedding_parameters: int
+    """Parameters of input embeddings and head together. Tied parameters count once."""
 
 
-def _bytes_of_full_training(run: RunConfig, hardware: Hardware, size: _ModelSize, *, has_buckets: bool) -> int:
-    """Return the bytes of weights, gradients and two moments at the end of the forward pass. All of them have the same data type.
+def _bytes_of_full_training(run: RunConfig, hardware: Hardware, model_size: _ModelSize, *, has_buckets: bool) -> int:
+    """Return the bytes of weights, gradients and the optimizer's two moments at the end of the forward pass. All have the same data type.
 
-    Without accumulation, gradients are allocated in the backward pass, which frees the activations of a layer before it computes the next
-    gradients. Only the head's gradients are allocated earlier. `has_buckets`: DDP holds a second copy of all gradients.
+    Without gradient accumulation, gradients are allocated in the backward pass, which frees the activations of a layer before it computes
+    the next gradients. Only the head's gradients are allocated earlier. `has_buckets`: whether DDP holds a second copy of all gradients.
     """
     weight_bytes = _weight_bytes(hardware)
     cast_bytes = 2 if weight_bytes == 4 else 0  # autocast's copy of 32-bit weights
-    parameters = size.layers + size.embeddings
+    parameters = model_size.layer_parameters + model_size.embedding_parameters
     keeps_gradients = has_buckets or value_or_default(run.spec.training, "gradient_accumulation_steps") > 1
-    gradients = (parameters if keeps_gradients else size.head) + (parameters if has_buckets else 0)
+    gradients = (parameters if keeps_gradients else model_size.head_parameters) + (parameters if has_buckets else 0)
     return parameters * (3 * weight_bytes + cast_bytes) + gradients * weight_bytes
 
 
-def _bytes_of_adapter_training(run: RunConfig, hardware: Hardware, size: _ModelSize, adapter_parameters: int, *, has_buckets: bool) -> int:
+def _bytes_of_adapter_training(run: RunConfig, hardware: Hardware, model_size: _ModelSize, adapter_parameters: int, *, has_buckets: bool) -> int:
     bits, weight_bytes = base_bits(run.spec), _weight_bytes(hardware)
-    base_bytes = size.layers * (weight_bytes if bits is None else 1.2 * bits / 8) + size.embeddings * weight_bytes
+    base_bytes = model_size.layer_parameters * (weight_bytes if bits is None else 1.2 * bits / 8) + model_size.embedding_parameters * weight_bytes
     return int(base_bytes) + (20 if has_buckets else 16) * adapter_parameters
 
 

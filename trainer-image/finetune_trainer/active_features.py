@@ -27,8 +27,8 @@ def require_quantization(base_model: Any, run: RunConfig, hardware: Hardware) ->
     if requested_config is None:
         return
     is_4bit = requested_config.load_in_4bit
-    kind = "Linear4bit" if is_4bit else "Linear8bitLt"
-    layers = [layer for layer in base_model.modules() if type(layer).__name__ == kind]
+    class_name = "Linear4bit" if is_4bit else "Linear8bitLt"
+    layers = [layer for layer in base_model.modules() if type(layer).__name__ == class_name]
     # The layer keeps the quantisation state even if FSDP has replaced its weight by a shard.
     if not any(
         getattr(layer, "quant_state", None) is not None if is_4bit else layer.weight.element_size() == 1
@@ -39,14 +39,14 @@ def require_quantization(base_model: Any, run: RunConfig, hardware: Hardware) ->
 
 
 def verify_kernels(base_model: Any, run: RunConfig) -> list[str]:
-    """Check whether a layer of the model uses a kernel of Liger, because Liger silently skips unknown models. Return notes for the status.
+    """Check that a layer of the model uses a kernel of Liger, because Liger silently skips unknown models. Return notes for the status.
 
     Errors: InternalError KernelsNotActive if no layer uses a kernel, although the user requested the kernels.
     """
     name = type(base_model).__name__
     if any(getattr(module.forward, "__module__", "").startswith("liger_kernel") for module in base_model.modules()):
-        return kernels.choice_note(run, base_model.config.model_type)
-    if not kernels.is_requested(run):
+        return kernels.notes_about_active_kernels(run, base_model.config.model_type)
+    if not kernels.are_kernels_requested(run):
         return [f"{kernels.LIGER_PATH} is off: Liger replaced no layer of {name}"]
     raise InternalError(
         "KernelsNotActive", f"Liger's kernels were requested, but no layer of {name} uses a kernel of Liger",

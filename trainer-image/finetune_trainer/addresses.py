@@ -1,8 +1,8 @@
-"""Refuses addresses of users that lead to the metadata service of a cloud.
+"""Refuses addresses that lead to the metadata service of a cloud.
 
-Such a service gives the credentials of the node to every program that can connect to it. The platform's rule `endpoints` compares texts. This
-module compares the addresses to which a host name or another notation (`http://2852039166`) resolves. A name server that changes its answer
-between this check and the connection is not stopped; a NetworkPolicy with `blockMetadata` stops it.
+Such a service gives the credentials of the node to every program that can connect to it. The platform's rule `endpoints` only compares the text
+of an address. This module compares the IP addresses to which a host name or another notation (`http://2852039166`) resolves. It cannot stop a
+name server that changes its answer between this check and the connection; a NetworkPolicy with `blockMetadata` does.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from finetune_api.errors import ConfigError
 from finetune_api.metadata_addresses import is_metadata_address
 
 METADATA_NAMES = ("metadata.google.internal", "metadata.goog", "instance-data")
-"""Names of metadata services. In a pod that uses a proxy, only the proxy may be able to resolve them."""
+"""Host names of metadata services. They are refused by name too, because in a pod with a proxy, perhaps only the proxy can resolve them."""
 
 
-def refuse_metadata_address(url: str, field: str) -> None:
-    """Check the host of a URL. `field`: what names the URL, for the message. A host that cannot be resolved is not refused here.
+def refuse_metadata_address(url: str, origin: str) -> None:
+    """Refuse a URL whose host is a metadata service. A host that cannot be resolved is accepted here.
 
+    `origin`: where the URL comes from, as the subject of the error message, for example a field of the spec.
     Errors: ConfigError `AddressForbidden`.
     """
     host = ""
@@ -32,6 +33,6 @@ def refuse_metadata_address(url: str, field: str) -> None:
     if forbidden or host in METADATA_NAMES:
         found = f", which is {forbidden[0]}" if forbidden and forbidden[0] != host else ""
         raise ConfigError(
-            "AddressForbidden", f"{field} leads to {host}{found}: at such link-local addresses, clouds serve the credentials of the node",
+            "AddressForbidden", f"{origin} leads to {host}{found}: at such link-local addresses, clouds serve the credentials of the node",
             hint="write the address of the server itself",
         )  # fmt: skip

@@ -3,7 +3,7 @@
 The agent writes the exit code of each failed rank to a file for the supervisor (`agent_result`), because `torchrun` exits with
 1 for every failure. The agent does not restart ranks: a failed rank ends the attempt, and the operator starts the next attempt.
 
-A single rank needs no rendezvous: the agent starts it directly and saves the seconds of importing torch.
+A single rank needs no rendezvous. The agent then starts the rank directly, and saves the seconds that the import of torch takes.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from finetune_trainer.agent_result import FailuresByRank, write_failures
 from finetune_trainer.failure import installation_error
 from finetune_trainer.processes import die_with_parent
 
-RENDEZVOUS_SECONDS = 1800
-MONITOR_SECONDS = 0.05
-SHUTDOWN_SECONDS = 5
+RENDEZVOUS_TIMEOUT_SECONDS = 1800
+MONITOR_INTERVAL_SECONDS = 0.05
+SHUTDOWN_TIMEOUT_SECONDS = 5
 """Seconds between SIGTERM and SIGKILL for the remaining ranks after one rank has failed."""
 RANK_COMMAND = [sys.executable, "-u", "-m", "finetune_trainer", "train"]
 
 
 def main(arguments: list[str]) -> int:
-    """Run the ranks of this pod; returns 0 if all of them ended with exit code 0, 78 if the image lacks a part of torchelastic, else 1."""
+    """Run the ranks of this pod. Returns 0 if all ranks ended with exit code 0, 78 if the image lacks a package or a library, else 1."""
     die_with_parent()
-    options = _parse(arguments)
+    options = _parse_arguments(arguments)
     try:
         failures = _run_single_rank() if options.nodes * options.processes == 1 else _run_ranks(options)
     except (ImportError, OSError) as error:
@@ -57,7 +57,7 @@ def _run_ranks(options: argparse.Namespace) -> FailuresByRank:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    listener = _store_listener(options)
+    listener = _open_store_listener(options)
     port = options.port if listener is None else int(listener.getsockname()[1])
     backend = "static"
     if listener is not None:
@@ -67,32 +67,33 @@ def _run_ranks(options: argparse.Namespace) -> FailuresByRank:
     config = LaunchConfig(
         min_nodes=options.nodes, max_nodes=options.nodes, nproc_per_node=options.processes, run_id=options.id,
         role="trainer", rdzv_backend=backend, rdzv_endpoint=f"{options.address}:{port}",
-        rdzv_configs={"rank": options.node_rank, "timeout": RENDEZVOUS_SECONDS}, max_restarts=0,
-        monitor_interval=MONITOR_SECONDS, start_method="spawn", logs_specs=DefaultLogsSpecs(),
-        shutdown_timeout=SHUTDOWN_SECONDS, local_addr=options.local_address,
+        rdzv_configs={"rank": options.node_rank, "timeout": RENDEZVOUS_TIMEOUT_SECONDS}, max_restarts=0,
+        monitor_interval=MONITOR_INTERVAL_SECONDS, start_method="spawn", logs_specs=DefaultLogsSpecs(),
+        shutdown_timeout=SHUTDOWN_TIMEOUT_SECONDS, local_addr=options.local_address,
     )  # fmt: skip
     try:
         elastic_launch(config, RANK_COMMAND[0])(*RANK_COMMAND[1:])
     except ChildFailedError as error:
-        return {str(rank): _as_json(failure) for rank, failure in error.failures.items()}
+        return {str(rank): _failure_to_json(failure) for rank, failure in error.failures.items()}
     return {}
 
 
-def _store_listener(options: argparse.Namespace) -> socket.socket | None:
-    """The loopback socket of the store that this agent creates.
+def _open_store_listener(options: argparse.Namespace) -> socket.socket | None:
+    """Return the loopback socket for the TCPStore that this agent creates.
 
-    None: another pod has the store, or the operator is too old to give the gang a secret; then the store listens on all interfaces.
+    None if another pod creates the store, or if the operator is too old to give the gang a secret. In the second case, the store listens on
+    all interfaces.
     """
     if options.store_fd is not None:
         return socket.socket(fileno=options.store_fd)
     return socket.create_server(("127.0.0.1", 0)) if options.nodes == 1 else None
 
 
-def _as_json(failure: Any) -> dict[str, int]:
+def _failure_to_json(failure: Any) -> dict[str, int]:
     return {"exitCode": int(failure.exitcode), "pid": int(failure.pid), "time": int(failure.timestamp)}
 
 
-def _parse(arguments: list[str]) -> argparse.Namespace:
+def _parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="finetune-trainer agent")
     parser.add_argument("--nodes", type=int, required=True)
     parser.add_argument("--processes", type=int, required=True)

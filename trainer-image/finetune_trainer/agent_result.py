@@ -11,17 +11,17 @@ FailuresByRank = dict[str, dict[str, int]]
 """Exit code, pid and time (seconds since 1970) of each failed rank, by rank."""
 
 
-def write_failures(work: Path, failures: FailuresByRank) -> None:
-    """Write the file atomically. Empty `failures` mean that all ranks ended with exit code 0."""
-    partial_file = work / f".{RESULT_FILE}"
+def write_failures(work_folder: Path, failures: FailuresByRank) -> None:
+    """Write `agent.json` atomically. Empty `failures` mean that all ranks ended with exit code 0."""
+    partial_file = work_folder / f".{RESULT_FILE}"
     partial_file.write_text(json.dumps({"failures": failures, "time": time.time()}))
-    partial_file.rename(work / RESULT_FILE)
+    partial_file.rename(work_folder / RESULT_FILE)
 
 
-def read_exit_codes(work: Path) -> dict[int, int] | None:
+def read_exit_codes(work_folder: Path) -> dict[int, int] | None:
     """Return the exit codes of the ranks that failed, by rank; None if the agent ended before it wrote the file."""
     try:
-        value = json.loads((work / RESULT_FILE).read_text())
+        value = json.loads((work_folder / RESULT_FILE).read_text())
     except (OSError, ValueError):
         return None
     return {int(rank): int(failure["exitCode"]) for rank, failure in value["failures"].items()}

@@ -39,7 +39,7 @@ class MemorySavers:
         training = run.spec.training
         mode = training.gradient_checkpointing or GradientCheckpointing.DISABLED
         name = training.optimizer or "adamw_torch_fused"
-        uses_liger = kernels.is_allowed(run) and (hardware.device.type == "cuda" or kernels.is_requested(run))
+        uses_liger = kernels.are_kernels_allowed(run) and (hardware.device.type == "cuda" or kernels.are_kernels_requested(run))
         if run.spec.trainer.backend is not TrainerBackend.UNSLOTH:
             return MemorySavers(mode, name, uses_liger)
         if hardware.is_cpu:
@@ -57,7 +57,7 @@ class MemorySavers:
 def shared_arguments(
     run: RunConfig, inputs: Inputs, hardware: Hardware, strategy: DistributedStrategy, *, has_validation_data: bool
 ) -> dict[str, Any]:
-    """Return the keyword arguments of TrainingArguments. `has_validation_data`: the run has validation data.
+    """Return the keyword arguments for TrainingArguments. `has_validation_data`: whether the run has validation data.
 
     Errors: ConfigError OptimizerUnknown, SchedulerParameterInvalid, EvaluationWithoutData.
     """
@@ -86,8 +86,8 @@ def shared_arguments(
         "train_sampling_strategy": "group_by_length" if training.group_by_length else "random",
         "seed": _seed(run),
         "data_seed": _seed(run),
-        "bf16": hardware.bf16,
-        "fp16": hardware.fp16,
+        "bf16": hardware.computes_in_bf16,
+        "fp16": hardware.computes_in_fp16,
         "use_cpu": hardware.is_cpu,
         "dataloader_pin_memory": not hardware.is_cpu,
         "disable_tqdm": True,
@@ -105,7 +105,7 @@ def _seed(run: RunConfig) -> int:
 
 
 def unused_warmup_notes(run: RunConfig) -> list[str]:
-    """Return notes about warm-up settings that the constant schedule ignores. Schedule-free optimizers apply the warm-up themselves."""
+    """Return notes about warm-up settings that the constant schedule ignores. Empty for schedule-free optimizers: they apply the warm-up."""
     training = run.spec.training
     if training.scheduler is not LearningRateSchedule.CONSTANT or (training.optimizer or "").startswith("schedule_free_"):
         return []
@@ -117,7 +117,7 @@ def unused_warmup_notes(run: RunConfig) -> list[str]:
 
 
 def _warmup_steps(run: RunConfig) -> float | int:
-    """Return the warm-up steps. A value below 1 is a fraction of all steps, because transformers has one field for both."""
+    """Return the number of warm-up steps, or (below 1) their fraction of all steps: transformers has one field for both."""
     training = run.spec.training
     if training.warmup_steps is not None:
         return training.warmup_steps
@@ -151,7 +151,7 @@ def _interval_arguments(run: RunConfig, has_validation_data: bool) -> dict[str, 
 
 
 def _checkpointing_arguments(run: RunConfig, mode: GradientCheckpointing) -> dict[str, Any]:
-    """Return the arguments for gradient checkpointing: for every layer, for every n-th layer, or with activations moved to host memory."""
+    """Return the arguments for gradient checkpointing: off, for every layer or every n-th layer, and perhaps with activations in host memory."""
     training = run.spec.training
     if mode is GradientCheckpointing.DISABLED:
         return {"activation_checkpointing": False}

@@ -5,8 +5,8 @@ sdpa, transformers describes the documents by a mask over all pairs of tokens, w
 boundaries of the documents instead. TRL's collator adds them to each batch (`cu_seq_lens_q`, `max_length_q`), and transformers passes them
 to every attention layer.
 
-transformers creates one mask per forward pass and then calls the attention function in each layer. `varlen_mask` creates no mask if the
-kernel can compute the batch. `varlen_attention` calls the kernel, or sdpa in all other cases.
+transformers creates one mask per forward pass and then calls the attention function in each layer. `create_varlen_mask` creates no mask if the
+kernel can compute the batch. `compute_varlen_attention` calls the kernel, or sdpa in all other cases.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import find_packed_sequence_indices, sdpa_mask
 
 from finetune_trainer.hardware import FLASH_ATTENTION, Hardware
-from finetune_trainer.library_internals import has_sdpa, passes_document_boundaries
+from finetune_trainer.library_internals import passes_document_boundaries, supports_sdpa
 
 FULL_ATTENTION = "full_attention"
 """transformers' name for layers whose tokens attend to all previous tokens."""
-VARLEN = "varlen"
+VARLEN_ATTENTION = "varlen"
 """Name of this implementation in transformers and in the status."""
 KERNEL_DTYPES = (torch.float16, torch.bfloat16)
 """Data types that the kernel computes in."""
@@ -41,23 +41,23 @@ MAX_HEAD_SIZE = 256
 HEAD_SIZE_MULTIPLE = 8
 """The kernel needs head sizes that are multiples of this number. sdpa pads other head sizes."""
 MIN_COMPUTE_CAPABILITY = (8, 0)
-DROPOUT_FIELDS = ("attention_dropout", "attn_pdrop", "attn_dropout", "attention_probs_dropout_prob")
+ATTENTION_DROPOUT_FIELDS = ("attention_dropout", "attn_pdrop", "attn_dropout", "attention_probs_dropout_prob")
 """Fields of model configurations that hold the probability of attention dropout."""
 
-ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
+ATTENTION_LAYER_TYPES = {"full_attention", "sliding_attention"}
 """Layer types of model configurations that hold attention and no recurrence or convolution over the tokens."""
-TYPES_WITH_LEARNED_POSITIONS = ("gpt2", "gpt_bigcode", "opt")
+MODEL_TYPES_WITH_LEARNED_POSITIONS = ("gpt2", "gpt_bigcode", "opt")
 """Model types without rotary embeddings that use the position ids of a padding-free batch."""
-TYPES_WITHOUT_BOUNDARIES = ("nemotron",)
-"""Model types whose layers do not pass the boundaries of the rows to the attention function. For them, sdpa computes the whole batch."""
+MODEL_TYPES_WITHOUT_BOUNDARIES = ("nemotron",)
+"""Model types whose layers do not pass the boundaries of the rows to the attention function, so that only sdpa can compute their batches."""
 PADDING_FREE_NOTE = (
-    f"the rows of a batch are concatenated instead of padded, because attention {VARLEN} keeps them separate: the loss is the same, and no "
+    f"the rows of a batch are concatenated instead of padded, because attention {VARLEN_ATTENTION} keeps them separate: the loss is the same, and no "
     "time is spent on padding"
 )
 
 
 def gqa_options(kernel: Callable[..., Any]) -> dict[str, bool]:
-    """Return the arguments with which the kernel accepts fewer key heads than query heads. torch 2.11 needs none; torch 2.15 needs `enable_gqa`."""
+    """Return the arguments that let the kernel accept fewer key heads than query heads. torch 2.11 needs none; torch 2.15 needs `enable_gqa`."""
     return {"enable_gqa": True} if "enable_gqa" in inspect.signature(kernel).parameters else {}
 
 
@@ -66,8 +66,8 @@ GQA_OPTIONS: dict[str, Any] = gqa_options(varlen_attn)
 
 def register() -> None:
     """Register `varlen` with transformers, so that models can be loaded with it."""
-    AttentionInterface.register(VARLEN, varlen_attention)
-    AttentionMaskInterface.register(VARLEN, varlen_mask)
+    AttentionInterface.register(VARLEN_ATTENTION, compute_varlen_attention)
+    AttentionMaskInterface.register(VARLEN_ATTENTION, create_varlen_mask)
 
 
 def choose_attention(
@@ -76,13 +76,13 @@ def choose_attention(
     """Return transformers' name of the attention implementation for this model, and notes for the status.
 
     SFT runs on a GPU use `varlen` for packed sequences or padding-free batches, unless the spec requests `sdpa`, `eager` or an installed
-    flash attention. `config`: the model's configuration; `adapter`: folder of the adapter whose training the run continues.
+    flash attention. `config`: the model's configuration; `adapter`: folder of the adapter that the run continues to train, if any.
     Errors: ConfigError AttentionUnavailable, ContextParallelUnsupported.
     """
     requested = run.spec.model.attention or AttentionImplementation.AUTO
     size = run.spec.distributed.context_parallel_size or 1
     if size > 1:
-        require_divisible_model(config, size)
+        require_divisible_attention(config, size)
         return "sdpa", []
     attention, notes = require_supported_attention(run, config, hardware.attention)
     is_requested = requested in (AttentionImplementation.SDPA, AttentionImplementation.EAGER)
@@ -91,20 +91,20 @@ def choose_attention(
     is_on_gpu = hardware.device.type == "cuda"
     if is_on_gpu and trainer_type_of(run.spec) is TrainerType.SFT:
         is_packed = run.spec.dataset.packing is True
-        obstacle = reason_against_varlen(run, hardware, config)
-        if obstacle is None and (is_packed or can_concatenate_rows(run, config, adapter)):
-            attention = VARLEN
+        reason = reason_against_varlen(run, hardware, config)
+        if reason is None and (is_packed or can_concatenate_rows(run, config, adapter)):
+            attention = VARLEN_ATTENTION
             notes += [] if is_packed else [PADDING_FREE_NOTE]
         elif is_packed:
-            notes.append(f"dataset.packing is faster with attention {VARLEN}, but {obstacle}: {attention} is used")
+            notes.append(f"dataset.packing is faster with attention {VARLEN_ATTENTION}, but {reason}: {attention} is used")
     if requested is AttentionImplementation.FLASH_ATTENTION_2:
         reason = "flash-attn is not installed" if is_on_gpu else "the run uses no GPU"
         notes.append(f"model.attention flashAttention2 is not available ({reason}): {attention} is used")
     return attention, notes
 
 
-def require_divisible_model(config: Any, size: int) -> None:
-    """Refuse models whose attention cannot be split into `size` parts. Errors: ConfigError ContextParallelUnsupported."""
+def require_divisible_attention(config: Any, rank_count: int) -> None:
+    """Refuse models whose attention heads cannot be divided among `rank_count` ranks. Errors: ConfigError ContextParallelUnsupported."""
     text = config.get_text_config()
     heads, key_heads = getattr(text, "num_attention_heads", None), getattr(text, "num_key_value_heads", None)
     layers = set(getattr(text, "layer_types", None) or [FULL_ATTENTION])
@@ -115,22 +115,22 @@ def require_divisible_model(config: Any, size: int) -> None:
     elif layers != {FULL_ATTENTION} or window:
         kinds = ", ".join(sorted(layers - {FULL_ATTENTION})) or f"a sliding window of {window} tokens"
         problem = f"the model has attention layers that do not attend to all previous tokens: {kinds}"
-    elif heads % size or (key_heads % size and size % key_heads):
-        problem = f"the model has {heads} attention heads and {key_heads} key-value heads, which {size} ranks cannot share equally"
+    elif heads % rank_count or (key_heads % rank_count and rank_count % key_heads):
+        problem = f"the model has {heads} attention heads and {key_heads} key-value heads, which {rank_count} ranks cannot share equally"
         sizes = [str(one) for one in range(2, heads + 1) if heads % one == 0 and (key_heads % one == 0 or one % key_heads == 0)]
         hint = f"write one of {', '.join(sizes)}, or 1" if sizes else "write `contextParallelSize: 1`"
     else:
         return
-    raise ConfigError("ContextParallelUnsupported", f"distributed.contextParallelSize is {size}, but {problem}", hint=hint)
+    raise ConfigError("ContextParallelUnsupported", f"distributed.contextParallelSize is {rank_count}, but {problem}", hint=hint)
 
 
 def require_supported_attention(run: RunConfig, config: Any, attention: str) -> tuple[str, list[str]]:
-    """Return `attention`, or eager attention if transformers has no sdpa for this type of model, and notes for the status.
+    """Return `attention`, or `eager` if that is sdpa and transformers has no sdpa for this type of model. Also return notes for the status.
 
-    Examples are Gemma 2 (limited scores), GPT-OSS (attention sinks) and Mamba 2 (no attention). Errors: ConfigError AttentionUnavailable if
-    the spec requests sdpa.
+    Types without sdpa are, for example, Gemma 2 (limited scores), GPT-OSS (attention sinks) and Mamba 2 (no attention).
+    Errors: ConfigError AttentionUnavailable if the spec requests sdpa.
     """
-    if attention != "sdpa" or has_sdpa(config):
+    if attention != "sdpa" or supports_sdpa(config):
         return attention, []
     if run.spec.model.attention is AttentionImplementation.SDPA:
         raise ConfigError(
@@ -142,11 +142,11 @@ def require_supported_attention(run: RunConfig, config: Any, attention: str) -> 
 
 def uses_padding_free_batches(run: RunConfig, attention: str) -> bool:
     """Whether the rows of a batch are concatenated instead of padded. `attention`: the result of `choose_attention`."""
-    return attention == VARLEN and run.spec.dataset.packing is not True
+    return attention == VARLEN_ATTENTION and run.spec.dataset.packing is not True
 
 
 def can_concatenate_rows(run: RunConfig, config: Any, adapter: Path | None = None) -> bool:
-    """Whether an unpacked run with `varlen` is faster without padding and has the same results."""
+    """Whether an unpacked run with `varlen` may concatenate its rows: it becomes faster, and its results stay the same."""
     return (
         # Prefix and prompt tuning add virtual tokens to each row. PEFT puts them before the whole batch, and drops the positions.
         method_type_of(run.spec) not in PROMPT_METHODS
@@ -160,25 +160,25 @@ def can_concatenate_rows(run: RunConfig, config: Any, adapter: Path | None = Non
 
 
 def ignores_token_position(adapter: Path) -> bool:
-    """Whether an adapter in a folder changes a token independently of where the token's row begins."""
+    """Whether the effect of an adapter on a token is independent of where the token's row begins. `adapter`: the adapter's folder."""
     try:
         config = json.loads((adapter / "adapter_config.json").read_text())
     except (OSError, ValueError):
         return False  # If the file cannot be read, loading the adapter raises an error with the reason.
-    # Activated LoRA (aLoRA) searches its invocation tokens once per row of the batch.
+    # Activated LoRA (aLoRA) searches for its invocation tokens once per row of the batch.
     return config.get("peft_type") in ("LORA", "IA3") and not config.get("alora_invocation_tokens")
 
 
 def separates_rows_by_position(config: Any) -> bool:
     """Whether the layers of a text model keep the rows of a padding-free batch separate, and compute their attention with the kernel.
 
-    The positions begin at 0 in each row. Recurrent and convolutional layers ignore them. Encoders such as RoBERTa do not count positions
-    from 0.
+    The position ids show where a row begins, because they begin at 0 in each row. Recurrent and convolutional layers ignore position ids.
+    Encoders such as RoBERTa do not count positions from 0.
     """
     return (
-        (bool(getattr(config, "rope_parameters", None)) or config.model_type in TYPES_WITH_LEARNED_POSITIONS)
-        and config.model_type not in TYPES_WITHOUT_BOUNDARIES
-        and set(getattr(config, "layer_types", None) or ()) <= ATTENTION_LAYERS
+        (bool(getattr(config, "rope_parameters", None)) or config.model_type in MODEL_TYPES_WITH_LEARNED_POSITIONS)
+        and config.model_type not in MODEL_TYPES_WITHOUT_BOUNDARIES
+        and set(getattr(config, "layer_types", None) or ()) <= ATTENTION_LAYER_TYPES
     )
 
 
@@ -187,7 +187,7 @@ def reason_against_varlen(run: RunConfig, hardware: Hardware, config: Any) -> st
     if not device_has_kernel(hardware.device):
         return f"torch has no variable-length kernel for {hardware.name}"
     dtype = getattr(config, "dtype", None) if hardware.dtype == "auto" else hardware.dtype
-    if not (hardware.bf16 or hardware.fp16 or str(dtype).removeprefix("torch.") in ("float16", "bfloat16")):
+    if not (hardware.computes_in_bf16 or hardware.computes_in_fp16 or str(dtype).removeprefix("torch.") in ("float16", "bfloat16")):
         return "the run computes in 32 bits"
     if run.spec.model.trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
         return "the model runs code from its repository (model.trustRemoteCode)"
@@ -196,16 +196,16 @@ def reason_against_varlen(run: RunConfig, hardware: Hardware, config: Any) -> st
     if config.get_text_config() is not config:
         return f"models of type {config.model_type} have other inputs than text"
     try:
-        return _unsupported_feature(config)
+        return _find_unsupported_feature(config)
     except RuntimeError:  # transformers raises this error if the layers have different values of a field.
         return "the layers of the model have different attention settings"
 
 
-def _unsupported_feature(config: Any) -> str | None:
+def _find_unsupported_feature(config: Any) -> str | None:
     """Return the feature of a text model's attention that the kernel does not have; None if there is no such feature."""
     if getattr(config, "attn_logit_softcapping", None) is not None:
         return "the model limits its attention scores (attn_logit_softcapping)"
-    dropout = next((name for name in DROPOUT_FIELDS if getattr(config, name, None)), None)
+    dropout = next((name for name in ATTENTION_DROPOUT_FIELDS if getattr(config, name, None)), None)
     if dropout is not None:
         return f"the model uses attention dropout ({dropout})"
     if getattr(config, "is_causal", True) is False or getattr(config, "use_bidirectional_attention", None):
@@ -216,14 +216,14 @@ def _unsupported_feature(config: Any) -> str | None:
         return "the model's attention is limited to chunks (attention_chunk_size)"
     if getattr(config, "v_head_dim", None) is not None:
         return "the model's keys and values have different sizes (v_head_dim)"
-    sizes = _head_sizes(config)
+    sizes = _list_head_sizes(config)
     if not sizes:
         return "the size of the model's attention heads is unknown"
     unsupported = [size for size in sizes if not _is_supported_head_size(size)]
     return f"its kernel does not support attention heads of size {unsupported[0]}" if unsupported else None
 
 
-def _head_sizes(config: Any) -> list[int]:
+def _list_head_sizes(config: Any) -> list[int]:
     """Return the sizes of the model's attention heads. Some models have larger heads in the layers without a sliding window."""
     size, heads = getattr(config, "head_dim", None), getattr(config, "num_attention_heads", None)
     if size is None and heads:
@@ -243,12 +243,15 @@ def device_has_kernel(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= MIN_COMPUTE_CAPABILITY
 
 
-def _compute_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """Return the data type in which attention is computed for inputs of type `dtype`. Autocast does not convert the kernel's inputs."""
+def _computation_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """Return the data type in which attention is computed for inputs of type `dtype`: under autocast, autocast's type.
+
+    Autocast does not convert the kernel's inputs, so `_call_kernel` does.
+    """
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype
 
 
-def varlen_mask(**arguments: Any) -> torch.Tensor | None:
+def create_varlen_mask(**arguments: Any) -> torch.Tensor | None:
     """Create the attention mask of one forward pass (transformers' mask interface): None if the kernel is used, else the mask for sdpa."""
     return None if _needs_no_mask(**arguments) else sdpa_mask(**arguments)
 
@@ -257,9 +260,9 @@ def _needs_no_mask(
     *, config: Any, batch_size: int, q_length: int, kv_length: int, device: torch.device, dtype: torch.dtype, q_offset: Any = 0,
     attention_mask: torch.Tensor | None = None, local_size: int | None = None, use_vmap: bool = False, **options: Any,
 ) -> bool:  # fmt: skip
-    """Whether `varlen_attention` needs no mask: the boundaries of the documents and the size of the sliding window are enough."""
+    """Whether `compute_varlen_attention` needs no mask: the boundaries of the documents and the size of the sliding window are enough."""
     return (
-        # Only causal masks lack the option for bidirectional masks. If a model changes its masks, they are built with vmap.
+        # transformers passes this option for every mask that is not causal. A mask that the model has modified is built with vmap.
         "allow_is_bidirectional_skip" not in options
         and not use_vmap
         # Chunked masks also have a local size, but no layer passes it to the attention function.
@@ -269,12 +272,12 @@ def _needs_no_mask(
         and isinstance(q_offset, int)
         and (q_offset, q_length) == (0, kv_length)
         and device_has_kernel(device)
-        and _compute_dtype(device, dtype) in KERNEL_DTYPES
-        and _unsupported_feature(config) is None
+        and _computation_dtype(device, dtype) in KERNEL_DTYPES
+        and _find_unsupported_feature(config) is None
     )
 
 
-def varlen_attention(
+def compute_varlen_attention(
     module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None,
     dropout: float = 0.0, scaling: float | None = None, sliding_window: int | None = None, is_causal: bool | None = None, **options: Any,
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
@@ -309,7 +312,7 @@ def _kernel_supports(
     options: dict[str, Any],
 ) -> bool:
     """Whether the kernel computes the same as sdpa for these inputs."""
-    dtypes = {_compute_dtype(query.device, tensor.dtype) for tensor in (query, key, value)}
+    dtypes = {_computation_dtype(query.device, tensor.dtype) for tensor in (query, key, value)}
     return (
         device_has_kernel(query.device)
         and len(dtypes) == 1
@@ -333,7 +336,7 @@ def _call_kernel(
 
     transformers' size of a sliding window includes the token itself. The kernel's size includes only the preceding tokens.
     """
-    dtype = _compute_dtype(query.device, query.dtype)
+    dtype = _computation_dtype(query.device, query.dtype)
     query, key, value = (tensor.squeeze(0).transpose(0, 1).to(dtype) for tensor in (query, key, value))
     tokens_before = sliding_window - 1 if sliding_window is not None and sliding_window < max_length else -1
     # The same tensor is passed twice, because newer versions of torch use cuDNN's faster kernel only if both boundaries are one object.
@@ -353,14 +356,14 @@ def _call_kernel(
 
 
 def _mask_was_omitted(query: torch.Tensor, key: torch.Tensor) -> bool:
-    """Whether `varlen_mask` may have created no mask because of the kernel, although the kernel does not support these inputs."""
+    """Whether `create_varlen_mask` may have created no mask for these inputs, because it expected that the kernel computes them."""
     return device_has_kernel(query.device) and query.shape[0] == 1 and query.shape[2] == key.shape[2]
 
 
 def _create_mask(
     query: torch.Tensor, boundaries: torch.Tensor | None, position_ids: torch.Tensor | None, sliding_window: int | None
 ) -> torch.Tensor | None:
-    """Create the mask for sdpa of one packed sequence: (1, 1, tokens, tokens). None if a plain causal mask is correct."""
+    """Create the mask with which sdpa computes one packed sequence; its shape is (1, 1, tokens, tokens). None if a plain causal mask is correct."""
     positions = torch.arange(query.shape[2], device=query.device)
     documents = None
     if boundaries is not None and len(boundaries) > 2:

@@ -1,4 +1,4 @@
-"""Repeats a short action in a thread while the caller works."""
+"""Repeats a short action in a background thread while a block of code runs."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def repeat_in_background(action: Callable[[], None], seconds: float, name: str) -> Iterator[None]:
-    """Call `action` at once and then every `seconds`, in a thread with this name, until the block ends."""
+def repeat_in_background(action: Callable[[], None], interval_seconds: float, thread_name: str) -> Iterator[None]:
+    """Call `action` at once and then every `interval_seconds`, in a thread named `thread_name`, until the `with` block ends."""
     ended = threading.Event()
 
     def repeat() -> None:
         action()
-        while not ended.wait(seconds):
+        while not ended.wait(interval_seconds):
             action()
 
-    thread = threading.Thread(target=repeat, name=name, daemon=True)
+    thread = threading.Thread(target=repeat, name=thread_name, daemon=True)
     thread.start()
     try:
         yield

@@ -1,4 +1,4 @@
-"""Keeps the weights of the best checkpoint until the end of training, even if a later attempt ends it.
+"""Keeps the weights of the best checkpoint until the end of training, even if training ends in a later attempt.
 
 At the end of training, transformers loads the best checkpoint from its folder. If the folder is missing, transformers only logs a
 warning. The folder may have been deleted after its upload, or written by an earlier attempt on another pod. This module therefore
@@ -20,7 +20,7 @@ from torch import distributed
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 BEST_PREFIX = "best--"
-"""File name prefix of the best weights inside other checkpoints."""
+"""Prefix of the file names of the best weights inside other checkpoints."""
 WEIGHT_FILE = re.compile(r"^(adapter_model|adapter_config|model|pytorch_model).*\.(safetensors|bin|json)$")
 BEST_FOLDER = "best"
 """Name of the folder with the best weights, in the Trainer's output folder."""
@@ -49,14 +49,14 @@ class KeepBest(TrainerCallback):
         best_weights = Path(str(args.output_dir)) / BEST_FOLDER
         resumed_is_best = state.best_global_step == state.global_step
         files = list(_weight_files(self._resumed) if resumed_is_best else _included_best_files(self._resumed))
-        if not files:  # The best loss was measured between two checkpoints, so no checkpoint contains the best weights.
+        if not files:  # If the best loss was measured between two checkpoints, no checkpoint contains the best weights.
             return
         if args.local_process_index == 0:
             _replace_files(best_weights, iter(files))
         state.best_model_checkpoint = str(best_weights)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Also store the best weights in this checkpoint, unless this checkpoint is the best one."""
+        """Keep this checkpoint's weights as the best weights, or store the best weights of an earlier checkpoint in this checkpoint."""
         if args.local_process_index > 0 or not state.best_global_step:
             return
         step, is_best, root = state.global_step, state.best_global_step == state.global_step, Path(str(args.output_dir))
@@ -64,7 +64,7 @@ class KeepBest(TrainerCallback):
 
 
 def _link_best_weights(root: Path, step: int, is_best: bool) -> None:
-    """Link the weights of the checkpoint of `step` to the folder of the best weights if they are the best, else the best weights to the checkpoint."""
+    """If the checkpoint of `step` is the best, link its weights into the folder of the best weights. Otherwise, link the best weights into it."""
     folder, best_weights = root / f"checkpoint-{step}", root / BEST_FOLDER
     if is_best:
         _replace_files(best_weights, _weight_files(folder))
@@ -74,7 +74,7 @@ def _link_best_weights(root: Path, step: int, is_best: bool) -> None:
 
 
 def copy_to_all_nodes(args: TrainingArguments) -> None:
-    """Copy the best weights from rank 0's disk to the disks of the other nodes. A collective operation: all ranks must call it."""
+    """Copy the best weights from rank 0's disk to the disks of the other nodes. All ranks must call this function, because it is a collective."""
     if args.world_size == int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size)):
         return
     best_weights = Path(str(args.output_dir)) / BEST_FOLDER
@@ -107,7 +107,7 @@ def _read_chunks(folder: Path) -> Iterator[tuple[str, bytes]]:
                 yield name, data
 
 
-def best_folder(trainer: Any) -> Path:
+def find_best_folder(trainer: Any) -> Path:
     """Return the folder with the best weights. Errors: NoCheckpointError BestCheckpointMissing."""
     best_weights = Path(str(trainer.args.output_dir)) / BEST_FOLDER
     for folder in (best_weights, Path(str(trainer.state.best_model_checkpoint))):
@@ -137,15 +137,15 @@ def _weight_files(folder: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _included_best_files(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Yield original name and path of each file with best weights inside another checkpoint."""
+    """Yield the original name and the path of each file in a checkpoint that holds the best weights of an earlier checkpoint."""
     for file in sorted(folder.iterdir()):
         if file.name.startswith(BEST_PREFIX):
             yield file.name.removeprefix(BEST_PREFIX), file
 
 
-def _link_or_copy(source: Path, target: Path) -> None:
+def _link_or_copy(existing_file: Path, new_file: Path) -> None:
     """Create a hard link, or a copy if the file system has no hard links."""
     try:
-        os.link(source, target)
+        os.link(existing_file, new_file)
     except OSError:
-        shutil.copyfile(source, target)
+        shutil.copyfile(existing_file, new_file)

@@ -1,7 +1,7 @@
 """The channel between a rank and its supervisor: small JSON messages over a local datagram socket, and two files.
 
-A rank sends stages, progress, metrics, staged checkpoints and failures. Sending does not block training: heartbeats, progress
-and metrics are dropped when the supervisor is busy; failures, staged checkpoints and the final model wait a bounded time. The
+A rank sends stages, progress, metrics, staged checkpoints and failures. While the supervisor is busy, heartbeats, progress and metrics are
+dropped, so that they do not delay training. Failures, staged checkpoints and the final model are retried for `SEND_TIMEOUT_SECONDS`. The
 supervisor writes two files for its ranks: `inputs.json` (all inputs are downloaded) and `stop` (save a checkpoint and end).
 
 Example of a rank (`finetune_trainer.rank` calls `train.preload()` if it exists, then `train.main`):
@@ -9,7 +9,7 @@ Example of a rank (`finetune_trainer.rank` calls `train.preload()` if it exists,
     channel = Channel.from_env()
     inputs = channel.wait_inputs()           # after the heavy imports
     channel.report_stage(Stage.LOADING)
-    channel.report_resolved(Resolved(device="cpu", trainable_parameters=1))
+    channel.report_resolved(ResolvedConfig(device="cpu", trainable_parameters=1))
     raise DataError("NoTrainableToken", ...)  # any FineTuneError: `rank.main` reports it and exits with its code
 
 Step, epoch, throughput, losses and checkpoints are reported by `finetune_trainer.checkpoint.rank.create_callbacks`. Models passed to
@@ -44,7 +44,7 @@ STOP_FILE = "stop"
 """The supervisor creates this file in the work folder when the pod must stop. The file holds the deadline in seconds since 1970."""
 POLL_SECONDS = 0.05
 SEND_TIMEOUT_SECONDS = 20.0
-"""While the supervisor is busy, messages that must not be dropped are retried for this time."""
+"""How long the rank retries to send a failure, a staged checkpoint or the final model while the supervisor is busy. Then it drops the message."""
 MAX_MESSAGE_BYTES = 60_000
 SPILL_SUFFIX = ".json"
 Sender = Callable[[dict[str, Any], float], bool]
@@ -55,27 +55,27 @@ class Channel:
     """One rank's end of the channel. `rank`, `local_rank`, `world_size` and `node_rank` are the values from torchrun."""
 
     def __init__(
-        self, send: Sender, work: Path, *, rank: int = 0, local_rank: int = 0, world_size: int = 1, node_rank: int = 0
+        self, send: Sender, work_folder: Path, *, rank: int = 0, local_rank: int = 0, world_size: int = 1, node_rank: int = 0
     ) -> None:
         self._send = send
-        self.work = work
+        self.work_folder = work_folder
         self.rank, self.local_rank, self.world_size, self.node_rank = rank, local_rank, world_size, node_rank
         self.sent: list[dict[str, Any]] = []
-        """All messages so far; only a channel from `recording()` fills this list."""
+        """All messages so far. Only a channel of `create_recording` fills this list."""
 
     @classmethod
     def from_env(cls) -> Channel:
-        """Create the channel of this process from environment variables of the supervisor and torchrun."""
+        """Create the channel of this process from the environment variables that the supervisor and torchrun set."""
         rank_values = {name: int(os.environ.get(name.upper(), default)) for name, default in _RANK_VARIABLES.items()}
         node = int(os.environ.get("GROUP_RANK", os.environ.get(Env.NODE_RANK, "0")))
         work = Path(os.environ.get(Env.WORK_DIR, WORK_MOUNT))
         address = os.environ.get(SOCKET_VARIABLE)
-        return cls(socket_sender(address) if address else _discard_message, work, node_rank=node, **rank_values)
+        return cls(create_socket_sender(address) if address else _discard_message, work, node_rank=node, **rank_values)
 
     @classmethod
-    def create_recording(cls, work: Path, **rank_values: int) -> Channel:
+    def create_recording(cls, work_folder: Path, **rank_values: int) -> Channel:
         """Create a channel for tests: it has no supervisor and keeps its messages in `sent`."""
-        channel = cls(_discard_message, work, **rank_values)
+        channel = cls(_discard_message, work_folder, **rank_values)
 
         def record(message: dict[str, Any], _timeout: float) -> bool:
             channel.sent.append(message)
@@ -84,24 +84,24 @@ class Channel:
         channel._send = record
         return channel
 
-    # ---- from the supervisor ----
+    # ---- files from the supervisor ----
 
-    def wait_inputs(self, timeout: float | None = None) -> Inputs:
+    def wait_inputs(self, timeout_seconds: float | None = None) -> Inputs:
         """Wait until the supervisor has downloaded all inputs.
 
-        Errors: InternalError `InputsTimeout` after `timeout` seconds. Without a timeout the rank waits until the supervisor kills it.
+        Errors: InternalError `InputsTimeout` after `timeout_seconds` seconds. Without a timeout the rank waits until the supervisor kills it.
         """
-        deadline = math.inf if timeout is None else time.monotonic() + timeout
-        while (inputs := Inputs.read(self.work)) is None:
+        deadline = math.inf if timeout_seconds is None else time.monotonic() + timeout_seconds
+        while (inputs := Inputs.read(self.work_folder)) is None:
             if time.monotonic() > deadline:
-                raise InternalError("InputsTimeout", f"model and data were not downloaded within {timeout:g} s")
+                raise InternalError("InputsTimeout", f"model and data were not downloaded within {timeout_seconds:g} s")
             time.sleep(POLL_SECONDS)
         return inputs
 
     def stop_deadline(self) -> float | None:
-        """Return the time (seconds since 1970) by which the state must be saved, or None if no stop was requested."""
+        """Return the time (seconds since 1970) by which a checkpoint must be saved, or None if no stop was requested."""
         try:
-            text = (self.work / STOP_FILE).read_text()
+            text = (self.work_folder / STOP_FILE).read_text()
         except FileNotFoundError:
             return None
         return float(text) if text else math.inf
@@ -129,7 +129,7 @@ class Channel:
         self._send_reliably("resolved", value=resolved.to_wire())
 
     def report_plan(self, plan: RunPlan) -> None:
-        """Report what the run is expected to need, or measured values. The supervisor merges it into earlier reports."""
+        """Report the planned memory and work of the run, or the measured peak of memory. The supervisor merges it into earlier reports."""
         self._send_reliably("plan", value=plan.to_wire())
 
     def report_note(self, text: str) -> None:
@@ -140,9 +140,9 @@ class Channel:
         """Report that an optimizer step is done."""
         self._send_if_possible("heartbeat", step=step)
 
-    def report_pause(self, part: str, seconds: float) -> None:
-        """Report a pause in training. `part`: `evaluation` or `saving`."""
-        self._send_if_possible("pause", part=part, seconds=round(seconds, 4))
+    def report_pause(self, activity: str, seconds: float) -> None:
+        """Report a pause in training. `activity`: `evaluation` or `saving`."""
+        self._send_if_possible("pause", part=activity, seconds=round(seconds, 4))
 
     def send_heartbeat(self) -> None:
         """Send a heartbeat within a long step or an evaluation."""
@@ -152,14 +152,14 @@ class Channel:
         """Send the values of one log call, for `metrics/` in storage. Non-finite numbers are sent as strings."""
         self._send_reliably("log", step=step, values=values)
 
-    # ---- messages that must arrive ----
+    # ---- messages that are retried while the supervisor is busy ----
 
     def report_out_of_memory(self, advice: MemoryAdvice) -> None:
-        """Report what the memory plan advises after the GPU of this rank had no memory left. Each rank may report it."""
+        """Report the memory plan's advice for the next attempt, after the GPU of this rank had no memory left. Each rank may report it."""
         self._send_reliably("outOfMemory", value=advice.to_wire())
 
     def report_failure(self, error: FineTuneError, *, step: int | None = None, is_origin: bool = True) -> None:
-        """Report a failure; the process then exits with `error.exit_code`. `is_origin` is False if another rank failed first."""
+        """Report a failure. The caller then exits with `error.exit_code`. `is_origin`: False if this rank only failed because another rank failed."""
         message = error.message if len(error.message) < 8000 else error.message[:8000] + " ..."
         self._send_reliably(
             "failed", code=error.code, message=message, hint=error.hint, failureClass=error.failure_class.value,
@@ -174,9 +174,9 @@ class Channel:
         """Report that the final artefact is complete in `folder`."""
         self._send_reliably("finished", folder=str(folder), outputKind=kind.value, extra=extra)
 
-    def send_message(self, kind: str, **fields: Any) -> None:
-        """Send a message of another kind. While the supervisor is busy, sending is retried."""
-        self._send_reliably(kind, **fields)
+    def send_message(self, message_kind: str, **fields: Any) -> None:
+        """Send a message of any kind. Retry while the supervisor is busy. Use this only for kinds of messages without a method in this class."""
+        self._send_reliably(message_kind, **fields)
 
     def _send_if_possible(self, kind: str, **fields: Any) -> None:
         self._send(self._build_message(kind, fields), 0.0)
@@ -206,10 +206,10 @@ def _discard_message(_message: dict[str, Any], _timeout: float) -> bool:
     return True
 
 
-def socket_sender(address: str) -> Sender:
+def create_socket_sender(address: str) -> Sender:
     """Create a sender for the datagram socket at `address`.
 
-    If the supervisor has ended, the sender drops messages, because this rank will also end.
+    If the supervisor has ended, the sender drops all messages. The rank ends then as well.
     """
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     connection.setblocking(False)
@@ -245,7 +245,10 @@ def _write_spill_file(data: bytes, folder: Path) -> bytes:
 
 
 def read_spilled(message: dict[str, Any], folder: Path) -> Any:
-    """If the message only names a file (see `_write_spill_file`), return the file's contents and delete the file. Errors: OSError, ValueError."""
+    """Return the message. If it only names a file (see `_write_spill_file`), read the message from the file and delete the file.
+
+    Errors: OSError, ValueError.
+    """
     name = message.get("spilled")
     if not (isinstance(name, str) and name.endswith(SPILL_SUFFIX)):
         return message

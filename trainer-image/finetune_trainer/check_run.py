@@ -1,8 +1,8 @@
-"""The process of a preparation: checks with the large libraries whether model, data and method fit together, without weights and without a GPU.
+"""The process `check` of a preparation: checks with the large libraries whether model, data and method fit together, without weights or GPU.
 
-It runs the code of a training rank up to the point where the rank loads the weights: tokenizer, chat template, objective and tokenised
-rows. Then it builds the model on torch's meta device, where tensors have shapes but no values, and applies the method to it. An error of the
-user's making has the same code as in a training pod. If a library cannot build a model without values, a note says what was not checked.
+The process runs the code of a training rank up to the point where the rank loads the weights: tokenizer, chat template, objective and tokenised
+rows. Then it builds the model on torch's meta device, where tensors have shapes but no values, and applies the method to the model. A mistake
+in the spec gives the same error as in a training pod. If a library cannot build a model without values, a note says what was not checked.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from finetune_trainer.channel import Channel
 from finetune_trainer.child_main import run_child_main
 from finetune_trainer.data.prepared import TOKENS_FOLDER
 from finetune_trainer.inputs import Inputs
-from finetune_trainer.objective import load_objective, module_of
+from finetune_trainer.objective import load_objective, objective_module
 from finetune_trainer.rows_request import SupervisorRowPreparation
 from finetune_trainer.settings import Settings, load_run
 
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from finetune_trainer.hardware import Hardware
     from finetune_trainer.objective.base import DataFacts
 
-METHODS_WITHOUT_SKELETON = ("spectrum",)
-"""Methods that choose the trained layers by the values of the weights."""
+METHODS_THAT_NEED_WEIGHTS = ("spectrum",)
+"""Methods that cannot be applied to a model without values, because they choose the trained layers by the values of the weights."""
 
 
 def main() -> NoReturn:
@@ -39,22 +39,22 @@ def main() -> NoReturn:
 
 def _check_with_inputs(channel: Channel) -> None:
     run, _ = load_run(Settings.from_env())
-    inputs = Inputs.read(channel.work)
+    inputs = Inputs.read(channel.work_folder)
     if inputs is None:
         raise InternalError("InputsMissing", "the inputs were not downloaded before the check began")
     check(run, channel, inputs, SupervisorRowPreparation(channel))
 
 
 def check(run: RunConfig, channel: Channel, inputs: Inputs, preparation: SupervisorRowPreparation | None = None) -> None:
-    """Check the data and the method, and report the counts. Errors: those of the objective's data and of the method.
+    """Check the data and the method, and report the counts of rows, tokens and parameters.
 
-    `preparation`: None if there is no supervisor that can download stored rows.
+    `preparation`: None if there is no supervisor that can download stored rows. Errors: those of `Objective.load_data` and of the method.
     """
-    imports.preload(run, module_of(rules.trainer_type_of(run.spec)))
-    from finetune_api.memory.description import Facts as MemoryFacts
+    imports.preload(run, objective_module(rules.trainer_type_of(run.spec)))
+    from finetune_api.memory.description import RunFacts
 
     from finetune_trainer import model, trial_step
-    from finetune_trainer.data.prepare import NoPreparationCallbacks, writes_date
+    from finetune_trainer.data.prepare import NoPreparationCallbacks, template_writes_date
     from finetune_trainer.distributed import DistributedStrategy
     from finetune_trainer.memory_plan import choose_and_plan
     from finetune_trainer.objective.base import TrainingContext
@@ -67,17 +67,17 @@ def check(run: RunConfig, channel: Channel, inputs: Inputs, preparation: Supervi
     tokenizer, notes = model.load_tokenizer(run, inputs)
     config = model.load_config(run, inputs)
     context = TrainingContext(
-        run, inputs, hardware, strategy, tokenizer, channel.work / TOKENS_FOLDER, model.max_positions(config),
+        run, inputs, hardware, strategy, tokenizer, channel.work_folder / TOKENS_FOLDER, model.max_positions(config),
         vision=model.load_processor(run, inputs, config, tokenizer), preparation=preparation or NoPreparationCallbacks(),
     )  # fmt: skip
     data, facts = objective.load_data(context)
     for note in (*notes, *facts.notes):
         channel.report_note(note)
-    if preparation is not None and writes_date(tokenizer):
+    if preparation is not None and template_writes_date(tokenizer):
         channel.report_note("prepared rows are neither stored nor used, because the chat template can write the date; the training pods tokenise the data")
     channel.report_stage(Stage.CHECKING, "model and method")
     trainable, total = _check_method(run, channel, inputs, context, config, objective.model_kind)
-    memory_facts = MemoryFacts(longest_tokens=facts.longest_sequence or None)
+    memory_facts = RunFacts(longest_tokens=facts.longest_sequence or None)
     channel.report_plan(choose_and_plan(run, config, memory_facts, facts.report, trainable))
     channel.report_stage(Stage.CHECKING, "one step with a small copy of the model")
     note = trial_step.try_step(context, objective, data, model.load_config(run, inputs))
@@ -98,7 +98,7 @@ def _meta_hardware() -> Hardware:
 
     from finetune_trainer.hardware import Hardware
 
-    return Hardware(torch.device("meta"), "none", torch.float32, bf16=False, fp16=False, attention="eager")
+    return Hardware(torch.device("meta"), "none", torch.float32, computes_in_bf16=False, computes_in_fp16=False, attention="eager")
 
 
 def _data_report(facts: DataFacts) -> DataReport:
@@ -109,8 +109,8 @@ def _data_report(facts: DataFacts) -> DataReport:
     )  # fmt: skip
 
 
-def _check_method(run: RunConfig, channel: Channel, inputs: Inputs, context: Any, config: Any, kind: str) -> tuple[int | None, int | None]:
-    """Apply the method to the model on the meta device. Returns the numbers of trained and of all values; None if they are unknown.
+def _check_method(run: RunConfig, channel: Channel, inputs: Inputs, context: Any, config: Any, model_kind: str) -> tuple[int | None, int | None]:
+    """Apply the method to the model on the meta device. Returns the number of trained values and of all values; both None if not checked.
 
     Errors: ConfigError of the method, for example if no module has a name of `method.lora.targetModules`.
     """
@@ -118,18 +118,18 @@ def _check_method(run: RunConfig, channel: Channel, inputs: Inputs, context: Any
     from finetune_trainer.method.base import MethodContext
     from finetune_trainer.method.registry import create_method
 
-    if rules.method_type_of(run.spec) in METHODS_WITHOUT_SKELETON or inputs.adapter is not None:
-        channel.report_note("the preparation did not check the method against the model: that needs the weights")
+    if rules.method_type_of(run.spec) in METHODS_THAT_NEED_WEIGHTS or inputs.adapter is not None:
+        channel.report_note("the preparation did not check the method against the model, because this check needs the weights")
         return None, None
     method_context = MethodContext(
-        run, inputs, context.hardware, context.strategy, kind,
+        run, inputs, context.hardware, context.strategy, model_kind,
         new_token_ids=tuple(vocabulary.new_token_ids(context.tokenizer, run.spec.model.new_tokens)), is_resumed=True,
     )  # fmt: skip
     try:
-        trainable = create_method(method_context).apply(_build_skeleton(run, config, kind))
+        trainable = create_method(method_context).apply(_build_without_values(run, config, model_kind))
     except ConfigError:
         raise
-    except Exception as error:  # a library that needs values; training may still work
+    except Exception as error:  # The library may need the values of the weights, so training may still work.
         logging.getLogger(__name__).warning("the method was not checked against the model", exc_info=error)
         channel.report_note(f"the preparation did not check the method against the model: {type(error).__name__}")
         return None, None
@@ -138,13 +138,13 @@ def _check_method(run: RunConfig, channel: Channel, inputs: Inputs, context: Any
     return count_parameters(trainable.model)
 
 
-def _build_skeleton(run: RunConfig, config: Any, kind: str) -> Any:
-    """Build the model without values from its configuration."""
+def _build_without_values(run: RunConfig, config: Any, model_kind: str) -> Any:
+    """Build the model from its configuration, on the meta device."""
     import torch
 
     from finetune_trainer.model import model_class
 
-    if kind == "reward":
+    if model_kind == "reward":
         config.num_labels = 1
     with torch.device("meta"):
-        return model_class(run, kind).from_config(config, trust_remote_code=bool(run.spec.model.trust_remote_code), attn_implementation="eager")
+        return model_class(run, model_kind).from_config(config, trust_remote_code=bool(run.spec.model.trust_remote_code), attn_implementation="eager")

@@ -1,4 +1,4 @@
-"""Main function of the processes that report over a channel: a rank, a stage after training, and the check of a preparation."""
+"""The main function of each process that reports over a channel: a rank, a stage after training, and the check of a preparation."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from finetune_trainer.failure import classify_wrapped_error
 from finetune_trainer.processes import begin_child, end_child
 
 
-def run_child_main(name: str, action: Callable[[Channel], None], *, memory_hint: str | None = None) -> NoReturn:
-    """Run `action` in this process, report its failure, and end the process. `name`: name of the process in its log lines."""
-    begin_child(name)
+def run_child_main(process_name: str, action: Callable[[Channel], None], *, memory_hint: str | None = None) -> NoReturn:
+    """Run `action`, report its failure if it fails, and end this process. `process_name`: name of the process in its log lines."""
+    begin_child(process_name)
     end_child(run_and_report_failure(Channel.from_env(), action, memory_hint=memory_hint))
 
 
 def run_and_report_failure(channel: Channel, action: Callable[[Channel], None], *, memory_hint: str | None = None) -> int:
-    """Run `action` and report its failure over the channel. Returns the exit code. `memory_hint`: what to do if the memory is exhausted."""
+    """Run `action`, and report its failure over the channel. Returns the exit code. `memory_hint`: hint of a failure for lack of memory."""
     try:
         action(channel)
         return ExitCode.OK

@@ -12,25 +12,25 @@ from pydantic import Field
 
 
 class WeightComparison(LenientModel):
-    """The result, as JSON on stdout."""
+    """The result of a comparison, printed as JSON on stdout."""
 
     tensors: int = Field(description="Number of tensors that both models have.")
-    equal: bool = Field(description="All tensors have the same names, types, shapes and bits.")
-    different_tensors: int = Field(description="Tensors with different values.")
+    equal: bool = Field(description="Whether both models have the same tensors, with the same types, shapes and bits.")
+    different_tensors: int = Field(description="Number of tensors that both models have with different values.")
     largest_difference: float = Field(default=0.0, description="Largest absolute difference of two values. 1.7e308 if a value is not finite.")
     largest_in: str | None = Field(default=None, description="Tensor with the largest difference.")
     mismatched: list[str] = Field(default_factory=list, description="Tensors that only one model has, or whose types or shapes differ.")
 
 
-def compare(left: Path, right: Path) -> WeightComparison:
+def compare(left_folder: Path, right_folder: Path) -> WeightComparison:
     """Compare the models in two folders. Raises ValueError if one of them has no safetensors file."""
-    left_names, right_names = _files_by_tensor(left), _files_by_tensor(right)
+    left_names, right_names = _files_by_tensor(left_folder), _files_by_tensor(right_folder)
     if not left_names or not right_names:
-        raise ValueError(f"{left if not left_names else right} has no weights in safetensors files")
+        raise ValueError(f"{left_folder if not left_names else right_folder} has no weights in safetensors files")
     mismatched = sorted(left_names.keys() ^ right_names.keys())
     different, largest, largest_in = 0, 0.0, None
     for name in sorted(left_names.keys() & right_names.keys()):
-        difference = _largest_difference(_load(left_names[name], name), _load(right_names[name], name))
+        difference = _largest_difference(_load_tensor(left_names[name], name), _load_tensor(right_names[name], name))
         if difference is None:
             mismatched.append(name)
         elif difference > 0:
@@ -53,27 +53,30 @@ def _weight_files(folder: Path) -> Iterator[Path]:
     yield from sorted(folder.glob("*.safetensors"))
 
 
-def _load(file: Path, name: str) -> Any:
+def _load_tensor(file: Path, name: str) -> Any:
     from safetensors import safe_open
 
     with safe_open(file, "pt") as tensors:
         return tensors.get_tensor(name)
 
 
-def _largest_difference(left: Any, right: Any) -> float | None:
-    """Return the largest difference of two tensors: 0 if they have the same bits, None if type or shape differs. Bits also count for -0 and NaN."""
+def _largest_difference(left_tensor: Any, right_tensor: Any) -> float | None:
+    """Return the largest absolute difference between the values of two tensors: 0 if all bits are equal, None if type or shape differs.
+
+    The difference is 5e-324 if the tensors differ only in signs of zeros, and infinite if a NaN differs.
+    """
     import torch
 
-    if left.dtype != right.dtype or left.shape != right.shape:
+    if left_tensor.dtype != right_tensor.dtype or left_tensor.shape != right_tensor.shape:
         return None
-    if left.numel() == 0 or torch.equal(left.contiguous().view(torch.uint8), right.contiguous().view(torch.uint8)):
+    if left_tensor.numel() == 0 or torch.equal(left_tensor.contiguous().view(torch.uint8), right_tensor.contiguous().view(torch.uint8)):
         return 0.0
-    difference = (left.double() - right.double()).abs().nan_to_num(nan=float("inf"))
+    difference = (left_tensor.double() - right_tensor.double()).abs().nan_to_num(nan=float("inf"))
     return max(float(difference.max()), 5e-324)
 
 
 def main(arguments: list[str]) -> int:
-    """Compare two folders and print the result. Returns 0 after any comparison, even if the models differ."""
+    """Compare the models in two folders and print the result. Returns 0, even if the models differ."""
     left, right = map(Path, arguments)
     print(json.dumps(compare(left, right).to_wire()))
     return 0

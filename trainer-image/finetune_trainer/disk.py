@@ -10,17 +10,16 @@ from pathlib import Path
 from finetune_api.names import Env
 
 
-def free_bytes(work: Path) -> int:
-    """Return the bytes that may still be written below the work folder. Negative if the limit is already exceeded.
-
-    The kubelet evicts a pod that exceeds its limit, even if the node's disk has free space.
+def free_bytes(work_folder: Path) -> int:
+    """Return the bytes that may still be written below the work folder. The result is negative if the pod has already exceeded its limit. The kubelet evicts
+    a pod that exceeds its limit, even if the node's disk has free space.
     """
-    existing_folder = work
+    existing_folder = work_folder
     while not existing_folder.exists():
         existing_folder = existing_folder.parent
     free_on_disk = shutil.disk_usage(existing_folder).free
     limit = os.environ.get(Env.DISK_LIMIT)
-    return free_on_disk if limit is None else min(free_on_disk, int(limit) - _used_bytes(work))
+    return free_on_disk if limit is None else min(free_on_disk, int(limit) - _used_bytes(work_folder))
 
 
 def _used_bytes(folder: Path) -> int:

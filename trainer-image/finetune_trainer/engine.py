@@ -23,7 +23,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from finetune_trainer.best import best_folder, copy_to_all_nodes
+from finetune_trainer.best import copy_to_all_nodes, find_best_folder
 from finetune_trainer.checkpoint.background import BackgroundWriter
 from finetune_trainer.checkpoint.rates import load_states_keeping_settings
 from finetune_trainer.distributed import DistributedStrategy
@@ -35,31 +35,31 @@ from finetune_trainer.speed import SpeedMeter
 logger = logging.getLogger(__name__)
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 MODEL_WEIGHTS = "model.safetensors"
-QUANTIZATION_STATE = (".absmax", ".quant_map", ".quant_state.", ".nested_")
+QUANTIZATION_KEY_PARTS = (".absmax", ".quant_map", ".quant_state.", ".nested_")
 """Substrings of the keys under which bitsandbytes saves the scales of 4-bit weights.
 
-Such keys need not match, because the base model already has its scales.
+`check_loaded_keys` accepts such keys in a checkpoint, because the base model already has its scales.
 """
 
 
 class GuardedTrainer(OpenTrainer):
-    """Mix-in for TRL trainers. `distributed.connect_trainer_class` derives a class from it and sets `strategy`."""
+    """Mix-in for TRL trainers. `distributed.connect_trainer_class` derives a class from this one and sets its `strategy`."""
 
     strategy: DistributedStrategy
     meter: SpeedMeter | None = None
     lora_plus_ratio: float = 1.0
     """LoRA+: learning rate of the B matrices divided by the learning rate of the A matrices."""
     clock: TrainingClock | None = None
-    """Measures the seconds of training. It starts with this attempt's first pass over the data."""
+    """Measures the seconds of training. The clock starts with this attempt's first pass over the data."""
     kept_layer_tokens: int | None = None
-    """Number of layers times tokens whose activations a micro-batch keeps. None if gradient checkpointing is on or off for all micro-batches."""
+    """Largest product of layers and tokens whose activations a micro-batch may keep. None: all micro-batches treat their layers alike."""
     checkpoint_writer: BackgroundWriter | None = None
     """Writes checkpoints in the background. None: each checkpoint is written before training continues."""
     _recomputation: RecomputationPerBatch | None = None
     _collected: CollectedModel | None = None
-    """The modules and parameters of the model, during an epoch. None with FSDP and DeepSpeed."""
+    """Lists of the model's modules and parameters, while an epoch runs. None between epochs, and with FSDP and DeepSpeed."""
     _operations_per_value: int | None = None
-    """transformers' estimate of the floating-point operations for each token of a micro-batch."""
+    """transformers' estimate of the floating-point operations for one token (or another input value) of a micro-batch."""
 
     def create_accelerator_and_postprocess(self) -> None:
         """Create the accelerator, then apply the strategy's settings that have no field in TrainingArguments."""
@@ -67,11 +67,12 @@ class GuardedTrainer(OpenTrainer):
         self.strategy.on_accelerator_created(self)
 
     def run_epoch(self, *args: Any, **options: Any) -> None:
-        """Train on one pass over the data, unless a checkpoint of the last step was restored.
+        """Train on one pass over the data, unless the restored checkpoint is that of the last step.
 
-        transformers compares the step with `max_steps` only after each step. A run that resumes from its last step would train one more step.
+        transformers compares the step with `max_steps` only after it has trained a step. So a run that resumes from its last step would train
+        one step too many.
         """
-        self._running_clock()
+        self._get_running_clock()
         if self._is_complete():
             self.control.should_training_stop = True
             return
@@ -104,13 +105,13 @@ class GuardedTrainer(OpenTrainer):
         return self._clip_collected(math.inf)
 
     def _clip_collected(self, max_norm: float) -> Any:
-        """Clip as accelerate does for models that are complete on each rank."""
+        """Clip the gradients as accelerate does for models that are complete on each rank. Returns the gradient norm."""
         assert self._collected is not None
         self.accelerator.unscale_gradients()
         return torch.nn.utils.clip_grad_norm_(self._collected.trained_parameters, max_norm)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Return transformers' estimate of the operations for a micro-batch. The parameters of the model are counted only once."""
+        """Return transformers' estimate of the floating-point operations for a micro-batch. This method counts the model's parameters only once per run."""
         main_input = getattr(self.model, "main_input_name", "input_ids")
         if main_input not in inputs or self._collected is None:
             return int(super().floating_point_ops(inputs))
@@ -130,19 +131,19 @@ class GuardedTrainer(OpenTrainer):
         """Fetch the micro-batches of a step, and measure the time spent waiting for them."""
         if self.meter is None:
             return super().get_batch_samples(batches, *args, **options)
-        return super().get_batch_samples(_time_waiting(batches, self.meter), *args, **options)
+        return super().get_batch_samples(_measure_waiting(batches, self.meter), *args, **options)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add to the logged values: the time, the seconds of training over all attempts, the throughput, and the peak GPU memory."""
         logs["unix_time"] = round(time.time(), 3)
-        logs["training_seconds"] = self._running_clock().read(is_training=self.is_in_train)
+        logs["training_seconds"] = self._get_running_clock().read(is_training=self.is_in_train)
         if self.meter is not None and self.model.training and "loss" in logs:
             logs.update(self.meter.read(int(self.state.num_input_tokens_seen)))
             if self.args.device.type == "cuda":
                 logs["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
         super().log(logs, start_time)
 
-    def _running_clock(self) -> TrainingClock:
+    def _get_running_clock(self) -> TrainingClock:
         if self.clock is None:
             self.clock = TrainingClock(logged_training_seconds(self.state))
         return self.clock
@@ -152,11 +153,11 @@ class GuardedTrainer(OpenTrainer):
         if self.checkpoint_writer is None:
             super().save_checkpoint(model, trial)
             return
-        with self.checkpoint_writer.collect_files():
+        with self.checkpoint_writer.begin_checkpoint():
             super().save_checkpoint(model, trial)
 
     def create_model_card(self, *args: Any, **options: Any) -> None:
-        """Write no model card of TRL with each checkpoint: the final model gets the card of `artefact.card`."""
+        """Do nothing. TRL would write a model card with each checkpoint, but only the final model gets a card (`artefact.card`)."""
 
     def save_files(self, output_dir: str, state_dict: dict[str, Any] | None = None) -> None:
         """Write weights, configuration and tokenizer, without the model card of PEFT."""
@@ -165,7 +166,7 @@ class GuardedTrainer(OpenTrainer):
         super().save_files(output_dir, state_dict)
 
     def run_after_files(self, task: Callable[[], object]) -> None:
-        """Run `task` when the files that have been saved so far are written, maybe in the background."""
+        """Run `task` when all files that were saved before are written. With a background writer, that is later and in its thread."""
         if self.checkpoint_writer is None:
             task()
         else:
@@ -174,7 +175,7 @@ class GuardedTrainer(OpenTrainer):
     def load_best_model(self) -> None:
         """Load the best weights from the folder of `best.KeepBest`. Errors: NoCheckpointError BestCheckpointMissing."""
         copy_to_all_nodes(self.args)
-        self.state.best_model_checkpoint = str(best_folder(self))
+        self.state.best_model_checkpoint = str(find_best_folder(self))
         super().load_best_model()
 
     def create_optimizer(self, model: Any = None) -> Any:
@@ -227,7 +228,7 @@ class GuardedTrainer(OpenTrainer):
         """Refuse a checkpoint with missing or unexpected weights. Errors: NoCheckpointError CheckpointForeign."""
         tied = tied_weight_names(self.model)
         mismatched_names = [key for key in missing if key not in tied]
-        mismatched_names += [key for key in unexpected if not any(part in key for part in QUANTIZATION_STATE)]
+        mismatched_names += [key for key in unexpected if not any(part in key for part in QUANTIZATION_KEY_PARTS)]
         if mismatched_names:
             raise NoCheckpointError(
                 "CheckpointForeign", f"the weights of the checkpoint do not match the weights of this run: {', '.join(mismatched_names[:4])}",
@@ -236,16 +237,16 @@ class GuardedTrainer(OpenTrainer):
 
 
 def _write_no_card(output_dir: str) -> None:
-    """Replaces the method of PEFT that writes a model card."""
+    """Do nothing. This function replaces PEFT's method that writes a model card."""
 
 
 class TrainingClock:
-    """Seconds of training over all attempts of a run. The clock runs from its creation until the end of training."""
+    """Counts the seconds of training over all attempts of a run. The clock runs from its creation until the end of training."""
 
-    def __init__(self, seconds_before: float) -> None:
-        """`seconds_before`: seconds of training of the earlier attempts."""
-        self._seconds_before, self._started = seconds_before, time.perf_counter()
-        self._last_reading = seconds_before
+    def __init__(self, earlier_seconds: float) -> None:
+        """`earlier_seconds`: seconds of training of the earlier attempts."""
+        self._seconds_before, self._started = earlier_seconds, time.perf_counter()
+        self._last_reading = earlier_seconds
 
     def read(self, *, is_training: bool) -> float:
         """Return the seconds of training until now. After training (`is_training` is false), return the result of the last call."""
@@ -259,10 +260,10 @@ def logged_training_seconds(state: TrainerState) -> float:
     return next((float(line["training_seconds"]) for line in reversed(state.log_history) if "training_seconds" in line), 0.0)
 
 
-def _time_waiting(batches: Iterator[Any], meter: SpeedMeter) -> Iterator[Any]:
+def _measure_waiting(batches: Iterator[Any], meter: SpeedMeter) -> Iterator[Any]:
     """Yield the batches, and add the time spent waiting for each batch to the meter.
 
-    `get_batch_samples` as a whole is not timed: it also counts the tokens of all ranks, so it waits for the slowest rank.
+    The time of `get_batch_samples` would be wrong: this function also counts the tokens of all ranks, so it waits for the slowest rank.
     """
     while True:
         wait_started = time.perf_counter()
@@ -274,7 +275,7 @@ def _time_waiting(batches: Iterator[Any], meter: SpeedMeter) -> Iterator[Any]:
 
 
 class FiniteGuard(TrainerCallback):
-    """Ends the run if a loss or the gradient norm is not finite, because training does not recover from such a step."""
+    """Ends the run if a loss or the gradient norm is not finite, because training cannot recover from such a step."""
 
     def on_log(
         self,
@@ -301,7 +302,7 @@ class FiniteGuard(TrainerCallback):
             )  # fmt: skip
 
 
-class LogLine(TrainerCallback):
+class LogLineWriter(TrainerCallback):
     """Writes one line to the pod's log for each logged step, on rank 0."""
 
     METRICS = ("loss", "eval_loss", "learning_rate", "grad_norm", "reward", "rewards/accuracies", "tokens_per_second")

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from finetune_api.errors import (
-    ERROR_OF_CODE,
+    ERROR_OF_EXIT_CODE,
     FineTuneError,
     InstallationBrokenError,
     InternalError,
@@ -29,12 +29,12 @@ from finetune_api.exits import EXIT_POLICIES
 from finetune_api.names import ExitCode, FailureClass
 
 log = logging.getLogger(__name__)
-PEER_TYPES = ("DistBackendError", "DistNetworkError", "DistStoreError", "DistError")
-PEER_MESSAGES = (
+PEER_ERROR_TYPES = ("DistBackendError", "DistNetworkError", "DistStoreError", "DistError")
+PEER_ERROR_MESSAGES = (
     "connection closed by peer", "connection reset by peer", "connection refused", "broken pipe", "socket timeout", "gloo",
     "nccl", "connection was likely closed", "timed out waiting", "unable to connect to store", "application timeout",
 )  # fmt: skip
-MEMORY_MESSAGES = ("out of memory", "cuda error: out of memory", "defaultcpuallocator: can't allocate memory")
+OUT_OF_MEMORY_MESSAGES = ("out of memory", "cuda error: out of memory", "defaultcpuallocator: can't allocate memory")
 
 
 @dataclass(frozen=True)
@@ -47,24 +47,24 @@ class RankFailure:
     is_origin: bool = True
     time_ns: int = 0
     is_reported: bool = True
-    """False if the rank reported nothing and only its exit code is known."""
+    """Whether the rank reported the failure. If not, only the exit code of the rank is known."""
 
 
 DISK_FULL_MESSAGES = ("No space left on device", "PytorchStreamWriter failed writing file")
-"""Messages of libraries that cannot write weights because the disk is full. Their exceptions have no errno."""
+"""Messages of libraries that cannot write weights because the disk is full. The exceptions of these libraries have no errno."""
 SHARED_MEMORY_PATHS = ("</torch_", "/dev/shm")  # noqa: S108 -- names in messages
-"""Paths of shared memory in error messages. They distinguish full shared memory from a full disk."""
+"""Paths by which an error message about full shared memory is distinguished from one about a full disk."""
 
 BUILD_TOOLS = ("c++", "g++", "gcc", "cc", "clang", "clang++", "nvcc", "ninja")
-IMAGE_PACKAGES = (
+TRAINER_IMAGE_PACKAGES = (
     "accelerate", "aiohttp", "bert_score", "bitsandbytes", "boto3", "botocore", "datasets", "deepspeed", "finetune_api", "finetune_trainer",
     "huggingface_hub", "jinja2", "jsonschema", "liger_kernel", "lm_eval", "mlflow", "numpy", "openai", "openpyxl", "peft", "prometheus_client",
     "pyarrow", "pydantic", "pymongo", "rouge_score", "sacrebleu", "safetensors", "scipy", "securesystemslib", "sentence_transformers",
     "sentencepiece", "tensorboard", "tiktoken", "tokenizers", "torch", "transformers", "triton", "trl", "wandb",
 )  # fmt: skip
-"""Packages that the trainer image installs. If one is missing, the image is broken; other missing modules are the user's own."""
-HIDDEN_PACKAGE = "None in sys.modules"
-"""Part of the message when code imports a package that `imports.preload` has hidden. The image contains this package."""
+"""Packages that the trainer image installs. If one of them is missing, the image is broken. Any other missing module is the user's."""
+HIDDEN_PACKAGE_MESSAGE = "None in sys.modules"
+"""Text in the message of an import that fails only because `imports.preload` has hidden the package. The image contains the package."""
 MISSING_PART_PATTERNS = (
     (re.compile(r"(?:^|[\s:/])(c\+\+|g\+\+|gcc|cc|clang|clang\+\+|nvcc|ninja): (?:command )?not found", re.MULTILINE), "the program {}"),
     (re.compile(r"Failed to find (C(?:\+\+)?) compiler"), "a {} compiler"),
@@ -77,11 +77,11 @@ MISSING_PART_PATTERNS = (
     (re.compile(r"packages that were not found in your environment: ([\w.,\- ]*[\w\-])"), "the Python package {}"),
     (re.compile(r"requires the (.+) library,? but it was not found in your environment"), "the Python package {}"),
 )
-"""Messages of libraries about a missing part of the image, and the name of that part. The messages were recorded with the locked versions."""
-INSTALL_ADVICE = re.compile(r"pip install (?:-U |--upgrade )?[\"']?([A-Za-z][\w.-]*)")
+"""Messages of libraries about a part that the image lacks, and the name of the missing part. The messages are those of the locked versions."""
+INSTALL_ADVICE_PATTERN = re.compile(r"pip install (?:-U |--upgrade )?[\"']?([A-Za-z][\w.-]*)")
 """Matches the advice to install a missing package in a library's ImportError."""
-GPU_DRIVER_MISSING = re.compile(r"(?i)found no NVIDIA driver|lib(?:cuda|nvidia-[\w-]+)\.so[.\d]*: cannot open shared object file")
-"""Messages that mean that the pod has no GPU driver. The driver's libraries come from the node, not from the image."""
+GPU_DRIVER_MISSING_PATTERN = re.compile(r"(?i)found no NVIDIA driver|lib(?:cuda|nvidia-[\w-]+)\.so[.\d]*: cannot open shared object file")
+"""Matches messages that mean that the pod has no GPU driver. The driver's libraries come from the node, not from the image."""
 NODE_DRIVER_MESSAGES = (
     "cuda driver version is insufficient", "the nvidia driver on your system is too old", "cuda driver initialization failed",
     "unexpected error from cudagetdevicecount", "no cuda gpus are available", "no cuda-capable device is detected", "system not yet initialized",
@@ -90,7 +90,7 @@ NODE_DRIVER_MESSAGES = (
 """Messages (in lower case) that mean that the GPU driver does not work on this node. An attempt on another node may succeed."""
 
 
-def local_disk_full() -> StorageError:
+def local_disk_full_error() -> StorageError:
     """Return the failure for a full disk of the pod (exit code 69)."""
     return StorageError(
         "LocalDiskFull", "the pod's local disk is full", hint="raise resources.ephemeralStorage, or checkpoint less often"
@@ -106,25 +106,25 @@ def as_failure(error: Exception, code: str) -> FineTuneError:
 
 
 def classify_wrapped_error(error: BaseException) -> tuple[FineTuneError, bool]:
-    """As `classify_error`. If an InternalError only wraps a library's exception, classify that exception: its type is more specific."""
+    """Return the result of `classify_error`. If an InternalError only wraps a library's exception, classify the library's exception instead."""
     is_wrapper = isinstance(error, InternalError) and isinstance(error.__cause__, Exception)
     return classify_error(error.__cause__ if is_wrapper and error.__cause__ is not None else error)
 
 
 def classify_error(error: BaseException) -> tuple[FineTuneError, bool]:
-    """Return the named failure for a rank's exception, and whether this rank failed first (False: another rank caused the failure)."""
+    """Return the failure for a rank's exception, and whether the failure began on this rank (False: another rank caused it)."""
     if isinstance(error, FineTuneError):
         return error, not error.follows_other_rank
     name, text = type(error).__name__, str(error).lower()
     # Errors of collectives are excluded, because their messages may name optional NCCL libraries that are not installed.
-    if name not in PEER_TYPES and (broken := installation_error(error)) is not None:
+    if name not in PEER_ERROR_TYPES and (broken := installation_error(error)) is not None:
         return broken, True
     if any(message in text for message in NODE_DRIVER_MESSAGES):
         return node_driver_error(_first_line(error)), True
-    if name == "OutOfMemoryError" or isinstance(error, MemoryError) or any(message in text for message in MEMORY_MESSAGES):
-        return _memory_exhausted(error), True
-    if name in PEER_TYPES or (
-        isinstance(error, RuntimeError | ConnectionError) and any(message in text for message in PEER_MESSAGES)
+    if name == "OutOfMemoryError" or isinstance(error, MemoryError) or any(message in text for message in OUT_OF_MEMORY_MESSAGES):
+        return _memory_exhausted_error(error), True
+    if name in PEER_ERROR_TYPES or (
+        isinstance(error, RuntimeError | ConnectionError) and any(message in text for message in PEER_ERROR_MESSAGES)
     ):
         return PeerError(
             "PeerLost", f"a collective failed: {_first_line(error)}", hint="see the other ranks' logs"
@@ -132,9 +132,9 @@ def classify_error(error: BaseException) -> tuple[FineTuneError, bool]:
     if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or any(
         message in str(error) for message in DISK_FULL_MESSAGES
     ):
-        return _shared_memory_full() if any(
+        return _shared_memory_full_error() if any(
             path in str(error) for path in SHARED_MEMORY_PATHS
-        ) else local_disk_full(), True
+        ) else local_disk_full_error(), True
     frames = traceback.extract_tb(error.__traceback__)
     location = f" at {frames[-1].filename.rpartition('/')[2]}:{frames[-1].lineno}" if frames else ""
     return InternalError(
@@ -145,20 +145,20 @@ def classify_error(error: BaseException) -> tuple[FineTuneError, bool]:
 def installation_error(error: BaseException) -> InstallationBrokenError | None:
     """Return the failure if the image lacks a compiler, a package or a library, or if the pod has no GPU driver; None for other errors.
 
-    Another attempt would fail in the same way. The causes of the error are examined too, because transformers hides the reason of a failed import.
+    Another attempt would fail in the same way. The chain of causes is examined too, because transformers wraps the reason of a failed import.
     """
     return _own_installation_error(error) or (installation_error(error.__cause__) if error.__cause__ is not None else None)
 
 
 def _own_installation_error(error: BaseException) -> InstallationBrokenError | None:
     text = str(error)
-    if GPU_DRIVER_MISSING.search(text):
+    if GPU_DRIVER_MISSING_PATTERN.search(text):
         return InstallationBrokenError(
             "GpuDriverMissing", f"the pod has no GPU driver: {_first_line(error)}",
             hint="let the container runtime of the GPU nodes add the NVIDIA driver to pods (NVIDIA Container Toolkit); for a run on CPUs, write "
             "resources.gpusPerNode: 0",
         )  # fmt: skip
-    missing_part, line = _missing_part(error)
+    missing_part, line = _find_missing_part(error)
     if missing_part is None:
         return None
     return InstallationBrokenError(
@@ -167,22 +167,22 @@ def _own_installation_error(error: BaseException) -> InstallationBrokenError | N
     )  # fmt: skip
 
 
-def _missing_part(error: BaseException) -> tuple[str | None, str]:
-    """Return the name of the image's missing part (None if no part is missing), and the line of the message about it."""
-    if HIDDEN_PACKAGE in str(error):
+def _find_missing_part(error: BaseException) -> tuple[str | None, str]:
+    """Return the name of the part that the image lacks (None if it lacks none), and the line of the message that says so."""
+    if HIDDEN_PACKAGE_MESSAGE in str(error):
         return None, ""
     if isinstance(error, FileNotFoundError) and _is_build_tool(str(error.filename)):
         return f"the program {str(error.filename).rpartition('/')[2]}", _first_line(error)
-    if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in IMAGE_PACKAGES:
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in TRAINER_IMAGE_PACKAGES:
         return f"the Python package {error.name}", _first_line(error)
     text = str(error)
     for pattern, part in MISSING_PART_PATTERNS:
         if match := pattern.search(text):
             line_start = text.rfind("\n", 0, match.end()) + 1
             return part.format(match.group(1) if match.groups() else ""), text[line_start:].splitlines()[0].strip()[:1000]
-    if isinstance(error, ImportError) and (match := INSTALL_ADVICE.search(text)):
+    if isinstance(error, ImportError) and (match := INSTALL_ADVICE_PATTERN.search(text)):
         return f"the Python package {match.group(1)}", _first_line(error)
-    if isinstance(error, ImportError) and (error.name or "").partition(".")[0] in IMAGE_PACKAGES:
+    if isinstance(error, ImportError) and (error.name or "").partition(".")[0] in TRAINER_IMAGE_PACKAGES:
         return f"a usable Python package {str(error.name).partition('.')[0]}", _first_line(error)
     return None, ""
 
@@ -196,12 +196,12 @@ def node_driver_error(reason: str) -> PeerError:
 
 
 def _is_build_tool(path: str) -> bool:
-    """Whether a missing file is a build tool. The folder is compared too, because a data set may be named `cc`."""
+    """Whether `path` names a build tool. A path in another folder than `bin` does not, because a data set may also be named `cc`."""
     folder, _, name = path.rpartition("/")
     return name in BUILD_TOOLS and folder.rpartition("/")[2] in ("", "bin")
 
 
-def _memory_exhausted(error: BaseException) -> MemoryExhaustedError:
+def _memory_exhausted_error(error: BaseException) -> MemoryExhaustedError:
     if isinstance(error, MemoryError) or "cpuallocator" in str(error).lower():
         return MemoryExhaustedError(
             "HostMemory", f"the pod's memory is exhausted: {_first_line(error)}", hint="raise resources.memory"
@@ -212,10 +212,10 @@ def _memory_exhausted(error: BaseException) -> MemoryExhaustedError:
     )  # fmt: skip
 
 
-def _shared_memory_full() -> PeerError:
-    """Return the failure for full shared memory: exit code 74, as for SIGBUS.
+def _shared_memory_full_error() -> PeerError:
+    """Return the failure for full shared memory, with exit code 74, as for SIGBUS.
 
-    After 71 the operator would lower the batch size, which does not help.
+    After exit code 71 (out of memory), the operator would lower the batch size, which does not help.
     """
     return PeerError(
         "SharedMemoryFull", "the pod's shared memory, /dev/shm, is full", hint="raise resources.sharedMemory"
@@ -228,9 +228,9 @@ def _first_line(error: BaseException) -> str:
 
 
 def failure_from_message(message: dict[str, Any]) -> RankFailure:
-    """Return the failure that a rank reported. An unreadable field gets a default value, so that the other fields can still be used."""
-    code = _int_or(message.get("exitCode"), ExitCode.INTERNAL_ERROR)
-    kind = ERROR_OF_CODE.get(code, InternalError)
+    """Return the failure in a rank's report. An unreadable field gets a default value, so that the other fields can still be used."""
+    code = _to_int_or(message.get("exitCode"), ExitCode.INTERNAL_ERROR)
+    kind = ERROR_OF_EXIT_CODE.get(code, InternalError)
     reported_class = message.get("failureClass")
     failure_class = FailureClass(reported_class) if reported_class in list(FailureClass) else EXIT_POLICIES[kind.exit_code].failure_class
     hint = message.get("hint")
@@ -242,62 +242,61 @@ def failure_from_message(message: dict[str, Any]) -> RankFailure:
     )
     return RankFailure(
         error,
-        _int_or(message.get("rank"), None),
-        _int_or(message.get("step"), None),
+        _to_int_or(message.get("rank"), None),
+        _to_int_or(message.get("step"), None),
         bool(message.get("origin", True)),
-        _int_or(message.get("timeNs"), 0),
+        _to_int_or(message.get("timeNs"), 0),
     )
 
 
 Default = TypeVar("Default")
 
 
-def _int_or(value: Any, default: Default) -> int | Default:
+def _to_int_or(value: Any, default: Default) -> int | Default:
     return int(value) if isinstance(value, int | float) and math.isfinite(value) else default
 
 
 def replace_unpaired_surrogates(text: str) -> str:
-    """Replace characters that UTF-8 cannot encode, because messages of libraries may contain unpaired surrogates."""
+    """Replace unpaired surrogates, which UTF-8 cannot encode. Messages of libraries may contain them."""
     return text.encode(errors="replace").decode()
 
 
-def failure_from_exit_code(rank: int, code: int, *, is_host_out_of_memory: bool = False) -> RankFailure:
+def failure_from_exit_code(rank: int, exit_code: int, *, is_host_out_of_memory: bool = False) -> RankFailure:
     """Return the failure of a rank that reported nothing, from its exit code.
 
     `is_host_out_of_memory`: the kernel's OOM killer ended a process of this pod.
     """
-    if code < 0:
-        name = signal.Signals(-code).name if -code in list(signal.Signals) else f"signal {-code}"
+    if exit_code < 0:
+        name = signal.Signals(-exit_code).name if -exit_code in list(signal.Signals) else f"signal {-exit_code}"
         return RankFailure(
-            _error_of_signal(rank, -code, name, is_host_out_of_memory), rank, is_reported=False, is_origin=-code != signal.SIGTERM
+            _error_of_signal(rank, -exit_code, name, is_host_out_of_memory), rank, is_reported=False, is_origin=-exit_code != signal.SIGTERM
         )
-    kind = ERROR_OF_CODE.get(code)
-    if kind is not None and code != ExitCode.INTERNAL_ERROR:
-        return RankFailure(kind("RankFailed", f"rank {rank} ended with {code}"), rank, is_reported=False)
+    kind = ERROR_OF_EXIT_CODE.get(exit_code)
+    if kind is not None and exit_code != ExitCode.INTERNAL_ERROR:
+        return RankFailure(kind("RankFailed", f"rank {rank} ended with {exit_code}"), rank, is_reported=False)
     return RankFailure(
-        InternalError("RankCrashed", f"rank {rank} ended with exit code {code} and gave no reason", hint="see the pod's log"),
+        InternalError("RankCrashed", f"rank {rank} ended with exit code {exit_code} and gave no reason", hint="see the pod's log"),
         rank, is_reported=False,
     )  # fmt: skip
 
 
-def _error_of_signal(rank: int, number: int, name: str, is_host_out_of_memory: bool) -> FineTuneError:
-    if number == signal.SIGKILL and is_host_out_of_memory:
+def _error_of_signal(rank: int, signal_number: int, signal_name: str, is_host_out_of_memory: bool) -> FineTuneError:
+    if signal_number == signal.SIGKILL and is_host_out_of_memory:
         return MemoryExhaustedError(
             "HostMemory", f"rank {rank} was killed because the pod's memory is exhausted", hint="raise resources.memory"
         )
-    if number == signal.SIGBUS:
+    if signal_number == signal.SIGBUS:
         return PeerError(
             "RankKilled", f"rank {rank} was killed by SIGBUS", hint="raise resources.sharedMemory: /dev/shm may be full"
         )
-    if number in (signal.SIGSEGV, signal.SIGILL, signal.SIGFPE):
-        return InternalError("RankCrashed", f"rank {rank} crashed with {name}", hint="see the pod's log")
-    return PeerError("RankKilled", f"rank {rank} was killed by {name}")
+    if signal_number in (signal.SIGSEGV, signal.SIGILL, signal.SIGFPE):
+        return InternalError("RankCrashed", f"rank {rank} crashed with {signal_name}", hint="see the pod's log")
+    return PeerError("RankKilled", f"rank {rank} was killed by {signal_name}")
 
 
-def root_cause(failures: Iterable[RankFailure]) -> RankFailure | None:
-    """Choose the failure to report.
-
-    Order of preference: failures with `origin`, precedence of the exit code, failures that the rank reported, earliest failure.
+def choose_root_cause(failures: Iterable[RankFailure]) -> RankFailure | None:
+    """Choose the failure that the pod reports; None if there is no failure. Failures with `is_origin` take precedence. Among them, these decide in turn: the
+    precedence of the exit code, whether the rank reported the failure, and the earliest time.
     """
     ordered = sorted(
         failures,

@@ -1,4 +1,4 @@
-"""One file in a manifest: of a checkpoint, of the final model, or of prepared rows."""
+"""The entry of a file in the manifest of a checkpoint, of the final model, or of prepared rows."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pydantic import Field
 class FileEntry(LenientModel):
     """One file in a manifest."""
 
-    path: str = Field(description="Relative to the folder of the manifest.")
-    size: int = Field(description="Bytes.")
-    sha256: str = Field(description="Hex.")
+    path: str = Field(description="Path of the file, relative to the folder of the manifest.")
+    size: int = Field(description="Size of the file in bytes.")
+    sha256: str = Field(description="SHA-256 of the file's contents, in hex.")
 
 
 def sha256_file(path: Path) -> str:

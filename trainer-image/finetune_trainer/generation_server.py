@@ -33,27 +33,28 @@ from finetune_api.names import (
 from pydantic import BaseModel, ConfigDict
 from pydantic.alias_generators import to_camel
 
-OLDEST_VLLM, NEWEST_VLLM = (0, 22), (0, 31)
+OLDEST_VLLM_VERSION, NEWEST_VLLM_VERSION = (0, 22), (0, 31)
 """Versions of vLLM whose answers TRL 1.16 can read (`is_vllm_available` in `import_utils.py`)."""
 LOGPROBS_MODE = "processed_logprobs"
-"""The log-probabilities that TRL's correction for differences between server and trainer expects: after temperature and top-p."""
+"""vLLM's name for log-probabilities after temperature and top-p. TRL needs them to correct the differences between server and trainer."""
 POLL_SECONDS = 1.0
 PROBE_TIMEOUT_SECONDS = 10.0
 END_REPORT_POLLS = 10
-DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-"""Opens addresses without the proxy of the environment: no proxy can reach the loopback address of the pod."""
-MAX_DETAIL = 500
-"""Longest quoted answer of the server, in characters."""
+"""How often the trainer looks for `ended.json` after the server has closed a connection."""
+DIRECT_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""Opens URLs without the proxy of the environment, because no proxy can reach the loopback address of the pod."""
+MAX_DETAIL_CHARACTERS = 500
+"""How many characters of the server's answer an error message quotes."""
 
 
 class GenerationServerError(PeerError):
-    """Exit code 74: the vLLM server failed. Unlike other PeerErrors, this one is the first failure of the attempt: no other rank caused it."""
+    """The vLLM server failed (exit code 74). Other PeerErrors follow the failure of another rank, but this one is the attempt's first failure."""
 
     follows_other_rank = False
 
 
 class ServerOptions(BaseModel):
-    """Content of `server.json`: how the server's container starts vLLM."""
+    """The contents of `server.json`: the options with which the server's container starts vLLM."""
 
     model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, frozen=True)
 
@@ -64,7 +65,7 @@ class ServerOptions(BaseModel):
     dtype: str
     """Number format of the weights: vLLM's name, for example `bfloat16`."""
     max_length: int
-    """Longest prompt with its completion, in tokens."""
+    """Largest number of tokens of a prompt together with its completion."""
     seed: int
 
 
@@ -100,7 +101,7 @@ class GenerationServer:
 
     def _wait_until_ready(self) -> None:
         deadline = self.clock() + self.start_timeout_seconds
-        while not self._answers():
+        while not self._is_ready():
             self._require_running()
             if self.clock() >= deadline:
                 raise GenerationServerError(
@@ -109,15 +110,15 @@ class GenerationServer:
                 )  # fmt: skip
             self.pause(POLL_SECONDS)
 
-    def _answers(self) -> bool:
+    def _is_ready(self) -> bool:
         try:
-            with DIRECT.open(f"{self.url}/health", timeout=PROBE_TIMEOUT_SECONDS) as answer:
+            with DIRECT_OPENER.open(f"{self.url}/health", timeout=PROBE_TIMEOUT_SECONDS) as answer:
                 return bool(answer.status == http.HTTPStatus.OK)
         except (OSError, http.client.HTTPException):
             return False
 
     def _require_running(self) -> None:
-        """Errors: GenerationServerError GenerationServerEnded if the server's container has reported the end of the server."""
+        """Check that the server's container has not reported the end of the server. Errors: GenerationServerError GenerationServerEnded."""
         try:
             message = str(json.loads((self.folder / GENERATION_END_FILE).read_text())["message"])
         except FileNotFoundError:
@@ -125,11 +126,14 @@ class GenerationServer:
         except (ValueError, KeyError, TypeError):
             message = "its container reported no reason"
         raise GenerationServerError(
-            "GenerationServerEnded", f"the vLLM server ended: {message[:MAX_DETAIL]}", hint="read the log of the container `generation`"
+            "GenerationServerEnded", f"the vLLM server ended: {message[:MAX_DETAIL_CHARACTERS]}", hint="read the log of the container `generation`"
         )
 
     def _wait_for_reported_end(self) -> None:
-        """Give the server's container time to report why the server ended: the connection is lost before the process has ended."""
+        """Wait until the server's container reports why the server ended, because a lost connection precedes the end of the process.
+
+        Returns if no report comes in time. Errors: GenerationServerError GenerationServerEnded.
+        """
         for _ in range(END_REPORT_POLLS):
             self._require_running()
             self.pause(POLL_SECONDS)
@@ -138,7 +142,7 @@ class GenerationServer:
     def _require_suitable(self) -> None:
         version = str(self.get("/version").get("version", ""))
         if not _is_supported(version):
-            oldest, newest = (".".join(map(str, bound)) for bound in (OLDEST_VLLM, NEWEST_VLLM))
+            oldest, newest = (".".join(map(str, bound)) for bound in (OLDEST_VLLM_VERSION, NEWEST_VLLM_VERSION))
             raise InstallationBrokenError(
                 "GenerationServerUnsuitable", f"the server runs vLLM {version or 'of an unknown version'}, but the trainer supports {oldest} to {newest}",
                 hint="write the image of a supported version in trainer.grpo.generation.image",
@@ -151,7 +155,7 @@ class GenerationServer:
             )  # fmt: skip
 
     def reload_weights(self) -> None:
-        """Let the server read the weights in `model_folder` again, and clear its cache of what it computed with the old weights."""
+        """Let the server read the weights in `model_folder` again, and clear its prefix cache, which holds results of the old weights."""
         self.post("/collective_rpc", {"method": "reload_weights"})
         self.post("/reset_prefix_cache", {})
 
@@ -160,18 +164,18 @@ class GenerationServer:
         return self._send(urllib.request.Request(self.url + path))  # noqa: S310 -- http, from run.json
 
     def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        """Send a POST request with a JSON object. Return the JSON object of the answer; an answer without one is an empty object."""
+        """Send a POST request with a JSON object. Return the JSON object of the answer, or an empty object if the answer has none."""
         data = json.dumps(body).encode()
         return self._send(urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"}))  # noqa: S310 -- http, from run.json
 
     def _send(self, request: urllib.request.Request) -> dict[str, Any]:
         path = urlsplit(request.full_url).path
         try:
-            with DIRECT.open(request, timeout=self.request_timeout_seconds) as answer:
+            with DIRECT_OPENER.open(request, timeout=self.request_timeout_seconds) as answer:
                 body = answer.read()
         except urllib.error.HTTPError as error:
-            detail = error.read().decode(errors="replace")[:MAX_DETAIL]
-            raise _failed(f"answered {path} with status {error.code}: {detail}") from error
+            detail = error.read().decode(errors="replace")[:MAX_DETAIL_CHARACTERS]
+            raise _server_error(f"answered {path} with status {error.code}: {detail}") from error
         except (OSError, http.client.HTTPException) as error:
             if isinstance(error, TimeoutError) or isinstance(getattr(error, "reason", None), TimeoutError):
                 raise GenerationServerError(
@@ -187,14 +191,14 @@ class GenerationServer:
         try:
             value = json.loads(body) if body.strip() else {}
         except ValueError as error:
-            raise _failed(f"answered {path} with a text that is not JSON") from error
+            raise _server_error(f"answered {path} with a text that is not JSON") from error
         return value if isinstance(value, dict) else {}
 
 
-def _failed(problem: str) -> GenerationServerError:
+def _server_error(problem: str) -> GenerationServerError:
     return GenerationServerError("GenerationServerFailed", f"the vLLM server {problem}", hint="read the log of the container `generation`")
 
 
 def _is_supported(version: str) -> bool:
     parts = version.split(".")[:2]
-    return len(parts) == 2 and all(part.isdecimal() for part in parts) and OLDEST_VLLM <= (int(parts[0]), int(parts[1])) <= NEWEST_VLLM
+    return len(parts) == 2 and all(part.isdecimal() for part in parts) and OLDEST_VLLM_VERSION <= (int(parts[0]), int(parts[1])) <= NEWEST_VLLM_VERSION

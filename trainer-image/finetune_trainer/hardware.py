@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from finetune_api.errors import ConfigError, FineTuneError
 from finetune_api.pod import RunConfig
@@ -21,14 +21,16 @@ FLASH_ATTENTION = "flash_attention_2"
 
 @dataclass(frozen=True)
 class Hardware:
-    """Device and number formats of this rank."""
+    """The device, number formats and attention implementation of this rank."""
 
     device: torch.device
     name: str
     dtype: torch.dtype | str
     """Number format of the loaded weights; `auto` is the format of the weight files."""
-    bf16: bool
-    fp16: bool
+    computes_in_bf16: bool
+    """Whether training computes in bf16 (mixed precision)."""
+    computes_in_fp16: bool
+    """Whether training computes in fp16 (mixed precision)."""
     attention: str
     """transformers' name of the attention implementation. The final choice also depends on the model (`attention.choose_attention`)."""
 
@@ -36,6 +38,13 @@ class Hardware:
     def is_cpu(self) -> bool:
         """Whether this rank trains without an accelerator."""
         return self.device.type == "cpu"
+
+
+class _ComputePrecision(NamedTuple):
+    """The 16-bit format in which the forward pass computes. Both fields are False if it computes in 32 bits."""
+
+    computes_in_bf16: bool
+    computes_in_fp16: bool
 
 
 def detect_hardware(run: RunConfig, local_rank: int) -> Hardware:
@@ -47,21 +56,21 @@ def detect_hardware(run: RunConfig, local_rank: int) -> Hardware:
     import torch
 
     device = _choose_device(run, local_rank)
-    bf16, fp16 = _choose_precision(run, device)
+    precision = _choose_precision(run, device)
     attention = _choose_attention(run, device)
-    dtype = _choose_dtype(run, device, bf16)
-    if attention == FLASH_ATTENTION and dtype is torch.float32 and not (bf16 or fp16):
+    dtype = _choose_dtype(run, device, precision.computes_in_bf16)
+    if attention == FLASH_ATTENTION and dtype is torch.float32 and not any(precision):
         raise ConfigError(
             "AttentionPrecision", "model.attention flashAttention2 computes in 16 bits only, but training.mixedPrecision is no (32 bits)",
             hint="write mixedPrecision bf16, or attention sdpa",
         )  # fmt: skip
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    return Hardware(device, _device_name(device), dtype, bf16, fp16, attention)
+    return Hardware(device, _device_name(device), dtype, precision.computes_in_bf16, precision.computes_in_fp16, attention)
 
 
 def trains_on_quantized_base(run: RunConfig) -> bool:
-    """Whether the run trains some modules of the base model in full and quantises the others (spectrum on a 4-bit base model)."""
+    """Whether the run trains some modules of the base model in full and quantises all other modules (spectrum on a 4-bit base model)."""
     return trains_base_weights(run.spec) and given_bits(run.spec) is not None
 
 
@@ -95,9 +104,9 @@ def _choose_device(run: RunConfig, local_rank: int) -> torch.device:
 
 
 def _missing_gpu_error(gpus_per_node: int) -> FineTuneError:
-    """Return the failure of a pod that cannot use its GPUs.
+    """Return the failure of a pod in which torch finds no GPU.
 
-    Without any driver, the failure is final; otherwise an attempt on another node may succeed.
+    If the pod has no driver, every attempt would fail. Otherwise, an attempt on another node may succeed.
     """
     import torch
 
@@ -113,23 +122,24 @@ def _missing_gpu_error(gpus_per_node: int) -> FineTuneError:
     return node_driver_error(f"the job requests GPUs (per node: {gpus_per_node}), but torch finds none: {reason}")
 
 
-def _choose_precision(run: RunConfig, device: torch.device) -> tuple[bool, bool]:
-    """Return whether the forward pass uses bf16, and whether it uses fp16."""
+def _choose_precision(run: RunConfig, device: torch.device) -> _ComputePrecision:
+    """Choose the number format in which the forward pass computes. Errors: ConfigError PrecisionUnavailable."""
     import torch
 
     requested = run.spec.training.mixed_precision or MixedPrecision.AUTO
     supports_bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     if requested is MixedPrecision.AUTO and trains_on_quantized_base(run):
-        return True, False  # Autocast converts the inputs of 16-bit modules that follow 4-bit modules.
+        return _ComputePrecision(True, False)  # Autocast converts the inputs of 16-bit modules that follow 4-bit modules.
     if requested is MixedPrecision.AUTO:
-        return (False, False) if device.type != "cuda" else (supports_bf16, not supports_bf16)
+        uses_cuda = device.type == "cuda"
+        return _ComputePrecision(uses_cuda and supports_bf16, uses_cuda and not supports_bf16)
     if requested is MixedPrecision.FP16 and device.type != "cuda":
         raise ConfigError(
             "PrecisionUnavailable", "training.mixedPrecision is fp16, but fp16 needs a GPU", hint="write bf16, no or auto"
         )
     if requested is MixedPrecision.BF16 and not supports_bf16:
         raise ConfigError("PrecisionUnavailable", f"{_device_name(device)} cannot compute in bf16", hint="write fp16 or auto")
-    return requested is MixedPrecision.BF16, requested is MixedPrecision.FP16
+    return _ComputePrecision(requested is MixedPrecision.BF16, requested is MixedPrecision.FP16)
 
 
 def _choose_dtype(run: RunConfig, device: torch.device, computes_in_bf16: bool) -> torch.dtype | str:

@@ -2,12 +2,12 @@
 
 Ranks import their libraries while the supervisor downloads the inputs. bitsandbytes and deepspeed take seconds to import. peft
 imports bitsandbytes if it is installed; accelerate imports deepspeed whenever a model is saved; TRL imports wandb and mlflow. If a
-job does not need such a package, its entry in `sys.modules` is set to None, and `importlib` reports it as not installed. scipy and boto3
-are hidden only while transformers and peft are imported: transformers would import scipy for object detection losses, which takes half a
-second, and accelerate would import boto3 for a command that configures SageMaker.
+job does not need one of these packages, the package's entry in `sys.modules` is set to None, so that `importlib` reports it as not
+installed. scipy and boto3 are hidden only while transformers and peft are imported: transformers would import scipy for object detection
+losses, which takes half a second, and accelerate would import boto3 for a command that configures SageMaker.
 
-The garbage collector pauses during these imports. They create about a million objects that live as long as the process. Collections
-would examine all of them again and again, which takes a fifth of the time of the imports.
+The garbage collector pauses during the imports. They create about a million objects that live as long as the process. Repeated collections
+would examine all of these objects each time, which takes a fifth of the time of the imports.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ LIBRARY_ENVIRONMENT = {
 }
 """Variables that the libraries read on import. A rank never accesses a hub, because the supervisor has downloaded all inputs."""
 BITSANDBYTES_OPTIMIZER = re.compile("8bit|paged|bnb|^ademamix|^lion")
-"""Names of optimizers of bitsandbytes. The pattern also matches two 8-bit optimizers of torchao."""
+"""Matches the names of bitsandbytes' optimizers. It also matches two 8-bit optimizers of torchao."""
 
 
 def needs_bitsandbytes(run: RunConfig) -> bool:
@@ -50,8 +50,8 @@ def needs_deepspeed(run: RunConfig) -> bool:
 
 
 def preload(run: RunConfig, objective_module: str) -> None:
-    """Hide the libraries that the job does not need, and import the others and `objective_module`."""
-    hide_unneeded(run)
+    """Hide the libraries that the job does not need. Import the libraries that it needs, and `objective_module`."""
+    hide_unneeded_libraries(run)
     with garbage_collection_paused(), hide_temporarily("scipy", "boto3", unless_imported="transformers"):
         for name in ("torch", "transformers"):
             importlib.import_module(name)
@@ -63,22 +63,22 @@ def preload(run: RunConfig, objective_module: str) -> None:
 
 
 def reuse_list_of_models() -> None:
-    """Let `transformers.models` use the list of classes that the import of transformers has made from the same files.
+    """Let `transformers.models` use the list of model classes that the import of `transformers` has already made.
 
-    transformers reads its more than 1,600 model files twice to list their classes: for `transformers` with the prefix `models.` in the names
-    of modules, and for `transformers.models` without. This function stores the second list where `transformers.models` looks it up, which
-    saves a tenth of the time of all imports (transformers 5.23). It does nothing if `transformers.models` is already imported.
+    transformers reads its more than 1,600 model files twice to list their classes: once for the package `transformers`, with module names
+    that begin with `models.`, and once for `transformers.models`, without this prefix. This function derives the second list from the first,
+    which saves a tenth of the time of all imports (transformers 5.23). It does nothing if `transformers.models` is already imported.
     """
     if "transformers.models" in sys.modules:
         return
     lists: Any = importlib.import_module("transformers.utils.import_utils")
     folder = Path(lists.__file__).parents[1] / "models"
     make_list, prefix = lists.define_import_structure, f"{folder.name}."
-    with_prefix = make_list(folder, prefix=folder.name)  # transformers has called this function with equal arguments, and it has a cache
+    with_prefix = make_list(folder, prefix=folder.name)  # cached, because transformers has already called it with the same arguments
     names = {
         requirements: {module.removeprefix(prefix): classes for module, classes in modules.items() if module.startswith(prefix)}
         for requirements, modules in with_prefix.items()
-    }  # transformers has added its other modules, without the prefix
+    }  # Modules without the prefix are left out: transformers has added them, but they hold no models.
 
     def list_models(path: str, prefix: str | None = None) -> object:
         return names if prefix is None and Path(path) == folder / "__init__.py" else make_list(path, prefix)
@@ -90,10 +90,10 @@ def reuse_list_of_models() -> None:
         lists.define_import_structure = make_list
 
 
-def hide_unneeded(run: RunConfig, *, keeps_bitsandbytes: bool = False) -> None:
-    """Set the variables of the libraries, and hide the libraries that the job does not need.
+def hide_unneeded_libraries(run: RunConfig, *, keeps_bitsandbytes: bool = False) -> None:
+    """Set the environment variables that the libraries read, and hide the libraries that the job does not need.
 
-    `keeps_bitsandbytes`: another job quantised the base model, so bitsandbytes is needed whatever the spec says.
+    `keeps_bitsandbytes`: whether bitsandbytes is needed even if the spec does not need it, because another job quantised the base model.
     """
     for name, value in LIBRARY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -113,7 +113,7 @@ def hide_unneeded(run: RunConfig, *, keeps_bitsandbytes: bool = False) -> None:
 
 @contextmanager
 def garbage_collection_paused() -> Iterator[None]:
-    """Pause the garbage collector during imports."""
+    """Pause the garbage collector within the context."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

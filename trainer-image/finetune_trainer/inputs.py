@@ -26,7 +26,7 @@ class RestoredCheckpoint(WireModel):
 
 
 class Inputs(WireModel):
-    """Local paths of everything a rank reads, and the folder it may write to."""
+    """The local paths of everything that a rank reads, and the folder that it may write to."""
 
     model: Path = Field(description="Folder of the base model.")
     tokenizer: Path | None = Field(default=None, description="Folder of the tokenizer; None if the model's folder holds the tokenizer.")
@@ -45,13 +45,13 @@ class Inputs(WireModel):
     validation: list[Path] = Field(default_factory=list, description="Validation files.")
     images: Path | None = Field(default=None, description="Folder with the images (dataset.images.root).")
     image_digests: dict[str, str] = Field(
-        default_factory=dict, description="sha256 (hex) over the contents of the images that the rows name. The keys are the words in messages."
+        default_factory=dict, description="sha256 (hex) over the contents of the images that the rows name, by set (`finetune_api.lineage.IMAGE_SETS`)."
     )
     test: list[Path] = Field(default_factory=list, description="Test files.")
-    file_digests: dict[Path, str] = Field(default_factory=dict, description="sha256 (hex) of data files, if it is known from their download.")
-    stored_rows: str | None = Field(default=None, description="Digest of the prepared rows that were downloaded from storage. None: there are none.")
+    file_digests: dict[Path, str] = Field(default_factory=dict, description="sha256 (hex) of each data file whose sha256 is known from the download.")
+    stored_rows: str | None = Field(default=None, description="Digest of the prepared rows that were downloaded from storage. None if no rows were downloaded.")
     source_versions: dict[str, str] = Field(
-        default_factory=dict, description="Version of the files of the base model and of the reference model at their sources, by spec path."
+        default_factory=dict, description="Version of the base model and of the reference model at their sources. The keys are spec paths."
     )
     model_revision: str = Field(description="Commit of a hub model, or a fingerprint of the files of another model.")
     dataset_digest: str = Field(description="sha256 (hex) over the training files' contents.")
@@ -59,18 +59,18 @@ class Inputs(WireModel):
     output_dir: Path = Field(description="Scratch folder for the Trainer (its output_dir) on local disk.")
     config_maps: Path = Field(description="Folder of the mounted ConfigMaps, with one file `<name>/<key>` for each key.")
 
-    def write(self, work: Path) -> None:
+    def write(self, work_folder: Path) -> None:
         """Write `<work>/inputs.json` atomically."""
-        target = work / FILE_NAME
-        partial = work / f".{FILE_NAME}.{os.getpid()}"
+        target = work_folder / FILE_NAME
+        partial = work_folder / f".{FILE_NAME}.{os.getpid()}"
         partial.write_text(self.model_dump_json(by_alias=True))
         partial.rename(target)
 
     @staticmethod
-    def read(work: Path) -> Inputs | None:
+    def read(work_folder: Path) -> Inputs | None:
         """Return the inputs, or None if the file does not exist yet."""
         try:
-            text = (work / FILE_NAME).read_text()
+            text = (work_folder / FILE_NAME).read_text()
         except FileNotFoundError:
             return None
         return Inputs.model_validate_json(text)

@@ -1,7 +1,7 @@
 """Decides whether a run uses Liger's kernels for the layers of its model.
 
-`model.ligerKernels: true` requests the kernels, and false turns them off. Without a value of the user, the trainer chooses: the kernels are
-used unless one of the reasons below excludes them. `docs/decisions/0078-liger-kernels-by-default.md` has the measurements and the reasons.
+`model.ligerKernels: true` requests the kernels, and false turns them off. If the user sets no value, the trainer uses the kernels unless a
+reason in this module excludes them. `docs/decisions/0078-liger-kernels-by-default.md` has the measurements and the reasons.
 """
 
 from __future__ import annotations
@@ -22,35 +22,35 @@ LIGER_OPTIONS = {"fused_linear_cross_entropy": False, "cross_entropy": False}
 Liger's fused cross entropy replaces the model's forward pass, but TRL's losses and a reward model's head need the original. Liger's plain
 cross entropy (on by default for Granite) replaces torch's function for the whole process.
 """
-SWIGLU_TYPES = frozenset({
+SWIGLU_MODEL_TYPES = frozenset({
     "exaone4", "falcon_h1", "glm4", "granite", "hunyuan_v1_dense", "llama", "ministral", "mistral", "olmo2", "olmo3", "phi3", "qwen2", "qwen3", "smollm3",
 })  # fmt: skip
-GEGLU_TYPES = frozenset({"gemma", "gemma2", "gemma3_text"})
-COMPARED_TYPES = SWIGLU_TYPES | GEGLU_TYPES
+GEGLU_MODEL_TYPES = frozenset({"gemma", "gemma2", "gemma3_text"})
+COMPARED_MODEL_TYPES = SWIGLU_MODEL_TYPES | GEGLU_MODEL_TYPES
 """Types of models whose outputs and gradients with Liger's kernels were compared with those of the model's own layers.
 
 Only these types get the kernels without a request. Types with mixtures of experts are left out: Liger replaces the layer of the experts,
 and an adapter on the experts would be lost. Types with inputs other than text are also left out, because Liger requires a specific class
 for each type.
 """
-ACTIVATIONS = dict.fromkeys(SWIGLU_TYPES, ("silu", "swish")) | dict.fromkeys(GEGLU_TYPES, ("gelu_pytorch_tanh",))
+ACTIVATIONS = dict.fromkeys(SWIGLU_MODEL_TYPES, ("silu", "swish")) | dict.fromkeys(GEGLU_MODEL_TYPES, ("gelu_pytorch_tanh",))
 """The activation that Liger's kernel computes, by model type. Liger does not read the activation of the model's configuration."""
-TYPES_WITHOUT_REWARD_KERNELS = frozenset({"gemma3_text"})
+MODEL_TYPES_WITHOUT_REWARD_KERNELS = frozenset({"gemma3_text"})
 """Types for which Liger refuses models with a score head."""
 
 
-def is_allowed(run: RunConfig) -> bool:
+def are_kernels_allowed(run: RunConfig) -> bool:
     """Whether the kernels may be used: the spec requests them or leaves the choice to the trainer."""
-    return run.spec.model.liger_kernels is not False or _is_chosen_by_backend(run)
+    return run.spec.model.liger_kernels is not False or _are_kernels_chosen_by_backend(run)
 
 
-def is_requested(run: RunConfig) -> bool:
+def are_kernels_requested(run: RunConfig) -> bool:
     """Whether the user set `model.ligerKernels: true`."""
     return run.spec.model.liger_kernels is True and LIGER_PATH not in run.defaults
 
 
-def _is_chosen_by_backend(run: RunConfig) -> bool:
-    """Whether `trainer.backend: unsloth` requests the kernels. Jobs of earlier releases recorded the default false, which the backend replaces."""
+def _are_kernels_chosen_by_backend(run: RunConfig) -> bool:
+    """Whether `trainer.backend: unsloth` requests the kernels. It also replaces the default `false`, which jobs of earlier releases recorded."""
     return run.spec.trainer.backend is TrainerBackend.UNSLOTH and LIGER_PATH in run.defaults
 
 
@@ -63,14 +63,14 @@ def choose_kernels(args: Any, run: RunConfig, hardware: Hardware, config: Any, m
     """
     if not args.use_liger_kernel:
         return []
-    reason = _why_impossible(hardware, config, model_kind)
-    if reason is None and not is_requested(run) and not _is_chosen_by_backend(run):
-        reason = _why_not_chosen(run, config)
+    reason = _why_kernels_cannot_work(hardware, config, model_kind)
+    if reason is None and not are_kernels_requested(run) and not _are_kernels_chosen_by_backend(run):
+        reason = _why_kernels_are_not_chosen(run, config)
     if reason is None:
-        reason = _first_reason_of_all_ranks(_why_kernels_fail(hardware))
+        reason = _first_reason_of_all_ranks(_run_test_kernel(hardware))
     if reason is None:
         return []
-    if is_requested(run):
+    if are_kernels_requested(run):
         raise ConfigError(
             "KernelsUnavailable", f"{LIGER_PATH} is true, but {reason}", hint="remove ligerKernels, or write `ligerKernels: false`"
         )
@@ -78,16 +78,16 @@ def choose_kernels(args: Any, run: RunConfig, hardware: Hardware, config: Any, m
     return [f"{LIGER_PATH} is off: {reason}"] if hardware.device.type == "cuda" else []
 
 
-def choice_note(run: RunConfig, model_type: str) -> list[str]:
-    """Return the note about kernels that are in use. Empty if the user requested them."""
-    if is_requested(run):
+def notes_about_active_kernels(run: RunConfig, model_type: str) -> list[str]:
+    """Return a note that the run uses the kernels, with the reason; an empty list if the user requested them."""
+    if are_kernels_requested(run):
         return []
     reason = f"the run uses a GPU, and Liger has kernels for models of type {model_type}"
     return [f"{LIGER_PATH} is on: {reason} ({LIGER_PATH}: false turns them off)"]
 
 
-def _why_impossible(hardware: Hardware, config: Any, model_kind: str) -> str | None:
-    """Return why the kernels would fail or compute other results than the model's own layers. None if they work."""
+def _why_kernels_cannot_work(hardware: Hardware, config: Any, model_kind: str) -> str | None:
+    """Return why the kernels would fail, or would not compute the same as the model's own layers. None if they work."""
     if hardware.device.type != "cuda":
         return f"the run trains on {hardware.device.type}, and Liger's kernels need a CUDA GPU"
     if find_spec("liger_kernel") is None:
@@ -99,7 +99,7 @@ def _why_impossible(hardware: Hardware, config: Any, model_kind: str) -> str | N
     model_type = config.model_type
     if model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
         return f"Liger has no kernels for models of type {model_type}"
-    if model_kind == "reward" and model_type in TYPES_WITHOUT_REWARD_KERNELS:
+    if model_kind == "reward" and model_type in MODEL_TYPES_WITHOUT_REWARD_KERNELS:
         return f"Liger has no kernels for reward models of type {model_type}"
     activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
     if activation not in ACTIVATIONS.get(model_type, (activation,)):
@@ -107,28 +107,28 @@ def _why_impossible(hardware: Hardware, config: Any, model_kind: str) -> str | N
     return None
 
 
-def _why_not_chosen(run: RunConfig, config: Any) -> str | None:
-    """Return why the trainer does not choose the kernels by itself (the user may still request them). None if it chooses them."""
+def _why_kernels_are_not_chosen(run: RunConfig, config: Any) -> str | None:
+    """Return why the trainer uses the kernels only if the user requests them. None if it also uses them without a request."""
     import torch
 
     if torch.version.hip is not None:
         return "this release was not tested with Liger's kernels on AMD GPUs"
     if run.spec.model.trust_remote_code and getattr(config, "auto_map", None):
         return "the model runs code from its repository (model.trustRemoteCode)"
-    if config.model_type not in COMPARED_TYPES:
+    if config.model_type not in COMPARED_MODEL_TYPES:
         return f"this release was not tested with Liger's kernels for models of type {config.model_type}"
     return None
 
 
-def _why_kernels_fail(hardware: Hardware) -> str | None:
-    """Run one small kernel, and return the error's first line; None if it runs.
+def _run_test_kernel(hardware: Hardware) -> str | None:
+    """Run one small kernel. Returns why it fails, with the first line of the error; None if it runs.
 
     Triton compiles a kernel when it first runs. It needs a C compiler, a folder that it can write to, and a GPU that it supports.
     """
     import torch
     from liger_kernel.transformers.rms_norm import LigerRMSNorm
 
-    dtype = torch.bfloat16 if hardware.bf16 else torch.float16 if hardware.fp16 else torch.float32
+    dtype = torch.bfloat16 if hardware.computes_in_bf16 else torch.float16 if hardware.computes_in_fp16 else torch.float32
     try:
         LigerRMSNorm(32).to(hardware.device, dtype)(torch.ones(1, 32, device=hardware.device, dtype=dtype)).sum().item()
     except Exception as error:  # Triton raises exceptions of many types

@@ -1,8 +1,8 @@
 """Accesses all private attributes of transformers, TRL, PEFT, accelerate and DeepSpeed that the trainer needs.
 
-Any release of these libraries may rename a private attribute. So only this module uses private attributes, each in one function or
-method with the reason. `tests/unit/trainer/test_library_internals.py` checks them against the installed versions. This module was
-written for transformers 5.23, TRL 1.16, PEFT 0.21, accelerate 1.15 and DeepSpeed 0.19.
+Any release of these libraries may rename a private attribute. So only this module uses private attributes. Each one is used in one function
+or method, which names the reason. `tests/unit/trainer/test_library_internals.py` checks the attributes against the installed versions. This
+module was written for transformers 5.23, TRL 1.16, PEFT 0.21, accelerate 1.15 and DeepSpeed 0.19.
 """
 
 from __future__ import annotations
@@ -32,48 +32,48 @@ class OpenTrainer(Trainer):  # type: ignore[misc]  # transformers ships no types
         self.run_epoch(*args, **options)
 
     def run_epoch(self, *args: Any, **options: Any) -> None:
-        """Train on one pass over the data. Overridden because transformers compares the step with `max_steps` only after each step."""
+        """Train on one pass over the data. Subclasses override this method, because transformers compares the step with `max_steps` only after each step."""
         super()._run_epoch(*args, **options)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.load_checkpoint_weights(resume_from_checkpoint, model)
 
     def load_checkpoint_weights(self, folder: str, model: Any = None) -> None:
-        """Load the weights of a checkpoint. Overridden to check the files, and because FSDP weights are stored in one plain folder."""
+        """Load the weights of a checkpoint. Subclasses override this method to check the files, and because FSDP weights are stored in one plain folder."""
         super()._load_from_checkpoint(folder, model)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         self.check_loaded_keys(list(load_result.missing_keys), list(load_result.unexpected_keys))
 
     def check_loaded_keys(self, missing: list[str], unexpected: list[str]) -> None:
-        """Handle the names of weights that are missing in a checkpoint or in the model. transformers only logs a warning."""
+        """Handle the names of weights that only the model has (`missing`) or only the checkpoint has. transformers only logs a warning."""
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         self.load_optimizer_and_scheduler(checkpoint)
 
     def load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load optimizer and scheduler. Overridden to keep this attempt's learning rates, and to choose FSDP's state layout."""
+        """Load optimizer and scheduler. Subclasses override this method to keep this attempt's learning rates, and to choose FSDP's state layout."""
         super()._load_optimizer_and_scheduler(checkpoint)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         self.save_optimizer_and_scheduler(output_dir)
 
     def save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Save optimizer and scheduler. Overridden because transformers uses one FSDP layout for these states and the weights."""
+        """Save optimizer and scheduler. Subclasses override this method, because transformers uses one FSDP layout for these states and the weights."""
         super()._save_optimizer_and_scheduler(output_dir)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self.save_checkpoint(model, trial)
 
     def save_checkpoint(self, model: Any, trial: Any = None) -> None:
-        """Save a checkpoint. Overridden because transformers writes all files before training continues."""
+        """Save a checkpoint. Subclasses override this method, because transformers writes all files before training continues."""
         super()._save_checkpoint(model, trial)
 
     def _load_best_model(self) -> None:
         self.load_best_model()
 
     def load_best_model(self) -> None:
-        """Load the best weights at the end of training. Overridden because transformers only warns if the folder is missing."""
+        """Load the best weights at the end of training. Subclasses override this method, because transformers only warns if the folder is missing."""
         super()._load_best_model()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -84,21 +84,21 @@ class OpenTrainer(Trainer):  # type: ignore[misc]  # transformers ships no types
         super()._save(output_dir, state_dict)
 
     def run_after_files(self, task: Callable[[], object]) -> None:
-        """Run `task` when the files that have been saved so far are written. Files are written at once, unless a subclass defers them."""
+        """Run `task` at once, because all saved files are written already. A subclass that writes files later also runs `task` later."""
         task()
 
     def _clip_grad_norm(self, model: Any) -> Any:
         return self.clip_gradients(model)
 
     def clip_gradients(self, model: Any) -> Any:
-        """Clip the gradients of `model.parameters()`, and return their norm. Overridden because transformers walks over all modules in each call."""
+        """Clip the gradients of `model.parameters()`, and return their norm. Subclasses override this method, because it walks over all modules."""
         return super()._clip_grad_norm(model)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         return self.gradient_norm(model, grad_norm)
 
     def gradient_norm(self, model: Any, norm: Any = None) -> Any:
-        """Return `norm`, or compute it from `model.parameters()`. Overridden because transformers walks over all modules for each computation."""
+        """Return `norm` if it is given, else the gradient norm of `model.parameters()`. Subclasses override this method, because it walks over all modules."""
         return super()._get_grad_norm(model, norm)
 
     def prepare_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -116,8 +116,8 @@ class OwnDatasetPreparation:
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
         return self.prepare_rows(dataset, args, dataset_name)
 
-    def prepare_rows(self, rows: Any, args: Any, part: str) -> Any:
-        """Convert the rows of one data set to the columns that the trainer reads. `part`: `train`, or the name of an evaluation set."""
+    def prepare_rows(self, rows: Any, args: Any, dataset_name: str) -> Any:
+        """Convert the rows of one data set to the columns that the trainer reads. `dataset_name`: `train`, or the name of an evaluation set."""
         return rows
 
 
@@ -137,8 +137,8 @@ def generation_by_server(server: GenerationServer, main_rank_first: Callable[[],
     """Let a GRPOTrainer of TRL that is built within the context generate its completions with `server`.
 
     TRL's classes for a vLLM server need the package vllm, for two purposes: to check that it is installed, and to send the weights with NCCL.
-    The trainer's image cannot contain vllm. Therefore these methods are replaced, and all others are TRL's own. `main_rank_first`: a context
-    whose block runs in rank 0 before the other ranks continue.
+    The trainer's image cannot contain vllm. Therefore the methods that need vllm are replaced, and all other methods are TRL's own.
+    `main_rank_first`: creates a context whose block rank 0 runs before the other ranks.
     """
     from trl.generation.vllm_client import VLLMClient
     from trl.generation.vllm_generation import VLLMGeneration
@@ -192,7 +192,7 @@ def generation_by_server(server: GenerationServer, main_rank_first: Callable[[],
 
 
 def end_token_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Return the tokens that end a completion, in the same way as TRL's GRPOTrainer."""
+    """Return the ids of the tokens that end a completion: the same ids as in TRL's GRPOTrainer."""
     ids = model.generation_config.eos_token_id
     listed = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
     return listed if tokenizer.eos_token_id in listed else [tokenizer.eos_token_id, *listed]
@@ -200,7 +200,7 @@ def end_token_ids(model: Any, tokenizer: Any) -> list[int]:
 
 @contextmanager
 def unchanged_base_weights(model: Any) -> Iterator[None]:
-    """Restore the base weights below adapters at the end of the context, bit for bit.
+    """At the end of the context, restore the base weights below adapters bit for bit.
 
     PEFT merges an adapter by adding its product to the base weight, and subtracts it again afterwards. The sum is rounded, so the base weight would
     change a little with each merge.
@@ -222,8 +222,8 @@ def disable_compiled_deepspeed_operations() -> None:
     """Let DeepSpeed use torch's collectives only. Call this before DeepSpeed creates its process group.
 
     On a CPU, DeepSpeed compiles a C++ extension when it creates the process group (`build_shm_op` in `comm/torch.py`, v0.19). The image has no
-    C++ compiler, and training does not use the extension: it sums the results of tensor-parallel inference. DeepSpeed skips operations that
-    this mapping does not contain. The public switches (`DS_BUILD_*`) only apply when DeepSpeed is installed.
+    C++ compiler, and training does not need the extension, which sums the results of tensor-parallel inference. DeepSpeed skips operations
+    that `__compatible_ops__` does not contain. The public switches (`DS_BUILD_*`) only apply when DeepSpeed is installed.
     """
     import deepspeed
 
@@ -232,10 +232,9 @@ def disable_compiled_deepspeed_operations() -> None:
 
 @contextmanager
 def cheap_reference_passes(trainer: Any) -> Iterator[None]:
-    """Replace the functions that TRL's dpo, kto and grpo trainers call around each forward pass of the reference model.
+    """Within the context, replace the functions that TRL's dpo, kto and grpo trainers call around each forward pass of the reference model.
 
-    Each of these functions walks over all modules of the trained model. The replacements, which are active within the context, do not walk
-    over the modules:
+    Each of these functions walks over all modules of the trained model. The replacements do not:
     * `is_peft_model` and `Accelerator.unwrap_model` return the results of their first calls, which do not change.
     * `use_adapter` sets the active adapter in a list of layers. It leaves `requires_grad` alone, because TRL computes no gradients there.
     * `disable_gradient_checkpointing` does nothing. Without gradients, checkpointing has no effect. Afterwards, TRL 1.16 would turn it
@@ -263,7 +262,8 @@ def cheap_reference_passes(trainer: Any) -> Iterator[None]:
 class AdapterSwitch:
     """Activates another adapter of a PEFT model for a forward pass without gradients.
 
-    The first switch to an adapter calls TRL's `use_adapter`, and records the active adapter of each object. Later switches set these values.
+    The first switch to an adapter calls TRL's `use_adapter`, and records which active adapter each object then has. Later switches only set
+    the recorded values.
     """
 
     def __init__(self, use_adapter: Callable[[Any, str | None], AbstractContextManager[None]]) -> None:
@@ -271,7 +271,7 @@ class AdapterSwitch:
         self._holders: dict[int, list[tuple[Any, str]]] = {}
         """Objects that have an active adapter, by the id of their model."""
         self._values: dict[tuple[int, str], list[Any]] = {}
-        """The active adapter of each of these objects, by the id of their model and the adapter's name."""
+        """The active adapter of each object in `_holders`, by the id of the model and the adapter's name."""
 
     @contextmanager
     def use_adapter(self, model: Any, adapter_name: str | None) -> Iterator[None]:
@@ -295,18 +295,18 @@ class AdapterSwitch:
             self._activate(model, previous_values)
 
     def _active_adapters(self, model: Any) -> list[Any]:
-        return [vars(holder).get(name, UNSET) for holder, name in self._holders[id(model)]]
+        return [vars(holder).get(name, NO_ACTIVE_ADAPTER) for holder, name in self._holders[id(model)]]
 
     def _activate(self, model: Any, values: list[Any]) -> None:
         for (holder, name), value in zip(self._holders[id(model)], values, strict=True):
-            if value is not UNSET:
+            if value is not NO_ACTIVE_ADAPTER:
                 vars(holder)[name] = value
             else:
                 vars(holder).pop(name, None)
 
 
-UNSET = object()
-"""Marks an object that has no own active adapter and therefore uses the default of its class."""
+NO_ACTIVE_ADAPTER = object()
+"""Marks an object that has no active adapter of its own, so that the default of its class applies."""
 
 
 def _adapter_holders(model: Any) -> list[tuple[Any, str]]:
@@ -320,7 +320,7 @@ def _adapter_holders(model: Any) -> list[tuple[Any, str]]:
 
 
 class DeferFunction(Protocol):
-    """Copies `values` and calls `save` with the copy later. `is_collective`: `save` communicates with the other ranks."""
+    """A function that copies `values`, and calls `save` with the copy later. `is_collective`: whether `save` communicates with other ranks."""
 
     def __call__(self, save: Callable[..., None], values: Any, is_collective: bool) -> None: ...
 
@@ -330,10 +330,10 @@ def deferred_saves(defer: DeferFunction) -> Iterator[None]:
     """Within the context, the functions that write tensors to files pass their work to `defer`.
 
     * `torch.save`: the optimizer's state, and all files of DeepSpeed.
-    * `safetensors.torch.save_file`, which transformers and PEFT import under another name: weights and adapters.
+    * `safetensors.torch.save_file`, which transformers and PEFT call `safe_save_file`: weights and adapters.
     * `torch.distributed.checkpoint.save`, called by accelerate: the shards of FSDP's optimizer state.
 
-    Small objects that are no dictionaries, such as the TrainingArguments, are written at once.
+    Objects that are no dictionaries, such as the TrainingArguments, are small and written at once.
     """
     import peft.peft_model
     import torch.distributed.checkpoint as sharded
@@ -373,21 +373,21 @@ def use_one_device(args: TrainingArguments) -> None:
 
 
 def tied_weight_names(model: Any) -> set[str]:
-    """Return names of weights that share their tensor with another weight. Checkpoints store a shared tensor only once."""
+    """Return the names of weights that share their tensor with another weight. Checkpoints store a shared tensor only once."""
     return set(getattr(model, "_tied_weights_keys", None) or ())
 
 
 def attention_implementation(model: Any) -> str:
-    """Return the attention implementation in use. The public argument `attn_implementation` only shows the requested implementation."""
+    """Return the attention implementation that the model uses. (The public argument `attn_implementation` only requests one.)"""
     return str(model.config._attn_implementation)
 
 
 def passes_document_boundaries(config: Any) -> bool:
     """Whether transformers' language model for `config` passes the boundaries of packed documents to its attention layers.
 
-    The class has flags for this: it uses the attention and mask interfaces and passes all keyword arguments to each layer
-    (`_supports_attention_backend`), its layers also work without a mask, as for flash attention (`_supports_flash_attn`), and sdpa can
-    compute its attention (`_supports_sdpa`). False for models that run code from their repository.
+    Three flags of the model class must be set. `_supports_attention_backend`: it uses the attention and mask interfaces, and passes all keyword
+    arguments to each layer. `_supports_flash_attn`: its layers also work without a mask. `_supports_sdpa`: sdpa can compute its attention.
+    The result is False for models that run code from their repository.
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -396,10 +396,10 @@ def passes_document_boundaries(config: Any) -> bool:
     return all(getattr(model_class, flag, False) is True for flag in flags)
 
 
-def has_sdpa(config: Any) -> bool:
+def supports_sdpa(config: Any) -> bool:
     """Whether transformers has sdpa attention for language models with this configuration.
 
-    A flag of the class shows this (`_supports_sdpa`). Code from a model's repository is assumed to have sdpa attention.
+    The flag `_supports_sdpa` of the model class says so. Code from a model's repository is assumed to have sdpa attention.
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
@@ -411,8 +411,8 @@ def image_text_processor_class(config: Any) -> type[Any] | None:
     """Return transformers' processor class for a vision-language model with this configuration. None if there is no such model or
     processor.
 
-    For SmolVLM, return Idefics3's processor: it treats images in the same way, but SmolVLM's needs packages for videos that this image
-    lacks.
+    For SmolVLM, return Idefics3's processor: it treats images in the same way, and SmolVLM's own needs packages for videos that the trainer
+    image lacks.
     """
     from transformers import Idefics3Processor
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
@@ -425,10 +425,10 @@ def image_text_processor_class(config: Any) -> type[Any] | None:
 
 
 def build_processor(processor_class: type[Any], folder: Any, tokenizer: Any) -> Any:
-    """Build the processor of a folder for images and text. Processors for videos are left out, because they need torchvision.
+    """Build the processor for images and text from a model's folder. Its part for videos is left out, because it needs torchvision.
 
-    `ProcessorMixin` accepts no processor without all of its parts, so the check of the parts is switched off while it is built. The images are
-    resized by Pillow. Errors: ImportError, if the image processor needs torchvision; errors of transformers for unreadable files.
+    `ProcessorMixin` refuses a processor that lacks one of its parts, so the check of the parts is switched off while it is built. Pillow resizes
+    the images. Errors: ImportError, if the image processor needs torchvision; errors of transformers for unreadable files.
     """
     from transformers import AutoImageProcessor
 
@@ -464,8 +464,8 @@ def connect_backbone(model: Any) -> None:
     """Let TRL's fused head find the layers and the number of experts of every language model.
 
     TRL calls `model.base_model` and reads `config.num_experts` (`trainer/utils.py`, v1.16). In transformers v5.23, `base_model_prefix` of
-    Llama 4's language model names another part, so `base_model` returns the model itself. Some configurations store the number of experts
-    under another name.
+    Llama 4's language model does not name its layers, so `base_model` returns the model itself. Some configurations store the number of
+    experts under another name.
     """
     if model.base_model is model and hasattr(model, "model"):
         model.base_model_prefix = "model"
@@ -476,10 +476,10 @@ def connect_backbone(model: Any) -> None:
 
 @contextmanager
 def accept_quantized_model(model: Any) -> Iterator[None]:
-    """Let transformers build a Trainer on a quantised model that has no adapter, but trained unquantised modules.
+    """Let transformers build a Trainer on a quantised model that trains unquantised modules instead of an adapter.
 
-    transformers refuses such a model as "purely quantized" (`trainer_utils.py`, `validate_quantization_for_training`) unless this flag
-    says that an adapter is loaded. The flag is restored, because saving also reads it.
+    transformers refuses such a model as "purely quantized" (`trainer_utils.py`, `validate_quantization_for_training`) unless the flag
+    `_hf_peft_config_loaded` says that an adapter is loaded. The flag is restored at the end, because saving also reads it.
     """
     before = getattr(model, "_hf_peft_config_loaded", False)
     model._hf_peft_config_loaded = True
@@ -528,12 +528,12 @@ def trained_tokens(trainer: Any) -> int:
 
 
 def set_trained_tokens(trainer: Any, tokens: int) -> None:
-    """Set TRL's count of tokens if the trainer has such a count."""
+    """Set TRL's count of tokens since the run began, if the trainer has such a count."""
     if hasattr(trainer, "_total_train_tokens"):
         trainer._total_train_tokens = tokens
 
 
-def copied_modules(model: Any) -> dict[str, Any]:
+def find_copied_modules(model: Any) -> dict[str, Any]:
     """Return the original modules of `modules_to_save`, by name. PEFT freezes these modules and trains copies of them."""
     from peft.utils.other import ModulesToSaveWrapper
 
@@ -545,7 +545,7 @@ def copied_modules(model: Any) -> dict[str, Any]:
 
 
 def expose_head_bias(model: Any) -> None:
-    """Expose `bias` on PEFT's wrapper of a head with trained rows, because the loss reads `bias`, but PEFT 0.21 only exposes `weight`."""
+    """Give PEFT's wrapper of a head with trained rows the attribute `bias`: the loss reads it, but PEFT 0.21 only exposes `weight`."""
     head = model.get_base_model().get_output_embeddings()
     if type(head).__name__ == "TrainableTokensWrapper":
         head.bias = head.original_module.bias

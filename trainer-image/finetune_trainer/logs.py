@@ -1,4 +1,4 @@
-"""Log lines of the trainer's processes, without secrets."""
+"""Configures the log lines of the trainer's processes, which contain no secrets."""
 
 from __future__ import annotations
 

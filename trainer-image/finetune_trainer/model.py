@@ -47,7 +47,10 @@ def load_tokenizer(run: RunConfig, inputs: Inputs) -> tuple[Any, list[str]]:
 
 
 def _choose_pad_token(tokenizer: Any, requested_token: str | None) -> list[str]:
-    """Set the pad token to the first of these that exists: the requested token, the tokenizer's own pad token, a reserved token, the end token."""
+    """Set the pad token, and return notes for the status.
+
+    The pad token is the first of these that exists: the requested token, the tokenizer's own pad token, a reserved token, the end token.
+    """
     vocabulary = tokenizer.get_vocab()
     if requested_token is not None:
         token = tokenizer.eos_token if requested_token == END_OF_SEQUENCE else requested_token
@@ -72,8 +75,9 @@ def _choose_pad_token(tokenizer: Any, requested_token: str | None) -> list[str]:
 
 
 def load_processor(run: RunConfig, inputs: Inputs, config: Any, tokenizer: Any) -> VisionProcessor | None:
-    """Load the processor of a vision-language model; None for a text job. If the tokenizer has no chat template, it gets the processor's
-    template.
+    """Load the processor of a vision-language model. Returns None for a job with a text model.
+
+    If the tokenizer has no chat template, it gets the processor's template.
 
     Errors: ConfigError ModelWithoutVision, ImageProcessorUnavailable; NotFoundError ProcessorUnreadable.
     """
@@ -110,11 +114,11 @@ def load_config(run: RunConfig, inputs: Inputs) -> Any:
         raise _unreadable_error("ModelUnreadable", "model", spec.source, inputs.model, error, run) from error
 
 
-def model_class(run: RunConfig, kind: str) -> Any:
-    """Return the class of transformers that builds or loads the base model. `kind`: see `load_model`. A model of kind `reward` needs `num_labels` 1."""
+def model_class(run: RunConfig, model_kind: str) -> Any:
+    """Return the class of transformers that builds or loads the base model. `model_kind`: see `load_model`. A `reward` model needs `num_labels` 1."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSequenceClassification
 
-    if kind == "reward":
+    if model_kind == "reward":
         return AutoModelForSequenceClassification
     return AutoModelForImageTextToText if is_vision_language(run.spec) else AutoModelForCausalLM
 
@@ -126,15 +130,15 @@ def load_model(
     *,
     skip_quantization: tuple[str, ...] = (),
     is_sharded: bool = False,
-    kind: str = "causal",
+    model_kind: str = "causal",
     quantize: bool = True,
     is_spread: bool = False,
 ) -> tuple[PreTrainedModel, list[str]]:
     """Load the base model and check that no weight is missing. Returns the model and notes for the status.
 
-    `skip_quantization`: modules that stay unquantised. `is_sharded`: FSDP will shard the weights. `kind`: `causal` for a language model,
-    `reward` for a head with one output. If `quantize` is False, the spec's quantisation is ignored.
-    `is_spread`: the layers are spread over all GPUs of the pod.
+    `skip_quantization`: modules that stay unquantised. `is_sharded`: whether FSDP will shard the weights. `model_kind`: `causal` for a
+    language model, `reward` for a model whose head has one output. `quantize`: whether the spec's quantisation applies. `is_spread`: whether
+    the layers are spread over all GPUs of the pod.
 
     Errors: NotFoundError ModelUnreadable, ModelIncomplete (class Model); ConfigError QuantizedBase.
     """
@@ -154,21 +158,21 @@ def load_model(
         options["device_map"] = "auto"
     if quantization is not None:
         options |= {"quantization_config": quantization, "device_map": {"": str(hardware.device)}}
-    if kind == "reward":
+    if model_kind == "reward":
         options["num_labels"] = 1
     try:
-        model, loading_info = model_class(run, kind).from_pretrained(inputs.model, output_loading_info=True, **options)
+        model, loading_info = model_class(run, model_kind).from_pretrained(inputs.model, output_loading_info=True, **options)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise _unreadable_error("ModelUnreadable", "model", spec.source, inputs.model, error, run) from error
-    _check_complete(loading_info, run, expected_missing=("score.weight", "score.bias") if kind == "reward" else ())
+    _check_complete(loading_info, run, expected_missing=("score.weight", "score.bias") if model_kind == "reward" else ())
     connect_backbone(model)
     _keep_quantized_weights_trainable(model)
     return model, notes
 
 
 def _keep_quantized_weights_trainable(model: Any) -> None:
-    """Turn off a conversion by bitsandbytes. On some CPUs, it changes the layout of 4-bit weights at the first evaluation, and gradients no
-    longer pass them.
+    """Turn off a conversion by bitsandbytes. On some CPUs, it changes the layout of 4-bit weights at the first evaluation. After that, no
+    gradients pass through the weights.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -176,7 +180,7 @@ def _keep_quantized_weights_trainable(model: Any) -> None:
 
 
 def max_positions(config: Any) -> int | None:
-    """Return the number of positions of the model, which limits the sequence length. None if the model's configuration has no such field."""
+    """Return the model's number of positions, which limits the sequence length. None if the model's configuration does not have this field."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return getattr(text, "max_position_embeddings", None)
 
@@ -213,14 +217,14 @@ def quantization_config(
         bnb_4bit_quant_type=str((spec.type if spec else None) or QuantizationType.NF4),
         bnb_4bit_use_double_quant=spec is None or spec.double_quant is not False,
         bnb_4bit_compute_dtype=compute,
-        # FSDP does not shard integer weights, and only warns. So the bytes are stored as floats.
+        # FSDP only warns about integer weights, and does not shard them. So the quantised bytes are stored as floats.
         bnb_4bit_quant_storage=compute if is_sharded else torch.uint8,
         llm_int8_skip_modules=unquantized,
     )
 
 
 def _check_prequantized(config: Any, run: RunConfig) -> list[str]:
-    """Return notes if the model's files are quantised. Errors: ConfigError QuantizedBase if the method needs unquantised weights."""
+    """Return a note if the model's files are quantised. Errors: ConfigError QuantizedBase if the job needs unquantised weights or bitsandbytes."""
     stored = getattr(config, "quantization_config", None)
     if stored is None:
         return []
@@ -272,7 +276,7 @@ def _check_complete(loading_info: Any, run: RunConfig, expected_missing: tuple[s
 def _unreadable_error(
     code: str, unreadable_object: str, source: str | None, folder: Path, error: Exception, run: RunConfig
 ) -> NotFoundError:
-    """Return the error for an unreadable folder: the first line of the library's message, with `source` instead of the local path."""
+    """Return the error for an unreadable folder. It quotes the first line of the library's message, with `source` instead of the local path."""
     source = redact_source(source or unreadable_object)
     first = str(error).strip().split("\n")[0].replace(str(folder), source)[:300]
     files = sorted(path.name for path in folder.iterdir())[:12] if folder.is_dir() else []
@@ -286,12 +290,12 @@ def _unreadable_error(
 
 
 def count_parameters(model: Any) -> tuple[int, int]:
-    """Return the number of trained values and the number of all values in the parameters."""
-    sizes = [(parameter_size(parameter), parameter.requires_grad) for parameter in model.parameters()]
+    """Return the number of trained values and the number of all values in the model's parameters."""
+    sizes = [(count_parameter_values(parameter), parameter.requires_grad) for parameter in model.parameters()]
     return sum(size for size, is_trained in sizes if is_trained), sum(size for size, _ in sizes)
 
 
-def parameter_size(parameter: Any) -> int:
+def count_parameter_values(parameter: Any) -> int:
     """Return the number of values in a parameter: two per byte for a 4-bit weight, the unsharded size for a ZeRO-3 parameter."""
     stored_count = int(getattr(parameter, "ds_numel", None) or parameter.numel())
     return stored_count * 2 * parameter.element_size() if type(parameter).__name__ == "Params4bit" else stored_count

@@ -1,8 +1,8 @@
 """Collects the modules and parameters of a model once per epoch, so that no micro-batch walks over all modules.
 
-transformers calls `train`, `zero_grad`, `parameters` and `num_parameters` of the model in each step. Each call visits every module: 2,665 for a
-Llama with 32 layers and LoRA on all linear layers. If the GPU has finished its kernels, it waits during this time. Modules and parameters
-do not change within an epoch, so lists of them give the same results. `benchmarks/host_overhead.py` measures the difference.
+In each step, transformers calls `train`, `zero_grad`, `parameters` and `num_parameters` of the model. Each call visits every module: 2,665
+modules for a Llama with 32 layers and LoRA on all linear layers. During these calls, a GPU that has finished its kernels waits. Modules and
+parameters do not change within an epoch, so lists of them give the same results. `benchmarks/host_overhead.py` measures the saved time.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 REPEATABLE_TRAIN_METHODS = (nn.Module.train, PreTrainedModel.train, DistributedDataParallel.train)
-"""Implementations of `train` that have no effect if the module and all its children are already in training mode."""
+"""Implementations of `train` that change nothing if the module and all its children are already in training mode."""
 IS_TRAINING = attrgetter("training")
 
 
@@ -30,7 +30,7 @@ class CollectedModel:
         """Only these parameters can have gradients."""
 
     def train(self, mode: bool = True) -> nn.Module:
-        """Set the mode of all modules. Does nothing if all modules are in training mode already."""
+        """Set all modules to training mode, or to evaluation mode if `mode` is False. Does nothing if all modules are in training mode already."""
         if mode and all(map(IS_TRAINING, self._modules)):
             return self._model
         model: nn.Module = type(self._model).train(self._model, mode)
@@ -46,7 +46,7 @@ class CollectedModel:
 
     @property
     def can_replace_train(self) -> bool:
-        """Whether `train` of every module only sets the mode. `train` of DeepSpeed's engine and DoRA's layers does more."""
+        """Whether the method `train` of every module only sets the mode. That of DeepSpeed's engine and of DoRA's layers does more."""
         return all(type(module).train in REPEATABLE_TRAIN_METHODS for module in self._modules)
 
     @property
@@ -59,8 +59,8 @@ class CollectedModel:
 def collected_model(model: nn.Module) -> Iterator[CollectedModel]:
     """Collect the modules of `model`, and replace its methods `train` and `zero_grad` within the context.
 
-    The methods of this object are replaced, not those of its class. So calls from transformers and TRL also use the collected lists.
-    Every rank must hold the whole model. FSDP and ZeRO stage 3 exchange the parameters of their modules within a step.
+    The methods of the object `model` are replaced, so that calls from transformers and TRL also use the collected lists. Every rank must hold
+    the whole model, because FSDP and ZeRO stage 3 exchange the parameters of their modules within a step.
     """
     collected = CollectedModel(model)
     replaced = {}

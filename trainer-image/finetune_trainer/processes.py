@@ -27,11 +27,11 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def adopt_orphans() -> None:
-    """Become the parent of descendants whose own parent ends (subreaper)."""
+    """Make this process a subreaper: it becomes the parent of each descendant whose own parent ends."""
     _libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
-def process_seconds() -> float:
+def seconds_since_process_start() -> float:
     """Return the seconds since the start of this process."""
     fields = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     started_after_boot = int(fields[19]) / os.sysconf("SC_CLK_TCK")
@@ -39,55 +39,56 @@ def process_seconds() -> float:
 
 
 def die_with_parent() -> None:
-    """Let the kernel kill this process when its parent ends. Must be called in the child process."""
+    """Let the kernel kill the calling process when its parent ends."""
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
-def begin_child(name: str) -> None:
+def begin_child(process_name: str) -> None:
     """Prepare a process that a supervisor or an agent has started: a rank, a stage, or the check of a preparation.
 
-    It ends with its parent, prints the stacks of its threads on SIGUSR1, ignores Ctrl-C, which its parent handles, and logs as `name`.
+    The process ends with its parent, prints the stacks of its threads on SIGUSR1, and names itself `process_name` in log lines. It ignores Ctrl-C,
+    which its parent handles.
     """
     die_with_parent()
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    configure_logging(name)
+    configure_logging(process_name)
 
 
-def end_child(code: int) -> NoReturn:
+def end_child(exit_code: int) -> NoReturn:
     """End the process. Exit handlers are skipped, because some libraries' handlers wait forever for a lost rank."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)
+    os._exit(exit_code)
 
 
 class ChildProcess:
-    """A direct child process in its own process group."""
+    """A direct child process, which has its own process group."""
 
     def __init__(self, command: list[str], env: dict[str, str], *, cwd: Path | None = None, pass_fds: Collection[int] = ()) -> None:
         self._process = subprocess.Popen(command, env=env, cwd=cwd, start_new_session=True, pass_fds=tuple(pass_fds))
         self.pid = self._process.pid
 
     def poll(self) -> int | None:
-        """Return the exit code (negative: the signal's number), or None while the child runs. Reap an ended child."""
+        """Return the exit code (negative if a signal ended the child), or None while the child runs. Reaps a child that has ended."""
         return self._process.poll()
 
-    def stop(self, number: int = signal.SIGKILL) -> None:
+    def stop(self, signal_number: int = signal.SIGKILL) -> None:
         """Send a signal to the child's process group."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.pid, number)
+            os.killpg(self.pid, signal_number)
 
 
 def spare_process(pid: int) -> None:
-    """Exclude a child and its descendants from `kill_all_descendants`."""
+    """Let `kill_all_descendants` spare a child process and its descendants."""
     _spared_pids.add(pid)
 
 
 def descendants(root: int | None = None, *, without: Collection[int] = ()) -> list[int]:
-    """Return the pids of all running descendants of `root` (default: this process), from /proc, without zombie processes.
+    """Return the pids of all running descendants of `root` (default: this process), without zombie processes.
 
-    The processes in `without` and their descendants are left out.
+    The processes in `without` and their descendants are left out too.
     """
     parent_pids: dict[int, int] = {}
     for folder in Path("/proc").iterdir():
@@ -120,14 +121,16 @@ def reap_children() -> None:
     """Collect the exit status of all ended children."""
     with contextlib.suppress(ChildProcessError):
         for folder in Path(f"/proc/{os.getpid()}/task").iterdir():
-            children = (folder / "children").read_text().split() if (folder / "children").exists() else []
+            children: list[str] = []
+            with contextlib.suppress(OSError):  # the thread may have ended; its children then belong to another thread
+                children = (folder / "children").read_text().split()
             for pid in map(int, children):
                 with contextlib.suppress(ChildProcessError, OSError):
                     os.waitpid(pid, os.WNOHANG)
 
 
-def killed_for_memory() -> bool:
-    """Whether the kernel killed a process of this container for lack of memory (cgroup v2, then v1)."""
+def has_oom_kill() -> bool:
+    """Whether the kernel has killed a process of this container for lack of memory."""
     for file, key in (
         ("/sys/fs/cgroup/memory.events", "oom_kill"),
         ("/sys/fs/cgroup/memory/memory.oom_control", "oom_kill"),

@@ -1,8 +1,8 @@
-"""For each micro-batch, recomputes the activations of as few layers as possible.
+"""Recomputes the activations of as few layers as possible in each micro-batch.
 
-The layers of transformers read `gradient_checkpointing` in each forward pass (`GradientCheckpointingLayer`, v5.23). So the trainer enables gradient
-checkpointing for the whole run, and changes this flag between two micro-batches. Recomputed activations equal kept activations, because
-torch restores the random state for dropout and the precision of autocast.
+The layers of transformers read their flag `gradient_checkpointing` in each forward pass (`GradientCheckpointingLayer`, v5.23). So the trainer
+enables gradient checkpointing for the whole run, and changes the flags between two micro-batches. Recomputed activations equal kept
+activations, because torch restores the random state for dropout and the precision of autocast.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 def count_kept_layers(layers: int, tokens: int, layer_tokens: int) -> int:
-    """Return how many of the layers keep their activations for a micro-batch with `tokens` tokens.
+    """Return how many of the layers keep their activations in a micro-batch with `tokens` tokens.
 
-    `layer_tokens`: largest product of layers and tokens whose activations fit into memory. If not all layers keep their activations, memory
-    is also needed for one layer whose activations are being recomputed.
+    `layer_tokens`: largest product of layers and tokens whose activations fit into memory. If some layers recompute, one layer fewer keeps
+    its activations, because the layer that is being recomputed needs memory too.
     """
     return layers if layers * tokens <= layer_tokens else max(0, layer_tokens // tokens - 1)
 
@@ -25,8 +25,8 @@ def count_kept_layers(layers: int, tokens: int, layer_tokens: int) -> int:
 class RecomputationPerBatch:
     """Decides for each micro-batch which layers of a model recompute their activations.
 
-    The last layers keep their activations, because the backward pass frees these first, before the gradients of the other layers need
-    memory. The decision depends only on the number of tokens, so a resumed run decides as the interrupted run did.
+    The last layers keep their activations, because the backward pass frees the activations of these layers first, before the gradients of the
+    other layers need memory. The decision depends only on the number of tokens, so a resumed run makes the same decisions.
     """
 
     def __init__(self, model: nn.Module, kept_layer_tokens: int) -> None:
@@ -36,7 +36,7 @@ class RecomputationPerBatch:
         self._kept = 0
 
     def prepare(self, batch: dict[str, Any]) -> None:
-        """Set the flags of all layers for a micro-batch. Its token ids include padding."""
+        """Set the flags of all layers for the micro-batch `batch`. Padding counts as tokens."""
         kept = count_kept_layers(len(self._layers), batch["input_ids"].numel(), self._kept_layer_tokens)
         if kept == self._kept:
             return

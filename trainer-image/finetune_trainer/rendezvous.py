@@ -16,11 +16,11 @@ from torch.distributed.elastic.rendezvous import (
 )
 from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous, create_rdzv_handler
 
-BACKEND = "finetune-loopback"
+RENDEZVOUS_BACKEND = "finetune-loopback"
 
 
 class LoopbackRendezvous(StaticTCPRendezvous):
-    """Static rendezvous whose agent of rank 0 creates the store from `listener`, a bound socket."""
+    """Static rendezvous in which the agent of node rank 0 creates the TCPStore on `listener`, a bound socket."""
 
     def __init__(self, handler: StaticTCPRendezvous, listener: socket.socket) -> None:
         super().__init__(
@@ -30,7 +30,7 @@ class LoopbackRendezvous(StaticTCPRendezvous):
 
     def get_backend(self) -> str:
         """Return the name under which this rendezvous is registered."""
-        return BACKEND
+        return RENDEZVOUS_BACKEND
 
     def next_rendezvous(self) -> RendezvousInfo:
         """Create the store, then wait for the agents of all pods."""
@@ -51,5 +51,5 @@ def register_loopback_rendezvous(listener: socket.socket) -> str:
         assert isinstance(handler, StaticTCPRendezvous)  # noqa: S101 -- torch's function returns no other class
         return LoopbackRendezvous(handler, listener)
 
-    rendezvous_handler_registry.register(BACKEND, create)
-    return BACKEND
+    rendezvous_handler_registry.register(RENDEZVOUS_BACKEND, create)
+    return RENDEZVOUS_BACKEND

@@ -1,6 +1,6 @@
-"""How the process `check` of a preparation asks its supervisor for stored rows, and reports how many rows it has tokenised.
+"""Lets the process `check` of a preparation ask its supervisor for stored rows, and report how many rows it has tokenised.
 
-Only this process can compute the digest of the rows, because it has the tokenizer. Only the supervisor has credentials for storage.
+Only the process `check` can compute the digest of the rows, because it has the tokenizer. Only the supervisor has credentials for storage.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from finetune_trainer.channel import POLL_SECONDS, Channel
 log = logging.getLogger(__name__)
 
 ROWS_NEEDED, ROWS_TOKENISED = "rowsNeeded", "rowsTokenised"
-"""Messages to the supervisor: rows with this digest are needed, and so many rows are tokenised."""
+"""Kinds of messages to the supervisor: a request for the rows with a digest, and the number of rows that are tokenised so far."""
 ANSWER_FILES = "stored-rows-*"
-"""Pattern of the names of the files with which the supervisor answers. The star stands for a part of the digest."""
+"""Pattern of the names of the files with which the supervisor answers. The star stands for the first 24 digits of the digest."""
 RESEND_SECONDS = 30.0
-"""Time after which the request is sent again, because the supervisor may have lost it."""
+"""Interval at which the request is repeated, because the supervisor may have lost it."""
 SILENCE_SECONDS = 600.0
-"""Time without a sign of the supervisor after which the process tokenises the data itself."""
+"""How long the process waits without an answer or a sign of work from the supervisor. Then it tokenises the data itself."""
 
 
 class SupervisorRowPreparation:
@@ -34,16 +34,16 @@ class SupervisorRowPreparation:
         self.tokenised_rows = 0
 
     def provide_rows(self, digest: str) -> None:
-        """Wait until the supervisor has looked for the rows, or has been silent for too long."""
+        """Ask the supervisor for the rows with this digest. Return when it has answered, or has been silent for `SILENCE_SECONDS`."""
         self.digest = digest
-        answer, working = answer_file(self._channel.work, digest), working_file(self._channel.work, digest)
+        answer, working = answer_file(self._channel.work_folder, digest), working_file(self._channel.work_folder, digest)
         sent_at, heard_at, last_sign = float("-inf"), time.monotonic(), 0
         while not answer.exists():
             now, sign = time.monotonic(), _modified_at(working)
             if sign != last_sign:
                 heard_at, last_sign = now, sign
             if now - heard_at >= SILENCE_SECONDS:
-                log.warning("the supervisor did not answer for %.0f s; the data are tokenised", SILENCE_SECONDS)
+                log.warning("the supervisor did not answer for %.0f s, so this process tokenises the data", SILENCE_SECONDS)
                 return
             if now - sent_at >= RESEND_SECONDS:
                 self._channel.send_message(ROWS_NEEDED, digest=digest)
@@ -51,28 +51,28 @@ class SupervisorRowPreparation:
             time.sleep(POLL_SECONDS)
 
     def count_rows(self, rows: int) -> None:
-        """Report the number of rows that are tokenised so far."""
+        """Add newly tokenised rows, and report the number of rows that are tokenised so far."""
         self.tokenised_rows += rows
         self._channel.send_message(ROWS_TOKENISED, rows=self.tokenised_rows)
 
 
-def answer_file(work: Path, digest: str) -> Path:
-    """The file that the supervisor creates when it has looked for the rows with this digest."""
-    return work / ANSWER_FILES.replace("*", digest[:24])
+def answer_file(work_folder: Path, digest: str) -> Path:
+    """Return the path of the file that the supervisor creates when it has looked for the rows with this digest."""
+    return work_folder / ANSWER_FILES.replace("*", digest[:24])
 
 
-def working_file(work: Path, digest: str) -> Path:
-    """The file that the supervisor touches at each repeated request while it still looks for the rows."""
-    return work / f"{answer_file(work, digest).name}.working"
+def working_file(work_folder: Path, digest: str) -> Path:
+    """Return the path of the file that the supervisor touches at each repeated request while it still looks for the rows."""
+    return work_folder / f"{answer_file(work_folder, digest).name}.working"
 
 
 def is_digest(value: Any) -> bool:
-    """Whether the value has the form of a digest of rows: 64 hex digits. The process `check` is not trusted to send one."""
+    """Whether the value has the form of a digest: 64 hex digits. The supervisor asks this, because it does not trust the process `check`."""
     return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
 def _modified_at(file: Path) -> int:
-    """When the file was touched last, in ns; 0 if it does not exist."""
+    """Return when the file was touched last, in ns since 1970; 0 if it does not exist."""
     try:
         return file.stat().st_mtime_ns
     except OSError:

@@ -14,65 +14,65 @@ from finetune_api.pod import RunConfig
 
 FINAL_UPLOAD_TIMEOUT_SECONDS = 1800.0
 """How long to retry the upload of the final model while the store is unavailable. After this time the attempt fails."""
-FINAL_UPLOAD_TIMEOUT_OF_0_1 = "FINETUNE_FINAL_PATIENCE_SECONDS"
-"""The variable's name in version 0.1.0. Jobs may still set it in `placement.env`."""
+FINAL_UPLOAD_TIMEOUT_VARIABLE_OF_0_1 = "FINETUNE_FINAL_PATIENCE_SECONDS"
+"""Name of the environment variable for the upload timeout in version 0.1.0. Jobs may still set it in `placement.env`."""
 UNSAVED_TIMEOUT_SECONDS = 6 * 3600.0
-"""How long a run may continue while due checkpoints cannot be committed. See `Uploader.unsaved_error`."""
+"""How long a run may continue although no due checkpoint can be committed. See `Uploader.unsaved_error`."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The environment of one pod, or of one local run."""
+    """The settings of one pod, or of one local run, from its environment variables and mounted files."""
 
     run_file: Path
     run_sha256: str | None
-    work: Path
+    work_folder: Path
     termination_log: Path
     port: int
     node_rank: int
     node_name: str
     pod_uid: str
-    final_upload_timeout: float = FINAL_UPLOAD_TIMEOUT_SECONDS
-    unsaved_timeout: float = UNSAVED_TIMEOUT_SECONDS
+    final_upload_timeout_seconds: float = FINAL_UPLOAD_TIMEOUT_SECONDS
+    unsaved_timeout_seconds: float = UNSAVED_TIMEOUT_SECONDS
     config_maps: Path = Path(names.CONFIGMAP_MOUNT)
     attempt_secret: str | None = field(default=None, repr=False)
     """The secret that all pods of the attempt and the operator know. None in local runs, and if the operator is too old to create it."""
 
     checkpoint_key: str | None = field(default=None, repr=False)
-    """The key that signs the checkpoints of all attempts of the job. None in the same cases."""
+    """The key that signs the checkpoints of all attempts of the job. None in local runs, and if the operator is too old to create it."""
 
     @classmethod
-    def from_env(cls, *, run_file: str | None = None, work: str | None = None, port: int | None = None) -> Settings:
-        """Read the variables of `names.Env`; arguments take precedence."""
+    def from_env(cls, *, run_file: str | None = None, work_folder: str | None = None, port: int | None = None) -> Settings:
+        """Read the environment variables of `names.Env`, and the mounted secrets. The arguments take precedence over the variables."""
         env = os.environ
         secret_file = Path(env.get(Env.ATTEMPT_SECRET_FILE) or names.ATTEMPT_SECRET_FILE)
         return cls(
             run_file=Path(run_file or env.get(Env.RUN_FILE) or names.RUN_FILE),
             run_sha256=env.get(Env.RUN_SHA256) or None,
-            work=Path(work or env.get(Env.WORK_DIR) or names.WORK_MOUNT),
+            work_folder=Path(work_folder or env.get(Env.WORK_DIR) or names.WORK_MOUNT),
             termination_log=Path(env.get(Env.TERMINATION_LOG) or names.TERMINATION_LOG),
             port=port if port is not None else int(env.get(Env.PORT) or names.PROGRESS_PORT),
             node_rank=int(env.get(Env.NODE_RANK) or 0),
             node_name=env.get(Env.NODE_NAME, ""),
             pod_uid=env.get(Env.POD_UID) or os.urandom(4).hex(),
-            final_upload_timeout=float(
+            final_upload_timeout_seconds=float(
                 env.get(Env.FINAL_UPLOAD_TIMEOUT_SECONDS)
-                or env.get(FINAL_UPLOAD_TIMEOUT_OF_0_1)
+                or env.get(FINAL_UPLOAD_TIMEOUT_VARIABLE_OF_0_1)
                 or FINAL_UPLOAD_TIMEOUT_SECONDS
             ),
-            unsaved_timeout=float(env.get(Env.NO_COMMIT_TIMEOUT_SECONDS) or UNSAVED_TIMEOUT_SECONDS),
+            unsaved_timeout_seconds=float(env.get(Env.NO_COMMIT_TIMEOUT_SECONDS) or UNSAVED_TIMEOUT_SECONDS),
             config_maps=Path(env.get(Env.CONFIG_MAPS) or names.CONFIGMAP_MOUNT),
             attempt_secret=_read_if_mounted(secret_file),
             checkpoint_key=_read_if_mounted(secret_file.with_name(names.CHECKPOINT_KEY)),
         )
 
     def incarnation(self, run: RunConfig) -> str:
-        """Name of the folders in storage that this incarnation writes. The ranks of all pods use the name of rank 0's pod."""
+        """Return the name of the folders in storage that this attempt writes. It contains the pod's UID. All pods use the name of rank 0's pod."""
         return incarnation_folder(run.attempt, self.pod_uid)
 
 
 def _read_if_mounted(file: Path) -> str | None:
-    """The content of the file; None if the operator mounted no such file."""
+    """Return the contents of the file, or None if the operator mounted no such file."""
     try:
         return file.read_text()
     except FileNotFoundError:

@@ -1,8 +1,8 @@
 """Converts 16-bit weight files to 32 bits once per pod, so that its ranks share one copy of the weights in the file cache.
 
-torch maps a weight file into memory if it has the number format in which the model is loaded. Ranks then share the pages of the
-file, and FSDP copies only each rank's shard out of it. If the formats differed, every rank would hold a converted copy of all
-weights until they are sharded. Converting 16 bits to 32 bits is exact, so the loaded values are the same in both cases.
+torch maps a weight file into memory if the file has the number format in which the model is loaded. Ranks then share the pages of the
+file, and FSDP copies only each rank's shard out of it. Without the conversion, every rank would hold a converted copy of all weights until they are sharded.
+The conversion from 16 to 32 bits is exact, so it does not change the loaded values.
 
 ZeRO-3 needs no conversion: in transformers, only rank 0 reads the values, and each weight is sharded when it is loaded.
 """
@@ -21,40 +21,41 @@ from finetune_trainer.disk import free_bytes
 from finetune_trainer.verification.weight_files import SIXTEEN_BIT_FORMATS, StoredTensor, read_folder
 
 log = logging.getLogger(__name__)
-FOLDER = "float32-weights"
+CONVERTED_FOLDER_NAME = "float32-weights"
 """Name of the folder with the converted weights, in the pod's work folder. It exists only while the model is loaded."""
 DISK_RESERVE_BYTES = 256 * 1024 * 1024
 
 
 @contextmanager
 def float32_weights(
-    model: Path, work: Path, *, converts: bool, local_rank_0_first: AbstractContextManager[None], wait_for_ranks: Callable[[], None]
+    model_folder: Path, work_folder: Path, *, converts: bool, local_rank_0_first: AbstractContextManager[None], wait_for_ranks: Callable[[], None]
 ) -> Iterator[tuple[Path, list[str]]]:
     """Yield the folder to load the model from, and notes for the status. All ranks of all pods must enter the context.
 
-    `converts`: whether this rank converts the weights for its pod; local rank 0 of each pod does. `local_rank_0_first`: lets that rank run a
-    block before the others, without a time limit, because the conversion of a large model takes long. `wait_for_ranks` waits for all ranks.
-    If the pod's disk is too small for the converted weights, the folder is `model`. `model` is not changed.
+    `converts`: whether this rank converts the weights for its pod; local rank 0 of each pod does. `local_rank_0_first`: a context whose block
+    local rank 0 runs before the other ranks, without a time limit, because the conversion of a large model takes long. `wait_for_ranks` waits
+    for all ranks. If the pod's disk is too small for the converted weights, the yielded folder is `model_folder`, which is never changed.
     """
-    folder, notes = work / FOLDER, []
+    folder, notes = work_folder / CONVERTED_FOLDER_NAME, []
     with local_rank_0_first:
-        if converts and not _convert(model, folder):
+        if converts and not _convert_model(model_folder, folder):
             notes.append("every rank loads all weights before they are sharded: the pod's disk has no space for 32-bit copies of the weight files")
     try:
-        yield (folder if folder.exists() else model), notes
+        yield (folder if folder.exists() else model_folder), notes
         wait_for_ranks()  # all ranks have mapped the files, and keep them until the weights are sharded
     finally:
         if converts:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _convert(model: Path, folder: Path) -> bool:
-    """Write the weights of `model` as 32-bit numbers to `folder`, with links to all other files. Returns False if the disk is too small.
+def _convert_model(model_folder: Path, folder: Path) -> bool:
+    """Write the weights of `model_folder` as 32-bit numbers to `folder`, with links to all other files. Returns False if the disk is too small.
 
-    transformers loads only `model.safetensors`, or the files that the index names. Some models have their weights a second time in other files.
+    Only the files that transformers loads are converted: `model.safetensors`, or the files that the index names. Some models contain their
+    weights a second time in other files.
     """
     weights_by_file: dict[Path, dict[str, StoredTensor]] = {}
-    for name, tensor in read_folder(model).items():
+    for name, tensor in read_folder(model_folder).items():
         weights_by_file.setdefault(tensor.path, {})[name] = tensor
     size = sum(_converted_bytes(tensor) for weights in weights_by_file.values() for tensor in weights.values())
     if free_bytes(folder.parent) < size + DISK_RESERVE_BYTES:
@@ -63,7 +64,7 @@ def _convert(model: Path, folder: Path) -> bool:
     for leftover in (partial, folder):
         shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir(parents=True)
-    for path in model.iterdir():
+    for path in model_folder.iterdir():
         if path in weights_by_file:
             write_as_float32(path, weights_by_file[path], partial / path.name)
         else:
@@ -73,12 +74,15 @@ def _convert(model: Path, folder: Path) -> bool:
     return True
 
 
-def write_as_float32(source: Path, weights: Mapping[str, StoredTensor], target: Path) -> None:
-    """Copy a safetensors file, with 16-bit numbers as 32-bit numbers. Only one tensor at a time is in memory. `weights`: the tensors of the file."""
+def write_as_float32(source_file: Path, weights: Mapping[str, StoredTensor], target_file: Path) -> None:
+    """Copy a safetensors file, and convert 16-bit numbers to 32-bit numbers. Only one tensor at a time is in memory.
+
+    `weights`: the tensors of the file, by name.
+    """
     import torch
     from safetensors import safe_open
 
-    with safe_open(source, framework="pt") as stored, target.open("wb") as file:
+    with safe_open(source_file, framework="pt") as stored, target_file.open("wb") as file:
         header: dict[str, Any] = {"__metadata__": stored.metadata() or {"format": "pt"}}
         end = 0
         for name, tensor in weights.items():

@@ -1,8 +1,8 @@
-"""Measures the throughput of a run: tokens per second, model FLOPs utilisation (MFU), time spent waiting for data.
+"""Measures the throughput of a run: tokens per second, model FLOPs utilisation (MFU), and the share of time spent waiting for data.
 
-FLOPs per token. N: parameters in matrix products. N includes the head, but not the embedding lookup, and only the experts to which a token
-is routed. T: trained parameters among N. A: FLOPs of the attention per token; a token attends to all tokens of its document, or with causal
-attention to half of them on average.
+The table has the FLOPs per token. N: number of parameters in matrix products. N includes the head and the experts to which a token is routed,
+but not the embedding lookup. T: how many of these parameters are trained. A: FLOPs of the attention per token; a token attends to all tokens
+of its document, or with causal attention to half of them on average.
 
     full          3 * (2N + A)     the backward pass costs twice the forward pass
     spectrum      4N + 2T + 3A     no gradients of frozen weights
@@ -19,16 +19,16 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from finetune_trainer.model import parameter_size
+from finetune_trainer.model import count_parameter_values
 
 PEAK_BF16 = {
     "GH200": 989e12, "H200 NVL": 835e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H800": 989e12, "B200": 2250e12,
     "A100": 312e12, "A800": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A10G": 70e12, "A10": 125e12, "RTX 4090": 165e12,
     "RTX 3090": 71e12, "V100": 125e12, "T4": 65e12, "MI300X": 1307e12,
 }  # fmt: skip
-"""Peak FLOP/s of dense bf16 (or fp16) matrix products, from the vendors' data sheets. The keys are parts of device names."""
+"""Peak FLOP/s of dense bf16 (or fp16) matrix products, from the vendors' data sheets. Each key is a word, or words, in the name of the device."""
 SLOWER_VARIANTS = re.compile(r"\b(MIG|RTX A\d+|Laptop|Max-Q|4090 D)\b")
-"""Words in the names of slower devices (MIG slices, workstation and laptop GPUs), to distinguish them from those in `PEAK_BF16`."""
+"""Matches names of slower devices (MIG slices, workstation and laptop GPUs) that also contain a key of `PEAK_BF16`."""
 
 EXPERT_COUNT_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts")
 """Fields of a model's configuration that hold the number of experts in a layer."""
@@ -45,7 +45,7 @@ class ModelShape:
 
     @staticmethod
     def of(model: Any) -> ModelShape:
-        """Return the sizes of a transformers model, with or without PEFT layers."""
+        """Return the shape of a transformers model, with or without PEFT layers."""
         config = model.config.get_text_config()
         heads = int(getattr(config, "num_attention_heads", 0) or 0)
         head_size = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
@@ -60,7 +60,7 @@ def trained_parameters(model: Any) -> int:
 
 
 def _matrix_parameters(model: Any) -> Iterator[tuple[Any, int]]:
-    """Yield the parameters of the base model in matrix products, each with the number of its values that one token uses."""
+    """Yield each parameter of the base model that is used in matrix products, with the number of its values that one token uses."""
     config, head = model.config.get_text_config(), model.get_output_embeddings()
     head_ids = {id(one) for _, one in _effective_parameters(head)} if head is not None else set()
     lookup_ids = {id(one) for one in model.get_input_embeddings().parameters()} - head_ids
@@ -68,12 +68,15 @@ def _matrix_parameters(model: Any) -> Iterator[tuple[Any, int]]:
     experts_per_token = getattr(config, "num_experts_per_tok", None)
     for name, parameter in _effective_parameters(model, head_ids):
         if ".lora_" not in name and id(parameter) not in lookup_ids:
-            used_count = parameter_size(parameter)
+            used_count = count_parameter_values(parameter)
             yield parameter, used_count * experts_per_token // experts if experts and experts_per_token and ".experts." in name else used_count
 
 
 def _effective_parameters(module: Any, kept_ids: Collection[int] = ()) -> Iterator[tuple[str, Any]]:
-    """Yield named parameters. Skip those that PEFT replaced by a trained copy (`modules_to_save`) if their id is not in `kept_ids`."""
+    """Yield the named parameters of a module, without those that PEFT has replaced by a trained copy (`modules_to_save`).
+
+    A replaced parameter is also yielded if its id is in `kept_ids`.
+    """
     parameters = dict(module.named_parameters())
     for name, parameter in parameters.items():
         copy = name.replace("original_module.", "modules_to_save.default.")
@@ -82,26 +85,26 @@ def _effective_parameters(module: Any, kept_ids: Collection[int] = ()) -> Iterat
 
 
 def attention_flops(shape: ModelShape, document_length: float, *, is_causal: bool = True) -> float:
-    """Return the FLOPs of the attention products per token, in documents of `document_length` tokens."""
+    """Return the FLOPs per token of the attention's matrix products, in documents of `document_length` tokens."""
     return 4 * shape.layers * shape.heads * shape.head_size * document_length * (0.5 if is_causal else 1.0)
 
 
 def flops_per_token(shape: ModelShape, mean_length: float, *, frozen_base: bool, trained_count: int = 0, is_causal: bool = True) -> float:
-    """Return the FLOPs of training per token. `trained_count`: number of trained parameters of an otherwise frozen base model."""
+    """Return the FLOPs of training per token. `trained_count`: number of trained parameters of the base model if the others are frozen."""
     attention = attention_flops(shape, mean_length, is_causal=is_causal)
     matrix = 2 * shape.matrix_parameters
     return 2 * (matrix + trained_count) + 3 * attention if frozen_base else 3 * (matrix + attention)
 
 
-def peak_of(device: str) -> float | None:
-    """Return the peak FLOP/s of a device by its name. None for unknown devices, so that no wrong utilisation is reported."""
+def peak_flops_of(device: str) -> float | None:
+    """Return the peak FLOP/s of the device with this name. None for unknown devices, so that no wrong utilisation is reported."""
     if SLOWER_VARIANTS.search(device):
         return None
     return next((peak for words, peak in PEAK_BF16.items() if re.search(rf"\b{words}\b", device)), None)
 
 
 class SpeedMeter:
-    """Throughput between log lines. Times are seconds of the wall clock; tokens are counted over all ranks."""
+    """Measures the throughput between two log lines. Tokens are counted over all ranks."""
 
     def __init__(self, *, flops_of_token: float, peak_flops: float | None, rank_count: int):
         self._flops, self._peak, self._ranks = flops_of_token, peak_flops, rank_count
@@ -115,7 +118,7 @@ class SpeedMeter:
         self._since, self.waited_seconds = (time.perf_counter() if now is None else now, tokens), 0.0
 
     def read(self, tokens: int, now: float | None = None) -> dict[str, float]:
-        """Return the throughput since the last call, as log values. Empty on the first call and if no token was counted."""
+        """Return the throughput since the last call, by the names of the logged values. Empty on the first call, and if no token was counted."""
         now = time.perf_counter() if now is None else now
         last_reading, waited_seconds = self._since, self.waited_seconds
         self.start(tokens, now)

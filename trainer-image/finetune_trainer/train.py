@@ -1,4 +1,4 @@
-"""Runs one rank: loads inputs from the local disk, applies the method, verifies, trains, and saves the final artefact."""
+"""Runs one rank: loads the inputs from the local disk, applies the method, verifies the run, trains, and saves the final artefact."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from finetune_api.status import ResolvedConfig, RunPlan, Stage
 from finetune_trainer import imports
 from finetune_trainer.channel import Channel
 from finetune_trainer.inputs import Inputs
-from finetune_trainer.objective import load_objective, module_of
+from finetune_trainer.objective import load_objective, objective_module
 
 if TYPE_CHECKING:
-    from finetune_api.memory.description import Facts as MemoryFacts
+    from finetune_api.memory.description import RunFacts
 
     from finetune_trainer.method.base import MethodContext, TrainableModel
     from finetune_trainer.objective.base import TrainingContext
 
-OUT_OF_GPU_MEMORY = re.compile(
+OUT_OF_GPU_MEMORY_PATTERN = re.compile(
     r"(CUDA|HIP|NCCL|Cuda failure).{0,200}out of memory|(CUBLAS|CUSOLVER|CUDNN)_STATUS_(ALLOC_FAILED|INTERNAL_ERROR_HOST_ALLOCATION_FAILED)",
     re.IGNORECASE | re.DOTALL,
 )
-"""Out-of-memory messages of libraries that allocate GPU memory themselves, so torch does not raise `torch.OutOfMemoryError`."""
+"""Matches out-of-memory messages of libraries that allocate GPU memory without torch, so that torch raises no `torch.OutOfMemoryError`."""
 CHECKPOINT_AFTER_FAILURE_SECONDS = 60.0
-"""How long a rank whose training has failed waits until the checkpoint in the background is written."""
+"""How long a rank whose training has failed waits for the checkpoint that is being written in the background."""
 FINAL_FOLDER = "final"
 """Folder of the final artefact in the Trainer's output folder."""
 RULES_CHECKED_AGAIN = (
@@ -45,15 +45,15 @@ RULES_CHECKED_AGAIN = (
     "HalfWeights", "BatchTooSmall", "ObjectiveAndMethod", "RewardIncomplete", "GenerationsDoNotDivide",
     "GenerationServerUnsupported",
 )  # fmt: skip
-"""Rules of the API. If a spec violates one of them, the run silently differs from the spec.
+"""Rules of the API that each rank checks again, because run.json may come from an older operator that lacks a rule, or from a test.
 
-A rank checks them again, because run.json may come from an older operator that lacks the rule, or from a test.
+If a spec violated one of these rules, the run would silently differ from the spec.
 """
 
 
 def preload(run: RunConfig) -> None:
-    """Import the large libraries of this run. Called while the supervisor downloads the inputs."""
-    imports.preload(run, module_of(rules.trainer_type_of(run.spec)))
+    """Import the large libraries that this run needs. `rank` calls this function while the supervisor downloads the inputs."""
+    imports.preload(run, objective_module(rules.trainer_type_of(run.spec)))
     from finetune_trainer import attention, engine, hardware, model  # noqa: F401  each imports the libraries that it needs
 
 
@@ -66,21 +66,21 @@ class NeedsTrainer(Protocol):
 
 
 class TrainingHooks(Protocol):
-    """Functions for reporting, checkpoints and the delivery of the final artefact.
+    """The functions through which a training session reports, saves and restores checkpoints, and delivers the final artefact.
 
-    Implemented by `finetune_trainer.checkpoint.rank`, and by tests.
+    `finetune_trainer.checkpoint.rank` implements them; tests have their own.
     """
 
     def create_callbacks(self, run: RunConfig, channel: Channel, inputs: Inputs) -> list[Any]:
-        """Callbacks for the Trainer."""
+        """Return the callbacks for the Trainer."""
 
-    def resume_path(self, inputs: Inputs) -> Path | None:
-        """Folder of the checkpoint to resume from."""
+    def get_resume_folder(self, inputs: Inputs) -> Path | None:
+        """Return the folder of the checkpoint to resume from, or None for a new run."""
 
-    def deliver_output(
+    def report_final_artefact(
         self, run: RunConfig, channel: Channel, model_dir: Path, kind: OutputKind, extra: dict[str, Any]
     ) -> None:
-        """Deliver the final artefact in folder `model_dir`."""
+        """Hand the final artefact in the folder `model_dir` to the supervisor, which uploads it."""
 
 
 def main(run: RunConfig, channel: Channel, inputs: Inputs, hooks: TrainingHooks | None = None) -> None:
@@ -88,7 +88,7 @@ def main(run: RunConfig, channel: Channel, inputs: Inputs, hooks: TrainingHooks 
 
     Errors: FineTuneError; exceptions of libraries are converted by `to_finetune_error`.
     """
-    imports.preload(run, module_of(rules.trainer_type_of(run.spec)))
+    imports.preload(run, objective_module(rules.trainer_type_of(run.spec)))
     try:
         TrainingSession(run, channel, inputs, hooks or _checkpoint_hooks()).execute()
     except FineTuneError:
@@ -98,7 +98,7 @@ def main(run: RunConfig, channel: Channel, inputs: Inputs, hooks: TrainingHooks 
 
 
 class TrainingSession:
-    """The training run of one rank. `execute` runs all steps."""
+    """The training run of one rank. `execute` runs it from loading to delivery."""
 
     def __init__(self, run: RunConfig, channel: Channel, inputs: Inputs, hooks: TrainingHooks):
         from finetune_trainer import distributed, hardware
@@ -110,49 +110,52 @@ class TrainingSession:
         self.hardware = hardware.detect_hardware(run, channel.local_rank)
         self.strategy = distributed.choose_strategy(run, self.hardware, inputs, channel.world_size)
         self.strategy.prepare_process()
-        self.resume_path = hooks.resume_path(inputs)
+        self.get_resume_folder = hooks.get_resume_folder(inputs)
         self._emitted_notes: set[str] = set()
-        self.memory_facts: MemoryFacts | None = None
-        """What the memory plan assumes about this run. None before the first step."""
+        self.memory_facts: RunFacts | None = None
+        """The facts about this run from which the memory plan is computed. None before the first step."""
 
     def execute(self) -> None:
-        """Train, evaluate the test set, save and deliver."""
+        """Train, evaluate the test set, and save and deliver the final artefact."""
         self.channel.report_stage(Stage.LOADING)
         trainer, trainable_model = self._build_trainer(self.hooks.create_callbacks(self.run, self.channel, self.inputs))
-        if self.resume_path is not None:
+        if self.get_resume_folder is not None:
             self.channel.report_stage(Stage.RESTORING)
         with _finish_checkpoint_after_failure(trainer), self._advice_after_out_of_memory():
-            trainer.train(resume_from_checkpoint=str(self.resume_path) if self.resume_path else None)
+            trainer.train(resume_from_checkpoint=str(self.get_resume_folder) if self.get_resume_folder else None)
         test_metrics = self._evaluate_test_set(trainer)
         self.channel.report_stage(Stage.SAVING)
         folder, extra = self._save_output(trainer, trainable_model)
         if trainer.is_world_process_zero():
-            self._complete_output(folder, test_metrics)
+            self._write_settings_and_card(folder, test_metrics)
         extra |= self._write_reference_values(trainer)
         if test_metrics:
             extra["evaluation"] = test_metrics
-        self.hooks.deliver_output(self.run, self.channel, folder, trainable_model.kind, extra)
+        self.hooks.report_final_artefact(self.run, self.channel, folder, trainable_model.output_kind, extra)
 
     @contextmanager
     def _advice_after_out_of_memory(self) -> Iterator[None]:
-        """If the GPU's memory is exhausted in an optimizer step, report what the next attempt should change. Evaluations are not planned."""
+        """If the GPU's memory is exhausted in a training step, report what the next attempt should change.
+
+        Evaluations are left out, because the memory plan does not cover them.
+        """
         import torch
 
-        from finetune_trainer.memory_plan import advise_after_out_of_memory, refused_allocation
+        from finetune_trainer.memory_plan import advise_after_out_of_memory, describe_refused_allocation
 
         try:
             yield
         except torch.OutOfMemoryError as error:
             if self.memory_facts is not None and self.hardware.device.type == "cuda" and self.trainer.model.training:
                 with suppress(Exception):  # without advice, the operator halves the micro-batch
-                    advice = advise_after_out_of_memory(self.run, self.config, self.memory_facts, refused_allocation(error, self.hardware.device))
+                    advice = advise_after_out_of_memory(self.run, self.config, self.memory_facts, describe_refused_allocation(error, self.hardware.device))
                     self.channel.report_out_of_memory(advice)
             raise
 
     def _build_trainer(self, callbacks: list[Any]) -> tuple[Any, TrainableModel]:
         """Build arguments, data, base model, method and Trainer, in this order. Returns the Trainer and its model.
 
-        A different order would change the results of a run, because the steps after `set_seed` consume random numbers.
+        The order must not change: everything that is built after `set_seed` consumes random numbers, so another order would change the results of a run.
         """
         from transformers import PrinterCallback, set_seed
 
@@ -161,7 +164,7 @@ class TrainingSession:
         from finetune_trainer.method.registry import create_method
 
         tokenizer, notes = model.load_tokenizer(self.run, self.inputs)
-        context, args = self._choose_arguments(tokenizer, [*self._own_callbacks(), *callbacks])
+        context, args = self._choose_arguments(tokenizer, [*self._create_own_callbacks(), *callbacks])
         data, self.facts = self.objective.load_data(context)
         self.late_defaults = late_defaults(self.run, tokenizer, context.max_positions)
         self.training_rows, self.test_rows, self.datasets = data.train, data.test, (data.test, data.validation, data.train)
@@ -176,13 +179,13 @@ class TrainingSession:
         context.unquantized = method.before_load()
         with self._shared_weights() as (context.inputs, sharing_notes):
             base_model, notes = model.load_model(
-                self.run, context.inputs, self.hardware, is_sharded=self.strategy.shards_weights, kind=self.objective.model_kind,
+                self.run, context.inputs, self.hardware, is_sharded=self.strategy.shards_weights, model_kind=self.objective.model_kind,
                 skip_quantization=context.unquantized,
             )  # fmt: skip
             vocabulary.fit_embeddings(base_model, tokenizer, self.run, [data.train, data.validation, data.test])
             trainable_model = method.make_trainable(base_model)
             self._emit_notes(*notes, *sharing_notes, *trainable_model.notes, *self.strategy.notes)
-            with method.trainer_construction(base_model):  # dpo also loads its reference model
+            with method.trainer_construction(base_model):  # This also loads the reference model of dpo.
                 trainer = self.objective.build_trainer(context, args, trainable_model.model, data)
         context.inputs = self.inputs
         trainer.kept_layer_tokens = kept_layer_tokens
@@ -196,7 +199,7 @@ class TrainingSession:
 
     @contextmanager
     def _shared_weights(self) -> Iterator[tuple[Inputs, list[str]]]:
-        """Yield the inputs to load the model from, and notes. With FSDP, the ranks of a pod share 32-bit weights that one rank has converted."""
+        """Yield the inputs whose model folder is loaded, and notes. With FSDP, one rank of each pod may convert the weights to 32 bits for all."""
         import torch
 
         from finetune_trainer.distributed import local_rank_0_first
@@ -211,13 +214,13 @@ class TrainingSession:
             yield self.inputs, []
             return
         with float32_weights(
-            self.inputs.model, self.channel.work, converts=self.channel.local_rank == 0, local_rank_0_first=local_rank_0_first(),
+            self.inputs.model, self.channel.work_folder, converts=self.channel.local_rank == 0, local_rank_0_first=local_rank_0_first(),
             wait_for_ranks=torch.distributed.barrier,
         ) as (folder, notes):  # fmt: skip
             yield self.inputs.model_copy(update={"model": folder}), notes
 
     def _choose_arguments(self, tokenizer: Any, callbacks: list[Any]) -> tuple[TrainingContext, Any]:
-        """Choose the attention for the model, and create the context of the objective and its TrainingArguments."""
+        """Choose the model's attention implementation, and create the objective's context and TrainingArguments."""
         from finetune_trainer import model
         from finetune_trainer.attention import choose_attention
         from finetune_trainer.kernels import choose_kernels
@@ -229,7 +232,7 @@ class TrainingSession:
         self.hardware = self.strategy.hardware = replace(self.hardware, attention=attention)
         self._emit_notes(*notes)
         context = TrainingContext(
-            self.run, self.inputs, self.hardware, self.strategy, tokenizer, self.channel.work / "tokens", model.max_positions(config), callbacks,
+            self.run, self.inputs, self.hardware, self.strategy, tokenizer, self.channel.work_folder / "tokens", model.max_positions(config), callbacks,
             vision=model.load_processor(self.run, self.inputs, config, tokenizer),
         )  # fmt: skip
         self.vision = context.vision
@@ -241,8 +244,7 @@ class TrainingSession:
     def _choose_checkpointing(self, args: Any) -> int | None:
         """Turn off gradient checkpointing if the spec leaves it to the trainer and all activations fit into the GPU's memory.
 
-        Otherwise, return how many activations a micro-batch keeps, as layers times tokens. None if the spec decides, or if no activations
-        are kept.
+        If only some activations fit, return how many a micro-batch keeps, as layers times tokens. In all other cases, return None.
         """
         import torch
 
@@ -269,22 +271,22 @@ class TrainingSession:
         return MethodContext(
             self.run, self.inputs, self.hardware, self.strategy, self.objective.model_kind,
             new_token_ids=tuple(vocabulary.new_token_ids(tokenizer, self.run.spec.model.new_tokens)),
-            is_resumed=self.resume_path is not None,
+            is_resumed=self.get_resume_folder is not None,
         )  # fmt: skip
 
-    def _own_callbacks(self) -> list[Any]:
-        """Callbacks that run before the callbacks for checkpoints and reporting."""
+    def _create_own_callbacks(self) -> list[Any]:
+        """Return the callbacks that run before the callbacks for checkpoints and reporting."""
         from transformers import EarlyStoppingCallback
 
         from finetune_trainer.best import KeepBest
-        from finetune_trainer.engine import FiniteGuard, LogLine
+        from finetune_trainer.engine import FiniteGuard, LogLineWriter
         from finetune_trainer.memory_plan import MeasuredMemory
 
-        callbacks: list[Any] = [self._create_verifier(), FiniteGuard(), LogLine()]
+        callbacks: list[Any] = [self._create_verifier(), FiniteGuard(), LogLineWriter()]
         if self.hardware.device.type == "cuda":
             callbacks.append(MeasuredMemory(self.channel, self.hardware.device))
         if self.run.spec.checkpoint.load_best_at_end:
-            callbacks.append(KeepBest(self.resume_path))
+            callbacks.append(KeepBest(self.get_resume_folder))
         early_stopping = self.run.spec.training.early_stopping
         if early_stopping is not None:
             callbacks.append(
@@ -305,7 +307,7 @@ class TrainingSession:
         return Verifier()
 
     def verify(self) -> None:
-        """Check that the run matches the spec, and report the effective configuration.
+        """Check that the requested features are active, and report the effective configuration.
 
         Errors: InternalError StrategyNotActive, AttentionSwapped, QuantizationNotActive, KernelsNotActive, PackingLeaks.
         """
@@ -324,7 +326,7 @@ class TrainingSession:
                 world_size=self.channel.world_size,
                 effective_batch=args.per_device_train_batch_size * args.gradient_accumulation_steps * self.strategy.data_parallel_size,
                 strategy=active_strategy, attention=attention, device=self.hardware.name,
-                trainable_parameters=self.trainable.trainable, total_parameters=self.trainable.total,
+                trainable_parameters=self.trainable.trainable_count, total_parameters=self.trainable.total_count,
                 model_revision=self.inputs.model_revision, dataset_digest=self.inputs.dataset_digest,
                 dataset_rows=self.facts.rows, dataset_format=self.facts.format.value, defaults=self.late_defaults or None,
             )
@@ -333,16 +335,16 @@ class TrainingSession:
         self.channel.report_stage(Stage.TRAINING)
 
     def _report_memory_plan(self) -> None:
-        """Report the planned memory of this rank and the planned work, if the plan knows this kind of run."""
-        from finetune_trainer.memory_plan import facts_of_run, plan_with_facts, plan_work_of_run
+        """Report the planned memory and work of this rank, if the plan knows this kind of run."""
+        from finetune_trainer.memory_plan import collect_memory_facts, plan_memory_of_run, plan_work_of_run
 
         args, trainer = self.trainer.args, self.trainer
-        self.memory_facts = facts_of_run(
+        self.memory_facts = collect_memory_facts(
             self.run, self.config, attention=self.hardware.attention, longest_tokens=self.facts.longest_sequence, uses_liger=args.use_liger_kernel,
             recomputes=args.activation_checkpointing, kept_layer_tokens=trainer.kept_layer_tokens,
         )  # fmt: skip
-        plan = plan_with_facts(self.run, self.config, self.memory_facts, self.hardware.name)
-        work = plan_work_of_run(self.run, self.config, self.facts.report, self.trainable.trainable)
+        plan = plan_memory_of_run(self.run, self.config, self.memory_facts, self.hardware.name)
+        work = plan_work_of_run(self.run, self.config, self.facts.report, self.trainable.trainable_count)
         if plan is not None or work is not None:
             self.channel.report_plan(RunPlan(memory=plan, work=work))
 
@@ -353,8 +355,8 @@ class TrainingSession:
         if self.test_rows is None:
             return {}
         self.channel.report_stage(Stage.EVALUATING)
-        metrics = held_out.measure(trainer, self.test_rows, self.objective.held_out_metrics)
-        self._emit_notes(held_out.summarise(metrics, self.objective.held_out_metrics))
+        metrics = held_out.measure_test_set(trainer, self.test_rows, self.objective.held_out_metrics)
+        self._emit_notes(held_out.format_note(metrics, self.objective.held_out_metrics))
         return metrics
 
     def _write_test_split(self) -> None:
@@ -386,7 +388,7 @@ class TrainingSession:
                 trainer.model.save_pretrained(
                     folder, path_initial_model_for_weight_conversion=str(trainable_model.initial_adapter)
                 )
-            # TRL's preference trainers keep a frozen copy of the adapter under this name, and PEFT saves every adapter.
+            # TRL's preference trainers keep a frozen copy of the adapter under the name `ref`, and PEFT saves every adapter.
             shutil.rmtree(folder / "ref", ignore_errors=True)
             for name, text in trainable_model.extra_files.items():
                 (folder / name).write_text(text)
@@ -394,34 +396,34 @@ class TrainingSession:
             _name_base_by_source(folder, self.run)
             self._write_log(trainer)
         trainer.accelerator.wait_for_everyone()
-        parameters = {"trainable": trainable_model.trainable, "total": trainable_model.total}
+        parameters = {"trainable": trainable_model.trainable_count, "total": trainable_model.total_count}
         return folder, {"data": self.facts.report, "notes": sorted(self._emitted_notes), "parameters": parameters}
 
-    def _complete_output(self, folder: Path, test_metrics: dict[str, float]) -> None:
+    def _write_settings_and_card(self, folder: Path, test_metrics: dict[str, float]) -> None:
         """Write the generation settings with the trained end tokens, and the model card. Only rank 0 calls this."""
-        from finetune_trainer.artefact.card import CARD_FILE, TrainingFacts, model_card
-        from finetune_trainer.artefact.end_tokens import trained_answers, trained_end_tokens
+        from finetune_trainer.artefact.card import CARD_FILE, TrainingFacts, build_model_card
+        from finetune_trainer.artefact.end_tokens import find_trained_end_tokens, read_trained_answers
         from finetune_trainer.artefact.generation import copy_processor_files, write_generation_files
 
         tokenizer, state = self.trainer.processing_class, self.trainer.state
         if self.objective.model_kind == "causal":
-            end_ids = trained_end_tokens(tokenizer, trained_answers(self.training_rows))
+            end_ids = find_trained_end_tokens(tokenizer, read_trained_answers(self.training_rows))
             write_generation_files(folder, self.inputs.model, self.config, tokenizer, end_ids)
         if self.vision is not None:
             copy_processor_files(self.inputs.model, folder)
         losses = {name: line[name] for line in state.log_history for name in ("loss", "eval_loss") if name in line}
         metrics = {"last training loss": losses.get("loss"), "last validation loss": losses.get("eval_loss"), **test_metrics}
         facts = TrainingFacts(
-            self.facts.rows, self.facts.format.value, state.global_step, self.trainable.trainable, self.trainable.total,
+            self.facts.rows, self.facts.format.value, state.global_step, self.trainable.trainable_count, self.trainable.total_count,
             {name: value for name, value in metrics.items() if value is not None},
         )  # fmt: skip
-        (folder / CARD_FILE).write_text(model_card(self.run, self.inputs, self.trainable.kind, facts), encoding="utf-8")
+        (folder / CARD_FILE).write_text(build_model_card(self.run, self.inputs, self.trainable.output_kind, facts), encoding="utf-8")
 
     def _write_reference_values(self, trainer: Any) -> dict[str, str]:
-        """Write the reference values, which the stage `verifying` compares with the values of the stored model. Called after all weights
-        are saved.
+        """Write the reference values, which the stage `verifying` compares with the values of the stored model.
 
-        Returns the sha256 of the file for the model's manifest. With sharded weights, all ranks compute the values together.
+        Called after all weights are saved. With sharded weights, all ranks compute the values together. Returns the sha256 of the file, as an
+        entry for the model's manifest.
         """
         from finetune_trainer.verification import record, reference
 
@@ -429,7 +431,7 @@ class TrainingSession:
             return {}
         tokenizer = trainer.processing_class
         rows = record.choose_rows(self.datasets, tokenizer)
-        values = record.record_values(
+        values = record.record_reference_values(
             trainer, self.run, self.hardware, rows, tokenizer, head=self.objective.model_kind, is_sharded=self.strategy.shards_weights,
             vision=self.vision,
         )  # fmt: skip
@@ -439,12 +441,12 @@ class TrainingSession:
         return {reference.MANIFEST_KEY: hashlib.sha256(content).hexdigest()}
 
     def _write_log(self, trainer: Any) -> None:
-        """Write all logged lines of the run to the output folder. The Trainer's state includes the lines of earlier attempts."""
+        """Write all log entries of the run, also those of earlier attempts, to the output folder."""
         from finetune_trainer.results.file_names import ResultFile
-        from finetune_trainer.results.log_entry import LogEntry, log_jsonl
+        from finetune_trainer.results.log_entry import LogEntry, log_to_jsonl
 
         entries = [LogEntry.model_validate(line) for line in trainer.state.log_history]
-        (self.inputs.output_dir / ResultFile.LOG).write_text(log_jsonl(entries), encoding="utf-8")
+        (self.inputs.output_dir / ResultFile.LOG).write_text(log_to_jsonl(entries), encoding="utf-8")
 
     def _emit_notes(self, *notes: str) -> None:
         """Report each note for the status once, from rank 0."""
@@ -463,7 +465,10 @@ def _checkpoint_hooks() -> TrainingHooks:
 
 @contextmanager
 def _finish_checkpoint_after_failure(trainer: Any) -> Iterator[None]:
-    """If training fails, complete the checkpoint in the background, because its step was correct. A failure of the checkpoint is only logged."""
+    """If training fails, let the background writer complete its checkpoint, because the steps up to the checkpoint were correct.
+
+    An error of the writer does not replace the error of training.
+    """
     try:
         yield
     except Exception:
@@ -474,7 +479,7 @@ def _finish_checkpoint_after_failure(trainer: Any) -> Iterator[None]:
 
 
 def _name_base_by_source(folder: Path, run: RunConfig) -> None:
-    """Write the base model's source into the adapter's configuration. PEFT writes the base model's path on this pod's disk."""
+    """Write the base model's source into the adapter's configuration, where PEFT has written the base model's path on this pod's disk."""
     config = folder / "adapter_config.json"
     if config.exists():
         value = json.loads(config.read_text())
@@ -487,7 +492,7 @@ def to_finetune_error(error: Exception) -> FineTuneError:
     import torch
 
     text = str(error).strip().split("\n")[0][:500]
-    if isinstance(error, torch.OutOfMemoryError) or OUT_OF_GPU_MEMORY.search(str(error)):
+    if isinstance(error, torch.OutOfMemoryError) or OUT_OF_GPU_MEMORY_PATTERN.search(str(error)):
         return MemoryExhaustedError(
             "GpuOutOfMemory", text, hint="lower training.batchSizePerDevice, raise gradientAccumulationSteps, or enable gradientCheckpointing"
         )  # fmt: skip
@@ -495,7 +500,7 @@ def to_finetune_error(error: Exception) -> FineTuneError:
 
 
 def _disable_progress_bars() -> None:
-    """Turn off progress bars: they overwrite lines, which is impossible in a pod's log."""
+    """Turn off progress bars, because they overwrite their line, which a pod's log cannot do."""
     import datasets
     from transformers.utils import logging as hf_logging
 

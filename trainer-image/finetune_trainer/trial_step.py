@@ -1,13 +1,14 @@
-"""Trains one step with a small copy of the model on the CPU of a preparation: the model's own classes, the job's method and objective, a few real rows.
+"""Trains one step with a small copy of the model, on the CPU of a preparation: with the model's own classes, the job's method and objective, and a
+few real rows.
 
-This finds faults in the code of a model before GPUs are requested: code that does not fit the installed libraries, and an objective that the model's
-class refuses. A fault is only reported if it cannot come from the copy itself:
+This finds two faults before GPUs are requested: code of the model that does not fit the installed libraries, and an objective that the model's
+class refuses. An error is raised only if the copy's size cannot be the cause:
 
-* Code that cannot be imported, or that uses a name that does not exist, is a fault. So is a wrong attribute or argument in code of the model's own.
-* If the copy computes a plain forward and backward pass, but not the job's step, and a small Llama model computes the same step, then the model's
-  class is the cause.
+* The model's code cannot be imported, or uses a name that does not exist. If the code comes from the model's repository, a wrong attribute or argument
+  also counts.
+* The copy computes a plain forward and backward pass, but not the job's step, and a small Llama model computes the same step.
 
-Everything else is a note. The step runs in a forked process with limits of time and memory, so that it cannot end the preparation.
+Every other failure becomes a note. The step runs in a forked process with a time limit and a memory limit, so that it cannot end the preparation.
 """
 
 from __future__ import annotations
@@ -46,21 +47,21 @@ from finetune_trainer.small_copy import shrink_config
 log = logging.getLogger(__name__)
 TIME_LIMIT_SECONDS = 60.0
 MEMORY_LIMIT_BYTES = 3 * 2**29
-ROWS, SEARCHED_ROWS, MOST_TOKENS = 2, 200, 8192
-CODE_FAULTS = (ImportError, SyntaxError, NameError)
-"""Exceptions that do not depend on the sizes of a model."""
-REFUSALS = (TypeError, AttributeError, NotImplementedError, ValueError, KeyError, *CODE_FAULTS)
+TRIAL_ROW_COUNT, SEARCHED_ROW_COUNT, MAX_TRIAL_ROW_TOKENS = 2, 200, 8192
+CODE_FAULT_EXCEPTIONS = (ImportError, SyntaxError, NameError)
+"""Exceptions that show a fault in the code of a model, whatever the sizes of the model are."""
+REFUSAL_EXCEPTIONS = (TypeError, AttributeError, NotImplementedError, ValueError, KeyError, *CODE_FAULT_EXCEPTIONS)
 """Exceptions with which the class of a model refuses a step."""
 BACKEND_MESSAGE = "Could not run"
-"""Beginning of torch's message that an operation has no implementation for the CPU."""
+"""Beginning of torch's message about an operation that has no implementation for the CPU."""
 
 
 def try_step(context: TrainingContext, objective: Objective[Any, Any], data: Any, config: Any, limit_seconds: float = TIME_LIMIT_SECONDS) -> str | None:
-    """Train one step with a small copy of the model. Returns a note if that was not possible, None after a success.
+    """Train one step with a small copy of the model. Returns None after a success, and otherwise a note why the step was not possible.
 
     `config`: the configuration of the model. Errors: ConfigError ModelCodeFails, TrainingStepFails.
     """
-    reason = reason_against(context)
+    reason = reason_against_trial_step(context)
     if reason is not None:
         return f"the preparation trained no step with a small copy of the model: {reason}"
     outcome = _run_forked(lambda: _try_step(context, objective, data, config), limit_seconds)
@@ -69,8 +70,8 @@ def try_step(context: TrainingContext, objective: Objective[Any, Any], data: Any
     return None if outcome is None else f"the preparation trained no step with a small copy of the model: {outcome}"
 
 
-def reason_against(context: TrainingContext) -> str | None:
-    """Return why a small copy of this model cannot train the job's step, or None."""
+def reason_against_trial_step(context: TrainingContext) -> str | None:
+    """Return why a small copy of the model cannot train the job's step. None if nothing is known against it."""
     spec, method = context.run.spec, rules.method_type_of(context.run.spec)
     if context.vision is not None:
         return "it is a model for images and text"
@@ -85,7 +86,7 @@ def reason_against(context: TrainingContext) -> str | None:
 
 
 def _run_forked(action: Callable[[], FineTuneError | str | None], limit_seconds: float) -> FineTuneError | str | None:
-    """Run an action in a forked process. Returns its result, or why it has none."""
+    """Run an action in a forked process. Returns the action's result, or a reason why there is none."""
     forks = multiprocessing.get_context("fork")
     receiver, sender = forks.Pipe(duplex=False)
     process = forks.Process(target=_report_result, args=(action, sender), name="trial-step")
@@ -117,21 +118,21 @@ def _report_result(action: Callable[[], FineTuneError | str | None], sender: Con
 
 
 def _try_step(context: TrainingContext, objective: Objective[Any, Any], data: Any, config: Any) -> FineTuneError | str | None:
-    """Train one step. Returns the fault that was found, or the reason why the step could not show one, or None after a success."""
-    chosen = _few_rows(data)
+    """Train one step. Returns None after a success, the error if the model is at fault, or a reason why the step says nothing about the model."""
+    chosen = _select_short_rows(data)
     if chosen is None:
-        return f"the shortest rows have more than {MOST_TOKENS} tokens"
+        return f"the shortest rows have more than {MAX_TRIAL_ROW_TOKENS} tokens"
     small, has_own_code = shrink_config(config), bool(getattr(config, "auto_map", None))
     try:
-        _plain_step(_build(context, objective, small), chosen)
+        _run_plain_step(_build_small_copy(context, objective, small), chosen)
     except Exception as error:
-        if isinstance(error, CODE_FAULTS) or (has_own_code and isinstance(error, AttributeError | TypeError)):
+        if isinstance(error, CODE_FAULT_EXCEPTIONS) or (has_own_code and isinstance(error, AttributeError | TypeError)):
             return _code_error(context, error)
         log.warning("the small copy cannot be trained", exc_info=error)
         return f"the small copy cannot be trained ({_first_line(error)})"
     try:
-        _job_step(context, objective, chosen, _build(context, objective, small))
-    except REFUSALS as error:
+        _run_job_step(context, objective, chosen, _build_small_copy(context, objective, small))
+    except REFUSAL_EXCEPTIONS as error:
         if isinstance(error, NotImplementedError) and BACKEND_MESSAGE in str(error):
             return _first_line(error)
         if not _works_with_llama(context, objective, chosen, small):
@@ -140,17 +141,17 @@ def _try_step(context: TrainingContext, objective: Objective[Any, Any], data: An
     return None
 
 
-def _few_rows(data: Any) -> Any:
-    """Return the data with only the shortest of the first training rows. None if these have too many tokens."""
-    first = data.train.select(range(min(SEARCHED_ROWS, len(data.train))))
+def _select_short_rows(data: Any) -> Any:
+    """Return the data with only the `TRIAL_ROW_COUNT` shortest of the first `SEARCHED_ROW_COUNT` training rows. None if they have too many tokens."""
+    first = data.train.select(range(min(SEARCHED_ROW_COUNT, len(data.train))))
     lengths = [sum(len(value) for value in row.values() if isinstance(value, list)) for row in first.with_format(None)]
-    shortest = sorted(sorted(range(len(lengths)), key=lengths.__getitem__)[:ROWS])
-    if sum(lengths[number] for number in shortest) > MOST_TOKENS:
+    shortest = sorted(sorted(range(len(lengths)), key=lengths.__getitem__)[:TRIAL_ROW_COUNT])
+    if sum(lengths[number] for number in shortest) > MAX_TRIAL_ROW_TOKENS:
         return None
     return replace(data, train=first.select(shortest), validation=None, test=None)
 
 
-def _build(context: TrainingContext, objective: Objective[Any, Any], config: Any) -> Any:
+def _build_small_copy(context: TrainingContext, objective: Objective[Any, Any], config: Any) -> Any:
     """Build the small copy with random weights, in 32 bits on the CPU."""
     register()
     if objective.model_kind == "reward":
@@ -164,17 +165,17 @@ def _build(context: TrainingContext, objective: Objective[Any, Any], config: Any
     return built
 
 
-def _plain_step(built: Any, data: Any) -> None:
+def _run_plain_step(built: Any, data: Any) -> None:
     """Compute a forward and a backward pass on the tokens of a row, without method and objective."""
     row = data.train.with_format(None)[0]
     ids = next(value for name, value in row.items() if name.endswith("ids"))[:32]
     built(input_ids=torch.tensor([ids])).logits.float().logsumexp(-1).mean().backward()
 
 
-def _job_step(context: TrainingContext, objective: Objective[Any, Any], data: Any, built: Any) -> None:
+def _run_job_step(context: TrainingContext, objective: Objective[Any, Any], data: Any, built: Any) -> None:
     """Train one step with the method and the objective of the job."""
-    run = small_run(context.run)
-    hardware = Hardware(torch.device("cpu"), "cpu", torch.float32, bf16=False, fp16=False, attention=built.config._attn_implementation)
+    run = make_small_run(context.run)
+    hardware = Hardware(torch.device("cpu"), "cpu", torch.float32, computes_in_bf16=False, computes_in_fp16=False, attention=built.config._attn_implementation)
     folder = context.inputs.output_dir.parent / "trial-step"
     inputs = context.inputs.model_copy(update={"output_dir": folder / "output"})
     strategy = DistributedStrategy(run, hardware, 1)
@@ -193,10 +194,10 @@ def _job_step(context: TrainingContext, objective: Objective[Any, Any], data: An
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def small_run(run: RunConfig) -> RunConfig:
-    """Return the run of a single step on the CPU, without checkpoints, evaluations and options for GPUs."""
+def make_small_run(run: RunConfig) -> RunConfig:
+    """Return the run configuration for a single step on the CPU, without checkpoints, evaluations and GPU options."""
     values: dict[str, Any] = {
-        "training.device": "cpu", "training.mixedPrecision": "no", "training.batchSizePerDevice": ROWS, "training.gradientAccumulationSteps": 1,
+        "training.device": "cpu", "training.mixedPrecision": "no", "training.batchSizePerDevice": TRIAL_ROW_COUNT, "training.gradientAccumulationSteps": 1,
         "training.maxSteps": 1, "training.optimizer": "adamw_torch", "training.earlyStopping": None, "checkpoint.strategy": "no",
         "checkpoint.loadBestAtEnd": False, "evaluation.strategy": "no", "trainer.backend": "transformers", "model.ligerKernels": False,
         "model.quantization": None,
@@ -206,11 +207,11 @@ def small_run(run: RunConfig) -> RunConfig:
     return run.model_copy(update={"spec": run.spec.with_values(values)})
 
 
-def _works_with_llama(context: TrainingContext, objective: Objective[Any, Any], data: Any, small: Any) -> bool:
-    """Whether a small Llama model computes the same step. Otherwise the cause may be this check, and not the class of the model."""
+def _works_with_llama(context: TrainingContext, objective: Objective[Any, Any], data: Any, small_model: Any) -> bool:
+    """Whether a small Llama model computes the same step. If not, the cause may be this check instead of the model's class."""
     from transformers import LlamaConfig
 
-    text = small.get_text_config()
+    text = small_model.get_text_config()
     config = LlamaConfig(
         vocab_size=text.vocab_size, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         max_position_embeddings=getattr(text, "max_position_embeddings", None) or 2048, pad_token_id=getattr(text, "pad_token_id", None),
@@ -220,7 +221,7 @@ def _works_with_llama(context: TrainingContext, objective: Objective[Any, Any], 
         spec = spec.with_values({"method.lora.targetModules": ["all-linear"], "method.lora.targetParameters": None, "method.lora.modulesToSave": None})
     llama_context = replace(context, run=context.run.model_copy(update={"spec": spec}))
     try:
-        _job_step(llama_context, objective, data, _build(llama_context, objective, config))
+        _run_job_step(llama_context, objective, data, _build_small_copy(llama_context, objective, config))
     except Exception as error:
         log.warning("a small Llama model cannot compute the step either", exc_info=error)
         return False
@@ -230,18 +231,18 @@ def _works_with_llama(context: TrainingContext, objective: Objective[Any, Any], 
 def _code_error(context: TrainingContext, error: Exception) -> ConfigError:
     source = redact_source(context.run.spec.model.source or "")
     return ConfigError(
-        "ModelCodeFails", f"the code of the model {source} fails in a plain forward and backward pass{_location(error)}: {_first_line(error)}",
+        "ModelCodeFails", f"the code of the model {source} fails in a plain forward and backward pass{_error_location(error)}: {_first_line(error)}",
         hint=f"give a model whose code fits the libraries of the trainer image, or set placement.image to an image that fits the code{_skip_hint()}",
         failure_class=FailureClass.MODEL,
     )  # fmt: skip
 
 
-def _step_error(context: TrainingContext, error: Exception, small: Any) -> ConfigError:
-    spec, kind = context.run.spec, small.model_type
-    what = f"trainer.type {rules.trainer_type_of(spec)} and method.type {rules.method_type_of(spec)}"
+def _step_error(context: TrainingContext, error: Exception, small_model: Any) -> ConfigError:
+    spec, model_type = context.run.spec, small_model.model_type
+    combination = f"trainer.type {rules.trainer_type_of(spec)} and method.type {rules.method_type_of(spec)}"
     return ConfigError(
-        "TrainingStepFails", f"a model of type {kind} cannot be trained with {what}: one step with a small copy fails{_location(error)}: {_first_line(error)}. "
-        "The same step works with a Llama model",
+        "TrainingStepFails", f"a model of type {model_type} cannot be trained with {combination}: one step with a small copy fails"
+        f"{_error_location(error)}: {_first_line(error)}. The same step works with a Llama model",
         hint=f"choose another model, trainer.type or method.type{_skip_hint()}", failure_class=FailureClass.MODEL,
     )  # fmt: skip
 
@@ -250,7 +251,7 @@ def _skip_hint() -> str:
     return "; to train without this check, write prepare.strategy: never"
 
 
-def _location(error: Exception) -> str:
+def _error_location(error: Exception) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     return f" at {frames[-1].filename.rpartition('/')[2]}:{frames[-1].lineno}" if frames else ""
 

@@ -1,4 +1,4 @@
-"""Reads the current usage of memory and GPUs of the pod."""
+"""Reads the current memory usage and GPU usage of the pod."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 import psutil
 from finetune_api.pod import GpuUsage, PodUsage
 
-CGROUP = Path("/sys/fs/cgroup")
+CGROUP_FOLDER = Path("/sys/fs/cgroup")
 
 
 class UsageReader:
-    """Reads the usage on request. NVML is loaded at the first request, because its initialisation can take seconds."""
+    """Reads the usage of memory and GPUs on request. NVML is loaded at the first request, because its initialisation can take seconds."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -27,12 +27,12 @@ class UsageReader:
             if not self._is_open:
                 self._nvml, self._is_open = open_nvml(), True
             gpus = self._nvml.read() if self._nvml is not None else []
-        used, total = container_memory()
+        used, total = read_container_memory()
         return PodUsage(memory_used_bytes=used, memory_total_bytes=total, gpus=gpus)
 
 
-def container_memory(cgroup: Path = CGROUP) -> tuple[int, int]:
-    """Used and available memory in bytes: those of the container if it has a limit, otherwise those of the machine."""
+def read_container_memory(cgroup: Path = CGROUP_FOLDER) -> tuple[int, int]:
+    """Return used and total memory in bytes: of the container if it has a limit, otherwise of the machine."""
     with contextlib.suppress(OSError, ValueError):
         return int((cgroup / "memory.current").read_text()), int((cgroup / "memory.max").read_text())
     memory = psutil.virtual_memory()
@@ -48,7 +48,7 @@ class _Memory(ctypes.Structure):
 
 
 class Nvml:
-    """The few functions of NVML that are needed. The library is part of the driver, so no package is needed."""
+    """Calls the few functions of NVML that the trainer needs. NVML is a library of the GPU driver, so no Python package is needed."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
@@ -62,7 +62,7 @@ class Nvml:
                 self._devices.append(device)
 
     def read(self) -> list[GpuUsage]:
-        """Return the usage of each GPU. The driver does not report all values of all GPUs, for example of MIG slices."""
+        """Return the usage of each GPU. A value that the driver does not report, for example for MIG slices, is None."""
         usages = []
         for index, device in enumerate(self._devices):
             utilization, memory = _Utilization(), _Memory()
@@ -78,7 +78,7 @@ class Nvml:
 
 
 def open_nvml() -> Nvml | None:
-    """Load NVML. None: the machine has no NVIDIA driver."""
+    """Load NVML. Returns None if the machine has no NVIDIA driver."""
     try:
         return Nvml(ctypes.CDLL("libnvidia-ml.so.1"))
     except (OSError, AttributeError):

@@ -1,7 +1,7 @@
 """Adds new tokens (`model.newTokens`) to the tokenizer and to the model's embeddings.
 
-In the embeddings and in the head, a new row starts as the mean of all older rows, so that the new token has an average
-probability. With random rows, its probability would be far too high or too low. The method decides whether the rows are trained.
+In the embeddings and in the head, the row of a new token starts as the mean of all older rows, so that the token has an average
+probability. With a random row, its probability would be far too high or too low. The method decides whether the new rows are trained.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def new_token_ids(tokenizer: Any, new_tokens: Sequence[str] | None) -> list[int]
 def fit_embeddings(model: Any, tokenizer: Any, run: RunConfig, datasets: Sequence[Any] = ()) -> None:
     """Add embedding rows for the new tokens. If there are no new tokens, check that the model has a row for every token in the data.
 
-    A tokenizer may have more tokens than the model has rows (for example image tokens), if the additional tokens do not occur in
-    the data sets `datasets` and are not the pad token. Errors: ConfigError VocabularyDiffers, NewTokensSharded.
+    A tokenizer may have more tokens (for example image tokens) than the model has rows, if the additional tokens do not occur in
+    `datasets` and are not the pad token. Errors: ConfigError VocabularyDiffers, NewTokensSharded.
     """
     ids = new_token_ids(tokenizer, run.spec.model.new_tokens)
     embeddings = model.get_input_embeddings().weight
@@ -61,11 +61,11 @@ def fit_embeddings(model: Any, tokenizer: Any, run: RunConfig, datasets: Sequenc
         )  # fmt: skip
     if rows < len(tokenizer):
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    _set_to_mean(model, ids)
+    _set_rows_to_mean(model, ids)
 
 
 def _highest_id(dataset: Any) -> int:
-    """Return the highest token id in the token columns of a data set, or -1 without such columns."""
+    """Return the highest token id in the token columns of a data set, or -1 if the data set has no token columns."""
     import pyarrow.compute
 
     columns = [name for name in getattr(dataset, "column_names", ()) if name.endswith("_ids")]
@@ -74,7 +74,7 @@ def _highest_id(dataset: Any) -> int:
 
 
 @torch.no_grad()
-def _set_to_mean(model: Any, new_ids: list[int]) -> None:
+def _set_rows_to_mean(model: Any, new_ids: list[int]) -> None:
     """Set the rows of the new tokens to the mean of all older rows."""
     modules = [model.get_input_embeddings(), model.get_output_embeddings()]
     for weight in {id(module.weight): module.weight for module in modules if module is not None}.values():

@@ -14,7 +14,7 @@ from finetune_cli.commands.shared import (
     KubeconfigOption,
     NameArgument,
     NamespaceOption,
-    check_format,
+    require_format,
     write_data,
 )
 from finetune_cli.commands.storage_options import EndpointOption, SecretOption, StorageOption, open_storage
@@ -45,9 +45,9 @@ def checkpoints(
     Example: finetune checkpoints support-bot --download 400 --to ./checkpoint
     """
     from finetune_cli.cluster import connect
-    from finetune_cli.status_text import checkpoint_table, status_of
+    from finetune_cli.status_text import format_checkpoint_table, parse_status
 
-    check_format(output_format, "yaml", "json")
+    require_format(output_format, "yaml", "json")
     options = [
         option for option, given in (("--verify", verify), ("--download", download), ("-o", output_format)) if given
     ]
@@ -62,9 +62,9 @@ def checkpoints(
     elif output_format is not None:
         write_data((job.get("status") or {}).get("checkpoints") or [], output_format)
     else:
-        status = status_of(job)
+        status = parse_status(job)
         if status.checkpoints:
-            output.write("\n".join(checkpoint_table(status)))
+            output.write("\n".join(format_checkpoint_table(status)))
         else:
             output.print_notes([f"{name} has no committed checkpoint yet"])
 
@@ -93,21 +93,21 @@ def _is_intact(storage: JobStorage, committed_folder: CommittedFolder) -> bool:
     return True
 
 
-def _download_checkpoints(storage: JobStorage, selection: str, to: Path) -> None:
-    from finetune_cli.commands.download import source_of_folder
-    from finetune_cli.commands.transfer_output import shown_progress
+def _download_checkpoints(storage: JobStorage, selection: str, folder_path: Path) -> None:
+    from finetune_cli.commands.download import find_source_of_folder
+    from finetune_cli.commands.transfer_output import show_progress
     from finetune_cli.downloads import download
     from finetune_cli.status_text import format_bytes
 
-    folder = folder_of(selection)
-    source = source_of_folder(storage, folder)
-    with shown_progress("download", is_quiet=False) as progress:
-        files = download(source, to, progress, overwrite=True)
-    output.write(f"{folder}: {format_bytes(sum(file.size for file in files))} in {to}")
+    folder = find_folder_of_selection(selection)
+    source = find_source_of_folder(storage, folder)
+    with show_progress("download", is_quiet=False) as progress:
+        files = download(source, folder_path, progress, overwrite=True)
+    output.write(f"{folder}: {format_bytes(sum(file.size for file in files))} in {folder_path}")
 
 
-def folder_of(selection: str) -> str:
-    """Return the folder of a step or of the model. Raises StorageError."""
+def find_folder_of_selection(selection: str) -> str:
+    """Return the key of the folder for a step number or `model`. Raises StorageError for any other text."""
     from finetune_api.names import Storage, checkpoint_folder
 
     from finetune_cli.job_storage import StorageError

@@ -26,11 +26,11 @@ def delete(
     Example: finetune delete old-bot
     """
     from finetune_cli.cluster import connect, parse_job_name
-    from finetune_cli.status_text import has_finished, status_of
+    from finetune_cli.status_text import has_finished, parse_status
 
     cluster = connect(namespace, context, kubeconfig)
     jobs = [cluster.get_job(parse_job_name(name)) for name in names]
-    running = [job["metadata"]["name"] for job in jobs if not has_finished(status_of(job))]
+    running = [job["metadata"]["name"] for job in jobs if not has_finished(parse_status(job))]
     if running and not yes:
         question = f"{', '.join(running)} {'has' if len(running) == 1 else 'have'} not finished, and cannot be resumed after the deletion"
         if not sys.stdin.isatty():
@@ -39,17 +39,17 @@ def delete(
     for job in jobs:
         cluster.delete_object(job)
         output.write(f"{job['metadata']['name']}: deleted")
-        output.print_notes(remaining_text(job))
+        output.print_notes(describe_remaining_files(job))
 
 
-def remaining_text(job: dict[str, Any]) -> list[str]:
-    """Say what stays in storage, and how to remove it."""
-    from finetune_cli.job_storage import StorageError, root_of
-    from finetune_cli.status_text import format_bytes, status_of
+def describe_remaining_files(job: dict[str, Any]) -> list[str]:
+    """Return notes that say what stays in storage, and how to remove it."""
+    from finetune_cli.job_storage import StorageError, locate_job_folder
+    from finetune_cli.status_text import format_bytes, parse_status
 
-    metadata, status = job["metadata"], status_of(job)
+    metadata, status = job["metadata"], parse_status(job)
     try:
-        uri, connection = root_of(job)
+        uri, connection = locate_job_folder(job)
     except StorageError:
         purge = f"finetune purge {metadata['name']} -n {metadata['namespace']} --uid {metadata['uid']} --storage URI"
         return [f"files that the job has stored stay in the operator's default storage; to remove them, run `{purge}` with the URI of this storage"]
@@ -60,8 +60,8 @@ def remaining_text(job: dict[str, Any]) -> list[str]:
     if not uri.startswith(("s3://", "file://")):
         remove = f"to remove them, delete the folder {uri}"
     else:
-        words = ["finetune", "purge", metadata["name"], "-n", metadata["namespace"], "--uid", uid, "--storage", root]
-        words += ["--endpoint", connection.endpoint] if connection.endpoint else []
-        remove = f"to remove them, run `{shlex.join(words)}`"
+        purge_command = ["finetune", "purge", metadata["name"], "-n", metadata["namespace"], "--uid", uid, "--storage", root]
+        purge_command += ["--endpoint", connection.endpoint] if connection.endpoint else []
+        remove = f"to remove them, run `{shlex.join(purge_command)}`"
     notes = [f"{' and '.join(parts) or 'files that the job has stored'} stay in {uri}; {remove}"]
     return [*notes, f"copies stay in {' and '.join(copies)}"] if copies else notes

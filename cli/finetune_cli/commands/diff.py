@@ -1,4 +1,4 @@
-"""`finetune diff`: compares two jobs after defaults are filled in."""
+"""`finetune diff`: compares two jobs with all defaults filled in."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def diff(
 
         return dict(connect(namespace, context, kubeconfig).get_job(manifest_or_job).get("spec") or {})
 
-    left_values, right_values = flatten(_spec_with_defaults(load_spec(first), first)), flatten(_spec_with_defaults(load_spec(second), second))
+    left_values, right_values = flatten(_fill_in_defaults(load_spec(first), first)), flatten(_fill_in_defaults(load_spec(second), second))
     rows = [
         (path, left_values.get(path, "-"), right_values.get(path, "-"))
         for path in sorted({*left_values, *right_values})
@@ -52,7 +52,7 @@ def diff(
     output.write("\n".join(f"{path:<{width}}  {a}  ->  {b}" for path, a, b in rows))
 
 
-def _spec_with_defaults(spec: dict[str, Any], name: str) -> dict[str, Any]:
+def _fill_in_defaults(spec: dict[str, Any], name: str) -> dict[str, Any]:
     """Return a spec with all defaults filled in. Raises Exit for an invalid spec."""
     from finetune_api.defaults import resolve_defaults
     from finetune_api.spec import FineTuneJobSpec

@@ -14,8 +14,8 @@ from finetune_cli.commands.shared import (
     DataFormatOption,
     KubeconfigOption,
     NamespaceOption,
-    check_format,
     complete_words,
+    require_format,
     write_data,
 )
 
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
     from finetune_cli.doctor import CheckName, CheckResult
 
-CHECK_FAILED = 2
-"""Exit code if a check has failed. 1 means that the command was used wrongly."""
-MARKS = {"ok": "✓", "failed": "✗", "unknown": "-"}
-STYLES = {"ok": "green", "failed": "bold red", "unknown": "dim"}
-CHECK_WORDS = ("cluster", "crd", "operator", "rights", "pools", "image", "storage")
+CHECK_FAILED_EXIT_CODE = 2
+"""Exit code if a check has failed. Exit code 1 means wrong usage."""
+MARK_BY_STATE = {"ok": "✓", "failed": "✗", "unknown": "-"}
+STYLE_BY_STATE = {"ok": "green", "failed": "bold red", "unknown": "dim"}
+CHECK_NAMES = ("cluster", "crd", "operator", "rights", "pools", "image", "storage")
 
 
 def doctor(
@@ -37,7 +37,7 @@ def doctor(
     ] = None,
     skip: Annotated[
         list[str] | None,
-        typer.Option("--skip", metavar="CHECK", help=f"Do not run a check: {', '.join(CHECK_WORDS)}.", autocompletion=complete_words(*CHECK_WORDS)),
+        typer.Option("--skip", metavar="CHECK", help=f"Do not run a check: {', '.join(CHECK_NAMES)}.", autocompletion=complete_words(*CHECK_NAMES)),
     ] = None,
     timeout: Annotated[str, typer.Option(metavar="TIME", help="Time for pulling the image and checking storage in a pod, for example 30m.")] = "5m",
     operator_namespace: OperatorNamespaceOption = None,
@@ -60,8 +60,8 @@ def doctor(
     from finetune_cli.doctor import CheckName, CheckResult, CheckState, Doctor
     from finetune_cli.wait_goals import parse_timeout
 
-    check_format(output_format, "yaml", "json")
-    skipped, spec = _skipped_checks(skip or []), None if file is None else _read_spec(file)
+    require_format(output_format, "yaml", "json")
+    skipped, spec = _parse_skipped_checks(skip or []), None if file is None else _read_spec(file)
     seconds = parse_timeout(timeout) or 0
     results: list[CheckResult] = []
     try:
@@ -77,41 +77,41 @@ def doctor(
             _write_line(results[-1])
     has_failed = any(result.state is CheckState.FAILED for result in results)
     if output_format is not None:
-        write_data({"ok": not has_failed, "checks": [as_data(result) for result in results]}, output_format)
+        write_data({"ok": not has_failed, "checks": [to_dict(result) for result in results]}, output_format)
     if has_failed:
-        raise output.CommandExit(CHECK_FAILED)
+        raise output.CommandExit(CHECK_FAILED_EXIT_CODE)
 
 
-def _skipped_checks(words: list[str]) -> frozenset[CheckName]:
+def _parse_skipped_checks(check_names: list[str]) -> frozenset[CheckName]:
     from finetune_cli.doctor import CheckName
 
-    unknown = [word for word in words if word not in CHECK_WORDS]
+    unknown = [word for word in check_names if word not in CHECK_NAMES]
     if unknown:
-        raise output.fail(f"--skip {unknown[0]}: unknown check; write one of {', '.join(CHECK_WORDS)}")
-    return frozenset(CheckName(word) for word in words)
+        raise output.fail(f"--skip {unknown[0]}: unknown check; write one of {', '.join(CHECK_NAMES)}")
+    return frozenset(CheckName(word) for word in check_names)
 
 
 def _read_spec(file: Path) -> FineTuneJobSpec:
-    """Read the job of a file. Raises CommandExit with every error of the job."""
-    from finetune_cli.checks import check_manifest, errors_of
+    """Return the spec of the job in a file. Raises CommandExit after printing every error of the job."""
+    from finetune_cli.checks import check_manifest, select_errors
     from finetune_cli.manifests import read_job
 
     spec, findings = check_manifest(read_job(file))
-    errors = errors_of(findings)
+    errors = select_errors(findings)
     if spec is None or errors:
         raise output.fail(*(finding.mistake for finding in errors))
     return spec
 
 
 def _write_line(result: CheckResult) -> None:
-    """Write a check as one line: mark, name, what was found, and the cure."""
+    """Print the result of a check as one line: mark, name, what was found, and what to do."""
     from rich.text import Text
 
     cure = f"; {result.cure}" if result.cure and result.state != "ok" else ""
     text = " ".join(f"{result.message}{cure}".split())
-    output.stdout_console().print(Text.assemble((MARKS[result.state], STYLES[result.state]), f" {result.check:<9} {text}"))
+    output.stdout_console().print(Text.assemble((MARK_BY_STATE[result.state], STYLE_BY_STATE[result.state]), f" {result.check:<9} {text}"))
 
 
-def as_data(result: CheckResult) -> dict[str, Any]:
-    """Return a check for `-o json`."""
+def to_dict(result: CheckResult) -> dict[str, Any]:
+    """Return the result of a check as a dict, for `-o json` and `-o yaml`."""
     return {"check": result.check.value, "state": result.state.value, "message": result.message, "cure": result.cure}

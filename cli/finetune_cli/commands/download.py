@@ -13,8 +13,8 @@ from finetune_cli.commands.shared import (
     DataFormatOption,
     KubeconfigOption,
     NamespaceOption,
-    check_format,
     complete_job,
+    require_format,
     write_data,
 )
 from finetune_cli.commands.storage_options import (
@@ -26,14 +26,14 @@ from finetune_cli.commands.storage_options import (
     open_target,
     open_uri,
 )
-from finetune_cli.commands.transfer_output import as_data, checks_text, shown_progress, summary
+from finetune_cli.commands.transfer_output import describe_checks, show_progress, summarise_files, to_dict
 
 if TYPE_CHECKING:
     from finetune_cli.downloads import Source
     from finetune_cli.job_storage import JobStorage
 
 RESULT_FOLDERS = ("merged", "metrics", "evaluation", "report", "serving", "lineage", "run")
-"""Folders of a job that can be downloaded besides the model and the checkpoints."""
+"""Folders of a job that can be downloaded, in addition to the model and the checkpoints."""
 
 
 def download(
@@ -59,7 +59,7 @@ def download(
     context: ContextOption = None,
     kubeconfig: KubeconfigOption = None,
 ) -> None:
-    """Download a model, a checkpoint, results or data, and check the content. Run an interrupted command again: it continues the download.
+    """Download a model, a checkpoint, results or data, and check the content. To continue an interrupted download, run the command again.
 
     Files of models and checkpoints are compared with the sha256 in their manifest, other files with the MD5 of the store.
 
@@ -71,76 +71,78 @@ def download(
     """
     from finetune_cli.downloads import download as download_files
 
-    check_format(output_format, "yaml", "json")
+    require_format(output_format, "yaml", "json")
     options = StorageOptions(use_secret, endpoint, storage, namespace, context, kubeconfig, secret)
     if "://" in target:
         if what is not None or use_secret or storage is not None:
             raise output.fail("with a URI, remove the part of the job, --use-secret and --storage; use --secret to name a Secret")
-        source, name = _source_of_uri(target, options)
+        source, name = _find_source_of_uri(target, options)
     else:
         if secret is not None:
             raise output.fail("--secret is for a URI; with the name of a job, write --use-secret for the job's own Secret")
-        source, name = _source_of_job(target, what or "model", options)
+        source, name = _find_source_of_job(target, what or "model", options)
     folder = to or Path(name)
-    with shown_progress("download", is_quiet=output_format is not None) as progress:
+    with show_progress("download", is_quiet=output_format is not None) as progress:
         files = download_files(source, folder, progress, overwrite=overwrite)
     if output_format is not None:
-        write_data(as_data(source.storage.uri, folder, files), output_format)
+        write_data(to_dict(source.storage.uri, folder, files), output_format)
     else:
-        output.write(f"{folder}: {summary(files)}, checked: {checks_text(files)}")
+        output.write(f"{folder}: {summarise_files(files)}, checked: {describe_checks(files)}")
 
 
-def _source_of_job(target: str, what: str, options: StorageOptions) -> tuple[Source, str]:
-    """Return the files of a part of a job, and the name of the local folder."""
+def _find_source_of_job(target: str, part_name: str, options: StorageOptions) -> tuple[Source, str]:
+    """Return the files to download from the part `part_name` of a job, and the name of the local folder."""
     storage, job = open_target(target, options)
     assert job is not None  # the target is the name of a job
-    folder = _folder_of(job, what)
-    return source_of_folder(storage, folder), f"{job['metadata']['name']}-{folder.rpartition('/')[2]}"
+    folder = _find_folder_of_part(job, part_name)
+    return find_source_of_folder(storage, folder), f"{job['metadata']['name']}-{folder.rpartition('/')[2]}"
 
 
-def _folder_of(job: dict[str, Any], what: str) -> str:
-    """Return the folder of a part of a job. Raises CommandExit for an unknown part, or for `latest` without a checkpoint."""
+def _find_folder_of_part(job: dict[str, Any], part_name: str) -> str:
+    """Return the key of the folder with the part `part_name` of a job. Raises CommandExit for an unknown part, or for `latest` without a checkpoint."""
     from finetune_api.names import Storage, checkpoint_folder
 
-    if what in (Storage.MODEL.value, *RESULT_FOLDERS):
-        return what
-    step = (job.get("status") or {}).get("latestCheckpointStep") if what == "latest" else what
+    if part_name in (Storage.MODEL.value, *RESULT_FOLDERS):
+        return part_name
+    step = (job.get("status") or {}).get("latestCheckpointStep") if part_name == "latest" else part_name
     if step is None:
         raise output.fail(f"{job['metadata']['name']} has no committed checkpoint yet")
     if not str(step).isdigit():
-        raise output.fail(f"{what}: unknown part of a job; write the step of a checkpoint, or one of model, latest, {', '.join(RESULT_FOLDERS)}")
+        raise output.fail(f"{part_name}: unknown part of a job; write the step of a checkpoint, or one of model, latest, {', '.join(RESULT_FOLDERS)}")
     return f"{Storage.CHECKPOINTS}/{checkpoint_folder(int(step))}"
 
 
-def source_of_folder(storage: JobStorage, folder: str) -> Source:
-    """Return the files of a committed folder or of a plain folder of a job. Raises StorageError with the available folders."""
-    from finetune_cli.downloads import committed_source, plain_source
+def find_source_of_folder(storage: JobStorage, folder: str) -> Source:
+    """Return the files of a committed folder or a result folder. Raises StorageError, which lists the committed folders, if `folder` is neither."""
+    from finetune_cli.downloads import make_committed_source, make_plain_source
     from finetune_cli.job_storage import StorageError, find_committed_folder, list_committed_folders
 
     committed = find_committed_folder(storage, folder)
     if committed is not None:
-        return committed_source(storage, committed)
+        return make_committed_source(storage, committed)
     if folder in RESULT_FOLDERS and folder != "merged":
-        return plain_source(storage, folder)
+        return make_plain_source(storage, folder)
     available = ", ".join(one.folder for one in list_committed_folders(storage)) or "nothing"
     raise StorageError(f"{folder} is not committed below {storage.uri}; available: {available}")
 
 
-def _source_of_uri(uri: str, options: StorageOptions) -> tuple[Source, str]:
-    """Return the files at a URI, and the name of the local folder. A commit is recognised by its marker, or by the name of an incarnation's folder."""
-    from finetune_api.names import attempt_of_uri
+def _find_source_of_uri(uri: str, options: StorageOptions) -> tuple[Source, str]:
+    """Return the files at a URI, and the name of the local folder.
 
-    from finetune_cli.downloads import committed_source, plain_source
+    The URI of a checkpoint or model may point to the folder with the commit marker, or to the folder of an incarnation inside it."""
+    from finetune_api.names import parse_attempt_of_uri
+
+    from finetune_cli.downloads import make_committed_source, make_plain_source
     from finetune_cli.job_storage import find_committed_folder
 
     address = uri.rstrip("/")
-    outer = address.rpartition("/")[0] if attempt_of_uri(address) is not None else address
+    outer = address.rpartition("/")[0] if parse_attempt_of_uri(address) is not None else address
     parent, _, name = outer.rpartition("/")
     if parent.endswith(("/", ":")):  # s3://bucket without a key
-        return plain_source(open_uri(outer, options), ""), name
+        return make_plain_source(open_uri(outer, options), ""), name
     storage = open_uri(parent, options)
     committed = find_committed_folder(storage, name)
     if committed is not None and (outer == address or committed.path == address.rpartition("/")[2]):
-        return committed_source(storage, committed), name
-    source = plain_source(storage, address.removeprefix(f"{parent}/"))
+        return make_committed_source(storage, committed), name
+    source = make_plain_source(storage, address.removeprefix(f"{parent}/"))
     return source, "." if [file.path for file in source.files] == [name] else name

@@ -17,7 +17,7 @@ def events(
     Example: finetune events support-bot
     """
     from finetune_cli.cluster import connect
-    from finetune_cli.status_text import event_line
+    from finetune_cli.status_text import format_event_line
 
     cluster = connect(namespace, context, kubeconfig)
     job = cluster.get_job(name)
@@ -30,4 +30,4 @@ def events(
             ]
         )
         return
-    output.write("\n".join(event_line(event) for event in event_objects))
+    output.write("\n".join(format_event_line(event) for event in event_objects))

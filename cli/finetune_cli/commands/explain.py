@@ -27,7 +27,7 @@ def explain(
         ),
     ] = None,
 ) -> None:
-    """Explain a field of a FineTuneJob: type, meaning, default and example.
+    """Explain a field of a FineTuneJob: its type, meaning, default and an example.
 
     Example: finetune explain training
 
@@ -61,35 +61,35 @@ def explain(
 
 
 def _find_fields_containing(word: str, all_fields: tuple[Field, ...]) -> list[Field]:
-    """Return the fields whose name or description contains a word, in any letter case."""
+    """Return the fields whose path or description contains a word. Upper and lower case are equal."""
     return [
         field for field in all_fields if word.lower() in field.path.lower() or word.lower() in field.description.lower()
     ]
 
 
 def _format_line(field: Field) -> str:
-    return f"{field.path} <{field.kind}>  {_describe_field(field)}"
+    return f"{field.path} <{field.type_text}>  {_describe_field(field)}"
 
 
 def _format_entry(field: Field, all_fields: tuple[Field, ...]) -> str:
-    lines = [f"{field.path} <{field.kind}>", f"  {_describe_field(field)}"]
-    prefix = field.path + ("[]." if field.kind.startswith("list of") else ".")
+    lines = [f"{field.path} <{field.type_text}>", f"  {_describe_field(field)}"]
+    prefix = field.path + ("[]." if field.type_text.startswith("list of") else ".")
     children = [child for child in all_fields if child.path.startswith(prefix) and "." not in child.path[len(prefix) :]]
     if children:
         width = max(len(child.path) - len(prefix) for child in children)
         lines += [
             "",
-            *(f"  {child.path[len(prefix) :]:<{width}}  <{child.kind}>  {_describe_field(child)}" for child in children),
+            *(f"  {child.path[len(prefix) :]:<{width}}  <{child.type_text}>  {_describe_field(child)}" for child in children),
         ]
     return "\n".join(lines)
 
 
 def _describe_field(field: Field) -> str:
-    """Return the description of a field. Fields that this version does not support are marked as such."""
-    from finetune_api.support import UNSUPPORTED_FIELDS, wire_path
+    """Return the description of a field. A mark in front of it says whether this release does not support the field or some of its values."""
+    from finetune_api.support import UNSUPPORTED_FIELDS, to_wire_path
 
     for row in UNSUPPORTED_FIELDS:
-        path = f"spec.{wire_path(row.path)}"
+        path = f"spec.{to_wire_path(row.path)}"
         if field.path == path or field.path.startswith((f"{path}.", f"{path}[")):
             mark = (
                 "[not supported yet]" if row.refuses_every_value else f"[some values are not supported yet: {row.hint}]"

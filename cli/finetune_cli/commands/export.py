@@ -38,9 +38,9 @@ def export(
     context: ContextOption = None,
     kubeconfig: KubeconfigOption = None,
 ) -> None:
-    """Write the final model for a container registry, as an OCI image layout. The merged model is written if there is one.
+    """Write the final model as an OCI image layout, for a container registry. If there is a merged model, the command writes this model.
 
-    Then copy it to a registry, for example with `skopeo copy --all oci:./layout:latest docker://registry.example.com/support-bot:1`.
+    Then copy the layout to a registry, for example with `skopeo copy --all oci:./layout:latest docker://registry.example.com/support-bot:1`.
 
     Example: finetune export support-bot --to ./layout
 
@@ -55,6 +55,6 @@ def export(
         raise output.fail(f"--to {to}: the folder exists already; choose a new one")
     opened, job = open_target(target, StorageOptions(use_secret, endpoint, storage, namespace, context, kubeconfig))
     if job is not None and ((job.get("status") or {}).get("output") or {}).get("promoted") is False:
-        output.print_warnings([f"the model of {target} has failed a gate of evaluation.gates, and is exported nevertheless"])
+        output.print_warnings([f"the model of {target} has failed a gate of evaluation.gates, but is exported"])
     layout = write_layout(opened, to, LayoutForm(form), tag, lambda path, size: output.print_notes([f"{path} ({format_bytes(size)})"]))
     output.write(f"{to}: {layout.digest}, {format_bytes(layout.total_bytes)}")

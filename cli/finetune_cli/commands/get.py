@@ -12,18 +12,19 @@ from finetune_cli.commands.shared import (
     FormatOption,
     KubeconfigOption,
     NamespaceOption,
-    check_format,
     format_rows,
-    job_name,
+    parse_job_argument,
+    require_format,
     write_data,
 )
 
-OUTPUT_FORMATS = ("yaml", "json", "wide", "name")
+OUTPUT_FORMATS = ("yaml", "json", "wide", "cost", "name")
+COST_COLUMNS = ["NAME", "STATUS", "GPU-HOURS", "EXPECTED GPU-HOURS", "COST", "EXPECTED COST", "MAX COST", "CURRENCY"]
 
 
 def get(
     name: Annotated[
-        str | None, typer.Argument(metavar="NAME", help="Name of one job. Default: all jobs.", callback=job_name)
+        str | None, typer.Argument(metavar="NAME", help="Name of one job. Default: all jobs.", callback=parse_job_argument)
     ] = None,
     all_namespaces: Annotated[
         bool, typer.Option("--all-namespaces", "-A", help="List jobs of all namespaces.")
@@ -35,13 +36,17 @@ def get(
 ) -> None:
     """List jobs with the columns of kubectl get.
 
+    `-o cost` shows the GPU-hours and the cost of each job so far, those that its plan expects for the optimizer steps, and `policy.maxCost`.
+
     Example: finetune get -A -o wide
+
+    Example: finetune get -o cost
 
     Example: finetune get support-bot -o yaml
     """
     from finetune_cli.cluster import connect
 
-    check_format(output_format, *OUTPUT_FORMATS)
+    require_format(output_format, *OUTPUT_FORMATS)
     if name is not None and all_namespaces:
         raise output.fail(f"{name} with --all-namespaces: a single job is in one namespace; give the namespace with -n")
     cluster = connect(namespace, context, kubeconfig)
@@ -49,26 +54,57 @@ def get(
         items = [cluster.get_job(name)] if name else cluster.list_jobs(all_namespaces=all_namespaces)
         _write_objects(items, output_format, is_single=name is not None)
         return
+    if output_format == "cost":
+        _write_costs([cluster.get_job(name)] if name else cluster.list_jobs(all_namespaces=all_namespaces), cluster.namespace, all_namespaces=all_namespaces)
+        return
     table = cluster.get_table(name, all_namespaces=all_namespaces)
     rows = table.get("rows") or []
     if not rows:
-        output.print_notes(
-            [f"there are no FineTuneJobs in {'any namespace' if all_namespaces else 'namespace ' + cluster.namespace}"]
-        )
+        _print_no_jobs(cluster.namespace, all_namespaces=all_namespaces)
         return
     output.write(_format_table(table["columnDefinitions"], rows, is_wide=output_format == "wide", with_namespaces=all_namespaces))
 
 
-def _write_objects(items: list[dict[str, Any]], output_format: str, *, is_single: bool) -> None:
+def _write_objects(jobs: list[dict[str, Any]], output_format: str, *, is_single: bool) -> None:
     from finetune_api.names import GROUP, PLURAL
 
-    for item in items:
+    for item in jobs:
         item.get("metadata", {}).pop("managedFields", None)
     if output_format == "name":
-        if items:
-            output.write("\n".join(f"{PLURAL}.{GROUP}/{item['metadata']['name']}" for item in items))
+        if jobs:
+            output.write("\n".join(f"{PLURAL}.{GROUP}/{item['metadata']['name']}" for item in jobs))
         return
-    write_data(items[0] if is_single else {"apiVersion": "v1", "kind": "List", "items": items}, output_format)
+    write_data(jobs[0] if is_single else {"apiVersion": "v1", "kind": "List", "items": jobs}, output_format)
+
+
+def _print_no_jobs(namespace: str, *, all_namespaces: bool) -> None:
+    output.print_notes([f"there are no FineTuneJobs in {'any namespace' if all_namespaces else 'namespace ' + namespace}"])
+
+
+def _write_costs(jobs: list[dict[str, Any]], namespace: str, *, all_namespaces: bool) -> None:
+    if not jobs:
+        _print_no_jobs(namespace, all_namespaces=all_namespaces)
+        return
+    header_cells = ["NAMESPACE", *COST_COLUMNS] if all_namespaces else COST_COLUMNS
+    output.write(format_rows([header_cells, *(_format_cost_cells(job, with_namespace=all_namespaces) for job in jobs)]))
+    if any((job.get("status") or {}).get("cost") is None for job in jobs):
+        output.print_notes(["a job without a cost uses no GPU, has not started, or its node pool has no pricePerGpuHour in the chart's values"])
+
+
+def _format_cost_cells(job: dict[str, Any], *, with_namespace: bool) -> list[str]:
+    from finetune_cli.status_text import parse_status
+
+    def amount(value: float | None) -> str:
+        return "-" if value is None else f"{value:.2f}"
+
+    status, metadata = parse_status(job), job["metadata"]
+    spent, planned = status.cost, status.plan.cost if status.plan else None
+    return [
+        *([metadata["namespace"]] if with_namespace else []),
+        metadata["name"], str(status.phase or "-"), amount(spent.gpu_hours if spent else None), amount(planned.gpu_hours if planned else None),
+        amount(spent.amount if spent else None), amount(planned.expected if planned else None),
+        amount((job["spec"].get("policy") or {}).get("maxCost")), (spent and spent.currency) or (planned and planned.currency) or "-",
+    ]  # fmt: skip
 
 
 def _format_table(columns: list[dict[str, Any]], rows: list[dict[str, Any]], *, is_wide: bool, with_namespaces: bool) -> str:

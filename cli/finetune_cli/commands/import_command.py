@@ -30,7 +30,7 @@ def import_(
         typer.Option(
             "--from",
             metavar="|".join(IMPORTER_NAMES),
-            help="The tool that the files belong to. Default: the tool is recognised by the content.",
+            help="The tool that the files are for. Default: recognised by the content of the files.",
             autocompletion=complete_words(*IMPORTER_NAMES),
         ),
     ] = None,
@@ -44,7 +44,7 @@ def import_(
     data: Annotated[str | None, typer.Option(metavar="URI", help="Training data; overrides the files.")] = None,
     validation: Annotated[str | None, typer.Option(metavar="URI", help="Validation data; overrides the files.")] = None,
     test: Annotated[str | None, typer.Option(metavar="URI", help="Test data; overrides the files.")] = None,
-    adapter: Annotated[str | None, typer.Option(metavar="URI", help="Adapter to continue training.")] = None,
+    adapter: Annotated[str | None, typer.Option(metavar="URI", help="Adapter whose training continues.")] = None,
     prompts: Annotated[
         str | None,
         typer.Option(metavar="NAME/KEY", help="ConfigMap and key with the prompts for comparing base and trained model."),
@@ -71,7 +71,7 @@ def import_(
     ] = None,
     model_map: Annotated[
         list[str] | None,
-        typer.Option(metavar="THEIRS=OURS", help="For openai: the open model that replaces a model of the API."),
+        typer.Option(metavar="THEIRS=OURS", help="For openai: the open model that replaces a model of the OpenAI API."),
     ] = None,
     allow_env: Annotated[
         list[str] | None,
@@ -79,7 +79,7 @@ def import_(
     ] = None,
     drop_unsupported: Annotated[
         bool,
-        typer.Option("--drop-unsupported", help="Leave out what a FineTuneJob cannot do, and list it, instead of refusing it."),
+        typer.Option("--drop-unsupported", help="Leave out and list options that a FineTuneJob does not support, instead of refusing them."),
     ] = False,
     annotate: Annotated[bool, typer.Option(help="Add a comment with the origin of every value.")] = False,
     explain: Annotated[bool, typer.Option(help="Print a table of every option instead of the manifest.")] = False,
@@ -127,7 +127,7 @@ def import_(
     import_result = run_import(request, IMPORTERS)
     output.print_warnings(import_result.warnings)
     output.print_notes(import_result.notes)
-    text = options_table(import_result) if explain else render_manifest(import_result, with_origins=annotate)
+    text = format_options_table(import_result) if explain else render_manifest(import_result, with_origins=annotate)
     if file is None:
         output.write(text)
     else:
@@ -150,8 +150,8 @@ def parse_pairs(option: str, pair_texts: list[str]) -> dict[str, str]:
     return result
 
 
-def options_table(import_result: ImportResult) -> str:
-    """Return a table of every option: the key in the file, the field of the spec, the value, and the origin."""
+def format_options_table(import_result: ImportResult) -> str:
+    """Return a table with one line for each option: the key in the file, the spec field, the value, and the origin."""
     from io import StringIO
 
     from rich.console import Console

@@ -15,19 +15,19 @@ if TYPE_CHECKING:
 
 METHOD_TYPES = ("lora", "qlora", "dora", "full", "spectrum")
 TRAINER_TYPES = ("sft", "dpo", "grpo", "kto", "orpo", "reward")
-FORMATS = {
+FORMAT_OF_TRAINER = {
     "dpo": "preference",
     "orpo": "preference",
     "reward": "preference",
     "kto": "unpairedPreference",
     "grpo": "promptOnly",
 }
-QUESTIONS = {
+QUESTION_BY_VALUE_NAME = {
     "name": "Name", "model": "Base model (org/name or URI)", "data": "Training data (URI)", "validation": "Validation data (URI)",
     "storage": "Storage root (s3://bucket/folder)", "method": f"Method ({', '.join(METHOD_TYPES)})", "trainer": f"Objective ({', '.join(TRAINER_TYPES)})",
     "gpus": "GPUs", "file": "Another file",
 }  # fmt: skip
-"""What the command asks, by option."""
+"""The question that the command asks for each option."""
 
 def init(
     name: Annotated[str | None, typer.Argument(help="Name of the FineTuneJob.")] = None,
@@ -66,7 +66,7 @@ def init(
     given = {
         "name": name, "model": model, "data": data, "validation": validation, "storage": storage, "method": method, "trainer": trainer, "gpus": gpus,
     }  # fmt: skip
-    text = _valid_manifest_text(given, is_interactive)
+    text = _ask_for_valid_manifest(given, is_interactive)
     while file is not None and file.exists():
         if not is_interactive:
             raise output.fail(f"{file} already exists; choose another file")
@@ -79,19 +79,20 @@ def init(
         output.print_notes([f"wrote {file}; next: finetune validate {file}"])
 
 
-def _valid_manifest_text(values: dict[str, Any], is_interactive: bool) -> str:
-    """Return the manifest of valid values. On a terminal, ask for missing values, and ask again for wrong values. Raises CommandExit otherwise."""
+def _ask_for_valid_manifest(values: dict[str, Any], is_interactive: bool) -> str:
+    """Return the text of a valid manifest. On a terminal, ask for missing and invalid values. Without a terminal, raise CommandExit for them."""
     for key in ("name", "model", "data"):
         if not values[key]:
             if not is_interactive:
-                raise output.fail(f"{'NAME' if key == 'name' else _place_of(key)} is missing; `finetune init` asks for missing values only on a terminal")
+                missing_argument = "NAME" if key == "name" else _make_option_name(key)
+                raise output.fail(f"{missing_argument} is missing; `finetune init` asks for missing values only on a terminal")
             values[key] = _ask(key)
     while True:
-        text = manifest_text(**values)
-        mistakes = _unknown_words(values) or _mistakes_of(text, values)
+        text = build_manifest_text(**values)
+        mistakes = _find_unknown_words(values) or _find_mistakes(text, values)
         if not mistakes:
             return text
-        wrong_keys = [key for key in QUESTIONS if any(mistake.key == _place_of(key) for mistake in mistakes)]
+        wrong_keys = [key for key in QUESTION_BY_VALUE_NAME if any(mistake.key == _make_option_name(key) for mistake in mistakes)]
         if not is_interactive or not wrong_keys:
             raise output.fail(*mistakes)
         output.print_errors(mistakes)
@@ -99,59 +100,59 @@ def _valid_manifest_text(values: dict[str, Any], is_interactive: bool) -> str:
             values[key] = _ask(key)
 
 
-def _place_of(key: str) -> str:
-    """Return the option or field that messages about a value name."""
-    return "metadata.name" if key == "name" else f"--{key}"
+def _make_option_name(value_name: str) -> str:
+    """Return the option or field that a message about this value must name."""
+    return "metadata.name" if value_name == "name" else f"--{value_name}"
 
 
-def _ask(key: str) -> Any:
-    """Ask on stderr until there is an answer; for numbers, until it is a number. stdout holds only the manifest. Raises Abort at the end of the input."""
+def _ask(value_name: str) -> Any:
+    """Ask on stderr until the user gives a value or, for `gpus`, a number. Only the manifest goes to stdout. Raises Abort at the end of the input."""
     import sys
 
     while True:
-        sys.stderr.write(f"{QUESTIONS[key]}: ")
+        sys.stderr.write(f"{QUESTION_BY_VALUE_NAME[value_name]}: ")
         sys.stderr.flush()
         line = sys.stdin.readline()
         if not line:
             raise typer.Abort
         answer = line.strip()
-        if answer and (key != "gpus" or answer.lstrip("-").isdigit()):
-            return int(answer) if key == "gpus" else answer
-        output.print_errors([f"{answer or 'nothing'}: write {'a number' if key == 'gpus' else 'a value'}, or end with Ctrl-C"])
+        if answer and (value_name != "gpus" or answer.lstrip("-").isdigit()):
+            return int(answer) if value_name == "gpus" else answer
+        output.print_errors([f"{answer or 'nothing'}: write {'a number' if value_name == 'gpus' else 'a value'}, or end with Ctrl-C"])
 
 
-def _unknown_words(values: dict[str, Any]) -> list[Mistake]:
-    """Return a mistake for each option with a word that it does not have."""
+def _find_unknown_words(values: dict[str, Any]) -> list[Mistake]:
+    """Return a mistake for each option whose value is not one of its allowed words."""
     from finetune_cli.mistakes import Mistake
 
     return [
-        Mistake("", _place_of(key), f"unknown value {values[key]}", f"write one of {', '.join(allowed)}")
+        Mistake("", _make_option_name(key), f"unknown value {values[key]}", f"write one of {', '.join(allowed)}")
         for key, allowed in (("method", METHOD_TYPES), ("trainer", TRAINER_TYPES))
         if values[key] not in allowed
     ]
 
 
-def _mistakes_of(text: str, values: dict[str, Any]) -> list[Mistake]:
-    """Return the errors of a manifest, named as options. Only `validate` reports fields that are not supported yet."""
+def _find_mistakes(manifest_text: str, values: dict[str, Any]) -> list[Mistake]:
+    """Return the errors of the manifest; each names the option that set the value. Errors about unsupported fields are left to `finetune validate`."""
     import dataclasses
 
     from finetune_api.names import Reason
 
-    from finetune_cli.checks import check_manifest, errors_of
+    from finetune_cli.checks import check_manifest, select_errors
     from finetune_cli.manifests import parse_manifests
-    from finetune_cli.overrides import name_option, parse_overrides
+    from finetune_cli.overrides import attribute_to_option, parse_overrides
 
     overrides = parse_overrides((), {key: values[key] for key in ("model", "data", "validation", "storage", "gpus")})
-    findings = errors_of(check_manifest(next(parse_manifests(text, "manifest")))[1])
+    findings = select_errors(check_manifest(next(parse_manifests(manifest_text, "manifest")))[1])
     return [
-        name_option(dataclasses.replace(finding.mistake, location=""), overrides) for finding in findings if finding.code != Reason.NOT_SUPPORTED_YET
+        attribute_to_option(dataclasses.replace(finding.mistake, location=""), overrides) for finding in findings if finding.code != Reason.NOT_SUPPORTED_YET
     ]
 
 
-def manifest_text(
+def build_manifest_text(
     name: str, model: str, data: str, validation: str | None, storage: str | None, method: str, trainer: str, gpus: int
 ) -> str:
-    """Return the manifest with comments. Every commented-out line is valid once uncommented."""
+    """Return the text of the manifest with comments. Each line that is commented out is valid when uncommented."""
     import json
 
     from finetune_api.names import API_VERSION, KIND
@@ -159,7 +160,7 @@ def manifest_text(
     def quoted(value: Any) -> str:
         return json.dumps(str(value), ensure_ascii=False)
 
-    dataset_format = FORMATS.get(trainer)
+    dataset_format = FORMAT_OF_TRAINER.get(trainer)
     lines = [
         f"apiVersion: {API_VERSION}",
         f"kind: {KIND}",

@@ -1,4 +1,4 @@
-"""`finetune suspend`, `resume` and `cancel`: change a job that has not finished."""
+"""`finetune suspend`, `finetune resume` and `finetune cancel`: suspend, resume or cancel a job that has not finished."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def suspend(
     context: ContextOption = None,
     kubeconfig: KubeconfigOption = None,
 ) -> None:
-    """Save a checkpoint of a job and release its GPUs. `finetune resume` continues from that checkpoint.
+    """Save a checkpoint of a job and release its GPUs. `finetune resume` continues from this checkpoint.
 
     Example: finetune suspend support-bot
     """
-    _patch(name, {"suspend": True}, "saving a checkpoint, then the GPUs are released", namespace, context, kubeconfig)
+    _patch_spec(name, {"suspend": True}, "saving a checkpoint, then the GPUs are released", namespace, context, kubeconfig)
 
 
 def resume(
@@ -35,7 +35,7 @@ def resume(
 
     Example: finetune resume support-bot
     """
-    _patch(name, {"suspend": False}, "resuming from the newest checkpoint", namespace, context, kubeconfig)
+    _patch_spec(name, {"suspend": False}, "resuming from the newest checkpoint", namespace, context, kubeconfig)
 
 
 def cancel(
@@ -53,18 +53,18 @@ def cancel(
         if not sys.stdin.isatty():
             raise output.fail("a cancelled job cannot be resumed: confirm with --yes")
         typer.confirm(f"Cancel {name}? A cancelled job cannot be resumed.", abort=True, err=True)
-    _patch(name, {"cancel": True}, "saving a checkpoint, then the job ends", namespace, context, kubeconfig)
+    _patch_spec(name, {"cancel": True}, "saving a checkpoint, then the job ends", namespace, context, kubeconfig)
 
 
-def _patch(
+def _patch_spec(
     name: str, spec: dict[str, bool], effect: str, namespace: str | None, context: str | None, kubeconfig: Path | None
 ) -> None:
     from finetune_cli.cluster import ClusterError, connect
-    from finetune_cli.status_text import has_finished, status_of
+    from finetune_cli.status_text import has_finished, parse_status
 
     cluster = connect(namespace, context, kubeconfig)
     job = cluster.get_job(name)
-    status = status_of(job)
+    status = parse_status(job)
     if has_finished(status):
         raise ClusterError(f"{name} has already ended: {status.phase}")
     before = job.get("spec") or {}

@@ -1,4 +1,4 @@
-"""`finetune logs`: the merged logs of the pods of a job."""
+"""`finetune logs`: prints the merged logs of a job's pods."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def logs(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Print new lines until the pods end.")] = False,
     rank: Annotated[int | None, typer.Option(metavar="N", min=0, help="Only the pod with this rank.")] = None,
     attempt: Annotated[
-        int | None, typer.Option(metavar="N", min=0, help="Number of the attempt; 0: the preparation. Default: the newest.")
+        int | None, typer.Option(metavar="N", min=0, help="Number of the attempt; 0 is the preparation. Default: the newest attempt.")
     ] = None,
     all_attempts: Annotated[bool, typer.Option("--all", help="Include the pods of all attempts.")] = False,
     tail: Annotated[int | None, typer.Option(metavar="N", min=0, help="Only the last N lines of each pod.")] = None,
@@ -29,7 +29,7 @@ def logs(
     context: ContextOption = None,
     kubeconfig: KubeconfigOption = None,
 ) -> None:
-    """Print the merged logs of a job's pods. With several pods, each line begins with [attempt/node].
+    """Print the merged logs of a job's pods. If there are several pods, each line begins with [attempt/node].
 
     Example: finetune logs support-bot -f
 
@@ -41,15 +41,15 @@ def logs(
     job = cluster.get_job(name)
     pods = select_pods(cluster, job, rank, attempt, all_attempts)
     has_several_pods = len(pods) > 1
-    for origin, line in merged_lines(cluster, pods, follow=follow, tail=tail):
+    for origin, line in merge_log_lines(cluster, pods, follow=follow, tail=tail):
         output.write(f"{origin} {line}" if has_several_pods else line)
 
 
 def select_pods(
     cluster: Cluster, job: dict[str, Any], rank: int | None, attempt: int | None, all_attempts: bool
 ) -> list[dict[str, Any]]:
-    """Return the pods that the options select. Raises a ClusterError with the existing pods if no pod matches."""
-    from finetune_cli.cluster import ClusterError, attempt_of, index_of
+    """Return the pods that the options select. Raises ClusterError if no pod matches; the message says which pods exist."""
+    from finetune_cli.cluster import ClusterError, get_attempt, get_pod_index
 
     name = job["metadata"]["name"]
     pods = cluster.list_pods(name)
@@ -57,38 +57,38 @@ def select_pods(
         raise ClusterError(
             f"{name} has no pods: the pods are not created yet, or already deleted; `finetune status {name}` shows the reason"
         )
-    attempts = sorted({attempt_of(pod) for pod in pods})
+    attempts = sorted({get_attempt(pod) for pod in pods})
     if attempt is not None and attempt not in attempts:
         raise ClusterError(f"{name} has no pods of attempt {attempt}, only of {', '.join(map(str, attempts))}")
     if not all_attempts:
         selected_attempt = attempt if attempt is not None else attempts[-1]
-        pods = [pod for pod in pods if attempt_of(pod) == selected_attempt]
+        pods = [pod for pod in pods if get_attempt(pod) == selected_attempt]
     if rank is not None:
-        index = rank // ranks_per_pod(job)
-        matching_pods = [pod for pod in pods if index_of(pod) == index]
+        index = rank // count_ranks_per_pod(job)
+        matching_pods = [pod for pod in pods if get_pod_index(pod) == index]
         if not matching_pods:
             raise ClusterError(
-                f"{name} has no pod with rank {rank}: the job has {len(pods)} pods with {ranks_per_pod(job)} ranks each"
+                f"{name} has no pod with rank {rank}: the job has {len(pods)} pods with {count_ranks_per_pod(job)} ranks each"
             )
         pods = matching_pods
     return pods
 
 
-def ranks_per_pod(job: dict[str, Any]) -> int:
+def count_ranks_per_pod(job: dict[str, Any]) -> int:
     resources = (job.get("spec") or {}).get("resources") or {}
     return int(resources.get("processesPerNode") or resources.get("gpusPerNode", 1) or 1)
 
 
-def merged_lines(
+def merge_log_lines(
     cluster: Cluster, pods: list[dict[str, Any]], *, follow: bool, tail: int | None
 ) -> Iterator[tuple[str, str]]:
-    """Yield the log lines of several pods as (origin, line). With `follow` the lines come in order of arrival, otherwise pod by pod."""
-    from finetune_cli.cluster import ClusterError, attempt_of, index_of
+    """Yield the log lines of several pods as (origin, line): with `follow` in the order in which they arrive, otherwise pod by pod."""
+    from finetune_cli.cluster import ClusterError, get_attempt, get_pod_index
 
     lines: queue.Queue[tuple[str, str | None]] = queue.Queue(maxsize=1000)
 
     def queue_log_lines(pod: dict[str, Any]) -> None:
-        origin = f"[{attempt_of(pod)}/{index_of(pod)}]"
+        origin = f"[{get_attempt(pod)}/{get_pod_index(pod)}]"
         try:
             for line in _stream_log(cluster, pod, follow, tail):
                 lines.put((origin, line))
@@ -99,7 +99,7 @@ def merged_lines(
 
     if not follow:
         for pod in pods:
-            origin = f"[{attempt_of(pod)}/{index_of(pod)}]"
+            origin = f"[{get_attempt(pod)}/{get_pod_index(pod)}]"
             try:
                 yield from ((origin, line) for line in _stream_log(cluster, pod, follow, tail))
             except ClusterError as error:

@@ -1,4 +1,4 @@
-"""`finetune plan`: memory, time and cost of a job, without a cluster and without weights."""
+"""`finetune plan`: plans memory, time and cost of a job, without a cluster and without the model's weights."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from finetune_cli.commands.shared import (
     GpuMemoryOption,
     GpusPerNodeOption,
     ModelConfigOption,
-    check_format,
     complete_words,
+    require_format,
     write_data,
 )
 
 if TYPE_CHECKING:
     from finetune_api.defaults import ResolvedSpec
     from finetune_api.memory.architecture import ModelShape
-    from finetune_api.memory.description import Facts
+    from finetune_api.memory.description import RunFacts
     from finetune_api.pod import GpuPool
     from finetune_api.spec import FineTuneJobSpec
     from finetune_api.status import CostPlan, TimePlan
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
     Times = dict[str, tuple[TimePlan, CostPlan | None]]
 
-METHODS = ("lora", "qlora", "dora", "ia3", "promptTuning", "prefixTuning", "full")
-TIME_NOTE = "the time is that of the optimizer steps, without start, evaluation, checkpoints and upload"
+COMPARABLE_METHODS = ("lora", "qlora", "dora", "ia3", "promptTuning", "prefixTuning", "full")
+TIME_CONTENT_NOTE = "the time is only that of the optimizer steps; it does not contain start, evaluation, checkpoints and upload"
 
 
 def plan(
@@ -57,7 +57,8 @@ def plan(
     compare: Annotated[
         str | None,
         typer.Option(
-            "--compare", metavar="METHODS", help="Plan the job with each of these methods, such as lora,qlora,full.", autocompletion=complete_words(*METHODS)
+            "--compare", metavar="COMPARABLE_METHODS", help="Plan the job with each of these methods, such as lora,qlora,full.",
+            autocompletion=complete_words(*COMPARABLE_METHODS)
         ),
     ] = None,
     fit: Annotated[
@@ -80,11 +81,11 @@ def plan(
     Example: finetune plan -f job.yaml --gpu h100-80gb --rows 12000 --mean-row 310 --price 2.5
     """
     from finetune_api.errors import FineTuneError
-    from finetune_api.memory.description import Facts as MemoryFacts
+    from finetune_api.memory.description import RunFacts
 
     from finetune_cli.job_plan import read_gpu, read_model
 
-    check_format(output_format, "json", "yaml")
+    require_format(output_format, "json", "yaml")
     pool = read_gpu(gpu, gpu_memory, gpus_per_node)
     if fit and pool is None:
         raise output.fail("--fit needs the memory of a GPU: add --gpu NAME or --gpu-memory SIZE")
@@ -93,32 +94,33 @@ def plan(
     resolved, name = _read_spec(file)
     try:
         shape, notes = read_model(resolved.spec, model_config)
-        facts, data = MemoryFacts(longest_tokens=longest_row), _data_size(resolved.spec, rows, mean_row)
-        plans = _plan_methods(resolved, shape, _methods(compare), pool, facts, data)
-        proposals = _propose(next(iter(plans.values())), shape, pool, facts) if fit and pool is not None else []
+        facts, data = RunFacts(longest_tokens=longest_row), _to_data_size(resolved.spec, rows, mean_row)
+        plans = _plan_methods(resolved, shape, _parse_methods(compare), pool, facts, data)
+        proposals = _propose_changes(next(iter(plans.values())), shape, pool, facts) if fit and pool is not None else []
         times = _plan_times(shape, plans, pool, data, price)
     except FineTuneError as error:
         raise output.fail(f"{error.message}; {error.hint}" if error.hint else error.message) from error
     memory_bytes = pool.memory_bytes if pool is not None else None
     if output_format is not None:
-        write_data(_as_data(name, plans, times, memory_bytes, proposals), output_format)
+        write_data(_to_dict(name, plans, times, memory_bytes, proposals), output_format)
     else:
-        lines = [*_describe(name, next(iter(plans.values())).spec, shape), "", *_table(plans, times, memory_bytes, gpu), *_choice_lines(plans)]
+        summary = _describe_model(name, next(iter(plans.values())).spec, shape)
+        lines = [*summary, "", *_format_table(plans, times, memory_bytes, gpu), *_format_choice_lines(plans)]
         output.write("\n".join([*lines, *(["", *proposals] if proposals else [])]))
-    notes = [*notes, *(note for one in plans.values() for note in one.notes), *_time_notes(times)]
-    output.print_notes(dict.fromkeys([*notes, *(sentence for one in plans.values() for sentence in one.plan.assumptions)]))
-    refusals = [one.refusal for one in plans.values() if one.refusal is not None]
+    notes = [*notes, *(note for method_plan in plans.values() for note in method_plan.notes), *_make_time_notes(times)]
+    output.print_notes(dict.fromkeys([*notes, *(sentence for method_plan in plans.values() for sentence in method_plan.plan.assumptions)]))
+    refusals = [method_plan.refusal for method_plan in plans.values() if method_plan.refusal is not None]
     if refusals and len(refusals) == len(plans):
         raise output.fail(f"{refusals[0].message}; {refusals[0].hint}")
-    if memory_bytes is not None and not any(one.plan.fits(memory_bytes) for one in plans.values()):
+    if memory_bytes is not None and not any(method_plan.plan.fits(memory_bytes) for method_plan in plans.values()):
         raise output.CommandExit(output.ERROR)
 
 
-def _time_notes(times: Times) -> list[str]:
-    """Say what the time contains, and whether its bounds follow from runs on this type of GPU."""
+def _make_time_notes(times: Times) -> list[str]:
+    """Return notes on what the time contains, and whether its bounds are calibrated with runs on this type of GPU."""
     runs = {time.calibration_runs if time.calibrated else None for time, _ in times.values()}
-    texts = (f"follow from {count} runs on this type of GPU" if count is not None else "are not calibrated for this GPU" for count in runs)
-    return [f"{TIME_NOTE}; its bounds {text}" for text in texts]
+    texts = (f"are calibrated with {count} runs on this type of GPU" if count is not None else "are not calibrated for this GPU" for count in runs)
+    return [f"{TIME_CONTENT_NOTE}; its bounds {text}" for text in texts]
 
 
 def _check_numbers(counts: dict[str, int | None], price: float | None) -> None:
@@ -129,39 +131,39 @@ def _check_numbers(counts: dict[str, int | None], price: float | None) -> None:
         raise output.fail(*problems)
 
 
-def _check_time_options(gpu: str | None, rows: int | None, mean_row: int | None, price: float | None) -> None:
-    if (rows is None) != (mean_row is None):
+def _check_time_options(gpu: str | None, row_count: int | None, mean_row_tokens: int | None, price: float | None) -> None:
+    if (row_count is None) != (mean_row_tokens is None):
         raise output.fail("the planned time needs both --rows and --mean-row: write both, or neither")
-    if rows is not None and gpu is None:
+    if row_count is not None and gpu is None:
         raise output.fail("--rows and --mean-row need the type of the GPUs: add --gpu NAME")
-    if price is not None and rows is None:
+    if price is not None and row_count is None:
         raise output.fail("--price needs the planned time: add --gpu, --rows and --mean-row")
 
 
-def _data_size(spec: FineTuneJobSpec, rows: int | None, mean_row: int | None) -> DataSize | None:
+def _to_data_size(spec: FineTuneJobSpec, row_count: int | None, mean_row_tokens: int | None) -> DataSize | None:
     from finetune_api.time_plan import DataSize
 
-    if rows is None or mean_row is None:
+    if row_count is None or mean_row_tokens is None:
         return None
-    return DataSize(rows, rows * min(mean_row, spec.dataset.max_sequence_length or mean_row))
+    return DataSize(row_count, row_count * min(mean_row_tokens, spec.dataset.max_sequence_length or mean_row_tokens))
 
 
 def _plan_methods(
-    resolved: ResolvedSpec, shape: ModelShape, methods: list[str], pool: GpuPool | None, facts: Facts, data: DataSize | None
+    resolved: ResolvedSpec, shape: ModelShape, methods: list[str], pool: GpuPool | None, facts: RunFacts, data: DataSize | None
 ) -> dict[str, MethodPlan]:
-    """Plan the job, or the job with each of several methods."""
+    """Plan the job with each of `methods`, or with its own method if the list is empty. Returns the plans by method."""
     from dataclasses import replace
 
     from finetune_api.memory.plan import change_spec
 
     from finetune_cli.job_plan import plan_job
 
-    specs = {one: change_spec(resolved.spec, {"method.type": one}) for one in methods} or {str(resolved.spec.method.type): resolved.spec}
+    specs = {method: change_spec(resolved.spec, {"method.type": method}) for method in methods} or {str(resolved.spec.method.type): resolved.spec}
     return {method: plan_job(replace(resolved, spec=spec), shape, pool, facts, data) for method, spec in specs.items()}
 
 
 def _plan_times(shape: ModelShape, plans: dict[str, MethodPlan], pool: GpuPool | None, data: DataSize | None, price: float | None) -> Times:
-    """Plan the time and the cost with each method. Empty without a GPU type or `data`."""
+    """Return the planned time and cost by method. Empty if the GPU type or the data size is unknown."""
     from finetune_api.errors import ConfigError
     from finetune_api.gpus import GPU_TYPES
     from finetune_api.rules import world_size
@@ -170,11 +172,11 @@ def _plan_times(shape: ModelShape, plans: dict[str, MethodPlan], pool: GpuPool |
     if pool is None or pool.gpu_type is None or data is None:
         return {}
     times = {}
-    for method, one in plans.items():
-        work = plan_work(one.spec, shape, data, one.plan.recomputed_layers / max(one.plan.layers, 1))
+    for method, method_plan in plans.items():
+        work = plan_work(method_plan.spec, shape, data, method_plan.plan.recomputed_layer_count / max(method_plan.plan.layer_count, 1))
         if work is None:
             raise ConfigError("TimeNotPlanned", "the time of this objective cannot be planned", hint="remove --rows, --mean-row and --price")
-        gpus = world_size(one.spec)
+        gpus = world_size(method_plan.spec)
         time = plan_time(work, GPU_TYPES[pool.gpu_type], gpus)
         times[method] = (time, plan_cost(time, gpus, price, "") if price is not None else None)
     return times
@@ -183,45 +185,45 @@ def _plan_times(shape: ModelShape, plans: dict[str, MethodPlan], pool: GpuPool |
 def _read_spec(file: Path) -> tuple[ResolvedSpec, str]:
     from finetune_api.defaults import resolve_defaults
 
-    from finetune_cli.checks import check_manifest, errors_of
+    from finetune_cli.checks import check_manifest, select_errors
     from finetune_cli.manifests import read_job
 
     manifest = read_job(file)
     spec, findings = check_manifest(manifest)
-    errors = errors_of(findings)
+    errors = select_errors(findings)
     if errors or spec is None:
         raise output.fail(*(f"{finding.mistake} [{finding.code}]" for finding in errors))
     return resolve_defaults(spec), manifest.name
 
 
-def _methods(compare: str | None) -> list[str]:
-    methods = [] if compare is None else [one.strip() for one in compare.split(",") if one.strip()]
-    unknown = [one for one in methods if one not in METHODS]
+def _parse_methods(compare: str | None) -> list[str]:
+    methods = [] if compare is None else [method.strip() for method in compare.split(",") if method.strip()]
+    unknown = [method for method in methods if method not in COMPARABLE_METHODS]
     if unknown or (compare is not None and not methods):
-        raise output.fail(f"--compare {compare}: write one or more of {', '.join(METHODS)}, separated by commas")
+        raise output.fail(f"--compare {compare}: write one or more of {', '.join(COMPARABLE_METHODS)}, separated by commas")
     return methods
 
 
-def _propose(job: MethodPlan, shape: ModelShape, pool: GpuPool, facts: Facts) -> list[str]:
-    """The largest micro-batch if the job fits, otherwise changes that make it fit."""
-    from finetune_api.memory.changes import NO_CHANGE, change_text
-    from finetune_api.memory.plan import largest_batch
+def _propose_changes(job: MethodPlan, shape: ModelShape, pool: GpuPool, facts: RunFacts) -> list[str]:
+    """Return the largest micro-batch if the job fits, otherwise the changes that make it fit, as lines of text."""
+    from finetune_api.memory.changes import NO_CHANGE_HINT, format_change
+    from finetune_api.memory.plan import find_largest_micro_batch
 
     memory_bytes = pool.memory_bytes or 0
     if job.plan.fits(memory_bytes):
-        rows = largest_batch(job.spec, shape, memory_bytes, facts)
+        rows = find_largest_micro_batch(job.spec, shape, memory_bytes, facts)
         return [f"largest micro-batch that fits: training.batchSizePerDevice: {rows}"]
-    return ["changes that make the job fit:", *(f"  {change_text(one)}" for one in job.changes)] if job.changes else [NO_CHANGE]
+    return ["changes that make the job fit:", *(f"  {format_change(change)}" for change in job.changes)] if job.changes else [NO_CHANGE_HINT]
 
 
-def _choice_lines(plans: dict[str, MethodPlan]) -> list[str]:
-    """The chosen values as YAML paths with their reasons. A comparison of methods shows none."""
+def _format_choice_lines(plans: dict[str, MethodPlan]) -> list[str]:
+    """Return one line for each chosen value, with its path and reason. A comparison of methods shows no chosen values."""
     choices = next(iter(plans.values())).choices if len(plans) == 1 else ()
     lines = [f"  {choice.field}: {choice.value}  # {choice.reason}" for choice in choices]
     return ["", "values that the plan chooses:", *lines] if lines else []
 
 
-def _describe(name: str, spec: FineTuneJobSpec, shape: ModelShape) -> list[str]:
+def _describe_model(name: str, spec: FineTuneJobSpec, shape: ModelShape) -> list[str]:
     from finetune_api.memory.plan import count_parameters
     from finetune_api.rules import world_size
 
@@ -232,54 +234,56 @@ def _describe(name: str, spec: FineTuneJobSpec, shape: ModelShape) -> list[str]:
     ]
 
 
-def _table(plans: dict[str, MethodPlan], times: Times, memory_bytes: int | None, gpu: str | None) -> list[str]:
-    """Parts, expected peak and upper bound of each plan, for each rank, and its time and cost."""
-    from finetune_api.memory.plan import gigabytes
+def _format_table(plans: dict[str, MethodPlan], times: Times, memory_bytes: int | None, gpu: str | None) -> list[str]:
+    """Return a table with one column for each plan: the memory of each rank (parts, expected peak, upper bound), time and cost."""
+    from finetune_api.memory.plan import format_gigabytes
 
     rows: list[tuple[str, list[str]]] = [("", list(plans))]
     parts = next(iter(plans.values())).plan.memory.parts
     for part in type(parts).model_fields:
-        values = [getattr(one.plan.memory.parts, part) for one in plans.values()]
+        values = [getattr(method_plan.plan.memory.parts, part) for method_plan in plans.values()]
         if any(values):
-            rows.append((part, [gigabytes(value) for value in values]))
-    rows.append(("expected peak", [gigabytes(one.plan.memory.expected_bytes) for one in plans.values()]))
-    rows.append(("upper bound", [gigabytes(one.plan.memory.upper_bytes) for one in plans.values()]))
+            rows.append((part, [format_gigabytes(value) for value in values]))
+    rows.append(("expected peak", [format_gigabytes(method_plan.plan.memory.expected_bytes) for method_plan in plans.values()]))
+    rows.append(("upper bound", [format_gigabytes(method_plan.plan.memory.upper_bytes) for method_plan in plans.values()]))
     if memory_bytes is not None:
-        rows.append((f"memory of {gpu or 'the GPU'}", [gigabytes(memory_bytes)] * len(plans)))
-        rows.append(("fits", ["yes" if one.plan.fits(memory_bytes) else "no" for one in plans.values()]))
-    rows.append(("recomputed layers", [f"{one.plan.recomputed_layers} of {one.plan.layers}" for one in plans.values()]))
-    rows += _time_rows(times)
+        rows.append((f"memory of {gpu or 'the GPU'}", [format_gigabytes(memory_bytes)] * len(plans)))
+        rows.append(("fits", ["yes" if method_plan.plan.fits(memory_bytes) else "no" for method_plan in plans.values()]))
+    rows.append(("recomputed layers", [f"{method_plan.plan.recomputed_layer_count} of {method_plan.plan.layer_count}" for method_plan in plans.values()]))
+    rows += _format_time_rows(times)
     width, columns = max(len(label) for label, _ in rows), max(len(cell) for _, cells in rows for cell in cells)
     return [f"{label:<{width}}  {'  '.join(f'{cell:>{columns}}' for cell in cells)}".rstrip() for label, cells in rows]
 
 
-def _time_rows(times: Times) -> list[tuple[str, list[str]]]:
+def _format_time_rows(times: Times) -> list[tuple[str, list[str]]]:
     if not times:
         return []
     durations, costs = [time for time, _ in times.values()], [cost for _, cost in times.values() if cost is not None]
     rows = [
-        ("expected time", [format_hours(one.expected_seconds) for one in durations]),
-        ("time, bounds", [f"{format_hours(one.lower_seconds)} - {format_hours(one.upper_seconds)}" for one in durations]),
+        ("expected time", [format_hours(time_plan.expected_seconds) for time_plan in durations]),
+        ("time, bounds", [f"{format_hours(time_plan.lower_seconds)} - {format_hours(time_plan.upper_seconds)}" for time_plan in durations]),
     ]
     if costs:
-        rows += [("expected cost", [f"{one.expected:.2f}" for one in costs]), ("cost, bounds", [f"{one.lower:.2f} - {one.upper:.2f}" for one in costs])]
+        rows += [("expected cost", [f"{cost_plan.expected:.2f}" for cost_plan in costs]),
+            ("cost, bounds", [f"{cost_plan.lower:.2f} - {cost_plan.upper:.2f}" for cost_plan in costs])]
     return rows
 
 
 def format_hours(seconds: int) -> str:
+    """Format a duration as hours and minutes, rounded up to whole minutes."""
     minutes = -(-seconds // 60)
     return f"{minutes // 60}h{minutes % 60:02}m"
 
 
-def _as_data(name: str, plans: dict[str, MethodPlan], times: Times, memory_bytes: int | None, proposals: list[str]) -> dict[str, Any]:
+def _to_dict(name: str, plans: dict[str, MethodPlan], times: Times, memory_bytes: int | None, proposals: list[str]) -> dict[str, Any]:
     data: dict[str, Any] = {"name": name, "plans": []}
-    for method, one in plans.items():
+    for method, method_plan in plans.items():
         entry: dict[str, Any] = {
-            "method": method, "memory": one.plan.memory.to_wire(), "recomputedLayers": one.plan.recomputed_layers,
-            "assumptions": list(one.plan.assumptions),
+            "method": method, "memory": method_plan.plan.memory.to_wire(), "recomputedLayers": method_plan.plan.recomputed_layer_count,
+            "assumptions": list(method_plan.plan.assumptions),
         }  # fmt: skip
         if memory_bytes is not None:
-            entry |= {"gpuBytes": memory_bytes, "fits": one.plan.fits(memory_bytes), "choices": [choice.to_wire() for choice in one.choices]}
+            entry |= {"gpuBytes": memory_bytes, "fits": method_plan.plan.fits(memory_bytes), "choices": [choice.to_wire() for choice in method_plan.choices]}
         if method in times:
             time, cost = times[method]
             entry |= {"time": time.to_wire()} | ({"cost": cost.to_wire()} if cost is not None else {})

@@ -13,8 +13,8 @@ from finetune_cli.commands.shared import (
     DataFormatOption,
     KubeconfigOption,
     NamespaceOption,
-    check_format,
     format_rows,
+    require_format,
     write_data,
 )
 
@@ -24,9 +24,12 @@ if TYPE_CHECKING:
 
 OperatorNamespaceOption = Annotated[
     str | None,
-    typer.Option("--operator-namespace", metavar="NAMESPACE", help="Namespace of the operator. Default: all namespaces, otherwise finetune-operator."),
+    typer.Option(
+        "--operator-namespace", metavar="NAMESPACE",
+        help="Namespace of the operator. Default: any namespace, or finetune-operator if you may not read all namespaces.",
+    ),
 ]
-HEADER = ["NAME", "DEFAULT", "GPUS/NODE", "GPU MEMORY", "NODES", "FREE GPUS", "POD DEFAULTS", "DESCRIPTION"]
+COLUMN_NAMES = ["NAME", "DEFAULT", "GPUS/NODE", "GPU MEMORY", "NODES", "FREE GPUS", "POD DEFAULTS", "DESCRIPTION"]
 
 
 def pools(
@@ -36,7 +39,7 @@ def pools(
     context: ContextOption = None,
     kubeconfig: KubeconfigOption = None,
 ) -> None:
-    """List the node pools: their GPUs, the resources that a pod gets by default, and what is free now.
+    """List the node pools: their GPUs, the resources that a pod gets by default, and the GPUs that are free now.
 
     Write the name of a pool into resources.nodePool. Nodes and free GPUs are shown if you may list the nodes and pods of the cluster.
 
@@ -45,21 +48,21 @@ def pools(
     from finetune_cli.cluster import connect
     from finetune_cli.installation import DEFAULT_GPU_RESOURCE, Pool, find_installation
 
-    check_format(output_format, "yaml", "json")
+    require_format(output_format, "yaml", "json")
     cluster = connect(namespace, context, kubeconfig)
     config = find_installation(cluster, operator_namespace).config
     listed = config.node_pools or [Pool(name="-", description=f"no pools are configured: every node with {DEFAULT_GPU_RESOURCE}", gpus_per_node=1)]
-    usages = _usages(cluster, listed)
+    usages = _read_usages(cluster, listed)
     if output_format is not None:
-        write_data([as_data(config, pool, usages.get(pool.name)) for pool in config.node_pools], output_format)
+        write_data([to_dict(config, pool, usages.get(pool.name)) for pool in config.node_pools], output_format)
         return
-    output.write(format_rows([HEADER, *(_row(config, pool, usages.get(pool.name)) for pool in listed)]))
+    output.write(format_rows([COLUMN_NAMES, *(_format_row(config, pool, usages.get(pool.name)) for pool in listed)]))
 
 
-def _usages(cluster: Cluster, listed: list[Pool]) -> dict[str, PoolUsage]:
-    """Return the usage of each pool by name. Without the permission to list nodes and pods, print a note and return no usage."""
+def _read_usages(cluster: Cluster, listed: list[Pool]) -> dict[str, PoolUsage]:
+    """Return the usage of each pool by name. If the user may not list nodes and pods, print a note and return an empty dict."""
     from finetune_cli.cluster import ClusterError
-    from finetune_cli.installation import list_active_pods, list_nodes, usage_of_pool
+    from finetune_cli.installation import compute_pool_usage, list_active_pods, list_nodes
 
     try:
         nodes, active_pods = list_nodes(cluster), list_active_pods(cluster)
@@ -68,13 +71,13 @@ def _usages(cluster: Cluster, listed: list[Pool]) -> dict[str, PoolUsage]:
             raise
         output.print_notes(["nodes and free GPUs are unknown: you may not list the nodes and pods of the cluster"])
         return {}
-    return {pool.name: usage_of_pool(pool, nodes, active_pods) for pool in listed}
+    return {pool.name: compute_pool_usage(pool, nodes, active_pods) for pool in listed}
 
 
-def _row(config: InstalledConfig, pool: Pool, usage: PoolUsage | None) -> list[str]:
+def _format_row(config: InstalledConfig, pool: Pool, usage: PoolUsage | None) -> list[str]:
     nodes = "-" if usage is None else str(usage.nodes) if usage.nodes == usage.usable_nodes else f"{usage.usable_nodes} of {usage.nodes}"
     free = "-" if usage is None or not pool.gpus_per_node else f"{usage.free_gpus} of {usage.gpus}"
-    quantities = ("cpu {cpu}, memory {memory}, disk {ephemeral_storage}, shm {shared_memory}").format(**config.pod_defaults(pool))
+    quantities = ("cpu {cpu}, memory {memory}, disk {ephemeral_storage}, shm {shared_memory}").format(**config.compute_pod_defaults(pool))
     is_placeholder = pool.name == "-"
     return [
         pool.name, "yes" if pool.default else "-", "-" if is_placeholder else str(pool.gpus_per_node), str(pool.gpu_memory or "-"), nodes, free,
@@ -82,11 +85,11 @@ def _row(config: InstalledConfig, pool: Pool, usage: PoolUsage | None) -> list[s
     ]  # fmt: skip
 
 
-def as_data(config: InstalledConfig, pool: Pool, usage: PoolUsage | None) -> dict[str, Any]:
-    """Return a pool for `-o json`. Without the permission to list nodes, the usage is null."""
+def to_dict(config: InstalledConfig, pool: Pool, usage: PoolUsage | None) -> dict[str, Any]:
+    """Return a pool as a dict, for `-o json` and `-o yaml`. The usage is null if the user may not list nodes and pods."""
     from pydantic.alias_generators import to_camel
 
-    defaults = {to_camel(name): value for name, value in config.pod_defaults(pool).items()}
+    defaults = {to_camel(name): value for name, value in config.compute_pod_defaults(pool).items()}
     current = None
     if usage is not None:
         current = {

@@ -37,9 +37,9 @@ def purge(
     context: ContextOption = None,
     kubeconfig: KubeconfigOption = None,
 ) -> None:
-    """Delete all objects of a finished or deleted job in storage: checkpoints, model, metrics. Asks twice.
+    """Delete all objects of a finished or deleted job in storage: checkpoints, model, metrics. The command asks twice for confirmation.
 
-    Prepared rows in the job's namespace that no job has used for `prepare.ttlDays` are deleted, too.
+    It also deletes prepared rows in the job's namespace that no job has used for `prepare.ttlDays` days.
 
     Example: finetune purge old-bot
 
@@ -53,7 +53,7 @@ def purge(
     cluster = connect(namespace, context, kubeconfig)
     if uid is not None and storage is None:
         raise StorageError("--uid needs --storage URI: the storage root of a deleted job is unknown")
-    job = _finished_job(cluster, name, uid)
+    job = _get_finished_job(cluster, name, uid)
     opened = open_storage(cluster, job, use_secret, endpoint, storage)
     objects, unused = list(opened.list_objects()), find_unused_rows(opened, datetime.now(UTC))
     if not objects:
@@ -66,20 +66,20 @@ def purge(
     shown += [f"{unused_total}, of unused prepared rows below {unused.storage.uri}"] if unused.objects else []
     _confirm_deletion(name, " and ".join(shown), yes)
     if objects:
-        opened.delete_objects(_markers_first(objects))
+        opened.delete_objects(_sort_markers_first(objects))
         output.write(f"{name}: {len(objects)} objects, {total}, deleted")
     if unused.objects:
         deleted = unused.delete(datetime.now(UTC))
         output.write(f"unused prepared rows: {len(deleted.objects)} objects, {format_bytes(deleted.bytes)}, deleted")
 
 
-def _finished_job(cluster: Cluster, name: str, uid: str | None) -> dict[str, Any]:
-    """Return the job whose storage is purged. For a deleted job, return only name, namespace and uid.
+def _get_finished_job(cluster: Cluster, name: str, uid: str | None) -> dict[str, Any]:
+    """Return the job whose storage is purged. For a deleted job, the result has only name, namespace and uid.
 
     Raises ClusterError if the job exists and has not finished.
     """
     from finetune_cli.cluster import ClusterError
-    from finetune_cli.status_text import has_finished, status_of
+    from finetune_cli.status_text import has_finished, parse_status
 
     try:
         job = cluster.get_job(name)
@@ -88,15 +88,15 @@ def _finished_job(cluster: Cluster, name: str, uid: str | None) -> dict[str, Any
             raise
         job = {"spec": {}}
     else:
-        if uid in (None, job["metadata"]["uid"]) and not has_finished(status_of(job)):
+        if uid in (None, job["metadata"]["uid"]) and not has_finished(parse_status(job)):
             raise ClusterError(f"{name} has not finished: cancel the job first")
     if uid is not None:
         job = {**job, "metadata": {"name": name, "namespace": cluster.namespace, "uid": uid}, "status": {}}
     return job
 
 
-def _markers_first(objects: list[StoredObject]) -> list[StoredObject]:
-    """Sort the commit markers first, so that an interrupted purge leaves no marker of deleted files."""
+def _sort_markers_first(objects: list[StoredObject]) -> list[StoredObject]:
+    """Sort the objects so that markers are deleted first. An interrupted purge then leaves no commit marker whose files are deleted."""
     from finetune_api.names import Storage
 
     return sorted(objects, key=lambda stored: not stored.key.endswith((Storage.COMMITTED, Storage.HEALTHY)))

@@ -1,4 +1,4 @@
-"""`finetune ratings`: statistics of rating sheets that people have filled in."""
+"""`finetune ratings`: prints the statistics of rating sheets that raters have filled in."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Annotated, Any
 import typer
 
 from finetune_cli import output
-from finetune_cli.commands.shared import DataFormatOption, check_format, write_data
+from finetune_cli.commands.shared import DataFormatOption, require_format, write_data
 
 
 def ratings(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Sheets that were filled in, as CSV or JSON: one file per rater.")],
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Filled-in rating sheets, as CSV or JSON: one file per rater.")],
     key: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The file human_rating_key.json, which names the model of each row. Required to compare two models.")
     ] = None,
@@ -24,7 +24,7 @@ def ratings(
     """
     from finetune_cli.ratings import read_ratings, summarise
 
-    check_format(output_format, "yaml", "json")
+    require_format(output_format, "yaml", "json")
     found = read_ratings(files, key)
     if not found:
         raise output.fail("the sheets contain no scores; fill in the columns relevance, accuracy, coherence and overall")
@@ -32,20 +32,20 @@ def ratings(
     if output_format is not None:
         write_data(summary, output_format)
     else:
-        output.write("\n".join(summary_lines(summary)))
+        output.write("\n".join(format_summary(summary)))
 
 
-def summary_lines(summary: dict[str, Any]) -> list[str]:
-    """Return the statistics as text."""
+def format_summary(summary: dict[str, Any]) -> list[str]:
+    """Return the statistics as lines of text."""
     lines = [f"{summary['answers']} answers, {len(summary['raters'])} raters: {', '.join(summary['raters'])}", ""]
     lines.append(f"{'MODEL':<8} {'SCORE':<10} {'COUNT':>5} {'MEAN':>6} {'MEDIAN':>6} {'STD':>6} {'MIN':>4} {'MAX':>4}")
     for model, scores in summary["scores"].items():
         for name, one in scores.items():
-            numbers = (_number(one["mean"]), _number(one["median"]), _number(one["std"]), one["min"], one["max"])
+            numbers = (_format_number(one["mean"]), _format_number(one["median"]), _format_number(one["std"]), one["min"], one["max"])
             mean, median, deviation, low, high = ("-" if number is None else number for number in numbers)
             lines.append(f"{model or '-':<8} {name:<10} {one['count']:>5} {mean:>6} {median:>6} {deviation:>6} {low:>4} {high:>4}")
     lines += ["", "agreement of the raters (Krippendorff's alpha: 1 is perfect, 0 is chance)"]
-    lines += [f"  {name:<10} {_number(one['alpha']) or '- (' + one['reason'] + ')'}" for name, one in summary["agreement"].items()]
+    lines += [f"  {name:<10} {_format_number(one['alpha']) or '- (' + one['reason'] + ')'}" for name, one in summary["agreement"].items()]
     wins = summary["winRate"]
     if wins["rate"] is None:
         text = f"- ({wins['reason']})"
@@ -55,5 +55,5 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
     return [*lines, "", f"win rate of the trained model: {text}"]
 
 
-def _number(value: float | None) -> str | None:
+def _format_number(value: float | None) -> str | None:
     return None if value is None else f"{value:.2f}"

@@ -23,8 +23,8 @@ from finetune_cli.commands.storage_options import (
 if TYPE_CHECKING:
     from finetune_cli.replay import ReplayResult
 
-WEIGHTS_DIFFER = 2
-"""Exit code if the weights differ, or if the training failed."""
+WEIGHTS_DIFFER_EXIT_CODE = 2
+"""Exit code if the weights differ. A failed training has the same exit code."""
 
 
 def replay(
@@ -51,8 +51,9 @@ def replay(
 ) -> None:
     """Repeat the training that the lineage statement describes on this machine, and compare the weights with the stored model.
 
-    On the same kind of CPU with the same library versions, the weights are equal. Exit code 0: equal. 1: the replay was refused, or
-    something cannot be read. 2: the weights differ, or the training failed.
+    On the same kind of CPU with the same library versions, the weights are equal.
+
+    Exit code 0: the weights are equal. 1: the replay was refused, or the stored model cannot be read. 2: the weights differ, or the training failed.
 
     Example: finetune replay s3://models/ft/team-a/support-bot/UID --keep ./replayed
     """
@@ -85,6 +86,6 @@ def _print_result(result: ReplayResult) -> int:
         differences.append(f"{len(comparison.mismatched)} tensors are missing or have another shape, for example {comparison.mismatched[0]}")
     output.write(f"different: {'; '.join(differences)}")
     output.print_notes(
-        result.reasons or ["no reason is known: this machine may have another kind of CPU than the run had, or the statement may be wrong"]
+        result.reasons or ["the reason is unknown: the run may have used another kind of CPU than this machine, or the statement may be wrong"]
     )
-    return WEIGHTS_DIFFER
+    return WEIGHTS_DIFFER_EXIT_CODE

@@ -1,4 +1,4 @@
-"""`finetune report`: downloads the report of a job from storage, and opens it."""
+"""`finetune report`: downloads the report of a job from storage, and can open it in the browser."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def report(
     Example: finetune report support-bot --open
     """
     from finetune_cli.cluster import connect
-    from finetune_cli.files import unwritable_file_error
+    from finetune_cli.files import make_unwritable_file_error
 
     if file is not None and file.name.endswith(ARCHIVE_SUFFIXES):
         raise output.fail(
@@ -48,14 +48,14 @@ def report(
     try:
         path.write_bytes(page)
     except OSError as error:
-        raise unwritable_file_error(path, error) from None
+        raise make_unwritable_file_error(path, error) from None
     output.write(str(path))
     if open_page:
-        _open(path)
+        _open_in_browser(path)
 
 
 def read_report(storage: JobStorage, name: str) -> bytes:
-    """Return the report in a job's folder. Raises StorageError, for example if the report does not exist."""
+    """Return the HTML page of a job's report. Raises StorageError, for example if there is no report yet."""
     from finetune_api.names import REPORT_KEY, Storage
 
     from finetune_cli.job_storage import StorageError
@@ -67,7 +67,7 @@ def read_report(storage: JobStorage, name: str) -> bytes:
     return storage.read_object(REPORT_KEY)
 
 
-def _open(path: Path) -> None:
+def _open_in_browser(path: Path) -> None:
     """Open a file in the user's browser. Raises CommandExit if this machine has no browser."""
     import webbrowser
 

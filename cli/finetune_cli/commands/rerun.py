@@ -30,18 +30,18 @@ def rerun(
     context: ContextOption = None,
     kubeconfig: KubeconfigOption = None,
 ) -> None:
-    """Create a new job from an existing one. The existing job stays unchanged. Annotations of the new job contain the name of the existing job.
+    """Create a new job from an existing one, which stays unchanged. An annotation of the new job names the existing job.
 
     Example: finetune rerun support-bot --from-checkpoint 400 --set training.learningRate=1e-4
     """
     from finetune_api.rules.training import PICKLING_STRATEGIES
     from finetune_api.spec.enums import OnExistingResult
 
-    from finetune_cli.checks import check_manifest, errors_of, warnings_of
+    from finetune_cli.checks import check_manifest, select_errors, select_warnings
     from finetune_cli.cluster import connect
     from finetune_cli.manifests import parse_manifests
-    from finetune_cli.overrides import name_option, parse_overrides
-    from finetune_cli.status_text import status_of
+    from finetune_cli.overrides import attribute_to_option, parse_overrides
+    from finetune_cli.status_text import parse_status
     from finetune_cli.yaml_writer import to_yaml
 
     cluster = connect(namespace, context, kubeconfig)
@@ -49,19 +49,19 @@ def rerun(
     overrides = parse_overrides(sets or ())
     changed_values = {path: assigned.value for path, assigned in overrides.items()}
     if from_checkpoint is not None:
-        changed_values = values_of_plan(old_job, changed_values) | changed_values
-        changed_values["checkpoint.resume"] = _checkpoint_uri(old_job, from_checkpoint)
-        if _strategy_of(old_job, changed_values) in PICKLING_STRATEGIES:
+        changed_values = find_chosen_values(old_job, changed_values) | changed_values
+        changed_values["checkpoint.resume"] = _find_checkpoint_uri(old_job, from_checkpoint)
+        if _find_strategy(old_job, changed_values) in PICKLING_STRATEGIES:
             changed_values.setdefault("checkpoint.allowPickle", True)
-    if status_of(old_job).preparation is not None:  # its preparation would adopt the result of a deleted job with the new name
+    if parse_status(old_job).preparation is not None:  # the new job's preparation could adopt the result of a deleted job of the same name
         changed_values.setdefault("policy.onExistingResult", OnExistingResult.TRAIN.value)
     taken_names = {job["metadata"]["name"] for job in cluster.list_jobs(all_namespaces=False)}
-    body = build_rerun(old_job, new_name or free_name(name, taken_names), changed_values, from_checkpoint)
+    body = build_rerun(old_job, new_name or find_free_name(name, taken_names), changed_values, from_checkpoint)
     text = to_yaml(body)
     _, findings = check_manifest(next(parse_manifests(text, "new job")))
-    output.print_warnings(warnings_of(findings))
-    if errors_of(findings):
-        raise output.fail(*(name_option(finding.mistake, overrides) for finding in errors_of(findings)))
+    output.print_warnings(select_warnings(findings))
+    if select_errors(findings):
+        raise output.fail(*(attribute_to_option(finding.mistake, overrides) for finding in select_errors(findings)))
     if dry_run:
         output.write(text)
         return
@@ -69,33 +69,33 @@ def rerun(
     output.write(f"{body['metadata']['name']} created from {name} in namespace {cluster.namespace}")
 
 
-def values_of_plan(job: dict[str, Any], changed_values: dict[str, Any]) -> dict[str, Any]:
-    """Return the values that the plan of the old job chose. A job that resumes from its checkpoint needs them, because it gets no choices of its own.
+def find_chosen_values(job: dict[str, Any], changed_values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values that the old job's plan has chosen. A job that resumes from its checkpoint needs them: it gets no chosen values of its own.
 
-    If the user changes a field of the batch, the number of nodes or the number of ranks, the chosen batch and number of GPUs are left out.
+    The chosen batch and number of GPUs are left out if the user changes a batch field, the number of nodes or the number of processes.
     """
     from finetune_api.memory.plan import BATCH_PATHS, GPUS_PATH
 
-    from finetune_cli.status_text import status_of
+    from finetune_cli.status_text import parse_status
 
-    plan = status_of(job).plan
+    plan = parse_status(job).plan
     chosen = {choice.field: choice.value for choice in (plan.choices if plan is not None else None) or []}
     dependent = (*BATCH_PATHS, GPUS_PATH, "training.effectiveBatchSize", "resources.nodes", "resources.processesPerNode")
     changes_batch = any(path in changed_values for path in dependent)
     return {path: value for path, value in chosen.items() if not (changes_batch and path in (*BATCH_PATHS, GPUS_PATH))}
 
 
-def _strategy_of(job: dict[str, Any], changed_values: dict[str, Any]) -> Any:
-    """Return the strategy of the new job, or None."""
+def _find_strategy(job: dict[str, Any], changed_values: dict[str, Any]) -> Any:
+    """Return the distributed strategy of the new job, or None if the spec names none."""
     distributed = (job.get("spec") or {}).get("distributed") or {}
     return changed_values.get("distributed.strategy", distributed.get("strategy"))
 
 
-def _checkpoint_uri(job: dict[str, Any], step: int) -> str:
+def _find_checkpoint_uri(job: dict[str, Any], step: int) -> str:
     from finetune_cli.cluster import ClusterError
-    from finetune_cli.status_text import status_of
+    from finetune_cli.status_text import parse_status
 
-    checkpoints = status_of(job).checkpoints
+    checkpoints = parse_status(job).checkpoints
     uri = next((checkpoint.uri for checkpoint in checkpoints if checkpoint.step == step), None)
     if uri is None:
         steps = (
@@ -111,8 +111,11 @@ def _checkpoint_uri(job: dict[str, Any], step: int) -> str:
     return uri
 
 
-def free_name(name: str, taken_names: set[str]) -> str:
-    """Return the first unused name with a number: `bot` -> `bot-2`, `bot-2` -> `bot-3`. A long base name is shortened."""
+def find_free_name(name: str, taken_names: set[str]) -> str:
+    """Return the first unused name with the next number: `bot-2` for `bot`, `bot-3` for `bot-2`.
+
+    If the new name would be too long, the part before the number is shortened.
+    """
     from finetune_api.names import MAX_NAME_LENGTH
 
     match = re.match(r"^(.*?)-(\d+)$", name)
@@ -123,7 +126,7 @@ def free_name(name: str, taken_names: set[str]) -> str:
 
 
 def build_rerun(old_job: dict[str, Any], name: str, changed_values: dict[str, Any], step: int | None) -> dict[str, Any]:
-    """Return the new FineTuneJob: the old spec with the changes, without `suspend` and `cancel`. Its annotations contain the name of the old job."""
+    """Return the manifest of the new job: the old spec with the changed values, without `suspend` and `cancel`. An annotation names the old job."""
     from finetune_api.names import API_VERSION, KIND, Annotation
 
     from finetune_cli.fields import with_values

@@ -1,4 +1,4 @@
-"""`finetune serve-openai`: a server with the paths of the OpenAI fine-tuning API."""
+"""`finetune serve-openai`: runs a server with the endpoints of the OpenAI fine-tuning API."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from finetune_cli.commands.shared import ContextOption, KubeconfigOption
 
 def serve_openai(
     config: Annotated[Path, typer.Option("--config", metavar="FILE", help="YAML file with the storage and the models of the server.")],
-    keys: Annotated[Path, typer.Option("--keys", metavar="FILE", help="YAML file with the sha256 of each API key, and its ServiceAccount.")],
+    keys: Annotated[Path, typer.Option("--keys", metavar="FILE", help="YAML file with the sha256 and the ServiceAccount of each API key.")],
     host: Annotated[str, typer.Option(help="Address on which the server listens.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port on which the server listens. 0: any free port.")] = 8080,
     context: ContextOption = None,
@@ -21,7 +21,7 @@ def serve_openai(
 ) -> None:
     """Serve `/v1/files` and `/v1/fine_tuning/jobs` of the OpenAI API with FineTuneJobs and S3, until Ctrl-C.
 
-    Clients change only their base URL and API key. The server reads its S3 credentials from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.
+    Clients need another base URL and API key, but no other change. The server reads its S3 credentials from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.
 
     Example: finetune serve-openai --config server.yaml --keys keys.yaml --port 8080
     """

@@ -1,4 +1,4 @@
-"""Options and small functions that several commands share. Options are spelled as in kubectl."""
+"""Options and small functions that several commands share. The options have the same names as in kubectl."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from finetune_cli import output
 
 
 def complete_job(ctx: typer.Context, incomplete: str) -> list[str]:
-    """Complete the name of a FineTuneJob. Without a connection to the cluster there are no candidates."""
+    """Return the names of FineTuneJobs that complete the typed text. Without a connection to the cluster, return no names."""
     from finetune_cli.cluster import connect
 
     given = ctx.params
@@ -24,7 +24,7 @@ def complete_job(ctx: typer.Context, incomplete: str) -> list[str]:
     return [name for name in (job["metadata"]["name"] for job in jobs) if name.startswith(incomplete)]
 
 
-def job_name(value: str | None) -> str | None:
+def parse_job_argument(value: str | None) -> str | None:
     """Return the name of a job from `NAME` or `KIND/NAME`. Raises ClusterError."""
     from finetune_cli.cluster import parse_job_name
 
@@ -32,7 +32,7 @@ def job_name(value: str | None) -> str | None:
 
 
 def complete_path(incomplete: str) -> list[str]:
-    """Complete the path of a field."""
+    """Return the paths of fields that complete the typed text."""
     from finetune_cli.fields import fields
 
     known = (field.path.removeprefix("spec.").replace("[]", "") for field in fields())
@@ -40,7 +40,7 @@ def complete_path(incomplete: str) -> list[str]:
 
 
 def complete_set(incomplete: str) -> list[str]:
-    """Complete the argument of `--set`."""
+    """Return the values of `--set` that complete the typed text: paths of spec fields, each followed by `=`."""
     return [f"{path}=" for path in complete_path(incomplete) if not path.startswith("status")]
 
 
@@ -49,8 +49,8 @@ def complete_words(*words: str) -> Callable[[str], list[str]]:
     return lambda incomplete: [word for word in words if word.startswith(incomplete)]
 
 
-def check_format(output_format: str | None, *allowed_formats: str) -> None:
-    """Raise Exit for an output format that the command does not support."""
+def require_format(output_format: str | None, *allowed_formats: str) -> None:
+    """Raise CommandExit for an output format that the command does not support."""
     if output_format is not None and output_format not in allowed_formats:
         raise output.fail(f"-o {output_format}: unknown output format; write one of {', '.join(allowed_formats)}")
 
@@ -65,7 +65,7 @@ SetOption = Annotated[
     ),
 ]
 NameArgument = Annotated[
-    str, typer.Argument(metavar="NAME", help="Name of the FineTuneJob.", autocompletion=complete_job, callback=job_name)
+    str, typer.Argument(metavar="NAME", help="Name of the FineTuneJob.", autocompletion=complete_job, callback=parse_job_argument)
 ]
 NamespaceOption = Annotated[
     str | None, typer.Option("--namespace", "-n", help="Namespace. Default: the namespace of the kubeconfig context.")
@@ -86,7 +86,7 @@ FormatOption = Annotated[
     typer.Option(
         "-o",
         "--output",
-        metavar="yaml|json|wide|name",
+        metavar="yaml|json|wide|cost|name",
         help="Output format.",
         autocompletion=complete_words("yaml", "json", "wide", "name"),
     ),
@@ -111,6 +111,6 @@ def write_data(value: Any, output_format: str) -> None:
 
 
 def format_rows(rows: list[list[str]]) -> str:
-    """Align the cells of rows with the same number of cells in columns."""
+    """Format rows as aligned columns. All rows must have the same number of cells."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)

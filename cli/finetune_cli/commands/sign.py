@@ -41,7 +41,7 @@ def sign(
     context: ContextOption = None,
     kubeconfig: KubeconfigOption = None,
 ) -> None:
-    """Sign the lineage statement of a final model. Sign after the run, outside of the cluster: no pod may have the private key.
+    """Sign the lineage statement of a final model. Sign after the run and outside the cluster, because no pod may have the private key.
 
     Example: finetune sign --new-key team.pem
 
@@ -54,13 +54,13 @@ def sign(
         return
     if target is None or key is None:
         raise output.fail("write `finetune sign NAME --key FILE`, or `finetune sign --new-key FILE` to create a key")
-    from finetune_cli.signing import key_id, read_private_key
+    from finetune_cli.signing import compute_key_id, read_private_key
 
     private_key = read_private_key(key)
     opened, job = open_target(target, StorageOptions(use_secret, endpoint, storage, namespace, context, kubeconfig))
-    statement = _verified_statement(opened, job)
+    statement = _verify_statement(opened, job)
     _store_signature(opened, statement, private_key)
-    output.write(f"{opened.uri}: signed by the key {key_id(private_key.public_key())}")
+    output.write(f"{opened.uri}: signed by the key {compute_key_id(private_key.public_key())}")
 
 
 def _create_key(path: Path) -> None:
@@ -73,8 +73,8 @@ def _create_key(path: Path) -> None:
     output.write(f"{path}: the private key, {'encrypted' if password else 'not encrypted'}. {public_path}: the public key, for `finetune verify`")
 
 
-def _verified_statement(storage: JobStorage, job: dict[str, Any] | None) -> bytes:
-    """Return the statement to sign. If a check of model or statement fails, print the findings and raise CommandExit."""
+def _verify_statement(storage: JobStorage, job: dict[str, Any] | None) -> bytes:
+    """Return the bytes of the statement to sign. If a check of the model or the statement fails, print the findings and raise CommandExit."""
     from finetune_cli.lineage import CheckName, Verifier
 
     verification = Verifier(storage).verify()
@@ -85,15 +85,15 @@ def _verified_statement(storage: JobStorage, job: dict[str, Any] | None) -> byte
     if job is None:
         return verification.statement_bytes
     _compare_with_status(verification, job)
-    return _with_image_digest(verification.statement_bytes, job)
+    return _add_image_digest(verification.statement_bytes, job)
 
 
 def _compare_with_status(verification: CheckResults, job: dict[str, Any]) -> None:
-    """Raise StorageError if the job's status names another manifest. The operator received it from the pod that committed the model."""
+    """Raise StorageError if the job's status has another sha256 of the manifest. The operator received it from the pod that committed the model."""
     from finetune_cli.job_storage import StorageError
-    from finetune_cli.status_text import status_of
+    from finetune_cli.status_text import parse_status
 
-    model = status_of(job).output
+    model = parse_status(job).output
     if model is not None and model.sha256 is not None and model.sha256 != verification.manifest_sha256:
         raise StorageError(
             f"the job's status names a model with the manifest {model.sha256[:12]}..., but storage has {verification.manifest_sha256[:12]}...: "
@@ -101,28 +101,28 @@ def _compare_with_status(verification: CheckResults, job: dict[str, Any]) -> Non
         )
 
 
-def _with_image_digest(statement: bytes, job: dict[str, Any]) -> bytes:
-    """Add the digest of the trainer image from the job's status, because a pod does not know it."""
+def _add_image_digest(statement: bytes, job: dict[str, Any]) -> bytes:
+    """Add the digest of the trainer image from the job's status to the statement. The pod that wrote the statement does not know its digest."""
     import json
 
-    from finetune_api.lineage import TRAINER_IMAGE, Resource
+    from finetune_api.lineage import TRAINER_IMAGE_DEPENDENCY, Resource
 
-    from finetune_cli.status_text import status_of
+    from finetune_cli.status_text import parse_status
 
-    resolved = status_of(job).resolved
+    resolved = parse_status(job).resolved
     image, _, digest = ((resolved.image_digest if resolved is not None else None) or "").rpartition("sha256:")
     if resolved is None or not digest:
         return statement
     value = json.loads(statement)
     definition = value["predicate"]["buildDefinition"]
-    own = Resource(name=TRAINER_IMAGE, uri=image.rstrip("@") or resolved.image, digest={"sha256": digest}, annotations={"observedBy": "operator"})
-    others = [one for one in definition["resolvedDependencies"] if one.get("name") != TRAINER_IMAGE]
+    own = Resource(name=TRAINER_IMAGE_DEPENDENCY, uri=image.rstrip("@") or resolved.image, digest={"sha256": digest}, annotations={"observedBy": "operator"})
+    others = [one for one in definition["resolvedDependencies"] if one.get("name") != TRAINER_IMAGE_DEPENDENCY]
     definition["resolvedDependencies"] = [*others, own.to_wire()]
     return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False).encode()
 
 
 def _store_signature(storage: JobStorage, payload: bytes, private_key: Any) -> None:
-    """Sign and store the statement. Signatures by other keys are kept if they are for the same statement."""
+    """Sign the statement, and store it with its signatures. Signatures by other keys are kept if they are for the same statement."""
     import json
 
     from finetune_api.lineage import ENVELOPE_KEY, STATEMENT_KEY
@@ -131,7 +131,7 @@ def _store_signature(storage: JobStorage, payload: bytes, private_key: Any) -> N
     from finetune_cli.lineage import read_envelope
 
     earlier = read_envelope(storage)
-    is_same = earlier is not None and signing.payload_of(earlier) == payload
+    is_same = earlier is not None and signing.decode_payload(earlier) == payload
     if earlier is not None and not is_same:
         output.print_notes(["earlier signatures are removed, because they are for another statement"])
     envelope = signing.sign(payload, private_key, earlier.signatures if earlier is not None and is_same else [])

@@ -1,4 +1,4 @@
-"""`finetune status`: phase, progress and reason of a job."""
+"""`finetune status`: shows phase, progress and reason of a job."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from finetune_cli.commands.shared import (
     KubeconfigOption,
     NameArgument,
     NamespaceOption,
-    check_format,
+    require_format,
     write_data,
 )
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from finetune_cli.cluster import Cluster
 
 MAX_LOSSES = 60
+"""Number of training losses in the line chart of `--watch`."""
 
 
 def status(
@@ -40,7 +41,7 @@ def status(
     from finetune_cli.cluster import connect
     from finetune_cli.status_text import describe_job
 
-    check_format(output_format, "yaml", "json")
+    require_format(output_format, "yaml", "json")
     if watch and output_format is not None:
         raise output.fail("--watch and -o exclude each other: choose one of them")
     cluster = connect(namespace, context, kubeconfig)
@@ -63,14 +64,14 @@ def follow_job(cluster: Cluster, name: str) -> dict[str, Any]:
     from rich.live import Live
     from rich.text import Text
 
-    from finetune_cli.status_text import describe_job, has_finished, status_of
+    from finetune_cli.status_text import describe_job, has_finished, parse_status
 
     losses: list[float] = []
     job: dict[str, Any] = {}
     last_text = ""
     with Live(console=output.stdout_console(), auto_refresh=False, screen=False) as live:
         for job in cluster.watch_job(name):
-            status = status_of(job)
+            status = parse_status(job)
             loss = status.metrics.train_loss if status.metrics else None
             if loss is not None and (not losses or losses[-1] != loss):
                 losses = [*losses[1 - MAX_LOSSES :], loss]
@@ -86,9 +87,9 @@ def follow_job(cluster: Cluster, name: str) -> dict[str, Any]:
 
 
 def exit_if_failed(job: dict[str, Any]) -> None:
-    """Raise Exit with code 2 if the job has ended without success."""
-    from finetune_cli.status_text import has_finished, has_succeeded, status_of
+    """Raise CommandExit with code 2 if the job has ended without success."""
+    from finetune_cli.status_text import has_finished, has_succeeded, parse_status
 
-    status = status_of(job)
+    status = parse_status(job)
     if has_finished(status) and not has_succeeded(status):
         raise output.CommandExit(output.JOB_FAILED)

@@ -1,4 +1,4 @@
-"""Options of the commands that read a job's storage, and the function that opens the storage."""
+"""Options of the commands that use a job's storage, and functions that open the storage."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ EndpointOption = Annotated[
     typer.Option(
         "--endpoint",
         metavar="URL",
-        help="Address of the S3 server as seen from this machine. Default: the job's endpoint; for a URI AWS_ENDPOINT_URL, otherwise AWS.",
+        help="Address of the S3 server as seen from this machine. Default: the job's endpoint or, for a URI, AWS_ENDPOINT_URL; without both, AWS.",
     ),
 ]
 StorageOption = Annotated[
     str | None,
-    typer.Option("--storage", metavar="URI", help="Storage root of a job that uses the operator's default storage."),
+    typer.Option("--storage", metavar="URI", help="Storage root of a job that uses the operator's default storage, if its status names no URI yet."),
 ]
 
 
@@ -49,13 +49,13 @@ def open_storage(
     cluster: Cluster, job: dict[str, Any], use_secret: bool, endpoint: str | None, storage_uri: str | None
 ) -> JobStorage:
     """Open the folder of a job in storage. Raises StorageError or ClusterError."""
-    from finetune_cli.job_storage import JobStorage, StorageError, decode_secret, root_of
+    from finetune_cli.job_storage import JobStorage, StorageError, decode_secret, locate_job_folder
 
     effective_job = job
     if storage_uri is not None:
         spec = dict(job.get("spec") or {})
         effective_job = {**job, "spec": {**spec, "storage": {**(spec.get("storage") or {}), "uri": storage_uri}}}
-    uri, connection = root_of(effective_job)
+    uri, connection = locate_job_folder(effective_job)
     if endpoint is not None:
         connection = connection.model_copy(update={"endpoint": endpoint})
     credentials = None
@@ -70,7 +70,7 @@ def open_storage(
 
 @dataclass(frozen=True)
 class StorageOptions:
-    """The options of a command that reads the storage of a job in the cluster, or storage at a URI."""
+    """The storage options of a command. Its target is the name of a job in the cluster or a storage URI."""
 
     use_secret: bool = False
     endpoint: str | None = None
@@ -79,13 +79,16 @@ class StorageOptions:
     context: str | None = None
     kubeconfig: Path | None = None
     secret_name: str | None = None
-    """Secret with the keys for storage at a URI. None: the AWS_ variables."""
+    """Name of the Secret with the S3 credentials for a URI. None: the AWS_ variables."""
 
 
 def open_target(target: str, options: StorageOptions) -> tuple[JobStorage, dict[str, Any] | None]:
-    """Open the storage of a job by its name or URI. If a name was given, also return the job. Raises StorageError or ClusterError."""
+    """Open the storage of a job. `target` is the job's name or a URI in its folder. Also returns the job, or None for a URI.
+
+    Raises StorageError or ClusterError.
+    """
     from finetune_cli.cluster import connect, parse_job_name
-    from finetune_cli.job_storage import StorageError, root_of_uri
+    from finetune_cli.job_storage import StorageError, to_job_folder_uri
 
     if "://" not in target:
         cluster = connect(options.namespace, options.context, options.kubeconfig)
@@ -93,11 +96,11 @@ def open_target(target: str, options: StorageOptions) -> tuple[JobStorage, dict[
         return open_storage(cluster, job, options.use_secret, options.endpoint, options.storage_uri), job
     if options.use_secret or options.storage_uri is not None:
         raise StorageError("--use-secret and --storage need the name of a job; with a URI, remove them and set the AWS_ variables")
-    return open_uri(root_of_uri(target), options), None
+    return open_uri(to_job_folder_uri(target), options), None
 
 
 def open_uri(uri: str, options: StorageOptions) -> JobStorage:
-    """Open storage at a URI, with the keys of a Secret or of the AWS_ variables. Raises StorageError or ClusterError."""
+    """Open storage at a URI, with the credentials of a Secret or of the AWS_ variables. Raises StorageError or ClusterError."""
     from finetune_api.spec.cluster import StorageRoot
     from pydantic import ValidationError
 

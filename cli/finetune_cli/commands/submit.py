@@ -49,14 +49,14 @@ def submit(
     if wait and not dry_run:
         from finetune_cli.commands.status import exit_if_failed, follow_job
 
-        has_succeeded = [follow_job(_in_namespace(cluster, job), job.name) for job in jobs]
-        for job in has_succeeded:
-            exit_if_failed(job)
+        ended_jobs = [follow_job(_select_namespace(cluster, job), job.name) for job in jobs]
+        for ended_job in ended_jobs:
+            exit_if_failed(ended_job)
 
 
 def _read_valid_manifests(files: list[Path]) -> list[Manifest]:
-    """Read and check all files. Prints every error of every file, then raises Exit."""
-    from finetune_cli.checks import check_manifest, errors_of, warnings_of
+    """Read and check all files. If there are errors, print every error of every file and raise CommandExit."""
+    from finetune_cli.checks import check_manifest, select_errors, select_warnings
     from finetune_cli.files import display_name
     from finetune_cli.manifests import read_all_manifests
 
@@ -66,8 +66,8 @@ def _read_valid_manifests(files: list[Path]) -> list[Manifest]:
         kind = manifest.value.get("kind")
         if manifest.is_job:
             findings = check_manifest(manifest)[1]
-            output.print_warnings(warnings_of(findings))
-            errors += [finding.mistake for finding in errors_of(findings)]
+            output.print_warnings(select_warnings(findings))
+            errors += [finding.mistake for finding in select_errors(findings)]
         elif kind not in ("Secret", "ConfigMap"):
             errors.append(
                 f"{manifest.location('kind')}: kind: this command does not submit kind {kind or '(missing)'}; use kubectl apply"
@@ -79,8 +79,8 @@ def _read_valid_manifests(files: list[Path]) -> list[Manifest]:
     return manifests
 
 
-def _in_namespace(cluster: Cluster, manifest: Manifest) -> Cluster:
-    """Return the cluster with the namespace of the manifest. If the manifest has no namespace, return the cluster unchanged."""
+def _select_namespace(cluster: Cluster, manifest: Manifest) -> Cluster:
+    """Return a connection to the manifest's namespace, or `cluster` itself if the manifest names no namespace."""
     namespace = (manifest.value.get("metadata") or {}).get("namespace")
     return dataclasses.replace(cluster, namespace=str(namespace)) if namespace else cluster
 
@@ -88,7 +88,7 @@ def _in_namespace(cluster: Cluster, manifest: Manifest) -> Cluster:
 def _submit_manifest(cluster: Cluster, manifest: Manifest, dry_run: bool) -> None:
     from finetune_cli.cluster import ClusterError
 
-    target = _in_namespace(cluster, manifest)
+    target = _select_namespace(cluster, manifest)
     kind, name = manifest.value["kind"], manifest.name
     try:
         if manifest.is_job:

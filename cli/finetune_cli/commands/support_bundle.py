@@ -1,4 +1,4 @@
-"""`finetune support-bundle`: an archive for a bug report, without secrets."""
+"""`finetune support-bundle`: writes an archive for a bug report, without secrets."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from finetune_cli.cluster import Cluster
 
 LOG_LINES = 2000
-SECRET_KEY = re.compile(r"(token|secret(?!keyref|ref|name)|passw|api_?key|credential(?!ssecretref))", re.IGNORECASE)
-SECRET_TEXT = re.compile(
+"""Number of the last log lines of each pod in the archive."""
+SECRET_NAME_PATTERN = re.compile(r"(token|secret(?!keyref|ref|name)|passw|api_?key|credential(?!ssecretref))", re.IGNORECASE)
+SECRET_TEXT_PATTERN = re.compile(
     r"\b(hf_[A-Za-z0-9]{6,}|sk-[A-Za-z0-9_-]{8,}|AKIA[0-9A-Z]{12,}|eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_.-]+)|(?<=://)[^/@\s]+:[^/@\s]+(?=@)"
     r"|(?<=X-Amz-Signature=)[0-9a-f]+|(?i:(?<=bearer )[A-Za-z0-9._-]{8,})"
 )
@@ -46,87 +47,87 @@ def support_bundle(
     Example: finetune support-bundle support-bot
     """
     from finetune_cli.cluster import connect
-    from finetune_cli.files import unwritable_file_error
+    from finetune_cli.files import make_unwritable_file_error
 
     cluster = connect(namespace, context, kubeconfig)
     job = cluster.get_job(name)
     path = file or Path(f"finetune-support-{name}.tar.gz")
-    parts = collect_files(cluster, job)
+    files = collect_files(cluster, job)
     try:
-        _write_archive(path, name, parts)
+        _write_archive(path, name, files)
     except OSError as error:
-        raise unwritable_file_error(path, error) from None
-    output.write(f"{path}: {len(parts)} files; look for remaining secrets before you send the archive to others")
+        raise make_unwritable_file_error(path, error) from None
+    output.write(f"{path}: {len(files)} files; look for remaining secrets before you send the archive to others")
 
 
-def _write_archive(path: Path, name: str, parts: dict[str, str]) -> None:
+def _write_archive(path: Path, name: str, files: dict[str, str]) -> None:
     with tarfile.open(path, "w:gz") as archive:
-        for part, text in parts.items():
-            info = tarfile.TarInfo(f"finetune-support-{name}/{part}")
+        for file_name, text in files.items():
+            info = tarfile.TarInfo(f"finetune-support-{name}/{file_name}")
             data = text.encode()
             info.size, info.mtime = len(data), int(time.time())
             archive.addfile(info, io.BytesIO(data))
 
 
 def collect_files(cluster: Cluster, job: dict[str, Any]) -> dict[str, str]:
-    """Return the redacted files of the archive by name. The file of an unreadable object contains the error."""
+    """Return the redacted text files of the archive by name. If an object cannot be read, its file contains the error."""
     from finetune_api.names import TRAINER_CONTAINER
 
     from finetune_cli.cluster import ClusterError
-    from finetune_cli.status_text import describe_job, event_line
+    from finetune_cli.status_text import describe_job, format_event_line
 
     name = job["metadata"]["name"]
     job["metadata"].pop("managedFields", None)
-    parts = {"job.yaml": to_yaml(redact_value(job)), "status.txt": describe_job(job)}
+    files = {"job.yaml": to_yaml(redact_value(job)), "status.txt": describe_job(job)}
     pods: list[dict[str, Any]] = []
     try:
         pods = cluster.list_pods(name)
         for pod in pods:
             pod["metadata"].pop("managedFields", None)
-        parts["pods.yaml"] = to_yaml(redact_value(pods))
+        files["pods.yaml"] = to_yaml(redact_value(pods))
         object_uids = {job["metadata"]["uid"], *(pod["metadata"]["uid"] for pod in pods)}
-        parts["events.txt"] = "\n".join(map(event_line, cluster.list_events(object_uids)))
-        parts["versions.json"] = json.dumps(
+        files["events.txt"] = "\n".join(map(format_event_line, cluster.list_events(object_uids)))
+        files["versions.json"] = json.dumps(
             {"kubernetes": cluster.get_version(), "python": platform.python_version()}, indent=1
         )
     except ClusterError as error:
-        parts["errors.txt"] = str(error)
+        files["errors.txt"] = str(error)
     for pod in pods:
         pod_name = pod["metadata"]["name"]
         try:
-            parts[f"logs/{pod_name}.txt"] = "\n".join(cluster.stream_log(pod_name, TRAINER_CONTAINER, follow=False, tail_lines=LOG_LINES))
+            files[f"logs/{pod_name}.txt"] = "\n".join(cluster.stream_log(pod_name, TRAINER_CONTAINER, follow=False, tail_lines=LOG_LINES))
         except ClusterError as error:
-            parts[f"logs/{pod_name}.txt"] = f"({error})"
-    return {part: redact_for_others(text) for part, text in parts.items()}
+            files[f"logs/{pod_name}.txt"] = f"({error})"
+    return {file_name: redact_for_others(text) for file_name, text in files.items()}
 
 
 def redact_for_others(text: str) -> str:
-    """Redact secrets in a text, with broader patterns than other commands, because the user sends the archive to others."""
+    """Redact secrets in a text. The patterns are broader than those of other commands, because the user sends the archive to other people."""
     from finetune_cli.redaction import redact_text
 
-    return redact_text(SECRET_TEXT.sub(REDACTED_VALUE, text), REDACTED_VALUE)
+    return redact_text(SECRET_TEXT_PATTERN.sub(REDACTED_VALUE, text), REDACTED_VALUE)
 
 
-def redact_value(value: Any, key: str = "") -> Any:
-    """Return a copy in which the value of each variable or field is redacted if its name suggests a secret (`MY_TOKEN`, `password`)."""
+def redact_value(value: Any, field_name: str = "") -> Any:
+    """Return a copy without secrets. The value of a field or variable is redacted if its name suggests a secret (`MY_TOKEN`, `password`)."""
     if isinstance(value, dict):
         if "name" in value and "value" in value and len(value) == 2:
             return {
                 "name": value["name"],
-                "value": REDACTED_VALUE if SECRET_KEY.search(str(value["name"])) else redact_value(value["value"]),
+                "value": REDACTED_VALUE if SECRET_NAME_PATTERN.search(str(value["name"])) else redact_value(value["value"]),
             }
         return {name: redact_value(inner, name) for name, inner in value.items()}
     if isinstance(value, list):
-        return [redact_value(item, key) for item in value]
+        return [redact_value(item, field_name) for item in value]
     if isinstance(value, str):
-        if SECRET_KEY.search(key) and not key.endswith(("Ref", "Name")):
+        if SECRET_NAME_PATTERN.search(field_name) and not field_name.endswith(("Ref", "Name")):
             return REDACTED_VALUE
         return _redact_json(value) if value.startswith(("{", "[")) else redact_for_others(value)
     return value
 
 
 def _redact_json(text: str) -> str:
-    """Redact JSON in a string. Annotations of `kubectl apply` and of the operator contain the spec as JSON, including environment variables."""
+    """Redact the JSON in a string. Annotations of `kubectl apply` and of the operator contain the spec as JSON, with its environment variables."""
     try:
         return json.dumps(redact_value(json.loads(text)), ensure_ascii=False)
     except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""`finetune top`: GPUs, memory and throughput of the running jobs."""
+"""`finetune top`: shows GPUs, memory and throughput of the running jobs."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from finetune_cli.commands.shared import (
     DataFormatOption,
     KubeconfigOption,
     NamespaceOption,
-    check_format,
     complete_job,
     format_rows,
-    job_name,
+    parse_job_argument,
+    require_format,
     write_data,
 )
 
@@ -26,19 +26,19 @@ if TYPE_CHECKING:
 
     from finetune_cli.cluster import Cluster, ClusterError
 
-HEADER = ["NAME", "PHASE", "PROGRESS", "TOKENS/S", "ETA", "POD", "NODE", "GPUS", "GPU%", "GPU MEMORY", "MEMORY"]
+COLUMN_NAMES = ["NAME", "PHASE", "PROGRESS", "TOKENS/S", "ETA", "POD", "NODE", "GPUS", "GPU%", "GPU MEMORY", "MEMORY"]
 PARALLEL_REQUESTS = 8
-NO_RIGHT_NOTE = "GPUs and memory are unknown: you may not get pods/proxy in this namespace"
+FORBIDDEN_NOTE = "GPUs and memory are unknown: you may not get pods/proxy in this namespace"
 BLOCKED_NOTE = (
-    "the API server does not reach the pod: if a NetworkPolicy blocks it, list the addresses of the API server in isolation.metricsFrom of the chart's values"
+    "the API server cannot reach the pod: if a NetworkPolicy blocks it, list the addresses of the API server in isolation.metricsFrom of the chart's values"
 )
-"""Added to the error of a request that the API server could not forward, or that had no answer in time. A NetworkPolicy drops packets silently."""
+"""Added to the error of a request that the API server could not forward, or that timed out: a NetworkPolicy drops packets without an answer."""
 OLD_IMAGE_NOTE = "GPUs and memory of some pods are unknown: their trainer image is older than 0.2.0"
 
 
 @dataclass(frozen=True)
 class PodRow:
-    """A running pod, its job, and its usage. Without a report, `usage` is None, and `problem` says why."""
+    """A running pod, its job, and the usage that the pod reports. If there is no report, `usage` is None, and `problem` says why."""
 
     job: dict[str, Any]
     pod: dict[str, Any]
@@ -48,7 +48,7 @@ class PodRow:
 
 def top(
     name: Annotated[
-        str | None, typer.Argument(metavar="NAME", help="Name of one job. Default: all running jobs.", callback=job_name, autocompletion=complete_job)
+        str | None, typer.Argument(metavar="NAME", help="Name of one job. Default: all running jobs.", callback=parse_job_argument, autocompletion=complete_job)
     ] = None,
     all_namespaces: Annotated[bool, typer.Option("--all-namespaces", "-A", help="Show jobs of all namespaces.")] = False,
     output_format: DataFormatOption = None,
@@ -58,7 +58,7 @@ def top(
 ) -> None:
     """Show throughput, GPUs and memory of each pod of the running jobs, from the reports of the pods.
 
-    GPU% is the mean of the pod's GPUs, GPU MEMORY is that of its fullest GPU. `-o json` shows every GPU.
+    GPU% is the mean utilisation of the pod's GPUs. GPU MEMORY is the memory of the GPU that uses most. `-o json` shows every GPU.
 
     Example: finetune top
 
@@ -66,7 +66,7 @@ def top(
     """
     from finetune_cli.cluster import connect
 
-    check_format(output_format, "yaml", "json")
+    require_format(output_format, "yaml", "json")
     if name is not None and all_namespaces:
         raise output.fail(f"{name} with --all-namespaces: a single job is in one namespace; give the namespace with -n")
     cluster = connect(namespace, context, kubeconfig)
@@ -74,58 +74,58 @@ def top(
     rows = _read_rows(cluster, jobs, all_namespaces)
     output.print_notes(sorted({row.problem for row in rows if row.problem}))
     if output_format is not None:
-        write_data([as_data(row) for row in rows], output_format)
+        write_data([to_dict(row) for row in rows], output_format)
     elif not rows:
         output.print_notes([f"{name} has no running pods" if name else "there are no jobs with running pods"])
     else:
-        header = ["NAMESPACE", *HEADER] if all_namespaces else HEADER
-        output.write(format_rows([header, *(_cells(row, all_namespaces) for row in rows)]))
+        header = ["NAMESPACE", *COLUMN_NAMES] if all_namespaces else COLUMN_NAMES
+        output.write(format_rows([header, *(_format_cells(row, all_namespaces) for row in rows)]))
 
 
 def _read_rows(cluster: Cluster, jobs: list[dict[str, Any]], all_namespaces: bool) -> list[PodRow]:
-    """Return the running pods of the newest attempts, with their usage."""
+    """Return the running pods of each job with their usage. For each job, only the newest attempt with running pods counts."""
     from concurrent.futures import ThreadPoolExecutor
 
     from finetune_api.names import Label
 
-    from finetune_cli.cluster import attempt_of
-    from finetune_cli.status_text import has_finished, status_of
+    from finetune_cli.cluster import get_attempt
+    from finetune_cli.status_text import has_finished, parse_status
 
-    jobs_by_uid = {job["metadata"]["uid"]: job for job in jobs if not has_finished(status_of(job))}
+    jobs_by_uid = {job["metadata"]["uid"]: job for job in jobs if not has_finished(parse_status(job))}
     running = [
         pod
         for pod in (cluster.list_trainer_pods(all_namespaces=all_namespaces) if jobs_by_uid else [])
         if (pod.get("status") or {}).get("phase") == "Running" and (pod["metadata"].get("labels") or {}).get(Label.JOB_UID) in jobs_by_uid
     ]
     pairs = [(jobs_by_uid[pod["metadata"]["labels"][Label.JOB_UID]], pod) for pod in running]
-    current = [(job, pod) for job, pod in pairs if attempt_of(pod) == max(attempt_of(other) for owner, other in pairs if owner is job)]
+    current = [(job, pod) for job, pod in pairs if get_attempt(pod) == max(get_attempt(other) for owner, other in pairs if owner is job)]
     with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
         return list(pool.map(lambda pair: _read_row(cluster, *pair), current))
 
 
 def _read_row(cluster: Cluster, job: dict[str, Any], pod: dict[str, Any]) -> PodRow:
-    from finetune_api.names import Path
+    from finetune_api.names import HttpPath
     from finetune_api.pod import PodUsage
 
     from finetune_cli.cluster import ClusterError
 
     try:
-        report = cluster.read_from_pod(pod["metadata"]["namespace"], pod["metadata"]["name"], Path.USAGE)
+        report = cluster.read_from_pod(pod["metadata"]["namespace"], pod["metadata"]["name"], HttpPath.USAGE)
     except ClusterError as error:
-        return PodRow(job, pod, None, _explain(error, pod["metadata"]["name"]))
+        return PodRow(job, pod, None, _explain_error(error, pod["metadata"]["name"]))
     return PodRow(job, pod, PodUsage.model_validate(report))
 
 
-def _explain(error: ClusterError, pod_name: str) -> str:
-    known: dict[int, str] = {HTTPStatus.FORBIDDEN: NO_RIGHT_NOTE, HTTPStatus.NOT_FOUND: OLD_IMAGE_NOTE}
+def _explain_error(error: ClusterError, pod_name: str) -> str:
+    known: dict[int, str] = {HTTPStatus.FORBIDDEN: FORBIDDEN_NOTE, HTTPStatus.NOT_FOUND: OLD_IMAGE_NOTE}
     is_unreachable = not error.code or error.code >= HTTPStatus.INTERNAL_SERVER_ERROR
     return known.get(error.code) or f"{pod_name}: {error}" + (f"; {BLOCKED_NOTE}" if is_unreachable else "")
 
 
-def _cells(row: PodRow, with_namespace: bool) -> list[str]:
-    from finetune_cli.status_text import format_bytes, status_of
+def _format_cells(row: PodRow, with_namespace: bool) -> list[str]:
+    from finetune_cli.status_text import format_bytes, parse_status
 
-    status, metadata = status_of(row.job), row.job["metadata"]
+    status, metadata = parse_status(row.job), row.job["metadata"]
     progress = status.progress
     gpus = row.usage.gpus if row.usage else []
     utilizations = [gpu.utilization_percent for gpu in gpus if gpu.utilization_percent is not None]
@@ -141,8 +141,8 @@ def _cells(row: PodRow, with_namespace: bool) -> list[str]:
     ]  # fmt: skip
 
 
-def as_data(row: PodRow) -> dict[str, Any]:
-    """Return a pod for `-o json`. Without a report of the pod, the usage is null."""
+def to_dict(row: PodRow) -> dict[str, Any]:
+    """Return a row as a dict, for `-o json` and `-o yaml`. The usage is null if the pod sent no report."""
     metadata, status = row.job["metadata"], row.job.get("status") or {}
     return {
         "namespace": metadata["namespace"], "job": metadata["name"], "phase": status.get("phase"), "progress": status.get("progress"),

@@ -1,4 +1,4 @@
-"""The progress and the results of uploads and downloads in the terminal."""
+"""Prints the progress and the results of uploads and downloads."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ STATE_TEXTS = {"transferred": "", "resumed": "continued", "unchanged": "unchange
 
 
 @contextlib.contextmanager
-def shown_progress(verb: str, *, is_quiet: bool) -> Iterator[Progress]:
-    """Show one bar for each file on a terminal. Without a terminal, print one note for each file. `verb`: for example `upload`.
+def show_progress(verb: str, *, is_quiet: bool) -> Iterator[Progress]:
+    """Yield a `Progress` that shows a bar for each file on a terminal, and otherwise prints a note for each file. `verb`: `upload` or `download`.
 
-    After an interrupt or a lost connection, print how to continue.
+    After Ctrl-C or a lost connection, print how to continue.
     """
     from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
     from rich.progress import Progress as Bars
@@ -33,15 +33,17 @@ def shown_progress(verb: str, *, is_quiet: bool) -> Iterator[Progress]:
         elif output.error_console().is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
             with Bars(*columns, console=output.error_console()) as bars:
-                yield _Bars(bars)
+                yield _ProgressBars(bars)
         else:
-            yield _Notes(verb)
+            yield _ProgressNotes(verb)
     except (KeyboardInterrupt, ConnectionLost):
         output.print_notes([f"the {verb} is incomplete; run the same command again to continue it"])
         raise
 
 
-class _Bars:
+class _ProgressBars:
+    """Shows a progress bar for each file."""
+
     def __init__(self, bars: Any):
         self._bars = bars
 
@@ -50,7 +52,9 @@ class _Bars:
         return lambda byte_count: self._bars.advance(task, byte_count)
 
 
-class _Notes:
+class _ProgressNotes:
+    """Prints a note at the beginning of each file."""
+
     def __init__(self, verb: str):
         self._verb = verb
 
@@ -61,8 +65,8 @@ class _Notes:
         return lambda byte_count: None
 
 
-def summary(files: list[TransferredFile]) -> str:
-    """Return for example `3 files, 12.0 MiB (1 continued, 2 unchanged)`."""
+def summarise_files(files: list[TransferredFile]) -> str:
+    """Return a summary of the transferred files, for example `3 files, 12.0 MiB (1 continued, 2 unchanged)`."""
     from finetune_cli.status_text import format_bytes
 
     counts = {text: sum(1 for file in files if file.state == state) for state, text in STATE_TEXTS.items() if text}
@@ -71,18 +75,18 @@ def summary(files: list[TransferredFile]) -> str:
     return f"{number}, {format_bytes(sum(file.size for file in files))}" + (f" ({details})" if details else "")
 
 
-def checks_text(files: list[TransferredFile]) -> str:
-    """Return how the files were checked, in the words of a sentence."""
+def describe_checks(files: list[TransferredFile]) -> str:
+    """Return how the files were checked, as a text that lists each kind of check once."""
     texts = {"sha256": "sha256 of the manifest", "etag": "MD5 of the store", "size": "size only, because the store gives no digest"}
     return ", ".join(text for check, text in texts.items() if any(file.check == check for file in files))
 
 
-def as_data(uri: str, target: Path, files: list[TransferredFile]) -> dict[str, Any]:
-    """Return the result for `-o json`. `uri` names the place in storage, `target` the local file or folder."""
+def to_dict(uri: str, local_path: Path, files: list[TransferredFile]) -> dict[str, Any]:
+    """Return the result as a dict, for `-o json` and `-o yaml`. `uri`: the location in storage. `local_path`: the local file or folder."""
     entries = [
         {
             "path": str(file.path), "uri": file.uri, "bytes": file.size, "sha256": file.sha256, "state": file.state.value, "check": file.check.value,
         }
         for file in files
     ]  # fmt: skip
-    return {"uri": uri, "path": str(target), "bytes": sum(file.size for file in files), "files": entries}
+    return {"uri": uri, "path": str(local_path), "bytes": sum(file.size for file in files), "files": entries}

@@ -13,11 +13,11 @@ from finetune_cli.commands.shared import (
     DataFormatOption,
     KubeconfigOption,
     NamespaceOption,
-    check_format,
+    require_format,
     write_data,
 )
 from finetune_cli.commands.storage_options import EndpointOption, SecretNameOption, StorageOptions, open_uri
-from finetune_cli.commands.transfer_output import as_data, shown_progress, summary
+from finetune_cli.commands.transfer_output import show_progress, summarise_files, to_dict
 
 if TYPE_CHECKING:
     from finetune_cli.transfers import Progress, TransferredFile
@@ -35,9 +35,9 @@ def upload(
     context: ContextOption = None,
     kubeconfig: KubeconfigOption = None,
 ) -> None:
-    """Upload data, a model or a checkpoint to storage. Run an interrupted command again: it continues the upload.
+    """Upload data, a model or a checkpoint to storage. To continue an interrupted upload, run the command again.
 
-    A folder that `finetune download` wrote is compared with its manifest, and is stored as a checkpoint or model below the URI.
+    If `finetune download` has written the folder, its files are compared with its manifest, and it is stored as a checkpoint or model below the URI.
 
     Example: finetune upload train.jsonl s3://data/support/
 
@@ -45,35 +45,35 @@ def upload(
 
     Example: finetune upload ./support-bot-step-400 s3://models/shared
     """
-    check_format(output_format, "yaml", "json")
+    require_format(output_format, "yaml", "json")
     if not source.exists():
         raise output.fail(f"{source}: there is no such file or folder")
-    with shown_progress("upload", is_quiet=output_format is not None) as progress:
+    with show_progress("upload", is_quiet=output_format is not None) as progress:
         options = StorageOptions(endpoint=endpoint, namespace=namespace, context=context, kubeconfig=kubeconfig, secret_name=secret)
-        uri, files, hint = _upload(source, target, options, progress)
+        uri, files, hint = _upload_source(source, target, options, progress)
     if output_format is not None:
-        write_data(as_data(uri, source, files), output_format)
+        write_data(to_dict(uri, source, files), output_format)
         return
-    output.write(f"{uri}: {summary(files)}")
+    output.write(f"{uri}: {summarise_files(files)}")
     output.print_notes([hint])
 
 
-def _upload(source: Path, target: str, options: StorageOptions, progress: Progress) -> tuple[str, list[TransferredFile], str]:
-    """Upload the source. Return the URI to use, the files, and what to write into a manifest."""
-    from finetune_cli.job_storage import root_of_uri
-    from finetune_cli.uploads import LocalFile, Uploader, plain_files, read_committed_upload
+def _upload_source(source: Path, target: str, options: StorageOptions, progress: Progress) -> tuple[str, list[TransferredFile], str]:
+    """Upload the source. Return its URI for manifests, the uploaded files, and a note that says what to write into a manifest."""
+    from finetune_cli.job_storage import to_job_folder_uri
+    from finetune_cli.uploads import LocalFile, Uploader, list_plain_files, read_committed_upload
 
     committed = read_committed_upload(source) if source.is_dir() else None
     if committed is not None:
-        storage = open_uri(root_of_uri(target), options)
+        storage = open_uri(to_job_folder_uri(target), options)
         files = Uploader(storage, progress).upload_committed(committed)
-        uri = storage.object_uri(committed.folder)
+        uri = storage.make_object_uri(committed.folder)
         if committed.folder.startswith("model"):
             return f"{uri}/{committed.incarnation}", files, f"to use the model, write `model.source: {uri}/{committed.incarnation}`"
         return uri, files, f"to continue from the checkpoint, write `checkpoint.resume: {uri}`"
     if source.is_dir():
         storage = open_uri(target, options)
-        files = Uploader(storage, progress).upload_files(plain_files(source))
+        files = Uploader(storage, progress).upload_files(list_plain_files(source))
         return storage.uri, files, f"write `dataset.train: {storage.uri}` for data, `model.source: {storage.uri}` for a model"
     folder, _, name = target.rpartition("/")
     if folder.endswith(("/", ":")):  # s3://bucket without a key

@@ -26,7 +26,7 @@ def validate(
         list[Path], typer.Argument(metavar="FILE...", help="Manifests. A file may contain several manifests.")
     ],
     strict: Annotated[
-        bool, typer.Option("--strict", help="Refuse manifests with warnings, and objects of other kinds.")
+        bool, typer.Option("--strict", help="Also refuse manifests with warnings, and objects that are no FineTuneJob, Secret or ConfigMap.")
     ] = False,
     local: Annotated[
         bool, typer.Option("--local", help="Apply the rules of `finetune run --local` instead of those of a cluster.")
@@ -61,7 +61,7 @@ def validate(
     from finetune_api.rules import ExecutionTarget
 
     from finetune_cli.files import display_name
-    from finetune_cli.job_plan import find_misfit, read_gpu
+    from finetune_cli.job_plan import find_memory_findings, read_gpu
     from finetune_cli.manifests import read_all_manifests
 
     if namespace is not None and policy is None:
@@ -71,24 +71,24 @@ def validate(
     pool = read_gpu(gpu, gpu_memory, gpus_per_node)
     if model_config is not None and pool is None:
         raise output.fail("--model-config has no effect without the memory of a GPU: add --gpu NAME or --gpu-memory SIZE")
-    more_checks = [] if policy is None else [_policy_check(policy, namespace)]
+    more_checks = [] if policy is None else [_make_policy_check(policy, namespace)]
     if pool is not None:
-        more_checks.append(partial(find_misfit, pool=pool, folder=model_config))
+        more_checks.append(partial(find_memory_findings, pool=pool, folder=model_config))
     manifests, read_mistakes = read_all_manifests(files)
     errors = list(map(str, read_mistakes))
     for manifest in manifests:
-        errors += _check_manifest_messages(manifest, ExecutionTarget.LOCAL if local else ExecutionTarget.CLUSTER, strict, more_checks)
+        errors += _find_errors(manifest, ExecutionTarget.LOCAL if local else ExecutionTarget.CLUSTER, strict, more_checks)
     jobs = [manifest for manifest in manifests if manifest.is_job]
     if not jobs and not errors:
         errors.append(f"{', '.join(map(display_name, files))}: there is no FineTuneJob in the input")
-    errors += _duplicate_names(jobs)
+    errors += _find_duplicate_names(jobs)
     if errors:
         raise output.fail(*dict.fromkeys(errors))
     output.write("\n".join(f"{job.file}: {job.name}: ok" for job in jobs))
 
 
-def _policy_check(file: Path, namespace: str | None) -> SpecCheck:
-    """Return a function that finds the values of a manifest that the rules in the file refuse."""
+def _make_policy_check(file: Path, namespace: str | None) -> SpecCheck:
+    """Return a function that yields a finding for each value that the rules in the file refuse."""
     from finetune_cli.mistakes import InvalidInput
     from finetune_cli.platform_policy import read_chart_policy
 
@@ -99,10 +99,10 @@ def _policy_check(file: Path, namespace: str | None) -> SpecCheck:
     return lambda manifest, spec: chart_policy.find_problems(manifest, spec, namespace)
 
 
-def _check_manifest_messages(manifest: Manifest, target: object, strict: bool, more_checks: list[SpecCheck]) -> list[str]:
+def _find_errors(manifest: Manifest, execution_target: object, strict: bool, more_checks: list[SpecCheck]) -> list[str]:
     from finetune_api.rules import ExecutionTarget
 
-    from finetune_cli.checks import check_manifest, errors_of, warnings_of
+    from finetune_cli.checks import check_manifest, select_errors, select_warnings
 
     if not manifest.is_job:
         kind = manifest.value.get("kind")
@@ -111,24 +111,24 @@ def _check_manifest_messages(manifest: Manifest, target: object, strict: bool, m
         if kind is None:
             return [f"{manifest.file}: kind: this required field is missing; write kind: FineTuneJob"]
         return []
-    spec, findings = check_manifest(manifest, ExecutionTarget(str(target)))
+    spec, findings = check_manifest(manifest, ExecutionTarget(str(execution_target)))
     for check_more in more_checks if spec is not None else ():
         findings += check_more(manifest, spec)
     if not strict:
-        output.print_warnings(warnings_of(findings))
-        findings = errors_of(findings)
+        output.print_warnings(select_warnings(findings))
+        findings = select_errors(findings)
     return [f"{finding.mistake} [{finding.code}]" for finding in findings]
 
 
-def _duplicate_names(jobs: list[Manifest]) -> list[str]:
+def _find_duplicate_names(jobs: list[Manifest]) -> list[str]:
     seen: dict[tuple[str, str], Manifest] = {}
     errors = []
     for job in jobs:
         metadata = job.value.get("metadata")
-        key = (str(metadata.get("namespace", "")) if isinstance(metadata, dict) else "", job.name)
-        if job.name and key in seen:
+        full_name = (str(metadata.get("namespace", "")) if isinstance(metadata, dict) else "", job.name)
+        if job.name and full_name in seen:
             errors.append(
-                f"{job.location('metadata.name')}: metadata.name: {job.name} is used twice, first in {seen[key].location('metadata.name')}"
+                f"{job.location('metadata.name')}: metadata.name: {job.name} is used twice, first in {seen[full_name].location('metadata.name')}"
             )
-        seen.setdefault(key, job)
+        seen.setdefault(full_name, job)
     return errors

@@ -13,7 +13,7 @@ from finetune_cli.commands.shared import (
     DataFormatOption,
     KubeconfigOption,
     NamespaceOption,
-    check_format,
+    require_format,
     write_data,
 )
 from finetune_cli.commands.storage_options import (
@@ -28,14 +28,14 @@ from finetune_cli.commands.storage_options import (
 if TYPE_CHECKING:
     from finetune_cli.lineage import CheckResults
 
-CHECK_FAILED = 2
-"""Exit code if a check has found something. 1 means that storage, the job or the key cannot be read."""
+CHECK_FAILED_EXIT_CODE = 2
+"""Exit code if a check has failed. Exit code 1 means that storage, the job or the key cannot be read."""
 
 
 def verify(
     target: TargetArgument,
     key: Annotated[
-        Path | None, typer.Option("--key", metavar="FILE", help="The signer's public ed25519 key (PEM). With --key, an unsigned statement is a failed check.")
+        Path | None, typer.Option("--key", metavar="FILE", help="The signer's public ed25519 key (PEM). With --key, the check of an unsigned statement fails.")
     ] = None,
     require_signature: Annotated[
         bool, typer.Option("--require-signature", help="Fail if the statement is unsigned. Only --key also checks who signed it.")
@@ -56,7 +56,7 @@ def verify(
 
     Example: finetune verify s3://models/ft/team-a/support-bot/UID/model
     """
-    check_format(output_format, "yaml", "json")
+    require_format(output_format, "yaml", "json")
     from finetune_cli.lineage import Verifier
     from finetune_cli.signing import read_public_key
 
@@ -64,31 +64,31 @@ def verify(
     opened, _ = open_target(target, StorageOptions(use_secret, endpoint, storage, namespace, context, kubeconfig))
     verification = Verifier(opened).verify(public_key, require_signature)
     if output_format is not None:
-        write_data(as_data(opened.uri, verification), output_format)
+        write_data(to_dict(opened.uri, verification), output_format)
     else:
-        output.write("\n".join(check_lines(verification)))
+        output.write("\n".join(format_check_lines(verification)))
     if verification.findings:
-        raise output.CommandExit(CHECK_FAILED)
+        raise output.CommandExit(CHECK_FAILED_EXIT_CODE)
 
 
-def check_lines(verification: CheckResults) -> list[str]:
-    """Return one line for each check, and one for each finding."""
+def format_check_lines(verification: CheckResults) -> list[str]:
+    """Return one line for each finding, and one line for each check without findings."""
     from finetune_cli.lineage import CheckName, SignatureState
 
     lines = []
     for check in CheckName:
-        findings = verification.findings_of(check)
+        findings = verification.select_findings(check)
         lines += [f"{check:<12} FAILED  {finding.code}: {finding.message}" for finding in findings]
         if check is CheckName.SIGNATURE and verification.signature is not SignatureState.FAILED and not findings:
             is_verified = verification.signature is SignatureState.VERIFIED
-            lines.append(f"{check:<12} {'ok' if is_verified else '-':<7} {_signature_text(verification)}")
+            lines.append(f"{check:<12} {'ok' if is_verified else '-':<7} {_describe_signature(verification)}")
         elif not findings:
             note = verification.notes.get(check)
             lines.append(f"{check:<12} {'ok' if note else '-':<7} {note or 'not checked, because an earlier check failed'}")
     return lines
 
 
-def _signature_text(verification: CheckResults) -> str:
+def _describe_signature(verification: CheckResults) -> str:
     from finetune_cli.lineage import SignatureState
 
     return {
@@ -97,14 +97,14 @@ def _signature_text(verification: CheckResults) -> str:
     }.get(verification.signature, verification.signature.value)
 
 
-def as_data(uri: str, verification: CheckResults) -> dict[str, Any]:
-    """Return the result as data for `-o json`."""
+def to_dict(uri: str, verification: CheckResults) -> dict[str, Any]:
+    """Return the results of the checks as a dict, for `-o json` and `-o yaml`."""
     from finetune_cli.lineage import CheckName
 
     checks = [
         {
-            "check": check.value, "ok": not verification.findings_of(check), "note": verification.notes.get(check),
-            "findings": [{"code": one.code.value, "message": one.message} for one in verification.findings_of(check)],
+            "check": check.value, "ok": not verification.select_findings(check), "note": verification.notes.get(check),
+            "findings": [{"code": one.code.value, "message": one.message} for one in verification.select_findings(check)],
         }
         for check in CheckName
     ]  # fmt: skip

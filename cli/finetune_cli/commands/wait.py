@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 
 def wait(
     name: NameArgument,
-    until: Annotated[
+    goal_text: Annotated[
         str,
         typer.Option(
-            "--for", metavar="GOAL", help="As in kubectl: condition=NAME[=False], jsonpath=PATH[=VALUE], create or delete. Or a condition, or `running`.",
+            "--for", metavar="GOAL",
+            help="As in kubectl: condition=NAME[=False], jsonpath=PATH[=VALUE], create or delete. Also the name of a condition, or running.",
             autocompletion=complete_words("condition=Finished", "condition=Succeeded", "condition=PodsReady", "running", "create", "delete", "jsonpath="),
         ),
     ] = "condition=Finished",
@@ -34,9 +35,9 @@ def wait(
     context: ContextOption = None,
     kubeconfig: KubeconfigOption = None,
 ) -> None:
-    """Wait until a job has ended, or until it reaches a condition or a value.
+    """Wait until a job has ended, has a condition or a value, is created or is deleted.
 
-    Exit code 0: the goal is reached; 1: the time is up, or the job cannot reach the goal any more; 2: the job failed.
+    Exit code 0: the goal is reached; 1: the time is up, or the job can no longer reach the goal; 2: the job failed.
 
     Example: finetune wait support-bot
 
@@ -49,21 +50,21 @@ def wait(
     from finetune_cli.cluster import connect
     from finetune_cli.wait_goals import Existence, parse_goal, parse_timeout
 
-    goal, seconds = parse_goal(until), parse_timeout(timeout)
+    goal, seconds = parse_goal(goal_text), parse_timeout(timeout)
     deadline = None if seconds is None else time.monotonic() + seconds
     cluster = connect(namespace, context, kubeconfig)
     if isinstance(goal, Existence):
         result = _wait_for_existence(cluster, name, goal, deadline)
     else:
-        result = _wait_for_goal(cluster, name, until, goal, deadline)
+        result = _wait_for_goal(cluster, name, goal_text, goal, deadline)
     if result is None:
-        state = f"{goal}d" if isinstance(goal, Existence) else until.removeprefix("condition=")
+        state = f"{goal}d" if isinstance(goal, Existence) else goal_text.removeprefix("condition=")
         raise output.fail(f"{name} is not {state} after {timeout if not str(timeout).isdigit() else f'{timeout} s'}")
     output.write(f"{name}: {result}")
 
 
 def _wait_for_existence(cluster: Cluster, name: str, goal: Existence, deadline: float | None) -> str | None:
-    """Return `created` or `deleted`, or None if the time is up."""
+    """Wait for the goal and return `created` or `deleted`, or None if the time is up."""
     from finetune_cli.cluster import ClusterError
     from finetune_cli.wait_goals import Existence
 
@@ -80,23 +81,24 @@ def _wait_for_existence(cluster: Cluster, name: str, goal: Existence, deadline: 
 
 
 def _wait_for_goal(
-    cluster: Cluster, name: str, until: str, goal: ConditionGoal | RunningGoal | JsonPathGoal, deadline: float | None
+    cluster: Cluster, name: str, goal_text: str, goal: ConditionGoal | RunningGoal | JsonPathGoal, deadline: float | None
 ) -> str | None:
-    """Return the phase of the job, or None if the time is up. Raises CommandExit if the job has ended without reaching the goal."""
-    from finetune_cli.status_text import has_finished, has_succeeded, status_of
+    """Wait for the goal and return the job's phase, or None if the time is up. Raises CommandExit if the job has ended without reaching the goal."""
+    from finetune_cli.status_text import has_finished, has_succeeded, parse_status
 
     for job in cluster.watch_job(name, deadline):
-        status = status_of(job)
+        status = parse_status(job)
         has_failed = has_finished(status) and not has_succeeded(status)
         is_success = goal.is_reached(job) and (not has_failed or goal.accepts_failed_job())
         if is_success or (has_finished(status) and goal.is_reached_without_report(status)):
-            return _phase_of(job) or until
+            return _get_phase(job) or goal_text
         if has_finished(status) and goal.ends_with_job:
-            output.print_errors([f"{name} has ended ({_phase_of(job)})" + ("" if has_failed else f" and cannot become {until.removeprefix('condition=')}")])
+            consequence = "" if has_failed else f" and cannot become {goal_text.removeprefix('condition=')}"
+            output.print_errors([f"{name} has ended ({_get_phase(job)}){consequence}"])
             exit_if_failed(job)
             raise output.CommandExit(output.ERROR)
     return None
 
 
-def _phase_of(job: dict[str, Any]) -> str:
+def _get_phase(job: dict[str, Any]) -> str:
     return str((job.get("status") or {}).get("phase") or "")

@@ -1,20 +1,20 @@
-"""Reads an accelerate YAML that is given together with another tool's configuration."""
+"""Reads an accelerate YAML file that the user gives together with another tool's configuration."""
 
 from __future__ import annotations
 
-from finetune_cli.importers.deepspeed import assign_consistently, options_group
-from finetune_cli.importers.documents import parse_document, peek_keys
+from finetune_cli.importers.deepspeed import assign_consistently, read_option_group
+from finetune_cli.importers.documents import parse_document, peek_mapping
 from finetune_cli.importers.draft import InputDocument, JobDraft
 from finetune_cli.mistakes import Mistake
 from finetune_cli.provenance import AssignedValue, ValueOrigin
-from finetune_cli.suggestions import closest_name
+from finetune_cli.suggestions import find_closest_name
 from finetune_cli.yaml_reader import Tree
 
 SHARDING_BY_NAME = {
     "FULL_SHARD": "fullShard", "SHARD_GRAD_OP": "shardGradOp", "NO_SHARD": "noShard", "HYBRID_SHARD": "fullShard", "1": "fullShard", "2": "shardGradOp",
     "3": "noShard",
 }  # fmt: skip
-STATE_DICTS = {
+STATE_DICT_BY_NAME = {
     "FULL_STATE_DICT": "full", "SHARDED_STATE_DICT": "sharded", "LOCAL_STATE_DICT": "local", "FULL": "full", "SHARDED": "sharded", "LOCAL": "local",
 }  # fmt: skip
 ACCELERATE_KEYS = (
@@ -45,29 +45,29 @@ DEEPSPEED_KEYS = (
 )  # fmt: skip
 OFFLOAD_KEY = "fsdp_offload_params"
 RESHARD_KEY = "fsdp_reshard_after_forward"
-"""Boolean key in FSDP 2; replaces the key `fsdp_sharding_strategy` of FSDP 1."""
+"""Boolean key of FSDP 2 that replaces the key `fsdp_sharding_strategy` of FSDP 1."""
 
 
 def is_accelerate(document: InputDocument) -> bool:
-    """Return whether a document is an accelerate configuration, that is, has the key `distributed_type`."""
-    return "distributed_type" in peek_keys(document)
+    """Return whether a document is an accelerate configuration: it has the key `distributed_type`."""
+    return "distributed_type" in peek_mapping(document)
 
 
 def read_accelerate(draft: JobDraft, document: InputDocument) -> None:
-    """Set strategy, resources and sharding from an accelerate configuration."""
-    tree = parse_document(document)
-    for key in tree.value:
+    """Set strategy, resources, precision, FSDP and DeepSpeed from an accelerate configuration."""
+    parsed_file = parse_document(document)
+    for key in parsed_file.value:
         if key not in ACCELERATE_KEYS:
-            closest = closest_name(key, ACCELERATE_KEYS)
+            closest = find_closest_name(key, ACCELERATE_KEYS)
             draft.mistakes.append(
                 Mistake(
-                    _option_location(document, tree, key),
+                    _locate_option(document, parsed_file, key),
                     key,
                     "unknown key",
                     f"did you mean {closest}?" if closest else "remove it",
                 )
             )
-    kind = str(tree.value.get("distributed_type", "NO")).upper()
+    distributed_type = str(parsed_file.value.get("distributed_type", "NO")).upper()
     strategy = {
         "NO": "none",
         "FALSE": "none",
@@ -75,35 +75,35 @@ def read_accelerate(draft: JobDraft, document: InputDocument) -> None:
         "MULTI_CPU": "ddp",
         "FSDP": "fsdp",
         "DEEPSPEED": "deepspeed",
-    }.get(kind)
-    origin = ValueOrigin(_option_location(document, tree, "distributed_type"))
+    }.get(distributed_type)
+    origin = ValueOrigin(_locate_option(document, parsed_file, "distributed_type"))
     if strategy is None:
         draft.mistakes.append(
             Mistake(
                 origin.location,
                 "distributed_type",
-                f"{kind} is not supported",
+                f"{distributed_type} is not supported",
                 "write one of NO, MULTI_GPU, FSDP, DEEPSPEED",
             )
         )
         return
     assign_consistently(draft, "distributed.strategy", "distributed_type", strategy, origin)
-    _set_sizes(draft, document, tree)
-    _set_precision(draft, document, tree)
-    unused = [key for key in IGNORED_KEYS if tree.value.get(key) not in (None, False, {}, "NO", "no", "all")]
-    if unused:
+    _set_sizes(draft, document, parsed_file)
+    _set_precision(draft, document, parsed_file)
+    unused_keys = [key for key in IGNORED_KEYS if parsed_file.value.get(key) not in (None, False, {}, "NO", "no", "all")]
+    if unused_keys:
         draft.add_warning(
-            f"{document.name}: {', '.join(unused)} have no effect: the operator and the trainer set up processes and devices themselves"
+            f"{document.name}: these keys have no effect: {', '.join(unused_keys)}: the operator and the trainer set up processes and devices themselves"
         )
     if strategy == "fsdp":
-        _set_fsdp(draft, document, tree)
+        _set_fsdp(draft, document, parsed_file)
     if strategy == "deepspeed":
-        _set_deepspeed(draft, document, tree)
+        _set_deepspeed(draft, document, parsed_file)
 
 
-def _set_precision(draft: JobDraft, document: InputDocument, tree: Tree) -> None:
-    precision = tree.value.get("mixed_precision")
-    location = _option_location(document, tree, "mixed_precision")
+def _set_precision(draft: JobDraft, document: InputDocument, parsed_file: Tree) -> None:
+    precision = parsed_file.value.get("mixed_precision")
+    location = _locate_option(document, parsed_file, "mixed_precision")
     if precision in ("no", "fp16", "bf16", False):
         draft.values["training.mixedPrecision"] = AssignedValue(precision or "no", ValueOrigin(location), "mixed_precision")
     elif precision is not None:
@@ -112,22 +112,22 @@ def _set_precision(draft: JobDraft, document: InputDocument, tree: Tree) -> None
         )
 
 
-def _option_location(document: InputDocument, tree: Tree, key: str) -> str:
-    return f"{document.name}:{tree.lines[key]}" if key in tree.lines else document.name
+def _locate_option(document: InputDocument, parsed_file: Tree, option_key: str) -> str:
+    return f"{document.name}:{parsed_file.lines[option_key]}" if option_key in parsed_file.lines else document.name
 
 
-def _set_sizes(draft: JobDraft, document: InputDocument, tree: Tree) -> None:
-    machines, processes = tree.value.get("num_machines", 1), tree.value.get("num_processes")
-    origin = ValueOrigin(_option_location(document, tree, "num_processes"))
+def _set_sizes(draft: JobDraft, document: InputDocument, parsed_file: Tree) -> None:
+    machines, processes = parsed_file.value.get("num_machines", 1), parsed_file.value.get("num_processes")
+    origin = ValueOrigin(_locate_option(document, parsed_file, "num_processes"))
     for key, value in (("num_machines", machines), ("num_processes", processes)):
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             draft.mistakes.append(
-                Mistake(_option_location(document, tree, key), key, f"{value} is not an integer of at least 1")
+                Mistake(_locate_option(document, parsed_file, key), key, f"{value} is not an integer of at least 1")
             )
             return
     if machines > 1:
         draft.values["resources.nodes"] = AssignedValue(
-            machines, ValueOrigin(_option_location(document, tree, "num_machines")), "num_machines"
+            machines, ValueOrigin(_locate_option(document, parsed_file, "num_machines")), "num_machines"
         )
     if processes is None:
         return
@@ -141,56 +141,56 @@ def _set_sizes(draft: JobDraft, document: InputDocument, tree: Tree) -> None:
             )
         )
         return
-    per_machine = processes // machines
-    on_cpu = tree.value.get("use_cpu") is True
-    draft.values["resources.gpusPerNode"] = AssignedValue(0 if on_cpu else per_machine, origin, "num_processes")
+    processes_per_machine = processes // machines
+    on_cpu = parsed_file.value.get("use_cpu") is True
+    draft.values["resources.gpusPerNode"] = AssignedValue(0 if on_cpu else processes_per_machine, origin, "num_processes")
     if on_cpu:
-        draft.values["resources.processesPerNode"] = AssignedValue(per_machine, origin, "num_processes")
+        draft.values["resources.processesPerNode"] = AssignedValue(processes_per_machine, origin, "num_processes")
 
 
-def _set_fsdp(draft: JobDraft, document: InputDocument, tree: Tree) -> None:
-    options = options_group(draft, tree.value, "fsdp_config", ValueOrigin(_option_location(document, tree, "fsdp_config")))
-    for key, path, words in (
+def _set_fsdp(draft: JobDraft, document: InputDocument, parsed_file: Tree) -> None:
+    options = read_option_group(draft, parsed_file.value, "fsdp_config", ValueOrigin(_locate_option(document, parsed_file, "fsdp_config")))
+    for key, path, value_by_name in (
         ("fsdp_sharding_strategy", "distributed.fsdp.sharding", SHARDING_BY_NAME),
-        ("fsdp_state_dict_type", "distributed.fsdp.stateDict", STATE_DICTS),
+        ("fsdp_state_dict_type", "distributed.fsdp.stateDict", STATE_DICT_BY_NAME),
     ):
         if options.get(key) is None:
             continue
-        origin = ValueOrigin(_option_location(document, tree, f"fsdp_config.{key}"))
-        word = words.get(str(options[key]).upper())
-        if word is None:
+        origin = ValueOrigin(_locate_option(document, parsed_file, f"fsdp_config.{key}"))
+        value = value_by_name.get(str(options[key]).upper())
+        if value is None:
             draft.mistakes.append(
-                Mistake(origin.location, key, f'"{options[key]}" is not supported', f"write one of {', '.join(words)}")
+                Mistake(origin.location, key, f'"{options[key]}" is not supported', f"write one of {', '.join(value_by_name)}")
             )
         else:
-            assign_consistently(draft, path, key, word, origin)
+            assign_consistently(draft, path, key, value, origin)
     if isinstance(options.get(RESHARD_KEY), bool):
-        word = "fullShard" if options[RESHARD_KEY] else "shardGradOp"
+        value = "fullShard" if options[RESHARD_KEY] else "shardGradOp"
         assign_consistently(
             draft,
             "distributed.fsdp.sharding",
             RESHARD_KEY,
-            word,
-            ValueOrigin(_option_location(document, tree, f"fsdp_config.{RESHARD_KEY}")),
+            value,
+            ValueOrigin(_locate_option(document, parsed_file, f"fsdp_config.{RESHARD_KEY}")),
         )
     if str(options.get("fsdp_sharding_strategy")).upper().startswith("HYBRID"):
         draft.add_warning(
-            f"{document.name}: fsdp_sharding_strategy: {options['fsdp_sharding_strategy']} becomes fullShard, which does not replicate "
-            "the shards on every node: the results are the same, but there is more traffic between nodes"
+            f"{document.name}: fsdp_sharding_strategy: {options['fsdp_sharding_strategy']} becomes fullShard, which shards over all nodes "
+            "instead of replicating the weights on every node: the results are the same, but there is more traffic between nodes"
         )
     if options.get(OFFLOAD_KEY) is True:
-        location = _option_location(document, tree, f"fsdp_config.{OFFLOAD_KEY}")
+        location = _locate_option(document, parsed_file, f"fsdp_config.{OFFLOAD_KEY}")
         draft.add_warning(f"{location}: {OFFLOAD_KEY} has no effect: the weights stay in GPU memory")
-    others = [key for key in options if key not in FSDP_KEYS]
-    if others:
+    unused_keys = [key for key in options if key not in FSDP_KEYS]
+    if unused_keys:
         draft.add_warning(
-            f"{document.name}: fsdp_config: {', '.join(others)} have no effect: the trainer chooses the layers to wrap"
+            f"{document.name}: these keys of fsdp_config have no effect: {', '.join(unused_keys)}: the trainer chooses the layers to wrap"
         )
 
 
-def _set_deepspeed(draft: JobDraft, document: InputDocument, tree: Tree) -> None:
-    origin = ValueOrigin(_option_location(document, tree, "deepspeed_config"))
-    options = options_group(draft, tree.value, "deepspeed_config", origin)
+def _set_deepspeed(draft: JobDraft, document: InputDocument, parsed_file: Tree) -> None:
+    origin = ValueOrigin(_locate_option(document, parsed_file, "deepspeed_config"))
+    options = read_option_group(draft, parsed_file.value, "deepspeed_config", origin)
     if isinstance(options.get("zero_stage"), int):
         assign_consistently(draft, "distributed.deepspeed.zeroStage", "zero_stage", options["zero_stage"], origin)
     for key, path in (("offload_optimizer_device", "offloadOptimizer"), ("offload_param_device", "offloadParameters")):
@@ -212,8 +212,8 @@ def _set_deepspeed(draft: JobDraft, document: InputDocument, tree: Tree) -> None
                 "store the file in a ConfigMap and refer to the ConfigMap with --deepspeed NAME/KEY",
             )
         )  # fmt: skip
-    others = [key for key in options if key not in DEEPSPEED_KEYS and options[key] not in (None, "none", "auto", False)]
-    if others:
+    unused_keys = [key for key in options if key not in DEEPSPEED_KEYS and options[key] not in (None, "none", "auto", False)]
+    if unused_keys:
         draft.add_warning(
-            f"{document.name}: deepspeed_config: {', '.join(others)} have no effect: the trainer chooses these values"
+            f"{document.name}: these keys of deepspeed_config have no effect: {', '.join(unused_keys)}: the trainer chooses their values"
         )

@@ -9,57 +9,57 @@ from typing import Any
 from finetune_cli.importers.axolotl_data import set_data, set_test_data
 from finetune_cli.importers.axolotl_keys import (
     FSDP_NAMES,
-    GROUP_ROWS,
-    GRPO_IGNORED_ROWS,
-    IGNORED_ROWS,
+    GRPO_IGNORED_OPTION_ROWS,
+    IGNORED_OPTION_ROWS,
     ONLY_TRACKERS,
+    OPTION_GROUP_ROWS,
     PLUGINS,
-    REFUSED_ROWS,
+    REFUSED_OPTION_ROWS,
 )
 from finetune_cli.importers.converters import (
-    any_value,
-    first_match,
-    list_of,
-    name_list,
-    template_variables,
-    text,
+    keep_value,
     to_boolean,
     to_choice,
     to_integer,
+    to_list_of,
     to_mapping,
+    to_name_list,
     to_number,
+    to_template_variables,
+    to_text,
+    try_converters,
 )
-from finetune_cli.importers.data_parts import set_validation_split
+from finetune_cli.importers.data_sources import set_validation_split
 from finetune_cli.importers.deepspeed import is_deepspeed
-from finetune_cli.importers.documents import iterate_entries, parse_document, peek_keys
-from finetune_cli.importers.draft import Importer, InputDocument, JobDraft, OptionEntry, Row, ToolDefault
-from finetune_cli.importers.guide import steps_or_none
-from finetune_cli.importers.module_patterns import UnsupportedPattern, names_of_pattern
+from finetune_cli.importers.documents import iterate_entries, parse_document, peek_mapping
+from finetune_cli.importers.draft import Importer, InputDocument, JobDraft, OptionEntry, OptionRow, ToolDefault
+from finetune_cli.importers.guide import to_steps_or_none
+from finetune_cli.importers.module_patterns import UnsupportedPattern, expand_pattern
 from finetune_cli.importers.options import (
-    SCHEDULERS,
+    SCHEDULER_BY_NAME,
     assign_default_gpus,
     assign_hub_push,
     assign_optimizer,
     assign_secret_reference,
     assign_source_uri,
-    fit_kto_batch,
-    ignored,
+    double_kto_batch,
+    make_ignored_options,
     to_steps_or_fraction,
 )
 from finetune_cli.importers.sources import assign_output_folder
-from finetune_cli.importers.training_arguments import flag_or_path, has_validation, set_deepspeed, set_state_dict
+from finetune_cli.importers.training_arguments import has_validation, set_deepspeed, set_state_dict, to_flag_or_path
 from finetune_cli.mistakes import Mistake
 
 TRAINERS = {
     "dpo": "dpo", "ipo": "dpo", "kto": "kto", "orpo": "orpo", "grpo": "grpo", "gdpo": "gdpo", "simpo": "simpo", "ebft": "ebft",
 }  # fmt: skip
-UNKNOWN_TRAINERS = {"gdpo": "GDPO", "simpo": "SimPO", "ebft": "energy-based fine-tuning"}
-ATTENTION = {"eager": "eager", "sdpa": "sdpa", "flash_attention_2": "flashAttention2", "auto": "auto"}
+UNSUPPORTED_TRAINERS = {"gdpo": "GDPO", "simpo": "SimPO", "ebft": "energy-based fine-tuning"}
+ATTENTION_BY_NAME = {"eager": "eager", "sdpa": "sdpa", "flash_attention_2": "flashAttention2", "auto": "auto"}
 OLD_ATTENTION_KEYS = {
     "flash_attention": "flash_attention_2", "sdp_attention": "sdpa", "eager_attention": "eager", "xformers_attention": "xformers",
     "sage_attention": "sage", "flex_attention": "flex_attention",
 }  # fmt: skip
-INITS = {
+INIT_BY_NAME = {
     "true": "default", "gaussian": "gaussian", "pissa": "pissa", "olora": "olora", "eva": "eva", "loftq": "loftq",
 }  # fmt: skip
 MODEL_CLASSES = re.compile(r"^(AutoModel\w*|\w+ForCausalLM|\w+LMHeadModel|\w+ForConditionalGeneration)$")
@@ -67,171 +67,174 @@ CLASSES_WITHOUT_SUPPORT = {
     "MambaLMHeadModel": "a model of the package mamba_ssm",
     "AutoModelForTokenClassification": "token classification",
 }
-KERNEL_ATTENTION = (
+ATTENTION_REASON = (
     "the trainer has eager, sdpa and flash_attention_2; it chooses the fastest that the GPU and model support"
 )
 
 
-def learning_rate(value: Any) -> float | int:
+def to_learning_rate(value: Any) -> float | int:
     """Convert a learning rate, which may be text such as `5e-5`."""
     converted: float | int = to_number(exclusive_low=0)(value)
     return converted
 
 
-def lora_init(value: Any) -> str:
-    """Convert `peft_init_lora_weights`."""
+def to_lora_init(value: Any) -> str:
+    """Convert `peft_init_lora_weights` to a value of `method.lora.init`."""
     if value is True:
         return "default"
-    word: str = to_choice(INITS)(value)
+    word: str = to_choice(INIT_BY_NAME)(value)
     return word
 
 
-def precision_flag(value: Any) -> Any:
-    """Convert true, false, `auto` or `full`."""
+def to_precision_flag(value: Any) -> Any:
+    """Return `auto` and `full` unchanged, and convert every other value to a boolean."""
     return value if value in ("auto", "full") else to_boolean(value)
 
 
-ROWS: tuple[Row, ...] = (
+OPTION_TABLE: tuple[OptionRow, ...] = (
     # model
-    Row("base_model", "model.source", is_required=True, is_set_by_combine=True),
-    Row("revision_of_model", "model.source", aliases=("model_revision",), is_set_by_combine=True),
-    Row("tokenizer_config", "model.tokenizer", is_set_by_combine=True),
-    Row("model_type", aliases=("type_of_model",), is_set_by_combine=True),
-    Row("cls_model_config", is_set_by_combine=True),
-    Row("trust_remote_code", "model.trustRemoteCode", to_boolean),
-    Row("load_in_8bit", "model.quantization.bits", to_boolean, is_set_by_combine=True),
-    Row("load_in_4bit", "model.quantization.bits", to_boolean, is_set_by_combine=True),
-    Row("bnb_config_kwargs.bnb_4bit_quant_type", "model.quantization.type", to_choice(["nf4", "fp4"])),
-    Row("bnb_config_kwargs.bnb_4bit_use_double_quant", "model.quantization.doubleQuant", to_boolean),
-    Row("bnb_config_kwargs.bnb_4bit_compute_dtype", "model.quantization.computeDtype", to_choice(["bfloat16", "float16", "float32"])),
-    *ignored("the trainer chooses how it stores quantised weights", "bnb_config_kwargs.bnb_4bit_quant_storage bnb_config_kwargs.llm_int8_has_fp16_weight "
+    OptionRow("base_model", "model.source", is_required=True, is_set_by_combine=True),
+    OptionRow("revision_of_model", "model.source", aliases=("model_revision",), is_set_by_combine=True),
+    OptionRow("tokenizer_config", "model.tokenizer", is_set_by_combine=True),
+    OptionRow("model_type", aliases=("type_of_model",), is_set_by_combine=True),
+    OptionRow("cls_model_config", is_set_by_combine=True),
+    OptionRow("trust_remote_code", "model.trustRemoteCode", to_boolean),
+    OptionRow("load_in_8bit", "model.quantization.bits", to_boolean, is_set_by_combine=True),
+    OptionRow("load_in_4bit", "model.quantization.bits", to_boolean, is_set_by_combine=True),
+    OptionRow("bnb_config_kwargs.bnb_4bit_quant_type", "model.quantization.type", to_choice(["nf4", "fp4"])),
+    OptionRow("bnb_config_kwargs.bnb_4bit_use_double_quant", "model.quantization.doubleQuant", to_boolean),
+    OptionRow("bnb_config_kwargs.bnb_4bit_compute_dtype", "model.quantization.computeDtype", to_choice(["bfloat16", "float16", "float32"])),
+    *make_ignored_options("the trainer chooses how it stores quantised weights",
+        "bnb_config_kwargs.bnb_4bit_quant_storage bnb_config_kwargs.llm_int8_has_fp16_weight "
              "bnb_config_kwargs.load_in_4bit bnb_config_kwargs.load_in_8bit"),
-    Row("model_quantization_config", is_set_by_combine=True),
-    Row("model_quantization_config_kwargs.dequantize", convert=to_boolean, is_set_by_combine=True),
-    Row("attn_implementation", "model.attention", is_set_by_combine=True),
-    *(Row(key, "model.attention", to_boolean, is_set_by_combine=True) for key in OLD_ATTENTION_KEYS if key != "xformers_attention"),
-    Row("special_tokens.pad_token", "model.padToken"),
-    Row("special_tokens.additional_special_tokens", "model.newTokens", name_list, is_set_by_combine=True),
-    *(Row(f"special_tokens.{name}_token", is_set_by_combine=True) for name in ("bos", "eos", "unk", "mask", "sep", "cls")),
-    Row("tokens", "model.newTokens", first_match(list_of(text), to_mapping), is_set_by_combine=True),
-    *ignored("Liger's kernels are used where this release has compared them with the model's layers", "liger_rope liger_rms_norm liger_rms_norm_gated "
+    OptionRow("model_quantization_config", is_set_by_combine=True),
+    OptionRow("model_quantization_config_kwargs.dequantize", convert=to_boolean, is_set_by_combine=True),
+    OptionRow("attn_implementation", "model.attention", is_set_by_combine=True),
+    *(OptionRow(key, "model.attention", to_boolean, is_set_by_combine=True) for key in OLD_ATTENTION_KEYS if key != "xformers_attention"),
+    OptionRow("special_tokens.pad_token", "model.padToken"),
+    OptionRow("special_tokens.additional_special_tokens", "model.newTokens", to_name_list, is_set_by_combine=True),
+    *(OptionRow(f"special_tokens.{name}_token", is_set_by_combine=True) for name in ("bos", "eos", "unk", "mask", "sep", "cls")),
+    OptionRow("tokens", "model.newTokens", try_converters(to_list_of(to_text), to_mapping), is_set_by_combine=True),
+    *make_ignored_options("the trainer uses Liger's kernels for the models with which this release has tested them",
+        "liger_rope liger_rms_norm liger_rms_norm_gated "
              "liger_layer_norm liger_swiglu liger_glu_activation liger_cross_entropy liger_fused_linear_cross_entropy"),
     # method
-    Row("adapter", "method.type", is_set_by_combine=True),
-    Row("lora_model_dir", "method.adapter.source", is_set_by_combine=True),
-    Row("lora_r", "method.lora.rank", to_integer(1)),
-    Row("lora_alpha", "method.lora.alpha", to_number(exclusive_low=0)),
-    Row("lora_dropout", "method.lora.dropout", to_number(0, exclusive_high=1)),
-    Row("lora_target_modules", "method.lora.targetModules", name_list, is_set_by_combine=True),
-    Row("lora_target_linear", "method.lora.targetModules", to_boolean, is_set_by_combine=True),
-    Row("lora_target_parameters", "method.lora.targetParameters", name_list, is_set_by_combine=True),
-    Row("lora_modules_to_save", "method.lora.modulesToSave", name_list),
-    Row("peft_use_dora", "method.lora.useDora", to_boolean),
-    Row("peft_use_rslora", "method.lora.rankStabilized", to_boolean),
-    Row("peft_init_lora_weights", "method.lora.init", lora_init),
-    Row("peft.loftq_config.loftq_bits", "method.lora.loftq.bits", to_integer(2, 8)),
-    Row("loraplus_lr_ratio", "method.lora.plusRatio", to_number(1)),
-    Row("unfrozen_parameters", "method.type", list_of(text), is_set_by_combine=True),
-    Row("spectrum_top_fraction", "method.spectrum.snrThreshold", to_number(0, 1), is_set_by_combine=True),
-    Row("spectrum_model_name", is_set_by_combine=True),
-    Row("plugins", convert=list_of(text), is_set_by_combine=True),
+    OptionRow("adapter", "method.type", is_set_by_combine=True),
+    OptionRow("lora_model_dir", "method.adapter.source", is_set_by_combine=True),
+    OptionRow("lora_r", "method.lora.rank", to_integer(1)),
+    OptionRow("lora_alpha", "method.lora.alpha", to_number(exclusive_low=0)),
+    OptionRow("lora_dropout", "method.lora.dropout", to_number(0, exclusive_high=1)),
+    OptionRow("lora_target_modules", "method.lora.targetModules", to_name_list, is_set_by_combine=True),
+    OptionRow("lora_target_linear", "method.lora.targetModules", to_boolean, is_set_by_combine=True),
+    OptionRow("lora_target_parameters", "method.lora.targetParameters", to_name_list, is_set_by_combine=True),
+    OptionRow("lora_modules_to_save", "method.lora.modulesToSave", to_name_list),
+    OptionRow("peft_use_dora", "method.lora.useDora", to_boolean),
+    OptionRow("peft_use_rslora", "method.lora.rankStabilized", to_boolean),
+    OptionRow("peft_init_lora_weights", "method.lora.init", to_lora_init),
+    OptionRow("peft.loftq_config.loftq_bits", "method.lora.loftq.bits", to_integer(2, 8)),
+    OptionRow("loraplus_lr_ratio", "method.lora.plusRatio", to_number(1)),
+    OptionRow("unfrozen_parameters", "method.type", to_list_of(to_text), is_set_by_combine=True),
+    OptionRow("spectrum_top_fraction", "method.spectrum.snrThreshold", to_number(0, 1), is_set_by_combine=True),
+    OptionRow("spectrum_model_name", is_set_by_combine=True),
+    OptionRow("plugins", convert=to_list_of(to_text), is_set_by_combine=True),
     # objective
-    Row("rl", "trainer.type", to_choice(TRAINERS), is_set_by_combine=True),
-    Row("reward_model", "trainer.type", to_boolean, is_set_by_combine=True),
-    Row("num_labels", convert=to_integer(1), is_set_by_combine=True),
-    Row("rl_beta", "trainer.dpo.beta", to_number(exclusive_low=0), ("dpo_beta",), is_set_by_combine=True),
-    Row("orpo_alpha", "trainer.dpo.beta", to_number(exclusive_low=0), is_set_by_combine=True),
-    Row("dpo_label_smoothing", "trainer.dpo.labelSmoothing", to_number(0, exclusive_high=0.5), is_set_by_combine=True),
-    Row("dpo_loss_type", "trainer.dpo.lossTypes", name_list, is_set_by_combine=True),
-    Row("trl.beta", "trainer.grpo.beta", to_number(0), is_set_by_combine=True),
-    Row("trl.max_completion_length", "trainer.maxCompletionLength", to_integer(1), is_set_by_combine=True),
-    Row("trl.num_generations", "trainer.grpo.numGenerations", to_integer(2), is_set_by_combine=True),
-    Row("trl.temperature", "trainer.grpo.temperature", to_number(exclusive_low=0), is_set_by_combine=True),
-    Row("trl.top_p", "trainer.grpo.topP", to_number(exclusive_low=0, high=1), is_set_by_combine=True),
-    Row("trl.loss_type", "trainer.grpo.lossType", to_choice({"grpo": "grpo", "bnpo": "bnpo", "dr_grpo": "drGrpo", "dapo": "dapo"}), is_set_by_combine=True),
+    OptionRow("rl", "trainer.type", to_choice(TRAINERS), is_set_by_combine=True),
+    OptionRow("reward_model", "trainer.type", to_boolean, is_set_by_combine=True),
+    OptionRow("num_labels", convert=to_integer(1), is_set_by_combine=True),
+    OptionRow("rl_beta", "trainer.dpo.beta", to_number(exclusive_low=0), ("dpo_beta",), is_set_by_combine=True),
+    OptionRow("orpo_alpha", "trainer.dpo.beta", to_number(exclusive_low=0), is_set_by_combine=True),
+    OptionRow("dpo_label_smoothing", "trainer.dpo.labelSmoothing", to_number(0, exclusive_high=0.5), is_set_by_combine=True),
+    OptionRow("dpo_loss_type", "trainer.dpo.lossTypes", to_name_list, is_set_by_combine=True),
+    OptionRow("trl.beta", "trainer.grpo.beta", to_number(0), is_set_by_combine=True),
+    OptionRow("trl.max_completion_length", "trainer.maxCompletionLength", to_integer(1), is_set_by_combine=True),
+    OptionRow("trl.num_generations", "trainer.grpo.numGenerations", to_integer(2), is_set_by_combine=True),
+    OptionRow("trl.temperature", "trainer.grpo.temperature", to_number(exclusive_low=0), is_set_by_combine=True),
+    OptionRow("trl.top_p", "trainer.grpo.topP", to_number(exclusive_low=0, high=1), is_set_by_combine=True),
+    OptionRow("trl.loss_type", "trainer.grpo.lossType", to_choice({"grpo": "grpo", "bnpo": "bnpo", "dr_grpo": "drGrpo", "dapo": "dapo"}),
+        is_set_by_combine=True),
     # data
-    Row("datasets", "dataset.train", any_value, is_set_by_combine=True),
-    Row("pretraining_dataset", "dataset.train", any_value, is_set_by_combine=True),
-    Row("test_datasets", "dataset.validation", any_value, is_set_by_combine=True),
-    Row("val_set_size", "dataset.split.validation", to_number(0), is_set_by_combine=True),
-    Row("sequence_len", "dataset.maxSequenceLength", to_integer(1)),
-    Row("excess_length_strategy", "dataset.overflow", to_choice({"drop": "drop", "truncate": "truncate", "raise": "fail"})),
-    Row("sample_packing", "dataset.packing", to_boolean, is_set_by_combine=True),
-    Row("train_on_inputs", "dataset.responseOnly.enabled", to_boolean, is_set_by_combine=True),
-    Row("dataset_exact_deduplication", "dataset.checks.deduplicate", to_boolean),
-    Row("dataset_processes", "dataset.numProc", to_integer(1), ("dataset_num_proc",)),
-    Row("default_system_message", "dataset.systemPrompt", is_set_by_combine=True),
-    Row("chat_template", "dataset.chatTemplate", is_set_by_combine=True),
-    Row("chat_template_jinja", "dataset.chatTemplate.text", is_set_by_combine=True),
-    Row("chat_template_kwargs", "dataset.templateVariables", template_variables),
-    Row("shuffle_merged_datasets", convert=to_boolean, is_set_by_combine=True),
+    OptionRow("datasets", "dataset.train", keep_value, is_set_by_combine=True),
+    OptionRow("pretraining_dataset", "dataset.train", keep_value, is_set_by_combine=True),
+    OptionRow("test_datasets", "dataset.validation", keep_value, is_set_by_combine=True),
+    OptionRow("val_set_size", "dataset.split.validation", to_number(0), is_set_by_combine=True),
+    OptionRow("sequence_len", "dataset.maxSequenceLength", to_integer(1)),
+    OptionRow("excess_length_strategy", "dataset.overflow", to_choice({"drop": "drop", "truncate": "truncate", "raise": "fail"})),
+    OptionRow("sample_packing", "dataset.packing", to_boolean, is_set_by_combine=True),
+    OptionRow("train_on_inputs", "dataset.responseOnly.enabled", to_boolean, is_set_by_combine=True),
+    OptionRow("dataset_exact_deduplication", "dataset.checks.deduplicate", to_boolean),
+    OptionRow("dataset_processes", "dataset.numProc", to_integer(1), ("dataset_num_proc",)),
+    OptionRow("default_system_message", "dataset.systemPrompt", is_set_by_combine=True),
+    OptionRow("chat_template", "dataset.chatTemplate", is_set_by_combine=True),
+    OptionRow("chat_template_jinja", "dataset.chatTemplate.text", is_set_by_combine=True),
+    OptionRow("chat_template_kwargs", "dataset.templateVariables", to_template_variables),
+    OptionRow("shuffle_merged_datasets", convert=to_boolean, is_set_by_combine=True),
     # training
-    Row("num_epochs", "training.epochs", to_number(exclusive_low=0)),
-    Row("max_steps", "training.maxSteps", steps_or_none),
-    Row("micro_batch_size", "training.batchSizePerDevice", to_integer(1)),
-    Row("gradient_accumulation_steps", "training.gradientAccumulationSteps", to_integer(1)),
-    Row("batch_size", "training.gradientAccumulationSteps", to_integer(1), is_set_by_combine=True),
-    Row("context_parallel_size", "distributed.contextParallelSize", to_integer(1), ("sequence_parallel_degree",)),
-    Row("eval_batch_size", "evaluation.batchSizePerDevice", to_integer(1)),
-    Row("learning_rate", "training.learningRate", learning_rate),
-    Row("lr_scheduler", "training.scheduler", is_set_by_combine=True),
-    Row("lr_scheduler_kwargs", "training.schedulerParameters", to_mapping, is_set_by_combine=True),
-    Row("cosine_min_lr_ratio", "training.schedulerParameters", to_number(0, 1), is_set_by_combine=True),
-    Row("warmup_steps", "training.warmupSteps", to_steps_or_fraction, is_set_by_combine=True),
-    Row("warmup_ratio", "training.warmupRatio", to_number(0, exclusive_high=1), is_set_by_combine=True),
-    Row("optimizer", "training.optimizer", is_set_by_combine=True),
-    Row("weight_decay", "training.weightDecay", to_number(0)),
-    Row("adam_beta1", "training.adamBeta1", to_number(0, exclusive_high=1)),
-    Row("adam_beta2", "training.adamBeta2", to_number(0, exclusive_high=1)),
-    Row("adam_epsilon", "training.adamEpsilon", to_number(exclusive_low=0)),
-    Row("max_grad_norm", "training.maxGradNorm", to_number(0)),
-    Row("neftune_noise_alpha", "training.neftuneNoiseAlpha", to_number(exclusive_low=0), ("noisy_embedding_alpha",)),
-    Row("group_by_length", "training.groupByLength", to_boolean),
-    Row("seed", "training.seed", to_integer(0, 4294967295)),
-    *(Row(key, "training.mixedPrecision", precision_flag, is_set_by_combine=True) for key in ("bf16", "fp16", "bfloat16", "float16", "float32")),
-    Row("gradient_checkpointing", "training.gradientCheckpointing", is_set_by_combine=True, convert=any_value),
-    Row("activation_offloading", "training.gradientCheckpointing", is_set_by_combine=True, convert=any_value),
-    Row("early_stopping_patience", "training.earlyStopping.patience", to_integer(0), is_set_by_combine=True),
+    OptionRow("num_epochs", "training.epochs", to_number(exclusive_low=0)),
+    OptionRow("max_steps", "training.maxSteps", to_steps_or_none),
+    OptionRow("micro_batch_size", "training.batchSizePerDevice", to_integer(1)),
+    OptionRow("gradient_accumulation_steps", "training.gradientAccumulationSteps", to_integer(1)),
+    OptionRow("batch_size", "training.gradientAccumulationSteps", to_integer(1), is_set_by_combine=True),
+    OptionRow("context_parallel_size", "distributed.contextParallelSize", to_integer(1), ("sequence_parallel_degree",)),
+    OptionRow("eval_batch_size", "evaluation.batchSizePerDevice", to_integer(1)),
+    OptionRow("learning_rate", "training.learningRate", to_learning_rate),
+    OptionRow("lr_scheduler", "training.scheduler", is_set_by_combine=True),
+    OptionRow("lr_scheduler_kwargs", "training.schedulerParameters", to_mapping, is_set_by_combine=True),
+    OptionRow("cosine_min_lr_ratio", "training.schedulerParameters", to_number(0, 1), is_set_by_combine=True),
+    OptionRow("warmup_steps", "training.warmupSteps", to_steps_or_fraction, is_set_by_combine=True),
+    OptionRow("warmup_ratio", "training.warmupRatio", to_number(0, exclusive_high=1), is_set_by_combine=True),
+    OptionRow("optimizer", "training.optimizer", is_set_by_combine=True),
+    OptionRow("weight_decay", "training.weightDecay", to_number(0)),
+    OptionRow("adam_beta1", "training.adamBeta1", to_number(0, exclusive_high=1)),
+    OptionRow("adam_beta2", "training.adamBeta2", to_number(0, exclusive_high=1)),
+    OptionRow("adam_epsilon", "training.adamEpsilon", to_number(exclusive_low=0)),
+    OptionRow("max_grad_norm", "training.maxGradNorm", to_number(0)),
+    OptionRow("neftune_noise_alpha", "training.neftuneNoiseAlpha", to_number(exclusive_low=0), ("noisy_embedding_alpha",)),
+    OptionRow("group_by_length", "training.groupByLength", to_boolean),
+    OptionRow("seed", "training.seed", to_integer(0, 4294967295)),
+    *(OptionRow(key, "training.mixedPrecision", to_precision_flag, is_set_by_combine=True) for key in ("bf16", "fp16", "bfloat16", "float16", "float32")),
+    OptionRow("gradient_checkpointing", "training.gradientCheckpointing", is_set_by_combine=True, convert=keep_value),
+    OptionRow("activation_offloading", "training.gradientCheckpointing", is_set_by_combine=True, convert=keep_value),
+    OptionRow("early_stopping_patience", "training.earlyStopping.patience", to_integer(0), is_set_by_combine=True),
     # evaluation, checkpoints, results
-    Row("eval_steps", "evaluation.steps", to_number(0), is_set_by_combine=True),
-    Row("evals_per_epoch", "evaluation.strategy", to_number(0), is_set_by_combine=True),
-    Row("eval_strategy", "evaluation.strategy", to_choice(["steps", "epoch", "no"]), ("evaluation_strategy",), is_set_by_combine=True),
-    Row("save_steps", "checkpoint.steps", to_number(0), is_set_by_combine=True),
-    Row("saves_per_epoch", "checkpoint.strategy", to_number(0), is_set_by_combine=True),
-    Row("save_strategy", "checkpoint.strategy", to_choice(["steps", "epoch", "no", "best"]), is_set_by_combine=True),
-    Row("save_total_limit", "checkpoint.keep", steps_or_none),
-    Row("load_best_model_at_end", "checkpoint.loadBestAtEnd", to_boolean),
-    Row("resume_from_checkpoint", "checkpoint.resume", flag_or_path, is_set_by_combine=True),
-    Row("auto_resume_from_checkpoints", "checkpoint.resume", to_boolean, is_set_by_combine=True),
-    Row("output_dir", "output.dir", is_set_by_combine=True),
-    Row("hub_model_id", "output.hub.repository", is_set_by_combine=True),
-    Row("hub_revision", is_set_by_combine=True),
+    OptionRow("eval_steps", "evaluation.steps", to_number(0), is_set_by_combine=True),
+    OptionRow("evals_per_epoch", "evaluation.strategy", to_number(0), is_set_by_combine=True),
+    OptionRow("eval_strategy", "evaluation.strategy", to_choice(["steps", "epoch", "no"]), ("evaluation_strategy",), is_set_by_combine=True),
+    OptionRow("save_steps", "checkpoint.steps", to_number(0), is_set_by_combine=True),
+    OptionRow("saves_per_epoch", "checkpoint.strategy", to_number(0), is_set_by_combine=True),
+    OptionRow("save_strategy", "checkpoint.strategy", to_choice(["steps", "epoch", "no", "best"]), is_set_by_combine=True),
+    OptionRow("save_total_limit", "checkpoint.keep", to_steps_or_none),
+    OptionRow("load_best_model_at_end", "checkpoint.loadBestAtEnd", to_boolean),
+    OptionRow("resume_from_checkpoint", "checkpoint.resume", to_flag_or_path, is_set_by_combine=True),
+    OptionRow("auto_resume_from_checkpoints", "checkpoint.resume", to_boolean, is_set_by_combine=True),
+    OptionRow("output_dir", "output.dir", is_set_by_combine=True),
+    OptionRow("hub_model_id", "output.hub.repository", is_set_by_combine=True),
+    OptionRow("hub_revision", is_set_by_combine=True),
     # tracking
-    Row("logging_steps", "tracking.loggingSteps", to_number(exclusive_low=0), is_set_by_combine=True),
-    Row("use_wandb", "tracking.reportTo", to_boolean, is_set_by_combine=True),
-    Row("wandb_project", "tracking.wandb.project", is_set_by_combine=True),
-    Row("wandb_entity", "tracking.wandb.entity", is_set_by_combine=True),
-    Row("wandb_name", "output.runName.name", is_set_by_combine=True),
-    Row("wandb_mode", is_set_by_combine=True),
-    Row("use_mlflow", "tracking.reportTo", to_boolean, is_set_by_combine=True),
-    Row("mlflow_tracking_uri", "tracking.mlflow.trackingUri", is_set_by_combine=True),
-    Row("mlflow_experiment_name", "tracking.mlflow.experimentName", is_set_by_combine=True),
-    Row("mlflow_run_name", "output.runName.name", is_set_by_combine=True),
-    Row("use_tensorboard", "tracking.reportTo", to_boolean, is_set_by_combine=True),
-    Row("comet_api_key", no_effect=ONLY_TRACKERS, is_secret=True),
-    Row("swanlab_api_key", no_effect=ONLY_TRACKERS, is_secret=True),
-    Row("swanlab_lark_secret", no_effect=ONLY_TRACKERS, is_secret=True),
+    OptionRow("logging_steps", "tracking.loggingSteps", to_number(exclusive_low=0), is_set_by_combine=True),
+    OptionRow("use_wandb", "tracking.reportTo", to_boolean, is_set_by_combine=True),
+    OptionRow("wandb_project", "tracking.wandb.project", is_set_by_combine=True),
+    OptionRow("wandb_entity", "tracking.wandb.entity", is_set_by_combine=True),
+    OptionRow("wandb_name", "output.runName.name", is_set_by_combine=True),
+    OptionRow("wandb_mode", is_set_by_combine=True),
+    OptionRow("use_mlflow", "tracking.reportTo", to_boolean, is_set_by_combine=True),
+    OptionRow("mlflow_tracking_uri", "tracking.mlflow.trackingUri", is_set_by_combine=True),
+    OptionRow("mlflow_experiment_name", "tracking.mlflow.experimentName", is_set_by_combine=True),
+    OptionRow("mlflow_run_name", "output.runName.name", is_set_by_combine=True),
+    OptionRow("use_tensorboard", "tracking.reportTo", to_boolean, is_set_by_combine=True),
+    OptionRow("comet_api_key", no_effect=ONLY_TRACKERS, is_secret=True),
+    OptionRow("swanlab_api_key", no_effect=ONLY_TRACKERS, is_secret=True),
+    OptionRow("swanlab_lark_secret", no_effect=ONLY_TRACKERS, is_secret=True),
     # distribution
-    Row("deepspeed", "distributed.deepspeed", first_match(text, to_mapping), is_set_by_combine=True),
-    Row("fsdp", "distributed.fsdp.sharding", first_match(list_of(text)), is_set_by_combine=True),
-    Row("fsdp_version", convert=to_integer(1, 2), is_set_by_combine=True),
-    Row("fsdp_final_state_dict_type", "distributed.fsdp.stateDict", is_set_by_combine=True),
-    *(Row(f"fsdp_config.{name}", "distributed.fsdp", any_value, () if name == "fsdp_version" else (f"fsdp_config.fsdp_{name}",), is_set_by_combine=True)
+    OptionRow("deepspeed", "distributed.deepspeed", try_converters(to_text, to_mapping), is_set_by_combine=True),
+    OptionRow("fsdp", "distributed.fsdp.sharding", try_converters(to_list_of(to_text)), is_set_by_combine=True),
+    OptionRow("fsdp_version", convert=to_integer(1, 2), is_set_by_combine=True),
+    OptionRow("fsdp_final_state_dict_type", "distributed.fsdp.stateDict", is_set_by_combine=True),
+    *(OptionRow(f"fsdp_config.{name}", "distributed.fsdp", keep_value, () if name == "fsdp_version" else (f"fsdp_config.fsdp_{name}",), is_set_by_combine=True)
       for name in FSDP_NAMES),
-    Row("dp_shard_size", "resources.gpusPerNode", to_integer(1), is_set_by_combine=True),
-    Row("dp_replicate_size", "resources.gpusPerNode", to_integer(1), is_set_by_combine=True),
-    Row("ray_num_workers", "resources.gpusPerNode", to_integer(1), is_set_by_combine=True),
-    *IGNORED_ROWS, *REFUSED_ROWS, *GRPO_IGNORED_ROWS, *GROUP_ROWS,
+    OptionRow("dp_shard_size", "resources.gpusPerNode", to_integer(1), is_set_by_combine=True),
+    OptionRow("dp_replicate_size", "resources.gpusPerNode", to_integer(1), is_set_by_combine=True),
+    OptionRow("ray_num_workers", "resources.gpusPerNode", to_integer(1), is_set_by_combine=True),
+    *IGNORED_OPTION_ROWS, *REFUSED_OPTION_ROWS, *GRPO_IGNORED_OPTION_ROWS, *OPTION_GROUP_ROWS,
 )  # fmt: skip
 
 
@@ -240,22 +243,22 @@ def _uses_lora(draft: JobDraft) -> bool:
 
 
 DEFAULTS: tuple[ToolDefault, ...] = (
-    ToolDefault("training.epochs", 1, is_applicable=lambda d: not d.has_value("training.maxSteps")),
+    ToolDefault("training.epochs", 1, is_applicable=lambda draft: not draft.has_value("training.maxSteps")),
     ToolDefault("training.batchSizePerDevice", 1),
     ToolDefault("training.gradientAccumulationSteps", 1),
     ToolDefault("training.scheduler", "cosine"),
-    ToolDefault("training.warmupRatio", 0.03, is_applicable=lambda d: not d.has_value("training.warmupSteps")),
+    ToolDefault("training.warmupRatio", 0.03, is_applicable=lambda draft: not draft.has_value("training.warmupSteps")),
     ToolDefault("training.optimizer", "adamw_torch_fused"),
     ToolDefault("training.weightDecay", 0),
     ToolDefault("training.gradientCheckpointing", "disabled"),
     ToolDefault("dataset.maxSequenceLength", 512),
     ToolDefault("dataset.overflow", "drop"),
     ToolDefault("dataset.packing", False),
-    ToolDefault("checkpoint.strategy", "epoch", is_applicable=lambda d: not d.has_value("checkpoint.steps")),
+    ToolDefault("checkpoint.strategy", "epoch", is_applicable=lambda draft: not draft.has_value("checkpoint.steps")),
     ToolDefault("method.lora.dropout", 0, is_applicable=_uses_lora),
-    ToolDefault("dataset.responseOnly.enabled", True, is_applicable=lambda d: (
-        d.value("trainer.type", "sft") == "sft" and d.value("dataset.format") not in (None, "plainText"))),
-    ToolDefault("output.layout", "flat", is_applicable=lambda d: d.has_value("output.dir")),
+    ToolDefault("dataset.responseOnly.enabled", True, is_applicable=lambda draft: (
+        draft.value("trainer.type", "sft") == "sft" and draft.value("dataset.format") not in (None, "plainText"))),
+    ToolDefault("output.layout", "flat", is_applicable=lambda draft: draft.has_value("output.dir")),
 )  # fmt: skip
 OPAQUE_PATHS = frozenset(
     {
@@ -267,7 +270,7 @@ OPAQUE_PATHS = frozenset(
         "trl.chat_template_kwargs", "adapter", "nemo_gym_datasets",
     }
 )  # fmt: skip
-OWN_KEYS = (
+RECOGNISED_KEYS = (
     "micro_batch_size", "sequence_len", "sample_packing", "val_set_size", "datasets", "num_epochs", "lora_r", "adapter", "special_tokens", "evals_per_epoch",
     "saves_per_epoch", "lr_scheduler", "dataset_prepared_path", "pretraining_dataset", "rl",
 )  # fmt: skip
@@ -276,16 +279,16 @@ OWN_KEYS = (
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
-def recognises_input(documents: tuple[InputDocument, ...], words: tuple[str, ...]) -> bool:
-    """Return whether a document names `base_model` as text and has at least two other keys of Axolotl."""
+def recognises_input(documents: tuple[InputDocument, ...], command_words: tuple[str, ...]) -> bool:
+    """Return whether a document has a text at `base_model` and at least two other keys of Axolotl."""
     for document in documents:
-        content = peek_keys(document)
-        if isinstance(content.get("base_model"), str) and sum(key in content for key in OWN_KEYS) >= 2:
+        content = peek_mapping(document)
+        if isinstance(content.get("base_model"), str) and sum(key in content for key in RECOGNISED_KEYS) >= 2:
             return True
     return False
 
 
-def read(draft: JobDraft) -> Iterator[OptionEntry]:
+def read_options(draft: JobDraft) -> Iterator[OptionEntry]:
     """Yield the options of the files in order."""
     for word in draft.request.tool_arguments:
         hint = "change the file, or use the options of `finetune import`"
@@ -308,7 +311,7 @@ def combine_options(draft: JobDraft) -> None:
     if trainer is not None:
         set_test_data(draft, trainer)
         set_data(draft, trainer)
-        _set_rows(draft, trainer)
+        _set_row_options(draft, trainer)
     _set_precision(draft)
     _set_recomputation(draft)
     _set_distribution(draft)
@@ -316,7 +319,7 @@ def combine_options(draft: JobDraft) -> None:
     _set_intervals(draft)
     _set_results(draft)
     _set_trackers(draft)
-    fit_kto_batch(draft, "micro_batch_size")
+    double_kto_batch(draft, "micro_batch_size")
     assign_default_gpus(draft)
 
 
@@ -335,7 +338,7 @@ def _set_model(draft: JobDraft) -> None:
     elif name:
         draft.add_reason("model_type", "no effect: the trainer reads the class from the model's own configuration")
     if draft.get("cls_model_config"):
-        draft.add_reason("cls_model_config", "no effect: the trainer loads the text part of the model")
+        draft.add_reason("cls_model_config", "no effect: the trainer loads only the text part of the model")
     _set_attention(draft)
     if "model_quantization_config" in draft.given_options:
         if draft.get("model_quantization_config_kwargs.dequantize"):
@@ -356,29 +359,29 @@ def _set_attention(draft: JobDraft) -> None:
     old = [key for key in OLD_ATTENTION_KEYS if draft.get(key)]
     for old_key in OLD_ATTENTION_KEYS:
         if draft.get(old_key) is False:
-            draft.add_reason(old_key, "no effect: this attention is off")
+            draft.add_reason(old_key, "no effect: this attention implementation is turned off")
     key = "attn_implementation" if "attn_implementation" in draft.given_options else old[0] if old else None
     if key is None:
         return
     for other in old:
         if other != key:
-            draft.add_reason(other, f"no effect: {key} decides")
+            draft.add_reason(other, f"no effect: {key} is used instead")
     name = str(draft.get(key)) if key == "attn_implementation" else OLD_ATTENTION_KEYS[key]
-    if name in ATTENTION:
-        draft.assign("model.attention", ATTENTION[name], key)
+    if name in ATTENTION_BY_NAME:
+        draft.assign("model.attention", ATTENTION_BY_NAME[name], key)
     else:
-        draft.add_reason(key, f"{name} is replaced by attention auto: {KERNEL_ATTENTION}")
+        draft.add_reason(key, f"{name} is replaced by attention auto: {ATTENTION_REASON}")
 
 
 def _set_tokens(draft: JobDraft) -> None:
-    """Set the new tokens. Axolotl's older files give special tokens as a mapping in `tokens`."""
+    """Set the pad token and the new tokens. Older Axolotl files give special tokens as a mapping in `tokens`."""
     tokens = draft.get("tokens")
     names = list(tokens) if isinstance(tokens, list) else []
     if isinstance(tokens, dict):
         if tokens.get("pad_token"):
             draft.assign("model.padToken", tokens["pad_token"], "tokens")
-        others = [value for key, value in tokens.items() if key != "pad_token" and value]
-        draft.add_warning(_other_tokens(draft, "tokens", ", ".join(map(str, others))))
+        other_tokens = [value for key, value in tokens.items() if key != "pad_token" and value]
+        draft.add_warning(_describe_kept_token(draft, "tokens", ", ".join(map(str, other_tokens))))
     names += draft.get("special_tokens.additional_special_tokens") or []
     if names:
         draft.assign(
@@ -390,11 +393,11 @@ def _set_tokens(draft: JobDraft) -> None:
         key = f"special_tokens.{name}_token"
         if key in draft.given_options:
             draft.add_reason(key, "the tokenizer's own token is used")
-            draft.add_warning(_other_tokens(draft, key, str(draft.get(key))))
+            draft.add_warning(_describe_kept_token(draft, key, str(draft.get(key))))
 
 
-def _other_tokens(draft: JobDraft, key: str, token: str) -> str:
-    option = draft.given_options[key]
+def _describe_kept_token(draft: JobDraft, option_key: str, token: str) -> str:
+    option = draft.given_options[option_key]
     return (
         f"{option.origin.location}: {option.key}: the tokenizer's own token is used; if it is not {token}, "
         "store a tokenizer with this token and give --set model.tokenizer=URI"
@@ -408,7 +411,7 @@ def _set_method(draft: JobDraft) -> None:
         if feature:
             draft.refuse_feature("plugins", feature)
     if "plugins" in draft.given_options:
-        draft.add_reason("plugins", "no effect: the options of the plugins decide")
+        draft.add_reason("plugins", "no effect: the options of the plugins are read instead")
     if in_4bit and in_8bit:
         message = "4-bit and 8-bit loading exclude each other, but both are true"
         draft.add_mistake(
@@ -419,27 +422,27 @@ def _set_method(draft: JobDraft) -> None:
         draft.refuse_feature("adapter", f"the adapter {adapter}", "write lora or qlora", is_droppable=False)
         draft.paths_of_invalid_keys["adapter"] = "method"
         return
-    quantised = "load_in_4bit" if in_4bit else "load_in_8bit" if in_8bit else None
+    quantisation_key = "load_in_4bit" if in_4bit else "load_in_8bit" if in_8bit else None
     if adapter is None:
-        _set_full_method(draft, quantised)
+        _set_full_method(draft, quantisation_key)
     else:
         if "unfrozen_parameters" in draft.given_options:
             draft.add_reason("unfrozen_parameters", "no effect: only the adapter is trained")
         draft.assign("method.type", "qlora" if adapter == "qlora" or in_4bit else "lora", "adapter")
-        if quantised:
-            draft.assign("model.quantization.bits", 4 if in_4bit else 8, quantised)
+        if quantisation_key:
+            draft.assign("model.quantization.bits", 4 if in_4bit else 8, quantisation_key)
         if adapter == "qlora" and in_8bit:
             draft.add_mistake(
                 ("adapter", "load_in_8bit"), "qlora needs 4 bits, but load_in_8bit is true", "write load_in_4bit: true"
             )
     for key in ("load_in_4bit", "load_in_8bit"):
         if draft.get(key) is False:
-            draft.add_reason(key, "no effect: the base model is not loaded in this way")
+            draft.add_reason(key, "no effect: false leaves this quantisation off")
     _set_existing_adapter(draft)
     _set_target_modules(draft)
 
 
-def _set_full_method(draft: JobDraft, quantised: str | None) -> None:
+def _set_full_method(draft: JobDraft, quantisation_key: str | None) -> None:
     if draft.get("spectrum_top_fraction") is not None or any(
         "spectrum" in plugin for plugin in draft.get("plugins") or []
     ):
@@ -458,24 +461,24 @@ def _set_full_method(draft: JobDraft, quantised: str | None) -> None:
         draft.assign("method.type", "full", key)
     else:
         draft.assign_default("method.type", "full", "the file has no adapter")
-    if quantised:
+    if quantisation_key:
         draft.warn_no_effect(
-            quantised, "without an adapter, all weights are trained, which needs an unquantised base model"
+            quantisation_key, "without an adapter, all weights are trained, which needs an unquantised base model"
         )
     patterns = draft.get("unfrozen_parameters")
     if patterns and not _covers_language_model(patterns):
         draft.refuse_feature(
             "unfrozen_parameters",
-            "training of parameters that patterns choose",
+            "training of the parameters that match a pattern",
             "choose whole layers with method spectrum and --set method.spectrum.layers=[...]",
         )
 
 
 def _covers_language_model(patterns: list[str]) -> bool:
     """Return whether patterns of `unfrozen_parameters` select the whole language model."""
-    plain = [re.sub(r"[\^$\\]|\.\*$|\.$", "", pattern).strip(".") for pattern in patterns]
-    return any(name in ("model", "model.language_model", "language_model", "") for name in plain) and all(
-        re.match(r"^[\w.]*$", name) for name in plain
+    plain_names = [re.sub(r"[\^$\\]|\.\*$|\.$", "", pattern).strip(".") for pattern in patterns]
+    return any(name in ("model", "model.language_model", "language_model", "") for name in plain_names) and all(
+        re.match(r"^[\w.]*$", name) for name in plain_names
     )
 
 
@@ -491,24 +494,24 @@ def _set_existing_adapter(draft: JobDraft) -> None:
 def _set_target_modules(draft: JobDraft) -> None:
     names: list[str] = []
     modules = draft.get("lora_target_modules") or []
-    raw = draft.given_options["lora_target_modules"].raw_value if modules else None
-    for pattern in [raw] if isinstance(raw, str) else modules:
+    raw_value = draft.given_options["lora_target_modules"].raw_value if modules else None
+    for pattern in [raw_value] if isinstance(raw_value, str) else modules:
         if pattern in ("all-linear", "all"):
             names.append("all-linear")
             continue
         try:
-            names += names_of_pattern(pattern)
+            names += expand_pattern(pattern)
         except UnsupportedPattern as error:
             draft.refuse_feature(
                 "lora_target_modules",
-                f"choosing modules with the pattern {pattern}, because {error}",
+                f"choosing modules with the pattern {pattern} ({error})",
                 "write a list of names",
             )
     if draft.get("lora_target_linear"):
         names.append("all-linear")
         draft.assign("method.lora.targetModules", list(dict.fromkeys(names)), "lora_target_linear")
     elif "lora_target_linear" in draft.given_options:
-        draft.add_reason("lora_target_linear", "no effect: lora_target_modules decides")
+        draft.add_reason("lora_target_linear", "no effect: lora_target_modules is used instead")
     if names:
         draft.assign(
             "method.lora.targetModules",
@@ -516,21 +519,21 @@ def _set_target_modules(draft: JobDraft) -> None:
             "lora_target_modules" if modules else "lora_target_linear",
         )
         if modules and draft.get("lora_target_linear"):
-            draft.add_reason("lora_target_linear", "part of method.lora.targetModules")
+            draft.add_reason("lora_target_linear", "included in method.lora.targetModules")
     parameters = draft.get("lora_target_parameters")
     if parameters:
         draft.assign("method.lora.targetParameters", parameters, "lora_target_parameters")
 
 
 def _set_trainer(draft: JobDraft) -> str | None:
-    """Set the objective and its options. Returns None if a FineTuneJob does not have the objective."""
-    rl = draft.get("rl")
-    if rl in UNKNOWN_TRAINERS:
-        draft.refuse_feature("rl", UNKNOWN_TRAINERS[rl], is_droppable=False)
+    """Set the objective and its options. Return the value of `trainer.type`, or None if a FineTuneJob does not have the objective."""
+    objective = draft.get("rl")
+    if objective in UNSUPPORTED_TRAINERS:
+        draft.refuse_feature("rl", UNSUPPORTED_TRAINERS[objective], is_droppable=False)
         draft.paths_of_invalid_keys["rl"] = "trainer"
         return None
-    trainer = str(rl or ("reward" if draft.get("reward_model") else "sft"))
-    if rl:
+    trainer = str(objective or ("reward" if draft.get("reward_model") else "sft"))
+    if objective:
         draft.assign("trainer.type", trainer, "rl")
     elif trainer == "reward":
         draft.assign("trainer.type", trainer, "reward_model")
@@ -561,24 +564,24 @@ def _set_preference_options(draft: JobDraft, trainer: str) -> None:
         if key in draft.given_options:
             if trainer == "dpo":
                 value = draft.get(key)
-                draft.assign(path, [_camel(name) for name in value] if key == "dpo_loss_type" else value, key)
+                draft.assign(path, [_to_camel_case(name) for name in value] if key == "dpo_loss_type" else value, key)
             else:
                 draft.warn_no_effect(key, f"the objective is {trainer}")
 
 
-def _camel(name: str) -> str:
-    head, *others = name.split("_")
-    return head + "".join(other.capitalize() for other in others)
+def _to_camel_case(name: str) -> str:
+    first_word, *other_words = name.split("_")
+    return first_word + "".join(word.capitalize() for word in other_words)
 
 
 def _set_grpo_options(draft: JobDraft, trainer: str) -> None:
-    for row in ROWS:
-        if not row.key.startswith("trl.") or not row.is_set_by_combine or row.key not in draft.given_options:
+    for option_row in OPTION_TABLE:
+        if not option_row.key.startswith("trl.") or not option_row.is_set_by_combine or option_row.key not in draft.given_options:
             continue
-        if trainer == "grpo" or (row.key == "trl.max_completion_length" and trainer in ("dpo", "kto", "orpo")):
-            draft.assign(row.path, draft.get(row.key), row.key)
+        if trainer == "grpo" or (option_row.key == "trl.max_completion_length" and trainer in ("dpo", "kto", "orpo")):
+            draft.assign(option_row.path, draft.get(option_row.key), option_row.key)
         else:
-            draft.warn_no_effect(row.key, f"the objective is {trainer}")
+            draft.warn_no_effect(option_row.key, f"the objective is {trainer}")
     if (
         trainer == "grpo"
         and "trainer.rewards" not in draft.request.overrides
@@ -587,8 +590,8 @@ def _set_grpo_options(draft: JobDraft, trainer: str) -> None:
         draft.add_warning("grpo needs rewards: set trainer.rewards")
 
 
-def _set_rows(draft: JobDraft, trainer: str) -> None:
-    """Set the options of rows: packing, the masked questions, and the system prompt."""
+def _set_row_options(draft: JobDraft, trainer: str) -> None:
+    """Set packing and the loss on answers only. Refuse system prompts for some rows, and a fixed order of rows."""
     if "sample_packing" in draft.given_options:
         if trainer == "sft" or not draft.get("sample_packing"):
             draft.assign("dataset.packing", draft.get("sample_packing"), "sample_packing")
@@ -614,31 +617,31 @@ def _set_rows(draft: JobDraft, trainer: str) -> None:
     if "chat_template_jinja" in draft.given_options and not any(
         value.key == "chat_template_jinja" for value in draft.values.values()
     ):
-        draft.add_reason("chat_template_jinja", "no effect: chat_template decides")
+        draft.add_reason("chat_template_jinja", "no effect: chat_template is used instead")
 
 
 def _set_precision(draft: JobDraft) -> None:
     keys = [key for key in ("bf16", "fp16", "bfloat16", "float16", "float32") if key in draft.given_options]
-    on = [key for key in keys if draft.get(key) not in (False, "auto")]
+    enabled_keys = [key for key in keys if draft.get(key) not in (False, "auto")]
     for key in keys:
         if draft.get(key) is False:
             draft.add_reason(key, "no effect: another data type is used")
-    if "bf16" in on and "fp16" in on:
+    if "bf16" in enabled_keys and "fp16" in enabled_keys:
         draft.add_mistake(("bf16", "fp16"), "bf16 and fp16 are both true", "set one of them to false")
         return
     is_full = draft.value("method.type") in ("full", "spectrum")
     for key, precision, dtype in (
         ("bf16", "bf16", "bfloat16"), ("fp16", "fp16", None), ("bfloat16", "bf16", "bfloat16"), ("float16", "fp16", None), ("float32", "no", "float32")
     ):  # fmt: skip
-        if key in on:
+        if key in enabled_keys:
             draft.assign("training.mixedPrecision", precision, key)
             if dtype == "float32" or (dtype and is_full):
                 draft.assign("model.dtype", dtype, key)
-            for other in on:
+            for other in enabled_keys:
                 if other != key:
-                    draft.add_reason(other, f"no effect: {key} decides")
+                    draft.add_reason(other, f"no effect: {key} is used instead")
             if "bf16" in keys and draft.get("bf16") == "auto":
-                draft.add_reason("bf16", f"no effect: {key} decides")
+                draft.add_reason("bf16", f"no effect: {key} is used instead")
             return
     if draft.get("bf16") == "auto":
         draft.assign("training.mixedPrecision", "auto", "bf16")
@@ -654,12 +657,12 @@ def _set_recomputation(draft: JobDraft) -> None:
         for other in ("gradient_checkpointing", "activation_offloading"):
             if other != key and other in draft.given_options:
                 draft.add_reason(
-                    other, "part of training.gradientCheckpointing: unsloth, which keeps activations in host memory"
+                    other, "included in training.gradientCheckpointing: unsloth, which keeps activations in host memory"
                 )
         if checkpointing and offloading:
             draft.add_reason(
                 "activation_offloading",
-                "part of training.gradientCheckpointing: unsloth, which keeps activations in host memory",
+                "included in training.gradientCheckpointing: unsloth, which keeps activations in host memory",
             )
         return
     if "activation_offloading" in draft.given_options:
@@ -673,11 +676,11 @@ def _set_recomputation(draft: JobDraft) -> None:
 def _set_schedule(draft: JobDraft) -> None:
     _set_accumulation(draft)
     name = str(draft.get("lr_scheduler") or "cosine")
-    if name in SCHEDULERS and "lr_scheduler" in draft.given_options:
-        draft.assign("training.scheduler", SCHEDULERS[name], "lr_scheduler")
-    elif name not in SCHEDULERS:
+    if name in SCHEDULER_BY_NAME and "lr_scheduler" in draft.given_options:
+        draft.assign("training.scheduler", SCHEDULER_BY_NAME[name], "lr_scheduler")
+    elif name not in SCHEDULER_BY_NAME:
         draft.refuse_feature(
-            "lr_scheduler", f"the learning rate schedule {name}", f"write one of {', '.join(SCHEDULERS)}"
+            "lr_scheduler", f"the learning rate schedule {name}", f"write one of {', '.join(SCHEDULER_BY_NAME)}"
         )
     if "cosine_min_lr_ratio" in draft.given_options:
         draft.assign("training.scheduler", "cosineWithMinLr", "cosine_min_lr_ratio")
@@ -686,7 +689,7 @@ def _set_schedule(draft: JobDraft) -> None:
             {"min_lr_rate": str(draft.get("cosine_min_lr_ratio"))},
             "cosine_min_lr_ratio",
         )
-        draft.add_reason("lr_scheduler", "cosine_min_lr_ratio makes it cosine with a minimum rate")
+        draft.add_reason("lr_scheduler", "cosine_min_lr_ratio selects the cosine schedule with a minimum learning rate")
     if draft.get("lr_scheduler_kwargs"):
         draft.assign(
             "training.schedulerParameters",
@@ -706,11 +709,11 @@ def _set_schedule(draft: JobDraft) -> None:
             "training.warmupSteps" if steps >= 1 or steps == 0 else "training.warmupRatio", steps, "warmup_steps"
         )
         if ratio is not None:
-            draft.add_reason("warmup_ratio", "no effect: warmup_steps decides")
+            draft.add_reason("warmup_ratio", "no effect: warmup_steps is used instead")
     elif ratio is not None:
         draft.assign("training.warmupRatio", ratio, "warmup_ratio")
         if steps is not None:
-            draft.add_reason("warmup_steps", "no effect: warmup_ratio decides")
+            draft.add_reason("warmup_steps", "no effect: warmup_ratio is used instead")
     if "optimizer" in draft.given_options:
         assign_optimizer(draft, "optimizer")
     if (
@@ -722,7 +725,7 @@ def _set_schedule(draft: JobDraft) -> None:
 
 
 def _set_accumulation(draft: JobDraft) -> None:
-    """`batch_size` counts the rows of one optimizer step of a rank."""
+    """Set the accumulation steps from `batch_size`: the number of rows that one rank trains on in an optimizer step."""
     if "batch_size" not in draft.given_options:
         return
     rows, micro_batch = draft.get("batch_size"), draft.get("micro_batch_size", 1)
@@ -730,7 +733,7 @@ def _set_accumulation(draft: JobDraft) -> None:
         keys = ("batch_size", "gradient_accumulation_steps")
         draft.add_mistake(
             keys,
-            f"{rows} and {draft.get('gradient_accumulation_steps')} both set the accumulation",
+            f"{rows} and {draft.get('gradient_accumulation_steps')} both set the gradient accumulation",
             "remove batch_size",
         )
     else:
@@ -743,7 +746,7 @@ def _set_distribution(draft: JobDraft) -> None:
     for key in sizes:
         draft.add_reason(
             key,
-            "part of resources.gpusPerNode" if shards * replicas > 1 else "no effect: 1 leaves the number of GPUs open",
+            "included in resources.gpusPerNode" if shards * replicas > 1 else "no effect: 1 does not set the number of GPUs",
         )
     if shards * replicas > 1:
         draft.assign("resources.gpusPerNode", shards * replicas, sizes[0])
@@ -760,8 +763,8 @@ def _set_distribution(draft: JobDraft) -> None:
 def _set_fsdp(draft: JobDraft) -> None:
     """Set FSDP from `fsdp` (version 1) and `fsdp_config`."""
     options = {name: f"fsdp_config.{name}" for name in FSDP_NAMES if f"fsdp_config.{name}" in draft.given_options}
-    words = [word.split()[0] for word in draft.get("fsdp") or [] if word]
-    if not options and not words:
+    fsdp_words = [word.split()[0] for word in draft.get("fsdp") or [] if word]
+    if not options and not fsdp_words:
         for key in ("fsdp_version", "fsdp_final_state_dict_type"):
             if key in draft.given_options:
                 draft.add_reason(key, "no effect: the file does not use FSDP")
@@ -769,19 +772,19 @@ def _set_fsdp(draft: JobDraft) -> None:
     if draft.value("distributed.strategy") == "deepspeed":
         draft.add_mistake(("deepspeed", "fsdp"), "DeepSpeed and FSDP exclude each other", "remove one of them")
         return
-    source = "fsdp" if words else next(iter(options.values()))
-    draft.assign("distributed.strategy", "fsdp", source)
+    source_key = "fsdp" if fsdp_words else next(iter(options.values()))
+    draft.assign("distributed.strategy", "fsdp", source_key)
     sharding = str(
-        draft.get("fsdp_config.sharding_strategy") or next((word for word in words if "shard" in word), "full_shard")
+        draft.get("fsdp_config.sharding_strategy") or next((word for word in fsdp_words if "shard" in word), "full_shard")
     ).upper()
     reshard = draft.get("fsdp_config.reshard_after_forward")
     if sharding in ("SHARD_GRAD_OP", "HYBRID_SHARD_ZERO2") or reshard is False:
-        draft.assign("distributed.fsdp.sharding", "shardGradOp", source)
+        draft.assign("distributed.fsdp.sharding", "shardGradOp", source_key)
     elif sharding == "NO_SHARD":
-        draft.assign("distributed.fsdp.sharding", "noShard", source)
+        draft.assign("distributed.fsdp.sharding", "noShard", source_key)
     else:
-        draft.assign("distributed.fsdp.sharding", "fullShard", source)
-    if draft.get("fsdp_config.offload_params") or "offload" in words:
+        draft.assign("distributed.fsdp.sharding", "fullShard", source_key)
+    if draft.get("fsdp_config.offload_params") or "offload" in fsdp_words:
         option = draft.given_options[options.get("offload_params", "fsdp")]
         draft.add_warning(
             f"{option.origin.location}: {option.key}: with FSDP, the weights stay in GPU memory: use more GPUs, "
@@ -790,7 +793,7 @@ def _set_fsdp(draft: JobDraft) -> None:
         )
     _set_state_dict(draft)
     for name, key in options.items():
-        if name not in ("state_dict_type", "final_state_dict_type") and key != source:
+        if name not in ("state_dict_type", "final_state_dict_type") and key != source_key:
             draft.add_reason(key, "no effect: the trainer uses FSDP version 2 and chooses the layers to wrap")
     if "fsdp_version" in draft.given_options:
         draft.add_reason("fsdp_version", "no effect: the trainer uses FSDP version 2")
@@ -808,7 +811,7 @@ def _set_state_dict(draft: JobDraft) -> None:
 
 
 def _set_intervals(draft: JobDraft) -> None:
-    """Set when to save and when to evaluate."""
+    """Set when the job saves checkpoints and when it evaluates, and set early stopping."""
     _set_interval(draft, "checkpoint", ("save_strategy", "save_steps", "saves_per_epoch"))
     if not has_validation(draft):
         for key in ("eval_strategy", "eval_steps", "evals_per_epoch", "early_stopping_patience"):
@@ -826,43 +829,46 @@ def _set_intervals(draft: JobDraft) -> None:
         draft.add_reason("early_stopping_patience", "0 turns early stopping off")
 
 
-def _set_interval(draft: JobDraft, group: str, keys: tuple[str, str, str]) -> None:
-    """Set `strategy` and `steps` of checkpoints or evaluations from a strategy, a number of steps, or a number per epoch."""
-    strategy_key, steps_key, number_key = keys
-    strategy, steps, number = (draft.get(key) for key in keys)
-    if steps and number:
+def _set_interval(draft: JobDraft, spec_group: str, keys: tuple[str, str, str]) -> None:
+    """Set `strategy` and `steps` of `spec_group`, which is `checkpoint` or `evaluation`.
+
+    `keys`: the options with the strategy, the number of steps, and the number of times per epoch.
+    """
+    strategy_key, steps_key, per_epoch_key = keys
+    strategy, steps, per_epoch = (draft.get(key) for key in keys)
+    if steps and per_epoch:
         draft.add_mistake(
-            (steps_key, number_key), f"{steps:g} and {number:g} both set the interval", "remove one of them"
+            (steps_key, per_epoch_key), f"{steps:g} and {per_epoch:g} both set the interval", "remove one of them"
         )
         return
-    decisive = steps_key if steps else number_key if number else strategy_key
+    deciding_key = steps_key if steps else per_epoch_key if per_epoch else strategy_key
     for key in keys:
-        if key in draft.given_options and key != decisive:
+        if key in draft.given_options and key != deciding_key:
             draft.add_reason(
                 key,
-                f"no effect: {decisive} decides"
-                if decisive in draft.given_options
+                f"no effect: {deciding_key} is used instead"
+                if deciding_key in draft.given_options
                 else "0 leaves the interval to the tool's default",
             )
-    total = draft.get("max_steps")
-    if number and total:
-        steps = 1 / (number * draft.get("num_epochs", 1))
-    if steps and (steps >= 1 or total):
-        draft.assign(f"{group}.strategy", "steps", decisive)
-        draft.assign(f"{group}.steps", max(1, int(steps if steps >= 1 else steps * total)), decisive)
-    elif steps or number:
-        draft.assign(f"{group}.strategy", "epoch", decisive)
-        if number != 1:
+    max_steps = draft.get("max_steps")
+    if per_epoch and max_steps:
+        steps = 1 / (per_epoch * draft.get("num_epochs", 1))
+    if steps and (steps >= 1 or max_steps):
+        draft.assign(f"{spec_group}.strategy", "steps", deciding_key)
+        draft.assign(f"{spec_group}.steps", max(1, int(steps if steps >= 1 else steps * max_steps)), deciding_key)
+    elif steps or per_epoch:
+        draft.assign(f"{spec_group}.strategy", "epoch", deciding_key)
+        if per_epoch != 1:
             draft.add_warning(
-                f"{draft.given_options[decisive].origin.location}: {decisive}: the number of steps is not known before the data is read, so the job does this "
-                f"once per epoch; set {group}.strategy and {group}.steps for another interval"
+                f"{draft.given_options[deciding_key].origin.location}: {deciding_key}: {spec_group}.strategy becomes epoch, "
+                f"because the number of steps is not known before the data is read; set {spec_group}.strategy and {spec_group}.steps for another interval"
             )
     elif strategy == "best":
         draft.refuse_feature(
-            strategy_key, "saving only better checkpoints", "write epoch; the best checkpoint is always kept"
+            strategy_key, "saving only checkpoints that are better than all earlier ones", "write epoch; the best checkpoint is always kept"
         )
     elif strategy:
-        draft.assign(f"{group}.strategy", strategy, strategy_key)
+        draft.assign(f"{spec_group}.strategy", strategy, strategy_key)
 
 
 def _set_results(draft: JobDraft) -> None:
@@ -884,14 +890,14 @@ def _set_results(draft: JobDraft) -> None:
     elif "hub_revision" in draft.given_options:
         draft.add_reason("hub_revision", "no effect: the model is pushed to the branch main")
     if isinstance(draft.get("resume_from_checkpoint"), bool):
-        draft.add_reason("resume_from_checkpoint", "no effect: attempts of a job always resume")
+        draft.add_reason("resume_from_checkpoint", "no effect: each attempt of a job resumes from the last checkpoint")
     elif "resume_from_checkpoint" in draft.given_options:
         assign_source_uri(draft, "resume_from_checkpoint", "checkpoint.resume")
     if "auto_resume_from_checkpoints" in draft.given_options:
         if draft.get("auto_resume_from_checkpoints") and not draft.has_value("checkpoint.resume"):
             draft.assign("checkpoint.resume", "auto", "auto_resume_from_checkpoints")
         else:
-            draft.add_reason("auto_resume_from_checkpoints", "no effect: attempts of a job always resume")
+            draft.add_reason("auto_resume_from_checkpoints", "no effect: each attempt of a job resumes from the last checkpoint")
 
 
 def _set_trackers(draft: JobDraft) -> None:
@@ -907,7 +913,7 @@ def _set_trackers(draft: JobDraft) -> None:
     for key in ("use_wandb", "use_mlflow", "use_tensorboard", "wandb_mode"):
         if key in draft.given_options:
             draft.add_reason(
-                key, "decides which trackers get the metrics" if draft.get(key) else "no effect: this tracker is off"
+                key, "selects the trackers that get the metrics" if draft.get(key) else "no effect: this tracker is off"
             )
     if trackers:
         draft.assign("tracking.reportTo", [name for name, _ in trackers], trackers[0][1])
@@ -931,10 +937,10 @@ def _set_trackers(draft: JobDraft) -> None:
 IMPORTER = Importer(
     "axolotl",
     "Axolotl",
-    ROWS,
+    OPTION_TABLE,
     DEFAULTS,
     recognises_input,
-    read,
+    read_options,
     combine_options,
     ignores_unknown_keys=True,
     reports_every_key=True,

@@ -1,4 +1,4 @@
-"""Chat templates that other tools choose by name: whether the model's tokenizer has them, and the text of simple templates."""
+"""Chat templates that other tools choose by name: which tokenizers have a template, and the texts of simple templates."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from dataclasses import dataclass
 
 from finetune_cli.importers.draft import JobDraft
 
-CHAT_TUNED = re.compile(
+CHAT_MODEL_PATTERN = re.compile(
     r"instruct|chat|-it\b|\bit-|thinking|think|[-_]sft|safeguard|gpt-oss|guanaco|alpaca|vicuna|reasoning|magistral",
     re.IGNORECASE,
 )
-"""Names of models that were trained on conversations, so that their tokenizer has a chat template."""
+"""Matches the names of models that were trained on conversations. The tokenizers of these models have a chat template."""
 
 
 @dataclass(frozen=True)
 class TurnMarkers:
-    """The texts around the turns of a conversation. `{eos}` stands for the end-of-sequence token."""
+    """The texts before and after the turns of each role. `{eos}` stands for the end-of-sequence token. `start`: a Jinja variable before the first turn."""
 
     system: tuple[str, str]
     user: tuple[str, str]
@@ -26,30 +26,31 @@ class TurnMarkers:
     start: str = ""
 
     def to_jinja(self) -> str:
-        """Return the chat template. Its `generation` blocks mark the answers and their end tokens."""
-        answer = f"{{{{ {_text(self.assistant[0])} }}}}{{% generation %}}{{{{ message['content'] + {_text(self.assistant[1])} }}}}{{% endgeneration %}}"
-        system = f"{{{{ {_text(self.system[0])} + message['content'] + {_text(self.system[1])} }}}}"
-        question = f"{{{{ {_text(self.user[0])} + message['content'] + {_text(self.user[1])} }}}}"
+        """Return the chat template for these markers. Its `generation` blocks mark the answers with their end tokens."""
+        answer = f"{{{{ {_to_jinja_expression(self.assistant[0])} }}}}{{% generation %}}"
+        answer += f"{{{{ message['content'] + {_to_jinja_expression(self.assistant[1])} }}}}{{% endgeneration %}}"
+        system = f"{{{{ {_to_jinja_expression(self.system[0])} + message['content'] + {_to_jinja_expression(self.system[1])} }}}}"
+        question = f"{{{{ {_to_jinja_expression(self.user[0])} + message['content'] + {_to_jinja_expression(self.user[1])} }}}}"
         start = f"{{{{ {self.start} }}}}" if self.start else ""
         return (
             f"{start}{{% for message in messages %}}{{% if message['role'] == 'assistant' %}}{answer}{{% elif message['role'] == 'system' %}}{system}"
-            f"{{% else %}}{question}{{% endif %}}{{% endfor %}}{{% if add_generation_prompt %}}{{{{ {_text(self.assistant[0])} }}}}{{% endif %}}"
+            f"{{% else %}}{question}{{% endif %}}{{% endfor %}}{{% if add_generation_prompt %}}{{{{ {_to_jinja_expression(self.assistant[0])} }}}}{{% endif %}}"
         )
 
 
-def _text(text: str) -> str:
-    """Return a Jinja expression for a text with `{eos}`."""
+def _to_jinja_expression(text: str) -> str:
+    """Return the Jinja expression for a text in which `{eos}` stands for the end-of-sequence token."""
     parts = [json.dumps(part) for part in text.split("{eos}")]
     return " + eos_token + ".join(parts)
 
 
-def _headers(start: str, end: str, close: str) -> TurnMarkers:
-    """Return markers with the role's name between `start` and `end`. `close` ends the turn."""
+def _build_markers(start: str, end: str, close: str) -> TurnMarkers:
+    """Return markers that begin each turn with `start`, the role's name and `end`. `close` ends the turn."""
     return TurnMarkers((f"{start}system{end}", close), (f"{start}user{end}", close), (f"{start}assistant{end}", close))
 
 
 MARKERS: Mapping[str, TurnMarkers] = {
-    "chatml": _headers("<|im_start|>", "\n", "<|im_end|>\n"),
+    "chatml": _build_markers("<|im_start|>", "\n", "<|im_end|>\n"),
     "llama3": TurnMarkers(
         ("<|start_header_id|>system<|end_header_id|>\n\n", "<|eot_id|>"), ("<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"),
         ("<|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>"), "bos_token",
@@ -57,15 +58,15 @@ MARKERS: Mapping[str, TurnMarkers] = {
     "gemma": TurnMarkers(
         ("<start_of_turn>user\n", "<end_of_turn>\n"), ("<start_of_turn>user\n", "<end_of_turn>\n"), ("<start_of_turn>model\n", "<end_of_turn>\n"), "bos_token"
     ),
-    "phi3": _headers("<|", "|>\n", "<|end|>\n"),
+    "phi3": _build_markers("<|", "|>\n", "<|end|>\n"),
     "mistral": TurnMarkers(("[INST] ", " [/INST]"), ("[INST] ", " [/INST]"), (" ", "{eos}"), "bos_token"),
     "alpaca": TurnMarkers(("", "\n\n"), ("### Instruction:\n", "\n\n"), ("### Response:\n", "{eos}\n\n")),
     "vicuna": TurnMarkers(("", "\n"), ("USER: ", " "), ("ASSISTANT: ", "{eos}")),
     "metharme": TurnMarkers(("<|system|>", ""), ("<|user|>", ""), ("<|model|>", "{eos}")),
-    "zephyr": _headers("<|", "|>\n", "{eos}\n"),
+    "zephyr": _build_markers("<|", "|>\n", "{eos}\n"),
     "human": TurnMarkers(("", "\n"), ("Human: ", "\n"), ("Assistant: ", "{eos}\n")),
 }  # fmt: skip
-"""Simple formats of conversations, by name."""
+"""Turn markers of simple chat templates, by the name of the template."""
 
 FAMILIES: Mapping[str, tuple[str, str]] = {
     "alpaca": ("", "alpaca"), "chatml": ("", "chatml"), "default": ("", "human"), "vicuna": ("vicuna", "vicuna"), "metharme": ("", "metharme"),
@@ -93,43 +94,44 @@ FAMILIES: Mapping[str, tuple[str, str]] = {
     "starchat": ("starchat", ""), "telechat2": ("telechat", ""), "xuanyuan": ("xuanyuan", ""), "yi": ("\\byi\\b", "chatml"), "youtu": ("youtu", ""),
     "yuan": ("yuan", ""),
 }  # fmt: skip
-"""For each template name: a pattern for the names of models whose tokenizer has the template, and a name in `MARKERS` for all other models."""
-FAMILIES_WITH_TEMPLATE_IN_BASE = ("qwen", "phi", "jamba", "falcon_h1", "gpt_oss")
-"""Templates of families whose base models also have the template."""
-OF_IMAGES = "llava|pixtral|_vl|vision|qwen2_audio|_omni|paligemma|minicpm|mllama|glm4v|glm4_5v|glm_ocr|dots_ocr|moss_vl|video|intern_vl"
+"""For each template name: a pattern for the names of models whose tokenizer has this template, and the name in `MARKERS` for all other models."""
+FAMILIES_WITH_BASE_TEMPLATE = ("qwen", "phi", "jamba", "falcon_h1", "gpt_oss")
+"""A template whose name begins with one of these words is also the template of base models, not only of chat models."""
+MULTIMODAL_TEMPLATE_PATTERN = "llava|pixtral|_vl|vision|qwen2_audio|_omni|paligemma|minicpm|mllama|glm4v|glm4_5v|glm_ocr|dots_ocr|moss_vl|video|intern_vl"
 
 
-def assign_chat_template(draft: JobDraft, key: str, name: str) -> None:
-    """Set or keep the chat template that an option names. Refuses a name if neither the tokenizer nor this module has the template."""
+def assign_chat_template(draft: JobDraft, option_key: str, name: str) -> None:
+    """Set the chat template that an option names, or keep the tokenizer's. Refuse a name if neither the tokenizer nor `MARKERS` has the template."""
     model = str(draft.value("model.source", ""))
     plain_name = name.removesuffix("_nothink")
     if plain_name not in FAMILIES:
-        is_multimodal = re.search(OF_IMAGES, name) is not None
+        is_multimodal = re.search(MULTIMODAL_TEMPLATE_PATTERN, name) is not None
         feature = "training on images, video or audio" if is_multimodal else f"the chat template {name}"
-        draft.refuse_feature(key, feature, "" if is_multimodal else _hint(), is_droppable=not is_multimodal)
+        draft.refuse_feature(option_key, feature, "" if is_multimodal else _build_config_map_hint(), is_droppable=not is_multimodal)
         return
-    pattern, own_text = FAMILIES[plain_name]
+    pattern, marker_name = FAMILIES[plain_name]
     is_family = bool(pattern) and re.search(pattern, model, re.IGNORECASE) is not None
-    has_template = CHAT_TUNED.search(model) is not None or plain_name.startswith(FAMILIES_WITH_TEMPLATE_IN_BASE)
-    if is_family and (has_template or not own_text):
+    has_template = CHAT_MODEL_PATTERN.search(model) is not None or plain_name.startswith(FAMILIES_WITH_BASE_TEMPLATE)
+    if is_family and (has_template or not marker_name):
         draft.add_reason(
-            key, f"the chat template of the tokenizer of {model} is used, which is the template of this family"
+            option_key, f"the chat template of the tokenizer of {model} is used, because the model belongs to the family of this template"
         )
         if not has_template:
             draft.add_warning(
-                f"{draft.given_options[key].origin.location}: {key}: check that the tokenizer of {model} has a chat template; {_hint()}"
+                f"{draft.given_options[option_key].origin.location}: {option_key}: check that the tokenizer of {model} has a chat template; "
+                f"{_build_config_map_hint()}"
             )
-    elif own_text:
-        assign_template_text(draft, key, own_text)
+    elif marker_name:
+        assign_template_text(draft, option_key, marker_name)
     else:
-        draft.refuse_feature(key, f"the chat template {name} for a model of another family", _hint())
+        draft.refuse_feature(option_key, f"the chat template {name} for a model of another family", _build_config_map_hint())
 
 
-def _hint() -> str:
+def _build_config_map_hint() -> str:
     return "give the template with --set dataset.chatTemplate.configMapRef.name=NAME --set dataset.chatTemplate.configMapRef.key=KEY"
 
 
-def assign_template_text(draft: JobDraft, key: str, name: str) -> None:
-    """Set the chat template to one of `MARKERS`, unless an override sets it."""
+def assign_template_text(draft: JobDraft, option_key: str, marker_name: str) -> None:
+    """Set the text of the chat template from an entry of `MARKERS`, unless an override sets the template."""
     if not any(path.startswith("dataset.chatTemplate") for path in draft.request.overrides):
-        draft.assign("dataset.chatTemplate.text", MARKERS[name].to_jinja(), key)
+        draft.assign("dataset.chatTemplate.text", MARKERS[marker_name].to_jinja(), option_key)

@@ -1,4 +1,4 @@
-"""Parses the other tool's command line (the arguments after `--`): skips the launcher and turns flags into options."""
+"""Parses the other tool's command line, which is the arguments after `--`: skips the launcher and splits the flags from their values."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ LAUNCHERS = ("python", "python3", "accelerate", "torchrun", "deepspeed", "uv", "
 NEGATIVE_NUMBER_PATTERN = re.compile(r"^-(\d|\.\d)")
 
 
-def strip_launcher(words: tuple[str, ...]) -> list[str]:
-    """Return the words after a launcher such as `python train.py` or `accelerate launch x.py`, without line continuations."""
-    remaining = [word for word in words if word.strip() not in ("\\", "")]
+def strip_launcher(command_words: tuple[str, ...]) -> list[str]:
+    """Return the words without line continuations and without a launcher at the beginning, such as `python train.py` or `accelerate launch x.py`."""
+    remaining = [word for word in command_words if word.strip() not in ("\\", "")]
     while remaining and (remaining[0] in LAUNCHERS or remaining[0].endswith(".py")):
         launcher = remaining.pop(0)
         if launcher in LAUNCHERS and remaining[:1] == ["-m"]:
@@ -28,16 +28,19 @@ def strip_launcher(words: tuple[str, ...]) -> list[str]:
 
 @dataclass
 class ParsedFlags:
-    """A parsed command line. `pairs`: (name with dashes, value or None) in order. `stray`: words that belong to no flag."""
+    """A parsed command line.
+
+    `name_value_pairs`: each flag with its dashes, and its value or None, in order. `stray_words`: the words that belong to no flag.
+    """
 
     name_value_pairs: list[tuple[str, str | None]] = field(default_factory=list)
     stray_words: list[str] = field(default_factory=list)
 
 
-def parse_flags(words: list[str], takes_value: Callable[[str], bool]) -> ParsedFlags:
-    """Split a command line into flags and values: `--a v` or `--a=v`. A flag has no value if `takes_value` returns false for its name."""
+def parse_flags(command_words: list[str], takes_value: Callable[[str], bool]) -> ParsedFlags:
+    """Split a command line into flags and values: `--a v` or `--a=v`. For a flag without a value, `takes_value` returns false for its name."""
     flags = ParsedFlags()
-    remaining = list(words)
+    remaining = list(command_words)
     while remaining:
         word = remaining.pop(0)
         if not word.startswith("-") or NEGATIVE_NUMBER_PATTERN.match(word):
@@ -53,31 +56,31 @@ def parse_flags(words: list[str], takes_value: Callable[[str], bool]) -> ParsedF
     return flags
 
 
-def flag_entry(name: str, value: object) -> OptionEntry:
-    """Return the entry for a flag."""
+def build_flag_entry(name: str, value: object) -> OptionEntry:
+    """Return the option entry of a flag, with the command line as its location."""
     return OptionEntry(name, value, ValueOrigin("command line"))
 
 
 def add_stray_mistakes(draft: JobDraft, flags: ParsedFlags) -> None:
-    """Record a mistake for every word that belongs to no flag."""
+    """Record a mistake for each word that belongs to no flag."""
     for word in flags.stray_words:
         draft.mistakes.append(Mistake("command line", word, "this word belongs to no option", "write --option value"))
 
 
 def add_config_file(draft: JobDraft, path: str) -> InputDocument | None:
-    """Add the file of the tool's `--config` flag to the documents. Returns None if the file was already given or cannot be read."""
+    """Add the file of the tool's `--config` flag to the documents and return it. Return None if it is already a document or cannot be read."""
     try:
         document = InputDocument(Path(path), read_text(Path(path)))
     except UnreadableFile as error:
         if draft.documents:
-            if not any(known.path.name == Path(path).name for known in draft.documents):
-                draft.add_note(f"--config {path} does not exist on this machine; the given files are used instead")
+            if not any(given_document.path.name == Path(path).name for given_document in draft.documents):
+                draft.add_note(f"--config {path}: there is no such file on this machine, so the given files are used instead")
             return None
         draft.mistakes.append(
             Mistake("command line", "--config", f"{path}: {error.mistake.message}", "give the file before `--` too")
         )
         return None
-    if any(known.path.resolve() == document.path.resolve() for known in draft.documents):
+    if any(given_document.path.resolve() == document.path.resolve() for given_document in draft.documents):
         return None
     draft.documents = (*draft.documents, document)
     return document

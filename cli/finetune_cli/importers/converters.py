@@ -1,7 +1,7 @@
-"""Converters from values in files of other tools to values of the spec.
+"""Converters: functions that turn a value from another tool's file into a value of the spec.
 
-A converter takes the value parsed from the file. An invalid value raises a `ConversionError` with the allowed values and, for words, the
-most similar word. Converters are strict: a boolean is never a number, and only the strings `true` and `false` are booleans.
+A converter takes the parsed value. For an invalid value, it raises a `ConversionError` with the allowed values and, if these are words, the most
+similar word. Converters are strict: a boolean is never a number, and of all strings only `true` and `false` are booleans.
 """
 
 from __future__ import annotations
@@ -13,30 +13,30 @@ from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
 from typing import Any
 
-from finetune_cli.suggestions import closest_name
+from finetune_cli.suggestions import find_closest_name
 
-NUMBER = re.compile(r"^[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?$")
+NUMBER_PATTERN = re.compile(r"^[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?$")
 INTEGER_PATTERN = re.compile(r"^[+-]?\d+$")
 MAX_DIGITS = 400
-"""Longer strings are not read as numbers."""
-RUN_NAME = re.compile(r"^[^$#@&*!]*$")
+"""A string with more characters is not read as a number."""
+RUN_NAME_PATTERN = re.compile(r"^[^$#@&*!]*$")
 
 
 class ConversionError(Exception):
-    """The value of an option is not allowed. `problem`: the reason. `allowed_text`: the valid values. `closest_value`: the most similar valid word."""
+    """The value of an option is not allowed. `problem`: the reason. `allowed`: the valid values. `closest`: the most similar valid word, or an empty text."""
 
-    def __init__(self, problem: str, allowed_text: str, closest_value: str = ""):
+    def __init__(self, problem: str, allowed: str, closest: str = ""):
         super().__init__(problem)
-        self.problem, self.allowed, self.closest = problem, allowed_text, closest_value
+        self.problem, self.allowed, self.closest = problem, allowed, closest
 
 
 Converter = Callable[[Any], Any]
 
 
-def _number(value: Any) -> float | int | None:
+def _parse_number(value: Any) -> float | int | None:
     if isinstance(value, bool):
         return None
-    if isinstance(value, str) and len(value) <= MAX_DIGITS and NUMBER.match(value.strip()):
+    if isinstance(value, str) and len(value) <= MAX_DIGITS and NUMBER_PATTERN.match(value.strip()):
         value = int(value) if INTEGER_PATTERN.match(value.strip()) else float(value)
     return value if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)) else None
 
@@ -44,11 +44,11 @@ def _number(value: Any) -> float | int | None:
 def to_number(
     low: float = -math.inf, high: float = math.inf, *, exclusive_low: float | None = None, exclusive_high: float | None = None
 ) -> Converter:
-    """Return a converter for a number in an inclusive range. `exclusive_low` and `exclusive_high` are exclusive bounds."""
+    """Return a converter for a number from `low` to `high`, above `exclusive_low` and below `exclusive_high`."""
     allowed_text = _describe_range("a number", low, high, exclusive_low, exclusive_high)
 
     def convert(value: Any) -> float | int:
-        converted = _number(value)
+        converted = _parse_number(value)
         if converted is None:
             raise ConversionError("is not a number", allowed_text)
         _check_range(converted, low, high, exclusive_low, exclusive_high, allowed_text)
@@ -58,11 +58,11 @@ def to_number(
 
 
 def to_integer(low: float = -math.inf, high: float = math.inf) -> Converter:
-    """Return a converter for an integer in an inclusive range."""
+    """Return a converter for an integer from `low` to `high`."""
     allowed_text = _describe_range("an integer", low, high, None, None)
 
     def convert(value: Any) -> int:
-        converted = _number(value)
+        converted = _parse_number(value)
         if (
             converted is None
             or converted != int(converted)
@@ -80,19 +80,19 @@ def _check_range(value: float, low: float, high: float, exclusive_low: float | N
         raise ConversionError("is out of range", allowed_text)
 
 
-def _describe_range(kind: str, low: float, high: float, exclusive_low: float | None, exclusive_high: float | None) -> str:
-    parts = []
+def _describe_range(number_kind: str, low: float, high: float, exclusive_low: float | None, exclusive_high: float | None) -> str:
+    bounds = []
     if low > -math.inf and high < math.inf and exclusive_low is None and exclusive_high is None:
-        return f"{kind} from {_format_bound(low)} to {_format_bound(high)}"
+        return f"{number_kind} from {_format_bound(low)} to {_format_bound(high)}"
     if low > -math.inf and (exclusive_low is None or exclusive_low < low):
-        parts.append(f"of at least {_format_bound(low)}")
+        bounds.append(f"of at least {_format_bound(low)}")
     if exclusive_low is not None:
-        parts.append(f"greater than {_format_bound(exclusive_low)}")
+        bounds.append(f"greater than {_format_bound(exclusive_low)}")
     if high < math.inf:
-        parts.append(f"of at most {_format_bound(high)}")
+        bounds.append(f"of at most {_format_bound(high)}")
     if exclusive_high is not None:
-        parts.append(f"below {_format_bound(exclusive_high)}")
-    return " ".join([kind, " and ".join(parts)]).strip()
+        bounds.append(f"below {_format_bound(exclusive_high)}")
+    return " ".join([number_kind, " and ".join(bounds)]).strip()
 
 
 def _format_bound(value: float) -> str:
@@ -108,36 +108,36 @@ def to_boolean(value: Any) -> bool:
     raise ConversionError("is not true or false", "true, false")
 
 
-def text(value: Any) -> str:
+def to_text(value: Any) -> str:
     """Convert to a non-empty string."""
     if isinstance(value, bool) or not isinstance(value, str | int | float) or str(value) == "":
         raise ConversionError("is not text", "text")
     return str(value)
 
 
-def any_text(value: Any) -> str:
+def to_any_text(value: Any) -> str:
     """Convert to a string that may be empty."""
-    return "" if value == "" else text(value)
+    return "" if value == "" else to_text(value)
 
 
-def text_or_none(value: Any) -> str | None:
+def to_text_or_none(value: Any) -> str | None:
     """Convert to a string. An empty or null value becomes None."""
-    return None if value is None or value == "" else text(value)
+    return None if value is None or value == "" else to_text(value)
 
 
-def run_name(value: Any) -> str:
-    """Convert a part of a run name."""
-    name = any_text(value)
-    if not RUN_NAME.match(name):
+def to_run_name(value: Any) -> str:
+    """Convert a run name, or its prefix or suffix, to text."""
+    name = to_any_text(value)
+    if not RUN_NAME_PATTERN.match(name):
         raise ConversionError("contains one of $ # @ & * !", "text without $ # @ & * !")
     return name
 
 
-def text_matching(is_valid: Callable[[str], bool], problem: str, allowed_text: str) -> Converter:
-    """Return a converter that accepts only strings for which `is_valid` returns true."""
+def to_text_matching(is_valid: Callable[[str], bool], problem: str, allowed_text: str) -> Converter:
+    """Return a converter for strings that accepts a string only if `is_valid` returns true for it."""
 
     def convert(value: Any) -> str:
-        string = text(value)
+        string = to_text(value)
         if not is_valid(string):
             raise ConversionError(problem, allowed_text)
         return string
@@ -145,7 +145,7 @@ def text_matching(is_valid: Callable[[str], bool], problem: str, allowed_text: s
     return convert
 
 
-def name_list(value: Any) -> list[str]:
+def to_name_list(value: Any) -> list[str]:
     """Convert a list of strings, or one comma-separated string."""
     if isinstance(value, str):
         value = [part.strip() for part in value.strip("[]").split(",")]
@@ -154,14 +154,14 @@ def name_list(value: Any) -> list[str]:
     return list(value)
 
 
-def module_names(value: Any) -> list[str] | None:
-    """Convert a list of module names. `auto` becomes None, so that the trainer chooses the modules."""
+def to_module_names(value: Any) -> list[str] | None:
+    """Convert a list of module names. `auto` becomes None: the trainer then chooses the modules."""
     if isinstance(value, str) and value.strip().lower() == "auto":
         return None
-    return name_list(value)
+    return to_name_list(value)
 
 
-def layer_numbers(value: Any) -> list[int]:
+def to_layer_numbers(value: Any) -> list[int]:
     """Convert a list of layer numbers."""
     if not isinstance(value, list) or not all(
         isinstance(layer, int) and not isinstance(layer, bool) and layer >= 0 for layer in value
@@ -177,12 +177,12 @@ def to_mapping(value: Any) -> dict[str, Any]:
     return value
 
 
-def template_variables(value: Any) -> dict[str, str]:
-    """Convert the arguments of a chat template to texts. A text that is JSON, such as `3`, is put in quotes, because it would be a number."""
-    return {str(name): _variable_text(one) for name, one in to_mapping(value).items()}
+def to_template_variables(value: Any) -> dict[str, str]:
+    """Convert the arguments of a chat template to texts. Any other value is written as JSON, and a text that is valid JSON, such as `3`, in quotes."""
+    return {str(name): _variable_to_text(variable) for name, variable in to_mapping(value).items()}
 
 
-def _variable_text(value: Any) -> str:
+def _variable_to_text(value: Any) -> str:
     if not isinstance(value, str):
         return json.dumps(value)
     try:
@@ -192,15 +192,15 @@ def _variable_text(value: Any) -> str:
     return json.dumps(value)
 
 
-def any_value(value: Any) -> Any:
-    """Accept any value, for options without effect and options with a structured value."""
+def keep_value(value: Any) -> Any:
+    """Return the value unchanged. This is the converter of options without effect, and of options whose value an importer reads itself."""
     return value
 
 
 def to_choice(allowed_values: Mapping[str, Any] | Iterable[str], *, ignore_case: bool = True) -> Converter:
-    """Return a converter for one of several words. If `allowed_values` is a mapping, its values replace the words.
+    """Return a converter that accepts only the words in `allowed_values`. If it is a mapping, the converter returns the value of the word.
 
-    YAML parses an unquoted `no` or `off` as false. If `no` is an allowed word, the converter turns false back into `no`.
+    YAML reads an unquoted `no` or `off` as false. If `no` is an allowed word, the converter therefore reads false as `no`.
     """
     value_by_name = dict(allowed_values) if isinstance(allowed_values, Mapping) else {word: word for word in allowed_values}
     words = ", ".join(value_by_name)
@@ -210,18 +210,18 @@ def to_choice(allowed_values: Mapping[str, Any] | Iterable[str], *, ignore_case:
         if value is False and "no" in value_by_word:
             value = "no"
         if isinstance(value, str):
-            key = value.strip().lower() if ignore_case else value.strip()
-            if key in value_by_word:
-                meaning_of_key = value_by_word[key]
-                return meaning_of_key.value if isinstance(meaning_of_key, Enum) else meaning_of_key
-        closest = closest_name(str(value), value_by_name)
+            normalised_word = value.strip().lower() if ignore_case else value.strip()
+            if normalised_word in value_by_word:
+                spec_value = value_by_word[normalised_word]
+                return spec_value.value if isinstance(spec_value, Enum) else spec_value
+        closest = find_closest_name(str(value), value_by_name)
         raise ConversionError("is not an allowed value", f"one of {words}", closest)
 
     return convert
 
 
-def list_of(convert_item: Converter) -> Converter:
-    """Return a converter for a list. `convert_item` converts each item. A single string is split at commas."""
+def to_list_of(convert_item: Converter) -> Converter:
+    """Return a converter for a list that converts each item with `convert_item`. A string is first split at its commas."""
 
     def convert(value: Any) -> list[Any]:
         if isinstance(value, str):
@@ -233,17 +233,17 @@ def list_of(convert_item: Converter) -> Converter:
     return convert
 
 
-def first_match(*converters: Converter) -> Converter:
-    """Return a converter that tries the converters in order and uses the first that accepts the value."""
+def try_converters(*converters: Converter) -> Converter:
+    """Return a converter that tries converters in order, and returns the result of the first that accepts the value."""
 
     def convert(value: Any) -> Any:
-        failures: list[ConversionError] = []
+        errors: list[ConversionError] = []
         for converter in converters:
             try:
                 return converter(value)
             except ConversionError as error:
-                failures.append(error)
-        last = failures[-1]
-        raise ConversionError(last.problem, " or ".join(failure.allowed for failure in failures), last.closest)
+                errors.append(error)
+        last = errors[-1]
+        raise ConversionError(last.problem, " or ".join(failure.allowed for failure in errors), last.closest)
 
     return convert

@@ -1,4 +1,4 @@
-"""Reads a DeepSpeed JSON that is given together with another tool's configuration."""
+"""Reads a DeepSpeed JSON file that the user gives together with another tool's configuration."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ DEEPSPEED_KEYS = (
 
 
 def is_deepspeed(document: InputDocument) -> bool:
-    """Return whether a document is a DeepSpeed JSON: an object with keys of DeepSpeed."""
+    """Return whether a document is a DeepSpeed configuration: a JSON object with keys of DeepSpeed and without the key `model`."""
     value = peek_json(document)
     return any(key in value for key in DEEPSPEED_KEYS) and "model" not in value
 
 
 def read_deepspeed(draft: JobDraft, document: InputDocument) -> None:
-    """Set each field that corresponds to an option of the file, and store the whole file in a ConfigMap.
+    """Set each field for which the file has an option, and store the whole file in a ConfigMap.
 
-    An option that contradicts another file is a mistake.
+    If an option and another file give different values, record a mistake.
     """
     content = parse_json(document)
     origin = ValueOrigin(document.name)
-    zero = options_group(draft, content, "zero_optimization", origin)
+    zero = read_option_group(draft, content, "zero_optimization", origin)
     options: dict[str, tuple[str, Any]] = {
         "distributed.deepspeed.zeroStage": ("zero_optimization.stage", zero.get("stage")),
         "training.maxGradNorm": ("gradient_clipping", content.get("gradient_clipping")),
@@ -62,39 +62,39 @@ def read_deepspeed(draft: JobDraft, document: InputDocument) -> None:
     _add_config_map(draft, document)
 
 
-def options_group(draft: JobDraft, content: dict[str, Any], key: str, origin: ValueOrigin) -> dict[str, Any]:
-    """Return a group of options, or an empty dict if the group is absent. A value that is not a mapping is a mistake."""
-    group = content.get(key) or {}
-    if isinstance(group, dict):
-        return group
+def read_option_group(draft: JobDraft, content: dict[str, Any], option_key: str, origin: ValueOrigin) -> dict[str, Any]:
+    """Return the group of options at `option_key`, or an empty dict if the group is absent. Record a mistake if the value is not a mapping."""
+    option_group = content.get(option_key) or {}
+    if isinstance(option_group, dict):
+        return option_group
     draft.mistakes.append(
         Mistake(
-            origin.location, key, f"the value is {group}, but a group of options is needed", "write names and values"
+            origin.location, option_key, f"the value is {option_group}, but a group of options is needed", "write names and values"
         )
     )
     return {}
 
 
-def assign_consistently(draft: JobDraft, path: str, key: str, value: Any, origin: ValueOrigin) -> None:
+def assign_consistently(draft: JobDraft, spec_path: str, option_key: str, value: Any, origin: ValueOrigin) -> None:
     """Set a field. If another file gives a different value, record a mistake with both locations."""
-    existing = draft.values.get(path)
+    existing = draft.values.get(spec_path)
     if existing is not None and existing.key and existing.value != value:
-        hint = f"make them equal, or write `auto` for {key}"
+        hint = f"make them equal, or write `auto` for {option_key}"
         draft.mistakes.append(
             Mistake(
                 f"{existing.origin.location}, {origin.location}",
-                f"{existing.key}, {key}",
+                f"{existing.key}, {option_key}",
                 f"{existing.value} and {value} are given for the same option",
                 hint,
             )
         )
         return
     if existing is None or not existing.key:
-        draft.values[path] = AssignedValue(value, origin, key)
+        draft.values[spec_path] = AssignedValue(value, origin, option_key)
 
 
 def _add_config_map(draft: JobDraft, document: InputDocument) -> None:
-    """Store the whole file in a ConfigMap of the manifest, and set the reference to the ConfigMap."""
+    """Add a ConfigMap with the whole file to the manifest, and set `distributed.deepspeed.configRef` to it."""
     path = "distributed.deepspeed.configRef"
     if any(override.startswith(path) for override in draft.request.overrides):
         return

@@ -1,4 +1,4 @@
-"""Parses the input documents of an import as YAML or JSON and lists the options with file and line."""
+"""Parses the files of an import as YAML or JSON, and lists their options with file and line."""
 
 from __future__ import annotations
 
@@ -14,44 +14,44 @@ from finetune_cli.yaml_reader import InvalidYaml, Tree, read_trees
 
 
 def parse_document(document: InputDocument) -> Tree:
-    """Parse a document that holds one YAML or JSON mapping. Raises InvalidInput for any other content."""
+    """Parse a file that holds one YAML or JSON mapping. Raise InvalidInput for any other content."""
     try:
-        trees = read_trees(document.text)
+        parsed_documents = read_trees(document.text)
     except InvalidYaml as error:
-        raise InvalidInput([Mistake(_line_location(document, error.line), "", str(error))]) from None
-    if not trees:
+        raise InvalidInput([Mistake(_locate_line(document, error.line), "", str(error))]) from None
+    if not parsed_documents:
         raise InvalidInput([Mistake(document.name, "", "the file is empty")])
-    tree = trees[0]
-    if len(trees) > 1:
-        location = _line_location(document, trees[1].line)
+    parsed_document = parsed_documents[0]
+    if len(parsed_documents) > 1:
+        location = _locate_line(document, parsed_documents[1].line)
         raise InvalidInput(
             [Mistake(location, "", "a second YAML document begins here", "keep one configuration per file")]
         )
-    if not isinstance(tree.value, dict):
+    if not isinstance(parsed_document.value, dict):
         raise InvalidInput([Mistake(document.name, "", "the file is not a mapping of names to values")])
-    if tree.problems:
+    if parsed_document.problems:
         raise InvalidInput(
             [
-                Mistake(_line_location(document, problem.line), problem.path, problem.message, problem.hint)
-                for problem in tree.problems
+                Mistake(_locate_line(document, problem.line), problem.path, problem.message, problem.hint)
+                for problem in parsed_document.problems
             ]
         )
-    return tree
+    return parsed_document
 
 
-def _line_location(document: InputDocument, line: int) -> str:
+def _locate_line(document: InputDocument, line: int) -> str:
     return f"{document.name}:{line}" if line else document.name
 
 
-def iterate_entries(document: InputDocument, tree: Tree, opaque_paths: frozenset[str] = frozenset()) -> Iterator[OptionEntry]:
-    """Yield an entry, with file and line, for each value of a tree that is not a mapping."""
-    for path, value in tree.leaves(opaque_paths):
-        line = tree.lines.get(path)
+def iterate_entries(document: InputDocument, parsed_document: Tree, opaque_paths: frozenset[str] = frozenset()) -> Iterator[OptionEntry]:
+    """Yield one entry, with file and line, for each value that is not a mapping. Mappings at `opaque_paths` count as values."""
+    for path, value in parsed_document.leaves(opaque_paths):
+        line = parsed_document.lines.get(path)
         yield OptionEntry(path, value, ValueOrigin(f"{document.name}:{line}" if line else document.name))
 
 
 def parse_json(document: InputDocument) -> dict[str, Any]:
-    """Parse a document that holds one JSON object. Raises InvalidInput for any other content."""
+    """Parse a file that holds one JSON object. Raise InvalidInput for any other content."""
     try:
         value = json.loads(document.text)
     except json.JSONDecodeError as error:
@@ -66,7 +66,7 @@ def parse_json(document: InputDocument) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=16)
 def peek_json(document: InputDocument) -> dict[str, Any]:
-    """Return the object of a JSON document, or an empty dict for any other document. Used to recognise the tool. Does not report errors."""
+    """Return the object in a JSON file, or an empty dict for any other file. Importers use it to recognise their files; it reports no mistakes."""
     if document.is_folder or not document.text.lstrip().startswith("{"):
         return {}
     try:
@@ -76,10 +76,10 @@ def peek_json(document: InputDocument) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=16)
-def peek_keys(document: InputDocument) -> dict[str, Any]:
-    """Return the mapping of a YAML or JSON document, or guessed keys if the YAML is invalid.
+def peek_mapping(document: InputDocument) -> dict[str, Any]:
+    """Return the mapping in a YAML or JSON file, or guessed keys if the file is invalid.
 
-    Used to recognise the tool. Does not report errors.
+    Importers use it to recognise their files. It reports no mistakes.
     """
     if document.is_folder or document.path.suffix.lower() in (".env", ".toml"):
         return {}
@@ -90,8 +90,8 @@ def peek_keys(document: InputDocument) -> dict[str, Any]:
 
 
 def _guess_keys(text: str) -> dict[str, Any]:
-    """Return the keys in a file that is not valid YAML. These keys select the importer, and the importer reports the syntax error."""
-    result: dict[str, Any] = {}
+    """Guess the keys in a file that is not valid YAML. The keys select the importer, which then reports the syntax error."""
+    guessed_mapping: dict[str, Any] = {}
     section: dict[str, Any] = {}
     for line in text.splitlines():
         name, colon, value = line.partition(":")
@@ -99,7 +99,7 @@ def _guess_keys(text: str) -> dict[str, Any]:
             continue
         if not name.startswith((" ", "\t")):
             section = {}
-            result[name.strip()] = value.strip() or section
+            guessed_mapping[name.strip()] = value.strip() or section
         else:
             section[name.strip()] = value.strip()
-    return result
+    return guessed_mapping

@@ -1,4 +1,4 @@
-"""The types of an import: options read from files, the option table of a tool, and the draft of the FineTuneJob."""
+"""The types of an import: the options of a file, the option table of a tool, and the draft of the FineTuneJob."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune_cli.importers.converters import Converter, text
+from finetune_cli.importers.converters import Converter, to_text
 from finetune_cli.mistakes import Mistake
 from finetune_cli.provenance import AssignedValue, ValueOrigin
 from finetune_cli.redaction import REDACTED_TEXT, redact_text
@@ -16,7 +16,7 @@ from finetune_cli.redaction import REDACTED_TEXT, redact_text
 
 @dataclass(frozen=True)
 class OptionEntry:
-    """One option in a file: the key as written, the parsed value, and the location."""
+    """One option in a file or on a command line: the key as written, the parsed value, and the location."""
 
     key: str
     value: Any
@@ -24,19 +24,22 @@ class OptionEntry:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One option of a tool: `key` in the file, `path` of the field in the spec, and `convert` for the value.
+class OptionRow:
+    """A row of a tool's option table: the `key` of an option, the `path` of its field in the spec, and the converter of its value.
 
-    `is_set_by_combine`: the tool's `combine_options` function sets the field; `path` is only documentation.
-    `no_effect`: why the importer ignores the option. The warning about the option contains this reason.
-    `is_secret`: the value is never printed and is stored in a Secret.
-    `missing_feature`: the feature of the option, which a FineTuneJob does not have. The option is refused unless its value is one of
-    `NEUTRAL_VALUES` or of `neutral_values`, which turn the feature off. `hint` says what to do instead.
+    `aliases`: other spellings of the key.
+    `is_required`: whether a file without the option is refused.
+    `is_set_by_combine`: whether the tool's function `combine_options` sets the field. `path` then only names the field in messages.
+    `is_secret`: whether the value is a secret, which is never printed and only stored in a Secret.
+    `no_effect`: why the import ignores the option, for the warning about it; empty for an option that the import uses.
+    `empty_is_absent`: whether an empty or null value counts as no value.
+    `missing_feature`: the feature that the option requests and a FineTuneJob does not have. The option is refused unless its value is in
+    `NEUTRAL_VALUES` or `neutral_values`, which turn the feature off. `hint` says what to write instead.
     """
 
     key: str
     path: str = ""
-    convert: Converter = text
+    convert: Converter = to_text
     aliases: tuple[str, ...] = ()
     is_required: bool = False
     is_set_by_combine: bool = False
@@ -49,26 +52,26 @@ class Row:
 
 
 NEUTRAL_VALUES: tuple[Any, ...] = (None, False, 0, "", "false", "False", "none", "None", [], {})
-"""Values that turn off the feature of every option."""
+"""Values that turn off the feature of any option."""
 
 
 @dataclass(frozen=True)
 class ToolDefault:
-    """A value that the tool uses if the file does not set the option. `origin` says where the tool defines the value."""
+    """A value that the tool uses for an option that no file sets. `origin` says where the tool defines the value."""
 
     path: str
     value: Any
     origin: str = "default of the tool"
     is_applicable: Callable[[JobDraft], bool] = lambda draft: True
     needs_gpu: bool = False
-    """The value works only on a GPU. A job without GPUs gets the default of FineTuneJob instead."""
+    """Whether the value works only on a GPU. A job without GPUs then gets the default of FineTuneJob instead."""
 
 
 @dataclass(frozen=True)
 class GivenOption:
-    """An option of the user after conversion: key and value as written (`key`, `raw_value`), converted value, and location."""
+    """An option of the user after conversion: `key` and `raw_value` as written, the converted `value`, and the location."""
 
-    row: Row
+    option_row: OptionRow
     key: str
     value: Any
     raw_value: Any
@@ -83,26 +86,30 @@ class Request:
     tool_arguments: tuple[str, ...] = ()
     """The other tool's command line: the arguments after `--`."""
     source: str | None = None
+    """The name of the importer, from `--from`. None: the importer that recognises the files."""
     name: str | None = None
     namespace: str | None = None
     overrides: Mapping[str, AssignedValue] = field(default_factory=dict)
     """Fields set by options of `finetune import`, by spec path. They override every file."""
     drop_unsupported: bool = False
-    """Leave out features that a FineTuneJob does not have, instead of refusing them."""
+    """Whether options whose feature a FineTuneJob does not have are left out instead of refused."""
     benchmarks: str | None = None
-    """Folder with the data of the tool's benchmarks."""
+    """URI of the folder with the data of the tool's benchmarks."""
     model_map: Mapping[str, str] = field(default_factory=dict)
+    """For models of an API: the name of the open model that replaces each of them."""
     base_learning_rate: float | None = None
-    """For openai: the learning rate that `learning_rate_multiplier` multiplies. None: the default of the objective."""
+    """For openai: the learning rate that `learning_rate_multiplier` multiplies. None: the default learning rate of the objective."""
     has_command_line: bool = True
-    """Whether hints may name options of `finetune import`. The OpenAI server's clients have no command line."""
+    """Whether hints may name options of `finetune import`. The clients of the OpenAI server have no command line."""
     allowed_variables: frozenset[str] = frozenset()
+    """Names of the environment variables that a Hydra configuration may read."""
     environment: Mapping[str, str] = field(default_factory=dict)
+    """The environment variables of `finetune import`."""
 
 
 @dataclass(frozen=True)
 class InputDocument:
-    """One input file or folder."""
+    """One input file with its text, or one input folder without text."""
 
     path: Path
     text: str
@@ -110,36 +117,37 @@ class InputDocument:
 
     @property
     def name(self) -> str:
-        """Return the file name for messages."""
+        """The name of the file or folder in messages."""
         return "standard input" if str(self.path) == "-" else self.path.name or str(self.path)
 
 
 @dataclass
 class JobDraft:
-    """The values of a FineTuneJob during the import, with mistakes, warnings and notes."""
+    """The FineTuneJob that an import builds: its values so far, and the mistakes, warnings and notes about them."""
 
     request: Request
-    rows: tuple[Row, ...]
+    option_table: tuple[OptionRow, ...]
     name: str
     documents: tuple[InputDocument, ...] = ()
     given_options: dict[str, GivenOption] = field(default_factory=dict)
-    """Options of the user, by the key in the tool's table."""
+    """The options of the user, by the key in the tool's option table."""
     paths_of_invalid_keys: dict[str, str] = field(default_factory=dict)
-    """The spec path of every key that has an invalid value."""
+    """For each key with an invalid value: the spec path of its field."""
     values: dict[str, AssignedValue] = field(default_factory=dict)
     paths_without_default: set[str] = field(default_factory=set)
-    """Spec paths that the tool's defaults must not set."""
+    """Spec paths for which the tool's defaults are ignored."""
     mistakes: list[Mistake] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     secrets: dict[str, str] = field(default_factory=dict)
-    """Content of the Secret, by key."""
+    """The content of the Secret that the import creates, by its keys."""
     secret_texts: set[str] = field(default_factory=set)
     """Texts that must never be printed."""
     config_maps: dict[str, dict[str, str]] = field(default_factory=dict)
+    """The content of each ConfigMap that the import creates, by the name of the ConfigMap."""
     annotations: dict[str, str] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
-    """For every key of the user that sets no field: the reason."""
+    """For each key of the user that sets no field of its own: the reason."""
 
     @property
     def secret_name(self) -> str:
@@ -147,43 +155,43 @@ class JobDraft:
 
     @property
     def location(self) -> str:
-        """Return the names of the input files, as the location of a missing option."""
+        """The location of a mistake without a line, such as a missing option: the names of the input files."""
         return ", ".join(document.name for document in self.documents) or "command line"
 
-    def get(self, key: str, default: Any = None) -> Any:
-        """Return the converted value of an option, or the default if the option is absent or unreadable."""
-        option = self.given_options.get(key)
+    def get(self, option_key: str, default: Any = None) -> Any:
+        """Return the converted value of an option, or the default if the option is absent or invalid."""
+        option = self.given_options.get(option_key)
         return default if option is None else option.value
 
-    def has_key(self, key: str) -> bool:
-        """Return whether the user wrote this option, with a valid or an invalid value."""
-        return key in self.given_options or key in self.paths_of_invalid_keys
+    def has_key(self, option_key: str) -> bool:
+        """Return whether the user wrote this option, even with an invalid value."""
+        return option_key in self.given_options or option_key in self.paths_of_invalid_keys
 
-    def has_value(self, path: str) -> bool:
-        """Return whether the field at this path has a value. An override has precedence."""
-        override = self.request.overrides.get(path)
-        return path in self.values if override is None else override.value is not None
+    def has_value(self, spec_path: str) -> bool:
+        """Return whether the field at this path has a value. An override of the field takes precedence over its value in the draft."""
+        override = self.request.overrides.get(spec_path)
+        return spec_path in self.values if override is None else override.value is not None
 
-    def value(self, path: str, default: Any = None) -> Any:
-        """Return the value of the field at this path. An override has precedence."""
-        assigned = self.request.overrides.get(path) or self.values.get(path)
+    def value(self, spec_path: str, default: Any = None) -> Any:
+        """Return the value of the field at this path, or the default. An override of the field takes precedence over its value in the draft."""
+        assigned = self.request.overrides.get(spec_path) or self.values.get(spec_path)
         return default if assigned is None else assigned.value
 
-    def assign(self, path: str, value: Any, source: str | ValueOrigin) -> None:
-        """Set a field. `source` is the key of the option that gives the value, or an origin."""
+    def assign(self, spec_path: str, value: Any, source: str | ValueOrigin) -> None:
+        """Set a field. `source` is the key of the option that gives the value, or the origin of the value."""
         if isinstance(source, str):
             given_option = self.given_options[source]
-            self.values[path] = AssignedValue(value, given_option.origin, given_option.key)
+            self.values[spec_path] = AssignedValue(value, given_option.origin, given_option.key)
         else:
-            self.values[path] = AssignedValue(value, source)
+            self.values[spec_path] = AssignedValue(value, source)
 
-    def assign_default(self, path: str, value: Any, reason: str = "default of the tool") -> None:
-        """Set a field if it has no value yet."""
-        if not self.has_value(path) and path not in self.paths_without_default:
-            self.values[path] = AssignedValue(value, ValueOrigin(reason, written_by_user=False))
+    def assign_default(self, spec_path: str, value: Any, reason: str = "default of the tool") -> None:
+        """Set a field that has no value yet, unless defaults are ignored for it. `reason` says where the value comes from."""
+        if not self.has_value(spec_path) and spec_path not in self.paths_without_default:
+            self.values[spec_path] = AssignedValue(value, ValueOrigin(reason, written_by_user=False))
 
     def remove(self, prefix: str, reason: str) -> None:
-        """Remove a field or group that would have no effect, and ignore the tool's defaults for it. Warns if the user set the field."""
+        """Remove a field or group that would have no effect, and ignore the tool's defaults for it. Warn about each option of the user that set it."""
         self.paths_without_default.add(prefix)
         for path in [path for path in self.values if path == prefix or path.startswith(prefix + ".")]:
             assigned = self.values.pop(path)
@@ -195,7 +203,7 @@ class JobDraft:
     def add_mistake(self, keys: str | tuple[str, ...], message: str, hint: str = "", *, explained_path: str = "") -> None:
         """Record a mistake about one or several options, with their locations.
 
-        `explained_path` is a spec path: later problems at this path are not reported, because this mistake causes them.
+        `explained_path`: a spec path. Problems that the checks find at this path are not reported, because this mistake explains them.
         """
         if explained_path:
             self.paths_of_invalid_keys[explained_path] = explained_path
@@ -206,19 +214,19 @@ class JobDraft:
         self.mistakes.append(Mistake(locations or self.location, spellings, message, hint))
 
     def add_warning(self, message: str) -> None:
-        """Record a message that requires an action of the user."""
+        """Record a message after which the user should act or check something. Repeated messages are recorded once."""
         if message not in self.warnings:
             self.warnings.append(message)
 
-    def add_reason(self, key: str, reason: str) -> None:
-        """Record why an option of the user sets no field. `key` is the key in the tool's table, or as the user wrote it."""
-        given_option = self.given_options.get(key)
-        self.reasons[given_option.key if given_option else key] = reason
+    def add_reason(self, option_key: str, reason: str) -> None:
+        """Record why an option of the user sets no field. `option_key`: the key in the tool's option table, or the key as the user wrote it."""
+        given_option = self.given_options.get(option_key)
+        self.reasons[given_option.key if given_option else option_key] = reason
 
     def refuse_feature(self, keys: str | tuple[str, ...], feature: str, hint: str = "", *, is_droppable: bool = True) -> None:
-        """Record that options request a feature that a FineTuneJob does not have.
+        """Record a mistake about options that request a feature that a FineTuneJob does not have.
 
-        With `--drop-unsupported`, the options are left out with a warning.
+        With `--drop-unsupported` and `is_droppable`, record a warning that the options are left out instead.
         """
         keys = (keys,) if isinstance(keys, str) else keys
         options = [self.given_options[key] for key in keys if key in self.given_options]
@@ -226,43 +234,43 @@ class JobDraft:
         spellings = ", ".join(dict.fromkeys(option.key for option in options)) or ", ".join(keys)
         self.refuse_feature_at(locations, spellings, feature, hint, is_droppable=is_droppable)
 
-    def refuse_feature_at(self, location: str, key: str, feature: str, hint: str = "", *, is_droppable: bool = True) -> None:
-        """Record that the key at a location requests a feature that a FineTuneJob does not have."""
-        message = f"{feature} is not possible in a FineTuneJob"
+    def refuse_feature_at(self, location: str, option_key: str, feature: str, hint: str = "", *, is_droppable: bool = True) -> None:
+        """Record a mistake, or with `--drop-unsupported` a warning, about a key that requests a feature that a FineTuneJob does not have."""
+        message = f"a FineTuneJob does not support {feature}"
         if is_droppable and self.request.drop_unsupported:
-            for name in key.split(", "):
+            for name in option_key.split(", "):
                 self.add_reason(name, f"left out: {message}")
-            self.add_warning(f"{location}: {key} is left out: {message}")
+            self.add_warning(f"{location}: {option_key} is left out: {message}")
             return
         hints = [hint] if hint else []
         if is_droppable:
             hints.append(f"{'or ' if hint else ''}leave it out with --drop-unsupported")
-        self.mistakes.append(Mistake(location, key, message, ", ".join(hints), feature))
+        self.mistakes.append(Mistake(location, option_key, message, ", ".join(hints), feature))
 
-    def warn_no_effect(self, key: str, reason: str) -> None:
+    def warn_no_effect(self, option_key: str, reason: str) -> None:
         """Warn that an option of the user has no effect."""
-        given_option = self.given_options[key]
+        given_option = self.given_options[option_key]
         self.reasons[given_option.key] = f"no effect: {reason}"
         self.add_warning(f"{given_option.origin.location}: {given_option.key} has no effect: {reason}")
 
     def add_note(self, message: str) -> None:
-        """Record a message that requires no action."""
+        """Record a message that requires no action. Repeated messages are recorded once."""
         if message not in self.notes:
             self.notes.append(message)
 
-    def store_secret(self, key: str, value: str) -> dict[str, str]:
+    def store_secret(self, secret_key: str, value: str) -> dict[str, str]:
         """Add a value to the Secret and return the spec's reference to this key of the Secret."""
-        self.secrets[key] = value
+        self.secrets[secret_key] = value
         self.redact_in_messages(value)
-        return {"name": self.secret_name, "key": key}
+        return {"name": self.secret_name, "key": secret_key}
 
     def redact_in_messages(self, value: Any) -> None:
-        """Redact this text in every message."""
+        """Redact a value in all messages, if it is a text that is not blank."""
         if isinstance(value, str) and value.strip():
             self.secret_texts.add(value)
 
     def redact_message(self, message: str) -> str:
-        """Return a message without secrets."""
+        """Return a message in which the secrets are redacted."""
         for secret in sorted(self.secret_texts, key=len, reverse=True):
             edge = r"\b" if len(secret) < 6 else ""
             message = re.sub(edge + re.escape(secret) + edge, REDACTED_TEXT, message)
@@ -271,22 +279,23 @@ class JobDraft:
 
 @dataclass(frozen=True)
 class Importer:
-    """A tool: its options and defaults, and functions that recognise its files, read them and combine the options."""
+    """What the import knows about one tool: options, defaults, and functions that recognise its files, read them and combine their options."""
 
     name: str
     title: str
-    rows: tuple[Row, ...]
+    option_table: tuple[OptionRow, ...]
     defaults: tuple[ToolDefault, ...]
     recognises_input: Callable[[tuple[InputDocument, ...], tuple[str, ...]], bool]
-    """Returns whether the documents or the command line belong to this tool."""
+    """Returns whether the documents, or the words of the command line, belong to this tool."""
     read_options: Callable[[JobDraft], Iterator[OptionEntry]]
+    """Yields the options of the user in order: a later entry overrides an earlier entry with the same key."""
     combine_options: Callable[[JobDraft], None]
     """Sets the fields whose value depends on several options."""
     normalise_key: Callable[[str], str] = lambda key: key
-    """Normalises the spelling of a key for the lookup in the table."""
+    """Returns the spelling of a key by which the rows of the option table are looked up."""
     ignores_unknown_keys: bool = False
-    """Whether the tool ignores keys that it does not know. The import then warns about such a key, unless it resembles a known key."""
+    """Whether the tool ignores unknown keys. The import then warns about an unknown key, and only refuses one that resembles a known key."""
     choose_variant: Callable[[tuple[InputDocument, ...]], Importer] | None = None
-    """Returns the importer for these documents, if the tool has several option tables."""
+    """Returns the importer with the option table for these documents. None for a tool with a single option table."""
     reports_every_key: bool = False
-    """Whether one note lists the keys without effect, instead of one warning for each of them. Keys without a value are listed, too."""
+    """Whether notes list all keys that set no field, including keys without a value. Otherwise each key without effect gets a warning."""

@@ -1,7 +1,7 @@
 """`env`: the importer for a trainer that is configured with a `.env` file and command line flags.
 
 Keys of the file and flags of the command line are two spellings of the same options. Flags override the file. The tool ignores some
-of its documented options (ratios, accumulation, result folder). The importer applies these options as documented.
+of its documented options (ratios, accumulation, result folder), but the importer applies them as documented.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ from typing import Any
 from finetune_cli.importers.command_lines import (
     add_config_file,
     add_stray_mistakes,
-    flag_entry,
+    build_flag_entry,
     parse_flags,
     strip_launcher,
 )
 from finetune_cli.importers.converters import (
-    list_of,
-    module_names,
-    text_matching,
     to_boolean,
     to_choice,
     to_integer,
+    to_list_of,
+    to_module_names,
     to_number,
+    to_text_matching,
 )
-from finetune_cli.importers.draft import Importer, InputDocument, JobDraft, OptionEntry, Row, ToolDefault
+from finetune_cli.importers.draft import Importer, InputDocument, JobDraft, OptionEntry, OptionRow, ToolDefault
 from finetune_cli.importers.sources import assign_config_map, assign_output_folder, assign_source, assign_tokenizer
 from finetune_cli.mistakes import Mistake
 from finetune_cli.provenance import ValueOrigin
-from finetune_cli.suggestions import closest_name
+from finetune_cli.suggestions import find_closest_name
 
 DATASET_FORMATS = {
     "plain_text": "plainText", "mcq_jsonl": "mcq", "instruction_jsonl": "instruction", "instruction": "instruction", "qa": "qa", "text": "text",
@@ -42,70 +42,70 @@ METRIC_NAMES = {
     "rougeL": "rouge", "bertscore": "bertscore",
 }  # fmt: skip
 PRECISION_BY_DTYPE = {"float16": "float16", "bfloat16": "bfloat16", "float32": "float32"}
-FIXED_FILES = "metrics and reports are written to fixed files"
-MAX_SHOWN_WORD = 12
-FOLDER_NAME = text_matching(
+FIXED_FILES_REASON = "the job writes metrics and reports to files with fixed names"
+MAX_SHOWN_CHARACTERS = 12
+to_folder_name = to_text_matching(
     lambda t: bool(re.match(r"^[\w.-]+$", t)), "cannot be a folder's name", "letters, digits, _ . -"
 )
 
-ROWS: tuple[Row, ...] = (
-    Row("PROJECT_NAME", "output.project", FOLDER_NAME, ("--project_name", "-project", "--project")),
-    Row("MODEL_NAME", "model.source", aliases=("--model_name", "-model", "--model"), is_set_by_combine=True),
-    Row("TOKENIZER", "model.tokenizer", aliases=("--tokenizer", "-tokenizer"), is_set_by_combine=True),
-    Row("HUGGINGFACE_TOKEN", "model.tokenSecretRef", aliases=("--hf_token",), is_set_by_combine=True, is_secret=True),
-    Row("USE_AUTH_TOKEN", "model.tokenSecretRef", to_boolean, is_set_by_combine=True),
-    Row("CACHE_DIR", "model.cache", is_set_by_combine=True),
-    Row("PAD_TOKEN", "model.padToken"),
-    Row("TRAIN_DATA_PATH", "dataset.train", aliases=("--data_path", "-data", "--data"), is_required=True, is_set_by_combine=True),
-    Row("DATASET_TYPE", "dataset.format", to_choice(DATASET_FORMATS), ("--dataset_type", "-dataset_type"), is_required=True, is_set_by_combine=True),
-    Row("DATA_FORMAT", "dataset.fileFormat", to_choice(["jsonl", "json", "csv", "auto", "txt"])),
-    Row("VAL_DATA_PATH", "dataset.validation", aliases=("--val_path",), is_set_by_combine=True),
-    Row("TEST_DATA_PATH", "dataset.test", aliases=("--test_path",), is_set_by_combine=True),
-    Row("TRAIN_RATIO", "dataset.split.train", to_number(0, 1), ("--train_ratio",), is_set_by_combine=True),
-    Row("VAL_RATIO", "dataset.split.validation", to_number(0, 1), ("--val_ratio",), is_set_by_combine=True),
-    Row("TEST_RATIO", "dataset.split.test", to_number(0, 1), ("--test_ratio",), is_set_by_combine=True),
-    Row("SPLIT_SEED", "dataset.split.seed", to_integer(0, 4294967295), ("--split_seed",), is_set_by_combine=True),
-    Row("MAX_LENGTH", "dataset.maxSequenceLength", to_integer(1)),
-    Row("PACKING", "dataset.packing", to_boolean),
-    Row("TECHNIQUE", "method.type", to_choice(["lora", "qlora", "dora", "adapter"]), ("--technique", "-technique"), is_set_by_combine=True),
-    Row("ADAPTER_PATH", "method.adapter.source", aliases=("--adapter_path",), is_set_by_combine=True),
-    Row("LORA_R", "method.lora.rank", to_integer(4, 128), ("--lora_r", "-lora_r")),
-    Row("LORA_ALPHA", "method.lora.alpha", to_number(exclusive_low=0), ("--lora_alpha", "-lora_alpha")),
-    Row("LORA_DROPOUT", "method.lora.dropout", to_number(0, 0.3), ("--lora_dropout", "-lora_dropout")),
-    Row("LORA_TARGET_MODULES", "method.lora.targetModules", module_names, ("--lora_target_modules",)),
-    Row("LORA_BIAS", "method.lora.bias", to_choice({"none": "none", "all": "all", "lora_only": "loraOnly"})),
-    Row("LOAD_IN_4BIT", "model.quantization.bits", to_boolean, is_set_by_combine=True),
-    Row("BNB_4BIT_COMPUTE_DTYPE", "model.quantization.computeDtype", to_choice(PRECISION_BY_DTYPE)),
-    Row("BNB_4BIT_USE_DOUBLE_QUANT", "model.quantization.doubleQuant", to_boolean),
-    Row("BNB_4BIT_QUANT_TYPE", "model.quantization.type", to_choice(["nf4", "fp4"])),
-    Row("EPOCHS", "training.epochs", to_integer(1, 20), ("--epochs", "-epochs")),
-    Row("BATCH_SIZE", "training.batchSizePerDevice", to_integer(1, 32), ("--batch_size", "-batch_size")),
-    Row("GRAD_ACC_STEPS", "training.gradientAccumulationSteps", to_integer(1), ("--grad_acc_steps",)),
-    Row("LEARNING_RATE", "training.learningRate", to_number(1e-5, 5e-4), ("--learning_rate", "-lr")),
-    Row("DEVICE", "training.device", to_choice(["cpu", "cuda", "mps", "auto"]), ("--device", "-device"), is_set_by_combine=True),
-    Row("EVAL_STEPS", "evaluation.steps", to_integer(1), ("--eval_steps",), is_set_by_combine=True),
-    Row("SAVE_STRATEGY", "checkpoint.strategy", to_choice(["steps", "epoch", "no"]), is_set_by_combine=True),
-    Row("RESUME_CHECKPOINT", "checkpoint.resume", is_set_by_combine=True),
-    Row("OUTPUT_DIR", "output.dir", aliases=("--save_path", "-savepath", "--output", "--output_dir"), is_set_by_combine=True),
-    Row("PROMPTS_FILE", "evaluation.comparison.promptsRef", aliases=("--prompts_file",), is_set_by_combine=True),
-    Row("COMPARISON_MAX_TOKENS", "evaluation.comparison.generation.maxNewTokens", to_integer(1), ("MAX_NEW_TOKENS",)),
-    Row("COMPARISON_TEMPERATURE", "evaluation.comparison.generation.temperature", to_number(0, 10)),
-    Row("COMPARISON_TOP_P", "evaluation.comparison.generation.topP", to_number(0, 1, exclusive_low=0)),
-    Row("COMPARISON_DO_SAMPLE", "evaluation.comparison.generation.doSample", to_boolean),
-    Row("COMPARISON_OUTPUT", no_effect=FIXED_FILES),
-    Row("TRACK_METRICS", "evaluation.metrics", is_set_by_combine=True),
-    Row("METRICS", "evaluation.metrics", list_of(to_choice(METRIC_NAMES)), is_set_by_combine=True),
-    Row("METRICS_PATH", no_effect=FIXED_FILES),
-    Row("REPORT_PATH", no_effect=FIXED_FILES),
-    Row("LOG_INTERVAL", "tracking.loggingSteps", to_integer(1)),
-    Row("MONGODB_ENABLED", "tracking.reportTo", to_boolean, is_set_by_combine=True),
-    Row("MONGODB_URI", "tracking.mongodb.uriSecretRef", is_set_by_combine=True, is_secret=True),
-    Row("MONGODB_DB_NAME", "tracking.mongodb.database"),
-    Row("MONGODB_COLLECTION_PREFIX", no_effect="collections have fixed names"),
+OPTION_TABLE: tuple[OptionRow, ...] = (
+    OptionRow("PROJECT_NAME", "output.project", to_folder_name, ("--project_name", "-project", "--project")),
+    OptionRow("MODEL_NAME", "model.source", aliases=("--model_name", "-model", "--model"), is_set_by_combine=True),
+    OptionRow("TOKENIZER", "model.tokenizer", aliases=("--tokenizer", "-tokenizer"), is_set_by_combine=True),
+    OptionRow("HUGGINGFACE_TOKEN", "model.tokenSecretRef", aliases=("--hf_token",), is_set_by_combine=True, is_secret=True),
+    OptionRow("USE_AUTH_TOKEN", "model.tokenSecretRef", to_boolean, is_set_by_combine=True),
+    OptionRow("CACHE_DIR", "model.cache", is_set_by_combine=True),
+    OptionRow("PAD_TOKEN", "model.padToken"),
+    OptionRow("TRAIN_DATA_PATH", "dataset.train", aliases=("--data_path", "-data", "--data"), is_required=True, is_set_by_combine=True),
+    OptionRow("DATASET_TYPE", "dataset.format", to_choice(DATASET_FORMATS), ("--dataset_type", "-dataset_type"), is_required=True, is_set_by_combine=True),
+    OptionRow("DATA_FORMAT", "dataset.fileFormat", to_choice(["jsonl", "json", "csv", "auto", "txt"])),
+    OptionRow("VAL_DATA_PATH", "dataset.validation", aliases=("--val_path",), is_set_by_combine=True),
+    OptionRow("TEST_DATA_PATH", "dataset.test", aliases=("--test_path",), is_set_by_combine=True),
+    OptionRow("TRAIN_RATIO", "dataset.split.train", to_number(0, 1), ("--train_ratio",), is_set_by_combine=True),
+    OptionRow("VAL_RATIO", "dataset.split.validation", to_number(0, 1), ("--val_ratio",), is_set_by_combine=True),
+    OptionRow("TEST_RATIO", "dataset.split.test", to_number(0, 1), ("--test_ratio",), is_set_by_combine=True),
+    OptionRow("SPLIT_SEED", "dataset.split.seed", to_integer(0, 4294967295), ("--split_seed",), is_set_by_combine=True),
+    OptionRow("MAX_LENGTH", "dataset.maxSequenceLength", to_integer(1)),
+    OptionRow("PACKING", "dataset.packing", to_boolean),
+    OptionRow("TECHNIQUE", "method.type", to_choice(["lora", "qlora", "dora", "adapter"]), ("--technique", "-technique"), is_set_by_combine=True),
+    OptionRow("ADAPTER_PATH", "method.adapter.source", aliases=("--adapter_path",), is_set_by_combine=True),
+    OptionRow("LORA_R", "method.lora.rank", to_integer(4, 128), ("--lora_r", "-lora_r")),
+    OptionRow("LORA_ALPHA", "method.lora.alpha", to_number(exclusive_low=0), ("--lora_alpha", "-lora_alpha")),
+    OptionRow("LORA_DROPOUT", "method.lora.dropout", to_number(0, 0.3), ("--lora_dropout", "-lora_dropout")),
+    OptionRow("LORA_TARGET_MODULES", "method.lora.targetModules", to_module_names, ("--lora_target_modules",)),
+    OptionRow("LORA_BIAS", "method.lora.bias", to_choice({"none": "none", "all": "all", "lora_only": "loraOnly"})),
+    OptionRow("LOAD_IN_4BIT", "model.quantization.bits", to_boolean, is_set_by_combine=True),
+    OptionRow("BNB_4BIT_COMPUTE_DTYPE", "model.quantization.computeDtype", to_choice(PRECISION_BY_DTYPE)),
+    OptionRow("BNB_4BIT_USE_DOUBLE_QUANT", "model.quantization.doubleQuant", to_boolean),
+    OptionRow("BNB_4BIT_QUANT_TYPE", "model.quantization.type", to_choice(["nf4", "fp4"])),
+    OptionRow("EPOCHS", "training.epochs", to_integer(1, 20), ("--epochs", "-epochs")),
+    OptionRow("BATCH_SIZE", "training.batchSizePerDevice", to_integer(1, 32), ("--batch_size", "-batch_size")),
+    OptionRow("GRAD_ACC_STEPS", "training.gradientAccumulationSteps", to_integer(1), ("--grad_acc_steps",)),
+    OptionRow("LEARNING_RATE", "training.learningRate", to_number(1e-5, 5e-4), ("--learning_rate", "-lr")),
+    OptionRow("DEVICE", "training.device", to_choice(["cpu", "cuda", "mps", "auto"]), ("--device", "-device"), is_set_by_combine=True),
+    OptionRow("EVAL_STEPS", "evaluation.steps", to_integer(1), ("--eval_steps",), is_set_by_combine=True),
+    OptionRow("SAVE_STRATEGY", "checkpoint.strategy", to_choice(["steps", "epoch", "no"]), is_set_by_combine=True),
+    OptionRow("RESUME_CHECKPOINT", "checkpoint.resume", is_set_by_combine=True),
+    OptionRow("OUTPUT_DIR", "output.dir", aliases=("--save_path", "-savepath", "--output", "--output_dir"), is_set_by_combine=True),
+    OptionRow("PROMPTS_FILE", "evaluation.comparison.promptsRef", aliases=("--prompts_file",), is_set_by_combine=True),
+    OptionRow("COMPARISON_MAX_TOKENS", "evaluation.comparison.generation.maxNewTokens", to_integer(1), ("MAX_NEW_TOKENS",)),
+    OptionRow("COMPARISON_TEMPERATURE", "evaluation.comparison.generation.temperature", to_number(0, 10)),
+    OptionRow("COMPARISON_TOP_P", "evaluation.comparison.generation.topP", to_number(0, 1, exclusive_low=0)),
+    OptionRow("COMPARISON_DO_SAMPLE", "evaluation.comparison.generation.doSample", to_boolean),
+    OptionRow("COMPARISON_OUTPUT", no_effect=FIXED_FILES_REASON),
+    OptionRow("TRACK_METRICS", "evaluation.metrics", is_set_by_combine=True),
+    OptionRow("METRICS", "evaluation.metrics", to_list_of(to_choice(METRIC_NAMES)), is_set_by_combine=True),
+    OptionRow("METRICS_PATH", no_effect=FIXED_FILES_REASON),
+    OptionRow("REPORT_PATH", no_effect=FIXED_FILES_REASON),
+    OptionRow("LOG_INTERVAL", "tracking.loggingSteps", to_integer(1)),
+    OptionRow("MONGODB_ENABLED", "tracking.reportTo", to_boolean, is_set_by_combine=True),
+    OptionRow("MONGODB_URI", "tracking.mongodb.uriSecretRef", is_set_by_combine=True, is_secret=True),
+    OptionRow("MONGODB_DB_NAME", "tracking.mongodb.database"),
+    OptionRow("MONGODB_COLLECTION_PREFIX", no_effect="the trainer gives the collections fixed names"),
 )  # fmt: skip
 
 
-KEYS = frozenset(key for row in ROWS for key in (row.key, *row.aliases))
+KNOWN_KEYS = frozenset(key for option_row in OPTION_TABLE for key in (option_row.key, *option_row.aliases))
 
 
 def _has_validation_data(draft: JobDraft) -> bool:
@@ -117,7 +117,7 @@ def _is_4bit(draft: JobDraft) -> bool:
 
 
 def _compares_models(draft: JobDraft) -> bool:
-    """Return whether base and trained model are compared on prompts. The tool's defaults for this comparison differ from those of FineTuneJob."""
+    """Return whether the job compares base and trained model on prompts. The tool's defaults for the comparison differ from those of FineTuneJob."""
     return any(path.startswith("evaluation.comparison.") for path in draft.values)
 
 
@@ -127,9 +127,9 @@ def _measures_validation_data(draft: JobDraft) -> bool:
 
 DEFAULTS: tuple[ToolDefault, ...] = (
     ToolDefault("model.source", "gpt2", "documented default"),
-    ToolDefault("method.lora.rank", 8, is_applicable=lambda d: d.value("method.type") != "adapter"),
-    ToolDefault("method.lora.alpha", 16, is_applicable=lambda d: d.value("method.type") != "adapter"),
-    ToolDefault("method.lora.dropout", 0.1, is_applicable=lambda d: d.value("method.type") != "adapter"),
+    ToolDefault("method.lora.rank", 8, is_applicable=lambda draft: draft.value("method.type") != "adapter"),
+    ToolDefault("method.lora.alpha", 16, is_applicable=lambda draft: draft.value("method.type") != "adapter"),
+    ToolDefault("method.lora.dropout", 0.1, is_applicable=lambda draft: draft.value("method.type") != "adapter"),
     ToolDefault("training.epochs", 3),
     ToolDefault("training.batchSizePerDevice", 4),
     ToolDefault("training.gradientAccumulationSteps", 4),
@@ -144,13 +144,13 @@ DEFAULTS: tuple[ToolDefault, ...] = (
     ToolDefault("dataset.responseOnly.enabled", False, "hard-coded in the tool"),
     ToolDefault("model.quantization.doubleQuant", False, "default in the tool's code", _is_4bit),
     ToolDefault("model.quantization.computeDtype", "float16", "default in the tool's code",
-                lambda d: _is_4bit(d) and d.value("training.mixedPrecision") == "fp16"),
+                lambda draft: _is_4bit(draft) and draft.value("training.mixedPrecision") == "fp16"),
     ToolDefault("evaluation.comparison.generation.maxNewTokens", 150, "default in the tool's code", _compares_models),
     ToolDefault("evaluation.comparison.generation.temperature", 0.7, "default in the tool's code", _compares_models),
     ToolDefault("evaluation.comparison.generation.topP", 0.9, "default in the tool's code", _compares_models),
     ToolDefault("evaluation.comparison.generation.doSample", True, "default in the tool's code", _compares_models),
     ToolDefault("dataset.mcq.includeOptions", True, "chosen by the importer: the prompt of the tool does not list the options",
-                lambda d: d.value("dataset.format") == "mcq"),
+                lambda draft: draft.value("dataset.format") == "mcq"),
     ToolDefault("checkpoint.keep", 0, "hard-coded in the tool"),
     ToolDefault("checkpoint.loadBestAtEnd", True, "hard-coded in the tool", _has_validation_data),
     ToolDefault("evaluation.metrics", ["accuracy", "f1", "precision", "recall"], "documented content of epoch_metrics.json", _measures_validation_data),
@@ -163,19 +163,19 @@ DEFAULTS: tuple[ToolDefault, ...] = (
 
 # --- reading --------------------------------------------------------------------------------------------------------
 
-KEY_MARKS = re.compile(r"^\s*(export\s+)?(MODEL_NAME|TRAIN_DATA_PATH|DATASET_TYPE|TECHNIQUE)\s*=", re.MULTILINE)
+TOOL_KEY_PATTERN = re.compile(r"^\s*(export\s+)?(MODEL_NAME|TRAIN_DATA_PATH|DATASET_TYPE|TECHNIQUE)\s*=", re.MULTILINE)
 RECOGNISED_FLAGS = ("--data_path", "--dataset_type", "--technique", "--model_name", "--hf_token")
 
 
-def recognises_input(documents: tuple[InputDocument, ...], words: tuple[str, ...]) -> bool:
-    """Return whether a file is a `.env` file or has keys of the tool; without files, whether the command line has a flag of the tool."""
+def recognises_input(documents: tuple[InputDocument, ...], command_words: tuple[str, ...]) -> bool:
+    """Return whether a file is a `.env` file or has keys of the tool or, without files, whether the command line has a flag of the tool."""
     if documents:
-        return any(d.path.suffix == ".env" or d.path.name == ".env" or KEY_MARKS.search(d.text) for d in documents)
-    return any(word.partition("=")[0] in RECOGNISED_FLAGS for word in words)
+        return any(d.path.suffix == ".env" or d.path.name == ".env" or TOOL_KEY_PATTERN.search(d.text) for d in documents)
+    return any(value.partition("=")[0] in RECOGNISED_FLAGS for value in command_words)
 
 
-def read(draft: JobDraft) -> Iterator[OptionEntry]:
-    """Yield the options of the files in order, then those of the tool's `--config` file, then the tool's flags."""
+def read_options(draft: JobDraft) -> Iterator[OptionEntry]:
+    """Yield the options of the given files in order, then those of the file that the flag `--config` names, then the flags."""
     for document in draft.documents:
         yield from _read_file(document, draft)
     yield from _read_flags(draft)
@@ -199,7 +199,7 @@ def _read_file(document: InputDocument, draft: JobDraft) -> Iterator[OptionEntry
                 )
             )
         elif binding.key is not None and binding.value is None:
-            name = binding.key if binding.key in KEYS else _shorten_line(binding.key)
+            name = binding.key if binding.key in KNOWN_KEYS else _shorten_line(binding.key)
             hint = f"write {name}=value, or {name}= to leave it unset"
             draft.mistakes.append(Mistake(location, name, "the line has no `=` and no value", hint))
         elif binding.key is not None and binding.value is not None:
@@ -209,38 +209,38 @@ def _read_file(document: InputDocument, draft: JobDraft) -> Iterator[OptionEntry
 
 
 def _count_leading_lines(text: str) -> int:
-    """Count the blank lines before a key. The parser includes these lines in the key's binding."""
+    """Return the number of blank lines before a key. The parser of python-dotenv counts them as a part of the key's binding."""
     return len(text) - len(text.lstrip("\r\n")) if text.strip() else 0
 
 
 def _shorten_line(line: str) -> str:
-    """Shorten an invalid line for a message. A single long word may be a secret, so only its first two characters are shown."""
-    if " " not in line and len(line) > MAX_SHOWN_WORD:
+    """Shorten an invalid line for a message. Of a single long word, which may be a secret, keep only the first two characters."""
+    if " " not in line and len(line) > MAX_SHOWN_CHARACTERS:
         return line[:2] + "..."
     return line if len(line) <= 40 else line[:37] + "..."
 
 
-def _expand_variables(value: str, values: dict[str, str], draft: JobDraft, location: str, key: str) -> str:
+def _expand_variables(value: str, values: dict[str, str], draft: JobDraft, location: str, option_key: str) -> str:
     from dotenv.variables import parse_variables
 
     variables = {**draft.request.environment, **values}
-    parts = list(parse_variables(value))
-    for part in parts:
+    ratios_by_key = list(parse_variables(value))
+    for part in ratios_by_key:
         name = getattr(part, "name", None)
         if name is not None and name not in variables and getattr(part, "default", None) is None:
             draft.mistakes.append(
                 Mistake(
                     location,
-                    key,
+                    option_key,
                     f"variable {name} is not set",
                     "set the variable above this line, or write its value here",
                 )
             )
-    return "".join(part.resolve(variables) for part in parts)
+    return "".join(part.resolve(variables) for part in ratios_by_key)
 
 
 def _read_flags(draft: JobDraft) -> Iterator[OptionEntry]:
-    known_flags = [alias for row in ROWS for alias in row.aliases if alias.startswith("-")]
+    known_flags = [alias for option_row in OPTION_TABLE for alias in option_row.aliases if alias.startswith("-")]
     flags = parse_flags(strip_launcher(draft.request.tool_arguments), lambda name: True)
     add_stray_mistakes(draft, flags)
     entries: list[OptionEntry] = []
@@ -253,12 +253,12 @@ def _read_flags(draft: JobDraft) -> Iterator[OptionEntry]:
         elif value is None:
             draft.mistakes.append(Mistake("command line", name, "the value is missing", f"write {name} VALUE"))
         else:
-            entries.append(flag_entry(full_name, value))
+            entries.append(build_flag_entry(full_name, value))
     yield from entries
 
 
 def _expand_abbreviation(name: str, known_flags: list[str]) -> str:
-    """Expand an abbreviated flag as the tool's parser does. Any other name is returned unchanged."""
+    """Return the full name of an abbreviated flag, as the tool's parser does. Return a full name or an ambiguous abbreviation unchanged."""
     if name in known_flags or name in ("--config", "-config"):
         return name
     matches = [flag for flag in (*known_flags, "--config") if name.startswith("--") and flag.startswith(name)]
@@ -295,7 +295,7 @@ def _set_token(draft: JobDraft) -> None:
         draft.assign("model.tokenSecretRef", draft.store_secret("hf-token", token.value), "HUGGINGFACE_TOKEN")
     elif use_auth_token and "model.tokenSecretRef" not in draft.request.overrides:
         location = draft.given_options["USE_AUTH_TOKEN"].origin.location
-        message = "USE_AUTH_TOKEN is true, but no token is given: for a gated model, set model.tokenSecretRef"
+        message = "USE_AUTH_TOKEN is true, but no token is given: if the model is gated, set model.tokenSecretRef"
         draft.add_warning(f"{location}: {message}")
 
 
@@ -308,7 +308,8 @@ def _set_dataset_format(draft: JobDraft) -> None:
         draft.assign("dataset.format", dataset_format, "DATASET_TYPE")
     if dataset_format == "mcq":
         draft.add_note(
-            "multiple choice: the prompt lists the options, unlike in the tool; to remove them, set `dataset.mcq.includeOptions: false`"
+            "DATASET_TYPE mcq_jsonl: the prompt lists the options of each question, unlike in the tool; "
+            "to leave them out, set `dataset.mcq.includeOptions: false`"
         )
 
 
@@ -330,24 +331,24 @@ def _set_split(draft: JobDraft) -> None:
         draft.add_mistake(
             tuple(given_ratios),
             f"{names} = {total:g}, but must be 1",
-            "change a ratio, or remove a ratio (it becomes the remaining share)",
+            "change a ratio, or remove one, which the import then sets to the rest",
         )
         return
     if total > 1 + 1e-6:
         draft.add_mistake(tuple(given_ratios), f"{names} = {total:g}, but must be at most 1", "reduce the ratios")
         return
-    parts = _complete_ratios(given_ratios)
-    if parts["TRAIN_RATIO"] <= 0:
+    ratios_by_key = _complete_ratios(given_ratios)
+    if ratios_by_key["TRAIN_RATIO"] <= 0:
         draft.add_mistake(
             tuple(given_ratios), "no rows are left for training", "reduce the other ratios", explained_path="dataset.split"
         )
         return
-    for key, value in parts.items():
+    for key, value in ratios_by_key.items():
         part = {"TRAIN_RATIO": "train", "VAL_RATIO": "validation", "TEST_RATIO": "test"}[key]
         if key in given_ratios:
             draft.assign(f"dataset.split.{part}", value, key)
         else:
-            draft.assign_default(f"dataset.split.{part}", value, "remaining share" if given_ratios else "documented default")
+            draft.assign_default(f"dataset.split.{part}", value, "the rest of the rows" if given_ratios else "documented default")
     if "SPLIT_SEED" in draft.given_options:
         draft.assign("dataset.split.seed", draft.get("SPLIT_SEED"), "SPLIT_SEED")
     else:
@@ -355,10 +356,10 @@ def _set_split(draft: JobDraft) -> None:
 
 
 def _complete_ratios(given_ratios: dict[str, float]) -> dict[str, float]:
-    """Return all three ratios.
+    """Return all three ratios, which add up to 1.
 
-    If two ratios are given, the third gets the remainder. If only the training ratio is given, validation and test share the remainder.
-    If only the validation (or test) ratio is given, test (or validation) gets at most 0.1, and training gets the remainder.
+    If two ratios are given, the third is the rest. If only the training ratio is given, validation and test each get half of the rest. If only
+    the validation ratio is given, the test ratio is at most 0.1, and training gets the rest. The same holds if only the test ratio is given.
     """
     ratios = {"TRAIN_RATIO": 0.8, "VAL_RATIO": 0.1, "TEST_RATIO": 0.1}
     if not given_ratios:
@@ -375,16 +376,16 @@ def _complete_ratios(given_ratios: dict[str, float]) -> dict[str, float]:
 
 
 def _set_method(draft: JobDraft) -> None:
-    technique, four_bit = draft.get("TECHNIQUE", "lora"), draft.get("LOAD_IN_4BIT")
+    technique, in_4bit = draft.get("TECHNIQUE", "lora"), draft.get("LOAD_IN_4BIT")
     if "TECHNIQUE" in draft.paths_of_invalid_keys:
         return
-    if technique == "qlora" and four_bit is False:
+    if technique == "qlora" and in_4bit is False:
         draft.add_mistake(
             ("TECHNIQUE", "LOAD_IN_4BIT"),
             "qlora loads the base model in 4 bits, but LOAD_IN_4BIT is false",
             "remove LOAD_IN_4BIT, or write TECHNIQUE=lora",
         )
-    if technique == "lora" and four_bit:
+    if technique == "lora" and in_4bit:
         draft.add_note("TECHNIQUE lora with LOAD_IN_4BIT true is QLoRA and is imported as qlora")
         technique = "qlora"
     if technique == "adapter":
@@ -402,8 +403,8 @@ def _set_method(draft: JobDraft) -> None:
         draft.assign("method.type", technique, "TECHNIQUE")
     else:
         draft.assign_default("method.type", technique)
-    if four_bit or technique == "qlora":
-        draft.assign("model.quantization.bits", 4, "LOAD_IN_4BIT" if four_bit else "TECHNIQUE")
+    if in_4bit or technique == "qlora":
+        draft.assign("model.quantization.bits", 4, "LOAD_IN_4BIT" if in_4bit else "TECHNIQUE")
         draft.assign_default("model.quantization.type", "nf4")
 
 
@@ -423,11 +424,11 @@ def _set_device(draft: JobDraft) -> None:
 
 
 def _set_intervals(draft: JobDraft) -> None:
-    """Set the intervals of evaluation and checkpoints.
+    """Set the intervals of evaluations and checkpoints.
 
-    With validation data, the tool evaluates and saves a checkpoint every EVAL_STEPS steps. Otherwise SAVE_STRATEGY applies.
+    With validation data, the tool evaluates and saves a checkpoint every EVAL_STEPS steps. Otherwise, SAVE_STRATEGY sets when it saves.
     """
-    steps, saves = draft.get("EVAL_STEPS", 100), draft.get("SAVE_STRATEGY")
+    steps, save_strategy = draft.get("EVAL_STEPS", 100), draft.get("SAVE_STRATEGY")
     origin = draft.given_options["EVAL_STEPS"].origin if "EVAL_STEPS" in draft.given_options else None
     if _has_validation_data(draft):
         draft.assign_default("evaluation.strategy", "steps", "hard-coded in the tool")
@@ -437,14 +438,14 @@ def _set_intervals(draft: JobDraft) -> None:
                 draft.assign(path, steps, "EVAL_STEPS")
             else:
                 draft.assign_default(path, steps, "documented default")
-        if saves not in (None, "steps"):
+        if save_strategy not in (None, "steps"):
             draft.warn_no_effect("SAVE_STRATEGY", "with validation data, checkpoints are saved at every evaluation")
         return
-    if saves is None:
+    if save_strategy is None:
         draft.assign_default("checkpoint.strategy", "epoch", "hard-coded in the tool")
     else:
-        draft.assign("checkpoint.strategy", saves, "SAVE_STRATEGY")
-    if saves == "steps":
+        draft.assign("checkpoint.strategy", save_strategy, "SAVE_STRATEGY")
+    if save_strategy == "steps":
         draft.assign("checkpoint.steps", steps, "EVAL_STEPS" if origin else "SAVE_STRATEGY")
     elif origin and "dataset.split" not in {m.key for m in draft.mistakes} and not draft.paths_of_invalid_keys:
         draft.warn_no_effect("EVAL_STEPS", "there is no validation data")
@@ -455,9 +456,9 @@ def _set_other_fields(draft: JobDraft) -> None:
         assign_output_folder(draft, "OUTPUT_DIR")
     assign_config_map(draft, "PROMPTS_FILE", "evaluation.comparison.promptsRef", "prompts", "--prompts")
     if "RESUME_CHECKPOINT" in draft.given_options:
-        word = str(draft.get("RESUME_CHECKPOINT")).lower()
-        if word in ("auto", "never", "true", "false"):
-            draft.assign("checkpoint.resume", {"true": "auto", "false": "never"}.get(word, word), "RESUME_CHECKPOINT")
+        value = str(draft.get("RESUME_CHECKPOINT")).lower()
+        if value in ("auto", "never", "true", "false"):
+            draft.assign("checkpoint.resume", {"true": "auto", "false": "never"}.get(value, value), "RESUME_CHECKPOINT")
         else:
             assign_source(draft, "RESUME_CHECKPOINT", "checkpoint.resume", always_local=True)
     if "CACHE_DIR" in draft.given_options:
@@ -483,17 +484,17 @@ def _set_cache(draft: JobDraft) -> None:
 
 
 def _set_metrics(draft: JobDraft) -> None:
-    """Set the metrics from METRICS (a list) and TRACK_METRICS (a list or a boolean)."""
+    """Set the metrics from the lists in METRICS and TRACK_METRICS. TRACK_METRICS may also be a boolean; false turns the metrics off."""
     metrics: list[Any] = list(draft.get("METRICS") or [])
     track_option = draft.given_options.get("TRACK_METRICS")
     if track_option is not None and str(track_option.value).lower() not in ("true", "false"):
-        for word in str(track_option.value).strip("[]").split(","):
-            name = METRIC_NAMES.get(word.strip())
+        for value in str(track_option.value).strip("[]").split(","):
+            name = METRIC_NAMES.get(value.strip())
             if name is None:
-                closest = closest_name(word.strip(), METRIC_NAMES)
+                closest = find_closest_name(value.strip(), METRIC_NAMES)
                 draft.add_mistake(
                     "TRACK_METRICS",
-                    f'"{word.strip()}" is not a supported metric',
+                    f'"{value.strip()}" is not a supported metric',
                     f"write one of {', '.join(METRIC_NAMES)}" + (f"; did you mean {closest}?" if closest else ""),
                 )
             else:
@@ -506,4 +507,4 @@ def _set_metrics(draft: JobDraft) -> None:
         )
 
 
-IMPORTER = Importer("env", "this .env tool", ROWS, DEFAULTS, recognises_input, read, combine_options)
+IMPORTER = Importer("env", "this .env tool", OPTION_TABLE, DEFAULTS, recognises_input, read_options, combine_options)

@@ -1,4 +1,4 @@
-"""`guide`: the importer for the configuration of a fine-tuning guide: a flat or nested YAML file, and the flags of the guide's script."""
+"""`guide`: the importer for the configuration that a fine-tuning guide describes: a flat or nested YAML file, and the flags of the guide's script."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from typing import Any
 from finetune_cli.importers.command_lines import (
     add_config_file,
     add_stray_mistakes,
-    flag_entry,
+    build_flag_entry,
     parse_flags,
     strip_launcher,
 )
 from finetune_cli.importers.converters import (
     ConversionError,
-    any_value,
-    first_match,
-    module_names,
-    text,
-    text_matching,
+    keep_value,
     to_boolean,
     to_choice,
     to_integer,
     to_mapping,
+    to_module_names,
     to_number,
+    to_text,
+    to_text_matching,
+    try_converters,
 )
-from finetune_cli.importers.documents import iterate_entries, parse_document, peek_keys
-from finetune_cli.importers.draft import Importer, InputDocument, JobDraft, OptionEntry, Row, ToolDefault
+from finetune_cli.importers.documents import iterate_entries, parse_document, peek_mapping
+from finetune_cli.importers.draft import Importer, InputDocument, JobDraft, OptionEntry, OptionRow, ToolDefault
 from finetune_cli.importers.sources import assign_output_folder, assign_source, is_local
 from finetune_cli.importers.toml import BIAS_BY_NAME, DTYPES_BY_NAME, SCHEDULERS_BY_NAME
 from finetune_cli.mistakes import Mistake
@@ -35,24 +35,24 @@ from finetune_cli.mistakes import Mistake
 GENERATION_PATH = "evaluation.comparison.generation"
 TRACKERS_BY_NAME = {"wandb": ["wandb"], "tensorboard": ["tensorboard"], "mlflow": ["mlflow"], "none": []}
 DATASET_FORMATS = {"alpaca": "alpaca", "sharegpt": "sharegpt", "completion": "promptCompletion", "custom": "custom"}
-DEVICE_MAP = "the trainer assigns the model to devices"
+DEVICE_MAP_REASON = "the trainer assigns the model to devices"
 
 
-TRAIN_SPLIT = text_matching(
+to_train_split = to_text_matching(
     lambda t: t == "train",
-    "is not supported, because a source always uses the split train",
+    "is not supported, because the trainer always reads the split train",
     "train; for another split give --data URI",
 )
 
 
-def steps_or_none(value: Any) -> int | None:
-    """Convert a number of steps. -1 and 0 become None."""
+def to_steps_or_none(value: Any) -> int | None:
+    """Convert a number of steps. -1 and 0 become None, because they mean that there is no limit."""
     steps = to_integer(-1)(value)
     return steps if steps > 0 else None
 
 
 def to_positive_number(value: Any) -> float | int:
-    """Convert a positive number."""
+    """Convert a number greater than 0."""
     try:
         converted: float | int = to_number(exclusive_low=0)(value)
         return converted
@@ -60,81 +60,81 @@ def to_positive_number(value: Any) -> float | int:
         raise ConversionError("is not a positive number", error.allowed) from None
 
 
-ROWS: tuple[Row, ...] = (
-    Row("model", "model.source", aliases=("base_model.name", "--model"), is_required=True, is_set_by_combine=True),
-    Row("base_model.dtype", "model.dtype", to_choice(DTYPES_BY_NAME)),
-    Row("base_model.device_map", no_effect=DEVICE_MAP),
-    Row("base_model.trust_remote_code", "model.trustRemoteCode", to_boolean),
-    Row("lora_r", "method.lora.rank", to_integer(1), ("lora.r", "--lora-r")),
-    Row("lora_alpha", "method.lora.alpha", to_positive_number, ("lora.lora_alpha",)),
-    Row("lora.lora_dropout", "method.lora.dropout", to_number(0, exclusive_high=1)),
-    Row("lora.bias", "method.lora.bias", to_choice(BIAS_BY_NAME)),
-    Row("lora.task_type", "method.lora.taskType", to_choice({"CAUSAL_LM": "causalLM"})),
-    Row("target_modules", "method.lora.targetModules", first_match(module_names, to_mapping), ("lora.target_modules",), is_set_by_combine=True),
-    Row("use_4bit", "model.quantization.bits", to_boolean, is_set_by_combine=True),
-    Row("quantization.enabled", "model.quantization.bits", to_boolean, is_set_by_combine=True),
-    Row("quantization.load_in_4bit", "model.quantization.bits", to_boolean, is_set_by_combine=True),
-    Row("quantization.load_in_8bit", "model.quantization.bits", to_boolean, is_set_by_combine=True),
-    Row("quantization.bnb_4bit_quant_type", "model.quantization.type", to_choice(["nf4", "fp4"])),
-    Row("quantization.bnb_4bit_compute_dtype", "model.quantization.computeDtype", to_choice(["bfloat16", "float16", "float32"])),
-    Row("quantization.bnb_4bit_use_double_quant", "model.quantization.doubleQuant", to_boolean),
-    Row("batch_size", "training.batchSizePerDevice", to_integer(1), ("training.per_device_train_batch_size", "--batch-size")),
-    Row("training.per_device_eval_batch_size", "evaluation.batchSizePerDevice", to_integer(1)),
-    Row("gradient_accumulation", "training.gradientAccumulationSteps", to_integer(1), ("training.gradient_accumulation_steps",)),
-    Row("epochs", "training.epochs", to_number(exclusive_low=0), ("training.num_train_epochs", "--epochs")),
-    Row("training.max_steps", "training.maxSteps", steps_or_none),
-    Row("learning_rate", "training.learningRate", to_number(exclusive_low=0), ("training.learning_rate",)),
-    Row("training.lr_scheduler_type", "training.scheduler", to_choice(SCHEDULERS_BY_NAME)),
-    Row("training.warmup_ratio", "training.warmupRatio", to_number(0, exclusive_high=1)),
-    Row("training.warmup_steps", "training.warmupSteps", to_integer(0)),
-    Row("training.optim", "training.optimizer"),
-    Row("training.weight_decay", "training.weightDecay", to_number(0)),
-    Row("training.max_grad_norm", "training.maxGradNorm", to_number(0)),
-    Row("training.fp16", "training.mixedPrecision", to_boolean, is_set_by_combine=True),
-    Row("training.bf16", "training.mixedPrecision", to_boolean, is_set_by_combine=True),
-    Row("training.gradient_checkpointing", "training.gradientCheckpointing", to_boolean, is_set_by_combine=True),
-    Row("training.logging_steps", "tracking.loggingSteps", to_integer(1)),
-    Row("training.logging_first_step", "tracking.logFirstStep", to_boolean),
-    Row("training.eval_strategy", "evaluation.strategy", to_choice(["steps", "epoch", "no"])),
-    Row("training.eval_steps", "evaluation.steps", to_integer(1), is_set_by_combine=True),
-    Row("training.eval_accumulation_steps", convert=any_value, no_effect="the trainer does not accumulate evaluation outputs"),
-    Row("training.save_strategy", "checkpoint.strategy", to_choice(["steps", "epoch", "no"])),
-    Row("training.save_steps", "checkpoint.steps", to_integer(1)),
-    Row("training.save_total_limit", "checkpoint.keep", to_integer(1)),
-    Row("training.load_best_model_at_end", "checkpoint.loadBestAtEnd", to_boolean),
-    Row("training.output_dir", "output.dir", aliases=("--output",), is_set_by_combine=True),
-    Row("training.overwrite_output_dir", convert=to_boolean, no_effect="every run writes to its own folder"),
-    Row("training.report_to", "tracking.reportTo", to_choice(TRACKERS_BY_NAME), is_set_by_combine=True, empty_is_absent=False),
-    Row("training.seed", "training.seed", to_integer(0, 4294967295)),
-    Row("--data", "dataset.train", is_set_by_combine=True),
-    Row("dataset.format", "dataset.format", to_choice(DATASET_FORMATS)),
-    Row("dataset.instruction_column", "dataset.columns.question"),
-    Row("dataset.input_column", "dataset.columns.input"),
-    Row("dataset.output_column", "dataset.columns.answer"),
-    Row("dataset.max_seq_length", "dataset.maxSequenceLength", to_integer(1)),
-    Row("dataset.packing", "dataset.packing", to_boolean),
-    Row("dataset.add_eos_token", "dataset.addEosToken", to_boolean),
-    Row("dataset.train_split", convert=TRAIN_SPLIT, is_set_by_combine=True),
-    Row("dataset.eval_split", "dataset.validation", is_set_by_combine=True),
-    Row("dataset.eval_size", "dataset.split.validation", to_number(0, exclusive_high=1)),
-    Row("callbacks.early_stopping.enabled", "training.earlyStopping", to_boolean, is_set_by_combine=True),
-    Row("callbacks.early_stopping.patience", "training.earlyStopping.patience", to_integer(1), is_set_by_combine=True),
-    Row("callbacks.early_stopping.threshold", "training.earlyStopping.threshold", to_number(0), is_set_by_combine=True),
-    Row("callbacks.wandb.enabled", "tracking.reportTo", to_boolean, is_set_by_combine=True),
-    Row("callbacks.wandb.project", "tracking.wandb.project"),
-    Row("callbacks.wandb.entity", "tracking.wandb.entity"),
-    Row("inference.max_new_tokens", f"{GENERATION_PATH}.maxNewTokens", to_integer(1)),
-    Row("inference.temperature", f"{GENERATION_PATH}.temperature", to_number(0, 10)),
-    Row("inference.top_p", f"{GENERATION_PATH}.topP", to_number(0, 1, exclusive_low=0)),
-    Row("inference.top_k", f"{GENERATION_PATH}.topK", to_integer(0)),
-    Row("inference.do_sample", f"{GENERATION_PATH}.doSample", to_boolean),
-    Row("inference.num_beams", convert=to_integer(1), no_effect="generation is greedy or sampled, without beam search"),
-    Row("inference.repetition_penalty", f"{GENERATION_PATH}.repetitionPenalty", to_number(exclusive_low=0)),
-    Row("post_training.merge_adapter", "output.mergeAdapter", to_boolean, ("--merge",)),
-    Row("post_training.push_to_hub", "output.hub.push", to_boolean),
-    Row("post_training.hub_model_id", "output.hub.repository"),
-    Row("templates", "dataset.template", to_mapping, is_set_by_combine=True),
-    Row("requirements", convert=any_value, no_effect="the section only documents memory requirements"),
+OPTION_TABLE: tuple[OptionRow, ...] = (
+    OptionRow("model", "model.source", aliases=("base_model.name", "--model"), is_required=True, is_set_by_combine=True),
+    OptionRow("base_model.dtype", "model.dtype", to_choice(DTYPES_BY_NAME)),
+    OptionRow("base_model.device_map", no_effect=DEVICE_MAP_REASON),
+    OptionRow("base_model.trust_remote_code", "model.trustRemoteCode", to_boolean),
+    OptionRow("lora_r", "method.lora.rank", to_integer(1), ("lora.r", "--lora-r")),
+    OptionRow("lora_alpha", "method.lora.alpha", to_positive_number, ("lora.lora_alpha",)),
+    OptionRow("lora.lora_dropout", "method.lora.dropout", to_number(0, exclusive_high=1)),
+    OptionRow("lora.bias", "method.lora.bias", to_choice(BIAS_BY_NAME)),
+    OptionRow("lora.task_type", "method.lora.taskType", to_choice({"CAUSAL_LM": "causalLM"})),
+    OptionRow("target_modules", "method.lora.targetModules", try_converters(to_module_names, to_mapping), ("lora.target_modules",), is_set_by_combine=True),
+    OptionRow("use_4bit", "model.quantization.bits", to_boolean, is_set_by_combine=True),
+    OptionRow("quantization.enabled", "model.quantization.bits", to_boolean, is_set_by_combine=True),
+    OptionRow("quantization.load_in_4bit", "model.quantization.bits", to_boolean, is_set_by_combine=True),
+    OptionRow("quantization.load_in_8bit", "model.quantization.bits", to_boolean, is_set_by_combine=True),
+    OptionRow("quantization.bnb_4bit_quant_type", "model.quantization.type", to_choice(["nf4", "fp4"])),
+    OptionRow("quantization.bnb_4bit_compute_dtype", "model.quantization.computeDtype", to_choice(["bfloat16", "float16", "float32"])),
+    OptionRow("quantization.bnb_4bit_use_double_quant", "model.quantization.doubleQuant", to_boolean),
+    OptionRow("batch_size", "training.batchSizePerDevice", to_integer(1), ("training.per_device_train_batch_size", "--batch-size")),
+    OptionRow("training.per_device_eval_batch_size", "evaluation.batchSizePerDevice", to_integer(1)),
+    OptionRow("gradient_accumulation", "training.gradientAccumulationSteps", to_integer(1), ("training.gradient_accumulation_steps",)),
+    OptionRow("epochs", "training.epochs", to_number(exclusive_low=0), ("training.num_train_epochs", "--epochs")),
+    OptionRow("training.max_steps", "training.maxSteps", to_steps_or_none),
+    OptionRow("learning_rate", "training.learningRate", to_number(exclusive_low=0), ("training.learning_rate",)),
+    OptionRow("training.lr_scheduler_type", "training.scheduler", to_choice(SCHEDULERS_BY_NAME)),
+    OptionRow("training.warmup_ratio", "training.warmupRatio", to_number(0, exclusive_high=1)),
+    OptionRow("training.warmup_steps", "training.warmupSteps", to_integer(0)),
+    OptionRow("training.optim", "training.optimizer"),
+    OptionRow("training.weight_decay", "training.weightDecay", to_number(0)),
+    OptionRow("training.max_grad_norm", "training.maxGradNorm", to_number(0)),
+    OptionRow("training.fp16", "training.mixedPrecision", to_boolean, is_set_by_combine=True),
+    OptionRow("training.bf16", "training.mixedPrecision", to_boolean, is_set_by_combine=True),
+    OptionRow("training.gradient_checkpointing", "training.gradientCheckpointing", to_boolean, is_set_by_combine=True),
+    OptionRow("training.logging_steps", "tracking.loggingSteps", to_integer(1)),
+    OptionRow("training.logging_first_step", "tracking.logFirstStep", to_boolean),
+    OptionRow("training.eval_strategy", "evaluation.strategy", to_choice(["steps", "epoch", "no"])),
+    OptionRow("training.eval_steps", "evaluation.steps", to_integer(1), is_set_by_combine=True),
+    OptionRow("training.eval_accumulation_steps", convert=keep_value, no_effect="the trainer does not accumulate evaluation outputs"),
+    OptionRow("training.save_strategy", "checkpoint.strategy", to_choice(["steps", "epoch", "no"])),
+    OptionRow("training.save_steps", "checkpoint.steps", to_integer(1)),
+    OptionRow("training.save_total_limit", "checkpoint.keep", to_integer(1)),
+    OptionRow("training.load_best_model_at_end", "checkpoint.loadBestAtEnd", to_boolean),
+    OptionRow("training.output_dir", "output.dir", aliases=("--output",), is_set_by_combine=True),
+    OptionRow("training.overwrite_output_dir", convert=to_boolean, no_effect="every run writes to its own folder"),
+    OptionRow("training.report_to", "tracking.reportTo", to_choice(TRACKERS_BY_NAME), is_set_by_combine=True, empty_is_absent=False),
+    OptionRow("training.seed", "training.seed", to_integer(0, 4294967295)),
+    OptionRow("--data", "dataset.train", is_set_by_combine=True),
+    OptionRow("dataset.format", "dataset.format", to_choice(DATASET_FORMATS)),
+    OptionRow("dataset.instruction_column", "dataset.columns.question"),
+    OptionRow("dataset.input_column", "dataset.columns.input"),
+    OptionRow("dataset.output_column", "dataset.columns.answer"),
+    OptionRow("dataset.max_seq_length", "dataset.maxSequenceLength", to_integer(1)),
+    OptionRow("dataset.packing", "dataset.packing", to_boolean),
+    OptionRow("dataset.add_eos_token", "dataset.addEosToken", to_boolean),
+    OptionRow("dataset.train_split", convert=to_train_split, is_set_by_combine=True),
+    OptionRow("dataset.eval_split", "dataset.validation", is_set_by_combine=True),
+    OptionRow("dataset.eval_size", "dataset.split.validation", to_number(0, exclusive_high=1)),
+    OptionRow("callbacks.early_stopping.enabled", "training.earlyStopping", to_boolean, is_set_by_combine=True),
+    OptionRow("callbacks.early_stopping.patience", "training.earlyStopping.patience", to_integer(1), is_set_by_combine=True),
+    OptionRow("callbacks.early_stopping.threshold", "training.earlyStopping.threshold", to_number(0), is_set_by_combine=True),
+    OptionRow("callbacks.wandb.enabled", "tracking.reportTo", to_boolean, is_set_by_combine=True),
+    OptionRow("callbacks.wandb.project", "tracking.wandb.project"),
+    OptionRow("callbacks.wandb.entity", "tracking.wandb.entity"),
+    OptionRow("inference.max_new_tokens", f"{GENERATION_PATH}.maxNewTokens", to_integer(1)),
+    OptionRow("inference.temperature", f"{GENERATION_PATH}.temperature", to_number(0, 10)),
+    OptionRow("inference.top_p", f"{GENERATION_PATH}.topP", to_number(0, 1, exclusive_low=0)),
+    OptionRow("inference.top_k", f"{GENERATION_PATH}.topK", to_integer(0)),
+    OptionRow("inference.do_sample", f"{GENERATION_PATH}.doSample", to_boolean),
+    OptionRow("inference.num_beams", convert=to_integer(1), no_effect="generation is greedy or sampled, without beam search"),
+    OptionRow("inference.repetition_penalty", f"{GENERATION_PATH}.repetitionPenalty", to_number(exclusive_low=0)),
+    OptionRow("post_training.merge_adapter", "output.mergeAdapter", to_boolean, ("--merge",)),
+    OptionRow("post_training.push_to_hub", "output.hub.push", to_boolean),
+    OptionRow("post_training.hub_model_id", "output.hub.repository"),
+    OptionRow("templates", "dataset.template", to_mapping, is_set_by_combine=True),
+    OptionRow("requirements", convert=keep_value, no_effect="the group only documents memory requirements"),
 )  # fmt: skip
 HARD_CODED = "hard-coded in the tool"
 
@@ -156,7 +156,7 @@ DEFAULTS: tuple[ToolDefault, ...] = (
     ToolDefault("training.gradientAccumulationSteps", 4),
     ToolDefault("training.learningRate", 2e-4),
     ToolDefault("training.scheduler", "linear"),
-    ToolDefault("training.warmupRatio", 0.03, is_applicable=lambda d: not d.has_value("training.warmupSteps")),
+    ToolDefault("training.warmupRatio", 0.03, is_applicable=lambda draft: not draft.has_value("training.warmupSteps")),
     ToolDefault("training.optimizer", "adamw_torch"),
     ToolDefault("training.weightDecay", 0),
     ToolDefault("training.maxGradNorm", 1),
@@ -177,22 +177,22 @@ TOOL_FLAGS = ("--model", "--data", "--output", "--epochs", "--batch-size", "--lo
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
-def recognises_input(documents: tuple[InputDocument, ...], words: tuple[str, ...]) -> bool:
+def recognises_input(documents: tuple[InputDocument, ...], command_words: tuple[str, ...]) -> bool:
     """Return whether a document has the flat form (`model` as text, with `lora_r` or `use_4bit`) or the nested form (`base_model.name`)."""
     if not documents:
-        return any(word.partition("=")[0] in ("--lora-r", "--merge") for word in words)
+        return any(word.partition("=")[0] in ("--lora-r", "--merge") for word in command_words)
     for document in documents:
-        content = peek_keys(document)
-        base = content.get("base_model")
+        content = peek_mapping(document)
+        base_model = content.get("base_model")
         is_flat = isinstance(content.get("model"), str) and any(
             key in content for key in ("lora_r", "use_4bit", "lora_alpha")
         )
-        if is_flat or (isinstance(base, dict) and "name" in base):
+        if is_flat or (isinstance(base_model, dict) and "name" in base_model):
             return True
     return False
 
 
-def read(draft: JobDraft) -> Iterator[OptionEntry]:
+def read_options(draft: JobDraft) -> Iterator[OptionEntry]:
     """Yield the options of the files in order, then the flags of the tool's script."""
     flags = parse_flags(strip_launcher(draft.request.tool_arguments), lambda name: name != "--merge")
     add_stray_mistakes(draft, flags)
@@ -203,11 +203,11 @@ def read(draft: JobDraft) -> Iterator[OptionEntry]:
         yield from iterate_entries(document, parse_document(document), OPAQUE_PATHS)
     for name, value in flags.name_value_pairs:
         if name == "--merge":
-            yield flag_entry(name, True if value is None else value)
+            yield build_flag_entry(name, True if value is None else value)
         elif name != "--config" and value is None:
             draft.mistakes.append(Mistake("command line", name, "the value is missing", f"write {name} VALUE"))
         elif name != "--config":
-            yield flag_entry(name, value)
+            yield build_flag_entry(name, value)
 
 
 # --- fields that depend on several options --------------------------------------------------------------------------
@@ -226,13 +226,13 @@ def combine_options(draft: JobDraft) -> None:
     if "training.output_dir" in draft.given_options:
         assign_output_folder(draft, "training.output_dir")
     if "training.gradient_checkpointing" in draft.given_options:
-        state = "enabled" if draft.get("training.gradient_checkpointing") else "disabled"
-        draft.assign("training.gradientCheckpointing", state, "training.gradient_checkpointing")
+        mode = "enabled" if draft.get("training.gradient_checkpointing") else "disabled"
+        draft.assign("training.gradientCheckpointing", mode, "training.gradient_checkpointing")
 
 
 def _set_method(draft: JobDraft) -> None:
-    key_4bit = _loading_key(draft, "load_in_4bit")
-    key_8bit = _loading_key(draft, "load_in_8bit")
+    key_4bit = _find_loading_key(draft, "load_in_4bit")
+    key_8bit = _find_loading_key(draft, "load_in_8bit")
     if key_4bit and key_8bit:
         keys = ("quantization.load_in_4bit", "quantization.load_in_8bit")
         draft.add_mistake(
@@ -266,14 +266,14 @@ def _set_method(draft: JobDraft) -> None:
         draft.assign("model.quantization.bits", 4 if key_4bit else 8, key_4bit or key_8bit or source)
 
 
-def _loading_key(draft: JobDraft, name: str) -> str | None:
-    """Return the key that enables quantized loading, or None if quantized loading is not enabled."""
+def _find_loading_key(draft: JobDraft, name: str) -> str | None:
+    """Return the key that turns on 4-bit or 8-bit loading, or None if no key does. `name`: `load_in_4bit` or `load_in_8bit`."""
     key, enabled = f"quantization.{name}", draft.get("quantization.enabled")
     if name == "load_in_4bit" and draft.get("use_4bit"):
         return "use_4bit"
     if draft.get(key) and enabled is False:
         given_option = draft.given_options[key]
-        draft.warn_no_effect(given_option.row.key, "quantization.enabled is false")
+        draft.warn_no_effect(given_option.option_row.key, "quantization.enabled is false")
         return None
     if draft.get(key):
         return key
@@ -283,7 +283,7 @@ def _loading_key(draft: JobDraft, name: str) -> str | None:
 
 
 def _set_target_modules(draft: JobDraft) -> None:
-    """Set the target modules from a list, or from a map of model families. A map's entry applies if its key occurs in the model's name."""
+    """Set the target modules from a list, or from a mapping of model families to lists, by the family that occurs in the model's name."""
     given_option = draft.given_options.get("target_modules")
     if given_option is None:
         return
@@ -293,9 +293,9 @@ def _set_target_modules(draft: JobDraft) -> None:
         return
     source = str(draft.value("model.source", ""))
     name = re.sub(r"[^a-z0-9]", "", source.lower())
-    families = sorted(given_option.value, key=len, reverse=True)
-    matched_family = next((family for family in families if re.sub(r"[^a-z0-9]", "", family.lower()) in name), None)
-    matched_family = matched_family or next((family for family in families if family in ("default", "auto")), None)
+    family_names = sorted(given_option.value, key=len, reverse=True)
+    matched_family = next((family for family in family_names if re.sub(r"[^a-z0-9]", "", family.lower()) in name), None)
+    matched_family = matched_family or next((family for family in family_names if family in ("default", "auto")), None)
     if matched_family is None:
         draft.add_mistake(
             "target_modules",
@@ -304,7 +304,7 @@ def _set_target_modules(draft: JobDraft) -> None:
         )
         return
     try:
-        draft.assign("method.lora.targetModules", module_names(given_option.value[matched_family]), "target_modules")
+        draft.assign("method.lora.targetModules", to_module_names(given_option.value[matched_family]), "target_modules")
     except ConversionError as error:
         draft.add_mistake("target_modules", f"{matched_family} {error.problem}", f"allowed: {error.allowed}")
     draft.add_note(f"target_modules: the list for {matched_family} is used for {source}")
@@ -363,7 +363,7 @@ def _set_template(draft: JobDraft) -> None:
             explained_path="dataset.template",
         )
     else:
-        draft.assign("dataset.template", text(chosen_template), "templates")
+        draft.assign("dataset.template", to_text(chosen_template), "templates")
 
 
 def _set_evaluation(draft: JobDraft) -> None:
@@ -373,7 +373,7 @@ def _set_evaluation(draft: JobDraft) -> None:
             draft.assign("evaluation.steps", draft.get("training.eval_steps"), "training.eval_steps")
         else:
             given_option = draft.given_options["training.eval_steps"]
-            draft.warn_no_effect(given_option.row.key, "there is no validation data")
+            draft.warn_no_effect(given_option.option_row.key, "there is no validation data")
     elif has_validation_data:
         draft.assign_default("evaluation.steps", 100)
     if has_validation_data:
@@ -381,8 +381,8 @@ def _set_evaluation(draft: JobDraft) -> None:
 
 
 def _set_callbacks(draft: JobDraft) -> None:
-    report = draft.given_options.get("training.report_to")
-    trackers = list(draft.get("training.report_to") or []) if report is not None else None
+    report_option = draft.given_options.get("training.report_to")
+    trackers = list(draft.get("training.report_to") or []) if report_option is not None else None
     if draft.get("callbacks.wandb.enabled"):
         trackers = list(dict.fromkeys([*(trackers or []), "wandb"]))
     if trackers is not None:
@@ -393,7 +393,7 @@ def _set_callbacks(draft: JobDraft) -> None:
         )
     elif draft.has_key("training.report_to") and "training.report_to" not in draft.paths_of_invalid_keys:
         draft.assign_default("tracking.reportTo", [], "report_to is null")
-    names = ("patience", "threshold")
+    early_stopping_keys = ("patience", "threshold")
     if draft.get("callbacks.early_stopping.enabled"):
         draft.assign(
             "training.earlyStopping.patience",
@@ -406,10 +406,10 @@ def _set_callbacks(draft: JobDraft) -> None:
             "callbacks.early_stopping.enabled",
         )
         return
-    for name in names:
+    for name in early_stopping_keys:
         given_option = draft.given_options.get(f"callbacks.early_stopping.{name}")
         if given_option is not None:
-            draft.warn_no_effect(given_option.row.key, "early stopping is not enabled")
+            draft.warn_no_effect(given_option.option_row.key, "early stopping is not enabled")
 
 
-IMPORTER = Importer("guide", "this guide", ROWS, DEFAULTS, recognises_input, read, combine_options)
+IMPORTER = Importer("guide", "this guide", OPTION_TABLE, DEFAULTS, recognises_input, read_options, combine_options)

@@ -1,6 +1,6 @@
 """`hydra`: the importer for a Hydra configuration: a composed file, a folder of groups, or an older command line with dashed flags.
 
-Method, adapter sizes and warm-up are hard-coded in the tool. The importer writes these values into the spec, so that the run is the same.
+Method, adapter sizes and warm-up are hard-coded in the tool. The importer writes these values into the spec, so that the job trains in the same way.
 """
 
 from __future__ import annotations
@@ -11,25 +11,25 @@ from dataclasses import replace
 from typing import Any
 
 from finetune_cli.importers.accelerate import is_accelerate, read_accelerate
-from finetune_cli.importers.command_lines import add_stray_mistakes, flag_entry, parse_flags, strip_launcher
+from finetune_cli.importers.command_lines import add_stray_mistakes, build_flag_entry, parse_flags, strip_launcher
 from finetune_cli.importers.converters import to_boolean, to_choice, to_integer, to_number
-from finetune_cli.importers.documents import peek_keys
-from finetune_cli.importers.draft import Importer, InputDocument, JobDraft, OptionEntry, Row, ToolDefault
+from finetune_cli.importers.documents import peek_mapping
+from finetune_cli.importers.draft import Importer, InputDocument, JobDraft, OptionEntry, OptionRow, ToolDefault
 from finetune_cli.importers.hydra_compose import (
-    GROUPS,
-    config_file,
+    TRAINING_GROUP_NAMES,
+    find_config_file,
     has_dashed_flags,
+    list_group_options,
     normalise_key,
-    options_by_group,
     read_composed,
-    read_shipped,
+    read_default_options,
     split_hydra_flags,
 )
 from finetune_cli.importers.sources import assign_source, is_local
 from finetune_cli.importers.toml import DEFAULT_PROJECTIONS, SCHEDULERS_BY_NAME
 from finetune_cli.importers.yaml import assume_two_gpus
 from finetune_cli.mistakes import Mistake
-from finetune_cli.suggestions import closest_name
+from finetune_cli.suggestions import find_closest_name
 
 TRACKERS_BY_NAME = {"wandb": ["wandb"], "tensorboard": ["tensorboard"], "mlflow": ["mlflow"], "none": []}
 DATASET_FORMATS = {
@@ -39,68 +39,69 @@ COLUMNS_BY_FORMAT: dict[str, dict[str, str]] = {
     "messages": {"question": "Question", "answer": "Response"},
     "plainText": {"text": "text"},
 }
-"""Column names that are hard-coded in the tool. For all other formats the trainer detects the columns, in any letter case."""
+"""Column names that are hard-coded in the tool. For other formats, the trainer finds the columns by their usual names, in any letter case."""
 SYSTEM_PROMPT = "You are a personal assistant."
 
 
-def training_row(key: str, *args: Any, **kwargs: Any) -> Row:
-    """Return the row of the option table for a key of the training group. The dashed flag is another spelling of the key."""
-    return Row(f"training_config.{key}", *args, **kwargs)
+def make_training_option(option_key: str, *args: Any, **kwargs: Any) -> OptionRow:
+    """Return the row of the option table for a key of the training group. `normalise_key` turns the dashed flag of an option into this key."""
+    return OptionRow(f"training_config.{option_key}", *args, **kwargs)
 
 
-ROWS: tuple[Row, ...] = (
-    training_row("model", "model.source", is_required=True, is_set_by_combine=True),
-    Row("dataset.path", "dataset.train", is_set_by_combine=True, aliases=("--dataset",)),
-    Row("dataset.format", "dataset.format", to_choice(DATASET_FORMATS), is_set_by_combine=True, aliases=("--format",)),
-    training_row("trainer", "trainer.type", to_choice({"SFT": "sft", "DPO": "dpo", "GRPO": "grpo"})),
-    training_row("distributed_training", "distributed.strategy", to_choice({"DDP": "ddp", "FSDP": "fsdp", "Unsloth": "unsloth"}), is_set_by_combine=True),
-    training_row("per_device_train_batch_size", "training.batchSizePerDevice", to_integer(1)),
-    training_row("gradient_acc_steps", "training.gradientAccumulationSteps", to_integer(1)),
-    training_row("optim", "training.optimizer"),
-    training_row("learning_rate", "training.learningRate", to_number(exclusive_low=0)),
-    training_row("num_train_epochs", "training.epochs", to_integer(1)),
-    training_row("lr_scheduler_type", "training.scheduler", to_choice(SCHEDULERS_BY_NAME)),
-    training_row("save_steps", "checkpoint.steps", to_integer(1)),
-    training_row("max_completion_length", "trainer.maxCompletionLength", to_integer(1)),
-    training_row("max_seq_length", "dataset.maxSequenceLength", to_integer(1)),
-    training_row("gradient_checkpointing", "training.gradientCheckpointing", to_boolean, is_set_by_combine=True),
-    training_row("report_to", "tracking.reportTo", to_choice(TRACKERS_BY_NAME), is_set_by_combine=True, empty_is_absent=False),
-    training_row("warmup_ratio", "training.warmupRatio", to_number(0, exclusive_high=1)),
-    training_row("warmup_steps", "training.warmupSteps", to_integer(0)),
-    training_row("weight_decay", "training.weightDecay", to_number(0)),
-    training_row("max_grad_norm", "training.maxGradNorm", to_number(0)),
-    training_row("logging_steps", "tracking.loggingSteps", to_integer(1)),
-    training_row("max_steps", "training.maxSteps", to_integer(1)),
-    training_row("save_total_limit", "checkpoint.keep", to_integer(1)),
-    training_row("seed", "training.seed", to_integer(0, 4294967295)),
-    training_row("beta", "trainer.dpo.beta", to_number(0), is_set_by_combine=True),
-    training_row("num_generations", "trainer.grpo.numGenerations", to_integer(2), is_set_by_combine=True),
-    training_row("temperature", "trainer.grpo.temperature", to_number(exclusive_low=0), is_set_by_combine=True),
+OPTION_TABLE: tuple[OptionRow, ...] = (
+    make_training_option("model", "model.source", is_required=True, is_set_by_combine=True),
+    OptionRow("dataset.path", "dataset.train", is_set_by_combine=True, aliases=("--dataset",)),
+    OptionRow("dataset.format", "dataset.format", to_choice(DATASET_FORMATS), is_set_by_combine=True, aliases=("--format",)),
+    make_training_option("trainer", "trainer.type", to_choice({"SFT": "sft", "DPO": "dpo", "GRPO": "grpo"})),
+    make_training_option("distributed_training", "distributed.strategy", to_choice({"DDP": "ddp", "FSDP": "fsdp", "Unsloth": "unsloth"}),
+        is_set_by_combine=True),
+    make_training_option("per_device_train_batch_size", "training.batchSizePerDevice", to_integer(1)),
+    make_training_option("gradient_acc_steps", "training.gradientAccumulationSteps", to_integer(1)),
+    make_training_option("optim", "training.optimizer"),
+    make_training_option("learning_rate", "training.learningRate", to_number(exclusive_low=0)),
+    make_training_option("num_train_epochs", "training.epochs", to_integer(1)),
+    make_training_option("lr_scheduler_type", "training.scheduler", to_choice(SCHEDULERS_BY_NAME)),
+    make_training_option("save_steps", "checkpoint.steps", to_integer(1)),
+    make_training_option("max_completion_length", "trainer.maxCompletionLength", to_integer(1)),
+    make_training_option("max_seq_length", "dataset.maxSequenceLength", to_integer(1)),
+    make_training_option("gradient_checkpointing", "training.gradientCheckpointing", to_boolean, is_set_by_combine=True),
+    make_training_option("report_to", "tracking.reportTo", to_choice(TRACKERS_BY_NAME), is_set_by_combine=True, empty_is_absent=False),
+    make_training_option("warmup_ratio", "training.warmupRatio", to_number(0, exclusive_high=1)),
+    make_training_option("warmup_steps", "training.warmupSteps", to_integer(0)),
+    make_training_option("weight_decay", "training.weightDecay", to_number(0)),
+    make_training_option("max_grad_norm", "training.maxGradNorm", to_number(0)),
+    make_training_option("logging_steps", "tracking.loggingSteps", to_integer(1)),
+    make_training_option("max_steps", "training.maxSteps", to_integer(1)),
+    make_training_option("save_total_limit", "checkpoint.keep", to_integer(1)),
+    make_training_option("seed", "training.seed", to_integer(0, 4294967295)),
+    make_training_option("beta", "trainer.dpo.beta", to_number(0), is_set_by_combine=True),
+    make_training_option("num_generations", "trainer.grpo.numGenerations", to_integer(2), is_set_by_combine=True),
+    make_training_option("temperature", "trainer.grpo.temperature", to_number(exclusive_low=0), is_set_by_combine=True),
 )  # fmt: skip
 HARD_CODED = "hard-coded in the tool"
 DEFAULTS: tuple[ToolDefault, ...] = (
     ToolDefault("method.type", "lora", HARD_CODED),
     ToolDefault("method.lora.rank", 128, HARD_CODED),
     ToolDefault("method.lora.alpha", 64, HARD_CODED),
-    ToolDefault("method.lora.dropout", 0, "hard-coded in the tool for Unsloth", lambda d: d.value("trainer.backend") == "unsloth"),
+    ToolDefault("method.lora.dropout", 0, "hard-coded in the tool for Unsloth", lambda draft: draft.value("trainer.backend") == "unsloth"),
     ToolDefault("method.lora.dropout", 0.05, HARD_CODED),
     ToolDefault("method.lora.targetModules", DEFAULT_PROJECTIONS, HARD_CODED),
     ToolDefault("method.lora.bias", "none", HARD_CODED),
     ToolDefault("model.dtype", "bfloat16", HARD_CODED, needs_gpu=True),
-    ToolDefault("model.attention", "flashAttention2", HARD_CODED, lambda d: d.value("trainer.backend") != "unsloth", needs_gpu=True),
+    ToolDefault("model.attention", "flashAttention2", HARD_CODED, lambda draft: draft.value("trainer.backend") != "unsloth", needs_gpu=True),
     ToolDefault("trainer.type", "sft", "default in the tool's code"),
     ToolDefault("training.batchSizePerDevice", 2, "default in the tool's code"),
     ToolDefault("training.gradientAccumulationSteps", 4, "default in the tool's code"),
     ToolDefault("training.optimizer", "adamw_torch_fused", "default in the tool's code"),
     ToolDefault("training.epochs", 1, "default in the tool's code"),
     ToolDefault("training.scheduler", "cosine", "default in the tool's code"),
-    ToolDefault("training.warmupRatio", 0.1, HARD_CODED, lambda d: not d.has_value("training.warmupSteps")),
+    ToolDefault("training.warmupRatio", 0.1, HARD_CODED, lambda draft: not draft.has_value("training.warmupSteps")),
     ToolDefault("training.weightDecay", 0, HARD_CODED),
     ToolDefault("training.maxGradNorm", 1, HARD_CODED),
     ToolDefault("training.mixedPrecision", "bf16", HARD_CODED, needs_gpu=True),
     ToolDefault("dataset.maxSequenceLength", 2048, "default in the tool's code"),
-    ToolDefault("dataset.responseOnly.enabled", False, HARD_CODED, lambda d: d.value("trainer.type", "sft") == "sft"),
-    ToolDefault("dataset.useChatTemplate", True, HARD_CODED, lambda d: d.value("dataset.format") not in ("plainText", None)),
+    ToolDefault("dataset.responseOnly.enabled", False, HARD_CODED, lambda draft: draft.value("trainer.type", "sft") == "sft"),
+    ToolDefault("dataset.useChatTemplate", True, HARD_CODED, lambda draft: draft.value("dataset.format") not in ("plainText", None)),
     ToolDefault("checkpoint.strategy", "steps", HARD_CODED),
     ToolDefault("checkpoint.steps", 100, "default in the tool's code"),
     ToolDefault("checkpoint.keep", 0, HARD_CODED),
@@ -108,23 +109,23 @@ DEFAULTS: tuple[ToolDefault, ...] = (
     ToolDefault("output.layout", "flat", HARD_CODED),
     ToolDefault("tracking.loggingSteps", 50, HARD_CODED),
 )  # fmt: skip
-SHIPPED_CONFIG: dict[str, Any] = {
+DEFAULT_CONFIG: dict[str, Any] = {
     "training_config.model": "./my_saved_model/qwen3-full", "training_config.trainer": "SFT", "training_config.distributed_training": "Unsloth",
     "training_config.per_device_train_batch_size": 2, "training_config.gradient_acc_steps": 1, "training_config.optim": "adamw_torch_fused",
     "training_config.learning_rate": 5e-5, "training_config.num_train_epochs": 2, "training_config.lr_scheduler_type": "cosine",
     "training_config.save_steps": 100, "training_config.max_completion_length": 2048, "training_config.max_seq_length": 4096,
     "training_config.gradient_checkpointing": True, "training_config.report_to": "tensorboard", "dataset.path": None, "dataset.format": "standard",
 }  # fmt: skip
-"""Content of the tool's own configuration files. Without an input file, the overrides change this content."""
+"""The configuration that the tool ships. If the user gives no file, the overrides change this configuration."""
 
 
-KNOWN_KEYS = frozenset(normalise_key(row.key) for row in ROWS)
+KNOWN_KEYS = frozenset(normalise_key(option_row.key) for option_row in OPTION_TABLE)
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
 
-FLAT_MARKS = ("distributed_training", "gradient_acc_steps", "max_completion_length")
-FLAG_MARKS = (
+RECOGNISED_KEYS = ("distributed_training", "gradient_acc_steps", "max_completion_length")
+RECOGNISED_FLAGS = (
     "--distributed-training",
     "--gradient-acc-steps",
     "--max-completion-length",
@@ -134,21 +135,21 @@ FLAG_MARKS = (
 )
 
 
-def recognises_input(documents: tuple[InputDocument, ...], words: tuple[str, ...]) -> bool:
-    """Return whether the input is a training group, a flat group file, a folder of groups, or flags or overrides of the tool."""
+def recognises_input(documents: tuple[InputDocument, ...], command_words: tuple[str, ...]) -> bool:
+    """Return whether the input is a composed file, the file of one group, a folder of groups or, without files, flags or overrides of the tool."""
     if not documents:
         return any(
-            w.partition("=")[0] in FLAG_MARKS or re.match(r"^[+~]*(training_configs?|training|dataset)[.=]", w)
-            for w in words
+            word.partition("=")[0] in RECOGNISED_FLAGS or re.match(r"^[+~]*(training_configs?|training|dataset)[.=]", word)
+            for word in command_words
         )
     for document in documents:
         if document.is_folder:
-            return config_file(document.path) is not None or any(options_by_group(document.path))
-        content = peek_keys(document)
+            return find_config_file(document.path) is not None or any(list_group_options(document.path))
+        content = peek_mapping(document)
         model = content.get("model")
-        if any(isinstance(content.get(group), dict) for group in GROUPS[:2]):
+        if any(isinstance(content.get(group), dict) for group in TRAINING_GROUP_NAMES[:2]):
             return True
-        if any(mark in content for mark in FLAT_MARKS) or any(
+        if any(mark in content for mark in RECOGNISED_KEYS) or any(
             isinstance(entry, str) and re.match(r"^(training_configs?|training)(:|$)", str(entry))
             for entry in content.get("defaults") or []
         ):
@@ -162,8 +163,8 @@ def recognises_input(documents: tuple[InputDocument, ...], words: tuple[str, ...
     return False
 
 
-def read(draft: JobDraft) -> Iterator[OptionEntry]:
-    """Yield the options of files, overrides and dashed flags. An option with the value `None` (in any letter case) counts as not set."""
+def read_options(draft: JobDraft) -> Iterator[OptionEntry]:
+    """Yield the options of files, overrides and dashed flags. The words `None` and `null`, in any letter case, count as no value."""
     for entry in _read_entries(draft):
         is_none = entry.value is None or str(entry.value).strip().lower() in ("none", "null")
         value = "none" if normalise_key(entry.key).endswith("report_to") else None
@@ -171,44 +172,44 @@ def read(draft: JobDraft) -> Iterator[OptionEntry]:
 
 
 def _read_entries(draft: JobDraft) -> Iterator[OptionEntry]:
-    """Yield the options of files and overrides that Hydra composes, and those of the older dashed flags."""
-    words, config = split_hydra_flags(draft, strip_launcher(draft.request.tool_arguments))
+    """Yield the options that Hydra composes from files and overrides, then the older dashed flags."""
+    command_words, config_name = split_hydra_flags(draft, strip_launcher(draft.request.tool_arguments))
     base_documents = [document for document in draft.documents if not is_accelerate(document)]
-    uses_dashed_flags = has_dashed_flags(words)
+    uses_dashed_flags = has_dashed_flags(command_words)
     if len(base_documents) > 1:
         draft.mistakes.append(
             Mistake(
                 ", ".join(d.name for d in base_documents),
                 "",
-                "several base files are given",
+                "several main files are given",
                 "give one file or folder, and at most one accelerate file",
             )
         )
         return
     if uses_dashed_flags:
         if base_documents:
-            yield from read_composed(draft, base_documents[0], [], config)
-        yield from _read_flags(draft, words)
+            yield from read_composed(draft, base_documents[0], [], config_name)
+        yield from _read_flags(draft, command_words)
     elif base_documents:
-        yield from read_composed(draft, base_documents[0], words, config)
+        yield from read_composed(draft, base_documents[0], command_words, config_name)
     else:
-        yield from read_shipped(draft, words, SHIPPED_CONFIG)
+        yield from read_default_options(draft, command_words, DEFAULT_CONFIG)
 
 
-def _read_flags(draft: JobDraft, words: list[str]) -> Iterator[OptionEntry]:
-    flags = parse_flags(words, lambda name: True)
+def _read_flags(draft: JobDraft, command_words: list[str]) -> Iterator[OptionEntry]:
+    flags = parse_flags(command_words, lambda name: True)
     add_stray_mistakes(draft, flags)
     known_flags = sorted({f"--{key.partition('.')[2].replace('_', '-')}" for key in KNOWN_KEYS} | {"--dataset", "--format"})
     for name, value in flags.name_value_pairs:
         if normalise_key(name) not in KNOWN_KEYS:
-            closest = closest_name(name, known_flags)
+            closest = find_closest_name(name, known_flags)
             draft.mistakes.append(
                 Mistake("command line", name, "unknown option", f"did you mean {closest}?" if closest else "remove it")
             )
         elif value is None:
             draft.mistakes.append(Mistake("command line", name, "the value is missing", f"write {name} VALUE"))
         else:
-            yield flag_entry("--" + name.lstrip("-"), value)
+            yield build_flag_entry("--" + name.lstrip("-"), value)
 
 
 # --- fields that depend on several options --------------------------------------------------------------------------
@@ -245,14 +246,14 @@ def _set_learning_rate(draft: JobDraft) -> None:
     if has_dashed_flags(draft.request.tool_arguments) and not [d for d in draft.documents if not is_accelerate(d)]:
         draft.assign_default("training.learningRate", 2e-4, "documented advice")
         draft.add_note(
-            "no learning rate is given; the job uses 2e-4, as the tool's documentation advises for the tool's flags"
+            "no learning rate is given; the job uses 2e-4, which the tool's documentation advises for its dashed flags"
         )
     else:
         draft.assign_default("training.learningRate", 5e-5, "default in the tool's code")
 
 
 def _read_accelerate_file(draft: JobDraft, document: InputDocument) -> None:
-    """Read an accelerate file. A strategy that differs from the main file's strategy is a mistake, so set the main file's strategy first."""
+    """Read an accelerate file. Set the strategy of the main file first, so that a different strategy in the accelerate file is a mistake."""
     given_option = draft.given_options.get("training_config.distributed_training")
     if given_option is not None:
         draft.assign(
@@ -313,7 +314,7 @@ def _set_objective(draft: JobDraft) -> None:
 def _set_completion_length(draft: JobDraft) -> None:
     """Set the maximum completion length.
 
-    If the length leaves no tokens for the prompt, the completion gets half of the sequence length.
+    If it leaves no tokens of the sequence for the prompt, set it to half of the sequence length.
     """
     path, key = "trainer.maxCompletionLength", "training_config.max_completion_length"
     completion_length, sequence_length = draft.get(key, 2048), draft.get("training_config.max_seq_length", 2048)
@@ -324,23 +325,23 @@ def _set_completion_length(draft: JobDraft) -> None:
         given_option = draft.given_options[key]
         draft.assign(path, half_length, key)
         draft.add_warning(
-            f"{given_option.origin.location}: {given_option.key}: {completion_length} leaves no room for the prompt in {sequence_length} tokens, "
+            f"{given_option.origin.location}: {given_option.key}: {completion_length} leaves no room for the prompt in a sequence of {sequence_length} tokens, "
             f"so the job uses {half_length}"
         )
     elif key not in draft.paths_of_invalid_keys:
         draft.assign_default(
             path,
             half_length,
-            f"chosen by the importer: the tool's 2048 leaves no room for the prompt in {sequence_length} tokens",
+            f"chosen by the importer: the tool's 2048 leaves no room for the prompt in a sequence of {sequence_length} tokens",
         )
 
 
-def _assign_or_warn(draft: JobDraft, key: str, path: str | None) -> None:
-    given_option = draft.given_options.get(key)
+def _assign_or_warn(draft: JobDraft, option_key: str, spec_path: str | None) -> None:
+    given_option = draft.given_options.get(option_key)
     if given_option is None:
         return
-    if path:
-        draft.assign(path, given_option.value, key)
+    if spec_path:
+        draft.assign(spec_path, given_option.value, option_key)
     else:
         draft.add_warning(f"{given_option.origin.location}: {given_option.key} has no effect with this trainer")
 
@@ -350,12 +351,12 @@ def _set_grpo(draft: JobDraft) -> None:
     draft.add_note(
         "GRPO uses the reward citationFormat, which is hard-coded in the tool; set other rewards in trainer.rewards"
     )
-    rows = int(draft.get("training_config.per_device_train_batch_size", 2)) * int(
+    completions = int(draft.get("training_config.per_device_train_batch_size", 2)) * int(
         draft.get("training_config.gradient_acc_steps", 4)
     )
     num_generations = int(draft.get("training_config.num_generations", 8))
-    if rows % num_generations and "training_config.num_generations" not in draft.given_options:
-        divisor = next((n for n in range(min(num_generations, rows), 1, -1) if rows % n == 0), None)
+    if completions % num_generations and "training_config.num_generations" not in draft.given_options:
+        divisor = next((n for n in range(min(num_generations, completions), 1, -1) if completions % n == 0), None)
         if divisor is None:
             draft.assign_default(
                 "training.gradientAccumulationSteps",
@@ -369,7 +370,7 @@ def _set_grpo(draft: JobDraft) -> None:
                 "chosen by the importer, because the number of completions in a step must be a multiple of numGenerations",
             )
             draft.add_note(
-                f"GRPO samples {divisor} completions per prompt, because the {rows} completions of a step are not a multiple of {num_generations}"
+                f"GRPO samples {divisor} completions per prompt, because the {completions} completions of a step are not a multiple of {num_generations}"
             )
 
 
@@ -392,4 +393,4 @@ def _set_trackers(draft: JobDraft) -> None:
         draft.assign_default("tracking.reportTo", ["wandb"] if uses_dashed_flags else ["tensorboard"], "default in the tool's code")
 
 
-IMPORTER = Importer("hydra", "this Hydra tool", ROWS, DEFAULTS, recognises_input, read, combine_options, normalise_key)
+IMPORTER = Importer("hydra", "this Hydra tool", OPTION_TABLE, DEFAULTS, recognises_input, read_options, combine_options, normalise_key)

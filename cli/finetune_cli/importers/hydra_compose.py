@@ -1,7 +1,7 @@
-"""Composes Hydra configurations and applies overrides, using the Hydra library.
+"""Composes Hydra configurations and applies overrides, with the Hydra library.
 
-Hydra needs a primary file, does not return the line of a value, and stops at the first mistake. This module also composes folders
-without a primary file, records the line of each value, and reports all mistakes.
+Hydra itself needs a primary file, does not tell the line of a value, and stops at the first mistake. This module also composes folders
+without a primary file, finds the line of each value, and reports all mistakes.
 """
 
 from __future__ import annotations
@@ -16,36 +16,36 @@ from finetune_cli.importers.documents import parse_document
 from finetune_cli.importers.draft import InputDocument, JobDraft, OptionEntry
 from finetune_cli.mistakes import InvalidInput, Mistake
 from finetune_cli.provenance import ValueOrigin
-from finetune_cli.suggestions import closest_name
+from finetune_cli.suggestions import find_closest_name
 from finetune_cli.yaml_reader import Tree
 
-GROUPS = ("training_config", "training_configs", "training")
+TRAINING_GROUP_NAMES = ("training_config", "training_configs", "training")
 
 
-def normalise_key(key: str) -> str:
-    """Normalise group names and dashed flags: `--a-b` and `training.a_b` become `training_config.a_b`."""
-    if key.startswith("--"):
-        name = key.lstrip("-").replace("-", "_")
+def normalise_key(option_key: str) -> str:
+    """Return the key of an option in the option table: `--a-b`, `a_b` and `training.a_b` become `training_config.a_b`."""
+    if option_key.startswith("--"):
+        name = option_key.lstrip("-").replace("-", "_")
         return {"dataset": "dataset.path", "format": "dataset.format"}.get(name, f"training_config.{name}")
-    head, dot, rest = key.partition(".")
+    head, dot, rest = option_key.partition(".")
     if not dot:
-        return f"training_config.{key}" if key not in GROUPS else key
-    return f"training_config.{rest}" if head in GROUPS else key
+        return f"training_config.{option_key}" if option_key not in TRAINING_GROUP_NAMES else option_key
+    return f"training_config.{rest}" if head in TRAINING_GROUP_NAMES else option_key
 
 
-CONFIG_NAME = ("--config-name", "-cn")
-CONFIG_FOLDER = ("--config-path", "-cp", "--config-dir", "-cd")
+CONFIG_NAME_FLAGS = ("--config-name", "-cn")
+CONFIG_FOLDER_FLAGS = ("--config-path", "-cp", "--config-dir", "-cd")
 
 
-def split_hydra_flags(draft: JobDraft, words: list[str]) -> tuple[list[str], str]:
-    """Separate Hydra's own flags. Returns all other words, and the name of the primary file (default `config`).
+def split_hydra_flags(draft: JobDraft, command_words: list[str]) -> tuple[list[str], str]:
+    """Return the words without Hydra's own flags, and the name of the primary file (default: `config`).
 
-    Flags for the folder are ignored, because the folder is an argument of `finetune import`.
+    Ignore the flags that name the folder, because the folder is an argument of `finetune import`.
     """
-    remaining, overrides, name = list(words), [], "config"
+    remaining, overrides, name = list(command_words), [], "config"
     while remaining:
         word, equals, value = remaining[0].partition("=")
-        if word not in (*CONFIG_NAME, *CONFIG_FOLDER):
+        if word not in (*CONFIG_NAME_FLAGS, *CONFIG_FOLDER_FLAGS):
             overrides.append(remaining.pop(0))
             continue
         remaining.pop(0)
@@ -53,34 +53,34 @@ def split_hydra_flags(draft: JobDraft, words: list[str]) -> tuple[list[str], str
             value = remaining.pop(0)
         if not value:
             draft.mistakes.append(Mistake("command line", word, "the value is missing", f"write {word} VALUE"))
-        elif word in CONFIG_NAME:
+        elif word in CONFIG_NAME_FLAGS:
             name = value.removesuffix(".yaml")
     return overrides, name
 
 
-def has_dashed_flags(words: Iterable[str]) -> bool:
-    """Return whether the words are the tool's older command line: they contain dashed flags other than Hydra's."""
-    names = (word.partition("=")[0] for word in words)
-    return any(name.startswith("--") and name not in (*CONFIG_NAME, *CONFIG_FOLDER) for name in names)
+def has_dashed_flags(command_words: Iterable[str]) -> bool:
+    """Return whether the words are an older command line of the tool, which has dashed flags that are not Hydra's."""
+    names = (word.partition("=")[0] for word in command_words)
+    return any(name.startswith("--") and name not in (*CONFIG_NAME_FLAGS, *CONFIG_FOLDER_FLAGS) for name in names)
 
 
-def config_file(folder: Path, name: str = "config") -> Path | None:
-    """Return the primary file of a folder, or None if the folder has no primary file."""
+def find_config_file(folder: Path, name: str = "config") -> Path | None:
+    """Return the primary file of a folder, or None if the folder has none with this name."""
     folders = (folder, folder / "configs", folder / "conf", folder / ".hydra")
     return next((candidate / f"{name}.yaml" for candidate in folders if (candidate / f"{name}.yaml").is_file()), None)
 
 
-def options_by_group(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """Yield each group of a folder with the names of its options."""
+def list_group_options(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """Yield each Hydra group of a folder, with the names of its group options, which are the names of its files."""
     for base in (folder, folder / "configs", folder / "conf"):
-        for group in ("dataset", *GROUPS):
+        for group in ("dataset", *TRAINING_GROUP_NAMES):
             names = sorted(path.stem for path in (base / group).glob("*.yaml"))
             if names:
                 yield group, names
 
 
-def read_shipped(draft: JobDraft, words: list[str], values: dict[str, Any]) -> Iterator[OptionEntry]:
-    """Apply the overrides to the tool's own configuration, because no file is given."""
+def read_default_options(draft: JobDraft, command_words: list[str], values: dict[str, Any]) -> Iterator[OptionEntry]:
+    """Yield the options of the configuration that the tool ships, with the overrides applied. `values`: the shipped values, by dotted key."""
     draft.add_note("no file is given, so the overrides apply to the tool's own configuration")
     shipped_config: dict[str, Any] = {"dataset": {}, "training_config": {}}
     for key, value in values.items():
@@ -88,53 +88,53 @@ def read_shipped(draft: JobDraft, words: list[str], values: dict[str, Any]) -> I
         shipped_config[group][name] = value
     from omegaconf import OmegaConf
 
-    applicable_words = _select_applicable(draft, words, frozenset(values), frozenset())
+    valid_overrides = _select_valid_overrides(draft, command_words, frozenset(values), frozenset())
     yield from _iterate_entries(
-        draft, _apply_overrides(OmegaConf.create(shipped_config), applicable_words), "the tool's own configuration", _override_locations(words)
+        draft, _apply_overrides(OmegaConf.create(shipped_config), valid_overrides), "the tool's own configuration", _list_override_locations(command_words)
     )
 
 
-def read_composed(draft: JobDraft, document: InputDocument, words: list[str], config: str) -> Iterator[OptionEntry]:
-    """Compose one file or folder and apply the overrides."""
+def read_composed(draft: JobDraft, document: InputDocument, command_words: list[str], config_name: str) -> Iterator[OptionEntry]:
+    """Yield the options of one file or folder after Hydra has composed it and the overrides are applied."""
     from omegaconf.errors import OmegaConfBaseException
 
-    path = config_file(document.path, config) if document.is_folder else document.path
+    path = find_config_file(document.path, config_name) if document.is_folder else document.path
     locations: dict[str, str] = {}
-    if path is None and config != "config":
+    if path is None and config_name != "config":
         draft.mistakes.append(
-            Mistake(document.name, "--config-name", f"the folder has no {config}.yaml", "give another name")
+            Mistake(document.name, "--config-name", f"the folder has no {config_name}.yaml", "give another name")
         )
         return
     try:
         if path is None:
-            composed_config = _read_group_folder(draft, document, words, locations)
+            composed_config = _read_group_folder(draft, document, command_words, locations)
         else:
             primary = InputDocument(path, read_text(path)) if document.is_folder else document
-            tree = parse_document(primary)
-            composed_config = _read_primary_file(draft, primary, tree, words, locations)
-            locations |= _line_locations(primary.name, tree)
+            parsed_file = parse_document(primary)
+            composed_config = _read_primary_file(draft, primary, parsed_file, command_words, locations)
+            locations |= _list_line_locations(primary.name, parsed_file)
     except OmegaConfBaseException as error:
         raise InvalidInput(
             [Mistake(document.name, "", f"the configuration cannot be read: {str(error).splitlines()[0]}")]
         ) from None
     if composed_config is not None:
-        yield from _iterate_entries(draft, composed_config, document.name, locations | _override_locations(words))
+        yield from _iterate_entries(draft, composed_config, document.name, locations | _list_override_locations(command_words))
 
 
-def _line_locations(name: str, tree: Tree, group: str = "") -> dict[str, str]:
-    """Return `file:line` of every key of a file. The keys of a file without groups belong to the training group."""
-    is_flat = not group and not any(isinstance(value, dict) for value in tree.value.values())
+def _list_line_locations(name: str, parsed_file: Tree, group: str = "") -> dict[str, str]:
+    """Return the location `file:line` of each key in a file. The keys of a file without groups belong to the training group."""
+    is_flat = not group and not any(isinstance(value, dict) for value in parsed_file.value.values())
     prefix = f"{group or 'training_config'}." if group or is_flat else ""
-    return {f"{prefix}{path}": f"{name}:{line}" for path, line in tree.lines.items() if path}
+    return {f"{prefix}{path}": f"{name}:{line}" for path, line in parsed_file.lines.items() if path}
 
 
-def _read_group_folder(draft: JobDraft, document: InputDocument, words: list[str], locations: dict[str, str]) -> Any:
-    """Compose a folder of groups without a primary file. A group with several options needs a choice in `words`.
+def _read_group_folder(draft: JobDraft, document: InputDocument, command_words: list[str], locations: dict[str, str]) -> Any:
+    """Compose a folder of groups without a primary file.
 
-    Returns None after a mistake.
+    Record a mistake and return None if a group has several options and `command_words` chooses none of them.
     """
-    names_by_group = dict(options_by_group(document.path))
-    chosen_groups = {group for group in names_by_group if any(word.lstrip("+").startswith(f"{group}=") for word in words)}
+    names_by_group = dict(list_group_options(document.path))
+    chosen_groups = {group for group in names_by_group if any(word.lstrip("+").startswith(f"{group}=") for word in command_words)}
     ambiguous_groups = {group: names for group, names in names_by_group.items() if len(names) > 1 and group not in chosen_groups}
     for group, names in ambiguous_groups.items():
         message, hint = f"the group has several options: {', '.join(names)}", f"choose one: -- {group}={names[0]}"
@@ -142,55 +142,55 @@ def _read_group_folder(draft: JobDraft, document: InputDocument, words: list[str
     if ambiguous_groups:
         return None
     overrides = [f"+{group}={names[0]}" for group, names in names_by_group.items() if group not in chosen_groups]
-    overrides += [f"+{word}" if word.partition("=")[0] in names_by_group else word for word in words]
+    overrides += [f"+{word}" if word.partition("=")[0] in names_by_group else word for word in command_words]
     folders = (document.path, document.path / "configs", document.path / "conf")
     with_groups = (
-        candidate for candidate in folders if any((candidate / group).is_dir() for group in ("dataset", *GROUPS))
+        candidate for candidate in folders if any((candidate / group).is_dir() for group in ("dataset", *TRAINING_GROUP_NAMES))
     )
     return _compose_config(draft, next(with_groups, document.path), None, overrides, locations)
 
 
-def _read_primary_file(draft: JobDraft, document: InputDocument, tree: Tree, words: list[str], locations: dict[str, str]) -> Any:
-    """Load a primary file. If the file has a `defaults` list, compose its folder. Otherwise the file is the whole configuration."""
+def _read_primary_file(draft: JobDraft, document: InputDocument, parsed_file: Tree, command_words: list[str], locations: dict[str, str]) -> Any:
+    """Load a primary file and apply the overrides. A file with a `defaults` list is composed with its folder; any other file is already complete."""
     from omegaconf import OmegaConf
 
-    defaults = tree.value.get("defaults")
+    defaults = parsed_file.value.get("defaults")
     if defaults is not None and not isinstance(defaults, list):
-        location = f"{document.name}:{tree.lines['defaults']}"
+        location = f"{document.name}:{parsed_file.lines['defaults']}"
         raise InvalidInput([Mistake(location, "defaults", "this is not a list", "write `- group: option` lines")])
     if defaults:
-        return _compose_config(draft, document.path.parent, document.path.stem, words, locations)
+        return _compose_config(draft, document.path.parent, document.path.stem, command_words, locations)
     invalid_groups = [
-        group for group in ("dataset", *GROUPS) if group in tree.value and not isinstance(tree.value[group], dict)
+        group for group in ("dataset", *TRAINING_GROUP_NAMES) if group in parsed_file.value and not isinstance(parsed_file.value[group], dict)
     ]
     if invalid_groups:
-        group_lines = {group: f"{document.name}:{tree.lines[group]}" for group in invalid_groups}
+        group_lines = {group: f"{document.name}:{parsed_file.lines[group]}" for group in invalid_groups}
         raise InvalidInput(
             [
                 Mistake(group_lines[group], group, f"`{group}` is not a Hydra config group", "write its options below it as `name: value`")
                 for group in invalid_groups
             ]
         )
-    is_flat = not any(isinstance(value, dict) for value in tree.value.values())
-    value: dict[str, Any] = {"training_config": tree.value} if is_flat else tree.value
-    applicable_words = _select_applicable(draft, words, _all_keys(value), frozenset())
+    is_flat = not any(isinstance(value, dict) for value in parsed_file.value.values())
+    value: dict[str, Any] = {"training_config": parsed_file.value} if is_flat else parsed_file.value
+    valid_overrides = _select_valid_overrides(draft, command_words, _list_keys(value), frozenset())
     loaded_config = OmegaConf.create(document.text)
-    return _apply_overrides(OmegaConf.create({"training_config": loaded_config}) if is_flat else loaded_config, applicable_words)
+    return _apply_overrides(OmegaConf.create({"training_config": loaded_config}) if is_flat else loaded_config, valid_overrides)
 
 
-def _all_keys(value: dict[str, Any]) -> frozenset[str]:
+def _list_keys(value: dict[str, Any]) -> frozenset[str]:
     return frozenset(
-        f"{group}.{key}" for group, inner in value.items() if isinstance(inner, dict) for key in inner
+        f"{group}.{key}" for group, options in value.items() if isinstance(options, dict) for key in options
     ) | frozenset(value)
 
 
-def _parse_overrides(draft: JobDraft, words: list[str]) -> list[Any]:
-    """Parse overrides with Hydra. Record a mistake for each override that Hydra rejects and for each multirun sweep."""
+def _parse_overrides(draft: JobDraft, command_words: list[str]) -> list[Any]:
+    """Parse overrides with Hydra. Record a mistake for each override that Hydra rejects, and for each sweep over several values."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
     parser, result = OverridesParser.create(), []
-    for word in words:
+    for word in command_words:
         if word in ("-m", "--multirun"):
             draft.mistakes.append(
                 Mistake(
@@ -218,7 +218,7 @@ def _parse_overrides(draft: JobDraft, words: list[str]) -> list[Any]:
                 Mistake(
                     "command line",
                     override.key_or_group,
-                    "a comma means a sweep, and sweeps are not supported",
+                    "a comma requests a sweep over several values, which is not supported",
                     f"quote the value: '{override.key_or_group}=\"...\"'",
                 )
             )
@@ -227,22 +227,25 @@ def _parse_overrides(draft: JobDraft, words: list[str]) -> list[Any]:
     return result
 
 
-def _select_applicable(draft: JobDraft, words: list[str], present_keys: frozenset[str], groups: frozenset[str]) -> list[str]:
-    """Return the valid overrides. An unknown key is a mistake. A key that the file lacks needs `+`; a key in the file must not have `+`."""
-    applicable_words: list[str] = []
-    known_keys = {normalise_key(row.key) for row in draft.rows}
-    for override in _parse_overrides(draft, words):
+def _select_valid_overrides(draft: JobDraft, command_words: list[str], present_keys: frozenset[str], groups: frozenset[str]) -> list[str]:
+    """Return the overrides that can be applied, and record a mistake for each of the others.
+
+    The tool must know the key. `+` is needed for a key that the file lacks, and not allowed for a key in the file.
+    """
+    valid_overrides: list[str] = []
+    known_keys = {normalise_key(option_row.key) for option_row in draft.option_table}
+    for override in _parse_overrides(draft, command_words):
         key, line = override.key_or_group, str(override.input_line)
         if key in groups:
-            applicable_words.append(line)
+            valid_overrides.append(line)
             continue
         if normalise_key(key) not in known_keys:
-            closest = closest_name(
+            closest = find_closest_name(
                 key,
                 [
                     spelling
                     for key_of_tool in sorted(known_keys)
-                    for spelling in (key_of_tool, *(key_of_tool.replace("training_config", g, 1) for g in GROUPS))
+                    for spelling in (key_of_tool, *(key_of_tool.replace("training_config", g, 1) for g in TRAINING_GROUP_NAMES))
                 ],
             )
             plus_hint = "; + can only add keys of this tool" if override.is_add() else ""
@@ -252,7 +255,7 @@ def _select_applicable(draft: JobDraft, words: list[str], present_keys: frozense
                 )
             )
         elif override.is_delete() or override.is_force_add():
-            applicable_words.append(line)
+            valid_overrides.append(line)
         elif override.is_add() and key in present_keys:
             draft.mistakes.append(
                 Mistake("command line", f"+{key}", "the key already exists", f"write {key}=... without +")
@@ -262,21 +265,21 @@ def _select_applicable(draft: JobDraft, words: list[str], present_keys: frozense
                 Mistake("command line", key, "the key is not in the file", f"write +{key}=... to add it")
             )
         else:
-            applicable_words.append(line)
-    return applicable_words
+            valid_overrides.append(line)
+    return valid_overrides
 
 
-def _apply_overrides(composed_config: Any, words: list[str]) -> Any:
-    """Apply overrides to a plain configuration."""
+def _apply_overrides(composed_config: Any, command_words: list[str]) -> Any:
+    """Apply overrides to a configuration that needs no composing, and return it."""
     from hydra._internal.config_loader_impl import ConfigLoaderImpl
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    ConfigLoaderImpl._apply_overrides_to_config(OverridesParser.create().parse_overrides(words), composed_config)
+    ConfigLoaderImpl._apply_overrides_to_config(OverridesParser.create().parse_overrides(command_words), composed_config)
     return composed_config
 
 
-def _compose_config(draft: JobDraft, folder: Path, name: str | None, words: list[str], locations: dict[str, str]) -> Any:
-    """Compose a folder of groups and record the location of every key. Raises InvalidInput if Hydra cannot compose the folder."""
+def _compose_config(draft: JobDraft, folder: Path, name: str | None, command_words: list[str], locations: dict[str, str]) -> Any:
+    """Compose a folder of groups, and add the location of each key to `locations`. Raise InvalidInput if Hydra cannot compose the folder."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
@@ -284,25 +287,25 @@ def _compose_config(draft: JobDraft, folder: Path, name: str | None, words: list
     from yaml import YAMLError
 
     groups = frozenset(path.name for path in folder.iterdir() if path.is_dir())
-    override_lines = [str(override.input_line) for override in _parse_overrides(draft, words)]
+    override_lines = [str(override.input_line) for override in _parse_overrides(draft, command_words)]
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(config_dir=str(folder.resolve()), version_base="1.3"):
             chosen_groups = [w for w in override_lines if w.lstrip("+~").partition("=")[0] in groups]
             base = compose(config_name=name, overrides=chosen_groups)
             present_keys = (
-                _all_keys({key: value for key, value in _to_dict(base).items() if isinstance(value, dict)}) | groups
+                _list_keys({key: value for key, value in _to_mapping(base).items() if isinstance(value, dict)}) | groups
             )
             composed_config = compose(
                 config_name=name,
-                overrides=_select_applicable(draft, override_lines, present_keys, groups),
+                overrides=_select_valid_overrides(draft, override_lines, present_keys, groups),
                 return_hydra_config=True,
             )
             for group, option in composed_config.hydra.runtime.choices.items():
                 file = folder / group / f"{option}.yaml"
                 if file.is_file():
                     document = InputDocument(file, read_text(file))
-                    locations |= _line_locations(f"{group}/{document.name}", parse_document(document), group)
+                    locations |= _list_line_locations(f"{group}/{document.name}", parse_document(document), group)
             return composed_config
     except (HydraException, OmegaConfBaseException, YAMLError, OSError, ValueError) as error:
         # Hydra's parsers raise OSError and ValueError for files that are not configurations.
@@ -314,30 +317,30 @@ def _compose_config(draft: JobDraft, folder: Path, name: str | None, words: list
         GlobalHydra.instance().clear()
 
 
-def _to_dict(composed_config: Any) -> dict[str, Any]:
+def _to_mapping(composed_config: Any) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
     container = OmegaConf.to_container(composed_config, resolve=False)
     return {str(key): value for key, value in container.items()} if isinstance(container, dict) else {}
 
 
-def _override_locations(words: list[str]) -> dict[str, str]:
-    """Return the location of each overridden key, for messages."""
-    return {word.lstrip("+~").partition("=")[0]: f"command line {word.partition('=')[0]}" for word in words}
+def _list_override_locations(command_words: list[str]) -> dict[str, str]:
+    """Return the location of each overridden key: its override on the command line."""
+    return {word.lstrip("+~").partition("=")[0]: f"command line {word.partition('=')[0]}" for word in command_words}
 
 
 RESOLVER_PATTERN = re.compile(r"\$\{\s*([A-Za-z_][\w.]*)\s*:\s*([^,}\s]+)")
 
 
 def _iterate_entries(draft: JobDraft, composed_config: Any, default_location: str, locations: dict[str, str]) -> Iterator[OptionEntry]:
-    """Yield every value after interpolation. Only environment variables in `--allow-env` are read."""
+    """Yield each option after its interpolations are resolved. Only the environment variables in `--allow-env` are read."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    for group, inner in _to_dict(composed_config).items():
+    for group, options in _to_mapping(composed_config).items():
         if group == "hydra":
             continue
-        leaves = inner.items() if isinstance(inner, dict) else [("", inner)]
+        leaves = options.items() if isinstance(options, dict) else [("", options)]
         for key, raw in leaves:
             path = f"{group}.{key}" if key else group
             origin = ValueOrigin(locations.get(path, default_location))
@@ -356,29 +359,30 @@ def _iterate_entries(draft: JobDraft, composed_config: Any, default_location: st
             yield OptionEntry(path, value, origin)
 
 
-def _check_resolvers(draft: JobDraft, path: str, raw_value: str, origin: ValueOrigin) -> bool:
-    all_allowed = True
+def _check_resolvers(draft: JobDraft, option_key: str, raw_value: str, origin: ValueOrigin) -> bool:
+    """Return whether all resolvers in a value may be resolved. Record a mistake for each one that may not."""
+    are_all_allowed = True
     for resolver, name in RESOLVER_PATTERN.findall(raw_value):
         if resolver != "oc.env":
             draft.mistakes.append(
-                Mistake(origin.location, path, f"the resolver {resolver} is not supported", "write the value itself")
+                Mistake(origin.location, option_key, f"the resolver {resolver} is not supported", "write the value itself")
             )
-            all_allowed = False
+            are_all_allowed = False
         elif name not in draft.request.allowed_variables:
             draft.mistakes.append(
                 Mistake(
                     origin.location,
-                    path,
+                    option_key,
                     f"the value reads the environment variable {name}, which is not allowed",
                     f"allow it with --allow-env {name}",
                 )
             )
-            all_allowed = False
+            are_all_allowed = False
         elif name not in draft.request.environment and "," not in raw_value:
             draft.mistakes.append(
                 Mistake(
-                    origin.location, path, f"variable {name} is not set", "set the variable, or write its value here"
+                    origin.location, option_key, f"variable {name} is not set", "set the variable, or write its value here"
                 )
             )
-            all_allowed = False
-    return all_allowed
+            are_all_allowed = False
+    return are_all_allowed

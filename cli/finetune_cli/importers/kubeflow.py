@@ -8,88 +8,93 @@ from dataclasses import replace
 from typing import Any
 
 from finetune_cli.importers import torchtune, trl, trl_options
-from finetune_cli.importers.converters import any_value, list_of, text, to_boolean, to_integer
-from finetune_cli.importers.documents import iterate_entries, parse_document, peek_keys
-from finetune_cli.importers.draft import Importer, InputDocument, JobDraft, OptionEntry, Row
-from finetune_cli.importers.options import assign_default_gpus, group_rows, ignored, refused
+from finetune_cli.importers.converters import keep_value, to_boolean, to_integer, to_list_of, to_text
+from finetune_cli.importers.documents import iterate_entries, parse_document, peek_mapping
+from finetune_cli.importers.draft import Importer, InputDocument, JobDraft, OptionEntry, OptionRow
+from finetune_cli.importers.options import (
+    assign_default_gpus,
+    make_ignored_options,
+    make_option_groups,
+    make_refused_options,
+)
 from finetune_cli.provenance import ValueOrigin
 
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
-GPU_RESOURCES = re.compile(r"gpu|nvidia\.com/mig")
-OWN_ROWS: tuple[Row, ...] = (
-    Row("spec.trainer.numNodes", "resources.nodes", to_integer(1)),
-    Row("spec.trainer.numProcPerNode", "resources.gpusPerNode", any_value, is_set_by_combine=True),
-    Row("spec.trainer.resourcesPerNode", "resources", any_value, is_set_by_combine=True),
-    Row("spec.trainer.args", convert=list_of(text), is_set_by_combine=True),
-    Row("spec.trainer.command", convert=list_of(text), is_set_by_combine=True),
-    Row("spec.trainer.env", "placement.env", any_value, is_set_by_combine=True),
-    Row("spec.initializer.dataset.storageUri", "dataset.train", is_set_by_combine=True),
-    Row("spec.initializer.model.storageUri", "model.source", is_set_by_combine=True),
-    Row("spec.initializer.dataset.secretRef.name", "model.tokenSecretRef", is_set_by_combine=True),
-    Row("spec.initializer.model.secretRef.name", "model.tokenSecretRef", is_set_by_combine=True),
-    Row("spec.runtimeRef.name", is_set_by_combine=True),
-    Row("spec.activeDeadlineSeconds", "policy.activeDeadlineSeconds", to_integer(1)),
-    Row("spec.suspend", "suspend", to_boolean),
-    Row("metadata", "placement.queueName", any_value, is_set_by_combine=True),
-    *group_rows("spec spec.trainer spec.initializer spec.initializer.dataset spec.initializer.model spec.runtimeRef"),
-    *ignored("the kind of the object", "apiVersion kind spec.runtimeRef.apiGroup spec.runtimeRef.kind status"),
-    *ignored("the operator has its own image", "spec.trainer.image"),
-    *ignored("the trainer downloads model and data itself", "spec.initializer.dataset.env spec.initializer.model.env"),
-    *refused("a change of the pods that a runtime creates",
+GPU_RESOURCE_PATTERN = re.compile(r"gpu|nvidia\.com/mig")
+OWN_OPTION_ROWS: tuple[OptionRow, ...] = (
+    OptionRow("spec.trainer.numNodes", "resources.nodes", to_integer(1)),
+    OptionRow("spec.trainer.numProcPerNode", "resources.gpusPerNode", keep_value, is_set_by_combine=True),
+    OptionRow("spec.trainer.resourcesPerNode", "resources", keep_value, is_set_by_combine=True),
+    OptionRow("spec.trainer.args", convert=to_list_of(to_text), is_set_by_combine=True),
+    OptionRow("spec.trainer.command", convert=to_list_of(to_text), is_set_by_combine=True),
+    OptionRow("spec.trainer.env", "placement.env", keep_value, is_set_by_combine=True),
+    OptionRow("spec.initializer.dataset.storageUri", "dataset.train", is_set_by_combine=True),
+    OptionRow("spec.initializer.model.storageUri", "model.source", is_set_by_combine=True),
+    OptionRow("spec.initializer.dataset.secretRef.name", "model.tokenSecretRef", is_set_by_combine=True),
+    OptionRow("spec.initializer.model.secretRef.name", "model.tokenSecretRef", is_set_by_combine=True),
+    OptionRow("spec.runtimeRef.name", is_set_by_combine=True),
+    OptionRow("spec.activeDeadlineSeconds", "policy.activeDeadlineSeconds", to_integer(1)),
+    OptionRow("spec.suspend", "suspend", to_boolean),
+    OptionRow("metadata", "placement.queueName", keep_value, is_set_by_combine=True),
+    *make_option_groups("spec spec.trainer spec.initializer spec.initializer.dataset spec.initializer.model spec.runtimeRef"),
+    *make_ignored_options("the key only identifies the object as a TrainJob", "apiVersion kind spec.runtimeRef.apiGroup spec.runtimeRef.kind status"),
+    *make_ignored_options("the operator has its own image", "spec.trainer.image"),
+    *make_ignored_options("the trainer downloads model and data itself", "spec.initializer.dataset.env spec.initializer.model.env"),
+    *make_refused_options("changing the pods that a runtime creates",
              "spec.runtimePatches spec.podTemplateOverrides spec.podSpecOverrides", "write spec.placement with --set"),
-    *refused("another controller for the job", "spec.managedBy", "", "trainer.kubeflow.org/trainjob-controller"),
-    *refused("labels and annotations for all pods", "spec.labels spec.annotations"),
+    *make_refused_options("another controller for the job", "spec.managedBy", "", "trainer.kubeflow.org/trainjob-controller"),
+    *make_refused_options("labels and annotations for all pods", "spec.labels spec.annotations"),
 )  # fmt: skip
 OPAQUE_PATHS = frozenset({"metadata", "spec.trainer.resourcesPerNode", "spec.labels", "spec.annotations", "status"})
-MODELS_OF_RUNTIMES = {
+MODEL_BY_RUNTIME = {
     "llama3.2-1b": "meta-llama/Llama-3.2-1B-Instruct",
     "llama3.2-3b": "meta-llama/Llama-3.2-3B-Instruct",
     "qwen2.5-1.5b": "Qwen/Qwen2.5-1.5B-Instruct",
 }
-"""Models of Kubeflow's runtimes `torchtune-NAME`. Their data set is tatsu-lab/alpaca."""
+"""The models of Kubeflow's runtimes `torchtune-NAME`, by NAME. The data set of all these runtimes is tatsu-lab/alpaca."""
 
 
-def recognises_input(documents: tuple[InputDocument, ...], words: tuple[str, ...]) -> bool:
+def recognises_input(documents: tuple[InputDocument, ...], command_words: tuple[str, ...]) -> bool:
     """Return whether a document is a TrainJob."""
-    return any(peek_keys(document).get("kind") == "TrainJob" for document in documents)
+    return any(peek_mapping(document).get("kind") == "TrainJob" for document in documents)
 
 
-def runtime_of(documents: tuple[InputDocument, ...]) -> str:
-    """Return `torchtune`, `trl`, or an empty text for other runtimes of a TrainJob."""
+def find_runtime(documents: tuple[InputDocument, ...]) -> str:
+    """Return the program that the runtime of a TrainJob starts: `torchtune`, `trl`, or an empty text for any other program."""
     for document in documents:
-        spec = _mapping(peek_keys(document).get("spec"))
-        trainer, reference = _mapping(spec.get("trainer")), _mapping(spec.get("runtimeRef"))
-        words = " ".join(
-            map(str, [reference.get("name"), *_items(trainer.get("command")), *_items(trainer.get("args"))])
+        spec = _mapping_or_empty(peek_mapping(document).get("spec"))
+        trainer, reference = _mapping_or_empty(spec.get("trainer")), _mapping_or_empty(spec.get("runtimeRef"))
+        command_words = " ".join(
+            map(str, [reference.get("name"), *_list_or_empty(trainer.get("command")), *_list_or_empty(trainer.get("args"))])
         )
-        if re.search(r"\btorchtune|\btune run\b", words):
+        if re.search(r"\btorchtune|\btune run\b", command_words):
             return "torchtune"
-        if re.search(r"\btrl\b|trl/scripts", words):
+        if re.search(r"\btrl\b|trl/scripts", command_words):
             return "trl"
     return ""
 
 
 def choose_variant(documents: tuple[InputDocument, ...]) -> Importer:
-    """Return the importer with the option table of the TrainJob's runtime."""
-    if runtime_of(documents) == "trl":
+    """Return the importer with the options of TRL or, for any other runtime, of torchtune."""
+    if find_runtime(documents) == "trl":
         return Importer(
             "kubeflow",
             TITLE,
-            (*OWN_ROWS, *_optional(trl_options.ROWS)),
+            (*OWN_OPTION_ROWS, *_make_optional(trl_options.OPTION_TABLE)),
             trl_options.DEFAULTS,
             recognises_input,
-            read,
-            combine_trl,
+            read_options,
+            combine_trl_options,
             reports_every_key=True,
         )
     return Importer(
         "kubeflow",
         TITLE,
-        (*OWN_ROWS, *torchtune.ROWS),
+        (*OWN_OPTION_ROWS, *torchtune.OPTION_TABLE),
         torchtune.DEFAULTS,
         recognises_input,
-        read,
-        combine_torchtune,
+        read_options,
+        combine_torchtune_options,
         reports_every_key=True,
     )
 
@@ -97,69 +102,69 @@ def choose_variant(documents: tuple[InputDocument, ...]) -> Importer:
 TITLE = "Kubeflow's TrainJob"
 
 
-def _optional(rows: tuple[Row, ...]) -> Iterator[Row]:
-    """Yield the rows without required options, because the TrainJob itself may name the model."""
-    return (replace(row, is_required=False) for row in rows)
+def _make_optional(option_rows: tuple[OptionRow, ...]) -> Iterator[OptionRow]:
+    """Yield the option rows with no option marked as required, because the TrainJob itself may name the model."""
+    return (replace(option_row, is_required=False) for option_row in option_rows)
 
 
-def read(draft: JobDraft) -> Iterator[OptionEntry]:
+def read_options(draft: JobDraft) -> Iterator[OptionEntry]:
     """Yield the fields of the TrainJob, then the arguments of its trainer."""
     for document in draft.documents:
-        tree = parse_document(document)
-        yield from iterate_entries(document, tree, OPAQUE_PATHS)
-        line = tree.lines.get("spec.trainer.args", tree.lines.get("spec.trainer.command", 1))
+        parsed_file = parse_document(document)
+        yield from iterate_entries(document, parsed_file, OPAQUE_PATHS)
+        line = parsed_file.lines.get("spec.trainer.args", parsed_file.lines.get("spec.trainer.command", 1))
         origin = ValueOrigin(f"{document.name}:{line}")
-        words = _command(draft, tree.value)
+        command_words = _read_command(draft, parsed_file.value)
         entries = (
-            trl.read_flags(trl.parse_command(draft, words))
-            if runtime_of(draft.documents) == "trl"
-            else _torchtune_entries(draft, list(words))
+            trl.read_flags(trl.parse_command(draft, command_words))
+            if find_runtime(draft.documents) == "trl"
+            else _read_torchtune_overrides(draft, list(command_words))
         )
         yield from (OptionEntry(entry.key, entry.value, origin) for entry in entries)
 
 
-def _command(draft: JobDraft, job: dict[str, Any]) -> tuple[str, ...]:
-    trainer = _mapping(_mapping(job.get("spec")).get("trainer"))
-    return tuple(str(word) for key in ("command", "args") for word in _items(trainer.get(key)))
+def _read_command(draft: JobDraft, job: dict[str, Any]) -> tuple[str, ...]:
+    trainer = _mapping_or_empty(_mapping_or_empty(job.get("spec")).get("trainer"))
+    return tuple(str(word) for key in ("command", "args") for word in _list_or_empty(trainer.get(key)))
 
 
-def _mapping(value: Any) -> dict[str, Any]:
-    """Return a group of options, or an empty dict for any other value, which the option table refuses."""
+def _mapping_or_empty(value: Any) -> dict[str, Any]:
+    """Return a mapping unchanged, and an empty dict for any other value. The option table refuses the other values."""
     return value if isinstance(value, dict) else {}
 
 
-def _items(value: Any) -> list[Any]:
-    """Return a list, or an empty list for any other value, which the option table refuses."""
+def _list_or_empty(value: Any) -> list[Any]:
+    """Return a list unchanged, and an empty list for any other value. The option table refuses the other values."""
     return value if isinstance(value, list) else []
 
 
-def _torchtune_entries(draft: JobDraft, words: list[str]) -> Iterator[OptionEntry]:
-    return torchtune.read_overrides(draft, words, {}) if runtime_of(draft.documents) == "torchtune" else iter(())
+def _read_torchtune_overrides(draft: JobDraft, command_words: list[str]) -> Iterator[OptionEntry]:
+    return torchtune.read_overrides(draft, command_words, {}) if find_runtime(draft.documents) == "torchtune" else iter(())
 
 
-def combine_trl(draft: JobDraft) -> None:
+def combine_trl_options(draft: JobDraft) -> None:
     """Set the fields of a TrainJob that runs TRL."""
     _set_sources(draft)
-    words = (*(draft.get("spec.trainer.command") or []), *(draft.get("spec.trainer.args") or []))
+    command_words = (*(draft.get("spec.trainer.command") or []), *(draft.get("spec.trainer.args") or []))
     _set_resources(draft)
-    trl.combine_command(draft, words)
+    trl.combine_command(draft, command_words)
 
 
-def combine_torchtune(draft: JobDraft) -> None:
+def combine_torchtune_options(draft: JobDraft) -> None:
     """Set the fields of a TrainJob that runs torchtune."""
-    if not runtime_of(draft.documents):
+    if not find_runtime(draft.documents):
         runtime = draft.get("spec.runtimeRef.name", "without a name")
         draft.refuse_feature(
             "spec.runtimeRef.name",
             f"the runtime {runtime}",
-            "use a runtime of torchtune or TRL; for own code, run a pod",
+            "use a runtime of torchtune or TRL; run code of your own in a pod",
             is_droppable=False,
         )
         return
     _set_sources(draft)
     runtime = str(draft.get("spec.runtimeRef.name", "")).removeprefix("torchtune-")
-    if runtime in MODELS_OF_RUNTIMES:
-        draft.assign_default("model.source", MODELS_OF_RUNTIMES[runtime], "the runtime")
+    if runtime in MODEL_BY_RUNTIME:
+        draft.assign_default("model.source", MODEL_BY_RUNTIME[runtime], "the runtime")
         draft.assign_default("dataset.train", "tatsu-lab/alpaca", "the runtime")
         draft.assign_default("dataset.format", "alpaca", "the runtime")
         if "dataset" in draft.given_options:
@@ -174,7 +179,7 @@ def combine_torchtune(draft: JobDraft) -> None:
 
 
 def _set_row_options(draft: JobDraft) -> None:
-    """Set the options of rows in the overrides of the data set. The initializer of the runtime names the data itself."""
+    """Set packing and the loss on answers only from the overrides of the data set. The runtime's initializer names the data itself."""
     options = draft.get("dataset")
     if isinstance(options, dict) and "train_on_input" in options:
         draft.assign("dataset.responseOnly.enabled", options["train_on_input"] is False, "dataset")
@@ -204,14 +209,14 @@ def _set_sources(draft: JobDraft) -> None:
     draft.add_reason("spec.runtimeRef.name", "the operator's own runtime is used")
     for key in ("spec.trainer.args", "spec.trainer.command"):
         if key in draft.given_options:
-            draft.add_reason(key, "the options in it are read")
+            draft.add_reason(key, "the options in these words are read")
 
 
 def _set_resources(draft: JobDraft) -> None:
     resources = draft.get("spec.trainer.resourcesPerNode")
     key = "spec.trainer.resourcesPerNode"
     if isinstance(resources, dict):
-        values = {**_mapping(resources.get("requests")), **_mapping(resources.get("limits"))}
+        values = {**_mapping_or_empty(resources.get("requests")), **_mapping_or_empty(resources.get("limits"))}
         for name, value in values.items():
             path = {
                 "cpu": "resources.cpu",
@@ -220,20 +225,20 @@ def _set_resources(draft: JobDraft) -> None:
             }.get(name)
             if path:
                 draft.assign(path, str(value), key)
-            elif GPU_RESOURCES.search(name) and not str(value).isdigit():
+            elif GPU_RESOURCE_PATTERN.search(name) and not str(value).isdigit():
                 draft.add_mistake(key, f"{name}: {value} is not a number of GPUs", "write an integer")
-            elif GPU_RESOURCES.search(name):
+            elif GPU_RESOURCE_PATTERN.search(name):
                 draft.assign("resources.gpusPerNode", int(str(value)), key)
                 if name != "nvidia.com/gpu":
                     draft.assign("resources.gpuResource", name, key)
             else:
-                draft.add_warning(f"{key}: {name} has no effect: a FineTuneJob does not request it")
+                draft.add_warning(f"{key}: {name} has no effect: a FineTuneJob does not request this resource")
     processes = draft.get("spec.trainer.numProcPerNode")
     if processes is not None and not draft.has_value("resources.gpusPerNode") and str(processes).isdigit():
         draft.assign("resources.gpusPerNode", int(str(processes)), "spec.trainer.numProcPerNode")
     elif processes is not None:
-        draft.add_reason("spec.trainer.numProcPerNode", "one rank per GPU, as in every FineTuneJob")
-    queue = _mapping(_mapping(draft.get("metadata")).get("labels")).get(QUEUE_LABEL)
+        draft.add_reason("spec.trainer.numProcPerNode", "no effect: a FineTuneJob starts one rank per GPU")
+    queue = _mapping_or_empty(_mapping_or_empty(draft.get("metadata")).get("labels")).get(QUEUE_LABEL)
     if queue:
         draft.assign("placement.queueName", str(queue), "metadata")
     else:
@@ -241,21 +246,22 @@ def _set_resources(draft: JobDraft) -> None:
     variables = draft.get("spec.trainer.env")
     if isinstance(variables, list) and variables:
         draft.assign(
-            "placement.env", [_variable(item) for item in variables if isinstance(item, dict)], "spec.trainer.env"
+            "placement.env", [_to_env_variable(variable) for variable in variables if isinstance(variable, dict)], "spec.trainer.env"
         )
 
 
-def _variable(item: dict[str, Any]) -> dict[str, Any]:
-    reference = _mapping(item.get("valueFrom")).get("secretKeyRef")
+def _to_env_variable(variable: dict[str, Any]) -> dict[str, Any]:
+    reference = _mapping_or_empty(variable.get("valueFrom")).get("secretKeyRef")
     source = (
         {"secretKeyRef": {"name": reference.get("name"), "key": reference.get("key")}}
         if isinstance(reference, dict)
-        else {"value": str(item.get("value", ""))}
+        else {"value": str(variable.get("value", ""))}
     )
-    return {"name": str(item.get("name")), **source}
+    return {"name": str(variable.get("name")), **source}
 
 
 IMPORTER = Importer(
-    "kubeflow", TITLE, (*OWN_ROWS, *torchtune.ROWS), torchtune.DEFAULTS, recognises_input, read, combine_torchtune, choose_variant=choose_variant,
+    "kubeflow", TITLE, (*OWN_OPTION_ROWS,
+        *torchtune.OPTION_TABLE), torchtune.DEFAULTS, recognises_input, read_options, combine_torchtune_options, choose_variant=choose_variant,
     reports_every_key=True,
 )  # fmt: skip

@@ -1,4 +1,7 @@
-"""The data sets of LLaMA-Factory: names in the user's `dataset_info.json`, and names in the tool's own `dataset_info.json`."""
+"""Finds the data sets that a LLaMA-Factory file names: in the user's `dataset_info.json`, and in the `dataset_info.json` that the tool publishes.
+
+An entry of `dataset_info.json` describes one data set: its source, format and columns.
+"""
 
 from __future__ import annotations
 
@@ -8,68 +11,71 @@ from pathlib import Path
 from typing import Any
 
 from finetune_cli.files import UnreadableFile, read_text
-from finetune_cli.importers.data_parts import CONTENT_KEYS, ROLE_KEYS, ROLE_NAMES, DataPart, assign_parts
+from finetune_cli.importers.data_sources import CONTENT_KEYS, ROLE_KEYS, ROLE_NAMES, DataSource, assign_data_sources
 from finetune_cli.importers.draft import InputDocument, JobDraft
-from finetune_cli.importers.options import to_source_uri
+from finetune_cli.importers.options import normalise_source_uri
 
 DATA_FOLDER_URL = "https://raw.githubusercontent.com/hiyouga/LLaMA-Factory/main/data/"
-"""The folder with the data files that the tool publishes."""
-_CONVERSATIONS = {"formatting": "sharegpt"}
-_MESSAGES = {"formatting": "sharegpt", "columns": {"messages": "messages"}}
-_TOOLS = {"formatting": "sharegpt", "columns": {"messages": "conversations", "tools": "tools"}}
-_PAIRS = {
+"""URL of the folder with the data files that the tool publishes."""
+_CONVERSATIONS_ENTRY = {"formatting": "sharegpt"}
+_MESSAGES_ENTRY = {"formatting": "sharegpt", "columns": {"messages": "messages"}}
+_TOOL_CALLS_ENTRY = {"formatting": "sharegpt", "columns": {"messages": "conversations", "tools": "tools"}}
+_PREFERENCE_ENTRY = {
     "formatting": "sharegpt",
     "ranking": True,
     "columns": {"messages": "conversations", "chosen": "chosen", "rejected": "rejected"},
 }
 
 
-def _columns(prompt: str, response: str | None = None, **others: str) -> dict[str, Any]:
-    return {"columns": {"prompt": prompt, **({"response": response} if response else {}), **others}}
+def _columns(prompt: str, response: str | None = None, **other_columns: str) -> dict[str, Any]:
+    return {"columns": {"prompt": prompt, **({"response": response} if response else {}), **other_columns}}
 
 
-OWN_FILES: Mapping[str, tuple[int, str, dict[str, Any]]] = {
+PUBLISHED_FILES: Mapping[str, tuple[int, str, dict[str, Any]]] = {
     "identity": (91, "identity.json", {}), "alpaca_en_demo": (999, "alpaca_en_demo.json", {}), "alpaca_zh_demo": (1000, "alpaca_zh_demo.json", {}),
-    "glaive_toolcall_en_demo": (300, "glaive_toolcall_en_demo.json", _TOOLS), "glaive_toolcall_zh_demo": (300, "glaive_toolcall_zh_demo.json", _TOOLS),
-    "dpo_en_demo": (300, "dpo_en_demo.json", _PAIRS), "dpo_zh_demo": (300, "dpo_zh_demo.json", _PAIRS),
+    "glaive_toolcall_en_demo": (300, "glaive_toolcall_en_demo.json", _TOOL_CALLS_ENTRY), "glaive_toolcall_zh_demo": (300, "glaive_toolcall_zh_demo.json",
+        _TOOL_CALLS_ENTRY),
+    "dpo_en_demo": (300, "dpo_en_demo.json", _PREFERENCE_ENTRY), "dpo_zh_demo": (300, "dpo_zh_demo.json", _PREFERENCE_ENTRY),
     "kto_en_demo": (300, "kto_en_demo.json", {"formatting": "sharegpt", "columns": {"messages": "messages", "kto_tag": "label"}}),
     "wiki_demo": (30, "wiki_demo.txt", _columns("text")), "c4_demo": (300, "c4_demo.jsonl", _columns("text")),
-    **{name: (0, f"{name}.json", {**_MESSAGES, "columns": {"images": "images"}}) for name in (
+    **{name: (0, f"{name}.json", {**_MESSAGES_ENTRY, "columns": {"images": "images"}}) for name in (
         "mllm_demo", "mllm_audio_demo", "mllm_video_demo", "mllm_video_audio_demo")},
 }  # fmt: skip
-"""Data files that the tool publishes: number of rows, file name, and description."""
-OWN_REPOSITORIES: Mapping[str, tuple[str, dict[str, Any]]] = {
+"""Data files that the tool publishes, by the name of the data set: number of rows, file name, and the rest of the entry."""
+PUBLISHED_REPOSITORIES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "alpaca_en": ("llamafactory/alpaca_en", {}), "alpaca_zh": ("llamafactory/alpaca_zh", {}), "alpaca_gpt4_en": ("llamafactory/alpaca_gpt4_en", {}),
-    "alpaca_gpt4_zh": ("llamafactory/alpaca_gpt4_zh", {}), "glaive_toolcall_en": ("llamafactory/glaive_toolcall_en", _TOOLS),
-    "glaive_toolcall_zh": ("llamafactory/glaive_toolcall_zh", _TOOLS), "lima": ("llamafactory/lima", _CONVERSATIONS),
+    "alpaca_gpt4_zh": ("llamafactory/alpaca_gpt4_zh", {}), "glaive_toolcall_en": ("llamafactory/glaive_toolcall_en", _TOOL_CALLS_ENTRY),
+    "glaive_toolcall_zh": ("llamafactory/glaive_toolcall_zh", _TOOL_CALLS_ENTRY), "lima": ("llamafactory/lima", _CONVERSATIONS_ENTRY),
     "guanaco": ("JosephusCheung/GuanacoDataset", {}), "belle_2m": ("BelleGroup/train_2M_CN", {}), "belle_1m": ("BelleGroup/train_1M_CN", {}),
     "belle_0.5m": ("BelleGroup/train_0.5M_CN", {}), "belle_dialog": ("BelleGroup/generated_chat_0.4M", {}), "belle_math": ("BelleGroup/school_math_0.25M", {}),
     "open_platypus": ("garage-bAInd/Open-Platypus", {}), "codealpaca": ("sahil2801/CodeAlpaca-20k", {}), "alpaca_cot": ("QingyiSi/Alpaca-CoT", {}),
-    "openorca": ("Open-Orca/OpenOrca", _columns("question", "response", system="system_prompt")), "slimorca": ("Open-Orca/SlimOrca", _CONVERSATIONS),
+    "openorca": ("Open-Orca/OpenOrca", _columns("question", "response", system="system_prompt")), "slimorca": ("Open-Orca/SlimOrca", _CONVERSATIONS_ENTRY),
     "mathinstruct": ("TIGER-Lab/MathInstruct", _columns("instruction", "output")), "firefly": ("YeungNLP/firefly-train-1.1M", _columns("input", "target")),
     "wikiqa": ("wiki_qa", _columns("question", "answer")), "webqa": ("suolyer/webqa", _columns("input", "output")), "webnovel": ("zxbsmk/webnovel_cn", {}),
     "nectar_sft": ("AstraMindAI/SFT-Nectar", {}), "adgen_train": ("HasturOfficial/adgen", _columns("content", "summary")),
-    "sharegpt_hyper": ("totally-not-an-llm/sharegpt-hyperfiltered-3k", _CONVERSATIONS), "sharegpt4": ("shibing624/sharegpt_gpt4", _CONVERSATIONS),
-    "sgsc_b2b_entities": ("Nooxus-AI/NOO-Verified-Global-Entities", _MESSAGES),
-    "ultrachat_200k": ("HuggingFaceH4/ultrachat_200k", {**_MESSAGES, "split": "train_sft"}), "infinity_instruct": ("BAAI/Infinity-Instruct", _CONVERSATIONS),
-    "agent_instruct": ("THUDM/AgentInstruct", _CONVERSATIONS),
+    "sharegpt_hyper": ("totally-not-an-llm/sharegpt-hyperfiltered-3k", _CONVERSATIONS_ENTRY), "sharegpt4": ("shibing624/sharegpt_gpt4", _CONVERSATIONS_ENTRY),
+    "sgsc_b2b_entities": ("Nooxus-AI/NOO-Verified-Global-Entities", _MESSAGES_ENTRY),
+    "ultrachat_200k": ("HuggingFaceH4/ultrachat_200k", {**_MESSAGES_ENTRY, "split": "train_sft"}), "infinity_instruct": ("BAAI/Infinity-Instruct",
+        _CONVERSATIONS_ENTRY),
+    "agent_instruct": ("THUDM/AgentInstruct", _CONVERSATIONS_ENTRY),
     "lmsys_chat": ("lmsys/lmsys-chat-1m", {"formatting": "sharegpt", "columns": {"messages": "conversation"}}),
-    "evol_instruct": ("WizardLM/WizardLM_evol_instruct_V2_196k", _CONVERSATIONS),
-    "glaive_toolcall_100k": ("hiyouga/glaive-function-calling-v2-sharegpt", _TOOLS),
+    "evol_instruct": ("WizardLM/WizardLM_evol_instruct_V2_196k", _CONVERSATIONS_ENTRY),
+    "glaive_toolcall_100k": ("hiyouga/glaive-function-calling-v2-sharegpt", _TOOL_CALLS_ENTRY),
     "cosmopedia": ("HuggingFaceTB/cosmopedia", _columns("prompt", "text")), "stem_zh": ("hfl/stem_zh_instruction", {}),
-    "ruozhiba_gpt4": ("hfl/ruozhiba_gpt4_turbo", {}), "neo_sft": ("m-a-p/neo_sft_phase2", _CONVERSATIONS),
-    "magpie_pro_300k": ("Magpie-Align/Magpie-Pro-300K-Filtered", _CONVERSATIONS),
+    "ruozhiba_gpt4": ("hfl/ruozhiba_gpt4_turbo", {}), "neo_sft": ("m-a-p/neo_sft_phase2", _CONVERSATIONS_ENTRY),
+    "magpie_pro_300k": ("Magpie-Align/Magpie-Pro-300K-Filtered", _CONVERSATIONS_ENTRY),
     "magpie_ultra": ("argilla/magpie-ultra-v0.1", _columns("instruction", "response")),
     "web_instruct": ("TIGER-Lab/WebInstructSub", _columns("question", "answer")), "openo1_sft": ("llamafactory/OpenO1-SFT", _columns("prompt", "response")),
-    "open_thoughts": ("llamafactory/OpenThoughts-114k", _MESSAGES), "open_r1_math": ("llamafactory/OpenR1-Math-94k", _MESSAGES),
+    "open_thoughts": ("llamafactory/OpenThoughts-114k", _MESSAGES_ENTRY), "open_r1_math": ("llamafactory/OpenR1-Math-94k", _MESSAGES_ENTRY),
     "chinese_r1_distill": ("Congliu/Chinese-DeepSeek-R1-Distill-data-110k-SFT", {}), "oasst_de": ("mayflowergmbh/oasst_de", {}),
     "dolly_15k_de": ("mayflowergmbh/dolly-15k_de", {}), "alpaca-gpt4_de": ("mayflowergmbh/alpaca-gpt4_de", {}),
     "openschnabeltier_de": ("mayflowergmbh/openschnabeltier_de", {}), "evol_instruct_de": ("mayflowergmbh/evol-instruct_de", {}),
     "dolphin_de": ("mayflowergmbh/dolphin_de", {}), "booksum_de": ("mayflowergmbh/booksum_de", {}), "airoboros_de": ("mayflowergmbh/airoboros-3.0_de", {}),
     "ultrachat_de": ("mayflowergmbh/ultra-chat_de", {}), "dlr_web": ("Attention1115/DLR-Web", {**_columns("question", "response"), "split": "full"}),
-    "dpo_mix_en": ("llamafactory/DPO-En-Zh-20k", {**_PAIRS, "subset": "en"}), "dpo_mix_zh": ("llamafactory/DPO-En-Zh-20k", {**_PAIRS, "subset": "zh"}),
+    "dpo_mix_en": ("llamafactory/DPO-En-Zh-20k", {**_PREFERENCE_ENTRY, "subset": "en"}), "dpo_mix_zh": ("llamafactory/DPO-En-Zh-20k",
+        {**_PREFERENCE_ENTRY, "subset": "zh"}),
     "ultrafeedback": ("llamafactory/ultrafeedback_binarized", {"ranking": True, **_columns("instruction", chosen="chosen", rejected="rejected")}),
-    "coig_p": ("m-a-p/COIG-P", _PAIRS), "orca_pairs": ("Intel/orca_dpo_pairs", {"ranking": True, **_columns("question", system="system")}),
+    "coig_p": ("m-a-p/COIG-P", _PREFERENCE_ENTRY), "orca_pairs": ("Intel/orca_dpo_pairs", {"ranking": True, **_columns("question", system="system")}),
     "nectar_rm": ("AstraMindAI/RLAIF-Nectar", {"ranking": True}), "orca_dpo_de": ("mayflowergmbh/intel_orca_dpo_pairs_de", {"ranking": True}),
     "kto_mix_en": ("argilla/kto-mix-15k", {"formatting": "sharegpt", "columns": {"messages": "completion", "kto_tag": "label"}}),
     "ultrafeedback_kto": ("argilla/ultrafeedback-binarized-preferences-cleaned-kto", _columns("prompt", "completion", kto_tag="label")),
@@ -87,8 +93,8 @@ OWN_REPOSITORIES: Mapping[str, tuple[str, dict[str, Any]]] = {
         ("llava_150k_zh", "BUAADreamer/llava-en-zh-300k"), ("pokemon_cap", "llamafactory/pokemon-gpt4o-captions"), ("mllm_pt_demo", "BUAADreamer/mllm_pt_demo"),
         ("rlhf_v", "llamafactory/RLHF-V"), ("vlfeedback", "Zhihui/VLFeedback"), ("rlaif_v", "openbmb/RLAIF-V-Dataset"))},
 }  # fmt: skip
-"""Data sets on the hub that the tool names, with their descriptions."""
-IMAGES = "training on images, video or audio"
+"""Data sets on the hub that the tool names: the repository, and the rest of the entry."""
+IMAGES_FEATURE = "training on images, video or audio"
 
 
 def is_dataset_info(document: InputDocument) -> bool:
@@ -98,37 +104,37 @@ def is_dataset_info(document: InputDocument) -> bool:
 
 def set_data(draft: JobDraft, trainer: str, *, is_pretraining: bool) -> None:
     """Set training and validation data from `dataset` and `eval_dataset`."""
-    descriptions = _read_descriptions(draft)
-    parts = _parts(draft, "dataset", descriptions, trainer, is_pretraining=is_pretraining)
-    _set_weights_and_limit(draft, parts)
+    entries = _read_dataset_info(draft)
+    data_sources = _read_data_sources(draft, "dataset", entries, trainer, is_pretraining=is_pretraining)
+    _assign_weighted_sources(draft, data_sources)
     if "eval_dataset" in draft.given_options:
-        others = _parts(draft, "eval_dataset", descriptions, trainer, is_pretraining=is_pretraining)
-        if len(others) > 1:
+        validation_sources = _read_data_sources(draft, "eval_dataset", entries, trainer, is_pretraining=is_pretraining)
+        if len(validation_sources) > 1:
             draft.refuse_feature(
                 "eval_dataset",
                 "several sources of validation data",
                 "store them in one file, and give --validation URI",
             )
-        elif others and "dataset.validation" not in draft.request.overrides:
-            draft.assign("dataset.validation", others[0].source, "eval_dataset")
+        elif validation_sources and "dataset.validation" not in draft.request.overrides:
+            draft.assign("dataset.validation", validation_sources[0].source, "eval_dataset")
 
 
-def _read_descriptions(draft: JobDraft) -> dict[str, Any]:
-    """Return the descriptions of the user's `dataset_info.json`: a given file, or the file in `dataset_dir`."""
+def _read_dataset_info(draft: JobDraft) -> dict[str, Any]:
+    """Return the entries of the user's `dataset_info.json`: the given file, or the file in the folder `dataset_dir`."""
     texts = [(document.name, document.text) for document in draft.documents if is_dataset_info(document)]
     folder = str(draft.get("dataset_dir") or "data")
     if not texts and not folder.startswith(("ONLINE", "REMOTE")):
-        places = [
+        folders = [
             Path(folder),
             *(document.path.parent / folder for document in draft.documents if str(document.path) != "-"),
         ]
-        for path in (place / "dataset_info.json" for place in places):
+        for path in (folder_path / "dataset_info.json" for folder_path in folders):
             try:
                 texts.append((str(path), read_text(path)))
                 break
             except UnreadableFile:
                 continue
-    result: dict[str, Any] = {}
+    entries: dict[str, Any] = {}
     for name, text in texts:
         try:
             content = json.loads(text)
@@ -136,132 +142,132 @@ def _read_descriptions(draft: JobDraft) -> dict[str, Any]:
             content = None
         if not isinstance(content, dict):
             draft.add_mistake(
-                "dataset", f"{name} is not a JSON object with the descriptions of data sets", "repair the file"
+                "dataset", f"{name} is not a JSON object that describes data sets", "repair the file"
             )
         else:
-            result |= content
-    return result
+            entries |= content
+    return entries
 
 
-def _parts(
-    draft: JobDraft, key: str, descriptions: dict[str, Any], trainer: str, *, is_pretraining: bool
-) -> list[DataPart]:
-    parts = []
-    for name in draft.get(key) or []:
-        part = _part(draft, key, name, descriptions, trainer, is_pretraining=is_pretraining)
-        if part is not None:
-            parts.append(part)
-    return parts
+def _read_data_sources(
+    draft: JobDraft, option_key: str, entries: dict[str, Any], trainer: str, *, is_pretraining: bool
+) -> list[DataSource]:
+    data_sources = []
+    for name in draft.get(option_key) or []:
+        data_source = _read_data_source(draft, option_key, name, entries, trainer, is_pretraining=is_pretraining)
+        if data_source is not None:
+            data_sources.append(data_source)
+    return data_sources
 
 
-def _part(
-    draft: JobDraft, key: str, name: str, descriptions: dict[str, Any], trainer: str, *, is_pretraining: bool
-) -> DataPart | None:
-    """Return the source of one name, or None if the name is unknown or its rows cannot be used."""
-    row_count, source, description = None, "", descriptions.get(name)
-    if isinstance(description, dict):
-        source = _described_source(draft, key, name, description)
-    elif name in OWN_FILES:
-        row_count, file, description = OWN_FILES[name]
+def _read_data_source(
+    draft: JobDraft, option_key: str, dataset_name: str, entries: dict[str, Any], trainer: str, *, is_pretraining: bool
+) -> DataSource | None:
+    """Return the data source with this name, or None if the name is unknown or the rows cannot be used."""
+    row_count, source, entry = None, "", entries.get(dataset_name)
+    if isinstance(entry, dict):
+        source = _find_source(draft, option_key, dataset_name, entry)
+    elif dataset_name in PUBLISHED_FILES:
+        row_count, file, entry = PUBLISHED_FILES[dataset_name]
         source = DATA_FOLDER_URL + file
-    elif name in OWN_REPOSITORIES:
-        source, description = OWN_REPOSITORIES[name]
-    elif str(draft.get("dataset_dir") or "").startswith(("ONLINE", "REMOTE")) or "/" in name:
-        source, description = to_source_uri(draft, key, "dataset.train", name), {}
+    elif dataset_name in PUBLISHED_REPOSITORIES:
+        source, entry = PUBLISHED_REPOSITORIES[dataset_name]
+    elif str(draft.get("dataset_dir") or "").startswith(("ONLINE", "REMOTE")) or "/" in dataset_name:
+        source, entry = normalise_source_uri(draft, option_key, "dataset.train", dataset_name), {}
     else:
-        if key == "dataset" and "dataset.train" in draft.request.overrides:
-            draft.add_reason(key, "--data names the data")
+        if option_key == "dataset" and "dataset.train" in draft.request.overrides:
+            draft.add_reason(option_key, "no effect: the option --data names the data")
             return None
         draft.add_mistake(
-            key, f"the data set {name} is not described", "give the dataset_info.json as a further file, or --data URI"
+            option_key, f"no dataset_info.json describes the data set {dataset_name}", "give the dataset_info.json as a further file, or --data URI"
         )
         return None
     if not source:
         return None
-    return _checked(draft, key, name, source, row_count, description, trainer, is_pretraining=is_pretraining)
+    return _to_data_source(draft, option_key, dataset_name, source, row_count, entry, trainer, is_pretraining=is_pretraining)
 
 
-def _described_source(draft: JobDraft, key: str, name: str, description: dict[str, Any]) -> str:
-    """Return the source of a description, or an empty text if a FineTuneJob cannot read it."""
-    if description.get("hf_hub_url"):
-        return str(description["hf_hub_url"])
-    if description.get("cloud_file_name"):
-        return str(description["cloud_file_name"])
-    if description.get("file_name"):
+def _find_source(draft: JobDraft, option_key: str, dataset_name: str, entry: dict[str, Any]) -> str:
+    """Return the source that an entry names, or an empty text if a FineTuneJob cannot read the source."""
+    if entry.get("hf_hub_url"):
+        return str(entry["hf_hub_url"])
+    if entry.get("cloud_file_name"):
+        return str(entry["cloud_file_name"])
+    if entry.get("file_name"):
         folder = str(draft.get("dataset_dir") or "data")
-        return to_source_uri(draft, key, "dataset.train", str(Path(folder) / str(description["file_name"])))
-    if description.get("script_url"):
+        return normalise_source_uri(draft, option_key, "dataset.train", str(Path(folder) / str(entry["file_name"])))
+    if entry.get("script_url"):
         draft.refuse_feature(
-            key, f"loading the data set {name} with a script", "store the rows in a file, and give --data URI"
+            option_key, f"loading the data set {dataset_name} with a script", "store the rows in a file, and give --data URI"
         )
     else:
         draft.refuse_feature(
-            key,
-            f"reading the data set {name} from another hub than Hugging Face",
+            option_key,
+            f"reading the data set {dataset_name} from a hub other than Hugging Face",
             "store the rows in a file, and give --data URI",
         )
     return ""
 
 
-def _checked(
+def _to_data_source(
     draft: JobDraft,
-    key: str,
-    name: str,
+    option_key: str,
+    dataset_name: str,
     source: str,
     row_count: int | None,
-    description: dict[str, Any],
+    entry: dict[str, Any],
     trainer: str,
     *,
     is_pretraining: bool,
-) -> DataPart | None:
-    """Return the data part of a source, or None if its description requests a feature that a FineTuneJob does not have."""
-    columns = description.get("columns") or {}
+) -> DataSource | None:
+    """Return the data source of an entry. Refuse features that a FineTuneJob does not have, and return None if the rows cannot be used without them."""
+    columns = entry.get("columns") or {}
     for option in ("images", "videos", "audios"):
         if columns.get(option):
-            draft.refuse_feature(key, IMAGES, is_droppable=False)
+            draft.refuse_feature(option_key, IMAGES_FEATURE, is_droppable=False)
             return None
-    if description.get("subset") not in (None, "default"):
+    if entry.get("subset") not in (None, "default"):
         draft.refuse_feature(
-            key,
-            f"the configuration {description['subset']} of the data set {name} on the hub",
+            option_key,
+            f"the configuration {entry['subset']} of the data set {dataset_name} on the hub",
             "store the rows in a file, and give --data URI",
         )
-    if description.get("split") not in (None, "train"):
+    if entry.get("split") not in (None, "train"):
         draft.refuse_feature(
-            key,
-            f"the split {description['split']} of the data set {name} on the hub",
+            option_key,
+            f"the split {entry['split']} of the data set {dataset_name} on the hub",
             "store the rows in a file, and give --data URI",
         )
-    if description.get("num_samples"):
+    if entry.get("num_samples"):
         draft.refuse_feature(
-            key,
-            f"a limit for the rows of the data set {name}",
+            option_key,
+            f"a limit on the number of rows of the data set {dataset_name}",
             "store the rows that you need in a file, and give --data URI",
         )
-    if description.get("folder"):
+    if entry.get("folder"):
         draft.refuse_feature(
-            key, f"the folder {description['folder']} of the data set {name} on the hub", "give --data URI"
+            option_key, f"the folder {entry['folder']} of the data set {dataset_name} on the hub", "give --data URI"
         )
     if columns.get("history"):
-        draft.refuse_feature(key, f"a column with earlier turns in the data set {name}", "write the turns as messages")
-    _check_tags(draft, key, name, description.get("tags") or {})
+        draft.refuse_feature(option_key, f"a column with earlier turns in the data set {dataset_name}", "write the turns as messages")
+    _check_tags(draft, option_key, dataset_name, entry.get("tags") or {})
     if is_pretraining:
-        column = columns.get("prompt", "instruction" if description else "text")
-        return DataPart(source, "plainText", {"text": column}, row_count)
-    is_conversation = description.get("formatting", "alpaca") in ("sharegpt", "openai")
+        column = columns.get("prompt", "instruction" if entry else "text")
+        return DataSource(source, "plainText", {"text": column}, row_count)
+    is_conversation = entry.get("formatting", "alpaca") in ("sharegpt", "openai")
     needs_ranking = trainer in ("dpo", "orpo", "reward")
-    if needs_ranking and not description.get("ranking"):
+    if needs_ranking and not entry.get("ranking"):
         draft.refuse_feature(
-            key,
-            f"{trainer} on the data set {name}, whose rows have no better and worse answer",
+            option_key,
+            f"{trainer} on the data set {dataset_name}, whose rows have no better and worse answer",
             "give data with chosen and rejected",
         )
         return None
-    return DataPart(source, *_format(columns, trainer, is_conversation=is_conversation), row_count)
+    return DataSource(source, *_choose_format(columns, trainer, is_conversation=is_conversation), row_count)
 
 
-def _format(columns: Mapping[str, str], trainer: str, *, is_conversation: bool) -> tuple[str, dict[str, str]]:
-    """Return format and columns of the rows of a description."""
+def _choose_format(columns: Mapping[str, str], trainer: str, *, is_conversation: bool) -> tuple[str, dict[str, str]]:
+    """Return the format of the rows and their columns, in the form of `dataset.format` and `dataset.columns`, from the columns of an entry."""
     if is_conversation:
         question = answer = columns.get("messages", "conversations")
     else:
@@ -275,57 +281,57 @@ def _format(columns: Mapping[str, str], trainer: str, *, is_conversation: bool) 
         return "preference", {"question": question, "chosen": chosen, "rejected": rejected, **system}
     if is_conversation:
         return "messages", {"messages": question}
-    named = {"question": question, "answer": answer, "input": columns.get("query", "input")}
-    usual = {"question": "instruction", "answer": "output", "input": "input"}
-    return "alpaca", {name: column for name, column in named.items() if column != usual[name]} | system
+    column_by_field = {"question": question, "answer": answer, "input": columns.get("query", "input")}
+    default_columns = {"question": "instruction", "answer": "output", "input": "input"}
+    return "alpaca", {name: column for name, column in column_by_field.items() if column != default_columns[name]} | system
 
 
-def _check_tags(draft: JobDraft, key: str, name: str, tags: Mapping[str, str]) -> None:
-    unknown = [
+def _check_tags(draft: JobDraft, option_key: str, dataset_name: str, tags: Mapping[str, str]) -> None:
+    unknown_names = [
         tags[option]
-        for option, known in (("role_tag", ROLE_KEYS), ("content_tag", CONTENT_KEYS))
-        if tags.get(option) and tags[option] not in known
+        for option, readable_names in (("role_tag", ROLE_KEYS), ("content_tag", CONTENT_KEYS))
+        if tags.get(option) and tags[option] not in readable_names
     ]
     roles = {"user_tag": "user", "assistant_tag": "assistant", "system_tag": "system", "observation_tag": "tool"}
-    unknown += [
+    unknown_names += [
         tags[option] for option, role in roles.items() if tags.get(option) and tags[option] not in ROLE_NAMES[role]
     ]
-    if unknown:
+    if unknown_names:
         draft.refuse_feature(
-            key, f"the names {', '.join(unknown)} in the messages of the data set {name}", "rename them in the data"
+            option_key, f"messages with the names {', '.join(unknown_names)} in the data set {dataset_name}", "rename them in the data"
         )
 
 
-def _set_weights_and_limit(draft: JobDraft, parts: list[DataPart]) -> None:
-    """Assign the data with the weights of `interleave_probs`, and check `max_samples`."""
+def _assign_weighted_sources(draft: JobDraft, data_sources: list[DataSource]) -> None:
+    """Set the training data, with the weights in `interleave_probs`. Refuse the limit `max_samples` if a data set may have more rows."""
     weights = draft.get("interleave_probs")
-    mix = str(draft.get("mix_strategy") or "concat")
+    mix_strategy = str(draft.get("mix_strategy") or "concat")
     if "mix_strategy" in draft.given_options:
         draft.add_reason(
-            "mix_strategy", "part of dataset.mixture" if len(parts) > 1 else "no effect: there is one source"
+            "mix_strategy", "included in dataset.mixture" if len(data_sources) > 1 else "no effect: there is one source"
         )
-    if weights and len(weights) == len(parts) > 1 and mix != "concat":
-        parts = [
-            DataPart(part.source, part.format, part.columns, part.row_count, part.fraction, weight)
-            for part, weight in zip(parts, weights, strict=True)
+    if weights and len(weights) == len(data_sources) > 1 and mix_strategy != "concat":
+        data_sources = [
+            DataSource(data_source.source, data_source.format, data_source.columns, data_source.row_count, data_source.fraction, weight)
+            for data_source, weight in zip(data_sources, weights, strict=True)
         ]
     if "interleave_probs" in draft.given_options:
         draft.add_reason(
             "interleave_probs",
-            "part of dataset.mixture"
-            if mix != "concat" and len(parts) > 1
+            "included in dataset.mixture"
+            if mix_strategy != "concat" and len(data_sources) > 1
             else "no effect: the sources are not interleaved",
         )
     limit = draft.get("max_samples")
     if limit is not None:
-        larger = [part.source for part in parts if part.row_count is None or part.row_count > limit]
-        if larger and "dataset.train" not in draft.request.overrides:
+        larger_sources = [data_source.source for data_source in data_sources if data_source.row_count is None or data_source.row_count > limit]
+        if larger_sources and "dataset.train" not in draft.request.overrides:
             draft.refuse_feature(
                 "max_samples",
-                f"a limit of {limit} rows of a data set",
+                f"a limit of {limit} rows for each data set",
                 "store the rows that you need in a file, and give --data URI; or set max_steps",
             )
         else:
-            draft.add_reason("max_samples", "no effect: no data set has more rows")
-    if parts:
-        assign_parts(draft, "dataset", parts)
+            draft.add_reason("max_samples", "no effect: no data set has more rows than this limit")
+    if data_sources:
+        assign_data_sources(draft, "dataset", data_sources)

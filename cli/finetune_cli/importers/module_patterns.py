@@ -1,4 +1,4 @@
-"""Turns a regular expression for module names, as in PEFT, into the list of names that a FineTuneJob has."""
+"""Turns a regular expression for module names, as PEFT accepts it, into a list of names, as a FineTuneJob needs it."""
 
 from __future__ import annotations
 
@@ -6,60 +6,60 @@ import re
 from typing import Any
 
 MAX_NAMES = 256
-WRAPPER_OF_CHECKPOINTING = "_checkpoint_wrapped_module."
-"""Part of module names in some tools, which the modules of this trainer do not have."""
-PLAIN_NAME = re.compile(r"^[\w.-]+$")
+CHECKPOINT_WRAPPER = "_checkpoint_wrapped_module."
+"""A text in the names of modules that some tools wrap for recomputation. It is removed, because the trainer of a FineTuneJob wraps no modules."""
+PLAIN_NAME_PATTERN = re.compile(r"^[\w.-]+$")
 
 
 class UnsupportedPattern(Exception):
-    """The regular expression cannot be written as a list of names."""
+    """The regular expression matches no finite list of names, or too many names. The message says why."""
 
 
-def names_of_pattern(pattern: str) -> list[str]:
-    """Return the ends of all module names that a regular expression matches, such as `mlp.up_proj`. A plain name is returned unchanged.
+def expand_pattern(pattern: str) -> list[str]:
+    """Return the ends of all module names that a regular expression matches, such as `mlp.up_proj`. Return a plain name unchanged.
 
-    A name in the list matches all modules whose names end with it. Therefore, the pattern is only read after its last repeated part, such as
-    `model.layers.[0-9]+.`.
+    A name in the list selects all modules whose names end with it. Therefore, the part of the expression up to its last repetition, such as
+    `model.layers.[0-9]+`, is ignored.
 
-    Raises UnsupportedPattern.
+    Raise UnsupportedPattern if the expression matches no short list of names.
     """
-    if PLAIN_NAME.match(pattern):
+    if PLAIN_NAME_PATTERN.match(pattern):
         return [pattern]
     try:
-        tree = re._parser.parse(pattern)  # type: ignore[attr-defined]
+        parsed_regex = re._parser.parse(pattern)  # type: ignore[attr-defined]
     except re.error as error:
         raise UnsupportedPattern(f"it is not a regular expression: {error}") from None
-    names = [name.removeprefix(".") for name in _expand(tree)]
-    names = list(dict.fromkeys(name.replace(WRAPPER_OF_CHECKPOINTING, "") for name in names))
+    names = [name.removeprefix(".") for name in _expand(parsed_regex)]
+    names = list(dict.fromkeys(name.replace(CHECKPOINT_WRAPPER, "") for name in names))
     if not all(re.match(r"^\w[\w.-]*$", name) for name in names):
         raise UnsupportedPattern("its end is not a list of names")
     return names
 
 
-def _expand(tree: Any) -> list[str]:
-    """Return all texts that the nodes of a parsed expression match. A part that is repeated without limit removes all text before it."""
+def _expand(parsed_regex: Any) -> list[str]:
+    """Return all texts that a parsed regular expression matches. Ignore every repetition such as `x+`, and everything before it."""
     texts = [""]
-    for operator, argument in tree:
-        name = str(operator)
-        if name == "LITERAL":
-            ends = [chr(argument)]
-        elif name == "ANY":
+    for operator, operand in parsed_regex:
+        operator_name = str(operator)
+        if operator_name == "LITERAL":
+            ends = [chr(operand)]
+        elif operator_name == "ANY":
             ends = ["."]
-        elif name == "SUBPATTERN":
-            ends = _expand(argument[-1])
-        elif name == "BRANCH":
-            ends = [text for branch in argument[1] for text in _expand(branch)]
-        elif name == "AT":
+        elif operator_name == "SUBPATTERN":
+            ends = _expand(operand[-1])
+        elif operator_name == "BRANCH":
+            ends = [text for branch in operand[1] for text in _expand(branch)]
+        elif operator_name == "AT":
             continue
-        elif name in ("MAX_REPEAT", "MIN_REPEAT") and argument[0] == 0 and argument[1] == 1:
-            ends = ["", *_expand(argument[2])]
-        elif name in ("MAX_REPEAT", "MIN_REPEAT"):
+        elif operator_name in ("MAX_REPEAT", "MIN_REPEAT") and operand[0] == 0 and operand[1] == 1:
+            ends = ["", *_expand(operand[2])]
+        elif operator_name in ("MAX_REPEAT", "MIN_REPEAT"):
             texts = [""]
             continue
-        elif name == "IN" and all(str(kind) == "LITERAL" for kind, _ in argument):
-            ends = [chr(code) for _, code in argument]
+        elif operator_name == "IN" and all(str(item_operator) == "LITERAL" for item_operator, _ in operand):
+            ends = [chr(character_code) for _, character_code in operand]
         else:
-            raise UnsupportedPattern(f"it contains {name.lower()}")
+            raise UnsupportedPattern(f"it contains {operator_name.lower()}")
         texts = [text + end for text in texts for end in ends]
         if len(texts) > MAX_NAMES:
             raise UnsupportedPattern(f"it matches more than {MAX_NAMES} names")

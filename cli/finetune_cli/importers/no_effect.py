@@ -1,7 +1,7 @@
 """Removes fields that would have no effect, with a warning for each field that the user set.
 
-The operator refuses a FineTuneJob with a field that would have no effect. Most files of other tools list every option. Without this
-step, the operator would refuse most imported jobs.
+The operator refuses a FineTuneJob with a field that would have no effect. Most files of other tools list every option, so that most imported
+jobs would be refused without this step.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ADAPTER_FIELDS = (
 )  # fmt: skip
 
 
-def _method_of(draft: JobDraft) -> str:
+def _get_method(draft: JobDraft) -> str:
     return str(draft.value("method.type", "lora"))
 
 
@@ -28,74 +28,75 @@ def _is_not_tracked(tracker: Tracker) -> Callable[[JobDraft], bool]:
 
 
 def _is_4bit(draft: JobDraft) -> bool:
-    return _method_of(draft) == "qlora" or draft.value("model.quantization.bits") == 4
+    return _get_method(draft) == "qlora" or draft.value("model.quantization.bits") == 4
 
 
-RULES: tuple[tuple[tuple[str, ...], Callable[[JobDraft], bool], str], ...] = (
-    (("method.lora",), lambda d: _method_of(d) not in LORA_METHOD_NAMES, "the method has no low-rank adapters"),
+NO_EFFECT_RULES: tuple[tuple[tuple[str, ...], Callable[[JobDraft], bool], str], ...] = (
+    (("method.lora",), lambda draft: _get_method(draft) not in LORA_METHOD_NAMES, "the method has no low-rank adapters"),
     (
         tuple(f"method.lora.{name}" for name in ADAPTER_FIELDS),
-        lambda d: _method_of(d) == "adapter",
+        lambda draft: _get_method(draft) == "adapter",
         "the existing adapter defines this value",
     ),
-    (("method.spectrum",), lambda d: _method_of(d) != "spectrum", "the method is not spectrum"),
+    (("method.spectrum",), lambda draft: _get_method(draft) != "spectrum", "the method is not spectrum"),
     (
         ("method.promptLength",),
-        lambda d: _method_of(d) not in ("prefixTuning", "promptTuning"),
+        lambda draft: _get_method(draft) not in ("prefixTuning", "promptTuning"),
         "the method uses no virtual tokens",
     ),
     (
         ("method.spectrum.snrThreshold", "method.spectrum.metric"),
-        lambda d: d.has_value("method.spectrum.layers"),
+        lambda draft: draft.has_value("method.spectrum.layers"),
         "the layers are listed explicitly, so they are not ranked",
     ),
     (
         ("model.quantization.type", "model.quantization.computeDtype", "model.quantization.doubleQuant"),
-        lambda d: not _is_4bit(d),
+        lambda draft: not _is_4bit(draft),
         "the base model is not loaded in 4 bits",
     ),
     (
         ("trainer.maxCompletionLength",),
-        lambda d: d.value("trainer.type", "sft") == "sft",
+        lambda draft: draft.value("trainer.type", "sft") == "sft",
         "sft does not generate completions",
     ),
     (
         ("dataset.responseOnly.questionMarker", "dataset.responseOnly.answerMarker"),
-        lambda d: d.value("dataset.responseOnly.enabled") is False,
+        lambda draft: draft.value("dataset.responseOnly.enabled") is False,
         "the loss covers the whole sequence",
     ),
-    (("dataset.template",), lambda d: d.value("dataset.format") != "custom", "dataset.format is not custom"),
-    (("dataset.mcq",), lambda d: d.value("dataset.format") != "mcq", "dataset.format is not mcq"),
+    (("dataset.template",), lambda draft: draft.value("dataset.format") != "custom", "dataset.format is not custom"),
+    (("dataset.mcq",), lambda draft: draft.value("dataset.format") != "mcq", "dataset.format is not mcq"),
     (
         ("checkpoint.steps",),
-        lambda d: d.value("checkpoint.strategy", "steps") != "steps",
+        lambda draft: draft.value("checkpoint.strategy", "steps") != "steps",
         "checkpoint.strategy is not steps",
     ),
     (
         ("evaluation.steps",),
-        lambda d: d.value("evaluation.strategy", "steps") != "steps",
+        lambda draft: draft.value("evaluation.strategy", "steps") != "steps",
         "evaluation.strategy is not steps",
     ),
-    (("output.hub",), lambda d: not d.value("output.hub.push"), "output.hub.push is false"),
+    (("output.hub",), lambda draft: not draft.value("output.hub.push"), "output.hub.push is false"),
     (("tracking.mlflow",), _is_not_tracked(Tracker.MLFLOW), "mlflow is not in tracking.reportTo"),
     (("tracking.wandb",), _is_not_tracked(Tracker.WANDB), "wandb is not in tracking.reportTo"),
     (("tracking.mongodb",), _is_not_tracked(Tracker.MONGODB), "mongodb is not in tracking.reportTo"),
-    (("distributed.deepspeed",), lambda d: d.value("distributed.strategy") != "deepspeed", "DeepSpeed is not used"),
-    (("distributed.fsdp",), lambda d: d.value("distributed.strategy") != "fsdp", "FSDP is not used"),
+    (("distributed.deepspeed",), lambda draft: draft.value("distributed.strategy") != "deepspeed", "DeepSpeed is not used"),
+    (("distributed.fsdp",), lambda draft: draft.value("distributed.strategy") != "fsdp", "FSDP is not used"),
     (
         ("evaluation.judge.inputPrice", "evaluation.judge.outputPrice", "evaluation.judge.embedding"),
-        lambda d: not d.has_value("evaluation.judge.model"),
+        lambda draft: not draft.has_value("evaluation.judge.model"),
         "evaluation.judge.model is not set",
     ),
-    (("output.layout",), lambda d: not d.has_value("output.dir"), "output.dir is not set"),
+    (("output.layout",), lambda draft: not draft.has_value("output.dir"), "output.dir is not set"),
 )
+"""Each rule: spec paths, a function that returns whether fields at these paths would have no effect, and the reason."""
 
 
 def remove_options_without_effect(draft: JobDraft) -> None:
-    """Apply the table of rules in order."""
+    """Apply `NO_EFFECT_RULES` in order, so that no field without effect is left in the draft."""
     if draft.value("output.hub.push") is False:
         draft.values.pop("output.hub.push", None)
-    for prefixes, has_no_effect, reason in RULES:
+    for prefixes, has_no_effect, reason in NO_EFFECT_RULES:
         if has_no_effect(draft):
             for prefix in prefixes:
                 draft.remove(prefix, reason)

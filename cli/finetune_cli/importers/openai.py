@@ -1,4 +1,4 @@
-"""`openai`: the importer for a fine-tuning job of an OpenAI-compatible API, as JSON. The job uses the API's JSONL data unchanged."""
+"""`openai`: the importer for a fine-tuning job of an OpenAI-compatible API, as JSON. The FineTuneJob reads the API's JSONL data unchanged."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from typing import Any
 
 from finetune_cli.importers.converters import (
     ConversionError,
-    any_value,
-    text,
+    keep_value,
     to_choice,
     to_integer,
     to_mapping,
     to_number,
+    to_text,
 )
 from finetune_cli.importers.documents import parse_document, parse_json, peek_json
-from finetune_cli.importers.draft import Importer, InputDocument, JobDraft, OptionEntry, Row, ToolDefault
+from finetune_cli.importers.draft import Importer, InputDocument, JobDraft, OptionEntry, OptionRow, ToolDefault
 from finetune_cli.importers.sources import assign_source, is_local
 from finetune_cli.mistakes import Mistake
 from finetune_cli.provenance import ValueOrigin
 
-REPORTED_BY_API = "the API only reports this field"
+REPORTED_BY_API_REASON = "the API only reports this field"
 
 
-def auto_or(convert: Any) -> Any:
-    """Return a converter that turns `auto` into None, so that the default applies."""
+def accept_auto(convert: Any) -> Any:
+    """Return a converter that turns `auto` into None, so that the default is used, and converts other values with `convert`."""
 
-    def read_value(value: Any) -> Any:
+    def convert_unless_auto(value: Any) -> Any:
         if value == "auto":
             return None
         try:
@@ -36,30 +36,30 @@ def auto_or(convert: Any) -> Any:
         except ConversionError as error:
             raise ConversionError(error.problem, f'"auto" or {error.allowed}') from None
 
-    return read_value
+    return convert_unless_auto
 
 
-def _hyperparameter_row(
-    name: str, path: str, convert: Any, methods: tuple[str, ...] = ("supervised", "dpo"), *, is_set_by_combine: bool = False
-) -> Row:
+def _make_hyperparameter_option(
+    name: str, spec_path: str, convert: Any, methods: tuple[str, ...] = ("supervised", "dpo"), *, is_set_by_combine: bool = False
+) -> OptionRow:
     aliases = tuple(f"method.{method}.hyperparameters.{name}" for method in methods)
-    return Row(f"hyperparameters.{name}", path, auto_or(convert), aliases, is_set_by_combine=is_set_by_combine)
+    return OptionRow(f"hyperparameters.{name}", spec_path, accept_auto(convert), aliases, is_set_by_combine=is_set_by_combine)
 
 
-ROWS: tuple[Row, ...] = (
-    Row("model", "model.source", is_required=True, is_set_by_combine=True),
-    Row("training_file", "dataset.train", is_set_by_combine=True, is_required=True),
-    Row("validation_file", "dataset.validation", is_set_by_combine=True),
-    Row("method.type", "trainer.type", to_choice({"supervised": "sft", "dpo": "dpo"}), is_set_by_combine=True),
-    _hyperparameter_row("n_epochs", "training.epochs", to_integer(1, 50)),
-    _hyperparameter_row("batch_size", "training.batchSizePerDevice", to_integer(1), is_set_by_combine=True),
-    _hyperparameter_row("learning_rate_multiplier", "training.learningRate", to_number(exclusive_low=0), is_set_by_combine=True),
-    _hyperparameter_row("beta", "trainer.dpo.beta", to_number(exclusive_low=0, high=2), ("dpo",)),
-    Row("seed", "training.seed", to_integer(0, 4294967295)),
-    Row("suffix", "output.runName.suffix", text),
-    Row("metadata", convert=to_mapping, is_set_by_combine=True),
-    Row("integrations", "tracking.reportTo", any_value, is_set_by_combine=True),
-    *(Row(key, convert=any_value, no_effect=REPORTED_BY_API) for key in (
+OPTION_TABLE: tuple[OptionRow, ...] = (
+    OptionRow("model", "model.source", is_required=True, is_set_by_combine=True),
+    OptionRow("training_file", "dataset.train", is_set_by_combine=True, is_required=True),
+    OptionRow("validation_file", "dataset.validation", is_set_by_combine=True),
+    OptionRow("method.type", "trainer.type", to_choice({"supervised": "sft", "dpo": "dpo"}), is_set_by_combine=True),
+    _make_hyperparameter_option("n_epochs", "training.epochs", to_integer(1, 50)),
+    _make_hyperparameter_option("batch_size", "training.batchSizePerDevice", to_integer(1), is_set_by_combine=True),
+    _make_hyperparameter_option("learning_rate_multiplier", "training.learningRate", to_number(exclusive_low=0), is_set_by_combine=True),
+    _make_hyperparameter_option("beta", "trainer.dpo.beta", to_number(exclusive_low=0, high=2), ("dpo",)),
+    OptionRow("seed", "training.seed", to_integer(0, 4294967295)),
+    OptionRow("suffix", "output.runName.suffix", to_text),
+    OptionRow("metadata", convert=to_mapping, is_set_by_combine=True),
+    OptionRow("integrations", "tracking.reportTo", keep_value, is_set_by_combine=True),
+    *(OptionRow(key, convert=keep_value, no_effect=REPORTED_BY_API_REASON) for key in (
         "id", "object", "created_at", "finished_at", "fine_tuned_model", "organization_id", "result_files", "status", "trained_tokens", "error",
         "estimated_finish", "user_provided_suffix", "shared_with_openai", "usage_metrics", "eval_id",
     )),
@@ -69,19 +69,19 @@ DEFAULTS: tuple[ToolDefault, ...] = (
     ToolDefault("method.type", "lora", "chosen by the importer: the API does not document its method"),
     ToolDefault("dataset.fileFormat", "jsonl", "fixed by the API"),
     ToolDefault(
-        "dataset.responseOnly.enabled", True, "fixed by the API", lambda d: d.value("trainer.type", "sft") == "sft"
+        "dataset.responseOnly.enabled", True, "fixed by the API", lambda draft: draft.value("trainer.type", "sft") == "sft"
     ),
 )
 OPAQUE_PATHS = frozenset({"metadata", "integrations", "error"})
-BASE_RATE = {"sft": 2e-4, "dpo": 5e-6}
-"""Base of the learning rate multiplier: the default learning rates for adapters."""
+BASE_LEARNING_RATE_BY_TRAINER = {"sft": 2e-4, "dpo": 5e-6}
+"""For each objective: the default learning rate for adapters, which the learning rate multiplier multiplies."""
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
-def recognises_input(documents: tuple[InputDocument, ...], words: tuple[str, ...]) -> bool:
-    """Return whether a document is a JSON object with a training file."""
+def recognises_input(documents: tuple[InputDocument, ...], command_words: tuple[str, ...]) -> bool:
+    """Return whether a document is a job of the API: a JSON object with a training file, but without the keys of Together's API."""
     return any(_is_api_job(document) and not _has_flat_hyperparameters(document) for document in documents)
 
 
@@ -96,8 +96,8 @@ def _is_api_job(document: InputDocument) -> bool:
     return "training_file" in peek_json(document)
 
 
-def read(draft: JobDraft) -> Iterator[OptionEntry]:
-    """Yield the fields of the job with file and line. `combine_options` checks the data files."""
+def read_options(draft: JobDraft) -> Iterator[OptionEntry]:
+    """Yield the fields of the job, with file and line. The data files (JSONL) are not read here, but checked by `combine_options`."""
     for word in draft.request.tool_arguments:
         draft.mistakes.append(
             Mistake(
@@ -116,12 +116,12 @@ def read(draft: JobDraft) -> Iterator[OptionEntry]:
 
 
 def _iterate_leaves(value: dict[str, Any], prefix: str, document: InputDocument, lines: dict[str, int]) -> Iterator[OptionEntry]:
-    for key, inner in value.items():
+    for key, member in value.items():
         path = f"{prefix}.{key}" if prefix else key
-        if isinstance(inner, dict) and path not in OPAQUE_PATHS:
-            yield from _iterate_leaves(inner, path, document, lines)
-        elif inner is not None:
-            yield OptionEntry(path, inner, ValueOrigin(f"{document.name}:{lines[path]}" if path in lines else document.name))
+        if isinstance(member, dict) and path not in OPAQUE_PATHS:
+            yield from _iterate_leaves(member, path, document, lines)
+        elif member is not None:
+            yield OptionEntry(path, member, ValueOrigin(f"{document.name}:{lines[path]}" if path in lines else document.name))
 
 
 # --- fields that depend on several options --------------------------------------------------------------------------
@@ -139,11 +139,11 @@ def combine_options(draft: JobDraft) -> None:
     _set_batch_size(draft)
     multiplier = draft.get("hyperparameters.learning_rate_multiplier")
     if multiplier is not None:
-        base = draft.request.base_learning_rate or BASE_RATE[trainer]
+        base_rate = draft.request.base_learning_rate or BASE_LEARNING_RATE_BY_TRAINER[trainer]
         draft.assign(
-            "training.learningRate", float(f"{base * multiplier:.6g}"), "hyperparameters.learning_rate_multiplier"
+            "training.learningRate", float(f"{base_rate * multiplier:.6g}"), "hyperparameters.learning_rate_multiplier"
         )
-        draft.add_note(f"learning_rate_multiplier {multiplier:g} multiplies the default learning rate {base:g}")
+        draft.add_note(f"learning_rate_multiplier {multiplier:g} multiplies the default learning rate {base_rate:g}")
     if trainer != "dpo":
         draft.remove("trainer.dpo", "the method is not dpo")
     _set_annotations(draft)
@@ -151,7 +151,7 @@ def combine_options(draft: JobDraft) -> None:
 
 
 def assign_api_model(draft: JobDraft) -> None:
-    """Set the base model: an open model of the file, or the open model that `--model-map` names for a model of the API."""
+    """Set the base model: the open model in the file, or the open model with which `--model-map` replaces a model of the API."""
     given_option = draft.given_options.get("model")
     if given_option is None or "model.source" in draft.request.overrides:
         return
@@ -173,7 +173,10 @@ def assign_api_model(draft: JobDraft) -> None:
 
 
 def assign_api_data(draft: JobDraft, trainer: str, *, has_only_messages: bool = True) -> None:
-    """Set the data of an API's job, and check the rows of data files that are given. `has_only_messages`: the API's rows for sft are messages."""
+    """Set the data of an API's job, and check the rows of given data files.
+
+    `has_only_messages`: whether the API accepts only messages as rows for sft.
+    """
     data_documents = [document for document in draft.documents if document.path.suffix == ".jsonl"]
     for key, path, document in (
         ("training_file", "dataset.train", data_documents[0] if data_documents else None),
@@ -196,48 +199,48 @@ def assign_api_data(draft: JobDraft, trainer: str, *, has_only_messages: bool = 
         draft.assign_default("dataset.format", "messages", "fixed by the API")
 
 
-def _set_data_source(draft: JobDraft, key: str, path: str, document: InputDocument | None) -> None:
-    given_option = draft.given_options[key]
+def _set_data_source(draft: JobDraft, option_key: str, spec_path: str, document: InputDocument | None) -> None:
+    given_option = draft.given_options[option_key]
     if document is not None:
-        option = "--data" if path == "dataset.train" else "--validation"
-        draft.assign(path, f"file://{document.path}", key)
+        option = "--data" if spec_path == "dataset.train" else "--validation"
+        draft.assign(spec_path, f"file://{document.path}", option_key)
         draft.add_warning(
-            f"{given_option.origin.location}: {key}: {document.path} is a path on this machine, which pods cannot read; give {option} URI"
+            f"{given_option.origin.location}: {option_key}: {document.path} is a path on this machine, which pods cannot read; give {option} URI"
         )
     elif re.match(r"^file-[A-Za-z0-9]+$", str(given_option.value)):
-        option = "--data" if path == "dataset.train" else "--validation"
+        option = "--data" if spec_path == "dataset.train" else "--validation"
         draft.add_warning(
-            f"{given_option.origin.location}: {key}: {given_option.value} is a file of the API; give the same rows with {option} URI"
+            f"{given_option.origin.location}: {option_key}: {given_option.value} is a file of the API; give the same rows with {option} URI"
         )
-        draft.paths_of_invalid_keys[key] = path if path == "dataset.train" else ""
+        draft.paths_of_invalid_keys[option_key] = spec_path if spec_path == "dataset.train" else ""
     else:
-        assign_source(draft, key, path)
+        assign_source(draft, option_key, spec_path)
 
 
 def _check_rows(draft: JobDraft, document: InputDocument, trainer: str) -> None:
-    """Check the keys of the rows, so that data for another method is refused before a GPU is allocated."""
-    # Not splitlines(): it also splits at Unicode line separators, which JSON strings may contain.
+    """Check the keys of the rows, so that data for another method is refused before the job gets a GPU."""
+    # splitlines() would also split at Unicode line separators, which JSON strings may contain.
     mistake = find_row_mistake(document.name, document.text.split("\n"), trainer)
     if mistake is not None:
         draft.mistakes.append(mistake)
 
 
 def find_row_mistake(file_name: str, lines: Iterable[str], trainer: str) -> Mistake | None:
-    """Return the mistake of the first line that is not a JSON object with the keys that sft or dpo needs, or None if there is no such line."""
+    """Return the mistake in the first line that is not a JSON object with the keys that sft or dpo needs, or None if all lines are correct."""
     required_keys = ("input", "preferred_output", "non_preferred_output") if trainer == "dpo" else ("messages",)
-    for number, line in enumerate(lines, 1):
+    for line_number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             reason = getattr(error, "msg", "the row holds a number that is too long, or is nested too deeply")
-            return Mistake(f"{file_name}:{number}", "", f"invalid JSON: {reason}")
+            return Mistake(f"{file_name}:{line_number}", "", f"invalid JSON: {reason}")
         missing_keys = [key for key in required_keys if not isinstance(row, dict) or key not in row]
         if missing_keys:
             present_keys = ", ".join(row) if isinstance(row, dict) else type(row).__name__
             return Mistake(
-                f"{file_name}:{number}",
+                f"{file_name}:{line_number}",
                 ", ".join(missing_keys),
                 f"the key is missing: this row has {present_keys}",
                 f"rows of {trainer} hold {', '.join(required_keys)}",
@@ -246,34 +249,35 @@ def find_row_mistake(file_name: str, lines: Iterable[str], trainer: str) -> Mist
 
 
 def _set_batch_size(draft: JobDraft) -> None:
-    """Set the batch size. In the API the batch size is the number of rows per optimizer step, over all ranks."""
-    rows, key = draft.get("hyperparameters.batch_size"), "hyperparameters.batch_size"
-    if rows is not None:
-        split_batch(draft, key, rows)
+    """Set the batch size from the API's batch size, which counts the rows of an optimizer step over all ranks."""
+    rows_per_step, key = draft.get("hyperparameters.batch_size"), "hyperparameters.batch_size"
+    if rows_per_step is not None:
+        assign_batch_sizes(draft, key, rows_per_step)
 
 
-def split_batch(draft: JobDraft, key: str, rows: int) -> None:
-    """Divide the rows of one optimizer step among the ranks and into micro-batches."""
+def assign_batch_sizes(draft: JobDraft, option_key: str, rows_per_step: int) -> None:
+    """Set micro-batch and accumulation steps so that all ranks together train on `rows_per_step` rows in an optimizer step."""
     ranks = _count_ranks(draft)
-    rows_per_rank = rows // ranks
-    if rows % ranks:
+    rows_per_rank = rows_per_step // ranks
+    if rows_per_step % ranks:
         allowed_sizes = f"{rows_per_rank * ranks} or {(rows_per_rank + 1) * ranks}" if rows_per_rank else str(ranks)
         draft.add_mistake(
-            key,
-            f"{rows} rows per step cannot be divided equally among {ranks} ranks",
+            option_key,
+            f"{rows_per_step} rows per step cannot be divided equally among {ranks} ranks",
             f"write {allowed_sizes}" + (", or change --gpus and --nodes" if draft.request.has_command_line else ""),
         )
         return
     batch_per_device = next(size for size in (4, 3, 2, 1) if rows_per_rank % size == 0)
-    draft.assign("training.batchSizePerDevice", batch_per_device, key)
-    draft.assign("training.gradientAccumulationSteps", rows_per_rank // batch_per_device, key)
+    draft.assign("training.batchSizePerDevice", batch_per_device, option_key)
+    draft.assign("training.gradientAccumulationSteps", rows_per_rank // batch_per_device, option_key)
     draft.add_note(
-        f"batch_size {rows} becomes {batch_per_device} rows per rank, times {rows_per_rank // batch_per_device} accumulation steps, times {ranks} ranks"
+        f"batch_size {rows_per_step} becomes micro-batches of {batch_per_device} rows, times {rows_per_rank // batch_per_device} accumulation steps, "
+        f"times {ranks} ranks"
     )
 
 
 def _count_ranks(draft: JobDraft) -> int:
-    """Return the number of ranks from the options of `finetune import`, because the API's files do not contain the number."""
+    """Return the number of ranks that the options of `finetune import` set, or 1. The files of the API do not contain the number."""
     integer_options = {
         path: assigned.value for path, assigned in draft.request.overrides.items() if isinstance(assigned.value, int)
     }
@@ -306,10 +310,10 @@ def _set_trackers(draft: JobDraft) -> None:
             )
             continue
         draft.assign("tracking.reportTo", ["wandb"], "integrations")
-        ignored = [key for key in options if key not in ("project", "entity", "name")]
-        if ignored:
+        unused_options = [key for key in options if key not in ("project", "entity", "name")]
+        if unused_options:
             draft.add_warning(
-                f"{given_option.origin.location}: integrations: {', '.join(ignored)} of wandb has no effect: a FineTuneJob has no such field"
+                f"{given_option.origin.location}: integrations: {', '.join(unused_options)} of wandb has no effect: a FineTuneJob has no such field"
             )
         for key, path in (
             ("project", "tracking.wandb.project"),
@@ -320,4 +324,4 @@ def _set_trackers(draft: JobDraft) -> None:
                 draft.assign(path, str(options[key]), "integrations")
 
 
-IMPORTER = Importer("openai", "the fine-tuning API", ROWS, DEFAULTS, recognises_input, read, combine_options)
+IMPORTER = Importer("openai", "the fine-tuning API", OPTION_TABLE, DEFAULTS, recognises_input, read_options, combine_options)

@@ -1,21 +1,21 @@
-"""Tools that `finetune import` recognises but does not read: how to recognise their files, and the fields for their most frequent keys."""
+"""Tools whose files `finetune import` recognises but does not read: the keys of these files, and the fields for the most frequent keys."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from finetune_cli.importers.documents import peek_keys
+from finetune_cli.importers.documents import peek_mapping
 from finetune_cli.importers.draft import InputDocument
 
 
 @dataclass(frozen=True)
 class OtherTool:
-    """A tool without an importer. A file of the tool has all `marks` at its top level. `fields`: fields of the spec by the tool's keys."""
+    """A tool without an importer. All `required_keys` are at the top level of its files. `field_by_key`: for its most frequent keys, the spec field."""
 
     title: str
-    marks: tuple[str, ...]
-    fields: Mapping[str, str]
+    required_keys: tuple[str, ...]
+    field_by_key: Mapping[str, str]
 
 
 OTHER_TOOLS: tuple[OtherTool, ...] = (
@@ -48,16 +48,16 @@ OTHER_TOOLS: tuple[OtherTool, ...] = (
 )  # fmt: skip
 
 
-def recognise(documents: tuple[InputDocument, ...]) -> OtherTool | None:
-    """Return the tool whose file is among the documents, or None."""
+def find_other_tool(documents: tuple[InputDocument, ...]) -> OtherTool | None:
+    """Return the tool to which one of the documents belongs, or None."""
     for document in documents:
-        keys = peek_keys(document)
+        document_keys = peek_mapping(document)
         for tool in OTHER_TOOLS:
-            if all(mark in keys for mark in tool.marks):
+            if all(key in document_keys for key in tool.required_keys):
                 return tool
     return None
 
 
 def describe_fields(tool: OtherTool) -> str:
-    """Return the tool's keys with the fields of a FineTuneJob, for the hint of an error."""
-    return ", ".join(f"{key} is {field}" for key, field in tool.fields.items())
+    """Return a list of the tool's keys with their spec fields, for the hint of a mistake."""
+    return ", ".join(f"{key} is {field}" for key, field in tool.field_by_key.items())

@@ -1,4 +1,4 @@
-"""All importers by name (the value of `--from`)."""
+"""All importers by name, which is the value of `--from`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The YAML that an import prints: the FineTuneJob, and the Secret and ConfigMaps to which the job refers."""
+"""Renders the YAML that an import prints: the FineTuneJob, and the Secret and ConfigMaps to which the job refers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from finetune_cli.yaml_writer import to_yaml_stream
 
 
 def render_manifest(import_result: ImportResult, *, with_origins: bool) -> str:
-    """Return all objects as YAML. With `annotate`, a comment after each value names its origin."""
+    """Return all objects as YAML. With `with_origins`, a comment after each value of the spec names the origin of the value."""
     return to_yaml_stream(build_documents(import_result, with_origins=with_origins))
 
 
@@ -41,36 +41,36 @@ def _build_metadata(import_result: ImportResult, name: str) -> dict[str, Any]:
     return {"name": name, **({"namespace": import_result.namespace} if import_result.namespace else {})}
 
 
-def _sort_fields(values: dict[str, Any], model: Any) -> dict[str, Any]:
-    """Sort fields as in the API reference."""
-    result: dict[str, Any] = {}
+def _sort_fields(spec_values: dict[str, Any], model: Any) -> dict[str, Any]:
+    """Return the values of a spec or group, sorted as the fields of `model`, which is their order in the API reference."""
+    sorted_values: dict[str, Any] = {}
     for name, field in model.model_fields.items():
-        wire = field.alias or name
-        if wire in values:
-            inner = next(
+        name_in_api = field.alias or name
+        if name_in_api in spec_values:
+            field_model = next(
                 (
-                    a
-                    for a in (field.annotation, *getattr(field.annotation, "__args__", ()))
-                    if hasattr(a, "model_fields")
+                    annotation
+                    for annotation in (field.annotation, *getattr(field.annotation, "__args__", ()))
+                    if hasattr(annotation, "model_fields")
                 ),
                 None,
             )
-            value = values[wire]
-            result[wire] = _sort_fields(value, inner) if inner is not None and isinstance(value, dict) else value
-    return result
+            value = spec_values[name_in_api]
+            sorted_values[name_in_api] = _sort_fields(value, field_model) if field_model is not None and isinstance(value, dict) else value
+    return sorted_values
 
 
-def _to_commented_map(values: dict[str, Any], prefix: str, assigned_values: dict[str, AssignedValue]) -> Any:
+def _to_commented_map(spec_values: dict[str, Any], prefix: str, assigned_values: dict[str, AssignedValue]) -> Any:
     from ruamel.yaml.comments import CommentedMap
 
-    result = CommentedMap()
-    for key, value in values.items():
+    commented_map = CommentedMap()
+    for key, value in spec_values.items():
         path = f"{prefix}.{key}" if prefix else key
-        result[key] = _to_commented_map(value, path, assigned_values) if isinstance(value, dict) else _to_flow_list(value)
+        commented_map[key] = _to_commented_map(value, path, assigned_values) if isinstance(value, dict) else _to_flow_list(value)
         if path in assigned_values:
             comment = describe_origin(assigned_values[path])
-            result.yaml_add_eol_comment(comment, key)
-    return result
+            commented_map.yaml_add_eol_comment(comment, key)
+    return commented_map
 
 
 def _to_flow_list(value: Any) -> Any:
@@ -84,7 +84,7 @@ def _to_flow_list(value: Any) -> Any:
 
 
 def describe_origin(assigned_value: AssignedValue) -> str:
-    """Describe the origin of a value: location and key, or the reason for a default."""
+    """Return a text about the origin of a value: its location and key or, for a default, its reason."""
     if assigned_value.key and assigned_value.origin.location.endswith(assigned_value.key):
         return assigned_value.origin.location
     return f"{assigned_value.origin.location} {assigned_value.key}".strip()

@@ -1,7 +1,7 @@
 """Runs an import: precedence, conversion, defaults, checks, and the report of all mistakes at once.
 
-Later values override earlier ones: the tool's defaults < its files in order < its command line < options of `finetune import`.
-The API's rules check the result. Each problem is reported with the key and location in the user's own file.
+Precedence, from lowest to highest: the tool's defaults, its files in their order, its command line, the options of `finetune import`.
+The rules of the FineTuneJob API check the result. Each problem is reported with the key and location in the user's own file.
 """
 
 from __future__ import annotations
@@ -14,13 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from finetune_api.names import KIND, MAX_NAME_LENGTH, NAME_PATTERN
-from finetune_api.rules import OPTIMIZERS_FOR_SHARDED_WEIGHTS, Problem, check
+from finetune_api.rules import OPTIMIZERS_FOR_SHARDED_WEIGHTS, Problem, check_spec
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.enums import DatasetFormat, MethodType, StrategyType, TrainerType
-from finetune_api.support import unsupported_fields
+from finetune_api.support import find_unsupported_fields
 from pydantic import ValidationError
 
-from finetune_cli.field_errors import FieldError, field_errors, is_within, locations_to_remove, path_of
+from finetune_cli.field_errors import (
+    FieldError,
+    find_locations_to_remove,
+    is_within,
+    iterate_field_errors,
+    to_dotted_path,
+)
 from finetune_cli.files import UnreadableFile, read_text
 from finetune_cli.importers.converters import ConversionError
 from finetune_cli.importers.documents import parse_document, parse_json
@@ -31,23 +37,23 @@ from finetune_cli.importers.draft import (
     InputDocument,
     JobDraft,
     OptionEntry,
+    OptionRow,
     Request,
-    Row,
     ToolDefault,
 )
 from finetune_cli.importers.no_effect import remove_options_without_effect
 from finetune_cli.importers.options import assign_secret_reference
-from finetune_cli.importers.other_tools import describe_fields, recognise
+from finetune_cli.importers.other_tools import describe_fields, find_other_tool
 from finetune_cli.mistakes import InvalidInput, Mistake
 from finetune_cli.overrides import hint_for_option
 from finetune_cli.provenance import AssignedValue
 from finetune_cli.redaction import REDACTED_TEXT, SECRET_NAME_PATTERN, contains_secret
-from finetune_cli.suggestions import closest_name
+from finetune_cli.suggestions import find_closest_name
 
 
 @dataclass(frozen=True)
 class ImportResult:
-    """The result of an import: a FineTuneJob with the origin of every value."""
+    """The result of an import: the FineTuneJob, the origin of each of its values, the objects that it needs, and the messages to the user."""
 
     importer: Importer
     name: str
@@ -61,11 +67,11 @@ class ImportResult:
     warnings: list[str]
     notes: list[str]
     reasons: dict[str, str]
-    """For every key of the user that sets no field: the reason."""
+    """For each key of the user that sets no field of its own: the reason."""
 
 
 def run_import(request: Request, importers: dict[str, Importer]) -> ImportResult:
-    """Import the files of a request. Raises InvalidInput with all mistakes; secrets in their texts are redacted."""
+    """Import the files of a request with the importer that they belong to. Raise InvalidInput with all mistakes, without secrets in their texts."""
     _check_namespace(request)
     documents = load_documents(request.files)
     importer = choose_importer(documents, request, importers)
@@ -75,8 +81,8 @@ def run_import(request: Request, importers: dict[str, Importer]) -> ImportResult
 
 
 def import_documents(request: Request, documents: tuple[InputDocument, ...], importer: Importer) -> ImportResult:
-    """Import documents with this importer. Raises InvalidInput with all mistakes; secrets in their texts are redacted."""
-    draft = JobDraft(request, importer.rows, job_name(request, documents), documents)
+    """Import documents with this importer. Raise InvalidInput with all mistakes, without secrets in their texts."""
+    draft = JobDraft(request, importer.option_table, choose_job_name(request, documents), documents)
     _read_options(importer, draft)
     _check_required(draft)
     importer.combine_options(draft)
@@ -84,7 +90,7 @@ def import_documents(request: Request, documents: tuple[InputDocument, ...], imp
     _apply_defaults(importer, draft)
     _apply_overrides(draft)
     remove_options_without_effect(draft)
-    spec = _check_spec(draft, names_features=importer.reports_every_key)
+    spec = _check_spec(draft, counts_problems_as_features=importer.reports_every_key)
     _refuse_secrets(draft)
     if importer.reports_every_key:
         _note_keys_without_field(draft)
@@ -98,11 +104,11 @@ def import_documents(request: Request, documents: tuple[InputDocument, ...], imp
 
 
 def _note_keys_without_field(draft: JobDraft) -> None:
-    """Add one note for each reason why keys set no field, with all keys that have this reason."""
-    reported = " ".join(draft.warnings)
+    """Add one note for each reason why keys set no field. The note lists all keys with this reason that no warning names."""
+    warnings_text = " ".join(draft.warnings)
     keys_by_reason: dict[str, list[str]] = {}
     for key, reason in draft.reasons.items():
-        if f" {key} " not in f" {reported.replace(',', ' ').replace(':', ' ')} ":
+        if f" {key} " not in f" {warnings_text.replace(',', ' ').replace(':', ' ')} ":
             keys_by_reason.setdefault(reason, []).append(key)
     for reason, keys in keys_by_reason.items():
         draft.add_note(f"{', '.join(keys)}: {reason}")
@@ -116,12 +122,12 @@ def _check_benchmarks_option(draft: JobDraft) -> None:
 
 
 def _apply_defaults(importer: Importer, draft: JobDraft) -> None:
-    """Apply the tool's defaults to fields without a value, except defaults that this job cannot use."""
+    """Apply the tool's defaults to fields without a value. A note lists the defaults that this job cannot use."""
     skipped_by_reason: dict[str, list[str]] = {}
     for default in importer.defaults:
         if not default.is_applicable(draft):
             continue
-        reason = _unusable_because(default, draft)
+        reason = _find_reason_unusable(default, draft)
         if reason is None:
             draft.assign_default(default.path, default.value, default.origin)
         elif not draft.has_value(default.path):
@@ -130,8 +136,8 @@ def _apply_defaults(importer: Importer, draft: JobDraft) -> None:
         draft.add_note(f"{reason}, so the defaults of FineTuneJob replace those of the tool: {', '.join(fields)}")
 
 
-def _unusable_because(default: ToolDefault, draft: JobDraft) -> str | None:
-    """Return the reason why this job cannot use a default of the tool, or None if the default is usable."""
+def _find_reason_unusable(default: ToolDefault, draft: JobDraft) -> str | None:
+    """Return the reason why this job cannot use a default of the tool, or None if it can."""
     if default.needs_gpu and draft.value("resources.gpusPerNode") == 0:
         return "the job uses no GPU"
     optimizer = default.value if default.path == "training.optimizer" else None
@@ -144,21 +150,21 @@ def _unusable_because(default: ToolDefault, draft: JobDraft) -> str | None:
 
 
 def _apply_overrides(draft: JobDraft) -> None:
-    """Apply the options of `finetune import`. A null removes a field or a whole group."""
+    """Apply the overrides: the fields that options of `finetune import` set. An override with null removes a field or a whole group."""
     for path, assigned in draft.request.overrides.items():
-        for known in [value_path for value_path in draft.values if is_within(value_path, path)]:
-            del draft.values[known]
+        for overridden_path in [value_path for value_path in draft.values if is_within(value_path, path)]:
+            del draft.values[overridden_path]
         if assigned.value is not None:
             draft.values[path] = assigned
 
 
 def _refuse_secrets(draft: JobDraft) -> None:
-    """Record a mistake for each value that looks like a secret. Everyone who may read the job can see its spec."""
+    """Record a mistake for each value that looks like a secret, because all users who may read the job can see its spec."""
     hint = "remove it; refer to a Secret with model.tokenSecretRef, or in placement.env with secretKeyRef"
-    reported = {mistake.key for mistake in draft.mistakes}
+    reported_keys = {mistake.key for mistake in draft.mistakes}
     for path, assigned in draft.values.items():
         key = assigned.key or f"spec.{path}"
-        if contains_secret(assigned.value) and key not in reported:
+        if contains_secret(assigned.value) and key not in reported_keys:
             draft.mistakes.append(
                 Mistake(assigned.origin.location, key, "the value looks like a token or password", hint)
             )
@@ -177,9 +183,9 @@ def _redact_mistake(draft: JobDraft, mistake: Mistake) -> Mistake:
 
 
 def load_documents(files: Iterable[Path]) -> tuple[InputDocument, ...]:
-    """Read all files. A folder becomes a Document without text, because the importer reads the folder's files.
+    """Read all files. A folder becomes an InputDocument without text, because the importer itself reads the folder's files.
 
-    Raises InvalidInput for unreadable or empty files.
+    Raise InvalidInput for unreadable or empty files.
     """
     mistakes: list[Mistake] = []
     documents: list[InputDocument] = []
@@ -202,7 +208,7 @@ def load_documents(files: Iterable[Path]) -> tuple[InputDocument, ...]:
 
 
 def choose_importer(documents: tuple[InputDocument, ...], request: Request, importers: dict[str, Importer]) -> Importer:
-    """Return the importer given with `--from`, or the only importer that recognises the files. Raises InvalidInput."""
+    """Return the importer that `--from` names, or the only importer that recognises the files. Raise InvalidInput if there is none or more than one."""
     known_importers = ", ".join(importers)
     if request.source is not None:
         if request.source not in importers:
@@ -227,7 +233,7 @@ def choose_importer(documents: tuple[InputDocument, ...], request: Request, impo
     file_names = ", ".join(document.name for document in documents) or "command line"
     if not matching:
         _check_syntax(documents)
-        other_tool = recognise(documents)
+        other_tool = find_other_tool(documents)
         if other_tool is not None:
             message = f"this is a configuration of {other_tool.title}, which has no importer"
             raise InvalidInput([Mistake(file_names, "", message, f"write a FineTuneJob: {describe_fields(other_tool)}")])
@@ -255,7 +261,7 @@ def choose_importer(documents: tuple[InputDocument, ...], request: Request, impo
 
 
 def _check_syntax(documents: tuple[InputDocument, ...]) -> None:
-    """Raises InvalidInput if an unrecognised file is invalid YAML or JSON, or a FineTuneJob."""
+    """Raise InvalidInput if one of the files, which no importer recognises, is invalid YAML or JSON, or already a FineTuneJob."""
     for document in documents:
         if document.path.suffix.lower() in (".yaml", ".yml"):
             tree = parse_document(document)
@@ -266,8 +272,8 @@ def _check_syntax(documents: tuple[InputDocument, ...]) -> None:
             parse_json(document)
 
 
-def job_name(request: Request, documents: tuple[InputDocument, ...]) -> str:
-    """Return the name of the FineTuneJob: from `--name`, or from the name of the first file."""
+def choose_job_name(request: Request, documents: tuple[InputDocument, ...]) -> str:
+    """Return the name of the FineTuneJob, from `--name` or from the name of the first file. Raise InvalidInput if `--name` is invalid."""
     if request.name is not None:
         if not re.match(NAME_PATTERN, request.name) or len(request.name) > MAX_NAME_LENGTH:
             raise InvalidInput([
@@ -288,7 +294,7 @@ def _check_namespace(request: Request) -> None:
 
 
 def to_job_name(text: str) -> str:
-    """Turn a text into a valid name of a FineTuneJob, or an empty string if no valid character is left."""
+    """Turn a text into a valid name of a FineTuneJob, or into an empty string if the text has no letter a-z."""
     name = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-").lstrip("0123456789-")
     return name[:MAX_NAME_LENGTH].strip("-")
 
@@ -296,48 +302,49 @@ def to_job_name(text: str) -> str:
 # --- from entries to values -----------------------------------------------------------------------------------------
 
 
-COMMAND_LINE = "command line"
-"""Prefix of the location of every flag."""
+COMMAND_LINE_LOCATION = "command line"
+"""The location of each flag begins with this text."""
 
 
 def _read_options(importer: Importer, draft: JobDraft) -> None:
-    """Convert every entry by its row in the tool's table. A later entry of an option overrides an earlier entry."""
-    by_key = {importer.normalise_key(spelling): row for row in importer.rows for spelling in (row.key, *row.aliases)}
-    last_by_key: dict[str, tuple[Row, OptionEntry]] = {}
+    """Convert each entry by the `OptionRow` of its key. A later entry overrides an earlier entry of the same option."""
+    option_row_by_key = {importer.normalise_key(spelling): option_row for option_row in importer.option_table for spelling in (option_row.key,
+        *option_row.aliases)}
+    last_by_key: dict[str, tuple[OptionRow, OptionEntry]] = {}
     for entry in importer.read_options(draft):
-        row = by_key.get(importer.normalise_key(entry.key))
-        if row is None:
+        option_row = option_row_by_key.get(importer.normalise_key(entry.key))
+        if option_row is None:
             _report_unknown_option(importer, draft, entry)
             continue
         if importer.reports_every_key and is_absent(entry.value):
             draft.add_reason(entry.key, "has no value, so it is not set")
-        if row.is_secret:
+        if option_row.is_secret:
             draft.redact_in_messages(entry.value)
-        if row.key in last_by_key and not row.no_effect and not _overrides_earlier(draft, row, last_by_key[row.key][1], entry):
+        if option_row.key in last_by_key and not option_row.no_effect and not _overrides_earlier(draft, option_row, last_by_key[option_row.key][1], entry):
             continue
-        last_by_key[row.key] = (row, entry)
-    for row, entry in last_by_key.values():
-        _convert_entry(row, entry, draft, is_note=importer.reports_every_key)
+        last_by_key[option_row.key] = (option_row, entry)
+    for option_row, entry in last_by_key.values():
+        _convert_entry(option_row, entry, draft, adds_reason=importer.reports_every_key)
 
 
-def _overrides_earlier(draft: JobDraft, row: Row, first_entry: OptionEntry, second_entry: OptionEntry) -> bool:
+def _overrides_earlier(draft: JobDraft, option_row: OptionRow, first_entry: OptionEntry, second_entry: OptionEntry) -> bool:
     """Return whether the second entry of an option overrides the first.
 
-    Two spellings of an option in one file with different values are a mistake, because the order in a file has no meaning.
+    Record a mistake if one file has two spellings of the option with different values, because the order in a file has no meaning.
     """
-    if first_entry.key == second_entry.key or _file_of(first_entry) != _file_of(second_entry):
+    if first_entry.key == second_entry.key or _get_file_name(first_entry) != _get_file_name(second_entry):
         return True
-    if first_entry.origin.location.startswith(COMMAND_LINE):
+    if first_entry.origin.location.startswith(COMMAND_LINE_LOCATION):
         draft.add_note(f"{second_entry.origin.location}: {second_entry.key} overrides {first_entry.key}")
         return True
     if _is_unset(second_entry.value) or str(first_entry.value) == str(second_entry.value):
         return False
     if not _is_unset(first_entry.value):
-        draft.paths_of_invalid_keys[row.key] = row.path
+        draft.paths_of_invalid_keys[option_row.key] = option_row.path
         locations = ", ".join(dict.fromkeys((first_entry.origin.location, second_entry.origin.location)))
         values = (
             f"{REDACTED_TEXT} and {REDACTED_TEXT}"
-            if row.is_secret
+            if option_row.is_secret
             else f"{_format_value(first_entry.value)} and {_format_value(second_entry.value)}"
         )
         draft.mistakes.append(
@@ -348,31 +355,34 @@ def _overrides_earlier(draft: JobDraft, row: Row, first_entry: OptionEntry, seco
     return True
 
 
-def _file_of(entry: OptionEntry) -> str:
-    """Return the file name from the location of an entry, without the line number."""
+def _get_file_name(entry: OptionEntry) -> str:
+    """Return the location of an entry without the line number: a file name, or the command line."""
     return re.sub(r":\d+$", "", entry.origin.location)
 
 
 def _is_unset(value: Any) -> bool:
-    """Return whether a value is absent or `auto`, so that another spelling of the option may set the value."""
+    """Return whether a value is absent or `auto`. Another spelling of the option may then give the value."""
     return is_absent(value) or value == "auto"
 
 
-CUTOFF_FOR_TYPING_ERRORS = 0.86
-"""Similarity from which an unknown key counts as a typing error, even if the tool ignores unknown keys."""
+TYPING_ERROR_SIMILARITY = 0.86
+"""Similarity to a known key, from 0 to 1, above which an unknown key is refused as a typing error even if the tool ignores unknown keys."""
 
 
 def _report_unknown_option(importer: Importer, draft: JobDraft, entry: OptionEntry) -> None:
-    """Record an unknown key. The message says whether a group was written as a single value, or a single value as a group."""
+    """Record a mistake about an unknown key, or a warning if the tool ignores unknown keys.
+
+    The message says if the user wrote a group of options as a single value, or a single value as a group.
+    """
     if SECRET_NAME_PATTERN.search(entry.key):
         draft.redact_in_messages(entry.value)
-    known_keys = [key for row in importer.rows for key in (row.key, *row.aliases)]
+    known_keys = [key for option_row in importer.option_table for key in (option_row.key, *option_row.aliases)]
     if importer.ignores_unknown_keys and is_absent(entry.value):
         draft.add_reason(entry.key, "has no value, so it is not set")
         return
-    if importer.ignores_unknown_keys and not difflib.get_close_matches(entry.key, known_keys, 1, CUTOFF_FOR_TYPING_ERRORS):
+    if importer.ignores_unknown_keys and not difflib.get_close_matches(entry.key, known_keys, 1, TYPING_ERROR_SIMILARITY):
         draft.add_reason(entry.key, "the tool does not know this key and ignores it")
-        draft.add_warning(f"{entry.origin.location}: {entry.key}: {importer.title} does not know this key and ignores it, so the import does, too")
+        draft.add_warning(f"{entry.origin.location}: {entry.key}: {importer.title} does not know this key and ignores it, so the import ignores it, too")
         return
     option_in_group = next((key for key in known_keys if key.startswith(f"{entry.key}.")), None)
     enclosing_option = next((key for key in known_keys if entry.key.startswith(f"{key}.")), None)
@@ -384,7 +394,7 @@ def _report_unknown_option(importer: Importer, draft: JobDraft, entry: OptionEnt
     elif enclosing_option is not None:
         message, hint = "unknown key", f"{enclosing_option} takes a single value and is not a group"
     else:
-        closest = closest_name(entry.key, known_keys)
+        closest = find_closest_name(entry.key, known_keys)
         message = "unknown key"
         hint = f"did you mean {closest}?" if closest else f"it is not an option of {importer.title}; remove it"
     draft.mistakes.append(Mistake(entry.origin.location, entry.key, message, hint))
@@ -395,40 +405,40 @@ def is_absent(value: Any) -> bool:
     return value is None or (isinstance(value, str) and value.strip() in ("", "null", "~"))
 
 
-def _convert_entry(row: Row, entry: OptionEntry, draft: JobDraft, *, is_note: bool = False) -> None:
-    if row.empty_is_absent and is_absent(entry.value):
-        if row.is_required:
-            draft.paths_of_invalid_keys[row.key] = row.path
+def _convert_entry(option_row: OptionRow, entry: OptionEntry, draft: JobDraft, *, adds_reason: bool = False) -> None:
+    if option_row.empty_is_absent and is_absent(entry.value):
+        if option_row.is_required:
+            draft.paths_of_invalid_keys[option_row.key] = option_row.path
             draft.mistakes.append(Mistake(entry.origin.location, entry.key, "this required option is empty"))
         return
-    if row.missing_feature:
-        _refuse_unless_neutral(row, entry, draft)
+    if option_row.missing_feature:
+        _refuse_unless_neutral(option_row, entry, draft)
         return
-    if row.no_effect and is_note:
-        draft.add_reason(entry.key, f"no effect: {row.no_effect}")
+    if option_row.no_effect and adds_reason:
+        draft.add_reason(entry.key, f"no effect: {option_row.no_effect}")
         return
-    if row.no_effect:
-        draft.add_warning(f"{entry.origin.location}: {entry.key} has no effect: {row.no_effect}")
+    if option_row.no_effect:
+        draft.add_warning(f"{entry.origin.location}: {entry.key} has no effect: {option_row.no_effect}")
         return
     try:
-        value = row.convert(entry.value)
+        value = option_row.convert(entry.value)
     except ConversionError as error:
-        draft.paths_of_invalid_keys[row.key] = row.path
-        shown_value = REDACTED_TEXT if row.is_secret else _format_value(entry.value)
+        draft.paths_of_invalid_keys[option_row.key] = option_row.path
+        shown_value = REDACTED_TEXT if option_row.is_secret else _format_value(entry.value)
         hint = f"allowed: {error.allowed}" + (f"; did you mean {error.closest}?" if error.closest else "")
         draft.mistakes.append(Mistake(entry.origin.location, entry.key, f"{shown_value} {error.problem}", hint))
         return
-    draft.given_options[row.key] = GivenOption(row, entry.key, value, entry.value, entry.origin)
-    if row.path and not row.is_set_by_combine and value is not None:
-        draft.assign(row.path, value, row.key)
+    draft.given_options[option_row.key] = GivenOption(option_row, entry.key, value, entry.value, entry.origin)
+    if option_row.path and not option_row.is_set_by_combine and value is not None:
+        draft.assign(option_row.path, value, option_row.key)
 
 
-def _refuse_unless_neutral(row: Row, entry: OptionEntry, draft: JobDraft) -> None:
-    """Refuse an option whose feature a FineTuneJob does not have, unless the value turns the feature off."""
-    if any(entry.value == value and isinstance(entry.value, bool) is isinstance(value, bool) for value in (*NEUTRAL_VALUES, *row.neutral_values)):
-        draft.add_reason(entry.key, f"no effect: this value turns {row.missing_feature} off, as in every FineTuneJob")
+def _refuse_unless_neutral(option_row: OptionRow, entry: OptionEntry, draft: JobDraft) -> None:
+    """Refuse an option whose feature a FineTuneJob does not have, unless its value turns the feature off."""
+    if any(entry.value == value and isinstance(entry.value, bool) is isinstance(value, bool) for value in (*NEUTRAL_VALUES, *option_row.neutral_values)):
+        draft.add_reason(entry.key, f"no effect: this value turns off a feature that a FineTuneJob does not support: {option_row.missing_feature}")
     else:
-        draft.refuse_feature_at(entry.origin.location, entry.key, row.missing_feature, row.hint)
+        draft.refuse_feature_at(entry.origin.location, entry.key, option_row.missing_feature, option_row.hint)
 
 
 def _format_value(value: Any) -> str:
@@ -440,15 +450,15 @@ def _format_value(value: Any) -> str:
 
 
 def _check_required(draft: JobDraft) -> None:
-    """Record a mistake for every required option that is missing, unless an override sets its field."""
-    for row in draft.rows:
-        if row.is_required and not draft.has_key(row.key) and row.path not in draft.request.overrides:
-            draft.paths_of_invalid_keys[row.key] = row.path
-            option = {"model.source": "--model", "dataset.train": "--data"}.get(row.path)
+    """Record a mistake for each required option that is missing, unless an override sets its field."""
+    for option_row in draft.option_table:
+        if option_row.is_required and not draft.has_key(option_row.key) and option_row.path not in draft.request.overrides:
+            draft.paths_of_invalid_keys[option_row.key] = option_row.path
+            option = {"model.source": "--model", "dataset.train": "--data"}.get(option_row.path)
             draft.mistakes.append(
                 Mistake(
                     draft.location,
-                    row.key,
+                    option_row.key,
                     "this required option is missing",
                     f"add it, or give {option} URI" if option else "add it",
                 )
@@ -462,19 +472,19 @@ def nest_values(values: dict[str, AssignedValue]) -> dict[str, Any]:
     """Turn values at dotted paths into a nested spec."""
     spec: dict[str, Any] = {}
     for path, assigned in values.items():
-        group = spec
+        enclosing_group = spec
         *groups, last = path.split(".")
         for name in groups:
-            group = group.setdefault(name, {})
-        group[last] = assigned.value
+            enclosing_group = enclosing_group.setdefault(name, {})
+        enclosing_group[last] = assigned.value
     return spec
 
 
-def _check_spec(draft: JobDraft, *, names_features: bool = False) -> dict[str, Any]:
+def _check_spec(draft: JobDraft, *, counts_problems_as_features: bool = False) -> dict[str, Any]:
     """Check the values of the draft with the API's models and rules, and return them as a nested spec.
 
-    If `names_features` is true, a problem that a rule finds counts as a missing feature and not as a mistake, because the tool accepts the
-    values.
+    `counts_problems_as_features`: whether a problem that a rule finds is reported as a feature that a FineTuneJob does not have, because the
+    tool accepts these values.
     """
     values = dict(draft.values)
     reported_errors: list[FieldError] = []
@@ -483,28 +493,28 @@ def _check_spec(draft: JobDraft, *, names_features: bool = False) -> dict[str, A
             spec = FineTuneJobSpec.model_validate(nest_values(values))
             break
         except ValidationError as error:
-            new_errors = list(field_errors(error, reported_errors))
+            new_errors = list(iterate_field_errors(error, reported_errors))
             reported_errors += new_errors
             for field_error in new_errors:
                 draft.paths_of_invalid_keys[field_error.path] = field_error.path
                 draft.mistakes.append(
-                    _mistake_of_problem(
+                    _to_mistake(
                         draft, Problem(field_error.path, "Shape", field_error.message, field_error.hint)
                     )
                 )
-            for location in map(path_of, locations_to_remove(error)):
-                for known in [
+            for location in map(to_dotted_path, find_locations_to_remove(error)):
+                for invalid_path in [
                     value_path
                     for value_path in values
                     if is_within(location, value_path) or is_within(value_path, location)
                 ]:
-                    del values[known]
+                    del values[invalid_path]
     else:
         return nest_values(values)
     for problem in _find_problems(spec, draft):
-        _record_problem(problem, draft, is_missing_feature=names_features)
+        _record_problem(problem, draft, is_missing_feature=counts_problems_as_features)
     if not draft.mistakes:
-        for unsupported in unsupported_fields(spec):
+        for unsupported in find_unsupported_fields(spec):
             if draft.request.drop_unsupported:
                 _drop_field(draft, unsupported)
             else:
@@ -513,12 +523,12 @@ def _check_spec(draft: JobDraft, *, names_features: bool = False) -> dict[str, A
 
 
 def _drop_field(draft: JobDraft, problem: Problem) -> None:
-    """Leave out a field, or one item of a list, that this release does not implement."""
+    """Leave out a field that this release does not implement or, if the field is a list, the item that it does not implement."""
     assigned = draft.values.get(problem.path)
-    item = problem.message.removeprefix("contains ").partition(",")[0]
-    if assigned is not None and isinstance(assigned.value, list) and item in assigned.value and len(assigned.value) > 1:
-        draft.values[problem.path] = replace(assigned, value=[value for value in assigned.value if value != item])
-        draft.add_warning(f"{assigned.origin.location}: {assigned.key or problem.path}: {item} is left out: {problem.message}")
+    list_item = problem.message.removeprefix("contains ").partition(",")[0]
+    if assigned is not None and isinstance(assigned.value, list) and list_item in assigned.value and len(assigned.value) > 1:
+        draft.values[problem.path] = replace(assigned, value=[value for value in assigned.value if value != list_item])
+        draft.add_warning(f"{assigned.origin.location}: {assigned.key or problem.path}: {list_item} is left out: {problem.message}")
         return
     for path in [path for path in draft.values if is_within(path, problem.path)]:
         removed = draft.values.pop(path)
@@ -531,23 +541,23 @@ DISCRIMINATOR_VALUES: dict[str, tuple[str, ...]] = {
     "dataset.format": tuple(DatasetFormat),
     "distributed.strategy": tuple(StrategyType),
 }
-"""Fields that decide which other fields are allowed.
+"""Fields that decide which other fields are allowed, with their allowed values.
 
-If the value of such a field is invalid, a problem is reported only if it would occur with every allowed value.
+If the user's value of such a field is invalid, only problems that would occur with every allowed value are reported.
 """
 
 
 def _find_problems(spec: FineTuneJobSpec, draft: JobDraft) -> list[Problem]:
-    """Return the problems that the rules find. Problems that only result from an unreadable value are left out."""
+    """Return the problems that the rules find, without those that only an already reported invalid value causes."""
     unreadable_paths = [path for path in draft.paths_of_invalid_keys.values() if path]
-    problems = check(spec)
+    problems = check_spec(spec)
     for path in unreadable_paths:
         if path in DISCRIMINATOR_VALUES:
-            group, field = path.split(".")
+            enclosing_group, field = path.split(".")
             for value in DISCRIMINATOR_VALUES[path]:
                 changed_spec = spec.to_wire()
-                changed_spec.setdefault(group, {})[field] = value
-                remaining_problems = {(problem.path, problem.code) for problem in check(FineTuneJobSpec.model_validate(changed_spec))}
+                changed_spec.setdefault(enclosing_group, {})[field] = value
+                remaining_problems = {(problem.path, problem.code) for problem in check_spec(FineTuneJobSpec.model_validate(changed_spec))}
                 problems = [problem for problem in problems if (problem.path, problem.code) in remaining_problems]
     return [
         problem
@@ -556,17 +566,20 @@ def _find_problems(spec: FineTuneJobSpec, draft: JobDraft) -> list[Problem]:
     ]
 
 
-MISSING_SECRETS = {
+SECRETS_TO_CREATE = {
     "output.hub.tokenSecretRef": ("hub", "pushing the model to the hub"),
     "tracking.wandb.apiKeySecretRef": ("wandb", "reporting to wandb"),
     "tracking.mongodb.uriSecretRef": ("mongodb", "reporting to MongoDB"),
 }
-"""For each reference to a Secret that the other tool's files cannot contain: the end of the Secret's name, and the feature that needs the Secret."""
+"""Fields that refer to a Secret which the user must create: the end of the Secret's name, and the feature that needs the Secret."""
 
 
 def _record_problem(problem: Problem, draft: JobDraft, *, is_missing_feature: bool) -> None:
-    """Record a problem as a mistake. If the user can correct the problem in the printed manifest, record a warning instead."""
-    mistake = _mistake_of_problem(draft, problem)
+    """Record a problem as a mistake or, if the user can correct it in the printed manifest, as a warning.
+
+    `is_missing_feature`: whether a mistake also names the problem as a feature that a FineTuneJob does not have.
+    """
+    mistake = _to_mistake(draft, problem)
     is_local_file = problem.code == "SourceInvalid" and str(draft.value(problem.path, "")).startswith("file://")
     is_missing_data = problem.code == "DatasetMissing" and problem.path == "dataset.train"
     is_device_of_another_machine = problem.path == "training.device" and draft.value("training.device") == "mps"
@@ -579,8 +592,8 @@ def _record_problem(problem: Problem, draft: JobDraft, *, is_missing_feature: bo
         draft.add_warning(f"{draft.location}: {problem.message}: give --benchmarks URI, or remove the benchmark from the manifest")
     elif is_local_file:
         return
-    elif problem.path in MISSING_SECRETS:
-        assign_secret_reference(draft, problem.path, *MISSING_SECRETS[problem.path])
+    elif problem.path in SECRETS_TO_CREATE:
+        assign_secret_reference(draft, problem.path, *SECRETS_TO_CREATE[problem.path])
     elif is_device_of_another_machine or problem.code == "CodeExecutionNotAllowed":
         draft.add_warning(f"{mistake} (the operator refuses the job until this is corrected)")
     elif problem.code == "ModelMissing":
@@ -590,23 +603,23 @@ def _record_problem(problem: Problem, draft: JobDraft, *, is_missing_feature: bo
         draft.mistakes.append(replace(mistake, feature=problem.message) if is_missing_feature else mistake)
 
 
-CONFLICTS: dict[tuple[str, str], tuple[tuple[str, str], str]] = {
+CONFLICT_BY_PROBLEM: dict[tuple[str, str], tuple[tuple[str, str], str]] = {
     ("WarmupTwice", "training.warmupRatio"): (("training.warmupSteps", "training.warmupRatio"), "both set the warm-up"),
     ("BestNeedsMatchingSteps", "checkpoint.steps"): (
         ("checkpoint.steps", "evaluation.steps"),
         "the first is not a multiple of the second, but the best checkpoint can only be found if every checkpoint is evaluated",
     ),
 }
-"""For a rule and a field: the two fields that contradict each other, and the contradiction."""
+"""For the error code and the field of a problem: the two fields that contradict each other, and a text about the contradiction."""
 
 
-def _mistake_of_conflict(draft: JobDraft, problem: Problem) -> Mistake | None:
-    """Return the mistake for a conflict of two fields, with both keys and values as in the user's files, or None for other problems."""
+def _to_conflict_mistake(draft: JobDraft, problem: Problem) -> Mistake | None:
+    """Return the mistake for two fields that contradict each other, with both keys and values as in the user's files, or None for any other problem."""
     if problem.code == "HubRepositoryMissing" and problem.path == "output.hub.repository":
-        push, row = draft.values.get("output.hub.push"), next((row for row in draft.rows if row.path == problem.path), None)
-        if push is not None and push.key and row is not None:
-            return Mistake(push.origin.location, push.key, f"{push.key} is true, but {row.key} is missing", f"write {row.key}: org/name")
-    paths, contradiction = CONFLICTS.get((problem.code, problem.path), ((), ""))
+        push, option_row = draft.values.get("output.hub.push"), next((option_row for option_row in draft.option_table if option_row.path == problem.path), None)
+        if push is not None and push.key and option_row is not None:
+            return Mistake(push.origin.location, push.key, f"{push.key} is true, but {option_row.key} is missing", f"write {option_row.key}: org/name")
+    paths, contradiction = CONFLICT_BY_PROBLEM.get((problem.code, problem.path), ((), ""))
     assigned = [(path, draft.values[path]) for path in paths if path in draft.values]
     if len(assigned) < 2 or not all(value.key for _, value in assigned):
         return None
@@ -616,13 +629,13 @@ def _mistake_of_conflict(draft: JobDraft, problem: Problem) -> Mistake | None:
     return Mistake(locations, ", ".join(value.key for _, value in assigned), f"{values}: {contradiction}", hint)
 
 
-def _mistake_of_problem(draft: JobDraft, problem: Problem) -> Mistake:
+def _to_mistake(draft: JobDraft, problem: Problem) -> Mistake:
     """Return the mistake for a problem at a spec path, with the key and location of the value in the user's files."""
-    conflict = _mistake_of_conflict(draft, problem)
+    conflict = _to_conflict_mistake(draft, problem)
     if conflict is not None:
         return conflict
-    group, _, _ = problem.path.rpartition(".")
-    assigned_values = _values_around(draft, problem.path) or (_values_around(draft, group) if "." in group else [])
+    enclosing_group, _, _ = problem.path.rpartition(".")
+    assigned_values = _find_values_around(draft, problem.path) or (_find_values_around(draft, enclosing_group) if "." in enclosing_group else [])
     written_values = [value for value in assigned_values if value.key] or [
         value for value in assigned_values if value.origin.written_by_user
     ]
@@ -632,22 +645,23 @@ def _mistake_of_problem(draft: JobDraft, problem: Problem) -> Mistake:
     locations = ", ".join(dict.fromkeys(value.origin.location for value in written_values))
     override = draft.request.overrides.get(problem.path.partition("[")[0])
     hint = hint_for_option(problem.hint, override.origin.location, problem.path) if override else problem.hint
-    message = _user_spelling(draft, written_values[0]) + problem.message
+    message = _quote_user_spelling(draft, written_values[0]) + problem.message
     return Mistake(locations, keys, message, f"{hint} (spec.{problem.path})" if hint else "")
 
 
-def _values_around(draft: JobDraft, path: str) -> list[AssignedValue]:
-    """Return the values at a path, below the path, and of its enclosing groups."""
+def _find_values_around(draft: JobDraft, spec_path: str) -> list[AssignedValue]:
+    """Return the values of the field or group at a path, of the fields below it, and of the groups that contain it."""
     return [
         assigned
-        for known, assigned in draft.values.items()
-        if is_within(known, path) or path.startswith((known + ".", known + "["))
+        for value_path, assigned in draft.values.items()
+        if is_within(value_path, spec_path) or spec_path.startswith((value_path + ".", value_path + "["))
     ]
 
 
-def _user_spelling(draft: JobDraft, assigned_value: AssignedValue) -> str:
-    """Return `"VALUE" is ` with the user's spelling if the spec spells the value differently, and an empty string otherwise."""
-    given = next((option for option in draft.given_options.values() if option.key == assigned_value.key), None)
-    if given is None or not isinstance(given.raw_value, str) or given.row.is_secret or given.raw_value == str(assigned_value.value):
+def _quote_user_spelling(draft: JobDraft, assigned_value: AssignedValue) -> str:
+    """Return `"VALUE" is ` with the value as the user wrote it if the spec spells it differently, and an empty string otherwise."""
+    given_option = next((option for option in draft.given_options.values() if option.key == assigned_value.key), None)
+    if given_option is None or not isinstance(given_option.raw_value,
+        str) or given_option.option_row.is_secret or given_option.raw_value == str(assigned_value.value):
         return ""
-    return f'"{given.raw_value}" is ' if isinstance(assigned_value.value, str) and not given.raw_value.startswith(("/", ".")) else ""
+    return f'"{given_option.raw_value}" is ' if isinstance(assigned_value.value, str) and not given_option.raw_value.startswith(("/", ".")) else ""

@@ -6,24 +6,37 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from finetune_cli.importers.converters import ConversionError, name_list, to_boolean, to_choice, to_integer, to_number
-from finetune_cli.importers.documents import iterate_entries, parse_document, peek_keys
-from finetune_cli.importers.draft import Importer, InputDocument, JobDraft, OptionEntry, Row, ToolDefault
-from finetune_cli.importers.openai import REPORTED_BY_API, assign_api_data, assign_api_model, split_batch
-from finetune_cli.importers.options import assign_hub_push, assign_secret_reference, group_rows, ignored, refused
+from finetune_cli.importers.converters import (
+    ConversionError,
+    to_boolean,
+    to_choice,
+    to_integer,
+    to_name_list,
+    to_number,
+)
+from finetune_cli.importers.documents import iterate_entries, parse_document, peek_mapping
+from finetune_cli.importers.draft import Importer, InputDocument, JobDraft, OptionEntry, OptionRow, ToolDefault
+from finetune_cli.importers.openai import REPORTED_BY_API_REASON, assign_api_data, assign_api_model, assign_batch_sizes
+from finetune_cli.importers.options import (
+    assign_hub_push,
+    assign_secret_reference,
+    make_ignored_options,
+    make_option_groups,
+    make_refused_options,
+)
 from finetune_cli.mistakes import Mistake
 
-OWN_KEYS = (
+RECOGNISED_KEYS = (
     "n_epochs", "training_type", "training_method", "n_checkpoints", "n_evals", "lora", "lora_r", "train_on_inputs", "batch_size", "warmup_ratio",
     "learning_rate", "wandb_api_key", "wandb_project_name",
 )  # fmt: skip
-"""Keys at the top level of a job, where OpenAI's API has none of these names."""
+"""Keys at the top level of a job of Together's API. A job of OpenAI's API has none of them there."""
 
 
-def word_or(word: str, convert: Any) -> Any:
-    """Return a converter that turns a word such as `auto` or `max` into None, so that the default applies."""
+def accept_word(word: str, convert: Any) -> Any:
+    """Return a converter that turns `word`, such as `auto` or `max`, into None, so that the default is used, and converts other values with `convert`."""
 
-    def read_value(value: Any) -> Any:
+    def convert_unless_word(value: Any) -> Any:
         if value == word:
             return None
         try:
@@ -31,51 +44,53 @@ def word_or(word: str, convert: Any) -> Any:
         except ConversionError as error:
             raise ConversionError(error.problem, f'"{word}" or {error.allowed}') from None
 
-    return read_value
+    return convert_unless_word
 
 
-ROWS: tuple[Row, ...] = (
-    Row("model", "model.source", is_set_by_combine=True, is_required=True),
-    Row("training_file", "dataset.train", is_set_by_combine=True, is_required=True),
-    Row("validation_file", "dataset.validation", is_set_by_combine=True),
-    Row("n_epochs", "training.epochs", to_integer(1)),
-    Row("batch_size", "training.batchSizePerDevice", word_or("max", to_integer(1)), is_set_by_combine=True),
-    Row("learning_rate", "training.learningRate", to_number(exclusive_low=0)),
-    Row("lr_scheduler.lr_scheduler_type", "training.scheduler", to_choice({"linear": "linear", "cosine": "cosine"})),
-    Row("lr_scheduler.lr_scheduler_args.min_lr_ratio", "training.schedulerParameters", to_number(0, 1), ("min_lr_ratio",), is_set_by_combine=True),
-    Row("lr_scheduler.lr_scheduler_args.num_cycles", "training.schedulerParameters", to_number(0), ("scheduler_num_cycles",), is_set_by_combine=True),
-    Row("warmup_ratio", "training.warmupRatio", to_number(0, exclusive_high=1)),
-    Row("max_grad_norm", "training.maxGradNorm", to_number(0)),
-    Row("weight_decay", "training.weightDecay", to_number(0)),
-    Row("n_checkpoints", "checkpoint.strategy", to_integer(0), is_set_by_combine=True),
-    Row("n_evals", "evaluation.strategy", to_integer(0), is_set_by_combine=True),
-    Row("suffix", "output.runName.suffix"),
-    Row("training_type.type", "method.type", to_choice({"Full": "full", "Lora": "lora"}), is_set_by_combine=True),
-    Row("lora", "method.type", to_boolean, is_set_by_combine=True),
-    Row("training_type.lora_r", "method.lora.rank", to_integer(1), ("lora_r",), is_set_by_combine=True),
-    Row("training_type.lora_alpha", "method.lora.alpha", to_number(exclusive_low=0), ("lora_alpha",), is_set_by_combine=True),
-    Row("training_type.lora_dropout", "method.lora.dropout", to_number(0, exclusive_high=1), ("lora_dropout",), is_set_by_combine=True),
-    Row("training_type.lora_trainable_modules", "method.lora.targetModules", name_list, ("lora_trainable_modules",), is_set_by_combine=True),
-    Row("training_method.method", "trainer.type", to_choice({"sft": "sft", "dpo": "dpo"}), is_set_by_combine=True),
-    Row("training_method.train_on_inputs", "dataset.responseOnly.enabled", word_or("auto", to_boolean), ("train_on_inputs",), is_set_by_combine=True),
-    Row("training_method.dpo_beta", "trainer.dpo.beta", to_number(exclusive_low=0), ("dpo_beta",), is_set_by_combine=True),
-    Row("packing", "dataset.packing", to_boolean, is_set_by_combine=True),
-    Row("max_seq_length", "dataset.maxSequenceLength", to_integer(1)),
-    Row("random_seed", "training.seed", to_integer(0, 4294967295), ("seed",)),
-    Row("from_checkpoint", is_set_by_combine=True),
-    Row("wandb_api_key", "tracking.wandb.apiKeySecretRef", aliases=("wandb_key",), is_secret=True, is_set_by_combine=True),
-    Row("wandb_project_name", "tracking.wandb.project", is_set_by_combine=True),
-    Row("wandb_entity", "tracking.wandb.entity", is_set_by_combine=True),
-    Row("wandb_name", "output.runName.name", is_set_by_combine=True),
-    Row("hf_api_token", "model.tokenSecretRef", is_secret=True, is_set_by_combine=True),
-    Row("hf_output_repo_name", "output.hub.repository", is_set_by_combine=True),
-    *group_rows("training_type training_method lr_scheduler lr_scheduler.lr_scheduler_args"),
-    *ignored("set the variable WANDB_BASE_URL in placement.env", "wandb_base_url"),
-    *refused("a loss term of RPO or SimPO", "training_method.rpo_alpha training_method.simpo_gamma rpo_alpha simpo_gamma"),
-    *refused("DPO without a reference model, or normalised by length", "training_method.dpo_reference_free training_method.dpo_normalize_logratios_by_length "
+OPTION_TABLE: tuple[OptionRow, ...] = (
+    OptionRow("model", "model.source", is_set_by_combine=True, is_required=True),
+    OptionRow("training_file", "dataset.train", is_set_by_combine=True, is_required=True),
+    OptionRow("validation_file", "dataset.validation", is_set_by_combine=True),
+    OptionRow("n_epochs", "training.epochs", to_integer(1)),
+    OptionRow("batch_size", "training.batchSizePerDevice", accept_word("max", to_integer(1)), is_set_by_combine=True),
+    OptionRow("learning_rate", "training.learningRate", to_number(exclusive_low=0)),
+    OptionRow("lr_scheduler.lr_scheduler_type", "training.scheduler", to_choice({"linear": "linear", "cosine": "cosine"})),
+    OptionRow("lr_scheduler.lr_scheduler_args.min_lr_ratio", "training.schedulerParameters", to_number(0, 1), ("min_lr_ratio",), is_set_by_combine=True),
+    OptionRow("lr_scheduler.lr_scheduler_args.num_cycles", "training.schedulerParameters", to_number(0), ("scheduler_num_cycles",), is_set_by_combine=True),
+    OptionRow("warmup_ratio", "training.warmupRatio", to_number(0, exclusive_high=1)),
+    OptionRow("max_grad_norm", "training.maxGradNorm", to_number(0)),
+    OptionRow("weight_decay", "training.weightDecay", to_number(0)),
+    OptionRow("n_checkpoints", "checkpoint.strategy", to_integer(0), is_set_by_combine=True),
+    OptionRow("n_evals", "evaluation.strategy", to_integer(0), is_set_by_combine=True),
+    OptionRow("suffix", "output.runName.suffix"),
+    OptionRow("training_type.type", "method.type", to_choice({"Full": "full", "Lora": "lora"}), is_set_by_combine=True),
+    OptionRow("lora", "method.type", to_boolean, is_set_by_combine=True),
+    OptionRow("training_type.lora_r", "method.lora.rank", to_integer(1), ("lora_r",), is_set_by_combine=True),
+    OptionRow("training_type.lora_alpha", "method.lora.alpha", to_number(exclusive_low=0), ("lora_alpha",), is_set_by_combine=True),
+    OptionRow("training_type.lora_dropout", "method.lora.dropout", to_number(0, exclusive_high=1), ("lora_dropout",), is_set_by_combine=True),
+    OptionRow("training_type.lora_trainable_modules", "method.lora.targetModules", to_name_list, ("lora_trainable_modules",), is_set_by_combine=True),
+    OptionRow("training_method.method", "trainer.type", to_choice({"sft": "sft", "dpo": "dpo"}), is_set_by_combine=True),
+    OptionRow("training_method.train_on_inputs", "dataset.responseOnly.enabled", accept_word("auto", to_boolean), ("train_on_inputs",), is_set_by_combine=True),
+    OptionRow("training_method.dpo_beta", "trainer.dpo.beta", to_number(exclusive_low=0), ("dpo_beta",), is_set_by_combine=True),
+    OptionRow("packing", "dataset.packing", to_boolean, is_set_by_combine=True),
+    OptionRow("max_seq_length", "dataset.maxSequenceLength", to_integer(1)),
+    OptionRow("random_seed", "training.seed", to_integer(0, 4294967295), ("seed",)),
+    OptionRow("from_checkpoint", is_set_by_combine=True),
+    OptionRow("wandb_api_key", "tracking.wandb.apiKeySecretRef", aliases=("wandb_key",), is_secret=True, is_set_by_combine=True),
+    OptionRow("wandb_project_name", "tracking.wandb.project", is_set_by_combine=True),
+    OptionRow("wandb_entity", "tracking.wandb.entity", is_set_by_combine=True),
+    OptionRow("wandb_name", "output.runName.name", is_set_by_combine=True),
+    OptionRow("hf_api_token", "model.tokenSecretRef", is_secret=True, is_set_by_combine=True),
+    OptionRow("hf_output_repo_name", "output.hub.repository", is_set_by_combine=True),
+    *make_option_groups("training_type training_method lr_scheduler lr_scheduler.lr_scheduler_args"),
+    *make_ignored_options("set the environment variable WANDB_BASE_URL in placement.env instead", "wandb_base_url"),
+    *make_refused_options("a loss term of RPO or SimPO", "training_method.rpo_alpha training_method.simpo_gamma rpo_alpha simpo_gamma"),
+    *make_refused_options("DPO without a reference model, or normalised by length",
+             "training_method.dpo_reference_free training_method.dpo_normalize_logratios_by_length "
              "dpo_reference_free dpo_normalize_logratios_by_length"),
-    *refused("training on images, video or audio", "multimodal_params.train_vision train_vision"),
-    *ignored(REPORTED_BY_API, "id object status job_id created_at updated_at started_at user_id owner_address output_name adapter_output_name token_count "
+    *make_refused_options("training on images, video or audio", "multimodal_params.train_vision train_vision"),
+    *make_ignored_options(REPORTED_BY_API_REASON,
+             "id object status job_id created_at updated_at started_at user_id owner_address output_name adapter_output_name token_count "
              "param_count total_price total_steps steps_completed epochs_completed evals_completed eval_steps queue_depth wandb_url training_file_num_lines "
              "training_file_size training_file_tokens model_output_name model_output_path events progress TrainingFileNumLines TrainingFileSize "
              "multimodal_params wandb_run_id checkpoints"),
@@ -89,21 +104,21 @@ DEFAULTS: tuple[ToolDefault, ...] = (
     ToolDefault("training.maxGradNorm", 1, "the API's default"),
     ToolDefault("training.weightDecay", 0, "the API's default"),
     ToolDefault(
-        "method.lora.targetModules", ["all-linear"], "the API's default", lambda d: d.value("method.type") == "lora"
+        "method.lora.targetModules", ["all-linear"], "the API's default", lambda draft: draft.value("method.type") == "lora"
     ),
 )
 
 
-def recognises_input(documents: tuple[InputDocument, ...], words: tuple[str, ...]) -> bool:
+def recognises_input(documents: tuple[InputDocument, ...], command_words: tuple[str, ...]) -> bool:
     """Return whether a document names a training file and has keys of Together's API."""
     return any(
-        "training_file" in peek_keys(document) and any(key in peek_keys(document) for key in OWN_KEYS)
+        "training_file" in peek_mapping(document) and any(key in peek_mapping(document) for key in RECOGNISED_KEYS)
         for document in documents
     )
 
 
-def read(draft: JobDraft) -> Iterator[OptionEntry]:
-    """Yield the fields of the job."""
+def read_options(draft: JobDraft) -> Iterator[OptionEntry]:
+    """Yield the fields of the job, with file and line."""
     for word in draft.request.tool_arguments:
         hint = "change the file, or use the options of `finetune import`"
         draft.mistakes.append(Mistake("command line", word, "this importer accepts no options of the training tool's command line", hint))
@@ -124,18 +139,18 @@ def combine_options(draft: JobDraft) -> None:
     assign_api_data(draft, trainer, has_only_messages=False)
     _set_method(draft)
     _set_objective(draft, trainer)
-    rows = draft.get("batch_size")
-    if rows is not None:
-        split_batch(draft, "batch_size", rows)
+    rows_per_step = draft.get("batch_size")
+    if rows_per_step is not None:
+        assign_batch_sizes(draft, "batch_size", rows_per_step)
     elif "batch_size" in draft.given_options:
-        draft.add_reason("batch_size", "max: policy.onOutOfMemory adapts the batch size; the default is used")
+        draft.add_reason("batch_size", "the default batch size replaces max; policy.onOutOfMemory can adapt it")
     _set_schedule(draft)
     _set_intervals(draft)
     _set_results(draft)
 
 
 def _use_hub_name(draft: JobDraft) -> None:
-    """Remove `-Reference` from the model's name: the API adds it to the names of the hub."""
+    """Remove `-Reference` from the model's name, because the API adds it to the name of the model on the hub."""
     option = draft.given_options.get("model")
     if option is not None and str(option.value).endswith("-Reference"):
         draft.given_options["model"] = replace(option, value=str(option.value).removesuffix("-Reference"))
@@ -152,7 +167,7 @@ def _set_method(draft: JobDraft) -> None:
         if option in draft.given_options and is_full:
             draft.add_reason(option, "no effect: all weights are trained")
         elif option in draft.given_options:
-            draft.assign(draft.given_options[option].row.path, draft.get(option), option)
+            draft.assign(draft.given_options[option].option_row.path, draft.get(option), option)
     rank = draft.value("method.lora.rank")
     if rank is not None:
         draft.assign_default("method.lora.alpha", 2 * rank, "the API's default: twice the rank")
@@ -172,7 +187,7 @@ def _set_objective(draft: JobDraft, trainer: str) -> None:
     if draft.get(key) is not None and trainer == "sft":
         draft.assign("dataset.responseOnly.enabled", not draft.get(key), key)
     elif key in draft.given_options:
-        draft.add_reason(key, "auto: the format of the rows decides, as in the API")
+        draft.add_reason(key, "the format of the rows determines which tokens are trained on, as in the API")
     if draft.get("packing") and trainer == "sft":
         draft.assign("dataset.packing", True, "packing")
     elif "packing" in draft.given_options:
@@ -180,19 +195,19 @@ def _set_objective(draft: JobDraft, trainer: str) -> None:
 
 
 def _set_schedule(draft: JobDraft) -> None:
-    ratio, cycles = "lr_scheduler.lr_scheduler_args.min_lr_ratio", "lr_scheduler.lr_scheduler_args.num_cycles"
-    if draft.get(ratio):
+    ratio_key, cycles_key = "lr_scheduler.lr_scheduler_args.min_lr_ratio", "lr_scheduler.lr_scheduler_args.num_cycles"
+    if draft.get(ratio_key):
         if draft.value("training.scheduler") == "linear":
-            draft.refuse_feature(ratio, "a linear schedule that ends above 0", "write cosine, or 0")
+            draft.refuse_feature(ratio_key, "a linear schedule whose learning rate does not fall to 0", "write cosine, or 0")
         else:
-            draft.assign("training.scheduler", "cosineWithMinLr", ratio)
-            draft.assign("training.schedulerParameters", {"min_lr_rate": str(draft.get(ratio))}, ratio)
-    elif ratio in draft.given_options:
-        draft.add_reason(ratio, "0: the schedule ends at 0")
-    if draft.get(cycles) not in (None, 0.5):
-        draft.refuse_feature(cycles, "another number of cosine cycles than a half", "write 0.5")
-    elif cycles in draft.given_options:
-        draft.add_reason(cycles, "half a cycle, as in every FineTuneJob")
+            draft.assign("training.scheduler", "cosineWithMinLr", ratio_key)
+            draft.assign("training.schedulerParameters", {"min_lr_rate": str(draft.get(ratio_key))}, ratio_key)
+    elif ratio_key in draft.given_options:
+        draft.add_reason(ratio_key, "0 is the default: the learning rate falls to 0")
+    if draft.get(cycles_key) not in (None, 0.5):
+        draft.refuse_feature(cycles_key, "a number of cosine cycles other than 0.5", "write 0.5")
+    elif cycles_key in draft.given_options:
+        draft.add_reason(cycles_key, "every FineTuneJob has half a cycle")
 
 
 def _set_intervals(draft: JobDraft) -> None:
@@ -205,7 +220,7 @@ def _set_intervals(draft: JobDraft) -> None:
             "n_evals: the job evaluates once per epoch; set evaluation.strategy and evaluation.steps for another interval"
         )
     elif "n_evals" in draft.given_options:
-        draft.add_reason("n_evals", "no effect: there is no validation set, or no evaluation is asked for")
+        draft.add_reason("n_evals", "no effect: there is no validation set, or n_evals is 0")
 
 
 def _set_results(draft: JobDraft) -> None:
@@ -213,23 +228,23 @@ def _set_results(draft: JobDraft) -> None:
         draft.assign("model.tokenSecretRef", draft.store_secret("hf-token", draft.get("hf_api_token")), "hf_api_token")
     if "hf_output_repo_name" in draft.given_options:
         assign_hub_push(draft, "hf_output_repo_name")
-    names = [
+    given_keys = [
         key
         for key in ("wandb_project_name", "wandb_api_key", "wandb_entity", "wandb_name")
         if key in draft.given_options
     ]
-    if not names:
+    if not given_keys:
         return
-    draft.assign("tracking.reportTo", ["wandb"], names[0])
-    for key in names:
+    draft.assign("tracking.reportTo", ["wandb"], given_keys[0])
+    for key in given_keys:
         if key == "wandb_api_key":
             draft.assign("tracking.wandb.apiKeySecretRef", draft.store_secret("wandb-api-key", draft.get(key)), key)
         else:
-            draft.assign(draft.given_options[key].row.path, draft.get(key), key)
-    if "wandb_api_key" not in names:
+            draft.assign(draft.given_options[key].option_row.path, draft.get(key), key)
+    if "wandb_api_key" not in given_keys:
         assign_secret_reference(draft, "tracking.wandb.apiKeySecretRef", "wandb", "reporting to wandb")
 
 
 IMPORTER = Importer(
-    "together", "Together's API", ROWS, DEFAULTS, recognises_input, read, combine_options, reports_every_key=True
+    "together", "Together's API", OPTION_TABLE, DEFAULTS, recognises_input, read_options, combine_options, reports_every_key=True
 )

@@ -1,7 +1,7 @@
 """`toml`: the importer for a TOML file with sections for training, inference, evaluation, the pipeline and a tracker.
 
-The tool has no defaults, so a missing option gets the value of the tool's main example. Some options get no value: `push_to_hub`, because the
-example would publish the model, and options that name a data set, a server or a run of the example's author.
+The tool has no defaults, so a missing option gets the value that it has in the tool's main example. Two kinds of options get no value:
+`push_to_hub`, because the example publishes the model, and the options that name a data set, server or run of the example's author.
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ from typing import Any
 from finetune_cli.importers.command_lines import (
     add_config_file,
     add_stray_mistakes,
-    flag_entry,
+    build_flag_entry,
     parse_flags,
     strip_launcher,
 )
 from finetune_cli.importers.converters import (
     ConversionError,
-    any_text,
-    any_value,
-    list_of,
-    name_list,
-    run_name,
-    text_or_none,
+    keep_value,
+    to_any_text,
     to_boolean,
     to_choice,
     to_integer,
+    to_list_of,
     to_mapping,
+    to_name_list,
     to_number,
+    to_run_name,
+    to_text_or_none,
 )
-from finetune_cli.importers.draft import Importer, InputDocument, JobDraft, OptionEntry, Row, ToolDefault
+from finetune_cli.importers.draft import Importer, InputDocument, JobDraft, OptionEntry, OptionRow, ToolDefault
 from finetune_cli.importers.sources import assign_output_folder, assign_source
 from finetune_cli.mistakes import InvalidInput, Mistake
 from finetune_cli.provenance import ValueOrigin
@@ -51,13 +51,13 @@ METRIC_NAMES = {
     "answer_accuracy": "answerAccuracy", "answer_relevancy": "answerRelevancy", "answer_correctness": "answerCorrectness",
 }  # fmt: skip
 DEFAULT_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-NAME_KEYS = ("run_name", "run_name_prefix", "run_name_suffix")
-ONE_RUN_NAME = "only the run name in [mlflow] is used"
-AS_TRAINED = "the trained model is loaded with the settings of the training"
+RUN_NAME_KEYS = ("run_name", "run_name_prefix", "run_name_suffix")
+ONE_RUN_NAME_REASON = "the job gets its run name only from [mlflow]"
+TRAINING_SETTINGS_REASON = "the job loads the trained model with the settings of the training"
 
 
 def to_checkpointing_mode(value: Any) -> str:
-    """Convert true, false or "unsloth"."""
+    """Convert true, false or "unsloth" to a value of `training.gradientCheckpointing`."""
     if isinstance(value, bool):
         return "enabled" if value else "disabled"
     if value == "unsloth":
@@ -65,109 +65,111 @@ def to_checkpointing_mode(value: Any) -> str:
     raise ConversionError("is not allowed", 'true, false, "unsloth"')
 
 
-def tuner_row(key: str, *args: Any, **kwargs: Any) -> Row:
-    """Return the row of the option table for a key of [fine_tuner]."""
+def make_tuner_option(option_key: str, *args: Any, **kwargs: Any) -> OptionRow:
+    """Return the row of the option table for a key in the section [fine_tuner]."""
     kwargs["aliases"] = tuple(f"fine_tuner.{alias}" for alias in kwargs.get("aliases", ()))
-    return Row(f"fine_tuner.{key}", *args, **kwargs)
+    return OptionRow(f"fine_tuner.{option_key}", *args, **kwargs)
 
 
 GENERATION_PATH = "evaluation.comparison.generation"
-ROWS: tuple[Row, ...] = (
-    tuner_row("base_model_id", "model.source", is_required=True, is_set_by_combine=True),
-    tuner_row("max_sequence_length", "dataset.maxSequenceLength", to_integer(1)),
-    tuner_row("dtype", "model.dtype", to_choice(DTYPES_BY_NAME)),
-    tuner_row("load_in_4bit", "model.quantization.bits", to_boolean, is_set_by_combine=True),
-    tuner_row("load_in_8bit", "model.quantization.bits", to_boolean, is_set_by_combine=True),
-    tuner_row("full_finetuning", "method.type", to_boolean, is_set_by_combine=True),
-    tuner_row("rank", "method.lora.rank", to_integer(1)),
-    tuner_row("lora_alpha", "method.lora.alpha", to_number(exclusive_low=0)),
-    tuner_row("lora_dropout", "method.lora.dropout", to_number(0, 0.3)),
-    tuner_row("target_modules", "method.lora.targetModules", name_list),
-    tuner_row("bias", "method.lora.bias", to_choice(BIAS_BY_NAME)),
-    tuner_row("use_rslora", "method.lora.rankStabilized", to_boolean),
-    tuner_row("loftq_config", "method.lora.loftq", to_mapping, is_set_by_combine=True),
-    tuner_row("training_data_id", "dataset.train", is_required=True, is_set_by_combine=True),
-    tuner_row("validation_data_id", "dataset.validation", is_set_by_combine=True),
-    tuner_row("dataset_num_proc", "dataset.numProc", to_integer(1)),
-    tuner_row("question_column", "dataset.columns.question"),
-    tuner_row("ground_truth_column", "dataset.columns.answer"),
-    tuner_row("system_prompt_column", "dataset.columns.system", text_or_none, empty_is_absent=False),
-    tuner_row("system_prompt_override_text", "dataset.systemPrompt"),
-    tuner_row("epochs", "training.epochs", to_integer(1)),
-    tuner_row("learning_rate", "training.learningRate", to_number(exclusive_low=0)),
-    tuner_row("device_train_batch_size", "training.batchSizePerDevice", to_integer(1), aliases=("device_batch_size",)),
-    tuner_row("device_validation_batch_size", "evaluation.batchSizePerDevice", to_integer(1)),
-    tuner_row("grad_accumulation", "training.gradientAccumulationSteps", to_integer(1)),
-    tuner_row("warmup_steps", "training.warmupSteps", to_integer(0)),
-    tuner_row("lr_scheduler_type", "training.scheduler", to_choice(SCHEDULERS_BY_NAME)),
-    tuner_row("optimizer", "training.optimizer"),
-    tuner_row("weight_decay", "training.weightDecay", to_number(0)),
-    tuner_row("grad_clip_norm", "training.maxGradNorm", to_number(0)),
-    tuner_row("seed", "training.seed", to_integer(0, 4294967295)),
-    tuner_row("use_gradient_checkpointing", "training.gradientCheckpointing", to_checkpointing_mode),
-    tuner_row("use_flash_attention", "model.attention", to_boolean, is_set_by_combine=True),
-    tuner_row("packing", "dataset.packing", to_boolean),
-    tuner_row("train_on_responses_only", "dataset.responseOnly.enabled", to_boolean),
-    tuner_row("question_part", "dataset.responseOnly.questionMarker", aliases=("user_part_in_chat_template",)),
-    tuner_row("answer_part", "dataset.responseOnly.answerMarker", aliases=("assistant_part_in_chat_template",)),
-    tuner_row("log_steps", "tracking.loggingSteps", to_integer(1)),
-    tuner_row("log_first_step", "tracking.logFirstStep", to_boolean),
-    tuner_row("report_to", "tracking.reportTo", to_choice(TRACKERS_BY_NAME), is_set_by_combine=True),
-    tuner_row("save_steps", "checkpoint.steps", to_integer(1)),
-    tuner_row("save_strategy", "checkpoint.strategy", to_choice(["steps", "epoch", "no"])),
-    tuner_row("save_total_limit", "checkpoint.keep", to_integer(1)),
-    tuner_row("load_best_model_at_end", "checkpoint.loadBestAtEnd", to_boolean),
-    tuner_row("metric_for_best_model", convert=to_choice(["eval_loss", "loss"]), no_effect="the best checkpoint is the one with the lowest validation loss"),
-    tuner_row("eval_steps", "evaluation.steps", to_integer(1), is_set_by_combine=True),
-    tuner_row("patience", "training.earlyStopping.patience", to_integer(1)),
-    tuner_row("push_to_hub", "output.hub.push", to_boolean),
-    tuner_row("wandb_project_name", "tracking.wandb.project"),
-    tuner_row("wandb_run_name", no_effect=ONE_RUN_NAME, aliases=("wandb_run_name_prefix", "wandb_run_name_suffix")),
-    tuner_row("run_name", convert=run_name, no_effect=ONE_RUN_NAME, aliases=("run_name_prefix", "run_name_suffix")),
-    tuner_row("model_local_output_dir", "output.dir", is_set_by_combine=True),
-    tuner_row("is_multimodel", "model.modality", to_boolean, is_set_by_combine=True),
-    tuner_row("finetune_vision_layers", "method.vision.visionLayers", to_boolean, is_set_by_combine=True),
-    tuner_row("finetune_language_layers", "method.vision.languageLayers", to_boolean, is_set_by_combine=True),
-    tuner_row("finetune_attention_modules", "method.vision.attentionModules", to_boolean, is_set_by_combine=True),
-    tuner_row("finetune_mlp_modules", "method.vision.mlpModules", to_boolean, is_set_by_combine=True),
-    Row("mlflow.tracking_uri", "tracking.mlflow.trackingUri", is_set_by_combine=True),
-    Row("mlflow.experiment_name", "tracking.mlflow.experimentName"),
-    Row("mlflow.run_name", "output.runName.name", run_name),
-    Row("mlflow.run_name_prefix", "output.runName.prefix", run_name),
-    Row("mlflow.run_name_suffix", "output.runName.suffix", run_name),
-    Row("inferencer.testing_data_id", "dataset.test", is_set_by_combine=True),
-    Row("inferencer.max_new_tokens", f"{GENERATION_PATH}.maxNewTokens", to_integer(1)),
-    Row("inferencer.temperature", f"{GENERATION_PATH}.temperature", to_number(0, 10)),
-    Row("inferencer.min_p", f"{GENERATION_PATH}.minP", to_number(0, 1)),
-    Row("inferencer.repetition_penalty", f"{GENERATION_PATH}.repetitionPenalty", to_number(exclusive_low=0)),
-    Row("inferencer.use_cache", convert=to_boolean, no_effect="generation always uses the KV cache"),
-    *(Row(f"inferencer.{key}", convert=any_value, no_effect=AS_TRAINED) for key in ("max_sequence_length", "dtype", "load_in_4bit", "load_in_8bit")),
-    *(Row(f"inferencer.{key}", no_effect="the test data is read like the training data") for key in (
+OPTION_TABLE: tuple[OptionRow, ...] = (
+    make_tuner_option("base_model_id", "model.source", is_required=True, is_set_by_combine=True),
+    make_tuner_option("max_sequence_length", "dataset.maxSequenceLength", to_integer(1)),
+    make_tuner_option("dtype", "model.dtype", to_choice(DTYPES_BY_NAME)),
+    make_tuner_option("load_in_4bit", "model.quantization.bits", to_boolean, is_set_by_combine=True),
+    make_tuner_option("load_in_8bit", "model.quantization.bits", to_boolean, is_set_by_combine=True),
+    make_tuner_option("full_finetuning", "method.type", to_boolean, is_set_by_combine=True),
+    make_tuner_option("rank", "method.lora.rank", to_integer(1)),
+    make_tuner_option("lora_alpha", "method.lora.alpha", to_number(exclusive_low=0)),
+    make_tuner_option("lora_dropout", "method.lora.dropout", to_number(0, 0.3)),
+    make_tuner_option("target_modules", "method.lora.targetModules", to_name_list),
+    make_tuner_option("bias", "method.lora.bias", to_choice(BIAS_BY_NAME)),
+    make_tuner_option("use_rslora", "method.lora.rankStabilized", to_boolean),
+    make_tuner_option("loftq_config", "method.lora.loftq", to_mapping, is_set_by_combine=True),
+    make_tuner_option("training_data_id", "dataset.train", is_required=True, is_set_by_combine=True),
+    make_tuner_option("validation_data_id", "dataset.validation", is_set_by_combine=True),
+    make_tuner_option("dataset_num_proc", "dataset.numProc", to_integer(1)),
+    make_tuner_option("question_column", "dataset.columns.question"),
+    make_tuner_option("ground_truth_column", "dataset.columns.answer"),
+    make_tuner_option("system_prompt_column", "dataset.columns.system", to_text_or_none, empty_is_absent=False),
+    make_tuner_option("system_prompt_override_text", "dataset.systemPrompt"),
+    make_tuner_option("epochs", "training.epochs", to_integer(1)),
+    make_tuner_option("learning_rate", "training.learningRate", to_number(exclusive_low=0)),
+    make_tuner_option("device_train_batch_size", "training.batchSizePerDevice", to_integer(1), aliases=("device_batch_size",)),
+    make_tuner_option("device_validation_batch_size", "evaluation.batchSizePerDevice", to_integer(1)),
+    make_tuner_option("grad_accumulation", "training.gradientAccumulationSteps", to_integer(1)),
+    make_tuner_option("warmup_steps", "training.warmupSteps", to_integer(0)),
+    make_tuner_option("lr_scheduler_type", "training.scheduler", to_choice(SCHEDULERS_BY_NAME)),
+    make_tuner_option("optimizer", "training.optimizer"),
+    make_tuner_option("weight_decay", "training.weightDecay", to_number(0)),
+    make_tuner_option("grad_clip_norm", "training.maxGradNorm", to_number(0)),
+    make_tuner_option("seed", "training.seed", to_integer(0, 4294967295)),
+    make_tuner_option("use_gradient_checkpointing", "training.gradientCheckpointing", to_checkpointing_mode),
+    make_tuner_option("use_flash_attention", "model.attention", to_boolean, is_set_by_combine=True),
+    make_tuner_option("packing", "dataset.packing", to_boolean),
+    make_tuner_option("train_on_responses_only", "dataset.responseOnly.enabled", to_boolean),
+    make_tuner_option("question_part", "dataset.responseOnly.questionMarker", aliases=("user_part_in_chat_template",)),
+    make_tuner_option("answer_part", "dataset.responseOnly.answerMarker", aliases=("assistant_part_in_chat_template",)),
+    make_tuner_option("log_steps", "tracking.loggingSteps", to_integer(1)),
+    make_tuner_option("log_first_step", "tracking.logFirstStep", to_boolean),
+    make_tuner_option("report_to", "tracking.reportTo", to_choice(TRACKERS_BY_NAME), is_set_by_combine=True),
+    make_tuner_option("save_steps", "checkpoint.steps", to_integer(1)),
+    make_tuner_option("save_strategy", "checkpoint.strategy", to_choice(["steps", "epoch", "no"])),
+    make_tuner_option("save_total_limit", "checkpoint.keep", to_integer(1)),
+    make_tuner_option("load_best_model_at_end", "checkpoint.loadBestAtEnd", to_boolean),
+    make_tuner_option("metric_for_best_model", convert=to_choice(["eval_loss", "loss"]),
+        no_effect="the best checkpoint is the one with the lowest validation loss"),
+    make_tuner_option("eval_steps", "evaluation.steps", to_integer(1), is_set_by_combine=True),
+    make_tuner_option("patience", "training.earlyStopping.patience", to_integer(1)),
+    make_tuner_option("push_to_hub", "output.hub.push", to_boolean),
+    make_tuner_option("wandb_project_name", "tracking.wandb.project"),
+    make_tuner_option("wandb_run_name", no_effect=ONE_RUN_NAME_REASON, aliases=("wandb_run_name_prefix", "wandb_run_name_suffix")),
+    make_tuner_option("run_name", convert=to_run_name, no_effect=ONE_RUN_NAME_REASON, aliases=("run_name_prefix", "run_name_suffix")),
+    make_tuner_option("model_local_output_dir", "output.dir", is_set_by_combine=True),
+    make_tuner_option("is_multimodel", "model.modality", to_boolean, is_set_by_combine=True),
+    make_tuner_option("finetune_vision_layers", "method.vision.visionLayers", to_boolean, is_set_by_combine=True),
+    make_tuner_option("finetune_language_layers", "method.vision.languageLayers", to_boolean, is_set_by_combine=True),
+    make_tuner_option("finetune_attention_modules", "method.vision.attentionModules", to_boolean, is_set_by_combine=True),
+    make_tuner_option("finetune_mlp_modules", "method.vision.mlpModules", to_boolean, is_set_by_combine=True),
+    OptionRow("mlflow.tracking_uri", "tracking.mlflow.trackingUri", is_set_by_combine=True),
+    OptionRow("mlflow.experiment_name", "tracking.mlflow.experimentName"),
+    OptionRow("mlflow.run_name", "output.runName.name", to_run_name),
+    OptionRow("mlflow.run_name_prefix", "output.runName.prefix", to_run_name),
+    OptionRow("mlflow.run_name_suffix", "output.runName.suffix", to_run_name),
+    OptionRow("inferencer.testing_data_id", "dataset.test", is_set_by_combine=True),
+    OptionRow("inferencer.max_new_tokens", f"{GENERATION_PATH}.maxNewTokens", to_integer(1)),
+    OptionRow("inferencer.temperature", f"{GENERATION_PATH}.temperature", to_number(0, 10)),
+    OptionRow("inferencer.min_p", f"{GENERATION_PATH}.minP", to_number(0, 1)),
+    OptionRow("inferencer.repetition_penalty", f"{GENERATION_PATH}.repetitionPenalty", to_number(exclusive_low=0)),
+    OptionRow("inferencer.use_cache", convert=to_boolean, no_effect="generation always uses the KV cache"),
+    *(OptionRow(f"inferencer.{key}", convert=keep_value, no_effect=TRAINING_SETTINGS_REASON)
+      for key in ("max_sequence_length", "dtype", "load_in_4bit", "load_in_8bit")),
+    *(OptionRow(f"inferencer.{key}", no_effect="the job reads the test data like the training data") for key in (
         "question_column", "ground_truth_column", "system_prompt_column", "system_prompt_override_text",
     )),
-    Row("inferencer.hf_user_id", "output.hub.repository", is_set_by_combine=True, aliases=("evaluator.hf_user_id", "fine_tuner.hf_user_id")),
-    *(Row(f"{section}.{key}", convert=any_text, no_effect=ONE_RUN_NAME) for section in ("inferencer", "evaluator") for key in NAME_KEYS),
-    Row("evaluator.metrics", "evaluation.metrics", list_of(to_choice(METRIC_NAMES))),
-    Row("evaluator.llm", "evaluation.judge.model", aliases=("evaluator.llm_model_id",)),
-    Row("evaluator.embedding", "evaluation.judge.embedding", aliases=("evaluator.embedding_model_id",), is_set_by_combine=True),
-    Row("evaluator.cost_per_million_input_tokens", "evaluation.judge.inputPrice", to_number(0)),
-    Row("evaluator.cost_per_million_output_tokens", "evaluation.judge.outputPrice", to_number(0)),
-    Row("pipeline.enable_finetuning", "phases.train", to_boolean),
-    Row("pipeline.enable_inference", "phases.infer", to_boolean),
-    Row("pipeline.enable_evaluation", "phases.evaluate", to_boolean),
-    Row("pipeline.stop_after_finetuning", "phases.infer", to_boolean, is_set_by_combine=True, aliases=("--stop-after-finetuning",)),
-    Row("pipeline.stop_after_inference", "phases.evaluate", to_boolean, is_set_by_combine=True, aliases=("--stop-after-inference",)),
-    Row("--skip-finetuning", "phases.train", to_boolean, is_set_by_combine=True),
-    Row("--skip-inference", "phases.infer", to_boolean, is_set_by_combine=True),
-    Row("--skip-evaluation", "phases.evaluate", to_boolean, is_set_by_combine=True),
-    Row("--hf-key", "model.tokenSecretRef", is_set_by_combine=True, is_secret=True),
-    Row("--wandb-key", "tracking.wandb.apiKeySecretRef", is_set_by_combine=True, is_secret=True),
-    Row("--openai-key", "placement.env", is_set_by_combine=True, is_secret=True),
-    Row("--mlflow-username", "placement.env", is_set_by_combine=True, is_secret=True),
-    Row("--mlflow-password", "placement.env", is_set_by_combine=True, is_secret=True),
+    OptionRow("inferencer.hf_user_id", "output.hub.repository", is_set_by_combine=True, aliases=("evaluator.hf_user_id", "fine_tuner.hf_user_id")),
+    *(OptionRow(f"{section}.{key}", convert=to_any_text, no_effect=ONE_RUN_NAME_REASON) for section in ("inferencer", "evaluator") for key in RUN_NAME_KEYS),
+    OptionRow("evaluator.metrics", "evaluation.metrics", to_list_of(to_choice(METRIC_NAMES))),
+    OptionRow("evaluator.llm", "evaluation.judge.model", aliases=("evaluator.llm_model_id",)),
+    OptionRow("evaluator.embedding", "evaluation.judge.embedding", aliases=("evaluator.embedding_model_id",), is_set_by_combine=True),
+    OptionRow("evaluator.cost_per_million_input_tokens", "evaluation.judge.inputPrice", to_number(0)),
+    OptionRow("evaluator.cost_per_million_output_tokens", "evaluation.judge.outputPrice", to_number(0)),
+    OptionRow("pipeline.enable_finetuning", "phases.train", to_boolean),
+    OptionRow("pipeline.enable_inference", "phases.infer", to_boolean),
+    OptionRow("pipeline.enable_evaluation", "phases.evaluate", to_boolean),
+    OptionRow("pipeline.stop_after_finetuning", "phases.infer", to_boolean, is_set_by_combine=True, aliases=("--stop-after-finetuning",)),
+    OptionRow("pipeline.stop_after_inference", "phases.evaluate", to_boolean, is_set_by_combine=True, aliases=("--stop-after-inference",)),
+    OptionRow("--skip-finetuning", "phases.train", to_boolean, is_set_by_combine=True),
+    OptionRow("--skip-inference", "phases.infer", to_boolean, is_set_by_combine=True),
+    OptionRow("--skip-evaluation", "phases.evaluate", to_boolean, is_set_by_combine=True),
+    OptionRow("--hf-key", "model.tokenSecretRef", is_set_by_combine=True, is_secret=True),
+    OptionRow("--wandb-key", "tracking.wandb.apiKeySecretRef", is_set_by_combine=True, is_secret=True),
+    OptionRow("--openai-key", "placement.env", is_set_by_combine=True, is_secret=True),
+    OptionRow("--mlflow-username", "placement.env", is_set_by_combine=True, is_secret=True),
+    OptionRow("--mlflow-password", "placement.env", is_set_by_combine=True, is_secret=True),
 )  # fmt: skip
 
-PATHS_BY_KEY = {row.key: row.path for row in ROWS}
+PATHS_BY_KEY = {option_row.key: option_row.path for option_row in OPTION_TABLE}
 
 
 def _evaluates_by_epoch(draft: JobDraft) -> bool:
@@ -208,8 +210,8 @@ DEFAULTS: tuple[ToolDefault, ...] = (
     ToolDefault("checkpoint.steps", 20, EXAMPLE_ORIGIN),
     ToolDefault("checkpoint.keep", 3, EXAMPLE_ORIGIN),
     ToolDefault("evaluation.strategy", "epoch", "chosen by the importer: the tool loads validation data but does not use it", _evaluates_by_epoch),
-    ToolDefault("evaluation.strategy", "steps", "from eval_steps", lambda d: d.has_value("evaluation.steps")),
-    ToolDefault("evaluation.batchSizePerDevice", 4, EXAMPLE_ORIGIN, lambda d: d.has_value("dataset.validation")),
+    ToolDefault("evaluation.strategy", "steps", "from eval_steps", lambda draft: draft.has_value("evaluation.steps")),
+    ToolDefault("evaluation.batchSizePerDevice", 4, EXAMPLE_ORIGIN, lambda draft: draft.has_value("dataset.validation")),
     ToolDefault("output.dir", "models/fine_tuned", "hard-coded in the tool"),
     ToolDefault("output.layout", "flat", "hard-coded in the tool"),
     ToolDefault("tracking.loggingSteps", 10, EXAMPLE_ORIGIN),
@@ -221,18 +223,18 @@ DEFAULTS: tuple[ToolDefault, ...] = (
 
 KNOWN_SECTIONS = ("fine_tuner", "mlflow", "inferencer", "evaluator", "pipeline")
 SECTION_HEADER_PATTERN = re.compile(r"^\s*\[\s*(?P<name>[^\[\]]+?)\s*\]\s*(#.*)?$")
-LIST_HEADER = re.compile(r"^\s*\[\[\s*(?P<name>[^\[\]]+?)\s*\]\]\s*(#.*)?$")
+LIST_HEADER_PATTERN = re.compile(r"^\s*\[\[\s*(?P<name>[^\[\]]+?)\s*\]\]\s*(#.*)?$")
 KEY_PATTERN = re.compile(r"""^\s*(?P<name>[A-Za-z0-9_-]+|"[^"]*"|'[^']*')\s*=\s*(?P<value>.*)$""")
 VARIABLE_PATTERN = re.compile(r"^\$\{([A-Za-z_][A-Za-z0-9_]*)\}$")
 
 
-def recognises_input(documents: tuple[InputDocument, ...], words_given: tuple[str, ...]) -> bool:
-    """Return whether a document has one of the sections of the tool."""
+def recognises_input(documents: tuple[InputDocument, ...], command_words: tuple[str, ...]) -> bool:
+    """Return whether a document has a section that only this tool has."""
     return any(re.search(r"^\s*\[(fine_tuner|inferencer|evaluator)\]", d.text, re.MULTILINE) for d in documents)
 
 
-def read(draft: JobDraft) -> Iterator[OptionEntry]:
-    """Yield the options of the files in order, then those of the tool's command line."""
+def read_options(draft: JobDraft) -> Iterator[OptionEntry]:
+    """Yield the options of the files in order, then the flags of the tool's command line."""
     flags = parse_flags(
         strip_launcher(draft.request.tool_arguments), lambda name: not name.startswith(("--skip-", "--stop-after-"))
     )
@@ -245,11 +247,11 @@ def read(draft: JobDraft) -> Iterator[OptionEntry]:
         yield from _read_file(document, draft)
     for name, value in flags.name_value_pairs:
         if name.startswith(("--skip-", "--stop-after-")) and value is None:
-            yield flag_entry(name, True)
+            yield build_flag_entry(name, True)
         elif name != "--config" and value is None:
             draft.mistakes.append(Mistake("command line", name, "the value is missing", f"write {name} VALUE"))
         elif name != "--config":
-            yield flag_entry(name, value)
+            yield build_flag_entry(name, value)
 
 
 def _read_file(document: InputDocument, draft: JobDraft) -> Iterator[OptionEntry]:
@@ -264,52 +266,52 @@ def _read_file(document: InputDocument, draft: JobDraft) -> Iterator[OptionEntry
         raise InvalidInput(
             [Mistake(document.name, "", "the file holds a number that is too long, or is nested too deeply")]
         ) from None
-    for section, group in content.items():
-        if not isinstance(group, dict):
-            yield OptionEntry(section, group, _line_origin(document, line_of_key, section))
+    for section, section_options in content.items():
+        if not isinstance(section_options, dict):
+            yield OptionEntry(section, section_options, _get_line_origin(document, line_of_key, section))
             continue
         if section not in KNOWN_SECTIONS:
             draft.mistakes.append(
                 Mistake(
-                    _line_origin(document, line_of_key, section).location,
+                    _get_line_origin(document, line_of_key, section).location,
                     f"[{section}]",
                     "unknown section",
                     f"write one of {', '.join(KNOWN_SECTIONS)}",
                 )
             )
             continue
-        for key, value in group.items():
+        for key, value in section_options.items():
             name = f"{section}.{key}"
-            origin = _line_origin(document, line_of_key, name)
+            origin = _get_line_origin(document, line_of_key, name)
             if _check_variables(value, name, origin, draft):
                 yield OptionEntry(name, _resolve_value(value, draft), origin)
 
 
-def _line_origin(document: InputDocument, line_of_key: dict[str, int], key: str) -> ValueOrigin:
-    return ValueOrigin(f"{document.name}:{line_of_key[key]}" if key in line_of_key else document.name)
+def _get_line_origin(document: InputDocument, line_of_key: dict[str, int], option_key: str) -> ValueOrigin:
+    return ValueOrigin(f"{document.name}:{line_of_key[option_key]}" if option_key in line_of_key else document.name)
 
 
-def _check_variables(value: Any, key: str, origin: ValueOrigin, draft: JobDraft) -> bool:
-    """Return whether every variable in a value is set. Record a mistake for each missing variable."""
-    missing_names = [name for name in _variables_of(value) if name not in draft.request.environment]
+def _check_variables(value: Any, option_key: str, origin: ValueOrigin, draft: JobDraft) -> bool:
+    """Return whether all environment variables in a value are set. Record a mistake for each variable that is not."""
+    missing_names = [name for name in _list_variables(value) if name not in draft.request.environment]
     for name in missing_names:
-        draft.paths_of_invalid_keys[key] = PATHS_BY_KEY.get(key, "")
+        draft.paths_of_invalid_keys[option_key] = PATHS_BY_KEY.get(option_key, "")
         draft.mistakes.append(
-            Mistake(origin.location, key, f"variable {name} is not set", "set the variable, or write its value here")
+            Mistake(origin.location, option_key, f"variable {name} is not set", "set the variable, or write its value here")
         )
-    for name in _variables_of(value):
-        if SECRET_NAME_PATTERN.search(name) and not key.endswith("tracking_uri"):
+    for name in _list_variables(value):
+        if SECRET_NAME_PATTERN.search(name) and not option_key.endswith("tracking_uri"):
             draft.redact_in_messages(draft.request.environment.get(name))
     return not missing_names
 
 
-def _variables_of(value: Any) -> list[str]:
+def _list_variables(value: Any) -> list[str]:
     texts = value if isinstance(value, list) else [value]
     return [match.group(1) for text in texts if isinstance(text, str) and (match := VARIABLE_PATTERN.match(text))]
 
 
 def _resolve_value(value: Any, draft: JobDraft) -> Any:
-    """Replace the string `"null"` by None, including strings in lists. Replace a string `"${NAME}"` by the value of the environment variable."""
+    """Return None for the string `"null"`, and the value of the environment variable for a string `"${NAME}"`. Do the same for the items of a list."""
     if isinstance(value, list):
         return [item for item in (_resolve_value(item, draft) for item in value) if item is not None]
     if value == "null":
@@ -319,29 +321,29 @@ def _resolve_value(value: Any, draft: JobDraft) -> Any:
 
 
 def scan_lines(document: InputDocument) -> dict[str, int]:
-    """Return the line of every section and key.
+    """Return the line of each section and key.
 
-    Raises InvalidInput for errors that the TOML parser reports without key or hint.
+    Raise InvalidInput for errors about which the TOML parser would tell neither the key nor a hint.
     """
     line_of_key: dict[str, int] = {}
     mistakes: list[Mistake] = []
     section, closing_quotes = "", ""
-    for number_, line in enumerate(document.text.splitlines(), 1):
+    for line_number, line in enumerate(document.text.splitlines(), 1):
         if closing_quotes:
             closing_quotes = "" if closing_quotes in line else closing_quotes
             continue
         header, key = SECTION_HEADER_PATTERN.match(line), KEY_PATTERN.match(line)
         if header:
             section = header["name"].replace('"', "")
-            _record_line(line_of_key, section, number_, document, mistakes, f"table [{section}] is declared")
-        elif list_header := LIST_HEADER.match(line):
+            _record_line(line_of_key, section, line_number, document, mistakes, f"table [{section}] is declared")
+        elif list_header := LIST_HEADER_PATTERN.match(line):
             section = list_header["name"].replace('"', "")
-            line_of_key.setdefault(section, number_)
+            line_of_key.setdefault(section, line_number)
         elif key:
             name = f"{section}.{key['name'].strip(chr(34) + chr(39))}".lstrip(".")
-            _record_line(line_of_key, name, number_, document, mistakes, f"{name} is set")
-            mistakes += _syntax_mistakes(document, number_, name, key["value"].partition("#")[0].strip())
-            closing_quotes = _closing_quotes(key["value"])
+            _record_line(line_of_key, name, line_number, document, mistakes, f"{name} is set")
+            mistakes += _find_syntax_mistakes(document, line_number, name, key["value"].partition("#")[0].strip())
+            closing_quotes = _find_closing_quotes(key["value"])
     if mistakes:
         raise InvalidInput(mistakes)
     return line_of_key
@@ -358,15 +360,15 @@ def _record_line(
     line_of_key.setdefault(name, line)
 
 
-def _closing_quotes(value: str) -> str:
-    """Return the closing quotes of a multi-line string that begins in `value`, or an empty string if none begins."""
+def _find_closing_quotes(value: str) -> str:
+    """Return the quotes that end a multi-line string if `value` begins one, and an empty string otherwise."""
     for quotes in ('"""', "'''"):
         if value.startswith(quotes) and value.count(quotes) == 1:
             return quotes
     return ""
 
 
-def _syntax_mistakes(document: InputDocument, line: int, name: str, value: str) -> Iterator[Mistake]:
+def _find_syntax_mistakes(document: InputDocument, line: int, name: str, value: str) -> Iterator[Mistake]:
     location = f"{document.name}:{line}"
     if value == "null":
         yield Mistake(location, name, "an unquoted null is not TOML", 'write "null", or remove the key')
@@ -409,7 +411,7 @@ def combine_options(draft: JobDraft) -> None:
 
 
 def _note_system_column(draft: JobDraft) -> None:
-    """Add a note if the file disables the system column, because the trainer still reads a column named `system`."""
+    """Add a note if the file turns the system column off, because the trainer nevertheless reads a column named `system`."""
     key = "fine_tuner.system_prompt_column"
     if key in draft.given_options and draft.get(key) is None and "fine_tuner.system_prompt_override_text" not in draft.given_options:
         draft.add_note(
@@ -441,11 +443,11 @@ def _set_method(draft: JobDraft) -> None:
             draft.add_note("full_finetuning is true, so the base model is not loaded in 4 bits")
         draft.assign("method.type", "full", key_full)
         return
-    _set_bits(draft, key_4bit, key_8bit)
+    _set_quantization(draft, key_4bit, key_8bit)
 
 
-def _set_bits(draft: JobDraft, key_4bit: str, key_8bit: str) -> None:
-    loftq = draft.get("fine_tuner.loftq_config")
+def _set_quantization(draft: JobDraft, key_4bit: str, key_8bit: str) -> None:
+    loftq_options = draft.get("fine_tuner.loftq_config")
     source = str(draft.get("fine_tuner.base_model_id", ""))
     is_quantized = source.lower().endswith("-bnb-4bit")
     bits = (
@@ -458,8 +460,8 @@ def _set_bits(draft: JobDraft, key_4bit: str, key_8bit: str) -> None:
     if is_quantized and bits != 4:
         draft.add_warning(f"{source} holds 4-bit weights, so load_in_4bit = false has no effect")
         bits = 4
-    if loftq is not None:
-        _set_loftq(draft, loftq, is_quantized, bits, source)
+    if loftq_options is not None:
+        _set_loftq(draft, loftq_options, is_quantized, bits, source)
         return
     if bits is None:
         draft.assign("method.type", "lora", key_4bit) if key_4bit in draft.given_options else draft.assign_default(
@@ -476,9 +478,9 @@ def _set_bits(draft: JobDraft, key_4bit: str, key_8bit: str) -> None:
         draft.assign_default("model.quantization.type", "nf4", "hard-coded in the tool")
 
 
-def _set_loftq(draft: JobDraft, loftq: dict[str, Any], is_quantized: bool, bits: int | None, source: str) -> None:
+def _set_loftq(draft: JobDraft, loftq_options: dict[str, Any], is_quantized: bool, bits: int | None, source: str) -> None:
     key = "fine_tuner.loftq_config"
-    for name in loftq:
+    for name in loftq_options:
         if name not in ("loftq_bits", "loftq_iter"):
             draft.add_mistake(key, f"unknown key {name}", "write { loftq_bits = 4, loftq_iter = 1 }")
     if is_quantized:
@@ -489,8 +491,8 @@ def _set_loftq(draft: JobDraft, loftq: dict[str, Any], is_quantized: bool, bits:
         )
         return
     try:
-        draft.assign("method.lora.loftq.bits", to_integer(2, 8)(loftq.get("loftq_bits", 4)), key)
-        iterations = to_integer(1, 64)(loftq.get("loftq_iter", 1))
+        draft.assign("method.lora.loftq.bits", to_integer(2, 8)(loftq_options.get("loftq_bits", 4)), key)
+        iterations = to_integer(1, 64)(loftq_options.get("loftq_iter", 1))
         draft.assign("method.lora.loftq.iterations", 1, key)
         if iterations != 1:
             draft.add_note(
@@ -502,7 +504,7 @@ def _set_loftq(draft: JobDraft, loftq: dict[str, Any], is_quantized: bool, bits:
     draft.assign("method.type", "lora", key)
     if bits:
         draft.add_note(
-            f"LoftQ with load_in_{bits}bit: the trainer loads the base model in full precision, initialises the adapter, then quantizes the model"
+            f"LoftQ with load_in_{bits}bit: the trainer loads the base model in full precision, initialises the adapter, and then quantises the model"
         )
 
 
@@ -543,14 +545,14 @@ def _set_trackers(draft: JobDraft) -> None:
     draft.assign("tracking.mlflow.trackingUri", address, "mlflow.tracking_uri")
 
 
-def _set_secret_variables(draft: JobDraft, key: str, values: dict[str, str]) -> None:
-    """Store values in the Secret, and set environment variables of the trainer that refer to the Secret's keys."""
+def _set_secret_variables(draft: JobDraft, option_key: str, values: dict[str, str]) -> None:
+    """Store values in the Secret, and set environment variables of the trainer to them."""
     variables = list(draft.value("placement.env") or [])
     for name, value in values.items():
         if value:
             variables.append({"name": name, "secretKeyRef": draft.store_secret(name.lower().replace("_", "-"), value)})
     if variables:
-        draft.assign("placement.env", variables, key)
+        draft.assign("placement.env", variables, option_key)
 
 
 def _set_vision(draft: JobDraft) -> None:
@@ -558,14 +560,14 @@ def _set_vision(draft: JobDraft) -> None:
     if is_multimodal:
         draft.assign("model.modality", "visionLanguage", "fine_tuner.is_multimodel")
         if "fine_tuner.finetune_vision_layers" not in draft.given_options:
-            draft.assign("method.vision.visionLayers", True, "fine_tuner.is_multimodel")  # The tool trains these parts by default.
-    for row in ROWS:
-        if row.path.startswith("method.vision.") and row.key in draft.given_options:
+            draft.assign("method.vision.visionLayers", True, "fine_tuner.is_multimodel")  # The tool trains the vision layers by default.
+    for option_row in OPTION_TABLE:
+        if option_row.path.startswith("method.vision.") and option_row.key in draft.given_options:
             if is_multimodal:
-                draft.assign(row.path, draft.get(row.key), row.key)
+                draft.assign(option_row.path, draft.get(option_row.key), option_row.key)
             else:
-                given_option = draft.given_options[row.key]
-                draft.warn_no_effect(given_option.row.key, "the model is not multimodal")
+                given_option = draft.given_options[option_row.key]
+                draft.warn_no_effect(given_option.option_row.key, "the model is not multimodal")
 
 
 def _set_output(draft: JobDraft) -> None:
@@ -575,7 +577,7 @@ def _set_output(draft: JobDraft) -> None:
         draft.get("mlflow.run_name_prefix") or draft.get("mlflow.run_name_suffix")
     ):
         draft.add_note(
-            "the run name is prefix + FineTuneJob name + suffix; the original tool puts the current time in the middle"
+            "the run name is prefix + FineTuneJob name + suffix; the tool writes the current time between prefix and suffix"
         )
     if not draft.get("fine_tuner.push_to_hub"):
         if not draft.has_key("fine_tuner.push_to_hub"):
@@ -583,13 +585,13 @@ def _set_output(draft: JobDraft) -> None:
                 "push_to_hub is not set, so the model is not published (the tool's example publishes it); to publish it, set push_to_hub = true"
             )
         return
-    parts = [str(draft.get(f"mlflow.{key}", "")) for key in ("run_name_prefix", "run_name", "run_name_suffix")]
-    name = "".join(parts) if parts[1] else f"{parts[0]}{draft.name}{parts[2]}"
+    name_parts = [str(draft.get(f"mlflow.{key}", "")) for key in ("run_name_prefix", "run_name", "run_name_suffix")]
+    name = "".join(name_parts) if name_parts[1] else f"{name_parts[0]}{draft.name}{name_parts[2]}"
     user = draft.get("inferencer.hf_user_id")
     if not re.match(r"^[\w.-]+$", name):
         draft.add_mistake(
             "fine_tuner.push_to_hub",
-            f"the repository gets the run name {name!r}, which is not a valid repository name",
+            f"the repository is named after the run, but {name!r} is not a valid repository name",
             "give --set output.hub.repository=org/name",
         )
         return
@@ -599,22 +601,22 @@ def _set_output(draft: JobDraft) -> None:
 
 def _set_judge(draft: JobDraft) -> None:
     if "evaluator.embedding" in draft.given_options:
-        spelled = str(draft.get("evaluator.embedding")).replace("text-embeddings-", "text-embedding-")
-        draft.assign("evaluation.judge.embedding", spelled, "evaluator.embedding")
+        embedding_model = str(draft.get("evaluator.embedding")).replace("text-embeddings-", "text-embedding-")
+        draft.assign("evaluation.judge.embedding", embedding_model, "evaluator.embedding")
     if draft.get("inferencer.temperature"):
         draft.assign_default(f"{GENERATION_PATH}.doSample", True, "a temperature above 0")
 
 
 def _set_phases(draft: JobDraft) -> None:
-    """Set the phases. `stop_after_*` and `--skip-*` options override `enable_*` options."""
-    for key, ended in (
+    """Turn off the phases that `stop_after_*` and `--skip-*` options end or skip. These options override the `enable_*` options."""
+    for key, skipped_phases in (
         ("pipeline.stop_after_finetuning", ("phases.infer", "phases.evaluate")),
         ("pipeline.stop_after_inference", ("phases.evaluate",)),
         ("--skip-finetuning", ("phases.train",)),
         ("--skip-inference", ("phases.infer",)),
         ("--skip-evaluation", ("phases.evaluate",)),
     ):
-        for path in ended if draft.get(key) else ():
+        for path in skipped_phases if draft.get(key) else ():
             draft.assign(path, False, key)
 
 
@@ -636,4 +638,4 @@ def _set_secrets(draft: JobDraft) -> None:
             _set_secret_variables(draft, flag, {variable: draft.get(flag)})
 
 
-IMPORTER = Importer("toml", "this TOML tool", ROWS, DEFAULTS, recognises_input, read, combine_options)
+IMPORTER = Importer("toml", "this TOML tool", OPTION_TABLE, DEFAULTS, recognises_input, read_options, combine_options)

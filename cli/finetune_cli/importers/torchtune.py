@@ -1,4 +1,4 @@
-"""`torchtune`: the importer for a recipe's configuration of torchtune, as YAML, and `key=value` overrides. Kubeflow's TrainJobs use the same overrides."""
+"""`torchtune`: the importer for the YAML configuration of a torchtune recipe, and for `key=value` overrides, which Kubeflow's TrainJobs also use."""
 
 from __future__ import annotations
 
@@ -8,33 +8,33 @@ from typing import Any
 
 from finetune_cli.importers.command_lines import strip_launcher
 from finetune_cli.importers.converters import (
-    any_value,
-    list_of,
-    name_list,
+    keep_value,
     to_boolean,
     to_choice,
     to_integer,
+    to_list_of,
+    to_name_list,
     to_number,
 )
-from finetune_cli.importers.data_parts import DataPart, assign_parts, fraction_of_split
+from finetune_cli.importers.data_sources import DataSource, assign_data_sources, parse_split_fraction
 from finetune_cli.importers.documents import iterate_entries, parse_document
-from finetune_cli.importers.draft import Importer, InputDocument, JobDraft, OptionEntry, Row, ToolDefault
+from finetune_cli.importers.draft import Importer, InputDocument, JobDraft, OptionEntry, OptionRow, ToolDefault
 from finetune_cli.importers.options import (
     DEVICES_REASON,
     LOADER_REASON,
     SPEED_REASON,
     assign_default_gpus,
     assign_secret_reference,
-    ignored,
-    refused,
-    to_source_uri,
+    make_ignored_options,
+    make_refused_options,
+    normalise_source_uri,
 )
 from finetune_cli.importers.sources import assign_output_folder
 from finetune_cli.mistakes import Mistake
 from finetune_cli.provenance import ValueOrigin
 from finetune_cli.yaml_reader import parse_value
 
-MODELS = {
+REPOSITORY_BY_MODEL_BUILDER = {
     "llama2_7b": "meta-llama/Llama-2-7b-hf", "llama2_13b": "meta-llama/Llama-2-13b-hf", "llama2_70b": "meta-llama/Llama-2-70b-hf",
     "llama3_8b": "meta-llama/Meta-Llama-3-8B-Instruct", "llama3_70b": "meta-llama/Meta-Llama-3-70B-Instruct",
     "llama3_1_8b": "meta-llama/Meta-Llama-3.1-8B-Instruct", "llama3_1_70b": "meta-llama/Meta-Llama-3.1-70B-Instruct",
@@ -46,8 +46,8 @@ MODELS = {
     **{f"qwen2_5_{size.lower().replace('.', '_')}": f"Qwen/Qwen2.5-{size}-Instruct" for size in ("0.5B", "1.5B", "3B", "7B", "14B", "32B", "72B")},
     **{f"qwen3_{size.lower().replace('.', '_')}": f"Qwen/Qwen3-{size}" for size in ("0.6B", "1.7B", "4B", "8B", "14B", "32B")},
 }  # fmt: skip
-"""Names of torchtune's model builders, and the repositories on the hub."""
-DATASETS: dict[str, tuple[str, str, dict[str, str], bool]] = {
+"""The repository on the hub for each of torchtune's model builders."""
+DATASET_BY_BUILDER: dict[str, tuple[str, str, dict[str, str], bool]] = {
     "alpaca_dataset": ("tatsu-lab/alpaca", "alpaca", {}, True), "alpaca_cleaned_dataset": ("yahma/alpaca-cleaned", "alpaca", {}, True),
     "instruct_dataset": ("", "instruction", {"question": "input", "answer": "output"}, False), "chat_dataset": ("", "messages", {}, False),
     "preference_dataset": ("", "preference", {}, False), "text_completion_dataset": ("", "plainText", {"text": "text"}, True),
@@ -59,8 +59,8 @@ DATASETS: dict[str, tuple[str, str, dict[str, str], bool]] = {
     "hh_rlhf_helpful_dataset": ("RLHFlow/HH-RLHF-Helpful-standard", "preference", {}, False),
     "cnn_dailymail_articles_dataset": ("ccdv/cnn_dailymail", "plainText", {"text": "article"}, True),
 }  # fmt: skip
-"""Torchtune's data sets: source, format, columns, and whether all tokens are trained on by default."""
-COLUMNS = {
+"""For each of torchtune's data sets: source, format, columns, and whether its default is to train on all tokens."""
+COLUMN_FIELD_BY_NAME = {
     "input": "question",
     "output": "answer",
     "instruction": "question",
@@ -73,102 +73,102 @@ DATASET_KEYS = (
     "_component_", "source", "split", "packed", "train_on_input", "column_map", "column", "conversation_column", "conversation_style", "new_system_prompt",
     "data_files", "data_dir", "name", "add_eos", "max_seq_len", "split_across_pack", "filter_fn", "subset",
 )  # fmt: skip
-OPTIMIZERS = {
+OPTIMIZER_BY_COMPONENT = {
     "torch.optim.AdamW": "adamw_torch", "bitsandbytes.optim.PagedAdamW": "paged_adamw_32bit", "bitsandbytes.optim.PagedAdamW8bit": "paged_adamw_8bit",
     "bitsandbytes.optim.AdamW8bit": "adamw_8bit", "torchao.optim.AdamW8bit": "adamw_torch_8bit", "torchao.optim.AdamW4bit": "adamw_torch_4bit",
     "torch.optim.SGD": "sgd", "torchao.prototype.low_bit_optim.AdamW8bit": "adamw_torch_8bit",
 }  # fmt: skip
-SCHEDULER = "torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup"
-LOSSES_OF_FEATURES = {"KL": "distillation", "PPO": "PPO", "GRPO": "GRPO of torchtune", "RSOLoss": "the loss RSO"}
-LOGGERS = {"WandBLogger": "wandb", "TensorBoardLogger": "tensorboard", "MLFlowLogger": "mlflow"}
-MODULES = {"q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", "output_proj": "o_proj"}
+SUPPORTED_SCHEDULER = "torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup"
+FEATURE_BY_LOSS = {"KL": "distillation", "PPO": "PPO", "GRPO": "GRPO of torchtune", "RSOLoss": "the loss RSO"}
+TRACKER_BY_LOGGER = {"WandBLogger": "wandb", "TensorBoardLogger": "tensorboard", "MLFlowLogger": "mlflow"}
+MODULE_BY_NAME = {"q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", "output_proj": "o_proj"}
 
-ROWS: tuple[Row, ...] = (
-    Row("model._component_", "model.source", is_set_by_combine=True),
-    Row("model.lora_attn_modules", "method.lora.targetModules", name_list, is_set_by_combine=True),
-    Row("model.apply_lora_to_mlp", "method.lora.targetModules", to_boolean, is_set_by_combine=True),
-    Row("model.apply_lora_to_output", "method.lora.targetModules", to_boolean, is_set_by_combine=True),
-    Row("model.lora_rank", "method.lora.rank", to_integer(1)),
-    Row("model.lora_alpha", "method.lora.alpha", to_number(exclusive_low=0)),
-    Row("model.lora_dropout", "method.lora.dropout", to_number(0, exclusive_high=1)),
-    Row("model.use_dora", "method.lora.useDora", to_boolean),
-    Row("model.quantize_base", "method.type", to_boolean, is_set_by_combine=True),
-    Row("checkpointer.checkpoint_dir", "model.source", is_set_by_combine=True),
-    Row("tokenizer.max_seq_len", "dataset.maxSequenceLength", to_integer(1)),
-    Row("dataset", "dataset.train", any_value, is_set_by_combine=True),
-    Row("dataset_val", "dataset.validation", any_value, is_set_by_combine=True),
-    Row("run_val_every_n_steps", "evaluation.steps", to_integer(1), is_set_by_combine=True),
-    Row("batch_size", "training.batchSizePerDevice", to_integer(1)),
-    Row("batch_size_val", "evaluation.batchSizePerDevice", to_integer(1), is_set_by_combine=True),
-    Row("epochs", "training.epochs", to_integer(1)),
-    Row("max_steps_per_epoch", "training.maxSteps", to_integer(1), is_set_by_combine=True),
-    Row("num_steps", "training.maxSteps", to_integer(1)),
-    Row("gradient_accumulation_steps", "training.gradientAccumulationSteps", to_integer(1)),
-    Row("clip_grad_norm", "training.maxGradNorm", to_number(0)),
-    Row("seed", "training.seed", to_integer(0, 4294967295)),
-    Row("shuffle", convert=to_boolean, is_set_by_combine=True),
-    Row("optimizer._component_", "training.optimizer", is_set_by_combine=True),
-    Row("optimizer.fused", "training.optimizer", to_boolean, is_set_by_combine=True),
-    Row("optimizer.lr", "training.learningRate", to_number(exclusive_low=0)),
-    Row("optimizer.weight_decay", "training.weightDecay", to_number(0)),
-    Row("optimizer.eps", "training.adamEpsilon", to_number(exclusive_low=0)),
-    Row("optimizer.betas", "training.adamBeta1", list_of(to_number(0, exclusive_high=1)), is_set_by_combine=True),
-    Row("lr_scheduler._component_", "training.scheduler", is_set_by_combine=True),
-    Row("lr_scheduler.num_warmup_steps", "training.warmupSteps", to_integer(0)),
-    Row("loss._component_", "trainer.type", is_set_by_combine=True),
-    Row("loss.beta", "trainer.dpo.beta", to_number(exclusive_low=0), is_set_by_combine=True),
-    Row("dtype", "training.mixedPrecision", to_choice({"bf16": "bf16", "fp16": "fp16", "fp32": "no"}), is_set_by_combine=True),
-    Row("device", "training.device", to_choice({"cuda": "cuda", "cpu": "cpu", "mps": "mps"}), is_set_by_combine=True),
-    Row("enable_activation_checkpointing", "training.gradientCheckpointing", to_boolean, is_set_by_combine=True),
-    Row("enable_activation_offloading", "training.gradientCheckpointing", to_boolean, is_set_by_combine=True),
-    Row("fsdp_cpu_offload", "distributed.strategy", to_boolean, is_set_by_combine=True),
-    Row("fsdp_reshard_after_forward", "distributed.fsdp.sharding", to_boolean, is_set_by_combine=True),
-    Row("save_every_n_steps", "checkpoint.steps", to_integer(1)),
-    Row("resume_from_checkpoint", convert=to_boolean, no_effect="attempts of a job always resume"),
-    Row("output_dir", "output.dir", is_set_by_combine=True),
-    Row("metric_logger._component_", "tracking.reportTo", is_set_by_combine=True),
-    Row("metric_logger.project", "tracking.wandb.project", is_set_by_combine=True),
-    Row("metric_logger.entity", "tracking.wandb.entity", is_set_by_combine=True),
-    Row("log_every_n_steps", "tracking.loggingSteps", to_integer(1)),
-    *ignored("the model's repository on the hub has the tokenizer", "tokenizer._component_ tokenizer.path tokenizer.merges_file tokenizer.special_tokens_path "
-             "tokenizer.truncation_type"),
-    *ignored("the trainer reads and writes safetensors", "checkpointer._component_ checkpointer.checkpoint_files checkpointer.recipe_checkpoint "
+OPTION_TABLE: tuple[OptionRow, ...] = (
+    OptionRow("model._component_", "model.source", is_set_by_combine=True),
+    OptionRow("model.lora_attn_modules", "method.lora.targetModules", to_name_list, is_set_by_combine=True),
+    OptionRow("model.apply_lora_to_mlp", "method.lora.targetModules", to_boolean, is_set_by_combine=True),
+    OptionRow("model.apply_lora_to_output", "method.lora.targetModules", to_boolean, is_set_by_combine=True),
+    OptionRow("model.lora_rank", "method.lora.rank", to_integer(1)),
+    OptionRow("model.lora_alpha", "method.lora.alpha", to_number(exclusive_low=0)),
+    OptionRow("model.lora_dropout", "method.lora.dropout", to_number(0, exclusive_high=1)),
+    OptionRow("model.use_dora", "method.lora.useDora", to_boolean),
+    OptionRow("model.quantize_base", "method.type", to_boolean, is_set_by_combine=True),
+    OptionRow("checkpointer.checkpoint_dir", "model.source", is_set_by_combine=True),
+    OptionRow("tokenizer.max_seq_len", "dataset.maxSequenceLength", to_integer(1)),
+    OptionRow("dataset", "dataset.train", keep_value, is_set_by_combine=True),
+    OptionRow("dataset_val", "dataset.validation", keep_value, is_set_by_combine=True),
+    OptionRow("run_val_every_n_steps", "evaluation.steps", to_integer(1), is_set_by_combine=True),
+    OptionRow("batch_size", "training.batchSizePerDevice", to_integer(1)),
+    OptionRow("batch_size_val", "evaluation.batchSizePerDevice", to_integer(1), is_set_by_combine=True),
+    OptionRow("epochs", "training.epochs", to_integer(1)),
+    OptionRow("max_steps_per_epoch", "training.maxSteps", to_integer(1), is_set_by_combine=True),
+    OptionRow("num_steps", "training.maxSteps", to_integer(1)),
+    OptionRow("gradient_accumulation_steps", "training.gradientAccumulationSteps", to_integer(1)),
+    OptionRow("clip_grad_norm", "training.maxGradNorm", to_number(0)),
+    OptionRow("seed", "training.seed", to_integer(0, 4294967295)),
+    OptionRow("shuffle", convert=to_boolean, is_set_by_combine=True),
+    OptionRow("optimizer._component_", "training.optimizer", is_set_by_combine=True),
+    OptionRow("optimizer.fused", "training.optimizer", to_boolean, is_set_by_combine=True),
+    OptionRow("optimizer.lr", "training.learningRate", to_number(exclusive_low=0)),
+    OptionRow("optimizer.weight_decay", "training.weightDecay", to_number(0)),
+    OptionRow("optimizer.eps", "training.adamEpsilon", to_number(exclusive_low=0)),
+    OptionRow("optimizer.betas", "training.adamBeta1", to_list_of(to_number(0, exclusive_high=1)), is_set_by_combine=True),
+    OptionRow("lr_scheduler._component_", "training.scheduler", is_set_by_combine=True),
+    OptionRow("lr_scheduler.num_warmup_steps", "training.warmupSteps", to_integer(0)),
+    OptionRow("loss._component_", "trainer.type", is_set_by_combine=True),
+    OptionRow("loss.beta", "trainer.dpo.beta", to_number(exclusive_low=0), is_set_by_combine=True),
+    OptionRow("dtype", "training.mixedPrecision", to_choice({"bf16": "bf16", "fp16": "fp16", "fp32": "no"}), is_set_by_combine=True),
+    OptionRow("device", "training.device", to_choice({"cuda": "cuda", "cpu": "cpu", "mps": "mps"}), is_set_by_combine=True),
+    OptionRow("enable_activation_checkpointing", "training.gradientCheckpointing", to_boolean, is_set_by_combine=True),
+    OptionRow("enable_activation_offloading", "training.gradientCheckpointing", to_boolean, is_set_by_combine=True),
+    OptionRow("fsdp_cpu_offload", "distributed.strategy", to_boolean, is_set_by_combine=True),
+    OptionRow("fsdp_reshard_after_forward", "distributed.fsdp.sharding", to_boolean, is_set_by_combine=True),
+    OptionRow("save_every_n_steps", "checkpoint.steps", to_integer(1)),
+    OptionRow("resume_from_checkpoint", convert=to_boolean, no_effect="each attempt of a job resumes from the last checkpoint"),
+    OptionRow("output_dir", "output.dir", is_set_by_combine=True),
+    OptionRow("metric_logger._component_", "tracking.reportTo", is_set_by_combine=True),
+    OptionRow("metric_logger.project", "tracking.wandb.project", is_set_by_combine=True),
+    OptionRow("metric_logger.entity", "tracking.wandb.entity", is_set_by_combine=True),
+    OptionRow("log_every_n_steps", "tracking.loggingSteps", to_integer(1)),
+    *make_ignored_options("the model's repository on the hub has the tokenizer", "tokenizer._component_ tokenizer.path tokenizer.merges_file "
+             "tokenizer.special_tokens_path tokenizer.truncation_type"),
+    *make_ignored_options("the trainer reads and writes safetensors", "checkpointer._component_ checkpointer.checkpoint_files checkpointer.recipe_checkpoint "
              "checkpointer.output_dir checkpointer.model_type checkpointer.adapter_checkpoint checkpointer.safe_serialization "
              "checkpointer.keep_last_n_checkpoints checkpointer.enable_dcp checkpointer.should_load_recipe_state checkpointer ref_checkpointer "
              "save_adapter_weights_only enable_async_checkpointing save_every_n_epochs"),
-    *ignored(SPEED_REASON, "compile cudnn_deterministic_mode use_flex optimizer_in_bwd ac_mode ac_option low_cpu_ram enable_expandable_segments "
+    *make_ignored_options(SPEED_REASON, "compile cudnn_deterministic_mode use_flex optimizer_in_bwd ac_mode ac_option low_cpu_ram enable_expandable_segments "
              "custom_sharded_layers fsdp_sharding_strategy data_parallel_replicate_dim data_parallel_shard_dim use_distributed_state_dict "
              "loss.num_output_chunks loss.tiled_linear loss.mask_ignored_tokens loss.ignore_index model.tie_word_embeddings lr_scheduler.last_epoch "
              "optimizer.foreach optimizer.amsgrad"),
-    *ignored(LOADER_REASON, "collate_fn dataloader dataset.parallel_method"),
-    *ignored(DEVICES_REASON, "device_map"),
-    *ignored("the job's log has these values",
+    *make_ignored_options(LOADER_REASON, "collate_fn dataloader dataset.parallel_method"),
+    *make_ignored_options(DEVICES_REASON, "device_map"),
+    *make_ignored_options("the job's log contains these values",
              "log_peak_memory_stats log_level profile_memory metric_logger.log_dir metric_logger.filename metric_logger.group "
              "metric_logger.organize_logs metric_logger.name profiler log_dir"),
-    *refused("a template around messages", "tokenizer.prompt_template", "give --set dataset.chatTemplate.text=TEXT"),
-    *refused("quantisation-aware training", "quantizer fake_quant_after_n_steps"),
-    *refused("distillation", "teacher_model teacher_checkpointer kd_ratio kd_loss"),
-    *refused("PPO", "ppo_epochs ppo_batch_size policy_model reward_and_value_model value_checkpointer reward_checkpointer ref_policy_checkpointer "
+    *make_refused_options("a template around messages", "tokenizer.prompt_template", "give --set dataset.chatTemplate.text=TEXT"),
+    *make_refused_options("quantisation-aware training", "quantizer fake_quant_after_n_steps"),
+    *make_refused_options("distillation", "teacher_model teacher_checkpointer kd_ratio kd_loss"),
+    *make_refused_options("PPO", "ppo_epochs ppo_batch_size policy_model reward_and_value_model value_checkpointer reward_checkpointer ref_policy_checkpointer "
              "forward_batch_size "
              "kl_coeff gamma lmbda whiten_rewards penalise_no_eos reward_penalty min_response_length"),
-    *refused("GRPO of torchtune", "grpo_samples grpo_size orchestration inference reward_functions"),
-    *refused("early exit", "early_exit_loss layer_dropout"),
-    *refused("tensor parallelism", "tensor_parallel_dim tensor_parallel_plan", "write 1", 1),
-    *refused("context parallelism", "context_parallel_dim", "write 1", 1),
-    *refused("label smoothing in the sigmoid loss", "loss.label_smoothing"),
-    *refused("another number of cosine cycles than a half", "lr_scheduler.num_cycles", "write 0.5", 0.5),
-    *refused("new embeddings", "resize_token_embeddings", "set model.newTokens with --set"),
-    *refused("generating text or evaluating a model without training", "max_new_tokens tasks prompt top_k temperature"),
+    *make_refused_options("GRPO of torchtune", "grpo_samples grpo_size orchestration inference reward_functions"),
+    *make_refused_options("early exit", "early_exit_loss layer_dropout"),
+    *make_refused_options("tensor parallelism", "tensor_parallel_dim tensor_parallel_plan", "write 1", 1),
+    *make_refused_options("context parallelism", "context_parallel_dim", "write 1", 1),
+    *make_refused_options("label smoothing in the sigmoid loss", "loss.label_smoothing"),
+    *make_refused_options("a number of cosine cycles other than 0.5", "lr_scheduler.num_cycles", "write 0.5", 0.5),
+    *make_refused_options("resizing the embeddings", "resize_token_embeddings", "set model.newTokens with --set"),
+    *make_refused_options("generating text or evaluating a model without training", "max_new_tokens tasks prompt top_k temperature"),
 )  # fmt: skip
 DEFAULTS: tuple[ToolDefault, ...] = (
-    ToolDefault("training.scheduler", "constant", is_applicable=lambda d: not d.has_value("training.warmupSteps")),
+    ToolDefault("training.scheduler", "constant", is_applicable=lambda draft: not draft.has_value("training.warmupSteps")),
     ToolDefault("training.scheduler", "cosine"),
     ToolDefault("training.warmupSteps", 0),
     ToolDefault("training.weightDecay", 0.01, "default of torch.optim.AdamW"),
     ToolDefault("training.maxGradNorm", 0, "the recipe does not clip gradients"),
     ToolDefault("training.gradientCheckpointing", "disabled"),
-    ToolDefault("checkpoint.strategy", "epoch", is_applicable=lambda d: not d.has_value("checkpoint.steps")),
-    ToolDefault("output.layout", "flat", is_applicable=lambda d: d.has_value("output.dir")),
+    ToolDefault("checkpoint.strategy", "epoch", is_applicable=lambda draft: not draft.has_value("checkpoint.steps")),
+    ToolDefault("output.layout", "flat", is_applicable=lambda draft: draft.has_value("output.dir")),
 )
 OPAQUE_PATHS = frozenset({"dataset", "dataset_val", "profiler", "quantizer", "ref_checkpointer", "collate_fn", "dataloader", "teacher_model",
                           "teacher_checkpointer",
@@ -176,41 +176,44 @@ OPAQUE_PATHS = frozenset({"dataset", "dataset_val", "profiler", "quantizer", "re
                           "tensor_parallel_plan", "orchestration", "inference", "early_exit_loss", "layer_dropout"})  # fmt: skip
 
 
-def recognises_input(documents: tuple[InputDocument, ...], words: tuple[str, ...]) -> bool:
-    """Return whether a document has components of torchtune, or the command is `tune run`."""
-    return words[:2] == ("tune", "run") or any(
+def recognises_input(documents: tuple[InputDocument, ...], command_words: tuple[str, ...]) -> bool:
+    """Return whether a document names components of torchtune, or the command is `tune run`."""
+    return command_words[:2] == ("tune", "run") or any(
         "torchtune." in document.text and "_component_" in document.text for document in documents
     )
 
 
-def read(draft: JobDraft) -> Iterator[OptionEntry]:
+def read_options(draft: JobDraft) -> Iterator[OptionEntry]:
     """Yield the options of the files in order, then the overrides."""
-    groups: dict[str, dict[str, Any]] = {}
+    dataset_options: dict[str, dict[str, Any]] = {}
     for document in draft.documents:
-        tree = parse_document(document)
-        for entry in iterate_entries(document, tree, OPAQUE_PATHS):
-            value = resolve(entry.value, tree.value)
+        parsed_file = parse_document(document)
+        for entry in iterate_entries(document, parsed_file, OPAQUE_PATHS):
+            value = resolve_references(entry.value, parsed_file.value)
             if isinstance(value, dict):
-                groups[entry.key] = dict(value)
+                dataset_options[entry.key] = dict(value)
             yield OptionEntry(entry.key, value, entry.origin)
-    yield from read_overrides(draft, strip_launcher(draft.request.tool_arguments), groups)
+    yield from read_overrides(draft, strip_launcher(draft.request.tool_arguments), dataset_options)
 
 
-def resolve(value: Any, settings: dict[str, Any]) -> Any:
-    """Replace `${name}` by the value of a key at the top level, as OmegaConf does."""
+def resolve_references(value: Any, top_level_values: dict[str, Any]) -> Any:
+    """Return a value in which each `${name}` is replaced by the top-level value of this key, as OmegaConf does."""
     if isinstance(value, str):
-        whole = re.match(r"^\$\{(\w+)\}$", value)
-        if whole:
-            return settings.get(whole[1])
-        return re.sub(r"\$\{(\w+)\}", lambda match: str(settings.get(match[1], match[0])), value)
-    return {key: resolve(inner, settings) for key, inner in value.items()} if isinstance(value, dict) else value
+        single_reference = re.match(r"^\$\{(\w+)\}$", value)
+        if single_reference:
+            return top_level_values.get(single_reference[1])
+        return re.sub(r"\$\{(\w+)\}", lambda match: str(top_level_values.get(match[1], match[0])), value)
+    return {key: resolve_references(item, top_level_values) for key, item in value.items()} if isinstance(value, dict) else value
 
 
-def read_overrides(draft: JobDraft, words: list[str], groups: dict[str, dict[str, Any]]) -> Iterator[OptionEntry]:
-    """Yield `key=value` overrides. `groups`: the data sets of the file, which overrides change. The recipe's name and the launcher's options are skipped."""
+def read_overrides(draft: JobDraft, command_words: list[str], dataset_options: dict[str, dict[str, Any]]) -> Iterator[OptionEntry]:
+    """Yield the options of `key=value` overrides. Skip the recipe's name and the launcher's options.
+
+    `dataset_options`: the options of `dataset` and `dataset_val` in the file. Overrides of these options are added to them.
+    """
     skip_next = False
-    changed_groups: list[str] = []
-    for word in words:
+    changed_keys: list[str] = []
+    for word in command_words:
         name, equals, value = word.partition("=")
         if (
             skip_next
@@ -224,16 +227,16 @@ def read_overrides(draft: JobDraft, words: list[str], groups: dict[str, dict[str
         elif not equals:
             draft.mistakes.append(Mistake("command line", word, "this word belongs to no option", "write key=value"))
         elif name.partition(".")[0] in ("dataset", "dataset_val"):
-            group, _, inner = name.partition(".")
-            groups.setdefault(group, {})[inner or "_component_"] = parse_value(value)
-            changed_groups.append(group)
+            dataset_key, _, option_name = name.partition(".")
+            dataset_options.setdefault(dataset_key, {})[option_name or "_component_"] = parse_value(value)
+            changed_keys.append(dataset_key)
         else:
-            known = {"optimizer", "loss", "model", "tokenizer", "lr_scheduler", "checkpointer", "metric_logger"}
+            component_groups = {"optimizer", "loss", "model", "tokenizer", "lr_scheduler", "checkpointer", "metric_logger"}
             yield OptionEntry(
-                f"{name}._component_" if name in known else name, parse_value(value), ValueOrigin("command line")
+                f"{name}._component_" if name in component_groups else name, parse_value(value), ValueOrigin("command line")
             )
-    for group in dict.fromkeys(changed_groups):
-        yield OptionEntry(group, groups[group], ValueOrigin("command line"))
+    for dataset_key in dict.fromkeys(changed_keys):
+        yield OptionEntry(dataset_key, dataset_options[dataset_key], ValueOrigin("command line"))
 
 
 def combine_options(draft: JobDraft) -> None:
@@ -247,7 +250,7 @@ def combine_options(draft: JobDraft) -> None:
 
 
 def set_torchtune_options(draft: JobDraft) -> None:
-    """Set the fields whose value depends on several options of a recipe."""
+    """Set the fields whose value depends on several options of a recipe, except the number of GPUs."""
     _set_model(draft)
     _set_objective(draft)
     _set_data(draft)
@@ -265,10 +268,11 @@ def _set_model(draft: JobDraft) -> None:
         feature = "classification" if "classifier" in component else "training on images, video or audio"
         draft.refuse_feature("model._component_", feature, is_droppable=False)
         draft.paths_of_invalid_keys["model._component_"] = "model.source"
-    elif builder in MODELS and "model.source" not in draft.request.overrides:
-        draft.assign("model.source", MODELS[builder], "model._component_")
+    elif builder in REPOSITORY_BY_MODEL_BUILDER and "model.source" not in draft.request.overrides:
+        draft.assign("model.source", REPOSITORY_BY_MODEL_BUILDER[builder], "model._component_")
         draft.add_note(
-            f"the job loads {MODELS[builder]} from the hub, and not the files in {folder or 'a folder'}; give another model with --model URI"
+            f"the job loads {REPOSITORY_BY_MODEL_BUILDER[builder]} from the hub, and not the files in {folder or 'a folder'}; "
+            "give another model with --model URI"
         )
     elif component and "model.source" not in draft.request.overrides:
         draft.add_mistake(
@@ -286,13 +290,13 @@ def _set_model(draft: JobDraft) -> None:
             "method.type", "qlora" if is_lora and is_quantised else "lora" if is_lora else "full", "model._component_"
         )
     if "model.quantize_base" in draft.given_options:
-        draft.add_reason("model.quantize_base", "part of method.type")
-    names = [MODULES.get(name, name) for name in draft.get("model.lora_attn_modules") or []]
+        draft.add_reason("model.quantize_base", "included in method.type")
+    names = [MODULE_BY_NAME.get(name, name) for name in draft.get("model.lora_attn_modules") or []]
     if draft.get("model.apply_lora_to_mlp"):
         names += ["gate_proj", "up_proj", "down_proj"]
     for key in ("model.lora_attn_modules", "model.apply_lora_to_mlp", "model.apply_lora_to_output"):
         if key in draft.given_options:
-            draft.add_reason(key, "part of method.lora.targetModules")
+            draft.add_reason(key, "included in method.lora.targetModules")
     if names and is_lora:
         draft.assign(
             "method.lora.targetModules",
@@ -305,127 +309,129 @@ def _set_model(draft: JobDraft) -> None:
         draft.refuse_feature(
             "model.apply_lora_to_output",
             "an adapter of the output head",
-            "write false, and --set method.lora.modulesToSave=[lm_head]",
+            "write false, and give --set method.lora.modulesToSave=[lm_head]",
         )
 
 
 def _set_objective(draft: JobDraft) -> None:
     component = str(draft.get("loss._component_", "")).rpartition(".")[2]
-    feature = next((feature for word, feature in LOSSES_OF_FEATURES.items() if word in component), None)
+    feature = next((feature for word, feature in FEATURE_BY_LOSS.items() if word in component), None)
     if feature:
         draft.refuse_feature("loss._component_", feature, is_droppable=False)
     elif component == "DPOLoss":
         draft.assign("trainer.type", "dpo", "loss._component_")
     elif component:
-        draft.add_reason("loss._component_", "the cross entropy, as in every FineTuneJob")
+        draft.add_reason("loss._component_", "the job trains with the cross entropy")
     if "loss.beta" in draft.given_options:
         if component == "DPOLoss":
             draft.assign("trainer.dpo.beta", draft.get("loss.beta"), "loss.beta")
         else:
-            draft.add_reason("loss.beta", "no effect: the loss is not that of DPO")
+            draft.add_reason("loss.beta", "no effect: the loss is not DPOLoss")
 
 
 def _set_data(draft: JobDraft) -> None:
-    items = draft.get("dataset")
-    parts = [_part(draft, "dataset", item) for item in (items if isinstance(items, list) else [items] if items else [])]
+    dataset_entries = draft.get("dataset")
+    if not isinstance(dataset_entries, list):
+        dataset_entries = [dataset_entries] if dataset_entries else []
+    data_sources = [_read_dataset(draft, "dataset", dataset_entry) for dataset_entry in dataset_entries]
     has_validation = draft.get("run_val_every_n_steps") is not None
     if has_validation and isinstance(draft.get("dataset_val"), dict):
-        part = _part(draft, "dataset_val", draft.get("dataset_val"))
-        if part is not None and part.fraction == 1.0 and "dataset.validation" not in draft.request.overrides:
-            draft.assign("dataset.validation", part.source, "dataset_val")
+        data_source = _read_dataset(draft, "dataset_val", draft.get("dataset_val"))
+        if data_source is not None and data_source.fraction == 1.0 and "dataset.validation" not in draft.request.overrides:
+            draft.assign("dataset.validation", data_source.source, "dataset_val")
             draft.assign("evaluation.steps", draft.get("run_val_every_n_steps"), "run_val_every_n_steps")
             if "batch_size_val" in draft.given_options:
                 draft.assign("evaluation.batchSizePerDevice", draft.get("batch_size_val"), "batch_size_val")
     for key in ("dataset_val", "batch_size_val", "run_val_every_n_steps"):
         if key in draft.given_options and not any(value.key == key for value in draft.values.values()):
             draft.add_reason(
-                key, "no effect: run_val_every_n_steps is not set, or the rows are a part of the training data"
+                key, "no effect: run_val_every_n_steps is not set, or the validation rows are a part of a split"
             )
-    assign_parts(draft, "dataset", [part for part in parts if part is not None])
+    assign_data_sources(draft, "dataset", [data_source for data_source in data_sources if data_source is not None])
     if draft.get("shuffle") is False:
         draft.refuse_feature("shuffle", "a fixed order of the rows", "write true")
     elif "shuffle" in draft.given_options:
         draft.add_reason("shuffle", "rows are always shuffled")
 
 
-def _part(draft: JobDraft, key: str, item: Any) -> DataPart | None:
-    """Return one data set, and set packing and the trained tokens."""
-    item = item if isinstance(item, dict) else {"_component_": item}
-    component = str(item.get("_component_", "")).rpartition(".")[2]
-    if component not in DATASETS:
+def _read_dataset(draft: JobDraft, option_key: str, dataset_entry: Any) -> DataSource | None:
+    """Return the data source of one data set, or None if it is refused. For `dataset`, set packing, the loss on answers only and the system prompt."""
+    dataset_entry = dataset_entry if isinstance(dataset_entry, dict) else {"_component_": dataset_entry}
+    component = str(dataset_entry.get("_component_", "")).rpartition(".")[2]
+    if component not in DATASET_BY_BUILDER:
         draft.refuse_feature(
-            key, f"the data set {component or '(none)'}", "give --data URI and --set dataset.format=FORMAT"
+            option_key, f"the data set {component or '(none)'}", "give --data URI and --set dataset.format=FORMAT"
         )
         return None
-    source, form, columns, trains_on_input = DATASETS[component]
-    location = draft.given_options[key].origin.location
-    for name in item:
+    source, row_format, columns, trains_on_input = DATASET_BY_BUILDER[component]
+    location = draft.given_options[option_key].origin.location
+    for name in dataset_entry:
         if name not in DATASET_KEYS:
-            draft.add_warning(f"{location}: {key}.{name}: this option of a data set is not known and has no effect")
+            draft.add_warning(f"{location}: {option_key}.{name}: this option of a data set is unknown and has no effect")
     for name, feature in (
         ("filter_fn", "a filter for rows in Python"),
         ("name", "a configuration of a data set on the hub"),
         ("subset", "a configuration of a data set on the hub"),
     ):
-        if item.get(name):
-            draft.refuse_feature(key, feature, "store the rows that you need in a file, and give --data URI")
-    source, files = str(item.get("source") or source), item.get("data_files") or item.get("data_dir")
+        if dataset_entry.get(name):
+            draft.refuse_feature(option_key, feature, "store the rows that you need in a file, and give --data URI")
+    source, data_files = str(dataset_entry.get("source") or source), dataset_entry.get("data_files") or dataset_entry.get("data_dir")
     if source in ("json", "csv", "parquet", "text"):
-        source = str(files[0] if isinstance(files, list) else files or "")
+        source = str(data_files[0] if isinstance(data_files, list) else data_files or "")
     if not source:
-        draft.add_mistake(key, "the data set has no source", "write source, or give --data URI")
+        draft.add_mistake(option_key, "the data set has no source", "write source, or give --data URI")
         return None
     columns = dict(columns) | {
-        COLUMNS[name]: column for name, column in (item.get("column_map") or {}).items() if name in COLUMNS
+        COLUMN_FIELD_BY_NAME[name]: column for name, column in (dataset_entry.get("column_map") or {}).items() if name in COLUMN_FIELD_BY_NAME
     }
-    if form == "messages" and item.get("conversation_column"):
-        columns["messages"] = str(item["conversation_column"])
-    if form == "plainText" and item.get("column"):
-        columns["text"] = str(item["column"])
-    if key == "dataset":
-        if "packed" in item and form != "preference":
-            draft.assign("dataset.packing", item["packed"] is True, key)
-        if form not in ("plainText", "preference"):
-            draft.assign("dataset.responseOnly.enabled", not item.get("train_on_input", trains_on_input), key)
-        if item.get("new_system_prompt"):
-            draft.assign("dataset.systemPrompt", str(item["new_system_prompt"]), key)
-    fraction = fraction_of_split(str(item.get("split") or "train"))
-    if fraction is None and key == "dataset":
+    if row_format == "messages" and dataset_entry.get("conversation_column"):
+        columns["messages"] = str(dataset_entry["conversation_column"])
+    if row_format == "plainText" and dataset_entry.get("column"):
+        columns["text"] = str(dataset_entry["column"])
+    if option_key == "dataset":
+        if "packed" in dataset_entry and row_format != "preference":
+            draft.assign("dataset.packing", dataset_entry["packed"] is True, option_key)
+        if row_format not in ("plainText", "preference"):
+            draft.assign("dataset.responseOnly.enabled", not dataset_entry.get("train_on_input", trains_on_input), option_key)
+        if dataset_entry.get("new_system_prompt"):
+            draft.assign("dataset.systemPrompt", str(dataset_entry["new_system_prompt"]), option_key)
+    fraction = parse_split_fraction(str(dataset_entry.get("split") or "train"))
+    if fraction is None and option_key == "dataset":
         draft.refuse_feature(
-            key,
-            f"the split {item['split']} of a data set on the hub",
+            option_key,
+            f"the split {dataset_entry['split']} of a data set on the hub",
             "store the rows that you need in a file, and give --data URI",
         )
-    return DataPart(
-        to_source_uri(draft, key, "dataset.train", source),
-        form,
+    return DataSource(
+        normalise_source_uri(draft, option_key, "dataset.train", source),
+        row_format,
         columns,
         None,
-        fraction if fraction is not None else 0.0 if key != "dataset" else 1.0,
+        fraction if fraction is not None else 0.0 if option_key != "dataset" else 1.0,
     )
 
 
 def _set_optimizer(draft: JobDraft) -> None:
     name = str(draft.get("optimizer._component_", "torch.optim.AdamW"))
-    if name not in OPTIMIZERS:
-        draft.refuse_feature("optimizer._component_", f"the optimizer {name}", f"write one of {', '.join(OPTIMIZERS)}")
+    if name not in OPTIMIZER_BY_COMPONENT:
+        draft.refuse_feature("optimizer._component_", f"the optimizer {name}", f"write one of {', '.join(OPTIMIZER_BY_COMPONENT)}")
     elif "optimizer._component_" in draft.given_options:
-        chosen = (
-            "adamw_torch_fused" if name == "torch.optim.AdamW" and draft.get("optimizer.fused") else OPTIMIZERS[name]
+        spec_optimizer = (
+            "adamw_torch_fused" if name == "torch.optim.AdamW" and draft.get("optimizer.fused") else OPTIMIZER_BY_COMPONENT[name]
         )
-        draft.assign("training.optimizer", chosen, "optimizer._component_")
+        draft.assign("training.optimizer", spec_optimizer, "optimizer._component_")
     if "optimizer.fused" in draft.given_options:
-        draft.add_reason("optimizer.fused", "part of training.optimizer")
+        draft.add_reason("optimizer.fused", "included in training.optimizer")
     betas = draft.get("optimizer.betas")
     if betas:
         draft.assign("training.adamBeta1", betas[0], "optimizer.betas")
         draft.assign("training.adamBeta2", betas[1], "optimizer.betas")
     scheduler = draft.get("lr_scheduler._component_")
-    if scheduler == SCHEDULER:
+    if scheduler == SUPPORTED_SCHEDULER:
         draft.assign("training.scheduler", "cosine", "lr_scheduler._component_")
     elif scheduler:
         draft.refuse_feature(
-            "lr_scheduler._component_", f"the learning rate schedule {scheduler}", f"write {SCHEDULER}"
+            "lr_scheduler._component_", f"the learning rate schedule {scheduler}", f"write {SUPPORTED_SCHEDULER}"
         )
     steps = draft.get("max_steps_per_epoch")
     if steps:
@@ -449,9 +455,9 @@ def _set_precision(draft: JobDraft) -> None:
         if draft.get(key):
             draft.assign("training.gradientCheckpointing", mode, key)
         elif key in draft.given_options:
-            draft.add_reason(key, "no effect: this is off")
+            draft.add_reason(key, "no effect: false turns it off")
     if offloads and recomputes:
-        draft.add_reason("enable_activation_checkpointing", "part of training.gradientCheckpointing: unsloth")
+        draft.add_reason("enable_activation_checkpointing", "included in training.gradientCheckpointing: unsloth")
 
 
 def _set_distribution(draft: JobDraft) -> None:
@@ -475,14 +481,14 @@ def _set_results(draft: JobDraft) -> None:
         if not draft.has_value("output.dir"):
             draft.add_reason("output_dir", "no effect: results are in the job's storage")
     logger = str(draft.get("metric_logger._component_", "")).rpartition(".")[2]
-    tracker = LOGGERS.get(logger)
+    tracker = TRACKER_BY_LOGGER.get(logger)
     if tracker:
         draft.assign("tracking.reportTo", [tracker], "metric_logger._component_")
     elif logger:
         draft.add_reason("metric_logger._component_", "metrics are in the job's storage")
     for key in ("metric_logger.project", "metric_logger.entity"):
         if key in draft.given_options and tracker == "wandb":
-            draft.assign(draft.given_options[key].row.path, draft.get(key), key)
+            draft.assign(draft.given_options[key].option_row.path, draft.get(key), key)
         elif key in draft.given_options:
             draft.add_reason(key, "no effect: wandb gets no metrics")
     if tracker == "wandb":
@@ -490,5 +496,5 @@ def _set_results(draft: JobDraft) -> None:
 
 
 IMPORTER = Importer(
-    "torchtune", "torchtune", ROWS, DEFAULTS, recognises_input, read, combine_options, reports_every_key=True
+    "torchtune", "torchtune", OPTION_TABLE, DEFAULTS, recognises_input, read_options, combine_options, reports_every_key=True
 )

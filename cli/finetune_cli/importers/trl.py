@@ -1,4 +1,4 @@
-"""`trl`: the importer for TRL's command line: a YAML of `--config`, and flags."""
+"""`trl`: the importer for TRL's command line: its flags, and the YAML file of its flag `--config`."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from finetune_cli.importers.command_lines import (
     ParsedFlags,
     add_config_file,
     add_stray_mistakes,
-    flag_entry,
+    build_flag_entry,
     parse_flags,
     strip_launcher,
 )
 from finetune_cli.importers.deepspeed import is_deepspeed
-from finetune_cli.importers.documents import iterate_entries, parse_document, peek_keys
+from finetune_cli.importers.documents import iterate_entries, parse_document, peek_mapping
 from finetune_cli.importers.draft import Importer, InputDocument, JobDraft, OptionEntry
-from finetune_cli.importers.llamafactory import OWN_KEYS as LLAMAFACTORY_KEYS
+from finetune_cli.importers.llamafactory import RECOGNISED_KEYS as LLAMAFACTORY_KEYS
 from finetune_cli.importers.options import assign_source_uri
-from finetune_cli.importers.trl_options import DEFAULTS, OPAQUE_PATHS, ROWS, set_trl_options
+from finetune_cli.importers.trl_options import DEFAULTS, OPAQUE_PATHS, OPTION_TABLE, set_trl_options
 from finetune_cli.yaml_reader import parse_value
 
 TRAINERS = {
@@ -34,7 +34,7 @@ TRAINERS = {
     "ppo": "ppo",
 }
 SUPPORTED_TRAINERS = ("sft", "dpo", "kto", "orpo", "grpo", "reward")
-OWN_KEYS = (
+RECOGNISED_KEYS = (
     "dataset_name",
     "use_peft",
     "dataset_train_split",
@@ -44,28 +44,28 @@ OWN_KEYS = (
     "max_length",
     "packing",
 )
-KEYS_OF_TRAINERS = {
+KEYS_BY_TRAINER = {
     "grpo": ("num_generations", "reward_funcs", "epsilon", "scale_rewards"), "kto": ("desirable_weight", "undesirable_weight"),
     "dpo": ("precompute_ref_log_probs", "f_divergence_type", "label_smoothing", "beta"), "reward": ("center_rewards_coefficient",),
 }  # fmt: skip
-"""Keys that show the trainer of a file without a command."""
+"""Keys that only the files of one trainer have. The importer infers the trainer from them if no command names it."""
 
 
-def recognises_input(documents: tuple[InputDocument, ...], words: tuple[str, ...]) -> bool:
-    """Return whether the command is `trl`, or a document names `model_name_or_path` and other keys of TRL."""
-    if words[:1] == ("trl",) or any(re.search(r"trl/scripts/\w+\.py$|^trl$", word) for word in words):
+def recognises_input(documents: tuple[InputDocument, ...], command_words: tuple[str, ...]) -> bool:
+    """Return whether the command starts TRL, or a document has `model_name_or_path` and another key of TRL but none of LLaMA-Factory."""
+    if command_words[:1] == ("trl",) or any(re.search(r"trl/scripts/\w+\.py$|^trl$", word) for word in command_words):
         return True
     if not documents:
-        return "--model_name_or_path" in words and "--dataset_name" in words
+        return "--model_name_or_path" in command_words and "--dataset_name" in command_words
     for document in documents:
-        content = peek_keys(document)
-        is_other = any(key in content for key in LLAMAFACTORY_KEYS)
-        if "model_name_or_path" in content and any(key in content for key in (*OWN_KEYS, "datasets")) and not is_other:
+        content = peek_mapping(document)
+        is_llamafactory = any(key in content for key in LLAMAFACTORY_KEYS)
+        if "model_name_or_path" in content and any(key in content for key in (*RECOGNISED_KEYS, "datasets")) and not is_llamafactory:
             return True
     return False
 
 
-def read(draft: JobDraft) -> Iterator[OptionEntry]:
+def read_options(draft: JobDraft) -> Iterator[OptionEntry]:
     """Yield the options of the files in order, then the flags."""
     flags = parse_command(draft, draft.request.tool_arguments)
     for name, value in flags.name_value_pairs:
@@ -78,18 +78,18 @@ def read(draft: JobDraft) -> Iterator[OptionEntry]:
 
 
 def parse_command(draft: JobDraft, command: tuple[str, ...]) -> ParsedFlags:
-    """Parse TRL's command line: launcher, trainer and flags."""
-    words = [word for word in strip_launcher(command) if word not in ("trl", *TRAINERS) and not word.endswith(".py")]
-    flags = parse_flags(_join_lists(words), lambda name: True)
+    """Return the flags of TRL's command line. Skip the launcher and the trainer."""
+    command_words = [word for word in strip_launcher(command) if word not in ("trl", *TRAINERS) and not word.endswith(".py")]
+    flags = parse_flags(_join_lists(command_words), lambda name: True)
     add_stray_mistakes(draft, flags)
     return flags
 
 
 def read_flags(flags: ParsedFlags) -> Iterator[OptionEntry]:
-    """Yield the options of parsed flags."""
+    """Yield the options of parsed flags, without the flags that name a file. `--no_x` sets the option `x` to false."""
     for name, value in flags.name_value_pairs:
         if name not in ("--config", "--config_file", "--accelerate_config"):
-            entry = flag_entry(name, True if value is None else parse_value(value))
+            entry = build_flag_entry(name, True if value is None else parse_value(value))
             yield OptionEntry(
                 entry.key.removeprefix("--").removeprefix("no_"),
                 False if name.startswith("--no_") else entry.value,
@@ -97,29 +97,29 @@ def read_flags(flags: ParsedFlags) -> Iterator[OptionEntry]:
             )
 
 
-def _join_lists(words: list[str]) -> list[str]:
-    """Join the values of a flag that takes several words: `--lora_target_modules q_proj v_proj` becomes one value with commas."""
-    result: list[str] = []
-    for word in words:
+def _join_lists(command_words: list[str]) -> list[str]:
+    """Join several values of a flag with commas: `--lora_target_modules q_proj v_proj` becomes `--lora_target_modules q_proj,v_proj`."""
+    joined_words: list[str] = []
+    for word in command_words:
         if (
             not word.startswith("--")
-            and len(result) > 1
-            and not result[-1].startswith("--")
-            and result[-2].startswith("--")
+            and len(joined_words) > 1
+            and not joined_words[-1].startswith("--")
+            and joined_words[-2].startswith("--")
         ):
-            result[-1] += f",{word}"
+            joined_words[-1] += f",{word}"
         else:
-            result.append(word)
-    return result
+            joined_words.append(word)
+    return joined_words
 
 
-def trainer_of(draft: JobDraft, command: tuple[str, ...]) -> tuple[str, bool]:
-    """Return the trainer, and whether the command names it. Without a command, the keys of the file decide."""
+def find_trainer(draft: JobDraft, command: tuple[str, ...]) -> tuple[str, bool]:
+    """Return the name of the trainer, and whether the command names it. If it does not, infer the trainer from the keys of the file."""
     for word in command:
         name = re.sub(r"^.*/|\.py$", "", word)
         if name in TRAINERS:
             return name, True
-    for trainer, keys in KEYS_OF_TRAINERS.items():
+    for trainer, keys in KEYS_BY_TRAINER.items():
         if any(draft.has_key(key) or key in draft.reasons for key in keys):
             return trainer, False
     return "sft", False
@@ -131,23 +131,24 @@ def combine_options(draft: JobDraft) -> None:
 
 
 def combine_command(draft: JobDraft, command: tuple[str, ...]) -> None:
-    """Set the fields for the trainer of a command."""
-    trainer, is_given = trainer_of(draft, command)
+    """Set the fields whose value depends on the trainer, which the command names or the keys of the file imply."""
+    trainer, is_named_by_command = find_trainer(draft, command)
     if trainer not in SUPPORTED_TRAINERS:
         assign_source_uri(draft, "model_name_or_path", "model.source")
         draft.refuse_feature_at(
             "command line", trainer, trainer.upper(), "use dpo, kto, orpo or grpo", is_droppable=False
         )
         return
-    if not is_given:
+    if not is_named_by_command:
         draft.add_note(
-            f"the file does not name the trainer; its keys are those of {trainer}: give the command after `--`, for example `-- trl {trainer}`"
+            f"the file does not name the trainer, and the import chose {trainer} by its keys: "
+            f"name the trainer with the command after `--`, for example `-- trl {trainer}`"
         )
-    draft.assign_default("trainer.type", trainer, "the command" if is_given else "the keys of the file")
+    draft.assign_default("trainer.type", trainer, "the command" if is_named_by_command else "chosen by the keys of the file")
     for document in draft.documents:
         if is_accelerate(document):
             read_accelerate(draft, document)
     set_trl_options(draft, trainer)
 
 
-IMPORTER = Importer("trl", "TRL", ROWS, DEFAULTS, recognises_input, read, combine_options, reports_every_key=True)
+IMPORTER = Importer("trl", "TRL", OPTION_TABLE, DEFAULTS, recognises_input, read_options, combine_options, reports_every_key=True)

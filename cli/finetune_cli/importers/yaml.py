@@ -1,31 +1,36 @@
-"""`yaml`: the importer for a YAML file with seven sections, dotted overrides (`--training.epochs 2`) and an optional DeepSpeed JSON."""
+"""`yaml`: the importer for a YAML file with seven sections, dotted overrides such as `--training.epochs 2`, and an optional DeepSpeed JSON file."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
-from finetune_api.benchmarks import BENCHMARK_KINDS, BenchmarkKind, current_task_names
+from finetune_api.benchmarks import BENCHMARK_KINDS, BenchmarkKind, replace_old_task_names
 
 from finetune_cli.files import read_text
-from finetune_cli.importers.accelerate import SHARDING_BY_NAME, STATE_DICTS
-from finetune_cli.importers.command_lines import NEGATIVE_NUMBER_PATTERN, add_config_file, flag_entry, strip_launcher
+from finetune_cli.importers.accelerate import SHARDING_BY_NAME, STATE_DICT_BY_NAME
+from finetune_cli.importers.command_lines import (
+    NEGATIVE_NUMBER_PATTERN,
+    add_config_file,
+    build_flag_entry,
+    strip_launcher,
+)
 from finetune_cli.importers.converters import (
     ConversionError,
     Converter,
-    any_value,
-    first_match,
-    layer_numbers,
-    list_of,
-    module_names,
+    keep_value,
     to_boolean,
     to_choice,
     to_integer,
+    to_layer_numbers,
+    to_list_of,
+    to_module_names,
     to_number,
+    try_converters,
 )
 from finetune_cli.importers.deepspeed import is_deepspeed, read_deepspeed
-from finetune_cli.importers.documents import iterate_entries, parse_document, peek_keys
-from finetune_cli.importers.draft import Importer, InputDocument, JobDraft, OptionEntry, Row, ToolDefault
+from finetune_cli.importers.documents import iterate_entries, parse_document, peek_mapping
+from finetune_cli.importers.draft import Importer, InputDocument, JobDraft, OptionEntry, OptionRow, ToolDefault
 from finetune_cli.importers.sources import (
     assign_config_map,
     assign_output_folder,
@@ -38,9 +43,9 @@ from finetune_cli.mistakes import Mistake
 from finetune_cli.provenance import ValueOrigin
 from finetune_cli.yaml_reader import parse_value
 
-OF_LATER_REVISION = "a later revision of the tool added this option; a FineTuneJob has no such field"
+LATER_REVISION_REASON = "a later revision of the tool added this option; a FineTuneJob has no such field"
 TOOL_TASKS = ["hellaswag", "mmlu", "truthfulqa_mc", "winogrande", "gsm8k", "arc_challenge"]
-"""Tasks that the tool runs with the harness."""
+"""Tasks that the tool runs with lm-evaluation-harness."""
 BENCHMARK_NAMES = ["lm-evaluation-harness", "domain-specific-eval", "human-eval", "openai-humaneval"]
 UNUSED_KEYS = (
     "model.hybrid_lora_adapter", "fine_tuning.lora.dynamic_rank", "fine_tuning.quantization.bnb_8bit_compute_dtype",
@@ -53,13 +58,13 @@ UNUSED_KEYS = (
 )  # fmt: skip
 
 
-def enabled_or_disabled(value: Any) -> str:
-    """Convert a boolean to `enabled` or `disabled`."""
+def to_enabled_or_disabled(value: Any) -> str:
+    """Convert true to `enabled`, and false to `disabled`."""
     return "enabled" if to_boolean(value) else "disabled"
 
 
-def must_be_false(feature: str) -> Converter:
-    """Return a converter for a boolean that must be false, because the feature is not supported."""
+def refuse_true(feature: str) -> Converter:
+    """Return a converter that accepts only false, because true would turn on a feature that is not supported."""
 
     def convert(value: Any) -> bool:
         if to_boolean(value):
@@ -69,74 +74,75 @@ def must_be_false(feature: str) -> Converter:
     return convert
 
 
-ROWS: tuple[Row, ...] = (
-    Row("model.base_model", "model.source", is_required=True, is_set_by_combine=True),
-    Row("model.tokenizer", "model.tokenizer", is_set_by_combine=True),
-    Row("model.load_in_8bit", "model.quantization.bits", to_boolean, is_set_by_combine=True),
-    Row("model.load_in_4bit", "model.quantization.bits", to_boolean, is_set_by_combine=True),
-    Row("model.trust_remote_code", "model.trustRemoteCode", to_boolean),
-    Row("model.use_flash_attention", "model.attention", to_boolean, is_set_by_combine=True),
-    Row("model.use_liger_kernels", "model.ligerKernels", to_boolean),
-    Row("fine_tuning.method", "method.type", to_choice(["full", "lora", "qlora", "spectrum"]), is_set_by_combine=True),
-    Row("fine_tuning.lora.r", "method.lora.rank", to_integer(1)),
-    Row("fine_tuning.lora.alpha", "method.lora.alpha", to_number(exclusive_low=0)),
-    Row("fine_tuning.lora.dropout", "method.lora.dropout", to_number(0, exclusive_high=1)),
-    Row("fine_tuning.lora.target_modules", "method.lora.targetModules", module_names),
-    Row("fine_tuning.lora.bias", "method.lora.bias", to_choice(BIAS_BY_NAME)),
-    Row("fine_tuning.lora.task_type", "method.lora.taskType", to_choice({"CAUSAL_LM": "causalLM"})),
-    Row("fine_tuning.spectrum.snr_threshold", "method.spectrum.snrThreshold", to_number(0, 1)),
-    Row("fine_tuning.spectrum.layers_to_finetune", "method.spectrum.layers", first_match(layer_numbers, to_choice({"auto": None}))),
-    Row("fine_tuning.quantization.bits", "model.quantization.bits", first_match(to_choice({"4": 4, "8": 8}), to_integer(4, 8)), is_set_by_combine=True),
-    Row("fine_tuning.quantization.bnb_4bit_compute_dtype", "model.quantization.computeDtype", to_choice(["bfloat16", "float16", "float32"])),
-    Row("fine_tuning.quantization.bnb_4bit_quant_type", "model.quantization.type", to_choice(["nf4", "fp4"])),
-    Row("fine_tuning.quantization.bnb_4bit_use_double_quant", "model.quantization.doubleQuant", to_boolean),
-    Row("training.epochs", "training.epochs", to_integer(1)),
-    Row("training.micro_batch_size", "training.batchSizePerDevice", to_integer(1)),
-    Row("training.gradient_accumulation_steps", "training.gradientAccumulationSteps", to_integer(1)),
-    Row("training.learning_rate", "training.learningRate", to_number(exclusive_low=0)),
-    Row("training.lr_scheduler_type", "training.scheduler", to_choice(SCHEDULERS_BY_NAME)),
-    Row("training.warmup_ratio", "training.warmupRatio", to_number(0, exclusive_high=1)),
-    Row("training.warmup_steps", "training.warmupSteps", to_integer(0)),
-    Row("training.max_grad_norm", "training.maxGradNorm", to_number(0)),
-    Row("training.optimizer", "training.optimizer"),
-    Row("training.weight_decay", "training.weightDecay", to_number(0)),
-    Row("training.max_seq_length", "dataset.maxSequenceLength", to_integer(1)),
-    Row("training.gradient_checkpointing", "training.gradientCheckpointing", enabled_or_disabled),
-    Row("training.mixed_precision", "training.mixedPrecision", to_choice(["no", "fp16", "bf16"])),
-    Row("training.gradient_based_pruning", convert=must_be_false("pruning")),
-    Row("dataset.format", "dataset.format", to_choice(["alpaca", "sharegpt", "oasst", "custom"])),
-    Row("dataset.train_path", "dataset.train", is_set_by_combine=True),
-    Row("dataset.eval_path", "dataset.validation", is_set_by_combine=True),
-    Row("dataset.preprocessing.add_eos_token", "dataset.addEosToken", to_boolean),
-    Row("dataset.preprocessing.add_bos_token", "dataset.addBosToken", to_boolean),
-    Row("dataset.preprocessing.use_chat_template", "dataset.useChatTemplate", to_boolean),
-    Row("dataset.preprocessing.custom_prompt_template", "dataset.template"),
-    Row("distributed.use_deepspeed", "distributed.strategy", to_boolean, is_set_by_combine=True),
-    Row("distributed.deepspeed_config", "distributed.deepspeed.configRef", is_set_by_combine=True),
-    Row("distributed.zero_stage", "distributed.deepspeed.zeroStage", to_integer(0, 3), is_set_by_combine=True),
-    Row("distributed.gradient_accumulation_steps", "training.gradientAccumulationSteps", to_integer(1), is_set_by_combine=True),
-    Row("distributed.use_fsdp", "distributed.strategy", to_boolean, is_set_by_combine=True),
-    Row("distributed.fsdp_config", "distributed.fsdp.configRef", convert=any_value, is_set_by_combine=True),
-    Row("distributed.fsdp_sharding_strategy", "distributed.fsdp.sharding", to_choice(SHARDING_BY_NAME)),
-    Row("distributed.fsdp_checkpoint_strategy", "distributed.fsdp.stateDict", to_choice(STATE_DICTS)),
-    Row("distributed.offload_optimizer", "distributed.deepspeed.offloadOptimizer", to_boolean),
-    Row("distributed.offload_param", "distributed.deepspeed.offloadParameters", to_boolean),
-    Row("output.output_dir", "output.dir", is_set_by_combine=True),
-    Row("output.logging_steps", "tracking.loggingSteps", to_integer(1)),
-    Row("output.eval_steps", "evaluation.steps", to_integer(1), is_set_by_combine=True),
-    Row("output.save_steps", "checkpoint.steps", to_integer(1)),
-    Row("output.save_total_limit", "checkpoint.keep", to_integer(1)),
-    Row("output.push_to_hub", "output.hub.push", to_boolean),
-    Row("output.hub_model_id", "output.hub.repository"),
-    Row("output.track_resource_usage", "tracking.systemMetrics", to_boolean),
-    Row("evaluation.do_eval", "evaluation.strategy", to_boolean, is_set_by_combine=True),
-    Row("evaluation.eval_batch_size", "evaluation.batchSizePerDevice", to_integer(1)),
-    Row("evaluation.eval_strategy", "evaluation.strategy", to_choice(["steps", "epoch", "no"]), is_set_by_combine=True),
-    Row("evaluation.eval_steps", "evaluation.steps", to_integer(1), is_set_by_combine=True),
-    Row("evaluation.benchmarks", "evaluation.benchmarks", list_of(to_choice(BENCHMARK_NAMES)), is_set_by_combine=True),
-    Row("pruning.enabled", convert=must_be_false("pruning")),
-    *(Row(key, convert=any_value, no_effect=OF_LATER_REVISION) for key in UNUSED_KEYS),
-    Row("--eval_only", "phases.train", to_boolean, is_set_by_combine=True),
+OPTION_TABLE: tuple[OptionRow, ...] = (
+    OptionRow("model.base_model", "model.source", is_required=True, is_set_by_combine=True),
+    OptionRow("model.tokenizer", "model.tokenizer", is_set_by_combine=True),
+    OptionRow("model.load_in_8bit", "model.quantization.bits", to_boolean, is_set_by_combine=True),
+    OptionRow("model.load_in_4bit", "model.quantization.bits", to_boolean, is_set_by_combine=True),
+    OptionRow("model.trust_remote_code", "model.trustRemoteCode", to_boolean),
+    OptionRow("model.use_flash_attention", "model.attention", to_boolean, is_set_by_combine=True),
+    OptionRow("model.use_liger_kernels", "model.ligerKernels", to_boolean),
+    OptionRow("fine_tuning.method", "method.type", to_choice(["full", "lora", "qlora", "spectrum"]), is_set_by_combine=True),
+    OptionRow("fine_tuning.lora.r", "method.lora.rank", to_integer(1)),
+    OptionRow("fine_tuning.lora.alpha", "method.lora.alpha", to_number(exclusive_low=0)),
+    OptionRow("fine_tuning.lora.dropout", "method.lora.dropout", to_number(0, exclusive_high=1)),
+    OptionRow("fine_tuning.lora.target_modules", "method.lora.targetModules", to_module_names),
+    OptionRow("fine_tuning.lora.bias", "method.lora.bias", to_choice(BIAS_BY_NAME)),
+    OptionRow("fine_tuning.lora.task_type", "method.lora.taskType", to_choice({"CAUSAL_LM": "causalLM"})),
+    OptionRow("fine_tuning.spectrum.snr_threshold", "method.spectrum.snrThreshold", to_number(0, 1)),
+    OptionRow("fine_tuning.spectrum.layers_to_finetune", "method.spectrum.layers", try_converters(to_layer_numbers, to_choice({"auto": None}))),
+    OptionRow("fine_tuning.quantization.bits", "model.quantization.bits", try_converters(to_choice({"4": 4, "8": 8}), to_integer(4, 8)),
+        is_set_by_combine=True),
+    OptionRow("fine_tuning.quantization.bnb_4bit_compute_dtype", "model.quantization.computeDtype", to_choice(["bfloat16", "float16", "float32"])),
+    OptionRow("fine_tuning.quantization.bnb_4bit_quant_type", "model.quantization.type", to_choice(["nf4", "fp4"])),
+    OptionRow("fine_tuning.quantization.bnb_4bit_use_double_quant", "model.quantization.doubleQuant", to_boolean),
+    OptionRow("training.epochs", "training.epochs", to_integer(1)),
+    OptionRow("training.micro_batch_size", "training.batchSizePerDevice", to_integer(1)),
+    OptionRow("training.gradient_accumulation_steps", "training.gradientAccumulationSteps", to_integer(1)),
+    OptionRow("training.learning_rate", "training.learningRate", to_number(exclusive_low=0)),
+    OptionRow("training.lr_scheduler_type", "training.scheduler", to_choice(SCHEDULERS_BY_NAME)),
+    OptionRow("training.warmup_ratio", "training.warmupRatio", to_number(0, exclusive_high=1)),
+    OptionRow("training.warmup_steps", "training.warmupSteps", to_integer(0)),
+    OptionRow("training.max_grad_norm", "training.maxGradNorm", to_number(0)),
+    OptionRow("training.optimizer", "training.optimizer"),
+    OptionRow("training.weight_decay", "training.weightDecay", to_number(0)),
+    OptionRow("training.max_seq_length", "dataset.maxSequenceLength", to_integer(1)),
+    OptionRow("training.gradient_checkpointing", "training.gradientCheckpointing", to_enabled_or_disabled),
+    OptionRow("training.mixed_precision", "training.mixedPrecision", to_choice(["no", "fp16", "bf16"])),
+    OptionRow("training.gradient_based_pruning", convert=refuse_true("pruning")),
+    OptionRow("dataset.format", "dataset.format", to_choice(["alpaca", "sharegpt", "oasst", "custom"])),
+    OptionRow("dataset.train_path", "dataset.train", is_set_by_combine=True),
+    OptionRow("dataset.eval_path", "dataset.validation", is_set_by_combine=True),
+    OptionRow("dataset.preprocessing.add_eos_token", "dataset.addEosToken", to_boolean),
+    OptionRow("dataset.preprocessing.add_bos_token", "dataset.addBosToken", to_boolean),
+    OptionRow("dataset.preprocessing.use_chat_template", "dataset.useChatTemplate", to_boolean),
+    OptionRow("dataset.preprocessing.custom_prompt_template", "dataset.template"),
+    OptionRow("distributed.use_deepspeed", "distributed.strategy", to_boolean, is_set_by_combine=True),
+    OptionRow("distributed.deepspeed_config", "distributed.deepspeed.configRef", is_set_by_combine=True),
+    OptionRow("distributed.zero_stage", "distributed.deepspeed.zeroStage", to_integer(0, 3), is_set_by_combine=True),
+    OptionRow("distributed.gradient_accumulation_steps", "training.gradientAccumulationSteps", to_integer(1), is_set_by_combine=True),
+    OptionRow("distributed.use_fsdp", "distributed.strategy", to_boolean, is_set_by_combine=True),
+    OptionRow("distributed.fsdp_config", "distributed.fsdp.configRef", convert=keep_value, is_set_by_combine=True),
+    OptionRow("distributed.fsdp_sharding_strategy", "distributed.fsdp.sharding", to_choice(SHARDING_BY_NAME)),
+    OptionRow("distributed.fsdp_checkpoint_strategy", "distributed.fsdp.stateDict", to_choice(STATE_DICT_BY_NAME)),
+    OptionRow("distributed.offload_optimizer", "distributed.deepspeed.offloadOptimizer", to_boolean),
+    OptionRow("distributed.offload_param", "distributed.deepspeed.offloadParameters", to_boolean),
+    OptionRow("output.output_dir", "output.dir", is_set_by_combine=True),
+    OptionRow("output.logging_steps", "tracking.loggingSteps", to_integer(1)),
+    OptionRow("output.eval_steps", "evaluation.steps", to_integer(1), is_set_by_combine=True),
+    OptionRow("output.save_steps", "checkpoint.steps", to_integer(1)),
+    OptionRow("output.save_total_limit", "checkpoint.keep", to_integer(1)),
+    OptionRow("output.push_to_hub", "output.hub.push", to_boolean),
+    OptionRow("output.hub_model_id", "output.hub.repository"),
+    OptionRow("output.track_resource_usage", "tracking.systemMetrics", to_boolean),
+    OptionRow("evaluation.do_eval", "evaluation.strategy", to_boolean, is_set_by_combine=True),
+    OptionRow("evaluation.eval_batch_size", "evaluation.batchSizePerDevice", to_integer(1)),
+    OptionRow("evaluation.eval_strategy", "evaluation.strategy", to_choice(["steps", "epoch", "no"]), is_set_by_combine=True),
+    OptionRow("evaluation.eval_steps", "evaluation.steps", to_integer(1), is_set_by_combine=True),
+    OptionRow("evaluation.benchmarks", "evaluation.benchmarks", to_list_of(to_choice(BENCHMARK_NAMES)), is_set_by_combine=True),
+    OptionRow("pruning.enabled", convert=refuse_true("pruning")),
+    *(OptionRow(key, convert=keep_value, no_effect=LATER_REVISION_REASON) for key in UNUSED_KEYS),
+    OptionRow("--eval_only", "phases.train", to_boolean, is_set_by_combine=True),
 )  # fmt: skip
 
 
@@ -149,7 +155,7 @@ DEFAULTS: tuple[ToolDefault, ...] = (
     ToolDefault("method.lora.rank", 16, EXAMPLE_ORIGIN),
     ToolDefault("method.lora.alpha", 32, EXAMPLE_ORIGIN),
     ToolDefault("method.lora.dropout", 0.05, EXAMPLE_ORIGIN),
-    ToolDefault("method.lora.targetModules", DEFAULT_PROJECTIONS, EXAMPLE_ORIGIN, lambda d: "fine_tuning.lora.target_modules" not in d.given_options),
+    ToolDefault("method.lora.targetModules", DEFAULT_PROJECTIONS, EXAMPLE_ORIGIN, lambda draft: "fine_tuning.lora.target_modules" not in draft.given_options),
     ToolDefault("method.lora.bias", "none", EXAMPLE_ORIGIN),
     ToolDefault("method.spectrum.snrThreshold", 0.5, EXAMPLE_ORIGIN),
     ToolDefault("method.spectrum.metric", "marchenkoPastur", "chosen by the importer: the published metric, because the tool's metric does not rank modules"),
@@ -158,7 +164,7 @@ DEFAULTS: tuple[ToolDefault, ...] = (
     ToolDefault("training.gradientAccumulationSteps", 16, EXAMPLE_ORIGIN),
     ToolDefault("training.learningRate", 2e-4, EXAMPLE_ORIGIN),
     ToolDefault("training.scheduler", "cosine", EXAMPLE_ORIGIN),
-    ToolDefault("training.warmupRatio", 0.03, EXAMPLE_ORIGIN, lambda d: not d.has_value("training.warmupSteps")),
+    ToolDefault("training.warmupRatio", 0.03, EXAMPLE_ORIGIN, lambda draft: not draft.has_value("training.warmupSteps")),
     ToolDefault("training.maxGradNorm", 0.3, EXAMPLE_ORIGIN),
     ToolDefault("training.optimizer", "paged_adamw_8bit", EXAMPLE_ORIGIN, needs_gpu=True),
     ToolDefault("training.weightDecay", 0.001, EXAMPLE_ORIGIN),
@@ -190,23 +196,23 @@ OPAQUE_PATHS = frozenset(
         "evaluation.resource_metrics",
     }
 )
-FLAG_MARKS = ("--model.", "--fine_tuning.", "--training.", "--dataset.", "--distributed.", "--output.", "--evaluation.")
+RECOGNISED_FLAG_PREFIXES = ("--model.", "--fine_tuning.", "--training.", "--dataset.", "--distributed.", "--output.", "--evaluation.")
 
 
-def recognises_input(documents: tuple[InputDocument, ...], words: tuple[str, ...]) -> bool:
-    """Return whether a document has `model.base_model` or a section `fine_tuning`."""
+def recognises_input(documents: tuple[InputDocument, ...], command_words: tuple[str, ...]) -> bool:
+    """Return whether a document has `model.base_model` or a section `fine_tuning` or, without documents, whether a word is a flag of the tool."""
     if not documents:
-        return any(word.startswith(FLAG_MARKS) for word in words)
+        return any(word.startswith(RECOGNISED_FLAG_PREFIXES) for word in command_words)
     for document in documents:
-        values_by_key = peek_keys(document)
+        values_by_key = peek_mapping(document)
         model = values_by_key.get("model")
         if "fine_tuning" in values_by_key or (isinstance(model, dict) and "base_model" in model):
             return True
     return False
 
 
-def read(draft: JobDraft) -> Iterator[OptionEntry]:
-    """Yield the options of the files in order, then the overrides. `combine_options` reads a DeepSpeed JSON."""
+def read_options(draft: JobDraft) -> Iterator[OptionEntry]:
+    """Yield the options of the files in order, then the overrides. `combine_options` reads a DeepSpeed JSON file later."""
     overrides = list(_read_overrides(draft))
     for document in draft.documents:
         if not is_deepspeed(document):
@@ -224,7 +230,7 @@ def _read_overrides(draft: JobDraft) -> Iterator[OptionEntry]:
                 Mistake("command line", word, "this word belongs to no option", "write --section.key value")
             )
         elif name == "--eval_only" and not equals:
-            yield flag_entry(name, True)
+            yield build_flag_entry(name, True)
         elif not equals and (not remaining or (remaining[0].startswith("-") and not NEGATIVE_NUMBER_PATTERN.match(remaining[0]))):
             draft.mistakes.append(Mistake("command line", name, "the value is missing", f"write {name} VALUE"))
         else:
@@ -341,7 +347,10 @@ def _set_method(draft: JobDraft) -> None:
 
 
 def _resolve_bits(draft: JobDraft, method: str) -> int | None:
-    """Return the number of bits of the loaded base model, from four options. Options that contradict each other are mistakes."""
+    """Return the number of bits in which the base model is loaded: 4, 8, or None for no quantisation.
+
+    Four options can set this number. Record a mistake for options that contradict each other.
+    """
     in_4bit, in_8bit, bits = draft.get(KEY_4BIT), draft.get(KEY_8BIT), draft.get(KEY_BITS)
     if bits is not None and bits not in (4, 8):
         draft.add_mistake(KEY_BITS, f"{bits} is not supported", "write 4 or 8")
@@ -388,32 +397,35 @@ def _resolve_bits(draft: JobDraft, method: str) -> int | None:
 
 
 def _set_distributed(draft: JobDraft) -> None:
-    deepspeed, fsdp = "distributed.use_deepspeed", "distributed.use_fsdp"
+    deepspeed_key, fsdp_key = "distributed.use_deepspeed", "distributed.use_fsdp"
     _set_accumulation(draft)
-    if draft.get(deepspeed) and draft.get(fsdp):
+    if draft.get(deepspeed_key) and draft.get(fsdp_key):
         draft.add_mistake(
-            (deepspeed, fsdp),
+            (deepspeed_key, fsdp_key),
             "both keys are true, but a job has only one strategy",
             "set one of them to false",
             explained_path="distributed",
         )
         return
     stage = draft.get("distributed.zero_stage")
-    if draft.get(deepspeed):
-        _set_deepspeed(draft, deepspeed, stage)
-    elif draft.get(fsdp):
-        draft.assign("distributed.strategy", "fsdp", fsdp)
+    if draft.get(deepspeed_key):
+        _set_deepspeed(draft, deepspeed_key, stage)
+    elif draft.get(fsdp_key):
+        draft.assign("distributed.strategy", "fsdp", fsdp_key)
         assume_two_gpus(draft, "FSDP")
-    elif deepspeed in draft.given_options or fsdp in draft.given_options:
-        draft.assign("distributed.strategy", "none", deepspeed if deepspeed in draft.given_options else fsdp)
-    if not draft.get(deepspeed) and "distributed.zero_stage" in draft.given_options:
+    elif deepspeed_key in draft.given_options or fsdp_key in draft.given_options:
+        draft.assign("distributed.strategy", "none", deepspeed_key if deepspeed_key in draft.given_options else fsdp_key)
+    if not draft.get(deepspeed_key) and "distributed.zero_stage" in draft.given_options:
         given_option = draft.given_options["distributed.zero_stage"]
-        draft.warn_no_effect(given_option.row.key, "DeepSpeed is not used")
+        draft.warn_no_effect(given_option.option_row.key, "DeepSpeed is not used")
     _set_fsdp_config(draft)
 
 
 def assume_two_gpus(draft: JobDraft, strategy: str) -> None:
-    """Set two GPUs per node, because FSDP needs several ranks. The files of other tools do not set the number of GPUs, because a launcher sets it."""
+    """Set two GPUs per node if nothing sets the number of ranks, because `strategy` needs several.
+
+    Files of other tools do not contain the number of GPUs, because their launcher sets it.
+    """
     if not any(
         draft.has_value(path) for path in ("resources.gpusPerNode", "resources.nodes", "resources.processesPerNode")
     ):
@@ -427,15 +439,15 @@ def assume_two_gpus(draft: JobDraft, strategy: str) -> None:
         )
 
 
-def _set_deepspeed(draft: JobDraft, key: str, stage: int | None) -> None:
+def _set_deepspeed(draft: JobDraft, option_key: str, stage: int | None) -> None:
     if stage == 0:
         draft.assign("distributed.strategy", "ddp", "distributed.zero_stage")
-        draft.add_note("zero_stage 0 does not shard anything and is imported as DDP")
+        draft.add_note("zero_stage 0 shards nothing and is imported as DDP")
         return
-    draft.assign("distributed.strategy", "deepspeed", key)
+    draft.assign("distributed.strategy", "deepspeed", option_key)
     if stage is not None:
         draft.assign("distributed.deepspeed.zeroStage", stage, "distributed.zero_stage")
-    document = next((d for d in draft.documents if is_deepspeed(d)), None) or _find_deepspeed_file(draft)
+    document = next((document for document in draft.documents if is_deepspeed(document)), None) or _find_deepspeed_file(draft)
     if document is not None:
         read_deepspeed(draft, document)
     else:
@@ -447,13 +459,13 @@ def _set_deepspeed(draft: JobDraft, key: str, stage: int | None) -> None:
 
 
 def _find_deepspeed_file(draft: JobDraft) -> InputDocument | None:
-    """Return the DeepSpeed file to which the configuration refers by a relative path, or None if there is no such file."""
+    """Return the DeepSpeed JSON file at the relative path in the configuration, or None if there is no such file."""
     config_path = draft.get("distributed.deepspeed_config")
     if not config_path or any(
         override.startswith("distributed.deepspeed.configRef") for override in draft.request.overrides
     ):
         return None
-    for folder in [d.path.parent for d in draft.documents]:
+    for folder in [document.path.parent for document in draft.documents]:
         path = folder / str(config_path)
         if path.is_file():
             document = InputDocument(path, read_text(path))
@@ -462,17 +474,17 @@ def _find_deepspeed_file(draft: JobDraft) -> InputDocument | None:
 
 
 def _set_accumulation(draft: JobDraft) -> None:
-    first_key, second_key = "training.gradient_accumulation_steps", "distributed.gradient_accumulation_steps"
-    if second_key not in draft.given_options:
+    training_key, distributed_key = "training.gradient_accumulation_steps", "distributed.gradient_accumulation_steps"
+    if distributed_key not in draft.given_options:
         return
-    if first_key in draft.given_options and draft.get(first_key) != draft.get(second_key):
+    if training_key in draft.given_options and draft.get(training_key) != draft.get(distributed_key):
         draft.add_mistake(
-            (first_key, second_key),
-            f"{draft.get(first_key)} and {draft.get(second_key)} are given for the same option",
+            (training_key, distributed_key),
+            f"{draft.get(training_key)} and {draft.get(distributed_key)} are given for the same option",
             "make the values equal, or remove one of them",
         )
-    elif first_key not in draft.given_options:
-        draft.assign("training.gradientAccumulationSteps", draft.get(second_key), second_key)
+    elif training_key not in draft.given_options:
+        draft.assign("training.gradientAccumulationSteps", draft.get(distributed_key), distributed_key)
 
 
 def _set_fsdp_config(draft: JobDraft) -> None:
@@ -484,64 +496,64 @@ def _set_fsdp_config(draft: JobDraft) -> None:
             draft, "distributed.fsdp_config", "distributed.fsdp.configRef", "fsdp", "--set distributed.fsdp.configRef="
         )
     else:
-        draft.warn_no_effect(given_option.row.key, "the trainer chooses the layers to wrap")
+        draft.warn_no_effect(given_option.option_row.key, "the trainer chooses the layers to wrap")
 
 
 def _set_evaluation(draft: JobDraft) -> None:
-    do_eval, strategy, steps = "evaluation.do_eval", "evaluation.eval_strategy", "evaluation.eval_steps"
+    do_eval_key, strategy_key, steps_key = "evaluation.do_eval", "evaluation.eval_strategy", "evaluation.eval_steps"
     has_validation = draft.has_value("dataset.validation")
-    is_disabled = draft.get(do_eval) is False or draft.get(strategy) == "no"
+    is_disabled = draft.get(do_eval_key) is False or draft.get(strategy_key) == "no"
     if is_disabled:
-        draft.assign("evaluation.strategy", "no", do_eval if draft.get(do_eval) is False else strategy)
-    elif draft.get(do_eval) and not has_validation and "dataset.eval_path" not in draft.paths_of_invalid_keys:
+        draft.assign("evaluation.strategy", "no", do_eval_key if draft.get(do_eval_key) is False else strategy_key)
+    elif draft.get(do_eval_key) and not has_validation and "dataset.eval_path" not in draft.paths_of_invalid_keys:
         draft.add_mistake(
-            do_eval,
+            do_eval_key,
             "evaluation is on, but dataset.eval_path is missing",
             "add dataset.eval_path, give --validation URI, or set do_eval: false",
             explained_path="evaluation",
         )
     elif has_validation:
-        if strategy in draft.given_options:
-            draft.assign("evaluation.strategy", draft.get(strategy), strategy)
+        if strategy_key in draft.given_options:
+            draft.assign("evaluation.strategy", draft.get(strategy_key), strategy_key)
         draft.assign_default("evaluation.strategy", "steps", EXAMPLE_ORIGIN)
         draft.assign_default("evaluation.metrics", ["perplexity", "bleu", "rouge"], "hard-coded in the tool")
-    elif strategy in draft.given_options:
-        draft.assign("evaluation.strategy", draft.get(strategy), strategy)
-    _set_eval_steps(draft, steps, has_validation and not is_disabled)
+    elif strategy_key in draft.given_options:
+        draft.assign("evaluation.strategy", draft.get(strategy_key), strategy_key)
+    _set_eval_steps(draft, steps_key, has_validation and not is_disabled)
     if "evaluation.benchmarks" in draft.given_options and not is_disabled:
         draft.assign(
             "evaluation.benchmarks",
-            [_benchmark(name, draft.request.benchmarks) for name in draft.get("evaluation.benchmarks")],
+            [_build_benchmark(name, draft.request.benchmarks) for name in draft.get("evaluation.benchmarks")],
             "evaluation.benchmarks",
         )
     elif "evaluation.benchmarks" in draft.given_options:
         given_option = draft.given_options["evaluation.benchmarks"]
-        draft.warn_no_effect(given_option.row.key, "evaluation is off")
+        draft.warn_no_effect(given_option.option_row.key, "evaluation is off")
 
 
-def _benchmark(name: str, folder: str | None) -> dict[str, Any]:
-    """A benchmark of the tool with the tasks that the tool runs. `folder`: the option --benchmarks."""
+def _build_benchmark(name: str, folder: str | None) -> dict[str, Any]:
+    """Return the entry of `evaluation.benchmarks` for a benchmark of the tool. `folder`: the value of the option `--benchmarks`, or None."""
     kind = BENCHMARK_KINDS[name]
-    tasks = {"tasks": current_task_names(TOOL_TASKS)} if kind is BenchmarkKind.HARNESS else {}
+    tasks = {"tasks": replace_old_task_names(TOOL_TASKS)} if kind is BenchmarkKind.HARNESS else {}
     return {"name": name} | tasks | ({} if folder is None or kind is BenchmarkKind.RATING_SHEETS else {"folder": folder})
 
 
-def _set_eval_steps(draft: JobDraft, steps: str, is_enabled: bool) -> None:
-    """Set the evaluation interval. The evaluation section overrides the output section."""
+def _set_eval_steps(draft: JobDraft, steps_key: str, is_enabled: bool) -> None:
+    """Set the evaluation interval from the section `evaluation` or, without it there, from the section `output`."""
     other_key = "output.eval_steps"
-    if steps in draft.given_options and other_key in draft.given_options and draft.get(steps) != draft.get(other_key):
+    if steps_key in draft.given_options and other_key in draft.given_options and draft.get(steps_key) != draft.get(other_key):
         given_option = draft.given_options[other_key]
         draft.add_warning(
-            f"{given_option.origin.location}: {given_option.key} has no effect: evaluation.eval_steps ({draft.get(steps)}) overrides it"
+            f"{given_option.origin.location}: {given_option.key} has no effect: evaluation.eval_steps ({draft.get(steps_key)}) overrides it"
         )
-    key = steps if steps in draft.given_options else other_key if other_key in draft.given_options else None
+    key = steps_key if steps_key in draft.given_options else other_key if other_key in draft.given_options else None
     if key and is_enabled:
         draft.assign("evaluation.steps", draft.get(key), key)
     elif key:
         given_option = draft.given_options[key]
-        draft.warn_no_effect(given_option.row.key, "there is no evaluation during training")
+        draft.warn_no_effect(given_option.option_row.key, "there is no evaluation during training")
     elif is_enabled:
         draft.assign_default("evaluation.steps", 200, EXAMPLE_ORIGIN)
 
 
-IMPORTER = Importer("yaml", "this YAML tool", ROWS, DEFAULTS, recognises_input, read, combine_options)
+IMPORTER = Importer("yaml", "this YAML tool", OPTION_TABLE, DEFAULTS, recognises_input, read_options, combine_options)

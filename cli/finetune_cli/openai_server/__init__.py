@@ -1,5 +1,5 @@
-"""An HTTP server with the paths of the OpenAI fine-tuning API: `/v1/files` and `/v1/fine_tuning/jobs`, implemented with FineTuneJobs and S3.
+"""An HTTP server with the paths `/v1/files` and `/v1/fine_tuning/jobs` of the OpenAI API, which stores jobs as FineTuneJobs and files in S3.
 
-The server has no state of its own. Jobs are FineTuneJobs in the namespace of the API key, and files are objects in S3. Kubernetes decides what a
-key may do: each key stands for a ServiceAccount, and the server sends its requests in the name of that ServiceAccount.
+The server itself stores nothing. A job is a FineTuneJob in the namespace of the API key, and a file is an object in S3. Each API key stands for
+a ServiceAccount. The server sends requests to Kubernetes in the name of this ServiceAccount, whose rights limit what the key may do.
 """

@@ -1,4 +1,4 @@
-"""The HTTP server: paths, API keys, uploads, and the form of failures. Requests to Kubernetes and S3 run in threads, because their clients block."""
+"""The HTTP server: paths, API keys, uploads and error responses. Requests to Kubernetes and S3 run in threads, because their clients block."""
 
 from __future__ import annotations
 
@@ -18,9 +18,14 @@ from aiohttp.http_exceptions import HttpProcessingError
 
 from finetune_cli.cluster import ClusterError
 from finetune_cli.job_storage import StorageError
-from finetune_cli.openai_server.failures import RequestFailure, bad_request, failure_of_cluster, failure_of_storage
+from finetune_cli.openai_server.failures import (
+    RequestFailure,
+    bad_request,
+    convert_cluster_error,
+    convert_storage_error,
+)
 from finetune_cli.openai_server.keys import Account, KeyTable
-from finetune_cli.openai_server.service import PURPOSE, FineTuningService
+from finetune_cli.openai_server.service import UPLOAD_PURPOSE, FineTuningService
 
 logger = logging.getLogger(__name__)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -29,14 +34,14 @@ MAX_BODY_BYTES = 1 << 20
 MAX_FIELD_BYTES = 1 << 10
 HEALTH_PATH = "/healthz"
 CLIENT_CLOSED_REQUEST = 499
-"""Status in the log of a request whose client disconnected. No client receives it."""
+"""The HTTP status in the log of a request whose client disconnected. No client receives this status."""
 MAX_UPLOADS = 4
-"""Uploads at the same time. The chart gives the pod space for this number of files."""
+"""Largest number of uploads at the same time. The chart gives the pod enough disk space for this number of files."""
 UPLOAD_HINT = "send multipart/form-data with the fields purpose and file"
 
 
 def create_app(service: FineTuningService, keys: KeyTable) -> web.Application:
-    """Return the web application."""
+    """Return the web application with all paths of the server."""
     handlers = Handlers(service)
     app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[_answer_failures, _require_key(keys)])
     job = "/v1/fine_tuning/jobs/{id}"
@@ -44,7 +49,7 @@ def create_app(service: FineTuningService, keys: KeyTable) -> web.Application:
         web.get(HEALTH_PATH, _get_health),
         web.post("/v1/fine_tuning/jobs", handlers.create_job),
         web.get("/v1/fine_tuning/jobs", handlers.call_with_query(service.list_jobs)),
-        web.get(job, handlers.call(service.get_job)),
+        web.get(job, handlers.call_with_id(service.get_job)),
         web.post(f"{job}/cancel", handlers.change_job({"cancel": True})),
         web.post(f"{job}/pause", handlers.change_job({"suspend": True})),
         web.post(f"{job}/resume", handlers.change_job({"suspend": False})),
@@ -52,39 +57,39 @@ def create_app(service: FineTuningService, keys: KeyTable) -> web.Application:
         web.get(f"{job}/checkpoints", handlers.call_with_query(service.list_checkpoints)),
         web.post("/v1/files", handlers.create_file),
         web.get("/v1/files", handlers.call_with_query(service.list_files)),
-        web.get("/v1/files/{id}", handlers.call(service.get_file)),
+        web.get("/v1/files/{id}", handlers.call_with_id(service.get_file)),
         web.get("/v1/files/{id}/content", handlers.read_file, allow_head=False),
-        web.delete("/v1/files/{id}", handlers.call(service.delete_file)),
+        web.delete("/v1/files/{id}", handlers.call_with_id(service.delete_file)),
     ])  # fmt: skip
     return app
 
 
 class Handlers:
-    """The handlers of the paths."""
+    """The functions that handle the requests, and the limit on uploads at the same time."""
 
     def __init__(self, service: FineTuningService):
         self._service = service
         self._uploads = asyncio.Semaphore(MAX_UPLOADS)
 
-    def call(self, function: Callable[[Account, str], Any]) -> Handler:
-        """Return a handler that calls a function with the account and the id in the path."""
+    def call_with_id(self, service_method: Callable[[Account, str], Any]) -> Handler:
+        """Return a handler that calls a method of the service with the account and the id in the path, and sends the result as JSON."""
 
         async def handle(request: web.Request) -> web.Response:
-            return web.json_response(await asyncio.to_thread(function, request[ACCOUNT], request.match_info["id"]))
+            return web.json_response(await asyncio.to_thread(service_method, request[ACCOUNT], request.match_info["id"]))
 
         return handle
 
-    def call_with_query(self, function: Callable[..., Any]) -> Handler:
-        """Return a handler that calls a function with the account, the id in the path if there is one, and the query."""
+    def call_with_query(self, service_method: Callable[..., Any]) -> Handler:
+        """Return a handler that calls a method of the service with the account, the id in the path if there is one, and the query parameters."""
 
         async def handle(request: web.Request) -> web.Response:
-            return web.json_response(await asyncio.to_thread(function, request[ACCOUNT], *request.match_info.values(), dict(request.query)))
+            return web.json_response(await asyncio.to_thread(service_method, request[ACCOUNT], *request.match_info.values(), dict(request.query)))
 
         return handle
 
-    def change_job(self, change: dict[str, bool]) -> Handler:
-        """Return a handler that sets fields of a job's spec."""
-        return self.call(lambda account, job_id: self._service.change_job(account, job_id, change))
+    def change_job(self, spec_changes: dict[str, bool]) -> Handler:
+        """Return a handler that sets these fields in the spec of the job in the path."""
+        return self.call_with_id(lambda account, job_id: self._service.change_job(account, job_id, spec_changes))
 
     async def create_job(self, request: web.Request) -> web.Response:
         try:
@@ -101,7 +106,7 @@ class Handlers:
         if not request.content_type.startswith("multipart/"):
             raise bad_request(f"this is not an upload: {UPLOAD_HINT}", None, "invalid_upload")
         if self._uploads.locked():
-            message = f"this server receives {MAX_UPLOADS} files already, and cannot store more at the same time: send the file again later"
+            message = f"this server already receives {MAX_UPLOADS} files, and cannot receive more at the same time: send the file again later"
             raise RequestFailure(HTTPStatus.TOO_MANY_REQUESTS, message, code="rate_limit_exceeded")
         async with self._uploads:
             with tempfile.TemporaryDirectory(prefix="upload-") as folder:
@@ -110,13 +115,13 @@ class Handlers:
                 return web.json_response(await asyncio.to_thread(self._service.add_file, account, name, path))
 
     async def _receive_upload(self, request: web.Request, path: Path) -> str:
-        """Write the uploaded file to `path`, and return its name. Errors: RequestFailure."""
+        """Write the uploaded file to `path`, and return its name. Raise RequestFailure for a wrong upload."""
         name, purpose = None, None
         try:
             async for part in await request.multipart():
                 if not isinstance(part, BodyPartReader) or part.name not in ("purpose", "file"):
-                    label = str(getattr(part, "name", None))
-                    raise bad_request(f"the field {label} is not possible: {UPLOAD_HINT}", label, "unknown_parameter")
+                    field_name = str(getattr(part, "name", None))
+                    raise bad_request(f"the field {field_name} is not accepted: {UPLOAD_HINT}", field_name, "unknown_parameter")
                 if (purpose if part.name == "purpose" else name) is not None:
                     raise bad_request(f"the field {part.name} is given more than once: send one file in each request", part.name)
                 if part.name == "purpose":
@@ -128,8 +133,8 @@ class Handlers:
             raise bad_request(f"the multipart body is damaged: {error}", None, "invalid_upload") from None
         if name is None or not name:
             raise bad_request("the file is missing: send it in the field file, with its name", "file", "missing_required_parameter")
-        if purpose != PURPOSE:
-            raise bad_request(f"purpose {purpose} is not possible: this server stores only files for training; write {PURPOSE}", "purpose")
+        if purpose != UPLOAD_PURPOSE:
+            raise bad_request(f"purpose {purpose} is not accepted: this server stores only files for training; write {UPLOAD_PURPOSE}", "purpose")
         return name
 
     async def _write_part(self, part: BodyPartReader, path: Path) -> None:
@@ -144,7 +149,7 @@ class Handlers:
 
     async def read_file(self, request: web.Request) -> web.StreamResponse:
         content = await asyncio.to_thread(self._service.read_file, request[ACCOUNT], request.match_info["id"])
-        # The first chunk is read before the status is sent, so that a failure of the storage has the form of the API.
+        # The first chunk is read before the status is sent, so that an error of S3 still becomes an error response.
         chunk = await asyncio.to_thread(next, content.chunks, b"")
         disposition = f"attachment; filename*=UTF-8''{quote(content.name, safe='')}"
         response = web.StreamResponse(headers={"Content-Type": "application/octet-stream", "Content-Disposition": disposition})
@@ -155,10 +160,10 @@ class Handlers:
                 chunk = await asyncio.to_thread(next, content.chunks, b"")
             await response.write_eof()
         except ConnectionError:
-            _log_lost_client(request)
+            _log_disconnected_client(request)
         except Exception as error:
-            # The status is sent already. Without the end of the body, the client notices that the content is incomplete.
-            failure = failure_of_storage(error) if isinstance(error, StorageError) else _failure_of_bug(error)
+            # The status is already sent. The connection ends before the body does, so that the client notices that the content is incomplete.
+            failure = convert_storage_error(error) if isinstance(error, StorageError) else _convert_bug(error)
             logger.error("the content of a file could not be read to its end: %s", failure.to_body()["error"]["message"])
             if request.transport is not None:
                 request.transport.abort()
@@ -166,14 +171,14 @@ class Handlers:
 
 
 async def serve(app: web.Application, host: str, port: int, on_started: Callable[[str], None]) -> None:
-    """Serve until SIGTERM or SIGINT. `on_started` receives the address. Errors: OSError if the server cannot listen there."""
+    """Serve until SIGTERM or SIGINT. Call `on_started` with the base URL for clients. Raise OSError if the server cannot listen on host and port."""
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
     try:
         await web.TCPSite(runner, host, port).start()
         stopped, loop = asyncio.Event(), asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stopped.set)
+        for signal_number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(signal_number, stopped.set)
         on_started(f"http://{f'[{host}]' if ':' in host else host}:{runner.addresses[0][1]}/v1")
         await stopped.wait()
     finally:
@@ -185,14 +190,14 @@ async def _get_health(_: web.Request) -> web.Response:
 
 
 def _require_key(keys: KeyTable) -> Any:
-    """Return a middleware that finds the account of each request's API key."""
+    """Return a middleware that adds to each request the account of its API key, and refuses a request without a valid key."""
 
     @web.middleware
     async def find_account(request: web.Request, handler: Handler) -> web.StreamResponse:
         if request.path == HEALTH_PATH:
             return await handler(request)
         scheme, _, key = request.headers.get("Authorization", "").partition(" ")
-        account = await asyncio.to_thread(keys.find, key.strip()) if scheme.lower() == "bearer" and key.strip() else None
+        account = await asyncio.to_thread(keys.find_account, key.strip()) if scheme.lower() == "bearer" and key.strip() else None
         if account is None:
             message = "the API key is missing or not valid: send a key of this server as bearer token in the header Authorization"
             raise RequestFailure(HTTPStatus.UNAUTHORIZED, message, code="invalid_api_key")
@@ -204,27 +209,27 @@ def _require_key(keys: KeyTable) -> Any:
 
 @web.middleware
 async def _answer_failures(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Turn every failure into the error object of the API, and log each request. The log has no API keys and no bodies."""
+    """Turn each exception into an error response of the API, and log each request, without API keys and bodies."""
     try:
         response = await handler(request)
     except RequestFailure as failure:
-        response = _failure_response(failure)
+        response = _build_error_response(failure)
     except ClusterError as error:
         user = request[ACCOUNT].user if ACCOUNT in request else ""
-        response = _failure_response(failure_of_cluster(error, user))
+        response = _build_error_response(convert_cluster_error(error, user))
     except StorageError as error:
-        response = _failure_response(failure_of_storage(error))
+        response = _build_error_response(convert_storage_error(error))
     except web.HTTPException as error:
         status = HTTPStatus(error.status)
         message = f"{request.method} {request.path}: {status.phrase.lower()}"
-        response = _failure_response(RequestFailure(status, message, code=status.phrase.lower().replace(" ", "_")))
+        response = _build_error_response(RequestFailure(status, message, code=status.phrase.lower().replace(" ", "_")))
     except (web.RequestPayloadError, HttpProcessingError):
         response = _answer_damaged_body(request)
     except ConnectionError:
-        _log_lost_client(request)
+        _log_disconnected_client(request)
         response = web.Response(status=CLIENT_CLOSED_REQUEST)
     except Exception as error:
-        response = _failure_response(_failure_of_bug(error))
+        response = _build_error_response(_convert_bug(error))
     account = f"{request[ACCOUNT].namespace}/{request[ACCOUNT].service_account}" if ACCOUNT in request else "-"
     logger.info("%s %s %s %s", account, request.method, request.rel_url.raw_path, response.status)
     return response
@@ -232,29 +237,32 @@ async def _answer_failures(request: web.Request, handler: Handler) -> web.Stream
 
 def _answer_damaged_body(request: web.Request) -> web.Response:
     message = "the body of the request is damaged: its encoding, or the header of a part, cannot be read"
-    response = _failure_response(bad_request(message, None, "invalid_body"))
+    response = _build_error_response(bad_request(message, None, "invalid_body"))
     if request.content.exception() is not None:
-        # aiohttp would read the rest of the body, fail again, and log this failure as its own.
+        # Otherwise, aiohttp would read the rest of the body, fail again, and log a traceback.
         request.content.feed_eof()
         response.force_close()
     return response
 
 
-def _log_lost_client(request: web.Request) -> None:
+def _log_disconnected_client(request: web.Request) -> None:
     logger.info("the client disconnected before the end of %s %s", request.method, request.rel_url.raw_path)
 
 
-def _failure_response(failure: RequestFailure) -> web.Response:
+def _build_error_response(failure: RequestFailure) -> web.Response:
     if failure.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
         logger.error("%s: %s", failure.code, failure.to_body()["error"]["message"])
     return web.json_response(failure.to_body(), status=failure.status)
 
 
-def _failure_of_bug(error: Exception) -> RequestFailure:
-    """Log a bug by file and line, and return a failure without details. The exception's text is not logged, because it may hold a secret."""
+def _convert_bug(error: Exception) -> RequestFailure:
+    """Log the file and line of an unexpected exception, and return a failure without details.
+
+    The text of the exception is not logged, because it may contain a secret.
+    """
     import traceback
 
     frame = traceback.extract_tb(error.__traceback__)[-1]
     logger.error("bug: %s in %s:%s", type(error).__name__, Path(frame.filename).name, frame.lineno)
-    message = "this is a bug in the server: ask its administrator, who finds the error in the server's log"
+    message = "this is a bug in the server: ask its administrator to look for the error in the server's log"
     return RequestFailure(HTTPStatus.INTERNAL_SERVER_ERROR, message, code="internal_error")

@@ -1,4 +1,4 @@
-"""The configuration of the server: where files are stored, and which models clients may fine-tune."""
+"""The configuration of the server: where it stores files, and which models clients may fine-tune."""
 
 from __future__ import annotations
 
@@ -11,42 +11,42 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.cluster import StorageRoot
 from pydantic import Field, ValidationError, field_validator
 
-from finetune_cli.config_files import mistakes_of, read_mapping
-from finetune_cli.field_errors import field_errors
+from finetune_cli.config_files import list_mistakes, read_mapping
+from finetune_cli.field_errors import iterate_field_errors
 from finetune_cli.fields import get_value
 from finetune_cli.files import display_name
 from finetune_cli.mistakes import InvalidInput, Mistake
 
-HINT = "write `storage: {uri: s3://bucket/prefix}` and `models:` with the name, and below it the `spec`, of each model"
-FIELDS_OF_THE_SERVER = (
+CONFIG_HINT = "write `storage: {uri: s3://bucket/prefix}` and `models:` with the name, and below it the `spec`, of each model"
+SERVER_FIELDS = (
     "dataset.train", "dataset.validation", "dataset.test", "dataset.mixture", "dataset.format", "dataset.fileFormat", "dataset.columns", "trainer.type",
     "storage", "suspend", "cancel",
 )  # fmt: skip
-"""Fields of a job that the server sets itself, from the client's request or from `storage`."""
+"""Fields of a job that no model's `spec` may contain, because the server sets them from the client's request or from `storage`."""
 
 
 UNUSED_STORAGE_FIELDS = {
     "encryption": "remove it, and set the default encryption of the bucket",
     "caBundleRef": "remove it, and write an endpoint whose certificate a public CA has signed",
 }
-"""Fields of `storage` that the server's own requests to S3 would ignore, with what to write instead."""
+"""Fields of `storage` that are refused, because the server's own requests to S3 would ignore them, and what to write instead."""
 
 
 class ServedModel(WireModel):
-    """One model that clients may fine-tune: the fields of FineTuneJob.spec that every job with this model gets."""
+    """One model that clients may fine-tune. Each job with this model gets the fields in `spec`."""
 
     spec: dict[str, Any]
 
 
 class ServerConfig(WireModel):
-    """The configuration of the server."""
+    """The content of the server's configuration file."""
 
     storage: StorageRoot
-    """Where the server keeps the clients' files, and where every job stores its results. `credentialsSecretRef` is for the pods of the jobs."""
+    """Where the server stores the clients' files, and each job its results. Only the pods of the jobs use `credentialsSecretRef`."""
     models: dict[str, ServedModel] = Field(min_length=1)
-    """The models by the name that clients write."""
+    """The models, by the names that clients write."""
     max_file_bytes: Annotated[int, Field(ge=1)] = 512 << 20
-    """Largest file that clients may upload."""
+    """Largest size of a file that clients may upload, in bytes."""
 
     @field_validator("storage")
     @classmethod
@@ -57,32 +57,32 @@ class ServerConfig(WireModel):
 
 
 def load_config(path: Path) -> ServerConfig:
-    """Read the configuration. Errors: UnreadableFile, InvalidInput with every mistake."""
-    values, lines = read_mapping(path, "a configuration of this server", HINT)
+    """Read the configuration file. Raise UnreadableFile, or InvalidInput with all mistakes."""
+    values, lines = read_mapping(path, "a configuration of this server", CONFIG_HINT)
     name = display_name(path)
     try:
         config = ServerConfig.model_validate(values)
     except ValidationError as error:
-        raise InvalidInput(list(mistakes_of(error, name, lines, f"unknown key; {HINT}"))) from None
-    mistakes = [Mistake(f"{name}:{lines[key]}" if lines.get(key) else name, key, message) for key, message in _problems_of(config)]
+        raise InvalidInput(list(list_mistakes(error, name, lines, f"unknown key; {CONFIG_HINT}"))) from None
+    mistakes = [Mistake(f"{name}:{lines[key]}" if lines.get(key) else name, key, message) for key, message in _find_problems(config)]
     if mistakes:
         raise InvalidInput(mistakes)
     return config
 
 
-def _problems_of(config: ServerConfig) -> Iterator[tuple[str, str]]:
-    """Yield (path, message) of each wrong field of the configuration."""
-    for field, instead in UNUSED_STORAGE_FIELDS.items():
+def _find_problems(config: ServerConfig) -> Iterator[tuple[str, str]]:
+    """Yield the path of each wrong field of the configuration, with a message."""
+    for field, hint in UNUSED_STORAGE_FIELDS.items():
         if field in config.storage.to_wire():
-            yield f"storage.{field}", f"the server cannot use this field when it writes the files of clients: {instead}"
-    for model, served in config.models.items():
-        for path, message in _problems_of_spec(served.spec):
+            yield f"storage.{field}", f"the server cannot use this field when it writes the files of clients: {hint}"
+    for model, served_model in config.models.items():
+        for path, message in _find_spec_problems(served_model.spec):
             yield f"models.{model}.spec" + (f".{path}" if path else ""), message
 
 
-def _problems_of_spec(spec: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield (path, message) of each wrong field of a model's spec."""
-    for path in FIELDS_OF_THE_SERVER:
+def _find_spec_problems(spec: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the path of each wrong field of a model's spec, with a message."""
+    for path in SERVER_FIELDS:
         if get_value(spec, path) is not None:
             yield path, "the server sets this field of each job itself: remove it"
     if not get_value(spec, "model.source"):
@@ -90,19 +90,19 @@ def _problems_of_spec(spec: dict[str, Any]) -> Iterator[tuple[str, str]]:
     try:
         FineTuneJobSpec.model_validate(spec)
     except ValidationError as error:
-        for field_error in field_errors(error):
+        for field_error in iterate_field_errors(error):
             yield field_error.path, f"{field_error.message}; {field_error.hint}" if field_error.hint else field_error.message
 
 
 def flatten_fields(values: dict[str, Any], model: Any = FineTuneJobSpec, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (path, value) of every field of a spec. A map, such as a node selector, is one value: its keys may contain dots."""
+    """Yield the dotted path and the value of each field of a spec. A map such as a node selector is one value, because its keys may contain dots."""
     for name, field in model.model_fields.items():
         key = field.alias or name
         if key not in values:
             continue
         annotations = (field.annotation, *getattr(field.annotation, "__args__", ()))
-        inner = next((annotation for annotation in annotations if hasattr(annotation, "model_fields")), None)
-        if inner is not None and isinstance(values[key], dict):
-            yield from flatten_fields(values[key], inner, f"{prefix}{key}.")
+        field_model = next((annotation for annotation in annotations if hasattr(annotation, "model_fields")), None)
+        if field_model is not None and isinstance(values[key], dict):
+            yield from flatten_fields(values[key], field_model, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", values[key]

@@ -1,4 +1,4 @@
-"""Ids of jobs and files. An id begins with its creation time, so a list sorted by id is also sorted by time."""
+"""Ids of jobs and files. After its prefix, an id begins with the creation time, so a list sorted by id is also sorted by time."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ def new_id(prefix: str) -> str:
     return f"{prefix}{time.time_ns() // 1_000_000:0{_TIME_DIGITS}x}{secrets.token_hex(_RANDOM_BYTES)}"
 
 
-def has_prefix(value: str, prefix: str) -> bool:
-    """Return whether the value is an id with exactly this prefix."""
-    match = _ID_PATTERN.fullmatch(value)
+def has_prefix(object_id: str, prefix: str) -> bool:
+    """Return whether a text is a valid id with exactly this prefix."""
+    match = _ID_PATTERN.fullmatch(object_id)
     return match is not None and match[1] == prefix
 
 
-def created_at(value: str) -> int:
-    """Return the time in an id, in seconds since 1970."""
-    return int(value.rpartition("-")[2][:_TIME_DIGITS], 16) // 1000
+def read_creation_time(object_id: str) -> int:
+    """Return the creation time in an id, in seconds since 1970."""
+    return int(object_id.rpartition("-")[2][:_TIME_DIGITS], 16) // 1000
 
 
-def result_file_of(job_id: str) -> str:
-    """Return the id of the file with the metrics of a job."""
+def to_result_file_id(job_id: str) -> str:
+    """Return the id of the result file of a job, which contains its metrics."""
     return RESULT_PREFIX + job_id.removeprefix(JOB_PREFIX)
 
 
-def job_of_result_file(file_id: str) -> str:
-    """Return the id of the job whose metrics are in a file."""
+def to_job_id(file_id: str) -> str:
+    """Return the id of the job to which a result file belongs."""
     return JOB_PREFIX + file_id.removeprefix(RESULT_PREFIX)

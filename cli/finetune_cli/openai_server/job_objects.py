@@ -1,4 +1,4 @@
-"""The objects of the OpenAI API for a FineTuneJob: the job, its events, its checkpoints. Pure functions of the Kubernetes objects."""
+"""Builds the objects of the OpenAI API for a FineTuneJob: the job, its events and its checkpoints, only from the Kubernetes objects."""
 
 from __future__ import annotations
 
@@ -10,38 +10,38 @@ from typing import Any
 from finetune_api.names import Annotation, FailureClass, Phase
 from finetune_api.status import Checkpoint, FineTuneJobStatus
 
-from finetune_cli.cluster import event_time
+from finetune_cli.cluster import get_event_time
 from finetune_cli.fields import get_value
-from finetune_cli.status_text import has_finished, has_succeeded, status_of
+from finetune_cli.status_text import has_finished, has_succeeded, parse_status
 
 API_STATUS_BY_PHASE = {
     None: "validating_files", Phase.PREPARING: "validating_files", Phase.VALIDATING: "validating_files",
     Phase.PENDING: "queued", Phase.QUEUED: "queued", Phase.STARTING: "queued", Phase.SUSPENDED: "paused",
 }  # fmt: skip
-"""Value of the API's field `status` for each phase before the end. All other phases are `running`."""
-LEVEL_BY_TYPE = {"Normal": "info", "Warning": "warn"}
+"""For each phase of a job that is not running and has not ended: the value of the API's field `status`."""
+LEVEL_BY_EVENT_TYPE = {"Normal": "info", "Warning": "warn"}
 
 
-def request_of(job: dict[str, Any]) -> dict[str, Any]:
-    """Return the request from which the server made a job. Users can change the annotation with kubectl; unreadable values count as absent."""
+def read_request(job: dict[str, Any]) -> dict[str, Any]:
+    """Return the client's request for a job, from its annotation. Invalid values count as absent, because users can change it with kubectl."""
     text = (job["metadata"].get("annotations") or {}).get(Annotation.OPENAI_REQUEST.value, "")
     try:
-        request = _mapping(json.loads(text))
+        request = _mapping_or_empty(json.loads(text))
     except (ValueError, RecursionError):
         return {}
     return request | {
-        "metadata": {key: str(value) for key, value in _mapping(request.get("metadata")).items()},
-        "hyperparameters": _mapping(request.get("hyperparameters")),
-        "method": {"type": "supervised"} | {key: value for key, value in _mapping(request.get("method")).items() if isinstance(value, str | dict)},
+        "metadata": {key: str(value) for key, value in _mapping_or_empty(request.get("metadata")).items()},
+        "hyperparameters": _mapping_or_empty(request.get("hyperparameters")),
+        "method": {"type": "supervised"} | {key: value for key, value in _mapping_or_empty(request.get("method")).items() if isinstance(value, str | dict)},
     }
 
 
-def _mapping(value: Any) -> dict[str, Any]:
+def _mapping_or_empty(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def api_status(job: dict[str, Any], status: FineTuneJobStatus) -> str:
-    """Return the value of the API's field `status`. After a request to cancel, it is `cancelled` at once, because the request cannot be undone."""
+def get_api_status(job: dict[str, Any], status: FineTuneJobStatus) -> str:
+    """Return the value of the API's field `status`. It is `cancelled` as soon as a user cancels the job, because this cannot be undone."""
     if has_succeeded(status):
         return "succeeded"
     if has_finished(status):
@@ -49,22 +49,22 @@ def api_status(job: dict[str, Any], status: FineTuneJobStatus) -> str:
     return "cancelled" if (job.get("spec") or {}).get("cancel") else API_STATUS_BY_PHASE.get(status.phase, "running")
 
 
-def job_object(job: dict[str, Any], result_files: list[str]) -> dict[str, Any]:
-    """Return the API's object of a job. `result_files`: ids of the files with its metrics."""
-    request, status, metadata = request_of(job), status_of(job), job["metadata"]
-    word = api_status(job, status)
+def build_api_job(job: dict[str, Any], result_files: list[str]) -> dict[str, Any]:
+    """Return the API's object for a job. `result_files`: the ids of the files with its metrics."""
+    request, status, metadata = read_request(job), parse_status(job), job["metadata"]
+    api_status = get_api_status(job, status)
     has_ended = has_finished(status)
     method = str(get_value(request, "method.type") or "supervised")
-    hyperparameters = _hyperparameters(job, request, status, method)
+    hyperparameters = _find_hyperparameters(job, request, status, method)
     return {
         "id": metadata["name"],
         "object": "fine_tuning.job",
-        "created_at": _seconds(metadata["creationTimestamp"]),
-        "finished_at": _seconds(status.completion_time) if has_ended else None,
-        "status": word,
-        "error": _error(status) if word == "failed" else None,
-        "estimated_finish": _estimated_finish(status) if word == "running" else None,
-        "fine_tuned_model": status.output.uri if word == "succeeded" and status.output else None,
+        "created_at": _to_unix_seconds(metadata["creationTimestamp"]),
+        "finished_at": _to_unix_seconds(status.completion_time) if has_ended else None,
+        "status": api_status,
+        "error": _build_error(status) if api_status == "failed" else None,
+        "estimated_finish": _estimate_finish(status) if api_status == "running" else None,
+        "fine_tuned_model": status.output.uri if api_status == "succeeded" and status.output else None,
         "trained_tokens": status.progress.tokens_seen if has_ended and status.progress else None,
         "model": str(request.get("model", "")),
         "method": {"type": method, method: {"hyperparameters": hyperparameters}},
@@ -72,7 +72,7 @@ def job_object(job: dict[str, Any], result_files: list[str]) -> dict[str, Any]:
         "seed": get_value(job.get("spec") or {}, "training.seed") or 0,
         "training_file": str(request.get("training_file", "")),
         "validation_file": request.get("validation_file"),
-        "result_files": result_files if word == "succeeded" else [],
+        "result_files": result_files if api_status == "succeeded" else [],
         "integrations": request.get("integrations") or [],
         "metadata": request.get("metadata", {}),
         "user_provided_suffix": request.get("suffix"),
@@ -80,21 +80,21 @@ def job_object(job: dict[str, Any], result_files: list[str]) -> dict[str, Any]:
     }
 
 
-def _hyperparameters(job: dict[str, Any], request: dict[str, Any], status: FineTuneJobStatus, method: str) -> dict[str, Any]:
-    """Return the hyperparameters in use, as far as they are known. Others are as in the request, or `auto`."""
-    given = {
+def _find_hyperparameters(job: dict[str, Any], request: dict[str, Any], status: FineTuneJobStatus, method: str) -> dict[str, Any]:
+    """Return the hyperparameters that the job uses. A hyperparameter that is not known yet has the value of the request or, without one, `auto`."""
+    requested_values = {
         **request.get("hyperparameters", {}),
-        **{key: value for key, value in _mapping(get_value(request, f"method.{method}.hyperparameters")).items() if value not in (None, "auto")},
+        **{key: value for key, value in _mapping_or_empty(get_value(request, f"method.{method}.hyperparameters")).items() if value not in (None, "auto")},
     }
     spec, resolved = job.get("spec") or {}, status.resolved
-    in_use = {"n_epochs": get_value(spec, "training.epochs"), "batch_size": resolved.effective_batch if resolved else None}
+    values_in_use = {"n_epochs": get_value(spec, "training.epochs"), "batch_size": resolved.effective_batch if resolved else None}
     if method == "dpo":
-        in_use["beta"] = get_value(spec, "trainer.dpo.beta")
+        values_in_use["beta"] = get_value(spec, "trainer.dpo.beta")
     names = ("n_epochs", "batch_size", "learning_rate_multiplier", *(["beta"] if method == "dpo" else []))
-    return {name: in_use.get(name) or given.get(name) or "auto" for name in names}
+    return {name: values_in_use.get(name) or requested_values.get(name) or "auto" for name in names}
 
 
-def _error(status: FineTuneJobStatus) -> dict[str, Any]:
+def _build_error(status: FineTuneJobStatus) -> dict[str, Any]:
     failure = status.failure
     if failure is None:
         return {"code": status.reason or "failed", "message": "the job ended without success", "param": None}
@@ -102,37 +102,39 @@ def _error(status: FineTuneJobStatus) -> dict[str, Any]:
     return {"code": failure.code or str(failure.class_), "message": message, "param": "training_file" if failure.class_ == FailureClass.DATA else None}
 
 
-def _estimated_finish(status: FineTuneJobStatus) -> int | None:
+def _estimate_finish(status: FineTuneJobStatus) -> int | None:
     progress = status.progress
     if progress is None or progress.seconds_remaining is None or progress.update_time is None:
         return None
-    return _seconds(progress.update_time + timedelta(seconds=progress.seconds_remaining))
+    return _to_unix_seconds(progress.update_time + timedelta(seconds=progress.seconds_remaining))
 
 
-def event_objects(job: dict[str, Any], events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the API's events of a job, newest first: the Kubernetes events, and one with the latest metrics."""
-    objects = [_event_object(event) for event in events]
-    objects.append(_event(f"ftevent-{job['metadata']['uid']}-created", job["metadata"]["creationTimestamp"], "info", "Created fine-tuning job", "message"))
-    metrics = _metrics_event(job)
+def build_api_events(job: dict[str, Any], events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the API's events of a job, newest first: its creation, the Kubernetes events, and one event with the latest metrics."""
+    objects = [_to_api_event(event) for event in events]
+    metadata = job["metadata"]
+    objects.append(_build_event(f"ftevent-{metadata['uid']}-created", metadata["creationTimestamp"], "info", "Created fine-tuning job", "message"))
+    metrics = _build_metrics_event(job)
     if metrics is not None:
         objects.append(metrics)
     return sorted(objects, key=lambda event: (event["created_at"], event["id"]), reverse=True)
 
 
-def _event_object(event: dict[str, Any]) -> dict[str, Any]:
-    level = "error" if event.get("reason") == "Failed" else LEVEL_BY_TYPE.get(str(event.get("type")), "info")
+def _to_api_event(event: dict[str, Any]) -> dict[str, Any]:
+    level = "error" if event.get("reason") == "Failed" else LEVEL_BY_EVENT_TYPE.get(str(event.get("type")), "info")
     message = str(event.get("note") or event.get("reason") or "")
-    return _event(f"ftevent-{event['metadata']['uid']}", event_time(event), level, message, "message", {"reason": event.get("reason")})
+    return _build_event(f"ftevent-{event['metadata']['uid']}", get_event_time(event), level, message, "message", {"reason": event.get("reason")})
 
 
-def _event(event_id: str, time: datetime | str, level: str, message: str, kind: str, data: dict[str, Any] | None = None) -> dict[str, Any]:
+def _build_event(event_id: str, time: datetime | str, level: str, message: str, event_type: str, data: dict[str, Any] | None = None) -> dict[str, Any]:
     return {
-        "id": event_id, "object": "fine_tuning.job.event", "created_at": _seconds(time), "level": level, "message": message, "type": kind, "data": data or {},
+        "id": event_id, "object": "fine_tuning.job.event", "created_at": _to_unix_seconds(time), "level": level, "message": message,
+        "type": event_type, "data": data or {},
     }  # fmt: skip
 
 
-def _metrics_event(job: dict[str, Any]) -> dict[str, Any] | None:
-    status = status_of(job)
+def _build_metrics_event(job: dict[str, Any]) -> dict[str, Any] | None:
+    status = parse_status(job)
     progress, metrics = status.progress, status.metrics
     if progress is None or progress.step is None or metrics is None or metrics.train_loss is None:
         return None
@@ -140,22 +142,22 @@ def _metrics_event(job: dict[str, Any]) -> dict[str, Any] | None:
     message = f"Step {progress.step}/{progress.total_steps}: training loss={metrics.train_loss:g}"
     message += "" if metrics.eval_loss is None else f", validation loss={metrics.eval_loss:g}"
     time = progress.update_time or job["metadata"]["creationTimestamp"]
-    known = {key: value for key, value in data.items() if value is not None}
-    return _event(f"ftevent-{job['metadata']['uid']}-step-{progress.step}", time, "info", message, "metrics", known)
+    known_metrics = {key: value for key, value in data.items() if value is not None}
+    return _build_event(f"ftevent-{job['metadata']['uid']}-step-{progress.step}", time, "info", message, "metrics", known_metrics)
 
 
-def checkpoint_objects(job: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the API's checkpoints of a job, newest first."""
-    checkpoints = sorted(status_of(job).checkpoints, key=lambda checkpoint: checkpoint.step, reverse=True)
-    return [_checkpoint_object(job, checkpoint) for checkpoint in checkpoints]
+def build_api_checkpoints(job: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the API's objects for the checkpoints of a job, newest first."""
+    checkpoints = sorted(parse_status(job).checkpoints, key=lambda checkpoint: checkpoint.step, reverse=True)
+    return [_to_api_checkpoint(job, checkpoint) for checkpoint in checkpoints]
 
 
-def _checkpoint_object(job: dict[str, Any], checkpoint: Checkpoint) -> dict[str, Any]:
+def _to_api_checkpoint(job: dict[str, Any], checkpoint: Checkpoint) -> dict[str, Any]:
     metrics = {"step": checkpoint.step, "full_valid_loss": checkpoint.eval_loss}
     return {
         "id": f"ftckpt-{job['metadata']['name'].partition('-')[2]}-{checkpoint.step}",
         "object": "fine_tuning.job.checkpoint",
-        "created_at": _seconds(checkpoint.time or job["metadata"]["creationTimestamp"]),
+        "created_at": _to_unix_seconds(checkpoint.time or job["metadata"]["creationTimestamp"]),
         "fine_tuning_job_id": job["metadata"]["name"],
         "fine_tuned_model_checkpoint": checkpoint.uri,
         "step_number": checkpoint.step,
@@ -163,8 +165,8 @@ def _checkpoint_object(job: dict[str, Any], checkpoint: Checkpoint) -> dict[str,
     }
 
 
-def _seconds(time: datetime | str | None) -> int | None:
-    """Return a time in seconds since 1970. Kubernetes events have times with fractions."""
+def _to_unix_seconds(time: datetime | str | None) -> int | None:
+    """Return a time in whole seconds since 1970, or None for no time. The times of Kubernetes events have fractions of seconds."""
     if time is None or time == "":
         return None
     value = datetime.fromisoformat(re.sub(r"Z$", "+00:00", time)) if isinstance(time, str) else time

@@ -1,7 +1,8 @@
 """Turns a client's request for a fine-tuning job into a FineTuneJob.
 
-The hyperparameters, methods and integrations are read by the importer of `finetune import --from openai`, so that both have the same meaning.
-The configuration of the server gives every job the fields of its model. A value of the client replaces such a field, except below `resources`.
+The importer of `finetune import --from openai` reads the hyperparameters, methods and integrations, so that they mean the same in a request and in
+an imported file. The configuration of the server gives each job the fields of its model. A value of the client replaces such a field, but not the
+fields below `resources`.
 """
 
 from __future__ import annotations
@@ -27,17 +28,17 @@ from finetune_cli.provenance import AssignedValue, ValueOrigin
 from finetune_cli.redaction import contains_secret
 
 CREATED_BY = "openai-server"
-"""Value of the label `created-by` of every job that the server creates."""
+"""The value of the label `created-by` on each job that the server creates."""
 REQUEST_NAME = "request"
 MAX_METADATA, MAX_METADATA_KEY, MAX_METADATA_VALUE, MAX_SUFFIX = 16, 64, 512, 64
-"""Limits of the OpenAI API: pairs, characters of a key, characters of a value, characters of the suffix."""
+"""Limits of the OpenAI API: pairs in `metadata`, and characters of a key, of a value, and of `suffix`."""
 FILE_PARAMETERS = ("training_file", "validation_file")
 GRADERS_HINT = (
     "this server has no graders: write method.type supervised or dpo, or ask its administrator for a FineTuneJob with trainer.type grpo and trainer.rewards"
 )
 
 FindFile = Callable[[str], ClientFile | None]
-"""Returns the file with an id in the namespace of the client."""
+"""Returns the file with this id in the namespace of the client, or None."""
 
 
 def build_job(
@@ -47,45 +48,48 @@ def build_job(
     *,
     find_file: FindFile,
     read_first_lines: Callable[[ClientFile], list[str]],
-    uri_of: Callable[[ClientFile], str],
+    make_file_uri: Callable[[ClientFile], str],
 ) -> dict[str, Any]:
-    """Return the FineTuneJob for the JSON body of a request. Errors: RequestFailure with the wrong parameter, StorageError."""
-    request = {key: value for key, value in _as_object(body).items() if value is not None}
-    served = _served_model(request, config)
+    """Return the FineTuneJob for the JSON body of a request.
+
+    Raise RequestFailure that names a wrong parameter, and StorageError if a file cannot be read.
+    """
+    request = {key: value for key, value in _require_object(body).items() if value is not None}
+    served_model = _find_served_model(request, config)
     _check_method(request)
     _check_texts(request)
     files = _find_files(request, find_file)
     for parameter, file in files.items():
         _check_first_rows(parameter, file.name, read_first_lines(file), request)
-    if "seed" not in request and get_value(served.spec, "training.seed") is None:
+    if "seed" not in request and get_value(served_model.spec, "training.seed") is None:
         request["seed"] = secrets.randbelow(1 << 31)
-    sources = {parameter: uri_of(file) for parameter, file in files.items()}
-    result = import_request(request | sources, config, served, job_id)
+    sources = {parameter: make_file_uri(file) for parameter, file in files.items()}
+    result = import_request(request | sources, config, served_model, job_id)
     annotations = {Annotation.OPENAI_REQUEST.value: json.dumps(request, sort_keys=True, ensure_ascii=False), **result.annotations}
     metadata = {"name": job_id, "labels": {Label.CREATED_BY.value: CREATED_BY}, "annotations": annotations}
     return {"apiVersion": API_VERSION, "kind": KIND, "metadata": metadata, "spec": result.spec}
 
 
 def check_models(config: ServerConfig) -> list[Mistake]:
-    """Return the mistakes of the configuration that only appear in a complete job: each model is tried with a request without options.
+    """Build a job for each model from a request without options, to find mistakes that only a complete job shows. Return these mistakes.
 
-    The method dpo is tried only if the configuration has fields for it, because a model may be meant for supervised fine-tuning only.
+    The method dpo is only tried for a model with fields below `trainer.dpo`, because another model may be only for supervised fine-tuning.
     """
     mistakes = []
-    for name, served in config.models.items():
-        for method in ("supervised", "dpo") if get_value(served.spec, "trainer.dpo") else ("supervised",):
-            trial = {"model": name, "training_file": f"{config.storage.uri}/rows.jsonl", "method": {"type": method}}
+    for name, served_model in config.models.items():
+        for method in ("supervised", "dpo") if get_value(served_model.spec, "trainer.dpo") else ("supervised",):
+            trial_request = {"model": name, "training_file": f"{config.storage.uri}/rows.jsonl", "method": {"type": method}}
             try:
-                import_request(trial, config, served, "trial")
+                import_request(trial_request, config, served_model, "trial")
             except RequestFailure as failure:
                 mistakes.append(Mistake("configuration", f"models.{name}", failure.message))
     return mistakes
 
 
-def import_request(request: dict[str, Any], config: ServerConfig, served: ServedModel, job_id: str) -> ImportResult:
-    """Convert a request in which the files are S3 addresses. Errors: RequestFailure."""
+def import_request(request: dict[str, Any], config: ServerConfig, served_model: ServedModel, job_id: str) -> ImportResult:
+    """Import a request whose files are S3 URIs. Raise RequestFailure with all mistakes that the importer finds."""
     text = json.dumps(request)
-    fields = dict(flatten_fields({**served.spec, "storage": config.storage.to_wire()}))
+    fields = dict(flatten_fields({**served_model.spec, "storage": config.storage.to_wire()}))
     origin = ValueOrigin("configuration of the server")
     options = Request(
         files=(),
@@ -96,49 +100,49 @@ def import_request(request: dict[str, Any], config: ServerConfig, served: Served
         has_command_line=False,
     )
     try:
-        result = import_documents(options, (InputDocument(Path(REQUEST_NAME), text),), _importer_with(fields))
+        result = import_documents(options, (InputDocument(Path(REQUEST_NAME), text),), _build_importer(fields))
     except InvalidInput as error:
-        raise _failure_of(error.mistakes) from None
+        raise _to_failure(error.mistakes) from None
     for warning in result.warnings:
-        # The API's clients read no warnings, so an option that would have no effect is refused.
+        # Clients of the API do not get warnings, so an option that would have no effect is refused.
         location, _, message = warning.partition(": ")
         key = message.partition(": ")[0].partition(" has no effect")[0]
         raise bad_request(f"{message}: remove it" if "no effect" in message else message or location, key if key in request else None)
     return result
 
 
-def _importer_with(fields: dict[str, Any]) -> Importer:
-    """Return the importer of the API with the server's fields as its first defaults."""
+def _build_importer(fields: dict[str, Any]) -> Importer:
+    """Return the importer of the API, with the fields in the server's configuration as defaults that precede the importer's own."""
 
-    def default_of(path: str, value: Any) -> ToolDefault:
+    def to_default(path: str, value: Any) -> ToolDefault:
         if path.startswith("trainer.dpo."):
             return ToolDefault(path, value, "configuration of the server", lambda draft: draft.value("trainer.type") == "dpo")
         return ToolDefault(path, value, "configuration of the server")
 
-    defaults = tuple(default_of(path, value) for path, value in fields.items() if not path.startswith("resources."))
+    defaults = tuple(to_default(path, value) for path, value in fields.items() if not path.startswith("resources."))
     return replace(openai.IMPORTER, defaults=(*defaults, *openai.IMPORTER.defaults))
 
 
-def _as_object(body: Any) -> dict[str, Any]:
+def _require_object(body: Any) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise bad_request("the body of the request is not a JSON object: write for example {\"model\": ..., \"training_file\": ...}", None, "invalid_json")
     return body
 
 
-def _served_model(request: dict[str, Any], config: ServerConfig) -> ServedModel:
-    known = ", ".join(config.models)
+def _find_served_model(request: dict[str, Any], config: ServerConfig) -> ServedModel:
+    served_names = ", ".join(config.models)
     name = request.get("model")
     if not isinstance(name, str):
-        raise bad_request(f"model is missing: write one of {known}", "model", "missing_required_parameter")
-    served = config.models.get(name)
-    if served is None:
-        raise bad_request(f"this server does not fine-tune the model {name}: write one of {known}", "model", "model_not_available")
+        raise bad_request(f"model is missing: write one of {served_names}", "model", "missing_required_parameter")
+    served_model = config.models.get(name)
+    if served_model is None:
+        raise bad_request(f"this server does not fine-tune the model {name}: write one of {served_names}", "model", "model_not_available")
     wants_tracker = bool(request.get("integrations"))
-    has_key = get_value(served.spec, "tracking.wandb.apiKeySecretRef") is not None
-    if wants_tracker and not has_key:
+    has_tracker_key = get_value(served_model.spec, "tracking.wandb.apiKeySecretRef") is not None
+    if wants_tracker and not has_tracker_key:
         hint = "remove integrations, or ask its administrator for tracking.wandb.apiKeySecretRef"
         raise bad_request(f"this server has no key for Weights & Biases for the model {name}: {hint}", "integrations")
-    return served
+    return served_model
 
 
 def _check_method(request: dict[str, Any]) -> None:
@@ -147,21 +151,21 @@ def _check_method(request: dict[str, Any]) -> None:
         return
     if not isinstance(method, dict) or "type" not in method:
         raise bad_request('method is not an object with a type: write for example {"type": "supervised"}', "method")
-    kind = method["type"]
-    if not isinstance(kind, str):
+    method_type = method["type"]
+    if not isinstance(method_type, str):
         raise bad_request("method.type is not a text: write supervised or dpo", "method.type")
-    if kind == "reinforcement":
+    if method_type == "reinforcement":
         raise bad_request(f"reinforcement fine-tuning is not possible: {GRADERS_HINT}", "method.type", "unsupported_value")
     for other in method:
-        if other not in ("type", kind):
-            raise bad_request(f"method.{other} has no effect, because method.type is {kind}: remove it", f"method.{other}")
-    hyperparameters = (method.get(kind) or {}).get("hyperparameters") if isinstance(method.get(kind) or {}, dict) else None
-    if kind == "supervised" and isinstance(hyperparameters, dict) and "beta" in hyperparameters:
+        if other not in ("type", method_type):
+            raise bad_request(f"method.{other} has no effect, because method.type is {method_type}: remove it", f"method.{other}")
+    hyperparameters = (method.get(method_type) or {}).get("hyperparameters") if isinstance(method.get(method_type) or {}, dict) else None
+    if method_type == "supervised" and isinstance(hyperparameters, dict) and "beta" in hyperparameters:
         raise bad_request("beta has no effect, because method.type is supervised: remove it", "method.supervised.hyperparameters.beta")
 
 
 def _check_texts(request: dict[str, Any]) -> None:
-    """Check suffix and metadata with the limits of the API, and that no free text contains a secret."""
+    """Refuse a suffix or metadata beyond the limits of the API, and free texts that contain a secret."""
     suffix = request.get("suffix")
     if suffix is not None and (not isinstance(suffix, str) or not 0 < len(suffix) <= MAX_SUFFIX):
         raise bad_request(f"suffix must be a text of 1 to {MAX_SUFFIX} characters", "suffix")
@@ -177,7 +181,7 @@ def _check_texts(request: dict[str, Any]) -> None:
     for parameter in ("suffix", "metadata", "integrations"):
         value = request.get(parameter)
         if contains_secret([value, *value] if isinstance(value, dict) else value):
-            # Everyone who may read the FineTuneJob can read its spec and annotations.
+            # All users who may read the FineTuneJob can read its spec and annotations.
             raise bad_request(f"{parameter} contains a text that looks like a token or password: remove it", parameter)
 
 
@@ -197,15 +201,15 @@ def _find_files(request: dict[str, Any], find_file: FindFile) -> dict[str, Clien
     return files
 
 
-def _check_first_rows(parameter: str, name: str, lines: list[str], request: dict[str, Any]) -> None:
+def _check_first_rows(parameter: str, file_name: str, lines: list[str], request: dict[str, Any]) -> None:
     trainer = "dpo" if (request.get("method") or {}).get("type") == "dpo" else "sft"
-    mistake = openai.find_row_mistake(name, lines, trainer)
+    mistake = openai.find_row_mistake(file_name, lines, trainer)
     if mistake is not None:
         raise bad_request(str(mistake), parameter, "invalid_training_data")
 
 
-def _failure_of(mistakes: list[Mistake]) -> RequestFailure:
-    """Return the failure for the mistakes that the importer found. The key of a mistake is the parameter as the client wrote it."""
+def _to_failure(mistakes: list[Mistake]) -> RequestFailure:
+    """Return the failure for all mistakes that the importer found. Its `param` is the key of the first mistake."""
     texts = [": ".join(part for part in (mistake.key, mistake.message) if part) + (f"; {mistake.hint}" if mistake.hint else "") for mistake in mistakes]
-    first = mistakes[0].key
-    return bad_request("\n".join(texts), first if first and not first.startswith("spec.") else None)
+    first_key = mistakes[0].key
+    return bad_request("\n".join(texts), first_key if first_key and not first_key.startswith("spec.") else None)

@@ -1,4 +1,4 @@
-"""The table of API keys: which ServiceAccount each key stands for. The table contains digests of keys, not the keys."""
+"""The table of API keys: the ServiceAccount that each key stands for. The table contains the digests of the keys, but not the keys."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from typing import Annotated
 from finetune_api.base import WireModel
 from pydantic import Field, StringConstraints, ValidationError, field_validator
 
-from finetune_cli.config_files import mistakes_of, read_mapping
+from finetune_cli.config_files import list_mistakes, read_mapping
 from finetune_cli.files import UnreadableFile, display_name
 from finetune_cli.mistakes import InvalidInput
 from finetune_cli.openai_server.failures import RequestFailure
 
 logger = logging.getLogger(__name__)
 ObjectName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", max_length=253)]
-HINT = "write `keys:` with entries {sha256: <sha256 of the key>, namespace: team-a, serviceAccount: finetune-user}"
+KEYS_HINT = "write `keys:` with entries {sha256: <sha256 of the key>, namespace: team-a, serviceAccount: finetune-user}"
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,12 @@ class Account:
 
     @property
     def user(self) -> str:
-        """The name under which Kubernetes knows the ServiceAccount as a user."""
+        """The user name of the ServiceAccount in Kubernetes."""
         return f"system:serviceaccount:{self.namespace}:{self.service_account}"
 
 
 class KeyEntry(WireModel):
-    """One entry of the table."""
+    """One entry of the table: the SHA-256 digest of a key in hexadecimal digits, and the ServiceAccount that the key stands for."""
 
     sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
     namespace: ObjectName
@@ -46,7 +46,7 @@ class KeyEntry(WireModel):
 
 
 class KeyFile(WireModel):
-    """The content of the table's file."""
+    """The content of the file with the table of API keys."""
 
     keys: list[KeyEntry] = Field(min_length=1)
 
@@ -54,53 +54,53 @@ class KeyFile(WireModel):
     @classmethod
     def _refuse_duplicates(cls, keys: list[KeyEntry]) -> list[KeyEntry]:
         digests = [entry.sha256 for entry in keys]
-        for number, digest in enumerate(digests):
-            if digest in digests[:number]:
-                raise ValueError(f"entry {number + 1} has the same sha256 as an earlier entry: each key stands for one ServiceAccount; remove one")
+        for index, digest in enumerate(digests):
+            if digest in digests[:index]:
+                raise ValueError(f"entry {index + 1} has the same sha256 as an earlier entry: each key stands for one ServiceAccount; remove one")
         return keys
 
 
 class KeyTable:
-    """The table of API keys in a file. A changed file is read again, so that a removed key is refused without a restart of the server."""
+    """The table of API keys in a file. It reads a changed file again, so that a removed key stops working without a restart of the server."""
 
     def __init__(self, path: Path):
-        """Read the file. Errors: UnreadableFile, InvalidInput."""
+        """Read the file. Raise UnreadableFile, or InvalidInput with all mistakes."""
         self._path, self._lock = path, threading.Lock()
-        self._version: tuple[int, int, int] | None = None
+        self._file_version: tuple[int, int, int] | None = None
         self._entries: list[KeyEntry] = []
-        self._read()
+        self._reload()
 
-    def find(self, key: str) -> Account | None:
-        """Return the account of a key, or None for an unknown key. Errors: RequestFailure if the file cannot be read now.
+    def find_account(self, api_key: str) -> Account | None:
+        """Return the account of a key, or None for an unknown key. Raise RequestFailure if the file has changed and is not valid.
 
-        The time of the comparison does not depend on the key: every entry is compared, each in constant time.
+        Every entry is compared, each in constant time, so that the duration of the comparison tells nothing about the keys.
         """
         try:
             with self._lock:
-                self._read()
+                self._reload()
                 entries = self._entries
         except (UnreadableFile, InvalidInput) as error:
-            # With the old table, a key that was just removed would still be accepted.
+            # The old table is not used, because it may contain a key that was just removed.
             problems = error.mistakes if isinstance(error, InvalidInput) else [error]
-            logger.error("the table of keys is refused: %s", "; ".join(map(str, problems)))
+            logger.error("the table of API keys is not valid, so all requests are refused: %s", "; ".join(map(str, problems)))
             message = "the table of API keys of this server is not valid: ask its administrator to correct the table; the server's log names the mistake"
             raise RequestFailure(HTTPStatus.SERVICE_UNAVAILABLE, message, code="keys_unavailable") from None
-        digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
+        digest = hashlib.sha256(api_key.encode("utf-8", "surrogateescape")).hexdigest()
         matching = [entry for entry in entries if hmac.compare_digest(entry.sha256, digest)]
         return Account(matching[0].namespace, matching[0].service_account) if matching else None
 
-    def _read(self) -> None:
+    def _reload(self) -> None:
         try:
-            state = self._path.stat()
+            file_status = self._path.stat()
         except OSError:
-            version = None
+            file_version = None
         else:
-            version = (state.st_ino, state.st_mtime_ns, state.st_size)
-        if version is not None and version == self._version:
+            file_version = (file_status.st_ino, file_status.st_mtime_ns, file_status.st_size)
+        if file_version is not None and file_version == self._file_version:
             return
-        values, lines = read_mapping(self._path, "a table of API keys", HINT)
+        values, lines = read_mapping(self._path, "a table of API keys", KEYS_HINT)
         try:
             self._entries = KeyFile.model_validate(values).keys
         except ValidationError as error:
-            raise InvalidInput(list(mistakes_of(error, display_name(self._path), lines, f"unknown key; {HINT}"))) from None
-        self._version = version
+            raise InvalidInput(list(list_mistakes(error, display_name(self._path), lines, f"unknown key; {KEYS_HINT}"))) from None
+        self._file_version = file_version

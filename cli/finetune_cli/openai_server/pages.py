@@ -1,4 +1,4 @@
-"""Pages of a list, as the OpenAI API divides them: `limit` objects after the object with the id `after`."""
+"""Pages of a list, as in the OpenAI API: a page has at most `limit` objects and begins after the object with the id `after`."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ MAX_LIMIT = 10_000
 
 @dataclass(frozen=True)
 class PageRequest:
-    """The part of a list that a client wants."""
+    """The page that a client requests: at most `limit` objects, after the object with the id `after` or from the beginning."""
 
     limit: int
     after: str | None = None
 
 
 def read_page_request(query: Mapping[str, str], default_limit: int) -> PageRequest:
-    """Return the page that `limit` and `after` of a query describe. Errors: RequestFailure."""
-    text = query.get("limit", str(default_limit))
-    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= MAX_LIMIT):
-        raise bad_request(f"limit {text} is not possible: write a number from 1 to {MAX_LIMIT}", "limit")
-    return PageRequest(int(text), query.get("after"))
+    """Return the page that the query parameters `limit` and `after` request. Raise RequestFailure for an invalid `limit`."""
+    limit_text = query.get("limit", str(default_limit))
+    if not (limit_text.isascii() and limit_text.isdigit() and 1 <= int(limit_text) <= MAX_LIMIT):
+        raise bad_request(f"limit {limit_text} is not accepted: write a number from 1 to {MAX_LIMIT}", "limit")
+    return PageRequest(int(limit_text), query.get("after"))
 
 
-def refuse_unknown_parameters(query: Mapping[str, str], *known: str) -> None:
-    """Refuse a query with other parameters. Errors: RequestFailure."""
+def refuse_unknown_parameters(query: Mapping[str, str], *known_parameters: str) -> None:
+    """Raise RequestFailure if the query has a parameter that is not in `known_parameters`."""
     for name in query:
-        if name not in known:
-            words = ", ".join(known) or "no parameters"
+        if name not in known_parameters:
+            words = ", ".join(known_parameters) or "no parameters"
             raise bad_request(f"the parameter {name} is not known here: this request takes {words}", name, "unknown_parameter")
 
 
-def page_of(items: list[dict[str, Any]], request: PageRequest) -> dict[str, Any]:
-    """Return one page of a list. Errors: RequestFailure if there is no object with the id `after`."""
+def build_page(items: list[dict[str, Any]], request: PageRequest) -> dict[str, Any]:
+    """Return one page of a list. Raise RequestFailure if the list has no object with the id `after`."""
     start = 0
     if request.after is not None:
         ids = [item["id"] for item in items]
         if request.after not in ids:
             raise bad_request(f"after: the list has no object with the id {request.after}", "after")
         start = ids.index(request.after) + 1
-    data = items[start : start + request.limit]
-    ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {"first_id": None, "last_id": None}
-    return {"object": "list", "data": data, "has_more": start + request.limit < len(items), **ends}
+    page_items = items[start : start + request.limit]
+    end_ids = {"first_id": page_items[0]["id"], "last_id": page_items[-1]["id"]} if page_items else {"first_id": None, "last_id": None}
+    return {"object": "list", "data": page_items, "has_more": start + request.limit < len(items), **end_ids}

@@ -1,4 +1,4 @@
-"""What the paths of the API do, without HTTP: reads and writes FineTuneJobs as the client's ServiceAccount, and files in S3."""
+"""The work behind the paths of the API, without HTTP: reads and writes FineTuneJobs as the client's ServiceAccount, and files in S3."""
 
 from __future__ import annotations
 
@@ -13,50 +13,50 @@ from typing import Any
 from finetune_api.names import GROUP, PLURAL, Label
 
 from finetune_cli.cluster import Cluster, ClusterError
-from finetune_cli.job_storage import JobStorage, StorageError, root_of
+from finetune_cli.job_storage import JobStorage, StorageError, locate_job_folder
 from finetune_cli.openai_server import job_objects
 from finetune_cli.openai_server.config import ServerConfig
 from finetune_cli.openai_server.failures import RequestFailure, bad_request, not_found
-from finetune_cli.openai_server.files import ClientFile, FileStore, check_rows
+from finetune_cli.openai_server.files import ClientFile, FileStore, check_jsonl
 from finetune_cli.openai_server.ids import (
     JOB_PREFIX,
     RESULT_PREFIX,
     has_prefix,
-    job_of_result_file,
     new_id,
-    result_file_of,
+    to_job_id,
+    to_result_file_id,
 )
 from finetune_cli.openai_server.job_requests import CREATED_BY, FILE_PARAMETERS, build_job
 from finetune_cli.openai_server.keys import Account
-from finetune_cli.openai_server.pages import page_of, read_page_request, refuse_unknown_parameters
-from finetune_cli.openai_server.results import result_rows
-from finetune_cli.status_text import has_finished, status_of
+from finetune_cli.openai_server.pages import build_page, read_page_request, refuse_unknown_parameters
+from finetune_cli.openai_server.results import build_metrics_csv
+from finetune_cli.status_text import has_finished, parse_status
 
 KubeObject = dict[str, Any]
 Query = Mapping[str, str]
 JOBS_RESOURCE = f"{PLURAL}.{GROUP}"
 JOB_SELECTOR = f"{Label.CREATED_BY.value}={CREATED_BY}"
 JOBS_PER_PAGE, EVENTS_PER_PAGE, CHECKPOINTS_PER_PAGE, FILES_PER_PAGE = 20, 20, 10, 10_000
-"""The API's page sizes for lists without `limit`."""
-PURPOSE, RESULT_PURPOSE = "fine-tune", "fine-tune-results"
+"""The number of objects on a page if the client gives no `limit`, as in the OpenAI API."""
+UPLOAD_PURPOSE, RESULT_PURPOSE = "fine-tune", "fine-tune-results"
 
 
 @dataclass(frozen=True)
-class Content:
-    """The content of a file, in chunks."""
+class FileContent:
+    """The name of a file, and its content in chunks."""
 
     name: str
     chunks: Iterator[bytes]
 
 
 class FineTuningService:
-    """The files and jobs of all API keys."""
+    """The operations on jobs and files that clients may request. Each acts with the rights of the client's account."""
 
     def __init__(self, config: ServerConfig, cluster: Cluster):
-        """`cluster` has the credentials of the server. The only right that they need is `impersonate`."""
+        """`cluster`: the connection with the credentials of the server itself, which need only the right `impersonate`."""
         self._config, self._cluster = config, cluster
-        self._row_check = threading.Lock()
-        """Only one file is checked at a time, because the check of a row can take much memory."""
+        self._row_check_lock = threading.Lock()
+        """Held during the check of a file, because the check of one row can take much memory."""
 
     @functools.cached_property
     def _storage(self) -> JobStorage:
@@ -68,131 +68,134 @@ class FineTuningService:
 
     @property
     def max_file_bytes(self) -> int:
-        """Largest file that clients may upload."""
+        """Largest size of a file that clients may upload, in bytes."""
         return self._config.max_file_bytes
 
     # --- jobs
 
     def create_job(self, account: Account, body: Any) -> KubeObject:
-        """Create a job from the JSON body of a request."""
-        self._require(account, "create")
+        """Create a job from the JSON body of a request, and return the API's object for it."""
+        self._require_right(account, "create")
         manifest = build_job(
             body, self._config, new_id(JOB_PREFIX), find_file=lambda file_id: self._files.find(account.namespace, file_id),
-            read_first_lines=self._files.read_first_lines, uri_of=self._files.uri,
+            read_first_lines=self._files.read_first_lines, make_file_uri=self._files.uri,
         )  # fmt: skip
-        return self._object_of(self._cluster_of(account).create_object(manifest))
+        return self._to_api_job(self._connect_as(account).create_object(manifest))
 
     def list_jobs(self, account: Account, query: Query) -> KubeObject:
-        """Return a page of the jobs of the namespace, newest first."""
+        """Return a page of the jobs in the client's namespace, newest first."""
         filters = {name[len("metadata[") : -1]: value for name, value in query.items() if name.startswith("metadata[") and name.endswith("]")}
         refuse_unknown_parameters(query, "limit", "after", "metadata", *(f"metadata[{key}]" for key in filters))
         if query.get("metadata", "null") != "null":
-            raise bad_request("metadata takes only null: write metadata[key]=value to search for a value", "metadata")
+            raise bad_request("metadata must be null: write metadata[key]=value to search for a value", "metadata")
         page = read_page_request(query, JOBS_PER_PAGE)
-        objects = [self._object_of(job) for job in self._list_jobs(account)]
+        objects = [self._to_api_job(job) for job in self._list_jobs(account)]
         objects.sort(key=lambda job: (job["created_at"], job["id"]), reverse=True)
         matching = [job for job in objects if filters.items() <= job["metadata"].items() and not ("metadata" in query and job["metadata"])]
-        return page_of(matching, page)
+        return build_page(matching, page)
 
     def get_job(self, account: Account, job_id: str) -> KubeObject:
-        """Return a job."""
-        return self._object_of(self._find_job(account, job_id))
+        """Return the API's object for a job."""
+        return self._to_api_job(self._find_job(account, job_id))
 
-    def change_job(self, account: Account, job_id: str, change: dict[str, bool]) -> KubeObject:
-        """Set `cancel` or `suspend` of a job that has not ended."""
+    def change_job(self, account: Account, job_id: str, spec_changes: dict[str, bool]) -> KubeObject:
+        """Set `cancel` or `suspend` in the spec of a job that has not ended, and return the API's object for the job."""
         job = self._find_job(account, job_id)
-        status = status_of(job)
+        status = parse_status(job)
         if has_finished(status):
-            message = f"{job_id} has already ended: its status is {job_objects.api_status(job, status)}"
+            message = f"{job_id} has already ended: its status is {job_objects.get_api_status(job, status)}"
             raise bad_request(message, "fine_tuning_job_id", "job_has_ended")
-        return self._object_of(self._cluster_of(account).patch_spec(job_id, change))
+        return self._to_api_job(self._connect_as(account).patch_spec(job_id, spec_changes))
 
     def list_events(self, account: Account, job_id: str, query: Query) -> KubeObject:
         """Return a page of the events of a job, newest first."""
         refuse_unknown_parameters(query, "limit", "after")
         page = read_page_request(query, EVENTS_PER_PAGE)
         job = self._find_job(account, job_id)
-        events = self._cluster_of(account).list_events({job["metadata"]["uid"]})
-        return page_of(job_objects.event_objects(job, events), page)
+        events = self._connect_as(account).list_events({job["metadata"]["uid"]})
+        return build_page(job_objects.build_api_events(job, events), page)
 
     def list_checkpoints(self, account: Account, job_id: str, query: Query) -> KubeObject:
         """Return a page of the checkpoints of a job, newest first."""
         refuse_unknown_parameters(query, "limit", "after")
         page = read_page_request(query, CHECKPOINTS_PER_PAGE)
-        return page_of(job_objects.checkpoint_objects(self._find_job(account, job_id)), page)
+        return build_page(job_objects.build_api_checkpoints(self._find_job(account, job_id)), page)
 
     # --- files
 
     def check_upload(self, account: Account) -> None:
-        """Check that the client may upload files, before it sends them."""
-        self._require(account, "create")
+        """Check that the client may upload files. The server calls this before it reads the upload."""
+        self._require_right(account, "create")
 
     def add_file(self, account: Account, name: str, path: Path) -> KubeObject:
-        """Store a local file that a client has sent."""
-        with self._row_check:
-            check_rows(path)
-        return _file_object(self._files.add(account.namespace, name, path))
+        """Check and store a file that a client has uploaded to the local `path`, and return the API's object for it."""
+        with self._row_check_lock:
+            check_jsonl(path)
+        return _to_api_file(self._files.add(account.namespace, name, path))
 
     def list_files(self, account: Account, query: Query) -> KubeObject:
-        """Return a page of the files of the namespace, newest first. Result files are only named by their jobs."""
+        """Return a page of the uploaded files in the client's namespace. Result files are not listed, only named in the objects of their jobs."""
         refuse_unknown_parameters(query, "limit", "after", "order", "purpose")
         page, order = read_page_request(query, FILES_PER_PAGE), query.get("order", "desc")
         if order not in ("asc", "desc"):
-            raise bad_request(f"order {order} is not possible: write asc or desc", "order")
-        self._require(account, "list")
-        files = self._files.list_files(account.namespace) if query.get("purpose", PURPOSE) == PURPOSE else []
-        return page_of([_file_object(file) for file in (files if order == "desc" else reversed(files))], page)
+            raise bad_request(f"order {order} is not accepted: write asc or desc", "order")
+        self._require_right(account, "list")
+        files = self._files.list_files(account.namespace) if query.get("purpose", UPLOAD_PURPOSE) == UPLOAD_PURPOSE else []
+        return build_page([_to_api_file(file) for file in (files if order == "desc" else reversed(files))], page)
 
     def get_file(self, account: Account, file_id: str) -> KubeObject:
-        """Return the properties of a file."""
+        """Return the API's object for a file."""
         if has_prefix(file_id, RESULT_PREFIX):
-            job, content = self._result_of(account, file_id)
-            return _describe_file(file_id, _result_name(job), len(content), job["finished_at"] or job["created_at"], RESULT_PURPOSE)
-        self._require(account, "get")
-        return _file_object(self._find_file(account, file_id))
+            job, content = self._read_result(account, file_id)
+            return _build_api_file(file_id, _name_result_file(job), len(content), job["finished_at"] or job["created_at"], RESULT_PURPOSE)
+        self._require_right(account, "get")
+        return _to_api_file(self._find_file(account, file_id))
 
-    def read_file(self, account: Account, file_id: str) -> Content:
+    def read_file(self, account: Account, file_id: str) -> FileContent:
         """Return the content of a file."""
         if has_prefix(file_id, RESULT_PREFIX):
-            job, content = self._result_of(account, file_id)
-            return Content(_result_name(job), iter([content]))
-        self._require(account, "get")
+            job, content = self._read_result(account, file_id)
+            return FileContent(_name_result_file(job), iter([content]))
+        self._require_right(account, "get")
         file = self._find_file(account, file_id)
-        return Content(file.name, self._files.read_chunks(file))
+        return FileContent(file.name, self._files.read_chunks(file))
 
     def delete_file(self, account: Account, file_id: str) -> KubeObject:
-        """Delete a file that no unfinished job reads."""
+        """Delete a file, unless it is a result file or an unfinished job reads it."""
         if has_prefix(file_id, RESULT_PREFIX):
             raise bad_request("a result file belongs to its job and cannot be deleted: delete the FineTuneJob instead", "file_id")
-        self._require(account, "delete")
+        self._require_right(account, "delete")
         file = self._find_file(account, file_id)
         for job in self._list_jobs(account):
-            request = job_objects.request_of(job)
-            if not has_finished(status_of(job)) and file_id in [request.get(parameter) for parameter in FILE_PARAMETERS]:
+            request = job_objects.read_request(job)
+            if not has_finished(parse_status(job)) and file_id in [request.get(parameter) for parameter in FILE_PARAMETERS]:
                 raise bad_request(f"{job['metadata']['name']} still reads this file: cancel the job first, or wait until it ends", "file_id", "file_in_use")
         self._files.delete(file)
         return {"id": file_id, "object": "file", "deleted": True}
 
     # --- helpers
 
-    def _cluster_of(self, account: Account) -> Cluster:
-        """Return the connection that acts in the name of the client's ServiceAccount."""
+    def _connect_as(self, account: Account) -> Cluster:
+        """Return a connection to the cluster that acts in the name of the client's ServiceAccount."""
         return replace(self._cluster, namespace=account.namespace, impersonated_user=account.user)
 
-    def _require(self, account: Account, verb: str) -> None:
-        """Check a right of the ServiceAccount before the server reads or writes S3 with its own keys. Files need the same rights as FineTuneJobs."""
-        if not self._cluster_of(account).can_i(verb, JOBS_RESOURCE):
+    def _require_right(self, account: Account, verb: str) -> None:
+        """Raise RequestFailure if the ServiceAccount may not use a verb on FineTuneJobs.
+
+        Files need the same rights as FineTuneJobs. The server must check them itself, because it uses its own credentials for S3.
+        """
+        if not self._connect_as(account).is_allowed_to(verb, JOBS_RESOURCE):
             message = f"{account.user} has no right to {verb} finetunejobs in the namespace {account.namespace}"
             raise RequestFailure(HTTPStatus.FORBIDDEN, message, code="forbidden")
 
     def _list_jobs(self, account: Account) -> list[KubeObject]:
-        return self._cluster_of(account).list_jobs(all_namespaces=False, label_selector=JOB_SELECTOR)
+        return self._connect_as(account).list_jobs(all_namespaces=False, label_selector=JOB_SELECTOR)
 
     def _find_job(self, account: Account, job_id: str) -> KubeObject:
         if not has_prefix(job_id, JOB_PREFIX):
             raise not_found("job", job_id, "fine_tuning_job_id")
         try:
-            job = self._cluster_of(account).get_job(job_id)
+            job = self._connect_as(account).get_job(job_id)
         except ClusterError as error:
             if error.code == HTTPStatus.NOT_FOUND:
                 raise not_found("job", job_id, "fine_tuning_job_id") from None
@@ -207,42 +210,42 @@ class FineTuningService:
             raise not_found("file", file_id, "file_id")
         return file
 
-    def _object_of(self, job: KubeObject) -> KubeObject:
-        result_files = [result_file_of(job["metadata"]["name"])] if self._folder_of(job) else []
-        return job_objects.job_object(job, result_files)
+    def _to_api_job(self, finetunejob: KubeObject) -> KubeObject:
+        result_files = [to_result_file_id(finetunejob["metadata"]["name"])] if self._find_job_folder(finetunejob) else []
+        return job_objects.build_api_job(finetunejob, result_files)
 
-    def _folder_of(self, job: KubeObject) -> str | None:
-        """Return the job's folder relative to the storage of the server, or None for a job that stores elsewhere.
+    def _find_job_folder(self, job: KubeObject) -> str | None:
+        """Return the job's folder relative to the storage of the server, or None for a job that stores its results elsewhere.
 
-        The server reads with its own S3 credentials, so a FineTuneJob that was written with kubectl must not make it read another store or namespace.
+        The server reads with its own S3 credentials. A FineTuneJob that a user wrote with kubectl must not make it read another storage or namespace.
         """
         try:
-            root, _ = root_of(job)
+            root, _ = locate_job_folder(job)
         except StorageError:
             return None
-        own = f"{str(self._config.storage.uri).rstrip('/')}/"
+        storage_prefix = f"{str(self._config.storage.uri).rstrip('/')}/"
         folder = f"{job['metadata']['namespace']}/{job['metadata']['name']}/{job['metadata']['uid']}"
-        return folder if root == own + folder else None
+        return folder if root == storage_prefix + folder else None
 
-    def _result_of(self, account: Account, file_id: str) -> tuple[KubeObject, bytes]:
-        """Return the job of a result file, and the content of the file."""
-        job = self._find_job(account, job_of_result_file(file_id))
-        folder, job_object = self._folder_of(job), self._object_of(job)
+    def _read_result(self, account: Account, file_id: str) -> tuple[KubeObject, bytes]:
+        """Return the API's object for the job of a result file, and the content of the file."""
+        job = self._find_job(account, to_job_id(file_id))
+        folder, job_object = self._find_job_folder(job), self._to_api_job(job)
         if folder is None or file_id not in job_object["result_files"]:
             raise not_found("file", file_id, "file_id")
-        return job_object, result_rows(self._storage, folder)
+        return job_object, build_metrics_csv(self._storage, folder)
 
 
-def _file_object(file: ClientFile) -> KubeObject:
-    return _describe_file(file.id, file.name, file.size, file.created_at, PURPOSE)
+def _to_api_file(file: ClientFile) -> KubeObject:
+    return _build_api_file(file.id, file.name, file.size, file.created_at, UPLOAD_PURPOSE)
 
 
-def _describe_file(file_id: str, name: str, size: int, created_at: int, purpose: str) -> KubeObject:
+def _build_api_file(file_id: str, name: str, size: int, created_at: int, purpose: str) -> KubeObject:
     return {
         "id": file_id, "object": "file", "bytes": size, "created_at": created_at, "filename": name, "purpose": purpose, "status": "processed",
         "status_details": None, "expires_at": None,
     }  # fmt: skip
 
 
-def _result_name(job: KubeObject) -> str:
+def _name_result_file(job: KubeObject) -> str:
     return f"{job['id']}-metrics.csv"

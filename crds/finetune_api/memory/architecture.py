@@ -1,4 +1,4 @@
-"""The shape of a model, read from its `config.json`."""
+"""Reads the sizes of a model from its `config.json`."""
 
 from __future__ import annotations
 
@@ -10,66 +10,65 @@ from typing import Any
 
 from finetune_api.errors import ConfigError, NotFoundError
 
-DENSE_TYPES = ("llama", "mistral", "ministral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "smollm3", "granite", "olmo2", "olmo3")
-EXPERT_TYPES = ("mixtral", "qwen3_moe", "qwen2_moe", "olmoe")
-EAGER_TYPES = ("gemma2",)
-"""Types that transformers computes with eager attention only."""
-GEMMA_TYPES = ("gemma", "gemma2", "gemma3_text")
-TYPES_WITH_HEAD_NORMS = ("qwen3", "qwen3_moe", "gemma3_text", "olmo2", "olmo3", "olmoe")
-TYPES_WITH_FOUR_NORMS = ("gemma2", "gemma3_text")
-TYPES_WITH_ATTENTION_BIAS = ("qwen2", "qwen2_moe")
-SIMILAR_TYPES = ("phi3", "smollm3", "granite", "gemma2", "gemma3_text", "olmo2", "olmo3", "ministral", "mistral", "qwen3_moe", "qwen2_moe", "olmoe")
-"""Types whose layers are described, but were not compared with measured peaks."""
+DENSE_MODEL_TYPES = ("llama", "mistral", "ministral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "smollm3", "granite", "olmo2", "olmo3")
+EXPERT_MODEL_TYPES = ("mixtral", "qwen3_moe", "qwen2_moe", "olmoe")
+EAGER_ONLY_MODEL_TYPES = ("gemma2",)
+"""Model types for which transformers supports only eager attention."""
+GEMMA_MODEL_TYPES = ("gemma", "gemma2", "gemma3_text")
+MODEL_TYPES_WITH_HEAD_NORMS = ("qwen3", "qwen3_moe", "gemma3_text", "olmo2", "olmo3", "olmoe")
+MODEL_TYPES_WITH_FOUR_NORMS = ("gemma2", "gemma3_text")
+MODEL_TYPES_WITH_ATTENTION_BIAS = ("qwen2", "qwen2_moe")
+UNCHECKED_MODEL_TYPES = ("phi3", "smollm3", "granite", "gemma2", "gemma3_text", "olmo2", "olmo3", "ministral", "mistral", "qwen3_moe", "qwen2_moe", "olmoe")
+"""Model types whose planned peaks were not compared with measured peaks."""
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a decoder."""
+    """The sizes of a decoder model, as far as its memory and its floating-point operations depend on them."""
 
     model_type: str
-    hidden: int
-    layers: int
-    heads: int
-    key_heads: int
+    hidden_size: int
+    layer_count: int
+    head_count: int
+    key_value_head_count: int
     head_size: int
-    feed_forward: int
-    vocabulary: int
+    feed_forward_size: int
+    vocabulary_size: int
     ties_embeddings: bool
-    attention_bias: bool = False
-    """Biases of queries, keys and values."""
-    output_bias: bool = False
-    feed_forward_bias: bool = False
+    has_attention_bias: bool = False
+    """Whether the linear layers of queries, keys and values have biases."""
+    has_output_bias: bool = False
+    has_feed_forward_bias: bool = False
     has_head_norms: bool = False
-    """Norms of queries and keys."""
-    norms: int = 2
-    """Norms of a layer."""
-    experts: int = 0
+    """Whether a norm is applied to the queries and keys of each head."""
+    norms_per_layer: int = 2
+    expert_count: int = 0
     experts_per_token: int = 0
-    expert_layers: int = 0
-    """Layers with experts. They come last."""
-    expert_feed_forward: int = 0
-    shared_feed_forward: int = 0
-    """Units of the expert that all tokens use."""
-    stored_bytes: float = 2
-    """Bytes of each value in the weight files."""
+    expert_layer_count: int = 0
+    """Number of layers with routed experts. These are the last layers of the model."""
+    expert_feed_forward_size: int = 0
+    shared_feed_forward_size: int = 0
+    """Width of the expert that all tokens use; 0 if the model has none."""
+    stored_value_bytes: float = 2
+    """Bytes of one value in the weight files."""
 
     @property
     def is_checked(self) -> bool:
-        """Whether plans of this type were compared with measured peaks."""
-        return self.model_type not in SIMILAR_TYPES
+        """Whether planned peaks of this model type were compared with measured peaks."""
+        return self.model_type not in UNCHECKED_MODEL_TYPES
 
     @property
     def is_gemma(self) -> bool:
-        return self.model_type in GEMMA_TYPES
+        return self.model_type in GEMMA_MODEL_TYPES
 
     @property
     def has_fused_projections(self) -> bool:
-        """Whether queries, keys and values are one linear layer, and gate and up another."""
+        """Whether one linear layer computes queries, keys and values, and another one computes the gate and up projections of the feed-forward layer."""
         return self.model_type == "phi3"
 
 
 def read_model_shape(folder: Path) -> ModelShape:
-    """Read `config.json`, and the precision from the safetensors index or header if the configuration does not name it.
+    """Read the sizes of a model from `folder/config.json`, or from `folder` if it is the file itself.
 
     Errors: NotFoundError ModelConfigNotFound, ModelConfigUnreadable; ConfigError ModelTypeNotPlanned, ModelConfigIncomplete.
     """
@@ -86,11 +85,11 @@ def read_model_shape(folder: Path) -> ModelShape:
         ) from error
     if not isinstance(content, dict):
         raise NotFoundError("ModelConfigUnreadable", f"{path} holds no JSON object", hint="give the unchanged config.json of the base model")
-    return model_shape(content)
+    return parse_model_shape(content)
 
 
-def stored_bytes(folder: Path) -> int | None:
-    """Bytes of all weights, from the index of the safetensors files. None without an index that says so."""
+def read_stored_bytes(folder: Path) -> int | None:
+    """Return the total size of the weights in bytes, from the index of the safetensors files. None if there is no index, or if it lacks the size."""
     try:
         size = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))["metadata"]["total_size"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -98,29 +97,31 @@ def stored_bytes(folder: Path) -> int | None:
     return size if isinstance(size, int) and size > 0 else None
 
 
-def model_shape(config: Mapping[str, Any]) -> ModelShape:
-    """Return the sizes in a model's configuration. Errors: ConfigError ModelTypeNotPlanned, ModelConfigIncomplete."""
-    text = config.get("text_config")
-    if isinstance(text, Mapping):
+def parse_model_shape(config: Mapping[str, Any]) -> ModelShape:
+    """Return the sizes from the content of a `config.json`. Errors: ConfigError ModelTypeNotPlanned, ModelConfigIncomplete."""
+    if isinstance(config.get("text_config"), Mapping):
         raise ConfigError(
-            "ModelTypeNotPlanned", f"the memory plan does not know models for images and text ({config.get('model_type')})",
+            "ModelTypeNotPlanned", f"the memory plan does not support models for images and text ({config.get('model_type')})",
             hint="plan a text model; a run of this model still records its measured peak",
         )  # fmt: skip
     model_type = str(config.get("model_type"))
-    if model_type not in DENSE_TYPES + EXPERT_TYPES:
+    if model_type not in DENSE_MODEL_TYPES + EXPERT_MODEL_TYPES:
         raise ConfigError(
-            "ModelTypeNotPlanned", f"the memory plan does not know models of type {model_type}",
-            hint=f"it knows {', '.join(DENSE_TYPES + EXPERT_TYPES)}; a run of this model still records its measured peak",
+            "ModelTypeNotPlanned", f"the memory plan does not support models of type {model_type}",
+            hint=f"supported types: {', '.join(DENSE_MODEL_TYPES + EXPERT_MODEL_TYPES)}; a run of this model still records its measured peak",
         )  # fmt: skip
     try:
-        return _shape_of(model_type, config)
+        return _read_sizes(model_type, config)
     except KeyError as error:
         raise ConfigError(
-            "ModelConfigIncomplete", f"config.json of type {model_type} has no number {error.args[0]}", hint="give the unchanged config.json of the base model"
-        ) from error
+            "ModelConfigIncomplete", f"config.json of model type {model_type} has no number in {error.args[0]}",
+            hint="give the unchanged config.json of the base model",
+        ) from error  # fmt: skip
 
 
-def _shape_of(model_type: str, config: Mapping[str, Any]) -> ModelShape:
+def _read_sizes(model_type: str, config: Mapping[str, Any]) -> ModelShape:
+    """Read the sizes of a supported model type. Raises KeyError with the name of a missing or invalid number."""
+
     def number(name: str, default: int | None = None) -> int:
         value = config.get(name)
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
@@ -132,20 +133,21 @@ def _shape_of(model_type: str, config: Mapping[str, Any]) -> ModelShape:
     hidden, heads, layers = number("hidden_size"), number("num_attention_heads"), number("num_hidden_layers")
     has_bias = bool(config.get("attention_bias"))
     shape: dict[str, Any] = {
-        "model_type": model_type, "hidden": hidden, "layers": layers, "heads": heads,
-        "key_heads": number("num_key_value_heads", heads), "head_size": number("head_dim", hidden // max(heads, 1)),
-        "feed_forward": number("intermediate_size"), "vocabulary": number("vocab_size"),
-        "ties_embeddings": bool(config.get("tie_word_embeddings", model_type in GEMMA_TYPES)),
-        "attention_bias": has_bias or model_type in TYPES_WITH_ATTENTION_BIAS, "output_bias": has_bias, "feed_forward_bias": bool(config.get("mlp_bias")),
-        "has_head_norms": model_type in TYPES_WITH_HEAD_NORMS, "norms": 4 if model_type in TYPES_WITH_FOUR_NORMS else 2,
-        "stored_bytes": 4 if str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.") == "float32" else 2,
+        "model_type": model_type, "hidden_size": hidden, "layer_count": layers, "head_count": heads,
+        "key_value_head_count": number("num_key_value_heads", heads), "head_size": number("head_dim", hidden // max(heads, 1)),
+        "feed_forward_size": number("intermediate_size"), "vocabulary_size": number("vocab_size"),
+        "ties_embeddings": bool(config.get("tie_word_embeddings", model_type in GEMMA_MODEL_TYPES)),
+        "has_attention_bias": has_bias or model_type in MODEL_TYPES_WITH_ATTENTION_BIAS,
+        "has_output_bias": has_bias, "has_feed_forward_bias": bool(config.get("mlp_bias")),
+        "has_head_norms": model_type in MODEL_TYPES_WITH_HEAD_NORMS, "norms_per_layer": 4 if model_type in MODEL_TYPES_WITH_FOUR_NORMS else 2,
+        "stored_value_bytes": 4 if str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.") == "float32" else 2,
     }  # fmt: skip
-    if model_type in EXPERT_TYPES:
+    if model_type in EXPERT_MODEL_TYPES:
         dense = config.get("mlp_only_layers") or []
         shape |= {
-            "experts": number("num_local_experts" if "num_local_experts" in config else "num_experts"), "experts_per_token": number("num_experts_per_tok"),
-            "expert_layers": max(0, layers - len(dense)) // max(1, number("decoder_sparse_step", 1)),
-            "expert_feed_forward": number("moe_intermediate_size", shape["feed_forward"]),
-            "shared_feed_forward": number("shared_expert_intermediate_size", 0),
+            "expert_count": number("num_local_experts" if "num_local_experts" in config else "num_experts"), "experts_per_token": number("num_experts_per_tok"),
+            "expert_layer_count": max(0, layers - len(dense)) // max(1, number("decoder_sparse_step", 1)),
+            "expert_feed_forward_size": number("moe_intermediate_size", shape["feed_forward_size"]),
+            "shared_feed_forward_size": number("shared_expert_intermediate_size", 0),
         }  # fmt: skip
     return ModelShape(**shape)

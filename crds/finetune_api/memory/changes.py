@@ -1,4 +1,4 @@
-"""Finds changes of a spec with which a job would fit on its GPUs."""
+"""Finds changes of a spec that let a job fit on its GPUs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune_api.memory.architecture import ModelShape
-from finetune_api.memory.description import Facts
+from finetune_api.memory.description import RunFacts
 from finetune_api.memory.plan import (
     BATCH_PATHS,
     CHECKPOINTING_PATH,
@@ -17,7 +17,7 @@ from finetune_api.memory.plan import (
     JobPlan,
     batch_values,
     change_spec,
-    gigabytes,
+    format_gigabytes,
     plan_memory,
 )
 from finetune_api.rules import (
@@ -37,7 +37,7 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.enums import GradientCheckpointing, MethodType, StrategyType
 
 MAX_CHANGES = 3
-NO_CHANGE = (
+NO_CHANGE_HINT = (
     "no change of method, micro-batch, sequence length or recomputation makes the job fit: use larger GPUs, or more GPUs with "
     "`distributed: {strategy: fsdp}`"
 )
@@ -45,27 +45,28 @@ NO_CHANGE = (
 
 @dataclass(frozen=True)
 class Change:
-    """Values that would make a job fit."""
+    """A change of a spec that lets the job fit."""
 
-    values: dict[str, Any]
-    """By spec path."""
+    values_by_path: dict[str, Any]
+    """The new values by spec path."""
     plan: JobPlan
+    """The memory plan of the changed spec."""
 
 
-def changes_that_fit(spec: FineTuneJobSpec, shape: ModelShape, memory_bytes: int, facts: Facts | None = None) -> list[Change]:
-    """Return at most three changes of a resolved spec, each of which would fit, those with the smallest consequences first.
+def find_fitting_changes(spec: FineTuneJobSpec, shape: ModelShape, memory_bytes: int, facts: RunFacts | None = None) -> list[Change]:
+    """Return at most three changes of a resolved spec. Each of them alone lets the job fit. The change with the smallest consequences comes first.
 
-    The effective batch stays the same.
+    No change alters the effective batch.
     """
     found: list[Change] = []
-    for values in _possible_changes(spec):
-        changed = change_spec(spec, values | _process_count(values))
+    for values in _iterate_possible_changes(spec):
+        changed = change_spec(spec, values | _match_process_count(values))
         if MICRO_BATCH_PATH in values and GPUS_PATH not in values:
-            smaller = _largest_fitting_batch(changed, spec, shape, memory_bytes, facts)
+            smaller = _find_largest_fitting_batch(changed, spec, shape, memory_bytes, facts)
             if smaller is None:
                 continue
             values = {path: value for path, value in values.items() if path not in BATCH_PATHS} | smaller
-            changed = change_spec(spec, values | _process_count(values))
+            changed = change_spec(spec, values | _match_process_count(values))
         if new_problems(spec, changed):
             continue
         plan = plan_memory(changed, shape, facts)
@@ -76,25 +77,25 @@ def changes_that_fit(spec: FineTuneJobSpec, shape: ModelShape, memory_bytes: int
     return found
 
 
-def describe_changes(changes: Sequence[Change]) -> str:
-    """Return a hint that names the changes, with the upper bound of their planned memory."""
+def format_changes_hint(changes: Sequence[Change]) -> str:
+    """Return the hint of an error: the changes, each with the upper bound of its planned memory."""
     if not changes:
-        return NO_CHANGE
-    return f"write {'; or '.join(map(change_text, changes))}"
+        return NO_CHANGE_HINT
+    return f"write {'; or '.join(map(format_change, changes))}"
 
 
-def change_text(change: Change) -> str:
-    """Return the values of a change with the upper bound of its planned memory."""
-    return f"{values_text(change.values)} ({gigabytes(change.plan.memory.upper_bytes)} at most)"
+def format_change(change: Change) -> str:
+    """Return a change as text: its values and the upper bound of its planned memory."""
+    return f"{format_values_by_path(change.values_by_path)} ({format_gigabytes(change.plan.memory.upper_bytes)} at most)"
 
 
-def values_text(values: Mapping[str, Any]) -> str:
-    """Return values by spec path as text."""
+def format_values_by_path(values: Mapping[str, Any]) -> str:
+    """Return values by spec path as text, such as `method.type: lora, training.batchSizePerDevice: 1`."""
     return ", ".join(f"{path}: {value}" for path, value in values.items())
 
 
-def _possible_changes(spec: FineTuneJobSpec) -> Iterator[dict[str, Any]]:
-    """Yield changes in the order of their consequences, the smallest first. A micro-batch of 1 stands for the largest micro-batch that fits."""
+def _iterate_possible_changes(spec: FineTuneJobSpec) -> Iterator[dict[str, Any]]:
+    """Yield the changes to try, those with the smallest consequences first. A micro-batch of 1 is a placeholder for the largest one that fits."""
     method, length = method_type_of(spec), spec.dataset.max_sequence_length or 2048
     recompute = {CHECKPOINTING_PATH: "enabled"} if spec.training.gradient_checkpointing is GradientCheckpointing.DISABLED else {}
     if recompute:
@@ -111,40 +112,44 @@ def _possible_changes(spec: FineTuneJobSpec) -> Iterator[dict[str, Any]]:
         yield {"method.type": "qlora", MICRO_BATCH_PATH: 1, **recompute}
     yield {"dataset.maxSequenceLength": length // 2, **recompute}
     yield {"dataset.maxSequenceLength": length // 2, MICRO_BATCH_PATH: 1, **recompute}
-    yield from _more_gpus(spec)
+    yield from _iterate_changes_with_more_gpus(spec)
 
 
-def _more_gpus(spec: FineTuneJobSpec) -> Iterator[dict[str, Any]]:
-    """Yield changes that shard the weights over more GPUs of each node. None if the user set another number of processes than of GPUs."""
+def _iterate_changes_with_more_gpus(spec: FineTuneJobSpec) -> Iterator[dict[str, Any]]:
+    """Yield changes that shard the weights over more GPUs of each node. Yields nothing if the job runs more or fewer processes than GPUs."""
     nodes, rows = spec.resources.nodes or 1, effective_batch(spec)
     if (spec.resources.processes_per_node or 1) != max(1, gpus_per_node(spec)):
         return
     for gpus in (2, 4, 8):
         if gpus > gpus_per_node(spec) and rows % (gpus * nodes) == 0:
-            split = _split(rows // (gpus * nodes), batch_split(spec)[0])
+            split = _split_batch(rows // (gpus * nodes), batch_split(spec)[0])
             if split[BATCH_PATHS[1]] <= MAX_ACCUMULATION:
                 yield {GPUS_PATH: gpus, STRATEGY_PATH: "fsdp", **split}
 
 
-def _process_count(values: dict[str, Any]) -> dict[str, Any]:
-    """Return `resources.processesPerNode` for a changed number of GPUs: the resolved spec contains the old number."""
+def _match_process_count(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the new `resources.processesPerNode` if a change sets the number of GPUs, because the resolved spec still has the old number."""
     return {"resources.processesPerNode": values[GPUS_PATH]} if GPUS_PATH in values else {}
 
 
-def _split(rows: int, limit: int) -> dict[str, Any]:
-    micro_batch = max(part for part in divisors(rows) if part <= max(1, limit))
+def _split_batch(rows: int, max_micro_batch: int) -> dict[str, Any]:
+    """Split the rows of an optimizer step on one rank into equal micro-batches, as large as allowed. Returns values by spec path."""
+    micro_batch = max(divisor for divisor in divisors(rows) if divisor <= max(1, max_micro_batch))
     return batch_values(micro_batch, rows // micro_batch)
 
 
-def _largest_fitting_batch(
-    changed: FineTuneJobSpec, spec: FineTuneJobSpec, shape: ModelShape, memory_bytes: int, facts: Facts | None
+def _find_largest_fitting_batch(
+    changed: FineTuneJobSpec, spec: FineTuneJobSpec, shape: ModelShape, memory_bytes: int, facts: RunFacts | None
 ) -> dict[str, Any] | None:
-    """Return micro-batch and accumulation of `changed` for the largest micro-batch that fits and is smaller than that of `spec`. None if none fits."""
+    """Return the largest micro-batch with which `changed` fits, and its accumulation, by spec path. Only micro-batches below that of `spec` are tried.
+
+    None: no micro-batch fits.
+    """
     micro_batch, accumulation = batch_split(spec)
     rows = micro_batch * accumulation
-    smaller = [part for part in divisors(rows) if min_batch_size_per_device(spec) <= part < micro_batch and rows // part <= MAX_ACCUMULATION]
-    for part in reversed(smaller):
-        split = batch_values(part, rows // part)
+    smaller_batches = [size for size in divisors(rows) if min_batch_size_per_device(spec) <= size < micro_batch and rows // size <= MAX_ACCUMULATION]
+    for size in reversed(smaller_batches):
+        split = batch_values(size, rows // size)
         if plan_memory(change_spec(changed, split), shape, facts).fits(memory_bytes):
             return split
     return None

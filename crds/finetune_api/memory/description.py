@@ -1,4 +1,4 @@
-"""Describes a job's training step for the replay: weights, batch, optimizer and kernels that follow from its spec."""
+"""Describes the training step of a job for the replay: its weights, batch, optimizer and kernels, derived from the spec."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 from finetune_api.errors import ConfigError
 from finetune_api.memory import optimizers
-from finetune_api.memory.architecture import DENSE_TYPES, EAGER_TYPES, ModelShape
-from finetune_api.memory.layers import Batch, Kernels, TrainedWeights, linear_sizes
+from finetune_api.memory.architecture import DENSE_MODEL_TYPES, EAGER_ONLY_MODEL_TYPES, ModelShape
+from finetune_api.memory.layers import Batch, Kernels, TrainedWeights, linear_layer_sizes
 from finetune_api.memory.optimizers import Optimizer
 from finetune_api.memory.replay import Step
 from finetune_api.rules import (
@@ -37,8 +37,8 @@ from finetune_api.spec.enums import (
 PLANNED_METHODS = (
     MethodType.FULL, MethodType.LORA, MethodType.QLORA, MethodType.DORA, MethodType.IA3, MethodType.PROMPT_TUNING, MethodType.PREFIX_TUNING,
 )  # fmt: skip
-SCALED_LAYERS, INPUT_SCALED_LAYERS = frozenset({"k_proj", "v_proj", "down_proj"}), frozenset({"down_proj"})
-"""Linear layers to which the trainer gives IA3's scales."""
+IA3_LAYERS, IA3_INPUT_LAYERS = frozenset({"k_proj", "v_proj", "down_proj"}), frozenset({"down_proj"})
+"""Names of the linear layers whose outputs or inputs IA3 scales, and of those whose inputs it scales."""
 OPTIMIZERS: dict[str, Optimizer] = {
     "adamw_torch_fused": optimizers.ADAMW_FUSED, "adamw_torch": optimizers.ADAMW_FOREACH, "adamw_hf": optimizers.ADAMW_FOREACH,
     "adamw_8bit": optimizers.ADAMW_8BIT, "adamw_bnb_8bit": optimizers.ADAMW_8BIT, "paged_adamw_8bit": optimizers.PAGED_ADAMW_8BIT,
@@ -48,97 +48,97 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "rmsprop_bnb_32bit": optimizers.ONE_MOMENT, "rmsprop_bnb_8bit": optimizers.ONE_MOMENT_8BIT, "ademamix": optimizers.ADEMAMIX,
     "ademamix_8bit": optimizers.ADEMAMIX_8BIT, "paged_ademamix_32bit": optimizers.PAGED_ADAMW, "paged_ademamix_8bit": optimizers.PAGED_ADAMW,
 }  # fmt: skip
-"""Optimizers of the plan, by the names in `training.optimizer`."""
+"""The optimizers that the plan supports, by their name in `training.optimizer`."""
 UNCHECKED_OPTIMIZERS = ("rmsprop", "adagrad", "ademamix")
-"""Beginnings of the names of optimizers whose plans were not compared with measured peaks."""
-DOUBLE_QUANTIZED_SCALE, QUANTIZED_SCALE = 1 / 64 + 4 / 64 / 256, 4 / 64
-"""Bytes of the scales for each 4-bit value, with and without quantised scales."""
+"""Prefixes of optimizer names. Planned peaks with these optimizers were not compared with measured peaks."""
+DOUBLE_QUANTIZED_SCALE_BYTES, QUANTIZED_SCALE_BYTES = 1 / 64 + 4 / 64 / 256, 4 / 64
+"""Bytes of the scales per 4-bit value: with double quantisation, which also quantises the scales, and without double quantisation."""
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What a spec does not say. None: not known yet, so the plan makes an assumption."""
+class RunFacts:
+    """Facts of a run that its spec does not contain. None: the fact is not known yet, and the plan makes an assumption."""
 
     longest_tokens: int | None = None
-    """Tokens of the longest row."""
+    """Number of tokens in the longest row."""
     attention: str | None = None
-    """The attention implementation in use."""
+    """The attention implementation that the run uses."""
     uses_liger: bool | None = None
-    recomputed_layers: int | None = None
-    """How many layers recompute their activations."""
+    recomputed_layer_count: int | None = None
+    """Number of layers that recompute their activations."""
 
 
 @dataclass(frozen=True)
-class Description:
-    """A training step, and the assumptions behind it."""
+class StepDescription:
+    """A training step, and the assumptions that its memory plan makes."""
 
     step: Step
     assumptions: tuple[str, ...]
-    """Sentences about what the plan does not know."""
+    """One sentence for each assumption."""
     is_checked: bool
-    """Whether plans of such runs were compared with measured peaks."""
+    """Whether planned peaks of such steps were compared with measured peaks."""
 
 
-def describe_step(spec: FineTuneJobSpec, shape: ModelShape, facts: Facts | None = None) -> Description:
-    """Describe the training step of a resolved spec.
+def describe_step(spec: FineTuneJobSpec, shape: ModelShape, facts: RunFacts | None = None) -> StepDescription:
+    """Return the training step of a resolved spec, with the assumptions of its memory plan.
 
     Errors: ConfigError ObjectiveNotPlanned, MethodNotPlanned, OptimizerNotPlanned, TargetNotPlanned.
     """
-    facts = facts or Facts()
-    _require_planned(spec)
+    facts = facts or RunFacts()
+    _require_supported(spec)
     is_gpu = _uses_gpu(spec)
-    weights = _weights(spec, shape, is_gpu)
-    attention = facts.attention or _attention(spec, shape, is_gpu)
+    weights = _describe_weights(spec, shape, is_gpu)
+    attention = facts.attention or _choose_attention(spec, shape, is_gpu)
     liger = facts.uses_liger
     if liger is None:
-        liger = is_gpu and spec.model.liger_kernels is not False and shape.model_type in DENSE_TYPES
-    batch, assumptions = _batch(spec, facts, attention, weights.prompt_tokens)
+        liger = is_gpu and spec.model.liger_kernels is not False and shape.model_type in DENSE_MODEL_TYPES
+    batch, assumptions = _describe_largest_batch(spec, facts, attention, weights.prompt_tokens)
     step = Step(
-        shape, weights, batch, _optimizer(spec), Kernels(is_gpu=is_gpu, uses_liger=liger, attention=attention), _autocast_bytes(spec, is_gpu),
+        shape, weights, batch, _find_optimizer(spec), Kernels(is_gpu=is_gpu, uses_liger=liger, attention=attention), _autocast_bytes(spec, is_gpu),
         quantized_compute_bytes=2 if is_gpu else 4, accumulation=spec.training.gradient_accumulation_steps or 4,
-        recomputed_layers=_recomputed_layers(spec, shape) if facts.recomputed_layers is None else facts.recomputed_layers,
+        recomputed_layer_count=_count_recomputed_layers(spec, shape) if facts.recomputed_layer_count is None else facts.recomputed_layer_count,
         offloads_layer_inputs=spec.training.gradient_checkpointing is GradientCheckpointing.UNSLOTH,
     )  # fmt: skip
-    step, is_sharded = _shard(spec, step)
+    step, is_sharded = _apply_strategy(spec, step)
     if not is_gpu:
-        assumptions.append("the run has no GPU, so the plan is about host memory that torch allocates, without Python and libraries")
+        assumptions.append("the run has no GPU, so the plan counts the host memory that torch allocates, without Python and libraries")
     if is_sharded:
         assumptions.append(
-            f"memory of {spec.distributed.strategy} with {world_size(spec)} ranks is computed, and was not compared with measured peaks"
+            f"the planned memory of {spec.distributed.strategy} with {world_size(spec)} ranks was not compared with measured peaks"
         )
     if spec.trainer.backend is TrainerBackend.UNSLOTH:
-        assumptions.append("trainer.backend unsloth chooses an optimizer and a recomputation that need less memory, unless the spec names others")
+        assumptions.append("unless the spec sets them, trainer.backend unsloth chooses an optimizer and a recomputation that need less memory than planned")
     optimizer_name = str(value_or_default(spec.training, "optimizer")).removeprefix("paged_")
     if optimizer_name.startswith(UNCHECKED_OPTIMIZERS):
-        assumptions.append(f"memory of training.optimizer {optimizer_name} is computed, and was not compared with measured peaks")
-        return Description(step, tuple(assumptions), is_checked=False)
-    return Description(step, tuple(assumptions), not is_sharded and shape.is_checked)
+        assumptions.append(f"the planned memory of training.optimizer {optimizer_name} was not compared with measured peaks")
+        return StepDescription(step, tuple(assumptions), is_checked=False)
+    return StepDescription(step, tuple(assumptions), not is_sharded and shape.is_checked)
 
 
-def _require_planned(spec: FineTuneJobSpec) -> None:
+def _require_supported(spec: FineTuneJobSpec) -> None:
     method, objective = method_type_of(spec), trainer_type_of(spec)
     if objective is not TrainerType.SFT:
         raise ConfigError(
-            "ObjectiveNotPlanned", f"trainer.type is {objective}, but the memory plan knows supervised fine-tuning only",
+            "ObjectiveNotPlanned", f"trainer.type is {objective}, but the memory plan supports only supervised fine-tuning (sft)",
             hint="plan a job with `trainer: {type: sft}`; the job itself still records its measured peak",
         )  # fmt: skip
     if (spec.distributed.context_parallel_size or 1) > 1:
         raise ConfigError(
-            "MethodNotPlanned", f"distributed.contextParallelSize is {spec.distributed.context_parallel_size}, but the memory plan does not know how much "
-            "memory a part of a sequence needs",
-            hint="plan the job without contextParallelSize, as an upper limit; the job itself still records its measured peak",
+            "MethodNotPlanned", f"distributed.contextParallelSize is {spec.distributed.context_parallel_size}, but the memory plan does not support "
+            "sequences that are split over several ranks",
+            hint="plan the job without contextParallelSize: the job needs at most that much; the job itself still records its measured peak",
         )  # fmt: skip
     lora = spec.method.lora
     if method not in PLANNED_METHODS:
         raise ConfigError(
-            "MethodNotPlanned", f"method.type is {method}, but the memory plan knows {', '.join(PLANNED_METHODS)} only",
+            "MethodNotPlanned", f"method.type is {method}, but the memory plan supports only {', '.join(PLANNED_METHODS)}",
             hint="plan one of these methods; the job itself still records its measured peak",
         )  # fmt: skip
     if lora is not None and (lora.target_parameters or lora.modules_to_save):
         field = "targetParameters" if lora.target_parameters else "modulesToSave"
         raise ConfigError(
-            "MethodNotPlanned", f"method.lora.{field} is set, but the memory plan does not know how much memory it needs",
-            hint=f"plan the job without {field}, as a lower limit",
+            "MethodNotPlanned", f"method.lora.{field} is set, but the memory plan does not support it",
+            hint=f"plan the job without {field}: the job needs more than that",
         )  # fmt: skip
 
 
@@ -151,33 +151,34 @@ def _autocast_bytes(spec: FineTuneJobSpec, is_gpu: bool) -> int | None:
     return 2 if precision in (MixedPrecision.BF16, MixedPrecision.FP16) or (precision is MixedPrecision.AUTO and is_gpu) else None
 
 
-def _weights(spec: FineTuneJobSpec, shape: ModelShape, is_gpu: bool) -> TrainedWeights:
-    """Precision and adapters, as `finetune_trainer.hardware` and `finetune_trainer.method` choose them."""
+def _describe_weights(spec: FineTuneJobSpec, shape: ModelShape, is_gpu: bool) -> TrainedWeights:
+    """Return the precision of the weights and the adapters. It follows the choices of `finetune_trainer.hardware` and `finetune_trainer.method`."""
     is_full, lora, bits = trains_base_weights(spec), spec.method.lora, base_bits(spec)
     given = {WeightDtype.FLOAT32: 4, WeightDtype.FLOAT16: 2, WeightDtype.BFLOAT16: 2}.get(spec.model.dtype or WeightDtype.AUTO)
     autocast = _autocast_bytes(spec, is_gpu)
-    other = given or (4 if not is_gpu or is_full else 2 if autocast else shape.stored_bytes)
+    other_value_bytes = given or (4 if not is_gpu or is_full else 2 if autocast else shape.stored_value_bytes)
     if is_full:
-        return TrainedWeights(other, other, True)
+        return TrainedWeights(other_value_bytes, other_value_bytes, True)
     quantization = spec.model.quantization
-    scales = QUANTIZED_SCALE if quantization is not None and quantization.double_quant is False else DOUBLE_QUANTIZED_SCALE
-    base = {4: 0.5 + scales, 8: 1.0}.get(bits or 0, other)
+    is_simple = quantization is not None and quantization.double_quant is False
+    scale_bytes = QUANTIZED_SCALE_BYTES if is_simple else DOUBLE_QUANTIZED_SCALE_BYTES
+    base_value_bytes = {4: 0.5 + scale_bytes, 8: 1.0}.get(bits or 0, other_value_bytes)
     dropout, is_dora = bool(lora and lora.dropout), method_type_of(spec) is MethodType.DORA or bool(lora and lora.use_dora)
     method, length = method_type_of(spec), int(value_or_default(spec.method, "prompt_length"))
     if method is MethodType.IA3:
-        return TrainedWeights(base, other, False, scaled=SCALED_LAYERS, input_scaled=INPUT_SCALED_LAYERS)
+        return TrainedWeights(base_value_bytes, other_value_bytes, False, ia3_layers=IA3_LAYERS, ia3_input_layers=IA3_INPUT_LAYERS)
     if method in PROMPT_METHODS:
         prompt, prefix = (length, 0) if method is MethodType.PROMPT_TUNING else (0, length)
-        return TrainedWeights(base, other, False, prompt_tokens=prompt, prefix_tokens=prefix)
+        return TrainedWeights(base_value_bytes, other_value_bytes, False, prompt_tokens=prompt, prefix_tokens=prefix)
     return TrainedWeights(
-        base, other, False, rank=(lora.rank if lora else None) or 16, targets=_targets(spec, shape), dropout=dropout, is_dora=is_dora,
-        casts_inputs=autocast is None or is_dora,
+        base_value_bytes, other_value_bytes, False, lora_rank=(lora.rank if lora else None) or 16, target_layers=_find_target_layers(spec, shape),
+        has_dropout=dropout, is_dora=is_dora, casts_inputs=autocast is None or is_dora,
     )  # fmt: skip
 
 
-def _targets(spec: FineTuneJobSpec, shape: ModelShape) -> frozenset[str]:
-    """The linear layers with an adapter. Errors: ConfigError TargetNotPlanned."""
-    known = {name for layer in range(shape.layers) for name in linear_sizes(shape, layer)}
+def _find_target_layers(spec: FineTuneJobSpec, shape: ModelShape) -> frozenset[str]:
+    """Return the names of the linear layers that have an adapter. Errors: ConfigError TargetNotPlanned."""
+    known = {name for layer in range(shape.layer_count) for name in linear_layer_sizes(shape, layer)}
     wanted = (spec.method.lora.target_modules if spec.method.lora else None) or ["all-linear"]
     if wanted == ["all-linear"]:
         return frozenset(known)
@@ -191,61 +192,62 @@ def _targets(spec: FineTuneJobSpec, shape: ModelShape) -> frozenset[str]:
     return frozenset(wanted)
 
 
-def _optimizer(spec: FineTuneJobSpec) -> Optimizer:
+def _find_optimizer(spec: FineTuneJobSpec) -> Optimizer:
     name = str(value_or_default(spec.training, "optimizer"))
     if name not in OPTIMIZERS:
         raise ConfigError(
-            "OptimizerNotPlanned", f"training.optimizer is {name}, but the memory plan knows {', '.join(OPTIMIZERS)} only",
-            hint="plan with adamw_torch_fused, which keeps two numbers for each trained parameter; optimizers of other packages may keep more",
+            "OptimizerNotPlanned", f"training.optimizer is {name}, but the memory plan supports only {', '.join(OPTIMIZERS)}",
+            hint="plan with adamw_torch_fused, which keeps two numbers for each trained parameter; other optimizers may keep more",
         )  # fmt: skip
     return OPTIMIZERS[name]
 
 
-def _attention(spec: FineTuneJobSpec, shape: ModelShape, is_gpu: bool) -> str:
+def _choose_attention(spec: FineTuneJobSpec, shape: ModelShape, is_gpu: bool) -> str:
     requested = spec.model.attention or AttentionImplementation.AUTO
-    if requested is AttentionImplementation.EAGER or shape.model_type in EAGER_TYPES:
+    if requested is AttentionImplementation.EAGER or shape.model_type in EAGER_ONLY_MODEL_TYPES:
         return "eager"
     is_padded = requested is AttentionImplementation.SDPA or method_type_of(spec) in PROMPT_METHODS
     return "varlen" if is_gpu and not is_padded else "sdpa"
 
 
-def _batch(spec: FineTuneJobSpec, facts: Facts, attention: str, prompt_tokens: int) -> tuple[Batch, list[str]]:
+def _describe_largest_batch(spec: FineTuneJobSpec, facts: RunFacts, attention: str, prompt_tokens: int) -> tuple[Batch, list[str]]:
+    """Return the micro-batch with the most tokens, and the assumptions about it."""
     rows, limit = spec.training.batch_size_per_device or 4, spec.dataset.max_sequence_length or 2048
     is_packed, assumptions = spec.dataset.packing is True, []
     tokens = limit if is_packed else min(limit, facts.longest_tokens or limit)
     if not is_packed and facts.longest_tokens is None:
         assumptions.append(f"each row of the largest micro-batch has {limit} tokens (dataset.maxSequenceLength); shorter rows need less")
     tokens += prompt_tokens
-    if attention == "varlen":  # all rows are concatenated
+    if attention == "varlen":  # this attention concatenates all rows
         return Batch(1, rows * tokens), assumptions
     return Batch(rows, tokens, has_mask=is_packed or rows > 1), assumptions
 
 
-def _recomputed_layers(spec: FineTuneJobSpec, shape: ModelShape) -> int:
+def _count_recomputed_layers(spec: FineTuneJobSpec, shape: ModelShape) -> int:
     if (spec.training.gradient_checkpointing or GradientCheckpointing.ENABLED) is GradientCheckpointing.DISABLED:
         return 0
-    return shape.layers // (spec.training.checkpoint_every_n_layers or 1)
+    return shape.layer_count // (spec.training.checkpoint_every_n_layers or 1)
 
 
-def _shard(spec: FineTuneJobSpec, step: Step) -> tuple[Step, bool]:
-    """Apply the distributed strategy. Returns the step of one rank, and whether something is sharded."""
+def _apply_strategy(spec: FineTuneJobSpec, step: Step) -> tuple[Step, bool]:
+    """Return the step of one rank under the distributed strategy, and whether FSDP or DeepSpeed shards the job."""
     ranks, strategy = world_size(spec), spec.distributed.strategy
     if ranks == 1 and strategy is not StrategyType.DEEPSPEED:
         return step, False
     if strategy is StrategyType.FSDP:
         sharding = (spec.distributed.fsdp.sharding if spec.distributed.fsdp else None) or FsdpSharding.FULL_SHARD
         if sharding is not FsdpSharding.NO_SHARD:
-            return _sharded(step, ranks, shards_weights=True), True
+            return _shard_step(step, ranks, shards_weights=True), True
     if strategy is StrategyType.DEEPSPEED:
         deepspeed = spec.distributed.deepspeed
         stage = 2 if deepspeed is None or deepspeed.zero_stage is None else deepspeed.zero_stage
         sharded = replace(step, optimizer_shards=ranks if stage >= 1 else 1)
-        sharded = _sharded(sharded, ranks, shards_weights=stage == 3) if stage >= 2 else replace(sharded, has_gradient_buckets=True)
+        sharded = _shard_step(sharded, ranks, shards_weights=stage == 3) if stage >= 2 else replace(sharded, has_gradient_buckets=True)
         offloads = deepspeed is not None and deepspeed.offload_optimizer is True
         return replace(sharded, optimizer=replace(step.optimizer, is_on_host=offloads or step.optimizer.is_on_host)), True
     return replace(step, has_gradient_buckets=True), False
 
 
-def _sharded(step: Step, ranks: int, *, shards_weights: bool) -> Step:
+def _shard_step(step: Step, ranks: int, *, shards_weights: bool) -> Step:
     weights = replace(step.weights, weight_shards=ranks if shards_weights else 1, gradient_shards=ranks)
     return replace(step, weights=weights, optimizer_shards=ranks, gathers_weights=shards_weights)

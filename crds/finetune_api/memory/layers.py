@@ -1,4 +1,4 @@
-"""The weights and the forward pass of a decoder, as transformers 5 computes it."""
+"""Builds the weights of a decoder and records its forward pass, with the same operations as transformers 5."""
 
 from __future__ import annotations
 
@@ -7,101 +7,102 @@ from dataclasses import dataclass, field
 
 from finetune_api.memory import operations as op
 from finetune_api.memory.architecture import ModelShape
-from finetune_api.memory.operations import Compute
-from finetune_api.memory.tape import Gradient, Parameter, Part, Tape, Tensor
+from finetune_api.memory.operations import ComputeContext
+from finetune_api.memory.tape import Gradient, MemoryPart, Parameter, Tape, Tensor
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """Which implementation computes the layers."""
+    """The implementations that compute the layers."""
 
     is_gpu: bool = True
     uses_liger: bool = False
     attention: str = "sdpa"
-    """`sdpa`, `eager`, or a kernel for packed sequences (`varlen`, `flash_attention_2`)."""
+    """The attention implementation: `sdpa`, `eager`, or a kernel for concatenated rows (`varlen`, `flash_attention_2`)."""
 
 
 @dataclass(frozen=True)
 class Batch:
     """One micro-batch."""
 
-    rows: int
-    tokens: int
-    """Tokens of each row, with padding."""
+    row_count: int
+    tokens_per_row: int
+    """Tokens of each row, including padding."""
     has_mask: bool = False
-    """Whether attention gets a mask of all pairs of tokens, because of padding or of several documents in a row."""
+    """Whether attention gets a mask of all pairs of tokens, because rows have padding or hold several documents."""
 
 
 @dataclass(eq=False)
 class Adapter:
-    """The matrices of a LoRA adapter of one layer, and DoRA's magnitudes."""
+    """The LoRA adapter of one linear layer: its two matrices, and DoRA's magnitudes."""
 
-    a: Parameter
-    b: Parameter
-    dropout: bool = False
+    matrix_a: Parameter
+    matrix_b: Parameter
+    has_dropout: bool = False
     magnitude: Parameter | None = None
     casts_inputs: bool = True
-    """Whether PEFT converts the inputs to the precision of the matrices. The trainer turns this off under autocast."""
+    """Whether PEFT converts the inputs to the precision of the adapter's matrices. The trainer turns this off under autocast."""
 
 
 @dataclass(eq=False)
 class LinearLayer:
-    """A linear layer with an adapter or without."""
+    """A linear layer, with or without an adapter."""
 
     weight: Parameter
     bias: Parameter | None = None
     adapter: Adapter | None = None
     scales: Parameter | None = None
-    """IA3's scales of the outputs, or of the inputs of the last layer of a feed-forward layer."""
+    """IA3's trained scales."""
     scales_inputs: bool = False
+    """Whether IA3 scales the inputs instead of the outputs."""
 
-    def __call__(self, on: Compute, x: Tensor) -> Tensor:
+    def __call__(self, context: ComputeContext, x: Tensor) -> Tensor:
         if self.scales is not None:
-            return self._scaled(on, x, self.scales)
+            return self._run_scaled(context, x, self.scales)
         if self.adapter is None:
-            return op.linear(on, x, self.weight, self.bias)
-        return _adapted(on, x, self, self.adapter)
+            return op.linear(context, x, self.weight, self.bias)
+        return _run_adapted(context, x, self, self.adapter)
 
-    def _scaled(self, on: Compute, x: Tensor, scales: Parameter) -> Tensor:
-        """The layer with IA3's scales, as PEFT computes it."""
+    def _run_scaled(self, context: ComputeContext, x: Tensor, scales: Parameter) -> Tensor:
+        """Run the layer with IA3's scales, as PEFT does."""
         if self.scales_inputs:
             item = x.item_bytes
-            x = op.cast(on, x, scales.item_bytes)
-            scaled = op.cast(on, op.multiply(on, x, op.weight_row(on, scales, len(x.shape))), item)
-            return op.linear(on, scaled, self.weight, self.bias)
-        result = op.linear(on, x, self.weight, self.bias)
-        return op.cast(on, op.multiply(on, result, op.weight_row(on, scales, len(result.shape))), result.item_bytes)
+            x = op.cast(context, x, scales.item_bytes)
+            scaled = op.cast(context, op.multiply(context, x, op.view_vector_as_row(context, scales, len(x.shape))), item)
+            return op.linear(context, scaled, self.weight, self.bias)
+        result = op.linear(context, x, self.weight, self.bias)
+        return op.cast(context, op.multiply(context, result, op.view_vector_as_row(context, scales, len(result.shape))), result.item_bytes)
 
 
-def _adapted(on: Compute, x: Tensor, layer: LinearLayer, adapter: Adapter) -> Tensor:
-    """A linear layer plus the scaled product of the adapter's matrices, as PEFT computes it."""
-    result = op.linear(on, x, layer.weight, layer.bias)
+def _run_adapted(context: ComputeContext, x: Tensor, layer: LinearLayer, adapter: Adapter) -> Tensor:
+    """Run a linear layer and add the scaled output of its adapter, as PEFT does."""
+    result = op.linear(context, x, layer.weight, layer.bias)
     item = result.item_bytes
-    x = op.cast(on, x, adapter.a.item_bytes) if adapter.casts_inputs else x
+    x = op.cast(context, x, adapter.matrix_a.item_bytes) if adapter.casts_inputs else x
     if adapter.magnitude is not None:
-        result = op.add(on, result, _dora(on, op.dropout(on, x) if adapter.dropout else x, layer, adapter, result))
-    elif adapter.dropout:
-        result = op.add(on, result, op.scale(on, op.linear(on, op.linear(on, op.dropout(on, x), adapter.a), adapter.b)))
+        result = op.add(context, result, _run_dora(context, op.dropout(context, x) if adapter.has_dropout else x, layer, adapter, result))
+    elif adapter.has_dropout:
+        result = op.add(context, result, op.scale(context, op.linear(context, op.linear(context, op.dropout(context, x), adapter.matrix_a), adapter.matrix_b)))
     else:
-        result = op.add(on, result, op.scale(on, op.linear(on, op.linear(on, x, adapter.a), adapter.b)))
-    return op.cast(on, result, item)
+        result = op.add(context, result, op.scale(context, op.linear(context, op.linear(context, x, adapter.matrix_a), adapter.matrix_b)))
+    return op.cast(context, result, item)
 
 
-def _dora(on: Compute, x: Tensor, layer: LinearLayer, adapter: Adapter, result: Tensor) -> Tensor:
-    """DoRA's change of the output. It computes the norms of the changed weight, which needs two weights of full size for a moment."""
-    weight_values = layer.weight.values
-    product = on.tape.allocate(weight_values * adapter.a.item_bytes)
-    changed = on.tape.allocate(2 * weight_values * adapter.a.item_bytes)
+def _run_dora(context: ComputeContext, x: Tensor, layer: LinearLayer, adapter: Adapter, result: Tensor) -> Tensor:
+    """Return the change of the output by DoRA. While the norms of the changed weight are computed, two more tensors of its size exist."""
+    weight_values = layer.weight.numel
+    product = context.tape.allocate(weight_values * adapter.matrix_a.item_bytes)
+    changed = context.tape.allocate(2 * weight_values * adapter.matrix_a.item_bytes)
     del product, changed
-    update = op.linear(on, op.linear(on, x, adapter.a), adapter.b)
+    update = op.linear(context, op.linear(context, x, adapter.matrix_a), adapter.matrix_b)
     assert adapter.magnitude is not None
-    row = op.weight_row(on, adapter.magnitude, len(result.shape))
-    return op.add(on, op.multiply(on, row, result), op.scale(on, op.multiply(on, row, update)))
+    row = op.view_vector_as_row(context, adapter.magnitude, len(result.shape))
+    return op.add(context, op.multiply(context, row, result), op.scale(context, op.multiply(context, row, update)))
 
 
 @dataclass(eq=False)
 class Experts:
-    """Routed experts: the weights of all experts are one tensor each."""
+    """The weights of the routed experts of one layer. Each tensor holds the weights of all experts."""
 
     router: Parameter
     gate_up: Parameter
@@ -117,17 +118,18 @@ class Layer:
     head_norms: list[Parameter] = field(default_factory=list)
     experts: Experts | None = None
     prefix: Parameter | None = None
-    """Trained keys and values in front of those of the tokens."""
+    """Trained keys and values that prefix tuning puts in front of the keys and values of the tokens."""
 
     def parameters(self) -> list[Parameter]:
-        """All weights of the layer, adapters included."""
+        """Return all weights of the layer, including adapters."""
         found: list[Parameter] = []
-        for one in self.linear.values():
-            found += [one.weight, *([one.bias] if one.bias else [])]
-            if one.scales:
-                found.append(one.scales)
-            if one.adapter:
-                found += [one.adapter.a, one.adapter.b, *([one.adapter.magnitude] if one.adapter.magnitude else [])]
+        for linear in self.linear.values():
+            found += [linear.weight, *([linear.bias] if linear.bias else [])]
+            if linear.scales:
+                found.append(linear.scales)
+            if linear.adapter:
+                adapter = linear.adapter
+                found += [adapter.matrix_a, adapter.matrix_b, *([adapter.magnitude] if adapter.magnitude else [])]
         found += [*self.head_norms, *self.norms, *([self.prefix] if self.prefix else [])]
         return found + ([self.experts.router, self.experts.gate_up, self.experts.down] if self.experts else [])
 
@@ -142,250 +144,256 @@ class Decoder:
     norm: Parameter
     layers: list[Layer]
     prompt: Parameter | None = None
-    """Virtual tokens in front of each row."""
+    """Trained virtual tokens that prompt tuning puts in front of each row."""
 
     def parameters(self) -> list[Parameter]:
-        """All weights; tied weights once."""
+        """Return all weights of the model. Tied weights are returned once."""
         found = [self.embeddings, *(one for layer in self.layers for one in layer.parameters()), self.norm]
         found += [] if self.head is self.embeddings else [self.head]
         return [*found, *([self.prompt] if self.prompt else [])]
 
 
-def linear_sizes(shape: ModelShape, layer: int) -> dict[str, tuple[int, int]]:
-    """Outputs and inputs of the linear layers of a decoder layer, by transformers' names."""
-    query, keys = shape.heads * shape.head_size, shape.key_heads * shape.head_size
+def linear_layer_sizes(shape: ModelShape, layer: int) -> dict[str, tuple[int, int]]:
+    """Return the numbers of outputs and inputs of each linear layer in decoder layer number `layer`, by the layer's name in transformers."""
+    query, keys = shape.head_count * shape.head_size, shape.key_value_head_count * shape.head_size
     if shape.has_fused_projections:
-        sizes = {"qkv_proj": (query + 2 * keys, shape.hidden)}
+        sizes = {"qkv_proj": (query + 2 * keys, shape.hidden_size)}
     else:
-        sizes = {"q_proj": (query, shape.hidden), "k_proj": (keys, shape.hidden), "v_proj": (keys, shape.hidden)}
-    sizes["o_proj"] = (shape.hidden, query)
-    feed_forward = shape.feed_forward if layer < shape.layers - shape.expert_layers else shape.shared_feed_forward
+        sizes = {"q_proj": (query, shape.hidden_size), "k_proj": (keys, shape.hidden_size), "v_proj": (keys, shape.hidden_size)}
+    sizes["o_proj"] = (shape.hidden_size, query)
+    feed_forward = shape.feed_forward_size if layer < shape.layer_count - shape.expert_layer_count else shape.shared_feed_forward_size
     if feed_forward and shape.has_fused_projections:
-        sizes |= {"gate_up_proj": (2 * feed_forward, shape.hidden), "down_proj": (shape.hidden, feed_forward)}
+        sizes |= {"gate_up_proj": (2 * feed_forward, shape.hidden_size), "down_proj": (shape.hidden_size, feed_forward)}
     elif feed_forward:
-        sizes |= {"gate_proj": (feed_forward, shape.hidden), "up_proj": (feed_forward, shape.hidden), "down_proj": (shape.hidden, feed_forward)}
+        sizes |= {"gate_proj": (feed_forward, shape.hidden_size), "up_proj": (feed_forward, shape.hidden_size), "down_proj": (shape.hidden_size, feed_forward)}
     return sizes
 
 
 class ForwardPass:
-    """Runs the layers of a decoder on a tape."""
+    """Records the forward pass of a decoder on a tape."""
 
-    def __init__(self, model: Decoder, on: Compute, kernels: Kernels, batch: Batch) -> None:
-        self.model, self.shape, self.on, self.kernels, self.batch = model, model.shape, on, kernels, batch
+    def __init__(self, model: Decoder, context: ComputeContext, kernels: Kernels, batch: Batch) -> None:
+        self.model, self.shape, self.context, self.kernels, self.batch = model, model.shape, context, kernels, batch
 
     def embed(self, *, requires_gradient: bool) -> Tensor:
-        """Look up the embeddings. `requires_gradient`: whether the output requires a gradient although the embeddings are frozen."""
-        tape, weight = self.on.tape, self.model.embeddings
-        output = tape.tensor((self.batch.rows, self.batch.tokens, self.shape.hidden), max(weight.item_bytes, 2))
-        output = tape.record([weight], output, [Gradient(weight.values, weight.item_bytes)])
+        """Return the embeddings of the tokens. `requires_gradient`: whether they need a gradient even if the embedding weights are frozen."""
+        tape, weight = self.context.tape, self.model.embeddings
+        output = tape.tensor((self.batch.row_count, self.batch.tokens_per_row, self.shape.hidden_size), max(weight.item_bytes, 2))
+        output = tape.record([weight], output, [Gradient(weight.numel, weight.item_bytes)])
         if self.model.prompt is not None:
-            output = tape.record([self.model.prompt], output, [Gradient(self.model.prompt.values, self.model.prompt.item_bytes)])
+            output = tape.record([self.model.prompt], output, [Gradient(self.model.prompt.numel, self.model.prompt.item_bytes)])
         if requires_gradient and output.node is None:
             unused = Parameter((0,), 1, tape.allocate(0), is_trained=True)
             output = tape.record([unused], output, [Gradient(0, 1)])
-        return op.scale(self.on, output) if self.shape.is_gemma else output
+        return op.scale(self.context, output) if self.shape.is_gemma else output
 
-    def positions(self, item_bytes: float) -> tuple[Tensor, Tensor]:
-        """Cosine and sine of the positions."""
-        shape = (1 if self.batch.rows > 1 else self.batch.rows, self.batch.tokens, 1, self.shape.head_size)
-        tensor = self.on.tape.tensor
-        return tensor(shape, item_bytes, Part.BUFFERS), tensor(shape, item_bytes, Part.BUFFERS)
+    def compute_positions(self, item_bytes: float) -> tuple[Tensor, Tensor]:
+        """Return the cosines and the sines of the rotary position embedding."""
+        shape = (1 if self.batch.row_count > 1 else self.batch.row_count, self.batch.tokens_per_row, 1, self.shape.head_size)
+        tensor = self.context.tape.tensor
+        return tensor(shape, item_bytes, MemoryPart.BUFFERS), tensor(shape, item_bytes, MemoryPart.BUFFERS)
 
-    def layer(self, layer: Layer, x: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
-        """One decoder layer: attention and feed-forward layer, each with a norm before and possibly after it."""
-        on, residual = self.on, x
-        x = self._norm(x, layer.norms[0])
-        x = self._attention(layer, x, positions)
+    def run_layer(self, layer: Layer, x: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
+        """Run one decoder layer: attention, then the feed-forward layer. Each has a norm before it, and in some models also one after it."""
+        context, residual = self.context, x
+        x = self._apply_norm(x, layer.norms[0])
+        x = self._run_attention(layer, x, positions)
         if len(layer.norms) == 4:
-            x = self._norm(x, layer.norms[1])
-        x = op.add(on, residual, x)
+            x = self._apply_norm(x, layer.norms[1])
+        x = op.add(context, residual, x)
         residual = x
-        x = self._norm(x, layer.norms[-2 if len(layer.norms) == 4 else 1])
-        x = self._feed_forward(layer, x)
+        x = self._apply_norm(x, layer.norms[-2 if len(layer.norms) == 4 else 1])
+        x = self._run_feed_forward(layer, x)
         if len(layer.norms) == 4:
-            x = self._norm(x, layer.norms[-1])
-        return op.add(on, residual, x)
+            x = self._apply_norm(x, layer.norms[-1])
+        return op.add(context, residual, x)
 
-    def final_norm(self, x: Tensor) -> Tensor:
-        """The norm after the last layer."""
-        return self._norm(x, self.model.norm)
+    def apply_final_norm(self, x: Tensor) -> Tensor:
+        """Apply the norm that follows the last layer."""
+        return self._apply_norm(x, self.model.norm)
 
-    def _norm(self, x: Tensor, weight: Parameter) -> Tensor:
-        return op.mean_square_norm(self.on, x, weight, adds_one=self.shape.is_gemma, is_fused=self.kernels.uses_liger)
+    def _apply_norm(self, x: Tensor, weight: Parameter) -> Tensor:
+        return op.apply_rms_norm(self.context, x, weight, adds_one=self.shape.is_gemma, is_fused=self.kernels.uses_liger)
 
-    def _attention(self, layer: Layer, x: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
+    def _run_attention(self, layer: Layer, x: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
         query, key, value = self._project(layer, x)
         query, key = self._rotate(query, positions), self._rotate(key, positions)
         if layer.prefix is not None:
             count = layer.prefix.shape[0]
-            key, value = op.prepend(self.on, key, layer.prefix, count), op.prepend(self.on, value, layer.prefix, count)
+            key, value = op.prepend(self.context, key, layer.prefix, count), op.prepend(self.context, value, layer.prefix, count)
         output = self._attend(query, key, value)
-        # These variables live until the function returns, as in transformers.
-        return layer.linear["o_proj"](self.on, output.view(*x.shape[:-1], self.shape.heads * self.shape.head_size))
+        # `query`, `key` and `value` stay in memory until this function returns, as in transformers.
+        return layer.linear["o_proj"](self.context, output.view(*x.shape[:-1], self.shape.head_count * self.shape.head_size))
 
     def _project(self, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        shape, rows, tokens = self.shape, self.batch.rows, self.batch.tokens
+        shape, rows, tokens = self.shape, self.batch.row_count, self.batch.tokens_per_row
         if shape.has_fused_projections:
-            joint = layer.linear["qkv_proj"](self.on, x)
-            heads = (shape.heads, shape.key_heads, shape.key_heads)
+            joint = layer.linear["qkv_proj"](self.context, x)
+            heads = (shape.head_count, shape.key_value_head_count, shape.key_value_head_count)
             query, key, value = (self._slice(joint, rows, tokens, count, shape.head_size) for count in heads)
             return query, key, value
-        query = layer.linear["q_proj"](self.on, x).view(rows, tokens, shape.heads, shape.head_size)
-        query = self._norm(query, layer.head_norms[0]) if layer.head_norms else query
-        key = layer.linear["k_proj"](self.on, x).view(rows, tokens, shape.key_heads, shape.head_size)
-        key = self._norm(key, layer.head_norms[1]) if layer.head_norms else key
-        value = layer.linear["v_proj"](self.on, x).view(rows, tokens, shape.key_heads, shape.head_size)
+        query = layer.linear["q_proj"](self.context, x).view(rows, tokens, shape.head_count, shape.head_size)
+        query = self._apply_norm(query, layer.head_norms[0]) if layer.head_norms else query
+        key = layer.linear["k_proj"](self.context, x).view(rows, tokens, shape.key_value_head_count, shape.head_size)
+        key = self._apply_norm(key, layer.head_norms[1]) if layer.head_norms else key
+        value = layer.linear["v_proj"](self.context, x).view(rows, tokens, shape.key_value_head_count, shape.head_size)
         return query, key, value
 
     def _slice(self, x: Tensor, *size: int) -> Tensor:
-        """A slice of a tensor. Its gradient has the size of the whole tensor."""
-        return self.on.tape.record([x], Tensor(size, x.item_bytes, x.storage), [Gradient(x.values, x.item_bytes)])
+        """Return a slice of a tensor. The gradient of the slice has the size of the whole tensor."""
+        return self.context.tape.record([x], Tensor(size, x.item_bytes, x.storage), [Gradient(x.numel, x.item_bytes)])
 
     def _rotate(self, x: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
-        if self.kernels.uses_liger:  # the kernel writes into its input
-            return self.on.tape.record([x], x.view(*x.shape), [Gradient(x.values, x.item_bytes, is_shared=True)])
-        return op.rotate(self.on, x, *positions)
+        if self.kernels.uses_liger:  # Liger's kernel overwrites its input
+            return self.context.tape.record([x], x.view(*x.shape), [Gradient(x.numel, x.item_bytes, is_shared=True)])
+        return op.apply_rotary_embedding(self.context, x, *positions)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         is_eager = self.kernels.attention == "eager"
-        repeats = self.shape.heads // self.shape.key_heads
+        repeats = self.shape.head_count // self.shape.key_value_head_count
         if is_eager or (self.kernels.attention == "sdpa" and (self.batch.has_mask or not self.kernels.is_gpu)):
-            key, value = op.repeat_heads(self.on, key, repeats), op.repeat_heads(self.on, value, repeats)
+            key, value = op.repeat_heads(self.context, key, repeats), op.repeat_heads(self.context, value, repeats)
         if is_eager:
-            return op.attend_eagerly(self.on, query, key, value)
-        return op.attend(self.on, query, key, value, has_mask=self.batch.has_mask and self.kernels.attention == "sdpa")
+            return op.attend_eagerly(self.context, query, key, value)
+        return op.attend(self.context, query, key, value, has_mask=self.batch.has_mask and self.kernels.attention == "sdpa")
 
-    def _feed_forward(self, layer: Layer, x: Tensor) -> Tensor:
+    def _run_feed_forward(self, layer: Layer, x: Tensor) -> Tensor:
         if layer.experts is None:
-            return self._dense(layer, x)
-        shared = self._dense(layer, x) if "down_proj" in layer.linear else None
-        routed = self._experts(layer.experts, x)
-        return routed if shared is None else op.add(self.on, routed, shared)
+            return self._run_dense(layer, x)
+        shared = self._run_dense(layer, x) if "down_proj" in layer.linear else None
+        routed = self._run_experts(layer.experts, x)
+        return routed if shared is None else op.add(self.context, routed, shared)
 
-    def _dense(self, layer: Layer, x: Tensor) -> Tensor:
-        on, linear = self.on, layer.linear
+    def _run_dense(self, layer: Layer, x: Tensor) -> Tensor:
+        context, linear = self.context, layer.linear
         if self.shape.has_fused_projections:
-            joint = linear["gate_up_proj"](on, x)
+            joint = linear["gate_up_proj"](context, x)
             size = (*joint.shape[:-1], joint.shape[-1] // 2)
-            return linear["down_proj"](on, op.multiply(on, self._slice(joint, *size), op.activate(on, self._slice(joint, *size))))
+            return linear["down_proj"](context, op.multiply(context, self._slice(joint, *size), op.apply_activation(context, self._slice(joint, *size))))
         if self.kernels.uses_liger:
-            return linear["down_proj"](on, self._fused_gate(linear["gate_proj"](on, x), linear["up_proj"](on, x)))
+            return linear["down_proj"](context, self._fused_gate(linear["gate_proj"](context, x), linear["up_proj"](context, x)))
         return linear["down_proj"](
-            on, op.multiply(on, op.activate(on, linear["gate_proj"](on, x)), linear["up_proj"](on, x))
+            context, op.multiply(context, op.apply_activation(context, linear["gate_proj"](context, x)), linear["up_proj"](context, x))
         )
 
     def _fused_gate(self, gate: Tensor, up: Tensor) -> Tensor:
-        """Liger's kernel keeps its inputs and writes the gradients into them."""
+        """Multiply the activated gate by `up` with Liger's kernel, which keeps its inputs and writes their gradients into them."""
         gradients = [Gradient(0, 1), Gradient(0, 1)]
-        return self.on.tape.record([gate, up], self.on.tape.tensor(up.shape, up.item_bytes), gradients, [gate.storage, up.storage])
+        return self.context.tape.record([gate, up], self.context.tape.tensor(up.shape, up.item_bytes), gradients, [gate.storage, up.storage])
 
-    def _experts(self, experts: Experts, x: Tensor) -> Tensor:
-        """Routed experts, as one grouped product for all experts. Each token is copied once for each of its experts."""
-        on, tape, chosen = self.on, self.on.tape, self.shape.experts_per_token
-        tokens = x.values // x.shape[-1]
+    def _run_experts(self, experts: Experts, x: Tensor) -> Tensor:
+        """Run the routed experts as grouped products over all experts. Each token is copied once for each expert that processes it."""
+        context, tape, chosen = self.context, self.context.tape, self.shape.experts_per_token
+        tokens = x.numel // x.shape[-1]
         flat = x.view(tokens, x.shape[-1])
-        weights = self._route(experts, flat)
+        weights = self._compute_expert_weights(experts, flat)
         copies = tape.record(
-            [flat], tape.tensor((tokens * chosen, x.shape[-1]), x.item_bytes), [Gradient(flat.values, x.item_bytes)], [tape.allocate(tokens * chosen * 8)]
+            [flat], tape.tensor((tokens * chosen, x.shape[-1]), x.item_bytes), [Gradient(flat.numel, x.item_bytes)], [tape.allocate(tokens * chosen * 8)]
         )
-        joint = op.grouped_linear(on, copies, experts.gate_up)
+        joint = op.grouped_linear(context, copies, experts.gate_up)
         size = (joint.shape[0], joint.shape[1] // 2)
         gate, up = self._slice(joint, *size), Tensor(size, joint.item_bytes, joint.storage, None)
         up.node = joint.node
-        joint = op.multiply(on, op.activate(on, gate), up)
-        joint = op.grouped_linear(on, joint, experts.down)
-        weighted = op.multiply(on, joint, weights)
+        joint = op.multiply(context, op.apply_activation(context, gate), up)
+        joint = op.grouped_linear(context, joint, experts.down)
+        weighted = op.multiply(context, joint, weights)
         ordered = tape.record(
-            [weighted], tape.tensor(weighted.shape, weighted.item_bytes), [Gradient(weighted.values, weighted.item_bytes)],
+            [weighted], tape.tensor(weighted.shape, weighted.item_bytes), [Gradient(weighted.numel, weighted.item_bytes)],
             [tape.allocate(tokens * chosen * 8)],
         )  # fmt: skip
         output = tape.tensor((tokens, x.shape[-1]), ordered.item_bytes)
-        output = tape.record([ordered], output, [Gradient(output.values, output.item_bytes, is_shared=True)])
-        return op.cast(on, output, x.item_bytes).view(*x.shape)
+        output = tape.record([ordered], output, [Gradient(output.numel, output.item_bytes, is_shared=True)])
+        return op.cast(context, output, x.item_bytes).view(*x.shape)
 
-    def _route(self, experts: Experts, x: Tensor) -> Tensor:
-        """The weight of each of the chosen experts of each token."""
-        on, tape = self.on, self.on.tape
-        probabilities = op.cast(on, op.linear(on, x, experts.router), op.FLOAT)
-        chances = tape.tensor(probabilities.shape, op.FLOAT)
-        chances = tape.record([probabilities], chances, [Gradient(chances.values, op.FLOAT)], [chances.storage])
-        chosen = tape.tensor((x.shape[0] * self.shape.experts_per_token, 1), op.FLOAT)
-        return tape.record([chances], chosen, [Gradient(chances.values, op.FLOAT)], [tape.allocate(chosen.values * 8)])
+    def _compute_expert_weights(self, experts: Experts, x: Tensor) -> Tensor:
+        """Return the weights with which the outputs of each token's experts are added up."""
+        context, tape = self.context, self.context.tape
+        probabilities = op.cast(context, op.linear(context, x, experts.router), op.FLOAT32_BYTES)
+        chances = tape.tensor(probabilities.shape, op.FLOAT32_BYTES)
+        chances = tape.record([probabilities], chances, [Gradient(chances.numel, op.FLOAT32_BYTES)], [chances.storage])
+        chosen = tape.tensor((x.shape[0] * self.shape.experts_per_token, 1), op.FLOAT32_BYTES)
+        return tape.record([chances], chosen, [Gradient(chances.numel, op.FLOAT32_BYTES)], [tape.allocate(chosen.numel * 8)])
 
 
 @dataclass(frozen=True)
 class TrainedWeights:
-    """Which weights a method trains, and in which precision."""
+    """The weights that a fine-tuning method trains, and the precision of all weights."""
 
-    base_bytes: float
-    """Bytes of each value of the base model's linear layers."""
-    other_bytes: float
-    """Bytes of each value of embeddings, head and norms."""
-    trains_base: bool
-    rank: int = 0
-    targets: frozenset[str] = frozenset()
-    dropout: bool = False
+    base_value_bytes: float
+    """Bytes of one value in the base model's linear layers."""
+    other_value_bytes: float
+    """Bytes of one value in embeddings, head, norms, biases and experts."""
+    trains_base_weights: bool
+    """Whether the method trains the weights of the base model."""
+    lora_rank: int = 0
+    """Rank of the LoRA adapters."""
+    target_layers: frozenset[str] = frozenset()
+    """Names of the linear layers that have a LoRA adapter."""
+    has_dropout: bool = False
     is_dora: bool = False
     casts_inputs: bool = True
-    """See `Adapter`."""
-    scaled: frozenset[str] = frozenset()
-    """Linear layers with IA3's scales."""
-    input_scaled: frozenset[str] = frozenset()
-    """Those of them whose inputs are scaled instead of their outputs."""
+    """Whether PEFT converts the inputs of an adapter to the precision of its matrices."""
+    ia3_layers: frozenset[str] = frozenset()
+    """Names of the linear layers whose outputs or inputs IA3 scales."""
+    ia3_input_layers: frozenset[str] = frozenset()
+    """Names of those `ia3_layers` whose inputs are scaled. Of all others, the outputs are scaled."""
     prompt_tokens: int = 0
-    """Trained virtual tokens in front of each row (prompt tuning). The tokens of the batch include them."""
+    """Number of trained virtual tokens in front of each row (prompt tuning). `Batch.tokens_per_row` includes them."""
     prefix_tokens: int = 0
-    """Trained keys and values of each layer (prefix tuning)."""
+    """Number of trained keys and values in each layer (prefix tuning)."""
     weight_shards: int = 1
+    """Number of ranks among which the weights are split."""
     gradient_shards: int = 1
+    """Number of ranks among which the gradients are split."""
 
 
 def build_decoder(tape: Tape, shape: ModelShape, trained: TrainedWeights) -> Decoder:
-    """Allocate the weights of a model."""
+    """Allocate the weights of a model on a tape."""
 
-    def weight(item_bytes: float, *size: int, is_trained: bool = trained.trains_base) -> Parameter:
+    def weight(item_bytes: float, *size: int, is_trained: bool = trained.trains_base_weights) -> Parameter:
         values = 1
-        for one in size:
-            values *= one
-        storage = tape.allocate(values * item_bytes / trained.weight_shards, Part.WEIGHTS)
-        return Parameter(size, item_bytes, storage, is_trained, shards=trained.gradient_shards)
+        for dimension in size:
+            values *= dimension
+        storage = tape.allocate(values * item_bytes / trained.weight_shards, MemoryPart.WEIGHTS)
+        return Parameter(size, item_bytes, storage, is_trained, gradient_shards=trained.gradient_shards)
 
     def linear(name: str, outputs: int, inputs: int, has_bias: bool) -> LinearLayer:
-        bias = weight(trained.other_bytes, outputs) if has_bias else None
-        layer = LinearLayer(weight(trained.base_bytes, outputs, inputs), bias)
-        if name in trained.targets:
-            a = weight(op.FLOAT, trained.rank, inputs, is_trained=True)
-            b = weight(op.FLOAT, outputs, trained.rank, is_trained=True)
-            magnitude = weight(op.FLOAT, outputs, is_trained=True) if trained.is_dora else None
-            layer.adapter = Adapter(a, b, trained.dropout, magnitude, trained.casts_inputs)
-        if name in trained.scaled:
-            layer.scales_inputs = name in trained.input_scaled
-            layer.scales = weight(op.FLOAT, inputs if layer.scales_inputs else outputs, is_trained=True)
+        bias = weight(trained.other_value_bytes, outputs) if has_bias else None
+        layer = LinearLayer(weight(trained.base_value_bytes, outputs, inputs), bias)
+        if name in trained.target_layers:
+            a = weight(op.FLOAT32_BYTES, trained.lora_rank, inputs, is_trained=True)
+            b = weight(op.FLOAT32_BYTES, outputs, trained.lora_rank, is_trained=True)
+            magnitude = weight(op.FLOAT32_BYTES, outputs, is_trained=True) if trained.is_dora else None
+            layer.adapter = Adapter(a, b, trained.has_dropout, magnitude, trained.casts_inputs)
+        if name in trained.ia3_layers:
+            layer.scales_inputs = name in trained.ia3_input_layers
+            layer.scales = weight(op.FLOAT32_BYTES, inputs if layer.scales_inputs else outputs, is_trained=True)
         return layer
 
-    def one_layer(number: int) -> Layer:
-        sizes, biases = linear_sizes(shape, number), _biases(shape)
+    def decoder_layer(index: int) -> Layer:
+        sizes, biases = linear_layer_sizes(shape, index), _layers_with_bias(shape)
         layer = Layer({name: linear(name, *size, biases.get(name, False)) for name, size in sizes.items()}, [])
-        layer.norms = [weight(trained.other_bytes, shape.hidden) for _ in range(shape.norms)]
+        layer.norms = [weight(trained.other_value_bytes, shape.hidden_size) for _ in range(shape.norms_per_layer)]
         if shape.has_head_norms:
-            layer.head_norms = [weight(trained.other_bytes, shape.head_size) for _ in range(2)]
+            layer.head_norms = [weight(trained.other_value_bytes, shape.head_size) for _ in range(2)]
         if trained.prefix_tokens:
-            layer.prefix = weight(op.FLOAT, trained.prefix_tokens, 2 * shape.key_heads * shape.head_size, is_trained=True)
-        if number >= shape.layers - shape.expert_layers:
-            inner = shape.expert_feed_forward
-            # bitsandbytes quantises linear layers only, not the joint weights of experts.
-            gate_up = weight(trained.other_bytes, shape.experts, 2 * inner, shape.hidden)
-            down = weight(trained.other_bytes, shape.experts, shape.hidden, inner)
-            layer.experts = Experts(weight(trained.other_bytes, shape.experts, shape.hidden), gate_up, down)
+            layer.prefix = weight(op.FLOAT32_BYTES, trained.prefix_tokens, 2 * shape.key_value_head_count * shape.head_size, is_trained=True)
+        if index >= shape.layer_count - shape.expert_layer_count:
+            inner = shape.expert_feed_forward_size
+            # bitsandbytes quantises only linear layers, not the tensors that hold the weights of all experts.
+            gate_up = weight(trained.other_value_bytes, shape.expert_count, 2 * inner, shape.hidden_size)
+            down = weight(trained.other_value_bytes, shape.expert_count, shape.hidden_size, inner)
+            layer.experts = Experts(weight(trained.other_value_bytes, shape.expert_count, shape.hidden_size), gate_up, down)
         return layer
 
-    embeddings = weight(trained.other_bytes, shape.vocabulary, shape.hidden)
-    head = embeddings if shape.ties_embeddings else weight(trained.other_bytes, shape.vocabulary, shape.hidden)
-    prompt = weight(op.FLOAT, trained.prompt_tokens, shape.hidden, is_trained=True) if trained.prompt_tokens else None
-    layers = [one_layer(number) for number in range(shape.layers)]
-    return Decoder(shape, embeddings, head, weight(trained.other_bytes, shape.hidden), layers, prompt)
+    embeddings = weight(trained.other_value_bytes, shape.vocabulary_size, shape.hidden_size)
+    head = embeddings if shape.ties_embeddings else weight(trained.other_value_bytes, shape.vocabulary_size, shape.hidden_size)
+    prompt = weight(op.FLOAT32_BYTES, trained.prompt_tokens, shape.hidden_size, is_trained=True) if trained.prompt_tokens else None
+    layers = [decoder_layer(index) for index in range(shape.layer_count)]
+    return Decoder(shape, embeddings, head, weight(trained.other_value_bytes, shape.hidden_size), layers, prompt)
 
 
-def _biases(shape: ModelShape) -> Mapping[str, bool]:
-    feed_forward = dict.fromkeys(("gate_proj", "up_proj", "down_proj"), shape.feed_forward_bias)
-    return dict.fromkeys(("q_proj", "k_proj", "v_proj", "qkv_proj"), shape.attention_bias) | {"o_proj": shape.output_bias} | feed_forward
+def _layers_with_bias(shape: ModelShape) -> Mapping[str, bool]:
+    """Return whether a linear layer has a bias, by its name in transformers."""
+    feed_forward = dict.fromkeys(("gate_proj", "up_proj", "down_proj"), shape.has_feed_forward_bias)
+    return dict.fromkeys(("q_proj", "k_proj", "v_proj", "qkv_proj"), shape.has_attention_bias) | {"o_proj": shape.has_output_bias} | feed_forward

@@ -1,6 +1,6 @@
-"""The operations of a training step, each with what torch's autograd keeps for it and allocates in its backward pass.
+"""The operations of a training step. Each records the tensors that torch's autograd saves for it, and the allocations of its backward pass.
 
-Functions that chain several operations keep their local variables as long as the functions of transformers and PEFT do.
+A function that runs several operations keeps its local variables as long as the function of transformers or PEFT that it replays.
 """
 
 from __future__ import annotations
@@ -10,231 +10,239 @@ from math import prod
 
 from finetune_api.memory.tape import Gradient, Parameter, Storage, Tape, Tensor
 
-FLOAT = 4
+FLOAT32_BYTES = 4
+"""Bytes of one 32-bit floating-point value."""
 
 
 @dataclass(frozen=True)
-class Compute:
-    """How operations compute."""
+class ComputeContext:
+    """The tape that records the operations, and the device and precision with which they compute."""
 
     tape: Tape
     autocast_bytes: int | None = None
-    """Bytes of each value in the precision of autocast; None without autocast."""
+    """Bytes of one value in the precision of autocast; None without autocast."""
     quantized_compute_bytes: int = 4
-    """Bytes of each value in which 4-bit and 8-bit layers compute."""
+    """Bytes of one value in the precision in which 4-bit and 8-bit layers compute."""
     gathers_weights: bool = False
-    """Whether weights are gathered from all ranks in the precision of the computation, so that they need no conversion."""
+    """Whether weights are gathered from all ranks. They arrive in the precision of the computation and need no conversion."""
     is_gpu: bool = True
 
 
-def cast(on: Compute, x: Tensor, item_bytes: float) -> Tensor:
-    """Convert to another precision; the tensor itself if it has this precision."""
+def cast(context: ComputeContext, x: Tensor, item_bytes: float) -> Tensor:
+    """Convert a tensor to another precision. A tensor that already has this precision is returned unchanged."""
     if x.item_bytes == item_bytes:
         return x
-    return on.tape.record([x], on.tape.tensor(x.shape, item_bytes), [Gradient(x.values, x.item_bytes)])
+    return context.tape.record([x], context.tape.tensor(x.shape, item_bytes), [Gradient(x.numel, x.item_bytes)])
 
 
-def copy(on: Compute, x: Tensor, *shape: int) -> Tensor:
-    """Copy a view to a tensor of its own, because its values are not in the order of the new shape."""
-    return on.tape.record([x], on.tape.tensor(shape, x.item_bytes), [Gradient(x.values, x.item_bytes, is_shared=True)])
+def copy_view(context: ComputeContext, x: Tensor, *shape: int) -> Tensor:
+    """Copy a view to a new tensor of the given shape, because the view's values are not contiguous in memory."""
+    return context.tape.record([x], context.tape.tensor(shape, x.item_bytes), [Gradient(x.numel, x.item_bytes, is_shared=True)])
 
 
-def add(on: Compute, a: Tensor, b: Tensor) -> Tensor:
+def add(context: ComputeContext, a: Tensor, b: Tensor) -> Tensor:
     """Add two tensors of the same shape."""
     item = max(a.item_bytes, b.item_bytes)
-    # Kernels of a GPU convert values while they read them.
-    converted = on.tape.allocate(0 if on.is_gpu or a.item_bytes == b.item_bytes else a.values * item)
-    gradients = [Gradient(one.values, one.item_bytes, is_shared=one.item_bytes == item) for one in (a, b)]
-    output = on.tape.tensor(a.shape, item)
+    # A GPU kernel converts values while it reads them. A CPU needs a converted copy.
+    converted = context.tape.allocate(0 if context.is_gpu or a.item_bytes == b.item_bytes else a.numel * item)
+    gradients = [Gradient(one.numel, one.item_bytes, is_shared=one.item_bytes == item) for one in (a, b)]
+    output = context.tape.tensor(a.shape, item)
     del converted
-    return on.tape.record([a, b], output, gradients)
+    return context.tape.record([a, b], output, gradients)
 
 
-def multiply(on: Compute, a: Tensor, b: Tensor) -> Tensor:
-    """Multiply two tensors of the same number of dimensions, which may differ in size where one has size 1."""
+def multiply(context: ComputeContext, a: Tensor, b: Tensor) -> Tensor:
+    """Multiply two tensors with the same number of dimensions. A dimension of size 1 is broadcast to the size of the other tensor."""
     item = max(a.item_bytes, b.item_bytes)
     shape = tuple(max(pair) for pair in zip(a.shape, b.shape, strict=True))
     gradients = [
-        Gradient(one.values, one.item_bytes, temporary_bytes=() if one.shape == shape and one.item_bytes == item else (prod(shape) * item,))
+        Gradient(one.numel, one.item_bytes, temporary_bytes=() if one.shape == shape and one.item_bytes == item else (prod(shape) * item,))
         for one in (a, b)
     ]  # fmt: skip
     saved = [b.storage] * (a.node is not None) + [a.storage] * (b.node is not None)
-    return on.tape.record([a, b], on.tape.tensor(shape, item), gradients, saved)
+    return context.tape.record([a, b], context.tape.tensor(shape, item), gradients, saved)
 
 
-def weight_row(on: Compute, weight: Parameter, dimensions: int) -> Tensor:
-    """A trained vector as a tensor of so many dimensions, all but the last of size 1."""
-    row = on.tape.tensor((1,) * (dimensions - 1) + (weight.values,), weight.item_bytes)
-    return on.tape.record([weight], row, [Gradient(weight.values, weight.item_bytes)])
+def view_vector_as_row(context: ComputeContext, weight: Parameter, dimensions: int) -> Tensor:
+    """Return a trained vector as a tensor with the given number of dimensions, of which all but the last have size 1."""
+    row = context.tape.tensor((1,) * (dimensions - 1) + (weight.numel,), weight.item_bytes)
+    return context.tape.record([weight], row, [Gradient(weight.numel, weight.item_bytes)])
 
 
-def prepend(on: Compute, x: Tensor, weight: Parameter, count: int) -> Tensor:
-    """Put trained keys or values in front of those of the tokens. `x`: (rows, tokens, heads, size of a head)."""
+def prepend(context: ComputeContext, x: Tensor, weight: Parameter, count: int) -> Tensor:
+    """Put `count` trained keys or values in front of those of the tokens. `x`: (rows, tokens, heads, size of a head)."""
     rows, tokens, heads, size = x.shape
-    output = on.tape.tensor((rows, count + tokens, heads, size), x.item_bytes)
-    return on.tape.record([x, weight], output, [Gradient(x.values, x.item_bytes), Gradient(weight.values, weight.item_bytes)])
+    output = context.tape.tensor((rows, count + tokens, heads, size), x.item_bytes)
+    return context.tape.record([x, weight], output, [Gradient(x.numel, x.item_bytes), Gradient(weight.numel, weight.item_bytes)])
 
 
-def scale(on: Compute, x: Tensor) -> Tensor:
-    """Multiply by a number."""
-    return on.tape.record([x], on.tape.tensor(x.shape, x.item_bytes), [Gradient(x.values, x.item_bytes)])
+def scale(context: ComputeContext, x: Tensor) -> Tensor:
+    """Multiply a tensor by a number."""
+    return context.tape.record([x], context.tape.tensor(x.shape, x.item_bytes), [Gradient(x.numel, x.item_bytes)])
 
 
-def activate(on: Compute, x: Tensor) -> Tensor:
+def apply_activation(context: ComputeContext, x: Tensor) -> Tensor:
     """Apply an activation function."""
-    return on.tape.record([x], on.tape.tensor(x.shape, x.item_bytes), [Gradient(x.values, x.item_bytes)], [x.storage])
+    return context.tape.record([x], context.tape.tensor(x.shape, x.item_bytes), [Gradient(x.numel, x.item_bytes)], [x.storage])
 
 
-def dropout(on: Compute, x: Tensor) -> Tensor:
-    """Set values to zero at random. A GPU keeps a mask of one byte for each value, a CPU one of the tensor's precision."""
-    mask = on.tape.allocate(x.values * (1 if on.is_gpu else x.item_bytes))
-    return on.tape.record([x], on.tape.tensor(x.shape, x.item_bytes), [Gradient(x.values, x.item_bytes)], [mask])
+def dropout(context: ComputeContext, x: Tensor) -> Tensor:
+    """Set random values to zero. On a GPU the mask has one byte for each value; on a CPU it has the tensor's precision."""
+    mask = context.tape.allocate(x.numel * (1 if context.is_gpu else x.item_bytes))
+    return context.tape.record([x], context.tape.tensor(x.shape, x.item_bytes), [Gradient(x.numel, x.item_bytes)], [mask])
 
 
-def _autocast_weight(on: Compute, weight: Parameter) -> tuple[float, Storage | None]:
-    """Return the precision in which a weight is used, and its converted copy. Autocast keeps the copies of trained 32-bit weights."""
-    item = on.autocast_bytes
+def _autocast_weight(context: ComputeContext, weight: Parameter) -> tuple[float, Storage | None]:
+    """Return the bytes of one value in the precision in which a weight is used, and its converted copy, if it has one.
+
+    Autocast keeps the copy of a trained 32-bit weight until the end of the forward pass.
+    """
+    item = context.autocast_bytes
     if item is None or weight.item_bytes == item:
         return weight.item_bytes, None
-    if on.gathers_weights:
+    if context.gathers_weights:
         return item, None
-    if not (weight.is_trained and weight.item_bytes == FLOAT):
-        return item, on.tape.allocate(weight.values * item)
-    if weight.cast is None:
-        weight.cast = on.tape.allocate(weight.values * item)
-        on.tape.converted.append(weight)
-    return item, weight.cast
+    if not (weight.is_trained and weight.item_bytes == FLOAT32_BYTES):
+        return item, context.tape.allocate(weight.numel * item)
+    if weight.autocast_copy is None:
+        weight.autocast_copy = context.tape.allocate(weight.numel * item)
+        context.tape.converted_weights.append(weight)
+    return item, weight.autocast_copy
 
 
-def grouped_linear(on: Compute, x: Tensor, weight: Parameter) -> Tensor:
-    """The product of routed experts, which autocast leaves in the precision of the weights."""
-    return linear(replace(on, autocast_bytes=None), cast(on, x, weight.item_bytes), weight)
+def grouped_linear(context: ComputeContext, x: Tensor, weight: Parameter) -> Tensor:
+    """Compute the linear layers of all routed experts as one product. Autocast does not apply to it: it uses the precision of the weights."""
+    return linear(replace(context, autocast_bytes=None), cast(context, x, weight.item_bytes), weight)
 
 
-def linear(on: Compute, x: Tensor, weight: Parameter, bias: Parameter | None = None) -> Tensor:
-    """A linear layer. `weight.shape`: outputs, inputs; with routed experts, their number comes first."""
+def linear(context: ComputeContext, x: Tensor, weight: Parameter, bias: Parameter | None = None) -> Tensor:
+    """Compute a linear layer. `weight.shape` is (outputs, inputs), or (experts, outputs, inputs) for routed experts."""
     if weight.item_bytes < 2:
-        return _quantized_linear(on, x, weight, bias)
-    if on.autocast_bytes is not None:
-        x = cast(on, x, on.autocast_bytes)
-    item, converted = _autocast_weight(on, weight)
-    output = on.tape.tensor((*x.shape[:-1], weight.shape[-2]), max(item, x.item_bytes))
+        return _quantized_linear(context, x, weight, bias)
+    if context.autocast_bytes is not None:
+        x = cast(context, x, context.autocast_bytes)
+    item, converted = _autocast_weight(context, weight)
+    output = context.tape.tensor((*x.shape[:-1], weight.shape[-2]), max(item, x.item_bytes))
     saved = [x.storage] * weight.is_trained + ([converted] if converted is not None and x.node is not None else [])
-    temporary = (weight.values * item,) if item != weight.item_bytes else ()
-    gradients = [Gradient(x.values, x.item_bytes), Gradient(weight.values, weight.item_bytes, temporary_bytes=temporary)]
+    temporary = (weight.numel * item,) if item != weight.item_bytes else ()
+    gradients = [Gradient(x.numel, x.item_bytes), Gradient(weight.numel, weight.item_bytes, temporary_bytes=temporary)]
     inputs: list[Tensor | Parameter] = [x, weight]
     if bias is not None:
         inputs.append(bias)
-        gradients.append(Gradient(bias.values, bias.item_bytes))
-    return on.tape.record(inputs, output, gradients, saved)
+        gradients.append(Gradient(bias.numel, bias.item_bytes))
+    return context.tape.record(inputs, output, gradients, saved)
 
 
-def _quantized_linear(on: Compute, x: Tensor, weight: Parameter, bias: Parameter | None) -> Tensor:
-    """A frozen linear layer of 4 or 8 bits. Both passes convert its weight to the precision of the computation for a moment."""
-    item = on.quantized_compute_bytes
+def _quantized_linear(context: ComputeContext, x: Tensor, weight: Parameter, bias: Parameter | None) -> Tensor:
+    """Compute a frozen linear layer with a 4-bit or 8-bit weight. The forward and the backward pass each dequantise the weight for a moment."""
+    item = context.quantized_compute_bytes
     given_item = x.item_bytes
-    x = cast(on, x, item)
-    dequantized = weight.values * item
-    temporary = on.tape.allocate(dequantized)
-    output = on.tape.tensor((*x.shape[:-1], weight.shape[-2]), item)
+    x = cast(context, x, item)
+    dequantized = weight.numel * item
+    temporary = context.tape.allocate(dequantized)
+    output = context.tape.tensor((*x.shape[:-1], weight.shape[-2]), item)
     del temporary
     inputs: list[Tensor | Parameter] = [x]
-    gradients = [Gradient(x.values, item, temporary_bytes=(dequantized,))]
+    gradients = [Gradient(x.numel, item, temporary_bytes=(dequantized,))]
     if bias is not None and bias.is_trained:
         inputs.append(bias)
-        gradients.append(Gradient(bias.values, bias.item_bytes))
-    return cast(on, on.tape.record(inputs, output, gradients), given_item)
+        gradients.append(Gradient(bias.numel, bias.item_bytes))
+    return cast(context, context.tape.record(inputs, output, gradients), given_item)
 
 
-def mean_square_norm(on: Compute, x: Tensor, weight: Parameter, *, adds_one: bool, is_fused: bool) -> Tensor:
-    """RMSNorm. `adds_one`: whether the layer multiplies by 1 + weight in 32 bits, as Gemma does. `is_fused`: Liger's kernel."""
+def apply_rms_norm(context: ComputeContext, x: Tensor, weight: Parameter, *, adds_one: bool, is_fused: bool) -> Tensor:
+    """Apply RMSNorm. `adds_one`: whether it multiplies by 1 + weight in 32 bits, as in Gemma. `is_fused`: whether Liger's kernel computes it."""
     if is_fused:
-        return _fused_norm(on, x, weight)
+        return _apply_fused_rms_norm(context, x, weight)
     item, rows = x.item_bytes, (*x.shape[:-1], 1)
-    x = cast(on, x, FLOAT)
-    squares = on.tape.record(
-        [x], on.tape.tensor(x.shape, FLOAT), [Gradient(x.values, FLOAT, temporary_bytes=(x.values * FLOAT,) * 2)], [x.storage]
+    x = cast(context, x, FLOAT32_BYTES)
+    squares = context.tape.record(
+        [x], context.tape.tensor(x.shape, FLOAT32_BYTES), [Gradient(x.numel, FLOAT32_BYTES, temporary_bytes=(x.numel * FLOAT32_BYTES,) * 2)], [x.storage]
     )
-    mean = on.tape.record([squares], on.tape.tensor(rows, FLOAT), [Gradient(x.values, FLOAT)])
+    mean = context.tape.record([squares], context.tape.tensor(rows, FLOAT32_BYTES), [Gradient(x.numel, FLOAT32_BYTES)])
     del squares
-    root = on.tape.tensor(rows, FLOAT)
-    root = on.tape.record([mean], root, [Gradient(mean.values, FLOAT)], [root.storage])
-    x = multiply(on, x, root)
+    root = context.tape.tensor(rows, FLOAT32_BYTES)
+    root = context.tape.record([mean], root, [Gradient(mean.numel, FLOAT32_BYTES)], [root.storage])
+    x = multiply(context, x, root)
     if adds_one:
-        return cast(on, _scale_by_weight(on, x, weight, FLOAT), item)
-    return _scale_by_weight(on, cast(on, x, item), weight, weight.item_bytes)
+        return cast(context, _scale_by_weight(context, x, weight, FLOAT32_BYTES), item)
+    return _scale_by_weight(context, cast(context, x, item), weight, weight.item_bytes)
 
 
-def _scale_by_weight(on: Compute, x: Tensor, weight: Parameter, weight_item: float) -> Tensor:
+def _scale_by_weight(context: ComputeContext, x: Tensor, weight: Parameter, weight_item: float) -> Tensor:
     """Multiply each row by a weight vector."""
     item = max(x.item_bytes, weight_item)
     gradients = [
-        Gradient(x.values, x.item_bytes, temporary_bytes=() if x.item_bytes == item else (x.values * item,)),
-        Gradient(weight.values, weight.item_bytes, temporary_bytes=(x.values * item,)),
+        Gradient(x.numel, x.item_bytes, temporary_bytes=() if x.item_bytes == item else (x.numel * item,)),
+        Gradient(weight.numel, weight.item_bytes, temporary_bytes=(x.numel * item,)),
     ]
-    return on.tape.record([x, weight], on.tape.tensor(x.shape, item), gradients, [x.storage] * weight.is_trained)
+    return context.tape.record([x, weight], context.tape.tensor(x.shape, item), gradients, [x.storage] * weight.is_trained)
 
 
-def _fused_norm(on: Compute, x: Tensor, weight: Parameter) -> Tensor:
-    """One kernel that keeps its input and the root of each row."""
-    roots = on.tape.allocate(x.values / x.shape[-1] * FLOAT)
-    gradients = [Gradient(x.values, x.item_bytes), Gradient(weight.values, weight.item_bytes)]
-    return on.tape.record([x, weight], on.tape.tensor(x.shape, x.item_bytes), gradients, [x.storage, roots])
+def _apply_fused_rms_norm(context: ComputeContext, x: Tensor, weight: Parameter) -> Tensor:
+    """Apply RMSNorm as one kernel, which saves its input and the root mean square of each row."""
+    roots = context.tape.allocate(x.numel / x.shape[-1] * FLOAT32_BYTES)
+    gradients = [Gradient(x.numel, x.item_bytes), Gradient(weight.numel, weight.item_bytes)]
+    return context.tape.record([x, weight], context.tape.tensor(x.shape, x.item_bytes), gradients, [x.storage, roots])
 
 
-def rotate(on: Compute, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Rotary position embedding of queries or keys, (rows, tokens, heads, size of a head). Cosine and sine: (rows, tokens, 1, size of a head)."""
-    return add(on, multiply(on, x, cosine), multiply(on, _rotate_half(on, x), sine))
+def apply_rotary_embedding(context: ComputeContext, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Apply the rotary position embedding to queries or keys.
+
+    `x`: (rows, tokens, heads, size of a head). `cosine`, `sine`: (rows, tokens, 1, size of a head).
+    """
+    return add(context, multiply(context, x, cosine), multiply(context, _rotate_half(context, x), sine))
 
 
-def _rotate_half(on: Compute, x: Tensor) -> Tensor:
-    """Exchange the halves of each head and negate one."""
-    half = x.values / 2 * x.item_bytes
-    negative = on.tape.allocate(half)
-    output = on.tape.tensor(x.shape, x.item_bytes)
+def _rotate_half(context: ComputeContext, x: Tensor) -> Tensor:
+    """Exchange the two halves of each head and negate one of them."""
+    half = x.numel / 2 * x.item_bytes
+    negative = context.tape.allocate(half)
+    output = context.tape.tensor(x.shape, x.item_bytes)
     del negative
-    # The backward pass fills the gradient of each half with zeros to the full size, and then adds them.
-    return on.tape.record([x], output, [Gradient(x.values, x.item_bytes, temporary_bytes=(half, x.values * x.item_bytes))])
+    # The backward pass pads the gradient of each half with zeros to the full size, and then adds both.
+    return context.tape.record([x], output, [Gradient(x.numel, x.item_bytes, temporary_bytes=(half, x.numel * x.item_bytes))])
 
 
-def repeat_heads(on: Compute, x: Tensor, repeats: int) -> Tensor:
-    """Copy keys or values for each group of queries."""
+def repeat_heads(context: ComputeContext, x: Tensor, repeats: int) -> Tensor:
+    """Copy each head of keys or values `repeats` times, once for each query head that uses it."""
     if repeats == 1:
         return x
     rows, tokens, heads, size = x.shape
-    return on.tape.record([x], on.tape.tensor((rows, tokens, heads * repeats, size), x.item_bytes), [Gradient(x.values, x.item_bytes)])
+    return context.tape.record([x], context.tape.tensor((rows, tokens, heads * repeats, size), x.item_bytes), [Gradient(x.numel, x.item_bytes)])
 
 
-def attend(on: Compute, query: Tensor, key: Tensor, value: Tensor, *, has_mask: bool) -> Tensor:
-    """Attention of (rows, tokens, heads, size of a head) with a fused kernel, which keeps one sum for each row of scores.
+def attend(context: ComputeContext, query: Tensor, key: Tensor, value: Tensor, *, has_mask: bool) -> Tensor:
+    """Compute attention with a fused kernel, which saves one number for each query and head instead of all scores.
 
-    `has_mask`: torch's sdpa converts the mask of all pairs of tokens to numbers, and keeps them.
+    `query`, `key`, `value`: (rows, tokens, heads, size of a head). `has_mask`: whether a mask of all pairs of tokens is given. torch's sdpa
+    converts this mask to floating-point numbers and saves them.
     """
-    if on.autocast_bytes is not None:
-        query, key, value = (cast(on, one, on.autocast_bytes) for one in (query, key, value))
-    output = on.tape.tensor(query.shape, query.item_bytes)
-    sums = on.tape.allocate(prod(query.shape[:-1]) * FLOAT)
-    mask = on.tape.allocate(query.shape[0] * query.shape[1] * key.shape[1] * query.item_bytes if has_mask else 0)
-    gradients = [Gradient(one.values, one.item_bytes) for one in (query, key, value)]
+    if context.autocast_bytes is not None:
+        query, key, value = (cast(context, one, context.autocast_bytes) for one in (query, key, value))
+    output = context.tape.tensor(query.shape, query.item_bytes)
+    sums = context.tape.allocate(prod(query.shape[:-1]) * FLOAT32_BYTES)
+    mask = context.tape.allocate(query.shape[0] * query.shape[1] * key.shape[1] * query.item_bytes if has_mask else 0)
+    gradients = [Gradient(one.numel, one.item_bytes) for one in (query, key, value)]
     saved = [query.storage, key.storage, value.storage, output.storage, sums, mask]
-    return on.tape.record([query, key, value], output, gradients, saved)
+    return context.tape.record([query, key, value], output, gradients, saved)
 
 
-def attend_eagerly(on: Compute, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attention that computes the scores of all pairs of tokens. A CPU converts 16-bit scores to 32 bits, a GPU computes the softmax from 16 bits."""
+def attend_eagerly(context: ComputeContext, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Compute attention with the scores of all pairs of tokens. A CPU converts 16-bit scores to 32 bits before the softmax; a GPU does not."""
     rows, tokens, heads, _ = query.shape
-    if on.autocast_bytes is not None:
-        query, key, value = (cast(on, one, on.autocast_bytes) for one in (query, key, value))
+    if context.autocast_bytes is not None:
+        query, key, value = (cast(context, one, context.autocast_bytes) for one in (query, key, value))
     shape = (rows, heads, tokens, key.shape[1])
-    gradients = [Gradient(query.values, query.item_bytes), Gradient(key.values, key.item_bytes)]
-    scores = on.tape.record([query, key], on.tape.tensor(shape, query.item_bytes), gradients, [query.storage, key.storage])
-    scores = scale(on, scores)
-    scores = on.tape.record([scores], on.tape.tensor(shape, scores.item_bytes), [Gradient(scores.values, scores.item_bytes, is_shared=True)])
-    if not on.is_gpu:
-        scores = cast(on, scores, FLOAT)
-    weights = on.tape.tensor(shape, FLOAT)
-    weights = on.tape.record([scores], weights, [Gradient(scores.values, scores.item_bytes)], [weights.storage])
-    weights = cast(on, weights, query.item_bytes)
-    gradients = [Gradient(weights.values, weights.item_bytes), Gradient(value.values, value.item_bytes)]
-    output = on.tape.tensor(query.shape, query.item_bytes)
-    return copy(on, on.tape.record([weights, value], output, gradients, [weights.storage, value.storage]), *query.shape)
+    gradients = [Gradient(query.numel, query.item_bytes), Gradient(key.numel, key.item_bytes)]
+    scores = context.tape.record([query, key], context.tape.tensor(shape, query.item_bytes), gradients, [query.storage, key.storage])
+    scores = scale(context, scores)
+    scores = context.tape.record([scores], context.tape.tensor(shape, scores.item_bytes), [Gradient(scores.numel, scores.item_bytes, is_shared=True)])
+    if not context.is_gpu:
+        scores = cast(context, scores, FLOAT32_BYTES)
+    weights = context.tape.tensor(shape, FLOAT32_BYTES)
+    weights = context.tape.record([scores], weights, [Gradient(scores.numel, scores.item_bytes)], [weights.storage])
+    weights = cast(context, weights, query.item_bytes)
+    gradients = [Gradient(weights.numel, weights.item_bytes), Gradient(value.numel, value.item_bytes)]
+    output = context.tape.tensor(query.shape, query.item_bytes)
+    return copy_view(context, context.tape.record([weights, value], output, gradients, [weights.storage, value.storage]), *query.shape)

@@ -1,4 +1,4 @@
-"""The memory plan of a job: expected peak and upper bound for each rank, in parts."""
+"""Plans the memory of a job: the expected peak of each rank, its parts, and its upper bound."""
 
 from __future__ import annotations
 
@@ -6,57 +6,58 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune_api.memory.architecture import ModelShape
-from finetune_api.memory.description import Description, Facts, describe_step
+from finetune_api.memory.description import RunFacts, StepDescription, describe_step
 from finetune_api.memory.layers import TrainedWeights, build_decoder
 from finetune_api.memory.replay import replay
-from finetune_api.memory.tape import Meter, Tape
+from finetune_api.memory.tape import MemoryMeter, Tape
 from finetune_api.rules import LORA_METHODS, batch_split, divisors
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.enums import MethodType
 from finetune_api.status import MemoryParts, MemoryPlan
 
 CONTEXT_BYTES = 500 * 2**20
-"""Memory of the CUDA context and the loaded kernels, outside torch's allocator."""
+"""Memory of the CUDA context and the loaded kernels. Torch's allocator does not count it."""
 COMMUNICATION_BYTES = 700 * 2**20
-"""Buffers of NCCL on each of several ranks."""
+"""Memory of NCCL's buffers on each rank of a job with several ranks."""
 WORKSPACE_BYTES = 80 * 10**6
-"""Workspaces of cuBLAS. Measured peaks on an H200 are so much above the replay (benchmarks/results/gpu_cells.json)."""
+"""Memory of cuBLAS' workspaces. Peaks measured on an H200 exceed the replay by this amount (benchmarks/results/gpu_cells.json)."""
 FRAGMENTATION = 0.03
-"""Memory that torch reserves but does not use, as a share of what it uses. Replays of published runs: benchmarks/results/memory_published.json."""
+"""Share of memory that torch reserves in addition to what it uses. Source: replays of published runs (benchmarks/results/memory_published.json)."""
 UPPER_MARGIN = 0.07
-"""By how much the upper bound exceeds the expected peak, for runs that were compared with measured peaks."""
+"""Share by which the upper bound exceeds the expected peak, for steps that were compared with measured peaks."""
 UNCHECKED_MARGIN = 0.15
+"""Share by which the upper bound exceeds the expected peak, for steps that were not compared with measured peaks."""
 CHECKPOINTING_PATH = "training.gradientCheckpointing"
 MICRO_BATCH_PATH, ACCUMULATION_PATH = "training.batchSizePerDevice", "training.gradientAccumulationSteps"
 BATCH_PATHS = (MICRO_BATCH_PATH, ACCUMULATION_PATH)
 STRATEGY_PATH, GPUS_PATH, POOL_PATH = "distributed.strategy", "resources.gpusPerNode", "resources.nodePool"
-LARGEST_BATCH = 1024
+MAX_MICRO_BATCH = 1024
 
 
 @dataclass(frozen=True)
 class JobPlan:
-    """A memory plan with what it assumes."""
+    """The memory plan of a job, with its assumptions."""
 
     memory: MemoryPlan
     assumptions: tuple[str, ...] = ()
-    recomputed_layers: int = 0
-    layers: int = 0
+    recomputed_layer_count: int = 0
+    layer_count: int = 0
 
     def fits(self, memory_bytes: int) -> bool:
-        """Whether the upper bound fits into so much memory."""
+        """Whether the upper bound is at most `memory_bytes`."""
         return self.memory.upper_bytes <= memory_bytes
 
 
-def plan_memory(spec: FineTuneJobSpec, shape: ModelShape, facts: Facts | None = None) -> JobPlan:
+def plan_memory(spec: FineTuneJobSpec, shape: ModelShape, facts: RunFacts | None = None) -> JobPlan:
     """Plan the memory of a resolved spec. Errors: those of `describe_step`."""
     description = describe_step(spec, shape, facts)
-    return JobPlan(_plan(description), description.assumptions, description.step.recomputed_layers, shape.layers)
+    return JobPlan(_plan_step(description), description.assumptions, description.step.recomputed_layer_count, shape.layer_count)
 
 
-def _plan(description: Description) -> MemoryPlan:
+def _plan_step(description: StepDescription) -> MemoryPlan:
     step = description.step
     peak = replay(step)
-    parts = {part.value: count for part, count in peak.parts.items()}
+    parts = {part.value: byte_count for part, byte_count in peak.bytes_by_part.items()}
     if step.kernels.is_gpu:
         parts["buffers"] += WORKSPACE_BYTES
         parts["fragmentation"] = int(FRAGMENTATION * sum(parts.values()))
@@ -67,23 +68,26 @@ def _plan(description: Description) -> MemoryPlan:
 
 
 def count_parameters(shape: ModelShape) -> int:
-    """Number of values in the weights of a model."""
-    return sum(one.values for one in build_decoder(Tape(Meter()), shape, TrainedWeights(1, 1, trains_base=False)).parameters())
+    """Return the number of parameters of a model."""
+    return sum(one.numel for one in build_decoder(Tape(MemoryMeter()), shape, TrainedWeights(1, 1, trains_base_weights=False)).parameters())
 
 
-def largest_batch(spec: FineTuneJobSpec, shape: ModelShape, memory_bytes: int, facts: Facts | None = None) -> int:
-    """Return the largest `training.batchSizePerDevice` whose upper bound fits; 0 if none does. It divides `training.effectiveBatchSize`, if that is set."""
+def find_largest_micro_batch(spec: FineTuneJobSpec, shape: ModelShape, memory_bytes: int, facts: RunFacts | None = None) -> int:
+    """Return the largest `training.batchSizePerDevice` whose upper bound fits, at most MAX_MICRO_BATCH; 0 if none fits.
+
+    If `training.effectiveBatchSize` is set, the result divides the rows that one rank processes in an optimizer step.
+    """
 
     def fits(rows: int) -> bool:
         return plan_memory(change_spec(spec, {"training.batchSizePerDevice": rows}), shape, facts).fits(memory_bytes)
 
     if spec.training.effective_batch_size is not None:
         micro_batch, accumulation = batch_split(spec)
-        return max((rows for rows in divisors(micro_batch * accumulation) if rows <= LARGEST_BATCH and fits(rows)), default=0)
+        return max((rows for rows in divisors(micro_batch * accumulation) if rows <= MAX_MICRO_BATCH and fits(rows)), default=0)
     if not fits(1):
         return 0
     fitting, too_large = 1, 2
-    while too_large <= LARGEST_BATCH and fits(too_large):
+    while too_large <= MAX_MICRO_BATCH and fits(too_large):
         fitting, too_large = too_large, 2 * too_large
     while too_large - fitting > 1:
         middle = (fitting + too_large) // 2
@@ -91,18 +95,18 @@ def largest_batch(spec: FineTuneJobSpec, shape: ModelShape, memory_bytes: int, f
     return fitting
 
 
-def gigabytes(count: int) -> str:
-    """Return a number of bytes as text with three digits."""
-    return f"{count / 1e9:.2f} GB" if count < 10**10 else f"{count / 1e9:.1f} GB"
+def format_gigabytes(byte_count: int) -> str:
+    """Return a number of bytes as text in GB, with two decimals below 10 GB and one decimal otherwise."""
+    return f"{byte_count / 1e9:.2f} GB" if byte_count < 10**10 else f"{byte_count / 1e9:.1f} GB"
 
 
 def batch_values(micro_batch: int, accumulation: int) -> dict[str, Any]:
-    """Return micro-batch and accumulation by spec path."""
+    """Return the values of `training.batchSizePerDevice` and `training.gradientAccumulationSteps` by spec path."""
     return {MICRO_BATCH_PATH: micro_batch, ACCUMULATION_PATH: accumulation}
 
 
 def change_spec(spec: FineTuneJobSpec, values: dict[str, Any]) -> FineTuneJobSpec:
-    """Return a spec with some values changed, by spec path. A changed method loses the settings that it cannot have."""
+    """Return a copy of a spec with some values changed, by spec path. If `method.type` changes, settings that the new method cannot have are removed."""
     changed = spec.with_values(values)
     if "method.type" not in values:
         return changed

@@ -1,9 +1,9 @@
-"""Counts the bytes that automatic differentiation holds, without computing anything.
+"""Counts the bytes that automatic differentiation keeps in memory. It computes no values.
 
-A `Tensor` has a shape and a number of bytes for each value, and no values. A `Tape` records operations as torch's autograd does: each operation
-keeps references to the tensors that its backward pass needs. The bytes of a tensor are freed when its last reference disappears, as in torch, so
-a function that uses these tensors must keep its local variables exactly as long as the layer that it describes. This needs CPython, which
-deletes an object together with its last reference.
+A `Tensor` has a shape and a number of bytes for each value, but no values. A `Tape` records operations as torch's autograd does: each operation
+keeps references to the tensors that its backward pass needs. As in torch, a tensor is freed together with its last reference. A function that
+replays a layer must therefore keep its local variables exactly as long as the code of that layer does. This requires CPython, which deletes an
+object at once when its last reference disappears.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from enum import StrEnum
 from math import prod
 
 
-class Part(StrEnum):
-    """What memory is used for."""
+class MemoryPart(StrEnum):
+    """One use of memory in a training step."""
 
     WEIGHTS = "weights"
     GRADIENTS = "gradients"
@@ -26,43 +26,43 @@ class Part(StrEnum):
     BUFFERS = "buffers"
 
 
-class Meter:
-    """Bytes that are in use now, and the parts of the largest number so far."""
+class MemoryMeter:
+    """Counts the bytes in use, in total and by part, and remembers their peak."""
 
     def __init__(self) -> None:
-        self.live = dict.fromkeys(Part, 0)
-        self.total = self.peak = 0
-        self.peak_parts = dict(self.live)
+        self.bytes_by_part = dict.fromkeys(MemoryPart, 0)
+        self.total_bytes = self.peak_bytes = 0
+        self.peak_bytes_by_part = dict(self.bytes_by_part)
 
-    def add(self, part: Part, count: int) -> None:
-        """Count an allocation; a negative count is a release."""
-        self.live[part] += count
-        self.total += count
-        if self.total > self.peak:
-            self.peak = self.total
-            self.peak_parts = dict(self.live)
+    def add(self, part: MemoryPart, byte_count: int) -> None:
+        """Count an allocation. A negative `byte_count` counts a release."""
+        self.bytes_by_part[part] += byte_count
+        self.total_bytes += byte_count
+        if self.total_bytes > self.peak_bytes:
+            self.peak_bytes = self.total_bytes
+            self.peak_bytes_by_part = dict(self.bytes_by_part)
 
-    def move(self, source: Part, target: Part, count: int) -> None:
-        """Count bytes as another part from now on."""
-        self.live[source] -= count
-        self.live[target] += count
+    def move(self, old_part: MemoryPart, new_part: MemoryPart, byte_count: int) -> None:
+        """Count bytes as `new_part` that were counted as `old_part` so far."""
+        self.bytes_by_part[old_part] -= byte_count
+        self.bytes_by_part[new_part] += byte_count
 
 
 class Storage:
-    """One allocation. Its bytes are counted as long as the object exists."""
+    """One allocation. The meter counts its bytes as long as this object exists."""
 
-    __slots__ = ("count", "meter", "part")
+    __slots__ = ("byte_count", "meter", "part")
 
-    def __init__(self, meter: Meter, count: float, part: Part) -> None:
-        self.meter, self.count, self.part = meter, int(count), part
-        meter.add(part, self.count)
+    def __init__(self, meter: MemoryMeter, byte_count: float, part: MemoryPart) -> None:
+        self.meter, self.byte_count, self.part = meter, int(byte_count), part
+        meter.add(part, self.byte_count)
 
     def __del__(self) -> None:
-        self.meter.add(self.part, -self.count)
+        self.meter.add(self.part, -self.byte_count)
 
-    def rename(self, part: Part) -> None:
-        """Count the allocation as another part."""
-        self.meter.move(self.part, part, self.count)
+    def count_as(self, part: MemoryPart) -> None:
+        """Count the bytes of this allocation as another part."""
+        self.meter.move(self.part, part, self.byte_count)
         self.part = part
 
 
@@ -72,32 +72,32 @@ class Parameter:
 
     shape: tuple[int, ...]
     item_bytes: float
-    """Bytes of each value; fractions for weights of less than 8 bits."""
+    """Bytes of one value. A weight of less than 8 bits has a fraction, such as 0.5."""
     storage: Storage
     is_trained: bool = False
-    shards: int = 1
-    """Number of ranks among which gradient and optimizer state are split."""
+    gradient_shards: int = 1
+    """Number of ranks among which the gradient is split."""
     gradient: Storage | None = None
-    cast: Storage | None = None
-    """Copy in the precision of autocast. Autocast keeps it until the end of the forward pass."""
+    autocast_copy: Storage | None = None
+    """A copy in the precision of autocast, which autocast keeps until the end of the forward pass."""
 
     @property
-    def values(self) -> int:
+    def numel(self) -> int:
         return prod(self.shape)
 
 
 @dataclass(eq=False)
 class Tensor:
-    """A tensor without values. Views share the storage."""
+    """A tensor without values. A view of it has the same storage."""
 
     shape: tuple[int, ...]
     item_bytes: float
     storage: Storage
     node: Node | None = None
-    """The operation that computed the tensor; None if no gradient is needed."""
+    """The operation that computed the tensor; None if the tensor needs no gradient."""
 
     @property
-    def values(self) -> int:
+    def numel(self) -> int:
         return prod(self.shape)
 
     def view(self, *shape: int) -> Tensor:
@@ -109,12 +109,12 @@ class Tensor:
 class Gradient:
     """The gradient of one input of an operation."""
 
-    values: int
+    numel: int
     item_bytes: float
     is_shared: bool = False
-    """Whether it is the gradient of the output itself, or a view of it."""
+    """Whether this gradient shares the memory of the output's gradient, so that it needs no allocation."""
     temporary_bytes: tuple[float, ...] = ()
-    """Temporary allocations while the gradient is computed."""
+    """Bytes of each allocation that exists only while the gradient is computed."""
 
 
 @dataclass(eq=False)
@@ -124,9 +124,9 @@ class Node:
     inputs: tuple[Node | Parameter | None, ...]
     gradients: tuple[Gradient, ...]
     saved: list[Storage]
-    part: Part
+    part: MemoryPart
     segment: Segment | None = None
-    """The layer that recomputes what this operation needs; None if the operation has saved it."""
+    """The layer that recomputes the tensors which this operation needs. None: the operation has saved them."""
 
 
 @dataclass(eq=False)
@@ -135,33 +135,33 @@ class Segment:
 
     recompute: Callable[[], None]
     nodes: list[Node] = field(default_factory=list)
-    saved_count: int = 0
-    """Tensors that the layer would have saved. The recomputation stops after the last of them."""
+    saved_tensor_count: int = 0
+    """Number of tensors that the layer would save without recomputation. The recomputation stops when it has computed all of them."""
     is_recomputed: bool = False
 
 
 class _AllRecomputed(Exception):
-    """Stops the recomputation of a layer."""
+    """Stops the recomputation of a layer, because all tensors that its backward pass needs exist."""
 
 
 class Tape:
-    """Records operations and runs the backward pass."""
+    """Records operations and replays their backward pass."""
 
-    def __init__(self, meter: Meter) -> None:
+    def __init__(self, meter: MemoryMeter) -> None:
         self.meter = meter
         self.nodes: list[Node] = []
-        self.part = Part.ACTIVATIONS
-        self.converted: list[Parameter] = []
-        """Weights whose copies autocast keeps."""
+        self.part = MemoryPart.ACTIVATIONS
+        self.converted_weights: list[Parameter] = []
+        """Weights of which autocast keeps a converted copy."""
         self._segment: Segment | None = None
         self._recomputed: list[Node] | None = None
         self._still_to_save = 0
 
-    def allocate(self, count: float, part: Part | None = None) -> Storage:
-        """Allocate bytes. They are freed with the last reference to the result."""
-        return Storage(self.meter, count, part or self.part)
+    def allocate(self, byte_count: float, part: MemoryPart | None = None) -> Storage:
+        """Allocate bytes, by default for the tape's current part. They are freed with the last reference to the result."""
+        return Storage(self.meter, byte_count, part or self.part)
 
-    def tensor(self, shape: Sequence[int], item_bytes: float, part: Part | None = None) -> Tensor:
+    def tensor(self, shape: Sequence[int], item_bytes: float, part: MemoryPart | None = None) -> Tensor:
         """Return a new tensor that needs no gradient."""
         return Tensor(tuple(shape), item_bytes, self.allocate(prod(shape) * item_bytes, part))
 
@@ -172,7 +172,7 @@ class Tape:
         gradients: Sequence[Gradient],
         saved: Sequence[Storage] = (),
     ) -> Tensor:
-        """Record the operation that computed `output` and return `output`. `gradients`: one for each input, in the same order."""
+        """Record the operation that computed `output`, and return `output`. `gradients`: one for each input, in the order of the inputs."""
         sources = tuple(one.node if isinstance(one, Tensor) else one if one.is_trained else None for one in inputs)
         if all(source is None for source in sources):
             return output
@@ -186,13 +186,13 @@ class Tape:
             return output
         if self._segment is not None:
             self._segment.nodes.append(node)
-            self._segment.saved_count += len(node.saved)
+            self._segment.saved_tensor_count += len(node.saved)
             node.saved = []
         self.nodes.append(node)
         return output
 
-    def recomputed(self, layer: Callable[[Tensor], Tensor], hidden: Tensor, *, offloads_input: bool = False) -> Tensor:
-        """Run a layer that saves only its input. `offloads_input`: the input is moved to host memory until the backward pass."""
+    def run_recomputed(self, layer: Callable[[Tensor], Tensor], hidden: Tensor, *, offloads_input: bool = False) -> Tensor:
+        """Run a layer that saves only its input. `offloads_input`: whether the input is moved to host memory until the backward pass."""
         shape, item_bytes, node = hidden.shape, hidden.item_bytes, hidden.node
         kept = None if offloads_input else hidden.storage
 
@@ -206,7 +206,7 @@ class Tape:
             self._segment = None
 
     def backward(self) -> None:
-        """Run the backward pass of all recorded operations and forget them."""
+        """Replay the backward pass of all recorded operations, and remove these operations from the tape."""
         pending: dict[int, Storage] = {}
         if self.nodes:
             pending[id(self.nodes[-1])] = self.allocate(4)
@@ -228,24 +228,24 @@ class Tape:
             if gradient.is_shared:
                 computed.append((source, arriving))
                 continue
-            temporary = [self.allocate(count, node.part) for count in gradient.temporary_bytes]
-            computed.append((source, self.allocate(gradient.values * gradient.item_bytes, node.part)))
+            temporary = [self.allocate(byte_count, node.part) for byte_count in gradient.temporary_bytes]
+            computed.append((source, self.allocate(gradient.numel * gradient.item_bytes, node.part)))
             del temporary
         node.saved.clear()
         del arriving
         for source, storage in computed:
             if isinstance(source, Parameter):
-                accumulate(source, storage)
+                accumulate_gradient(source, storage)
             else:
                 pending.setdefault(id(source), storage)  # a second gradient is added in place
 
     def _recompute(self, segment: Segment) -> None:
-        """Compute what the operations of a layer need for their backward pass."""
+        """Run a layer again, to compute the tensors that its operations need for their backward pass."""
         segment.is_recomputed = True
-        self._recomputed, self._still_to_save = [], segment.saved_count
-        part, self.part = self.part, Part.ACTIVATIONS
+        self._recomputed, self._still_to_save = [], segment.saved_tensor_count
+        part, self.part = self.part, MemoryPart.ACTIVATIONS
         try:
-            if segment.saved_count:
+            if segment.saved_tensor_count:
                 segment.recompute()
         except _AllRecomputed:
             pass
@@ -257,14 +257,14 @@ class Tape:
             self.end_autocast()
 
     def end_autocast(self) -> None:
-        """Drop the copies of weights that autocast keeps."""
-        for one in self.converted:
-            one.cast = None
-        self.converted.clear()
+        """Free the converted copies of weights that autocast keeps."""
+        for weight in self.converted_weights:
+            weight.autocast_copy = None
+        self.converted_weights.clear()
 
     @contextmanager
-    def counted_as(self, part: Part) -> Iterator[None]:
-        """Count allocations as this part."""
+    def counted_as(self, part: MemoryPart) -> Iterator[None]:
+        """Return a context manager, within which the tape counts allocations as `part`."""
         before, self.part = self.part, part
         try:
             yield
@@ -272,11 +272,11 @@ class Tape:
             self.part = before
 
 
-def accumulate(parameter: Parameter, storage: Storage) -> None:
-    """Add a gradient to the parameter's gradient. The first gradient becomes the parameter's own."""
+def accumulate_gradient(parameter: Parameter, gradient: Storage) -> None:
+    """Add a gradient to the parameter's gradient. The first gradient is kept as the parameter's gradient; later ones are added in place."""
     if parameter.gradient is not None:
         return
-    if parameter.shards > 1:  # the sum of all ranks is split among them
-        storage = Storage(storage.meter, storage.count / parameter.shards, Part.GRADIENTS)
-    storage.rename(Part.GRADIENTS)
-    parameter.gradient = storage
+    if parameter.gradient_shards > 1:  # each rank keeps its share of the sum over all ranks
+        gradient = Storage(gradient.meter, gradient.byte_count / parameter.gradient_shards, MemoryPart.GRADIENTS)
+    gradient.count_as(MemoryPart.GRADIENTS)
+    parameter.gradient = gradient

@@ -1,6 +1,7 @@
-"""Cross-field rules: each rule refuses combinations of fields that cannot work. The CRD (with CEL), the operator, the CLI and the trainer use
-these rules. Each module contains the rules for one part of the spec. The order of the modules is the order of the reported problems.
-The trainer itself contains the checks that need the model or the data, and runs them before the first step.
+"""Cross-field rules: each rule refuses combinations of fields that cannot work.
+
+The CRD (with CEL), the operator, the CLI and the trainer use these rules. Each module contains the rules for one group of the spec. Problems are
+reported in the order of the modules. Checks that need the model or the data are in the trainer, which runs them before the first step.
 """
 
 # ruff: noqa: I001  the order of these imports is the order in which problems are reported
@@ -12,7 +13,7 @@ from finetune_api.rules.base import (
     ExecutionTarget,
     new_problems,
     without_defaults,
-    check,
+    check_spec,
     raise_first_finding,
     enforce_rules,
     rule,
@@ -72,7 +73,7 @@ from finetune_api.rules import training
 from finetune_api.rules.training import MAX_ACCUMULATION
 from finetune_api.rules.training import OPTIMIZERS, optimizer_hint
 from finetune_api.rules import strategies
-from finetune_api.rules.strategies import OPTIMIZERS_FOR_SHARDED_WEIGHTS, incompatible_with_deepspeed, incompatible_with_fsdp, incompatible_with_zero3
+from finetune_api.rules.strategies import OPTIMIZERS_FOR_SHARDED_WEIGHTS, find_deepspeed_conflicts, find_fsdp_conflicts, find_zero3_conflicts
 from finetune_api.rules import results
 from finetune_api.rules import benchmarks
 from finetune_api.rules import serving
@@ -84,8 +85,8 @@ from finetune_api.rules import placement
 from finetune_api.rules import quantities
 from finetune_api.rules import existing_result
 from finetune_api.rules.existing_result import is_prepared
-from finetune_api.rules.warnings import ALL_MODULES, warnings
-from finetune_api.rules.rewards import REWARD_PARAMETERS, invalid_parameters
+from finetune_api.rules.warnings import ALL_MODULES, find_warnings
+from finetune_api.rules.rewards import REWARD_PARAMETERS, find_invalid_parameters
 
 RULE_MODULES = (
     required_fields, methods, objectives, generation, vision, data, training, strategies, results, benchmarks, serving, storage, model_cache,
@@ -127,7 +128,7 @@ __all__ = [
     "batch_split",
     "benchmarks_after_training",
     "trains_base_weights",
-    "check",
+    "check_spec",
     "compares_answers",
     "compares_metrics",
     "constant_default",
@@ -160,10 +161,10 @@ __all__ = [
     "uses_loftq",
     "trainer_type_of",
     "writes_predictions",
-    "incompatible_with_deepspeed",
-    "incompatible_with_fsdp",
-    "incompatible_with_zero3",
-    "invalid_parameters",
-    "warnings",
+    "find_deepspeed_conflicts",
+    "find_fsdp_conflicts",
+    "find_zero3_conflicts",
+    "find_invalid_parameters",
+    "find_warnings",
     "world_size",
 ]

@@ -1,8 +1,8 @@
-"""The type of a rule, and functions that run rules.
+"""Registers rules and runs them.
 
-A rule is a function with a code that yields the problems of a spec. Rules need a spec without filled-in defaults: either the user's spec
-or the result of `without_defaults`. Rules also refuse options without effect. If CEL can express a rule, the registration contains the
-CEL expression.
+A rule has a code, and a function that yields the problems of a spec. Rules also refuse options without effect. They need a
+spec without filled-in defaults: either the user's spec or the result of `without_defaults`. A rule that CEL can express is registered together
+with its CEL expression, so that the API server checks it too.
 """
 
 from __future__ import annotations
@@ -17,69 +17,75 @@ from finetune_api.spec import FineTuneJobSpec
 
 
 class ExecutionTarget(StrEnum):
-    """Place where the job runs. Some options are only possible in local runs."""
+    """Where a job runs. Some options are possible only in a cluster, others only in a local run."""
 
     CLUSTER = "cluster"
-    """In a cluster, as a FineTuneJob."""
+    """The job runs in a cluster, as a FineTuneJob."""
     LOCAL = "local"
-    """On the user's machine, with `finetune run --local`."""
+    """The job runs on the user's machine, with `finetune run --local`."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem of a spec: the field's path, the rule's code, the error, and a hint that tells the user what to write."""
+    """One problem of a spec."""
 
     path: str
+    """Path of the wrong field, without the leading `spec.`"""
     code: str
+    """Code of the rule that found the problem."""
     message: str
     hint: str
+    """What the user should write instead."""
 
     def __str__(self) -> str:
         return f"spec.{self.path}: {self.message}; {self.hint}"
 
 
 Findings = Iterator[tuple[str, str, str]]
-"""Yields (path, message, hint) for each problem."""
+"""What a rule yields: (path, message, hint) for each problem."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A registered rule. `cel` is empty if CEL cannot express the rule."""
+    """A registered rule."""
 
     code: str
     find_problems: Callable[[FineTuneJobSpec, ExecutionTarget], Findings]
     cel: str = ""
+    """The CEL expression that the API server evaluates; empty if CEL cannot express the rule."""
     message: str = ""
+    """Error message of the API server if the CEL expression is false."""
 
 
 RULES: list[Rule] = []
+"""All registered rules, in the order in which they run."""
 
 
 def rule(
     code: str, *, cel: str = "", message: str = ""
 ) -> Callable[[Callable[[FineTuneJobSpec, ExecutionTarget], Findings]], Callable[..., Findings]]:
-    """Register a rule. `message` is the API server's error message if `cel` is false."""
+    """Return a decorator that registers a function as a rule. `message`: the API server's error message if `cel` is false."""
 
-    def register(find: Callable[[FineTuneJobSpec, ExecutionTarget], Findings]) -> Callable[..., Findings]:
-        RULES.append(Rule(code, find, cel, message))
-        return find
+    def register(find_problems: Callable[[FineTuneJobSpec, ExecutionTarget], Findings]) -> Callable[..., Findings]:
+        RULES.append(Rule(code, find_problems, cel, message))
+        return find_problems
 
     return register
 
 
-def check(spec: FineTuneJobSpec, *, target: ExecutionTarget = ExecutionTarget.CLUSTER) -> list[Problem]:
+def check_spec(spec: FineTuneJobSpec, *, target: ExecutionTarget = ExecutionTarget.CLUSTER) -> list[Problem]:
     """Return all problems of a spec, in the order of `RULES`."""
     return [Problem(path, entry.code, message, hint) for entry in RULES for path, message, hint in entry.find_problems(spec, target)]
 
 
 def new_problems(old_spec: FineTuneJobSpec, new_spec: FineTuneJobSpec) -> list[Problem]:
-    """Return the problems of `after` that `before` does not have. A change of a spec is refused only because of new problems."""
-    known_problems = {(problem.code, problem.path) for problem in check(old_spec)}
-    return [problem for problem in check(new_spec) if (problem.code, problem.path) not in known_problems]
+    """Return the problems of `new_spec` that `old_spec` does not have. A change of a spec is refused only because of new problems."""
+    known_problems = {(problem.code, problem.path) for problem in check_spec(old_spec)}
+    return [problem for problem in check_spec(new_spec) if (problem.code, problem.path) not in known_problems]
 
 
 def without_defaults(spec: FineTuneJobSpec, filled_paths: Iterable[str]) -> FineTuneJobSpec:
-    """Return a copy of a resolved spec without the values at the paths `filled`. Rules need a spec without filled-in defaults."""
+    """Return a copy of a resolved spec without the defaults at `filled_paths`. Rules need such a spec."""
     value = spec.to_wire()
     for path in filled_paths:
         *groups, name = path.split(".")
@@ -98,13 +104,13 @@ def _without_empty(value: Any) -> Any:
 
 
 def raise_first_finding(code: str, findings: Findings) -> None:
-    """Raise the first finding as ConfigError with `code`. Without findings, do nothing."""
+    """Raise the first finding as a ConfigError with this code. Return if there is no finding."""
     for _, message, hint in findings:
         raise ConfigError(code, message, hint=hint)
 
 
 def enforce_rules(spec: FineTuneJobSpec, *codes: str) -> None:
-    """Check the rules with these codes, and raise the first problem as ConfigError with the rule's code."""
+    """Run the rules with these codes. Raise the first problem as a ConfigError with the rule's code."""
     for entry in RULES:
         if entry.code in codes:
             for path, message, hint in entry.find_problems(spec, ExecutionTarget.CLUSTER):

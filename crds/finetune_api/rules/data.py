@@ -1,4 +1,4 @@
-"""Rules for `spec.dataset`: split sizes, and options without effect."""
+"""Rules for `spec.dataset`: file types, split ratios, and options that have no effect or contradict each other."""
 
 from __future__ import annotations
 
@@ -40,23 +40,23 @@ def check_split_ratios(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findin
     split = spec.dataset.split
     if split is None:
         return
-    parts = {name: getattr(split, name) for name in ("train", "validation", "test") if getattr(split, name) is not None}
-    total = sum(parts.values())
-    text = " + ".join(f"{name} {value:g}" for name, value in parts.items())
+    ratios = {name: getattr(split, name) for name in ("train", "validation", "test") if getattr(split, name) is not None}
+    total = sum(ratios.values())
+    text = " + ".join(f"{name} {ratio:g}" for name, ratio in ratios.items())
     if split.train is not None and not math.isclose(total, 1.0, abs_tol=1e-6):
         yield (
             "dataset.split",
-            f"{text} = {total:g}, but the sum of the parts must be 1",
-            "change one of the parts, or remove dataset.split.train to use all remaining rows for training",
+            f"{text} = {total:g}, but the sum of the ratios must be 1",
+            "change one of the ratios, or remove dataset.split.train to use all remaining rows for training",
         )
     elif split.train is None and total >= 1:
-        yield "dataset.split", f"{text} = {total:g}, so no rows remain for training", "write smaller fractions"
+        yield "dataset.split", f"{text} = {total:g}, so no rows remain for training", "write smaller ratios"
     for name in ("validation", "test"):
-        if parts.get(name) and getattr(spec.dataset, name) is not None:
+        if ratios.get(name) and getattr(spec.dataset, name) is not None:
             yield (
                 f"dataset.split.{name}",
-                f"{parts[name]:g}, but dataset.{name} is given as well",
-                "remove one of the two",
+                f"{ratios[name]:g}, but dataset.{name} is given as well",
+                f"remove dataset.{name} or dataset.split.{name}",
             )
 
 
@@ -88,10 +88,10 @@ def check_data_options(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findin
         path = f"dataset.templateVariables.{name}"
         if dataset.use_chat_template is False:
             yield path, f"{path} has no effect with `useChatTemplate: false`", "remove templateVariables or useChatTemplate"
-        elif name in VARIABLES_OF_ROWS:
-            yield path, f"{name!r} has a value in every template, which templateVariables cannot replace", "remove it, or write a name that the template itself introduces"
-        elif not name.isidentifier() or name in WORDS_OF_JINJA:
-            yield path, f"{name!r} cannot be a variable of the template", "write a name of letters, digits and underscores that is no word of Jinja"
+        elif name in ROW_VARIABLES:
+            yield path, f"{name!r} has a value in every template, and templateVariables cannot change this value", f"remove {name}, or rename the variable in the template"
+        elif not name.isidentifier() or name in JINJA_KEYWORDS:
+            yield path, f"{name!r} cannot be the name of a variable in a template", "write a name of letters, digits and underscores that is not a keyword of Jinja"
     options = dataset.response_only
     if options is not None and (options.question_marker or options.answer_marker):
         if options.enabled is False:
@@ -103,34 +103,36 @@ def check_data_options(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findin
         if not (options.question_marker and options.answer_marker):
             yield (
                 "dataset.responseOnly",
-                "the trainer needs both markers to find the end of an answer",
+                "only one of questionMarker and answerMarker is set, but the trainer needs both to find the end of an answer",
                 "write both questionMarker and answerMarker, or remove both to use the turns of the chat template",
             )
 
 
-VARIABLES_OF_ROWS = (
+ROW_VARIABLES = (
     "messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
     "additional_special_tokens", "range", "dict", "lipsum", "cycler", "joiner", "namespace", "raise_exception", "strftime_now",
 )  # fmt: skip
-"""Names that transformers or Jinja define for each row, so that a default value has no effect."""
-WORDS_OF_JINJA = (
+"""Variables that transformers or Jinja set for each row. A value in `dataset.templateVariables` for such a name would have no effect."""
+JINJA_KEYWORDS = (
     "and", "block", "call", "elif", "else", "endfor", "endif", "extends", "false", "False", "filter", "for", "from", "if", "import", "in", "include", "is",
     "loop", "macro", "none", "None", "not", "or", "recursive", "self", "set", "true", "True", "with",
 )  # fmt: skip
-"""Words of Jinja's syntax, and names to which a template cannot assign."""
+"""Keywords of Jinja, and other names that a template variable cannot have."""
 TEXT_OPTIONS = ("system_prompt", "chat_template", "template_variables", "use_chat_template", "add_eos_token", "add_bos_token", "response_only", "columns")
+"""Fields of `spec.dataset` that have an effect only on rows of text, not on rows of token ids."""
 TEXT_CHECKS = ("validate_json", "pii_scan", "balance")
+"""Fields of `spec.dataset.checks` that have an effect only on rows of text."""
 
 
 @rule("OptionOfTextRows")
 def check_options_of_text_rows(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     dataset, mixture = spec.dataset, spec.dataset.mixture or []
-    given = [f"dataset.mixture[{number}].columns" for number, item in enumerate(mixture) if item.columns is not None and _is_tokenised(spec, item.format)]
+    given = [f"dataset.mixture[{i}].columns" for i, item in enumerate(mixture) if item.columns is not None and _is_tokenised(spec, item.format)]
     if _is_tokenised(spec, None) and all(_is_tokenised(spec, item.format) for item in mixture):
         given += [f"dataset.{to_camel(name)}" for name in TEXT_OPTIONS if getattr(dataset, name) is not None]
         given += [f"dataset.checks.{to_camel(name)}" for name in TEXT_CHECKS if getattr(dataset.checks, name, None)]
     for field in given:
-        yield field, f"{field} has no effect, because rows of format preTokenized are used as they are", f"remove {field}, or give the rows as text"
+        yield field, f"{field} has no effect, because rows of format preTokenized are used unchanged", f"remove {field}, or give the rows as text"
 
 
 def _is_tokenised(spec: FineTuneJobSpec, item_format: DatasetFormat | None) -> bool:
@@ -151,6 +153,6 @@ def check_response_only(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findi
     if options is not None and options.enabled and has_no_turns and not (options.question_marker or options.answer_marker):
         yield (
             "dataset.responseOnly.enabled",
-            f"true, but rows of format {dataset_format} have no turns, so the trainer cannot find the answers",
+            f"true, but rows of format {dataset_format} have no conversation turns, so the trainer cannot find the answers",
             "write questionMarker and answerMarker, or remove responseOnly.enabled",
         )

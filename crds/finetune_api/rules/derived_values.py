@@ -1,4 +1,4 @@
-"""Functions for rules and defaults that compute values from the user's spec and the constant defaults."""
+"""Computes values from the user's spec and the constant defaults, for rules and for other defaults."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from finetune_api.spec.trainer import Generation
 
 
 def constant_default(group: type[Group], field: str) -> Any:
-    """Return the constant default of a field. None: the field has no constant default."""
+    """Return the constant default of a field, or None if the field has no constant default."""
     extra = group.model_fields[field].json_schema_extra
     return extra.get(DEFAULT_KEY) if isinstance(extra, dict) else None
 
 
 def value_or_default(group: Group, field: str) -> Any:
-    """Return the user's value of a field. Without a user's value, return the field's constant default."""
+    """Return the user's value of a field, or the field's constant default if the user did not set it."""
     value = getattr(group, field)
     return constant_default(type(group), field) if value is None else value
 
@@ -56,74 +56,74 @@ def given_bits(spec: FineTuneJobSpec) -> int | None:
 
 
 def trains_base_weights(spec: FineTuneJobSpec) -> bool:
-    """Whether the method trains weights of the base model instead of an adapter."""
+    """Whether the method trains weights of the base model instead of an adapter or prompt."""
     return method_type_of(spec) in BASE_WEIGHT_METHODS
 
 
 def base_bits(spec: FineTuneJobSpec) -> int | None:
-    """Return the bits per weight of the quantised base model. Methods that imply 4 bits are included. None: the base model is not quantised."""
+    """Return the bits per weight of the quantised base model, also if the method implies 4 bits. None: the base model is not quantised."""
     return given_bits(spec) or (4 if method_type_of(spec) is MethodType.QLORA or uses_loftq(spec) else None)
 
 
 def uses_loftq(spec: FineTuneJobSpec) -> bool:
-    """Whether LoftQ initialises the adapter. Both `init: loftq` and the group `loftq` request LoftQ."""
+    """Whether LoftQ initialises the adapter. In `method.lora`, both `init: loftq` and the group `loftq` request LoftQ."""
     lora = spec.method.lora
     return lora is not None and (lora.loftq is not None or lora.init is LoraInit.LOFTQ)
 
 
 INITS_NEEDING_WHOLE_WEIGHTS = (LoraInit.PISSA, LoraInit.OLORA, LoraInit.EVA)
-"""Adapter initialisations that factorise whole weights or activations."""
+"""Adapter initialisations that factorise whole weight matrices or activations."""
 INITS_CHANGING_BASE = (LoraInit.PISSA, LoraInit.OLORA)
 """Adapter initialisations that move a part of the base weights into the adapter."""
 LORA_METHODS = (MethodType.LORA, MethodType.QLORA, MethodType.DORA, MethodType.ADAPTER)
 BASE_WEIGHT_METHODS = (MethodType.FULL, MethodType.SPECTRUM)
-"""Methods that train weights of the base model. All other methods train an adapter."""
+"""Methods that train weights of the base model. All other methods train an adapter or a prompt."""
 PROMPT_METHODS = (MethodType.PREFIX_TUNING, MethodType.PROMPT_TUNING)
 PREFERENCE_TRAINERS = (TrainerType.DPO, TrainerType.ORPO, TrainerType.REWARD)
 OUTPUT_HEADS = ("lm_head", "embed_out", "output_projection")
 
 
 def ranks_per_node(spec: FineTuneJobSpec) -> int:
-    """Return the number of ranks per pod."""
+    """Return the number of ranks in each pod."""
     return spec.resources.processes_per_node or gpus_per_node(spec) or 1
 
 
 def gpus_per_node(spec: FineTuneJobSpec) -> int:
-    """Return the number of GPUs per pod."""
+    """Return the number of GPUs that the trainer uses in each pod."""
     return int(value_or_default(spec.resources, "gpus_per_node"))
 
 
 def generation_server(spec: FineTuneJobSpec) -> Generation | None:
-    """Return the options of the vLLM server that generates the completions of grpo. None: the trainer generates them itself."""
+    """Return the options of the vLLM server that generates the completions for grpo. None: the trainer generates them, or the objective is not grpo."""
     generation = spec.trainer.grpo.generation if spec.trainer.grpo else None
     return generation if generation is not None and generation.backend is GenerationBackend.VLLM else None
 
 
 def gpus_per_pod(spec: FineTuneJobSpec) -> int:
-    """Return the number of GPUs of a training pod: those of the trainer and of the vLLM server in the same pod."""
+    """Return the number of GPUs in each training pod: those of the trainer plus those of the vLLM server in the same pod."""
     server = generation_server(spec)
     return gpus_per_node(spec) + (int(value_or_default(server, "gpus")) if server is not None else 0)
 
 
 def world_size(spec: FineTuneJobSpec) -> int:
-    """Return the number of ranks in all pods."""
+    """Return the number of ranks in all pods together."""
     return int(value_or_default(spec.resources, "nodes")) * ranks_per_node(spec)
 
 
 def data_parallel_size(spec: FineTuneJobSpec) -> int:
-    """Return the number of ranks, or of groups of ranks that share each sequence, that train on different rows."""
+    """Return how many ranks train on different rows. With context parallelism, the ranks that share a sequence count as one."""
     return max(1, world_size(spec) // (spec.distributed.context_parallel_size or 1))
 
 
 def min_batch_size_per_device(spec: FineTuneJobSpec) -> int:
-    """Return the minimum batch size per device. The minimum is 2 for kto, because kto compares the rows of one batch with each other."""
+    """Return the minimum batch size per device. It is 2 for kto, because kto compares the rows of one batch with each other, and 1 otherwise."""
     return 2 if trainer_type_of(spec) is TrainerType.KTO else 1
 
 
 def batch_split(spec: FineTuneJobSpec) -> tuple[int, int]:
-    """Return micro-batch and accumulation steps, as the user wrote them or as they follow from `training.effectiveBatchSize` or the defaults.
+    """Return the micro-batch and the accumulation steps. A value that the user did not set follows from `training.effectiveBatchSize` or the defaults.
 
-    If the effective batch leaves both open, the micro-batch is the largest divisor that is not above its default.
+    If the user set only `training.effectiveBatchSize`, the micro-batch is its largest possible value that does not exceed the default.
     """
     training = spec.training
     micro, accumulation = training.batch_size_per_device, training.gradient_accumulation_steps
@@ -132,22 +132,22 @@ def batch_split(spec: FineTuneJobSpec) -> tuple[int, int]:
     rows = max(1, training.effective_batch_size // data_parallel_size(spec))
     if micro is None and accumulation is None:
         usual = int(value_or_default(training, "batch_size_per_device"))
-        allowed = [part for part in divisors(rows) if part >= min_batch_size_per_device(spec)] or [rows]
-        micro = max((part for part in allowed if part <= usual), default=min(allowed))
+        allowed = [size for size in divisors(rows) if size >= min_batch_size_per_device(spec)] or [rows]
+        micro = max((size for size in allowed if size <= usual), default=min(allowed))
     micro = micro or max(1, rows // (accumulation or 1))
     return micro, accumulation or max(1, rows // micro)
 
 
 def effective_batch(spec: FineTuneJobSpec) -> int:
-    """Return the rows per optimizer step on all ranks together. Ranks that share their sequences count once."""
+    """Return the number of rows in one optimizer step on all ranks together. The rows of ranks that share a sequence count once."""
     micro, accumulation = batch_split(spec)
     return micro * accumulation * data_parallel_size(spec)
 
 
 def divisors(number: int) -> list[int]:
     """Return all divisors of a positive number, in ascending order."""
-    small = [part for part in range(1, math.isqrt(number) + 1) if number % part == 0]
-    return sorted({*small, *(number // part for part in small)})
+    small = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
+    return sorted({*small, *(number // divisor for divisor in small)})
 
 
 def has_validation_set(spec: FineTuneJobSpec) -> bool:
@@ -170,7 +170,7 @@ def evaluates_during_training(spec: FineTuneJobSpec) -> bool:
 
 
 def writes_predictions(spec: FineTuneJobSpec) -> bool:
-    """Whether the trained model answers the test set after training."""
+    """Whether the trained model answers the questions of the test set after training, and the answers are stored."""
     return spec.phases.infer is True
 
 
@@ -183,14 +183,14 @@ def benchmarks_after_training(spec: FineTuneJobSpec) -> list[Benchmark]:
     """Return the benchmarks that the job runs after training. With `phases.evaluate: false` the list is empty."""
     return [] if spec.phases.evaluate is False else list(spec.evaluation.benchmarks or [])
 def prompts_to_compare(spec: FineTuneJobSpec) -> ConfigMapKeyRef | None:
-    """Return the reference to the prompts that base model and trained model answer after training. None: the spec has no prompts."""
+    """Return the reference to the prompts that both the base model and the trained model answer after training. None: the spec has no prompts."""
     return spec.evaluation.comparison.prompts_ref if spec.evaluation.comparison else None
 
 
 def verifies_artefacts(spec: FineTuneJobSpec) -> bool:
     """Whether the stored artefacts are compared with the trained model.
 
-    Without `output.verify`, a job that does not train verifies only what it makes itself: a merged model, or manifests for servers.
+    Without `output.verify`, a job that does not train verifies only if it creates artefacts itself: a merged model or manifests for servers.
     """
     if spec.output.verify is not None:
         return spec.output.verify
@@ -198,19 +198,19 @@ def verifies_artefacts(spec: FineTuneJobSpec) -> bool:
 
 
 def reads_rows_after_training(spec: FineTuneJobSpec) -> bool:
-    """Whether a stage after training reads rows of the data: for metrics, predictions, compared answers, or benchmarks (their end tokens)."""
+    """Whether a stage after training reads rows of the data: for metrics, predictions, compared answers, or the end tokens of benchmarks."""
     reads_questions = bool(metrics_after_training(spec)) or bool(benchmarks_after_training(spec))
     return reads_questions or writes_predictions(spec) or prompts_to_compare(spec) is not None
 
 
 def compares_metrics(spec: FineTuneJobSpec) -> bool:
-    """Whether the metrics of the base model are also measured: for `evaluation.comparison`, or for a gate with `notWorseThanBase`."""
+    """Whether the base model is measured, too: for `evaluation.comparison`, or for a gate with `notWorseThanBase`."""
     has_gate = any(gate.not_worse_than_base is not None for gate in spec.evaluation.gates or [])
     return bool(metrics_after_training(spec)) and (spec.evaluation.comparison is not None or has_gate)
 
 
 def compares_answers(spec: FineTuneJobSpec) -> bool:
-    """Whether the answers of both models are stored: the answers to the prompts of `promptsRef` or, without prompts, to the test questions."""
+    """Whether the answers of base model and trained model are stored: to the prompts of `promptsRef` or, without prompts, to the test questions."""
     return prompts_to_compare(spec) is not None or (spec.evaluation.comparison is not None and compares_metrics(spec))
 
 
@@ -226,14 +226,14 @@ FRACTION_METRICS = (
 )  # fmt: skip
 """Metrics whose values are between 0 and 1."""
 LOWER_IS_BETTER = (GateMetric.LOSS, GateMetric.PERPLEXITY)
-"""Metrics of which a lower value is better."""
+"""Metrics for which a lower value is better."""
 
 
 def exports_oci(spec: FineTuneJobSpec) -> bool:
-    """Whether the job stores the manifest of an OCI artefact beside the model."""
+    """Whether the job stores the manifest of an OCI artefact next to the model."""
     return ExportFormat.OCI in (spec.output.export or [])
 
 
 def pushes_to_hub(spec: FineTuneJobSpec) -> bool:
-    """Return whether the job pushes its final model to a model hub."""
+    """Whether the job pushes its final model to a model hub."""
     return spec.output.hub is not None and spec.output.hub.push is True

@@ -1,4 +1,4 @@
-"""The rule for `policy.onExistingResult`, and the question whether a job is prepared."""
+"""The rule for `policy.onExistingResult`, and the decision whether a pod without GPUs prepares a job."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from finetune_api.rules.derived_values import gpus_per_node
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.enums import OnExistingResult, PrepareStrategy
 
-NEEDS_PREPARATION = (OnExistingResult.ADOPT, OnExistingResult.FAIL)
+MODES_WITH_PREPARATION = (OnExistingResult.ADOPT, OnExistingResult.FAIL)
+"""Values of `policy.onExistingResult` that compare the job with earlier results. The preparation pod makes this comparison."""
 
 
 def is_prepared(spec: FineTuneJobSpec, strategy: PrepareStrategy | None) -> bool:
     """Whether a pod without GPUs prepares the job. `strategy`: `prepare.strategy` of the spec or of the operator's configuration."""
     if spec.phases.train is False:
         return False
-    if spec.policy.on_existing_result in NEEDS_PREPARATION or strategy is PrepareStrategy.ALWAYS:
+    if spec.policy.on_existing_result in MODES_WITH_PREPARATION or strategy is PrepareStrategy.ALWAYS:
         return True
     return strategy is PrepareStrategy.AUTO and gpus_per_node(spec) > 0
 
@@ -28,7 +29,7 @@ def is_prepared(spec: FineTuneJobSpec, strategy: PrepareStrategy | None) -> bool
 )
 def check_existing_result(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     mode = spec.policy.on_existing_result
-    if mode not in NEEDS_PREPARATION:
+    if mode not in MODES_WITH_PREPARATION:
         return
     if spec.prepare.strategy is PrepareStrategy.NEVER:
         yield (
@@ -39,6 +40,6 @@ def check_existing_result(spec: FineTuneJobSpec, target: ExecutionTarget) -> Fin
     if spec.phases.train is False:
         yield (
             "policy.onExistingResult",
-            f"{mode} is for jobs that train, but phases.train is false",
+            f"{mode} has an effect only on jobs that train, but phases.train is false",
             "remove policy.onExistingResult",
         )

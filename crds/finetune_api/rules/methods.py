@@ -1,4 +1,4 @@
-"""Rules for `spec.method` and the base model."""
+"""Rules for `spec.method`, and for the options of `spec.model` that depend on the method."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def check_qlora_bits(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings
     cel="!(has(self.method) && has(self.method.type) && self.method.type == 'full') || !has(self.model.quantization) || !has(self.model.quantization.bits)",
     message="method.type full cannot train quantised weights: remove model.quantization, or write method.type qlora",
 )
-def check_full_bits(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+def check_bits_of_trained_weights(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     bits = given_bits(spec)
     if method_type_of(spec) is MethodType.FULL and bits:
         yield (
@@ -73,7 +73,7 @@ def check_quantization_without_bits(spec: FineTuneJobSpec, target: ExecutionTarg
     if given and quantization.bits is None:
         yield (
             "model.quantization.bits",
-            "without bits, the base model is not quantised and the other fields of model.quantization have no effect",
+            "bits is missing, so the base model is not quantised and the other fields of model.quantization have no effect",
             "write `bits: 4`, or remove model.quantization",
         )
     elif quantization.bits == 8 and given:
@@ -111,7 +111,7 @@ def check_options_of_another_method(spec: FineTuneJobSpec, target: ExecutionTarg
             f"method.lora has no effect, because method.type is {method}",
             "remove method.lora, or write method.type lora, qlora, dora or adapter",
         )
-    methods_with_own_group = set(MethodType) - {method, MethodType.LORA, MethodType.ADAPTER}  # `adapter_source` checks method.adapter
+    methods_with_own_group = set(MethodType) - {method, MethodType.LORA, MethodType.ADAPTER}  # `check_adapter_source` checks method.adapter
     for name, info in type(spec.method).model_fields.items():
         wire = info.alias or name
         if wire in methods_with_own_group and getattr(spec.method, name) is not None:
@@ -127,7 +127,7 @@ def check_options_of_another_method(spec: FineTuneJobSpec, target: ExecutionTarg
             "remove promptLength, or write `type: prefixTuning` or `type: promptTuning`",
         )
     if spec.method.vision is not None and spec.model.modality != "visionLanguage":
-        yield "method.vision", "method.vision has no effect without `model.modality: visionLanguage`", "remove method.vision, or set the modality"
+        yield "method.vision", "method.vision has no effect without `model.modality: visionLanguage`", "remove method.vision, or write `model: {modality: visionLanguage}`"
     if method is MethodType.DORA and spec.method.lora is not None and spec.method.lora.use_dora is False:
         yield "method.lora.useDora", "false, but method.type is dora", "remove useDora, or write `type: lora`"
     if method is MethodType.ADAPTER and spec.method.lora is not None:
@@ -152,7 +152,7 @@ def check_lora_on_head(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findin
         if module in OUTPUT_HEADS:
             yield (
                 "method.lora.targetModules",
-                f"{module!r} is the output head, and a low-rank update of the head cannot be saved and merged reliably",
+                f"{module!r} is the output head, and a LoRA adapter of the head cannot be saved and merged reliably",
                 f"remove {module}; to train the output head write `modulesToSave: [{module}]`",
             )
 
@@ -193,7 +193,7 @@ def check_lora_initialisation(spec: FineTuneJobSpec, target: ExecutionTarget) ->
             "remove init or loftq",
         )
     bits = given_bits(spec)
-    conflicts = list(_incompatible_with_changed_base(spec)) if lora.init in INITS_CHANGING_BASE else []
+    conflicts = list(_find_conflicts_with_changed_base(spec)) if lora.init in INITS_CHANGING_BASE else []
     if conflicts:
         yield (
             "method.lora.init",
@@ -228,11 +228,12 @@ def check_lora_initialisation(spec: FineTuneJobSpec, target: ExecutionTarget) ->
             )
 
 
-def _incompatible_with_changed_base(spec: FineTuneJobSpec) -> Iterator[str]:
-    """Yield the options that conflict with the initialisations in `INITS_CHANGING_BASE`.
+def _find_conflicts_with_changed_base(spec: FineTuneJobSpec) -> Iterator[str]:
+    """Yield each option that cannot be combined with an initialisation in `INITS_CHANGING_BASE`.
 
-    The final adapter is the difference of two low-rank updates. This difference needs unquantised weights and the plain LoRA scale, and
-    cannot contain other trained weights. A second adapter with the same initialisation would remove the same part of the base again.
+    The trainer stores the difference between the trained and the initial low-rank update as the final adapter. This requires unquantised weights,
+    the plain LoRA scale, and no other trained weights. A second adapter with the same initialisation would subtract the same values from the base
+    weights again.
     """
     lora, method, objective = spec.method.lora, method_type_of(spec), trainer_type_of(spec)
     assert lora is not None, "the caller has checked method.lora.init"
@@ -257,7 +258,7 @@ def _incompatible_with_changed_base(spec: FineTuneJobSpec) -> Iterator[str]:
 
 
 def keeps_reference_adapter(spec: FineTuneJobSpec) -> bool:
-    """Whether the reference model is the untrained model. With adapters, the reference model is the base model with a second, frozen adapter."""
+    """Whether the reference model of the objective is the untrained model. With adapters, it is the base model with a second, frozen adapter."""
     match trainer_type_of(spec):
         case TrainerType.DPO | TrainerType.KTO:
             return spec.trainer.dpo is None or spec.trainer.dpo.reference_model is None
@@ -268,19 +269,19 @@ def keeps_reference_adapter(spec: FineTuneJobSpec) -> bool:
 
 
 @rule("BiasBesideReference")
-def check_bias_beside_reference(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+def check_bias_with_reference_model(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     bias = spec.method.lora.bias if spec.method.lora else None
     if bias not in (None, LoraBias.NONE) and keeps_reference_adapter(spec):
         yield (
             "method.lora.bias",
             f"{bias}, but the reference model of {trainer_type_of(spec)} is a frozen copy of the initial adapter and would share the trained biases",
-            "remove it",
+            "remove bias",
         )
 
 
 @rule("NewTokensUntrained")
 def check_new_tokens(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
-    """The method must train the embeddings of new tokens, and the strategy must support larger embeddings."""
+    """Require a method that trains the embeddings of new tokens, and a strategy that supports larger embeddings."""
     tokens, method = spec.model.new_tokens or [], method_type_of(spec)
     if not tokens:
         return
@@ -304,7 +305,7 @@ def check_new_tokens(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings
     if strategy is StrategyType.FSDP and method in LORA_METHODS:
         yield (
             path,
-            "an adapter trains only the new rows of the embeddings, but FSDP cannot shard single rows",
+            "an adapter trains only the embeddings of the new tokens, but FSDP cannot shard single rows of a weight",
             "write `distributed: {strategy: ddp}`, or method full",
         )
     if strategy is StrategyType.DEEPSPEED and deepspeed and deepspeed.zero_stage == 3:
@@ -317,10 +318,10 @@ def check_new_tokens(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings
 
 @rule("HalfWeights")
 def check_half_weights(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
-    """Loss scaling cannot train half-precision weights.
+    """Refuse float16 weights together with loss scaling.
 
-    The rule accepts DeepSpeed, because DeepSpeed keeps a 32-bit copy of the weights. The rule accepts spectrum on a quantised base,
-    because the trained weights then have 32 bits.
+    DeepSpeed is accepted, because it keeps a 32-bit copy of the weights. Spectrum on a quantised base model is accepted, because its trained
+    weights have 32 bits.
     """
     trains_weights = method_type_of(spec) is MethodType.FULL or (
         method_type_of(spec) is MethodType.SPECTRUM and not given_bits(spec)
@@ -347,7 +348,7 @@ def check_spectrum_layers(spec: FineTuneJobSpec, target: ExecutionTarget) -> Fin
             wire = type(spectrum).model_fields[name].alias or name
             yield (
                 f"method.spectrum.{wire}",
-                f"{wire} has no effect, because with `layers` the trainer does not scan the layers",
+                f"{wire} has no effect, because the trainer trains the given layers and does not scan all layers",
                 f"remove {wire} or layers",
             )
 

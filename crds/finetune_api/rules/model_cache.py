@@ -1,4 +1,4 @@
-"""Rules for `model.cache`, and the values of the field."""
+"""Rules for `model.cache`."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import re
 
 from finetune_api.errors import ConfigError
 from finetune_api.rules.base import ExecutionTarget, Findings, rule
-from finetune_api.sources import HubSource, PvcSource, S3Source, parse
+from finetune_api.sources import HubSource, PvcSource, S3Source, parse_source
 from finetune_api.spec import FineTuneJobSpec
 
 NODE_CACHE = "node"
-"""Value of `model.cache`: the cache of the platform on each node."""
+"""Value of `model.cache`: the cache that the platform keeps on each node."""
 NO_CACHE = "none"
 """Value of `model.cache`: no cache, even if the operator's configuration has a default."""
 CACHE_HINT = "write pvc://claim/path, node or none"
 _PRINTABLE_PATTERN = re.compile(r"[!$->@-~]*")
-"""Characters of `model.cache`, as in the CEL rule: printable ASCII characters except space, `"`, `#` and `?`."""
+"""Characters that `model.cache` may contain: printable ASCII except space, `"`, `#` and `?`. The CEL expression allows the same characters."""
 
 
 @rule(
@@ -28,12 +28,12 @@ def check_model_cache(spec: FineTuneJobSpec, target: ExecutionTarget) -> Finding
     if cache == NO_CACHE:
         return
     if target is ExecutionTarget.LOCAL:
-        yield "model.cache", f"{cache} has no effect in a local run, which has no cache", "remove cache"
+        yield "model.cache", f"{cache} has no effect, because a local run has no cache", "remove cache"
         return
     if cache == NODE_CACHE:
         return
     try:
-        is_claim = isinstance(parse(cache, path="model.cache"), PvcSource)
+        is_claim = isinstance(parse_source(cache, spec_path="model.cache"), PvcSource)
     except ConfigError as error:
         yield "model.cache", error.message.removeprefix("model.cache is "), CACHE_HINT
         return
@@ -51,8 +51,8 @@ def check_model_cache_effect(spec: FineTuneJobSpec, target: ExecutionTarget) -> 
 
 
 def can_be_cached(spec: FineTuneJobSpec) -> bool:
-    """Whether the source of the base model names hashes of its files. Without them, a cache could not verify the files."""
+    """Whether the source of the base model has hashes of its files. Without hashes, a cache could not verify the files."""
     try:
-        return isinstance(parse(spec.model.source or ""), HubSource | S3Source)
+        return isinstance(parse_source(spec.model.source or ""), HubSource | S3Source)
     except ConfigError:
         return False

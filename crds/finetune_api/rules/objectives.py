@@ -1,4 +1,4 @@
-"""Rules for objectives (`trainer.type`), their options, and their data formats."""
+"""Rules for the objective (`trainer.type`), its options, and the dataset formats that it can learn from."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from finetune_api.rules.derived_values import (
     value_or_default,
     world_size,
 )
-from finetune_api.rules.rewards import invalid_parameters
+from finetune_api.rules.rewards import find_invalid_parameters
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.enums import (
     DpoLoss,
@@ -31,12 +31,12 @@ def check_format_of_objective(spec: FineTuneJobSpec, target: ExecutionTarget) ->
     given = [("dataset.format", spec.dataset.format)] + [
         (f"dataset.mixture[{i}].format", item.format) for i, item in enumerate(spec.dataset.mixture or [])
     ]
-    for path, form in given:
-        if form is not None and form not in formats:
+    for path, dataset_format in given:
+        if dataset_format is not None and dataset_format not in formats:
             yield (
                 path,
-                f"{form}, but trainer {trainer} cannot learn from {form} rows",
-                f"write `format: {formats[0]}`, or `trainer: {{type: {objective_for_format(form)}}}`",
+                f"{dataset_format}, but trainer {trainer} cannot learn from {dataset_format} rows",
+                f"write `format: {formats[0]}`, or `trainer: {{type: {objective_for_format(dataset_format)}}}`",
             )
 
 
@@ -83,7 +83,7 @@ def check_rewards(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
                 "remove parameters, and write the values into the function",
             )
         elif reward.builtin is not None:
-            yield from invalid_parameters(f"{path}.parameters", reward.builtin, reward.parameters or {})
+            yield from find_invalid_parameters(f"{path}.parameters", reward.builtin, reward.parameters or {})
     names = [
         reward.name or (reward.builtin and reward.builtin.value) or reward.function or "reward"
         for reward in spec.trainer.rewards or []
@@ -109,47 +109,48 @@ def check_options_of_another_objective(spec: FineTuneJobSpec, target: ExecutionT
             "remove maxCompletionLength; dataset.maxSequenceLength limits the length of rows",
         ),
     }
-    for option, (is_given, write) in options.items():
+    for option, (is_given, hint) in options.items():
         if is_given and option not in OBJECTIVES[trainer].options:
-            objectives = " and ".join(", ".join(objectives_that_read(option)).rsplit(", ", 1))
-            yield f"trainer.{option}", f"{option} has an effect only with {objectives}, but trainer.type is {trainer}", write
+            objectives_text = " and ".join(", ".join(objectives_that_read(option)).rsplit(", ", 1))
+            yield f"trainer.{option}", f"{option} has an effect only with {objectives_text}, but trainer.type is {trainer}", hint
     if spec.dataset.packing and trainer is not TrainerType.SFT:
         yield "dataset.packing", f"true, but {trainer} cannot train on several rows in one sequence", "write `packing: false`"
     if spec.training.neftune_noise_alpha is not None and trainer is not TrainerType.SFT:
-        yield "training.neftuneNoiseAlpha", f"neftuneNoiseAlpha has an effect only with sft, but trainer.type is {trainer}", "remove it"
+        yield "training.neftuneNoiseAlpha", f"neftuneNoiseAlpha has an effect only with sft, but trainer.type is {trainer}", "remove neftuneNoiseAlpha"
     if spec.training.group_by_length and trainer is not TrainerType.SFT:
         yield (
             "training.groupByLength",
             f"groupByLength has an effect only with sft, but trainer.type is {trainer}",
-            "remove it",
+            "remove groupByLength",
         )
     if trainer is TrainerType.REWARD and spec.method.lora is not None and spec.method.lora.task_type is not None:
         yield (
             "method.lora.taskType",
             f"{spec.method.lora.task_type}, but a reward model outputs a score instead of text",
-            "remove it",
+            "remove taskType",
         )
     dpo = spec.trainer.dpo
-    for field, readers in _DPO_READERS.items():
+    for field, objectives in _OBJECTIVES_OF_DPO_FIELDS.items():
         if (
             dpo is not None
             and getattr(dpo, field)
             and trainer in (TrainerType.KTO, TrainerType.ORPO)
-            and trainer not in readers
+            and trainer not in objectives
         ):
             wire = type(dpo).model_fields[field].alias or field
             yield (
                 f"trainer.dpo.{wire}",
-                f"{wire} has an effect only with {' and '.join(readers)}, but trainer.type is {trainer}",
-                "remove it",
+                f"{wire} has an effect only with {' and '.join(objectives)}, but trainer.type is {trainer}",
+                f"remove {wire}",
             )
 
 
-_DPO_READERS: dict[str, tuple[TrainerType, ...]] = {
+_OBJECTIVES_OF_DPO_FIELDS: dict[str, tuple[TrainerType, ...]] = {
     "loss_types": (TrainerType.DPO,),
     "label_smoothing": (TrainerType.DPO,),
     "reference_model": (TrainerType.DPO, TrainerType.KTO),
 }
+"""For fields of `trainer.dpo`, the objectives that use the field."""
 LOSSES_WITH_LABEL_SMOOTHING = (DpoLoss.ROBUST, DpoLoss.EXO_PAIR)
 """DPO losses that use `trainer.dpo.labelSmoothing`."""
 
@@ -185,7 +186,7 @@ def check_kto_batch(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
             rows = minimum * (training.gradient_accumulation_steps or 1) * world_size(spec)
             yield (
                 "training.effectiveBatchSize",
-                f"{training.effective_batch_size}, which gives each rank batches of 1 row, but kto compares the rows of one batch with each other",
+                f"{training.effective_batch_size}, which gives each rank a micro-batch of 1 row, but kto compares the rows of one batch with each other",
                 f"write {rows} or more" + (", or a smaller gradientAccumulationSteps" if training.gradient_accumulation_steps else ""),
             )
             return
@@ -202,7 +203,7 @@ def check_objective_and_method(spec: FineTuneJobSpec, target: ExecutionTarget) -
         yield (
             "method.type",
             "orpo matches each output position with a token of the row, but promptTuning inserts virtual tokens before the row",
-            "write method prefixTuning or lora, or trainer.type dpo",
+            "write `method: {type: prefixTuning}` or `method: {type: lora}`, or write `trainer: {type: dpo}`",
         )
 
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import re
 
 from finetune_api.names import Env
-from finetune_api.patterns import FORMS, LABEL_VALUE
+from finetune_api.patterns import LABEL_VALUE, MISMATCH_TEXTS
 from finetune_api.rules.base import ExecutionTarget, Findings, rule
 from finetune_api.rules.derived_values import gpus_per_node
 from finetune_api.spec import FineTuneJobSpec
 
 KEY_PATTERN = re.compile(r"([a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
-"""A qualified name: the key of a label, an annotation or a node label."""
+"""Kubernetes' syntax for the keys of labels, annotations and node labels."""
 OPERATORS_WITH_VALUES = ("In", "NotIn")
+"""Operators of node affinity that compare a label with a list of values."""
 OPERATORS_WITH_NUMBER = ("Gt", "Lt")
+"""Operators of node affinity that compare a label with one integer."""
 
 
 @rule("EnvironmentReserved")
@@ -38,7 +40,7 @@ def check_max_cost(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
 def check_environment_values(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     for i, variable in enumerate(spec.placement.env or []):
         if variable.value is not None and variable.secret_key_ref is not None:
-            yield f"placement.env[{i}]", f"{variable.name} has both `value` and `secretKeyRef`", "remove one of the two"
+            yield f"placement.env[{i}]", f"{variable.name} has both `value` and `secretKeyRef`", "remove `value` or `secretKeyRef`"
 
 
 @rule("VolumeContradiction")
@@ -73,7 +75,7 @@ def check_unique_names(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findin
     for path, values in keys.items():
         for i, value in enumerate(values):
             if value in values[:i]:
-                yield f"placement.{path.format(i)}", f"another entry also has {value}", "write a different value"
+                yield f"placement.{path.format(i)}", f"another entry also has {value}", "write each value once"
 
 
 @rule("LabelSyntax")
@@ -83,37 +85,37 @@ def check_label_syntax(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findin
         for key, value in (values or {}).items():
             path = f"placement.{field}.{key}"
             if not KEY_PATTERN.fullmatch(key):
-                yield path, f"{key!r} is not a label or annotation key", "write a key such as team or example.com/team"
+                yield path, f"{key!r} is not a valid key of a label or an annotation", "write a key such as team or example.com/team"
             if field != "annotations" and not re.match(LABEL_VALUE, value):
-                yield path, f"{value!r} {FORMS[LABEL_VALUE]}", "write for example team-a"
+                yield path, f"{value!r} {MISMATCH_TEXTS[LABEL_VALUE]}", "write for example team-a"
 
 
 @rule("SchedulingTermInvalid")
 def check_scheduling_terms(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
-    """Check devices, tolerations and node affinity by the API server's rules for pods. Otherwise the error appears only when the Job is created."""
+    """Check device names, tolerations and node affinity as the API server does for pods. Otherwise the error appears only when the Job is created."""
     resource = spec.resources.gpu_resource
     if resource is not None and "/" not in resource:
         yield "resources.gpuResource", f"{resource!r} is not the name of a device, because it has no domain", "write for example nvidia.com/gpu or amd.com/gpu"
     for i, toleration in enumerate(spec.placement.tolerations or []):
         path, exists = f"placement.tolerations[{i}]", toleration.operator == "Exists"
         if exists and toleration.value:
-            yield f"{path}.value", f"{toleration.value!r}, but operator Exists compares no value", "remove value, or write `operator: Equal`"
+            yield f"{path}.value", f"{toleration.value!r}, but operator Exists ignores the value of a taint", "remove value, or write `operator: Equal`"
         if toleration.key is None and not exists:
-            yield f"{path}.key", "the key is missing, and operator Equal needs a key", "write the key of the taint, or `operator: Exists` for all taints"
+            yield f"{path}.key", "the key is missing, but operator Equal needs a key", "write the key of the taint, or `operator: Exists` for all taints"
         if toleration.toleration_seconds is not None and toleration.effect != "NoExecute":
             yield (
                 f"{path}.tolerationSeconds",
-                f"{toleration.toleration_seconds}, but only pods on nodes with a NoExecute taint are evicted",
+                f"{toleration.toleration_seconds}, but only taints with the effect NoExecute evict running pods",
                 "write `effect: NoExecute`, or remove tolerationSeconds",
             )
     for i, term in enumerate(spec.placement.node_affinity or []):
-        yield from _affinity_problems(f"placement.nodeAffinity[{i}].values", term.operator, term.values or [])
+        yield from _check_affinity(f"placement.nodeAffinity[{i}].values", term.operator, term.values or [])
 
 
-def _affinity_problems(path: str, operator: str, values: list[str]) -> Findings:
+def _check_affinity(path: str, operator: str, values: list[str]) -> Findings:
     if operator in OPERATORS_WITH_VALUES and not values:
-        yield path, f"operator {operator} compares with values, but there are none", "write for example `values: [eu-1a]`"
+        yield path, f"operator {operator} needs at least one value, but the list is empty", "write for example `values: [eu-1a]`"
     elif operator in OPERATORS_WITH_NUMBER and (len(values) != 1 or not re.fullmatch(r"-?\d+", values[0])):
-        yield path, f"{values}, but operator {operator} compares with one integer", 'write for example `values: ["8"]`'
+        yield path, f"{values}, but operator {operator} needs exactly one integer", 'write for example `values: ["8"]`'
     elif operator not in OPERATORS_WITH_VALUES + OPERATORS_WITH_NUMBER and values:
-        yield path, f"{values}, but operator {operator} compares with no value", f"remove values, or write `operator: {'In' if operator == 'Exists' else 'NotIn'}`"
+        yield path, f"{values}, but operator {operator} must not have values", f"remove values, or write `operator: {'In' if operator == 'Exists' else 'NotIn'}`"

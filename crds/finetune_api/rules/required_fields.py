@@ -1,4 +1,4 @@
-"""Rules for required fields (base model, training data) and for the syntax of sources."""
+"""Rules for required fields (base model and training data), and for the syntax of all sources."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from collections.abc import Iterator
 from finetune_api.errors import ConfigError
 from finetune_api.rules.base import ExecutionTarget, Findings, rule
 from finetune_api.rules.derived_values import reads_rows_after_training
-from finetune_api.sources import ConfigMapSource, HttpsSource, HubSource, parse, redact_source
+from finetune_api.sources import ConfigMapSource, HttpsSource, HubSource, parse_source, redact_source
 from finetune_api.spec import FineTuneJobSpec
 
 IMAGE_ROOT = "dataset.images.root"
-RESUME_HINT = "write auto for the newest checkpoint of this job, never, or the address of a checkpoint such as s3://bucket/.../checkpoints/step-00000100"
+RESUME_HINT = (
+    "write auto to continue from the newest checkpoint of this job, never to start from the base model, or the address of a checkpoint such as "
+    "s3://bucket/.../checkpoints/step-00000100"
+)
 
 
 @rule(
@@ -48,7 +51,7 @@ def check_dataset_missing(spec: FineTuneJobSpec, target: ExecutionTarget) -> Fin
 def check_sources(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     for path, text in source_fields(spec):
         try:
-            source = parse(text, path=path)
+            source = parse_source(text, spec_path=path)
         except ConfigError as error:
             hint = RESUME_HINT if path == "checkpoint.resume" and "://" not in text else error.hint
             yield path, error.message.removeprefix(f"{path} is "), hint or ""
@@ -58,10 +61,10 @@ def check_sources(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
         if path == "checkpoint.resume" and isinstance(source, HubSource):
             yield path, f"{text!r} is not the address of a checkpoint", RESUME_HINT
         if isinstance(source, ConfigMapSource):
-            needs_folder = "a benchmark" if path.startswith("evaluation.benchmarks") else "the root of the images" if path == IMAGE_ROOT else "a model"
+            subject = "a benchmark" if path.startswith("evaluation.benchmarks") else "the root of the images" if path == IMAGE_ROOT else "a model"
             yield (
                 path,
-                f"{text!r} is a single file, but {needs_folder} needs a folder",
+                f"{text!r} is a single file, but {subject} needs a folder",
                 "write org/name, s3://bucket/prefix, pvc://claim/path or file:///path",
             )
         if isinstance(source, HttpsSource) and path.startswith(("evaluation.benchmarks", IMAGE_ROOT)):
@@ -72,6 +75,7 @@ def check_sources(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
 
 
 def _is_readable_folder(source: HttpsSource, path: str) -> bool:
+    """Whether the trainer can read this `https://` folder: only folders that a FineTuneJob wrote, because they list their files."""
     return source.is_checkpoint if path == "checkpoint.resume" else source.is_job_result
 
 
@@ -87,7 +91,7 @@ def _unreadable_folder_problem(text: str, path: str) -> tuple[str, str]:
 
 
 def source_fields(spec: FineTuneJobSpec) -> Iterator[tuple[str, str]]:
-    """Yield the spec path and the text of every source in the spec."""
+    """Yield (spec path, text) of each source that the spec contains."""
     fields: list[tuple[str, str | None]] = [
         ("model.source", spec.model.source),
         ("model.tokenizer", spec.model.tokenizer),

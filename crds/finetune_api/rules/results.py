@@ -27,7 +27,7 @@ from finetune_api.rules.derived_values import (
     verifies_artefacts,
     writes_predictions,
 )
-from finetune_api.sources import HubSource, parse, redact_source
+from finetune_api.sources import HubSource, parse_source, redact_source
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.enums import (
     EvaluationMetric,
@@ -87,7 +87,7 @@ def check_output_options(spec: FineTuneJobSpec, target: ExecutionTarget) -> Find
     if exports_oci(spec) and spec.phases.train is False:
         yield (
             "output.export",
-            "contains oci, but the model of phases.from belongs to another job",
+            "contains oci, but a job with phases.train false exports no model, because the model of phases.from belongs to another job",
             "remove oci, and run `finetune export` with the address in phases.from",
         )
     if spec.output.merge_adapter and trains_base_weights(spec):
@@ -99,14 +99,14 @@ def check_output_options(spec: FineTuneJobSpec, target: ExecutionTarget) -> Find
     if spec.output.merge_adapter and method_type_of(spec) in PROMPT_METHODS:
         yield (
             "output.mergeAdapter",
-            f"true, but {method_type_of(spec)} trains virtual tokens, and virtual tokens cannot be merged into weights",
-            "remove it",
+            f"true, but {method_type_of(spec)} trains virtual tokens, which cannot be merged into weights",
+            "remove mergeAdapter",
         )
     if spec.output.merge_adapter and uses_loftq(spec):
         yield (
             "output.mergeAdapter",
-            "true, but an adapter with method.lora.init loftq also corrects the quantisation error of the base model. The merged model has no such "
-            "error, so the correction would make it worse",
+            "true, but an adapter with method.lora.init loftq also corrects the quantisation error of the base model. The merged model is not "
+            "quantised, so this correction would make it worse",
             "remove mergeAdapter, or remove init",
         )
 
@@ -128,7 +128,7 @@ def check_combined_adapters(spec: FineTuneJobSpec, target: ExecutionTarget) -> F
             "write `mergeAdapter: true`, or remove combineAdapters",
         )
     lora = spec.method.lora
-    obstacles = {
+    uncombinable_options = {
         f"method {method_type_of(spec)}": method_type_of(spec) not in (MethodType.LORA, MethodType.QLORA, MethodType.ADAPTER),
         "method.lora.useDora": bool(lora and lora.use_dora),
         "method.lora.bias": bool(lora and lora.bias not in (None, LoraBias.NONE)),
@@ -137,7 +137,7 @@ def check_combined_adapters(spec: FineTuneJobSpec, target: ExecutionTarget) -> F
         "model.newTokens": bool(spec.model.new_tokens),
         f"the objective {trainer_type_of(spec)}": trainer_type_of(spec) is TrainerType.REWARD,
     }
-    for name in (name for name, is_present in obstacles.items() if is_present):
+    for name in (name for name, is_used in uncombinable_options.items() if is_used):
         yield (
             "output.combineAdapters",
             f"only plain LoRA adapters can be combined, but the job uses {name}",
@@ -150,7 +150,7 @@ def check_output_folder(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findi
     folders = {"output.dir": (spec.output.dir or "").split("/"), "output.project": [spec.output.project or ""]}
     for path, names in folders.items():
         if any(name in (".", "..") for name in names):
-            yield path, f"{'/'.join(names)}, but `.` and `..` are not names of folders", "write a folder below storage.uri, for example results"
+            yield path, f"{'/'.join(names)}, but a folder must not have the name `.` or `..`", "write a folder below storage.uri, for example results"
     if "://" in (spec.output.dir or ""):
         yield (
             "output.dir",
@@ -162,12 +162,12 @@ def check_output_folder(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findi
 @rule("TrackerAndOptions")
 def check_trackers(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     trackers_to_use = spec.tracking.report_to or []
-    for tracker, group in (
+    for tracker, options in (
         (Tracker.WANDB, spec.tracking.wandb),
         (Tracker.MLFLOW, spec.tracking.mlflow),
         (Tracker.MONGODB, spec.tracking.mongodb),
     ):
-        if group is not None and tracker not in trackers_to_use:
+        if options is not None and tracker not in trackers_to_use:
             yield (
                 f"tracking.{tracker}",
                 f"tracking.{tracker} has no effect, because tracking.reportTo does not contain {tracker}",
@@ -195,7 +195,7 @@ def check_trackers(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
         shown = redact_source(uri)
         yield (
             "tracking.mlflow.trackingUri",
-            f"{shown!r} is not the http or https URL of a server, without user and password",
+            f"{shown!r} is not an http or https URL of a server without user and password",
             "write for example http://mlflow.mlops:5000, and the variables MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD with secretKeyRef in placement.env",
         )
     if Tracker.MONGODB in trackers_to_use and (spec.tracking.mongodb is None or spec.tracking.mongodb.uri_secret_ref is None):
@@ -210,7 +210,7 @@ def check_trackers(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
 
 
 def _has_wandb_variables(spec: FineTuneJobSpec) -> bool:
-    """Whether `placement.env` has the API key, or requests files instead of a server."""
+    """Whether `placement.env` has the API key of Weights & Biases, or selects its offline mode, which writes files and needs no key."""
     return any(
         variable.name == WANDB_KEY or (variable.name == WANDB_MODE and variable.value == "offline") for variable in spec.placement.env or []
     )
@@ -218,36 +218,36 @@ def _has_wandb_variables(spec: FineTuneJobSpec) -> bool:
 
 @rule("JudgeMissing")
 def check_judge(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
-    group = spec.evaluation.judge
-    if group is not None and group.model is None and (group.input_price is not None or group.output_price is not None):
+    judge = spec.evaluation.judge
+    if judge is not None and judge.model is None and (judge.input_price is not None or judge.output_price is not None):
         yield (
             "evaluation.judge.model",
             "inputPrice and outputPrice have no effect without a judge model",
             "write evaluation.judge.model, or remove the prices",
         )
     metrics = metrics_after_training(spec)
-    judged = [metric for metric in JUDGE_METRICS if metric in metrics]
-    if not judged:
+    judge_metrics = [metric for metric in JUDGE_METRICS if metric in metrics]
+    if not judge_metrics:
         return
-    if group is None or group.model is None:
+    if judge is None or judge.model is None:
         yield (
             "evaluation.judge.model",
-            f"evaluation.metrics contains {_join(judged)}, but the judge model is missing",
+            f"evaluation.metrics contains {_join(judge_metrics)}, but the judge model is missing",
             "write for example `judge: {model: gpt-4.1-mini, apiKeySecretRef: {name: judge, key: apiKey}}`; "
             "for a server of your own also write evaluation.judge.endpoint (default https://api.openai.com/v1)",
         )
-    has_key = (group is not None and group.api_key_secret_ref is not None) or any(variable.name == JUDGE_KEY for variable in spec.placement.env or [])
+    has_key = (judge is not None and judge.api_key_secret_ref is not None) or any(variable.name == JUDGE_KEY for variable in spec.placement.env or [])
     if not has_key and target is ExecutionTarget.CLUSTER:
         yield (
             "evaluation.judge.apiKeySecretRef",
-            f"evaluation.metrics contains {_join(judged)}, but the API key of the judge is missing",
+            f"evaluation.metrics contains {_join(judge_metrics)}, but the API key of the judge is missing",
             "write `judge: {apiKeySecretRef: {name: judge, key: apiKey}}`; if the server does not check the API key, the Secret may contain any text",
         )
-    embedded = [metric for metric in JUDGE_EMBEDDING_METRICS if metric in metrics]
-    if embedded and (group is None or group.embedding is None):
+    embedding_metrics = [metric for metric in JUDGE_EMBEDDING_METRICS if metric in metrics]
+    if embedding_metrics and (judge is None or judge.embedding is None):
         yield (
             "evaluation.judge.embedding",
-            f"evaluation.metrics contains {_join(embedded)}, but the judge's embedding model is missing",
+            f"evaluation.metrics contains {_join(embedding_metrics)}, but the judge's embedding model is missing",
             "write for example `judge: {embedding: text-embedding-3-small}`",
         )
 
@@ -285,17 +285,17 @@ def check_gates(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
             given = "neither value nor notWorseThanBase" if gate.value is None else "both value and notWorseThanBase"
             yield (
                 path,
-                f"the gate for {gate.metric} has {given}, but a gate needs exactly one of the two",
-                f"write for example `{{metric: {gate.metric}, op: {_passing_op(gate.metric)}, value: 0.8}}` or `{{metric: {gate.metric}, notWorseThanBase: {{margin: 0.02}}}}`",
+                f"the gate for {gate.metric} has {given}, but a gate needs exactly one of these fields",
+                f"write for example `{{metric: {gate.metric}, op: {_choose_example_operator(gate.metric)}, value: 0.8}}` or `{{metric: {gate.metric}, notWorseThanBase: {{margin: 0.02}}}}`",
             )
         elif gate.value is not None and gate.op is None:
             yield (
                 f"{path}.op",
                 f"the gate for {gate.metric} has the value {gate.value:g}, but the comparison is missing",
-                f"write `op: {_passing_op(gate.metric)}`, or another one of lt, le, gt, ge",
+                f"write `op: {_choose_example_operator(gate.metric)}`, or another comparison: lt, le, gt or ge",
             )
         elif gate.not_worse_than_base is not None and gate.op is not None:
-            yield f"{path}.op", f"{gate.op}, but notWorseThanBase already contains the comparison", "remove op"
+            yield f"{path}.op", f"{gate.op}, but a gate with notWorseThanBase needs no comparison", "remove op"
         if gate.metric in FRACTION_METRICS:
             margin = gate.not_worse_than_base.margin if gate.not_worse_than_base else None
             for field, number in (("value", gate.value), ("notWorseThanBase.margin", margin)):
@@ -307,8 +307,8 @@ def check_gates(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
                     )
 
 
-def _passing_op(metric: GateMetric) -> str:
-    """Return the usual comparison of a metric, for examples in hints."""
+def _choose_example_operator(metric: GateMetric) -> str:
+    """Return the comparison for the example of a gate in a hint: `le` for a metric of which lower values are better, otherwise `ge`."""
     return "le" if metric in LOWER_IS_BETTER else "ge"
 
 
@@ -394,7 +394,7 @@ def check_phases(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     if phases.from_ is None:
         yield (
             "phases.from",
-            "phases.train is false, but the model for the other phases is missing",
+            "phases.train is false, but phases.from is missing, so the other phases have no model",
             "write for example `from: s3://bucket/prefix/model`, the value of status.output.uri of another FineTuneJob",
         )
     elif _is_hub_source(phases.from_):
@@ -412,7 +412,7 @@ def check_phases(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
 
 
 def _has_work_after_training(spec: FineTuneJobSpec) -> bool:
-    """Whether the spec requests anything for a model that is trained already."""
+    """Whether the spec requests any work after training: predictions, an evaluation, publishing, or verification."""
     output, hub = spec.output, spec.output.hub
     publishes = output.dir is not None or output.merge_adapter is True or bool(output.serving) or (hub is not None and hub.push is True)
     evaluates = bool(metrics_after_training(spec)) or bool(benchmarks_after_training(spec)) or prompts_to_compare(spec) is not None
@@ -421,7 +421,7 @@ def _has_work_after_training(spec: FineTuneJobSpec) -> bool:
 
 def _is_hub_source(text: str) -> bool:
     try:
-        return isinstance(parse(text), HubSource)
+        return isinstance(parse_source(text), HubSource)
     except ConfigError:  # `check_sources` reports sources that cannot be parsed
         return False
 

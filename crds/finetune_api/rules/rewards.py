@@ -1,4 +1,4 @@
-"""Names and types of the parameters of GRPO's built-in rewards. In the spec, all parameter values are strings."""
+"""Checks the parameters of the built-in rewards for GRPO. In the spec, all parameter values are strings."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ REWARD_PARAMETERS: dict[BuiltinReward, dict[str, tuple[str, ...] | str]] = {
     BuiltinReward.LENGTH: {"unit": ("tokens", "words", "characters"), "minimum": "number", "maximum": "number"},
     BuiltinReward.JSON_SCHEMA: {"schema": "json", "parsed": "number"},
 }  # fmt: skip
-"""Maps each built-in reward to its parameters. A parameter has a type or a tuple of allowed values."""
+"""The parameters of each built-in reward by name. The value is the type of the parameter, or the tuple of its allowed values."""
 REQUIRED_PARAMETERS = {BuiltinReward.REGEX: "pattern", BuiltinReward.JSON_SCHEMA: "schema"}
+"""The parameter that a built-in reward cannot do without."""
 
 
-def invalid_parameters(path: str, builtin_reward: BuiltinReward, given_parameters: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
-    """Yield (path, message, hint) for each invalid parameter of a built-in reward."""
+def find_invalid_parameters(path: str, builtin_reward: BuiltinReward, given_parameters: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
+    """Yield (path, message, hint) for each missing, unknown or invalid parameter of a built-in reward."""
     known_names = REWARD_PARAMETERS[builtin_reward]
     unknown_names = sorted(set(given_parameters) - set(known_names))
     if unknown_names:
@@ -40,12 +41,12 @@ def invalid_parameters(path: str, builtin_reward: BuiltinReward, given_parameter
             yield f"{path}.{name}", f"{text[:200]!r} is not a valid value", hint
 
 
-def _hint_for_invalid_value(kind: tuple[str, ...] | str, text: str) -> str | None:
-    """Return a hint for an invalid parameter value `text`. Return None for a valid value."""
-    if isinstance(kind, tuple):
-        return None if text in kind else f"write one of {', '.join(kind)}"
+def _hint_for_invalid_value(parameter_type: tuple[str, ...] | str, text: str) -> str | None:
+    """Return a hint if `text` is not a valid value of a parameter of this type. Return None if it is valid."""
+    if isinstance(parameter_type, tuple):
+        return None if text in parameter_type else f"write one of {', '.join(parameter_type)}"
     try:
-        match kind:
+        match parameter_type:
             case "flag" if text not in ("true", "false"):
                 return "write true or false"
             case "number" if not math.isfinite(float(text)):
@@ -57,5 +58,5 @@ def _hint_for_invalid_value(kind: tuple[str, ...] | str, text: str) -> str | Non
     except re.error as error:
         return f"write a valid regular expression ({error})"
     except ValueError:
-        return "write a number" if kind == "number" else "write JSON"
+        return "write a number" if parameter_type == "number" else "write JSON"
     return None

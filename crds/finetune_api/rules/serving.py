@@ -1,8 +1,8 @@
-"""Which features of a job inference servers cannot serve. This is the only table of servers and features.
+"""Lists the features of a job that inference servers cannot serve, and contains the rule and the warnings about them.
 
-A feature in this table is a warning for every job, and a problem for jobs that name the server in `output.serving`. The facts are those of
-vLLM 0.11 to 0.22 (`vllm/lora/peft_helper.py`, `vllm/config/lora.py`). KServe's Hugging Face runtime passes adapters to vLLM, so it has the
-same limits and one of its own.
+If `output.serving` names a server that cannot serve a feature of the job, the job is refused. If it does not name this server, the user gets a
+warning. The list holds for vLLM 0.11 to 0.22 (`vllm/lora/peft_helper.py`, `vllm/config/lora.py`). KServe's Hugging Face runtime passes adapters to
+vLLM, so it has the same restrictions, and one more.
 """
 
 from __future__ import annotations
@@ -20,52 +20,52 @@ from finetune_api.rules.derived_values import (
     trainer_type_of,
     trains_base_weights,
 )
-from finetune_api.sources import HubSource, parse
+from finetune_api.sources import HubSource, parse_source
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.enums import LoraBias, MethodType, ServingTarget, TrainerType
 
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""Values of vLLM's option `--max-lora-rank` that every release accepts. An adapter needs the smallest value that is not below its rank."""
-DEFAULT_RANK = 16
+VLLM_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Values of the option `--max-lora-rank` that all these releases of vLLM accept. A server needs a value that is at least the adapter's rank."""
+DEFAULT_LORA_RANK = 16
 ALL_SERVERS = (ServingTarget.VLLM, ServingTarget.KSERVE)
-MERGE = "set output.mergeAdapter: true to serve the merged model"
+MERGE_HINT = "set output.mergeAdapter: true to serve the merged model"
 
 
 @dataclass(frozen=True)
 class UnservableFeature:
-    """A feature of a job whose result some servers cannot serve."""
+    """A feature of a job that some inference servers cannot serve."""
 
     path: str
     servers: tuple[ServingTarget, ...]
     applies: Callable[[FineTuneJobSpec], bool]
-    limit: str
-    """What the servers cannot do. The text completes a sentence that begins with the names of the servers and `cannot`."""
+    missing_ability: str
+    """What the servers cannot do, as the rest of a sentence that begins with `vllm and kserve cannot`."""
     hint: str
     warns: bool = True
-    """Whether jobs without this server in `output.serving` get a warning. False for limits of jobs whose result is rarely served."""
+    """Whether jobs that do not name the server in `output.serving` get a warning. False if the result of such jobs is rarely served."""
 
     def message(self, servers: tuple[ServingTarget, ...]) -> str:
-        """Return the limit of these servers in one sentence."""
-        return f"{' and '.join(servers)} cannot {self.limit}"
+        """Return a sentence that says what these servers cannot do."""
+        return f"{' and '.join(servers)} cannot {self.missing_ability}"
 
 
 def adapter_rank(spec: FineTuneJobSpec) -> int | None:
-    """Return the rank of the stored LoRA adapter. PiSSA and OLoRA are stored with twice the rank. None for other methods and existing adapters."""
+    """Return the rank of the stored LoRA adapter, which PiSSA and OLoRA double. None if the method trains no new LoRA adapter."""
     if method_type_of(spec) not in LORA_METHODS or method_type_of(spec) is MethodType.ADAPTER:
         return None
     lora = spec.method.lora
-    rank = (lora.rank if lora else None) or DEFAULT_RANK
+    rank = (lora.rank if lora else None) or DEFAULT_LORA_RANK
     return 2 * rank if lora is not None and lora.init in INITS_CHANGING_BASE else rank
 
 
 def max_lora_rank(rank: int) -> int:
-    """Value of vLLM's option `--max-lora-rank` for an adapter of this rank."""
-    return next((allowed for allowed in VLLM_RANKS if allowed >= rank), VLLM_RANKS[-1])
+    """Return the value of vLLM's option `--max-lora-rank` for an adapter of this rank."""
+    return next((allowed for allowed in VLLM_LORA_RANKS if allowed >= rank), VLLM_LORA_RANKS[-1])
 
 
 def _is_hub_model(spec: FineTuneJobSpec) -> bool:
     try:
-        return isinstance(parse(spec.model.source or ""), HubSource)
+        return isinstance(parse_source(spec.model.source or ""), HubSource)
     except ConfigError:  # another rule reports sources that cannot be parsed
         return True
 
@@ -74,15 +74,15 @@ UNSERVABLE_FEATURES: tuple[UnservableFeature, ...] = (
     UnservableFeature(
         "method.type", ALL_SERVERS,
         lambda spec: method_type_of(spec) is MethodType.DORA or (spec.method.lora is not None and spec.method.lora.use_dora is True),
-        "load DoRA adapters", f"write `type: lora`, or {MERGE}",
+        "load DoRA adapters", f"write `type: lora`, or {MERGE_HINT}",
     ),
     UnservableFeature(
         "method.lora.modulesToSave", ALL_SERVERS, lambda spec: spec.method.lora is not None and bool(spec.method.lora.modules_to_save),
-        "load adapters that contain whole modules", f"remove modulesToSave, or {MERGE}",
+        "load adapters that contain whole modules", f"remove modulesToSave, or {MERGE_HINT}",
     ),
     UnservableFeature(
         "method.lora.bias", ALL_SERVERS, lambda spec: spec.method.lora is not None and spec.method.lora.bias not in (None, LoraBias.NONE),
-        "load adapters that contain biases", f"write `bias: none`, or {MERGE}",
+        "load adapters that contain biases", f"write `bias: none`, or {MERGE_HINT}",
     ),
     UnservableFeature(
         "method.type", ALL_SERVERS, lambda spec: method_type_of(spec) in PROMPT_METHODS,
@@ -90,16 +90,16 @@ UNSERVABLE_FEATURES: tuple[UnservableFeature, ...] = (
     ),
     UnservableFeature(
         "method.type", ALL_SERVERS, lambda spec: method_type_of(spec) is MethodType.IA3,
-        "load IA3 adapters, because they load only LoRA adapters", f"write `type: lora`, or {MERGE}",
+        "load IA3 adapters, because they load only LoRA adapters", f"write `type: lora`, or {MERGE_HINT}",
     ),
     UnservableFeature(
-        "method.lora.rank", ALL_SERVERS, lambda spec: (adapter_rank(spec) or 0) > VLLM_RANKS[-1],
-        f"load adapters of a rank above {VLLM_RANKS[-1]} (with init pissa or olora, the stored rank is twice method.lora.rank)",
-        f"write a smaller rank, or {MERGE}",
+        "method.lora.rank", ALL_SERVERS, lambda spec: (adapter_rank(spec) or 0) > VLLM_LORA_RANKS[-1],
+        f"load adapters of a rank above {VLLM_LORA_RANKS[-1]} (with init pissa or olora, the stored rank is twice method.lora.rank)",
+        f"write a smaller rank, or {MERGE_HINT}",
     ),
     UnservableFeature(
         "model.newTokens", ALL_SERVERS, lambda spec: bool(spec.model.new_tokens) and not trains_base_weights(spec),
-        "load adapters with embeddings of new tokens", f"remove newTokens, or {MERGE}",
+        "load adapters with embeddings of new tokens", f"remove newTokens, or {MERGE_HINT}",
     ),
     UnservableFeature(
         "trainer.type", ALL_SERVERS, lambda spec: trainer_type_of(spec) is TrainerType.REWARD and not trains_base_weights(spec),
@@ -107,34 +107,34 @@ UNSERVABLE_FEATURES: tuple[UnservableFeature, ...] = (
     ),
     UnservableFeature(
         "model.source", (ServingTarget.KSERVE,), lambda spec: not trains_base_weights(spec) and not _is_hub_model(spec),
-        "mount both an adapter and a base model that is not a hub repository", f"give a hub repository, write `serving: [vllm]`, or {MERGE}", warns=False,
+        "mount both an adapter and a base model that is not a hub repository", f"give a hub repository, write `serving: [vllm]`, or {MERGE_HINT}", warns=False,
     ),
 )  # fmt: skip
 
 
-def unservable_features(spec: FineTuneJobSpec) -> Iterator[UnservableFeature]:
-    """Yield each feature of the spec that some servers cannot serve. A merged model has none of them."""
+def find_unservable_features(spec: FineTuneJobSpec) -> Iterator[UnservableFeature]:
+    """Yield each feature of the spec that some servers cannot serve. Yields nothing for a merged model, which all servers can serve."""
     if not (spec.output.merge_adapter and not trains_base_weights(spec)):
         yield from (feature for feature in UNSERVABLE_FEATURES if feature.applies(spec))
 
 
 @rule("NotServable")
-def check_servers(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
-    """Refuse features that a server of `output.serving` cannot serve."""
+def check_serving_targets(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+    """Refuse each feature that a server in `output.serving` cannot serve."""
     requested = spec.output.serving or []
     for i, server in enumerate(requested):
         if server in requested[:i]:
             yield f"output.serving[{i}]", f"the list contains {server} twice", "write each server once"
-    for feature in unservable_features(spec):
+    for feature in find_unservable_features(spec):
         servers = tuple(server for server in feature.servers if server in requested)
         if servers:
             yield feature.path, f"output.serving contains {' and '.join(servers)}, but {feature.message(servers)}", feature.hint
 
 
-def warn_about_servers(spec: FineTuneJobSpec) -> Iterator[Problem]:
-    """Yield a warning for each feature that servers outside of `output.serving` cannot serve."""
+def warn_about_serving_targets(spec: FineTuneJobSpec) -> Iterator[Problem]:
+    """Yield a warning for each feature that a server cannot serve, if `output.serving` does not name this server."""
     requested = spec.output.serving or []
-    for feature in unservable_features(spec):
+    for feature in find_unservable_features(spec):
         servers = tuple(server for server in feature.servers if server not in requested)
         if servers and feature.warns:
             yield Problem(feature.path, "NotServable", feature.message(servers), feature.hint)

@@ -1,4 +1,4 @@
-"""Rules for `spec.storage` and the other storage connections."""
+"""Rules for `spec.storage`, `spec.model.storage` and `spec.dataset.storage`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def check_encryption(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings
     }
     for path, connection in connections.items():
         if connection is not None:
-            yield from _encryption_problems(connection, path)
+            yield from _check_connection_encryption(connection, path)
     if spec.storage.encryption is not None and (spec.storage.uri or "s3://").partition("://")[0] != "s3":
         yield (
             "storage.encryption",
@@ -33,7 +33,7 @@ def check_encryption(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings
         )
 
 
-def _encryption_problems(connection: StorageConnection, path: str) -> Findings:
+def _check_connection_encryption(connection: StorageConnection, path: str) -> Findings:
     encryption = connection.encryption
     if encryption is None:
         return
@@ -52,6 +52,6 @@ def _encryption_problems(connection: StorageConnection, path: str) -> Findings:
     if encryption.type is EncryptionType.CUSTOMER_KEY and (connection.endpoint or "").startswith("http://"):
         yield (
             f"{path}.endpoint",
-            f"{connection.endpoint} is unencrypted, but every request contains the customer's key",
-            "write https://, or another encryption.type",
+            f"{connection.endpoint} is an unencrypted connection, but every request contains the customer's key",
+            "write an https:// endpoint, or another encryption.type",
         )

@@ -1,4 +1,4 @@
-"""Rules for ranks, and for options that a distributed strategy does not support."""
+"""Rules for the number of ranks, and for options that a distributed strategy does not support."""
 
 from __future__ import annotations
 
@@ -82,14 +82,14 @@ def check_strategy_and_ranks(spec: FineTuneJobSpec, target: ExecutionTarget) -> 
         )
 
 
-def incompatible_with_fsdp(spec: FineTuneJobSpec) -> Findings:
+def find_fsdp_conflicts(spec: FineTuneJobSpec) -> Findings:
     """Yield a problem for each option that FSDP does not support."""
     method, bits = method_type_of(spec), base_bits(spec)
     if method in PROMPT_METHODS:
         yield (
             "method.type",
             f"method {method} uses virtual tokens outside the layers that FSDP gathers",
-            "write `distributed: {strategy: ddp}`, because sharding so few trained parameters saves no memory",
+            "write `distributed: {strategy: ddp}`; this method trains so few parameters that sharding saves no memory",
         )
     if method is MethodType.SPECTRUM and bits:
         yield (
@@ -106,11 +106,11 @@ def incompatible_with_fsdp(spec: FineTuneJobSpec) -> Findings:
     if spec.method.lora is not None and spec.method.lora.init in INITS_CHANGING_BASE:
         yield (
             "method.lora.init",
-            f"method.lora.init {spec.method.lora.init} needs the whole adapter to save the result, but with FSDP each rank has only a shard",
+            f"method.lora.init {spec.method.lora.init} needs the whole adapter to save the result, but with FSDP each rank has only a shard of it",
             "remove init, or write `distributed: {strategy: ddp}`",
         )
-    # The loss reads the weight of the output head without calling the head's `forward`. With an adapter, FSDP then does not sum the
-    # head's gradients over all ranks.
+    # The loss uses the weight of the output head without calling the head's `forward`. Therefore FSDP does not sum the gradients of a head in
+    # `modulesToSave` over all ranks.
     for name in (spec.method.lora and spec.method.lora.modules_to_save) or []:
         if name.rsplit(".", 1)[-1] in OUTPUT_HEADS and trainer_type_of(spec) is not TrainerType.REWARD:
             yield (
@@ -127,11 +127,11 @@ def incompatible_with_fsdp(spec: FineTuneJobSpec) -> Findings:
 
 
 OPTIMIZERS_FOR_SHARDED_WEIGHTS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
-"""Optimizers that can update weights sharded by FSDP: the optimizers of torch itself."""
+"""Optimizers that can update weights sharded by FSDP. All of them belong to torch."""
 
 
-def incompatible_with_deepspeed(spec: FineTuneJobSpec) -> Findings:
-    """Yield a problem for each option that DeepSpeed supports at no ZeRO stage."""
+def find_deepspeed_conflicts(spec: FineTuneJobSpec) -> Findings:
+    """Yield a problem for each option that DeepSpeed does not support at any ZeRO stage."""
     if spec.training.optimizer == "adagrad":
         yield (
             "training.optimizer",
@@ -140,8 +140,8 @@ def incompatible_with_deepspeed(spec: FineTuneJobSpec) -> Findings:
         )
 
 
-def incompatible_with_zero3(spec: FineTuneJobSpec) -> Findings:
-    """Yield a problem for each option that ZeRO stage 3 does not support. With ZeRO stage 3, no rank has whole weights."""
+def find_zero3_conflicts(spec: FineTuneJobSpec) -> Findings:
+    """Yield a problem for each option that ZeRO stage 3 does not support, because each rank has only a shard of each weight."""
     method, lora = method_type_of(spec), spec.method.lora
     hint = "write zeroStage 2, or `distributed: {strategy: fsdp}`"
     if base_bits(spec):
@@ -151,7 +151,7 @@ def incompatible_with_zero3(spec: FineTuneJobSpec) -> Findings:
             "write zeroStage 2, or remove model.quantization",
         )
     if method is MethodType.SPECTRUM:
-        yield "method.type", "method spectrum needs whole weight matrices, but with ZeRO stage 3 each rank has only a shard", hint
+        yield "method.type", "method spectrum needs whole weight matrices, but with ZeRO stage 3 each rank has only a shard of them", hint
     if method in PROMPT_METHODS:
         yield (
             "method.type",
@@ -167,7 +167,7 @@ def incompatible_with_zero3(spec: FineTuneJobSpec) -> Findings:
     if lora is not None and lora.init in INITS_NEEDING_WHOLE_WEIGHTS:
         yield (
             "method.lora.init",
-            f"method.lora.init {lora.init} needs whole weight matrices, but with ZeRO stage 3 each rank has only a shard",
+            f"method.lora.init {lora.init} needs whole weight matrices, but with ZeRO stage 3 each rank has only a shard of them",
             hint,
         )
 
@@ -176,11 +176,11 @@ def incompatible_with_zero3(spec: FineTuneJobSpec) -> Findings:
 def check_strategy_and_method(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     deepspeed = spec.distributed.deepspeed
     if spec.distributed.strategy is StrategyType.FSDP:
-        yield from incompatible_with_fsdp(spec)
+        yield from find_fsdp_conflicts(spec)
     if spec.distributed.strategy is StrategyType.DEEPSPEED:
-        yield from incompatible_with_deepspeed(spec)
+        yield from find_deepspeed_conflicts(spec)
     if spec.distributed.strategy is StrategyType.DEEPSPEED and deepspeed is not None and deepspeed.zero_stage == 3:
-        yield from incompatible_with_zero3(spec)
+        yield from find_zero3_conflicts(spec)
 
 
 @rule("ContextParallel")
@@ -190,26 +190,26 @@ def check_context_parallel(spec: FineTuneJobSpec, target: ExecutionTarget) -> Fi
         return
     path, strategy = "distributed.contextParallelSize", spec.distributed.strategy
     if strategy is not StrategyType.DEEPSPEED:
-        yield path, f"{size}, but distributed.strategy is {strategy or 'missing'}, and only DeepSpeed can share a sequence among ranks", "write `strategy: deepspeed`"
+        yield path, f"{size}, but distributed.strategy is {strategy or 'missing'}, and only DeepSpeed can split a sequence over several ranks", "write `strategy: deepspeed`"
     if ranks == 1:
         yield path, f"{size}, but the job has 1 rank", f"write `gpusPerNode: {size}` in resources, or remove contextParallelSize"
     elif ranks % size:
         yield path, f"{size}, but the job has {ranks} ranks, which cannot be divided into groups of {size}", f"write a divisor of {ranks}"
-    for option, value, hint in _incompatible_with_context_parallel(spec):
+    for option, value, hint in _find_context_parallel_conflicts(spec):
         yield option, f"{value} cannot be combined with distributed.contextParallelSize {size}", f"{hint}, or remove contextParallelSize"
 
 
-def _incompatible_with_context_parallel(spec: FineTuneJobSpec) -> Iterator[tuple[str, str, str]]:
+def _find_context_parallel_conflicts(spec: FineTuneJobSpec) -> Iterator[tuple[str, str, str]]:
     """Yield (path, value, hint) for each option that needs the whole sequence on one rank."""
     trainer, method, attention = trainer_type_of(spec), method_type_of(spec), spec.model.attention
     if trainer is not TrainerType.SFT:
-        yield "trainer.type", f"{trainer}, which compares whole answers,", "write sft"
+        yield "trainer.type", f"{trainer} (it compares whole answers)", "write sft"
     if spec.dataset.packing:
-        yield "dataset.packing", "true, because the documents of a packed sequence would attend to each other, so it", "write `packing: false`"
+        yield "dataset.packing", "true (the documents of a packed sequence would attend to each other)", "write `packing: false`"
     if is_vision_language(spec):
-        yield "model.modality", "visionLanguage, because an image cannot be cut, so it", "train a text model"
+        yield "model.modality", "visionLanguage (an image cannot be split)", "train a text model"
     if method in PROMPT_METHODS:
-        yield "method.type", f"{method}, whose virtual tokens belong to no rank,", "write lora"
+        yield "method.type", f"{method} (its virtual tokens are not part of the sequence that the ranks split)", "write lora"
     if attention not in (None, AttentionImplementation.AUTO, AttentionImplementation.SDPA):
         yield "model.attention", f"{attention}", "write sdpa"
 
@@ -221,7 +221,7 @@ def check_state_dict(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings
         yield (
             "distributed.fsdp.stateDict",
             "local, but FSDP version 2 does not support local state dicts",
-            "write sharded (also one file per rank) or full",
+            "write sharded, which also writes one file per rank, or write full",
         )
 
 

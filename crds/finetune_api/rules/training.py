@@ -1,4 +1,4 @@
-"""Rules for `spec.training`, `spec.checkpoint` and `spec.evaluation`: schedule, precision, devices, evaluation and checkpoints."""
+"""Rules for `spec.training`, `spec.checkpoint`, and the validation during training (`spec.evaluation`)."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ OPTIMIZERS = (
     "rmsprop_bnb_32bit", "ademamix", "ademamix_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit", "adamw_torch_4bit", "adamw_torch_8bit",
     "schedule_free_adamw", "schedule_free_sgd", "schedule_free_radam",
 )  # fmt: skip
-"""Accepted optimizer names. The trainer's tests compare this list with the optimizers of transformers."""
+"""Supported values of `training.optimizer`. The trainer's tests compare this list with the optimizers of transformers."""
 
 
 @rule("OptimizerUnknown")
@@ -54,7 +54,7 @@ def check_optimizer_unknown(spec: FineTuneJobSpec, target: ExecutionTarget) -> F
 
 
 def optimizer_hint(name: str) -> str:
-    """Return what to write instead of an unknown optimizer."""
+    """Return a hint that says what to write instead of an unknown optimizer."""
     spelling = name.lower().replace("-", "_")
     alias = OPTIMIZER_ALIASES.get(name.lower()) or OPTIMIZER_ALIASES.get(normalise(name)) or (spelling if spelling in OPTIMIZERS else "")
     similar = difflib.get_close_matches(spelling, OPTIMIZERS, 1)
@@ -63,11 +63,11 @@ def optimizer_hint(name: str) -> str:
 
 @rule("PrecisionOnCpu")
 def check_precision_on_cpu(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
-    cpu = spec.training.device is Device.CPU or gpus_per_node(spec) == 0
-    if not cpu or (target is ExecutionTarget.LOCAL and spec.training.device in (None, Device.AUTO)):
+    is_cpu = spec.training.device is Device.CPU or gpus_per_node(spec) == 0
+    if not is_cpu or (target is ExecutionTarget.LOCAL and spec.training.device in (None, Device.AUTO)):
         return
     if spec.training.mixed_precision is MixedPrecision.FP16:
-        yield "training.mixedPrecision", "fp16, but loss scaling does not exist on CPU", "write auto, no or bf16"
+        yield "training.mixedPrecision", "fp16, but fp16 needs loss scaling, which is not possible on CPU", "write auto, no or bf16"
     if spec.model.liger_kernels:
         yield (
             "model.ligerKernels",
@@ -83,7 +83,7 @@ def check_precision_on_cpu(spec: FineTuneJobSpec, target: ExecutionTarget) -> Fi
 
 
 MAX_ACCUMULATION = 65536
-"""Maximum of `training.gradientAccumulationSteps` in the CRD."""
+"""Maximum of `training.gradientAccumulationSteps` and of `training.batchSizePerDevice` in the CRD."""
 
 
 @rule("EffectiveBatchSize")
@@ -93,20 +93,20 @@ def check_effective_batch_size(spec: FineTuneJobSpec, target: ExecutionTarget) -
     if wanted is None:
         return
     given = {"batchSizePerDevice": micro, "gradientAccumulationSteps": accumulation}
-    factors = [f"{name} {value}" for name, value in given.items() if value is not None] + [f"{ranks} {_ranks_text(spec, ranks)}"]
+    factors = [f"{name} {value}" for name, value in given.items() if value is not None] + [f"{ranks} {_format_ranks(spec, ranks)}"]
     product, product_text = (micro or 1) * (accumulation or 1) * ranks, " x ".join(factors)
     if micro is not None and accumulation is not None:
         if wanted != product:
-            yield path, f"{wanted}, but {product_text} are {product} rows", f"remove one of the three fields, or write `effectiveBatchSize: {product}`"
+            yield path, f"{wanted}, but {product_text} are {product} rows", f"remove effectiveBatchSize, batchSizePerDevice or gradientAccumulationSteps, or write `effectiveBatchSize: {product}`"
     elif wanted % product:
         below = wanted // product * product
         nearest = f"{below} or {below + product}" if below else str(product)
         yield path, f"{wanted} is not divisible by {product_text}" + (f" = {product}" if len(factors) > 1 else ""), f"write {nearest}"
     elif max(batch_split(spec)) > MAX_ACCUMULATION:
-        yield path, f"{wanted} needs more than {MAX_ACCUMULATION} micro-batches or rows for each rank", f"write at most {MAX_ACCUMULATION * product}"
+        yield path, f"{wanted} needs more than {MAX_ACCUMULATION} accumulation steps, or more than {MAX_ACCUMULATION} rows in a micro-batch", f"write at most {MAX_ACCUMULATION * product}"
 
 
-def _ranks_text(spec: FineTuneJobSpec, count: int) -> str:
+def _format_ranks(spec: FineTuneJobSpec, count: int) -> str:
     size = spec.distributed.context_parallel_size or 1
     if size > 1:
         return f"{'group' if count == 1 else 'groups'} of {size} ranks"
@@ -128,7 +128,7 @@ def check_device(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
         yield (
             "training.device",
             f"cpu, but resources.gpusPerNode requests {gpus_per_node(spec)} GPUs",
-            "write `resources: {gpusPerNode: 0}`",
+            "write `resources: {gpusPerNode: 0}`, or remove device",
         )
     if requested is Device.CUDA and gpus_per_node(spec) == 0:
         yield "training.device", "cuda, but resources.gpusPerNode is 0", "write gpusPerNode 1 or more, or `device: cpu`"
@@ -182,16 +182,16 @@ def check_steps_without_effect(spec: FineTuneJobSpec, target: ExecutionTarget) -
             "remove evaluation.steps or evaluation.strategy",
         )
     if spec.training.checkpoint_every_n_layers not in (None, 1):
-        yield from _recomputation_disabled(spec)
+        yield from _check_recomputation_interval(spec)
 
 
-def _recomputation_disabled(spec: FineTuneJobSpec) -> Findings:
-    """Yield a problem if gradient checkpointing is disabled, because checkpointEveryNLayers then has no effect."""
+def _check_recomputation_interval(spec: FineTuneJobSpec) -> Findings:
+    """Yield a problem if gradient checkpointing is disabled, because it makes `training.checkpointEveryNLayers` useless."""
     path, mode = "training.checkpointEveryNLayers", spec.training.gradient_checkpointing
     if mode is GradientCheckpointing.DISABLED:
-        yield path, "checkpointEveryNLayers has no effect with `gradientCheckpointing: disabled`", "remove one of the two"
+        yield path, "checkpointEveryNLayers has no effect with `gradientCheckpointing: disabled`", "remove checkpointEveryNLayers or gradientCheckpointing"
     elif mode is None and method_type_of(spec) is MethodType.PREFIX_TUNING:
-        yield path, "checkpointEveryNLayers has no effect, because prefixTuning disables gradientCheckpointing", "remove it"
+        yield path, "checkpointEveryNLayers has no effect, because prefixTuning disables gradientCheckpointing", "remove checkpointEveryNLayers"
     elif mode is None and gpus_per_node(spec) == 0:
         yield (
             path,
@@ -201,7 +201,7 @@ def _recomputation_disabled(spec: FineTuneJobSpec) -> Findings:
 
 
 def adam_fields(optimizer: str) -> tuple[str, ...]:
-    """Return the Adam options of `spec.training` that the optimizer reads. The trainer's tests compare this function with transformers' code."""
+    """Return the Adam options of `spec.training` that an optimizer uses. The trainer's tests compare this function with transformers' code."""
     if "adam" in optimizer or "ademamix" in optimizer:
         return ("adam_beta1", "adam_beta2", "adam_epsilon")
     return ("adam_beta1", "adam_beta2") if "lion" in optimizer else ()
@@ -211,9 +211,9 @@ def adam_fields(optimizer: str) -> tuple[str, ...]:
 def check_training_options(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     training = spec.training
     name = str(value_or_default(training, "optimizer"))
-    read = adam_fields(name)
+    used_fields = adam_fields(name)
     for field, wire in (("adam_beta1", "adamBeta1"), ("adam_beta2", "adamBeta2"), ("adam_epsilon", "adamEpsilon")):
-        if getattr(training, field) is not None and field not in read and name in OPTIMIZERS:
+        if getattr(training, field) is not None and field not in used_fields and name in OPTIMIZERS:
             yield (
                 f"training.{wire}",
                 f"{getattr(training, field):g}, but {wire} has no effect on optimizer {name}",
@@ -223,13 +223,13 @@ def check_training_options(spec: FineTuneJobSpec, target: ExecutionTarget) -> Fi
         yield (
             "training.groupByLength",
             "true, but with `packing: true` all sequences have the same length",
-            "remove one of the two",
+            "remove groupByLength or packing",
         )
 
 
 @rule("ValidationMissing")
 def check_validation_missing(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
-    hint = "add dataset.validation or dataset.split.validation, or remove this field"
+    hint = "add dataset.validation or dataset.split.validation, or remove {}"
     if has_validation_set(spec):
         if spec.training.early_stopping is not None and not evaluates_during_training(spec):
             yield (
@@ -239,11 +239,12 @@ def check_validation_missing(spec: FineTuneJobSpec, target: ExecutionTarget) -> 
             )
         return
     if spec.evaluation.strategy not in (None, IntervalStrategy.NO):
-        yield "evaluation.strategy", f"{spec.evaluation.strategy}, but the spec has no validation data", hint
+        yield "evaluation.strategy", f"{spec.evaluation.strategy}, but the spec has no validation data", hint.format("evaluation.strategy")
     if spec.evaluation.steps is not None and spec.evaluation.strategy is None:
-        yield "evaluation.steps", "evaluation.steps has no effect without validation data", hint
+        yield "evaluation.steps", "evaluation.steps has no effect without validation data", hint.format("evaluation.steps")
     if spec.training.early_stopping is not None:
-        yield "training.earlyStopping", "earlyStopping needs the validation loss, but the spec has no validation data", hint
+        message = "earlyStopping needs the validation loss, but the spec has no validation data"
+        yield "training.earlyStopping", message, hint.format("earlyStopping")
 
 
 PICKLING_STRATEGIES = (StrategyType.FSDP, StrategyType.DEEPSPEED)
@@ -258,11 +259,11 @@ def check_pickled_checkpoint(spec: FineTuneJobSpec, target: ExecutionTarget) -> 
         yield (
             "checkpoint.allowPickle",
             f"checkpoint.resume names a checkpoint of another job, and checkpoints of {strategy} contain Python pickles, which can run code",
-            "if you trust everyone who can write to this address, write `allowPickle: true`",
+            "write `allowPickle: true` if you trust everyone who can write to this address",
         )
     if spec.checkpoint.allow_pickle and not needs_permission:
         yield (
             "checkpoint.allowPickle",
-            "true, but allowPickle has no effect unless checkpoint.resume is a URI and the strategy is fsdp or deepspeed",
+            "true, but allowPickle has an effect only if checkpoint.resume is an address and distributed.strategy is fsdp or deepspeed",
             "remove allowPickle",
         )

@@ -21,9 +21,9 @@ from finetune_api.spec.enums import LoraBias, LoraInit, MethodType, StrategyType
 from finetune_api.spec.method import Vision
 
 VISION_METHODS = (MethodType.LORA, MethodType.QLORA, MethodType.DORA, MethodType.FULL)
-"""Methods that train vision-language models."""
+"""Methods that support vision-language models."""
 VISION_TRAINERS = (TrainerType.SFT, TrainerType.DPO)
-"""Objectives that read rows with images."""
+"""Objectives that support rows with images."""
 
 
 @rule(
@@ -56,11 +56,11 @@ def check_vision_support(spec: FineTuneJobSpec, target: ExecutionTarget) -> Find
             f"{strategy} is not supported {suffix}: a rank whose rows have no images skips the vision layers, and the other ranks would wait for it",
             "write `strategy: ddp`",
         )
-    for path, value, hint in _unsupported_options(spec):
+    for path, value, hint in _find_unsupported_options(spec):
         yield path, f"{value} is not supported {suffix}", hint
 
 
-def _unsupported_options(spec: FineTuneJobSpec) -> Iterator[tuple[str, str, str]]:
+def _find_unsupported_options(spec: FineTuneJobSpec) -> Iterator[tuple[str, str, str]]:
     """Yield (path, value, hint) for each option that vision-language models do not support."""
     lora = spec.method.lora
     if uses_loftq(spec) or (lora is not None and lora.init not in (None, LoraInit.DEFAULT, LoraInit.GAUSSIAN)):
@@ -72,7 +72,7 @@ def _unsupported_options(spec: FineTuneJobSpec) -> Iterator[tuple[str, str, str]
     if spec.dataset.use_chat_template is False:
         yield "dataset.useChatTemplate", "false", "remove useChatTemplate, because the chat template writes the placeholders of the images"
     if metrics_after_training(spec):
-        yield "evaluation.metrics", "an evaluation that generates answers", "remove metrics; the loss and token accuracy of validation and test set are measured"
+        yield "evaluation.metrics", "an evaluation that generates answers", "remove metrics; the job still measures the loss and the token accuracy on validation and test rows"
     if benchmarks_after_training(spec):
         yield "evaluation.benchmarks", "a benchmark", "remove benchmarks"
     if prompts_to_compare(spec) is not None:
@@ -86,15 +86,15 @@ def _unsupported_options(spec: FineTuneJobSpec) -> Iterator[tuple[str, str, str]
 @rule("VisionOptionWithoutEffect")
 def check_vision_options(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     if not is_vision_language(spec):
-        columns = [("dataset.columns", spec.dataset.columns)]
-        columns += [(f"dataset.mixture[{i}].columns", item.columns) for i, item in enumerate(spec.dataset.mixture or [])]
-        paths = [f"{path}.images" for path, group in columns if group is not None and group.images is not None]
+        column_groups = [("dataset.columns", spec.dataset.columns)]
+        column_groups += [(f"dataset.mixture[{i}].columns", item.columns) for i, item in enumerate(spec.dataset.mixture or [])]
+        paths = [f"{path}.images" for path, columns in column_groups if columns is not None and columns.images is not None]
         for path in ["dataset.images"] * (spec.dataset.images is not None) + paths:
-            yield path, f"{path} has no effect without `model.modality: visionLanguage`", f"remove {path}, or set the modality"
+            yield path, f"{path} has no effect without `model.modality: visionLanguage`", f"remove {path}, or write `model: {{modality: visionLanguage}}`"
         return
     vision = spec.method.vision or Vision()
     if not value_or_default(vision, "vision_layers") and not value_or_default(vision, "language_layers"):
-        yield "method.vision.languageLayers", "false, but visionLayers is false, too, so nothing is trained", "write `visionLayers: true`, or remove languageLayers"
+        yield "method.vision.languageLayers", "false, but visionLayers is false, too, so the job would train nothing", "write `visionLayers: true`, or remove languageLayers"
     if method_type_of(spec) is not MethodType.FULL and vision.attention_modules is False and vision.mlp_modules is False:
         yield (
             "method.vision.mlpModules",

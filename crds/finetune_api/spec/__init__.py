@@ -1,4 +1,4 @@
-"""The spec of a FineTuneJob, with one class per group. Fields with a default are None until the default is filled in."""
+"""The spec of a FineTuneJob, with one class for each group. A field that the user does not set is None until its default is filled in."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import Field
 
-from finetune_api.base import Group, value_at
+from finetune_api.base import Group, get_value_at_path
 from finetune_api.spec.cluster import Placement, Policy, Prepare, Resources, StorageRoot
 from finetune_api.spec.dataset import Dataset
 from finetune_api.spec.method import Method
@@ -47,7 +47,7 @@ class FineTuneJobSpec(Group):
     )
     checkpoint: Checkpoint = Field(
         default_factory=Checkpoint,
-        description="Frequency and number of checkpoints, and resuming. Default: the defaults of the fields. Example: `{steps: 500}`.",
+        description="When checkpoints are saved, how many are kept, and from which one the job resumes. Default: the defaults of the fields. Example: `{steps: 500}`.",
     )
     output: Output = Field(
         default_factory=Output,
@@ -86,11 +86,11 @@ class FineTuneJobSpec(Group):
     )
     policy: Policy = Field(
         default_factory=Policy,
-        description="Time limits, and the reaction to failures. Default: the defaults of the fields. Example: `{retries: 5}`.",
+        description="Time limits, and what happens after failures. Default: the defaults of the fields. Example: `{retries: 5}`.",
     )
     suspend: bool = Field(
         default=False,
-        description="If true, the pods save a checkpoint and stop. If false again, the job resumes. Default: false. Example: `true`.",
+        description="If true, the pods save a checkpoint and stop. If the field is set to false again, the job resumes. Default: false. Example: `true`.",
     )
     cancel: bool = Field(
         default=False,
@@ -99,7 +99,7 @@ class FineTuneJobSpec(Group):
 
     def value(self, path: str) -> Any:
         """Return the value at a dotted path of camelCase names, or None."""
-        return value_at(self.to_wire(), path)
+        return get_value_at_path(self.to_wire(), path)
 
     def with_values(self, values: Mapping[str, Any]) -> FineTuneJobSpec:
         """Return a copy of the spec with new values. The keys of `values` are dotted paths of camelCase names. Errors: pydantic's ValidationError."""
@@ -113,20 +113,20 @@ class FineTuneJobSpec(Group):
         return FineTuneJobSpec.model_validate(wire)
 
 
-def load_spec(value: Mapping[str, Any]) -> FineTuneJobSpec:
-    """Read a spec from JSON-like data with the API server's strictness: strings and booleans are not accepted as numbers.
+def load_spec(raw_spec: Mapping[str, Any]) -> FineTuneJobSpec:
+    """Read a spec from nested dicts and lists, as strictly as the API server: strings and booleans are not accepted as numbers.
 
     Errors: pydantic's ValidationError with one entry per invalid field.
     """
-    return FineTuneJobSpec.model_validate_json(json.dumps(_whole_numbers(value), default=str), strict=True)
+    return FineTuneJobSpec.model_validate_json(json.dumps(_convert_whole_floats(raw_spec), default=str), strict=True)
 
 
-def _whole_numbers(value: Any) -> Any:
+def _convert_whole_floats(value: Any) -> Any:
     """Return a copy of `value` in which `2.0` is replaced by `2`, because the API server accepts both as integers."""
     if isinstance(value, Mapping):
-        return {key: _whole_numbers(inner) for key, inner in value.items()}
+        return {key: _convert_whole_floats(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_whole_numbers(inner) for inner in value]
+        return [_convert_whole_floats(inner) for inner in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 

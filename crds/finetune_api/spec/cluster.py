@@ -1,4 +1,4 @@
-"""`spec.storage`, `spec.resources`, `spec.placement` and `spec.policy`: storage, resources, scheduling and limits of the job."""
+"""`spec.storage`, `spec.resources`, `spec.prepare`, `spec.placement` and `spec.policy`: where and how the pods of the job run."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Resources(Group):
         "Number of pods. Each pod runs on a different node.", default=1, example=2
     )
     gpus_per_node: Annotated[int, Field(ge=0, le=64)] | None = spec_field(
-        "GPUs per pod. 0: train on CPU. The plan of a prepared job may choose more if the job does not fit on one GPU.", default=1, example=8
+        "GPUs per pod. 0: train on CPU. If this field is not set and the job does not fit on one GPU, the preparation may choose more.", default=1, example=8
     )
     processes_per_node: Annotated[int, Field(ge=1, le=64)] | None = spec_field(
         "Ranks per pod.", default_text="gpusPerNode; 1 on CPU", example=2
@@ -67,7 +67,7 @@ class Resources(Group):
         example="nvidia.com/mig-1g.10gb",
     )
     node_pool: ShortText | None = spec_field(
-        "Name of a node pool in the operator's configuration.", default_text="the pool that the plan of a prepared job chooses, otherwise the default pool",
+        "Name of a node pool in the operator's configuration.", default_text="the pool that the preparation chooses, otherwise the default pool",
         example="h100",
     )
     cpu: CpuQuantity | None = spec_field("CPUs per pod (request).", default_text="the operator's configuration", example="4")
@@ -111,13 +111,13 @@ class Prepare(Group):
         description="Resources of the preparation pod. Default: the operator's configuration. Example: `{memory: 16Gi}`.",
     )
     ttl_days: Annotated[int, Field(ge=1, le=3650)] | None = spec_field(
-        "Days after the last use by a job for which prepared rows stay in storage. Later preparations in the namespace and `finetune purge` remove them.",
+        "Number of days for which prepared rows stay in storage after a job last used them. After that, later preparations in the namespace and `finetune purge` remove the rows.",
         default_text="30", example=7, since="0.2.0",
     )  # fmt: skip
 
 
 class Toleration(Group):
-    """A toleration, with the fields of a pod's toleration."""
+    """A toleration of the pods. Its fields are those of a toleration in a pod's spec."""
 
     cel = (
         CelRule(
@@ -138,12 +138,12 @@ class Toleration(Group):
     )
 
     key: LabelKey | None = spec_field(
-        "Key of the taint. If key is absent and operator is Exists, every taint is tolerated.",
+        "Key of the taint. Without a key, and with operator Exists, every taint is tolerated.",
         default_text="none",
         example="nvidia.com/gpu",
     )
     operator: Literal["Exists", "Equal"] | None = spec_field(
-        "Comparison with the taint. `Exists`: the taint has the key. `Equal`: the taint has the key and the value.",
+        "How the taint is compared. `Exists`: the taint has the key. `Equal`: the taint has the key and the value.",
         default_text="Equal",
         example="Exists",
     )
@@ -157,7 +157,7 @@ class Toleration(Group):
         example="NoSchedule",
     )
     toleration_seconds: Annotated[int, Field(ge=0)] | None = spec_field(
-        "Seconds for which a NoExecute taint is tolerated.", default_text="forever", example=300
+        "Number of seconds for which a NoExecute taint is tolerated.", default_text="forever", example=300
     )
 
 
@@ -184,11 +184,11 @@ class NodeAffinityTerm(Group):
 
     key: LabelKey = Field(description="Label of the node. Required. Example: `topology.kubernetes.io/zone`.")
     operator: Literal["In", "NotIn", "Exists", "DoesNotExist", "Gt", "Lt"] = Field(
-        description="Comparison with the label. `In`: the label has one of the values. `NotIn`: the label has none of the values. `Exists`: the label exists. "
+        description="How the label is compared. `In`: the label has one of the values. `NotIn`: the label has none of the values. `Exists`: the label exists. "
         "`DoesNotExist`: the label does not exist. `Gt`: the label is an integer above the value. `Lt`: the label is an integer below the value. Required. Example: `In`."
     )
     values: Annotated[list[Annotated[str, StringConstraints(max_length=63)]], Field(max_length=64)] | None = spec_field(
-        "Values for the comparison.", default_text="none", example=["eu-1a"]
+        "Values with which the label is compared.", default_text="none", example=["eu-1a"]
     )
 
 
@@ -272,12 +272,12 @@ class Placement(Group):
     )
 
     node_selector: Annotated[StringMap, Field(max_length=32)] | None = spec_field(
-        "Labels that a node must have. The node pool's labels are required, too.",
+        "Labels that a node must have, in addition to the labels of the node pool.",
         default_text="none",
         example={"topology.kubernetes.io/zone": "eu-1a"},
     )
     tolerations: Annotated[list[Toleration], Field(max_length=32)] | None = spec_field(
-        "Tolerations of the pods. The node pool's tolerations apply, too.",
+        "Tolerations of the pods, in addition to the tolerations of the node pool.",
         default_text="none",
         example=[{"key": "nvidia.com/gpu", "operator": "Exists"}],
     )
@@ -294,7 +294,7 @@ class Placement(Group):
     )
     queue_name: ObjectName | None = spec_field("Name of the Kueue LocalQueue.", default_text="no queue", example="team-a")
     service_account_name: ObjectName | None = spec_field(
-        "ServiceAccount of the pods, for workload identity. The ServiceAccount's token is not mounted.",
+        "ServiceAccount of the pods, for workload identity. The pods do not mount its token.",
         default_text="the operator's configuration",
         example="trainer",
     )
@@ -326,7 +326,7 @@ class Placement(Group):
 
 
 class Policy(Group):
-    """`spec.policy`: time limits, and the reaction to failures."""
+    """`spec.policy`: time limits, and what happens after failures."""
 
     active_deadline_seconds: Annotated[int, Field(ge=1, le=31536000)] | None = spec_field(
         "Maximum running time of all attempts together, in seconds. After this time, the job fails. Time in the queue and suspended time do not count.",
@@ -340,13 +340,13 @@ class Policy(Group):
     )
     max_cost: Annotated[float, Field(gt=0, le=1e9)] | None = spec_field(
         "Maximum cost of the GPU-hours of all attempts, in the currency of the operator's configuration. A prepared job does not start if even the "
-        "lower bound of its planned cost is higher. A running job that has spent this amount saves a checkpoint and fails. The node pool needs a price.",
+        "lower bound of its planned cost is higher. A running job that has spent this amount saves a checkpoint and fails. This field requires that the node pool has a price.",
         default_text="no limit",
         example=250.5,
         since="0.2.0",
     )
     retries: Annotated[int, Field(ge=0, le=1000)] | None = spec_field(
-        "Maximum number of consecutive failed attempts without progress. After one more failed attempt without progress, the job fails.", default=3, example=5
+        "Maximum number of consecutive failed attempts without progress. If one more such attempt follows, the job fails.", default=3, example=5
     )
     termination_grace_period_seconds: Annotated[int, Field(ge=1, le=86400)] | None = spec_field(
         "Seconds in which a stopping pod can save a checkpoint. If this field is not set and saving takes long, the operator raises "
@@ -358,21 +358,21 @@ class Policy(Group):
         "If the pods of an attempt do not run after this many seconds, the operator reports the job as stalled.", default=1800, example=7200
     )
     stall_timeout_seconds: Annotated[int, Field(ge=1, le=31536000)] | None = spec_field(
-        "The operator restarts the attempt after this many seconds without an optimizer step. While the ranks load the model, it restarts the attempt if they "
-        "neither compute nor read for this time.",
+        "After this many seconds without an optimizer step, the operator ends the attempt and starts another one. While the ranks load the model, it does so "
+        "after this many seconds in which they neither compute nor read.",
         default_text="computed from recent step durations, at least 600",
         example=900,
     )
     on_out_of_memory: OnOutOfMemory | None = spec_field(
-        "Reaction of the operator to exhausted GPU memory.", default="Adapt", example="Fail"
+        "What the operator does after GPU memory was exhausted.", default="Adapt", example="Fail"
     )
     on_divergence: OnDivergence | None = spec_field(
-        "Reaction of the operator to a loss or gradients that are not finite.", default="Rollback", example="Fail"
+        "What the operator does after the loss or a gradient was not finite.", default="Rollback", example="Fail"
     )
     on_existing_result: OnExistingResult | None = spec_field(
         "What happens if storage already holds the final model of an earlier FineTuneJob with the same namespace and name, for example after a cluster was rebuilt from Git. "
-        "The preparation pod compares spec and inputs. With adopt or fail, the job is prepared even if prepare.strategy would not require it.",
-        default_text="adopt for jobs that are prepared, otherwise train",
+        "The preparation pod compares spec and inputs. With adopt or fail, a preparation runs even if prepare.strategy would not require it.",
+        default_text="adopt for jobs with a preparation, otherwise train",
         example="train",
         since="0.2.0",
     )

@@ -23,7 +23,7 @@ StringMap = Annotated[dict[ShortText, Annotated[str, StringConstraints(max_lengt
 
 
 def one_of(*allowed: int) -> AfterValidator:
-    """Return a validator that accepts only these integers. The CRD contains the same integers as an `enum`."""
+    """Return a validator that accepts only these integers. The field's schema must list the same integers as its `enum`."""
 
     def check(value: int) -> int:
         if value not in allowed:
@@ -73,13 +73,13 @@ class Encryption(Group):
         ),
     )
 
-    type: EncryptionType = Field(description="Owner of the encryption key. Required. Example: `kms`.")
+    type: EncryptionType = Field(description="Kind of encryption, named after the owner of the key. Required. Example: `kms`.")
     kms_key_id: Annotated[str, StringConstraints(pattern=NO_SPACE, max_length=2048)] | None = spec_field(
         "ID, ARN or alias of a key in the key management service. Only with type kms. Default: the account's default key.",
         example="arn:aws:kms:eu-central-1:111122223333:key/1234abcd",
     )
     customer_key_secret_ref: SecretKeyRef | None = spec_field(
-        "Secret key with 32 random bytes in base64 (`openssl rand -base64 32`). Only with type customerKey. Default: none.",
+        "Key of a Secret that contains 32 random bytes in base64 (`openssl rand -base64 32`). Only with type customerKey. Default: none.",
         example={"name": "s3-customer-key", "key": "key"},
     )
 
@@ -101,12 +101,12 @@ class StorageConnection(Group):
         example="https://s3.example.com",
     )
     region: ShortText | None = spec_field(
-        "Region in the signature of each request.",
+        "Region of the store, which is part of each request's signature.",
         default_text="the region in the operator's configuration, otherwise us-east-1",
         example="eu-central-1",
     )
     addressing_style: AddressingStyle | None = spec_field(
-        "Position of the bucket's name in URLs: path or host name.",
+        "Where the bucket's name is in URLs: in the path or in the host name.",
         default_text="path if endpoint is set, otherwise virtual",
         example="path",
     )
@@ -116,7 +116,7 @@ class StorageConnection(Group):
         example={"name": "s3-credentials"},
     )
     ca_bundle_ref: ConfigMapKeyRef | None = spec_field(
-        "ConfigMap key with the trusted CA certificates (PEM) of the endpoint. `https://` sources also trust the CA certificates of "
+        "Key of a ConfigMap that contains the trusted CA certificates (PEM) of the endpoint. `https://` sources also trust the CA certificates of "
         "the image.",
         default_text="the CA certificates of the image",
         example={"name": "ca", "key": "ca.crt"},

@@ -14,13 +14,13 @@ Ratio = Annotated[float, Field(ge=0, le=1)]
 
 
 class Columns(Group):
-    """`dataset.columns`: column names, if they differ from the default names of the data format."""
+    """`dataset.columns`: names of columns that differ from the default names of the data format."""
 
     question: ColumnName | None = spec_field(
-        "Column with the question, instruction or prompt.", default_text="the format's own", example="prompt"
+        "Column with the question, instruction or prompt.", default_text="the column name of the format", example="prompt"
     )
     answer: ColumnName | None = spec_field(
-        "Column with the answer, response or completion.", default_text="the format's own", example="response"
+        "Column with the answer, response or completion.", default_text="the column name of the format", example="response"
     )
     system: ColumnName | None = spec_field(
         "Column with the system prompt.", default_text="the column `system` if it exists", example="instructions"
@@ -39,9 +39,9 @@ class Columns(Group):
 
 
 class Split(Group):
-    """`dataset.split`: sizes of the parts into which the training data is split.
+    """`dataset.split`: fractions of the training data for training, validation and test.
 
-    The number of rows of each part is rounded down. The remaining rows go to training or, if `train` is set, to the last nonempty part.
+    Each number of rows is rounded down. The remaining rows go to training or, if `train` is set, to the last part that is not empty.
     """
 
     train: Annotated[float, Field(gt=0, le=1)] | None = spec_field(
@@ -83,7 +83,7 @@ class Checks(Group):
 
     deduplicate: bool | None = spec_field("Skip rows that are equal to an earlier row.", default=False, example=True)
     validate_json: bool | None = spec_field(
-        "Treat rows whose answer is not valid JSON as bad rows.", default=False, example=True
+        "Treat a row whose answer is not valid JSON as a bad row (see badRows).", default=False, example=True
     )
     pii_scan: bool | None = spec_field(
         "Count rows that contain e-mail addresses, or phone, card or account numbers. The rows are not changed.",
@@ -94,10 +94,10 @@ class Checks(Group):
 
 
 class Images(Group):
-    """`dataset.images`: where the images of the rows are, and their limits. Only with `model.modality: visionLanguage`."""
+    """`dataset.images`: location and limits of the images. Only with `model.modality: visionLanguage`."""
 
     root: Source | None = spec_field(
-        "Folder with the images. Paths in the rows are relative to this folder; addresses in the rows must begin with this address. Accepts "
+        "Folder with the images. Paths in the rows are relative to this folder, and addresses in the rows must begin with its address. Accepts "
         "the same forms as `model.source`, except web servers.",
         default_text="the folder of the row's data file",
         example="s3://data/images",
@@ -124,7 +124,7 @@ class MixtureItem(Group):
         description="Location of the data. Accepts the same forms as `dataset.train`. Required. Example: `s3://data/a.jsonl`."
     )
     weight: Annotated[float, Field(gt=0, le=1000000)] | None = spec_field(
-        "Weight of this source, relative to the weights of the other sources.", default=1.0, example=0.5
+        "Share of this source in the mixture, relative to the weights of the other sources.", default=1.0, example=0.5
     )
     format: DatasetFormat | None = spec_field(
         "Format of this source's rows.", default_text="dataset.format", example="messages"
@@ -149,12 +149,12 @@ class ChatTemplate(Group):
         "Text of the template.", default_text="none", example="{% for m in messages %}...{% endfor %}"
     )
     config_map_ref: ConfigMapKeyRef | None = spec_field(
-        "ConfigMap key with the template.", default_text="none", example={"name": "templates", "key": "chat.jinja"}
+        "Key of a ConfigMap that contains the template.", default_text="none", example={"name": "templates", "key": "chat.jinja"}
     )
 
 
 class Dataset(Group):
-    """`spec.dataset`."""
+    """`spec.dataset`: the training data and its conversion to tokens."""
 
     cel = (
         CelRule(
@@ -182,16 +182,16 @@ class Dataset(Group):
     )
     validation: Source | None = spec_field(
         "Validation data. Accepts the same forms as `dataset.train`.",
-        default_text="the part of dataset.split if set",
+        default_text="the rows that dataset.split takes from the training data, if it is set",
         example="s3://data/validation.jsonl",
     )
     test: Source | None = spec_field(
         "Test data. Accepts the same forms as `dataset.train`.",
-        default_text="the part of dataset.split if set",
+        default_text="the rows that dataset.split takes from the training data, if it is set",
         example="s3://data/test.jsonl",
     )
     mixture: Annotated[list[MixtureItem], Field(min_length=1, max_length=64)] | None = spec_field(
-        "Several sources of training data with weights. mixture replaces train.",
+        "Several sources of training data with weights, instead of train.",
         default_text="none",
         example=[{"source": "s3://data/a.jsonl", "weight": 2}],
     )
@@ -213,7 +213,7 @@ class Dataset(Group):
         "Sizes of a validation set and a test set that are taken from the training data.", default_text="none", example={"validation": 0.1}
     )
     system_prompt: Text | None = spec_field(
-        "System prompt for all rows. This prompt replaces the system prompts in the data.",
+        "System prompt of all rows. It replaces the system prompts in the data.",
         default_text="none",
         example="You answer briefly.",
     )
@@ -226,8 +226,8 @@ class Dataset(Group):
         example={"configMapRef": {"name": "templates", "key": "chat.jinja"}},
     )
     template_variables: StringMap | None = spec_field(
-        "Variables for the chat template, such as `enable_thinking`. Values that are JSON (`true`, `3`, `\"3\"`) are passed as such, all others as text. "
-        "The stored template has these values as its defaults.",
+        "Variables for the chat template, such as `enable_thinking`. A value that is valid JSON (`true`, `3`, `\"3\"`) is passed as its JSON value, any other value as text. "
+        "The stored chat template has these values as defaults.",
         default_text="none",
         example={"enable_thinking": "false"},
         since="0.2.0",
@@ -249,7 +249,7 @@ class Dataset(Group):
         example={"enabled": False},
     )
     packing: bool | None = spec_field(
-        "Put several rows into one sequence. Attention does not cross the border between rows.",
+        "Put several rows into one sequence. A token never attends to tokens of another row.",
         default=False,
         example=True,
     )
@@ -259,14 +259,14 @@ class Dataset(Group):
         example=4096,
     )
     overflow: OverflowPolicy | None = spec_field(
-        "Treatment of rows that are longer than maxSequenceLength.", default="truncate", example="drop"
+        "What happens with rows that are longer than maxSequenceLength.", default="truncate", example="drop"
     )
     num_proc: Annotated[int, Field(ge=1, le=1024)] | None = spec_field(
         "Number of processes that tokenise the data.", default_text="number of CPUs of the pod", example=4
     )
-    bad_rows: BadRows | None = spec_field("Treatment of rows that cannot be used for training.", default="fail", example="skip")
+    bad_rows: BadRows | None = spec_field("What happens with rows that cannot be used for training.", default="fail", example="skip")
     max_bad_row_ratio: Ratio | None = spec_field(
-        "Maximum fraction of skipped rows. If the job skips more rows, the job fails. Only with `badRows: skip`.", default=0.05, example=0.01
+        "Maximum fraction of skipped rows. If more rows are bad, the job fails. Only with `badRows: skip`.", default=0.05, example=0.01
     )
     mcq: Mcq | None = spec_field(
         "Options of the multiple-choice format.",

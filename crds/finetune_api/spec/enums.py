@@ -1,4 +1,4 @@
-"""Every enumeration of the spec. The docstring below each member becomes part of the CRD's descriptions and of the reference pages."""
+"""All enumerations of the spec. The docstring below each member becomes part of the CRD's descriptions and of the reference pages."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from enum import StrEnum
 
 
 class AddressingStyle(StrEnum):
+    """Where the bucket's name is in URLs."""
+
     PATH = "path"
     """`https://host/bucket/key`."""
     VIRTUAL = "virtual"
@@ -24,8 +26,10 @@ class EncryptionType(StrEnum):
 
 
 class WeightDtype(StrEnum):
+    """Data type of the loaded weights."""
+
     AUTO = "auto"
-    """bfloat16 on GPUs that support bfloat16. float32 on CPU and for methods that train base weights."""
+    """bfloat16 on GPUs that support it; float32 on CPU and for methods that train base weights."""
     FLOAT16 = "float16"
     """16 bits, IEEE half precision."""
     BFLOAT16 = "bfloat16"
@@ -35,6 +39,8 @@ class WeightDtype(StrEnum):
 
 
 class ComputeDtype(StrEnum):
+    """Data type in which quantised layers compute."""
+
     BFLOAT16 = "bfloat16"
     """16 bits with the value range of float32."""
     FLOAT16 = "float16"
@@ -44,8 +50,10 @@ class ComputeDtype(StrEnum):
 
 
 class AttentionImplementation(StrEnum):
+    """Implementation of the attention layers."""
+
     AUTO = "auto"
-    """PyTorch's variable-length attention (varlen) for SFT on a GPU that supports it, otherwise sdpa. With varlen, batches of several rows are concatenated instead of padded."""
+    """PyTorch's variable-length attention (varlen) for SFT on a GPU that supports it, otherwise sdpa. With varlen, the rows of a batch are concatenated and not padded."""
     EAGER = "eager"
     """Plain PyTorch operations."""
     SDPA = "sdpa"
@@ -55,13 +63,17 @@ class AttentionImplementation(StrEnum):
 
 
 class QuantizationType(StrEnum):
+    """Number format of 4-bit weights."""
+
     NF4 = "nf4"
-    """4-bit normal float, made for normally distributed weights."""
+    """4-bit NormalFloat, a format for normally distributed weights."""
     FP4 = "fp4"
-    """4-bit float."""
+    """4-bit floating point."""
 
 
 class Modality(StrEnum):
+    """What the base model reads."""
+
     TEXT = "text"
     """A language model."""
     VISION_LANGUAGE = "visionLanguage"
@@ -69,6 +81,8 @@ class Modality(StrEnum):
 
 
 class MethodType(StrEnum):
+    """Fine-tuning method."""
+
     FULL = "full"
     """Train all weights."""
     LORA = "lora"
@@ -86,10 +100,12 @@ class MethodType(StrEnum):
     PROMPT_TUNING = "promptTuning"
     """Train virtual tokens in front of the input."""
     IA3 = "ia3"
-    """Train scales on keys, values and MLP activations."""
+    """Train factors by which keys, values and MLP activations are multiplied."""
 
 
 class LoraBias(StrEnum):
+    """Which biases of the model are trained with LoRA."""
+
     NONE = "none"
     """The biases of the model are not trained."""
     ALL = "all"
@@ -99,6 +115,8 @@ class LoraBias(StrEnum):
 
 
 class LoraInit(StrEnum):
+    """Initialisation of a LoRA adapter."""
+
     DEFAULT = "default"
     """Random matrix A (Kaiming uniform), zero matrix B."""
     GAUSSIAN = "gaussian"
@@ -114,18 +132,24 @@ class LoraInit(StrEnum):
 
 
 class TaskType(StrEnum):
+    """Task of the model."""
+
     CAUSAL_LM = "causalLM"
     """Causal language modelling: predict the next token."""
 
 
 class SpectrumMetric(StrEnum):
+    """How method spectrum computes the signal-to-noise ratio."""
+
     MARCHENKO_PASTUR = "marchenkoPastur"
-    """Singular values above the Marchenko-Pastur bound count as signal. Modules are ranked among modules of the same kind."""
+    """Singular values above the Marchenko-Pastur bound count as signal. Each module is ranked among the modules of the same kind."""
     MEAN_OVER_STD = "meanOverStd"
-    """mean(|W|) / std(W) of the weights. Whole layers are ranked."""
+    """mean(|W|) / std(W) of the weights W. Whole layers are ranked, not single modules."""
 
 
 class TrainerType(StrEnum):
+    """Training objective."""
+
     SFT = "sft"
     """Supervised fine-tuning."""
     DPO = "dpo"
@@ -141,6 +165,8 @@ class TrainerType(StrEnum):
 
 
 class GenerationBackend(StrEnum):
+    """Program that generates the completions of grpo."""
+
     TRANSFORMERS = "transformers"
     """The trainer generates the completions itself."""
     VLLM = "vllm"
@@ -148,6 +174,8 @@ class GenerationBackend(StrEnum):
 
 
 class TrainerBackend(StrEnum):
+    """Implementation of the training loop."""
+
     TRANSFORMERS = "transformers"
     """Standard implementation, for CPU and any number of GPUs."""
     UNSLOTH = "unsloth"
@@ -155,6 +183,8 @@ class TrainerBackend(StrEnum):
 
 
 class DpoLoss(StrEnum):
+    """Loss function of dpo."""
+
     SIGMOID = "sigmoid"
     """Loss of the original DPO paper."""
     HINGE = "hinge"
@@ -166,18 +196,20 @@ class DpoLoss(StrEnum):
     NCA_PAIR = "ncaPair"
     """Noise contrastive alignment."""
     ROBUST = "robust"
-    """DPO for data with some swapped labels. labelSmoothing is the assumed fraction of pairs with swapped labels."""
+    """DPO for data in which some pairs have swapped labels. labelSmoothing is the assumed fraction of these pairs."""
     BCO_PAIR = "bcoPair"
     """Binary classifier optimisation."""
     APO_ZERO = "apoZero"
     """Anchored preference optimisation: raises the likelihood of the preferred answer and lowers the likelihood of the rejected answer."""
     APO_DOWN = "apoDown"
-    """Anchored preference optimisation: lowers the likelihood of the preferred answer, and lowers the likelihood of the rejected answer more."""
+    """Anchored preference optimisation: lowers the likelihood of both answers, and that of the rejected answer more."""
     SFT = "sft"
     """Supervised loss on the preferred answer."""
 
 
 class GrpoLoss(StrEnum):
+    """How grpo averages the losses of the tokens."""
+
     GRPO = "grpo"
     """Mean over the tokens of each completion, then mean over the completions."""
     BNPO = "bnpo"
@@ -189,6 +221,8 @@ class GrpoLoss(StrEnum):
 
 
 class BuiltinReward(StrEnum):
+    """Built-in reward function of grpo."""
+
     CITATION_FORMAT = "citationFormat"
     """1 if the completion is one `<cited_answer>` block with an answer and citations; otherwise 0."""
     THINK_FORMAT = "thinkFormat"
@@ -198,12 +232,14 @@ class BuiltinReward(StrEnum):
     EXACT_MATCH = "exactMatch"
     """1 if the completion equals the answer column of the row; otherwise 0."""
     LENGTH = "length"
-    """1 if the length is between parameters.minimum and parameters.maximum. The reward of other lengths falls linearly and is 0 at length 0 and at twice the maximum."""
+    """1 if the length is between parameters.minimum and parameters.maximum. Outside this range, the reward falls linearly, to 0 at length 0 and at twice the maximum."""
     JSON_SCHEMA = "jsonSchema"
-    """1 if the completion is JSON that matches parameters.schema. parameters.parsed if the completion is any other JSON. 0 if the completion is not JSON."""
+    """1 if the completion is JSON that matches parameters.schema; the value of parameters.parsed if it is other JSON; 0 if it is not JSON."""
 
 
 class DatasetFormat(StrEnum):
+    """Format of the rows of a data set."""
+
     PLAIN_TEXT = "plainText"
     """A column `text`, or the lines of a text file. The loss includes all tokens."""
     MCQ = "mcq"
@@ -231,10 +267,12 @@ class DatasetFormat(StrEnum):
     CUSTOM = "custom"
     """Any columns, rendered with dataset.template. The loss includes all tokens."""
     PRE_TOKENIZED = "preTokenized"
-    """A column `input_ids` with token ids. `labels`, `completion_mask` or `assistant_masks` mark the tokens of the loss. Since 0.2.0."""
+    """A column `input_ids` with token ids. A column `labels`, `completion_mask` or `assistant_masks` says for which tokens the loss is computed. Since 0.2.0."""
 
 
 class FileFormat(StrEnum):
+    """Type of a data file."""
+
     AUTO = "auto"
     """The file extension decides the file type."""
     JSONL = "jsonl"
@@ -250,22 +288,28 @@ class FileFormat(StrEnum):
 
 
 class OverflowPolicy(StrEnum):
+    """What happens with rows that are longer than the maximum length."""
+
     TRUNCATE = "truncate"
     """Truncate the row to the maximum length."""
     DROP = "drop"
-    """Skip the row and count skipped rows."""
+    """Skip the row. The number of skipped rows is reported."""
     FAIL = "fail"
     """End the job with an error message that contains the row's number."""
 
 
 class BadRows(StrEnum):
+    """What happens with rows that cannot be used for training."""
+
     FAIL = "fail"
     """End the job with an error message that contains the row's number."""
     SKIP = "skip"
-    """Skip the row and count skipped rows."""
+    """Skip the row. The number of skipped rows is reported."""
 
 
 class LearningRateSchedule(StrEnum):
+    """Schedule of the learning rate."""
+
     LINEAR = "linear"
     """The learning rate falls linearly to 0."""
     COSINE = "cosine"
@@ -287,8 +331,10 @@ class LearningRateSchedule(StrEnum):
 
 
 class MixedPrecision(StrEnum):
+    """Data type of the forward pass."""
+
     AUTO = "auto"
-    """bf16 on GPUs that support bfloat16, fp16 on older GPUs, no on CPU."""
+    """`bf16` on GPUs that support bfloat16, `fp16` on older GPUs, `no` on CPU."""
     NO = "no"
     """The forward pass uses the data type of the weights."""
     FP16 = "fp16"
@@ -298,6 +344,8 @@ class MixedPrecision(StrEnum):
 
 
 class GradientCheckpointing(StrEnum):
+    """Whether activations are recomputed in the backward pass."""
+
     DISABLED = "disabled"
     """Keep all activations in GPU memory."""
     ENABLED = "enabled"
@@ -307,6 +355,8 @@ class GradientCheckpointing(StrEnum):
 
 
 class Device(StrEnum):
+    """Device to train on."""
+
     AUTO = "auto"
     """GPU if the pod has a GPU, otherwise CPU."""
     CPU = "cpu"
@@ -318,8 +368,10 @@ class Device(StrEnum):
 
 
 class PrepareStrategy(StrEnum):
+    """Whether a pod without GPUs prepares the job before its first attempt."""
+
     AUTO = "auto"
-    """A pod without GPUs prepares every job that trains on GPUs. If this pod gets no node within five minutes or cannot run, the job starts without it."""
+    """A pod without GPUs prepares every job that trains on GPUs. If this pod gets no node within five minutes, or cannot run, the job starts without a preparation."""
     ALWAYS = "always"
     """A pod without GPUs prepares every job that trains. The job does not start before the preparation has succeeded."""
     NEVER = "never"
@@ -330,14 +382,16 @@ class OnExistingResult(StrEnum):
     """What happens if storage already holds the result of an earlier FineTuneJob with the same namespace and name."""
 
     ADOPT = "adopt"
-    """If the spec and the inputs are those of the earlier run, the job succeeds with its result, without a training pod. Otherwise the job trains into a new folder."""
+    """If spec and inputs equal those of the earlier run, the job succeeds with the earlier result, without a training pod. Otherwise the job trains into a new folder."""
     TRAIN = "train"
     """The job trains into a new folder. The earlier result is kept."""
     FAIL = "fail"
-    """The job fails before a training pod starts, whether or not the spec and the inputs are those of the earlier run."""
+    """The job fails before a training pod starts, even if spec and inputs equal those of the earlier run."""
 
 
 class StrategyType(StrEnum):
+    """Distributed strategy."""
+
     NONE = "none"
     """No distribution: the job has a single rank."""
     DDP = "ddp"
@@ -349,24 +403,30 @@ class StrategyType(StrEnum):
 
 
 class FsdpSharding(StrEnum):
+    """Which tensors FSDP shards over the ranks."""
+
     FULL_SHARD = "fullShard"
     """Weights, gradients and optimizer state are sharded."""
     SHARD_GRAD_OP = "shardGradOp"
-    """Gradients and optimizer state are sharded. Weights are not resharded between forward and backward pass."""
+    """Gradients and optimizer state are sharded. Each rank keeps the whole weights between forward and backward pass."""
     NO_SHARD = "noShard"
     """Weights, gradients and optimizer state are not sharded."""
 
 
 class FsdpStateDict(StrEnum):
+    """Format of the optimizer state in FSDP checkpoints."""
+
     FULL = "full"
     """One file. Rank 0 gathers the state of all ranks and writes the file."""
     SHARDED = "sharded"
     """One file per rank."""
     LOCAL = "local"
-    """Not supported by FSDP version 2; the operator refuses this value."""
+    """The operator refuses this value, because FSDP version 2 does not support it."""
 
 
 class IntervalStrategy(StrEnum):
+    """When checkpoints are saved, or evaluations run."""
+
     STEPS = "steps"
     """After every `steps` optimizer steps."""
     EPOCH = "epoch"
@@ -376,17 +436,21 @@ class IntervalStrategy(StrEnum):
 
 
 class OutputLayout(StrEnum):
+    """Structure of the folders below `output.dir`."""
+
     PROJECT_MODEL_TIME = "projectModelTime"
-    """`<project>/<model>/<YYYYMMDD_HHMMSS>/`, with the start time of the run in UTC. The final model is in the folder `model` there."""
+    """`<project>/<model>/<YYYYMMDD_HHMMSS>/`, with the start time of the run in UTC. The final model is in the folder `model` below it."""
     FLAT = "flat"
-    """All files directly in output.dir. A later run overwrites them."""
+    """All files are directly in output.dir. A later run overwrites the files."""
 
 
 class ExportFormat(StrEnum):
+    """Format of the final model."""
+
     SAFETENSORS = "safetensors"
     """Hugging Face safetensors."""
     OCI = "oci"
-    """An OCI artefact (CNCF ModelPack) of the safetensors files, for container registries. Its manifest is stored beside the model, and `finetune export` writes the artefact."""
+    """An OCI artefact (CNCF ModelPack) of the safetensors files, for container registries. The job stores its manifest next to the model, and `finetune export` writes the artefact."""
     GGUF = "gguf"
     """GGUF, the format of llama.cpp."""
     ONNX = "onnx"
@@ -394,13 +458,17 @@ class ExportFormat(StrEnum):
 
 
 class ServingTarget(StrEnum):
+    """Server that must be able to serve the final model."""
+
     VLLM = "vllm"
-    """The OpenAI-compatible server of vLLM. Adapters are served beside their base model."""
+    """The OpenAI-compatible server of vLLM. It serves an adapter together with its base model."""
     KSERVE = "kserve"
     """KServe's Hugging Face runtime, which serves with vLLM."""
 
 
 class EvaluationMetric(StrEnum):
+    """Metric that is computed after training."""
+
     ACCURACY = "accuracy"
     """Fraction of correct answers."""
     F1 = "f1"
@@ -463,6 +531,8 @@ class GateMetric(StrEnum):
 
 
 class GateOperator(StrEnum):
+    """How a gate compares its metric with `value`."""
+
     LT = "lt"
     """Less than `value`."""
     LE = "le"
@@ -474,6 +544,8 @@ class GateOperator(StrEnum):
 
 
 class Tracker(StrEnum):
+    """Tracker that receives the metrics of a run."""
+
     WANDB = "wandb"
     """Weights & Biases."""
     TENSORBOARD = "tensorboard"
@@ -485,13 +557,17 @@ class Tracker(StrEnum):
 
 
 class OnOutOfMemory(StrEnum):
+    """What the operator does after GPU memory was exhausted."""
+
     ADAPT = "Adapt"
-    """Retry with a smaller micro-batch and the same effective batch size."""
+    """Start another attempt with a smaller micro-batch and the same effective batch size."""
     FAIL = "Fail"
     """End the job."""
 
 
 class OnDivergence(StrEnum):
+    """What the operator does after the loss or a gradient was not finite."""
+
     ROLLBACK = "Rollback"
     """Resume from an earlier healthy checkpoint with a lower learning rate."""
     FAIL = "Fail"
@@ -499,6 +575,8 @@ class OnDivergence(StrEnum):
 
 
 class OutputKind(StrEnum):
+    """Kind of final model."""
+
     ADAPTER = "adapter"
     """Adapter weights, for use with the base model."""
     MODEL = "model"

@@ -22,13 +22,13 @@ class Adapter(Group):
 
 
 class Loftq(Group):
-    """`method.lora.loftq`: parameters of the LoftQ initialisation. This group implies `init: loftq`."""
+    """`method.lora.loftq`: parameters of the LoftQ initialisation. If this group is set, `init` is loftq."""
 
     bits: Annotated[int, Field(json_schema_extra={"enum": [2, 4, 8]}), one_of(2, 4, 8)] | None = spec_field(
-        "Bits per weight of the quantised base model: 2, 4 or 8. The adapter approximates the quantisation error.", default=4, example=4
+        "Bits per weight of the quantised base model: 2, 4 or 8. The initial adapter approximates the quantisation error.", default=4, example=4
     )
     iterations: Annotated[int, Field(ge=1, le=64)] | None = spec_field(
-        "Number of iterations. Each iteration quantises the base model and approximates the error.", default=1, example=1
+        "Number of iterations. Each one quantises the base model and approximates the quantisation error.", default=1, example=1
     )
 
 
@@ -37,7 +37,7 @@ class Lora(Group):
 
     rank: Annotated[int, Field(ge=1, le=4096)] | None = spec_field("Rank of the weight update.", default=16, example=64)
     alpha: Annotated[float, Field(gt=0, le=65536)] | None = spec_field(
-        "Scale of the weight update: it is multiplied by alpha / rank.", default=32, example=128
+        "Scale of the weight update, which is multiplied by alpha / rank.", default=32, example=128
     )
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = spec_field(
         "Dropout probability at the adapter's input.", default=0, example=0.1
@@ -48,23 +48,23 @@ class Lora(Group):
         example=["q_proj", "v_proj"],
     )
     target_parameters: Annotated[list[ShortText], Field(min_length=1, max_length=64)] | None = spec_field(
-        "Names of parameters with an adapter. `all-experts`: the weights of all routed experts of a mixture-of-experts model, which are not linear layers and therefore not in targetModules.",
+        "Names of parameters with an adapter, in addition to targetModules. `all-experts`: the weights of all routed experts of a mixture-of-experts model, which are not linear layers.",
         default_text="none",
         example=["all-experts"],
         since="0.2.0",
     )
     modules_to_save: Annotated[list[ShortText], Field(max_length=64)] | None = spec_field(
-        "Modules that are fully trained and saved with the adapter. The output head must be in modulesToSave instead of targetModules.",
+        "Modules whose weights are fully trained and saved with the adapter. To train the output head, name it here and not in targetModules.",
         default_text="none",
         example=["lm_head"],
     )
-    bias: LoraBias | None = spec_field("Biases that are trained.", default="none", example="loraOnly")
+    bias: LoraBias | None = spec_field("Which biases of the model are trained.", default="none", example="loraOnly")
     task_type: TaskType | None = spec_field("Task of the model.", default="causalLM", example="causalLM")
     rank_stabilized: bool | None = spec_field(
         "Scale the weight update by alpha / sqrt(rank) (rsLoRA).", default=False, example=True
     )
     use_dora: bool | None = spec_field(
-        "Train magnitude and direction of each weight separately (DoRA). The effect is equal to `method.type: dora`.",
+        "Train magnitude and direction of each weight separately (DoRA), as with `method.type: dora`.",
         default_text="true with method dora, otherwise false",
         example=True,
     )
@@ -73,14 +73,14 @@ class Lora(Group):
     )
     init: LoraInit | None = spec_field("Initialisation of the adapter.", default="default", example="pissa")
     loftq: Loftq | None = spec_field(
-        "Parameters of the LoftQ initialisation. This group implies `init: loftq`.",
+        "Parameters of the LoftQ initialisation. If this group is set, `init` is loftq.",
         default_text="none",
         example={"bits": 4},
     )
 
 
 class Vision(Group):
-    """`method.vision`: the parts of a vision-language model that are trained."""
+    """`method.vision`: which layers and modules of a vision-language model are trained."""
 
     vision_layers: bool | None = spec_field("Train the vision layers, and the layers that connect them to the language model.", default=False, example=True)
     language_layers: bool | None = spec_field("Train the language layers.", default=True, example=False)
@@ -92,18 +92,18 @@ class Spectrum(Group):
     """`method.spectrum`: options of method spectrum."""
 
     snr_threshold: Annotated[float, Field(ge=0, le=1)] | None = spec_field(
-        "Fraction of the modules of each kind that are frozen. With 0.25, the best 75 % are trained.", default=0.5, example=0.25
+        "Fraction of the modules of each kind that is frozen. With 0.25, the 75 % with the highest signal-to-noise ratio are trained.", default=0.5, example=0.25
     )
     layers: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=1024)] | None = spec_field(
         "Numbers of the trained layers; the first layer is 0. If layers is set, the trainer does not measure the signal-to-noise ratio.", default_text="all layers are measured", example=[0, 1, 10]
     )
     metric: SpectrumMetric | None = spec_field(
-        "Measure of the signal-to-noise ratio.", default="marchenkoPastur", example="meanOverStd"
+        "How the signal-to-noise ratio is computed.", default="marchenkoPastur", example="meanOverStd"
     )
 
 
 class Method(Group):
-    """`spec.method`."""
+    """`spec.method`: the fine-tuning method and its options."""
 
     type: MethodType | None = spec_field("Fine-tuning method.", default="lora", example="qlora")
     lora: Lora | None = spec_field(
@@ -120,8 +120,8 @@ class Method(Group):
         "Options of method spectrum.", default_text="the defaults of the fields", example={"snrThreshold": 0.25}
     )
     vision: Vision | None = spec_field(
-        "Trained parts of a vision-language model.", default_text="the defaults of the fields", example={"visionLayers": True}
+        "Which layers and modules of a vision-language model are trained.", default_text="the defaults of the fields", example={"visionLayers": True}
     )
     prompt_length: Annotated[int, Field(ge=1, le=4096)] | None = spec_field(
-        "Number of virtual tokens in methods prefixTuning and promptTuning.", default=20, example=50
+        "Number of virtual tokens, for methods prefixTuning and promptTuning.", default=20, example=50
     )

@@ -19,19 +19,19 @@ class Quantization(Group):
         default_text="4 with method qlora, otherwise no quantisation",
         example=4,
     )
-    type: QuantizationType | None = spec_field("Data type of 4-bit weights.", default="nf4", example="fp4")
+    type: QuantizationType | None = spec_field("Number format of the 4-bit weights.", default="nf4", example="fp4")
     compute_dtype: ComputeDtype | None = spec_field(
-        "Data type of matrix multiplications.", default_text="bfloat16 on GPU, float32 on CPU", example="float16"
+        "Data type in which the quantised layers compute matrix products.", default_text="bfloat16 on GPU, float32 on CPU", example="float16"
     )
     double_quant: bool | None = spec_field(
-        "Quantise the quantisation constants, too, to save about 0.4 bits per weight. Only with 4 bits.",
+        "Also quantise the quantisation constants, which saves about 0.4 bits per weight. Only with 4 bits.",
         default=True,
         example=False,
     )
 
 
 class Model(Group):
-    """`spec.model`."""
+    """`spec.model`: the base model and its loading options."""
 
     source: Source | None = spec_field(
         "Base model: `org/name[@revision]` or `hf://org/name[@revision]` (hub), `s3://bucket/prefix`, `pvc://claim/path`, "
@@ -44,7 +44,7 @@ class Model(Group):
         "Location of the tokenizer. Accepts the same forms as `model.source`.", default_text="model.source", example="s3://models/tokenizer"
     )
     token_secret_ref: SecretKeyRef | None = spec_field(
-        "Secret key with a hub token. Gated models need a token.", default_text="none", example={"name": "hub", "key": "token"}
+        "Key of a Secret that contains a hub token. Private and gated models need a token.", default_text="none", example={"name": "hub", "key": "token"}
     )
     storage: StorageConnection | None = spec_field(
         "Connection to the store of an `s3://` model. For an `https://` model, only caBundleRef is used.",
@@ -52,16 +52,16 @@ class Model(Group):
         example={"endpoint": "https://s3.example.com"},
     )
     trust_remote_code: bool | None = spec_field(
-        "Run Python code from the model repository. Set trustRemoteCode only for trusted repositories.", default=False, example=True
+        "Run Python code from the model's repository. Write true only for repositories that you trust.", default=False, example=True
     )
     dtype: WeightDtype | None = spec_field("Data type of the loaded weights.", default="auto", example="bfloat16")
     attention: AttentionImplementation | None = spec_field(
-        "Attention implementation. If the implementation is not available, the trainer uses that of auto. status.resolved.attention shows the implementation in use.",
+        "Attention implementation. If it is not available, the trainer uses the one of `auto`. status.resolved.attention shows the implementation in use.",
         default="auto",
         example="flashAttention2",
     )
     liger_kernels: bool | None = spec_field(
-        "Use Liger's fused kernels for the layers of the model, which are faster and need less GPU memory. With true, a run that cannot use "
+        "Compute the layers of the model with Liger's fused kernels, which are faster and need less GPU memory. With true, a run that cannot use "
         "the kernels ends with an error. Only on GPUs.",
         default_text="true with trainer.backend unsloth. Otherwise, the trainer uses the kernels on an NVIDIA GPU if Liger is installed and "
         "this release has compared the kernels with the layers of the model's type; status.resolved.notes shows the choice",
@@ -71,7 +71,7 @@ class Model(Group):
         "Quantisation of the frozen base model.", default_text="none", example={"bits": 4}
     )
     pad_token: ShortText | None = spec_field(
-        "Padding token. `<eos>` means the end-of-sequence token. Padding tokens are not part of the loss.",
+        "Padding token. `<eos>` means the end-of-sequence token. The loss does not include padding tokens.",
         default_text="the tokenizer's pad token, otherwise a reserved token",
         example="<pad>",
     )
@@ -81,8 +81,8 @@ class Model(Group):
         example=["<think>", "</think>"],
     )
     cache: Source | None = spec_field(
-        "Cache of the base model: `pvc://claim/path` (a volume of the namespace, shared by its jobs), `node` (the cache of the platform on each node) or `none`. "
-        "The first job downloads the model into the cache. Only for models on the hub and in S3. If the cache fails, the pods download the model.",
+        "Cache of the base model: `pvc://claim/path` (a volume that the jobs of the namespace share), `node` (the platform's cache on each node) or `none`. "
+        "The first job downloads the model into the cache. Only for models on the hub and in S3. If the cache fails, each pod downloads the model itself.",
         default_text="the operator's configuration, or none", example="pvc://model-cache/hub",
     )
     modality: Modality | None = spec_field("Kind of model.", default="text", example="text")

@@ -1,4 +1,4 @@
-"""`spec.output`, `spec.evaluation`, `spec.tracking` and `spec.phases`: the final model, its evaluation, and metrics."""
+"""`spec.output`, `spec.evaluation`, `spec.tracking` and `spec.phases`: the final model, its evaluation, the trackers, and the phases of the job."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Hub(Group):
     """`output.hub`: push the final model to a model hub."""
 
     push: bool | None = spec_field(
-        "Push the final model to the hub: the merged model with output.mergeAdapter, otherwise the adapter or model of status.output.uri.",
+        "Push the final model to the hub: with output.mergeAdapter the merged model, otherwise the adapter or model at status.output.uri.",
         default=False,
         example=True,
     )
@@ -51,10 +51,10 @@ class Hub(Group):
         "Name of the hub repository. Required with `push: true`.", default_text="none", example="org/my-model"
     )
     private: bool | None = spec_field(
-        "Create a private repository. With true, the job does not push to an existing public repository.", default=True, example=False
+        "Create a private repository. If true, the job refuses to push to an existing public repository.", default=True, example=False
     )
     token_secret_ref: SecretKeyRef | None = spec_field(
-        "Secret key with a hub token that has write permission.",
+        "Key of a Secret that contains a hub token with write permission.",
         default_text="model.tokenSecretRef",
         example={"name": "hub", "key": "token"},
     )
@@ -67,12 +67,12 @@ class CombinedAdapter(Group):
         description="LoRA adapter for the same base model, in the same forms as `model.source`. Required. Example: `s3://models/ft/team-a/style/UID/model`."
     )
     weight: Annotated[float, Field(ge=-100, le=100)] | None = spec_field(
-        "Factor by which the adapter's change to the base model is multiplied.", default=1.0, example=0.5, since="0.2.0"
+        "Factor by which this adapter's change of the base weights is multiplied.", default=1.0, example=0.5, since="0.2.0"
     )
 
 
 class Output(Group):
-    """`spec.output`."""
+    """`spec.output`: additional copies and formats of the final model."""
 
     cel = (
         CelRule(
@@ -86,7 +86,7 @@ class Output(Group):
         "Folder below storage.uri for an additional copy of the results.", default_text="none", example="results"
     )
     project: Annotated[str, StringConstraints(pattern=PROJECT_NAME, max_length=128)] | None = spec_field(
-        "Project name in the folders below output.dir and in trackers.", default_text="the namespace", example="support"
+        "Name of the project, for the folders below output.dir and for trackers.", default_text="the namespace", example="support"
     )
     run_name: RunName | None = spec_field(
         "Name of the run in trackers: prefix, name and suffix, without separators.",
@@ -102,33 +102,33 @@ class Output(Group):
         "Push the final model to a model hub.", default_text="none", example={"push": True, "repository": "org/my-model"}
     )
     merge_adapter: bool | None = spec_field(
-        "Also save a model in which the adapter is merged into the base model, without quantisation. The base model must fit into the pod's memory.",
+        "Also store a complete model: the unquantised base model with the adapter merged into it. The base model must fit into the pod's memory.",
         default=False,
         example=True,
     )
     combine_adapters: Annotated[list[CombinedAdapter], Field(min_length=1, max_length=16)] | None = spec_field(
-        "Further LoRA adapters that are merged into the merged model: base weights, plus the weighted sum of the changes of the trained adapter and of these adapters. Needs mergeAdapter. The stored adapter contains only the training of this job.",
+        "Further LoRA adapters for the merged model, whose weights are the base weights plus the weighted sum of the changes of all adapters. Requires mergeAdapter. The stored adapter contains only the training of this job.",
         default_text="none",
         example=[{"source": "s3://models/ft/team-a/style/UID/model", "weight": 0.5}],
         since="0.2.0",
     )
     adapter_weight: Annotated[float, Field(ge=-100, le=100)] | None = spec_field(
-        "Factor by which the trained adapter's change to the base model is multiplied in the merged model. Only with combineAdapters.", default_text="1", example=0.5, since="0.2.0"
+        "Factor by which the trained adapter's change of the base weights is multiplied in the merged model. Only with combineAdapters.", default_text="1", example=0.5, since="0.2.0"
     )
     export: Annotated[list[ExportFormat], Field(max_length=8)] | None = spec_field(
-        "Formats of the final model. The model is always saved as safetensors. With `oci`, the manifest of an OCI artefact is stored beside the model, for `finetune export`. `gguf` and `onnx` are refused.",
+        "Formats of the final model. The model is always saved as safetensors. With `oci`, the manifest of an OCI artefact is stored next to the model, for `finetune export`. `gguf` and `onnx` are refused.",
         default_text="safetensors",
         example=["safetensors"],
     )
     verify: bool | None = spec_field(
-        "After training, load the stored model in a new process with plain transformers and PEFT, and compare its log-probabilities with those of the trained model. If they differ, the job fails and the files are kept. If false, only the uploaded files are checked against their hashes. A job with phases.train: false compares the model of phases.from with the values that the other job's trainer recorded.",
+        "After training, load the stored model in a new process with plain transformers and PEFT, and compare its log-probabilities with those of the trained model. If they differ, the job fails, and the files are kept. If false, the job only compares the hashes of the uploaded files. A job with phases.train: false compares the model of phases.from with the log-probabilities that the job that trained it recorded.",
         default_text="true; with phases.train: false, only if the job merges the adapter or names output.serving",
         example=False,
         since="0.2.0",
     )
     serving: Annotated[list[ServingTarget], Field(max_length=2)] | None = spec_field(
-        "Servers that must be able to serve the final model. The job is refused if one of them cannot serve it. Manifests for these servers are written to the folder `serving` beside the model.",
-        default_text="none: a feature that a server cannot serve is only a note in status.resolved.notes",
+        "Servers that must be able to serve the final model. If one of them cannot, the job is refused. The job stores manifests for these servers in the folder `serving` next to the model.",
+        default_text="none; a feature that a server cannot serve then only gives a note in status.resolved.notes",
         example=["vllm"],
         since="0.2.0",
     )
@@ -138,7 +138,7 @@ class Benchmark(Group):
     """One benchmark that runs after training."""
 
     name: ShortText = Field(
-        description="What runs: `lm-eval` or `lm-evaluation-harness` (tasks of the lm-evaluation-harness), `domain-specific-eval` (questions of domain files), "
+        description="Name of the benchmark: `lm-eval` or `lm-evaluation-harness` (tasks of the lm-evaluation-harness), `domain-specific-eval` (questions of domain files), "
         "`human-eval` (sheets in which people rate answers) or `openai-humaneval` (generated code against unit tests). Required. Example: `lm-eval`."
     )
     tasks: Annotated[list[ShortText], Field(max_length=128)] | None = spec_field(
@@ -152,7 +152,7 @@ class Benchmark(Group):
         since="0.2.0",
     )
     few_shot: Annotated[int, Field(ge=0, le=1000)] | None = spec_field(
-        "Number of solved examples before each question. Tasks that require 0 examples always get 0.", default_text="the number in the task", example=5, since="0.2.0"
+        "Number of solved examples before each question. Tasks that allow no examples get none.", default_text="the number in the task's definition", example=5, since="0.2.0"
     )
     limit: Annotated[int, Field(ge=1, le=1000000000)] | None = spec_field(
         "Maximum number of questions of each task: the first questions of the task, or a random sample of the rows for human-eval.",
@@ -164,7 +164,7 @@ class Benchmark(Group):
         "Render the questions of harness tasks with the chat template of the model.", default=False, example=True, since="0.2.0"
     )
     compare_with_base: bool | None = spec_field(
-        "Also run the benchmark with the base model, to show what training has improved and what the model has forgotten.",
+        "Also run the benchmark with the base model. The comparison shows what training has improved and what the model has forgotten.",
         default=False,
         example=True,
         since="0.2.0",
@@ -196,7 +196,7 @@ class Judge(Group):
         example="http://vllm.inference:8000/v1",
     )
     api_key_secret_ref: SecretKeyRef | None = spec_field(
-        "Secret key with the API key of the endpoint. Required with the metrics that need a judge. If the server does not check the API key, the Secret may contain any text.",
+        "Key of a Secret that contains the API key for the endpoint. Required with the metrics that need a judge. If the server does not check API keys, the Secret may contain any text.",
         default_text="the variable OPENAI_API_KEY in placement.env if set",
         example={"name": "judge", "key": "apiKey"},
         since="0.2.0",
@@ -223,17 +223,17 @@ class Generation(Group):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = spec_field(
         "Minimum probability of a token, as a fraction of the most likely token's probability.", default=0.0, example=0.05
     )
-    do_sample: bool | None = spec_field("Sample tokens. If false, generate the most likely token.", default=False, example=True)
+    do_sample: bool | None = spec_field("Sample tokens. If false, always generate the most likely token.", default=False, example=True)
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = spec_field(
         "Penalty on repeated tokens. 1: no penalty.", default=1.0, example=1.1
     )
 
 
 class Comparison(Group):
-    """`evaluation.comparison`: compare the metrics and the answers of the base model with those of the trained model."""
+    """`evaluation.comparison`: compare the metrics and answers of the trained model with those of the base model."""
 
     prompts_ref: ConfigMapKeyRef | None = spec_field(
-        "ConfigMap key with the prompts: one prompt per line, or prompts of several lines that are separated by blank lines.", default_text="none", example={"name": "prompts", "key": "prompts.txt"}
+        "Key of a ConfigMap that contains the prompts: one prompt per line, or prompts of several lines with blank lines between them.", default_text="none", example={"name": "prompts", "key": "prompts.txt"}
     )
     generation: Generation | None = spec_field(
         "Options for generating answers.", default_text="the defaults of the fields", example={"maxNewTokens": 128}
@@ -241,28 +241,28 @@ class Comparison(Group):
 
 
 class MetricModels(Group):
-    """`evaluation.metricModels`: the models that compute metrics in the job's pods. They accept the same forms as `model.source`."""
+    """`evaluation.metricModels`: the models that compute metrics in the job's pods. The fields accept the same forms as `model.source`."""
 
     bertscore: Source | None = spec_field(
-        "Model whose token embeddings the metric bertscore compares. Required with this metric.",
+        "Model that computes the token embeddings for the metric bertscore. Required with this metric.",
         default_text="none",
         example="FacebookAI/roberta-large",
     )
     semantic_similarity: Source | None = spec_field(
-        "Model whose sentence embeddings the metric semanticSimilarity compares. Required with this metric if judge.embedding is absent.",
+        "Model that computes the sentence embeddings for the metric semanticSimilarity. Required with this metric if judge.embedding is absent.",
         default_text="none",
         example="sentence-transformers/all-MiniLM-L6-v2",
     )
 
 
 class NotWorseThanBase(Group):
-    """`evaluation.gates[].notWorseThanBase`: a comparison of the trained model with the base model on the same rows."""
+    """`evaluation.gates[].notWorseThanBase`: the trained model must not be worse than the base model on the same rows."""
 
     margin: Annotated[float, Field(ge=0, le=1000000)] | None = spec_field(
-        "Accepted loss of quality, in the metric's own unit.", default=0.0, example=0.02
+        "By how much the trained model may be worse than the base model, in the metric's own unit.", default=0.0, example=0.02
     )
     confidence: Annotated[float, Field(gt=0.5, lt=1)] | None = spec_field(
-        "One-sided confidence of the comparison, above 0.5. With 0.95, at most about 5 % of the models whose quality is exactly at the margin pass the gate.",
+        "One-sided confidence of the comparison, above 0.5. With 0.95, a model that is worse by exactly the margin passes the gate in at most about 5 % of all cases.",
         default=0.95,
         example=0.99,
     )
@@ -290,26 +290,26 @@ class Gate(Group):
     )
 
     metric: GateMetric = Field(
-        description="Metric of the trained model. The metric must be in evaluation.metrics; loss needs perplexity there. Required. Example: `accuracy`."
+        description="Metric of the trained model. evaluation.metrics must contain this metric or, for loss, perplexity. Required. Example: `accuracy`."
     )
     op: GateOperator | None = spec_field(
-        "Comparison of the metric with `value`. Required with `value`, and not allowed with notWorseThanBase.", default_text="none", example="ge"
+        "How the metric is compared with `value`. Required with `value`, and not allowed with notWorseThanBase.", default_text="none", example="ge"
     )
     value: Annotated[float, Field(ge=-1000000, le=1000000)] | None = spec_field(
-        "Required value of the metric, in the metric's own unit. Exactly one of `value` and notWorseThanBase is required.",
+        "Value with which the metric is compared, in the metric's own unit. Exactly one of `value` and notWorseThanBase is required.",
         default_text="none",
         example=0.8,
     )
     not_worse_than_base: NotWorseThanBase | None = spec_field(
-        "The gate passes if the trained model is, with the given confidence, not worse than the base model by more than the margin. "
-        "loss and perplexity may exceed the base model's value by at most the margin; all other metrics may fall below it by at most the margin.",
+        "With this field, the gate passes if, with the given confidence, the trained model is worse than the base model by at most the margin. "
+        "loss and perplexity may be higher than those of the base model by at most the margin; all other metrics may be lower by at most the margin.",
         default_text="none",
         example={"margin": 0.02},
     )
 
 
 class Evaluation(Group):
-    """`spec.evaluation`."""
+    """`spec.evaluation`: the evaluation of the model during and after training."""
 
     cel = (
         CelRule(
@@ -332,7 +332,7 @@ class Evaluation(Group):
         "Metrics that are computed after training.", default_text="none", example=["perplexity"]
     )
     max_rows: Annotated[int, Field(ge=1, le=1000000000)] | None = spec_field(
-        "Number of rows of the test set for which answers are generated. The rows are a random sample with the seed of training.seed.",
+        "Maximum number of rows of the test set for which answers are generated. The rows are a random sample with the seed training.seed.",
         default_text="all rows",
         example=200,
         since="0.2.0",
@@ -354,44 +354,44 @@ class Evaluation(Group):
     )
     judge: Judge | None = spec_field("Model that scores answers.", default_text="none", example={"model": "my-judge"})
     comparison: Comparison | None = spec_field(
-        "Compare the trained model with the base model: the metrics of evaluation.metrics, and the answers to the prompts. Without promptsRef, the answers to the test questions are compared.",
+        "Compare the trained model with the base model: the metrics of evaluation.metrics, and the answers to the prompts of promptsRef or, without promptsRef, to the test questions.",
         default_text="none", example={"promptsRef": {"name": "prompts", "key": "prompts.txt"}}
     )
 
 
 class Mlflow(Group):
-    """`tracking.mlflow`."""
+    """`tracking.mlflow`: the MLflow server that receives the metrics."""
 
     tracking_uri: Line | None = spec_field(
-        "URL of the MLflow server, with http or https and without user and password. Required with reportTo mlflow. The server's credentials are the variables MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, in placement.env.", default_text="none", example="http://mlflow.mlops:5000"
+        "URL of the MLflow server, with http or https and without user and password. Required with reportTo mlflow. Write the server's credentials into placement.env, as MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or as MLFLOW_TRACKING_TOKEN.", default_text="none", example="http://mlflow.mlops:5000"
     )
     experiment_name: ShortText | None = spec_field("Name of the MLflow experiment.", default_text="output.project", example="support")
 
 
 class Wandb(Group):
-    """`tracking.wandb`."""
+    """`tracking.wandb`: the W&B project that receives the metrics."""
 
     project: ShortText | None = spec_field("Name of the W&B project.", default_text="output.project", example="support")
     entity: ShortText | None = spec_field("W&B team or user that owns the runs.", default_text="the owner of the API key", example="team-a")
     api_key_secret_ref: SecretKeyRef | None = spec_field(
-        "Secret key with the API key. Required with reportTo wandb, unless placement.env has WANDB_MODE with the value offline: then files are written below `tracking/wandb/` in the job's folder.", default_text="none", example={"name": "wandb", "key": "apiKey"}
+        "Key of a Secret that contains the API key. Required with reportTo wandb, unless placement.env sets WANDB_MODE to offline. In this case, the run is stored below `tracking/wandb/` in the job's folder.", default_text="none", example={"name": "wandb", "key": "apiKey"}
     )
 
 
 class Mongodb(Group):
-    """`tracking.mongodb`."""
+    """`tracking.mongodb`: the MongoDB database that receives the metrics."""
 
     uri_secret_ref: SecretKeyRef | None = spec_field(
-        "Secret key with the connection URI. Required with reportTo mongodb.", default_text="none", example={"name": "mongo", "key": "uri"}
+        "Key of a Secret that contains the connection URI. Required with reportTo mongodb.", default_text="none", example={"name": "mongo", "key": "uri"}
     )
     database: ShortText | None = spec_field("Name of the database.", default="finetuning", example="experiments")
 
 
 class Tracking(Group):
-    """`spec.tracking`."""
+    """`spec.tracking`: which metrics are logged, and which trackers receive them."""
 
     report_to: Annotated[list[Tracker], Field(max_length=4)] | None = spec_field(
-        "Trackers that receive the metrics. TensorBoard files are stored below `tracking/tensorboard/` in the job's folder. A tracker that is down never delays or ends a job.", default_text="none", example=["tensorboard"]
+        "Trackers that receive the metrics. TensorBoard files are stored below `tracking/tensorboard/` in the job's folder. A tracker that is unavailable never delays or ends a job.", default_text="none", example=["tensorboard"]
     )
     logging_steps: Annotated[int, Field(ge=1, le=1000000)] | None = spec_field(
         "Optimizer steps between two logged values of a metric.", default=10, example=50
@@ -400,11 +400,11 @@ class Tracking(Group):
     mlflow: Mlflow | None = spec_field("Connection to MLflow.", default_text="none", example={"trackingUri": "http://mlflow.mlops:5000"})
     wandb: Wandb | None = spec_field("Connection to Weights & Biases.", default_text="none", example={"project": "support"})
     mongodb: Mongodb | None = spec_field("Connection to MongoDB.", default_text="none", example={"database": "experiments"})
-    system_metrics: bool | None = spec_field("Also report CPU, memory and GPU usage, and store them in `metrics/system_metrics.jsonl`.", default=False, example=True)
+    system_metrics: bool | None = spec_field("Also report the usage of CPU, memory and GPUs, and store it in `metrics/system_metrics.jsonl`.", default=False, example=True)
 
 
 class Phases(Group):
-    """`spec.phases`: the phases of the job."""
+    """`spec.phases`: whether the job trains, generates answers and evaluates."""
 
     cel = (
         CelRule(
@@ -416,7 +416,7 @@ class Phases(Group):
 
     train: bool | None = spec_field("Train the model. With false, the other phases use the model of phases.from.", default=True, example=False)
     from_: Source | None = spec_field(
-        "Folder of a committed final model or checkpoint of another job, for jobs that do not train. The folder is read with the connection of spec.storage. Only with `train: false`.",
+        "Folder of a committed final model or checkpoint of another job, for a job that does not train. The job reads it with the connection of spec.storage. Only with `train: false`.",
         default_text="none",
         example="s3://models/ft/team-a/support-bot/UID/model",
         since="0.2.0",

@@ -14,7 +14,7 @@ from finetune_api.spec.enums import BuiltinReward, DpoLoss, GenerationBackend, G
 
 
 class Dpo(Group):
-    """`trainer.dpo`: options of dpo. kto uses beta and referenceModel. orpo uses only beta."""
+    """`trainer.dpo`: options of dpo. Of these, kto uses beta and referenceModel, and orpo uses only beta."""
 
     beta: Annotated[float, Field(gt=0, le=100)] | None = spec_field(
         "Strength of the regularisation towards the reference model.", default=0.1, example=0.3
@@ -33,7 +33,7 @@ class Dpo(Group):
 
 
 class Generation(Group):
-    """`trainer.grpo.generation`: the program that generates the completions. All fields except `backend` are options of `vllm`."""
+    """`trainer.grpo.generation`: the program that generates the completions. All fields except `backend` apply only with `backend: vllm`."""
 
     backend: GenerationBackend | None = spec_field(
         "The program that generates the completions.", default="transformers", example="vllm", since="0.2.0"
@@ -43,7 +43,7 @@ class Generation(Group):
         example="registry.example.com/finetune-vllm:0.2.0", since="0.2.0",
     )  # fmt: skip
     gpus: Annotated[int, Field(ge=0, le=64)] | None = spec_field(
-        "GPUs of the server, in addition to `resources.gpusPerNode`. The model is divided among them. 0 only for a job on CPUs.",
+        "Number of GPUs of the server, in addition to `resources.gpusPerNode`. The server divides the model among these GPUs. 0 only for a job on CPUs.",
         default=1, example=2, since="0.2.0",
     )  # fmt: skip
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] | None = spec_field(
@@ -57,7 +57,7 @@ class Generation(Group):
         "If the server does not answer after this many seconds, the attempt fails.", default=1800, example=3600, since="0.2.0"
     )
     request_timeout_seconds: Annotated[int, Field(ge=1, le=86400)] | None = spec_field(
-        "If the server does not answer one request in this many seconds, the attempt fails. One request generates the completions of one optimizer step.",
+        "If the server does not answer a request within this many seconds, the attempt fails. One request generates all completions of an optimizer step.",
         default=1800, example=600, since="0.2.0",
     )  # fmt: skip
 
@@ -77,7 +77,7 @@ class Grpo(Group):
     beta: Annotated[float, Field(ge=0, le=100)] | None = spec_field(
         "Weight of the KL divergence in the loss. With 0, no reference model is loaded.", default=0.0, example=0.04
     )
-    loss_type: GrpoLoss | None = spec_field("Average of the token losses.", default="dapo", example="drGrpo")
+    loss_type: GrpoLoss | None = spec_field("How the losses of the tokens are averaged.", default="dapo", example="drGrpo")
     generation: Generation | None = spec_field(
         "The program that generates the completions.", default_text="the trainer itself", example={"backend": "vllm", "gpus": 1}, since="0.2.0"
     )
@@ -99,7 +99,7 @@ class Reward(Group):
     )
     builtin: BuiltinReward | None = spec_field("Name of a built-in reward.", default_text="none", example="regex")
     config_map_ref: ConfigMapKeyRef | None = spec_field(
-        "ConfigMap key with a Python file.", default_text="none", example={"name": "rewards", "key": "rewards.py"}
+        "Key of a ConfigMap that contains a Python file with the function.", default_text="none", example={"name": "rewards", "key": "rewards.py"}
     )
     function: Annotated[str, StringConstraints(pattern=IDENTIFIER, max_length=128)] | None = spec_field(
         "Name of the function in the file of configMapRef. The function has the keyword arguments prompts, completions and the columns of the "
@@ -108,11 +108,11 @@ class Reward(Group):
         example="score_answer",
     )
     weight: Annotated[float, Field(ge=-1000, le=1000)] | None = spec_field(
-        "Weight in the sum of rewards.", default=1.0, example=0.5
+        "Factor of this reward in the sum of all rewards.", default=1.0, example=0.5
     )
     timeout_seconds: Annotated[int, Field(ge=1, le=86400)] | None = spec_field(
-        "Maximum time in seconds of one call of the function of configMapRef, which scores all completions of a step on a rank. If this field is set, the "
-        "function runs in its own process, and a failure names the completion for which the function hangs or ends its process.",
+        "Maximum duration in seconds of one call of the function. A call scores all completions of a step on a rank. If this field is set, the "
+        "function runs in its own process, and a failure message names the completion for which the function hangs or ends its process.",
         default_text="no limit; the function runs in the process of the rank",
         example=60,
         since="0.2.0",
@@ -123,7 +123,7 @@ class Reward(Group):
 
 
 class Trainer(Group):
-    """`spec.trainer`."""
+    """`spec.trainer`: the training objective and its options."""
 
     type: TrainerType | None = spec_field("Training objective.", default="sft", example="dpo")
     backend: TrainerBackend | None = spec_field("Implementation of the training loop.", default="transformers", example="unsloth")

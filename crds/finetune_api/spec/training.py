@@ -25,7 +25,7 @@ class EarlyStopping(Group):
     """`training.earlyStopping`: end training if the validation loss no longer falls."""
 
     patience: Annotated[int, Field(ge=1, le=10000)] | None = spec_field(
-        "Training ends after this number of consecutive evaluations without improvement.", default=3, example=5
+        "Number of consecutive evaluations without improvement after which training ends.", default=3, example=5
     )
     threshold: Annotated[float, Field(ge=0, le=1000)] | None = spec_field(
         "Smallest decrease of the validation loss that counts as improvement, in nats per token.",
@@ -35,7 +35,7 @@ class EarlyStopping(Group):
 
 
 class Training(Group):
-    """`spec.training`."""
+    """`spec.training`: optimizer, schedule, batch size and precision."""
 
     cel = (
         CelRule(
@@ -49,18 +49,18 @@ class Training(Group):
         "Number of passes over the training data.", default=3, example=1
     )
     max_steps: Annotated[int, Field(ge=1, le=1000000000)] | None = spec_field(
-        "Number of optimizer steps. maxSteps takes precedence over epochs.", default_text="none; epochs sets the number", example=500
+        "Number of optimizer steps. If this field is set, epochs has no effect.", default_text="none; epochs sets the number", example=500
     )
     batch_size_per_device: Annotated[int, Field(ge=1, le=65536)] | None = spec_field(
-        "Micro-batch size: rows per rank in one forward pass. The plan of a prepared job may choose another default.", default=4, example=8
+        "Micro-batch size: rows per rank in one forward pass. If this field is not set, the preparation may choose another value than the default.", default=4, example=8
     )
     gradient_accumulation_steps: Annotated[int, Field(ge=1, le=65536)] | None = spec_field(
-        "Micro-batches per optimizer step. The plan of a prepared job may choose another default.", default=4, example=8
+        "Micro-batches per optimizer step. If this field is not set, the preparation may choose another value than the default.", default=4, example=8
     )
     effective_batch_size: Annotated[int, Field(ge=1, le=1000000000)] | None = spec_field(
-        "Rows per optimizer step on all ranks together. batchSizePerDevice and gradientAccumulationSteps follow from it: the preparation chooses "
-        "what fits and is fast; without a plan, the micro-batch has at most 4 rows. It must be divisible by the number of ranks (ranks that share each sequence count as one) and by "
-        "batchSizePerDevice or gradientAccumulationSteps, if you write one of these.",
+        "Rows per optimizer step on all ranks together. batchSizePerDevice and gradientAccumulationSteps are computed from this number: the preparation chooses "
+        "values that fit into GPU memory and are fast; without a preparation, the micro-batch has at most 4 rows. The number must be divisible by the number of ranks (ranks that share each sequence count as one). "
+        "If you set batchSizePerDevice or gradientAccumulationSteps, it must also be divisible by that value.",
         default_text="batchSizePerDevice x gradientAccumulationSteps x ranks",
         example=64,
         since="0.2.0",
@@ -87,7 +87,7 @@ class Training(Group):
         example=0.1,
     )
     max_grad_norm: Annotated[float, Field(ge=0, le=1000000)] | None = spec_field(
-        "Maximum norm of gradients. Larger gradients are clipped. 0 turns clipping off.", default=1.0, example=0.5
+        "Maximum norm of the gradient. A larger gradient is clipped to this norm. 0 turns clipping off.", default=1.0, example=0.5
     )
     optimizer: Annotated[str, StringConstraints(pattern=OPTIMIZER_NAME, max_length=64)] | None = spec_field(
         "Name of the optimizer, as in transformers.", default="adamw_torch_fused", example="paged_adamw_8bit"
@@ -106,18 +106,18 @@ class Training(Group):
     )
     mixed_precision: MixedPrecision | None = spec_field("Data type of the forward pass.", default="auto", example="bf16")
     gradient_checkpointing: GradientCheckpointing | None = spec_field(
-        "Whether activations are recomputed to save GPU memory. The plan of a prepared job may choose another default.",
+        "Whether activations are recomputed in the backward pass to save GPU memory. If this field is not set, the preparation may choose another value than the default.",
         default_text=(
-            "enabled on GPU, except for activations that fit into the GPU's memory by the trainer's estimate; disabled on CPU and for prefixTuning"
+            "enabled on GPU, but the trainer keeps activations that, by its estimate, fit into GPU memory; disabled on CPU and for prefixTuning"
         ),
         example="disabled",
     )
     checkpoint_every_n_layers: Annotated[int, Field(ge=1, le=1024)] | None = spec_field(
-        "Recompute only the activations of every n-th layer. Requires gradientCheckpointing.", default=1, example=2
+        "Recompute only the activations of every n-th layer. Requires that gradientCheckpointing is not disabled.", default=1, example=2
     )
     group_by_length: bool | None = spec_field("Put rows of similar length into one batch.", default=False, example=True)
     neftune_noise_alpha: Annotated[float, Field(gt=0, le=1000)] | None = spec_field(
-        "Scale of NEFTune noise on the embeddings.", default_text="no noise", example=5
+        "Scale of the NEFTune noise that is added to the embeddings.", default_text="no noise", example=5
     )
     seed: Annotated[int, Field(ge=0, le=4294967295)] | None = spec_field(
         "Seed of all random number generators.", default=42, example=7
@@ -129,10 +129,10 @@ class Training(Group):
 
 
 class Deepspeed(Group):
-    """`distributed.deepspeed`."""
+    """`distributed.deepspeed`: options of the distributed strategy DeepSpeed."""
 
     config_ref: ConfigMapKeyRef | None = spec_field(
-        "ConfigMap key with a DeepSpeed configuration in JSON. The trainer replaces `auto` values in this JSON.",
+        "Key of a ConfigMap that contains a DeepSpeed configuration in JSON. The trainer replaces `auto` values in this JSON.",
         default_text="none",
         example={"name": "deepspeed", "key": "zero2.json"},
     )
@@ -148,24 +148,24 @@ class Deepspeed(Group):
 
 
 class Fsdp(Group):
-    """`distributed.fsdp`: fully sharded data parallel, version 2."""
+    """`distributed.fsdp`: options of the distributed strategy FSDP, version 2."""
 
-    sharding: FsdpSharding | None = spec_field("Tensors that are sharded over the ranks.", default="fullShard", example="shardGradOp")
+    sharding: FsdpSharding | None = spec_field("Which tensors are sharded over the ranks.", default="fullShard", example="shardGradOp")
     state_dict: FsdpStateDict | None = spec_field(
         "Format of the optimizer state in checkpoints.", default="sharded", example="full"
     )
     config_ref: ConfigMapKeyRef | None = spec_field(
-        "ConfigMap key with an accelerate configuration.",
+        "Key of a ConfigMap that contains an accelerate configuration.",
         default_text="none",
         example={"name": "accelerate", "key": "fsdp.yaml"},
     )
 
 
 class Distributed(Group):
-    """`spec.distributed`. `spec.resources` sets the number of nodes and GPUs."""
+    """`spec.distributed`: the distributed strategy and its options. `spec.resources` sets the numbers of nodes and GPUs."""
 
     strategy: StrategyType | None = spec_field(
-        "Distributed strategy.", default_text="ddp with several ranks (fsdp if the plan of a prepared job chooses it), otherwise none", example="fsdp"
+        "Distributed strategy.", default_text="ddp with several ranks (or fsdp, if the preparation chooses it), otherwise none", example="fsdp"
     )
     deepspeed: Deepspeed | None = spec_field(
         "Options of DeepSpeed.", default_text="the defaults of the fields", example={"zeroStage": 3}
@@ -174,8 +174,8 @@ class Distributed(Group):
         "Options of FSDP.", default_text="the defaults of the fields", example={"sharding": "shardGradOp"}
     )
     context_parallel_size: Annotated[int, Field(ge=1, le=1024)] | None = spec_field(
-        "Number of ranks that share each sequence, for sequences that do not fit on one GPU. Each rank computes a part of the tokens, and in the "
-        "attention a part of the heads (Ulysses). Only with `strategy: deepspeed` and `trainer.type: sft`.",
+        "Number of ranks that share each sequence, for sequences that do not fit on one GPU (Ulysses). Each rank computes a part of the tokens and, in the "
+        "attention, a part of the heads. Only with `strategy: deepspeed` and `trainer.type: sft`.",
         default_text="1",
         example=4,
         since="0.2.0",
@@ -183,7 +183,7 @@ class Distributed(Group):
 
 
 class Checkpoint(Group):
-    """`spec.checkpoint`."""
+    """`spec.checkpoint`: when checkpoints are saved, how many are kept, and from which one the job resumes."""
 
     cel = (
         CelRule(
@@ -198,7 +198,7 @@ class Checkpoint(Group):
         "Optimizer steps between checkpoints.", default=100, example=500
     )
     keep: Annotated[int, Field(ge=0, le=100000)] | None = spec_field(
-        "Number of newest checkpoints that are kept in storage. 0 keeps all. The best checkpoint and pinned checkpoints are also kept.",
+        "Number of newest checkpoints that are kept in storage. 0: all checkpoints are kept. The best checkpoint and pinned checkpoints are always kept.",
         default=3,
         example=5,
     )
@@ -209,8 +209,8 @@ class Checkpoint(Group):
         example="s3://models/ft/team-a/support-bot/UID/checkpoints/step-00000100",
     )
     allow_pickle: bool | None = spec_field(
-        "Resume from a checkpoint of another job although its files can contain code. Checkpoints with strategies fsdp and deepspeed contain Python pickles, "
-        "which can run code when they are loaded. Required if resume is a URI and the strategy is fsdp or deepspeed.",
+        "Allow resuming from a checkpoint of another job whose files can contain code. Checkpoints with strategies fsdp and deepspeed contain Python pickles, "
+        "which can run code when they are loaded. True is required if resume is a URI and the strategy is fsdp or deepspeed.",
         default_text="false",
         example=True,
         since="0.2.0",

@@ -1,11 +1,11 @@
-"""The platform team's limits on FineTuneJobs: `policy` in the chart's values.
+"""The platform's policy: what FineTuneJobs of each namespace may use. The platform team sets it in `policy` of the chart's values.
 
-One table of rules (`table`) has two readers: `check` applies it to a spec in Python (operator, command line), and `admission` writes it as CEL for a
-ValidatingAdmissionPolicy, so that the API server refuses the same specs.
+Two modules use the rules in `table`: `check` applies them to a spec in Python, for the operator and the command line. `admission` writes them as CEL
+for a ValidatingAdmissionPolicy, so that the API server refuses the same specs.
 """
 
 from finetune_api.tenancy.check import Platform, PolicyProblem, Pool, check_policy
 from finetune_api.tenancy.settings import NamespacePolicy, PlatformPolicy, PolicyRules
-from finetune_api.tenancy.user_code import user_code_in_preparation
+from finetune_api.tenancy.user_code import find_user_code_in_preparation
 
-__all__ = ["NamespacePolicy", "Platform", "PlatformPolicy", "PolicyProblem", "PolicyRules", "Pool", "check_policy", "user_code_in_preparation"]
+__all__ = ["NamespacePolicy", "Platform", "PlatformPolicy", "PolicyProblem", "PolicyRules", "Pool", "check_policy", "find_user_code_in_preparation"]

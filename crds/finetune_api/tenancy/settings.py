@@ -1,4 +1,4 @@
-"""`policy` of the chart's values and of the operator's configuration: what the FineTuneJobs of each namespace may use."""
+"""The settings in `policy` of the chart's values and of the operator's configuration: what FineTuneJobs of each namespace may use."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ NamespacePattern = Annotated[str, StringConstraints(pattern=r"^[-a-z0-9*]+$", ma
 
 
 class NamespacePolicy(WireModel):
-    """The rules of some namespaces. A rule that is absent is taken from `policy` itself."""
+    """The rules that the platform team can set. A rule that is None is not set."""
 
     node_pools: Patterns | None = Field(
-        default=None, description="Node pools. A job without a pool needs `*`: its pods can run on every node without taints."
+        default=None, description="Node pools of jobs. Only `*` allows a job without a pool, because its pods can run on every node without taints."
     )
     images: Patterns | None = Field(default=None, description="Trainer images in placement.image.")
     service_accounts: Patterns | None = Field(default=None, description="ServiceAccounts in placement.serviceAccountName.")
     secrets: Patterns | None = Field(default=None, description="Names of the Secrets that the job uses, in the job's namespace.")
     priority_classes: Patterns | None = Field(default=None, description="Priority classes in placement.priorityClassName.")
     tolerations: Patterns | None = Field(
-        default=None, description="Keys of the taints in placement.tolerations. A toleration without key tolerates every taint; only the list [`*`] allows it."
+        default=None, description="Keys of the taints in placement.tolerations. Only the list [`*`] allows tolerations without key, which tolerate all taints."
     )
     node_labels: Patterns | None = Field(
         default=None, description="Keys of node labels in placement.nodeSelector and placement.nodeAffinity. NotIn and DoesNotExist are always allowed."
@@ -38,10 +38,10 @@ class NamespacePolicy(WireModel):
     annotations: Patterns | None = Field(default=None, description="Keys in placement.annotations.")
     mount_paths: Patterns | None = Field(default=None, description="Paths in placement.volumeMounts.")
     endpoints: Patterns | None = Field(
-        default=None, description="URLs of S3 stores, judges and MLflow servers, compared in lower case and without a slash at the end."
+        default=None, description="URLs of S3 stores, judges and MLflow servers. They are compared in lower case and without a slash at the end."
     )
     sources: AddressPatterns | None = Field(
-        default=None, description="Addresses from which a job reads models, data, benchmarks and checkpoints of other jobs. org/name counts as hf://org/name."
+        default=None, description="Addresses from which a job reads models, data, benchmarks, and checkpoints of other jobs. org/name is compared as hf://org/name."
     )
     destinations: AddressPatterns | None = Field(
         default=None,
@@ -49,27 +49,27 @@ class NamespacePolicy(WireModel):
     )
     allow_trust_remote_code: bool | None = Field(default=None, description="Whether jobs may set model.trustRemoteCode.")
     allow_user_code: bool | None = Field(
-        default=None, description="Whether jobs may run reward functions of ConfigMaps and benchmarks with allowCodeExecution, and set checkpoint.allowPickle."
+        default=None, description="Whether jobs may run reward functions from ConfigMaps or benchmarks with allowCodeExecution, or set checkpoint.allowPickle."
     )
     max_nodes: int | None = Field(default=None, ge=1, description="Maximum number of nodes of a job; default: no limit.")
     max_gpus: int | None = Field(
-        default=None, ge=0, description="Maximum number of GPUs of a job: nodes x gpusPerNode, plus those of a vLLM server; default: no limit."
+        default=None, ge=0, description="Maximum number of GPUs of a job: nodes x gpusPerNode, plus the GPUs of a vLLM server; default: no limit."
     )
     max_duration_seconds: int | None = Field(
         default=None,
         ge=1,
-        description="Longest running time of a job. It replaces policy.activeDeadlineSeconds in jobs that do not set it; default: no limit.",
+        description="Maximum of policy.activeDeadlineSeconds in seconds. It also applies to jobs that do not set this field; default: no limit.",
     )
 
 
 class NamespaceEntry(NamespacePolicy):
-    """`policy.namespaces[]`: rules of the namespaces in `names`."""
+    """One entry of `policy.namespaces`: rules that apply only to the namespaces in `names`."""
 
     names: Annotated[tuple[NamespacePattern, ...], Field(min_length=1)] = Field(description="Names of namespaces; `*` matches any text.")
 
 
 class PolicyRules(WireModel):
-    """All rules of one namespace. By default, the lists only refuse access beyond the namespace."""
+    """All rules of one namespace. The default lists refuse only what reaches beyond the namespace, such as files of other namespaces."""
 
     node_pools: Patterns = ("*",)
     images: Patterns = ("*",)
@@ -100,21 +100,21 @@ class PolicyRules(WireModel):
     max_gpus: int | None = None
     max_duration_seconds: int | None = None
 
-    def value_of(self, rule: str) -> Any:
-        """Return the value of a rule by its name in camelCase."""
-        return getattr(self, to_snake(rule))
+    def get_rule(self, name: str) -> Any:
+        """Return the value of a rule. `name`: the name of the rule in camelCase."""
+        return getattr(self, to_snake(name))
 
 
 class PlatformPolicy(NamespacePolicy):
-    """`policy`: the rules of all namespaces, and other rules for some namespaces."""
+    """The whole `policy`: rules for all namespaces, and entries that replace some of these rules in some namespaces."""
 
     namespaces: tuple[NamespaceEntry, ...] = Field(
         default=(), description="Rules that replace those of `policy` in some namespaces. The first entry with a matching name applies."
     )
 
     def rules_for(self, namespace: str) -> PolicyRules:
-        """Return the rules of a namespace: rules of the first matching entry, or else of `policy`, or else the defaults."""
-        entry = next((entry for entry in self.namespaces if any(_matches(name, namespace) for name in entry.names)), None)
+        """Return the rules of a namespace. A rule that the first matching entry does not set comes from `policy` itself, or else is the default."""
+        entry = next((entry for entry in self.namespaces if any(_matches_name(name, namespace) for name in entry.names)), None)
         given_rules = self.model_dump(exclude_none=True, exclude={"namespaces"})
         if entry is not None:
             given_rules |= entry.model_dump(exclude_none=True, exclude={"names"})
@@ -126,5 +126,5 @@ def _name_regex(pattern: str) -> re.Pattern[str]:
     return re.compile(pattern.replace("*", ".*"))
 
 
-def _matches(pattern: str, namespace: str) -> bool:
+def _matches_name(pattern: str, namespace: str) -> bool:
     return _name_regex(pattern).fullmatch(namespace) is not None

@@ -1,4 +1,4 @@
-"""Which fields of a spec let a preparation pod run code that the platform has not chosen."""
+"""Finds the fields of a spec that let a preparation pod run code which the platform team has not chosen."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_api.tenancy.check import Platform, check_policy
 from finetune_api.tenancy.settings import PolicyRules
 
-CODE_RULES = PolicyRules(images=(), allow_trust_remote_code=False, allow_user_code=False)
-"""These rules refuse every image and all code of the user. Their defaults refuse variables and mounts that load other code."""
-RULES_ABOUT_CODE = frozenset({"images", "environment", "mountPaths", "allowTrustRemoteCode", "allowUserCode"})
-GROUPS_OF_PREPARATION = ("model.", "trainer.", "placement.")
-"""Groups whose code a preparation runs. It reads no checkpoints and runs no benchmarks."""
+RULES_WITHOUT_USER_CODE = PolicyRules(images=(), allow_trust_remote_code=False, allow_user_code=False)
+"""Rules that refuse every image and all code of the user. Their default patterns refuse environment variables and mounts that load other code."""
+CODE_RULE_NAMES = frozenset({"images", "environment", "mountPaths", "allowTrustRemoteCode", "allowUserCode"})
+PREPARATION_GROUPS = ("model.", "trainer.", "placement.")
+"""Groups of the spec whose code a preparation runs. A preparation reads no checkpoints and runs no benchmarks."""
 
 
-def user_code_in_preparation(spec: FineTuneJobSpec) -> list[str]:
-    """Return the paths of the fields that make the preparation of a job run code of the user or of a model repository.
+def find_user_code_in_preparation(spec: FineTuneJobSpec) -> list[str]:
+    """Return the paths of the fields that let the preparation of a job run code of the user or of a model repository.
 
-    Such a preparation does not get the key that signs the prepared rows of the namespace, and neither stores nor uses prepared rows.
+    A preparation that can run such code does not get the key that signs the namespace's prepared rows. It neither stores nor uses prepared rows.
     """
-    problems = check_policy(spec, CODE_RULES, Platform(namespace=""))
-    return sorted({problem.path for problem in problems if problem.rule in RULES_ABOUT_CODE and problem.path.startswith(GROUPS_OF_PREPARATION)})
+    problems = check_policy(spec, RULES_WITHOUT_USER_CODE, Platform(namespace=""))
+    return sorted({problem.path for problem in problems if problem.rule in CODE_RULE_NAMES and problem.path.startswith(PREPARATION_GROUPS)})

@@ -23,13 +23,13 @@ app.kubernetes.io/name: {{ printf "%s-test" (include "finetune-operator.name" . 
 app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end -}}
 
-{{/* Labels of the pods of the OpenAI server. They differ from the operator's, so that its Service does not select these pods. */}}
+{{/* Labels of the pods of the OpenAI server. They differ from the labels of the operator's pods, so that the operator's Service does not select them. */}}
 {{- define "finetune-operator.openaiSelectorLabels" -}}
 app.kubernetes.io/name: {{ printf "%s-openai" (include "finetune-operator.name" . | trunc 56) }}
 app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end -}}
 
-{{/* Labels of the objects of the OpenAI server. Without `part-of`, because `finetune doctor` finds the operator's configuration by this label. */}}
+{{/* Labels of the objects of the OpenAI server. They lack `part-of`, because `finetune doctor` finds the operator's configuration by this label. */}}
 {{- define "finetune-operator.openaiLabels" -}}
 helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{ include "finetune-operator.openaiSelectorLabels" . }}
@@ -69,7 +69,7 @@ app.kubernetes.io/part-of: finetune-operator
 {{- end -}}
 {{- end -}}
 
-{{/* Image reference from the chart's context `root`, an `image` {repository, tag, digest}, and `path`, the path of this image in the values. */}}
+{{/* Return an image reference. Arguments: the chart's context `root`, `image` {repository, tag, digest}, and `path`, the path of `image` in the values. */}}
 {{- define "finetune-operator.image" -}}
 {{- $registry := .root.Values.imageRegistry | trimSuffix "/" -}}
 {{- $name := .image.repository -}}
@@ -119,7 +119,7 @@ imagePullSecrets:
 {{- end }}
 {{- end -}}
 
-{{/* Namespace of a monitoring object: its own, or the namespace of the release. */}}
+{{/* Metadata of a monitoring object. Its namespace is the one in its values or, by default, the namespace of the release. */}}
 {{- define "finetune-operator.monitoringMetadata" -}}
 namespace: {{ .object.namespace | default .root.Release.Namespace }}
 labels:
@@ -129,7 +129,7 @@ labels:
   {{- end }}
 {{- end -}}
 
-{{/* Endpoint of a ServiceMonitor or PodMonitor. */}}
+{{/* The scraped endpoint in a ServiceMonitor or PodMonitor. */}}
 {{- define "finetune-operator.monitorEndpoint" -}}
 port: http
 path: /metrics
@@ -140,7 +140,7 @@ path: /metrics
 {{- end }}
 {{- end -}}
 
-{{/* The operator's `isolation` section: the chart's values, and how a NetworkPolicy recognises the operator's pods. */}}
+{{/* The section `isolation` of the operator's configuration: the chart's values, and the namespace and labels of the operator's pods. */}}
 {{- define "finetune-operator.isolation" -}}
 {{- $isolation := .Values.isolation -}}
 secret: {{ $isolation.secret }}
@@ -155,7 +155,7 @@ operatorLabels: {{ include "finetune-operator.selectorLabels" . | fromYaml | toJ
 {{- end }}
 {{- end -}}
 
-{{/* The configuration of the cache of models. Empty values of the chart are omitted. */}}
+{{/* The section `modelCache` of the operator's configuration. Empty values of the chart are omitted. */}}
 {{- define "finetune-operator.modelCache" -}}
 {{- $node := dict "sizeLimit" .Values.modelCache.node.sizeLimit "namespaces" .Values.modelCache.node.namespaces -}}
 {{- with .Values.modelCache.node.path -}}{{- $_ := set $node "path" . -}}{{- end -}}
@@ -164,7 +164,7 @@ operatorLabels: {{ include "finetune-operator.selectorLabels" . | fromYaml | toJ
 {{- toYaml $cache -}}
 {{- end -}}
 
-{{/* The operator's configuration file, with the operator's key names. Empty values of the chart are omitted. */}}
+{{/* The operator's configuration file. Its keys are those of the operator, not those of the chart. Empty values of the chart are omitted. */}}
 {{- define "finetune-operator.config" -}}
 {{- $trainer := dict "image" (include "finetune-operator.image" (dict "root" . "image" .Values.trainer.image "path" "trainer.image")) "imagePullPolicy" .Values.trainer.image.pullPolicy -}}
 {{- range $key := list "generationImage" "imagePullSecrets" "serviceAccountName" "priorityClassName" "env" "labels" "annotations" -}}
@@ -212,7 +212,7 @@ operatorLabels: {{ include "finetune-operator.selectorLabels" . | fromYaml | toJ
   resources: [services]
   verbs: [get, create]
 - apiGroups: [""]
-  # If a quota or Pod Security rejects a pod, only an event of the Job controller reports it.
+  # If a quota or Pod Security rejects a pod, only an event of the Job controller shows it.
   resources: [events]
   verbs: [list]
 - apiGroups: [events.k8s.io]
@@ -220,7 +220,7 @@ operatorLabels: {{ include "finetune-operator.selectorLabels" . | fromYaml | toJ
   verbs: [get, create, patch]
 {{- if .isolation.secret }}
 - apiGroups: [""]
-  # The Secret of each attempt. The operator derives its content, so it does not read Secrets.
+  # The operator creates a Secret for each attempt. It derives the content from its own key, so it need not read the Secret.
   resources: [secrets]
   verbs: [create]
 {{- end }}
@@ -231,7 +231,7 @@ operatorLabels: {{ include "finetune-operator.selectorLabels" . | fromYaml | toJ
 {{- end }}
 {{- end -}}
 
-{{/* Egress rules of every NetworkPolicy of the chart. */}}
+{{/* Egress rules for the API server and DNS, which every NetworkPolicy of the chart contains. */}}
 {{- define "finetune-operator.apiServerEgress" -}}
 # The API server.
 - ports:

@@ -1,4 +1,4 @@
-{{/* Refuse values that contradict each other. values.schema.json refuses wrong types, unknown keys and wrong quantities. */}}
+{{/* Refuse values that contradict each other. values.schema.json already refuses wrong types, unknown keys and wrong quantities. */}}
 {{- define "finetune-operator.validate" -}}
 {{- $values := .Values -}}
 {{- if and (gt (int .Values.replicas) 1) (not .Values.leaderElection.enabled) -}}
@@ -134,8 +134,8 @@
 {{- end -}}
 
 {{/*
-Fail if another release manages one of this release's namespaces. Such a release has a role that may write the status of FineTuneJobs. Without a
-connection to a cluster (`helm template`), `lookup` returns nothing.
+Fail if another release manages one of this release's namespaces. The other release is found by its role, which may write the status of FineTuneJobs.
+Without a connection to a cluster (`helm template`), `lookup` returns nothing, so nothing is checked.
 */}}
 {{- define "finetune-operator.validateOtherReleases" -}}
 {{- range (lookup "rbac.authorization.k8s.io/v1" "ClusterRole" "" "").items -}}

@@ -1,8 +1,8 @@
 """Adds the container with the vLLM server to a training pod, for jobs with `trainer.grpo.generation.backend: vllm`.
 
-The container is a native sidecar: the kubelet starts it before the trainer and ends it after the trainer, so the pod ends with its trainer.
-It shares one volume with the trainer, to which the trainer writes the model, and the loopback address. It has no secrets and no other volume of the
-job.
+The container is a native sidecar: the kubelet starts it before the trainer and stops it after the trainer, so the pod ends when the trainer ends.
+The trainer writes the model to a volume that both containers mount, and reaches the server over the loopback address. The server has no secrets and
+no other volume of the job.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def add_generation_server(pod: Object, spec: FineTuneJobSpec, image_pull_policy:
         return
     trainer = pod["containers"][0]
     trainer["volumeMounts"].append({"name": SHARED_VOLUME, "mountPath": names.GENERATION_MOUNT})
-    # After the other init containers: they start one after another, and the server's requests would count in addition to theirs.
+    # The server is the last init container, because Kubernetes adds a sidecar's requests to those of all init containers that follow it.
     pod.setdefault("initContainers", []).append(_build_container(server, spec, trainer["securityContext"], image_pull_policy))
     pod["volumes"] += [
         {"name": SHARED_VOLUME, "emptyDir": {}},
@@ -33,14 +33,14 @@ def add_generation_server(pod: Object, spec: FineTuneJobSpec, image_pull_policy:
     ]
 
 
-def _build_container(server: Generation, spec: FineTuneJobSpec, security: Object, image_pull_policy: str) -> Object:
+def _build_container(server: Generation, spec: FineTuneJobSpec, security_context: Object, image_pull_policy: str) -> Object:
     return {
         "name": names.GENERATION_CONTAINER,
         "image": server.image,
         "imagePullPolicy": image_pull_policy,
         "restartPolicy": "Always",
         "resources": _build_resources(server, spec),
-        "securityContext": security,
+        "securityContext": security_context,
         "volumeMounts": [
             {"name": SHARED_VOLUME, "mountPath": names.GENERATION_MOUNT},
             {"name": TMP_VOLUME, "mountPath": "/tmp"},  # noqa: S108 -- an emptyDir: the root file system is read-only

@@ -1,4 +1,4 @@
-"""Builds the objects that protect an attempt from other pods: its Secret and its NetworkPolicy. The Job owns both, so they end with it."""
+"""Builds the objects that protect an attempt from other pods: its Secret and its NetworkPolicy. The Job owns both, so they are deleted with it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from finetune_api.names import ATTEMPT_SECRET_KEY, CHECKPOINT_KEY, PROGRESS_PORT
 
-from finetune_operator.builders.job import labels_of_job, owner_reference_to_job
+from finetune_operator.builders.job import build_labels_of_job, build_owner_reference_to_job
 from finetune_operator.objects import NETWORK_POLICY, SECRET, Object
 from finetune_operator.settings import IsolationSettings
 from finetune_operator.views import JOB_NAME_LABEL, JobView
@@ -30,8 +30,8 @@ def build_attempt_secret(job: JobView, secret: str, checkpoint_key: str) -> Obje
 def build_network_policy(job: JobView, settings: IsolationSettings) -> Object:
     """Return the NetworkPolicy of the Job's pods.
 
-    All ports are open between the pods of a gang, because Gloo and NCCL choose ports at random. Probes of the kubelet come from the pod's
-    own node, which no NetworkPolicy blocks. Outgoing traffic is limited only if addresses are to be blocked.
+    All ports are open between the pods of a gang, because Gloo and NCCL choose ports at random. The kubelet's probes need no rule, because a
+    NetworkPolicy does not block traffic from the pod's own node. Outgoing traffic is limited only if the configuration names addresses to block.
     """
     own_pods = {"matchLabels": {JOB_NAME_LABEL: job.name}}
     operator_pods = {
@@ -48,7 +48,7 @@ def build_network_policy(job: JobView, settings: IsolationSettings) -> Object:
     }
     if settings.all_blocked_cidrs:
         spec["policyTypes"] = ["Ingress", "Egress"]
-        spec["egress"] = [{"to": _allowed_destinations(settings.all_blocked_cidrs)}]
+        spec["egress"] = [{"to": _build_allowed_destinations(settings.all_blocked_cidrs)}]
     return {
         "apiVersion": NETWORK_POLICY.api_version,
         "kind": NETWORK_POLICY.kind,
@@ -57,14 +57,17 @@ def build_network_policy(job: JobView, settings: IsolationSettings) -> Object:
     }
 
 
-def _allowed_destinations(blocked_cidrs: tuple[str, ...]) -> list[Object]:
-    """All addresses except the blocked ones, and all pods: some network plugins do not compare pod addresses with address ranges."""
+def _build_allowed_destinations(blocked_cidrs: tuple[str, ...]) -> list[Object]:
+    """Return the destinations of allowed traffic: all addresses except the blocked ones, and all pods.
+
+    Pods are listed separately, because some network plugins do not compare the addresses of pods with `ipBlock`.
+    """
     destinations: list[Object] = [{"namespaceSelector": {}}]
     for version, every_address in ((4, "0.0.0.0/0"), (6, "::/0")):
-        blocked_of_version = [cidr for cidr in blocked_cidrs if ipaddress.ip_network(cidr).version == version]
-        destinations.append({"ipBlock": {"cidr": every_address} | ({"except": blocked_of_version} if blocked_of_version else {})})
+        blocked_cidrs_of_version = [cidr for cidr in blocked_cidrs if ipaddress.ip_network(cidr).version == version]
+        destinations.append({"ipBlock": {"cidr": every_address} | ({"except": blocked_cidrs_of_version} if blocked_cidrs_of_version else {})})
     return destinations
 
 
 def _build_metadata(job: JobView, name: str) -> Object:
-    return {"name": name, "namespace": job.namespace, "labels": labels_of_job(job), "ownerReferences": [owner_reference_to_job(job)]}
+    return {"name": name, "namespace": job.namespace, "labels": build_labels_of_job(job), "ownerReferences": [build_owner_reference_to_job(job)]}

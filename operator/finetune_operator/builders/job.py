@@ -9,42 +9,43 @@ from __future__ import annotations
 from typing import Any
 
 from finetune_api import names
-from finetune_api.exits import codes_that_fail_the_job
+from finetune_api.exits import list_exit_codes_that_fail_the_job
 from finetune_api.names import Annotation, Env, Label
 from finetune_api.pod import RunConfig
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.cluster import EnvVar, PrepareResources
 from finetune_api.spec.common import SecretKeyRef, SecretRef, StorageConnection
-from finetune_api.tenancy import user_code_in_preparation
+from finetune_api.tenancy import find_user_code_in_preparation
 
 from finetune_operator.builders.generation import add_generation_server
 from finetune_operator.builders.model_cache import add_model_cache
 from finetune_operator.builders.mounts import build_mounts
-from finetune_operator.builders.run_config import customer_key_variable
+from finetune_operator.builders.run_config import get_customer_key_variable
 from finetune_operator.objects import DEFAULT_CONTAINER_ANNOTATION, Object
 from finetune_operator.settings import NodePool, OperatorConfig
-from finetune_operator.views import INDEX_ANNOTATION, JOB_NAME_LABEL, JobObject, JobView
+from finetune_operator.views import INDEX_ANNOTATION, JOB_NAME_LABEL, FineTuneJobView, JobView
 
-ZONE_KEY = "topology.kubernetes.io/zone"
-HOST_KEY = "kubernetes.io/hostname"
+ZONE_LABEL = "topology.kubernetes.io/zone"
+HOST_LABEL = "kubernetes.io/hostname"
 MAX_PREPARATION_SECONDS = 6 * 3600
-"""Longest running time of a preparation pod. The Job controller ends a pod that hangs."""
+"""Maximum running time of a preparation. The Job controller ends a preparation that takes longer, because its pod probably hangs."""
 PREPARATION_GRACE_SECONDS = 30
-"""Grace period of a preparation pod. It has nothing to save."""
+"""Grace period of a preparation pod. It is short, because the pod has nothing to save."""
 
 
 def build_job(
-    job: JobObject, run: RunConfig, pool: NodePool | None, config: OperatorConfig, secret_name: str = "", *, model_cache: str | None = None
+    job: FineTuneJobView, run: RunConfig, pool: NodePool | None, config: OperatorConfig, secret_name: str = "", *, model_cache: str | None = None
 ) -> Object:
-    """Return the Job of the attempt that `run` describes. `secret_name`: name of the Secret of the attempt, or an empty string.
+    """Return the Job of the attempt that `run` describes.
 
-    `model_cache`: value of `model.cache` in the resolved spec, which is not part of `run`.
+    `secret_name`: name of the attempt's Secret, or an empty string if it has none. `model_cache`: the resolved value of `model.cache`, which
+    `run` does not contain.
     """
-    name, queue, data = names.attempt_job_name(job.name, run.attempt), run.spec.placement.queue_name, run.to_bytes()
-    pod = _build_pod_spec(name, run, run.sha256(data), pool, config, secret_name)
+    name, queue, run_json = names.attempt_job_name(job.name, run.attempt), run.spec.placement.queue_name, run.to_bytes()
+    pod = _build_pod_spec(name, run, run.sha256(run_json), pool, config, secret_name)
     add_model_cache(pod, model_cache, job.namespace, config)
     add_generation_server(pod, run.spec, config.trainer.image_pull_policy.value)
-    body = _build_indexed_job(job, run.spec, config, data, name=name, attempt=run.attempt, pods=run.world.nodes, pod=pod)
+    body = _build_indexed_job(job, run.spec, config, run_json, name=name, attempt=run.attempt, pod_count=run.world.nodes, pod=pod)
     if secret_name:
         body["metadata"]["annotations"][Annotation.ATTEMPT_SECRET.value] = secret_name
     if queue:
@@ -54,15 +55,16 @@ def build_job(
 
 
 def build_preparation_job(
-    job: JobObject, run: RunConfig, number: int, resources: PrepareResources, pool: NodePool | None, config: OperatorConfig, secret_name: str = ""
+    job: FineTuneJobView, run: RunConfig, preparation_number: int, resources: PrepareResources, pool: NodePool | None, config: OperatorConfig,
+    secret_name: str = "",
 ) -> Object:
-    """Return the Job of a preparation. `run` and `pool` are those of the first attempt; the Job has one pod without GPUs.
+    """Return the Job of a preparation: one pod without GPUs. `run` and `pool` are those of the first attempt.
 
-    `secret_name`: name of the Secret of the preparation, or an empty string.
+    `secret_name`: name of the preparation's Secret, or an empty string if it has none.
     """
-    name, data = names.preparation_job_name(job.name, number), run.to_bytes()
-    pod = _build_preparation_pod(run, run.sha256(data), resources, pool, config, secret_name)
-    body = _build_indexed_job(job, run.spec, config, data, name=name, attempt=names.PREPARATION_ATTEMPT, pods=1, pod=pod)
+    name, run_json = names.preparation_job_name(job.name, preparation_number), run.to_bytes()
+    pod = _build_preparation_pod(run, run.sha256(run_json), resources, pool, config, secret_name)
+    body = _build_indexed_job(job, run.spec, config, run_json, name=name, attempt=names.PREPARATION_ATTEMPT, pod_count=1, pod=pod)
     if secret_name:
         body["metadata"]["annotations"][Annotation.ATTEMPT_SECRET.value] = secret_name
     body["spec"]["activeDeadlineSeconds"] = MAX_PREPARATION_SECONDS
@@ -70,32 +72,32 @@ def build_preparation_job(
 
 
 def _build_indexed_job(
-    job: JobObject, spec: FineTuneJobSpec, config: OperatorConfig, data: bytes, *, name: str, attempt: int, pods: int, pod: Object
+    job: FineTuneJobView, spec: FineTuneJobSpec, config: OperatorConfig, run_json: bytes, *, name: str, attempt: int, pod_count: int, pod: Object
 ) -> Object:
-    """Return a Job whose pods have the spec `pod`. `data`: content of their `run.json`."""
-    labels = child_labels(job, attempt)
+    """Return a Job of `pod_count` pods with the spec `pod`. `run_json`: content of the pods' file `run.json`."""
+    labels = build_attempt_labels(job, attempt)
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
         "metadata": {
             "name": name,
             "namespace": job.namespace,
-            "labels": {**_job_labels(spec), **labels},
+            "labels": {**_select_job_labels(spec), **labels},
             "annotations": {
                 **(spec.placement.annotations or {}),
-                Annotation.RUN_CONFIG_SHA256.value: RunConfig.sha256(data),
+                Annotation.RUN_CONFIG_SHA256.value: RunConfig.sha256(run_json),
                 **({Annotation.NETWORK_POLICY.value: name} if config.isolation.network_policy else {}),
             },
-            "ownerReferences": [_owner_reference(names.API_VERSION, names.KIND, job.name, job.uid)],
+            "ownerReferences": [_build_owner_reference(names.API_VERSION, names.KIND, job.name, job.uid)],
         },
         "spec": {
-            "completions": pods,
-            "parallelism": pods,
+            "completions": pod_count,
+            "parallelism": pod_count,
             "completionMode": "Indexed",
             "backoffLimit": 0,
             "podReplacementPolicy": "Failed",
-            "podFailurePolicy": {"rules": _failure_rules()},
-            "template": {"metadata": _template_metadata(labels, spec, config, data), "spec": pod},
+            "podFailurePolicy": {"rules": _build_failure_rules()},
+            "template": {"metadata": _build_template_metadata(labels, spec, config, run_json), "spec": pod},
         },
     }
 
@@ -103,9 +105,9 @@ def _build_indexed_job(
 def _build_preparation_pod(
     run: RunConfig, run_sha256: str, resources: PrepareResources, pool: NodePool | None, config: OperatorConfig, secret_name: str
 ) -> Object:
-    """The pod of a preparation: the container of a trainer pod with another command, without GPUs and without the placement of training pods.
+    """Return the spec of a preparation pod: a training pod with the command `prepare`, without GPUs and without the placement of training pods.
 
-    A pod that mounts a claim keeps this placement, because the first pod of a claim can decide in which zone or on which node its volume lies.
+    A pod that mounts a volume claim keeps the placement, because the first pod that mounts a claim can determine the zone or node of its volume.
     """
     settings = config.prepare
     values: dict[str, Any] = {
@@ -120,12 +122,12 @@ def _build_preparation_pod(
         "spec": run.spec.with_values(values),
     })  # fmt: skip
     pod = _build_pod_spec("", pod_run, run_sha256, pool if mounts_claim else None, config, secret_name)
-    if user_code_in_preparation(run.spec):
-        # The user's code could sign rows for all jobs of the namespace.
+    if find_user_code_in_preparation(run.spec):
+        # The pod does not get the key that signs prepared rows: with the key, the user's code could sign rows for all jobs of the namespace.
         pod["volumes"][0] = _build_run_volume(secret_name, (names.ATTEMPT_SECRET_KEY,))
     container = pod["containers"][0]
     container["args"] = ["prepare"]
-    # With a limit, the trainer starts as many processes as the pod has CPUs, instead of one for each CPU of the node.
+    # With a CPU limit, the trainer starts one process for each CPU of the pod instead of one for each CPU of the node.
     container["resources"]["limits"]["cpu"] = str(resources.cpu)
     if not mounts_claim and settings.node_selector:
         pod["nodeSelector"] = dict(settings.node_selector)
@@ -142,8 +144,8 @@ def build_service(job: JobView) -> Object:
         "metadata": {
             "name": job.name,
             "namespace": job.namespace,
-            "labels": labels_of_job(job),
-            "ownerReferences": [owner_reference_to_job(job)],
+            "labels": build_labels_of_job(job),
+            "ownerReferences": [build_owner_reference_to_job(job)],
         },
         "spec": {
             "clusterIP": "None",
@@ -157,26 +159,26 @@ def build_service(job: JobView) -> Object:
     }
 
 
-def _job_labels(spec: FineTuneJobSpec) -> dict[str, str]:
+def _select_job_labels(spec: FineTuneJobSpec) -> dict[str, str]:
     """Return the user's labels for the Job, without the queue label.
 
-    On a Job, that label makes Kueue queue the Job; release 0.1.0 set it only on pods.
+    On a Job, the queue label makes Kueue queue the Job. The user's queue label stays only on the pods, as in release 0.1.0.
     """
     return {key: value for key, value in (spec.placement.labels or {}).items() if key != Label.QUEUE}
 
 
-def child_labels(job: JobObject, attempt: int) -> dict[str, str]:
+def build_attempt_labels(job: FineTuneJobView, attempt: int) -> dict[str, str]:
     """Return the labels of the Job and the pods of an attempt."""
-    return _labels(job.name, job.uid, attempt)
+    return _build_labels(job.name, job.uid, attempt)
 
 
-def labels_of_job(job: JobView) -> dict[str, str]:
-    """Labels of the objects that belong to a Job."""
-    return _labels(job.job_name, job.owner_uid, job.attempt)
+def build_labels_of_job(job: JobView) -> dict[str, str]:
+    """Return the labels of the objects that belong to a Job."""
+    return _build_labels(job.finetunejob_name, job.owner_uid, job.attempt)
 
 
-def _labels(name: str, uid: str, attempt: int) -> dict[str, str]:
-    """The labels of all objects of an attempt. `name`, `uid`: those of the FineTuneJob."""
+def _build_labels(name: str, uid: str, attempt: int) -> dict[str, str]:
+    """Return the labels of all objects of an attempt. `name`, `uid`: name and uid of the FineTuneJob."""
     return {
         Label.MANAGED_BY.value: names.MANAGER_NAME,
         Label.JOB_NAME.value: name,
@@ -185,41 +187,44 @@ def _labels(name: str, uid: str, attempt: int) -> dict[str, str]:
     }
 
 
-def owner_reference_to_job(job: JobView) -> Object:
-    """Reference of an object to the Job that owns it. `blockOwnerDeletion: true` would need permission to update the finalizers of Jobs."""
-    return _owner_reference("batch/v1", "Job", job.name, job.uid) | {"blockOwnerDeletion": False}
+def build_owner_reference_to_job(job: JobView) -> Object:
+    """Return the owner reference of an object that the Job owns.
+
+    `blockOwnerDeletion` is false, because true would need permission to update the finalizers of Jobs.
+    """
+    return _build_owner_reference("batch/v1", "Job", job.name, job.uid) | {"blockOwnerDeletion": False}
 
 
-def _owner_reference(api_version: str, kind: str, name: str, uid: str) -> Object:
+def _build_owner_reference(api_version: str, kind: str, name: str, uid: str) -> Object:
     return {
         "apiVersion": api_version, "kind": kind, "name": name, "uid": uid, "controller": True, "blockOwnerDeletion": True,
     }  # fmt: skip
 
 
-def _failure_rules() -> list[Object]:
+def _build_failure_rules() -> list[Object]:
     """Return the rules that fail the Job at once after a disruption or certain exit codes. `backoffLimit: 0` covers all other failures.
 
-    Pods of a suspended Job exit with code 75. So the rules list exit codes: a rule for every nonzero code would also fail suspended Jobs.
+    The rules list single exit codes, because the pods of a suspended Job exit with code 75: a rule for all nonzero codes would fail that Job.
     """
     return [
         {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
         {
             "action": "FailJob",
             "onExitCodes": {
-                "containerName": names.TRAINER_CONTAINER, "operator": "In", "values": codes_that_fail_the_job(),
+                "containerName": names.TRAINER_CONTAINER, "operator": "In", "values": list_exit_codes_that_fail_the_job(),
             },
         },
     ]  # fmt: skip
 
 
-def _template_metadata(labels: dict[str, str], spec: FineTuneJobSpec, config: OperatorConfig, data: bytes) -> Object:
+def _build_template_metadata(labels: dict[str, str], spec: FineTuneJobSpec, config: OperatorConfig, run_json: bytes) -> Object:
     annotations = {**config.trainer.annotations, **(spec.placement.annotations or {})}
     return {
         "labels": {**config.trainer.labels, **(spec.placement.labels or {}), **labels},
         "annotations": {
             **annotations,
             DEFAULT_CONTAINER_ANNOTATION: names.TRAINER_CONTAINER,
-            Annotation.RUN_CONFIG.value: data.decode(),
+            Annotation.RUN_CONFIG.value: run_json.decode(),
         },
     }
 
@@ -236,7 +241,7 @@ def _build_pod_spec(
         "terminationGracePeriodSeconds": run.grace_seconds,
         "securityContext": _build_pod_security(config.trainer.fixed_user),
         "containers": [_build_container(run, run_sha256, config, list(spec_volumes.mounts))],
-        "volumes": [*_operator_volumes(spec, secret_name), *spec_volumes.volumes],
+        "volumes": [*_build_operator_volumes(spec, secret_name), *spec_volumes.volumes],
     }
     if run.world.nodes > 1:
         pod["subdomain"] = name
@@ -248,9 +253,9 @@ def _build_pod_spec(
     return pod | ({"serviceAccountName": service_account} if service_account else {})
 
 
-def _build_pod_security(fixed_user: bool) -> Object:
-    """Return the pod's security context. OpenShift rejects pods with user ids that it has not assigned, so `fixed_user` can be false."""
-    ids: Object = {"runAsUser": names.TRAINER_UID, "runAsGroup": names.TRAINER_UID, "fsGroup": names.TRAINER_UID} if fixed_user else {}
+def _build_pod_security(has_fixed_user: bool) -> Object:
+    """Return the pod's security context. `has_fixed_user`: whether the pod sets user and group ids. OpenShift rejects ids that it has not assigned."""
+    ids: Object = {"runAsUser": names.TRAINER_UID, "runAsGroup": names.TRAINER_UID, "fsGroup": names.TRAINER_UID} if has_fixed_user else {}
     return {"runAsNonRoot": True, **ids, "fsGroupChangePolicy": "OnRootMismatch", "seccompProfile": {"type": "RuntimeDefault"}}
 
 
@@ -264,7 +269,7 @@ def _build_container(run: RunConfig, run_sha256: str, config: OperatorConfig, ex
         "env": _build_env(run, run_sha256, config),
         "ports": [{"name": names.PROGRESS_PORT_NAME, "containerPort": names.PROGRESS_PORT}],
         "readinessProbe": {
-            "httpGet": {"path": names.Path.HEALTH.value, "port": names.PROGRESS_PORT_NAME},
+            "httpGet": {"path": names.HttpPath.HEALTH.value, "port": names.PROGRESS_PORT_NAME},
             "periodSeconds": 5, "timeoutSeconds": 3, "failureThreshold": 3,
         },
         "resources": _build_resources(spec),
@@ -285,19 +290,19 @@ def _build_container(run: RunConfig, run_sha256: str, config: OperatorConfig, ex
     }  # fmt: skip
 
 
-def _operator_volumes(spec: FineTuneJobSpec, secret_name: str) -> list[Object]:
+def _build_operator_volumes(spec: FineTuneJobSpec, secret_name: str) -> list[Object]:
     resources = spec.resources
     return [
         _build_run_volume(secret_name),
-        {"name": "work", "emptyDir": _with_size_limit({}, resources.ephemeral_storage)},
-        {"name": "shm", "emptyDir": _with_size_limit({"medium": "Memory"}, resources.shared_memory)},
-        # The sizes of all volumes together are also limited, by the disk limit of the pod.
-        {"name": "tmp", "emptyDir": _with_size_limit({}, resources.ephemeral_storage)},
+        {"name": "work", "emptyDir": _set_size_limit({}, resources.ephemeral_storage)},
+        {"name": "shm", "emptyDir": _set_size_limit({"medium": "Memory"}, resources.shared_memory)},
+        # The pod's disk limit applies to the sum of all volumes.
+        {"name": "tmp", "emptyDir": _set_size_limit({}, resources.ephemeral_storage)},
     ]
 
 
 def _build_run_volume(secret_name: str, keys: tuple[str, ...] = (names.ATTEMPT_SECRET_KEY, names.CHECKPOINT_KEY)) -> Object:
-    """The folder with `run.json` and, if the attempt has a Secret, with its files `keys`."""
+    """Return the volume with `run.json` and, if the attempt has a Secret, one file for each of the Secret's keys in `keys`."""
     item = {"path": names.RUN_FILE_NAME, "fieldRef": {"fieldPath": f"metadata.annotations['{Annotation.RUN_CONFIG}']"}}
     run_config = {"downwardAPI": {"items": [item]}}
     if not secret_name:
@@ -306,7 +311,7 @@ def _build_run_volume(secret_name: str, keys: tuple[str, ...] = (names.ATTEMPT_S
     return {"name": "run", "projected": {"sources": [run_config, {"secret": {"name": secret_name, "items": items}}]}}
 
 
-def _with_size_limit(volume: Object, size: str | int | None) -> Object:
+def _set_size_limit(volume: Object, size: str | int | None) -> Object:
     return volume | ({"sizeLimit": str(size)} if size is not None else {})
 
 
@@ -332,21 +337,21 @@ def _build_env(run: RunConfig, run_sha256: str, config: OperatorConfig) -> list[
     spec = run.spec
     operator_variables: list[Object] = [
         {"name": Env.RUN_SHA256.value, "value": run_sha256},
-        {"name": Env.NODE_RANK.value, "valueFrom": _field_ref(f"metadata.annotations['{INDEX_ANNOTATION}']")},
-        {"name": Env.POD_NAME.value, "valueFrom": _field_ref("metadata.name")},
-        {"name": Env.POD_UID.value, "valueFrom": _field_ref("metadata.uid")},
-        {"name": Env.NODE_NAME.value, "valueFrom": _field_ref("spec.nodeName")},
+        {"name": Env.NODE_RANK.value, "valueFrom": _build_field_ref(f"metadata.annotations['{INDEX_ANNOTATION}']")},
+        {"name": Env.POD_NAME.value, "valueFrom": _build_field_ref("metadata.name")},
+        {"name": Env.POD_UID.value, "valueFrom": _build_field_ref("metadata.uid")},
+        {"name": Env.NODE_NAME.value, "valueFrom": _build_field_ref("spec.nodeName")},
         {"name": Env.DISK_LIMIT.value, "valueFrom": {"resourceFieldRef": {"resource": "limits.ephemeral-storage"}}},
-        *_credential_variables(spec.storage.credentials_secret_ref, ""),
-        *_credential_variables(_credentials_ref(spec.model.storage), names.MODEL_CREDENTIALS_PREFIX),
-        *_credential_variables(_credentials_ref(spec.dataset.storage), names.DATASET_CREDENTIALS_PREFIX),
-        *_customer_key_variables("storage", spec.storage),
-        *_customer_key_variables("model", spec.model.storage),
-        *_customer_key_variables("dataset", spec.dataset.storage),
+        *_build_credential_variables(spec.storage.credentials_secret_ref, ""),
+        *_build_credential_variables(_get_credentials_ref(spec.model.storage), names.MODEL_CREDENTIALS_PREFIX),
+        *_build_credential_variables(_get_credentials_ref(spec.dataset.storage), names.DATASET_CREDENTIALS_PREFIX),
+        *_build_customer_key_variables("storage", spec.storage),
+        *_build_customer_key_variables("model", spec.model.storage),
+        *_build_customer_key_variables("dataset", spec.dataset.storage),
     ]
     if spec.model.token_secret_ref:
-        operator_variables.append({"name": Env.HF_TOKEN.value, "valueFrom": _secret_key_source(spec.model.token_secret_ref)})
-    overridable_variables = _client_keys(spec)
+        operator_variables.append({"name": Env.HF_TOKEN.value, "valueFrom": _build_secret_key_source(spec.model.token_secret_ref)})
+    overridable_variables = _build_client_credentials(spec)
     if run.world.nodes > 1 and run.world.gpus_per_node:
         overridable_variables.append({"name": "NCCL_SOCKET_IFNAME", "value": "^lo,docker"})
     reserved_names = {variable["name"] for variable in operator_variables}
@@ -359,8 +364,8 @@ def _build_env(run: RunConfig, run_sha256: str, config: OperatorConfig) -> list[
     return [*operator_variables, *(variable for variable in overridable_variables if variable["name"] not in user_variable_names), *defaults, *user_variables]
 
 
-def _client_keys(spec: FineTuneJobSpec) -> list[Object]:
-    """Return the credentials for experiment trackers, the model hub and the judge, as environment variables that the client libraries read."""
+def _build_client_credentials(spec: FineTuneJobSpec) -> list[Object]:
+    """Return the environment variables with the credentials for experiment trackers, the model hub and the judge. Client libraries read them."""
     wandb, mongodb, hub, judge = spec.tracking.wandb, spec.tracking.mongodb, spec.output.hub, spec.evaluation.judge
     secret_references = (
         (names.WANDB_KEY, wandb.api_key_secret_ref if wandb else None),
@@ -368,14 +373,14 @@ def _client_keys(spec: FineTuneJobSpec) -> list[Object]:
         (names.HUB_TOKEN, hub.token_secret_ref if hub else None),
         (names.JUDGE_KEY, judge.api_key_secret_ref if judge else None),
     )
-    return [{"name": name, "valueFrom": _secret_key_source(secret_reference)} for name, secret_reference in secret_references if secret_reference is not None]
+    return [{"name": name, "valueFrom": _build_secret_key_source(reference)} for name, reference in secret_references if reference is not None]
 
 
-def _credentials_ref(connection: Any) -> SecretRef | None:
+def _get_credentials_ref(connection: Any) -> SecretRef | None:
     return connection.credentials_secret_ref if connection else None
 
 
-def _credential_variables(secret: SecretRef | None, prefix: str) -> list[Object]:
+def _build_credential_variables(secret: SecretRef | None, variable_prefix: str) -> list[Object]:
     if secret is None:
         return []
     result: list[Object] = []
@@ -383,29 +388,29 @@ def _credential_variables(secret: SecretRef | None, prefix: str) -> list[Object]
         key_reference: Object = {"name": secret.name, "key": key.value}
         if key is Env.STORAGE_SESSION_TOKEN:
             key_reference["optional"] = True
-        result.append({"name": f"{prefix}{key.value}", "valueFrom": {"secretKeyRef": key_reference}})
+        result.append({"name": f"{variable_prefix}{key.value}", "valueFrom": {"secretKeyRef": key_reference}})
     return result
 
 
-def _customer_key_variables(connection_name: str, connection: StorageConnection | None) -> list[Object]:
-    """Return the variable with the customer's key for server-side encryption (SSE-C), read from a Secret."""
+def _build_customer_key_variables(connection_name: str, connection: StorageConnection | None) -> list[Object]:
+    """Return the environment variable with the customer's key for server-side encryption (SSE-C), or an empty list if no key is used."""
     key_reference = connection.encryption.customer_key_secret_ref if connection and connection.encryption else None
     if key_reference is None:
         return []
-    return [{"name": customer_key_variable(connection_name), "valueFrom": _secret_key_source(key_reference)}]
+    return [{"name": get_customer_key_variable(connection_name), "valueFrom": _build_secret_key_source(key_reference)}]
 
 
 def _build_user_variable(variable: EnvVar) -> Object:
     if variable.secret_key_ref:
-        return {"name": variable.name, "valueFrom": _secret_key_source(variable.secret_key_ref)}
+        return {"name": variable.name, "valueFrom": _build_secret_key_source(variable.secret_key_ref)}
     return {"name": variable.name, "value": variable.value or ""}
 
 
-def _secret_key_source(key_reference: SecretKeyRef) -> Object:
+def _build_secret_key_source(key_reference: SecretKeyRef) -> Object:
     return {"secretKeyRef": {"name": key_reference.name, "key": key_reference.key}}
 
 
-def _field_ref(path: str) -> Object:
+def _build_field_ref(path: str) -> Object:
     return {"fieldRef": {"fieldPath": path}}
 
 
@@ -429,9 +434,9 @@ def _build_scheduling_fields(spec: FineTuneJobSpec, pool: NodePool | None, confi
         affinity["nodeAffinity"] = {"requiredDuringSchedulingIgnoredDuringExecution": required_terms}
     if gang_name:
         gang_selector = {"labelSelector": {"matchLabels": {JOB_NAME_LABEL: gang_name}}}
-        same_zone = {"weight": 100, "podAffinityTerm": {**gang_selector, "topologyKey": ZONE_KEY}}
+        same_zone = {"weight": 100, "podAffinityTerm": {**gang_selector, "topologyKey": ZONE_LABEL}}
         affinity["podAffinity"] = {"preferredDuringSchedulingIgnoredDuringExecution": [same_zone]}
-        spread_constraint = {"maxSkew": 1, "topologyKey": HOST_KEY, "whenUnsatisfiable": "ScheduleAnyway", **gang_selector}
+        spread_constraint = {"maxSkew": 1, "topologyKey": HOST_LABEL, "whenUnsatisfiable": "ScheduleAnyway", **gang_selector}
         result["topologySpreadConstraints"] = [spread_constraint]
     if affinity:
         result["affinity"] = affinity

@@ -12,54 +12,57 @@ from typing import Any
 from finetune_api import names
 from finetune_api.names import Env
 from finetune_api.rules import NO_CACHE, NODE_CACHE
-from finetune_api.sources import PvcSource, parse
+from finetune_api.sources import PvcSource, parse_source
 
 from finetune_operator.objects import Object
 from finetune_operator.settings import OperatorConfig
 
-VOLUME = "model-cache"
+VOLUME_NAME = "model-cache"
 CLAIM_FOLDER, CLAIM_TENANT = "finetune-models", "models"
-"""In a claim: a folder of its own, so that the cache never touches other files of the volume."""
-NODE_FREE_SHARE = "0.15"
-"""Share of a node's disk that the cache leaves free: the kubelet's usual threshold for the eviction of pods."""
-MOUNTS = ("run", "work", "tmp", "ca")
+"""Folder and tenant of the cache on a volume claim. The cache has a folder of its own, so that it touches no other files of the volume."""
+NODE_FREE_DISK_SHARE = "0.15"
+"""Share of a node's disk that the cache leaves free. With less free space, the kubelet usually evicts pods."""
+COPIED_MOUNTS = ("run", "work", "tmp", "ca")
 """Volumes of the trainer container that the init container also mounts."""
-VARIABLES = frozenset({
+COPIED_VARIABLES = frozenset({
     *(name.value for name in (Env.RUN_SHA256, Env.NODE_RANK, Env.POD_NAME, Env.POD_UID, Env.NODE_NAME, Env.DISK_LIMIT, Env.HF_TOKEN)),
     *(prefix + name.value for prefix in ("", names.MODEL_CREDENTIALS_PREFIX)
       for name in (Env.STORAGE_ACCESS_KEY, Env.STORAGE_SECRET_KEY, Env.STORAGE_SESSION_TOKEN, Env.STORAGE_CUSTOMER_KEY)),
     "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", "HF_ENDPOINT",
     "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy",
 })  # fmt: skip
-"""Variables of the trainer container that decide what is downloaded and how. The user's other variables could load code into the init container."""
+"""Environment variables that the init container copies from the trainer container. They decide what is downloaded and how.
+
+Other variables of the user are not copied, because they could load code into the init container."""
 
 
 def add_model_cache(pod: Object, cache: str | None, namespace: str, config: OperatorConfig) -> None:
-    """Add the cache that the resolved field `model.cache` names to a pod spec with a trainer container."""
+    """Add the model cache to the pod spec `pod`. `cache`: the resolved value of `model.cache`."""
     if cache in (None, NO_CACHE) or (cache == NODE_CACHE and not config.model_cache.node.is_enabled_in(namespace)):
         return
     trainer = pod["containers"][0]
     if cache == NODE_CACHE:
         volume: Object = {"hostPath": {"path": config.model_cache.node.path, "type": "DirectoryOrCreate"}}
         size_limit = str(config.model_cache.node.size_limit_bytes)
-        arguments = ["--folder", names.MODEL_CACHE_MOUNT, "--tenant", namespace, "--size-limit", size_limit, "--free-share", NODE_FREE_SHARE]
+        arguments = ["--folder", names.MODEL_CACHE_MOUNT, "--tenant", namespace, "--size-limit", size_limit, "--free-share", NODE_FREE_DISK_SHARE]
         trainer["volumeMounts"].append(
-            {"name": VOLUME, "mountPath": f"{names.MODEL_CACHE_MOUNT}/{namespace}", "subPath": namespace, "readOnly": True}
+            {"name": VOLUME_NAME, "mountPath": f"{names.MODEL_CACHE_MOUNT}/{namespace}", "subPath": namespace, "readOnly": True}
         )
     else:
-        source = parse(cache or "", path="model.cache")
+        source = parse_source(cache or "", spec_path="model.cache")
         assert isinstance(source, PvcSource)
         volume = {"persistentVolumeClaim": {"claimName": source.claim}}
         folder = "/".join(part for part in (names.MODEL_CACHE_MOUNT, source.path, CLAIM_FOLDER) if part)
-        # Kubernetes replaces $(NAME) in arguments with a variable, for example a token, which would become part of the folder's name. $$ is a $.
+        # Kubernetes replaces $(NAME) in arguments with the value of the variable NAME, so a token could become part of the folder's name.
+        # `$$` stands for $ and prevents this.
         arguments = ["--folder", folder.replace("$", "$$"), "--tenant", CLAIM_TENANT, "--copy"]
-    pod["volumes"].append({"name": VOLUME, **volume})
+    pod["volumes"].append({"name": VOLUME_NAME, **volume})
     pod["initContainers"] = [_build_init_container(trainer, ["fill-cache", *arguments], config)]
     _add_pull_secrets(pod, config)
 
 
 def _add_pull_secrets(pod: Object, config: OperatorConfig) -> None:
-    """Add the pull Secrets of the platform's image. `placement.imagePullSecrets` replaces them, for `placement.image`."""
+    """Add the pull Secrets of the platform's trainer image. They are missing if the job sets `placement.imagePullSecrets`."""
     secrets = pod.get("imagePullSecrets", [])
     missing = [{"name": name} for name in config.trainer.image_pull_secrets if {"name": name} not in secrets]
     if missing:
@@ -68,25 +71,25 @@ def _add_pull_secrets(pod: Object, config: OperatorConfig) -> None:
 
 def _build_init_container(trainer: Object, arguments: list[str], config: OperatorConfig) -> Object:
     """Return the init container. Its requests are at most those of the trainer container, so the pod's requests do not grow."""
-    mounts = [mount for mount in trainer["volumeMounts"] if mount["name"] in MOUNTS]
+    mounts = [mount for mount in trainer["volumeMounts"] if mount["name"] in COPIED_MOUNTS]
     return {
         "name": names.MODEL_CACHE_CONTAINER,
         "image": config.trainer.image,
         "imagePullPolicy": config.trainer.image_pull_policy.value,
         "args": arguments,
         "env": _build_env(trainer["env"], config.trainer.env),
-        "resources": {kind: _without_devices(amounts) for kind, amounts in trainer["resources"].items()},
+        "resources": {kind: _remove_device_resources(amounts) for kind, amounts in trainer["resources"].items()},
         "securityContext": trainer["securityContext"],
         "terminationMessagePolicy": "FallbackToLogsOnError",
-        "volumeMounts": [*mounts, {"name": VOLUME, "mountPath": names.MODEL_CACHE_MOUNT}],
+        "volumeMounts": [*mounts, {"name": VOLUME_NAME, "mountPath": names.MODEL_CACHE_MOUNT}],
     }
 
 
 def _build_env(variables: list[Object], platform_variables: dict[str, str]) -> list[Object]:
-    kept = [variable for variable in variables if variable["name"] in VARIABLES]
-    kept_names = {variable["name"] for variable in kept}
-    return [*kept, *({"name": name, "value": value} for name, value in sorted(platform_variables.items()) if name not in kept_names)]
+    copied = [variable for variable in variables if variable["name"] in COPIED_VARIABLES]
+    copied_names = {variable["name"] for variable in copied}
+    return [*copied, *({"name": name, "value": value} for name, value in sorted(platform_variables.items()) if name not in copied_names)]
 
 
-def _without_devices(amounts: dict[str, Any]) -> dict[str, Any]:
+def _remove_device_resources(amounts: dict[str, Any]) -> dict[str, Any]:
     return {name: amount for name, amount in amounts.items() if name in ("cpu", "memory", "ephemeral-storage")}

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune_api.names import CA_MOUNT, CONFIGMAP_MOUNT, PVC_MOUNT
-from finetune_api.sources import ConfigMapSource, PvcSource, parse
+from finetune_api.sources import ConfigMapSource, PvcSource, parse_source
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.common import ConfigMapKeyRef
 from pydantic import BaseModel
 
 from finetune_operator.objects import Object
 
-CA_FILES = {"storage": "ca.crt", "model": "model/ca.crt", "dataset": "dataset/ca.crt"}
+CA_FILE_PATHS = {"storage": "ca.crt", "model": "model/ca.crt", "dataset": "dataset/ca.crt"}
 """Path of each storage connection's CA bundle, relative to CA_MOUNT."""
 
 
@@ -30,38 +30,38 @@ def build_mounts(spec: FineTuneJobSpec) -> PodVolumes:
     """Return the volumes and mounts that the spec needs. Errors: ConfigError for a source that cannot be parsed."""
     volumes: list[Object] = []
     mounts: list[Object] = []
-    for number, name in enumerate(sorted(_config_maps(spec))):
+    for number, name in enumerate(sorted(_find_config_maps(spec))):
         volumes.append({"name": f"configmap-{number}", "configMap": {"name": name}})
         mounts.append({"name": f"configmap-{number}", "mountPath": f"{CONFIGMAP_MOUNT}/{name}", "readOnly": True})
     for number, (claim, writable) in enumerate(sorted(_find_claims(spec).items())):
         volumes.append({"name": f"pvc-{number}", "persistentVolumeClaim": {"claimName": claim}})
         mounts.append({"name": f"pvc-{number}", "mountPath": f"{PVC_MOUNT}/{claim}", "readOnly": not writable})
-    bundles = ca_bundles(spec)
+    bundles = find_ca_bundles(spec)
     if bundles:
         sources = [
-            {"configMap": {"name": ref.name, "items": [{"key": ref.key, "path": CA_FILES[connection]}]}}
+            {"configMap": {"name": ref.name, "items": [{"key": ref.key, "path": CA_FILE_PATHS[connection]}]}}
             for connection, ref in bundles.items()
         ]
         volumes.append({"name": "ca", "projected": {"sources": sources}})
         mounts.append({"name": "ca", "mountPath": CA_MOUNT, "readOnly": True})
-    user_volumes, user_mounts = _user_volumes(spec)
+    user_volumes, user_mounts = _build_user_volumes(spec)
     return PodVolumes((*volumes, *user_volumes), (*mounts, *user_mounts))
 
 
-def ca_bundles(spec: FineTuneJobSpec) -> dict[str, ConfigMapKeyRef]:
-    """Return the references to CA bundles, by name of the storage connection."""
+def find_ca_bundles(spec: FineTuneJobSpec) -> dict[str, ConfigMapKeyRef]:
+    """Return the reference to the CA bundle of each storage connection that has one, by name of the connection."""
     connections = {"storage": spec.storage, "model": spec.model.storage, "dataset": spec.dataset.storage}
     return {name: storage.ca_bundle_ref for name, storage in connections.items() if storage and storage.ca_bundle_ref}
 
 
-def _config_maps(spec: FineTuneJobSpec) -> set[str]:
+def _find_config_maps(spec: FineTuneJobSpec) -> set[str]:
     source_names = {source.name for source, _ in _yield_sources(spec) if isinstance(source, ConfigMapSource)}
-    bundle_ids = [id(ref) for ref in ca_bundles(spec).values()]
+    bundle_ids = [id(ref) for ref in find_ca_bundles(spec).values()]
     return source_names | {ref.name for ref in _yield_config_map_references(spec) if id(ref) not in bundle_ids}
 
 
 def _find_claims(spec: FineTuneJobSpec) -> dict[str, bool]:
-    """Return the names of the volume claims. The value is True if the job writes to the volume."""
+    """Return, by name of each volume claim in the spec, whether the job writes to the claim's volume."""
     result: dict[str, bool] = {}
     for source, writable in _yield_sources(spec):
         if isinstance(source, PvcSource):
@@ -74,16 +74,16 @@ def _yield_sources(spec: FineTuneJobSpec) -> Iterator[tuple[Any, bool]]:
     adapter = spec.method.adapter.source if spec.method.adapter else None
     reference_model = spec.trainer.dpo.reference_model if spec.trainer.dpo else None
     metric_models = spec.evaluation.metric_models
-    data = spec.dataset
-    mixture_sources = [part.source for part in data.mixture or []]
+    dataset = spec.dataset
+    mixture_sources = [entry.source for entry in dataset.mixture or []]
     read_sources = [
         spec.model.source,
         spec.model.tokenizer,
         adapter,
         reference_model,
-        data.train,
-        data.validation,
-        data.test,
+        dataset.train,
+        dataset.validation,
+        dataset.test,
         *mixture_sources,
         metric_models.bertscore if metric_models else None,
         metric_models.semantic_similarity if metric_models else None,
@@ -94,11 +94,11 @@ def _yield_sources(spec: FineTuneJobSpec) -> Iterator[tuple[Any, bool]]:
     resume_source = spec.checkpoint.resume
     if resume_source is not None and "://" in resume_source:
         read_sources.append(resume_source)
-    for text in read_sources:
-        if text:
-            yield parse(text), False
+    for source_text in read_sources:
+        if source_text:
+            yield parse_source(source_text), False
     if spec.storage.uri and spec.storage.uri.startswith("pvc://"):
-        yield parse(spec.storage.uri), True
+        yield parse_source(spec.storage.uri), True
 
 
 def _yield_config_map_references(value: Any) -> Iterator[ConfigMapKeyRef]:
@@ -113,7 +113,7 @@ def _yield_config_map_references(value: Any) -> Iterator[ConfigMapKeyRef]:
             yield from _yield_config_map_references(item)
 
 
-def _user_volumes(spec: FineTuneJobSpec) -> tuple[list[Object], list[Object]]:
+def _build_user_volumes(spec: FineTuneJobSpec) -> tuple[list[Object], list[Object]]:
     """Return the volumes and mounts of `placement.volumes` and `placement.volumeMounts`."""
     volumes: list[Object] = []
     for volume in spec.placement.volumes or []:

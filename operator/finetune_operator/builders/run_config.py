@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from finetune_api.defaults import origins_of
+from finetune_api.defaults import find_origins
 from finetune_api.names import (
     CA_MOUNT,
     DATASET_CREDENTIALS_PREFIX,
@@ -16,7 +16,7 @@ from finetune_api.names import (
     RENDEZVOUS_PORT,
     Env,
     attempt_job_name,
-    attempt_of_uri,
+    parse_attempt_of_uri,
 )
 from finetune_api.pod import GpuPool, PreparedRows, ResumeConfig, RunConfig, StoreTarget, World
 from finetune_api.rules import generation_server
@@ -25,38 +25,40 @@ from finetune_api.spec.cluster import Prepare
 from finetune_api.spec.common import StorageConnection
 from finetune_api.spec.enums import OnExistingResult, PrepareStrategy
 
-from finetune_operator.builders.mounts import CA_FILES
-from finetune_operator.views import JobObject
+from finetune_operator.builders.mounts import CA_FILE_PATHS
+from finetune_operator.views import FineTuneJobView
 
 LOOPBACK_ADDRESS = "127.0.0.1"
 DEFAULT_GRACE_SECONDS, MAX_GRACE_SECONDS = 300, 86400
-ON_EXISTING_RESULT = "policy.onExistingResult"
-MODEL_CACHE = "model.cache"
+ON_EXISTING_RESULT_FIELD = "policy.onExistingResult"
+MODEL_CACHE_FIELD = "model.cache"
 SAVES_PER_GRACE_PERIOD = 3
-"""The grace period is this multiple of the newest save's duration. A stopping pod first finishes a running upload, then saves once more.
-The multiple includes a margin, because the store may have become slower."""
+"""The grace period is at least this multiple of the duration of the newest save. A pod that stops first finishes a running upload, then
+saves once more. The third save duration is a margin for a store that has become slower."""
 
 
 def build_run_config(
-    job: JobObject, spec: FineTuneJobSpec, attempt: int, *,
+    job: FineTuneJobView, spec: FineTuneJobSpec, attempt: int, *,
     defaults: Mapping[str, Any], committed_step: int, max_step: int | None, rolled_back_attempt: int | None = None, choices: Collection[str] = (),
     before_adaptation: Mapping[str, Any] | None = None,
 ) -> RunConfig:  # fmt: skip
     """Return the run configuration of an attempt.
 
-    `spec` is resolved, and all adaptations are applied. Its group `prepare`, `policy.maxCost` and
-    `model.cache` are omitted, because only the operator reads them.
-    `policy.onExistingResult` is omitted, because only preparation pods adopt results (`for_preparation`). So an older trainer image can run the job.
-    `committed_step` is the newest step that is known to be in storage, or 0.
-    `max_step` is the newest step that the attempt may start from; None means no limit. It does not apply to checkpoints of
-    `rolled_back_attempt` and later attempts: the operator may not know their newest checkpoint. `before_adaptation` holds the original values
-    of adapted fields, by path. `choices`: paths of the values that the plan chose; they are also in `defaults`.
+    `spec` is the resolved spec with all adaptations. Fields that attempts do not read are omitted, so that an older trainer image, which
+    does not know them, can run the job. Only the operator reads `prepare`, `policy.maxCost` and `model.cache`, and only preparation pods read
+    `policy.onExistingResult` (`convert_to_preparation_run`).
+
+    `committed_step` is the newest step that is known to be in storage, or 0. `max_step` is the newest step that the attempt may start from;
+    None means no limit. `rolled_back_attempt` is the first attempt after a rollback. `max_step` does not limit the checkpoints of this
+    and later attempts, because the operator may not know the newest of these checkpoints. `before_adaptation`: the original values of
+    adapted fields, by path.
+    `choices`: paths of the values that the plan chose; these values are also in `defaults`.
     """
-    prepared = _prepared_rows(job, spec)
+    prepared = _find_prepared_rows(job, spec)
     policy = spec.policy.model_copy(update={"max_cost": None, "on_existing_result": None})
     model = spec.model.model_copy(update={"cache": None})
     spec = spec.model_copy(update={"prepare": Prepare(), "policy": policy, "model": model})
-    omitted = (ON_EXISTING_RESULT, MODEL_CACHE)
+    omitted = (ON_EXISTING_RESULT_FIELD, MODEL_CACHE_FIELD)
     defaults = {path: value for path, value in defaults.items() if not path.startswith("prepare.") and path not in omitted}
     root = f"{(spec.storage.uri or '').rstrip('/')}"
     publish_uri = f"{root}/{spec.output.dir.strip('/')}" if spec.output.dir else None
@@ -67,7 +69,7 @@ def build_run_config(
         attempt=attempt,
         spec=spec,
         defaults=sorted(defaults),
-        origins=origins_of(defaults, choices),
+        origins=find_origins(defaults, choices),
         before_adaptation=dict(before_adaptation) if before_adaptation else None,
         world=_build_world(job, spec, attempt),
         storage=_build_store_target(f"{root}/{job.namespace}/{job.name}/{job.uid}", spec.storage, "storage", ""),
@@ -77,12 +79,12 @@ def build_run_config(
         resume=_build_resume(job, spec, attempt, committed_step, max_step, rolled_back_attempt),
         prepared=prepared,
         generation_url=f"http://{LOOPBACK_ADDRESS}:{GENERATION_PORT}" if generation_server(spec) is not None else None,
-        grace_seconds=_grace_seconds(job, spec, defaults),
+        grace_seconds=_compute_grace_seconds(job, spec, defaults),
     )
 
 
-def _prepared_rows(job: JobObject, spec: FineTuneJobSpec) -> PreparedRows | None:
-    """The prepared rows that the status names, and how long unused rows are kept. None: the job is never prepared."""
+def _find_prepared_rows(job: FineTuneJobView, spec: FineTuneJobSpec) -> PreparedRows | None:
+    """Return the prepared rows that the status names, and how long unused rows are kept, or None if the job is never prepared."""
     if spec.prepare.strategy in (None, PrepareStrategy.NEVER):
         return None
     rows = PreparedRows() if spec.prepare.ttl_days is None else PreparedRows(ttl_days=spec.prepare.ttl_days)
@@ -96,7 +98,7 @@ def _is_sha256(text: str | None) -> bool:
     return text is not None and re.fullmatch("[0-9a-f]{64}", text) is not None
 
 
-def _grace_seconds(job: JobObject, spec: FineTuneJobSpec, defaults: Mapping[str, Any]) -> int:
+def _compute_grace_seconds(job: FineTuneJobView, spec: FineTuneJobSpec, defaults: Mapping[str, Any]) -> int:
     """Return the grace period after SIGTERM, in seconds: the user's value, or enough time to save a checkpoint like the newest one."""
     grace_seconds = spec.policy.termination_grace_period_seconds or DEFAULT_GRACE_SECONDS
     if "policy.terminationGracePeriodSeconds" not in defaults:
@@ -107,13 +109,13 @@ def _grace_seconds(job: JobObject, spec: FineTuneJobSpec, defaults: Mapping[str,
     return min(MAX_GRACE_SECONDS, max(grace_seconds, math.ceil(SAVES_PER_GRACE_PERIOD * save_seconds)))
 
 
-def for_preparation(run: RunConfig, on_existing_result: OnExistingResult | None, pools: list[GpuPool]) -> RunConfig:
-    """Return the run configuration of a preparation pod. `on_existing_result`: what the user wrote, or None. `pools`: those that the job may use."""
+def convert_to_preparation_run(run: RunConfig, on_existing_result: OnExistingResult | None, pools: list[GpuPool]) -> RunConfig:
+    """Return the run configuration of a preparation pod. `on_existing_result`: the user's value, or None. `pools`: the pools that the job may use."""
     policy = run.spec.policy.model_copy(update={"on_existing_result": on_existing_result})
     return run.model_copy(update={"spec": run.spec.model_copy(update={"policy": policy}), "pools": pools})
 
 
-def _build_world(job: JobObject, spec: FineTuneJobSpec, attempt: int) -> World:
+def _build_world(job: FineTuneJobView, spec: FineTuneJobSpec, attempt: int) -> World:
     nodes = spec.resources.nodes or 1
     name = attempt_job_name(job.name, attempt)
     gpus = spec.resources.gpus_per_node if spec.resources.gpus_per_node is not None else 1
@@ -128,56 +130,56 @@ def _build_world(job: JobObject, spec: FineTuneJobSpec, attempt: int) -> World:
 
 
 def _build_resume(
-    job: JobObject, spec: FineTuneJobSpec, attempt: int, committed_step: int, max_step: int | None, rolled_back_attempt: int | None
+    job: FineTuneJobView, spec: FineTuneJobSpec, attempt: int, committed_step: int, max_step: int | None, rolled_back_attempt: int | None
 ) -> ResumeConfig:
-    """Return the checkpoint from which the attempt starts. Later attempts continue from the job's own checkpoints.
+    """Return from which checkpoint the attempt starts. An attempt after the first continues from the job's own checkpoints.
 
-    If a rollback excludes all of them, the attempt starts like the first attempt.
+    If a rollback excludes all of these checkpoints, the attempt starts like the first attempt.
     """
     requested_mode = spec.checkpoint.resume or "auto"
     expected_step = committed_step if max_step is None else min(committed_step, max_step)
     mode = "auto" if attempt > 1 and (expected_step or requested_mode == "never") else requested_mode
     return ResumeConfig(
         mode=mode, expect_step=expected_step, max_step=max_step, rolled_back_attempt=rolled_back_attempt if max_step is not None else None,
-        known_checkpoints=_known_checkpoints(job),
+        known_checkpoints=_list_known_checkpoints(job),
     )  # fmt: skip
 
 
-def _known_checkpoints(job: JobObject) -> dict[str, str]:
-    """The sha256 of the manifest of each checkpoint in the status, by the last two folders of its address."""
+def _list_known_checkpoints(job: FineTuneJobView) -> dict[str, str]:
+    """Return the sha256 of each known checkpoint's manifest. The key is the end of the checkpoint's URI: its last two folders."""
     return {
         "/".join(checkpoint.uri.rstrip("/").split("/")[-2:]): checkpoint.sha256
         for checkpoint in job.status.checkpoints
-        if checkpoint.sha256 and _is_sha256(checkpoint.sha256) and attempt_of_uri(checkpoint.uri) is not None
+        if checkpoint.sha256 and _is_sha256(checkpoint.sha256) and parse_attempt_of_uri(checkpoint.uri) is not None
     }
 
 
-def _build_store_target(uri: str, connection: StorageConnection, connection_name: str, prefix: str) -> StoreTarget:
+def _build_store_target(uri: str, connection: StorageConnection, connection_name: str, credentials_prefix: str) -> StoreTarget:
     encryption = connection.encryption
     return StoreTarget(
         uri=uri,
         endpoint=connection.endpoint,
         region=connection.region,
         addressing_style=connection.addressing_style,
-        ca_bundle=f"{CA_MOUNT}/{CA_FILES[connection_name]}" if connection.ca_bundle_ref else None,
-        credentials_prefix=prefix,
+        ca_bundle=f"{CA_MOUNT}/{CA_FILE_PATHS[connection_name]}" if connection.ca_bundle_ref else None,
+        credentials_prefix=credentials_prefix,
         encryption=encryption.type if encryption else None,
         kms_key_id=encryption.kms_key_id if encryption else None,
-        customer_key_variable=customer_key_variable(connection_name)
+        customer_key_variable=get_customer_key_variable(connection_name)
         if encryption and encryption.customer_key_secret_ref
         else None,
     )
 
 
-def customer_key_variable(connection_name: str) -> str:
-    """Return the name of the variable that holds a connection's customer encryption key. Connections can share credentials, but not this key."""
+def get_customer_key_variable(connection_name: str) -> str:
+    """Return the name of the environment variable with a connection's customer encryption key. Each connection has its own key."""
     prefix = {"storage": "", "model": MODEL_CREDENTIALS_PREFIX, "dataset": DATASET_CREDENTIALS_PREFIX}[connection_name]
     return f"{prefix}{Env.STORAGE_CUSTOMER_KEY.value}"
 
 
-def _build_source_store(spec: FineTuneJobSpec, connection: StorageConnection | None, connection_name: str, prefix: str) -> StoreTarget | None:
+def _build_source_store(spec: FineTuneJobSpec, connection: StorageConnection | None, connection_name: str, credentials_prefix: str) -> StoreTarget | None:
     """Return the store of the model or the dataset if `connection` is set. The store's URI is the URI of the source."""
     if connection is None:
         return None
     source = spec.model.source if connection_name == "model" else spec.dataset.train
-    return _build_store_target(source or "", connection, connection_name, prefix if connection.credentials_secret_ref else "")
+    return _build_store_target(source or "", connection, connection_name, credentials_prefix if connection.credentials_secret_ref else "")

@@ -1,1 +1,1 @@
-"""Policies of the operator, one per module. All are pure functions that send no requests to the API server."""
+"""The operator's rules for decisions, one subject per module. All are pure functions that send no requests to the API server."""

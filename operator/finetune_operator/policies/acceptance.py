@@ -1,10 +1,11 @@
-"""Decides whether the operator can run a spec. All problems are listed at once, each with its field.
+"""Decides whether the operator can run a spec. All mistakes in the spec are listed at once, each with its field.
 
-If only a different spec can solve the problem, the job fails. If the platform team can solve the problem (a node pool, the default
-storage, an outdated operator), the job waits.
+If only a different spec can solve a problem, the job fails. If the platform team can solve it (a missing node pool or default storage, an
+outdated operator), the job waits.
 
-Defaults are filled in once per job, because a new configuration or version of the operator can have other defaults. If the batch or the
-learning rate changed between two attempts, the next attempt would be a different run. If the store changed, it would find no checkpoints.
+Defaults are filled in once per job, because a new configuration or version of the operator can have other defaults. If a default batch or
+learning rate changed between two attempts, the next attempt would train differently. If the default storage changed, the next attempt
+would find no checkpoints.
 """
 
 from __future__ import annotations
@@ -18,19 +19,19 @@ from finetune_api.compatibility import read_spec
 from finetune_api.defaults import PlatformDefaults, ResolvedSpec, keep_recorded_defaults, resolve_defaults
 from finetune_api.errors import FineTuneError
 from finetune_api.names import MAX_RUN_BYTES, Reason
-from finetune_api.rules import check, generation_server
-from finetune_api.sources import parse
+from finetune_api.rules import check_spec, generation_server
+from finetune_api.sources import parse_source
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.cluster import StorageRoot
 from finetune_api.status import FineTuneJobStatus
-from finetune_api.support import unsupported_fields
+from finetune_api.support import find_unsupported_fields
 from finetune_api.tenancy import PolicyProblem, check_policy
 from pydantic import ValidationError
 
 from finetune_operator.objects import Object
-from finetune_operator.policies.placement import choose_pool, model_cache_problems, placement_problems
-from finetune_operator.policies.pod_resources import default_resources
-from finetune_operator.policies.spec_hash import spec_sha256
+from finetune_operator.policies.placement import choose_pool, find_model_cache_problems, find_placement_problems
+from finetune_operator.policies.pod_resources import compute_default_resources
+from finetune_operator.policies.spec_hash import compute_spec_sha256
 from finetune_operator.policies.verdict import AcceptedSpec, RefusedSpec
 from finetune_operator.settings import NodePool, OperatorConfig
 from finetune_operator.text import clean
@@ -40,9 +41,9 @@ __all__ = ["AcceptedSpec", "FirstAttempt", "RefusedSpec", "accept", "read_first_
 logger = logging.getLogger(__name__)
 
 MAX_SPEC_BYTES = MAX_RUN_BYTES - 8 * 1024
-"""Maximum size of the resolved spec in bytes. The same annotation must also have room for the other fields of the run configuration."""
-STORE_IDENTITY = ("storage.uri", "storage.endpoint")
-"""Fields that identify the store. The other fields of `storage` only configure the connection."""
+"""Maximum size of the resolved spec in bytes. The rest of the annotation is for the other fields of the run configuration."""
+STORE_IDENTITY_FIELDS = ("storage.uri", "storage.endpoint")
+"""Fields that identify the store with the checkpoints. The other fields of `storage` only configure the connection to the store."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class FirstAttempt:
 
 
 def read_first_attempt(status: FineTuneJobStatus) -> FirstAttempt | None:
-    """Return the record of the first attempt, or None before the first attempt."""
+    """Return what the status records about the first attempt, or None before the first attempt."""
     if not status.attempts:
         return None
     resolved = status.resolved
@@ -65,37 +66,36 @@ def accept(
     raw_spec: Object, config: OperatorConfig, first_attempt: FirstAttempt | None = None, *, namespace: str = "default", was_accepted: bool = False,
     choices: Mapping[str, Any] | None = None,
 ) -> AcceptedSpec | RefusedSpec:  # fmt: skip
-    """Check a FineTuneJob's spec. `first_attempt` is None before the first attempt. `namespace` is the job's namespace.
+    """Check a FineTuneJob's spec and fill in its defaults. `first_attempt` is None before the first attempt.
 
-    `choices`: the values that the job's plan has chosen, by spec path.
-
-    `policy` of the configuration applies only to a job that was not accepted before (`was_accepted`) and has not started.
+    `choices`: the values that the job's plan has chosen, by spec path. The configuration's `policy` applies only to a job that has not started
+    and was not accepted before (`was_accepted`).
     """
     try:
         spec, unknown_fields = read_spec(raw_spec)
     except ValidationError as error:
-        return _refuse_unknown_parts([_field_error(item) for item in error.errors()])
-    problems, unsupported_problems = ([], []) if unknown_fields else (check(spec), unsupported_fields(spec))
+        return _refuse_unknown_parts([_describe_field_error(item) for item in error.errors()])
+    problems, unsupported_problems = ([], []) if unknown_fields else (check_spec(spec), find_unsupported_fields(spec))
     rule_problems = [*map(str, problems), *map(str, unsupported_problems)]
     if rule_problems and first_attempt is None:
         reason = Reason.REJECTED if problems else Reason.NOT_SUPPORTED_YET
         return RefusedSpec(reason, clean("; ".join(rule_problems)), hint=[*problems, *unsupported_problems][0].hint, spec=spec)
-    spec_digest, recorded = spec_sha256(raw_spec), first_attempt or FirstAttempt()
+    spec_digest, recorded = compute_spec_sha256(raw_spec), first_attempt or FirstAttempt()
     choices, chosen_spec = _apply_choices(spec, choices or {})
     pool = choose_pool(chosen_spec, config)
-    platform_defaults = _platform_defaults(chosen_spec, config, None if isinstance(pool, RefusedSpec) else pool, recorded, namespace)
+    platform_defaults = _build_platform_defaults(chosen_spec, config, None if isinstance(pool, RefusedSpec) else pool, recorded, namespace)
     resolved_spec = _resolve_spec(spec, platform_defaults, recorded, choices)
     version_refusal = _refuse_other_version(unknown_fields, spec_digest, first_attempt)
     if version_refusal is not None:
         return replace(version_refusal, spec=resolved_spec.spec)
     platform_rules = config.policy.rules_for(namespace)
-    forbidden_values = check_policy(spec, platform_rules, config.platform_of(namespace))
+    forbidden_values = check_policy(spec, platform_rules, config.build_platform(namespace))
     is_new = first_attempt is None and not was_accepted
     if forbidden_values and is_new:
         return replace(_refuse_forbidden(forbidden_values), spec=resolved_spec.spec)
     if isinstance(pool, RefusedSpec):
         return replace(pool, spec=resolved_spec.spec)
-    placement_conflicts = [*placement_problems(chosen_spec, pool, config), *model_cache_problems(spec, namespace, config)]
+    placement_conflicts = [*find_placement_problems(chosen_spec, pool, config), *find_model_cache_problems(spec, namespace, config)]
     refusal = (
         _refuse_conflicts(placement_conflicts, first_attempt)
         or (_refuse_unknown_price(spec, pool) if first_attempt is None else None)
@@ -105,9 +105,9 @@ def accept(
     )
     if refusal is not None:
         return replace(refusal, spec=resolved_spec.spec)
-    # If an older operator started the job, the rules of a newer operator must not end it, because the user cannot change the spec.
+    # If an older operator started the job, new rules of this operator must not end it, because the user cannot change the spec.
     newer_problems = [*rule_problems, *forbidden_values, *placement_conflicts]
-    if unpriced := _refuse_unknown_price(spec, pool):  # of a started job, so `policy.maxCost` limits nothing unless the price was recorded
+    if unpriced := _refuse_unknown_price(spec, pool):  # for a started job, this is only a note: its GPUs may have had a price when it started
         newer_problems.append(unpriced.message)
     newer_rules = [clean(f"a new job would be refused: {problem}") for problem in newer_problems]
     notes, max_duration_seconds = (*resolved_spec.notes, *newer_rules), platform_rules.max_duration_seconds if is_new else None
@@ -115,7 +115,7 @@ def accept(
 
 
 def _apply_choices(spec: FineTuneJobSpec, choices: Mapping[str, Any]) -> tuple[dict[str, Any], FineTuneJobSpec]:
-    """Return the choices for fields that the user has left out, and the spec with these choices."""
+    """Return the choices for fields that the user left out, and the spec with these choices filled in."""
     applied = {path: value for path, value in choices.items() if spec.value(path) is None}
     try:
         return applied, spec.with_values(applied)
@@ -130,17 +130,17 @@ def _refuse_forbidden(forbidden_values: list[PolicyProblem]) -> RefusedSpec:
 
 
 def _refuse_unknown_parts(unknown_parts: Iterable[str]) -> RefusedSpec:
-    """Make the job wait for a newer operator. The API server enforces the CRD's schema, so the installed CRD is newer than this operator."""
+    """Make the job wait for a newer operator. The spec meets the installed CRD's schema, so the CRD must be newer than this operator."""
     message = f"this version of the operator does not know parts of the spec: {'; '.join(unknown_parts)}"
     return RefusedSpec(Reason.OPERATOR_TOO_OLD, clean(message), "upgrade the operator to the version of the CRD", is_final=False)
 
 
-def _field_error(item: Any) -> str:
-    return f"spec.{'.'.join(str(part) for part in item['loc'])}: {item['msg']}"
+def _describe_field_error(error: Any) -> str:
+    return f"spec.{'.'.join(str(part) for part in error['loc'])}: {error['msg']}"
 
 
 def _refuse_other_version(unknown_fields: tuple[str, ...], spec_digest: str, first_attempt: FirstAttempt | None) -> RefusedSpec | None:
-    """Make the job wait if the spec has unknown fields, or if an older CRD has removed fields of the spec."""
+    """Make the job wait if the operator does not know some fields of the spec, or if an older CRD has removed fields of the spec."""
     if unknown_fields:
         return _refuse_unknown_parts(f"spec.{path}" for path in unknown_fields)
     if first_attempt is not None and first_attempt.spec_sha256 not in (None, spec_digest):
@@ -160,7 +160,7 @@ def _refuse_conflicts(placement_conflicts: list[str], first_attempt: FirstAttemp
 
 
 def _refuse_unknown_price(spec: FineTuneJobSpec, pool: NodePool | None) -> RefusedSpec | None:
-    """Make a job with `policy.maxCost` wait if its GPUs have no price. A started job keeps the price that it started with."""
+    """Make a job with `policy.maxCost` wait if its GPUs have no price. Without a price, the cost cannot be limited."""
     if spec.policy.max_cost is None or (pool is not None and pool.price_per_gpu_hour is not None):
         return None
     pool_problem = f"node pool {pool.name} has no pricePerGpuHour" if pool is not None else "the job uses no node pool, so its GPUs have no price"
@@ -169,13 +169,13 @@ def _refuse_unknown_price(spec: FineTuneJobSpec, pool: NodePool | None) -> Refus
 
 
 def _refuse_storage(resolved_spec: ResolvedSpec, first_attempt: FirstAttempt | None) -> RefusedSpec | None:
-    """Refuse a storage URI that is missing or cannot be parsed. If the bad URI is in the operator's configuration, the job waits."""
+    """Refuse a storage URI that is missing or cannot be parsed. If the operator's configuration must be corrected, the job waits."""
     uri, is_default = resolved_spec.spec.storage.uri, "storage.uri" in resolved_spec.defaults
     if uri is None:
         message = "spec.storage.uri is absent, and the operator's configuration has no default storage"
         return RefusedSpec(Reason.STORAGE_NOT_CONFIGURED, message, "write spec.storage.uri: s3://bucket/prefix", is_final=False)
     try:
-        parse(uri, path="storage.uri")
+        parse_source(uri, spec_path="storage.uri")
     except FineTuneError as error:
         if is_default:
             message = f"the default storage of the operator's configuration cannot be used: {error.message}"
@@ -185,7 +185,7 @@ def _refuse_storage(resolved_spec: ResolvedSpec, first_attempt: FirstAttempt | N
 
 
 def _refuse_missing_image(resolved_spec: ResolvedSpec) -> RefusedSpec | None:
-    """Make a job with a vLLM server wait if nothing names the image of the server."""
+    """Make a job with a vLLM server wait if neither the spec nor the operator's configuration names the server's image."""
     server = generation_server(resolved_spec.spec)
     if server is None or server.image is not None:
         return None
@@ -206,10 +206,10 @@ def _refuse_size(resolved_spec: ResolvedSpec, first_attempt: FirstAttempt | None
 def _resolve_spec(
     spec: FineTuneJobSpec, platform_defaults: PlatformDefaults, first_attempt: FirstAttempt, choices: Mapping[str, Any]
 ) -> ResolvedSpec:
-    """Fill in the choices and the defaults. The defaults of the first attempt take precedence over the current defaults."""
+    """Return the spec with the choices and the defaults. The recorded defaults of the first attempt take precedence over the current ones."""
     resolved_spec, recorded_defaults = resolve_defaults(spec, platform_defaults=platform_defaults, choices=choices), first_attempt.defaults
-    store_differs = any(resolved_spec.defaults.get(path) != recorded_defaults.get(path) for path in STORE_IDENTITY)
-    if store_differs and any(path in recorded_defaults for path in STORE_IDENTITY):
+    store_differs = any(resolved_spec.defaults.get(path) != recorded_defaults.get(path) for path in STORE_IDENTITY_FIELDS)
+    if store_differs and any(path in recorded_defaults for path in STORE_IDENTITY_FIELDS):
         storage = {path.partition(".")[2]: value for path, value in recorded_defaults.items() if path.startswith("storage.")}
         try:
             platform_defaults = replace(platform_defaults, storage=StorageRoot.model_validate(storage))
@@ -223,8 +223,10 @@ def _resolve_spec(
         return resolved_spec
 
 
-def _platform_defaults(spec: FineTuneJobSpec, config: OperatorConfig, pool: NodePool | None, first_attempt: FirstAttempt, namespace: str) -> PlatformDefaults:
-    """Return the defaults from the operator's configuration. The defaults of the pool take precedence."""
+def _build_platform_defaults(
+    spec: FineTuneJobSpec, config: OperatorConfig, pool: NodePool | None, first_attempt: FirstAttempt, namespace: str
+) -> PlatformDefaults:
+    """Return the defaults from the operator's configuration. The pool's values take precedence over general values."""
     return PlatformDefaults(
         storage=config.storage if config.storage.uri else None,
         gpu_resource=pool.gpu_resource if pool else "nvidia.com/gpu",
@@ -235,5 +237,5 @@ def _platform_defaults(spec: FineTuneJobSpec, config: OperatorConfig, pool: Node
         prepare_memory=str(config.prepare.memory),
         prepare_ephemeral_storage=str(config.prepare.ephemeral_storage),
         model_cache=config.model_cache.default_for(namespace),
-        **default_resources(spec, config, pool, first_attempt.defaults),
+        **compute_default_resources(spec, config, pool, first_attempt.defaults),
     )

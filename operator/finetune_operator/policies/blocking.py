@@ -11,40 +11,40 @@ from finetune_operator.objects import Object
 from finetune_operator.text import clean
 from finetune_operator.views import PodView
 
-IMAGE_REASONS = (
+IMAGE_PULL_REASONS = (
     "ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError", "RegistryUnavailable",
 )  # fmt: skip
-CONFIG_REASONS = ("CreateContainerConfigError", "CreateContainerError", "RunContainerError")
+CONTAINER_CONFIG_REASONS = ("CreateContainerConfigError", "CreateContainerError", "RunContainerError")
 SLOW_NODE_PHRASES = ("context deadline exceeded", "failed to reserve container name")
-"""Messages of the container runtime when the node is too slow to create a container; the kubelet tries again."""
+"""Parts of the messages that the container runtime writes if the node is too slow to create a container. The kubelet then tries again."""
 ADMISSION_PHRASES = ("admission webhook", "ValidatingAdmissionPolicy", "failed calling webhook")
 MOUNT_REASONS = ("FailedMount", "FailedAttachVolume")
 
 
 @dataclass(frozen=True)
 class BlockingCondition:
-    """Why the pods cannot run now. The cluster, the platform team or the user must resolve the condition."""
+    """Why pods cannot run now. They run once the cluster, the platform team or the user has resolved the problem."""
 
     reason: Reason
     message: str
 
 
-def blocking_condition_of_pods(pods: Iterable[PodView]) -> BlockingCondition | None:
-    """Return the most important blocking condition in the status of the pods, or None if the pods are not blocked."""
-    conditions = [found for pod in pods if not pod.is_finished and (found := _blocking_condition_of_pod(pod)) is not None]
+def find_blocking_condition_in_pods(pods: Iterable[PodView]) -> BlockingCondition | None:
+    """Return the most important blocking condition in the statuses of the pods, or None if no pod is blocked."""
+    conditions = [condition for pod in pods if not pod.is_finished and (condition := _find_blocking_condition_in_pod(pod)) is not None]
     reason_order = (Reason.CONFIG_MISSING, Reason.IMAGE_PULL_FAILED, Reason.UNSCHEDULABLE, Reason.PODS_NOT_READY)
     return min(conditions, key=lambda condition: reason_order.index(condition.reason), default=None)
 
 
-def _blocking_condition_of_pod(pod: PodView) -> BlockingCondition | None:
+def _find_blocking_condition_in_pod(pod: PodView) -> BlockingCondition | None:
     if pod.unschedulable_message:
         return BlockingCondition(Reason.UNSCHEDULABLE, clean(pod.unschedulable_message))
     detail = clean(f"{pod.waiting_reason}: {pod.waiting_message}" if pod.waiting_message else pod.waiting_reason)
-    if pod.waiting_reason in IMAGE_REASONS:
+    if pod.waiting_reason in IMAGE_PULL_REASONS:
         return BlockingCondition(Reason.IMAGE_PULL_FAILED, detail)
     if any(phrase in detail for phrase in SLOW_NODE_PHRASES):
         return BlockingCondition(Reason.PODS_NOT_READY, detail)
-    if pod.waiting_reason in CONFIG_REASONS:
+    if pod.waiting_reason in CONTAINER_CONFIG_REASONS:
         return BlockingCondition(Reason.CONFIG_MISSING, detail)
     if pod.terminated is not None and pod.phase == "Running":
         message = (
@@ -55,19 +55,19 @@ def _blocking_condition_of_pod(pod: PodView) -> BlockingCondition | None:
     return None
 
 
-def blocking_condition_of_events(events: Sequence[Object]) -> BlockingCondition | None:
-    """Find a blocking condition in Warning events: a quota or a policy refuses the pods, or the kubelet cannot mount a volume."""
-    newest_first = sorted(events, key=_event_time, reverse=True)
+def find_blocking_condition_in_events(events: Sequence[Object]) -> BlockingCondition | None:
+    """Return the newest blocking condition in Warning events: a quota or a policy refuses pods, or the kubelet cannot mount a volume."""
+    newest_first = sorted(events, key=_get_event_time, reverse=True)
     for event in newest_first:
         reason, note = str(event.get("reason", "")), clean(str(event.get("message") or event.get("note") or ""))
         if reason == "FailedCreate":
-            return BlockingCondition(reason_of_refusal(note), note)
+            return BlockingCondition(choose_refusal_reason(note), note)
         if reason in MOUNT_REASONS:
             return BlockingCondition(Reason.CONFIG_MISSING, note)
     return None
 
 
-def _event_time(event: Object) -> str:
+def _get_event_time(event: Object) -> str:
     series = event.get("series") or {}
     return str(
         series.get("lastObservedTime") or event.get("lastTimestamp") or event.get("eventTime")
@@ -80,6 +80,6 @@ def is_admission_refusal(message: str) -> bool:
     return any(phrase in message for phrase in ADMISSION_PHRASES)
 
 
-def reason_of_refusal(message: str) -> Reason:
-    """Return the reason for the API server's error message: a quota or an admission policy refused the object."""
+def choose_refusal_reason(message: str) -> Reason:
+    """Return the reason for a refused object, a quota or an admission policy, according to the API server's error message."""
     return Reason.QUOTA_EXCEEDED if "quota" in message.lower() else Reason.FORBIDDEN_BY_POLICY

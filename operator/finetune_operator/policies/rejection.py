@@ -1,7 +1,7 @@
-"""Finds out whether the user's spec is the reason why the API server rejected the Job of an attempt.
+"""Finds out whether the API server rejected the Job of an attempt because of a value in the user's spec.
 
-If the spec is not the reason, the operator's configuration is wrong (bad chart values) or the API server changed. The job then waits
-instead of failing.
+If the spec is not the cause, the operator's configuration is wrong (bad chart values), or the API server has changed. The FineTuneJob then
+waits instead of failing.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import Any
 
 from finetune_operator.objects import Object
 
-FIELD_ERROR = re.compile(r'(?P<path>(?:spec|metadata)\.[^\s:]+): (?:[A-Z][a-z]+ value|Too long|Forbidden)[^"\[\]{}]{0,3}(?:"(?P<value>[^"]*)")?')
+FIELD_ERROR_PATTERN = re.compile(r'(?P<path>(?:spec|metadata)\.[^\s:]+): (?:[A-Z][a-z]+ value|Too long|Forbidden)[^"\[\]{}]{0,3}(?:"(?P<value>[^"]*)")?')
 """Matches one field error in a 422 response, for example `spec.template.labels: Invalid value: "a b": ...`."""
 CONTAINER_PATTERN = r"spec\.template\.spec\.containers\[0\]"
-USER_FIELDS = tuple(
+USER_FIELDS_BY_PATTERN = tuple(
     (re.compile(pattern), fields)
     for pattern, fields in (
         (rf"{CONTAINER_PATTERN}\.env\b", ("placement.env",)),
@@ -40,14 +40,14 @@ USER_FIELDS = tuple(
         (r"(spec\.template\.)?(metadata\.)?annotations\b", ("placement.annotations",)),
     )
 )
-"""Patterns for fields of the Job. Each pattern has the fields of the FineTuneJob's spec from which the Job's field is built."""
+"""For each pattern of a field of the Job: the fields of the FineTuneJob's spec from which the operator builds this field."""
 
 
-def rejected_user_fields(message: str, raw_spec: Object) -> list[str]:
-    """Return the spec fields that the user set and that caused the API server's 422 response to the Job."""
+def find_rejected_user_fields(message: str, raw_spec: Object) -> list[str]:
+    """Return the fields of the user's spec because of which the API server rejected the Job. `message`: the text of its 422 response."""
     field_paths: list[str] = []
-    for error in FIELD_ERROR.finditer(message):
-        for pattern, fields in USER_FIELDS:
+    for error in FIELD_ERROR_PATTERN.finditer(message):
+        for pattern, fields in USER_FIELDS_BY_PATTERN:
             if pattern.match(error["path"]):
                 field_paths += [f"spec.{field}" for field in fields if _is_set_to(raw_spec, field, error["value"])]
     return list(dict.fromkeys(field_paths))

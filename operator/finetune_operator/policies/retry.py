@@ -1,7 +1,7 @@
 """All retry rules: whether another attempt follows a failed attempt, whether the failed attempt counts, and how long the delay is.
 
-`finetune_api.exits` defines the retry policy for each exit code of the trainer. This module defines the retry policies for attempts
-without such an exit code (for example after an eviction), the budget `policy.retries`, and the delays.
+`finetune_api.exits` defines the retry policy for each exit code of the trainer. This module defines the retry policy of attempts that end
+without such an exit code (for example after an eviction), applies `policy.retries`, and computes the delays.
 """
 
 from __future__ import annotations
@@ -24,14 +24,17 @@ from finetune_operator.settings import RetrySettings
 DEFAULT_RETRIES = 3
 """Default of `policy.retries`, for a spec in which the defaults are not filled in yet."""
 NO_BACKOFF_REASONS = (Reason.SUSPENDED, Reason.OUT_OF_MEMORY, Reason.DIVERGED)
-"""After an end with one of these reasons, the next attempt starts without delay. The user suspended the job, or values were adapted."""
+"""If an attempt ends with one of these reasons, the next attempt starts without delay: the user suspended the job, or values were adapted."""
 ALWAYS_BACKOFF_REASONS = (Reason.GANG_INCOMPLETE, Reason.TRAINER_TOO_OLD)
-"""Usually there is no delay after the first uncounted attempt. After an end with one of these reasons, there is always a delay."""
+"""If an attempt ends with one of these reasons, the next attempt always starts after a delay.
+
+After other uncounted attempts, the next one may start at once.
+"""
 SHORTEST_BLOCKED_RETRY_SECONDS, LONGEST_BLOCKED_RETRY_SECONDS = 15.0, 300.0
 
 
 class EndPolicy(NamedTuple):
-    """Retry policy and precedence of a pod's end without an exit code of the trainer."""
+    """Retry policy and precedence of a way in which a pod ends without one of the trainer's exit codes."""
 
     retry_policy: RetryPolicy
     precedence: FailurePrecedence
@@ -75,12 +78,12 @@ class FailureCause:
     retry_policy: RetryPolicy
     precedence: FailurePrecedence = FailurePrecedence.UNKNOWN_CAUSE
     advice: MemoryAdvice | None = None
-    """What the memory plan advises, from the pod whose GPU had no memory left."""
+    """The memory plan's advice from the pod whose GPU ran out of memory, or None."""
 
 
 @dataclass(frozen=True)
 class RetryDecision:
-    """Start another attempt."""
+    """The decision to start another attempt."""
 
     is_counted: bool = False
     """Whether the failed attempt counts against `policy.retries`."""
@@ -90,7 +93,7 @@ class RetryDecision:
 
 @dataclass(frozen=True)
 class GiveUp:
-    """Start no further attempt. The job fails."""
+    """The decision to start no further attempt, so that the job fails."""
 
     reason: Reason
     failure: Failure
@@ -98,20 +101,19 @@ class GiveUp:
 
 def retry_or_give_up(
     cause: FailureCause, spec: FineTuneJobSpec, status: FineTuneJobStatus, *, made_progress: bool, now: datetime, attempt: int = 1,
-    spec_is_readable: bool = True,
+    is_spec_readable: bool = True,
 ) -> RetryDecision | GiveUp:  # fmt: skip
     """Decide whether another attempt follows after `attempt` failed.
 
-    `spec` is resolved and has all earlier adaptations. `made_progress`: the attempt committed a newer step than all earlier attempts.
-    If `spec_is_readable` is False, the next attempt must wait for a newer operator. Until then the operator neither adapts values nor
-    counts attempts.
+    `spec` is resolved and has all earlier adaptations. `made_progress`: whether the attempt committed a newer step than all earlier attempts.
+    If the spec is not readable, the next attempt must wait for a newer operator, and this operator neither adapts values nor counts attempts.
     """
     match cause.retry_policy:
         case RetryPolicy.NEVER:
             return GiveUp(cause.reason, cause.failure)
         case RetryPolicy.NOT_COUNTED | RetryPolicy.WAIT:
             return RetryDecision(made_progress=made_progress)
-        case _ if not spec_is_readable:
+        case _ if not is_spec_readable:
             return RetryDecision(made_progress=made_progress)
         case RetryPolicy.ADAPT_MEMORY:
             adaptation = adapt_to_out_of_memory(spec, now, cause.advice, status.adaptations)
@@ -136,46 +138,46 @@ def _retry_if_allowed(cause: FailureCause, spec: FineTuneJobSpec, retries_used: 
     return RetryDecision(is_counted=True)
 
 
-def deadline_failure(limit_seconds: int, source: str) -> Failure:
-    """Return the failure of a job that exceeded its time limit. `source` is the name of the setting with the limit."""
+def build_deadline_failure(limit_seconds: int, source: str) -> Failure:
+    """Return the failure of a job that exceeded its time limit. `source`: name of the setting that contains the limit."""
     return Failure(
         class_=FailureClass.USER, code=Reason.DEADLINE_EXCEEDED, message=f"{source} {limit_seconds} passed",
         hint="the newest checkpoint is kept: create a new FineTuneJob with a longer deadline that resumes from this checkpoint",
     )  # fmt: skip
 
 
-def backoff_seconds(attempts: Sequence[Attempt], settings: RetrySettings, seed: str = "") -> float:
+def compute_backoff_seconds(attempts: Sequence[Attempt], settings: RetrySettings, seed: str = "") -> float:
     """Return the seconds between the end of the last of `attempts` and the start of the next attempt.
 
-    The delay doubles with each attempt in a row without progress. If the last attempt is not counted, for example after a preemption, the
-    delay starts one attempt later. After GangIncomplete, the delay is multiplied by a random factor from 0.5 to 1.5. Otherwise two gangs
-    that blocked each other would start at the same time again. The factor depends on `seed` (the job's uid) and the attempt's number.
+    The delay doubles with each attempt in a row without progress. If the last attempt is not counted, for example after a preemption, this
+    attempt does not increase the delay. After GangIncomplete, the delay is multiplied by a random factor from 0.5 to 1.5, so that two gangs
+    that blocked each other do not start at the same time again. The factor depends on `seed` (the job's uid) and the attempt's number.
     """
     attempts_without_progress = 0
     for attempt in reversed(attempts):
-        if attempt.reason in NO_BACKOFF_REASONS or _made_progress(attempt):
+        if attempt.reason in NO_BACKOFF_REASONS or _has_made_progress(attempt):
             break
         attempts_without_progress += 1
     if attempts_without_progress and not attempts[-1].counted and attempts[-1].reason not in ALWAYS_BACKOFF_REASONS:
         attempts_without_progress -= 1
     if not attempts_without_progress:
         return 0.0
-    delay_seconds = doubled_pause_seconds(attempts_without_progress, settings)
+    delay_seconds = compute_pause_seconds(attempts_without_progress, settings)
     if attempts[-1].reason == Reason.GANG_INCOMPLETE:
         delay_seconds *= random.Random(f"{seed}/{attempts[-1].number}").uniform(0.5, 1.5)  # noqa: S311 -- spreads retries, no secret
     return delay_seconds
 
 
-def doubled_pause_seconds(failures: int, settings: RetrySettings) -> float:
-    """Return the pause after this many failures in a row (at least 1): it doubles with each failure, up to the longest pause."""
-    doubled = settings.base_seconds * 2.0 ** min(failures - 1, 20)
+def compute_pause_seconds(failure_count: int, settings: RetrySettings) -> float:
+    """Return the pause in seconds after this many failures in a row (at least 1). It doubles with each failure, up to `settings.max_seconds`."""
+    doubled = settings.base_seconds * 2.0 ** min(failure_count - 1, 20)
     return min(doubled, settings.max_seconds)
 
 
-def _made_progress(attempt: Attempt) -> bool:
+def _has_made_progress(attempt: Attempt) -> bool:
     return attempt.committed_step is not None and attempt.committed_step > (attempt.resumed_from_step or 0)
 
 
-def blocked_retry_seconds(blocked_seconds: float) -> float:
-    """Return the seconds until the operator repeats a refused create request. The job has been blocked for `blocked_seconds`."""
+def compute_blocked_retry_seconds(blocked_seconds: float) -> float:
+    """Return the seconds until the operator repeats a refused create request of a job that has been blocked for `blocked_seconds`."""
     return min(max(blocked_seconds / 2, SHORTEST_BLOCKED_RETRY_SECONDS), LONGEST_BLOCKED_RETRY_SECONDS)

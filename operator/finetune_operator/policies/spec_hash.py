@@ -1,4 +1,4 @@
-"""Computes the hash of a spec's immutable fields. If an older CRD is installed, the API server removes unknown fields, and the hash changes."""
+"""Computes the hash of a spec's immutable fields. The hash changes if an older CRD is installed and the API server removes fields."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Any
 MUTABLE_FIELDS = (
     "suspend", "cancel", "policy.activeDeadlineSeconds", "policy.ttlSecondsAfterFinished", "policy.maxCost", "placement.queueName",
 )  # fmt: skip
-"""Fields of the spec that may change after creation."""
+"""Fields of the spec that a user may change after the FineTuneJob was created."""
 
 
-def spec_sha256(raw_spec: Mapping[str, Any]) -> str:
-    """Return the hash of a spec's immutable fields. Empty groups are ignored, because the API server may add them as defaults."""
-    text = json.dumps(_immutable_fields(raw_spec, ""), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+def compute_spec_sha256(raw_spec: Mapping[str, Any]) -> str:
+    """Return the hash of a spec's immutable fields. Empty objects in the spec are ignored, because the API server may add them as defaults."""
+    text = json.dumps(_select_immutable_fields(raw_spec, ""), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _immutable_fields(value: Any, path: str) -> Any:
+def _select_immutable_fields(value: Any, path: str) -> Any:
     if not isinstance(value, Mapping):
         return value
     children = {name: (f"{path}.{name}" if path else name) for name in value}
-    kept_fields = {name: _immutable_fields(value[name], child) for name, child in children.items() if child not in MUTABLE_FIELDS}
+    kept_fields = {name: _select_immutable_fields(value[name], child) for name, child in children.items() if child not in MUTABLE_FIELDS}
     return {name: child for name, child in kept_fields.items() if child != {}}

@@ -1,4 +1,4 @@
-"""Computes time limits from times that the API server wrote. So neither a restart of the operator nor a wrong local clock affects them."""
+"""Computes time limits from times that the API server wrote, so that neither a restart of the operator nor a wrong local clock affects them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from finetune_api.status import Stage
 from finetune_operator.views import PodView
 
 SHORTEST_STALL_SECONDS = 600.0
-"""Minimum of the default stall timeout. The default depends on the step time of the run."""
+"""Minimum of the default stall timeout, which depends on the step time of the run."""
 STALL_STEPS = 20
 """The default stall timeout is this many times the median step time."""
 REPORT_VALID_SECONDS = 120.0
-"""If a progress report is older than this, the report is ignored, and only the readiness of the pods counts."""
-LONGEST_WAKE = timedelta(hours=1)
-"""Longest time between two reconciles of a job that waits for a time limit. This limits the effect of a clock jump."""
+"""A progress report that is older than this is ignored: only the readiness of the pods then shows whether the run is stalled."""
+LONGEST_RECONCILE_INTERVAL = timedelta(hours=1)
+"""Longest time between two reconciles of a job that waits for a time limit. A jump of the clock delays the job at most this long."""
 
 
 def seconds_between(start: datetime | None, end: datetime) -> float:
@@ -26,7 +26,7 @@ def seconds_between(start: datetime | None, end: datetime) -> float:
     return max(0.0, (end - start).total_seconds()) if start else 0.0
 
 
-def deadline_at(limit_seconds: int | None, earlier_seconds: float, running_since: datetime | None) -> datetime | None:
+def compute_deadline(limit_seconds: int | None, earlier_seconds: float, running_since: datetime | None) -> datetime | None:
     """Return when `policy.activeDeadlineSeconds` passes, or None if there is no limit or the job does not run.
 
     `earlier_seconds` is the running time before `running_since`.
@@ -36,36 +36,36 @@ def deadline_at(limit_seconds: int | None, earlier_seconds: float, running_since
     return running_since + timedelta(seconds=max(0.0, limit_seconds - earlier_seconds))
 
 
-def ttl_expires_at(ttl_seconds: int | None, completed_at: datetime | None) -> datetime | None:
+def compute_ttl_end(ttl_seconds: int | None, completed_at: datetime | None) -> datetime | None:
     """Return when the Jobs and pods of a finished job must be removed, or None if they are kept."""
     return completed_at + timedelta(seconds=ttl_seconds) if ttl_seconds is not None and completed_at is not None else None
 
 
-def stall_limit_seconds(spec: FineTuneJobSpec, report: ProgressReport | None) -> float:
-    """Return the stall timeout: a run without a heartbeat for this many seconds is stalled."""
+def compute_stall_limit_seconds(spec: FineTuneJobSpec, report: ProgressReport | None) -> float:
+    """Return the stall timeout in seconds: a run is stalled if it has sent no heartbeat for this time."""
     if spec.policy.stall_timeout_seconds is not None:
         return float(spec.policy.stall_timeout_seconds)
     median_step_seconds = (report.health.median_step_seconds if report else None) or 0.0
     return max(SHORTEST_STALL_SECONDS, STALL_STEPS * median_step_seconds)
 
 
-def stall_message(
+def describe_stall(
     spec: FineTuneJobSpec, report: ProgressReport | None, reported_at: datetime | None, pods: Sequence[PodView], now: datetime,
     unready_since: datetime | None = None,
 ) -> str:  # fmt: skip
     """Return why the run counts as stalled, or an empty string if the run is not stalled.
 
-    A run is stalled if its pod reports no heartbeat for too long during training. Other stages do not count, because downloads have no
-    steps. A run is also stalled if its pods have sent no report for too long and their readiness probes fail. The probes are checked
-    because a network policy between operator and pods must not end a healthy run. A pod that is being deleted does not count as stalled,
-    because `pods_of_lost_nodes` handles such pods.
+    A run is stalled if its pod reports no heartbeat for too long during training. Other stages have no steps, so they may take longer. A run
+    is also stalled if its pods have sent no report for too long and their readiness probes fail. The probes are considered because a network
+    policy that separates the operator from the pods must not end a healthy run. A pod that is being deleted does not count as stalled,
+    because `find_pods_of_lost_nodes` handles such pods.
 
     `reported_at` is the time of the last report. After a restart of the operator, `report` is None and `reported_at` comes from the
-    status. `unready_since` is the transition time of the PodsReady condition.
+    status. `unready_since` is the time at which the pods became unready.
     """
     if reported_at is None:
         return ""
-    limit = stall_limit_seconds(spec, report)
+    limit = compute_stall_limit_seconds(spec, report)
     report_age = seconds_between(reported_at, now)
     seconds_without_heartbeat = _seconds_without_heartbeat(report) if report is not None and report.stage is Stage.TRAINING else None
     if seconds_without_heartbeat is not None and report_age < min(limit, REPORT_VALID_SECONDS) and seconds_without_heartbeat + report_age > limit:
@@ -78,23 +78,23 @@ def stall_message(
 
 
 def _seconds_without_heartbeat(report: ProgressReport) -> float | None:
-    """Return the seconds between the last heartbeat and the report, or None before the first step."""
+    """Return the seconds from the last heartbeat to the report, or None before the first step."""
     health = report.health
     return health.seconds_since_step if health.seconds_since_heartbeat is None else health.seconds_since_heartbeat
 
 
-def pods_of_lost_nodes(pods: Sequence[PodView], margin_seconds: float, now: datetime) -> list[PodView]:
-    """Return the pods that still exist `margin_seconds` after their deletion grace period, because their node does not answer."""
+def find_pods_of_lost_nodes(pods: Sequence[PodView], lost_after_seconds: float, now: datetime) -> list[PodView]:
+    """Return the pods that still exist `lost_after_seconds` after their deletion grace period, because their node does not answer."""
     return [
         pod for pod in pods
-        if not pod.is_deleted and pod.deletion_timestamp and seconds_between(pod.deletion_timestamp, now) > margin_seconds
+        if not pod.is_deleted and pod.deletion_timestamp and seconds_between(pod.deletion_timestamp, now) > lost_after_seconds
     ]  # fmt: skip
 
 
-def next_reconcile_at(now: datetime, *moments: datetime | None) -> datetime | None:
+def compute_next_reconcile(now: datetime, *moments: datetime | None) -> datetime | None:
     """Return the earliest future moment, but at most an hour from now, or None if all moments are None.
 
-    Moments in the past are ignored, because this reconcile has already used them.
+    Moments in the past are ignored, because this reconcile has already considered them.
     """
     known_moments = [moment for moment in moments if moment is not None]
-    return min([*(moment for moment in known_moments if moment > now), now + LONGEST_WAKE]) if known_moments else None
+    return min([*(moment for moment in known_moments if moment > now), now + LONGEST_RECONCILE_INTERVAL]) if known_moments else None

@@ -14,12 +14,12 @@ from finetune_operator.settings import NodePool
 
 @dataclass(frozen=True)
 class AcceptedSpec:
-    """The operator can run the spec."""
+    """A spec that the operator can run, with its defaults."""
 
     spec: FineTuneJobSpec
     """The spec with all defaults filled in."""
     defaults: dict[str, Any] = field(default_factory=dict)
-    """The defaults that were filled in, by spec path, with the values that the plan chose."""
+    """The values that were filled in, by spec path: defaults, and the values that the plan chose."""
     choices: Mapping[str, Any] = field(default_factory=dict)
     """The values that the plan chose, by spec path."""
     notes: tuple[str, ...] = ()
@@ -27,17 +27,17 @@ class AcceptedSpec:
     spec_sha256: str = ""
     """Hash of the spec's immutable fields."""
     max_duration_seconds: int | None = None
-    """The platform's limit on the running time of a new job."""
+    """The platform's limit on the running time of a new job in seconds. None: there is no limit, or the job is not new."""
 
 
 @dataclass(frozen=True)
 class RefusedSpec:
-    """The operator cannot run the spec, or cannot run it yet."""
+    """Why the operator cannot run a spec now or ever."""
 
     reason: Reason
     message: str
     hint: str = ""
     is_final: bool = True
-    """If True, the job fails. If False, the job waits, and the operator checks the spec again."""
+    """Whether the job fails. Otherwise it waits, and the operator checks the spec again."""
     spec: FineTuneJobSpec | None = None
-    """The readable fields of the spec, with defaults. A running attempt continues with these fields."""
+    """The fields of the spec that the operator could read, with defaults. A running attempt continues with them."""

@@ -1,4 +1,4 @@
-"""Servers of this machine that pods of the cluster reach: they listen in the network of the first node and have a Service."""
+"""Let pods of the cluster reach servers of the test process: the servers listen in the network namespace of the first node and have a Service."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ CLONE_NEWNET = 0x40000000
 
 
 @contextlib.contextmanager
-def network_of(pid: int) -> Iterator[None]:
-    """Run a block of this thread in the network of another process. A socket that is opened in the block stays in that network."""
+def enter_network(pid: int) -> Iterator[None]:
+    """Run a `with` block of this thread in the network namespace of another process. Sockets that are opened in the block stay in that namespace."""
     libc = ctypes.CDLL(None, use_errno=True)
     own, other = (os.open(f"/proc/{name}/ns/net", os.O_RDONLY) for name in ("thread-self", pid))
 
-    def enter(namespace: int) -> None:
+    def set_namespace(namespace: int) -> None:
         if libc.setns(namespace, CLONE_NEWNET) != 0:
             raise OSError(ctypes.get_errno(), "setns")
 
     try:
-        enter(other)
+        set_namespace(other)
         try:
             yield
         finally:
-            enter(own)
+            set_namespace(own)
     finally:
         os.close(own)
         os.close(other)
 
 
 def create_service(job_namespace: JobNamespace, name: str, port: int, target_port: int) -> None:
-    """Create a Service for a port of the first node."""
+    """Create a Service whose port `port` leads to `target_port` of the first node."""
     cluster = job_namespace.installation.cluster
     service = {"apiVersion": "v1", "kind": "Service", "metadata": {"name": name}, "spec": {"ports": [{"name": "http", "port": port}]}}
     endpoints = {

@@ -1,4 +1,4 @@
-"""A job of a fine-tuning API is imported, applied unchanged, and trains on the real cluster."""
+"""A job of the OpenAI fine-tuning API is imported, applied without changes, and trains on a real cluster."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from tests.pod.cli.sources import SOURCES, import_options, make_rows
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
 NAME = "openai"
-"""The examples of the other sources run in test_page_examples.py."""
+"""The source that this file imports. test_page_examples.py imports the examples of the other sources."""
 DATASET_BUCKET = "datasets"
 
 
-def test_imported_job_trains(job_namespace: JobNamespace, tmp_path: Path) -> None:
+def test_an_imported_job_trains(job_namespace: JobNamespace, tmp_path: Path) -> None:
     source, key, store = SOURCES[NAME], f"imports/{NAME}.jsonl", job_namespace.installation.store
     store.put_object(Bucket=DATASET_BUCKET, Key=key, Body=make_rows(source.rows).encode())
     (tmp_path / source.file).write_text(source.text, encoding="utf-8")

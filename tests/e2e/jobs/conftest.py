@@ -1,4 +1,4 @@
-"""All tests of this folder run real pods."""
+"""Mark all tests of this folder with `e2e`, because they run real pods."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """All tests of this folder run real pods."""
+    """Mark all tests of this folder with `e2e`, because they run real pods."""
     for item in items:
         if "tests/e2e/jobs" in item.path.as_posix():
             item.add_marker(pytest.mark.e2e)

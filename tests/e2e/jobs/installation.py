@@ -1,6 +1,6 @@
-"""A cluster with the operator installed from the chart, S3 with a model and data, and helpers for tests.
+"""A cluster with an installed operator, a model and data in its S3, and helpers with which tests apply jobs.
 
-A tiny model replaces the model of the examples, because these tests do not check the quality of the training.
+A tiny model replaces the model of the examples, because the tests do not check the quality of the training.
 """
 
 from __future__ import annotations
@@ -31,14 +31,16 @@ from tools import HELM  # noqa: E402
 MODEL = f"s3://{demo.MODELS_BUCKET}/{demo.MODEL_KEY}"
 SECRET = demo.SECRET_NAME
 SMALL_RESOURCES = {"cpu": "100m", "memory": "2Gi", "ephemeralStorage": "2Gi", "sharedMemory": "256Mi"}
-"""Default resources of a pod, so that all jobs of a test fit on two cores."""
+"""The chart's default resources of a pod, small enough that all jobs of a test fit on two cores."""
 JOB_TIMEOUT_SECONDS = 240
-"""Maximum duration of a tiny job on two busy cores."""
+"""How long a tiny job may take on two busy cores."""
+LONG_RUN_STEPS = 400
+"""The steps of a job that a test must see while it runs. The operator may never report the phase Running of 30 steps: they take less than a second."""
 
 
 @dataclass(frozen=True)
 class ChartInputs:
-    """S3 endpoint and images for the chart's values."""
+    """The S3 endpoint and the images that the chart's values contain."""
 
     s3: S3Endpoint
     operator_image: str = OPERATOR_IMAGE
@@ -47,7 +49,7 @@ class ChartInputs:
 
 @dataclass(frozen=True)
 class Installation:
-    """One cluster with one installation, shared by all tests."""
+    """A cluster with an installed operator, which all tests share."""
 
     cluster: NodeCluster
 
@@ -62,18 +64,18 @@ class Installation:
         return self.cluster.s3.client()
 
     def helm(self, *arguments: str, values: Mapping[str, Any] | None = None) -> str:
-        """Run Helm in the operator's namespace and return its output."""
+        """Run Helm in the operator's namespace with these chart values. Returns its output."""
         command = [str(HELM.path), "--kubeconfig", str(self.cluster.kubeconfig), "-n", demo.RELEASE_NAME, *arguments]
         done = subprocess.run(command, input=json.dumps(values or {}), capture_output=True, text=True)
         assert done.returncode == 0, f"helm {arguments[0]}: {done.stderr}"
         return done.stdout
 
     def install(self, **chart_values: Any) -> str:
-        """Install the chart with the demo's values, overridden by `chart_values`. Returns Helm's notes."""
+        """Install or upgrade the chart with the demo's values, overridden by `chart_values`. Returns Helm's output."""
         self.api.patch("namespaces", None, demo.RELEASE_NAME, restricted_namespace(demo.RELEASE_NAME), patch_type="apply")
         values = demo.make_helm_values(ChartInputs(self.cluster.s3)) | chart_values  # type: ignore[arg-type]  # demo.make_helm_values reads only the fields of ChartInputs
         values["settings"] |= {"retry": {"baseSeconds": 1}}
-        # Some virtual machines advertise AMX but do not permit it: 16-bit products would end with SIGILL.
+        # Some virtual machines advertise AMX but do not permit it, so 16-bit matrix products would be killed with SIGILL.
         values["trainer"] |= {"resources": SMALL_RESOURCES, "env": {"OMP_NUM_THREADS": "1", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_FP16"}}
         chart = str(ROOT / "helm/finetune-operator")
         return self.helm(
@@ -81,7 +83,7 @@ class Installation:
         )
 
     def upload(self, model: Path, files: Mapping[str, bytes]) -> None:
-        """Upload the model to the examples' source, and files to the bucket `datasets`."""
+        """Upload the model to the address that the examples use as model.source, and the files to the bucket `datasets`."""
         for bucket in (demo.MODELS_BUCKET, demo.DATASETS_BUCKET, demo.RESULTS_BUCKET):
             self.store.create_bucket(Bucket=bucket)
         for path in sorted(model.iterdir()):
@@ -103,18 +105,18 @@ class Installation:
         self.api.patch("namespaces", None, namespace, restricted_namespace(namespace), patch_type="apply")
         keys = {"AWS_ACCESS_KEY_ID": self.cluster.s3.access_key, "AWS_SECRET_ACCESS_KEY": self.cluster.s3.secret_key}
         created = JobNamespace(self, namespace)
-        created.secret(SECRET, keys)
+        created.create_secret(SECRET, keys)
         return created
 
-    def manifest(self, uri: str) -> dict[str, str]:
-        """The sha256 of each file in a committed folder, by path, as listed in its manifest.json."""
+    def read_file_hashes(self, uri: str) -> dict[str, str]:
+        """Return the sha256 of each file of a committed folder, by path, as its manifest.json lists them."""
         bucket, _, prefix = uri.removeprefix("s3://").partition("/")
         body = json.loads(self.store.get_object(Bucket=bucket, Key=f"{prefix}/manifest.json")["Body"].read())
         return {one["path"]: one["sha256"] for one in body["files"]}
 
 
 def restricted_namespace(name: str) -> Object:
-    """A namespace with Pod Security level `restricted`."""
+    """Return the manifest of a namespace with the Pod Security level `restricted`."""
     labels = {"pod-security.kubernetes.io/enforce": "restricted"}
     return {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}}
 
@@ -126,19 +128,19 @@ class JobNamespace:
     installation: Installation
     namespace: str
 
-    def secret(self, name: str, keys: Mapping[str, str]) -> None:
-        """Create a Secret."""
+    def create_secret(self, name: str, keys: Mapping[str, str]) -> None:
+        """Create a Secret with these keys and values."""
         body = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": name}, "stringData": dict(keys)}
         self.installation.api.create("secrets", self.namespace, body)
 
     def apply(self, *manifests: Object | Path) -> None:
-        """Run `kubectl apply` with objects or a file."""
+        """Run `kubectl apply` for each object or manifest file."""
         for one in manifests:
             text = one.read_text("utf-8") if isinstance(one, Path) else yaml.safe_dump(one)
             self.installation.cluster.kubectl("-n", self.namespace, "apply", "-f", "-", stdin=text)
 
     def status(self, name: str) -> FineTuneJobStatus:
-        """The job's status."""
+        """Read the status of a job."""
         return parse_status(self.installation.api.get(PLURAL, self.namespace, name))
 
     def wait(
@@ -148,7 +150,7 @@ class JobNamespace:
         description: str,
         timeout: float = JOB_TIMEOUT_SECONDS,
     ) -> FineTuneJobStatus:
-        """Wait until `until(status)` is true. After `timeout` seconds, raise AssertionError with the status and the pods' logs."""
+        """Wait until `until(status)` is true, and return the status. After `timeout` seconds, raise AssertionError with the status and the pods' logs."""
         try:
             found = self.installation.api.wait(
                 PLURAL,
@@ -163,18 +165,18 @@ class JobNamespace:
         return parse_status(found)
 
     def wait_finished(self, name: str, phase: Phase = Phase.SUCCEEDED) -> FineTuneJobStatus:
-        """Wait until the job is finished. Raise AssertionError if the job's phase is not `phase`."""
+        """Wait until the job ends, and return its status. Raise AssertionError if it does not end in `phase`."""
         status = self.wait(name, lambda s: s.phase in (Phase.SUCCEEDED, Phase.FAILED, Phase.CANCELLED), "finished")
         assert status.phase is phase, f"{name}: {status.phase}, {status.failure}\n{self._pod_logs(name)}"
         return status
 
     def pods(self, name: str) -> list[Object]:
-        """Pods of a job, sorted by attempt."""
+        """List the pods of a job, sorted by attempt."""
         found = self.installation.api.list("pods", self.namespace, labels=f"{Label.JOB_NAME}={name}")
         return sorted(found, key=lambda pod: (int(pod["metadata"]["labels"][Label.ATTEMPT]), pod["metadata"]["name"]))
 
     def exec_script(self, pod: str, script: str) -> str:
-        """Run a shell script in a trainer container."""
+        """Run a shell script in the trainer container of a pod. Returns its output."""
         return self.installation.cluster.kubectl(
             "-n", self.namespace, "exec", pod, "-c", TRAINER_CONTAINER, "--", "sh", "-c", script
         )
@@ -190,12 +192,12 @@ class JobNamespace:
 
 
 def parse_status(body: Object) -> FineTuneJobStatus:
-    """Parse the status of a FineTuneJob. For a FineTuneJob without a status, return a status with observedGeneration -1."""
+    """Parse the status of a FineTuneJob. If it has no status yet, return an empty status with observedGeneration -1."""
     return FineTuneJobStatus.model_validate(body.get("status") or {"observedGeneration": -1})
 
 
 def job(name: str, **spec: Any) -> Object:
-    """A FineTuneJob on CPUs with the uploaded model. The groups in `spec` replace default groups or are added."""
+    """Return the manifest of a FineTuneJob that trains the uploaded model on CPUs. Each spec group in `spec` replaces the default group of that name."""
     groups: Object = {
         "model": {"source": MODEL},
         "dataset": {"train": "s3://datasets/captain.jsonl"},

@@ -1,7 +1,7 @@
-"""The operator and a job run with a user id that the platform assigns, as OpenShift does.
+"""The operator and a job run with a user id that the platform assigns, as on OpenShift.
 
-OpenShift's security context constraint `restricted-v2` sets the user id of each pod. Here a MutatingAdmissionPolicy sets it. The id has no entry in
-/etc/passwd of the images, and the group id is 0.
+OpenShift's security context constraint `restricted-v2` sets the user id of each pod. In these tests, a MutatingAdmissionPolicy sets it. The user id
+has no entry in /etc/passwd of the images, and the group id is 0.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import yaml
 from finetune_api.names import Phase
 
 from localcluster.processes import wait_until
-from tests.e2e.jobs.installation import Installation, JobNamespace, demo, job
+from tests.e2e.jobs.installation import LONG_RUN_STEPS, Installation, JobNamespace, demo, job
 
 ASSIGNED_UID = 1000730000
 API = "admissionregistration.k8s.io/v1"
 NAME = "assigned-user"
 
 
-def assignment(namespaces: list[str]) -> list[dict[str, Any]]:
-    """Return a MutatingAdmissionPolicy with its binding, which assign the user id to all new pods of the namespaces. The group id stays unset, that is 0."""
+def assignment_policy(namespaces: list[str]) -> list[dict[str, Any]]:
+    """Return a MutatingAdmissionPolicy and its binding. They give all new pods of the namespaces the user id ASSIGNED_UID and leave the group id at 0."""
     security = f"Object.spec.securityContext{{runAsUser: {ASSIGNED_UID}, fsGroup: {ASSIGNED_UID}}}"
     rule = {"apiGroups": [""], "apiVersions": ["v1"], "operations": ["CREATE"], "resources": ["pods"]}
     selector = {"matchExpressions": [{"key": "kubernetes.io/metadata.name", "operator": "In", "values": namespaces}]}
@@ -41,7 +41,7 @@ def assignment(namespaces: list[str]) -> list[dict[str, Any]]:
 
 
 def assigned_uid(installation: Installation, namespace: str) -> int | None:
-    """The user id that a new pod of the namespace would get."""
+    """Return the user id that a new pod of the namespace would get. The pod is created only as a dry run."""
     arguments = ("-n", namespace, "run", "probe", "--image=none", "--dry-run=server", "-o", "json")
     pod = json.loads(installation.cluster.kubectl(*arguments, "--overrides", json.dumps({"spec": restricted_pod()})))
     found: int | None = pod["spec"]["securityContext"].get("runAsUser")
@@ -49,7 +49,7 @@ def assigned_uid(installation: Installation, namespace: str) -> int | None:
 
 
 def restricted_pod() -> dict[str, Any]:
-    """A pod that Pod Security `restricted` permits."""
+    """Return the manifest of a pod that the Pod Security level `restricted` permits."""
     security = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
     return {
         "securityContext": {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}},
@@ -59,8 +59,8 @@ def restricted_pod() -> dict[str, Any]:
 
 @pytest.fixture
 def platform_with_assigned_users(installation: Installation, job_namespace: JobNamespace) -> Iterator[None]:
-    """The cluster assigns user ids in the namespaces of operator and job, and the chart is installed for OpenShift."""
-    kubectl, manifest = installation.cluster.kubectl, yaml.safe_dump_all(assignment([demo.RELEASE_NAME, job_namespace.namespace]))
+    """Let the cluster assign user ids in the namespaces of the operator and of the job, and install the chart for OpenShift."""
+    kubectl, manifest = installation.cluster.kubectl, yaml.safe_dump_all(assignment_policy([demo.RELEASE_NAME, job_namespace.namespace]))
     kubectl("apply", "-f", "-", stdin=manifest)
     wait_until("the assigned user", lambda: assigned_uid(installation, job_namespace.namespace) == ASSIGNED_UID, servers=[], timeout=60)
     installation.install(openshift=True)
@@ -74,7 +74,7 @@ def platform_with_assigned_users(installation: Installation, job_namespace: JobN
 def test_operator_and_job_run_with_an_assigned_user(job_namespace: JobNamespace) -> None:
     installation = job_namespace.installation
     resources = {"gpusPerNode": 0, "processesPerNode": 2, "cpu": "100m", "memory": "2Gi"}
-    job_namespace.apply(job("assigned", prepare={"strategy": "always"}, training={"maxSteps": 20}, resources=resources))
+    job_namespace.apply(job("assigned", prepare={"strategy": "always"}, training={"maxSteps": LONG_RUN_STEPS}, resources=resources))
     job_namespace.wait("assigned", lambda s: s.phase is Phase.RUNNING, "running")
     pod = next(pod for pod in job_namespace.pods("assigned") if "prepare" not in pod["metadata"]["name"])
     assert job_namespace.exec_script(pod["metadata"]["name"], "id -u; id -g").split() == [str(ASSIGNED_UID), "0"]
@@ -82,6 +82,6 @@ def test_operator_and_job_run_with_an_assigned_user(job_namespace: JobNamespace)
     assert job_namespace.exec_script(pod["metadata"]["name"], writable).split() == ["/tmp", "/dev/shm", "/work"]
     job_namespace.wait_finished("assigned")
     pods = [*installation.api.list("pods", demo.RELEASE_NAME), *job_namespace.pods("assigned")]
-    assert len(pods) == 3  # the operator, the preparation, the training
+    assert len(pods) == 3  # the pods of the operator, the preparation and the training
     assert {pod["spec"]["securityContext"]["runAsUser"] for pod in pods} == {ASSIGNED_UID}
     assert {"runAsGroup" in pod["spec"]["securityContext"] for pod in pods} == {False}

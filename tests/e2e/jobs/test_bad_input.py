@@ -1,4 +1,4 @@
-"""Invalid storage, models and data of GPU jobs fail in a real preparation pod, with a code, a location and a hint, before any pod asks for a GPU."""
+"""A GPU job with invalid storage, model or data fails in its preparation pod, before any pod requests a GPU. Its failure has a code, a location and a hint."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from finetune_api.status import FineTuneJobStatus
 
 from tests.e2e.jobs.installation import MODEL, Installation, JobNamespace, job
 
-DATA = "s3://datasets"
+DATASETS_URI = "s3://datasets"
 MAX_POD_DURATION = timedelta(seconds=20)
-"""A pod with invalid storage, model or data must end within this time after its start."""
-STORE: dict[str, Any] = {"credentialsSecretRef": {"name": "s3-credentials"}, "addressingStyle": "path"}
+"""How soon after its start a pod with invalid storage, model or data must end."""
+S3_STORAGE_FIELDS: dict[str, Any] = {"credentialsSecretRef": {"name": "s3-credentials"}, "addressingStyle": "path"}
 
 
 def messages_row(question: str, answer: str | None = "Yes.", role: str = "assistant") -> bytes:
-    """One row of messages."""
+    """Return one JSONL line with a question and, if given, an answer by `role`."""
     turns: list[dict[str, Any]] = [{"role": "user", "content": question}]
     if answer is not None:
         turns.append({"role": role, "content": answer})
@@ -40,7 +40,7 @@ DATASET_FILES = {
 
 @dataclass(frozen=True)
 class InvalidInput:
-    """A spec and the failure that it must cause. The message or the hint must contain each string in `expected_text`."""
+    """The spec groups of a bad job, and the failure that they must cause. The failure's message or hint contains each string of `expected_text`."""
 
     spec: dict[str, Any]
     exit_code: ExitCode
@@ -49,35 +49,35 @@ class InvalidInput:
     expected_text: tuple[str, ...]
 
 
-def data(name: str) -> dict[str, Any]:
-    """Spec groups with this file of the bucket as the data set."""
-    return {"dataset": {"train": f"{DATA}/{name}", "format": "messages"}}
+def dataset_groups(name: str) -> dict[str, Any]:
+    """Return spec groups whose data set is this file of the bucket `datasets`."""
+    return {"dataset": {"train": f"{DATASETS_URI}/{name}", "format": "messages"}}
 
 
 def storage_groups(installation: Installation, **storage_fields: Any) -> dict[str, Any]:
-    """Spec groups with the default storage, changed by `storage_fields`."""
-    return {"storage": {"uri": "s3://finetune/jobs", "endpoint": installation.cluster.s3.cluster_url, **STORE} | storage_fields}
+    """Return spec groups with the default storage, whose fields `storage_fields` replaces."""
+    return {"storage": {"uri": "s3://finetune/jobs", "endpoint": installation.cluster.s3.cluster_url, **S3_STORAGE_FIELDS} | storage_fields}
 
 
 INVALID_INPUTS: dict[str, Callable[[Installation], InvalidInput]] = {
     "dataset-missing": lambda _: InvalidInput(
-        data("nowhere.jsonl"), ExitCode.SOURCE_NOT_FOUND, FailureClass.DATA, "DatasetNotFound", (f"{DATA}/nowhere.jsonl",)
+        dataset_groups("nowhere.jsonl"), ExitCode.SOURCE_NOT_FOUND, FailureClass.DATA, "DatasetNotFound", (f"{DATASETS_URI}/nowhere.jsonl",)
     ),
     "dataset-empty": lambda _: InvalidInput(
-        data("empty.jsonl"), ExitCode.DATA_INVALID, FailureClass.DATA, "DatasetEmpty", ("empty.jsonl",)
+        dataset_groups("empty.jsonl"), ExitCode.DATA_INVALID, FailureClass.DATA, "DatasetEmpty", ("empty.jsonl",)
     ),
     "dataset-not-utf8": lambda _: InvalidInput(
-        data("latin1.jsonl"), ExitCode.DATA_INVALID, FailureClass.DATA, "DatasetNotUtf8",
+        dataset_groups("latin1.jsonl"), ExitCode.DATA_INVALID, FailureClass.DATA, "DatasetNotUtf8",
         ("latin1.jsonl", str(len(b"".join(VALID_ROWS[:3])) + DATASET_FILES["latin1.jsonl"].split(b"\n")[3].index(b"\xe9"))),
     ),
     "row-malformed": lambda _: InvalidInput(
-        data("row17.jsonl"), ExitCode.DATA_INVALID, FailureClass.DATA, "DatasetRowInvalid", ("row17.jsonl", "17")
+        dataset_groups("row17.jsonl"), ExitCode.DATA_INVALID, FailureClass.DATA, "DatasetRowInvalid", ("row17.jsonl", "17")
     ),
     "role-unknown": lambda _: InvalidInput(
-        data("role.jsonl"), ExitCode.DATA_INVALID, FailureClass.DATA, "UnknownRole", ("role.jsonl", "5", "robot", "assistant")
+        dataset_groups("role.jsonl"), ExitCode.DATA_INVALID, FailureClass.DATA, "UnknownRole", ("role.jsonl", "5", "robot", "assistant")
     ),
     "no-answer": lambda _: InvalidInput(
-        data("unanswered.jsonl"), ExitCode.DATA_INVALID, FailureClass.DATA, "NoTrainableToken", ("unanswered.jsonl",)
+        dataset_groups("unanswered.jsonl"), ExitCode.DATA_INVALID, FailureClass.DATA, "NoTrainableToken", ("unanswered.jsonl",)
     ),
     "model-missing": lambda _: InvalidInput(
         {"model": {"source": f"{MODEL}-2"}}, ExitCode.SOURCE_NOT_FOUND, FailureClass.MODEL, "ModelNotFound", (f"{MODEL}-2",)
@@ -99,17 +99,17 @@ INVALID_INPUTS: dict[str, Callable[[Installation], InvalidInput]] = {
 
 @pytest.fixture(scope="module")
 def failing_jobs(installation: Installation, shared_namespace: JobNamespace) -> JobNamespace:
-    """A namespace with the jobs of all cases, which run at the same time."""
+    """A namespace in which the jobs of all cases run at the same time."""
     for key, body in DATASET_FILES.items():
         installation.store.put_object(Bucket="datasets", Key=key, Body=body)
-    shared_namespace.secret("wrong-keys", {"AWS_ACCESS_KEY_ID": "nobody", "AWS_SECRET_ACCESS_KEY": "nothing"})
-    on_gpu: dict[str, Any] = {"resources": {"gpusPerNode": 1}, "prepare": {"strategy": "always"}}
-    shared_namespace.apply(*(job(name, **on_gpu, **case(installation).spec) for name, case in INVALID_INPUTS.items()))
+    shared_namespace.create_secret("wrong-keys", {"AWS_ACCESS_KEY_ID": "nobody", "AWS_SECRET_ACCESS_KEY": "nothing"})
+    gpu_groups: dict[str, Any] = {"resources": {"gpusPerNode": 1}, "prepare": {"strategy": "always"}}
+    shared_namespace.apply(*(job(name, **gpu_groups, **case(installation).spec) for name, case in INVALID_INPUTS.items()))
     return shared_namespace
 
 
 @pytest.mark.parametrize("name", INVALID_INPUTS)
-def test_failure_has_its_code_before_training(failing_jobs: JobNamespace, name: str) -> None:
+def test_a_bad_job_fails_before_training_with_its_code(failing_jobs: JobNamespace, name: str) -> None:
     case = INVALID_INPUTS[name](failing_jobs.installation)
     status = failing_jobs.wait_finished(name, Phase.FAILED)
     failure = status.failure
@@ -123,7 +123,7 @@ def test_failure_has_its_code_before_training(failing_jobs: JobNamespace, name: 
 
 
 @pytest.mark.parametrize("name", INVALID_INPUTS)
-def test_failure_is_not_retried_and_no_pod_asks_for_a_gpu(failing_jobs: JobNamespace, name: str) -> None:
+def test_a_bad_job_is_not_retried_and_no_pod_requests_a_gpu(failing_jobs: JobNamespace, name: str) -> None:
     status = failing_jobs.wait_finished(name, Phase.FAILED)
     assert (status.attempts, status.attempt, condition_status(status, Condition.PREPARED)) == ([], None, "False")
     (pod,) = failing_jobs.pods(name)
@@ -133,10 +133,10 @@ def test_failure_is_not_retried_and_no_pod_asks_for_a_gpu(failing_jobs: JobNames
     assert state["state"]["terminated"]["exitCode"] == INVALID_INPUTS[name](failing_jobs.installation).exit_code
 
 
-@pytest.mark.slow  # the duration is only meaningful if no other test uses the cores
+@pytest.mark.slow  # the measured duration is only valid if no other test uses the cores
 @pytest.mark.parametrize("name", INVALID_INPUTS)
-def test_pod_fails_within_the_promised_time(failing_jobs: JobNamespace, name: str) -> None:
-    """The kubelet's timestamps give the duration. The pods of all cases share the same cores."""
+def test_a_pod_with_bad_input_ends_within_the_documented_time(failing_jobs: JobNamespace, name: str) -> None:
+    """The duration is computed from the kubelet's timestamps. It includes waiting for the cores, which the pods of all cases share."""
     failing_jobs.wait_finished(name, Phase.FAILED)
     (pod,) = failing_jobs.pods(name)
     (state,) = pod["status"]["containerStatuses"]
@@ -157,9 +157,9 @@ def test_secrets_appear_in_no_status_or_log(failing_jobs: JobNamespace) -> None:
             assert failing_jobs.installation.cluster.s3.secret_key not in status.model_dump_json()
 
 
-@pytest.mark.slow  # tests/integration/operator shows what such a job waits for
-def test_job_waits_for_a_missing_secret(job_namespace: JobNamespace) -> None:
-    """The job is Pending with a reason and runs once the Secret exists."""
+@pytest.mark.slow  # tests/integration/operator tests the reason for which such a job waits
+def test_a_job_waits_for_a_missing_secret(job_namespace: JobNamespace) -> None:
+    """The job is Pending with a reason, and it runs as soon as the Secret exists."""
     job_namespace.apply(
         job(
             "waiting",
@@ -172,11 +172,11 @@ def test_job_waits_for_a_missing_secret(job_namespace: JobNamespace) -> None:
     )
     assert status.phase in (Phase.PENDING, Phase.STARTING)
     keys = job_namespace.installation.cluster.s3
-    job_namespace.secret("later", {"AWS_ACCESS_KEY_ID": keys.access_key, "AWS_SECRET_ACCESS_KEY": keys.secret_key})
+    job_namespace.create_secret("later", {"AWS_ACCESS_KEY_ID": keys.access_key, "AWS_SECRET_ACCESS_KEY": keys.secret_key})
     assert job_namespace.wait_finished("waiting").restarts == 0
 
 
-def test_unknown_node_pool_is_reported_without_a_pod(job_namespace: JobNamespace) -> None:
+def test_an_unknown_node_pool_is_reported_without_a_pod(job_namespace: JobNamespace) -> None:
     job_namespace.apply(job("no-pool", resources={"gpusPerNode": 1, "nodePool": "h900"}))
     status = job_namespace.wait(
         "no-pool", lambda s: condition_reason(s) == Reason.UNKNOWN_NODE_POOL, "refused because of the pool", 60
@@ -186,10 +186,10 @@ def test_unknown_node_pool_is_reported_without_a_pod(job_namespace: JobNamespace
 
 
 def condition_status(status: FineTuneJobStatus, kind: Condition) -> str:
-    """Status of a condition; empty if it is absent."""
+    """Return the status of a condition, or an empty string if the condition is absent."""
     return next((one.status for one in status.conditions if one.type == kind), "")
 
 
 def condition_reason(status: FineTuneJobStatus) -> str:
-    """Reason of the condition `Reconciling`. Empty if it is absent."""
+    """Return the reason of the condition `Reconciling`, or an empty string if the condition is absent."""
     return next((one.reason for one in status.conditions if one.type == Condition.RECONCILING), "")

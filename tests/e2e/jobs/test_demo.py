@@ -1,4 +1,4 @@
-"""The demo on a real cluster, with a tiny model instead of the real one."""
+"""The demo on a real cluster, with a tiny model instead of the demo's own model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.tiny import make_tiny_model
 
 
 class RunningCluster(DemoCluster):
-    """The tests' cluster, which the demo must neither start nor stop."""
+    """The cluster that all tests share. The demo must neither start it nor stop it."""
 
     name = "tests"
 
@@ -31,7 +31,7 @@ class RunningCluster(DemoCluster):
         return []
 
     def up(self) -> None:
-        """The cluster runs already."""
+        """Do nothing, because the cluster already runs."""
 
     def down(self) -> None:
         """Do nothing, because other tests still use the cluster."""
@@ -50,12 +50,12 @@ class RunningCluster(DemoCluster):
 
 @pytest.fixture
 def borrowed_installation(installation: Installation) -> Iterator[Installation]:
-    """The installation. After the test, the chart is installed again with the values of the other tests."""
+    """The shared installation. After the test, the chart is installed again with the values that the other tests expect."""
     yield installation
     installation.install()
 
 
-def test_demo_runs_to_its_end(
+def test_the_demo_runs_to_its_end(
     borrowed_installation: Installation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make_tiny_model(tmp_path / "model", hidden=128, layers=4)
@@ -75,8 +75,8 @@ def test_demo_runs_to_its_end(
     assert text.count("    tuned  ") == len(demo.UNSEEN_QUESTIONS)
 
 
-def test_second_cluster_is_refused_in_one_line(installation: Installation) -> None:
-    """Only one cluster with nodes can run on a machine. The demo refuses a second cluster in one line and does not change the first cluster."""
+def test_the_demo_refuses_a_second_cluster_with_one_line(installation: Installation) -> None:
+    """Only one cluster with nodes can run on a machine. The refusal does not change the cluster that already runs."""
     env = {**os.environ, "CLUSTER": "local", "KEEP": ""}
     done = subprocess.run([sys.executable, ROOT / "scripts/demo.py"], env=env, capture_output=True, text=True)
     assert done.returncode == 1

@@ -1,4 +1,4 @@
-"""Every example succeeds and commits a model or an adapter."""
+"""The job of every example succeeds and commits a model or an adapter."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.slices import quick_slice
 
 EXAMPLE_FILES = sorted((ROOT / "examples").glob("*.yaml"))
 OUTPUT_KINDS = {"full": OutputKind.MODEL}
-"""Output kind of the examples that do not produce an adapter."""
+"""The output kind of each example that does not produce an adapter."""
 WORLD_SIZES = {"full": 2, "two-pods": 2}
 WEIGHT_FILES = {OutputKind.MODEL: "model.safetensors", OutputKind.ADAPTER: "adapter_model.safetensors"}
 
@@ -24,7 +24,7 @@ EXAMPLE_NAMES = [path.stem for path in EXAMPLE_FILES]
 
 @dataclass
 class ExampleRunner:
-    """Runs two examples at a time: while one trains, the next example starts."""
+    """Runs the examples in one namespace, two at a time, so that the next example starts while one example trains."""
 
     job_namespace: JobNamespace
     names: list[str]
@@ -32,7 +32,7 @@ class ExampleRunner:
     applied_names: set[str] = field(default_factory=set)
 
     def wait_finished(self, name: str) -> FineTuneJobStatus:
-        """Apply this example and the next example, then wait until this example ends."""
+        """Apply this example and the next example, and wait until this example ends."""
         next_names = self.names[self.names.index(name) + 1 :][:1] if name in self.names else []
         for one in (name, *next_names):
             if one not in self.applied_names:
@@ -45,25 +45,25 @@ class ExampleRunner:
 def examples(shared_namespace: JobNamespace, request: pytest.FixtureRequest) -> ExampleRunner:
     """Runs the selected examples in one namespace."""
     functions = [one for one in request.session.items if isinstance(one, pytest.Function)]
-    selected = {one.callspec.params["name"] for one in functions if one.originalname == "test_example_succeeds"}
+    selected = {one.callspec.params["name"] for one in functions if one.originalname == "test_an_example_succeeds"}
     return ExampleRunner(shared_namespace, [name for name in EXAMPLE_NAMES if name in selected])
 
 
 def expected_steps(name: str) -> int:
-    """Expected number of optimizer steps of an example."""
+    """Return the number of optimizer steps that the example must train."""
     (body,) = [
         item for item in yaml.safe_load_all((ROOT / f"examples/{name}.yaml").read_text("utf-8")) if item["kind"] == KIND
     ]
-    # The example `full` sets no maxSteps. The epoch has 18 rows, and a step trains 4 rows (2 ranks with 2 rows).
+    # The example `full` sets no maxSteps. Its epoch has 18 rows, and a step trains 4 rows (2 ranks with 2 rows each).
     return int(body["spec"]["training"].get("maxSteps", 5))
 
 
 QUICK_EXAMPLES = ("full",)
-"""The examples of `make test`. Other tests show what the others do: the demo, a gang that resumes, gates in a pod, QLoRA in the image."""
+"""The examples that `make test` runs. It tests the features of the other examples elsewhere: the demo, a gang that resumes, gates and QLoRA."""
 
 
 @pytest.mark.parametrize("name", quick_slice(EXAMPLE_NAMES, QUICK_EXAMPLES))
-def test_example_succeeds(examples: ExampleRunner, name: str) -> None:
+def test_an_example_succeeds(examples: ExampleRunner, name: str) -> None:
     status = examples.wait_finished(name)
     assert status.progress is not None
     assert (status.progress.step, status.progress.total_steps) == (expected_steps(name), expected_steps(name))
@@ -77,12 +77,12 @@ def test_example_succeeds(examples: ExampleRunner, name: str) -> None:
 
 
 def check_output(job_namespace: JobNamespace, name: str, status: FineTuneJobStatus) -> None:
-    """All files of `status.output` exist in S3."""
+    """Check that all files of `status.output` exist in S3."""
     assert status.output is not None
     assert status.output.uri is not None
     kind = OUTPUT_KINDS.get(name, OutputKind.ADAPTER)
     assert status.output.kind is kind
-    files = job_namespace.installation.manifest(status.output.uri)
+    files = job_namespace.installation.read_file_hashes(status.output.uri)
     assert WEIGHT_FILES[kind] in files
     bucket, _, prefix = status.output.uri.removeprefix("s3://").partition("/")
     for path in files:
@@ -107,7 +107,7 @@ def test_pods_are_restricted_and_have_no_cluster_credentials(examples: ExampleRu
     assert pod["metadata"]["labels"][Label.JOB_NAME] == "full"
 
 
-def test_kubectl_get_shows_every_column(examples: ExampleRunner) -> None:
+def test_kubectl_get_shows_a_value_in_every_column(examples: ExampleRunner) -> None:
     examples.wait_finished("full")
     kubectl = examples.job_namespace.installation.cluster.kubectl
     header, row = kubectl("-n", examples.job_namespace.namespace, "get", "finetunejobs", "full").splitlines()

@@ -1,4 +1,4 @@
-"""A finished job that is deleted and applied again adopts its stored result. No pod trains a second time."""
+"""A finished job that is deleted and applied again adopts its stored result, so no pod trains a second time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def test_a_job_that_is_applied_again_adopts_its_result(job_namespace: JobNamespa
     trained = job_namespace.wait_finished("again")
     assert trained.attempt == 1 and trained.output is not None and trained.output.uri is not None
     uid = api.get(PLURAL, job_namespace.namespace, "again")["metadata"]["uid"]
-    files = job_namespace.installation.manifest(trained.output.uri)
+    files = job_namespace.installation.read_file_hashes(trained.output.uri)
     job_namespace.installation.cluster.kubectl("-n", job_namespace.namespace, "delete", "finetunejob", "again", "--wait", "--timeout=60s")
     api.wait_list("pods", job_namespace.namespace, lambda pods: not pods, timeout=60)
 
@@ -25,4 +25,4 @@ def test_a_job_that_is_applied_again_adopts_its_result(job_namespace: JobNamespa
     assert (adopted.attempt, adopted.attempts, adopted.reason) == (None, [], Reason.EXISTING_RESULT_ADOPTED)
     assert adopted.is_true(Condition.SUCCEEDED)
     assert {pod["metadata"]["name"].rsplit("-", 2)[0] for pod in job_namespace.pods("again")} == {"again-prepare1"}
-    assert job_namespace.installation.manifest(trained.output.uri) == files
+    assert job_namespace.installation.read_file_hashes(trained.output.uri) == files

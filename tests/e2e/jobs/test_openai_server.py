@@ -1,4 +1,4 @@
-"""The official `openai` client against `finetune serve-openai` in a pod of the chart: only base URL and API key differ from the hosted API."""
+"""The official `openai` client uses `finetune serve-openai` in a pod of the chart. Only the base URL and the API key differ from the hosted API."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from finetune_api.names import Phase
 from openai import AuthenticationError, OpenAI
 
 from localcluster import build, images
-from localcluster.steps import shown_step
+from localcluster.steps import show_step
 from tests.e2e.jobs.installation import MODEL, ROOT, Installation, JobNamespace, demo
 
 CLI_IMAGE = "localhost/finetune-cli"
-ACCOUNT = "openai-client"
-KEY = f"sk-{secrets.token_hex(32)}"
+SERVICE_ACCOUNT = "openai-client"
+API_KEY = f"sk-{secrets.token_hex(32)}"
 
 
 def guide_objects() -> list[dict[str, Any]]:
-    """The ServiceAccount, role and binding that the guide gives to a client."""
+    """Read the manifests of the client's ServiceAccount, role and binding from the guide."""
     text = (ROOT / "docs/guides/openai.md").read_text("utf-8")
     block = re.search(r"```yaml\n(apiVersion: v1\nkind: ServiceAccount.*?)```", text, re.DOTALL)
     assert block is not None
@@ -33,22 +33,22 @@ def guide_objects() -> list[dict[str, Any]]:
 
 @pytest.fixture
 def base_url(installation: Installation, job_namespace: JobNamespace) -> Iterator[str]:
-    """The address of the server, which the chart installs for one test."""
+    """The base URL of the server, which the chart installs for this test only."""
     namespace, cluster = job_namespace.namespace, installation.cluster
-    images.build_images([images.ImageName.CLI], shown_step)
+    images.build_images([images.ImageName.CLI], show_step)
     cluster.load_image(f"{CLI_IMAGE}:dev")
     for item in guide_objects():
         if item["kind"] == "RoleBinding":
             item["subjects"][0]["namespace"] = namespace
         job_namespace.apply(item)
-    table = {"keys": [{"sha256": hashlib.sha256(KEY.encode()).hexdigest(), "namespace": namespace, "serviceAccount": ACCOUNT}]}
+    table = {"keys": [{"sha256": hashlib.sha256(API_KEY.encode()).hexdigest(), "namespace": namespace, "serviceAccount": SERVICE_ACCOUNT}]}
     operator_namespace = JobNamespace(installation, demo.RELEASE_NAME)
-    operator_namespace.secret("openai-keys", {"keys.yaml": yaml.safe_dump(table)})
-    operator_namespace.secret("openai-s3", {"AWS_ACCESS_KEY_ID": cluster.s3.access_key, "AWS_SECRET_ACCESS_KEY": cluster.s3.secret_key})
+    operator_namespace.create_secret("openai-keys", {"keys.yaml": yaml.safe_dump(table)})
+    operator_namespace.create_secret("openai-s3", {"AWS_ACCESS_KEY_ID": cluster.s3.access_key, "AWS_SECRET_ACCESS_KEY": cluster.s3.secret_key})
     spec = {"model": {"source": MODEL}, "resources": {"gpusPerNode": 0, "cpu": "100m", "memory": "2Gi"}, "checkpoint": {"steps": 2}}
     installation.install(openaiServer={
         "enabled": True, "image": {"repository": CLI_IMAGE, "tag": "dev"}, "models": {"gpt-4o-mini": {"spec": spec}}, "keysSecret": "openai-keys",
-        "credentialsSecret": "openai-s3", "accounts": [{"namespace": namespace, "serviceAccounts": [ACCOUNT]}],
+        "credentialsSecret": "openai-s3", "accounts": [{"namespace": namespace, "serviceAccounts": [SERVICE_ACCOUNT]}],
     })  # fmt: skip
     command = [str(build.ensure_built(build.KUBE_PROGRAM)), "kubectl", "--kubeconfig", str(cluster.kubeconfig), "-n", demo.RELEASE_NAME]
     (service,) = [
@@ -69,7 +69,7 @@ def base_url(installation: Installation, job_namespace: JobNamespace) -> Iterato
 def test_the_official_client_trains_a_model(base_url: str, job_namespace: JobNamespace) -> None:
     with pytest.raises(AuthenticationError):
         OpenAI(base_url=base_url, api_key="sk-unknown", max_retries=0).files.list()
-    client = OpenAI(base_url=base_url, api_key=KEY, max_retries=0)
+    client = OpenAI(base_url=base_url, api_key=API_KEY, max_retries=0)
     rows = (ROOT / "examples/data/captain.jsonl").read_bytes()
     file = client.files.create(file=("captain.jsonl", rows), purpose="fine-tune")
     assert client.files.content(file.id).read() == rows

@@ -1,4 +1,4 @@
-"""After any interruption the next attempt resumes from a committed checkpoint and ends with the weights of an uninterrupted run."""
+"""After every interruption, the next attempt resumes from a committed checkpoint and ends with the weights of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ ONE_POD: dict[str, Any] = {"gpusPerNode": 0, "processesPerNode": 2, "cpu": "100m
 TWO_PODS: dict[str, Any] = {"gpusPerNode": 0, "nodes": 2, "cpu": "100m", "memory": "2Gi"}
 
 
-def long_job(name: str, resources: dict[str, Any], **spec_groups: Any) -> dict[str, Any]:
-    """A job with two ranks, dropout and frequent checkpoints, long enough to be interrupted."""
+def make_long_job(name: str, resources: dict[str, Any], **spec_groups: Any) -> dict[str, Any]:
+    """Return a job with two ranks, dropout and frequent checkpoints that trains long enough to be interrupted."""
     return job(
         name,
         resources=resources,
@@ -37,57 +37,57 @@ def long_job(name: str, resources: dict[str, Any], **spec_groups: Any) -> dict[s
 
 @pytest.fixture(scope="module")
 def uninterrupted_weights(shared_namespace: JobNamespace) -> dict[str, str]:
-    """The sha256 of each weight file of an uninterrupted run."""
-    shared_namespace.apply(long_job("uninterrupted", ONE_POD))
+    """Run a job without interruptions. Returns the sha256 of each weight file."""
+    shared_namespace.apply(make_long_job("uninterrupted", ONE_POD))
     status = shared_namespace.wait_finished("uninterrupted")
     assert status.restarts == 0
-    return weight_hashes(shared_namespace, status)
+    return read_weight_hashes(shared_namespace, status)
 
 
-def weight_hashes(job_namespace: JobNamespace, status: FineTuneJobStatus) -> dict[str, str]:
-    """The sha256 of each final weight file."""
+def read_weight_hashes(job_namespace: JobNamespace, status: FineTuneJobStatus) -> dict[str, str]:
+    """Return the sha256 of each weight file of the job's final model."""
     assert status.output is not None
     assert status.output.uri is not None
-    files = job_namespace.installation.manifest(status.output.uri)
+    files = job_namespace.installation.read_file_hashes(status.output.uri)
     found = {path: digest for path, digest in files.items() if path.endswith(".safetensors")}
     assert found
     return found
 
 
-def last_rank_pid(job_namespace: JobNamespace, pod: str) -> int:
-    """Process id of the last rank inside the container."""
+def find_last_rank_pid(job_namespace: JobNamespace, pod: str) -> int:
+    """Return the process id of the last rank, as seen inside the container."""
     script = 'for p in /proc/[0-9]*; do tr "\\0" " " < $p/cmdline 2>/dev/null | grep -q "[f]inetune_trainer train" && echo ${p#/proc/}; done; true'
     found = sorted(int(line) for line in job_namespace.exec_script(pod, script).split())
     return found[-1]
 
 
-def supervisor_host_pid(uid: str) -> int:
-    """Process id of a pod's supervisor on the host. No process in the container can kill the supervisor, because it is PID 1."""
+def find_supervisor_pid(uid: str) -> int:
+    """Return the process id of a pod's supervisor on the host. Inside the container, the supervisor is PID 1 and cannot be killed."""
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             command, groups = (folder / "cmdline").read_bytes(), (folder / "cgroup").read_text()
             last_pid = (folder / "status").read_text().partition("NSpid:")[2].splitlines()[0].split()[-1]
         except (OSError, IndexError):
-            continue  # the process has ended in the meantime
+            continue  # the process has ended since it was listed
         if b"supervise" in command and last_pid == "1" and uid in groups:
             return int(folder.name)
     raise AssertionError(f"no supervisor of pod {uid} on this machine")
 
 
 def kill_rank(job_namespace: JobNamespace, pod: dict[str, Any]) -> None:
-    """Send SIGKILL to one rank."""
+    """Send SIGKILL to the last rank of the pod."""
     name = pod["metadata"]["name"]
-    job_namespace.exec_script(name, f"kill -9 {last_rank_pid(job_namespace, name)}")
+    job_namespace.exec_script(name, f"kill -9 {find_last_rank_pid(job_namespace, name)}")
 
 
 def kill_supervisor(job_namespace: JobNamespace, pod: dict[str, Any]) -> None:
     """Send SIGKILL to the supervisor, PID 1 of the container."""
     del job_namespace
-    os.kill(supervisor_host_pid(pod["metadata"]["uid"]), signal.SIGKILL)
+    os.kill(find_supervisor_pid(pod["metadata"]["uid"]), signal.SIGKILL)
 
 
 def delete_pod(job_namespace: JobNamespace, pod: dict[str, Any]) -> None:
-    """Delete a pod, as an eviction or a drain does."""
+    """Delete the pod, as an eviction or a drain does."""
     job_namespace.installation.cluster.kubectl(
         "-n", job_namespace.namespace, "delete", "pod", pod["metadata"]["name"], "--wait=false"
     )
@@ -102,18 +102,18 @@ INTERRUPTIONS: dict[str, tuple[dict[str, Any], Callable[[JobNamespace, dict[str,
 
 
 QUICK_INTERRUPTIONS = ("pod-of-two-deleted",)
-"""The interruptions of `make test`, which also kills local ranks and supervisors (tests/pod)."""
+"""The interruptions that `make test` runs here. In tests/pod, it also kills local ranks and supervisors."""
 
 
 @pytest.mark.parametrize("name", quick_slice(INTERRUPTIONS, QUICK_INTERRUPTIONS))
-def test_resumed_run_ends_with_the_weights_of_an_uninterrupted_run(
+def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_run(
     shared_namespace: JobNamespace, uninterrupted_weights: dict[str, str], name: str
 ) -> None:
     resources, interrupt, pod_index = INTERRUPTIONS[name]
-    shared_namespace.apply(long_job(name, resources))
+    shared_namespace.apply(make_long_job(name, resources))
     shared_namespace.wait(name, lambda s: s.latest_checkpoint, "past its first checkpoint")
     pods = shared_namespace.pods(name)
-    assert len({pod["spec"]["nodeName"] for pod in pods}) == len(pods), "each pod of a gang has a node of its own if there are enough nodes"
+    assert len({pod["spec"]["nodeName"] for pod in pods}) == len(pods), "two pods of a gang share a node although each could have its own"
     interrupt(shared_namespace, pods[pod_index])
     status = shared_namespace.wait_finished(name)
     assert status.restarts == 1
@@ -124,16 +124,16 @@ def test_resumed_run_ends_with_the_weights_of_an_uninterrupted_run(
     assert first.last_step < STEPS
     if "deleted" in name:
         assert first.reason == FailureClass.PREEMPTED.value
-        assert first.counted is not True, "a deleted pod does not use up a retry"
-    assert weight_hashes(shared_namespace, status) == uninterrupted_weights
+        assert first.counted is not True, "the deletion of a pod was counted as a retry"
+    assert read_weight_hashes(shared_namespace, status) == uninterrupted_weights
 
 
-@pytest.mark.slow  # tests/integration/operator suspends jobs, and tests/pod stops and resumes pods
-def test_suspended_job_saves_a_checkpoint_and_resumes_from_the_same_step(
+@pytest.mark.slow  # tests/integration/operator also suspends jobs, and tests/pod also stops and resumes pods
+def test_a_suspended_job_saves_a_checkpoint_and_resumes_from_it(
     shared_namespace: JobNamespace, uninterrupted_weights: dict[str, str]
 ) -> None:
     name = "suspended"
-    shared_namespace.apply(long_job(name, ONE_POD))
+    shared_namespace.apply(make_long_job(name, ONE_POD))
     shared_namespace.wait(name, lambda s: s.progress and s.progress.step, "at its first step")
     set_suspend(shared_namespace, name, True)
     status = shared_namespace.wait(name, lambda s: s.phase is Phase.SUSPENDED, "suspended")
@@ -144,19 +144,19 @@ def test_suspended_job_saves_a_checkpoint_and_resumes_from_the_same_step(
         labels=f"{Label.JOB_NAME}={name}",
     )
     (first,) = status.attempts
-    assert first.counted is not True, "a suspension does not use up a retry"
+    assert first.counted is not True, "the suspension was counted as a retry"
     set_suspend(shared_namespace, name, False)
     status = shared_namespace.wait_finished(name)
     first, second = status.attempts
     assert first.last_step is not None
     assert 0 < first.last_step < STEPS
-    assert second.resumed_from_step == first.committed_step == first.last_step, "no step is repeated"
-    assert weight_hashes(shared_namespace, status) == uninterrupted_weights
+    assert second.resumed_from_step == first.committed_step == first.last_step, "the second attempt repeats steps"
+    assert read_weight_hashes(shared_namespace, status) == uninterrupted_weights
 
 
-def set_suspend(job_namespace: JobNamespace, name: str, value: bool) -> None:
-    """Set spec.suspend."""
-    job_namespace.installation.api.patch(PLURAL, job_namespace.namespace, name, {"spec": {"suspend": value}})
+def set_suspend(job_namespace: JobNamespace, name: str, is_suspended: bool) -> None:
+    """Set `spec.suspend` of a job."""
+    job_namespace.installation.api.patch(PLURAL, job_namespace.namespace, name, {"spec": {"suspend": is_suspended}})
 
 
 def has_ended(pod: dict[str, Any]) -> bool:
@@ -164,11 +164,11 @@ def has_ended(pod: dict[str, Any]) -> bool:
     return pod["status"].get("phase") in ("Succeeded", "Failed")
 
 
-@pytest.mark.slow  # tests/integration/operator/test_lifecycle.py: a Job with another owner blocks the attempt
-def test_recreated_job_waits_for_the_pods_of_the_deleted_job_of_that_name(shared_namespace: JobNamespace) -> None:
+@pytest.mark.slow  # tests/integration/operator/test_lifecycle.py tests that a Job with another owner blocks the attempt
+def test_a_recreated_job_waits_for_the_pods_of_the_deleted_job_of_the_same_name(shared_namespace: JobNamespace) -> None:
     """A job is deleted and applied again at once. The two jobs never run at the same time and share no folder in S3."""
     name = "twice"
-    shared_namespace.apply(long_job(name, ONE_POD))
+    shared_namespace.apply(make_long_job(name, ONE_POD))
     shared_namespace.wait(name, lambda s: s.progress and s.progress.step, "at its first step")
     shared_namespace.installation.cluster.kubectl(
         "-n", shared_namespace.namespace, "delete", "finetunejob", name, "--wait=false"
@@ -204,21 +204,21 @@ def n2(installation: Installation) -> Iterator[str]:
 
 
 @pytest.mark.slow
-def test_job_on_a_powered_off_node_resumes_on_another_node_from_its_checkpoint(
+def test_a_job_on_a_powered_off_node_resumes_from_its_checkpoint_on_another_node(
     shared_namespace: JobNamespace, uninterrupted_weights: dict[str, str], n2: str
 ) -> None:
     name, cluster = "node-lost", shared_namespace.installation.cluster
     taints = ("node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable")
     tolerations = [{"key": key, "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 1} for key in taints]
     cluster.kubectl("cordon", "n1")
-    shared_namespace.apply(long_job(name, ONE_POD, placement={"tolerations": tolerations}))
+    shared_namespace.apply(make_long_job(name, ONE_POD, placement={"tolerations": tolerations}))
     shared_namespace.wait(name, lambda s: s.latest_checkpoint, "past its first checkpoint")
     cluster.kubectl("uncordon", "n1")
     cluster.power_off(n2)
     status = shared_namespace.wait(name, lambda s: s.phase is Phase.SUCCEEDED, "succeeded", timeout=420)
     first, second = status.attempts
-    assert first.counted is not True, "a lost node does not use up a retry"
+    assert first.counted is not True, "the lost node was counted as a retry"
     assert first.node == n2
     assert second.resumed_from_step is not None
     assert second.resumed_from_step >= CHECKPOINT_STEPS
-    assert weight_hashes(shared_namespace, status) == uninterrupted_weights
+    assert read_weight_hashes(shared_namespace, status) == uninterrupted_weights

@@ -1,4 +1,4 @@
-"""Fixtures for tests of the local cluster. The pods run testbox, a small program whose exit code and behaviour a test chooses."""
+"""Fixtures for tests of the local cluster. Their pods run testbox, a small program whose behaviour and exit code a test chooses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.e2e.localcluster.pods import TESTBOX_IMAGE, NamespaceApi
 
 @pytest.fixture(scope="session")
 def testbox(node_cluster: NodeCluster) -> str:
-    """Load the testbox image into all nodes. Returns its tag."""
+    """Load the testbox image into all nodes. Returns the tag of the image."""
     program = build.ensure_built("testbox")
     layout = write_layout(program.parent / "image", Image(TESTBOX_IMAGE, {"/testbox": program}, ["/testbox"]))
     return node_cluster.load_image(layout)
@@ -19,11 +19,11 @@ def testbox(node_cluster: NodeCluster) -> str:
 
 @pytest.fixture
 def api(node_cluster: NodeCluster, namespace: str, testbox: str) -> NamespaceApi:
-    """API calls in a new namespace."""
+    """A client for API calls in a new namespace."""
     assert testbox == TESTBOX_IMAGE
     return NamespaceApi(node_cluster, namespace)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the tests that stop the shared cluster after all other tests."""
+    """Move the tests that stop the shared cluster to the end of the test run."""
     items.sort(key=lambda item: item.path.name == "test_cleanup.py")

@@ -14,7 +14,7 @@ Object = dict[str, Any]
 
 
 def pod(name: str, *arguments: str, container: Object | None = None, **spec: Any) -> Object:
-    """Manifest of a pod whose only container runs testbox; `container` and `spec` add fields to the container and the pod spec."""
+    """Return the manifest of a pod whose only container runs testbox. `container` and `spec` add fields to the container and to the pod's spec."""
     box = {"name": "box", "image": TESTBOX_IMAGE, "imagePullPolicy": "IfNotPresent", "args": list(arguments)}
     return {
         "apiVersion": "v1",
@@ -31,26 +31,26 @@ def pod(name: str, *arguments: str, container: Object | None = None, **spec: Any
 
 
 def pod_phase(obj: Object) -> str:
-    """The pod's phase."""
+    """Return the phase of a pod."""
     return str(obj["status"].get("phase"))
 
 
 def terminated_state(obj: Object) -> Object:
-    """The terminated state of the pod's container; empty while the container has not ended."""
+    """Return the terminated state of the pod's container. Empty until the container has ended."""
     states = obj["status"].get("containerStatuses") or [{}]
     ended: Object = states[0].get("state", {}).get("terminated", {})
     return ended
 
 
 def waiting_reason(obj: Object) -> str | None:
-    """The reason why the pod's container is waiting."""
+    """Return the reason why the pod's container waits. None if it does not wait."""
     states = obj["status"].get("containerStatuses") or [{}]
     reason: str | None = states[0].get("state", {}).get("waiting", {}).get("reason")
     return reason
 
 
-def is_true(obj: Object, condition: str) -> bool:
-    """Whether an object has a condition with status True."""
+def has_true_condition(obj: Object, condition: str) -> bool:
+    """Whether the object has this condition with the status True."""
     return any(c["type"] == condition and c["status"] == "True" for c in obj["status"].get("conditions", []))
 
 
@@ -76,7 +76,7 @@ class NamespaceApi:
         self.cluster.endpoint.request("DELETE", f"{self._path(kind)}/{name}")
 
     def wait(self, kind: str, name: str, until: Callable[[Object], object], seconds: float = 40) -> Object:
-        """Wait until `until(object)` is true, and return the object. After `seconds`, raise AssertionError with the status."""
+        """Wait until `until(object)` is true, and return the object. After `seconds`, raise AssertionError with the object's status."""
         deadline = time.monotonic() + seconds
         while not until(obj := self.get(kind, name)):
             assert time.monotonic() < deadline, f"{kind} {name} after {seconds} s: {obj['status']}"

@@ -1,4 +1,4 @@
-"""Images on a node: pods run the newest image of a tag, and older images are removed."""
+"""Images on a node: new pods run the newest image of a tag, and older images of the tag are removed."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import pytest
 from localcluster import build
 from localcluster.errors import ImageNotFound
 from localcluster.oci import Image, write_layout
-from localcluster.store import untagged_names
+from localcluster.store import find_untagged_names
 from tests.e2e.localcluster.pods import NamespaceApi, pod, terminated_state
 
 pytestmark = pytest.mark.e2e
 TAG = "localhost/changing:dev"
 
 
-def _version(folder: Path, number: str) -> Path:
-    """Write an image layout with testbox and a file that differs by version. The layer is large enough to be hard-linked."""
+def _write_image(folder: Path, number: str) -> Path:
+    """Write an image layout with testbox and a file that contains `number`. Its layer is so large that it is hard-linked instead of copied."""
     extra = folder / number
     extra.write_bytes(number.encode() * (2 << 20))
     image = Image(TAG, {"/testbox": build.ensure_built("testbox"), "/extra": extra}, ["/testbox"])
@@ -29,16 +29,16 @@ def test_new_pods_run_the_changed_image(api: NamespaceApi, tmp_path: Path) -> No
     containerd = api.cluster.containerd(api.cluster.plan.node("n1"))
     image_ids = []
     for number in ("1", "2"):
-        assert api.cluster.load_image(_version(tmp_path, number), nodes=["n1"]) == TAG
+        assert api.cluster.load_image(_write_image(tmp_path, number), nodes=["n1"]) == TAG
         finished = api.run(pod(f"p{number}", "exit", number, **on_n1))
         assert terminated_state(finished)["exitCode"] == int(number)
         image_ids.append(finished["status"]["containerStatuses"][0]["imageID"])
-        assert untagged_names(containerd.images()) == []
+        assert find_untagged_names(containerd.list_images()) == []
     assert image_ids[0] != image_ids[1]
 
 
 def test_loading_an_image_again_reads_no_layers(api: NamespaceApi, tmp_path: Path) -> None:
-    layout = _version(tmp_path, "3")
+    layout = _write_image(tmp_path, "3")
     api.cluster.load_image(layout, nodes=["n1"])
     for blob in (layout / "blobs" / "sha256").iterdir():
         if blob.stat().st_size > 1 << 20:
@@ -46,6 +46,6 @@ def test_loading_an_image_again_reads_no_layers(api: NamespaceApi, tmp_path: Pat
     assert api.cluster.load_image(layout, nodes=["n1"]) == TAG
 
 
-def test_image_that_was_never_built_is_an_error(api: NamespaceApi) -> None:
+def test_loading_an_image_that_was_never_built_is_an_error(api: NamespaceApi) -> None:
     with pytest.raises(ImageNotFound, match="run `localcluster images build`"):
         api.cluster.load_image("localhost/never:dev")

@@ -1,4 +1,4 @@
-"""Behaviour of nodes: stopped kubelet, power cut, drain, and too few GPUs."""
+"""Nodes whose kubelet is stopped, whose power is cut, that are drained, or that have too few GPUs."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Iterator
 import pytest
 
 from localcluster import NodeCluster
-from tests.e2e.localcluster.pods import NamespaceApi, is_true, pod, pod_phase, terminated_state
+from tests.e2e.localcluster.pods import NamespaceApi, has_true_condition, pod, pod_phase, terminated_state
 
 pytestmark = pytest.mark.e2e
-ON_N2 = {"nodeSelector": {"kubernetes.io/hostname": "n2"}}
+NODE_SELECTOR_N2 = {"nodeSelector": {"kubernetes.io/hostname": "n2"}}
 
 
 @pytest.fixture
 def n2(node_cluster: NodeCluster) -> Iterator[str]:
-    """The second node. After the test, the node is started and uncordoned."""
+    """The second node. After the test, the node is started again and uncordoned."""
     yield "n2"
     node_cluster.start_node("n2")
     node_cluster.kubectl("uncordon", "n2")
@@ -27,46 +27,46 @@ def _tolerations(seconds: int) -> list[dict[str, object]]:
 
 
 @pytest.mark.slow
-def test_node_without_kubelet_becomes_not_ready_and_its_pods_are_evicted(api: NamespaceApi, n2: str) -> None:
-    manifest = pod("p", "graceful", "0", tolerations=_tolerations(1), terminationGracePeriodSeconds=5, **ON_N2)
+def test_a_node_without_kubelet_becomes_not_ready_and_its_pods_are_evicted(api: NamespaceApi, n2: str) -> None:
+    manifest = pod("p", "graceful", "0", tolerations=_tolerations(1), terminationGracePeriodSeconds=5, **NODE_SELECTOR_N2)
     api.create(manifest)
     api.wait("pod", "p", lambda p: pod_phase(p) == "Running")
     api.cluster.stop_kubelet(n2)
-    api.wait("node", n2, lambda n: not is_true(n, "Ready"), seconds=60)
+    api.wait("node", n2, lambda n: not has_true_condition(n, "Ready"), seconds=60)
     evicted = api.wait("pod", "p", lambda p: p["metadata"].get("deletionTimestamp"), seconds=60)
-    assert is_true(evicted, "DisruptionTarget")
-    assert pod_phase(evicted) == "Running"  # without a kubelet, nothing updates the pod's status
+    assert has_true_condition(evicted, "DisruptionTarget")
+    assert pod_phase(evicted) == "Running"  # no kubelet updates the status of the evicted pod
     api.cluster.start_node(n2)
-    api.wait("node", n2, lambda n: is_true(n, "Ready"))
+    api.wait("node", n2, lambda n: has_true_condition(n, "Ready"))
 
 
-def test_power_cut_ends_all_containers(api: NamespaceApi, n2: str) -> None:
-    api.create(pod("p", "sleep", "600", **ON_N2))
+def test_a_power_cut_ends_all_containers(api: NamespaceApi, n2: str) -> None:
+    api.create(pod("p", "sleep", "600", **NODE_SELECTOR_N2))
     api.wait("pod", "p", lambda p: pod_phase(p) == "Running")
     api.cluster.power_off(n2)
     api.cluster.start_node(n2)
     assert terminated_state(api.wait("pod", "p", terminated_state))["exitCode"] in (137, 255)
-    assert terminated_state(api.run(pod("again", "exit", "0", **ON_N2)))["exitCode"] == 0
+    assert terminated_state(api.run(pod("again", "exit", "0", **NODE_SELECTOR_N2)))["exitCode"] == 0
 
 
-def test_drain_evicts_pods_and_new_pods_stay_pending(api: NamespaceApi, n2: str) -> None:
-    api.create(pod("p", "graceful", "75", **ON_N2))
+def test_a_drain_evicts_pods_and_new_pods_stay_pending(api: NamespaceApi, n2: str) -> None:
+    api.create(pod("p", "graceful", "75", **NODE_SELECTOR_N2))
     api.wait("pod", "p", lambda p: pod_phase(p) == "Running")
     api.kubectl("drain", n2, "--force", "--delete-emptydir-data", "--ignore-daemonsets", "--timeout=60s")
-    api.create(pod("late", "exit", "0", **ON_N2))
+    api.create(pod("late", "exit", "0", **NODE_SELECTOR_N2))
     pending = api.wait("pod", "late", lambda p: p["status"].get("conditions"))
     assert (pod_phase(pending), pending["status"]["conditions"][0]["reason"]) == ("Pending", "Unschedulable")
     api.kubectl("uncordon", n2)
     assert terminated_state(api.wait("pod", "late", terminated_state))["exitCode"] == 0
 
 
-def test_scheduler_respects_the_number_of_gpus(api: NamespaceApi) -> None:
-    def gpu_limit(number: int) -> dict[str, object]:
-        return {"resources": {"limits": {"nvidia.com/gpu": str(number)}}}
+def test_the_scheduler_respects_the_number_of_gpus(api: NamespaceApi) -> None:
+    def gpu_limit(gpu_count: int) -> dict[str, object]:
+        return {"resources": {"limits": {"nvidia.com/gpu": str(gpu_count)}}}
 
-    api.create(pod("a", "graceful", "0", container=gpu_limit(3), **ON_N2))
+    api.create(pod("a", "graceful", "0", container=gpu_limit(3), **NODE_SELECTOR_N2))
     api.wait("pod", "a", lambda p: pod_phase(p) == "Running")
-    api.create(pod("b", "exit", "0", container=gpu_limit(2), **ON_N2))
+    api.create(pod("b", "exit", "0", container=gpu_limit(2), **NODE_SELECTOR_N2))
     pending = api.wait("pod", "b", lambda p: p["status"].get("conditions"))
     assert "Insufficient nvidia.com/gpu" in pending["status"]["conditions"][0]["message"]
     api.delete("pod", "a")

@@ -1,4 +1,4 @@
-"""Pods on a real node end as the operator and the trainer expect."""
+"""Pods on a real node end with the exit codes, reasons and messages that the operator and the trainer expect."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ pytestmark = pytest.mark.e2e
 
 
 @pytest.mark.parametrize(("code", "expected"), [(0, "Succeeded"), (64, "Failed"), (137, "Failed")])
-def test_exit_code_is_in_the_pod_status(api: NamespaceApi, code: int, expected: str) -> None:
+def test_the_exit_code_is_in_the_pod_status(api: NamespaceApi, code: int, expected: str) -> None:
     finished = api.run(pod("p", "exit", str(code)))
     assert terminated_state(finished)["exitCode"] == code
     assert api.wait("pod", "p", lambda p: pod_phase(p) == expected)
 
 
-def test_container_over_its_memory_limit_is_oom_killed(api: NamespaceApi) -> None:
+def test_a_container_that_exceeds_its_memory_limit_is_oom_killed(api: NamespaceApi) -> None:
     limit = {"resources": {"limits": {"memory": "64Mi"}}}
     assert terminated_state(api.run(pod("p", "allocate", "256", container=limit)))["exitCode"] == 137
-    # containerd receives the exit and the OOM event separately, and sets the reason after both events.
+    # containerd receives the exit event and the OOM event separately. The reason is OOMKilled only after both events.
     assert api.wait("pod", "p", lambda p: terminated_state(p)["reason"] == "OOMKilled")
 
 
-def test_program_can_exit_with_its_own_code_after_sigterm(api: NamespaceApi) -> None:
+def test_a_program_can_exit_with_its_own_code_after_sigterm(api: NamespaceApi) -> None:
     api.create({**pod("p", "graceful", "75", terminationGracePeriodSeconds=30), **_with_finalizer("p")})
     api.wait("pod", "p", lambda p: pod_phase(p) == "Running")
     api.wait("pod", "p", lambda _: "waiting" in api.kubectl("logs", "p"))
@@ -36,7 +36,7 @@ def test_program_can_exit_with_its_own_code_after_sigterm(api: NamespaceApi) -> 
     _remove_finalizer(api, "p")
 
 
-def test_program_that_ignores_sigterm_is_killed_after_the_grace_period(api: NamespaceApi) -> None:
+def test_a_program_that_ignores_sigterm_is_killed_after_the_grace_period(api: NamespaceApi) -> None:
     api.create({**pod("p", "sleep", "600", terminationGracePeriodSeconds=1), **_with_finalizer("p")})
     api.wait("pod", "p", lambda p: pod_phase(p) == "Running")
     api.delete("pod", "p")
@@ -45,7 +45,7 @@ def test_program_that_ignores_sigterm_is_killed_after_the_grace_period(api: Name
 
 
 def _with_finalizer(name: str) -> dict[str, object]:
-    """Metadata with a finalizer, so that the pod can be read after its deletion."""
+    """Return metadata with a finalizer, so that the pod can still be read after its deletion."""
     return {"metadata": {"name": name, "finalizers": ["finetune-operator.io/test"]}}
 
 
@@ -53,18 +53,18 @@ def _remove_finalizer(api: NamespaceApi, name: str) -> None:
     api.kubectl("patch", "pod", name, "--type=json", '-p=[{"op":"remove","path":"/metadata/finalizers"}]')
 
 
-def test_termination_message_comes_from_the_file(api: NamespaceApi) -> None:
+def test_the_termination_message_comes_from_the_file(api: NamespaceApi) -> None:
     finished = api.run(pod("p", "say", "/dev/termination-log", '{"code":65}', "--", "exit", "65"))
     assert terminated_state(finished)["message"] == '{"code":65}'
 
 
-def test_termination_message_falls_back_to_the_log(api: NamespaceApi) -> None:
+def test_the_termination_message_comes_from_the_log_if_there_is_no_file(api: NamespaceApi) -> None:
     fallback = {"terminationMessagePolicy": "FallbackToLogsOnError"}
     ended = terminated_state(api.run(pod("p", "print", "2", "0", "--", "exit", "70", container=fallback)))
     assert (ended["exitCode"], ended["message"]) == (70, "line 1\nline 2\n")
 
 
-def test_logs_follow_until_the_end(api: NamespaceApi) -> None:
+def test_logs_can_be_followed_until_the_container_ends(api: NamespaceApi) -> None:
     api.create(pod("p", "print", "5", "200"))
     api.wait("pod", "p", lambda p: pod_phase(p) != "Pending")
     assert api.kubectl("logs", "-f", "p") == "\n".join(f"line {n}" for n in range(1, 6))
@@ -85,13 +85,13 @@ def test_exec_and_port_forward_work(api: NamespaceApi) -> None:
     assert got.stdout.strip() == "p"
 
 
-def test_missing_image_is_the_waiting_reason(api: NamespaceApi) -> None:
+def test_a_pod_with_a_missing_image_waits_with_this_reason(api: NamespaceApi) -> None:
     api.create(pod("p", "exit", "0", container={"image": "localhost/no-such-image:1"}))
     created = api.wait("pod", "p", lambda p: waiting_reason(p) in ("ErrImagePull", "ImagePullBackOff"))
     assert pod_phase(created) == "Pending"
 
 
-def test_restricted_pods_run(api: NamespaceApi) -> None:
+def test_pods_under_pod_security_restricted_run(api: NamespaceApi) -> None:
     label = "pod-security.kubernetes.io/enforce=restricted"
     api.kubectl("label", "namespace", api.namespace, label)
     restricted = {
@@ -99,7 +99,7 @@ def test_restricted_pods_run(api: NamespaceApi) -> None:
             "allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]},
             "runAsNonRoot": True, "runAsUser": 10001, "seccompProfile": {"type": "RuntimeDefault"},
         },
-        "volumeMounts": [{"name": "shm", "mountPath": "/dev/shm"}],  # noqa: S108 - in the container
+        "volumeMounts": [{"name": "shm", "mountPath": "/dev/shm"}],  # noqa: S108  a path in the container
     }
     volumes = [{"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "16Mi"}}]
     manifest = pod("p", "say", "/dev/shm/x", "y", "--", "exit", "0", container=restricted, volumes=volumes)  # noqa: S108

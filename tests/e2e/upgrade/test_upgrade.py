@@ -1,6 +1,6 @@
-"""Upgrade from release 0.1.0 to this checkout and roll back again, with jobs in every phase: no job restarts or fails.
+"""An upgrade from release 0.1.0 to this checkout, and the rollback, restart no job and let no job fail, whatever its phase.
 
-The old release is read from the repository's history: its chart, CRD, operator image and trainer image.
+The chart, the CRD and the images of the old release are built from its commit in the repository's history.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import pytest
 from finetune_api.names import PLURAL, Label, Phase
 
 from localcluster import images
-from localcluster.steps import shown_step
+from localcluster.steps import show_step
 from tests.e2e.jobs.installation import ROOT, SMALL_RESOURCES, ChartInputs, Installation, JobNamespace, demo, job
 from tests.support.kubeapi import Object
 
-# The first run builds the images of release 0.1.0: several minutes.
+# The first run takes several minutes more, because it builds the images of release 0.1.0.
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(2400)]
 
 OLD_COMMIT = "d755abe"
@@ -31,13 +31,13 @@ CPU_RESOURCES = {"gpusPerNode": 0, "cpu": "100m", "memory": "2Gi"}
 
 @dataclass(frozen=True)
 class Release:
-    """A chart and its images."""
+    """A release of the operator: its chart, and its images and S3 endpoint for the chart's values."""
 
     chart: Path
     images: ChartInputs
 
     def install(self, installation: Installation) -> None:
-        """Run `helm upgrade --install` and wait until the new operator pod is ready."""
+        """Run `helm upgrade --install`, and wait until the new operator pod is ready."""
         values = demo.make_helm_values(self.images)  # type: ignore[arg-type]  # demo.make_helm_values reads only the fields of ChartInputs
         values["settings"] |= {"retry": {"baseSeconds": 1}}
         values["trainer"] |= {"resources": SMALL_RESOURCES, "env": {"OMP_NUM_THREADS": "1"}}
@@ -51,7 +51,7 @@ class Release:
 
 @pytest.fixture(scope="module")
 def old_release(installation: Installation, tmp_path_factory: pytest.TempPathFactory) -> Release:
-    """Release 0.1.0 with its images built and loaded into the nodes."""
+    """Release 0.1.0. Its images are built and loaded into the nodes."""
     source = tmp_path_factory.mktemp("release-0.1.0")
     archive = subprocess.run(["git", "-C", str(ROOT), "archive", OLD_COMMIT], capture_output=True)
     if archive.returncode != 0:
@@ -61,7 +61,7 @@ def old_release(installation: Installation, tmp_path_factory: pytest.TempPathFac
     for which in (images.ImageName.OPERATOR, images.ImageName.TRAINER):
         recipe = images.RECIPE_BY_IMAGE[which]
         old = images.ImageRecipe(f"{recipe.name}-0.1.0", recipe.dockerfile, recipe.build_arguments, recipe.needed_disk_gb)
-        built = images.build_recipe(old, source, shown_step)
+        built = images.build_recipe(old, source, show_step)
         tags[which] = installation.cluster.load_image(built.layout_folder)
     place = ChartInputs(installation.cluster.s3, tags[images.ImageName.OPERATOR], tags[images.ImageName.TRAINER])
     return Release(source / CHART_PATH, place)
@@ -69,14 +69,14 @@ def old_release(installation: Installation, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture
 def new_release(installation: Installation) -> Iterator[Release]:
-    """The release of this checkout. After the test, this release is installed again for later tests."""
+    """The release of this checkout. After the test, it is installed again, because later tests need it."""
     release = Release(ROOT / CHART_PATH, ChartInputs(installation.cluster.s3))
     yield release
     release.install(installation)
 
 
-def long_job(name: str, resources: dict[str, Any], **spec_groups: Any) -> Object:
-    """A job with frequent checkpoints that still trains when the operator is upgraded."""
+def make_long_job(name: str, resources: dict[str, Any], **spec_groups: Any) -> Object:
+    """Return a job with frequent checkpoints that is still training when the operator is upgraded."""
     return job(
         name,
         resources=resources,
@@ -88,9 +88,9 @@ def long_job(name: str, resources: dict[str, Any], **spec_groups: Any) -> Object
 
 
 JOBS = {
-    "running": long_job("running", CPU_RESOURCES),
-    "gang": long_job("gang", CPU_RESOURCES | {"nodes": 2}),
-    "suspended": long_job("suspended", CPU_RESOURCES),
+    "running": make_long_job("running", CPU_RESOURCES),
+    "gang": make_long_job("gang", CPU_RESOURCES | {"nodes": 2}),
+    "suspended": make_long_job("suspended", CPU_RESOURCES),
     "done": job("done", training={"maxSteps": 2}),
     "failed": job("failed", dataset={"train": "s3://datasets/missing.jsonl"}),
     "cancelled": job("cancelled", training={"maxSteps": 500}),
@@ -100,7 +100,7 @@ JOBS = {
 
 
 def bring_into_every_phase(job_namespace: JobNamespace) -> None:
-    """Apply all jobs and wait until each job is in the phase that its name states."""
+    """Apply all jobs, and wait until each job is in the phase after which it is named."""
     job_namespace.apply(JOBS["done"], JOBS["failed"], JOBS["unschedulable"], JOBS["queued"])
     job_namespace.wait_finished("done")
     job_namespace.wait_finished("failed", Phase.FAILED)
@@ -120,7 +120,7 @@ def bring_into_every_phase(job_namespace: JobNamespace) -> None:
 
 
 def read_job_states(job_namespace: JobNamespace) -> dict[str, tuple[Any, ...]]:
-    """The values that an upgrade must not change: attempt, restarts, number of ended attempts, and the uids of the pods."""
+    """Return what an upgrade must not change in each job: the attempt, the restarts, the number of ended attempts and the uids of the pods."""
     found = {}
     for name in JOBS:
         status = job_namespace.status(name)
@@ -130,11 +130,11 @@ def read_job_states(job_namespace: JobNamespace) -> dict[str, tuple[Any, ...]]:
 
 
 def replace_operator_and_finish(job_namespace: JobNamespace, release: Release) -> None:
-    """Install the other release while the jobs are in different phases. Check that every job ends as it would without the upgrade."""
+    """Install a release while the jobs are in different phases, and check that every job ends as it would without this change."""
     before = read_job_states(job_namespace)
     phases = {name: job_namespace.status(name).phase for name in ("suspended", "done", "failed", "cancelled", "queued")}
     release.install(job_namespace.installation)
-    # Change each spec. When the status contains the new generation, the new operator has read the job.
+    # Change each spec. As soon as the status contains the new generation, the new operator has reconciled the job.
     for name in JOBS:
         job_namespace.installation.api.patch(
             PLURAL, job_namespace.namespace, name, {"spec": {"policy": {"ttlSecondsAfterFinished": 86400}}}

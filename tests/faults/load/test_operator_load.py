@@ -1,4 +1,4 @@
-"""Run the load benchmark with few jobs. This test only checks that the benchmark works; full runs provide the figures."""
+"""Runs the operator's load benchmark with few jobs, to check that the benchmark works. The published figures come from full runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.mark.slow
-def test_small_run_measures_all_figures_with_a_budget(tmp_path: Path) -> None:
+def test_a_small_run_measures_every_figure_that_has_a_budget(tmp_path: Path) -> None:
     figures = tmp_path / "figures.json"
     argv = [sys.executable, "benchmarks/operator_load.py", "--jobs", "10", "--rounds", "1", "--clients", "4"]
     argv += ["--finished", "5", "--idle-seconds", "2", "--steady-seconds", "6", "--timeout", "60"]

@@ -1,4 +1,4 @@
-// Shifts the wall clock of a process by $CLOCK_SHIFT seconds; other clocks do not change.
+// Shifts the wall clock of a process by $CLOCK_SHIFT seconds. Its other clocks, such as the monotonic clock, do not change.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <stdlib.h>

@@ -1,4 +1,4 @@
-"""Fixtures for tests of the fault matrix that take long or need their own control plane."""
+"""Fixtures for the tests of fault matrix rows that take long or need a separate control plane."""
 
 from __future__ import annotations
 
@@ -19,6 +19,6 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def control_plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
-    """etcd, kube-apiserver and kube-controller-manager."""
+    """A running control plane: etcd, kube-apiserver and kube-controller-manager."""
     with ControlPlane(tmp_path_factory.mktemp("control-plane") / "state") as endpoint:
         yield endpoint

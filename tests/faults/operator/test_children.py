@@ -1,4 +1,4 @@
-"""Tests: every way in which a pod can end or fail to start, lost nodes, and changes of Jobs and Services by other clients."""
+"""Faults of Jobs, pods and nodes: every way in which a pod can end or fail to start, lost nodes, and changes of Jobs and Services by other clients."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ pytestmark = pytest.mark.faults
 
 
 @pytest.mark.row(19)
-def test_recreated_finetunejob_waits_for_the_old_job_and_does_not_adopt_it(rig: Rig) -> None:
-    rig.operator()
+def test_a_recreated_finetunejob_waits_for_the_old_job_and_does_not_adopt_it(rig: Rig) -> None:
+    rig.start_operator()
     rig.submit()
     rig.kubelet.wait_running(rig.namespace, "job")
     rig.wait_attempt(1)
@@ -30,8 +30,8 @@ def test_recreated_finetunejob_waits_for_the_old_job_and_does_not_adopt_it(rig: 
 
 
 @pytest.mark.row(22)
-def test_deleted_service_is_created_again(rig: Rig) -> None:
-    rig.operator(config={"resyncSeconds": 2})
+def test_a_deleted_service_is_created_again(rig: Rig) -> None:
+    rig.start_operator(config={"resyncSeconds": 2})
     rig.submit(resources={"nodes": 2})
     rig.kubelet.wait_running(rig.namespace, "job", count=2)
     old_uid = rig.api.wait("services", rig.namespace, "job-1", lambda body: True)["metadata"]["uid"]
@@ -42,10 +42,10 @@ def test_deleted_service_is_created_again(rig: Rig) -> None:
 
 @pytest.mark.row(23)
 @pytest.mark.parametrize("label", ["app.kubernetes.io/managed-by", "finetune-operator.io/attempt"])
-def test_job_without_its_label_causes_no_second_job(rig: Rig, label: str) -> None:
-    """If a Job loses its label, the operator's watch no longer delivers it. The Job still runs, so the operator must not create a second Job."""
-    proxy = rig.proxy()
-    rig.operator(proxy=proxy, config={"resyncSeconds": 1})
+def test_a_job_that_loses_its_label_causes_no_second_job(rig: Rig, label: str) -> None:
+    """The operator's watch does not deliver a Job that has lost its label. That Job still runs, so the operator must not create a second one."""
+    proxy = rig.start_proxy()
+    rig.start_operator(proxy=proxy, config={"resyncSeconds": 1})
     rig.submit()
     pod = rig.kubelet.wait_running(rig.namespace, "job")[0]
     rig.wait_attempt(1)
@@ -56,12 +56,12 @@ def test_job_without_its_label_causes_no_second_job(rig: Rig, label: str) -> Non
     proxy.wait_for(lambda e: e.number > last_exchange and e.operation == "list pods", timeout_seconds=20)
     assert count_created(proxy, "jobs") == 1
     assert rig.api.find("pods", rig.namespace, pod.name) is not None
-    rig.api.patch("jobs", rig.namespace, "job-1", {"metadata": {"labels": {label: _label_of(label)}}})
+    rig.api.patch("jobs", rig.namespace, "job-1", {"metadata": {"labels": {label: _read_label(label)}}})
     rig.kubelet.end_pod(pod, success_exit())
     assert attempt_reasons(rig.wait_finished()) == [(1, Reason.SUCCEEDED)]
 
 
-def _label_of(label: str) -> str:
+def _read_label(label: str) -> str:
     return "finetune-operator" if label.endswith("managed-by") else "1"
 
 
@@ -81,7 +81,7 @@ EXIT_CASES: dict[str, tuple[ContainerExit, str, str]] = {
 @pytest.mark.parametrize("case", EXIT_CASES)
 def test_each_end_of_a_pod_has_its_own_reason_and_is_retried(rig: Rig, case: str) -> None:
     container_exit, reason, _ = EXIT_CASES[case]
-    rig.operator()
+    rig.start_operator()
     rig.submit()
     pod = rig.kubelet.wait_running(rig.namespace, "job", attempt=1)[0]
     rig.wait_attempt(1)
@@ -97,8 +97,8 @@ def test_each_end_of_a_pod_has_its_own_reason_and_is_retried(rig: Rig, case: str
 @pytest.mark.parametrize(
     ("code", "failure_class"), [(64, "User"), (65, "Data"), (66, "Model"), (67, "Storage"), (77, "Storage")]
 )
-def test_error_that_no_retry_can_fix_fails_the_job_at_once(rig: Rig, code: int, failure_class: str) -> None:
-    rig.operator()
+def test_an_error_that_no_retry_can_fix_fails_the_job_at_once(rig: Rig, code: int, failure_class: str) -> None:
+    rig.start_operator()
     rig.submit()
     pod = rig.kubelet.wait_running(rig.namespace, "job")[0]
     rig.kubelet.end_pod(pod, failure_exit(code, code="SomeError", message="the message", hint="the hint"))
@@ -127,7 +127,7 @@ def test_pods_that_do_not_start_show_the_reason_until_the_problem_is_solved(
     rig: Rig, plan: PodPlan, reason: Reason, expected_text: str
 ) -> None:
     rig.kubelet.set_plan(rig.namespace, plan)
-    rig.operator()
+    rig.start_operator()
     rig.submit(policy={"startTimeoutSeconds": 2})
     body = rig.wait(lambda b: find_condition(b, Condition.PODS_READY).get("reason") == reason)
     assert expected_text in find_condition(body, Condition.PODS_READY)["message"]
@@ -140,8 +140,8 @@ def test_pods_that_do_not_start_show_the_reason_until_the_problem_is_solved(
 
 
 @pytest.mark.row(25)
-def test_deleted_node_does_not_count_as_a_retry(rig: Rig) -> None:
-    rig.operator()
+def test_a_deleted_node_does_not_count_as_a_retry(rig: Rig) -> None:
+    rig.start_operator()
     rig.submit(policy={"terminationGracePeriodSeconds": 1})
     pod = rig.kubelet.wait_running(rig.namespace, "job")[0]
     rig.kubelet.set_progress(
@@ -168,8 +168,8 @@ def _run_config(rig: Rig, attempt: int) -> str:
 
 
 @pytest.mark.row(26)
-def test_pod_of_an_unreachable_node_is_removed(rig: Rig) -> None:
-    rig.operator()
+def test_the_pod_of_an_unreachable_node_is_removed(rig: Rig) -> None:
+    rig.start_operator()
     tolerations = [
         {"key": f"node.kubernetes.io/{word}", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 1}
         for word in ("not-ready", "unreachable")
@@ -190,8 +190,8 @@ def test_pod_of_an_unreachable_node_is_removed(rig: Rig) -> None:
 
 
 @pytest.mark.row(24)
-def test_failure_shows_the_rank_that_failed_first(rig: Rig) -> None:
-    rig.operator()
+def test_the_failure_names_the_rank_that_failed_first(rig: Rig) -> None:
+    rig.start_operator()
     rig.submit(resources={"nodes": 2})
     pods = rig.kubelet.wait_running(rig.namespace, "job", count=2)
     rig.wait_attempt(1)

@@ -1,4 +1,4 @@
-"""Tests: the cluster limits the operator by missing permissions, quotas, Pod Security and terminating namespaces."""
+"""Refusals by the cluster: missing permissions, quotas, Pod Security and terminating namespaces."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def resource_name(kind: str) -> str:
 
 
 def apply_rbac(rig: Rig, documents: list[dict[str, Any]]) -> str:
-    """Apply the chart's ServiceAccount and RBAC rules, and return a token of the account."""
+    """Apply the chart's ServiceAccount and RBAC objects, and return a token of the account."""
     for document in documents:
         kind, meta = document["kind"], document["metadata"]
         if kind in ("ServiceAccount", "Role", "RoleBinding", "ClusterRole", "ClusterRoleBinding"):
@@ -64,7 +64,7 @@ def render_for_namespace(rig: Rig) -> list[dict[str, Any]]:
 
 
 @pytest.mark.row(11)
-def test_missing_permission_is_a_blocking_condition_until_it_is_granted(rig: Rig) -> None:
+def test_a_missing_permission_blocks_the_job_until_it_is_granted(rig: Rig) -> None:
     rig.allowed_log_lines.append("forbidden")
     documents = render_for_namespace(rig)
     token = apply_rbac(rig, documents)
@@ -74,7 +74,7 @@ def test_missing_permission_is_a_blocking_condition_until_it_is_granted(rig: Rig
         if "jobs" in rule["resources"]:
             rule["verbs"] = [verb for verb in rule["verbs"] if verb != "create"]
     put_role(rig, reduced_role)
-    operator = rig.operator(proxy=rig.proxy(), token=token, config=make_lease_config(rig))
+    operator = rig.start_operator(proxy=rig.start_proxy(), token=token, config=make_lease_config(rig))
     rig.submit()
     body = rig.wait(lambda b: find_condition(b, Condition.PODS_READY).get("reason") == Reason.FORBIDDEN_BY_POLICY)
     message = find_condition(body, Condition.PODS_READY)["message"]
@@ -102,19 +102,19 @@ def make_lease_config(rig: Rig) -> dict[str, Any]:
 UNUSED_BY_DESIGN = {
     ("finetunejobs/finalizers", "update"): "the admission plugin OwnerReferencesPermissionEnforcement requires it, but the operator never sends this request",
 }
-"""Permissions that the operator never uses, and why the chart grants them."""
+"""Permissions that the operator never uses, with the reason why the chart grants them."""
 
 
 @pytest.mark.row(39)
-def test_chart_grants_exactly_the_permissions_in_use(rig: Rig) -> None:
+def test_the_chart_grants_exactly_the_permissions_that_the_operator_uses(rig: Rig) -> None:
     documents = render_for_namespace(rig)
     token = apply_rbac(rig, documents)
-    proxy = rig.proxy()
+    proxy = rig.start_proxy()
     config = make_lease_config(rig) | {"resyncSeconds": 2}
-    first_operator = rig.operator(proxy=proxy, token=token, config=config)
+    first_operator = rig.start_operator(proxy=proxy, token=token, config=config)
     use_all_permissions(rig, proxy)
     first_operator.stop()
-    rig.operator(proxy=proxy, token=token, config=config)
+    rig.start_operator(proxy=proxy, token=token, config=config)
     rig.submit("last")
     rig.wait_attempt(1, "last", timeout=40)
     requests = read_requests(rig.cluster.endpoint, rig.namespace, "ft-finetune-operator")
@@ -126,7 +126,7 @@ def test_chart_grants_exactly_the_permissions_in_use(rig: Rig) -> None:
 
 
 def use_all_permissions(rig: Rig, proxy: ApiProxy) -> None:
-    """Cause the operator to send every kind of request."""
+    """Let the operator send every kind of request that it ever sends."""
     rig.submit("two", resources={"nodes": 2})
     for pod in rig.kubelet.wait_running(rig.namespace, "two", count=2):
         rig.kubelet.end_pod(pod, success_exit())
@@ -165,12 +165,12 @@ def list_granted_permissions(documents: list[dict[str, Any]]) -> set[tuple[str, 
 
 
 @pytest.mark.row(39)
-def test_rbac_rules_contain_no_wildcards_and_no_reading_of_secrets() -> None:
+def test_the_rbac_rules_have_no_wildcards_and_allow_reading_only_the_operators_secret() -> None:
     for values in ({}, {"watchNamespaces[0]": "team-a"}):
         pairs = list_granted_permissions(render_chart("system", **values))
         assert pairs
         assert not [pair for pair in pairs if "*" in pair]
-        # `get` is granted for the Secret with the operator's own key only.
+        # The operator may read only one Secret, the one with its own key.
         assert {pair for pair in pairs if pair[0].startswith("secrets")} == {("secrets", "create"), ("secrets", "get")}
 
 
@@ -179,7 +179,7 @@ READ_VERBS = ("get", "list", "watch")
 
 
 @pytest.mark.row(40)
-def test_user_roles_cover_finetunejobs_without_their_status(rig: Rig) -> None:
+def test_the_user_roles_grant_finetunejobs_but_not_their_status(rig: Rig) -> None:
     roles = [d for d in render_chart(rig.namespace) if d["kind"] == "ClusterRole"]
     user_roles = [d for d in roles if any("aggregate-to" in label for label in d["metadata"]["labels"])]
     assert len(user_roles) == 2
@@ -218,9 +218,9 @@ def is_allowed(rig: Rig, user: str, verb: str, subresource: str = "", namespace:
 
 
 @pytest.mark.row(36)
-def test_terminating_namespace_deletes_its_jobs(rig: Rig) -> None:
-    proxy = rig.proxy()
-    operator = rig.operator(proxy=proxy, config={"namespaces": []})
+def test_a_terminating_namespace_deletes_its_jobs(rig: Rig) -> None:
+    proxy = rig.start_proxy()
+    operator = rig.start_operator(proxy=proxy, config={"namespaces": []})
     rig.api.create("namespaces", None, {"metadata": {"name": f"{rig.namespace}-x"}})
     body = {"apiVersion": f"{GROUP}/v1alpha1", "kind": "FineTuneJob", "metadata": {"name": "job"}, "spec": MINIMAL_SPEC}
     rig.api.create(FINETUNEJOBS, f"{rig.namespace}-x", body)
@@ -239,11 +239,11 @@ def test_terminating_namespace_deletes_its_jobs(rig: Rig) -> None:
 
 @pytest.mark.row(37)
 @pytest.mark.parametrize("hard", [{"pods": "0"}, {"count/jobs.batch": "0"}])
-def test_exceeded_quota_is_quoted_until_it_is_raised(rig: Rig, hard: dict[str, str]) -> None:
+def test_an_exceeded_quota_is_quoted_until_it_is_raised(rig: Rig, hard: dict[str, str]) -> None:
     quota = {"metadata": {"name": "tight"}, "spec": {"hard": hard}}
     rig.api.create("resourcequotas", rig.namespace, quota)
     rig.api.wait("resourcequotas", rig.namespace, "tight", lambda b: b.get("status", {}).get("hard") == hard)
-    rig.operator()
+    rig.start_operator()
     rig.submit()
     body = rig.wait(lambda b: find_condition(b, Condition.PODS_READY).get("reason") == Reason.QUOTA_EXCEEDED, timeout=60)
     assert "exceeded quota: tight" in find_condition(body, Condition.PODS_READY)["message"]
@@ -254,10 +254,10 @@ def test_exceeded_quota_is_quoted_until_it_is_raised(rig: Rig, hard: dict[str, s
 
 
 @pytest.mark.row(37)
-def test_limit_range_refusal_is_quoted(rig: Rig) -> None:
+def test_a_refusal_by_a_limit_range_is_quoted(rig: Rig) -> None:
     limit = {"type": "Container", "max": {"memory": "1Gi"}}
     rig.api.create("limitranges", rig.namespace, {"metadata": {"name": "small"}, "spec": {"limits": [limit]}})
-    rig.operator()
+    rig.start_operator()
     rig.submit(resources={"memory": "2Gi"})
     body = rig.wait(
         lambda b: find_condition(b, Condition.PODS_READY).get("reason") == Reason.FORBIDDEN_BY_POLICY, timeout=60
@@ -266,10 +266,10 @@ def test_limit_range_refusal_is_quoted(rig: Rig) -> None:
 
 
 @pytest.mark.row(38)
-def test_all_pods_pass_pod_security_restricted(rig: Rig) -> None:
+def test_all_pods_comply_with_pod_security_restricted(rig: Rig) -> None:
     label = {"pod-security.kubernetes.io/enforce": "restricted", "pod-security.kubernetes.io/warn": "restricted"}
     rig.api.patch("namespaces", None, rig.namespace, {"metadata": {"labels": label}})
-    operator = rig.operator()
+    operator = rig.start_operator()
     rig.submit(resources={"nodes": 2}, storage={"credentialsSecretRef": {"name": "s3"}})
     rig.kubelet.wait_running(rig.namespace, "job", count=2)
     assert "would violate" not in operator.log
@@ -283,11 +283,13 @@ def test_all_pods_pass_pod_security_restricted(rig: Rig) -> None:
 
 
 @pytest.mark.row(38)
-def test_pod_security_refusal_is_a_blocking_condition(rig: Rig) -> None:
-    """Without this check, the previous test would prove nothing: the label must make the API server refuse a pod that violates the profile."""
+def test_a_refusal_by_pod_security_blocks_the_job(rig: Rig) -> None:
+    """The namespace label makes the API server refuse a pod that violates the profile. `test_all_pods_comply_with_pod_security_restricted` relies on
+    this.
+    """
     label = {"pod-security.kubernetes.io/enforce": "restricted"}
     rig.api.patch("namespaces", None, rig.namespace, {"metadata": {"labels": label}})
-    rig.operator()
+    rig.start_operator()
     rig.submit(placement={"annotations": {f"container.apparmor.security.beta.kubernetes.io/{TRAINER_CONTAINER}": "unconfined"}})
     body = rig.wait(
         lambda b: find_condition(b, Condition.PODS_READY).get("reason") == Reason.FORBIDDEN_BY_POLICY, timeout=60

@@ -1,4 +1,4 @@
-"""Tests: the operator is killed at every kill point and in every phase of a job, or the cluster changes while the operator is down."""
+"""Crashes of the operator: at every kill point and in every phase of a job, and with changes in the cluster while the operator is down."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.faults
 
 
 def create_nothing(rig: Rig) -> None:
-    """Create nothing: the scenario itself creates the job."""
+    """Do nothing, because the scenario's change creates the job."""
 
 
 def start_job(rig: Rig) -> None:
@@ -39,11 +39,11 @@ def create_job_with_two_pods(rig: Rig) -> None:
 
 
 def fail_pod(rig: Rig) -> None:
-    rig.kubelet.end_pod(rig.kubelet.pods(rig.namespace, "job")[0], failure_exit(70, message="broken"))
+    rig.kubelet.end_pod(rig.kubelet.list_pods(rig.namespace, "job")[0], failure_exit(70, message="broken"))
 
 
 def complete_pod(rig: Rig) -> None:
-    rig.kubelet.end_pod(rig.kubelet.pods(rig.namespace, "job")[0], success_exit())
+    rig.kubelet.end_pod(rig.kubelet.list_pods(rig.namespace, "job")[0], success_exit())
 
 
 def suspend_job(rig: Rig) -> None:
@@ -70,7 +70,7 @@ SCENARIO_STEPS: dict[str, tuple[Callable[[Rig], None], Callable[[Rig], None], tu
     "resume": (create_suspended_job, resume_job, CREATION_POINTS),
     "cancel": (start_job, cancel_job, DELETION_POINTS),
 }
-"""For each scenario: a function that prepares the job, a function that changes it, and the kill points that the operator reaches after the change."""
+"""For each scenario: a function that prepares the job, a function that changes it, and the kill points after this change."""
 EXPECTED_ATTEMPTS: dict[str, list[tuple[int, str]]] = {
     "create": [(1, Reason.SUCCEEDED)],
     "create two": [(1, Reason.SUCCEEDED)],
@@ -92,18 +92,20 @@ EXPECTED_EVENTS: dict[str, list[str]] = {
     "resume": [Reason.ACCEPTED, Reason.SUSPENDED, Reason.RESUMED, Reason.ATTEMPT_STARTED, Reason.SUCCEEDED],
     "cancel": [Reason.ATTEMPT_STARTED, Reason.CANCELLED],
 }  # fmt: skip
-"""Events that must exist at the end of each scenario, at whichever point the operator was killed."""
+"""Reasons of the events that must exist at the end of each scenario, for every kill point."""
 
 
 def test_every_kill_point_is_covered() -> None:
-    """The scenarios reach all kill points except the forced deletion of a pod; the next test covers forced deletion."""
+    """The scenarios reach all kill points except the forced deletion of a pod, which `test_the_operator_is_killed_after_the_forced_removal_of_a_pod`
+    covers.
+    """
     died_at = {point for _, _, points in SCENARIO_STEPS.values() for point in points}
     assert died_at == set(KillPoint) - {KillPoint.AFTER_POD_DELETE}
 
 
 @pytest.mark.row(2)
-def test_killed_after_the_forced_removal_of_a_pod(rig: Rig) -> None:
-    operator = rig.operator()
+def test_the_operator_is_killed_after_the_forced_removal_of_a_pod(rig: Rig) -> None:
+    operator = rig.start_operator()
     rig.kubelet.set_plan(rig.namespace, PodPlan(when_deleted=None))
     rig.submit(policy={"terminationGracePeriodSeconds": 1})
     rig.kubelet.wait_running(rig.namespace, "job")
@@ -111,7 +113,7 @@ def test_killed_after_the_forced_removal_of_a_pod(rig: Rig) -> None:
     operator.kill_at(KillPoint.AFTER_POD_DELETE)
     rig.patch_spec(suspend=True)
     assert operator.wait_end() == -9
-    rig.operator()
+    rig.start_operator()
     body = rig.wait_phase(Phase.SUSPENDED)
     assert attempt_reasons(body) == [(1, Reason.SUSPENDED)]
     assert rig.kubelet.wait_pods(rig.namespace, "job", lambda pods: not pods) == []
@@ -119,9 +121,9 @@ def test_killed_after_the_forced_removal_of_a_pod(rig: Rig) -> None:
 
 @pytest.mark.row(21)
 def test_orphaned_pods_end_before_the_next_attempt_starts(rig: Rig) -> None:
-    rig.operator()
+    rig.start_operator()
     start_job(rig)
-    first_pod = rig.kubelet.pods(rig.namespace, "job")[0]
+    first_pod = rig.kubelet.list_pods(rig.namespace, "job")[0]
     rig.api.delete("jobs", rig.namespace, "job-1", propagationPolicy="Orphan")
     body = rig.wait_attempt(2)
     assert attempt_reasons(body) == [(1, Reason.PREEMPTED), (2, "")]
@@ -130,14 +132,14 @@ def test_orphaned_pods_end_before_the_next_attempt_starts(rig: Rig) -> None:
 
 @pytest.mark.row(2)
 @pytest.mark.parametrize(("scenario", "point"), [(m, p) for m, (_, _, points) in SCENARIO_STEPS.items() for p in points])
-def test_job_continues_after_a_kill_at_each_point(rig: Rig, scenario: str, point: str) -> None:
+def test_a_job_continues_after_the_operator_is_killed_at_each_point(rig: Rig, scenario: str, point: str) -> None:
     prepare_job, change_job, _ = SCENARIO_STEPS[scenario]
-    operator = rig.operator()
+    operator = rig.start_operator()
     prepare_job(rig)
     operator.kill_at(point)
     change_job(rig)
     assert operator.wait_end() == -9
-    rig.operator()
+    rig.start_operator()
     if scenario in ("create", "create two", "fail", "resume"):
         attempt, count = 2 if scenario == "fail" else 1, 2 if scenario == "create two" else 1
         for pod in rig.kubelet.wait_running(rig.namespace, "job", attempt=attempt, count=count):
@@ -145,35 +147,35 @@ def test_job_continues_after_a_kill_at_each_point(rig: Rig, scenario: str, point
     body = rig.wait_phase(Phase.SUSPENDED) if scenario == "suspend" else rig.wait_finished()
     assert attempt_reasons(body) == EXPECTED_ATTEMPTS[scenario]
     assert body["status"].get("retriesUsed", 0) == (1 if scenario == "fail" else 0)
-    assert len(rig.job_names()) <= len(EXPECTED_ATTEMPTS[scenario])
-    events = rig.event_notes()
+    assert len(rig.list_job_names()) <= len(EXPECTED_ATTEMPTS[scenario])
+    events = rig.list_event_notes()
     assert len(events) == len(set(events)), "an event was emitted twice"
     assert Counter(EXPECTED_EVENTS[scenario]) - Counter(reason for reason, _ in events) == Counter(), "an event is missing"
 
 
 @pytest.mark.row(5)
-def test_end_of_an_attempt_while_the_operator_is_down_is_read_from_its_pods(rig: Rig) -> None:
-    operator = rig.operator()
+def test_an_attempt_that_ends_while_the_operator_is_down_is_read_from_its_pods(rig: Rig) -> None:
+    operator = rig.start_operator()
     start_job(rig)
     operator.stop()
     complete_pod(rig)
     rig.api.wait("jobs", rig.namespace, "job-1", lambda body: condition_is_true(body, "Complete"))
-    rig.operator()
+    rig.start_operator()
     body = rig.wait_finished()
     assert attempt_reasons(body) == [(1, Reason.SUCCEEDED)]
     assert body["status"]["output"]["uri"] == "s3://bucket/model"
 
 
 @pytest.mark.row(5)
-def test_unobserved_end_of_an_attempt_is_reported_as_unobserved(rig: Rig) -> None:
-    operator = rig.operator()
+def test_an_attempt_whose_end_was_not_observed_is_reported_as_unobserved(rig: Rig) -> None:
+    operator = rig.start_operator()
     start_job(rig)
     operator.stop()
     complete_pod(rig)
     rig.api.wait("jobs", rig.namespace, "job-1", lambda body: condition_is_true(body, "Complete"))
     rig.api.delete("jobs", rig.namespace, "job-1", propagationPolicy="Foreground")
     rig.api.wait_gone("jobs", rig.namespace, "job-1")
-    rig.operator()
+    rig.start_operator()
     body = rig.wait_attempt(2)
     first_attempt = body["status"]["attempts"][0]
     assert first_attempt["endTime"]
@@ -183,15 +185,15 @@ def test_unobserved_end_of_an_attempt_is_reported_as_unobserved(rig: Rig) -> Non
 
 
 @pytest.mark.row(28)
-def test_deadline_that_passes_while_the_operator_is_down_ends_the_job(rig: Rig) -> None:
-    operator = rig.operator()
+def test_a_deadline_that_passes_while_the_operator_is_down_ends_the_job(rig: Rig) -> None:
+    operator = rig.start_operator()
     rig.submit(policy={"activeDeadlineSeconds": 4})
     rig.kubelet.wait_running(rig.namespace, "job")
     body = rig.wait_attempt(1)
     operator.stop()
     start_time = body["status"]["attempts"][0]["startTime"]
     rig.api.wait_list("nodes", None, lambda items: _seconds_since(start_time) > 5, timeout=60)
-    rig.operator()
+    rig.start_operator()
     body = rig.wait_finished()
     assert attempt_reasons(body) == [(1, Reason.DEADLINE_EXCEEDED)]
     assert find_condition(body, Condition.SUCCEEDED)["reason"] == Reason.DEADLINE_EXCEEDED
@@ -205,19 +207,19 @@ def _seconds_since(time: str) -> float:
     return (datetime.now(UTC) - datetime.fromisoformat(time.replace("Z", "+00:00"))).total_seconds()
 
 
-def test_job_cancelled_while_the_operator_is_down_never_starts(rig: Rig) -> None:
+def test_a_job_that_is_cancelled_while_the_operator_is_down_never_starts(rig: Rig) -> None:
     rig.submit()
     rig.patch_spec(cancel=True)
-    proxy = rig.proxy()
-    rig.operator(proxy=proxy)
+    proxy = rig.start_proxy()
+    rig.start_operator(proxy=proxy)
     body = rig.wait_finished()
     assert body["status"]["phase"] == Phase.CANCELLED
     assert count_created(proxy, "jobs") == 0
 
 
-def test_attempt_number_is_recovered_from_the_job_names(rig: Rig) -> None:
-    """If the status is lost, the operator reads the attempt number from the names of the Jobs."""
-    operator = rig.operator()
+def test_the_attempt_number_is_recovered_from_the_job_names(rig: Rig) -> None:
+    """The operator reads the attempt number from the Jobs' names if the status is lost."""
+    operator = rig.start_operator()
     start_job(rig)
     fail_pod(rig)
     rig.kubelet.wait_running(rig.namespace, "job", attempt=2)
@@ -228,8 +230,8 @@ def test_attempt_number_is_recovered_from_the_job_names(rig: Rig) -> None:
         [{"op": "replace", "path": "/status", "value": {"observedGeneration": -1}}], patch_type="json",
     )  # fmt: skip
     rig.kubelet.set_plan(rig.namespace, PodPlan())
-    proxy = rig.proxy()
-    rig.operator(proxy=proxy)
+    proxy = rig.start_proxy()
+    rig.start_operator(proxy=proxy)
     rig.kubelet.end_pod(rig.kubelet.wait_running(rig.namespace, "job", attempt=2)[0], success_exit())
     body = rig.wait_finished()
     assert body["status"]["attempt"] == 2

@@ -1,4 +1,4 @@
-"""Tests: random specs that the API accepts, malformed Jobs and pods, and damaged statuses."""
+"""Random input for the operator: random specs that the API accepts, malformed Jobs and pods, and damaged statuses."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ VALUES_BY_FIELD: dict[str, list[Any]] = {
 SPEC_COUNT = 120
 
 
-def random_spec(rng: random.Random) -> dict[str, Any]:
+def make_random_spec(rng: random.Random) -> dict[str, Any]:
     spec = dict(MINIMAL_SPEC)
     for group, options in VALUES_BY_FIELD.items():
         if rng.random() < 0.5:
@@ -66,10 +66,10 @@ def random_spec(rng: random.Random) -> dict[str, Any]:
 
 
 @pytest.mark.row(48)
-def test_job_of_every_accepted_spec_is_valid(rig: Rig) -> None:
+def test_every_accepted_spec_leads_to_a_valid_job(rig: Rig) -> None:
     accepted_count, refusal_messages = 0, set()
     for seed in range(SPEC_COUNT):
-        spec = random_spec(random.Random(seed))
+        spec = make_random_spec(random.Random(seed))
         body = {"apiVersion": names.API_VERSION, "kind": names.KIND, "metadata": {"name": f"job-{seed}"}, "spec": spec}
         try:
             created_job = rig.api.create(FINETUNEJOBS, rig.namespace, body, dryRun="All", fieldValidation="Strict")
@@ -111,8 +111,8 @@ def test_malformed_jobs_and_pods_are_ignored(rig: Rig) -> None:
         pod = {"metadata": {"name": f"pod-{number}", "labels": random_labels}}
         rig.api.create("pods", rig.namespace, pod | {"spec": template["spec"]})
     pods = {p["metadata"]["uid"] for p in rig.api.list("pods", rig.namespace)}
-    proxy = rig.proxy()
-    rig.operator(proxy=proxy)
+    proxy = rig.start_proxy()
+    rig.start_operator(proxy=proxy)
     rig.submit()
     rig.wait_attempt(1)
     own_pod = next(p for p in rig.kubelet.wait_running(rig.namespace, "job", count=1) if p.name.startswith("job-1-"))
@@ -125,8 +125,8 @@ def test_malformed_jobs_and_pods_are_ignored(rig: Rig) -> None:
 
 @pytest.mark.row(49)
 @pytest.mark.parametrize("damage", [{"attempts": [{"number": "x"}]}, {"phase": "Odd"}, {"attempt": -5, "conditions": []}])
-def test_damaged_status_is_repaired(rig: Rig, damage: dict[str, Any]) -> None:
-    operator = rig.operator()
+def test_a_damaged_status_is_repaired(rig: Rig, damage: dict[str, Any]) -> None:
+    operator = rig.start_operator()
     rig.submit()
     rig.kubelet.wait_running(rig.namespace, "job")
     rig.wait_attempt(1)
@@ -136,7 +136,7 @@ def test_damaged_status_is_repaired(rig: Rig, damage: dict[str, Any]) -> None:
         rig.api.request("PATCH", path, {"status": damage})
     except ApiError as error:
         assert error.code == 422, "only the CRD schema may refuse the damaged status"
-    rig.operator()
+    rig.start_operator()
     rig.kubelet.end_pod(rig.kubelet.wait_running(rig.namespace, "job")[0], success_exit())
     assert rig.wait_finished()["status"]["phase"] == Phase.SUCCEEDED
-    assert rig.job_names() == ["job-1"]
+    assert rig.list_job_names() == ["job-1"]

@@ -1,4 +1,4 @@
-"""Tests of kubectl's output: the columns of `get`, the descriptions of `explain`, and the conditions for `wait`."""
+"""FineTuneJobs in kubectl: the columns of `get`, the descriptions of `explain`, and the conditions for `wait`."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from tests.support.rig import FINETUNEJOBS, Rig
 pytestmark = pytest.mark.faults
 DEFAULT_COLUMNS = ["Name", "Status", "Progress", "Loss", "Eta", "Workers", "Restarts", "Reason", "Age"]
 MAY_BE_EMPTY = {"Loss", "Checkpoint", "Result", "Duration"}
-"""Columns that may be empty, because the job does not have the value yet."""
+"""Columns that are empty while the job does not have their value."""
 WIDE_COLUMNS = ["Model", "Checkpoint", "Result", "Duration"]
 
 
 def read_table(api: KubeApi, namespace: str) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
-    """Return the table that kubectl receives: the column definitions, and for each job its cells by column."""
+    """Return the table that kubectl receives: the definitions of its columns, and the cells of each job by column."""
     url = api.endpoint.server + resource_path(FINETUNEJOBS, namespace)
     headers = {
         "Authorization": f"Bearer {api.endpoint.token}",
@@ -35,7 +35,7 @@ def read_table(api: KubeApi, namespace: str) -> tuple[list[dict[str, Any]], dict
 
 @pytest.mark.row(55)
 def test_only_columns_without_a_value_are_empty(rig: Rig) -> None:
-    rig.operator()
+    rig.start_operator()
     rig.submit("asleep", suspend=True)
     rig.wait_phase(Phase.SUSPENDED, "asleep")
     rig.submit("done")
@@ -89,9 +89,9 @@ def _list_undescribed(schema: dict[str, Any], path: str) -> Any:
 
 
 @pytest.mark.row(55)
-def test_one_kubectl_wait_covers_every_end(rig: Rig) -> None:
-    """`kubectl wait --for=condition=Finished` ignores conditions with an old observedGeneration."""
-    rig.operator()
+def test_one_kubectl_wait_command_covers_every_end_of_a_job(rig: Rig) -> None:
+    """`kubectl wait --for=condition=Finished` ignores a condition with an old observedGeneration."""
+    rig.start_operator()
     for name, ending in (("good", success_exit()), ("bad", failure_exit(64, message="no"))):
         rig.submit(name)
         rig.kubelet.end_pod(rig.kubelet.wait_running(rig.namespace, name)[0], ending)

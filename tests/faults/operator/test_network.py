@@ -1,4 +1,4 @@
-"""Tests: the API server refuses requests, does not answer, compacts its store, or is unavailable."""
+"""Faults of the API server: it refuses requests, does not answer, compacts its store, or is unavailable."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from tests.support.rig import FINETUNEJOBS, Cluster, Rig, attempt_reasons, count
 pytestmark = pytest.mark.faults
 WATCHED_RESOURCES = ("pods", "jobs", FINETUNEJOBS)
 NO_RESYNC = {"resyncSeconds": 3600}
-"""A resync interval longer than the test, so that only watches report changes."""
+"""A resync interval that is longer than a test, so the operator learns of changes only from watches."""
 
 
 @pytest.mark.row(9)
-def test_retry_after_of_a_429_limits_the_requests(rig: Rig) -> None:
-    proxy = rig.proxy()
-    rig.operator(proxy=proxy)
+def test_the_retry_after_header_of_a_429_response_limits_the_requests(rig: Rig) -> None:
+    proxy = rig.start_proxy()
+    rig.start_operator(proxy=proxy)
     for number in range(10):
         rig.submit(f"job-{number}")
     for number in range(10):
@@ -36,18 +36,18 @@ def test_retry_after_of_a_429_limits_the_requests(rig: Rig) -> None:
         start = time.monotonic()
         proxy.wait_for(lambda e: e.started_at > start + 20, timeout_seconds=60)
         refused_count = len(proxy.exchanges)
-    # 10 jobs and 3 watches retry at most once per 3 s each; the margin of 3 covers requests that were already in flight
+    # Each of the 10 jobs and 3 watches retries at most once per 3 s. A further 3 requests may already have been in flight.
     assert refused_count <= 13 * (20 / 3 + 3)
     for number in range(10):
         assert attempt_reasons(rig.wait_finished(f"job-{number}", timeout=60)) == [(1, Reason.SUCCEEDED)]
 
 
 @pytest.mark.row(10)
-def test_operator_survives_an_unavailable_server(rig: Rig) -> None:
-    """kopf's default is to give up after 54 s without an API server; the operator must not."""
+def test_the_operator_survives_an_unavailable_server(rig: Rig) -> None:
+    """By default, kopf gives up after 54 s without an API server. The operator must not."""
     rig.allowed_log_lines.append("503")
-    proxy = rig.proxy()
-    operator = rig.operator(proxy=proxy, config={"stuckSeconds": 3600})
+    proxy = rig.start_proxy()
+    operator = rig.start_operator(proxy=proxy, config={"stuckSeconds": 3600})
     rig.submit()
     rig.kubelet.wait_running(rig.namespace, "job")
     rig.wait_attempt(1)
@@ -56,7 +56,7 @@ def test_operator_survives_an_unavailable_server(rig: Rig) -> None:
             proxy.command_watches(resource, DisconnectWatch())
         start = time.monotonic()
         proxy.wait_for(lambda e: e.started_at > start + 65 and e.operation.startswith("watch"), timeout_seconds=120)
-        rig.kubelet.end_pod(rig.kubelet.pods(rig.namespace, "job")[0], success_exit())
+        rig.kubelet.end_pod(rig.kubelet.list_pods(rig.namespace, "job")[0], success_exit())
         assert operator.is_running
     assert attempt_reasons(rig.wait_finished(timeout=90)) == [(1, Reason.SUCCEEDED)]
     assert operator.is_running
@@ -64,8 +64,8 @@ def test_operator_survives_an_unavailable_server(rig: Rig) -> None:
 
 @pytest.mark.row(12)
 def test_no_transition_is_missed_while_watches_break(rig: Rig) -> None:
-    proxy = rig.proxy()
-    operator = rig.operator(proxy=proxy, config=NO_RESYNC)
+    proxy = rig.start_proxy()
+    operator = rig.start_operator(proxy=proxy, config=NO_RESYNC)
     rig.kubelet.set_plan(rig.namespace, PodPlan(when_running=failure_exit(70, message="again")))
     for number in range(20):
         rig.submit(f"job-{number}", policy={"retries": 2})
@@ -82,8 +82,8 @@ def test_no_transition_is_missed_while_watches_break(rig: Rig) -> None:
 
 @pytest.mark.row(13)
 def test_objects_deleted_without_a_watch_are_dropped_from_the_cache(rig: Rig) -> None:
-    proxy = rig.proxy()
-    operator = rig.operator(proxy=proxy, config={"resyncSeconds": 3})
+    proxy = rig.start_proxy()
+    operator = rig.start_operator(proxy=proxy, config={"resyncSeconds": 3})
     for name in ("kept", "deleted"):
         rig.submit(name)
         rig.kubelet.wait_running(rig.namespace, name)
@@ -97,7 +97,7 @@ def test_objects_deleted_without_a_watch_are_dropped_from_the_cache(rig: Rig) ->
     proxy.clear_exchanges()
     for resource in WATCHED_RESOURCES:
         proxy.command_watches(resource, SendEvent.error(410))
-    rig.kubelet.end_pod(rig.kubelet.pods(rig.namespace, "kept")[0], success_exit())
+    rig.kubelet.end_pod(rig.kubelet.list_pods(rig.namespace, "kept")[0], success_exit())
     rig.wait_finished("kept")
     rig.api.wait_list("nodes", None, lambda items: _count_phases(operator.read_metrics()) == {"Succeeded": 1}, timeout=60)
     assert [e.path for e in proxy.exchanges if e.method != "GET" and "/deleted" in e.path] == []
@@ -107,7 +107,7 @@ def test_objects_deleted_without_a_watch_are_dropped_from_the_cache(rig: Rig) ->
 
 
 def _count_phases(metrics: dict[str, float]) -> dict[str, int]:
-    """Return the number of jobs by phase, from the operator's metrics."""
+    """Return the number of jobs in each phase, from the operator's metrics."""
     jobs_by_phase = {}
     for name, value in metrics.items():
         if name.startswith("finetune_operator_jobs{") and value:
@@ -116,38 +116,38 @@ def _count_phases(metrics: dict[str, float]) -> dict[str, int]:
 
 
 @pytest.mark.row(14)
-def test_stalled_watch_is_closed_and_restarted(rig: Rig) -> None:
-    proxy = rig.proxy()
-    rig.operator(proxy=proxy, config=NO_RESYNC)
+def test_a_stalled_watch_is_closed_and_restarted(rig: Rig) -> None:
+    proxy = rig.start_proxy()
+    rig.start_operator(proxy=proxy, config=NO_RESYNC)
     rig.submit()
     rig.kubelet.wait_running(rig.namespace, "job")
     rig.wait_attempt(1)
     for resource in WATCHED_RESOURCES:
         proxy.command_watches(resource, StallWatch())
-    rig.kubelet.end_pod(rig.kubelet.pods(rig.namespace, "job")[0], success_exit())
+    rig.kubelet.end_pod(rig.kubelet.list_pods(rig.namespace, "job")[0], success_exit())
     assert attempt_reasons(rig.wait_finished(timeout=150)) == [(1, Reason.SUCCEEDED)]
 
 
 @pytest.mark.row(15)
 @pytest.mark.parametrize("resource", WATCHED_RESOURCES)
-def test_watch_error_ends_the_process(rig: Rig, resource: str) -> None:
-    """If a watch fails with an error, the operator must exit, so that its Deployment restarts it."""
+def test_a_watch_error_ends_the_process(rig: Rig, resource: str) -> None:
+    """The operator exits if a watch ends with an unexpected error, and its Deployment then restarts it."""
     rig.allowed_log_lines += ["watch", "Watch", "multitasker"]
-    proxy = rig.proxy()
-    operator = rig.operator(proxy=proxy, config=NO_RESYNC)
+    proxy = rig.start_proxy()
+    operator = rig.start_operator(proxy=proxy, config=NO_RESYNC)
     rig.submit()
     rig.kubelet.wait_running(rig.namespace, "job")
     rig.wait_attempt(1)
     assert proxy.command_watches(resource, SendEvent.error(500)) >= 1
     assert operator.wait_end() == 1
-    rig.kubelet.end_pod(rig.kubelet.pods(rig.namespace, "job")[0], success_exit())
-    rig.operator(proxy=proxy, config=NO_RESYNC)
+    rig.kubelet.end_pod(rig.kubelet.list_pods(rig.namespace, "job")[0], success_exit())
+    rig.start_operator(proxy=proxy, config=NO_RESYNC)
     assert attempt_reasons(rig.wait_finished()) == [(1, Reason.SUCCEEDED)]
 
 
 @pytest.fixture
 def own_cluster(tmp_path: Path) -> Iterator[tuple[Cluster, Path]]:
-    """A control plane for a single test. The test may kill and restart its processes."""
+    """A control plane for one test, which may kill and restart its processes. The path is the control plane's state folder."""
     state = tmp_path / "state"
     with ControlPlane(state) as endpoint:
         api = KubeApi(endpoint)
@@ -157,16 +157,16 @@ def own_cluster(tmp_path: Path) -> Iterator[tuple[Cluster, Path]]:
 
 
 @pytest.mark.row(16)
-def test_operator_survives_a_restart_of_the_server_with_a_compacted_store(own_cluster: tuple[Cluster, Path], tmp_path: Path) -> None:
+def test_the_operator_survives_a_restart_of_the_server_with_a_compacted_store(own_cluster: tuple[Cluster, Path], tmp_path: Path) -> None:
     cluster, state = own_cluster
     cluster.api.create("namespaces", None, {"metadata": {"name": "work"}})
     rig = Rig(cluster, "work", tmp_path)
-    operator = rig.operator(config={"resyncSeconds": 10})
+    operator = rig.start_operator(config={"resyncSeconds": 10})
     for name in ("kept", "ended", "deleted"):
         rig.submit(name)
         rig.kubelet.wait_running(rig.namespace, name)
         rig.wait_attempt(1, name)
-    pid, argv = _process_of(state, "kube-apiserver")
+    pid, argv = _find_process(state, "kube-apiserver")
     processes.kill(pid)
     _compact_etcd(next(word for word in argv if word.startswith("http://127.0.0.1:")))
     log = state / "logs" / "kube-apiserver.log"
@@ -183,8 +183,8 @@ def test_operator_survives_a_restart_of_the_server_with_a_compacted_store(own_cl
         each.kill()
 
 
-def _process_of(state: Path, name: str) -> tuple[int, list[str]]:
-    """Return the process id and the command line of a component."""
+def _find_process(state: Path, name: str) -> tuple[int, list[str]]:
+    """Return the process id and the command line of a control plane component."""
     for pid in processes.list_owned_pids(state):
         argv = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")[:-1]
         if len(argv) > 1 and argv[1] == name:
@@ -193,7 +193,7 @@ def _process_of(state: Path, name: str) -> tuple[int, list[str]]:
 
 
 def _compact_etcd(etcd_url: str) -> None:
-    """Compact etcd's store. The resourceVersion of every watch is then too old."""
+    """Compact etcd's store, so that the resourceVersion of every watch is too old."""
     status = _post_json(f"{etcd_url}/v3/kv/range", b'{"key": "AA=="}')
     revision = status.partition('"revision":"')[2].partition('"')[0]
     _post_json(f"{etcd_url}/v3/kv/compaction", b'{"revision": "%s", "physical": true}' % revision.encode())
@@ -205,18 +205,18 @@ def _post_json(url: str, body: bytes) -> str:
 
 
 @pytest.mark.row(34)
-def test_missing_crd_ends_the_process_with_a_message(tmp_path: Path) -> None:
+def test_a_missing_crd_ends_the_process_with_a_message(tmp_path: Path) -> None:
     with ControlPlane(tmp_path / "state") as endpoint:
         api = KubeApi(endpoint)
         with FakeKubelet(endpoint) as kubelet:
             api.create("namespaces", None, {"metadata": {"name": "work"}})
             rig = Rig(Cluster(endpoint, api, kubelet), "work", tmp_path)
-            operator_without_crd = rig.operator(wait_until_ready=False)
+            operator_without_crd = rig.start_operator(wait_until_ready=False)
             assert operator_without_crd.wait_end() == 1
             assert "install the CRD first" in operator_without_crd.log
             assert "Traceback" not in operator_without_crd.log
             install_crd(api)
-            rig.operator()
+            rig.start_operator()
             rig.submit()
             rig.wait_attempt(1)
             for operator in rig.operators:
@@ -224,11 +224,11 @@ def test_missing_crd_ends_the_process_with_a_message(tmp_path: Path) -> None:
 
 
 @pytest.mark.row(35)
-def test_operator_survives_removal_and_reinstallation_of_the_crd(own_cluster: tuple[Cluster, Path], tmp_path: Path) -> None:
+def test_the_operator_survives_the_removal_and_reinstallation_of_the_crd(own_cluster: tuple[Cluster, Path], tmp_path: Path) -> None:
     cluster, _ = own_cluster
     cluster.api.create("namespaces", None, {"metadata": {"name": "work"}})
     rig = Rig(cluster, "work", tmp_path)
-    operator = rig.operator(config={"resyncSeconds": 2})
+    operator = rig.start_operator(config={"resyncSeconds": 2})
     rig.submit("old")
     rig.wait_attempt(1, "old")
     cluster.api.delete("customresourcedefinitions", None, "finetunejobs.finetune-operator.io")
@@ -239,19 +239,19 @@ def test_operator_survives_removal_and_reinstallation_of_the_crd(own_cluster: tu
         rig.wait_attempt(1, "new", timeout=45)
     except AssertionError:
         assert operator.wait_end(10) > 0
-        rig.operator()
+        rig.start_operator()
     rig.kubelet.end_pod(rig.kubelet.wait_running("work", "new")[0], success_exit())
-    # The garbage collector detects the deleted owner only after the API server serves the CRD again.
+    # The garbage collector notices that the owner is deleted only when the API server serves the CRD again.
     rig.api.wait_gone("jobs", "work", "old-1", timeout=90)
     assert rig.wait_finished("new")["status"]["phase"] == Phase.SUCCEEDED
     for each in rig.operators:
         each.kill()
 
 
-def test_everything_works_through_a_proxy_without_faults(rig: Rig) -> None:
-    """Without faults, the proxy must not change the operator's behaviour."""
-    proxy = rig.proxy()
-    rig.operator(proxy=proxy)
+def test_a_job_runs_normally_through_a_proxy_without_faults(rig: Rig) -> None:
+    """The proxy itself does not change the operator's behaviour."""
+    proxy = rig.start_proxy()
+    rig.start_operator(proxy=proxy)
     rig.submit()
     rig.kubelet.end_pod(rig.kubelet.wait_running(rig.namespace, "job")[0], success_exit())
     rig.wait_finished()

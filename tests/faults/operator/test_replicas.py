@@ -1,4 +1,4 @@
-"""Tests with two replicas and one Lease: the leader is killed or paused, or another client deletes or takes over the Lease."""
+"""Two replicas with one Lease: the leader is killed or paused, or another client deletes or takes over the Lease."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ LEASE_NAME = "finetune-operator"
 
 
 def start_replica(rig: Rig) -> tuple[OperatorProcess, ApiProxy]:
-    """Start an operator with leader election. A proxy records its requests."""
+    """Start an operator with leader election, behind a proxy that records its requests."""
     election = {
         "enabled": True, "leaseName": LEASE_NAME, "leaseNamespace": rig.namespace, "leaseDurationSeconds": 3,
         "renewDeadlineSeconds": 2, "retryPeriodSeconds": 0.5,
     }  # fmt: skip
-    proxy = rig.proxy()
-    return rig.operator(proxy=proxy, config={"leaderElection": election}), proxy
+    proxy = rig.start_proxy()
+    return rig.start_operator(proxy=proxy, config={"leaderElection": election}), proxy
 
 
 def read_lease_holder(rig: Rig) -> str:
@@ -34,8 +34,8 @@ def read_lease_holder(rig: Rig) -> str:
     return str((found or {}).get("spec", {}).get("holderIdentity") or "")
 
 
-def writes_except_lease(proxy: ApiProxy) -> list[str]:
-    """Return all write requests except those to the Lease."""
+def list_writes_except_lease(proxy: ApiProxy) -> list[str]:
+    """Return all write requests, except the writes to the Lease."""
     return [label for label in proxy.list_writes() if not label.endswith(" leases")]
 
 
@@ -45,12 +45,12 @@ def finish_job(rig: Rig, name: str, **more: Any) -> None:
 
 
 @pytest.mark.row(31)
-def test_standby_takes_over_from_a_killed_leader(rig: Rig) -> None:
+def test_the_standby_replica_takes_over_from_a_killed_leader(rig: Rig) -> None:
     leader, first_proxy = start_replica(rig)
     rig.submit("one")
     rig.wait_attempt(1, "one")
     standby, second_proxy = start_replica(rig)
-    assert writes_except_lease(second_proxy) == []
+    assert list_writes_except_lease(second_proxy) == []
     leader.kill()
     rig.submit("two")
     rig.wait_attempt(1, "two", timeout=40)
@@ -64,7 +64,7 @@ def test_standby_takes_over_from_a_killed_leader(rig: Rig) -> None:
 
 
 @pytest.mark.row(32)
-def test_paused_leader_writes_nothing_when_it_resumes(rig: Rig) -> None:
+def test_a_paused_leader_writes_nothing_when_it_resumes(rig: Rig) -> None:
     rig.allowed_log_lines += ["Lease was not renewed in time", "is the leader now"]
     leader, first_proxy = start_replica(rig)
     rig.submit("one")
@@ -77,10 +77,10 @@ def test_paused_leader_writes_nothing_when_it_resumes(rig: Rig) -> None:
     rig.wait_finished("one", timeout=40)
     rig.submit("two")
     rig.wait_attempt(1, "two")
-    writes_before = writes_except_lease(first_proxy)
+    writes_before = list_writes_except_lease(first_proxy)
     leader.signal(signal.SIGCONT)
     assert leader.wait_end() == 1
-    assert writes_except_lease(first_proxy) == writes_before
+    assert list_writes_except_lease(first_proxy) == writes_before
     assert read_lease_holder(rig) != first_holder
     assert count_created(second_proxy, "jobs") == 1
 
@@ -99,19 +99,19 @@ def test_work_continues_after_the_lease_is_deleted_or_taken_over(rig: Rig) -> No
     rig.api.patch("leases", rig.namespace, LEASE_NAME, {"spec": {"holderIdentity": "somebody-else"}})
 
     def is_held_by_replica(leases: Objects) -> bool:
-        """Whether a replica holds the Lease again. If both replicas have exited, start a new one, as a Deployment does."""
+        """Whether a replica holds the Lease again. If both replicas have exited, start another, as a Deployment would."""
         if not any(operator.is_running for operator in rig.operators):
             start_replica(rig)
         return leases[0]["spec"].get("holderIdentity") not in ("", "somebody-else")
 
-    # Both replicas may exit after the last change of the Lease: a watch would not call the function again, but a list does.
+    # Both replicas may exit after the last change of the Lease. A watch would not call the function again after that, but repeated lists do.
     rig.api.wait_list("leases", rig.namespace, is_held_by_replica, timeout=60)
     rig.submit("three")
     rig.wait_attempt(1, "three", timeout=40)
     assert any(operator.is_running for operator in rig.operators)
 
 
-def test_leader_releases_the_lease_on_sigterm(rig: Rig) -> None:
+def test_the_leader_releases_the_lease_on_sigterm(rig: Rig) -> None:
     leader, _ = start_replica(rig)
     rig.submit("one")
     rig.wait_attempt(1, "one")
@@ -124,7 +124,7 @@ def test_leader_releases_the_lease_on_sigterm(rig: Rig) -> None:
 
 @pytest.fixture
 def neighbour(rig: Rig) -> Iterator[Rig]:
-    """A second namespace in the same cluster."""
+    """A rig with a second namespace in the same cluster."""
     folder = rig.folder / "neighbour"
     folder.mkdir()
     neighbour_rig = Rig(rig.cluster, f"{rig.namespace}-b", folder)
@@ -137,11 +137,11 @@ def neighbour(rig: Rig) -> Iterator[Rig]:
 
 
 def test_two_operators_with_different_namespaces_share_a_cluster(rig: Rig, neighbour: Rig) -> None:
-    """Each operator watches its own namespace with its own configuration. Neither operator affects the other's jobs."""
+    """Each operator has its own namespace and configuration, and does not affect the jobs of the other."""
     sides = []
     for side, root in ((rig, "s3://here/runs"), (neighbour, "s3://there/runs")):
-        proxy = side.proxy()
-        sides.append((side, proxy, root, side.operator(proxy=proxy, config={"storage": {"uri": root}})))
+        proxy = side.start_proxy()
+        sides.append((side, proxy, root, side.start_operator(proxy=proxy, config={"storage": {"uri": root}})))
     for side, _, root, _ in sides:
         side.submit("same-name")
         assert side.wait_attempt(1, "same-name")["status"]["resolved"]["defaults"]["storage.uri"] == root

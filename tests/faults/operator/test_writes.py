@@ -1,4 +1,4 @@
-"""Tests of the operator's writes: no writes while idle, throttled progress, event series, and no secrets in messages."""
+"""Writes of the operator: none while it is idle, throttled progress, series of events, and messages without secrets."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ SHIFT_SOURCE = Path(__file__).with_name("clock_shift.c")
 
 @pytest.mark.row(41)
 def test_finished_jobs_cause_no_requests(rig: Rig) -> None:
-    proxy = rig.proxy()
+    proxy = rig.start_proxy()
     rig.kubelet.set_plan(rig.namespace, PodPlan(when_running=success_exit()))
-    rig.operator(proxy=proxy, config={"resyncSeconds": 3})
+    rig.start_operator(proxy=proxy, config={"resyncSeconds": 3})
     for number in range(30):
         rig.submit(f"job-{number}")
     for number in range(30):
@@ -38,9 +38,9 @@ def test_finished_jobs_cause_no_requests(rig: Rig) -> None:
 
 @pytest.mark.row(57)
 def test_progress_is_throttled_and_transitions_are_written_at_once(rig: Rig) -> None:
-    proxy = rig.proxy()
+    proxy = rig.start_proxy()
     scrape_config = {"intervalSeconds": 0.05, "startingIntervalSeconds": 0.05}
-    rig.operator(proxy=proxy, config={"progressSeconds": 4, "scrape": scrape_config})
+    rig.start_operator(proxy=proxy, config={"progressSeconds": 4, "scrape": scrape_config})
     rig.submit()
     pod = rig.kubelet.wait_running(rig.namespace, "job")[0]
     rig.kubelet.set_progress(rig.namespace, "job", progress={"step": 1, "totalSteps": 10_000})
@@ -60,8 +60,8 @@ def test_progress_is_throttled_and_transitions_are_written_at_once(rig: Rig) -> 
 
 
 @pytest.mark.row(56)
-def test_repeated_event_is_counted_in_a_series(rig: Rig) -> None:
-    rig.operator()
+def test_a_repeated_event_is_counted_in_a_series(rig: Rig) -> None:
+    rig.start_operator()
     rig.submit(suspend=True)
     rig.wait_phase(Phase.SUSPENDED)
     for _ in range(4):
@@ -86,8 +86,8 @@ SECRET_VALUES = ("wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY", "hf_abcdefghijklmno
 
 
 @pytest.mark.row(58)
-def test_long_messages_of_pods_are_shortened_and_secrets_masked(rig: Rig) -> None:
-    operator = rig.operator()
+def test_long_messages_of_pods_are_shortened_and_their_secrets_masked(rig: Rig) -> None:
+    operator = rig.start_operator()
     rig.submit(policy={"retries": 0})
     pod = rig.kubelet.wait_running(rig.namespace, "job")[0]
     message = (
@@ -96,17 +96,17 @@ def test_long_messages_of_pods_are_shortened_and_secrets_masked(rig: Rig) -> Non
     rig.kubelet.end_pod(pod, ContainerExit(70, json.dumps({"class": "Internal", "code": "Loud", "message": message})))
     body = rig.wait_finished()
     rig.wait_event(Reason.FAILED)
-    written_text = json.dumps(body) + json.dumps(rig.api.events(rig.namespace, "job")) + operator.log
+    written_text = json.dumps(body) + json.dumps(rig.api.list_events(rig.namespace, "job")) + operator.log
     assert [secret for secret in SECRET_VALUES if secret in written_text] == []
     assert len(json.dumps(body)) < 100_000
     assert body["status"]["failure"]["code"] == "Loud"
     assert "[redacted]" in body["status"]["failure"]["message"]
-    assert all(len(e["note"]) <= 1024 for e in rig.api.events(rig.namespace, "job"))
+    assert all(len(e["note"]) <= 1024 for e in rig.api.list_events(rig.namespace, "job"))
 
 
 @pytest.mark.row(58)
-def test_binary_termination_message_is_tolerated(rig: Rig) -> None:
-    rig.operator()
+def test_a_termination_message_that_is_not_json_is_tolerated(rig: Rig) -> None:
+    rig.start_operator()
     rig.submit(policy={"retries": 0})
     pod = rig.kubelet.wait_running(rig.namespace, "job")[0]
     rig.kubelet.end_pod(pod, ContainerExit(1, '{"class": "Nonsense", "step": "many", \x01\x02 "message": [1'))
@@ -117,7 +117,7 @@ def test_binary_termination_message_is_tolerated(rig: Rig) -> None:
 
 @pytest.fixture(scope="module")
 def clock_shift(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build a library that shifts the wall clock of a process by $CLOCK_SHIFT seconds, like libfaketime."""
+    """Build a library that shifts a process's wall clock by $CLOCK_SHIFT seconds, like libfaketime. Return its path."""
     library = tmp_path_factory.mktemp("clock") / "shift.so"
     try:
         subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", library, SHIFT_SOURCE, "-ldl"], check=True)
@@ -128,10 +128,10 @@ def clock_shift(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.row(29)
 @pytest.mark.parametrize("hours", [2, -2])
-def test_wrong_clock_of_the_operator_does_not_affect_deadline_and_ttl(rig: Rig, clock_shift: Path, hours: int) -> None:
-    proxy = rig.proxy()
+def test_a_wrong_clock_of_the_operator_does_not_affect_deadline_and_ttl(rig: Rig, clock_shift: Path, hours: int) -> None:
+    proxy = rig.start_proxy()
     env = {"LD_PRELOAD": str(clock_shift), "CLOCK_SHIFT": str(hours * 3600)}
-    rig.operator(proxy=proxy, env=env)
+    rig.start_operator(proxy=proxy, env=env)
     rig.submit("ended", policy={"ttlSecondsAfterFinished": 4})
     rig.submit("kept", policy={"ttlSecondsAfterFinished": 600})
     rig.submit("late", policy={"activeDeadlineSeconds": 4})
@@ -153,7 +153,7 @@ def test_wrong_clock_of_the_operator_does_not_affect_deadline_and_ttl(rig: Rig, 
 
 
 def _read_server_time(rig: Rig) -> float:
-    """Return the current time of the API server in seconds, rounded up."""
+    """Return the API server's current time as a Unix time, rounded up to whole seconds."""
     created = rig.api.create("events", rig.namespace, {
         "metadata": {"generateName": "now-"}, "eventTime": "2026-01-01T00:00:00.000000Z", "action": "Look", "type": "Normal",
         "reportingController": "test", "reportingInstance": "test", "reason": "Now", "regarding": {"namespace": rig.namespace},
@@ -167,12 +167,12 @@ def _to_timestamp(time_: str, seconds: float) -> float:
     return datetime.fromisoformat(time_.replace("Z", "+00:00")).timestamp() + seconds
 
 
-def test_failure_emits_one_event(rig: Rig) -> None:
-    rig.operator()
+def test_a_failure_emits_one_event(rig: Rig) -> None:
+    rig.start_operator()
     rig.submit(policy={"retries": 0})
     rig.kubelet.end_pod(rig.kubelet.wait_running(rig.namespace, "job")[0], failure_exit(70, message="broken"))
     rig.wait_finished()
     rig.wait_event(Reason.FAILED)
-    assert [note for reason, note in rig.event_notes() if reason == Reason.FAILED] == [
-        note for reason, note in set(rig.event_notes()) if reason == Reason.FAILED
+    assert [note for reason, note in rig.list_event_notes() if reason == Reason.FAILED] == [
+        note for reason, note in set(rig.list_event_notes()) if reason == Reason.FAILED
     ]

@@ -1,4 +1,4 @@
-"""Fixtures: a real S3 server behind a fault proxy, and the tree of a job in its store."""
+"""Fixtures of the storage fault tests: a real S3 server behind a fault proxy, and a job's checkpoints on this server."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def credentials(s3_server: S3Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def bucket_name(s3_server: S3Endpoint) -> str:
-    """Create one bucket for all tests, because SeaweedFS reserves volumes for every bucket. Each test uses its own prefix."""
+    """Create one bucket for all tests, because SeaweedFS reserves volumes for every bucket. Each test uses another key prefix."""
     s3_server.client().create_bucket(Bucket="faults")
     return "faults"
 
@@ -66,7 +66,7 @@ def storage(s3_server: S3Endpoint, proxy: S3Proxy, bucket_name: str) -> ProxiedT
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    """Create a staged checkpoint with files of several sizes."""
+    """Write a staged checkpoint with files of several sizes, and return its folder."""
     import random
 
     folder = tmp_path / "checkpoint"

@@ -1,4 +1,4 @@
-"""Access the checkpoints of a job in a store, through the fault proxy or directly."""
+"""Gives tests access to a job's stored checkpoints, through the fault proxy and directly."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_api.pod import StoreTarget
-from finetune_trainer.checkpoint.manifest import Manifest, prefix_of
+from finetune_trainer.checkpoint.manifest import Manifest, checkpoint_folder_key
 from finetune_trainer.checkpoint.tree import CheckpointTree
 from pod_harness import PYTHONPATH, Pod, run_config
 from toy_rank import next_chain
@@ -21,7 +21,7 @@ POD_TESTS_FOLDER = Path(__file__).parents[2] / "pod"
 
 @dataclass
 class ProxiedTree:
-    """The storage of one job, with two clients: `proxied_tree` uses the fault proxy, like the pod; `direct_tree` uses the store itself."""
+    """The storage of one job. `proxied_tree` reaches it through the fault proxy, as the pod does; `direct_tree` reaches it directly."""
 
     proxied_tree: CheckpointTree
     direct_tree: CheckpointTree
@@ -32,14 +32,14 @@ class ProxiedTree:
         self, step: int | None, folder: Path, incarnation: str = "a1-00000000", attempt: int = 1, **manifest_fields: Any
     ) -> Manifest:
         """Upload and commit a folder through the proxy."""
-        base = prefix_of(step)
+        base = checkpoint_folder_key(step)
         entries = self.proxied_tree.upload(base, incarnation, folder)
         manifest = Manifest(step=step or 0, attempt=attempt, incarnation=incarnation, files=entries, **manifest_fields)
         self.proxied_tree.commit(base, manifest)
         return manifest
 
     def verify_all(self, folder: Path) -> list[int]:
-        """Verify every committed checkpoint against its manifest. Returns the steps of these checkpoints, newest first."""
+        """Verify every committed checkpoint against its manifest. Returns the verified steps, newest first."""
         from finetune_trainer.checkpoint.restore import fetch_verified
 
         steps = []
@@ -55,7 +55,7 @@ class ProxiedTree:
 
 
 def compute_expected_states(steps: int) -> dict[int, str]:
-    """Compute the state of rank 0 after each step of an uninterrupted run of toy ranks."""
+    """Return the state of rank 0 after each step of an uninterrupted run of toy ranks."""
     states_by_step, state = {}, ""
     for step in range(1, steps + 1):
         states_by_step[step] = state = next_chain(state, 0, step)
@@ -63,7 +63,7 @@ def compute_expected_states(steps: int) -> dict[int, str]:
 
 
 def read_logged_states(storage: ProxiedTree) -> dict[int, str]:
-    """Read the state after each step from the logs of all attempts. If two attempts have logged the same step, the states must be equal."""
+    """Return the state after each step from the logs of all attempts. Attempts that have logged the same step must have logged the same state."""
     states_by_step: dict[int, str] = {}
     for stat in storage.direct_tree.store.list("metrics/a"):
         for line in (storage.direct_tree.store.get(stat.key) or b"").decode().splitlines():
@@ -73,7 +73,7 @@ def read_logged_states(storage: ProxiedTree) -> dict[int, str]:
 
 
 def read_final_state(storage: ProxiedTree) -> str:
-    """Read the state of rank 0 from the committed model."""
+    """Return the state of rank 0 in the committed model."""
     model = storage.direct_tree.get_committed(None)
     assert model is not None, "no model is committed"
     return (storage.direct_tree.store.get(f"{model.folder}/chain-0") or b"").decode()
@@ -82,7 +82,7 @@ def read_final_state(storage: ProxiedTree) -> str:
 def make_toy_pod(
     folder: Path, spec: dict[str, Any], storage: ProxiedTree, server: S3Endpoint, script: dict[str, Any], **run: Any
 ) -> Pod:
-    """Create a pod of toy ranks (tests/pod/toy_rank.py). The pod stores its checkpoints through the proxy."""
+    """Create a pod of toy ranks (tests/pod/toy_rank.py) that stores its checkpoints through the proxy."""
     target = storage.proxied_tree.store.target  # type: ignore[attr-defined] # an S3Store
     env = {
         "PYTHONPATH": os.pathsep.join([PYTHONPATH, str(POD_TESTS_FOLDER)]), "FINETUNE_TRAINER_MODULE": "toy_rank",

@@ -1,4 +1,4 @@
-"""Tests of the commit protocol under faults: a committed checkpoint is complete and undamaged at all times."""
+"""The commit protocol under faults: a committed checkpoint is complete and undamaged at all times."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 from finetune_api.errors import FineTuneError, StorageError
-from finetune_trainer.checkpoint.manifest import prefix_of
+from finetune_trainer.checkpoint.manifest import checkpoint_folder_key
 from finetune_trainer.checkpoint.tree import FencedOutError
 from finetune_trainer.storage import s3
 from finetune_trainer.storage.preflight import preflight
@@ -19,11 +19,11 @@ from proxied_tree import ProxiedTree
 
 from tests.support.faultproxy import Call
 from tests.support.s3proxy import LostResponse, Reset, S3Operation, S3Proxy, Status
-from tests.support.store_features import UNFINISHED_UPLOADS, YES, seen_on_chosen_store
+from tests.support.store_features import UNFINISHED_UPLOADS, YES, read_result_of_chosen_store
 
 
 def test_every_checkpoint_is_committed_despite_many_store_errors(storage: ProxiedTree, proxy: S3Proxy, checkpoint: Path, tmp_path: Path) -> None:
-    """Faults: the store answers 30 % of the requests with SlowDown and 10 % with 500, and resets 10 % of the connections."""
+    """The store answers 30 % of the requests with SlowDown and 10 % with status 500, and resets 10 % of the connections."""
     rules = [
         proxy.fault(Status(503, "SlowDown"), probability=0.3),
         proxy.fault(Status(500, "InternalError"), probability=0.1),
@@ -38,7 +38,7 @@ def test_every_checkpoint_is_committed_despite_many_store_errors(storage: Proxie
 
 @pytest.mark.parametrize("key", ["optimizer.pt", "manifest.json", "_COMMITTED"])
 def test_a_request_whose_response_is_lost_is_retried_without_harm(storage: ProxiedTree, proxy: S3Proxy, checkpoint: Path, tmp_path: Path, key: str) -> None:
-    """The store executes the request, but its response is lost. The client retries. If the retry finds its own marker, the commit has succeeded."""
+    """The store executes a request, but the response is lost and the client retries. A retry that finds the client's own marker counts as success."""
     with proxy.fault(LostResponse(), operation="PutObject", key=key, max_hits=1) as lost:
         storage.commit(5, checkpoint)
     assert lost.hits == 1
@@ -58,8 +58,8 @@ def test_a_multipart_upload_whose_last_response_is_lost_is_complete(
 
 @pytest.mark.parametrize("second_attempt", [1, 2])
 def test_only_one_of_two_incarnations_keeps_its_marker(storage: ProxiedTree, checkpoint: Path, tmp_path: Path, second_attempt: int) -> None:
-    """Both incarnations commit a step at the same time. In the same attempt, the slower incarnation is fenced. In two attempts, the later
-    attempt's marker remains.
+    """Two incarnations commit the same step at the same time. In the same attempt, the slower incarnation is fenced. In different attempts, the marker
+    of the later attempt remains.
     """
     results: dict[str, object] = {}
     start = threading.Barrier(2)
@@ -89,7 +89,7 @@ def test_only_one_of_two_incarnations_keeps_its_marker(storage: ProxiedTree, che
 
 @dataclass(frozen=True)
 class IgnoreConditions:
-    """Simulate a store that ignores the condition of a write: a later write overwrites an earlier one."""
+    """A fault that simulates a store that ignores the condition of a write, so that a later write overwrites an earlier one."""
 
     storage: ProxiedTree
 
@@ -100,26 +100,26 @@ class IgnoreConditions:
 
 
 def test_incarnations_do_not_mix_data_in_a_store_that_ignores_conditions(storage: ProxiedTree, proxy: S3Proxy, checkpoint: Path, tmp_path: Path) -> None:
-    """The preflight detects such a store. Two incarnations may both commit, but do not overwrite each other's data."""
+    """Two incarnations may both commit, but do not overwrite each other's data. The preflight detects a store that ignores conditions."""
     fault = proxy.fault(IgnoreConditions(storage), operation="PutObject")
     target = storage.proxied_tree.store.target  # type: ignore[attr-defined] # an S3Store
-    assert preflight(target).conditional_writes is False
+    assert preflight(target).has_conditional_writes is False
     storage.commit(5, checkpoint, "a1-00000001", 1)
     storage.commit(5, checkpoint, "a2-00000002", 2)
     found = storage.direct_tree.get_committed(5)
     assert found is not None and found.marker.path == "a2-00000002"
     assert storage.verify_all(tmp_path / "check") == [5]
     fault.remove()
-    assert preflight(target).conditional_writes is True
+    assert preflight(target).has_conditional_writes is True
 
 
 def test_a_checkpoint_with_a_missing_object_is_not_committed(storage: ProxiedTree, checkpoint: Path) -> None:
-    entries = storage.proxied_tree.upload(prefix_of(5), "a1-00000000", checkpoint)
+    entries = storage.proxied_tree.upload(checkpoint_folder_key(5), "a1-00000000", checkpoint)
     from finetune_trainer.checkpoint.manifest import Manifest
 
     storage.direct_tree.store.delete(["checkpoints/step-00000005/a1-00000000/optimizer.pt"])
     with pytest.raises(StorageError) as caught:
-        storage.proxied_tree.commit(prefix_of(5), Manifest(step=5, incarnation="a1-00000000", files=entries))
+        storage.proxied_tree.commit(checkpoint_folder_key(5), Manifest(step=5, incarnation="a1-00000000", files=entries))
     assert caught.value.code == "UploadIncomplete" and "optimizer.pt" in caught.value.message
     assert storage.direct_tree.list_committed() == []
 
@@ -128,30 +128,30 @@ def test_a_checkpoint_with_a_missing_object_is_not_committed(storage: ProxiedTre
 def test_a_store_that_fails_during_a_commit_leaves_nothing_visible(
     storage: ProxiedTree, proxy: S3Proxy, checkpoint: Path, tmp_path: Path, key: str, s3_server: object
 ) -> None:
-    """The objects of the failed commit remain in the store, as after a kill -9 during a commit. The next sweep removes these objects."""
+    """The objects of a failed commit remain in the store, as after a SIGKILL during a commit. The next sweep removes them."""
     storage.commit(5, checkpoint)
-    store_without_retries = s3.S3Store(storage.proxied_tree.store.target.model_copy(), attempts=1)  # type: ignore[attr-defined] # an S3Store
+    store_without_retries = s3.S3Store(storage.proxied_tree.store.target.model_copy(), max_tries=1)  # type: ignore[attr-defined] # an S3Store
     storage.proxied_tree.store = store_without_retries
     with proxy.fault(Reset(), operation="PutObject", key=key), pytest.raises(FineTuneError):
         storage.commit(10, checkpoint)
     assert storage.verify_all(tmp_path / "check") == [5]
-    assert storage.direct_tree.sweep().count > 0
+    assert storage.direct_tree.sweep().removed_count > 0
     assert [stat.key for stat in storage.direct_tree.store.list("checkpoints/step-00000010/")] == []
     assert storage.verify_all(tmp_path / "check2") == [5]
 
 
-@pytest.mark.skipif(seen_on_chosen_store(UNFINISHED_UPLOADS) != YES, reason="this store lists unfinished uploads by their whole key only")
+@pytest.mark.skipif(read_result_of_chosen_store(UNFINISHED_UPLOADS) != YES, reason="this store lists unfinished uploads by their whole key only")
 def test_an_orphaned_multipart_upload_is_swept(storage: ProxiedTree) -> None:
-    key = storage.direct_tree.store.key("checkpoints/step-00000005/a1-00000000/model.safetensors")  # type: ignore[attr-defined] # an S3Store
+    key = storage.direct_tree.store.full_key("checkpoints/step-00000005/a1-00000000/model.safetensors")  # type: ignore[attr-defined] # an S3Store
     storage.client.create_multipart_upload(Bucket=storage.bucket, Key=key)
-    assert storage.direct_tree.sweep().count == 1
+    assert storage.direct_tree.sweep().removed_count == 1
     assert not storage.client.list_multipart_uploads(Bucket=storage.bucket).get("Uploads")
 
 
 def test_a_committed_step_is_complete_at_every_instant(
     storage: ProxiedTree, proxy: S3Proxy, checkpoint: Path, tmp_path: Path
 ) -> None:
-    """While checkpoints are committed and removed under faults, a thread continuously checks that every marked checkpoint has a manifest."""
+    """While checkpoints are committed and removed under faults, a thread checks again and again that every committed checkpoint has a manifest."""
     proxy.fault(Status(503, "SlowDown"), probability=0.2)
     proxy.fault(LostResponse(), operation="PutObject", probability=0.2)
     is_done, read_count, incomplete_checkpoints = threading.Event(), [0], []
@@ -160,7 +160,7 @@ def test_a_committed_step_is_complete_at_every_instant(
         while not is_done.is_set():
             for committed in storage.direct_tree.list_committed():
                 manifest = storage.direct_tree.read_manifest(committed)
-                is_removed = storage.direct_tree.get_committed(committed.step or 0) is None  # the checkpoint was removed after `committed()` had listed it
+                is_removed = storage.direct_tree.get_committed(committed.step or 0) is None  # the checkpoint was removed after it had been listed
                 if manifest is None and not is_removed:
                     incomplete_checkpoints.append(committed)
                 read_count[0] += 1
@@ -183,7 +183,7 @@ UNUSUAL_NAMES = ["with space", "ümlaut-雪", "100%25 +plus", "a#b?c&d", ".hidde
 
 
 def test_unusual_file_names_and_empty_files_are_restored(storage: ProxiedTree, tmp_path: Path) -> None:
-    """The file names in the folder, the manifest, the store and the restored folder are equal."""
+    """The folder, the manifest, the store and the restored folder have the same file names."""
     folder = tmp_path / "odd"
     for name in UNUSUAL_NAMES:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -215,7 +215,7 @@ def test_a_store_without_batch_deletes_gets_single_deletes(
 
 @dataclass(frozen=True)
 class RefuseConditions:
-    """Simulate a store that refuses requests with the header If-None-Match."""
+    """A fault that simulates a store that refuses every request with the header If-None-Match."""
 
     status: int
     code: str
@@ -230,10 +230,10 @@ class RefuseConditions:
 def test_an_existing_marker_stays_in_a_store_that_refuses_conditions(
     storage: ProxiedTree, proxy: S3Proxy, checkpoint: Path, tmp_path: Path, status: int, code: str
 ) -> None:
-    """The trainer checks for a marker before it writes one. This check is enough, because the operator prevents simultaneous writers."""
+    """The trainer checks whether a marker exists before it writes one. This is enough, because the operator prevents simultaneous writers."""
     proxy.fault(RefuseConditions(status, code), operation="PutObject")
     target = storage.proxied_tree.store.target  # type: ignore[attr-defined] # an S3Store
-    assert preflight(target).conditional_writes is False
+    assert preflight(target).has_conditional_writes is False
     storage.commit(5, checkpoint)
     with pytest.raises(FencedOutError):
         storage.commit(5, checkpoint, "a1-22222222")
@@ -243,11 +243,11 @@ def test_an_existing_marker_stays_in_a_store_that_refuses_conditions(
 def test_the_preflight_succeeds_although_a_response_is_lost(storage: ProxiedTree, proxy: S3Proxy) -> None:
     target = storage.proxied_tree.store.target  # type: ignore[attr-defined] # an S3Store
     with proxy.fault(LostResponse(), operation="PutObject", key=r"\.probe/", max_hits=1) as lost:
-        assert preflight(target).conditional_writes
+        assert preflight(target).has_conditional_writes
     assert lost.hits == 1
 
 
-def test_a_full_disk_of_the_pod_is_not_an_unreachable_store(storage: ProxiedTree, tmp_path: Path) -> None:
+def test_a_full_disk_of_the_pod_is_not_reported_as_an_unreachable_store(storage: ProxiedTree, tmp_path: Path) -> None:
     storage.direct_tree.store.put("weights", b"x" * 100_000)
     (tmp_path / "full").symlink_to("/dev/full")
     with pytest.raises(StorageError) as caught:

@@ -1,5 +1,5 @@
-"""Row 12 of docs/guides/checkpoints.md: a pod is killed during a commit, while the proxy holds one of its requests. The next attempt ignores
-the incomplete checkpoint, removes its objects, and repeats the step.
+"""Row 12 of docs/guides/checkpoints.md: a pod is killed during a commit, while the proxy holds one of the pod's requests. The next attempt ignores the
+incomplete checkpoint, removes its objects, and repeats the step.
 """
 
 from __future__ import annotations
@@ -13,17 +13,19 @@ from typing import Any
 import pytest
 from aiohttp import web
 from finetune_api.pod import ResumeConfig
-from finetune_trainer.checkpoint.manifest import prefix_of, step_of
+from finetune_trainer.checkpoint.manifest import checkpoint_folder_key, parse_step
 from proxied_tree import ProxiedTree, compute_expected_states, make_toy_pod, read_final_state, read_logged_states
 
 from localcluster.s3 import S3Endpoint
 from tests.support.faultproxy import Call
 from tests.support.s3proxy import S3Operation, S3Proxy
-from tests.support.store_features import UNFINISHED_UPLOADS, YES, seen_on_chosen_store
+from tests.support.store_features import UNFINISHED_UPLOADS, YES, read_result_of_chosen_store
 
 STEPS_PER_CHECKPOINT = 5
 TOY_SCRIPT = {"every": STEPS_PER_CHECKPOINT, "pause": 0.02, "bytes": 20_000_000}
-"""A checkpoint of this size is uploaded in three parts. Checkpoints are saved faster than they can be uploaded, so some are skipped."""
+"""Script of the toy ranks. A checkpoint of 20 MB is uploaded in three parts. Some checkpoints are skipped, because they are saved faster than they can
+be uploaded.
+"""
 REQUEST_BY_KILL_POINT = {
     "part of the data": ("UploadPart", "state-0"), "manifest": ("PutObject", "manifest.json"), "marker": ("PutObject", "_COMMITTED"),
 }  # fmt: skip
@@ -31,7 +33,7 @@ REQUEST_BY_KILL_POINT = {
 
 @dataclass(frozen=True)
 class HoldRequest:
-    """Never answer a request. If `is_executed` is true, the store executes the request, and only the response is held."""
+    """A fault that never answers a request. If `is_executed` is true, the store executes the request, and only its response is held."""
 
     is_executed: bool
     has_arrived: threading.Event = field(default_factory=threading.Event)
@@ -47,7 +49,7 @@ class HoldRequest:
 
 @dataclass(frozen=True)
 class KillScenario:
-    """A job with two attempts: the first attempt is killed during a commit, and the second attempt resumes."""
+    """A job with two attempts: the first is killed during a commit, and the second resumes."""
 
     folder: Path
     spec: dict[str, Any]
@@ -56,7 +58,7 @@ class KillScenario:
     server: S3Endpoint
 
     def kill_first_attempt_at(self, point: str, is_executed: bool) -> tuple[list[int], int]:
-        """Kill the first attempt during a commit. Returns the previously committed steps (newest first) and the interrupted step."""
+        """Kill the first attempt at a point of a commit. Returns the steps that were committed before (newest first) and the interrupted step."""
         operation, key = REQUEST_BY_KILL_POINT[point]
         held_request = HoldRequest(is_executed)
         with make_toy_pod(self.folder / "one", self.spec, self.storage, self.server, TOY_SCRIPT | {"steps": 100_000}) as pod:
@@ -65,24 +67,24 @@ class KillScenario:
                 pod.wait_until(held_request.has_arrived.is_set)
                 last_report = pod.report()
                 pod.kill()
-        interrupted_step = step_of(held_request.keys[0].split("/checkpoints/")[1].split("/")[0])
+        interrupted_step = parse_step(held_request.keys[0].split("/checkpoints/")[1].split("/")[0])
         assert last_report is not None and interrupted_step is not None
         return [one.step for one in last_report.checkpoints], interrupted_step
 
     def count_unfinished_uploads(self) -> int:
         """Count the unfinished multipart uploads of the job."""
-        prefix = self.storage.direct_tree.store.key("")  # type: ignore[attr-defined] # an S3Store
+        prefix = self.storage.direct_tree.store.full_key("")  # type: ignore[attr-defined] # an S3Store
         uploads = self.storage.client.list_multipart_uploads(Bucket=self.storage.bucket).get("Uploads") or []
         return sum(one["Key"].startswith(prefix) for one in uploads)
 
-    def keys(self, step: int) -> set[str]:
+    def list_keys(self, step: int) -> set[str]:
         """Return the keys of a step's objects in the store."""
-        return {stat.key for stat in self.storage.direct_tree.store.list(f"{prefix_of(step)}/")}
+        return {stat.key for stat in self.storage.direct_tree.store.list(f"{checkpoint_folder_key(step)}/")}
 
     def resume_from(self, step: int) -> None:
-        """Run the second attempt until it ends. Compare its logs and its result with those of an uninterrupted run.
+        """Run the second attempt until it ends, and check that its logs and its result equal those of an uninterrupted run.
 
-        The second attempt removes unfinished uploads, except on a store that does not list them below a prefix.
+        Also check that it has removed unfinished uploads, unless the store cannot list them below a prefix.
         """
         uploads_before = self.count_unfinished_uploads()
         last_step = step + 3 * STEPS_PER_CHECKPOINT
@@ -91,7 +93,7 @@ class KillScenario:
         with make_toy_pod(self.folder / "two", self.spec, self.storage, self.server, script, attempt=2, resume=resume) as pod:
             assert pod.end() == 0, pod.text[-3000:]
         assert pod.termination_message().resumed_from_step == step
-        assert self.count_unfinished_uploads() == (0 if seen_on_chosen_store(UNFINISHED_UPLOADS) == YES else uploads_before)
+        assert self.count_unfinished_uploads() == (0 if read_result_of_chosen_store(UNFINISHED_UPLOADS) == YES else uploads_before)
         logged_states = read_logged_states(self.storage)
         assert {number: state for number, state in logged_states.items() if number <= last_step} == compute_expected_states(last_step)
         assert read_final_state(self.storage) == compute_expected_states(last_step)[last_step]
@@ -113,19 +115,19 @@ def scenario(tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: 
     ],
 )  # fmt: skip
 def test_a_step_is_not_committed_if_the_pod_is_killed_before_the_marker(scenario: KillScenario, point: str, stored: bool) -> None:
-    """Row 12: the step is not visible, the next attempt removes its objects and uploads, and the result equals that of an uninterrupted run."""
+    """Row 12: the step is not visible. The next attempt removes its objects and uploads, and has the same result as an uninterrupted run."""
     committed_steps, interrupted_step = scenario.kill_first_attempt_at(point, stored)
     assert scenario.storage.verify_all(scenario.folder / "between") == committed_steps and interrupted_step not in committed_steps
-    leftover_keys = scenario.keys(interrupted_step)
+    leftover_keys = scenario.list_keys(interrupted_step)
     assert leftover_keys, "the objects before the held request are stored"
     assert scenario.count_unfinished_uploads() == (1 if point == "part of the data" else 0)
     scenario.resume_from(committed_steps[0])
-    assert leftover_keys.isdisjoint(scenario.keys(interrupted_step))
+    assert leftover_keys.isdisjoint(scenario.list_keys(interrupted_step))
 
 
 @pytest.mark.faults
 def test_a_step_is_committed_if_the_pod_is_killed_after_the_marker(scenario: KillScenario) -> None:
-    """Row 12: the store has stored the marker, but the pod is killed before it receives the response."""
+    """Row 12: the marker is stored, but the pod is killed before it receives the store's response."""
     committed_steps, interrupted_step = scenario.kill_first_attempt_at("marker", True)
     assert scenario.storage.verify_all(scenario.folder / "between") == [interrupted_step, *committed_steps]
     scenario.resume_from(interrupted_step)

@@ -1,4 +1,4 @@
-"""Tests: the store fails while a pod trains. Training continues, the status names the problem, and no incomplete checkpoint is visible."""
+"""The store fails while a pod trains: training continues, the status names the problem, and no incomplete checkpoint is visible."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.support.slices import quick_slice
 def test_checkpoints_are_skipped_if_the_store_is_slow(
     tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: S3Proxy, s3_server: S3Endpoint
 ) -> None:
-    """Every 50 ms, a checkpoint of 4 MB is due, but the store accepts only 4 MB/s."""
+    """A checkpoint of 4 MB is due every 50 ms, but the store accepts only 4 MB per second."""
     proxy.fault(Bandwidth(4e6), operation="PutObject")
     most_staged = 0
     with make_toy_pod(tmp_path, spec, storage, s3_server, {"steps": 200, "every": 5, "bytes": 4_000_000}) as pod:
@@ -46,7 +46,7 @@ def test_checkpoints_are_skipped_if_the_store_is_slow(
 def test_training_survives_an_outage_of_the_store(
     tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: S3Proxy, s3_server: S3Endpoint
 ) -> None:
-    """During the outage, the last committed checkpoint remains. After the outage, later checkpoints are committed."""
+    """The last committed checkpoint remains during the outage. Later checkpoints are committed after the outage."""
     with make_toy_pod(tmp_path, spec, storage, s3_server, {"steps": 500, "every": 10}) as pod:
         pod.wait_committed(10)
         outage = proxy.fault(Reset())
@@ -60,10 +60,10 @@ def test_training_survives_an_outage_of_the_store(
     assert storage.verify_all(tmp_path / "check")[0] == 500
 
 
-def test_a_missing_permission_for_the_final_model_ends_with_77(
+def test_a_pod_that_may_not_write_the_final_model_exits_with_77(
     tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: S3Proxy, s3_server: S3Endpoint
 ) -> None:
-    """The write permission is missing only below /model/. The termination message names the permission, and the checkpoints remain."""
+    """Only objects below /model/ cannot be written. The termination message names the missing permission, and the checkpoints remain."""
     proxy.fault(Status(403, "AccessDenied"), operation="PutObject", key="/model/")
     with make_toy_pod(tmp_path, spec, storage, s3_server, {}) as pod:
         assert pod.end() == 77, pod.text[-3000:]
@@ -73,7 +73,7 @@ def test_a_missing_permission_for_the_final_model_ends_with_77(
     assert storage.verify_all(tmp_path / "check")[0] == 20
 
 
-def test_credentials_that_expire_during_training_end_with_77(
+def test_a_pod_whose_credentials_expire_during_training_exits_with_77(
     tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: S3Proxy, s3_server: S3Endpoint
 ) -> None:
     with make_toy_pod(tmp_path, spec, storage, s3_server, {"steps": 200, "every": 5}) as pod:
@@ -86,7 +86,7 @@ def test_credentials_that_expire_during_training_end_with_77(
 
 
 @pytest.mark.faults
-def test_a_store_that_stays_unavailable_ends_with_69(
+def test_a_pod_whose_store_stays_unavailable_exits_with_69(
     tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: S3Proxy, s3_server: S3Endpoint
 ) -> None:
     pod = make_toy_pod(tmp_path, spec, storage, s3_server, {"steps": 300, "every": 5})
@@ -145,7 +145,7 @@ def test_a_checkpoint_is_not_visible_if_the_pod_is_killed_during_its_upload(
 def test_many_store_errors_do_not_delay_training(
     tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: S3Proxy, s3_server: S3Endpoint
 ) -> None:
-    """30 % of the requests fail with SlowDown, 10 % with 500, and 10 % of the connections are reset. These errors delay commits, but not training."""
+    """30 % of the requests fail with SlowDown, 10 % fail with status 500, and 10 % of the connections are reset. Commits are late, but training is not."""
     with make_toy_pod(tmp_path, spec, storage, s3_server, {"steps": 300, "every": 50, "pause": 0.02}) as pod:
         pod.wait_committed(50)
         rules = [
@@ -153,13 +153,13 @@ def test_many_store_errors_do_not_delay_training(
             proxy.fault(Status(500, "InternalError"), probability=0.1),
             proxy.fault(Reset(), probability=0.1),
         ]
-        pod.wait_until(lambda: storage_retries(pod) > 0)
+        pod.wait_until(lambda: read_storage_retries(pod) > 0)
         assert pod.end(580) == 0, pod.text[-3000:]
     assert all(rule.hits > 0 for rule in rules)
     assert storage.verify_all(tmp_path / "check")[0] == 300
 
 
-def storage_retries(pod: Pod) -> float:
+def read_storage_retries(pod: Pod) -> float:
     found = re.search(rb"^finetune_trainer_storage_retries_total (\S+)$", pod.get("/metrics") or b"", re.MULTILINE)
     return float(found[1]) if found else 0
 
@@ -167,7 +167,7 @@ def storage_retries(pod: Pod) -> float:
 def test_a_stop_during_an_upload_loses_no_step(
     tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: S3Proxy, s3_server: S3Endpoint
 ) -> None:
-    """The pod finishes the running upload. Then it uploads the checkpoint that the ranks save when they stop."""
+    """The pod finishes the running upload, and then uploads the checkpoint that the ranks save when they stop."""
     with make_toy_pod(tmp_path, spec, storage, s3_server, {"steps": 100000, "every": 20, "bytes": 300_000}) as pod:
         pod.wait_committed(20)
         slow = proxy.fault(Bandwidth(1e6), operation="PutObject", key="checkpoints/.*state-0")
@@ -179,10 +179,10 @@ def test_a_stop_during_an_upload_loses_no_step(
     assert storage.verify_all(tmp_path / "check")[0] == termination.step
 
 
-def test_a_grace_period_shorter_than_the_last_save_ends_with_76(
+def test_a_pod_whose_grace_period_is_too_short_for_the_last_save_exits_with_76(
     tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: S3Proxy, s3_server: S3Endpoint
 ) -> None:
-    """The pod ends at once and does not ask its ranks to stop. Committed checkpoints remain."""
+    """The pod ends at once, without a last checkpoint of its ranks. Committed checkpoints remain."""
     proxy.fault(Latency(0.5), operation="PutObject", key="checkpoints/")
     with make_toy_pod(tmp_path, spec, storage, s3_server, {"steps": 100000, "every": 20}, grace=1) as pod:
         pod.wait_committed(20)
@@ -199,9 +199,7 @@ def test_a_grace_period_shorter_than_the_last_save_ends_with_76(
 def test_a_stale_incarnation_ends_at_its_first_fenced_commit(
     tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, s3_server: S3Endpoint
 ) -> None:
-    """The pod of a lost node continues after the next attempt has finished. When it commits, it is fenced: the commit changes nothing, and
-    the pod ends.
-    """
+    """The pod of a lost node still runs after the next attempt has finished. Its next commit is fenced: it changes nothing, and the pod ends."""
     endless, script = {"steps": 10_000_000, "every": 10}, {"steps": 300, "every": 10}
     with make_toy_pod(tmp_path / "one", spec, storage, s3_server, endless) as stale:
         stale.wait_committed(10)
@@ -226,7 +224,7 @@ def test_a_stale_incarnation_ends_at_its_first_fenced_commit(
 def test_a_damaged_checkpoint_is_replaced(
     tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, s3_server: S3Endpoint
 ) -> None:
-    """The next attempt resumes from the checkpoint before the damaged one. When it repeats the step, its checkpoint replaces the damaged one."""
+    """The next attempt resumes from the checkpoint before the damaged one. When it repeats the damaged step, it replaces the damaged checkpoint."""
     script = {"steps": 17, "every": 5}
     with make_toy_pod(tmp_path / "one", spec, storage, s3_server, script | {"at": {"0:17": "die"}}) as first:
         assert first.end() == 74, first.text[-3000:]
@@ -245,10 +243,11 @@ def test_a_damaged_checkpoint_is_replaced(
     }
 
 
+@pytest.mark.slow  # tests/unit/trainer/checkpoint deletes nothing without the permission
 def test_an_attempt_without_permission_to_delete_succeeds(
     tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: S3Proxy, s3_server: S3Endpoint
 ) -> None:
-    """The attempt cannot remove unfinished uploads. The attempt adds a note about this to the status."""
+    """The attempt cannot remove unfinished uploads, and says so in a note in the status."""
     proxy.fault(Status(403, "AccessDenied"), operation="DeleteObjects")
     proxy.fault(Status(403, "AccessDenied"), operation="ListMultipartUploads")
     storage.direct_tree.store.put("checkpoints/step-00000005/a1-deadbeef/half", b"left by a killed incarnation")
@@ -261,6 +260,7 @@ def test_an_attempt_without_permission_to_delete_succeeds(
     assert storage.verify_all(tmp_path / "check")[0] == 20
 
 
+@pytest.mark.slow  # test_training_survives_an_outage_of_the_store retries too
 def test_a_store_that_is_busy_at_the_start_is_retried(
     tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: S3Proxy, s3_server: S3Endpoint
 ) -> None:
@@ -277,7 +277,7 @@ def test_a_store_that_is_busy_at_the_start_is_retried(
 def test_a_stop_during_the_upload_of_the_final_model_keeps_the_deadline(
     tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: S3Proxy, s3_server: S3Endpoint, saved: bool
 ) -> None:
-    """When the stop arrives, the ranks have already ended. The pod ends within its grace period and reports whether all steps are saved."""
+    """The ranks have already ended when the stop arrives. The pod ends within its grace period, and reports whether all steps are saved."""
     proxy.fault(Latency(3600), operation="PutObject", key="/model/")
     script = {"steps": 20, "every": 5 if saved else 15}
     with make_toy_pod(tmp_path, spec, storage, s3_server, script, grace=3) as pod:

@@ -1,4 +1,4 @@
-"""Tests: a rank is killed at a random step. The next attempt resumes and has the same result as an uninterrupted run."""
+"""A rank is killed at a random step. The next attempt resumes, and has the same result as an uninterrupted run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run the benchmark that kills rank, agent or pod repeatedly, with few steps. The result must equal that of an uninterrupted run."""
+"""Runs the benchmark that kills a rank, the agent or the pod repeatedly, with few steps. The result must equal the result of an uninterrupted run."""
 
 from __future__ import annotations
 

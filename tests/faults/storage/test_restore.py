@@ -1,4 +1,4 @@
-"""Tests of restoring from damaged storage: the damage is detected before loading and reported, and the previous checkpoint is restored."""
+"""Restoring from damaged storage: the damage is detected before loading and is reported, and the previous checkpoint is restored."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from proxied_tree import ProxiedTree
 
 from tests.support.faultproxy import Call
 from tests.support.s3proxy import FlipByte, S3Operation, S3Proxy, Status, Truncate
-from tests.support.store_features import CLOCK, IGNORED, UNKNOWN_KEY, seen_on_chosen_store
+from tests.support.store_features import CLOCK, IGNORED, UNKNOWN_KEY, read_result_of_chosen_store
 
 FOLDER = "checkpoints/step-00000010/a1-00000000"
 FACTS = RunFacts(
@@ -33,7 +33,7 @@ FACTS = RunFacts(
 
 @pytest.fixture
 def two_checkpoints(storage: ProxiedTree, checkpoint: Path) -> ProxiedTree:
-    """Storage with the committed steps 5 and 10."""
+    """Storage with two committed checkpoints, of the steps 5 and 10."""
     storage.commit(5, checkpoint, facts=FACTS)
     storage.commit(10, checkpoint, facts=FACTS)
     return storage
@@ -62,8 +62,8 @@ def remove_object(storage: ProxiedTree, key: str) -> None:
 def test_the_newest_checkpoint_is_restored(two_checkpoints: ProxiedTree, checkpoint: Path, tmp_path: Path) -> None:
     found = restore_newest(two_checkpoints, tmp_path)
     assert (found.step, found.is_exact, found.inexact_reason, found.damage_messages) == (10, True, None, [])
-    assert found.path is not None
-    restored_files = {p.relative_to(found.path): p.read_bytes() for p in found.path.rglob("*") if p.is_file()}
+    assert found.local_folder is not None
+    restored_files = {p.relative_to(found.local_folder): p.read_bytes() for p in found.local_folder.rglob("*") if p.is_file()}
     assert restored_files == {p.relative_to(checkpoint): p.read_bytes() for p in checkpoint.rglob("*") if p.is_file()}
 
 
@@ -81,8 +81,8 @@ def test_damage_is_reported_and_the_previous_step_is_restored(
 def test_an_object_outside_the_manifest_is_not_downloaded(two_checkpoints: ProxiedTree, tmp_path: Path) -> None:
     two_checkpoints.direct_tree.store.put(f"{FOLDER}/model.safetensors", b"stray")
     found = restore_newest(two_checkpoints, tmp_path)
-    assert found.step == 10 and found.path is not None
-    assert not (found.path / "model.safetensors").exists()
+    assert found.step == 10 and found.local_folder is not None
+    assert not (found.local_folder / "model.safetensors").exists()
 
 
 def test_a_checkpoint_with_a_damaged_marker_is_not_restored(two_checkpoints: ProxiedTree, tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_a_checkpoint_with_a_damaged_marker_is_not_restored(two_checkpoints: Pro
     assert restore_newest(two_checkpoints, tmp_path).step == 5
 
 
-def test_only_damaged_checkpoints_end_with_73(two_checkpoints: ProxiedTree, tmp_path: Path) -> None:
+def test_a_restore_with_only_damaged_checkpoints_fails_with_73(two_checkpoints: ProxiedTree, tmp_path: Path) -> None:
     for step in (5, 10):
         flip_bit(two_checkpoints, f"checkpoints/step-{step:08d}/a1-00000000/optimizer.pt")
     with pytest.raises(NoCheckpointError) as caught:
@@ -113,8 +113,8 @@ def test_a_byte_flipped_in_transit_is_detected(two_checkpoints: ProxiedTree, pro
 
 
 @dataclass(frozen=True)
-class RemoveFirst:
-    """Simulate the retention of another process: it removes the whole step just before the object is read."""
+class RemoveStepBeforeRead:
+    """A fault that removes a whole step just before one of its objects is read, as the retention of another process could do."""
 
     storage: ProxiedTree
     step: int
@@ -127,16 +127,16 @@ class RemoveFirst:
 def test_a_checkpoint_that_is_removed_while_it_is_read_is_skipped(
     two_checkpoints: ProxiedTree, proxy: S3Proxy, tmp_path: Path
 ) -> None:
-    proxy.fault(RemoveFirst(two_checkpoints, 10), operation="GetObject", key="step-00000010/.*/optimizer.pt", max_hits=1)
+    proxy.fault(RemoveStepBeforeRead(two_checkpoints, 10), operation="GetObject", key="step-00000010/.*/optimizer.pt", max_hits=1)
     found = restore_newest(two_checkpoints, tmp_path)
     assert (found.step, len(found.damage_messages)) == (5, 1)
     assert "optimizer.pt is missing" in found.damage_messages[0]
     assert [committed.step for committed in two_checkpoints.direct_tree.list_committed()] == [5]
 
 
-@pytest.mark.skipif(seen_on_chosen_store(CLOCK) == IGNORED, reason="this store does not compare clocks")
+@pytest.mark.skipif(read_result_of_chosen_store(CLOCK) == IGNORED, reason="this store does not compare clocks")
 def test_a_wrong_clock_is_reported_without_endless_retries(two_checkpoints: ProxiedTree, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The client's clock is twenty minutes fast, so its requests have a wrong signing time."""
+    """The client's clock is twenty minutes fast, so its requests are signed with a wrong time."""
     from botocore import auth
 
     original_clock = auth.get_current_datetime
@@ -149,9 +149,9 @@ def test_a_wrong_clock_is_reported_without_endless_retries(two_checkpoints: Prox
     assert (caught.value.exit_code, caught.value.code) == (67, "ClockSkew")
 
 
-@pytest.mark.skipif(seen_on_chosen_store(UNKNOWN_KEY) == IGNORED, reason="this store accepts every key")
-def test_an_unknown_access_key_is_not_a_missing_object(storage: ProxiedTree, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The Versity gateway answers an unknown key with status 404, as if the object did not exist."""
+@pytest.mark.skipif(read_result_of_chosen_store(UNKNOWN_KEY) == IGNORED, reason="this store accepts every key")
+def test_an_unknown_access_key_is_not_reported_as_a_missing_object(storage: ProxiedTree, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Versity gateway answers a request with an unknown access key with status 404, as if the object did not exist."""
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKUNKNOWN")
     target: StoreTarget = storage.direct_tree.store.target  # type: ignore[attr-defined] # an S3Store
     for request in (lambda: preflight(target), lambda: S3Store(target).get("checkpoints/x")):
@@ -161,13 +161,13 @@ def test_an_unknown_access_key_is_not_a_missing_object(storage: ProxiedTree, mon
 
 
 def test_a_busy_store_is_retried_for_models_and_data(storage: ProxiedTree, proxy: S3Proxy, tmp_path: Path) -> None:
-    """The store answers two download requests with SlowDown. The client retries until the download succeeds."""
+    """The store answers two download requests with SlowDown, and the client retries until the download succeeds."""
     storage.direct_tree.store.put("rows.jsonl", b"{}")
     store = storage.proxied_tree.store
     assert isinstance(store, S3Store)
     run: Any = SimpleNamespace(model_store=None, dataset_store=store.target, storage=store.target)
     with proxy.fault(Status(503, "SlowDown"), operation="GetObject", key="rows.jsonl", max_hits=2) as busy:
-        (found,) = Fetcher(run, tmp_path).data(
-            f"s3://{store.bucket}/{store.key('rows.jsonl')}", "dataset.train", "train"
+        (found,) = Fetcher(run, tmp_path).fetch_data_files(
+            f"s3://{store.bucket}/{store.full_key('rows.jsonl')}", "dataset.train", "train"
         )
     assert (found.read_bytes(), busy.hits) == (b"{}", 2)

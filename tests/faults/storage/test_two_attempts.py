@@ -1,6 +1,5 @@
-"""Row 13 of docs/guides/checkpoints.md: two attempts of one job run at the same time, and the pods of both train and commit. Two attempts run
-at the same time if a node is lost but its pod continues to run. Then only the markers in the storage decide which checkpoints are valid:
-those of the later attempt.
+"""Row 13 of docs/guides/checkpoints.md: the pods of two attempts of one job train and commit at the same time. This happens if a node is lost but its
+pod still runs. Only the markers in storage then decide which checkpoints are valid: the checkpoints of the later attempt.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import pytest
 from aiohttp import web
 from finetune_api.names import FailureClass
 from finetune_api.pod import ResumeConfig
-from finetune_trainer.checkpoint.manifest import prefix_of, step_of
+from finetune_trainer.checkpoint.manifest import checkpoint_folder_key, parse_step
 from finetune_trainer.checkpoint.tree import CheckpointTree
 from finetune_trainer.storage.s3 import S3Store
 from pod_harness import Pod
@@ -37,7 +36,7 @@ MAX_HOLD_SECONDS = 120.0
 
 @dataclass(frozen=True)
 class RequestGate:
-    """Hold a request until it is released."""
+    """A fault that holds a request until the test opens the gate."""
 
     is_open: threading.Event = field(default_factory=threading.Event)
     keys: list[str] = field(default_factory=list)
@@ -59,23 +58,23 @@ class TwoAttempts:
     proxies: tuple[S3Proxy, S3Proxy]
     server: S3Endpoint
     markers_seen: dict[int, list[str]] = field(default_factory=dict)
-    """For each step, the incarnations that its marker has named, oldest first."""
+    """The incarnations that the marker of each step has named, oldest first."""
     start_step: int = 0
-    """The step from which the second attempt resumes."""
+    """Step from which the second attempt resumes."""
 
     def make_earlier_pod(self) -> Pod:
-        """Create the pod of the first attempt. Its training would take a long time."""
+        """Create the pod of the first attempt, whose training lasts longer than the test."""
         return make_toy_pod(self.folder / "one", self.spec, self.storage, self.server, TOY_SCRIPT | {"steps": 100_000})
 
     def make_later_pod(self) -> Pod:
-        """Create the pod of the second attempt while the first attempt runs. The second attempt resumes and ends after twelve more checkpoints."""
+        """Create the pod of the second attempt while the first attempt runs. It resumes, and ends after twelve more checkpoints."""
         self.start_step = max(one.step or 0 for one in self.storage.direct_tree.list_committed())
         script, resume = TOY_SCRIPT | {"further": 12 * STEPS_PER_CHECKPOINT}, ResumeConfig(mode="auto", expect_step=self.start_step)
         return make_toy_pod(self.folder / "two", self.spec, self.second_storage, self.server, script, attempt=2, resume=resume)
 
     @contextmanager
     def watch_markers(self) -> Iterator[None]:
-        """Start a thread that repeatedly reads all markers and records their changes."""
+        """During the `with` block, read all markers again and again in a thread, and record their changes."""
         is_done = threading.Event()
 
         def watch() -> None:
@@ -130,7 +129,7 @@ def two_attempts(tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, pro
 
 
 def test_an_earlier_attempt_ends_once_a_later_one_has_begun(two_attempts: TwoAttempts) -> None:
-    """Row 13: when the second attempt has begun, the first attempt ends and commits nothing more."""
+    """Row 13: the first attempt ends and commits nothing more as soon as the second attempt has begun."""
     with two_attempts.watch_markers(), two_attempts.make_earlier_pod() as earlier:
         earlier.wait_committed(2 * STEPS_PER_CHECKPOINT)
         with two_attempts.make_later_pod() as later:
@@ -144,21 +143,21 @@ def test_an_earlier_attempt_ends_once_a_later_one_has_begun(two_attempts: TwoAtt
 
 @dataclass
 class MarkerRace:
-    """Two attempts that write the marker of the same step. The proxies hold both write requests."""
+    """Two attempts that write the marker of the same step at the same time. The proxies hold both write requests until the test releases them."""
 
     two_attempts: TwoAttempts
     earlier_pod: Pod
     step: int
     marker_gates: tuple[RequestGate, RequestGate]
     final_check_gate: RequestGate
-    """Holds the request with which the first attempt checks its data after it has written its marker."""
+    """Holds the request with which the first attempt checks its data, after it has written its marker."""
 
     def release_marker(self, attempt: int) -> None:
-        """Release the marker request of an attempt, and wait until the marker is stored."""
+        """Release the request with which an attempt writes its marker, and wait until the marker is stored."""
         self.marker_gates[attempt - 1].is_open.set()
-        wait_until(f"the marker of attempt {attempt}", lambda: self.marked_attempt() == attempt, servers=[], timeout=60)
+        wait_until(f"the marker of attempt {attempt}", lambda: self.read_marked_attempt() == attempt, servers=[], timeout=60)
 
-    def marked_attempt(self) -> int:
+    def read_marked_attempt(self) -> int:
         """Return the number of the attempt that the step's marker names; 0 if there is no marker."""
         found = self.two_attempts.storage.direct_tree.get_committed(self.step)
         return found.marker.attempt if found is not None else 0
@@ -175,14 +174,14 @@ def release_later_first(race: MarkerRace) -> None:
     race.finish_earlier()
 
 
-def release_earlier_then_removed(race: MarkerRace) -> None:
+def release_earlier_without_data(race: MarkerRace) -> None:
     race.release_marker(1)
     race.finish_earlier()
-    assert race.marked_attempt() == 0, "the second attempt had removed the data, so the first attempt must remove its marker"
+    assert race.read_marked_attempt() == 0, "the second attempt had removed the data, so the first attempt must remove its marker"
     race.release_marker(2)
 
 
-def release_earlier_then_replaced(race: MarkerRace) -> None:
+def release_both_before_earlier_check(race: MarkerRace) -> None:
     race.release_marker(1)
     race.release_marker(2)
     race.finish_earlier()
@@ -193,31 +192,31 @@ def release_earlier_then_replaced(race: MarkerRace) -> None:
     [
         pytest.param(release_later_first, "was committed by a2-", id="later-first", marks=pytest.mark.faults),
         pytest.param(
-            release_earlier_then_removed, "another incarnation has removed", id="earlier-first-removed", marks=pytest.mark.faults
+            release_earlier_without_data, "another incarnation has removed", id="earlier-first-removed", marks=pytest.mark.faults
         ),
         pytest.param(
-            release_earlier_then_replaced, "another incarnation has removed", id="earlier-first-replaced", marks=pytest.mark.faults
+            release_both_before_earlier_check, "another incarnation has removed", id="earlier-first-replaced", marks=pytest.mark.faults
         ),
     ],
 )  # fmt: skip
 def test_the_later_attempts_marker_stays_if_two_attempts_commit_the_same_step(
     two_attempts: TwoAttempts, order: Callable[[MarkerRace], None], reason: str
 ) -> None:
-    """Row 13: both attempts write the marker of the same step. The order of the requests varies."""
+    """Row 13: both attempts write the marker of the same step, in every order of their requests."""
     with two_attempts.watch_markers(), two_attempts.make_earlier_pod() as earlier:
         earlier.wait_committed(STEPS_PER_CHECKPOINT)
         marker_gates, final_check = (RequestGate(), RequestGate()), RequestGate()
         two_attempts.proxies[0].fault(marker_gates[0], operation="PutObject", key="checkpoints/.*_COMMITTED", max_hits=1)
         earlier.wait_until(lambda: bool(marker_gates[0].keys))
-        step = step_of(marker_gates[0].keys[0].split("/")[-2])
+        step = parse_step(marker_gates[0].keys[0].split("/")[-2])
         assert step is not None
-        two_attempts.proxies[0].fault(final_check, operation="HeadObject", key=f"{prefix_of(step)}/a1-.*/manifest.json", max_hits=1)
-        two_attempts.proxies[1].fault(marker_gates[1], operation="PutObject", key=f"{prefix_of(step)}/_COMMITTED", max_hits=1)
+        two_attempts.proxies[0].fault(final_check, operation="HeadObject", key=f"{checkpoint_folder_key(step)}/a1-.*/manifest.json", max_hits=1)
+        two_attempts.proxies[1].fault(marker_gates[1], operation="PutObject", key=f"{checkpoint_folder_key(step)}/_COMMITTED", max_hits=1)
         with two_attempts.make_later_pod() as later:
             later.wait_until(lambda: bool(marker_gates[1].keys))
             race = MarkerRace(two_attempts, earlier, step, marker_gates, final_check)
             order(race)
-            assert race.marked_attempt() == 2
+            assert race.read_marked_attempt() == 2
             later.end()
     two_attempts.assert_later_attempt_won(earlier, later, reason)
     assert two_attempts.markers_seen[step][-1].startswith("a2-")

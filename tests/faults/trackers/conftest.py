@@ -1,4 +1,4 @@
-"""Makes the harness of the pod tests importable."""
+"""Makes the test harness of tests/pod importable."""
 
 from __future__ import annotations
 

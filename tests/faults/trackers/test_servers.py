@@ -1,4 +1,4 @@
-"""Runs with real tracker servers: each step once after a kill, a server that is down for a while, and a server that stays down."""
+"""Runs with real tracker servers: a pod is killed, a server is down for a while, or a server stays down. Each step is stored exactly once."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from finetune_trainer.trackers.events import RunEnd
 from finetune_trainer.trackers.mongodb import Mongodb
 from pod_harness import UID, Pod
 from pymongo import MongoClient
-from test_tracking import STEPS, logged, tracked_pod
+from test_tracking import STEPS, make_tracked_pod, read_log_entries
 
 from tests.support.mlflow_runs import MlflowRuns
 from tests.support.tiny import make_tiny_model
-from tests.support.tracker_servers import TrackerServer, mlflow_server, mongodb_server
-from tests.support.tracking import end_events, log_events, loss_of, start_events, tracked_run
+from tests.support.tracker_servers import TrackerServer, make_mlflow_server, make_mongodb_server
+from tests.support.tracking import compute_loss, end_events, log_events, start_events, tracked_run
 
 pytestmark = pytest.mark.faults
 PASSWORD = "pa55word"
@@ -33,13 +33,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def mlflow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrackerServer]:
-    with mlflow_server(tmp_path_factory.mktemp("mlflow")) as server:
+    with make_mlflow_server(tmp_path_factory.mktemp("mlflow")) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
 def mongodb(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrackerServer]:
-    with mongodb_server(tmp_path_factory.mktemp("mongodb")) as server:
+    with make_mongodb_server(tmp_path_factory.mktemp("mongodb")) as server:
         yield server
 
 
@@ -54,63 +54,63 @@ def server_spec(mlflow: TrackerServer, experiment: str, trackers: list[str]) -> 
     }  # fmt: skip
 
 
-def differences(stored: list[tuple[int, float]], expected: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """The values that are missing, and those that are stored too often or wrongly. Comparing long lists in an assertion would take minutes."""
+def find_differences(stored: list[tuple[int, float]], expected: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Return the values that are missing, wrong or stored too often. An assertion that compares the long lists themselves would take minutes."""
     return sorted((Counter(stored) - Counter(expected)) + (Counter(expected) - Counter(stored)))
 
 
-def sent_steps(runs: MlflowRuns) -> int:
-    """Number of losses on the server; 0 before the run exists."""
+def count_stored_losses(runs: MlflowRuns) -> int:
+    """Return the number of losses on the server; 0 before the run exists."""
     return len(runs.history("job_finetuning", "loss")) if "job_finetuning" in runs.names() else 0
 
 
-def test_servers_have_each_step_once_after_a_kill(mlflow: TrackerServer, mongodb: TrackerServer, model: Path, tmp_path: Path) -> None:
+def test_the_servers_have_each_step_once_after_a_kill(mlflow: TrackerServer, mongodb: TrackerServer, model: Path, tmp_path: Path) -> None:
     spec = server_spec(mlflow, "killed", ["mlflow", "mongodb"]) | {"training": {"maxSteps": 4 * STEPS}}
     env = {"MONGODB_URI": f"mongodb://127.0.0.1:{mongodb.port}"}
     runs = MlflowRuns(f"http://127.0.0.1:{mlflow.port}", "killed")
     database = MongoClient("127.0.0.1", mongodb.port)["killed"]
-    with tracked_pod(tmp_path, model, spec, env=env) as killed:
+    with make_tracked_pod(tmp_path, model, spec, env=env) as killed:
         killed.wait_committed(10)
-        killed.wait_until(lambda: sent_steps(runs) > 0 and database.step_metrics.count_documents({}) > 0)
+        killed.wait_until(lambda: count_stored_losses(runs) > 0 and database.step_metrics.count_documents({}) > 0)
         killed.kill()
     assert runs.run("job").info.status == "RUNNING"
-    sent_before = sent_steps(runs)
-    with tracked_pod(tmp_path, model, spec, attempt=2, env=env) as resumed:
+    sent_before = count_stored_losses(runs)
+    with make_tracked_pod(tmp_path, model, spec, attempt=2, env=env) as resumed:
         assert resumed.end() == ExitCode.OK, resumed.text[-6000:]
     message = resumed.termination_message()
-    lines = [line for line in logged(tmp_path) if "loss" in line]
+    lines = [line for line in read_log_entries(tmp_path) if "loss" in line]
     assert len(lines) == 4 * STEPS and sent_before > 0
-    # MLflow: two attempts, one run. The values of repeated steps are equal, because CPU runs are exact.
+    # MLflow has one run for the two attempts. Repeated steps have equal values, because CPU runs are deterministic.
     expected = [(line["step"], line["loss"]) for line in lines]
-    assert differences(runs.history("job_finetuning", "loss"), expected) == []
+    assert find_differences(runs.history("job_finetuning", "loss"), expected) == []
     assert runs.names() == {"job", "job_finetuning", "job_evaluation"} and {run.info.status for run in runs.all()} == {"FINISHED"}
     perplexity = message.evaluation.metrics["perplexity"].value  # type: ignore[union-attr,index]
     assert runs.run("job").data.metrics["eval_perplexity"] == pytest.approx(perplexity)
-    # MongoDB: one document per line.
+    # MongoDB has one document per log line.
     documents = list(database.step_metrics.find({"run_id": UID, "kind": "training"}).sort("step"))
-    assert differences([(one["step"], one["loss"]) for one in documents], expected) == []
+    assert find_differences([(one["step"], one["loss"]) for one in documents], expected) == []
     [run] = database.training_runs.find()
     assert (run["status"], run["attempt"], run["artifacts"]["model"]["uri"]) == ("completed", 2, message.output.uri)  # type: ignore[union-attr]
     assert database.final_metrics.find_one({"phase": "evaluate"})["perplexity"] == pytest.approx(perplexity)  # type: ignore[index]
 
 
-def problem_of(pod: Pod) -> str | None:
+def read_problem(pod: Pod) -> str | None:
     report = pod.report()
     return report.health.tracker_problem if report is not None else None
 
 
 def test_a_server_that_is_down_for_a_while_delays_nothing_and_gets_everything(model: Path, tmp_path: Path) -> None:
-    server = mlflow_server(tmp_path / "mlflow")
+    server = make_mlflow_server(tmp_path / "mlflow")
     runs = MlflowRuns(f"http://127.0.0.1:{server.port}", "down")
     spec = server_spec(server, "down", ["mlflow"]) | {"training": {"maxSteps": 5000}}
-    with tracked_pod(tmp_path, model, spec) as pod:
-        pod.wait_until(lambda: problem_of(pod) is not None)
-        assert problem_of(pod) == f"TrackerUnavailable: mlflow at http://127.0.0.1:{server.port} could not be reached: the connection was refused"
+    with make_tracked_pod(tmp_path, model, spec) as pod:
+        pod.wait_until(lambda: read_problem(pod) is not None)
+        assert read_problem(pod) == f"TrackerUnavailable: mlflow at http://127.0.0.1:{server.port} could not be reached: the connection was refused"
         step = pod.step()
         pod.wait_step(step + 20)  # training continues
         with server:
-            pod.wait_until(lambda: problem_of(pod) is None)
-            pod.wait_until(lambda: sent_steps(runs) > step)
+            pod.wait_until(lambda: read_problem(pod) is None)
+            pod.wait_until(lambda: count_stored_losses(runs) > step)
             pod.terminate()
             assert pod.end() == ExitCode.PREEMPTED_SAVED, pod.text[-6000:]
             history = runs.history("job_finetuning", "loss")
@@ -120,7 +120,7 @@ def test_a_server_that_is_down_for_a_while_delays_nothing_and_gets_everything(mo
 
 def test_a_server_that_stays_down_is_named_at_the_end_without_its_password(model: Path, tmp_path: Path) -> None:
     spec = {"tracking": {"reportTo": ["mongodb"], "mongodb": {"uriSecretRef": {"name": "mongo", "key": "uri"}}}}
-    with tracked_pod(tmp_path, model, spec, env={"MONGODB_URI": f"mongodb://user:{PASSWORD}@127.0.0.1:9"}) as pod:
+    with make_tracked_pod(tmp_path, model, spec, env={"MONGODB_URI": f"mongodb://user:{PASSWORD}@127.0.0.1:9"}) as pod:
         assert pod.end() == ExitCode.OK, pod.text[-6000:]
     notes = pod.termination_message().resolved.notes or []  # type: ignore[union-attr]
     [note] = [note for note in notes if "mongodb" in note]
@@ -144,22 +144,22 @@ def test_mongodb_documents_of_repeated_steps_are_replaced(mongodb: TrackerServer
     second.open()
     second.send([*log_events(1, 12, evaluated=(10,)), *end_events(12)])
     documents = list(database.step_metrics.find({"kind": "training"}).sort("step"))
-    assert [(one["step"], one["loss"]) for one in documents] == [(step, loss_of(step)) for step in range(1, 13)]
+    assert [(one["step"], one["loss"]) for one in documents] == [(step, compute_loss(step)) for step in range(1, 13)]
     assert [one["step"] for one in database.step_metrics.find({"kind": "evaluation"})] == [10]
     [run] = database.training_runs.find()
     assert (run["status"], run["attempt"], run["parameters"]["training_batchSizePerDevice"]) == ("completed", 2, "4")
     assert json.dumps(run["data"][0]) == json.dumps({"context": "training", "source": "s3://bucket/train.jsonl", "digest": "a" * 64})
 
 
-def test_mlflow_server_keeps_one_value_per_step_if_an_answer_is_lost(mlflow: TrackerServer) -> None:
+def test_the_mlflow_server_keeps_one_value_per_step_if_a_response_is_lost(mlflow: TrackerServer) -> None:
     from finetune_trainer.trackers.mlflow import Mlflow
 
     uri = f"http://127.0.0.1:{mlflow.port}"
     tracker = Mlflow(tracked_run(), uri, "lost")
     tracker.open()
     tracker.send(log_events(1, 700))
-    # The answer to the request was lost: the sender opens the tracker again and repeats the events, at another time of the clock.
+    # The response to the first request is lost, so the sender opens the tracker again and repeats the events with a later time.
     tracker.open()
     repeated = [event.model_copy(update={"entry": event.entry.model_copy(update={"unix_time": time.time()})}) for event in log_events(1, 700)]  # type: ignore[union-attr]
     tracker.send(repeated)
-    assert differences(MlflowRuns(uri, "lost").history("support-bot_finetuning", "loss"), [(step, loss_of(step)) for step in range(1, 701)]) == []
+    assert find_differences(MlflowRuns(uri, "lost").history("support-bot_finetuning", "loss"), [(step, compute_loss(step)) for step in range(1, 701)]) == []

@@ -1,4 +1,4 @@
-"""Fixtures and helpers: the CRD installed on a real API server, and requests to the server."""
+"""Fixtures and helpers that install the CRD on a real API server and send requests to the server."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Response:
 def call(
     api: Endpoint, method: str, path: str, body: Any = None, *, content_type: str = "application/json", **query: str
 ) -> Response:
-    """Send one request. `body` is JSON-like or text. The response includes the headers, because they contain the API server's warnings."""
+    """Send one request. `body` is text, or a value that is sent as JSON. The response has the headers, because they contain the server's warnings."""
     url = api.server + path + (f"?{urlencode(query)}" if query else "")
     request = urllib.request.Request(url, method=method, data=_encode(body))
     request.add_header("Authorization", f"Bearer {api.token}")

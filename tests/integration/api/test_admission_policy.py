@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[3]
 POLICIES_PATH = "/apis/admissionregistration.k8s.io/v1/validatingadmissionpolicies"
 BINDINGS_PATH = "/apis/admissionregistration.k8s.io/v1/validatingadmissionpolicybindings"
 REFUSAL = re.compile(r"denied request: ForbiddenByPolicy: spec\.(\S+): the platform's rule policy\.(\S+) ")
-FORBIDDEN_SPEC = next(row for row in ROWS if row.refused and row.namespace == "plain").spec
+FORBIDDEN_SPEC = next(row for row in ROWS if row.refusal and row.namespace == "plain").spec
 
 
 def jobs_path(namespace: str) -> str:
@@ -33,7 +33,7 @@ def jobs_path(namespace: str) -> str:
 
 
 def render_policy(values: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the objects of the chart's template admission-policy.yaml."""
+    """Render the chart's template admission-policy.yaml, and return its objects: the policy and its binding."""
     helm = subprocess.run([sys.executable, ROOT / "scripts/tools.py"], check=True, capture_output=True, text=True).stdout.strip()
     command = [helm, "template", "rel", ROOT / "helm/finetune-operator", "-f", "-", "--show-only", "templates/admission-policy.yaml"]
     done = subprocess.run(command, input=json.dumps({"imageRegistry": "registry.example.com", **values}), capture_output=True, text=True)
@@ -43,7 +43,7 @@ def render_policy(values: dict[str, Any]) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def existing_jobs(control_plane: Endpoint, crd_installed: Response) -> dict[int | None, str]:
-    """Jobs that were created before the policy, by their deadline. Returns their paths."""
+    """Create jobs before the policy exists, each with another `activeDeadlineSeconds`. Return the API paths of the jobs by deadline."""
     call(control_plane, "POST", "/api/v1/namespaces", {"metadata": {"name": "strict"}})
     paths: dict[int | None, str] = {}
     for deadline in (None, 9000):
@@ -57,7 +57,7 @@ def existing_jobs(control_plane: Endpoint, crd_installed: Response) -> dict[int 
 
 @pytest.fixture(scope="module")
 def create(control_plane: Endpoint, crd_installed: Response, existing_jobs: dict[int | None, str]) -> Iterator[Callable[..., Response]]:
-    """Return a function that creates a FineTuneJob, as a dry run, in a cluster with the policy."""
+    """Install the policy. Return a function that creates a FineTuneJob as a dry run."""
     for namespace in NAMESPACES:
         call(control_plane, "POST", "/api/v1/namespaces", {"metadata": {"name": namespace}})
     policy, binding = render_policy({**CHART_VALUES, "policy": {**CHART_VALUES["policy"], "validatingAdmissionPolicy": True}})
@@ -76,11 +76,11 @@ def create(control_plane: Endpoint, crd_installed: Response, existing_jobs: dict
         call(control_plane, "DELETE", f"{path}/{item['metadata']['name']}")
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.namespace}-{row.groups}"[:120])
-def test_api_server_agrees_with_the_operator(row: Row, create: Callable[..., Response]) -> None:
-    """tests/unit/tenancy/test_policy.py evaluates the same rows as the operator does."""
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.namespace}-{row.changed_groups}"[:120])
+def test_the_api_server_refuses_the_same_specs_as_the_operator(row: Row, create: Callable[..., Response]) -> None:
+    """`tests/unit/tenancy/test_policy.py` checks the same rows with the operator's code."""
     response = create(row.namespace, row.spec)
-    assert (response.status, REFUSAL.findall(response.message)) == ((403, [row.refused]) if row.refused else (201, [])), response.message
+    assert (response.status, REFUSAL.findall(response.message)) == ((403, [row.refusal]) if row.refusal else (201, [])), response.message
 
 
 @pytest.mark.parametrize(
@@ -91,18 +91,18 @@ def test_api_server_agrees_with_the_operator(row: Row, create: Callable[..., Res
         (9000, {"policy": {"activeDeadlineSeconds": None}}, True),
     ],
 )  # fmt: skip
-def test_job_from_before_the_rules_may_change_but_not_extend_its_deadline(
+def test_a_job_that_is_older_than_the_policy_can_change_but_cannot_extend_its_deadline(
     old_deadline: int | None, change: dict[str, Any], is_accepted: bool, existing_jobs: dict[int | None, str], control_plane: Endpoint,
     create: Callable[..., Response],
 ) -> None:
-    """The spec of the job breaks the rules of its namespace. Without a deadline, the operator applies the limit that it recorded."""
+    """The job's spec breaks the rules of its namespace. For a job without a deadline, the operator uses the limit that it recorded."""
     path = existing_jobs[old_deadline]
     response = call(control_plane, "PATCH", path, {"spec": change}, content_type="application/merge-patch+json", dryRun="All")
     refused = [("policy.activeDeadlineSeconds", "maxDurationSeconds")]
     assert (response.status, REFUSAL.findall(response.message)) == ((200, []) if is_accepted else (403, refused)), response.message
 
 
-def test_policy_applies_only_to_watched_namespaces() -> None:
+def test_the_policy_applies_only_to_watched_namespaces() -> None:
     values = {"policy": {"validatingAdmissionPolicy": True}, "watchNamespaces": ["team-a", "team-b"]}
     _, binding = render_policy(values)
     (expression,) = binding["spec"]["matchResources"]["namespaceSelector"]["matchExpressions"]

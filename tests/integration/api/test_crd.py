@@ -1,4 +1,4 @@
-"""The CRD on a real API server: it is structural and causes no warnings; bounds, CEL rules and immutability are enforced."""
+"""The CRD on a real API server: its schema is structural and causes no warnings, and the server enforces bounds, CEL rules and immutable fields."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from finetune_api.rules import RULES
 
 from localcluster.api import Endpoint
 from tests.integration.api.conftest import CRD_PATH, JOBS_PATH, MINIMAL_SPEC, Response, call, dry_run, manifest
-from tests.support.cel_cases import SPEC_RULES, group_rules
+from tests.support.cel_cases import SPEC_RULE_BREAKERS, iterate_group_rules
 
 pytestmark = pytest.mark.integration
 
-def test_crd_is_accepted_without_a_warning_and_is_structural(control_plane: Endpoint, crd_installed: Response) -> None:
+def test_the_server_accepts_the_crd_without_a_warning_and_calls_it_structural(control_plane: Endpoint, crd_installed: Response) -> None:
     assert crd_installed.headers.get_all("Warning") is None
     installed = call(control_plane, "GET", f"{CRD_PATH}/{names.PLURAL}.{names.GROUP}").body
     conditions = {condition["type"]: condition["status"] for condition in installed["status"]["conditions"]}
     assert conditions == {"NamesAccepted": "True", "Established": "True"}
 
 
-def test_api_server_adds_only_suspend_cancel_empty_groups_and_an_unobserved_status_to_the_smallest_job(api: Endpoint) -> None:
+def test_the_server_adds_only_suspend_cancel_empty_groups_and_an_initial_status_to_the_smallest_job(api: Endpoint) -> None:
     response = dry_run(api, MINIMAL_SPEC)
     assert response.status == 201, response.message
     assert response.body["spec"] == MINIMAL_SPEC | {"suspend": False, "cancel": False, "policy": {}, "placement": {}}
@@ -40,7 +40,7 @@ def test_api_server_adds_only_suspend_cancel_empty_groups_and_an_unobserved_stat
         ({"training": {"learnRate": 1}}, ['unknown field "spec.training.learnRate"']),
     ],
 )
-def test_error_of_an_invalid_value_names_the_field(api: Endpoint, change: dict[str, Any], words: list[str]) -> None:
+def test_the_error_about_an_invalid_value_names_the_field(api: Endpoint, change: dict[str, Any], words: list[str]) -> None:
     response = dry_run(api, MINIMAL_SPEC | change)
     assert response.status in (400, 422)
     assert [word for word in words if word not in response.message] == []
@@ -61,7 +61,7 @@ def test_server_accepts_a_valid_quantity(api: Endpoint, resources: dict[str, str
     assert response.status == 201, response.message
 
 
-GROUP_CASES = list(group_rules())
+GROUP_CASES = list(iterate_group_rules())
 
 
 @pytest.mark.parametrize(("rule", "spec"), GROUP_CASES, ids=[f"{rule.code}-{rule.message[:20]}" for rule, _ in GROUP_CASES])
@@ -71,9 +71,9 @@ def test_api_server_refuses_specs_that_break_a_rule_inside_a_group(api: Endpoint
     assert rule.message in response.message
 
 
-@pytest.mark.parametrize("code", sorted(SPEC_RULES))
+@pytest.mark.parametrize("code", sorted(SPEC_RULE_BREAKERS))
 def test_api_server_refuses_specs_that_break_a_rule_across_groups(api: Endpoint, code: str) -> None:
-    response = dry_run(api, MINIMAL_SPEC | SPEC_RULES[code])
+    response = dry_run(api, MINIMAL_SPEC | SPEC_RULE_BREAKERS[code])
     assert response.status == 422
     assert next(rule.message for rule in RULES if rule.code == code) in response.message
 
@@ -97,7 +97,7 @@ REFUSED_CHANGES: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.fixture(scope="module")
-def created_job_name(api: Endpoint) -> str:
+def existing_job_name(api: Endpoint) -> str:
     spec = MINIMAL_SPEC | {
         "checkpoint": {"steps": 5},
         "policy": {"retries": 2, "activeDeadlineSeconds": 60},
@@ -114,8 +114,8 @@ def patch(api: Endpoint, name: str, spec: dict[str, Any], *, is_dry_run: bool = 
 
 
 @pytest.mark.parametrize(("change", "refusal"), REFUSED_CHANGES, ids=[refusal[:40] for _, refusal in REFUSED_CHANGES])
-def test_fields_of_a_created_job_cannot_change(api: Endpoint, created_job_name: str, change: dict[str, Any], refusal: str) -> None:
-    response = patch(api, created_job_name, change)
+def test_fields_of_a_created_job_cannot_change(api: Endpoint, existing_job_name: str, change: dict[str, Any], refusal: str) -> None:
+    response = patch(api, existing_job_name, change)
     assert response.status == 422, response.body
     assert refusal in response.message
 
@@ -129,8 +129,8 @@ def test_fields_of_a_created_job_cannot_change(api: Endpoint, created_job_name: 
         {"policy": {"ttlSecondsAfterFinished": 9}},
     ],
 )
-def test_suspend_cancel_and_time_limits_can_change(api: Endpoint, created_job_name: str, change: dict[str, Any]) -> None:
-    response = patch(api, created_job_name, change)
+def test_suspend_cancel_and_time_limits_can_change(api: Endpoint, existing_job_name: str, change: dict[str, Any]) -> None:
+    response = patch(api, existing_job_name, change)
     assert response.status == 200, response.message
 
 

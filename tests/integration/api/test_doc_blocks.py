@@ -1,4 +1,4 @@
-"""The objects and kubectl commands of the documentation on a real API server."""
+"""A real API server accepts the objects and the kubectl commands in the documentation."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ YAML_BLOCKS = [block for block in read_blocks() if block.language == "yaml" and 
 
 
 @pytest.mark.parametrize("block", YAML_BLOCKS, ids=lambda block: block.name)
-def test_api_server_accepts_the_objects(api: Endpoint, block: Block) -> None:
+def test_the_server_accepts_the_objects_of_a_block(api: Endpoint, block: Block) -> None:
     for item in read_objects(block):
         response = call(api, "POST", PATHS[item["kind"]], item, dryRun="All", fieldValidation="Strict")
         assert response.status == 201, response.message
 
 
-def kubectl_pages() -> list[Path]:
+def list_pages_with_kubectl() -> list[Path]:
     return sorted({block.page for block in read_blocks() if block.language == "sh" and block.is_run and "kubectl " in block.text})
 
 
-@pytest.mark.parametrize("page", kubectl_pages(), ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", list_pages_with_kubectl(), ids=lambda page: page.stem)
 def test_kubectl_commands_of_a_page_succeed(api: Endpoint, page: Path, tmp_path: Path) -> None:
-    """The commands run in the order of the page, in a separate namespace. No operator is running, so no job starts."""
+    """The commands of a page run in its order, in a separate namespace. No operator is running, so no job starts."""
     program = [str(build.ensure_built(build.KUBE_PROGRAM)), "kubectl", "--kubeconfig", str(api.kubeconfig)]
     namespace = f"docs-{page.stem}"
     subprocess.run([*program, "create", "namespace", namespace], check=True, capture_output=True)

@@ -1,4 +1,4 @@
-"""A real API server accepts every object of every example, without storing it."""
+"""A real API server accepts a dry run of every object in every example."""
 
 from __future__ import annotations
 

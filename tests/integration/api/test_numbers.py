@@ -1,4 +1,4 @@
-"""Default, bounds and spellings of every numeric field of the spec: API server and models accept and refuse the same values."""
+"""The API server and the Pydantic models accept and refuse the same values of every numeric field of the spec: default, bounds and spellings."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ REQUIRED_IN_ITEM: dict[str, dict[str, Any]] = {
     "evaluation.gates": {"metric": "bleu"}, "evaluation.benchmarks": {"name": "lm-eval", "folder": "s3://bucket/tasks"},
     "output.combineAdapters": {"source": "s3://bucket/a"}, "placement.tolerations": {"key": "spot", "effect": "NoExecute"},
 }  # fmt: skip
-"""For each list, a required field of its items."""
+"""The required fields of a list's items, by the path of the list."""
 
 
 @dataclass(frozen=True)
 class NumberField:
-    """A numeric field. `path` is dotted, with `[]` after the name of a list."""
+    """A numeric field of the spec. `path` is dotted, with `[]` after the name of a list."""
 
     path: str
     is_integer: bool
@@ -43,24 +43,24 @@ class NumberField:
     default: Any
 
     def accepted_spellings(self) -> list[str]:
-        """Return the spellings of accepted values."""
+        """Return all spellings of the default and of the bounds that the field includes."""
         values = [*self.bounds.get("enum", []), *([] if self.default is None else [self.default])]
         values += [self.bounds[name] for name in ("ge", "le") if name in self.bounds]
         step = 1 if self.is_integer else 1e-9
         values += [self.bounds["gt"] + step] if "gt" in self.bounds else []
         values += [self.bounds["lt"] - step] if "lt" in self.bounds else []
-        return [text for value in values for text in spellings(value)]
+        return [text for value in values for text in list_spellings(value)]
 
     def refused_spellings(self) -> list[str]:
-        """Return the spellings of refused values."""
+        """Return all spellings of values outside the bounds."""
         values = [self.bounds[name] for name in ("gt", "lt") if name in self.bounds]
         values += [self.bounds[name] - 1 for name in ("ge", "gt") if name in self.bounds]
         values += [self.bounds[name] + 1 for name in ("le", "lt") if name in self.bounds]
         values += [max(self.bounds["enum"]) + 1] if "enum" in self.bounds else []
-        return [text for value in values for text in spellings(value)] + (["1.5"] if self.is_integer else [])
+        return [text for value in values for text in list_spellings(value)] + (["1.5"] if self.is_integer else [])
 
 
-def spellings(value: float) -> list[str]:
+def list_spellings(value: float) -> list[str]:
     """Return the decimal and exponent spellings of a number and, for a whole number, the integer spelling."""
     texts = [repr(value), f"{value:.17e}"]
     if value == int(value):
@@ -68,33 +68,33 @@ def spellings(value: float) -> list[str]:
     return list(dict.fromkeys(texts))
 
 
-def number_fields(model: type[BaseModel], prefix: str = "") -> Iterator[NumberField]:
+def find_number_fields(model: type[BaseModel], prefix: str = "") -> Iterator[NumberField]:
     for name, info in model.model_fields.items():
         extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
-        yield from _number_fields(info.annotation, list(info.metadata), f"{prefix}{info.alias or name}", extra.get(DEFAULT_KEY))
+        yield from _find_fields_of_type(info.annotation, list(info.metadata), f"{prefix}{info.alias or name}", extra.get(DEFAULT_KEY))
 
 
-def _number_fields(annotation: Any, metadata: list[Any], path: str, default: Any) -> Iterator[NumberField]:
+def _find_fields_of_type(annotation: Any, metadata: list[Any], path: str, default: Any) -> Iterator[NumberField]:
     if get_origin(annotation) is Annotated:
         inner, *more = get_args(annotation)
-        yield from _number_fields(inner, [*metadata, *more], path, default)
+        yield from _find_fields_of_type(inner, [*metadata, *more], path, default)
     elif get_origin(annotation) is list:
-        yield from _number_fields(get_args(annotation)[0], [], f"{path}[]", None)
+        yield from _find_fields_of_type(get_args(annotation)[0], [], f"{path}[]", None)
     elif get_args(annotation):
         options = [argument for argument in get_args(annotation) if argument is not type(None)]
         if len(options) == 1:
-            yield from _number_fields(options[0], metadata, path, default)
+            yield from _find_fields_of_type(options[0], metadata, path, default)
     elif issubclass(annotation, BaseModel):
-        yield from number_fields(annotation, f"{path}.")
+        yield from find_number_fields(annotation, f"{path}.")
     elif issubclass(annotation, int | float) and not issubclass(annotation, bool):
         yield NumberField(path, issubclass(annotation, int), dict(iterate_constraints(metadata)), default)
 
 
-NUMBER_FIELDS = tuple(number_fields(FineTuneJobSpec))
+NUMBER_FIELDS = tuple(find_number_fields(FineTuneJobSpec))
 
 
-def spec_with(values: dict[str, str]) -> str:
-    """Return a spec as JSON text. `values`: the spelling of each number, by dotted path."""
+def write_spec(values: dict[str, str]) -> str:
+    """Return a spec as JSON text. `values` is the spelling of each number, by dotted path."""
     spec = json.loads(json.dumps(MINIMAL_SPEC))
     for path, text in values.items():
         for group, extra in REQUIRED_SIBLINGS.get(path, {}).items():
@@ -121,14 +121,14 @@ def dry_run(api: Endpoint, spec: str) -> Response:
     return call(api, "POST", JOBS_PATH, body, dryRun="All", fieldValidation="Strict")
 
 
-def one_spelling_per_field(texts: dict[str, list[str]]) -> Iterator[dict[str, str]]:
-    """Yield sets with one spelling per field until every spelling was used. A field without further spellings is absent from later sets."""
+def combine_spellings(texts: dict[str, list[str]]) -> Iterator[dict[str, str]]:
+    """Yield sets with one spelling per field, until every spelling was used once. A set leaves out a field whose spellings are used up."""
     for i in range(max(map(len, texts.values()))):
         yield {path: spelled[i] for path, spelled in texts.items() if i < len(spelled)}
 
 
 def split_exclusive_fields(paths: dict[str, list[str]]) -> list[dict[str, list[str]]]:
-    """Split the fields into two sets. A rule forbids each field of the second set next to a field of the first set."""
+    """Split the fields into two sets. Each field of the second set is forbidden by a rule if a field of the first set is present."""
     exclusive = {"training.warmupSteps", "dataset.mixture[].weight", "evaluation.gates[].value"}
     return [
         {path: texts for path, texts in paths.items() if path not in exclusive},
@@ -136,7 +136,7 @@ def split_exclusive_fields(paths: dict[str, list[str]]) -> list[dict[str, list[s
     ]
 
 
-def test_numeric_fields_of_groups_lists_and_list_items_are_found() -> None:
+def test_numeric_fields_are_found_in_groups_lists_and_list_items() -> None:
     paths = {number.path for number in NUMBER_FIELDS}
     assert {"training.learningRate", "trainer.dpo.labelSmoothing", "trainer.rewards[].weight", "checkpoint.pinned[]"} <= paths
     assert len(paths) > 50
@@ -146,8 +146,8 @@ def test_numeric_fields_of_groups_lists_and_list_items_are_found() -> None:
 @pytest.mark.parametrize("group", [0, 1], ids=["combinable", "exclusive"])
 def test_default_and_bounds_are_accepted_in_every_spelling(api: Endpoint, group: int) -> None:
     texts = split_exclusive_fields({number.path: number.accepted_spellings() for number in NUMBER_FIELDS})[group]
-    for values in one_spelling_per_field(texts):
-        spec = spec_with(values)
+    for values in combine_spellings(texts):
+        spec = write_spec(values)
         response = dry_run(api, spec)
         assert response.status == 201, response.message
         FineTuneJobSpec.model_validate_json(spec)
@@ -160,17 +160,17 @@ def test_values_outside_the_bounds_are_refused_in_every_spelling(api: Endpoint) 
         fractional = any(isinstance(bound, float) and not bound.is_integer() for bound in number.bounds.values() if not isinstance(bound, list))
         (by_rule if fractional else by_schema)[number.path] = number.refused_spellings()
     for texts in (by_schema, by_rule):
-        for values in one_spelling_per_field(texts):
-            spec = spec_with(values)
+        for values in combine_spellings(texts):
+            spec = write_spec(values)
             response = dry_run(api, spec)
             assert response.status == 422, (values, response.body)
             named = {cause["field"].removeprefix("spec.").replace("[0]", "[]") for cause in response.body["details"]["causes"]}
             assert named >= set(values), sorted(set(values) - named)
             with pytest.raises(ValidationError) as error:
                 FineTuneJobSpec.model_validate_json(spec)
-            offline = {_dotted_path(item["loc"]) for item in error.value.errors()}
+            offline = {_to_dotted_path(item["loc"]) for item in error.value.errors()}
             assert offline >= set(values), sorted(set(values) - offline)
 
 
-def _dotted_path(location: tuple[int | str, ...]) -> str:
+def _to_dotted_path(location: tuple[int | str, ...]) -> str:
     return "".join("[]" if isinstance(part, int) else f".{part}" for part in location).removeprefix(".")

@@ -1,6 +1,6 @@
-"""Fixtures that run commands in this process against a real API server, in one namespace per test.
+"""Fixtures that run commands of `finetune` in the test process, against a real API server. Each test has its own namespace.
 
-No operator runs: the tests write the status of a job.
+No operator is running, so the tests write the status of their jobs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ numbers = itertools.count(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark every test of this folder, because all need the API server."""
+    """Mark every test of this folder as an integration test, because it needs the API server."""
     for item in items:
         if "tests/integration/cli" in str(item.path):
             item.add_marker("integration")
@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @dataclass(frozen=True)
 class Result:
-    """Exit code and output of a command."""
+    """Exit code, standard output and standard error of a command."""
 
     code: int
     out: str
@@ -41,7 +41,7 @@ class Result:
 
 @pytest.fixture(scope="session")
 def api(control_plane: Endpoint) -> KubeApi:
-    """Return a client of the API server with the CRD installed."""
+    """Install the CRD, and return a client of the API server."""
     client = KubeApi(control_plane)
     crd = YAML(typ="safe").load(CRD_FILE.read_text(encoding="utf-8"))
     if client.find("customresourcedefinitions", None, crd["metadata"]["name"]) is None:
@@ -55,7 +55,7 @@ def api(control_plane: Endpoint) -> KubeApi:
 
 @pytest.fixture
 def namespace(api: KubeApi) -> str:
-    """Create a namespace for the test."""
+    """Create a namespace for the test, and return its name."""
     name = f"cli-{next(numbers)}"
     api.create("namespaces", None, {"metadata": {"name": name}})
     return name
@@ -65,7 +65,7 @@ def namespace(api: KubeApi) -> str:
 def finetune(
     control_plane: Endpoint, namespace: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., Result]:
-    """Return a function that runs a command in the namespace of the test."""
+    """Return a function that runs a `finetune` command in the test's namespace."""
     monkeypatch.setenv("KUBECONFIG", str(control_plane.kubeconfig))
     monkeypatch.setenv("NO_COLOR", "1")
 
@@ -83,7 +83,7 @@ def finetune(
 
 @pytest.fixture
 def job(api: KubeApi, namespace: str) -> Callable[..., dict[str, Any]]:
-    """Return a function that creates a FineTuneJob, optionally with a status."""
+    """Return a function that creates a FineTuneJob and, if one is given, writes its status."""
 
     def create_job(name: str = "bot", status: dict[str, Any] | None = None, **spec: Any) -> dict[str, Any]:
         body = {
@@ -99,15 +99,15 @@ def job(api: KubeApi, namespace: str) -> Callable[..., dict[str, Any]]:
 
 
 def set_status(api: KubeApi, namespace: str, name: str, status: dict[str, Any]) -> dict[str, Any]:
-    """Write a status as the operator does."""
+    """Write the status of a job, as the operator would."""
     return api.patch(f"{names.PLURAL}/status", namespace, name, {"status": status})
 
 
-def condition(kind: str, status: str = "True", reason: str = "R", message: str = "") -> dict[str, Any]:
-    """Return a condition."""
+def condition(condition_type: str, status: str = "True", reason: str = "R", message: str = "") -> dict[str, Any]:
+    """Return a condition for a job's status."""
     time = "2026-01-01T00:00:00Z"
     return {
-        "type": kind,
+        "type": condition_type,
         "status": status,
         "reason": reason,
         "message": message,

@@ -1,4 +1,4 @@
-"""`pools`, `doctor`, `top` and `delete` against a real API server. The test plays the kubelet."""
+"""The commands `pools`, `doctor`, `top` and `delete` against a real API server. The tests set the pods' status in place of a kubelet."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SUCCEEDED_STATUS = {"phase": "Succeeded", "conditions": [condition("Finished"), 
 
 @pytest.fixture
 def node(api: KubeApi) -> Iterator[Callable[..., None]]:
-    """Return a function that creates a ready node. The nodes are deleted after the test."""
+    """Return a function that creates a node. The nodes are deleted after the test."""
     created: list[str] = []
 
     def create_node(name: str, labels: dict[str, str], gpus: int, *, is_ready: bool = True, **spec: Any) -> None:
@@ -42,7 +42,7 @@ def node(api: KubeApi) -> Iterator[Callable[..., None]]:
         ready = {"type": "Ready", "status": "True" if is_ready else "False", "reason": "t", "message": "t"}
         resources = {"cpu": "64", "memory": "512Gi", "pods": "110", **({"nvidia.com/gpu": str(gpus)} if gpus else {})}
         api.patch("nodes/status", None, name, {"status": {"conditions": [ready], "allocatable": resources, "capacity": resources}})
-        if is_ready:  # admission taints a new node as not ready, and the node controller removes the taint
+        if is_ready:  # the API server taints a new node as not ready, and the node controller removes the taint
             api.wait("nodes", None, name, lambda one: NOT_READY_TAINT not in [taint["key"] for taint in one["spec"].get("taints") or []])
 
     yield create_node
@@ -52,7 +52,7 @@ def node(api: KubeApi) -> Iterator[Callable[..., None]]:
 
 @pytest.fixture
 def operator(api: KubeApi, namespace: str) -> Callable[..., None]:
-    """Return a function that creates the objects of an installed chart in the namespace of the test."""
+    """Return a function that creates the objects that the chart would install in the test's namespace."""
 
     def install(*, is_ready: bool = True, version: str = "0.2.0", **config: Any) -> None:
         labels = {**CHART_LABELS, "app.kubernetes.io/version": version}
@@ -61,7 +61,7 @@ def operator(api: KubeApi, namespace: str) -> Callable[..., None]:
         template = {"metadata": {"labels": {"app": "operator"}}, "spec": {"containers": [{"name": "operator", "image": "x"}]}}
         spec = {"replicas": 1, "selector": {"matchLabels": {"app": "operator"}}, "template": template}
         api.create("deployments", namespace, {"metadata": {"name": "operator", "labels": labels}, "spec": spec})
-        if is_ready:  # the controllers of the control plane compute the status of the Deployment from that of its pod
+        if is_ready:  # the Deployment controller computes the Deployment's status from the pod's status
             (pod,) = api.wait_list("pods", namespace, bool, labels="app=operator")
             status = {"phase": "Running", "conditions": [{"type": "Ready", "status": "True"}]}
             api.patch("pods/status", namespace, pod["metadata"]["name"], {"status": status})
@@ -73,7 +73,7 @@ def operator(api: KubeApi, namespace: str) -> Callable[..., None]:
 # --- pools ----------------------------------------------------------------------------------------------------------
 
 
-def test_pools_show_defaults_and_what_is_free(
+def test_pools_shows_defaults_and_free_gpus(
     finetune: Finetune, operator: Callable[..., None], node: Callable[..., None], api: KubeApi, namespace: str
 ) -> None:
     pools = [
@@ -101,7 +101,7 @@ def test_pools_show_defaults_and_what_is_free(
     assert first["podDefaults"] == {"cpu": "80000m", "memory": "320Gi", "ephemeralStorage": "20Gi", "sharedMemory": "16Gi"}
 
 
-def test_pools_without_an_operator_are_explained(finetune: Finetune, namespace: str) -> None:
+def test_pools_without_an_operator_says_what_to_do(finetune: Finetune, namespace: str) -> None:
     result = finetune("pools", "--operator-namespace", namespace)
     cure = "install the chart, or name its namespace with --operator-namespace"
     assert result == Result(1, "", f"error: there is no operator for namespace {namespace} in namespace {namespace}; {cure}\n")
@@ -112,7 +112,7 @@ def test_pools_without_an_operator_are_explained(finetune: Finetune, namespace: 
 
 @pytest.fixture
 def kubelet(api: KubeApi, namespace: str) -> Callable[[dict[str, Any]], threading.Thread]:
-    """Return a function that sets the state of the container of the next doctor's pod, in a thread."""
+    """Return a function that starts a thread. The thread waits for the next pod of `doctor`, and sets the state of its container."""
 
     def play(state: dict[str, Any]) -> threading.Thread:
         def set_state() -> None:
@@ -127,23 +127,23 @@ def kubelet(api: KubeApi, namespace: str) -> Callable[[dict[str, Any]], threadin
     return play
 
 
-def terminated(code: int, message: str) -> dict[str, Any]:
+def terminated_state(code: int, message: str) -> dict[str, Any]:
     return {"terminated": {"exitCode": code, "message": message, "reason": "Completed"}}
 
 
 STORAGE = {"uri": "s3://bucket/root", "endpoint": "https://s3.example.com", "credentialsSecretRef": {"name": "s3"}}
 
 
-def checks_of(result: Result) -> dict[str, dict[str, Any]]:
+def read_checks(result: Result) -> dict[str, dict[str, Any]]:
     return {check["check"]: check for check in json.loads(result.out)["checks"]}
 
 
-def test_doctor_finds_nothing_and_leaves_nothing(
+def test_doctor_finds_no_problem_and_leaves_no_objects(
     finetune: Finetune, operator: Callable[..., None], kubelet: Callable[..., Any], api: KubeApi, namespace: str
 ) -> None:
     operator(storage=STORAGE)
     api.create("configmaps", namespace, {"metadata": {"name": "other"}})
-    kubelet(terminated(0, '{"ok":true,"code":"","message":"old checkpoints cannot be deleted","hint":""}'))
+    kubelet(terminated_state(0, '{"ok":true,"code":"","message":"old checkpoints cannot be deleted","hint":""}'))
     result = finetune("doctor", "--operator-namespace", namespace)
     lines = result.out.splitlines()
     assert (result.code, result.err, [line.split()[0] for line in lines]) == (0, "", ["✓"] * 7)
@@ -165,27 +165,28 @@ def test_doctor_finds_nothing_and_leaves_nothing(
     [
         ({"waiting": {"reason": "ErrImagePull", "message": "unauthorized"}}, "failed", "unknown", "ErrImagePull: unauthorized"),
         ({"waiting": {"reason": "CreateContainerConfigError", "message": 'secret "s3" not found'}}, "ok", "failed", 'secret "s3" not found'),
-        (terminated(77, 'noise\n{"ok":false,"code":"CredentialsRejected","message":"the key is unknown","hint":"correct the Secret"}'), "ok", "failed",
+        (terminated_state(77, 'noise\n{"ok":false,"code":"CredentialsRejected","message":"the key is unknown","hint":"correct the Secret"}'), "ok", "failed",
          "CredentialsRejected: the key is unknown"),
-        (terminated(64, "finetune-trainer: unknown command 'check-storage'"), "failed", "unknown", "cannot run the check: finetune-trainer: unknown command"),
+        (terminated_state(64, "finetune-trainer: unknown command 'check-storage'"), "failed", "unknown",
+         "cannot run the check: finetune-trainer: unknown command"),
     ],
     ids=["image", "secret", "keys", "old image"],
 )  # fmt: skip
-def test_doctor_explains_problems_of_the_pod(
+def test_doctor_explains_why_its_pod_failed(
     state: dict[str, Any], image: str, storage: str, text: str, finetune: Finetune, operator: Callable[..., None], kubelet: Callable[..., Any],
     api: KubeApi, namespace: str,
 ) -> None:  # fmt: skip
     operator(storage=STORAGE)
     kubelet(state)
     result = finetune("doctor", "--operator-namespace", namespace, "-o", "json", *(word for name in ("crd", "rights", "pools") for word in ("--skip", name)))
-    checks = checks_of(result)
+    checks = read_checks(result)
     assert (result.code, checks["image"]["state"], checks["storage"]["state"]) == (2, image, storage)
     failed = checks["image" if image == "failed" else "storage"]
     assert (text in failed["message"], bool(failed["cure"])) == (True, True), failed
     assert api.list("jobs", namespace) == []
 
 
-def test_doctor_names_operator_and_pools_that_do_not_work(
+def test_doctor_names_an_operator_and_pools_that_are_not_ready(
     finetune: Finetune, operator: Callable[..., None], node: Callable[..., None], namespace: str
 ) -> None:
     node(f"{namespace}-a", {"gpu": namespace}, 1)
@@ -202,16 +203,16 @@ def test_doctor_names_operator_and_pools_that_do_not_work(
     assert "image" not in lines
 
 
-def test_doctor_finds_another_release(finetune: Finetune, operator: Callable[..., None], namespace: str) -> None:
+def test_doctor_reports_an_operator_of_another_release(finetune: Finetune, operator: Callable[..., None], namespace: str) -> None:
     operator(version="0.1.0")
     words = [word for name in ("crd", "rights", "pools", "image", "storage") for word in ("--skip", name)]
     result = finetune("doctor", "--operator-namespace", namespace, *words)
     assert (result.code, "has release 0.1.0, this program has 0.2.0; upgrade" in result.out) == (2, True)
 
 
-def test_doctor_of_a_user_without_rights(finetune: Finetune, as_nobody: str) -> None:
-    result = finetune("doctor", "-o", "json", "--kubeconfig", as_nobody)
-    checks = checks_of(result)
+def test_doctor_lists_the_rights_that_a_user_lacks(finetune: Finetune, kubeconfig_without_roles: str) -> None:
+    result = finetune("doctor", "-o", "json", "--kubeconfig", kubeconfig_without_roles)
+    checks = read_checks(result)
     states = {name: check["state"] for name, check in checks.items()}
     assert states == {
         "cluster": "ok", "crd": "ok", "operator": "unknown", "rights": "failed", "pools": "unknown", "image": "unknown", "storage": "unknown",
@@ -221,7 +222,7 @@ def test_doctor_of_a_user_without_rights(finetune: Finetune, as_nobody: str) -> 
 
 
 @pytest.fixture
-def as_nobody(control_plane: Any, api: KubeApi, namespace: str, tmp_path: Path) -> str:
+def kubeconfig_without_roles(control_plane: Any, api: KubeApi, namespace: str, tmp_path: Path) -> str:
     """Return the kubeconfig of a ServiceAccount without any role."""
     api.create("serviceaccounts", namespace, {"metadata": {"name": "nobody"}})
     body = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {}}
@@ -236,7 +237,7 @@ def as_nobody(control_plane: Any, api: KubeApi, namespace: str, tmp_path: Path) 
     return str(path)
 
 
-def test_doctor_of_an_unreachable_cluster_has_one_line(finetune: Finetune, tmp_path: Path) -> None:
+def test_doctor_prints_one_line_for_an_unreachable_cluster(finetune: Finetune, tmp_path: Path) -> None:
     config = {
         "apiVersion": "v1", "kind": "Config", "current-context": "c", "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
         "clusters": [{"name": "c", "cluster": {"server": "https://127.0.0.1:1"}}], "users": [{"name": "u", "user": {}}],
@@ -250,7 +251,7 @@ def test_doctor_of_an_unreachable_cluster_has_one_line(finetune: Finetune, tmp_p
     assert (missing.code, missing.out.startswith("✗ cluster   no cluster: --kubeconfig")) == (2, True)
 
 
-def test_doctor_refuses_wrong_words(finetune: Finetune, tmp_path: Path) -> None:
+def test_doctor_refuses_wrong_arguments(finetune: Finetune, tmp_path: Path) -> None:
     assert "--skip gpu: unknown check; write one of cluster, crd" in finetune("doctor", "--skip", "gpu").err
     assert "--timeout soon: this is not a duration" in finetune("doctor", "--timeout", "soon").err
     (tmp_path / "j.yaml").write_text("kind: FineTuneJob\napiVersion: finetune-operator.io/v1alpha1\nmetadata: {name: a}\nspec: {model: {}}\n")
@@ -260,8 +261,8 @@ def test_doctor_refuses_wrong_words(finetune: Finetune, tmp_path: Path) -> None:
 # --- top ------------------------------------------------------------------------------------------------------------
 
 
-def own_address() -> str:
-    """Return an address of this machine that is not a loopback address, because the API server does not forward requests to those."""
+def find_own_address() -> str:
+    """Return an address of this machine outside the loopback interface. The API server forwards no requests to loopback addresses."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect(("192.0.2.1", 9))  # no packet is sent
         return str(probe.getsockname()[0])
@@ -269,7 +270,7 @@ def own_address() -> str:
 
 @pytest.fixture
 def pod_server() -> Iterator[tuple[str, int]]:
-    """Serve `/usage` as a trainer pod does. Return address and port."""
+    """Serve `/usage` like a trainer pod. Return the address and the port."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -284,7 +285,7 @@ def pod_server() -> Iterator[tuple[str, int]]:
         def log_message(self, format: str, *args: object) -> None:
             """Log nothing."""
 
-    server = ThreadingHTTPServer((own_address(), 0), Handler)
+    server = ThreadingHTTPServer((find_own_address(), 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield str(server.server_address[0]), server.server_port
     server.shutdown()
@@ -292,7 +293,7 @@ def pod_server() -> Iterator[tuple[str, int]]:
 
 
 def create_pod(api: KubeApi, namespace: str, job: dict[str, Any], attempt: int, ip: str) -> None:
-    """Create a running pod of a job."""
+    """Create a pod of a job's attempt, and set its status to running."""
     name = f"{job['metadata']['name']}-{attempt}-0"
     labels = {Label.MANAGED_BY: names.MANAGER_NAME, Label.JOB_NAME: job["metadata"]["name"], Label.JOB_UID: job["metadata"]["uid"], Label.ATTEMPT: str(attempt)}
     spec = {"nodeName": "gpu-1", "containers": [{"name": names.TRAINER_CONTAINER, "image": "x"}]}
@@ -322,7 +323,7 @@ def test_top_shows_usage_of_running_pods(
     assert finetune("top", "done") == Result(0, "", "note: done has no running pods\n")
 
 
-def test_top_names_pods_that_do_not_report(finetune: Finetune, job: Job, api: KubeApi, namespace: str) -> None:
+def test_top_names_pods_that_do_not_report_usage(finetune: Finetune, job: Job, api: KubeApi, namespace: str) -> None:
     created = job(status=RUNNING_STATUS)
     create_pod(api, namespace, created, 1, "127.0.0.1")
     result = finetune("top")
@@ -330,7 +331,7 @@ def test_top_names_pods_that_do_not_report(finetune: Finetune, job: Job, api: Ku
     assert finetune("top", "bot", "-A", default_namespace=False).code == 1
 
 
-def test_top_names_the_setting_for_network_policies_if_the_api_server_does_not_reach_a_pod(
+def test_top_names_the_network_policy_setting_if_the_api_server_cannot_reach_a_pod(
     finetune: Finetune, job: Job, api: KubeApi, namespace: str, pod_server: tuple[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cluster_module, "PROGRESS_PORT", free_ports(1)[0])  # nothing listens there
@@ -343,7 +344,7 @@ def test_top_names_the_setting_for_network_policies_if_the_api_server_does_not_r
 # --- delete ---------------------------------------------------------------------------------------------------------
 
 
-def test_delete_says_what_stays_in_storage(finetune: Finetune, job: Job, api: KubeApi, namespace: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_delete_lists_what_stays_in_storage(finetune: Finetune, job: Job, api: KubeApi, namespace: str, monkeypatch: pytest.MonkeyPatch) -> None:
     storage = {"uri": "s3://models/root", "endpoint": "https://s3.example.com"}
     checkpoints = [{"step": 100, "uri": "s3://models/x", "bytes": 2048}, {"step": 200, "uri": "s3://models/y", "bytes": 1024}]
     output = {"uri": "s3://models/z", "kind": "adapter", "hubUri": "https://hub/x"}

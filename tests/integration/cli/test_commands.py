@@ -1,4 +1,4 @@
-"""Commands against a real API server: effects, output and exit codes."""
+"""Commands of `finetune` against a real API server: their effects, output and exit codes."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_submit_creates_the_job_and_its_secret(
     assert api.find("secrets", namespace, "hub") is not None
 
 
-def test_server_reads_nulls_and_merge_keys_as_the_cli(
+def test_the_server_and_the_command_line_read_nulls_and_merge_keys_alike(
     finetune: Finetune, api: KubeApi, namespace: str, tmp_path: Path
 ) -> None:
     text = JOB + "  method: ~\n  checkpoint: {<<: {steps: 30}}\n  evaluation: {steps: ~}\n"
@@ -91,7 +91,7 @@ def test_submit_of_an_existing_name_is_refused(finetune: Finetune, job: Job, tmp
 # --- watching --------------------------------------------------------------------------------------------------------
 
 
-def test_get_shows_the_columns_of_the_server(finetune: Finetune, job: Job) -> None:
+def test_get_shows_the_columns_that_the_server_defines(finetune: Finetune, job: Job) -> None:
     job(status=RUNNING_STATUS)
     head, row = finetune("get").out.splitlines()
     assert head.split() == ["NAME", "STATUS", "PROGRESS", "LOSS", "ETA", "WORKERS", "RESTARTS", "REASON", "AGE"]
@@ -103,10 +103,10 @@ def test_get_shows_the_columns_of_the_server(finetune: Finetune, job: Job) -> No
     assert "bot" in finetune("get", "-A", default_namespace=False).out
 
 
-def test_get_reports_missing_jobs_and_formats(finetune: Finetune) -> None:
+def test_get_reports_missing_jobs_and_unknown_formats(finetune: Finetune) -> None:
     assert "there are no FineTuneJobs in namespace" in finetune("get").err
     assert finetune("get", "nobody") == Result(1, "", 'error: finetunejobs.finetune-operator.io "nobody" not found\n')
-    assert "-o table: unknown output format; write one of yaml, json, wide, name" in finetune("get", "-o", "table").err
+    assert "-o table: unknown output format; write one of yaml, json, wide, cost, name" in finetune("get", "-o", "table").err
 
 
 def test_status_shows_progress_attempts_and_checkpoints(finetune: Finetune, job: Job, namespace: str) -> None:
@@ -129,7 +129,7 @@ def test_status_of_a_failed_job_exits_with_2_and_shows_the_hint(finetune: Finetu
     )
 
 
-def test_status_watch_ends_with_the_job(finetune: Finetune, job: Job, api: KubeApi, namespace: str) -> None:
+def test_status_with_watch_exits_when_the_job_ends(finetune: Finetune, job: Job, api: KubeApi, namespace: str) -> None:
     job(status=RUNNING_STATUS)
     threading.Timer(1.0, lambda: set_status(api, namespace, "bot", SUCCEEDED_STATUS)).start()
     result = finetune("status", "bot", "--watch")
@@ -139,12 +139,12 @@ def test_status_watch_ends_with_the_job(finetune: Finetune, job: Job, api: KubeA
 
 
 @pytest.mark.parametrize(("status", "code"), [(SUCCEEDED_STATUS, 0), (FAILED_STATUS, 2)])
-def test_wait_ends_with_the_job(finetune: Finetune, job: Job, status: dict[str, Any], code: int) -> None:
+def test_wait_exits_when_the_job_ends(finetune: Finetune, job: Job, status: dict[str, Any], code: int) -> None:
     job(status=status)
     assert finetune("wait", "bot").code == code
 
 
-def test_wait_ends_with_the_condition_or_the_timeout(finetune: Finetune, job: Job) -> None:
+def test_wait_exits_at_the_condition_or_the_timeout(finetune: Finetune, job: Job) -> None:
     job(status=RUNNING_STATUS)
     assert finetune("wait", "bot", "--for", "running").code == 0
     assert finetune("wait", "bot", "--for", "reconciling").code == 0
@@ -164,7 +164,7 @@ def test_wait_ends_with_the_condition_or_the_timeout(finetune: Finetune, job: Jo
         ("jsonpath={.status.phase}=Failed", 1, ""), ("delete", 1, ""),
     ],
 )  # fmt: skip
-def test_wait_understands_what_kubectl_accepts(finetune: Finetune, job: Job, goal: str, code: int, out: str) -> None:
+def test_wait_accepts_the_forms_of_kubectl_wait(finetune: Finetune, job: Job, goal: str, code: int, out: str) -> None:
     job(status=RUNNING_STATUS)
     result = finetune("wait", "bot", f"--for={goal}", "--timeout=0s")
     assert (result.code, result.out) == (code, out)
@@ -176,7 +176,7 @@ def test_wait_understands_what_kubectl_accepts(finetune: Finetune, job: Job, goa
     [("condition=Finished", 2), ("condition=Succeeded=False", 0), ("condition=Stalled", 0), ("jsonpath=.status.phase=Failed", 0),
      ("jsonpath=.status.phase=Running", 2), ("running", 2)],
 )  # fmt: skip
-def test_wait_for_a_failed_job(finetune: Finetune, job: Job, goal: str, code: int) -> None:
+def test_wait_for_a_failed_job_exits_with_2_unless_it_waits_for_the_failure(finetune: Finetune, job: Job, goal: str, code: int) -> None:
     job(status=FAILED_STATUS)
     result = finetune("wait", "bot", "--for", goal)
     assert (result.code, result.out, result.err) == ((0, "bot: Failed\n", "") if code == 0 else (2, "", "error: bot has ended (Failed)\n"))
@@ -224,7 +224,7 @@ def test_suspend_resume_and_cancel_change_the_spec(finetune: Finetune, job: Job,
     assert api.get(names.PLURAL, namespace, "bot")["spec"]["cancel"] is True
 
 
-def test_finished_job_is_not_changed(finetune: Finetune, job: Job) -> None:
+def test_a_finished_job_is_not_changed(finetune: Finetune, job: Job) -> None:
     job(status=SUCCEEDED_STATUS)
     assert finetune("suspend", "bot").err == "error: bot has already ended: Succeeded\n"
 
@@ -245,13 +245,13 @@ def test_rerun_names_the_old_job_in_annotations(finetune: Finetune, job: Job, ap
     assert finetune("rerun", "bot").out.startswith("bot-3 created")
 
 
-def test_rerun_of_a_prepared_job_trains_even_if_a_deleted_job_had_the_name_of_the_new_one(finetune: Finetune, job: Job) -> None:
+def test_rerun_of_a_prepared_job_trains_even_if_a_deleted_job_had_the_new_name(finetune: Finetune, job: Job) -> None:
     job(status=RUNNING_STATUS | {"preparation": {"number": 1, "reason": "Prepared"}})
     assert "onExistingResult: train" in finetune("rerun", "bot", "--dry-run").out
     assert "onExistingResult: adopt" in finetune("rerun", "bot", "--set", "policy.onExistingResult=adopt", "--dry-run").out
 
 
-def test_rerun_of_a_job_with_pickled_checkpoints_trusts_the_checkpoint_of_that_job(finetune: Finetune, job: Job) -> None:
+def test_rerun_of_a_job_with_pickled_checkpoints_trusts_that_jobs_checkpoint(finetune: Finetune, job: Job) -> None:
     job(status=RUNNING_STATUS, distributed={"strategy": "fsdp"}, resources={"gpusPerNode": 2})
     manifest = finetune("rerun", "bot", "--from-checkpoint", "100", "--dry-run").out
     assert "resume: s3://models/x/checkpoints/step-00000100/a1-1" in manifest and "allowPickle: true" in manifest
@@ -291,7 +291,7 @@ def pod(name: str, attempt: int, index: int) -> dict[str, Any]:
     }
 
 
-def test_logs_name_missing_pods_attempts_and_ranks(finetune: Finetune, job: Job, api: KubeApi, namespace: str) -> None:
+def test_logs_reports_missing_pods_attempts_and_ranks(finetune: Finetune, job: Job, api: KubeApi, namespace: str) -> None:
     job()
     assert "bot has no pods" in finetune("logs", "bot").err
     api.create("pods", namespace, pod("bot-1-0", 1, 0))
@@ -302,7 +302,7 @@ def test_logs_name_missing_pods_attempts_and_ranks(finetune: Finetune, job: Job,
     assert "no pod with rank 5" in finetune("logs", "bot", "--rank", "5").err
 
 
-def test_support_bundle_holds_everything_but_secrets(
+def test_a_support_bundle_contains_everything_except_secrets(
     finetune: Finetune, job: Job, api: KubeApi, namespace: str, tmp_path: Path
 ) -> None:
     job(
@@ -322,7 +322,7 @@ def test_support_bundle_holds_everything_but_secrets(
         texts = {
             member.name.partition("/")[2]: members.extractfile(member).read().decode()
             for member in members.getmembers()
-        }  # type: ignore[union-attr]  # all are files
+        }  # type: ignore[union-attr]  # every member of the archive is a file
     assert set(texts) == {"job.yaml", "status.txt", "pods.yaml", "events.txt", "versions.json", "logs/bot-1-0.txt"}
     everything = "".join(texts.values())
     assert ("plainsecret" in everything, "hf_abcdefghij" in everything, "kept" in everything) == (False, False, True)
@@ -332,7 +332,7 @@ def test_support_bundle_holds_everything_but_secrets(
 # --- connections ----------------------------------------------------------------------------------------------------
 
 
-def test_unreachable_server_is_reported(finetune: Finetune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_server_is_reported(finetune: Finetune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = {
         "apiVersion": "v1", "kind": "Config", "current-context": "c", "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
         "clusters": [{"name": "c", "cluster": {"server": "https://127.0.0.1:1"}}], "users": [{"name": "u", "user": {}}],
@@ -342,12 +342,12 @@ def test_unreachable_server_is_reported(finetune: Finetune, tmp_path: Path, monk
     assert result.err.startswith("error: the API server at https://127.0.0.1:1 cannot be reached: ")
 
 
-def test_missing_kubeconfig_is_reported(finetune: Finetune, tmp_path: Path) -> None:
+def test_a_missing_kubeconfig_is_reported(finetune: Finetune, tmp_path: Path) -> None:
     result = finetune("get", "--kubeconfig", str(tmp_path / "none"))
     assert (result.code, result.err.startswith("error: no cluster: ")) == (1, True)
 
 
-def test_job_name_with_kind_is_accepted(finetune: Finetune, job: Job) -> None:
+def test_a_job_name_may_follow_the_resource_name(finetune: Finetune, job: Job) -> None:
     job("bot", status={"phase": "Succeeded", "conditions": [condition("Finished"), condition("Succeeded")]})
     printed = finetune("get", "-o", "name").out.strip()
     assert finetune("status", printed).out == finetune("status", "bot").out
@@ -359,6 +359,6 @@ def test_job_name_with_kind_is_accepted(finetune: Finetune, job: Job) -> None:
     assert (result.code, result.out) == (1, "")
 
 
-def test_get_names_without_jobs_prints_nothing(finetune: Finetune) -> None:
+def test_get_with_output_name_prints_nothing_if_there_are_no_jobs(finetune: Finetune) -> None:
     result = finetune("get", "-o", "name")
     assert (result.code, result.out) == (0, "")

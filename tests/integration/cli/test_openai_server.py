@@ -1,6 +1,6 @@
-"""`finetune serve-openai` in front of a real API server and a real S3 server, called by the official `openai` client.
+"""The official `openai` client calls `finetune serve-openai`, which uses a real API server and a real S3 server.
 
-No operator runs: the tests write the status of a job.
+No operator is running, so the tests write the status of the jobs.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from tests.integration.cli.conftest import Result, condition, set_status
 from tests.support.kubeapi import KubeApi
 
 ROOT = Path(__file__).parents[3]
-PAGE = ROOT / "docs" / "guides" / "openai.md"
+GUIDE_FILE = ROOT / "docs" / "guides" / "openai.md"
 USER_KEY, READER_KEY = "sk-user-0123456789abcdef", "sk-reader-0123456789abcdef"
 OTHER_KEY, FOREIGN_KEY = "sk-other-0123456789abcdef", "sk-foreign-0123456789abcdef"
 ACCOUNTS = {
@@ -44,11 +44,11 @@ ACCOUNTS = {
 }  # fmt: skip
 ROWS = b'{"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]}\n' * 3
 FILE_PART = b'--a\r\nContent-Disposition: form-data; name="file"; filename="a.jsonl"\r\n\r\n{}\r\n'
-PAIRS = b'{"input": {"messages": []}, "preferred_output": [], "non_preferred_output": []}\n'
+PREFERENCE_ROWS = b'{"input": {"messages": []}, "preferred_output": [], "non_preferred_output": []}\n'
 
 
 class RunningServer:
-    """The server in a thread of its own, with its own event loop."""
+    """A `serve-openai` server that runs in its own thread, with its own event loop."""
 
     def __init__(self, app: web.Application):
         self._loop = asyncio.new_event_loop()
@@ -71,7 +71,7 @@ class RunningServer:
 
 @dataclass(frozen=True)
 class Installation:
-    """A running server, its table of keys, and the namespaces of its clients."""
+    """A running server, its kubeconfig, the file with its clients' API keys, and the namespaces of the clients."""
 
     server: RunningServer
     kubeconfig: Path
@@ -80,7 +80,7 @@ class Installation:
     other_namespace: str
 
     def client(self, key: str = USER_KEY) -> openai.OpenAI:
-        """Return the official client, of which only the base URL and the API key are set."""
+        """Return the official client, configured only with a base URL and an API key."""
         return openai.OpenAI(base_url=self.server.url, api_key=key)
 
 
@@ -88,34 +88,35 @@ class Installation:
 def installation(
     control_plane: Endpoint, api: KubeApi, s3_server: S3Endpoint, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Installation]:
-    """Start the server as a ServiceAccount that may only impersonate the ServiceAccounts of the table."""
+    """Start the server as a ServiceAccount whose only right is to impersonate the clients' two ServiceAccounts in each namespace."""
     folder = tmp_path_factory.mktemp("openai")
     namespaces = ("openai-a", "openai-b")
     for namespace in namespaces:
         api.create("namespaces", None, {"metadata": {"name": namespace}})
-        bind(api, namespace, "client", documented_rules())
-        bind(api, namespace, "reader", [{"apiGroups": [names.GROUP], "resources": ["finetunejobs"], "verbs": ["get", "list"]}])
-        bind(api, namespace, "server", [{"apiGroups": [""], "resources": ["serviceaccounts"], "resourceNames": ["client", "reader"], "verbs": ["impersonate"]}],
-             account=("openai-a", "server"))  # fmt: skip
+        create_role_and_account(api, namespace, "client", read_documented_rules())
+        create_role_and_account(api, namespace, "reader", [{"apiGroups": [names.GROUP], "resources": ["finetunejobs"], "verbs": ["get", "list"]}])
+        impersonate = {"apiGroups": [""], "resources": ["serviceaccounts"], "resourceNames": ["client", "reader"], "verbs": ["impersonate"]}
+        create_role_and_account(api, namespace, "server", [impersonate], account=("openai-a", "server"))
     keys = folder / "keys.yaml"
     write_keys(keys, ACCOUNTS)
     s3_server.client().create_bucket(Bucket="openai")
     with pytest.MonkeyPatch.context() as patch:
         for name, value in s3_server.environment().items():
             patch.setenv(name, value)
-        server = RunningServer(create_app(FineTuningService(config(s3_server), server_cluster(control_plane, api, folder / "kubeconfig")), KeyTable(keys)))
+        service = FineTuningService(build_config(s3_server), connect_as_server(control_plane, api, folder / "kubeconfig"))
+        server = RunningServer(create_app(service, KeyTable(keys)))
         yield Installation(server, folder / "kubeconfig", keys, *namespaces)
         server.stop()
 
 
-def documented_rules() -> list[dict[str, Any]]:
-    """Return the rules of the role that the guide gives to clients."""
-    (text,) = re.findall(r"```yaml\n(apiVersion: v1\nkind: ServiceAccount.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+def read_documented_rules() -> list[dict[str, Any]]:
+    """Return the rules of the role that the guide creates for clients."""
+    (text,) = re.findall(r"```yaml\n(apiVersion: v1\nkind: ServiceAccount.*?)```", GUIDE_FILE.read_text(encoding="utf-8"), re.DOTALL)
     return next(list(item["rules"]) for item in YAML(typ="safe").load_all(text) if item["kind"] == "Role")
 
 
-def bind(api: KubeApi, namespace: str, name: str, rules: list[dict[str, Any]], account: tuple[str, str] | None = None) -> None:
-    """Create a role with its binding to a ServiceAccount, and the ServiceAccount unless it is in another namespace."""
+def create_role_and_account(api: KubeApi, namespace: str, name: str, rules: list[dict[str, Any]], account: tuple[str, str] | None = None) -> None:
+    """Create a role and bind it to a ServiceAccount. Create the ServiceAccount too, unless `account` names one in another namespace."""
     account_namespace, account_name = account or (namespace, name)
     if account_namespace == namespace:
         api.create("serviceaccounts", namespace, {"metadata": {"name": account_name}})
@@ -133,18 +134,18 @@ def write_keys(path: Path, accounts: dict[str, tuple[str, str]]) -> None:
     path.write_text(json.dumps({"keys": entries}), encoding="utf-8")
 
 
-def config(s3_server: S3Endpoint) -> ServerConfig:
+def build_config(s3_server: S3Endpoint) -> ServerConfig:
     model = {"model": {"source": "org/small"}, "method": {"type": "lora"}, "resources": {"gpusPerNode": 2, "nodePool": "h100"}}
-    tracked = {**model, "tracking": {"wandb": {"apiKeySecretRef": {"name": "wandb", "key": "key"}}}}
+    tracked_model = {**model, "tracking": {"wandb": {"apiKeySecretRef": {"name": "wandb", "key": "key"}}}}
     return ServerConfig.model_validate({
         "storage": {"uri": "s3://openai/jobs", "endpoint": s3_server.host_url, "credentialsSecretRef": {"name": "s3"}},
-        "models": {"gpt-4o-mini": {"spec": model}, "tracked": {"spec": tracked}},
+        "models": {"gpt-4o-mini": {"spec": model}, "tracked": {"spec": tracked_model}},
         "maxFileBytes": 100_000,
     })  # fmt: skip
 
 
-def server_cluster(control_plane: Endpoint, api: KubeApi, kubeconfig: Path) -> Cluster:
-    """Return a connection with the token of the server's own ServiceAccount. Writes its kubeconfig."""
+def connect_as_server(control_plane: Endpoint, api: KubeApi, kubeconfig: Path) -> Cluster:
+    """Write a kubeconfig with a token of the server's own ServiceAccount, and return a connection that uses it."""
     path = "/api/v1/namespaces/openai-a/serviceaccounts/server/token"
     response = api.request("POST", path, {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {}})
     yaml = YAML(typ="safe")
@@ -162,15 +163,15 @@ def upload(client: openai.OpenAI, rows: bytes = ROWS, name: str = "train.jsonl")
 
 @pytest.fixture
 def job_id(installation: Installation) -> str:
-    """Create a job."""
+    """Create a job, and return its id."""
     client = installation.client()
     return client.fine_tuning.jobs.create(model="gpt-4o-mini", training_file=upload(client)).id
 
 
-# --- the eight calls ------------------------------------------------------------------------------------------------
+# --- all calls of the API -------------------------------------------------------------------------------------------
 
 
-def test_client_of_openai_needs_only_another_base_url(installation: Installation, api: KubeApi) -> None:
+def test_the_openai_client_works_with_only_another_base_url_and_key(installation: Installation, api: KubeApi) -> None:
     client = installation.client()
     file = client.files.create(file=("täglich 1.jsonl", ROWS), purpose="fine-tune")
     assert (file.filename, file.bytes, file.purpose, file.status) == ("täglich 1.jsonl", len(ROWS), "fine-tune", "processed")
@@ -182,7 +183,7 @@ def test_client_of_openai_needs_only_another_base_url(installation: Installation
     assert (created.status, created.object, created.fine_tuned_model, created.seed) == ("validating_files", "fine_tuning.job", None, 7)
     assert (created.organization_id, created.model, created.training_file, created.metadata) == ("openai-a", "gpt-4o-mini", file.id, {"team": "support"})
 
-    running = run_job(api, installation, created.id)
+    running = mark_running(api, installation, created.id)
     job = client.fine_tuning.jobs.retrieve(created.id)
     assert (job.status, job.trained_tokens, job.estimated_finish) == ("running", None, 1767225660)
     assert job.hyperparameters.to_dict() == {"n_epochs": 2, "batch_size": 16, "learning_rate_multiplier": 0.5}
@@ -206,8 +207,8 @@ def test_client_of_openai_needs_only_another_base_url(installation: Installation
     assert running["metadata"]["labels"] == {"finetune-operator.io/created-by": "openai-server"}
 
 
-def run_job(api: KubeApi, installation: Installation, name: str) -> dict[str, Any]:
-    """Write the status and an event of a running job. Returns the job."""
+def mark_running(api: KubeApi, installation: Installation, name: str) -> dict[str, Any]:
+    """Give a job the status and an event of a running job, and return the job."""
     job = set_status(api, installation.namespace, name, {
         "phase": "Running", "conditions": [condition("Reconciling")],
         "progress": {"step": 20, "totalSteps": 40, "secondsRemaining": 60, "tokensSeen": 900, "updateTime": "2026-01-01T00:00:00Z"},
@@ -226,17 +227,17 @@ def run_job(api: KubeApi, installation: Installation, name: str) -> dict[str, An
 # --- the command ----------------------------------------------------------------------------------------------------
 
 
-def command_words(installation: Installation, folder: Path, s3_server: S3Endpoint, port: int) -> list[str]:
-    """Return the words of a command line that starts a server on a port."""
+def make_command(installation: Installation, folder: Path, s3_server: S3Endpoint, port: int) -> list[str]:
+    """Return the command that starts a server on `port`, as a list of words."""
     file = folder / "server.yaml"
-    file.write_text(json.dumps(config(s3_server).to_wire()), encoding="utf-8")
+    file.write_text(json.dumps(build_config(s3_server).to_wire()), encoding="utf-8")
     paths = {"--config": file, "--keys": installation.keys, "--kubeconfig": installation.kubeconfig}
     return ["serve-openai", "--port", str(port), *(str(word) for pair in paths.items() for word in pair)]
 
 
-def test_command_serves_until_sigterm_and_logs_no_keys(installation: Installation, s3_server: S3Endpoint, tmp_path: Path) -> None:
+def test_the_command_serves_until_sigterm_and_logs_no_keys(installation: Installation, s3_server: S3Endpoint, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / folder) for folder in ("cli", "crds")), "NO_COLOR": "1"}
-    words = command_words(installation, tmp_path, s3_server, port=0)
+    words = make_command(installation, tmp_path, s3_server, port=0)
     process = subprocess.Popen([sys.executable, "-m", "finetune_cli", *words], env=environment, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     with process:
@@ -255,22 +256,22 @@ def test_command_serves_until_sigterm_and_logs_no_keys(installation: Installatio
     assert re.findall(r"INFO (\S+ \S+ /v1/files \d+)", log) == ["openai-a/client POST /v1/files 200", "- GET /v1/files 401"]
 
 
-def test_command_names_a_port_in_use(installation: Installation, s3_server: S3Endpoint, tmp_path: Path, finetune: Callable[..., Result]) -> None:
+def test_the_command_reports_a_port_that_is_in_use(installation: Installation, s3_server: S3Endpoint, tmp_path: Path, finetune: Callable[..., Result]) -> None:
     port = int(installation.server.url.rpartition(":")[2].partition("/")[0])
-    result = finetune(*command_words(installation, tmp_path, s3_server, port), default_namespace=False)
+    result = finetune(*make_command(installation, tmp_path, s3_server, port), default_namespace=False)
     assert (result.code, result.err) == (1, f"error: --host 127.0.0.1 --port {port}: the server cannot listen there: address already in use\n")
 
 
 # --- rights ---------------------------------------------------------------------------------------------------------
 
 
-def test_wrong_key_is_refused(installation: Installation) -> None:
+def test_a_wrong_api_key_is_refused(installation: Installation) -> None:
     with pytest.raises(openai.AuthenticationError) as refused:
         installation.client("sk-wrong").fine_tuning.jobs.list()
     assert (refused.value.code, "sk-wrong" in str(refused.value)) == ("invalid_api_key", False)
 
 
-def test_rights_of_the_service_account_decide(installation: Installation, job_id: str) -> None:
+def test_a_client_has_the_rights_of_its_service_account(installation: Installation, job_id: str) -> None:
     reader = installation.client(READER_KEY)
     file_id = upload(installation.client())
     assert reader.fine_tuning.jobs.retrieve(job_id).id == job_id
@@ -288,7 +289,7 @@ def test_rights_of_the_service_account_decide(installation: Installation, job_id
         assert (refused.value.code, "system:serviceaccount:openai-a:reader" in str(refused.value)) == ("forbidden", True)
 
 
-def test_another_namespace_sees_neither_jobs_nor_files(installation: Installation, job_id: str) -> None:
+def test_a_client_sees_no_jobs_and_files_of_another_namespace(installation: Installation, job_id: str) -> None:
     other = installation.client(OTHER_KEY)
     file_id = upload(installation.client())
     for call in (lambda: other.fine_tuning.jobs.retrieve(job_id), lambda: other.fine_tuning.jobs.cancel(job_id), lambda: other.files.retrieve(file_id),
@@ -302,13 +303,13 @@ def test_another_namespace_sees_neither_jobs_nor_files(installation: Installatio
     assert (other.fine_tuning.jobs.list().data, other.files.list().data) == ([], [])
 
 
-def test_account_that_the_server_may_not_impersonate_is_a_fault_of_the_server(installation: Installation) -> None:
+def test_an_account_that_the_server_may_not_impersonate_causes_a_server_error(installation: Installation) -> None:
     with pytest.raises(openai.InternalServerError) as failed:
         installation.client(FOREIGN_KEY).with_options(max_retries=0).fine_tuning.jobs.list()
     assert (failed.value.code, "the verb `impersonate`" in str(failed.value)) == ("impersonation_forbidden", True)
 
 
-def test_removed_key_ends_without_a_restart(installation: Installation) -> None:
+def test_a_removed_key_is_refused_without_a_restart(installation: Installation) -> None:
     before = installation.keys.read_text(encoding="utf-8")
     client = installation.client(OTHER_KEY).with_options(max_retries=0)
     assert client.files.list().data == []
@@ -327,9 +328,9 @@ def test_removed_key_ends_without_a_restart(installation: Installation) -> None:
 # --- wrong requests -------------------------------------------------------------------------------------------------
 
 
-def test_wrong_requests_name_the_parameter(installation: Installation) -> None:
+def test_a_wrong_request_is_refused_with_the_name_of_the_wrong_parameter(installation: Installation) -> None:
     client = installation.client()
-    file_id, pairs = upload(client), upload(client, PAIRS)
+    file_id, pairs = upload(client), upload(client, PREFERENCE_ROWS)
     supervised = {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 99}}}
     wrong: list[tuple[dict[str, Any], str, str]] = [
         ({"model": "gpt-9"}, "model", "write one of gpt-4o-mini, tracked"),
@@ -342,13 +343,13 @@ def test_wrong_requests_name_the_parameter(installation: Installation) -> None:
         ({"suffix": "a" * 65}, "suffix", "1 to 64 characters"),
         ({"extra_body": {"n_epochs": 3}}, "n_epochs", "unknown key"),
     ]
-    for change, param, message in wrong:
+    for changed_arguments, param, message in wrong:
         with pytest.raises(openai.BadRequestError) as refused:
-            client.fine_tuning.jobs.create(**{"model": "gpt-4o-mini", "training_file": file_id, **change})
+            client.fine_tuning.jobs.create(**{"model": "gpt-4o-mini", "training_file": file_id, **changed_arguments})
         assert (refused.value.param, message in str(refused.value)) == (param, True), refused.value
 
 
-def test_paths_that_the_server_does_not_answer(installation: Installation) -> None:
+def test_a_path_that_the_server_does_not_serve_is_not_found(installation: Installation) -> None:
     with pytest.raises(openai.NotFoundError) as missing:
         installation.client().models.list()
     assert (missing.value.code, missing.value.body) == (
@@ -368,13 +369,13 @@ def test_paths_that_the_server_does_not_answer(installation: Installation) -> No
         ("/files", "multipart/form-data; boundary=a", FILE_PART + FILE_PART + b"--a--\r\n", (400, "invalid_value")),
     ],
 )
-def test_damaged_bodies_have_the_form_of_the_api(installation: Installation, path: str, content_type: str, body: bytes, answer: tuple[int, str]) -> None:
+def test_a_damaged_request_body_gets_an_error_object(installation: Installation, path: str, content_type: str, body: bytes, answer: tuple[int, str]) -> None:
     headers = {"Authorization": f"Bearer {USER_KEY}", "Content-Type": content_type}
     response = urllib3.request("POST", installation.server.url + path, body=body, headers=headers, retries=False)
     assert (response.status, response.json()["error"]["code"]) == answer
 
 
-def test_job_that_has_ended_cannot_change(installation: Installation, api: KubeApi, job_id: str) -> None:
+def test_a_job_that_has_ended_cannot_be_paused(installation: Installation, api: KubeApi, job_id: str) -> None:
     client = installation.client()
     failure = {"class": "Data", "code": "DatasetEmpty", "message": "the data has no rows", "hint": "check the file"}
     set_status(api, "openai-a", job_id, {
@@ -389,7 +390,7 @@ def test_job_that_has_ended_cannot_change(installation: Installation, api: KubeA
     assert (refused.value.code, "its status is failed" in str(refused.value)) == ("job_has_ended", True)
 
 
-def test_job_of_kubectl_is_not_shown(installation: Installation, api: KubeApi) -> None:
+def test_a_job_that_kubectl_has_created_is_not_listed(installation: Installation, api: KubeApi) -> None:
     name = "ftjob-0123456789abcdef01234567"
     api.create(names.PLURAL, "openai-a", {
         "apiVersion": names.API_VERSION, "kind": names.KIND, "metadata": {"name": name},
@@ -404,7 +405,7 @@ def test_job_of_kubectl_is_not_shown(installation: Installation, api: KubeApi) -
 # --- lists and files ------------------------------------------------------------------------------------------------
 
 
-def test_lists_have_pages(installation: Installation) -> None:
+def test_a_long_list_is_divided_into_pages(installation: Installation) -> None:
     client = installation.client(OTHER_KEY)
     files = [upload(client, name=f"{number}.jsonl") for number in range(3)]
     jobs = [client.fine_tuning.jobs.create(model="gpt-4o-mini", training_file=files[0], metadata={"n": str(n % 2)}).id for n in range(3)]
@@ -418,7 +419,7 @@ def test_lists_have_pages(installation: Installation) -> None:
     assert refused.value.param == "after"
 
 
-def test_files_are_checked_and_deleted(installation: Installation, s3_server: S3Endpoint) -> None:
+def test_files_are_checked_stored_and_deleted(installation: Installation, s3_server: S3Endpoint) -> None:
     client = installation.client()
     for content, message in ((b'{"a": 1}\n[]\n', "line 2 is not a JSON object"), (b"{'a': 1}", "line 1 is not valid JSON"), (b"\n", "the file has no rows")):
         with pytest.raises(openai.BadRequestError) as refused:
@@ -446,7 +447,7 @@ def test_files_are_checked_and_deleted(installation: Installation, s3_server: S3
         client.files.retrieve(other)
 
 
-def test_model_and_metrics_of_a_job(installation: Installation, api: KubeApi, job_id: str, s3_server: S3Endpoint) -> None:
+def test_a_succeeded_job_names_its_model_and_its_metrics(installation: Installation, api: KubeApi, job_id: str, s3_server: S3Endpoint) -> None:
     client, store = installation.client(), s3_server.client()
     uid = api.get(names.PLURAL, "openai-a", job_id)["metadata"]["uid"]
     model = f"s3://openai/jobs/openai-a/{job_id}/{uid}/model/a2-1f3c9a2b"
@@ -467,7 +468,7 @@ def test_model_and_metrics_of_a_job(installation: Installation, api: KubeApi, jo
     assert (file.purpose, file.bytes, file.created_at) == ("fine-tune-results", 45, 1767225610)
 
 
-def test_tracker_of_the_client_is_used(installation: Installation, api: KubeApi) -> None:
+def test_the_job_reports_to_the_tracker_in_the_request(installation: Installation, api: KubeApi) -> None:
     client = installation.client()
     integration: Any = {"type": "wandb", "wandb": {"project": "support", "name": "run-1"}}
     job = client.fine_tuning.jobs.create(model="tracked", training_file=upload(client), integrations=[integration])

@@ -1,4 +1,4 @@
-"""The role in docs/guides/cli.md grants exactly the rights that the commands need."""
+"""The roles and the table of rights in docs/guides/cli.md grant exactly the rights that the commands need."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ GUIDE_FILE = Path(__file__).parents[3] / "docs" / "guides" / "cli.md"
 RUNNING_STATUS = {"phase": "Running", "conditions": [condition("Reconciling")]}
 
 
-def token_with_documented_role(api: KubeApi, namespace: str, name: str) -> str:
-    """Return the token of a new ServiceAccount that has only the role with this name in the guide."""
+def create_token_with_documented_role(api: KubeApi, namespace: str, name: str) -> str:
+    """Create a ServiceAccount that has only the guide's role `name`. Return its token."""
     texts = re.findall(r"```yaml\n(apiVersion: rbac.*?)```", GUIDE_FILE.read_text(encoding="utf-8"), re.DOTALL)
     (role,) = (role for role in map(YAML(typ="safe").load, texts) if role["metadata"]["name"] == name)
     api.create("roles", namespace, role)
@@ -37,10 +37,10 @@ def token_with_documented_role(api: KubeApi, namespace: str, name: str) -> str:
     return str(response.body["status"]["token"])
 
 
-def command_with_token(
+def make_runner_with_token(
     control_plane: Endpoint, token: str, folder: Path, finetune: Callable[..., Result]
 ) -> Callable[..., Result]:
-    """Return a function that runs commands with a token. It writes a kubeconfig into the folder."""
+    """Return a function that runs commands with `token`. The token's kubeconfig is written into `folder`."""
     config = folder / "kubeconfig"
     yaml = YAML(typ="safe")
     value = yaml.load(control_plane.kubeconfig.read_text(encoding="utf-8"))
@@ -54,7 +54,7 @@ def command_with_token(
 @pytest.fixture
 def token(api: KubeApi, namespace: str) -> str:
     """Return the token of a ServiceAccount that has only the guide's role for users who run jobs."""
-    return token_with_documented_role(api, namespace, "finetune-user")
+    return create_token_with_documented_role(api, namespace, "finetune-user")
 
 
 @pytest.fixture
@@ -62,10 +62,11 @@ def as_user(
     control_plane: Endpoint, token: str, tmp_path: Path, finetune: Callable[..., Result]
 ) -> Callable[..., Result]:
     """Return a function that runs commands with the fixture `token`."""
-    return command_with_token(control_plane, token, tmp_path, finetune)
+    return make_runner_with_token(control_plane, token, tmp_path, finetune)
 
 
-def test_documented_role_is_sufficient(
+@pytest.mark.slow  # the other tests check the rights of each command
+def test_the_documented_role_is_sufficient(
     as_user: Callable[..., Result], job: Callable[..., object], api: KubeApi, namespace: str, tmp_path: Path
 ) -> None:
     job(status=RUNNING_STATUS)
@@ -93,7 +94,7 @@ def test_documented_role_is_sufficient(
         assert (result.code, "forbidden" in result.err) == (0, False), (words, result)
 
 
-def test_documented_role_for_pools_is_sufficient(
+def test_the_documented_role_for_pools_is_sufficient(
     api: KubeApi, control_plane: Endpoint, namespace: str, tmp_path: Path, finetune: Callable[..., Result]
 ) -> None:
     config = json.dumps(
@@ -104,8 +105,8 @@ def test_documented_role_for_pools_is_sufficient(
         namespace,
         {"metadata": {"name": "operator", "labels": CHART_LABELS}, "data": {"config.yaml": config}},
     )
-    as_user = command_with_token(
-        control_plane, token_with_documented_role(api, namespace, "finetune-pools"), tmp_path, finetune
+    as_user = make_runner_with_token(
+        control_plane, create_token_with_documented_role(api, namespace, "finetune-pools"), tmp_path, finetune
     )
 
     result = as_user("pools", "--operator-namespace", namespace)
@@ -114,7 +115,7 @@ def test_documented_role_for_pools_is_sufficient(
     assert "nodes and free GPUs are unknown" in result.err
 
 
-def test_documented_role_has_no_right_on_secrets(
+def test_the_documented_role_has_no_rights_on_secrets(
     api: KubeApi, control_plane: Endpoint, token: str, namespace: str
 ) -> None:
     with pytest.raises(ApiError) as refused:
@@ -165,35 +166,35 @@ COMMANDS_BY_ROW: dict[str, tuple[tuple[str, ...], ...]] = {
     "`report`": (("report", "done", "--use-secret", "-o", "PAGE"),),
     "`support-bundle`": (("support-bundle", "bot", "-o", "ARCHIVE"),),
 }  # fmt: skip
-"""For each row of the table: commands that together need every right in the row."""
+"""Commands that together need every right in a row of the guide's table, by the row's first cell."""
 
 
-def documented_rights() -> dict[str, set[str]]:
-    """Return the rights that the guide's table lists for the commands of each row, as `resource:verb`."""
+def read_documented_rights() -> dict[str, set[str]]:
+    """Return the rights in each row of the guide's table, as `resource:verb`, by the row's first cell."""
     text = GUIDE_FILE.read_text(encoding="utf-8")
     rights_by_commands = {}
     for commands, jobs, others in re.findall(r"^\| (`.*?) \| (.*?) \| (.*?)\|$", text, re.MULTILINE):
-        needed = {f"{JOBS}:{verb}" for verb in verbs_in(re.sub("`[^`]*`", "", jobs))}
+        needed = {f"{JOBS}:{verb}" for verb in find_verbs(re.sub("`[^`]*`", "", jobs))}
         for resources, words in re.findall(r"((?:`[^`]+`(?:, )?)+): ([a-z, ]+)", others):
             needed |= {
-                f"{resource}:{verb}" for resource in re.findall("`([^`]+)`", resources) for verb in verbs_in(words)
+                f"{resource}:{verb}" for resource in re.findall("`([^`]+)`", resources) for verb in find_verbs(words)
             }
         rights_by_commands[commands] = needed
     return rights_by_commands
 
 
-def verbs_in(text: str) -> set[str]:
-    """Return the API verbs in a text."""
+def find_verbs(text: str) -> set[str]:
+    """Return the API verbs that a text names."""
     return set(re.findall(r"\b(get|list|watch|create|patch|delete)\b", text))
 
 
-def test_documented_table_covers_all_commands() -> None:
-    assert set(documented_rights()) == {*COMMANDS_BY_ROW, OFFLINE_COMMANDS}
-    assert documented_rights()[OFFLINE_COMMANDS] == set()
+def test_the_documented_table_covers_all_commands() -> None:
+    assert set(read_documented_rights()) == {*COMMANDS_BY_ROW, OFFLINE_COMMANDS}
+    assert read_documented_rights()[OFFLINE_COMMANDS] == set()
 
 
 @pytest.mark.parametrize("row", COMMANDS_BY_ROW)
-def test_command_uses_the_documented_rights(
+def test_the_commands_of_a_row_use_exactly_its_documented_rights(
     row: str, finetune: Callable[..., Result], job: Callable[..., dict[str, Any]], api: KubeApi, namespace: str, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -204,7 +205,7 @@ def test_command_uses_the_documented_rights(
     send = Cluster._send
 
     def send_and_record(self: Cluster, method: str, path: str, query: dict[str, str], *rest: Any) -> Any:
-        used_rights.update(rights_of_request(method, path, query))
+        used_rights.update(find_needed_rights(method, path, query))
         response = send(self, method, path, query, *rest)
         if method == "POST" and rest[0].get("metadata", {}).get("name") == "new":
             threading.Timer(0.5, lambda: set_status(api, namespace, "new", SUCCEEDED_STATUS)).start()
@@ -216,12 +217,12 @@ def test_command_uses_the_documented_rights(
             0,
             1,
             2,
-        )  # 2: `verify` finds no model in the empty storage
-    assert used_rights == documented_rights()[row]
+        )  # `verify` exits with 2, because it finds no model in the empty storage
+    assert used_rights == read_documented_rights()[row]
 
 
 def create_jobs_and_secret(job: Callable[..., dict[str, Any]], api: KubeApi, namespace: str) -> None:
-    """Create a running job with a pod, a finished job with empty storage and its Secret, and the configuration of an operator."""
+    """Create a running job with a pod, a finished job with empty storage and a Secret, and an operator's configuration."""
     running = job(status=RUNNING_STATUS)
     config = json.dumps({"trainer": {"image": "registry.example.com/trainer"}, "namespaces": [namespace]})
     api.create(
@@ -248,8 +249,8 @@ def create_jobs_and_secret(job: Callable[..., dict[str, Any]], api: KubeApi, nam
     )
 
 
-def rights_of_request(method: str, path: str, query: dict[str, str]) -> set[str]:
-    """Return the rights that a request needs, as `resource:verb`. Server-side apply also needs `create`."""
+def find_needed_rights(method: str, path: str, query: dict[str, str]) -> set[str]:
+    """Return the rights that a request needs, as `resource:verb`. Server-side apply needs `create` in addition to `patch`."""
     match = re.match(
         r"^/(?:api/v1|apis/([^/]+)/[^/]+)(?:/namespaces/[^/]+)?/([a-z]+)(?:/([^/]+))?(?:/([a-z]+)(?:/usage)?)?$", path
     )

@@ -1,4 +1,4 @@
-"""A token in a file of another tool reaches the trainer through a Secret and appears nowhere else."""
+"""A token in another tool's configuration file reaches the trainer through a Secret, and appears nowhere else."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TOML_CONFIG = '[fine_tuner]\nbase_model_id = "org/gated"\ntraining_data_id = "or
     ],
     ids=["env", "toml"],
 )  # fmt: skip
-def test_token_reaches_only_the_pod(
+def test_an_imported_token_reaches_only_the_pod(
     name: str, text: str, tool_flags: list[str], expected: dict[str, str],
     finetune: Callable[..., Result], api: KubeApi, namespace: str, tmp_path: Path, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -82,7 +82,7 @@ def build_first_job(created: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_secret_variables(job: dict[str, Any], api: KubeApi, namespace: str) -> dict[str, str]:
-    """Return the container's environment variables that refer to Secrets, with the values that the kubelet would set."""
+    """Return the trainer's environment variables that come from Secrets, with the values that a kubelet would set."""
     (container,) = job["spec"]["template"]["spec"]["containers"]
     values = {}
     for variable in container["env"]:

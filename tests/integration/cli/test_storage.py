@@ -1,4 +1,4 @@
-"""`checkpoints`, `report` and `purge` against a real S3 server, with the user's credentials and with the job's Secret."""
+"""The commands `checkpoints`, `report` and `purge` against a real S3 server, with the user's credentials and with the job's Secret."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SUCCEEDED_STATUS = {"phase": "Succeeded", "conditions": [condition("Finished"), 
 
 @pytest.fixture
 def bucket(s3_server: S3Endpoint, namespace: str) -> Any:
-    """Return a bucket that only this test uses."""
+    """Create a bucket for this test."""
     s3 = boto3.resource(
         "s3", endpoint_url=s3_server.host_url, aws_access_key_id=s3_server.access_key, aws_secret_access_key=s3_server.secret_key,
         region_name="us-east-1", config=Config(s3={"addressing_style": "path"}, request_checksum_calculation="when_required"),
@@ -32,7 +32,7 @@ def bucket(s3_server: S3Endpoint, namespace: str) -> Any:
 
 @pytest.fixture
 def job_prefix(bucket: Any, s3_server: S3Endpoint, job: Callable[..., dict[str, Any]], namespace: str, api: KubeApi) -> str:
-    """Create a job with a committed and an uncommitted checkpoint. Return the job's prefix in the bucket."""
+    """Create a job with one committed and one uncommitted checkpoint. Return the prefix of the job's keys in the bucket."""
     secret = {"AWS_ACCESS_KEY_ID": s3_server.access_key, "AWS_SECRET_ACCESS_KEY": s3_server.secret_key}
     api.create("secrets", namespace, {"metadata": {"name": "s3"}, "stringData": secret})
     storage = {
@@ -57,8 +57,8 @@ def job_prefix(bucket: Any, s3_server: S3Endpoint, job: Callable[..., dict[str, 
 
 
 @pytest.fixture(autouse=True)
-def no_ambient_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Remove S3 credentials from the environment."""
+def without_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Remove all S3 credentials from the environment of the test."""
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
@@ -74,7 +74,7 @@ def test_checkpoints_are_verified_and_downloaded(finetune: Finetune, job_prefix:
     assert (result.code, "20 is not committed below s3://" in result.err) == (1, True)
 
 
-def test_report_is_downloaded_and_opened(
+def test_the_report_is_downloaded_and_opened(
     finetune: Finetune, job_prefix: str, bucket: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = tmp_path / "page.html"
@@ -93,12 +93,12 @@ def test_report_is_downloaded_and_opened(
     assert (refused.code, "no browser could be started" in refused.err) == (1, True)
 
 
-def test_report_as_an_archive_names_the_new_command(finetune: Finetune) -> None:
+def test_a_request_for_a_report_archive_names_the_support_bundle_command(finetune: Finetune) -> None:
     result = finetune("report", "bot", "-o", "old.tar.gz")
     assert (result.code, "write `finetune support-bundle bot -o old.tar.gz`" in result.err) == (1, True)
 
 
-def test_damaged_file_is_detected(finetune: Finetune, job_prefix: str, bucket: Any) -> None:
+def test_a_damaged_checkpoint_file_is_detected(finetune: Finetune, job_prefix: str, bucket: Any) -> None:
     bucket.put_object(Key=f"{job_prefix}/checkpoints/step-00000010/a1-00000000/w.bin", Body=b"x" * 7000)
     result = finetune("checkpoints", "bot", "--verify", "--use-secret")
     assert result.code == 1
@@ -115,7 +115,7 @@ def test_credentials_come_from_the_environment(
     assert finetune("checkpoints", "bot", "--verify").code == 0
 
 
-def test_purge_asks_and_deletes_only_this_job(
+def test_purge_asks_for_confirmation_and_deletes_only_this_job(
     finetune: Finetune, job_prefix: str, bucket: Any, api: KubeApi, namespace: str
 ) -> None:
     assert "bot has not finished: cancel the job first" in finetune("purge", "bot", "--use-secret").err

@@ -1,4 +1,6 @@
-"""`upload` and `download` against a real S3 server: interrupted transfers, damaged and incomplete files, checkpoints that move to another store."""
+"""The commands `upload` and `download` against a real S3 server: interrupted transfers, damaged files, incomplete checkpoints, and copies of
+checkpoints in another bucket.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ from finetune_cli.transfers import PART_BYTES
 from localcluster import S3Endpoint
 from tests.integration.cli.conftest import Result
 from tests.support.kubeapi import KubeApi
-from tests.support.store_features import IGNORED, MD5, UNKNOWN_KEY, seen_on_chosen_store
+from tests.support.store_features import IGNORED, MD5, UNKNOWN_KEY, read_result_of_chosen_store
 
 Finetune = Callable[..., Result]
 BYTES = 2 * PART_BYTES + 1000
@@ -27,7 +29,7 @@ DATA = DATA[:BYTES]
 
 @pytest.fixture
 def bucket(s3_server: S3Endpoint, namespace: str, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Return the client's view of a bucket that only this test uses. The AWS_ variables of the test name its server and keys."""
+    """Create a bucket for this test. The AWS_* environment variables give the commands its server and its access keys."""
     for name, value in s3_server.environment().items():
         monkeypatch.setenv(name, value)
     client = s3_server.client()
@@ -36,7 +38,7 @@ def bucket(s3_server: S3Endpoint, namespace: str, monkeypatch: pytest.MonkeyPatc
 
 
 class Bucket:
-    """A bucket: reading, writing and listing objects."""
+    """A bucket whose objects a test can read, write and list."""
 
     def __init__(self, client: Any, name: str):
         self.client, self.name = client, name
@@ -51,19 +53,19 @@ class Bucket:
     def write(self, key: str, content: bytes) -> None:
         self.client.put_object(Bucket=self.name, Key=key, Body=content)
 
-    def unfinished(self) -> list[str]:
+    def list_unfinished_uploads(self) -> list[str]:
         return [entry["Key"] for entry in self.client.list_multipart_uploads(Bucket=self.name).get("Uploads") or []]
 
 
 def run_json(finetune: Finetune, *words: str) -> dict[str, Any]:
-    """Run a command with `-o json` and return its result."""
+    """Run a command with `-o json`, and return the printed value."""
     result = finetune(*words, "-o", "json")
     assert (result.code, result.err) == (0, "")
     return dict(json.loads(result.out))
 
 
 def write_commit(bucket: Bucket, folder: str, data: bytes, **fields: Any) -> None:
-    """Commit a folder with the file `w.bin`, as the trainer does."""
+    """Write a committed folder with the file `w.bin`, as the trainer would."""
     entry = {"path": "w.bin", "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     manifest = json.dumps({"files": [entry], "incarnation": "a2-1f3c9a2b", "attempt": 2, **fields}).encode()
     marker = {"attempt": 2, "path": "a2-1f3c9a2b", "manifestSha256": hashlib.sha256(manifest).hexdigest()}
@@ -75,7 +77,7 @@ def write_commit(bucket: Bucket, folder: str, data: bytes, **fields: Any) -> Non
 # --- upload ---------------------------------------------------------------------------------------------------------
 
 
-def test_file_and_folder_are_uploaded(finetune: Finetune, bucket: Bucket, tmp_path: Path) -> None:
+def test_a_file_and_a_folder_are_uploaded(finetune: Finetune, bucket: Bucket, tmp_path: Path) -> None:
     data = tmp_path / "train.jsonl"
     data.write_bytes(DATA)
     result = finetune("upload", str(data), f"{bucket.uri}/team/")
@@ -94,7 +96,7 @@ def test_file_and_folder_are_uploaded(finetune: Finetune, bucket: Bucket, tmp_pa
     assert bucket.list_keys() == ["m/config.json", "m/model.safetensors", "m/sub/tokenizer.json", "team/train.jsonl"]
 
 
-def test_interrupted_upload_continues_and_is_never_visible_half(
+def test_an_interrupted_upload_continues_and_no_incomplete_object_is_visible(
     finetune: Finetune, bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "train.jsonl"
@@ -106,17 +108,17 @@ def test_interrupted_upload_continues_and_is_never_visible_half(
         result = finetune(*words)
     assert result.code == 1
     assert "run the same command again to continue it" in result.err
-    assert (bucket.list_keys(), bucket.unfinished()) == ([], ["t.jsonl"])
+    assert (bucket.list_keys(), bucket.list_unfinished_uploads()) == ([], ["t.jsonl"])
     with monkeypatch.context() as patch:
         sent.clear()
         break_uploads(patch, sent, allowed=99)
         (file,) = run_json(finetune, *words)["files"]
     assert (sent, file["state"], file["sha256"]) == ([3], "resumed", hashlib.sha256(DATA).hexdigest())
-    assert (bucket.read("t.jsonl") == DATA, bucket.unfinished()) == (True, [])
+    assert (bucket.read("t.jsonl") == DATA, bucket.list_unfinished_uploads()) == (True, [])
 
 
 def break_uploads(patch: pytest.MonkeyPatch, sent: list[int], *, allowed: int) -> None:
-    """Record the numbers of the uploaded parts. After `allowed` parts, the connection is lost."""
+    """Record the numbers of the uploaded parts in `sent`. After `allowed` parts, every further part loses the connection."""
     patch.setattr(uploads, "PARALLEL_TRANSFERS", 1)
     create = uploads.MultipartUpload.__init__
 
@@ -135,7 +137,7 @@ def break_uploads(patch: pytest.MonkeyPatch, sent: list[int], *, allowed: int) -
     patch.setattr(uploads.MultipartUpload, "__init__", init)
 
 
-def test_changed_file_starts_again(finetune: Finetune, bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_upload_of_a_changed_file_starts_again(finetune: Finetune, bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "t.jsonl"
     path.write_bytes(DATA)
     words = ("upload", str(path), f"{bucket.uri}/t.jsonl")
@@ -148,7 +150,7 @@ def test_changed_file_starts_again(finetune: Finetune, bucket: Bucket, tmp_path:
     assert bucket.read("t.jsonl") == b"x" + DATA[1:]
 
 
-@pytest.mark.skipif(seen_on_chosen_store(MD5) == IGNORED, reason="this store does not compare digests")
+@pytest.mark.skipif(read_result_of_chosen_store(MD5) == IGNORED, reason="this store does not compare digests")
 def test_file_that_changes_during_the_upload_is_refused(finetune: Finetune, bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "t.jsonl"
     path.write_bytes(b"first")
@@ -164,7 +166,7 @@ def test_file_that_changes_during_the_upload_is_refused(finetune: Finetune, buck
     assert (result.code, "Digest" in result.err, bucket.list_keys()) == (1, True, [])
 
 
-def test_keys_can_come_from_a_secret(
+def test_the_access_keys_can_come_from_a_secret(
     finetune: Finetune, bucket: Bucket, s3_server: S3Endpoint, api: KubeApi, namespace: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     api.create("secrets", namespace, {
@@ -191,7 +193,7 @@ def test_keys_can_come_from_a_secret(
         ((".", "s3://b/x", "--endpoint", "host:9000"), "--endpoint host:9000: write scheme and host"),
     ],
 )
-def test_wrong_words_of_upload_are_explained(finetune: Finetune, words: tuple[str, ...], message: str) -> None:
+def test_wrong_arguments_of_upload_are_explained(finetune: Finetune, words: tuple[str, ...], message: str) -> None:
     result = finetune("upload", *words)
     assert (result.code, message in result.err) == (1, True), result
 
@@ -199,7 +201,7 @@ def test_wrong_words_of_upload_are_explained(finetune: Finetune, words: tuple[st
 # --- download -------------------------------------------------------------------------------------------------------
 
 
-def test_model_of_a_job_is_downloaded_and_verified(
+def test_the_model_of_a_job_is_downloaded_and_verified(
     finetune: Finetune, bucket: Bucket, job: Callable[..., dict[str, Any]], namespace: str, tmp_path: Path, s3_server: S3Endpoint,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -223,7 +225,7 @@ def test_model_of_a_job_is_downloaded_and_verified(
     assert "nonsense: unknown part of a job; write the step of a checkpoint, or one of model, latest," in finetune("download", "bot", "nonsense").err
 
 
-def test_other_content_is_replaced_only_on_request(finetune: Finetune, bucket: Bucket, tmp_path: Path) -> None:
+def test_a_file_with_other_content_is_replaced_only_on_request(finetune: Finetune, bucket: Bucket, tmp_path: Path) -> None:
     write_commit(bucket, "x/model", b"weights", step=1, kind="adapter")
     (tmp_path / "w.bin").write_bytes(b"my file")
     words = ("download", f"{bucket.uri}/x/model", "--to", str(tmp_path))
@@ -234,7 +236,7 @@ def test_other_content_is_replaced_only_on_request(finetune: Finetune, bucket: B
     assert (tmp_path / "w.bin").read_bytes() == b"weights"
 
 
-def test_damaged_file_gets_no_final_name(finetune: Finetune, bucket: Bucket, tmp_path: Path) -> None:
+def test_a_damaged_download_is_not_stored_under_its_final_name(finetune: Finetune, bucket: Bucket, tmp_path: Path) -> None:
     write_commit(bucket, "x/model", b"weights", step=1, kind="adapter")
     bucket.write("x/model/a2-1f3c9a2b/w.bin", b"WEIGHTS")
     result = finetune("download", f"{bucket.uri}/x/model/a2-1f3c9a2b", "--to", str(tmp_path / "out"))
@@ -244,7 +246,7 @@ def test_damaged_file_gets_no_final_name(finetune: Finetune, bucket: Bucket, tmp
 
 @pytest.fixture
 def lost_connections(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Lose the connection after one chunk of each request. Return the first byte of each request."""
+    """Each download request loses its connection after one chunk. Return a list to which each request adds its first byte position."""
     starts: list[int] = []
     read_chunks = JobStorage.read_chunks
 
@@ -258,7 +260,7 @@ def lost_connections(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     yield starts
 
 
-def test_download_survives_lost_connections(finetune: Finetune, bucket: Bucket, tmp_path: Path, lost_connections: list[int]) -> None:
+def test_a_download_survives_lost_connections(finetune: Finetune, bucket: Bucket, tmp_path: Path, lost_connections: list[int]) -> None:
     bucket.write("d/t.bin", DATA[: 3 << 20])
     (file,) = run_json(finetune, "download", f"{bucket.uri}/d/t.bin", "--to", str(tmp_path))["files"]
     assert (lost_connections, file["check"]) == ([0, 1 << 20, 2 << 20], "etag")
@@ -267,7 +269,7 @@ def test_download_survives_lost_connections(finetune: Finetune, bucket: Bucket, 
 
 @contextmanager
 def lost_connection(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Each download loses its connection after the first chunk, and gives up."""
+    """Every download fails, because its connection is lost."""
     read_chunks = JobStorage.read_chunks
 
     def lose(self: JobStorage, *arguments: Any) -> Iterator[bytes]:
@@ -280,7 +282,7 @@ def lost_connection(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-def test_interrupted_download_continues(finetune: Finetune, bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_download_continues(finetune: Finetune, bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "in.bin"
     path.write_bytes(DATA)
     finetune("upload", str(path), f"{bucket.uri}/d/t.bin")
@@ -302,7 +304,7 @@ def test_interrupted_download_continues(finetune: Finetune, bucket: Bucket, tmp_
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["in.bin", "t.bin"]
 
 
-def test_part_of_another_object_is_not_continued(finetune: Finetune, bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_partial_file_of_a_replaced_object_is_not_continued(finetune: Finetune, bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bucket.write("d/t.bin", b"first " * 400_000)
     words = ("download", f"{bucket.uri}/d/t.bin", "--to", str(tmp_path))
     with lost_connection(monkeypatch):
@@ -312,7 +314,7 @@ def test_part_of_another_object_is_not_continued(finetune: Finetune, bucket: Buc
     assert (tmp_path / "t.bin").read_bytes() == b"other " * 400_000
 
 
-def test_checkpoint_moves_to_another_bucket(finetune: Finetune, bucket: Bucket, tmp_path: Path) -> None:
+def test_a_checkpoint_can_be_copied_to_another_bucket(finetune: Finetune, bucket: Bucket, tmp_path: Path) -> None:
     write_commit(bucket, "x/checkpoints/step-00000400", b"state", step=400)
     assert finetune("download", f"{bucket.uri}/x/checkpoints/step-00000400", "--to", str(tmp_path / "c")).code == 0
     result = finetune("upload", str(tmp_path / "c"), f"{bucket.uri}/y")
@@ -330,7 +332,7 @@ def test_checkpoint_moves_to_another_bucket(finetune: Finetune, bucket: Bucket, 
     assert "w.bin is missing, but" in finetune("upload", str(tmp_path / "c"), f"{bucket.uri}/z").err
 
 
-def test_incomplete_checkpoint_gets_no_marker(finetune: Finetune, bucket: Bucket, tmp_path: Path) -> None:
+def test_an_incomplete_checkpoint_gets_no_commit_marker(finetune: Finetune, bucket: Bucket, tmp_path: Path) -> None:
     entries = []
     for name, data in (("a.bin", b"one"), ("b.bin", b"two")):
         (tmp_path / name).write_bytes(data)
@@ -355,7 +357,7 @@ def test_incomplete_checkpoint_gets_no_marker(finetune: Finetune, bucket: Bucket
         ({"files": {}}, "the manifest is damaged"), ({"files": [{"path": "a.bin", "size": 3}]}, "the manifest is damaged"),
     ],
 )  # fmt: skip
-def test_damaged_manifest_is_not_uploaded(finetune: Finetune, bucket: Bucket, tmp_path: Path, change: dict[str, Any], message: str) -> None:
+def test_a_damaged_manifest_is_not_uploaded(finetune: Finetune, bucket: Bucket, tmp_path: Path, change: dict[str, Any], message: str) -> None:
     (tmp_path / "a.bin").write_bytes(b"one")
     entry = {"path": "a.bin", "size": 3, "sha256": hashlib.sha256(b"one").hexdigest()}
     (tmp_path / "manifest.json").write_text(json.dumps({"files": [entry], "incarnation": "a1-00000000", "attempt": 1, "step": 5} | change))
@@ -364,7 +366,7 @@ def test_damaged_manifest_is_not_uploaded(finetune: Finetune, bucket: Bucket, tm
     assert [key for key in bucket.list_keys() if key.startswith("w/")] == []
 
 
-def test_too_long_part_starts_again(finetune: Finetune, bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_partial_file_that_is_too_long_starts_again(finetune: Finetune, bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bucket.write("d/t.bin", DATA)
     words = ("download", f"{bucket.uri}/d/t.bin", "--to", str(tmp_path))
     with lost_connection(monkeypatch):
@@ -375,14 +377,14 @@ def test_too_long_part_starts_again(finetune: Finetune, bucket: Bucket, tmp_path
     assert (tmp_path / "t.bin").read_bytes() == DATA
 
 
-def test_missing_object_is_reported(finetune: Finetune, bucket: Bucket, tmp_path: Path) -> None:
+def test_a_missing_object_is_reported(finetune: Finetune, bucket: Bucket, tmp_path: Path) -> None:
     result = finetune("download", f"{bucket.uri}/none", "--to", str(tmp_path))
     assert (result.code, f"{bucket.uri}/none: there is no object at this URI or below it" in result.err) == (1, True)
     assert "with a URI, remove the part of the job" in finetune("download", f"{bucket.uri}/x", "model").err
     assert "--secret is for a URI" in finetune("download", "bot", "--secret", "x").err
 
 
-def test_unreachable_store_can_be_tried_again(finetune: Finetune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_store_is_reported_with_the_hint_to_try_again(finetune: Finetune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "t.jsonl").write_bytes(b"{}")
     for name, value in {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}.items():
         monkeypatch.setenv(name, value)
@@ -390,7 +392,7 @@ def test_unreachable_store_can_be_tried_again(finetune: Finetune, tmp_path: Path
     assert (result.code, "Could not connect" in result.err, "run the same command again to continue it" in result.err) == (1, True, True)
 
 
-def test_local_folders_are_storage_too(finetune: Finetune, tmp_path: Path) -> None:
+def test_local_folders_can_be_storage(finetune: Finetune, tmp_path: Path) -> None:
     (tmp_path / "t.jsonl").write_bytes(b"{}")
     uri = f"file://{tmp_path}/store"
     assert finetune("upload", str(tmp_path / "t.jsonl"), f"{uri}/a/").out == f"{uri}/a/t.jsonl: 1 file, 2 B\n"
@@ -400,12 +402,12 @@ def test_local_folders_are_storage_too(finetune: Finetune, tmp_path: Path) -> No
     assert finetune("download", f"{uri}/a", "--to", str(target)).out.startswith(f"{target}: 1 file, 2 B (1 unchanged)")
 
 
-@pytest.mark.skipif(seen_on_chosen_store(UNKNOWN_KEY) == IGNORED, reason="this store accepts every key")
-def test_wrong_key_is_distinguished_from_a_missing_right(finetune: Finetune, bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(read_result_of_chosen_store(UNKNOWN_KEY) == IGNORED, reason="this store accepts every key")
+def test_a_wrong_access_key_is_no_missing_permission(finetune: Finetune, bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bucket.write("t.jsonl", b"{}")
     (tmp_path / "t.jsonl").write_bytes(b"{}")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "unknown")
-    code = seen_on_chosen_store(UNKNOWN_KEY).rstrip(")").split()[-1]
+    code = read_result_of_chosen_store(UNKNOWN_KEY).rstrip(")").split()[-1]
     for words in (("download", f"{bucket.uri}/t.jsonl"), ("upload", str(tmp_path / "t.jsonl"), f"{bucket.uri}/x.jsonl")):
         result = finetune(*words)
         assert (result.code, code in result.err) == (1, True), result

@@ -1,5 +1,5 @@
-"""The chart on a real API server, with Helm 3 and Helm 4: dry runs of the rendered objects, releases that exclude each other, and changes
-of the release while a job runs.
+"""The Helm chart on a real API server, with Helm 3 and Helm 4: dry runs of the rendered objects, releases that exclude each other, and upgrades while
+a job runs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tests.support.rig import CRD, Cluster, Rig, is_served
 ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT / "scripts"))
 
-import tools  # noqa: E402 -- a script, importable only now
+import tools  # noqa: E402 -- importable only after the change of sys.path
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 CHART = ROOT / "helm/finetune-operator"
@@ -67,10 +67,10 @@ VALUES: dict[str, Object] = {
 
 @pytest.fixture(scope="module")
 def control_plane_with_monitoring(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KubeApi]:
-    """A separate API server, because releases install cluster-wide objects. It has the CRDs of the Prometheus operator."""
+    """A separate API server with the CRDs of the Prometheus operator. It is not shared, because releases install cluster-scoped objects."""
     with ControlPlane(tmp_path_factory.mktemp("chart") / "state") as endpoint:
         api = KubeApi(endpoint)
-        for crd in monitoring_crds(tmp_path_factory.mktemp("go")):
+        for crd in read_monitoring_crds(tmp_path_factory.mktemp("go")):
             name = crd["metadata"]["name"]
             api.patch("customresourcedefinitions", None, name, crd, patch_type="apply")
             api.wait("customresourcedefinitions", None, name, lambda body: condition_is_true(body, "Established"))
@@ -79,8 +79,8 @@ def control_plane_with_monitoring(tmp_path_factory: pytest.TempPathFactory) -> I
         yield api
 
 
-def monitoring_crds(folder: Path) -> Iterator[Object]:
-    """The CRDs of the monitoring objects, from the Go module of the Prometheus operator."""
+def read_monitoring_crds(folder: Path) -> Iterator[Object]:
+    """Yield the CRDs of the monitoring objects, from the Go module of the Prometheus operator."""
     if shutil.which("go") is None:
         pytest.skip("needs Go")
     command = ["go", "mod", "download", "-json", PROMETHEUS_OPERATOR]
@@ -92,7 +92,7 @@ def monitoring_crds(folder: Path) -> Iterator[Object]:
 
 @pytest.fixture(scope="module", params=["helm 4", "helm 3"])
 def helm_program(request: pytest.FixtureRequest) -> Path:
-    """Helm 4, then Helm 3."""
+    """Path of Helm 4, then of Helm 3."""
     tool = {"helm 4": tools.HELM, "helm 3": tools.HELM_3}[request.param]
     tools.build_tools(tool)
     return Path(tool.path)
@@ -103,7 +103,7 @@ Helm = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture
 def helm(helm_program: Path, control_plane_with_monitoring: KubeApi) -> Iterator[Helm]:
-    """Runs Helm on the API server: `helm("install", "rel", "ops", {...})`. Removes all releases and the CRD after the test."""
+    """A function that runs Helm on the API server, as in `helm("install", "rel", "ops", {...})`. All releases and the CRD are removed after the test."""
 
     def run(action: str, release: str, namespace: str, values: Object | None = None, *arguments: str) -> subprocess.CompletedProcess[str]:
         command = [helm_program, action, release, "--namespace", namespace, "--kubeconfig", control_plane_with_monitoring.endpoint.kubeconfig, *arguments]
@@ -128,7 +128,7 @@ def render(program: Path, values: Object) -> list[Object]:
 
 @pytest.mark.parametrize("case", VALUES)
 def test_api_server_accepts_every_rendered_object(helm_program: Path, control_plane_with_monitoring: KubeApi, case: str) -> None:
-    """The dry run includes defaults, validation, unknown fields and Pod Security `restricted`, and gives no warning."""
+    """The dry run checks values, unknown fields and the Pod Security level `restricted`, and gives no warning."""
     api = control_plane_with_monitoring
     objects = render(helm_program, VALUES[case])
     assert objects
@@ -136,7 +136,7 @@ def test_api_server_accepts_every_rendered_object(helm_program: Path, control_pl
         api_path, kind = PATHS[item["apiVersion"]], item["kind"]
         namespace = "" if kind in CLUSTER_KINDS else f"/namespaces/{item['metadata'].get('namespace', 'ops')}"
         plural = "networkpolicies" if kind == "NetworkPolicy" else f"{kind.lower()}s"
-        if kind == "Pod":  # the API server only accepts a pod whose ServiceAccount exists
+        if kind == "Pod":  # the API server refuses a pod whose ServiceAccount does not exist
             item["spec"]["serviceAccountName"] = "default"
         answer = api.request("POST", f"{api_path}{namespace}/{plural}", item, dryRun="All", fieldValidation="Strict")
         assert answer.code == 201, (kind, answer)
@@ -147,14 +147,14 @@ def test_api_server_accepts_every_rendered_object(helm_program: Path, control_pl
 
 
 def test_pod_security_refuses_a_privileged_operator(helm_program: Path, control_plane_with_monitoring: KubeApi) -> None:
-    """Shows that the previous test can fail."""
+    """The check of Pod Security in `test_api_server_accepts_every_rendered_object` can fail."""
     objects = render(helm_program, {"securityContext": {"allowPrivilegeEscalation": True}})
     deployment = next(item for item in objects if item["kind"] == "Deployment")
     answer = control_plane_with_monitoring.request("POST", "/apis/apps/v1/namespaces/ops/deployments", deployment, dryRun="All")
     assert "allowPrivilegeEscalation != false" in answer.warnings[0]
 
 
-def test_helm_3_and_helm_4_render_the_same_objects_and_find_no_mistake() -> None:
+def test_helm_3_and_helm_4_render_the_same_objects_and_their_linters_find_no_mistake() -> None:
     tools.build_tools(tools.HELM, tools.HELM_3)
     for case, values in VALUES.items():
         assert render(tools.HELM.path, values) == render(tools.HELM_3.path, values), case
@@ -163,7 +163,7 @@ def test_helm_3_and_helm_4_render_the_same_objects_and_find_no_mistake() -> None
         assert done.returncode == 0, done.stdout
 
 
-def test_both_helms_refuse_wrong_values_with_their_keys(helm_program: Path) -> None:
+def test_helm_3_and_helm_4_name_the_keys_of_wrong_values(helm_program: Path) -> None:
     values = {"imageRegistry": "r", "replica": 2, "resources": {"limits": {"memory": "512MB"}}, "metrics": {"service": {"port": "http"}}}
     done = subprocess.run([helm_program, "template", "rel", CHART, "-f", "-"], input=json.dumps(values), capture_output=True, text=True)
     assert done.returncode != 0
@@ -197,7 +197,7 @@ def test_releases_that_would_manage_the_same_namespaces_are_refused(helm: Helm) 
 
 @pytest.fixture
 def rig(control_plane_with_monitoring: KubeApi, tmp_path: Path) -> Iterator[Rig]:
-    """A namespace with a fake kubelet; the operator of the release runs as a process."""
+    """A namespace with a fake kubelet. The release's operator runs as a process."""
     api = control_plane_with_monitoring
     namespace = f"jobs-{tmp_path.name.rpartition('-')[2][-20:]}".replace("_", "-").lower().strip("-")
     with FakeKubelet(api.endpoint) as kubelet:
@@ -211,19 +211,19 @@ def rig(control_plane_with_monitoring: KubeApi, tmp_path: Path) -> Iterator[Rig]
 
 
 def start_operator(rig: Rig, release: str) -> Any:
-    """Start the operator with the configuration and the permissions of the installed release."""
+    """Start an operator process with the configuration and the permissions of the installed release."""
     config_map = rig.api.get("configmaps", "ops", f"{release}-finetune-operator")
     config = yaml.safe_load(config_map["data"]["config.yaml"]) | {"namespaces": [rig.namespace]}
     config["leaderElection"] |= {"leaseNamespace": "ops"}
     path = f"/api/v1/namespaces/ops/serviceaccounts/{release}-finetune-operator/token"
     token = str(rig.api.request("POST", path, {"spec": {"expirationSeconds": 3600}}).body["status"]["token"])
-    operator = rig.operator(proxy=rig.proxy(), token=token, config=config)
+    operator = rig.start_operator(proxy=rig.start_proxy(), token=token, config=config)
     wait_until("the operator to be the leader", lambda: operator.read_metrics().get("finetune_operator_leader") == 1, servers=[], timeout=60)
     return operator
 
 
 def run_helm_test_script(program: Path, operator: Any) -> subprocess.CompletedProcess[str]:
-    """Run the script of the pod of `helm test` against the operator's port."""
+    """Run the script of the chart's test pod against the operator's port."""
     pod = next(item for item in render(program, {}) if item["kind"] == "Pod")
     (container,) = pod["spec"]["containers"]
     _, *arguments, url = container["command"]
@@ -245,11 +245,11 @@ def test_running_job_survives_upgrade_rollback_uninstall_and_a_new_installation(
     (pod,) = rig.kubelet.wait_running(rig.namespace, "job")
     rig.wait_attempt(1)
 
-    def children() -> list[tuple[str, str, str]]:
+    def list_children() -> list[tuple[str, str, str]]:
         found = [*rig.api.list("jobs", rig.namespace), *rig.api.list("pods", rig.namespace), *rig.api.list("finetunejobs", rig.namespace)]
         return sorted((item["metadata"]["name"], item["metadata"]["uid"], str(item["metadata"].get("generation"))) for item in found)
 
-    before = children()
+    before = list_children()
     assert len(before) == 3
     assert_attempt_is_isolated(rig, pod)
     for action, values, arguments in (
@@ -258,21 +258,21 @@ def test_running_job_survives_upgrade_rollback_uninstall_and_a_new_installation(
         run(action, values, *arguments)
         operator.stop()
         operator = start_operator(rig, "rel")
-        assert children() == before, action
+        assert list_children() == before, action
     operator.stop()
     run("uninstall")
-    assert children() == before
+    assert list_children() == before
     assert rig.api.find("serviceaccounts", "ops", "rel-finetune-operator") is None
     assert not [role for role in rig.api.list("clusterroles") if role["metadata"]["name"].startswith("rel-")]
     run("install", {})
     operator = start_operator(rig, "rel")
-    assert children() == before
+    assert list_children() == before
     rig.kubelet.end_pod(pod, success_exit())
     assert rig.wait_finished()["status"]["phase"] == Phase.SUCCEEDED
 
 
 def assert_attempt_is_isolated(rig: Rig, pod: Any) -> None:
-    """The API server has stored the attempt's Secret and NetworkPolicy, and the pod mounts the Secret. Only the operator's key is in `ops`."""
+    """Check that the attempt's Secret and NetworkPolicy exist, that the pod mounts the Secret, and that the namespace `ops` has only the operator's key."""
     (job,), (secret,) = rig.api.list("jobs", rig.namespace), rig.api.list("secrets", rig.namespace)
     (policy,) = rig.api.list("networkpolicies", rig.namespace)
     owners = {item["metadata"]["ownerReferences"][0]["uid"] for item in (secret, policy)}

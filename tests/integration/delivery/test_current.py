@@ -1,4 +1,4 @@
-"""On the user's cluster (`CLUSTER=current`), the demo changes and removes only objects that it has created."""
+"""The demo on the user's cluster (`CLUSTER=current`) changes and removes only objects that it has created."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from tests.support.slices import quick_slice
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "scripts"))
 
-import demo  # noqa: E402 -- a script, importable only now
-import demo_clusters  # noqa: E402 -- a script, importable only now
+import demo  # noqa: E402 -- importable only after the change of sys.path
+import demo_clusters  # noqa: E402 -- importable only after the change of sys.path
 
 pytestmark = pytest.mark.integration
 
 
 @pytest.fixture
 def users_cluster(tmp_path: Path) -> Any:
-    """The user's cluster: a separate API server, because the demo creates cluster-scoped objects."""
+    """The user's cluster. It is a separate API server, because the demo creates cluster-scoped objects."""
     with ControlPlane(tmp_path / "state") as endpoint:
         yield endpoint
 
@@ -34,7 +34,7 @@ def users_cluster(tmp_path: Path) -> Any:
 def current_cluster(
     users_cluster: Endpoint, s3_server: S3Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> demo_clusters.DemoCluster:
-    """The demo's cluster `current` (the cluster of the user's kubeconfig). kubectl is on the PATH."""
+    """The demo's access to the cluster of the user's kubeconfig. kubectl is on the PATH."""
     kubectl = tmp_path / "bin" / "kubectl"
     kubectl.parent.mkdir()
     kubectl.write_text(f'#!/bin/sh\nexec {build.ensure_built(build.KUBE_PROGRAM)} kubectl "$@"\n')
@@ -52,12 +52,13 @@ def namespace_names(endpoint: Endpoint) -> set[str]:
     return {item["metadata"]["name"] for item in KubeApi(endpoint).list("namespaces", None)}
 
 
+@pytest.mark.slow  # tests/e2e/jobs/test_demo.py runs the demo, and the other test keeps existing objects
 def test_demo_creates_and_removes_its_namespaces(
     current_cluster: demo_clusters.DemoCluster, users_cluster: Endpoint
 ) -> None:
     before = namespace_names(users_cluster)
     current_cluster.up()
-    current_cluster.up()  # a run of the demo after a run with KEEP=1 calls up() again
+    current_cluster.up()  # the demo calls up() again if the previous run had KEEP=1
     install_crd(KubeApi(users_cluster))
     assert namespace_names(users_cluster) == before | {demo.RELEASE_NAME, demo.NAMESPACE}
     demo.uninstall_objects(current_cluster)

@@ -1,7 +1,7 @@
-"""The NetworkPolicies of attempts, enforced by nftables rules that are derived from them, in network namespaces.
+"""The NetworkPolicies of attempts allow exactly the intended connections.
 
-The policies are those that the operator builds from the configuration of the rendered chart. No network plugin runs here that enforces
-NetworkPolicies: `tests/support/network_lab.py` takes its place.
+The operator's code builds the policies from the configuration in the rendered chart. In place of a network plugin, `tests/support/network_lab.py`
+enforces them with nftables rules in network namespaces.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from finetune_api.names import PROGRESS_PORT, RENDEZVOUS_PORT
 from finetune_operator.builders.isolation import build_network_policy
 from finetune_operator.settings import IsolationSettings, parse_config
 
-from tests.support.network_lab import Lab, LabPod, missing_requirement, run_lab
+from tests.support.network_lab import Lab, LabPod, find_missing_requirement, run_lab
 from tests.unit.operator.samples import job
 
 ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT / "scripts"))
-import tools  # noqa: E402 -- a script, importable only now
+import tools  # noqa: E402 -- importable only after the change of sys.path
 
-pytestmark = pytest.mark.skipif(missing_requirement() is not None, reason=str(missing_requirement()))
+pytestmark = pytest.mark.skipif(find_missing_requirement() is not None, reason=str(find_missing_requirement()))
 Object = dict[str, Any]
 RANDOM_PORT = 40123
-"""Gloo and NCCL choose such ports."""
+"""A port like those that Gloo and NCCL choose at random."""
 PORTS = (PROGRESS_PORT, RENDEZVOUS_PORT, RANDOM_PORT)
 JOB_LABEL = "batch.kubernetes.io/job-name"
 MONITORING = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
 METADATA, METADATA_V6, STORE = "169.254.169.254", "fd00:ec2::254", "203.0.113.9"
 
 
-def lab_pod(number: int, name: str, namespace: str, labels: Object, ports: tuple[int, ...] = PORTS) -> LabPod:
+def make_lab_pod(number: int, name: str, namespace: str, labels: Object, ports: tuple[int, ...] = PORTS) -> LabPod:
     return LabPod(name, namespace, labels, (f"10.77.0.{number}/24", f"fd77::{number}/64"), ports)
 
 
@@ -47,7 +47,7 @@ def helm_program() -> Path:
 
 @pytest.fixture(scope="module")
 def operator_labels(chart: list[Object]) -> Object:
-    """Labels of the operator's pods in the rendered chart."""
+    """Return the labels of the operator's pods in the rendered chart."""
     deployment = next(item for item in chart if item["kind"] == "Deployment")
     return dict(deployment["spec"]["template"]["metadata"]["labels"])
 
@@ -58,7 +58,7 @@ def chart(helm_program: Path) -> list[Object]:
 
 
 def render(helm_program: Path, isolation: Object) -> list[Object]:
-    """The chart in namespace `ops` with these values of `isolation`."""
+    """Render the chart for the namespace `ops` with these `isolation` values."""
     chart = ROOT / "helm/finetune-operator"
     values = json.dumps({"imageRegistry": "r.example.com", "isolation": isolation})
     command = [str(helm_program), "template", "rel", str(chart), "-n", "ops", "-f", "-"]
@@ -66,37 +66,37 @@ def render(helm_program: Path, isolation: Object) -> list[Object]:
     return [item for item in yaml.safe_load_all(text) if item]
 
 
-def isolation_of(chart: list[Object]) -> IsolationSettings:
+def read_isolation(chart: list[Object]) -> IsolationSettings:
     config_map = next(item for item in chart if item["kind"] == "ConfigMap")
     return parse_config(yaml.safe_load(config_map["data"]["config.yaml"]), "chart").isolation
 
 
-def policies_of(isolation: IsolationSettings) -> tuple[Object, ...]:
-    """The policies of the two running attempts of the lab."""
+def build_policies(isolation: IsolationSettings) -> tuple[Object, ...]:
+    """Return the policies of the lab's two running attempts."""
     if not isolation.network_policy:
         return ()
     attempts = [job(1, name=name, uid=name, network_policy_name=name) for name in ("run-1", "other-1")]
     return tuple(build_network_policy(attempt, isolation) for attempt in attempts)
 
 
-def pods(operator_labels: Object) -> tuple[LabPod, ...]:
+def make_lab_pods(operator_labels: Object) -> tuple[LabPod, ...]:
     cloud = LabPod("cloud", "", {}, ("10.77.0.99/24", f"{METADATA}/16", f"{STORE}/32", f"{METADATA_V6}/128", "fd77::99/64"), (80,))
     return (
-        lab_pod(1, "run-0", "team", {JOB_LABEL: "run-1"}),
-        lab_pod(2, "run-1", "team", {JOB_LABEL: "run-1"}),
-        lab_pod(3, "other-attempt", "team", {JOB_LABEL: "other-1"}),
-        lab_pod(4, "neighbour", "team", {"app": "notebook"}),
-        lab_pod(5, "false-gang", "evil", {JOB_LABEL: "run-1"}),
-        lab_pod(6, "false-operator", "evil", operator_labels),
-        lab_pod(7, "operator", "ops", operator_labels),
-        lab_pod(8, "other-ops", "ops", {"app": "dashboard"}),
-        lab_pod(9, "prometheus", "monitoring", {"app": "prometheus"}),
+        make_lab_pod(1, "run-0", "team", {JOB_LABEL: "run-1"}),
+        make_lab_pod(2, "run-1", "team", {JOB_LABEL: "run-1"}),
+        make_lab_pod(3, "other-attempt", "team", {JOB_LABEL: "other-1"}),
+        make_lab_pod(4, "neighbour", "team", {"app": "notebook"}),
+        make_lab_pod(5, "false-gang", "evil", {JOB_LABEL: "run-1"}),
+        make_lab_pod(6, "false-operator", "evil", operator_labels),
+        make_lab_pod(7, "operator", "ops", operator_labels),
+        make_lab_pod(8, "other-ops", "ops", {"app": "dashboard"}),
+        make_lab_pod(9, "prometheus", "monitoring", {"app": "prometheus"}),
         cloud,
     )
 
 
-def reached_ports(lab_pods: tuple[LabPod, ...], policies: tuple[Object, ...]) -> dict[str, list[int]]:
-    """By name of the source: the ports of pod `run-0` that the source reaches, over IPv4 and then over IPv6."""
+def find_reached_ports(lab_pods: tuple[LabPod, ...], policies: tuple[Object, ...]) -> dict[str, list[int]]:
+    """Return the ports of the pod `run-0` that each other pod reaches, first over IPv4 and then over IPv6, by the other pod's name."""
     target, *sources = lab_pods
     attempts = tuple((source.name, ip, port) for source in sources for ip in target.ips for port in PORTS)
     results = run_lab(Lab(lab_pods, policies, attempts))
@@ -107,8 +107,8 @@ def reached_ports(lab_pods: tuple[LabPod, ...], policies: tuple[Object, ...]) ->
 
 
 def test_only_the_gang_the_operator_and_monitoring_reach_a_pod(helm_program: Path, operator_labels: Object) -> None:
-    isolation = isolation_of(render(helm_program, {"metricsFrom": [MONITORING]}))
-    assert reached_ports(pods(operator_labels), policies_of(isolation)) == {
+    isolation = read_isolation(render(helm_program, {"metricsFrom": [MONITORING]}))
+    assert find_reached_ports(make_lab_pods(operator_labels), build_policies(isolation)) == {
         "run-1": [*PORTS, *PORTS], "other-attempt": [], "neighbour": [], "false-gang": [], "false-operator": [],
         "operator": [PROGRESS_PORT] * 2, "other-ops": [], "prometheus": [PROGRESS_PORT] * 2, "cloud": [],
     }  # fmt: skip
@@ -118,20 +118,20 @@ def test_only_the_gang_the_operator_and_monitoring_reach_a_pod(helm_program: Pat
 def test_top_reaches_a_pod_if_the_addresses_of_the_api_server_are_listed(
     helm_program: Path, operator_labels: Object, metrics_from: list[Object], reached: list[int]
 ) -> None:
-    """`finetune top` reads pods through the API server, which is no pod: here, it has the IPv4 address of `cloud`."""
-    isolation = isolation_of(render(helm_program, {"metricsFrom": metrics_from}))
-    assert reached_ports(pods(operator_labels), policies_of(isolation))["cloud"] == reached
+    """`finetune top` reads pods through the API server, which is not a pod. In this test, the API server has the IPv4 address of `cloud`."""
+    isolation = read_isolation(render(helm_program, {"metricsFrom": metrics_from}))
+    assert find_reached_ports(make_lab_pods(operator_labels), build_policies(isolation))["cloud"] == reached
 
 
 def test_by_default_prometheus_does_not_reach_a_pod(chart: list[Object], operator_labels: Object) -> None:
-    found = reached_ports(pods(operator_labels), policies_of(isolation_of(chart)))
+    found = find_reached_ports(make_lab_pods(operator_labels), build_policies(read_isolation(chart)))
     assert {source for source, ports in found.items() if ports} == {"run-1", "operator"}
 
 
 def test_without_policies_every_pod_reaches_every_port(helm_program: Path, operator_labels: Object) -> None:
-    """Shows that the policies make the difference in the previous tests."""
-    isolation = isolation_of(render(helm_program, {"networkPolicy": False}))
-    found = reached_ports(pods(operator_labels), policies_of(isolation))
+    """The forbidden connections of the other tests thus fail because of the policies."""
+    isolation = read_isolation(render(helm_program, {"networkPolicy": False}))
+    found = find_reached_ports(make_lab_pods(operator_labels), build_policies(isolation))
     assert found == {source: [*PORTS, *PORTS] for source in found} and len(found) == 9
 
 
@@ -147,10 +147,10 @@ def test_without_policies_every_pod_reaches_every_port(helm_program: Path, opera
 def test_blocked_addresses_are_not_reached_but_all_others_are(
     helm_program: Path, operator_labels: Object, values: Object, is_metadata_reached: bool, is_store_reached: bool
 ) -> None:
-    isolation = isolation_of(render(helm_program, values))
+    isolation = read_isolation(render(helm_program, values))
     addresses = (METADATA, METADATA_V6, STORE)
     attempts = [("run-0", address, 80) for address in addresses] + [("neighbour", address, 80) for address in addresses]
     attempts += [("run-0", "10.77.0.2", RANDOM_PORT), ("run-0", "fd77::4", PROGRESS_PORT)]
-    results = run_lab(Lab(pods(operator_labels), policies_of(isolation), tuple(attempts)))
+    results = run_lab(Lab(make_lab_pods(operator_labels), build_policies(isolation), tuple(attempts)))
     own = [is_metadata_reached, is_metadata_reached, is_store_reached]
     assert results == [*own, True, True, True, True, True]

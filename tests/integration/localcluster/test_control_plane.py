@@ -1,4 +1,4 @@
-"""Several control planes can run at the same time. When a control plane ends, no process or file remains."""
+"""Several control planes can run at the same time. A stopped control plane leaves no processes or files."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from localcluster.errors import ClusterBusy
 pytestmark = pytest.mark.integration
 
 
-def _command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+def _run_localcluster(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "localcluster", *arguments], capture_output=True, text=True)
 
 
 @pytest.fixture
-def state(tmp_path: Path) -> Iterator[Path]:
-    """A state folder. After the test, even if it failed, the cluster in this folder is killed."""
+def state_folder(tmp_path: Path) -> Iterator[Path]:
+    """A state folder for the local cluster. After the test, its cluster is killed, even if the test has failed."""
     yield tmp_path / "c"
     processes.end_all(tmp_path / "c")
 
@@ -45,46 +45,46 @@ def test_two_control_planes_are_independent(control_plane: Endpoint, tmp_path: P
 
 
 @pytest.mark.slow
-def test_command_line_starts_checks_and_stops_a_cluster(state: Path) -> None:
-    state_option = ["--state", str(state)]
-    up = _command("up", "--mode", "control-plane", *state_option)
-    assert up.stdout == f"export KUBECONFIG={state}/kubeconfig\n"
+def test_the_command_line_starts_shows_and_stops_a_cluster(state_folder: Path) -> None:
+    state_option = ["--state", str(state_folder)]
+    up = _run_localcluster("up", "--mode", "control-plane", *state_option)
+    assert up.stdout == f"export KUBECONFIG={state_folder}/kubeconfig\n"
     assert "start the control plane" in up.stderr
-    pids = processes.list_owned_pids(state)
+    pids = processes.list_owned_pids(state_folder)
     assert len(pids) == 3
-    assert _command("up", "--mode", "control-plane", *state_option).returncode == 0
-    assert sorted(processes.list_owned_pids(state)) == sorted(pids)
-    assert "mode    control-plane" in _command("status", *state_option).stdout
-    assert _command("kubectl", *state_option, "--", "get", "--raw", "/readyz").stdout == "ok"
-    other = _command("up", "--nodes", "2", *state_option)
+    assert _run_localcluster("up", "--mode", "control-plane", *state_option).returncode == 0
+    assert sorted(processes.list_owned_pids(state_folder)) == sorted(pids)
+    assert "mode    control-plane" in _run_localcluster("status", *state_option).stdout
+    assert _run_localcluster("kubectl", *state_option, "--", "get", "--raw", "/readyz").stdout == "ok"
+    other = _run_localcluster("up", "--nodes", "2", *state_option)
     assert (other.returncode, other.stderr.count("\n")) == (1, 1)
     assert "a control-plane cluster is running in" in other.stderr
     for pid in pids[:1]:
         os.kill(pid, signal.SIGKILL)
-    assert _command("up", "--mode", "control-plane", *state_option).returncode == 0
-    assert set(processes.list_owned_pids(state)).isdisjoint(pids)
-    assert _command("down", *state_option).returncode == 0
-    assert processes.list_owned_pids(state) == []
-    down = _command("status", *state_option)
-    assert (down.returncode, down.stderr) == (1, f"localcluster: no cluster is running in {state}: run `localcluster up`\n")
+    assert _run_localcluster("up", "--mode", "control-plane", *state_option).returncode == 0
+    assert set(processes.list_owned_pids(state_folder)).isdisjoint(pids)
+    assert _run_localcluster("down", *state_option).returncode == 0
+    assert processes.list_owned_pids(state_folder) == []
+    down = _run_localcluster("status", *state_option)
+    assert (down.returncode, down.stderr) == (1, f"localcluster: no cluster is running in {state_folder}: run `localcluster up`\n")
 
 
-def test_ctrl_c_during_up_leaves_no_process(state: Path) -> None:
-    command = [sys.executable, "-m", "localcluster", "up", "--mode", "control-plane", "--state", str(state)]
+def test_ctrl_c_during_up_leaves_no_process(state_folder: Path) -> None:
+    command = [sys.executable, "-m", "localcluster", "up", "--mode", "control-plane", "--state", str(state_folder)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as started:
         deadline = time.monotonic() + 20
-        while not processes.list_owned_pids(state):
+        while not processes.list_owned_pids(state_folder):
             assert time.monotonic() < deadline
             time.sleep(0.01)
         started.send_signal(signal.SIGINT)
         _, stderr = started.communicate()
     assert started.returncode == 130
     assert stderr.splitlines()[-1] == "localcluster: interrupted; all started processes were stopped"
-    assert processes.list_owned_pids(state) == []
+    assert processes.list_owned_pids(state_folder) == []
 
 
 def test_node_options_are_refused_for_a_control_plane(tmp_path: Path) -> None:
-    refused = _command("up", "--mode", "control-plane", "--gpus", "1", "--state", str(tmp_path / "c"))
+    refused = _run_localcluster("up", "--mode", "control-plane", "--gpus", "1", "--state", str(tmp_path / "c"))
     assert refused.returncode == 2
     assert "--nodes and --gpus need --mode node" in refused.stderr
 
@@ -94,7 +94,7 @@ def test_second_command_in_the_same_state_folder_is_refused(tmp_path: Path) -> N
         ControlPlane(tmp_path).up()
 
 
-def test_server_reports_the_version_that_was_built(control_plane: Endpoint) -> None:
+def test_the_server_reports_the_version_that_was_built(control_plane: Endpoint) -> None:
     version = control_plane.get("/version")["gitVersion"]
     assert version == f"v{build.PROGRAM_BY_NAME[build.KUBE_PROGRAM].version}"
 

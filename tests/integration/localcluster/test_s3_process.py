@@ -1,4 +1,4 @@
-"""The S3 server as a process: authentication, conditional writes, restart, cleanup."""
+"""The local cluster's S3 server process: authentication, conditional writes, restart and cleanup."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from localcluster.errors import StartFailed
 pytestmark = pytest.mark.integration
 
 
-def _code(error: pytest.ExceptionInfo[ClientError]) -> str:
+def _read_error_code(error: pytest.ExceptionInfo[ClientError]) -> str:
     return str(error.value.response["Error"]["Code"])
 
 
@@ -29,10 +29,10 @@ def bucket(s3_server: S3Endpoint) -> str:
 def test_wrong_keys_and_anonymous_requests_are_refused(s3_server: S3Endpoint, bucket: str) -> None:
     with pytest.raises(ClientError) as refused:
         dataclasses.replace(s3_server, secret_key="wrong").client().list_objects_v2(Bucket=bucket)
-    assert _code(refused) == "SignatureDoesNotMatch"
+    assert _read_error_code(refused) == "SignatureDoesNotMatch"
     with pytest.raises(ClientError) as refused:
         dataclasses.replace(s3_server, access_key="AKNOBODY").client().list_objects_v2(Bucket=bucket)
-    assert _code(refused) == "InvalidAccessKeyId"
+    assert _read_error_code(refused) == "InvalidAccessKeyId"
     s3_server.client().put_object(Bucket=bucket, Key="k", Body=b"x")
     with pytest.raises(urllib.error.HTTPError) as anonymous:
         urllib.request.urlopen(f"{s3_server.host_url}/{bucket}/k")
@@ -42,7 +42,7 @@ def test_wrong_keys_and_anonymous_requests_are_refused(s3_server: S3Endpoint, bu
 def test_write_to_a_missing_bucket_is_refused(s3_server: S3Endpoint) -> None:
     with pytest.raises(ClientError) as refused:
         s3_server.client().put_object(Bucket="never-created", Key="k", Body=b"")
-    assert _code(refused) == "NoSuchBucket"
+    assert _read_error_code(refused) == "NoSuchBucket"
 
 
 def test_second_write_with_if_none_match_is_refused(s3_server: S3Endpoint, bucket: str) -> None:
@@ -50,12 +50,12 @@ def test_second_write_with_if_none_match_is_refused(s3_server: S3Endpoint, bucke
     client.put_object(Bucket=bucket, Key="once", Body=b"1", IfNoneMatch="*")
     with pytest.raises(ClientError) as refused:
         client.put_object(Bucket=bucket, Key="once", Body=b"2", IfNoneMatch="*")
-    assert _code(refused) == "PreconditionFailed"
+    assert _read_error_code(refused) == "PreconditionFailed"
     assert client.get_object(Bucket=bucket, Key="once")["Body"].read() == b"1"
 
 
-def test_restart_keeps_data_and_address(tmp_path: Path) -> None:
-    existing_sockets = set(Path("/tmp").glob("seaweedfs-*.sock"))  # sockets of servers that earlier runs have killed
+def test_a_restart_keeps_data_and_address(tmp_path: Path) -> None:
+    existing_sockets = set(Path("/tmp").glob("seaweedfs-*.sock"))  # sockets that killed servers of earlier runs have left behind
     server = S3Process(tmp_path)
     first = server.start()
     first.client().create_bucket(Bucket="kept")
@@ -68,6 +68,6 @@ def test_restart_keeps_data_and_address(tmp_path: Path) -> None:
     server.stop()
 
 
-def test_endpoint_before_the_first_start_is_an_error(tmp_path: Path) -> None:
+def test_reading_the_endpoint_before_the_first_start_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(StartFailed, match="was not started"):
         assert S3Process(tmp_path).endpoint

@@ -1,4 +1,4 @@
-"""One control plane for all tests, one operator process per module, one namespace per test."""
+"""Fixtures of the operator's integration tests: one control plane for all tests, one operator process per module, one namespace per test."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ numbers = itertools.count(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark all tests here as integration tests: they need the API server."""
+    """Mark every test of this folder as an integration test, because it needs the API server."""
     for item in items:
         if "tests/integration/operator" in str(item.path):
             item.add_marker("integration")
@@ -25,7 +25,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def endpoint_with_crd(control_plane: Endpoint) -> Iterator[Endpoint]:
-    """The control plane with the CRD and a node that stays Ready."""
+    """A control plane with the installed CRD and a node that stays Ready."""
     install_crd(control_plane, CRD_FILE)
     heartbeat = Heartbeat(control_plane)
     yield control_plane
@@ -42,7 +42,7 @@ def progress() -> Iterator[Progress]:
 
 @pytest.fixture(scope="session")
 def config(progress: Progress) -> dict[str, object]:
-    """Configuration of the operator: short intervals, two pools."""
+    """A configuration of the operator with short intervals and two node pools."""
     return {
         "trainer": {"image": "registry.example.com/trainer:1"},
         "http": {"host": "127.0.0.1", "port": 0},
@@ -63,7 +63,7 @@ def config(progress: Progress) -> dict[str, object]:
 def operator(
     endpoint_with_crd: Endpoint, config: dict[str, object], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Operator]:
-    """A running operator, one per module, because tests in other folders run their own operators on the same API server."""
+    """A running operator. It stops at the end of the module, because tests in other folders run their own operators on the same API server."""
     found = Operator(tmp_path_factory.mktemp("operator"), endpoint_with_crd.kubeconfig, config)
     found.start()
     yield found
@@ -75,14 +75,14 @@ def operator(
 
 @pytest.fixture
 async def world_without_operator(endpoint_with_crd: Endpoint, progress: Progress, request: pytest.FixtureRequest) -> AsyncIterator[Rig]:
-    """A namespace without an operator; the test starts its own operator."""
+    """A namespace without an operator, for a test that starts its own operator."""
     async with open_rig(endpoint_with_crd, _namespace(request), progress) as found:
         yield found
 
 
 @pytest.fixture
 async def world(operator: Operator, world_without_operator: Rig) -> Rig:
-    """A namespace whose jobs the operator of this module reconciles."""
+    """A namespace whose jobs the module's operator reconciles."""
     return world_without_operator
 
 

@@ -1,8 +1,8 @@
-"""A substitute for Kueue: changes Jobs like Kueue's job reconciler, and selects them by priority like Kueue's scheduler.
+"""A substitute for Kueue. It changes Jobs like Kueue's job reconciler, and chooses Jobs by priority like Kueue's scheduler.
 
-Tests with it take seconds; `test_kueue.py` runs Kueue's own controller, v0.19.2, and the updates of this substitute are those that were recorded there. Each
-method names the function of Kueue that it imitates. A batch/v1 Job with a queue label is suspended when it is created. Admission starts the Job, and
-eviction suspends the Job again.
+Tests with the substitute take only seconds. It sends the same updates as Kueue v0.19.2, recorded in the tests of `test_kueue.py`, which run the real
+controller. Each method names the function of Kueue that it imitates. A batch/v1 Job with a queue label is created suspended. Admission starts the Job,
+and eviction suspends it again.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tests.integration.operator.rig import Rig
 
 PRIORITY_CLASS = Kind("scheduling.k8s.io/v1", "PriorityClass", "priorityclasses")
 WORKLOAD_CLASS = "kueue.x-k8s.io/priority-class"
-"""Label of a Job; its value is the name of a WorkloadPriorityClass (`constants.WorkloadPriorityClassLabel`)."""
+"""Label of a Job with the name of its WorkloadPriorityClass (`constants.WorkloadPriorityClassLabel`)."""
 STOPPING = "kueue.x-k8s.io/stopping"
 POD_METADATA = {
     "labels": {"kueue.x-k8s.io/cluster-queue-name": "gpus", "kueue.x-k8s.io/local-queue-name": "team-a", "kueue.x-k8s.io/podset": "main"},
@@ -24,27 +24,26 @@ POD_METADATA = {
 
 
 class Queue:
-    """One LocalQueue. `admit` and `evict` act on a given Job; `schedule` chooses the Job by priority."""
+    """One LocalQueue. `admit` and `evict` act on a given Job, whereas `schedule` chooses the Job by priority."""
 
     def __init__(self, world: Rig):
         self._world = world
 
     async def wait_for_waiting_job(self, name: str) -> Object:
-        """Wait for a Job that requests quota: it has a queue label and is suspended (`jobframework.QueueName`, `Job.IsSuspended`)."""
-        job = await self._world.job(name)
+        """Wait until a Job requests quota, that is, has a queue label and is suspended (`jobframework.QueueName`, `Job.IsSuspended`)."""
+        job = await self._world.wait_for_job(name)
         assert job["metadata"]["labels"][Label.QUEUE]
         assert job["spec"]["suspend"] is True
         return job
 
     async def admit(self, name: str, selector: dict[str, str]) -> None:
-        """Start a Job: set the flavour's node selectors, Kueue's metadata of the pods and `suspend: false` in one update (`Job.RunWithPodSetsInfo`)."""
+        """Start a Job. One update sets the flavour's node selectors, Kueue's pod metadata and `suspend: false` (`Job.RunWithPodSetsInfo`)."""
         await self._patch_pods(name, POD_METADATA, selector, suspend=False)
 
     async def evict(self, name: str) -> None:
-        """Stop a Job: suspend it, clear its start time, restore its original template (`Job.Stop`, `Job.RestorePodSetsInfo`).
+        """Stop a Job: suspend it, clear its start time, and restore its original pod template (`Job.Stop`, `Job.RestorePodSetsInfo`).
 
-        The start time is cleared at once, before the Job controller has ended the pods and reported the Job as suspended. The annotation of a Job that is
-        being stopped stays until then.
+        The start time is cleared at once. The annotation STOPPING stays until the Job controller has ended the pods and reported the Job as suspended.
         """
         kube, namespace = self._world.kube, self._world.namespace
         await kube.patch(JOB, namespace, name, {"metadata": {"annotations": {STOPPING: "true"}}, "spec": {"suspend": True}})
@@ -58,18 +57,18 @@ class Queue:
         await self._world.kube.patch(JOB, self._world.namespace, name, {"spec": {**spec, "template": template}})
 
     async def schedule(self) -> str | None:
-        """Run one cycle with a quota of one Job. Returns the name of the admitted Job, or None.
+        """Run one scheduling cycle with a quota of one Job. Returns the name of the admitted Job, or None.
 
-        The waiting Job with the highest priority is admitted first; of equal priorities, the oldest Job (`baseCompareFunc` of the cluster
-        queue). A Job with a lower priority that holds the quota is evicted (`withinClusterQueue: LowerPriority`). An evicted Job releases
-        the quota when all its pods are gone (`Job.IsActive`).
+        The waiting Job with the highest priority comes first, and of equal priorities the oldest Job (`baseCompareFunc` of the cluster queue). A Job that
+        holds the quota is evicted if its priority is lower (`withinClusterQueue: LowerPriority`). It releases the quota when all its pods are gone
+        (`Job.IsActive`).
         """
         jobs = [
             job
             for job in self._world.jobs.items.values()
             if Label.QUEUE in job["metadata"]["labels"] and not _is_finished(job)
         ]
-        priorities = {job["metadata"]["name"]: await self._priority(job) for job in jobs}
+        priorities = {job["metadata"]["name"]: await self._read_priority(job) for job in jobs}
         admitted = [job["metadata"]["name"] for job in jobs if not job["spec"]["suspend"]]
         waiting = sorted(
             (job for job in jobs if job["spec"]["suspend"] and job["metadata"]["name"] not in admitted),
@@ -85,8 +84,8 @@ class Queue:
         await self.admit(first, {})
         return str(first)
 
-    async def _priority(self, job: Object) -> int:
-        """Priority of a Job: the value of its pods' PriorityClass (`jobframework.ExtractPriority`), or 0 (`DefaultPriority`)."""
+    async def _read_priority(self, job: Object) -> int:
+        """Return a Job's priority: the value of its pods' PriorityClass (`jobframework.ExtractPriority`), or 0 without one (`DefaultPriority`)."""
         assert WORKLOAD_CLASS not in job["metadata"]["labels"], (
             "the WorkloadPriorityClass does not exist: Kueue would refuse the Job"
         )
@@ -100,6 +99,6 @@ class Queue:
 
 
 def _is_finished(job: Object) -> bool:
-    """Whether the Job is finished and holds no quota (`Job.Finished`)."""
+    """Whether the Job is finished and so holds no quota (`Job.Finished`)."""
     conditions = job.get("status", {}).get("conditions", [])
     return any(c["type"] in ("Complete", "Failed") and c["status"] == "True" for c in conditions)

@@ -1,4 +1,4 @@
-"""The choices of a job's plan on a real API server: attempts keep them, and a job that fits nowhere asks for no GPU."""
+"""Plans of jobs on a real API server: every attempt keeps the plan's choices, and a job that fits on no pool requests no GPU."""
 
 from __future__ import annotations
 
@@ -29,26 +29,26 @@ def config(config: dict[str, Any]) -> dict[str, Any]:
     return {**config, "nodePools": POOLS}
 
 
-async def run_of(world: Rig, job: str) -> tuple[RunConfig, dict[str, Any]]:
-    """The run configuration of a Job, and the spec of its pods."""
-    template = (await world.job(job))["spec"]["template"]
+async def read_run_and_pod_spec(world: Rig, job: str) -> tuple[RunConfig, dict[str, Any]]:
+    """Return the run configuration of a Job, and the spec of its pods."""
+    template = (await world.wait_for_job(job))["spec"]["template"]
     return RunConfig.model_validate(json.loads(template["metadata"]["annotations"][Annotation.RUN_CONFIG])), template["spec"]
 
 
-async def test_attempts_keep_the_choices_although_operator_and_configuration_change(world: Rig, operator: Operator) -> None:
+async def test_attempts_keep_the_choices_after_a_restart_of_the_operator_with_other_configuration(world: Rig, operator: Operator) -> None:
     await world.create(**PREPARED)
-    pod = await world.pod("run-prepare1", 0, "Running")
-    assert [pool.name for pool in (await run_of(world, "run-prepare1"))[0].pools] == ["h100", "l4"]
+    pod = await world.wait_for_pod("run-prepare1", 0, "Running")
+    assert [pool.name for pool in (await read_run_and_pod_spec(world, "run-prepare1"))[0].pools] == ["h100", "l4"]
     operator.kill()
     await world.kubelet.end(pod, 0, TerminationMessage.model_validate({"plan": {"choices": CHOICES}}))
     operator.start()
-    first, _ = await run_of(world, "run-1")
-    await world.pod("run-1", 0, "Running")
+    first, _ = await read_run_and_pod_spec(world, "run-1")
+    await world.wait_for_pod("run-1", 0, "Running")
     operator.kill()
     operator.config = {**operator.config, "nodePools": [POOLS[0] | {"pricePerGpuHour": 1}, POOLS[1] | {"pricePerGpuHour": 99}]}
     operator.start()
-    await world.kubelet.end(await world.pod("run-1", 0, "Running"), ExitCode.SIGKILL)
-    second, pods = await run_of(world, "run-2")
+    await world.kubelet.end(await world.wait_for_pod("run-1", 0, "Running"), ExitCode.SIGKILL)
+    second, pods = await read_run_and_pod_spec(world, "run-2")
     for run in (first, second):
         assert {path: (run.spec.value(path), run.origin(path)) for path in (one["field"] for one in CHOICES)} == {
             str(one["field"]): (one["value"], Origin.PLAN) for one in CHOICES
@@ -58,10 +58,10 @@ async def test_attempts_keep_the_choices_although_operator_and_configuration_cha
     assert (status["plan"]["choices"], status["resolved"]["nodePool"], status["resolved"]["effectiveBatch"]) == (CHOICES, "h100", 16)
 
 
-async def test_a_job_that_fits_nowhere_creates_no_pod_with_a_gpu(world: Rig) -> None:
+async def test_a_job_that_fits_on_no_pool_creates_no_pod_with_a_gpu(world: Rig) -> None:
     await world.create(**PREPARED)
     message = TerminationMessage.model_validate({"class": "User", "code": "DoesNotFit", "message": "too large", "hint": "write method.type: qlora"})
-    await world.kubelet.end(await world.pod("run-prepare1", 0, "Running"), ExitCode.CONFIG_INVALID, message)
+    await world.kubelet.end(await world.wait_for_pod("run-prepare1", 0, "Running"), ExitCode.CONFIG_INVALID, message)
     status = await world.wait_for_phase("Failed")
     assert (status["failure"]["code"], status["failure"]["hint"], status["failure"]["exitCode"]) == ("DoesNotFit", "write method.type: qlora", 64)
     containers = [pod["spec"]["containers"][0] for pod in world.pods.items.values()]

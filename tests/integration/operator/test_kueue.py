@@ -1,6 +1,6 @@
-"""The operator with Kueue's own controller: admission, eviction, preemption by priority, gang quota, suspension, and retries in a full queue.
+"""The operator with the real Kueue controller: admission, eviction, preemption by priority, gang quota, suspension, and retries in a full queue.
 
-The tests of `test_queue.py` run against a substitute in every test run; these tests show that the substitute is right.
+The quick tests of `test_queue.py` use a substitute for Kueue. The tests of this file check the substitute's behaviour on the real controller.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from tests.support.kueue_controller import QueueObjects, running_kueue
 pytestmark = pytest.mark.slow
 GPU = "nvidia.com/gpu"
 PLENTY = {"cpu": "1000", "memory": "10Ti", "ephemeral-storage": "100Ti"}
-"""A ClusterQueue must have a quota for every resource that the pods request."""
+"""Quotas that no test exhausts. A ClusterQueue needs a quota for every resource that the pods request."""
 QUEUED = {"queueName": "team-a"}
 
 
 @pytest.fixture(scope="module")
 def endpoint_with_crd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
-    """A control plane of its own, because Kueue's webhooks apply to all Jobs of a control plane."""
+    """A separate control plane, because Kueue's webhooks apply to all Jobs of a control plane."""
     folder = tmp_path_factory.mktemp("kueue")
     with ControlPlane(folder / "state") as endpoint:
         install_crd(endpoint, CRD_FILE)
@@ -44,7 +44,7 @@ def queue(world: Rig) -> QueueObjects:
 
 
 async def eventually(expected: str, condition: Callable[[], bool]) -> None:
-    """Wait for a condition on objects that the test does not watch."""
+    """Poll until `condition` is true, because the test does not watch Kueue's objects."""
     try:
         async with asyncio.timeout(TIMEOUT_SECONDS):
             while not await asyncio.to_thread(condition):  # noqa: ASYNC110 -- Kueue's objects are not watched
@@ -54,8 +54,8 @@ async def eventually(expected: str, condition: Callable[[], bool]) -> None:
 
 
 def is_inadmissible(queue: QueueObjects, job: str) -> bool:
-    """Whether Kueue has tried to admit the Workload of a Job and found no quota."""
-    conditions = queue.workloads().get(job, {}).get("status", {}).get("conditions", [])
+    """Whether Kueue has tried to admit a Job's Workload and found no quota."""
+    conditions = queue.workloads_by_job().get(job, {}).get("status", {}).get("conditions", [])
     return any(one["type"] == "QuotaReserved" and one["status"] == "False" for one in conditions)
 
 
@@ -69,13 +69,13 @@ async def create_priority(world: Rig, value: int) -> str:
     return name
 
 
-async def has_event(world: Rig, reason: str) -> None:
+async def wait_for_event(world: Rig, reason: str) -> None:
     async with asyncio.timeout(TIMEOUT_SECONDS):
         while reason not in {event["reason"] for event in (await world.kube.list(EVENT, world.namespace)).items}:  # noqa: ASYNC110 -- events are not watched
             await asyncio.sleep(0.05)
 
 
-async def test_job_is_queued_admitted_evicted_and_admitted_again(world: Rig, queue: QueueObjects) -> None:
+async def test_a_job_is_queued_admitted_evicted_and_admitted_again(world: Rig, queue: QueueObjects) -> None:
     quotas = {**PLENTY, GPU: "2"}
     queue.create({**quotas, GPU: "0"}, node_labels={"flavour": "spot"})
     await world.create(placement=QUEUED, resources=gpus(1, 2))
@@ -90,27 +90,27 @@ async def test_job_is_queued_admitted_evicted_and_admitted_again(world: Rig, que
     assert pod["spec"]["nodeSelector"]["flavour"] == "spot"
     await world.wait_for_phase("Running")
     assert world.condition("QuotaReserved")["status"] == "True"
-    await eventually("the quota is used", lambda: queue.used(GPU) == "2")
+    await eventually("the quota is used", lambda: queue.read_usage(GPU) == "2")
 
     queue.set_quotas(quotas, stop_policy="HoldAndDrain")
     status = await world.wait_for_phase("Queued")
     assert (status["attempt"], status.get("retriesUsed")) == (1, None)
     await world.wait_until("no pods", lambda: not world.pods.items)
-    await has_event(world, "Preempted")
-    await eventually("the quota is free", lambda: queue.used(GPU) == "0")
+    await wait_for_event(world, "Preempted")
+    await eventually("the quota is free", lambda: queue.read_usage(GPU) == "0")
 
     queue.set_quotas(quotas)
-    again = await world.pod("run-1", 0, "Running")
+    again = await world.wait_for_pod("run-1", 0, "Running")
     assert again["metadata"]["uid"] != pod["metadata"]["uid"]
     await world.kubelet.succeed(again)
     status = await world.wait_for_phase("Succeeded")
     assert [(a["number"], a["reason"]) for a in status["attempts"]] == [(1, "Succeeded")]
     assert (status["restarts"], status["retriesUsed"]) == (0, 0)
-    await eventually("the quota is free", lambda: queue.used(GPU) == "0")
+    await eventually("the quota is free", lambda: queue.read_usage(GPU) == "0")
 
 
 @pytest.mark.parametrize("kind", ["PriorityClass", "WorkloadPriorityClass"])
-async def test_higher_priority_preempts_and_the_lower_priority_resumes_afterwards(world: Rig, queue: QueueObjects, kind: str) -> None:
+async def test_a_job_with_higher_priority_preempts_another_which_resumes_afterwards(world: Rig, queue: QueueObjects, kind: str) -> None:
     queue.create({**PLENTY, GPU: "1"})
     urgent = await create_priority(world, 1000)
     if kind == "PriorityClass":
@@ -127,11 +127,11 @@ async def test_higher_priority_preempts_and_the_lower_priority_resumes_afterward
     await world.wait_for_phase("Queued", "low")
     running = await world.report_training("high-1")
     await world.wait_for_phase("Running", "high")
-    await eventually("one GPU is used", lambda: queue.used(GPU) == "1")
+    await eventually("one GPU is used", lambda: queue.read_usage(GPU) == "1")
     await world.kubelet.succeed(running)
     await world.wait_for_phase("Succeeded", "high")
 
-    again = await world.pod("low-1", 0, "Running")
+    again = await world.wait_for_pod("low-1", 0, "Running")
     assert again["metadata"]["uid"] != pod["metadata"]["uid"]
     status = world.status("low")
     assert (status["attempt"], status["restarts"], status.get("retriesUsed")) == (1, 0, None)
@@ -142,64 +142,64 @@ async def test_higher_priority_preempts_and_the_lower_priority_resumes_afterward
 
 
 async def test_a_job_on_several_nodes_is_admitted_as_a_whole(world: Rig, queue: QueueObjects) -> None:
-    """The quota is enough for one of two pods. Kueue admits no pod of this job; a smaller job behind it is admitted."""
+    """If the quota is enough for only one of a job's two pods, Kueue admits neither. A smaller job behind it in the queue is admitted."""
     queue.create({**PLENTY, GPU: "6"})
     await world.create("large", placement=QUEUED, resources=gpus(2, 4))
     await eventually("no quota", lambda: is_inadmissible(queue, "large-1"))
     await world.create("small", placement=QUEUED, resources=gpus(1, 4))
-    await world.pod("small-1", 0, "Running")
+    await world.wait_for_pod("small-1", 0, "Running")
     await world.wait_for_phase("Queued", "large")
     assert {pod["metadata"]["labels"]["batch.kubernetes.io/job-name"] for pod in world.pods.items.values()} == {"small-1"}
 
     queue.set_quotas({**PLENTY, GPU: "12"})
-    pods = [await world.pod("large-1", index, "Running") for index in range(2)]
-    await eventually("all GPUs are used", lambda: queue.used(GPU) == "12")
+    pods = [await world.wait_for_pod("large-1", index, "Running") for index in range(2)]
+    await eventually("all GPUs are used", lambda: queue.read_usage(GPU) == "12")
     for pod in pods:
         await world.kubelet.succeed(pod)
     await world.wait_for_phase("Succeeded", "large")
 
 
 async def test_suspended_jobs_release_their_quota(world: Rig, queue: QueueObjects) -> None:
-    """`spec.suspend` of a running job frees its quota for the next job; `spec.suspend` of a waiting job takes it out of the queue."""
+    """Suspending a running job frees its quota for the next job. Suspending a waiting job removes it from the queue."""
     queue.create({**PLENTY, GPU: "1"})
     await world.create("first", placement=QUEUED, resources=gpus(1, 1))
     await world.report_training("first-1", step=40)
     await world.wait_for_phase("Running", "first")
     await world.create("second", placement=QUEUED, resources=gpus(1, 1))
     await world.create("third", placement=QUEUED, resources=gpus(1, 1))
-    # Kueue does not try a workload that is like one that it could not admit, so only one of the two is known to be inadmissible.
-    await eventually("two wait", lambda: {"second-1", "third-1"} <= set(queue.workloads()) and is_inadmissible(queue, "second-1"))
+    # Kueue does not try to admit a workload that equals an inadmissible one, so it marks only one of the two jobs as inadmissible.
+    await eventually("two wait", lambda: {"second-1", "third-1"} <= set(queue.workloads_by_job()) and is_inadmissible(queue, "second-1"))
     await world.patch({"suspend": True}, "second")
     await world.wait_for_phase("Suspended", "second")
-    await eventually("second left the queue", lambda: "second-1" not in queue.workloads())
+    await eventually("second left the queue", lambda: "second-1" not in queue.workloads_by_job())
 
     await world.patch({"suspend": True}, "first")
     await world.wait_for_phase("Suspended", "first")
-    pod = await world.pod("third-1", 0, "Running")
+    pod = await world.wait_for_pod("third-1", 0, "Running")
     await world.patch({"suspend": False}, "first")
     await world.wait_for_phase("Queued", "first")
     await world.kubelet.succeed(pod)
     await world.wait_for_phase("Succeeded", "third")
-    await world.kubelet.succeed(await world.pod("first-2", 0, "Running"))
+    await world.kubelet.succeed(await world.wait_for_pod("first-2", 0, "Running"))
     status = await world.wait_for_phase("Succeeded", "first")
     assert (status["restarts"], status["retriesUsed"]) == (1, 0), "a resumed job begins another attempt, which is no retry"
 
 
 async def test_a_retry_waits_in_the_queue_like_a_new_job(world: Rig, queue: QueueObjects) -> None:
-    """Attempt 1 fails while another job waits. Its quota goes to the waiting job, and attempt 2 is admitted afterwards."""
+    """If attempt 1 fails while another job waits, that job gets the quota. Attempt 2 is admitted after it."""
     queue.create({**PLENTY, GPU: "1"})
     await world.create("first", placement=QUEUED, resources=gpus(1, 1))
-    pod = await world.pod("first-1", 0, "Running")
+    pod = await world.wait_for_pod("first-1", 0, "Running")
     await world.create("second", placement=QUEUED, resources=gpus(1, 1))
     await eventually("second waits", lambda: is_inadmissible(queue, "second-1"))
     await world.kubelet.end(pod, int(ExitCode.PEER_FAILED), TerminationMessage(code="RankDied", message="a rank was killed", step=10))
-    other = await world.pod("second-1", 0, "Running")
-    await world.job("first-2")
+    other = await world.wait_for_pod("second-1", 0, "Running")
+    await world.wait_for_job("first-2")
     await world.wait_for_phase("Queued", "first")
     await eventually("attempt 2 waits", lambda: is_inadmissible(queue, "first-2"))
     await world.kubelet.succeed(other)
     await world.wait_for_phase("Succeeded", "second")
-    await world.kubelet.succeed(await world.pod("first-2", 0, "Running"))
+    await world.kubelet.succeed(await world.wait_for_pod("first-2", 0, "Running"))
     status = await world.wait_for_phase("Succeeded", "first")
     assert [(a["number"], a["reason"]) for a in status["attempts"]][1] == (2, "Succeeded")
     assert status["retriesUsed"] == 1
@@ -210,11 +210,11 @@ async def test_a_retry_waits_in_the_queue_like_a_new_job(world: Rig, queue: Queu
     [("team-a", "ephemeral-storage", "ephemeral-storage"), ("team-b", "", "LocalQueue team-b")],
 )
 async def test_the_workload_says_why_a_job_waits(world: Rig, queue: QueueObjects, queue_name: str, missing_resource: str, reason: str) -> None:
-    """A ClusterQueue without a quota for a resource that the pods request, and a queue that does not exist: the job waits, and Kueue says why."""
+    """A job waits if its ClusterQueue has no quota for a requested resource, or if its queue does not exist. The Workload's condition gives the reason."""
     queue.create({name: quantity for name, quantity in {**PLENTY, GPU: "1"}.items() if name != missing_resource})
     await world.create(placement={"queueName": queue_name}, resources=gpus(1, 1))
     await eventually("not admitted", lambda: is_inadmissible(queue, "run-1"))
-    conditions = queue.workloads()["run-1"]["status"]["conditions"]
+    conditions = queue.workloads_by_job()["run-1"]["status"]["conditions"]
     assert reason in next(one["message"] for one in conditions if one["type"] == "QuotaReserved")
     await world.wait_for_phase("Queued")
     assert queue_name in world.condition("QuotaReserved")["message"]

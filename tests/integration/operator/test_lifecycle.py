@@ -1,4 +1,4 @@
-"""Suspend, resume, cancel, retries, adaptations and limits of a job against a real API server."""
+"""The lifecycle of jobs on a real API server: suspend, resume, cancel, retries, adapted settings, time limits and refusals."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ ADMISSION_POLICY_BINDING = Kind(
 )  # fmt: skip
 
 
-def run_config(job: dict[str, Any]) -> RunConfig:
+def read_run_config(job: dict[str, Any]) -> RunConfig:
     return RunConfig.model_validate(
         json.loads(job["spec"]["template"]["metadata"]["annotations"][Annotation.RUN_CONFIG])
     )
 
 
-def checkpoint(step: int, attempt: int = 1) -> dict[str, Any]:
+def make_checkpoint_entry(step: int, attempt: int = 1) -> dict[str, Any]:
     uri = f"s3://models/test/checkpoints/step-{step:08d}/a{attempt}-00000000"
     return {"step": step, "uri": uri, "healthy": True}
 
 
-async def event_reasons(world: Rig, name: str = "run") -> list[str]:
+async def list_event_reasons(world: Rig, name: str = "run") -> list[str]:
     events = (await world.kube.list(EVENT, world.namespace)).items
     job_events = [e for e in events if e["regarding"]["kind"] == "FineTuneJob" and e["regarding"]["name"] == name]
     return [e["reason"] for e in sorted(job_events, key=lambda e: e["eventTime"])]
@@ -41,14 +41,14 @@ async def event_reasons(world: Rig, name: str = "run") -> list[str]:
 
 async def wait_for_event(world: Rig, reason: str) -> None:
     async with asyncio.timeout(TIMEOUT_SECONDS):
-        while reason not in await event_reasons(world):  # noqa: ASYNC110 -- events are not watched
+        while reason not in await list_event_reasons(world):  # noqa: ASYNC110 -- events are not watched
             await asyncio.sleep(0.05)
 
 
-async def test_suspended_job_saves_and_resumes_from_the_saved_step(world: Rig) -> None:
+async def test_a_suspended_job_saves_and_resumes_from_the_saved_step(world: Rig) -> None:
     await world.create()
-    await world.report_training("run-1", step=40, checkpoints=[checkpoint(30)], latestCheckpoint=checkpoint(30)["uri"])
-    await world.wait_until("checkpoint", lambda: world.status().get("checkpoints"))
+    await world.report_training("run-1", step=40, checkpoints=[make_checkpoint_entry(30)], latestCheckpoint=make_checkpoint_entry(30)["uri"])
+    await world.wait_until("a checkpoint in the status", lambda: world.status().get("checkpoints"))
     world.kubelet.stop_message = TerminationMessage(code="Stopped", message="saved", step=42, committed_step=42)
     await world.patch({"suspend": True})
     status = await world.wait_for_phase("Suspended")
@@ -59,34 +59,34 @@ async def test_suspended_job_saves_and_resumes_from_the_saved_step(world: Rig) -
     assert status["attempts"][0]["exitCode"] == 75
     assert "failure" not in status
     assert status["attempts"][0].get("counted") is False
-    await world.no_jobs_and_pods()
+    await world.wait_for_no_jobs_and_pods()
     await world.patch({"suspend": False})
-    job = await world.job("run-2")
-    run = run_config(job)
+    job = await world.wait_for_job("run-2")
+    run = read_run_config(job)
     assert (run.attempt, run.resume.mode, run.resume.expect_step) == (2, "auto", 42)
     await world.report_training("run-2", step=43, resumedFromStep=42)
     await world.wait_for_phase("Running")
-    await world.kubelet.succeed(await world.pod("run-2"))
+    await world.kubelet.succeed(await world.wait_for_pod("run-2"))
     status = await world.wait_for_phase("Succeeded")
     assert [(a["number"], a["reason"]) for a in status["attempts"]] == [(1, "Suspended"), (2, "Succeeded")]
     assert status["attempts"][0]["stepsLost"] == 0
     assert status["restarts"] == 1
     await wait_for_event(world, "Succeeded")
-    emitted = await event_reasons(world)
+    emitted = await list_event_reasons(world)
     assert [r for r in emitted if r in ("Suspended", "Resumed", "ResumedFromCheckpoint", "Succeeded")] == [
         "Suspended", "Resumed", "ResumedFromCheckpoint", "Succeeded",
     ]  # fmt: skip
 
 
-async def test_job_created_suspended_starts_when_it_is_resumed(world: Rig) -> None:
+async def test_a_job_that_is_created_suspended_starts_when_it_is_resumed(world: Rig) -> None:
     await world.create(suspend=True)
     await world.wait_for_phase("Suspended")
     assert world.jobs.items == {}
     await world.patch({"suspend": False})
-    await world.job("run-1")
+    await world.wait_for_job("run-1")
 
 
-async def test_cancelled_job_is_finished_and_has_no_failure(world: Rig) -> None:
+async def test_a_cancelled_job_is_finished_and_has_no_failure(world: Rig) -> None:
     await world.create()
     await world.report_training("run-1")
     await world.wait_for_phase("Running")
@@ -96,12 +96,12 @@ async def test_cancelled_job_is_finished_and_has_no_failure(world: Rig) -> None:
     assert world.condition("Succeeded")["reason"] == "Cancelled"
     assert world.condition("Stalled") == {}
     assert "failure" not in status
-    await world.no_jobs_and_pods()
+    await world.wait_for_no_jobs_and_pods()
 
 
-async def test_data_error_fails_the_job_with_the_trainers_message(world: Rig) -> None:
+async def test_a_data_error_fails_the_job_with_the_trainers_message(world: Rig) -> None:
     await world.create()
-    pod = await world.pod("run-1", 0, "Running")
+    pod = await world.wait_for_pod("run-1", 0, "Running")
     message = TerminationMessage(class_=FailureClass.DATA, code="RowMalformed", message="row 17: not JSON", hint="fix it", rank=0)
     await world.kubelet.end(pod, ExitCode.DATA_INVALID, message)
     status = await world.wait_for_phase("Failed")
@@ -115,21 +115,21 @@ async def test_data_error_fails_the_job_with_the_trainers_message(world: Rig) ->
     await wait_for_event(world, "Failed")
 
 
-async def test_preempted_attempt_does_not_count(world: Rig) -> None:
+async def test_a_preempted_attempt_does_not_count_as_a_retry(world: Rig) -> None:
     await world.create(policy={"retries": 0})
     pod = await world.report_training("run-1")
     await world.wait_for_phase("Running")
     await world.kube.delete(POD, world.namespace, pod["metadata"]["name"], uid=pod["metadata"]["uid"], grace_seconds=30)
-    await world.job("run-2")
-    attempt = await world.ended_attempt(1)
+    await world.wait_for_job("run-2")
+    attempt = await world.wait_for_ended_attempt(1)
     assert (attempt["reason"], attempt["counted"], attempt["exitCode"]) == ("Preempted", False, 75)
     assert (await world.wait_for_phase("Recovering"))["retriesUsed"] == 0
 
 
-async def test_unknown_errors_count_until_the_retries_are_exhausted(world: Rig) -> None:
+async def test_unknown_errors_count_as_retries_until_none_is_left(world: Rig) -> None:
     await world.create(policy={"retries": 2})
     for number in (1, 2, 3):
-        pod = await world.pod(f"run-{number}", 0, "Running")
+        pod = await world.wait_for_pod(f"run-{number}", 0, "Running")
         await world.kubelet.end(pod, 1, raw="Traceback\nKeyError: 'token=hf_abcdefghijklmnopqrstu'\n")
     status = await world.wait_for_phase("Failed")
     assert [a["counted"] for a in status["attempts"]] == [True, True, False]
@@ -140,48 +140,48 @@ async def test_unknown_errors_count_until_the_retries_are_exhausted(world: Rig) 
     await world.wait_until("the two newest Jobs", lambda: sorted(world.jobs.items) == ["run-2", "run-3"])
 
 
-async def test_retry_counter_resets_after_progress(world: Rig) -> None:
+async def test_the_retry_counter_is_reset_after_progress(world: Rig) -> None:
     await world.create(policy={"retries": 1})
     for number, step in ((1, 0), (2, 20), (3, 0)):
-        pod = await world.pod(f"run-{number}", 0, "Running")
+        pod = await world.wait_for_pod(f"run-{number}", 0, "Running")
         message = TerminationMessage(code="Odd", message="odd", committed_step=step or None)
         await world.kubelet.end(pod, ExitCode.INTERNAL_ERROR, message)
-        await world.job(f"run-{number + 1}")
-    await world.ended_attempt(3)
+        await world.wait_for_job(f"run-{number + 1}")
+    await world.wait_for_ended_attempt(3)
     status = world.status()
     assert [a["counted"] for a in status["attempts"][:3]] == [True, False, True]
     assert status["retriesUsed"] == 1
-    assert run_config(world.jobs.items["run-4"]).resume.expect_step == 20
+    assert read_run_config(world.jobs.items["run-4"]).resume.expect_step == 20
 
 
 async def test_out_of_memory_halves_the_batch_and_keeps_the_effective_batch(world: Rig) -> None:
     await world.create(training={"batchSizePerDevice": 4, "gradientAccumulationSteps": 2})
-    pod = await world.pod("run-1", 0, "Running")
+    pod = await world.wait_for_pod("run-1", 0, "Running")
     await world.kubelet.end(pod, ExitCode.OUT_OF_MEMORY, TerminationMessage(code="GpuOutOfMemory", message="no memory"))
-    run = run_config(await world.job("run-2"))
+    run = read_run_config(await world.wait_for_job("run-2"))
     assert (run.spec.training.batch_size_per_device, run.spec.training.gradient_accumulation_steps) == (2, 4)
-    pod = await world.pod("run-2", 0, "Running")
+    pod = await world.wait_for_pod("run-2", 0, "Running")
     await world.kubelet.end(pod, ExitCode.SIGKILL, reason="OOMKilled")
-    run = run_config(await world.job("run-3"))
+    run = read_run_config(await world.wait_for_job("run-3"))
     assert (run.spec.training.batch_size_per_device, run.spec.training.gradient_accumulation_steps) == (1, 8)
     assert run.before_adaptation == {"training.batchSizePerDevice": 4, "training.gradientAccumulationSteps": 2}
-    await world.ended_attempt(2)
+    await world.wait_for_ended_attempt(2)
     status = world.status()
     assert [a["reason"] for a in status["adaptations"]] == ["OutOfMemory", "OutOfMemory"]
     assert status["resolved"]["effectiveBatch"] == 8
     assert status["retriesUsed"] == 0
 
 
-async def test_diverged_run_is_replayed_then_rolled_back_then_fails(world: Rig) -> None:
+async def test_a_diverged_run_is_first_replayed_then_rolled_back_then_fails(world: Rig) -> None:
     await world.create(training={"learningRate": 0.001})
-    checkpoints = [checkpoint(step) for step in (10, 20, 30)]
+    checkpoints = [make_checkpoint_entry(step) for step in (10, 20, 30)]
     rates, limits = [], []
     for number in (1, 2, 3, 4):
-        job = await world.job(f"run-{number}")
-        run = run_config(job)
+        job = await world.wait_for_job(f"run-{number}")
+        run = read_run_config(job)
         rates.append(run.spec.training.learning_rate)
         limits.append(run.resume.max_step)
-        pod = await world.pod(f"run-{number}", 0, "Running")
+        pod = await world.wait_for_pod(f"run-{number}", 0, "Running")
         message = TerminationMessage.model_validate({"code": "LossNotFinite", "message": "nan", "checkpoints": checkpoints, "step": 33})
         await world.kubelet.end(pod, ExitCode.TRAINING_DIVERGED, message)
     status = await world.wait_for_phase("Failed")
@@ -190,36 +190,36 @@ async def test_diverged_run_is_replayed_then_rolled_back_then_fails(world: Rig) 
     assert status["failure"]["class"] == "Diverged"
 
 
-async def test_attempt_after_a_rollback_starts_from_its_newest_checkpoint(world: Rig) -> None:
-    """A rollback applies to one attempt: a later preemption does not repeat the rollback."""
+async def test_the_attempt_after_a_rollback_starts_from_the_newest_checkpoint(world: Rig) -> None:
+    """A rollback applies to one attempt only. The attempt after a later preemption does not repeat it."""
     await world.create(training={"learningRate": 0.001})
-    checkpoints = [checkpoint(step) for step in (10, 20, 30)]
+    checkpoints = [make_checkpoint_entry(step) for step in (10, 20, 30)]
     for number in (1, 2):
-        pod = await world.pod(f"run-{number}", 0, "Running")
+        pod = await world.wait_for_pod(f"run-{number}", 0, "Running")
         message = TerminationMessage.model_validate({"code": "LossNotFinite", "message": "nan", "checkpoints": checkpoints, "step": 33})
         await world.kubelet.end(pod, ExitCode.TRAINING_DIVERGED, message)
-    assert run_config(await world.job("run-3")).resume.max_step == 20
-    later_checkpoints = [*checkpoints, checkpoint(60, attempt=3)]
+    assert read_run_config(await world.wait_for_job("run-3")).resume.max_step == 20
+    later_checkpoints = [*checkpoints, make_checkpoint_entry(60, attempt=3)]
     saved = {"code": "StoppedSaved", "checkpoints": later_checkpoints, "committedStep": 60, "checkpoint": later_checkpoints[-1]["uri"], "step": 60}
     stopped = TerminationMessage.model_validate({**saved, "resumedFromStep": 20})
-    await world.kubelet.end(await world.pod("run-3", 0, "Running"), ExitCode.PREEMPTED_SAVED, stopped)
-    resume = run_config(await world.job("run-4")).resume
+    await world.kubelet.end(await world.wait_for_pod("run-3", 0, "Running"), ExitCode.PREEMPTED_SAVED, stopped)
+    resume = read_run_config(await world.wait_for_job("run-4")).resume
     assert (resume.max_step, resume.expect_step) == (None, 60)
-    assert run_config(await world.job("run-4")).spec.training.learning_rate == 0.0005
+    assert read_run_config(await world.wait_for_job("run-4")).spec.training.learning_rate == 0.0005
 
 
-async def test_deadline_ends_a_running_job(world: Rig) -> None:
+async def test_the_deadline_ends_a_running_job(world: Rig) -> None:
     await world.create(policy={"activeDeadlineSeconds": 1})
-    await world.job("run-1")
+    await world.wait_for_job("run-1")
     status = await world.wait_for_phase("Failed")
     assert status["failure"]["code"] == "DeadlineExceeded"
     assert status["activeSeconds"] >= 1
     assert world.condition("Succeeded")["reason"] == "DeadlineExceeded"
 
 
-async def test_ttl_deletes_jobs_and_pods_and_keeps_the_finetunejob(world: Rig) -> None:
+async def test_the_ttl_deletes_jobs_and_pods_but_keeps_the_finetunejob(world: Rig) -> None:
     await world.create(policy={"ttlSecondsAfterFinished": 1})
-    await world.kubelet.succeed(await world.pod("run-1", 0, "Running"))
+    await world.kubelet.succeed(await world.wait_for_pod("run-1", 0, "Running"))
     await world.wait_for_phase("Succeeded")
     await world.wait_until("deletion of the Job", lambda: not world.jobs.items and not world.pods.items)
     await world.patch({"policy": {"ttlSecondsAfterFinished": 5}})
@@ -228,28 +228,28 @@ async def test_ttl_deletes_jobs_and_pods_and_keeps_the_finetunejob(world: Rig) -
     assert world.status()["phase"] == "Succeeded"
 
 
-async def test_pod_of_a_lost_node_is_removed_and_replaced(world: Rig) -> None:
+async def test_the_pod_of_a_lost_node_is_removed_and_replaced(world: Rig) -> None:
     await world.create(policy={"terminationGracePeriodSeconds": 1})
     pod = await world.report_training("run-1")
     await world.wait_for_phase("Running")
     world.kubelet.ends_deleted_pods = False
     await world.kube.delete(POD, world.namespace, pod["metadata"]["name"], uid=pod["metadata"]["uid"])
-    await world.job("run-2")
-    attempt = await world.ended_attempt(1)
+    await world.wait_for_job("run-2")
+    attempt = await world.wait_for_ended_attempt(1)
     assert (attempt["reason"], attempt["counted"]) == ("NodeLost", False)
     await world.wait_until("the pod's removal", lambda: pod["metadata"]["name"] not in world.pods.items)
     assert {p["metadata"]["labels"][Label.ATTEMPT] for p in world.pods.items.values()} <= {"2"}
 
 
-async def test_stalled_attempt_is_ended_and_counts(world: Rig) -> None:
+async def test_a_stalled_attempt_is_ended_and_counts_as_a_retry(world: Rig) -> None:
     await world.create(policy={"stallTimeoutSeconds": 30})
     await world.report_training("run-1", step=7, health={"secondsSinceStep": 31.0, "medianStepSeconds": 0.1})
-    await world.job("run-2")
-    attempt = await world.ended_attempt(1)
+    await world.wait_for_job("run-2")
+    attempt = await world.wait_for_ended_attempt(1)
     assert (attempt["reason"], attempt["exitCode"], attempt["counted"]) == ("Stalled", 74, True)
 
 
-async def test_unknown_pool_waits_and_lists_the_pools(world: Rig) -> None:
+async def test_a_job_with_an_unknown_pool_waits_and_lists_the_pools(world: Rig) -> None:
     await world.create(resources={"nodePool": "a100", "gpusPerNode": 1})
     await world.wait_for_phase("Pending")
     accepted = world.condition("Accepted")
@@ -260,7 +260,7 @@ async def test_unknown_pool_waits_and_lists_the_pools(world: Rig) -> None:
     assert world.jobs.items == {}
 
 
-async def test_rejected_spec_fails_and_names_the_field(world: Rig) -> None:
+async def test_a_job_with_a_rejected_spec_fails_and_names_the_field(world: Rig) -> None:
     await world.create(method={"type": "spectrum"}, model={"source": "./local"})
     status = await world.wait_for_phase("Failed")
     accepted = world.condition("Accepted")
@@ -270,9 +270,9 @@ async def test_rejected_spec_fails_and_names_the_field(world: Rig) -> None:
     assert world.condition("Stalled")["status"] == "True"
 
 
-async def test_pods_get_node_selector_and_gpus_of_their_pool(world: Rig) -> None:
+async def test_pods_get_the_node_selector_and_gpus_of_their_pool(world: Rig) -> None:
     await world.create(resources={"gpusPerNode": 2, "nodes": 2})
-    job = await world.job("run-1")
+    job = await world.wait_for_job("run-1")
     pod = job["spec"]["template"]["spec"]
     assert pod["nodeSelector"] == {"gpu": "h100"}
     assert pod["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "2"
@@ -280,17 +280,17 @@ async def test_pods_get_node_selector_and_gpus_of_their_pool(world: Rig) -> None
     assert status["nodePool"] == "h100"
     services = (await world.kube.list(SERVICE, world.namespace)).items
     assert [(s["metadata"]["name"], s["spec"]["clusterIP"]) for s in services] == [("run-1", "None")]
-    run = run_config(job)
+    run = read_run_config(job)
     assert (run.world.master_address, run.world.size) == ("run-1-0.run-1", 4)
 
 
-async def test_one_failed_rank_ends_the_attempt_for_all(world: Rig) -> None:
+async def test_one_failed_rank_ends_the_attempt_for_all_ranks(world: Rig) -> None:
     await world.create(resources={"nodes": 2})
-    first, second = await world.pod("run-1", 0, "Running"), await world.pod("run-1", 1, "Running")
+    first, second = await world.wait_for_pod("run-1", 0, "Running"), await world.wait_for_pod("run-1", 1, "Running")
     message = TerminationMessage(code="Boom", message="boom", rank=1, origin=True)
     await world.kubelet.end(second, ExitCode.INTERNAL_ERROR, message)
-    await world.job("run-2")
-    attempt = await world.ended_attempt(1)
+    await world.wait_for_job("run-2")
+    attempt = await world.wait_for_ended_attempt(1)
     assert (attempt["reason"], attempt["exitCode"]) == ("InternalError", 70)
     assert first["metadata"]["name"] != second["metadata"]["name"]
 
@@ -299,7 +299,7 @@ async def test_two_gangs_share_neither_service_nor_rendezvous(world: Rig) -> Non
     worlds = {}
     for name in ("one", "two"):
         await world.create(name, resources={"nodes": 2})
-        job = await world.job(f"{name}-1")
+        job = await world.wait_for_job(f"{name}-1")
         text = job["spec"]["template"]["metadata"]["annotations"][Annotation.RUN_CONFIG]
         worlds[name] = json.loads(text)["world"]
         assert job["spec"]["template"]["spec"]["subdomain"] == f"{name}-1"
@@ -313,27 +313,27 @@ async def test_two_gangs_share_neither_service_nor_rendezvous(world: Rig) -> Non
     }  # fmt: skip
     for name in ("one", "two"):
         for index in range(2):
-            await world.pod(f"{name}-1", index, "Running")
-    await world.kubelet.end(await world.pod("one-1", 1), 65)
+            await world.wait_for_pod(f"{name}-1", index, "Running")
+    await world.kubelet.end(await world.wait_for_pod("one-1", 1), 65)
     await world.wait_for_phase("Failed", "one")
     for index in range(2):
-        await world.kubelet.succeed(await world.pod("two-1", index))
+        await world.kubelet.succeed(await world.wait_for_pod("two-1", index))
     assert (await world.wait_for_phase("Succeeded", "two"))["workers"]["total"] == 2
 
 
-async def test_job_deleted_by_another_client_counts_as_a_retry(world: Rig) -> None:
+async def test_a_job_deleted_by_another_client_counts_as_a_retry(world: Rig) -> None:
     await world.create()
     await world.report_training("run-1")
     await world.wait_for_phase("Running")
     job = world.jobs.items["run-1"]
     await world.kube.delete(JOB, world.namespace, "run-1", uid=job["metadata"]["uid"])
-    await world.job("run-2")
-    attempt = await world.ended_attempt(1)
+    await world.wait_for_job("run-2")
+    attempt = await world.wait_for_ended_attempt(1)
     assert (attempt["reason"], attempt["counted"]) == ("Preempted", True)
     assert "was deleted by another client" in attempt["message"]
 
 
-async def test_job_of_another_owner_with_the_same_name_blocks_the_attempt(world: Rig) -> None:
+async def test_a_job_of_another_owner_with_the_same_name_blocks_the_attempt(world: Rig) -> None:
     foreign = {
         "apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "run-1", "namespace": world.namespace},
         "spec": {"suspend": True, "template": {"spec": {"restartPolicy": "Never", "containers": [{"name": "x", "image": "x"}]}}},
@@ -345,10 +345,10 @@ async def test_job_of_another_owner_with_the_same_name_blocks_the_attempt(world:
     assert world.jobs.items["run-1"]["metadata"]["uid"] == created["metadata"]["uid"]
 
 
-async def test_unschedulable_pod_shows_the_schedulers_message(world: Rig) -> None:
+async def test_the_status_of_an_unschedulable_job_quotes_the_scheduler(world: Rig) -> None:
     world.kubelet.starts_new_pods = False
     await world.create()
-    pod = await world.pod("run-1")
+    pod = await world.wait_for_pod("run-1")
     message = "0/3 nodes are available: 3 Insufficient cpu."
     condition = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": message}
     await world.kubelet.write(pod, {"conditions": [condition]})
@@ -357,7 +357,7 @@ async def test_unschedulable_pod_shows_the_schedulers_message(world: Rig) -> Non
     await wait_for_event(world, "Unschedulable")
 
 
-async def test_quota_refusal_shows_the_api_servers_message(world: Rig) -> None:
+async def test_the_status_of_a_job_without_quota_quotes_the_api_server(world: Rig) -> None:
     quota = {
         "apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "none", "namespace": world.namespace},
         "spec": {"hard": {"pods": "0"}},
@@ -370,7 +370,7 @@ async def test_quota_refusal_shows_the_api_servers_message(world: Rig) -> None:
 
 
 async def wait_for_refusal(world: Rig) -> KubeError:
-    """Create Jobs until the API server refuses one because of a new policy. Return the refusal."""
+    """Create Jobs until the API server applies the new policy and refuses one. Return its error."""
     template = {"spec": {"restartPolicy": "Never", "containers": [{"name": "c", "image": "i"}]}}
     for number in itertools.count():
         body = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": f"probe-{number}"}}
@@ -382,8 +382,8 @@ async def wait_for_refusal(world: Rig) -> KubeError:
     raise AssertionError("unreachable")
 
 
-async def test_job_refused_by_an_admission_policy_waits_and_quotes_the_policy(world: Rig) -> None:
-    """The API server answers 422, as for an invalid Job, although the Job is valid."""
+async def test_a_job_that_an_admission_policy_refuses_waits_and_quotes_the_policy(world: Rig) -> None:
+    """The API server answers a refused valid Job with status 422, the same as an invalid Job."""
     name = f"costs-{world.namespace}"
     only_here = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": world.namespace}}}
     rules = [{"apiGroups": ["batch"], "apiVersions": ["v1"], "operations": ["CREATE"], "resources": ["jobs"]}]
@@ -403,11 +403,11 @@ async def test_job_refused_by_an_admission_policy_waits_and_quotes_the_policy(wo
     finally:
         for kind, uid in created:
             await world.kube.delete(kind, "", name, uid=uid)
-    await world.job("run-1")
+    await world.wait_for_job("run-1")
 
 
 async def test_deleting_the_finetunejob_deletes_its_jobs_and_pods(world: Rig) -> None:
     created = await world.create()
-    await world.pod("run-1", 0, "Running")
+    await world.wait_for_pod("run-1", 0, "Running")
     await world.kube.delete(FINETUNEJOB, world.namespace, "run", uid=created["metadata"]["uid"], foreground=False)
     await world.wait_until("nothing left", lambda: not world.jobs.items and not world.pods.items and not world.ftjs.items)

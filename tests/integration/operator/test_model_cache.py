@@ -1,4 +1,4 @@
-"""Pods with a cache of models on a real API server: a claim is allowed in a namespace with Pod Security `restricted`, a folder on the node is not."""
+"""Pods with a model cache in a namespace with Pod Security `restricted`: a cache on a claim is allowed, and a cache in a folder of the node is not."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from finetune_operator.objects import Object
 
 from localcluster import Endpoint
 from tests.unit.operator.samples import spec
-from tests.unit.operator.test_model_cache import build
+from tests.unit.operator.test_model_cache import build_job_body
 
 NAMESPACE = "restricted-models"
 LABELS = {f"pod-security.kubernetes.io/{mode}": "restricted" for mode in ("enforce", "warn")}
 
 
 def post(endpoint: Endpoint, path: str, body: Object) -> tuple[int, list[str]]:
-    """Send an object and return the status and the API server's warnings."""
+    """Create an object. Return the status code and the API server's warnings."""
     request = urllib.request.Request(endpoint.server + path, method="POST", data=json.dumps(body).encode())
     request.add_header("Authorization", f"Bearer {endpoint.token}")
     request.add_header("Content-Type", "application/json")
@@ -38,8 +38,8 @@ def restricted_namespace(control_plane: Endpoint) -> str:
     ("cache", "violations"),
     [("none", []), ("pvc://models/hub", []), ("node", ['restricted volume types (volume "model-cache" uses restricted volume type "hostPath")'])],
 )
-def test_pod_security_restricted(control_plane: Endpoint, restricted_namespace: str, cache: str, violations: list[Any]) -> None:
-    body = build(spec(model={"cache": cache}))[1]
+def test_pod_security_warns_only_about_a_cache_on_the_node(control_plane: Endpoint, restricted_namespace: str, cache: str, violations: list[Any]) -> None:
+    body = build_job_body(spec(model={"cache": cache}))[1]
     body["metadata"] |= {"namespace": restricted_namespace, "ownerReferences": []}
     status, warnings = post(control_plane, f"/apis/batch/v1/namespaces/{restricted_namespace}/jobs?dryRun=All&fieldValidation=Strict", body)
     assert status == 201 and len(warnings) == len(violations)

@@ -1,4 +1,4 @@
-"""A whole run: the operator creates a Job, its pod trains, and the status shows progress and success."""
+"""A complete job: the operator creates a Job, its pod trains, and the status shows progress and success."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from finetune_operator.objects import FINETUNEJOB
 from tests.integration.operator.rig import Rig
 
 
-async def test_job_runs_from_apply_to_success(world: Rig) -> None:
+async def test_a_job_runs_from_its_creation_to_success(world: Rig) -> None:
     created = await world.create()
-    job = await world.job("run-1")
+    job = await world.wait_for_job("run-1")
     assert job["metadata"]["ownerReferences"][0]["uid"] == created["metadata"]["uid"]
     text = job["spec"]["template"]["metadata"]["annotations"][Annotation.RUN_CONFIG]
     run = RunConfig.model_validate(json.loads(text))
@@ -22,7 +22,7 @@ async def test_job_runs_from_apply_to_success(world: Rig) -> None:
     await world.wait_until("progress", lambda: (world.status().get("progress") or {}).get("display") == "40/100 (40%)")
     status = await world.wait_for_phase("Running")
     assert status["workers"] == {"ready": 1, "total": 1, "display": "1/1"}
-    pod = await world.pod("run-1")
+    pod = await world.wait_for_pod("run-1")
     await world.kubelet.succeed(pod)
     status = await world.wait_for_phase("Succeeded")
     assert status["output"]["uri"].startswith("s3://models/test/model/")
@@ -37,20 +37,20 @@ async def test_job_runs_from_apply_to_success(world: Rig) -> None:
 
 
 async def test_a_job_that_is_created_again_adopts_the_result_of_its_preparation(world: Rig) -> None:
-    """The trainer decides what can be adopted: tests/pod/test_existing_result.py. Here, the operator acts on the message of its pod."""
+    """The trainer decides whether a result can be adopted (tests/pod/test_existing_result.py). In this test, the operator acts on its termination message."""
     policy = {"onExistingResult": "adopt"}
     first = await world.create(policy=policy)
-    await world.kubelet.end(await world.pod("run-prepare1", 0, "Running"), 0, TerminationMessage(exit_code=0))
-    await world.kubelet.succeed(await world.pod("run-1", 0, "Running"))
+    await world.kubelet.end(await world.wait_for_pod("run-prepare1", 0, "Running"), 0, TerminationMessage(exit_code=0))
+    await world.kubelet.succeed(await world.wait_for_pod("run-1", 0, "Running"))
     trained = await world.wait_for_phase("Succeeded")
     await world.kube.delete(FINETUNEJOB, world.namespace, "run", uid=first["metadata"]["uid"], foreground=False)
     await world.wait_until("the deletion of all Jobs", lambda: not world.jobs.items and not world.ftjs.items)
-    await world.no_jobs_and_pods()
+    await world.wait_for_no_jobs_and_pods()
 
     second = await world.create(policy=policy)
     output = trained["output"] | {"adoptedUid": first["metadata"]["uid"]}
     message = TerminationMessage.model_validate({"exitCode": 0, "output": output, "metrics": trained["metrics"], "step": 100})
-    await world.kubelet.end(await world.pod("run-prepare1", 0, "Running"), 0, message)
+    await world.kubelet.end(await world.wait_for_pod("run-prepare1", 0, "Running"), 0, message)
     adopted = await world.wait_for_phase("Succeeded")
     assert (adopted["output"], adopted["metrics"], adopted["reason"]) == (output, trained["metrics"], "ExistingResultAdopted")
     assert (adopted["attempts"], adopted.get("attempt"), adopted["preparation"]["reason"]) == ([], None, "ExistingResultAdopted")

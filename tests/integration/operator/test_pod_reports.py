@@ -1,4 +1,4 @@
-"""While a pod reports values that the API server would reject, suspend, cancel and the deadline still work."""
+"""A pod that reports values that the API server would reject does not block suspend, cancel and the deadline."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ IMPOSSIBLE_VALUES: dict[str, Any] = {
     [({"suspend": True}, "Suspended"), ({"cancel": True}, "Cancelled"), ({"policy": {"activeDeadlineSeconds": 1}}, "Failed")],
     ids=["suspend", "cancel", "deadline"],
 )
-async def test_job_whose_pod_reports_impossible_values_can_be_controlled(world: Rig, change: dict[str, Any], phase: str) -> None:
+async def test_a_job_whose_pod_reports_impossible_values_can_still_be_ended(world: Rig, change: dict[str, Any], phase: str) -> None:
     await world.create()
     await world.report_training("run-1", **IMPOSSIBLE_VALUES)
     status = await world.wait_until("the checkpoint", lambda: world.status() if world.status().get("checkpoints") else None)

@@ -1,4 +1,4 @@
-"""The operator process: health, metrics, configuration, and errors at startup."""
+"""The operator process: its health endpoints, metrics and configuration, and its errors at startup."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ async def fetch(operator: Operator, path: str) -> tuple[int, str]:
 
 
 async def metrics(operator: Operator, pattern: str) -> str:
-    """Read the metrics until they match `pattern`. A test can see a status write before the operator counts the write."""
+    """Read the metrics until they match `pattern`, because a test may see a status write before the operator has counted it."""
     async with asyncio.timeout(30):
         while not re.search(pattern, text := (await fetch(operator, "/metrics"))[1]):
             continue
@@ -31,7 +31,7 @@ async def metrics(operator: Operator, pattern: str) -> str:
 
 async def test_health_and_metrics_are_served(operator: Operator, world: Rig) -> None:
     await world.create()
-    await world.kubelet.succeed(await world.pod("run-1", 0, "Running"))
+    await world.kubelet.succeed(await world.wait_for_pod("run-1", 0, "Running"))
     await world.wait_for_phase("Succeeded")
     assert await fetch(operator, "/healthz") == (200, "ok\n")
     assert await fetch(operator, "/readyz") == (200, "ok\n")
@@ -52,7 +52,7 @@ def run(tmp_path: Path, text: str, env: dict[str, str]) -> subprocess.CompletedP
     return subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, timeout=60, check=False)
 
 
-def test_wrong_configuration_is_reported_in_one_line(tmp_path: Path) -> None:
+def test_a_wrong_configuration_is_reported_in_one_line(tmp_path: Path) -> None:
     done = run(tmp_path, "workers: none\nnodePool: []\n", {})
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
@@ -60,14 +60,14 @@ def test_wrong_configuration_is_reported_in_one_line(tmp_path: Path) -> None:
     assert "nodePool: Extra inputs are not permitted" in done.stderr
 
 
-def test_missing_api_server_is_reported_without_a_traceback(tmp_path: Path) -> None:
+def test_a_missing_api_server_is_reported_without_a_traceback(tmp_path: Path) -> None:
     done = run(tmp_path, "{}", {"KUBECONFIG": str(tmp_path / "none")})
     assert done.returncode == 2
     assert "cannot find the address of an API server" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_missing_crd_is_reported_without_a_traceback(tmp_path: Path, endpoint_with_crd: Endpoint) -> None:
+def test_a_missing_crd_is_reported_without_a_traceback(tmp_path: Path, endpoint_with_crd: Endpoint) -> None:
     config = {"http": {"port": 0}, "api": {"timeoutSeconds": 5}}
     kubeconfig = yaml.safe_load(endpoint_with_crd.kubeconfig.read_text())
     path = tmp_path / "kubeconfig"

@@ -1,4 +1,4 @@
-"""Jobs with a queue wait for admission. An evicted job is admitted again, and the eviction is not counted as a retry."""
+"""A job with a queue waits for admission. An evicted job is admitted again, and its eviction does not count as a retry."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.integration.operator.kueue import PRIORITY_CLASS, Queue
 from tests.integration.operator.rig import TIMEOUT_SECONDS, Rig
 
 
-async def test_job_is_queued_admitted_evicted_and_admitted_again(world: Rig) -> None:
+async def test_a_job_is_queued_admitted_evicted_and_admitted_again(world: Rig) -> None:
     queue = Queue(world)
     await world.create(placement={"queueName": "team-a"})
     await queue.wait_for_waiting_job("run-1")
@@ -36,7 +36,7 @@ async def test_job_is_queued_admitted_evicted_and_admitted_again(world: Rig) -> 
             await asyncio.sleep(0.05)
 
     await queue.admit("run-1", {"flavour": "on-demand"})
-    again = await world.pod("run-1", 0, "Running")
+    again = await world.wait_for_pod("run-1", 0, "Running")
     assert again["metadata"]["uid"] != pod["metadata"]["uid"]
     await world.kubelet.succeed(again)
     status = await world.wait_for_phase("Succeeded")
@@ -44,7 +44,7 @@ async def test_job_is_queued_admitted_evicted_and_admitted_again(world: Rig) -> 
     assert status["restarts"] == 0
 
 
-async def test_deadline_does_not_count_time_in_the_queue(world: Rig) -> None:
+async def test_the_deadline_does_not_include_time_in_the_queue(world: Rig) -> None:
     await world.create(placement={"queueName": "team-a"}, policy={"activeDeadlineSeconds": 2})
     await world.wait_for_phase("Queued")
     await asyncio.sleep(2.5)  # longer than activeDeadlineSeconds, which does not include the time in the queue
@@ -54,17 +54,17 @@ async def test_deadline_does_not_count_time_in_the_queue(world: Rig) -> None:
     assert status["failure"]["code"] == "DeadlineExceeded"
 
 
-async def test_queued_job_can_be_suspended(world: Rig) -> None:
+async def test_a_queued_job_can_be_suspended(world: Rig) -> None:
     await world.create(placement={"queueName": "team-a"})
     await world.wait_for_phase("Queued")
     await world.patch({"suspend": True})
     await world.wait_for_phase("Suspended")
-    await world.no_jobs_and_pods()
+    await world.wait_for_no_jobs_and_pods()
     await world.patch({"suspend": False, "placement": {"queueName": "team-b"}})
 
 
-async def test_higher_priority_preempts_and_the_lower_priority_resumes_afterwards(world: Rig) -> None:
-    """Kueue reads the priority from the pods' PriorityClass, so `placement.priorityClassName` is enough."""
+async def test_a_job_with_higher_priority_preempts_another_which_resumes_afterwards(world: Rig) -> None:
+    """`placement.priorityClassName` is enough to set the priority, because Kueue reads it from the pods' PriorityClass."""
     queue, urgent = Queue(world), f"urgent-{world.namespace}"[:63].rstrip("-")
     body = {"apiVersion": "scheduling.k8s.io/v1", "kind": "PriorityClass", "metadata": {"name": urgent}, "value": 1000}
     await world.kube.create(PRIORITY_CLASS, "", body)
@@ -91,7 +91,7 @@ async def test_higher_priority_preempts_and_the_lower_priority_resumes_afterward
     await world.kubelet.succeed(running)
     await world.wait_for_phase("Succeeded", "high")
     assert await queue.schedule() == "low-1"
-    again = await world.pod("low-1", 0, "Running")
+    again = await world.wait_for_pod("low-1", 0, "Running")
     assert again["metadata"]["uid"] != pod["metadata"]["uid"]
     status = world.status("low")
     assert (status["attempt"], status["restarts"], status.get("retriesUsed")) == (1, 0, None)

@@ -1,4 +1,4 @@
-"""Fixtures for the rows of the fault matrix that are quick enough for every test run."""
+"""Fixtures for the tests of fault matrix rows that are quick enough for `make test`."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The quick rows of the fault matrix: lost responses, conflicts, a stale cache, a killed operator, foreign objects."""
+"""The quick rows of the fault matrix: lost responses, conflicts, a stale cache, a killed operator, and objects of other owners."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.rig import (
     count_created,
     count_status_writes,
     find_condition,
-    forbidden_writes,
+    find_forbidden_writes,
 )
 
 pytestmark = pytest.mark.integration
@@ -24,9 +24,9 @@ pytestmark = pytest.mark.integration
 
 @pytest.mark.row(1)
 @pytest.mark.parametrize("nodes", [1, 2])
-def test_whole_run_needs_few_writes_and_none_to_spec_or_metadata(rig: Rig, nodes: int) -> None:
-    proxy = rig.proxy()
-    rig.operator(proxy=proxy)
+def test_a_complete_run_needs_few_writes_and_none_to_spec_or_metadata(rig: Rig, nodes: int) -> None:
+    proxy = rig.start_proxy()
+    rig.start_operator(proxy=proxy)
     rig.submit(resources={"nodes": nodes})
     pods = rig.kubelet.wait_running(rig.namespace, "job", count=nodes)
     rig.wait_phase(Phase.STARTING)
@@ -38,10 +38,10 @@ def test_whole_run_needs_few_writes_and_none_to_spec_or_metadata(rig: Rig, nodes
     assert body["status"]["phase"] == Phase.SUCCEEDED
     assert body["status"]["output"]["uri"] == "s3://bucket/prefix/model"
     assert attempt_reasons(body) == [(1, Reason.SUCCEEDED)]
-    assert rig.job_names() == ["job-1"]
+    assert rig.list_job_names() == ["job-1"]
     assert (count_created(proxy, "jobs"), count_created(proxy, "services")) == (1, 1 if nodes > 1 else 0)
     assert count_status_writes(proxy) <= 8
-    assert forbidden_writes(proxy) == []
+    assert find_forbidden_writes(proxy) == []
     metadata = rig.get()["metadata"]
     assert "finalizers" not in metadata
     assert "annotations" not in metadata
@@ -50,39 +50,39 @@ def test_whole_run_needs_few_writes_and_none_to_spec_or_metadata(rig: Rig, nodes
 
 @pytest.mark.row(2)
 @pytest.mark.parametrize("point", ["before_status_write", "after_job_create"])
-def test_kill_while_a_job_starts_does_not_change_the_result(rig: Rig, point: str) -> None:
-    operator = rig.operator()
+def test_a_kill_of_the_operator_while_a_job_starts_does_not_change_the_result(rig: Rig, point: str) -> None:
+    operator = rig.start_operator()
     operator.kill_at(point)
     rig.submit()
     assert operator.wait_end() == -9
-    proxy = rig.proxy()
-    rig.operator(proxy=proxy)
+    proxy = rig.start_proxy()
+    rig.start_operator(proxy=proxy)
     rig.kubelet.end_pod(rig.kubelet.wait_running(rig.namespace, "job")[0], success_exit())
     body = rig.wait_finished()
     assert attempt_reasons(body) == [(1, Reason.SUCCEEDED)]
-    assert rig.job_names() == ["job-1"]
+    assert rig.list_job_names() == ["job-1"]
     rig.wait_event(Reason.SUCCEEDED)
-    events = rig.event_notes()
+    events = rig.list_event_notes()
     assert len(events) == len(set(events))
 
 
 @pytest.mark.row(3, 6)
-def test_last_spec_change_while_the_operator_is_down_applies(rig: Rig) -> None:
+def test_the_last_spec_change_while_the_operator_is_down_applies(rig: Rig) -> None:
     rig.submit("new")
     rig.submit("flipped")
     for value in (True, False, True):
         rig.patch_spec("flipped", suspend=value)
-    proxy = rig.proxy()
-    rig.operator(proxy=proxy)
+    proxy = rig.start_proxy()
+    rig.start_operator(proxy=proxy)
     rig.wait_phase(Phase.SUSPENDED, "flipped")
     rig.wait_attempt(1, "new")
-    assert rig.job_names("flipped") == []
+    assert rig.list_job_names("flipped") == []
     assert count_created(proxy, "jobs") == 1
 
 
 @pytest.mark.row(4)
-def test_job_is_deleted_while_the_operator_is_down(rig: Rig) -> None:
-    operator = rig.operator()
+def test_a_finetunejob_can_be_deleted_while_the_operator_is_down(rig: Rig) -> None:
+    operator = rig.start_operator()
     rig.submit()
     rig.kubelet.wait_running(rig.namespace, "job")
     operator.kill()
@@ -90,8 +90,8 @@ def test_job_is_deleted_while_the_operator_is_down(rig: Rig) -> None:
     rig.api.wait_gone(FINETUNEJOBS, rig.namespace, "job")
     rig.api.wait_gone("jobs", rig.namespace, "job-1", timeout=60)
     rig.kubelet.wait_pods(rig.namespace, "job", lambda pods: not pods)
-    proxy = rig.proxy()
-    rig.operator(proxy=proxy)
+    proxy = rig.start_proxy()
+    rig.start_operator(proxy=proxy)
     rig.submit("another")
     rig.wait_attempt(1, "another")
     assert [e for e in proxy.exchanges if e.method == "DELETE"] == []
@@ -99,22 +99,22 @@ def test_job_is_deleted_while_the_operator_is_down(rig: Rig) -> None:
 
 @pytest.mark.row(7)
 @pytest.mark.parametrize("fault", [LostResponse(), StatusAfterApply(504)], ids=["lost", "504"])
-def test_lost_response_to_a_create_leads_to_one_job(rig: Rig, fault: LostResponse | StatusAfterApply) -> None:
-    proxy = rig.proxy()
-    rig.operator(proxy=proxy)
+def test_a_lost_response_to_a_creation_leads_to_one_job(rig: Rig, fault: LostResponse | StatusAfterApply) -> None:
+    proxy = rig.start_proxy()
+    rig.start_operator(proxy=proxy)
     with proxy.fault(fault, verb="create", resource="jobs", max_hits=1) as rule:
         rig.submit()
         body = rig.wait_attempt(1)
     assert rule.hits == 1
-    assert rig.job_names() == ["job-1"]
+    assert rig.list_job_names() == ["job-1"]
     assert attempt_reasons(body) == [(1, "")]
     assert count_created(proxy, "jobs") == 1
 
 
 @pytest.mark.row(8)
 def test_status_conflicts_are_retried_without_a_warning(rig: Rig) -> None:
-    proxy = rig.proxy()
-    rig.operator(proxy=proxy)
+    proxy = rig.start_proxy()
+    rig.start_operator(proxy=proxy)
     with active_rules(
         proxy.fault(Status(409), verb="update", resource=f"{FINETUNEJOBS}/status", max_hits=5),
         proxy.fault(Status(409), verb="patch", resource=f"{FINETUNEJOBS}/status", max_hits=5),
@@ -128,8 +128,8 @@ def test_status_conflicts_are_retried_without_a_warning(rig: Rig) -> None:
 
 @pytest.mark.row(17)
 def test_repeated_watch_events_change_nothing(rig: Rig) -> None:
-    proxy = rig.proxy()
-    rig.operator(proxy=proxy)
+    proxy = rig.start_proxy()
+    rig.start_operator(proxy=proxy)
     rig.submit()
     rig.kubelet.end_pod(rig.kubelet.wait_running(rig.namespace, "job")[0], success_exit())
     before = rig.wait_finished()
@@ -140,18 +140,18 @@ def test_repeated_watch_events_change_nothing(rig: Rig) -> None:
     rig.wait_attempt(1, "later")
     assert rig.get()["status"] == before["status"]
     assert [e.path for e in proxy.exchanges if e.method != "GET" and "/job" in e.path.partition(f"{FINETUNEJOBS}/")[2]] == []
-    assert rig.job_names() == ["job-1"]
+    assert rig.list_job_names() == ["job-1"]
 
 
 @pytest.mark.row(18)
-def test_stale_cache_does_not_create_a_second_job(rig: Rig) -> None:
-    proxy = rig.proxy()
+def test_a_stale_cache_causes_no_second_job(rig: Rig) -> None:
+    proxy = rig.start_proxy()
     with active_rules(
         proxy.fault(DelayEvents(1.5), verb="watch", resource="jobs"),
         proxy.fault(DelayEvents(1.5), verb="watch", resource="pods"),
         proxy.fault(DelayEvents(1.5), verb="watch", resource=FINETUNEJOBS),
     ):
-        rig.operator(proxy=proxy, config={"resyncSeconds": 3600})
+        rig.start_operator(proxy=proxy, config={"resyncSeconds": 3600})
         rig.submit()
         pod = rig.kubelet.wait_running(rig.namespace, "job", attempt=1)[0]
         rig.kubelet.end_pod(pod, failure_exit(70, message="broken"))
@@ -163,7 +163,7 @@ def test_stale_cache_does_not_create_a_second_job(rig: Rig) -> None:
 
 
 @pytest.mark.row(20)
-def test_foreign_jobs_are_not_changed(rig: Rig) -> None:
+def test_jobs_of_other_owners_are_not_changed(rig: Rig) -> None:
     labels = {Label.MANAGED_BY.value: names.MANAGER_NAME, Label.JOB_NAME.value: "job", Label.JOB_UID.value: "another"}
     template = {"spec": {"restartPolicy": "Never", "containers": [{"name": "c", "image": "x"}]}}
 
@@ -173,8 +173,8 @@ def test_foreign_jobs_are_not_changed(rig: Rig) -> None:
         return str(rig.api.create("jobs", rig.namespace, body | {"spec": spec})["metadata"]["uid"])
 
     unrelated_uid, blocking_uid = create_foreign_job("unrelated", 7), create_foreign_job("job-1", 1)
-    proxy = rig.proxy()
-    rig.operator(proxy=proxy)
+    proxy = rig.start_proxy()
+    rig.start_operator(proxy=proxy)
     rig.submit()
     body = rig.wait(lambda b: find_condition(b, Condition.PODS_READY).get("reason") == Reason.CHILDREN_CONFLICT)
     assert body["status"]["phase"] == Phase.PENDING
@@ -188,8 +188,8 @@ def test_foreign_jobs_are_not_changed(rig: Rig) -> None:
 
 
 @pytest.mark.row(21)
-def test_deleted_job_counts_as_an_ended_attempt(rig: Rig) -> None:
-    rig.operator()
+def test_a_deleted_job_counts_as_an_ended_attempt(rig: Rig) -> None:
+    rig.start_operator()
     rig.submit(policy={"retries": 1})
     for attempt in (1, 2):
         rig.kubelet.wait_running(rig.namespace, "job", attempt=attempt)
@@ -202,10 +202,10 @@ def test_deleted_job_counts_as_an_ended_attempt(rig: Rig) -> None:
 
 
 @pytest.mark.row(27)
-def test_exhausted_retries_finish_the_job_permanently(rig: Rig) -> None:
-    proxy = rig.proxy()
+def test_a_job_without_retries_left_is_finished_permanently(rig: Rig) -> None:
+    proxy = rig.start_proxy()
     rig.kubelet.set_plan(rig.namespace, PodPlan(when_running=failure_exit(70, message="it breaks each time")))
-    rig.operator(proxy=proxy)
+    rig.start_operator(proxy=proxy)
     rig.submit(policy={"retries": 2})
     body = rig.wait_finished()
     assert body["status"]["phase"] == Phase.FAILED
@@ -218,13 +218,13 @@ def test_exhausted_retries_finish_the_job_permanently(rig: Rig) -> None:
     rig.submit("later", suspend=True)
     rig.wait_phase(Phase.SUSPENDED, "later")
     assert count_created(proxy, "jobs") == 3
-    assert rig.event_reasons().count(Reason.FAILED) == 1
+    assert rig.list_event_reasons().count(Reason.FAILED) == 1
 
 
 @pytest.mark.row(30)
 def test_suspend_resume_suspend_leaves_no_pods(rig: Rig) -> None:
     rig.kubelet.set_plan(rig.namespace, PodPlan(when_deleted=failure_exit(75, step=4, committed_step=4)))
-    rig.operator()
+    rig.start_operator()
     rig.submit()
     rig.kubelet.wait_running(rig.namespace, "job")
     for value in (True, False, True):

@@ -1,4 +1,4 @@
-"""The model of these tests is pre-trained on ChatML, but its end token is `<|endoftext|>`, as in many base models."""
+"""The model of these tests is pre-trained on ChatML. As in many base models, its end token is `<|endoftext|>`, not the end token of ChatML."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BASE_END = "<|endoftext|>"
 
 
 @pytest.fixture(scope="session")
-def model(taught_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811  the fixture by that name
+def model(taught_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811  the argument is the imported fixture
     folder = tmp_path_factory.mktemp("models") / "base"
     shutil.copytree(taught_model, folder)
     set_end_token(folder, BASE_END)
@@ -23,7 +23,7 @@ def model(taught_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def set_end_token(folder: Path, token: str) -> None:
-    """Set the end token in tokenizer, configuration and generation settings."""
+    """Set the end token in the tokenizer, the model configuration and the generation settings."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)

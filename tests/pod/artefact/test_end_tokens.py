@@ -1,4 +1,4 @@
-"""A trained model stops where its training data taught it to stop, with plain transformers and PEFT."""
+"""With plain transformers and PEFT, a trained model stops at the end token of its training data."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from tests.support.learning import TEN_ROWS, run_training
 QUESTION = [TEN_ROWS[0]["messages"][0]]
 
 
-def answer_of(model: Any, folder: Path, **options: Any) -> tuple[str, int]:
-    """The answer to the first question with special tokens, and its number of tokens."""
+def generate_first_answer(model: Any, folder: Path, **options: Any) -> tuple[str, int]:
+    """Answer the first question. Returns the answer with its special tokens, and its number of tokens."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -43,13 +43,13 @@ def test_the_trained_end_token_stops_plain_generation(method: str, model: Path, 
     trained = PeftModel.from_pretrained(base, folder) if method == "lora" else base
     options = {"generation_config": GenerationConfig.from_pretrained(folder)} if method == "lora" else {}
     expected = TEN_ROWS[0]["messages"][1]["content"]
-    assert answer_of(trained, folder, **options)[0] == f"{expected}<|im_end|>"
-    # With the settings of the base model, generation continues after the answer.
-    text, length = answer_of(trained, folder, generation_config=GenerationConfig.from_pretrained(model))
+    assert generate_first_answer(trained, folder, **options)[0] == f"{expected}<|im_end|>"
+    # With the generation settings of the base model, the model continues after its answer.
+    text, length = generate_first_answer(trained, folder, generation_config=GenerationConfig.from_pretrained(model))
     assert text.startswith(f"{expected}<|im_end|>") and length == 24
 
 
-def test_plain_text_keeps_the_end_token_of_the_base_model(model: Path, tmp_path: Path) -> None:
+def test_a_model_trained_on_plain_text_keeps_the_end_token_of_its_base_model(model: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     folder = run_training(tmp_path, model, {"training": {"maxSteps": 1}}, rows=[{"text": "one two three"}] * 4).folder
@@ -59,7 +59,7 @@ def test_plain_text_keeps_the_end_token_of_the_base_model(model: Path, tmp_path:
     assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == tokenizer.eos_token_id
 
 
-def test_the_answers_of_pairs_teach_the_end_token(model: Path, tmp_path: Path) -> None:
+def test_preference_pairs_teach_the_end_token_of_their_answers(model: Path, tmp_path: Path) -> None:
     rows = [{"prompt": [{"role": "user", "content": q}], "chosen": [{"role": "assistant", "content": a}], "rejected": [{"role": "assistant", "content": "no"}]}
             for q, a in [("one", "red"), ("two", "green")]]  # fmt: skip
     folder = run_training(tmp_path, model, {"trainer": {"type": "dpo"}, "training": {"maxSteps": 1}}, rows=rows).folder

@@ -1,4 +1,4 @@
-"""The merged model is loaded by plain transformers, and computes what base model and adapter compute."""
+"""Plain transformers can load the merged model, and the merged model computes the same values as the base model with its adapter."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from finetune_trainer.stages.files import OUTPUT_FOLDER, StageTask
 
 from tests.support.learning import TEN_ROWS, make_run, train_here
 
-TRAINING = {"maxSteps": 6, "batchSizePerDevice": 5, "learningRate": 1e-2}
+TRAINING_FIELDS = {"maxSteps": 6, "batchSizePerDevice": 5, "learningRate": 1e-2}
 CASES: dict[str, dict[str, Any]] = {
     "lora": {"method": {"type": "lora"}},
     "rslora": {"method": {"type": "lora", "lora": {"rankStabilized": True, "rank": 8}}},
@@ -31,11 +31,14 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def merge_here(
+def train_and_merge(
     folder: Path, model: Path, spec: dict[str, Any], rows: list[dict[str, str]] | None = None, combined: Sequence[Path] = ()
 ) -> tuple[Path, Path, Channel]:
-    """Train an adapter and merge it in this process. Returns the folders of adapter and merged model, and the channel with its messages."""
-    run, inputs = make_run(folder, model, {"training": TRAINING, "output": {"mergeAdapter": True}, **spec}, rows or TEN_ROWS)
+    """Train an adapter and merge it, together with the adapters in `combined`, in this process.
+
+    Returns the folder of the adapter, the folder of the merged model, and the channel, which records the messages of the merge.
+    """
+    run, inputs = make_run(folder, model, {"training": TRAINING_FIELDS, "output": {"mergeAdapter": True}, **spec}, rows or TEN_ROWS)
     adapter = train_here(run, inputs).folder
     assert adapter is not None
     inputs = inputs.model_copy(update={"combined_adapters": list(combined)})
@@ -45,7 +48,7 @@ def merge_here(
     return adapter, stage / OUTPUT_FOLDER, channel
 
 
-def logits_of(model: Any) -> Any:
+def compute_logits(model: Any) -> Any:
     import torch
 
     with torch.inference_mode():
@@ -67,13 +70,13 @@ def test_the_merged_model_equals_base_and_adapter(case: str, model: Path, tmp_pa
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    adapter, merged, channel = merge_here(tmp_path, model, CASES[case])
+    adapter, merged, channel = train_and_merge(tmp_path, model, CASES[case])
     loaded, info = AutoModelForCausalLM.from_pretrained(merged, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     tokenizer = AutoTokenizer.from_pretrained(merged)
-    expected = logits_of(load_with_adapter(model, adapter, len(tokenizer) if case == "new tokens" else 0))
-    assert torch.allclose(logits_of(loaded), expected, atol=1e-4)
-    base = logits_of(AutoModelForCausalLM.from_pretrained(model))
+    expected = compute_logits(load_with_adapter(model, adapter, len(tokenizer) if case == "new tokens" else 0))
+    assert torch.allclose(compute_logits(loaded), expected, atol=1e-4)
+    base = compute_logits(AutoModelForCausalLM.from_pretrained(model))
     assert not torch.allclose(expected[..., : base.shape[-1]], base, atol=1e-2)
     details = [message.get("detail") for message in channel.sent if message["kind"] == "stage"]
     assert details[0] == "loading the base model" and details[-1] == "writing the merged model"
@@ -83,17 +86,17 @@ def test_the_merged_model_equals_base_and_adapter(case: str, model: Path, tmp_pa
 
 @pytest.fixture(scope="module")
 def other_adapter(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter with another rank, scale and other modules, trained from the same base."""
+    """An adapter of the same base model with another rank and scale, and for other modules."""
     lora = {"rank": 4, "alpha": 24, "targetModules": ["q_proj", "down_proj"]}
     folder = tmp_path_factory.mktemp("other")
-    run, inputs = make_run(folder, model, {"training": TRAINING | {"seed": 7}, "method": {"type": "lora", "lora": lora}}, TEN_ROWS)
+    run, inputs = make_run(folder, model, {"training": TRAINING_FIELDS | {"seed": 7}, "method": {"type": "lora", "lora": lora}}, TEN_ROWS)
     adapter = train_here(run, inputs).folder
     assert adapter is not None
     return adapter
 
 
-def weight_changes(adapter: Path) -> dict[str, Any]:
-    """The change of each weight of the base model, computed from the adapter's files alone."""
+def compute_weight_changes(adapter: Path) -> dict[str, Any]:
+    """Compute from the adapter's files how much the adapter changes each weight of the base model."""
     from safetensors.torch import load_file
 
     config, tensors = json.loads((adapter / "adapter_config.json").read_text()), load_file(adapter / "adapter_model.safetensors")
@@ -109,9 +112,9 @@ def test_combined_adapters_are_added_up_with_their_weights(model: Path, other_ad
     from safetensors.torch import load_file
 
     output = {"mergeAdapter": True, "adapterWeight": 0.75, "combineAdapters": [{"source": f"file://{other_adapter}", "weight": -0.5}]}
-    adapter, merged, _ = merge_here(tmp_path, model, {"output": output}, combined=[other_adapter])
+    adapter, merged, _ = train_and_merge(tmp_path, model, {"output": output}, combined=[other_adapter])
     base, result = load_file(model / "model.safetensors"), load_file(merged / "model.safetensors")
-    own, other = weight_changes(adapter), weight_changes(other_adapter)
+    own, other = compute_weight_changes(adapter), compute_weight_changes(other_adapter)
     assert set(other) - set(own) == set() and len(own) > len(other) > 0
     for name, weight in base.items():
         expected = weight + 0.75 * own.get(name, 0) - 0.5 * other.get(name, 0)
@@ -146,7 +149,7 @@ def test_an_adapter_of_another_base_is_refused_before_training(other_adapter: Pa
 
 
 def test_the_merged_folder_is_complete_and_holds_no_adapter(model: Path, tmp_path: Path) -> None:
-    adapter, merged, _ = merge_here(tmp_path, model, CASES["lora"])
+    adapter, merged, _ = train_and_merge(tmp_path, model, CASES["lora"])
     assert sorted(path.name for path in merged.iterdir()) == [
         "README.md", "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"
     ]  # fmt: skip
@@ -159,21 +162,21 @@ def test_the_merged_folder_is_complete_and_holds_no_adapter(model: Path, tmp_pat
 
 def test_large_models_are_written_in_shards(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(merge, "SHARD_SIZE", "200KB")
-    _, merged, _ = merge_here(tmp_path, model, CASES["lora"])
+    _, merged, _ = train_and_merge(tmp_path, model, CASES["lora"])
     index = json.loads((merged / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 1
 
 
-def test_tied_embeddings_are_separated_if_only_one_of_them_was_trained(tmp_path: Path) -> None:
+def test_tied_embeddings_are_stored_separately_if_only_one_of_them_was_trained(tmp_path: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
     from tests.support.tiny import make_tiny_model
 
     tied = make_tiny_model(tmp_path / "tied", tied=True)
-    adapter, merged, _ = merge_here(tmp_path, tied, {"method": {"type": "lora", "lora": {"modulesToSave": ["embed_tokens"]}}})
-    expected = logits_of(load_with_adapter(tied, adapter))
-    assert torch.allclose(logits_of(AutoModelForCausalLM.from_pretrained(merged)), expected, atol=1e-4)
+    adapter, merged, _ = train_and_merge(tmp_path, tied, {"method": {"type": "lora", "lora": {"modulesToSave": ["embed_tokens"]}}})
+    expected = compute_logits(load_with_adapter(tied, adapter))
+    assert torch.allclose(compute_logits(AutoModelForCausalLM.from_pretrained(merged)), expected, atol=1e-4)
 
 
 def test_an_adapter_of_a_quantised_base_is_merged_into_the_base_in_16_bits(model: Path, tmp_path: Path) -> None:
@@ -185,7 +188,7 @@ def test_an_adapter_of_a_quantised_base_is_merged_into_the_base_in_16_bits(model
     for path in model.iterdir():
         if not (half / path.name).exists():
             (half / path.name).write_bytes(path.read_bytes())
-    adapter, merged, channel = merge_here(tmp_path, half, {"method": {"type": "qlora"}})
+    adapter, merged, channel = train_and_merge(tmp_path, half, {"method": {"type": "qlora"}})
     loaded = AutoModelForCausalLM.from_pretrained(merged)
     assert loaded.dtype is torch.bfloat16 and getattr(loaded.config, "quantization_config", None) is None
     layer = load_with_adapter(half, adapter).get_base_model().model.layers[0].self_attn.q_proj
@@ -193,7 +196,7 @@ def test_an_adapter_of_a_quantised_base_is_merged_into_the_base_in_16_bits(model
     expected = layer.get_base_layer().weight.float() + change.float()
     merged_weight = loaded.model.layers[0].self_attn.q_proj.weight.float()
     assert change.abs().max() > 0.01
-    assert torch.all((merged_weight - expected).abs() <= expected.abs() * 2**-8)  # the rounding error of bfloat16
+    assert torch.all((merged_weight - expected).abs() <= expected.abs() * 2**-8)  # the relative rounding error of bfloat16
     notes = [message["text"] for message in channel.sent if message["kind"] == "note"]
     assert notes == ["the adapter was trained on the quantised base model, and is merged into the base model without quantisation"]
 
@@ -204,11 +207,11 @@ def test_the_head_of_a_reward_model_is_merged(model: Path, tmp_path: Path) -> No
     from transformers import AutoModelForSequenceClassification
 
     rows = [{"prompt": "one", "chosen": "red", "rejected": "blue"}, {"prompt": "two", "chosen": "green", "rejected": "blue"}]
-    adapter, merged, _ = merge_here(tmp_path, model, {"trainer": {"type": "reward"}}, rows)
+    adapter, merged, _ = train_and_merge(tmp_path, model, {"trainer": {"type": "reward"}}, rows)
     base = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1)
-    expected = logits_of(PeftModel.from_pretrained(base, adapter))
+    expected = compute_logits(PeftModel.from_pretrained(base, adapter))
     loaded, info = AutoModelForSequenceClassification.from_pretrained(merged, output_loading_info=True)
-    assert not info["missing_keys"] and torch.allclose(logits_of(loaded), expected, atol=1e-4)
+    assert not info["missing_keys"] and torch.allclose(compute_logits(loaded), expected, atol=1e-4)
 
 
 def test_a_base_model_that_is_stored_quantised_is_refused_before_training(model: Path, tmp_path: Path) -> None:
@@ -221,16 +224,16 @@ def test_a_base_model_that_is_stored_quantised_is_refused_before_training(model:
         train_here(run, inputs)
 
 
-def test_a_disk_without_room_for_the_merged_model_is_named(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_is_too_small_for_the_merged_model_is_reported(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(merge, "free_bytes", lambda _work: 1000)
     with pytest.raises(ConfigError, match="LocalDiskTooSmall"):
-        merge_here(tmp_path, model, CASES["lora"])
+        train_and_merge(tmp_path, model, CASES["lora"])
 
 
 def test_weights_that_are_not_finite_are_refused(model: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    run, inputs = make_run(tmp_path, model, {"training": TRAINING, "output": {"mergeAdapter": True}})
+    run, inputs = make_run(tmp_path, model, {"training": TRAINING_FIELDS, "output": {"mergeAdapter": True}})
     adapter = train_here(run, inputs).folder
     assert adapter is not None
     weights = load_file(adapter / "adapter_model.safetensors")
@@ -238,4 +241,4 @@ def test_weights_that_are_not_finite_are_refused(model: Path, tmp_path: Path) ->
     save_file(weights | {name: weights[name] / 0}, adapter / "adapter_model.safetensors")
     task = StageTask(stage=Stage.MERGING, model=adapter, kind=OutputKind.ADAPTER, uri="u")
     with pytest.raises(DivergedError, match="WeightsNotFinite"):
-        merge.merge(run, Channel.create_recording(tmp_path / "work"), inputs, task)
+        merge.merge_adapter(run, Channel.create_recording(tmp_path / "work"), inputs, task)

@@ -1,4 +1,4 @@
-"""For every importer: a configuration file that trains a tiny model on a CPU, and rows in the format that the file needs."""
+"""For every importer: a configuration file that trains a tiny model on a CPU, and rows in the format that this file expects."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROW_TEMPLATES = {
 
 @dataclass(frozen=True)
 class Source:
-    """A configuration file, and the number of steps and the adapter rank that its run must reach."""
+    """A configuration file of another tool, the format of its rows, and the number of steps and the adapter rank that its job must have."""
 
     file: str
     text: str
@@ -34,7 +34,7 @@ SOURCES = {
         "train.env",
         "MODEL_NAME=org/base\nTRAIN_DATA_PATH=./rows.jsonl\nDATASET_TYPE=instruction_jsonl\nEPOCHS=1\nDEVICE=cpu\nLORA_R=4\n"
         "MAX_LENGTH=64\nHUGGINGFACE_TOKEN=not-a-real-one\n",
-        "instruction", steps=2, rank=4,  # trains 80 % of 24 rows, 16 rows per step
+        "instruction", steps=2, rank=4,  # trains on 80 % of 24 rows, 16 rows per step
     ),
     "toml": Source(
         "config.toml",
@@ -69,12 +69,12 @@ SOURCES = {
 
 
 def make_rows(row_format: str) -> str:
-    """Questions and answers as rows in one of the formats in SHAPES."""
+    """Return ROW_COUNT rows of questions and answers as JSONL, in one of the formats of ROW_TEMPLATES."""
     return "".join(json.dumps(ROW_TEMPLATES[row_format]).replace("{}", str(i)) + "\n" for i in range(ROW_COUNT))
 
 
 def import_options(name: str, model: str, data: str) -> list[str]:
-    """Options of `finetune import`: local model and data, a CPU, and no groups that contain unsupported fields."""
+    """Return the options of `finetune import` for a local model, local data and a CPU. They remove the groups that need a GPU or a server."""
     return [
         "--from", name, "--name", name, "--model", model, "--data", data, "--gpus", "0", "--set", "output=null",
         "--set", "tracking.reportTo=null",

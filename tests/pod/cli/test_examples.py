@@ -1,4 +1,4 @@
-"""The examples that a CPU can train, with a tiny model: `finetune run --local` runs each of them to its end."""
+"""`finetune run --local` runs each example that a CPU can train to its end, with a tiny model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 from finetune_api.names import KIND
-from finetune_api.sources import S3Source, parse
+from finetune_api.sources import S3Source, parse_source
 
 from tests.pod.cli.test_run_local import run_finetune
 from tests.support.tiny import make_tiny_model
@@ -16,7 +16,7 @@ from tests.support.tiny import make_tiny_model
 pytestmark = [pytest.mark.pod, pytest.mark.slow, pytest.mark.timeout(300)]
 EXAMPLES = Path(__file__).parents[3] / "examples"
 LOCAL_EXAMPLES = ("methods/instruction-lora", "methods/dpo", "methods/grpo", "methods/spectrum", "sources/csv-from-configmap", "results/tracking")
-"""Examples that need neither a GPU nor a server. MLflow is left out of `results/tracking`."""
+"""The examples that need neither a GPU nor a server. OPTIONS removes MLflow from `results/tracking`."""
 OPTIONS = {"results/tracking": ["--set", "tracking.reportTo=[tensorboard]", "--set", "tracking.mlflow=null", "--set", "placement=null"]}
 
 
@@ -28,11 +28,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def local_options(folder: Path, path: Path) -> list[str]:
-    """Return the options that replace the address of the model and the data, and write the ConfigMaps of the file into folders."""
+    """Write the ConfigMaps of an example file into folders. Returns the options that select local folders for the model and the data."""
     documents = list(yaml.safe_load_all(path.read_text("utf-8")))
     (job,) = (document for document in documents if document["kind"] == KIND)
     options = ["--set", f"model.source=file://{folder}/tiny"]
-    source = parse(job["spec"]["dataset"]["train"])
+    source = parse_source(job["spec"]["dataset"]["train"])
     if isinstance(source, S3Source):
         options += ["--set", f"dataset.train=file://{EXAMPLES}/data/{source.key}"]
     for document in documents:

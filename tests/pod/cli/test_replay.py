@@ -1,4 +1,4 @@
-"""`finetune replay` with the real trainer: equal weights on a CPU, and its messages if seed or data have changed."""
+"""`finetune replay` with the real trainer: it reproduces the weights on a CPU, and it reports a changed seed, changed data and a damaged model."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def run_folder(folder: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_a_replay_has_equal_weights(folder: Path, run_folder: Path) -> None:
+def test_a_replay_reproduces_the_weights(folder: Path, run_folder: Path) -> None:
     result = run_finetune(folder, "replay", f"file://{run_folder}", "--keep", "again")
     assert (result.returncode, "equal: all " in result.stdout) == (0, True), result.stdout + result.stderr
     assert "6/6 (100%)" in result.stderr
@@ -58,7 +58,7 @@ def test_a_changed_seed_in_the_statement_gives_other_weights(folder: Path, run_f
     assert "warning: StatementContradictsRun: training.seed in the statement" in result.stderr
     last_line = result.stdout.splitlines()[-1]
     assert last_line.startswith("different: ") and "the largest difference is " in last_line
-    assert "no reason is known: this machine may have another kind of CPU" in result.stderr
+    assert "the reason is unknown: the run may have used another kind of CPU" in result.stderr
 
 
 def test_changed_data_are_refused_before_the_training(folder: Path, run_folder: Path) -> None:
@@ -74,7 +74,7 @@ def test_changed_data_are_refused_before_the_training(folder: Path, run_folder: 
     assert "equal" not in result.stdout and "training  " not in result.stderr
 
 
-def test_damaged_model_is_not_compared(folder: Path, run_folder: Path) -> None:
+def test_a_damaged_model_is_not_compared(folder: Path, run_folder: Path) -> None:
     weights = next(run_folder.glob("model/a*/adapter_model.safetensors"))
     before = weights.read_bytes()
     weights.write_bytes(before[:-1])

@@ -53,7 +53,7 @@ def run_finetune(folder: Path, *arguments: str) -> subprocess.CompletedProcess[s
     )
 
 
-def test_run_commits_the_model_with_the_layout_of_s3(folder: Path) -> None:
+def test_a_local_run_commits_its_model_with_the_layout_of_s3(folder: Path) -> None:
     result = run_finetune(folder, "run", "job.yaml", "--local", "-o", "out")
     assert result.returncode == 0, result.stderr
     (marker,) = (folder / "out/local/bot").glob("*/model/_COMMITTED")
@@ -67,7 +67,7 @@ def test_run_commits_the_model_with_the_layout_of_s3(folder: Path) -> None:
     assert steps == ["step-00000003", "step-00000006"]
 
 
-def test_failure_is_reported_with_its_hint(folder: Path) -> None:
+def test_a_failure_is_reported_with_its_hint(folder: Path) -> None:
     (folder / "bad.jsonl").write_text('{"messages": [{"role": "nobody", "content": "x"}]}\n', encoding="utf-8")
     failed = run_finetune(folder, "run", "job.yaml", "--local", "-o", "bad", "--set", "dataset.train=file://bad.jsonl")
     assert failed.returncode == 2
@@ -75,7 +75,7 @@ def test_failure_is_reported_with_its_hint(folder: Path) -> None:
     assert "Traceback" not in failed.stderr
 
 
-def test_ctrl_c_saves_and_the_same_command_resumes(folder: Path) -> None:
+def test_ctrl_c_saves_a_checkpoint_and_the_same_command_resumes(folder: Path) -> None:
     arguments = [
         "run",
         "job.yaml",
@@ -111,9 +111,9 @@ def test_ctrl_c_saves_and_the_same_command_resumes(folder: Path) -> None:
     assert (message["resumedFromStep"], message["step"]) == (saved, 300)
 
 
-@pytest.mark.slow  # the tests above run a manifest, and tests/unit/cli/imports compares the manifests of all sources
+@pytest.mark.slow  # the other tests of this file run a manifest, and tests/unit/cli/imports compares the manifests of all sources
 @pytest.mark.parametrize("source", SOURCES)
-def test_imported_job_trains(folder: Path, source: str) -> None:
+def test_an_imported_job_trains(folder: Path, source: str) -> None:
     home = folder / source
     home.mkdir()
     (home / SOURCES[source].file).write_text(SOURCES[source].text, encoding="utf-8")

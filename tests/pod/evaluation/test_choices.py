@@ -1,4 +1,4 @@
-"""Multiple choice: metrics against scikit-learn, and log-probabilities against single passes over complete texts."""
+"""Multiple choice: the metrics equal those of scikit-learn, and the log-probabilities of the letters equal those of one pass per token."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def loaded(model: Path) -> tuple[Any, Any]:
     return AutoModelForCausalLM.from_pretrained(model).eval(), AutoTokenizer.from_pretrained(model)
 
 
-def one_by_one(model: Any, context: list[int], suffix: list[int]) -> float:
-    """Log-probability of `suffix` after `context`, with one pass per token and no padding."""
+def log_probability_token_by_token(model: Any, context: list[int], suffix: list[int]) -> float:
+    """Compute the log-probability of the token ids `suffix` after `context`, with one forward pass per token and no padding."""
     total = 0.0
     for place, token in enumerate(suffix):
         with torch.no_grad():
@@ -36,7 +36,7 @@ def one_by_one(model: Any, context: list[int], suffix: list[int]) -> float:
     [("Answer:", ["A", "B", "C"]), ("Answer:", ["A", "zzz", "B)"]), ("Question: (a) or (b)?\nAnswer: ", ["Paris is", "Berlin is", "Rome"])],
     ids=["one token each", "of different lengths", "merged with the end of the prompt"],
 )  # fmt: skip
-def test_log_probabilities_equal_those_of_single_passes(loaded: tuple[Any, Any], prompt: str, letters: list[str]) -> None:
+def test_log_probabilities_equal_those_of_one_pass_per_token(loaded: tuple[Any, Any], prompt: str, letters: list[str]) -> None:
     model, tokenizer = loaded
     options = {letter: tokenizer(prompt + letter, add_special_tokens=False)["input_ids"] for letter in letters}
     prompt_tokens = tokenizer(prompt, add_special_tokens=False)["input_ids"]
@@ -44,11 +44,11 @@ def test_log_probabilities_equal_those_of_single_passes(loaded: tuple[Any, Any],
     found = letter_log_probabilities(model, tokenizer, prompt, letters)
     assert list(found) == letters
     for letter, ids in options.items():
-        assert found[letter] == pytest.approx(one_by_one(model, ids[:shared], ids[shared:]), abs=1e-4)
+        assert found[letter] == pytest.approx(log_probability_token_by_token(model, ids[:shared], ids[shared:]), abs=1e-4)
 
 
 def test_the_tokenizer_merges_a_letter_with_the_end_of_the_prompt(loaded: tuple[Any, Any]) -> None:
-    """The test above covers this case: the word and the space in front of it are one token, which the prompt alone does not have."""
+    """Check what the last case of the previous test assumes: the prompt's last space and the following word become one token."""
     tokenizer = loaded[1]
     prompt, text = "Question: (a) or (b)?\nAnswer: ", "Question: (a) or (b)?\nAnswer: Paris"
     prompt_tokens, tokens = (tokenizer(one, add_special_tokens=False)["input_ids"] for one in (prompt, text))
@@ -65,17 +65,18 @@ def test_equal_scores_choose_the_first_letter_of_the_row() -> None:
     assert chosen_letter({"D": -1.0, "A": -1.0}) == "D"
 
 
-def row_choosing(letter: str) -> dict[str, float]:
+def make_scores(letter: str) -> dict[str, float]:
+    """Return the log-probabilities of a row whose most likely letter is `letter`."""
     return {name: 0.0 if name == letter else -1.0 for name in "ABCDE"}
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_metrics_are_those_of_scikit_learn(seed: int) -> None:
-    """E is never correct, D is never chosen; the averages cover the letters that occur."""
-    dice = random.Random(seed)
-    correct = [dice.choice("ABCD") for _ in range(60)]
-    chosen = [letter if letter != "D" and dice.random() < 0.5 else dice.choice("ABCE") for letter in correct]
-    found = letter_metrics([row_choosing(letter) for letter in chosen], correct)
+def test_metrics_equal_those_of_scikit_learn(seed: int) -> None:
+    """E is never correct and D is never chosen. The averages cover only the letters that occur."""
+    random_generator = random.Random(seed)
+    correct = [random_generator.choice("ABCD") for _ in range(60)]
+    chosen = [letter if letter != "D" and random_generator.random() < 0.5 else random_generator.choice("ABCE") for letter in correct]
+    found = letter_metrics([make_scores(letter) for letter in chosen], correct)
     options: Any = {"average": "macro", "zero_division": 0}
     assert found["accuracy"].value == pytest.approx(sklearn_metrics.accuracy_score(correct, chosen))
     assert found["precision"].value == pytest.approx(sklearn_metrics.precision_score(correct, chosen, **options))
@@ -85,8 +86,8 @@ def test_metrics_are_those_of_scikit_learn(seed: int) -> None:
     assert found["f1"].rows is None
 
 
-def test_metrics_by_hand() -> None:
-    found = letter_metrics([row_choosing(letter) for letter in "AABC"], list("ABBB"))
+def test_metrics_equal_values_computed_by_hand() -> None:
+    found = letter_metrics([make_scores(letter) for letter in "AABC"], list("ABBB"))
     assert {name: metric.value for name, metric in found.items()} == {
         "accuracy": 0.5,
         "precision": pytest.approx((1 / 2 + 1 + 0) / 3),
@@ -95,10 +96,10 @@ def test_metrics_by_hand() -> None:
     }
 
 
-def test_values_that_cannot_be_computed() -> None:
+def test_metrics_that_cannot_be_computed_have_a_reason() -> None:
     empty = letter_metrics([], [])
     assert {metric.value for metric in empty.values()} == {None} and "no multiple-choice rows" in str(empty["f1"].reason)
-    broken = letter_metrics([row_choosing("A"), {"A": math.nan, "B": -1.0}], ["A", "B"])
+    broken = letter_metrics([make_scores("A"), {"A": math.nan, "B": -1.0}], ["A", "B"])
     assert broken["accuracy"].value is None and "NaN in 1 of 2 multiple-choice rows (first: row 2)" in str(broken["accuracy"].reason)
     with pytest.raises(DataError, match="row 2: the correct letter 'F' is not one of A, B, C, D, E"):
-        letter_metrics([row_choosing("A"), row_choosing("A")], ["A", "F"])
+        letter_metrics([make_scores("A"), make_scores("A")], ["A", "F"])

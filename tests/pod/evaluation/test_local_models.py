@@ -13,7 +13,7 @@ from finetune_trainer.evaluation.predictions import Prediction
 from finetune_trainer.evaluation.text_metrics import bertscore, semantic_similarity, sentence_embedder
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizer
 
-WORDS = [
+VOCABULARY_WORDS = [
     "[PAD]", "[UNK]", "[CLS]", "[SEP]",
     "the", "cat", "sat", "on", "a", "mat", "dog", "ran", "to", "old", "man", "paris", "is", "capital", "of", "france",
 ]  # fmt: skip
@@ -23,33 +23,33 @@ PAIRS = [
     ("the old man", "the old man"),
     ("", "paris"),
     ("the", None),
-    ("the cat " * 40, "the cat " * 50),  # longer than the model's positions
+    ("the cat " * 40, "the cat " * 50),  # more tokens than the model has positions
 ]
 PREDICTIONS = [Prediction(None, "question", answer, reference) for answer, reference in PAIRS]
-POSITIONS = 24
+POSITION_COUNT = 24
 
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A BERT with random weights and three layers. The folder's name contains `t5`, which bert-score takes for another architecture."""
+    """A BERT with random weights and three layers. From `t5` in the folder's name, bert-score would conclude that the model is a T5."""
     folder = tmp_path_factory.mktemp("models") / "not-t5"
     folder.mkdir()
-    (folder / "vocab.txt").write_text("\n".join(WORDS))
-    tokenizer = BertTokenizer(vocab={word: number for number, word in enumerate(WORDS)})
+    (folder / "vocab.txt").write_text("\n".join(VOCABULARY_WORDS))
+    tokenizer = BertTokenizer(vocab={word: number for number, word in enumerate(VOCABULARY_WORDS)})
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=len(WORDS), hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48,
-        max_position_embeddings=POSITIONS,
+        vocab_size=len(VOCABULARY_WORDS), hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48,
+        max_position_embeddings=POSITION_COUNT,
     )  # fmt: skip
     BertModel(config).save_pretrained(folder)
     return folder
 
 
 def token_embeddings(folder: Path, text: str, layer: int) -> torch.Tensor:
-    """Unit vectors of the tokens of one text without padding. The first is [CLS], the last is [SEP]."""
+    """Return one unit vector for each token of a text, without padding. The first vector is that of [CLS], the last is that of [SEP]."""
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
-    tokens = torch.tensor([tokenizer.encode(text, truncation=True, max_length=POSITIONS)])
+    tokens = torch.tensor([tokenizer.encode(text, truncation=True, max_length=POSITION_COUNT)])
     with torch.no_grad():
         states = model(tokens, output_hidden_states=True).hidden_states[layer][0]
     return torch.nn.functional.normalize(states.double(), dim=-1)
@@ -72,13 +72,13 @@ def test_bertscore_is_the_mean_of_greedy_matches(encoder: Path, layer: int | Non
     assert 0 < expected[0][0] < 0.99 and expected[1][0] != pytest.approx(expected[1][1], abs=1e-3)
 
 
-def test_the_tokenizer_of_the_model_has_no_length_limit(encoder: Path) -> None:
-    """In this case, bert-score alone would fail with an integer overflow. One text is longer than the number of the model's positions."""
+def test_a_tokenizer_without_a_length_limit_is_supported(encoder: Path) -> None:
+    """Without a length limit, bert-score alone fails with an integer overflow. One text has more tokens than the model has positions."""
     assert AutoTokenizer.from_pretrained(encoder).model_max_length > 10**18
 
 
-def test_the_recommended_layer_of_a_known_model(encoder: Path, tmp_path: Path) -> None:
-    """bert-score recommends layer 9 of bert-base-uncased. This model has three layers, so its last layer is used. Layer 2 has another result."""
+def test_a_recommended_layer_that_the_model_lacks_is_replaced_by_its_last_layer(encoder: Path, tmp_path: Path) -> None:
+    """bert-score recommends layer 9 of bert-base-uncased. A model of this name with three layers uses layer 3; layer 2 gives another result."""
     known = tmp_path / "bert-base-uncased"
     shutil.copytree(encoder, known)
     last, second = (bertscore(PREDICTIONS[:1], encoder, field="x", layer=layer)["f1"].value for layer in (3, 2))
@@ -99,7 +99,7 @@ def test_embeddings_that_are_not_finite_leave_no_value(encoder: Path, tmp_path: 
 
 @pytest.mark.parametrize("pooling", [None, "cls"])
 def test_sentence_embeddings_are_pooled_token_embeddings(encoder: Path, tmp_path: Path, pooling: str | None) -> None:
-    """A plain encoder gets mean pooling; a sentence-transformers folder defines its own pooling."""
+    """Without a sentence-transformers configuration, the mean of the token embeddings is used. Otherwise, the configuration sets the pooling."""
     folder = encoder
     if pooling is not None:
         folder = tmp_path / "sentences"
@@ -114,14 +114,14 @@ def test_sentence_embeddings_are_pooled_token_embeddings(encoder: Path, tmp_path
         )
     tokenizer, model = AutoTokenizer.from_pretrained(encoder), AutoModel.from_pretrained(encoder).eval()
 
-    def by_hand(text: str) -> torch.Tensor:
+    def pool_by_hand(text: str) -> torch.Tensor:
         with torch.no_grad():
-            states = model(torch.tensor([tokenizer.encode(text, truncation=True, max_length=POSITIONS)])).last_hidden_state[0].double()
+            states = model(torch.tensor([tokenizer.encode(text, truncation=True, max_length=POSITION_COUNT)])).last_hidden_state[0].double()
         return states[0] if pooling == "cls" else states.mean(0)
 
     found = semantic_similarity(PREDICTIONS, sentence_embedder(folder), field="x")
     expected = [
-        torch.cosine_similarity(by_hand(answer), by_hand(reference), dim=0).item() if answer else 0.0
+        torch.cosine_similarity(pool_by_hand(answer), pool_by_hand(reference), dim=0).item() if answer else 0.0
         for answer, reference in PAIRS if reference is not None
     ]  # fmt: skip
     assert found.scores == pytest.approx(expected, abs=1e-5) and found.rows is not None and found.rows[4] is None

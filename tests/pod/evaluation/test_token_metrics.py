@@ -1,4 +1,4 @@
-"""Token metrics against scikit-learn and against the cross entropy of the model's complete logits."""
+"""Token metrics equal those of scikit-learn, and the loss equals the cross entropy of the model's complete logits."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-VOCABULARY = 97
+VOCABULARY_SIZE = 97
 SIZES = {
-    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "vocab_size": VOCABULARY_SIZE, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
     "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 MODELS: dict[str, Any] = {
@@ -34,29 +34,29 @@ MODELS: dict[str, Any] = {
     "logit_scale": lambda: CohereForCausalLM(CohereConfig(**SIZES, logit_scale=3.0)),
     "logits_scaling": lambda: GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=0.25)),
     "bias": lambda: GPTJForCausalLM(
-        GPTJConfig(vocab_size=VOCABULARY, n_embd=32, n_layer=1, n_head=2, rotary_dim=4, bos_token_id=1, eos_token_id=2)
+        GPTJConfig(vocab_size=VOCABULARY_SIZE, n_embd=32, n_layer=1, n_head=2, rotary_dim=4, bos_token_id=1, eos_token_id=2)
     ),
 }
 
 
 def make_batch() -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and labels of three rows with a masked prompt, a gap and padding."""
+    """Return the token ids and labels of three rows. The labels mask a prompt, some tokens within a row, and the padding."""
     generator = torch.Generator().manual_seed(3)
-    tokens = torch.randint(3, VOCABULARY, (3, 12), generator=generator)
+    tokens = torch.randint(3, VOCABULARY_SIZE, (3, 12), generator=generator)
     labels = tokens.clone()
     labels[0, :4] = labels[1, 6:8] = labels[2, 9:] = -100
     return tokens, labels
 
 
-@pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("logits_per_chunk", [1, 5 * VOCABULARY, 1 << 25])
-def test_predictions_equal_those_of_the_complete_logits(kind: str, logits_per_chunk: int) -> None:
+@pytest.mark.parametrize("model_name", MODELS)
+@pytest.mark.parametrize("logits_per_chunk", [1, 5 * VOCABULARY_SIZE, 1 << 25])
+def test_predictions_equal_those_of_the_complete_logits(model_name: str, logits_per_chunk: int) -> None:
     torch.manual_seed(0)
-    model = MODELS[kind]().eval()
+    model = MODELS[model_name]().eval()
     head_layer = model.get_output_embeddings()
     with torch.no_grad():
-        head_layer.weight.mul_(20)  # larger logits, so that scale, limit and bias change the result
-        if kind == "bias":
+        head_layer.weight.mul_(20)  # larger logits, so that the scale, the soft cap and the bias change the result
+        if model_name == "bias":
             head_layer.bias.normal_()
     tokens, labels = make_batch()
     with torch.no_grad():
@@ -70,25 +70,25 @@ def test_predictions_equal_those_of_the_complete_logits(kind: str, logits_per_ch
     assert found.labels.tolist() == labels[:, 1:][counted].tolist() and len(found.labels) == 8 + 9 + 8
     assert found.predicted.tolist() == logits[counted].argmax(-1).tolist()
     torch.testing.assert_close(found.negative_log_likelihoods, expected, rtol=1e-5, atol=1e-5)
-    counts = TokenCounts(VOCABULARY)
+    counts = TokenCounts(VOCABULARY_SIZE)
     counts.add(found)
     assert counts.loss.value == pytest.approx(expected.mean().item(), rel=1e-6)
     assert counts.perplexity.value == pytest.approx(math.exp(expected.mean().item()), rel=1e-5)
 
 
-def test_no_more_logits_exist_at_a_time_than_allowed() -> None:
+def test_at_most_one_chunk_of_logits_exists_at_a_time() -> None:
     chunks = []
 
     def project(hidden: torch.Tensor) -> torch.Tensor:
         chunks.append(len(hidden))
-        return torch.zeros(len(hidden), VOCABULARY)
+        return torch.zeros(len(hidden), VOCABULARY_SIZE)
 
     tokens, labels = make_batch()
-    shifted_predictions(torch.zeros(*tokens.shape, 4), labels, OutputHead(project, VOCABULARY), logits_per_chunk=10 * VOCABULARY)
+    shifted_predictions(torch.zeros(*tokens.shape, 4), labels, OutputHead(project, VOCABULARY_SIZE), logits_per_chunk=10 * VOCABULARY_SIZE)
     assert chunks == [10, 10, 5]
 
 
-def counts_of(labels: list[int], predicted: list[int], losses: list[float] | None = None) -> TokenCounts:
+def make_counts(labels: list[int], predicted: list[int], losses: list[float] | None = None) -> TokenCounts:
     counts = TokenCounts(20)
     losses_tensor = torch.tensor([1.0] * len(labels) if losses is None else losses)
     counts.add(TokenPredictions(torch.tensor(predicted, dtype=torch.long), torch.tensor(labels, dtype=torch.long), losses_tensor))
@@ -96,12 +96,12 @@ def counts_of(labels: list[int], predicted: list[int], losses: list[float] | Non
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_metrics_are_those_of_scikit_learn(seed: int) -> None:
-    """Some tokens are labels that are never predicted, and some are predicted but never labels."""
-    dice = random.Random(seed)
-    labels = [dice.randrange(0, 12) for _ in range(200)]
-    predicted = [label if dice.random() < 0.4 else dice.randrange(6, 20) for label in labels]
-    counts = counts_of(labels, predicted)
+def test_metrics_equal_those_of_scikit_learn(seed: int) -> None:
+    """Some token ids occur only as labels, and some only as predictions."""
+    random_generator = random.Random(seed)
+    labels = [random_generator.randrange(0, 12) for _ in range(200)]
+    predicted = [label if random_generator.random() < 0.4 else random_generator.randrange(6, 20) for label in labels]
+    counts = make_counts(labels, predicted)
     options: Any = {"average": "weighted", "zero_division": 0}
     assert counts.accuracy.value == pytest.approx(sklearn_metrics.accuracy_score(labels, predicted), abs=1e-12)
     assert counts.precision.value == pytest.approx(sklearn_metrics.precision_score(labels, predicted, **options), abs=1e-12)
@@ -110,46 +110,46 @@ def test_metrics_are_those_of_scikit_learn(seed: int) -> None:
     assert counts.recall.value == pytest.approx(counts.accuracy.value, abs=1e-12)
 
 
-def test_parts_add_up_to_the_whole() -> None:
-    """The perplexity of two parts is that of all tokens, not the mean of the parts' perplexities."""
-    whole = counts_of([1, 2, 3, 4], [1, 2, 0, 0], [0.5, 0.5, 2.0, 3.0])
-    first, second = counts_of([1], [1], [0.5]), counts_of([2, 3, 4], [2, 0, 0], [0.5, 2.0, 3.0])
+def test_merged_counts_have_the_metrics_of_all_tokens() -> None:
+    """The perplexity of merged counts is the perplexity of all tokens, not the mean of two perplexities."""
+    whole = make_counts([1, 2, 3, 4], [1, 2, 0, 0], [0.5, 0.5, 2.0, 3.0])
+    first, second = make_counts([1], [1], [0.5]), make_counts([2, 3, 4], [2, 0, 0], [0.5, 2.0, 3.0])
     first.merge(second)
     for name in ("tokens", "loss", "perplexity", "accuracy", "precision", "recall", "f1"):
         assert getattr(first, name) == getattr(whole, name)
     assert first.perplexity.value == pytest.approx(math.exp(6 / 4))
 
 
-def test_sums_can_be_reduced_over_ranks() -> None:
-    counts = counts_of([1, 2], [1, 0], [1.0, 3.0])
+def test_counts_can_be_summed_over_ranks() -> None:
+    counts = make_counts([1, 2], [1, 0], [1.0, 3.0])
     seen = []
 
-    def two_equal_ranks(total: torch.Tensor) -> torch.Tensor:
+    def sum_of_two_equal_ranks(total: torch.Tensor) -> torch.Tensor:
         seen.append(total.dtype)
         return total * 2
 
-    counts.reduce(two_equal_ranks)
+    counts.reduce(sum_of_two_equal_ranks)
     assert (counts.tokens, counts.loss.value, counts.accuracy.value) == (4, 2.0, 0.5)
     assert seen == [torch.int64] * 3 + [torch.float64]
 
 
-def test_masked_labels_leave_no_value() -> None:
-    counts = TokenCounts(VOCABULARY)
-    head = OutputHead(torch.nn.Linear(4, VOCABULARY), VOCABULARY)
+def test_metrics_have_no_value_if_all_labels_are_masked() -> None:
+    counts = TokenCounts(VOCABULARY_SIZE)
+    head = OutputHead(torch.nn.Linear(4, VOCABULARY_SIZE), VOCABULARY_SIZE)
     counts.add(shifted_predictions(torch.zeros(2, 3, 4), torch.full((2, 3), -100), head))
     for metric in (counts.loss, counts.perplexity, counts.accuracy, counts.precision, counts.recall, counts.f1):
         assert metric.value is None and metric.reason == "no token of the evaluation set counts: all labels are masked"
 
 
-def test_a_perplexity_beyond_the_largest_number_has_no_value() -> None:
-    counts = counts_of([1], [1], [800.0])
+def test_a_perplexity_that_is_too_large_for_a_float_has_no_value() -> None:
+    counts = make_counts([1], [1], [800.0])
     assert counts.loss.value == 800.0
     assert counts.perplexity.value is None and "too large" in str(counts.perplexity.reason)
 
 
 @pytest.mark.parametrize("loss", [math.inf, math.nan])
 def test_a_loss_that_is_not_finite_has_no_value(loss: float) -> None:
-    counts = counts_of([1, 2], [1, 2], [1.0, loss])
+    counts = make_counts([1, 2], [1, 2], [1.0, loss])
     for metric in (counts.loss, counts.perplexity):
         assert metric.value is None and "not finite" in str(metric.reason)
     assert counts.accuracy.value == 1.0

@@ -10,6 +10,6 @@ from tests.support.models import libraries, raw_model, taught_model  # noqa: F40
 
 
 @pytest.fixture(scope="session")
-def model(taught_model: Path) -> Path:  # noqa: F811  the fixture by that name
-    """A model that is pre-trained on the ten questions of the tests, but with other answers."""
+def model(taught_model: Path) -> Path:  # noqa: F811  the argument is the imported fixture
+    """A model that is pre-trained on the ten questions of the tests, but with other answers than the tests train."""
     return taught_model

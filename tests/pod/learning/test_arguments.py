@@ -1,4 +1,4 @@
-"""TrainingArguments of GPU runs, checked without a GPU."""
+"""The TrainingArguments of runs on a GPU. These tests need no GPU."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.pod
 
 
 def gpu_arguments(folder: Path, spec: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of a run on one GPU."""
+    """Return the TrainingArguments of a run on one GPU."""
     import torch
     from finetune_trainer.arguments import shared_arguments
     from finetune_trainer.distributed import DistributedStrategy
@@ -33,7 +33,7 @@ def test_backend_unsloth_changes_defaults(tmp_path: Path) -> None:
     assert "trainer.backend unsloth selects options that save GPU memory" in arguments["notes"][0]
 
 
-def test_backend_unsloth_keeps_values_of_the_user(tmp_path: Path) -> None:
+def test_backend_unsloth_keeps_the_values_of_the_spec(tmp_path: Path) -> None:
     training = {"optimizer": "adamw_torch", "gradientCheckpointing": "disabled", "maxSteps": 4}
     arguments = gpu_arguments(
         tmp_path, {"trainer": {"backend": "unsloth"}, "training": training, "model": {"ligerKernels": False}}
@@ -45,7 +45,7 @@ def test_backend_unsloth_keeps_values_of_the_user(tmp_path: Path) -> None:
     )
 
 
-def test_backend_transformers_changes_nothing(tmp_path: Path) -> None:
+def test_backend_transformers_changes_no_default(tmp_path: Path) -> None:
     arguments = gpu_arguments(tmp_path, {})
     assert (arguments["optim"], arguments["notes"]) == ("adamw_torch_fused", [])
     assert arguments["activation_checkpointing_kwargs"] == {"use_reentrant": False}
@@ -76,7 +76,7 @@ def test_backend_unsloth_needs_a_gpu(tmp_path: Path) -> None:
         ("the reward function ran out of memory cells", False),
     ],
 )
-def test_messages_of_every_library_about_full_gpu_memory_are_recognised(text: str, is_memory_error: bool) -> None:
+def test_out_of_memory_messages_of_every_library_are_recognised(text: str, is_memory_error: bool) -> None:
     from finetune_trainer.train import to_finetune_error
 
     assert to_finetune_error(RuntimeError(text)).exit_code == (71 if is_memory_error else 70)

@@ -1,4 +1,4 @@
-"""Variable-length attention equals sdpa on packed sequences. A stand-in for the GPU kernel computes each document with plain torch."""
+"""Variable-length attention computes the same as sdpa on packed sequences. The GPU kernel is replaced by plain torch operations."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 import torch
 from finetune_api.errors import FineTuneError
 from finetune_trainer import attention
-from finetune_trainer.attention import PADDING_FREE_NOTE, VARLEN, varlen_attention, varlen_mask
+from finetune_trainer.attention import PADDING_FREE_NOTE, VARLEN_ATTENTION, compute_varlen_attention, create_varlen_mask
 from finetune_trainer.hardware import Hardware
 from finetune_trainer.inputs import RestoredCheckpoint
 from peft import LoraConfig, get_peft_model
@@ -27,7 +27,7 @@ from tests.support.slices import quick_slice
 
 pytestmark = pytest.mark.pod
 CPU = torch.device("cpu")
-SIZES: dict[str, Any] = {
+MODEL_SIZES: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
     "head_dim": 8, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
@@ -40,14 +40,14 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3": {},
     "gemma3_text": {"query_pre_attn_scalar": 20, **MIXED_LAYERS},
 }
-"""Options of small models with grouped key heads. Three of them have layers with a sliding window."""
+"""For each type of model: the options of a small model. Three of the models have layers with a sliding window."""
 DOCUMENTS = [
     [3 + (7 * row + 5 * i) % 60 for i in range(length)] for row, length in enumerate((7, 1, 12, WINDOW, WINDOW + 1))
 ]
 
 
 class DocumentKernel:
-    """A stand-in for `varlen_attn`. Counts its calls."""
+    """Replaces the GPU kernel `varlen_attn`: computes each document alone with plain torch, and records the window of each call."""
 
     def __init__(self, *, mixes_documents: bool = False):
         self.mixes_documents = mixes_documents
@@ -72,7 +72,7 @@ class DocumentKernel:
             k, v = k.repeat_interleave(groups, 0), v.repeat_interleave(groups, 0)
             distances = torch.arange(end - start)[:, None] - torch.arange(end - start)[None, :]
             visible = (distances >= 0) & ((distances <= before) | (before < 0))
-            # Sums instead of matrix products: oneDNN's products in 16 bits need instructions that some CPUs do not have.
+            # This uses sums, because oneDNN's matrix products in 16 bits need instructions that some CPUs lack.
             scores = (q[:, :, None] * k[:, None]).sum(-1) * (real_kernel.get("scale") or q.shape[-1] ** -0.5)
             weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
             results.append((weights[..., None] * v[:, None]).sum(2).transpose(0, 1))
@@ -81,11 +81,12 @@ class DocumentKernel:
 
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> DocumentKernel:
-    """Use the stand-in, as if the CPU had the kernel in 32 bits."""
+    """Replace the kernel by a `DocumentKernel` that the trainer may also use on a CPU and in 32 bits."""
     return install_kernel(monkeypatch, DocumentKernel())
 
 
 def install_kernel(monkeypatch: pytest.MonkeyPatch, kernel: DocumentKernel) -> DocumentKernel:
+    """Let the trainer use this kernel on every device, in 32 bits and in bf16. Returns the kernel."""
     monkeypatch.setattr(attention, "varlen_attn", kernel)
     monkeypatch.setattr(attention, "device_has_kernel", lambda device: True)
     monkeypatch.setattr(attention, "KERNEL_DTYPES", (torch.float32, torch.bfloat16))
@@ -95,10 +96,10 @@ def install_kernel(monkeypatch: pytest.MonkeyPatch, kernel: DocumentKernel) -> D
 def build_model(
     name: str, implementation: str, *, lora: bool = False, gradient_checkpointing: bool = False, **options: Any
 ) -> Any:
-    """Create a small model whose weights are the same for each implementation."""
+    """Create a small model with this attention implementation. Its weights do not depend on the implementation."""
     attention.register()
     torch.manual_seed(0)
-    config = AutoConfig.for_model(name, **{**SIZES, **MODELS[name], **options})
+    config = AutoConfig.for_model(name, **{**MODEL_SIZES, **MODELS[name], **options})
     model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation).train()
     if gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -109,6 +110,7 @@ def build_model(
 
 
 def collate(documents: list[list[int]], *, packed: bool = True) -> dict[str, Any]:
+    """Return a batch with the documents in one packed row, or in one padded row each."""
     batch: dict[str, Any] = DataCollatorForLanguageModeling(0, padding_free=packed)(
         [{"input_ids": ids} for ids in documents]
     )
@@ -122,7 +124,7 @@ def loss_and_gradients(model: Any, batch: dict[str, Any]) -> tuple[float, dict[s
 
 
 def assert_same_training(found: Any, expected: Any, batch: dict[str, Any]) -> None:
-    """Compare the losses and all gradients of two models."""
+    """Check that two models have the same loss and the same gradients for a batch."""
     found_loss, found_gradients = loss_and_gradients(found, batch)
     expected_loss, expected_gradients = loss_and_gradients(expected, batch)
     assert found_loss == pytest.approx(expected_loss, abs=1e-5)
@@ -136,19 +138,19 @@ def assert_same_training(found: Any, expected: Any, batch: dict[str, Any]) -> No
 @pytest.mark.parametrize("name", MODELS)
 def test_the_kernel_trains_like_sdpa(name: str, lora: bool, checkpointing: bool, kernel: DocumentKernel) -> None:
     options: dict[str, Any] = {"lora": lora, "gradient_checkpointing": checkpointing}
-    assert_same_training(build_model(name, VARLEN, **options), build_model(name, "sdpa", **options), collate(DOCUMENTS))
+    assert_same_training(build_model(name, VARLEN_ATTENTION, **options), build_model(name, "sdpa", **options), collate(DOCUMENTS))
     per_pass = {
         "mistral": [(WINDOW - 1, 0)] * 2,
         "qwen2": [(WINDOW - 1, 0), (-1, 0)],
         "gemma3_text": [(WINDOW - 1, 0), (-1, 0)],
     }
     forward = per_pass.get(name, [(-1, 0), (-1, 0)])
-    recomputed = forward[::-1] if checkpointing else []  # the backward pass begins with the last layer
+    recomputed = forward[::-1] if checkpointing else []  # the backward pass recomputes the last layer first
     assert kernel.windows == forward + recomputed
 
 
-def test_documents_are_computed_as_if_they_were_alone(kernel: DocumentKernel) -> None:
-    model = build_model("mistral", VARLEN)
+def test_a_document_is_computed_independently_of_the_other_documents(kernel: DocumentKernel) -> None:
+    model = build_model("mistral", VARLEN_ATTENTION)
     with torch.no_grad():
         packed = model(**collate(DOCUMENTS), use_cache=False).logits[0]
         alone = torch.cat([model(input_ids=torch.tensor([ids]), use_cache=False).logits[0] for ids in DOCUMENTS])
@@ -156,14 +158,14 @@ def test_documents_are_computed_as_if_they_were_alone(kernel: DocumentKernel) ->
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt_bigcode", "opt"])
-def test_learned_positions_begin_again_in_each_row(name: str, kernel: DocumentKernel) -> None:
-    """The batch is longer than the model's table of positions."""
+def test_learned_positions_restart_in_each_row(name: str, kernel: DocumentKernel) -> None:
+    """The rows of the batch together are longer than the model's table of positions."""
     attention.register()
     torch.manual_seed(0)
     no_dropout = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "dropout": 0.0, "attention_dropout": 0.0}
     sizes = {"word_embed_proj_dim": 32, "ffn_dim": 48, "max_position_embeddings": 16}
-    config = AutoConfig.for_model(name, **{**SIZES, **no_dropout, **sizes})
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=VARLEN).eval()
+    config = AutoConfig.for_model(name, **{**MODEL_SIZES, **no_dropout, **sizes})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=VARLEN_ATTENTION).eval()
     assert sum(map(len, DOCUMENTS)) > 16 and attention.separates_rows_by_position(config)
     with torch.no_grad():
         together = model(**collate(DOCUMENTS), use_cache=False).logits[0]
@@ -172,13 +174,13 @@ def test_learned_positions_begin_again_in_each_row(name: str, kernel: DocumentKe
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
 
 
-def test_without_the_kernel_the_result_is_that_of_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
-    """This machine has no GPU, so nothing is replaced."""
+def test_without_the_kernel_the_model_computes_with_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU has no kernel, so sdpa computes the attention."""
     monkeypatch.setattr(attention, "varlen_attn", None)
     for name in MODELS:
         for packed in (True, False):
             assert_same_training(
-                build_model(name, VARLEN), build_model(name, "sdpa"), collate(DOCUMENTS, packed=packed)
+                build_model(name, VARLEN_ATTENTION), build_model(name, "sdpa"), collate(DOCUMENTS, packed=packed)
             )
 
 
@@ -188,14 +190,14 @@ def test_without_the_kernel_the_result_is_that_of_sdpa(monkeypatch: pytest.Monke
     ids=["dropout", "head size not a multiple of 8", "large heads"],
 )
 def test_unsupported_models_use_sdpa(options: dict[str, Any], kernel: DocumentKernel) -> None:
-    found, expected = (build_model("llama", name, **options) for name in (VARLEN, "sdpa"))
+    found, expected = (build_model("llama", name, **options) for name in (VARLEN_ATTENTION, "sdpa"))
     found, expected = (model.eval() if "attention_dropout" in options else model for model in (found, expected))
     assert_same_training(found, expected, collate(DOCUMENTS))
     assert kernel.windows == []
 
 
 def test_padded_batches_and_generation_use_sdpa(kernel: DocumentKernel) -> None:
-    found, expected = (build_model("mistral", name) for name in (VARLEN, "sdpa"))
+    found, expected = (build_model("mistral", name) for name in (VARLEN_ATTENTION, "sdpa"))
     assert_same_training(found, expected, collate(DOCUMENTS, packed=False))
     prompt = torch.tensor([DOCUMENTS[2]])
     for mask in (None, torch.ones_like(prompt)):
@@ -207,11 +209,11 @@ def test_padded_batches_and_generation_use_sdpa(kernel: DocumentKernel) -> None:
     assert kernel.windows == []
 
 
-MASK: dict[str, Any] = {
-    "config": LlamaConfig(**SIZES), "batch_size": 1, "q_length": 8, "kv_length": 8, "q_offset": 0, "kv_offset": 0, "mask_function": causal_mask_function,
+MASK_ARGUMENTS: dict[str, Any] = {
+    "config": LlamaConfig(**MODEL_SIZES), "batch_size": 1, "q_length": 8, "kv_length": 8, "q_offset": 0, "kv_offset": 0, "mask_function": causal_mask_function,
     "attention_mask": None, "allow_is_causal_skip": False, "dtype": torch.float32, "use_vmap": False, "device": CPU,
 }  # fmt: skip
-MASKS_OF_SDPA: dict[str, dict[str, Any]] = {
+SDPA_MASK_CASES: dict[str, dict[str, Any]] = {
     "several rows": {"batch_size": 2},
     "padding": {"attention_mask": torch.ones(1, 8, dtype=torch.bool)},
     "cached keys": {"q_length": 2, "q_offset": 6},
@@ -219,67 +221,67 @@ MASKS_OF_SDPA: dict[str, dict[str, Any]] = {
     "bidirectional": {"allow_is_bidirectional_skip": False},
     "chunks": {"local_size": 4},
     "64 bits": {"dtype": torch.float64},
-    "soft-capping": {"config": AutoConfig.for_model("gemma2", **SIZES, attn_logit_softcapping=50.0)},
-    "dropout": {"config": LlamaConfig(**SIZES, attention_dropout=0.1)},
+    "soft-capping": {"config": AutoConfig.for_model("gemma2", **MODEL_SIZES, attn_logit_softcapping=50.0)},
+    "dropout": {"config": LlamaConfig(**MODEL_SIZES, attention_dropout=0.1)},
 }
 
 
 def test_a_packed_sequence_needs_no_mask(kernel: DocumentKernel) -> None:
-    assert varlen_mask(**MASK) is None
+    assert create_varlen_mask(**MASK_ARGUMENTS) is None
     assert (
-        varlen_mask(**MASK | {"config": AutoConfig.for_model("mistral", **SIZES, sliding_window=4), "local_size": 4})
+        create_varlen_mask(**MASK_ARGUMENTS | {"config": AutoConfig.for_model("mistral", **MODEL_SIZES, sliding_window=4), "local_size": 4})
         is None
     )
 
 
-@pytest.mark.parametrize("case", MASKS_OF_SDPA)
-def test_other_batches_have_the_mask_of_sdpa(case: str, kernel: DocumentKernel) -> None:
-    mask = varlen_mask(**MASK | MASKS_OF_SDPA[case])
+@pytest.mark.parametrize("case", SDPA_MASK_CASES)
+def test_inputs_that_the_kernel_does_not_support_have_the_mask_of_sdpa(case: str, kernel: DocumentKernel) -> None:
+    mask = create_varlen_mask(**MASK_ARGUMENTS | SDPA_MASK_CASES[case])
     assert mask is not None and mask.shape[-1] == 8
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_device_without_the_kernel_has_the_mask_of_sdpa(dtype: torch.dtype) -> None:
-    assert varlen_mask(**MASK | {"dtype": dtype}) is not None
+    assert create_varlen_mask(**MASK_ARGUMENTS | {"dtype": dtype}) is not None
 
 
 def test_autocast_decides_the_data_type_of_the_kernel(monkeypatch: pytest.MonkeyPatch, kernel: DocumentKernel) -> None:
-    """With 32-bit weights and autocast, rotary embeddings convert queries and keys to 32 bits. The kernel computes in 16 bits."""
+    """With 32-bit weights and autocast, rotary embeddings convert queries and keys to 32 bits. Under autocast, the kernel still computes in 16 bits."""
     monkeypatch.setattr(attention, "KERNEL_DTYPES", (torch.bfloat16,))
     query, key, value = random_heads(torch.float32)
-    inputs = (MODULE, query, key, value.to(torch.bfloat16), None)
+    inputs = (ATTENTION_LAYER, query, key, value.to(torch.bfloat16), None)
     boundaries = {name: collate(DOCUMENTS)[name] for name in ("cu_seq_lens_q", "max_length_q")}
-    assert varlen_mask(**MASK) is not None
+    assert create_varlen_mask(**MASK_ARGUMENTS) is not None
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert varlen_mask(**MASK) is None
-        found, _ = varlen_attention(*inputs, **boundaries)
+        assert create_varlen_mask(**MASK_ARGUMENTS) is None
+        found, _ = compute_varlen_attention(*inputs, **boundaries)
     assert found.dtype == torch.bfloat16 and len(kernel.windows) == 1
-    expected, _ = varlen_attention(MODULE, query, key, value, None, **boundaries)
+    expected, _ = compute_varlen_attention(ATTENTION_LAYER, query, key, value, None, **boundaries)
     assert len(kernel.windows) == 1
     torch.testing.assert_close(found.float(), expected, atol=0.05, rtol=0.05)
 
 
-MODULE: Any = SimpleNamespace(num_key_value_groups=2, is_causal=True, training=True)
-"""The attributes of an attention layer that sdpa reads."""
+ATTENTION_LAYER: Any = SimpleNamespace(num_key_value_groups=2, is_causal=True, training=True)
+"""An attention layer with only the attributes that sdpa reads."""
 
 
 def random_heads(dtype: torch.dtype) -> list[torch.Tensor]:
-    """Queries, keys and values of the documents, for four query heads and two key heads."""
+    """Return random queries, keys and values for all tokens of DOCUMENTS, with four query heads and two key heads."""
     torch.manual_seed(0)
     return [torch.randn(1, heads, sum(map(len, DOCUMENTS)), 8, dtype=dtype) for heads in (4, 2, 2)]
 
 
 @pytest.mark.parametrize("window", [None, WINDOW])
 @pytest.mark.parametrize("described_by", ["boundaries", "positions"])
-def test_the_attention_function_creates_an_omitted_mask(
+def test_the_attention_function_creates_a_missing_mask(
     described_by: str, window: int | None, kernel: DocumentKernel
 ) -> None:
-    """If no mask was created, but the kernel does not support the inputs of a layer, the documents stay separate."""
+    """The kernel does not support 64-bit inputs, and no mask exists. The function then creates a mask that keeps the documents separate."""
     query, key, value = random_heads(torch.float64)
     batch = collate(DOCUMENTS)
     options = {"boundaries": ("cu_seq_lens_q", "max_length_q"), "positions": ("position_ids",)}[described_by]
-    found, _ = varlen_attention(
-        MODULE, query, key, value, None, sliding_window=window, **{name: batch[name] for name in options}
+    found, _ = compute_varlen_attention(
+        ATTENTION_LAYER, query, key, value, None, sliding_window=window, **{name: batch[name] for name in options}
     )
     starts = batch["cu_seq_lens_q"]
     window_size = (-1 if window is None else window - 1, 0)
@@ -295,16 +297,16 @@ def test_the_attention_function_creates_an_omitted_mask(
 
 
 def test_a_window_longer_than_all_documents_is_not_passed_to_the_kernel(kernel: DocumentKernel) -> None:
-    """The faster kernel of cuDNN supports no window."""
+    """Such a window has no effect, and without a window the faster kernel of cuDNN can be used."""
     query, key, value = random_heads(torch.float32)
     batch = {name: collate(DOCUMENTS)[name] for name in ("cu_seq_lens_q", "max_length_q")}
     longest = max(map(len, DOCUMENTS))
     for window in (longest - 1, longest, longest + 1):
-        varlen_attention(MODULE, query, key, value, None, sliding_window=window, **batch)
+        compute_varlen_attention(ATTENTION_LAYER, query, key, value, None, sliding_window=window, **batch)
     assert kernel.windows == [(longest - 2, 0), (-1, 0), (-1, 0)]
 
 
-LAYERS_FOR_SDPA: dict[str, dict[str, Any]] = {
+UNSUPPORTED_LAYER_INPUTS: dict[str, dict[str, Any]] = {
     "dropout": {"dropout": 0.1},
     "negative scale": {"scaling": -1.0},
     "not causal": {"is_causal": False},
@@ -322,7 +324,7 @@ LAYERS_FOR_SDPA: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("case", [None, *LAYERS_FOR_SDPA])
+@pytest.mark.parametrize("case", [None, *UNSUPPORTED_LAYER_INPUTS])
 def test_the_kernel_is_called_only_for_inputs_that_it_supports(
     case: str | None, kernel: DocumentKernel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -336,8 +338,8 @@ def test_the_kernel_is_called_only_for_inputs_that_it_supports(
     query, key, value = random_heads(torch.float32)
     batch = {name: collate(DOCUMENTS)[name] for name in ("cu_seq_lens_q", "max_length_q")}
     arguments = {"query": query, "key": key, "value": value, "attention_mask": None, **batch}
-    changes = LAYERS_FOR_SDPA[case] if case else {}
-    varlen_attention(MODULE, **arguments | changes)
+    changes = UNSUPPORTED_LAYER_INPUTS[case] if case else {}
+    compute_varlen_attention(ATTENTION_LAYER, **arguments | changes)
     assert (len(kernel.windows), len(calls)) == ((0, 1) if case else (1, 0))
 
 
@@ -365,25 +367,25 @@ def test_the_kernel_runs_on_nvidia_gpus_since_ampere(
 
 
 H100 = Hardware(torch.device("cuda", 0), "NVIDIA H100", torch.bfloat16, True, False, "sdpa")
-LLAMA = LlamaConfig(**SIZES)
+LLAMA = LlamaConfig(**MODEL_SIZES)
 PACKED: dict[str, Any] = {"dataset": {"packing": True}}
 SPEC_CHOICES: dict[str, tuple[dict[str, Any], str, str, list[str]]] = {
-    "packed": (PACKED, "sdpa", VARLEN, []),
+    "packed": (PACKED, "sdpa", VARLEN_ATTENTION, []),
     "packed, sdpa requested": (PACKED | {"model": {"attention": "sdpa"}}, "sdpa", "sdpa", []),
     "packed, eager requested": (PACKED | {"model": {"attention": "eager"}}, "eager", "eager", []),
     "packed, flash attention installed": (PACKED | {"model": {"attention": "flashAttention2"}}, "flash_attention_2", "flash_attention_2", []),
     "packed, flash attention missing": (
-        PACKED | {"model": {"attention": "flashAttention2"}}, "sdpa", VARLEN,
+        PACKED | {"model": {"attention": "flashAttention2"}}, "sdpa", VARLEN_ATTENTION,
         ["model.attention flashAttention2 is not available (flash-attn is not installed): varlen is used"],
     ),
-    "not packed": ({}, "sdpa", VARLEN, [PADDING_FREE_NOTE]),
+    "not packed": ({}, "sdpa", VARLEN_ATTENTION, [PADDING_FREE_NOTE]),
     "not packed, sdpa requested": ({"model": {"attention": "sdpa"}}, "sdpa", "sdpa", []),
     "not packed, eager requested": ({"model": {"attention": "eager"}}, "eager", "eager", []),
     "not packed, flash attention installed": (
         {"model": {"attention": "flashAttention2"}}, "flash_attention_2", "flash_attention_2", [],
     ),
     "not packed, flash attention missing": (
-        {"model": {"attention": "flashAttention2"}}, "sdpa", VARLEN,
+        {"model": {"attention": "flashAttention2"}}, "sdpa", VARLEN_ATTENTION,
         [PADDING_FREE_NOTE, "model.attention flashAttention2 is not available (flash-attn is not installed): varlen is used"],
     ),
     "one row per batch": ({"training": {"batchSizePerDevice": 1}}, "sdpa", "sdpa", []),
@@ -410,18 +412,18 @@ MODEL_CHOICES: dict[str, tuple[Hardware, Any, str, str | None]] = {
     "cpu": (CPU_HARDWARE, LLAMA, "sdpa", None),
     "mps": (Hardware(torch.device("mps"), "mps", "auto", False, False, "sdpa"), LLAMA, "sdpa", None),
     "32 bits": (GPU_IN_32_BITS, LLAMA, "sdpa", "the run computes in 32 bits"),
-    "16-bit files": (WEIGHT_FILES_DECIDE, LlamaConfig(**SIZES, dtype="bfloat16"), VARLEN, None),
-    "32-bit files": (WEIGHT_FILES_DECIDE, LlamaConfig(**SIZES, dtype="float32"), "sdpa", "the run computes in 32 bits"),
-    "sliding window": (H100, AutoConfig.for_model("mistral", **SIZES), VARLEN, None),
+    "16-bit files": (WEIGHT_FILES_DECIDE, LlamaConfig(**MODEL_SIZES, dtype="bfloat16"), VARLEN_ATTENTION, None),
+    "32-bit files": (WEIGHT_FILES_DECIDE, LlamaConfig(**MODEL_SIZES, dtype="float32"), "sdpa", "the run computes in 32 bits"),
+    "sliding window": (H100, AutoConfig.for_model("mistral", **MODEL_SIZES), VARLEN_ATTENTION, None),
     "soft-capping": (
         H100,
-        AutoConfig.for_model("gemma3_text", **SIZES, attn_logit_softcapping=50.0),
+        AutoConfig.for_model("gemma3_text", **MODEL_SIZES, attn_logit_softcapping=50.0),
         "sdpa",
         "attn_logit_softcapping",
     ),
     "no sdpa": (
         H100,
-        AutoConfig.for_model("gemma2", **SIZES),
+        AutoConfig.for_model("gemma2", **MODEL_SIZES),
         "eager",
         "transformers does not support it for models of type gemma2",
     ),
@@ -438,19 +440,19 @@ MODEL_CHOICES: dict[str, tuple[Hardware, Any, str, str | None]] = {
         "transformers does not support it for models of type llama4_text",
     ),
     "images": (H100, AutoConfig.for_model("gemma3"), "sdpa", "models of type gemma3 have other inputs than text"),
-    "dropout": (H100, LlamaConfig(**SIZES, attention_dropout=0.1), "sdpa", "attention_dropout"),
+    "dropout": (H100, LlamaConfig(**MODEL_SIZES, attention_dropout=0.1), "sdpa", "attention_dropout"),
     "dropout of GPT-2": (H100, AutoConfig.for_model("gpt2"), "sdpa", "attn_pdrop"),
-    "GPT-2 without dropout": (H100, AutoConfig.for_model("gpt2", attn_pdrop=0.0), VARLEN, None),
+    "GPT-2 without dropout": (H100, AutoConfig.for_model("gpt2", attn_pdrop=0.0), VARLEN_ATTENTION, None),
     "heads of different sizes": (H100, AutoConfig.for_model("gemma4_text"), "sdpa", "different attention settings"),
     "bidirectional": (
         H100,
-        AutoConfig.for_model("gemma3_text", **SIZES, use_bidirectional_attention=True),
+        AutoConfig.for_model("gemma3_text", **MODEL_SIZES, use_bidirectional_attention=True),
         "sdpa",
         "is not causal",
     ),
-    "large heads": (H100, LlamaConfig(**SIZES | {"head_dim": 264}), "sdpa", "attention heads of size 264"),
-    "odd heads": (H100, LlamaConfig(**SIZES | {"head_dim": 12}), "sdpa", "attention heads of size 12"),
-    "largest heads": (H100, LlamaConfig(**SIZES | {"head_dim": 256}), VARLEN, None),
+    "large heads": (H100, LlamaConfig(**MODEL_SIZES | {"head_dim": 264}), "sdpa", "attention heads of size 264"),
+    "odd heads": (H100, LlamaConfig(**MODEL_SIZES | {"head_dim": 12}), "sdpa", "attention heads of size 12"),
+    "largest heads": (H100, LlamaConfig(**MODEL_SIZES | {"head_dim": 256}), VARLEN_ATTENTION, None),
     "latent attention": (H100, AutoConfig.for_model("deepseek_v3"), "sdpa", "v_head_dim"),
 }
 
@@ -469,13 +471,13 @@ def test_hardware_and_model_decide_whether_varlen_is_chosen(case: str, kernel: D
 UNPACKED_CHOICES: dict[str, tuple[Hardware, Any, str]] = {
     "cpu": (CPU_HARDWARE, LLAMA, "sdpa"),
     "32 bits": (GPU_IN_32_BITS, LLAMA, "sdpa"),
-    "sliding window": (H100, AutoConfig.for_model("mistral", **SIZES), VARLEN),
-    "mixed layers": (H100, AutoConfig.for_model("gemma3_text", **SIZES, **MIXED_LAYERS), VARLEN),
-    "soft-capping": (H100, AutoConfig.for_model("gemma3_text", **SIZES, attn_logit_softcapping=50.0), "sdpa"),
+    "sliding window": (H100, AutoConfig.for_model("mistral", **MODEL_SIZES), VARLEN_ATTENTION),
+    "mixed layers": (H100, AutoConfig.for_model("gemma3_text", **MODEL_SIZES, **MIXED_LAYERS), VARLEN_ATTENTION),
+    "soft-capping": (H100, AutoConfig.for_model("gemma3_text", **MODEL_SIZES, attn_logit_softcapping=50.0), "sdpa"),
     "ALiBi": (H100, AutoConfig.for_model("bloom"), "eager"),
     "dropout of GPT-2": (H100, AutoConfig.for_model("gpt2"), "sdpa"),
-    "GPT-2 without dropout": (H100, AutoConfig.for_model("gpt2", attn_pdrop=0.0), VARLEN),
-    "OPT": (H100, AutoConfig.for_model("opt"), VARLEN),
+    "GPT-2 without dropout": (H100, AutoConfig.for_model("gpt2", attn_pdrop=0.0), VARLEN_ATTENTION),
+    "OPT": (H100, AutoConfig.for_model("opt"), VARLEN_ATTENTION),
     "convolutions": (H100, AutoConfig.for_model("lfm2", full_attn_idxs=[1]), "sdpa"),
     "recurrence": (H100, AutoConfig.for_model("recurrent_gemma", hidden_size=64, num_attention_heads=4), "sdpa"),
     "linear attention": (H100, AutoConfig.for_model("minimax"), "sdpa"),
@@ -489,11 +491,11 @@ UNPACKED_CHOICES: dict[str, tuple[Hardware, Any, str]] = {
 def test_hardware_and_model_decide_whether_batches_are_padding_free(
     case: str, kernel: DocumentKernel, tmp_path: Path
 ) -> None:
-    """Padding is the normal case, so no note explains it."""
+    """A run with padded batches has no note about padding, because padding is the normal case."""
     hardware, config, expected = UNPACKED_CHOICES[case]
     found, notes = attention.choose_attention(make_run(tmp_path, tmp_path)[0], hardware, config)
     assert found == expected
-    assert notes == ([PADDING_FREE_NOTE] if expected == VARLEN else []) or (expected == "eager" and "has no sdpa attention" in notes[0])
+    assert notes == ([PADDING_FREE_NOTE] if expected == VARLEN_ATTENTION else []) or (expected == "eager" and "has no sdpa attention" in notes[0])
 
 
 ADAPTERS: dict[str, tuple[str, bool]] = {
@@ -512,7 +514,7 @@ def test_the_type_of_an_existing_adapter_decides_whether_batches_are_padding_fre
     text, expected = ADAPTERS[case]
     (tmp_path / "adapter_config.json").write_text(text)
     run, _ = make_run(tmp_path, tmp_path, {"method": {"type": "adapter", "adapter": {"source": f"file://{tmp_path}"}}})
-    assert attention.choose_attention(run, H100, LLAMA, tmp_path)[0] == (VARLEN if expected else "sdpa")
+    assert attention.choose_attention(run, H100, LLAMA, tmp_path)[0] == (VARLEN_ATTENTION if expected else "sdpa")
 
 
 def test_a_model_with_unknown_head_sizes_uses_sdpa(
@@ -532,16 +534,16 @@ def test_an_old_gpu_uses_sdpa(tmp_path: Path) -> None:
 
 def test_a_model_with_its_own_code_uses_sdpa(kernel: DocumentKernel, tmp_path: Path) -> None:
     run, _ = make_run(tmp_path, tmp_path, merge_mappings(PACKED, {"model": {"trustRemoteCode": True}}))
-    config = AutoConfig.for_model("llama", **SIZES, auto_map={"AutoModelForCausalLM": "modeling.Own"})
+    config = AutoConfig.for_model("llama", **MODEL_SIZES, auto_map={"AutoModelForCausalLM": "modeling.Own"})
     assert "trustRemoteCode" in (attention.reason_against_varlen(run, H100, config) or "")
 
 
 @pytest.fixture
 def choose_varlen(monkeypatch: pytest.MonkeyPatch) -> Callable[[DocumentKernel], DocumentKernel]:
-    """Install a stand-in for the kernel, and choose `varlen` for runs on the CPU."""
+    """Return a function that replaces the kernel and lets runs on the CPU choose `varlen`."""
 
     def install(kernel: DocumentKernel) -> DocumentKernel:
-        monkeypatch.setattr(attention, "choose_attention", lambda *_: (VARLEN, []))
+        monkeypatch.setattr(attention, "choose_attention", lambda *_: (VARLEN_ATTENTION, []))
         return install_kernel(monkeypatch, kernel)
 
     return install
@@ -566,7 +568,7 @@ def test_a_packed_run_has_the_losses_of_sdpa(
     sdpa = run_training(tmp_path / "a", model, packed, rows, validation=rows[:3])
     kernel = choose_varlen(DocumentKernel())
     varlen = run_training(tmp_path / "b", model, packed, rows, validation=rows[:3])
-    assert (sdpa.resolved["attention"], varlen.resolved["attention"]) == ("sdpa", VARLEN) and kernel.windows
+    assert (sdpa.resolved["attention"], varlen.resolved["attention"]) == ("sdpa", VARLEN_ATTENTION) and kernel.windows
     assert varlen.losses == pytest.approx(sdpa.losses, abs=1e-5)
     assert varlen.grad_norms == pytest.approx(sdpa.grad_norms, rel=1e-4)
     assert varlen.eval_losses == pytest.approx(sdpa.eval_losses, abs=1e-5) and len(varlen.eval_losses) == 1
@@ -581,48 +583,48 @@ def test_a_kernel_that_mixes_documents_ends_the_run(
     assert caught.value.code == "PackingLeaks" and "attention varlen lets them attend to each other" in caught.value.message
 
 
-def answers(*lengths: int) -> list[dict[str, Any]]:
-    """Conversations whose answers have the given numbers of words."""
+def make_conversations(*lengths: int) -> list[dict[str, Any]]:
+    """Return one conversation for each length. The length is the number of words of the answer."""
     return [
         {"messages": [TEN_ROWS[i]["messages"][0], {"role": "assistant", "content": "red " * length}]}
         for i, length in enumerate(lengths)
     ]
 
 
-LENGTHS = (1, 40, 3, 25, 2, 60, 9, 1, 30, 5)
-TEXTS = [
-    {"text": f"{word} " * length} for word, length in zip(("red", "green", "blue", "yes", "no"), LENGTHS, strict=False)
+ANSWER_LENGTHS = (1, 40, 3, 25, 2, 60, 9, 1, 30, 5)
+TEXT_ROWS = [
+    {"text": f"{word} " * length} for word, length in zip(("red", "green", "blue", "yes", "no"), ANSWER_LENGTHS, strict=False)
 ]
-LETTERS = [
+CHOICE_ROWS = [
     {
         "question": "one or more " * length,
         "options": {"A": row["messages"][1]["content"], "B": "y"},
         "answer": "AB"[i % 2],
     }
-    for i, (row, length) in enumerate(zip(TEN_ROWS, LENGTHS, strict=True))
+    for i, (row, length) in enumerate(zip(TEN_ROWS, ANSWER_LENGTHS, strict=True))
 ]
 LORA: dict[str, Any] = {"method": {"lora": {"dropout": 0}}}
 THREE_ROWS: dict[str, Any] = {
     "training": {"batchSizePerDevice": 3, "learningRate": 2e-4, "maxSteps": 4},
     "evaluation": {"strategy": "steps", "steps": 2},
 }
-"""Ten rows in batches of three: the last batch of an epoch and of an evaluation has one row."""
+"""Batches of three rows. The last batch of an epoch of ten rows, and of an evaluation, has only one row."""
 PADDING_FREE_RUNS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
-    "full, answers": ({"method": {"type": "full"}}, answers(*LENGTHS)),
-    "lora, answers": (LORA, answers(*LENGTHS)),
-    "lora, all tokens": (LORA, TEXTS),
-    "full, multiple choice": ({"method": {"type": "full"}}, LETTERS),
-    "accumulation": (merge_mappings(LORA, {"training": {"gradientAccumulationSteps": 2}}), answers(*LENGTHS)),
-    "rows grouped by length": (merge_mappings(LORA, {"training": {"groupByLength": True}}), answers(*LENGTHS)),
+    "full, answers": ({"method": {"type": "full"}}, make_conversations(*ANSWER_LENGTHS)),
+    "lora, answers": (LORA, make_conversations(*ANSWER_LENGTHS)),
+    "lora, all tokens": (LORA, TEXT_ROWS),
+    "full, multiple choice": ({"method": {"type": "full"}}, CHOICE_ROWS),
+    "accumulation": (merge_mappings(LORA, {"training": {"gradientAccumulationSteps": 2}}), make_conversations(*ANSWER_LENGTHS)),
+    "rows grouped by length": (merge_mappings(LORA, {"training": {"groupByLength": True}}), make_conversations(*ANSWER_LENGTHS)),
     "gradient checkpointing": (
         merge_mappings(LORA, {"training": {"gradientCheckpointing": "enabled"}}),
-        answers(*LENGTHS),
+        make_conversations(*ANSWER_LENGTHS),
     ),
     "test set": (
         merge_mappings(LORA, {"dataset": {"split": {"test": 0.4}}, "evaluation": {"batchSizePerDevice": 3}}),
-        answers(*LENGTHS),
+        make_conversations(*ANSWER_LENGTHS),
     ),
-    "eva": ({"method": {"lora": {"dropout": 0, "init": "eva", "rank": 2}}}, answers(*LENGTHS)),
+    "eva": ({"method": {"lora": {"dropout": 0, "init": "eva", "rank": 2}}}, make_conversations(*ANSWER_LENGTHS)),
 }
 
 
@@ -638,7 +640,7 @@ def test_a_padding_free_run_has_the_losses_of_a_padded_run(
     padded = run_training(tmp_path / "a", model, spec, rows, validation=rows)
     kernel = choose_varlen(DocumentKernel())
     found = run_training(tmp_path / "b", model, spec, rows, validation=rows)
-    assert (padded.resolved["attention"], found.resolved["attention"]) == ("sdpa", VARLEN) and kernel.windows
+    assert (padded.resolved["attention"], found.resolved["attention"]) == ("sdpa", VARLEN_ATTENTION) and kernel.windows
     assert found.losses == pytest.approx(padded.losses, abs=1e-5) and len(found.losses) == 4
     assert found.grad_norms == pytest.approx(padded.grad_norms, rel=1e-4)
     assert found.eval_losses == pytest.approx(padded.eval_losses, abs=1e-5) and len(found.eval_losses) == 2
@@ -655,17 +657,17 @@ def test_a_padding_free_run_has_the_losses_of_a_padded_run(
 def test_padding_free_batches_have_the_load_balance_loss_of_padded_batches(
     model: Path, tmp_path: Path, choose_varlen: Callable[[DocumentKernel], DocumentKernel]
 ) -> None:
-    """A mixture of experts balances its experts over the tokens. Padding does not count."""
+    """The load balance loss of a mixture of experts covers all tokens except padding."""
     folder = tmp_path / "experts"
     shutil.copytree(model, folder)
     torch.manual_seed(0)
-    sizes = {**SIZES, "vocab_size": 448, "pad_token_id": 3, "max_position_embeddings": 512}
+    sizes = {**MODEL_SIZES, "vocab_size": 448, "pad_token_id": 3, "max_position_embeddings": 512}
     config = AutoConfig.for_model("mixtral", **sizes, num_local_experts=4, router_aux_loss_coef=0.5)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     spec = merge_mappings(THREE_ROWS, {"method": {"type": "full"}, "training": {"gradientAccumulationSteps": 2}})
-    padded = run_training(tmp_path / "a", folder, spec, answers(*LENGTHS), validation=TEXTS)
+    padded = run_training(tmp_path / "a", folder, spec, make_conversations(*ANSWER_LENGTHS), validation=TEXT_ROWS)
     choose_varlen(DocumentKernel())
-    found = run_training(tmp_path / "b", folder, spec, answers(*LENGTHS), validation=TEXTS)
+    found = run_training(tmp_path / "b", folder, spec, make_conversations(*ANSWER_LENGTHS), validation=TEXT_ROWS)
     assert found.losses == pytest.approx(padded.losses, abs=1e-5)
     assert found.grad_norms == pytest.approx(padded.grad_norms, rel=1e-4)
     assert found.eval_losses == pytest.approx(padded.eval_losses, abs=1e-5)
@@ -675,7 +677,7 @@ def test_a_resumed_padding_free_run_continues_with_the_same_losses(
     model: Path, tmp_path: Path, choose_varlen: Callable[[DocumentKernel], DocumentKernel]
 ) -> None:
     choose_varlen(DocumentKernel())
-    rows = answers(*LENGTHS)
+    rows = make_conversations(*ANSWER_LENGTHS)
     spec = merge_mappings(merge_mappings(THREE_ROWS, LORA), {"checkpoint": {"strategy": "steps", "steps": 2}})
     whole = run_training(tmp_path / "a", model, spec, rows, validation=rows)
     checkpoint = RestoredCheckpoint(path=tmp_path / "a" / "out" / "checkpoint-2", step=2, uri="file:///x")
@@ -686,15 +688,15 @@ def test_a_resumed_padding_free_run_continues_with_the_same_losses(
 
 
 def test_a_prefix_tuning_run_stays_padded(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real choice of the attention, as if this machine had a GPU with the kernel."""
+    """The trainer chooses the attention as on a GPU that has the kernel."""
     kernel = install_kernel(monkeypatch, DocumentKernel())
     choose = attention.choose_attention
     monkeypatch.setattr(attention, "choose_attention", lambda run, hardware, *options: choose(run, H100, *options))
     spec = merge_mappings(THREE_ROWS, {"method": {"type": "prefixTuning", "promptLength": 4}})
-    outcome = run_training(tmp_path / "a", model, spec, answers(*LENGTHS), validation=answers(*LENGTHS))
+    outcome = run_training(tmp_path / "a", model, spec, make_conversations(*ANSWER_LENGTHS), validation=make_conversations(*ANSWER_LENGTHS))
     assert outcome.resolved["attention"] == "sdpa" and not kernel.windows and PADDING_FREE_NOTE not in outcome.notes
-    chosen = run_training(tmp_path / "b", model, merge_mappings(THREE_ROWS, LORA), answers(*LENGTHS), validation=TEXTS)
-    assert chosen.resolved["attention"] == VARLEN and kernel.windows and PADDING_FREE_NOTE in chosen.notes
+    chosen = run_training(tmp_path / "b", model, merge_mappings(THREE_ROWS, LORA), make_conversations(*ANSWER_LENGTHS), validation=TEXT_ROWS)
+    assert chosen.resolved["attention"] == VARLEN_ATTENTION and kernel.windows and PADDING_FREE_NOTE in chosen.notes
 
 
 def test_a_kernel_that_mixes_rows_ends_a_padding_free_run(

@@ -1,4 +1,4 @@
-"""Runs the benchmarks of the trainer with a tiny model, so that a test fails if a benchmark breaks."""
+"""Run the benchmarks of the trainer with a tiny model, so that a test fails if a change breaks a benchmark."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BENCHMARKS_FOLDER = Path(__file__).parents[3] / "benchmarks"
 
 
 def load_benchmark(name: str) -> ModuleType:
-    """Import a benchmark as a module."""
+    """Import a program of the benchmarks folder as a module."""
     if str(BENCHMARKS_FOLDER) not in sys.path:
         sys.path.insert(0, str(BENCHMARKS_FOLDER))
     return importlib.import_module(name)
@@ -47,7 +47,7 @@ def test_all_arms_of_the_throughput_benchmark_start_with_the_same_loss(data: str
     results = figures["arms"]
     assert [arm["error"] for arm in results.values()] == [None, None, None]
     assert all(arm["tokensPerSecond"] > 0 and arm["mfu"] is None for arm in results.values())
-    # Packed chat data have other batches. Otherwise all arms do the same work.
+    # Arms that pack chat data train on other batches. All other arms train on the same batches.
     alike = [results[name]["firstLoss"] for name in results if data == "packed" or "tuned" not in name]
     assert alike == pytest.approx([alike[0]] * len(alike), abs=1e-6)
 
@@ -66,14 +66,15 @@ def test_an_unknown_arm_or_cell_is_refused_with_the_known_names(benchmark: str, 
         getattr(load_benchmark(benchmark), parser)(text)
 
 
-def cell_of(command: list[str], seconds: float = 60) -> Any:
+def make_cell(command: list[str], seconds: float = 60) -> Any:
+    """Return a benchmark cell that runs this command for at most `seconds`."""
     return load_benchmark("gpu_cells").Cell("cell", lambda output, is_rehearsal: command, seconds)
 
 
-def test_a_cell_that_runs_out_of_time_keeps_what_it_has_written(tmp_path: Path) -> None:
+def test_a_cell_that_exceeds_its_time_limit_keeps_the_results_that_it_has_written(tmp_path: Path) -> None:
     cells = load_benchmark("gpu_cells")
     script = f"import time; open({str(tmp_path / 'cell.json')!r}, 'w').write('{{\"a\": 1}}'); time.sleep(600)"
-    result = cells.run_cell(cell_of([sys.executable, "-c", script]), tmp_path, 2, is_rehearsal=True)
+    result = cells.run_cell(make_cell([sys.executable, "-c", script]), tmp_path, 2, is_rehearsal=True)
     assert (result["status"], result["figures"]) == ("out of time", {"a": 1})
 
 
@@ -93,7 +94,7 @@ def test_a_cell_has_a_result_if_at_least_one_part_of_it_worked(figures: Any, has
     assert load_benchmark("gpu_cells").has_result(figures) is has_result
 
 
-def test_a_later_call_replaces_only_the_cells_that_it_measured(tmp_path: Path) -> None:
+def test_a_later_run_replaces_only_the_results_of_the_cells_that_it_measured(tmp_path: Path) -> None:
     first, second = tmp_path / "1.json", tmp_path / "2.json"
     first.write_text(json.dumps({"cells": {"a": {"status": "passed", "figures": {"x": 1}}, "b": {"status": "failed", "figures": {"x": 1}}}}))
     second.write_text(json.dumps({"cells": {"b": {"status": "passed", "figures": {"x": 2}}, "a": {"status": "failed", "figures": None}}}))

@@ -1,4 +1,4 @@
-"""Types of models with their default settings: each trains with LoRA and in full, and its adapter can be loaded by plain PEFT."""
+"""Every type of model trains with LoRA and with full training under its default settings, and plain PEFT can load its adapter."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ pytestmark = pytest.mark.pod
 WITH_EXPERTS = [name for name, family in FAMILIES.items() if family.experts]
 
 
-def cases(names: Any) -> list[Any]:
+def mark_slow(names: Any) -> list[Any]:
+    """Return the names of model families as test parameters. The slow families run only with `make test-faults`."""
     return [pytest.param(name, marks=[pytest.mark.faults] if FAMILIES[name].is_slow else []) for name in names]
 
 
@@ -26,8 +27,11 @@ def train(folder: Path, name: str, method: dict[str, Any], spec: dict[str, Any] 
     return run_training(folder, make_family(folder / "model", name), merge_mappings({"method": method}, spec or {}), ROWS)
 
 
-def difference_after_loading(folder: Path, outcome: Any) -> tuple[float, float]:
-    """Largest difference of the logits between the trained model and the adapter that plain PEFT loads, and of the base model."""
+def logit_differences(folder: Path, outcome: Any) -> tuple[float, float]:
+    """Compare the trained model's logits with two models, and return the largest difference of each.
+
+    The first model is the adapter as plain PEFT loads it. The second model is the base model.
+    """
     from peft import PeftModel
 
     base = AutoModelForCausalLM.from_pretrained(folder / "model", attn_implementation=outcome.resolved["attention"]).eval()
@@ -38,7 +42,7 @@ def difference_after_loading(folder: Path, outcome: Any) -> tuple[float, float]:
     return (loaded - trained).abs().max().item(), (before - trained).abs().max().item()
 
 
-@pytest.mark.parametrize("name", cases(FAMILIES))
+@pytest.mark.parametrize("name", mark_slow(FAMILIES))
 def test_an_adapter_learns_and_can_be_loaded(name: str, tmp_path: Path) -> None:
     family, outcome = FAMILIES[name], train(tmp_path, name, {"type": "lora"})
     assert find_fault(outcome.folder, tmp_path / "model", None, is_adapter=True) is None
@@ -53,31 +57,31 @@ def test_an_adapter_learns_and_can_be_loaded(name: str, tmp_path: Path) -> None:
     )
     trained_names = {name.rsplit(".lora_", 1)[0] for name, value in outcome.model.named_parameters() if value.requires_grad}
     assert not any(path.rsplit(".", 1)[-1] in (*family.left_out, "experts", "gate", "router", "lm_head") for path in trained_names)
-    after_loading, change = difference_after_loading(tmp_path, outcome)
+    after_loading, change = logit_differences(tmp_path, outcome)
     assert after_loading < 1e-5 < change
 
 
-@pytest.mark.parametrize("name", cases(FAMILIES))
-def test_all_weights_learn(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", mark_slow(FAMILIES))
+def test_full_training_changes_all_weights(name: str, tmp_path: Path) -> None:
     outcome = train(tmp_path, name, {"type": "full"})
     assert len(outcome.losses) == 4 and outcome.losses[-1] < outcome.losses[0]
 
 
-@pytest.mark.parametrize("name", cases(WITH_EXPERTS))
+@pytest.mark.parametrize("name", mark_slow(WITH_EXPERTS))
 def test_adapters_of_experts_can_be_loaded(name: str, tmp_path: Path) -> None:
     outcome = train(tmp_path, name, {"type": "lora", "lora": {"targetParameters": ["all-experts"]}})
     assert not [note for note in outcome.notes if "routed experts (" in note]
     experts = [key for key, value in outcome.model.named_parameters() if value.requires_grad and ".experts." in key]
     assert experts and not [key for key, value in outcome.model.named_parameters() if value.requires_grad and ".gate." in key]
-    after_loading, change = difference_after_loading(tmp_path, outcome)
+    after_loading, change = logit_differences(tmp_path, outcome)
     assert after_loading < 1e-5 < change
     assert find_fault(outcome.folder, tmp_path / "model", None, is_adapter=True) is None
 
 
-def test_one_parameter_of_the_experts_can_be_named(tmp_path: Path) -> None:
+def test_an_adapter_can_train_one_parameter_of_the_experts(tmp_path: Path) -> None:
     outcome = train(tmp_path, "gpt_oss", {"type": "lora", "lora": {"targetParameters": ["experts.down_proj"], "rank": 4}})
     shapes = {tuple(value.shape) for key, value in outcome.model.named_parameters() if value.requires_grad and ".experts." in key}
-    assert shapes == {(4 * 4, 128), (64, 4 * 4)}, "four experts with rank 4"
+    assert shapes == {(4 * 4, 128), (64, 4 * 4)}, "the adapter must have rank 4 for each of four experts"
     assert find_fault(outcome.folder, tmp_path / "model", None, is_adapter=True) is None
 
 
@@ -102,7 +106,7 @@ def test_modules_that_cannot_have_an_adapter_are_refused(name: str, lora: dict[s
         pytest.param("lfm2", "can't keep packed sequences apart without `causal_conv1d`", marks=pytest.mark.faults),
     ],
 )
-def test_packing_is_refused_if_the_layers_do_not_keep_documents_apart(name: str, text: str, tmp_path: Path) -> None:
+def test_packing_is_refused_if_the_layers_mix_documents(name: str, text: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         train(tmp_path, name, {"type": "lora"}, {"dataset": {"packing": True, "maxSequenceLength": 128}})
     assert caught.value.code == "PackingLeaks" and f"a model of type {name}: " in caught.value.message and text in caught.value.message

@@ -1,4 +1,4 @@
-"""A run does not train on the test set. The test metrics are measured once, on the published weights, and reported."""
+"""A run does not train on its test set. After the training, it measures the test metrics once, on the weights that it publishes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.pod
 LORA_METHOD: dict[str, Any] = {"type": "lora", "lora": {"dropout": 0}}
 
 
-def test_a_split_off_test_set_is_measured_at_the_end(model: Path, tmp_path: Path) -> None:
+def test_a_test_set_that_is_split_off_the_training_data_is_measured_at_the_end(model: Path, tmp_path: Path) -> None:
     split = {"dataset": {"split": {"validation": 0.2, "test": 0.3, "seed": 7}}}
     spec = {"method": LORA_METHOD, "evaluation": {"strategy": "steps", "steps": 2}, **split}
     run, inputs = make_run(tmp_path, model, spec, TEN_ROWS)
@@ -30,7 +30,7 @@ def test_a_split_off_test_set_is_measured_at_the_end(model: Path, tmp_path: Path
     evaluation = outcome.extra["evaluation"]
     assert (outcome.resolved["datasetRows"], evaluation["testRows"]) == (5, 3)
     assert evaluation["testLoss"] == pytest.approx(
-        loss_of(outcome.folder, model, [TEN_ROWS[r.number - 1] for r, _ in parts.test]), abs=1e-4
+        compute_loss(outcome.folder, model, [TEN_ROWS[r.number - 1] for r, _ in parts.test]), abs=1e-4
     )
     assert evaluation["testLoss"] not in outcome.eval_losses
     assert sum("test_loss" in line for line in outcome.logs) == 1
@@ -42,8 +42,8 @@ def test_a_split_off_test_set_is_measured_at_the_end(model: Path, tmp_path: Path
     )
 
 
-def loss_of(folder: Path | None, model: Path, rows: list[Any]) -> float:
-    """Mean loss over all answer tokens, computed with plain transformers and PEFT."""
+def compute_loss(folder: Path | None, model: Path, rows: list[Any]) -> float:
+    """Compute the mean loss over all answer tokens with plain transformers and PEFT. Without a folder, the base model is used."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -64,7 +64,7 @@ def loss_of(folder: Path | None, model: Path, rows: list[Any]) -> float:
 
 
 @pytest.mark.parametrize(
-    ("kind", "rows", "metric_names"),
+    ("objective", "rows", "metric_names"),
     [
         ("dpo", PREFERENCE_PAIRS, {"testLoss", "testPreferenceAccuracy"}),
         pytest.param("orpo", PREFERENCE_PAIRS, {"testLoss", "testPreferenceAccuracy"}, marks=pytest.mark.slow),
@@ -74,11 +74,11 @@ def loss_of(folder: Path | None, model: Path, rows: list[Any]) -> float:
     ],
 )
 def test_every_objective_measures_a_test_file(
-    kind: str, rows: list[Any], metric_names: set[str], model: Path, tmp_path: Path
+    objective: str, rows: list[Any], metric_names: set[str], model: Path, tmp_path: Path
 ) -> None:
     test_file = write_rows(tmp_path / "held.jsonl", rows[:4])
-    trainer: dict[str, Any] = {"type": kind}
-    if kind == "grpo":
+    trainer: dict[str, Any] = {"type": objective}
+    if objective == "grpo":
         reward = {"builtin": "length", "parameters": {"unit": "tokens", "minimum": "8"}}
         trainer |= {"maxCompletionLength": 8, "grpo": {"numGenerations": 2}, "rewards": [reward]}
     spec = {"method": LORA_METHOD, "trainer": trainer, "dataset": {"test": f"file://{test_file}"}, "training": {"maxSteps": 1}}
@@ -93,7 +93,7 @@ def test_every_objective_measures_a_test_file(
     assert [message["stage"] for message in outcome.messages("stage")][-2:] == ["evaluating", "saving"]
 
 
-def test_answer_letters_of_a_test_set_are_counted(model: Path, tmp_path: Path) -> None:
+def test_the_accuracy_of_multiple_choice_answers_is_measured_on_the_test_set(model: Path, tmp_path: Path) -> None:
     rows = [
         {"question": row["messages"][0]["content"], "options": {"A": "x", "B": "y"}, "answer": "AB"[i % 2]}
         for i, row in enumerate(TEN_ROWS)
@@ -111,7 +111,7 @@ def test_without_a_test_set_nothing_is_measured(model: Path, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("method", quick_slice(["lora", "promptTuning", "full"], ["promptTuning"]))
 def test_evaluations_measure_precision_recall_and_f1_of_the_tokens(method: str, model: Path, tmp_path: Path) -> None:
-    """The reference computes all logits, and scikit-learn computes the metrics."""
+    """The expected values are computed by scikit-learn from the complete logits."""
     from sklearn.metrics import precision_recall_fscore_support
 
     spec = {
@@ -120,14 +120,14 @@ def test_evaluations_measure_precision_recall_and_f1_of_the_tokens(method: str, 
     }  # fmt: skip
     outcome = run_training(tmp_path, model, spec, TEN_ROWS, validation=TEN_ROWS[:5])
     measured = next(line for line in outcome.logs if "eval_f1" in line)
-    labels, predicted = predictions_of(outcome, TEN_ROWS[:5])
+    labels, predicted = compute_predictions(outcome, TEN_ROWS[:5])
     precision, recall, f1, _ = precision_recall_fscore_support(labels, predicted, average="weighted", zero_division=0)
     assert (measured["eval_precision"], measured["eval_recall"], measured["eval_f1"]) == pytest.approx((precision, recall, f1), abs=1e-9)
     assert measured["eval_recall"] == pytest.approx(measured["eval_mean_token_accuracy"], abs=1e-9)
 
 
-def predictions_of(outcome: RunOutcome, rows: list[Any]) -> tuple[list[int], list[int]]:
-    """Labels and predictions of all answer tokens."""
+def compute_predictions(outcome: RunOutcome, rows: list[Any]) -> tuple[list[int], list[int]]:
+    """Return the labels and the predicted ids of all answer tokens."""
     from transformers import AutoTokenizer
 
     tokenizer, trained = AutoTokenizer.from_pretrained(outcome.folder), outcome.model.eval()

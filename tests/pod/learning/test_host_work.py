@@ -1,4 +1,4 @@
-"""A micro-batch causes no walk over modules and no read of a tensor. The results equal those of the libraries' own methods."""
+"""A micro-batch neither walks over all modules nor copies a tensor from the GPU to read it. Its results equal those of the libraries' own methods."""
 
 from __future__ import annotations
 
@@ -21,28 +21,29 @@ FOUR_STEPS: dict[str, Any] = {
     "training": {"maxSteps": 4, "batchSizePerDevice": 1, "gradientAccumulationSteps": 2, "gradientCheckpointing": "enabled"},
     "tracking": {"loggingSteps": 100, "logFirstStep": False},
 }  # fmt: skip
-LORA: dict[str, Any] = {"method": {"type": "lora", "lora": {"dropout": 0.1}}}
-FULL: dict[str, Any] = {"method": {"type": "full", "lora": None}}
-DPO: dict[str, Any] = {"trainer": {"type": "dpo"}}
-KTO: dict[str, Any] = {"trainer": {"type": "kto"}, "training": {"batchSizePerDevice": 2}}
+LORA_SPEC: dict[str, Any] = {"method": {"type": "lora", "lora": {"dropout": 0.1}}}
+FULL_SPEC: dict[str, Any] = {"method": {"type": "full", "lora": None}}
+DPO_SPEC: dict[str, Any] = {"trainer": {"type": "dpo"}}
+KTO_SPEC: dict[str, Any] = {"trainer": {"type": "kto"}, "training": {"batchSizePerDevice": 2}}
 RUNS = [
-    pytest.param([LORA], TEN_ROWS, id="sft-lora"),
-    pytest.param([FULL], TEN_ROWS, id="sft-full"),
-    pytest.param([LORA, DPO], PREFERENCE_PAIRS * 4, id="dpo-lora"),
-    pytest.param([FULL, DPO], PREFERENCE_PAIRS * 4, id="dpo-full"),
-    pytest.param([LORA, KTO], LABELLED_ANSWERS * 4, id="kto-lora"),
+    pytest.param([LORA_SPEC], TEN_ROWS, id="sft-lora"),
+    pytest.param([FULL_SPEC], TEN_ROWS, id="sft-full"),
+    pytest.param([LORA_SPEC, DPO_SPEC], PREFERENCE_PAIRS * 4, id="dpo-lora"),
+    pytest.param([FULL_SPEC, DPO_SPEC], PREFERENCE_PAIRS * 4, id="dpo-full"),
+    pytest.param([LORA_SPEC, KTO_SPEC], LABELLED_ANSWERS * 4, id="kto-lora"),
 ]
 
 
 def merge_specs(*specs: dict[str, Any]) -> dict[str, Any]:
+    """Merge specs. A later spec overrides the fields of an earlier one."""
     merged: dict[str, Any] = {}
     for spec in specs:
         merged = merge_mappings(merged, spec)
     return merged
 
 
-def train_counted(folder: Path, model: Path, spec: dict[str, Any], rows: list[Any], patch: pytest.MonkeyPatch) -> list[HostWork]:
-    """Train, and return the work of each optimizer step, without the work of the callbacks at the end of the step."""
+def train_and_count_work(folder: Path, model: Path, spec: dict[str, Any], rows: list[Any], patch: pytest.MonkeyPatch) -> list[HostWork]:
+    """Train, and count the host work of each optimizer step, but not the work of the callbacks after the step."""
     from transformers import TrainerCallback
 
     steps: list[HostWork] = []
@@ -68,25 +69,25 @@ def train_counted(folder: Path, model: Path, spec: dict[str, Any], rows: list[An
 def test_no_step_after_the_first_walks_over_the_modules(
     specs: list[dict[str, Any]], rows: list[Any], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first step finds the adapter layers of the reference model. The epoch has at least four steps."""
-    steps = train_counted(tmp_path, model, merge_specs(FOUR_STEPS, *specs), rows, monkeypatch)
+    """Only the first step may walk over the modules, because it searches for the adapter layers of the reference model."""
+    steps = train_and_count_work(tmp_path, model, merge_specs(FOUR_STEPS, *specs), rows, monkeypatch)
     assert len(steps) == 4
     assert [dict(step.visited_modules) for step in steps[1:]] == [{}, {}, {}]
 
 
-@pytest.mark.parametrize("method", [LORA, FULL], ids=["lora", "full"])
+@pytest.mark.parametrize("method", [LORA_SPEC, FULL_SPEC], ids=["lora", "full"])
 def test_only_the_padding_mask_is_read_between_log_lines(
     method: dict[str, Any], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """transformers reads the mask of a padded batch if the attention is sdpa. Runs on a GPU have no mask, see decision 0079."""
-    steps = train_counted(tmp_path, model, merge_specs(FOUR_STEPS, method), TEN_ROWS, monkeypatch)
+    """With sdpa, transformers reads the mask of a padded batch. Runs on a GPU need no mask (decision 0079)."""
+    steps = train_and_count_work(tmp_path, model, merge_specs(FOUR_STEPS, method), TEN_ROWS, monkeypatch)
     readers = {caller for step in steps for caller in step.tensor_reads}
     assert readers <= {"transformers/masking_utils.py:_ignore_causal_mask_sdpa"}
 
 
 def test_dpo_reads_tensors_only_for_the_metrics_of_trl(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """TRL reads each metric in each micro-batch. This trainer adds no read."""
-    steps = train_counted(tmp_path, model, merge_specs(FOUR_STEPS, LORA, DPO), PREFERENCE_PAIRS * 4, monkeypatch)
+    """TRL reads each metric in each micro-batch. The trainer of this project adds no further reads."""
+    steps = train_and_count_work(tmp_path, model, merge_specs(FOUR_STEPS, LORA_SPEC, DPO_SPEC), PREFERENCE_PAIRS * 4, monkeypatch)
     readers = {caller for step in steps for caller in step.tensor_reads}
     assert readers <= {"transformers/masking_utils.py:_ignore_causal_mask_sdpa", "trainer/dpo_trainer.py:_compute_loss"}
 
@@ -102,7 +103,8 @@ def use_library_methods(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(reference_model, "cheap_reference_passes", _replace_nothing)
 
 
-def results_of(outcome: RunOutcome) -> tuple[Any, ...]:
+def collect_results(outcome: RunOutcome) -> tuple[Any, ...]:
+    """Return the results of a run that two equal runs must share."""
     times = ("_runtime", "_per_second", "_share", "_time", "_seconds")
     lines = [{key: value for key, value in line.items() if not key.endswith(times)} for line in outcome.logs]
     return [{key: value for key, value in line.items() if key != "train_runtime"} for line in lines], outcome.model.state_dict()
@@ -112,12 +114,12 @@ def results_of(outcome: RunOutcome) -> tuple[Any, ...]:
 def test_results_equal_those_of_the_libraries(
     specs: list[dict[str, Any]], rows: list[Any], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With dropout, and an evaluation after each second step: the model must be in the right mode at all times. `total_flos` is equal, too."""
+    """Dropout and an evaluation after every second step reveal a model that is in the wrong mode. `total_flos` must be equal, too."""
     spec = merge_specs(FOUR_STEPS, *specs, {"training": {"maxSteps": 6}, "tracking": {"loggingSteps": 1}, "evaluation": {"strategy": "steps", "steps": 2}})
     ours = run_training(tmp_path / "ours", model, spec, rows, validation=rows[:4])
     use_library_methods(monkeypatch)
     theirs = run_training(tmp_path / "theirs", model, spec, rows, validation=rows[:4])
-    (our_lines, our_weights), (their_lines, their_weights) = results_of(ours), results_of(theirs)
+    (our_lines, our_weights), (their_lines, their_weights) = collect_results(ours), collect_results(theirs)
     assert our_lines == their_lines
     assert any("total_flos" in line for line in our_lines)
     assert len(ours.losses) == 6 and len(ours.eval_losses) == 3
@@ -126,8 +128,8 @@ def test_results_equal_those_of_the_libraries(
 
 
 def test_a_reference_pass_keeps_the_choice_of_checkpointed_layers(model: Path, tmp_path: Path) -> None:
-    """TRL would turn checkpointing on for every layer after each pass, and add a hook to the embedding each time."""
-    spec = merge_specs(FOUR_STEPS, LORA, DPO, {"training": {"checkpointEveryNLayers": 2}})
+    """After each reference pass, TRL itself would turn on checkpointing for every layer and add a hook to the embedding."""
+    spec = merge_specs(FOUR_STEPS, LORA_SPEC, DPO_SPEC, {"training": {"checkpointEveryNLayers": 2}})
     outcome = run_training(tmp_path, model, spec, PREFERENCE_PAIRS * 4)
     layers = outcome.model.get_base_model().model.layers
     assert [layer.gradient_checkpointing for layer in layers] == [True, False]
@@ -136,15 +138,15 @@ def test_a_reference_pass_keeps_the_choice_of_checkpointed_layers(model: Path, t
     assert len(longer.model.get_input_embeddings()._forward_hooks) == hooks_after_4_steps
 
 
-# ---- module_walks
+# ---- the context manager `module_walks`
 
 
-def small_model() -> torch.nn.Sequential:
+def make_small_model() -> torch.nn.Sequential:
     return torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout(0.5))
 
 
 def test_a_single_module_in_evaluation_mode_is_set_to_training_mode() -> None:
-    net = small_model()
+    net = make_small_model()
     with module_walks.collected_model(net):
         net[1].eval()
         assert net.train() is net
@@ -155,15 +157,15 @@ def test_a_single_module_in_evaluation_mode_is_set_to_training_mode() -> None:
         assert all(module.training for module in net.modules())
 
 
-def test_methods_of_the_class_are_used_again_after_the_context() -> None:
-    net = small_model()
+def test_the_methods_of_the_class_are_restored_after_the_context() -> None:
+    net = make_small_model()
     with module_walks.collected_model(net):
         assert {"train", "zero_grad"} <= set(vars(net))
     assert not {"train", "zero_grad"} & set(vars(net))
 
 
 def test_gradients_are_removed_or_set_to_zero() -> None:
-    net = small_model()
+    net = make_small_model()
     net[0].bias.requires_grad_(False)
     with module_walks.collected_model(net) as collected:
         assert [id(one) for one in collected.trained_parameters] == [id(net[0].weight)]
@@ -174,7 +176,7 @@ def test_gradients_are_removed_or_set_to_zero() -> None:
         assert net[0].weight.grad is None
 
 
-def test_methods_with_an_implementation_of_their_own_are_not_replaced() -> None:
+def test_methods_that_a_subclass_overrides_are_not_replaced() -> None:
     class Frozen(torch.nn.Linear):
         def train(self, mode: bool = True) -> Any:
             return super().train(False)

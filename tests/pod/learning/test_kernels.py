@@ -1,4 +1,4 @@
-"""The choice of Liger's kernels. The kernels themselves need a GPU (`tests/gpu/test_kernels.py`)."""
+"""When a run uses Liger's kernels. `tests/gpu/test_kernels.py` tests the kernels themselves, which need a GPU."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from tests.support.learning import make_run
 
 pytestmark = pytest.mark.pod
 UNSLOTH = {"trainer": {"backend": "unsloth"}}
-TRUE, FALSE = {"model": {"ligerKernels": True}}, {"model": {"ligerKernels": False}}
-ON, OFF = (True, []), (False, [])
-NOT_TESTED = "model.ligerKernels is off: this release was not tested with Liger's kernels for models of type {}"
-NO_KERNELS = "model.ligerKernels is off: Liger has no kernels for models of type rwkv"
-OTHER_ACTIVATION = "Liger's kernel for models of type llama does not compute the model's activation relu"
+REQUESTED, TURNED_OFF = {"model": {"ligerKernels": True}}, {"model": {"ligerKernels": False}}
+CHOSEN, NOT_CHOSEN = (True, []), (False, [])
+NOT_TESTED_NOTE = "model.ligerKernels is off: this release was not tested with Liger's kernels for models of type {}"
+NO_KERNELS_NOTE = "model.ligerKernels is off: Liger has no kernels for models of type rwkv"
+OTHER_ACTIVATION_MESSAGE = "Liger's kernel for models of type llama does not compute the model's activation relu"
 
 
 @pytest.fixture
 def working_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replace the first run of a kernel, which needs a GPU."""
+    """Skip the trainer's test run of a kernel, which needs a GPU, as if the kernels worked."""
     pytest.importorskip("liger_kernel", reason="liger-kernel is only published for x86-64")
     from finetune_trainer import kernels
 
-    monkeypatch.setattr(kernels, "_why_kernels_fail", lambda hardware: None)
+    monkeypatch.setattr(kernels, "_run_test_kernel", lambda hardware: None)
 
 
-def choose(
+def choose_liger(
     folder: Path, spec: dict[str, Any], config: dict[str, Any] | None = None, *, device: str = "cuda", kind: str = "causal",
     recorded: dict[str, Any] | None = None,
 ) -> tuple[bool, list[str]]:  # fmt: skip
-    """Return whether the run uses Liger's kernels, and the notes for the status. `recorded`: defaults of the job's first attempt."""
+    """Return whether the run uses Liger's kernels, and the notes for the status. `recorded` contains the defaults of the job's first attempt."""
     import torch
     from finetune_api.defaults import ResolvedSpec, keep_recorded_defaults
     from finetune_trainer.arguments import MemorySavers
@@ -52,23 +52,23 @@ def choose(
 
 
 CHOICES: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[bool, list[str]]]] = {
-    "no value": ({}, {}, ON),
-    "false": (FALSE, {}, OFF),
-    "true": (TRUE, {}, ON),
-    "backend unsloth": (UNSLOTH, {}, ON),
-    "backend unsloth, false": ({**UNSLOTH, **FALSE}, {}, OFF),
-    "recorded false": ({}, {"recorded": {"model.ligerKernels": False}}, OFF),
-    "recorded false, backend unsloth": (UNSLOTH, {"recorded": {"model.ligerKernels": False}}, ON),
-    "cpu": ({}, {"device": "cpu"}, OFF),
-    "mps": ({}, {"device": "mps"}, OFF),
-    "unknown type": ({}, {"config": {"model_type": "rwkv"}}, (False, [NO_KERNELS])),
-    "unknown type, backend unsloth": (UNSLOTH, {"config": {"model_type": "rwkv"}}, (False, [NO_KERNELS])),
-    "mixture of experts": ({}, {"config": {"model_type": "mixtral"}}, (False, [NOT_TESTED.format("mixtral")])),
-    "mixture of experts, true": (TRUE, {"config": {"model_type": "mixtral"}}, ON),
-    "images": ({}, {"config": {"model_type": "gemma3"}}, (False, [NOT_TESTED.format("gemma3")])),
-    "other activation": ({}, {"config": {"hidden_act": "relu"}}, (False, [f"model.ligerKernels is off: {OTHER_ACTIVATION}"])),
-    "reward model": ({}, {"kind": "reward"}, ON),
-    "gemma3": ({}, {"config": {"model_type": "gemma3_text", "hidden_activation": "gelu_pytorch_tanh"}}, ON),
+    "no value": ({}, {}, CHOSEN),
+    "false": (TURNED_OFF, {}, NOT_CHOSEN),
+    "true": (REQUESTED, {}, CHOSEN),
+    "backend unsloth": (UNSLOTH, {}, CHOSEN),
+    "backend unsloth, false": ({**UNSLOTH, **TURNED_OFF}, {}, NOT_CHOSEN),
+    "recorded false": ({}, {"recorded": {"model.ligerKernels": False}}, NOT_CHOSEN),
+    "recorded false, backend unsloth": (UNSLOTH, {"recorded": {"model.ligerKernels": False}}, CHOSEN),
+    "cpu": ({}, {"device": "cpu"}, NOT_CHOSEN),
+    "mps": ({}, {"device": "mps"}, NOT_CHOSEN),
+    "unknown type": ({}, {"config": {"model_type": "rwkv"}}, (False, [NO_KERNELS_NOTE])),
+    "unknown type, backend unsloth": (UNSLOTH, {"config": {"model_type": "rwkv"}}, (False, [NO_KERNELS_NOTE])),
+    "mixture of experts": ({}, {"config": {"model_type": "mixtral"}}, (False, [NOT_TESTED_NOTE.format("mixtral")])),
+    "mixture of experts, true": (REQUESTED, {"config": {"model_type": "mixtral"}}, CHOSEN),
+    "images": ({}, {"config": {"model_type": "gemma3"}}, (False, [NOT_TESTED_NOTE.format("gemma3")])),
+    "other activation": ({}, {"config": {"hidden_act": "relu"}}, (False, [f"model.ligerKernels is off: {OTHER_ACTIVATION_MESSAGE}"])),
+    "reward model": ({}, {"kind": "reward"}, CHOSEN),
+    "gemma3": ({}, {"config": {"model_type": "gemma3_text", "hidden_activation": "gelu_pytorch_tanh"}}, CHOSEN),
     "gemma3 as a reward model": (
         {}, {"config": {"model_type": "gemma3_text", "hidden_activation": "gelu_pytorch_tanh"}, "kind": "reward"},
         (False, ["model.ligerKernels is off: Liger has no kernels for reward models of type gemma3_text"]),
@@ -77,18 +77,18 @@ CHOICES: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[bool, list[str]]]
         {"model": {"trustRemoteCode": True}}, {"config": {"auto_map": {"AutoModelForCausalLM": "code.Model"}}},
         (False, ["model.ligerKernels is off: the model runs code from its repository (model.trustRemoteCode)"]),
     ),
-    "ZeRO stage 2": ({"distributed": {"strategy": "deepspeed", "deepspeed": {"zeroStage": 2}}}, {}, ON),
-    "ZeRO stage 3": ({"distributed": {"strategy": "deepspeed", "deepspeed": {"zeroStage": 3}}}, {}, ON),
-    "unused code of the model": ({}, {"config": {"auto_map": {"AutoModelForCausalLM": "code.Model"}}}, ON),
+    "ZeRO stage 2": ({"distributed": {"strategy": "deepspeed", "deepspeed": {"zeroStage": 2}}}, {}, CHOSEN),
+    "ZeRO stage 3": ({"distributed": {"strategy": "deepspeed", "deepspeed": {"zeroStage": 3}}}, {}, CHOSEN),
+    "unused code of the model": ({}, {"config": {"auto_map": {"AutoModelForCausalLM": "code.Model"}}}, CHOSEN),
 }  # fmt: skip
-"""By name: the spec, the options of `choose`, and the expected choice with its notes."""
+"""For each case: the spec, the options of `choose_liger`, and its expected result."""
 
 
 @pytest.mark.parametrize("name", CHOICES)
 @pytest.mark.usefixtures("working_kernels")
-def test_choice_of_the_kernels(name: str, tmp_path: Path) -> None:
+def test_spec_and_run_decide_whether_kernels_are_used(name: str, tmp_path: Path) -> None:
     spec, options, expected = CHOICES[name]
-    assert choose(tmp_path, spec, **options) == expected
+    assert choose_liger(tmp_path, spec, **options) == expected
 
 
 REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
@@ -96,7 +96,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "mps": ({"device": "mps"}, "model.ligerKernels is true, but the run trains on mps, and Liger's kernels need a CUDA GPU"),
     "unknown type": ({"config": {"model_type": "rwkv"}}, "model.ligerKernels is true, but Liger has no kernels for models of type rwkv"),
     "gemma3 as a reward model": ({"config": {"model_type": "gemma3_text"}, "kind": "reward"}, "Liger has no kernels for reward models"),
-    "other activation": ({"config": {"hidden_act": "relu"}}, OTHER_ACTIVATION),
+    "other activation": ({"config": {"hidden_act": "relu"}}, OTHER_ACTIVATION_MESSAGE),
 }
 
 
@@ -105,14 +105,14 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
 def test_requested_kernels_that_the_run_cannot_use_are_refused(name: str, tmp_path: Path) -> None:
     options, message = REFUSALS[name]
     with pytest.raises(ConfigError) as caught:
-        choose(tmp_path, TRUE, **options)
+        choose_liger(tmp_path, REQUESTED, **options)
     assert caught.value.code == "KernelsUnavailable" and message in caught.value.message
     assert caught.value.hint == "remove ligerKernels, or write `ligerKernels: false`"
 
 
 @pytest.mark.parametrize("missing", ["package", "compiler", "library"])
 def test_kernels_that_cannot_run_are_refused_or_turned_off(missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton fails on this machine, because it has no GPU. On a GPU machine, it fails without a C compiler."""
+    """In the case `compiler`, Triton fails because this machine has no GPU. On a GPU machine, it fails without a C compiler."""
     import torch
     from finetune_trainer import kernels
 
@@ -128,20 +128,20 @@ def test_kernels_that_cannot_run_are_refused_or_turned_off(missing: str, tmp_pat
         reason = "Liger's kernels do not run on the cuda device: "
     if missing != "package":
         pytest.importorskip("liger_kernel", reason="liger-kernel is only published for x86-64")
-    is_on, notes = choose(tmp_path, {})
+    is_on, notes = choose_liger(tmp_path, {})
     assert not is_on and len(notes) == 1 and notes[0].startswith(f"model.ligerKernels is off: {reason}")
     with pytest.raises(ConfigError, match="KernelsUnavailable") as caught:
-        choose(tmp_path, TRUE)
+        choose_liger(tmp_path, REQUESTED)
     assert reason in caught.value.message
 
 
-def test_the_release_chooses_only_types_that_liger_knows() -> None:
+def test_liger_knows_every_type_of_model_for_which_kernels_are_chosen() -> None:
     pytest.importorskip("liger_kernel", reason="liger-kernel is only published for x86-64")
-    from finetune_trainer.kernels import ACTIVATIONS, COMPARED_TYPES, TYPES_WITHOUT_REWARD_KERNELS
+    from finetune_trainer.kernels import ACTIVATIONS, COMPARED_MODEL_TYPES, MODEL_TYPES_WITHOUT_REWARD_KERNELS
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
-    assert set(MODEL_TYPE_TO_APPLY_LIGER_FN) >= COMPARED_TYPES == set(ACTIVATIONS)
-    assert COMPARED_TYPES > TYPES_WITHOUT_REWARD_KERNELS
+    assert set(MODEL_TYPE_TO_APPLY_LIGER_FN) >= COMPARED_MODEL_TYPES == set(ACTIVATIONS)
+    assert COMPARED_MODEL_TYPES > MODEL_TYPES_WITHOUT_REWARD_KERNELS
 
 
 @pytest.mark.parametrize(
@@ -150,11 +150,11 @@ def test_the_release_chooses_only_types_that_liger_knows() -> None:
         ({}, True, ["model.ligerKernels is on: the run uses a GPU, and Liger has kernels for models of type llama (model.ligerKernels: false turns them off)"]),
         ({}, False, ["model.ligerKernels is off: Liger replaced no layer of FakeModel"]),
         (UNSLOTH, False, ["model.ligerKernels is off: Liger replaced no layer of FakeModel"]),
-        (TRUE, True, []),
-        (TRUE, False, "KernelsNotActive"),
+        (REQUESTED, True, []),
+        (REQUESTED, False, "KernelsNotActive"),
     ],
 )
-def test_only_requested_kernels_end_a_run_whose_layers_do_not_use_them(
+def test_inactive_kernels_end_the_run_only_if_the_spec_requests_kernels(
     spec: dict[str, Any], active: bool, expected: list[str] | str, tmp_path: Path
 ) -> None:
     import torch
@@ -177,13 +177,13 @@ def test_only_requested_kernels_end_a_run_whose_layers_do_not_use_them(
 
 MODEL_SCRIPT = """
 import sys, torch
-from finetune_trainer.kernels import COMPARED_TYPES, LIGER_OPTIONS, TYPES_WITHOUT_REWARD_KERNELS
+from finetune_trainer.kernels import COMPARED_MODEL_TYPES, LIGER_OPTIONS, MODEL_TYPES_WITHOUT_REWARD_KERNELS
 from tests.support.kernels import make_model, uses_kernels
 from transformers.integrations.liger import apply_liger_kernel
 
 cross_entropy = torch.nn.functional.cross_entropy
 for kind in ("causal", "reward"):
-    for model_type in sorted(COMPARED_TYPES - (TYPES_WITHOUT_REWARD_KERNELS if kind == "reward" else set())):
+    for model_type in sorted(COMPARED_MODEL_TYPES - (MODEL_TYPES_WITHOUT_REWARD_KERNELS if kind == "reward" else set())):
         with torch.device("meta"):
             model = make_model(model_type, kind)
         if model is None:
@@ -198,10 +198,10 @@ print("compared")
 
 
 @pytest.mark.slow
-def test_liger_replaces_layers_of_every_chosen_type_and_leaves_forward_pass_and_loss() -> None:
-    """A reward model has no language-model head, so a kernel that replaces the forward pass would fail."""
+def test_liger_replaces_layers_of_every_chosen_type_but_not_its_forward_pass_and_loss() -> None:
+    """Liger must not replace the forward pass, because a reward model has no language-model head."""
     pytest.importorskip("liger_kernel", reason="liger-kernel is only published for x86-64")
     root = Path(__file__).parents[3]
     result = subprocess.run([sys.executable, "-c", MODEL_SCRIPT], cwd=root, capture_output=True, text=True, check=False)
-    # Libraries may print warnings to the same stream.
+    # Libraries may print warnings before the last word of the output.
     assert result.stdout.split()[-1:] == ["compared"], result.stderr[-2000:]

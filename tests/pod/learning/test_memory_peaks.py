@@ -1,4 +1,4 @@
-"""Peaks of memory of small training runs agree with the memory plan."""
+"""The memory plan predicts the measured memory peak of small training runs."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from benchmarks.lib.memory_runs import SmallRun, measure_peak
 from tests.support.slices import quick_slice
 
 SEEDS = (1001, 1006, 1007, 1014, 1018, 1030, 1044, 1089)
-"""Short runs of benchmarks/memory_peaks.py: all families, full training, LoRA and QLoRA, three optimizers and precisions, with and without recomputation."""
+"""Seeds of short runs of benchmarks/memory_peaks.py. Together they cover all model families, full training, LoRA and QLoRA, three optimizers,
+three precisions, and runs with and without recomputation."""
 
 
 @pytest.mark.parametrize("seed", quick_slice(SEEDS, (1007, 1014, 1044)))
 def test_a_measured_peak_agrees_with_the_plan(seed: int) -> None:
     run = SmallRun.draw(seed)
-    assert replay(run.as_step()).total / measure_peak(run) == pytest.approx(1, abs=0.05), run
+    assert replay(run.as_step()).total_bytes / measure_peak(run) == pytest.approx(1, abs=0.05), run

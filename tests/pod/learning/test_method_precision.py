@@ -1,4 +1,4 @@
-"""Runs on a CPU with the dtypes of a GPU: 16-bit base, autocast, gradient checkpointing. Trained weights have 32 bits."""
+"""Runs on a CPU with the dtypes of a GPU run: the base model and autocast use 16 bits, and trained weights have 32 bits."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ SIXTEEN_BIT_SPEC: dict[str, Any] = {
     "model": {"dtype": "bfloat16"},
     "training": {"maxSteps": 2, "mixedPrecision": "bf16", "gradientCheckpointing": "enabled"},
 }
-FULL_MODULES = {"method": {"lora": {"modulesToSave": ["lm_head"], "bias": "all"}}}
+FULLY_TRAINED_MODULES = {"method": {"lora": {"modulesToSave": ["lm_head"], "bias": "all"}}}
 LENGTH_REWARDS = [{"builtin": "length", "parameters": {"maximum": "3"}}]
 SPECS_AND_ROWS: dict[str, tuple[dict[str, Any], Any]] = {
-    "modules trained in full": (FULL_MODULES, TEN_ROWS),
+    "modules trained in full": (FULLY_TRAINED_MODULES, TEN_ROWS),
     "a reward model's head": ({"trainer": {"type": "reward"}}, PREFERENCE_PAIRS),
     "answers of grpo": (
-        {**FULL_MODULES, "trainer": {"type": "grpo", "maxCompletionLength": 4, "grpo": {"numGenerations": 2}, "rewards": LENGTH_REWARDS}},
+        {**FULLY_TRAINED_MODULES, "trainer": {"type": "grpo", "maxCompletionLength": 4, "grpo": {"numGenerations": 2}, "rewards": LENGTH_REWARDS}},
         PROMPTS,
     ),
     "ia3": ({"method": {"type": "ia3"}}, TEN_ROWS),
@@ -32,7 +32,7 @@ SPECS_AND_ROWS: dict[str, tuple[dict[str, Any], Any]] = {
 
 @pytest.mark.parametrize("name", SPECS_AND_ROWS)
 def test_trained_weights_on_a_16_bit_base_have_32_bits(name: str, model: Path, tmp_path: Path) -> None:
-    """16-bit weights would lose the small updates of usual learning rates."""
+    """16-bit weights would lose the small updates of common learning rates."""
     spec, rows = SPECS_AND_ROWS[name]
     outcome = run_training(tmp_path, model, merge_mappings(SIXTEEN_BIT_SPEC, spec), rows)
     types = {(parameter.requires_grad, parameter.dtype) for parameter in outcome.model.parameters()}
@@ -59,13 +59,13 @@ def test_a_packing_leak_is_found_in_16_bits(model: Path, tmp_path: Path, monkeyp
 
 def test_without_autocast_trained_modules_keep_the_dtype_of_the_spec(model: Path, tmp_path: Path) -> None:
     outcome = run_training(
-        tmp_path, model, {"model": {"dtype": "bfloat16"}, **FULL_MODULES, "training": {"maxSteps": 1}}
+        tmp_path, model, {"model": {"dtype": "bfloat16"}, **FULLY_TRAINED_MODULES, "training": {"maxSteps": 1}}
     )
     assert outcome.model.get_output_embeddings().weight.dtype == torch.bfloat16
 
 
 def test_inputs_that_autocast_converts_give_the_same_losses(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """PEFT's conversion to 32 bits is left out, because autocast converts back to 16 bits."""
+    """The trainer omits PEFT's conversion of inputs to 32 bits, because autocast would convert them back to 16 bits."""
     from finetune_trainer.method import lora
 
     spec = merge_mappings(SIXTEEN_BIT_SPEC, {"method": {"lora": {"dropout": 0}}, "training": {"maxSteps": 4}})

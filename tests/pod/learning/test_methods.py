@@ -1,4 +1,4 @@
-"""Every method learns, trains only the right parameters, and saves an artefact that plain transformers and PEFT load."""
+"""Every method learns, trains only its own parameters, and saves an artefact that plain transformers and PEFT can load."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ pytestmark = pytest.mark.pod
 SIXTY_STEPS = {"training": {"maxSteps": 60, "batchSizePerDevice": 10, "scheduler": "constant"}}
 NO_DROPOUT = {"lora": {"dropout": 0}}
 
-# The final loss must be below this bound. Most methods memorise ten rows in sixty steps. Prefix and prompt tuning train only
-# twenty vectors and cannot memorise them; their bounds are slightly above the loss that they reach.
+# Each entry has the spec of a method and an upper bound for its final loss. Most methods memorise the ten rows in sixty steps.
+# Prefix and prompt tuning train only twenty vectors and cannot memorise the rows, so their bounds are just above the loss that they reach.
 SPECS_AND_LOSS_BOUNDS = {
     "full": ({"method": {"type": "full"}}, 0.1),
     "lora": ({"method": NO_DROPOUT}, 0.1),
@@ -43,7 +43,7 @@ SPECS_AND_LOSS_BOUNDS = {
 
 
 def load_tuned(outcome: RunOutcome, model: Path, **options: Any) -> Any:
-    """Load the artefact as a user does."""
+    """Load the artefact as a user does, with plain transformers and PEFT."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -55,7 +55,7 @@ def load_tuned(outcome: RunOutcome, model: Path, **options: Any) -> Any:
 
 
 def generate_answer(tuned: Any, folder: Path, question: str) -> str:
-    """Generate the tuned model's greedy answer, up to its end token."""
+    """Generate the tuned model's answer to a question by greedy decoding."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -79,7 +79,7 @@ def test_method_learns_and_its_artefact_answers(name: str, model: Path, tmp_path
     assert outcome.losses[-1] < bound
     assert outcome.folder is not None
     tuned = load_tuned(outcome, model)
-    if bound > 0.1:  # such a method does not learn the answers, so compare the logits of the loaded and the trained model
+    if bound > 0.1:  # the method does not memorise the answers, so the test compares logits instead
         ids = torch.arange(5, 25).unsqueeze(0)
         with torch.no_grad():
             assert torch.allclose(tuned.eval()(ids).logits, outcome.model.eval()(ids).logits, atol=1e-5)
@@ -103,7 +103,7 @@ def test_adapters_do_not_change_the_base_weights(name: str, model: Path, tmp_pat
         if base_weight is not None and base_weight.dtype == value.dtype:
             assert torch.equal(base_weight, value), key
             compared += 1
-    assert compared >= 7  # embeddings, head and norms are always compared; without quantisation all 21 tensors
+    assert compared >= 7  # embeddings, head and norms are never quantised; without quantisation, all 21 tensors are compared
     if name in ("lora", "dora", "ia3", "promptTuning"):
         assert compared == 21
     assert outcome.kind == "adapter"
@@ -125,7 +125,7 @@ def test_loftq_starts_as_the_best_low_rank_correction_of_the_quantisation_error(
         error = original[f"{name}.weight"] - dequantize_4bit(packed.data, packed.quant_state)
         remaining = error - 4 * (layer.lora_B["default"].weight @ layer.lora_A["default"].weight).detach()
         singular = torch.linalg.svdvals(error)
-        # The error of the best approximation of rank 4 consists of the singular values after the fourth.
+        # The singular values after the fourth give the error of the best approximation of rank 4.
         assert float(remaining.norm()) == pytest.approx(float(singular[4:].norm()), rel=1e-4)
 
 
@@ -145,7 +145,7 @@ def test_the_base_model_of_qlora_is_stored_in_4_bits(model: Path, tmp_path: Path
         tmp_path, model, {"method": {"type": "qlora"}, "model": {"quantization": {"type": "fp4", "doubleQuant": False}}}
     )
     four = [p for p in outcome.model.parameters() if type(p).__name__ == "Params4bit"]
-    assert len(four) == 14  # seven linear layers in each of two blocks
+    assert len(four) == 14  # two blocks with seven linear layers each
     assert {p.quant_state.quant_type for p in four} == {"fp4"}
     assert {p.quant_state.nested for p in four} == {False}
     assert all(p.dtype == torch.float32 for p in outcome.model.parameters() if p.requires_grad)

@@ -1,4 +1,4 @@
-"""The metric files from the log of a real run with evaluations and a test set."""
+"""The metric files that are built from the log of a real run with evaluations and a test set."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from finetune_trainer.results.file_names import ResultFile
 from finetune_trainer.results.log_entry import LineKind, LogEntry
-from finetune_trainer.results.metric_files import RunDescription, metric_files
+from finetune_trainer.results.metric_files import RunDescription, build_metric_files
 
 from tests.support.learning import run_training
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.pod
 
 
 def test_metric_files_of_a_real_run(model: Path, tmp_path: Path) -> None:
-    """Eight training rows are four steps per epoch, and the run has two epochs. Steps 3, 6 and 8 are evaluated."""
+    """The run has two epochs of four steps (eight rows, two rows per step). It evaluates at steps 3, 6 and 8."""
     started_at = datetime.now(UTC)
     spec = {
         "training": {"maxSteps": 8}, "dataset": {"split": {"validation": 0.1, "test": 0.1}},
@@ -31,7 +31,7 @@ def test_metric_files_of_a_real_run(model: Path, tmp_path: Path) -> None:
     assert [kinds.count(kind) for kind in LineKind] == [8, 3, 1, 1, 0]
     assert kinds[-2:] == [LineKind.SUMMARY, LineKind.TEST]
     run = RunDescription(model="tiny", technique="lora", started_at=started_at, completed_at=datetime.now(UTC))
-    files = metric_files(log, run)
+    files = build_metric_files(log, run)
     steps = json.loads(files[ResultFile.STEP_METRICS])
     assert [one["step"] for one in steps] == list(range(1, 9)) and [one["loss"] for one in steps] == outcome.losses
     first, second = json.loads(files[ResultFile.EPOCH_METRICS])

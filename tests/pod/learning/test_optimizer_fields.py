@@ -1,4 +1,4 @@
-"""For each optimizer, the API's rules list the Adam settings that transformers passes to this optimizer."""
+"""The API's rules list, for each optimizer, the Adam settings that transformers passes to it."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from finetune_api.rules import OPTIMIZERS
 from finetune_api.rules.training import adam_fields
 
 pytestmark = pytest.mark.pod
-WITHOUT_PACKAGE = (
+OPTIMIZERS_WITHOUT_PACKAGE = (
     "adamw_torch_4bit",
     "adamw_torch_8bit",
     "schedule_free_adamw",
     "schedule_free_sgd",
     "schedule_free_radam",
 )
-"""Optimizers whose packages the image does not have."""
+"""The optimizers whose packages are missing from the trainer image."""
 
 
-@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name not in WITHOUT_PACKAGE])
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name not in OPTIMIZERS_WITHOUT_PACKAGE])
 def test_the_rules_know_the_settings_that_transformers_passes_to_the_optimizer(name: str) -> None:
     from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS, OptimizerContext
 

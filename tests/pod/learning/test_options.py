@@ -1,4 +1,4 @@
-"""Documented effects of options of methods, models and objectives that other tests do not cover."""
+"""Options of methods, models and objectives have their documented effects. Other files test further options."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ pytestmark = pytest.mark.pod
 ONE_STEP: dict[str, Any] = {"training": {"maxSteps": 1}}
 
 
-def adapter_config(outcome: RunOutcome) -> dict[str, Any]:
+def read_adapter_config(outcome: RunOutcome) -> dict[str, Any]:
     assert outcome.folder is not None
     config: dict[str, Any] = json.loads((outcome.folder / "adapter_config.json").read_text())
     return config
 
 
-def weights(folder: Path | None, name: str = "adapter_model.safetensors") -> dict[str, torch.Tensor]:
+def load_weights(folder: Path | None, name: str = "adapter_model.safetensors") -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     assert folder is not None
     return dict(load_file(folder / name))
 
 
-# ---- methods
+# ---- options of methods
 
 
 @pytest.mark.parametrize(("method", "shape"), [("promptTuning", (7, 64)), ("prefixTuning", (7, 2 * 2 * 32))])
@@ -39,8 +39,8 @@ def test_prompt_length_is_the_number_of_virtual_tokens(
     method: str, shape: tuple[int, int], model: Path, tmp_path: Path
 ) -> None:
     outcome = run_training(tmp_path, model, merge_mappings(ONE_STEP, {"method": {"type": method, "promptLength": 7}}))
-    assert adapter_config(outcome)["num_virtual_tokens"] == 7
-    (learned,) = weights(outcome.folder).values()
+    assert read_adapter_config(outcome)["num_virtual_tokens"] == 7
+    (learned,) = load_weights(outcome.folder).values()
     assert tuple(learned.shape) == shape
 
 
@@ -51,7 +51,7 @@ def test_use_dora_equals_method_dora(model: Path, tmp_path: Path) -> None:
         tmp_path / "b", model, merge_mappings(ONE_STEP, {"method": {"lora": {**lora["lora"], "useDora": True}}})
     )
     plain = run_training(tmp_path / "c", model, merge_mappings(ONE_STEP, {"method": lora}))
-    sizes = [sum("magnitude" in key for key in weights(outcome.folder)) for outcome in (by_type, by_flag, plain)]
+    sizes = [sum("magnitude" in key for key in load_weights(outcome.folder)) for outcome in (by_type, by_flag, plain)]
     assert sizes == [14, 14, 0]
     assert by_type.losses == by_flag.losses
 
@@ -68,16 +68,16 @@ def test_the_biases_of_the_spec_are_trained(bias: str, trained_count: int, tmp_p
     assert all((("q_proj" in n) or bias == "all") for n in names)
 
 
-@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
-def test_4_bit_layers_compute_in_the_dtype_of_the_spec(kind: str, model: Path, tmp_path: Path) -> None:
-    spec = merge_mappings(ONE_STEP, {"method": {"type": "qlora"}, "model": {"quantization": {"computeDtype": kind}}})
+@pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
+def test_4_bit_layers_compute_in_the_dtype_of_the_spec(compute_dtype: str, model: Path, tmp_path: Path) -> None:
+    spec = merge_mappings(ONE_STEP, {"method": {"type": "qlora"}, "model": {"quantization": {"computeDtype": compute_dtype}}})
     outcome = run_training(tmp_path, model, spec)
     layers = [m for m in outcome.model.modules() if type(m).__name__ == "Linear4bit" and hasattr(m, "compute_dtype")]
-    assert {str(layer.compute_dtype) for layer in layers} == {f"torch.{kind}"}
+    assert {str(layer.compute_dtype) for layer in layers} == {f"torch.{compute_dtype}"}
 
 
-def test_mean_over_std_selects_whole_layers(model: Path, tmp_path: Path) -> None:
-    before = weights(model, "model.safetensors")
+def test_spectrum_by_mean_over_std_selects_whole_layers(model: Path, tmp_path: Path) -> None:
+    before = load_weights(model, "model.safetensors")
     ratios = {
         layer: sum(
             float(w.abs().mean() / w.std())
@@ -98,7 +98,7 @@ def test_mean_over_std_selects_whole_layers(model: Path, tmp_path: Path) -> None
     assert all(name.startswith(f"model.layers.{best}.") for name in record["trained"])
 
 
-def test_a_scan_is_reused_for_the_same_model_revision(
+def test_a_spectrum_scan_is_reused_for_the_same_model_revision(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from finetune_trainer.method import spectrum
@@ -118,7 +118,7 @@ def test_a_scan_is_reused_for_the_same_model_revision(
     assert len(scanned) == 14
 
 
-# ---- the model
+# ---- options of the model
 
 
 def test_remote_code_runs_only_if_it_is_trusted(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,7 +142,7 @@ def test_remote_code_runs_only_if_it_is_trusted(model: Path, tmp_path: Path, mon
     assert type(trusted.model.get_base_model()).__name__ == "OwnForCausalLM"
 
 
-# ---- objectives and logging
+# ---- options of objectives and logging
 
 
 @pytest.mark.parametrize("sampling", [{"temperature": 0.001}, {"topP": 0.001}], ids=["temperature", "topP"])
@@ -152,7 +152,7 @@ def test_sampling_from_one_candidate_gives_equal_completions(
     reward = {"builtin": "length", "parameters": {"unit": "characters", "minimum": "500"}}
 
     def share_of_groups_with_equal_rewards(**options: float) -> float:
-        """Train one step on 8 questions with 4 answers each. Return the share of questions whose answers all have the same reward."""
+        """Train one step on 8 questions with 4 answers each. Returns the share of questions whose four answers have the same reward."""
         trainer = {
             "type": "grpo",
             "maxCompletionLength": 8,

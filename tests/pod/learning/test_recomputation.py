@@ -1,4 +1,4 @@
-"""Losses and weights do not depend on which activations are recomputed."""
+"""Losses and weights do not depend on whether a run keeps its activations or recomputes them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.slices import quick_slice
 
 pytestmark = pytest.mark.pod
 ROWS = [{"text": "The quick brown fox jumps over the lazy dog. " * (1 + number % 5)} for number in range(20)]
-"""Rows of different lengths: the largest micro-batch of two rows has about five times as many tokens as the smallest."""
+"""Rows of five different lengths. The largest micro-batch of two rows has about five times as many tokens as the smallest."""
 SPEC: dict[str, Any] = {
     "training": {"maxSteps": 5, "batchSizePerDevice": 2, "gradientAccumulationSteps": 2, "gradientCheckpointing": "enabled"},
     "evaluation": {"strategy": "steps", "steps": 2},
@@ -27,11 +27,11 @@ METHODS = {
     "full": {"method": {"type": "full", "lora": None}},
     "full in 16 bits": {"method": {"type": "full", "lora": None}, "training": {"mixedPrecision": "bf16"}},
 }
-LIMITS = {"all recompute": 0, "some recompute": 120, "none recompute": 10**9}
+TOKEN_LIMITS = {"all recompute": 0, "some recompute": 120, "none recompute": 10**9}
 
 
 class ForwardCounter:
-    """Counts how often the first layer begins its forward pass in each optimizer step: twice for a recomputed micro-batch."""
+    """Counts the forward passes of the first layer in each optimizer step: one for each micro-batch, and a second one if the layer recomputes."""
 
     def __init__(self, kept_layer_tokens: int | None) -> None:
         self._kept_layer_tokens = kept_layer_tokens
@@ -67,13 +67,13 @@ def train(folder: Path, model: Path, spec: dict[str, Any], kept_layer_tokens: in
 
 
 @pytest.mark.parametrize("name", quick_slice(METHODS, ("full in 16 bits", "lora with dropout")))
-def test_results_do_not_depend_on_the_choice(name: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_do_not_depend_on_recomputation(name: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = merge_mappings(SPEC, METHODS[name])
     disabled = merge_mappings(spec, {"training": {"gradientCheckpointing": "disabled"}})
     expected, counts = train(tmp_path / "disabled", model, disabled, None, monkeypatch)
     assert counts == [2] * 5
     counts_by_limit = {}
-    for limit_name, limit in LIMITS.items():
+    for limit_name, limit in TOKEN_LIMITS.items():
         outcome, counts_by_limit[limit_name] = train(tmp_path / limit_name, model, spec, limit, monkeypatch)
         assert outcome.losses == expected.losses and outcome.grad_norms == expected.grad_norms
         assert outcome.eval_losses == expected.eval_losses and outcome.eval_losses
@@ -90,17 +90,17 @@ class Layer(GradientCheckpointingLayer):
         self.gradient_checkpointing = gradient_checkpointing
 
     def forward(self) -> None:
-        """Do nothing."""
+        """Compute nothing, because the tests only read the layer's flag."""
 
 
 @pytest.mark.parametrize(
     ("tokens", "kept"), [(1, 4), (10, 4), (11, 2), (13, 2), (14, 1), (20, 1), (21, 0), (40, 0), (41, 0)]
 )
-def test_the_activations_of_one_more_layer_fit_if_some_are_recomputed(tokens: int, kept: int) -> None:
+def test_larger_micro_batches_keep_the_activations_of_fewer_layers(tokens: int, kept: int) -> None:
     assert count_kept_layers(4, tokens, 40) == kept
 
 
-def test_the_last_layers_keep_their_activations() -> None:
+def test_the_last_layers_keep_their_activations_if_only_some_layers_fit() -> None:
     model = torch.nn.ModuleList([Layer(True), Layer(False), torch.nn.Linear(1, 1), Layer(True), Layer(True)])
     recomputation = RecomputationPerBatch(model, 30)
     flags = []
@@ -114,8 +114,8 @@ def test_the_last_layers_keep_their_activations() -> None:
 RANK_LIMITS = {"both recompute": (0, 0), "one rank recomputes": (0, 100), "none recomputes": (100, 100)}
 
 
-def train_two_ranks(rank: int, model: str, folder: str) -> None:
-    """Train with ddp for each pair of limits, in one of two processes, and write the weights."""
+def train_one_rank(rank: int, model: str, folder: str) -> None:
+    """Run one of two ranks, which train with ddp once for each entry of RANK_LIMITS, and write the resulting weights."""
     from torch import distributed
     from torch.nn.parallel import DistributedDataParallel
     from transformers import AutoModelForCausalLM
@@ -144,8 +144,8 @@ def train_two_ranks(rank: int, model: str, folder: str) -> None:
 
 
 @pytest.mark.slow
-def test_ranks_may_choose_differently(model: Path, tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(train_two_ranks, (str(model), str(tmp_path)), nprocs=2)
+def test_weights_are_equal_if_only_one_rank_recomputes(model: Path, tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(train_one_rank, (str(model), str(tmp_path)), nprocs=2)
     ranks = [torch.load(tmp_path / f"weights-{rank}.pt") for rank in (0, 1)]
     expected = ranks[0]["none recomputes"]
     for weights in (ranks[rank][name] for rank in (0, 1) for name in RANK_LIMITS):

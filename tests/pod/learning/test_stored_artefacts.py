@@ -1,4 +1,4 @@
-"""Plain transformers and PEFT compute from each stored artefact what the trainer computed in memory, for every method and objective."""
+"""For every method and objective, plain transformers and PEFT compute from the stored artefact what the trainer computed in memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.learning import TEN_ROWS, RunOutcome, make_run, merge_mapping
 from tests.support.preferences import LABELLED_ANSWERS, PREFERENCE_PAIRS, PROMPTS
 
 pytestmark = pytest.mark.pod
-BASE: dict[str, Any] = {"output": {"verify": True}, "training": {"learningRate": 1e-2, "maxSteps": 4}, "method": {"lora": {"dropout": 0}}}
+BASE_SPEC: dict[str, Any] = {"output": {"verify": True}, "training": {"learningRate": 1e-2, "maxSteps": 4}, "method": {"lora": {"dropout": 0}}}
 NO_LORA: dict[str, Any] = {"lora": None}
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {},
@@ -55,20 +55,22 @@ OBJECTIVES: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "reward full": ({"trainer": {"type": "reward"}, "method": {"type": "full", **NO_LORA}}, PREFERENCE_PAIRS),
     "grpo": ({"trainer": {"type": "grpo", "grpo": {"numGenerations": 2}, "maxCompletionLength": 8, "rewards": [LENGTH_REWARD]}}, PROMPTS),
 }  # fmt: skip
-IN_SLOW_SLICE = ("embeddings", "rslora", "olora", "eva", "bias", "8 bits", "loftq", "bf16 full", "new tokens full", "packed", "orpo", "reward full")
+SLOW_RUNS = ("embeddings", "rslora", "olora", "eva", "bias", "8 bits", "loftq", "bf16 full", "new tokens full", "packed", "orpo", "reward full")
 
 
-def slices(names: Iterable[str]) -> list[Any]:
-    return [pytest.param(name, marks=[pytest.mark.slow] if name in IN_SLOW_SLICE else []) for name in names]
+def mark_slow(names: Iterable[str]) -> list[Any]:
+    """Return the names as test parameters. The names in SLOW_RUNS are marked as slow."""
+    return [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW_RUNS else []) for name in names]
 
 
 def train_and_verify(folder: Path, model: Path, spec: dict[str, Any], rows: list[dict[str, Any]]) -> tuple[ArtefactVerification, ReferenceValues]:
+    """Train in this process, and verify the stored artefact. Returns the verification and the trainer's reference values."""
     if spec.get("model", {}).get("source") == "attention bias":
         from tests.support.tiny import make_tiny_model
 
         model = make_tiny_model(folder / "model", attention_bias=True)
         spec = merge_mappings(spec, {"model": {"source": f"file://{model}"}})
-    run, inputs = make_run(folder, model, merge_mappings(BASE, spec), rows)
+    run, inputs = make_run(folder, model, merge_mappings(BASE_SPEC, spec), rows)
     outcome: RunOutcome = train_here(run, inputs)
     assert outcome.folder is not None and outcome.kind is not None
     reference = ReferenceValues.model_validate_json((inputs.output_dir / FILE_NAME).read_text())
@@ -77,6 +79,7 @@ def train_and_verify(folder: Path, model: Path, spec: dict[str, Any], rows: list
 
 
 def verify(run: RunConfig, folder: Path, inputs: Inputs, reference: ReferenceValues, outcome: RunOutcome) -> ArtefactVerification:
+    """Verify the artefact of a run with the settings of the job `run`, which need not be the job that trained it."""
     assert outcome.folder is not None and outcome.kind is not None
     verifier = Verifier(run, Channel.create_recording(folder / "work"), inputs, reference)
     (result,) = verifier.verify([Artefact(outcome.kind, outcome.folder, OutputKind(outcome.kind))])
@@ -84,9 +87,9 @@ def verify(run: RunConfig, folder: Path, inputs: Inputs, reference: ReferenceVal
 
 
 @pytest.mark.parametrize("name", ["qlora", "new tokens"])
-def test_a_job_with_other_settings_verifies_the_artefact_as_it_was_trained(name: str, model: Path, tmp_path: Path) -> None:
-    """A job without training may leave out the settings of the training. The recorded values say how the model must be loaded."""
-    run, inputs = make_run(tmp_path, model, merge_mappings(BASE, METHODS[name]), list(TEN_ROWS))
+def test_a_job_without_the_training_settings_verifies_the_artefact_as_it_was_trained(name: str, model: Path, tmp_path: Path) -> None:
+    """The reference values record how the model must be loaded, so a job without training needs no training settings."""
+    run, inputs = make_run(tmp_path, model, merge_mappings(BASE_SPEC, METHODS[name]), list(TEN_ROWS))
     outcome = train_here(run, inputs)
     reference = ReferenceValues.model_validate_json((inputs.output_dir / FILE_NAME).read_text())
     assert (reference.device, reference.trusts_code) == ("cpu", False)
@@ -100,7 +103,7 @@ def test_a_job_with_other_settings_verifies_the_artefact_as_it_was_trained(name:
     assert verify(other_run, tmp_path / "other", other_inputs, reference.model_copy(update=on_gpu), outcome).result is VerificationOutcome.VERIFIED
 
 
-@pytest.mark.parametrize("name", slices(METHODS))
+@pytest.mark.parametrize("name", mark_slow(METHODS))
 def test_the_stored_artefact_of_every_method_computes_what_was_trained(name: str, model: Path, tmp_path: Path) -> None:
     result, reference = train_and_verify(tmp_path, model, METHODS[name], list(TEN_ROWS))
     assert result.result is VerificationOutcome.VERIFIED, result
@@ -108,7 +111,7 @@ def test_the_stored_artefact_of_every_method_computes_what_was_trained(name: str
     assert len(reference.rows) == 8 or name == "packed"
 
 
-@pytest.mark.parametrize("name", slices(OBJECTIVES))
+@pytest.mark.parametrize("name", mark_slow(OBJECTIVES))
 def test_the_stored_artefact_of_every_objective_computes_what_was_trained(name: str, model: Path, tmp_path: Path) -> None:
     spec, rows = OBJECTIVES[name]
     result, reference = train_and_verify(tmp_path, model, spec, list(rows))

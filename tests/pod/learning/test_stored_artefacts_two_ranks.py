@@ -1,4 +1,4 @@
-"""On two ranks, every strategy writes reference values, and the stored artefact computes them."""
+"""Every strategy writes reference values on two ranks, and the stored artefact computes the same values."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from tests.support.cells import Cell, Result, launch_cells
 from tests.support.learning import TEN_ROWS, make_run, merge_mappings
 
 pytestmark = [pytest.mark.pod, pytest.mark.slow, pytest.mark.timeout(400)]
-LORA: dict[str, Any] = {"method": {"lora": {"dropout": 0}}}
-FULL: dict[str, Any] = {"method": {"type": "full", "lora": None}}
+LORA_SPEC: dict[str, Any] = {"method": {"lora": {"dropout": 0}}}
+FULL_SPEC: dict[str, Any] = {"method": {"type": "full", "lora": None}}
 RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "ddp lora": (LORA, {"strategy": "ddp"}),
-    "fsdp lora": (LORA, {"strategy": "fsdp"}),
-    "fsdp full": (FULL, {"strategy": "fsdp"}),
-    "zero 2 full": (FULL, {"strategy": "deepspeed", "deepspeed": {"zeroStage": 2}}),
-    "zero 3 lora": (LORA, {"strategy": "deepspeed", "deepspeed": {"zeroStage": 3}}),
-    "zero 3 full": (FULL, {"strategy": "deepspeed", "deepspeed": {"zeroStage": 3}}),
+    "ddp lora": (LORA_SPEC, {"strategy": "ddp"}),
+    "fsdp lora": (LORA_SPEC, {"strategy": "fsdp"}),
+    "fsdp full": (FULL_SPEC, {"strategy": "fsdp"}),
+    "zero 2 full": (FULL_SPEC, {"strategy": "deepspeed", "deepspeed": {"zeroStage": 2}}),
+    "zero 3 lora": (LORA_SPEC, {"strategy": "deepspeed", "deepspeed": {"zeroStage": 3}}),
+    "zero 3 full": (FULL_SPEC, {"strategy": "deepspeed", "deepspeed": {"zeroStage": 3}}),
 }
 
 
-def spec_of(name: str) -> dict[str, Any]:
+def make_spec(name: str) -> dict[str, Any]:
     method, strategy = RUNS[name]
     return merge_mappings(method, {"distributed": strategy, "output": {"verify": True}, "training": {"learningRate": 1e-2}})
 
 
 @pytest.fixture(scope="module")
 def results(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
-    cells = [Cell(name, str(model), spec_of(name), TEN_ROWS, keep=True) for name in RUNS]
+    cells = [Cell(name, str(model), make_spec(name), TEN_ROWS, keep=True) for name in RUNS]
     return launch_cells(cells, tmp_path_factory.mktemp("cells"), rank_count=2)
 
 
@@ -46,6 +46,6 @@ def test_the_stored_artefact_of_every_strategy_computes_what_was_trained(name: s
     folder, kind = Path(result.folder), OutputKind(str(result.kind))
     reference = ReferenceValues.model_validate_json((folder / FILE_NAME).read_text())
     assert reference.reason is None and len(reference.rows) == 8
-    run, inputs = make_run(tmp_path, model, spec_of(name))
+    run, inputs = make_run(tmp_path, model, make_spec(name))
     (found,) = Verifier(run, Channel.create_recording(tmp_path / "work"), inputs, reference).verify([Artefact(kind.value, folder / "final", kind)])
     assert found.result is VerificationOutcome.VERIFIED and (found.change_from_base or 0) > 1e-3, found

@@ -1,4 +1,4 @@
-"""Documented effects of the options of `spec.training`, `checkpoint` and `evaluation`, and the error codes of failing runs."""
+"""The options of `spec.training`, `checkpoint` and `evaluation` have their documented effects, and failing runs have their error codes."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def default_full(model: Path, tmp_path_factory: pytest.TempPathFactory) -> RunOu
     return run_training(tmp_path_factory.mktemp("default"), model, {"method": {"type": "full"}})
 
 
-def learning_rates(outcome: RunOutcome) -> list[float]:
-    """The logged learning rates."""
+def logged_learning_rates(outcome: RunOutcome) -> list[float]:
+    """Return the logged learning rate of each step."""
     return [line["learning_rate"] for line in outcome.logs if "learning_rate" in line]
 
 
@@ -60,7 +60,7 @@ def test_the_learning_rate_follows_the_schedule(name: str, raw_model: Path, tmp_
     if "warmupSteps" in training:
         training = {**training, "warmupRatio": None}
     outcome = run_training(tmp_path, raw_model, {**LORA_SPEC, "training": training})
-    assert learning_rates(outcome) == pytest.approx([5e-3 * factor for factor in factors], rel=1e-6, abs=1e-12)
+    assert logged_learning_rates(outcome) == pytest.approx([5e-3 * factor for factor in factors], rel=1e-6, abs=1e-12)
 
 
 def test_an_unknown_scheduler_parameter_is_refused(raw_model: Path, tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_transformers_has_every_optimizer_of_the_api() -> None:
 @pytest.mark.parametrize(
     "name", ["adamw_torch", "adamw_8bit", "paged_adamw_8bit", "sgd", "adafactor", "lion_8bit", "rmsprop"]
 )
-def test_optimizers_train(name: str, model: Path, default_lora: RunOutcome, tmp_path: Path) -> None:
+def test_every_optimizer_trains(name: str, model: Path, default_lora: RunOutcome, tmp_path: Path) -> None:
     outcome = run_training(
         tmp_path, model, {**LORA_SPEC, "training": {"optimizer": name, "learningRate": 1e-2 if name != "sgd" else 1}}
     )
@@ -132,7 +132,7 @@ CHANGED_OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", CHANGED_OPTIONS)
-def test_an_option_changes_the_losses(name: str, model: Path, default_full: RunOutcome, tmp_path: Path) -> None:
+def test_each_of_these_options_changes_the_losses(name: str, model: Path, default_full: RunOutcome, tmp_path: Path) -> None:
     other = run_training(tmp_path, model, {"method": {"type": "full"}, "training": CHANGED_OPTIONS[name]})
     assert default_full.losses != other.losses
 
@@ -152,11 +152,11 @@ def test_gradients_are_clipped_unless_the_norm_is_0(model: Path, tmp_path: Path)
 
 def test_max_steps_take_precedence_over_epochs(model: Path, tmp_path: Path) -> None:
     epochs = run_training(tmp_path / "a", model, {"training": {"maxSteps": None, "epochs": 1.5}})
-    assert len(epochs.losses) == 8  # 1.5 epochs of 5 steps (ten rows, two rows per step), rounded up
+    assert len(epochs.losses) == 8  # 1.5 epochs of 5 steps are 7.5 steps, rounded up
     assert len(run_training(tmp_path / "b", model, {"training": {"maxSteps": 3, "epochs": 9}}).losses) == 3
 
 
-def test_mixed_precision_keeps_32_bit_weights_and_dtype_changes_them(
+def test_mixed_precision_keeps_weights_in_32_bits_and_model_dtype_does_not(
     model: Path, default_full: RunOutcome, tmp_path: Path
 ) -> None:
     mixed = run_training(tmp_path / "b", model, {"method": {"type": "full"}, "training": {"mixedPrecision": "bf16"}})
@@ -226,12 +226,12 @@ def test_the_best_weights_are_published_even_after_a_resume(model: Path, tmp_pat
     assert outcome.folder is not None
     final = load_file(outcome.folder / "adapter_model.safetensors")
     best_weights = load_file(tmp_path / "out" / f"checkpoint-{best}" / "adapter_model.safetensors")
-    assert not list((tmp_path / "out").rglob("checkpoint-*/README.md")), "a model card with each checkpoint would cost time"
+    assert not list((tmp_path / "out").rglob("checkpoint-*/README.md")), "checkpoints must have no model card, because writing it costs time"
     assert all(torch.equal(final[key], best_weights[key]) for key in best_weights)
     carried = tmp_path / "out" / "checkpoint-8" / "best--adapter_model.safetensors"
     assert all(torch.equal(load_file(carried)[key], best_weights[key]) for key in best_weights)
 
-    # The disk of the second attempt contains only the newest checkpoint.
+    # The disk of the second attempt contains only the newest checkpoint, which is not the best one.
     # The second attempt publishes the weights of the best checkpoint, as the first attempt does.
     moved = tmp_path / "again" / "restored"
     shutil.copytree(tmp_path / "out" / "checkpoint-8", moved)
@@ -248,7 +248,7 @@ def test_the_best_weights_are_published_even_after_a_resume(model: Path, tmp_pat
 
 
 @pytest.mark.parametrize("method", quick_slice(["full", "lora", "qlora", "spectrum", "promptTuning", "pissa"], ["qlora", "spectrum", "pissa"]))
-def test_resuming_is_exact(method: str, model: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_run(method: str, model: Path, tmp_path: Path) -> None:
     spec: dict[str, Any] = {
         "training": {"maxSteps": 6},
         "checkpoint": {"strategy": "steps", "steps": 3},
@@ -307,12 +307,12 @@ def test_weights_that_become_nan_after_the_last_step_are_not_published(
 ) -> None:
     from transformers import TrainerCallback
 
-    class Poison(TrainerCallback):
+    class NanWeights(TrainerCallback):
         def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
             next(parameter for parameter in model.parameters() if parameter.requires_grad).data[0] = float("nan")
 
     original = RecordingHooks.create_callbacks
-    monkeypatch.setattr(RecordingHooks, "create_callbacks", lambda self, *args: [*original(self, *args), Poison()])
+    monkeypatch.setattr(RecordingHooks, "create_callbacks", lambda self, *args: [*original(self, *args), NanWeights()])
     with pytest.raises(DivergedError) as caught:
         run_training(tmp_path, model, {"method": {"type": method}})
     assert caught.value.code == "WeightsNotFinite" and int(caught.value.exit_code) == 72
@@ -386,5 +386,5 @@ def test_eva_starts_with_orthonormal_directions(model: Path, tmp_path: Path) -> 
         key: value for key, value in load_file(outcome.folder / "adapter_model.safetensors").items() if "lora_A" in key
     }
     assert len(weights) == 14
-    for value in weights.values():  # rows of a random initialisation would not be orthonormal
+    for value in weights.values():  # the rows of a random initialisation would not be orthonormal
         assert torch.allclose(value @ value.T, torch.eye(4), atol=1e-3)

@@ -1,4 +1,4 @@
-"""A preparation trains one step with a small copy of the model: which faults it finds, and what it only notes."""
+"""A preparation trains one step with a small copy of the model. It refuses jobs with certain faults, and only notes other problems."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from finetune_trainer import check_run, trial_step
 from finetune_trainer.channel import Channel
 from finetune_trainer.inputs import Inputs
 from finetune_trainer.small_copy import shrink_config
-from finetune_trainer.trial_step import reason_against, small_run
+from finetune_trainer.trial_step import make_small_run, reason_against_trial_step
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.support.learning import make_run
 from tests.support.tiny import make_tiny_model
 
 pytestmark = pytest.mark.pod
-NOTE = "the preparation trained no step with a small copy of the model: "
+NO_STEP_NOTE = "the preparation trained no step with a small copy of the model: "
 PAIRS = [{"prompt": "a question", "chosen": f"yes {number}", "rejected": f"no {number}"} for number in range(6)]
 LABELLED = [{"prompt": "a question", "completion": f"yes {number}", "label": number % 2 == 0} for number in range(6)]
 REMOTE_CODE = """
@@ -47,7 +47,7 @@ class OwnForCausalLM(LlamaForCausalLM):
         self.model = OwnModel(config)
         self.post_init()
 """
-BODIES = {
+MODEL_CLASS_BODIES = {
     "good": "pass",
     "unknown name": "def forward(self, *args, **options):\n        return no_such_function(*args, **options)",
     "refuses an argument": "def forward(self, input_ids=None, attention_mask=None, **options):\n        if attention_mask is not None:\n"
@@ -57,8 +57,8 @@ BODIES = {
 }
 
 
-def notes_of(folder: Path, model: Path, spec: dict[str, Any], rows: list[dict[str, Any]] | None = None) -> list[str]:
-    """Run the check of a preparation in this process. Returns its notes about the small copy."""
+def check_notes(folder: Path, model: Path, spec: dict[str, Any], rows: list[dict[str, Any]] | None = None) -> list[str]:
+    """Run the check of a preparation in this process. Returns the notes that mention the small copy."""
     run, inputs = make_run(folder, model, spec, **({"rows": rows} if rows else {}))
     channel = Channel.create_recording(folder)
     check_run.check(run, channel, inputs)
@@ -71,8 +71,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
 
 
-def remote_model(folder: Path, body: str, **config: Any) -> Path:
-    """A model with code of its own."""
+def write_model_with_code(folder: Path, body: str, **config: Any) -> Path:
+    """Write a tiny model with its own modelling code. `body` is the code in its model class. Returns its folder."""
     path = make_tiny_model(folder / "model")
     (path / "modeling_own.py").write_text(REMOTE_CODE.format(body=body))
     content = json.loads((path / "config.json").read_text()) | config
@@ -93,12 +93,13 @@ def remote_model(folder: Path, body: str, **config: Any) -> Path:
     ids=["lora", "full", "qlora, packed", "dpo", "orpo", "reward", "kto", "prefix tuning"],
 )  # fmt: skip
 def test_a_good_job_trains_one_step(tmp_path: Path, model: Path, spec: dict[str, Any], rows: list[dict[str, Any]] | None) -> None:
-    assert notes_of(tmp_path, model, spec, rows) == []
+    assert check_notes(tmp_path, model, spec, rows) == []
     assert not (tmp_path / "trial-step").exists()
 
 
-def test_a_model_with_good_code_of_its_own_trains_one_step(tmp_path: Path) -> None:
-    assert notes_of(tmp_path, remote_model(tmp_path, BODIES["good"]), {"model": {"trustRemoteCode": True}, "method": {"type": "lora"}}) == []
+def test_a_model_with_its_own_code_trains_one_step(tmp_path: Path) -> None:
+    spec = {"model": {"trustRemoteCode": True}, "method": {"type": "lora"}}
+    assert check_notes(tmp_path, write_model_with_code(tmp_path, MODEL_CLASS_BODIES["good"]), spec) == []
 
 
 @pytest.mark.parametrize(
@@ -110,27 +111,27 @@ def test_a_model_with_good_code_of_its_own_trains_one_step(tmp_path: Path) -> No
          "copy fails at modeling_own.py:13: ValueError: masks are not supported. The same step works with a Llama model"),
     ],
 )
-def test_faults_in_the_code_of_a_model_are_refused_with_place_and_cure(tmp_path: Path, body: str, code: str, place: str) -> None:
+def test_faults_in_the_code_of_a_model_are_refused_with_location_and_hint(tmp_path: Path, body: str, code: str, place: str) -> None:
     spec = {"model": {"trustRemoteCode": True}, "method": {"type": "lora"}}
     with pytest.raises(ConfigError) as refused:
-        notes_of(tmp_path, remote_model(tmp_path, BODIES[body]), spec)
+        check_notes(tmp_path, write_model_with_code(tmp_path, MODEL_CLASS_BODIES[body]), spec)
     assert (refused.value.code, refused.value.failure_class) == (code, FailureClass.MODEL)
     assert place in refused.value.message and "prepare.strategy: never" in (refused.value.hint or "")
 
 
 def test_a_model_that_cannot_compute_without_a_gpu_is_only_noted(tmp_path: Path) -> None:
     spec = {"model": {"trustRemoteCode": True}, "method": {"type": "lora"}}
-    assert notes_of(tmp_path, remote_model(tmp_path, BODIES["needs a GPU"]), spec) == [
-        f"{NOTE}the small copy cannot be trained (RuntimeError: no kernel for this device)"
+    assert check_notes(tmp_path, write_model_with_code(tmp_path, MODEL_CLASS_BODIES["needs a GPU"]), spec) == [
+        f"{NO_STEP_NOTE}the small copy cannot be trained (RuntimeError: no kernel for this device)"
     ]
 
 
-def test_a_fault_that_a_llama_model_has_as_well_is_only_noted(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_that_also_occurs_with_a_llama_model_is_only_noted(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise ValueError("this check is wrong")
 
-    monkeypatch.setattr(trial_step, "_job_step", refuse)
-    assert notes_of(tmp_path, model, {"method": {"type": "lora"}}) == [f"{NOTE}ValueError: this check is wrong"]
+    monkeypatch.setattr(trial_step, "_run_job_step", refuse)
+    assert check_notes(tmp_path, model, {"method": {"type": "lora"}}) == [f"{NO_STEP_NOTE}ValueError: this check is wrong"]
 
 
 def exit_at_once() -> None:
@@ -149,7 +150,7 @@ def allocate_too_much() -> None:
     ],
     ids=["time", "exit", "memory"],
 )  # fmt: skip
-def test_the_step_cannot_end_the_preparation(action: Any, reason: str) -> None:
+def test_a_step_that_exits_or_runs_out_of_memory_does_not_end_the_preparation(action: Any, reason: str) -> None:
     assert reason in str(trial_step._run_forked(action, 0.1 if "time" in reason or "within" in reason else 60))
 
 
@@ -164,24 +165,24 @@ def test_the_step_cannot_end_the_preparation(action: Any, reason: str) -> None:
         ({"trainer": {"type": "dpo"}}, {}, None), ({"trainer": {"type": "orpo"}, "method": {"type": "full"}}, {}, None),
     ],
 )  # fmt: skip
-def test_jobs_that_need_weights_train_no_step(tmp_path: Path, spec: dict[str, Any], inputs: dict[str, Any], reason: str | None) -> None:
+def test_jobs_that_need_real_weights_train_no_step(tmp_path: Path, spec: dict[str, Any], inputs: dict[str, Any], reason: str | None) -> None:
     run, given = make_run(tmp_path, tmp_path, {"method": {"type": "lora"}, **spec})
     context: Any = type("Context", (), {"run": run, "inputs": Inputs.model_validate(given.model_dump() | inputs), "vision": None})
-    assert reason_against(context) == reason
+    assert reason_against_trial_step(context) == reason
     context.vision = object()
-    assert reason_against(context) == "it is a model for images and text"
+    assert reason_against_trial_step(context) == "it is a model for images and text"
 
 
-def test_the_step_runs_without_options_for_gpus(tmp_path: Path) -> None:
+def test_the_trial_step_runs_without_gpu_options(tmp_path: Path) -> None:
     written = {"training": {"gradientCheckpointing": "unsloth", "mixedPrecision": "bf16"}, "method": {"type": "qlora"}, "model": {"quantization": {"bits": 4}}}
     run, _ = make_run(tmp_path, tmp_path, written)
-    spec = small_run(run).spec
+    spec = make_small_run(run).spec
     assert (spec.training.gradient_checkpointing, spec.training.mixed_precision, spec.training.max_steps) == ("enabled", "no", 1)
     assert (spec.model.quantization, spec.model.liger_kernels, spec.checkpoint.strategy) == (None, False, "no")
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "phi3", "qwen3_moe", "deepseek_v3", "gemma3_text", "gpt_oss", "falcon"])
-def test_small_copies_of_real_models_compute(model_type: str) -> None:
+def test_small_copies_of_real_models_compute_a_forward_pass(model_type: str) -> None:
     config = AutoConfig.for_model(model_type, vocab_size=64, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     before, small = config.to_dict(), shrink_config(config)
     assert config.to_dict() == before

@@ -1,4 +1,4 @@
-"""On two ranks, every strategy has the same losses and test metrics as one rank: with new tokens, and with LoftQ."""
+"""With new tokens and with LoftQ, every strategy has the same losses and test metrics on two ranks as on one rank."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROWS = [
     {"messages": [row["messages"][0], {"role": "assistant", "content": f"<yes>{row['messages'][1]['content']}"}]}
     for row in [*TEN_ROWS, TEN_ROWS[0]]
 ]
-"""Eleven rows, of which the test set gets three. On two ranks the last test batch repeats a row, and this row must count only once."""
+"""Eleven rows, three of which form the test set. On two ranks, the last test batch repeats a row, which must count only once."""
 BASE_SPEC: dict[str, Any] = {
     "model": {"newTokens": ["<yes>"]}, "dataset": {"split": {"test": 0.3}}, "training": {"batchSizePerDevice": 2, "maxSteps": 3},
     "evaluation": {"metrics": ["f1"]},
@@ -49,7 +49,7 @@ def results(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 @pytest.fixture(scope="module")
 def one_rank(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunOutcome]:
-    """The runs of CELLS on one rank, with the same effective batch."""
+    """The runs of METHODS_AND_STRATEGIES on one rank, with the same effective batch."""
     batch = {"training": {"batchSizePerDevice": 4}}
     return {
         name: run_training(tmp_path_factory.mktemp(name), model, merge_mappings(merge_mappings(BASE_SPEC, method), batch), ROWS)
@@ -66,7 +66,7 @@ def parse_test_loss(notes: list[str]) -> float:
 
 
 @pytest.mark.parametrize("name", METHODS_AND_STRATEGIES)
-def test_two_ranks_give_the_numbers_of_one_rank(
+def test_two_ranks_have_the_losses_and_test_metrics_of_one_rank(
     name: str, results: dict[str, Result], one_rank: dict[str, RunOutcome]
 ) -> None:
     two_ranks, single = results[name], one_rank[name.rsplit(" ", 1)[-1]]
@@ -74,6 +74,6 @@ def test_two_ranks_give_the_numbers_of_one_rank(
     assert two_ranks.resolved["worldSize"] == 2
     assert two_ranks.losses == pytest.approx(single.losses, abs=1e-4)
     assert parse_test_loss(two_ranks.notes) == pytest.approx(parse_test_loss(single.notes), abs=2e-4)
-    if not name.startswith("fsdp"):  # no rank has the whole head
+    if not name.startswith("fsdp"):  # with fsdp, no rank has the whole head
         single_rank = next(line for line in single.logs if "test_f1" in line)
         assert two_ranks.eval["test_f1"] == pytest.approx(single_rank["test_f1"], abs=1e-6)

@@ -1,4 +1,4 @@
-"""Vision-language models learn from rows with images, and plain transformers computes from the stored artefact what the trainer computed."""
+"""Vision-language models learn from rows with images. Plain transformers computes from the stored artefact what the trainer computed."""
 
 from __future__ import annotations
 
@@ -12,29 +12,38 @@ from finetune_api.errors import ConfigError
 from finetune_api.spec.enums import OutputKind
 from finetune_api.status import VerificationOutcome
 from finetune_trainer.channel import Channel
-from finetune_trainer.data.vision import IMAGE_SOURCES
+from finetune_trainer.data.vision import IMAGE_SOURCES_COLUMN
 from finetune_trainer.stages.verify import Artefact, Verifier
 from finetune_trainer.verification.reference import FILE_NAME, ReferenceValues
 from PIL import Image
 
 from tests.support.learning import RunOutcome, make_run, merge_mappings, train_here
 from tests.support.tiny import make_tiny_model
-from tests.support.vision import COLOURS, FAMILIES, SIMILAR_FAMILIES, data_uri, image_rows, make_vision_model, png
+from tests.support.vision import (
+    COLOURS,
+    FAMILIES,
+    SIMILAR_FAMILIES,
+    make_image_rows,
+    make_png,
+    make_vision_model,
+    to_data_uri,
+)
 
 pytestmark = pytest.mark.pod
-BASE: dict[str, Any] = {"model": {"modality": "visionLanguage"}, "output": {"verify": True}, "training": {"learningRate": 1e-2, "maxSteps": 4}}
+BASE_SPEC: dict[str, Any] = {"model": {"modality": "visionLanguage"}, "output": {"verify": True}, "training": {"learningRate": 1e-2, "maxSteps": 4}}
 
 
-def families() -> list[Any]:
+def family_cases() -> list[Any]:
     return [pytest.param(name, marks=[pytest.mark.faults] if name in SIMILAR_FAMILIES else []) for name in FAMILIES]
 
 
-def slow(*values: Any) -> Any:
+def slow_case(*values: Any) -> Any:
+    """Return test parameters that run only with `make test-faults`."""
     return pytest.param(*values, marks=pytest.mark.faults)
 
 
 def train(folder: Path, name: str, spec: dict[str, Any], rows: list[dict[str, Any]] | None = None, **options: Any) -> tuple[RunOutcome, Any, Any]:
-    run, inputs = make_run(folder, make_vision_model(folder / "model", name), merge_mappings(BASE, spec), rows or image_rows(), **options)
+    run, inputs = make_run(folder, make_vision_model(folder / "model", name), merge_mappings(BASE_SPEC, spec), rows or make_image_rows(), **options)
     return train_here(run, inputs), run, inputs
 
 
@@ -46,28 +55,28 @@ def verify(outcome: RunOutcome, run: Any, inputs: Any) -> Any:
     return result
 
 
-def trained_names(outcome: RunOutcome) -> set[str]:
+def trained_parameter_names(outcome: RunOutcome) -> set[str]:
     return {name for name, value in outcome.model.named_parameters() if value.requires_grad}
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-@pytest.mark.parametrize("name", families())
+@pytest.mark.parametrize("name", family_cases())
 def test_every_family_learns_from_images_and_can_be_loaded_again(name: str, method: str, tmp_path: Path) -> None:
     family = FAMILIES[name]
-    outcome, run, inputs = train(tmp_path, name, {"method": {"type": method}}, validation=image_rows(("red", "no")))
+    outcome, run, inputs = train(tmp_path, name, {"method": {"type": method}}, validation=make_image_rows(("red", "no")))
     assert len(outcome.losses) == 4 and 5.5 < outcome.losses[0] < 7 and outcome.losses[-1] < outcome.losses[0] - 0.3
     assert len(outcome.eval_losses) == 1 and 0 < outcome.logs[0]["mean_token_accuracy"] + 1 <= 2
     frozen = [f"model.{part}" for part in dict.fromkeys((family.tower, family.projector)) if not part.startswith(f"{family.tower}.")]
     assert f"the vision layers ({', '.join(frozen)}) are frozen; to train them, write `vision: {{visionLayers: true}}` in method" in outcome.notes
     assert "batches are padded, because padding-free batches support only text" in outcome.notes
-    assert trained_names(outcome) and not [one for one in trained_names(outcome) if any(f"{part}." in one for part in frozen)]
+    assert trained_parameter_names(outcome) and not [one for one in trained_parameter_names(outcome) if any(f"{part}." in one for part in frozen)]
     assert outcome.folder is not None and (outcome.folder / "preprocessor_config.json").read_text() == (inputs.model / "preprocessor_config.json").read_text()
     result = verify(outcome, run, inputs)
     assert (result.result, result.reason) == (VerificationOutcome.VERIFIED, None) and result.change_from_base > 1e-3
 
 
 def reference_loss(folder: Path, name: str, rows: list[dict[str, Any]]) -> float:
-    """Mean loss of the answers, computed row by row with the processor's own output and transformers' own loss, without this project's data code."""
+    """Compute the mean loss of the answers row by row, with the processor and the loss of transformers but none of this project's data code."""
     import io
     import json
 
@@ -98,54 +107,54 @@ def reference_loss(folder: Path, name: str, rows: list[dict[str, Any]]) -> float
     return total / count
 
 
-@pytest.mark.parametrize("name", families())
+@pytest.mark.parametrize("name", family_cases())
 def test_the_loss_is_that_of_the_answers_given_the_images(name: str, tmp_path: Path) -> None:
-    # The images of a batch have different sizes, so that rows and tiles are padded.
-    rows = image_rows(("red", "no"), sizes=((40, 32), (80, 30)))
+    # The images of a batch have different sizes, so the rows and the image tiles are padded.
+    rows = make_image_rows(("red", "no"), sizes=((40, 32), (80, 30)))
     outcome, _, inputs = train(tmp_path, name, {"training": {"maxSteps": 1, "batchSizePerDevice": 2}, "output": {"verify": False}}, rows)
     assert outcome.losses == [pytest.approx(reference_loss(inputs.model, name, rows), abs=2e-5)]
     other = [{**row, "messages": [{"role": "user", "content": "question"}, row["messages"][1]]} for row in rows]
     without_images, *_ = train(tmp_path / "text", name, {"training": {"maxSteps": 1, "batchSizePerDevice": 2}, "output": {"verify": False}}, other)
-    assert abs(without_images.losses[0] - outcome.losses[0]) > 1e-4, "the images change the loss, and rows without images are trained on, too"
+    assert abs(without_images.losses[0] - outcome.losses[0]) > 1e-4, "the loss does not depend on the images"
 
 
-def test_images_have_no_labels_even_if_all_tokens_are_trained_on(tmp_path: Path) -> None:
+def test_image_tokens_are_never_trained_on(tmp_path: Path) -> None:
     outcome, _, inputs = train(tmp_path, "gemma3", {"dataset": {"responseOnly": {"enabled": False}}, "training": {"maxSteps": 1}, "output": {"verify": False}})
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(inputs.model)
-    row = trained_rows(outcome)[0]
-    assert len(row[IMAGE_SOURCES]) == 1
+    row = read_trained_rows(outcome)[0]
+    assert len(row[IMAGE_SOURCES_COLUMN]) == 1
     text = tokenizer.decode([token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label == -100])
     assert text == "\n\n<start_of_image>" + 4 * "<image_soft_token>" + "<end_of_image>\n\n"
     trained = tokenizer.decode([label for label in row["labels"] if label != -100])
     assert trained == "<|im_start|>user\nquestion<|im_end|>\n<|im_start|>assistant\nred<|im_end|>\n"
 
 
-def trained_rows(outcome: RunOutcome) -> list[dict[str, Any]]:
+def read_trained_rows(outcome: RunOutcome) -> list[dict[str, Any]]:
     from finetune_trainer.data.prepare import open_split
     from finetune_trainer.data.prepared import open_prepared
 
-    (folder,) = (outcome.channel.work / "tokens").iterdir()  # type: ignore[union-attr]
+    (folder,) = (outcome.channel.work_folder / "tokens").iterdir()  # type: ignore[union-attr]
     return list(open_split(open_prepared(folder), "train"))
 
 
 @pytest.mark.parametrize(
     ("name", "method", "trained", "frozen"),
     [
-        slow("gemma3", {"type": "lora", "vision": {"visionLayers": True}}, ("vision_tower.", "language_model."), ()),
+        slow_case("gemma3", {"type": "lora", "vision": {"visionLayers": True}}, ("vision_tower.", "language_model."), ()),
         ("gemma3", {"type": "lora", "vision": {"visionLayers": True, "languageLayers": False}}, ("vision_tower.",), ("language_model.",)),
-        slow("qwen2_vl", {"type": "lora", "vision": {"mlpModules": False}}, ("language_model.layers.0.self_attn.",), ("mlp.", "visual.")),
-        slow("gemma3", {"type": "lora", "lora": {"targetModules": ["q_proj", "fc1"]}}, ("language_model.layers.0.self_attn.q_proj.",), ("vision_tower.",)),
-        slow("gemma3", {"type": "full", "vision": {"visionLayers": True, "attentionModules": False}}, ("multi_modal_projector.", "mlp."), ("self_attn.",)),
-        slow("idefics3", {"type": "full", "vision": {"languageLayers": False, "visionLayers": True}}, ("vision_model.", "connector."), ("text_model.",)),
+        slow_case("qwen2_vl", {"type": "lora", "vision": {"mlpModules": False}}, ("language_model.layers.0.self_attn.",), ("mlp.", "visual.")),
+        slow_case("gemma3", {"type": "lora", "lora": {"targetModules": ["q_proj", "fc1"]}}, ("language_model.layers.0.self_attn.q_proj.",), ("vision_tower.",)),
+        slow_case("gemma3", {"type": "full", "vision": {"visionLayers": True, "attentionModules": False}}, ("multi_modal_projector.", "mlp."), ("self_attn.",)),
+        slow_case("idefics3", {"type": "full", "vision": {"languageLayers": False, "visionLayers": True}}, ("vision_model.", "connector."), ("text_model.",)),
         ("idefics3", {"type": "qlora"}, ("text_model.",), ("vision_model.", "connector.")),
-        slow("idefics3", {"type": "lora", "lora": {"useDora": True}}, ("text_model.",), ("vision_model.", "connector.")),
+        slow_case("idefics3", {"type": "lora", "lora": {"useDora": True}}, ("text_model.",), ("vision_model.", "connector.")),
     ],
 )  # fmt: skip
 def test_only_the_requested_parts_are_trained(name: str, method: dict[str, Any], trained: tuple[str, ...], frozen: tuple[str, ...], tmp_path: Path) -> None:
     outcome, run, inputs = train(tmp_path, name, {"method": method, "training": {"maxSteps": 2}})
-    names = trained_names(outcome)
+    names = trained_parameter_names(outcome)
     assert all(any(part in one for one in names) for part in trained), names
     assert not [one for one in names if any(part in one for part in frozen)]
     result = verify(outcome, run, inputs)
@@ -153,7 +162,7 @@ def test_only_the_requested_parts_are_trained(name: str, method: dict[str, Any],
 
 
 @pytest.mark.parametrize(
-    ("overflow", "code"), [("truncate", "ImageCut"), slow("fail", "RowTooLong"), slow("drop", "NoTrainableToken")]
+    ("overflow", "code"), [("truncate", "ImageCut"), slow_case("fail", "RowTooLong"), slow_case("drop", "NoTrainableToken")]
 )  # fmt: skip
 def test_a_row_is_not_cut_within_an_image(overflow: str, code: str, tmp_path: Path) -> None:
     from finetune_api.errors import DataError
@@ -167,25 +176,25 @@ def test_a_row_is_not_cut_within_an_image(overflow: str, code: str, tmp_path: Pa
 def test_an_image_whose_pixels_are_cut_off_is_an_error_of_its_row(tmp_path: Path) -> None:
     from finetune_api.errors import DataError
 
-    rows = image_rows(("red", "blue"))
-    rows[1]["messages"][0]["content"][0]["image"] = data_uri(png(COLOURS["blue"])[:50])
+    rows = make_image_rows(("red", "blue"))
+    rows[1]["messages"][0]["content"][0]["image"] = to_data_uri(make_png(COLOURS["blue"])[:50])
     with pytest.raises(DataError) as caught:
         train(tmp_path, "gemma3", {}, rows)
     assert caught.value.code == "ImageUnreadable" and caught.value.message.startswith("train.jsonl, row 2: the image cannot be read: ")
 
 
-def test_a_text_with_the_placeholder_of_images_is_an_error_of_its_row(tmp_path: Path) -> None:
+def test_a_text_that_contains_the_image_placeholder_is_an_error_of_its_row(tmp_path: Path) -> None:
     from finetune_api.errors import DataError
 
-    rows = image_rows(("red", "blue"))
+    rows = make_image_rows(("red", "blue"))
     rows[1]["messages"][1]["content"] = "see <start_of_image>"
     with pytest.raises(DataError) as caught:
         train(tmp_path, "gemma3", {}, rows)
     assert caught.value.code == "ImagePlaceholders" and "row 2: the rendered row has 2 placeholders <start_of_image> for 1 images" in caught.value.message
 
 
-def test_the_model_must_read_images(tmp_path: Path) -> None:
-    run, inputs = make_run(tmp_path, make_tiny_model(tmp_path / "text"), BASE, image_rows())
+def test_a_model_that_cannot_read_images_is_refused(tmp_path: Path) -> None:
+    run, inputs = make_run(tmp_path, make_tiny_model(tmp_path / "text"), BASE_SPEC, make_image_rows())
     with pytest.raises(ConfigError) as caught:
         train_here(run, inputs)
     assert caught.value.code == "ModelWithoutVision" and "type llama" in str(caught.value)
@@ -197,7 +206,7 @@ def test_a_model_whose_processor_needs_a_missing_package_is_refused_by_name(tmp_
     model = make_tiny_model(tmp_path / "model")
     (model / "config.json").write_text(json.dumps({"model_type": "llama4"}))
     (model / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": "Llama4ImageProcessor"}))
-    run, inputs = make_run(tmp_path, model, BASE, image_rows())
+    run, inputs = make_run(tmp_path, model, BASE_SPEC, make_image_rows())
     with pytest.raises(ConfigError) as caught:
         train_here(run, inputs)
     assert caught.value.code == "ImageProcessorUnavailable" and "torchvision" in str(caught.value)
@@ -208,7 +217,7 @@ def test_a_model_without_its_processor_is_refused(tmp_path: Path) -> None:
 
     model = make_vision_model(tmp_path / "model", "gemma3")
     (model / "preprocessor_config.json").unlink()
-    run, inputs = make_run(tmp_path, model, BASE, image_rows())
+    run, inputs = make_run(tmp_path, model, BASE_SPEC, make_image_rows())
     with pytest.raises(NotFoundError) as caught:
         train_here(run, inputs)
     assert caught.value.code == "ProcessorUnreadable" and "config.json" in (caught.value.hint or "")
@@ -216,10 +225,10 @@ def test_a_model_without_its_processor_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.faults
 def test_colours_are_learned_from_the_images_alone(tmp_path: Path) -> None:
-    """All questions are equal, so only the images distinguish the answers."""
+    """All rows have the same question, so only the image determines the answer."""
     method, training = {"type": "full", "vision": {"visionLayers": True}}, {"maxSteps": 40, "batchSizePerDevice": 5}
     outcome, *_ = train(tmp_path, "qwen2_vl", {"method": method, "training": training, "output": {"verify": False}})
-    assert outcome.losses[-1] < 0.4 and len(COLOURS) == 5, "without the images, the loss is at least log(5) for one of two or three tokens"
+    assert outcome.losses[-1] < 0.4 and len(COLOURS) == 5, "without the images, the model could only guess one of five colours, and the loss would stay higher"
 
 
 @pytest.mark.faults
@@ -249,21 +258,21 @@ def test_recomputed_activations_do_not_change_the_losses(name: str, vision_layer
 
 
 @pytest.mark.faults
-def test_the_chat_template_may_be_in_the_file_of_the_processor(tmp_path: Path) -> None:
+def test_the_chat_template_may_be_in_the_processor_file(tmp_path: Path) -> None:
     import json
 
     model = make_vision_model(tmp_path / "model", "qwen2_vl")
     template = (model / "chat_template.jinja").read_text()
     (model / "chat_template.jinja").unlink()
     (model / "chat_template.json").write_text(json.dumps({"chat_template": template}))
-    run, inputs = make_run(tmp_path, model, BASE, image_rows())
+    run, inputs = make_run(tmp_path, model, BASE_SPEC, make_image_rows())
     outcome = train_here(run, inputs)
     assert outcome.folder is not None and (outcome.folder / "chat_template.jinja").read_text() == template
     assert verify(outcome, run, inputs).result is VerificationOutcome.VERIFIED
 
 
 @pytest.mark.faults
-def test_rows_with_large_images_are_not_verified_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_trained_on_large_images_is_not_verified_and_the_reason_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("finetune_trainer.verification.record.MAX_IMAGE_BYTES", 10)
     outcome, run, inputs = train(tmp_path, "gemma3", {"training": {"maxSteps": 1}})
     reference = ReferenceValues.model_validate_json((inputs.output_dir / FILE_NAME).read_text())

@@ -1,4 +1,4 @@
-"""DPO on pairs of answers to questions with images."""
+"""DPO on preference pairs whose questions have images."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ from tests.support.learning import RunOutcome, make_run, merge_mappings, train_h
 from tests.support.preferences import assistant_message, user_message
 from tests.support.slices import quick_slice
 from tests.support.vision import (
+    CHAT_TEMPLATE,
     COLOURS,
     FAMILIES,
-    TEMPLATE,
-    data_uri,
-    image_pairs,
+    make_image_pairs,
+    make_png,
     make_vision_model,
-    png,
+    to_data_uri,
 )
 
 pytestmark = pytest.mark.pod
-BASE: dict[str, Any] = {
+BASE_SPEC: dict[str, Any] = {
     "model": {"modality": "visionLanguage"}, "trainer": {"type": "dpo"}, "method": {"type": "lora", "lora": {"dropout": 0}},
     "training": {"learningRate": 1e-2, "maxSteps": 3}, "evaluation": {"strategy": "steps", "steps": 3},
 }  # fmt: skip
@@ -49,35 +49,35 @@ TEXT_PAIR = {"prompt": [user_message("question")], "chosen": [assistant_message(
 def train(
     folder: Path, name: str, spec: dict[str, Any], rows: list[dict[str, Any]], validation: list[dict[str, Any]] | None = None
 ) -> tuple[RunOutcome, RunConfig, Inputs]:
-    run, inputs = make_run(folder, make_vision_model(folder / "model", name), merge_mappings(BASE, spec), rows, validation=validation or rows)
+    run, inputs = make_run(folder, make_vision_model(folder / "model", name), merge_mappings(BASE_SPEC, spec), rows, validation=validation or rows)
     return train_here(run, inputs), run, inputs
 
 
-def loss_of_trl(base: Path, trained: Path, rows: list[dict[str, Any]], folder: Path) -> float:
-    """The mean DPO loss of TRL's own trainer, which renders, tokenises and masks the rows itself. The base model is the reference."""
+def compute_trl_loss(base: Path, trained: Path, rows: list[dict[str, Any]], folder: Path) -> float:
+    """Compute the mean DPO loss with TRL's own trainer, which renders, tokenises and masks the rows itself. The base model is the reference model."""
     tokenizer = AutoTokenizer.from_pretrained(trained)
     processor_class = image_text_processor_class(AutoConfig.from_pretrained(base))
     assert processor_class is not None
     processor = build_processor(processor_class, base, tokenizer)
     processor.chat_template = tokenizer.chat_template
-    model, reference = (AutoModelForImageTextToText.from_pretrained(path, dtype="float32") for path in (_with_base(trained, base), base))
+    model, reference = (AutoModelForImageTextToText.from_pretrained(path, dtype="float32") for path in (_set_base_model(trained, base), base))
 
-    def column_form(row: dict[str, Any]) -> dict[str, Any]:
-        """The row in TRL's form: the images are in a column."""
+    def to_trl_row(row: dict[str, Any]) -> dict[str, Any]:
+        """Return the row in TRL's form, in which the images are a separate column."""
         (question,) = row["prompt"]
         if isinstance(question["content"], str):
             return {**row, "images": []}
         content = base64.b64decode(question["content"][0]["image"].partition(",")[2])
         return {**row, "prompt": [user_message(question["content"][1]["text"])], "images": [Image.open(io.BytesIO(content)).convert("RGB")]}
 
-    data = Dataset.from_list([column_form(row) for row in rows])
+    data = Dataset.from_list([to_trl_row(row) for row in rows])
     args = DPOConfig(output_dir=str(folder), report_to=[], use_cpu=True, per_device_eval_batch_size=len(rows), max_length=None, bf16=False, disable_tqdm=True)
     trainer = DPOTrainer(model=model, ref_model=reference, args=args, train_dataset=data, eval_dataset=data, processing_class=processor)
     return float(trainer.evaluate()["eval_loss"])
 
 
-def _with_base(trained: Path, base: Path) -> Path:
-    """Write the path of the base model into the configuration of an adapter. Returns `trained`."""
+def _set_base_model(trained: Path, base: Path) -> Path:
+    """Write the path of the base model into the configuration of the adapter `trained`. Returns `trained`."""
     import json
 
     config = trained / "adapter_config.json"
@@ -90,9 +90,9 @@ def _with_base(trained: Path, base: Path) -> Path:
     ("name", "method"), quick_slice(itertools.product(FAMILIES, ("lora", "full")), [("qwen2_vl", "lora"), ("gemma3", "full")])
 )
 def test_the_loss_is_that_of_trls_trainer_for_rows_with_images(name: str, method: str, tmp_path: Path) -> None:
-    # The images of a batch have different sizes, and one row has none. TRL also trains on the line break after an answer, so the template has none.
-    rows = [*image_pairs(("red", "no", "blue"), sizes=((40, 32), (80, 30))), TEXT_PAIR]
-    template = (TEMPLATE % FAMILIES[name].placeholder).replace("<|im_end|>\\n", "<|im_end|>")
+    # The images of a batch have different sizes, and one row has no image. TRL would train on a line break after an answer, so the template adds none.
+    rows = [*make_image_pairs(("red", "no", "blue"), sizes=((40, 32), (80, 30))), TEXT_PAIR]
+    template = (CHAT_TEMPLATE % FAMILIES[name].placeholder).replace("<|im_end|>\\n", "<|im_end|>")
     spec = {
         "method": {"type": method, "lora": {"dropout": 0} if method == "lora" else None}, "dataset": {"chatTemplate": {"text": template}},
         "evaluation": {"batchSizePerDevice": 4}, "output": {"verify": True},
@@ -100,17 +100,17 @@ def test_the_loss_is_that_of_trls_trainer_for_rows_with_images(name: str, method
     outcome, run, inputs = train(tmp_path, name, spec, rows)
     assert outcome.losses[0] == pytest.approx(math.log(2), abs=1e-6) and outcome.eval_losses[0] < 0.6
     assert outcome.folder is not None and outcome.kind is not None
-    assert outcome.eval_losses == [pytest.approx(loss_of_trl(inputs.model, outcome.folder, rows, tmp_path / "trl"), abs=2e-5)]
+    assert outcome.eval_losses == [pytest.approx(compute_trl_loss(inputs.model, outcome.folder, rows, tmp_path / "trl"), abs=2e-5)]
     reference = ReferenceValues.model_validate_json((inputs.output_dir / FILE_NAME).read_text())
-    assert [len(row.images) for row in reference.rows] == [1, 1, 1, 1, 1, 1, 0, 0], "both answers of every row"
+    assert [len(row.images) for row in reference.rows] == [1, 1, 1, 1, 1, 1, 0, 0], "the reference values must contain both answers of each row"
     verifier = Verifier(run, Channel.create_recording(tmp_path / "work"), inputs, reference)
     (result,) = verifier.verify([Artefact(outcome.kind, outcome.folder, OutputKind(outcome.kind))])
     assert (result.result, result.reason) == (VerificationOutcome.VERIFIED, None)
 
 
 def test_the_images_change_the_loss(tmp_path: Path) -> None:
-    """The two rows differ only in their images, and their answers are exchanged, so text alone cannot lower the loss."""
-    first, second = image_pairs(("red", "no"))
+    """Two rows have the same question, but other images, and their answers are exchanged. So text alone cannot lower the loss."""
+    first, second = make_image_pairs(("red", "no"))
     second = {**second, "chosen": first["rejected"], "rejected": first["chosen"]}
     spec = {
         "method": {"type": "full", "lora": None, "vision": {"visionLayers": True}}, "evaluation": {"strategy": "no"},
@@ -120,17 +120,17 @@ def test_the_images_change_the_loss(tmp_path: Path) -> None:
     assert outcome.losses[-1] < 0.3
 
 
-def train_column(folder: Path, **columns: Any) -> RunOutcome:
-    """Train on one row whose image is a file in the folder of the data."""
+def train_on_column_row(folder: Path, **columns: Any) -> RunOutcome:
+    """Train on one row with these columns. Its image is a file in the folder of the data file."""
     folder.mkdir(exist_ok=True)
-    (folder / "red.png").write_bytes(png(COLOURS["red"]))
+    (folder / "red.png").write_bytes(make_png(COLOURS["red"]))
     row = {"prompt": "question", "chosen": "red", "rejected": "is it no", **columns}
     return train(folder, "gemma3", {"training": {"maxSteps": 2}, "evaluation": {"strategy": "no"}}, [row])[0]
 
 
-def test_images_may_be_a_column_of_rows_with_texts(tmp_path: Path) -> None:
-    in_message = train(tmp_path / "message", "gemma3", {"training": {"maxSteps": 2}, "evaluation": {"strategy": "no"}}, image_pairs(("red", "no"))[:1])[0]
-    as_column = train_column(tmp_path / "column", image="red.png")
+def test_images_may_be_a_separate_column_of_text_rows(tmp_path: Path) -> None:
+    in_message = train(tmp_path / "message", "gemma3", {"training": {"maxSteps": 2}, "evaluation": {"strategy": "no"}}, make_image_pairs(("red", "no"))[:1])[0]
+    as_column = train_on_column_row(tmp_path / "column", image="red.png")
     assert as_column.losses == in_message.losses and as_column.losses[1] < as_column.losses[0]
 
 
@@ -145,17 +145,17 @@ def test_images_may_be_a_column_of_rows_with_texts(tmp_path: Path) -> None:
             },
             "ImageInAnswer", "row 1: the rejected answer has an image",
         ),
-        ({"image": data_uri(png(COLOURS["red"])[:50])}, "ImageUnreadable", "row 1: "),
+        ({"image": to_data_uri(make_png(COLOURS["red"])[:50])}, "ImageUnreadable", "row 1: "),
     ],
 )  # fmt: skip
 def test_images_that_cannot_be_used_are_errors_of_their_rows(columns: dict[str, Any], code: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
-        train_column(tmp_path, **columns)
+        train_on_column_row(tmp_path, **columns)
     assert caught.value.code == code and message in caught.value.message
 
 
-def test_answers_are_cut_but_not_prompts_with_images(tmp_path: Path) -> None:
-    rows = image_pairs(("red", "no"))
+def test_long_answers_are_cut_but_prompts_with_images_are_not(tmp_path: Path) -> None:
+    rows = make_image_pairs(("red", "no"))
     spec = {"training": {"maxSteps": 1}, "evaluation": {"strategy": "no"}, "output": {"verify": False}}
     outcome, *_ = train(tmp_path / "cut", "gemma3", spec | {"dataset": {"maxSequenceLength": 24}}, rows)
     assert len(outcome.losses) == 1 and "train: answers of 2 rows were cut to trainer.maxCompletionLength 12" in outcome.notes
@@ -167,7 +167,7 @@ def test_answers_are_cut_but_not_prompts_with_images(tmp_path: Path) -> None:
 def test_a_model_without_a_chat_template_is_refused(tmp_path: Path) -> None:
     model = make_vision_model(tmp_path / "model", "gemma3")
     (model / "chat_template.jinja").unlink()
-    run, inputs = make_run(tmp_path, model, merge_mappings(BASE, {"evaluation": {"strategy": "no"}}), image_pairs(("red", "no")))
+    run, inputs = make_run(tmp_path, model, merge_mappings(BASE_SPEC, {"evaluation": {"strategy": "no"}}), make_image_pairs(("red", "no")))
     with pytest.raises(ConfigError) as caught:
         train_here(run, inputs)
     assert caught.value.code == "ChatTemplateMissing" and "placeholders of the images" in caught.value.message

@@ -1,4 +1,4 @@
-"""New tokens are never split, are trained by every method that supports them, and work in the loaded artefact."""
+"""The tokenizer never splits a new token, every method that supports new tokens trains them, and the loaded artefact generates them."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def tied_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load_tuned(outcome: RunOutcome, model: Path) -> tuple[Any, Any]:
-    """Load model and tokenizer as a user does. If the output is an adapter, resize the base model's embedding before loading it."""
+    """Load the model and the tokenizer as a user does. For an adapter, the base model's embedding is resized before the adapter is loaded."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -71,12 +71,12 @@ def test_new_tokens_are_learned_and_generated(name: str, model: Path, tmp_path: 
     assert "2 new tokens, ids 448 to 449" in outcome.notes
     tuned, tokenizer = load_tuned(outcome, model)
     assert tokenizer("a<yes><no>b", add_special_tokens=False)["input_ids"][1:3] == [448, 449]
-    if name != "qlora":  # a qlora adapter corrects the 4-bit base model, but `load_tuned` uses the base model in full precision
+    if name != "qlora":  # a qlora adapter is trained for a 4-bit base model, but `load_tuned` loads the base model in full precision
         for row in ROWS[:2]:
             assert generate_answer(tuned, tokenizer, row) == f"{row['messages'][1]['content']}<|im_end|>"
 
 
-def test_an_adapter_stores_only_the_rows_of_the_new_tokens(model: Path, tied_model: Path, tmp_path: Path) -> None:
+def test_an_adapter_stores_only_the_embedding_rows_of_the_new_tokens(model: Path, tied_model: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     for base, places in ((model, 2), (tied_model, 1)):
@@ -93,7 +93,7 @@ def test_an_adapter_stores_only_the_rows_of_the_new_tokens(model: Path, tied_mod
         assert torch.equal(old_rows, load_file(base / "model.safetensors")["model.embed_tokens.weight"])
 
 
-def test_rows_on_a_16_bit_base_are_trained_in_32_bits(model: Path, tmp_path: Path) -> None:
+def test_embedding_rows_of_new_tokens_on_a_16_bit_base_are_trained_in_32_bits(model: Path, tmp_path: Path) -> None:
     outcome = run_training(tmp_path, model, merge_mappings(merge_mappings(TOKENS_SPEC, LORA_SPEC), {"model": {"dtype": "bfloat16"}}), ROWS)
     trained = {name: p.dtype for name, p in outcome.model.named_parameters() if p.requires_grad}
     assert sum("trainable_tokens_delta" in name for name in trained) == 2
@@ -101,7 +101,7 @@ def test_rows_on_a_16_bit_base_are_trained_in_32_bits(model: Path, tmp_path: Pat
     assert outcome.losses[-1] < outcome.losses[0]
 
 
-def test_new_rows_start_as_the_mean_of_the_old_rows(model: Path, tmp_path: Path) -> None:
+def test_embedding_rows_of_new_tokens_start_as_the_mean_of_the_old_rows(model: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     still = {"method": {"type": "full"}, "training": {"maxSteps": 1, "learningRate": 1e-12}}
@@ -135,7 +135,7 @@ def test_the_reference_model_has_the_new_tokens(method: str, model: Path, tmp_pa
     assert outcome.losses[-1] < outcome.losses[0]
 
 
-def test_an_adapter_can_be_continued_with_its_new_tokens_only(model: Path, tmp_path: Path) -> None:
+def test_an_adapter_can_be_continued_only_with_its_own_new_tokens(model: Path, tmp_path: Path) -> None:
     first = run_training(tmp_path / "a", model, merge_mappings(merge_mappings(TOKENS_SPEC, LORA_SPEC), {"training": {"maxSteps": 20}}), ROWS)
     spec = {"method": {"type": "adapter", "adapter": {"source": "s3://models/a"}}}
     again = run_training(tmp_path / "b", model, merge_mappings(TOKENS_SPEC, spec), ROWS, adapter=first.folder)
@@ -146,7 +146,7 @@ def test_an_adapter_can_be_continued_with_its_new_tokens_only(model: Path, tmp_p
     assert caught.value.code == "NewTokensNotTrained"
 
 
-def test_impossible_tokens_are_refused_by_name(model: Path, tmp_path: Path) -> None:
+def test_new_tokens_that_cannot_be_added_are_refused_by_name(model: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         run_training(tmp_path / "a", model, {"model": {"newTokens": ["<new>", "<|im_end|>"]}})
     assert (caught.value.code, "<|im_end|>" in caught.value.message, "<new>" in caught.value.message) == (
@@ -171,7 +171,7 @@ def test_impossible_tokens_are_refused_by_name(model: Path, tmp_path: Path) -> N
     run, inputs = make_run(tmp_path / "c", model, {"training": {"maxSteps": 1}})
     assert (
         len(train_here(run, inputs.model_copy(update=tokenizer)).losses) == 1
-    )  # an unused token needs no embedding row
+    )  # a token that the tokenizer already has needs no new embedding row
     unknown_token_rows = [{"messages": [TEN_ROWS[0]["messages"][0], {"role": "assistant", "content": "<unknown>"}]}, *TEN_ROWS]
     run, inputs = make_run(tmp_path / "d", model, {}, unknown_token_rows)
     with pytest.raises(ConfigError) as caught:

@@ -10,6 +10,6 @@ from tests.support.models import libraries, other_model, raw_model  # noqa: F401
 
 
 @pytest.fixture(scope="session")
-def model(raw_model: Path) -> Path:  # noqa: F811  the fixture by that name
+def model(raw_model: Path) -> Path:  # noqa: F811  the argument is the imported fixture
     """A model with random weights."""
     return raw_model

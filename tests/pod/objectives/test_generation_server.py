@@ -1,7 +1,8 @@
-"""grpo with a vLLM server: the completions come from the server, with the weights of the current step.
+"""grpo with a vLLM server: the server generates the completions of each step with the weights of that step.
 
-vLLM itself is replaced by `tests.support.generation_server`. The program that starts it and the trainer's client are those of the images.
-`tests/unit/trainer/test_generation_server.py` tests the failures, `tests/pod/test_generation_resume.py` the next attempt after a failure.
+`tests.support.generation_server` replaces vLLM. The program that starts the server and the trainer's client are the real ones.
+`tests/unit/trainer/test_generation_server.py` tests failures of the server, and `tests/pod/test_generation_resume.py` tests the attempt after
+such a failure.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ STEPS = 3
 
 
 class SnapshotHooks(RecordingHooks):
-    """Also keeps the weights that each step begins with, with a merged adapter."""
+    """Also records the weights at the beginning of each step. An adapter is merged into them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,27 +58,27 @@ def grpo_spec(method: str) -> Spec:
 
 
 def train(folder: Path, model: Path, spec: Spec, server: Server) -> tuple[RunOutcome, list[Any]]:
-    """Train in this process. Returns the outcome, and a model with the weights that each step begins with."""
+    """Train in this process. Returns the outcome and, for each step, a model with the weights at the beginning of the step."""
     from finetune_trainer import train as trainer
     from transformers import AutoModelForCausalLM
 
     run, inputs = make_run(folder, model, spec, PROMPTS)
     hooks = SnapshotHooks()
     trainer.main(run.model_copy(update={"generation_url": server.url}), Channel.create_recording(folder / "work"), inputs, hooks)
-    # accelerate replaces `forward` of the trained model, so a copy of this model would compute with the weights of the end.
+    # accelerate replaces `forward` of the trained model, so a copy of that model would always compute with the final weights.
     models = [AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval() for _ in hooks.weights]
     for fresh_model, weights in zip(models, hooks.weights, strict=True):
         fresh_model.load_state_dict(weights)
     return hooks.outcome, models
 
 
-def completions(weights: Any, request: dict[str, Any]) -> list[list[int]]:
-    """The completions of a request to the server, sampled with the weights of the trainer."""
+def sample_completions(weights: Any, request: dict[str, Any]) -> list[list[int]]:
+    """Sample the completions of a recorded server request again, with these weights of the trainer."""
     return [complete(weights, prompt, request, number)["token_ids"] for prompt in request["prompt"] for number in range(request["n"])]
 
 
-def require_unchanged_base(trained: Any, base: Path) -> None:
-    """Merging and removing the adapter for the server must leave the base weights as they were, bit for bit."""
+def assert_unchanged_base(trained: Any, base: Path) -> None:
+    """Check that the base weights are unchanged bit for bit, although the adapter was merged and removed for each request to the server."""
     from transformers import AutoModelForCausalLM
 
     expected = dict(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).named_parameters())
@@ -93,13 +94,13 @@ def test_each_step_generates_with_the_weights_of_the_trainer(method: str, model:
     requests = server.generations
     assert len(requests) == len(models) == len(outcome.losses) == STEPS
     for request, weights in zip(requests, models, strict=True):
-        assert request["completions"] == completions(weights, request)
+        assert request["completions"] == sample_completions(weights, request)
         options = {name: request[name] for name in ("n", "temperature", "top_p", "top_k", "max_tokens", "logprobs")}
         assert options == {"n": 8, "temperature": 1.0, "top_p": 0.9, "top_k": 0, "max_tokens": 6, "logprobs": 0}
-    assert requests[-1]["completions"] != completions(models[0], requests[-1]), "the weights have not changed enough to show in the completions"
+    assert requests[-1]["completions"] != sample_completions(models[0], requests[-1]), "the weights have not changed the completions"
     assert len({request["seed"] for request in requests}) == STEPS
     if method != "full":
-        require_unchanged_base(outcome.model, model)
+        assert_unchanged_base(outcome.model, model)
 
 
 def test_a_run_without_the_address_of_its_server_is_refused(model: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Every objective trains the model in the right direction, its options have an effect, and invalid input is refused."""
+"""Every objective changes the model in the intended direction, its options have an effect, and invalid input is refused."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ Spec = dict[str, Any]
 LORA_SPEC: Spec = {"method": {"type": "lora", "lora": {"dropout": 0}}}
 FIFTY_STEPS: Spec = {"training": {"maxSteps": 50, "batchSizePerDevice": 10, "scheduler": "constant", "learningRate": 3e-3}}
 FULL_SPEC: Spec = {"method": {"type": "full", "lora": None}}
-WITH_E: Spec = {"builtin": "regex", "parameters": {"pattern": "e"}}
+LETTER_E_REWARD: Spec = {"builtin": "regex", "parameters": {"pattern": "e"}}
 LENGTH_REWARD: Spec = {"builtin": "length", "parameters": {"unit": "tokens", "minimum": "8"}}
 
 
-def objective_spec(kind: str, spec: Spec | None = None, **trainer: Any) -> Spec:
-    return merge_mappings(merge_mappings(LORA_SPEC, {"trainer": {"type": kind, **trainer}}), spec or {})
+def objective_spec(objective: str, spec: Spec | None = None, **trainer: Any) -> Spec:
+    return merge_mappings(merge_mappings(LORA_SPEC, {"trainer": {"type": objective, **trainer}}), spec or {})
 
 
 def grpo_spec(spec: Spec | None = None, rewards: list[Spec] | None = None, **options: Any) -> Spec:
@@ -39,7 +39,7 @@ def logged_values(outcome: RunOutcome, key: str) -> list[float]:
 
 
 def log_probability(model: Any, tokenizer: Any, prompt: str, answer: str) -> float:
-    """Log-probability of an answer to a prompt."""
+    """Return the log-probability of an answer to a prompt."""
     head = tokenizer.apply_chat_template([user_message(prompt)], add_generation_prompt=True, tokenize=False)
     start = len(tokenizer(head, add_special_tokens=False)["input_ids"])
     ids = torch.tensor([tokenizer(head + answer + "<|im_end|>", add_special_tokens=False)["input_ids"]])
@@ -49,7 +49,7 @@ def log_probability(model: Any, tokenizer: Any, prompt: str, answer: str) -> flo
 
 
 def load_models(outcome: RunOutcome, model: Path) -> tuple[Any, Any, Any]:
-    """Load and return (tuned model, base model, tokenizer) as a user does."""
+    """Load the artefact as a user does. Returns the tuned model, the base model and the tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     assert outcome.folder is not None
@@ -58,12 +58,12 @@ def load_models(outcome: RunOutcome, model: Path) -> tuple[Any, Any, Any]:
     return after.eval(), base.eval(), AutoTokenizer.from_pretrained(outcome.folder)
 
 
-# ---- training direction
+# ---- the intended direction
 
 
-@pytest.mark.parametrize(("kind", "rows", "loss_bound"), [("dpo", PREFERENCE_PAIRS, 0.1), ("orpo", PREFERENCE_PAIRS, 0.5), ("kto", LABELLED_ANSWERS, 0.3)])
-def test_better_answers_become_more_likely(kind: str, rows: list[Any], loss_bound: float, model: Path, tmp_path: Path) -> None:
-    outcome = run_training(tmp_path, model, objective_spec(kind, merge_mappings(FIFTY_STEPS, FULL_SPEC)), rows)
+@pytest.mark.parametrize(("objective", "rows", "loss_bound"), [("dpo", PREFERENCE_PAIRS, 0.1), ("orpo", PREFERENCE_PAIRS, 0.5), ("kto", LABELLED_ANSWERS, 0.3)])
+def test_better_answers_become_more_likely(objective: str, rows: list[Any], loss_bound: float, model: Path, tmp_path: Path) -> None:
+    outcome = run_training(tmp_path, model, objective_spec(objective, merge_mappings(FIFTY_STEPS, FULL_SPEC)), rows)
     assert outcome.losses[-1] < loss_bound < outcome.losses[0]
     after, before, tokenizer = load_models(outcome, model)
     for row in PREFERENCE_PAIRS:
@@ -114,19 +114,19 @@ def test_spectrum_trains_the_head_of_a_reward_model(bits: int | None, model: Pat
 
 
 def test_grpo_raises_the_reward(model: Path, tmp_path: Path) -> None:
-    # Of the answers of an untrained model, 40 % contain an "e".
+    # Before the training, 40 % of the answers contain an "e".
     steps = {"training": {"maxSteps": 30, "batchSizePerDevice": 16, "scheduler": "constant", "learningRate": 1e-2}}
-    outcome = run_training(tmp_path, model, grpo_spec(merge_mappings(steps, FULL_SPEC), [WITH_E], numGenerations=8), PROMPTS)
+    outcome = run_training(tmp_path, model, grpo_spec(merge_mappings(steps, FULL_SPEC), [LETTER_E_REWARD], numGenerations=8), PROMPTS)
     rewards = logged_values(outcome, "rewards/regex/mean")
     assert sum(rewards[:3]) / 3 < 0.7
     assert sum(rewards[-3:]) / 3 > 0.9
     assert outcome.resolved["strategy"] == "single"
 
 
-@pytest.mark.parametrize("kind", ["dpo", "kto", "grpo"])
-def test_reference_adapter_is_not_saved(kind: str, model: Path, tmp_path: Path) -> None:
-    rows = {"dpo": PREFERENCE_PAIRS, "kto": LABELLED_ANSWERS, "grpo": PROMPTS}[kind]
-    spec = grpo_spec(beta=0.1) if kind == "grpo" else objective_spec(kind)
+@pytest.mark.parametrize("objective", ["dpo", "kto", "grpo"])
+def test_reference_adapter_is_not_saved(objective: str, model: Path, tmp_path: Path) -> None:
+    rows = {"dpo": PREFERENCE_PAIRS, "kto": LABELLED_ANSWERS, "grpo": PROMPTS}[objective]
+    spec = grpo_spec(beta=0.1) if objective == "grpo" else objective_spec(objective)
     outcome = run_training(tmp_path, model, merge_mappings(spec, {"checkpoint": {"strategy": "steps", "steps": 2}}), rows)
     assert outcome.folder is not None
     for folder in (outcome.folder, outcome.folder.parent / "checkpoint-2"):
@@ -141,15 +141,15 @@ SPECS_AND_ROWS: dict[str, tuple[Spec, list[Any]]] = {
     "kto": (objective_spec("kto"), LABELLED_ANSWERS),
     "orpo": (objective_spec("orpo"), PREFERENCE_PAIRS),
     "reward": (objective_spec("reward"), PREFERENCE_PAIRS),
-    "grpo": (grpo_spec(rewards=[WITH_E], beta=0.1), PROMPTS),
+    "grpo": (grpo_spec(rewards=[LETTER_E_REWARD], beta=0.1), PROMPTS),
 }
 
 
-@pytest.mark.parametrize("kind", quick_slice(SPECS_AND_ROWS, ["dpo", "grpo"]))
-def test_resume_is_exact(kind: str, model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("objective", quick_slice(SPECS_AND_ROWS, ["dpo", "grpo"]))
+def test_a_resumed_run_equals_an_uninterrupted_run(objective: str, model: Path, tmp_path: Path) -> None:
     from finetune_trainer.inputs import RestoredCheckpoint
 
-    spec, rows = SPECS_AND_ROWS[kind]
+    spec, rows = SPECS_AND_ROWS[objective]
     spec = merge_mappings(spec, {"checkpoint": {"strategy": "steps", "steps": 2}, "method": {"lora": {"dropout": 0.1}}})
     whole = run_training(tmp_path / "a", model, spec, rows)
     restore = RestoredCheckpoint(path=tmp_path / "a" / "out" / "checkpoint-2", step=2, uri="s3://x")
@@ -160,9 +160,9 @@ def test_resume_is_exact(kind: str, model: Path, tmp_path: Path) -> None:
     assert first == second
 
 
-@pytest.mark.parametrize("kind", quick_slice(["dpo", "kto", "orpo", "reward"], ["kto", "reward"]))
-def test_validation_loss_is_measured(kind: str, model: Path, tmp_path: Path) -> None:
-    spec, rows = SPECS_AND_ROWS[kind]
+@pytest.mark.parametrize("objective", quick_slice(["dpo", "kto", "orpo", "reward"], ["kto", "reward"]))
+def test_validation_loss_is_measured(objective: str, model: Path, tmp_path: Path) -> None:
+    spec, rows = SPECS_AND_ROWS[objective]
     outcome = run_training(
         tmp_path, model, merge_mappings(spec, {"evaluation": {"strategy": "steps", "steps": 2}}), rows, validation=rows[:6]
     )
@@ -171,7 +171,7 @@ def test_validation_loss_is_measured(kind: str, model: Path, tmp_path: Path) -> 
     assert outcome.eval_losses[1] != outcome.eval_losses[0]
 
 
-# ---- dpo
+# ---- options of dpo
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_validation_loss_is_measured(kind: str, model: Path, tmp_path: Path) -> 
 def test_every_dpo_loss_trains(loss: str, model: Path, tmp_path: Path) -> None:
     smoothing = {"labelSmoothing": 0.1} if loss in ("robust", "exoPair") else {}
     outcome = run_training(tmp_path, model, objective_spec("dpo", dpo={"lossTypes": [loss], **smoothing}), PREFERENCE_PAIRS)
-    # The first loss is known, because the model equals the reference model before the first step, so every log ratio is 0.
+    # The first loss is known: before the first step, the model equals the reference model, so every log ratio is 0.
     half = math.log(2)
     first_losses = {
         "sigmoid": half, "hinge": 1.0, "ipo": 25.0, "ncaPair": 2 * half, "bcoPair": 2 * half, "apoZero": 1.0, "apoDown": 1.0, "robust": half,
@@ -204,7 +204,7 @@ def test_beta_scales_the_gradient(model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_a_named_reference_is_used(method: str, model: Path, other_model: Path, tmp_path: Path) -> None:
+def test_the_reference_model_of_the_spec_is_used(method: str, model: Path, other_model: Path, tmp_path: Path) -> None:
     from tests.support.learning import make_run, train_here
 
     spec = merge_mappings(
@@ -258,11 +258,11 @@ def test_text_is_joined_without_a_template_and_gets_an_end_token(model: Path, tm
     assert turns.extra["data"]["tokens"]["train"]["longest"] > len(ids) + 4
 
 
-# ---- grpo
+# ---- options of grpo
 
 
 @pytest.mark.parametrize("options", [{}, {"timeoutSeconds": 120}])
-def test_user_rewards_get_columns_and_weights(options: Spec, model: Path, tmp_path: Path) -> None:
+def test_reward_functions_of_users_get_the_columns_and_are_weighted(options: Spec, model: Path, tmp_path: Path) -> None:
     source = "def near(completions, answer, **_):\n    return [float(len(one)) for one in answer]\n"
     own = {"configMapRef": {"name": "mine", "key": "r.py"}, "function": "near", "weight": 0.5, **options}
     spec = grpo_spec({"training": {"maxSteps": 1, "batchSizePerDevice": 20}}, [own, {"builtin": "exactMatch", "weight": 2}])
@@ -272,14 +272,14 @@ def test_user_rewards_get_columns_and_weights(options: Spec, model: Path, tmp_pa
     assert logged_values(outcome, "reward") == [pytest.approx(0.5 * mean + 2 * logged_values(outcome, "rewards/exactMatch/mean")[0])]
 
 
-def test_beta_adds_the_kl_penalty(model: Path, tmp_path: Path) -> None:
+def test_beta_adds_a_kl_penalty_to_the_grpo_loss(model: Path, tmp_path: Path) -> None:
     assert logged_values(run_training(tmp_path / "a", model, grpo_spec(), PROMPTS), "kl") == []
     assert len(logged_values(run_training(tmp_path / "b", model, grpo_spec(beta=0.1), PROMPTS), "kl")) == 4
 
 
 @pytest.mark.parametrize("loss", quick_slice(["grpo", "bnpo", "drGrpo", "dapo"], ["drGrpo"]))
 def test_every_grpo_loss_trains(loss: str, model: Path, tmp_path: Path) -> None:
-    outcome = run_training(tmp_path, model, grpo_spec({"training": {"batchSizePerDevice": 8}}, [WITH_E], lossType=loss), PROMPTS)
+    outcome = run_training(tmp_path, model, grpo_spec({"training": {"batchSizePerDevice": 8}}, [LETTER_E_REWARD], lossType=loss), PROMPTS)
     assert all(math.isfinite(value) for value in outcome.losses)
     assert outcome.grad_norms[0] > 0
 
@@ -309,7 +309,7 @@ def test_grpo_trains_on_text_prompts_and_without_a_chat_template(model: Path, tm
 
 
 def test_rewards_receive_prompts_and_columns_unchanged(model: Path, tmp_path: Path) -> None:
-    """Values of a column may have different types or be absent. A key of one message is not added to other messages."""
+    """The values of a column may have different types or be absent. A key that one message has is not added to the other messages."""
     seen = tmp_path / "seen"
     code = f"""
 def reward(completions, prompts, note, **columns):
@@ -334,16 +334,16 @@ def reward(completions, prompts, note, **columns):
     assert sorted(seen.read_text().splitlines()) == sorted(repr((row["prompt"], row.get("note"))) for row in rows)
 
 
-# ---- kto
+# ---- rows of kto
 
 
-def test_mismatched_answers_come_from_the_preceding_row() -> None:
+def test_the_mismatched_answer_of_a_row_comes_from_the_preceding_row() -> None:
     from finetune_trainer.objective.kto import _add_mismatched_answers
 
     assert _add_mismatched_answers({"completion_ids": [[1], [2], [3]]}) == {"KL_completion_ids": [[3], [1], [2]]}
 
 
-# ---- refused
+# ---- refused specs and inputs
 
 CUSTOM_REWARD = {"configMapRef": {"name": "mine", "key": "r.py"}}
 REFUSED_SPECS: dict[str, tuple[Spec, list[Any], str, str]] = {
@@ -394,7 +394,7 @@ def test_an_adapter_for_text_generation_is_refused_for_a_reward_model(model: Pat
 
 
 def test_a_base_model_with_missing_weights_is_refused_for_a_reward_model(model: Path, tmp_path: Path) -> None:
-    """Only the weights of the head may be missing: transformers initialises missing weights at random."""
+    """Only the weights of the head may be missing, because transformers would initialise missing weights at random."""
     from safetensors.torch import load_file, save_file
 
     folder = tmp_path / "part"

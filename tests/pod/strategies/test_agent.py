@@ -1,4 +1,4 @@
-"""The agent starts a single rank directly and several ranks with torchelastic. The supervisor gets the exit codes of the ranks."""
+"""The agent starts a single rank directly and several ranks with torchelastic. The supervisor learns how each rank ended."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from tests.support.slices import quick_slice
 POD_TESTS_FOLDER = Path(__file__).parents[1]
 
 
-def toy_pod(folder: Path, model: Path, rows: Path, script: dict[str, Any], ranks: int) -> Pod:
-    """A pod whose ranks run `toy_rank` with this script."""
+def make_toy_pod(folder: Path, model: Path, rows: Path, script: dict[str, Any], ranks: int) -> Pod:
+    """Create a pod whose ranks follow a script of `toy_rank`."""
     spec = {
         "model": {"source": f"file://{model}"},
         "dataset": {"train": f"file://{rows}", "format": "messages"},
@@ -36,7 +36,7 @@ def toy_pod(folder: Path, model: Path, rows: Path, script: dict[str, Any], ranks
 def test_the_agent_loads_torch_only_for_several_ranks(
     ranks: int, loads_torch: bool, model: Path, rows: Path, tmp_path: Path
 ) -> None:
-    with toy_pod(tmp_path, model, rows, {"steps": 100_000}, ranks) as pod:
+    with make_toy_pod(tmp_path, model, rows, {"steps": 100_000}, ranks) as pod:
         pod.wait_step(1)
         (agent,) = pod.pids("agent")
         assert len(pod.pids("train")) == ranks
@@ -44,16 +44,16 @@ def test_the_agent_loads_torch_only_for_several_ranks(
         pod.kill()
 
 
-ENDS = [(ranks, event, code, name) for ranks in (1, 2) for event, code, name in (("exit", 70, "RankCrashed"), ("die", 74, "RankKilled"))]
-IN_MAKE_TEST = [(1, "die", 74, "RankKilled"), (2, "exit", 70, "RankCrashed")]
+RANK_ENDS = [(ranks, event, code, name) for ranks in (1, 2) for event, code, name in (("exit", 70, "RankCrashed"), ("die", 74, "RankKilled"))]
+QUICK_RANK_ENDS = [(1, "die", 74, "RankKilled"), (2, "exit", 70, "RankCrashed")]
 
 
-@pytest.mark.parametrize(("ranks", "event", "code", "name"), quick_slice(ENDS, IN_MAKE_TEST))
+@pytest.mark.parametrize(("ranks", "event", "code", "name"), quick_slice(RANK_ENDS, QUICK_RANK_ENDS))
 def test_a_rank_that_ends_without_a_report_is_named_in_the_termination_message(
     ranks: int, event: str, code: int, name: str, model: Path, rows: Path, tmp_path: Path
 ) -> None:
-    # Toy ranks do not wait for one another. With 100,000 steps, the healthy rank still runs when the other rank fails.
-    with toy_pod(tmp_path, model, rows, {"steps": 100_000, "at": {f"{ranks - 1}:7": event}}, ranks) as pod:
+    # Toy ranks do not wait for each other. With 100,000 steps, the healthy rank is still running when the other rank fails.
+    with make_toy_pod(tmp_path, model, rows, {"steps": 100_000, "at": {f"{ranks - 1}:7": event}}, ranks) as pod:
         assert pod.end() == code, pod.text[-3000:]
         message = pod.termination_message()
     assert (message.exit_code, message.code, message.rank) == (code, name, ranks - 1)

@@ -1,4 +1,4 @@
-"""Ranks that share each sequence compute the losses and gradients of a single rank, and resume exactly."""
+"""Ranks that share each sequence have the same losses and gradients as a single rank, and resume exactly."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ ROWS = [
     {"messages": [row["messages"][0], {"role": "assistant", "content": "red " * (1 + index % 4)}]}
     for index, row in enumerate(TEN_ROWS[:8])
 ]  # fmt: skip
-"""Rows of different lengths, some of them odd, so that batches are padded."""
-BASE: dict[str, Any] = {
-    # Adam and clipping would hide a wrong factor of the gradients.
+"""Rows of different lengths. Some lengths are odd, so two ranks can share them only with padding."""
+BASE_SPEC: dict[str, Any] = {
+    # sgd without clipping, because Adam and clipping would hide gradients that are scaled by a wrong factor.
     "training": {
         "seed": 7, "batchSizePerDevice": 2, "gradientAccumulationSteps": 1, "maxSteps": 4, "learningRate": 1e-2, "optimizer": "sgd", "maxGradNorm": 1000,
     },
@@ -27,16 +27,16 @@ BASE: dict[str, Any] = {
 }  # fmt: skip
 
 
-def sharing(stage: int = 2, spec: dict[str, Any] | None = None) -> dict[str, Any]:
+def shared_sequence_spec(stage: int = 2, spec: dict[str, Any] | None = None) -> dict[str, Any]:
     distributed = {"strategy": "deepspeed", "deepspeed": {"zeroStage": stage}, "contextParallelSize": 2}
-    return merge_mappings(merge_mappings(BASE, {"distributed": distributed}), spec or {})
+    return merge_mappings(merge_mappings(BASE_SPEC, {"distributed": distributed}), spec or {})
 
 
-EVALUATION: dict[str, Any] = {"evaluation": {"strategy": "steps", "steps": 4}, "checkpoint": {"strategy": "steps", "steps": 2}}
-LORA: dict[str, Any] = {"method": {"type": "lora", "lora": {"dropout": 0, "init": "gaussian"}}, "training": {"learningRate": 0.5}}
+EVALUATION_SPEC: dict[str, Any] = {"evaluation": {"strategy": "steps", "steps": 4}, "checkpoint": {"strategy": "steps", "steps": 2}}
+LORA_SPEC: dict[str, Any] = {"method": {"type": "lora", "lora": {"dropout": 0, "init": "gaussian"}}, "training": {"learningRate": 0.5}}
 SPECS = {
-    "zero0": sharing(0), "zero2": sharing(2, EVALUATION), "zero3": sharing(3),
-    "accumulated": sharing(2, {"training": {"batchSizePerDevice": 1, "gradientAccumulationSteps": 2}}), "lora": sharing(2, LORA),
+    "zero0": shared_sequence_spec(0), "zero2": shared_sequence_spec(2, EVALUATION_SPEC), "zero3": shared_sequence_spec(3),
+    "accumulated": shared_sequence_spec(2, {"training": {"batchSizePerDevice": 1, "gradientAccumulationSteps": 2}}), "lora": shared_sequence_spec(2, LORA_SPEC),
 }  # fmt: skip
 
 
@@ -47,7 +47,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def results(request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
-    """The runs that the selected tests compare, in one start of the ranks."""
+    """The results of all runs that the selected tests compare. The ranks start only once for all runs."""
     tests = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
     names = {"zero2", *(item.callspec.params["name"] for item in tests)}
     cells = [
@@ -63,7 +63,7 @@ def test_losses_and_gradients_are_those_of_one_rank(name: str, results: dict[str
     shared = results[name]
     assert shared.error is None
     assert shared.losses == pytest.approx(alone.losses, abs=2e-5) and len(alone.losses) == 4
-    # DeepSpeed reports no gradient norm in stage 0; there, the later losses show the size of the gradients.
+    # DeepSpeed reports no gradient norm in stage 0. In this case, the later losses depend on the size of the gradients.
     assert shared.grad_norms == ([] if name == "zero0" else pytest.approx(alone.grad_norms, abs=2e-4))
     assert (shared.resolved["effectiveBatch"], shared.resolved["worldSize"], shared.resolved["attention"]) == (2, 2, "sdpa")
     assert "2 ranks share each sequence (Ulysses)" in shared.notes
@@ -71,6 +71,7 @@ def test_losses_and_gradients_are_those_of_one_rank(name: str, results: dict[str
         assert shared.eval["eval_loss"] == pytest.approx(alone.eval_losses[-1], abs=2e-5)
 
 
+@pytest.mark.slow  # test_strategies.py resumes ZeRO cells, and the other test compares the losses of shared sequences
 def test_a_resumed_run_continues_with_the_same_rows(results: dict[str, Result], model: Path, tmp_path: Path) -> None:
     whole = results["zero2"]
     resumed = Cell("resumed", str(model), SPECS["zero2"], ROWS, validation=ROWS[:3], resume=str(Path(whole.folder) / "checkpoint-2"))
@@ -79,10 +80,10 @@ def test_a_resumed_run_continues_with_the_same_rows(results: dict[str, Result], 
 
 @pytest.mark.faults
 def test_two_groups_train_on_different_rows(model: Path, tmp_path: Path) -> None:
-    """Four ranks in two groups, each with one row: the step of one rank with two rows."""
-    spec = sharing(2, {"training": {"batchSizePerDevice": 1}})
+    """Four ranks form two groups, and each group trains one row per step. The losses equal those of one rank with two rows per step."""
+    spec = shared_sequence_spec(2, {"training": {"batchSizePerDevice": 1}})
     found = launch_cells([Cell("groups", str(model), spec, ROWS)], tmp_path / "groups", rank_count=4)["groups"]
-    alone = run_training(tmp_path / "alone", model, BASE, ROWS)
+    alone = run_training(tmp_path / "alone", model, BASE_SPEC, ROWS)
     assert found.error is None and found.resolved["effectiveBatch"] == 2
     assert found.losses == pytest.approx(alone.losses, abs=2e-5)
     assert found.grad_norms == pytest.approx(alone.grad_norms, abs=2e-4)

@@ -1,4 +1,4 @@
-"""The trainer chooses device, dtypes and attention from the spec and the hardware. Impossible specs are refused with a suggestion."""
+"""The trainer chooses device, dtypes and attention from the spec and the hardware. It refuses specs that the hardware cannot run, with a hint."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_cpu_trains_in_32_bits_unless_the_spec_says_bf16(
     requested: str, dtype: torch.dtype, bf16: bool, tmp_path: Path
 ) -> None:
     hardware = detect_for_spec(tmp_path, {"training": {"mixedPrecision": requested}})
-    assert (hardware.is_cpu, hardware.name, hardware.dtype, hardware.bf16, hardware.fp16) == (
+    assert (hardware.is_cpu, hardware.name, hardware.dtype, hardware.computes_in_bf16, hardware.computes_in_fp16) == (
         True,
         "cpu",
         dtype,
@@ -50,7 +50,7 @@ def test_a_cpu_trains_in_32_bits_unless_the_spec_says_bf16(
 
 def test_an_old_gpu_computes_in_fp16(old_gpu: None, tmp_path: Path) -> None:
     hardware = detect_for_spec(tmp_path, ONE_GPU_SPEC)
-    assert (hardware.device, hardware.name, hardware.bf16, hardware.fp16) == (
+    assert (hardware.device, hardware.name, hardware.computes_in_bf16, hardware.computes_in_fp16) == (
         torch.device("cuda", 0),
         "Tesla T4",
         False,
@@ -114,7 +114,7 @@ def test_a_missing_device_or_format_is_refused(
 def test_a_requested_gpu_that_torch_does_not_find(
     driver_error: Exception | None, code: str, exit_code: int, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The failure is final only if the pod has no driver. All other errors may be specific to one node."""
+    """Only a pod without a driver and an image without CUDA fail for good. All other errors may be caused by one node, so they are retried."""
 
     def init() -> None:
         if driver_error is not None:
@@ -141,7 +141,7 @@ def test_the_attention_of_the_spec_is_chosen(requested: str, active: str, tmp_pa
 
 @pytest.fixture
 def new_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Simulate a machine with two GPUs and flash attention."""
+    """Simulate a machine with two GPUs that support flash attention."""
     from finetune_trainer import hardware
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -1,6 +1,6 @@
-"""docs/reference/matrix.md shows which methods and objectives work together on one rank; every refusal has a message.
+"""docs/reference/matrix.md shows which methods and objectives work together on one rank. Every refused combination has a message.
 
-`tests/image/test_matrix.py` compares all strategies with the page, in the trainer image. This test needs no image.
+`tests/image/test_matrix.py` compares the page with runs of all strategies in the trainer image. The test of this file needs no image.
 """
 
 from __future__ import annotations

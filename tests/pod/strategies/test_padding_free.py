@@ -1,4 +1,4 @@
-"""Padding-free batches on two ranks: the losses of training and evaluation are those of padded batches."""
+"""On two ranks, padding-free batches have the same losses in training and evaluation as padded batches."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SPEC: dict[str, Any] = {
     "training": {"batchSizePerDevice": 3, "gradientAccumulationSteps": 2, "maxSteps": 3, "learningRate": 1e-3},
     "evaluation": {"strategy": "steps", "steps": 3},
 }
-"""Ten rows in batches of three on two ranks. The last batches of the evaluation repeat two rows."""
+"""Batches of three rows on two ranks. An evaluation of ten rows repeats two rows in its last batches."""
 RUNS: dict[str, dict[str, Any]] = {
     "ddp": {"method": {"lora": {"dropout": 0}}, "distributed": {"strategy": "ddp"}},
     "fsdp": {"method": {"type": "full"}, "distributed": {"strategy": "fsdp"}, "training": {"learningRate": 1e-4}},

@@ -1,4 +1,4 @@
-"""Throughput, utilisation and padding that runs report."""
+"""Runs report their throughput, their GPU utilisation (MFU) and their share of padding."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def count_matrix_weights(folder: Path) -> int:
-    """Number of weights in matrix products: all weights of the stored model except the embedding table."""
+    """Count the weights that take part in matrix products: all weights of the stored model except the embedding table."""
     from safetensors.torch import load_file
 
     stored = load_file(folder / "model.safetensors")
@@ -34,7 +34,7 @@ def test_every_method_reports_the_shape_of_the_base_model(method: str, model: Pa
     assert ModelShape.of(base) == ModelShape(count_matrix_weights(model), LAYER_COUNT, HEAD_COUNT, HIDDEN_SIZE // HEAD_COUNT)
 
 
-def test_a_tied_head_counts_once(tmp_path: Path) -> None:
+def test_the_weights_of_a_tied_head_count_once(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     folder = make_tiny_model(tmp_path / "tied", hidden=HIDDEN_SIZE, layers=LAYER_COUNT, tied=True)
@@ -50,13 +50,13 @@ def test_utilisation_is_tokens_per_second_times_flops_over_the_peak(
     from finetune_trainer.objective import sft
 
     peak = 1e12
-    monkeypatch.setattr(sft, "peak_of", lambda name: peak)
+    monkeypatch.setattr(sft, "peak_flops_of", lambda name: peak)
     outcome = run_training(tmp_path, model, {"method": {"type": method}})
     report = outcome.extra["data"]["tokens"]["train"]
     shape = ModelShape(count_matrix_weights(model), LAYER_COUNT, HEAD_COUNT, HIDDEN_SIZE // HEAD_COUNT)
     flops = flops_per_token(shape, report["tokens"] / report["rows"], frozen_base=frozen)
     lines = [line for line in outcome.logs if "mfu" in line]
-    assert [line["step"] for line in lines] == [2, 3, 4]  # throughput is measured between two log lines
+    assert [line["step"] for line in lines] == [2, 3, 4]  # throughput is measured from one log line to the next, so step 1 has no value
     for line in lines:
         assert line["mfu"] == pytest.approx(line["tokens_per_second"] * flops / peak, rel=1e-9)
 
@@ -71,7 +71,7 @@ def test_the_reported_token_count_equals_that_of_the_data(model: Path, tmp_path:
     assert [line["num_tokens"] for line in outcome.logs if "loss" in line][-1] == 2 * tokens
 
 
-def length_report(outcome: RunOutcome) -> dict[str, Any]:
+def read_length_report(outcome: RunOutcome) -> dict[str, Any]:
     return dict(outcome.extra["data"]["tokens"]["train"])
 
 
@@ -83,7 +83,7 @@ def test_packing_leaves_little_padding_and_reports_it(model: Path, tmp_path: Pat
     packed = run_training(
         tmp_path, model, {"dataset": {"packing": True, "maxSequenceLength": 512}, "training": {"maxSteps": 2}}, rows
     )
-    report = length_report(packed)
+    report = read_length_report(packed)
     assert report["rows"] == 200 and report["dropped"] == report["truncated"] == 0
     assert report["padding_share"] == 1 - report["tokens"] / (512 * report["sequences"])
     assert report["padding_share"] <= 0.03
@@ -95,6 +95,6 @@ def test_padding_is_reported_without_packing(model: Path, tmp_path: Path) -> Non
     """A batch of two rows is padded to the length of the longer row."""
     rows = [{"messages": [TEN_ROWS[0]["messages"][0], {"role": "assistant", "content": "red " * times}]} for times in (1, 9)]
     outcome = run_training(tmp_path, model, {"training": {"maxSteps": 1, "batchSizePerDevice": 2}}, rows)
-    report = length_report(outcome)
+    report = read_length_report(outcome)
     (line,) = [line for line in outcome.logs if "padding_share" in line]
     assert line["padding_share"] == pytest.approx(1 - report["tokens"] / (2 * report["longest"]))

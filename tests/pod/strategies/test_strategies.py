@@ -1,4 +1,4 @@
-"""Every strategy on two ranks: the losses equal those of one rank, artefacts are complete, resume is exact, the strategy is active."""
+"""Every strategy on two ranks: it is active, its losses equal those of one rank, its artefacts are complete, and it resumes exactly."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ EQUAL_BATCH_SPECS: dict[str, dict[str, Any]] = {
     "zero2": zero_spec(2),
     "zero2, accumulated": merge_mappings(zero_spec(2), {"training": {"batchSizePerDevice": 1, "gradientAccumulationSteps": 2}}),
 }
-"""Runs of two ranks that train four rows per step in total."""
+"""Runs on two ranks that together train four rows per step."""
 REFUSED_SPECS: dict[str, tuple[dict[str, Any], str, str]] = {
     "fsdp prompt": (merge_mappings({"method": {"type": "promptTuning"}}, fsdp_spec()), "StrategyAndMethod", "virtual tokens"),
     "fsdp 8 bit": (merge_mappings({"model": {"quantization": {"bits": 8}}}, fsdp_spec()), "StrategyAndMethod", "8-bit"),
@@ -129,7 +129,7 @@ SIXTEEN_BITS: dict[str, Any] = {
     "model": {"dtype": "bfloat16"},
     "training": {"mixedPrecision": "bf16", "gradientCheckpointing": "enabled", "maxSteps": 3, "learningRate": 5e-3},
 }
-"""The default dtypes of a GPU, with gradient checkpointing."""
+"""A spec with the default dtypes of a GPU and with gradient checkpointing."""
 PACKING_SPEC: dict[str, Any] = {"dataset": {"packing": True, "maxSequenceLength": 64}, "training": {"batchSizePerDevice": 1}}
 HEAD_IN_FULL = {"method": {"lora": {"dropout": 0, "modulesToSave": ["lm_head"]}}}
 SIXTEEN_BIT_RUNS: dict[str, tuple[dict[str, Any], Sequence[Any]]] = {
@@ -156,16 +156,16 @@ def equal_cell(method: str, name: str) -> str:
 
 
 QUICK_CELLS = {
-    "ddp full", "ddp lora", "ddp qlora", "fsdp full", "fsdp full, full states", "fsdp lora", "fsdp qlora", "fsdp noShard",
-    "zero1 full", "zero2 full", "zero3 full", "zero3 lora", "zero3 json", *REFUSED_SPECS, "16 bits, ddp", "16 bits, fsdp", "zero2 best",
+    "ddp full", "ddp lora", "fsdp full", "fsdp full, full states", "fsdp lora", "fsdp noShard", "zero2 full",
+    "zero3 full", "zero3 lora", "zero3 json", *REFUSED_SPECS, "16 bits, ddp", "16 bits, fsdp", "zero2 best",
     equal_cell("full", "ddp, accumulated"), equal_cell("lora", "fsdp"), equal_cell("full", "zero2, accumulated"),
     "ddp full, stored in 16 bits", "fsdp full, stored in 16 bits",
 }  # fmt: skip
-"""The cells of `make test`, with their resumed cells: every strategy and ZeRO stage. `make test-faults` runs all cells."""
+"""The cells that `make test` runs, together with their resumed cells. They cover every strategy, and ZeRO stages 2 and 3. `make test-faults` runs all cells."""
 
 
-def cells_by_slice(names: Iterable[str]) -> list[Any]:
-    """Names of cells as parameters of a test."""
+def mark_slow_cells(names: Iterable[str]) -> list[Any]:
+    """Return the names of cells as test parameters. All but the quick cells are marked as slow."""
     every = list(names)
     return quick_slice(every, QUICK_CELLS & set(every))
 
@@ -176,7 +176,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Results(dict[str, Result]):
-    """The results by cell name. The quick cells run together when a test reads the first of their results, and so do the other cells."""
+    """The results by cell name. Reading the first result of a quick cell runs all quick cells; the other cells run in the same way."""
 
     def __init__(self, model: Path, folder: Path) -> None:
         super().__init__()
@@ -187,7 +187,7 @@ class Results(dict[str, Result]):
         folder = self._folder / ("quick" if is_quick else "slow")
         cells = [cell for cell in make_cells(self._model, self._folder / f"model-16-bit-{folder.name}") if (cell.name in QUICK_CELLS) == is_quick]
         for number, cell in enumerate(cells[:]):
-            if cell.name in RESUMED_CELLS:  # the folders of the cells are numbered
+            if cell.name in RESUMED_CELLS:  # a cell's folder is named by its number, not by its name
                 checkpoint = folder / f"{number:03d}" / "out" / "checkpoint-2"
                 cells.append(replace(cell, name=f"{cell.name}, resumed", resume=str(checkpoint)))
         self.update(launch_cells(cells, folder, rank_count=2))
@@ -195,7 +195,7 @@ class Results(dict[str, Result]):
 
 
 def make_cells(model: Path, folder_16_bits: Path) -> list[Cell]:
-    """All cells but the resumed ones. `folder_16_bits` gets a copy of the model in bf16."""
+    """Return all cells except the resumed ones. Writes a copy of the model in bf16 into `folder_16_bits`."""
     files = {"mine": {"fsdp.yaml": ACCELERATE_CONFIG, "zero.json": json.dumps(DEEPSPEED_CONFIG)}}
     specs = {**SPECS, **{name: spec for name, (spec, _, _) in REFUSED_SPECS.items()}}
     cells = [Cell(name, str(model), spec, TEN_ROWS, config_maps=files) for name, spec in specs.items()]
@@ -229,7 +229,7 @@ def results(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 
 def store_in_16_bits(model: Path, folder: Path) -> Path:
-    """Copy a model with its weights in bf16."""
+    """Write a copy of the model whose weights are in bf16. Returns the folder of the copy."""
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(model, folder)
@@ -256,7 +256,7 @@ def test_ranks_that_share_converted_weights_train_the_same(results: dict[str, Re
     assert not list((Path(shared.folder).parent / "work").glob("float32-weights*"))
 
 
-@pytest.mark.parametrize("name", cells_by_slice(SPECS))
+@pytest.mark.parametrize("name", mark_slow_cells(SPECS))
 def test_strategy_is_active_and_learns(name: str, results: dict[str, Result]) -> None:
     result = results[name]
     assert result.error is None
@@ -276,10 +276,10 @@ DDP_CELLS = {
     },
     **dict.fromkeys(("fsdp shardGradOp", "fsdp noShard", "fsdp file", "zero2 offload", "zero3 offload"), "ddp full"),
 }
-"""The cell with ddp that trains the same as another cell."""
+"""For each cell: the cell with ddp whose run must have the same losses."""
 
 
-@pytest.mark.parametrize("name", cells_by_slice(DDP_CELLS))
+@pytest.mark.parametrize("name", mark_slow_cells(DDP_CELLS))
 def test_losses_and_artefact_equal_those_of_ddp(name: str, results: dict[str, Result]) -> None:
     result, ddp_result = results[name], results[DDP_CELLS[name]]
     assert result.losses == pytest.approx(ddp_result.losses, abs=1e-5)
@@ -292,8 +292,8 @@ def test_losses_and_artefact_equal_those_of_ddp(name: str, results: dict[str, Re
 
 
 @pytest.fixture(scope="module")
-def losses_of_one_rank(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """For each method: the outcome of a run on one rank that trains the same four rows per step."""
+def one_rank_outcomes(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """For each method: the outcome of a run on one rank that trains the same four rows in each step."""
     outcomes = {}
     for method, method_spec in (("full", FULL_SPEC), ("lora", LORA_EXACT)):
         spec = merge_mappings(merge_mappings(EXACT_SPEC, method_spec), {"training": {"batchSizePerDevice": 4}})
@@ -301,16 +301,16 @@ def losses_of_one_rank(model: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return outcomes
 
 
-@pytest.mark.parametrize("name", cells_by_slice(equal_cell(method, name) for method in ("full", "lora") for name in EQUAL_BATCH_SPECS))
-def test_two_ranks_have_the_losses_of_one_rank(name: str, losses_of_one_rank: dict[str, Any], results: dict[str, Result]) -> None:
-    one_rank, result = losses_of_one_rank[name.split(", ")[1]], results[name]
+@pytest.mark.parametrize("name", mark_slow_cells(equal_cell(method, name) for method in ("full", "lora") for name in EQUAL_BATCH_SPECS))
+def test_two_ranks_have_the_losses_of_one_rank(name: str, one_rank_outcomes: dict[str, Any], results: dict[str, Result]) -> None:
+    one_rank, result = one_rank_outcomes[name.split(", ")[1]], results[name]
     assert result.error is None and result.resolved["effectiveBatch"] == 4
     assert len(one_rank.losses) == 4
     assert result.losses == pytest.approx(one_rank.losses, abs=1e-6)
     assert result.grad_norms == pytest.approx(one_rank.grad_norms, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", cells_by_slice(SIXTEEN_BIT_RUNS))
+@pytest.mark.parametrize("name", mark_slow_cells(SIXTEEN_BIT_RUNS))
 def test_two_ranks_train_in_16_bits(name: str, results: dict[str, Result]) -> None:
     result, (prefix, strategy, *options) = results[name], name.split(", ")
     assert result.error is None
@@ -326,29 +326,29 @@ def test_no_shard_uses_ddp_and_adds_a_note(results: dict[str, Result]) -> None:
     assert any("noShard" in note for note in results["fsdp noShard"].notes)
 
 
-@pytest.mark.parametrize("name", cells_by_slice(RESUMED_CELLS))
-def test_resume_is_exact(name: str, results: dict[str, Result]) -> None:
+@pytest.mark.parametrize("name", mark_slow_cells(RESUMED_CELLS))
+def test_a_resumed_run_equals_an_uninterrupted_run(name: str, results: dict[str, Result]) -> None:
     uninterrupted, resumed = results[name], results[f"{name}, resumed"]
     assert resumed.error is None
-    assert len(resumed.losses) == 2  # steps 3 and 4, not all four again
+    assert len(resumed.losses) == 2  # the resumed run trains only steps 3 and 4
     assert resumed.losses == uninterrupted.losses[2:]
     assert resumed.grad_norms == uninterrupted.grad_norms[2:]
     first, second = load_final_tensors(uninterrupted), load_final_tensors(resumed)
     assert [key for key in first if not torch.equal(first[key], second[key])] == []
 
 
-def test_fsdp_checkpoints_hold_weights_and_optimizer_once(results: dict[str, Result]) -> None:
-    def names(name: str) -> set[str]:
+def test_fsdp_checkpoints_contain_weights_and_optimizer_state_once(results: dict[str, Result]) -> None:
+    def checkpoint_file_names(name: str) -> set[str]:
         return {path.name for path in (Path(results[name].folder) / "checkpoint-2").iterdir()}
 
-    sharded, full, adapter = names("fsdp full"), names("fsdp full, full states"), names("fsdp lora")
+    sharded, full, adapter = checkpoint_file_names("fsdp full"), checkpoint_file_names("fsdp full, full states"), checkpoint_file_names("fsdp lora")
     assert {"model.safetensors", "optimizer_0", "scheduler.pt", "rng_state_0.pth", "rng_state_1.pth"} <= sharded
     assert {"model.safetensors", "optimizer.bin"} <= full and "optimizer_0" not in full
     assert {"adapter_model.safetensors", "optimizer_0"} <= adapter
     assert not any("pytorch_model_fsdp" in name for name in sharded | full | adapter)
 
 
-@pytest.mark.parametrize("name", cells_by_slice(BEST_CHECKPOINT_SPECS))
+@pytest.mark.parametrize("name", mark_slow_cells(BEST_CHECKPOINT_SPECS))
 def test_the_best_weights_are_published(name: str, results: dict[str, Result]) -> None:
     from safetensors.torch import load_file
 
@@ -379,7 +379,7 @@ def test_artefacts_load_in_plain_libraries(model: Path, results: dict[str, Resul
         base = tuned.unload()
 
 
-def test_the_json_sets_options_that_the_spec_does_not_set(results: dict[str, Result]) -> None:
+def test_the_deepspeed_json_sets_options_that_the_spec_does_not_set(results: dict[str, Result]) -> None:
     result = results["zero3 json"]
     message = "\n".join(result.notes)
     assert "gradient_clipping 0.25 of the file replaces the default training.maxGradNorm 1.0" in message

@@ -1,4 +1,4 @@
-"""If a library uses another strategy, attention or quantisation than requested, the run ends before its first step."""
+"""A run ends before its first step if a library uses another strategy, attention or quantisation than the spec requests."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("model") / "raw")
 
 
-def trainer(engine: Any = None) -> Any:
-    """A Trainer with a model that is not wrapped by DDP, FSDP or DeepSpeed."""
+def make_trainer(engine: Any = None) -> Any:
+    """Create a Trainer whose model is not wrapped by DDP, FSDP or DeepSpeed."""
     network = torch.nn.Linear(4, 4)
     return SimpleNamespace(
         model=network, model_wrapped=network, is_deepspeed_enabled=engine is not None, deepspeed=engine
     )
 
 
-def make_strategy(kind: str, folder: Path, ranks: int) -> DistributedStrategy:
+def make_strategy(strategy: str, folder: Path, ranks: int) -> DistributedStrategy:
     run, _ = make_run(folder, Path("/models/tiny"), ranks=ranks)
-    match kind:
+    match strategy:
         case "fsdp":
             return Fsdp(run, CPU_HARDWARE, ranks, FsdpOptions())
         case "zero":
@@ -46,7 +46,7 @@ def make_strategy(kind: str, folder: Path, ranks: int) -> DistributedStrategy:
 
 
 @pytest.mark.parametrize(
-    ("kind", "expected"),
+    ("strategy", "expected"),
     [
         ("ddp", "ddp was requested over 2 ranks, but independent is active"),
         ("fsdp", "fsdp was requested over 2 ranks, but 2 of 2 parameters are not sharded; the first one is `weight`"),
@@ -54,28 +54,28 @@ def make_strategy(kind: str, folder: Path, ranks: int) -> DistributedStrategy:
     ],
 )
 def test_two_independent_ranks_are_refused(
-    kind: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    strategy: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(FineTuneError) as caught:
-        make_strategy(kind, tmp_path, 2).verify_active(trainer())
+        make_strategy(strategy, tmp_path, 2).verify_active(make_trainer())
     assert (caught.value.code, caught.value.exit_code) == ("StrategyNotActive", 70)
     assert caught.value.message == expected
 
 
 def test_the_strategy_of_one_rank_is_single(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert make_strategy("none", tmp_path, 1).verify_active(trainer()) == "single"
+    assert make_strategy("none", tmp_path, 1).verify_active(make_trainer()) == "single"
 
 
 @pytest.mark.parametrize(("stage", "ranks"), [(2, 2), (3, 1), (3, 2)])
-def test_deepspeed_with_another_stage_ranks_or_unsharded_parameters_is_refused(
+def test_deepspeed_with_a_wrong_stage_or_rank_count_or_without_sharding_is_refused(
     stage: int, ranks: int, tmp_path: Path
 ) -> None:
-    """In the last case, stage and number of ranks are correct, but the parameters are not sharded."""
+    """In the last case, the stage and the number of ranks are correct, but the parameters are not sharded."""
     engine = SimpleNamespace(zero_optimization_stage=lambda: stage, world_size=ranks)
     with pytest.raises(FineTuneError) as caught:
-        make_strategy("zero", tmp_path, 2).verify_active(trainer(engine))
+        make_strategy("zero", tmp_path, 2).verify_active(make_trainer(engine))
     assert caught.value.code == "StrategyNotActive"
     assert f"active: stage {stage} over {ranks} ranks, 0 of 2 parameters sharded" in caught.value.message
 

@@ -1,4 +1,4 @@
-"""Plans that are calibrated by earlier runs, and the program that collects these runs."""
+"""Calibration of plans by earlier runs, and the program `benchmarks/recalibrate.py`, which collects these runs."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from benchmarks import recalibrate
 
 H100 = GPU_TYPES["h100-80gb"]
 WORK = WorkPlan(steps=100, tokens=1, petaflop=0.989 * 360, traffic_terabytes=0)
-"""1,000 seconds on one H100, without calibration."""
+"""Work with a planned time of 1,000 seconds on one H100, without calibration."""
 
 
-def test_the_time_follows_from_the_runs_of_the_type_of_gpu() -> None:
+def test_the_planned_time_is_computed_from_runs_on_the_same_type_of_gpu() -> None:
     table = {("h100-80gb", False): (4, 1.2, 1.0, 1.6), ("l4-24gb", False): (9, 3.0, 3.0, 3.0)}
     assert plan_time(WORK, H100, 1, table) == TimePlan(
         expected_seconds=1200, lower_seconds=800, upper_seconds=2000, calibrated=True, calibration_runs=4
@@ -30,11 +30,11 @@ def test_the_time_follows_from_the_runs_of_the_type_of_gpu() -> None:
 @pytest.mark.parametrize(
     "table", [{}, {("h100-80gb", False): (2, 1.2, 1.0, 1.6)}, {("h100-80gb", True): (9, 1.2, 1.0, 1.6)}], ids=["none", "two", "several GPUs"]
 )
-def test_without_three_runs_the_time_is_not_calibrated(table: Any) -> None:
+def test_the_planned_time_is_not_calibrated_with_fewer_than_three_runs(table: Any) -> None:
     assert plan_time(WORK, H100, 1, table) == TimePlan(expected_seconds=1000, lower_seconds=581, upper_seconds=3000)
 
 
-def test_runs_on_one_gpu_do_not_calibrate_runs_on_several() -> None:
+def test_runs_on_one_gpu_and_runs_on_several_gpus_are_calibrated_separately() -> None:
     table = {("h100-80gb", True): (3, 2.0, 1.5, 3.0)}
     assert plan_time(WORK, H100, 8, table).expected_seconds == 2 * plan_time(WORK, H100, 8, {}).expected_seconds
     assert find_calibration(table, H100, has_several_gpus=False) is None
@@ -45,13 +45,13 @@ def test_runs_on_one_gpu_do_not_calibrate_runs_on_several() -> None:
     [((5, 1.0, 0.95, 1.05), 1070, 5), ((5, 0.9, 0.8, 0.92), 1000, 5), ((4, 1.1, 1.0, 1.2), 1250, 4), ((2, 1.1, 1.0, 1.2), 1150, None)],
     ids=["near", "never below the expected peak", "plan too low", "too few runs"],
 )  # fmt: skip
-def test_the_bound_of_the_memory_covers_the_highest_measured_peak(entry: Any, upper: int, runs: int | None) -> None:
+def test_the_upper_bound_of_the_memory_covers_the_highest_measured_peak(entry: Any, upper: int, runs: int | None) -> None:
     plan = calibrate_memory(MemoryPlan(expected_bytes=1000, upper_bytes=1150), H100, has_several_gpus=False, table={("h100-80gb", False): entry})
     assert (plan.expected_bytes, plan.upper_bytes, plan.calibration_runs) == (1000, upper, runs)
 
 
-def job(uid: str = "u1", **changes: Any) -> dict[str, Any]:
-    """A job that took 1.5 times the planned time and 0.9 times the planned memory, and stopped after half of its steps."""
+def make_job(uid: str = "u1", **changes: Any) -> dict[str, Any]:
+    """Return a job that stopped after half of its steps. It took 1.5 times the planned time for them, and 0.9 times the planned memory."""
     plan = {
         "work": WORK.to_wire(), "time": {"expectedSeconds": 1, "lowerSeconds": 1, "upperSeconds": 1},
         "memory": {"expectedBytes": 1000, "upperBytes": 1100}, "measured": {"memoryBytes": 900, "seconds": 750, "steps": 50},
@@ -60,11 +60,11 @@ def job(uid: str = "u1", **changes: Any) -> dict[str, Any]:
     return {"kind": "FineTuneJob", "metadata": {"uid": uid, "name": "secret-name"}, "status": status | changes}
 
 
-def test_a_job_is_compared_with_the_plan_without_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measured_values_are_compared_with_the_uncalibrated_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(calibration_table.TIME, ("h100-80gb", False), (3, 2.0, 2.0, 2.0))
-    run = recalibrate.run_of_job(job())
+    run = recalibrate.read_run_of_job(make_job())
     assert run is not None and (run.gpu, run.gpus, run.time_ratio, run.memory_ratio) == ("h100-80gb", 1, 1.5, 0.9)
-    eight = recalibrate.run_of_job(job(resolved={"device": "NVIDIA H200", "worldSize": 8}, plan={"measured": {"memoryBytes": 1100}}))
+    eight = recalibrate.read_run_of_job(make_job(resolved={"device": "NVIDIA H200", "worldSize": 8}, plan={"measured": {"memoryBytes": 1100}}))
     assert eight is not None and (eight.gpu, eight.gpus, eight.time_ratio, eight.memory_ratio) == ("h200-141gb", 8, None, 1.1)
 
 
@@ -73,29 +73,29 @@ def test_a_job_is_compared_with_the_plan_without_calibration(monkeypatch: pytest
     [{"phase": "Failed"}, {"resolved": {"device": "cpu"}}, {"plan": {"measured": None}}, {"plan": {"measured": {}}}, {"plan": None}, {"phase": 7}],
 )
 def test_jobs_without_measured_values_are_left_out(changes: dict[str, Any]) -> None:
-    made = job(**{**changes, "plan": changes.get("plan") or {}})
+    job = make_job(**{**changes, "plan": changes.get("plan") or {}})
     if changes.get("plan", {}) is None:
-        made["status"]["plan"] = None
-    assert recalibrate.run_of_job(made) is None
+        job["status"]["plan"] = None
+    assert recalibrate.read_run_of_job(job) is None
 
 
 def write_table(folder: Path, *jobs: dict[str, Any]) -> dict[str, Any]:
-    """Run the program on a list of jobs. Returns the names in the written module."""
+    """Run the program on a list of jobs, and return the global variables of the Python module that it writes."""
     (folder / "jobs.json").write_text(json.dumps({"kind": "List", "items": [*jobs, {"kind": "Pod"}]}))
     options = ["--runs", str(folder / "runs.jsonl"), "--table", str(folder / "table.py")]
     assert recalibrate.main([str(folder / "jobs.json"), *options]) == 0
-    names: dict[str, Any] = {}
-    exec((folder / "table.py").read_text(), names)
-    return names
+    variables: dict[str, Any] = {}
+    exec((folder / "table.py").read_text(), variables)
+    return variables
 
 
 def test_the_program_collects_runs_and_writes_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    slow = job("u2", plan={"measured": {"seconds": 2000, "steps": 100}})
-    first = write_table(tmp_path, job(), slow, job("u3", phase="Failed"))
+    slow = make_job("u2", plan={"measured": {"seconds": 2000, "steps": 100}})
+    first = write_table(tmp_path, make_job(), slow, make_job("u3", phase="Failed"))
     assert first["TIME"] == {("h100-80gb", False): (2, 1.75, 1.5, 2.0)}
     assert first["MEMORY"] == {("h100-80gb", False): (1, 0.9, 0.9, 0.9)}
-    # Runs are added; the same run is not counted twice.
-    second = write_table(tmp_path, slow, job("u4", plan={"measured": {"seconds": 1000, "steps": 100}}))
+    # The second call adds new runs to those of the first call. A run that is already recorded is not counted twice.
+    second = write_table(tmp_path, slow, make_job("u4", plan={"measured": {"seconds": 1000, "steps": 100}}))
     assert second["TIME"] == {("h100-80gb", False): (3, 1.5, 1.0, 2.0)}
     assert plan_time(WORK, H100, 1, second["TIME"]).calibration_runs == 3
     assert capsys.readouterr().out.splitlines()[-1] == "2 of 2 jobs have measured values; the table follows from 3 runs"
@@ -104,10 +104,10 @@ def test_the_program_collects_runs_and_writes_the_table(tmp_path: Path, capsys: 
 
 
 def test_the_committed_table_matches_the_recorded_runs() -> None:
-    assert recalibrate.TABLE_FILE.read_text() == recalibrate.table_text(recalibrate.read_runs(recalibrate.RUNS_FILE))
+    assert recalibrate.TABLE_FILE.read_text() == recalibrate.format_table_module(recalibrate.read_runs(recalibrate.RUNS_FILE))
 
 
-def test_a_file_that_is_not_json_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_error_for_a_file_that_is_not_json_names_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "jobs.json").write_text("NAME  PHASE")
     assert recalibrate.main([str(tmp_path / "jobs.json")]) == 1
     assert "jobs.json is not a JSON file" in capsys.readouterr().err

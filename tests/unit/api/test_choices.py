@@ -1,4 +1,4 @@
-"""The choices of the plan: what is chosen, what never changes, and which jobs are refused."""
+"""Values that the plan chooses for a job, values that it never changes, and jobs that it refuses."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import pytest
 from finetune_api.defaults import ResolvedSpec, resolve_defaults
 from finetune_api.errors import ConfigError
 from finetune_api.gpus import GPU_TYPES
-from finetune_api.memory.architecture import ModelShape, model_shape
-from finetune_api.memory.choices import TYPES_WITH_PADDING, Decision, choose_values
-from finetune_api.memory.description import Facts
+from finetune_api.memory.architecture import ModelShape, parse_model_shape
+from finetune_api.memory.choices import GPU_TYPES_WITH_PADDING, Decision, choose_values
+from finetune_api.memory.description import RunFacts
 from finetune_api.pod import GpuPool
-from finetune_api.rules import check, effective_batch
+from finetune_api.rules import check_spec, effective_batch
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.time_plan import DataSize
 
 GIB = 2**30
-SMALL = model_shape({
+SMALL = parse_model_shape({
     "model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 4, "num_attention_heads": 32, "num_key_value_heads": 8,
     "vocab_size": 32000, "tie_word_embeddings": True, "dtype": "bfloat16",
 })  # fmt: skip
@@ -26,21 +26,24 @@ MICRO, ACCUMULATION, CHECKPOINTING = "training.batchSizePerDevice", "training.gr
 
 
 def resolve(**groups: dict[str, Any]) -> ResolvedSpec:
+    """Return the resolved spec of a small job with these groups."""
     spec: dict[str, Any] = {"model": {"source": "org/m"}, "dataset": {"train": "s3://data/t.jsonl"}} | groups
     parsed = FineTuneJobSpec.model_validate(spec)
-    assert check(parsed) == []
+    assert check_spec(parsed) == []
     return resolve_defaults(parsed)
 
 
 def pool(gibibytes: float | None, name: str = "a", **fields: Any) -> GpuPool:
+    """Return a pool whose GPUs have this much memory. The job uses pool `a` if the plan chooses none."""
     return GpuPool(name=name, memory_bytes=None if gibibytes is None else int(gibibytes * GIB), **{"is_current": name == "a", **fields})
 
 
-def decide(*pools: GpuPool, shape: ModelShape = SMALL, longest: int | None = None, **groups: dict[str, Any]) -> Decision:
-    return choose_values(resolve(**groups), shape, pools, Facts(longest_tokens=longest))
+def decide(*pools: GpuPool, shape: ModelShape = SMALL, longest_row: int | None = None, **groups: dict[str, Any]) -> Decision:
+    """Return the plan's decision for a job that may use these pools. `longest_row`: tokens of the longest row."""
+    return choose_values(resolve(**groups), shape, pools, RunFacts(longest_tokens=longest_row))
 
 
-def values(decision: Decision) -> dict[str, Any]:
+def chosen_values(decision: Decision) -> dict[str, Any]:
     return {choice.field: choice.value for choice in decision.choices}
 
 
@@ -65,16 +68,16 @@ FULL = {"method": {"type": "full"}}
         (80, {"method": {"type": "prefixTuning"}}, {MICRO: 4, ACCUMULATION: 4, CHECKPOINTING: "disabled"}),
     ],
 )
-def test_batch_and_recomputation(gibibytes: float, groups: dict[str, Any], expected: dict[str, Any]) -> None:
+def test_batch_and_recomputation_are_chosen_without_changing_the_effective_batch(gibibytes: float, groups: dict[str, Any], expected: dict[str, Any]) -> None:
     decision = decide(pool(gibibytes), resources={"gpusPerNode": 1, "nodePool": "a"}, **groups)
-    assert values(decision) == expected
+    assert chosen_values(decision) == expected
     assert effective_batch(decision.resolved.spec) == effective_batch(resolve(**groups).spec)
     assert decision.plan.fits(int(gibibytes * GIB)) and decision.refusal is None and decision.changes == ()
 
 
-def test_short_rows_need_less_memory() -> None:
-    rows = [values(decide(pool(2.2), longest=longest, resources={"gpusPerNode": 1}))[MICRO] for longest in (2048, 200)]
-    assert rows == [1, 8]
+def test_a_larger_micro_batch_is_chosen_for_short_rows() -> None:
+    micro_batches = [chosen_values(decide(pool(2.2), longest_row=tokens, resources={"gpusPerNode": 1}))[MICRO] for tokens in (2048, 200)]
+    assert micro_batches == [1, 8]
 
 
 @pytest.mark.parametrize(
@@ -88,16 +91,16 @@ def test_short_rows_need_less_memory() -> None:
         (30, 8, FULL | {"resources": {"gpusPerNode": 4}, "distributed": {"strategy": "fsdp"}}, {GPUS: None, STRATEGY: None}),
     ],
 )
-def test_strategy_and_number_of_gpus(gibibytes: float, limit: int, groups: dict[str, Any], expected: dict[str, Any]) -> None:
+def test_the_smallest_sufficient_number_of_gpus_is_chosen(gibibytes: float, limit: int, groups: dict[str, Any], expected: dict[str, Any]) -> None:
     decision = decide(pool(gibibytes, gpus_per_node=limit), **groups)
-    assert {path: values(decision).get(path) for path in expected} == expected
+    assert {path: chosen_values(decision).get(path) for path in expected} == expected
     assert effective_batch(decision.resolved.spec) == effective_batch(resolve(**groups).spec)
 
 
-def test_an_effective_batch_limits_the_number_of_gpus() -> None:
+def test_the_number_of_gpus_is_limited_by_the_effective_batch() -> None:
     groups = FULL | {"training": {"effectiveBatchSize": 9}}
     decision = decide(pool(4.5, gpus_per_node=8), **groups)
-    assert (values(decision)[GPUS], values(decision)[MICRO] * values(decision)[ACCUMULATION]) == (3, 3)
+    assert (chosen_values(decision)[GPUS], chosen_values(decision)[MICRO] * chosen_values(decision)[ACCUMULATION]) == (3, 3)
     refused = decide(pool(4.5, gpus_per_node=2), **groups)
     assert refused.refusal is not None and refused.choices == ()
 
@@ -117,28 +120,32 @@ L4, H100 = ({"gpu_type": name} for name in ("l4-24gb", "h100-80gb"))
         ((pool(24, **L4), pool(80, "b", **H100)), {"resources": {"nodePool": "a"}}, None, ""),
     ],
 )
-def test_pools(pools: tuple[GpuPool, ...], groups: dict[str, Any], chosen: str | None, reason: str) -> None:
+def test_a_pool_is_chosen_with_a_reason(pools: tuple[GpuPool, ...], groups: dict[str, Any], chosen: str | None, reason: str) -> None:
     found = next((choice for choice in decide(*pools, **groups).choices if choice.field == POOL), None)
     assert (found.value if found else None, found.reason[: len(reason)] if found else "") == (chosen, reason)
 
 
-def test_a_job_that_fits_nowhere_is_refused_with_three_changes() -> None:
-    written = {"training": {"batchSizePerDevice": 8, "gradientAccumulationSteps": 2}, "resources": {"nodePool": "a", "gpusPerNode": 1}}
-    refused = decide(pool(2.2), pool(80, "b"), **written)
+def test_a_job_that_fits_no_pool_is_refused_with_three_changes_that_fit() -> None:
+    user_values = {"training": {"batchSizePerDevice": 8, "gradientAccumulationSteps": 2}, "resources": {"nodePool": "a", "gpusPerNode": 1}}
+    refused = decide(pool(2.2), pool(80, "b"), **user_values)
     assert refused.refusal is not None
     assert (refused.refusal.code, int(refused.refusal.exit_code), refused.choices) == ("DoesNotFit", 64, ())
-    assert refused.refusal.message == "the job is expected to need at least 3.13 GB on each GPU, which no pool that it may use has: a (2.36 GB)"
+    assert refused.refusal.message == (
+        "the job is expected to need at least 3.13 GB on each GPU, but no pool that it may use has so much GPU memory: a (2.36 GB)"
+    )
     assert refused.refusal.hint == (
         "write resources.nodePool: b (3.35 GB at most); or training.batchSizePerDevice: 2, training.gradientAccumulationSteps: 8 (1.87 GB at most); or "
         "method.type: qlora, training.batchSizePerDevice: 4, training.gradientAccumulationSteps: 4 (2.01 GB at most)"
     )
 
 
-def test_a_job_whose_expected_peak_fits_is_not_refused() -> None:
+def test_a_job_is_not_refused_if_only_the_upper_bound_of_its_peak_does_not_fit() -> None:
     decision = decide(pool(1.5), resources={"gpusPerNode": 1, "nodePool": "a"})
-    assert decision.refusal is None and values(decision) == {MICRO: 1, ACCUMULATION: 16, CHECKPOINTING: "enabled"}
-    assert decision.choices[0].reason == "the least memory: the expected 1.52 GB fit into 1.61 GB of each GPU, but the upper bound 1.63 GB does not"
-    assert [change.values for change in decision.changes] == [{"method.type": "qlora"}, {"dataset.maxSequenceLength": 1024}]
+    assert decision.refusal is None and chosen_values(decision) == {MICRO: 1, ACCUMULATION: 16, CHECKPOINTING: "enabled"}
+    assert decision.choices[0].reason == (
+        "needs the least memory: the expected 1.52 GB fit into the 1.61 GB of each GPU, but the upper bound of 1.63 GB does not"
+    )
+    assert [change.values_by_path for change in decision.changes] == [{"method.type": "qlora"}, {"dataset.maxSequenceLength": 1024}]
 
 
 @pytest.mark.parametrize(
@@ -159,7 +166,7 @@ def test_a_job_whose_expected_peak_fits_is_not_refused() -> None:
         ),
     ],
 )  # fmt: skip
-def test_jobs_without_a_plan(pools: tuple[GpuPool, ...], groups: dict[str, Any], code: str, message: str) -> None:
+def test_the_error_says_why_a_job_has_no_plan(pools: tuple[GpuPool, ...], groups: dict[str, Any], code: str, message: str) -> None:
     with pytest.raises(ConfigError) as raised:
         decide(*pools, **groups)
     assert (raised.value.code, raised.value.message[: len(message)]) == (code, message)
@@ -171,39 +178,39 @@ def test_choices_become_defaults_of_the_resolved_spec() -> None:
     training, resources = resolved.spec.training, resolved.spec.resources
     assert (training.batch_size_per_device, training.gradient_accumulation_steps, training.epochs, resources.node_pool) == (8, 1, 5, "b")
     assert (resources.processes_per_node, resolved.spec.distributed.strategy, resolved.defaults[POOL]) == (2, "ddp", "b")
-    assert resolved.spec.evaluation.batch_size_per_device == 4, "the plan does not count the memory of an evaluation"
-    written = spec.with_values({MICRO: 1})
-    kept = resolve_defaults(written, choices={MICRO: 8})
+    assert resolved.spec.evaluation.batch_size_per_device == 4, "the plan does not include the memory of evaluations"
+    user_spec = spec.with_values({MICRO: 1})
+    kept = resolve_defaults(user_spec, choices={MICRO: 8})
     assert (kept.spec.training.batch_size_per_device, MICRO in kept.defaults, kept.spec.evaluation.batch_size_per_device) == (1, False, 1)
 
 
 @pytest.mark.parametrize("name", sorted(GPU_TYPES))
-def test_a_choice_with_real_rows_fits(name: str) -> None:
+def test_the_chosen_micro_batch_fits_on_every_type_of_gpu(name: str) -> None:
     decision = choose_values(
-        resolve(), SMALL, [GpuPool(name="a", memory_bytes=GPU_TYPES[name].memory_bytes, gpu_type=name)], Facts(longest_tokens=900), DataSize(5000, 900_000)
+        resolve(), SMALL, [GpuPool(name="a", memory_bytes=GPU_TYPES[name].memory_bytes, gpu_type=name)], RunFacts(longest_tokens=900), DataSize(5000, 900_000)
     )
-    assert decision.plan.fits(GPU_TYPES[name].memory_bytes) and values(decision)[MICRO] == (4 if name in TYPES_WITH_PADDING else 16)
+    assert decision.plan.fits(GPU_TYPES[name].memory_bytes) and chosen_values(decision)[MICRO] == (4 if name in GPU_TYPES_WITH_PADDING else 16)
 
 
 CONTEXT_PARALLEL: dict[str, Any] = {"distributed": {"strategy": "deepspeed", "contextParallelSize": 2}, "resources": {"gpusPerNode": 4}}
 
 
-def test_ranks_that_share_a_sequence_count_once_in_the_effective_batch() -> None:
+def test_ranks_that_share_each_sequence_count_as_one_in_the_effective_batch() -> None:
     spec = resolve(training={"effectiveBatchSize": 64}, **CONTEXT_PARALLEL).spec
     assert (spec.training.batch_size_per_device, spec.training.gradient_accumulation_steps, effective_batch(spec)) == (4, 8, 64)
     wrong = FineTuneJobSpec.model_validate({
         "model": {"source": "org/m"}, "dataset": {"train": "s3://data/t.jsonl"}, "training": {"effectiveBatchSize": 3}, **CONTEXT_PARALLEL
     })  # fmt: skip
-    assert ["3 is not divisible by 2 groups of 2 ranks" in str(problem) for problem in check(wrong)] == [True]
+    assert ["3 is not divisible by 2 groups of 2 ranks" in str(problem) for problem in check_spec(wrong)] == [True]
 
 
-def test_a_sequence_that_is_shared_by_ranks_is_not_refused() -> None:
-    """The plan does not know parts of sequences. It must not refuse a job whose sequences only fit because they are shared."""
+def test_a_job_whose_ranks_share_each_sequence_is_not_refused_by_the_plan() -> None:
+    """The plan cannot compute the memory of a part of a sequence, so it must not refuse a job that fits only because ranks share each sequence."""
     with pytest.raises(ConfigError, match="contextParallelSize is 2") as error:
         decide(pool(1), **CONTEXT_PARALLEL)
     assert error.value.code == "MethodNotPlanned"
 
 
 @pytest.mark.parametrize(("gpu_type", "micro_batch"), [("t4-16gb", 4), ("v100-32gb", 4), ("a10-24gb", 16)])
-def test_the_micro_batch_is_not_raised_on_gpus_that_pad_rows(gpu_type: str, micro_batch: int) -> None:
-    assert values(decide(pool(14.9, gpu_type=gpu_type), resources={"gpusPerNode": 1}))[MICRO] == micro_batch
+def test_the_micro_batch_is_not_raised_on_gpus_that_need_padded_rows(gpu_type: str, micro_batch: int) -> None:
+    assert chosen_values(decide(pool(14.9, gpu_type=gpu_type), resources={"gpusPerNode": 1}))[MICRO] == micro_batch

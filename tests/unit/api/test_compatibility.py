@@ -1,4 +1,4 @@
-"""Operator and trainer of neighbouring releases read each other's data, as the table in docs/decisions/0070-contract-across-versions.md requires."""
+"""Operator and trainer of neighbouring releases can read each other's data, as docs/decisions/0070-contract-across-versions.md requires."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from finetune_api.compatibility import read_run_config, read_spec
-from finetune_api.defaults import PlatformDefaults, origins_of, resolve_defaults
+from finetune_api.defaults import PlatformDefaults, find_origins, resolve_defaults
 from finetune_api.errors import ConfigError, FineTuneError, TooOldError
 from finetune_api.names import CONTRACT_VERSION, RELEASE, Origin
 from finetune_api.pod import ProgressReport, ResumeConfig, RunConfig, StoreTarget, TerminationMessage, World
@@ -20,7 +20,7 @@ from pydantic import ValidationError
 MINIMAL_SPEC: dict[str, Any] = {"model": {"source": "org/name"}, "dataset": {"train": "s3://bucket/train.jsonl"}}
 GRPO_SPEC = {"trainer": {"type": "grpo", "rewards": [{"builtin": "thinkFormat"}]}}
 RELEASE_0_1_0 = json.loads((Path(__file__).parent / "data/run_config_0_1_0.json").read_text())
-"""All fields that trainer 0.1.0 knows in a RunConfig, as nested objects. A leaf is None, or the list of an enumeration's values."""
+"""All fields of `run.json` that trainer 0.1.0 knows, as nested objects. A field without inner fields is None, or lists the values of its enumeration."""
 
 
 def run_config(**changes: Any) -> RunConfig:
@@ -28,30 +28,32 @@ def run_config(**changes: Any) -> RunConfig:
     resolution = resolve_defaults(FineTuneJobSpec.model_validate(MINIMAL_SPEC | changes), platform_defaults=platform)
     return RunConfig(
         name="job", namespace="team", uid="u-1", attempt=1, spec=resolution.spec,
-        defaults=sorted(resolution.defaults), origins=origins_of(resolution.defaults),
+        defaults=sorted(resolution.defaults), origins=find_origins(resolution.defaults),
         world=World(nodes=1, processes_per_node=1, gpus_per_node=1, master_address="127.0.0.1", master_port=0, rendezvous_id="u-1-1"),
         storage=StoreTarget(uri="s3://bucket/prefix/team/job/u-1"), resume=ResumeConfig(mode="auto"), grace_seconds=300,
     )  # fmt: skip
 
 
-def set_at_path(value: Any, path: str, new_value: Any) -> None:
+def set_at_path(nested_values: Any, path: str, new_value: Any) -> None:
+    """Set the value at a dotted path. The path may contain indices of list items."""
     *groups, name = path.split(".")
+    container = nested_values
     for group in groups:
-        value = value[int(group)] if isinstance(value, list) else value.setdefault(group, {})
-    value[name] = new_value
+        container = container[int(group)] if isinstance(container, list) else container.setdefault(group, {})
+    container[name] = new_value
 
 
 def run_json_of_newer_operator(path: str, value: Any, *added_defaults: str, **changes: Any) -> bytes:
-    """Return the run.json of a newer operator, with `value` at `path` and with `added_defaults` added to `defaults`."""
+    """Return the run.json of a newer operator: with `value` at `path`, and with further entries in the list `defaults`."""
     raw = json.loads(run_config(**changes).to_bytes())
     set_at_path(raw, path, value)
     raw["defaults"] += added_defaults
     return json.dumps(raw).encode()
 
 
-DEFAULT, IGNORED = Origin.DEFAULT, None
-SKEW_CASES = [
-    # path in run.json, value, additional entries of `defaults`, expected text of the refusal (None: the value is ignored)
+IGNORED = None
+NEWER_OPERATOR_CASES = [
+    # path in run.json, value at this path, further entries of `defaults`, expected part of the error message (IGNORED: no error)
     ("spec.training.fieldOfALaterRelease", 64, ["training.fieldOfALaterRelease"], IGNORED),
     ("spec.training.fieldOfALaterRelease", 64, [], "spec.training.fieldOfALaterRelease"),
     ("spec.training.fieldOfALaterRelease", 64, ["training.fieldOfALaterRelease", "#plan training.fieldOfALaterRelease"], "fieldOfALaterRelease"),
@@ -76,8 +78,8 @@ SKEW_CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("path", "value", "added_defaults", "refusal"), SKEW_CASES, ids=[f"{case[0]}-{case[2]}" for case in SKEW_CASES])
-def test_trainer_reads_run_config_of_a_newer_operator(path: str, value: Any, added_defaults: list[str], refusal: str | None) -> None:
+@pytest.mark.parametrize(("path", "value", "added_defaults", "refusal"), NEWER_OPERATOR_CASES, ids=[f"{case[0]}-{case[2]}" for case in NEWER_OPERATOR_CASES])
+def test_trainer_refuses_unknown_fields_that_are_not_defaults(path: str, value: Any, added_defaults: list[str], refusal: str | None) -> None:
     changes = GRPO_SPEC if "rewards" in path else {}
     data = run_json_of_newer_operator(path, value, *added_defaults, **changes)
     if refusal is None:
@@ -94,7 +96,7 @@ def known_part(path: str, value: Any, known_spec: dict[str, Any]) -> dict[str, A
     return {"training": known_spec["training"] | {"optimizer": value}} if path.endswith("optimizer") else {}
 
 
-def test_refusal_names_all_unknown_fields() -> None:
+def test_the_error_names_all_refused_fields() -> None:
     raw = json.loads(run_config().to_bytes())
     raw["spec"]["training"] |= {"first": 1, "second": 2}
     with pytest.raises(TooOldError, match=r"spec\.training\.second.*spec\.training\.first|first.*second"):
@@ -120,14 +122,14 @@ def test_trainer_reads_run_config_of_operator_0_1_0() -> None:
     assert (run.origin("training.epochs"), run.origin("model.source")) == (Origin.DEFAULT, Origin.USER)
 
 
-def unknown_to_0_1_0(value: Any, known: Any, path: str = "") -> list[str]:
-    """Return the paths in a run.json that trainer 0.1.0 refuses."""
+def refused_by_0_1_0(value: Any, known: Any, path: str = "") -> list[str]:
+    """Return the paths in a run.json that trainer 0.1.0 refuses. `known`: the known fields of `value`, as in RELEASE_0_1_0."""
     if isinstance(value, list):
-        return [refused for item in value for refused in unknown_to_0_1_0(item, known, f"{path}[]")]
+        return [refused for item in value for refused in refused_by_0_1_0(item, known, f"{path}[]")]
     if isinstance(value, dict) and isinstance(known, dict):
         new = [f"{path}.{name}" for name in value if name not in known]
         return new + [
-            refused for name in value if name in known for refused in unknown_to_0_1_0(value[name], known[name], f"{path}.{name}")
+            refused for name in value if name in known for refused in refused_by_0_1_0(value[name], known[name], f"{path}.{name}")
         ]  # fmt: skip
     return [f"{path}: {value}"] if isinstance(known, list) and value not in known else []
 
@@ -144,11 +146,11 @@ def unknown_to_0_1_0(value: Any, known: Any, path: str = "") -> list[str]:
     ids=["smallest", "grpo", "dpo", "qlora", "spectrum"],
 )
 def test_trainer_0_1_0_reads_run_config_without_new_fields(changes: dict[str, Any]) -> None:
-    assert unknown_to_0_1_0(json.loads(run_config(**changes).to_bytes()), RELEASE_0_1_0) == []
+    assert refused_by_0_1_0(json.loads(run_config(**changes).to_bytes()), RELEASE_0_1_0) == []
 
 
-def test_a_new_field_is_left_out_if_it_has_its_default_and_raises_the_minimum_version_if_the_user_set_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("finetune_api.pod.fields_with_since", lambda model: {"training.seed": "0.2.0"})
+def test_a_new_field_with_its_default_is_omitted_and_one_that_the_user_set_needs_a_newer_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finetune_api.pod.map_fields_to_release", lambda model: {"training.seed": "0.2.0"})
     with_default = json.loads(run_config().to_bytes())
     assert "seed" not in with_default["spec"]["training"]
     assert "#minTrainerVersion 0.1.0" in with_default["defaults"]
@@ -180,7 +182,7 @@ def test_run_config_keeps_the_origin_of_every_value() -> None:
     ],
     ids=str,
 )  # fmt: skip
-def test_operator_reads_the_known_fields_of_a_newer_spec_and_names_the_unknown_ones(change: dict[str, Any], unknown: tuple[str, ...]) -> None:
+def test_operator_reads_a_newer_spec_and_lists_its_unknown_fields_and_values(change: dict[str, Any], unknown: tuple[str, ...]) -> None:
     spec, unknown_paths = read_spec(MINIMAL_SPEC | change)
     assert unknown_paths == unknown
     assert spec.model.source == "org/name"
@@ -206,17 +208,17 @@ def test_invalid_value_in_a_spec_is_a_validation_error() -> None:
 REPORT: dict[str, Any] = {"attempt": 1, "uid": "u-1", "stage": "training", "progress": {"step": 5}, "metrics": {"trainLoss": 1.5}}
 
 
-def test_unknown_enumeration_value_in_a_report_drops_only_its_field() -> None:
+def test_only_the_field_with_an_unknown_enumeration_value_is_dropped_from_a_report() -> None:
     report = ProgressReport.model_validate_json(json.dumps(REPORT | {"stage": "distilling", "mood": "good"}))
     assert (report.stage, report.progress.step, report.metrics.train_loss) == ("starting", 5, 1.5)
 
 
-def test_unreadable_number_in_a_report_drops_only_its_field() -> None:
+def test_only_the_field_with_an_unreadable_number_is_dropped_from_a_report() -> None:
     report = ProgressReport.model_validate_json(json.dumps(REPORT | {"metrics": {"trainLoss": {"mean": 1}, "gradNorm": 0.5}}))
     assert (report.metrics.train_loss, report.metrics.grad_norm) == (None, 0.5)
 
 
-def test_unreadable_item_in_a_report_drops_only_the_item() -> None:
+def test_only_the_unreadable_list_item_is_dropped_from_a_report() -> None:
     checkpoints = [{"step": 1, "uri": "s3://b/1"}, {"step": 2}, {"step": 3, "uri": "s3://b/3"}]
     report = ProgressReport.model_validate_json(json.dumps(REPORT | {"checkpoints": checkpoints}))
     assert [checkpoint.step for checkpoint in report.checkpoints] == [1, 3]
@@ -227,7 +229,7 @@ def test_a_report_without_a_required_field_is_refused() -> None:
         ProgressReport.model_validate({"uid": "u-1"})
 
 
-def test_unknown_enumeration_value_in_a_termination_message_drops_only_its_field() -> None:
+def test_only_the_field_with_an_unknown_enumeration_value_is_dropped_from_a_termination_message() -> None:
     text = json.dumps({"class": "Quota", "code": "X", "message": "m", "output": {"kind": "distilled", "uri": "s3://b/m"}})
     message = TerminationMessage.model_validate_json(text)
     assert (message.class_, message.code, message.message) == (None, "X", "m")
@@ -235,7 +237,7 @@ def test_unknown_enumeration_value_in_a_termination_message_drops_only_its_field
     assert (message.output.kind, message.output.uri) == (None, "s3://b/m")
 
 
-def test_unknown_condition_in_a_status_drops_only_that_condition() -> None:
+def test_only_the_unknown_condition_is_dropped_from_a_status() -> None:
     conditions = [{"type": "Budgeted", "status": "True"}, {"type": "Finished", "status": "True"}]
     status = FineTuneJobStatus.model_validate({"phase": "Pricing", "attempt": 2, "conditions": conditions})
     assert (status.phase, status.attempt, [condition.type for condition in status.conditions]) == (None, 2, ["Finished"])

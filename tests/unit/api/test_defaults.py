@@ -1,13 +1,13 @@
-"""Defaults that are filled into a spec."""
+"""The defaults that `resolve_defaults` fills into a spec."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
-from finetune_api.base import nested_group
+from finetune_api.base import find_nested_group
 from finetune_api.defaults import PlatformDefaults, ResolvedSpec, keep_recorded_defaults, resolve_defaults
-from finetune_api.rules import LORA_METHODS, check, effective_batch
+from finetune_api.rules import LORA_METHODS, check_spec, effective_batch
 from finetune_api.rules.derived_values import constant_default
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.cluster import StorageRoot
@@ -21,7 +21,7 @@ def resolve_spec(change: dict[str, Any] | None = None, platform: PlatformDefault
     return resolve_defaults(FineTuneJobSpec.model_validate(MINIMAL_SPEC | (change or {})), platform_defaults=platform)
 
 
-def test_defaults_of_the_smallest_job() -> None:
+def test_the_smallest_job_gets_the_documented_defaults() -> None:
     resolution = resolve_spec()
     spec = resolution.spec
     assert (spec.method.type, spec.method.lora.rank, spec.method.lora.alpha, spec.method.lora.dropout) == (
@@ -70,35 +70,35 @@ def test_resolving_a_resolved_spec_changes_nothing() -> None:
     twice = resolve_defaults(once.spec)
     assert twice.spec == once.spec
     assert twice.defaults == {}
-    assert check(once.spec) == []
+    assert check_spec(once.spec) == []
 
 
 @pytest.mark.parametrize("method", MethodType)
-def test_a_method_gets_the_defaults_of_its_own_options_only(method: MethodType) -> None:
-    """A group of another method would be refused, and trainers of earlier releases do not know new groups."""
+def test_only_the_options_of_the_jobs_own_method_get_defaults(method: MethodType) -> None:
+    """A rule refuses groups of other methods, and trainers of earlier releases refuse groups that they do not know."""
     change = {"type": method, **({"adapter": {"source": "org/adapter"}} if method is MethodType.ADAPTER else {})}
     options = resolve_spec({"method": change}).spec.method
-    groups = {name for name, info in Method.model_fields.items() if nested_group(info.annotation)}
-    own = {"lora"} if method in LORA_METHODS and method is not MethodType.ADAPTER else {method.value} & groups
-    assert {name for name in groups if getattr(options, name) is not None} == own
-    for name in own:
+    groups = {name for name, info in Method.model_fields.items() if find_nested_group(info.annotation)}
+    expected_groups = {"lora"} if method in LORA_METHODS and method is not MethodType.ADAPTER else {method.value} & groups
+    assert {name for name in groups if getattr(options, name) is not None} == expected_groups
+    for name in expected_groups:
         group = getattr(options, name)
         for field in type(group).model_fields:
             default = constant_default(type(group), field)
             assert default is None or getattr(group, field) == default, f"method.{name}.{field}"
 
 
-def test_numbered_layers_of_spectrum_get_no_defaults_of_the_scan() -> None:
+def test_spectrum_with_listed_layers_gets_no_defaults_for_measuring_layers() -> None:
     spectrum = resolve_spec({"method": {"type": "spectrum", "spectrum": {"layers": [0]}}}).spec.method.spectrum
     assert (spectrum.layers, spectrum.snr_threshold, spectrum.metric) == ([0], None, None)
 
 
-def test_max_steps_takes_precedence_over_epochs_with_a_note() -> None:
+def test_a_note_says_that_max_steps_takes_precedence_over_epochs() -> None:
     resolution = resolve_spec({"training": {"maxSteps": 40, "epochs": 2}})
     assert resolution.notes == ["training.epochs 2 has no effect, because training.maxSteps is 40"]
 
 
-def test_default_credentials_are_not_used_for_an_endpoint_of_the_job() -> None:
+def test_configured_region_and_credentials_are_not_used_for_an_endpoint_of_the_job() -> None:
     default = StorageRoot(
         uri="s3://models/x", endpoint="https://s3.internal", region="eu", credentials_secret_ref={"name": "s3"}
     )
@@ -117,8 +117,8 @@ def test_default_credentials_are_not_used_for_an_endpoint_of_the_job() -> None:
         ({"model": {"source": "org/name", "ligerKernels": True}}, True, False),
     ],
 )
-def test_liger_kernels_have_a_default_only_with_the_backend_unsloth(change: dict[str, Any], expected: bool | None, is_default: bool) -> None:
-    """A trainer of an earlier release reads an absent value as false, and with backend unsloth it needs the value of the earlier release."""
+def test_liger_kernels_have_a_default_only_with_backend_unsloth(change: dict[str, Any], expected: bool | None, is_default: bool) -> None:
+    """Trainers of earlier releases read an absent value as false. With backend unsloth, they need true, the default of these releases."""
     resolution = resolve_spec(change)
     assert (resolution.spec.model.liger_kernels, "model.ligerKernels" in resolution.defaults) == (expected, is_default)
 
@@ -136,17 +136,17 @@ EARLIER_DEFAULTS = {"model.ligerKernels": False, "method.lora.dropout": 0.05}
         ({"trainer": {"backend": "unsloth"}}, EARLIER_DEFAULTS, False, 0.05),
         ({}, {"resources.gpusPerNode": 8, "storage.region": "x", "removed.option": 1}, None, 0),
     ],
-    ids=["earlier release", "new job", "kernels of the user", "dropout of the user", "backend unsloth", "values of the attempt"],
+    ids=["earlier release", "new job", "user sets the kernels", "user sets the dropout", "backend unsloth", "fields with current defaults"],
 )
 def test_job_keeps_the_defaults_of_its_first_attempt(
     change: dict[str, Any], recorded: dict[str, Any], liger_kernels: bool | None, dropout: float
 ) -> None:
     current: ResolvedSpec = resolve_spec(change)
-    kept = keep_recorded_defaults(current, recorded)
-    assert (kept.spec.model.liger_kernels, kept.spec.method.lora and kept.spec.method.lora.dropout) == (liger_kernels, dropout)
-    assert kept.spec.resources == current.spec.resources
-    assert {path: value for path, value in kept.defaults.items() if path in recorded} == {
-        path: value for path, value in recorded.items() if path in kept.defaults and path.partition(".")[0] in ("model", "method")
+    result = keep_recorded_defaults(current, recorded)
+    assert (result.spec.model.liger_kernels, result.spec.method.lora and result.spec.method.lora.dropout) == (liger_kernels, dropout)
+    assert result.spec.resources == current.spec.resources
+    assert {path: value for path, value in result.defaults.items() if path in recorded} == {
+        path: value for path, value in recorded.items() if path in result.defaults and path.partition(".")[0] in ("model", "method")
     } | {path: value for path, value in current.defaults.items() if path in recorded and path.startswith("resources.")}
 
 
@@ -162,20 +162,20 @@ def test_job_keeps_the_defaults_of_its_first_attempt(
         ({"batchSizePerDevice": 8}, {}, (8, 4)),
     ],
 )
-def test_micro_batch_and_accumulation_follow_from_the_effective_batch(
+def test_micro_batch_and_accumulation_are_computed_from_the_effective_batch(
     training: dict[str, Any], resources: dict[str, Any], expected: tuple[int, int]
 ) -> None:
     resolved = resolve_spec({"training": training, "resources": {"gpusPerNode": 1} | resources})
-    found = resolved.spec.training
-    assert (found.batch_size_per_device, found.gradient_accumulation_steps) == expected
+    training_group = resolved.spec.training
+    assert (training_group.batch_size_per_device, training_group.gradient_accumulation_steps) == expected
     assert resolved.spec.evaluation.batch_size_per_device == expected[0]
 
 
-def test_ranks_that_share_their_sequences_count_once_in_the_effective_batch() -> None:
+def test_ranks_that_share_each_sequence_count_as_one_in_the_effective_batch() -> None:
     distributed = {"strategy": "deepspeed", "contextParallelSize": 4}
     resolved = resolve_spec({"training": {"effectiveBatchSize": 24}, "resources": {"gpusPerNode": 8}, "distributed": distributed})
-    found = resolved.spec.training
-    assert (found.batch_size_per_device, found.gradient_accumulation_steps) == (4, 3), "two groups of four ranks"
+    training = resolved.spec.training
+    assert (training.batch_size_per_device, training.gradient_accumulation_steps) == (4, 3), "two groups of four ranks"
     assert effective_batch(resolved.spec) == 24
 
 
@@ -183,19 +183,20 @@ def test_ranks_that_share_their_sequences_count_once_in_the_effective_batch() ->
     ("training", "gpus", "text"),
     [
         ({"batchSizePerDevice": 4, "gradientAccumulationSteps": 4}, 1,
-         "32, but batchSizePerDevice 4 x gradientAccumulationSteps 4 x 1 rank are 16 rows; remove one of the three fields, or write `effectiveBatchSize: 16`"),
+         "32, but batchSizePerDevice 4 x gradientAccumulationSteps 4 x 1 rank are 16 rows; "
+         "remove effectiveBatchSize, batchSizePerDevice or gradientAccumulationSteps, or write `effectiveBatchSize: 16`"),
         ({"batchSizePerDevice": 6}, 1, "32 is not divisible by batchSizePerDevice 6 x 1 rank = 6; write 30 or 36"),
         ({}, 5, "32 is not divisible by 5 ranks; write 30 or 35"),
         ({}, 64, "32 is not divisible by 64 ranks; write 64"),
         ({"gradientAccumulationSteps": 5}, 2, "32 is not divisible by gradientAccumulationSteps 5 x 2 ranks = 10; write 30 or 40"),
         ({"batchSizePerDevice": 4, "gradientAccumulationSteps": 8}, 1, None),
         ({"effectiveBatchSize": 131074, "batchSizePerDevice": 1}, 1,
-         "131074 needs more than 65536 micro-batches or rows for each rank; write at most 65536"),
+         "131074 needs more than 65536 accumulation steps, or more than 65536 rows in a micro-batch; write at most 65536"),
     ],
 )  # fmt: skip
-def test_effective_batches_that_contradict_other_fields(training: dict[str, Any], gpus: int, text: str | None) -> None:
+def test_an_effective_batch_that_contradicts_other_fields_is_refused(training: dict[str, Any], gpus: int, text: str | None) -> None:
     spec = FineTuneJobSpec.model_validate(
         {"model": {"source": "org/m"}, "dataset": {"train": "s3://data/t.jsonl"}, "training": {"effectiveBatchSize": 32, **training},
          "resources": {"gpusPerNode": gpus}}
     )  # fmt: skip
-    assert [str(problem) for problem in check(spec)] == ([] if text is None else [f"spec.training.effectiveBatchSize: {text}"])
+    assert [str(problem) for problem in check_spec(spec)] == ([] if text is None else [f"spec.training.effectiveBatchSize: {text}"])

@@ -1,4 +1,4 @@
-"""The comparison of a new job with an earlier result: which values and inputs count, and how differences are named."""
+"""Comparison of a new job with an earlier result: which values and inputs are compared, and which differences are reported."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from finetune_api.defaults import PlatformDefaults, resolve_defaults
 from finetune_api.existing_result import (
-    WITHOUT_EFFECT_ON_RESULT,
+    PATHS_WITHOUT_EFFECT_ON_RESULT,
     RunResult,
-    result_differences,
-    result_digest,
-    result_settings,
+    collect_result_settings,
+    compute_result_digest,
+    list_result_differences,
 )
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import Output
@@ -24,16 +24,17 @@ SPEC: dict[str, Any] = {
 INPUTS = {"training data": "11", "model.source": "sha256:22"}
 
 
-def settings(*changes: dict[str, Any], platform_defaults: PlatformDefaults | None = None, originals: dict[str, Any] | None = None) -> dict[str, Any]:
-    value = dict(SPEC)
+def settings(*changes: dict[str, Any], platform_defaults: PlatformDefaults | None = None, user_values: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Return the compared settings of a job with SPEC and these changes. `user_values`: values of fields that the operator changed after a failure."""
+    raw_spec = dict(SPEC)
     for change in changes:
         for group, fields in change.items():
-            value[group] = {**value.get(group, {}), **fields} if isinstance(fields, dict) else fields
-    resolved = resolve_defaults(FineTuneJobSpec.model_validate(value), platform_defaults=platform_defaults)
-    return result_settings(resolved.spec, set(resolved.defaults), originals)
+            raw_spec[group] = {**raw_spec.get(group, {}), **fields} if isinstance(fields, dict) else fields
+    resolved = resolve_defaults(FineTuneJobSpec.model_validate(raw_spec), platform_defaults=platform_defaults)
+    return collect_result_settings(resolved.spec, set(resolved.defaults), user_values)
 
 
-def test_only_the_values_of_the_user_count() -> None:
+def test_only_values_that_the_user_set_are_compared() -> None:
     assert settings() == {
         "model.source": "s3://models/base", "dataset.train": "https://host/rows.jsonl", "training.epochs": 2, "resources.gpusPerNode": 8,
     }  # fmt: skip
@@ -55,11 +56,11 @@ def test_only_the_values_of_the_user_count() -> None:
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_values_without_effect_on_the_result_do_not_count(change: dict[str, Any]) -> None:
+def test_values_without_effect_on_the_result_are_not_compared(change: dict[str, Any]) -> None:
     assert settings(change) == settings()
 
 
-def test_defaults_of_another_release_or_platform_do_not_count() -> None:
+def test_defaults_of_the_platform_are_not_compared() -> None:
     other = settings(platform_defaults=PlatformDefaults(cpu="8", prepare_strategy="auto", node_pool="h200"))
     assert other == settings()
     assert "training.learningRate" not in other
@@ -77,32 +78,31 @@ def test_defaults_of_another_release_or_platform_do_not_count() -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_value_that_can_change_the_result_is_named(change: dict[str, Any], path: str) -> None:
+def test_a_difference_that_can_change_the_result_is_reported_by_its_spec_path(change: dict[str, Any], path: str) -> None:
     old, new = settings(), settings(change)
-    earlier = RunResult(digest=result_digest(old, INPUTS), settings=old, inputs=INPUTS, finished_at=datetime.now(UTC), output=Output())
-    assert result_digest(new, INPUTS) != earlier.digest
-    assert result_differences(earlier, new, INPUTS) == [path]
+    earlier = RunResult(digest=compute_result_digest(old, INPUTS), settings=old, inputs=INPUTS, finished_at=datetime.now(UTC), output=Output())
+    assert compute_result_digest(new, INPUTS) != earlier.digest
+    assert list_result_differences(earlier, new, INPUTS) == [path]
 
 
-def test_changed_inputs_are_named_after_the_fields() -> None:
+def test_changed_inputs_are_reported_after_changed_fields() -> None:
     old = settings()
-    earlier = RunResult(digest=result_digest(old, INPUTS), settings=old, inputs=INPUTS, finished_at=datetime.now(UTC), output=Output())
+    earlier = RunResult(digest=compute_result_digest(old, INPUTS), settings=old, inputs=INPUTS, finished_at=datetime.now(UTC), output=Output())
     changed = {"training data": "12", "test data": "1"}
-    assert result_digest(old, changed) != earlier.digest
-    assert result_differences(earlier, settings({"training": {"epochs": 3}}), changed) == [
+    assert compute_result_digest(old, changed) != earlier.digest
+    assert list_result_differences(earlier, settings({"training": {"epochs": 3}}), changed) == [
         "training.epochs", "contents of model.source", "contents of test data", "contents of training data",
     ]  # fmt: skip
 
 
-def test_an_adapted_run_is_compared_by_the_values_of_the_user() -> None:
-    written = {"training": {"batchSizePerDevice": 8}}
-    originals = {"training.batchSizePerDevice": 8, "training.gradientAccumulationSteps": None}
-    adapted = settings({"training": {"batchSizePerDevice": 4, "gradientAccumulationSteps": 2}}, originals=originals)
-    assert adapted == settings(written)
+def test_the_users_own_values_of_adapted_fields_are_compared() -> None:
+    user_values = {"training.batchSizePerDevice": 8, "training.gradientAccumulationSteps": None}
+    adapted = settings({"training": {"batchSizePerDevice": 4, "gradientAccumulationSteps": 2}}, user_values=user_values)
+    assert adapted == settings({"training": {"batchSizePerDevice": 8}})
 
 
-def test_the_fields_without_effect_exist() -> None:
-    for path in WITHOUT_EFFECT_ON_RESULT:
+def test_every_path_without_effect_on_the_result_is_a_field_of_the_spec() -> None:
+    for path in PATHS_WITHOUT_EFFECT_ON_RESULT:
         model: Any = FineTuneJobSpec
         for name in path.split("."):
             fields = {info.alias or field: info for field, info in model.model_fields.items()}

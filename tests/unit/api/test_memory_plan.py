@@ -1,4 +1,4 @@
-"""The memory plan: its counts, its agreement with measured and published peaks, and its refusals."""
+"""The memory plan: what it counts, how well it agrees with measured and published peaks, and which runs it refuses."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 from finetune_api.defaults import ResolvedSpec, resolve_defaults
 from finetune_api.errors import ConfigError, FineTuneError
 from finetune_api.gpus import GPU_TYPES
-from finetune_api.memory.architecture import ModelShape, model_shape, read_model_shape, stored_bytes
-from finetune_api.memory.changes import changes_that_fit
-from finetune_api.memory.description import Facts, describe_step
+from finetune_api.memory.architecture import ModelShape, parse_model_shape, read_model_shape, read_stored_bytes
+from finetune_api.memory.changes import find_fitting_changes
+from finetune_api.memory.description import RunFacts, describe_step
 from finetune_api.memory.heads import LossHead
 from finetune_api.memory.layers import Batch, Kernels, TrainedWeights
 from finetune_api.memory.optimizers import ADAFACTOR, ADAMW_8BIT, ADAMW_FUSED, SGD, Optimizer
@@ -22,11 +22,11 @@ from finetune_api.memory.plan import (
     WORKSPACE_BYTES,
     change_spec,
     count_parameters,
-    largest_batch,
+    find_largest_micro_batch,
     plan_memory,
 )
 from finetune_api.memory.replay import Step, replay
-from finetune_api.memory.tape import Gradient, Meter, Parameter, Part, Tape, accumulate
+from finetune_api.memory.tape import Gradient, MemoryMeter, MemoryPart, Parameter, Tape, accumulate_gradient
 from finetune_api.spec import FineTuneJobSpec
 
 from benchmarks.lib.memory_runs import SmallRun
@@ -37,18 +37,18 @@ TINY = {
     "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
     "vocab_size": 100,
 }  # fmt: skip
-LLAMA_1B = model_shape(TINY | {
+LLAMA_1B = parse_model_shape(TINY | {
     "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
     "tie_word_embeddings": True,
 })  # fmt: skip
-LLAMA_8B = model_shape(TINY | {
+LLAMA_8B = parse_model_shape(TINY | {
     "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
 })  # fmt: skip
 H200_BYTES, H100_BYTES, L4_BYTES = (GPU_TYPES[name].memory_bytes for name in ("h200-141gb", "h100-80gb", "l4-24gb"))
 
 
 def resolve(**groups: dict[str, Any]) -> ResolvedSpec:
-    """A resolved spec: two packed rows of 4,096 tokens on one GPU, unless `groups` say something else."""
+    """Return a resolved spec. Unless `groups` change it, a micro-batch has two packed rows of 4,096 tokens, on one GPU."""
     spec: dict[str, Any] = {
         "model": {"source": "org/m"}, "dataset": {"train": "s3://d/t.jsonl", "packing": True, "maxSequenceLength": 4096},
         "resources": {"gpusPerNode": 1}, "training": {"batchSizePerDevice": 2, "gradientAccumulationSteps": 1},
@@ -58,41 +58,41 @@ def resolve(**groups: dict[str, Any]) -> ResolvedSpec:
     return resolve_defaults(FineTuneJobSpec.model_validate(spec))
 
 
-def test_tensors_count_until_their_last_reference_disappears() -> None:
-    meter = Meter()
+def test_a_tensor_counts_until_its_last_reference_is_deleted() -> None:
+    meter = MemoryMeter()
     tape = Tape(meter)
-    weight = Parameter((4, 8), 4, tape.allocate(128, Part.WEIGHTS), is_trained=True)
+    weight = Parameter((4, 8), 4, tape.allocate(128, MemoryPart.WEIGHTS), is_trained=True)
     hidden = tape.tensor((2, 8), 4)
     output = tape.record([hidden, weight], tape.tensor((2, 4), 4), [Gradient(16, 4), Gradient(32, 4)], [hidden.storage])
-    assert meter.total == 128 + 64 + 32
+    assert meter.total_bytes == 128 + 64 + 32
     del hidden, output
-    assert meter.total == 128 + 64  # the operation keeps its input
+    assert meter.total_bytes == 128 + 64  # the operation keeps its input
     tape.backward()
-    assert (meter.total, meter.live[Part.GRADIENTS], meter.live[Part.ACTIVATIONS]) == (256, 128, 0)
+    assert (meter.total_bytes, meter.bytes_by_part[MemoryPart.GRADIENTS], meter.bytes_by_part[MemoryPart.ACTIVATIONS]) == (256, 128, 0)
     assert weight.gradient is not None
 
 
-def test_a_second_gradient_is_added_in_place_and_sharded_gradients_are_split() -> None:
-    meter = Meter()
+def test_a_second_gradient_is_added_in_place_and_a_sharded_gradient_counts_only_in_part() -> None:
+    meter = MemoryMeter()
     tape = Tape(meter)
-    weight = Parameter((8,), 4, tape.allocate(32), is_trained=True, shards=4)
-    accumulate(weight, tape.allocate(32))
-    accumulate(weight, tape.allocate(32))
-    assert meter.live[Part.GRADIENTS] == 8
+    weight = Parameter((8,), 4, tape.allocate(32), is_trained=True, gradient_shards=4)
+    accumulate_gradient(weight, tape.allocate(32))
+    accumulate_gradient(weight, tape.allocate(32))
+    assert meter.bytes_by_part[MemoryPart.GRADIENTS] == 8
 
 
-def test_a_recomputed_layer_keeps_its_input_only() -> None:
-    def peak(layers: int) -> int:
-        shape = model_shape(TINY | {"num_hidden_layers": 8})
-        step = Step(shape, TrainedWeights(4, 4, True), Batch(4, 256), SGD, Kernels(is_gpu=False), head=LossHead.LOGITS, recomputed_layers=layers)
-        return replay(step).total
+def test_the_peak_falls_with_the_number_of_recomputed_layers() -> None:
+    def peak(layer_count: int) -> int:
+        shape = parse_model_shape(TINY | {"num_hidden_layers": 8})
+        step = Step(shape, TrainedWeights(4, 4, True), Batch(4, 256), SGD, Kernels(is_gpu=False), loss_head=LossHead.LOGITS, recomputed_layer_count=layer_count)
+        return replay(step).total_bytes
 
     assert peak(0) > peak(4) > peak(8)
 
 
-def test_micro_batches_keep_gradients_during_the_forward_pass() -> None:
+def test_gradients_are_kept_from_one_micro_batch_to_the_next() -> None:
     def peak(accumulation: int) -> int:
-        return replay(Step(LLAMA_1B, TrainedWeights(2, 2, True), Batch(1, 512), ADAMW_FUSED, autocast_bytes=2, accumulation=accumulation)).total
+        return replay(Step(LLAMA_1B, TrainedWeights(2, 2, True), Batch(1, 512), ADAMW_FUSED, autocast_bytes=2, accumulation=accumulation)).total_bytes
 
     assert peak(2) > peak(1)
     assert peak(2) == peak(64)
@@ -105,22 +105,23 @@ def test_micro_batches_keep_gradients_during_the_forward_pass() -> None:
         (Optimizer(is_on_host=True), 0, 0),
     ],
 )  # fmt: skip
-def test_optimizers_keep_their_state(optimizer: Optimizer, state: int, temporary: int) -> None:
-    weight = Parameter((64, 128), 4, Tape(Meter()).allocate(0), is_trained=True)
+def test_optimizers_need_memory_for_their_state_and_temporary_tensors(optimizer: Optimizer, state: int, temporary: int) -> None:
+    weight = Parameter((64, 128), 4, Tape(MemoryMeter()).allocate(0), is_trained=True)
     assert sum(optimizer.state_bytes([weight], 1)) == state
     assert optimizer.temporary_bytes([weight], 1) == temporary
 
 
 def test_estimates_agree_with_measured_peaks_on_a_cpu() -> None:
     peaks = json.loads((RESULTS / "memory_peaks.json").read_text())["figures"]["peaks"]
-    errors = {one["seed"]: replay(SmallRun.draw(one["seed"]).as_step()).total / one["measuredBytes"] - 1 for one in peaks}
+    errors = {peak["seed"]: replay(SmallRun.draw(peak["seed"]).as_step()).total_bytes / peak["measuredBytes"] - 1 for peak in peaks}
     assert len(errors) == 100
     assert sum(abs(error) <= 0.05 for error in errors.values()) >= 95
 
 
 def test_estimates_agree_with_published_peaks() -> None:
-    """The fitted number of tokens is the same for all methods. The result of leaving runs out is in benchmarks/results/memory_published.json."""
-    errors = {run.name: replay(run.as_step(720)).total * (1 + FRAGMENTATION) / run.reserved_bytes - 1 for run in PUBLISHED_RUNS}
+    """The argument 720, a number of tokens, was fitted to these runs and is the same for all methods. benchmarks/results/memory_published.json contains the
+    errors of runs that were left out of the fit."""
+    errors = {run.name: replay(run.as_step(720)).total_bytes * (1 + FRAGMENTATION) / run.reserved_bytes - 1 for run in PUBLISHED_RUNS}
     assert max(map(abs, errors.values())) <= 0.06
     assert sorted(map(abs, errors.values()))[len(errors) // 2] <= 0.015
     assert all(1 <= (1 + error) * (1 + UPPER_MARGIN) <= 1.15 for error in errors.values())
@@ -137,22 +138,22 @@ def test_estimates_agree_with_published_peaks() -> None:
         ("speed-8b-full-packed", "ours, 16-bit weights", LLAMA_8B, {"method": {"type": "full"}, "model": {"dtype": "bfloat16"}}, 32),
     ],
 )
-def test_plans_agree_with_peaks_on_a_gpu(cell: str, arm: str, shape: ModelShape, groups: dict[str, Any], recomputed: int) -> None:
+def test_plans_agree_with_measured_peaks_on_a_gpu(cell: str, arm: str, shape: ModelShape, groups: dict[str, Any], recomputed: int) -> None:
     cells = json.loads((RESULTS / "gpu_cells.json").read_text())["figures"]
     measured = cells[cell]["figures"]["arms"][arm]["peakMemoryGb"] * 1e9
-    step = describe_step(resolve(**groups).spec, shape, Facts(recomputed_layers=recomputed)).step
-    assert (replay(step).total + WORKSPACE_BYTES) / measured == pytest.approx(1, abs=0.01)
+    step = describe_step(resolve(**groups).spec, shape, RunFacts(recomputed_layer_count=recomputed)).step
+    assert (replay(step).total_bytes + WORKSPACE_BYTES) / measured == pytest.approx(1, abs=0.01)
 
 
-def test_parts_sum_to_the_expected_peak() -> None:
+def test_the_sum_of_the_parts_is_the_expected_peak() -> None:
     plan = plan_memory(resolve().spec, LLAMA_8B).memory
     assert sum(value for _, value in plan.parts) == plan.expected_bytes
     assert plan.upper_bytes == int(plan.expected_bytes * 1.07)
     assert (plan.parts.context, plan.parts.gradients > 0) == (524288000, True)
 
 
-def test_a_70b_model_is_planned() -> None:
-    shape = model_shape(TINY | {
+def test_qlora_of_a_70b_model_fits_on_one_h100_by_the_plan() -> None:
+    shape = parse_model_shape(TINY | {
         "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256,
     })  # fmt: skip
     assert count_parameters(shape) == 70_553_706_496
@@ -171,55 +172,55 @@ def test_a_70b_model_is_planned() -> None:
     ],
 )
 def test_strategies_shard_weights_and_optimizer_state(groups: dict[str, Any], weights: int, optimizer: int) -> None:
-    one = plan_memory(resolve(method={"type": "full"}).spec, LLAMA_1B).memory.parts
+    unsharded = plan_memory(resolve(method={"type": "full"}).spec, LLAMA_1B).memory.parts
     sharded = plan_memory(resolve(method={"type": "full"}, resources={"gpusPerNode": 4}, **groups).spec, LLAMA_1B).memory.parts
-    assert sharded.weights == pytest.approx(one.weights / weights, rel=1e-6)
-    assert sharded.optimizer == pytest.approx(one.optimizer / optimizer, rel=1e-6)
+    assert sharded.weights == pytest.approx(unsharded.weights / weights, rel=1e-6)
+    assert sharded.optimizer == pytest.approx(unsharded.optimizer / optimizer, rel=1e-6)
 
 
-def test_plans_that_were_not_compared_have_a_wider_margin() -> None:
+def test_a_plan_that_was_not_compared_with_measured_peaks_has_a_wider_margin() -> None:
     spec = resolve(method={"type": "full"}, resources={"gpusPerNode": 4}, distributed={"strategy": "fsdp"}).spec
     plan = plan_memory(spec, LLAMA_1B)
     assert plan.memory.upper_bytes == int(plan.memory.expected_bytes * 1.15)
-    assert plan.assumptions == ("memory of fsdp with 4 ranks is computed, and was not compared with measured peaks",)
+    assert plan.assumptions == ("the planned memory of fsdp with 4 ranks was not compared with measured peaks",)
 
 
-def test_models_without_other_attention_are_planned_with_eager_attention() -> None:
-    """Gemma 2 has no other attention in transformers. Its scores then need memory for each pair of tokens."""
-    gemma = model_shape(TINY | {"model_type": "gemma2", "head_dim": 64})
+def test_a_model_that_supports_only_eager_attention_is_planned_with_it() -> None:
+    """transformers runs Gemma 2 only with eager attention, which needs memory for the score of each pair of tokens."""
+    gemma = parse_model_shape(TINY | {"model_type": "gemma2", "head_dim": 64})
     spec = resolve().spec
-    assert plan_memory(spec, gemma).memory == plan_memory(spec, gemma, Facts(attention="eager")).memory
-    assert plan_memory(spec, gemma).memory.expected_bytes > plan_memory(spec, gemma, Facts(attention="varlen")).memory.expected_bytes
+    assert plan_memory(spec, gemma).memory == plan_memory(spec, gemma, RunFacts(attention="eager")).memory
+    assert plan_memory(spec, gemma).memory.expected_bytes > plan_memory(spec, gemma, RunFacts(attention="varlen")).memory.expected_bytes
 
 
-def test_the_largest_batch_divides_the_effective_batch() -> None:
+def test_the_largest_micro_batch_divides_the_effective_batch() -> None:
     spec = FineTuneJobSpec.model_validate({
         "model": {"source": "org/name"}, "dataset": {"train": "s3://bucket/train.jsonl"},
         "training": {"effectiveBatchSize": 7, "gradientCheckpointing": "enabled"},
     })  # fmt: skip
-    rows = largest_batch(spec, LLAMA_1B, L4_BYTES)
+    rows = find_largest_micro_batch(spec, LLAMA_1B, L4_BYTES)
     assert rows in (1, 7)
-    assert largest_batch(spec.with_values({"training.effectiveBatchSize": None}), LLAMA_1B, L4_BYTES) not in (1, 7)
+    assert find_largest_micro_batch(spec.with_values({"training.effectiveBatchSize": None}), LLAMA_1B, L4_BYTES) not in (1, 7)
 
 
-def test_the_largest_batch_fits_and_one_more_row_does_not() -> None:
+def test_the_largest_micro_batch_fits_and_one_more_row_does_not() -> None:
     spec = resolve().spec
-    rows = largest_batch(spec, LLAMA_1B, L4_BYTES)
+    rows = find_largest_micro_batch(spec, LLAMA_1B, L4_BYTES)
     assert plan_memory(change_spec(spec, {"training.batchSizePerDevice": rows}), LLAMA_1B).fits(L4_BYTES)
     assert not plan_memory(change_spec(spec, {"training.batchSizePerDevice": rows + 1}), LLAMA_1B).fits(L4_BYTES)
-    assert largest_batch(spec, LLAMA_1B, 10**9) == 0
+    assert find_largest_micro_batch(spec, LLAMA_1B, 10**9) == 0
 
 
 def test_changes_that_fit_keep_the_effective_batch() -> None:
     spec = resolve(training={"batchSizePerDevice": 64}).spec
-    changes = changes_that_fit(spec, LLAMA_1B, 8 * 2**30)
-    assert [one.values for one in changes] == [
+    changes = find_fitting_changes(spec, LLAMA_1B, 8 * 2**30)
+    assert [change.values_by_path for change in changes] == [
         {"training.batchSizePerDevice": 4, "training.gradientAccumulationSteps": 16},
         {"method.type": "qlora", "training.batchSizePerDevice": 8, "training.gradientAccumulationSteps": 8},
         {"dataset.maxSequenceLength": 2048, "training.batchSizePerDevice": 8, "training.gradientAccumulationSteps": 8},
     ]
-    assert all(one.plan.fits(8 * 2**30) for one in changes)
-    assert changes_that_fit(spec, LLAMA_1B, 10**9) == []
+    assert all(change.plan.fits(8 * 2**30) for change in changes)
+    assert find_fitting_changes(spec, LLAMA_1B, 10**9) == []
 
 
 @pytest.mark.parametrize(
@@ -233,31 +234,31 @@ def test_changes_that_fit_keep_the_effective_batch() -> None:
         ({"training": {"optimizer": "galore_adamw"}}, "OptimizerNotPlanned"),
     ],
 )
-def test_runs_that_the_plan_does_not_know_are_refused(groups: dict[str, Any], code: str) -> None:
+def test_a_run_that_the_plan_cannot_compute_is_refused(groups: dict[str, Any], code: str) -> None:
     with pytest.raises(ConfigError) as refused:
         plan_memory(resolve(**groups).spec, LLAMA_1B)
     assert (refused.value.code, bool(refused.value.hint)) == (code, True)
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "bytes_of_value"),
+    ("optimizer", "state_bytes_per_parameter"),
     [("rmsprop", 4), ("adagrad", 4), ("rmsprop_bnb", 4), ("rmsprop_bnb_8bit", 1 + 4 / 256), ("ademamix", 12), ("ademamix_8bit", 3 * (1 + 4 / 256))],
 )
-def test_rarer_optimizers_are_planned_with_a_wider_margin(optimizer: str, bytes_of_value: float) -> None:
+def test_rarer_optimizers_are_planned_with_a_wider_margin(optimizer: str, state_bytes_per_parameter: float) -> None:
     description = describe_step(resolve(method={"type": "full"}, training={"optimizer": optimizer}).spec, LLAMA_1B)
-    weight = Parameter((64, 128), 4, Tape(Meter()).allocate(0), is_trained=True)
-    assert sum(description.step.optimizer.state_bytes([weight], 1)) == 64 * 128 * bytes_of_value
+    weight = Parameter((64, 128), 4, Tape(MemoryMeter()).allocate(0), is_trained=True)
+    assert sum(description.step.optimizer.state_bytes([weight], 1)) == 64 * 128 * state_bytes_per_parameter
     assert (description.is_checked, description.assumptions[-1]) == (
-        False, f"memory of training.optimizer {optimizer} is computed, and was not compared with measured peaks"
+        False, f"the planned memory of training.optimizer {optimizer} was not compared with measured peaks"
     )  # fmt: skip
     assert describe_step(resolve(training={"optimizer": f"paged_{optimizer}" if optimizer == "ademamix_8bit" else "sgd"}).spec, LLAMA_1B).is_checked is (
         optimizer != "ademamix_8bit"
     )
 
 
-def test_the_plan_of_the_unsloth_backend_says_what_it_leaves_out() -> None:
+def test_the_plan_of_a_run_with_backend_unsloth_names_its_assumption() -> None:
     plan = plan_memory(resolve(trainer={"backend": "unsloth"}).spec, LLAMA_1B)
-    assert [one for one in plan.assumptions if one.startswith("trainer.backend unsloth")] != []
+    assert any("trainer.backend unsloth chooses" in assumption for assumption in plan.assumptions)
 
 
 @pytest.mark.parametrize(
@@ -269,13 +270,13 @@ def test_the_plan_of_the_unsloth_backend_says_what_it_leaves_out() -> None:
         (TINY | {"hidden_size": "64"}, "ModelConfigIncomplete"),
     ],
 )
-def test_configurations_that_the_plan_does_not_know_are_refused(config: dict[str, Any], code: str) -> None:
+def test_a_model_configuration_that_the_plan_cannot_read_is_refused(config: dict[str, Any], code: str) -> None:
     with pytest.raises(ConfigError) as refused:
-        model_shape(config)
+        parse_model_shape(config)
     assert refused.value.code == code
 
 
-def test_files_of_a_model_are_read(tmp_path: Path) -> None:
+def test_configuration_and_stored_size_of_a_model_are_read_from_its_folder(tmp_path: Path) -> None:
     with pytest.raises(FineTuneError) as refused:
         read_model_shape(tmp_path)
     assert refused.value.code == "ModelConfigNotFound"
@@ -284,9 +285,9 @@ def test_files_of_a_model_are_read(tmp_path: Path) -> None:
         read_model_shape(tmp_path)
     assert refused.value.code == "ModelConfigUnreadable"
     (tmp_path / "config.json").write_text(json.dumps(TINY | {"dtype": "float32"}))
-    assert (read_model_shape(tmp_path).stored_bytes, stored_bytes(tmp_path)) == (4, None)
+    assert (read_model_shape(tmp_path).stored_value_bytes, read_stored_bytes(tmp_path)) == (4, None)
     (tmp_path / "model.safetensors.index.json").write_text('{"metadata": {"total_size": 12}}')
-    assert stored_bytes(tmp_path) == 12
+    assert read_stored_bytes(tmp_path) == 12
 
 
 @pytest.mark.parametrize(
@@ -305,5 +306,5 @@ def test_files_of_a_model_are_read(tmp_path: Path) -> None:
     ],
     ids=lambda value: value["model_type"] if isinstance(value, dict) else "",
 )  # fmt: skip
-def test_published_models_have_their_published_number_of_parameters(config: dict[str, Any], parameters: int) -> None:
-    assert count_parameters(model_shape(config)) == parameters
+def test_the_counted_parameters_of_published_models_are_their_published_numbers(config: dict[str, Any], parameters: int) -> None:
+    assert count_parameters(parse_model_shape(config)) == parameters

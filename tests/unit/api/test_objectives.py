@@ -1,17 +1,17 @@
-"""The table of objectives is complete, and the rules and defaults agree with it."""
+"""The table OBJECTIVES is complete, and rules and defaults agree with it."""
 
 from __future__ import annotations
 
 import pytest
 from finetune_api.defaults import resolve_defaults
 from finetune_api.objectives import OBJECTIVES, objective_for_format, objectives_that_read
-from finetune_api.rules import check
+from finetune_api.rules import check_spec
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.enums import DatasetFormat, TrainerType
 
 
-def spec_of(trainer: TrainerType, form: DatasetFormat) -> FineTuneJobSpec:
-    value = {"model": {"source": "hf://a/b"}, "dataset": {"train": "s3://a/b.jsonl", "format": form}, "trainer": {"type": trainer}}
+def spec_of(trainer: TrainerType, dataset_format: DatasetFormat) -> FineTuneJobSpec:
+    value = {"model": {"source": "hf://a/b"}, "dataset": {"train": "s3://a/b.jsonl", "format": dataset_format}, "trainer": {"type": trainer}}
     return FineTuneJobSpec.model_validate(value)  # fmt: skip
 
 
@@ -20,22 +20,22 @@ def test_every_objective_has_a_data_format(trainer: TrainerType) -> None:
     assert OBJECTIVES[trainer].dataset_formats
 
 
-@pytest.mark.parametrize("form", list(DatasetFormat))
+@pytest.mark.parametrize("dataset_format", list(DatasetFormat))
 @pytest.mark.parametrize("trainer", list(TrainerType))
-def test_a_format_is_refused_unless_the_objective_lists_it(trainer: TrainerType, form: DatasetFormat) -> None:
-    refused = [problem for problem in check(spec_of(trainer, form)) if problem.code == "FormatOfAnotherObjective"]
-    assert bool(refused) is (form not in OBJECTIVES[trainer].dataset_formats)
+def test_a_format_is_refused_unless_the_objective_lists_it(trainer: TrainerType, dataset_format: DatasetFormat) -> None:
+    refused = [problem for problem in check_spec(spec_of(trainer, dataset_format)) if problem.code == "FormatOfAnotherObjective"]
+    assert bool(refused) is (dataset_format not in OBJECTIVES[trainer].dataset_formats)
     if refused:
-        assert f"trainer: {{type: {objective_for_format(form)}}}" in str(refused[0])
+        assert f"trainer: {{type: {objective_for_format(dataset_format)}}}" in str(refused[0])
 
 
 @pytest.mark.parametrize("trainer", list(TrainerType))
-def test_default_learning_rate_of_the_objective_takes_precedence_over_that_of_the_method(trainer: TrainerType) -> None:
+def test_the_learning_rate_of_the_objective_takes_precedence_over_that_of_the_method(trainer: TrainerType) -> None:
     rate = resolve_defaults(spec_of(trainer, OBJECTIVES[trainer].dataset_formats[0])).spec.training.learning_rate
     assert rate == (OBJECTIVES[trainer].learning_rate or 2e-4)
 
 
-def test_the_objectives_that_read_an_option_are_listed_in_order() -> None:
+def test_the_objectives_that_read_an_option_are_listed_in_the_order_of_the_table() -> None:
     assert objectives_that_read("dpo")[:3] == (TrainerType.DPO, TrainerType.KTO, TrainerType.ORPO)
     assert objectives_that_read("rewards") == (TrainerType.GRPO,)
     assert TrainerType.SFT not in objectives_that_read("maxCompletionLength")

@@ -1,4 +1,4 @@
-"""The data that operator and pods exchange: run configuration and termination message."""
+"""The run configuration that pods get, and the termination message that they return."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def run_config() -> RunConfig:
     )  # fmt: skip
 
 
-def test_run_config_is_equal_after_reading_its_bytes() -> None:
+def test_a_run_config_does_not_change_when_it_is_written_and_read() -> None:
     run = run_config()
     data = run.to_bytes()
     assert RunConfig.model_validate_json(data) == run
@@ -30,7 +30,7 @@ def test_run_config_is_equal_after_reading_its_bytes() -> None:
     assert len(data) < names.MAX_RUN_BYTES
 
 
-def test_termination_message_fits_into_4096_bytes() -> None:
+def test_a_termination_message_has_at_most_4096_bytes() -> None:
     message = TerminationMessage(
         class_="Data", code="DatasetRowInvalid", message="ü" * 5000, hint="h" * 3000, metrics=Metrics(train_loss=1.0),
         checkpoints=[Checkpoint(step=i, uri="s3://bucket/" + "x" * 300) for i in range(6)], resolved=ResolvedConfig(notes=["n" * 900]),
@@ -53,7 +53,7 @@ def large_evaluation(gate_count: int) -> EvaluationResult:
     [(2, 0, True, 2), (16, 0, True, 8), (16, 900, False, 8), (0, 3900, False, 0)],
     ids=["all fits", "texts of passed gates are dropped", "metrics are dropped", "the evaluation is dropped"],
 )
-def test_long_termination_message_keeps_the_most_important_results(
+def test_a_long_termination_message_keeps_the_gates_and_drops_other_results_first(
     gate_count: int, text_length: int, has_metrics: bool, gates_with_text: int
 ) -> None:
     message = TerminationMessage(message="m" * text_length, evaluation=large_evaluation(gate_count), resolved=ResolvedConfig(notes=["n" * 900]))
@@ -65,11 +65,11 @@ def test_long_termination_message_keeps_the_most_important_results(
     assert len(evaluation.gates or []) == gate_count
 
 
-def test_termination_message_with_long_addresses_keeps_the_address_of_the_model() -> None:
+def test_a_termination_message_with_long_addresses_keeps_the_address_of_the_model() -> None:
     root = "s3://" + "b" * 507 + "/namespace/name/uid/"
-    names_of_addresses = ("uri", "mergedUri", "publishedUri", "hubUri", "reportUri", "lineageUri")
+    address_fields = ("uri", "mergedUri", "publishedUri", "hubUri", "reportUri", "lineageUri")
     artefact = {"artefact": "adapter", "result": "NotVerified", "code": "X", "reason": "r" * 300, "difference": 0.1, "tolerance": 0.1, "changeFromBase": 0.1}
-    output = {name: root + name for name in names_of_addresses} | {
+    output = {name: root + name for name in address_fields} | {
         "sha256": "a" * 64, "kind": "adapter", "promoted": True, "evaluation": {"testLoss": 1.0},
         "verification": {"result": "NotVerified", "rows": 8, "tokens": 412, "artefacts": [artefact] * 3},
     }  # fmt: skip
@@ -87,7 +87,7 @@ def test_termination_message_with_long_addresses_keeps_the_address_of_the_model(
     assert parsed.output.verification is not None and [a.reason for a in parsed.output.verification.artefacts] == [None] * 3
 
 
-def test_termination_message_with_half_a_character_is_valid_utf8() -> None:
+def test_a_termination_message_with_an_incomplete_character_is_valid_utf8() -> None:
     message = TerminationMessage(class_="Internal", code="Unclassified", message="torn \udcff" + "x" * 5000)
     text = message.to_json()
     assert len(text.encode()) <= names.MAX_TERMINATION_BYTES

@@ -1,11 +1,11 @@
-"""Quantities of `spec.resources`: accepted values, and the suggestion for refused values."""
+"""Quantities of `spec.resources`: valid values, and the hint for invalid values."""
 
 from __future__ import annotations
 
 import re
 
 import pytest
-from finetune_api.quantities import CPU_KIND, SIZE_KIND, QuantityKind, quantity_problem
+from finetune_api.quantities import CPU_KIND, SIZE_KIND, QuantityKind, find_quantity_problem
 
 
 @pytest.mark.parametrize(
@@ -14,7 +14,7 @@ from finetune_api.quantities import CPU_KIND, SIZE_KIND, QuantityKind, quantity_
     + [(CPU_KIND, value) for value in (4, "4", "0.5", "500m", "1000m")],
 )
 def test_models_and_crd_accept_a_valid_quantity(kind: QuantityKind, value: str | int) -> None:
-    assert quantity_problem(value, kind) is None
+    assert find_quantity_problem(value, kind) is None
     assert re.match(kind.pattern, value) if isinstance(value, str) else value >= kind.minimum
 
 
@@ -36,10 +36,10 @@ def test_models_and_crd_accept_a_valid_quantity(kind: QuantityKind, value: str |
     ],
 )
 def test_models_and_crd_refuse_an_invalid_quantity(kind: QuantityKind, value: str | int, message: str, hint: str) -> None:
-    assert quantity_problem(value, kind) == (message, hint)
+    assert find_quantity_problem(value, kind) == (message, hint)
     assert not re.match(kind.pattern, value) if isinstance(value, str) else value < kind.minimum
 
 
 @pytest.mark.parametrize(("kind", "value"), [(SIZE_KIND, "0Gi"), (SIZE_KIND, "0.1k"), (CPU_KIND, "0"), (CPU_KIND, "0m")])
-def test_amount_of_zero_is_refused(kind: QuantityKind, value: str) -> None:
-    assert quantity_problem(value, kind) is not None
+def test_an_amount_of_zero_is_refused(kind: QuantityKind, value: str) -> None:
+    assert find_quantity_problem(value, kind) is not None

@@ -1,4 +1,4 @@
-"""Secrets in text are recognised by their form, wherever they stand, and ordinary text stays as it is."""
+"""Secrets are recognised by their form, wherever they are in a text, and ordinary text does not change."""
 
 from __future__ import annotations
 
@@ -16,40 +16,41 @@ HEX = st.text("0123456789abcdef", min_size=64, max_size=64)
 BASE64URL = st.text("ABCDEFabcdef0123456789_-", min_size=24, max_size=60)
 
 
-def pem(kind: str, body: str) -> str:
-    return f"-----BEGIN {kind}-----\n{body}\n{body}\n-----END {kind}-----"
+def pem(label: str, body: str) -> str:
+    """Return a PEM block with this label."""
+    return f"-----BEGIN {label}-----\n{body}\n{body}\n-----END {label}-----"
 
 
-def fixed(form: str, alphabet: str, length: int) -> st.SearchStrategy[tuple[str, str]]:
-    """A token `form` with a random part of fixed length."""
-    return st.text(alphabet, min_size=length, max_size=length).map(lambda part: (form.format(part), part))
+def token(template: str, alphabet: str, length: int) -> st.SearchStrategy[tuple[str, str]]:
+    """Draw (text, secret): a random secret of this length, and the template with the secret in place of `{}`."""
+    return st.text(alphabet, min_size=length, max_size=length).map(lambda secret: (template.format(secret), secret))
 
 
 LETTERS_AND_DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
 CAPITALS_AND_DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 SECRETS: dict[str, st.SearchStrategy[tuple[str, str]]] = {
-    "AWS key": fixed("AKIA{}", CAPITALS_AND_DIGITS, 16),
-    "AWS temporary key": fixed("ASIA{}", CAPITALS_AND_DIGITS, 16),
-    "Hugging Face": fixed("hf_{}", LETTERS_AND_DIGITS, 34),
-    "OpenAI": fixed("sk-1{}", LETTERS_AND_DIGITS, 47),
-    "OpenAI project": fixed("sk-proj-0{}", LETTERS_AND_DIGITS + "_-", 120),
-    "Anthropic": fixed("sk-ant-api03-{}", LETTERS_AND_DIGITS + "_-", 95),
-    **{f"GitHub {kind}": fixed(f"{kind}_{{}}", LETTERS_AND_DIGITS, 36) for kind in ("ghp", "gho", "ghu", "ghs", "ghr")},
-    "GitHub fine-grained": fixed("github_pat_{}", LETTERS_AND_DIGITS + "_", 82),
-    "GitLab": fixed("glpat-{}", LETTERS_AND_DIGITS + "_-", 20),
-    "Slack": fixed("xoxb-{}", "0123456789-" + LETTERS_AND_DIGITS, 50),
-    "Slack webhook": fixed("https://hooks.slack.com/services/T0A/B0B/{}", LETTERS_AND_DIGITS, 24),
-    "Google": fixed("AIza{}", LETTERS_AND_DIGITS + "_-", 35),
-    "Stripe": fixed("sk_live_{}", LETTERS_AND_DIGITS, 24),
-    "npm": fixed("npm_{}", LETTERS_AND_DIGITS, 36),
-    "PyPI": fixed("pypi-AgEIcHlwaS5vcmc{}", LETTERS_AND_DIGITS + "_-", 60),
-    "Docker": fixed("dckr_pat_{}", LETTERS_AND_DIGITS + "_-", 27),
-    "NVIDIA": fixed("nvapi-{}", LETTERS_AND_DIGITS + "_-", 64),
-    "Databricks": fixed("dapi{}", "0123456789abcdef", 32),
-    "DigitalOcean": fixed("dop_v1_{}", "0123456789abcdef", 64),
-    "Vault": fixed("hvs.{}", LETTERS_AND_DIGITS + "_-", 90),
+    "AWS key": token("AKIA{}", CAPITALS_AND_DIGITS, 16),
+    "AWS temporary key": token("ASIA{}", CAPITALS_AND_DIGITS, 16),
+    "Hugging Face": token("hf_{}", LETTERS_AND_DIGITS, 34),
+    "OpenAI": token("sk-1{}", LETTERS_AND_DIGITS, 47),
+    "OpenAI project": token("sk-proj-0{}", LETTERS_AND_DIGITS + "_-", 120),
+    "Anthropic": token("sk-ant-api03-{}", LETTERS_AND_DIGITS + "_-", 95),
+    **{f"GitHub {kind}": token(f"{kind}_{{}}", LETTERS_AND_DIGITS, 36) for kind in ("ghp", "gho", "ghu", "ghs", "ghr")},
+    "GitHub fine-grained": token("github_pat_{}", LETTERS_AND_DIGITS + "_", 82),
+    "GitLab": token("glpat-{}", LETTERS_AND_DIGITS + "_-", 20),
+    "Slack": token("xoxb-{}", "0123456789-" + LETTERS_AND_DIGITS, 50),
+    "Slack webhook": token("https://hooks.slack.com/services/T0A/B0B/{}", LETTERS_AND_DIGITS, 24),
+    "Google": token("AIza{}", LETTERS_AND_DIGITS + "_-", 35),
+    "Stripe": token("sk_live_{}", LETTERS_AND_DIGITS, 24),
+    "npm": token("npm_{}", LETTERS_AND_DIGITS, 36),
+    "PyPI": token("pypi-AgEIcHlwaS5vcmc{}", LETTERS_AND_DIGITS + "_-", 60),
+    "Docker": token("dckr_pat_{}", LETTERS_AND_DIGITS + "_-", 27),
+    "NVIDIA": token("nvapi-{}", LETTERS_AND_DIGITS + "_-", 64),
+    "Databricks": token("dapi{}", "0123456789abcdef", 32),
+    "DigitalOcean": token("dop_v1_{}", "0123456789abcdef", 64),
+    "Vault": token("hvs.{}", LETTERS_AND_DIGITS + "_-", 90),
     "SendGrid": st.tuples(WORD, WORD).map(lambda parts: (f"SG.{parts[0]}.{parts[1]}", parts[1])),
-    "Groq": fixed("gsk_{}", LETTERS_AND_DIGITS, 52),
+    "Groq": token("gsk_{}", LETTERS_AND_DIGITS, 52),
     "JWT": st.tuples(BASE64URL, BASE64URL, BASE64URL).map(lambda p: (f"eyJ{p[0]}.eyJ{p[1]}.{p[2]}", p[2])),
     "Bearer": BASE64URL.map(lambda part: (f"Authorization: Bearer {part}", part)),
     "Basic": WORD.map(lambda part: (f"Authorization: Basic {part}==", part)),
@@ -71,26 +72,26 @@ SECRETS: dict[str, st.SearchStrategy[tuple[str, str]]] = {
     "PEM in JSON": WORD.map(lambda part: ('{"private": "' + pem("PRIVATE KEY", part).replace("\n", "\\n") + '"}', part)),
     "PEM without end": WORD.map(lambda part: (f"-----BEGIN PRIVATE KEY-----\n{part}\n{part}", part)),
 }  # fmt: skip
-ASSIGNED = ("password", "AWS_SECRET_ACCESS_KEY", "client_secret", "api-key", "AccountKey", "Set-Cookie", "private_key", "TOKEN")
-BEFORE = st.sampled_from(["", " ", "\n", '"', "'", "(", "=", ": ", "error: ", "https://x/ ", "\\n", "[", ",", "%3D", "[31m"])
-AFTER = st.sampled_from(["", " ", "\n", '"', "'", ")", ",", ".", "; x", " and more", "]"])
+NAMES_OF_SECRETS = ("password", "AWS_SECRET_ACCESS_KEY", "client_secret", "api-key", "AccountKey", "Set-Cookie", "private_key", "TOKEN")
+TEXT_BEFORE = st.sampled_from(["", " ", "\n", '"', "'", "(", "=", ": ", "error: ", "https://x/ ", "\\n", "[", ",", "%3D", "[31m"])
+TEXT_AFTER = st.sampled_from(["", " ", "\n", '"', "'", ")", ",", ".", "; x", " and more", "]"])
 
 
 @pytest.mark.parametrize("kind", SECRETS)
 @settings(max_examples=30)
 @given(data=st.data())
-def test_every_kind_of_secret_is_hidden_wherever_it_stands(kind: str, data: st.DataObject) -> None:
+def test_every_kind_of_secret_is_replaced_wherever_it_is(kind: str, data: st.DataObject) -> None:
     text, secret = data.draw(SECRETS[kind])
-    before, after = data.draw(BEFORE), data.draw(AFTER)
+    before, after = data.draw(TEXT_BEFORE), data.draw(TEXT_AFTER)
     for redact in (redact_tokens, redact_all):
-        shown = redact(f"{before}{text}{after}", "***")
-        assert secret not in shown and "***" in shown
+        redacted = redact(f"{before}{text}{after}", "***")
+        assert secret not in redacted and "***" in redacted
 
 
-@pytest.mark.parametrize("name", ASSIGNED)
+@pytest.mark.parametrize("name", NAMES_OF_SECRETS)
 @settings(max_examples=30)
 @given(value=WORD, separator=st.sampled_from(["=", ": ", '": "', " = ", "':'"]))
-def test_values_after_a_telling_name_are_hidden(name: str, value: str, separator: str) -> None:
+def test_a_value_after_the_name_of_a_secret_is_replaced(name: str, value: str, separator: str) -> None:
     assert redact_all(f"x {name}{separator}{value} y", "***") == f"x {name}{separator}*** y"
 
 
@@ -103,49 +104,49 @@ def test_values_after_a_telling_name_are_hidden(name: str, value: str, separator
         "11111111-2222-3333-4444-555555555555", "hf://org/name@0123456789abcdef0123456789abcdef01234567", "skip_special_tokens",
     ],
 )  # fmt: skip
-def test_ordinary_text_stays_as_it_is(text: str) -> None:
+def test_ordinary_text_is_not_changed(text: str) -> None:
     assert redact_all(text, "***") == text
 
 
 @given(text=st.text(max_size=300))
-def test_redaction_is_stable(text: str) -> None:
+def test_redacting_a_redacted_text_changes_nothing(text: str) -> None:
     once = redact_tokens(text, "***")
     assert redact_tokens(once, "***") == once
 
 
-def test_patterns_repeat_no_group() -> None:
-    """A pod could block the operator's event loop with its text: with a repeated group in a pattern, 4 KiB of `a_a_a_...` took 0.7 seconds."""
+def test_no_pattern_repeats_a_group() -> None:
+    """With a repeated group, a search in 4 KiB of `a_a_a_...` took 0.7 seconds, so a pod could block the operator's event loop with such a text."""
     for pattern in (*TOKEN_PATTERNS, ASSIGNMENT_PATTERN):
         assert not re.search(r"\)[*+]", pattern.pattern)
 
 
-HOSTILE = [
+SLOW_TEXTS = [
     "a_", "sk-", "sk-a", "eyJa", "eyJaaaaaaaaaa.", "://a:", "?key", "?a-", "&", "Basic a", "-----BEGIN ", "-----BEGIN PRIVATE KEY-----", "Bearer ",
     "authorization: ", "authorization:basic ", "%26", "%26token%3D%2F", "token=", "secret_", "SG.a", "1", "://", "password: ", "hooks.slack.com/",
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("part", HOSTILE)
-def test_the_time_grows_only_linearly(part: str) -> None:
-    """CPU time, so that other programs do not matter. A quadratic pattern takes 64 times as long for 8 times the text; linear ones take 8 times."""
+@pytest.mark.parametrize("repeated_text", SLOW_TEXTS)
+def test_the_time_of_redaction_grows_only_linearly(repeated_text: str) -> None:
+    """For 8 times the text, a linear pattern takes 8 times as long, and a quadratic one 64 times. Other programs do not affect CPU time."""
 
     def seconds(length: int) -> float:
-        text, fastest = (part * length)[:length], float("inf")
+        text, fastest_seconds = (repeated_text * length)[:length], float("inf")
         for _ in range(3):
             started = time.process_time()
             redact_all(text, "***")
-            fastest = min(fastest, time.process_time() - started)
-        return fastest
+            fastest_seconds = min(fastest_seconds, time.process_time() - started)
+        return fastest_seconds
 
     assert seconds(64_000) < 32 * max(seconds(8_000), 0.001)
 
 
-def test_log_lines_and_tracebacks_have_no_secrets() -> None:
-    token = "ghp_" + "a1" * 18
+def test_log_lines_and_tracebacks_contain_no_secrets() -> None:
+    github_token = "ghp_" + "a1" * 18
     try:
-        raise ValueError(f"cannot clone with {token}")
+        raise ValueError(f"cannot clone with {github_token}")
     except ValueError as error:
         record = logging.LogRecord("n", logging.ERROR, "f", 1, "failed: %s", (f"https://u:{'p4' * 8}@h/x",), (type(error), error, error.__traceback__))
     text = RedactingFormatter("%(message)s").format(record)
-    assert token not in text and "p4p4" not in text
+    assert github_token not in text and "p4p4" not in text
     assert text.startswith("failed: https://[redacted]@h/x\nTraceback") and "cannot clone with [redacted]" in text

@@ -1,4 +1,4 @@
-"""For every cross-field rule: specs that break the rule, the field that the problem names, and specs without problems."""
+"""Specs that break each cross-field rule, with the field that the problem names, and specs without problems."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from finetune_api.rules import (
     JUDGE_METRICS,
     RULES,
     ExecutionTarget,
-    check,
+    check_spec,
     compares_answers,
     compares_metrics,
     effective_batch,
@@ -22,6 +22,7 @@ MINIMAL_SPEC: dict[str, Any] = {"model": {"source": "org/name"}, "dataset": {"tr
 
 
 def merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    """Return `base` with the values of `change`. Nested dicts are merged, too."""
     result = dict(base)
     for key, value in change.items():
         old = result.get(key)
@@ -30,6 +31,7 @@ def merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
 
 
 def spec(change: dict[str, Any]) -> FineTuneJobSpec:
+    """Return the minimal spec with a change."""
     return FineTuneJobSpec.model_validate(merge(MINIMAL_SPEC, change))
 
 
@@ -58,7 +60,7 @@ GENERATION_FIELDS = frozenset({"image", "gpus", "gpuMemoryUtilization", "cpu", "
 
 
 def generation_spec(*, backend: str | None = "vllm", **values: Any) -> dict[str, Any]:
-    """A grpo job with options of `trainer.grpo.generation`, and other groups."""
+    """Return a grpo spec. `values`: options of `trainer.grpo.generation`, and other groups."""
     options = {name: value for name, value in values.items() if name in GENERATION_FIELDS} | ({"backend": backend} if backend else {})
     groups = {name: value for name, value in values.items() if name not in GENERATION_FIELDS}
     return grpo_spec({"builtin": "thinkFormat"}, trainer={"grpo": {"generation": options}}, **groups)
@@ -76,9 +78,10 @@ def gates_spec(*gates: dict[str, Any], metrics: list[str] | None = ["accuracy", 
     return {"evaluation": {"metrics": metrics, "gates": list(gates)}, "dataset": {"test": "s3://bucket/test.jsonl"}}
 
 
-TESTED: dict[str, Any] = {"dataset": {"test": "s3://bucket/test.jsonl"}}
+WITH_TEST_DATA: dict[str, Any] = {"dataset": {"test": "s3://bucket/test.jsonl"}}
 VISION = {"model": {"modality": "visionLanguage"}}
 PROBLEM_CASES: list[tuple[str, dict[str, Any], str]] = [
+    # code of the rule, change of the minimal spec that breaks it, path of the problem
     ("ModelMissing", {"model": {"source": None}}, "model.source"),
     ("DatasetMissing", {"dataset": {"train": None}}, "dataset.train"),
     ("DatasetMissing", {"dataset": {"mixture": [{"source": "a/b"}]}}, "dataset.mixture"),
@@ -619,8 +622,8 @@ PROBLEM_CASES: list[tuple[str, dict[str, Any], str]] = [
     ("EvaluationRowsMissing", merge(gates_spec(ACCURACY_GATE), {"dataset": {"test": None}}), "evaluation.gates"),
     ("EvaluationRowsMissing", {"evaluation": {"metrics": ["bleu"]}}, "evaluation.metrics"),
     ("EvaluationRowsMissing", {"phases": {"infer": True}}, "phases.infer"),
-    ("RewardModelWritesNoText", {"trainer": {"type": "reward"}, "evaluation": {"metrics": ["bleu"]}} | TESTED, "evaluation.metrics"),
-    ("RewardModelWritesNoText", {"trainer": {"type": "reward"}, "phases": {"infer": True}} | TESTED, "phases.infer"),
+    ("RewardModelWritesNoText", {"trainer": {"type": "reward"}, "evaluation": {"metrics": ["bleu"]}} | WITH_TEST_DATA, "evaluation.metrics"),
+    ("RewardModelWritesNoText", {"trainer": {"type": "reward"}, "phases": {"infer": True}} | WITH_TEST_DATA, "phases.infer"),
     ("RewardModelWritesNoText", {"trainer": {"type": "reward"}} | benchmarks({"name": "lm-eval", "folder": "a/b"}), "evaluation.benchmarks"),
     ("BenchmarkUnknown", benchmarks({"name": "lm-evall", "folder": "a/b"}), "evaluation.benchmarks[0].name"),
     ("BenchmarkUnknown", benchmarks({"name": "hellaswag", "folder": "a/b"}), "evaluation.benchmarks[0].name"),
@@ -628,8 +631,8 @@ PROBLEM_CASES: list[tuple[str, dict[str, Any], str]] = [
     ("BenchmarkFolderMissing", benchmarks({"name": "domain-specific-eval"}), "evaluation.benchmarks[0].folder"),
     ("BenchmarkFolderMissing", benchmarks({"name": "openai-humaneval", "allowCodeExecution": True}), "evaluation.benchmarks[0].folder"),
     ("CodeExecutionNotAllowed", benchmarks({"name": "openai-humaneval", "folder": "a/b"}), "evaluation.benchmarks[0].allowCodeExecution"),
-    ("BenchmarkOptionWithoutEffect", TESTED | benchmarks({"name": "human-eval", "folder": "a/b"}), "evaluation.benchmarks[0].folder"),
-    ("BenchmarkOptionWithoutEffect", TESTED | benchmarks({"name": "human-eval", "fewShot": 0}), "evaluation.benchmarks[0].fewShot"),
+    ("BenchmarkOptionWithoutEffect", WITH_TEST_DATA | benchmarks({"name": "human-eval", "folder": "a/b"}), "evaluation.benchmarks[0].folder"),
+    ("BenchmarkOptionWithoutEffect", WITH_TEST_DATA | benchmarks({"name": "human-eval", "fewShot": 0}), "evaluation.benchmarks[0].fewShot"),
     (
         "BenchmarkOptionWithoutEffect",
         benchmarks({"name": "domain-specific-eval", "folder": "a/b", "applyChatTemplate": True}),
@@ -644,7 +647,7 @@ PROBLEM_CASES: list[tuple[str, dict[str, Any], str]] = [
         ),
         "evaluation.benchmarks[1]",
     ),
-    ("BenchmarkRepeated", TESTED | benchmarks({"name": "human-eval"}, {"name": "human-eval", "limit": 3}), "evaluation.benchmarks[1]"),
+    ("BenchmarkRepeated", WITH_TEST_DATA | benchmarks({"name": "human-eval"}, {"name": "human-eval", "limit": 3}), "evaluation.benchmarks[1]"),
     ("BenchmarkRowsMissing", benchmarks({"name": "human-eval"}), "evaluation.benchmarks[0]"),
     ("SourceInvalid", benchmarks({"name": "lm-eval", "folder": "https://host/jobs/model"}), "evaluation.benchmarks[0].folder"),
     ("SourceInvalid", benchmarks({"name": "lm-eval", "folder": "configmap://a/b"}), "evaluation.benchmarks[0].folder"),
@@ -735,8 +738,8 @@ PROBLEM_CASES: list[tuple[str, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("code", "change", "path"), PROBLEM_CASES, ids=[f"{code}-{path}" for code, _, path in PROBLEM_CASES])
-def test_problem_names_the_field_and_what_to_write(code: str, change: dict[str, Any], path: str) -> None:
-    found = [problem for problem in check(spec(change)) if problem.code == code]
+def test_a_problem_names_the_field_and_what_to_write(code: str, change: dict[str, Any], path: str) -> None:
+    found = [problem for problem in check_spec(spec(change)) if problem.code == code]
     assert [problem.path for problem in found] == [path]
     assert found[0].message
     assert found[0].hint
@@ -746,10 +749,10 @@ def test_problem_names_the_field_and_what_to_write(code: str, change: dict[str, 
 @pytest.mark.parametrize(
     "folder", ["model", "model/a1-1f3c9a2b", "checkpoints/step-00000100/", "checkpoints/step-00000100/a12-1f3c9a2b"]
 )
-def test_checkpoint_or_model_of_a_job_on_a_web_server_is_a_valid_source(folder: str) -> None:
+def test_a_jobs_checkpoint_or_model_on_a_web_server_is_a_valid_source(folder: str) -> None:
     uri = f"https://host/jobs/{folder}?signature=a/b"
     change = {"model": {"source": uri}} | ({"checkpoint": {"resume": uri}} if "step" in folder else {})
-    assert [problem for problem in check(spec(change)) if problem.code == "SourceInvalid"] == []
+    assert [problem for problem in check_spec(spec(change)) if problem.code == "SourceInvalid"] == []
 
 
 @pytest.mark.parametrize(
@@ -762,12 +765,12 @@ def test_checkpoint_or_model_of_a_job_on_a_web_server_is_a_valid_source(folder: 
         "https://u:hidden@h/x",
     ],
 )
-def test_problem_of_a_source_does_not_contain_its_signature(text: str) -> None:
-    found = [problem for problem in check(spec({"model": {"source": text}})) if problem.code == "SourceInvalid"]
+def test_the_problem_of_a_source_contains_no_signature_and_no_password(text: str) -> None:
+    found = [problem for problem in check_spec(spec({"model": {"source": text}})) if problem.code == "SourceInvalid"]
     assert len(found) == 1 and found[0].hint and "hidden" not in str(found[0])
 
 
-def test_every_rule_has_a_case() -> None:
+def test_every_rule_has_a_spec_that_breaks_it() -> None:
     assert {rule.code for rule in RULES} == {code for code, _, _ in PROBLEM_CASES}
 
 
@@ -776,7 +779,7 @@ def test_rule_codes_are_unique() -> None:
     assert len(codes) == len(set(codes))
 
 
-def test_resolved_spec_without_its_defaults_has_the_same_problems() -> None:
+def test_a_resolved_spec_without_its_defaults_equals_the_users_spec() -> None:
     from finetune_api.defaults import resolve_defaults
     from finetune_api.errors import ConfigError
     from finetune_api.rules import enforce_rules, without_defaults
@@ -790,10 +793,10 @@ def test_resolved_spec_without_its_defaults_has_the_same_problems() -> None:
     ):
         user_spec = spec(change)
         resolution = resolve_defaults(user_spec)
-        written = without_defaults(resolution.spec, resolution.defaults)
-        given = {key: value for key, value in user_spec.to_wire().items() if value not in ({}, False)}
-        assert {key: value for key, value in written.to_wire().items() if value not in ({}, False)} == given
-        assert check(written) == check(user_spec) == []
+        stripped_spec = without_defaults(resolution.spec, resolution.defaults)
+        user_groups = {key: value for key, value in user_spec.to_wire().items() if value not in ({}, False)}
+        assert {key: value for key, value in stripped_spec.to_wire().items() if value not in ({}, False)} == user_groups
+        assert check_spec(stripped_spec) == check_spec(user_spec) == []
     broken = resolve_defaults(spec({"trainer": {"type": "kto"}, "training": {"batchSizePerDevice": 1}}))
     with pytest.raises(ConfigError, match="BatchTooSmall: training.batchSizePerDevice: 1, but kto"):
         enforce_rules(without_defaults(broken.spec, broken.defaults), "BatchTooSmall")
@@ -828,27 +831,27 @@ def test_resolved_spec_without_its_defaults_has_the_same_problems() -> None:
             {"metric": "f1", "op": "le", "value": 1}, {"metric": "f1", "notWorseThanBase": {}}, {"metric": "loss", "notWorseThanBase": {"margin": 3}},
         ),
         merge(gates_spec(ACCURACY_GATE), {"dataset": {"test": None, "split": {"validation": 0.1}}}),
-        TESTED | {"evaluation": {"metrics": [*JUDGE_METRICS], "judge": {"model": "m", "embedding": "e", "apiKeySecretRef": KEY}}},
-        TESTED
+        WITH_TEST_DATA | {"evaluation": {"metrics": [*JUDGE_METRICS], "judge": {"model": "m", "embedding": "e", "apiKeySecretRef": KEY}}},
+        WITH_TEST_DATA
         | {"evaluation": {"metrics": ["answerAccuracy"], "judge": {"model": "m"}}, "placement": {"env": [{"name": "OPENAI_API_KEY", "secretKeyRef": KEY}]}},
         {"evaluation": {"metrics": ["answerAccuracy", "bertscore"]}, "phases": {"evaluate": False}},
-        TESTED | {"evaluation": {"metrics": ["semanticSimilarity"], "judge": {"embedding": "e"}, "maxRows": 5}},
-        TESTED | {"evaluation": {"metrics": ["bertscore", "semanticSimilarity"], "metricModels": {"bertscore": "a/b", "semanticSimilarity": "pvc://c/d"}}},
-        TESTED | {"phases": {"infer": True}, "evaluation": {"maxRows": 5}},
-        TESTED | benchmarks({"name": "human-eval", "limit": 5, "compareWithBase": True}),
+        WITH_TEST_DATA | {"evaluation": {"metrics": ["semanticSimilarity"], "judge": {"embedding": "e"}, "maxRows": 5}},
+        WITH_TEST_DATA | {"evaluation": {"metrics": ["bertscore", "semanticSimilarity"], "metricModels": {"bertscore": "a/b", "semanticSimilarity": "pvc://c/d"}}},
+        WITH_TEST_DATA | {"phases": {"infer": True}, "evaluation": {"maxRows": 5}},
+        WITH_TEST_DATA | benchmarks({"name": "human-eval", "limit": 5, "compareWithBase": True}),
         benchmarks({"name": "openai-humaneval", "folder": "a/b", "allowCodeExecution": True}),
         benchmarks({"name": "lm-eval", "folder": "a/b", "tasks": ["x"], "fewShot": 0, "applyChatTemplate": True}, {"name": "lm-eval", "folder": "pvc://c/d"}),
         benchmarks({"name": "domain-specific-eval", "folder": "s3://bucket/domains", "tasks": ["medical"], "fewShot": None}),
         {"phases": {"train": False, "infer": True, "from": "s3://bucket/model"}, "dataset": {"train": None, "test": "s3://bucket/test.jsonl"}},
-        TESTED | {"phases": {"train": False, "from": "https://host/jobs/model"}, "evaluation": {"metrics": ["bleu"]}},
+        WITH_TEST_DATA | {"phases": {"train": False, "from": "https://host/jobs/model"}, "evaluation": {"metrics": ["bleu"]}},
         {"phases": {"evaluate": True}} | benchmarks({"name": "openai-humaneval", "folder": "a/b", "allowCodeExecution": True}),
         {"phases": {"train": False, "from": "s3://bucket/model"}, "output": {"serving": ["vllm"]}},
         {"phases": {"train": False, "from": "s3://bucket/model"}, "output": {"verify": True}, "dataset": {"train": None}},
         {"phases": {"train": False, "from": "s3://bucket/model"}, "output": {"mergeAdapter": True}, "dataset": {"train": None}},
     ],
 )
-def test_valid_spec_has_no_problems(change: dict[str, Any]) -> None:
-    assert check(spec(change)) == []
+def test_a_valid_spec_has_no_problems(change: dict[str, Any]) -> None:
+    assert check_spec(spec(change)) == []
 
 
 DATASET_WITH_VALIDATION: dict[str, Any] = {"train": "a/b", "validation": "a/c"}
@@ -864,7 +867,7 @@ def test_save_steps_must_be_a_multiple_of_eval_steps(save_steps: int | None, eva
         "checkpoint": {"loadBestAtEnd": True, "steps": save_steps},
         "evaluation": {"steps": eval_steps},
     }
-    codes = {problem.code for problem in check(spec(change))}
+    codes = {problem.code for problem in check_spec(spec(change))}
     assert ("BestNeedsMatchingSteps" in codes) == is_refused
 
 
@@ -881,63 +884,63 @@ def test_save_steps_must_be_a_multiple_of_eval_steps(save_steps: int | None, eva
 )
 def test_completions_of_all_ranks_together_must_be_divisible_by_the_generations(resources: dict[str, int], is_refused: bool) -> None:
     change = grpo_spec({"builtin": "thinkFormat"}, training={"batchSizePerDevice": 1, "gradientAccumulationSteps": 1}, resources=resources)
-    codes = {problem.code for problem in check(spec(change))}
+    codes = {problem.code for problem in check_spec(spec(change))}
     assert ("GenerationsDoNotDivide" in codes) == is_refused
 
 
 @pytest.mark.parametrize(("gpus", "is_refused"), [(1, True), (2, False)])
-def test_evaluation_batch_of_all_ranks_must_contain_a_whole_group(gpus: int, is_refused: bool) -> None:
+def test_an_evaluation_batch_of_all_ranks_must_contain_a_whole_group_of_completions(gpus: int, is_refused: bool) -> None:
     change = grpo_spec(
         {"builtin": "thinkFormat"}, dataset=DATASET_WITH_VALIDATION, resources={"gpusPerNode": gpus},
         evaluation={"batchSizePerDevice": 1},
     )  # fmt: skip
-    paths = {problem.path for problem in check(spec(change)) if problem.code == "GenerationsDoNotDivide"}
+    paths = {problem.path for problem in check_spec(spec(change)) if problem.code == "GenerationsDoNotDivide"}
     assert ("evaluation.batchSizePerDevice" in paths) == is_refused
 
 
-def test_local_run_reads_the_judges_key_from_the_users_environment() -> None:
-    judged = spec(TESTED | {"evaluation": {"metrics": ["answerAccuracy"], "judge": {"model": "m"}}})
-    assert check(judged, target=ExecutionTarget.LOCAL) == []
+def test_a_local_run_needs_no_secret_for_the_judges_key() -> None:
+    judged = spec(WITH_TEST_DATA | {"evaluation": {"metrics": ["answerAccuracy"], "judge": {"model": "m"}}})
+    assert check_spec(judged, target=ExecutionTarget.LOCAL) == []
 
 
-def test_hints_for_gates_contain_a_value_that_fits_the_metric() -> None:
-    problems = check(spec(gates_spec({"metric": "f1", "op": "ge", "value": 80}, {"metric": "loss", "value": 2})))
-    assert [problem.hint for problem in problems] == ["write for example 0.8", "write `op: le`, or another one of lt, le, gt, ge"]
+def test_the_hint_for_a_gate_contains_a_value_that_fits_the_metric() -> None:
+    problems = check_spec(spec(gates_spec({"metric": "f1", "op": "ge", "value": 80}, {"metric": "loss", "value": 2})))
+    assert [problem.hint for problem in problems] == ["write for example 0.8", "write `op: le`, or another comparison: lt, le, gt or ge"]
 
 
 def test_gates_can_use_every_metric_and_the_loss() -> None:
     assert {metric.value for metric in GateMetric} == {metric.value for metric in EvaluationMetric} | {"loss"}
 
 
-def test_local_run_reads_the_hub_token_from_the_users_environment() -> None:
+def test_a_local_run_needs_no_secret_for_the_hub_token() -> None:
     pushed = spec({"output": {"hub": {"push": True, "repository": "org/bot"}}})
-    assert check(pushed, target=ExecutionTarget.LOCAL) == []
+    assert check_spec(pushed, target=ExecutionTarget.LOCAL) == []
 
 
-def test_apple_gpu_is_allowed_in_local_runs() -> None:
-    assert check(spec({"training": {"device": "mps"}}), target=ExecutionTarget.LOCAL) == []
+def test_a_local_run_may_use_an_apple_gpu() -> None:
+    assert check_spec(spec({"training": {"device": "mps"}}), target=ExecutionTarget.LOCAL) == []
 
 
 def test_all_problems_are_reported_at_once() -> None:
-    found = check(
+    found = check_spec(
         spec(
             {"model": {"source": None}, "trainer": {"type": "grpo"}, "dataset": {"split": {"train": 0.9, "test": 0.2}}}
         )
     )
     assert [problem.path for problem in found] == ["model.source", "trainer.rewards", "dataset.split"]
-    assert found[-1].message == "train 0.9 + test 0.2 = 1.1, but the sum of the parts must be 1"
+    assert found[-1].message == "train 0.9 + test 0.2 = 1.1, but the sum of the ratios must be 1"
 
 
-def test_new_problems_are_only_those_that_the_change_causes() -> None:
+def test_new_problems_are_only_those_that_a_change_causes() -> None:
     before = spec({"method": {"type": "full", "promptLength": 4}})
     after = before.with_values({"method.lora": {"rank": 4}})
-    assert [problem.path for problem in check(before)] == ["method.promptLength"]
+    assert [problem.path for problem in check_spec(before)] == ["method.promptLength"]
     assert [problem.path for problem in new_problems(before, after)] == ["method.lora"]
     assert new_problems(after, before) == []
 
 
 @pytest.mark.parametrize(
-    ("change", "metrics", "answers"),
+    ("change", "are_metrics_compared", "are_answers_compared"),
     [
         ({"evaluation": {"metrics": ["bleu"]}}, False, False),
         ({"evaluation": {"metrics": ["bleu"], "comparison": {}}}, True, True),
@@ -948,17 +951,19 @@ def test_new_problems_are_only_those_that_the_change_causes() -> None:
         ({"evaluation": {"comparison": {"promptsRef": {"name": "p", "key": "k"}}}}, False, True),
     ],
 )  # fmt: skip
-def test_specs_for_which_the_base_model_is_compared(change: dict[str, Any], metrics: bool, answers: bool) -> None:
-    assert (compares_metrics(spec(change)), compares_answers(spec(change))) == (metrics, answers)
+def test_gates_and_comparison_decide_whether_the_base_model_is_compared(
+    change: dict[str, Any], are_metrics_compared: bool, are_answers_compared: bool
+) -> None:
+    assert (compares_metrics(spec(change)), compares_answers(spec(change))) == (are_metrics_compared, are_answers_compared)
 
 
-def test_a_job_without_training_may_only_compare_answers() -> None:
+def test_a_job_without_training_may_do_nothing_but_compare_answers() -> None:
     comparison = {"promptsRef": {"name": "p", "key": "k"}}
-    assert check(spec({"phases": {"train": False, "from": "s3://bucket/model"}, "evaluation": {"comparison": comparison}})) == []
+    assert check_spec(spec({"phases": {"train": False, "from": "s3://bucket/model"}, "evaluation": {"comparison": comparison}})) == []
 
 
-def test_ranks_that_share_a_sequence_count_as_one_in_the_effective_batch() -> None:
-    shared = merge(CONTEXT_PARALLEL_SPEC, {"training": {"effectiveBatchSize": 6}})
-    assert check(spec(shared)) == [] and effective_batch(spec(shared)) == 6
-    odd = check(spec(merge(shared, {"training": {"effectiveBatchSize": 7}})))
-    assert [problem.message for problem in odd] == ["7 is not divisible by 2 groups of 2 ranks"]
+def test_ranks_that_share_each_sequence_count_as_one_in_the_effective_batch() -> None:
+    job = merge(CONTEXT_PARALLEL_SPEC, {"training": {"effectiveBatchSize": 6}})
+    assert check_spec(spec(job)) == [] and effective_batch(spec(job)) == 6
+    problems = check_spec(spec(merge(job, {"training": {"effectiveBatchSize": 7}})))
+    assert [problem.message for problem in problems] == ["7 is not divisible by 2 groups of 2 ranks"]

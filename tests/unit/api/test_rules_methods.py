@@ -1,12 +1,12 @@
-"""Options of methods: adapter initialisations that change the base weights, and options that the method does not read."""
+"""Rules about options of methods: adapter initialisations that change the base weights, and options that the method does not read."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
-from finetune_api.base import nested_group
-from finetune_api.rules import Problem, check
+from finetune_api.base import find_nested_group
+from finetune_api.rules import Problem, check_spec
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.method import Method
 
@@ -15,10 +15,10 @@ TWO_GPUS: dict[str, Any] = {"gpusPerNode": 2}
 
 
 def problems(lora: dict[str, Any], **groups: Any) -> list[Problem]:
-    """Problems of a spec with these LoRA options and other groups."""
+    """Return the problems of a spec with these options of `method.lora` and these other groups."""
     groups["model"] = {"source": "org/name", **groups.get("model", {})}
     groups["method"] = {**groups.get("method", {}), "lora": lora}
-    return check(FineTuneJobSpec.model_validate({"dataset": {"train": "s3://bucket/train.jsonl"}, **groups}))
+    return check_spec(FineTuneJobSpec.model_validate({"dataset": {"train": "s3://bucket/train.jsonl"}, **groups}))
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
@@ -38,7 +38,7 @@ def problems(lora: dict[str, Any], **groups: Any) -> list[Problem]:
         ({}, {"method": {"type": "dora"}}, "method.type dora"),
     ],
 )
-def test_initialisation_that_changes_the_base_is_refused_with_conflicting_options(
+def test_an_initialisation_that_changes_the_base_model_is_refused_with_conflicting_options(
     init: str, lora: dict[str, Any], groups: dict[str, Any], expected_text: str
 ) -> None:
     found = problems({"init": init, **lora}, **groups)
@@ -57,22 +57,22 @@ def test_initialisation_that_changes_the_base_is_refused_with_conflicting_option
         {"distributed": {"strategy": "deepspeed", "deepspeed": {"zeroStage": 2}}, "resources": TWO_GPUS},
     ],
 )
-def test_objective_without_reference_adapter_allows_changing_the_base(groups: dict[str, Any]) -> None:
+def test_an_initialisation_that_changes_the_base_model_is_accepted_without_conflicting_options(groups: dict[str, Any]) -> None:
     assert problems({"init": "pissa"}, **groups) == []
 
 
-def test_all_conflicting_options_are_named_at_once() -> None:
+def test_one_problem_names_all_conflicting_options() -> None:
     (found,) = problems({"init": "pissa", "modulesToSave": ["norm"], "rankStabilized": True})
     assert "method.lora.rankStabilized and method.lora.modulesToSave" in found.message
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_fsdp_refuses_initialisations_that_change_the_base(init: str) -> None:
+def test_fsdp_is_refused_with_an_initialisation_that_changes_the_base_model(init: str) -> None:
     (found,) = problems({"init": init}, distributed={"strategy": "fsdp"}, resources=TWO_GPUS)
     assert (found.code, found.path) == ("StrategyAndMethod", "method.lora.init")
 
 
-def test_bias_training_is_refused_with_a_reference_adapter() -> None:
+def test_training_of_biases_is_refused_if_the_reference_model_shares_them() -> None:
     (found,) = problems({"bias": "all"}, trainer={"type": "kto"})
     assert (found.code, found.path) == ("BiasBesideReference", "method.lora.bias")
     assert problems({"bias": "all"}, trainer={"type": "kto", "dpo": {"referenceModel": "a/b"}}) == []
@@ -81,7 +81,7 @@ def test_bias_training_is_refused_with_a_reference_adapter() -> None:
     )
 
 
-def test_float16_weights_cannot_be_trained_with_loss_scaling() -> None:
+def test_training_of_float16_weights_is_refused_with_fp16_loss_scaling() -> None:
     def problem_codes(dtype: str, precision: str, **groups: Any) -> list[str]:
         model = {"source": "org/name", "dtype": dtype, **groups.pop("model", {})}
         other_groups = {
@@ -89,7 +89,7 @@ def test_float16_weights_cannot_be_trained_with_loss_scaling() -> None:
             "model": model,
             "training": {"mixedPrecision": precision},
         }
-        return [problem.code for problem in check(FineTuneJobSpec.model_validate({**other_groups, **groups}))]
+        return [problem.code for problem in check_spec(FineTuneJobSpec.model_validate({**other_groups, **groups}))]
 
     full, spectrum, four_bits = {"type": "full"}, {"type": "spectrum"}, {"quantization": {"bits": 4}}
     deepspeed = {"distributed": {"strategy": "deepspeed"}, "resources": TWO_GPUS}
@@ -100,11 +100,11 @@ def test_float16_weights_cannot_be_trained_with_loss_scaling() -> None:
 
 
 @pytest.mark.parametrize(
-    "group", [info.alias or name for name, info in Method.model_fields.items() if nested_group(info.annotation)]
+    "group", [info.alias or name for name, info in Method.model_fields.items() if find_nested_group(info.annotation)]
 )
-def test_an_option_group_is_refused_with_methods_that_do_not_read_it(group: str) -> None:
+def test_a_group_of_options_is_refused_with_a_method_that_does_not_read_it(group: str) -> None:
     spec = {"model": {"source": "org/name"}, "dataset": {"train": "s3://bucket/train.jsonl"}}
     method = {"type": "full", group: {}}
-    (problem,) = check(FineTuneJobSpec.model_validate({**spec, "method": method}))
+    (problem,) = check_spec(FineTuneJobSpec.model_validate({**spec, "method": method}))
     assert problem.path == f"method.{group}"
     assert f"method.{group} has no effect" in problem.message

@@ -1,4 +1,4 @@
-"""For every option with a list of values: the values that a rule refuses. The rule must accept all other values."""
+"""For each rule and each option with a known set of values: the values that the rule refuses. The rule must accept all other values."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from finetune_api.rules import (
     ExecutionTarget,
     Problem,
     base_bits,
-    check,
+    check_spec,
     min_batch_size_per_device,
     raise_first_finding,
     world_size,
 )
 from finetune_api.spec import FineTuneJobSpec, enums
 
-VALUES: dict[str, Iterable[object]] = {
+VALUES_OF_FIELD: dict[str, Iterable[object]] = {
     "method.type": enums.MethodType, "method.lora.init": enums.LoraInit, "method.lora.bias": enums.LoraBias,
     "model.dtype": enums.WeightDtype, "model.quantization.bits": (4, 8), "trainer.type": enums.TrainerType,
     "trainer.backend": enums.TrainerBackend, "dataset.format": enums.DatasetFormat, "dataset.badRows": enums.BadRows,
@@ -33,7 +33,8 @@ VALUES: dict[str, Iterable[object]] = {
     "training.batchSizePerDevice": range(1, 4), "model.modality": enums.Modality,
     "trainer.dpo.lossTypes": [[loss] for loss in enums.DpoLoss],
 }  # fmt: skip
-REQUIRED = {"model.source": "org/name", "dataset.train": "s3://bucket/train.jsonl"}
+"""Values that the tests try for each field."""
+REQUIRED_FIELDS = {"model.source": "org/name", "dataset.train": "s3://bucket/train.jsonl"}
 FSDP = {"distributed.strategy": "fsdp", "resources.gpusPerNode": 2}
 CONTEXT_PARALLEL = {"distributed.strategy": "deepspeed", "distributed.contextParallelSize": 2, "resources.gpusPerNode": 2}
 ZERO3 = {"distributed.strategy": "deepspeed", "distributed.deepspeed.zeroStage": 3, "resources.gpusPerNode": 2}
@@ -43,6 +44,7 @@ ONE_ROW = {"training.batchSizePerDevice": 1, "training.gradientAccumulationSteps
 BEST = {"checkpoint.loadBestAtEnd": True, "dataset.validation": "a/b"}
 LABELS = {"trainer.type": "dpo", "trainer.dpo.labelSmoothing": 0.1}
 CASES: list[tuple[str, str, dict[str, Any], str, str]] = [
+    # code of the rule, path of the problem, fields of the spec, field whose values are tried, refused values (or `not` and the accepted values)
     ("QloraNeedsFourBits", "model.quantization.bits", {"model.quantization.bits": 8}, "method.type", "qlora"),
     ("QloraNeedsFourBits", "model.quantization.bits", {"method.type": "qlora"}, "model.quantization.bits", "8"),
     ("FullNeedsWholeWeights", "model.quantization.bits", {"model.quantization.bits": 8}, "method.type", "full spectrum"),
@@ -192,29 +194,30 @@ CASES: list[tuple[str, str, dict[str, Any], str, str]] = [
 
 
 def problems(fields: dict[str, Any], target: ExecutionTarget = ExecutionTarget.CLUSTER) -> list[Problem]:
+    """Return the problems of a minimal spec with these fields. `fields`: values by spec path."""
     spec: dict[str, Any] = {}
-    for path, value in (REQUIRED | fields).items():
+    for path, value in (REQUIRED_FIELDS | fields).items():
         *groups, name = path.split(".")
         group = spec
         for key in groups:
             group = group.setdefault(key, {})
         group[name] = dict(value) if isinstance(value, dict) else value
-    parsed = json.loads(json.dumps(spec))  # new strings: `is` between strings must not pass by chance
-    return check(FineTuneJobSpec.model_validate(parsed), target=target)
+    parsed = json.loads(json.dumps(spec))  # makes new string objects, so that a comparison of strings with `is` fails
+    return check_spec(FineTuneJobSpec.model_validate(parsed), target=target)
 
 
 @pytest.mark.parametrize(
     ("code", "path", "fields", "changed", "expected"), CASES, ids=[f"{number}-{case[0]}-{case[3]}" for number, case in enumerate(CASES)]
 )
-def test_rule_refuses_only_these_values(code: str, path: str, fields: dict[str, Any], changed: str, expected: str) -> None:
-    named = set(expected.removeprefix("not ").split())
-    values = {value[0] if isinstance(value, list) else str(value): value for value in VALUES[changed]}
+def test_a_rule_refuses_exactly_the_expected_values(code: str, path: str, fields: dict[str, Any], changed: str, expected: str) -> None:
+    named_values = set(expected.removeprefix("not ").split())
+    values = {value[0] if isinstance(value, list) else str(value): value for value in VALUES_OF_FIELD[changed]}
     refused = {
         text for text, value in values.items()
         if (code, path) in {(problem.code, problem.path) for problem in problems(fields | {changed: value})}
     }  # fmt: skip
-    assert named <= set(values)
-    assert refused == (set(values) - named if expected.startswith("not ") else named)
+    assert named_values <= set(values)
+    assert refused == (set(values) - named_values if expected.startswith("not ") else named_values)
 
 
 REWARD_PATH = "trainer.rewards[0].parameters"
@@ -252,7 +255,7 @@ REWARD_PATH = "trainer.rewards[0].parameters"
          "doubleQuant have no effect, because bits is 8; remove doubleQuant, or write `bits: 4`"),
     ],
 )  # fmt: skip
-def test_problem_says_what_was_given_and_what_to_write(fields: dict[str, Any], expected: str) -> None:
+def test_a_problem_says_what_is_wrong_and_what_to_write(fields: dict[str, Any], expected: str) -> None:
     assert [f"{problem.message}; {problem.hint}" for problem in problems(fields)] == [expected]
 
 
@@ -268,7 +271,7 @@ def test_problem_says_what_was_given_and_what_to_write(fields: dict[str, Any], e
         ("exactMatch", "column", ["answer", "{("], [], ""),
     ],
 )
-def test_values_of_reward_parameters(builtin: str, name: str, valid: list[str], invalid: list[str], hint: str) -> None:
+def test_only_valid_values_of_reward_parameters_are_accepted(builtin: str, name: str, valid: list[str], invalid: list[str], hint: str) -> None:
     def parameter_problems(value: str) -> list[Problem]:
         parameters = ({"minimum": "1"} if name == "unit" else {}) | {name: value}
         found = problems(GRPO | {"trainer.rewards": [{"builtin": builtin, "parameters": parameters}]})
@@ -292,7 +295,7 @@ def test_values_of_reward_parameters(builtin: str, name: str, valid: list[str], 
         ({"tracking.reportTo": ["wandb"]}, []),
     ],
 )
-def test_local_runs_use_the_devices_of_the_users_machine(fields: dict[str, Any], expected_paths: list[str]) -> None:
+def test_a_local_run_may_use_all_devices_of_the_users_machine(fields: dict[str, Any], expected_paths: list[str]) -> None:
     assert [problem.path for problem in problems(fields, ExecutionTarget.LOCAL)] == expected_paths
 
 
@@ -331,16 +334,16 @@ KEY = {"name": "s", "key": "k"}
         ({"tracking.reportTo": ["mongodb"], "tracking.mongodb.uriSecretRef": KEY}, []),
     ],
 )  # fmt: skip
-def test_problems_have_exactly_these_paths(fields: dict[str, Any], expected_paths: list[str]) -> None:
+def test_a_spec_has_problems_at_exactly_the_expected_paths(fields: dict[str, Any], expected_paths: list[str]) -> None:
     assert [problem.path for problem in problems(fields)] == expected_paths
 
 
-def test_a_web_folder_that_is_no_result_of_a_job_cannot_be_a_model() -> None:
+def test_a_folder_on_a_web_server_that_is_not_a_jobs_result_cannot_be_a_model() -> None:
     (problem,) = problems({"model.source": "https://host/x"})
     assert problem.message == "the trainer cannot list the files of 'https://host/x' on a web server"
 
 
-def test_derived_values_of_special_specs() -> None:
+def test_bits_micro_batch_and_world_size_are_derived_from_the_spec() -> None:
     def spec(**groups: Any) -> FineTuneJobSpec:
         return FineTuneJobSpec.model_validate({"model": {"source": "a/b"}, **groups})
 
@@ -349,7 +352,7 @@ def test_derived_values_of_special_specs() -> None:
     assert [world_size(spec(resources=given)) for given in ({"gpusPerNode": 0}, {"nodes": 2, "gpusPerNode": 3})] == [1, 6]
 
 
-def test_the_first_finding_is_raised() -> None:
+def test_only_the_first_finding_is_raised_as_an_error() -> None:
     raise_first_finding("Code", iter(()))
     with pytest.raises(ConfigError, match="first") as caught:
         raise_first_finding("Code", iter([("path", "first", "write x"), ("path", "second", "")]))

@@ -1,4 +1,4 @@
-"""The generated CRD: descriptions, structure, size, and the file that is checked in."""
+"""The generated CRD: descriptions, structure and size, and the committed file."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from ruamel.yaml import YAML
 ROOT = Path(__file__).parents[3]
 
 
-def fields(schema: dict[str, Any], path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def iterate_fields(schema: dict[str, Any], path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     for name, value in schema.get("properties", {}).items():
         yield f"{path}.{name}", value
-        yield from fields(value, f"{path}.{name}")
-        yield from fields(value.get("items", {}), f"{path}.{name}[]")
+        yield from iterate_fields(value, f"{path}.{name}")
+        yield from iterate_fields(value.get("items", {}), f"{path}.{name}[]")
 
 
-def schema_of(part: str) -> dict[str, Any]:
-    return build_crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"][part]
+def schema_of(root_field: str) -> dict[str, Any]:
+    return build_crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"][root_field]
 
 
-def test_description_of_every_spec_field_contains_its_default_or_required() -> None:
+def test_every_spec_field_is_described_with_its_default_or_as_required() -> None:
     undocumented = [
         path
-        for path, value in fields(schema_of("spec"), "spec")
+        for path, value in iterate_fields(schema_of("spec"), "spec")
         if not any(word in value["description"] for word in ("Default", "Required"))
     ]
     assert undocumented == []
 
 
-def test_every_field_of_the_status_is_described() -> None:
+def test_every_status_field_is_described() -> None:
     assert [
-        path for path, value in fields(schema_of("status"), "status") if len(value.get("description", "")) < 4
+        path for path, value in iterate_fields(schema_of("status"), "status") if len(value.get("description", "")) < 4
     ] == []
 
 
@@ -48,17 +48,17 @@ def test_the_schema_is_structural() -> None:
     text = json.dumps(build_crd())
     assert "$ref" not in text
     assert "oneOf" not in text
-    for path, value in fields(schema_of("spec"), "spec"):
+    for path, value in iterate_fields(schema_of("spec"), "spec"):
         assert "type" in value or "x-kubernetes-int-or-string" in value, path
 
 
-def test_schema_sets_defaults_only_for_suspend_cancel_policy_and_placement() -> None:
-    defaults = {path: value["default"] for path, value in fields(schema_of("spec"), "spec") if "default" in value}
+def test_the_schema_sets_defaults_only_for_suspend_cancel_policy_and_placement() -> None:
+    defaults = {path: value["default"] for path, value in iterate_fields(schema_of("spec"), "spec") if "default" in value}
     assert defaults == {"spec.suspend": False, "spec.cancel": False, "spec.policy": {}, "spec.placement": {}}
 
 
-def test_checked_in_crd_is_up_to_date_and_can_be_applied_by_kubectl() -> None:
-    """`kubectl apply` keeps the whole object as JSON in an annotation, and all annotations of an object may have 262,144 bytes."""
+def test_the_committed_crd_is_up_to_date_and_small_enough_for_kubectl_apply() -> None:
+    """`kubectl apply` stores the whole object as JSON in an annotation. All annotations of an object together may have 262,144 bytes."""
     path = ROOT / "crds" / "finetunejobs.yaml"
     text = path.read_text()
     assert text.startswith(GENERATED_HEADER)
@@ -79,38 +79,38 @@ def test_no_field_has_both_a_constant_default_and_a_default_text() -> None:
         assert not (DEFAULT_KEY in extra and DEFAULT_TEXT_KEY in extra), path
 
 
-@pytest.mark.parametrize("name", ["crds/finetunejobs.yaml", "helm/finetune-operator/files/finetunejobs.yaml"])
-def test_crd_file_means_the_same_in_yaml_1_1(name: str) -> None:
-    assert yaml.safe_load((ROOT / name).read_text(encoding="utf-8")) == build_crd()
+@pytest.mark.parametrize("crd_path", ["crds/finetunejobs.yaml", "helm/finetune-operator/files/finetunejobs.yaml"])
+def test_the_crd_file_means_the_same_in_yaml_1_1(crd_path: str) -> None:
+    assert yaml.safe_load((ROOT / crd_path).read_text(encoding="utf-8")) == build_crd()
 
 
-def test_description_of_every_spec_field_contains_an_example() -> None:
-    assert [path for path, value in fields(schema_of("spec"), "spec") if "Example: `" not in value["description"]] == []
+def test_every_spec_field_is_described_with_an_example() -> None:
+    assert [path for path, value in iterate_fields(schema_of("spec"), "spec") if "Example: `" not in value["description"]] == []
 
 
-def test_example_differs_from_the_default() -> None:
+def test_the_example_of_a_field_differs_from_its_default() -> None:
     """An example that repeats the default does not show how to change the field."""
     allowed = {"spec.method.lora.taskType", "spec.model.modality", "spec.method.lora.loftq.bits", "spec.method.lora.loftq.iterations"}
-    same = []
-    for path, value in fields(schema_of("spec"), "spec"):
+    paths_with_same_example = []
+    for path, value in iterate_fields(schema_of("spec"), "spec"):
         match = re.search(r"Default: (.*?)\. Example: `(.*)`", value["description"])
         if match and match.group(1) == match.group(2):
-            same.append(path)
-    assert set(same) <= allowed | {f"{path}.suspend" for path in ("spec",)}, sorted(set(same) - allowed)
+            paths_with_same_example.append(path)
+    assert set(paths_with_same_example) <= allowed | {"spec.suspend"}, sorted(set(paths_with_same_example) - allowed)
 
 
-@pytest.mark.parametrize("part", ["spec", "status"])
-def test_every_value_of_an_enumeration_is_explained(part: str) -> None:
+@pytest.mark.parametrize("root_field", ["spec", "status"])
+def test_every_value_of_an_enumeration_is_explained(root_field: str) -> None:
     unexplained = [
         f"{path}: {word}"
-        for path, value in fields(schema_of(part), part)
+        for path, value in iterate_fields(schema_of(root_field), root_field)
         for word in [*value.get("enum", []), *value.get("items", {}).get("enum", [])]
         if isinstance(word, str) and f"`{word}`: " not in value["description"]
     ]
     assert unexplained == []
 
 
-def test_fractional_bound_is_a_cel_rule() -> None:
+def test_a_fractional_bound_becomes_a_cel_rule() -> None:
     field = schema_of("spec")["properties"]["trainer"]["properties"]["dpo"]["properties"]["labelSmoothing"]
     assert "maximum" not in field
     assert [rule["rule"] for rule in field["x-kubernetes-validations"]] == ["self < 0.5"]

@@ -13,7 +13,7 @@ from finetune_api.sources import (
     PvcSource,
     S3Source,
     model_name,
-    parse,
+    parse_source,
 )
 
 UID = "6f1c1f6e-58a7-4b52-8c49-1d2a3b4c5d6e"
@@ -39,7 +39,7 @@ UID = "6f1c1f6e-58a7-4b52-8c49-1d2a3b4c5d6e"
         ("", ""),
     ],
 )
-def test_model_name_is_short(source: str, expected: str) -> None:
+def test_the_model_name_is_the_last_folder_or_the_job_name(source: str, expected: str) -> None:
     assert model_name(source) == expected
 
 
@@ -67,7 +67,7 @@ def test_a_long_model_name_is_cut() -> None:
     ],
 )
 def test_every_notation_is_parsed(text: str, expected: object) -> None:
-    assert parse(text) == expected
+    assert parse_source(text) == expected
 
 
 @pytest.mark.parametrize(
@@ -104,15 +104,15 @@ def test_every_notation_is_parsed(text: str, expected: object) -> None:
         ("https://github.com/org/repo/blob/main/data/x.jsonl", "write https://raw.githubusercontent.com/org/repo/main/data/x.jsonl"),
     ],
 )
-def test_error_of_an_invalid_source_contains_a_suggestion(text: str, suggestion: str) -> None:
+def test_the_error_for_an_invalid_source_contains_a_suggestion(text: str, suggestion: str) -> None:
     with pytest.raises(ConfigError) as error:
-        parse(text, path="dataset.train")
+        parse_source(text, spec_path="dataset.train")
     assert error.value.code == "SourceInvalid"
     assert error.value.message.startswith("dataset.train")
     assert suggestion in (error.value.hint or "")
 
 
-def test_error_of_a_url_with_password_does_not_contain_the_password() -> None:
+def test_the_error_for_a_url_with_a_password_does_not_contain_the_password() -> None:
     with pytest.raises(ConfigError) as error:
-        parse("https://user:hunter2@example.com/x.jsonl")
+        parse_source("https://user:hunter2@example.com/x.jsonl")
     assert "hunter2" not in str(error.value)

@@ -1,4 +1,4 @@
-"""Status fields that the operator writes without delay, and the width of the table of `kubectl get`."""
+"""Status fields whose changes the operator writes at once, and the width of the table of `kubectl get`."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ STATUS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def prompt_part(**changes: Any) -> dict[str, Any]:
-    return status_module.prompt_part(FineTuneJobStatus.model_validate(STATUS | changes).to_wire())
+def prompt_fields(**changes: Any) -> dict[str, Any]:
+    """Return the fields of a status with these changes that the operator writes at once."""
+    return status_module.select_immediate_fields(FineTuneJobStatus.model_validate(STATUS | changes).to_wire())
 
 
 @pytest.mark.parametrize(
@@ -55,8 +56,8 @@ def prompt_part(**changes: Any) -> dict[str, Any]:
     ],
     ids=str,
 )
-def test_change_of_a_prompt_field_changes_the_prompt_part(change: dict[str, Any]) -> None:
-    assert prompt_part(**change) != prompt_part()
+def test_a_change_of_a_field_declared_with_prompt_is_written_at_once(change: dict[str, Any]) -> None:
+    assert prompt_fields(**change) != prompt_fields()
 
 
 @pytest.mark.parametrize(
@@ -74,24 +75,24 @@ def test_change_of_a_prompt_field_changes_the_prompt_part(change: dict[str, Any]
     ],
     ids=str,
 )
-def test_change_of_another_field_does_not_change_the_prompt_part(change: dict[str, Any]) -> None:
-    assert prompt_part(**change) == prompt_part()
+def test_a_change_of_any_other_field_may_be_written_later(change: dict[str, Any]) -> None:
+    assert prompt_fields(**change) == prompt_fields()
 
 
-def test_numbers_of_the_evaluation_are_rounded_and_unreadable_ones_are_dropped() -> None:
+def test_numbers_of_the_evaluation_are_rounded_and_unreadable_numbers_are_dropped() -> None:
     metrics = {"bleu": {"value": 12.3456789, "base": 1e-9 / 3, "low": float("nan")}}
     evaluation = FineTuneJobStatus.model_validate({"evaluation": {"rows": 3, "metrics": metrics}}).to_wire()["evaluation"]
     assert evaluation == {"rows": 3, "metrics": {"bleu": {"value": 12.3457, "base": 3.33333e-10}}}
 
 
-def test_only_the_presence_of_the_latest_checkpoint_is_part_of_the_prompt_part() -> None:
-    assert prompt_part(latestCheckpoint="s3://b/1") == prompt_part(latestCheckpoint="s3://b/2")
+def test_a_newer_latest_checkpoint_may_be_written_later() -> None:
+    assert prompt_fields(latestCheckpoint="s3://b/1") == prompt_fields(latestCheckpoint="s3://b/2")
 
 
-def test_times_that_differ_below_one_second_have_equal_prompt_parts() -> None:
+def test_a_time_that_differs_by_less_than_a_second_may_be_written_later() -> None:
     status = FineTuneJobStatus.model_validate(STATUS)
     later = status.model_copy(update={"start_time": datetime(2026, 3, 1, 12, 0, 0, 999999, UTC)})
-    assert status_module.prompt_part(later.to_wire()) == prompt_part()
+    assert status_module.select_immediate_fields(later.to_wire()) == prompt_fields()
 
 
 LONGEST_VALUES = {
@@ -108,13 +109,13 @@ LONGEST_VALUES = {
     "Result": len("perplexity 12.34"),
     "Duration": len("12h34m"),
 }
-"""Longest usual text of each printer column."""
+"""Length of the longest usual text in each printer column."""
 
 
-def test_the_wide_table_stays_below_200_characters() -> None:
-    name = len("team-a-support-bot-v12")
+def test_the_lines_of_the_wide_table_have_fewer_than_200_characters() -> None:
+    name_width = len("team-a-support-bot-v12")
     widths = [max(len(column), LONGEST_VALUES[column]) for column, *_ in PRINTER_COLUMNS]
-    assert sum(width + len("   ") for width in [name, *widths]) < 200
+    assert sum(width + len("   ") for width in [name_width, *widths]) < 200
 
 
 def test_the_default_table_ends_with_reason_and_age() -> None:

@@ -7,34 +7,35 @@ from typing import Any
 
 import pytest
 from finetune_api.defaults import resolve_defaults
-from finetune_api.gpus import GPU_TYPES, gpu_of_device
-from finetune_api.memory.architecture import ModelShape, model_shape
+from finetune_api.gpus import GPU_TYPES, find_gpu_type
+from finetune_api.memory.architecture import ModelShape, parse_model_shape
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import TimePlan, WorkPlan
-from finetune_api.time_plan import DataSize, flops_per_token, matrix_parameters, plan_cost, plan_time, plan_work
+from finetune_api.time_plan import DataSize, count_matrix_parameters, flops_per_token, plan_cost, plan_time, plan_work
 
 
 def llama(hidden: int, feed_forward: int, layers: int, *, heads: int = 32, head_size: int = 128) -> ModelShape:
-    return model_shape({
+    return parse_model_shape({
         "model_type": "llama", "hidden_size": hidden, "intermediate_size": feed_forward, "num_hidden_layers": layers, "num_attention_heads": heads,
         "num_key_value_heads": 8, "head_dim": head_size, "vocab_size": 128256,
     })  # fmt: skip
 
 
 LLAMA_1B, LLAMA_3B, LLAMA_8B = llama(2048, 8192, 16, head_size=64), llama(3072, 8192, 28, heads=24), llama(4096, 14336, 32)
-TINY = model_shape({
+TINY = parse_model_shape({
     "model_type": "llama", "hidden_size": 10, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
     "vocab_size": 100,
 })  # fmt: skip
 TINY_PARAMETERS = 100 * 10 + 2 * (10 * 10 + 2 * 5 * 10 + 10 * 10 + 3 * 10 * 20)
 
 
-def spec(**groups: Any) -> FineTuneJobSpec:
-    given: dict[str, Any] = {
+def resolve_spec(**groups: Any) -> FineTuneJobSpec:
+    """Return a resolved spec on one GPU with 10 rows in each optimizer step and 3 epochs, unless `groups` change this."""
+    defaults: dict[str, Any] = {
         "model": {"source": "org/m"}, "dataset": {"train": "s3://b/d.jsonl", "maxSequenceLength": 64}, "resources": {"gpusPerNode": 1},
         "training": {"batchSizePerDevice": 2, "gradientAccumulationSteps": 5, "epochs": 3},
     }  # fmt: skip
-    return resolve_defaults(FineTuneJobSpec.model_validate({name: {**given.get(name, {}), **groups.get(name, {})} for name in {**given, **groups}})).spec
+    return resolve_defaults(FineTuneJobSpec.model_validate({name: {**defaults.get(name, {}), **groups.get(name, {})} for name in {**defaults, **groups}})).spec
 
 
 @pytest.mark.parametrize(
@@ -44,43 +45,43 @@ def spec(**groups: Any) -> FineTuneJobSpec:
         ({"dataset": {"packing": True}}, 19, 19 * 10 * 4000 / 63), ({"training": {"epochs": 0.5}}, 5, 5 * 10 * 40),
     ],
 )  # fmt: skip
-def test_steps_and_tokens_follow_from_the_data(groups: dict[str, Any], steps: int, tokens: float) -> None:
-    work = plan_work(spec(**groups), TINY, DataSize(100, 4000))
+def test_steps_and_tokens_are_computed_from_the_data(groups: dict[str, Any], steps: int, tokens: float) -> None:
+    work = plan_work(resolve_spec(**groups), TINY, DataSize(100, 4000))
     assert work is not None and (work.steps, work.tokens) == (steps, round(tokens))
 
 
-def four_digits(value: float) -> float:
+def round_to_four_digits(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def test_operations_and_traffic() -> None:
-    assert matrix_parameters(TINY) == TINY_PARAMETERS
+def test_operations_and_memory_traffic_follow_the_documented_formulas() -> None:
+    assert count_matrix_parameters(TINY) == TINY_PARAMETERS
     attention = 4 * 2 * 2 * 5 * 40 / 2
-    assert flops_per_token(TINY, 40, is_full=True) == 3 * (2 * TINY_PARAMETERS + attention)
-    assert flops_per_token(TINY, 40, is_full=False) == 4 * TINY_PARAMETERS + 3 * attention
-    assert flops_per_token(TINY, 40, is_full=False, recomputed_share=0.5) == 5 * TINY_PARAMETERS + 3.5 * attention
-    full = plan_work(spec(method={"type": "full"}), TINY, DataSize(100, 4000))
-    assert full is not None and full.traffic_terabytes == four_digits(30 * (5 * 3 * 2 + 30) * TINY_PARAMETERS / 1e12)
-    adapter = plan_work(spec(), TINY, DataSize(100, 4000), trained_parameters=10)
-    assert adapter is not None and adapter.traffic_terabytes == four_digits(30 * (5 * 3 * 2 * TINY_PARAMETERS + 300) / 1e12)
+    assert flops_per_token(TINY, 40, is_full_training=True) == 3 * (2 * TINY_PARAMETERS + attention)
+    assert flops_per_token(TINY, 40, is_full_training=False) == 4 * TINY_PARAMETERS + 3 * attention
+    assert flops_per_token(TINY, 40, is_full_training=False, recomputed_share=0.5) == 5 * TINY_PARAMETERS + 3.5 * attention
+    full = plan_work(resolve_spec(method={"type": "full"}), TINY, DataSize(100, 4000))
+    assert full is not None and full.traffic_terabytes == round_to_four_digits(30 * (5 * 3 * 2 + 30) * TINY_PARAMETERS / 1e12)
+    adapter = plan_work(resolve_spec(), TINY, DataSize(100, 4000), trained_parameters=10)
+    assert adapter is not None and adapter.traffic_terabytes == round_to_four_digits(30 * (5 * 3 * 2 * TINY_PARAMETERS + 300) / 1e12)
 
 
-def test_only_the_chosen_experts_compute() -> None:
+def test_only_experts_to_which_a_token_is_routed_count() -> None:
     config = {
         "model_type": "qwen3_moe", "hidden_size": 10, "intermediate_size": 20, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
         "vocab_size": 100, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 6,
     }  # fmt: skip
-    assert matrix_parameters(model_shape(config)) == 1000 + (10 * 10 + 2 * 5 * 10 + 10 * 10) + 10 * 8 + 2 * 3 * 10 * 6
+    assert count_matrix_parameters(parse_model_shape(config)) == 1000 + (10 * 10 + 2 * 5 * 10 + 10 * 10) + 10 * 8 + 2 * 3 * 10 * 6
 
 
 @pytest.mark.parametrize("data", [DataSize(0, 10), DataSize(10, 0)])
-def test_without_data_no_work_is_planned(data: DataSize) -> None:
-    assert plan_work(spec(), TINY, data) is None
-    assert plan_work(spec(trainer={"type": "dpo"}), TINY, DataSize(10, 10)) is None
+def test_no_work_is_planned_without_rows_or_for_another_objective_than_sft(data: DataSize) -> None:
+    assert plan_work(resolve_spec(), TINY, data) is None
+    assert plan_work(resolve_spec(trainer={"type": "dpo"}), TINY, DataSize(10, 10)) is None
 
 
 @pytest.mark.parametrize(
-    ("device", "name"),
+    ("device_name", "gpu_type"),
     [
         ("NVIDIA H100 80GB HBM3", "h100-80gb"), ("NVIDIA H200", "h200-141gb"), ("NVIDIA GH200 480GB", "gh200-96gb"), ("NVIDIA L40S", "l40s-48gb"),
         ("NVIDIA L4", "l4-24gb"), ("NVIDIA A10", "a10-24gb"), ("NVIDIA A10G", None), ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None), ("NVIDIA H100 PCIe", None),
@@ -89,12 +90,12 @@ def test_without_data_no_work_is_planned(data: DataSize) -> None:
         ("cpu", None),
     ],
 )  # fmt: skip
-def test_gpus_are_known_by_the_name_of_their_driver(device: str, name: str | None) -> None:
-    assert gpu_of_device(device) is (None if name is None else GPU_TYPES[name])
+def test_the_type_of_a_gpu_is_recognised_by_the_drivers_device_name(device_name: str, gpu_type: str | None) -> None:
+    assert find_gpu_type(device_name) is (None if gpu_type is None else GPU_TYPES[gpu_type])
 
 
 MEASURED_RUNS: tuple[tuple[str, str, ModelShape, str, float, int, float], ...] = (
-    # GPU, method, model, name, tokens, steps, seconds of the steps
+    # type of GPU, method, model, name of the run, tokens, optimizer steps, seconds of these steps
     *(("l40s-48gb", method, LLAMA_3B, name, 4_250_000, 5000, seconds) for method, name, seconds in (
         ("full", "full, lr 0.00001", 1813), ("lora", "rank 32", 585), ("lora", "rank 64", 595), ("lora", "rank 10, feed-forward", 665),
         ("lora", "DoRA", 707), ("lora", "LoRA-FA", 776), ("ia3", "IA3", 581), ("ia3", "IA3, all layers", 658), ("prompt", "prompt tuning", 940),
@@ -106,31 +107,32 @@ MEASURED_RUNS: tuple[tuple[str, str, ModelShape, str, float, int, float], ...] =
         ("full", LLAMA_1B, "packed", 53737), ("full", LLAMA_1B, "chat", 46827),
     )),
 )  # fmt: skip
-"""Published runs (PEFT's comparison of methods, commit 5d602fd) and runs of this trainer (benchmarks/results/gpu_cells.json)."""
+"""Measured runs: published ones on an L40S (PEFT's comparison of methods, commit 5d602fd), and those of this trainer on an H200
+(benchmarks/results/gpu_cells.json)."""
 
 
-def work_of(method: str, model: ModelShape, tokens: float, steps: int) -> WorkPlan:
+def plan_work_of_run(method: str, model: ModelShape, tokens: float, steps: int) -> WorkPlan:
     rows = {"batchSizePerDevice": 4 if model is LLAMA_3B else 2, "gradientAccumulationSteps": 1, "maxSteps": steps}
     method_type = {"prompt": "promptTuning", "prefix": "prefixTuning"}.get(method, method)
     row_count = steps * rows["batchSizePerDevice"]
-    work = plan_work(spec(method={"type": method_type}, training=rows, dataset={"maxSequenceLength": 4096}), model, DataSize(row_count, int(tokens)))
+    work = plan_work(resolve_spec(method={"type": method_type}, training=rows, dataset={"maxSequenceLength": 4096}), model, DataSize(row_count, int(tokens)))
     assert work is not None and work.steps == steps and work.tokens == pytest.approx(tokens, rel=1e-3)
     return work
 
 
-def test_measured_runs_are_within_the_bounds() -> None:
+def test_the_time_of_measured_runs_is_within_the_planned_bounds() -> None:
     ratios = []
     for gpu, method, model, name, tokens, steps, seconds in MEASURED_RUNS:
-        time = plan_time(work_of(method, model, tokens, steps), GPU_TYPES[gpu], 1)
+        time = plan_time(plan_work_of_run(method, model, tokens, steps), GPU_TYPES[gpu], 1)
         assert time.lower_seconds < seconds < time.upper_seconds, (gpu, method, name, seconds, time)
         ratios.append(seconds / time.expected_seconds)
     assert (round(min(ratios), 2), round(statistics.median(ratios), 2), round(max(ratios), 2)) == (0.59, 1.0, 1.61)
 
 
-def test_several_gpus_share_the_work() -> None:
+def test_time_and_cost_are_planned_for_one_and_for_several_gpus() -> None:
     work = WorkPlan(steps=1, tokens=1, petaflop=0.989 * 360, traffic_terabytes=0)
-    one, eight = (plan_time(work, GPU_TYPES["h100-80gb"], count) for count in (1, 8))
-    assert one == TimePlan(expected_seconds=1000, lower_seconds=581, upper_seconds=3000)
-    assert eight == TimePlan(expected_seconds=138, lower_seconds=73, upper_seconds=600)
-    cost = plan_cost(eight, 8, 2.5, "EUR")
+    one_gpu, eight_gpus = (plan_time(work, GPU_TYPES["h100-80gb"], count) for count in (1, 8))
+    assert one_gpu == TimePlan(expected_seconds=1000, lower_seconds=581, upper_seconds=3000)
+    assert eight_gpus == TimePlan(expected_seconds=138, lower_seconds=73, upper_seconds=600)
+    cost = plan_cost(eight_gpus, 8, 2.5, "EUR")
     assert (cost.gpu_hours, cost.lower, cost.expected, cost.upper, cost.currency) == (0.307, 0.41, 0.77, 3.33, "EUR")

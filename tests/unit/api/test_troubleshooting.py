@@ -1,4 +1,4 @@
-"""The page about failures has cause and cure of every failure code, rule, reason, condition and exit code."""
+"""The troubleshooting page contains the cause and cure of every failure code, rule, reason, condition and exit code."""
 
 from __future__ import annotations
 
@@ -28,39 +28,39 @@ COMPUTED_CODES: dict[tuple[str, str], set[str]] = {
     ("read.py", "error.code"): set(),
     ("encode.py", "row.code"): set(),
     ("engine.py", "code"): {"LossNotFinite", "GradientNotFinite"},
-    ("fetch.py", "f'{kind.code}Gated'"): {"ModelGated", "DatasetGated", "BenchmarkGated"},
-    ("fetch.py", "f'{kind.code}NotFound'"): {"ModelNotFound", "DatasetNotFound", "BenchmarkNotFound"},
-    ("existing_model.py", "code"): set(),  # arguments of `_not_found`, which the scan finds
+    ("fetch.py", "f'{kind.error_code_prefix}Gated'"): {"ModelGated", "DatasetGated", "BenchmarkGated"},
+    ("fetch.py", "f'{kind.error_code_prefix}NotFound'"): {"ModelNotFound", "DatasetNotFound", "BenchmarkNotFound"},
+    ("existing_model.py", "code"): set(),  # arguments of `_not_found_error`, which the scan finds
     ("model.py", "code"): set(),
     ("child_main.py", "failure.code"): set(),
     ("failure.py", "code"): set(),
     ("train.py", "type(error).__name__"): set(),  # names of Python exceptions; the page says so
-    ("tree.py", "UPLOAD_INCOMPLETE"): {"UploadIncomplete"},
+    ("tree.py", "UPLOAD_INCOMPLETE_CODE"): {"UploadIncomplete"},
 }
-"""Calls of error classes whose code is not a literal, and the codes that the scan of the source text therefore cannot see."""
-CODES_OF_PODS = {"OOMKilled", "Evicted", Reason.DEADLINE_EXCEEDED.value, Reason.BUDGET_EXCEEDED.value, "StagingDiskFull", "RankFailed"}
-"""Codes that the operator takes from constants or from Kubernetes, and two codes whose call has another form."""
+"""Maps each call of an error class whose code is not a literal (file, expression) to its codes, unless the scan of the source text finds them elsewhere."""
+OTHER_CODES = {"OOMKilled", "Evicted", Reason.DEADLINE_EXCEEDED.value, Reason.BUDGET_EXCEEDED.value, "StagingDiskFull", "RankFailed"}
+"""Codes that the scan of the source text cannot find, because the operator takes them from constants or from Kubernetes, or reports them in another way."""
 
 
-def codes_of_the_source_text() -> set[str]:
+def find_all_failure_codes() -> set[str]:
     literal_codes, _ = find_failure_codes()
     computed_codes = {code for codes in COMPUTED_CODES.values() for code in codes}
-    return literal_codes | computed_codes | CODES_OF_PODS | {policy.default_failure_code for policy in EXIT_POLICIES.values()}
+    return literal_codes | computed_codes | OTHER_CODES | {policy.default_failure_code for policy in EXIT_POLICIES.values()}
 
 
-def test_every_failure_code_has_cause_and_cure_and_no_row_is_outdated() -> None:
-    codes = codes_of_the_source_text() - RULE_CODES
+def test_every_failure_code_has_a_remedy_and_no_remedy_is_outdated() -> None:
+    codes = find_all_failure_codes() - RULE_CODES
     documented = {remedy.code for remedy in REMEDIES}
-    assert sorted(codes - documented) == [], "add a row to FAILURE_REMEDIES in crds/finetune_api/troubleshooting.py"
-    assert sorted(documented - codes) == [], "these codes no longer exist: remove their rows"
+    assert sorted(codes - documented) == [], "add an entry to FAILURE_REMEDIES in crds/finetune_api/troubleshooting.py"
+    assert sorted(documented - codes) == [], "these codes no longer exist: remove their entries"
 
 
-def test_the_computed_codes_of_errors_are_known() -> None:
+def test_every_call_with_a_computed_code_is_listed() -> None:
     _, computed = find_failure_codes()
     assert computed == set(COMPUTED_CODES)
 
 
-def test_every_rule_has_cause_and_cure() -> None:
+def test_every_rule_has_a_remedy() -> None:
     assert sorted(remedy.code for remedy in RULE_REMEDIES) == sorted(RULE_CODES)
 
 
@@ -71,17 +71,17 @@ def test_every_reason_condition_and_exit_code_has_a_cure() -> None:
     assert not set(CURE_OF_EXIT_CODE) & set(EXIT_POLICIES)
 
 
-def test_each_code_has_one_row() -> None:
+def test_no_code_has_two_remedies() -> None:
     codes = [remedy.code for remedy in (*REMEDIES, *RULE_REMEDIES)]
     assert sorted({code for code in codes if codes.count(code) > 1}) == []
 
 
-def test_texts_are_sentences() -> None:
+def test_causes_and_cures_are_sentences() -> None:
     texts = [text for remedy in (*REMEDIES, *RULE_REMEDIES) for text in (remedy.cause, remedy.cure)]
     assert [text for text in texts if not re.fullmatch(r"(?:[A-Z`]|transformers).*\.", text)] == []
 
 
-def test_the_page_shows_every_row() -> None:
+def test_the_page_contains_every_code_reason_condition_and_exit_code() -> None:
     page = build_pages()["troubleshooting.md"]
     for name in [remedy.code for remedy in (*REMEDIES, *RULE_REMEDIES)] + [member.value for member in (*Reason, *Condition)]:
         assert f"\n| `{name}` | " in page

@@ -1,4 +1,4 @@
-"""Which specs let a preparation run code that the platform has not chosen."""
+"""Fields of a spec with which a preparation would run code that the platform has not approved."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.tenancy import user_code_in_preparation
+from finetune_api.tenancy import find_user_code_in_preparation
 
 
 @pytest.mark.parametrize(
@@ -24,5 +24,5 @@ from finetune_api.tenancy import user_code_in_preparation
         ({"checkpoint": {"allowPickle": True}}, []),
     ],
 )  # fmt: skip
-def test_fields_that_run_other_code_in_a_preparation(spec: dict[str, Any], fields: list[str]) -> None:
-    assert user_code_in_preparation(FineTuneJobSpec.model_validate(spec)) == fields
+def test_fields_that_bring_user_code_into_a_preparation_are_found(spec: dict[str, Any], fields: list[str]) -> None:
+    assert find_user_code_in_preparation(FineTuneJobSpec.model_validate(spec)) == fields

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from finetune_api.defaults import LEARNING_RATE_ADAPTER, LEARNING_RATE_FULL, resolve_defaults
 from finetune_api.objectives import OBJECTIVES
-from finetune_api.rules import Problem, check, max_lora_rank, warnings
+from finetune_api.rules import Problem, check_spec, find_warnings, max_lora_rank
 from finetune_api.rules.warnings import LEARNING_RATE_RANGES
 from finetune_api.spec import FineTuneJobSpec
 
@@ -17,7 +17,7 @@ def spec(**groups: Any) -> FineTuneJobSpec:
 
 
 def rate_warnings(job: FineTuneJobSpec) -> list[Problem]:
-    return [warning for warning in warnings(job) if warning.code == "LearningRateUnusual"]
+    return [warning for warning in find_warnings(job) if warning.code == "LearningRateUnusual"]
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def rate_warnings(job: FineTuneJobSpec) -> list[Problem]:
         ("lora", "dpo", 5e-6, False),
     ],
 )
-def test_learning_rate_outside_the_usual_range_gives_a_warning(
+def test_a_learning_rate_outside_the_usual_range_gives_a_warning(
     method: str, trainer: str, rate: float, is_unusual: bool
 ) -> None:
     job = spec(method={"type": method}, trainer={"type": trainer}, training={"learningRate": rate})
@@ -50,14 +50,14 @@ def test_learning_rate_outside_the_usual_range_gives_a_warning(
         ("full", "grpo", 1e-8, 1e-3), ("lora", "kto", 1e-8, 1e-3),
     ],
 )  # fmt: skip
-def test_the_limits_of_the_learning_rate_are_usual_values(method: str, trainer: str, low: float, high: float) -> None:
-    def words(rate: float) -> list[str]:
+def test_the_lowest_and_the_highest_usual_learning_rate_give_no_warning(method: str, trainer: str, low: float, high: float) -> None:
+    def message_starts(rate: float) -> list[str]:
         found = rate_warnings(spec(method={"type": method}, trainer={"type": trainer}, training={"learningRate": rate}))
         return [warning.message.split(" for ")[0] for warning in found]
 
-    assert words(low) == words(high) == []
-    assert words(low * 0.9) == [f"{low * 0.9:g} is unusually small".replace("e-0", "e-")]
-    assert words(high * 1.1) == [f"{high * 1.1:g} is unusually large"]
+    assert message_starts(low) == message_starts(high) == []
+    assert message_starts(low * 0.9) == [f"{low * 0.9:g} is unusually small".replace("e-0", "e-")]
+    assert message_starts(high * 1.1) == [f"{high * 1.1:g} is unusually large"]
 
 
 def test_default_learning_rates_give_no_warning() -> None:
@@ -70,14 +70,14 @@ def test_default_learning_rates_give_no_warning() -> None:
 
 
 def test_epochs_next_to_max_steps_give_a_warning() -> None:
-    (warning,) = warnings(spec(training={"epochs": 2, "maxSteps": 40}))
+    (warning,) = find_warnings(spec(training={"epochs": 2, "maxSteps": 40}))
     assert str(warning) == (
         "spec.training.epochs: 2 has no effect, because training.maxSteps is 40; remove training.epochs or training.maxSteps"
     )
-    assert warnings(spec(training={"maxSteps": 40})) == []
+    assert find_warnings(spec(training={"maxSteps": 40})) == []
 
 
-def test_notes_of_a_resolution_contain_the_warnings() -> None:
+def test_the_notes_of_a_resolved_spec_contain_the_warnings() -> None:
     job = spec(training={"epochs": 2, "maxSteps": 40, "learningRate": 5})
     notes = resolve_defaults(job).notes
     assert (
@@ -87,22 +87,22 @@ def test_notes_of_a_resolution_contain_the_warnings() -> None:
     assert notes[1] == "training.epochs 2 has no effect, because training.maxSteps is 40"
 
 
-def test_a_feature_that_a_server_cannot_load_is_a_warning_unless_the_job_names_the_server() -> None:
+def test_a_feature_that_a_server_cannot_load_is_refused_only_if_the_job_names_the_server() -> None:
     dora = spec(method={"type": "dora"})
-    assert [(warning.path, warning.code, warning.message) for warning in warnings(dora)] == [
+    assert [(warning.path, warning.code, warning.message) for warning in find_warnings(dora)] == [
         ("method.type", "NotServable", "vllm and kserve cannot load DoRA adapters")
     ]
-    assert check(dora) == []
+    assert check_spec(dora) == []
     named = spec(method={"type": "dora"}, output={"serving": ["kserve"]})
-    assert [warning.message for warning in warnings(named)] == ["vllm cannot load DoRA adapters"]
-    (problem,) = check(named)
+    assert [warning.message for warning in find_warnings(named)] == ["vllm cannot load DoRA adapters"]
+    (problem,) = check_spec(named)
     assert (problem.path, problem.message) == ("method.type", "output.serving contains kserve, but kserve cannot load DoRA adapters")
     merged = spec(method={"type": "dora"}, output={"serving": ["vllm", "kserve"], "mergeAdapter": True})
-    assert check(merged) == [] and warnings(merged) == []
+    assert check_spec(merged) == [] and find_warnings(merged) == []
 
 
 @pytest.mark.parametrize(("rank", "option"), [(1, 8), (8, 8), (9, 16), (200, 256), (512, 512)])
-def test_the_rank_option_of_vllm_is_an_allowed_value(rank: int, option: int) -> None:
+def test_vllms_rank_option_is_the_next_allowed_value(rank: int, option: int) -> None:
     assert max_lora_rank(rank) == option
 
 
@@ -125,12 +125,12 @@ def test_the_rank_option_of_vllm_is_an_allowed_value(rank: int, option: int) -> 
     ],
     ids=str,
 )  # fmt: skip
-def test_suspicious_values_give_a_warning(groups: dict[str, Any], expected: list[str]) -> None:
-    assert [f"{warning.path} {warning.code} {warning.hint}" for warning in warnings(spec(**groups))] == expected
+def test_a_valid_but_suspicious_value_gives_a_warning(groups: dict[str, Any], expected: list[str]) -> None:
+    assert [f"{warning.path} {warning.code} {warning.hint}" for warning in find_warnings(spec(**groups))] == expected
 
 
-def test_days_of_a_preparation_that_never_runs_give_a_warning() -> None:
+def test_ttl_days_without_a_preparation_give_a_warning() -> None:
     never, auto = (spec(prepare={"strategy": strategy, "ttlDays": 7}) for strategy in ("never", "auto"))
-    (warning,) = warnings(never)
+    (warning,) = find_warnings(never)
     assert str(warning) == "spec.prepare.ttlDays: 7 has no effect, because prepare.strategy is never; remove prepare.ttlDays or prepare.strategy"
-    assert warnings(auto) == [] and warnings(spec(prepare={"strategy": "never"})) == []
+    assert find_warnings(auto) == [] and find_warnings(spec(prepare={"strategy": "never"})) == []

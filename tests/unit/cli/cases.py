@@ -1,6 +1,6 @@
-"""The import cases: every required sample and every configuration block of the five tools' pages.
+"""The import cases: every required sample, and every configuration block on the documentation pages of five tools.
 
-`python -m tests.unit.cli.cases` rewrites the expected results. Review the difference before you commit it.
+`python -m tests.unit.cli.cases` writes the expected results again. Review their changes before you commit them.
 """
 
 from __future__ import annotations
@@ -80,48 +80,48 @@ CASES_WITH_COMMANDS: dict[str, tuple[tuple[str, ...], str, str]] = {
 }
 
 
-PAGES: dict[str, tuple[int, int]] = {"env": (2, 8), "toml": (17, 0), "yaml": (4, 3), "hydra": (0, 1), "guide": (2, 0)}
-"""For each tool's page: the number of configuration files, and the number of command lines. Other code blocks are data or code."""
+BLOCKS_BY_PAGE: dict[str, tuple[int, int]] = {"env": (2, 8), "toml": (17, 0), "yaml": (4, 3), "hydra": (0, 1), "guide": (2, 0)}
+"""For each tool's documentation page: its number of configuration files and of command lines. All other code blocks there are data or code."""
 REQUIRED_SAMPLES: dict[str, tuple[str, str]] = {
     "env": ("A B C", "R1 R2 R3 R4"), "toml": ("A B C", "R1 R2 R3 R4"), "yaml": ("A B C D", "R1 R2 R3 R4"),
     "hydra": ("A B C D", "R1 R2 R3 R4"), "guide": ("A B", "R1 R2"),
 }  # fmt: skip
-"""For each tool, the names of the required samples: the accepted samples, and the refused samples."""
-AS_COMMANDS = {
+"""For each tool: the names of the required samples that are accepted, and of those that are refused."""
+CASE_BY_COMMAND_SAMPLE = {
     "env-C": "env-command-line-over-file", "yaml-C": "yaml-overrides", "yaml-D": "yaml-deepspeed-beside", "yaml-R4": "yaml-overrides-refused",
     "hydra-C": "hydra-overrides", "hydra-D": "hydra-flags", "hydra-R3": "hydra-unknown-key", "hydra-R4": "hydra-sweep",
 }  # fmt: skip
-"""Names of the cases of those required samples that are command lines."""
+"""For each required sample that is a command line: the name of its case in `CASES_WITH_COMMANDS`."""
 
 
-def import_cases() -> dict[str, tuple[tuple[Path, ...], str | None, str]]:
-    """Return the cases by name: files, source (None: recognised by content), and arguments of the other tool."""
-    by_name: dict[str, tuple[tuple[Path, ...], str | None, str]] = {}
+def list_import_cases() -> dict[str, tuple[tuple[Path, ...], str | None, str]]:
+    """Return the cases by name: the files, the importer's name or None to recognise the tool by content, and the other tool's command line."""
+    cases_by_name: dict[str, tuple[tuple[Path, ...], str | None, str]] = {}
     for folder in ("samples", "blocks"):
         for path in sorted((CASES_FOLDER / folder).iterdir()):
             name = f"{folder}-{path.stem}"
             source = path.name.partition("-")[0]
             if path.suffix == ".txt":
-                by_name[name] = ((), None, path.read_text(encoding="utf-8"))
+                cases_by_name[name] = ((), None, path.read_text(encoding="utf-8"))
             elif path.suffix != ".json":
-                by_name[name] = ((path,), source, "")
+                cases_by_name[name] = ((path,), source, "")
     for name, (files, source, words) in CASES_WITH_COMMANDS.items():
-        by_name[name] = (tuple(CASES_FOLDER / file for file in files), source or None, words)
-    return by_name
+        cases_by_name[name] = (tuple(CASES_FOLDER / file for file in files), source or None, words)
+    return cases_by_name
 
 
-def accepted_cases() -> list[str]:
-    """Return the names of the cases that are accepted."""
+def list_accepted_cases() -> list[str]:
+    """Return the names of the cases whose expected result is not a refusal."""
     return [
-        name for name in import_cases() if '"refused"' not in (CASES_FOLDER / "expected" / f"{name}.json").read_text(encoding="utf-8")
+        name for name in list_import_cases() if '"refused"' not in (CASES_FOLDER / "expected" / f"{name}.json").read_text(encoding="utf-8")
     ]
 
 
-def import_outcome(name: str) -> dict[str, Any]:
-    """Return the outcome of a case in the form of `expected/`."""
+def run_import_case(name: str) -> dict[str, Any]:
+    """Import a case, and return its outcome in the form of the files in `expected/`."""
     from tests.unit.cli.import_command import import_files
 
-    files, source, words = import_cases()[name]
+    files, source, words = list_import_cases()[name]
     imported = import_files(*files, source=source, words=words)
     result: dict[str, Any] = {"refused": imported.mistakes} if imported.mistakes else {"spec": imported.spec}
     return result | {
@@ -132,10 +132,10 @@ def import_outcome(name: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Write all expected results."""
+    """Import all cases, and write their outcomes as expected results."""
     (CASES_FOLDER / "expected").mkdir(exist_ok=True)
-    for name in import_cases():
-        text = json.dumps(import_outcome(name), indent=1, sort_keys=True, ensure_ascii=False)
+    for name in list_import_cases():
+        text = json.dumps(run_import_case(name), indent=1, sort_keys=True, ensure_ascii=False)
         (CASES_FOLDER / "expected" / f"{name}.json").write_text(text + "\n", encoding="utf-8")
 
 

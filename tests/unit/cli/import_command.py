@@ -1,4 +1,4 @@
-"""Helpers for the tests of `finetune import`: run the command's code in this process and return the outcome."""
+"""Helpers for the tests of `finetune import`: they run an import in this process and return its outcome."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from finetune_cli.provenance import AssignedValue, ValueOrigin
 
 CASES_FOLDER = Path(__file__).parent
 ENVIRONMENT = {"MLFLOW_TRACKING_URI": "http://mlflow:5000"}
-NOT_YET = "this release does not implement it"
+UNIMPLEMENTED_TEXT = "this release does not implement it"
 
 
 @dataclass
 class ImportOutcome:
-    """The outcome of an import: a spec with warnings and notes, or a list of mistakes."""
+    """The outcome of an import: the printed objects with warnings and notes, or a list of mistakes."""
 
     spec: dict[str, Any] = field(default_factory=dict)
     mistakes: list[str] = field(default_factory=list)
@@ -32,7 +32,7 @@ class ImportOutcome:
     text: str = ""
 
     def at(self, path: str) -> Any:
-        """Return the value of the spec at a dotted path, or None if the path does not exist."""
+        """Return the value at a dotted path of the spec, or None if the spec has no such field."""
         value: Any = self.spec
         for part in path.split("."):
             value = value.get(part) if isinstance(value, dict) else None
@@ -48,7 +48,7 @@ def import_files(
     name: str | None = None,
     **request_fields: Any,
 ) -> ImportOutcome:
-    """Import files as `finetune import` does."""
+    """Import files as `finetune import` does, but leave out warnings about fields that this release does not implement."""
     request = Request(
         files,
         tuple(shlex.split(words) if isinstance(words, str) else words),
@@ -64,7 +64,7 @@ def import_files(
         return ImportOutcome(mistakes=[str(mistake) for mistake in invalid.mistakes])
     return ImportOutcome(
         spec=imported.spec,
-        warnings=[warning for warning in imported.warnings if NOT_YET not in warning],
+        warnings=[warning for warning in imported.warnings if UNIMPLEMENTED_TEXT not in warning],
         notes=imported.notes,
         secrets=imported.secrets,
         documents=list(build_documents(imported)),

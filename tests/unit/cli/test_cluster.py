@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 
 import pytest
@@ -43,7 +44,7 @@ def test_unusable_kubeconfig_is_reported_without_secrets(run_command: RunCommand
 
 def test_names_are_quoted_in_paths() -> None:
     client = cluster.Cluster(None, "team/../x")
-    assert client._namespaced_path("pods", "../secrets/a?b") == "namespaces/team%2F..%2Fx/pods/..%2Fsecrets%2Fa%3Fb"
+    assert client._make_namespaced_path("pods", "../secrets/a?b") == "namespaces/team%2F..%2Fx/pods/..%2Fsecrets%2Fa%3Fb"
 
 
 @pytest.mark.parametrize("name", ["bot", "finetunejobs.finetune-operator.io/bot", "ftj/bot", "FineTuneJob/bot"])
@@ -89,3 +90,29 @@ def test_failed_response_is_reported_in_one_line(
 def test_invalid_kubeconfig_path_and_namespace_are_named(run_command: RunCommand, words: tuple[str, ...], expected: str) -> None:
     code, _, err = run_command("get", *words)
     assert (code, expected in err) == (1, True)
+
+
+COSTED_JOB = {
+    "metadata": {"name": "bot", "namespace": "team"},
+    "spec": {"policy": {"maxCost": 50}},
+    "status": {
+        "phase": "Running",
+        "cost": {"gpuHours": 4.2, "amount": 12.6, "currency": "EUR"},
+        "plan": {"cost": {"gpuHours": 6, "expected": 18, "lower": 9, "upper": 30, "currency": "EUR"}},
+    },
+}
+COST_TABLE = """\
+NAMESPACE   NAME   STATUS    GPU-HOURS   EXPECTED GPU-HOURS   COST    EXPECTED COST   MAX COST   CURRENCY
+team        bot    Running   4.20        6.00                 12.60   18.00           50.00      EUR
+team        new    -         -           -                    -       -               -          -
+"""
+
+
+def test_costs_are_listed_with_the_planned_costs_and_the_limit(
+    run_command: RunCommand, kubeconfig_of_server: Callable[[int, bytes], str]
+) -> None:
+    jobs = [COSTED_JOB, {"metadata": {"name": "new", "namespace": "team"}, "spec": {}}]
+    kubeconfig = kubeconfig_of_server(200, json.dumps({"kind": "FineTuneJobList", "items": jobs}).encode())
+    code, out, err = run_command("get", "-A", "-o", "cost", "--kubeconfig", kubeconfig)
+    assert (code, out) == (0, COST_TABLE)
+    assert "has no pricePerGpuHour" in err

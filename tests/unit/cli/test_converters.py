@@ -1,4 +1,4 @@
-"""Bounds of numbers in the converters for values from files of other tools."""
+"""The bounds of numbers in the converters of the importers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from finetune_cli.importers.converters import ConversionError, Converter, to_int
         (to_integer(high=0), 0),
     ],
 )
-def test_number_within_its_bounds_is_accepted(convert: Converter, value: float) -> None:
+def test_a_number_within_its_bounds_is_accepted(convert: Converter, value: float) -> None:
     assert convert(value) == value
 
 
@@ -36,7 +36,7 @@ def test_number_within_its_bounds_is_accepted(convert: Converter, value: float) 
         (to_integer(high=0), 1, "an integer of at most 0"),
     ],
 )
-def test_number_on_an_exclusive_bound_is_refused(convert: Converter, value: object, allowed: str) -> None:
+def test_a_number_outside_its_bounds_or_on_an_exclusive_bound_is_refused(convert: Converter, value: object, allowed: str) -> None:
     with pytest.raises(ConversionError) as error:
         convert(value)
     assert (error.value.problem, error.value.allowed) == ("is out of range", allowed)

@@ -1,4 +1,4 @@
-"""Accelerate files next to a Hydra configuration."""
+"""Imports of a Hydra configuration together with an accelerate file."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ training_config: {model: org/m, trainer: SFT, distributed_training: FSDP, max_se
         ("distributed_type: FSDP\nnum_processes: 2\nfsdp_config: {fsdp_sharding_strategy: FULL_SHARD}\n", "distributed.fsdp.sharding", "fullShard"),
     ],
 )  # fmt: skip
-def test_sharding_strategy_is_read(write_file: WriteFile, text: str, path: str, value: Any) -> None:
+def test_the_sharding_of_an_accelerate_file_is_read(write_file: WriteFile, text: str, path: str, value: Any) -> None:
     imported = import_files(write_file("job.yaml", HYDRA_CONFIG), write_file("acc.yaml", text), source="hydra")
     assert (imported.mistakes, imported.at(path)) == ([], value)
 
 
-def test_ignored_options_give_a_warning(write_file: WriteFile) -> None:
+def test_accelerate_options_without_effect_give_a_warning(write_file: WriteFile) -> None:
     text = (
         "distributed_type: FSDP\nnum_processes: 2\ndynamo_config: {dynamo_backend: INDUCTOR}\n"
         "fsdp_config: {fsdp_sharding_strategy: HYBRID_SHARD, fsdp_offload_params: true}\n"
@@ -39,7 +39,7 @@ def test_ignored_options_give_a_warning(write_file: WriteFile) -> None:
     ] == []
 
 
-def test_contradicting_deepspeed_options_are_refused(write_file: WriteFile) -> None:
+def test_options_that_contradict_the_hydra_configuration_are_refused(write_file: WriteFile) -> None:
     job = HYDRA_CONFIG.replace("distributed_training: FSDP", "gradient_acc_steps: 4")
     text = "distributed_type: DEEPSPEED\nnum_processes: 2\nmixed_precision: fp8\n"
     text += "deepspeed_config: {gradient_accumulation_steps: 8, deepspeed_config_file: ds.json}\n"

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import yaml
-from finetune_cli.importers.axolotl import ROWS
-from finetune_cli.importers.module_patterns import UnsupportedPattern, names_of_pattern
+from finetune_cli.importers.axolotl import OPTION_TABLE
+from finetune_cli.importers.module_patterns import UnsupportedPattern, expand_pattern
 
 from tests.unit.cli.conftest import WriteFile
 from tests.unit.cli.import_command import ImportOutcome, import_files
 
-BASE: dict[str, Any] = {
+BASE_SETTINGS: dict[str, Any] = {
     "base_model": "org/model-instruct", "datasets": [{"path": "org/data", "type": "chat_template"}], "adapter": "lora", "lora_r": 8, "lora_alpha": 16,
     "lora_target_linear": True, "micro_batch_size": 2, "gradient_accumulation_steps": 4, "num_epochs": 2, "learning_rate": "2e-4", "sequence_len": 1024,
 }  # fmt: skip
@@ -21,10 +21,10 @@ BASE: dict[str, Any] = {
 
 @pytest.fixture
 def import_settings(write_file: WriteFile) -> Any:
-    """Return a function that imports Axolotl settings: `BASE` with changes. None removes a key."""
+    """Return a function that imports `BASE_SETTINGS` with changes as an Axolotl file. A change to None removes the key."""
 
     def run(changes: dict[str, Any] | None = None, *files: Path, **options: Any) -> ImportOutcome:
-        settings = {key: value for key, value in (BASE | (changes or {})).items() if value is not None}
+        settings = {key: value for key, value in (BASE_SETTINGS | (changes or {})).items() if value is not None}
         return import_files(write_file("run.yaml", yaml.safe_dump(settings, sort_keys=False)), *files, **options)
 
     return run
@@ -106,7 +106,7 @@ def test_a_file_is_recognised_and_becomes_a_job(import_settings: Any) -> None:
         ({"hub_model_id": "org/out"}, "output.hub", {"push": True, "repository": "org/out", "tokenSecretRef": {"name": "run-hub", "key": "token"}}),
     ],
 )  # fmt: skip
-def test_options_are_mapped(import_settings: Any, changes: dict[str, Any], path: str, expected: Any) -> None:
+def test_options_set_fields_of_the_spec(import_settings: Any, changes: dict[str, Any], path: str, expected: Any) -> None:
     imported = import_settings(changes)
     assert imported.mistakes == []
     assert imported.at(path) == expected
@@ -141,16 +141,16 @@ def test_options_are_mapped(import_settings: Any, changes: dict[str, Any], path:
         ({"optimizer": "muon"}, "'muon' is not a supported optimizer"),
     ],
 )
-def test_missing_features_are_named(import_settings: Any, changes: dict[str, Any], feature: str) -> None:
+def test_a_refused_option_names_the_missing_feature(import_settings: Any, changes: dict[str, Any], feature: str) -> None:
     assert any(feature in mistake for mistake in import_settings(changes).mistakes), import_settings(changes).mistakes
 
 
-def test_features_are_left_out_on_request(import_settings: Any) -> None:
+def test_drop_unsupported_leaves_refused_options_out(import_settings: Any) -> None:
     imported = import_settings({"tensor_parallel_size": 2, "relora": True}, drop_unsupported=True)
     assert imported.mistakes == []
     assert [warning.partition(": ")[2] for warning in imported.warnings] == [
-        "tensor_parallel_size is left out: tensor parallelism is not possible in a FineTuneJob",
-        "relora is left out: ReLoRA is not possible in a FineTuneJob",
+        "tensor_parallel_size is left out: a FineTuneJob does not support tensor parallelism",
+        "relora is left out: a FineTuneJob does not support ReLoRA",
     ]
 
 
@@ -161,14 +161,14 @@ def test_every_key_without_a_field_is_listed(import_settings: Any) -> None:
     assert any(note.startswith("strict: no effect") for note in imported.notes)
 
 
-def test_unknown_keys_are_reported(import_settings: Any) -> None:
+def test_unknown_keys_give_a_warning_unless_they_resemble_a_known_key(import_settings: Any) -> None:
     assert "did you mean learning_rate?" in import_settings({"lerning_rate": 1}).mistakes[0]
     assert import_settings({"own_note": "x"}).warnings == [
-        "run.yaml:14: own_note: Axolotl does not know this key and ignores it, so the import does, too"
+        "run.yaml:14: own_note: Axolotl does not know this key and ignores it, so the import ignores it, too"
     ]
 
 
-def test_conflicts_name_both_keys(import_settings: Any) -> None:
+def test_a_conflict_names_both_keys(import_settings: Any) -> None:
     (mistake,) = import_settings({"warmup_steps": 10, "warmup_ratio": 0.1}).mistakes
     assert (
         mistake
@@ -178,19 +178,19 @@ def test_conflicts_name_both_keys(import_settings: Any) -> None:
     assert "load_in_4bit, load_in_8bit" in mistake
 
 
-def test_rows_of_alpaca_keep_their_prompt_format(import_settings: Any) -> None:
+def test_alpaca_rows_keep_their_prompt_format(import_settings: Any) -> None:
     text = import_settings({"datasets": [{"path": "org/d", "type": "alpaca"}]}).at("dataset.chatTemplate.text")
     assert "### Instruction:" in text and "{% generation %}{{ message['content'] + \"\" + eos_token" in text
 
 
 def test_a_prompt_format_of_the_user_becomes_a_chat_template(import_settings: Any) -> None:
-    kind = {
+    prompt_options = {
         "field_instruction": "q",
         "field_output": "a",
         "format": "[INST] {instruction} [/INST]",
         "system_prompt": "Be brief.",
     }
-    imported = import_settings({"datasets": [{"path": "org/d", "type": kind}]})
+    imported = import_settings({"datasets": [{"path": "org/d", "type": prompt_options}]})
     assert imported.at("dataset.columns") == {"question": "q", "answer": "a"}
     assert imported.at("dataset.systemPrompt") == "Be brief."
     assert '"[INST] " + message[\'content\'] + " [/INST]"' in imported.at("dataset.chatTemplate.text")
@@ -219,7 +219,7 @@ def test_several_sources_become_a_mixture(import_settings: Any) -> None:
     assert "set dataset.mixture[].weight" in imported.warnings[0]
 
 
-def test_deepspeed_json_may_be_given(import_settings: Any, write_file: WriteFile) -> None:
+def test_a_given_deepspeed_json_is_read(import_settings: Any, write_file: WriteFile) -> None:
     file = write_file("ds.json", '{"zero_optimization": {"stage": 2}}')
     imported = import_settings({"deepspeed": "my/ds.json"}, file)
     assert imported.at("distributed.deepspeed.zeroStage") == 2
@@ -227,8 +227,8 @@ def test_deepspeed_json_may_be_given(import_settings: Any, write_file: WriteFile
     assert "give the JSON as a further file, or --deepspeed NAME/KEY" in mistake
 
 
-def test_no_key_is_in_two_rows() -> None:
-    keys = [key for row in ROWS for key in (row.key, *row.aliases)]
+def test_no_key_is_in_two_rows_of_the_option_table() -> None:
+    keys = [key for option_row in OPTION_TABLE for key in (option_row.key, *option_row.aliases)]
     assert sorted(key for key in set(keys) if keys.count(key) > 1) == []
 
 
@@ -244,11 +244,11 @@ def test_no_key_is_in_two_rows() -> None:
         (r".*\.layers\.(3|7)\.self_attn\.q_proj", ["layers.3.self_attn.q_proj", "layers.7.self_attn.q_proj"]),
     ],
 )
-def test_patterns_become_names(pattern: str, expected: list[str]) -> None:
-    assert names_of_pattern(pattern) == expected
+def test_a_module_pattern_becomes_a_list_of_names(pattern: str, expected: list[str]) -> None:
+    assert expand_pattern(pattern) == expected
 
 
 @pytest.mark.parametrize("pattern", ["q_proj(", "a[^b]c", "(a|b)" * 9, ".*"])
-def test_other_patterns_are_refused(pattern: str) -> None:
+def test_a_pattern_that_matches_no_list_of_names_is_refused(pattern: str) -> None:
     with pytest.raises(UnsupportedPattern):
-        names_of_pattern(pattern)
+        expand_pattern(pattern)

@@ -22,7 +22,7 @@ def import_env(write_file: WriteFile) -> Any:
     return run
 
 
-def test_defaults_of_a_minimal_file(import_env: Any) -> None:
+def test_a_minimal_file_gets_the_defaults_of_the_tool(import_env: Any) -> None:
     imported = import_env()
     assert imported.spec["training"] == {
         "epochs": 3, "batchSizePerDevice": 4, "gradientAccumulationSteps": 4, "learningRate": 3e-4, "scheduler": "linear", "warmupRatio": 0,
@@ -63,7 +63,7 @@ def test_dollar_without_braces_is_literal(import_env: Any) -> None:
         ("TOKENIZER=${NOBODY}\n", "job.env:4: TOKENIZER: variable NOBODY is not set; set the variable above this line, or write its value here"),
     ],
 )  # fmt: skip
-def test_invalid_line_is_refused(import_env: Any, text: str, mistake: str) -> None:
+def test_an_invalid_line_is_refused_with_its_number(import_env: Any, text: str, mistake: str) -> None:
     assert import_env(text, environment={}).mistakes == [mistake]
 
 
@@ -99,7 +99,7 @@ def test_split_without_training_rows_is_refused(import_env: Any, text: str) -> N
     assert "no rows are left for training" in mistake
 
 
-def test_stray_word_that_may_be_a_secret_is_shortened(import_env: Any) -> None:
+def test_a_line_that_may_be_a_secret_is_shortened(import_env: Any) -> None:
     assert import_env("Sup3rS3cretValue\n").mistakes == [
         "job.env:4: Su...: the line has no `=` and no value; write Su...=value, or Su...= to leave it unset"
     ]
@@ -152,12 +152,12 @@ def test_technique_and_bits_select_the_method(import_env: Any, text: str, method
     assert (imported.at("method.type"), imported.at("model.quantization.bits")) == (method, bits)
 
 
-def test_qlora_without_four_bits_is_refused(import_env: Any) -> None:
+def test_qlora_without_4_bit_loading_is_refused(import_env: Any) -> None:
     (mistake,) = import_env("TECHNIQUE=qlora\nLOAD_IN_4BIT=False\n").mistakes
     assert mistake.startswith("job.env:4, job.env:5: TECHNIQUE, LOAD_IN_4BIT: qlora loads the base model in 4 bits")
 
 
-def test_adapter_comes_from_an_override(import_env: Any) -> None:
+def test_an_override_names_the_adapter(import_env: Any) -> None:
     imported = import_env("TECHNIQUE=adapter\n", overrides={"method.adapter.source": "s3://models/a"})
     assert imported.spec["method"] == {"type": "adapter", "adapter": {"source": "s3://models/a"}}
 
@@ -205,14 +205,14 @@ def test_local_paths_become_file_sources_with_a_warning(import_env: Any) -> None
     assert ["--model URI" in imported.warnings[0], "--data URI" in imported.warnings[1]] == [True, True]
 
 
-def test_prompts_come_from_a_config_map(import_env: Any) -> None:
+def test_a_prompts_file_becomes_a_config_map_reference(import_env: Any) -> None:
     imported = import_env("PROMPTS_FILE=./my prompts.txt\n")
     assert imported.at("evaluation.comparison.promptsRef") == {"name": "job-prompts", "key": "my_prompts.txt"}
     assert "kubectl create configmap job-prompts" in imported.warnings[0]
 
 
 @pytest.mark.parametrize(
-    ("kind", "file", "form"),
+    ("dataset_type", "file", "dataset_format"),
     [
         ("text", "a.txt", "plainText"),
         ("text", "a.jsonl", "promptCompletion"),
@@ -220,8 +220,8 @@ def test_prompts_come_from_a_config_map(import_env: Any) -> None:
         ("qa", "a.csv", "qa"),
     ],
 )
-def test_dataset_types_of_later_versions_are_read(import_env: Any, kind: str, file: str, form: str) -> None:
-    assert import_env(base_text=f"TRAIN_DATA_PATH=s3://data/{file}\nDATASET_TYPE={kind}\n").at("dataset.format") == form
+def test_dataset_types_of_later_versions_are_read(import_env: Any, dataset_type: str, file: str, dataset_format: str) -> None:
+    assert import_env(base_text=f"TRAIN_DATA_PATH=s3://data/{file}\nDATASET_TYPE={dataset_type}\n").at("dataset.format") == dataset_format
 
 
 def test_evaluation_options_without_validation_data_have_no_effect(import_env: Any) -> None:
@@ -245,7 +245,7 @@ def test_adapter_options_have_no_effect_on_an_existing_adapter(import_env: Any) 
     assert [warning.split(": ")[1].split(" ")[0] for warning in no_effect_warnings] == ["LORA_R", "LORA_DROPOUT"]
 
 
-def test_defaults_of_four_bit_quantization(write_file: WriteFile) -> None:
+def test_4_bit_quantisation_has_the_defaults_of_the_tool(write_file: WriteFile) -> None:
     text = "MODEL_NAME=org/m\nTRAIN_DATA_PATH=s3://data/d.jsonl\nDATASET_TYPE=qa\nTECHNIQUE=qlora\n"
     imported = import_files(write_file("a.env", text))
     assert imported.at("model.quantization") == {"bits": 4, "type": "nf4", "doubleQuant": False}

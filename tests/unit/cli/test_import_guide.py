@@ -1,4 +1,4 @@
-"""The importer `guide`: the flat and the nested form."""
+"""The importer `guide`, for flat and nested configurations."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NESTED_CONFIG = "base_model: {name: mistralai/M}\nlora: {r: 8, lora_alpha: 16}\n
 
 @pytest.fixture
 def import_guide(write_file: WriteFile) -> Any:
-    """Return a function that imports a configuration that is written as in the guide."""
+    """Return a function that imports a configuration with the importer `guide`."""
 
     def run(text: str, words: str = "", **request_fields: Any) -> ImportOutcome:
         return import_files(write_file("job.yaml", text), words=words, source="guide", **request_fields)
@@ -47,7 +47,7 @@ def test_both_forms_have_the_same_defaults(import_guide: Any, text: str) -> None
         ("use_4bit: true\n", "qlora"),
     ],
 )
-def test_method_is_inferred(import_guide: Any, text: str, method: str) -> None:
+def test_the_options_select_the_method(import_guide: Any, text: str, method: str) -> None:
     assert import_guide("model: org/m\n" + text).at("method.type") == method
 
 
@@ -69,7 +69,7 @@ def test_bf16_training_overrides_float16_weights(import_guide: Any) -> None:
     assert "the job uses bfloat16" in imported.warnings[0]
 
 
-def test_callbacks_are_read(import_guide: Any) -> None:
+def test_callbacks_set_early_stopping_and_trackers(import_guide: Any) -> None:
     text = (
         NESTED_CONFIG
         + "dataset: {eval_size: 0.1}\ncallbacks: {early_stopping: {enabled: true}, wandb: {enabled: true, project: p}}\n"
@@ -87,7 +87,7 @@ def test_evaluation_without_data_is_refused(import_guide: Any) -> None:
     assert mistake.startswith("job.yaml:3: training.eval_strategy: steps, but the spec has no validation data")
 
 
-def test_flags_of_the_script_are_read(import_guide: Any) -> None:
+def test_flags_of_the_guides_script_are_read(import_guide: Any) -> None:
     imported = import_guide(
         "model: org/m\nlora_r: 8\n",
         words="python finetune_lora.py --data s3://data/x.json --epochs 1 --batch-size 2 --lora-r 4 --merge",
@@ -100,7 +100,7 @@ def test_flags_of_the_script_are_read(import_guide: Any) -> None:
     assert imported.at("output.mergeAdapter") is True
 
 
-def test_conflicts_name_both_keys_with_their_values(import_guide: Any) -> None:
+def test_a_conflict_names_both_keys_with_their_values(import_guide: Any) -> None:
     training = "training: {save_steps: 60, eval_steps: 25, load_best_model_at_end: true, eval_strategy: steps}\n"
     (mistake,) = import_guide(NESTED_CONFIG + "dataset: {eval_size: 0.1}\n" + training).mistakes
     assert "training.save_steps 60 and training.eval_steps 25: the first is not a multiple of the second" in mistake
@@ -112,5 +112,5 @@ def test_fields_without_implementation_are_left_out_on_request(import_guide: Any
     export = {"output.export": ["safetensors", "gguf"]}
     imported = import_guide(NESTED_CONFIG, overrides=export, drop_unsupported=True)
     assert imported.at("output.export") == ["safetensors"]
-    assert "gguf is left out: contains gguf, but no library converts complete models" in imported.warnings[-1]
+    assert "gguf is left out: contains gguf, but no library can convert a complete model" in imported.warnings[-1]
     assert import_guide(NESTED_CONFIG, overrides=export).at("output.export") == ["safetensors", "gguf"]

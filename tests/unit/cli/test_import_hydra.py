@@ -1,4 +1,4 @@
-"""The importer `hydra`: composition, overrides, the older flags, and accelerate files."""
+"""The importer `hydra`: composition, overrides, the older dashed flags, and accelerate files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ training_config:
 
 @pytest.fixture
 def import_hydra(write_file: WriteFile) -> Any:
-    """Return a function that imports a configuration file that Hydra has composed, with overrides."""
+    """Return a function that imports an already composed Hydra configuration with overrides."""
 
     def run(words: str = "", base_text: str = BASE_CONFIG, **request_fields: Any) -> ImportOutcome:
         return import_files(write_file("job.yaml", base_text), words=words, source="hydra", **request_fields)
@@ -49,7 +49,7 @@ def folder(write_file: WriteFile, tmp_path: Path) -> Path:
     return tmp_path / "configs"
 
 
-def test_hard_coded_values_are_written(import_hydra: Any) -> None:
+def test_values_that_are_hard_coded_in_the_tool_are_written(import_hydra: Any) -> None:
     imported = import_hydra()
     assert imported.spec["method"]["lora"] == {
         "rank": 128, "alpha": 64, "dropout": 0.05, "bias": "none",
@@ -81,7 +81,7 @@ def test_every_name_of_the_training_group_is_read(import_hydra: Any, group: str)
     assert imported.at("training.learningRate") == 1e-5
 
 
-def test_folder_is_composed(folder: Path) -> None:
+def test_a_folder_of_groups_is_composed(folder: Path) -> None:
     imported = import_files(folder)
     assert (imported.at("dataset.train"), imported.at("dataset.format"), imported.at("trainer.type")) == (
         "org/data",
@@ -131,7 +131,7 @@ def test_missing_group_option_is_refused(folder: Path) -> None:
         ),
         (
             "dataset.path=a,b",
-            "command line: dataset.path: a comma means a sweep, and sweeps are not supported; quote the value: 'dataset.path=\"...\"'",
+            "command line: dataset.path: a comma requests a sweep over several values, which is not supported; quote the value: 'dataset.path=\"...\"'",
         ),
         (
             "-m",
@@ -176,7 +176,7 @@ def test_flags_accept_booleans_and_any_letter_case(write_file: WriteFile) -> Non
     )
     assert (imported.at("training.gradientCheckpointing"), imported.at("dataset.maxSequenceLength")) == ("disabled", 99)
     assert (
-        "no learning rate is given; the job uses 2e-4, as the tool's documentation advises for the tool's flags"
+        "no learning rate is given; the job uses 2e-4, which the tool's documentation advises for its dashed flags"
         in imported.notes
     )
 
@@ -193,7 +193,7 @@ def test_grpo_gets_the_hard_coded_reward(import_hydra: Any) -> None:
     assert imported.at("trainer.grpo.numGenerations") == 4
 
 
-def test_dataset_formats_are_translated(import_hydra: Any) -> None:
+def test_the_names_of_dataset_formats_become_those_of_the_spec(import_hydra: Any) -> None:
     assert import_hydra(base_text=BASE_CONFIG.replace("conversational", "no")).spec["dataset"]["columns"] == {"text": "text"}
     assert import_hydra(base_text=BASE_CONFIG.replace("conversational", "no")).at("dataset.format") == "plainText"
     (mistake,) = import_hydra(base_text=BASE_CONFIG.replace("conversational", "preference")).mistakes
@@ -287,7 +287,7 @@ def test_folder_without_a_primary_file_names_lines(write_file: WriteFile, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("lengths", "completion", "warned"),
+    ("lengths", "completion_length", "has_warning"),
     [
         ("max_seq_length: 512", 256, False),
         ("max_seq_length: 4096", 2048, False),
@@ -295,15 +295,15 @@ def test_folder_without_a_primary_file_names_lines(write_file: WriteFile, tmp_pa
         ("max_seq_length: 1024\n  max_completion_length: 2048", 512, True),
     ],
 )
-def test_completion_length_leaves_room_for_the_prompt(import_hydra: Any, lengths: str, completion: int, warned: bool) -> None:
+def test_the_completion_leaves_tokens_for_the_prompt(import_hydra: Any, lengths: str, completion_length: int, has_warning: bool) -> None:
     base = BASE_CONFIG.replace("max_seq_length: 512", lengths).replace("SFT", "DPO").replace("conversational", "preference")
     imported = import_hydra(base_text=base)
-    assert (imported.mistakes, imported.at("trainer.maxCompletionLength")) == ([], completion)
-    assert any("leaves no room" in warning for warning in imported.warnings) is warned
+    assert (imported.mistakes, imported.at("trainer.maxCompletionLength")) == ([], completion_length)
+    assert any("leaves no room" in warning for warning in imported.warnings) is has_warning
 
 
 @pytest.mark.parametrize("word", ["None", "NONE", "null"])
-def test_none_means_none_in_files_overrides_and_flags(import_hydra: Any, word: str) -> None:
+def test_the_word_none_means_no_value_in_files_overrides_and_flags(import_hydra: Any, word: str) -> None:
     in_file = import_hydra(base_text=BASE_CONFIG.replace("report_to: none", f"report_to: '{word}'\n  optim: '{word}'\n  lr_scheduler_type: '{word}'"))
     in_override = import_hydra(words=f"training_config.report_to={word} +training_config.optim={word} training_config.distributed_training={word}")
     flags = f"--model org/m --dataset org/d --format standard --trainer {word} --optim {word} --report-to {word} --gradient-checkpointing {word}"

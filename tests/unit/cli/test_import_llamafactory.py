@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import yaml
-from finetune_cli.importers.llamafactory import ROWS
+from finetune_cli.importers.llamafactory import OPTION_TABLE
 
 from tests.unit.cli.conftest import WriteFile
 from tests.unit.cli.import_command import ImportOutcome, import_files
 
-FILES = "https://raw.githubusercontent.com/hiyouga/LLaMA-Factory/main/data/"
-BASE: dict[str, Any] = {
+PUBLISHED_FILES_URL = "https://raw.githubusercontent.com/hiyouga/LLaMA-Factory/main/data/"
+BASE_SETTINGS: dict[str, Any] = {
     "model_name_or_path": "Qwen/Qwen3-4B-Instruct-2507", "stage": "sft", "do_train": True, "finetuning_type": "lora", "lora_rank": 8, "lora_target": "all",
     "dataset": "alpaca_en_demo", "template": "qwen3_nothink", "cutoff_len": 1024, "output_dir": "saves/x", "per_device_train_batch_size": 1,
     "gradient_accumulation_steps": 8, "learning_rate": 1e-4, "bf16": True,
@@ -23,10 +23,10 @@ BASE: dict[str, Any] = {
 
 @pytest.fixture
 def import_settings(write_file: WriteFile) -> Any:
-    """Return a function that imports LLaMA-Factory settings: `BASE` with changes. None removes a key."""
+    """Return a function that imports `BASE_SETTINGS` with changes as a LLaMA-Factory file. A change to None removes the key."""
 
     def run(changes: dict[str, Any] | None = None, *files: Path, **options: Any) -> ImportOutcome:
-        settings = {key: value for key, value in (BASE | (changes or {})).items() if value is not None}
+        settings = {key: value for key, value in (BASE_SETTINGS | (changes or {})).items() if value is not None}
         return import_files(write_file("run.yaml", yaml.safe_dump(settings, sort_keys=False)), *files, **options)
 
     return run
@@ -37,7 +37,7 @@ def test_a_file_is_recognised_and_becomes_a_job(import_settings: Any) -> None:
     assert imported.mistakes == []
     assert imported.at("method") == {"type": "lora", "lora": {"rank": 8, "alpha": 16, "targetModules": ["all-linear"]}}
     assert imported.at("dataset") == {
-        "train": f"{FILES}alpaca_en_demo.json", "format": "alpaca", "maxSequenceLength": 1024, "responseOnly": {"enabled": True},
+        "train": f"{PUBLISHED_FILES_URL}alpaca_en_demo.json", "format": "alpaca", "maxSequenceLength": 1024, "responseOnly": {"enabled": True},
     }  # fmt: skip
     assert imported.at("training.scheduler") == "linear"
     assert imported.at("checkpoint") == {"strategy": "steps", "steps": 500, "keep": 0}
@@ -65,9 +65,9 @@ def test_a_file_is_recognised_and_becomes_a_job(import_settings: Any) -> None:
         ({"stage": "kto", "dataset": "kto_en_demo"}, "training.batchSizePerDevice", 2),
         ({"stage": "rm", "dataset": "dpo_en_demo"}, "trainer", {"type": "reward"}),
         ({"dataset": "identity,alpaca_en_demo"}, "dataset.mixture",
-         [{"source": f"{FILES}identity.json", "weight": 91}, {"source": f"{FILES}alpaca_en_demo.json", "weight": 999}]),
+         [{"source": f"{PUBLISHED_FILES_URL}identity.json", "weight": 91}, {"source": f"{PUBLISHED_FILES_URL}alpaca_en_demo.json", "weight": 999}]),
         ({"dataset": "identity,alpaca_en_demo", "mix_strategy": "interleave_over", "interleave_probs": "0.3,0.7"}, "dataset.mixture",
-         [{"source": f"{FILES}identity.json", "weight": 0.3}, {"source": f"{FILES}alpaca_en_demo.json", "weight": 0.7}]),
+         [{"source": f"{PUBLISHED_FILES_URL}identity.json", "weight": 0.3}, {"source": f"{PUBLISHED_FILES_URL}alpaca_en_demo.json", "weight": 0.7}]),
         ({"dataset": "openorca"}, "dataset.columns", {"question": "question", "answer": "response", "system": "system_prompt"}),
         ({"val_size": 0.1, "eval_strategy": "steps", "eval_steps": 50}, "evaluation", {"strategy": "steps", "steps": 50}),
         ({"deepspeed": "examples/deepspeed/ds_z2_offload_config.json"}, "distributed.deepspeed", {"zeroStage": 2, "offloadOptimizer": True}),
@@ -82,7 +82,7 @@ def test_a_file_is_recognised_and_becomes_a_job(import_settings: Any) -> None:
         ({"optim": "adamw_hf"}, "training.optimizer", "adamw_torch"),
     ],
 )  # fmt: skip
-def test_options_are_mapped(import_settings: Any, changes: dict[str, Any], path: str, expected: Any) -> None:
+def test_options_set_fields_of_the_spec(import_settings: Any, changes: dict[str, Any], path: str, expected: Any) -> None:
     imported = import_settings(changes)
     assert imported.mistakes == []
     assert imported.at(path) == expected
@@ -102,19 +102,19 @@ def test_options_are_mapped(import_settings: Any, changes: dict[str, Any], path:
         ({"tensor_model_parallel_size": 2}, "tensor parallelism"),
         ({"template": "qwen2_vl"}, "training on images, video or audio"),
         ({"dataset": "mllm_demo"}, "training on images, video or audio"),
-        ({"dataset": "alpaca_en", "max_samples": 1000}, "a limit of 1000 rows of a data set"),
+        ({"dataset": "alpaca_en", "max_samples": 1000}, "a limit of 1000 rows for each data set"),
         ({"dataset": "dpo_mix_en", "stage": "dpo"}, "the configuration en of the data set dpo_mix_en on the hub"),
         ({"stage": "dpo"}, "dpo on the data set alpaca_en_demo, whose rows have no better and worse answer"),
         ({"eval_strategy": "epoch", "val_size": 20}, "a number of validation rows"),
         ({"label_smoothing_factor": 0.1}, "label smoothing"),
         ({"fsdp": True, "fsdp_config": {"state_dict_type": "LOCAL_STATE_DICT"}}, "the state dict LOCAL_STATE_DICT of FSDP"),
-        ({"fsdp": True, "fsdp_config": "fsdp.json"}, "reading the FSDP configuration fsdp.json, which is not given,"),
-        ({"save_strategy": "best"}, "saving only better checkpoints"),
+        ({"fsdp": True, "fsdp_config": "fsdp.json"}, "reading the FSDP configuration fsdp.json from a file"),
+        ({"save_strategy": "best"}, "saving only checkpoints that are better than all earlier ones"),
     ],
 )
-def test_missing_features_are_named(import_settings: Any, changes: dict[str, Any], feature: str) -> None:
+def test_a_refused_option_names_the_missing_feature(import_settings: Any, changes: dict[str, Any], feature: str) -> None:
     assert any(
-        f"{feature} is not possible in a FineTuneJob" in mistake for mistake in import_settings(changes).mistakes
+        f"a FineTuneJob does not support {feature}" in mistake for mistake in import_settings(changes).mistakes
     )
 
 
@@ -122,26 +122,26 @@ def test_an_unknown_word_of_fsdp_is_refused(import_settings: Any) -> None:
     (mistake,) = import_settings({"fsdp": "full_sharding auto_wrap"}).mistakes
     assert mistake.endswith(
         "fsdp: full_sharding is not an option of FSDP; "
-        "write words of full_shard, shard_grad_op, no_shard, hybrid_shard, hybrid_shard_zero2, auto_wrap, offload"
+        "write one or more of full_shard, shard_grad_op, no_shard, hybrid_shard, hybrid_shard_zero2, auto_wrap, offload"
     )
 
 
-def test_the_users_descriptions_of_data_sets_are_read(import_settings: Any, write_file: WriteFile) -> None:
-    described = {
+def test_data_sets_are_found_in_the_users_dataset_info(import_settings: Any, write_file: WriteFile) -> None:
+    dataset_info = {
         "mine": {"file_name": "s3://b/mine.jsonl", "columns": {"prompt": "q", "response": "a"}},
         "hub": {"hf_hub_url": "org/hub"},
     }
-    file = write_file("dataset_info.json", json.dumps(described))
+    file = write_file("dataset_info.json", json.dumps(dataset_info))
     assert import_settings({"dataset": "hub"}, file).at("dataset.train") == "org/hub"
     (mistake,) = import_settings({"dataset": "other"}, file).mistakes
     assert (
         mistake
-        == "run.yaml:7: dataset: the data set other is not described; give the dataset_info.json as a further file, or --data URI"
+        == "run.yaml:7: dataset: no dataset_info.json describes the data set other; give the dataset_info.json as a further file, or --data URI"
     )
     assert import_settings({"dataset": "other"}, overrides={"dataset.train": "org/d"}).at("dataset.train") == "org/d"
 
 
-def test_overrides_of_the_command_line_apply(import_settings: Any) -> None:
+def test_overrides_on_the_command_line_replace_values_of_the_file(import_settings: Any) -> None:
     imported = import_settings(words="llamafactory-cli train run.yaml learning_rate=1e-5 lora_rank=4")
     assert (imported.at("training.learningRate"), imported.at("method.lora.rank")) == (1e-5, 4)
 
@@ -160,10 +160,10 @@ def test_tokens_are_stored_in_a_secret(import_settings: Any) -> None:
     assert imported.at("model.tokenSecretRef") == {"name": "run-import", "key": "hf-token"}
 
 
-def test_unknown_keys_are_refused_as_by_the_tool(import_settings: Any) -> None:
+def test_unknown_keys_are_refused(import_settings: Any) -> None:
     assert "did you mean lora_rank?" in import_settings({"lora_ranks": 1}).mistakes[0]
 
 
-def test_no_key_is_in_two_rows() -> None:
-    keys = [key for row in ROWS for key in (row.key, *row.aliases)]
+def test_no_key_is_in_two_rows_of_the_option_table() -> None:
+    keys = [key for option_row in OPTION_TABLE for key in (option_row.key, *option_row.aliases)]
     assert sorted(key for key in set(keys) if keys.count(key) > 1) == []

@@ -45,7 +45,7 @@ def test_hyperparameters_are_read(import_job: Any) -> None:
     assert "file-abc123 is a file of the API" in imported.warnings[0]
 
 
-def test_auto_uses_the_default(import_job: Any) -> None:
+def test_the_value_auto_becomes_the_default(import_job: Any) -> None:
     imported = import_job(
         API_JOB | {"hyperparameters": {"n_epochs": "auto", "batch_size": "auto", "learning_rate_multiplier": "auto"}}
     )
@@ -62,7 +62,7 @@ def test_dpo_job_is_read(import_job: Any) -> None:
     }
 
 
-def test_api_model_needs_a_replacement(import_job: Any) -> None:
+def test_a_model_of_the_api_needs_an_open_model_as_replacement(import_job: Any) -> None:
     (mistake,) = import_job(API_JOB, model_map={}).mistakes
     assert mistake.endswith("give an open model that replaces it: --model-map gpt-4o-mini=org/name")
 
@@ -76,7 +76,7 @@ def test_api_model_needs_a_replacement(import_job: Any) -> None:
         ({"integrations": [{"type": "other"}]}, "only wandb is supported"),
     ],
 )
-def test_mistakes_are_explained(import_job: Any, change: dict[str, Any], expected: str) -> None:
+def test_a_wrong_job_is_refused_with_an_explanation(import_job: Any, change: dict[str, Any], expected: str) -> None:
     (mistake,) = import_job(API_JOB | change).mistakes
     assert expected in mistake
 
@@ -93,7 +93,7 @@ def test_metadata_becomes_annotations(import_job: Any) -> None:
     assert import_job(API_JOB | {"metadata": {"team a": "x"}}).documents[0]["metadata"]["annotations"] == {"team_a": "x"}
 
 
-def test_number_overrides_auto_in_either_location(write_file: WriteFile) -> None:
+def test_a_number_takes_precedence_over_auto_for_the_same_hyperparameter(write_file: WriteFile) -> None:
     inner = {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": "auto"}}}
     imported = import_files(write_file("a.json", json.dumps(LOCAL_JOB | {"hyperparameters": {"n_epochs": 5}, "method": inner})))
     assert imported.at("training.epochs") == 5

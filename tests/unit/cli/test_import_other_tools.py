@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from finetune_api.base import nested_group
+from finetune_api.base import find_nested_group
 from finetune_api.spec import FineTuneJobSpec
 from finetune_cli.importers import kubeflow, together, torchtune, trl, unsloth
 from finetune_cli.importers.draft import Importer
@@ -49,8 +49,8 @@ TRAINJOB: dict[str, Any] = {
 SETTINGS = {"trl": TRL, "unsloth": UNSLOTH, "together": TOGETHER, "torchtune": TORCHTUNE, "kubeflow": TRAINJOB}
 
 
-def merged(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings with changes at dotted paths. None removes a key."""
+def with_changes(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings with changes at paths such as `group/key`. A change to None removes the key."""
     result = json.loads(json.dumps(settings))
     for path, value in changes.items():
         group = result
@@ -66,11 +66,11 @@ def merged(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture
 def import_settings(write_file: WriteFile) -> Any:
-    """Return a function that imports the settings of a tool with changes. The tool is recognised by the content."""
+    """Return a function that imports the settings of a tool with changes, with the importer that recognises them."""
 
     def run(tool: str, changes: dict[str, Any] | None = None, **options: Any) -> ImportOutcome:
         return import_files(
-            write_file("run.yaml", yaml.safe_dump(merged(SETTINGS[tool], changes or {}), sort_keys=False)), **options
+            write_file("run.yaml", yaml.safe_dump(with_changes(SETTINGS[tool], changes or {}), sort_keys=False)), **options
         )
 
     return run
@@ -120,7 +120,7 @@ def test_a_file_is_recognised_by_its_content(import_settings: Any, tool: str) ->
             "--model_name_or_path", "org/m", "--dataset_name", "org/d", "--beta", "0.2"]}, "trainer", {"type": "dpo", "dpo": {"beta": 0.2}}),
     ],
 )  # fmt: skip
-def test_options_are_mapped(import_settings: Any, tool: str, changes: dict[str, Any], path: str, expected: Any) -> None:
+def test_options_set_fields_of_the_spec(import_settings: Any, tool: str, changes: dict[str, Any], path: str, expected: Any) -> None:
     imported = import_settings(tool, changes)
     assert imported.mistakes == []
     assert imported.at(path) == expected
@@ -150,12 +150,12 @@ def test_options_are_mapped(import_settings: Any, tool: str, changes: dict[str, 
             {"spec/runtimeRef/name": "torch-distributed", "spec/trainer/args": []},
             "the runtime torch-distributed",
         ),
-        ("kubeflow", {"spec/runtimePatches": [{"manager": "x"}]}, "a change of the pods that a runtime creates"),
+        ("kubeflow", {"spec/runtimePatches": [{"manager": "x"}]}, "changing the pods that a runtime creates"),
     ],
 )
-def test_missing_features_are_named(import_settings: Any, tool: str, changes: dict[str, Any], feature: str) -> None:
+def test_a_refused_option_names_the_missing_feature(import_settings: Any, tool: str, changes: dict[str, Any], feature: str) -> None:
     mistakes = import_settings(tool, changes).mistakes
-    assert any(f"{feature} is not possible in a FineTuneJob" in mistake for mistake in mistakes), mistakes
+    assert any(f"a FineTuneJob does not support {feature}" in mistake for mistake in mistakes), mistakes
 
 
 def test_trl_flags_override_the_file(import_settings: Any) -> None:
@@ -163,11 +163,11 @@ def test_trl_flags_override_the_file(import_settings: Any) -> None:
     assert (imported.at("method.lora.rank"), imported.at("method.lora.targetModules")) == (16, ["q_proj", "v_proj"])
 
 
-def test_trl_needs_no_file() -> None:
+def test_trl_flags_need_no_file() -> None:
     imported = import_files(words="trl reward --model_name_or_path org/m --dataset_name org/d --use_peft")
     assert (imported.at("trainer.type"), imported.at("training.learningRate")) == ("reward", 1e-4)
     (mistake,) = import_files(words="trl rloo --model_name_or_path org/m --dataset_name org/d").mistakes
-    assert mistake == "command line: rloo: RLOO is not possible in a FineTuneJob; use dpo, kto, orpo or grpo"
+    assert mistake == "command line: rloo: a FineTuneJob does not support RLOO; use dpo, kto, orpo or grpo"
 
 
 def test_torchtune_overrides_change_the_data_set_of_the_file(import_settings: Any) -> None:
@@ -181,7 +181,7 @@ def test_torchtune_overrides_change_the_data_set_of_the_file(import_settings: An
     ) == (8, "fsdp", 2)
 
 
-def test_keys_of_apis_are_stored_in_a_secret(import_settings: Any) -> None:
+def test_an_api_key_is_stored_in_a_secret(import_settings: Any) -> None:
     imported = import_settings("together", {"wandb_api_key": "wsecret", "wandb_project_name": "bot"})
     assert imported.secrets == {"wandb-api-key": "wsecret"}
     assert imported.at("tracking") == {
@@ -200,8 +200,8 @@ def test_unknown_keys_are_refused(import_settings: Any, tool: str) -> None:
     [trl.IMPORTER, unsloth.IMPORTER, together.IMPORTER, torchtune.IMPORTER, kubeflow.IMPORTER],
     ids=lambda i: i.name,
 )
-def test_no_key_is_in_two_rows(importer: Importer) -> None:
-    keys = [key for row in importer.rows for key in (row.key, *row.aliases)]
+def test_no_key_is_in_two_rows_of_the_option_table(importer: Importer) -> None:
+    keys = [key for option_row in importer.option_table for key in (option_row.key, *option_row.aliases)]
     assert sorted(key for key in set(keys) if keys.count(key) > 1) == []
 
 
@@ -219,24 +219,24 @@ def test_tools_without_importer_are_named(write_file: WriteFile, settings: dict[
     assert field in mistake
 
 
-def test_fields_of_tools_without_importer_exist() -> None:
-    paths = {field for tool in OTHER_TOOLS for field in tool.fields.values()}
-    known = set(field_paths(FineTuneJobSpec))
+def test_spec_fields_for_tools_without_importer_exist() -> None:
+    paths = {field for tool in OTHER_TOOLS for field in tool.field_by_key.values()}
+    known = set(list_field_paths(FineTuneJobSpec))
     assert sorted(paths - known) == []
 
 
-def field_paths(model: Any, prefix: str = "") -> Iterator[str]:
-    """Yield the dotted paths of all fields of the spec."""
+def list_field_paths(model: Any, prefix: str = "") -> Iterator[str]:
+    """Yield the dotted paths of all fields of a model."""
     for name, info in model.model_fields.items():
         path = f"{prefix}{info.alias or name}"
         yield path
-        group = nested_group(info.annotation)
+        group = find_nested_group(info.annotation)
         if group is not None:
-            yield from field_paths(group, f"{path}.")
+            yield from list_field_paths(group, f"{path}.")
 
 
 @pytest.mark.parametrize("name", IMPORTERS)
-def test_rows_name_existing_fields(name: str) -> None:
-    known = set(field_paths(FineTuneJobSpec))
-    rows = [row for row in IMPORTERS[name].rows if row.path]
-    assert sorted(row.path for row in rows if row.path not in known) == []
+def test_rows_of_the_option_table_name_existing_fields(name: str) -> None:
+    known = set(list_field_paths(FineTuneJobSpec))
+    option_rows = [option_row for option_row in IMPORTERS[name].option_table if option_row.path]
+    assert sorted(option_row.path for option_row in option_rows if option_row.path not in known) == []

@@ -1,4 +1,4 @@
-"""Import every required sample and every code block on the tools' pages. The results equal the reviewed results in `expected/`."""
+"""Imports of all required samples, and of all code blocks on the tools' documentation pages, have the reviewed results in `expected/`."""
 
 from __future__ import annotations
 
@@ -11,59 +11,66 @@ from finetune_cli.importers.registry import IMPORTERS
 from finetune_cli.importers.run_import import load_documents
 
 from tests.pod.cli.sources import SOURCES
-from tests.unit.cli.cases import AS_COMMANDS, CASES_WITH_COMMANDS, PAGES, REQUIRED_SAMPLES, import_cases, import_outcome
+from tests.unit.cli.cases import (
+    BLOCKS_BY_PAGE,
+    CASE_BY_COMMAND_SAMPLE,
+    CASES_WITH_COMMANDS,
+    REQUIRED_SAMPLES,
+    list_import_cases,
+    run_import_case,
+)
 from tests.unit.cli.conftest import WriteFile
 from tests.unit.cli.import_command import CASES_FOLDER, import_files
 
 TOML_BLOCKS = sorted((CASES_FOLDER / "blocks").glob("toml-*.toml"))
 
 
-@pytest.mark.parametrize("name", import_cases())
-def test_import_gives_the_reviewed_result(name: str) -> None:
+@pytest.mark.parametrize("name", list_import_cases())
+def test_an_import_has_the_reviewed_result(name: str) -> None:
     expected = json.loads((CASES_FOLDER / "expected" / f"{name}.json").read_text(encoding="utf-8"))
-    assert json.loads(json.dumps(import_outcome(name))) == expected
+    assert json.loads(json.dumps(run_import_case(name))) == expected
 
 
 def test_every_expected_result_has_a_case() -> None:
-    assert {path.stem for path in (CASES_FOLDER / "expected").glob("*.json")} == set(import_cases())
+    assert {path.stem for path in (CASES_FOLDER / "expected").glob("*.json")} == set(list_import_cases())
 
 
-@pytest.mark.parametrize("source", PAGES)
+@pytest.mark.parametrize("source", BLOCKS_BY_PAGE)
 def test_every_block_of_a_page_is_imported(source: str) -> None:
     blocks = [path for path in (CASES_FOLDER / "blocks").iterdir() if path.name.startswith(f"{source}-")]
     commands = [path for path in blocks if path.suffix == ".txt"]
     command_cases = [name for name in CASES_WITH_COMMANDS if name.startswith(f"{source}-page-")]
-    assert (len(blocks) - len(commands), len(commands) + len(command_cases)) == PAGES[source]
+    assert (len(blocks) - len(commands), len(commands) + len(command_cases)) == BLOCKS_BY_PAGE[source]
 
 
 @pytest.mark.parametrize("source", REQUIRED_SAMPLES)
 def test_every_required_sample_is_imported(source: str) -> None:
     for words, refused in zip(REQUIRED_SAMPLES[source], (False, True), strict=True):
         for word in words.split():
-            name = AS_COMMANDS.get(f"{source}-{word}", f"samples-{source}-{word}")
-            assert ("refused" in import_outcome(name)) is refused, name
+            name = CASE_BY_COMMAND_SAMPLE.get(f"{source}-{word}", f"samples-{source}-{word}")
+            assert ("refused" in run_import_case(name)) is refused, name
     files = {path.stem for path in (CASES_FOLDER / "samples").iterdir() if path.stem.startswith(f"{source}-")} - {
         "yaml-ds_config"
     }
     required_names = {f"{source}-{word}" for words in REQUIRED_SAMPLES[source] for word in words.split()}
-    assert files == required_names - set(AS_COMMANDS)
+    assert files == required_names - set(CASE_BY_COMMAND_SAMPLE)
 
 
-@pytest.mark.parametrize("name", [name for name in import_cases() if "-A" in name or "-B" in name or "-C" in name])
-def test_accepted_samples_are_accepted(name: str) -> None:
-    result = import_outcome(name)
+@pytest.mark.parametrize("name", [name for name in list_import_cases() if "-A" in name or "-B" in name or "-C" in name])
+def test_samples_a_b_and_c_are_accepted(name: str) -> None:
+    result = run_import_case(name)
     assert "refused" not in result
     FineTuneJobSpec.model_validate(result["spec"])
 
 
-@pytest.mark.parametrize("name", [name for name in import_cases() if "-R" in name])
-def test_refused_samples_name_the_location(name: str) -> None:
-    for mistake in import_outcome(name)["refused"]:
+@pytest.mark.parametrize("name", [name for name in list_import_cases() if "-R" in name])
+def test_mistakes_in_refused_samples_name_their_file(name: str) -> None:
+    for mistake in run_import_case(name)["refused"]:
         assert name.partition("-")[2].split("-")[0] in mistake.split(":")[0]
 
 
 @pytest.mark.parametrize("path", TOML_BLOCKS, ids=lambda path: path.stem)
-def test_toml_block_imports_with_model_and_data(path: Path) -> None:
+def test_a_toml_block_with_model_and_data_is_imported(path: Path) -> None:
     imported = import_files(path, source="toml", overrides={"model.source": "org/m", "dataset.train": "org/d"})
     assert imported.mistakes == []
     assert imported.at("model.source") == "org/m"
@@ -80,9 +87,9 @@ def test_all_toml_blocks_combine_to_one_configuration() -> None:
     assert imported.at("output.hub.push") is True
 
 
-@pytest.mark.parametrize("name", import_cases())
+@pytest.mark.parametrize("name", list_import_cases())
 def test_case_is_recognised_as_its_tool_or_refused(name: str) -> None:
-    files, source, words = import_cases()[name]
+    files, source, words = list_import_cases()[name]
     recognised = [
         importer.name for importer in IMPORTERS.values() if importer.recognises_input(load_documents(files), tuple(words.split()))
     ]

@@ -1,4 +1,4 @@
-"""The importer `toml`: sections, `"null"`, variables, and options that combine."""
+"""The importer `toml`: sections, the text `"null"`, environment variables, and options that depend on each other."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def import_toml(write_file: WriteFile) -> Any:
     return run
 
 
-def test_defaults_of_a_minimal_file(import_toml: Any) -> None:
+def test_a_minimal_file_gets_the_values_of_the_tools_example(import_toml: Any) -> None:
     imported = import_toml()
     assert imported.spec["training"] == {
         "epochs": 30, "learningRate": 2e-4, "batchSizePerDevice": 4, "gradientAccumulationSteps": 4, "warmupSteps": 5, "scheduler": "linear",
@@ -88,7 +88,7 @@ def test_options_select_method_and_bits(import_toml: Any, text: str, method: str
     assert (imported.at("method.type"), imported.at("model.quantization.bits")) == (method, bits)
 
 
-def test_full_with_four_bits_is_refused(import_toml: Any) -> None:
+def test_full_fine_tuning_of_4_bit_weights_is_refused(import_toml: Any) -> None:
     (mistake,) = import_toml("full_finetuning = true\nload_in_4bit = true\n").mistakes
     assert mistake.startswith(
         "job.toml:4, job.toml:5: fine_tuner.full_finetuning, fine_tuner.load_in_4bit: full fine-tuning"
@@ -109,19 +109,19 @@ def test_quantized_base_model_stays_quantized(write_file: WriteFile) -> None:
         ("is_multimodel = true\nfinetune_vision_layers = false\nfinetune_mlp_modules = false\n", {"visionLayers": False, "mlpModules": False}),
     ],
 )
-def test_vision_models_train_their_vision_layers_unless_they_are_switched_off(import_toml: Any, text: str, vision: dict[str, bool]) -> None:
+def test_vision_layers_of_a_vision_model_are_trained_unless_they_are_turned_off(import_toml: Any, text: str, vision: dict[str, bool]) -> None:
     imported = import_toml(text)
     assert imported.mistakes == []
     assert (imported.at("model.modality"), imported.at("method.vision")) == ("visionLanguage", vision)
 
 
-def test_vision_switches_of_a_text_model_have_no_effect(import_toml: Any) -> None:
+def test_vision_options_of_a_text_model_have_no_effect(import_toml: Any) -> None:
     imported = import_toml("finetune_vision_layers = true\n")
     assert imported.at("method.vision") is None and imported.at("model.modality") is None
     assert any("the model is not multimodal" in warning for warning in imported.warnings)
 
 
-def test_loftq_options_are_read(import_toml: Any) -> None:
+def test_loftq_options_are_read_and_explained(import_toml: Any) -> None:
     imported = import_toml("loftq_config = { loftq_bits = 4, loftq_iter = 2 }\n")
     assert imported.at("method.lora.loftq") == {"bits": 4, "iterations": 1}
     assert (imported.at("method.lora.init"), imported.at("method.type"), imported.at("model.quantization")) == (
@@ -132,7 +132,7 @@ def test_loftq_options_are_read(import_toml: Any) -> None:
     assert imported.notes[0].startswith("loftq_iter 2 becomes 1: each further iteration changes the quantised base model")
     assert (
         imported.notes[1]
-        == "LoftQ with load_in_4bit: the trainer loads the base model in full precision, initialises the adapter, then quantizes the model"
+        == "LoftQ with load_in_4bit: the trainer loads the base model in full precision, initialises the adapter, and then quantises the model"
     )
 
 

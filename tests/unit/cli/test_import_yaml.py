@@ -1,4 +1,4 @@
-"""The importer `yaml`: YAML syntax, overrides, DeepSpeed files, duplicate keys."""
+"""The importer `yaml`: YAML syntax, overrides, DeepSpeed files and duplicate keys."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def import_yaml(write_file: WriteFile) -> Any:
     return run
 
 
-def test_defaults_of_a_minimal_file(import_yaml: Any) -> None:
+def test_a_minimal_file_gets_the_defaults_of_the_tool(import_yaml: Any) -> None:
     imported = import_yaml()
     assert imported.spec["training"] == {
         "epochs": 3, "batchSizePerDevice": 1, "gradientAccumulationSteps": 16, "learningRate": 2e-4, "scheduler": "cosine", "warmupRatio": 0.03,
@@ -53,7 +53,7 @@ def test_yaml_1_1_numbers_are_read(import_yaml: Any) -> None:
 
 
 @pytest.mark.parametrize("word", ["no", "off", '"no"', "false"])
-def test_unquoted_no_is_read_as_the_word(import_yaml: Any, word: str) -> None:
+def test_unquoted_no_is_read_as_the_word_no(import_yaml: Any, word: str) -> None:
     imported = import_yaml(f"training: {{mixed_precision: {word}}}\nevaluation: {{eval_strategy: {word}}}\n")
     assert (imported.at("training.mixedPrecision"), imported.at("evaluation.strategy")) == ("no", "no")
 
@@ -64,7 +64,7 @@ def test_duplicate_key_is_refused(import_yaml: Any) -> None:
     ]
 
 
-def test_overrides_with_space_and_equals_are_read(import_yaml: Any) -> None:
+def test_overrides_with_a_space_or_an_equals_sign_are_read(import_yaml: Any) -> None:
     imported = import_yaml(
         words="python src/train.py --training.epochs=2 --training.epochs 5 --fine_tuning.lora.target_modules '[a, b]' --training.learning_rate 1e-5"
     )
@@ -113,14 +113,14 @@ def test_options_select_method_and_bits(import_yaml: Any, text: str, method: str
         ("load_in_4bit: false", "method: qlora", "method qlora needs 4-bit, but model.load_in_4bit is false"),
     ],
 )
-def test_contradicting_bits_are_refused(import_yaml: Any, model: str, tuning: str, expected: str) -> None:
+def test_options_that_contradict_each_other_about_bits_are_refused(import_yaml: Any, model: str, tuning: str, expected: str) -> None:
     (mistake,) = import_yaml(
         base_text=f"model: {{base_model: m/m, {model}}}\nfine_tuning: {{{tuning}}}\ndataset: {{train_path: s3://data/t.json}}\n"
     ).mistakes
     assert expected in mistake
 
 
-def test_lora_on_four_bits_is_qlora(import_yaml: Any) -> None:
+def test_lora_with_a_4_bit_base_model_is_qlora(import_yaml: Any) -> None:
     imported = import_yaml(base_text="model: {base_model: m/m, load_in_4bit: true}\nfine_tuning: {method: lora}\n")
     assert imported.at("method.type") == "qlora"
     assert "method lora with a 4-bit base model is QLoRA and is imported as qlora" in imported.notes
@@ -146,7 +146,7 @@ def test_interval_of_the_evaluation_section_overrides_the_output_section(import_
     ]
 
 
-def test_both_human_evaluations_are_kept_and_generated_code_is_not_allowed(import_yaml: Any) -> None:
+def test_both_human_evaluations_are_imported_without_permission_to_run_generated_code(import_yaml: Any) -> None:
     text = "evaluation: {benchmarks: [human-eval, openai-humaneval]}\n"
     imported = import_yaml(text, overrides={"dataset.validation": "s3://data/v.json"}, benchmarks="s3://data/code")
     assert imported.at("evaluation.benchmarks") == [{"name": "human-eval"}, {"name": "openai-humaneval", "folder": "s3://data/code"}]
@@ -165,7 +165,7 @@ def test_harness_gets_the_tasks_of_the_tool_and_the_folder_of_the_option(import_
     assert len(warnings) == 2 and all("give --benchmarks URI" in warning for warning in warnings)
 
 
-def test_option_for_benchmarks_needs_benchmarks(import_yaml: Any) -> None:
+def test_the_option_benchmarks_is_refused_without_benchmarks(import_yaml: Any) -> None:
     (mistake,) = import_yaml(benchmarks="s3://data/b").mistakes
     assert mistake == "--benchmarks: s3://data/b: the option has no effect, because the configuration names no benchmarks; remove it"
 
@@ -190,12 +190,12 @@ def test_pruning_is_refused(import_yaml: Any) -> None:
     assert "enables pruning, which is not supported" in import_yaml("pruning: {enabled: true}\n").mistakes[0]
 
 
-def deepspeed_config(**zero_options: Any) -> str:
+def build_deepspeed_config(**zero_options: Any) -> str:
     return json.dumps({"train_micro_batch_size_per_gpu": "auto", "gradient_clipping": 0.3, "zero_optimization": zero_options})
 
 
 def test_deepspeed_file_is_read_and_stored_in_a_config_map(import_yaml: Any, write_file: WriteFile) -> None:
-    write_file("config/ds.json", deepspeed_config(stage=3, offload_optimizer={"device": "cpu"}, offload_param={"device": "cpu"}))
+    write_file("config/ds.json", build_deepspeed_config(stage=3, offload_optimizer={"device": "cpu"}, offload_param={"device": "cpu"}))
     imported = import_yaml(
         "fine_tuning: {method: lora}\ndistributed: {use_deepspeed: true, deepspeed_config: config/ds.json}\n"
     )
@@ -209,7 +209,7 @@ def test_deepspeed_file_is_read_and_stored_in_a_config_map(import_yaml: Any, wri
 
 
 def test_contradicting_deepspeed_file_is_refused(import_yaml: Any, write_file: WriteFile) -> None:
-    write_file("ds.json", deepspeed_config(stage=2))
+    write_file("ds.json", build_deepspeed_config(stage=2))
     (mistake,) = import_yaml(
         "fine_tuning: {method: lora}\ndistributed: {use_deepspeed: true, zero_stage: 3, deepspeed_config: ds.json}\n"
     ).mistakes

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 from finetune_api.spec.cluster import StorageRoot
-from finetune_cli.downloads import committed_source, download
+from finetune_cli.downloads import download, make_committed_source
 from finetune_cli.job_storage import (
     CommittedFolder,
     JobStorage,
     StorageError,
     list_committed_folders,
-    root_of,
+    locate_job_folder,
     verify_files,
 )
 from finetune_cli.transfers import SilentProgress
@@ -41,7 +41,7 @@ def commit_folder(
 
 def download_commit(storage: JobStorage, committed: CommittedFolder, folder: Path) -> int:
     """Download a commit into a folder, and return the bytes of its files."""
-    return sum(file.size for file in download(committed_source(storage, committed), folder, SilentProgress()))
+    return sum(file.size for file in download(make_committed_source(storage, committed), folder, SilentProgress()))
 
 
 @pytest.fixture
@@ -105,17 +105,17 @@ def test_delete_removes_all_objects(storage: JobStorage) -> None:
 def test_root_comes_from_spec_or_status() -> None:
     metadata = {"name": "bot", "namespace": "team", "uid": "u1"}
     job: dict[str, Any] = {"metadata": metadata, "spec": {"storage": {"uri": "s3://models/x/"}}}
-    assert root_of(job)[0] == "s3://models/x/team/bot/u1"
+    assert locate_job_folder(job)[0] == "s3://models/x/team/bot/u1"
     job_with_status = {
         "metadata": metadata,
         "spec": {},
         "status": {"checkpoints": [{"uri": "s3://b/y/team/bot/u1/checkpoints/step-1/a"}]},
     }
-    assert root_of(job_with_status)[0] == "s3://b/y/team/bot/u1"
+    assert locate_job_folder(job_with_status)[0] == "s3://b/y/team/bot/u1"
     with pytest.raises(StorageError, match="with --storage URI"):
-        root_of({"metadata": metadata, "spec": {}})
+        locate_job_folder({"metadata": metadata, "spec": {}})
     adopted = {"output": {"uri": "s3://b/y/team/bot/u0/model/a1-12345678", "adoptedUid": "u0"}}
-    assert root_of({"metadata": metadata, "spec": {}, "status": adopted})[0] == "s3://b/y/team/bot/u0"
-    assert root_of({"metadata": metadata, "spec": {"storage": {"uri": "s3://bucket/y"}}, "status": adopted})[0] == "s3://bucket/y/team/bot/u0"
+    assert locate_job_folder({"metadata": metadata, "spec": {}, "status": adopted})[0] == "s3://b/y/team/bot/u0"
+    assert locate_job_folder({"metadata": metadata, "spec": {"storage": {"uri": "s3://bucket/y"}}, "status": adopted})[0] == "s3://bucket/y/team/bot/u0"
     forged = {"output": {"uri": "s3://b/y/team/bot/u1/model/a1-12345678", "adoptedUid": "../../other"}}
-    assert root_of({"metadata": metadata, "spec": {"storage": {"uri": "s3://bucket/y"}}, "status": forged})[0] == "s3://bucket/y/team/bot/u1"
+    assert locate_job_folder({"metadata": metadata, "spec": {"storage": {"uri": "s3://bucket/y"}}, "status": forged})[0] == "s3://bucket/y/team/bot/u1"

@@ -15,7 +15,7 @@ from finetune_api import names
 from finetune_api.defaults import ResolvedSpec, resolve_defaults
 from finetune_api.spec import FineTuneJobSpec
 from finetune_cli import local_run
-from finetune_cli.local_run import _link_config_maps, _write_run, last_report, last_started_attempt
+from finetune_cli.local_run import _link_config_maps, _write_run, find_last_attempt, read_last_report
 from finetune_cli.local_spec import LocalRunError
 
 
@@ -31,15 +31,15 @@ def test_last_report_shows_the_final_stage(message: dict[str, Any], stage: str, 
     (tmp_path / "termination-message.json").write_text(
         json.dumps({"progress": {"step": 12, "totalSteps": 100}, **message})
     )
-    report = last_report(tmp_path / "termination-message.json")
+    report = read_last_report(tmp_path / "termination-message.json")
     assert report is not None and report.stage == stage
 
 
 def test_attempts_are_counted_from_storage(tmp_path: Path) -> None:
-    assert last_started_attempt(tmp_path) == 0
+    assert find_last_attempt(tmp_path) == 0
     for name in ("attempt-9", "attempt-10", "attempt-x", "other"):
         (tmp_path / "run" / name).mkdir(parents=True)
-    assert last_started_attempt(tmp_path) == 10
+    assert find_last_attempt(tmp_path) == 10
 
 
 EARLIER_DEFAULTS = {"model.ligerKernels": False, "method.lora.dropout": 0.05}
@@ -91,6 +91,6 @@ def test_a_signal_to_the_command_stops_the_trainer(number: signal.Signals, tmp_p
     polls = iter([lambda: os.kill(os.getpid(), number), process.wait])
     monkeypatch.setattr(local_run, "_poll_trainer", lambda *_: next(polls)())
     before = signal.getsignal(signal.SIGTERM)
-    with local_run._termination_as_interrupt():
+    with local_run._treat_termination_as_interrupt():
         assert local_run._wait_for_trainer(process, 0, tmp_path / "termination") == 75
     assert signal.getsignal(signal.SIGTERM) is before

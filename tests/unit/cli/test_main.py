@@ -113,7 +113,7 @@ def test_help_shows_the_program_name_as_the_user_typed_it(
 
 def test_unknown_output_format_is_refused(run_command: RunCommand) -> None:
     assert (
-        run_command("get", "-o", "table")[2] == "error: -o table: unknown output format; write one of yaml, json, wide, name\n"
+        run_command("get", "-o", "table")[2] == "error: -o table: unknown output format; write one of yaml, json, wide, cost, name\n"
     )
     assert run_command("status", "bot", "-o", "wide")[2] == "error: -o wide: unknown output format; write one of yaml, json\n"
     assert "choose one" in run_command("status", "bot", "-o", "json", "--watch")[2]

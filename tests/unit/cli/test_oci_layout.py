@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from finetune_api.oci import modelpack_artefact
+from finetune_api.oci import build_modelpack_artefact
 from finetune_api.spec.cluster import StorageRoot
 from finetune_cli.job_storage import JobStorage, StorageError
 from finetune_cli.oci_layout import LayoutForm, write_layout
@@ -121,8 +121,8 @@ def test_the_digest_does_not_depend_on_the_order_of_the_files() -> None:
     from finetune_api.spec.enums import OutputKind
 
     files = [ModelFile("b", 1, "b" * 64), ModelFile("a", 1, "a" * 64)]
-    assert modelpack_artefact("bot", OutputKind.MODEL, files) == modelpack_artefact("bot", OutputKind.MODEL, files[::-1])
-    assert modelpack_artefact("bot", OutputKind.ADAPTER, files).digest != modelpack_artefact("bot", OutputKind.MODEL, files).digest
+    assert build_modelpack_artefact("bot", OutputKind.MODEL, files) == build_modelpack_artefact("bot", OutputKind.MODEL, files[::-1])
+    assert build_modelpack_artefact("bot", OutputKind.ADAPTER, files).digest != build_modelpack_artefact("bot", OutputKind.MODEL, files).digest
 
 
 @pytest.mark.parametrize("form", list(LayoutForm))

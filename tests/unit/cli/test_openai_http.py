@@ -1,4 +1,4 @@
-"""The HTTP side of the OpenAI server without a cluster: damaged bodies, lost connections, and limits of uploads."""
+"""The HTTP part of the OpenAI server, without a cluster: damaged bodies, lost connections, and the limit on uploads."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from finetune_cli.job_storage import StorageError
 from finetune_cli.openai_server.app import create_app
 from finetune_cli.openai_server.config import ServerConfig
 from finetune_cli.openai_server.keys import Account, KeyTable
-from finetune_cli.openai_server.service import Content, FineTuningService
+from finetune_cli.openai_server.service import FileContent, FineTuningService
 
 KEY = "sk-1"
 HEADERS = {"Authorization": f"Bearer {KEY}"}
-PART = b'--a\r\nContent-Disposition: form-data; name="file"; filename="a.jsonl"\r\n\r\n{}\r\n'
-PURPOSE = b'--a\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nfine-tune\r\n'
-MULTIPART = {**HEADERS, "Content-Type": "multipart/form-data; boundary=a"}
+FILE_PART = b'--a\r\nContent-Disposition: form-data; name="file"; filename="a.jsonl"\r\n\r\n{}\r\n'
+PURPOSE_PART = b'--a\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nfine-tune\r\n'
+MULTIPART_HEADERS = {**HEADERS, "Content-Type": "multipart/form-data; boundary=a"}
 
 
-class Service(FineTuningService):
-    """A service that stores nothing. `chunks` is the content of every file; it may raise."""
+class ServiceWithoutStorage(FineTuningService):
+    """A service without storage. `chunks` yields the content of each file, and may raise an exception."""
 
     chunks: Iterator[bytes] = iter(())
 
@@ -41,19 +41,19 @@ class Service(FineTuningService):
     def add_file(self, account: Account, name: str, path: Path) -> dict[str, Any]:
         return {"filename": name, "bytes": path.stat().st_size}
 
-    def read_file(self, account: Account, file_id: str) -> Content:
-        return Content("a.jsonl", self.chunks)
+    def read_file(self, account: Account, file_id: str) -> FileContent:
+        return FileContent("a.jsonl", self.chunks)
 
 
 @pytest.fixture
-def service() -> Service:
+def service() -> ServiceWithoutStorage:
     config = {"storage": {"uri": "s3://models/jobs"}, "models": {"m": {"spec": {"model": {"source": "org/m"}}}}}
-    return Service(ServerConfig.model_validate(config), Cluster(None, "default"))
+    return ServiceWithoutStorage(ServerConfig.model_validate(config), Cluster(None, "default"))
 
 
 @pytest.fixture
-async def server(service: Service, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> AsyncIterator[tuple[str, int]]:
-    """Start the server. Returns its address."""
+async def server(service: ServiceWithoutStorage, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> AsyncIterator[tuple[str, int]]:
+    """Start the server, and return its host and port."""
     caplog.set_level(logging.INFO)
     keys = tmp_path / "keys.yaml"
     keys.write_text(json.dumps({"keys": [{"sha256": hashlib.sha256(KEY.encode()).hexdigest(), "namespace": "team-a", "serviceAccount": "alice"}]}), "utf-8")
@@ -65,13 +65,13 @@ async def server(service: Service, tmp_path: Path, caplog: pytest.LogCaptureFixt
 
 
 async def send(server: tuple[str, int], method: str, path: str, headers: dict[str, str], body: bytes | None = None) -> tuple[int, Any]:
-    """Return the status and the JSON of a response."""
+    """Send a request, and return the status and the JSON of the response."""
     async with aiohttp.ClientSession() as session, session.request(method, f"http://{server[0]}:{server[1]}{path}", headers=headers, data=body) as response:
         return response.status, await response.json()
 
 
-async def open_request(server: tuple[str, int], head: str, body: bytes = b"") -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """Send the head of a request and a part of its body over a connection of its own."""
+async def start_request(server: tuple[str, int], head: str, body: bytes = b"") -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Send the head of a request and the beginning of its body over a new connection. Return the connection's reader and writer."""
     reader, writer = await asyncio.open_connection(*server)
     writer.write(f"{head}\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n".encode() + body)
     await writer.drain()
@@ -85,7 +85,7 @@ async def wait_for_log(caplog: pytest.LogCaptureFixture, text: str) -> None:
             await asyncio.sleep(0)
 
 
-def errors(caplog: pytest.LogCaptureFixture) -> list[str]:
+def error_messages(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
 
 
@@ -93,7 +93,7 @@ UPLOAD_HEAD = "Content-Type: multipart/form-data; boundary=a\r\nContent-Length: 
 
 
 async def test_upload_is_passed_to_the_service(server: tuple[str, int]) -> None:
-    assert await send(server, "POST", "/v1/files", MULTIPART, PURPOSE + PART + b"--a--\r\n") == (200, {"filename": "a.jsonl", "bytes": 2})
+    assert await send(server, "POST", "/v1/files", MULTIPART_HEADERS, PURPOSE_PART + FILE_PART + b"--a--\r\n") == (200, {"filename": "a.jsonl", "bytes": 2})
 
 
 @pytest.mark.parametrize(
@@ -101,18 +101,18 @@ async def test_upload_is_passed_to_the_service(server: tuple[str, int]) -> None:
     [
         ("/v1/fine_tuning/jobs", {"Content-Type": "application/json; charset=foo"}, b"{}", "invalid_json"),
         ("/v1/fine_tuning/jobs", {"Content-Type": "application/json", "Content-Encoding": "gzip"}, b"no gzip", "invalid_body"),
-        ("/v1/files", {**MULTIPART, "Content-Encoding": "gzip"}, gzip.compress(PURPOSE + PART)[:10] + b"\xff" * 20, "invalid_body"),
-        ("/v1/files", MULTIPART, b"--a\r\nX-Long: " + b"x" * (65 << 10) + b"\r\n\r\n{}\r\n--a--\r\n", "invalid_body"),
+        ("/v1/files", {**MULTIPART_HEADERS, "Content-Encoding": "gzip"}, gzip.compress(PURPOSE_PART + FILE_PART)[:10] + b"\xff" * 20, "invalid_body"),
+        ("/v1/files", MULTIPART_HEADERS, b"--a\r\nX-Long: " + b"x" * (65 << 10) + b"\r\n\r\n{}\r\n--a--\r\n", "invalid_body"),
     ],
 )
-async def test_damaged_body_is_the_clients_mistake(
+async def test_a_damaged_body_is_answered_as_a_mistake_of_the_client(
     server: tuple[str, int], caplog: pytest.LogCaptureFixture, path: str, headers: dict[str, str], body: bytes, code: str
 ) -> None:
     status, answer = await send(server, "POST", path, {**HEADERS, **headers}, body)
-    assert (status, answer["error"]["type"], answer["error"]["code"], errors(caplog)) == (400, "invalid_request_error", code, [])
+    assert (status, answer["error"]["type"], answer["error"]["code"], error_messages(caplog)) == (400, "invalid_request_error", code, [])
 
 
-async def test_missing_key_is_explained(server: tuple[str, int]) -> None:
+async def test_a_request_without_a_key_is_refused_with_an_explanation(server: tuple[str, int]) -> None:
     status, answer = await send(server, "GET", "/v1/files", {})
     message = "the API key is missing or not valid: send a key of this server as bearer token in the header Authorization"
     assert (status, answer["error"]["message"]) == (401, message)
@@ -127,37 +127,39 @@ async def test_fifth_upload_at_the_same_time_is_refused(server: tuple[str, int],
             folders.append(self.name)
 
     monkeypatch.setattr(tempfile, "TemporaryDirectory", Folder)
-    writers = [(await open_request(server, "POST /v1/files HTTP/1.1", UPLOAD_HEAD.encode() + PART))[1] for _ in range(4)]
+    writers = [(await start_request(server, "POST /v1/files HTTP/1.1", UPLOAD_HEAD.encode() + FILE_PART))[1] for _ in range(4)]
     async with asyncio.timeout(30):
         while len(folders) < 4:  # noqa: ASYNC110 -- a list has no event
             await asyncio.sleep(0)
-    status, answer = await send(server, "POST", "/v1/files", MULTIPART, PURPOSE + PART + b"--a--\r\n")
+    status, answer = await send(server, "POST", "/v1/files", MULTIPART_HEADERS, PURPOSE_PART + FILE_PART + b"--a--\r\n")
     assert (status, len(folders), answer["error"]) == (429, 4, {
-        "message": "this server receives 4 files already, and cannot store more at the same time: send the file again later",
+        "message": "this server already receives 4 files, and cannot receive more at the same time: send the file again later",
         "type": "invalid_request_error", "param": None, "code": "rate_limit_exceeded",
     })  # fmt: skip
     writers[0].transport.abort()
     await wait_for_log(caplog, "POST /v1/files 499")
-    assert (await send(server, "POST", "/v1/files", MULTIPART, PURPOSE + PART + b"--a--\r\n"))[0] == 200
+    assert (await send(server, "POST", "/v1/files", MULTIPART_HEADERS, PURPOSE_PART + FILE_PART + b"--a--\r\n"))[0] == 200
     for writer in writers[1:]:
         writer.transport.abort()
 
 
-async def test_head_of_a_content_is_refused(server: tuple[str, int]) -> None:
-    _, writer = connection = await open_request(server, "HEAD /v1/files/file-1/content HTTP/1.1", b"Connection: close\r\n\r\n")
+async def test_a_head_request_for_the_content_of_a_file_is_refused(server: tuple[str, int]) -> None:
+    _, writer = connection = await start_request(server, "HEAD /v1/files/file-1/content HTTP/1.1", b"Connection: close\r\n\r\n")
     head, _, body = (await connection[0].read()).partition(b"\r\n\r\n")
     writer.close()
     assert (head.partition(b"\r\n")[0], body) == (b"HTTP/1.1 405 Method Not Allowed", b"")
 
 
-async def test_client_that_disconnects_during_an_upload_is_no_bug(server: tuple[str, int], caplog: pytest.LogCaptureFixture) -> None:
-    _, writer = await open_request(server, "POST /v1/files HTTP/1.1", UPLOAD_HEAD.encode() + PART)
+async def test_a_client_that_disconnects_during_an_upload_causes_no_error_in_the_log(server: tuple[str, int], caplog: pytest.LogCaptureFixture) -> None:
+    _, writer = await start_request(server, "POST /v1/files HTTP/1.1", UPLOAD_HEAD.encode() + FILE_PART)
     writer.transport.abort()
     await wait_for_log(caplog, "team-a/alice POST /v1/files 499")
-    assert (errors(caplog), "the client disconnected before the end of POST /v1/files" in caplog.text) == ([], True)
+    assert (error_messages(caplog), "the client disconnected before the end of POST /v1/files" in caplog.text) == ([], True)
 
 
-async def test_client_that_disconnects_during_a_download_is_no_bug(server: tuple[str, int], service: Service, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_client_that_disconnects_during_a_download_causes_no_error_in_the_log(
+    server: tuple[str, int], service: ServiceWithoutStorage, caplog: pytest.LogCaptureFixture
+) -> None:
     has_disconnected = threading.Event()
 
     def content() -> Iterator[bytes]:
@@ -167,24 +169,24 @@ async def test_client_that_disconnects_during_a_download_is_no_bug(server: tuple
             yield b"x" * (1 << 16)
 
     service.chunks = content()
-    reader, writer = await open_request(server, "GET /v1/files/file-1/content HTTP/1.1", b"\r\n")
+    reader, writer = await start_request(server, "GET /v1/files/file-1/content HTTP/1.1", b"\r\n")
     await reader.readuntil(b"first")
     writer.transport.abort()
     has_disconnected.set()
     await wait_for_log(caplog, "team-a/alice GET /v1/files/file-1/content")
-    assert (errors(caplog), "the client disconnected before the end of GET /v1/files/file-1/content" in caplog.text) == ([], True)
+    assert (error_messages(caplog), "the client disconnected before the end of GET /v1/files/file-1/content" in caplog.text) == ([], True)
 
 
 @pytest.mark.parametrize("error", [StorageError("s3://models/a: SlowDown"), RuntimeError("generator")])
-async def test_failure_after_the_status_ends_the_connection(
-    server: tuple[str, int], service: Service, caplog: pytest.LogCaptureFixture, error: Exception
+async def test_an_exception_after_the_status_is_sent_ends_the_connection(
+    server: tuple[str, int], service: ServiceWithoutStorage, caplog: pytest.LogCaptureFixture, error: Exception
 ) -> None:
     def content() -> Iterator[bytes]:
         yield b"first"
         raise error
 
     service.chunks = content()
-    reader, writer = await open_request(server, "GET /v1/files/file-1/content HTTP/1.1", b"\r\n")
+    reader, writer = await start_request(server, "GET /v1/files/file-1/content HTTP/1.1", b"\r\n")
     received = b""
     try:
         while part := await reader.read(1 << 16):
@@ -193,4 +195,4 @@ async def test_failure_after_the_status_ends_the_connection(
         pass
     writer.close()
     assert (received.count(b"HTTP/1.1"), received.endswith(b"0\r\n\r\n")) == (1, False)
-    assert "the content of a file could not be read to its end" in errors(caplog)[-1]
+    assert "the content of a file could not be read to its end" in error_messages(caplog)[-1]

@@ -1,4 +1,4 @@
-"""The OpenAI server without a cluster: the mapping of requests to FineTuneJobs and of FineTuneJobs to the API's objects, its files, and its failures."""
+"""The OpenAI server without a cluster: requests become FineTuneJobs, FineTuneJobs become objects of the API, and its keys, files and failures."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from finetune_cli.job_storage import ConnectionLost, JobStorage, StorageError
 from finetune_cli.mistakes import InvalidInput
 from finetune_cli.openai_server import ids, job_objects
 from finetune_cli.openai_server.config import ServerConfig, load_config
-from finetune_cli.openai_server.failures import RequestFailure, failure_of_cluster, failure_of_storage
-from finetune_cli.openai_server.files import ClientFile, FileStore, check_rows
+from finetune_cli.openai_server.failures import RequestFailure, convert_cluster_error, convert_storage_error
+from finetune_cli.openai_server.files import ClientFile, FileStore, check_jsonl
 from finetune_cli.openai_server.job_requests import build_job, check_models
 from finetune_cli.openai_server.keys import Account, KeyTable
-from finetune_cli.openai_server.pages import page_of, read_page_request
-from finetune_cli.openai_server.results import result_rows
+from finetune_cli.openai_server.pages import build_page, read_page_request
+from finetune_cli.openai_server.results import build_metrics_csv
 from finetune_cli.openai_server.service import FineTuningService
 
 from tests.unit.cli.conftest import WriteFile
@@ -34,36 +34,36 @@ from tests.unit.cli.import_command import import_files
 
 GUIDE_FILE = Path(__file__).parents[3] / "docs" / "guides" / "openai.md"
 FILE = ClientFile("file-0123456789abcdef01234567", "train.jsonl", 10, "team-a/_files/file-0123456789abcdef01234567/train.jsonl/rows.jsonl")
-MESSAGES, PAIRS = '{"messages": []}', '{"input": {}, "preferred_output": [], "non_preferred_output": []}'
+MESSAGES_ROW, PREFERENCE_ROW = '{"messages": []}', '{"input": {}, "preferred_output": [], "non_preferred_output": []}'
 REQUEST = {"model": "gpt-4o-mini", "training_file": FILE.id}
 SECRET = "hf_" + "aB3" * 12
 JOB_ID = "ftjob-0123456789abcdef01234567"
 
 
-def config(**spec: Any) -> ServerConfig:
-    """Return a configuration with one model, with these further fields in its spec."""
+def build_config(**spec: Any) -> ServerConfig:
+    """Return a configuration with one model. `spec`: further fields of the model's spec."""
     return ServerConfig.model_validate({
         "storage": {"uri": "s3://models/jobs", "endpoint": "http://s3.example.com"},
         "models": {"gpt-4o-mini": {"spec": {"model": {"source": "org/small"}, **spec}}},
     })  # fmt: skip
 
 
-def build(request: Any, rows: str = MESSAGES, **spec: Any) -> dict[str, Any]:
-    """Return the FineTuneJob of a request."""
+def build_finetunejob(request: Any, rows: str = MESSAGES_ROW, **spec: Any) -> dict[str, Any]:
+    """Return the FineTuneJob that the server creates for a request. `rows`: the first rows of the file. `spec`: fields of the model's spec."""
     return build_job(
-        request, config(**spec), JOB_ID, find_file=lambda file_id: FILE if file_id == FILE.id else None,
-        read_first_lines=lambda file: [rows], uri_of=lambda file: f"s3://models/jobs/{file.key}",
+        request, build_config(**spec), JOB_ID, find_file=lambda file_id: FILE if file_id == FILE.id else None,
+        read_first_lines=lambda file: [rows], make_file_uri=lambda file: f"s3://models/jobs/{file.key}",
     )  # fmt: skip
 
 
-def refusal(request: Any, rows: str = MESSAGES, **spec: Any) -> RequestFailure:
-    """Return the failure of a request."""
+def find_refusal(request: Any, rows: str = MESSAGES_ROW, **spec: Any) -> RequestFailure:
+    """Return the failure with which the server refuses a request."""
     with pytest.raises(RequestFailure) as refused:
-        build(request, rows, **spec)
+        build_finetunejob(request, rows, **spec)
     return refused.value
 
 
-def supervised(**hyperparameters: Any) -> dict[str, Any]:
+def build_supervised_request(**hyperparameters: Any) -> dict[str, Any]:
     return {**REQUEST, "method": {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}}}
 
 
@@ -71,10 +71,10 @@ def supervised(**hyperparameters: Any) -> dict[str, Any]:
 
 
 def test_request_becomes_a_job() -> None:
-    request = {**supervised(n_epochs=2, batch_size=8, learning_rate_multiplier=2), "seed": 7, "suffix": "-bot", "metadata": {"team": "a"}}
+    request = {**build_supervised_request(n_epochs=2, batch_size=8, learning_rate_multiplier=2), "seed": 7, "suffix": "-bot", "metadata": {"team": "a"}}
     resources = {"nodePool": "h100", "gpusPerNode": 2}
     placement = {"nodeSelector": {"example.com/zone": "b"}}
-    job = build(request, resources=resources, placement=placement, dataset={"maxSequenceLength": 1024})
+    job = build_finetunejob(request, resources=resources, placement=placement, dataset={"maxSequenceLength": 1024})
     assert job["metadata"] == {
         "name": JOB_ID, "labels": {"finetune-operator.io/created-by": "openai-server"},
         "annotations": {"finetune-operator.io/openai-request": json.dumps(request, sort_keys=True), "team": "a"},
@@ -90,55 +90,55 @@ def test_request_becomes_a_job() -> None:
     FineTuneJobSpec.model_validate(spec)
 
 
-def test_all_mistakes_are_in_the_message() -> None:
-    refused = refusal(supervised(n_epochs=99, batch_size=0))
+def test_the_message_contains_all_mistakes_of_a_request() -> None:
+    refused = find_refusal(build_supervised_request(n_epochs=99, batch_size=0))
     assert refused.param == "method.supervised.hyperparameters.n_epochs"
     assert [line.partition(": ")[0].rpartition(".")[2] for line in refused.message.splitlines()] == ["n_epochs", "batch_size"]
 
 
-def test_request_and_import_have_the_same_meaning(write_file: WriteFile) -> None:
-    request = {**supervised(n_epochs=2, batch_size=6, learning_rate_multiplier=0.5), "seed": 7}
+def test_a_request_and_an_imported_file_become_the_same_job(write_file: WriteFile) -> None:
+    request = {**build_supervised_request(n_epochs=2, batch_size=6, learning_rate_multiplier=0.5), "seed": 7}
     file = write_file("job.json", json.dumps({**request, "training_file": f"s3://models/jobs/{FILE.key}"}))
     imported = import_files(file, model_map={"gpt-4o-mini": "org/small"})
-    spec = build(request)["spec"]
+    spec = build_finetunejob(request)["spec"]
     del spec["storage"]
     assert spec == imported.documents[0]["spec"]
 
 
 def test_values_of_the_client_replace_those_of_the_server() -> None:
     training = {"epochs": 1, "learningRate": 1e-5}
-    assert build({**REQUEST, "seed": 1}, training=training)["spec"]["training"] == {"epochs": 1, "learningRate": 1e-5, "seed": 1}
-    changed = build({**supervised(n_epochs=5, learning_rate_multiplier=3), "seed": 1}, training=training)["spec"]["training"]
+    assert build_finetunejob({**REQUEST, "seed": 1}, training=training)["spec"]["training"] == {"epochs": 1, "learningRate": 1e-5, "seed": 1}
+    changed = build_finetunejob({**build_supervised_request(n_epochs=5, learning_rate_multiplier=3), "seed": 1}, training=training)["spec"]["training"]
     assert changed == {"epochs": 5, "learningRate": 3e-5, "seed": 1}
 
 
-def test_absent_seed_is_chosen_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_absent_seed_becomes_a_random_number(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("secrets.randbelow", lambda limit: limit - 1)
-    assert build(REQUEST)["spec"]["training"]["seed"] == (1 << 31) - 1
-    assert build(REQUEST, training={"seed": 5})["spec"]["training"]["seed"] == 5
-    assert build({**REQUEST, "seed": None})["spec"]["training"]["seed"] == (1 << 31) - 1
+    assert build_finetunejob(REQUEST)["spec"]["training"]["seed"] == (1 << 31) - 1
+    assert build_finetunejob(REQUEST, training={"seed": 5})["spec"]["training"]["seed"] == 5
+    assert build_finetunejob({**REQUEST, "seed": None})["spec"]["training"]["seed"] == (1 << 31) - 1
 
 
-def test_preferences_become_a_dpo_job() -> None:
+def test_a_dpo_request_becomes_a_dpo_job() -> None:
     request = {**REQUEST, "method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.2, "n_epochs": "auto"}}}}
-    spec = build(request, PAIRS, trainer={"dpo": {"lossTypes": ["ipo"]}})["spec"]
+    spec = build_finetunejob(request, PREFERENCE_ROW, trainer={"dpo": {"lossTypes": ["ipo"]}})["spec"]
     assert spec["trainer"] == {"type": "dpo", "dpo": {"beta": 0.2, "lossTypes": ["ipo"]}}
     assert (spec["dataset"]["format"], spec["training"]["epochs"]) == ("preference", 3)
-    assert "dpo" not in build(REQUEST, trainer={"dpo": {"beta": 0.3}})["spec"]["trainer"]
+    assert "dpo" not in build_finetunejob(REQUEST, trainer={"dpo": {"beta": 0.3}})["spec"]["trainer"]
 
 
-def test_tracker_needs_a_key_of_the_server() -> None:
+def test_a_tracker_needs_a_wandb_key_in_the_configuration() -> None:
     request = {**REQUEST, "integrations": [{"type": "wandb", "wandb": {"project": "p", "entity": "e", "name": "run"}}]}
     tracking = {"wandb": {"apiKeySecretRef": {"name": "wandb", "key": "key"}}}
-    assert refusal(request).param == "integrations"
-    spec = build(request, tracking=tracking)["spec"]
+    assert find_refusal(request).param == "integrations"
+    spec = build_finetunejob(request, tracking=tracking)["spec"]
     assert spec["tracking"] == {"reportTo": ["wandb"], "wandb": {**tracking["wandb"], "project": "p", "entity": "e"}}
     assert spec["output"]["runName"] == {"name": "run"}
-    assert "tracking" not in build(REQUEST, tracking=tracking)["spec"]
+    assert "tracking" not in build_finetunejob(REQUEST, tracking=tracking)["spec"]
     named = {**REQUEST, "integrations": [{"type": "wandb", "wandb": {"project": "p", "name": SECRET}}]}
-    assert (refusal(named, tracking=tracking).param, SECRET in refusal(named, tracking=tracking).message) == ("integrations", False)
+    assert (find_refusal(named, tracking=tracking).param, SECRET in find_refusal(named, tracking=tracking).message) == ("integrations", False)
     tagged = {**REQUEST, "integrations": [{"type": "wandb", "wandb": {"project": "p", "tags": ["a"]}}]}
-    refused = refusal(tagged, tracking=tracking)
+    refused = find_refusal(tagged, tracking=tracking)
     assert (refused.param, refused.message) == (
         "integrations", "integrations: tags of wandb has no effect: a FineTuneJob has no such field: remove it",
     )  # fmt: skip
@@ -169,7 +169,7 @@ METHODS: dict[str, dict[str, Any]] = {
         ({**REQUEST, "method": {"type": {"dpo": 1}}}, "method.type", "method.type is not a text"),
         ({**REQUEST, "method": {"type": None}}, "method.type", "method.type is not a text"),
         ({**REQUEST, "method": {"type": "dpo"}}, "training_file", "train.jsonl:1: input, preferred_output, non_preferred_output: the key is missing"),
-        (supervised(learning_rate_multiplier=0), "method.supervised.hyperparameters.learning_rate_multiplier", "allowed: "),
+        (build_supervised_request(learning_rate_multiplier=0), "method.supervised.hyperparameters.learning_rate_multiplier", "allowed: "),
         ({**REQUEST, "hyperparameters": {"n_epochs": "many"}}, "hyperparameters.n_epochs", '"many"'),
         ({**REQUEST, "n_epochs": 3}, "n_epochs", "unknown key"),
         ({**REQUEST, "status": "queued"}, "status", "status has no effect: the API only reports this field: remove it"),
@@ -186,8 +186,8 @@ METHODS: dict[str, dict[str, Any]] = {
         ({**REQUEST, "integrations": "wandb"}, "integrations", "no key for Weights & Biases"),
     ],
 )
-def test_wrong_request_names_the_parameter(request_body: Any, param: str | None, message: str) -> None:
-    refused = refusal(request_body)
+def test_a_wrong_request_is_refused_with_the_name_of_the_parameter(request_body: Any, param: str | None, message: str) -> None:
+    refused = find_refusal(request_body)
     assert (refused.status, refused.param, message in refused.message) == (HTTPStatus.BAD_REQUEST, param, True), refused.message
     assert "--" not in refused.message
 
@@ -213,7 +213,7 @@ def test_wrong_request_names_the_parameter(request_body: Any, param: str | None,
         ("storage: {uri: s3://abc}\nmodles: {}\n", ":2: modles: unknown key; write `storage:"),
     ],
 )  # fmt: skip
-def test_wrong_configuration_is_explained(write_file: WriteFile, text: str, message: str) -> None:
+def test_a_wrong_configuration_is_refused_with_its_line(write_file: WriteFile, text: str, message: str) -> None:
     path = write_file("server.yaml", text)
     with pytest.raises(Exception) as refused:  # noqa: B017, PT011 -- one of two classes, both with the mistakes of the file
         load_config(path)
@@ -221,28 +221,28 @@ def test_wrong_configuration_is_explained(write_file: WriteFile, text: str, mess
     assert any(message in str(mistake) for mistake in mistakes), [str(mistake) for mistake in mistakes]
 
 
-def test_models_that_no_job_could_use_are_found_at_the_start() -> None:
-    assert check_models(config()) == []
-    (mistake,) = check_models(config(trainer={"dpo": {"labelSmoothing": 0.1}}))
+def test_models_with_which_no_job_is_valid_are_found_at_the_start() -> None:
+    assert check_models(build_config()) == []
+    (mistake,) = check_models(build_config(trainer={"dpo": {"labelSmoothing": 0.1}}))
     assert "labelSmoothing has no effect on sigmoid" in mistake.message
-    (mistake,) = check_models(config(training={"warmupSteps": 5, "warmupRatio": 0.1}))
+    (mistake,) = check_models(build_config(training={"warmupSteps": 5, "warmupRatio": 0.1}))
     assert (mistake.key, "training.warmup" in mistake.message) == ("models.gpt-4o-mini", True), mistake
 
 
-def test_table_of_keys(write_file: WriteFile) -> None:
+def test_the_table_of_keys_finds_the_account_of_a_key(write_file: WriteFile) -> None:
     digest = hashlib.sha256(b"sk-1").hexdigest()
     path = write_file("keys.yaml", f"keys:\n  - {{sha256: {digest}, namespace: team-a, serviceAccount: alice}}\n")
     table = KeyTable(path)
-    assert table.find("sk-1") == Account("team-a", "alice")
+    assert table.find_account("sk-1") == Account("team-a", "alice")
     assert Account("team-a", "alice").user == "system:serviceaccount:team-a:alice"
-    assert [table.find(key) for key in ("sk-2", "", digest, "sk-1\udcff")] == [None] * 4
+    assert [table.find_account(key) for key in ("sk-2", "", digest, "sk-1\udcff")] == [None] * 4
     entry = f"  - {{sha256: {digest}, namespace: team-b, serviceAccount: bob}}\n"
     with pytest.raises(InvalidInput) as refused:
         KeyTable(write_file("twice.yaml", f"keys:\n{entry}{entry}"))
     assert "entry 2 has the same sha256 as an earlier entry" in str(refused.value.mistakes[0])
     path.unlink()
     with pytest.raises(RequestFailure) as missing:
-        table.find("sk-1")
+        table.find_account("sk-1")
     assert (missing.value.status, missing.value.code) == (HTTPStatus.SERVICE_UNAVAILABLE, "keys_unavailable")
 
 
@@ -256,27 +256,28 @@ def test_files_of_the_guide_are_valid(write_file: WriteFile) -> None:
 # --- from jobs to the API's objects ---------------------------------------------------------------------------------
 
 
-def job(phase: str | None = None, spec: dict[str, Any] | None = None, **status: Any) -> dict[str, Any]:
+def build_cluster_job(phase: str | None = None, spec: dict[str, Any] | None = None, **status: Any) -> dict[str, Any]:
     metadata = {"name": JOB_ID, "namespace": "team-a", "uid": "u", "creationTimestamp": "2026-01-01T00:00:00Z"}
-    metadata["annotations"] = {"finetune-operator.io/openai-request": json.dumps(supervised(n_epochs="auto"))}  # type: ignore[assignment]
+    metadata["annotations"] = {"finetune-operator.io/openai-request": json.dumps(build_supervised_request(n_epochs="auto"))}  # type: ignore[assignment]
     return {"metadata": metadata, "spec": spec or {}, "status": {**({"phase": phase} if phase else {}), **status}}
 
 
-WORDS = {
+STATUS_BY_PHASE = {
     None: "validating_files", "Preparing": "validating_files", "Validating": "validating_files", "Pending": "queued", "Queued": "queued", "Starting": "queued",
     "Running": "running", "Recovering": "running", "Evaluating": "running", "Uploading": "running", "Suspending": "running", "Suspended": "paused",
     "Cancelled": "cancelled", "Succeeded": "succeeded", "Failed": "failed",
 }  # fmt: skip
 
 
-def test_every_phase_has_a_status_word() -> None:
-    assert {*WORDS} == {None, *(str(phase) for phase in Phase if phase is not Phase.CANCELLING)}
-    assert {phase: job_objects.job_object(job(phase), [])["status"] for phase in WORDS} == WORDS
-    cancelling = {phase: job_objects.job_object(job(phase, {"cancel": True}), [])["status"] for phase in ("Running", "Cancelling", "Succeeded", "Failed")}
+def test_every_phase_has_a_status_of_the_api() -> None:
+    assert {*STATUS_BY_PHASE} == {None, *(str(phase) for phase in Phase if phase is not Phase.CANCELLING)}
+    assert {phase: job_objects.build_api_job(build_cluster_job(phase), [])["status"] for phase in STATUS_BY_PHASE} == STATUS_BY_PHASE
+    phases = ("Running", "Cancelling", "Succeeded", "Failed")
+    cancelling = {phase: job_objects.build_api_job(build_cluster_job(phase, {"cancel": True}), [])["status"] for phase in phases}
     assert cancelling == {"Running": "cancelled", "Cancelling": "cancelled", "Succeeded": "succeeded", "Failed": "failed"}
 
 
-def test_values_of_the_end_appear_only_at_the_end() -> None:
+def test_results_appear_only_after_the_end_of_the_job() -> None:
     values = {"output": {"uri": "s3://m"}, "progress": {"tokensSeen": 5, "secondsRemaining": 10, "updateTime": "2026-01-01T00:00:00Z"},
               "completionTime": "2026-01-01T00:01:00Z"}  # fmt: skip
     fields = ("fine_tuned_model", "trained_tokens", "finished_at", "result_files", "estimated_finish", "error")
@@ -286,12 +287,12 @@ def test_values_of_the_end_appear_only_at_the_end() -> None:
         "Cancelled": (None, 5, 1767225660, [], None, None),
         "Failed": (None, 5, 1767225660, [], None, {"code": "failed", "message": "the job ended without success", "param": None}),
     }
-    found = {phase: job_objects.job_object(job(phase, **values), ["file-r"]) for phase in expected}
+    found = {phase: job_objects.build_api_job(build_cluster_job(phase, **values), ["file-r"]) for phase in expected}
     assert {phase: tuple(body[field] for field in fields) for phase, body in found.items()} == expected
 
 
-def test_hyperparameters_are_those_in_use() -> None:
-    body = job_objects.job_object(job("Running", {"training": {"epochs": 3}}, resolved={"effectiveBatch": 12}), [])
+def test_the_hyperparameters_are_those_that_the_job_uses() -> None:
+    body = job_objects.build_api_job(build_cluster_job("Running", {"training": {"epochs": 3}}, resolved={"effectiveBatch": 12}), [])
     assert body["hyperparameters"] == {"n_epochs": 3, "batch_size": 12, "learning_rate_multiplier": "auto"}
     assert body["method"] == {"type": "supervised", "supervised": {"hyperparameters": body["hyperparameters"]}}
 
@@ -301,14 +302,14 @@ def test_hyperparameters_are_those_in_use() -> None:
     ["{", "[]", '{"metadata": [1], "hyperparameters": 3, "method": 4}', '{"method": {"supervised": {"hyperparameters": []}}}', '{"method": {"type": {}}}'],
 )
 def test_changed_annotation_does_not_hide_the_job(text: str) -> None:
-    changed = job("Running")
+    changed = build_cluster_job("Running")
     changed["metadata"]["annotations"] = {"finetune-operator.io/openai-request": text}
-    body = job_objects.job_object(changed, [])
+    body = job_objects.build_api_job(changed, [])
     assert (body["status"], body["model"], body["metadata"], body["hyperparameters"]["n_epochs"]) == ("running", "", {}, "auto")
 
 
 @dataclass(frozen=True)
-class OneJob(Cluster):
+class ClusterWithOneJob(Cluster):
     """A cluster with one job."""
 
     job: Any = None
@@ -328,19 +329,19 @@ class OneJob(Cluster):
     ],
 )
 def test_metrics_are_read_only_from_the_storage_of_the_server(storage: dict[str, str], namespace: str, is_readable: bool) -> None:
-    succeeded = job("Succeeded", {"storage": storage})
+    succeeded = build_cluster_job("Succeeded", {"storage": storage})
     succeeded["metadata"]["labels"] = {"finetune-operator.io/created-by": "openai-server"}
-    service = FineTuningService(config(), OneJob(None, "default", job=succeeded))
-    expected = [ids.result_file_of(JOB_ID)] if is_readable else []
+    service = FineTuningService(build_config(), ClusterWithOneJob(None, "default", job=succeeded))
+    expected = [ids.to_result_file_id(JOB_ID)] if is_readable else []
     assert service.get_job(Account(namespace, "alice"), JOB_ID)["result_files"] == expected
     if not is_readable:
         with pytest.raises(RequestFailure) as missing:
-            service.read_file(Account(namespace, "alice"), ids.result_file_of(JOB_ID))
+            service.read_file(Account(namespace, "alice"), ids.to_result_file_id(JOB_ID))
         assert missing.value.status == HTTPStatus.NOT_FOUND
 
 
 def write_metrics(folder: Path, name: str, content: bytes) -> JobStorage:
-    """Write a metrics file of the job `team-a/run`. Returns the storage."""
+    """Write a metrics file of the job `team-a/run`, and return the storage that contains it."""
     (folder / "team-a/run/metrics").mkdir(parents=True, exist_ok=True)
     (folder / "team-a/run/metrics" / name).write_bytes(content)
     return JobStorage(f"file://{folder}", StorageRoot())
@@ -350,22 +351,22 @@ def test_damaged_lines_of_metrics_are_skipped(tmp_path: Path) -> None:
     damaged = b'{"train_runtime": 3}\n[1]\n\n\xff\n{"step": "2"}\n{"step": null}\n{"step": true}\n{"step": NaN}\n' + b"[" * 100_000 + b'\n{"step": 2, "lo'
     write_metrics(tmp_path, "a1-1.jsonl", b'{"step": 1, "loss": 3.0}\n' + damaged)
     storage = write_metrics(tmp_path, "a2-1.jsonl", b'{"step": 2, "note": "a\xe2\x80\xa8b"}\n')
-    assert result_rows(storage, "team-a/run").decode() == "step,train_loss,valid_loss,note\n1,3.0,,\n2,,,a\u2028b\n"
+    assert build_metrics_csv(storage, "team-a/run").decode() == "step,train_loss,valid_loss,note\n1,3.0,,\n2,,,a\u2028b\n"
 
 
-def test_rows_of_the_test_set_are_no_metrics(tmp_path: Path) -> None:
+def test_rows_of_the_test_set_are_not_read_as_metrics(tmp_path: Path) -> None:
     write_metrics(tmp_path, "test_split.jsonl", b'{"step": 0, "text": "private"}\n')
     storage = write_metrics(tmp_path, "a1-1.jsonl", b'{"step": 1, "loss": 3.0}\n')
-    assert result_rows(storage, "team-a/run") == b"step,train_loss,valid_loss\n1,3.0,\n"
+    assert build_metrics_csv(storage, "team-a/run") == b"step,train_loss,valid_loss\n1,3.0,\n"
 
 
-def test_large_metrics_are_not_read(tmp_path: Path) -> None:
+def test_too_large_metrics_are_refused(tmp_path: Path) -> None:
     write_metrics(tmp_path, "a1-1.jsonl", b" " * (8 << 20))
     storage = write_metrics(tmp_path, "a2-1.jsonl", b" " * (8 << 20))
-    assert result_rows(storage, "team-a/run") == b"step,train_loss,valid_loss\n"
+    assert build_metrics_csv(storage, "team-a/run") == b"step,train_loss,valid_loss\n"
     write_metrics(tmp_path, "a2-1.jsonl", b" " * (9 << 20))
     with pytest.raises(RequestFailure) as refused:
-        result_rows(storage, "team-a/run")
+        build_metrics_csv(storage, "team-a/run")
     assert (refused.value.status, refused.value.code, refused.value.message) == (
         HTTPStatus.BAD_REQUEST, "result_file_too_large",
         f"the metrics of this job have 17.0 MiB, and this server reads at most 16 MiB: read them in file://{tmp_path}/team-a/run/metrics",
@@ -375,13 +376,13 @@ def test_large_metrics_are_not_read(tmp_path: Path) -> None:
 # --- pages, ids, files, failures ------------------------------------------------------------------------------------
 
 
-def test_pages() -> None:
+def test_a_page_begins_after_an_id_and_has_at_most_limit_objects() -> None:
     items = [{"id": str(number)} for number in range(5)]
-    page = page_of(items, read_page_request({"limit": "2", "after": "1"}, 20))
+    page = build_page(items, read_page_request({"limit": "2", "after": "1"}, 20))
     assert ([item["id"] for item in page["data"]], page["has_more"], page["first_id"], page["last_id"]) == (["2", "3"], True, "2", "3")
-    last = page_of(items, read_page_request({"after": "3"}, 20))
+    last = build_page(items, read_page_request({"after": "3"}, 20))
     assert ([item["id"] for item in last["data"]], last["has_more"]) == (["4"], False)
-    assert page_of([], read_page_request({}, 20)) == {"object": "list", "data": [], "has_more": False, "first_id": None, "last_id": None}
+    assert build_page([], read_page_request({}, 20)) == {"object": "list", "data": [], "has_more": False, "first_id": None, "last_id": None}
     for limit in ("0", "-1", "x", "10001", "²"):
         with pytest.raises(RequestFailure) as refused:
             read_page_request({"limit": limit}, 20)
@@ -391,9 +392,9 @@ def test_pages() -> None:
 def test_ids_contain_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("time.time_ns", lambda: 1_767_225_600_123_000_000)
     file_id = ids.new_id("file-")
-    assert (file_id[:17], len(file_id), ids.created_at(file_id)) == ("file-019b76daa87b", 29, 1767225600)
+    assert (file_id[:17], len(file_id), ids.read_creation_time(file_id)) == ("file-019b76daa87b", 29, 1767225600)
     assert (ids.has_prefix(file_id, "file-"), ids.has_prefix(file_id, "ftjob-"), ids.has_prefix(file_id + "\n", "file-")) == (True, False, False)
-    assert ids.job_of_result_file(ids.result_file_of(JOB_ID)) == JOB_ID
+    assert ids.to_job_id(ids.to_result_file_id(JOB_ID)) == JOB_ID
 
 
 def test_first_rows_end_only_at_newlines(tmp_path: Path) -> None:
@@ -404,15 +405,15 @@ def test_first_rows_end_only_at_newlines(tmp_path: Path) -> None:
     assert store.read_first_lines(store.add("team-a", "a", rows)) == [row, row]
 
 
-def test_row_has_at_most_two_mebibytes(tmp_path: Path) -> None:
+def test_a_row_with_more_than_two_mebibytes_is_refused(tmp_path: Path) -> None:
     rows = tmp_path / "rows"
     row = json.dumps({"a": "x" * ((2 << 20) - 10)}).encode() + b"\n"
     rows.write_bytes(b"{}\n" + row)
     assert len(row) == 2 << 20
-    check_rows(rows)
+    check_jsonl(rows)
     rows.write_bytes(b"{}\n" + row[:-1] + b" \n")
     with pytest.raises(RequestFailure) as refused:
-        check_rows(rows)
+        check_jsonl(rows)
     assert (refused.value.status, refused.value.param, refused.value.code, refused.value.message) == (
         HTTPStatus.BAD_REQUEST, "file", "invalid_file", "line 2 is longer than 2 MiB: write one JSON object in each line",
     )  # fmt: skip
@@ -432,25 +433,25 @@ def test_only_one_file_is_checked_at_a_time(tmp_path: Path, monkeypatch: pytest.
         steps.append(path.name)
         raise RequestFailure(HTTPStatus.BAD_REQUEST, "wrong row", code="invalid_file")
 
-    service = FineTuningService(config(), Cluster(None, "default"))
-    assert isinstance(getattr(service, "_row_check", None), type(threading.Lock()))
-    monkeypatch.setattr(service, "_row_check", Lock())
-    monkeypatch.setattr("finetune_cli.openai_server.service.check_rows", check)
+    service = FineTuningService(build_config(), Cluster(None, "default"))
+    assert isinstance(getattr(service, "_row_check_lock", None), type(threading.Lock()))
+    monkeypatch.setattr(service, "_row_check_lock", Lock())
+    monkeypatch.setattr("finetune_cli.openai_server.service.check_jsonl", check)
     with pytest.raises(RequestFailure):
         service.add_file(Account("team-a", "alice"), "a", tmp_path / "rows")
     assert steps == ["lock", "rows", "unlock"]
 
 
 @pytest.mark.parametrize("name", ["train.jsonl", "a b/ü=%2F.jsonl", "..", "~x", "upload"])
-def test_name_of_a_file_is_kept(tmp_path: Path, name: str) -> None:
+def test_a_stored_file_keeps_its_name(tmp_path: Path, name: str) -> None:
     rows = tmp_path / "rows"
-    rows.write_text(MESSAGES)
+    rows.write_text(MESSAGES_ROW)
     store = FileStore(JobStorage(f"file://{tmp_path}/store", StorageRoot()))
     file = store.add("team-a", name, rows)
     assert store.list_files("team-a") == [file]
-    assert (file.name, file.size, file.key.count("/"), file.key.split("/")[:2]) == (name, len(MESSAGES), 4, ["team-a", "_files"])
+    assert (file.name, file.size, file.key.count("/"), file.key.split("/")[:2]) == (name, len(MESSAGES_ROW), 4, ["team-a", "_files"])
     assert abs(file.created_at - datetime.now(UTC).timestamp()) < 60
-    build({**REQUEST, "training_file": FILE.id})
+    build_finetunejob({**REQUEST, "training_file": FILE.id})
     assert FineTuneJobSpec.model_validate({"model": {"source": "o/m"}, "dataset": {"train": f"s3://abc/{file.key}"}})
     assert (store.find("team-b", file.id), store.find("team-a", f"../team-a/_files/{file.id}")) == (None, None)
 
@@ -467,14 +468,14 @@ def test_name_of_a_file_is_kept(tmp_path: Path, name: str) -> None:
         (500, "etcd", 503, "cluster_unavailable"),
     ],
 )
-def test_failures_of_the_cluster_have_a_status(code: int, message: str, status: int, api_code: str) -> None:
-    failure = failure_of_cluster(ClusterError(message, code), "system:serviceaccount:a:b")
+def test_an_error_of_kubernetes_becomes_a_status_and_a_code(code: int, message: str, status: int, api_code: str) -> None:
+    failure = convert_cluster_error(ClusterError(message, code), "system:serviceaccount:a:b")
     assert (failure.status, failure.code, "is invalid: " in failure.message) == (status, api_code, False)
 
 
-def test_failures_have_the_form_of_the_api_and_no_secrets() -> None:
-    assert failure_of_storage(ConnectionLost("x")).status == HTTPStatus.SERVICE_UNAVAILABLE
-    failure = failure_of_storage(StorageError("http://key:secret@s3.example.com: AccessDenied"))
+def test_an_error_of_the_storage_becomes_an_error_object_without_secrets() -> None:
+    assert convert_storage_error(ConnectionLost("x")).status == HTTPStatus.SERVICE_UNAVAILABLE
+    failure = convert_storage_error(StorageError("http://key:secret@s3.example.com: AccessDenied"))
     assert failure.to_body() == {
         "error": {
             "message": "the storage of this server refused the request: http://***@s3.example.com: AccessDenied",

@@ -120,7 +120,7 @@ def test_calibrated_bounds_are_not_called_uncalibrated(run_command: RunCommand, 
     calibrated = (TimePlan(expected_seconds=60, lower_seconds=50, upper_seconds=70, calibrated=True, calibration_runs=5), None)
     monkeypatch.setattr("finetune_cli.commands.plan._plan_times", lambda shape, plans, *_: dict.fromkeys(plans, calibrated))
     _, _, stderr = run_command("plan", "-f", job, "--model-config", model, "--gpu", "h100-80gb", "--rows", 500, "--mean-row", 300)
-    assert "its bounds follow from 5 runs on this type of GPU" in stderr and "not calibrated" not in stderr
+    assert "its bounds are calibrated with 5 runs on this type of GPU" in stderr and "not calibrated" not in stderr
 
 
 @pytest.mark.parametrize(

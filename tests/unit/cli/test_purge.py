@@ -101,13 +101,13 @@ class FakeCluster:
 
 @pytest.mark.parametrize(("uid", "root"), [(None, "s3://models/x/team/bot/u0"), ("u7", "s3://models/x/team/bot/u7"), ("u1", "s3://models/x/team/bot/u1")])
 def test_a_uid_selects_its_own_folder_also_if_the_job_adopted_a_result(uid: str | None, root: str) -> None:
-    from finetune_cli.job_storage import root_of
+    from finetune_cli.job_storage import locate_job_folder
 
-    job = purge._finished_job(FakeCluster(), "bot", uid)  # type: ignore[arg-type]
-    assert root_of(job)[0] == root
+    job = purge._get_finished_job(FakeCluster(), "bot", uid)  # type: ignore[arg-type]
+    assert locate_job_folder(job)[0] == root
 
 
 def test_delete_names_the_folder_of_an_adopted_result() -> None:
-    assert delete.remaining_text(adopted_job()) == [
+    assert delete.describe_remaining_files(adopted_job()) == [
         "the adapter stay in s3://models/x/team/bot/u0; to remove them, run `finetune purge bot -n team --uid u0 --storage s3://models/x`"
     ]

@@ -11,9 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from finetune_api.rating_sheet import COLUMNS, SCORES
+from finetune_api.rating_sheet import COLUMNS, SCORE_COLUMNS
 from finetune_cli.mistakes import InvalidInput
-from finetune_cli.ratings import Rating, krippendorff_alpha, read_ratings, spread, summarise, wilson_interval, win_rate
+from finetune_cli.ratings import (
+    Rating,
+    compute_krippendorff_alpha,
+    compute_wilson_interval,
+    compute_win_rate,
+    describe_values,
+    read_ratings,
+    summarise,
+)
 
 from tests.unit.cli.conftest import RunCommand
 
@@ -31,7 +39,7 @@ def units_of(observers: list[list[int | None]]) -> list[list[int]]:
 
 
 def test_alpha_equals_the_published_example() -> None:
-    assert krippendorff_alpha(units_of(OBSERVERS)) == pytest.approx(0.815, abs=5e-4)
+    assert compute_krippendorff_alpha(units_of(OBSERVERS)) == pytest.approx(0.815, abs=5e-4)
 
 
 def alpha_by_ranks(units: list[list[int]]) -> float:
@@ -49,23 +57,23 @@ def test_alpha_equals_an_independent_computation() -> None:
     chooser = random.Random(5)
     for _ in range(50):
         units = [[min(5, max(1, base + chooser.randint(-1, 1))) for _ in range(chooser.randint(1, 4))] for base in chooser.choices(range(1, 6), k=12)]
-        assert krippendorff_alpha(units) == pytest.approx(alpha_by_ranks(units))
+        assert compute_krippendorff_alpha(units) == pytest.approx(alpha_by_ranks(units))
 
 
 @pytest.mark.parametrize(("units", "alpha"), [([[1, 1], [5, 5]], 1.0), ([[3, 3], [3, 3]], None), ([[1], [2]], None), ([], None)])
 def test_alpha_of_extreme_cases(units: list[list[int]], alpha: float | None) -> None:
-    assert krippendorff_alpha(units) == alpha
+    assert compute_krippendorff_alpha(units) == alpha
 
 
 def test_wilson_interval_equals_published_figures() -> None:
     """Figures of Newcombe 1998, "Two-sided confidence intervals for the single proportion", table I, method 3."""
     for successes, count, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)):
-        assert wilson_interval(successes / count, count) == pytest.approx((low, high), abs=5e-5)
+        assert compute_wilson_interval(successes / count, count) == pytest.approx((low, high), abs=5e-5)
 
 
 def test_spread() -> None:
-    assert spread([1, 2, 5]) == {"count": 3, "mean": pytest.approx(8 / 3), "median": 2, "std": pytest.approx((13 / 3) ** 0.5), "min": 1, "max": 5}
-    assert spread([4])["std"] is None and spread([])["mean"] is None
+    assert describe_values([1, 2, 5]) == {"count": 3, "mean": pytest.approx(8 / 3), "median": 2, "std": pytest.approx((13 / 3) ** 0.5), "min": 1, "max": 5}
+    assert describe_values([4])["std"] is None and describe_values([])["mean"] is None
 
 
 def rating(answer: int, question: int, model: str, rater: str, overall: int) -> Rating:
@@ -77,9 +85,9 @@ def test_win_rate_counts_ties_half_and_questions_once() -> None:
         rating(1, 1, "trained", "a", 5), rating(2, 1, "base", "a", 3), rating(1, 1, "trained", "b", 4), rating(2, 1, "base", "b", 4),
         rating(3, 2, "base", "a", 5), rating(4, 2, "trained", "a", 1), rating(5, 3, "trained", "a", 5),
     ]  # fmt: skip
-    low, high = wilson_interval(0.375, 2)
-    assert win_rate(ratings) == {"rate": 0.375, "low": low, "high": high, "questions": 2, "wins": 1, "ties": 1, "losses": 1}
-    assert win_rate(ratings[:1])["rate"] is None
+    low, high = compute_wilson_interval(0.375, 2)
+    assert compute_win_rate(ratings) == {"rate": 0.375, "low": low, "high": high, "questions": 2, "wins": 1, "ties": 1, "losses": 1}
+    assert compute_win_rate(ratings[:1])["rate"] is None
 
 
 # ---- sheets
@@ -95,7 +103,7 @@ def sheet(path: Path, rows: list[dict[str, Any]], *, delimiter: str = ",") -> Pa
 
 def row(number: int, question: int, model: str, *scores: int | str, rater: str = "", prompt: str = "Why?") -> dict[str, Any]:
     cells = {"id": number, "promptID": question, "model": model, "prompt": prompt, "response": "Yes,\nno", "rater": rater}
-    return cells | dict(zip(SCORES, scores, strict=False))
+    return cells | dict(zip(SCORE_COLUMNS, scores, strict=False))
 
 
 @pytest.fixture
@@ -121,7 +129,7 @@ def test_sheets_of_two_raters_are_read_with_the_key(filled: list[Path]) -> None:
 
 def test_a_json_sheet_is_read_and_empty_rows_are_left_out(tmp_path: Path) -> None:
     path = tmp_path / "sheet.json"
-    path.write_text(json.dumps({"rows": [row(1, 1, "trained", 5, 4, 5, 5, rater="Zoe"), row(2, 2, "trained") | dict.fromkeys(SCORES)]}))
+    path.write_text(json.dumps({"rows": [row(1, 1, "trained", 5, 4, 5, 5, rater="Zoe"), row(2, 2, "trained") | dict.fromkeys(SCORE_COLUMNS)]}))
     (one,) = read_ratings([path], None)
     assert (one.rater, one.model, one.scores) == ("Zoe", "trained", {"relevance": 5, "accuracy": 4, "coherence": 5, "overall": 5})
 

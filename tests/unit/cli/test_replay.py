@@ -13,9 +13,9 @@ from finetune_cli.replay import (
     ReplayRefused,
     ReplayResult,
     WeightComparison,
-    _prepare,
-    reasons_to_differ,
-    replayed_spec,
+    _prepare_replay,
+    find_reasons_to_differ,
+    make_replay_spec,
 )
 
 from tests.support.lineage import write_finished_run
@@ -49,7 +49,7 @@ def test_a_replay_publishes_and_reports_nothing_and_keeps_defaults(statement: St
     run = changed(run, f"{spec}.evaluation", {"metrics": ["perplexity"], "steps": 5})
     run = changed(run, f"{spec}.training.epochs", 2.0)
     run = changed(run, f"{PARAMETERS}.internalParameters.defaults", ["training.epochs", "training.seed"])
-    repeated, defaults = replayed_spec(run)
+    repeated, defaults = make_replay_spec(run)
     assert (repeated["tracking"], repeated["evaluation"]) == ({"loggingSteps": 1}, {"steps": 5})
     assert not {"output", "placement", "phases", "storage", "policy"} & repeated.keys()
     assert defaults == {"training.epochs": 2.0, "training.seed": 42}
@@ -58,25 +58,25 @@ def test_a_replay_publishes_and_reports_nothing_and_keeps_defaults(statement: St
 
 def test_an_address_that_was_redacted_must_be_given(statement: Statement, tmp_path: Path) -> None:
     with pytest.raises(ReplayRefused, match=r"^SourceRedacted: .* in dataset\.test, .*--set dataset\.test=URI"):
-        _prepare(statement, tmp_path, ReplayOptions())
+        _prepare_replay(statement, tmp_path, ReplayOptions())
 
 
 def test_another_number_of_ranks_is_refused(statement: Statement, tmp_path: Path) -> None:
     run = changed(statement, "predicate.runDetails.finetune_run.facts.worldSize", 8)
     base = statement.spec["model"]["source"].removesuffix("/base")
     with pytest.raises(ReplayRefused, match="^WorldSizeDiffers: the run had 8 ranks, but this machine runs 1"):
-        _prepare(run, tmp_path, ReplayOptions(sets=[f"dataset.test={base}/test.jsonl"]))
+        _prepare_replay(run, tmp_path, ReplayOptions(set_texts=[f"dataset.test={base}/test.jsonl"]))
 
 
 def test_reasons_name_devices_versions_and_changed_values(statement: Statement) -> None:
-    assert list(reasons_to_differ(statement, statement)) == []
+    assert list(find_reasons_to_differ(statement, statement)) == []
     gpu = changed(statement, "predicate.runDetails.finetune_run.attempts.0.resolved.device", "NVIDIA H100")
-    assert list(reasons_to_differ(gpu, statement)) == ["the run used NVIDIA H100; equal weights are only expected on CPUs"]
+    assert list(find_reasons_to_differ(gpu, statement)) == ["the run used NVIDIA H100; equal weights are only expected on CPUs"]
     older = changed(statement, "predicate.runDetails.builder.version.python", "2.0.0")
     current = statement.predicate.run_details.builder.version["python"]
-    assert list(reasons_to_differ(older, statement)) == [f"library versions differ: python 2.0.0 -> {current}"]
+    assert list(find_reasons_to_differ(older, statement)) == [f"library versions differ: python 2.0.0 -> {current}"]
     adapted = changed(statement, f"{PARAMETERS}.internalParameters.originalValues", {"training.batchSizePerDevice": 8})
-    assert [reason.partition(" between")[0] for reason in reasons_to_differ(adapted, statement)] == ["the operator changed values of the spec"]
+    assert [reason.partition(" between")[0] for reason in find_reasons_to_differ(adapted, statement)] == ["the operator changed values of the spec"]
 
 
 def test_exit_code_is_0_only_for_equal_weights(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from finetune_cli.commands.rerun import free_name, values_of_plan
+from finetune_cli.commands.rerun import find_chosen_values, find_free_name
 
 
 @pytest.mark.parametrize(
@@ -18,7 +18,7 @@ from finetune_cli.commands.rerun import free_name, values_of_plan
     ],
 )
 def test_free_name_adds_the_next_number(name: str, taken: set[str], expected: str) -> None:
-    assert free_name(name, taken) == expected
+    assert find_free_name(name, taken) == expected
 
 
 CHOSEN: dict[str, Any] = {
@@ -40,5 +40,5 @@ BATCH = ("resources.gpusPerNode", "training.batchSizePerDevice", "training.gradi
 )
 def test_a_job_that_resumes_gets_the_values_that_the_plan_chose(changed: dict[str, Any], missing: tuple[str, ...]) -> None:
     job = {"status": {"plan": {"choices": [{"field": path, "value": value, "reason": "r"} for path, value in CHOSEN.items()]}}}
-    assert values_of_plan(job, changed) == {path: value for path, value in CHOSEN.items() if path not in missing}
-    assert values_of_plan({"status": {}}, changed) == {}
+    assert find_chosen_values(job, changed) == {path: value for path, value in CHOSEN.items() if path not in missing}
+    assert find_chosen_values({"status": {}}, changed) == {}

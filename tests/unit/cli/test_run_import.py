@@ -1,4 +1,4 @@
-"""Import of a file: unreadable input, secrets, duplicate spellings, and recognition of the tool."""
+"""What is the same for the imports of all tools: unreadable input, secrets, two spellings of an option, and recognition of the tool."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.unit.cli.import_command import ImportOutcome, import_files
 ENV_CONFIG = "MODEL_NAME=gpt2\nTRAIN_DATA_PATH=s3://data/t.jsonl\nDATASET_TYPE=mcq_jsonl\n"
 
 
-FLAT_GUIDE = "model: org/m\nlora_r: 8\n"
+GUIDE_CONFIG = "model: org/m\nlora_r: 8\n"
 
 
 ALIAS_BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -37,7 +37,7 @@ TOKEN = "hf_" + "a1B2c3D4e5F6g7H8"
 
 @pytest.fixture
 def import_guide(write_file: WriteFile) -> Any:
-    """Return a function that imports a configuration that is written as in the guide."""
+    """Return a function that imports a configuration with the importer `guide`."""
 
     def run(text: str, words: str = "", **request_fields: Any) -> ImportOutcome:
         return import_files(write_file("job.yaml", text), words=words, source="guide", **request_fields)
@@ -60,10 +60,10 @@ TOML_CONFIG = '[fine_tuner]\nbase_model_id = "org/m"\ntraining_data_id = "org/d"
         ("a.yaml", "hello\n", ["a.yaml: the file is not a mapping of names to values"]),
         ("a.yaml", "\tmodel: x\n", ["a.yaml:1: invalid YAML: found character '\\t' that cannot start any token, in the line `model: x`; "
                                       "indent with spaces, because YAML allows no tabs there"]),
-        ("a.yaml", FLAT_GUIDE + "lora_r: 16\n", ["a.yaml:3: lora_r: the key occurs twice, in lines 2 and 3; keep one"]),
-        ("a.yaml", FLAT_GUIDE + "---\n" + FLAT_GUIDE, ["a.yaml:4: a second YAML document begins here; keep one configuration per file"]),
+        ("a.yaml", GUIDE_CONFIG + "lora_r: 16\n", ["a.yaml:3: lora_r: the key occurs twice, in lines 2 and 3; keep one"]),
+        ("a.yaml", GUIDE_CONFIG + "---\n" + GUIDE_CONFIG, ["a.yaml:4: a second YAML document begins here; keep one configuration per file"]),
         ("a.yaml", "model: &a [*a]\n", ["a.yaml:1: model[0]: the alias refers to a value that contains it; write the value itself"]),
-        ("a.yaml", "? [a, b]\n: c\n" + FLAT_GUIDE, ["a.yaml:1: a key must be plain text; write key: value"]),
+        ("a.yaml", "? [a, b]\n: c\n" + GUIDE_CONFIG, ["a.yaml:1: a key must be plain text; write key: value"]),
         ("a.yaml", "model: !!python/name:os.system x\nlora_r: 8\n",
          ["a.yaml:1: model: the tag tag:yaml.org,2002:python/name:os.system is not supported; write the value itself"]),
         ("a.yaml", ALIAS_BOMB, ["a.yaml:1: the file holds more than 20000 values after aliases are expanded"]),
@@ -90,7 +90,7 @@ TOML_CONFIG = '[fine_tuner]\nbase_model_id = "org/m"\ntraining_data_id = "org/d"
         ("a.json", '{"model": "org/m", "training_file": ' + "9" * 5000 + "}", ["a.json: the file holds a number that is too long, or is nested too deeply"]),
     ],
 )  # fmt: skip
-def test_unreadable_input_is_refused_with_its_location(
+def test_invalid_input_is_refused_with_its_location(
     run_command: RunCommand, write_file: WriteFile, name: str, text: str, expected: list[str]
 ) -> None:
     path = write_file(name, text)
@@ -113,7 +113,7 @@ def test_secrets_are_refused_and_never_printed(run_command: RunCommand, write_fi
     assert (code, out, text in stderr) == (1, "", False)
 
 
-def test_file_of_two_tools_is_refused(write_file: WriteFile) -> None:
+def test_a_file_that_two_importers_recognise_is_refused(write_file: WriteFile) -> None:
     text = "model: {base_model: m}\ntraining_config: {model: m}\n"
     assert import_files(write_file("x.yaml", text)).mistakes == [
         "x.yaml: several importers recognise this configuration: yaml, hydra; choose one with --from yaml|hydra"
@@ -139,14 +139,14 @@ def test_invalid_job_name_is_refused(write_file: WriteFile) -> None:
     assert mistake.startswith("--name: Bad_Name: this cannot be the name of a FineTuneJob")
 
 
-def test_two_spellings_with_different_values_are_refused(write_file: WriteFile) -> None:
+def test_two_spellings_of_an_option_with_different_values_are_refused(write_file: WriteFile) -> None:
     imported = import_files(write_file("a.toml", TOML_CONFIG + "device_train_batch_size = 4\ndevice_batch_size = 8\n"))
     assert imported.mistakes == [
         "a.toml:5, a.toml:6: fine_tuner.device_train_batch_size, fine_tuner.device_batch_size: 4 and 8 are given for the same option; keep one of them"
     ]
 
 
-def test_two_spellings_with_the_same_value_are_accepted(write_file: WriteFile) -> None:
+def test_two_spellings_of_an_option_with_the_same_value_are_accepted(write_file: WriteFile) -> None:
     imported = import_files(write_file("a.toml", TOML_CONFIG + "device_train_batch_size = 4\ndevice_batch_size = 4\n"))
     assert (imported.mistakes, imported.at("training.batchSizePerDevice")) == ([], 4)
 

@@ -6,16 +6,23 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from finetune_cli.status_text import age_text, describe_job, draw_sparkline, format_bytes, progress_bar, stage_line
+from finetune_cli.status_text import (
+    describe_job,
+    draw_progress_bar,
+    draw_sparkline,
+    format_age,
+    format_bytes,
+    format_stage_line,
+)
 
 
 def test_bars_sparklines_stages_sizes_and_ages_are_formatted() -> None:
-    assert progress_bar(50) == "█" * 15 + "░" * 15
-    assert (progress_bar(None), progress_bar(100)) == ("░" * 30, "█" * 30)
+    assert draw_progress_bar(50) == "█" * 15 + "░" * 15
+    assert (draw_progress_bar(None), draw_progress_bar(100)) == ("░" * 30, "█" * 30)
     assert draw_sparkline([3.0, 2.0, 1.0]) == "█▅▁"
     assert (draw_sparkline([]), draw_sparkline([1.0, 1.0])) == ("", "▁▁")
-    assert stage_line("Running").startswith("● accepted  ● started  ◐ trained  ○ evaluated")
-    assert stage_line("Succeeded").endswith("● done")
+    assert format_stage_line("Running").startswith("● accepted  ● started  ◐ trained  ○ evaluated")
+    assert format_stage_line("Succeeded").endswith("● done")
     assert (format_bytes(None), format_bytes(10), format_bytes(2048), format_bytes(3 * 1024**3)) == (
         "-",
         "10 B",
@@ -23,7 +30,7 @@ def test_bars_sparklines_stages_sizes_and_ages_are_formatted() -> None:
         "3.0 GiB",
     )
     now = datetime(2026, 1, 2, tzinfo=UTC)
-    assert [age_text(datetime(2026, 1, d, h, m, tzinfo=UTC), now) for d, h, m in ((1, 23, 59), (1, 23, 0), (1, 12, 0))] == [
+    assert [format_age(datetime(2026, 1, d, h, m, tzinfo=UTC), now) for d, h, m in ((1, 23, 59), (1, 23, 0), (1, 12, 0))] == [
         "60s",
         "60m",
         "12h",

@@ -6,7 +6,7 @@ import pytest
 from finetune_api.aliases import FIELD_ALIASES, OPTIMIZER_ALIASES, VALUE_ALIASES, normalise
 from finetune_api.rules import OPTIMIZERS
 from finetune_cli.fields import fields_by_path
-from finetune_cli.suggestions import closest_name, suggest_field
+from finetune_cli.suggestions import find_closest_name, suggest_field
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,7 @@ from finetune_cli.suggestions import closest_name, suggest_field
     ],
 )
 def test_closest_name_is_found(word: str, known: list[str], closest: str) -> None:
-    assert closest_name(word, known) == closest
+    assert find_closest_name(word, known) == closest
 
 
 def test_aliases_name_existing_fields_and_optimizers() -> None:
@@ -31,7 +31,7 @@ def test_aliases_name_existing_fields_and_optimizers() -> None:
 
 
 def test_aliases_of_values_are_normalised_and_name_allowed_values() -> None:
-    words = {path: field.words for path, field in fields_by_path().items() if path.startswith("spec.")}
+    words = {path: field.enum_values for path, field in fields_by_path().items() if path.startswith("spec.")}
     for path, aliases in VALUE_ALIASES.items():
         fields_with_path = [path_of_field for path_of_field in words if path_of_field.endswith(f".{path}")]
         assert fields_with_path, path

@@ -1,4 +1,4 @@
-"""The published examples of other tools. The examples are not part of the repository; without them, these tests are skipped."""
+"""Imports of the published examples of other tools. These tests are skipped if the examples, which are not in the repository, are missing."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.cli.tool_examples import FILES, import_example, read_examples
+from tests.unit.cli.tool_examples import FILE_BY_TOOL, import_example, read_examples
 
 
-@pytest.mark.parametrize("tool", FILES)
-def test_every_text_example_validates_or_is_refused_by_feature(tool: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("tool", FILE_BY_TOOL)
+def test_every_text_example_is_valid_or_is_refused_by_a_missing_feature(tool: str, tmp_path: Path) -> None:
     examples = [example for example in read_examples(tool) if example["kind"] == "text"]
     if not examples:
         pytest.skip("the examples are not next to the checkout")
@@ -21,12 +21,12 @@ def test_every_text_example_validates_or_is_refused_by_feature(tool: str, tmp_pa
         if not outcome.is_valid and not outcome.features
     }
     assert unexplained == {}
-    assert {outcome.example: outcome.lost_keys for outcome in outcomes if outcome.lost_keys} == {}
+    assert {outcome.example: outcome.unmentioned_keys for outcome in outcomes if outcome.unmentioned_keys} == {}
     assert sum(outcome.is_valid for outcome in outcomes) >= len(outcomes) / 2
 
 
-@pytest.mark.parametrize("tool", FILES)
-def test_examples_with_images_are_refused_or_name_the_missing_feature(tool: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("tool", FILE_BY_TOOL)
+def test_examples_with_images_are_refused_by_the_missing_feature(tool: str, tmp_path: Path) -> None:
     examples = [example for example in read_examples(tool) if example["kind"] == "multimodal"]
     if not examples:
         pytest.skip("the examples are not next to the checkout")

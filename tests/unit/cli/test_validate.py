@@ -98,7 +98,7 @@ GPU_JOB = JOB + "  resources: {gpusPerNode: 1}\n  training: {batchSizePerDevice:
     [
         ("8Gi", 0, ""),
         ("3Gi", 0, "3.13 GB are expected on each GPU and at most 3.35 GB are possible, but the GPU has 3.22 GB; write training.batchSizePerDevice: 4"),
-        ("2Gi", 1, "at least 3.13 GB on each GPU, which no pool that it may use has: the GPU (2.15 GB); write training.batchSizePer"),
+        ("2Gi", 1, "at least 3.13 GB on each GPU, but no pool that it may use has so much GPU memory: the GPU (2.15 GB); write training.batchSizePer"),
     ],
 )
 def test_a_job_that_does_not_fit_is_refused(run_command: RunCommand, write_file: WriteFile, memory: str, code: int, message: str) -> None:

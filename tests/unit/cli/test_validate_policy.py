@@ -54,7 +54,7 @@ def test_namespace_of_the_manifest_takes_precedence(run_command: RunCommand, wri
     [
         ("policy: {image: ['*']}\n", ["values.yaml:1: policy.image: there is no rule of this name"]),
         ("policy:\n  images: ['a b']\n  maxNodes: 0\n", [
-            "values.yaml:2: policy.images[0]: 'a b' is not a pattern: write text with `*` and `{namespace}`, without spaces and `%`; `!` in front refuses",
+            "values.yaml:2: policy.images[0]: 'a b' is not a pattern: write text with `*` and `{namespace}`, without spaces and `%`; a leading `!` refuses",
             "values.yaml:3: policy.maxNodes: Input should be greater than or equal to 1"]),
         ("- a\n", ["values.yaml: this is not a values file of the chart; write `policy:` followed by its rules"]),
         ("policy: [\n", None),

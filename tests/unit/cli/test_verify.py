@@ -14,7 +14,7 @@ import pytest
 from finetune_api.lineage import TRAINING_IMAGES
 from finetune_api.spec.cluster import StorageRoot
 from finetune_cli import main
-from finetune_cli.job_storage import JobStorage, root_of_uri
+from finetune_cli.job_storage import JobStorage, to_job_folder_uri
 from finetune_cli.lineage import CheckName, Code, SignatureState, Verifier
 from finetune_cli.signing import read_public_key
 
@@ -343,7 +343,7 @@ def test_a_folder_without_a_model_is_a_failed_check(tmp_path: Path, run_command:
     ],
 )  # fmt: skip
 def test_uri_of_a_part_leads_to_the_folder_of_the_job(uri: str, root: str) -> None:
-    assert root_of_uri(uri) == root
+    assert to_job_folder_uri(uri) == root
 
 
 def test_every_code_is_documented() -> None:

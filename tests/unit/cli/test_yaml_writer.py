@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
-from tests.unit.cli.cases import accepted_cases, import_cases
+from tests.unit.cli.cases import list_accepted_cases, list_import_cases
 from tests.unit.cli.import_command import import_files
 
 
@@ -61,9 +61,9 @@ def test_any_string_is_preserved(value: str) -> None:
     assert parse_with_yaml_1_1_and_1_2(to_yaml({"a": value})) == ([{"a": value}],) * 2
 
 
-@pytest.mark.parametrize("name", accepted_cases())
+@pytest.mark.parametrize("name", list_accepted_cases())
 def test_imports_are_read_alike_by_both_versions(name: str) -> None:
-    files, source, words = import_cases()[name]
+    files, source, words = list_import_cases()[name]
     imported = import_files(*files, source=source, words=words)
     old, new = parse_with_yaml_1_1_and_1_2(imported.text)
     assert old == new

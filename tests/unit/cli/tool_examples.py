@@ -1,8 +1,8 @@
-"""The published examples of other tools, as parsed settings: import all of them and count the results.
+"""Imports the published examples of other tools and counts the outcomes.
 
-`python -m tests.unit.cli.tool_examples [FOLDER]` prints the report. The examples are not part of the repository. They are read from
-`shared/tool-examples` next to the checkout, or from the folder in the variable TOOL_EXAMPLES: one JSONL file per tool, with `example` (path),
-`kind` (`text` or `multimodal`) and `config`.
+`python -m tests.unit.cli.tool_examples [FOLDER]` prints a report. The examples are not in the repository. Their folder is `shared/tool-examples`
+next to the checkout, or the value of the environment variable TOOL_EXAMPLES. It has one JSONL file per tool. Each line has `example` (a path),
+`kind` (`text` or `multimodal`) and `config` (the parsed settings).
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from finetune_api.rules import check
+from finetune_api.rules import check_spec
 from finetune_api.spec import load_spec
-from finetune_api.support import unsupported_fields
+from finetune_api.support import find_unsupported_fields
 from finetune_cli.importers.draft import Request
 from finetune_cli.importers.registry import IMPORTERS
 from finetune_cli.importers.run_import import run_import
 from finetune_cli.mistakes import InvalidInput, Mistake
 
-FOLDER = Path(os.environ.get("TOOL_EXAMPLES") or Path(__file__).parents[3].parent / "shared" / "tool-examples")
-FILES = {"axolotl": "axolotl.jsonl", "llamafactory": "llama-factory.jsonl"}
+EXAMPLES_FOLDER = Path(os.environ.get("TOOL_EXAMPLES") or Path(__file__).parents[3].parent / "shared" / "tool-examples")
+FILE_BY_TOOL = {"axolotl": "axolotl.jsonl", "llamafactory": "llama-factory.jsonl"}
 """The file with the examples of each importer."""
 
 
 @dataclass
 class ExampleOutcome:
-    """The outcome of one example: accepted (`problems` and `mistakes` are empty), or refused."""
+    """The outcome of one example. It is accepted if `problems` and `mistakes` are empty, and refused otherwise."""
 
     example: str
     kind: str
     problems: list[str] = field(default_factory=list)
     """What `finetune validate` reports for the manifest."""
     mistakes: list[Mistake] = field(default_factory=list)
-    lost_keys: list[str] = field(default_factory=list)
-    """Keys of the example that no field, warning or note mentions."""
+    unmentioned_keys: list[str] = field(default_factory=list)
+    """Keys of the example that set no field and that no warning or note mentions."""
 
     @property
     def is_valid(self) -> bool:
@@ -49,18 +49,18 @@ class ExampleOutcome:
 
     @property
     def features(self) -> list[str]:
-        """The features that a FineTuneJob does not have."""
+        """The features of the example that a FineTuneJob does not have."""
         return list(dict.fromkeys(mistake.feature for mistake in self.mistakes if mistake.feature))
 
 
-def read_examples(tool: str, folder: Path = FOLDER) -> list[dict[str, Any]]:
+def read_examples(tool: str, folder: Path = EXAMPLES_FOLDER) -> list[dict[str, Any]]:
     """Return the examples of a tool, or an empty list if their file does not exist."""
-    path = folder / FILES[tool]
+    path = folder / FILE_BY_TOOL[tool]
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def import_settings(settings: dict[str, Any], folder: Path, **request_fields: Any) -> Any:
-    """Import settings as a YAML file, recognised by content. Raises InvalidInput."""
+    """Write settings to a YAML file, and import it with the importer that recognises it. Raise InvalidInput if it is refused."""
     file = folder / "settings.yaml"
     file.write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
     return run_import(Request((file,), **request_fields), IMPORTERS)
@@ -75,38 +75,38 @@ def import_example(example: dict[str, Any], folder: Path) -> ExampleOutcome:
         outcome.mistakes = invalid.mistakes
         return outcome
     spec = load_spec(imported.spec)
-    outcome.problems = [f"{problem.path}: {problem.message}" for problem in [*check(spec), *unsupported_fields(spec)]]
-    outcome.lost_keys = list(lost_keys(example["config"], imported))
+    outcome.problems = [f"{problem.path}: {problem.message}" for problem in [*check_spec(spec), *find_unsupported_fields(spec)]]
+    outcome.unmentioned_keys = list(unmentioned_keys(example["config"], imported))
     return outcome
 
 
-def lost_keys(settings: dict[str, Any], imported: Any) -> Iterator[str]:
-    """Yield the keys of which neither a field nor a warning or note says anything."""
-    told = {assigned.key for assigned in imported.assigned_values.values()} | set(imported.reasons)
+def unmentioned_keys(settings: dict[str, Any], imported: Any) -> Iterator[str]:
+    """Yield the keys that set no field, and that no warning or note mentions."""
+    mentioned_keys = {assigned.key for assigned in imported.assigned_values.values()} | set(imported.reasons)
     text = " ".join([*imported.warnings, *imported.notes]).replace(",", " ").replace(":", " ").split()
     for key in settings:
-        if not any(name == key or name.startswith((f"{key}.", f"{key}[")) for name in told):
+        if not any(name == key or name.startswith((f"{key}.", f"{key}[")) for name in mentioned_keys):
             yield key
     yield from (name for name in imported.reasons if name not in text)
 
 
-def report(folder: Path) -> Iterator[str]:
-    """Yield the lines of the report on all tools."""
+def report_lines(folder: Path) -> Iterator[str]:
+    """Yield the lines of the report on the examples of all tools."""
     with tempfile.TemporaryDirectory() as temporary_folder:
-        for tool in FILES:
+        for tool in FILE_BY_TOOL:
             outcomes = [import_example(example, Path(temporary_folder)) for example in read_examples(tool, folder)]
             for kind in dict.fromkeys(outcome.kind for outcome in outcomes):
-                yield from _lines_of_kind(tool, kind, [outcome for outcome in outcomes if outcome.kind == kind])
+                yield from _report_kind(tool, kind, [outcome for outcome in outcomes if outcome.kind == kind])
 
 
-def _lines_of_kind(tool: str, kind: str, outcomes: list[ExampleOutcome]) -> Iterator[str]:
+def _report_kind(tool: str, kind: str, outcomes: list[ExampleOutcome]) -> Iterator[str]:
     valid = [outcome for outcome in outcomes if outcome.is_valid]
     refused = [outcome for outcome in outcomes if outcome.features]
     others = [outcome for outcome in outcomes if not outcome.is_valid and not outcome.features]
     possible = len(valid) + len(others)
     yield (
         f"{tool}, {kind}: {len(outcomes)} examples, {len(valid)} validate, {len(refused)} refused by feature, {len(others)} others; "
-        f"{len(valid)} of {possible} without a missing feature validate; {sum(len(outcome.lost_keys) for outcome in outcomes)} lost keys"
+        f"{len(valid)} of {possible} without a missing feature validate; {sum(len(outcome.unmentioned_keys) for outcome in outcomes)} unmentioned keys"
     )
     counts = Counter(feature for outcome in refused for feature in outcome.features)
     yield from (f"  {count} x {feature}" for feature, count in counts.most_common())
@@ -116,8 +116,8 @@ def _lines_of_kind(tool: str, kind: str, outcomes: list[ExampleOutcome]) -> Iter
 
 def main() -> None:
     """Print the report on the examples in a folder."""
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER
-    print("\n".join(report(folder)))
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else EXAMPLES_FOLDER
+    print("\n".join(report_lines(folder)))
 
 
 if __name__ == "__main__":

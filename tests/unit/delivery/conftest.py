@@ -20,7 +20,7 @@ RunFinetune = Callable[[list[str]], Result]
 
 @pytest.fixture(scope="session")
 def run_finetune() -> RunFinetune:
-    """Runs `finetune` with arguments in this process. The result has the exit code and everything that was printed."""
+    """Return a function that runs `finetune` in this process. Its result has the exit code and the output."""
     return lambda arguments: CliRunner().invoke(app, arguments)
 
 
@@ -32,6 +32,6 @@ def root() -> Path:
 
 @pytest.fixture(scope="session")
 def helm(root: Path) -> Path:
-    """Build Helm into the cache if necessary. Returns its path."""
+    """Build Helm unless it is in the cache. Returns its path."""
     out = subprocess.run([sys.executable, root / "scripts/tools.py"], check=True, capture_output=True, text=True)
     return Path(out.stdout.strip())

@@ -1,4 +1,4 @@
-"""The chart writes the values of `policy` into the ValidatingAdmissionPolicy as the operator reads them."""
+"""The chart's ValidatingAdmissionPolicy contains the values of `policy` as the operator reads them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 from finetune_api.tenancy import PolicyRules, table
-from finetune_api.tenancy.patterns import regex_of
+from finetune_api.tenancy.patterns import build_regex
 from finetune_operator.settings import parse_config
 
 from tests.support.policy_rows import CHART_VALUES
@@ -28,12 +28,12 @@ def helm_template(helm: Path, root: Path) -> Any:
     return run
 
 
-def encoded(rules: PolicyRules, storage: str) -> dict[str, list[str]]:
-    """Return the rules as texts, as the variable `rules` of the ValidatingAdmissionPolicy has them."""
+def encode_rules(rules: PolicyRules, storage: str) -> dict[str, list[str]]:
+    """Return the rules in the form that the variable `rules` of the ValidatingAdmissionPolicy has: a list of texts for each rule."""
     result: dict[str, list[str]] = {}
     for rule, value in rules.model_dump(mode="json", by_alias=True).items():
         if isinstance(value, list):
-            regexes = {pattern: regex_of(pattern, compares_folders=rule in table.FOLDER_RULES, storage=storage) for pattern in value}
+            regexes = {pattern: build_regex(pattern, compares_folders=rule in table.FOLDER_RULES, storage=storage) for pattern in value}
             result[rule] = [("-" if pattern.startswith("!") else "+") + regex for pattern, regex in reversed(regexes.items()) if regex]
         else:
             result[rule] = [] if value is None else [str(value).lower()]
@@ -46,10 +46,10 @@ def test_values_of_all_rules_reach_the_admission_policy(helm_template: Any, valu
     variables = {item["name"]: item["expression"] for item in policy["spec"]["variables"]}
     *entries, others = json.loads(variables["rules"].partition(".filter(")[0])
     config = parse_config(values, "test")
-    assert others == {"namespaces": ["^.*$"], **encoded(config.policy.rules_for("other"), storage)}
+    assert others == {"namespaces": ["^.*$"], **encode_rules(config.policy.rules_for("other"), storage)}
     for entry, given in zip(entries, config.policy.namespaces, strict=True):
         rules = PolicyRules(**{**config.policy.rules_for("other").model_dump(), **given.model_dump(exclude_none=True, exclude={"names"})})
-        assert entry == {"namespaces": [f"^{name.replace('*', '.*')}$" for name in given.names], **encoded(rules, storage)}
+        assert entry == {"namespaces": [f"^{name.replace('*', '.*')}$" for name in given.names], **encode_rules(rules, storage)}
     assert json.loads(variables["storage"]) == values["storage"]["uri"].rstrip("/")
     pools = [{"name": pool.name, "resource": pool.gpu_resource, "default": str(pool.default).lower()} for pool in config.node_pools]
     assert json.loads(variables["pools"]) == pools

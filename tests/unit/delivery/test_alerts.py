@@ -1,4 +1,4 @@
-"""The chart's alerts and dashboard use metrics that the operator has, and each alert fires and stays silent in the right situations."""
+"""The chart's alerts and dashboard use only metrics that the operator has, and each alert fires only in the situations for which it is meant."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def dashboard(chart: Path) -> dict[str, Any]:
     return dict(json.loads((chart / "files/dashboard.json").read_text("utf-8")))
 
 
-def dashboard_queries(dashboard: dict[str, Any]) -> list[str]:
+def list_dashboard_queries(dashboard: dict[str, Any]) -> list[str]:
     return [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
 
 
-def series_labels() -> dict[str, set[str]]:
-    """Labels of each series that the operator writes, by the name of the series."""
+def find_labels_by_series() -> dict[str, set[str]]:
+    """Return the labels of each series that the operator writes, by series name."""
     suffixes = {"counter": ("",), "gauge": ("",), "histogram": ("_bucket", "_count", "_sum")}
     result: dict[str, set[str]] = {}
     for collector in vars(Metrics()).values():
@@ -52,27 +52,27 @@ def series_labels() -> dict[str, set[str]]:
     return result
 
 
-def used_series(expression: str) -> Iterator[tuple[str, str]]:
-    """Name and matchers of each series in a PromQL expression."""
+def find_series(expression: str) -> Iterator[tuple[str, str]]:
+    """Yield the name and the matchers of each series in a PromQL expression."""
     return ((name, matchers) for name, matchers in re.findall(r"(finetune_operator_\w+)(?:\{([^}]*)\})?", expression))
 
 
 def test_alerts_and_dashboard_use_only_metrics_and_labels_that_the_operator_has(
     alerts: list[dict[str, Any]], dashboard: dict[str, Any]
 ) -> None:
-    labels = series_labels()
+    labels = find_labels_by_series()
     values = {"phase": {phase.value for phase in Phase}, "outcome": {outcome.value for outcome in Outcome}, "result": {"error"}}
-    expressions = [alert["expr"] for alert in alerts] + dashboard_queries(dashboard)
+    expressions = [alert["expr"] for alert in alerts] + list_dashboard_queries(dashboard)
     assert len(expressions) > 25
     for expression in expressions:
-        assert list(used_series(expression)), expression
-        for name, matchers in used_series(expression):
+        assert list(find_series(expression)), expression
+        for name, matchers in find_series(expression):
             assert name in labels, expression
             for label, value in re.findall(r'(\w+)=~?"([^"]*)"', matchers):
                 assert label in labels[name] | {"namespace"}, expression
                 assert set(value.split("|")) <= values.get(label, set(value.split("|"))), expression
     unused = {name for name in labels if not name.endswith(("_sum", "_count", "_bucket"))}
-    unused -= {name for expression in expressions for name, _ in used_series(expression)}
+    unused -= {name for expression in expressions for name, _ in find_series(expression)}
     assert unused == set(), "the dashboard shows every metric"
 
 
@@ -102,7 +102,7 @@ def test_dashboard_panels_do_not_overlap(dashboard: dict[str, Any]) -> None:
     assert {variable["name"] for variable in dashboard["templating"]["list"]} == {"datasource", "namespace"}
 
 
-def rendered_rules(helm: Path, chart: Path, **rule_values: Any) -> dict[str, Any]:
+def render_rules(helm: Path, chart: Path, **rule_values: Any) -> dict[str, Any]:
     values = {
         "imageRegistry": "r", "crds": {"enabled": False},
         "metrics": {"prometheusRule": {"enabled": True, **rule_values}, "grafanaDashboard": {"enabled": True}},
@@ -115,9 +115,9 @@ def rendered_rules(helm: Path, chart: Path, **rule_values: Any) -> dict[str, Any
     return dict(next(item for item in objects if item["kind"] == "PrometheusRule"))
 
 
-def test_rules_can_be_left_out_added_and_labelled(helm: Path, chart: Path, alerts: list[dict[str, Any]]) -> None:
+def test_alert_rules_can_be_left_out_added_and_labelled(helm: Path, chart: Path, alerts: list[dict[str, Any]]) -> None:
     own_rule = {"record": "a:b", "expr": "vector(1)"}
-    rule = rendered_rules(
+    rule = render_rules(
         helm, chart, disabledAlerts=["FineTuneJobsWait"], extraRules=[own_rule], alertLabels={"team": "ml", "severity": "page"}, labels={"release": "prom"}
     )
     (group,) = rule["spec"]["groups"]
@@ -175,7 +175,7 @@ def test_promtool_sees_each_alert_fire_only_in_its_situation(helm: Path, chart: 
     promtool = ensure_promtool()
     if promtool is None:
         pytest.skip("needs promtool on the PATH, or apt-get")
-    rules = rendered_rules(helm, chart)["spec"]
+    rules = render_rules(helm, chart)["spec"]
     (tmp_path / "rules.yaml").write_text(yaml.safe_dump(rules))
     texts = {alert["alert"]: alert for alert in alerts}
     tests = []
@@ -197,7 +197,7 @@ def test_promtool_parses_the_queries_of_the_dashboard(dashboard: dict[str, Any],
     if promtool is None:
         pytest.skip("needs promtool on the PATH, or apt-get")
     variables = {"$namespace": NAMESPACE, "$__range": "6h", "$__rate_interval": "5m"}
-    queries = dashboard_queries(dashboard)
+    queries = list_dashboard_queries(dashboard)
     for name, value in variables.items():
         queries = [query.replace(name, value) for query in queries]
     assert not [query for query in queries if "$" in query]

@@ -15,12 +15,12 @@ NAMES_AND_FILES = re.findall(r"`([A-Z]\w+|[a-z_]+\(\))`[^|`]* in `([\w./-]+\.py)
 
 
 @pytest.mark.parametrize("file", FILE_PATHS)
-def test_files_in_the_text_exist(file: str) -> None:
+def test_files_that_the_page_names_exist(file: str) -> None:
     assert (ROOT / file).exists()
 
 
 @pytest.mark.parametrize(("name", "file"), NAMES_AND_FILES)
-def test_identifiers_are_defined_in_the_file_next_to_them(name: str, file: str) -> None:
+def test_identifiers_are_defined_in_the_file_that_the_page_names(name: str, file: str) -> None:
     name = name.removesuffix("()")
     source = next(path for path in (ROOT / file, ROOT / "trainer-image/finetune_trainer" / file) if path.exists())
     assert re.search(rf"^(class |def |){name}\b", source.read_text("utf-8"), re.MULTILINE)

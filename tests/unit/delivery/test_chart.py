@@ -52,13 +52,13 @@ def render(template: Callable[..., subprocess.CompletedProcess[str]]) -> Render:
     return run
 
 
-def only_object(objects: Objects, kind: str) -> dict[str, Any]:
+def select_only_object(objects: Objects, kind: str) -> dict[str, Any]:
     (matching,) = [item for item in objects if item["kind"] == kind]
     return matching
 
 
 def config(objects: Objects) -> OperatorConfig:
-    return parse_config(yaml.safe_load(only_object(objects, "ConfigMap")["data"]["config.yaml"]), "chart")
+    return parse_config(yaml.safe_load(select_only_object(objects, "ConfigMap")["data"]["config.yaml"]), "chart")
 
 
 def test_default_values_render_the_expected_objects(render: Render) -> None:
@@ -66,9 +66,9 @@ def test_default_values_render_the_expected_objects(render: Render) -> None:
     assert kinds == sorted(
         ["ConfigMap", "ClusterRole", "ClusterRoleBinding", "CustomResourceDefinition", "Deployment"]
         + ["ClusterRole", "ClusterRole"]  # aggregated into the cluster roles `view` and `edit`
-        + ["Role", "RoleBinding"] * 2  # the Lease, and the key of the Secrets of attempts
+        + ["Role", "RoleBinding"] * 2  # for the Lease, and for the key from which the Secrets of attempts are derived
         + ["ServiceAccount", "Service"]
-        + ["Pod"]  # of `helm test`
+        + ["Pod"]  # the pod of `helm test`
     )
 
 
@@ -118,7 +118,7 @@ def test_every_value_reaches_the_configuration(render: Render) -> None:
 
 
 def test_chart_installs_the_generated_crd(render: Render, root: Path) -> None:
-    crd = only_object(render(), "CustomResourceDefinition")
+    crd = select_only_object(render(), "CustomResourceDefinition")
     source = yaml.safe_load((root / "crds/finetunejobs.yaml").read_text("utf-8"))
     assert crd["spec"] == source["spec"]
     assert crd["metadata"]["name"] == source["metadata"]["name"]
@@ -133,8 +133,8 @@ def test_crd_values_install_and_annotate_the_crd(render: Render, crds: dict[str,
     assert [("annotations" in item["metadata"]) for item in found] == ([] if has_annotations is None else [has_annotations])
 
 
-def verbs_by_resource(rules: list[dict[str, Any]]) -> dict[str, list[str]]:
-    """Verbs by group/resource."""
+def collect_verbs_by_resource(rules: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """Return the allowed verbs by `group/resource`."""
     return {
         f"{group or 'core'}/{resource}": sorted(rule["verbs"])
         for rule in rules
@@ -146,7 +146,7 @@ def verbs_by_resource(rules: list[dict[str, Any]]) -> dict[str, list[str]]:
 def test_operator_has_exactly_the_expected_permissions(render: Render) -> None:
     """The operator has no wildcard permission. It cannot read Secrets except its own key, and cannot change a spec or a Job."""
     objects = render(rbac={"aggregate": False})
-    assert verbs_by_resource(only_object(objects, "ClusterRole")["rules"]) == {
+    assert collect_verbs_by_resource(select_only_object(objects, "ClusterRole")["rules"]) == {
         "finetune-operator.io/finetunejobs": ["get", "list", "watch"],
         "finetune-operator.io/finetunejobs/status": ["update"],
         "finetune-operator.io/finetunejobs/finalizers": ["update"],
@@ -160,12 +160,12 @@ def test_operator_has_exactly_the_expected_permissions(render: Render) -> None:
     }
     roles = {item["metadata"]["name"]: item["rules"] for item in objects if item["kind"] == "Role"}
     create_key, read_key = roles.pop("rel-finetune-operator-attempt-key")
-    assert verbs_by_resource([create_key]) == {"core/secrets": ["create"]}
-    assert verbs_by_resource([read_key]) == {"core/secrets": ["get"]}
+    assert collect_verbs_by_resource([create_key]) == {"core/secrets": ["create"]}
+    assert collect_verbs_by_resource([read_key]) == {"core/secrets": ["get"]}
     assert read_key["resourceNames"] == ["rel-finetune-operator-attempt-key"] == [config(objects).isolation.key_secret_name]
     ((create, renew),) = roles.values()
-    assert verbs_by_resource([create]) == {"coordination.k8s.io/leases": ["create"]}
-    assert verbs_by_resource([renew]) == {"coordination.k8s.io/leases": ["get", "update"]}
+    assert collect_verbs_by_resource([create]) == {"coordination.k8s.io/leases": ["create"]}
+    assert collect_verbs_by_resource([renew]) == {"coordination.k8s.io/leases": ["get", "update"]}
     assert renew["resourceNames"] == ["rel-finetune-operator"]
 
 
@@ -189,7 +189,7 @@ def test_isolation_values_reach_the_configuration_and_the_permissions(render: Re
     default = config(render()).isolation
     assert (default.secret, default.network_policy, default.all_blocked_cidrs, default.metrics_from) == (True, True, (), ())
     assert (default.operator_namespace, default.operator_labels) == ("ops", own_pods)
-    labels = only_object(render(), "Deployment")["spec"]["template"]["metadata"]["labels"]
+    labels = select_only_object(render(), "Deployment")["spec"]["template"]["metadata"]["labels"]
     assert own_pods.items() <= labels.items()
 
     monitoring = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
@@ -199,8 +199,8 @@ def test_isolation_values_reach_the_configuration_and_the_permissions(render: Re
     objects = render(rbac={"aggregate": False}, isolation={"secret": False, "networkPolicy": False})
     off = config(objects).isolation
     assert (off.secret, off.network_policy) == (False, False)
-    assert {"core/secrets", "networking.k8s.io/networkpolicies"} & set(verbs_by_resource(only_object(objects, "ClusterRole")["rules"])) == set()
-    roles = {item["metadata"]["name"]: verbs_by_resource(item["rules"]) for item in objects if item["kind"] == "Role"}
+    assert {"core/secrets", "networking.k8s.io/networkpolicies"} & set(collect_verbs_by_resource(select_only_object(objects, "ClusterRole")["rules"])) == set()
+    roles = {item["metadata"]["name"]: collect_verbs_by_resource(item["rules"]) for item in objects if item["kind"] == "Role"}
     # Attempts that started with a Secret still ask for a token, so the operator may still read its key.
     assert (set(roles), roles["rel-finetune-operator-attempt-key"]) == (
         {"rel-finetune-operator-lease", "rel-finetune-operator-attempt-key"}, {"core/secrets": ["get"]},
@@ -219,11 +219,11 @@ def test_isolation_values_reach_the_configuration_and_the_permissions(render: Re
 def test_roles_view_and_edit_get_only_finetunejobs(render: Render) -> None:
     roles = {item["metadata"]["name"]: item for item in render() if item["kind"] == "ClusterRole"}
     view, edit = roles["rel-finetune-operator-view"], roles["rel-finetune-operator-edit"]
-    assert verbs_by_resource(view["rules"]) == {
+    assert collect_verbs_by_resource(view["rules"]) == {
         "finetune-operator.io/finetunejobs": ["get", "list", "watch"],
         "finetune-operator.io/finetunejobs/status": ["get", "list", "watch"],
     }
-    assert verbs_by_resource(edit["rules"]) == {
+    assert collect_verbs_by_resource(edit["rules"]) == {
         "finetune-operator.io/finetunejobs": ["create", "delete", "deletecollection", "patch", "update"],
     }
 
@@ -236,7 +236,7 @@ def test_watch_namespaces_need_no_cluster_role(render: Render) -> None:
 
 
 def test_operator_pod_meets_pod_security_restricted(render: Render) -> None:
-    pod = only_object(render(), "Deployment")["spec"]["template"]["spec"]
+    pod = select_only_object(render(), "Deployment")["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     assert pod["securityContext"]["runAsNonRoot"] is True
     assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
@@ -246,12 +246,12 @@ def test_operator_pod_meets_pod_security_restricted(render: Render) -> None:
 
 
 def test_changed_configuration_restarts_the_operator(render: Render) -> None:
-    def checksum(**values: Any) -> str:
-        template = only_object(render(**values), "Deployment")["spec"]["template"]
+    def get_checksum(**values: Any) -> str:
+        template = select_only_object(render(**values), "Deployment")["spec"]["template"]
         return str(template["metadata"]["annotations"]["checksum/config"])
 
-    assert checksum() == checksum()
-    assert checksum() != checksum(settings={"workers": 2})
+    assert get_checksum() == get_checksum()
+    assert get_checksum() != get_checksum(settings={"workers": 2})
 
 
 @pytest.mark.parametrize(
@@ -385,7 +385,7 @@ def test_wrong_chart_values_are_refused_by_helm_with_their_keys(template: Any) -
 
 
 def test_correct_platform_values_are_accepted(render: Render) -> None:
-    """Corrected values of the previous test."""
+    """The values of WRONG_PLATFORM_VALUES are accepted in their correct form."""
     tolerations = [
         {"operator": "Exists"},
         {"key": "gpu", "value": ""},
@@ -415,10 +415,10 @@ def test_correct_platform_values_are_accepted(render: Render) -> None:
         ({"image": {"digest": "sha256:" + "a" * 64}}, "example.org/finetune-operator@sha256:" + "a" * 64, "example.org/finetune-trainer:0.2.0"),
     ],
 )  # fmt: skip
-def test_images_follow_the_app_version(render: Render, values: dict[str, Any], operator: str, trainer: str) -> None:
+def test_images_have_the_app_version_unless_the_values_name_another_tag(render: Render, values: dict[str, Any], operator: str, trainer: str) -> None:
     objects = render(**values)
-    assert pod_spec(objects)["containers"][0]["image"] == operator
-    assert only_object(objects, "Pod")["spec"]["containers"][0]["image"] == operator
+    assert get_pod_spec(objects)["containers"][0]["image"] == operator
+    assert select_only_object(objects, "Pod")["spec"]["containers"][0]["image"] == operator
     assert config(objects).trainer.image == trainer
 
 
@@ -455,8 +455,8 @@ def test_every_value_is_documented(root: Path) -> None:
     assert [path for path in documented if f"| {'.'.join(path)} |" not in readme] == []
 
 
-def pod_spec(objects: Objects) -> dict[str, Any]:
-    return dict(only_object(objects, "Deployment")["spec"]["template"]["spec"])
+def get_pod_spec(objects: Objects) -> dict[str, Any]:
+    return dict(select_only_object(objects, "Deployment")["spec"]["template"]["spec"])
 
 
 def test_every_pod_value_reaches_the_operators_pods(render: Render) -> None:
@@ -473,8 +473,8 @@ def test_every_pod_value_reaches_the_operators_pods(render: Render) -> None:
         extraVolumeMounts=[{"name": "ca", "mountPath": "/ca"}], topologySpreadConstraints=[spread, own_spread],
         podLabels={"team": "x"}, podAnnotations={"note": "y"}, commonLabels={"owner": "z"},
     )  # fmt: skip
-    pod = pod_spec(objects)
-    for spec in (pod, only_object(objects, "Pod")["spec"]):
+    pod = get_pod_spec(objects)
+    for spec in (pod, select_only_object(objects, "Pod")["spec"]):
         assert {key: spec[key] for key in placement} == placement
         assert spec["imagePullSecrets"] == [{"name": "pull"}]
     (container,) = pod["containers"]
@@ -484,7 +484,7 @@ def test_every_pod_value_reaches_the_operators_pods(render: Render) -> None:
     own_pods = {"app.kubernetes.io/name": "finetune-operator", "app.kubernetes.io/instance": "rel"}
     first, second = pod["topologySpreadConstraints"]
     assert (first, second) == (spread | {"labelSelector": {"matchLabels": own_pods}}, own_spread)
-    metadata = only_object(objects, "Deployment")["spec"]["template"]["metadata"]
+    metadata = select_only_object(objects, "Deployment")["spec"]["template"]["metadata"]
     assert metadata["labels"] == own_pods | {"team": "x"}
     assert metadata["annotations"]["note"] == "y"
     assert all(item["metadata"]["labels"]["owner"] == "z" for item in objects if item["kind"] != "Pod")
@@ -492,7 +492,7 @@ def test_every_pod_value_reaches_the_operators_pods(render: Render) -> None:
 
 def test_openshift_leaves_the_user_to_the_platform(render: Render) -> None:
     objects = render(openshift=True)
-    for spec in (pod_spec(objects), only_object(objects, "Pod")["spec"]):
+    for spec in (get_pod_spec(objects), select_only_object(objects, "Pod")["spec"]):
         assert spec["securityContext"] == {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
     assert config(objects).trainer.fixed_user is False
     assert config(render()).trainer.fixed_user is True
@@ -500,7 +500,7 @@ def test_openshift_leaves_the_user_to_the_platform(render: Render) -> None:
 
 def test_security_contexts_can_be_changed(render: Render) -> None:
     objects = render(podSecurityContext={"runAsUser": 2000, "fsGroup": None}, securityContext={"privileged": False})
-    pod = pod_spec(objects)
+    pod = get_pod_spec(objects)
     assert (pod["securityContext"]["runAsUser"], "fsGroup" in pod["securityContext"]) == (2000, False)
     assert pod["containers"][0]["securityContext"]["privileged"] is False
 
@@ -513,7 +513,7 @@ def test_security_contexts_can_be_changed(render: Render) -> None:
         ({"enabled": True, "maxUnavailable": 0}, {"maxUnavailable": 0}), ({}, None),
     ],
 )  # fmt: skip
-def test_disruption_budget(render: Render, values: dict[str, Any], budget: dict[str, Any] | None) -> None:
+def test_disruption_budget_has_the_values_of_the_chart(render: Render, values: dict[str, Any], budget: dict[str, Any] | None) -> None:
     found = [item["spec"] for item in render(podDisruptionBudget=values, replicas=2) if item["kind"] == "PodDisruptionBudget"]
     own_pods = {"app.kubernetes.io/name": "finetune-operator", "app.kubernetes.io/instance": "rel"}
     expected = {"selector": {"matchLabels": own_pods}, "unhealthyPodEvictionPolicy": "AlwaysAllow"}
@@ -522,7 +522,7 @@ def test_disruption_budget(render: Render, values: dict[str, Any], budget: dict[
 
 def test_network_policy_allows_the_api_server_dns_progress_and_metrics(render: Render) -> None:
     def policy(watched: list[str] | None = None, **values: Any) -> dict[str, Any]:
-        return dict(only_object(render(watchNamespaces=watched or [], networkPolicy={"enabled": True, **values}), "NetworkPolicy")["spec"])
+        return dict(select_only_object(render(watchNamespaces=watched or [], networkPolicy={"enabled": True, **values}), "NetworkPolicy")["spec"])
 
     spec = policy()
     assert spec["policyTypes"] == ["Ingress", "Egress"]
@@ -550,9 +550,9 @@ def test_network_policy_allows_the_api_server_dns_progress_and_metrics(render: R
 
 def test_service_selects_the_operator_but_not_the_test_pod(render: Render) -> None:
     objects = render(metrics={"service": {"port": 9090, "labels": {"a": "b"}, "annotations": {"c": "d"}}})
-    service = only_object(objects, "Service")
-    labels = only_object(objects, "Deployment")["spec"]["template"]["metadata"]["labels"]
-    test_pod = only_object(objects, "Pod")
+    service = select_only_object(objects, "Service")
+    labels = select_only_object(objects, "Deployment")["spec"]["template"]["metadata"]["labels"]
+    test_pod = select_only_object(objects, "Pod")
     assert service["spec"]["selector"].items() <= labels.items()
     assert not service["spec"]["selector"].items() <= test_pod["metadata"]["labels"].items()
     assert service["spec"]["ports"] == [{"name": "http", "port": 9090, "targetPort": "http", "protocol": "TCP"}]
@@ -570,10 +570,10 @@ def test_monitor_selects_the_release(render: Render, kind: str, key: str, endpoi
         "relabelings": [relabeling], "metricRelabelings": [relabeling],
     }  # fmt: skip
     objects = render(metrics={key: values})
-    monitor = only_object(objects, kind)
+    monitor = select_only_object(objects, kind)
     assert (monitor["metadata"]["namespace"], monitor["metadata"]["labels"]["release"]) == ("monitoring", "prom")
     assert monitor["spec"]["namespaceSelector"] == {"matchNames": ["ops"]}
-    selected = only_object(objects, "Service") if kind == "ServiceMonitor" else only_object(objects, "Deployment")["spec"]["template"]
+    selected = select_only_object(objects, "Service") if kind == "ServiceMonitor" else select_only_object(objects, "Deployment")["spec"]["template"]
     assert monitor["spec"]["selector"]["matchLabels"].items() <= selected["metadata"]["labels"].items()
     assert monitor["spec"][endpoints] == [{
         "port": "http", "path": "/metrics", "interval": "1m30s", "scrapeTimeout": "10s",
@@ -584,8 +584,8 @@ def test_monitor_selects_the_release(render: Render, kind: str, key: str, endpoi
 def test_extra_objects_may_be_objects_or_templates(render: Render) -> None:
     template = "apiVersion: v1\nkind: Secret\nmetadata:\n  name: {{ .Release.Name }}-two\n"
     objects = render(extraObjects=[{"apiVersion": "v1", "kind": "LimitRange", "metadata": {"name": "{{ .Release.Name }}-one"}}, template])
-    assert only_object(objects, "LimitRange")["metadata"]["name"] == "rel-one"
-    assert only_object(objects, "Secret")["metadata"]["name"] == "rel-two"
+    assert select_only_object(objects, "LimitRange")["metadata"]["name"] == "rel-one"
+    assert select_only_object(objects, "Secret")["metadata"]["name"] == "rel-two"
 
 
 # --- the OpenAI server ----------------------------------------------------------------------------------------------
@@ -593,7 +593,7 @@ def test_extra_objects_may_be_objects_or_templates(render: Render) -> None:
 
 @pytest.fixture(scope="module")
 def openai_objects(render: Render) -> Objects:
-    """The objects of the OpenAI server."""
+    """The chart's objects that belong to the OpenAI server."""
     values: dict[str, Any] = OPENAI_SERVER | {"networkPolicy": {"enabled": True, "clients": [{"podSelector": {}}], "storagePorts": [8333]}}
     return [item for item in render(openaiServer=values) if item["metadata"]["name"] == "rel-finetune-operator-openai"]
 
@@ -616,11 +616,11 @@ def test_openai_server_may_only_impersonate_the_listed_service_accounts(openai_o
 
 def test_openai_server_reads_its_configuration_and_secrets(openai_objects: Objects, tmp_path: Path) -> None:
     file = tmp_path / "server.yaml"
-    file.write_text(only_object(openai_objects, "ConfigMap")["data"]["server.yaml"], "utf-8")
+    file.write_text(select_only_object(openai_objects, "ConfigMap")["data"]["server.yaml"], "utf-8")
     loaded = load_config(file)
     assert (loaded.storage.uri, loaded.max_file_bytes, list(loaded.models)) == ("s3://models/jobs", 512 << 20, ["gpt-4o-mini"])
     assert check_models(loaded) == []
-    spec = pod_spec(openai_objects)
+    spec = get_pod_spec(openai_objects)
     (container,) = spec["containers"]
     root: Any = typer.main.get_command(app)
     context = root.commands["serve-openai"].make_context("serve-openai", container["args"][1:], obj=[])
@@ -633,13 +633,13 @@ def test_openai_server_reads_its_configuration_and_secrets(openai_objects: Objec
 
 
 def test_openai_server_has_services_and_policies_of_its_own(openai_objects: Objects, render: Render) -> None:
-    labels = only_object(openai_objects, "Deployment")["spec"]["template"]["metadata"]["labels"]
-    service = only_object(openai_objects, "Service")
-    operator_service = only_object(render(), "Service")
+    labels = select_only_object(openai_objects, "Deployment")["spec"]["template"]["metadata"]["labels"]
+    service = select_only_object(openai_objects, "Service")
+    operator_service = select_only_object(render(), "Service")
     assert service["spec"]["selector"].items() <= labels.items()
     assert not operator_service["spec"]["selector"].items() <= labels.items()
-    assert "app.kubernetes.io/part-of" not in only_object(openai_objects, "ConfigMap")["metadata"]["labels"]
-    policy = only_object(openai_objects, "NetworkPolicy")["spec"]
+    assert "app.kubernetes.io/part-of" not in select_only_object(openai_objects, "ConfigMap")["metadata"]["labels"]
+    policy = select_only_object(openai_objects, "NetworkPolicy")["spec"]
     assert policy["ingress"] == [{"ports": [{"protocol": "TCP", "port": "http"}], "from": [{"podSelector": {}}]}]
     assert [sorted(port["port"] for port in rule["ports"]) for rule in policy["egress"]] == [[443, 6443], [53, 53], [8333]]
 

@@ -1,4 +1,4 @@
-"""checkov finds nothing in the rendered chart and in a training Job but the exceptions of this file. Each exception has its reason."""
+"""checkov finds only the exceptions in this file, in the rendered chart and in a training Job. Each exception states its reason."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ TRAINING_EXCEPTIONS = {
 }
 
 
-def failed_checks(file: Path) -> set[tuple[str, str]]:
-    """Run checkov. Returns (check, resource) of each finding."""
+def run_checkov(file: Path) -> set[tuple[str, str]]:
+    """Run checkov on a file. Returns the pair (check, resource) of each finding."""
     program = ensure_environment("checkov").parent / "checkov"
     command = [program, "--file", file, "--framework", "kubernetes", "--skip-download", "--output", "json", "--compact", "--quiet"]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
@@ -69,18 +69,18 @@ def test_checkov_finds_only_the_explained_exceptions(helm: Path, root: Path, tmp
     command = [helm, "template", "rel", root / "helm/finetune-operator", "-n", "ops", "-f", "-"]
     text = subprocess.run(command, input=json.dumps(VALUES), capture_output=True, text=True, check=True).stdout
     (tmp_path / "chart.yaml").write_text(text)
-    assert failed_checks(tmp_path / "chart.yaml") == set(EXCEPTIONS)
+    assert run_checkov(tmp_path / "chart.yaml") == set(EXCEPTIONS)
 
 
 def test_checkov_finds_only_the_explained_exceptions_in_a_training_job(root: Path, tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_text((root / "tests/unit/operator/golden/job-small.yaml").read_text("utf-8"))
-    assert failed_checks(tmp_path / "job.yaml") == set(TRAINING_EXCEPTIONS)
+    assert run_checkov(tmp_path / "job.yaml") == set(TRAINING_EXCEPTIONS)
 
 
 def test_checkov_finds_a_privileged_container(helm: Path, root: Path, tmp_path: Path) -> None:
-    """Shows that the previous test can fail."""
+    """Show that the tests above can fail."""
     values = VALUES | {"securityContext": {"privileged": True, "readOnlyRootFilesystem": False}}
     command = [helm, "template", "rel", root / "helm/finetune-operator", "-n", "ops", "-f", "-"]
     text = subprocess.run(command, input=json.dumps(values), capture_output=True, text=True, check=True).stdout
     (tmp_path / "chart.yaml").write_text(text)
-    assert {("CKV_K8S_16", OPERATOR), ("CKV_K8S_22", OPERATOR)} <= failed_checks(tmp_path / "chart.yaml")
+    assert {("CKV_K8S_16", OPERATOR), ("CKV_K8S_22", OPERATOR)} <= run_checkov(tmp_path / "chart.yaml")

@@ -22,7 +22,7 @@ from rich.console import Console
 
 @pytest.fixture
 def bare_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[pytest.MonkeyPatch]:
-    """A machine with an empty PATH and without the demo's environment variables."""
+    """Set an empty PATH, and remove the demo's environment variables."""
     monkeypatch.setenv("PATH", str(tmp_path))
     for name in demo_clusters.CurrentCluster.required_variables:
         monkeypatch.delenv(name, raising=False)
@@ -79,7 +79,7 @@ def test_cluster_without_its_requirements_is_refused(bare_machine: pytest.Monkey
         demo_clusters.choose_cluster(wanted, keep_running=False)
 
 
-def test_current_names_all_missing_variables(bare_machine: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_error_for_cluster_current_names_all_missing_variables(bare_machine: pytest.MonkeyPatch, tmp_path: Path) -> None:
     write_program(tmp_path, "kubectl")
     bare_machine.setenv("TRAINER_IMAGE", "r/t:1")
     with pytest.raises(demo_clusters.NoCluster) as raised:
@@ -87,7 +87,7 @@ def test_current_names_all_missing_variables(bare_machine: pytest.MonkeyPatch, t
     assert "needs OPERATOR_IMAGE, S3_ENDPOINT, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY:" in str(raised.value)
 
 
-def test_kind_builds_the_dockerfiles_of_the_project(bare_machine: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_cluster_kind_builds_the_dockerfiles_of_the_project(bare_machine: pytest.MonkeyPatch, tmp_path: Path) -> None:
     log = tmp_path / "calls"
     for name in ("docker", "kubectl", "kind"):
         write_program(tmp_path, name, f'echo "{name} $*" >> {log}')
@@ -111,7 +111,7 @@ class FakeJob:
         return self.snapshots.pop(0) if len(self.snapshots) > 1 else self.snapshots[0]
 
 
-def running_status(step: int) -> FineTuneJobStatus:
+def make_running_status(step: int) -> FineTuneJobStatus:
     return FineTuneJobStatus(
         observed_generation=1, phase=Phase.RUNNING, attempt=1, workers=Workers(ready=1, total=1, display="1/1"),
         progress=Progress(step=step, total_steps=40, percent=step * 100 // 40, display=f"{step}/40", eta="12s"),
@@ -125,7 +125,7 @@ EVENT = Event(datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC), "TrainingStarted", "fir
 def test_each_change_is_one_line_without_a_terminal() -> None:
     out = io.StringIO()
     done = FineTuneJobStatus(observed_generation=1, phase=Phase.SUCCEEDED)
-    snapshots = [Snapshot(None, ()), Snapshot(running_status(10), (EVENT,)), Snapshot(running_status(11), (EVENT,)), Snapshot(done, (EVENT,))]
+    snapshots = [Snapshot(None, ()), Snapshot(make_running_status(10), (EVENT,)), Snapshot(make_running_status(11), (EVENT,)), Snapshot(done, (EVENT,))]
     last = follow_job(FakeJob(snapshots), Console(file=out), timeout_seconds=60)
     assert last.status == done
     lines = [line.strip() for line in out.getvalue().splitlines()]
@@ -140,12 +140,12 @@ def test_each_change_is_one_line_without_a_terminal() -> None:
 
 def test_view_times_out_if_the_job_does_not_finish() -> None:
     with pytest.raises(TimeoutError, match="the job has not finished within 0 s; its phase is Running"):
-        follow_job(FakeJob([Snapshot(running_status(1), ())]), Console(file=io.StringIO()), timeout_seconds=0)
+        follow_job(FakeJob([Snapshot(make_running_status(1), ())]), Console(file=io.StringIO()), timeout_seconds=0)
 
 
 def test_live_view_shows_phase_progress_loss_and_events() -> None:
     out = io.StringIO()
-    Console(file=out, width=100).print(render_panel(Snapshot(running_status(10), (EVENT,)), 3.0))
+    Console(file=out, width=100).print(render_panel(Snapshot(make_running_status(10), (EVENT,)), 3.0))
     for text in ("Running", "attempt 1", "1/1 pods ready", "10/40", "loss 1.234", "ready in 12s", "TrainingStarted"):
         assert text in out.getvalue()
 
@@ -158,12 +158,12 @@ def test_failed_job_ends_the_demo_with_its_failure() -> None:
 
 
 @pytest.mark.parametrize(
-    ("reference", "parts"),
+    ("reference", "chart_values"),
     [
         ("localhost/t:dev", ("localhost/t", "dev", "")),
         ("host:5000/t", ("host:5000/t", "latest", "")),
         ("host:5000/t:1@sha256:ab", ("host:5000/t", "1", "sha256:ab")),
     ],
 )
-def test_image_references_become_chart_values(reference: str, parts: tuple[str, str, str]) -> None:
-    assert tuple(demo.split_image_reference(reference).values()) == parts
+def test_image_references_become_chart_values(reference: str, chart_values: tuple[str, str, str]) -> None:
+    assert tuple(demo.split_image_reference(reference).values()) == chart_values

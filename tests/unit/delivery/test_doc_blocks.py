@@ -16,7 +16,7 @@ import yaml
 from finetune_api import rules
 from finetune_api.names import KIND
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.support import unsupported_fields
+from finetune_api.support import find_unsupported_fields
 from finetune_cli.main import app
 
 from tests.support.doc_blocks import PAGES, ROOT, SMALLEST_SPEC, Block, is_chart_values, read_blocks, read_objects
@@ -27,42 +27,42 @@ LANGUAGES = {"", "sh", "console", "yaml", "json", "python", "ini", "toml"}
 OFFLINE_COMMANDS = ("validate", "import", "init", "explain")
 """Commands of `finetune` that need no cluster. The tests run them."""
 OTHER_YAML = {"docs/guides/benchmarks.md": {"task"}, "docs/guides/openai.md": {"keys", "models"}}
-"""Pages with YAML that is neither for Kubernetes nor for the chart: a task of the lm-evaluation-harness, files of `finetune serve-openai`."""
+"""Pages with YAML for other programs, and the keys of this YAML: a task of the lm-evaluation-harness, and files of `finetune serve-openai`."""
 INCOMPLETE_FRAGMENTS = {"docs/guides/checkpoints.md": {"encryption"}}
-"""Fragments of a group of the spec, which the text in front of them names."""
+"""Keys of YAML fragments that show only a group inside the spec. The text before the fragment names the group."""
 
 
-def with_language(*languages: str) -> list[Block]:
+def list_blocks_with_language(*languages: str) -> list[Block]:
     return [block for block in BLOCKS if block.language in languages]
 
 
-def ids(block: Block) -> str:
+def make_block_name(block: Block) -> str:
     return block.name
 
 
 def test_languages_are_known() -> None:
     assert {block.language for block in BLOCKS} <= LANGUAGES
-    assert len(with_language("sh")) > 30 and len(with_language("yaml")) > 35
+    assert len(list_blocks_with_language("sh")) > 30 and len(list_blocks_with_language("yaml")) > 35
 
 
-@pytest.mark.parametrize("block", with_language("json"), ids=ids)
+@pytest.mark.parametrize("block", list_blocks_with_language("json"), ids=make_block_name)
 def test_json_is_valid(block: Block) -> None:
     texts = block.text.splitlines() if block.title.endswith(".jsonl") else [block.text]
     assert [json.loads(text) for text in texts]
 
 
-@pytest.mark.parametrize("block", with_language("python"), ids=ids)
+@pytest.mark.parametrize("block", list_blocks_with_language("python"), ids=make_block_name)
 def test_python_is_valid(block: Block) -> None:
     ast.parse(block.text)
 
 
 def test_shell_is_valid() -> None:
-    for block in with_language("sh"):
+    for block in list_blocks_with_language("sh"):
         done = subprocess.run(["bash", "-n"], input=block.text, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{block.name}: {done.stderr}"
 
 
-@pytest.mark.parametrize("block", [block for block in with_language("sh") if block.is_run], ids=ids)
+@pytest.mark.parametrize("block", [block for block in list_blocks_with_language("sh") if block.is_run], ids=make_block_name)
 def test_blocks_without_a_mark_contain_only_commands_that_tests_run(block: Block) -> None:
     """The integration tests run the kubectl commands, and `.ci/run` the make commands."""
     targets = re.findall(r"^\.PHONY: (\S+)$", (ROOT / "Makefile").read_text("utf-8"), re.M)
@@ -72,11 +72,11 @@ def test_blocks_without_a_mark_contain_only_commands_that_tests_run(block: Block
         )
 
 
-def pages_with_commands() -> list[Path]:
-    return sorted({block.page for block in with_language("sh") if block.is_run and "finetune " in block.text})
+def list_pages_with_commands() -> list[Path]:
+    return sorted({block.page for block in list_blocks_with_language("sh") if block.is_run and "finetune " in block.text})
 
 
-@pytest.mark.parametrize("page", pages_with_commands(), ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", list_pages_with_commands(), ids=lambda page: page.stem)
 def test_offline_commands_of_a_page_succeed(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_finetune: RunFinetune) -> None:
     monkeypatch.chdir(tmp_path)
     for block in (block for block in BLOCKS if block.page == page and block.is_run):
@@ -88,31 +88,31 @@ def test_offline_commands_of_a_page_succeed(page: Path, tmp_path: Path, monkeypa
                 assert result.exit_code == 0, f"{block.name}: {' '.join(words)}: {result.output}"
 
 
-def finetune_lines() -> list[tuple[str, str]]:
+def list_finetune_lines() -> list[tuple[str, str]]:
     """Return the command lines of `finetune` in all blocks, with the name of the block."""
-    blocks = with_language("", "sh", "console")
+    blocks = list_blocks_with_language("", "sh", "console")
     return [(block.name, command) for block in blocks for command in block.commands() if command.startswith("finetune ")]
 
 
 def test_all_command_lines_are_valid() -> None:
     root: Any = typer.main.get_command(app)
-    for name, line in finetune_lines():
+    for name, line in list_finetune_lines():
         words = Block(ROOT, 0, "sh", "", line.partition(" | ")[0].partition(" -- ")[0], True).words()[0][1:]
         if not words[0].startswith("-"):
             assert words[0] in root.commands, f"{name}: {line}"
             root.commands[words[0]].make_context(words[0], words[1:], obj=[])
-    assert len(finetune_lines()) > 50
+    assert len(list_finetune_lines()) > 50
 
 
 def is_input_of_a_command(block: Block) -> bool:
     return bool(block.title) and block.page.parent.name == "migration" and block.title != "job.yaml"
 
 
-YAML_BLOCKS = [block for block in with_language("yaml") if not is_input_of_a_command(block)]
+YAML_BLOCKS = [block for block in list_blocks_with_language("yaml") if not is_input_of_a_command(block)]
 
 
-@pytest.mark.parametrize("block", YAML_BLOCKS, ids=ids)
-def test_yaml_is_known(block: Block) -> None:
+@pytest.mark.parametrize("block", YAML_BLOCKS, ids=make_block_name)
+def test_each_yaml_block_is_an_object_or_chart_values(block: Block) -> None:
     page = block.page.relative_to(ROOT).as_posix()
     (first, *_) = documents = [document for document in yaml.safe_load_all(block.text) if document]
     if set(first) & (OTHER_YAML.get(page, set()) | INCOMPLETE_FRAGMENTS.get(page, set())):
@@ -120,12 +120,12 @@ def test_yaml_is_known(block: Block) -> None:
     assert is_chart_values(block) or len(read_objects(block)) == len(documents), f"write `# chart values` into the first line, or a whole object: {block.text}"
 
 
-@pytest.mark.parametrize("block", [block for block in YAML_BLOCKS if not is_chart_values(block)], ids=ids)
+@pytest.mark.parametrize("block", [block for block in YAML_BLOCKS if not is_chart_values(block)], ids=make_block_name)
 def test_jobs_pass_all_checks(block: Block) -> None:
     for item in (item for item in read_objects(block) if item["kind"] == KIND):
         spec = FineTuneJobSpec.model_validate(item["spec"])
-        assert rules.check(spec) == []
-        assert unsupported_fields(spec) == []
+        assert rules.check_spec(spec) == []
+        assert find_unsupported_fields(spec) == []
 
 
 def merge_values(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -137,7 +137,7 @@ def merge_values(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any
     return merged
 
 
-@pytest.mark.parametrize("block", [block for block in YAML_BLOCKS if is_chart_values(block)], ids=ids)
+@pytest.mark.parametrize("block", [block for block in YAML_BLOCKS if is_chart_values(block)], ids=make_block_name)
 def test_values_are_valid_for_the_chart(block: Block) -> None:
     chart = ROOT / "helm/finetune-operator"
     defaults = yaml.safe_load((chart / "values.yaml").read_text("utf-8"))
@@ -159,14 +159,14 @@ def test_relative_links_lead_to_files(page: Path) -> None:
     assert [target for target in targets if not (page.parent / target).exists()] == []
 
 
-def nav_entries(value: Any) -> list[str]:
+def list_nav_entries(value: Any) -> list[str]:
     if isinstance(value, str):
         return [value]
-    return [entry for item in (value.values() if isinstance(value, dict) else value) for entry in nav_entries(item)]
+    return [entry for item in (value.values() if isinstance(value, dict) else value) for entry in list_nav_entries(item)]
 
 
 def test_every_page_has_a_place_in_the_navigation() -> None:
-    entries = nav_entries(yaml.safe_load((ROOT / "mkdocs.yml").read_text("utf-8"))["nav"])
+    entries = list_nav_entries(yaml.safe_load((ROOT / "mkdocs.yml").read_text("utf-8"))["nav"])
     assert len(entries) == len(set(entries))
     pages = {page.relative_to(ROOT / "docs").as_posix() for page in PAGES if page.is_relative_to(ROOT / "docs")}
     decisions = {page for page in pages if re.match(r"decisions/0", page)}

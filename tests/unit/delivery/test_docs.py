@@ -13,7 +13,7 @@ import yaml
 from finetune_api import rules
 from finetune_api.names import KIND
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.support import unsupported_fields
+from finetune_api.support import find_unsupported_fields
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -38,8 +38,8 @@ def test_documents_contain_yaml_blocks() -> None:
 @pytest.mark.parametrize("body", JOBS, ids=lambda body: body["metadata"]["name"])
 def test_documented_job_passes_all_checks(body: dict[str, Any]) -> None:
     spec = FineTuneJobSpec.model_validate(body["spec"])
-    assert rules.check(spec) == []
-    assert unsupported_fields(spec) == []
+    assert rules.check_spec(spec) == []
+    assert find_unsupported_fields(spec) == []
 
 
 @pytest.mark.parametrize("body", VALUES, ids=lambda _: "values")

@@ -11,18 +11,18 @@ import pytest
 import yaml
 from finetune_api import rules
 from finetune_api.names import KIND, MAX_NAME_LENGTH, NAME_PATTERN
-from finetune_api.sources import S3Source, parse
+from finetune_api.sources import S3Source, parse_source
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.support import unsupported_fields
+from finetune_api.support import find_unsupported_fields
 from finetune_operator.policies.acceptance import AcceptedSpec, accept
 from finetune_operator.settings import parse_config
 
 from tests.unit.delivery.conftest import RunFinetune
 
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
-TOPICS = ("methods", "sources", "cluster", "results")
-"""Folders of examples beside those in `examples/` itself, which the e2e tests run."""
-EXAMPLE_FILES = sorted([*EXAMPLES.glob("*.yaml"), *(path for topic in TOPICS for path in (EXAMPLES / topic).glob("*.yaml"))])
+TOPIC_FOLDERS = ("methods", "sources", "cluster", "results")
+"""Folders with further examples. The e2e tests run only the examples in `examples/` itself."""
+EXAMPLE_FILES = sorted([*EXAMPLES.glob("*.yaml"), *(path for topic in TOPIC_FOLDERS for path in (EXAMPLES / topic).glob("*.yaml"))])
 OPERATOR_CONFIG = {
     "trainer": {"image": "registry.example.com/trainer:1"},
     "storage": {"uri": "s3://finetune/jobs"},
@@ -31,16 +31,16 @@ OPERATOR_CONFIG = {
 }
 
 
-def jobs(path: Path) -> list[dict[str, Any]]:
+def read_jobs(path: Path) -> list[dict[str, Any]]:
     return [item for item in yaml.safe_load_all(path.read_text("utf-8")) if item["kind"] == KIND]
 
 
 @pytest.mark.parametrize("path", EXAMPLE_FILES, ids=lambda path: path.stem)
 def test_example_passes_all_checks(path: Path) -> None:
-    (job,) = jobs(path)
+    (job,) = read_jobs(path)
     spec = FineTuneJobSpec.model_validate(job["spec"])
-    assert rules.check(spec) == []
-    assert unsupported_fields(spec) == []
+    assert rules.check_spec(spec) == []
+    assert find_unsupported_fields(spec) == []
     name = job["metadata"]["name"]
     assert name == path.stem
     assert re.fullmatch(NAME_PATTERN, name)
@@ -49,7 +49,7 @@ def test_example_passes_all_checks(path: Path) -> None:
 
 @pytest.mark.parametrize("path", EXAMPLE_FILES, ids=lambda path: path.stem)
 def test_operator_accepts_the_example(path: Path) -> None:
-    (job,) = jobs(path)
+    (job,) = read_jobs(path)
     decision = accept(job["spec"], parse_config(OPERATOR_CONFIG, "test"))
     assert isinstance(decision, AcceptedSpec), decision
 
@@ -66,8 +66,8 @@ def test_offline_validation_accepts_all_examples(run_finetune: RunFinetune) -> N
 
 @pytest.mark.parametrize("path", EXAMPLE_FILES, ids=lambda path: path.stem)
 def test_data_of_an_example_exists(path: Path) -> None:
-    for job in jobs(path):
-        source = parse(job["spec"]["dataset"]["train"])
+    for job in read_jobs(path):
+        source = parse_source(job["spec"]["dataset"]["train"])
         if isinstance(source, S3Source):
             assert source.bucket == "datasets" or path.stem == "irsa"
             assert (EXAMPLES / "data" / source.key).is_file() or path.stem == "irsa"

@@ -1,4 +1,4 @@
-"""kstatus (Flux, Helm) and the health script for Argo CD judge a FineTuneJob in each phase; the GitOps examples are complete."""
+"""kstatus (of Flux and Helm) and the health script for Argo CD give the right verdict in each phase of a FineTuneJob. The GitOps examples are complete."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ ADOPTING = facts(
 )  # fmt: skip
 
 
-def in_stage(stage: str, step: int) -> Facts:
+def make_facts_in_stage(stage: str, step: int) -> Facts:
     reported = report(stage=stage, progress={"step": step, "totalSteps": 10})
     return facts(status=status(**RUNNING), jobs=[job()], pods=[pod()], last_report=reported)
 
@@ -69,11 +69,11 @@ SITUATIONS = {
     "queued": Situation(facts(spec=QUEUED_SPEC, jobs=[job(is_suspended=True, started_at=None, queue="q")]), Phase.QUEUED),
     "starting": Situation(facts(status=status(**RUNNING), jobs=[job()], pods=[pod(is_ready=False)]), Phase.STARTING),
     "start timeout": Situation(facts(status=status(**RUNNING), jobs=[job()], pods=[pod(is_ready=False)], now=at(2000)), Phase.STARTING),
-    "validating": Situation(in_stage("checking", 0), Phase.VALIDATING),
-    "running": Situation(in_stage("training", 3), Phase.RUNNING),
+    "validating": Situation(make_facts_in_stage("checking", 0), Phase.VALIDATING),
+    "running": Situation(make_facts_in_stage("training", 3), Phase.RUNNING),
     "recovering": Situation(facts(status=status(**RETRIED), jobs=[job(2)], pods=[pod(2, is_ready=False)]), Phase.RECOVERING),
-    "evaluating": Situation(in_stage("evaluating", 10), Phase.EVALUATING),
-    "uploading": Situation(in_stage("uploading", 10), Phase.UPLOADING),
+    "evaluating": Situation(make_facts_in_stage("evaluating", 10), Phase.EVALUATING),
+    "uploading": Situation(make_facts_in_stage("uploading", 10), Phase.UPLOADING),
     "suspending": Situation(facts(spec=spec(suspend=True), status=status(**RUNNING), jobs=[job()], pods=[pod()]), Phase.SUSPENDING),
     "suspended": Situation(facts(spec=spec(suspend=True)), Phase.SUSPENDED, ("Current", "Suspended")),
     "cancelling": Situation(facts(spec=spec(cancel=True), status=status(**RUNNING), jobs=[job()], pods=[pod()]), Phase.CANCELLING),
@@ -93,8 +93,8 @@ SITUATIONS = {
 }  # fmt: skip
 
 
-def finetunejob(situation: Situation) -> dict[str, Any]:
-    """The FineTuneJob with the status that the operator writes."""
+def make_job_in_situation(situation: Situation) -> dict[str, Any]:
+    """Return the FineTuneJob with the status that the operator writes in a situation."""
     observed = situation.facts
     new_status = compute_status(observed, decide(observed), situation.result)
     body = {"apiVersion": API_VERSION, "kind": KIND, "metadata": {"name": "run", "namespace": "team", "generation": observed.job.generation}}
@@ -102,7 +102,7 @@ def finetunejob(situation: Situation) -> dict[str, Any]:
 
 
 def judge(*objects: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Status of kstatus, and status and message of the health script, for each object."""
+    """Return for each object the status of kstatus, and the status and message of the health script."""
     if shutil.which("go") is None:
         pytest.skip("needs Go")
     lines = "".join(json.dumps(item) + "\n" for item in objects)
@@ -113,14 +113,14 @@ def judge(*objects: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 def test_there_is_a_situation_for_each_phase() -> None:
     assert {situation.phase for situation in SITUATIONS.values()} == set(Phase)
-    assert {name: finetunejob(situation)["status"]["phase"] for name, situation in SITUATIONS.items()} == {
+    assert {name: make_job_in_situation(situation)["status"]["phase"] for name, situation in SITUATIONS.items()} == {
         name: situation.phase.value for name, situation in SITUATIONS.items()
     }
 
 
-def verdict_of_kubectl(body: dict[str, Any]) -> tuple[str, str]:
-    """The verdicts that the conditions for `kubectl wait --for=condition=...` permit."""
-    found = {one["type"]: (one["status"], one["reason"]) for one in body["status"]["conditions"]}
+def derive_verdict_from_conditions(body: dict[str, Any]) -> tuple[str, str]:
+    """Return the verdicts that follow from the conditions of a job, as `kubectl wait --for=condition=...` reads them."""
+    found = {condition["type"]: (condition["status"], condition["reason"]) for condition in body["status"]["conditions"]}
     if found["Suspended"][0] == "True":
         return "Current", "Suspended"
     if found["Finished"][0] == "False":
@@ -129,15 +129,15 @@ def verdict_of_kubectl(body: dict[str, Any]) -> tuple[str, str]:
 
 
 def test_the_conditions_for_kubectl_wait_agree_with_the_verdicts() -> None:
-    found = {name: verdict_of_kubectl(finetunejob(situation)) for name, situation in SITUATIONS.items()}
+    found = {name: derive_verdict_from_conditions(make_job_in_situation(situation)) for name, situation in SITUATIONS.items()}
     assert found == {name: situation.verdicts for name, situation in SITUATIONS.items()} | {"start timeout": IN_PROGRESS}
-    reasons = {name: finetunejob(SITUATIONS[name])["status"]["reason"] for name in ("adopted", "existing result", "succeeded")}
+    reasons = {name: make_job_in_situation(SITUATIONS[name])["status"]["reason"] for name in ("adopted", "existing result", "succeeded")}
     assert reasons == {"adopted": "ExistingResultAdopted", "existing result": "ExistingResultFound", "succeeded": "-"}
 
 
 @pytest.mark.slow
 def test_kstatus_and_argo_cd_agree_in_each_phase() -> None:
-    found = judge(*(finetunejob(situation) for situation in SITUATIONS.values()))
+    found = judge(*(make_job_in_situation(situation) for situation in SITUATIONS.values()))
     assert {name: verdict[:2] for name, verdict in zip(SITUATIONS, found, strict=True)} == {
         name: situation.verdicts for name, situation in SITUATIONS.items()
     }
@@ -149,7 +149,7 @@ def test_kstatus_and_argo_cd_agree_in_each_phase() -> None:
 
 @pytest.mark.slow
 def test_status_that_the_operator_has_not_written_is_in_progress() -> None:
-    succeeded = finetunejob(SITUATIONS["succeeded"])
+    succeeded = make_job_in_situation(SITUATIONS["succeeded"])
     new = {key: value for key, value in succeeded.items() if key != "status"}
     crd = yaml.load(crd_yaml(), yaml.CSafeLoader)
     default_status = crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["status"]["default"]
@@ -171,37 +171,37 @@ def test_the_config_map_of_argo_cd_contains_the_script() -> None:
     assert {pointer.removeprefix("/status/") for pointer in pointers} <= set(properties)
 
 
-def documents(name: str) -> list[dict[str, Any]]:
+def read_documents(name: str) -> list[dict[str, Any]]:
     return [item for item in yaml.safe_load_all((GITOPS / name).read_text("utf-8")) if item]
 
 
 def test_chart_values_of_the_examples_are_accepted(helm: Path, root: Path) -> None:
-    (release,) = [item for item in documents("flux/operator.yaml") if item["kind"] == "HelmRelease"]
-    operator, _ = documents("argocd/applications.yaml")
+    (release,) = [item for item in read_documents("flux/operator.yaml") if item["kind"] == "HelmRelease"]
+    operator, _ = read_documents("argocd/applications.yaml")
     for values in (release["spec"]["values"], operator["spec"]["source"]["helm"]["valuesObject"]):
         command = [helm, "template", "rel", root / "helm/finetune-operator", "-f", "-"]
         done = subprocess.run(command, input=json.dumps(values), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
 
 
-def test_jobs_come_after_the_operator() -> None:
-    waves = {item["metadata"]["name"]: item["metadata"]["annotations"]["argocd.argoproj.io/sync-wave"] for item in documents("argocd/applications.yaml")}
+def test_gitops_tools_create_jobs_after_the_operator() -> None:
+    waves = {item["metadata"]["name"]: item["metadata"]["annotations"]["argocd.argoproj.io/sync-wave"] for item in read_documents("argocd/applications.yaml")}
     assert waves == {"finetune-operator": "0", "finetune-jobs-team-a": "1"}
-    flux = {(item["kind"], item["metadata"]["name"]): item["spec"] for item in documents("flux/jobs.yaml")}
+    flux = {(item["kind"], item["metadata"]["name"]): item["spec"] for item in read_documents("flux/jobs.yaml")}
     jobs = flux["Kustomization", "team-a-jobs"]
     assert jobs["dependsOn"] == [{"name": "finetune-operator"}]
     assert flux["Kustomization", "finetune-operator"]["wait"] is True
-    for path in (jobs["path"], documents("argocd/applications.yaml")[1]["spec"]["source"]["path"]):
+    for path in (jobs["path"], read_documents("argocd/applications.yaml")[1]["spec"]["source"]["path"]):
         assert (GITOPS.parents[1] / path / "kustomization.yaml").is_file()
 
 
 @pytest.mark.slow
-def test_kustomize_makes_a_run_of_the_base() -> None:
+def test_kustomize_builds_a_run_from_the_base() -> None:
     command = [ensure_built("kube"), "kubectl", "kustomize", GITOPS / "jobs/team-a"]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = yaml.safe_load(text)
-    (health_check,) = next(item["spec"]["healthChecks"] for item in documents("flux/jobs.yaml") if "healthChecks" in item["spec"])
+    (health_check,) = next(item["spec"]["healthChecks"] for item in read_documents("flux/jobs.yaml") if "healthChecks" in item["spec"])
     assert (found["kind"], found["metadata"]["name"], found["metadata"]["namespace"]) == (KIND, health_check["name"], health_check["namespace"])
     found_spec = FineTuneJobSpec.model_validate(found["spec"])
-    assert rules.check(found_spec) == []
+    assert rules.check_spec(found_spec) == []
     assert (found_spec.training.epochs, found_spec.training.learning_rate) == (3, 0.0001)

@@ -1,4 +1,4 @@
-"""The images install the packages of lock files that contain no download addresses. The operator's image does not contain torch."""
+"""The images install the packages of lock files, which contain no download addresses. The operator's image does not contain torch."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
-from finetune_trainer.failure import IMAGE_PACKAGES
-from finetune_trainer.generation_server import NEWEST_VLLM, OLDEST_VLLM
+from finetune_trainer.failure import TRAINER_IMAGE_PACKAGES
+from finetune_trainer.generation_server import NEWEST_VLLM_VERSION, OLDEST_VLLM_VERSION
 
 from localcluster import images
 
@@ -16,34 +16,34 @@ LOCKED_PROGRAMS = ("operator", "trainer", "cli")
 DOCKERFILES = ("operator/Dockerfile", "trainer-image/Dockerfile", "cli/Dockerfile", "vllm-image/Dockerfile")
 
 
-def locked_versions(path: Path) -> dict[str, str]:
-    """Versions by package in a lock file."""
+def read_locked_versions(path: Path) -> dict[str, str]:
+    """Return the versions in a lock file by package name."""
     return dict(re.findall(r"^([a-z0-9][a-z0-9.-]*)==(\S+)", path.read_text("utf-8"), re.M))
 
 
 def test_operator_image_has_no_torch(root: Path) -> None:
-    versions = locked_versions(root / "requirements/operator.lock")
+    versions = read_locked_versions(root / "requirements/operator.lock")
     assert {"kopf", "kubernetes", "pydantic"} <= set(versions)
     assert not {"torch", "transformers", "numpy", "boto3"} & set(versions)
 
 
 @pytest.mark.parametrize("name", [*LOCKED_PROGRAMS, "unit-tests"])
 def test_images_and_test_environment_have_the_same_package_versions(root: Path, name: str) -> None:
-    tested = locked_versions(root / "requirements/dev.lock")
-    versions = locked_versions(root / f"requirements/{name}.lock")
+    tested = read_locked_versions(root / "requirements/dev.lock")
+    versions = read_locked_versions(root / f"requirements/{name}.lock")
     assert versions
     assert {package: tested.get(package) for package in versions} == versions
 
 
 def test_every_package_that_the_trainer_requires_is_known_as_part_of_the_image(root: Path) -> None:
-    """If such a package is missing in an image, the job ends at once; see `failure.IMAGE_PACKAGES`."""
+    """If such a package is missing in an image, the job ends at once; see `failure.TRAINER_IMAGE_PACKAGES`."""
     requirements = (root / "requirements/trainer.in").read_text("utf-8")
     distributions = re.findall(r"^([a-zA-Z][\w.-]*)", requirements, re.M)
     modules_by_distribution: dict[str, set[str]] = {}
     for module, owners in packages_distributions().items():
         for owner in owners:
             modules_by_distribution.setdefault(re.sub(r"[-_.]+", "-", owner).lower(), set()).add(module)
-    known = {name: modules_by_distribution[re.sub(r"[-_.]+", "-", name).lower()] & set(IMAGE_PACKAGES) for name in distributions}
+    known = {name: modules_by_distribution[re.sub(r"[-_.]+", "-", name).lower()] & set(TRAINER_IMAGE_PACKAGES) for name in distributions}
     assert len(known) > 10 and all(known.values()), known
 
 
@@ -69,7 +69,7 @@ def test_the_image_of_the_vllm_server_has_a_supported_version_and_only_its_own_p
     assert {"!requirements/vllm.lock", "!vllm-image/serve.py"} <= set(ignored)
     version = re.search(r"^vllm==(\d+)\.(\d+)", (root / "requirements/vllm.lock").read_text("utf-8"), re.M)
     assert version is not None
-    assert OLDEST_VLLM <= (int(version[1]), int(version[2])) <= NEWEST_VLLM
+    assert OLDEST_VLLM_VERSION <= (int(version[1]), int(version[2])) <= NEWEST_VLLM_VERSION
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_all_images_have_the_same_base_pinned_by_digest(root: Path) -> None:
 
 
 def test_dockerfiles_fetch_the_locked_uv(root: Path) -> None:
-    """All images have the same stage for uv, and no stage takes files from outside of the Dockerfile and the checkout."""
+    """All Dockerfiles have the same stage for uv, and no stage uses files that come neither from another stage nor from the checkout."""
     stages = {(root / path).read_text("utf-8").partition(" AS uv\n")[2].partition("FROM ")[0] for path in DOCKERFILES}
     assert len(stages) == 1
     assert "--require-hashes --target /opt/uv -r /tmp/requirements.lock" in stages.pop()
@@ -112,4 +112,4 @@ def test_dockerfiles_fetch_the_locked_uv(root: Path) -> None:
         text = (root / path).read_text("utf-8")
         stage_names = set(re.findall(r"^FROM \S+ AS (\S+)$", text, re.M))
         assert set(re.findall(r"[,-]from=([^,\s]+)", text)) <= stage_names
-    assert locked_versions(root / "requirements/bootstrap.lock") == {"uv": locked_versions(root / "requirements/dev.lock")["uv"]}
+    assert read_locked_versions(root / "requirements/bootstrap.lock") == {"uv": read_locked_versions(root / "requirements/dev.lock")["uv"]}

@@ -12,7 +12,7 @@ import jsonschema
 import pytest
 import yaml
 from finetune_api.spec import FineTuneJobSpec
-from finetune_trainer.results.serving_files import ServedModel, serving_files
+from finetune_trainer.results.serving_files import ServedModel, build_serving_files
 
 pytestmark = pytest.mark.slow
 KSERVE = "github.com/kserve/kserve@v0.15.2"
@@ -21,7 +21,7 @@ URI = "s3://models/ft/team-a/support-bot/UID/model/a1-1f3c9a2b"
 
 @pytest.fixture(scope="module")
 def schema(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The schema of InferenceService v1beta1. Unknown fields are refused, as kubectl does."""
+    """The schema of InferenceService v1beta1, changed so that it refuses unknown fields, as kubectl does."""
     if shutil.which("go") is None:
         pytest.skip("needs Go")
     answer = subprocess.run(
@@ -31,40 +31,40 @@ def schema(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     file = Path(json.loads(answer.stdout)["Dir"]) / "config/crd/full/serving.kserve.io_inferenceservices.yaml"
     crd = yaml.safe_load(file.read_text())
     version = next(version for version in crd["spec"]["versions"] if version["name"] == "v1beta1")
-    return _strict(version["schema"]["openAPIV3Schema"])
+    return _forbid_unknown_fields(version["schema"]["openAPIV3Schema"])
 
 
-def _strict(schema: Any) -> Any:
-    """Add `additionalProperties: false` to all objects with known fields. Kubernetes' int-or-string is any value here."""
+def _forbid_unknown_fields(schema: Any) -> Any:
+    """Add `additionalProperties: false` to all objects with known fields. An int-or-string of Kubernetes accepts any value here."""
     if isinstance(schema, list):
-        return [_strict(item) for item in schema]
+        return [_forbid_unknown_fields(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
     if schema.get("x-kubernetes-int-or-string"):
         return {}
-    strict = {key: _strict(value) for key, value in schema.items() if key != "format"}
+    strict = {key: _forbid_unknown_fields(value) for key, value in schema.items() if key != "format"}
     is_closed = isinstance(schema.get("properties"), dict) and schema.get("type") == "object" and not schema.get("x-kubernetes-preserve-unknown-fields")
     return {"additionalProperties": False} | strict if is_closed else strict
 
 
-def inference_service(rank: int | None) -> dict[str, Any]:
+def read_inference_service(rank: int | None) -> dict[str, Any]:
     spec = FineTuneJobSpec.model_validate({"model": {"source": "org/base"}, "dataset": {"train": "org/d"}, "output": {"serving": ["kserve"]}})
-    objects = yaml.safe_load_all(serving_files(spec, ServedModel("bot", "team-a", "hf://org/base", URI, rank))["kserve.yaml"])
+    objects = yaml.safe_load_all(build_serving_files(spec, ServedModel("bot", "team-a", "hf://org/base", URI, rank))["kserve.yaml"])
     found: dict[str, Any] = next(value for value in objects if value["kind"] == "InferenceService")
     return found
 
 
-def with_metadata(schema: dict[str, Any]) -> dict[str, Any]:
+def add_metadata(schema: dict[str, Any]) -> dict[str, Any]:
     return schema | {"properties": schema["properties"] | {"metadata": {"type": "object"}}}
 
 
 @pytest.mark.parametrize("rank", [None, 16])
 def test_the_inference_service_is_valid(rank: int | None, schema: dict[str, Any]) -> None:
-    jsonschema.validate(inference_service(rank), with_metadata(schema))
+    jsonschema.validate(read_inference_service(rank), add_metadata(schema))
 
 
-def test_a_misspelt_field_is_refused(schema: dict[str, Any]) -> None:
-    service = inference_service(16)
+def test_a_misspelled_field_is_refused(schema: dict[str, Any]) -> None:
+    service = read_inference_service(16)
     service["spec"]["predictor"]["model"]["storageURI"] = service["spec"]["predictor"]["model"].pop("storageUri")
     with pytest.raises(jsonschema.ValidationError, match="storageURI"):
-        jsonschema.validate(service, with_metadata(schema))
+        jsonschema.validate(service, add_metadata(schema))

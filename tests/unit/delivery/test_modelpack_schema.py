@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jsonschema
 import pytest
-from finetune_api.oci import ModelFile, modelpack_artefact
+from finetune_api.oci import ModelFile, build_modelpack_artefact
 from finetune_api.spec.enums import OutputKind
 
 pytestmark = pytest.mark.slow
@@ -17,13 +17,13 @@ MODELPACK = "github.com/modelpack/model-spec@v0.0.7"
 
 
 @pytest.mark.parametrize("kind", [OutputKind.ADAPTER, OutputKind.MODEL])
-def test_config_is_valid(kind: OutputKind, tmp_path: Path) -> None:
+def test_config_of_the_artefact_is_valid_for_modelpack(kind: OutputKind, tmp_path: Path) -> None:
     if shutil.which("go") is None:
         pytest.skip("needs Go")
     answer = subprocess.run(["go", "mod", "download", "-json", MODELPACK], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
     assert answer.returncode == 0, answer.stderr
     schema = json.loads((Path(json.loads(answer.stdout)["Dir"]) / "schema/config-schema.json").read_text())
-    config = json.loads(modelpack_artefact("bot", kind, [ModelFile("model.safetensors", 8, "0" * 64)]).config)
+    config = json.loads(build_modelpack_artefact("bot", kind, [ModelFile("model.safetensors", 8, "0" * 64)]).config)
     jsonschema.validate(config, schema)
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(config | {"modelfs": {"type": "layers", "diffIds": []}}, schema)

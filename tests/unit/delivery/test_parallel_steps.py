@@ -54,7 +54,7 @@ def test_first_failure_stops_the_other_steps_and_is_the_only_message(tmp_path: P
         os.kill(pids[0], 0)
 
 
-def test_no_command_starts_after_end_was_called(tmp_path: Path) -> None:
+def test_no_command_starts_after_stop_all_was_called(tmp_path: Path) -> None:
     commands = Commands(tmp_path)
     commands.stop_all()
     with pytest.raises(StepFailed, match="interrupted"):

@@ -1,4 +1,4 @@
-"""`make release`: equal bytes for equal commits, usable archives, and plain errors. The workflow calls only make targets."""
+"""`make release` builds equal bytes for equal commits and usable archives, and refuses wrong options. The CI workflow calls only make targets."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_wrong_options_are_refused(tmp_path: Path, arguments: list[str], message
 def test_a_folder_with_other_files_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("x")
     done = run_release(str(tmp_path))
-    assert (done.returncode, done.stderr) == (2, f"release: {tmp_path} contains other files than a release: give a new folder\n")
+    assert (done.returncode, done.stderr) == (2, f"release: {tmp_path} is not empty and contains no release: give a new folder\n")
     assert (tmp_path / "thesis.txt").exists()
 
 

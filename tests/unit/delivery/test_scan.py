@@ -1,4 +1,4 @@
-"""The scan for vulnerabilities compares locked versions with reports in the OSV format; bills of materials and licences of the images."""
+"""The vulnerability scan compares locked versions with OSV reports correctly. The bills of materials and the description of licences are complete."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def report(*events: dict[str, str], name: str = "Pillow", ecosystem: str = "PyPI
 
 
 @pytest.mark.parametrize(
-    ("version", "found", "expected"),
+    ("version", "osv_report", "expected"),
     [
         ("1.9", report({"introduced": "0"}, {"fixed": "2.0"}), "2.0"),
         ("2.0", report({"introduced": "0"}, {"fixed": "2.0"}), None),
@@ -44,8 +44,8 @@ def report(*events: dict[str, str], name: str = "Pillow", ecosystem: str = "PyPI
         ("1.9", report({"introduced": "0"}, affected={"ranges": [{"type": "GIT", "events": [{"introduced": "0"}]}]}), None),
     ],
 )  # fmt: skip
-def test_a_version_is_affected_if_a_range_contains_it(version: str, found: dict[str, Any], expected: str | None) -> None:
-    assert scan.fixed_version_of(found, "pillow", version) == expected
+def test_a_version_is_affected_if_a_range_contains_it(version: str, osv_report: dict[str, Any], expected: str | None) -> None:
+    assert scan.find_fixed_version(osv_report, "pillow", version) == expected
 
 
 def write_database(folder: Path, *reports: dict[str, Any]) -> Path:
@@ -61,8 +61,8 @@ def test_findings_name_package_programs_and_the_fixed_version(tmp_path: Path) ->
         report({"introduced": "0"}, name="torch", withdrawn="2026-01-01T00:00:00Z"), report({"introduced": "0"}, name="not-in-an-image"),
     )  # fmt: skip
     done = run_scan(str(database))
-    pyyaml = packages.locked_versions(ROOT / "requirements/operator.lock")["pyyaml"]
-    kopf = packages.locked_versions(ROOT / "requirements/operator.lock")["kopf"]
+    pyyaml = packages.read_locked_versions(ROOT / "requirements/operator.lock")["pyyaml"]
+    kopf = packages.read_locked_versions(ROOT / "requirements/operator.lock")["kopf"]
     assert done.stdout.splitlines() == [
         f"kopf {kopf} (operator): PYSEC-2: no summary; no fixed version is known",
         f"pyyaml {pyyaml} (operator, trainer, cli): PYSEC-1: runs code; fixed in 9999",
@@ -95,28 +95,28 @@ def test_a_folder_that_is_no_database_is_refused(tmp_path: Path) -> None:
 FREE_LICENCES = {
     "MIT", "MIT-0", "MIT-CMU", "Apache-2.0", "BSD", "BSD-2-Clause", "BSD-3-Clause", "ISC", "PSF-2.0", "0BSD", "Zlib", "CC0-1.0", "BSL-1.0", "CNRI-Python",
 }  # fmt: skip
-DESCRIBED = {
+OTHER_LICENCES = {
     "certifi": "MPL-2.0", "tqdm": "MPL-2.0 AND MIT", "chardet": "LGPL-2.1-or-later",
     "cuda-toolkit": "no files: a package that only names the packages of NVIDIA's toolkit",
 }
-"""Packages with other licences. docs/operations/licences.md says what follows from each of them and from NVIDIA's terms."""
+"""Packages whose licence is not in FREE_LICENCES, with this licence. docs/operations/licences.md describes these licences and NVIDIA's terms."""
 NVIDIA = "LicenseRef-NVIDIA-Proprietary"
 
 
-def all_packages() -> dict[str, packages.Package]:
+def list_all_packages() -> dict[str, packages.Package]:
     return {package.name: package for program in packages.PROGRAMS for package in packages.read_packages(program)}
 
 
 def test_other_licences_than_permissive_ones_are_described() -> None:
     others = {}
-    for name, package in all_packages().items():
-        words = package.licence.replace("(", " ").replace(")", " ").replace(" WITH LLVM-exception", "").replace(" OR ", " AND ").split(" AND ")
-        if not set(words) <= FREE_LICENCES:
+    for name, package in list_all_packages().items():
+        licences = package.licence.replace("(", " ").replace(")", " ").replace(" WITH LLVM-exception", "").replace(" OR ", " AND ").split(" AND ")
+        if not set(licences) <= FREE_LICENCES:
             others[name] = package.licence
-    assert {name: licence for name, licence in others.items() if licence != NVIDIA} == DESCRIBED
+    assert {name: licence for name, licence in others.items() if licence != NVIDIA} == OTHER_LICENCES
     text = (ROOT / "docs/operations/licences.md").read_text("utf-8")
     assert [name for name in others if f"`{name}`" not in text] == []
-    assert {name for name in others if others[name] == NVIDIA} == {name for name in all_packages() if name.startswith("nvidia-")} - {
+    assert {name for name in others if others[name] == NVIDIA} == {name for name in list_all_packages() if name.startswith("nvidia-")} - {
         "nvidia-nccl-cu13", "nvidia-nvtx",
     }  # fmt: skip
 
@@ -133,7 +133,7 @@ def test_bills_of_materials_are_complete_and_equal_when_repeated(tmp_path: Path)
     for program in packages.PROGRAMS:
         bill = json.loads(first[f"sbom-{program}.cdx.json"])
         found = {component["name"]: component["version"] for component in bill["components"]}
-        assert found == packages.locked_versions(ROOT / f"requirements/{program}.lock")
+        assert found == packages.read_locked_versions(ROOT / f"requirements/{program}.lock")
         assert (bill["specVersion"], bill["metadata"]["component"]["version"]) == ("1.6", "0.2.0")
         refs = {component["bom-ref"] for component in bill["components"]} | {bill["metadata"]["component"]["bom-ref"]}
         assert {ref for entry in bill["dependencies"] for ref in (entry["ref"], *entry["dependsOn"])} == refs

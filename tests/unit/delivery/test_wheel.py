@@ -21,15 +21,15 @@ HEAVY_PACKAGES = ("torch", "transformers", "kopf")
 
 @dataclass(frozen=True)
 class Installed:
-    """The environment with the installed wheel, and a folder for its files."""
+    """An environment with the installed wheel. `folder`: working folder and home folder of its programs."""
 
     environment: Path
     folder: Path
 
-    def run(self, program: str, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        """Run a program of the environment. No variable of this test run reaches it."""
+    def run(self, program: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        """Run a program of the environment. It gets only `variables`, PATH and HOME as environment variables."""
         env = {"PATH": f"{self.environment / 'bin'}:/usr/bin:/bin", "HOME": str(self.folder), **variables}
-        return subprocess.run([self.environment / "bin" / program, *words], env=env, cwd=self.folder, capture_output=True, text=True, check=False)
+        return subprocess.run([self.environment / "bin" / program, *arguments], env=env, cwd=self.folder, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -55,18 +55,18 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
     return found
 
 
-def link_locked_packages(target: Path) -> None:
+def link_locked_packages(site_packages: Path) -> None:
     """Link the packages of requirements/cli.lock from the environment of this test run, so that no network is needed."""
-    for name in locked_names():
+    for name in read_locked_names():
         found = distribution(name)
         top_names = {file.parts[0] for file in found.files or [] if ".." not in file.parts and file.parts[0] != "__pycache__"}
         for top_name in top_names:
             path = Path(str(found.locate_file(top_name)))
-            if path.exists() and not (target / top_name).exists():
-                (target / top_name).symlink_to(path)
+            if path.exists() and not (site_packages / top_name).exists():
+                (site_packages / top_name).symlink_to(path)
 
 
-def locked_names() -> Iterator[str]:
+def read_locked_names() -> Iterator[str]:
     text = (ROOT / "requirements/cli.lock").read_text(encoding="utf-8")
     for name, version, marker in re.findall(r"^([\w.-]+)==(\S+)(?: ; (.*?))?(?: \\)?$", text, re.MULTILINE):
         if not marker:
@@ -110,6 +110,6 @@ def test_shell_completion_is_printed(installed: Installed, shell: str) -> None:
     assert completed.stdout.split() == ["download"]
 
 
-def test_environment_of_the_test_is_empty(installed: Installed) -> None:
+def test_environment_of_the_wheel_lacks_the_heavy_packages(installed: Installed) -> None:
     done = installed.run("python", "-c", f"import importlib.util as u; print([n for n in {HEAVY_PACKAGES} if u.find_spec(n)])")
     assert done.stdout == "[]\n"

@@ -1,4 +1,4 @@
-"""Addresses, command lines, configurations, small images, and messages about missing requirements."""
+"""The local cluster's addresses, command lines, configurations and small images, and its messages about missing requirements."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_each_node_of_a_plan_has_its_own_addresses(plan: Plan) -> None:
 
 
 def test_images_of_nodes_are_outside_the_state_folder(plan: Plan) -> None:
-    assert [node.store for node in plan.nodes] == [paths.cache_folder() / "nodes" / "n1", paths.cache_folder() / "nodes" / "n2"]
+    assert [node.image_folder for node in plan.nodes] == [paths.cache_folder() / "nodes" / "n1", paths.cache_folder() / "nodes" / "n2"]
 
 
 @pytest.mark.parametrize(
@@ -81,21 +81,22 @@ def _set_routes(monkeypatch: pytest.MonkeyPatch, routes: list[dict[str, str]]) -
 
 
 def test_api_server_on_the_loopback_has_no_endpoint_reconciler(tmp_path: Path) -> None:
-    def endpoint_reconciler(address: str) -> str:
+    def find_endpoint_reconciler(address: str) -> str:
         addresses = ControlPlaneAddresses(address, address, 6443, 2379, 2380)
-        arguments = components.api_server_command(Path("kube"), tmp_path, addresses)
+        arguments = components.make_api_server_command(Path("kube"), tmp_path, addresses)
         return arguments[arguments.index("--endpoint-reconciler-type") + 1]
 
-    assert (endpoint_reconciler("127.0.0.1"), endpoint_reconciler("10.201.0.1")) == ("none", "lease")
+    assert (find_endpoint_reconciler("127.0.0.1"), find_endpoint_reconciler("10.201.0.1")) == ("none", "lease")
 
 
-def test_the_audit_log_records_writes_to_one_group_and_requests_of_service_accounts(tmp_path: Path) -> None:
+def test_the_audit_log_records_created_pods_writes_to_one_group_and_requests_of_service_accounts(tmp_path: Path) -> None:
     policy = json.loads(components.make_audit_policy("example.org"))
-    assert [rule["level"] for rule in policy["rules"]] == ["Metadata", "None", "Metadata", "None"]
-    assert policy["rules"][2] == {"level": "Metadata", "userGroups": ["system:serviceaccounts"]}
-    assert policy["rules"][0]["resources"] == [{"group": "example.org"}] and "patch" in policy["rules"][0]["verbs"]
+    assert [rule["level"] for rule in policy["rules"]] == ["Request", "Metadata", "None", "Metadata", "None"]
+    assert policy["rules"][0] == {"level": "Request", "verbs": ["create"], "resources": [{"group": "", "resources": ["pods"]}]}
+    assert policy["rules"][3] == {"level": "Metadata", "userGroups": ["system:serviceaccounts"]}
+    assert policy["rules"][1]["resources"] == [{"group": "example.org"}] and "patch" in policy["rules"][1]["verbs"]
     addresses = ControlPlaneAddresses("127.0.0.1", "127.0.0.1", 6443, 2379, 2380)
-    arguments = components.api_server_command(Path("kube"), tmp_path, addresses)
+    arguments = components.make_api_server_command(Path("kube"), tmp_path, addresses)
     assert arguments[arguments.index("--audit-log-path") + 1] == str(tmp_path / "logs/audit.log")
 
 
@@ -107,7 +108,7 @@ def test_kubeconfig_with_certificate_verifies_the_server() -> None:
 
 
 def test_user_becomes_a_line_of_the_token_file() -> None:
-    assert User("secret", "system:node:n1", "system:nodes").line == "secret,system:node:n1,system:node:n1,system:nodes\n"
+    assert User("secret", "system:node:n1", "system:nodes").token_file_line == "secret,system:node:n1,system:node:n1,system:nodes\n"
 
 
 def test_containerd_configuration_uses_a_local_sandbox_image(plan: Plan) -> None:
@@ -116,7 +117,7 @@ def test_containerd_configuration_uses_a_local_sandbox_image(plan: Plan) -> None
     cri = parsed["plugins"]["io.containerd.grpc.v1.cri"]
     assert cri["restrict_oom_score_adj"] is True
     assert cri["sandbox_image"] == "localhost/pause:1"
-    assert parsed["root"] == str(node.store)
+    assert parsed["root"] == str(node.image_folder)
     assert "io.containerd.grpc.v1.cri" not in parsed["disabled_plugins"]
     assert "io.containerd.grpc.v1.cri" in tomllib.loads(containerd.make_configuration(node, with_cri=False))["disabled_plugins"]
 
@@ -135,10 +136,10 @@ def test_small_images_are_reproducible_layouts(tmp_path: Path) -> None:
     assert (name, entry) == find_index_entry(layout_b)
     for path in (layout_a / "blobs" / "sha256").iterdir():
         assert hashlib.sha256(path.read_bytes()).hexdigest() == path.name
-    manifest = json.loads(store.blob_path(layout_a, entry["digest"]).read_text())
-    with tarfile.open(store.blob_path(layout_a, manifest["layers"][0]["digest"])) as layer:
+    manifest = json.loads(store.get_blob_path(layout_a, entry["digest"]).read_text())
+    with tarfile.open(store.get_blob_path(layout_a, manifest["layers"][0]["digest"])) as layer:
         assert [(m.name, oct(m.mode)) for m in layer] == [("bin/x", "0o755"), ("tmp", "0o1777")]
-    assert json.loads(store.blob_path(layout_a, manifest["config"]["digest"]).read_text())["config"]["User"] == "65532:65532"
+    assert json.loads(store.get_blob_path(layout_a, manifest["config"]["digest"]).read_text())["config"]["User"] == "65532:65532"
 
 
 def test_missing_layout_or_image_is_an_error(tmp_path: Path) -> None:
@@ -165,7 +166,7 @@ def test_built_images_are_found_by_tag(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_images_whose_only_name_is_their_hash_are_found() -> None:
     images = {"localhost/a:dev": "sha256:2", "sha256:x": "sha256:1", "sha256:y": "sha256:2"}
-    assert store.untagged_names(images) == ["sha256:x"]
+    assert store.find_untagged_names(images) == ["sha256:x"]
 
 
 def test_path_of_a_program_contains_its_version_and_source_hash() -> None:

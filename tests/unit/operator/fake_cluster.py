@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from typing import Any, cast
 
 from finetune_api.names import API_VERSION, KIND
-from finetune_operator.cache import Cache
+from finetune_operator.cache import JobCache
 from finetune_operator.events import EventRecorder
 from finetune_operator.kube import (
     AlreadyExists,
@@ -29,15 +29,15 @@ from finetune_operator.scrape import ProgressScraper
 from finetune_operator.settings import OperatorConfig, ScrapeSettings
 from finetune_operator.throttle import BURST_COUNT
 from finetune_operator.views import JobView, read_finetunejob
-from finetune_operator.workqueue import Key, WorkQueue
+from finetune_operator.workqueue import JobKey, WorkQueue
 
 from tests.unit.operator.samples import CONFIG, SPEC, UID, end_pod, pod
 
-KEY = Key("team", "run")
+KEY = JobKey("team", "run")
 
 
 @dataclass
-class Server:
+class FakeApiServer:
     """Stores objects by kind and name. Each request first calls `before(verb, kind)`, which may raise an error."""
 
     objects: dict[tuple[str, str], Object] = field(default_factory=dict)
@@ -50,7 +50,7 @@ class Server:
     pruned_fields: frozenset[str] = frozenset()
     """Fields of the status that the CRD does not know. The server removes them from each write."""
     warnings: tuple[str, ...] = ()
-    """Warnings in the response to each create."""
+    """Warnings that each response to a create request contains."""
 
     def _receive(self, verb: str, kind: Kind) -> None:
         self.requests.append((verb, kind.plural))
@@ -70,10 +70,10 @@ class Server:
             raise NotFound("get", kind, name, 404, "NotFound", "")
         return self.objects[kind.plural, name]
 
-    async def list(self, kind: Kind, namespace: str | None = None, *, labels: str = "", fields: str = "") -> ObjectList:
-        """List pods by their labels; for other kinds the list is empty."""
+    async def list(self, kind: Kind, namespace: str | None = None, *, label_selector: str = "", field_selector: str = "") -> ObjectList:
+        """Return the pods with these labels. For other kinds, return an empty list."""
         self._receive("list", kind)
-        selected_labels = {term.partition("=")[0]: term.partition("=")[2] for term in labels.split(",")}
+        selected_labels = {term.partition("=")[0]: term.partition("=")[2] for term in label_selector.split(",")}
         pods = [body for (plural, _), body in self.objects.items() if plural == POD.plural == kind.plural]
         return ObjectList([body for body in pods if selected_labels.items() <= body["metadata"].get("labels", {}).items()], 1)
 
@@ -89,7 +89,7 @@ class Server:
         name = body["metadata"]["name"]
         if (kind.plural, name) not in self.objects:
             missing = NotFound("update", kind, name, 404, "NotFound", "")
-            missing.object_missing = True
+            missing.is_object_missing = True
             raise missing
         stored_object = self.objects[kind.plural, name]
         if stored_object["metadata"]["resourceVersion"] != body["metadata"]["resourceVersion"]:
@@ -110,7 +110,7 @@ class Server:
         return self.objects.pop((kind.plural, name), None) is not None
 
     def count(self, verb: str, kind: Kind) -> int:
-        """Number of requests with this verb and kind so far."""
+        """Return the number of requests with this verb and kind so far."""
         return self.requests.count((verb, kind.plural))
 
     @property
@@ -119,33 +119,33 @@ class Server:
         return self.objects[FINETUNEJOB.plural, "run"]
 
     def write_spec(self, spec: Object) -> None:
-        """Change the spec as a user does."""
+        """Replace the spec of the stored FineTuneJob, as a user does."""
         meta = self.finetunejob["metadata"]
         self.put(FINETUNEJOB, {**self.finetunejob, "metadata": {**meta, "generation": meta["generation"] + 1}, "spec": spec})
 
-    def condition(self, kind: str) -> Object:
-        """A condition of the FineTuneJob."""
-        return next(entry for entry in self.finetunejob["status"]["conditions"] if entry["type"] == kind)
+    def condition(self, condition_type: str) -> Object:
+        """Return the FineTuneJob's condition of this type."""
+        return next(entry for entry in self.finetunejob["status"]["conditions"] if entry["type"] == condition_type)
 
     def event_counts(self) -> dict[str, int]:
-        """Number of times that each event was emitted, by reason."""
+        """Return how often events were emitted, by reason."""
         event_bodies = [body for (plural, _), body in self.objects.items() if plural == EVENT.plural]
         return {body["reason"]: (body.get("series") or {}).get("count", 1) for body in event_bodies}
 
 
-def new_server() -> Server:
-    """A server with one new FineTuneJob."""
-    server = Server()
+def new_server() -> FakeApiServer:
+    """Return a server with one new FineTuneJob."""
+    server = FakeApiServer()
     meta = {"name": "run", "namespace": "team", "uid": UID, "generation": 1}
     server.put(FINETUNEJOB, {"apiVersion": API_VERSION, "kind": KIND, "metadata": meta, "spec": SPEC})
     return server
 
 
-class Process:
+class OperatorProcess:
     """An operator process that has just started, with only the FineTuneJob in its cache."""
 
-    def __init__(self, server: Server, config: OperatorConfig = CONFIG) -> None:
-        self.server, self.cache, self.queue = server, Cache(), WorkQueue()
+    def __init__(self, server: FakeApiServer, config: OperatorConfig = CONFIG) -> None:
+        self.server, self.cache, self.queue = server, JobCache(), WorkQueue()
         kube = cast("KubeClient", server)
         self.scraper = ProgressScraper(ScrapeSettings(), server.clock.now, self.queue.add)
         self.reconciler = Reconciler(
@@ -162,7 +162,7 @@ class Process:
                 self.cache.drop_job(job)
 
     async def reconcile(self) -> None:
-        """Reconcile once."""
+        """Reconcile the FineTuneJob once."""
         await self.reconciler.reconcile(KEY)
 
     async def work(self) -> None:
@@ -170,32 +170,37 @@ class Process:
         self.queue.add(KEY)
         working = asyncio.create_task(self.reconciler.work())
         async with asyncio.timeout(10):
-            while not self.server.requests or not self.queue.is_idle:  # noqa: ASYNC110 -- the worker signals no end
+            while not self.server.requests or not self.queue.is_idle:  # noqa: ASYNC110 -- the worker sends no signal when the queue is empty
                 await asyncio.sleep(0)
         working.cancel()
 
     async def start_burst_of_new_jobs(self) -> None:
-        """Start a burst: take BURST_COUNT new jobs from the queue."""
-        others = [Key("team", f"other{number}") for number in range(BURST_COUNT)]
+        """Start a burst of new jobs: take BURST_COUNT new jobs from the queue."""
+        others = [JobKey("team", f"other{number}") for number in range(BURST_COUNT)]
         for key in others:
             self.queue.add_high_priority(key)
         for _ in others:
             self.queue.done((await self.queue.take())[0])
 
     def start_burst_of_transitions(self) -> None:
-        """Start a burst: record BURST_COUNT transitions of other jobs."""
+        """Start a burst of transitions: record BURST_COUNT transitions of other jobs."""
         for _ in range(BURST_COUNT):
             self.reconciler._writer._throttle._transitions.record(asyncio.get_running_loop().time())
 
+    def start_burst_of_updates(self) -> None:
+        """Start a burst: BURST_COUNT Jobs and pods of other jobs change."""
+        for _ in range(BURST_COUNT):
+            self.queue._update_burst.record(asyncio.get_running_loop().time())
+
     def finish_pod_and_job(self, job: JobView) -> None:
-        """Let the pod succeed and its Job complete."""
+        """Let the pod of the Job succeed and the Job complete."""
         self.cache.put_pod(end_pod(pod(version=6, created_at=job.created_at), 0))
         self.cache.put_job(replace(job, version=10**6, completed_at=job.created_at))
 
 
-async def start_attempt(server: Server) -> tuple[Process, JobView]:
+async def start_attempt(server: FakeApiServer) -> tuple[OperatorProcess, JobView]:
     """Reconcile until the first attempt has a Job and the status is written. Return the process and the Job."""
-    process = Process(server)
+    process = OperatorProcess(server)
     for _ in range(2):
         await process.reconcile()
     (job,) = process.cache.get(KEY).jobs.values()

@@ -1,4 +1,4 @@
-"""Functions that create views and facts for tests. Fields that a test does not set have defaults."""
+"""Functions that create views, statuses and facts for tests. Each field that a test does not set has a default."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from finetune_operator.objects import Object
 from finetune_operator.policies.acceptance import AcceptedSpec, accept
 from finetune_operator.policies.blocking import BlockingCondition
 from finetune_operator.settings import OperatorConfig, parse_config
-from finetune_operator.views import JobObject, JobView, PodView, TerminatedState, read_pod
+from finetune_operator.views import FineTuneJobView, JobView, PodView, TerminatedState, read_pod
 
 T0 = datetime(2026, 11, 21, 12, 0, tzinfo=UTC)
 UID = "11111111-1111-4111-8111-111111111111"
@@ -40,22 +40,22 @@ CONFIG = parse_config(
 
 
 def at(seconds: float) -> datetime:
-    """The time `seconds` after T0."""
+    """Return the time `seconds` after T0."""
     return T0 + timedelta(seconds=seconds)
 
 
 def iso_time(seconds: float) -> str:
-    """The time `seconds` after T0, in the API server's format."""
+    """Return the time `seconds` after T0 as text, in the API server's format."""
     return at(seconds).isoformat().replace("+00:00", "Z")
 
 
 def condition(kind: Condition, value: str, reason: str, seconds: float) -> dict[str, str]:
-    """A condition of the status whose last transition was `seconds` after T0."""
+    """Return a status condition that last changed `seconds` after T0."""
     return {"type": kind, "status": value, "reason": reason, "message": "", "lastTransitionTime": iso_time(seconds)}
 
 
 def spec(**groups: Any) -> Object:
-    """A copy of SPEC; each of `groups` is merged into the group of that name."""
+    """Return a copy of SPEC. Each keyword argument is merged into the group of the spec that has its name."""
     value = dict(SPEC)
     for name, group in groups.items():
         value[name] = {**value.get(name, {}), **group} if isinstance(group, dict) else group
@@ -63,47 +63,47 @@ def spec(**groups: Any) -> Object:
 
 
 def status(**fields: Any) -> FineTuneJobStatus:
-    """A status from fields with their JSON names."""
+    """Return a status with these fields. The keyword arguments are the JSON names of the fields."""
     return FineTuneJobStatus.model_validate(fields)
 
 
-def finetunejob(spec: Object | None = None, status: FineTuneJobStatus | None = None, **fields: Any) -> JobObject:
-    """A FineTuneJob named `run`."""
+def finetunejob(spec: Object | None = None, status: FineTuneJobStatus | None = None, **fields: Any) -> FineTuneJobView:
+    """Return a FineTuneJob named `run`."""
     values: dict[str, Any] = {
         "namespace": "team", "name": "run", "uid": UID, "version": 1, "resource_version": "1", "generation": 1,
         "created_at": T0, "is_deleting": False,
     }  # fmt: skip
-    return JobObject(**{**values, **fields}, spec=spec or SPEC, status=status or FineTuneJobStatus())
+    return FineTuneJobView(**{**values, **fields}, spec=spec or SPEC, status=status or FineTuneJobStatus())
 
 
 def job(attempt: int = 1, **fields: Any) -> JobView:
-    """The Job of an attempt."""
+    """Return the Job of an attempt."""
     values: dict[str, Any] = {
         "namespace": "team", "name": f"run-{attempt}", "uid": f"job-{attempt}", "version": 1, "owner_uid": UID,
-        "is_owned": True, "job_name": "run", "attempt": attempt, "created_at": T0, "started_at": T0, "config_sha256": "c" * 64,
+        "is_owned": True, "finetunejob_name": "run", "attempt": attempt, "created_at": T0, "started_at": T0, "config_sha256": "c" * 64,
     }  # fmt: skip
     return JobView(**{**values, **fields})
 
 
 def pod(attempt: int = 1, index: int = 0, **fields: Any) -> PodView:
-    """A pod that runs and is ready."""
+    """Return a pod that runs and is ready."""
     values: dict[str, Any] = {
         "namespace": "team", "name": f"run-{attempt}-{index}-abcde", "uid": f"pod-{attempt}-{index}", "version": 1,
-        "job_uid": f"job-{attempt}", "owner_uid": UID, "job_name": "run", "attempt": attempt, "completion_index": index,
+        "job_uid": f"job-{attempt}", "owner_uid": UID, "finetunejob_name": "run", "attempt": attempt, "completion_index": index,
         "created_at": T0, "phase": "Running", "is_ready": True, "ip": "10.0.0.1", "node": "node-1",
     }  # fmt: skip
     return PodView(**{**values, **fields})
 
 
 def end_pod(running_pod: PodView, code: int, termination_message: TerminationMessage | None = None, *, reason: str = "", message: str = "") -> PodView:
-    """The pod after its container has ended."""
+    """Return the pod after its container has ended with exit code `code`."""
     text = message or (termination_message.to_json() if termination_message else "")
     phase = "Succeeded" if code == 0 else "Failed"
     return replace(running_pod, phase=phase, is_ready=False, terminated=TerminatedState(code, reason, text, at(60)))
 
 
 def accept_spec(spec: Object | None = None, config: OperatorConfig = CONFIG) -> AcceptedSpec:
-    """Accept a spec and return the verdict. A refused spec fails the test."""
+    """Return the accepted spec with its defaults. A refused spec fails the test."""
     verdict = accept(spec or SPEC, config)
     assert isinstance(verdict, AcceptedSpec), verdict
     return verdict
@@ -114,20 +114,20 @@ def facts(
     pods: Sequence[PodView] = (), now: datetime = T0, last_report: ProgressReport | None = None, reported_at: datetime | None = None,
     blocking_condition: BlockingCondition | None = None, config: OperatorConfig = CONFIG, **fields: Any,
 ) -> Facts:  # fmt: skip
-    """Facts about a FineTuneJob named `run`."""
+    """Return facts about a FineTuneJob named `run`."""
     finetune_job = finetunejob(spec, status, **fields)
     received = ReceivedReport(last_report, reported_at or now, "pod-1-0") if last_report else None
     return Facts(finetune_job, accept(finetune_job.spec, config), now, config, tuple(jobs), tuple(pods), received, blocking_condition)
 
 
 def report(**fields: Any) -> ProgressReport:
-    """A progress report of rank 0's pod from fields with their JSON names."""
+    """Return a progress report of rank 0's pod. The keyword arguments are the JSON names of the fields."""
     return ProgressReport.model_validate({"uid": UID, "attempt": 1, "stage": "training", **fields})
 
 
 def parse_pod(phase: str, trainer: dict[str, Any], *, injected: dict[str, Any] | None = None, init: dict[str, Any] | None = None,
          conditions: list[dict[str, Any]] | None = None, gates: list[str] | None = None) -> PodView:  # fmt: skip
-    """Parse a pod with these container states: `trainer`, `injected` (a sidecar listed before the trainer), `init` (an init container)."""
+    """Return the view of a pod. `trainer`, `injected` and `init`: states of the trainer, of a sidecar that is listed before it, and of an init container."""
     labels = {Label.MANAGED_BY: MANAGER_NAME, Label.JOB_NAME: "run", Label.JOB_UID: UID, Label.ATTEMPT: "1"}
     states = [{"name": "istio-proxy", "imageID": "proxy", "state": injected}] if injected else []
     states.append({"name": TRAINER_CONTAINER, "imageID": "trainer", "state": trainer})

@@ -1,4 +1,4 @@
-"""Accepting and refusing specs, and the defaults that an accepted job keeps."""
+"""Which specs the operator accepts or refuses, and which defaults an accepted job keeps."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from finetune_operator.settings import OperatorConfig, parse_config
 from tests.unit.operator.samples import CONFIG, accept_spec, at, end_pod, facts, job, pod, spec, status
 
 
-def refuse_spec(written: dict[str, Any], config: OperatorConfig = CONFIG) -> RefusedSpec:
-    acceptance = accept(written, config)
+def refuse(raw_spec: dict[str, Any], config: OperatorConfig = CONFIG) -> RefusedSpec:
+    acceptance = accept(raw_spec, config)
     assert isinstance(acceptance, RefusedSpec), acceptance
     return acceptance
 
@@ -25,8 +25,8 @@ STORE = {"uri": "s3://one/models", "endpoint": "https://a.example.com", "credent
 WITHOUT_STORAGE = {name: group for name, group in spec().items() if name != "storage"}
 
 
-def accept_with_storage(written: dict[str, Any], storage: dict[str, Any], kept: dict[str, Any] | None = None) -> AcceptedSpec:
-    acceptance = accept(written, parse_config({"storage": storage}, "test"), None if kept is None else FirstAttempt(kept))
+def accept_with_storage(raw_spec: dict[str, Any], storage: dict[str, Any], kept: dict[str, Any] | None = None) -> AcceptedSpec:
+    acceptance = accept(raw_spec, parse_config({"storage": storage}, "test"), None if kept is None else FirstAttempt(kept))
     assert isinstance(acceptance, AcceptedSpec), acceptance
     return acceptance
 
@@ -40,7 +40,7 @@ def test_defaults_are_filled_in_and_listed() -> None:
 
 
 def test_all_problems_are_listed_at_once_with_their_fields() -> None:
-    acceptance = refuse_spec(spec(model={"source": "./x"}, dataset={"train": None, "validation": "/tmp/v"}))
+    acceptance = refuse(spec(model={"source": "./x"}, dataset={"train": None, "validation": "/tmp/v"}))
     assert acceptance.is_final
     assert acceptance.reason is Reason.REJECTED
     assert acceptance.message.index("spec.") == 0
@@ -49,7 +49,7 @@ def test_all_problems_are_listed_at_once_with_their_fields() -> None:
 
 
 @pytest.mark.parametrize(
-    ("written", "reason", "expected_text", "final"),
+    ("raw_spec", "reason", "expected_text", "is_final"),
     [
         (spec(resources={"nodePool": "a100"}), Reason.UNKNOWN_NODE_POOL, "pools are: h100 (8 x nvidia.com/gpu), mig", False),
         (spec(resources={"gpusPerNode": 9}), Reason.POOL_TOO_SMALL, "gpusPerNode is 9, but a node of pool h100 has 8", False),
@@ -62,10 +62,10 @@ def test_all_problems_are_listed_at_once_with_their_fields() -> None:
     ],
 )  # fmt: skip
 def test_refusal_has_its_reason_and_message_and_is_final_only_if_another_spec_helps(
-    written: dict[str, Any], reason: Reason, expected_text: str, final: bool
+    raw_spec: dict[str, Any], reason: Reason, expected_text: str, is_final: bool
 ) -> None:
-    acceptance = refuse_spec(written)
-    assert (acceptance.reason, acceptance.is_final) == (reason, final)
+    acceptance = refuse(raw_spec)
+    assert (acceptance.reason, acceptance.is_final) == (reason, is_final)
     assert expected_text in acceptance.message
     assert acceptance.hint
 
@@ -85,9 +85,9 @@ def test_connection_to_the_same_store_follows_the_configuration() -> None:
 
 
 def test_store_in_the_spec_takes_precedence_over_the_first_attempts_defaults() -> None:
-    written = {**WITHOUT_STORAGE, "storage": {"uri": "s3://mine/x", "endpoint": "https://mine.example.com"}}
-    first = accept_with_storage(written, STORE)
-    assert accept_with_storage(written, {"uri": "s3://two/models"}, first.defaults).spec == first.spec
+    raw_spec = {**WITHOUT_STORAGE, "storage": {"uri": "s3://mine/x", "endpoint": "https://mine.example.com"}}
+    first = accept_with_storage(raw_spec, STORE)
+    assert accept_with_storage(raw_spec, {"uri": "s3://two/models"}, first.defaults).spec == first.spec
 
 
 @pytest.mark.parametrize("kept", [{"storage.uri": "no uri"}, {"training.learningRate": "fast"}, {"gone.option": 1}])
@@ -96,8 +96,8 @@ def test_unusable_defaults_of_the_first_attempt_are_ignored(kept: dict[str, Any]
 
 
 def test_running_attempt_keeps_its_resolved_spec_when_its_pool_is_removed() -> None:
-    """When the attempt runs out of memory, the adaptation starts from the attempt's batch size, not from an empty spec."""
-    written = spec(resources={"nodePool": "gone", "gpusPerNode": 1}, policy={"onOutOfMemory": "Adapt"})
+    """If the attempt then runs out of memory, the adaptation needs the attempt's batch size, which an empty spec would lack."""
+    raw_spec = spec(resources={"nodePool": "gone", "gpusPerNode": 1}, policy={"onOutOfMemory": "Adapt"})
     begun = {"number": 1, "startTime": "2026-11-21T12:00:00Z"}
     adaptation = {
         "time": "2026-11-21T12:00:00Z",
@@ -105,15 +105,15 @@ def test_running_attempt_keeps_its_resolved_spec_when_its_pool_is_removed() -> N
         "change": "",
         "set": {"training.batchSizePerDevice": 2},
     }
-    known = status(attempt=1, attempts=[begun], adaptations=[adaptation])
+    old_status = status(attempt=1, attempts=[begun], adaptations=[adaptation])
     plan = decide(
-        facts(spec=written, status=known, jobs=[job(failed_at=at(60))], pods=[end_pod(pod(), 71)], now=at(61))
+        facts(spec=raw_spec, status=old_status, jobs=[job(failed_at=at(60))], pods=[end_pod(pod(), 71)], now=at(61))
     )
     assert plan.attempt_end is not None and plan.attempt_end.adaptation is not None
     assert plan.attempt_end.adaptation.change.startswith("batchSizePerDevice 2 -> 1")
 
 
-def test_size_limit_counts_bytes_and_not_characters() -> None:
+def test_the_size_limit_of_a_spec_counts_bytes_and_not_characters() -> None:
     """A Chinese character has three bytes in UTF-8."""
     for letter, fits in (("m", True), ("\u6a21", False)):
         env = [{"name": f"V{n}", "value": letter * 4000} for n in range(6)]
@@ -150,7 +150,7 @@ AGAINST_A_RULE = {"training": {"optimizer": "adafactor", "adamBeta1": 0.9}}
     ],
     ids=["unsupported", "against a rule", "both"],
 )  # fmt: skip
-def test_only_a_new_job_is_refused_because_of_rules(groups: dict[str, Any], reason: Reason, problems: list[str]) -> None:
+def test_a_started_job_is_not_refused_because_of_a_new_rule(groups: dict[str, Any], reason: Reason, problems: list[str]) -> None:
     new, begun = accept(spec(**groups), CONFIG), accept(spec(**groups), CONFIG, FirstAttempt())
     assert isinstance(new, RefusedSpec) and isinstance(begun, AcceptedSpec)
     assert (new.reason, new.is_final, new.spec is not None and new.spec.policy.retries) == (reason, True, None)
@@ -167,7 +167,7 @@ def test_only_a_new_job_is_refused_because_of_rules(groups: dict[str, Any], reas
         ({"training": {"newer": 1}, **UNSUPPORTED}, "spec.training.newer"),
     ],
 )
-def test_job_with_unknown_parts_waits_for_a_newer_operator(groups: dict[str, Any], problem: str, is_new: bool) -> None:
+def test_job_with_unknown_fields_waits_for_a_newer_operator(groups: dict[str, Any], problem: str, is_new: bool) -> None:
     refusal = accept(spec(**groups), CONFIG, None if is_new else FirstAttempt())
     assert isinstance(refusal, RefusedSpec)
     assert (refusal.reason, refusal.is_final) == (Reason.OPERATOR_TOO_OLD, False)
@@ -175,7 +175,7 @@ def test_job_with_unknown_parts_waits_for_a_newer_operator(groups: dict[str, Any
 
 
 @pytest.mark.parametrize(("digest", "is_accepted"), [("0" * 64, False), ("f" * 64, False), (None, True), ("own", True)])
-def test_started_job_whose_spec_has_changed_waits(digest: str | None, is_accepted: bool) -> None:
+def test_started_job_waits_if_its_spec_has_changed(digest: str | None, is_accepted: bool) -> None:
     own_digest = accept_spec().spec_sha256
     acceptance = accept(spec(), CONFIG, FirstAttempt({}, "".join(list(own_digest)) if digest == "own" else digest))
     assert isinstance(acceptance, AcceptedSpec) is is_accepted
@@ -183,8 +183,8 @@ def test_started_job_whose_spec_has_changed_waits(digest: str | None, is_accepte
         assert (acceptance.reason, acceptance.is_final) == (Reason.SPEC_CHANGED, False)
 
 
-def env_of(length: int) -> list[dict[str, str]]:
-    """Environment variables whose values have `length` characters altogether."""
+def build_env_variables(length: int) -> list[dict[str, str]]:
+    """Return environment variables whose values have `length` characters in total."""
     return [{"name": f"V{n:02}", "value": "x" * min(4000, max(0, length - n * 4000))} for n in range(16)]
 
 
@@ -192,7 +192,7 @@ def env_of(length: int) -> list[dict[str, str]]:
     ("groups", "first_attempt"),
     [
         ({"resources": {"nodePool": "gone"}}, None), ({"storage": {"uri": None}}, None), ({"storage": {"uri": "pvc://c/../x"}}, FirstAttempt()),
-        ({"placement": {"labels": {"job-name": "x"}}}, None), ({"placement": {"env": env_of(60000)}}, FirstAttempt()),
+        ({"placement": {"labels": {"job-name": "x"}}}, None), ({"placement": {"env": build_env_variables(60000)}}, FirstAttempt()),
         ({"newer": 1}, None), ({}, FirstAttempt({}, "0" * 64)),
     ],
     ids=["pool", "no storage", "storage", "placement", "size", "unknown field", "changed spec"],
@@ -206,7 +206,7 @@ def test_refused_spec_contains_the_defaults(groups: dict[str, Any], first_attemp
 @pytest.mark.parametrize("first_attempt", [None, FirstAttempt()])
 def test_spec_with_defaults_may_have_exactly_56_kib(first_attempt: FirstAttempt | None) -> None:
     def accept_with_value(length: int) -> AcceptedSpec | RefusedSpec:
-        return accept(spec(placement={"env": env_of(length)}), CONFIG, first_attempt)
+        return accept(spec(placement={"env": build_env_variables(length)}), CONFIG, first_attempt)
 
     refusal = accept_with_value(57344)
     assert isinstance(refusal, RefusedSpec)
@@ -214,7 +214,7 @@ def test_spec_with_defaults_may_have_exactly_56_kib(first_attempt: FirstAttempt 
     other_bytes = int(refusal.message.split("has ")[1].split(" bytes")[0]) - 57344
     longest = accept_with_value(57344 - other_bytes)
     assert isinstance(longest, AcceptedSpec)
-    assert len(json.dumps(longest.spec.to_wire(), separators=(",", ":"))) == pytest.approx(57344, abs=2)  # 1e-8 or 1e-08
+    assert len(json.dumps(longest.spec.to_wire(), separators=(",", ":"))) == pytest.approx(57344, abs=2)  # the same number may be written as 1e-8 or 1e-08
     assert isinstance(accept_with_value(57345 - other_bytes), RefusedSpec)
 
 
@@ -228,7 +228,7 @@ def test_spec_with_defaults_may_have_exactly_56_kib(first_attempt: FirstAttempt 
         ({"policy.retries": 9}, "policy.retries", 3), ({"storage.region": "x"}, "storage.region", None),
     ],
 )  # fmt: skip
-def test_training_keeps_the_first_attempts_defaults_and_the_cluster_follows_the_configuration(
+def test_training_values_stay_those_of_the_first_attempt_and_cluster_values_follow_the_configuration(
     recorded: dict[str, Any], field: str, value: Any
 ) -> None:
     acceptance = accept(spec(), CONFIG, FirstAttempt(recorded))
@@ -236,7 +236,7 @@ def test_training_keeps_the_first_attempts_defaults_and_the_cluster_follows_the_
     assert (acceptance.spec.value(field), acceptance.defaults.get(field)) == (value, value)
 
 
-def test_pool_resources_take_precedence_over_the_operators() -> None:
+def test_resources_of_the_pool_take_precedence_over_the_operators_configuration() -> None:
     pools = [{"name": "a", "default": True, "gpusPerNode": 1, "gpuResource": "amd.com/gpu", "resources": {"cpu": "7", "sharedMemory": "9Gi"}}]
     config = parse_config({"nodePools": pools, "resources": {"memory": "5Gi", "sharedMemory": "2Gi"}}, "test")
     for gpus, expected in ((1, ("a", "amd.com/gpu", "7", "5Gi", "20Gi", "9Gi")), (0, (None, "nvidia.com/gpu", "1", "5Gi", "20Gi", "2Gi"))):
@@ -247,10 +247,10 @@ def test_pool_resources_take_precedence_over_the_operators() -> None:
 
 
 def test_default_storage_that_cannot_be_parsed_waits_for_the_platform_team() -> None:
-    """The job waits instead of failing, because the user cannot correct the operator's configuration."""
+    """The job does not fail, because the user cannot correct the operator's configuration."""
     config = parse_config({"trainer": {"image": "t"}, "storage": {"uri": "pvc://claim/../x"}}, "test")
-    written = {name: group for name, group in spec().items() if name != "storage"}
-    acceptance = accept(written, config)
+    raw_spec = {name: group for name, group in spec().items() if name != "storage"}
+    acceptance = accept(raw_spec, config)
     assert isinstance(acceptance, RefusedSpec)
     assert (acceptance.reason, acceptance.is_final) == (Reason.STORAGE_NOT_CONFIGURED, False)
     assert acceptance.hint

@@ -1,4 +1,4 @@
-"""Carrying out a plan: checks against the API server before an attempt, existing objects, and causes of rejected Jobs."""
+"""Carrying out a plan: the check against the API server before an attempt, existing objects, and rejected Jobs."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from finetune_operator.kube import Forbidden, Invalid, KubeClient, KubeError, Ou
 from finetune_operator.objects import FINETUNEJOB, JOB, POD, SERVICE, Kind, Object
 from finetune_operator.plan import ActionResult, Plan, Situation
 from finetune_operator.policies.blocking import BlockingCondition
-from finetune_operator.policies.rejection import rejected_user_fields
+from finetune_operator.policies.rejection import find_rejected_user_fields
 from finetune_operator.policies.verdict import RefusedSpec
 from finetune_operator.views import JobView
 
-from tests.unit.operator.fake_cluster import Process, Server, new_server
+from tests.unit.operator.fake_cluster import FakeApiServer, OperatorProcess, new_server
 from tests.unit.operator.samples import CONFIG, T0, UID, at, facts, finetunejob, job, pod, spec, status
 from tests.unit.operator.virtual import run
 
@@ -31,26 +31,26 @@ SECOND_ATTEMPT_STATUS = status(attempt=2, attempts=[SUSPENDED_ATTEMPT])
 
 
 def as_response(body: Object) -> Object:
-    """Encode and decode the object, so that equal values are different Python objects."""
+    """Return a copy of the object, encoded and decoded as in a response, so that no Python object is shared."""
     return cast("Object", json.loads(json.dumps(body)))
 
 
 @pytest.fixture
-def server() -> Server:
+def server() -> FakeApiServer:
     """A server whose FineTuneJob is about to start its second attempt."""
     found = new_server()
     found.put(FINETUNEJOB, as_response({**found.finetunejob, "status": SECOND_ATTEMPT_STATUS.to_wire()}))
     return found
 
 
-def second_attempt(**fields: Any) -> tuple[Facts, Plan]:
+def make_second_attempt(**fields: Any) -> tuple[Facts, Plan]:
     observed = facts(status=SECOND_ATTEMPT_STATUS, jobs=[job(1, failed_at=T0)], now=at(100), **fields)
     plan = decide(observed)
-    assert plan.create_attempt == 2
+    assert plan.attempt_to_create == 2
     return observed, plan
 
 
-async def carry_out(server: Server, observed: Facts, plan: Plan) -> ActionResult:
+async def carry_out(server: FakeApiServer, observed: Facts, plan: Plan) -> ActionResult:
     return await PlanExecutor(cast("KubeClient", server), CONFIG).act(observed, plan)
 
 
@@ -58,7 +58,7 @@ async def carry_out(server: Server, observed: Facts, plan: Plan) -> ActionResult
 
 
 @dataclass
-class RecordingServer(Server):
+class RecordingServer(FakeApiServer):
     """A server that records deletions: name, uid and grace period."""
 
     deletions: list[tuple[str, str, int | None]] = field(default_factory=list)
@@ -74,10 +74,10 @@ DELETED_PODS = (pod(name="pod-a", uid="3"), pod(name="pod-b", uid="4"))
 LOST_PODS = (pod(name="lost-a", uid="5"), pod(name="lost-b", uid="6"))
 
 
-@pytest.mark.parametrize("create_attempt", [None, 1])
+@pytest.mark.parametrize("attempt_to_create", [None, 1])
 @pytest.mark.parametrize(("missing", "count"), [((), 6), (("job-b", "pod-b", "lost-b"), 3), (("job-a", "pod-a"), 4), (("lost-a",), 5)])
 async def test_planned_objects_are_deleted_by_uid_and_counted_if_they_existed(
-    missing: tuple[str, ...], count: int, create_attempt: int | None
+    missing: tuple[str, ...], count: int, attempt_to_create: int | None
 ) -> None:
     """Only pods of lost nodes are deleted without a grace period."""
     server = RecordingServer(new_server().objects)
@@ -86,10 +86,10 @@ async def test_planned_objects_are_deleted_by_uid_and_counted_if_they_existed(
             if view.name not in missing:
                 server.put(kind, {"metadata": {"name": view.name}})
     plan = Plan(
-        Situation.STARTING, create_attempt=create_attempt, delete_jobs=DELETED_JOBS, delete_pods=DELETED_PODS, force_delete_pods=LOST_PODS
+        Situation.STARTING, attempt_to_create=attempt_to_create, jobs_to_delete=DELETED_JOBS, pods_to_delete=DELETED_PODS, pods_to_force_delete=LOST_PODS
     )
     result = await carry_out(server, facts(), plan)
-    assert (result.deleted_count, result.created_job is not None) == (count, create_attempt is not None)
+    assert (result.deleted_count, result.created_job is not None) == (count, attempt_to_create is not None)
     with_grace_period = [(view.name, view.uid, None) for view in (*DELETED_JOBS, *DELETED_PODS)]
     assert server.deletions == [*with_grace_period, *((view.name, view.uid, 0) for view in LOST_PODS)]
 
@@ -97,8 +97,8 @@ async def test_planned_objects_are_deleted_by_uid_and_counted_if_they_existed(
 # Before a later attempt
 
 
-async def test_second_attempt_is_created_if_the_facts_match_the_server(server: Server) -> None:
-    result = await carry_out(server, *second_attempt())
+async def test_second_attempt_is_created_if_the_facts_match_the_server(server: FakeApiServer) -> None:
+    result = await carry_out(server, *make_second_attempt())
     assert result.created_job is not None and result.created_job.name == "run-2"
 
 
@@ -117,82 +117,82 @@ async def test_second_attempt_is_created_if_the_facts_match_the_server(server: S
     ],
     ids=["other uid", "lower uid", "newer spec", "older spec", "deleting", "suspended", "cancelled", "later attempt", "earlier attempt"],
 )
-async def test_second_attempt_is_not_created_if_the_facts_differ_from_the_server(server: Server, changed_parts: dict[str, Object]) -> None:
-    """The API server has stored a change that the watch has not delivered yet."""
+async def test_second_attempt_is_not_created_if_the_facts_differ_from_the_server(server: FakeApiServer, changed_parts: dict[str, Object]) -> None:
+    """The API server has stored a change that the cache lacks, because the watch has not delivered it yet."""
     body = server.finetunejob
     server.put(FINETUNEJOB, {**body, **{part: {**body[part], **values} for part, values in changed_parts.items()}})
     with pytest.raises(StaleFacts):
-        await carry_out(server, *second_attempt())
+        await carry_out(server, *make_second_attempt())
     assert (JOB.plural, "run-2") not in server.objects
 
 
-def pod_body(phase: str, uid: str = UID, attempt: int = 1) -> Object:
+def make_pod_body(phase: str, uid: str = UID, attempt: int = 1) -> Object:
     labels = {Label.MANAGED_BY.value: MANAGER_NAME, Label.JOB_NAME.value: "run", Label.JOB_UID.value: uid, Label.ATTEMPT.value: str(attempt)}
     meta = {"name": "run-1-0-x", "namespace": "team", "labels": labels}
     return {"metadata": meta, "status": {"phase": phase}}
 
 
 @pytest.mark.parametrize("phase", ["Pending", "Running"])
-async def test_second_attempt_waits_for_a_pod_that_the_cache_lacks(server: Server, phase: str) -> None:
-    """The pod's Job is gone, so the operator can find the pod only by its label."""
-    server.put(POD, pod_body(phase))
+async def test_second_attempt_waits_for_a_pod_that_the_cache_lacks(server: FakeApiServer, phase: str) -> None:
+    """The pod's Job was deleted, so the operator can find the pod only by its label."""
+    server.put(POD, make_pod_body(phase))
     with pytest.raises(StaleFacts, match="run-1-0-x"):
-        await carry_out(server, *second_attempt())
+        await carry_out(server, *make_second_attempt())
     assert (JOB.plural, "run-2") not in server.objects
 
 
-@pytest.mark.parametrize("body", [pod_body("Failed"), pod_body("Running", uid="another")], ids=["finished", "other job"])
-async def test_second_attempt_does_not_wait_for_other_pods(server: Server, body: Object) -> None:
+@pytest.mark.parametrize("body", [make_pod_body("Failed"), make_pod_body("Running", uid="another")], ids=["finished", "other job"])
+async def test_second_attempt_does_not_wait_for_finished_pods_or_pods_of_other_jobs(server: FakeApiServer, body: Object) -> None:
     server.put(POD, body)
-    assert (await carry_out(server, *second_attempt())).created_job is not None
+    assert (await carry_out(server, *make_second_attempt())).created_job is not None
 
 
-async def test_warnings_about_a_new_job_are_returned(server: Server) -> None:
+async def test_warnings_of_the_api_server_about_a_new_job_are_returned(server: FakeApiServer) -> None:
     server.warnings = ("violates a policy",)
-    assert (await carry_out(server, *second_attempt())).warnings == ("violates a policy",)
+    assert (await carry_out(server, *make_second_attempt())).warnings == ("violates a policy",)
 
 
 # Objects that exist already
 
 
-def first_attempt(written: Object | None = None) -> tuple[Facts, Plan]:
-    observed = facts(spec=written)
+def make_first_attempt(raw_spec: Object | None = None) -> tuple[Facts, Plan]:
+    observed = facts(spec=raw_spec)
     return observed, decide(observed)
 
 
-async def put_existing_job(server: Server, uid: str) -> None:
+async def put_existing_job(server: FakeApiServer, uid: str) -> None:
     """Store a Job with the first attempt's name whose controller has this uid."""
-    result = await carry_out(server, *first_attempt())
+    result = await carry_out(server, *make_first_attempt())
     assert result.created_job is not None
     body = server.objects[JOB.plural, "run-1"]
     owners = [{**owner, "uid": uid} for owner in body["metadata"]["ownerReferences"]]
     server.put(JOB, as_response({**body, "metadata": {**body["metadata"], "ownerReferences": owners}}))
 
 
-async def test_existing_own_job_is_adopted(server: Server) -> None:
-    """The response to the first create was lost, so the operator creates the Job again."""
+async def test_existing_own_job_is_adopted(server: FakeApiServer) -> None:
+    """The response to the first create request was lost, so the operator sends the request again."""
     await put_existing_job(server, UID)
-    result = await carry_out(server, *first_attempt())
+    result = await carry_out(server, *make_first_attempt())
     assert result.created_job is not None and result.blocking_condition is None
 
 
 @pytest.mark.parametrize("uid", ["another", "0"])
 @pytest.mark.parametrize("metadata", [{}, {"ownerReferences": []}, {"ownerReferences": [], "labels": {}}], ids=["other owner", "only labels", "nothing"])
-async def test_job_of_another_owner_is_not_adopted(server: Server, uid: str, metadata: Object) -> None:
+async def test_job_of_another_owner_is_not_adopted(server: FakeApiServer, uid: str, metadata: Object) -> None:
     await put_existing_job(server, uid)
     body = server.objects[JOB.plural, "run-1"]
     server.put(JOB, {**body, "metadata": {**body["metadata"], **metadata}})
     conflict = BlockingCondition(Reason.CHILDREN_CONFLICT, "Job run-1 exists and belongs to another object")
-    assert await carry_out(server, *first_attempt()) == ActionResult(blocking_condition=conflict)
+    assert await carry_out(server, *make_first_attempt()) == ActionResult(blocking_condition=conflict)
 
 
-@pytest.mark.parametrize(("owner", "adopted"), [("uid-run-1", True), ("another", False), ("zzz", False)])
-async def test_service_is_adopted_only_if_the_job_owns_it(server: Server, owner: str, adopted: bool) -> None:
+@pytest.mark.parametrize(("owner", "is_adopted"), [("uid-run-1", True), ("another", False), ("zzz", False)])
+async def test_service_is_adopted_only_if_the_job_owns_it(server: FakeApiServer, owner: str, is_adopted: bool) -> None:
     server.put(SERVICE, {"metadata": {"name": "run-1", "namespace": "team", "ownerReferences": [{"uid": owner}]}})
-    result = await carry_out(server, *first_attempt(spec(resources={"nodes": 2, "gpusPerNode": 0})))
+    result = await carry_out(server, *make_first_attempt(spec(resources={"nodes": 2, "gpusPerNode": 0})))
     assert result.created_job is not None
-    assert (result.blocking_condition is None) is adopted
-    assert adopted or (result.blocking_condition is not None and result.blocking_condition.reason is Reason.CHILDREN_CONFLICT)
+    assert (result.blocking_condition is None) is is_adopted
+    assert is_adopted or (result.blocking_condition is not None and result.blocking_condition.reason is Reason.CHILDREN_CONFLICT)
 
 
 # The Service of a gang
@@ -203,37 +203,37 @@ GANG = spec(resources={"nodes": 2, "gpusPerNode": 0})
 @pytest.mark.parametrize(
     ("current_job", "service_count"),
     [
-        (job(nodes=1), 0),
-        (job(nodes=2), 1),
-        (job(nodes=2, failed_at=T0), 0),
-        (job(nodes=2, completed_at=T0), 0),
-        (job(nodes=2, is_deleting=True), 0),
+        (job(pod_count=1), 0),
+        (job(pod_count=2), 1),
+        (job(pod_count=2, failed_at=T0), 0),
+        (job(pod_count=2, completed_at=T0), 0),
+        (job(pod_count=2, is_deleting=True), 0),
         (None, 0),
     ],
     ids=["one pod", "two pods", "failed", "completed", "being deleted", "no Job"],
 )
-async def test_only_a_running_job_with_several_pods_gets_a_service(server: Server, current_job: JobView | None, service_count: int) -> None:
+async def test_only_a_running_job_with_several_pods_gets_a_service(server: FakeApiServer, current_job: JobView | None, service_count: int) -> None:
     observed = facts(spec=GANG, jobs=[current_job] if current_job else [])
     assert await carry_out(server, observed, Plan(Situation.ACTIVE)) == ActionResult()
     assert server.requests == [("create", SERVICE.plural)] * service_count
 
 
 @pytest.mark.parametrize("nodes", [1, 2, 3])
-async def test_first_attempt_is_created_at_once_with_a_service_for_several_pods(server: Server, nodes: int) -> None:
-    """Only later attempts need a check against the API server."""
-    await carry_out(server, *first_attempt(spec(resources={"nodes": nodes, "gpusPerNode": 0})))
+async def test_first_attempt_is_created_at_once_with_a_service_for_several_pods(server: FakeApiServer, nodes: int) -> None:
+    """Only later attempts need the check against the API server."""
+    await carry_out(server, *make_first_attempt(spec(resources={"nodes": nodes, "gpusPerNode": 0})))
     assert server.requests == [("create", JOB.plural), ("create", SERVICE.plural)][: 1 + (nodes > 1)]
 
 
 def test_service_is_checked_again_after_the_resync_interval() -> None:
-    """The creates of the Services of two Jobs must not affect each other."""
+    """The operator remembers separately for each Job when it last found its Service."""
 
     async def check() -> None:
         server, counts = new_server(), []
         executor = PlanExecutor(cast("KubeClient", server), CONFIG)
         for wait, uid in ((0, "a"), (1, "b"), (0, "a"), (298, "a"), (1, "b"), (0, "a"), (1, "b"), (299, "b"), (0, "a"), (1, "b"), (0, "a")):
             await asyncio.sleep(wait)
-            observed = facts(spec=GANG, jobs=[job(nodes=2, uid=uid, name="run-1")])
+            observed = facts(spec=GANG, jobs=[job(pod_count=2, uid=uid, name="run-1")])
             server.objects.pop((SERVICE.plural, "run-1"), None)
             await executor.act(observed, Plan(Situation.ACTIVE))
             counts.append(server.count("create", SERVICE))
@@ -244,8 +244,8 @@ def test_service_is_checked_again_after_the_resync_interval() -> None:
 
 
 @pytest.mark.parametrize("error", [Forbidden, Invalid])
-async def test_refused_service_is_a_blocking_condition_and_is_created_later(server: Server, error: type[KubeError]) -> None:
-    executor, observed = PlanExecutor(cast("KubeClient", server), CONFIG), facts(spec=GANG, jobs=[job(nodes=2)])
+async def test_refused_service_is_a_blocking_condition_and_is_created_later(server: FakeApiServer, error: type[KubeError]) -> None:
+    executor, observed = PlanExecutor(cast("KubeClient", server), CONFIG), facts(spec=GANG, jobs=[job(pod_count=2)])
     server.before_request = refuse("create", SERVICE, error, "exceeded quota: services")
     message = "the API server refused to create Service run-1: exceeded quota: services"
     refused = ActionResult(blocking_condition=BlockingCondition(Reason.QUOTA_EXCEEDED, message))
@@ -259,7 +259,7 @@ async def test_refused_service_is_a_blocking_condition_and_is_created_later(serv
 
 
 def refuse(verb: str, kind: Kind, error: type[KubeError], message: str, code: int = 403) -> Any:
-    """Return a function that makes requests of this verb and kind fail."""
+    """Return a function that makes all requests with this verb and kind fail."""
 
     def before(request_verb: str, request_kind: Kind) -> None:
         if (request_verb, request_kind) == (verb, kind):
@@ -272,42 +272,42 @@ ADMISSION_MESSAGE = 'admission webhook "policy" denied the request: spec.templat
 
 
 @pytest.mark.parametrize("error", [Forbidden, Invalid, OutcomeUnknown])
-async def test_refusal_of_a_job_by_an_admission_policy_is_a_blocking_condition(server: Server, error: type[KubeError]) -> None:
-    """The user's label is not the cause, even if the policy's message looks like a field error."""
+async def test_refusal_of_a_job_by_an_admission_policy_is_a_blocking_condition(server: FakeApiServer, error: type[KubeError]) -> None:
+    """The policy's message looks like an error about the user's label, but the label is not the cause."""
     server.before_request = refuse("create", JOB, error, ADMISSION_MESSAGE)
-    found, plan = first_attempt()
-    result = await carry_out(server, accepted_before(SPEC_WITH_INVALID_LABEL, found), plan)
+    found, plan = make_first_attempt()
+    result = await carry_out(server, accept_earlier(SPEC_WITH_INVALID_LABEL, found), plan)
     message = f"the API server refused to create Job run-1: {ADMISSION_MESSAGE}"
     assert result == ActionResult(blocking_condition=BlockingCondition(Reason.FORBIDDEN_BY_POLICY, message))
 
 
-async def test_job_is_adopted_if_the_answer_to_its_create_was_lost(server: Server) -> None:
+async def test_job_is_adopted_if_the_answer_to_its_create_was_lost(server: FakeApiServer) -> None:
     await put_existing_job(server, UID)
     server.before_request = refuse("create", JOB, OutcomeUnknown, "no answer", 0)
-    result = await carry_out(server, *first_attempt())
+    result = await carry_out(server, *make_first_attempt())
     assert result.created_job is not None and result.created_job.name == "run-1"
 
 
-async def test_create_without_an_answer_is_an_error_if_the_job_does_not_exist(server: Server) -> None:
+async def test_create_without_an_answer_is_an_error_if_the_job_does_not_exist(server: FakeApiServer) -> None:
     server.before_request = refuse("create", JOB, OutcomeUnknown, "no answer", 0)
     with pytest.raises(OutcomeUnknown, match="no answer"):
-        await carry_out(server, *first_attempt())
+        await carry_out(server, *make_first_attempt())
 
 PLATFORM_ERROR = 'Job.batch "run-1" is invalid: spec.template.spec.containers[0].env[9].name: Invalid value: "a b": a valid name'
 USER_ERROR = 'Job.batch "run-1" is invalid: spec.template.labels: Invalid value: "red green": a valid label must be'
 SPEC_WITH_INVALID_LABEL = spec(placement={"labels": {"color": "red green"}})
 
 
-def accepted_before(written: Object, observed: Facts) -> Facts:
-    """Replace the spec in the facts by one that the acceptance check would refuse now."""
-    return replace(observed, job=finetunejob(written, observed.job.status))
+def accept_earlier(raw_spec: Object, observed: Facts) -> Facts:
+    """Return the facts with a spec that was accepted earlier, although the acceptance check would refuse it now."""
+    return replace(observed, job=finetunejob(raw_spec, observed.job.status))
 
 
 @pytest.mark.parametrize("code", [400, 422])
-async def test_finetunejob_waits_if_platform_values_make_its_job_invalid(server: Server, code: int) -> None:
+async def test_finetunejob_waits_if_platform_values_make_its_job_invalid(server: FakeApiServer, code: int) -> None:
     """Only the platform team can correct the chart's values; the user's job must not fail."""
     server.before_request = refuse("create", JOB, Invalid, PLATFORM_ERROR, code)
-    process = Process(server)
+    process = OperatorProcess(server)
     server.put(FINETUNEJOB, {**server.finetunejob, "status": {}})
     process.refresh()
     await process.work()
@@ -317,25 +317,25 @@ async def test_finetunejob_waits_if_platform_values_make_its_job_invalid(server:
     assert process.queue.seconds_until_due() is not None
 
 
-async def test_spec_is_rejected_if_the_users_value_makes_the_first_job_invalid(server: Server) -> None:
+async def test_spec_is_rejected_if_the_users_value_makes_the_first_job_invalid(server: FakeApiServer) -> None:
     server.before_request = refuse("create", JOB, Invalid, USER_ERROR, 422)
-    found, plan = first_attempt()
+    found, plan = make_first_attempt()
     with pytest.raises(SpecRejected) as caught:
-        await carry_out(server, accepted_before(SPEC_WITH_INVALID_LABEL, found), plan)
+        await carry_out(server, accept_earlier(SPEC_WITH_INVALID_LABEL, found), plan)
     assert caught.value.refusal.is_final
     assert "spec.placement.labels" in caught.value.refusal.message
 
 
-async def test_finetunejob_waits_if_a_later_job_is_invalid(server: Server) -> None:
+async def test_finetunejob_waits_if_a_later_job_is_invalid(server: FakeApiServer) -> None:
     """The API server accepted the Job of the first attempt with the same spec, so the spec is not the cause."""
     server.before_request = refuse("create", JOB, Invalid, USER_ERROR, 422)
-    found, plan = second_attempt()
-    result = await carry_out(server, accepted_before(SPEC_WITH_INVALID_LABEL, found), plan)
+    found, plan = make_second_attempt()
+    result = await carry_out(server, accept_earlier(SPEC_WITH_INVALID_LABEL, found), plan)
     assert result.blocking_condition is not None and result.blocking_condition.reason is Reason.JOB_REJECTED
 
 
-async def test_value_that_cannot_be_built_rejects_the_first_attempt_and_blocks_later_ones(
-    server: Server, monkeypatch: pytest.MonkeyPatch
+async def test_unusable_value_rejects_the_first_attempt_and_blocks_later_ones(
+    server: FakeApiServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for hint in ("write pvc://claim/path", None):
 
@@ -343,18 +343,18 @@ async def test_value_that_cannot_be_built_rejects_the_first_attempt_and_blocks_l
             raise error
 
         monkeypatch.setattr(act_module, "build_job", fail)
-        for (found, plan), is_final in ((first_attempt(), True), (second_attempt(), False)):
+        for (found, plan), is_final in ((make_first_attempt(), True), (make_second_attempt(), False)):
             with pytest.raises(SpecRejected) as caught:
                 await carry_out(server, found, plan)
             assert caught.value.refusal == RefusedSpec(Reason.REJECTED, "`..` is not allowed", hint or "", is_final, found.spec)
 
 
-async def test_rejected_spec_fails_with_its_message_in_status(server: Server) -> None:
+async def test_rejected_spec_fails_with_its_message_in_status(server: FakeApiServer) -> None:
     server.put(FINETUNEJOB, {**server.finetunejob, "spec": SPEC_WITH_INVALID_LABEL, "status": {}})
-    await Process(server).work()
-    written = server.finetunejob["status"]
-    assert (written["phase"], written["failure"]["class"]) == ("Failed", "User")
-    assert "spec.placement.labels.color" in written["failure"]["message"]
+    await OperatorProcess(server).work()
+    raw_spec = server.finetunejob["status"]
+    assert (raw_spec["phase"], raw_spec["failure"]["class"]) == ("Failed", "User")
+    assert "spec.placement.labels.color" in raw_spec["failure"]["message"]
 
 
 @pytest.mark.parametrize(
@@ -372,4 +372,4 @@ async def test_rejected_spec_fails_with_its_message_in_status(server: Server) ->
     ],
 )  # fmt: skip
 def test_rejected_fields_are_traced_to_the_users_spec(message: str, placement: Object, fields: list[str]) -> None:
-    assert rejected_user_fields(f'Job.batch "run-1" is invalid: {message}', spec(placement=placement)) == fields
+    assert find_rejected_user_fields(f'Job.batch "run-1" is invalid: {message}', spec(placement=placement)) == fields

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from finetune_api.names import ExitCode, Reason
 from finetune_api.pod import TerminationMessage
-from finetune_api.rules import check
+from finetune_api.rules import check_spec
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import Adaptation, Checkpoint, MemoryAdvice, RunPlan
 from finetune_operator.decide import decide
@@ -17,8 +17,8 @@ from finetune_operator.policies.adaptations import (
     adapt_to_divergence,
     adapt_to_out_of_memory,
     apply_adaptations,
-    max_start_step,
-    original_values,
+    find_max_start_step,
+    get_original_values,
 )
 from finetune_operator.report import compute_status
 from hypothesis import given, settings
@@ -31,13 +31,13 @@ ROLLED_BACK = Adaptation(
 )
 
 
-def all_changes(**groups: Any) -> list[str]:
+def list_all_changes(**groups: Any) -> list[str]:
     """Return all changes in order, until no further adaptation is possible."""
     current, changes = accept_spec(spec(**groups)).spec, []
     while isinstance(change := adapt_to_out_of_memory(current, T0), Adaptation):
         changes.append(change.change)
         current = apply_adaptations(current, [change])
-        assert not check(current), change
+        assert not check_spec(current), change
     return changes
 
 
@@ -50,7 +50,7 @@ CHECKPOINTS = [
 
 @settings(deadline=None)
 @given(batch=st.integers(1, 512), accumulation=st.integers(1, 512))
-def test_memory_adaptations_keep_the_effective_batch_and_end(batch: int, accumulation: int) -> None:
+def test_memory_adaptations_keep_the_effective_batch_and_are_finite(batch: int, accumulation: int) -> None:
     current = accept_spec(spec(training={"batchSizePerDevice": batch, "gradientAccumulationSteps": accumulation})).spec
     previous_batch = batch
     for _ in range(12):
@@ -69,17 +69,17 @@ def test_memory_adaptations_keep_the_effective_batch_and_end(batch: int, accumul
     assert current.training.gradient_checkpointing == "enabled"
 
 
-def test_micro_batch_of_kto_keeps_two_rows() -> None:
-    written = spec(trainer={"type": "kto"}, training={"batchSizePerDevice": 4, "gradientCheckpointing": "disabled"})
-    first = adapt_to_out_of_memory(accept_spec(written).spec, T0)
+def test_micro_batch_of_kto_never_shrinks_below_two_rows() -> None:
+    raw_spec = spec(trainer={"type": "kto"}, training={"batchSizePerDevice": 4, "gradientCheckpointing": "disabled"})
+    first = adapt_to_out_of_memory(accept_spec(raw_spec).spec, T0)
     assert isinstance(first, Adaptation)
     assert first.set == {"training.batchSizePerDevice": 2, "training.gradientAccumulationSteps": 8}
-    second = adapt_to_out_of_memory(apply_adaptations(accept_spec(written).spec, [first]), T0)
+    second = adapt_to_out_of_memory(apply_adaptations(accept_spec(raw_spec).spec, [first]), T0)
     assert isinstance(second, Adaptation)
     assert second.set == {"training.gradientCheckpointing": "enabled"}
 
 
-def test_policy_fail_allows_no_adaptation() -> None:
+def test_policy_fail_forbids_every_adaptation() -> None:
     assert isinstance(
         adapt_to_out_of_memory(accept_spec(spec(policy={"onOutOfMemory": "Fail"})).spec, T0), AdaptationsExhausted
     )
@@ -134,17 +134,17 @@ def test_unhealthy_checkpoints_are_not_rollback_targets() -> None:
 def test_rollback_excludes_checkpoints_of_older_attempts_only(
     committed: list[tuple[int, int]], start: int | None
 ) -> None:
-    """`committed`: (step, attempt) of every checkpoint. Attempt 0 means that the URI does not contain an attempt."""
+    """`committed`: (step, attempt) of each checkpoint. Attempt 0 stands for a URI that names no attempt."""
     uris = {
         attempt: f"s3://b/checkpoints/step/a{attempt}-0123abcd" if attempt else "s3://b/step" for _, attempt in committed
     }
     checkpoints = [Checkpoint(step=step, uri=uris[attempt]) for step, attempt in committed]
-    assert max_start_step([ROLLED_BACK], checkpoints) == start
-    assert max_start_step([], checkpoints) is None
+    assert find_max_start_step([ROLLED_BACK], checkpoints) == start
+    assert find_max_start_step([], checkpoints) is None
 
 
 def test_adaptation_that_the_rules_refuse_is_skipped() -> None:
-    assert all_changes(method={"type": "prefixTuning"}, training={"batchSizePerDevice": 2}) == [
+    assert list_all_changes(method={"type": "prefixTuning"}, training={"batchSizePerDevice": 2}) == [
         "batchSizePerDevice 2 -> 1, gradientAccumulationSteps 4 -> 8"
     ]
 
@@ -153,8 +153,8 @@ GB = 10**9
 NEEDED = {"needed_bytes": 81 * GB, "available_bytes": 80 * GB, "planned_bytes": 70 * GB, "expected_bytes": 60 * GB, "upper_bytes": 64 * GB}
 
 
-def advised(advice: dict[str, Any], earlier: list[Adaptation] | None = None, **groups: Any) -> Adaptation | AdaptationsExhausted:
-    """The next adaptation of a job with micro-batches of 12 rows, after advice of the memory plan."""
+def adapt_with_advice(advice: dict[str, Any], earlier: list[Adaptation] | None = None, **groups: Any) -> Adaptation | AdaptationsExhausted:
+    """Return the next adaptation of a job with micro-batches of 12 rows, after this advice of the memory plan."""
     training = {"batchSizePerDevice": 12, "gradientAccumulationSteps": 5, **groups.pop("training", {})}
     current = apply_adaptations(accept_spec(spec(training=training, **groups)).spec, earlier or [])
     return adapt_to_out_of_memory(current, T0, MemoryAdvice(**NEEDED | advice), earlier or [])
@@ -168,7 +168,7 @@ def advised(advice: dict[str, Any], earlier: list[Adaptation] | None = None, **g
         ({"batch_size_per_device": 12, "gradient_checkpointing": "enabled"}, "gradientCheckpointing enabled for all layers"),
         ({"batch_size_per_device": 6, "gradient_checkpointing": "enabled"},
          "gradientCheckpointing enabled for all layers, batchSizePerDevice 12 -> 6, gradientAccumulationSteps 5 -> 10"),
-        # Advice that is wrong is not used: the micro-batch is halved.
+        # Wrong advice is ignored, and the micro-batch is halved.
         ({"batch_size_per_device": 5}, "batchSizePerDevice 12 -> 6, gradientAccumulationSteps 5 -> 10"),
         ({"batch_size_per_device": 24}, "batchSizePerDevice 12 -> 6, gradientAccumulationSteps 5 -> 10"),
         ({"batch_size_per_device": 0}, "batchSizePerDevice 12 -> 6, gradientAccumulationSteps 5 -> 10"),
@@ -177,13 +177,13 @@ def advised(advice: dict[str, Any], earlier: list[Adaptation] | None = None, **g
         ({}, "batchSizePerDevice 12 -> 6, gradientAccumulationSteps 5 -> 10"),
     ],
 )  # fmt: skip
-def test_advice_of_the_memory_plan_is_used_at_the_same_effective_batch(advice: dict[str, Any], change: str) -> None:
-    adaptation = advised(advice, training={"gradientCheckpointing": "enabled"})
+def test_advised_values_are_used_and_keep_the_effective_batch(advice: dict[str, Any], change: str) -> None:
+    adaptation = adapt_with_advice(advice, training={"gradientCheckpointing": "enabled"})
     assert isinstance(adaptation, Adaptation) and adaptation.change == change
 
 
-def test_the_status_explains_the_advised_values() -> None:
-    fitting, smallest = advised({"batch_size_per_device": 4, "fits": True}), advised({"batch_size_per_device": 1, "planned_bytes": 90 * GB})
+def test_status_explains_the_advised_values() -> None:
+    fitting, smallest = adapt_with_advice({"batch_size_per_device": 4, "fits": True}), adapt_with_advice({"batch_size_per_device": 1, "planned_bytes": 90 * GB})
     assert isinstance(fitting, Adaptation) and isinstance(smallest, Adaptation)
     assert fitting.explanation == (
         "the attempt needed at least 81.0 GB of GPU memory, 80.0 GB were available, and the plan expected 70.0 GB; corrected by these numbers, the new "
@@ -193,43 +193,43 @@ def test_the_status_explains_the_advised_values() -> None:
         "the attempt needed at least 81.0 GB of GPU memory, 80.0 GB were available, and the plan expected 90.0 GB; the new values need 60.0 GB, at most "
         "64.0 GB; this may not fit, but no values need less"
     )
-    halved = advised({})
+    halved = adapt_with_advice({})
     assert isinstance(halved, Adaptation) and halved.explanation is None
 
 
-def test_advice_to_recompute_is_used_once() -> None:
+def test_advice_to_enable_recomputation_is_used_only_once() -> None:
     advice = {"batch_size_per_device": 12, "gradient_checkpointing": "enabled"}
-    first = advised(advice)
+    first = adapt_with_advice(advice)
     assert isinstance(first, Adaptation) and first.set == {"training.gradientCheckpointing": "enabled"}
-    second = advised(advice, [first])
+    second = adapt_with_advice(advice, [first])
     assert isinstance(second, Adaptation) and second.set == {"training.batchSizePerDevice": 6, "training.gradientAccumulationSteps": 10}
 
 
 def test_the_evaluation_batch_follows_the_advised_micro_batch() -> None:
-    change = advised({"batch_size_per_device": 3}, dataset={"split": {"validation": 0.1}}, evaluation={"batchSizePerDevice": 8})
+    change = adapt_with_advice({"batch_size_per_device": 3}, dataset={"split": {"validation": 0.1}}, evaluation={"batchSizePerDevice": 8})
     assert isinstance(change, Adaptation) and change.set == {
         "training.batchSizePerDevice": 3, "training.gradientAccumulationSteps": 20, "evaluation.batchSizePerDevice": 3
     }  # fmt: skip
 
 
-def test_policy_fail_ignores_advice() -> None:
-    assert isinstance(advised({"batch_size_per_device": 3}, policy={"onOutOfMemory": "Fail"}), AdaptationsExhausted)
+def test_policy_fail_forbids_the_advised_adaptation() -> None:
+    assert isinstance(adapt_with_advice({"batch_size_per_device": 3}, policy={"onOutOfMemory": "Fail"}), AdaptationsExhausted)
 
 
-def test_the_job_that_cannot_shrink_names_changes_that_would_fit() -> None:
+def test_failure_after_the_last_reduction_names_changes_that_would_fit() -> None:
     smallest = {"batchSizePerDevice": 1, "gradientCheckpointing": "enabled"}
-    end = advised({"changes": ["method.type: qlora", "dataset.maxSequenceLength: 1024"]}, training=smallest)
+    end = adapt_with_advice({"changes": ["method.type: qlora", "dataset.maxSequenceLength: 1024"]}, training=smallest)
     assert isinstance(end, AdaptationsExhausted)
     assert end.hint == "create a job with one of these changes, which fit by the memory plan: method.type: qlora; dataset.maxSequenceLength: 1024"
-    unknown = advised({"changes": []}, training=smallest)
+    unknown = adapt_with_advice({"changes": []}, training=smallest)
     assert isinstance(unknown, AdaptationsExhausted) and unknown.hint.startswith("use a larger GPU")
 
 
 def test_advice_reaches_the_next_attempt_from_the_termination_message() -> None:
     advice = MemoryAdvice(**NEEDED | {"batch_size_per_device": 1, "fits": True})
     message = TerminationMessage(code="GpuOutOfMemory", plan=RunPlan(out_of_memory=advice))
-    known = status(attempt=1, attempts=[STARTED_ATTEMPT])
-    observed = facts(status=known, jobs=[job(failed_at=at(60))], pods=[end_pod(pod(), ExitCode.OUT_OF_MEMORY, message)], now=at(61))
+    old_status = status(attempt=1, attempts=[STARTED_ATTEMPT])
+    observed = facts(status=old_status, jobs=[job(failed_at=at(60))], pods=[end_pod(pod(), ExitCode.OUT_OF_MEMORY, message)], now=at(61))
     new_status = compute_status(observed, decide(observed), ActionResult())
     assert [one.change for one in new_status.adaptations] == ["batchSizePerDevice 4 -> 1, gradientAccumulationSteps 4 -> 16"]
     assert new_status.adaptations[0].explanation is not None
@@ -238,32 +238,33 @@ def test_advice_reaches_the_next_attempt_from_the_termination_message() -> None:
 
 def test_evaluation_batch_shrinks_with_the_training_batch() -> None:
     held_out = {"split": {"validation": 0.1}}
-    assert all_changes(dataset={"train": "s3://data/a.jsonl", **held_out}, evaluation={"batchSizePerDevice": 32}, training={"batchSizePerDevice": 2}) == [
+    assert list_all_changes(dataset={"train": "s3://data/a.jsonl", **held_out}, evaluation={"batchSizePerDevice": 32}, training={"batchSizePerDevice": 2}) == [
         "batchSizePerDevice 2 -> 1, gradientAccumulationSteps 4 -> 8, evaluation.batchSizePerDevice 32 -> 1",
         "gradientCheckpointing disabled -> enabled",
     ]  # fmt: skip
-    assert all_changes(dataset={"train": "s3://data/a.jsonl", **held_out}, evaluation={"batchSizePerDevice": 8}, training={"batchSizePerDevice": 1})[0] == (
+    dataset = {"train": "s3://data/a.jsonl", **held_out}
+    assert list_all_changes(dataset=dataset, evaluation={"batchSizePerDevice": 8}, training={"batchSizePerDevice": 1})[0] == (
         "evaluation.batchSizePerDevice 8 -> 1"
     )  # fmt: skip
-    assert "evaluation" not in " ".join(all_changes(evaluation={"batchSizePerDevice": 32}))
+    assert "evaluation" not in " ".join(list_all_changes(evaluation={"batchSizePerDevice": 32}))
 
 
-def test_second_rollback_uses_a_checkpoint_that_retention_kept() -> None:
-    written = spec(checkpoint={"keep": 2})
-    known = status(attempt=1, attempts=[STARTED_ATTEMPT], checkpoints=CHECKPOINTS)
+def test_second_rollback_uses_a_checkpoint_that_was_not_removed() -> None:
+    raw_spec = spec(checkpoint={"keep": 2})
+    old_status = status(attempt=1, attempts=[STARTED_ATTEMPT], checkpoints=CHECKPOINTS)
     received = report(checkpoints=CHECKPOINTS[-2:], progress={"step": 510})
-    observed = facts(spec=written, status=known, jobs=[job()], pods=[pod()], last_report=received)
+    observed = facts(spec=raw_spec, status=old_status, jobs=[job()], pods=[pod()], last_report=received)
     kept_checkpoints = compute_status(observed, decide(observed), ActionResult()).checkpoints
     adaptations: list[Adaptation] = []
     for attempt in (1, 2, 3):
-        change = adapt_to_divergence(accept_spec(written).spec, adaptations, kept_checkpoints, T0, attempt)
+        change = adapt_to_divergence(accept_spec(raw_spec).spec, adaptations, kept_checkpoints, T0, attempt)
         assert not isinstance(change, AdaptationsExhausted)
         adaptations.append(change)
     assert (adaptations[-1].set or {})["resume.maxStep"] == 400
 
 
-def next_change(**groups: Any) -> str:
-    """The next adaptation of a spec without defaults to memory that ran out, as text."""
+def describe_next_change(**groups: Any) -> str:
+    """Return as text how a spec without defaults is changed after memory ran out."""
     change = adapt_to_out_of_memory(FineTuneJobSpec.model_validate(spec(**groups)), T0)
     return change.change if isinstance(change, Adaptation) else change.message
 
@@ -281,7 +282,7 @@ def next_change(**groups: Any) -> str:
 )
 def test_micro_batch_shrinks_within_the_limit_of_accumulation(batch: int, accumulation: int | None, text: str) -> None:
     training = {"batchSizePerDevice": batch, "gradientAccumulationSteps": accumulation, "gradientCheckpointing": "disabled"}
-    assert next_change(training=training) == text
+    assert describe_next_change(training=training) == text
 
 
 @pytest.mark.parametrize(
@@ -293,8 +294,8 @@ def test_micro_batch_shrinks_within_the_limit_of_accumulation(batch: int, accumu
     ],
     ids=["no values", "smallest values"],
 )  # fmt: skip
-def test_final_message_has_the_values_that_cannot_be_reduced(training: dict[str, Any], values: str) -> None:
-    assert next_change(training=training) == f"memory ran out with {values}: no further reduction is possible"
+def test_failure_message_contains_the_values_that_cannot_be_reduced(training: dict[str, Any], values: str) -> None:
+    assert describe_next_change(training=training) == f"memory ran out with {values}: no further reduction is possible"
 
 
 @pytest.mark.parametrize(
@@ -311,25 +312,25 @@ def test_final_message_has_the_values_that_cannot_be_reduced(training: dict[str,
 def test_evaluation_batch_is_at_most_the_training_batch(split: str | None, evaluation_batch: int | None, text: str) -> None:
     dataset = {"split": {split: 0.1}} if split else {}
     training = {"batchSizePerDevice": 4, "gradientAccumulationSteps": 1}
-    assert next_change(dataset=dataset, training=training, evaluation={"batchSizePerDevice": evaluation_batch}) == text
+    assert describe_next_change(dataset=dataset, training=training, evaluation={"batchSizePerDevice": evaluation_batch}) == text
 
 
-@pytest.mark.parametrize(("evaluation_batch", "changes"), [(1, False), (2, True)])
-def test_evaluation_batch_shrinks_if_the_training_batch_cannot(evaluation_batch: int, changes: bool) -> None:
-    text = next_change(
+@pytest.mark.parametrize(("evaluation_batch", "is_reduced"), [(1, False), (2, True)])
+def test_evaluation_batch_shrinks_if_the_training_batch_cannot(evaluation_batch: int, is_reduced: bool) -> None:
+    text = describe_next_change(
         dataset={"split": {"test": 0.1}}, training={"batchSizePerDevice": 1}, evaluation={"batchSizePerDevice": evaluation_batch}
     )
-    assert (text == f"evaluation.batchSizePerDevice {evaluation_batch} -> 1") is changes
+    assert (text == f"evaluation.batchSizePerDevice {evaluation_batch} -> 1") is is_reduced
 
 
-def test_newest_value_of_an_adapted_field_is_used_and_the_original_is_known() -> None:
+def test_adapted_field_has_its_newest_value_and_its_original_value_is_known() -> None:
     values: list[dict[str, Any] | None] = [
         {"training.batchSizePerDevice": 2, "resume.maxStep": 20, "resume.firstAttempt": 3}, None, {"training.batchSizePerDevice": 1}
     ]  # fmt: skip
     adaptations = [Adaptation(time=T0, reason=Reason.OUT_OF_MEMORY, change="", set=value) for value in values]
     resolved = accept_spec().spec
     assert apply_adaptations(resolved, adaptations) == resolved.with_values({"training.batchSizePerDevice": 1})
-    assert original_values(resolved, adaptations) == {"training.batchSizePerDevice": 4}
+    assert get_original_values(resolved, adaptations) == {"training.batchSizePerDevice": 4}
     unusable = Adaptation(time=T0, reason=Reason.OUT_OF_MEMORY, change="", set={"training.batchSizePerDevice": "many"})
     assert apply_adaptations(resolved, [unusable]) == resolved
 
@@ -366,4 +367,4 @@ def test_each_rollback_skips_one_more_checkpoint(steps: list[int], texts: list[s
 @pytest.mark.parametrize(("values", "limit"), [({"resume.maxStep": 20}, 20), ({"resume.firstAttempt": 3}, None), ({"resume.maxStep": "x"}, None)])
 def test_incomplete_rollback_limits_the_start_step_only_if_the_step_is_known(values: dict[str, Any], limit: int | None) -> None:
     incomplete = Adaptation(time=T0, reason=Reason.DIVERGED, change="", set=values)
-    assert max_start_step([incomplete], [Checkpoint(step=30, uri="s3://b/step")]) == limit
+    assert find_max_start_step([incomplete], [Checkpoint(step=30, uri="s3://b/step")]) == limit

@@ -1,4 +1,4 @@
-"""The reason why pods do not run, found in their status, events, injected containers and scheduling gates."""
+"""The operator finds out why pods do not run: from their status, events, injected containers and scheduling gates."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import pytest
 from finetune_api.names import Reason
 from finetune_operator.policies.blocking import (
     BlockingCondition,
-    blocking_condition_of_events,
-    blocking_condition_of_pods,
+    choose_refusal_reason,
+    find_blocking_condition_in_events,
+    find_blocking_condition_in_pods,
     is_admission_refusal,
-    reason_of_refusal,
 )
 from finetune_operator.views import TerminatedState
 
@@ -26,11 +26,11 @@ INITIALIZING_STATE = {"waiting": {"reason": "PodInitializing"}}
 def test_pod_status_shows_the_blocking_condition() -> None:
     pulling_pod = replace(pod(), phase="Pending", waiting_reason="ImagePullBackOff", waiting_message="no such image")
     unschedulable_pod = replace(pod(index=1), phase="Pending", unschedulable_message="0/1 nodes")
-    assert blocking_condition_of_pods([unschedulable_pod, pulling_pod]) == BlockingCondition(
+    assert find_blocking_condition_in_pods([unschedulable_pod, pulling_pod]) == BlockingCondition(
         Reason.IMAGE_PULL_FAILED, "ImagePullBackOff: no such image"
     )
-    assert blocking_condition_of_pods([unschedulable_pod]) == BlockingCondition(Reason.UNSCHEDULABLE, "0/1 nodes")
-    assert blocking_condition_of_pods([pod()]) is None
+    assert find_blocking_condition_in_pods([unschedulable_pod]) == BlockingCondition(Reason.UNSCHEDULABLE, "0/1 nodes")
+    assert find_blocking_condition_in_pods([pod()]) is None
 
 
 @pytest.mark.parametrize(
@@ -43,11 +43,11 @@ def test_pod_status_shows_the_blocking_condition() -> None:
 )
 def test_slow_container_runtime_is_not_a_missing_configuration(message: str, reason: Reason) -> None:
     waiting = replace(pod(), phase="Pending", waiting_reason="CreateContainerError", waiting_message=message)
-    assert blocking_condition_of_pods([waiting]) == BlockingCondition(reason, f"CreateContainerError: {message}")
+    assert find_blocking_condition_in_pods([waiting]) == BlockingCondition(reason, f"CreateContainerError: {message}")
 
 
 @pytest.mark.parametrize(
-    ("reason", "note", "found"),
+    ("reason", "note", "expected_reason"),
     [
         ("FailedCreate", 'pods "x" is forbidden: exceeded quota: q', Reason.QUOTA_EXCEEDED),
         ("FailedCreate", "violates PodSecurity", Reason.FORBIDDEN_BY_POLICY),
@@ -55,39 +55,39 @@ def test_slow_container_runtime_is_not_a_missing_configuration(message: str, rea
         ("Pulled", "x", None),
     ],
 )
-def test_warning_events_show_the_blocking_condition(reason: str, note: str, found: Reason | None) -> None:
-    waiting = blocking_condition_of_events(
+def test_warning_events_show_the_blocking_condition(reason: str, note: str, expected_reason: Reason | None) -> None:
+    waiting = find_blocking_condition_in_events(
         [{"reason": reason, "message": note, "lastTimestamp": "2026-11-21T12:00:00Z"}]
     )
-    assert (waiting.reason if waiting else None) == found
+    assert (waiting.reason if waiting else None) == expected_reason
 
 
 def test_injected_container_that_keeps_the_pod_running_is_named() -> None:
-    blocking = blocking_condition_of_pods([parse_pod("Running", {"terminated": {"exitCode": 0}}, injected=RUNNING_STATE)])
+    blocking = find_blocking_condition_in_pods([parse_pod("Running", {"terminated": {"exitCode": 0}}, injected=RUNNING_STATE)])
     assert blocking is not None
     assert "ended with exit code 0, but another container of the pod still runs" in blocking.message
-    assert blocking_condition_of_pods([parse_pod("Running", RUNNING_STATE, injected=RUNNING_STATE)]) is None
+    assert find_blocking_condition_in_pods([parse_pod("Running", RUNNING_STATE, injected=RUNNING_STATE)]) is None
 
 
-def test_missing_image_of_an_init_container_is_shown() -> None:
-    blocking = blocking_condition_of_pods(
+def test_missing_image_of_an_init_container_is_a_blocking_condition() -> None:
+    blocking = find_blocking_condition_in_pods(
         [parse_pod("Pending", INITIALIZING_STATE, init={"waiting": {"reason": "ErrImagePull", "message": "none"}})]
     )
     assert blocking is not None
     assert (blocking.reason, blocking.message) == (Reason.IMAGE_PULL_FAILED, "ErrImagePull: none")
-    assert blocking_condition_of_pods([parse_pod("Pending", INITIALIZING_STATE, init=RUNNING_STATE)]) is None
+    assert find_blocking_condition_in_pods([parse_pod("Pending", INITIALIZING_STATE, init=RUNNING_STATE)]) is None
 
 
-def test_scheduling_gate_is_named() -> None:
+def test_blocking_condition_names_the_scheduling_gate() -> None:
     gated = {"type": "PodScheduled", "status": "False", "reason": "SchedulingGated", "message": "Scheduling is blocked"}
-    blocking = blocking_condition_of_pods([parse_pod("Pending", {}, conditions=[gated], gates=["example.com/licence"])])
+    blocking = find_blocking_condition_in_pods([parse_pod("Pending", {}, conditions=[gated], gates=["example.com/licence"])])
     assert blocking is not None
     assert (blocking.reason, blocking.message) == (Reason.UNSCHEDULABLE, "Scheduling is blocked (example.com/licence)")
 
 
 def test_most_important_condition_of_all_pods_is_shown() -> None:
     pods = [
-        replace(pod(), phase="".join(["Run", "ning"]), terminated=TerminatedState(0)),  # a new string, as in a response
+        replace(pod(), phase="".join(["Run", "ning"]), terminated=TerminatedState(0)),  # a new string object, as if read from a response
         replace(pod(), phase="Pending", unschedulable_message="0/1 nodes"),
         replace(pod(), phase="Pending", waiting_reason="ErrImagePull"),
         replace(pod(), phase="Pending", waiting_reason="CreateContainerConfigError"),
@@ -95,19 +95,19 @@ def test_most_important_condition_of_all_pods_is_shown() -> None:
     reasons = [Reason.PODS_NOT_READY, Reason.UNSCHEDULABLE, Reason.IMAGE_PULL_FAILED, Reason.CONFIG_MISSING]
     for count, reason in enumerate(reasons, 1):
         for order in (pods[:count], pods[:count][::-1]):
-            found = blocking_condition_of_pods([pod(), *order])
+            found = find_blocking_condition_in_pods([pod(), *order])
             assert found is not None and found.reason is reason
 
 
 @pytest.mark.parametrize("change", [{"phase": "Failed"}, {"phase": "Succeeded"}, {"is_deleted": True}, {"waiting_reason": "ContainerCreating"}])
 def test_pod_that_has_ended_or_is_about_to_start_is_not_blocked(change: dict[str, Any]) -> None:
     blocked_pod = replace(pod(), phase="Pending", waiting_reason="ErrImagePull")
-    assert blocking_condition_of_pods([blocked_pod]) == BlockingCondition(Reason.IMAGE_PULL_FAILED, "ErrImagePull")
-    assert blocking_condition_of_pods([replace(blocked_pod, **change)]) is None
+    assert find_blocking_condition_in_pods([blocked_pod]) == BlockingCondition(Reason.IMAGE_PULL_FAILED, "ErrImagePull")
+    assert find_blocking_condition_in_pods([replace(blocked_pod, **change)]) is None
 
 
 def test_trainer_that_ended_in_a_pending_pod_does_not_block() -> None:
-    assert blocking_condition_of_pods([replace(end_pod(pod(), 0), phase="Pending")]) is None
+    assert find_blocking_condition_in_pods([replace(end_pod(pod(), 0), phase="Pending")]) is None
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_trainer_that_ended_in_a_pending_pod_does_not_block() -> None:
     ],
     ids=["lastTimestamp", "eventTime", "creationTimestamp", "series", "lastTimestamp despite a series"],
 )  # fmt: skip
-def test_newest_event_that_explains_the_problem_counts(times: Any) -> None:
+def test_newest_event_with_an_explanation_is_used(times: Any) -> None:
     middle = {"reason": "FailedMount", "note": "no such volume", "lastTimestamp": T0.isoformat()}
     quota = {"reason": "FailedCreate", "message": "exceeded Quota"}
     unrelated = {"reason": "Pulled", "message": "x", "lastTimestamp": "2028-01-01T00:00:00Z"}
@@ -129,8 +129,8 @@ def test_newest_event_that_explains_the_problem_counts(times: Any) -> None:
     volume_found = BlockingCondition(Reason.CONFIG_MISSING, "no such volume")
     quota_found = BlockingCondition(Reason.QUOTA_EXCEEDED, "exceeded Quota")
     for time, found in (("2026-06-01T00:00:00Z", volume_found), ("2027-01-01T00:00:00Z", quota_found)):
-        assert blocking_condition_of_events([undated, middle, {**quota, **times(time)}, unrelated]) == found
-    assert blocking_condition_of_events([{"reason": "FailedAttachVolume"}]) == BlockingCondition(Reason.CONFIG_MISSING, "")
+        assert find_blocking_condition_in_events([undated, middle, {**quota, **times(time)}, unrelated]) == found
+    assert find_blocking_condition_in_events([{"reason": "FailedAttachVolume"}]) == BlockingCondition(Reason.CONFIG_MISSING, "")
 
 
 @pytest.mark.parametrize(
@@ -144,4 +144,4 @@ def test_newest_event_that_explains_the_problem_counts(times: Any) -> None:
     ],
 )
 def test_refusal_is_traced_to_an_admission_policy_or_a_quota(message: str, is_admission: bool, reason: Reason) -> None:
-    assert (is_admission_refusal(message), reason_of_refusal(message)) == (is_admission, reason)
+    assert (is_admission_refusal(message), choose_refusal_reason(message)) == (is_admission, reason)

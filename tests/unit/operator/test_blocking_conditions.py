@@ -11,19 +11,19 @@ from finetune_operator.kube import KubeError
 from finetune_operator.objects import CORE_EVENT, Kind
 from finetune_operator.throttle import READ_TIME_DIVISOR
 
-from tests.unit.operator.fake_cluster import KEY, Process, Server, new_server, start_attempt
+from tests.unit.operator.fake_cluster import KEY, FakeApiServer, OperatorProcess, new_server, start_attempt
 from tests.unit.operator.samples import pod
 
 
 @pytest.fixture
-def server() -> Server:
+def server() -> FakeApiServer:
     return new_server()
 
 
-async def process_with_stuck_pod(server: Server, scheduled: int) -> Process:
+async def process_with_stuck_pod(server: FakeApiServer, scheduled: int) -> OperatorProcess:
     """Return a new process with a Pending pod, which was created an hour ago and scheduled `scheduled` seconds ago."""
     _, job = await start_attempt(server)
-    process, now = Process(server), server.clock.now()
+    process, now = OperatorProcess(server), server.clock.now()
     process.cache.put_job(job)
     waiting = pod(version=5, phase="Pending", is_ready=False, created_at=now - timedelta(hours=1))
     process.cache.put_pod(replace(waiting, scheduled_at=now - timedelta(seconds=scheduled)))
@@ -31,14 +31,14 @@ async def process_with_stuck_pod(server: Server, scheduled: int) -> Process:
 
 
 @pytest.mark.parametrize(("scheduled", "reads"), [(1, 0), (60, 1)])
-async def test_time_without_a_node_does_not_count_for_a_stuck_pod(server: Server, scheduled: int, reads: int) -> None:
-    """A pod that waited an hour for a node needs the usual time to mount its volumes."""
+async def test_time_without_a_node_does_not_count_for_a_stuck_pod(server: FakeApiServer, scheduled: int, reads: int) -> None:
+    """A pod that waited an hour for a node still has the usual time to mount its volumes."""
     process = await process_with_stuck_pod(server, scheduled)
     await process.reconcile()
     assert server.count("list", CORE_EVENT) == reads
 
 
-async def test_reads_of_many_jobs_are_rate_limited(server: Server) -> None:
+async def test_reads_of_many_jobs_are_rate_limited(server: FakeApiServer) -> None:
     """Each read is expensive, because the API server scans all events of the namespace."""
     process = await process_with_stuck_pod(server, 60)
     limiter, now = process.reconciler._blocking_reader._limiter, asyncio.get_running_loop().time()
@@ -53,7 +53,7 @@ async def test_reads_of_many_jobs_are_rate_limited(server: Server) -> None:
     assert KEY not in limiter
 
 
-async def test_failed_read_uses_up_its_reservation(server: Server) -> None:
+async def test_failed_read_of_events_releases_its_reservation(server: FakeApiServer) -> None:
     process = await process_with_stuck_pod(server, 60)
 
     def fail(verb: str, kind: Kind) -> None:

@@ -53,9 +53,9 @@ FULL_SPEC = spec(
 )  # fmt: skip
 
 
-def build_config_and_job(written: Object, attempt: int = 1, **options: Any) -> tuple[RunConfig, Object]:
-    found = accept_spec(written)
-    finetune_job = finetunejob(written)
+def build_config_and_job(raw_spec: Object, attempt: int = 1, **options: Any) -> tuple[RunConfig, Object]:
+    found = accept_spec(raw_spec)
+    finetune_job = finetunejob(raw_spec)
     values: dict[str, Any] = {"defaults": found.defaults, "committed_step": 0, "max_step": None, **options}
     run = build_run_config(finetune_job, found.spec, attempt, **values)
     return run, build_job(finetune_job, run, found.pool, CONFIG)
@@ -79,9 +79,9 @@ def without_run(body: Object) -> Object:
     return value
 
 
-@pytest.mark.parametrize(("name", "written"), [("small", spec()), ("everything", FULL_SPEC)])
-def test_job_matches_its_golden_file(name: str, written: Object) -> None:
-    _, body = build_config_and_job(written)
+@pytest.mark.parametrize(("name", "raw_spec"), [("small", spec()), ("everything", FULL_SPEC)])
+def test_job_matches_its_golden_file(name: str, raw_spec: Object) -> None:
+    _, body = build_config_and_job(raw_spec)
     assert_matches_golden_file(f"job-{name}", without_run(body))
 
 
@@ -90,8 +90,8 @@ def test_run_config_matches_its_golden_file() -> None:
     assert_matches_golden_file("run-everything", run.to_wire())
 
 
-def test_resume_contains_the_manifests_of_the_status_as_marks() -> None:
-    """Trainer 0.1.0 ignores marks. Checkpoints without sha256, and addresses of unknown form, are left out."""
+def test_run_config_lists_the_checkpoint_manifests_of_the_status_as_marks() -> None:
+    """Trainer 0.1.0 ignores marks. Checkpoints without a sha256 and checkpoints with a URI in an unknown format are left out."""
     sha256 = "ab" * 32
     root = "s3://models/test/team/run/uid/checkpoints"
     checkpoints = [
@@ -170,7 +170,7 @@ def test_queue_label_of_a_job_of_release_0_1_0_does_not_queue_its_next_attempt()
         ("s3://old/checkpoints/step-00000010", 3, 40, 20, "auto", 20),
     ],
 )
-def test_resume_settings_of_an_attempt(
+def test_attempt_resumes_from_the_checkpoint_that_the_spec_and_the_status_allow(
     requested: str, attempt: int, committed: int, max_step: int | None, mode: str, expected: int
 ) -> None:
     run, _ = build_config_and_job(spec(checkpoint={"resume": requested}), attempt, committed_step=committed, max_step=max_step)
@@ -197,11 +197,11 @@ def test_only_attempts_with_several_pods_use_dns_names() -> None:
 
 
 @pytest.mark.parametrize(
-    ("written", "save_seconds", "grace"),
+    ("raw_spec", "save_seconds", "grace"),
     [(None, None, 300), (None, 99.0, 300), (None, 200.5, 602), (None, 1e6, 86400), (120, 200.5, 120)],
 )
-def test_grace_period_covers_three_saves_unless_the_user_set_it(written: int | None, save_seconds: float | None, grace: int) -> None:
-    policy = {} if written is None else {"terminationGracePeriodSeconds": written}
+def test_grace_period_covers_three_saves_unless_the_user_set_it(raw_spec: int | None, save_seconds: float | None, grace: int) -> None:
+    policy = {} if raw_spec is None else {"terminationGracePeriodSeconds": raw_spec}
     body = finetunejob(spec(policy=policy))
     slow = Checkpoint(step=40, uri="s3://r/40", save_seconds=save_seconds)
     quick = Checkpoint(step=20, uri="s3://r/20", save_seconds=5000.0)
@@ -213,11 +213,11 @@ def test_grace_period_covers_three_saves_unless_the_user_set_it(written: int | N
 
 
 def test_prompts_and_the_existing_model_are_mounted() -> None:
-    written = spec(
+    raw_spec = spec(
         evaluation={"comparison": {"promptsRef": {"name": "prompts", "key": "prompts.txt"}}},
         phases={"train": False, "from": "pvc://models/job/model"},
     )
-    run, found = build_config_and_job(written)
+    run, found = build_config_and_job(raw_spec)
     container_spec = found["spec"]["template"]["spec"]
     assert {"name": "configmap-0", "configMap": {"name": "prompts"}} in container_spec["volumes"]
     [trainer] = container_spec["containers"]

@@ -1,4 +1,4 @@
-"""The choices of a job's plan in the operator: the pools to choose from, what is accepted, and how attempts get the values."""
+"""The operator and the choices of a job's plan: from which pools the preparation may choose, which choices are accepted, and how attempts get them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from finetune_operator.decide import decide
 from finetune_operator.objects import FINETUNEJOB, JOB, POD, Object
 from finetune_operator.plan import ActionResult
 from finetune_operator.policies.acceptance import AcceptedSpec, FirstAttempt, RefusedSpec, accept
-from finetune_operator.policies.choices import accepted_choices, pools_to_choose
-from finetune_operator.report import compute_status, reduced_status
+from finetune_operator.policies.choices import accept_choices, list_pools_to_choose
+from finetune_operator.report import compute_status, reduce_status
 from finetune_operator.settings import OperatorConfig, parse_config
 from finetune_operator.views import read_job
 
 from tests.unit.operator import samples
-from tests.unit.operator.fake_cluster import Process, new_server
+from tests.unit.operator.fake_cluster import OperatorProcess, new_server
 from tests.unit.operator.samples import at, end_pod, iso_time, pod, spec, status
 
 POOL, GPUS = "resources.nodePool", "resources.gpusPerNode"
@@ -34,22 +34,22 @@ POOLS: list[dict[str, Any]] = [
 ]
 
 
-def config(**changes: Any) -> OperatorConfig:
+def make_config(**changes: Any) -> OperatorConfig:
     return parse_config({"trainer": {"image": "r.example.com/t:1"}, "prepare": {"strategy": "auto"}, "nodePools": POOLS, "currency": "EUR", **changes}, "test")
 
 
-def accepted(raw: Object, used: OperatorConfig, **choices: Any) -> AcceptedSpec:
-    verdict = accept(raw, used, choices={path.replace("__", "."): value for path, value in choices.items()})
+def accept_with_choices(raw_spec: Object, used: OperatorConfig, **choices: Any) -> AcceptedSpec:
+    verdict = accept(raw_spec, used, choices={path.replace("__", "."): value for path, value in choices.items()})
     assert isinstance(verdict, AcceptedSpec), verdict
     return verdict
 
 
-def open_spec(**groups: Any) -> Object:
-    """A spec that leaves the choices to the plan."""
+def make_open_spec(**groups: Any) -> Object:
+    """Return a spec without the fields that the plan may choose."""
     return {name: group for name, group in spec(**groups).items() if name != "resources"} | {name: groups[name] for name in groups if name == "resources"}
 
 
-def choices(**values: Any) -> list[Choice]:
+def make_choices(**values: Any) -> list[Choice]:
     return [Choice(field=path.replace("__", "."), value=value, reason="because") for path, value in values.items()]
 
 
@@ -69,30 +69,31 @@ GOOD = {"resources__nodePool": "h100", "training__batchSizePerDevice": 16, "trai
         ({"resources": {"gpuResource": "nvidia.com/mig-1g.10gb"}}, {}, [("mig", 7, True)]),
         ({"policy": {"maxCost": 5}}, {}, [("l4", 4, True), ("h100", 8, False)]),
         ({}, {"policy": {"maxGpus": 2}}, [("l4", 2, True), ("h100", 2, False), ("old", 2, False)]),
+        ({"resources": {"nodes": 4}}, {"policy": {"maxGpus": 9}}, [("l4", 2, True), ("old", 2, False)]),
         ({}, {"policy": {"nodePools": ["l4"]}}, [("l4", 4, True)]),
         ({"resources": {"gpusPerNode": 0}}, {}, []),
     ],
 )
-def test_the_pools_that_a_job_may_use(groups: dict[str, Any], changes: dict[str, Any], expected: list[tuple[str, int, bool]]) -> None:
-    raw, used = open_spec(**groups), config(**changes)
-    pools = pools_to_choose(read_spec(raw)[0], accepted(raw, used), used, "team")
+def test_preparation_gets_the_pools_that_the_job_may_use(groups: dict[str, Any], changes: dict[str, Any], expected: list[tuple[str, int, bool]]) -> None:
+    raw_spec, used = make_open_spec(**groups), make_config(**changes)
+    pools = list_pools_to_choose(read_spec(raw_spec)[0], accept_with_choices(raw_spec, used), used, "team")
     assert [(one.name, one.gpus_per_node, one.is_current) for one in pools] == expected
 
 
-def test_the_gpus_of_a_vllm_server_are_not_offered() -> None:
-    raw = open_spec(trainer={"type": "grpo", "grpo": {"rewards": [{"type": "length"}], "generation": {"backend": "vllm", "gpus": 2, "image": "v:1"}}})
-    used = config(policy={"maxGpus": 6})
-    pools = pools_to_choose(read_spec(raw)[0], accepted(open_spec(), used), used, "team")
+def test_gpus_that_the_vllm_server_needs_are_not_offered_for_training() -> None:
+    raw_spec = make_open_spec(trainer={"type": "grpo", "grpo": {"rewards": [{"type": "length"}], "generation": {"backend": "vllm", "gpus": 2, "image": "v:1"}}})
+    used = make_config(policy={"maxGpus": 6})
+    pools = list_pools_to_choose(read_spec(raw_spec)[0], accept_with_choices(make_open_spec(), used), used, "team")
     assert [(one.name, one.gpus_per_node) for one in pools] == [("l4", 2), ("h100", 4)]
 
 
-def test_the_smaller_of_the_type_and_the_given_memory_counts() -> None:
-    pools = pools_to_choose(read_spec(open_spec())[0], accepted(open_spec(), config()), config(), "team")
+def test_memory_of_a_pool_is_the_smaller_of_its_gpu_memory_and_its_gpu_type() -> None:
+    pools = list_pools_to_choose(read_spec(make_open_spec())[0], accept_with_choices(make_open_spec(), make_config()), make_config(), "team")
     assert [one.memory_bytes for one in pools] == [23034 * 2**20, 79 * 2**30, None]
     assert pools[0] == GpuPool(name="l4", memory_bytes=23034 * 2**20, gpu_type="l4-24gb", price_per_gpu_hour=1, gpus_per_node=4, is_current=True)
 
 
-# ---- what is accepted from a preparation ----
+# ---- which choices of a preparation are accepted ----
 
 
 @pytest.mark.parametrize(
@@ -115,8 +116,8 @@ def test_the_smaller_of_the_type_and_the_given_memory_counts() -> None:
     ],
 )
 def test_only_values_that_a_user_could_write_are_accepted(reported: dict[str, Any], groups: dict[str, Any], is_accepted: bool) -> None:
-    raw, found = open_spec(**groups), choices(**reported)
-    result = accepted_choices(found, read_spec(raw)[0], accepted(raw, config()), config(), "team")
+    raw_spec, found = make_open_spec(**groups), make_choices(**reported)
+    result = accept_choices(found, read_spec(raw_spec)[0], accept_with_choices(raw_spec, make_config()), make_config(), "team")
     assert result == (found if is_accepted else None)
 
 
@@ -124,34 +125,34 @@ def test_only_values_that_a_user_could_write_are_accepted(reported: dict[str, An
 
 
 def test_an_accepted_spec_has_the_chosen_values_and_the_resources_of_the_chosen_pool() -> None:
-    verdict = accepted(open_spec(), config(), **GOOD, resources__gpusPerNode=8)
+    verdict = accept_with_choices(make_open_spec(), make_config(), **GOOD, resources__gpusPerNode=8)
     assert verdict.pool is not None and verdict.pool.name == verdict.spec.resources.node_pool == "h100"
     assert (verdict.spec.training.batch_size_per_device, verdict.spec.resources.processes_per_node, verdict.spec.distributed.strategy) == (16, 8, "ddp")
     assert verdict.choices == {POOL: "h100", MICRO: 16, ACCUMULATION: 1, GPUS: 8}
     assert {path: verdict.defaults[path] for path in verdict.choices} == verdict.choices
 
 
-def test_a_job_that_began_before_keeps_its_defaults() -> None:
+def test_job_that_started_without_choices_keeps_its_defaults() -> None:
     recorded = FirstAttempt({MICRO: 4, ACCUMULATION: 4})
-    verdict = accept(open_spec(), config(), recorded)
+    verdict = accept(make_open_spec(), make_config(), recorded)
     assert isinstance(verdict, AcceptedSpec)
     assert (verdict.choices, verdict.spec.training.batch_size_per_device, verdict.pool and verdict.pool.name) == ({}, 4, "l4")
 
 
 def test_a_chosen_pool_that_no_longer_exists_lets_the_job_wait() -> None:
-    verdict = accept(open_spec(), config(nodePools=POOLS[:1]), FirstAttempt({}), choices={POOL: "h100"})
+    verdict = accept(make_open_spec(), make_config(nodePools=POOLS[:1]), FirstAttempt({}), choices={POOL: "h100"})
     assert isinstance(verdict, RefusedSpec) and (verdict.reason, verdict.is_final) == ("UnknownNodePool", False)
 
 
 # ---- the status ----
 
 
-def prepared(plan: RunPlan | None, raw: Object | None = None, **known: Any) -> tuple[samples.Facts, FineTuneJobStatus]:
-    """The end of a preparation that reported this plan: the facts, and the status that is written."""
+def end_preparation_with_plan(plan: RunPlan | None, raw_spec: Object | None = None, **status_fields: Any) -> tuple[samples.Facts, FineTuneJobStatus]:
+    """Return the facts at the end of a preparation that reported this plan, and the status that the operator then writes."""
     job = samples.job(0, name="run-prepare1", uid="prepare-1", completed_at=at(50))
     reporting = end_pod(pod(0, name="run-prepare1-0-x", uid="p", job_uid="prepare-1"), 0, TerminationMessage(exit_code=0, plan=plan))
-    old = status(preparation={"number": 1, "startTime": iso_time(0)}, **known)
-    observed = samples.facts(spec=raw or open_spec(), status=old, jobs=[job], pods=[reporting], now=at(60), config=config())
+    old = status(preparation={"number": 1, "startTime": iso_time(0)}, **status_fields)
+    observed = samples.facts(spec=raw_spec or make_open_spec(), status=old, jobs=[job], pods=[reporting], now=at(60), config=make_config())
     return observed, compute_status(observed, decide(observed), ActionResult())
 
 
@@ -159,24 +160,24 @@ WORK = WorkPlan(steps=10, tokens=1000, petaflop=1e6, traffic_terabytes=1)
 
 
 def test_choices_are_written_with_the_end_of_the_preparation() -> None:
-    _, written = prepared(RunPlan(work=WORK, choices=choices(**GOOD)))
-    assert written.plan is not None and written.preparation is not None and written.preparation.reason == "Prepared"
-    assert (written.plan.choices, written.plan.no_choices) == (choices(**GOOD), None)
-    assert isinstance(written.plan.cost, CostPlan) and written.plan.cost.expected == 3900.94, "the price of the chosen pool"
-    assert reduced_status(written, status()).plan == RunPlan(choices=choices(**GOOD))
+    _, new_status = end_preparation_with_plan(RunPlan(work=WORK, choices=make_choices(**GOOD)))
+    assert new_status.plan is not None and new_status.preparation is not None and new_status.preparation.reason == "Prepared"
+    assert (new_status.plan.choices, new_status.plan.no_choices) == (make_choices(**GOOD), None)
+    assert isinstance(new_status.plan.cost, CostPlan) and new_status.plan.cost.expected == 3900.94, "the price of the chosen pool"
+    assert reduce_status(new_status, status()).plan == RunPlan(choices=make_choices(**GOOD))
 
 
 @pytest.mark.parametrize(
-    ("plan", "groups", "known", "reason"),
+    ("plan", "groups", "status_fields", "reason"),
     [
         (RunPlan(no_choices="no plan for dpo"), {}, {}, "no plan for dpo"),
-        (RunPlan(choices=choices(training__learningRate=1)), {}, {}, "the preparation reported no usable choices"),
+        (RunPlan(choices=make_choices(training__learningRate=1)), {}, {}, "the preparation reported no usable choices"),
         (None, {}, {}, "the preparation reported no usable choices"),
     ],
 )
-def test_the_status_says_why_nothing_was_chosen(plan: RunPlan | None, groups: dict[str, Any], known: dict[str, Any], reason: str) -> None:
-    _, written = prepared(plan, open_spec(**groups), **known)
-    assert written.plan is not None and (written.plan.choices, written.plan.no_choices) == (None, reason)
+def test_the_status_says_why_nothing_was_chosen(plan: RunPlan | None, groups: dict[str, Any], status_fields: dict[str, Any], reason: str) -> None:
+    _, new_status = end_preparation_with_plan(plan, make_open_spec(**groups), **status_fields)
+    assert new_status.plan is not None and (new_status.plan.choices, new_status.plan.no_choices) == (None, reason)
 
 
 @pytest.mark.parametrize(
@@ -184,20 +185,22 @@ def test_the_status_says_why_nothing_was_chosen(plan: RunPlan | None, groups: di
     [({"resources": {"gpusPerNode": 0}}, "the job uses no GPU"), ({"prepare": {"strategy": "never"}}, "the job is not prepared")],
 )
 def test_a_job_without_a_preparation_says_that_its_values_are_the_defaults(groups: dict[str, Any], reason: str) -> None:
-    observed = samples.facts(spec=open_spec(**groups), now=at(60), config=config())
+    observed = samples.facts(spec=make_open_spec(**groups), now=at(60), config=make_config())
     assert compute_status(observed, decide(observed), ActionResult()).plan is None
-    written = compute_status(observed, decide(observed), ActionResult(created_job=samples.job(1)))
-    assert written.plan == RunPlan(no_choices=reason)
+    new_status = compute_status(observed, decide(observed), ActionResult(created_job=samples.job(1)))
+    assert new_status.plan == RunPlan(no_choices=reason)
 
 
 def test_later_reports_do_not_change_the_choices() -> None:
     forged = samples.report(plan={"choices": [{"field": POOL, "value": "l4", "reason": "forged"}], "measured": {"memoryBytes": 5}})
-    known = status(attempt=1, attempts=[{"number": 1, "startTime": iso_time(0)}], plan={"choices": [choice.to_wire() for choice in choices(**GOOD)]})
-    observed = samples.facts(spec=open_spec(), status=known, jobs=[samples.job(1)], pods=[pod(1)], last_report=forged, now=at(60), config=config())
-    written = compute_status(observed, decide(observed), ActionResult())
-    assert written.plan is not None and written.plan.choices == choices(**GOOD)
-    assert written.plan.measured is not None and written.plan.measured.memory_bytes == 5
-    without = replace(observed, job=replace(observed.job, status=known.model_copy(update={"plan": None})))
+    old_status = status(attempt=1, attempts=[{"number": 1, "startTime": iso_time(0)}], plan={"choices": [choice.to_wire() for choice in make_choices(**GOOD)]})
+    observed = samples.facts(
+        spec=make_open_spec(), status=old_status, jobs=[samples.job(1)], pods=[pod(1)], last_report=forged, now=at(60), config=make_config()
+    )
+    new_status = compute_status(observed, decide(observed), ActionResult())
+    assert new_status.plan is not None and new_status.plan.choices == make_choices(**GOOD)
+    assert new_status.plan.measured is not None and new_status.plan.measured.memory_bytes == 5
+    without = replace(observed, job=replace(observed.job, status=old_status.model_copy(update={"plan": None})))
     unchanged = compute_status(without, decide(without), ActionResult()).plan
     assert unchanged is not None and unchanged.choices is None
 
@@ -205,21 +208,21 @@ def test_later_reports_do_not_change_the_choices() -> None:
 # ---- complete reconciles ----
 
 
-def jobs_of(server: Any) -> dict[str, Object]:
+def list_jobs(server: Any) -> dict[str, Object]:
     return {name: body for (plural, name), body in server.objects.items() if plural == JOB.plural}
 
 
-def run_of(job: Object) -> RunConfig:
+def read_run_config(job: Object) -> RunConfig:
     return RunConfig.model_validate(json.loads(job["spec"]["template"]["metadata"]["annotations"][Annotation.RUN_CONFIG]))
 
 
-def gpu_requests(server: Any) -> list[str]:
-    containers = [job["spec"]["template"]["spec"]["containers"][0] for job in jobs_of(server).values()]
+def list_gpu_requests(server: Any) -> list[str]:
+    containers = [job["spec"]["template"]["spec"]["containers"][0] for job in list_jobs(server).values()]
     return [name for container in containers for name in container["resources"].get("requests", {}) if "/" in name]
 
 
-async def end_of_preparation(server: Any, message: TerminationMessage) -> Process:
-    """Let the preparation of the job `run` end, and return a restarted operator that has seen this."""
+async def end_preparation(server: Any, message: TerminationMessage) -> OperatorProcess:
+    """Let the preparation of the job `run` end, and return a restarted operator that has recorded the end."""
     body = server.objects[JOB.plural, "run-prepare1"]
     is_ok = message.exit_code == 0
     ended = {"type": "Complete" if is_ok else "Failed", "status": "True", "lastTransitionTime": iso_time(50)}
@@ -236,7 +239,7 @@ async def end_of_preparation(server: Any, message: TerminationMessage) -> Proces
         },
         "spec": {"nodeName": "node-1"}, "status": {"phase": "Succeeded" if is_ok else "Failed", "containerStatuses": [container]},
     })  # fmt: skip
-    process = Process(server, config())
+    process = OperatorProcess(server, make_config())
     process.refresh()
     ended_job = read_job(server.objects[JOB.plural, "run-prepare1"])
     assert ended_job is not None
@@ -247,37 +250,37 @@ async def end_of_preparation(server: Any, message: TerminationMessage) -> Proces
 @pytest.mark.parametrize("restarts", [False, True])
 async def test_the_first_attempt_has_the_chosen_values_even_if_the_operator_restarts(restarts: bool) -> None:
     server = new_server()
-    server.objects[FINETUNEJOB.plural, "run"]["spec"] = open_spec()
-    await Process(server, config()).reconcile()
-    assert {one.name for one in run_of(jobs_of(server)["run-prepare1"]).pools} == {"l4", "h100", "old"} and gpu_requests(server) == []
-    reported = TerminationMessage(exit_code=0, plan=RunPlan(choices=choices(**GOOD)))
-    process = await end_of_preparation(server, reported)
+    server.objects[FINETUNEJOB.plural, "run"]["spec"] = make_open_spec()
+    await OperatorProcess(server, make_config()).reconcile()
+    assert {one.name for one in read_run_config(list_jobs(server)["run-prepare1"]).pools} == {"l4", "h100", "old"} and list_gpu_requests(server) == []
+    reported = TerminationMessage(exit_code=0, plan=RunPlan(choices=make_choices(**GOOD)))
+    process = await end_preparation(server, reported)
     await process.reconcile()
-    process = Process(server, config()) if restarts else process
+    process = OperatorProcess(server, make_config()) if restarts else process
     process.refresh()
     await process.reconcile()
-    run = run_of(jobs_of(server)["run-1"])
+    run = read_run_config(list_jobs(server)["run-1"])
     assert {path: (run.spec.value(path), run.origin(path)) for path in (POOL, MICRO, ACCUMULATION)} == {
         POOL: ("h100", Origin.PLAN), MICRO: (16, Origin.PLAN), ACCUMULATION: (1, Origin.PLAN),
     }  # fmt: skip
-    assert (run.pools, run.spec.evaluation.batch_size_per_device, gpu_requests(server)) == ([], 4, ["nvidia.com/gpu"])
-    process = Process(server, config())  # the other process may defer the status write
+    assert (run.pools, run.spec.evaluation.batch_size_per_device, list_gpu_requests(server)) == ([], 4, ["nvidia.com/gpu"])
+    process = OperatorProcess(server, make_config())  # the restarted operator may defer the status write
     await process.reconcile()
-    written = server.objects[FINETUNEJOB.plural, "run"]["status"]
-    assert (written["resolved"]["nodePool"], written["resolved"]["effectiveBatch"], written["resolved"]["defaults"][MICRO]) == ("h100", 16, 16)
+    new_status = server.objects[FINETUNEJOB.plural, "run"]["status"]
+    assert (new_status["resolved"]["nodePool"], new_status["resolved"]["effectiveBatch"], new_status["resolved"]["defaults"][MICRO]) == ("h100", 16, 16)
 
 
-async def test_a_job_that_fits_nowhere_never_asks_for_a_gpu() -> None:
+async def test_job_that_fits_in_no_pool_never_requests_a_gpu() -> None:
     server = new_server()
-    server.objects[FINETUNEJOB.plural, "run"]["spec"] = open_spec()
-    await Process(server, config()).reconcile()
+    server.objects[FINETUNEJOB.plural, "run"]["spec"] = make_open_spec()
+    await OperatorProcess(server, make_config()).reconcile()
     hint = "write method.type: qlora (5 GB at most)"
     refused = TerminationMessage.model_validate({"class": "User", "code": "DoesNotFit", "message": "too large", "hint": hint, "exitCode": 64})
-    process = await end_of_preparation(server, refused)
+    process = await end_preparation(server, refused)
     for _ in range(3):
         await process.reconcile()
         process.refresh()
-    written = FineTuneJobStatus.model_validate(server.objects[FINETUNEJOB.plural, "run"]["status"])
-    assert written.phase is Phase.FAILED and written.failure is not None
-    assert (written.failure.code, written.failure.hint, written.failure.class_) == ("DoesNotFit", hint, "User")
-    assert list(jobs_of(server)) == ["run-prepare1"] and gpu_requests(server) == []
+    new_status = FineTuneJobStatus.model_validate(server.objects[FINETUNEJOB.plural, "run"]["status"])
+    assert new_status.phase is Phase.FAILED and new_status.failure is not None
+    assert (new_status.failure.code, new_status.failure.hint, new_status.failure.class_) == ("DoesNotFit", hint, "User")
+    assert list(list_jobs(server)) == ["run-prepare1"] and list_gpu_requests(server) == []

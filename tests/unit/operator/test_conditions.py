@@ -1,4 +1,4 @@
-"""Conditions: their status, reason and message, and the times at which they change."""
+"""The conditions: their status, reason and message, and when they last changed."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ RUNNING_STATUS = {
 }
 
 
-def status_of(observed: Facts, result: ActionResult | None = None) -> FineTuneJobStatus:
+def compute_status_of(observed: Facts, result: ActionResult | None = None) -> FineTuneJobStatus:
     return compute_status(observed, decide(observed), result or ActionResult())
 
 
-def values(new_status: FineTuneJobStatus) -> dict[str, str]:
+def get_condition_statuses(new_status: FineTuneJobStatus) -> dict[str, str]:
     return {condition.type.value: condition.status for condition in new_status.conditions}
 
 
 def test_conditions_of_a_new_job() -> None:
-    assert values(status_of(facts(), ActionResult(created_job=job()))) == {
+    assert get_condition_statuses(compute_status_of(facts(), ActionResult(created_job=job()))) == {
         "Accepted": "True", "PodsReady": "False", "Suspended": "False", "CheckpointsHealthy": "Unknown",
         "Succeeded": "Unknown", "Finished": "False", "Reconciling": "True",
     }  # fmt: skip
@@ -50,7 +50,7 @@ def test_checkpoint_problem_of_the_pod_becomes_a_condition(problem: str | None, 
     health = {"healthy": problem is None, "checkpointProblem": problem}
     checkpoints = [{"step": 5, "uri": "s3://b/5"}]
     reported = report(health=health, checkpoints=checkpoints, latestCheckpoint="s3://b/5")
-    new_status = status_of(facts(status=status(**RUNNING_STATUS), jobs=[job()], pods=[pod()], last_report=reported))
+    new_status = compute_status_of(facts(status=status(**RUNNING_STATUS), jobs=[job()], pods=[pod()], last_report=reported))
     condition = new_status.condition(Condition.CHECKPOINTS_HEALTHY)
     assert condition is not None
     assert (condition.status, condition.reason) == (value, reason)
@@ -69,39 +69,40 @@ def test_checkpoint_problem_of_the_pod_becomes_a_condition(problem: str | None, 
 def test_tracker_problem_of_the_pod_becomes_a_condition(problem: str | None, value: str, reason: str) -> None:
     reported = report(health={"trackerProblem": problem})
     tracked = spec(tracking={"reportTo": ["mlflow"], "mlflow": {"trackingUri": "http://mlflow:5000"}})
-    for written, expected in ((tracked, (value, reason)), (spec(), None)):
-        new_status = status_of(facts(spec=written, status=status(**RUNNING_STATUS), jobs=[job()], pods=[pod()], last_report=reported))
+    for raw_spec, expected in ((tracked, (value, reason)), (spec(), None)):
+        new_status = compute_status_of(facts(spec=raw_spec, status=status(**RUNNING_STATUS), jobs=[job()], pods=[pod()], last_report=reported))
         condition = new_status.condition(Condition.TRACKERS_REACHABLE)
         assert (None if condition is None else (condition.status, condition.reason)) == expected
         assert condition is None or problem is None or condition.message == problem
 
 
-def test_start_timeout_sets_stalled_and_does_not_finish_the_job() -> None:
-    written = spec(policy={"startTimeoutSeconds": 60})
+def test_start_timeout_sets_the_condition_stalled_but_does_not_finish_the_job() -> None:
+    raw_spec = spec(policy={"startTimeoutSeconds": 60})
     pulling = pod(phase="Pending", is_ready=False, waiting_reason="ImagePullBackOff", waiting_message="no")
-    late = status_of(facts(spec=written, status=status(**RUNNING_STATUS), jobs=[job()], pods=[pulling], now=at(61)))
-    assert (values(late)["Stalled"], values(late)["Reconciling"], values(late)["Finished"]) == ("True", "True", "False")
-    early = status_of(facts(spec=written, status=status(**RUNNING_STATUS), jobs=[job()], pods=[pulling], now=at(59)))
-    assert "Stalled" not in values(early)
+    late = compute_status_of(facts(spec=raw_spec, status=status(**RUNNING_STATUS), jobs=[job()], pods=[pulling], now=at(61)))
+    condition_statuses = get_condition_statuses(late)
+    assert [condition_statuses[name] for name in ("Stalled", "Reconciling", "Finished")] == ["True", "True", "False"]
+    early = compute_status_of(facts(spec=raw_spec, status=status(**RUNNING_STATUS), jobs=[job()], pods=[pulling], now=at(59)))
+    assert "Stalled" not in get_condition_statuses(early)
 
 
 def test_start_timeout_restarts_when_pods_stop_being_ready() -> None:
     """A status write causes no watch event. The reconcile that records the unready pods must therefore schedule the next reconcile."""
-    written = spec(policy={"startTimeoutSeconds": 60})
-    ready = status_of(facts(spec=written, status=status(**RUNNING_STATUS), jobs=[job()], pods=[pod()], now=at(10)))
-    lost = facts(spec=written, status=ready, jobs=[job()], pods=[pod(is_ready=False)], now=at(500))
+    raw_spec = spec(policy={"startTimeoutSeconds": 60})
+    ready = compute_status_of(facts(spec=raw_spec, status=status(**RUNNING_STATUS), jobs=[job()], pods=[pod()], now=at(10)))
+    lost = facts(spec=raw_spec, status=ready, jobs=[job()], pods=[pod(is_ready=False)], now=at(500))
     assert decide(lost).reconcile_at == at(560)
-    known = status_of(lost)
-    assert "Stalled" not in values(known)
+    old_status = compute_status_of(lost)
+    assert "Stalled" not in get_condition_statuses(old_status)
     for seconds, is_stalled in ((559, False), (560, True)):
-        later = facts(spec=written, status=known, jobs=[job()], pods=[pod(is_ready=False)], now=at(seconds))
-        assert ("Stalled" in values(status_of(later))) is is_stalled
+        later = facts(spec=raw_spec, status=old_status, jobs=[job()], pods=[pod(is_ready=False)], now=at(seconds))
+        assert ("Stalled" in get_condition_statuses(compute_status_of(later))) is is_stalled
 
 
-def test_transition_time_changes_only_with_the_status() -> None:
-    first = status_of(facts(status=status(**RUNNING_STATUS), jobs=[job()], pods=[pod(is_ready=False)], now=at(10)))
-    second = status_of(facts(status=first, jobs=[job()], pods=[pod(is_ready=False)], now=at(20)))
-    third = status_of(facts(status=second, jobs=[job()], pods=[pod()], now=at(30)))
+def test_transition_time_changes_only_if_the_status_of_the_condition_changes() -> None:
+    first = compute_status_of(facts(status=status(**RUNNING_STATUS), jobs=[job()], pods=[pod(is_ready=False)], now=at(10)))
+    second = compute_status_of(facts(status=first, jobs=[job()], pods=[pod(is_ready=False)], now=at(20)))
+    third = compute_status_of(facts(status=second, jobs=[job()], pods=[pod()], now=at(30)))
 
     def changed_at(new_status: FineTuneJobStatus) -> datetime | None:
         condition = new_status.condition(Condition.PODS_READY)
@@ -110,13 +111,13 @@ def test_transition_time_changes_only_with_the_status() -> None:
     assert (changed_at(first), changed_at(second), changed_at(third)) == (at(10), at(10), at(30))
 
 
-def test_missing_pool_is_refused_and_the_running_attempt_continues() -> None:
-    written = spec(resources={"nodes": 2, "nodePool": "gone", "gpusPerNode": 1}, policy={"activeDeadlineSeconds": 100})
+def test_running_attempt_continues_if_its_pool_is_removed() -> None:
+    raw_spec = spec(resources={"nodes": 2, "nodePool": "gone", "gpusPerNode": 1}, policy={"activeDeadlineSeconds": 100})
     pods = [pod(), pod(index=1)]
-    observed = facts(spec=written, status=status(**RUNNING_STATUS), jobs=[job()], pods=pods, now=at(50))
+    observed = facts(spec=raw_spec, status=status(**RUNNING_STATUS), jobs=[job()], pods=pods, now=at(50))
     assert decide(observed).termination is None
-    shown = status_of(observed)
+    shown = compute_status_of(observed)
     assert shown.workers is not None and shown.workers.display == "2/2"
-    assert values(shown)["Accepted"] == "False"
-    late = decide(facts(spec=written, status=status(**RUNNING_STATUS), jobs=[job()], pods=pods, now=at(101)))
+    assert get_condition_statuses(shown)["Accepted"] == "False"
+    late = decide(facts(spec=raw_spec, status=status(**RUNNING_STATUS), jobs=[job()], pods=pods, now=at(101)))
     assert late.termination is not None and late.termination.reason is Reason.DEADLINE_EXCEEDED

@@ -1,4 +1,4 @@
-"""Start timeout and stall timeout of a job, also after a restart of the operator."""
+"""The start timeout and the stall timeout of a job, also after a restart of the operator."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def is_stalled(observed: Facts, result: ActionResult | None = None) -> bool:
     return any(condition.type == Condition.STALLED and condition.status == "True" for condition in new.conditions)
 
 
-def unready_status(ready_since: float) -> FineTuneJobStatus:
+def make_unready_status(ready_since: float) -> FineTuneJobStatus:
     return status(
         attempt=1, attempts=[{**STARTED_ATTEMPT, "lastStep": 500}], progress={"step": 500, "updateTime": iso_time(100)},
         conditions=[condition(Condition.PODS_READY, "False", Reason.PODS_NOT_READY, ready_since)],
@@ -41,29 +41,29 @@ def test_start_timeout_begins_when_ready_pods_become_unready() -> None:
 
 
 def test_unready_pod_without_reports_stalls_after_a_restart_of_the_operator() -> None:
-    observed = facts(status=unready_status(200), jobs=[job()], pods=[pod(is_ready=False)], now=at(900))
+    observed = facts(status=make_unready_status(200), jobs=[job()], pods=[pod(is_ready=False)], now=at(900))
     plan = decide(observed)
     assert plan.termination is not None and plan.termination.reason is Reason.STALLED
 
 
 @pytest.mark.parametrize(
-    ("known", "ready"),
+    ("old_status", "ready"),
     [
-        (unready_status(200), True),
-        (unready_status(500), False),
+        (make_unready_status(200), True),
+        (make_unready_status(500), False),
         (status(attempt=1, attempts=[STARTED_ATTEMPT], conditions=[condition(Condition.PODS_READY, "False", Reason.PODS_NOT_READY, 0)]), False),
-        (unready_status(200).model_copy(update={"attempts": status(attempts=[{"number": 1, "startTime": iso_time(150)}]).attempts}), False),
+        (make_unready_status(200).model_copy(update={"attempts": status(attempts=[{"number": 1, "startTime": iso_time(150)}]).attempts}), False),
     ],
     ids=["pod is ready", "unready for less than the timeout", "never reported", "an earlier attempt reported"],
 )  # fmt: skip
-def test_pod_without_any_report_does_not_stall(known: FineTuneJobStatus, ready: bool) -> None:
-    plan = decide(facts(status=known, jobs=[job()], pods=[pod(is_ready=ready)], now=at(900)))
+def test_pod_without_any_report_does_not_stall(old_status: FineTuneJobStatus, ready: bool) -> None:
+    plan = decide(facts(status=old_status, jobs=[job()], pods=[pod(is_ready=ready)], now=at(900)))
     assert plan.termination is None and plan.reconcile_at is not None
 
 
-def test_new_pod_after_a_requeue_gets_the_whole_stall_timeout() -> None:
+def test_new_pod_of_a_readmitted_job_gets_the_whole_stall_timeout() -> None:
     """The queue suspended the Job at 120 s and admitted it again at 7200 s. The readmitted Job has a new pod."""
-    known = status(
+    old_status = status(
         attempt=1, attempts=[{**STARTED_ATTEMPT, "lastStep": 50}], progress={"step": 50, "updateTime": iso_time(100)},
         conditions=[
             condition(Condition.QUOTA_RESERVED, "True", Reason.PROGRESSING, 7200),
@@ -75,44 +75,44 @@ def test_new_pod_after_a_requeue_gets_the_whole_stall_timeout() -> None:
     running_pod = pod(uid="new", is_ready=False, created_at=at(7200), running_since=at(7300))
     queued = spec(placement={"queueName": "q"})
     for new, now, ends in ((pending_pod, 9000, False), (running_pod, 7400, False), (running_pod, 7899, False), (running_pod, 7905, True)):
-        observed = facts(spec=queued, status=known, jobs=[readmitted_job], pods=[new], now=at(now))
+        observed = facts(spec=queued, status=old_status, jobs=[readmitted_job], pods=[new], now=at(now))
         assert (decide(observed).termination is not None) is ends, (new.phase, now)
 
 
 def test_node_clock_that_is_ahead_does_not_stall_an_attempt_that_has_not_started() -> None:
-    known = status(
+    old_status = status(
         attempt=2, attempts=[{**STARTED_ATTEMPT, "lastStep": 50, "endTime": iso_time(102), "reason": "PodFailed"}, {"number": 2, "startTime": iso_time(112)}],
         progress={"step": 50, "updateTime": iso_time(130)}, conditions=[condition(Condition.PODS_READY, "False", "PodsNotReady", 102)],
     )  # fmt: skip
     new = pod(
         uid="new", attempt=2, phase="Pending", is_ready=False, created_at=at(112), node="", unschedulable_message="0/3 nodes"
     )
-    assert decide(facts(status=known, jobs=[job(2, created_at=at(112))], pods=[new], now=at(800))).termination is None
+    assert decide(facts(status=old_status, jobs=[job(2, created_at=at(112))], pods=[new], now=at(800))).termination is None
 
 
 def test_refused_create_shows_as_stalled_after_the_start_timeout() -> None:
-    known = status(
+    old_status = status(
         conditions=[
             condition(Condition.ACCEPTED, "True", "Accepted", 0),
             condition(Condition.PODS_READY, "False", "QuotaExceeded", 0),
         ]
     )
     refused = ActionResult(blocking_condition=BlockingCondition(Reason.QUOTA_EXCEEDED, "exceeded quota"))
-    assert not is_stalled(facts(status=known, now=at(1700)), refused)
-    assert is_stalled(facts(status=known, now=at(1900)), refused)
-    assert not is_stalled(facts(status=known, now=at(1900)))
+    assert not is_stalled(facts(status=old_status, now=at(1700)), refused)
+    assert is_stalled(facts(status=old_status, now=at(1900)), refused)
+    assert not is_stalled(facts(status=old_status, now=at(1900)))
 
 
 def test_job_name_conflict_shows_as_stalled_after_the_start_timeout() -> None:
-    known = status(
+    old_status = status(
         conditions=[
             condition(Condition.ACCEPTED, "True", "Accepted", 0),
             condition(Condition.PODS_READY, "False", "ChildrenConflict", 0),
         ]
     )
-    early = facts(status=known, jobs=[job(owner_uid="other")], now=at(100))
+    early = facts(status=old_status, jobs=[job(owner_uid="other")], now=at(100))
     assert decide(early).situation is Situation.BLOCKED and decide(early).reconcile_at == at(1800)
-    assert is_stalled(facts(status=known, jobs=[job(owner_uid="other")], now=at(1900)))
+    assert is_stalled(facts(status=old_status, jobs=[job(owner_uid="other")], now=at(1900)))
 
 
 @pytest.mark.parametrize(
@@ -134,10 +134,10 @@ def test_backoff_does_not_count_as_waiting() -> None:
         {"number": n, "startTime": iso_time(n), "endTime": iso_time(n + 1), "reason": "PodFailed", "counted": True} for n in range(1, 6)
     ]  # fmt: skip
     ready = condition(Condition.PODS_READY, "False", "PodsNotReady", 5)
-    known, pause = status(attempt=6, attempts=attempts, conditions=[ready]), 160
+    old_status, pause = status(attempt=6, attempts=attempts, conditions=[ready]), 160
     refused = ActionResult(blocking_condition=BlockingCondition(Reason.QUOTA_EXCEEDED, "exceeded quota"))
     for now, late in ((6 + pause + 1, False), (6 + pause + 61, True)):
-        observed = facts(spec=spec(policy={"startTimeoutSeconds": 60}), status=known, now=at(now))
+        observed = facts(spec=spec(policy={"startTimeoutSeconds": 60}), status=old_status, now=at(now))
         assert is_stalled(observed, refused) is late
 
 
@@ -147,24 +147,24 @@ def test_queued_time_does_not_count_towards_the_stall_timeout() -> None:
         condition(Condition.PODS_READY, "False", "Progressing", 600),
     ]
     progress = {"step": 7, "updateTime": at(590).isoformat()}
-    known = status(attempt=1, attempts=[STARTED_ATTEMPT], progress=progress, conditions=conditions)
+    old_status = status(attempt=1, attempts=[STARTED_ATTEMPT], progress=progress, conditions=conditions)
     new = pod(uid="new", created_at=at(5000), phase="Pending", is_ready=False, ip="")
     observed = facts(
-        spec=spec(placement={"queueName": "q"}), status=known, jobs=[job(queue="q", started_at=at(5000))], pods=[new],
+        spec=spec(placement={"queueName": "q"}), status=old_status, jobs=[job(queue="q", started_at=at(5000))], pods=[new],
         now=at(5001),
     )  # fmt: skip
     assert decide(observed).termination is None
 
 
 def test_pod_of_a_lost_node_does_not_count_as_stalled() -> None:
-    """The pod is evicted at 340 s and lost at 700 s (grace period 300 s, margin 60 s). The stall timeout ends earlier."""
-    known = status(
+    """The pod is evicted at 340 s and counts as lost at 700 s (grace period 300 s, margin 60 s). The stall timeout passes earlier."""
+    old_status = status(
         attempt=1, attempts=[STARTED_ATTEMPT], conditions=[condition(Condition.PODS_READY, "False", "Progressing", 40)]
     )
     received = report(stage="training", health={"secondsSinceStep": 1.0})
     evicted = pod(is_ready=False, deletion_timestamp=at(640), disruption_reason="DeletionByTaintManager")
     for now, reason in ((650, None), (701, Reason.NODE_LOST)):
-        observed = facts(status=known, jobs=[job()], pods=[evicted], last_report=received, reported_at=at(0), now=at(now))
+        observed = facts(status=old_status, jobs=[job()], pods=[evicted], last_report=received, reported_at=at(0), now=at(now))
         termination = decide(observed).termination
         assert (termination.reason if termination else None) is reason
 
@@ -172,19 +172,19 @@ def test_pod_of_a_lost_node_does_not_count_as_stalled() -> None:
 def test_single_failed_readiness_probe_of_an_unreachable_pod_is_not_a_stall() -> None:
 
 
-    """For an hour, a network policy has kept the operator from reading reports, but the kubelet has reported the pod as ready.
+    """For an hour, a network policy has prevented the operator from reading reports, while the pod was ready.
 
-    One failed readiness probe of the pod must not count as a stall.
+    One failed readiness probe is then not a stall.
     """
     received = report(stage="training", health={"secondsSinceStep": 1.0})
     flapping = pod(is_ready=False)
-    known = status(attempt=1, attempts=[STARTED_ATTEMPT], conditions=[condition(Condition.PODS_READY, "True", "Progressing", 10)])
-    observed = facts(status=known, jobs=[job()], pods=[flapping], last_report=received, reported_at=at(0), now=at(3600))
+    old_status = status(attempt=1, attempts=[STARTED_ATTEMPT], conditions=[condition(Condition.PODS_READY, "True", "Progressing", 10)])
+    observed = facts(status=old_status, jobs=[job()], pods=[flapping], last_report=received, reported_at=at(0), now=at(3600))
     assert decide(observed).termination is None
-    known = compute_status(observed, decide(observed), ActionResult())
-    later = facts(status=known, jobs=[job()], pods=[flapping], last_report=received, reported_at=at(0), now=at(3660))
+    old_status = compute_status(observed, decide(observed), ActionResult())
+    later = facts(status=old_status, jobs=[job()], pods=[flapping], last_report=received, reported_at=at(0), now=at(3660))
     wake = decide(later).reconcile_at
     assert wake is not None and wake == at(3600 + 600 + 1)
-    late = facts(status=known, jobs=[job()], pods=[flapping], last_report=received, reported_at=at(0), now=wake)
+    late = facts(status=old_status, jobs=[job()], pods=[flapping], last_report=received, reported_at=at(0), now=wake)
     termination = decide(late).termination
     assert termination is not None and termination.reason is Reason.STALLED

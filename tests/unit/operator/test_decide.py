@@ -18,7 +18,7 @@ from finetune_operator.views import JobView, PodView
 
 from tests.unit.operator.samples import UID, at, condition, end_pod, facts, job, pod, report, spec, status
 
-T = "2026-11-21T12:00:00Z"
+START_TIME = "2026-11-21T12:00:00Z"
 STARTED_ATTEMPT = {"number": 1, "startTime": "2026-11-21T12:00:00Z"}
 ENDED_ATTEMPT = {**STARTED_ATTEMPT, "endTime": "2026-11-21T12:01:00Z", "reason": "InternalError", "counted": True}
 RUNNING_STATUS = status(attempt=1, attempts=[STARTED_ATTEMPT])
@@ -32,18 +32,18 @@ STATES = {
     "running": (RUNNING_STATUS, [job()], [pod()]),
     "recovering": (RECOVERING_STATUS, [job(failed_at=at(60), failed_reason="BackoffLimitExceeded")], [end_pod(pod(), 70)]),
 }
-"""For each state of a job: its status, Jobs and pods."""
+"""The status, the Jobs and the pods of a job in each of its states."""
 
 
-def plan_of(state: str, **stop_request: bool) -> Plan:
-    known, jobs, pods = STATES[state]
-    return decide(facts(spec=spec(**stop_request), status=known, jobs=jobs, pods=pods, now=at(61)))
+def decide_in_state(state: str, **stop_request: bool) -> Plan:
+    old_status, jobs, pods = STATES[state]
+    return decide(facts(spec=spec(**stop_request), status=old_status, jobs=jobs, pods=pods, now=at(61)))
 
 
 @pytest.mark.parametrize("state", STATES)
 def test_suspend_creates_no_attempt_and_ends_the_running_one(state: str) -> None:
-    plan = plan_of(state, suspend=True)
-    assert plan.create_attempt is None
+    plan = decide_in_state(state, suspend=True)
+    assert plan.attempt_to_create is None
     if state in ("not reconciled yet", "recovering"):
         assert plan.situation is Situation.SUSPENDED
     else:
@@ -53,8 +53,8 @@ def test_suspend_creates_no_attempt_and_ends_the_running_one(state: str) -> None
 
 @pytest.mark.parametrize("state", STATES)
 def test_cancel_ends_the_running_attempt_and_the_job(state: str) -> None:
-    plan = plan_of(state, cancel=True)
-    assert plan.create_attempt is None
+    plan = decide_in_state(state, cancel=True)
+    assert plan.attempt_to_create is None
     if state in ("not reconciled yet", "recovering"):
         assert plan.job_end is not None
         assert plan.job_end.outcome is Outcome.CANCELLED
@@ -65,7 +65,7 @@ def test_cancel_ends_the_running_attempt_and_the_job(state: str) -> None:
 
 @pytest.mark.parametrize("state", STATES)
 def test_cancel_takes_precedence_over_suspend(state: str) -> None:
-    both, alone = plan_of(state, cancel=True, suspend=True), plan_of(state, cancel=True)
+    both, alone = decide_in_state(state, cancel=True, suspend=True), decide_in_state(state, cancel=True)
     assert (both.job_end, both.termination and both.termination.reason) == (
         alone.job_end,
         alone.termination and alone.termination.reason,
@@ -74,7 +74,7 @@ def test_cancel_takes_precedence_over_suspend(state: str) -> None:
 
 @pytest.mark.parametrize("state", STATES)
 def test_finished_job_never_starts_again(state: str) -> None:
-    known, jobs, pods = STATES[state]
+    old_status, jobs, pods = STATES[state]
     finish_time = "2026-11-21T12:01:00Z"
     finished_condition = {
         "type": Condition.FINISHED,
@@ -83,11 +83,11 @@ def test_finished_job_never_starts_again(state: str) -> None:
         "message": "",
         "lastTransitionTime": finish_time,
     }
-    finished = FineTuneJobStatus.model_validate({**(known.to_wire() if known else {}), "conditions": [finished_condition]})
+    finished = FineTuneJobStatus.model_validate({**(old_status.to_wire() if old_status else {}), "conditions": [finished_condition]})
     for stop_request in ({}, {"suspend": False}, {"suspend": True}, {"cancel": True}):
         plan = decide(facts(spec=spec(**stop_request), status=finished, jobs=jobs, pods=pods, now=at(4000)))
         assert plan.situation is Situation.FINISHED
-        assert (plan.create_attempt, plan.job_end, plan.termination) == (None, None, None)
+        assert (plan.attempt_to_create, plan.job_end, plan.termination) == (None, None, None)
 
 
 NOT_READY_CONDITION = {
@@ -119,34 +119,34 @@ PASSED_LIMITS = {
         status=RECOVERING_STATUS, pods=[pod(deletion_timestamp=at(0), job_uid="gone")], now=at(3600)
     ),
 }  # fmt: skip
-"""Facts in which a time limit has passed, but the operator has nothing to do."""
+"""Facts in which a time limit has passed although the operator has nothing to do."""
 
 
 @pytest.mark.parametrize("case", PASSED_LIMITS)
 def test_time_limit_in_the_past_causes_no_busy_loop(case: str) -> None:
-    known = PASSED_LIMITS[case]
-    plan = decide(known)
+    observed = PASSED_LIMITS[case]
+    plan = decide(observed)
     assert plan.termination is None
     assert plan.reconcile_at is not None
-    assert (plan.reconcile_at - known.now).total_seconds() >= 30
+    assert (plan.reconcile_at - observed.now).total_seconds() >= 30
 
 
 def test_checkpoints_of_earlier_attempts_are_no_progress_of_the_current_one() -> None:
-    """A pod lists all existing checkpoints, including checkpoints of attempts that the status no longer contains."""
+    """A pod lists all existing checkpoints, including those of attempts that the status no longer lists."""
     old = {"step": 500, "uri": "s3://b/checkpoints/step-00000500/a1-0123abcd"}
-    idle = [{"number": n, "startTime": T, "endTime": T, "reason": "NodeLost", "counted": False} for n in range(2, 12)]
-    known = status(attempt=12, attempts=[*idle, {"number": 12, "startTime": T}], checkpoints=[old], retriesUsed=3)
+    idle = [{"number": n, "startTime": START_TIME, "endTime": START_TIME, "reason": "NodeLost", "counted": False} for n in range(2, 12)]
+    old_status = status(attempt=12, attempts=[*idle, {"number": 12, "startTime": START_TIME}], checkpoints=[old], retriesUsed=3)
     received = TerminationMessage.model_validate(
         {"checkpoints": [old], "committedStep": 500, "checkpoint": old["uri"], "resumedFromStep": 300}
     )
     last = end_pod(pod(12), 70, received)
-    plan = decide(facts(status=known, jobs=[job(12, failed_at=at(60))], pods=[last], now=at(61)))
+    plan = decide(facts(status=old_status, jobs=[job(12, failed_at=at(60))], pods=[last], now=at(61)))
     assert plan.attempt_end is not None
     assert (plan.attempt_end.made_progress, plan.attempt_end.committed_step) == (False, None)
     assert plan.job_end is not None and plan.job_end.reason is Reason.RETRIES_EXHAUSTED
     new = {"step": 600, "uri": "s3://b/checkpoints/step-00000600/a12-0123abcd"}
     received = received.model_copy(update={"checkpoints": [Checkpoint.model_validate(one) for one in (old, new)]})
-    plan = decide(facts(status=known, jobs=[job(12, failed_at=at(60))], pods=[end_pod(pod(12), 70, received)], now=at(61)))
+    plan = decide(facts(status=old_status, jobs=[job(12, failed_at=at(60))], pods=[end_pod(pod(12), 70, received)], now=at(61)))
     assert plan.attempt_end is not None
     assert (plan.attempt_end.made_progress, plan.attempt_end.committed_step) == (True, 600)
 
@@ -154,22 +154,22 @@ def test_checkpoints_of_earlier_attempts_are_no_progress_of_the_current_one() ->
 # Progress and outcome of an ended attempt
 
 
-def uri(step: int, attempt: int) -> str:
+def build_uri(step: int, attempt: int) -> str:
     return f"s3://b/checkpoints/step-{step:08d}/a{attempt}-0123abcd"
 
 
 @pytest.mark.parametrize(("step", "made_progress"), [(500, False), (501, True)])
 def test_committing_an_already_committed_step_is_not_progress(step: int, made_progress: bool) -> None:
-    first = {**STARTED_ATTEMPT, "endTime": T, "reason": "InternalError", "committedStep": 500}
-    known = status(attempt=2, attempts=[first, {"number": 2, "startTime": T}])
-    message = TerminationMessage.model_validate({"checkpoints": [{"step": step, "uri": uri(step, 2)}]})
-    plan = decide(facts(status=known, jobs=[job(2, failed_at=at(60))], pods=[end_pod(pod(2), 70, message)], now=at(61)))
+    first = {**STARTED_ATTEMPT, "endTime": START_TIME, "reason": "InternalError", "committedStep": 500}
+    old_status = status(attempt=2, attempts=[first, {"number": 2, "startTime": START_TIME}])
+    message = TerminationMessage.model_validate({"checkpoints": [{"step": step, "uri": build_uri(step, 2)}]})
+    plan = decide(facts(status=old_status, jobs=[job(2, failed_at=at(60))], pods=[end_pod(pod(2), 70, message)], now=at(61)))
     assert plan.attempt_end is not None
     assert (plan.attempt_end.committed_step, plan.attempt_end.made_progress) == (step, made_progress)
 
 
 @pytest.mark.parametrize(("codes", "outcome"), [([0, 0], Outcome.SUCCEEDED), ([0], None), ([0, 75], None)])
-def test_gang_without_its_job_succeeded_only_if_every_rank_exited_with_0(codes: list[int], outcome: Outcome | None) -> None:
+def test_gang_whose_job_was_deleted_succeeded_only_if_every_rank_exited_with_0(codes: list[int], outcome: Outcome | None) -> None:
     pods = [replace(end_pod(pod(index=index), code), is_deleted=True) for index, code in enumerate(codes)]
     observed = facts(spec=spec(resources={"nodes": 2, "gpusPerNode": 0}), status=RUNNING_STATUS, pods=pods, now=at(90))
     plan = decide(observed)
@@ -179,26 +179,26 @@ def test_gang_without_its_job_succeeded_only_if_every_rank_exited_with_0(codes: 
 @pytest.mark.parametrize("reason", [Reason.SUSPENDED, Reason.STALLED, Reason.NODE_LOST, Reason.PREEMPTED])
 def test_fatal_exit_during_a_termination_fails_the_job(reason: Reason) -> None:
     """A data error ends the job, because the next attempt would have the same error."""
-    known = status(attempt=1, attempts=[{**STARTED_ATTEMPT, "reason": reason}])
+    old_status = status(attempt=1, attempts=[{**STARTED_ATTEMPT, "reason": reason}])
     over = replace(end_pod(pod(), 65), is_deleted=True)
-    plan = decide(facts(spec=spec(suspend=reason is Reason.SUSPENDED), status=known, pods=[over], now=at(90)))
+    plan = decide(facts(spec=spec(suspend=reason is Reason.SUSPENDED), status=old_status, pods=[over], now=at(90)))
     assert plan.job_end is not None
     assert (plan.job_end.outcome, plan.job_end.reason) == (Outcome.FAILED, Reason.DATA_ERROR)
 
 
-def test_terminating_job_that_failed_meanwhile_is_still_deleted() -> None:
+def test_job_that_fails_while_it_is_terminated_is_still_deleted() -> None:
     """A failure that the operator's own termination causes must not replace the recorded reason `Suspended`."""
-    known = status(attempt=1, attempts=[{**STARTED_ATTEMPT, "reason": "Suspended"}])
+    old_status = status(attempt=1, attempts=[{**STARTED_ATTEMPT, "reason": "Suspended"}])
     failed = job(failed_at=at(60), failed_reason="BackoffLimitExceeded")
-    plan = decide(facts(spec=spec(suspend=True), status=known, jobs=[failed], pods=[end_pod(pod(), 75)], now=at(61)))
-    assert (plan.situation, plan.delete_jobs) == (Situation.TERMINATING, (failed,))
+    plan = decide(facts(spec=spec(suspend=True), status=old_status, jobs=[failed], pods=[end_pod(pod(), 75)], now=at(61)))
+    assert (plan.situation, plan.jobs_to_delete) == (Situation.TERMINATING, (failed,))
 
 
-def test_terminating_job_that_completed_meanwhile_succeeds() -> None:
-    known = status(attempt=1, attempts=[{**STARTED_ATTEMPT, "reason": "Suspended"}])
+def test_job_that_completes_while_it_is_terminated_succeeds() -> None:
+    old_status = status(attempt=1, attempts=[{**STARTED_ATTEMPT, "reason": "Suspended"}])
     plan = decide(
         facts(
-            spec=spec(suspend=True), status=known, jobs=[job(completed_at=at(60))], pods=[end_pod(pod(), 0)], now=at(61)
+            spec=spec(suspend=True), status=old_status, jobs=[job(completed_at=at(60))], pods=[end_pod(pod(), 0)], now=at(61)
         )
     )
     assert plan.job_end is not None and plan.job_end.outcome is Outcome.SUCCEEDED
@@ -209,8 +209,8 @@ def test_terminating_job_that_completed_meanwhile_succeeds() -> None:
 )
 def test_backoff_is_over_if_the_clock_was_set_back(now: float, situation: Situation) -> None:
     """The attempt ended at 60 s, and its backoff takes 10 s. A clock that is set back by an hour must not add an hour to the backoff."""
-    known, jobs, pods = STATES["recovering"]
-    assert decide(facts(status=known, jobs=jobs, pods=pods, now=at(now))).situation is situation
+    old_status, jobs, pods = STATES["recovering"]
+    assert decide(facts(status=old_status, jobs=jobs, pods=pods, now=at(now))).situation is situation
 
 
 @pytest.mark.parametrize("stop_request", [{"suspend": True}, {"cancel": True}, {}])
@@ -219,17 +219,17 @@ def test_job_without_the_finetunejobs_controller_reference_is_never_deleted(stop
     foreign = job(is_owned=False)
     observed = facts(spec=spec(**stop_request), jobs=[foreign])
     assert observed.owned_jobs == ()
-    assert decide(observed).delete_jobs == ()
+    assert decide(observed).jobs_to_delete == ()
 
 
 def test_unfinished_job_of_an_earlier_attempt_is_deleted_while_the_pool_is_missing() -> None:
-    known = status(attempt=2, attempts=[{**STARTED_ATTEMPT, "endTime": "2026-11-21T12:01:00Z", "reason": "Preempted"}])
-    written = spec(resources={"nodePool": "gone", "gpusPerNode": 1})
-    plan = decide(facts(spec=written, status=known, jobs=[job(1)], now=at(90)))
-    assert [job.name for job in plan.delete_jobs] == ["run-1"]
+    old_status = status(attempt=2, attempts=[{**STARTED_ATTEMPT, "endTime": "2026-11-21T12:01:00Z", "reason": "Preempted"}])
+    raw_spec = spec(resources={"nodePool": "gone", "gpusPerNode": 1})
+    plan = decide(facts(spec=raw_spec, status=old_status, jobs=[job(1)], now=at(90)))
+    assert [job.name for job in plan.jobs_to_delete] == ["run-1"]
 
 
-# Jobs and pods that are deleted. Each Job and pod has a name that says its state.
+# Which Jobs and pods are deleted. The name of each Job and pod says its state.
 
 JOBS = {
     "runs": job(1),
@@ -247,9 +247,9 @@ PODS = {
 }
 
 
-def names(objects: Sequence[JobView | PodView]) -> list[str]:
-    """The names in JOBS and PODS of these objects."""
-    return [name for one in objects for name, known in [*JOBS.items(), *PODS.items()] if known is one]
+def get_names(objects: Sequence[JobView | PodView]) -> list[str]:
+    """Return the names that these objects have in JOBS and PODS."""
+    return [name for wanted_object in objects for name, known_object in [*JOBS.items(), *PODS.items()] if known_object is wanted_object]
 
 
 @pytest.mark.parametrize(
@@ -262,38 +262,38 @@ def names(objects: Sequence[JobView | PodView]) -> list[str]:
     ],
     ids=["before the TTL", "at the TTL", "after the TTL", "no TTL"],
 )
-def test_finished_job_deletes_what_runs_at_once_and_the_rest_at_the_ttl(
+def test_finished_job_deletes_running_objects_at_once_and_finished_ones_after_the_ttl(
     ttl: int | None, now: float, jobs: list[str], pods: list[str], reconcile_at: object
 ) -> None:
-    known = status(attempt=5, conditions=[condition(Condition.FINISHED, "True", "Succeeded", 100)], completionTime=at(100).isoformat())
+    old_status = status(attempt=5, conditions=[condition(Condition.FINISHED, "True", "Succeeded", 100)], completionTime=at(100).isoformat())
     observed = facts(
-        spec=spec(policy={"ttlSecondsAfterFinished": ttl}), status=known, jobs=[*JOBS.values()], pods=[*PODS.values()], now=at(now)
+        spec=spec(policy={"ttlSecondsAfterFinished": ttl}), status=old_status, jobs=[*JOBS.values()], pods=[*PODS.values()], now=at(now)
     )
     plan = decide(observed)
-    assert (names(plan.delete_jobs), names(plan.delete_pods), plan.reconcile_at) == (jobs, pods, reconcile_at)
+    assert (get_names(plan.jobs_to_delete), get_names(plan.pods_to_delete), plan.reconcile_at) == (jobs, pods, reconcile_at)
     only_jobs, only_pods = replace(observed, pods=()), replace(observed, jobs=())
     neither = replace(observed, jobs=(JOBS["done and is being deleted"],), pods=(PODS["is being deleted"],))
-    assert [decide(found).is_clean for found in (observed, only_jobs, only_pods, neither)] == [False, False, False, True]
+    assert [decide(found).is_cleaned_up for found in (observed, only_jobs, only_pods, neither)] == [False, False, False, True]
 
 
 def test_job_that_is_being_deleted_needs_no_action() -> None:
     assert decide(facts(status=RUNNING_STATUS, jobs=[job()], pods=[pod()], is_deleting=True)) == Plan(Situation.DELETING)
 
 
-def next_attempt(
+def plan_next_attempt(
     jobs: Sequence[str] = (), pods: Sequence[str] = (), *, added_pods: Sequence[PodView] = (), now: float = 100, **stop_request: bool
 ) -> Plan:
-    """The plan before attempt 6 while these Jobs and pods of earlier attempts exist."""
-    known = status(attempt=6, conditions=[NOT_READY_CONDITION])
+    """Return the plan before attempt 6 if these Jobs and pods of earlier attempts exist."""
+    old_status = status(attempt=6, conditions=[NOT_READY_CONDITION])
     found = [*(PODS[name] for name in pods), *added_pods]
-    return decide(facts(spec=spec(**stop_request), status=known, jobs=[JOBS[name] for name in jobs], pods=found, now=at(now)))
+    return decide(facts(spec=spec(**stop_request), status=old_status, jobs=[JOBS[name] for name in jobs], pods=found, now=at(now)))
 
 
 @pytest.mark.parametrize("stop_request", [{}, {"suspend": True}], ids=["next attempt", "suspend"])
 def test_running_jobs_and_pods_of_earlier_attempts_are_deleted_before_the_next_attempt(stop_request: dict[str, bool]) -> None:
-    plan = next_attempt([*JOBS], [*PODS], **stop_request)
-    assert (plan.situation, plan.create_attempt) == (Situation.BLOCKED, None)
-    assert (names(plan.delete_jobs), names(plan.delete_pods), plan.force_delete_pods) == (["runs"], ["runs"], ())
+    plan = plan_next_attempt([*JOBS], [*PODS], **stop_request)
+    assert (plan.situation, plan.attempt_to_create) == (Situation.BLOCKED, None)
+    assert (get_names(plan.jobs_to_delete), get_names(plan.pods_to_delete), plan.pods_to_force_delete) == (["runs"], ["runs"], ())
     assert plan.blocking_condition is not None and plan.blocking_condition.reason is Reason.PROGRESSING
     assert plan.reconcile_at == at(90 + 61)
 
@@ -310,14 +310,14 @@ def test_running_jobs_and_pods_of_earlier_attempts_are_deleted_before_the_next_a
     ],
 )
 def test_next_attempt_waits_until_no_job_or_pod_of_an_earlier_attempt_runs(jobs: list[str], pods: list[str], situation: Situation) -> None:
-    assert next_attempt(jobs, pods).situation is situation
+    assert plan_next_attempt(jobs, pods).situation is situation
 
 
 def test_pods_of_earlier_attempts_are_force_deleted_60_s_after_their_grace_period() -> None:
     in_a_job = pod(uid="in a Job", job_uid="job-1", deletion_timestamp=at(39))
     at_the_limit, over_the_limit = (pod(uid=f"from {end}", job_uid="gone", deletion_timestamp=at(end)) for end in (40, 39))
-    plan = next_attempt(["runs"], added_pods=[at_the_limit, over_the_limit, in_a_job])
-    assert (plan.delete_pods, plan.force_delete_pods, plan.reconcile_at) == ((), (over_the_limit, in_a_job), at(130))
+    plan = plan_next_attempt(["runs"], added_pods=[at_the_limit, over_the_limit, in_a_job])
+    assert (plan.pods_to_delete, plan.pods_to_force_delete, plan.reconcile_at) == ((), (over_the_limit, in_a_job), at(130))
 
 
 @pytest.mark.parametrize(
@@ -334,14 +334,14 @@ def test_pods_of_earlier_attempts_are_force_deleted_60_s_after_their_grace_perio
     ],
 )
 def test_running_attempt_keeps_only_the_newest_job_of_earlier_attempts(names_of_jobs: list[str], superseded: list[str]) -> None:
-    """Users can still read the logs of the last attempt. Jobs that are running or already being deleted are not deleted again."""
+    """Users can still read the logs of the last attempt. Jobs that still run or are already being deleted are left alone."""
     jobs = [job(500, failed_at=at(60)) if name == "last" else JOBS[name] for name in names_of_jobs]
-    known = status(attempt=1000, attempts=[{**STARTED_ATTEMPT, "number": 1000}])
-    running = facts(status=known, jobs=[job(int("1000")), *jobs], now=at(61))  # a separate int object
-    assert names(decide(running).delete_jobs) == superseded
+    old_status = status(attempt=1000, attempts=[{**STARTED_ATTEMPT, "number": 1000}])
+    running = facts(status=old_status, jobs=[job(int("1000")), *jobs], now=at(61))  # an int object that is not shared with the facts
+    assert get_names(decide(running).jobs_to_delete) == superseded
     if all(one.is_finished and not one.is_deleting for one in jobs):
         plan = decide(facts(status=status(attempt=1000), jobs=jobs, now=at(61)))
-        assert (plan.create_attempt, names(plan.delete_jobs)) == (1000, superseded)
+        assert (plan.attempt_to_create, get_names(plan.jobs_to_delete)) == (1000, superseded)
 
 
 # Before an attempt
@@ -352,12 +352,12 @@ def test_running_attempt_keeps_only_the_newest_job_of_earlier_attempts(names_of_
     [({"number": 1}, Situation.STARTING), (STARTED_ATTEMPT, Situation.ENDED), (ENDED_ATTEMPT, Situation.STARTING)],
     ids=["not started", "started", "ended"],
 )
-def test_attempt_whose_job_is_missing_ends_only_if_it_has_started(record: dict[str, Any], situation: Situation) -> None:
+def test_attempt_without_a_job_ends_only_if_it_had_started(record: dict[str, Any], situation: Situation) -> None:
     assert decide(facts(status=status(attempt=1, attempts=[record]), now=at(100))).situation is situation
 
 
 @pytest.mark.parametrize("hint", ["", "write a model"])
-def test_final_refusal_fails_the_job_and_a_temporary_one_waits(hint: str) -> None:
+def test_final_refusal_fails_the_job_and_temporary_refusal_lets_it_wait(hint: str) -> None:
     refusal = RefusedSpec(Reason.REJECTED, "no model", hint, is_final=True)
     observed = facts(status=status(conditions=[REFUSED_CONDITION]), now=at(100))
     failure = Failure(class_=FailureClass.USER, code=Reason.REJECTED, message="no model", hint=hint or None)
@@ -368,27 +368,27 @@ def test_final_refusal_fails_the_job_and_a_temporary_one_waits(hint: str) -> Non
 
 
 @pytest.mark.parametrize(("owner", "text"), [(UID, f"uid {UID}"), ("other", "uid other"), ("", "uid unknown")])
-def test_only_a_foreign_job_with_the_name_of_the_attempt_blocks_it(owner: str, text: str) -> None:
+def test_job_of_another_owner_blocks_the_attempt_only_if_it_has_its_name(owner: str, text: str) -> None:
     """The Jobs have the labels of the attempts, but no owner reference to the FineTuneJob."""
     found = [job(attempt, is_owned=False, owner_uid=owner) for attempt in (1, 2, 3)]
-    known = status(attempt=2, conditions=[NOT_READY_CONDITION])
+    old_status = status(attempt=2, conditions=[NOT_READY_CONDITION])
     blocking_condition = BlockingCondition(Reason.CHILDREN_CONFLICT, f"Job run-2 belongs to another object ({text})")
     blocked = Plan(Situation.BLOCKED, blocking_condition=blocking_condition, reconcile_at=at(1800))
-    assert decide(facts(status=known, jobs=found, now=at(100))) == blocked
-    assert decide(facts(status=known, jobs=[found[0], found[2]], now=at(100))) == Plan(Situation.STARTING, create_attempt=2)
+    assert decide(facts(status=old_status, jobs=found, now=at(100))) == blocked
+    assert decide(facts(status=old_status, jobs=[found[0], found[2]], now=at(100))) == Plan(Situation.STARTING, attempt_to_create=2)
 
 
 @pytest.mark.parametrize(("now", "is_over"), [(60, False), (69, False), (70, True)])
 def test_backoff_lasts_10_s_after_the_first_failed_attempt(now: float, is_over: bool) -> None:
-    waiting, starting = Plan(Situation.BACKING_OFF, reconcile_at=at(70)), Plan(Situation.STARTING, create_attempt=2)
+    waiting, starting = Plan(Situation.BACKING_OFF, reconcile_at=at(70)), Plan(Situation.STARTING, attempt_to_create=2)
     assert decide(facts(status=RECOVERING_STATUS, now=at(now))) == (starting if is_over else waiting)
 
 
 # While the attempt runs
 
 
-def active_plan(pods: Sequence[PodView] = (), *, now: float = 100, nodes: int = 1, policy: dict[str, Any] | None = None, **fields: Any) -> Plan:
-    found = facts(spec=spec(policy=policy or {}), status=RUNNING_STATUS, jobs=[job(nodes=nodes, **fields)], pods=pods, now=at(now))
+def plan_active_attempt(pods: Sequence[PodView] = (), *, now: float = 100, nodes: int = 1, policy: dict[str, Any] | None = None, **fields: Any) -> Plan:
+    found = facts(spec=spec(policy=policy or {}), status=RUNNING_STATUS, jobs=[job(pod_count=nodes, **fields)], pods=pods, now=at(now))
     return decide(replace(found, blocking_condition=BlockingCondition(Reason.QUOTA_EXCEEDED, "from events")))
 
 
@@ -406,8 +406,8 @@ def active_plan(pods: Sequence[PodView] = (), *, now: float = 100, nodes: int = 
     ids=["two ranks", "no rank 0", "pending", "unknown", "no address", "ended", "not ready"],
 )
 def test_only_a_running_pod_of_rank_0_with_an_address_is_scraped(pods: list[PodView], scraped: str | None) -> None:
-    plan = active_plan(pods, nodes=2)
-    assert (plan.scrape_pod.uid if plan.scrape_pod else None) == scraped
+    plan = plan_active_attempt(pods, nodes=2)
+    assert (plan.pod_to_scrape.uid if plan.pod_to_scrape else None) == scraped
 
 
 @pytest.mark.parametrize(
@@ -422,7 +422,7 @@ def test_only_a_running_pod_of_rank_0_with_an_address_is_scraped(pods: list[PodV
     ids=["all ready", "one missing", "one not ready", "one unschedulable", "suspended by a queue"],
 )
 def test_attempt_is_blocked_until_all_pods_are_ready(pods: list[PodView], is_suspended: bool, reason: Reason | None) -> None:
-    plan = active_plan(pods, nodes=2, is_suspended=is_suspended)
+    plan = plan_active_attempt(pods, nodes=2, is_suspended=is_suspended)
     assert (plan.situation, plan.blocking_condition and plan.blocking_condition.reason) == (Situation.ACTIVE, reason)
 
 
@@ -443,14 +443,14 @@ LEAVING_POD = pod(deletion_timestamp=at(90))
 def test_running_attempt_is_reconciled_at_its_next_time_limit(
     pods: list[PodView], policy: dict[str, Any], is_suspended: bool, reconcile_at: object
 ) -> None:
-    assert active_plan(pods, policy=policy, is_suspended=is_suspended).reconcile_at == reconcile_at
+    assert plan_active_attempt(pods, policy=policy, is_suspended=is_suspended).reconcile_at == reconcile_at
 
 
 @pytest.mark.parametrize(("now", "earlier", "is_over"), [(99, 0, False), (100, 0, True), (101, 0, True), (59, 40, False), (60, 40, True)])
 def test_attempt_is_ended_when_the_job_has_run_for_its_active_deadline(now: float, earlier: int, is_over: bool) -> None:
-    known = status(attempt=1, attempts=[STARTED_ATTEMPT], activeSeconds=earlier)
+    old_status = status(attempt=1, attempts=[STARTED_ATTEMPT], activeSeconds=earlier)
     limit = {"activeDeadlineSeconds": 100}
-    plan = decide(facts(spec=spec(policy=limit), status=known, jobs=[job()], pods=[pod()], now=at(now)))
+    plan = decide(facts(spec=spec(policy=limit), status=old_status, jobs=[job()], pods=[pod()], now=at(now)))
     ended = Termination(Reason.DEADLINE_EXCEEDED, "policy.activeDeadlineSeconds 100 passed")
     assert plan.termination == (ended if is_over else None)
     queued = status(attempt=1, activeSeconds=100, attempts=[{**STARTED_ATTEMPT}], conditions=[condition(Condition.QUOTA_RESERVED, "False", "Queued", 0)])
@@ -461,7 +461,7 @@ def test_attempt_is_ended_when_the_job_has_run_for_its_active_deadline(now: floa
 @pytest.mark.parametrize(("node", "text"), [("node-1", "node node-1"), ("", "node unknown")])
 def test_attempt_with_several_lost_pods_is_ended_because_of_the_first(node: str, text: str) -> None:
     lost_pods = [pod(index=0, name="a", node=node, deletion_timestamp=at(39)), pod(index=1, name="b", node="node-2", deletion_timestamp=at(39))]
-    plan = active_plan(lost_pods, nodes=2)
+    plan = plan_active_attempt(lost_pods, nodes=2)
     assert plan == Plan(Situation.ACTIVE, termination=Termination(Reason.NODE_LOST, f"pod a does not end: {text} is lost"))
 
 
@@ -471,7 +471,7 @@ def test_attempt_with_several_lost_pods_is_ended_because_of_the_first(node: str,
 def test_end_of_a_job_is_the_time_that_the_job_controller_recorded() -> None:
     for ended_job in (job(completed_at=at(60)), job(failed_at=at(60))):
         plan = decide(facts(status=RUNNING_STATUS, jobs=[ended_job], pods=[end_pod(pod(), 0)], now=at(90)))
-        assert plan.attempt_end is not None and plan.attempt_end.time == at(60)
+        assert plan.attempt_end is not None and plan.attempt_end.ended_at == at(60)
 
 
 @pytest.mark.parametrize("failed_at", [None, at(60)])
@@ -486,7 +486,7 @@ def test_job_is_deleted_once_and_its_lost_pods_are_force_deleted(is_deleting: bo
     found_job, lost_pod = job(is_deleting=is_deleting), pod(index=1, deletion_timestamp=at(39))
     plan = decide(facts(status=SUSPENDING_STATUS, jobs=[found_job], pods=[LEAVING_POD, pod(), lost_pod], now=at(100)))
     assert plan == Plan(
-        Situation.TERMINATING, delete_jobs=() if is_deleting else (found_job,), force_delete_pods=(lost_pod,), reconcile_at=at(130)
+        Situation.TERMINATING, jobs_to_delete=() if is_deleting else (found_job,), pods_to_force_delete=(lost_pod,), reconcile_at=at(130)
     )
 
 
@@ -494,7 +494,7 @@ def test_pods_of_a_deleted_job_are_deleted_before_the_attempt_ends() -> None:
     lost_pod = pod(index=1, deletion_timestamp=at(39))
     pods = [pod(), LEAVING_POD, lost_pod, end_pod(pod(index=2), 75)]
     plan = decide(facts(status=SUSPENDING_STATUS, pods=pods, now=at(100)))
-    assert plan == Plan(Situation.TERMINATING, delete_pods=(pods[0],), force_delete_pods=(lost_pod,), reconcile_at=at(130))
+    assert plan == Plan(Situation.TERMINATING, pods_to_delete=(pods[0],), pods_to_force_delete=(lost_pod,), reconcile_at=at(130))
     without_lost = decide(facts(status=SUSPENDING_STATUS, pods=pods[:2], now=at(100)))
-    assert (without_lost.force_delete_pods, without_lost.reconcile_at) == ((), at(90 + 61))
+    assert (without_lost.pods_to_force_delete, without_lost.reconcile_at) == ((), at(90 + 61))
     assert decide(facts(status=SUSPENDING_STATUS, pods=pods[3:], now=at(100))).situation is Situation.ENDED

@@ -1,4 +1,4 @@
-"""The transitions of the status that emit events, and the names of the Event objects."""
+"""Which changes of the status emit events, and how the Event objects are named."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from finetune_api.names import Reason
 from finetune_api.status import FineTuneJobStatus
 from finetune_operator.decide import decide
-from finetune_operator.events import MAX_NOTE_CHARACTERS, EventDraft, build_event, draft_events, event_name
+from finetune_operator.events import MAX_NOTE_CHARACTERS, EventDraft, build_event, build_event_name, draft_events
 from finetune_operator.plan import ActionResult
 from finetune_operator.report import compute_status
 
@@ -20,7 +20,7 @@ RUNNING_STATUS = {
 }
 
 
-def step(old_status: FineTuneJobStatus, result: ActionResult | None = None, **observed: Any) -> tuple[FineTuneJobStatus, list[str]]:
+def compute_next_status(old_status: FineTuneJobStatus, result: ActionResult | None = None, **observed: Any) -> tuple[FineTuneJobStatus, list[str]]:
     """Return the next status, and the reasons of the events that this change of the status emits."""
     found = facts(status=old_status, **observed)
     new_status = compute_status(found, decide(found), result or ActionResult())
@@ -40,7 +40,7 @@ def test_events_of_a_whole_run() -> None:
     seen: list[str] = []
     current = FineTuneJobStatus()
     for result, observed in sequence:
-        current, reasons = step(current, result, **observed)
+        current, reasons = compute_next_status(current, result, **observed)
         seen += reasons
     assert seen == [
         "AttemptStarted", "Unschedulable", "TrainingStarted", "FirstCheckpointCommitted", "Succeeded",
@@ -48,15 +48,15 @@ def test_events_of_a_whole_run() -> None:
 
 
 def test_events_of_a_retry() -> None:
-    first, _ = step(status(**RUNNING_STATUS), jobs=[job()], pods=[pod()])
-    second, reasons = step(first, jobs=[job(failed_at=at(60))], pods=[end_pod(pod(), 71)], now=at(61))
+    first, _ = compute_next_status(status(**RUNNING_STATUS), jobs=[job()], pods=[pod()])
+    second, reasons = compute_next_status(first, jobs=[job(failed_at=at(60))], pods=[end_pod(pod(), 71)], now=at(61))
     assert reasons == ["OutOfMemory", "OutOfMemory", "Retrying"]
     assert (second.attempt, second.restarts, second.phase) == (2, 1, "Recovering")
 
 
-def test_event_name_depends_on_its_text() -> None:
+def test_name_of_an_event_depends_on_its_message() -> None:
     def name(text: str) -> str:
-        return event_name(finetunejob(), EventDraft(Reason.STALLED, text), 0)
+        return build_event_name(finetunejob(), EventDraft(Reason.STALLED, text), 0)
 
     assert name("a") == name("a")
     assert name("a") != name("b")
@@ -67,5 +67,5 @@ def test_event_name_depends_on_its_text() -> None:
 
 def test_names_sort_in_the_order_in_which_events_are_emitted() -> None:
     emitted = [(9, 0), (9, 1), (9, 12), (10, 0), (99999, 0), (100000, 0)]
-    names = [event_name(finetunejob(version=version), EventDraft(Reason.ACCEPTED, f"{version}"), number) for version, number in emitted]
+    names = [build_event_name(finetunejob(version=version), EventDraft(Reason.ACCEPTED, f"{version}"), number) for version, number in emitted]
     assert sorted(names) == names

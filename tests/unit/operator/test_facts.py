@@ -1,4 +1,4 @@
-"""Facts about running time and checkpoints, also if the operator was down or a queue has replaced the pods."""
+"""Facts about the running time and the checkpoints of a job, also if the operator was down or a queue replaced the pods."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ QUEUED_SPEC = spec(placement={"queueName": "q"}, policy={"activeDeadlineSeconds"
 
 
 def test_running_time_begins_when_the_queue_admits_the_job() -> None:
-    known = status(
+    old_status = status(
         attempt=1, attempts=[STARTED_ATTEMPT], conditions=[condition(Condition.QUOTA_RESERVED, "False", Reason.QUEUED, 0)]
     )
-    observed = facts(spec=QUEUED_SPEC, status=known, jobs=[job(queue="q", started_at=at(100))], pods=[pod()], now=at(3700))
+    observed = facts(spec=QUEUED_SPEC, status=old_status, jobs=[job(queue="q", started_at=at(100))], pods=[pod()], now=at(3700))
     assert observed.running_since == at(100)
     plan = decide(observed)
     assert plan.termination is not None and plan.termination.reason is Reason.DEADLINE_EXCEEDED
@@ -45,26 +45,26 @@ def test_queued_job_with_an_unreadable_spec_does_not_run() -> None:
     """The deadline of the job must not pass while the job waits in the queue."""
     unreadable = {**QUEUED_SPEC, "training": ["a newer form"]}
     waiting = facts(spec=unreadable, jobs=[job(queue="q", is_suspended=True, started_at=None)], now=at(10**6))
-    assert (waiting.spec_is_readable, waiting.running_since) == (False, None)
+    assert (waiting.is_spec_readable, waiting.running_since) == (False, None)
     assert decide(waiting).termination is None
 
 
 def test_attempt_that_failed_while_the_operator_was_down_has_used_its_time() -> None:
-    known = status(
+    old_status = status(
         attempt=1, attempts=[STARTED_ATTEMPT], conditions=[condition(Condition.QUOTA_RESERVED, "False", Reason.QUEUED, 0)]
     )
     over = job(queue="q", started_at=at(100), failed_at=at(1700), failed_reason="x")
-    observed = facts(spec=QUEUED_SPEC, status=known, jobs=[over], pods=[end_pod(pod(), 70)], now=at(3700))
+    observed = facts(spec=QUEUED_SPEC, status=old_status, jobs=[over], pods=[end_pod(pod(), 70)], now=at(3700))
     assert compute_status(observed, decide(observed), ActionResult()).active_seconds == 1600
 
 
-def test_requeued_job_runs_since_its_last_admission() -> None:
-    """A resumed Job has its old start time until the Job controller has processed the resume."""
+def test_running_time_of_a_requeued_job_begins_at_its_last_admission() -> None:
+    """A resumed Job keeps its old start time until the Job controller has handled the resumption."""
     for value, reason, since in (("False", Reason.QUEUED, 1800), ("True", Reason.PROGRESSING, 7201)):
         taken = condition(Condition.QUOTA_RESERVED, value, reason, since)
-        known = status(attempt=1, attempts=[STARTED_ATTEMPT], activeSeconds=1700, conditions=[taken])
+        old_status = status(attempt=1, attempts=[STARTED_ATTEMPT], activeSeconds=1700, conditions=[taken])
         for one in (job(queue="q", started_at=at(100), suspended_since=at(1800)), job(queue="q", started_at=at(7200))):
-            observed = facts(spec=QUEUED_SPEC, status=known, jobs=[one], now=at(7202))
+            observed = facts(spec=QUEUED_SPEC, status=old_status, jobs=[one], now=at(7202))
             assert decide(observed).termination is None
             assert observed.running_since in (None, at(7200), at(7201))
 
@@ -79,37 +79,37 @@ def test_no_attempt_starts_after_the_deadline() -> None:
     assert plan.job_end is not None and plan.job_end.reason is Reason.DEADLINE_EXCEEDED
 
 
-def test_time_after_the_queue_suspended_the_job_is_not_running_time() -> None:
-    known = status(
+def test_time_for_which_a_queue_suspends_the_job_is_not_running_time() -> None:
+    old_status = status(
         attempt=1, attempts=[STARTED_ATTEMPT], conditions=[condition(Condition.QUOTA_RESERVED, "True", "Progressing", 100)]
     )
     taken = job(queue="q", is_suspended=True, suspended_since=at(1000), started_at=None)
     ended = replace(pod(created_at=at(100), deletion_timestamp=at(1000)), phase="Failed")
-    observed = facts(spec=QUEUED_SPEC, status=known, jobs=[taken], pods=[ended], now=at(5000))
+    observed = facts(spec=QUEUED_SPEC, status=old_status, jobs=[taken], pods=[ended], now=at(5000))
     plan = decide(observed)
     assert plan.termination is None
     assert compute_status(observed, plan, ActionResult()).active_seconds == 900
 
 
-def test_only_known_running_time_counts_if_the_operator_did_not_see_when_the_queue_suspended_the_job() -> None:
-    """The queue may have suspended, resumed and suspended the Job meanwhile. A deadline must not pass in time that the job did not run."""
-    known = status(
+def test_only_certain_running_time_counts_if_the_queue_suspended_the_job_unnoticed() -> None:
+    """While the operator was stopped, the queue may have suspended and resumed the Job several times. Only time in which the job ran may count."""
+    old_status = status(
         attempt=1, attempts=[STARTED_ATTEMPT], progress={"step": 5, "updateTime": at(400).isoformat()},
         conditions=[condition(Condition.QUOTA_RESERVED, "True", "Progressing", 100)],
     )  # fmt: skip
     taken = job(queue="q", is_suspended=True, suspended_since=at(4000), started_at=None)
-    unseen = facts(spec=QUEUED_SPEC, status=known, jobs=[taken], now=at(5000))
-    assert unseen.running_seconds(unseen.now) == 300
+    unseen = facts(spec=QUEUED_SPEC, status=old_status, jobs=[taken], now=at(5000))
+    assert unseen.compute_running_seconds(unseen.now) == 300
     second_pod = replace(pod(created_at=at(3900), deletion_timestamp=at(4000)), phase="Failed")
-    readmitted = facts(spec=QUEUED_SPEC, status=known, jobs=[taken], pods=[second_pod], now=at(5000))
-    assert readmitted.running_seconds(readmitted.now) == 100
+    readmitted = facts(spec=QUEUED_SPEC, status=old_status, jobs=[taken], pods=[second_pod], now=at(5000))
+    assert readmitted.compute_running_seconds(readmitted.now) == 100
 
 
-def test_readmission_while_the_operator_was_down_restarts_the_reservation() -> None:
-    known = status(
+def test_quota_reservation_begins_again_if_the_job_was_readmitted_while_the_operator_was_down() -> None:
+    old_status = status(
         attempt=1, attempts=[STARTED_ATTEMPT], conditions=[condition(Condition.QUOTA_RESERVED, "True", "Progressing", 100)]
     )
-    observed = facts(spec=QUEUED_SPEC, status=known, jobs=[job(queue="q", started_at=at(4000))], now=at(4100))
+    observed = facts(spec=QUEUED_SPEC, status=old_status, jobs=[job(queue="q", started_at=at(4000))], now=at(4100))
     new = compute_status(observed, decide(observed), ActionResult())
     quota = next(condition for condition in new.conditions if condition.type == Condition.QUOTA_RESERVED)
     assert quota.last_transition_time == at(4000)
@@ -118,14 +118,14 @@ def test_readmission_while_the_operator_was_down_restarts_the_reservation() -> N
 
 
 def test_job_deleted_while_the_operator_was_down_ran_until_its_last_report() -> None:
-    """The hours in which a suspended job waited for the operator do not count towards the job's deadline."""
+    """The hours for which a suspended job waited for the stopped operator do not count towards its deadline."""
     begun = {**STARTED_ATTEMPT, "reason": "Suspended", "message": "spec.suspend is true"}
-    known = status(attempt=1, attempts=[begun], progress={"step": 7, "updateTime": at(500).isoformat()})
-    written = spec(suspend=True, policy={"activeDeadlineSeconds": 1800})
-    observed = facts(spec=written, status=known, now=at(9000))
+    old_status = status(attempt=1, attempts=[begun], progress={"step": 7, "updateTime": at(500).isoformat()})
+    raw_spec = spec(suspend=True, policy={"activeDeadlineSeconds": 1800})
+    observed = facts(spec=raw_spec, status=old_status, now=at(9000))
     plan = decide(observed)
     assert plan.job_end is None
-    assert plan.attempt_end is not None and (plan.attempt_end.reason, plan.attempt_end.time) == (
+    assert plan.attempt_end is not None and (plan.attempt_end.reason, plan.attempt_end.ended_at) == (
         Reason.SUSPENDED,
         at(500),
     )
@@ -133,27 +133,27 @@ def test_job_deleted_while_the_operator_was_down_ran_until_its_last_report() -> 
 
 
 def test_deleted_job_ran_until_its_pods_ended() -> None:
-    known = status(attempt=1, attempts=[{**STARTED_ATTEMPT, "reason": "Suspended"}])
+    old_status = status(attempt=1, attempts=[{**STARTED_ATTEMPT, "reason": "Suspended"}])
     over = end_pod(pod(is_deleted=True), 75)  # at 60 s
     observed = facts(
-        spec=spec(suspend=True, policy={"activeDeadlineSeconds": 1800}), status=known, pods=[over], now=at(9000)
+        spec=spec(suspend=True, policy={"activeDeadlineSeconds": 1800}), status=old_status, pods=[over], now=at(9000)
     )
     plan = decide(observed)
     assert plan.job_end is None
-    assert plan.attempt_end is not None and plan.attempt_end.time == at(60)
+    assert plan.attempt_end is not None and plan.attempt_end.ended_at == at(60)
 
 
 def test_checkpoints_of_a_pod_that_a_queue_replaced_are_recorded() -> None:
-    """The operator restarted before it scraped step 20. Only the termination message of the preempted pod lists checkpoint 20."""
+    """The operator was restarted before it read a report with step 20. Only the preempted pod's termination message lists checkpoint 20."""
     uri = "s3://models/test/checkpoints/step-{0:08d}/a1-00000000"
     listed = [{"step": step, "uri": uri.format(step)} for step in (10, 20)]
     message = TerminationMessage.model_validate({"step": 29, "resumedFromStep": 0, "checkpoints": listed})
     preempted = replace(end_pod(pod(), 75, message), is_deleted=True)
     replacement = end_pod(pod(uid="new", created_at=at(300)), 75, TerminationMessage(code="Code"))
-    known = status(attempt=1, attempts=[STARTED_ATTEMPT])
+    old_status = status(attempt=1, attempts=[STARTED_ATTEMPT])
     observed = facts(
         spec=QUEUED_SPEC,
-        status=known,
+        status=old_status,
         jobs=[job(queue="q", failed_at=at(400))],
         pods=[preempted, replacement],
         now=at(400),
@@ -164,12 +164,12 @@ def test_checkpoints_of_a_pod_that_a_queue_replaced_are_recorded() -> None:
     assert [checkpoint.step for checkpoint in compute_status(observed, plan, ActionResult()).checkpoints] == [10, 20]
 
 
-def test_message_of_a_replaced_pod_does_not_bring_back_removed_checkpoints() -> None:
+def test_termination_message_of_a_replaced_pod_does_not_restore_removed_checkpoints() -> None:
     uri = "s3://models/test/checkpoints/step-{0:08d}/a1-00000000"
     listed = [{"step": step, "uri": uri.format(step)} for step in (10, 20)]
     message = TerminationMessage.model_validate({"checkpoints": listed})
     preempted = replace(end_pod(pod(), 75, message), is_deleted=True)
     newer = [{"step": step, "uri": uri.format(step)} for step in (20, 30)]
-    known = status(attempt=1, attempts=[STARTED_ATTEMPT], checkpoints=newer)
-    observed = facts(status=known, jobs=[job()], pods=[preempted, pod(uid="new", created_at=at(300))], now=at(400))
+    old_status = status(attempt=1, attempts=[STARTED_ATTEMPT], checkpoints=newer)
+    observed = facts(status=old_status, jobs=[job()], pods=[preempted, pod(uid="new", created_at=at(300))], now=at(400))
     assert [checkpoint.step for checkpoint in compute_status(observed, decide(observed), ActionResult()).checkpoints] == [20, 30]

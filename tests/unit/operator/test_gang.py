@@ -13,7 +13,7 @@ from finetune_operator.decide import decide
 from finetune_operator.facts import Facts
 from finetune_operator.plan import Situation
 from finetune_operator.policies.acceptance import accept
-from finetune_operator.policies.retry import TERMINATION_RETRY, backoff_seconds, blocked_retry_seconds
+from finetune_operator.policies.retry import TERMINATION_RETRY, compute_backoff_seconds, compute_blocked_retry_seconds
 from finetune_operator.settings import RetrySettings
 
 from tests.unit.operator.samples import CONFIG, T0, UID, at, end_pod, facts, job, pod, spec, status
@@ -24,40 +24,40 @@ UNREADY_STATUS = status(attempt=1, attempts=[STARTED_ATTEMPT], conditions=[UNREA
 GANG_SPEC = spec(resources={"nodes": 3}, policy={"startTimeoutSeconds": 600})
 
 
-def waiting_gang(placed_count: int, *, nodes: int = 3, created_count: int = 3, now_seconds: float = 600, **job_fields: Any) -> Facts:
+def make_waiting_gang(placed_count: int, *, nodes: int = 3, created_count: int = 3, now_seconds: float = 600, **job_fields: Any) -> Facts:
     """A gang of `nodes` pods: `created_count` pods exist, and `placed_count` of them have a node."""
     pods = [
         pod(index=index, phase="Pending", is_ready=False, node="node-1" if index < placed_count else "")
         for index in range(created_count)
     ]
-    return facts(spec=GANG_SPEC, status=UNREADY_STATUS, jobs=[job(nodes=nodes, **job_fields)], pods=pods, now=at(now_seconds))
+    return facts(spec=GANG_SPEC, status=UNREADY_STATUS, jobs=[job(pod_count=nodes, **job_fields)], pods=pods, now=at(now_seconds))
 
 
 @pytest.mark.parametrize(("nodes", "placed", "created"), [(2, 1, 2), (2, 1, 1), (3, 1, 3), (3, 2, 3), (3, 1, 1), (3, 2, 2)])
 def test_incomplete_gang_is_ended_at_the_start_timeout(nodes: int, placed: int, created: int) -> None:
     """Pods without a node may be unschedulable. Pods that do not exist may exceed a quota."""
     for now_seconds in (600, 601):
-        plan = decide(waiting_gang(placed, nodes=nodes, created_count=created, now_seconds=now_seconds))
+        plan = decide(make_waiting_gang(placed, nodes=nodes, created_count=created, now_seconds=now_seconds))
         assert plan.termination is not None
         assert plan.termination.reason is Reason.GANG_INCOMPLETE
         assert f"{placed} of {nodes} pods have a node" in plan.termination.message
-    assert decide(waiting_gang(placed, nodes=nodes, created_count=created, now_seconds=599)).termination is None
+    assert decide(make_waiting_gang(placed, nodes=nodes, created_count=created, now_seconds=599)).termination is None
 
 
 @pytest.mark.parametrize(("placed", "created"), [(0, 3), (3, 3), (0, 0)])
 def test_gang_keeps_waiting_if_none_or_all_of_its_pods_have_a_node(placed: int, created: int) -> None:
     """While no pod has a node, an autoscaler may be adding nodes. When all pods have a node, they may be pulling the image."""
-    plan = decide(waiting_gang(placed, created_count=created))
+    plan = decide(make_waiting_gang(placed, created_count=created))
     assert (plan.situation, plan.termination) == (Situation.ACTIVE, None)
 
 
 def test_gang_in_a_queue_keeps_waiting() -> None:
-    assert decide(waiting_gang(1, queue="team-a")).termination is None
+    assert decide(make_waiting_gang(1, queue="team-a")).termination is None
 
 
 def test_gang_with_an_unreadable_spec_keeps_waiting() -> None:
     """The spec may contain a longer start timeout, and the operator could not start a next attempt."""
-    observed = waiting_gang(1, now_seconds=1e6)
+    observed = make_waiting_gang(1, now_seconds=1e6)
     unreadable = replace(observed.job, spec={**GANG_SPEC, "newer": {"field": 1}})
     plan = decide(replace(observed, job=unreadable, acceptance=accept(unreadable.spec, CONFIG)))
     assert (plan.situation, plan.termination) == (Situation.ACTIVE, None)
@@ -65,11 +65,11 @@ def test_gang_with_an_unreadable_spec_keeps_waiting() -> None:
 
 @pytest.mark.parametrize(("placed", "created"), [(0, 0), (0, 1), (1, 1)])
 def test_single_pod_keeps_waiting(placed: int, created: int) -> None:
-    assert decide(waiting_gang(placed, nodes=1, created_count=created)).termination is None
+    assert decide(make_waiting_gang(placed, nodes=1, created_count=created)).termination is None
 
 
 def test_gang_with_a_finished_pod_is_not_terminated() -> None:
-    observed = waiting_gang(2)
+    observed = make_waiting_gang(2)
     pods = (replace(end_pod(observed.pods[0], 0), is_deleted=True), *observed.pods[1:])
     assert decide(replace(observed, pods=pods)).termination is None
 
@@ -84,24 +84,24 @@ def test_incomplete_gang_is_retried_uncounted_after_a_delay() -> None:
     assert decide(facts(spec=GANG_SPEC, status=status(attempt=2, attempts=[over]), now=at(701))).situation is Situation.BACKING_OFF
 
 
-def incomplete_attempts(count: int) -> list[Attempt]:
+def make_incomplete_attempts(count: int) -> list[Attempt]:
     return [Attempt(number=n, reason=Reason.GANG_INCOMPLETE, counted=False, end_time=T0) for n in range(1, count + 1)]
 
 
 def test_delay_of_incomplete_gangs_grows_and_differs_between_jobs() -> None:
     settings = RetrySettings(base_seconds=10, max_seconds=600)
-    delays = [backoff_seconds(incomplete_attempts(count), settings, UID) for count in range(1, 5)]
+    delays = [compute_backoff_seconds(make_incomplete_attempts(count), settings, UID) for count in range(1, 5)]
     for count, delay in enumerate(delays):
         assert 0.5 * 10 * 2**count <= delay <= 1.5 * 10 * 2**count
-    assert delays == [backoff_seconds(incomplete_attempts(count), settings, UID) for count in range(1, 5)]
-    assert len({backoff_seconds(incomplete_attempts(1), settings, f"job-{n}") for n in range(20)}) == 20
+    assert delays == [compute_backoff_seconds(make_incomplete_attempts(count), settings, UID) for count in range(1, 5)]
+    assert len({compute_backoff_seconds(make_incomplete_attempts(1), settings, f"job-{n}") for n in range(20)}) == 20
 
 
 def test_trainer_that_is_too_old_is_retried_after_a_backoff() -> None:
     attempts = [Attempt(number=1, reason=Reason.TRAINER_TOO_OLD, counted=False, end_time=T0)]
-    assert backoff_seconds(attempts, RetrySettings(base_seconds=10, max_seconds=600)) == 10
+    assert compute_backoff_seconds(attempts, RetrySettings(base_seconds=10, max_seconds=600)) == 10
 
 
 @pytest.mark.parametrize(("blocked", "pause"), [(0, 15), (20, 15), (100, 50), (9999, 300)])
 def test_refused_create_is_repeated_with_a_growing_pause(blocked: float, pause: float) -> None:
-    assert blocked_retry_seconds(blocked) == pause
+    assert compute_blocked_retry_seconds(blocked) == pause

@@ -1,4 +1,4 @@
-"""What the time of a job was used for: parts of attempts, lost steps, and the sum."""
+"""Goodput: the parts of the time of each attempt, lost steps, and the sum over all attempts."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from finetune_api.pod import TerminationMessage
 from finetune_api.status import Attempt, AttemptTime, FineTuneJobStatus, Goodput, TimeUse
 from finetune_operator.decide import decide
 from finetune_operator.facts import Facts
-from finetune_operator.goodput import AttemptTimes, PodTime, split_lost_steps, split_time, summarise
+from finetune_operator.goodput import AttemptTimes, PodTimes, build_goodput, split_attempt_time, split_lost_steps
 from finetune_operator.metrics import Metrics
 from finetune_operator.plan import ActionResult
-from finetune_operator.report import KEPT_ATTEMPTS, compute_status
+from finetune_operator.report import KEPT_ATTEMPT_COUNT, compute_status
 from finetune_operator.views import TerminatedState
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.operator.samples import T0, at, facts, iso_time, job, pod, report, spec, status
 
-POD = PodTime(at(20), at(23), at(30), at(130), {"starting": 2.0, "loading": 8.0, "steps": 80.0}, last_part="other")
+POD = PodTimes(at(20), at(23), at(30), at(130), {"starting": 2.0, "loading": 8.0, "steps": 80.0}, last_part="other")
 
 SECOND_POD = replace(POD, created_at=at(150), scheduled_at=at(151), started_at=at(155), ended_at=at(200), reported={"steps": 44.0})
 
 
-def attempt_times(**fields: Any) -> AttemptTimes:
+def make_attempt_times(**fields: Any) -> AttemptTimes:
     return replace(AttemptTimes(begins_at=T0, ends_at=at(140), job_created_at=at(15), pods=[POD]), **fields)
 
 
@@ -56,15 +56,15 @@ def attempt_times(**fields: Any) -> AttemptTimes:
         "clock set back",
     ],
 )  # fmt: skip
-def test_the_time_of_an_attempt_is_split(fields: dict[str, Any], parts: dict[str, float]) -> None:
-    found = split_time(attempt_times(**fields))
+def test_time_of_an_attempt_is_split_into_parts(fields: dict[str, Any], parts: dict[str, float]) -> None:
+    found = split_attempt_time(make_attempt_times(**fields))
     assert {part: round(seconds, 6) for part, seconds in found.items()} == parts
 
 
 SECONDS = st.floats(-1000, 100_000, allow_nan=False)
 MOMENTS = st.none() | SECONDS.map(at)
 PODS = st.builds(
-    PodTime, created_at=SECONDS.map(at), scheduled_at=MOMENTS, started_at=MOMENTS, ended_at=MOMENTS, last_part=st.sampled_from(["steps", "other"]),
+    PodTimes, created_at=SECONDS.map(at), scheduled_at=MOMENTS, started_at=MOMENTS, ended_at=MOMENTS, last_part=st.sampled_from(["steps", "other"]),
     reported=st.none() | st.dictionaries(st.sampled_from([*TimeUse.model_fields]), st.floats(0, 1e15)),
 )  # fmt: skip
 
@@ -74,23 +74,23 @@ PODS = st.builds(
     job_created_at=MOMENTS, has_queue=st.booleans(), follows_suspension=st.booleans(), pods=st.lists(PODS, max_size=4),
 ))  # fmt: skip
 def test_the_parts_of_any_attempt_are_positive_and_sum_to_its_time(times: AttemptTimes) -> None:
-    parts = split_time(times)
+    parts = split_attempt_time(times)
     assert min(parts.values(), default=0.0) >= 0
     assert sum(parts.values()) == pytest.approx(max(0.0, (times.ends_at - times.begins_at).total_seconds()), abs=1e-3)
 
 
-def entry(number: int, **parts: float) -> AttemptTime:
+def make_entry(number: int, **parts: float) -> AttemptTime:
     return AttemptTime(number=number, wall_seconds=sum(parts.values()), parts=parts)
 
 
 def test_steps_that_a_later_attempt_repeats_are_lost() -> None:
     records = [Attempt(number=1, last_step=100), Attempt(number=2, resumed_from_step=75, last_step=175), Attempt(number=3, resumed_from_step=50, last_step=60)]
-    settled = split_lost_steps([entry(1, steps=200, loading=9), entry(2, steps=100), entry(3, steps=5)], records)
+    settled = split_lost_steps([make_entry(1, steps=200, loading=9), make_entry(2, steps=100), make_entry(3, steps=5)], records)
     assert [one.parts for one in settled] == [{"steps": 100, "lostSteps": 100, "loading": 9}, {"lostSteps": 100}, {"steps": 5}]
     assert split_lost_steps(settled, records) == settled, "the split does not depend on the earlier split"
     later = [*records[:2], Attempt(number=3, resumed_from_step=150, last_step=160)]
     assert [one.parts.get("lostSteps", 0) for one in split_lost_steps(settled, later)] == [50, 25, 0], "the first repetition counts"
-    assert split_lost_steps([entry(1, steps=10), entry(2)], [Attempt(number=1, last_step=5), Attempt(number=2)])[0].parts == {"steps": 10}
+    assert split_lost_steps([make_entry(1, steps=10), make_entry(2)], [Attempt(number=1, last_step=5), Attempt(number=2)])[0].parts == {"steps": 10}
 
 
 @given(
@@ -98,7 +98,7 @@ def test_steps_that_a_later_attempt_repeats_are_lost() -> None:
 )
 def test_lost_steps_do_not_change_the_sum(history: list[tuple[int | None, int | None, float]]) -> None:
     records = [Attempt(number=number, resumed_from_step=start, last_step=last) for number, (start, last, _) in enumerate(history)]
-    entries = [entry(number, steps=round(seconds, 3), loading=1) for number, (_, _, seconds) in enumerate(history)]
+    entries = [make_entry(number, steps=round(seconds, 3), loading=1) for number, (_, _, seconds) in enumerate(history)]
     for one in split_lost_steps(entries, records):
         assert min(one.parts.values()) >= 0 and sum(one.parts.values()) == pytest.approx(one.wall_seconds, abs=1e-6)
 
@@ -106,43 +106,43 @@ def test_lost_steps_do_not_change_the_sum(history: list[tuple[int | None, int | 
 # The status
 
 
-def status_of(observed: Facts) -> FineTuneJobStatus:
+def compute_status_of(observed: Facts) -> FineTuneJobStatus:
     return compute_status(observed, decide(observed), ActionResult())
 
 
-def ended_pod(attempt: int, created: float, ended: float, message: TerminationMessage | None, code: int = 137) -> Any:
+def make_ended_pod(attempt: int, created: float, ended: float, message: TerminationMessage | None, code: int = 137) -> Any:
     text = message.to_json() if message else ""
     return pod(attempt, uid=f"pod-{attempt}-0", created_at=at(created), scheduled_at=at(created + 2), phase="Failed", is_ready=False,
                terminated=TerminatedState(code, "Error", text, at(ended), at(created + 10)))  # fmt: skip
 
 
-def goodput_of(new_status: FineTuneJobStatus) -> Goodput:
+def get_goodput(new_status: FineTuneJobStatus) -> Goodput:
     assert new_status.goodput is not None
     return new_status.goodput
 
 
-def test_a_killed_attempt_and_its_successor() -> None:
+def test_goodput_of_a_killed_attempt_and_of_the_next_attempt() -> None:
     first_report = report(progress={"step": 40}, timeUse={"starting": 3, "firstStep": 7, "steps": 80})
     running = facts(jobs=[job(created_at=at(4))], pods=[pod(created_at=at(5), scheduled_at=at(6), running_since=at(10))], now=at(103),
                     last_report=first_report, reported_at=at(101))  # fmt: skip
-    first = status_of(running)
-    assert goodput_of(first).parts.seconds() == {"waiting": 4, "scheduling": 2, "podStart": 4, "starting": 3, "firstStep": 7, "steps": 80, "other": 1}
-    assert (goodput_of(first).wall_seconds, goodput_of(first).percent) == (101, 91.6)
+    first = compute_status_of(running)
+    assert get_goodput(first).parts.seconds() == {"waiting": 4, "scheduling": 2, "podStart": 4, "starting": 3, "firstStep": 7, "steps": 80, "other": 1}
+    assert (get_goodput(first).wall_seconds, get_goodput(first).percent) == (101, 91.6)
 
-    failed = facts(status=first, jobs=[job(created_at=at(4), failed_at=at(112))], pods=[ended_pod(1, 5, 110, None)], now=at(112),
+    failed = facts(status=first, jobs=[job(created_at=at(4), failed_at=at(112))], pods=[make_ended_pod(1, 5, 110, None)], now=at(112),
                    last_report=first_report, reported_at=at(101))  # fmt: skip
-    ended = status_of(failed)
-    assert goodput_of(ended).parts.seconds() == {"waiting": 4, "scheduling": 3, "podStart": 8, "starting": 3, "firstStep": 7, "steps": 85, "other": 2}
+    ended = compute_status_of(failed)
+    assert get_goodput(ended).parts.seconds() == {"waiting": 4, "scheduling": 3, "podStart": 8, "starting": 3, "firstStep": 7, "steps": 85, "other": 2}
 
     second_report = report(attempt=2, progress={"step": 31}, resumedFromStep=30, timeUse={"starting": 3, "steps": 12.5}).model_copy(update={"attempt": 2})
     second_pod = pod(2, uid="pod-1-0", created_at=at(122), scheduled_at=at(122), running_since=at(124))
     resumed = facts(status=ended, jobs=[job(2, created_at=at(122))], pods=[second_pod], now=at(140), last_report=second_report, reported_at=at(139.5))
-    second = status_of(resumed)
-    assert goodput_of(second).parts.seconds() == {
+    second = compute_status_of(resumed)
+    assert get_goodput(second).parts.seconds() == {
         "waiting": 14, "scheduling": 3, "podStart": 10, "starting": 6, "firstStep": 7, "steps": 76.25, "lostSteps": 21.25, "other": 2,
     }  # fmt: skip
-    assert goodput_of(second).wall_seconds == 139.5
-    assert [one.number for one in goodput_of(second).attempts] == [1, 2]
+    assert get_goodput(second).wall_seconds == 139.5
+    assert [one.number for one in get_goodput(second).attempts] == [1, 2]
 
     metrics = Metrics()
     metrics.record_attempt_time(first.goodput, ended.goodput, 1)
@@ -151,38 +151,38 @@ def test_a_killed_attempt_and_its_successor() -> None:
     assert {part: metrics.registry.get_sample_value(name, {"part": part}) for part in expected} == expected
 
 
-def test_a_suspension_belongs_to_the_next_attempt() -> None:
-    known = Goodput(wall_seconds=100, attempts=[entry(1, steps=100)])
+def test_time_of_a_suspension_belongs_to_the_next_attempt() -> None:
+    old_goodput = Goodput(wall_seconds=100, attempts=[make_entry(1, steps=100)])
     records = [{"number": 1, "startTime": iso_time(0), "endTime": iso_time(100), "reason": Reason.SUSPENDED}, {"number": 2, "startTime": iso_time(400)}]
-    old = status(attempt=2, attempts=records).model_copy(update={"goodput": known})
+    old = status(attempt=2, attempts=records).model_copy(update={"goodput": old_goodput})
     new_pod = pod(2, uid="pod-1-0", created_at=at(400), scheduled_at=at(400), running_since=at(400))
     observed = facts(status=old, jobs=[job(2, created_at=at(400))], pods=[new_pod], now=at(410), last_report=report(timeUse={"steps": 10}))
-    assert goodput_of(status_of(observed)).parts.seconds() == {"suspended": 300, "steps": 110}
+    assert get_goodput(compute_status_of(observed)).parts.seconds() == {"suspended": 300, "steps": 110}
 
 
 def test_without_a_new_report_the_goodput_does_not_change() -> None:
-    known = Goodput(wall_seconds=100, attempts=[entry(1, steps=100)])
-    old = status(attempt=1, attempts=[{"number": 1, "startTime": iso_time(0)}]).model_copy(update={"goodput": known})
-    assert status_of(facts(status=old, jobs=[job()], pods=[pod()], now=at(500))).goodput == known
+    old_goodput = Goodput(wall_seconds=100, attempts=[make_entry(1, steps=100)])
+    old = status(attempt=1, attempts=[{"number": 1, "startTime": iso_time(0)}]).model_copy(update={"goodput": old_goodput})
+    assert compute_status_of(facts(status=old, jobs=[job()], pods=[pod()], now=at(500))).goodput == old_goodput
     queued = facts(spec=spec(placement={"queueName": "q"}), jobs=[job(is_suspended=True, queue="q")], now=at(500))
-    assert status_of(queued).goodput is None
+    assert compute_status_of(queued).goodput is None
 
 
-def test_pods_that_vanished_while_the_operator_did_not_run_keep_their_known_parts() -> None:
-    known = Goodput(wall_seconds=100, attempts=[entry(1, steps=90, loading=10)])
-    old = status(attempt=1, attempts=[{"number": 1, "startTime": iso_time(0)}]).model_copy(update={"goodput": known})
-    ended = status_of(facts(status=old, jobs=[job(failed_at=at(130))], now=at(200)))
-    assert goodput_of(ended).parts.seconds() == {"steps": 90, "loading": 10, "other": 30}
+def test_known_parts_are_kept_if_pods_were_removed_while_the_operator_was_stopped() -> None:
+    old_goodput = Goodput(wall_seconds=100, attempts=[make_entry(1, steps=90, loading=10)])
+    old = status(attempt=1, attempts=[{"number": 1, "startTime": iso_time(0)}]).model_copy(update={"goodput": old_goodput})
+    ended = compute_status_of(facts(status=old, jobs=[job(failed_at=at(130))], now=at(200)))
+    assert get_goodput(ended).parts.seconds() == {"steps": 90, "loading": 10, "other": 30}
 
 
-def test_attempts_that_are_no_longer_listed_stay_in_the_sum() -> None:
-    goodput = summarise([entry(3, steps=5)], {"steps": 7.5, "waiting": 2})
+def test_sum_includes_attempts_that_are_no_longer_listed() -> None:
+    goodput = build_goodput([make_entry(3, steps=5)], {"steps": 7.5, "waiting": 2})
     assert (goodput.wall_seconds, goodput.parts.seconds(), goodput.percent) == (14.5, {"waiting": 2, "steps": 12.5}, 100.0)
     assert goodput.earlier == {"steps": 7.5, "waiting": 2}
     begin: datetime = at(0)
-    known = Goodput(wall_seconds=100, attempts=[entry(number, steps=10) for number in range(1, KEPT_ATTEMPTS + 1)])
-    old = status(attempt=11, attempts=[{"number": 11, "startTime": iso_time(100)}]).model_copy(update={"goodput": known})
+    old_goodput = Goodput(wall_seconds=100, attempts=[make_entry(number, steps=10) for number in range(1, KEPT_ATTEMPT_COUNT + 1)])
+    old = status(attempt=11, attempts=[{"number": 11, "startTime": iso_time(100)}]).model_copy(update={"goodput": old_goodput})
     observed = facts(status=old, jobs=[job(11, created_at=at(100))], now=at(110), created_at=begin, last_report=report(timeUse={"steps": 10}),
                      pods=[pod(11, uid="pod-1-0", created_at=at(100), scheduled_at=at(100), running_since=at(100))])  # fmt: skip
-    found = goodput_of(status_of(observed))
+    found = get_goodput(compute_status_of(observed))
     assert (found.wall_seconds, found.earlier, [one.number for one in found.attempts]) == (110, {"steps": 10}, list(range(2, 12)))

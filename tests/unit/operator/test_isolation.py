@@ -23,32 +23,32 @@ from finetune_operator.objects import JOB, NETWORK_POLICY, SECRET, SERVICE, Kind
 from finetune_operator.plan import ActionResult, Plan, Situation
 from finetune_operator.settings import IsolationSettings, OperatorConfig, SettingsError, StartError, parse_config
 
-from tests.unit.operator.fake_cluster import Server, new_server
+from tests.unit.operator.fake_cluster import FakeApiServer, new_server
 from tests.unit.operator.samples import CONFIG, UID, facts, job, spec
 
 KEY = bytes(range(32))
 OPERATOR_PODS = {"app.kubernetes.io/name": "finetune-operator", "app.kubernetes.io/instance": "rel"}
 ISOLATION = IsolationSettings(secret=True, network_policy=True, operator_namespace="ops", operator_labels=OPERATOR_PODS)
-SECRET_NAME = AttemptSecrets(ISOLATION, KEY).secret_name("run-1", UID, 1)
+SECRET_NAME = AttemptSecrets(ISOLATION, KEY).derive_secret_name("run-1", UID, 1)
 
 
-def isolated_config(**changes: Any) -> OperatorConfig:
+def make_isolated_config(**changes: Any) -> OperatorConfig:
     return CONFIG.model_copy(update={"isolation": ISOLATION.model_copy(update=changes)})
 
 
-def executor(server: Server, config: OperatorConfig) -> PlanExecutor:
+def make_executor(server: FakeApiServer, config: OperatorConfig) -> PlanExecutor:
     return PlanExecutor(cast("KubeClient", server), config, AttemptSecrets(config.isolation, KEY))
 
 
-async def create_first_attempt(server: Server, config: OperatorConfig, nodes: int = 1) -> ActionResult:
+async def create_first_attempt(server: FakeApiServer, config: OperatorConfig, nodes: int = 1) -> ActionResult:
     observed = facts(spec=spec(resources={"nodes": nodes, "gpusPerNode": 0}), config=config)
-    return await executor(server, config).act(observed, Plan(Situation.STARTING, create_attempt=1))
+    return await make_executor(server, config).act(observed, Plan(Situation.STARTING, attempt_to_create=1))
 
 
 # The NetworkPolicy
 
 
-def test_only_own_pods_the_operator_and_monitoring_may_connect() -> None:
+def test_only_pods_of_the_attempt_the_operator_and_monitoring_may_connect() -> None:
     monitoring = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
     policy = build_network_policy(job(network_policy_name="run-1"), ISOLATION.model_copy(update={"metrics_from": (monitoring,)}))
     own_pods = {"matchLabels": {"batch.kubernetes.io/job-name": "run-1"}}
@@ -91,15 +91,15 @@ def test_an_address_family_without_blocked_addresses_has_no_exceptions() -> None
 @pytest.mark.parametrize("nodes", [1, 2])
 async def test_policy_is_created_before_the_secret_that_the_pods_wait_for(nodes: int) -> None:
     server = new_server()
-    result = await create_first_attempt(server, isolated_config(), nodes)
+    result = await create_first_attempt(server, make_isolated_config(), nodes)
     assert result.blocking_condition is None
     kinds = [JOB, NETWORK_POLICY, SECRET, *([SERVICE] if nodes > 1 else [])]
     assert server.requests == [("create", kind.plural) for kind in kinds]
 
 
-async def test_pods_mount_the_secret_beside_run_json() -> None:
+async def test_pods_mount_the_secret_next_to_run_json() -> None:
     server = new_server()
-    await create_first_attempt(server, isolated_config())
+    await create_first_attempt(server, make_isolated_config())
     job_body = server.objects[JOB.plural, "run-1"]
     volume = next(volume for volume in job_body["spec"]["template"]["spec"]["volumes"] if volume["name"] == "run")
     run_json, secret = volume["projected"]["sources"]
@@ -109,9 +109,9 @@ async def test_pods_mount_the_secret_beside_run_json() -> None:
     assert job_body["metadata"]["annotations"][Annotation.ATTEMPT_SECRET] == SECRET_NAME
 
 
-async def test_the_secret_is_in_no_object_but_the_secret() -> None:
+async def test_only_the_secret_object_contains_the_secret() -> None:
     server = new_server()
-    await create_first_attempt(server, isolated_config(), nodes=2)
+    await create_first_attempt(server, make_isolated_config(), nodes=2)
     secret, checkpoint_key = derive_attempt_secret(KEY, UID, 1), derive_checkpoint_key(KEY, UID)
     body = server.objects.pop((SECRET.plural, SECRET_NAME))
     assert {name: base64.b64decode(value).decode() for name, value in body["data"].items()} == {
@@ -124,10 +124,10 @@ async def test_the_secret_is_in_no_object_but_the_secret() -> None:
 
 async def test_a_preparation_gets_a_secret_with_the_key_for_prepared_rows_of_its_namespace() -> None:
     server = new_server()
-    config = isolated_config(network_policy=False)
+    config = make_isolated_config(network_policy=False)
     observed = facts(spec=spec(resources={"gpusPerNode": 1}, prepare={"strategy": "always"}), config=config)
-    result = await executor(server, config).act(observed, Plan(Situation.PREPARING, create_preparation=2))
-    name = AttemptSecrets(ISOLATION, KEY).secret_name("run-prepare2", UID, 0)
+    result = await make_executor(server, config).act(observed, Plan(Situation.PREPARING, preparation_to_create=2))
+    name = AttemptSecrets(ISOLATION, KEY).derive_secret_name("run-prepare2", UID, 0)
     assert result.created_preparation is not None and result.created_preparation.attempt_secret_name == name
     data = server.objects[SECRET.plural, name]["data"]
     assert {key: base64.b64decode(value).decode() for key, value in data.items()} == {
@@ -150,10 +150,10 @@ async def test_a_preparation_gets_a_secret_with_the_key_for_prepared_rows_of_its
         ({"trainer": {"type": "grpo", "rewards": [{"builtin": "regex", "parameters": {"pattern": "x"}}]}}, True),
     ],
 )
-async def test_a_preparation_that_runs_other_code_does_not_get_the_key_of_the_namespace(groups: dict[str, Any], has_key: bool) -> None:
-    server, config = new_server(), isolated_config(network_policy=False)
+async def test_only_a_preparation_without_user_code_gets_the_key_for_prepared_rows(groups: dict[str, Any], has_key: bool) -> None:
+    server, config = new_server(), make_isolated_config(network_policy=False)
     observed = facts(spec=spec(resources={"gpusPerNode": 1}, prepare={"strategy": "always"}, **groups), config=config)
-    await executor(server, config).act(observed, Plan(Situation.PREPARING, create_preparation=1))
+    await make_executor(server, config).act(observed, Plan(Situation.PREPARING, preparation_to_create=1))
     volumes = server.objects[JOB.plural, "run-prepare1"]["spec"]["template"]["spec"]["volumes"]
     sources = [source for volume in volumes if volume["name"] == "run" for source in volume["projected"]["sources"]]
     mounted = [item["key"] for source in sources if "secret" in source for item in source["secret"]["items"]]
@@ -172,26 +172,26 @@ async def test_by_default_an_attempt_gets_neither_secret_nor_policy() -> None:
 
 async def test_a_running_job_of_an_older_operator_is_not_changed() -> None:
     server = new_server()
-    observed = facts(jobs=[job(nodes=1)], config=isolated_config())
-    assert await executor(server, isolated_config()).act(observed, Plan(Situation.ACTIVE)) == ActionResult()
+    observed = facts(jobs=[job(pod_count=1)], config=make_isolated_config())
+    assert await make_executor(server, make_isolated_config()).act(observed, Plan(Situation.ACTIVE)) == ActionResult()
     assert server.requests == []
 
 
 async def test_missing_objects_of_a_running_job_are_created_again() -> None:
     server = new_server()
-    running = job(nodes=1, attempt_secret_name=SECRET_NAME, network_policy_name="run-1")
-    await executor(server, isolated_config()).act(facts(jobs=[running], config=isolated_config()), Plan(Situation.ACTIVE))
+    running = job(pod_count=1, attempt_secret_name=SECRET_NAME, network_policy_name="run-1")
+    await make_executor(server, make_isolated_config()).act(facts(jobs=[running], config=make_isolated_config()), Plan(Situation.ACTIVE))
     assert {(SECRET.plural, SECRET_NAME), (NETWORK_POLICY.plural, "run-1")} <= set(server.objects)
 
 
-async def test_existing_secret_is_not_read() -> None:
+async def test_existing_secret_of_an_attempt_is_not_read() -> None:
     server = new_server()
     server.put(SECRET, {"metadata": {"name": SECRET_NAME, "namespace": "team"}})
-    result = await create_first_attempt(server, isolated_config(network_policy=False))
+    result = await create_first_attempt(server, make_isolated_config(network_policy=False))
     assert (result.blocking_condition, server.requests) == (None, [("create", JOB.plural), ("create", SECRET.plural)])
 
 
-async def test_without_its_policy_the_attempt_does_not_start() -> None:
+async def test_attempt_does_not_start_without_its_network_policy() -> None:
     """The pods wait for the Secret, which is created after the policy."""
     server = new_server()
 
@@ -200,15 +200,15 @@ async def test_without_its_policy_the_attempt_does_not_start() -> None:
             raise Forbidden(verb, kind, "run-1", 403, "Forbidden", "networkpolicies is forbidden: cannot create resource")
 
     server.before_request = refuse
-    result = await create_first_attempt(server, isolated_config())
+    result = await create_first_attempt(server, make_isolated_config())
     assert result.blocking_condition is not None and "cannot create resource" in result.blocking_condition.message
     assert server.count("create", SECRET) == 0
 
 
-async def test_policy_of_another_object_is_a_conflict() -> None:
+async def test_network_policy_of_another_owner_is_a_conflict() -> None:
     server = new_server()
     server.put(NETWORK_POLICY, {"metadata": {"name": "run-1", "namespace": "team"}})
-    result = await create_first_attempt(server, isolated_config())
+    result = await create_first_attempt(server, make_isolated_config())
     assert result.blocking_condition is not None
     assert result.blocking_condition.reason is Reason.CHILDREN_CONFLICT
     assert result.blocking_condition.message == (
@@ -219,9 +219,9 @@ async def test_policy_of_another_object_is_a_conflict() -> None:
 # The operator's key
 
 
-async def load(server: Server) -> AttemptSecrets:
+async def load(server: FakeApiServer) -> AttemptSecrets:
     secrets = AttemptSecrets(ISOLATION)
-    await secrets.load(cast("KubeClient", server), "ops")
+    await secrets.load_key(cast("KubeClient", server), "ops")
     return secrets
 
 
@@ -229,12 +229,12 @@ async def test_the_operator_creates_its_key_once() -> None:
     server = new_server()
     first, second = await load(server), await load(server)
     assert server.requests == [("get", SECRET.plural), ("create", SECRET.plural), ("get", SECRET.plural)]
-    assert first.secret(UID, 1) == second.secret(UID, 1) != (await load(new_server())).secret(UID, 1)
+    assert first.derive_secret(UID, 1) == second.derive_secret(UID, 1) != (await load(new_server())).derive_secret(UID, 1)
     body = server.objects[SECRET.plural, ISOLATION.key_secret_name]
     assert (len(base64.b64decode(body["data"]["key"])), body["immutable"]) == (32, True)
 
 
-async def test_two_replicas_use_the_key_of_the_faster_one() -> None:
+async def test_two_replicas_use_the_key_that_was_created_first() -> None:
     server, faster = new_server(), new_server()
     expected = await load(faster)
 
@@ -243,7 +243,7 @@ async def test_two_replicas_use_the_key_of_the_faster_one() -> None:
             server.put(SECRET, cast("Object", faster.objects[SECRET.plural, ISOLATION.key_secret_name]))
 
     server.before_request = create_first
-    assert (await load(server)).secret(UID, 1) == expected.secret(UID, 1)
+    assert (await load(server)).derive_secret(UID, 1) == expected.derive_secret(UID, 1)
 
 
 @pytest.mark.parametrize("data", [None, {}, {"key": ""}, {"key": "not base64"}, {"key": base64.b64encode(bytes(31)).decode()}])
@@ -267,20 +267,20 @@ async def test_deleted_key_is_restored_while_the_operator_runs() -> None:
     server.requests.clear()
     await secrets.restore_key(cast("KubeClient", server), "ops")
     assert server.requests == [("get", SECRET.plural)], "an existing key is not created again"
-    assert (await load(server)).secret(UID, 1) == secrets.secret(UID, 1)
+    assert (await load(server)).derive_secret(UID, 1) == secrets.derive_secret(UID, 1)
 
 
-async def test_only_the_leader_creates_a_key_and_it_keeps_the_key_in_its_memory() -> None:
-    """While the leader has not yet restored a deleted key, a standby replica that starts must not create another key."""
+async def test_only_the_leader_creates_a_key_and_a_leader_keeps_its_key() -> None:
+    """A standby replica may start after the key was deleted and before the leader restores it. It must not create another key."""
     server, new_standby = new_server(), AttemptSecrets(ISOLATION)
     old_standby = await load(server)
     original = server.objects.pop((SECRET.plural, ISOLATION.key_secret_name))
-    await new_standby.load(cast("KubeClient", server), "ops", may_create=False)
-    assert new_standby.progress_token(UID, 1) is None and (SECRET.plural, ISOLATION.key_secret_name) not in server.objects
-    await old_standby.load(cast("KubeClient", server), "ops")
+    await new_standby.load_key(cast("KubeClient", server), "ops", may_create=False)
+    assert new_standby.derive_progress_token(UID, 1) is None and (SECRET.plural, ISOLATION.key_secret_name) not in server.objects
+    await old_standby.load_key(cast("KubeClient", server), "ops")
     assert server.objects[SECRET.plural, ISOLATION.key_secret_name]["data"] == original["data"]
-    await new_standby.load(cast("KubeClient", server), "ops")
-    assert new_standby.secret(UID, 1) == old_standby.secret(UID, 1)
+    await new_standby.load_key(cast("KubeClient", server), "ops")
+    assert new_standby.derive_secret(UID, 1) == old_standby.derive_secret(UID, 1)
 
 
 async def test_a_secret_with_another_key_is_logged_without_the_keys(caplog: pytest.LogCaptureFixture) -> None:
@@ -302,25 +302,25 @@ async def test_without_secrets_no_key_is_restored() -> None:
 
 async def test_without_secrets_no_key_is_created_and_no_token_is_sent() -> None:
     server, secrets = new_server(), AttemptSecrets(IsolationSettings())
-    await secrets.load(cast("KubeClient", server), "ops")
-    assert (server.requests, secrets.progress_token(UID, 1)) == ([("get", SECRET.plural)], None)
+    await secrets.load_key(cast("KubeClient", server), "ops")
+    assert (server.requests, secrets.derive_progress_token(UID, 1)) == ([("get", SECRET.plural)], None)
 
 
 async def test_after_secrets_are_turned_off_the_progress_of_running_attempts_is_still_read() -> None:
     server = new_server()
-    token = (await load(server)).progress_token(UID, 1)
+    token = (await load(server)).derive_progress_token(UID, 1)
     secrets = AttemptSecrets(IsolationSettings())
-    await secrets.load(cast("KubeClient", server), "ops")
+    await secrets.load_key(cast("KubeClient", server), "ops")
     assert token is not None
-    assert (secrets.progress_token(UID, 1), secrets.is_enabled) == (token, False)
+    assert (secrets.derive_progress_token(UID, 1), secrets.is_enabled) == (token, False)
 
 
 @pytest.mark.parametrize("data", [{}, {"key": "not base64"}])
 async def test_without_secrets_a_damaged_key_does_not_stop_the_operator(data: Object) -> None:
     server, secrets = new_server(), AttemptSecrets(IsolationSettings())
     server.put(SECRET, {"metadata": {"name": ISOLATION.key_secret_name, "namespace": "ops"}, "data": data})
-    await secrets.load(cast("KubeClient", server), "ops")
-    assert secrets.progress_token(UID, 1) is None
+    await secrets.load_key(cast("KubeClient", server), "ops")
+    assert secrets.derive_progress_token(UID, 1) is None
 
 
 async def test_without_secrets_a_missing_permission_for_the_key_does_not_stop_the_operator() -> None:
@@ -330,11 +330,11 @@ async def test_without_secrets_a_missing_permission_for_the_key_does_not_stop_th
         raise Forbidden(verb, kind, "key", 403, "Forbidden", "secrets is forbidden")
 
     server.before_request = refuse
-    await secrets.load(cast("KubeClient", server), "ops")
-    assert secrets.progress_token(UID, 1) is None
+    await secrets.load_key(cast("KubeClient", server), "ops")
+    assert secrets.derive_progress_token(UID, 1) is None
     enabled = AttemptSecrets(ISOLATION)
     with pytest.raises(Forbidden):
-        await enabled.load(cast("KubeClient", server), "ops")
+        await enabled.load_key(cast("KubeClient", server), "ops")
 
 
 # The configuration

@@ -1,4 +1,4 @@
-"""The workarounds for kopf. If a test fails after an upgrade of kopf, the tested workaround may have become unnecessary."""
+"""The workarounds for kopf's behaviour. If a test fails after an upgrade of kopf, the workaround may no longer be necessary."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from finetune_operator.kopf_adapter import (
     TracedSession,
     WatchMonitor,
     WatchStreams,
-    operator_settings,
+    build_kopf_settings,
 )
 from finetune_operator.objects import JOB, POD
 from kopf._cogs.aiokits import aiotoggles
@@ -28,7 +28,7 @@ from kopf._cogs.clients import watching
 from tests.unit.operator.samples import CONFIG
 
 
-def session_of(token: str) -> TracedSession:
+def make_session(token: str) -> TracedSession:
     info = kopf.ConnectionInfo(server="https://api", token=token, insecure=True)
     return TracedSession(info, WatchMonitor([], lambda *_: None), {})
 
@@ -40,25 +40,25 @@ def test_backoff_never_ends_and_restarts_for_each_request() -> None:
 
 
 def test_settings_use_the_endless_backoff_and_the_label_selector() -> None:
-    kopf_settings = operator_settings(CONFIG)
+    kopf_settings = build_kopf_settings(CONFIG)
     assert isinstance(kopf_settings.networking.error_backoffs, EndlessBackoff)
     assert kopf_settings.watching.label_selectors["", "v1", "pods"] == "app.kubernetes.io/managed-by=finetune-operator"
 
 
 def test_inactivity_timeout_is_disabled() -> None:
-    """If the inactivity timeout cancelled the task of a watch while the task handles an event, the watch would end without an error."""
-    watching = operator_settings(CONFIG).watching
+    """If this timeout cancelled the task of a watch while the task handles an event, the watch would end without an error."""
+    watching = build_kopf_settings(CONFIG).watching
     assert watching.inactivity_timeout > 365 * 86400
     assert (watching.server_timeout, watching.client_timeout) == (60, 75)
 
 
 def test_idle_task_of_an_object_ends_soon_because_it_holds_the_last_event() -> None:
-    """A timeout of zero would end the task before it reads its first event."""
-    assert 0 < operator_settings(CONFIG).queueing.idle_timeout <= 1
+    """With a timeout of zero, the task would end before it reads its first event."""
+    assert 0 < build_kopf_settings(CONFIG).queueing.idle_timeout <= 1
 
 
 def test_storages_neither_copy_nor_change_objects() -> None:
-    persistence = operator_settings(CONFIG).persistence
+    persistence = build_kopf_settings(CONFIG).persistence
     body = kopf.Body({"metadata": {"name": "a"}, "spec": {"large": "x" * 1000}})
     patch = kopf.Patch()
     persistence.diffbase_storage.store(body=body, patch=patch, essence=kopf.BodyEssence({}))
@@ -70,13 +70,13 @@ def test_storages_neither_copy_nor_change_objects() -> None:
 
 def test_equal_credentials_make_equal_sessions() -> None:
     """If equal credentials made unequal sessions, kopf would retry rejected credentials without end."""
-    assert session_of("a") == session_of("a") != session_of("b")
-    assert hash(session_of("a")) == hash(session_of("a"))
+    assert make_session("a") == make_session("a") != make_session("b")
+    assert hash(make_session("a")) == hash(make_session("a"))
 
 
 async def test_each_context_of_kopf_gets_its_own_session() -> None:
     """When kopf closes the session of one context, the watches of the other contexts continue until the process ends."""
-    credentials = session_of("a")
+    credentials = make_session("a")
     first, second = credentials.aiohttp_session, credentials.aiohttp_session
     await first.close()
     assert (first.closed, second.closed) == (True, False)
@@ -107,12 +107,12 @@ async def test_requests_are_observed_and_a_rejected_watch_counts_as_stalled() ->
     assert observed == [
         ("list", "pods", 200), ("watch", "pods", 200), ("get", "discovery", 200), ("watch", "jobs", 403), ("watch", "pods", 0),
     ]  # fmt: skip
-    assert monitor.stalled_watch(0.001).startswith("the watch of /apis/batch/v1/jobs")
+    assert monitor.describe_stalled_watch(0.001).startswith("the watch of /apis/batch/v1/jobs")
 
 
 @pytest.mark.parametrize("is_closed", [True, False])
 def test_watch_streams_are_closed_one_after_another(is_closed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without `WatchStreams`, about a third of the event loops report an error. If none does, kopf or Python has fixed it."""
+    """Without `WatchStreams`, about a third of the event loops report an error. If none does, kopf or Python has fixed the problem."""
 
     async def continuous_watch(**_: object) -> AsyncIterator[dict[str, str]]:
         yield {"type": "ADDED"}
@@ -126,7 +126,7 @@ def test_watch_streams_are_closed_one_after_another(is_closed: bool, monkeypatch
         asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context["exception"]))
         async with WatchStreams() if is_closed else contextlib.AsyncExitStack():
             stream = watching.infinite_watch(
-                settings=operator_settings(CONFIG), resource=JOB, namespace=None, operator_paused=aiotoggles.ToggleSet(any)  # type: ignore[arg-type]
+                settings=build_kopf_settings(CONFIG), resource=JOB, namespace=None, operator_paused=aiotoggles.ToggleSet(any)  # type: ignore[arg-type]
             )
             open_streams.append(stream)
             assert await anext(stream) == {"type": "ADDED"}

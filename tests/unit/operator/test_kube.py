@@ -1,4 +1,4 @@
-"""The API client against a small HTTP server: retried requests, and the error class of each status."""
+"""The API client with a small HTTP server: which requests are retried, and which error class belongs to each status."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ JOB_BODY: Object = {"metadata": {"name": "run-1", "namespace": "team", "resource
 
 
 @dataclass
-class Server:
-    """Sends the given responses in order and then repeats the last response. If a response is None, the server closes the connection."""
+class FakeHttpServer:
+    """Sends the given responses in order, and repeats the last one. If a response is None, the server closes the connection instead."""
 
     answers: list[tuple[int, Object, dict[str, str]] | None] = field(default_factory=list)
     requests: list[tuple[str, str, Any]] = field(default_factory=list)
@@ -55,12 +55,12 @@ class Server:
 
 
 @pytest.fixture
-def server() -> Server:
-    return Server()
+def server() -> FakeHttpServer:
+    return FakeHttpServer()
 
 
 @pytest.fixture
-async def kube(server: Server) -> AsyncIterator[KubeClient]:
+async def kube(server: FakeHttpServer) -> AsyncIterator[KubeClient]:
     app = web.Application()
     app.router.add_route("*", "/{path:.*}", server.handle)
     runner = web.AppRunner(app)
@@ -87,7 +87,7 @@ def status(reason: str, message: str = "message") -> Object:
     ],
 )  # fmt: skip
 async def test_error_class_follows_status_and_reason(
-    server: Server, kube: KubeClient, code: int, reason: str, error: type[KubeError]
+    server: FakeHttpServer, kube: KubeClient, code: int, reason: str, error: type[KubeError]
 ) -> None:
     server.answer(code, status(reason))
     with pytest.raises(error) as caught:
@@ -115,7 +115,7 @@ TERMINATING: Object = {
     ],
 )
 async def test_terminating_namespace_has_its_own_error(
-    server: Server, kube: KubeClient, code: int, reason: str, details: Object
+    server: FakeHttpServer, kube: KubeClient, code: int, reason: str, details: Object
 ) -> None:
     server.answer(code, status(reason) | {"details": details})
     with pytest.raises(NamespaceTerminating):
@@ -124,7 +124,7 @@ async def test_terminating_namespace_has_its_own_error(
 
 
 @pytest.mark.parametrize(
-    ("body", "missing"),
+    ("body", "is_object_missing"),
     [
         (status("NotFound") | {"details": {"name": "run-1", "kind": "jobs"}}, True),
         (status("NotFound") | {"details": {}}, False),
@@ -133,12 +133,12 @@ async def test_terminating_namespace_has_its_own_error(
     ids=["missing object", "missing kind", "body without details"],
 )
 async def test_missing_object_is_distinguished_from_missing_kind(
-    server: Server, kube: KubeClient, body: Object, missing: bool
+    server: FakeHttpServer, kube: KubeClient, body: Object, is_object_missing: bool
 ) -> None:
     server.answer(404, body)
     with pytest.raises(NotFound) as caught:
         await kube.replace(JOB, "team", JOB_BODY)
-    assert caught.value.object_missing is missing
+    assert caught.value.is_object_missing is is_object_missing
 
 
 GROUPS: Object = {"groups": [{"name": "batch"}, {"name": "finetune-operator.io"}]}
@@ -156,7 +156,7 @@ RESOURCES: Object = {"resources": [{"name": "finetunejobs/status"}, {"name": "fi
     ids=["no group", "no version", "no kind", "all present"],
 )
 async def test_kind_is_served_when_discovery_names_it(
-    server: Server, kube: KubeClient, answers: list[tuple[int, Object]], is_served: bool
+    server: FakeHttpServer, kube: KubeClient, answers: list[tuple[int, Object]], is_served: bool
 ) -> None:
     for code, body in answers:
         server.answer(code, body)
@@ -165,7 +165,7 @@ async def test_kind_is_served_when_discovery_names_it(
     assert [path for _, path, _ in server.requests] == paths[: len(answers)]
 
 
-async def test_reads_are_retried(server: Server, kube: KubeClient) -> None:
+async def test_reads_are_retried(server: FakeHttpServer, kube: KubeClient) -> None:
     server.answer(503)
     server.answers.append(None)
     server.answer(429, Retry_After="0")
@@ -175,21 +175,21 @@ async def test_reads_are_retried(server: Server, kube: KubeClient) -> None:
 
 
 @pytest.mark.parametrize("answer", [None, (500, {}, {}), (504, {}, {})])
-async def test_create_is_never_retried(server: Server, kube: KubeClient, answer: Any) -> None:
+async def test_create_is_never_retried(server: FakeHttpServer, kube: KubeClient, answer: Any) -> None:
     server.answers = [answer]
     with pytest.raises(OutcomeUnknown):
         await kube.create(JOB, "team", JOB_BODY)
     assert len(server.requests) == 1
 
 
-async def test_throttled_create_raises_unavailable_and_not_outcome_unknown(server: Server, kube: KubeClient) -> None:
+async def test_throttled_create_raises_unavailable_and_not_outcome_unknown(server: FakeHttpServer, kube: KubeClient) -> None:
     server.answer(429, status("TooManyRequests"), Retry_After="7")
     with pytest.raises(Unavailable) as caught:
         await kube.create(JOB, "team", JOB_BODY)
     assert caught.value.retry_after == 7
 
 
-async def test_delete_keeps_an_object_of_the_same_name_with_another_uid(server: Server, kube: KubeClient) -> None:
+async def test_delete_keeps_an_object_of_the_same_name_with_another_uid(server: FakeHttpServer, kube: KubeClient) -> None:
     server.answer(409, status("Conflict"))
     assert await kube.delete(POD, "team", "p", uid="u-1", grace_seconds=0) is False
     method, path, body = server.requests[0]
@@ -197,36 +197,36 @@ async def test_delete_keeps_an_object_of_the_same_name_with_another_uid(server: 
     assert body == {"preconditions": {"uid": "u-1"}, "propagationPolicy": "Foreground", "gracePeriodSeconds": 0}
 
 
-async def test_list_reads_all_pages(server: Server, kube: KubeClient) -> None:
+async def test_list_reads_all_pages(server: FakeHttpServer, kube: KubeClient) -> None:
     server.answer(200, {"items": [{"n": 1}], "metadata": {"continue": "t", "resourceVersion": "5"}})
     server.answer(200, {"items": [{"n": 2}], "metadata": {"resourceVersion": "5"}})
-    listing = await kube.list(FINETUNEJOB, labels="a=b")
+    listing = await kube.list(FINETUNEJOB, label_selector="a=b")
     assert (listing.items, listing.version) == ([{"n": 1}, {"n": 2}], 5)
     assert server.requests[1][1].endswith("finetunejobs?limit=200&labelSelector=a%3Db&continue=t")
 
 
-async def test_list_restarts_as_one_page_when_its_continue_token_expires(server: Server, kube: KubeClient) -> None:
+async def test_list_restarts_as_one_page_when_its_continue_token_expires(server: FakeHttpServer, kube: KubeClient) -> None:
     server.answer(200, {"items": [{"n": 1}], "metadata": {"continue": "t", "resourceVersion": "5"}})
     server.answer(410, status("Expired"))
     server.answer(200, {"items": [{"n": 2}, {"n": 3}], "metadata": {"resourceVersion": "9"}})
-    listing = await kube.list(FINETUNEJOB, labels="a=b")
+    listing = await kube.list(FINETUNEJOB, label_selector="a=b")
     assert (listing.items, listing.version) == ([{"n": 2}, {"n": 3}], 9)
     assert server.requests[2][1].endswith("finetunejobs?labelSelector=a%3Db")
 
 
-async def test_list_that_expires_without_a_continue_token_fails(server: Server, kube: KubeClient) -> None:
+async def test_list_that_expires_without_a_continue_token_fails(server: FakeHttpServer, kube: KubeClient) -> None:
     server.answer(410, status("Expired"))
     with pytest.raises(ContinueTokenExpired):
         await kube.list(FINETUNEJOB)
     assert len(server.requests) == 1
 
 
-async def test_create_returns_admission_warnings(server: Server, kube: KubeClient) -> None:
+async def test_create_returns_admission_warnings(server: FakeHttpServer, kube: KubeClient) -> None:
     server.answer(201, JOB_BODY, Warning='299 - "would violate \\"restricted\\""')
     assert (await kube.create(JOB, "team", JOB_BODY)).warnings == ('would violate "restricted"',)
 
 
-async def test_every_write_except_of_the_lease_checks_leadership(server: Server, kube: KubeClient) -> None:
+async def test_every_write_except_of_the_lease_checks_leadership(server: FakeHttpServer, kube: KubeClient) -> None:
     def refuse() -> None:
         raise RuntimeError("no longer")
 
@@ -243,7 +243,7 @@ async def test_every_write_except_of_the_lease_checks_leadership(server: Server,
     assert len(server.requests) == 2
 
 
-async def test_each_try_of_a_request_is_observed(server: Server, kube: KubeClient) -> None:
+async def test_each_try_of_a_request_is_observed(server: FakeHttpServer, kube: KubeClient) -> None:
     observed: list[tuple[str, str, int]] = []
     observing = KubeClient(
         kube.configuration, ApiSettings(), lambda verb, plural, code, _: observed.append((verb, plural, code))
@@ -255,7 +255,7 @@ async def test_each_try_of_a_request_is_observed(server: Server, kube: KubeClien
     assert observed == [("get", "jobs", 503), ("get", "jobs", 200)]
 
 
-async def test_long_error_message_is_cut(server: Server, kube: KubeClient) -> None:
+async def test_long_error_message_is_cut(server: FakeHttpServer, kube: KubeClient) -> None:
     server.answer(422, status("Invalid", "x" * 100_000))
     with pytest.raises(Invalid) as caught:
         await kube.create(JOB, "team", JOB_BODY)

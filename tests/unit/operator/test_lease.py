@@ -18,8 +18,8 @@ from tests.unit.operator.virtual import run
 SETTINGS = LeaderElection(enabled=True, lease_duration_seconds=15, renew_deadline_seconds=10, retry_period_seconds=2)
 
 
-class Server:
-    """An API server with one Lease. While `is_down` is set, each request fails. Responses to writes are delayed by `answer_delay_seconds`."""
+class FakeLeaseServer:
+    """An API server with one Lease. While `is_down` is true, each request fails. Responses to writes are delayed by `answer_delay_seconds`."""
 
     def __init__(self) -> None:
         self.lease: Object | None = None
@@ -69,11 +69,11 @@ class Server:
 
 
 def _copy(value: Object) -> Object:
-    """A copy with new strings, as read from a response."""
+    """Return a copy with new string objects, as if read from a response."""
     return cast(Object, json.loads(json.dumps(value)))
 
 
-def make_elector(server: Server, name: str, settings: LeaderElection = SETTINGS) -> LeaderElector:
+def make_elector(server: FakeLeaseServer, name: str, settings: LeaderElection = SETTINGS) -> LeaderElector:
     return LeaderElector(cast(KubeClient, server), settings, "operators", name)
 
 
@@ -83,7 +83,7 @@ def loop_seconds() -> float:
 
 def test_second_replica_waits_while_the_first_renews() -> None:
     async def scenario() -> None:
-        server = Server()
+        server = FakeLeaseServer()
         first, second = make_elector(server, "first"), make_elector(server, "second")
         await first.acquire()
         renewing = asyncio.create_task(first.renew_until_lost())
@@ -99,7 +99,7 @@ def test_second_replica_waits_while_the_first_renews() -> None:
 
 def test_leader_that_does_not_renew_is_replaced_after_the_lease_duration() -> None:
     async def scenario() -> float:
-        server = Server()
+        server = FakeLeaseServer()
         await make_elector(server, "first").acquire()
         second = make_elector(server, "second")
         await second.acquire()
@@ -111,9 +111,9 @@ def test_leader_that_does_not_renew_is_replaced_after_the_lease_duration() -> No
     assert 15 < run(scenario()) <= 15 + 2 * 2
 
 
-def test_times_in_the_lease_do_not_matter() -> None:
+def test_replica_ignores_the_times_in_the_lease() -> None:
     async def scenario() -> float:
-        server = Server()
+        server = FakeLeaseServer()
         await make_elector(server, "first").acquire()
         assert server.lease is not None
         server.lease["spec"] |= {
@@ -128,7 +128,7 @@ def test_times_in_the_lease_do_not_matter() -> None:
 
 def test_leader_that_cannot_renew_stops_before_another_replica_leads() -> None:
     async def scenario() -> float:
-        server = Server()
+        server = FakeLeaseServer()
         first = make_elector(server, "first")
         await first.acquire()
         server.is_down = True
@@ -142,14 +142,14 @@ def test_leader_that_cannot_renew_stops_before_another_replica_leads() -> None:
 def test_replica_that_never_led_must_not_write() -> None:
     async def scenario() -> None:
         with pytest.raises(LeaseLost):
-            make_elector(Server(), "first").ensure_leading()
+            make_elector(FakeLeaseServer(), "first").ensure_leading()
 
     run(scenario())
 
 
 def test_lease_taken_by_another_holder_ends_the_leader() -> None:
     async def scenario() -> None:
-        server = Server()
+        server = FakeLeaseServer()
         first = make_elector(server, "first")
         await first.acquire()
         assert server.lease is not None
@@ -162,7 +162,7 @@ def test_lease_taken_by_another_holder_ends_the_leader() -> None:
 
 def test_deleted_lease_is_created_again() -> None:
     async def scenario() -> None:
-        server = Server()
+        server = FakeLeaseServer()
         first = make_elector(server, "first")
         await first.acquire()
         server.lease = None
@@ -176,7 +176,7 @@ def test_deleted_lease_is_created_again() -> None:
 
 def test_released_lease_can_be_acquired_at_once() -> None:
     async def scenario() -> float:
-        server = Server()
+        server = FakeLeaseServer()
         first = make_elector(server, "first")
         await first.acquire()
         await first.release()
@@ -188,17 +188,17 @@ def test_released_lease_can_be_acquired_at_once() -> None:
 
 
 def test_renewal_time_is_the_start_of_the_request() -> None:
-    """The API server stores the renewed Lease before the response arrives, and other replicas can see it at once."""
+    """The API server stores the renewed Lease before the response arrives, so other replicas can see it earlier than this replica."""
 
     async def scenario() -> None:
-        server = Server()
+        server = FakeLeaseServer()
         server.answer_delay_seconds = 6
         first = make_elector(server, "first")
         await first.acquire()
         assert loop_seconds() == 6
         await asyncio.sleep(3.5)
         first.ensure_leading()
-        await asyncio.sleep(1)  # 10.5 s after the request, 4.5 s after the response
+        await asyncio.sleep(1)  # 10.5 s after the start of the request and 4.5 s after its response
         with pytest.raises(LeaseLost):
             first.ensure_leading()
 
@@ -208,7 +208,7 @@ def test_renewal_time_is_the_start_of_the_request() -> None:
 @pytest.mark.parametrize(("old", "new"), [("a", "b"), ("b", "a")])
 def test_lease_of_another_holder_is_never_released(old: str, new: str) -> None:
     async def scenario() -> tuple[str, int]:
-        server = Server()
+        server = FakeLeaseServer()
         first, second = make_elector(server, old), make_elector(server, new)
         await first.acquire()
         await second.acquire()  # the Lease has expired, because the first replica was paused
@@ -221,7 +221,7 @@ def test_lease_of_another_holder_is_never_released(old: str, new: str) -> None:
 
 def test_replica_does_not_lead_while_the_server_is_down() -> None:
     async def scenario() -> float:
-        server = Server()
+        server = FakeLeaseServer()
         server.is_down = True
         first = make_elector(server, "first")
         acquiring = asyncio.create_task(first.acquire())
@@ -237,7 +237,7 @@ def test_replica_does_not_lead_while_the_server_is_down() -> None:
 
 def test_conflicting_renewal_is_retried() -> None:
     async def scenario() -> None:
-        server = Server()
+        server = FakeLeaseServer()
         first = make_elector(server, "first")
         await first.acquire()
         server.conflicts = 2
@@ -254,7 +254,7 @@ def test_lease_is_renewed_during_a_long_first_resync() -> None:
     """The resync takes 11 s, and the renew deadline is 10 s."""
 
     async def scenario() -> list[str]:
-        server = Server()
+        server = FakeLeaseServer()
         first = make_elector(server, "first")
         events: list[str] = []
 
@@ -278,7 +278,7 @@ def test_lease_is_renewed_during_a_long_first_resync() -> None:
 
 def test_resync_ends_when_the_lease_is_lost() -> None:
     async def scenario() -> float:
-        server = Server()
+        server = FakeLeaseServer()
         first = make_elector(server, "first")
         coroutines = LeaderTasks(first, lambda: asyncio.sleep(1000), lambda: None).create_coroutines()
         tasks = [asyncio.create_task(coroutine) for coroutine in coroutines.values()]
@@ -319,23 +319,23 @@ def test_contradictory_durations_are_refused(values: dict[str, Any]) -> None:
         LeaderElection.model_validate(values)
 
 
-def lease_of(holder: str | None, **fields: Any) -> Object:
+def make_lease(holder: str | None, **fields: Any) -> Object:
     return {"metadata": {"name": "l", "resourceVersion": "0"}, "spec": {"holderIdentity": holder, **fields}}
 
 
-@pytest.mark.parametrize(("duration", "written"), [(15.0, 15), (15.6, 16), (0.4, 1)])
-def test_written_lease_has_the_fields_that_client_go_expects(duration: float, written: int) -> None:
+@pytest.mark.parametrize(("duration", "written_seconds"), [(15.0, 15), (15.6, 16), (0.4, 1)])
+def test_written_lease_has_the_fields_that_client_go_expects(duration: float, written_seconds: int) -> None:
     settings = LeaderElection(lease_duration_seconds=duration, renew_deadline_seconds=0.3, retry_period_seconds=0.1)
 
     async def scenario() -> None:
-        server, start = Server(), datetime.now(UTC)
+        server, start = FakeLeaseServer(), datetime.now(UTC)
         await make_elector(server, "first", settings).acquire()
         for transitions in (0, 1):
             assert server.lease is not None
             assert (server.lease["metadata"]["name"], server.lease["metadata"]["namespace"]) == ("finetune-operator", "operators")
             fields = server.lease["spec"]
             assert set(fields) == {"holderIdentity", "leaseDurationSeconds", "acquireTime", "renewTime", "leaseTransitions"}
-            assert (fields["leaseDurationSeconds"], fields["leaseTransitions"]) == (written, transitions)
+            assert (fields["leaseDurationSeconds"], fields["leaseTransitions"]) == (written_seconds, transitions)
             for name in ("acquireTime", "renewTime"):
                 assert timedelta(0) <= datetime.fromisoformat(fields[name]) - start < timedelta(minutes=10)
             await make_elector(server, "second", settings).acquire()
@@ -346,13 +346,13 @@ def test_written_lease_has_the_fields_that_client_go_expects(duration: float, wr
 @pytest.mark.parametrize(
     ("lease", "transitions"),
     [
-        (lease_of("", leaseTransitions=5), 6), (lease_of(None), 1), (lease_of("first", leaseTransitions=5), 5),
-        ({**lease_of(None), "spec": {}}, 1),
+        (make_lease("", leaseTransitions=5), 6), (make_lease(None), 1), (make_lease("first", leaseTransitions=5), 5),
+        ({**make_lease(None), "spec": {}}, 1),
     ],
 )  # fmt: skip
 def test_lease_without_another_holder_is_acquired_at_once(lease: Object, transitions: int) -> None:
     async def scenario() -> None:
-        server = Server()
+        server = FakeLeaseServer()
         server.lease = lease
         await make_elector(server, "first").acquire()
         assert loop_seconds() == 0
@@ -363,8 +363,8 @@ def test_lease_without_another_holder_is_acquired_at_once(lease: Object, transit
 
 def test_renewal_keeps_the_time_of_acquisition_and_other_fields() -> None:
     async def scenario() -> None:
-        server = Server()
-        server.lease = lease_of("first", acquireTime="2026-01-01T00:00:00Z", renewTime="2026-01-01T00:00:00Z", strategy="x")
+        server = FakeLeaseServer()
+        server.lease = make_lease("first", acquireTime="2026-01-01T00:00:00Z", renewTime="2026-01-01T00:00:00Z", strategy="x")
         await make_elector(server, "first").acquire()
         fields = server.lease["spec"]
         assert (fields["acquireTime"], fields["strategy"]) == ("2026-01-01T00:00:00Z", "x")
@@ -377,8 +377,8 @@ def test_lease_expires_when_it_has_been_unchanged_for_longer_than_its_duration()
     settings = LeaderElection(lease_duration_seconds=15, renew_deadline_seconds=10, retry_period_seconds=5)
 
     async def scenario() -> float:
-        server = Server()
-        server.lease = lease_of("first")
+        server = FakeLeaseServer()
+        server.lease = make_lease("first")
         await make_elector(server, "second", settings).acquire()
         return loop_seconds()
 
@@ -387,7 +387,7 @@ def test_lease_expires_when_it_has_been_unchanged_for_longer_than_its_duration()
 
 def test_leader_may_write_until_the_renew_deadline() -> None:
     async def scenario() -> None:
-        first = make_elector(Server(), "first")
+        first = make_elector(FakeLeaseServer(), "first")
         await first.acquire()
         await asyncio.sleep(10)
         first.ensure_leading()
@@ -402,7 +402,7 @@ def test_request_without_answer_ends_at_the_renew_deadline(caplog: pytest.LogCap
     caplog.set_level("INFO")
 
     async def scenario() -> float:
-        server = Server()
+        server = FakeLeaseServer()
         server.answer_delay_seconds = 11
         acquiring = asyncio.create_task(make_elector(server, "first").acquire())
         await asyncio.sleep(10.5)
@@ -416,11 +416,11 @@ def test_request_without_answer_ends_at_the_renew_deadline(caplog: pytest.LogCap
 
 def test_every_change_of_the_lease_counts_as_a_renewal() -> None:
     async def scenario() -> float:
-        server = Server()
-        server.lease = lease_of("b", renewTime="2026-01-02T00:00:00Z")
+        server = FakeLeaseServer()
+        server.lease = make_lease("b", renewTime="2026-01-02T00:00:00Z")
         acquiring = asyncio.create_task(make_elector(server, "second").acquire())
         await asyncio.sleep(11)
-        server.lease = lease_of("a", renewTime="2026-01-01T00:00:00Z")
+        server.lease = make_lease("a", renewTime="2026-01-01T00:00:00Z")
         await acquiring
         return loop_seconds()
 
@@ -429,8 +429,8 @@ def test_every_change_of_the_lease_counts_as_a_renewal() -> None:
 
 def test_conflict_does_not_make_a_replica_the_leader() -> None:
     async def scenario() -> float:
-        server = Server()
-        server.lease, server.conflicts = lease_of(""), 1
+        server = FakeLeaseServer()
+        server.lease, server.conflicts = make_lease(""), 1
         await make_elector(server, "first").acquire()
         assert server.holder == "first"
         return loop_seconds()
@@ -441,7 +441,7 @@ def test_conflict_does_not_make_a_replica_the_leader() -> None:
 @pytest.mark.parametrize("is_down", [True, False])
 def test_release_leaves_a_lease_without_holder_if_the_server_can_be_reached(is_down: bool) -> None:
     async def scenario() -> None:
-        server = Server()
+        server = FakeLeaseServer()
         first = make_elector(server, "first")
         await first.acquire()
         server.is_down = is_down
@@ -457,8 +457,8 @@ def test_release_leaves_a_lease_without_holder_if_the_server_can_be_reached(is_d
 
 def test_replica_that_does_not_lead_releases_nothing() -> None:
     async def scenario() -> None:
-        server = Server()
-        server.lease = lease_of("first")  # the same identity, from an earlier process
+        server = FakeLeaseServer()
+        server.lease = make_lease("first")  # an earlier process with the same identity holds the Lease
         await make_elector(server, "first").release()
         assert server.holder == "first"
 
@@ -466,9 +466,9 @@ def test_replica_that_does_not_lead_releases_nothing() -> None:
 
 
 def test_lease_that_another_replica_creates_first_is_not_held() -> None:
-    class RacingServer(Server):
+    class RacingServer(FakeLeaseServer):
         async def create(self, kind: Kind, namespace: str, body: Object) -> ApiResponse:
-            self.lease = lease_of("second", renewTime="x")
+            self.lease = make_lease("second", renewTime="x")
             return await super().create(kind, namespace, body)
 
     async def scenario() -> float:
@@ -482,7 +482,7 @@ def test_lease_that_another_replica_creates_first_is_not_held() -> None:
 @pytest.mark.parametrize(("lease_namespace", "namespace"), [(None, "operators"), ("leases", "leases")])
 def test_namespace_of_the_lease_is_the_configured_or_the_operators_own(lease_namespace: str | None, namespace: str) -> None:
     async def scenario() -> None:
-        server = Server()
+        server = FakeLeaseServer()
         await make_elector(server, "first", SETTINGS.model_copy(update={"lease_namespace": lease_namespace})).acquire()
         assert server.lease is not None and server.lease["metadata"]["namespace"] == namespace
 

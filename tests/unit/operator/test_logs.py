@@ -9,20 +9,20 @@ from finetune_operator import logs
 from finetune_operator.logs import JsonFormatter, TextFormatter
 
 
-def record(message: str) -> logging.LogRecord:
+def make_record(message: str) -> logging.LogRecord:
     return logging.LogRecord("finetune_operator.x", logging.INFO, "file", 1, message, None, None)
 
 
-def test_log_lines_contain_the_job() -> None:
-    token = logs.job.set("team/run")
+def test_log_lines_name_the_job() -> None:
+    token = logs.current_job.set("team/run")
     try:
-        value = json.loads(JsonFormatter().format(record("created")))
+        value = json.loads(JsonFormatter().format(make_record("created")))
         assert {k: value[k] for k in ("level", "message", "job")} == {
             "level": "info",
             "message": "created",
             "job": "team/run",
         }
-        assert TextFormatter().format(record("created")).endswith("created [job=team/run]")
+        assert TextFormatter().format(make_record("created")).endswith("created [job=team/run]")
     finally:
-        logs.job.reset(token)
-    assert "job" not in json.loads(JsonFormatter().format(record("created")))
+        logs.current_job.reset(token)
+    assert "job" not in json.loads(JsonFormatter().format(make_record("created")))

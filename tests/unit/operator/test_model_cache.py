@@ -23,84 +23,84 @@ from tests.unit.operator.samples import finetunejob, spec
 NODE = {"path": "/var/lib/finetune-models", "sizeLimit": "1Ki", "namespaces": ["team", "ml-*"]}
 
 
-def config_with(cache: Object | None = None, **fields: Any) -> OperatorConfig:
+def make_config(cache: Object | None = None, **fields: Any) -> OperatorConfig:
     trainer = {"image": "registry.example.com/trainer:1", "env": {"HF_HUB_ETAG_TIMEOUT": "30", "HF_ENDPOINT": "https://mirror.example.com"}}
     trainer |= fields.pop("trainer", {})
     return parse_config({"trainer": trainer, **({"modelCache": cache} if cache is not None else {}), **fields}, "test")
 
 
-CONFIG = config_with({"node": NODE})
+CONFIG = make_config({"node": NODE})
 
 
-def build(written: Object, config: OperatorConfig = CONFIG, namespace: str = "team") -> tuple[AcceptedSpec, Object]:
-    accepted = accept(written, config, namespace=namespace)
+def build_job_body(raw_spec: Object, config: OperatorConfig = CONFIG, namespace: str = "team") -> tuple[AcceptedSpec, Object]:
+    accepted = accept(raw_spec, config, namespace=namespace)
     assert isinstance(accepted, AcceptedSpec), accepted
-    job = finetunejob(written)
+    job = finetunejob(raw_spec)
     run = build_run_config(job, accepted.spec, 1, defaults=accepted.defaults, committed_step=0, max_step=None)
     body = build_job(job, run, accepted.pool, config, model_cache=accepted.spec.model.cache)
     return accepted, body
 
 
-def pod_of(body: Object) -> Object:
+def get_pod(body: Object) -> Object:
     value: Object = body["spec"]["template"]["spec"]
     return value
 
 
-def mounts_of(container: Object) -> list[Object]:
+def get_mounts(container: Object) -> list[Object]:
     return [mount for mount in container["volumeMounts"] if mount["name"] == "model-cache"]
 
 
-def volumes_of(pod: Object) -> list[Object]:
+def get_volumes(pod: Object) -> list[Object]:
     return [volume for volume in pod["volumes"] if volume["name"] == "model-cache"]
 
 
 def test_a_claim_is_mounted_only_in_the_init_container() -> None:
-    pod = pod_of(build(spec(model={"cache": "pvc://models/hub/base"}))[1])
+    pod = get_pod(build_job_body(spec(model={"cache": "pvc://models/hub/base"}))[1])
     (init,) = pod["initContainers"]
-    assert volumes_of(pod) == [{"name": "model-cache", "persistentVolumeClaim": {"claimName": "models"}}]
-    assert mounts_of(init) == [{"name": "model-cache", "mountPath": "/mnt/model-cache"}] and mounts_of(pod["containers"][0]) == []
+    assert get_volumes(pod) == [{"name": "model-cache", "persistentVolumeClaim": {"claimName": "models"}}]
+    assert get_mounts(init) == [{"name": "model-cache", "mountPath": "/mnt/model-cache"}] and get_mounts(pod["containers"][0]) == []
     assert init["args"] == ["fill-cache", "--folder", "/mnt/model-cache/hub/base/finetune-models", "--tenant", "models", "--copy"]
 
 
-def test_the_root_of_a_claim_gets_a_folder_for_the_cache() -> None:
-    (init,) = pod_of(build(spec(model={"cache": "pvc://models"}))[1])["initContainers"]
+def test_cache_in_the_root_of_a_claim_has_its_own_folder() -> None:
+    (init,) = get_pod(build_job_body(spec(model={"cache": "pvc://models"}))[1])["initContainers"]
     assert init["args"][2] == "/mnt/model-cache/finetune-models"
 
 
 def test_variables_in_the_path_of_a_claim_are_not_replaced() -> None:
-    """The kubelet replaces $(HF_TOKEN) in arguments. The token would be the name of a folder, and part of messages about this folder."""
-    (init,) = pod_of(build(spec(model={"cache": "pvc://models/$(HF_TOKEN)/$x"}))[1])["initContainers"]
+    """The kubelet would replace $(HF_TOKEN) in arguments. The token would then be in the name of a folder and in messages about this folder."""
+    (init,) = get_pod(build_job_body(spec(model={"cache": "pvc://models/$(HF_TOKEN)/$x"}))[1])["initContainers"]
     assert init["args"][2] == "/mnt/model-cache/$$(HF_TOKEN)/$$x/finetune-models"
 
 
-def test_the_image_of_the_platform_can_be_pulled_beside_an_image_of_the_user() -> None:
-    config = config_with({"node": NODE}, trainer={"imagePullSecrets": ["platform", "shared"]})
+def test_platform_image_can_be_pulled_in_a_pod_with_a_user_image() -> None:
+    config = make_config({"node": NODE}, trainer={"imagePullSecrets": ["platform", "shared"]})
     placement = {"image": "registry.example.com/own:2", "imagePullSecrets": ["own", "shared"]}
-    pod = pod_of(build(spec(model={"cache": "node"}, placement=placement), config)[1])
+    pod = get_pod(build_job_body(spec(model={"cache": "node"}, placement=placement), config)[1])
     assert pod["imagePullSecrets"] == [{"name": "own"}, {"name": "shared"}, {"name": "platform"}]
-    without_cache = pod_of(build(spec(placement=placement), config)[1])
+    without_cache = get_pod(build_job_body(spec(placement=placement), config)[1])
     assert without_cache["imagePullSecrets"] == [{"name": "own"}, {"name": "shared"}]
 
 
 def test_the_cache_is_filled_before_the_generation_server_starts() -> None:
     generation = {"backend": "vllm", "image": "registry.example.com/vllm:1"}
     trainer = {"type": "grpo", "rewards": [{"builtin": "thinkFormat"}], "grpo": {"generation": generation, "numGenerations": 2}}
-    pod = pod_of(build(spec(model={"cache": "node"}, trainer=trainer, resources={"gpusPerNode": 1}))[1])
+    pod = get_pod(build_job_body(spec(model={"cache": "node"}, trainer=trainer, resources={"gpusPerNode": 1}))[1])
     assert [container["name"] for container in pod["initContainers"]] == ["model-cache", names.GENERATION_CONTAINER]
 
 
 def test_the_trainer_container_can_only_read_the_models_of_its_namespace_on_the_node() -> None:
-    pod = pod_of(build(spec(model={"cache": "node"}))[1])
+    pod = get_pod(build_job_body(spec(model={"cache": "node"}))[1])
     (init,) = pod["initContainers"]
-    assert volumes_of(pod) == [{"name": "model-cache", "hostPath": {"path": "/var/lib/finetune-models", "type": "DirectoryOrCreate"}}]
-    assert mounts_of(init) == [{"name": "model-cache", "mountPath": "/mnt/model-cache"}]
-    assert mounts_of(pod["containers"][0]) == [{"name": "model-cache", "mountPath": "/mnt/model-cache/team", "subPath": "team", "readOnly": True}]
+    assert get_volumes(pod) == [{"name": "model-cache", "hostPath": {"path": "/var/lib/finetune-models", "type": "DirectoryOrCreate"}}]
+    assert get_mounts(init) == [{"name": "model-cache", "mountPath": "/mnt/model-cache"}]
+    assert get_mounts(pod["containers"][0]) == [{"name": "model-cache", "mountPath": "/mnt/model-cache/team", "subPath": "team", "readOnly": True}]
     assert init["args"] == ["fill-cache", "--folder", "/mnt/model-cache", "--tenant", "team", "--size-limit", "1024", "--free-share", "0.15"]
 
 
 def test_no_code_of_the_user_runs_in_the_init_container() -> None:
-    """The user's image, variables that load code, and mounts are left out. Variables that name servers, and credentials, are kept."""
-    written = spec(
+    """The init container has neither the user's image nor mounts nor variables that load code. It keeps credentials and variables that name servers."""
+    raw_spec = spec(
         model={"cache": "node", "tokenSecretRef": {"name": "hub", "key": "token"}},
         placement={
             "image": "registry.example.com/own:2",
@@ -110,7 +110,7 @@ def test_no_code_of_the_user_runs_in_the_init_container() -> None:
         storage={"credentialsSecretRef": {"name": "s3"}},
         resources={"gpusPerNode": 1, "memory": "8Gi"},
     )  # fmt: skip
-    pod = pod_of(build(written)[1])
+    pod = get_pod(build_job_body(raw_spec)[1])
     (init,), (trainer,) = pod["initContainers"], pod["containers"]
     assert (init["name"], init["image"], trainer["image"]) == ("model-cache", "registry.example.com/trainer:1", "registry.example.com/own:2")
     variables = {variable["name"]: variable.get("value", "from elsewhere") for variable in init["env"]}
@@ -128,27 +128,27 @@ def test_no_code_of_the_user_runs_in_the_init_container() -> None:
 
 
 def test_older_trainer_images_get_a_run_configuration_without_the_cache() -> None:
-    accepted, body = build(spec(model={"cache": "node"}))
+    accepted, body = build_job_body(spec(model={"cache": "node"}))
     run = json.loads(body["spec"]["template"]["metadata"]["annotations"][Annotation.RUN_CONFIG])
     assert accepted.spec.model.cache == "node" and "cache" not in run["spec"]["model"]
-    _, defaulted = build(spec(), config_with({"default": "node", "node": NODE}))
+    _, defaulted = build_job_body(spec(), make_config({"default": "node", "node": NODE}))
     run = json.loads(defaulted["spec"]["template"]["metadata"]["annotations"][Annotation.RUN_CONFIG])
     assert "model.cache" not in run["defaults"] and "cache" not in run["spec"]["model"]
 
 
-@pytest.mark.parametrize("written", [spec(), spec(model={"cache": "none"})])
-def test_a_job_without_a_cache_has_the_same_pod_as_before(written: Object) -> None:
-    pod = pod_of(build(written)[1])
-    assert "initContainers" not in pod and volumes_of(pod) == []
+@pytest.mark.parametrize("raw_spec", [spec(), spec(model={"cache": "none"})])
+def test_pod_of_a_job_without_a_cache_has_no_init_container_and_no_volume(raw_spec: Object) -> None:
+    pod = get_pod(build_job_body(raw_spec)[1])
+    assert "initContainers" not in pod and get_volumes(pod) == []
 
 
 def test_a_preparation_pod_has_no_cache() -> None:
-    """It downloads no weights."""
-    accepted, _ = build(spec(model={"cache": "node"}))
+    """A preparation downloads no weights."""
+    accepted, _ = build_job_body(spec(model={"cache": "node"}))
     job = finetunejob(spec())
     run = build_run_config(job, accepted.spec, 1, defaults=accepted.defaults, committed_step=0, max_step=None)
-    pod = pod_of(build_preparation_job(job, run, 1, accepted.spec.prepare.resources, None, CONFIG))
-    assert "initContainers" not in pod and volumes_of(pod) == []
+    pod = get_pod(build_preparation_job(job, run, 1, accepted.spec.prepare.resources, None, CONFIG))
+    assert "initContainers" not in pod and get_volumes(pod) == []
 
 
 # ---- default and permission ----
@@ -162,34 +162,34 @@ def test_a_preparation_pod_has_no_cache() -> None:
         ({"default": "pvc://models"}, "team", "file:///m", None), ({"node": NODE}, "team", "org/m", None), (None, "team", "org/m", None),
     ],
 )  # fmt: skip
-def test_the_default_of_the_platform(cache: Object | None, namespace: str, source: str, expected: str | None) -> None:
-    accepted, _ = build(spec(model={"source": source}), config_with(cache), namespace)
+def test_default_cache_depends_on_configuration_namespace_and_model_source(cache: Object | None, namespace: str, source: str, expected: str | None) -> None:
+    accepted, _ = build_job_body(spec(model={"source": source}), make_config(cache), namespace)
     assert accepted.spec.model.cache == expected and accepted.defaults.get("model.cache") == expected
 
 
 @pytest.mark.parametrize(("cache", "expected"), [({"default": "pvc://new"}, "pvc://new"), ({"default": "node", "node": NODE}, "node"), (None, None)])
-def test_the_next_attempt_uses_the_current_default(cache: Object | None, expected: str | None) -> None:
-    """The claim of the first attempt may no longer exist."""
-    first, _ = build(spec(), config_with({"default": "pvc://old"}))
-    later = accept(spec(), config_with(cache), FirstAttempt(first.defaults, first.spec_sha256), namespace="team")
+def test_next_attempt_uses_the_current_default_cache(cache: Object | None, expected: str | None) -> None:
+    """It does not keep the first attempt's cache, because this claim may no longer exist."""
+    first, _ = build_job_body(spec(), make_config({"default": "pvc://old"}))
+    later = accept(spec(), make_config(cache), FirstAttempt(first.defaults, first.spec_sha256), namespace="team")
     assert isinstance(later, AcceptedSpec)
     assert later.spec.model.cache == expected and later.defaults.get("model.cache") == expected
 
 
-def test_a_job_can_refuse_the_default() -> None:
-    accepted, body = build(spec(model={"cache": "none"}), config_with({"default": "pvc://models"}))
-    assert accepted.spec.model.cache == "none" and "initContainers" not in pod_of(body)
+def test_job_can_turn_off_the_default_cache() -> None:
+    accepted, body = build_job_body(spec(model={"cache": "none"}), make_config({"default": "pvc://models"}))
+    assert accepted.spec.model.cache == "none" and "initContainers" not in get_pod(body)
 
 
 @pytest.mark.parametrize(
     ("config", "namespace", "message"),
     [
-        (config_with(), "team", "spec.model.cache is node, but the operator's configuration has no such cache: write pvc://claim/path, or remove model.cache"),
+        (make_config(), "team", "spec.model.cache is node, but the operator's configuration has no such cache: write pvc://claim/path, or remove model.cache"),
         (CONFIG, "other",
          "spec.model.cache is node, but the operator's configuration has no such cache for namespace other: write pvc://claim/path, or remove model.cache"),
     ],
 )  # fmt: skip
-def test_a_cache_on_the_nodes_needs_the_platform(config: OperatorConfig, namespace: str, message: str) -> None:
+def test_cache_on_the_nodes_must_be_configured_for_the_namespace(config: OperatorConfig, namespace: str, message: str) -> None:
     refused = accept(spec(model={"cache": "node"}), config, namespace=namespace)
     assert isinstance(refused, RefusedSpec)
     assert (refused.reason, refused.message, refused.is_final) == (Reason.REJECTED, message, True)
@@ -206,15 +206,15 @@ def test_a_cache_on_the_nodes_needs_the_platform(config: OperatorConfig, namespa
         ({"node": {**NODE, "path": "relative/x"}}, "modelCache.node.path"), ({"node": {**NODE, "sizeLimit": "much"}}, "modelCache.node.sizeLimit"),
     ],
 )  # fmt: skip
-def test_a_wrong_configuration_is_refused(cache: Object, text: str) -> None:
+def test_invalid_cache_configuration_is_refused(cache: Object, text: str) -> None:
     with pytest.raises(SettingsError, match=text.replace(".", r"\.")):
-        config_with(cache)
+        make_config(cache)
 
 
 # ---- status and metrics ----
 
 
-def test_the_message_of_a_pod_that_fills_the_cache() -> None:
+def test_waiting_message_names_the_container_that_fills_the_cache() -> None:
     labels = {"app.kubernetes.io/managed-by": "finetune-operator", "finetune-operator.io/name": "run", "finetune-operator.io/attempt": "1"}
     statuses = {
         "containerStatuses": [{"name": "trainer", "state": {"waiting": {"reason": "PodInitializing"}}}],
@@ -225,7 +225,7 @@ def test_the_message_of_a_pod_that_fills_the_cache() -> None:
     assert (pod.waiting_reason, pod.waiting_message) == ("PodInitializing", "the init container model-cache provides the model from model.cache")
 
 
-def test_the_metrics_count_where_models_came_from() -> None:
+def test_metrics_count_models_by_their_source() -> None:
     metrics = Metrics()
     for resolved in (
         ResolvedConfig(model_source=ModelOrigin.CACHE, model_bytes_saved=7), ResolvedConfig(model_source=ModelOrigin.CACHE, model_bytes_saved=5),
@@ -238,5 +238,5 @@ def test_the_metrics_count_where_models_came_from() -> None:
     assert value("finetune_operator_model_bytes_saved_total") == 12
 
 
-def test_the_spec_accepts_the_values() -> None:
+def test_spec_accepts_a_claim_as_model_cache() -> None:
     assert FineTuneJobSpec.model_validate(spec(model={"cache": "pvc://models/hub"})).model.cache == "pvc://models/hub"

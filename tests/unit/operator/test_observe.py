@@ -1,4 +1,4 @@
-"""What the operator observes about a job: cached objects, live reads and in-memory state."""
+"""What the operator observes about a job: cached objects, objects that it reads from the API server, and its own state."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from finetune_operator.job_state import SPEC_NOT_NEEDED
 from finetune_operator.objects import CORE_EVENT, FINETUNEJOB, JOB, POD, Kind
 from finetune_operator.policies.acceptance import AcceptedSpec, RefusedSpec
 
-from tests.unit.operator.fake_cluster import KEY, Process, Server, new_server, start_attempt
+from tests.unit.operator.fake_cluster import KEY, FakeApiServer, OperatorProcess, new_server, start_attempt
 from tests.unit.operator.samples import SPEC, UID
 
 
 @pytest.fixture
-def server() -> Server:
+def server() -> FakeApiServer:
     return new_server()
 
 
-async def test_spec_is_checked_once_per_generation(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_spec_is_checked_once_per_generation(server: FakeApiServer, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     accept = observe.accept
     monkeypatch.setattr(observe, "accept", lambda *args, **options: calls.append(1) or accept(*args, **options))
-    process = Process(server)
+    process = OperatorProcess(server)
     for _ in range(3):
         await process.reconcile()
     assert len(calls) == 1
@@ -35,10 +35,10 @@ async def test_spec_is_checked_once_per_generation(server: Server, monkeypatch: 
     assert len(calls) == 2
 
 
-async def test_spec_is_checked_again_if_a_crd_removed_a_field_of_it(server: Server) -> None:
+async def test_spec_is_checked_again_if_a_crd_removed_a_field_of_it(server: FakeApiServer) -> None:
     """The API server removes the field from the spec, but does not change the generation."""
     server.put(FINETUNEJOB, {**server.finetunejob, "spec": {**SPEC, "training": {"seed": 7}}})
-    process = Process(server)
+    process = OperatorProcess(server)
     await process.reconcile()
     server.put(FINETUNEJOB, {**server.finetunejob, "spec": SPEC})
     process.refresh()
@@ -47,7 +47,7 @@ async def test_spec_is_checked_again_if_a_crd_removed_a_field_of_it(server: Serv
     assert isinstance(acceptance, RefusedSpec) and acceptance.reason is Reason.SPEC_CHANGED
 
 
-async def test_finished_job_keeps_neither_its_spec_nor_a_reservation(server: Server) -> None:
+async def test_resolved_spec_and_reservation_of_a_finished_job_are_released(server: FakeApiServer) -> None:
     process, job = await start_attempt(server)
     states, limiter = process.reconciler._observer.states, process.reconciler._blocking_reader._limiter
     process.finish_pod_and_job(job)
@@ -57,12 +57,12 @@ async def test_finished_job_keeps_neither_its_spec_nor_a_reservation(server: Ser
     await process.reconcile()
     assert states[KEY].acceptance is SPEC_NOT_NEEDED
     assert KEY not in limiter
-    written = server.count("update", FINETUNEJOB)
+    write_count = server.count("update", FINETUNEJOB)
     await process.reconcile()
-    assert server.count("update", FINETUNEJOB) == written
+    assert server.count("update", FINETUNEJOB) == write_count
 
 
-async def test_spec_of_a_finished_job_is_read_again_if_its_status_is_emptied(server: Server) -> None:
+async def test_spec_of_a_finished_job_is_read_again_if_its_status_is_emptied(server: FakeApiServer) -> None:
     process, job = await start_attempt(server)
     process.finish_pod_and_job(job)
     for _ in range(2):
@@ -76,9 +76,9 @@ async def test_spec_of_a_finished_job_is_read_again_if_its_status_is_emptied(ser
 
 
 @pytest.mark.parametrize("read", [CORE_EVENT, POD, JOB], ids=["events", "pods", "Job"])
-async def test_job_deleted_during_a_live_read_is_not_written(server: Server, read: Kind) -> None:
+async def test_job_deleted_during_a_live_read_is_not_written(server: FakeApiServer, read: Kind) -> None:
     _, job = await start_attempt(server)
-    process = Process(server)
+    process = OperatorProcess(server)
     long_ago = server.clock.now() - timedelta(hours=1)
     if read is not JOB:
         process.cache.put_job(replace(job, version=10**6, created_at=long_ago, completed_at=long_ago if read is POD else None))
@@ -93,19 +93,19 @@ async def test_job_deleted_during_a_live_read_is_not_written(server: Server, rea
     server.requests.clear()
     await process.reconcile()
     assert [plural for _, plural in server.requests] == [read.plural]
-    assert process.cache.keys() == []
+    assert process.cache.list_keys() == []
 
 
-@pytest.mark.parametrize("known", ["at first", "later"])
-async def test_rules_for_new_jobs_do_not_apply_after_the_first_attempt_has_a_job(server: Server, known: str) -> None:
-    """An older operator created the Job and ended before it wrote the status."""
+@pytest.mark.parametrize("known_at", ["at first", "later"])
+async def test_rules_for_new_jobs_do_not_apply_after_the_first_attempt_has_a_job(server: FakeApiServer, known_at: str) -> None:
+    """An older operator created the Job and stopped before it wrote the status."""
     _, job = await start_attempt(server)
     refused_today = {**SPEC, "resources": {"gpusPerNode": 0, "memory": 4}}
     server.put(FINETUNEJOB, {**server.finetunejob, "spec": refused_today, "status": {}})
-    process = Process(server)
+    process = OperatorProcess(server)
     observer = process.reconciler._observer
-    if known == "later":
-        observer._from_cache(KEY)
+    if known_at == "later":
+        observer._read_facts_from_cache(KEY)
         found = observer.states[KEY].acceptance
         assert isinstance(found, RefusedSpec) and found.is_final
     process.cache.put_job(job)

@@ -22,7 +22,7 @@ RUNNING_STATUS = {"attempt": 1, "startTime": "2026-11-21T12:00:00Z", "attempts":
 PREEMPTED_ATTEMPT = {**STARTED_ATTEMPT, "endTime": "2026-11-21T12:01:00Z", "reason": "Preempted"}
 
 
-def status_of(observed: Facts, result: ActionResult | None = None) -> FineTuneJobStatus:
+def compute_status_of(observed: Facts, result: ActionResult | None = None) -> FineTuneJobStatus:
     return compute_status(observed, decide(observed), result or ActionResult())
 
 
@@ -47,24 +47,24 @@ def status_of(observed: Facts, result: ActionResult | None = None) -> FineTuneJo
     ],
 )
 def test_phase_follows_the_stage_that_the_pod_reports(stage: str, step: int, attempt: int, phase: Phase) -> None:
-    known: dict[str, Any] = {**RUNNING_STATUS, "attempt": attempt}
+    status_fields: dict[str, Any] = {**RUNNING_STATUS, "attempt": attempt}
     if attempt == 2:
-        known["attempts"] = [PREEMPTED_ATTEMPT, {"number": 2, "startTime": "2026-11-21T12:02:00Z"}]
+        status_fields["attempts"] = [PREEMPTED_ATTEMPT, {"number": 2, "startTime": "2026-11-21T12:02:00Z"}]
     reported = report(stage=stage, attempt=attempt, progress={"step": step, "totalSteps": 10})
     pods = [pod(attempt, uid="pod-1-0")]
-    new_status = status_of(facts(status=status(**known), jobs=[job(attempt)], pods=pods, last_report=reported))
+    new_status = compute_status_of(facts(status=status(**status_fields), jobs=[job(attempt)], pods=pods, last_report=reported))
     assert new_status.phase == phase
 
 
 @pytest.mark.parametrize("stage", ["evaluating", "comparing"])
 def test_job_without_training_is_evaluating(stage: str) -> None:
     observed = facts(status=status(**RUNNING_STATUS), jobs=[job()], pods=[pod()], last_report=report(stage=stage, progress={}))
-    assert status_of(observed).phase is Phase.EVALUATING
+    assert compute_status_of(observed).phase is Phase.EVALUATING
 
 
 def test_phase_stays_running_after_a_restart_of_the_operator() -> None:
-    known = {**RUNNING_STATUS, "attempts": [{**STARTED_ATTEMPT, "lastStep": 4}]}
-    new_status = status_of(facts(status=status(**known), jobs=[job()], pods=[pod()]))
+    status_fields = {**RUNNING_STATUS, "attempts": [{**STARTED_ATTEMPT, "lastStep": 4}]}
+    new_status = compute_status_of(facts(status=status(**status_fields), jobs=[job()], pods=[pod()]))
     assert new_status.phase is Phase.RUNNING
 
 
@@ -80,7 +80,7 @@ TRAINING_REPORT = report(stage="training", progress={"step": 3, "totalSteps": 10
 DISK_FULL_REPORT = report(health={"checkpointProblem": "StagingDiskFull: the checkpoint of step 5 was skipped"})
 
 
-def failed_with(code: str) -> Facts:
+def make_failed_facts(code: str) -> Facts:
     message = TerminationMessage.model_validate({"class": "Data", "code": code, "message": "row 17"})
     return facts(status=status(**RUNNING_STATUS), jobs=[FAILED_JOB], pods=[end_pod(pod(), 65, message)], now=at(61))
 
@@ -103,8 +103,8 @@ REASON_CASES: dict[str, tuple[Facts, ActionResult | None, str]] = {
     "recovering without a node": (facts(status=RETRIED_STATUS, jobs=[job(2)], pods=[replace(UNSCHEDULABLE_POD, attempt=2)]), None, "Unschedulable"),
     "disk full": (facts(status=status(**RUNNING_STATUS), jobs=[job()], pods=[pod()], last_report=DISK_FULL_REPORT), None, "StagingDiskFull"),
     "start timeout": (facts(status=status(**RUNNING_STATUS), jobs=[job()], pods=[pod(is_ready=False)], now=at(2000)), None, "StartTimeout"),
-    "failed": (failed_with("RowMalformed"), None, "RowMalformed"),
-    "failed with an odd code": (failed_with("a code with spaces"), None, "DataError"),
+    "failed": (make_failed_facts("RowMalformed"), None, "RowMalformed"),
+    "failed with an odd code": (make_failed_facts("a code with spaces"), None, "DataError"),
     "succeeded": (facts(status=status(**RUNNING_STATUS), jobs=[job(completed_at=at(60))], pods=[end_pod(pod(), 0)]), None, "-"),
     "cancelled": (facts(spec=spec(cancel=True)), None, "-"),
 }  # fmt: skip
@@ -113,4 +113,4 @@ REASON_CASES: dict[str, tuple[Facts, ActionResult | None, str]] = {
 @pytest.mark.parametrize("case", REASON_CASES)
 def test_reason_shows_why_a_job_waits_or_failed(case: str) -> None:
     found, result, reason = REASON_CASES[case]
-    assert status_of(found, result).reason == reason
+    assert compute_status_of(found, result).reason == reason

@@ -1,4 +1,4 @@
-"""Node pools, and placement values that contradict the pool, the platform or Kubernetes' syntax."""
+"""Node pools, and placement values that contradict the pool, the operator's configuration or Kubernetes' syntax."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from finetune_api.names import Reason
 from finetune_api.spec import FineTuneJobSpec
 from finetune_operator.policies.acceptance import AcceptedSpec, FirstAttempt, RefusedSpec, accept
-from finetune_operator.policies.placement import choose_pool, placement_problems
+from finetune_operator.policies.placement import choose_pool, find_placement_problems
 from finetune_operator.settings import parse_config
 
 from tests.unit.operator.samples import CONFIG, SPEC, accept_spec, spec
@@ -26,8 +26,8 @@ CONFIG_WITH_POOL = parse_config(
 
 
 def accept_placement(placement: dict[str, Any], first: FirstAttempt | None = None, **groups: Any) -> AcceptedSpec | RefusedSpec:
-    written = spec(placement=placement, resources={"gpusPerNode": 1}, **groups)
-    return accept(written, CONFIG_WITH_POOL, first)
+    raw_spec = spec(placement=placement, resources={"gpusPerNode": 1}, **groups)
+    return accept(raw_spec, CONFIG_WITH_POOL, first)
 
 
 @pytest.mark.parametrize(
@@ -91,12 +91,12 @@ def test_storage_with_dots_in_its_path_is_refused() -> None:
     assert "spec.storage.uri" in found.message and ".." in found.message
 
 
-def test_accepted_spec_has_its_pool() -> None:
+def test_accepted_spec_names_its_pool() -> None:
     assert accept_spec(spec(resources={"gpusPerNode": 8})).pool is not None
 
 
-def spec_with(**groups: Any) -> FineTuneJobSpec:
-    """A spec without defaults that contains only `groups` and the required groups."""
+def make_spec(**groups: Any) -> FineTuneJobSpec:
+    """Return a spec without defaults that has only the required groups and those in `groups`."""
     return FineTuneJobSpec.model_validate({"model": SPEC["model"], "dataset": SPEC["dataset"], **groups})
 
 
@@ -130,7 +130,7 @@ LIST_OF_POOLS = (
     ],
 )  # fmt: skip
 def test_pool_with_enough_gpus_and_nodes_is_chosen(resources: dict[str, Any], name: str | None) -> None:
-    pool = choose_pool(spec_with(resources=resources), POOLS)
+    pool = choose_pool(make_spec(resources=resources), POOLS)
     assert not isinstance(pool, RefusedSpec)
     assert (pool.name if pool else None) == name
 
@@ -150,21 +150,21 @@ def test_pool_with_enough_gpus_and_nodes_is_chosen(resources: dict[str, Any], na
     ],
 )  # fmt: skip
 def test_job_that_fits_no_pool_waits_for_another_configuration(resources: dict[str, Any], reason: Reason, problem: str) -> None:
-    refusal = choose_pool(spec_with(resources=resources), POOLS)
+    refusal = choose_pool(make_spec(resources=resources), POOLS)
     assert isinstance(refusal, RefusedSpec)
     assert (refusal.reason, refusal.message, refusal.is_final) == (reason, f"spec.resources.{problem}; {LIST_OF_POOLS}", False)
 
 
-def test_operator_without_pools_says_so() -> None:
+def test_refusal_says_that_the_operator_has_no_pools() -> None:
     config = parse_config({}, "test")
-    assert choose_pool(spec_with(resources={"gpusPerNode": 64, "nodes": 9}), config) is None
-    refusal = choose_pool(spec_with(resources={"nodePool": "a"}), config)
+    assert choose_pool(make_spec(resources={"gpusPerNode": 64, "nodes": 9}), config) is None
+    refusal = choose_pool(make_spec(resources={"nodePool": "a"}), config)
     assert isinstance(refusal, RefusedSpec)
     assert refusal.message == "spec.resources.nodePool is 'a'; the operator's configuration has no pools"
 
 
 @pytest.mark.parametrize(
-    ("toleration", "pool_toleration", "conflicts"),
+    ("toleration", "pool_toleration", "has_conflict"),
     [
         ({}, {}, False), ({"value": "a"}, {}, True), ({"value": "z"}, {}, True),
         ({"value": "a", "key": "cpu"}, {}, False), ({"value": "a", "key": "tpu"}, {}, False),
@@ -173,29 +173,29 @@ def test_operator_without_pools_says_so() -> None:
     ],
 )  # fmt: skip
 def test_tolerations_conflict_if_they_match_the_same_taint_but_differ(
-    toleration: dict[str, Any], pool_toleration: dict[str, Any], conflicts: bool
+    toleration: dict[str, Any], pool_toleration: dict[str, Any], has_conflict: bool
 ) -> None:
     pool = {"name": "h100", "default": True, "gpusPerNode": 8, "tolerations": [{**TAINT, **pool_toleration}]}
     config = parse_config({"nodePools": [pool]}, "test")
     job_toleration = {"".join(list(name)): value and "".join(list(value)) for name, value in {**TAINT, **toleration}.items()}
-    written = spec_with(placement={"tolerations": [{"key": "other", "operator": "Exists"}, job_toleration]})
+    raw_spec = make_spec(placement={"tolerations": [{"key": "other", "operator": "Exists"}, job_toleration]})
     values = [{name: value for name, value in {**TAINT, **fields}.items() if value} for fields in (toleration, pool_toleration)]
     message = f"spec.placement.tolerations[1] is {values[0]}, but pool h100 sets {values[1]}"
-    assert list(placement_problems(written, config.node_pools[0], config)) == ([message] if conflicts else [])
-    assert list(placement_problems(written, None, config)) == []
+    assert list(find_placement_problems(raw_spec, config.node_pools[0], config)) == ([message] if has_conflict else [])
+    assert list(find_placement_problems(raw_spec, None, config)) == []
 
 
 @pytest.mark.parametrize("value", ["a", "z"])
 def test_each_conflicting_label_is_named_with_both_values(value: str) -> None:
     equal = "".join(["h", "100"])
-    written = spec_with(placement={"nodeSelector": {"gpu": value, "disk": "b"}, "labels": {"cost": value}, "annotations": {"mesh": value}})
-    assert list(placement_problems(written, CONFIG_WITH_POOL.node_pools[0], CONFIG_WITH_POOL)) == [
+    raw_spec = make_spec(placement={"nodeSelector": {"gpu": value, "disk": "b"}, "labels": {"cost": value}, "annotations": {"mesh": value}})
+    assert list(find_placement_problems(raw_spec, CONFIG_WITH_POOL.node_pools[0], CONFIG_WITH_POOL)) == [
         f"spec.placement.nodeSelector.gpu is '{value}', but pool h100 selects nodes with 'h100'",
         f"spec.placement.labels.cost is '{value}', but the operator's configuration sets 'research'",
         f"spec.placement.annotations.mesh is '{value}', but the operator's configuration sets 'off'",
     ]
-    written = spec_with(placement={"nodeSelector": {"gpu": equal}, "labels": {"cost": "".join(["re", "search"])}})
-    assert list(placement_problems(written, CONFIG_WITH_POOL.node_pools[0], CONFIG_WITH_POOL)) == []
+    raw_spec = make_spec(placement={"nodeSelector": {"gpu": equal}, "labels": {"cost": "".join(["re", "search"])}})
+    assert list(find_placement_problems(raw_spec, CONFIG_WITH_POOL.node_pools[0], CONFIG_WITH_POOL)) == []
 
 
 @pytest.mark.parametrize(
@@ -208,4 +208,4 @@ def test_each_conflicting_label_is_named_with_both_values(value: str) -> None:
 )  # fmt: skip
 def test_reserved_key_is_refused(field: str, key: str, hint: str) -> None:
     message = f"spec.placement.{field}.{key} is 'a', but the operator sets this key itself: {hint}"
-    assert list(placement_problems(spec_with(placement={field: {key: "a"}}), None, CONFIG)) == [message]
+    assert list(find_placement_problems(make_spec(placement={field: {key: "a"}}), None, CONFIG)) == [message]

@@ -1,4 +1,4 @@
-"""The platform's policy in the operator: it refuses new jobs, never affects jobs that were accepted, and limits their running time."""
+"""The operator and the platform's `policy`: it refuses new jobs and limits their running time, but does not affect accepted jobs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from finetune_operator.policies.acceptance import AcceptedSpec, FirstAttempt, Re
 from finetune_operator.report import compute_status
 from finetune_operator.settings import OperatorConfig, parse_config
 
-from tests.unit.operator.fake_cluster import KEY, Process, Server, new_server, start_attempt
+from tests.unit.operator.fake_cluster import KEY, FakeApiServer, OperatorProcess, new_server, start_attempt
 from tests.unit.operator.samples import at, condition, facts, iso_time, job, pod, spec, status
 
 IMAGE = {"placement": {"image": "docker.io/own:1"}}
@@ -23,16 +23,16 @@ MESSAGE = (
 )
 
 
-def config_with(**policy: Any) -> OperatorConfig:
+def make_config(**policy: Any) -> OperatorConfig:
     return parse_config({"trainer": {"image": "t"}, "policy": {"images": ["registry.example.com/*"], **policy}}, "test")
 
 
-def accept_in_team(written: Object, config: OperatorConfig, first_attempt: FirstAttempt | None = None, **options: Any) -> AcceptedSpec | RefusedSpec:
-    return accept(written, config, first_attempt, namespace="team", **options)
+def accept_in_team(raw_spec: Object, config: OperatorConfig, first_attempt: FirstAttempt | None = None, **options: Any) -> AcceptedSpec | RefusedSpec:
+    return accept(raw_spec, config, first_attempt, namespace="team", **options)
 
 
-def test_new_job_is_refused_for_good_with_the_field_and_the_rule() -> None:
-    refusal = accept_in_team(spec(**IMAGE), config_with())
+def test_new_job_is_finally_refused_with_the_field_and_the_rule() -> None:
+    refusal = accept_in_team(spec(**IMAGE), make_config())
     assert isinstance(refusal, RefusedSpec)
     assert (refusal.reason, refusal.message, refusal.is_final) == (Reason.FORBIDDEN_BY_POLICY, MESSAGE, True)
     assert refusal.spec is not None and refusal.spec.policy.retries == 3
@@ -40,31 +40,31 @@ def test_new_job_is_refused_for_good_with_the_field_and_the_rule() -> None:
 
 @pytest.mark.parametrize("options", [{"first_attempt": FirstAttempt()}, {"was_accepted": True}], ids=["started", "accepted"])
 def test_new_rule_does_not_affect_a_job_that_was_accepted(options: dict[str, Any]) -> None:
-    found = accept_in_team(spec(**IMAGE), config_with(maxDurationSeconds=60), **options)
+    found = accept_in_team(spec(**IMAGE), make_config(maxDurationSeconds=60), **options)
     assert isinstance(found, AcceptedSpec)
     assert f"a new job would be refused: {MESSAGE}" in found.notes
     assert found.max_duration_seconds is None
 
 
 def test_job_gets_the_rules_of_its_namespace() -> None:
-    config = config_with(namespaces=[{"names": ["team"], "images": ["*"]}])
+    config = make_config(namespaces=[{"names": ["team"], "images": ["*"]}])
     assert isinstance(accept(spec(**IMAGE), config, namespace="team"), AcceptedSpec)
     assert isinstance(accept(spec(**IMAGE), config, namespace="other"), RefusedSpec)
 
 
 def test_forbidden_pool_is_refused_before_an_unknown_pool_makes_the_job_wait() -> None:
-    refusal = accept_in_team(spec(resources={"nodePool": "a100"}), config_with(nodePools=["h100"]))
+    refusal = accept_in_team(spec(resources={"nodePool": "a100"}), make_config(nodePools=["h100"]))
     assert isinstance(refusal, RefusedSpec) and refusal.reason is Reason.FORBIDDEN_BY_POLICY
 
 
-def write_image(server: Server) -> None:
+def write_image(server: FakeApiServer) -> None:
     server.put(FINETUNEJOB, {**server.finetunejob, "spec": spec(**IMAGE)})
 
 
 async def test_refused_job_fails_without_a_pod() -> None:
     server = new_server()
     write_image(server)
-    process = Process(server, config_with())
+    process = OperatorProcess(server, make_config())
     for _ in range(2):
         await process.reconcile()
     found = server.finetunejob["status"]
@@ -78,9 +78,9 @@ async def test_refused_job_fails_without_a_pod() -> None:
 async def test_job_that_waits_while_suspended_may_start_after_a_new_rule() -> None:
     server = new_server()
     server.put(FINETUNEJOB, {**server.finetunejob, "spec": {**spec(**IMAGE), "suspend": True}})
-    await Process(server).reconcile()
+    await OperatorProcess(server).reconcile()
     assert server.condition(Condition.ACCEPTED)["status"] == "True"
-    restarted = Process(server, config_with())
+    restarted = OperatorProcess(server, make_config())
     server.write_spec(spec(**IMAGE))
     restarted.refresh()
     await restarted.reconcile()
@@ -91,7 +91,7 @@ async def test_next_attempt_of_a_started_job_starts_after_a_new_rule() -> None:
     server = new_server()
     write_image(server)
     process, first_job = await start_attempt(server)
-    restarted = Process(server, config_with())
+    restarted = OperatorProcess(server, make_config())
     restarted.cache.put_job(first_job)
     await restarted.reconcile()
     acceptance = restarted.reconciler._observer.states[KEY].acceptance
@@ -104,14 +104,14 @@ async def test_next_attempt_of_a_started_job_starts_after_a_new_rule() -> None:
 STARTED = {"number": 1, "startTime": iso_time(0)}
 
 
-def started_status(limit: int | None) -> Any:
+def make_started_status(limit: int | None) -> Any:
     ready = condition(Condition.PODS_READY, "True", Reason.PODS_READY, 5)
     resolved = {} if limit is None else {"resolved": {"maxDurationSeconds": limit}}
     return status(attempt=1, attempts=[STARTED], conditions=[ready], **resolved)
 
 
 def test_limit_is_recorded_when_the_job_is_accepted() -> None:
-    observed = facts(spec=spec(), config=config_with(maxDurationSeconds=60))
+    observed = facts(spec=spec(), config=make_config(maxDurationSeconds=60))
     new = compute_status(observed, decide(observed), ActionResult())
     assert new.resolved is not None and new.resolved.max_duration_seconds == 60
 
@@ -123,15 +123,15 @@ def test_limit_is_recorded_when_the_job_is_accepted() -> None:
         (100, 100, "policy.activeDeadlineSeconds 100 passed"), (500, 100, "policy.activeDeadlineSeconds 100 passed"), (None, None, None), (101, None, None),
     ],
 )  # fmt: skip
-def test_lower_one_of_the_deadline_and_the_recorded_limit_ends_the_job(limit: int | None, deadline: int | None, termination: str | None) -> None:
+def test_job_ends_at_the_lower_of_its_deadline_and_the_recorded_limit(limit: int | None, deadline: int | None, termination: str | None) -> None:
     """A user may raise the deadline of a running job, but not above the recorded limit."""
     policy = {} if deadline is None else {"activeDeadlineSeconds": deadline}
-    plan = decide(facts(spec=spec(policy=policy), status=started_status(limit), jobs=[job()], pods=[pod()], now=at(100)))
+    plan = decide(facts(spec=spec(policy=policy), status=make_started_status(limit), jobs=[job()], pods=[pod()], now=at(100)))
     assert plan.termination == (None if termination is None else Termination(Reason.DEADLINE_EXCEEDED, termination))
 
 
 def test_new_limit_does_not_end_a_running_job() -> None:
-    observed = facts(spec=spec(), status=started_status(None), jobs=[job()], pods=[pod()], now=at(100), config=config_with(maxDurationSeconds=60))
+    observed = facts(spec=spec(), status=make_started_status(None), jobs=[job()], pods=[pod()], now=at(100), config=make_config(maxDurationSeconds=60))
     assert decide(observed).termination is None
     new = compute_status(observed, decide(observed), ActionResult())
     assert new.resolved is None or new.resolved.max_duration_seconds is None

@@ -1,4 +1,4 @@
-"""The operator limits and cleans the values in a pod's report. A wrong value is dropped, and all other values are kept."""
+"""The operator limits and cleans the values in a pod's report. It drops each impossible value and keeps all other values."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def read_report(value: Any) -> ProgressReport | None:
     return read_progress_report(json.dumps(value).encode(), NOW)
 
 
-def changed_report(path: str, value: Any) -> dict[str, Any]:
+def change_report(path: str, value: Any) -> dict[str, Any]:
     """Return a copy of GOOD with `value` at a dotted path."""
     result = json.loads(json.dumps(GOOD_REPORT))
     *parents, name = [int(part) if part.isdigit() else part for part in path.split(".")]
@@ -41,7 +41,7 @@ def changed_report(path: str, value: Any) -> dict[str, Any]:
     return result
 
 
-def value_at_path(parsed: ProgressReport, path: str) -> Any:
+def get_value_at_path(parsed: ProgressReport, path: str) -> Any:
     value: Any = parsed.to_wire()
     for part in path.split("."):
         value = value[int(part)] if part.isdigit() else value.get(part)
@@ -99,17 +99,17 @@ def test_good_report_is_unchanged() -> None:
     ids=lambda value: repr(value)[:40],
 )
 def test_value_out_of_bounds_is_dropped_or_cleaned(path: str, value: Any, kept: Any) -> None:
-    parsed = read_report(changed_report(path, value))
+    parsed = read_report(change_report(path, value))
     assert parsed is not None
-    assert value_at_path(parsed, path) == kept
+    assert get_value_at_path(parsed, path) == kept
     assert parsed.attempt == 1 and parsed.uid == UID
-    missing = [other for other in ("progress.totalSteps", "health.healthy") if value_at_path(parsed, other) is None]
+    missing = [other for other in ("progress.totalSteps", "health.healthy") if get_value_at_path(parsed, other) is None]
     assert missing == []
 
 
 @pytest.mark.parametrize("key", ["\x00updateTime", "updateTime ", "update_time", "\u202eupdate_time"], ids=ascii)
-def test_time_is_bounded_under_every_spelling_of_its_name(key: str) -> None:
-    """The API server rejects a time in the year 1."""
+def test_time_is_bounded_in_camel_case_and_snake_case_fields(key: str) -> None:
+    """The API server would reject a time in the year 1."""
     parsed = read_report(GOOD_REPORT | {"progress": {"step": 3, key: "0001-01-01T00:00:00Z"}})
     assert parsed is not None
     assert (parsed.progress.step, parsed.progress.update_time) == (3, None)
@@ -117,7 +117,7 @@ def test_time_is_bounded_under_every_spelling_of_its_name(key: str) -> None:
 
 @pytest.mark.parametrize("key", ["specSha256", "\x00specSha256", "spec_sha256", "spec_sha256\x1b"], ids=ascii)
 @pytest.mark.parametrize("group", ["resolved", "\x07resolved"], ids=ascii)
-def test_fields_of_the_operator_are_dropped_under_every_spelling(group: str, key: str) -> None:
+def test_fields_of_the_operator_are_dropped_in_camel_case_and_snake_case(group: str, key: str) -> None:
     """A wrong hash of the spec in the status would block the next attempt forever with reason SpecChanged."""
     without = {name: one for name, one in GOOD_REPORT.items() if name != "resolved"}
     parsed = read_report(without | {group: {"strategy": "ddp", key: "0" * 64}})
@@ -143,7 +143,7 @@ def test_only_the_newest_of_many_checkpoints_are_kept() -> None:
 
 
 def test_unknown_stage_does_not_discard_the_report() -> None:
-    parsed = read_report(changed_report("stage", "distilling"))
+    parsed = read_report(change_report("stage", "distilling"))
     assert parsed is not None
     assert (parsed.stage, parsed.progress.step) == ("starting", 3)
 
@@ -153,7 +153,7 @@ def test_unknown_stage_does_not_discard_the_report() -> None:
     [b"", b"[]", b"{", b"7", b"[" * 60_000, b'{"a":' * 10_000, b'{"uid": "\xff"}', json.dumps({"uid": UID}).encode()],
     ids=["empty", "list", "cut", "number", "deep list", "deep object", "not UTF-8", "without attempt"],
 )
-def test_data_that_is_not_a_report_is_none(data: bytes) -> None:
+def test_bytes_that_are_not_a_report_are_ignored(data: bytes) -> None:
     assert read_progress_report(data, NOW) is None
 
 
@@ -199,9 +199,9 @@ def test_termination_message_is_bounded_and_cleaned(value: dict[str, Any], expec
 
 
 @pytest.mark.parametrize("text", ["", "Killed", "[1]", "[" * 4096, "{" * 4096])
-def test_other_texts_are_not_a_termination_message(text: str) -> None:
+def test_text_in_another_format_is_not_a_termination_message(text: str) -> None:
     assert read_termination_message(text) is None
 
 
-def test_status_times_of_a_report_are_utc() -> None:
+def test_times_of_a_report_are_converted_to_utc() -> None:
     assert report(progress={"updateTime": "2026-11-21T12:00:00Z"}).progress.update_time == datetime(2026, 11, 21, 12, tzinfo=UTC)

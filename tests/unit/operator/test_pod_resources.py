@@ -14,12 +14,12 @@ POOL_80_GIB = {"name": "h100", "default": True, "gpusPerNode": 8, "gpuMemory": "
 FORMER = {"resources.cpu": "1", "resources.memory": "4Gi", "resources.sharedMemory": "1Gi"}
 
 
-def resources(
-    gpus: int, recorded: dict[str, Any] | None = None, written: dict[str, Any] | None = None, **config: Any
+def compute_resources(
+    gpus: int, recorded: dict[str, Any] | None = None, raw_spec: dict[str, Any] | None = None, **config: Any
 ) -> tuple[Any, ...]:
-    """CPU, memory, disk and shared memory of a pod."""
+    """Return the CPU, memory, disk and shared memory of a pod."""
     first_attempt = None if recorded is None else FirstAttempt(recorded)
-    job = spec(resources={"gpusPerNode": gpus, **(written or {})})
+    job = spec(resources={"gpusPerNode": gpus, **(raw_spec or {})})
     acceptance = accept(job, parse_config(config, "test"), first_attempt)
     assert isinstance(acceptance, AcceptedSpec), acceptance
     found = acceptance.spec.resources
@@ -31,35 +31,35 @@ def resources(
     [(0, ("1", "4Gi", "20Gi", "1Gi")), (1, ("3", "10Gi", "20Gi", "2Gi")), (8, ("24", "80Gi", "20Gi", "16Gi"))],
 )
 def test_built_in_values_follow_the_number_of_gpus(gpus: int, expected: tuple[str, ...]) -> None:
-    assert resources(gpus) == expected
+    assert compute_resources(gpus) == expected
 
 
 @pytest.mark.parametrize(
     ("memory", "expected"), [("80Gi", "40Gi"), ("16Gi", "10Gi"), (42949672960, "20Gi"), (80, "10Gi"), ("141G", "65Gi"), ("5m", "10Gi"), ("1e11", "46Gi")]
 )
 def test_memory_is_half_of_the_pools_gpu_memory_and_at_least_10_gib(memory: str | int, expected: str) -> None:
-    assert resources(1, nodePools=[POOL_80_GIB | {"gpuMemory": memory}])[1] == expected
+    assert compute_resources(1, nodePools=[POOL_80_GIB | {"gpuMemory": memory}])[1] == expected
 
 
 def test_all_gpus_of_a_pool_are_counted() -> None:
-    assert resources(8, nodePools=[POOL_80_GIB]) == ("24", "320Gi", "20Gi", "16Gi")
+    assert compute_resources(8, nodePools=[POOL_80_GIB]) == ("24", "320Gi", "20Gi", "16Gi")
 
 
 def test_mig_slices_get_the_values_of_a_pod_without_gpus() -> None:
     pool = POOL_80_GIB | {"gpuResource": "nvidia.com/mig-1g.10gb", "gpuMemory": "10Gi"}
-    assert resources(1, nodePools=[pool]) == resources(0)
-    assert resources(1, written={"gpuResource": "nvidia.com/mig-1g.10gb"}) == resources(0)
+    assert compute_resources(1, nodePools=[pool]) == compute_resources(0)
+    assert compute_resources(1, raw_spec={"gpuResource": "nvidia.com/mig-1g.10gb"}) == compute_resources(0)
 
 
-def test_order_is_job_pool_per_gpu_resources_built_in() -> None:
+def test_resources_come_from_job_then_pool_then_per_gpu_then_general_then_built_in_values() -> None:
     config = {
         "resources": {"cpu": "2", "memory": "6Gi", "ephemeralStorage": "50Gi", "perGpu": {"cpu": "500m", "memory": "1.5Gi", "sharedMemory": "1G"}},
         "nodePools": [POOL_80_GIB | {"resources": {"sharedMemory": "9Gi"}}],
     }
-    assert resources(2, **config) == ("1000m", str(3 * 2**30), "50Gi", "9Gi")
-    assert resources(2, written={"cpu": 7}, **config)[0] == 7
-    assert resources(0, **config) == ("2", "6Gi", "50Gi", "1Gi")
-    assert resources(2, resources={"cpu": "2"}) == ("2", "20Gi", "20Gi", "4Gi")
+    assert compute_resources(2, **config) == ("1000m", str(3 * 2**30), "50Gi", "9Gi")
+    assert compute_resources(2, raw_spec={"cpu": 7}, **config)[0] == 7
+    assert compute_resources(0, **config) == ("2", "6Gi", "50Gi", "1Gi")
+    assert compute_resources(2, resources={"cpu": "2"}) == ("2", "20Gi", "20Gi", "4Gi")
 
 
 @pytest.mark.parametrize(
@@ -71,8 +71,8 @@ def test_order_is_job_pool_per_gpu_resources_built_in() -> None:
     ],
 )
 def test_job_that_started_with_the_former_values_keeps_them(recorded: dict[str, Any], expected: tuple[str, ...]) -> None:
-    assert resources(8, recorded) == expected
+    assert compute_resources(8, recorded) == expected
 
 
 def test_configuration_also_replaces_former_values() -> None:
-    assert resources(8, FORMER, resources={"memory": "64Gi"}) == ("1", "64Gi", "20Gi", "1Gi")
+    assert compute_resources(8, FORMER, resources={"memory": "64Gi"}) == ("1", "64Gi", "20Gi", "1Gi")

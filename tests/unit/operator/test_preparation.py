@@ -1,4 +1,4 @@
-"""The preparation of a job: when a preparation Job is created, repeated, skipped, and when it ends the FineTuneJob."""
+"""The preparation of a job: when its Job is created, when it is repeated or skipped, and when it ends the FineTuneJob."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from finetune_api.status import (
     ResolvedConfig,
     RunPlan,
     Workers,
-    prompt_part,
+    select_immediate_fields,
 )
-from finetune_operator.blocking_conditions import find_missing_pods
+from finetune_operator.blocking_conditions import find_event_subject
 from finetune_operator.builders.job import build_preparation_job
-from finetune_operator.builders.run_config import build_run_config, for_preparation
+from finetune_operator.builders.run_config import build_run_config, convert_to_preparation_run
 from finetune_operator.decide import decide
 from finetune_operator.events import draft_events
 from finetune_operator.facts import Facts, ReceivedReport
@@ -35,14 +35,14 @@ from finetune_operator.objects import FINETUNEJOB, JOB
 from finetune_operator.plan import ActionResult, JobEnd, Outcome, Plan, Situation
 from finetune_operator.policies.acceptance import RefusedSpec
 from finetune_operator.policies.blocking import BlockingCondition
-from finetune_operator.report import compute_status, reduced_status
+from finetune_operator.report import compute_status, reduce_status
 from finetune_operator.settings import OperatorConfig, parse_config
-from finetune_operator.views import JobView, PodView, as_deleted, read_job
+from finetune_operator.views import JobView, PodView, mark_deleted, read_job
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.operator import samples
-from tests.unit.operator.fake_cluster import Process, new_server
+from tests.unit.operator.fake_cluster import OperatorProcess, new_server
 from tests.unit.operator.samples import CONFIG, accept_spec, at, end_pod, finetunejob, iso_time, pod, spec, status
 
 PREPARING = {"strategy": "auto"}
@@ -57,33 +57,33 @@ WITHOUT_TRAINING = {
 }  # fmt: skip
 
 
-def gpu_spec(strategy: str = "auto", **groups: Any) -> dict[str, Any]:
+def make_gpu_spec(strategy: str = "auto", **groups: Any) -> dict[str, Any]:
     return spec(**{"resources": {"gpusPerNode": 8, "nodes": 2}, "prepare": {"strategy": strategy}, **groups})
 
 
-def preparation_job(number: int = 1, **fields: Any) -> JobView:
+def make_preparation_job(number: int = 1, **fields: Any) -> JobView:
     return samples.job(0, **{"name": f"run-prepare{number}", "uid": f"prepare-{number}", **fields})
 
 
-def preparation_pod(number: int = 1, **fields: Any) -> PodView:
+def make_preparation_pod(number: int = 1, **fields: Any) -> PodView:
     return pod(0, **{"name": f"run-prepare{number}-0-x", "uid": f"pod-prepare-{number}", "job_uid": f"prepare-{number}", **fields})
 
 
-def facts(
+def make_facts(
     record: dict[str, Any] | None = None, job: JobView | None = None, pods: tuple[PodView, ...] = (), *, now: datetime | None = None,
-    strategy: str = "auto", known: dict[str, Any] | None = None, **groups: Any,
+    strategy: str = "auto", status_fields: dict[str, Any] | None = None, **groups: Any,
 ) -> Facts:  # fmt: skip
-    fields = ({"preparation": record} if record else {}) | (known or {})
+    fields = ({"preparation": record} if record else {}) | (status_fields or {})
     jobs = [job] if job is not None else []
-    return samples.facts(spec=gpu_spec(strategy, **groups), status=status(**fields), jobs=jobs, pods=pods, now=now or at(60))
+    return samples.facts(spec=make_gpu_spec(strategy, **groups), status=status(**fields), jobs=jobs, pods=pods, now=now or at(60))
 
 
-def failed(report: TerminationMessage | None, code: int, **fields: Any) -> tuple[JobView, tuple[PodView, ...]]:
-    ended = end_pod(preparation_pod(), code, report, **fields)
-    return preparation_job( failed_at=at(50), failed_reason="BackoffLimitExceeded"), (ended,)
+def make_failed_preparation(report: TerminationMessage | None, code: int, **fields: Any) -> tuple[JobView, tuple[PodView, ...]]:
+    ended = end_pod(make_preparation_pod(), code, report, **fields)
+    return make_preparation_job( failed_at=at(50), failed_reason="BackoffLimitExceeded"), (ended,)
 
 
-def status_of(observed: Facts, plan: Plan, result: ActionResult | None = None) -> FineTuneJobStatus:
+def compute_status_of(observed: Facts, plan: Plan, result: ActionResult | None = None) -> FineTuneJobStatus:
     return compute_status(observed, plan, result or ActionResult())
 
 
@@ -101,26 +101,26 @@ def status_of(observed: Facts, plan: Plan, result: ActionResult | None = None) -
         ({"suspend": True}, False),
     ],
 )  # fmt: skip
-def test_jobs_that_are_prepared(groups: dict[str, Any], is_prepared: bool) -> None:
-    observed = facts(**groups)
+def test_strategy_and_spec_decide_whether_a_job_is_prepared(groups: dict[str, Any], is_prepared: bool) -> None:
+    observed = make_facts(**groups)
     assert not isinstance(observed.acceptance, RefusedSpec), observed.acceptance
     plan = decide(observed)
-    assert (plan.situation is Situation.PREPARING, plan.create_preparation) == (is_prepared, 1 if is_prepared else None)
-    assert plan.create_attempt == (None if is_prepared or groups.get("suspend") else 1)
+    assert (plan.situation is Situation.PREPARING, plan.preparation_to_create) == (is_prepared, 1 if is_prepared else None)
+    assert plan.attempt_to_create == (None if is_prepared or groups.get("suspend") else 1)
 
 
 def test_the_operators_configuration_chooses_the_strategy_of_jobs_that_leave_it_out() -> None:
-    written = spec(resources={"gpusPerNode": 1})
-    assert accept_spec(written).spec.prepare.strategy == "never"
-    accepted = accept_spec(written, CONFIG_WITH_PREPARATION)
+    raw_spec = spec(resources={"gpusPerNode": 1})
+    assert accept_spec(raw_spec).spec.prepare.strategy == "never"
+    accepted = accept_spec(raw_spec, CONFIG_WITH_PREPARATION)
     assert accepted.spec.prepare.strategy == "auto"
     assert accepted.defaults["prepare.resources.memory"] == "4Gi"
 
 
 def test_a_job_with_an_attempt_is_never_prepared() -> None:
     ended = {"number": 1, "startTime": iso_time(0), "endTime": iso_time(10), "reason": "Preempted"}
-    assert decide(facts(known={"attempt": 2, "attempts": [ended]})).create_attempt == 2
-    running = samples.facts(spec=gpu_spec(), status=status(), jobs=[samples.job(1)], pods=[pod(1)])
+    assert decide(make_facts(status_fields={"attempt": 2, "attempts": [ended]})).attempt_to_create == 2
+    running = samples.facts(spec=make_gpu_spec(), status=status(), jobs=[samples.job(1)], pods=[pod(1)])
     assert decide(running).situation is Situation.ACTIVE
 
 
@@ -128,12 +128,12 @@ def test_a_job_with_an_attempt_is_never_prepared() -> None:
 
 
 def test_the_job_of_a_preparation_has_no_gpu_and_no_placement_of_the_training_pods() -> None:
-    written = gpu_spec(
+    raw_spec = make_gpu_spec(
         resources={"gpusPerNode": 8, "nodes": 2}, prepare={"strategy": "auto", "resources": {"cpu": "6", "memory": "12Gi"}},
         placement={"nodeSelector": {"zone": "a"}, "queueName": "team-a", "env": [{"name": "A", "value": "b"}], "labels": {"cost": "x"}},
     )  # fmt: skip
-    accepted = accept_spec(written, CONFIG_WITH_PREPARATION)
-    job = finetunejob(written)
+    accepted = accept_spec(raw_spec, CONFIG_WITH_PREPARATION)
+    job = finetunejob(raw_spec)
     run = build_run_config(job, accepted.spec, 1, defaults=accepted.defaults, committed_step=0, max_step=None)
     body = build_preparation_job(job, run, 2, accepted.spec.prepare.resources, accepted.pool, CONFIG_WITH_PREPARATION)
     pod_spec = body["spec"]["template"]["spec"]
@@ -152,11 +152,11 @@ def test_the_job_of_a_preparation_has_no_gpu_and_no_placement_of_the_training_po
 
 
 def test_a_preparation_with_a_claim_runs_where_the_training_pods_run() -> None:
-    """The first pod of a new claim decides where its volume lies."""
-    written = gpu_spec(dataset={"train": "pvc://data/train.jsonl"}, placement={"nodeSelector": {"zone": "a"}})
-    accepted = accept_spec(written, CONFIG_WITH_PREPARATION)
-    run = build_run_config(finetunejob(written), accepted.spec, 1, defaults=accepted.defaults, committed_step=0, max_step=None)
-    body = build_preparation_job(finetunejob(written), run, 1, accepted.spec.prepare.resources, accepted.pool, CONFIG_WITH_PREPARATION)
+    """The first pod that mounts a new claim decides in which zone or on which node the volume is."""
+    raw_spec = make_gpu_spec(dataset={"train": "pvc://data/train.jsonl"}, placement={"nodeSelector": {"zone": "a"}})
+    accepted = accept_spec(raw_spec, CONFIG_WITH_PREPARATION)
+    run = build_run_config(finetunejob(raw_spec), accepted.spec, 1, defaults=accepted.defaults, committed_step=0, max_step=None)
+    body = build_preparation_job(finetunejob(raw_spec), run, 1, accepted.spec.prepare.resources, accepted.pool, CONFIG_WITH_PREPARATION)
     pod_spec = body["spec"]["template"]["spec"]
     assert pod_spec["nodeSelector"] == {"gpu": "h100", "zone": "a"}
     assert "nvidia.com/gpu" not in pod_spec["containers"][0]["resources"]["limits"]
@@ -166,16 +166,16 @@ def test_a_preparation_job_that_lost_its_labels_is_found_by_its_owner() -> None:
     owner = {"apiVersion": "v1", "kind": "FineTuneJob", "name": "run", "uid": samples.UID, "controller": True}
     meta = {"name": "run-prepare3", "namespace": "team", "uid": "u", "creationTimestamp": iso_time(0), "ownerReferences": [owner]}
     view = read_job({"metadata": meta, "spec": {}})
-    assert view is not None and (view.job_name, view.attempt) == ("run", 0)
+    assert view is not None and (view.finetunejob_name, view.attempt) == ("run", 0)
 
 
 @given(name=st.from_regex(names.NAME_PATTERN, fullmatch=True), suffix=st.sampled_from(["", "-prepare", "-1", "-prepare1"]), number=st.integers(1, 99))
 def test_no_preparation_has_the_name_of_an_attempt_or_of_another_preparation(name: str, suffix: str, number: int) -> None:
     job_name = names.preparation_job_name(name, number)
     assert re.fullmatch(r".*-\d+", job_name) is None, "the name of every attempt ends with a hyphen and a number"
-    assert names.preparation_of_job_name(job_name, name) == number
-    assert (names.preparation_of_job_name(job_name, name + suffix) is None) is bool(suffix)
-    assert names.preparation_of_job_name(names.attempt_job_name(name + suffix, number), name) is None
+    assert names.parse_preparation_number(job_name, name) == number
+    assert (names.parse_preparation_number(job_name, name + suffix) is None) is bool(suffix)
+    assert names.parse_preparation_number(names.attempt_job_name(name + suffix, number), name) is None
 
 
 # ---- prepared rows ----
@@ -196,8 +196,8 @@ STORED = {"digest": "a" * 64, "preparedUri": "s3://b/team/_prepared/" + "a" * 64
 )
 @pytest.mark.parametrize("attempt", [1, 2])
 def test_every_attempt_gets_the_prepared_rows_of_the_status(prepare: dict[str, Any], data: dict[str, Any], marks: list[str], attempt: int) -> None:
-    accepted = accept_spec(gpu_spec(prepare=prepare), CONFIG_WITH_PREPARATION)
-    job = finetunejob(gpu_spec(prepare=prepare), status=status(**data))
+    accepted = accept_spec(make_gpu_spec(prepare=prepare), CONFIG_WITH_PREPARATION)
+    job = finetunejob(make_gpu_spec(prepare=prepare), status=status(**data))
     run = build_run_config(job, accepted.spec, attempt, defaults=accepted.defaults, committed_step=0, max_step=None)
     wire = run.to_wire()
     assert [mark for mark in wire["defaults"] if mark.startswith("#prepared")] == marks
@@ -205,30 +205,30 @@ def test_every_attempt_gets_the_prepared_rows_of_the_status(prepare: dict[str, A
     assert RunConfig.model_validate_json(run.to_bytes()) == run
 
 
-def running_report(stage: str, rows: int, pod_uid: str = "pod-prepare-1") -> ReceivedReport:
+def make_running_report(stage: str, rows: int, pod_uid: str = "pod-prepare-1") -> ReceivedReport:
     value = {"attempt": 0, "uid": samples.UID, "stage": stage, "data": {"tokenisedRows": rows}}
     return ReceivedReport(ProgressReport.model_validate(value), at(60), pod_uid)
 
 
-def test_the_progress_of_a_preparation_is_shown_and_does_not_hurry_the_status() -> None:
+def test_progress_of_a_preparation_is_shown_without_an_urgent_status_write() -> None:
     config = CONFIG.model_copy(update={"isolation": CONFIG.isolation.model_copy(update={"secret": True})})
-    observed = replace(facts(RECORD, preparation_job(), (preparation_pod(),)), config=config)
+    observed = replace(make_facts(RECORD, make_preparation_job(), (make_preparation_pod(),)), config=config)
     plan = decide(observed)
-    assert plan.scrape_pod is not None and plan.scrape_pod.uid == "pod-prepare-1"
-    assert decide(replace(observed, config=CONFIG)).scrape_pod is None, "without a secret, the pod refuses every request"
+    assert plan.pod_to_scrape is not None and plan.pod_to_scrape.uid == "pod-prepare-1"
+    assert decide(replace(observed, config=CONFIG)).pod_to_scrape is None, "without a secret, the pod refuses every request"
     first, second = (
-        status_of(seen := replace(observed, preparation_report=running_report("checking", rows)), decide(seen)) for rows in (1000, 2000)
+        compute_status_of(seen := replace(observed, preparation_report=make_running_report("checking", rows)), decide(seen)) for rows in (1000, 2000)
     )
     assert first.preparation is not None and (first.preparation.stage, first.preparation.tokenised_rows) == ("checking", 1000)
     assert second.preparation is not None and second.preparation.tokenised_rows == 2000
-    assert prompt_part(first.to_wire()) == prompt_part(second.to_wire())
-    other_pod = replace(observed, preparation_report=running_report("checking", 1000, "pod-prepare-0"))
-    assert status_of(other_pod, decide(other_pod)).preparation == Preparation.model_validate(RECORD)
+    assert select_immediate_fields(first.to_wire()) == select_immediate_fields(second.to_wire())
+    other_pod = replace(observed, preparation_report=make_running_report("checking", 1000, "pod-prepare-0"))
+    assert compute_status_of(other_pod, decide(other_pod)).preparation == Preparation.model_validate(RECORD)
     message = TerminationMessage(exit_code=0, data=DataReport.model_validate({**STORED, "tokenisedRows": 2500}))
     ended = samples.facts(
-        spec=gpu_spec(), status=second, jobs=[preparation_job(completed_at=at(50))], pods=(end_pod(preparation_pod(), 0, message),), now=at(70)
+        spec=make_gpu_spec(), status=second, jobs=[make_preparation_job(completed_at=at(50))], pods=(end_pod(make_preparation_pod(), 0, message),), now=at(70)
     )
-    last = status_of(replace(ended, preparation_report=running_report("uploading", 2500)), decide(ended))
+    last = compute_status_of(replace(ended, preparation_report=make_running_report("uploading", 2500)), decide(ended))
     assert last.preparation is not None and (last.preparation.stage, last.preparation.tokenised_rows) == (None, 2500)
     assert last.data is not None and (last.data.digest, last.data.prepared_sha256) == ("a" * 64, "b" * 64)
 
@@ -239,39 +239,39 @@ def test_the_progress_of_a_preparation_is_shown_and_does_not_hurry_the_status() 
 def test_a_prepared_job_starts_its_first_attempt() -> None:
     plan_of_run = RunPlan.model_validate({"memory": {"expectedBytes": 5, "upperBytes": 6, "parts": {"weights": 5}}})
     message = TerminationMessage(exit_code=0, data=DataReport(tokens=12), resolved=ResolvedConfig(dataset_rows=3), plan=plan_of_run)
-    ended = end_pod(preparation_pod(), 0, message)
-    observed = facts(RECORD, preparation_job(completed_at=at(50)), (ended,))
+    ended = end_pod(make_preparation_pod(), 0, message)
+    observed = make_facts(RECORD, make_preparation_job(completed_at=at(50)), (ended,))
     plan = decide(observed)
-    new_status = status_of(observed, plan)
-    assert plan.writes_decision and plan.create_attempt is None
+    new_status = compute_status_of(observed, plan)
+    assert plan.writes_decision and plan.attempt_to_create is None
     assert new_status.preparation is not None and new_status.preparation.reason == Reason.PREPARED
     assert (new_status.data, new_status.resolved and new_status.resolved.dataset_rows) == (DataReport(tokens=12), 3)
     assert new_status.plan == plan_of_run.model_copy(update={"no_choices": "the preparation reported no usable choices"})
     prepared = new_status.condition(Condition.PREPARED)
     assert prepared is not None and (prepared.status, prepared.reason) == ("True", "Prepared")
     assert [draft.reason for draft in draft_events(observed.job.status, new_status)] == [Reason.ACCEPTED, Reason.PREPARED]
-    following = samples.facts(spec=gpu_spec(), status=new_status, jobs=observed.jobs, pods=observed.pods, now=at(61))
-    assert decide(following).create_attempt == 1
+    following = samples.facts(spec=make_gpu_spec(), status=new_status, jobs=observed.jobs, pods=observed.pods, now=at(61))
+    assert decide(following).attempt_to_create == 1
 
 
-def test_reduced_status_keeps_the_record() -> None:
+def test_reduced_status_keeps_the_record_of_the_preparation() -> None:
     prepared = status(preparation=RECORD | {"reason": "Prepared"})
-    assert reduced_status(prepared, status()).preparation == prepared.preparation
+    assert reduce_status(prepared, status()).preparation == prepared.preparation
 
 
 # ---- failures ----
 
 
 def test_a_mistake_of_the_user_ends_the_job_before_any_attempt() -> None:
-    observed = facts(RECORD, *failed(USER_MISTAKE, 65))
+    observed = make_facts(RECORD, *make_failed_preparation(USER_MISTAKE, 65))
     plan = decide(observed)
     assert plan.job_end is not None and plan.job_end.outcome is Outcome.FAILED
-    new_status = status_of(observed, plan)
+    new_status = compute_status_of(observed, plan)
     assert (new_status.phase, new_status.reason, new_status.attempts, new_status.attempt) == (Phase.FAILED, "DatasetEmpty", [], None)
     assert new_status.failure is not None and (new_status.failure.code, new_status.failure.hint) == ("DatasetEmpty", "add rows")
     condition = new_status.condition(Condition.PREPARED)
     assert condition is not None and (condition.status, condition.reason, condition.message) == ("False", "DataError", "no rows")
-    finished = samples.facts(spec=gpu_spec(), status=new_status, jobs=observed.jobs, pods=observed.pods, now=at(70))
+    finished = samples.facts(spec=make_gpu_spec(), status=new_status, jobs=observed.jobs, pods=observed.pods, now=at(70))
     assert decide(finished).situation is Situation.FINISHED
 
 
@@ -284,16 +284,16 @@ def test_a_mistake_of_the_user_ends_the_job_before_any_attempt() -> None:
     ],
     ids=["store unreachable", "killed without a message", "stopped"],
 )  # fmt: skip
-def test_a_failure_that_may_pass_repeats_the_preparation(message: TerminationMessage | None, code: int, fields: Any, failures: int) -> None:
-    observed = facts(RECORD, *failed(message, code, **fields), now=at(50))
-    new_status = status_of(observed, decide(observed))
+def test_preparation_is_repeated_after_a_temporary_failure(message: TerminationMessage | None, code: int, fields: Any, failures: int) -> None:
+    observed = make_facts(RECORD, *make_failed_preparation(message, code, **fields), now=at(50))
+    new_status = compute_status_of(observed, decide(observed))
     record = new_status.preparation
     assert record is not None
     assert (record.number, record.failures, record.reason, record.end_time) == (2, failures, None, at(50))
-    following = samples.facts(spec=gpu_spec(), status=new_status, jobs=observed.jobs, pods=observed.pods, now=at(59))
-    assert decide(following).create_preparation is None
+    following = samples.facts(spec=make_gpu_spec(), status=new_status, jobs=observed.jobs, pods=observed.pods, now=at(59))
+    assert decide(following).preparation_to_create is None
     later = replace(following, now=at(60))
-    assert decide(later).create_preparation == 2
+    assert decide(later).preparation_to_create == 2
     assert [draft.reason for draft in draft_events(observed.job.status, new_status)] == [Reason.ACCEPTED, Reason.RETRYING]
 
 
@@ -312,18 +312,18 @@ def test_a_failure_that_may_pass_repeats_the_preparation(message: TerminationMes
 def test_other_failures_skip_an_automatic_preparation_and_end_a_required_one(
     message: TerminationMessage | None, code: int, fields: dict[str, Any], cause: str, strategy: str
 ) -> None:
-    job, pods = failed(message, code, reason=fields.get("reason", ""), message=fields.get("text", ""))
+    job, pods = make_failed_preparation(message, code, reason=fields.get("reason", ""), message=fields.get("text", ""))
     if fields.get("deadline"):
         job, pods = replace(job, failed_reason="DeadlineExceeded", failed_message="DeadlineExceeded: the Job was active too long"), ()
-    observed = facts(RECORD | fields.get("record", {}), job, pods, strategy=strategy)
+    observed = make_facts(RECORD | fields.get("record", {}), job, pods, strategy=strategy)
     plan = decide(observed)
-    new_status = status_of(observed, plan)
+    new_status = compute_status_of(observed, plan)
     assert new_status.preparation is not None
     if strategy == "auto":
         assert (plan.job_end, new_status.preparation.reason) == (None, Reason.PREPARATION_SKIPPED)
         assert cause in (new_status.preparation.message or "")
-        following = samples.facts(spec=gpu_spec(), status=new_status, jobs=observed.jobs, pods=observed.pods, now=at(61))
-        assert decide(following).create_attempt == 1
+        following = samples.facts(spec=make_gpu_spec(), status=new_status, jobs=observed.jobs, pods=observed.pods, now=at(61))
+        assert decide(following).attempt_to_create == 1
         assert draft_events(observed.job.status, new_status)[-1].reason is Reason.PREPARATION_SKIPPED
     else:
         assert plan.job_end is not None and plan.job_end.failure is not None and new_status.phase is Phase.FAILED
@@ -345,111 +345,112 @@ CREDENTIALS = {"storage": {"credentialsSecretRef": {"name": "keys"}}}
         ("TargetModulesMissing", 64, {}, True),
     ],
 )
-def test_failures_that_a_training_pod_may_not_have_do_not_end_an_automatic_job(code: str, exit_code: int, groups: dict[str, Any], is_final: bool) -> None:
+def test_only_a_failure_that_training_pods_would_share_ends_the_job(code: str, exit_code: int, groups: dict[str, Any], is_final: bool) -> None:
     """Training pods may have the role of another node, more disk, and a GPU for the user's reward code."""
     reported = TerminationMessage(class_=FailureClass.USER, code=code, message="no", exit_code=exit_code)
-    plan = decide(facts(RECORD, *failed(reported, exit_code), **groups))
+    plan = decide(make_facts(RECORD, *make_failed_preparation(reported, exit_code), **groups))
     assert (plan.job_end is not None) is is_final
     assert plan.preparation is not None and (plan.preparation.reason == Reason.PREPARATION_SKIPPED) is not is_final
 
 
-def test_a_required_preparation_waits_for_a_newer_image() -> None:
+def test_required_preparation_is_repeated_if_its_image_is_too_old() -> None:
     too_old = TerminationMessage(class_=FailureClass.INFRASTRUCTURE, code="TrainerTooOld", message="too old", exit_code=79)
-    plan = decide(facts(RECORD | {"failures": 3}, *failed(too_old, 79), strategy="always"))
+    plan = decide(make_facts(RECORD | {"failures": 3}, *make_failed_preparation(too_old, 79), strategy="always"))
     assert plan.job_end is None and plan.preparation is not None and (plan.preparation.number, plan.preparation.failures) == (2, 3)
 
 
 def test_an_automatic_preparation_is_not_repeated_without_end() -> None:
     stopped = TerminationMessage(class_=FailureClass.PREEMPTED, code="StoppedSaved", exit_code=75)
-    job, pods = failed(stopped, 75)
+    job, pods = make_failed_preparation(stopped, 75)
     sixth = replace(job, name="run-prepare6")
-    plan = decide(facts(RECORD | {"number": 6}, sixth, pods))
+    plan = decide(make_facts(RECORD | {"number": 6}, sixth, pods))
     assert plan.preparation is not None and plan.preparation.reason == Reason.PREPARATION_SKIPPED
-    plan = decide(facts(RECORD | {"number": 6}, sixth, pods, strategy="always"))
+    plan = decide(make_facts(RECORD | {"number": 6}, sixth, pods, strategy="always"))
     assert plan.preparation is not None and plan.preparation.number == 7
 
 
 def test_only_the_newest_ended_preparation_is_kept() -> None:
-    ended = [preparation_job(number, failed_at=at(number)) for number in (1, 2)]
-    observed = samples.facts(spec=gpu_spec(), status=status(preparation=RECORD | {"number": 3, "endTime": iso_time(2)}), jobs=ended, now=at(60))
+    ended = [make_preparation_job(number, failed_at=at(number)) for number in (1, 2)]
+    observed = samples.facts(spec=make_gpu_spec(), status=status(preparation=RECORD | {"number": 3, "endTime": iso_time(2)}), jobs=ended, now=at(60))
     plan = decide(observed)
-    assert (plan.create_preparation, [job.name for job in plan.delete_jobs]) == (3, ["run-prepare1"])
+    assert (plan.preparation_to_create, [job.name for job in plan.jobs_to_delete]) == (3, ["run-prepare1"])
 
 
 def test_a_job_is_not_prepared_if_the_crd_does_not_keep_the_record() -> None:
-    assert decide(replace(facts(), keeps_preparation=False)).create_attempt == 1
+    assert decide(replace(make_facts(), crd_has_preparation_field=False)).attempt_to_create == 1
 
 
 # ---- waiting ----
 
 
 def test_an_automatic_preparation_without_a_node_is_skipped_after_five_minutes() -> None:
-    waiting = preparation_pod(phase="Pending", is_ready=False, node="", unschedulable_message="0/3 nodes are available")
-    observed = facts(RECORD, preparation_job(), (waiting,), now=at(299))
+    waiting = make_preparation_pod(phase="Pending", is_ready=False, node="", unschedulable_message="0/3 nodes are available")
+    observed = make_facts(RECORD, make_preparation_job(), (waiting,), now=at(299))
     plan = decide(observed)
-    new_status = status_of(observed, plan)
+    new_status = compute_status_of(observed, plan)
     assert (new_status.phase, new_status.reason, plan.reconcile_at) == (Phase.PREPARING, "Unschedulable", at(300))
     reconciling = new_status.condition(Condition.RECONCILING)
     assert reconciling is not None and "0/3 nodes" in reconciling.message
     skipped = decide(replace(observed, now=at(300)))
     assert skipped.preparation is not None and skipped.preparation.reason == Reason.PREPARATION_SKIPPED
-    following = samples.facts(spec=gpu_spec(), status=status_of(observed, skipped), jobs=observed.jobs, pods=observed.pods, now=at(301))
+    following = samples.facts(spec=make_gpu_spec(), status=compute_status_of(observed, skipped), jobs=observed.jobs, pods=observed.pods, now=at(301))
     ending = decide(following)
-    assert (ending.situation, [job.name for job in ending.delete_jobs]) == (Situation.BLOCKED, ["run-prepare1"])
-    required = decide(facts(RECORD, preparation_job(), (waiting,), now=at(9999), strategy="always"))
+    assert (ending.situation, [job.name for job in ending.jobs_to_delete]) == (Situation.BLOCKED, ["run-prepare1"])
+    required = decide(make_facts(RECORD, make_preparation_job(), (waiting,), now=at(9999), strategy="always"))
     assert required.situation is Situation.PREPARING and required.preparation is None
 
 
 def test_a_volume_that_cannot_be_mounted_is_shown_and_skips_an_automatic_preparation() -> None:
-    stuck = preparation_pod(phase="Pending", is_ready=False, scheduled_at=at(0))
-    observed = replace(facts(RECORD, preparation_job(), (stuck,), now=at(60)), blocking_condition=BlockingCondition(Reason.CONFIG_MISSING, "no ConfigMap"))
-    missing = find_missing_pods(observed)
+    stuck = make_preparation_pod(phase="Pending", is_ready=False, scheduled_at=at(0))
+    blocking_condition = BlockingCondition(Reason.CONFIG_MISSING, "no ConfigMap")
+    observed = replace(make_facts(RECORD, make_preparation_job(), (stuck,), now=at(60)), blocking_condition=blocking_condition)
+    missing = find_event_subject(observed)
     assert missing is not None and missing.uid == stuck.uid
     plan = decide(observed)
-    assert (status_of(observed, plan).reason, plan.preparation) == ("ConfigMissing", None)
+    assert (compute_status_of(observed, plan).reason, plan.preparation) == ("ConfigMissing", None)
     skipped = decide(replace(observed, now=at(300)))
     assert skipped.preparation is not None and "no ConfigMap" in (skipped.preparation.message or "")
-    without_pod = find_missing_pods(facts(RECORD, preparation_job()))
+    without_pod = find_event_subject(make_facts(RECORD, make_preparation_job()))
     assert without_pod is not None and without_pod.uid == "prepare-1"
 
 
-def test_a_pod_that_has_a_node_is_waited_for_and_its_stop_is_not_a_failure() -> None:
-    plan = decide(facts(RECORD, preparation_job(), (preparation_pod(),), now=at(9999)))
-    assert (plan.situation, plan.preparation, plan.delete_jobs) == (Situation.PREPARING, None, ())
+def test_preparation_that_runs_on_a_node_is_waited_for() -> None:
+    plan = decide(make_facts(RECORD, make_preparation_job(), (make_preparation_pod(),), now=at(9999)))
+    assert (plan.situation, plan.preparation, plan.jobs_to_delete) == (Situation.PREPARING, None, ())
 
 
 def test_an_automatic_preparation_whose_job_cannot_be_created_is_skipped_after_five_minutes() -> None:
-    assert decide(facts(RECORD, now=at(299))).create_preparation == 1
-    plan = decide(facts(RECORD, now=at(300)))
-    assert plan.create_preparation is None and plan.preparation is not None and plan.preparation.reason == Reason.PREPARATION_SKIPPED
+    assert decide(make_facts(RECORD, now=at(299))).preparation_to_create == 1
+    plan = decide(make_facts(RECORD, now=at(300)))
+    assert plan.preparation_to_create is None and plan.preparation is not None and plan.preparation.reason == Reason.PREPARATION_SKIPPED
     resumed = [{"type": "Suspended", "status": "False", "reason": "Resumed", "lastTransitionTime": iso_time(5000)}]
-    assert decide(facts(RECORD, now=at(5010), known={"conditions": resumed})).create_preparation == 1, "suspended time does not count"
+    assert decide(make_facts(RECORD, now=at(5010), status_fields={"conditions": resumed})).preparation_to_create == 1, "suspended time does not count"
 
 
 def test_a_preparation_on_a_lost_node_is_deleted_and_starts_again() -> None:
-    lost = preparation_pod(deletion_timestamp=at(0))
-    plan = decide(facts(RECORD, preparation_job(), (lost,), now=at(61)))
-    assert [job.name for job in plan.delete_jobs] == ["run-prepare1"]
+    lost = make_preparation_pod(deletion_timestamp=at(0))
+    plan = decide(make_facts(RECORD, make_preparation_job(), (lost,), now=at(61)))
+    assert [job.name for job in plan.jobs_to_delete] == ["run-prepare1"]
     assert plan.preparation is not None and (plan.preparation.number, plan.preparation.end_time) == (2, at(61))
-    deleting = decide(facts(RECORD, preparation_job(is_deleting=True), (lost,), now=at(62)))
-    assert deleting.force_delete_pods == (lost,) and deleting.create_preparation is None
-    gone = decide(facts(RECORD, None, (as_deleted(lost),), now=at(63)))
-    assert gone.create_preparation == 1
+    deleting = decide(make_facts(RECORD, make_preparation_job(is_deleting=True), (lost,), now=at(62)))
+    assert deleting.pods_to_force_delete == (lost,) and deleting.preparation_to_create is None
+    gone = decide(make_facts(RECORD, None, (mark_deleted(lost),), now=at(63)))
+    assert gone.preparation_to_create == 1
 
 
 @pytest.mark.parametrize(("change", "situation"), [({"suspend": True}, Situation.BLOCKED), ({"cancel": True}, Situation.FINISHED)])
 def test_suspend_and_cancel_end_a_running_preparation(change: dict[str, Any], situation: Situation) -> None:
-    plan = decide(facts(RECORD, preparation_job(), (preparation_pod(),), **change))
+    plan = decide(make_facts(RECORD, make_preparation_job(), (make_preparation_pod(),), **change))
     assert plan.situation is situation and plan.preparation is None
     if situation is Situation.BLOCKED:
-        assert [job.name for job in plan.delete_jobs] == ["run-prepare1"]
+        assert [job.name for job in plan.jobs_to_delete] == ["run-prepare1"]
     else:
         assert plan.job_end is not None and plan.job_end.outcome is Outcome.CANCELLED
 
 
-def test_the_number_of_a_preparation_is_found_if_the_status_is_lost() -> None:
-    plan = decide(facts(None, preparation_job(3), (preparation_pod(3),)))
-    assert (plan.situation, plan.create_preparation) == (Situation.PREPARING, None)
+def test_number_of_a_preparation_comes_from_job_names_if_the_status_is_lost() -> None:
+    plan = decide(make_facts(None, make_preparation_job(3), (make_preparation_pod(3),)))
+    assert (plan.situation, plan.preparation_to_create) == (Situation.PREPARING, None)
 
 
 # ---- complete reconciles ----
@@ -458,16 +459,16 @@ def test_the_number_of_a_preparation_is_found_if_the_status_is_lost() -> None:
 async def test_a_reconcile_creates_the_job_once_and_then_the_first_attempt() -> None:
     config = parse_config({"trainer": {"image": "r.example.com/t:1"}, "prepare": {"strategy": "always"}}, "test")
     server = new_server()
-    process = Process(server, config)
+    process = OperatorProcess(server, config)
     await process.reconcile()
     assert [name for plural, name in server.objects if plural == JOB.plural] == ["run-prepare1"]
     assert server.event_counts() == {Reason.PREPARING: 1}
-    await Process(server, config).reconcile()  # a restarted operator that does not know the Job yet
+    await OperatorProcess(server, config).reconcile()  # a restarted operator whose cache lacks the Job
     assert [name for plural, name in server.objects if plural == JOB.plural] == ["run-prepare1"]
     body = server.objects[JOB.plural, "run-prepare1"]
     completed = {"type": "Complete", "status": "True", "lastTransitionTime": iso_time(50)}
     server.put(JOB, body | {"status": {"conditions": [completed], "completionTime": iso_time(50)}})
-    process = Process(server, config)
+    process = OperatorProcess(server, config)
     completed_job = read_job(server.objects[JOB.plural, "run-prepare1"])
     assert completed_job is not None
     process.cache.put_job(completed_job)
@@ -489,16 +490,16 @@ ADOPTED = TerminationMessage(
 )  # fmt: skip
 
 
-def adopting(message: TerminationMessage = ADOPTED, **fields: Any) -> Facts:
-    pods = (end_pod(preparation_pod(), 0, message),)
-    return facts(RECORD, preparation_job(completed_at=at(50)), pods, **fields)
+def make_adopting_facts(message: TerminationMessage = ADOPTED, **fields: Any) -> Facts:
+    pods = (end_pod(make_preparation_pod(), 0, message),)
+    return make_facts(RECORD, make_preparation_job(completed_at=at(50)), pods, **fields)
 
 
 def test_a_job_with_an_earlier_result_succeeds_without_an_attempt() -> None:
-    observed = adopting()
+    observed = make_adopting_facts()
     plan = decide(observed)
-    assert (plan.create_attempt, plan.job_end) == (None, JobEnd(Outcome.SUCCEEDED, Reason.EXISTING_RESULT_ADOPTED))
-    found = status_of(observed, plan)
+    assert (plan.attempt_to_create, plan.job_end) == (None, JobEnd(Outcome.SUCCEEDED, Reason.EXISTING_RESULT_ADOPTED))
+    found = compute_status_of(observed, plan)
     assert (found.phase, found.reason, found.attempt, found.attempts, found.restarts) == (Phase.SUCCEEDED, "ExistingResultAdopted", None, [], 0)
     assert (found.output, found.metrics, found.data) == (ADOPTED.output, ADOPTED.metrics, ADOPTED.data)
     assert found.progress is not None and found.progress.display == "40/40 (100%)"
@@ -511,27 +512,27 @@ def test_a_job_with_an_earlier_result_succeeds_without_an_attempt() -> None:
     assert not {Condition.RECONCILING, Condition.STALLED} & set(reasons)
     message = f"nothing was trained: the FineTuneJob of the same name with uid old had the same spec and inputs, and its result is {ADOPTED_URI}"
     assert [(draft.reason, draft.note) for draft in draft_events(observed.job.status, found)][1:] == [(Reason.EXISTING_RESULT_ADOPTED, message)]
-    finished = samples.facts(spec=gpu_spec(), status=found, jobs=observed.jobs, pods=observed.pods, now=at(61))
-    assert (decide(finished).situation, decide(finished).create_attempt) == (Situation.FINISHED, None)
+    finished = samples.facts(spec=make_gpu_spec(), status=found, jobs=observed.jobs, pods=observed.pods, now=at(61))
+    assert (decide(finished).situation, decide(finished).attempt_to_create) == (Situation.FINISHED, None)
 
 
 def test_a_result_is_adopted_only_if_the_spec_permits_it() -> None:
-    observed = adopting(policy={"onExistingResult": "train"})
-    assert (decide(observed).job_end, status_of(observed, decide(observed)).phase) == (None, Phase.PREPARING)
-    without_result = decide(adopting(ADOPTED.model_copy(update={"output": None})))
+    observed = make_adopting_facts(policy={"onExistingResult": "train"})
+    assert (decide(observed).job_end, compute_status_of(observed, decide(observed)).phase) == (None, Phase.PREPARING)
+    without_result = decide(make_adopting_facts(ADOPTED.model_copy(update={"output": None})))
     assert without_result.job_end is None and without_result.preparation is not None and without_result.preparation.reason == Reason.PREPARED
 
 
-def test_a_job_with_attempts_is_never_adopted() -> None:
+def test_job_with_attempts_never_adopts_a_result() -> None:
     attempt = {"number": 1, "startTime": iso_time(0), "endTime": iso_time(10), "reason": "Preempted"}
-    plan = decide(adopting(known={"attempt": 2, "attempts": [attempt]}))
-    assert (plan.create_attempt, plan.job_end) == (2, None)
+    plan = decide(make_adopting_facts(status_fields={"attempt": 2, "attempts": [attempt]}))
+    assert (plan.attempt_to_create, plan.job_end) == (2, None)
 
 
-def test_a_found_result_ends_a_job_that_must_not_repeat_a_run() -> None:
+def test_existing_result_fails_a_job_with_on_existing_result_fail() -> None:
     found = TerminationMessage(class_=FailureClass.USER, code="ExistingResultFound", message="stored", hint="choose another name", exit_code=64)
-    observed = facts(RECORD, *failed(found, 64), policy={"onExistingResult": "fail"})
-    new_status = status_of(observed, decide(observed))
+    observed = make_facts(RECORD, *make_failed_preparation(found, 64), policy={"onExistingResult": "fail"})
+    new_status = compute_status_of(observed, decide(observed))
     assert (new_status.phase, new_status.reason) == (Phase.FAILED, "ExistingResultFound")
     assert new_status.failure is not None and (new_status.failure.code, new_status.failure.hint) == ("ExistingResultFound", "choose another name")
 
@@ -547,35 +548,35 @@ def test_a_found_result_ends_a_job_that_must_not_repeat_a_run() -> None:
         (WITHOUT_TRAINING, CONFIG_WITH_PREPARATION, "train"),
     ],
 )  # fmt: skip
-def test_only_jobs_that_are_prepared_adopt_by_default(groups: dict[str, Any], config: OperatorConfig, default: str) -> None:
+def test_results_are_adopted_by_default_only_in_prepared_jobs(groups: dict[str, Any], config: OperatorConfig, default: str) -> None:
     accepted = accept_spec(spec(**{"resources": {"gpusPerNode": 8}, **groups}), config)
     assert (accepted.spec.policy.on_existing_result, accepted.defaults["policy.onExistingResult"]) == (default, default)
     run = build_run_config(finetunejob(spec()), accepted.spec, 1, defaults=accepted.defaults, committed_step=0, max_step=None)
     assert "onExistingResult" not in run.to_wire()["spec"].get("policy", {}), "trainer 0.1.0 does not know the field"
 
 
-def test_values_that_only_operator_and_preparation_read_do_not_require_a_new_trainer() -> None:
+def test_run_json_omits_fields_that_attempts_do_not_read() -> None:
     accepted = accept_spec(spec(resources={"gpusPerNode": 8}, policy={"onExistingResult": "train", "retries": 1}), CONFIG_WITH_PREPARATION)
     limited = accepted.spec.model_copy(update={"policy": accepted.spec.policy.model_copy(update={"max_cost": 5.0})})
     run = build_run_config(finetunejob(spec()), limited, 2, defaults=accepted.defaults, committed_step=0, max_step=None)
     assert run.to_wire()["spec"]["policy"] == run.to_wire()["spec"]["policy"] | {"retries": 1}
     assert not {"maxCost", "onExistingResult"} & run.to_wire()["spec"]["policy"].keys()
     assert "#minTrainerVersion 0.1.0" in run.to_wire()["defaults"]
-    assert for_preparation(run, OnExistingResult.FAIL, []).to_wire()["spec"]["policy"]["onExistingResult"] == "fail"
+    assert convert_to_preparation_run(run, OnExistingResult.FAIL, []).to_wire()["spec"]["policy"]["onExistingResult"] == "fail"
 
 
 def test_reduced_status_keeps_the_uid_of_an_adopted_result() -> None:
     adopted = status(output={"uri": "s3://b/old/model", "adoptedUid": "old"})
-    reduced = reduced_status(adopted, status()).output
+    reduced = reduce_status(adopted, status()).output
     assert reduced is not None and reduced.to_wire() == {"uri": "s3://b/old/model", "adoptedUid": "old"}
 
 
 @pytest.mark.parametrize("mode", ["adopt", "fail"])
-def test_a_written_mode_requires_the_preparation(mode: str) -> None:
-    on_cpu = facts(resources={"gpusPerNode": 0}, policy={"onExistingResult": mode})
-    assert decide(on_cpu).create_preparation == 1
-    waiting = preparation_pod(phase="Pending", is_ready=False, node="", unschedulable_message="0/3 nodes are available")
-    by_default = decide(facts(RECORD, preparation_job(), (waiting,), now=at(9999)))
+def test_preparation_is_required_if_the_user_wrote_on_existing_result(mode: str) -> None:
+    on_cpu = make_facts(resources={"gpusPerNode": 0}, policy={"onExistingResult": mode})
+    assert decide(on_cpu).preparation_to_create == 1
+    waiting = make_preparation_pod(phase="Pending", is_ready=False, node="", unschedulable_message="0/3 nodes are available")
+    by_default = decide(make_facts(RECORD, make_preparation_job(), (waiting,), now=at(9999)))
     assert by_default.preparation is not None and by_default.preparation.reason == Reason.PREPARATION_SKIPPED
-    written = decide(facts(RECORD, preparation_job(), (waiting,), now=at(9999), policy={"onExistingResult": mode}))
-    assert (written.situation, written.preparation) == (Situation.PREPARING, None)
+    raw_spec = decide(make_facts(RECORD, make_preparation_job(), (waiting,), now=at(9999), policy={"onExistingResult": mode}))
+    assert (raw_spec.situation, raw_spec.preparation) == (Situation.PREPARING, None)

@@ -1,4 +1,4 @@
-"""Complete reconciles: errors of the API server, and actions that the operator must or must not repeat."""
+"""Complete reconciles: errors of the API server, and which actions the operator repeats."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from finetune_api.spec.common import SecretRef
 from finetune_operator.kube import Conflict, Forbidden, Invalid, KubeError, NamespaceTerminating, OutcomeUnknown
 from finetune_operator.objects import EVENT, FINETUNEJOB, JOB, SERVICE, Kind
 from finetune_operator.settings import OperatorConfig, parse_config
-from finetune_operator.workqueue import Key
+from finetune_operator.workqueue import JobKey
 
-from tests.unit.operator.fake_cluster import KEY, Process, Server, new_server
+from tests.unit.operator.fake_cluster import KEY, FakeApiServer, OperatorProcess, new_server
 from tests.unit.operator.samples import SPEC
 
 
 @pytest.fixture
-def server() -> Server:
+def server() -> FakeApiServer:
     return new_server()
 
 
-async def test_conflicts_cause_no_additional_events(server: Server) -> None:
-    process = Process(server)
+async def test_conflicts_cause_no_additional_events(server: FakeApiServer) -> None:
+    process = OperatorProcess(server)
     for _ in range(3):
         body = server.finetunejob
         server.put(FINETUNEJOB, {**body, "metadata": {**body["metadata"], "labels": {"edited": "again"}}})
@@ -37,31 +37,31 @@ async def test_conflicts_cause_no_additional_events(server: Server) -> None:
     assert server.count("create", EVENT) == 1
 
 
-async def test_deleted_job_is_dropped_before_the_watch_reports_its_deletion(server: Server) -> None:
-    process = Process(server)
+async def test_deleted_job_is_dropped_before_the_watch_reports_its_deletion(server: FakeApiServer) -> None:
+    process = OperatorProcess(server)
     del server.objects[FINETUNEJOB.plural, "run"]
     await process.work()
     assert server.count("update", FINETUNEJOB) == 1
-    assert process.cache.keys() == []
+    assert process.cache.list_keys() == []
     assert process.queue.seconds_until_due() is None
 
 
-async def test_nothing_is_retried_in_a_terminating_namespace(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+async def test_nothing_is_retried_in_a_terminating_namespace(server: FakeApiServer, caplog: pytest.LogCaptureFixture) -> None:
     def refuse(verb: str, kind: Kind) -> None:
         if verb == "create":
             raise NamespaceTerminating(verb, kind, "run-1", 403, "Forbidden", "namespace team is being terminated")
 
     server.before_request = refuse
-    process = Process(server)
+    process = OperatorProcess(server)
     await process.work()
     assert process.queue.seconds_until_due() is None
     assert server.requests == [("create", JOB.plural)]
     assert [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")] == []
 
 
-async def test_worker_yields_to_the_event_loop_between_reconciles_without_requests(server: Server) -> None:
-    process = Process(server)
-    keys = [Key("team", f"gone{number}") for number in range(100)]
+async def test_worker_yields_to_the_event_loop_between_reconciles_without_requests(server: FakeApiServer) -> None:
+    process = OperatorProcess(server)
+    keys = [JobKey("team", f"gone{number}") for number in range(100)]
     for key in keys:
         process.queue.add(key)
     yields = 0
@@ -74,12 +74,12 @@ async def test_worker_yields_to_the_event_loop_between_reconciles_without_reques
     assert yields >= len(keys)
 
 
-async def test_unknown_error_code_is_logged_in_one_line(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+async def test_unknown_error_code_is_logged_in_one_line(server: FakeApiServer, caplog: pytest.LogCaptureFixture) -> None:
     def refuse(verb: str, kind: Kind) -> None:
         raise KubeError(verb, kind, "run-1", 401, "Unauthorized", "Unauthorized")
 
     server.before_request = refuse
-    process = Process(server)
+    process = OperatorProcess(server)
     assert await process.reconciler.reconcile_one(KEY) == "unavailable"
     assert [record for record in caplog.records if record.exc_info] == []
     assert "401 Unauthorized" in caplog.text
@@ -98,16 +98,16 @@ WEBHOOK_DOWN_MESSAGE = 'Internal error occurred: failed calling webhook "validat
     ids=["policy 422", "webhook 400", "webhook 403", "webhook down 500"],
 )
 async def test_job_refused_by_admission_waits_and_quotes_the_policy(
-    server: Server, error: type[KubeError], code: int, message: str, caplog: pytest.LogCaptureFixture
+    server: FakeApiServer, error: type[KubeError], code: int, message: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """An admission policy may use any status code. The job waits, because the policy is the cause and not the spec."""
+    """An admission policy may answer with any status code. The job waits, because the spec itself is valid."""
 
     def refuse(verb: str, kind: Kind) -> None:
         if (verb, kind) == ("create", JOB):
             raise error(verb, kind, "run-1", code, "", message)
 
     server.before_request = refuse
-    process = Process(server)
+    process = OperatorProcess(server)
     await process.reconcile()
     pods_ready = server.condition("PodsReady")
     assert (pods_ready["status"], pods_ready["reason"]) == ("False", Reason.FORBIDDEN_BY_POLICY)
@@ -126,7 +126,7 @@ async def test_job_refused_by_admission_waits_and_quotes_the_policy(
     ids=["name taken", "quota"],
 )  # fmt: skip
 async def test_missing_service_of_a_gang_is_a_blocking_condition(
-    server: Server, name_taken: bool, reason: Reason, message: str
+    server: FakeApiServer, name_taken: bool, reason: Reason, message: str
 ) -> None:
     """The pods need the Service to resolve each other's names. The attempt is recorded although the Service is missing."""
 
@@ -139,7 +139,7 @@ async def test_missing_service_of_a_gang_is_a_blocking_condition(
         server.put(SERVICE, {"metadata": {"name": "run-1", "namespace": "team"}})
     else:
         server.before_request = refuse
-    process = Process(server)
+    process = OperatorProcess(server)
     for _ in range(2):
         await process.reconcile()
         pods_ready = server.condition("PodsReady")
@@ -157,16 +157,16 @@ def make_config(image: str, **storage: Any) -> OperatorConfig:
     return parse_config({"storage": storage, "trainer": {"image": image}, "retry": {"baseSeconds": 0.01}}, "test")
 
 
-async def test_later_attempts_keep_the_store_and_the_defaults_of_the_first_attempt(server: Server) -> None:
+async def test_later_attempts_keep_the_store_and_the_defaults_of_the_first_attempt(server: FakeApiServer) -> None:
     """The operator's configuration may change between two attempts. Only the new image and the new storage credentials are used."""
     server.finetunejob["spec"] = {name: group for name, group in SPEC.items() if name != "storage"}
     secret = {"credentialsSecretRef": {"name": "old"}}
-    first = Process(server, make_config("trainer:1", uri="s3://one/models", endpoint="https://a.example.com", **secret))
+    first = OperatorProcess(server, make_config("trainer:1", uri="s3://one/models", endpoint="https://a.example.com", **secret))
     for _ in range(2):
         await first.reconcile()
     (job,) = first.cache.get(KEY).jobs.values()
     server.finetunejob["status"]["resolved"]["defaults"]["training.learningRate"] = 0.125
-    other = Process(server, make_config("trainer:2", uri="s3://two/models", endpoint="https://b.example.com"))
+    other = OperatorProcess(server, make_config("trainer:2", uri="s3://two/models", endpoint="https://b.example.com"))
     other.cache.put_job(job)
     await other.reconcile()
     resolved = server.finetunejob["status"]["resolved"]

@@ -1,4 +1,4 @@
-"""Computing the status from facts and a plan."""
+"""The status that the operator computes from the facts and a plan."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from finetune_api.names import Condition, Phase, Reason
 from finetune_api.pod import TerminationMessage
-from finetune_api.status import Attempt, FineTuneJobStatus, format_rfc3339, prompt_part
+from finetune_api.status import Attempt, FineTuneJobStatus, format_rfc3339, select_immediate_fields
 from finetune_operator.decide import decide
 from finetune_operator.facts import Facts
 from finetune_operator.plan import ActionResult
@@ -25,18 +25,18 @@ RUNNING_STATUS = {
 }
 
 
-def status_of(observed: Facts, result: ActionResult | None = None) -> FineTuneJobStatus:
+def compute_status_of(observed: Facts, result: ActionResult | None = None) -> FineTuneJobStatus:
     return compute_status(observed, decide(observed), result or ActionResult())
 
 
-def running_with(known: FineTuneJobStatus | None = None, **reported: Any) -> FineTuneJobStatus:
+def compute_running_status(old_status: FineTuneJobStatus | None = None, **reported: Any) -> FineTuneJobStatus:
     """The status of a job whose pod reports these values."""
-    observed = facts(status=known or status(**RUNNING_STATUS), jobs=[job()], pods=[pod()], last_report=report(**reported))
-    return status_of(observed)
+    observed = facts(status=old_status or status(**RUNNING_STATUS), jobs=[job()], pods=[pod()], last_report=report(**reported))
+    return compute_status_of(observed)
 
 
 def test_first_status_of_a_new_job() -> None:
-    new_status = status_of(facts(), ActionResult(created_job=job()))
+    new_status = compute_status_of(facts(), ActionResult(created_job=job()))
     assert (new_status.phase, new_status.attempt, new_status.restarts, new_status.observed_generation) == (Phase.STARTING, 1, 0, 1)
     assert new_status.workers is not None and new_status.workers.display == "0/1"
     assert new_status.progress is not None and (new_status.progress.display, new_status.progress.eta) == ("-", "-")
@@ -45,20 +45,20 @@ def test_first_status_of_a_new_job() -> None:
     assert new_status.resolved.defaults is not None and new_status.resolved.defaults["training.learningRate"] == 2e-4
 
 
-def test_texts_of_the_spec_are_shown_without_control_characters() -> None:
-    found = status_of(facts(spec=spec(model={"source": "s3://models/a\x1b]0;x\nb"})))
+def test_text_from_the_spec_is_shown_without_control_characters() -> None:
+    found = compute_status_of(facts(spec=spec(model={"source": "s3://models/a\x1b]0;x\nb"})))
     assert found.resolved is not None and found.resolved.model_name == "a ]0;x b"
 
 
-def test_same_facts_give_the_same_status() -> None:
-    first = status_of(facts(status=status(**RUNNING_STATUS), jobs=[job()], pods=[pod()], now=at(10)))
-    assert status_of(facts(status=first, jobs=[job()], pods=[pod()], now=at(20))).to_wire() == first.to_wire()
+def test_equal_facts_give_equal_statuses() -> None:
+    first = compute_status_of(facts(status=status(**RUNNING_STATUS), jobs=[job()], pods=[pod()], now=at(10)))
+    assert compute_status_of(facts(status=first, jobs=[job()], pods=[pod()], now=at(20))).to_wire() == first.to_wire()
 
 
 def test_edited_spec_of_a_finished_job_changes_the_generation_only() -> None:
     over = {"status": status(**RUNNING_STATUS), "jobs": [job(completed_at=at(90))], "pods": [end_pod(pod(), 0)]}
-    done = status_of(facts(**over, now=at(95)))
-    edited = status_of(facts(**(over | {"status": done}), now=at(99), generation=2))
+    done = compute_status_of(facts(**over, now=at(95)))
+    edited = compute_status_of(facts(**(over | {"status": done}), now=at(99), generation=2))
     assert (edited.observed_generation, {condition.observed_generation for condition in edited.conditions}) == (2, {2})
     expected = done.to_wire() | {"observedGeneration": 2, "conditions": edited.to_wire()["conditions"]}
     assert edited.to_wire() == expected
@@ -68,16 +68,16 @@ def test_edited_spec_of_a_finished_job_changes_the_generation_only() -> None:
 
 
 def test_progress_is_shown_as_text() -> None:
-    new_status = running_with(progress={"step": 120, "totalSteps": 500, "secondsRemaining": 4320})
+    new_status = compute_running_status(progress={"step": 120, "totalSteps": 500, "secondsRemaining": 4320})
     assert new_status.progress is not None
     assert (new_status.progress.display, new_status.progress.percent, new_status.progress.eta) == ("120/500 (24%)", 24, "1h12m")
 
 
 def test_progress_alone_is_not_written_promptly() -> None:
     first, second = (
-        running_with(progress={"step": step, "totalSteps": 500}, metrics={"trainLoss": 1 / step}) for step in (7, 9)
+        compute_running_status(progress={"step": step, "totalSteps": 500}, metrics={"trainLoss": 1 / step}) for step in (7, 9)
     )
-    assert prompt_part(first.to_wire()) == prompt_part(second.to_wire())
+    assert select_immediate_fields(first.to_wire()) == select_immediate_fields(second.to_wire())
     assert first.to_wire() != second.to_wire()
 
 
@@ -86,7 +86,7 @@ def test_progress_alone_is_not_written_promptly() -> None:
 
 def test_status_keeps_the_newest_five_checkpoints_and_the_best() -> None:
     listed = [{"step": s, "uri": f"s3://b/{s}", "evalLoss": abs(s - 20) + 1.0} for s in range(10, 100, 10)]
-    new_status = running_with(checkpoints=listed, latestCheckpoint="s3://b/90")
+    new_status = compute_running_status(checkpoints=listed, latestCheckpoint="s3://b/90")
     assert [checkpoint.step for checkpoint in new_status.checkpoints] == [20, 50, 60, 70, 80, 90]
     assert (new_status.latest_checkpoint, new_status.latest_checkpoint_step) == ("s3://b/90", 90)
 
@@ -99,17 +99,17 @@ def test_status_keeps_the_newest_five_checkpoints_and_the_best() -> None:
         ("s3://b/elsewhere", None),
     ],
 )
-def test_step_of_a_latest_checkpoint_that_is_not_listed_comes_from_its_uri(uri: str, step: int | None) -> None:
-    assert running_with(latestCheckpoint=uri).latest_checkpoint_step == step
+def test_step_of_an_unlisted_latest_checkpoint_comes_from_its_uri(uri: str, step: int | None) -> None:
+    assert compute_running_status(latestCheckpoint=uri).latest_checkpoint_step == step
 
 
 # Attempts
 
 
-def first_attempt_after_resume(
+def compute_first_attempt_after_resume(
     known_step: int | None, resumed_from: int, *, committed_by: int | None = None, second: dict[str, Any] | None = None
 ) -> Attempt:
-    """Return attempt 1 after attempt 2 has reported `resumed_from`. `second`: fields of attempt 2 that the status contained before."""
+    """Return the record of attempt 1 after attempt 2 has reported `resumed_from`. `second`: fields of attempt 2 that were already recorded."""
     first = {"number": 1, "startTime": "2026-11-21T12:00:00Z", "endTime": "2026-11-21T12:05:00Z", "reason": "Preempted", "lastStep": known_step}
     attempts = [first, {"number": 2, "startTime": "2026-11-21T12:06:00Z", **(second or {})}]
     uri = f"s3://b/checkpoints/step-{resumed_from:08d}/a{committed_by}-1f3c9a2b" if committed_by else "s3://b/x"
@@ -117,31 +117,31 @@ def first_attempt_after_resume(
     reported = report(attempt=2, resumedFromStep=resumed_from, progress={"step": resumed_from + 1}, checkpoints=listed)
     pods = [pod(2, uid="pod-1-0")]
     observed = facts(status=status(attempt=2, attempts=attempts), jobs=[job(2)], pods=pods, last_report=reported)
-    return status_of(observed).attempts[0]
+    return compute_status_of(observed).attempts[0]
 
 
 @pytest.mark.parametrize("committed_by", [None, 1], ids=["unknown attempt", "attempt 1"])
 def test_last_step_of_an_unobserved_attempt_is_the_step_from_which_the_next_attempt_resumed(committed_by: int | None) -> None:
-    """While the operator did not run, attempt 1 trained from step 80 to step 190."""
-    first = first_attempt_after_resume(80, 190, committed_by=committed_by)
+    """While the operator was stopped, attempt 1 trained from step 80 to step 190."""
+    first = compute_first_attempt_after_resume(80, 190, committed_by=committed_by)
     assert (first.last_step, first.committed_step, first.steps_lost) == (190, 190, 0)
 
 
 def test_last_step_of_an_attempt_that_was_never_observed_is_corrected() -> None:
-    first = first_attempt_after_resume(None, 190)
+    first = compute_first_attempt_after_resume(None, 190)
     assert (first.last_step, first.committed_step, first.steps_lost) == (190, 190, 0)
 
 
 def test_corrected_last_step_is_kept_while_the_next_attempt_trains() -> None:
     first = {"number": 1, "lastStep": 190, "committedStep": 190, "stepsLost": 0, "endTime": "2026-11-21T12:05:00Z", "reason": "Preempted"}
-    known = status(attempt=2, attempts=[first, {"number": 2, "startTime": "2026-11-21T12:06:00Z", "lastStep": 191, "resumedFromStep": 190}])
+    old_status = status(attempt=2, attempts=[first, {"number": 2, "startTime": "2026-11-21T12:06:00Z", "lastStep": 191, "resumedFromStep": 190}])
     reported = report(attempt=2, resumedFromStep=190, progress={"step": 250})
-    new_status = status_of(facts(status=known, jobs=[job(2)], pods=[pod(2, uid="pod-1-0")], last_report=reported)).attempts[0]
+    new_status = compute_status_of(facts(status=old_status, jobs=[job(2)], pods=[pod(2, uid="pod-1-0")], last_report=reported)).attempts[0]
     assert (new_status.last_step, new_status.committed_step, new_status.steps_lost) == (190, 190, 0)
 
 
 def test_steps_after_the_last_checkpoint_are_counted_as_lost() -> None:
-    first = first_attempt_after_resume(80, 60)
+    first = compute_first_attempt_after_resume(80, 60)
     assert (first.last_step, first.steps_lost) == (80, 20)
 
 
@@ -154,16 +154,16 @@ def test_resume_from_an_own_checkpoint_does_not_change_the_previous_attempt(
     committed_by: int | None, second: dict[str, Any]
 ) -> None:
     """A queue may replace the pods of attempt 2. The new pods then resume from a checkpoint of attempt 2."""
-    first = first_attempt_after_resume(80, 290, committed_by=committed_by, second=second)
+    first = compute_first_attempt_after_resume(80, 290, committed_by=committed_by, second=second)
     assert (first.last_step, first.committed_step) == (80, None)
 
 
-def test_termination_message_alone_is_enough_to_report_success() -> None:
+def test_termination_message_is_sufficient_to_report_success() -> None:
     message = TerminationMessage.model_validate(
         {"step": 500, "output": {"uri": "s3://b/model", "kind": "adapter"}, "latestCheckpoint": "s3://b/500"}
     )
     over = [end_pod(pod(), 0, message)]
-    new_status = status_of(facts(status=status(**RUNNING_STATUS), jobs=[job(completed_at=at(90))], pods=over, now=at(95)))
+    new_status = compute_status_of(facts(status=status(**RUNNING_STATUS), jobs=[job(completed_at=at(90))], pods=over, now=at(95)))
     assert (new_status.phase, new_status.duration, new_status.completion_time) == (Phase.SUCCEEDED, "1m30s", at(90))
     assert new_status.output is not None and new_status.output.uri == "s3://b/model"
     assert new_status.progress is not None and new_status.progress.step == 500
@@ -174,19 +174,19 @@ def test_results_of_the_evaluation_stay_in_the_status() -> None:
     evaluation = {"rows": 20, "metrics": metrics, "gates": [{"metric": "semanticSimilarity", "passed": False}]}
     message = TerminationMessage.model_validate({"step": 500, "output": {"uri": "s3://b/model"}, "evaluation": evaluation})
     observed = facts(status=status(**RUNNING_STATUS), jobs=[job(completed_at=at(90))], pods=[end_pod(pod(), 0, message)], now=at(95))
-    new_status = status_of(observed)
+    new_status = compute_status_of(observed)
     assert new_status.to_wire()["evaluation"] == evaluation | {"headline": "semanticSimilarity -0.25 (gate failed)"}
-    later = status_of(facts(status=new_status, jobs=[job(completed_at=at(90))], now=at(200)))
+    later = compute_status_of(facts(status=new_status, jobs=[job(completed_at=at(90))], now=at(200)))
     assert later.evaluation == new_status.evaluation
 
 
 def test_a_termination_message_without_metrics_keeps_those_of_the_last_report() -> None:
     metrics = {"loss": {"value": 1.5, "base": 2.0, "difference": -0.5, "low": -0.6, "high": -0.4}}
-    known = status(**RUNNING_STATUS, evaluation={"rows": 20, "metrics": metrics})
+    old_status = status(**RUNNING_STATUS, evaluation={"rows": 20, "metrics": metrics})
     gates = [{"metric": "loss", "passed": True}]
     message = TerminationMessage.model_validate({"step": 500, "output": {"uri": "s3://b/model"}, "evaluation": {"gates": gates}})
-    observed = facts(status=known, jobs=[job(completed_at=at(90))], pods=[end_pod(pod(), 0, message)], now=at(95))
-    assert status_of(observed).to_wire()["evaluation"] == {"rows": 20, "metrics": metrics, "gates": gates}
+    observed = facts(status=old_status, jobs=[job(completed_at=at(90))], pods=[end_pod(pod(), 0, message)], now=at(95))
+    assert compute_status_of(observed).to_wire()["evaluation"] == {"rows": 20, "metrics": metrics, "gates": gates}
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ def test_a_termination_message_without_metrics_keeps_those_of_the_last_report() 
         ({"metrics": ["bleu"]}, {}, None),
     ],
 )
-def test_the_headline_is_the_metric_of_the_first_gate_or_the_first_metric(
+def test_headline_is_the_metric_of_the_first_gate_or_else_the_first_metric(
     evaluation: dict[str, Any], measured: dict[str, float | None], expected: str | None
 ) -> None:
     metrics = {name: {"value": value} for name, value in measured.items()}
@@ -207,7 +207,7 @@ def test_the_headline_is_the_metric_of_the_first_gate_or_the_first_metric(
         spec=spec(evaluation=evaluation, dataset={"train": "s3://d/a.jsonl", "test": "s3://d/b.jsonl"}), status=status(**RUNNING_STATUS),
         jobs=[job(completed_at=at(90))], pods=[end_pod(pod(), 0, message)], now=at(95),
     )  # fmt: skip
-    found = status_of(observed).evaluation
+    found = compute_status_of(observed).evaluation
     assert found is not None and found.headline == expected
 
 
@@ -219,30 +219,30 @@ def test_the_headline_is_the_metric_of_the_first_gate_or_the_first_metric(
         (None, None),
     ],
 )
-def test_without_metrics_of_the_evaluation_the_headline_is_a_loss(metrics: dict[str, float] | None, expected: dict[str, str] | None) -> None:
+def test_headline_is_a_loss_if_there_are_no_metrics_of_an_evaluation(metrics: dict[str, float] | None, expected: dict[str, str] | None) -> None:
     message = TerminationMessage.model_validate({"step": 500, "output": {"uri": "s3://b/model"}, "metrics": metrics})
     ended = {"pods": [end_pod(pod(), 0, message)], "now": at(95)}
-    assert status_of(facts(status=status(**RUNNING_STATUS), jobs=[job(completed_at=at(90))], **ended)).to_wire().get("evaluation") == expected
+    assert compute_status_of(facts(status=status(**RUNNING_STATUS), jobs=[job(completed_at=at(90))], **ended)).to_wire().get("evaluation") == expected
     running = facts(status=status(**RUNNING_STATUS, metrics=metrics), jobs=[job()], pods=[pod()], now=at(60))
-    assert "evaluation" not in status_of(running).to_wire()
+    assert "evaluation" not in compute_status_of(running).to_wire()
 
 
 def test_the_headline_names_a_failed_gate() -> None:
     gates = [{"metric": "bleu", "passed": True}, {"metric": "accuracy", "passed": False}]
     metrics = {"bleu": {"value": 12.0}, "accuracy": {"value": 0.5}}
     message = TerminationMessage.model_validate({"output": {"uri": "s3://b/model"}, "evaluation": {"metrics": metrics, "gates": gates}})
-    found = status_of(facts(status=status(**RUNNING_STATUS), jobs=[job(failed_at=at(90))], pods=[end_pod(pod(), 80, message)], now=at(95))).evaluation
+    found = compute_status_of(facts(status=status(**RUNNING_STATUS), jobs=[job(failed_at=at(90))], pods=[end_pod(pod(), 80, message)], now=at(95))).evaluation
     assert found is not None and found.headline == "accuracy 0.5 (gate failed)"
 
 
-def test_a_failed_gate_ends_the_job_with_its_sentence_and_keeps_the_model() -> None:
+def test_failed_gate_ends_the_job_with_its_message_and_keeps_the_model() -> None:
     sentence = "accuracy is 0.79, and the gate requires at least 0.8"
     message = TerminationMessage.model_validate({
         "class": "Model", "code": "GateFailed", "message": sentence, "stage": "comparing", "step": 500,
         "output": {"uri": "s3://b/model", "kind": "adapter", "promoted": False},
         "evaluation": {"gates": [{"metric": "accuracy", "passed": False, "text": sentence}]},
     })  # fmt: skip
-    new_status = status_of(facts(status=status(**RUNNING_STATUS), jobs=[job(failed_at=at(90))], pods=[end_pod(pod(), 80, message)], now=at(95)))
+    new_status = compute_status_of(facts(status=status(**RUNNING_STATUS), jobs=[job(failed_at=at(90))], pods=[end_pod(pod(), 80, message)], now=at(95)))
     succeeded = new_status.condition(Condition.SUCCEEDED)
     assert succeeded is not None and (succeeded.status, succeeded.reason) == ("False", Reason.GATE_FAILED) and sentence in succeeded.message
     assert (new_status.phase, new_status.reason, new_status.attempt) == (Phase.FAILED, Reason.GATE_FAILED, 1)
@@ -252,7 +252,7 @@ def test_a_failed_gate_ends_the_job_with_its_sentence_and_keeps_the_model() -> N
 
 def test_a_job_without_training_shows_its_stage_and_no_steps() -> None:
     live = report(stage="comparing", progress={}, output={"uri": "s3://b/model", "kind": "adapter"})
-    new_status = status_of(facts(status=status(**{**RUNNING_STATUS, "progress": None}), jobs=[job()], pods=[pod()], last_report=live))
+    new_status = compute_status_of(facts(status=status(**{**RUNNING_STATUS, "progress": None}), jobs=[job()], pods=[pod()], last_report=live))
     assert new_status.phase is Phase.EVALUATING
     assert new_status.progress is not None and (new_status.progress.step, new_status.progress.display) == (None, "-")
     assert new_status.output is not None and new_status.output.uri == "s3://b/model"
@@ -264,23 +264,23 @@ def test_long_texts_of_pods_do_not_make_the_status_large() -> None:
     assert failed.terminated is not None
     failed = replace(failed, terminated=replace(failed.terminated, message=message.model_dump_json(by_alias=True)))
     blocking = BlockingCondition(Reason.QUEUED, "q" * 9999)
-    new_status = status_of(facts(status=status(**RUNNING_STATUS), jobs=[job(failed_at=at(60))], pods=[failed], blocking_condition=blocking))
+    new_status = compute_status_of(facts(status=status(**RUNNING_STATUS), jobs=[job(failed_at=at(60))], pods=[failed], blocking_condition=blocking))
     assert len(str(new_status.to_wire())) < 20_000
 
 
 def test_image_of_the_spec_takes_precedence_over_the_configured_one() -> None:
-    new_status = status_of(facts(spec=spec(placement={"image": "mine:1"})), ActionResult(created_job=job()))
+    new_status = compute_status_of(facts(spec=spec(placement={"image": "mine:1"})), ActionResult(created_job=job()))
     assert new_status.resolved is not None and new_status.resolved.image == "mine:1"
 
 
 def test_plan_and_measured_memory_are_shown_and_kept() -> None:
     memory = {"expectedBytes": 5, "upperBytes": 6, "parts": {"weights": 5}}
-    shown = running_with(plan={"memory": memory})
+    shown = compute_running_status(plan={"memory": memory})
     assert shown.plan is not None and shown.plan.memory is not None and (shown.plan.memory.expected_bytes, shown.plan.memory.parts.weights) == (5, 5)
-    later = running_with(shown, plan={"measured": {"memoryBytes": 4}})
+    later = compute_running_status(shown, plan={"measured": {"memoryBytes": 4}})
     assert later.plan is not None and later.plan.memory == shown.plan.memory
     assert later.plan.measured is not None and later.plan.measured.memory_bytes == 4
-    assert running_with(later).plan == later.plan
+    assert compute_running_status(later).plan == later.plan
 
 
 WORK = {"steps": 100, "tokens": 1, "petaflop": 1, "trafficTerabytes": 1}
@@ -303,69 +303,73 @@ def test_the_time_of_the_steps_is_recorded_after_a_successful_training(
     message = TerminationMessage.model_validate({"plan": plan, "timeUse": time_use, "progress": {"step": 40}})
     ended = end_pod(pod(scheduled_at=at(0), running_since=at(1)), code, message)
     finished = {"completed_at": at(61)} if code == 0 else {"failed_at": at(61)}
-    new_status = status_of(facts(spec=spec(policy={"retries": 0}), status=status(**RUNNING_STATUS), jobs=[job(**finished)], pods=[ended], now=at(62)))
+    new_status = compute_status_of(facts(spec=spec(policy={"retries": 0}), status=status(**RUNNING_STATUS), jobs=[job(**finished)], pods=[ended], now=at(62)))
     assert new_status.plan is not None
     assert (new_status.plan.measured.to_wire() if new_status.plan.measured else None) == measured
 
 
-def test_the_steps_of_another_job_are_no_measured_steps() -> None:
-    """The job resumed from step 30 of another job, so its 35.5 seconds belong to 10 steps."""
+def test_steps_of_another_job_do_not_count_as_measured_steps() -> None:
+    """The job resumed from step 30 of another job, so it did 10 of the 40 steps in its 35.5 seconds."""
     message = TerminationMessage.model_validate(
         {"plan": {"work": WORK}, "timeUse": {"firstStep": 5, "steps": 30.5}, "progress": {"step": 40}, "resumedFromStep": 30}
     )
     ended = end_pod(pod(scheduled_at=at(0), running_since=at(1)), 0, message)
     resumed = spec(checkpoint={"resume": "s3://b/ns/old/uid/checkpoints/step-00000030/a1-1f3c9a2b"})
-    new_status = status_of(facts(spec=resumed, status=status(**RUNNING_STATUS), jobs=[job(completed_at=at(61))], pods=[ended], now=at(62)))
+    new_status = compute_status_of(facts(spec=resumed, status=status(**RUNNING_STATUS), jobs=[job(completed_at=at(61))], pods=[ended], now=at(62)))
     assert new_status.plan is not None and new_status.plan.measured is not None
     assert new_status.plan.measured.to_wire() == {"seconds": 35.5, "steps": 10}
 
 
-def times_of(value: Any) -> list[str]:
+def list_times(value: Any) -> list[str]:
     """Return every time in a status, in the format of Kubernetes."""
     if isinstance(value, dict):
-        return [time for inner in value.values() for time in times_of(inner)]
+        return [time for inner in value.values() for time in list_times(inner)]
     if isinstance(value, list):
-        return [time for inner in value for time in times_of(inner)]
+        return [time for inner in value for time in list_times(inner)]
     return [value] if isinstance(value, str) and re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", value) else []
 
 
 @pytest.mark.parametrize("exit_code", [0, 64])
 def test_no_time_in_the_status_is_later_than_the_completion(exit_code: int) -> None:
-    """The container ended at 90, the condition PodsReady changed at 92, a fast clock reported 3000 and 4000, and the operator saw the end at 95."""
-    known = status(**RUNNING_STATUS, conditions=[condition(Condition.PODS_READY, "False", "PodsNotReady", 92)])
+    """The times in the status come from several clocks.
+
+    After the start of the job, the container ended at 90 s, PodsReady changed at 92 s, and the operator saw the end at 95 s. A clock that
+    is ahead reported 3000 s and 4000 s.
+    """
+    old_status = status(**RUNNING_STATUS, conditions=[condition(Condition.PODS_READY, "False", "PodsNotReady", 92)])
     checkpoints = [{"step": 400, "uri": "s3://b/step-00000400/x", "time": at(91).isoformat()}, {"step": 500, "uri": "s3://b/500", "time": at(4000).isoformat()}]
     message = TerminationMessage.model_validate(
         {"step": 500, "output": {"uri": "s3://b/model"}, "checkpoints": checkpoints, "progress": {"step": 500, "updateTime": at(3000).isoformat()}}
     )
     ended_job = job(completed_at=at(90)) if exit_code == 0 else job(failed_at=at(90))
-    observed = facts(status=known, jobs=[ended_job], pods=[end_pod(pod(), exit_code, message)], now=at(95))
-    new_status = status_of(observed)
+    observed = facts(status=old_status, jobs=[ended_job], pods=[end_pod(pod(), exit_code, message)], now=at(95))
+    new_status = compute_status_of(observed)
     wire = new_status.to_wire()
     assert (new_status.phase, wire["completionTime"]) == (Phase.FAILED if exit_code else Phase.SUCCEEDED, format_rfc3339(at(95)))
-    assert max(times_of(wire)) == wire["completionTime"]
+    assert max(list_times(wire)) == wire["completionTime"]
     assert {one["type"]: one["lastTransitionTime"] for one in wire["conditions"]}["Finished"] == wire["completionTime"]
 
 
 def test_the_completion_is_the_end_of_the_last_container_if_nothing_is_later() -> None:
-    known = status(**RUNNING_STATUS, conditions=[condition(Condition.PODS_READY, "True", "PodsReady", 10)])
-    observed = facts(status=known, jobs=[job(completed_at=at(90))], pods=[end_pod(pod(), 0)], now=at(5000))
-    wire = status_of(observed).to_wire()
-    assert wire["completionTime"] == format_rfc3339(at(90)) == max(times_of(wire))
+    old_status = status(**RUNNING_STATUS, conditions=[condition(Condition.PODS_READY, "True", "PodsReady", 10)])
+    observed = facts(status=old_status, jobs=[job(completed_at=at(90))], pods=[end_pod(pod(), 0)], now=at(5000))
+    wire = compute_status_of(observed).to_wire()
+    assert wire["completionTime"] == format_rfc3339(at(90)) == max(list_times(wire))
 
 
 def test_time_of_a_checkpoint_from_a_fast_clock_does_not_change_with_each_report() -> None:
     checkpoint = {"step": 100, "uri": "s3://b/100", "time": at(4000).isoformat()}
     current = status(**RUNNING_STATUS)
     for now in (50, 60, 70):
-        current = status_of(facts(status=current, jobs=[job()], pods=[pod()], last_report=report(checkpoints=[checkpoint]), now=at(now)))
+        current = compute_status_of(facts(status=current, jobs=[job()], pods=[pod()], last_report=report(checkpoints=[checkpoint]), now=at(now)))
         assert [one.time for one in current.checkpoints] == [at(50)]
 
 
 def test_defaults_from_the_trainer_are_added_to_the_recorded_defaults() -> None:
-    known = status(**RUNNING_STATUS, resolved={"defaults": {"training.learningRate": 2e-4}})
+    old_status = status(**RUNNING_STATUS, resolved={"defaults": {"training.learningRate": 2e-4}})
     reported = {"defaults": {"dataset.maxSequenceLength": 1024, "training.learningRate": 9}}
-    current = running_with(known, resolved=reported)
+    current = compute_running_status(old_status, resolved=reported)
     assert current.resolved is not None
     assert current.resolved.defaults == {"training.learningRate": 2e-4, "dataset.maxSequenceLength": 1024}
-    later = running_with(current, resolved={})
+    later = compute_running_status(current, resolved={})
     assert later.resolved is not None and later.resolved.defaults == current.resolved.defaults

@@ -1,4 +1,4 @@
-"""Checkpoints, quota and suspension in the status."""
+"""Checkpoints, quota, output and suspension in the status."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ CHECKPOINTS = [
 ]  # fmt: skip
 
 
-def steps_in_status(reported_steps: list[int], known_steps: list[int]) -> list[int]:
-    """Return the checkpoint steps in a status that contained `known_steps` before a pod reported `reported_steps`."""
-    known = status(attempt=1, attempts=[STARTED_ATTEMPT], checkpoints=[checkpoint for checkpoint in CHECKPOINTS if checkpoint["step"] in known_steps])
+def compute_steps_in_status(reported_steps: list[int], known_steps: list[int]) -> list[int]:
+    """Return the steps of the status's checkpoints after a pod reported `reported_steps`. Before, the status contained `known_steps`."""
+    old_status = status(attempt=1, attempts=[STARTED_ATTEMPT], checkpoints=[checkpoint for checkpoint in CHECKPOINTS if checkpoint["step"] in known_steps])
     received = report(checkpoints=[checkpoint for checkpoint in CHECKPOINTS if checkpoint["step"] in reported_steps], progress={"step": 510})
-    observed = facts(status=known, jobs=[job()], pods=[pod()], last_report=received)
+    observed = facts(status=old_status, jobs=[job()], pods=[pod()], last_report=received)
     return [checkpoint.step for checkpoint in compute_status(observed, decide(observed), ActionResult()).checkpoints]
 
 
 def test_quota_reserved_has_the_time_of_admission() -> None:
-    known = status(
+    old_status = status(
         attempt=1, attempts=[STARTED_ATTEMPT], conditions=[condition(Condition.QUOTA_RESERVED, "False", Reason.QUEUED, 0)]
     )
     queued = spec(placement={"queueName": "q"}, policy={"activeDeadlineSeconds": 7200})
-    observed = facts(spec=queued, status=known, jobs=[job(queue="q", started_at=at(100))], pods=[pod()], now=at(3700))
+    observed = facts(spec=queued, status=old_status, jobs=[job(queue="q", started_at=at(100))], pods=[pod()], now=at(3700))
     new = compute_status(observed, decide(observed), ActionResult())
     assert [condition.last_transition_time for condition in new.conditions if condition.type is Condition.QUOTA_RESERVED] == [at(100)]
     lost = facts(spec=queued, status=new, jobs=[job(queue="q", is_suspended=True, started_at=at(100))], now=at(3800))
@@ -44,36 +44,36 @@ def test_quota_reserved_has_the_time_of_admission() -> None:
 
 
 def test_checkpoints_that_retention_removed_are_removed_from_the_status() -> None:
-    assert steps_in_status([400, 500], [100, 200, 300, 400, 500]) == [400, 500]
+    assert compute_steps_in_status([400, 500], [100, 200, 300, 400, 500]) == [400, 500]
 
 
 def test_save_time_of_a_checkpoint_is_kept_when_a_later_report_lacks_it() -> None:
-    known = status(attempt=1, attempts=[STARTED_ATTEMPT], checkpoints=[CHECKPOINTS[3] | {"saveSeconds": 400.0}])
-    observed = facts(status=known, jobs=[job()], pods=[pod()], last_report=report(checkpoints=[CHECKPOINTS[3]]))
+    old_status = status(attempt=1, attempts=[STARTED_ATTEMPT], checkpoints=[CHECKPOINTS[3] | {"saveSeconds": 400.0}])
+    observed = facts(status=old_status, jobs=[job()], pods=[pod()], last_report=report(checkpoints=[CHECKPOINTS[3]]))
     assert compute_status(observed, decide(observed), ActionResult()).checkpoints[0].save_seconds == 400.0
 
 
 def test_checkpoints_newer_than_the_reported_ones_stay_in_status() -> None:
-    assert steps_in_status([100, 200], [100, 200, 300, 400]) == [100, 200, 300, 400]
-    assert steps_in_status([], [100, 200]) == [100, 200]
+    assert compute_steps_in_status([100, 200], [100, 200, 300, 400]) == [100, 200, 300, 400]
+    assert compute_steps_in_status([], [100, 200]) == [100, 200]
 
 
 def test_termination_message_replaces_the_checkpoints_of_the_last_report() -> None:
-    known = status(attempt=1, attempts=[STARTED_ATTEMPT], checkpoints=CHECKPOINTS[-2:])
+    old_status = status(attempt=1, attempts=[STARTED_ATTEMPT], checkpoints=CHECKPOINTS[-2:])
     message = TerminationMessage.model_validate(
         {"step": 500, "checkpoints": CHECKPOINTS[-1:], "output": {"uri": "s3://m/final"}}
     )
     received = report(checkpoints=CHECKPOINTS[-2:], progress={"step": 500})
     observed = facts(
-        status=known, jobs=[job(completed_at=at(60))], pods=[end_pod(pod(), 0, message)], last_report=received, now=at(61)
+        status=old_status, jobs=[job(completed_at=at(60))], pods=[end_pod(pod(), 0, message)], last_report=received, now=at(61)
     )
     assert [checkpoint.step for checkpoint in compute_status(observed, decide(observed), ActionResult()).checkpoints] == [500]
 
 
-def test_committed_model_is_in_the_status_while_the_stages_after_training_run_and_after_one_failed() -> None:
-    known = status(attempt=1, attempts=[STARTED_ATTEMPT])
+def test_committed_model_stays_in_the_status_while_later_stages_run_and_fail() -> None:
+    old_status = status(attempt=1, attempts=[STARTED_ATTEMPT])
     received = report(stage="evaluating", output={"uri": "s3://m/final"}, progress={"step": 500})
-    running = facts(status=known, jobs=[job()], pods=[pod()], last_report=received)
+    running = facts(status=old_status, jobs=[job()], pods=[pod()], last_report=received)
     new = compute_status(running, decide(running), ActionResult())
     assert new.phase is Phase.EVALUATING and new.output is not None and new.output.uri == "s3://m/final"
     message = TerminationMessage.model_validate(
@@ -87,10 +87,10 @@ def test_committed_model_is_in_the_status_while_the_stages_after_training_run_an
     assert ended.output is not None and ended.output.uri == "s3://m/final"
 
 
-def test_addresses_that_the_termination_message_lacks_are_kept_in_the_status() -> None:
-    known = status(attempt=1, attempts=[STARTED_ATTEMPT], output={"uri": "s3://m/final", "mergedUri": "s3://m/merged"})
+def test_output_addresses_that_the_termination_message_lacks_are_kept() -> None:
+    old_status = status(attempt=1, attempts=[STARTED_ATTEMPT], output={"uri": "s3://m/final", "mergedUri": "s3://m/merged"})
     received = report(stage="reporting", output={"uri": "s3://m/final", "reportUri": "s3://m/report"}, progress={"step": 500})
-    running = facts(status=known, jobs=[job()], pods=[pod()], last_report=received)
+    running = facts(status=old_status, jobs=[job()], pods=[pod()], last_report=received)
     message = TerminationMessage.model_validate({"step": 500, "output": {"uri": "s3://m/final", "promoted": True}})
     reported = compute_status(running, decide(running), ActionResult())
     ended = facts(status=reported, jobs=[job(completed_at=at(60))], pods=[end_pod(pod(), 0, message)], now=at(61))
@@ -106,11 +106,11 @@ def test_suspending_a_queued_job_is_not_reported_as_preemption() -> None:
         "reason": "Progressing",
         "lastTransitionTime": STARTED_ATTEMPT["startTime"],
     }
-    known = status(attempt=1, attempts=[{**STARTED_ATTEMPT, "reason": "Suspended"}], conditions=[admitted])
-    written = spec(placement={"queueName": "team"}, suspend=True)
-    gone = facts(spec=written, status=known, pods=[replace(end_pod(pod(), 75), is_deleted=True)], now=at(60))
+    old_status = status(attempt=1, attempts=[{**STARTED_ATTEMPT, "reason": "Suspended"}], conditions=[admitted])
+    raw_spec = spec(placement={"queueName": "team"}, suspend=True)
+    gone = facts(spec=raw_spec, status=old_status, pods=[replace(end_pod(pod(), 75), is_deleted=True)], now=at(60))
     new = compute_status(gone, decide(gone), ActionResult())
-    reasons = [note.reason for note in draft_events(known, new)]
+    reasons = [note.reason for note in draft_events(old_status, new)]
     assert Reason.PREEMPTED not in reasons
     assert Reason.QUEUED not in reasons
     assert Reason.SUSPENDED in reasons

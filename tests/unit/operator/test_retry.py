@@ -1,4 +1,4 @@
-"""The retry budget and the backoff."""
+"""Which failed attempts are retried, and the backoff before the next attempt."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from finetune_api.exits import FailurePrecedence, RetryPolicy
 from finetune_api.names import FailureClass, Reason
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import Adaptation, Attempt, Failure, FineTuneJobStatus
-from finetune_operator.policies.cause import pod_cause
+from finetune_operator.policies.cause import find_pod_cause
 from finetune_operator.policies.retry import (
     FailureCause,
     GiveUp,
     RetryDecision,
-    backoff_seconds,
-    blocked_retry_seconds,
+    compute_backoff_seconds,
+    compute_blocked_retry_seconds,
     retry_or_give_up,
 )
 from finetune_operator.settings import RetrySettings
 
 from tests.unit.operator.samples import T0, accept_spec, end_pod, pod, spec
 
-INTERNAL_ERROR_CAUSE = FailureCause(Reason.INTERNAL_ERROR, pod_cause(end_pod(pod(), 70)).failure, RetryPolicy.COUNTED, FailurePrecedence.UNKNOWN_CAUSE)  # type: ignore[union-attr] # it fails
+INTERNAL_ERROR_CAUSE = FailureCause(Reason.INTERNAL_ERROR, find_pod_cause(end_pod(pod(), 70)).failure, RetryPolicy.COUNTED, FailurePrecedence.UNKNOWN_CAUSE)  # type: ignore[union-attr] # it fails
 
 
-def attempts(*rows: tuple[str, bool, int]) -> list[Attempt]:
+def make_attempts(*attempt_values: tuple[str, bool, int]) -> list[Attempt]:
     return [
         Attempt(number=n, reason=reason, counted=counted, committed_step=step or None, end_time=T0)
-        for n, (reason, counted, step) in enumerate(rows, 1)
+        for n, (reason, counted, step) in enumerate(attempt_values, 1)
     ]
 
 
@@ -52,7 +52,7 @@ def test_job_fails_when_attempts_without_progress_exceed_the_retries(
 
 
 @pytest.mark.parametrize(
-    ("rows", "seconds"),
+    ("attempt_values", "seconds"),
     [
         ([], 0.0),
         ([("InternalError", True, 0)], 10.0),
@@ -73,14 +73,14 @@ def test_job_fails_when_attempts_without_progress_exceed_the_retries(
         ([("InternalError", True, 5)], 0.0),
     ],
 )
-def test_backoff_doubles_with_attempts_without_progress(rows: list[tuple[str, bool, int]], seconds: float) -> None:
+def test_backoff_doubles_with_attempts_without_progress(attempt_values: list[tuple[str, bool, int]], seconds: float) -> None:
     settings = RetrySettings(base_seconds=10, max_seconds=600)
-    assert backoff_seconds(attempts(*rows), settings) == seconds
+    assert compute_backoff_seconds(make_attempts(*attempt_values), settings) == seconds
 
 
 def test_backoff_stops_doubling_after_21_attempts() -> None:
     settings = RetrySettings(base_seconds=0.001, max_seconds=86400)
-    delays = [backoff_seconds(attempts(*[("InternalError", True, 0)] * count), settings) for count in (20, 21, 22, 50)]
+    delays = [compute_backoff_seconds(make_attempts(*[("InternalError", True, 0)] * count), settings) for count in (20, 21, 22, 50)]
     assert delays == pytest.approx([524.288, 1048.576, 1048.576, 1048.576])
 
 
@@ -92,14 +92,14 @@ def test_backoff_ends_when_an_attempt_commits_a_newer_step_than_it_resumed_from(
     committed_step: int | None, resumed_from_step: int | None, seconds: float
 ) -> None:
     failed = Attempt(number=1, reason="InternalError", counted=True, committed_step=committed_step, resumed_from_step=resumed_from_step)
-    assert backoff_seconds([failed], RetrySettings(base_seconds=10, max_seconds=600)) == seconds
+    assert compute_backoff_seconds([failed], RetrySettings(base_seconds=10, max_seconds=600)) == seconds
 
 
 def test_backoff_after_an_incomplete_gang_is_random_for_each_job_and_attempt() -> None:
     settings, gang = RetrySettings(base_seconds=10, max_seconds=600), ("GangIncomplete", False, 0)
     delays = [
-        backoff_seconds(attempts(*rows), settings, seed)
-        for rows, seed in (([gang], "a"), ([gang], "b"), ([gang, gang], "a"), ([gang, ("InternalError", True, 0)], "a"))
+        compute_backoff_seconds(make_attempts(*attempt_values), settings, seed)
+        for attempt_values, seed in (([gang], "a"), ([gang], "b"), ([gang, gang], "a"), ([gang, ("InternalError", True, 0)], "a"))
     ]
     assert delays == pytest.approx([8.319, 14.193, 19.026, 20.0], abs=0.001)
 
@@ -109,10 +109,10 @@ def test_backoff_after_an_incomplete_gang_is_random_for_each_job_and_attempt() -
     [(0.0, 15.0), (30.0, 15.0), (31.0, 15.5), (599.0, 299.5), (600.0, 300.0), (602.0, 300.0), (86400.0, 300.0)],
 )
 def test_refused_request_is_repeated_after_half_of_the_blocked_time(blocked: float, delay: float) -> None:
-    assert blocked_retry_seconds(blocked) == delay
+    assert compute_blocked_retry_seconds(blocked) == delay
 
 
-def cause_with(policy: RetryPolicy, message: str = "it failed") -> FailureCause:
+def make_cause(policy: RetryPolicy, message: str = "it failed") -> FailureCause:
     failure = Failure(class_=FailureClass.INTERNAL, code="C", message=message)
     return FailureCause(Reason.INTERNAL_ERROR, failure, policy)
 
@@ -121,7 +121,7 @@ def cause_with(policy: RetryPolicy, message: str = "it failed") -> FailureCause:
 def test_three_retries_are_allowed_by_default(retries_used: int | None, retries: int | None, gives_up: bool) -> None:
     unresolved = FineTuneJobSpec.model_validate(spec(policy={"retries": retries}))
     decision = retry_or_give_up(
-        cause_with(RetryPolicy.COUNTED), unresolved, FineTuneJobStatus(retries_used=retries_used), made_progress=False, now=T0
+        make_cause(RetryPolicy.COUNTED), unresolved, FineTuneJobStatus(retries_used=retries_used), made_progress=False, now=T0
     )
     if not gives_up:
         assert decision == RetryDecision(is_counted=True)
@@ -132,8 +132,8 @@ def test_three_retries_are_allowed_by_default(retries_used: int | None, retries:
     assert decision == GiveUp(Reason.RETRIES_EXHAUSTED, failure)
 
 
-def test_a_stage_that_fails_again_and_again_is_the_reason_of_the_jobs_failure() -> None:
-    cause = replace(cause_with(RetryPolicy.COUNTED), reason=Reason.EVALUATION_FAILED)
+def test_stage_that_fails_in_every_attempt_is_the_reason_of_the_jobs_failure() -> None:
+    cause = replace(make_cause(RetryPolicy.COUNTED), reason=Reason.EVALUATION_FAILED)
     unresolved = FineTuneJobSpec.model_validate(spec(policy={"retries": 0}))
     decision = retry_or_give_up(cause, unresolved, FineTuneJobStatus(), made_progress=False, now=T0)
     assert isinstance(decision, GiveUp) and decision.reason is Reason.EVALUATION_FAILED
@@ -142,20 +142,20 @@ def test_a_stage_that_fails_again_and_again_is_the_reason_of_the_jobs_failure() 
 @pytest.mark.parametrize("made_progress", [True, False])
 @pytest.mark.parametrize("policy", [RetryPolicy.NOT_COUNTED, RetryPolicy.WAIT, RetryPolicy.COUNTED, RetryPolicy.ROLL_BACK])
 def test_uncounted_retry_needs_no_budget(policy: RetryPolicy, made_progress: bool) -> None:
-    """While the spec is unreadable, all failures that permit another attempt are not counted."""
-    spec_is_readable = policy in (RetryPolicy.NOT_COUNTED, RetryPolicy.WAIT)
+    """While the operator cannot read the spec, no failure that permits another attempt counts."""
+    is_spec_readable = policy in (RetryPolicy.NOT_COUNTED, RetryPolicy.WAIT)
     decision = retry_or_give_up(
-        cause_with(policy), accept_spec(spec(policy={"retries": 0})).spec, FineTuneJobStatus(retries_used=9),
-        made_progress=made_progress, now=T0, spec_is_readable=spec_is_readable,
+        make_cause(policy), accept_spec(spec(policy={"retries": 0})).spec, FineTuneJobStatus(retries_used=9),
+        made_progress=made_progress, now=T0, is_spec_readable=is_spec_readable,
     )  # fmt: skip
     assert decision == RetryDecision(is_counted=False, adaptation=None, made_progress=made_progress)
 
 
-@pytest.mark.parametrize("spec_is_readable", [True, False])
-def test_final_failure_is_not_retried(spec_is_readable: bool) -> None:
-    cause = cause_with(RetryPolicy.NEVER)
+@pytest.mark.parametrize("is_spec_readable", [True, False])
+def test_final_failure_is_not_retried(is_spec_readable: bool) -> None:
+    cause = make_cause(RetryPolicy.NEVER)
     decision = retry_or_give_up(
-        cause, accept_spec().spec, FineTuneJobStatus(), made_progress=True, now=T0, spec_is_readable=spec_is_readable
+        cause, accept_spec().spec, FineTuneJobStatus(), made_progress=True, now=T0, is_spec_readable=is_spec_readable
     )
     assert decision == GiveUp(cause.reason, cause.failure)
 
@@ -165,7 +165,7 @@ def test_adapted_retry_is_not_counted(made_progress: bool) -> None:
     for policy, changed in ((RetryPolicy.ADAPT_MEMORY, "training.batchSizePerDevice"), (RetryPolicy.ROLL_BACK, "resume.maxStep")):
         replayed = Adaptation(time=T0, reason=Reason.DIVERGED, change="")
         decision = retry_or_give_up(
-            cause_with(policy), accept_spec(spec(training={"batchSizePerDevice": 4})).spec, FineTuneJobStatus(adaptations=[replayed]),
+            make_cause(policy), accept_spec(spec(training={"batchSizePerDevice": 4})).spec, FineTuneJobStatus(adaptations=[replayed]),
             made_progress=made_progress, now=T0,
         )  # fmt: skip
         assert isinstance(decision, RetryDecision) and decision.adaptation is not None
@@ -175,9 +175,9 @@ def test_adapted_retry_is_not_counted(made_progress: bool) -> None:
 
 
 @pytest.mark.parametrize(("message", "joined"), [("it failed", "it failed; policy.onOutOfMemory is Fail"), ("", "policy.onOutOfMemory is Fail")])
-def test_failure_after_the_last_adaptation_says_why_there_is_no_other(message: str, joined: str) -> None:
+def test_failure_after_the_last_adaptation_says_why_no_other_is_possible(message: str, joined: str) -> None:
     unadaptable = accept_spec(spec(policy={"onOutOfMemory": "Fail"})).spec
-    cause = cause_with(RetryPolicy.ADAPT_MEMORY, message)
+    cause = make_cause(RetryPolicy.ADAPT_MEMORY, message)
     decision = retry_or_give_up(cause, unadaptable, FineTuneJobStatus(), made_progress=True, now=T0)
     hint = "write policy.onOutOfMemory: Adapt, or lower the batch"
     assert decision == GiveUp(cause.reason, Failure(class_=FailureClass.INTERNAL, code="C", message=joined, hint=hint))

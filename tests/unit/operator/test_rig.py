@@ -1,4 +1,4 @@
-"""The watches in tests/integration/operator/rig.py. If a watch ended without a restart, a healthy operator would seem to be stuck."""
+"""The watches of the test rig in tests/integration/operator/rig.py. If a watch ended without a restart, the operator would seem to do nothing."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ async def session() -> AsyncIterator[aiohttp.ClientSession]:
     [(429, "storage is (re)initializing"), (500, ""), (200, EVENT[:20]), (200, "")],
     ids=["refused", "failed", "cut in a line", "ended"],
 )
-async def test_ended_watch_is_restarted(session: aiohttp.ClientSession, first: tuple[int, str]) -> None:
+async def test_rig_restarts_a_watch_that_ended(session: aiohttp.ClientSession, first: tuple[int, str]) -> None:
     watch_server = WatchServer(first, (200, EVENT), (200, EVENT))
     runner = web.ServerRunner(web.Server(watch_server.handle))
     await runner.setup()

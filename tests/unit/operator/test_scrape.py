@@ -11,18 +11,18 @@ from typing import Any
 import pytest
 from aiohttp import web
 from finetune_api.names import PROGRESS_TOKEN_HEADER
-from finetune_operator.scrape import MAX_BYTES, ProgressScraper, Target
+from finetune_operator.scrape import MAX_RESPONSE_BYTES, ProgressScraper, ScrapeTarget
 from finetune_operator.settings import ScrapeSettings
-from finetune_operator.workqueue import Key
+from finetune_operator.workqueue import JobKey
 
 from tests.unit.operator.samples import T0, UID
 
-KEY = Key("team", "run")
+KEY = JobKey("team", "run")
 REPORT = {"uid": UID, "attempt": 1, "stage": "training", "progress": {"step": 3, "totalSteps": 9}}
 
 
 class FakeProgressServer:
-    """The HTTP server of a pod, which counts requests and responds with `body` or with a redirect."""
+    """The HTTP server of a pod. It counts requests and responds with `body` or with a redirect."""
 
     def __init__(self) -> None:
         self.body: str | None = json.dumps(REPORT)
@@ -70,13 +70,13 @@ async def pod() -> AsyncIterator[FakeProgressServer]:
 
 
 class ReportRecorder:
-    """The scraper's callback: records the keys of the jobs with a new report."""
+    """The scraper's callback `on_report`. It records the keys of the jobs with a new report."""
 
     def __init__(self) -> None:
-        self.keys: list[Key] = []
+        self.keys: list[JobKey] = []
         self.changed = asyncio.Event()
 
-    def __call__(self, key: Key) -> None:
+    def __call__(self, key: JobKey) -> None:
         self.keys.append(key)
         self.changed.set()
 
@@ -101,24 +101,24 @@ async def scraper(reports: ReportRecorder) -> AsyncIterator[ProgressScraper]:
         await task
 
 
-def target(pod: FakeProgressServer, **fields: Any) -> Target:
-    return Target(**{"uid": UID, "attempt": 1, "pod_uid": "pod-1-0", "url": pod.url, **fields})
+def make_target(pod: FakeProgressServer, **fields: Any) -> ScrapeTarget:
+    return ScrapeTarget(**{"uid": UID, "attempt": 1, "pod_uid": "pod-1-0", "url": pod.url, **fields})
 
 
 @pytest.mark.parametrize("token", [None, "abc"])
 async def test_request_has_the_token_of_the_attempt(scraper: ProgressScraper, reports: ReportRecorder, pod: FakeProgressServer, token: str | None) -> None:
-    scraper.watch(KEY, target(pod, token=token))
+    scraper.watch(KEY, make_target(pod, token=token))
     await reports.wait()
     assert pod.tokens == {token}
-    assert "abc" not in repr(target(pod, token=token))
+    assert "abc" not in repr(make_target(pod, token=token))
 
 
 async def test_report_is_kept_with_its_time_for_its_uid_and_attempt(scraper: ProgressScraper, reports: ReportRecorder, pod: FakeProgressServer) -> None:
-    scraper.watch(KEY, target(pod))
+    scraper.watch(KEY, make_target(pod))
     await reports.wait()
     received = scraper.last_report(KEY, UID, 1)
     assert received is not None
-    assert (received.report.progress.step, received.time, received.pod_uid) == (3, T0, "pod-1-0")
+    assert (received.report.progress.step, received.received_at, received.pod_uid) == (3, T0, "pod-1-0")
     assert scraper.last_report(KEY, UID, 2) is None
     assert scraper.last_report(KEY, "another", 1) is None
 
@@ -127,7 +127,7 @@ async def test_report_is_kept_with_its_time_for_its_uid_and_attempt(scraper: Pro
     "body",
     [
         None, "", "not json", "[]", json.dumps(REPORT | {"uid": "another"}), json.dumps(REPORT | {"attempt": 2}),
-        json.dumps(REPORT | {"detail": "x" * MAX_BYTES}),
+        json.dumps(REPORT | {"detail": "x" * MAX_RESPONSE_BYTES}),
     ],
     ids=["503", "empty", "text", "list", "other job", "other attempt", "too long"],
 )  # fmt: skip
@@ -135,7 +135,7 @@ async def test_response_that_is_not_a_report_of_this_attempt_is_ignored(
     scraper: ProgressScraper, reports: ReportRecorder, pod: FakeProgressServer, body: str | None
 ) -> None:
     pod.body = body
-    scraper.watch(KEY, target(pod))
+    scraper.watch(KEY, make_target(pod))
     await pod.wait_for_requests(3)
     assert reports.keys == []
     assert scraper.last_report(KEY, UID, 1) is None
@@ -144,7 +144,7 @@ async def test_response_that_is_not_a_report_of_this_attempt_is_ignored(
 
 
 async def test_stopped_target_keeps_its_report_until_it_is_dropped(scraper: ProgressScraper, reports: ReportRecorder, pod: FakeProgressServer) -> None:
-    scraper.watch(KEY, target(pod))
+    scraper.watch(KEY, make_target(pod))
     await reports.wait()
     scraper.stop(KEY)
     assert scraper.last_report(KEY, UID, 1) is not None
@@ -158,9 +158,9 @@ async def test_unresponsive_pod_does_not_delay_reads_of_other_pods(scraper: Prog
     """The first request stays open for the whole test. A scraper that reads one pod at a time would never read the second pod."""
     async with serve(FakeProgressServer()) as blocked_server:
         blocked_server.may_answer.clear()
-        scraper.watch(Key("team", "silent"), target(blocked_server))
+        scraper.watch(JobKey("team", "silent"), make_target(blocked_server))
         await blocked_server.wait_for_requests(1)
-        scraper.watch(KEY, target(pod))
+        scraper.watch(KEY, make_target(pod))
         await reports.wait()
         assert set(reports.keys) == {KEY}
         assert blocked_server.requests == 1
@@ -170,9 +170,9 @@ async def test_number_of_concurrent_reads_is_limited(scraper: ProgressScraper, r
     async with serve(FakeProgressServer()) as blocked_server:
         blocked_server.may_answer.clear()
         for name in ("a", "b"):
-            scraper.watch(Key("team", name), target(blocked_server))
+            scraper.watch(JobKey("team", name), make_target(blocked_server))
         await blocked_server.wait_for_requests(2)
-        scraper.watch(KEY, target(pod))
+        scraper.watch(KEY, make_target(pod))
         for _ in range(20):
             await asyncio.sleep(0)
         assert (pod.requests, reports.keys) == (0, [])
@@ -183,9 +183,9 @@ async def test_number_of_concurrent_reads_is_limited(scraper: ProgressScraper, r
 async def test_target_that_is_stopped_and_watched_again_is_read_by_one_subscription(scraper: ProgressScraper, pod: FakeProgressServer) -> None:
     """A flapping readiness probe must not double the number of requests."""
     for _ in range(20):
-        scraper.watch(KEY, target(pod))
+        scraper.watch(KEY, make_target(pod))
         scraper.stop(KEY)
-    scraper.watch(KEY, target(pod))
+    scraper.watch(KEY, make_target(pod))
     await pod.wait_for_requests(5)
     assert len([one for _, _, one in scraper._heap if scraper._is_current(one)]) <= 1
     assert len(scraper._heap) <= 1
@@ -193,14 +193,14 @@ async def test_target_that_is_stopped_and_watched_again_is_read_by_one_subscript
 
 async def test_redirects_are_not_followed(scraper: ProgressScraper, reports: ReportRecorder, pod: FakeProgressServer) -> None:
     pod.redirects = True
-    scraper.watch(KEY, target(pod))
+    scraper.watch(KEY, make_target(pod))
     await pod.wait_for_requests(3)
     assert reports.keys == []
 
 
 def test_interval_grows_while_a_pod_does_not_answer() -> None:
     scraper = ProgressScraper(ScrapeSettings(), lambda: T0, lambda key: None)
-    intervals = [scraper._interval_seconds(None, failures) for failures in (1, 4, 5, 9, 10, 15, 20, 25, 1000)]
+    intervals = [scraper._compute_interval_seconds(None, failures) for failures in (1, 4, 5, 9, 10, 15, 20, 25, 1000)]
     assert intervals == [3, 3, 6, 6, 12, 24, 48, 60, 60]
 
 
@@ -215,4 +215,4 @@ def test_interval_grows_while_a_pod_does_not_answer() -> None:
 )
 def test_progress_url_follows_the_template(template: str, ip: str, url: str) -> None:
     scraper = ProgressScraper(ScrapeSettings(url=template), lambda: T0, lambda key: None)
-    assert scraper.progress_url("team", "run-1-0-x", ip) == url
+    assert scraper.build_progress_url("team", "run-1-0-x", ip) == url

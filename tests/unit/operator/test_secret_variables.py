@@ -15,11 +15,11 @@ from tests.unit.operator.samples import CONFIG, accept_spec, finetunejob, spec
 from tests.unit.operator.test_builders import build_config_and_job
 
 
-def secret_variables(**groups: Any) -> dict[str, Any]:
-    """Environment variables of the container, by name. `groups` are added after `accept`, because `accept` refuses unsupported fields."""
+def build_secret_variables(**groups: Any) -> dict[str, Any]:
+    """Return the container's environment variables by name. `groups` are set after `accept`, because `accept` refuses unsupported fields."""
     run, _ = build_config_and_job(spec())
-    written = FineTuneJobSpec.model_validate({**run.spec.to_wire(), **groups})
-    run = RunConfig.model_validate(run.model_dump(by_alias=True) | {"spec": written.to_wire()})
+    raw_spec = FineTuneJobSpec.model_validate({**run.spec.to_wire(), **groups})
+    run = RunConfig.model_validate(run.model_dump(by_alias=True) | {"spec": raw_spec.to_wire()})
     job = build_job(finetunejob(spec()), run, accept_spec(spec()).pool, CONFIG)
     (container,) = job["spec"]["template"]["spec"]["containers"]
     found = [variable["name"] for variable in container["env"]]
@@ -42,24 +42,24 @@ KEY = {"name": "keys", "key": "mine"}
     ],
 )
 def test_secret_key_is_a_reference_and_not_a_value(name: str, groups: dict[str, Any]) -> None:
-    assert secret_variables(**groups)[name] == KEY
-    assert name not in secret_variables()
+    assert build_secret_variables(**groups)[name] == KEY
+    assert name not in build_secret_variables()
 
 
 def test_users_variable_replaces_a_trackers_key() -> None:
     placement = {"env": [{"name": names.WANDB_KEY, "value": "own"}]}
-    assert secret_variables(placement=placement, tracking={"wandb": {"apiKeySecretRef": KEY}})[names.WANDB_KEY] == "own"
+    assert build_secret_variables(placement=placement, tracking={"wandb": {"apiKeySecretRef": KEY}})[names.WANDB_KEY] == "own"
 
 
 def test_users_variable_never_replaces_the_hub_token() -> None:
     placement = {"env": [{"name": names.Env.HF_TOKEN.value, "value": "own"}]}
-    environment = secret_variables(placement=placement, model={"source": "org/m", "tokenSecretRef": KEY})
+    environment = build_secret_variables(placement=placement, model={"source": "org/m", "tokenSecretRef": KEY})
     assert environment[names.Env.HF_TOKEN.value] == KEY
 
 
 def test_pods_mount_the_claims_of_metric_models_benchmarks_and_of_the_evaluated_model() -> None:
     benchmark = {"name": "lm-eval", "folder": "pvc://tasks/a"}
     claims = {"evaluation": {"metricModels": {"bertscore": "pvc://metrics/a"}, "benchmarks": [benchmark]}, "phases": {"train": False, "from": "pvc://results/model"}}
-    written = FineTuneJobSpec.model_validate({"model": {"source": "org/m"}, **claims})
-    volumes = build_mounts(written).volumes
+    raw_spec = FineTuneJobSpec.model_validate({"model": {"source": "org/m"}, **claims})
+    volumes = build_mounts(raw_spec).volumes
     assert [volume["persistentVolumeClaim"]["claimName"] for volume in volumes] == ["metrics", "results", "tasks"]

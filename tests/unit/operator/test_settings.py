@@ -9,8 +9,8 @@ import pytest
 from finetune_operator.settings import SettingsError, load_config, parse_config
 
 
-def config_with_pool(**fields: Any) -> dict[str, Any]:
-    """A configuration with one node pool, which has these fields."""
+def make_config_with_pool(**fields: Any) -> dict[str, Any]:
+    """Return a configuration with one node pool that has these fields."""
     return {"nodePools": [{"name": "h100", **fields}]}
 
 
@@ -21,8 +21,8 @@ def config_with_pool(**fields: Any) -> dict[str, Any]:
         ({"resources": {"cpu": -1}}, "resources.cpu", "-1 is not a quantity"),
         ({"resources": {"cpu": True}}, "resources.cpu", "True is not a quantity"),
         ({"resources": {"sharedMemory": 0.5}}, "resources.sharedMemory", "0.5 is not a quantity"),
-        (config_with_pool(resources={"cpu": "two"}), "nodePools.0.resources.cpu", "'two' is not a quantity"),
-        (config_with_pool(gpuMemory="80GB"), "nodePools.0.gpuMemory", "'80GB' is not a quantity"),
+        (make_config_with_pool(resources={"cpu": "two"}), "nodePools.0.resources.cpu", "'two' is not a quantity"),
+        (make_config_with_pool(gpuMemory="80GB"), "nodePools.0.gpuMemory", "'80GB' is not a quantity"),
         ({"trainer": {"labels": {"team!": "x"}}}, "trainer.labels", "'team!' is not a label key"),
         ({"trainer": {"labels": {"k" * 64: "x"}}}, "trainer.labels", "is not a label key"),
         ({"trainer": {"labels": {"team": "a b"}}}, "trainer.labels", "'a b' is not a value for label team"),
@@ -41,19 +41,19 @@ def config_with_pool(**fields: Any) -> dict[str, Any]:
         ({"trainer": {"priorityClassName": "a..b"}}, "trainer.priorityClassName", "should match pattern"),
         ({"trainer": {"imagePullSecrets": ["A"]}}, "trainer.imagePullSecrets.0", "should match pattern"),
         ({"namespaces": ["a.b"]}, "namespaces.0", "should match pattern"),
-        (config_with_pool(nodeSelector={"gpu": "h 100"}), "nodePools.0.nodeSelector", "'h 100' is not a value for label gpu"),
+        (make_config_with_pool(nodeSelector={"gpu": "h 100"}), "nodePools.0.nodeSelector", "'h 100' is not a value for label gpu"),
         (
-            config_with_pool(tolerations=[{"key": "a", "operator": "Exists", "value": "b"}]),
+            make_config_with_pool(tolerations=[{"key": "a", "operator": "Exists", "value": "b"}]),
             "nodePools.0.tolerations.0",
             "does not compare values",
         ),
-        (config_with_pool(tolerations=[{"effect": "NoSchedule"}]), "nodePools.0.tolerations.0", "needs operator Exists"),
+        (make_config_with_pool(tolerations=[{"effect": "NoSchedule"}]), "nodePools.0.tolerations.0", "needs operator Exists"),
         (
-            config_with_pool(tolerations=[{"key": "a", "tolerationSeconds": 3}]),
+            make_config_with_pool(tolerations=[{"key": "a", "tolerationSeconds": 3}]),
             "nodePools.0.tolerations.0",
             "needs effect NoExecute",
         ),
-        (config_with_pool(tolerations=[{"key": "a", "value": "b c"}]), "nodePools.0.tolerations.0", "'b c' is not a taint value"),
+        (make_config_with_pool(tolerations=[{"key": "a", "value": "b c"}]), "nodePools.0.tolerations.0", "'b c' is not a taint value"),
         ({"policy": {"images": ["a b"]}}, "policy.images.0", "'a b' is not a pattern: write text with `*` and `{namespace}`"),
         ({"policy": {"secrets": ["{storage}"]}}, "policy.secrets.0", "'{storage}' is not a pattern"),
         ({"policy": {"sources": ["{team}/*"]}}, "policy.sources.0", "'{team}/*' is not a pattern: write text with `*`, `{namespace}` and `{storage}`"),

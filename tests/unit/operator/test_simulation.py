@@ -17,7 +17,7 @@ from finetune_operator.plan import ActionResult, Plan, Situation
 from finetune_operator.policies.adaptations import FIRST_ATTEMPT_KEY, LEARNING_RATE_FIELD, MAX_ROLLBACKS, MAX_STEP_KEY
 from finetune_operator.policies.timeouts import seconds_between as between
 from finetune_operator.report import compute_status
-from finetune_operator.views import as_deleted, read_status
+from finetune_operator.views import mark_deleted, read_status
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -35,22 +35,22 @@ ROUNDING_SECONDS = 1.0
 class JobEvents(RuleBasedStateMachine):
     """One job, and all events that may happen to it."""
 
-    pods = 1
+    pod_count = 1
 
     def __init__(self) -> None:
         super().__init__()
-        self.world = SimulatedCluster(nodes=self.pods)
+        self.world = SimulatedCluster(nodes=self.pod_count)
         self.final: str | None = None
         self.highest = 0
         self.attempts = 0
 
     @initialize(
         queue=st.sampled_from([None, "team-a"]), deadline=st.sampled_from([None, DEADLINE_SECONDS]),
-        ttl=st.sampled_from([None, TTL_SECONDS]), keep=st.sampled_from([3, 8]),
+        ttl=st.sampled_from([None, TTL_SECONDS]), kept_checkpoints=st.sampled_from([3, 8]),
     )  # fmt: skip
-    def choose_spec(self, queue: str | None, deadline: int | None, ttl: int | None, keep: int) -> None:
+    def choose_spec(self, queue: str | None, deadline: int | None, ttl: int | None, kept_checkpoints: int) -> None:
         world = self.world
-        world.queue, world.deadline_seconds, world.ttl_seconds, world.kept_checkpoints = queue, deadline, ttl, keep
+        world.queue, world.deadline_seconds, world.ttl_seconds, world.kept_checkpoints = queue, deadline, ttl, kept_checkpoints
 
     # Operator
 
@@ -69,30 +69,30 @@ class JobEvents(RuleBasedStateMachine):
             return plan
         result = ActionResult()
         if plan.termination is None:
-            for one in plan.delete_jobs:
+            for one in plan.jobs_to_delete:
                 if one.uid in world.jobs:
                     world.jobs[one.uid] = replace(world.jobs[one.uid], is_deleting=True)
-            world.delete_pods(list(plan.delete_pods))
-            for p in plan.force_delete_pods:
-                world.pods[p.uid] = as_deleted(p)
+            world.delete_pods(list(plan.pods_to_delete))
+            for pod in plan.pods_to_force_delete:
+                world.pods[pod.uid] = mark_deleted(pod)
             if crash == "between deletes and creates":
                 return plan
-            if plan.create_attempt is not None:
+            if plan.attempt_to_create is not None:
                 self._check_new_attempt(facts)
-                result = ActionResult(created_job=world.create_job(plan.create_attempt, facts.max_start_step, facts.rolled_back_attempt))
+                result = ActionResult(created_job=world.create_job(plan.attempt_to_create, facts.max_start_step, facts.rolled_back_attempt))
         if crash == "before write":
             return plan
         new = compute_status(facts, plan, result)
-        written = read_status(new.to_wire())
-        assert written.to_wire() == new.to_wire()
-        world.status = written
+        stored_status = read_status(new.to_wire())
+        assert stored_status.to_wire() == new.to_wire()
+        world.status = stored_status
         return plan
 
     def _check_that_only_owned_objects_are_deleted(self, facts: Facts, plan: Plan) -> None:
-        assert all(job.is_owned and job.owner_uid == UID for job in plan.delete_jobs)
-        assert all(p.owner_uid == UID for p in (*plan.delete_pods, *plan.force_delete_pods))
+        assert all(job.is_owned and job.owner_uid == UID for job in plan.jobs_to_delete)
+        assert all(pod.owner_uid == UID for pod in (*plan.pods_to_delete, *plan.pods_to_force_delete))
         late = CONFIG.lost_node_seconds
-        assert all(p.deletion_timestamp and between(p.deletion_timestamp, facts.now) > late for p in plan.force_delete_pods), plan.force_delete_pods
+        assert all(pod.deletion_timestamp and between(pod.deletion_timestamp, facts.now) > late for pod in plan.pods_to_force_delete), plan.pods_to_force_delete
 
     def _check_deadline(self, facts: Facts, plan: Plan) -> None:
         world, job = self.world, facts.current_job
@@ -126,14 +126,14 @@ class JobEvents(RuleBasedStateMachine):
         self.world.suspend = value
         self.world.generation += 1
 
-    @rule(sure=st.sampled_from([False, False, False, True]))
-    def cancel(self, sure: bool) -> None:
+    @rule(is_cancelled=st.sampled_from([False, False, False, True]))
+    def cancel(self, is_cancelled: bool) -> None:
         """Cancel rarely, because a cancelled job ends the sequence of events early."""
-        self.world.cancel = self.world.cancel or sure
+        self.world.cancel = self.world.cancel or is_cancelled
         self.world.generation += 1
 
     @rule(value=st.sampled_from([None, 0, TTL_SECONDS]))
-    def other_ttl(self, value: int | None) -> None:
+    def change_ttl(self, value: int | None) -> None:
         self.world.ttl_seconds = value
         self.world.generation += 1
 
@@ -151,16 +151,16 @@ class JobEvents(RuleBasedStateMachine):
     def pods_start(self) -> None:
         self.world.start_pods()
 
-    @rule(code=EXIT_CODES, which=st.integers(0, 3))
-    def pod_ends(self, code: int, which: int) -> None:
+    @rule(code=EXIT_CODES, pod_index=st.integers(0, 3))
+    def pod_ends(self, code: int, pod_index: int) -> None:
         if running := self.world.running_pods():
-            self.world.end_container(running[which % len(running)], code)
+            self.world.end_container(running[pod_index % len(running)], code)
 
-    @rule(which=st.integers(0, 3))
-    def pod_is_deleted(self, which: int) -> None:
-        existing = [p for p in self.world.pods.values() if not p.is_deleted and p.deletion_timestamp is None]
+    @rule(pod_index=st.integers(0, 3))
+    def pod_is_deleted(self, pod_index: int) -> None:
+        existing = [pod for pod in self.world.pods.values() if not pod.is_deleted and pod.deletion_timestamp is None]
         if existing:
-            self.world.delete_pods([existing[which % len(existing)]])
+            self.world.delete_pods([existing[pod_index % len(existing)]])
 
     @rule(steps=st.integers(1, 30))
     def gang_trains(self, steps: int) -> None:
@@ -172,7 +172,7 @@ class JobEvents(RuleBasedStateMachine):
 
     @rule(steps=st.integers(1, 30), code=st.sampled_from([None, None, None, 71, 72]))
     def job_trains(self, steps: int, code: int | None) -> None:
-        """Start the job and train, because random events alone would rarely reach this state."""
+        """Start the job and train some steps, because random events alone would rarely lead to training."""
         self.world.jobs.pop(FOREIGN_JOB.uid, None)
         self.suspend(False)
         for _ in range(4):
@@ -187,13 +187,13 @@ class JobEvents(RuleBasedStateMachine):
         if code is not None:
             self.pod_ends(code, 0)
 
-    @rule(which=st.integers(0, 3), seconds=PAUSE_SECONDS)
-    def node_is_lost(self, which: int, seconds: int) -> None:
+    @rule(pod_index=st.integers(0, 3), seconds=PAUSE_SECONDS)
+    def node_is_lost(self, pod_index: int, seconds: int) -> None:
         if running := self.world.running_pods():
-            self.world.lose_node(running[which % len(running)])
+            self.world.lose_node(running[pod_index % len(running)])
             self.world.pass_time(seconds)
 
-    @precondition(lambda self: self.world.lost_since)
+    @precondition(lambda self: self.world.lost_since_by_pod)
     @rule()
     def node_comes_back(self) -> None:
         self.world.node_comes_back()
@@ -215,20 +215,20 @@ class JobEvents(RuleBasedStateMachine):
     def another_client_deletes_the_job(self) -> None:
         for one in list(self.world.jobs.values())[-1:]:
             self.world.jobs[one.uid] = replace(one, is_deleting=True)
-            self.world.may_count.add(one.attempt)
+            self.world.attempts_that_may_count.add(one.attempt)
 
     @rule()
     def job_is_orphaned(self) -> None:
         for one in list(self.world.jobs.values())[-1:]:
             if one.is_owned:
                 del self.world.jobs[one.uid]
-                self.world.may_count.add(one.attempt)
+                self.world.attempts_that_may_count.add(one.attempt)
 
     @rule()
     def operator_restarts(self) -> None:
-        """Restart the operator. The new process does not know pods that were deleted before."""
-        self.world.may_count |= {p.attempt for p in self.world.pods.values() if p.is_deleted}
-        self.world.pods = {uid: p for uid, p in self.world.pods.items() if not p.is_deleted}
+        """Restart the operator. The new process does not know pods that were deleted before its start."""
+        self.world.attempts_that_may_count |= {pod.attempt for pod in self.world.pods.values() if pod.is_deleted}
+        self.world.pods = {uid: pod for uid, pod in self.world.pods.items() if not pod.is_deleted}
         self.world.last_report = None
 
     @rule()
@@ -273,11 +273,11 @@ class JobEvents(RuleBasedStateMachine):
     @invariant()
     def preemption_does_not_count(self) -> None:
         counted = {attempt.number for attempt in self.world.status.attempts if attempt.counted}
-        assert counted <= self.world.may_count, self.world.status.to_wire()
+        assert counted <= self.world.attempts_that_may_count, self.world.status.to_wire()
 
     @invariant()
     def no_attempt_stalls(self) -> None:
-        """No attempt stalls, because simulated pods respond, and pods on lost nodes are evicted before the stall timeout."""
+        """No attempt stalls, because simulated pods always respond, and pods on lost nodes are evicted before the stall timeout."""
         assert Reason.STALLED not in {attempt.reason for attempt in self.world.status.attempts}, self.world.status.to_wire()
 
     @invariant()
@@ -315,7 +315,7 @@ class JobEvents(RuleBasedStateMachine):
         if world.suspend or world.cancel:
             self._reconcile_until(Situation.SUSPENDED, Situation.FINISHED, pods_end=False)
             assert not [job for job in world.jobs.values() if not job.is_finished]
-            assert not [p for p in world.pods.values() if not p.is_finished]
+            assert not [pod for pod in world.pods.values() if not pod.is_finished]
         world.suspend = False
         self._reconcile_until(Situation.FINISHED, pods_end=True)
         before = world.status.to_wire()
@@ -334,7 +334,7 @@ class JobEvents(RuleBasedStateMachine):
             world.run_controllers()
             world.run_kubelet()
         assert not world.owned_jobs()
-        assert not [p for p in world.pods.values() if not p.is_deleted], world.pods
+        assert not [pod for pod in world.pods.values() if not pod.is_deleted], world.pods
         self.finished_job_starts_no_attempt()
 
     def _reconcile_until(self, *situations: Situation, pods_end: bool) -> None:
@@ -344,19 +344,19 @@ class JobEvents(RuleBasedStateMachine):
             world.run_kubelet()
             world.admit_jobs()
             world.start_pods()
-            for p in world.running_pods() if pods_end else []:
-                world.end_container(p, 0)
+            for pod in world.running_pods() if pods_end else []:
+                world.end_container(pod, 0)
             world.pass_time(700)
             plan = self._reconcile()
-            if plan.situation in situations and plan.job_end is None and (plan.is_clean or plan.situation is not situations[-1]):
+            if plan.situation in situations and plan.job_end is None and (plan.is_cleaned_up or plan.situation is not situations[-1]):
                 return
         raise AssertionError(f"the job reaches no stable state: {plan}\n{world.status.to_wire()}")
 
 
 class GangEvents(JobEvents):
-    """One job with three pods, and all events that may happen to it."""
+    """One job with three pods in a gang, and all events that may happen to it."""
 
-    pods = 3
+    pod_count = 3
 
 
 TestJobEvents = JobEvents.TestCase

@@ -1,4 +1,4 @@
-"""The number of status writes, deferred status writes, and events of a process that dies before a status write."""
+"""How often the status is written, which writes are deferred, and what happens if the process dies before a write."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from finetune_operator.plan import Plan, Situation
 from finetune_operator.status_writer import may_defer
 from finetune_operator.views import JobView, read_finetunejob, read_status
 
-from tests.unit.operator.fake_cluster import KEY, Process, Server, new_server, start_attempt
+from tests.unit.operator.fake_cluster import KEY, FakeApiServer, OperatorProcess, new_server, start_attempt
 from tests.unit.operator.samples import CONFIG, SPEC, UID, end_pod, pod, report
 
 
 @pytest.fixture
-def server() -> Server:
+def server() -> FakeApiServer:
     return new_server()
 
 
@@ -34,17 +34,17 @@ class ProcessDied(BaseException):
 # Events
 
 
-async def test_event_is_emitted_once_if_the_process_dies_before_the_status_write(server: Server) -> None:
+async def test_event_is_emitted_once_if_the_process_dies_before_the_status_write(server: FakeApiServer) -> None:
     def cut(verb: str, kind: Kind) -> None:
         if (verb, kind) == ("update", FINETUNEJOB):
             raise ProcessDied
 
     server.before_request = cut
     with pytest.raises(ProcessDied):
-        await Process(server).reconcile()
+        await OperatorProcess(server).reconcile()
     assert server.event_counts() == {Reason.ATTEMPT_STARTED: 1}
     server.before_request = lambda verb, kind: None
-    restarted = Process(server)
+    restarted = OperatorProcess(server)
     await restarted.reconcile()
     assert server.event_counts() == {Reason.ATTEMPT_STARTED: 1}
     assert server.count("patch", EVENT) == 0
@@ -52,9 +52,9 @@ async def test_event_is_emitted_once_if_the_process_dies_before_the_status_write
     assert server.count("create", EVENT) == 2
 
 
-async def test_repeated_transition_is_counted_in_the_event_series(server: Server) -> None:
+async def test_repeated_transition_is_counted_in_the_event_series(server: FakeApiServer) -> None:
     server.finetunejob["spec"] = {**SPEC, "suspend": True}
-    process = Process(server)
+    process = OperatorProcess(server)
     await process.reconcile()
     for suspend in (False, True):
         server.write_spec({**SPEC, "suspend": suspend})
@@ -67,7 +67,7 @@ async def test_repeated_transition_is_counted_in_the_event_series(server: Server
     assert len([body for body in server.objects.values() if body.get("reason") == Reason.SUSPENDED]) == 1
 
 
-async def test_repeated_event_gets_a_new_position_after_the_first_one_expired(server: Server) -> None:
+async def test_repeated_event_is_created_again_after_the_first_event_expired(server: FakeApiServer) -> None:
     recorder, draft = EventRecorder(cast("KubeClient", server), "test"), EventDraft(Reason.SUSPENDED, "x")
     await recorder.emit(read_finetunejob(server.finetunejob), [draft])
     (first_name,) = [name for plural, name in server.objects if plural == EVENT.plural]
@@ -80,19 +80,19 @@ async def test_repeated_event_gets_a_new_position_after_the_first_one_expired(se
 
 
 @pytest.mark.parametrize("refused", ["events", "nothing"])
-async def test_status_is_written_without_permission_for_events(server: Server, refused: str) -> None:
+async def test_status_is_written_without_permission_for_events(server: FakeApiServer, refused: str) -> None:
     def refuse(verb: str, kind: Kind) -> None:
         if kind.plural == refused:
             raise Forbidden(verb, kind, "", 403, "Forbidden", "")
 
     server.before_request = refuse
-    await Process(server).reconcile()
+    await OperatorProcess(server).reconcile()
     assert server.finetunejob["status"]["phase"] == "Starting"
     assert bool(server.event_counts()) is (refused == "nothing")
 
 
 async def test_status_is_written_when_the_event_times_out(
-    server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    server: FakeApiServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
     monkeypatch.setattr(events, "POST_TIMEOUT_SECONDS", 0.01)
@@ -100,10 +100,10 @@ async def test_status_is_written_when_the_event_times_out(
     async def never_answer(kind: Kind, namespace: str, body: Object) -> ApiResponse:
         if kind is EVENT:
             await asyncio.Event().wait()
-        return await Server.create(server, kind, namespace, body)
+        return await FakeApiServer.create(server, kind, namespace, body)
 
     monkeypatch.setattr(server, "create", never_answer)
-    await Process(server).reconcile()
+    await OperatorProcess(server).reconcile()
     assert server.finetunejob["status"]["phase"] == "Starting"
     assert server.event_counts() == {}
     assert "event not posted: timeout" in caplog.messages
@@ -113,9 +113,9 @@ async def test_status_is_written_when_the_event_times_out(
 
 
 async def test_first_status_is_written_when_the_burst_of_new_jobs_ends(
-    server: Server, monkeypatch: pytest.MonkeyPatch
+    server: FakeApiServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    process = Process(server)
+    process = OperatorProcess(server)
     await process.start_burst_of_new_jobs()
     await process.work()
     assert server.requests == [("create", "jobs")]
@@ -130,18 +130,18 @@ async def test_first_status_is_written_when_the_burst_of_new_jobs_ends(
 
 
 async def test_first_status_is_written_at_the_limit_during_a_long_burst(
-    server: Server, monkeypatch: pytest.MonkeyPatch
+    server: FakeApiServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(status_writer, "FIRST_STATUS_DEFER_SECONDS", 0.0)
-    process = Process(server)
+    process = OperatorProcess(server)
     await process.start_burst_of_new_jobs()
     await process.work()
     await process.work()
     assert server.count("update", FINETUNEJOB) == 1
 
 
-async def test_spec_change_during_a_burst_is_handled_at_once(server: Server) -> None:
-    process = Process(server)
+async def test_spec_change_during_a_burst_is_handled_at_once(server: FakeApiServer) -> None:
+    process = OperatorProcess(server)
     await process.start_burst_of_new_jobs()
     await process.work()
     server.write_spec({**SPEC, "suspend": True})
@@ -150,10 +150,10 @@ async def test_spec_change_during_a_burst_is_handled_at_once(server: Server) -> 
     assert server.requests[1:] != []
 
 
-async def test_start_timeout_is_scheduled_with_the_first_status(server: Server) -> None:
+async def test_start_timeout_is_scheduled_with_the_first_status(server: FakeApiServer) -> None:
     """The status write causes no watch event. The reconcile that writes the status must therefore schedule the timeout."""
     server.finetunejob["spec"] = {**SPEC, "policy": {"startTimeoutSeconds": 60}}
-    process = Process(server)
+    process = OperatorProcess(server)
     await process.start_burst_of_new_jobs()
     await process.work()
     (job,) = process.cache.get(KEY).jobs.values()
@@ -168,61 +168,62 @@ async def test_start_timeout_is_scheduled_with_the_first_status(server: Server) 
 # Transitions
 
 
-async def test_end_of_pods_and_end_of_their_job_are_one_write(server: Server) -> None:
-    """A Job reports its end shortly after its pods have ended. Meanwhile the operator must not read events about missing pods."""
+async def test_end_of_pods_and_end_of_their_job_are_one_write(server: FakeApiServer) -> None:
+    """A Job reports its end shortly after its pods have ended. Until then, the operator must not read events about missing pods."""
     process, job = await start_attempt(server)
     process.cache.put_pod(pod(version=5, created_at=job.created_at))
     await process.reconcile()
-    written = server.count("update", FINETUNEJOB)
+    write_count = server.count("update", FINETUNEJOB)
     process.cache.put_pod(end_pod(pod(version=6, created_at=job.created_at), 0))
     await process.reconcile()
-    assert server.count("update", FINETUNEJOB) == written
+    assert server.count("update", FINETUNEJOB) == write_count
     assert server.count("list", CORE_EVENT) == 0
     process.cache.put_job(replace(job, version=10**6, completed_at=job.created_at))
     await process.reconcile()
-    assert server.count("update", FINETUNEJOB) == written + 1
+    assert server.count("update", FINETUNEJOB) == write_count + 1
     assert server.finetunejob["status"]["phase"] == "Succeeded"
 
 
 async def test_end_of_pods_is_written_if_their_job_does_not_report_its_end(
-    server: Server, monkeypatch: pytest.MonkeyPatch
+    server: FakeApiServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(throttle, "JOB_END_SECONDS", 0.0)
     process, job = await start_attempt(server)
     process.cache.put_pod(pod(version=5, created_at=job.created_at))
     await process.reconcile()
-    written = server.count("update", FINETUNEJOB)
+    write_count = server.count("update", FINETUNEJOB)
     process.cache.put_pod(end_pod(pod(version=6, created_at=job.created_at), 0))
     await process.reconcile()
-    assert server.count("update", FINETUNEJOB) == written + 1
+    assert server.count("update", FINETUNEJOB) == write_count + 1
 
 
-async def test_deferred_transition_is_written_together_with_the_next_one(server: Server) -> None:
+@pytest.mark.parametrize("burst", ["transitions", "updates"])
+async def test_deferred_transition_is_written_together_with_the_next_one(server: FakeApiServer, burst: str) -> None:
     process, job = await start_attempt(server)
-    process.start_burst_of_transitions()
-    written = server.count("update", FINETUNEJOB)
+    process.start_burst_of_transitions() if burst == "transitions" else process.start_burst_of_updates()
+    write_count = server.count("update", FINETUNEJOB)
     process.cache.put_pod(pod(version=5, created_at=job.created_at))
     await process.reconcile()
-    assert server.count("update", FINETUNEJOB) == written
+    assert server.count("update", FINETUNEJOB) == write_count
     assert 0 < (process.queue.seconds_until_due() or 0) <= throttle.RECHECK_SECONDS
     process.finish_pod_and_job(job)
     await process.reconcile()
-    assert server.count("update", FINETUNEJOB) == written + 1
+    assert server.count("update", FINETUNEJOB) == write_count + 1
     assert server.finetunejob["status"]["phase"] == "Succeeded"
     assert server.event_counts() == {Reason.ATTEMPT_STARTED: 1, Reason.SUCCEEDED: 1}
 
 
 @pytest.mark.parametrize("stop_request", ["suspend", "cancel"])
-async def test_suspend_and_cancel_are_written_at_once_during_a_burst(server: Server, stop_request: str) -> None:
+async def test_suspend_and_cancel_are_written_at_once_during_a_burst(server: FakeApiServer, stop_request: str) -> None:
     process, job = await start_attempt(server)
     process.cache.put_pod(pod(version=5, created_at=job.created_at))
     await process.reconcile()
     process.start_burst_of_transitions()
     server.write_spec({**SPEC, stop_request: True})
     process.refresh()
-    written = server.count("update", FINETUNEJOB)
+    write_count = server.count("update", FINETUNEJOB)
     await process.reconcile()
-    assert server.count("update", FINETUNEJOB) == written + 1
+    assert server.count("update", FINETUNEJOB) == write_count + 1
 
 
 def condition(kind: str, value: str, reason: str) -> Object:
@@ -252,23 +253,24 @@ def test_only_transitions_without_an_event_may_be_deferred(case: str) -> None:
 # Progress
 
 
+@pytest.mark.parametrize("burst", ["transitions", "updates"])
 async def test_progress_before_the_first_step_is_deferred_during_a_burst(
-    server: Server, monkeypatch: pytest.MonkeyPatch
+    server: FakeApiServer, monkeypatch: pytest.MonkeyPatch, burst: str
 ) -> None:
     process, job = await start_attempt(server)
-    written, now = server.count("update", FINETUNEJOB), asyncio.get_running_loop().time()
+    write_count, now = server.count("update", FINETUNEJOB), asyncio.get_running_loop().time()
     process.cache.put_pod(pod(version=5, is_ready=False, image_id="trainer@sha256:1", created_at=job.created_at))
     process.reconciler._observer.states[KEY].pending_changes.progress_at = now - CONFIG.progress_seconds - 1
-    process.start_burst_of_transitions()
+    process.start_burst_of_transitions() if burst == "transitions" else process.start_burst_of_updates()
     await process.reconcile()
-    assert server.count("update", FINETUNEJOB) == written
+    assert server.count("update", FINETUNEJOB) == write_count
     monkeypatch.setattr(throttle, "BURST_SECONDS", -1.0)
     await process.reconcile()
-    assert server.count("update", FINETUNEJOB) == written + 1
+    assert server.count("update", FINETUNEJOB) == write_count + 1
 
 
 async def test_progress_interval_starts_when_the_report_was_received(
-    server: Server, monkeypatch: pytest.MonkeyPatch
+    server: FakeApiServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """If the interval started at the write and not at the report, one late write would delay all later writes."""
     process, job = await start_attempt(server)
@@ -288,14 +290,14 @@ def has_progress(status: Object) -> bool:
     return "step" in (status.get("progress") or {})
 
 
-def report_step(process: Process, job: JobView, monkeypatch: pytest.MonkeyPatch, **reported: Any) -> None:
-    """Put a running pod into the cache and let the scraper return its report of step 7."""
+def report_step(process: OperatorProcess, job: JobView, monkeypatch: pytest.MonkeyPatch, **reported: Any) -> None:
+    """Put a running pod into the cache, and let the scraper return the pod's report of step 7."""
     process.cache.put_pod(pod(version=5, created_at=job.created_at))
     received = ReceivedReport(report(progress={"step": 7}, **reported), process.server.clock.now(), "pod-1-0")
     monkeypatch.setattr(process.scraper, "last_report", lambda key, uid, attempt: received if attempt == 1 else None)
 
 
-async def finish_deletion(process: Process, job: JobView) -> None:
+async def finish_deletion(process: OperatorProcess, job: JobView) -> None:
     """End the pod of the deleted Job, and reconcile."""
     assert (JOB.plural, job.name) not in process.server.objects
     process.cache.mark_pod_deleted(end_pod(pod(version=9, created_at=job.created_at), 75))
@@ -306,7 +308,7 @@ async def finish_deletion(process: Process, job: JobView) -> None:
 
 @pytest.mark.parametrize(("stop_request", "phase"), [({"suspend": True}, "Suspended"), ({"cancel": True}, "Cancelled")])
 async def test_suspend_and_cancel_work_although_the_status_is_rejected(
-    server: Server, monkeypatch: pytest.MonkeyPatch, stop_request: Object, phase: str
+    server: FakeApiServer, monkeypatch: pytest.MonkeyPatch, stop_request: Object, phase: str
 ) -> None:
     server.rejects_status = has_progress
     process, job = await start_attempt(server)
@@ -322,7 +324,7 @@ async def test_suspend_and_cancel_work_although_the_status_is_rejected(
     assert server.event_counts()[Reason.STATUS_REJECTED] == 1
 
 
-async def test_suspend_acts_although_an_older_crd_lacks_the_phases_and_a_condition(server: Server) -> None:
+async def test_suspend_works_although_an_older_crd_lacks_phases_and_a_condition(server: FakeApiServer) -> None:
     process, job = await start_attempt(server)
     server.rejects_status = lambda status: status.get("phase", "").startswith("Suspend") or status["conditions"][0]["type"] == "Accepted"
     server.rejection_message = (
@@ -339,7 +341,7 @@ async def test_suspend_acts_although_an_older_crd_lacks_the_phases_and_a_conditi
     assert "phase" not in server.finetunejob["status"]
 
 
-async def test_status_that_an_older_crd_prunes_is_not_written_again(server: Server) -> None:
+async def test_status_that_an_older_crd_prunes_is_not_written_again(server: FakeApiServer) -> None:
     server.pruned_fields = frozenset({"reason"})
     process, _ = await start_attempt(server)
     writes, events = server.count("update", FINETUNEJOB), server.event_counts()
@@ -354,7 +356,7 @@ async def test_status_that_an_older_crd_prunes_is_not_written_again(server: Serv
     assert server.count("update", FINETUNEJOB) == writes + 1
 
 
-async def test_deadline_works_although_the_status_is_rejected(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_deadline_works_although_the_status_is_rejected(server: FakeApiServer, monkeypatch: pytest.MonkeyPatch) -> None:
     server.rejects_status = has_progress
     server.finetunejob["spec"] = {**SPEC, "policy": {"activeDeadlineSeconds": 600}}
     process, job = await start_attempt(server)
@@ -368,7 +370,7 @@ async def test_deadline_works_although_the_status_is_rejected(server: Server, mo
     assert server.finetunejob["status"]["failure"]["code"] == Reason.DEADLINE_EXCEEDED
 
 
-async def test_rejected_progress_does_not_change_the_stored_status(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_rejected_progress_does_not_change_the_stored_status(server: FakeApiServer, monkeypatch: pytest.MonkeyPatch) -> None:
     process, job = await start_attempt(server)
     process.cache.put_pod(pod(version=5, created_at=job.created_at))
     await process.reconcile()
@@ -376,7 +378,7 @@ async def test_rejected_progress_does_not_change_the_stored_status(server: Serve
     report_step(process, job, monkeypatch, stage="downloading")
     stored, versions = server.finetunejob, []
     for _ in range(3):
-        process.reconciler._observer.states[KEY].pending_changes.progress_at = float("-inf")  # makes the next progress write due at once
+        process.reconciler._observer.states[KEY].pending_changes.progress_at = float("-inf")  # with this value, the next write of progress is due at once
         await process.reconcile()
         versions.append(server.finetunejob["metadata"]["resourceVersion"])
     assert len(set(versions)) == 1
@@ -385,7 +387,7 @@ async def test_rejected_progress_does_not_change_the_stored_status(server: Serve
     assert server.event_counts()[Reason.STATUS_REJECTED] == 1
 
 
-async def test_stored_values_that_a_newer_crd_rejects_are_left_out(server: Server) -> None:
+async def test_stored_values_that_a_newer_crd_rejects_are_left_out(server: FakeApiServer) -> None:
     process, job = await start_attempt(server)
     stored = server.finetunejob
     checkpoint = {"step": 5, "uri": "s3://b/5"}
@@ -399,16 +401,16 @@ async def test_stored_values_that_a_newer_crd_rejects_are_left_out(server: Serve
     assert server.finetunejob["status"].get("checkpoints", []) == []
 
 
-async def test_status_that_another_writer_changed_is_written_again(server: Server) -> None:
-    """The JSON of the last written status must not be used for another version of the job."""
-    process = Process(server)
+async def test_status_that_another_writer_changed_is_written_again(server: FakeApiServer) -> None:
+    """The operator keeps the JSON of the last status that it wrote. It must not use this JSON for another version of the job."""
+    process = OperatorProcess(server)
     await process.work()
-    written = server.finetunejob["status"]
+    write_count = server.finetunejob["status"]
     count = server.count("update", FINETUNEJOB)
     process.refresh()
     await process.reconcile()
     assert server.count("update", FINETUNEJOB) == count
-    server.put(FINETUNEJOB, {**server.finetunejob, "status": {**written, "phase": "Failed"}})
+    server.put(FINETUNEJOB, {**server.finetunejob, "status": {**write_count, "phase": "Failed"}})
     process.refresh()
     await process.reconcile()
-    assert (server.count("update", FINETUNEJOB), server.finetunejob["status"]) == (count + 1, written)
+    assert (server.count("update", FINETUNEJOB), server.finetunejob["status"]) == (count + 1, write_count)

@@ -30,7 +30,7 @@ def test_long_text_is_cut() -> None:
     assert len(clean("x" * 1_000_000)) == 1024
 
 
-def test_the_cache_of_results_does_not_keep_long_texts() -> None:
+def test_cache_of_cleaned_texts_does_not_hold_long_texts() -> None:
     text = "y" * 1_000_000
     references = sys.getrefcount(text)
     clean(text)

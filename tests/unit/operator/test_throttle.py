@@ -8,8 +8,8 @@ from finetune_operator.throttle import (
     BURST_SECONDS,
     JOB_END_SECONDS,
     MAX_DEFER_SECONDS,
-    MAX_READ_DELAY,
-    MAX_READ_PAUSE,
+    MAX_READ_DELAY_SECONDS,
+    MAX_READ_PAUSE_SECONDS,
     READ_TIME_DIVISOR,
     RECHECK_SECONDS,
     BurstDetector,
@@ -22,7 +22,7 @@ from finetune_operator.throttle import (
 def start_burst(throttle: StatusThrottle, now: float) -> None:
     """Start a burst: record BURST_COUNT transitions of other jobs."""
     for _ in range(BURST_COUNT):
-        throttle.transition_delay(PendingChanges(), pods_ended=False, now=now)
+        throttle.compute_transition_delay(PendingChanges(), pods_ended=False, now=now)
 
 
 def test_burst_is_many_occurrences_in_a_short_time() -> None:
@@ -36,21 +36,21 @@ def test_burst_is_many_occurrences_in_a_short_time() -> None:
 
 def test_single_transition_is_written_at_once() -> None:
     throttle = StatusThrottle(15.0)
-    assert throttle.transition_delay(PendingChanges(), pods_ended=False, now=50.0) == 0.0
+    assert throttle.compute_transition_delay(PendingChanges(), pods_ended=False, now=50.0) == 0.0
 
 
 def test_transition_is_deferred_during_a_burst() -> None:
     throttle, pending = StatusThrottle(15.0), PendingChanges()
     start_burst(throttle, 50.0)
-    assert throttle.transition_delay(pending, pods_ended=False, now=50.0) == RECHECK_SECONDS
+    assert throttle.compute_transition_delay(pending, pods_ended=False, now=50.0) == RECHECK_SECONDS
     assert pending.transition_at == 50.0
 
 
 def test_deferred_transition_is_written_when_the_burst_ends() -> None:
     throttle, pending = StatusThrottle(15.0), PendingChanges()
     start_burst(throttle, 50.0)
-    throttle.transition_delay(pending, pods_ended=False, now=50.0)
-    assert throttle.transition_delay(pending, pods_ended=False, now=50.1 + BURST_SECONDS) == 0.0
+    throttle.compute_transition_delay(pending, pods_ended=False, now=50.0)
+    assert throttle.compute_transition_delay(pending, pods_ended=False, now=50.1 + BURST_SECONDS) == 0.0
 
 
 @pytest.mark.parametrize(
@@ -66,64 +66,64 @@ def test_deferred_transition_is_written_when_the_burst_ends() -> None:
 def test_long_burst_defers_a_transition_up_to_a_limit(passed: float, pods_ended: bool, delay: float) -> None:
     throttle, pending = StatusThrottle(15.0), PendingChanges()
     start_burst(throttle, 50.0)
-    throttle.transition_delay(pending, pods_ended=False, now=50.0)
+    throttle.compute_transition_delay(pending, pods_ended=False, now=50.0)
     start_burst(throttle, 50.0 + passed)
-    assert throttle.transition_delay(pending, pods_ended=pods_ended, now=50.0 + passed) == delay
+    assert throttle.compute_transition_delay(pending, pods_ended=pods_ended, now=50.0 + passed) == delay
 
 
 def test_ended_pods_wait_for_the_end_of_their_job() -> None:
     throttle, pending = StatusThrottle(15.0), PendingChanges()
-    assert throttle.transition_delay(pending, pods_ended=True, now=50.0) == JOB_END_SECONDS
-    assert throttle.transition_delay(pending, pods_ended=True, now=50.0 + JOB_END_SECONDS) == 0.0
+    assert throttle.compute_transition_delay(pending, pods_ended=True, now=50.0) == JOB_END_SECONDS
+    assert throttle.compute_transition_delay(pending, pods_ended=True, now=50.0 + JOB_END_SECONDS) == 0.0
 
 
 def test_progress_is_written_once_per_interval_and_does_not_start_a_burst() -> None:
     throttle, pending = StatusThrottle(15.0), PendingChanges(progress_at=100.0)
-    assert throttle.progress_delay(pending, 104.0) == 11.0
+    assert throttle.compute_progress_delay(pending, 104.0) == 11.0
     for _ in range(2 * BURST_COUNT):
-        throttle.progress_delay(pending, 104.0)
-    assert throttle.transition_delay(pending, pods_ended=False, now=104.0) == 0.0
+        throttle.compute_progress_delay(pending, 104.0)
+    assert throttle.compute_transition_delay(pending, pods_ended=False, now=104.0) == 0.0
 
 
 @pytest.mark.parametrize(("passed", "delay"), [(4.0, 11.0), (15.0, RECHECK_SECONDS), (33.0, 2.0), (35.0, 0.0)])
 def test_progress_before_the_first_step_is_deferred_during_a_burst(passed: float, delay: float) -> None:
     throttle, pending = StatusThrottle(15.0), PendingChanges(progress_at=100.0)
     start_burst(throttle, 100.0 + passed)
-    assert throttle.progress_delay(pending, 100.0 + passed, MAX_DEFER_SECONDS) == delay
-    assert throttle.progress_delay(pending, 101.0 + passed + BURST_SECONDS, MAX_DEFER_SECONDS) == 12.0 - passed
+    assert throttle.compute_progress_delay(pending, 100.0 + passed, MAX_DEFER_SECONDS) == delay
+    assert throttle.compute_progress_delay(pending, 101.0 + passed + BURST_SECONDS, MAX_DEFER_SECONDS) == 12.0 - passed
 
 
 def test_progress_after_the_first_step_is_not_deferred_during_a_burst() -> None:
     throttle, pending = StatusThrottle(15.0), PendingChanges(progress_at=100.0)
     start_burst(throttle, 116.0)
-    assert throttle.progress_delay(pending, 116.0) == -1.0
+    assert throttle.compute_progress_delay(pending, 116.0) == -1.0
 
 
-def test_transition_that_was_reverted_does_not_count_as_waiting() -> None:
+def test_reverted_transition_is_no_longer_pending() -> None:
     throttle, pending = StatusThrottle(15.0), PendingChanges()
     start_burst(throttle, 50.0)
-    throttle.transition_delay(pending, pods_ended=False, now=50.0)
-    throttle.transition_delay(pending, pods_ended=True, now=55.0)
-    throttle.progress_delay(pending, 60.0)
+    throttle.compute_transition_delay(pending, pods_ended=False, now=50.0)
+    throttle.compute_transition_delay(pending, pods_ended=True, now=55.0)
+    throttle.compute_progress_delay(pending, 60.0)
     start_burst(throttle, 69.0)
-    assert throttle.transition_delay(pending, pods_ended=False, now=69.0) == RECHECK_SECONDS
-    throttle.progress_delay(pending, 80.0)
-    assert throttle.transition_delay(pending, pods_ended=True, now=81.0) == JOB_END_SECONDS
+    assert throttle.compute_transition_delay(pending, pods_ended=False, now=69.0) == RECHECK_SECONDS
+    throttle.compute_progress_delay(pending, 80.0)
+    assert throttle.compute_transition_delay(pending, pods_ended=True, now=81.0) == JOB_END_SECONDS
 
 
 def test_write_resets_all_pending_changes() -> None:
     throttle, pending = StatusThrottle(15.0), PendingChanges()
-    throttle.transition_delay(pending, pods_ended=True, now=50.0)
+    throttle.compute_transition_delay(pending, pods_ended=True, now=50.0)
     throttle.record_write(pending, 54.0)
     assert pending == PendingChanges(progress_at=54.0)
-    assert throttle.progress_delay(pending, 60.0) == 9.0
+    assert throttle.compute_progress_delay(pending, 60.0) == 9.0
 
 
 def test_limit_of_a_deferred_first_status_counts_from_its_first_deferral() -> None:
     throttle, pending = StatusThrottle(15.0), PendingChanges(created_at=50.0)
     start_burst(throttle, 48.0 + MAX_DEFER_SECONDS)
-    assert throttle.transition_delay(pending, pods_ended=False, now=48.0 + MAX_DEFER_SECONDS + 1) == 1.0
-    assert throttle.transition_delay(pending, pods_ended=False, now=48.0 + MAX_DEFER_SECONDS + 2) == 0.0
+    assert throttle.compute_transition_delay(pending, pods_ended=False, now=48.0 + MAX_DEFER_SECONDS + 1) == 1.0
+    assert throttle.compute_transition_delay(pending, pods_ended=False, now=48.0 + MAX_DEFER_SECONDS + 2) == 0.0
 
 
 def test_reads_pause_in_proportion_to_the_duration_of_the_last_read() -> None:
@@ -149,12 +149,12 @@ def test_released_reservations_delay_no_other_caller() -> None:
 def test_pause_after_a_slow_read_is_limited() -> None:
     limiter = ReadTimeLimiter()
     limiter.record_read(0.0, 150.0)
-    assert limiter.reserve_read("next", 150.0) == 150.0 + MAX_READ_PAUSE
+    assert limiter.reserve_read("next", 150.0) == 150.0 + MAX_READ_PAUSE_SECONDS
 
 
 def test_too_many_reservations_are_spread_over_the_longest_delay() -> None:
     limiter = ReadTimeLimiter()
     limiter.record_read(0.0, 150.0)
     reserved = [limiter.reserve_read(number, 150.0) - 150.0 for number in range(1200)]
-    assert min(reserved) == 0.0 and max(reserved) == MAX_READ_DELAY - MAX_READ_PAUSE
-    assert {reserved.count(moment) for moment in set(reserved)} == {int(1200 * MAX_READ_PAUSE / MAX_READ_DELAY)}
+    assert min(reserved) == 0.0 and max(reserved) == MAX_READ_DELAY_SECONDS - MAX_READ_PAUSE_SECONDS
+    assert {reserved.count(moment) for moment in set(reserved)} == {int(1200 * MAX_READ_PAUSE_SECONDS / MAX_READ_DELAY_SECONDS)}

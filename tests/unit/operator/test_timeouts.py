@@ -1,4 +1,4 @@
-"""Deadline, stall timeout and the time of the next reconcile."""
+"""The deadline, the stall timeout and the time of the next reconcile."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ UNREADY_POD = replace(pod(), is_ready=False)
 def test_deadline_counts_earlier_running_time(
     limit: int | None, active: float, since: datetime | None, moment: datetime | None
 ) -> None:
-    assert timeouts.deadline_at(limit, active, since) == moment
+    assert timeouts.compute_deadline(limit, active, since) == moment
 
 
 @pytest.mark.parametrize(
-    ("stage", "since_step", "report_age", "ready", "stalls"),
+    ("stage", "since_step", "report_age", "is_ready", "is_stalled"),
     [
         ("training", 601.0, 0, True, True),
         ("training", 599.0, 0, True, False),
@@ -45,27 +45,27 @@ def test_deadline_counts_earlier_running_time(
     ],
 )
 def test_attempt_stalls_without_steps_or_without_reports_while_its_pod_is_not_ready(
-    stage: str, since_step: float, report_age: int, ready: bool, stalls: bool
+    stage: str, since_step: float, report_age: int, is_ready: bool, is_stalled: bool
 ) -> None:
     received = report(stage=stage, health={"secondsSinceStep": since_step, "medianStepSeconds": 1.0})
-    message = timeouts.stall_message(accept_spec().spec, received, T0, [replace(pod(), is_ready=ready)], at(report_age))
-    assert bool(message) == stalls
+    message = timeouts.describe_stall(accept_spec().spec, received, T0, [replace(pod(), is_ready=is_ready)], at(report_age))
+    assert bool(message) == is_stalled
 
 
 def test_next_reconcile_is_within_an_hour() -> None:
-    assert timeouts.next_reconcile_at(T0, at(10), at(20), None) == at(10)
-    assert timeouts.next_reconcile_at(T0, at(99999)) == at(3600)
-    assert timeouts.next_reconcile_at(T0, at(3601), at(7200)) == at(3600)
-    assert timeouts.next_reconcile_at(T0, at(-10), T0, at(30)) == at(30)
-    assert timeouts.next_reconcile_at(T0, at(-10), T0) == at(3600)
-    assert timeouts.next_reconcile_at(T0, None) is None
+    assert timeouts.compute_next_reconcile(T0, at(10), at(20), None) == at(10)
+    assert timeouts.compute_next_reconcile(T0, at(99999)) == at(3600)
+    assert timeouts.compute_next_reconcile(T0, at(3601), at(7200)) == at(3600)
+    assert timeouts.compute_next_reconcile(T0, at(-10), T0, at(30)) == at(30)
+    assert timeouts.compute_next_reconcile(T0, at(-10), T0) == at(3600)
+    assert timeouts.compute_next_reconcile(T0, None) is None
 
 
-@pytest.mark.parametrize(("heartbeat_age", "late"), [(3.0, False), (690.0, True), (None, True)])
-def test_heartbeat_of_an_evaluation_batch_prevents_a_stall(heartbeat_age: float | None, late: bool) -> None:
+@pytest.mark.parametrize(("heartbeat_age", "is_late"), [(3.0, False), (690.0, True), (None, True)])
+def test_heartbeat_of_an_evaluation_batch_prevents_a_stall(heartbeat_age: float | None, is_late: bool) -> None:
     received = report(health={"secondsSinceStep": 700.0, "secondsSinceHeartbeat": heartbeat_age, "medianStepSeconds": 1.0})
-    assert bool(timeouts.stall_message(accept_spec().spec, received, T0, [pod()], at(5))) is (
-        late and (heartbeat_age is None or heartbeat_age + 5 > 600)
+    assert bool(timeouts.describe_stall(accept_spec().spec, received, T0, [pod()], at(5))) is (
+        is_late and (heartbeat_age is None or heartbeat_age + 5 > 600)
     )
 
 
@@ -81,13 +81,13 @@ def test_seconds_between_are_never_negative(start: datetime | None, seconds: flo
 def test_ttl_starts_when_the_job_completes(
     ttl_seconds: int | None, completed_at: datetime | None, expires_at: datetime | None
 ) -> None:
-    assert timeouts.ttl_expires_at(ttl_seconds, completed_at) == expires_at
+    assert timeouts.compute_ttl_end(ttl_seconds, completed_at) == expires_at
 
 
 @pytest.mark.parametrize(("median", "limit"), [(None, 600.0), (30.0, 600.0), (30.5, 610.0)])
 def test_default_stall_limit_is_20_steps_but_at_least_ten_minutes(median: float | None, limit: float) -> None:
-    assert timeouts.stall_limit_seconds(accept_spec().spec, report(health={"medianStepSeconds": median})) == limit
-    assert timeouts.stall_limit_seconds(accept_spec().spec, None) == 600.0
+    assert timeouts.compute_stall_limit_seconds(accept_spec().spec, report(health={"medianStepSeconds": median})) == limit
+    assert timeouts.compute_stall_limit_seconds(accept_spec().spec, None) == 600.0
 
 
 @pytest.mark.parametrize(
@@ -100,15 +100,15 @@ def test_default_stall_limit_is_20_steps_but_at_least_ten_minutes(median: float 
         (None, 100, ""),
     ],
 )
-def test_missing_steps_count_while_the_report_is_new(since_step: float | None, report_age: float, message: str) -> None:
+def test_run_without_steps_stalls_only_while_its_report_is_new(since_step: float | None, report_age: float, message: str) -> None:
     received = report(health={"secondsSinceStep": since_step})
-    assert timeouts.stall_message(accept_spec().spec, received, T0, [pod()], at(report_age)) == message
+    assert timeouts.describe_stall(accept_spec().spec, received, T0, [pod()], at(report_age)) == message
 
 
 def test_report_older_than_a_short_stall_timeout_is_ignored() -> None:
     received = report(health={"secondsSinceStep": 30.0})
-    assert timeouts.stall_message(SHORT_STALL_TIMEOUT, received, T0, [pod()], at(31)).startswith("no step for 61 s")
-    assert timeouts.stall_message(SHORT_STALL_TIMEOUT, received, T0, [pod()], at(60)) == ""
+    assert timeouts.describe_stall(SHORT_STALL_TIMEOUT, received, T0, [pod()], at(31)).startswith("no step for 61 s")
+    assert timeouts.describe_stall(SHORT_STALL_TIMEOUT, received, T0, [pod()], at(60)) == ""
 
 
 @pytest.mark.parametrize(
@@ -125,12 +125,12 @@ def test_report_older_than_a_short_stall_timeout_is_ignored() -> None:
 def test_running_pods_stall_if_none_has_answered_or_been_ready_for_the_stall_timeout(
     pods: list[PodView], reported_at: datetime | None, unready_since: datetime | None, seconds: int | None
 ) -> None:
-    message = timeouts.stall_message(SHORT_STALL_TIMEOUT, None, reported_at, pods, T0, unready_since)
+    message = timeouts.describe_stall(SHORT_STALL_TIMEOUT, None, reported_at, pods, T0, unready_since)
     expected = f"the pods have not answered for {seconds} s and are not ready; the stall timeout is 60 s"
     assert message == (expected if seconds else "")
 
 
 def test_node_is_lost_if_its_pod_exists_longer_than_the_margin_after_its_grace_period() -> None:
     late, deleted = replace(pod(), deletion_timestamp=at(-31)), replace(pod(), deletion_timestamp=at(-31), is_deleted=True)
-    assert timeouts.pods_of_lost_nodes([replace(pod(), deletion_timestamp=at(-29))], 30.0, T0) == []
-    assert timeouts.pods_of_lost_nodes([pod(), late, deleted, replace(pod(), deletion_timestamp=at(-30))], 30.0, T0) == [late]
+    assert timeouts.find_pods_of_lost_nodes([replace(pod(), deletion_timestamp=at(-29))], 30.0, T0) == []
+    assert timeouts.find_pods_of_lost_nodes([pod(), late, deleted, replace(pod(), deletion_timestamp=at(-30))], 30.0, T0) == [late]

@@ -12,7 +12,7 @@ from finetune_operator.facts import Facts
 from finetune_operator.objects import Object
 from finetune_operator.plan import ActionResult, Situation
 from finetune_operator.policies.acceptance import AcceptedSpec, FirstAttempt, RefusedSpec, accept, read_first_attempt
-from finetune_operator.policies.spec_hash import spec_sha256
+from finetune_operator.policies.spec_hash import compute_spec_sha256
 from finetune_operator.report import compute_status
 
 from tests.unit.operator.samples import CONFIG, at, end_pod, facts, finetunejob, job, pod, report, spec, status
@@ -31,7 +31,7 @@ NEWER_GROUPS = {
 }
 
 
-def newer_spec(name: str, **groups: Any) -> Object:
+def make_newer_spec(name: str, **groups: Any) -> Object:
     return {**spec(**NEWER_GROUPS[name]), **groups}
 
 
@@ -39,10 +39,10 @@ def newer_spec(name: str, **groups: Any) -> Object:
 @pytest.mark.parametrize("attempts", [0, 1], ids=["new", "between attempts"])
 def test_job_with_an_unreadable_spec_waits_for_a_newer_operator(name: str, attempts: int) -> None:
     over = {**STARTED_ATTEMPT, "endTime": at(1).isoformat(), "reason": "Suspended"}
-    known = status(attempt=2, attempts=[over]) if attempts else None
-    observed = facts(spec=newer_spec(name), status=known, now=at(5000))
+    old_status = status(attempt=2, attempts=[over]) if attempts else None
+    observed = facts(spec=make_newer_spec(name), status=old_status, now=at(5000))
     plan = decide(observed)
-    assert (plan.situation, plan.create_attempt, plan.job_end) == (Situation.REFUSED, None, None)
+    assert (plan.situation, plan.attempt_to_create, plan.job_end) == (Situation.REFUSED, None, None)
     new = compute_status(observed, plan, ActionResult())
     accepted = new.condition(Condition.ACCEPTED)
     assert accepted is not None and (accepted.status, accepted.reason) == ("False", Reason.OPERATOR_TOO_OLD)
@@ -52,29 +52,29 @@ def test_job_with_an_unreadable_spec_waits_for_a_newer_operator(name: str, attem
 
 def test_suspended_job_with_an_unreadable_spec_stays_suspended() -> None:
     over = {**STARTED_ATTEMPT, "endTime": at(1).isoformat(), "reason": "Suspended", "committedStep": 5000}
-    observed = facts(spec=newer_spec("unknown field", suspend=True), status=status(attempt=2, attempts=[over]), now=at(5000))
+    observed = facts(spec=make_newer_spec("unknown field", suspend=True), status=status(attempt=2, attempts=[over]), now=at(5000))
     assert compute_status(observed, decide(observed), ActionResult()).phase is Phase.SUSPENDED
 
 
 def test_cancelled_job_with_an_unreadable_spec_is_cancelled() -> None:
-    plan = decide(facts(spec=newer_spec("unknown field", cancel=True)))
+    plan = decide(facts(spec=make_newer_spec("unknown field", cancel=True)))
     assert plan.job_end is not None and plan.job_end.reason is Reason.CANCELLED
 
 
 # Running attempts
 
 
-def running_facts(written: Object, now: float = 60, **fields: Any) -> Facts:
+def make_running_facts(raw_spec: Object, now: float = 60, **fields: Any) -> Facts:
     pods = [pod(index=index) for index in range(4)]
-    return facts(spec=written, status=RUNNING_STATUS, jobs=[job(nodes=4)], pods=pods, now=at(now), **fields)
+    return facts(spec=raw_spec, status=RUNNING_STATUS, jobs=[job(pod_count=4)], pods=pods, now=at(now), **fields)
 
 
 @pytest.mark.parametrize("lost", ["resources", "training"])
 def test_running_gang_keeps_its_number_of_pods(lost: str) -> None:
     """The operator reads the number of pods from the Job, because it may be unable to read `resources`."""
-    observed = running_facts({**spec(resources={"nodes": 4}), lost: {"newer": 1, "nodes": "four"}})
+    observed = make_running_facts({**spec(resources={"nodes": 4}), lost: {"newer": 1, "nodes": "four"}})
     plan = decide(observed)
-    assert (plan.situation, plan.termination, plan.delete_jobs) == (Situation.ACTIVE, None, ())
+    assert (plan.situation, plan.termination, plan.jobs_to_delete) == (Situation.ACTIVE, None, ())
     new = compute_status(observed, plan, ActionResult())
     assert new.workers is not None and new.workers.display == "4/4"
     assert new.phase is Phase.RUNNING or new.phase is Phase.STARTING
@@ -89,22 +89,22 @@ def test_running_gang_keeps_its_number_of_pods(lost: str) -> None:
     ],
 )
 def test_running_attempt_with_an_unreadable_spec_can_be_stopped(groups: Object, reason: Reason) -> None:
-    plan = decide(running_facts(newer_spec("unknown field", **groups)))
+    plan = decide(make_running_facts(make_newer_spec("unknown field", **groups)))
     assert plan.termination is not None and plan.termination.reason is reason
 
 
 def test_running_attempt_with_an_unreadable_spec_is_not_stalled() -> None:
     received = report(health={"secondsSinceHeartbeat": 5000.0}, progress={"step": 5})
-    stalled = running_facts(spec(), last_report=received)
+    stalled = make_running_facts(spec(), last_report=received)
     assert (decide(stalled).termination is not None) is True
-    assert decide(running_facts(newer_spec("unknown field"), last_report=received)).termination is None
+    assert decide(make_running_facts(make_newer_spec("unknown field"), last_report=received)).termination is None
 
 
 @pytest.mark.parametrize("code", [70, 71, 72, 74])
 def test_failure_with_an_unreadable_spec_is_not_counted_and_adapts_nothing(code: int) -> None:
-    known = status(attempt=1, attempts=[STARTED_ATTEMPT], retriesUsed=3)
-    written = newer_spec("unknown field", policy={"onOutOfMemory": "Fail", "onDivergence": "Fail"})
-    plan = decide(facts(spec=written, status=known, jobs=[job(failed_at=at(60))], pods=[end_pod(pod(), code)], now=at(61)))
+    old_status = status(attempt=1, attempts=[STARTED_ATTEMPT], retriesUsed=3)
+    raw_spec = make_newer_spec("unknown field", policy={"onOutOfMemory": "Fail", "onDivergence": "Fail"})
+    plan = decide(facts(spec=raw_spec, status=old_status, jobs=[job(failed_at=at(60))], pods=[end_pod(pod(), code)], now=at(61)))
     assert plan.job_end is None and plan.attempt_end is not None
     assert (plan.attempt_end.next_attempt, plan.attempt_end.is_counted, plan.attempt_end.adaptation) == (2, False, None)
 
@@ -112,16 +112,16 @@ def test_failure_with_an_unreadable_spec_is_not_counted_and_adapts_nothing(code:
 # A field that an older CRD removed
 
 
-def started_from(written: Object) -> FineTuneJobStatus:
+def make_started_status(raw_spec: Object) -> FineTuneJobStatus:
     """The status after the operator has created the first Job from this spec."""
-    observed = facts(spec=written)
+    observed = facts(spec=raw_spec)
     new = compute_status(observed, decide(observed), ActionResult(created_job=job()))
-    assert new.resolved is not None and new.resolved.spec_sha256 == spec_sha256(written)
+    assert new.resolved is not None and new.resolved.spec_sha256 == compute_spec_sha256(raw_spec)
     return new
 
 
 def test_resume_waits_if_an_older_crd_removed_a_field() -> None:
-    before = started_from(spec(training={"seed": 7}))
+    before = make_started_status(spec(training={"seed": 7}))
     after = accept(spec(), CONFIG, read_first_attempt(before))
     assert isinstance(after, RefusedSpec)
     assert (after.reason, after.is_final) == (Reason.SPEC_CHANGED, False)
@@ -129,7 +129,7 @@ def test_resume_waits_if_an_older_crd_removed_a_field() -> None:
     ended_status = before.model_copy(update={"attempts": attempts, "attempt": 2})
     waits = Facts(finetunejob(spec(), ended_status), after, at(100), CONFIG)
     plan = decide(waits)
-    assert (plan.situation, plan.create_attempt, plan.job_end) == (Situation.REFUSED, None, None)
+    assert (plan.situation, plan.attempt_to_create, plan.job_end) == (Situation.REFUSED, None, None)
 
 
 @pytest.mark.parametrize(
@@ -140,8 +140,8 @@ def test_resume_waits_if_an_older_crd_removed_a_field() -> None:
     ],
 )  # fmt: skip
 def test_changes_that_the_api_allows_keep_the_hash(changed: Object) -> None:
-    assert spec_sha256(spec(**changed)) == spec_sha256(spec())
-    assert isinstance(accept(spec(**changed), CONFIG, read_first_attempt(started_from(spec()))), AcceptedSpec)
+    assert compute_spec_sha256(spec(**changed)) == compute_spec_sha256(spec())
+    assert isinstance(accept(spec(**changed), CONFIG, read_first_attempt(make_started_status(spec()))), AcceptedSpec)
 
 
 def test_job_without_a_recorded_hash_continues() -> None:

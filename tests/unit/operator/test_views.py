@@ -1,4 +1,4 @@
-"""Views of Kubernetes objects: parsed fields, and objects and fields that are skipped."""
+"""Views of Kubernetes objects: which fields are parsed, and which objects and fields are skipped."""
 
 from __future__ import annotations
 
@@ -85,5 +85,5 @@ def test_finetunejob_is_parsed() -> None:
     assert (view.version, view.generation, view.is_deleting, view.status.observed_generation) == (12, 3, False, -1)
 
 
-def test_pods_compare_by_value() -> None:
+def test_pods_with_equal_values_are_equal() -> None:
     assert pod() == replace(pod())

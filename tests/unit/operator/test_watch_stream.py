@@ -18,16 +18,16 @@ from kopf._cogs.clients import api, auth, watching
 from kopf._cogs.structs import credentials, references
 
 
-def event(event_type: str, version: int) -> dict[str, Any]:
+def make_event(event_type: str, version: int) -> dict[str, Any]:
     return {"type": event_type, "object": {"metadata": {"name": "run", "resourceVersion": str(version)}}}
 
 
-def bookmark(version: int) -> dict[str, Any]:
+def make_bookmark(version: int) -> dict[str, Any]:
     return {"type": "BOOKMARK", "object": {"metadata": {"resourceVersion": str(version)}}}
 
 
 class Content:
-    """A stream with given chunks."""
+    """The content of a response with the given chunks."""
 
     def __init__(self, *chunks: bytes):
         self._chunks = chunks
@@ -44,7 +44,7 @@ class Content:
 
 
 class Handler:
-    """Records changes. Changes of version 3 fail."""
+    """Records the changes that it handles. It fails for changes of version 3."""
 
     def __init__(self) -> None:
         self.changes: list[tuple[str, str]] = []
@@ -56,42 +56,45 @@ class Handler:
         self.changes.append((event_type, version))
 
 
-async def read(data: list[bytes], handler: Handler) -> list[dict[str, Any]]:
+async def read_lines(data: list[bytes], handler: Handler) -> list[dict[str, Any]]:
     stream = WatchStream(cast("aiohttp.StreamReader", Content(*data)), handler)
     text = b"".join([chunk async for chunk in stream.iter_chunked(1024)])
     return [json.loads(line) for line in text.splitlines()]
 
 
-EVENTS = [event("ADDED", 1), event("MODIFIED", 2), event("MODIFIED", 3), bookmark(4), event("DELETED", 5), {"type": "ERROR", "object": {"code": 410}}]
-LINES = b"".join(json.dumps(one).encode() + b"\n" for one in EVENTS)
+EVENTS = [
+    make_event("ADDED", 1), make_event("MODIFIED", 2), make_event("MODIFIED", 3), make_bookmark(4), make_event("DELETED", 5),
+    {"type": "ERROR", "object": {"code": 410}},
+]  # fmt: skip
+LINES = b"".join(json.dumps(event).encode() + b"\n" for event in EVENTS)
 
 
 @pytest.mark.parametrize("size", [1, 7, 60, len(LINES)])
 async def test_kopf_reads_bookmarks_instead_of_handled_changes(size: int) -> None:
-    """kopf must see deletions, errors, and changes whose handler has failed."""
+    """kopf must read deletions, errors, and changes whose handler failed."""
     handler = Handler()
-    forwarded = await read([LINES[start : start + size] for start in range(0, len(LINES), size)], handler)
+    forwarded = await read_lines([LINES[start : start + size] for start in range(0, len(LINES), size)], handler)
     assert handler.changes == [("ADDED", "1"), ("MODIFIED", "2")]
-    bookmarks = [bookmark(2)] if size == len(LINES) else [bookmark(1), bookmark(2)]
+    bookmarks = [make_bookmark(2)] if size == len(LINES) else [make_bookmark(1), make_bookmark(2)]
     assert forwarded == [*bookmarks, *EVENTS[2:]]
 
 
 @pytest.mark.parametrize("line", [b"no json", b"[]", b'{"type": "ADDED", "object": {}}'])
-async def test_lines_that_are_no_events_go_to_kopf(line: bytes) -> None:
+async def test_lines_that_are_not_events_go_to_kopf(line: bytes) -> None:
     stream = WatchStream(cast("aiohttp.StreamReader", Content(line + b"\n")), Handler())
     assert [chunk async for chunk in stream.iter_chunked(1024)] == [line + b"\n"]
 
 
 @pytest.mark.parametrize("cut", [1, 40])
-async def test_an_event_that_the_connection_cuts_off_is_read_again_by_the_next_watch(cut: int) -> None:
+async def test_event_that_the_connection_cut_off_is_read_again_by_the_next_watch(cut: int) -> None:
     """kopf gets no part of the event, so it continues after the bookmark."""
     handler = Handler()
-    lines = b"".join(json.dumps(event("MODIFIED", version)).encode() + b"\n" for version in (1, 2))
-    assert await read([lines[:-cut]], handler) == [bookmark(1)]
+    lines = b"".join(json.dumps(make_event("MODIFIED", version)).encode() + b"\n" for version in (1, 2))
+    assert await read_lines([lines[:-cut]], handler) == [make_bookmark(1)]
     assert handler.changes == [("MODIFIED", "1")]
 
 
-def test_state_of_the_connection_comes_from_the_original_content() -> None:
+def test_connection_errors_come_from_the_original_content() -> None:
     stream = WatchStream(cast("aiohttp.StreamReader", Content()), Handler())
     assert stream.exception() == "of the connection"
 
@@ -107,7 +110,7 @@ def test_state_of_the_connection_comes_from_the_original_content() -> None:
     ],
 )
 async def test_only_successful_watches_of_known_collections_are_handled(url: str, status: int, handled: int) -> None:
-    """kopf's own function reads the response. If it read in another way after an upgrade, it would get all changes itself."""
+    """The test reads the response with kopf's own function. If an upgraded kopf reads in another way, it would get all changes itself."""
 
     async def respond(_: web.Request) -> web.Response:
         return web.Response(body=LINES, status=status)
@@ -120,13 +123,15 @@ async def test_only_successful_watches_of_known_collections_are_handled(url: str
         async with credentials.aiohttp_session as session, session.get(server.make_url(url)) as response:
             read_by_kopf = [json.loads(line) async for line in api.iter_jsonlines(response.content)]
     assert len(handler.changes) == handled
-    assert read_by_kopf == ([bookmark(2), *EVENTS[2:]] if handled else EVENTS)
+    assert read_by_kopf == ([make_bookmark(2), *EVENTS[2:]] if handled else EVENTS)
 
 
 async def test_kopf_continues_at_the_last_handled_change_and_lists_again_after_410() -> None:
-    """The versions in kopf's requests: otherwise a watch would repeat or lose changes."""
+    """With a wrong version in kopf's requests, a watch would repeat or lose changes."""
     error = {"type": "ERROR", "object": {"code": 410}}
-    watches = iter([[event("ADDED", 11), event("MODIFIED", 12)], [event("MODIFIED", 13), error], [event("DELETED", 24), event("ADDED", 25)]])
+    watches = iter([
+        [make_event("ADDED", 11), make_event("MODIFIED", 12)], [make_event("MODIFIED", 13), error], [make_event("DELETED", 24), make_event("ADDED", 25)],
+    ])  # fmt: skip
     requests: list[tuple[str, str]] = []
 
     async def respond(request: web.Request) -> web.StreamResponse:
@@ -135,7 +140,7 @@ async def test_kopf_continues_at_the_last_handled_change_and_lists_again_after_4
         if not is_watch:
             version = "10" if len(requests) == 1 else "20"
             return web.json_response({"kind": "PodList", "apiVersion": "v1", "metadata": {"resourceVersion": version}, "items": []})
-        lines = next(watches, [event("DELETED", 99)])
+        lines = next(watches, [make_event("DELETED", 99)])
         return web.Response(body=b"".join(json.dumps(line).encode() + b"\n" for line in lines))
 
     app, handler, settings = web.Application(), Handler(), kopf.OperatorSettings()

@@ -1,4 +1,4 @@
-"""The work queue: one worker per key, priorities, delays and backoff."""
+"""The work queue: only one worker handles a key, priorities, delays and backoff."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import asyncio
 
 import pytest
 from finetune_operator.throttle import BURST_COUNT
-from finetune_operator.workqueue import HIGH_PRIORITY_IN_A_ROW, UPDATE_DELAY_SECONDS, Key, WorkQueue
+from finetune_operator.workqueue import MAX_HIGH_PRIORITY_IN_A_ROW, UPDATE_DELAY_SECONDS, JobKey, WorkQueue
 
-A, B = Key("team", "a"), Key("team", "b")
+A, B = JobKey("team", "a"), JobKey("team", "b")
 
 
 class Clock:
@@ -48,10 +48,10 @@ async def test_key_added_while_it_is_processed_is_queued_once_afterwards(clock: 
     assert queue.is_idle
 
 
-async def test_high_priority_keys_come_first_without_starving_the_others(clock: Clock) -> None:
+async def test_high_priority_keys_come_first_but_do_not_starve_normal_keys(clock: Clock) -> None:
     queue = WorkQueue(clock)
-    old = [Key("team", f"old{number}") for number in range(3)]
-    new = [Key("team", f"new{number}") for number in range(HIGH_PRIORITY_IN_A_ROW + 2)]
+    old = [JobKey("team", f"old{number}") for number in range(3)]
+    new = [JobKey("team", f"new{number}") for number in range(MAX_HIGH_PRIORITY_IN_A_ROW + 2)]
     for key in old:
         queue.add(key)
     for key in new:
@@ -59,10 +59,10 @@ async def test_high_priority_keys_come_first_without_starving_the_others(clock: 
     queue.add_high_priority(old[0])
     assert len(queue) == len(old) + len(new)
     taken = [(await queue.take())[0] for _ in [*old, *new]]
-    assert taken == [*new[:HIGH_PRIORITY_IN_A_ROW], old[0], *new[HIGH_PRIORITY_IN_A_ROW:], *old[1:]]
+    assert taken == [*new[:MAX_HIGH_PRIORITY_IN_A_ROW], old[0], *new[MAX_HIGH_PRIORITY_IN_A_ROW:], *old[1:]]
 
 
-async def take_until(queue: WorkQueue, key: Key) -> int:
+async def take_until(queue: WorkQueue, key: JobKey) -> int:
     """Take keys until `key`, and return how many keys were taken before it."""
     for count in range(100_000):
         taken, _ = await queue.take()
@@ -76,7 +76,7 @@ async def test_namespaces_take_turns(clock: Clock) -> None:
     queue = WorkQueue(clock)
     for namespace, count in (("a", 4), ("b", 2), ("c", 1)):
         for number in range(count):
-            queue.add(Key(namespace, str(number)))
+            queue.add(JobKey(namespace, str(number)))
     taken = [str((await queue.take())[0]) for _ in range(7)]
     assert taken == ["a/0", "b/0", "c/0", "a/1", "b/1", "a/2", "a/3"]
     assert len(queue) == 0
@@ -84,26 +84,26 @@ async def test_namespaces_take_turns(clock: Clock) -> None:
 
 @pytest.mark.parametrize("priorities", ["normal", "high", "both"])
 async def test_namespace_with_thousands_of_jobs_does_not_delay_another_namespace(clock: Clock, priorities: str) -> None:
-    """At most one key of each other namespace is taken first, and before a key with normal priority also seven keys with high priority."""
-    queue, other = WorkQueue(clock), Key("other", "job")
+    """Workers take at most one key of each other namespace before a key. Before a key with normal priority, they also take up to seven high-priority keys."""
+    queue, other = WorkQueue(clock), JobKey("other", "job")
     for number in range(5000):
         if priorities in ("normal", "both"):
-            queue.add(Key("busy", f"old-{number}"))
+            queue.add(JobKey("busy", f"old-{number}"))
         if priorities in ("high", "both"):
-            queue.add_high_priority(Key("busy", f"new-{number}"))
+            queue.add_high_priority(JobKey("busy", f"new-{number}"))
     queue.add(other)
-    expected = {"normal": 1, "high": HIGH_PRIORITY_IN_A_ROW, "both": 2 * HIGH_PRIORITY_IN_A_ROW + 1}
+    expected = {"normal": 1, "high": MAX_HIGH_PRIORITY_IN_A_ROW, "both": 2 * MAX_HIGH_PRIORITY_IN_A_ROW + 1}
     assert await take_until(queue, other) == expected[priorities]
     queue.add_high_priority(other)
     assert await take_until(queue, other) <= 2
 
 
 async def test_namespace_that_returns_to_the_queue_at_once_does_not_take_all_turns(clock: Clock) -> None:
-    """A job whose reconcile always queues it again takes turns with the jobs of another namespace."""
+    """A job that each of its reconciles queues again takes turns with the jobs of another namespace."""
     queue = WorkQueue(clock)
     queue.add(A)
     for number in range(3):
-        queue.add(Key("other", str(number)))
+        queue.add(JobKey("other", str(number)))
     taken = []
     for _ in range(6):
         key, _ = await queue.take()
@@ -234,7 +234,7 @@ async def test_earlier_delay_replaces_the_running_timer() -> None:
 
 async def test_updates_wait_only_during_a_burst(clock: Clock) -> None:
     queue = WorkQueue(clock)
-    keys = [Key("team", str(number)) for number in range(BURST_COUNT)]
+    keys = [JobKey("team", str(number)) for number in range(BURST_COUNT)]
     for key in keys:
         queue.add_update(key)
     assert len(queue) == BURST_COUNT - 1, "the last update completes the burst"
@@ -250,7 +250,7 @@ async def test_updates_wait_only_during_a_burst(clock: Clock) -> None:
     assert (await queue.take())[0] == A
 
 
-async def test_user_request_does_not_wait_for_a_delayed_update(clock: Clock) -> None:
+async def test_key_that_is_added_directly_does_not_wait_for_a_delayed_update(clock: Clock) -> None:
     queue = WorkQueue(clock)
     for _ in range(BURST_COUNT):
         queue.add_update(A)

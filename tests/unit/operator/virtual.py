@@ -9,7 +9,7 @@ from typing import Any
 
 
 class _VirtualSelector(selectors.SelectSelector):
-    """A selector that does not wait: it adds the timeout to the virtual time."""
+    """A selector that adds the timeout to the virtual time instead of waiting."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class _VirtualSelector(selectors.SelectSelector):
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
-    """A loop with virtual time."""
+    """An event loop with virtual time."""
 
     def __init__(self) -> None:
         self._selector = _VirtualSelector()

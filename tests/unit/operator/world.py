@@ -1,4 +1,4 @@
-"""A simulated cluster of plain values: a Job controller, a garbage collector, a kubelet, a queue, nodes and a trainer.
+"""A cluster that is simulated in memory: a Job controller, a garbage collector, a kubelet, a queue, nodes and a trainer.
 
 Each simulated component changes the objects that the operator observes in the same way as the real component. The simulation also
 records facts that the operator cannot observe: the running time of the job (`running_seconds`), the checkpoints in storage, and the
@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 
-from finetune_api.exits import EXIT_POLICIES, RetryPolicy, codes_that_fail_the_job
+from finetune_api.exits import EXIT_POLICIES, RetryPolicy, list_exit_codes_that_fail_the_job
 from finetune_api.names import ExitCode, attempt_job_name
 from finetune_api.pod import TerminationMessage
 from finetune_api.spec import FineTuneJobSpec
@@ -18,7 +18,7 @@ from finetune_api.status import Checkpoint, FineTuneJobStatus, Progress, Stage
 from finetune_operator.facts import Facts, ReceivedReport
 from finetune_operator.objects import Object
 from finetune_operator.policies.acceptance import accept
-from finetune_operator.views import JobView, PodView, as_deleted
+from finetune_operator.views import JobView, PodView, mark_deleted
 
 from tests.unit.operator.samples import CONFIG, T0, end_pod, finetunejob, report, spec
 from tests.unit.operator.samples import job as make_job
@@ -27,8 +27,8 @@ from tests.unit.operator.samples import pod as make_pod
 FOREIGN_JOB = make_job(1, name="run-1", uid="foreign", owner_uid="somebody", is_owned=False)
 GRACE_PERIOD = timedelta(seconds=300)
 EVICTION_DELAY = timedelta(seconds=340)
-"""Time from the last heartbeat of a node to the eviction of its pods: 40 s until it is not ready, 300 s of toleration."""
-CHECKPOINT_EVERY = 10
+"""Time from the last heartbeat of a node to the eviction of its pods: the node is not ready after 40 s, and its pods tolerate this for 300 s."""
+CHECKPOINT_EVERY_STEPS = 10
 """Steps between two checkpoints."""
 
 
@@ -51,7 +51,7 @@ class SimulatedCluster:
     last_report: ReceivedReport | None = None
     last_serial_number: int = 0
     created_attempts: list[int] = field(default_factory=list)
-    lost_since: dict[str, datetime] = field(default_factory=dict)
+    lost_since_by_pod: dict[str, datetime] = field(default_factory=dict)
     """Time of the loss of the node, by the uid of the pod on this node."""
     ended_by_suspension: set[str] = field(default_factory=set)
     """uids of pods that ended because their Job was suspended. The Job controller does not count such pods as failed."""
@@ -59,15 +59,15 @@ class SimulatedCluster:
     """The attempt that committed the checkpoint, by step."""
     start_limits: dict[str, tuple[int | None, int | None]] = field(default_factory=dict)
     """Newest step from which an attempt may start, and the first attempt to whose checkpoints this limit does not apply, by the uid of its Job."""
-    start_steps: dict[str, int] = field(default_factory=dict)
+    start_steps_by_pod: dict[str, int] = field(default_factory=dict)
     """Step from which each pod started, by uid."""
-    steps: dict[str, int] = field(default_factory=dict)
+    steps_by_pod: dict[str, int] = field(default_factory=dict)
     """Step that each pod has reached, by uid."""
     reported_checkpoints: set[tuple[int, int]] = field(default_factory=set)
     """(step, attempt) of each checkpoint that was reported to the operator."""
     running_seconds: float = 0.0
     """Seconds during which an attempt was admitted and had not ended."""
-    may_count: set[int] = field(default_factory=set)
+    attempts_that_may_count: set[int] = field(default_factory=set)
     """Attempts that may count against the retries."""
 
     def user_spec(self) -> Object:
@@ -81,10 +81,10 @@ class SimulatedCluster:
 
     def facts(self) -> Facts:
         """Return the facts that the operator observes."""
-        written = self.user_spec()
-        finetune_job = finetunejob(written, self.status, generation=self.generation)
+        raw_spec = self.user_spec()
+        finetune_job = finetunejob(raw_spec, self.status, generation=self.generation)
         observed = Facts(
-            finetune_job, accept(written, CONFIG), self.now, CONFIG, tuple(self.jobs.values()), tuple(self.pods.values())
+            finetune_job, accept(raw_spec, CONFIG), self.now, CONFIG, tuple(self.jobs.values()), tuple(self.pods.values())
         )
         same = self.last_report is not None and self.last_report.report.attempt == observed.attempt
         return replace(observed, last_report=self.last_report) if same else observed
@@ -93,12 +93,12 @@ class SimulatedCluster:
         """Jobs that the FineTuneJob owns."""
         return [job for job in self.jobs.values() if job.is_owned]
 
-    def pods_of(self, job: JobView) -> list[PodView]:
-        """Pods of a Job whose objects exist."""
-        return [p for p in self.pods.values() if p.job_uid == job.uid and not p.is_deleted]
+    def list_pods_of(self, job: JobView) -> list[PodView]:
+        """Return the pods of a Job that are not deleted."""
+        return [pod_view for pod_view in self.pods.values() if pod_view.job_uid == job.uid and not pod_view.is_deleted]
 
     def create_job(self, attempt: int, max_step: int | None, rolled_back_attempt: int | None) -> JobView | None:
-        """Create the Job as the API server does, and return it. If an object of another owner has the name, return None."""
+        """Create and return the Job, as the API server does. If another owner's Job has its name, return None."""
         name = attempt_job_name("run", attempt)
         existing = next((job for job in self.jobs.values() if job.name == name), None)
         if existing is not None:
@@ -114,9 +114,9 @@ class SimulatedCluster:
     # Job controller, garbage collector, kubelet
 
     def run_controllers(self) -> None:
-        """Let the Job controller and the garbage collector run once over all Jobs."""
+        """Let the Job controller and the garbage collector handle each Job once."""
         for job in list(self.jobs.values()):
-            pods = self.pods_of(job)
+            pods = self.list_pods_of(job)
             if job.is_deleting:
                 self.delete_pods(pods)
                 if not pods:
@@ -127,26 +127,28 @@ class SimulatedCluster:
     def _run_job(self, job: JobView, pods: list[PodView]) -> None:
         if job.is_suspended:
             self._hold_job(job, pods)
-        job_pods = [p for p in self.pods.values() if p.job_uid == job.uid and p.uid not in self.ended_by_suspension]
-        if any(p.is_finished and p.phase != "Succeeded" for p in job_pods):
-            self.delete_pods([p for p in pods if not p.is_finished])
-            if all(p.is_finished for p in pods):
+        job_pods = [pod_view for pod_view in self.pods.values() if pod_view.job_uid == job.uid and pod_view.uid not in self.ended_by_suspension]
+        if any(pod_view.is_finished and pod_view.phase != "Succeeded" for pod_view in job_pods):
+            self.delete_pods([pod_view for pod_view in pods if not pod_view.is_finished])
+            if all(pod_view.is_finished for pod_view in pods):
                 self.jobs[job.uid] = replace(job, failed_at=self.now, failed_reason="BackoffLimitExceeded")
         elif job.is_suspended:
             return
-        elif missing := set(range(self.nodes)) - {p.completion_index for p in job_pods} - {p.completion_index for p in pods if not p.is_finished}:
+        elif missing := set(range(self.nodes)) - {
+            pod_view.completion_index for pod_view in (*job_pods, *(pod_view for pod_view in pods if not pod_view.is_finished))
+        }:
             for index in missing:
                 self._make_pod(job, index)
-        elif all(p.phase == "Succeeded" for p in job_pods):
+        elif all(pod_view.phase == "Succeeded" for pod_view in job_pods):
             self.jobs[job.uid] = replace(job, completed_at=self.now)
 
     def _hold_job(self, job: JobView, pods: list[PodView]) -> None:
-        """Delete the pods of a suspended Job. The Job fails only if its podFailurePolicy contains the exit code of such a pod."""
-        self.delete_pods([p for p in pods if not p.is_finished])
-        for p in self.pods.values():
-            final = p.terminated is not None and p.terminated.exit_code in codes_that_fail_the_job()
-            if p.job_uid == job.uid and p.phase != "Succeeded" and not final:
-                self.ended_by_suspension.add(p.uid)
+        """Delete the pods of a suspended Job. The Job fails only if the podFailurePolicy lists the exit code of one of these pods."""
+        self.delete_pods([pod_view for pod_view in pods if not pod_view.is_finished])
+        for pod_view in self.pods.values():
+            final = pod_view.terminated is not None and pod_view.terminated.exit_code in list_exit_codes_that_fail_the_job()
+            if pod_view.job_uid == job.uid and pod_view.phase != "Succeeded" and not final:
+                self.ended_by_suspension.add(pod_view.uid)
 
     def _make_pod(self, job: JobView, index: int) -> None:
         self.last_serial_number += 1
@@ -157,71 +159,72 @@ class SimulatedCluster:
 
     def delete_pods(self, pods: list[PodView]) -> None:
         """Delete pods with their grace period."""
-        for p in pods:
-            if p.deletion_timestamp is None and not p.is_deleted:
-                self.pods[p.uid] = replace(p, deletion_timestamp=self.now + GRACE_PERIOD)
+        for pod_view in pods:
+            if pod_view.deletion_timestamp is None and not pod_view.is_deleted:
+                self.pods[pod_view.uid] = replace(pod_view, deletion_timestamp=self.now + GRACE_PERIOD)
 
     def run_kubelet(self) -> None:
         """End and remove the pods that are being deleted, except those on lost nodes."""
-        for p in list(self.pods.values()):
-            if p.deletion_timestamp is not None and not p.is_deleted and p.uid not in self.lost_since:
-                self.end_container(p, ExitCode.PREEMPTED_SAVED)
-                self.pods[p.uid] = as_deleted(self.pods[p.uid])
+        for pod_view in list(self.pods.values()):
+            if pod_view.deletion_timestamp is not None and not pod_view.is_deleted and pod_view.uid not in self.lost_since_by_pod:
+                self.end_container(pod_view, ExitCode.PREEMPTED_SAVED)
+                self.pods[pod_view.uid] = mark_deleted(self.pods[pod_view.uid])
 
     def start_pods(self) -> None:
         """Start all pending pods; they become ready."""
-        for p in list(self.pods.values()):
-            if p.phase == "Pending" and not p.is_deleted and p.deletion_timestamp is None:
-                self.pods[p.uid] = replace(p, phase="Running", is_ready=True, scheduled_at=self.now, running_since=self.now)
+        for pod_view in list(self.pods.values()):
+            if pod_view.phase == "Pending" and not pod_view.is_deleted and pod_view.deletion_timestamp is None:
+                self.pods[pod_view.uid] = replace(pod_view, phase="Running", is_ready=True, scheduled_at=self.now, running_since=self.now)
 
     def running_pods(self) -> list[PodView]:
-        """Running pods on nodes that are not lost."""
-        running = [p for p in self.pods.values() if p.phase == "Running" and not p.is_deleted]
-        return [p for p in running if p.uid not in self.lost_since]
+        """Return the running pods on nodes that are not lost."""
+        running = [pod_view for pod_view in self.pods.values() if pod_view.phase == "Running" and not pod_view.is_deleted]
+        return [pod_view for pod_view in running if pod_view.uid not in self.lost_since_by_pod]
 
-    def end_container(self, p: PodView, code: int) -> None:
+    def end_container(self, pod_view: PodView, code: int) -> None:
         """End the container. A container that is not killed writes its termination message."""
-        if p.is_finished:
+        if pod_view.is_finished:
             return
-        message = self._termination_message(p) if code not in (ExitCode.SIGKILL, ExitCode.SIGTERM) and p.phase == "Running" else None
-        if message is not None and p.completion_index == 0:
-            self.reported_checkpoints |= {(checkpoint.step, self.attempt_of(checkpoint)) for checkpoint in message.checkpoints}
-        ended_pod = end_pod(p, code, message)
+        message = self._termination_message(pod_view) if code not in (ExitCode.SIGKILL, ExitCode.SIGTERM) and pod_view.phase == "Running" else None
+        if message is not None and pod_view.completion_index == 0:
+            self.reported_checkpoints |= {(checkpoint.step, self.find_attempt_of(checkpoint)) for checkpoint in message.checkpoints}
+        ended_pod = end_pod(pod_view, code, message)
         assert ended_pod.terminated is not None
-        self.pods[p.uid] = replace(ended_pod, terminated=replace(ended_pod.terminated, started_at=p.running_since, finished_at=self.now))
+        self.pods[pod_view.uid] = replace(ended_pod, terminated=replace(ended_pod.terminated, started_at=pod_view.running_since, finished_at=self.now))
         if code not in EXIT_POLICIES or EXIT_POLICIES[code].retry_policy is RetryPolicy.COUNTED:
-            self.may_count.add(p.attempt)
+            self.attempts_that_may_count.add(pod_view.attempt)
 
     # Nodes
 
-    def lose_node(self, p: PodView) -> None:
-        """Lose the pod's node. The operator scrapes every few seconds, so it still reads the pod's last report."""
+    def lose_node(self, pod_view: PodView) -> None:
+        """Lose the pod's node. Before, the operator reads the pod's last report, because it reads reports every few seconds."""
         self.report_progress()
-        self.lost_since[p.uid] = self.now
-        self.pods[p.uid] = replace(p, is_ready=False)
+        self.lost_since_by_pod[pod_view.uid] = self.now
+        self.pods[pod_view.uid] = replace(pod_view, is_ready=False)
 
     def evict_pods(self) -> None:
-        """Disrupt and delete pods whose nodes have been lost for long, as the taint manager does."""
-        for uid, since in self.lost_since.items():
-            p = self.pods.get(uid)
-            if p is not None and not p.is_finished and not p.disruption_reason and self.now >= since + EVICTION_DELAY:
-                deleting = p.deletion_timestamp or since + EVICTION_DELAY + GRACE_PERIOD
-                self.pods[uid] = replace(p, disruption_reason="DeletionByTaintManager", deletion_timestamp=deleting)
+        """Disrupt and delete the pods whose nodes have been lost for EVICTION_DELAY, as the taint manager does."""
+        for uid, since in self.lost_since_by_pod.items():
+            pod_view = self.pods.get(uid)
+            if pod_view is not None and not pod_view.is_finished and not pod_view.disruption_reason and self.now >= since + EVICTION_DELAY:
+                deleting = pod_view.deletion_timestamp or since + EVICTION_DELAY + GRACE_PERIOD
+                self.pods[uid] = replace(pod_view, disruption_reason="DeletionByTaintManager", deletion_timestamp=deleting)
 
     def node_comes_back(self) -> None:
-        """Reconnect the lost nodes, so that the kubelets end the pods that were deleted."""
-        for uid in list(self.lost_since):
-            p = self.pods.get(uid)
-            if p is not None and not p.is_finished and p.deletion_timestamp is None:
-                self.pods[uid] = replace(p, is_ready=True)
-        self.lost_since.clear()
+        """Reconnect the lost nodes, so that their kubelets end the deleted pods."""
+        for uid in list(self.lost_since_by_pod):
+            pod_view = self.pods.get(uid)
+            if pod_view is not None and not pod_view.is_finished and pod_view.deletion_timestamp is None:
+                self.pods[uid] = replace(pod_view, is_ready=True)
+        self.lost_since_by_pod.clear()
 
     # The queue
 
     def admit_jobs(self) -> None:
         """Admit all Jobs that wait for quota."""
         for job in self.owned_jobs():
-            if job.is_suspended and not job.is_finished and not job.is_deleting and not [p for p in self.pods_of(job) if not p.is_finished]:
+            has_running_pods = any(not pod_view.is_finished for pod_view in self.list_pods_of(job))
+            if job.is_suspended and not job.is_finished and not job.is_deleting and not has_running_pods:
                 self.jobs[job.uid] = replace(job, is_suspended=False, suspended_since=None, started_at=self.now)
 
     def preempt_jobs(self) -> None:
@@ -235,26 +238,26 @@ class SimulatedCluster:
     def train_gangs(self, steps: int) -> None:
         """Advance each complete gang by `steps`, and commit its checkpoints."""
         for job in self.owned_jobs():
-            gang = [p for p in self.running_pods() if p.job_uid == job.uid and p.deletion_timestamp is None]
-            if job.is_finished or job.is_suspended or len({p.completion_index for p in gang}) < self.nodes:
+            gang = [pod_view for pod_view in self.running_pods() if pod_view.job_uid == job.uid and pod_view.deletion_timestamp is None]
+            if job.is_finished or job.is_suspended or len({pod_view.completion_index for pod_view in gang}) < self.nodes:
                 continue
-            leader = next(p for p in gang if p.completion_index == 0)
-            before = self.steps.setdefault(leader.uid, self._start(leader))
-            self.steps[leader.uid] = before + steps
+            leader = next(pod_view for pod_view in gang if pod_view.completion_index == 0)
+            before = self.steps_by_pod.setdefault(leader.uid, self._start(leader))
+            self.steps_by_pod[leader.uid] = before + steps
             for step in range(before + 1, before + steps + 1):
-                if step % CHECKPOINT_EVERY == 0:
+                if step % CHECKPOINT_EVERY_STEPS == 0:
                     self._commit(step, job.attempt)
 
     def _commit(self, step: int, attempt: int) -> None:
-        """Commit a checkpoint, and apply the retention to checkpoints up to this step. A rollback may have skipped newer checkpoints."""
+        """Commit a checkpoint, and apply the retention policy to checkpoints up to this step. Newer ones, which a rollback skipped, are kept."""
         self.attempt_of_step[step] = attempt
         for old in sorted(other for other in self.attempt_of_step if other <= step)[: -self.kept_checkpoints]:
             del self.attempt_of_step[old]
 
     def _start(self, leader: PodView) -> int:
         """Return the start step of a rank 0 pod: the newest committed step that its run configuration allows."""
-        self.start_steps[leader.uid] = self.allowed_start_step(*self.start_limits[leader.job_uid])
-        return self.start_steps[leader.uid]
+        self.start_steps_by_pod[leader.uid] = self.allowed_start_step(*self.start_limits[leader.job_uid])
+        return self.start_steps_by_pod[leader.uid]
 
     def allowed_start_step(self, limit: int | None, rolled_back_attempt: int | None) -> int:
         """Return the newest committed step that a run configuration with these limits allows."""
@@ -263,22 +266,23 @@ class SimulatedCluster:
         return max(steps, default=0)
 
     def report_progress(self) -> None:
-        """Let the operator scrape rank 0."""
-        for p in self.running_pods():
-            if p.completion_index == 0 and p.uid in self.steps and p.job_uid in self.jobs:
-                step, start, known = self.steps[p.uid], self.start_steps[p.uid], self._checkpoints()
-                seconds = (self.now - (p.running_since or self.now)).total_seconds()
-                received = report(attempt=p.attempt, stage=Stage.TRAINING, resumedFromStep=start, health={}, timeUse={"steps": seconds})
+        """Let the operator read the progress report of rank 0."""
+        for pod_view in self.running_pods():
+            if pod_view.completion_index == 0 and pod_view.uid in self.steps_by_pod and pod_view.job_uid in self.jobs:
+                step, start, checkpoints = self.steps_by_pod[pod_view.uid], self.start_steps_by_pod[pod_view.uid], self._checkpoints()
+                seconds = (self.now - (pod_view.running_since or self.now)).total_seconds()
+                received = report(attempt=pod_view.attempt, stage=Stage.TRAINING, resumedFromStep=start, health={}, timeUse={"steps": seconds})
                 received = received.model_copy(
-                    update={"progress": Progress(step=step, update_time=self.now), "checkpoints": known}
+                    update={"progress": Progress(step=step, update_time=self.now), "checkpoints": checkpoints}
                 )
-                self.last_report = ReceivedReport(received, self.now, p.uid)
-                self.reported_checkpoints |= {(checkpoint.step, self.attempt_of(checkpoint)) for checkpoint in known}
+                self.last_report = ReceivedReport(received, self.now, pod_view.uid)
+                self.reported_checkpoints |= {(checkpoint.step, self.find_attempt_of(checkpoint)) for checkpoint in checkpoints}
 
-    def _termination_message(self, p: PodView) -> TerminationMessage:
-        if p.uid not in self.steps:
+    def _termination_message(self, pod_view: PodView) -> TerminationMessage:
+        if pod_view.uid not in self.steps_by_pod:
             return TerminationMessage(code="Code", message="message")
-        message = TerminationMessage(code="Code", message="message", step=self.steps[p.uid], resumed_from_step=self.start_steps[p.uid])
+        step, start_step = self.steps_by_pod[pod_view.uid], self.start_steps_by_pod[pod_view.uid]
+        message = TerminationMessage(code="Code", message="message", step=step, resumed_from_step=start_step)
         return message.model_copy(update={"checkpoints": self._checkpoints()})
 
     def _checkpoints(self) -> list[Checkpoint]:
@@ -288,22 +292,22 @@ class SimulatedCluster:
         ]
 
     @staticmethod
-    def attempt_of(checkpoint: Checkpoint) -> int:
+    def find_attempt_of(checkpoint: Checkpoint) -> int:
         """Return the attempt that committed a checkpoint."""
         return int(checkpoint.uri.rpartition("/a")[2].partition("-")[0])
 
     # Time
 
     def pass_time(self, seconds: int) -> None:
-        """Advance the time. The time also counts as running time while an attempt is admitted or has pods."""
+        """Advance the time. It counts as running time if an attempt is admitted or has pods."""
         admitted = [job for job in self.owned_jobs() if not job.is_suspended and not job.is_finished]
-        if admitted or not all(p.is_finished for p in self.pods.values()):
+        if admitted or not all(pod_view.is_finished for pod_view in self.pods.values()):
             self.running_seconds += seconds
         self.now += timedelta(seconds=seconds)
         self.evict_pods()
 
 
 def effective_batch(spec: FineTuneJobSpec) -> int:
-    """Rows per optimizer step and rank."""
+    """Return the number of rows per optimizer step and rank."""
     training = spec.training
     return (training.batch_size_per_device or 1) * (training.gradient_accumulation_steps or 1)

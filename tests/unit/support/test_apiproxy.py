@@ -1,4 +1,4 @@
-"""The API fault proxy: requests that it parses, faults that it injects, and commands that control watches."""
+"""The API fault proxy parses requests, injects faults, and executes commands on watches."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ class Server:
         return reply
 
 
-def self_signed(folder: Path) -> tuple[Path, Path]:
-    """A key and a certificate for 127.0.0.1."""
+def create_certificate(folder: Path) -> tuple[Path, Path]:
+    """Create a private key and a self-signed certificate for 127.0.0.1. Returns the paths of both files."""
     key, cert = folder / "key.pem", folder / "cert.pem"
     subprocess.run(
         ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
@@ -73,12 +73,12 @@ def self_signed(folder: Path) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    return self_signed(tmp_path_factory.mktemp("tls"))
+    return create_certificate(tmp_path_factory.mktemp("tls"))
 
 
 @pytest.fixture(scope="module")
 def other_certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    return self_signed(tmp_path_factory.mktemp("tls"))
+    return create_certificate(tmp_path_factory.mktemp("tls"))
 
 
 @pytest.fixture

@@ -13,11 +13,11 @@ import pytest
 from tests.support.later_clock import clock_ahead
 
 ROOT = Path(__file__).parents[3]
-PARAMETER = "import time, pytest\n@pytest.mark.parametrize('value', [{}])\ndef test_it(value): pass\n"
+TEST_FILE_TEXT = "import time, pytest\n@pytest.mark.parametrize('value', [{}])\ndef test_it(value): pass\n"
 
 
 @pytest.mark.parametrize(
-    ("value", "code", "expected"),
+    ("parameter_code", "exit_code", "expected"),
     [
         ("f'at {time.time():.0f}'", 1, "Different tests were collected between gw"),
         ("f'hash {hash(pytest.__version__)}'", 1, "Different tests were collected between gw"),
@@ -25,13 +25,13 @@ PARAMETER = "import time, pytest\n@pytest.mark.parametrize('value', [{}])\ndef t
     ],
     ids=["time", "hash seed", "constant"],
 )
-def test_workers_refuse_ids_that_differ_between_processes(value: str, code: int, expected: str, tmp_path: Path) -> None:
+def test_workers_refuse_ids_that_differ_between_processes(parameter_code: str, exit_code: int, expected: str, tmp_path: Path) -> None:
     file = tmp_path / "test_with_parameter.py"
-    file.write_text(PARAMETER.format(value))
+    file.write_text(TEST_FILE_TEXT.format(parameter_code))
     env = {name: text for name, text in os.environ.items() if not name.startswith("PYTEST_") and name != "PYTHONHASHSEED"}
     options = ["-q", "-n", "2", "-p", "no:cacheprovider", "-p", "tests.support.later_clock"]
     done = subprocess.run([sys.executable, "-m", "pytest", *options, str(file)], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == code and expected in done.stdout, done.stdout + done.stderr
+    assert done.returncode == exit_code and expected in done.stdout, done.stdout + done.stderr
 
 
 def test_a_copy_of_the_replaced_clock_returns_the_true_time_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -151,7 +151,7 @@ def test_boto3_retries_two_injected_errors(proxy: S3Proxy, server: S3Endpoint, d
 
 
 def test_same_seed_applies_the_fault_to_the_same_requests(server: S3Endpoint) -> None:
-    def faulty_requests(seed: int) -> list[int]:
+    def find_faulty_requests(seed: int) -> list[int]:
         with S3Proxy(server.host_url, seed=seed) as proxy:
             client = proxy.endpoint_through(server).client(retries=NO_RETRIES)
             proxy.fault(Status(404), probability=0.5)
@@ -159,13 +159,13 @@ def test_same_seed_applies_the_fault_to_the_same_requests(server: S3Endpoint) ->
                 is_missing(client, "nothing")
             return [e.number for e in proxy.exchanges if e.fault_name]
 
-    first = faulty_requests(1)
-    assert faulty_requests(1) == first
+    first = find_faulty_requests(1)
+    assert find_faulty_requests(1) == first
     assert 0 < len(first) < 12
-    assert faulty_requests(2) != first
+    assert find_faulty_requests(2) != first
 
 
-def test_skip_and_times_select_the_requests(proxy: S3Proxy, client: Any) -> None:
+def test_skipped_matches_and_max_hits_select_the_requests(proxy: S3Proxy, client: Any) -> None:
     put_object(client, "chosen", b"value")
     with proxy.fault(Status(500), operation="GetObject", skipped_matches=1, max_hits=1):
         outcomes = []
@@ -264,5 +264,5 @@ def test_unreachable_server_resets_the_connection(server: S3Endpoint) -> None:
 
 
 def test_wait_for_times_out_without_a_matching_request(proxy: S3Proxy) -> None:
-    with pytest.raises(TimeoutError, match="no such request"):
+    with pytest.raises(TimeoutError, match="no matching request"):
         proxy.wait_for(lambda e: False, timeout_seconds=0.01)

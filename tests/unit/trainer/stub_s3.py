@@ -1,4 +1,4 @@
-"""A server that responds to requests with an S3 error in the format of a real store."""
+"""A server that answers requests with an S3 error, in the format of a real store."""
 
 from __future__ import annotations
 

@@ -19,12 +19,12 @@ from finetune_trainer.trackers.mlflow import Mlflow
 NAMES = {
     "rebound.example.com": ["203.0.113.9", "169.254.169.254"], "v6.example.com": ["fd00:ec2::254"], "good.example.com": ["203.0.113.9", "2001:db8::1"],
 }  # fmt: skip
-"""Addresses of host names. The first name has one harmless and one forbidden address."""
+"""The addresses of each host name. The first name has one harmless and one forbidden address."""
 
 
 @pytest.fixture(autouse=True)
 def name_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Resolve the names above. Numbers are parsed as usual, so no request leaves the machine."""
+    """Replace the resolver: it knows only the names in `NAMES`. Numbers are parsed as usual, so no request leaves the machine."""
     resolve = socket.getaddrinfo
 
     def look_up(host: str, port: Any, *args: Any, **options: Any) -> list[Any]:

@@ -1,4 +1,4 @@
-"""A warm-up that the schedule ignores is reported."""
+"""A note reports a warm-up that the schedule ignores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An action that is repeated in a thread."""
+"""An action is repeated in a background thread while a block of code runs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_an_action_is_repeated_until_the_block_ends() -> None:
     assert set(calls) == {"repeating"} and "repeating" not in {thread.name for thread in threading.enumerate()}
 
 
-def test_the_first_call_does_not_wait() -> None:
+def test_the_action_is_called_at_once() -> None:
     was_called = threading.Event()
     with repeat_in_background(was_called.set, 3600, "once"):
         assert was_called.wait(60)

@@ -1,4 +1,4 @@
-"""The best weights after a resume."""
+"""A run that resumes restores the best weights from its checkpoint."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from finetune_trainer.best import BEST_FOLDER, BEST_PREFIX, KeepBest
 
 
 @pytest.mark.parametrize(
-    ("step", "files", "restored"),
+    ("best_step", "files", "restored"),
     [
         (20, {"model.safetensors": "own", BEST_PREFIX + "model.safetensors": "older"}, "own"),
         (10, {"model.safetensors": "own", BEST_PREFIX + "model.safetensors": "older"}, "older"),
@@ -20,15 +20,15 @@ from finetune_trainer.best import BEST_FOLDER, BEST_PREFIX, KeepBest
     ids=["this checkpoint is the best", "this checkpoint contains older best weights", "the best was never saved"],
 )
 def test_best_weights_are_restored_if_a_checkpoint_holds_them(
-    tmp_path: Path, step: int, files: dict[str, str], restored: str | None
+    tmp_path: Path, best_step: int, files: dict[str, str], restored: str | None
 ) -> None:
-    """Weights between two checkpoints are not saved. If such weights had the best loss, the run publishes its last weights instead."""
+    """Weights between two checkpoints are not saved. If the best loss was measured between two checkpoints, nothing is restored."""
     resumed = tmp_path / "checkpoint-20"
     resumed.mkdir()
     for name, text in files.items():
         (resumed / name).write_text(text)
     args: Any = SimpleNamespace(output_dir=str(tmp_path), local_process_index=0)
-    state: Any = SimpleNamespace(best_global_step=step, global_step=20, best_model_checkpoint=None)
+    state: Any = SimpleNamespace(best_global_step=best_step, global_step=20, best_model_checkpoint=None)
     KeepBest(resumed).on_train_begin(args, state, SimpleNamespace())  # type: ignore[arg-type] # not read
     if restored is None:
         assert state.best_model_checkpoint is None

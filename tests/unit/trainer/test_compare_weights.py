@@ -1,4 +1,4 @@
-"""The comparison of the weights of two models."""
+"""The weights of two models are compared bit by bit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def write_weights(folder: Path, **tensors: Any) -> Path:
     return folder
 
 
-def test_equal_weights_may_be_in_different_files(tmp_path: Path) -> None:
+def test_equal_weights_may_be_in_files_with_different_names(tmp_path: Path) -> None:
     a, b = torch.ones(2), torch.zeros(3, dtype=torch.bfloat16)
     left = write_weights(tmp_path / "left", a=a, b=b)
     right = write_weights(tmp_path / "right", a=a)

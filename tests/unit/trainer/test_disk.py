@@ -1,4 +1,4 @@
-"""The free space of a pod is the minimum of the file system's free space and the unused part of the pod's limit."""
+"""The free space of a pod is the file system's free space or what is left of the pod's limit, whichever is smaller."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_a_file_with_two_names_counts_once_against_the_limit(work: Path, monkeyp
     assert free_bytes(work) == -MIB
 
 
-def test_the_file_system_may_have_less_space_than_the_limit(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_free_space_of_the_file_system_counts_if_it_is_smaller_than_what_is_left_of_the_limit(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=MIB))
     monkeypatch.setenv(Env.DISK_LIMIT, str(8 * MIB))
     assert free_bytes(work) == MIB
@@ -55,5 +55,5 @@ def test_a_download_beyond_the_limit_is_refused_before_it_starts(work: Path, mon
     monkeypatch.setattr(fetch, "free_bytes", lambda folder: 5_000_000_000 + RESERVE_BYTES if folder == work else 0)
     fetcher = Fetcher(None, work)  # type: ignore[arg-type] # the run is not used
     fetcher.require_space(5_000_000_000, "model.source")
-    with pytest.raises(ConfigError, match=r"model.source has 6\.00 GB, but the pod's disk has only 5\.07 GB left"):
+    with pytest.raises(ConfigError, match=r"model.source needs 6\.00 GB, but the pod's disk has only 5\.07 GB left"):
         fetcher.require_space(6_000_000_000, "model.source")

@@ -1,4 +1,4 @@
-"""GuardedTrainer: the checks that all objectives share."""
+"""The checks of GuardedTrainer, which all objectives share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from finetune_api.errors import DivergedError, NoCheckpointError
 
 torch = pytest.importorskip("torch")
 from finetune_trainer import engine, speed  # noqa: E402 - the module needs torch
-from finetune_trainer.engine import FiniteGuard, GuardedTrainer, LogLine, logged_training_seconds  # noqa: E402 - the module needs torch
+from finetune_trainer.engine import FiniteGuard, GuardedTrainer, LogLineWriter, logged_training_seconds  # noqa: E402 - the module needs torch
 from finetune_trainer.speed import SpeedMeter  # noqa: E402 - the module needs torch
 from safetensors.torch import load_file, save_file  # noqa: E402 - the module needs torch
 from transformers import Trainer, TrainingArguments  # noqa: E402 - the module needs torch
@@ -36,13 +36,13 @@ class PlainGuardedTrainer(GuardedTrainer):
         Trainer.create_accelerator_and_postprocess(self)
 
 
-def run_training(kind: type[Trainer], folder: Path, resume: Path | None = None) -> tuple[int, float]:
+def run_training(trainer_class: type[Trainer], folder: Path, resume: Path | None = None) -> tuple[int, float]:
     """Train and return the number of steps and the final weight."""
     args = TrainingArguments(
         output_dir=str(folder), max_steps=LAST_STEP, save_steps=LAST_STEP, per_device_train_batch_size=1, learning_rate=0.1, report_to=[],
         use_cpu=True, disable_tqdm=True,
     )  # fmt: skip
-    trainer = kind(model=OneWeightModel(), args=args, train_dataset=[{"x": float(number)} for number in range(9)])
+    trainer = trainer_class(model=OneWeightModel(), args=args, train_dataset=[{"x": float(number)} for number in range(9)])
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     return trainer.state.global_step, trainer.model.weight.item()
 
@@ -60,8 +60,8 @@ def test_transformers_without_the_guard_trains_one_step_too_many(tmp_path: Path)
     assert step == LAST_STEP + 1
 
 
-def rename_weight(checkpoint: Path, name: str | None) -> None:
-    """Add a copy of the model's only weight with another name. If `name` is None, remove the weight instead."""
+def change_weights(checkpoint: Path, name: str | None) -> None:
+    """Add a copy of the model's only weight under the name `name`. If `name` is None, replace the weight by one that is called `other`."""
     weights = load_file(checkpoint / "model.safetensors")
     if name is not None:
         weights[name] = weights["weight"].clone()
@@ -71,22 +71,22 @@ def rename_weight(checkpoint: Path, name: str | None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "named"), [(None, "weight, other"), ("extra.weight", "extra.weight")], ids=["missing", "unexpected"]
+    ("name", "reported_names"), [(None, "weight, other"), ("extra.weight", "extra.weight")], ids=["missing", "unexpected"]
 )
-def test_a_checkpoint_with_other_weights_is_refused(name: str | None, named: str, tmp_path: Path) -> None:
+def test_a_checkpoint_with_other_weights_is_refused(name: str | None, reported_names: str, tmp_path: Path) -> None:
     run_training(PlainGuardedTrainer, tmp_path)
     checkpoint = tmp_path / f"checkpoint-{LAST_STEP}"
-    rename_weight(checkpoint, name)
+    change_weights(checkpoint, name)
     with pytest.raises(NoCheckpointError) as caught:
         run_training(PlainGuardedTrainer, tmp_path / "again", checkpoint)
     assert caught.value.code == "CheckpointForeign"
-    assert caught.value.message.endswith(f"do not match the weights of this run: {named}")
+    assert caught.value.message.endswith(f"do not match the weights of this run: {reported_names}")
 
 
 def test_scales_of_frozen_4_bit_weights_may_be_in_a_checkpoint(tmp_path: Path) -> None:
     run_training(PlainGuardedTrainer, tmp_path)
     checkpoint = tmp_path / f"checkpoint-{LAST_STEP}"
-    rename_weight(checkpoint, "layer.weight.absmax")
+    change_weights(checkpoint, "layer.weight.absmax")
     assert run_training(PlainGuardedTrainer, tmp_path / "again", checkpoint)[0] == LAST_STEP
 
 
@@ -114,7 +114,7 @@ FETCH_SECONDS, COUNT_SECONDS, COMPUTE_SECONDS, TOKENS_PER_STEP = 0.25, 3.0, 1.75
 
 
 class ClockedTrainer(PlainGuardedTrainer):
-    """Advances a virtual clock for each fetched row, for each count of the tokens of all ranks, and for each computed step."""
+    """Advances a virtual clock for each count of the tokens of all ranks, and for each computed step. `SlowRows` advances it for each row."""
 
     now = 100.0
 
@@ -184,11 +184,11 @@ def test_seconds_of_training_add_up_over_attempts(tmp_path: Path, monkeypatch: p
     run_clocked_training(tmp_path / "first", 2)
     ClockedTrainer.now += 5000  # the pause between the attempts
     lines = run_clocked_training(tmp_path / "second", 4, tmp_path / "first" / "checkpoint-2")
-    # training and evaluation at steps 2 and 4, the summary, and the test after training
+    # The lines are: training and evaluation at steps 2 and 4, the summary, and the test after training.
     kinds = [(line["step"], next(name for name in ("loss", "eval_runtime", "train_loss", "test_runtime") if name in line)) for line in lines]
     assert kinds == [(2, "loss"), (2, "eval_runtime"), (4, "loss"), (4, "eval_runtime"), (4, "train_loss"), (4, "test_runtime")]
     two_steps, evaluation = 2 * (FETCH_SECONDS + COUNT_SECONDS + COMPUTE_SECONDS), 9 * FETCH_SECONDS
-    one_row_ahead = FETCH_SECONDS  # the data loader fetches the next row before the current step
+    one_row_ahead = FETCH_SECONDS  # The data loader fetches the next row before the current step is computed.
     seconds = [line["training_seconds"] for line in lines]
     assert seconds[:2] == [two_steps + one_row_ahead, two_steps + one_row_ahead + evaluation]
     assert seconds[2] == seconds[1] + two_steps + one_row_ahead
@@ -207,5 +207,5 @@ def test_seconds_of_training_start_at_0_after_a_checkpoint_without_them() -> Non
 def test_the_line_in_the_pod_log_shows_neither_time_nor_seconds(caplog: pytest.LogCaptureFixture) -> None:
     state = SimpleNamespace(global_step=3, max_steps=9, is_world_process_zero=True)
     with caplog.at_level("INFO", logger=engine.logger.name):
-        LogLine().on_log(SimpleNamespace(), state, SimpleNamespace(), logs={"loss": 1.5, "unix_time": 1.7e9, "training_seconds": 4.0})  # type: ignore[arg-type]
+        LogLineWriter().on_log(SimpleNamespace(), state, SimpleNamespace(), logs={"loss": 1.5, "unix_time": 1.7e9, "training_seconds": 4.0})  # type: ignore[arg-type]
     assert caplog.messages == ["step 3/9  loss 1.5"]

@@ -1,4 +1,4 @@
-"""Exceptions and exit codes become failures with a code. If several ranks fail, the root cause is selected."""
+"""Exceptions and exit codes become failures with a code. If several ranks fail, the root cause is reported."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from finetune_api.errors import DataError, FineTuneError, InternalError, PeerErr
 from finetune_api.names import FailureClass
 from finetune_trainer.failure import (
     RankFailure,
+    choose_root_cause,
     classify_error,
     failure_from_exit_code,
     failure_from_message,
-    root_cause,
 )
 
 
 class DistStoreError(RuntimeError):
-    """A class with the same name as the exception of torch."""
+    """A class with the same name as an exception of torch."""
 
 
 class OutOfMemoryError(RuntimeError):
-    """A class with the same name as the exception of torch."""
+    """A class with the same name as an exception of torch."""
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "exit_code", "origin"),
+    ("error", "code", "exit_code", "is_origin"),
     [
         (DataError("DatasetEmpty", "x"), "DatasetEmpty", 65, True),
         (OutOfMemoryError("CUDA out of memory. Tried"), "GpuMemory", 71, True),
@@ -90,12 +90,12 @@ class OutOfMemoryError(RuntimeError):
         (ValueError("what"), "TrainerCrashed", 70, True),
     ],
 )
-def test_an_exception_is_classified(error: Exception, code: str, exit_code: int, origin: bool) -> None:
-    parsed, own = classify_error(error)
-    assert (parsed.code, parsed.exit_code, own) == (code, exit_code, origin)
+def test_an_exception_gets_its_code_and_its_origin(error: Exception, code: str, exit_code: int, is_origin: bool) -> None:
+    failure, found_origin = classify_error(error)
+    assert (failure.code, failure.exit_code, found_origin) == (code, exit_code, is_origin)
 
 
-def caused_by(error: Exception, cause: Exception) -> Exception:
+def with_cause(error: Exception, cause: Exception) -> Exception:
     error.__cause__ = cause
     return error
 
@@ -155,7 +155,7 @@ Native code method attempted to call: lib.cquantize_blockwise_fp16_nf4()"""
         ),
         (ImportError("cannot import name 'x' from 'peft.utils' (/opt/peft/utils.py)", name="peft.utils"), "lacks a usable Python package peft"),
         (
-            caused_by(
+            with_cause(
                 ModuleNotFoundError("Could not import module 'LlamaForCausalLM'. Are this object's requirements defined correctly?"),
                 OSError("libcudnn.so.9: cannot open shared object file: No such file or directory"),
             ),
@@ -168,9 +168,9 @@ Native code method attempted to call: lib.cquantize_blockwise_fp16_nf4()"""
         "version of a package", "reason hidden by transformers",
     ],
 )  # fmt: skip
-def test_a_missing_part_of_the_image_is_final_and_named(error: Exception, expected: str) -> None:
-    failure, own = classify_error(error)
-    assert (failure.code, failure.exit_code, own) == ("InstallationBroken", 78, True)
+def test_a_missing_part_of_the_image_is_a_final_failure_that_names_the_part(error: Exception, expected: str) -> None:
+    failure, is_origin = classify_error(error)
+    assert (failure.code, failure.exit_code, is_origin) == ("InstallationBroken", 78, True)
     assert expected in failure.message
     assert "status.resolved.image" in str(failure.hint)
 
@@ -183,7 +183,7 @@ def test_a_missing_part_of_the_image_is_final_and_named(error: Exception, expect
         "libnvidia-ml.so.1: cannot open shared object file: No such file or directory",
     ],
 )
-def test_a_pod_without_gpu_driver_is_final(message: str) -> None:
+def test_a_missing_gpu_driver_is_a_final_failure(message: str) -> None:
     failure, _ = classify_error(RuntimeError(message))
     assert (failure.code, failure.exit_code) == ("GpuDriverMissing", 78)
     assert "NVIDIA Container Toolkit" in str(failure.hint)
@@ -208,7 +208,7 @@ def test_failures_that_may_belong_to_one_node_are_retried(message: str, code: st
 
 
 @pytest.mark.parametrize(
-    ("code", "host_memory", "name", "exit_code", "origin"),
+    ("rank_exit_code", "is_host_out_of_memory", "code", "exit_code", "is_origin"),
     [
         (-signal.SIGKILL, False, "RankKilled", 74, True),
         (-signal.SIGKILL, True, "HostMemory", 71, True),
@@ -220,9 +220,11 @@ def test_failures_that_may_belong_to_one_node_are_retried(message: str, code: st
         (1, False, "RankCrashed", 70, True),
     ],
 )
-def test_an_exit_code_alone_is_classified(code: int, host_memory: bool, name: str, exit_code: int, origin: bool) -> None:
-    parsed = failure_from_exit_code(3, code, is_host_out_of_memory=host_memory)
-    assert (parsed.error.code, parsed.error.exit_code, parsed.is_origin, parsed.rank) == (name, exit_code, origin, 3)
+def test_the_failure_of_a_silent_rank_follows_from_its_exit_code(
+    rank_exit_code: int, is_host_out_of_memory: bool, code: str, exit_code: int, is_origin: bool
+) -> None:
+    failure = failure_from_exit_code(3, rank_exit_code, is_host_out_of_memory=is_host_out_of_memory)
+    assert (failure.error.code, failure.error.exit_code, failure.is_origin, failure.rank) == (code, exit_code, is_origin, 3)
 
 
 def make_failure(code: int, *, origin: bool = True, time_ns: int = 0, is_reported: bool = True) -> RankFailure:
@@ -243,17 +245,17 @@ def make_failure(code: int, *, origin: bool = True, time_ns: int = 0, is_reporte
     ],
 )
 def test_the_root_cause_is_reported(failures: list[RankFailure], expected_exit_code: int) -> None:
-    cause = root_cause(failures)
+    cause = choose_root_cause(failures)
     assert cause is not None and cause.error.exit_code == expected_exit_code and cause.is_origin
-    assert root_cause([]) is None
+    assert choose_root_cause([]) is None
 
 
 def test_the_earlier_of_equal_failures_is_reported() -> None:
-    cause = root_cause([make_failure(70, time_ns=2), make_failure(70, time_ns=1)])
+    cause = choose_root_cause([make_failure(70, time_ns=2), make_failure(70, time_ns=1)])
     assert cause is not None and cause.time_ns == 1
 
 
-def test_a_message_keeps_its_class_and_loses_unpaired_surrogates() -> None:
+def test_a_reported_failure_keeps_its_class_and_loses_unpaired_surrogates() -> None:
     parsed = failure_from_message(
         {"exitCode": 77, "code": "X", "message": "a\udcffb", "failureClass": "Model", "rank": 2}
     )

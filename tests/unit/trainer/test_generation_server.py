@@ -1,4 +1,4 @@
-"""The trainer's client of the vLLM server, and the program that starts the server, without vLLM and without a model."""
+"""Tests the trainer's client of the vLLM server, and the program that starts the server, without vLLM and without a model."""
 
 from __future__ import annotations
 
@@ -21,14 +21,17 @@ from finetune_trainer.generation_server import GenerationServer, ServerOptions
 ROOT = Path(__file__).resolve().parents[3]
 OPTIONS = ServerOptions(port=8100, gpus=2, gpu_memory_utilization=0.9, dtype="bfloat16", max_length=2048, seed=42)
 OPTIONS_ON_WIRE = {"version": 1, "port": 8100, "gpus": 2, "gpuMemoryUtilization": 0.9, "dtype": "bfloat16", "maxLength": 2048, "seed": 42}
-SUITABLE = {"/version": {"version": "0.31.0"}, "/server_info?config_format=json": {"model_config": {"logprobs_mode": "processed_logprobs"}}}
+SUITABLE_ANSWERS = {"/version": {"version": "0.31.0"}, "/server_info?config_format=json": {"model_config": {"logprobs_mode": "processed_logprobs"}}}
 
 
 class FakeServer:
-    """An HTTP server with fixed answers. `answers`: the JSON value of each path, or (status, text). `requests`: the paths and bodies of POST requests."""
+    """An HTTP server with fixed answers. `requests`: path and body of each POST request.
+
+    `answers`: for each path, a JSON value, a pair of status and text, `hang` (no answer) or `close` (the connection is closed).
+    """
 
     def __init__(self) -> None:
-        self.answers: dict[str, Any] = {"/health": {}, **SUITABLE}
+        self.answers: dict[str, Any] = {"/health": {}, **SUITABLE_ANSWERS}
         self.requests: list[tuple[str, Any]] = []
         self.released = threading.Event()
         fake = self
@@ -76,8 +79,8 @@ def fake() -> Iterator[FakeServer]:
     server.close()
 
 
-def client(fake: FakeServer, folder: Path, timeout: float = 30.0) -> GenerationServer:
-    """A client whose clock advances by one second with each pause."""
+def make_client(fake: FakeServer, folder: Path, timeout: float = 30.0) -> GenerationServer:
+    """Return a client whose clock only advances when the client pauses."""
     seconds = [0.0]
 
     def pause(duration: float) -> None:
@@ -87,19 +90,19 @@ def client(fake: FakeServer, folder: Path, timeout: float = 30.0) -> GenerationS
 
 
 def test_the_start_writes_the_options_and_accepts_a_suitable_server(fake: FakeServer, tmp_path: Path) -> None:
-    client(fake, tmp_path).start()
+    make_client(fake, tmp_path).start()
     assert [file.name for file in tmp_path.iterdir()] == [names.GENERATION_OPTIONS_FILE]
     assert json.loads((tmp_path / names.GENERATION_OPTIONS_FILE).read_text()) == OPTIONS_ON_WIRE
 
 
-def test_a_server_that_never_answers_is_a_retried_failure(fake: FakeServer, tmp_path: Path) -> None:
+def test_a_server_that_never_answers_is_a_failure_that_the_operator_retries(fake: FakeServer, tmp_path: Path) -> None:
     fake.answers["/health"] = (503, "loading")
     with pytest.raises(PeerError) as caught:
-        client(fake, tmp_path).start()
+        make_client(fake, tmp_path).start()
     error = caught.value
     assert (error.code, error.message) == ("GenerationServerNotReady", "the vLLM server did not answer within 5 s after its start")
     assert (error.exit_code, error.failure_class) == (ExitCode.PEER_FAILED, FailureClass.INFRASTRUCTURE)
-    assert classify_error(error) == (error, True), "the other ranks must not count as the cause"
+    assert classify_error(error) == (error, True), "no other rank may count as the cause"
 
 
 @pytest.mark.parametrize(
@@ -113,7 +116,7 @@ def test_a_server_that_ends_during_its_start_is_reported_at_once(text: str, reas
     fake.answers["/health"] = (503, "loading")
     (tmp_path / names.GENERATION_END_FILE).write_text(text)
     with pytest.raises(PeerError) as caught:
-        client(fake, tmp_path).start()
+        make_client(fake, tmp_path).start()
     assert (caught.value.code, caught.value.message) == ("GenerationServerEnded", f"the vLLM server ended: {reason}")
 
 
@@ -133,14 +136,14 @@ def test_a_server_that_ends_during_its_start_is_reported_at_once(text: str, reas
 def test_an_unsuitable_server_is_refused(path: str, answer: Any, message: str, fake: FakeServer, tmp_path: Path) -> None:
     fake.answers[path] = answer
     with pytest.raises(InstallationBrokenError) as caught:
-        client(fake, tmp_path).start()
+        make_client(fake, tmp_path).start()
     assert (caught.value.code, caught.value.message, caught.value.exit_code) == ("GenerationServerUnsuitable", message, ExitCode.INSTALLATION_BROKEN)
 
 
 @pytest.mark.parametrize("version", ["0.22.0", "0.31.2", "0.30.0rc1+cu130"])
 def test_supported_versions_are_accepted(version: str, fake: FakeServer, tmp_path: Path) -> None:
     fake.answers["/version"] = {"version": version}
-    client(fake, tmp_path).start()
+    make_client(fake, tmp_path).start()
 
 
 @pytest.mark.parametrize(
@@ -152,30 +155,30 @@ def test_supported_versions_are_accepted(version: str, fake: FakeServer, tmp_pat
         ("close", "GenerationServerEnded", "the vLLM server closed the connection during /v1/completions: Remote end closed connection without response"),
     ],
 )
-def test_each_fault_of_a_request_has_its_code(answer: Any, code: str, message: str, fake: FakeServer, tmp_path: Path) -> None:
+def test_each_fault_of_an_answer_has_its_own_code(answer: Any, code: str, message: str, fake: FakeServer, tmp_path: Path) -> None:
     fake.answers["/v1/completions"] = answer
     with pytest.raises(PeerError) as caught:
-        client(fake, tmp_path, timeout=0.2).post("/v1/completions", {})
+        make_client(fake, tmp_path, timeout=0.2).post("/v1/completions", {})
     assert (caught.value.code, caught.value.message) == (code, message)
 
 
-def test_a_lost_connection_is_explained_by_the_end_of_the_server(fake: FakeServer, tmp_path: Path) -> None:
+def test_a_lost_connection_is_reported_with_the_reason_why_the_server_ended(fake: FakeServer, tmp_path: Path) -> None:
     fake.answers["/v1/completions"] = "close"
     (tmp_path / names.GENERATION_END_FILE).write_text('{"message": "exit code -9: no log line"}')
     with pytest.raises(PeerError, match="GenerationServerEnded: the vLLM server ended: exit code -9: no log line"):
-        client(fake, tmp_path).post("/v1/completions", {})
+        make_client(fake, tmp_path).post("/v1/completions", {})
 
 
-def test_a_proxy_of_the_environment_is_not_asked(fake: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_do_not_use_the_proxy_of_the_environment(fake: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.delenv("NO_PROXY", raising=False)
-    client(fake, tmp_path).start()
+    make_client(fake, tmp_path).start()
 
 
-def test_reloading_also_drops_what_was_computed_with_the_old_weights(fake: FakeServer, tmp_path: Path) -> None:
+def test_reloading_weights_also_clears_the_prefix_cache(fake: FakeServer, tmp_path: Path) -> None:
     fake.answers |= {"/collective_rpc": {"results": [None]}, "/reset_prefix_cache": (200, "")}
-    client(fake, tmp_path).reload_weights()
+    make_client(fake, tmp_path).reload_weights()
     assert fake.requests == [("/collective_rpc", {"method": "reload_weights"}), ("/reset_prefix_cache", {})]
 
 
@@ -200,14 +203,14 @@ def folder(serve: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def write_program(folder: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Put a shell script in place of vLLM."""
+    """Write a shell script that runs in place of vLLM."""
     (folder / "bin").mkdir()
     (folder / "bin/vllm").write_text(f"#!/bin/sh\n{text}\n")
     (folder / "bin/vllm").chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder / 'bin'}:/usr/bin:/bin")
 
 
-def test_both_sides_use_the_same_names(serve: ModuleType) -> None:
+def test_trainer_and_server_program_use_the_same_file_names(serve: ModuleType) -> None:
     assert (serve.CONTRACT_VERSION, serve.DEFAULT_FOLDER) == (names.GENERATION_CONTRACT_VERSION, names.GENERATION_MOUNT)
     text = (ROOT / "vllm-image/serve.py").read_text()
     for name in (names.GENERATION_OPTIONS_FILE, names.GENERATION_END_FILE, names.GENERATION_MODEL_FOLDER):
@@ -215,7 +218,7 @@ def test_both_sides_use_the_same_names(serve: ModuleType) -> None:
 
 
 def test_the_command_contains_all_options(serve: ModuleType) -> None:
-    assert serve.serve_command(Path("/work/generation"), OPTIONS_ON_WIRE) == [
+    assert serve.build_server_command(Path("/work/generation"), OPTIONS_ON_WIRE) == [
         "vllm", "serve", "/work/generation/model", "--host", "127.0.0.1", "--port", "8100", "--tensor-parallel-size", "2",
         "--gpu-memory-utilization", "0.9", "--dtype", "bfloat16", "--max-model-len", "2048", "--seed", "42",
         "--generation-config", "vllm", "--logprobs-mode", "processed_logprobs",
@@ -253,7 +256,7 @@ def test_a_server_that_has_ended_is_not_started_again(serve: ModuleType, folder:
     assert json.loads((folder / "ended.json").read_text()) == {"message": "exit code 9"}
 
 
-def test_a_container_that_was_killed_with_its_server_reports_it_after_the_restart(
+def test_a_container_that_was_killed_with_its_server_reports_the_end_after_its_restart(
     serve: ModuleType, folder: Path, fake: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_program(folder, "touch served", monkeypatch)
@@ -270,4 +273,4 @@ def test_a_container_that_was_killed_with_its_server_reports_it_after_the_restar
     assert not (folder / "served").exists()
     fake.answers["/health"] = (503, "loading")
     with pytest.raises(PeerError, match=r"the vLLM server ended: its container was killed, .* trainer\.grpo\.generation\.memory"):
-        client(fake, folder).start()
+        make_client(fake, folder).start()

@@ -1,4 +1,4 @@
-"""The heavy libraries that a job imports."""
+"""A job imports only the heavy libraries that it needs."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from transformers import trainer_optimizer
 from tests.support.learning import make_run
 
 
-def test_every_bitsandbytes_optimizer_imports_bitsandbytes(tmp_path: Path) -> None:
-    """bitsandbytes is hidden from jobs that do not need the package. A job with an optimizer of bitsandbytes needs it."""
+def test_every_bitsandbytes_optimizer_needs_bitsandbytes(tmp_path: Path) -> None:
+    """bitsandbytes is hidden from jobs that do not need it. A job with an optimizer of bitsandbytes needs the package."""
     for optimizer in trainer_optimizer._BITSANDBYTES_OPTIMIZERS:
         run, _ = make_run(tmp_path, tmp_path / "model", {"training": {"optimizer": str(optimizer.value)}})
         assert imports.needs_bitsandbytes(run), optimizer
@@ -25,17 +25,17 @@ def test_bitsandbytes_stays_visible_for_a_base_model_that_another_job_quantised(
     run, _ = make_run(tmp_path, tmp_path / "model")
     program = (
         "import sys; from finetune_api.pod import RunConfig; from finetune_trainer import imports; "
-        "run = RunConfig.model_validate_json(sys.stdin.read()); imports.hide_unneeded(run, keeps_bitsandbytes={}); "
+        "run = RunConfig.model_validate_json(sys.stdin.read()); imports.hide_unneeded_libraries(run, keeps_bitsandbytes={}); "
         "print([name for name in ('bitsandbytes', 'wandb') if name in sys.modules])"
     )
-    for keeps, hidden in ((True, ["wandb"]), (False, ["bitsandbytes", "wandb"])):
-        command = [sys.executable, "-c", program.format(keeps)]
+    for keeps_bitsandbytes, hidden in ((True, ["wandb"]), (False, ["bitsandbytes", "wandb"])):
+        command = [sys.executable, "-c", program.format(keeps_bitsandbytes)]
         done = subprocess.run(command, input=run.model_dump_json(by_alias=True), capture_output=True, text=True)
         assert (done.returncode, done.stdout) == (0, f"{hidden}\n"), done.stderr
 
 
 def test_a_rank_imports_only_the_packages_that_its_job_needs(tmp_path: Path) -> None:
-    """TRL imports wandb and mlflow if they are installed, which takes 0.6 s and 2 s. Another process sends values to trackers."""
+    """TRL imports wandb and mlflow if they are installed, which takes 0.6 s and 2 s. A rank needs neither: another process sends values to trackers."""
     tracking = {"reportTo": ["mlflow"], "mlflow": {"trackingUri": "http://mlflow.mlops:5000"}}
     run, _ = make_run(tmp_path, tmp_path / "model", {"tracking": tracking, "dataset": {"numProc": 3}})
     done = subprocess.run([sys.executable, "-c", PRELOAD], input=run.model_dump_json(by_alias=True), capture_output=True, text=True)
@@ -62,9 +62,14 @@ import boto3, scipy.optimize
 print(is_scipy_available())
 print(sum(name.endswith("/models/zamba/modeling_zamba.py") for name in opened))
 """
-"""Prints: collections of garbage during the imports, and the state of the collector; packages that the job does not need; whether PEFT finds
-bitsandbytes, and variables of libraries; whether transformers finds scipy, which was hidden during the imports; how often transformers has read
-the file of a model that the job does not use."""
+"""A program that prints five lines about the imports:
+
+1. how many garbage collections ran, whether the collector is enabled, and how many objects it has frozen
+2. the imported packages that the job does not need
+3. whether PEFT finds bitsandbytes, and the values of two environment variables
+4. whether transformers finds scipy, which was hidden during the imports
+5. how often transformers has read the file of a model that the job does not use
+"""
 
 
 def test_a_job_with_a_quantised_base_model_needs_bitsandbytes(tmp_path: Path) -> None:
@@ -73,7 +78,7 @@ def test_a_job_with_a_quantised_base_model_needs_bitsandbytes(tmp_path: Path) ->
 
 
 def test_transformers_reads_its_model_files_once() -> None:
-    """Without `reuse_list_of_models`, transformers would make two lists. The reused list equals the one that transformers would make."""
+    """Without `reuse_list_of_models`, transformers would read the files twice. The reused list equals the list that transformers would make."""
     program = (
         "import transformers; from transformers.utils import import_utils as lists; from finetune_trainer import imports; "
         "imports.reuse_list_of_models(); models = transformers.models; print(lists.define_import_structure.cache_info().misses); "
@@ -86,7 +91,7 @@ def test_transformers_reads_its_model_files_once() -> None:
 
 
 def test_rouge_imports_nltk_without_scipy_and_scikit_learn() -> None:
-    """nltk would import both for functions that no metric uses, which takes two seconds. Both can be imported later."""
+    """nltk would import both packages for functions that no metric uses, which takes two seconds. Both can still be imported later."""
     program = (
         "import sys; from finetune_trainer.evaluation import text_metrics as metrics; from finetune_trainer.evaluation.predictions import Prediction; "
         "answer = Prediction(system_prompt=None, user_prompt='2 + 2?', assistant_response='It is running', ground_truth='It runs'); "

@@ -68,7 +68,7 @@ def recording_trainer(folder: Path, **options: Any) -> RecordingTrainer:
     return RecordingTrainer(model=OneWeightModel(), args=args, train_dataset=rows, eval_dataset=rows)
 
 
-def test_every_public_hook_overrides_one_private_method_of_the_trainer() -> None:
+def test_every_public_hook_belongs_to_one_private_method_of_the_trainer() -> None:
     private = [name for name, value in vars(internals.OpenTrainer).items() if name.startswith("_") and callable(value)]
     overridden = [name for name in private if not name.startswith("__")]
     assert len(overridden) == len(HOOK_NAMES)
@@ -119,8 +119,8 @@ def test_a_rank_uses_one_of_several_devices(tmp_path: Path) -> None:
     assert args.train_batch_size == 4
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_the_head_is_among_the_tied_weights_of_a_model_that_ties_it(tied: bool) -> None:
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_the_head_is_among_the_weights_that_a_model_can_tie(is_tied: bool) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = {
@@ -130,13 +130,13 @@ def test_the_head_is_among_the_tied_weights_of_a_model_that_ties_it(tied: bool) 
         "num_hidden_layers": 1,
         "num_attention_heads": 1,
     }
-    names = internals.tied_weight_names(LlamaForCausalLM(LlamaConfig(tie_word_embeddings=tied, **sizes)))
+    names = internals.tied_weight_names(LlamaForCausalLM(LlamaConfig(tie_word_embeddings=is_tied, **sizes)))
     assert "lm_head.weight" in names
     assert internals.tied_weight_names(OneWeightModel()) == set()
 
 
-def reference_passes(folder: Path, model: Path) -> tuple[Any, Any]:
-    """Build a DPO trainer with LoRA, and return it and its PEFT model."""
+def build_dpo_trainer(folder: Path, model: Path) -> tuple[Any, Any]:
+    """Build a DPO trainer with LoRA. Return the trainer and its PEFT model."""
     from datasets import Dataset
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -157,10 +157,10 @@ def test_a_cheap_switch_activates_the_adapters_that_peft_would_activate(model: P
     def active_adapters() -> list[Any]:
         return [net.active_adapter, net.base_model.active_adapter, *(getattr(one, "active_adapter", None) for one in net.modules())]
 
-    trainer, net = reference_passes(tmp_path, model)
+    trainer, net = build_dpo_trainer(tmp_path, model)
     with torch.no_grad():
         with use_adapter(net, "ref"):
-            pass  # PEFT replaces the initial list ["default"] by its only value
+            pass  # The first switch changes the initial value ["default"] to "default".
         before = active_adapters()
         with use_adapter(net, "ref"):
             expected = active_adapters()
@@ -176,10 +176,10 @@ def test_a_cheap_switch_activates_the_adapters_that_peft_would_activate(model: P
         assert [name for name, one in net.named_parameters() if one.requires_grad] == trained
 
 
-def test_functions_of_trl_are_replaced_within_the_context_only(model: Path, tmp_path: Path) -> None:
+def test_functions_of_trl_are_only_replaced_within_the_context(model: Path, tmp_path: Path) -> None:
     from trl.trainer import dpo_trainer
 
-    trainer, net = reference_passes(tmp_path, model)
+    trainer, net = build_dpo_trainer(tmp_path, model)
     names = ("is_peft_model", "use_adapter", "disable_gradient_checkpointing")
     originals = [getattr(dpo_trainer, name) for name in names]
     with internals.cheap_reference_passes(trainer):
@@ -191,7 +191,7 @@ def test_functions_of_trl_are_replaced_within_the_context_only(model: Path, tmp_
     assert "unwrap_model" not in vars(trainer.accelerator)
 
 
-def test_the_active_attention_follows_a_later_change(model: Path) -> None:
+def test_the_reported_attention_follows_a_later_change(model: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     loaded = AutoModelForCausalLM.from_pretrained(model, attn_implementation="sdpa")
@@ -211,7 +211,7 @@ def test_models_that_pass_document_boundaries_are_known_by_their_class(model_typ
     assert internals.passes_document_boundaries(AutoConfig.for_model(model_type)) is expected
 
 
-def test_a_configuration_of_foreign_code_passes_no_document_boundaries() -> None:
+def test_a_model_with_code_of_its_own_passes_no_document_boundaries() -> None:
     from transformers import LlamaConfig
 
     class ForeignConfig(LlamaConfig):
@@ -220,7 +220,7 @@ def test_a_configuration_of_foreign_code_passes_no_document_boundaries() -> None
     assert not internals.passes_document_boundaries(ForeignConfig())
 
 
-def test_a_quantised_model_is_accepted_inside_the_context_only() -> None:
+def test_a_quantised_model_is_only_accepted_within_the_context() -> None:
     from transformers.trainer_utils import validate_quantization_for_training
 
     quantizer = SimpleNamespace(is_trainable=True, is_qat_trainable=False)
@@ -248,7 +248,7 @@ def test_a_new_accelerator_state_reports_fsdp_on_cpu() -> None:
         AcceleratorState._reset_state(True)
 
 
-def overriding_class(module: str, name: str) -> type:
+def import_class(module: str, name: str) -> type:
     import importlib
 
     return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
@@ -258,14 +258,14 @@ def overriding_class(module: str, name: str) -> type:
     ("module", "name"), [("trl.trainer.dpo_trainer", "DPOTrainer"), ("trl.trainer.kto_trainer", "KTOTrainer")]
 )
 def test_trl_prepares_rows_with_the_arguments_that_the_override_expects(module: str, name: str) -> None:
-    trainer = overriding_class(module, name)
+    trainer = import_class(module, name)
     expected = list(inspect.signature(internals.OwnDatasetPreparation._prepare_dataset).parameters)
     assert list(inspect.signature(trainer._prepare_dataset).parameters) == expected  # type: ignore[attr-defined]
     assert 'self._prepare_dataset(train_dataset, processing_class, args, "train")' in inspect.getsource(trainer)
 
 
 def test_trl_generates_completions_through_the_overridden_method() -> None:
-    trainer = overriding_class("trl.trainer.grpo_trainer", "GRPOTrainer")
+    trainer = import_class("trl.trainer.grpo_trainer", "GRPOTrainer")
     assert "self._generate_single_turn(" in inspect.getsource(trainer._generate)  # type: ignore[attr-defined]
 
     class PlainTrainer:
@@ -281,7 +281,7 @@ def test_trl_generates_completions_through_the_overridden_method() -> None:
 
 
 def test_trl_still_has_the_methods_that_are_replaced_for_a_vllm_server() -> None:
-    """`tests/pod/objectives/test_generation_server.py` runs them; this test names the method that an upgrade of TRL has changed."""
+    """`tests/pod/objectives/test_generation_server.py` runs the methods. This test shows which of them an upgrade of TRL has changed."""
     from trl.generation.vllm_client import VLLMClient
     from trl.generation.vllm_generation import VLLMGeneration
     from trl.trainer import grpo_trainer
@@ -318,13 +318,13 @@ def test_base_weights_survive_a_merge_bit_for_bit(model: Path) -> None:
         wrapped.merge_adapter()
         assert changed_weights() == names
         wrapped.unmerge_adapter()
-        assert changed_weights() == names, "without rounding, this test shows nothing"
+        assert changed_weights() == names, "if merging did not round, this test would show nothing"
     assert changed_weights() == [] and len(names) == 2
 
 
 @pytest.fixture
 def trained_sft(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """An SFT trainer after two steps without a log line."""
+    """An SFT trainer that has trained two steps without logging a line."""
     from trl.trainer.sft_trainer import SFTTrainer
 
     built: list[Any] = []
@@ -364,10 +364,10 @@ def peft_model(model: Path, **options: Any) -> Any:
 
 def test_modules_that_peft_copies_are_found_with_their_original(model: Path) -> None:
     wrapped = peft_model(model, modules_to_save=["lm_head"])
-    ((name, original),) = internals.copied_modules(wrapped).items()
+    ((name, original),) = internals.find_copied_modules(wrapped).items()
     assert name.endswith("lm_head")
     assert isinstance(original, torch.nn.Linear) and not original.weight.requires_grad
-    assert internals.copied_modules(peft_model(model)) == {}
+    assert internals.find_copied_modules(peft_model(model)) == {}
 
 
 def test_a_head_with_trained_rows_lacks_its_bias_until_it_is_exposed(model: Path) -> None:
@@ -385,7 +385,7 @@ def test_lora_is_a_continuable_adapter_type_and_an_unknown_type_is_not() -> None
 
 
 def test_deepspeed_loads_no_compiled_operation_for_its_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the setting, DeepSpeed asks the builder, which compiles a C++ extension. The builder is replaced so that nothing is compiled."""
+    """By default, DeepSpeed calls a builder, which compiles a C++ extension. The test replaces the builder, so that nothing is compiled."""
     import deepspeed
     from deepspeed.comm.torch import build_shm_op
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder

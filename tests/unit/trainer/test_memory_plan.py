@@ -1,4 +1,4 @@
-"""The memory plan of a run, and the measured peak beside it."""
+"""The memory plan of a run, its measured peak, and the advice after its GPU had no memory left."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from finetune_trainer.channel import Channel  # noqa: E402 - the module needs to
 from finetune_trainer.memory_plan import (  # noqa: E402 - the module needs torch
     MeasuredMemory,
     advise_after_out_of_memory,
-    facts_of_run,
-    plan_with_facts,
+    collect_memory_facts,
+    describe_refused_allocation,
+    plan_memory_of_run,
     plan_work_of_run,
-    refused_allocation,
 )
 from finetune_trainer.train import TrainingSession  # noqa: E402 - the module needs torch
 from transformers import AutoConfig  # noqa: E402 - the module needs torch
@@ -39,14 +39,14 @@ def config_of(model_type: str = "llama") -> Any:
     )
 
 
-def planned(run: Any, config: Any, **known: Any) -> MemoryPlan | None:
-    return plan_with_facts(run, config, facts_of_run(run, config, **known))
+def plan_from_facts(run: Any, config: Any, **known: Any) -> MemoryPlan | None:
+    return plan_memory_of_run(run, config, collect_memory_facts(run, config, **known))
 
 
 def test_the_plan_knows_which_layers_recompute() -> None:
-    # The largest micro-batch has 4 x 512 tokens. Activations of 5 layers fit, and one place is left for the layer that is recomputed.
+    # The largest micro-batch has 4 x 512 tokens. Activations of 5 layers fit: 4 layers keep theirs, and one layer at a time is recomputed.
     all_kept, some_kept, none_kept = (
-        planned(run_of(), config_of(), **(KNOWN | {"recomputes": recomputes, "kept_layer_tokens": kept}))
+        plan_from_facts(run_of(), config_of(), **(KNOWN | {"recomputes": recomputes, "kept_layer_tokens": kept}))
         for recomputes, kept in ((False, None), (True, 5 * 2048), (True, None))
     )
     assert all_kept is not None and some_kept is not None and none_kept is not None
@@ -54,20 +54,20 @@ def test_the_plan_knows_which_layers_recompute() -> None:
     assert all_kept.parts.weights == some_kept.parts.weights == none_kept.parts.weights
 
 
-def test_the_plan_of_a_configuration_of_transformers_has_its_sizes() -> None:
-    plan = planned(run_of(), config_of("qwen3"), **KNOWN)
+def test_the_plan_uses_the_sizes_in_the_configuration_of_the_model() -> None:
+    plan = plan_from_facts(run_of(), config_of("qwen3"), **KNOWN)
     assert plan is not None
     layers = 8 * (3 * 512 * 2048 + 2 * 512 * 8 * 128 + 2 * 512 * 2 * 128 + 2 * 512 + 2 * 128)
     adapters = 8 * 16 * (2 * (512 + 1024) + 2 * (512 + 256) + 3 * (512 + 2048))
     assert plan.parts.weights == 2 * (layers + 2 * 1000 * 512 + 512) + 4 * adapters
 
 
-def test_a_run_that_the_plan_does_not_know_has_none() -> None:
-    assert planned(run_of(trainer={"type": "dpo"}), config_of(), **KNOWN) is None
-    assert planned(run_of(), AutoConfig.for_model("gpt2"), **KNOWN) is None
+def test_a_kind_of_run_that_the_plan_does_not_know_has_no_plan() -> None:
+    assert plan_from_facts(run_of(trainer={"type": "dpo"}), config_of(), **KNOWN) is None
+    assert plan_from_facts(run_of(), AutoConfig.for_model("gpt2"), **KNOWN) is None
 
 
-def test_the_work_of_a_run_follows_from_its_counts() -> None:
+def test_the_work_of_a_run_follows_from_its_counts_of_rows_and_tokens() -> None:
     counts = {"rows": {"train": 160}, "tokens": {"train": {"tokens": 16_000}}}
     work = plan_work_of_run(run_of(), config_of(), counts, None)
     assert work is not None and (work.steps, work.tokens) == (3 * 160 // 16, 3 * 16_000)
@@ -102,24 +102,24 @@ def test_the_needed_memory_contains_the_refused_request_but_not_other_programs(m
     gib = 2**30
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 * gib, 80 * gib))  # 79 GiB are in use, 29 of them by another program
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 50 * gib - 500 * 2**20)
-    refused = refused_allocation(torch.OutOfMemoryError(message), torch.device("cuda", 0))
+    refused = describe_refused_allocation(torch.OutOfMemoryError(message), torch.device("cuda", 0))
     assert refused == RefusedAllocation(needed_bytes=50 * gib + requested, available_bytes=51 * gib)
 
 
 def test_advice_follows_from_the_facts_of_the_run() -> None:
     run, config = run_of(), config_of()
-    facts = facts_of_run(run, config, **(KNOWN | {"recomputes": False}))
-    plan = plan_with_facts(run, config, facts)
+    facts = collect_memory_facts(run, config, **(KNOWN | {"recomputes": False}))
+    plan = plan_memory_of_run(run, config, facts)
     assert plan is not None
     advice = advise_after_out_of_memory(run, config, facts, RefusedAllocation(plan.expected_bytes + 2, plan.expected_bytes + 1))
-    # The activations of all layers were kept. The same micro-batch fits if they are recomputed.
+    # All layers kept their activations. The same micro-batch fits if the layers recompute them.
     assert (advice.planned_bytes, advice.batch_size_per_device, advice.gradient_checkpointing, advice.fits) == (plan.expected_bytes, 4, "enabled", True)
 
 
-def test_recomputation_that_the_plan_disabled_is_no_value_of_the_user() -> None:
+def test_advice_enables_recomputation_only_if_the_user_did_not_disable_it() -> None:
     run, config = run_of(training={"batchSizePerDevice": 4, "gradientCheckpointing": "disabled"}), config_of()
-    facts = facts_of_run(run, config, **(KNOWN | {"recomputes": False}))
-    plan = plan_with_facts(run, config, facts)
+    facts = collect_memory_facts(run, config, **(KNOWN | {"recomputes": False}))
+    plan = plan_memory_of_run(run, config, facts)
     assert plan is not None
     refused = RefusedAllocation(plan.expected_bytes + 2, plan.expected_bytes + 1)
     by_origin = [
@@ -130,13 +130,13 @@ def test_recomputation_that_the_plan_disabled_is_no_value_of_the_user() -> None:
 
 
 def failed_session(monkeypatch: pytest.MonkeyPatch, channel: Channel, *, device: str = "cuda", is_training: bool = True, trainer_type: str = "sft") -> Any:
-    """A session whose GPU has no memory left, with the facts of its run."""
+    """Return a training session whose GPU has no memory left."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1, 80 * 2**30))
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 70 * 2**30)
     session = object.__new__(TrainingSession)
     run, config = run_of(trainer={"type": trainer_type}), config_of()
     session.run, session.config, session.channel = run, config, channel
-    session.memory_facts = facts_of_run(run, config, **(KNOWN | {"recomputes": False}))
+    session.memory_facts = collect_memory_facts(run, config, **(KNOWN | {"recomputes": False}))
     session.hardware = SimpleNamespace(device=torch.device(device))
     session.trainer = SimpleNamespace(model=SimpleNamespace(training=is_training))
     return session
@@ -145,7 +145,7 @@ def failed_session(monkeypatch: pytest.MonkeyPatch, channel: Channel, *, device:
 @pytest.mark.parametrize(
     ("case", "messages"),
     [({}, ["outOfMemory"]), ({"is_training": False}, []), ({"device": "cpu"}, []), ({"trainer_type": "dpo"}, [])],
-    ids=["training", "evaluation", "without a GPU", "not planned"],
+    ids=["training", "evaluation", "without a GPU", "not plan_from_facts"],
 )
 def test_only_a_planned_optimizer_step_on_a_gpu_sends_advice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: dict[str, Any], messages: list[str]

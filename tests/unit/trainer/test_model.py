@@ -1,4 +1,4 @@
-"""Base models: refusals before the weights are loaded, and the behaviour of a loaded model."""
+"""Base models that do not fit the spec are refused before their weights are loaded. Loaded models can be trained."""
 
 from __future__ import annotations
 
@@ -28,30 +28,30 @@ def test_a_base_stored_by_bitsandbytes_needs_the_bits_in_the_spec(bits: int, tmp
 
 
 @pytest.mark.parametrize(
-    ("modality", "kind", "expected"),
+    ("modality", "model_kind", "expected"),
     [
         ("text", "causal", "AutoModelForCausalLM"), ("visionLanguage", "causal", "AutoModelForImageTextToText"),
         ("text", "reward", "AutoModelForSequenceClassification"),
     ],
 )  # fmt: skip
-def test_the_class_follows_from_the_modality_and_the_kind_of_model(tmp_path: Path, modality: str, kind: str, expected: str) -> None:
+def test_the_class_follows_from_the_modality_and_the_kind_of_model(tmp_path: Path, modality: str, model_kind: str, expected: str) -> None:
     run, _ = make_run(tmp_path, tmp_path / "model", spec={"model": {"modality": modality}})
-    assert model_class(run, kind).__name__ == expected
+    assert model_class(run, model_kind).__name__ == expected
 
 
 def test_gradients_of_a_4_bit_base_are_the_same_after_an_evaluation(tmp_path: Path) -> None:
-    """Without the change, bitsandbytes packs the weights of CPUs with AVX512-BF16 at the first evaluation, and the gradient is lost."""
+    """On CPUs with AVX512-BF16, bitsandbytes would pack the weights at the first evaluation, and the gradients would be lost."""
     run, inputs = make_run(tmp_path, make_tiny_model(tmp_path / "model", attention_bias=True), spec={"model": {"quantization": {"bits": 4}}})
     model, _ = load_model(run, inputs, Hardware(torch.device("cpu"), "cpu", torch.float32, False, False, "sdpa"))
     vectors = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0))
 
-    def gradient() -> torch.Tensor:
+    def compute_gradient() -> torch.Tensor:
         inputs_embeds = vectors.clone().requires_grad_()
         model.train()(inputs_embeds=inputs_embeds).logits.square().sum().backward()
         assert inputs_embeds.grad is not None
         return inputs_embeds.grad
 
-    before = gradient()
+    before = compute_gradient()
     with torch.no_grad():
         model.eval()(inputs_embeds=vectors)
-    assert before.abs().max() > 0 and torch.equal(gradient(), before)
+    assert before.abs().max() > 0 and torch.equal(compute_gradient(), before)

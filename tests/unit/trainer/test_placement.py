@@ -10,27 +10,27 @@ import pytest
 import torch
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.stages import final_model
-from finetune_trainer.stages.placement import MEMORY_FACTOR, must_be_spread, needed_bytes
+from finetune_trainer.stages.placement import MEMORY_FACTOR, estimate_needed_bytes, must_be_spread
 from safetensors.torch import save_file
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A model with 1000 weights in 16 bits."""
+    """The folder of a model with 1000 weights in 16 bits."""
     save_file({"a": torch.zeros(600, dtype=torch.bfloat16), "b": torch.zeros(400, dtype=torch.bfloat16)}, tmp_path / "model.safetensors")
     return tmp_path
 
 
 def test_the_needed_memory_follows_from_the_number_of_weights(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    assert (needed_bytes(folder, 2), needed_bytes(folder, 4)) == (int(2000 * MEMORY_FACTOR), int(4000 * MEMORY_FACTOR))
-    assert needed_bytes(tmp_path_factory.mktemp("empty"), 2) in (None, 0)
+    assert (estimate_needed_bytes(folder, 2), estimate_needed_bytes(folder, 4)) == (int(2000 * MEMORY_FACTOR), int(4000 * MEMORY_FACTOR))
+    assert estimate_needed_bytes(tmp_path_factory.mktemp("empty"), 2) in (None, 0)
 
 
 @pytest.mark.parametrize(
-    ("free", "expected"), [([2400], False), ([2399], False), ([2399, 1], True), ([2000, 2000], True), ([2400, 2400], False), ([1000, 1000], False)]
+    ("free_bytes", "expected"), [([2400], False), ([2399], False), ([2399, 1], True), ([2000, 2000], True), ([2400, 2400], False), ([1000, 1000], False)]
 )
-def test_a_model_is_spread_if_it_fits_only_on_all_gpus_together(folder: Path, free: list[int], expected: bool) -> None:
-    assert must_be_spread(folder, 2, free) is expected
+def test_a_model_is_spread_if_it_fits_only_on_all_gpus_together(folder: Path, free_bytes: list[int], expected: bool) -> None:
+    assert must_be_spread(folder, 2, free_bytes) is expected
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ def run(tmp_path: Path) -> Any:
     return make_run(tmp_path, tmp_path, {"model": {"source": URI}, "dataset": dataset, "method": method})[0]
 
 
-def test_error_messages_do_not_hold_the_signature(run: Any, tmp_path: Path) -> None:
+def test_error_messages_do_not_contain_the_signature(run: Any, tmp_path: Path) -> None:
     inputs: Any = SimpleNamespace(model=tmp_path, adapter=tmp_path)
     for failing_call in (
         lambda: load_config(run, inputs),
@@ -43,13 +43,13 @@ def make_reader() -> Any:
     return SimpleNamespace(summary=SimpleNamespace(notes=[]))
 
 
-def test_notes_do_not_hold_the_signature(run: Any) -> None:
+def test_notes_do_not_contain_the_signature(run: Any) -> None:
     read, row = make_reader(), SimpleNamespace()
     _mix_sources(read.summary, run, [[(0, row)], [(1, row)]])  # type: ignore[arg-type, list-item] # rows are not read
     assert "https://host/jobs/model 1 rows" in read.summary.notes[0] and "hidden" not in read.summary.notes[0]
 
 
-def test_the_adapter_configuration_does_not_hold_the_signature(run: Any, tmp_path: Path) -> None:
+def test_the_adapter_configuration_does_not_contain_the_signature(run: Any, tmp_path: Path) -> None:
     config = tmp_path / "adapter_config.json"
     config.write_text("{}")
     _name_base_by_source(tmp_path, run)

@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 
 
 def listening_addresses(port: int) -> list[str]:
-    """Addresses (hexadecimal, of /proc/net/tcp and tcp6) on which a socket of this machine listens on the port."""
+    """Return the addresses on which sockets of this machine listen on the port, in the hexadecimal form of /proc/net/tcp and tcp6."""
     lines = [line.split() for file in ("tcp", "tcp6") for line in Path("/proc/net", file).read_text().splitlines()[1:]]
     return [fields[1].partition(":")[0] for fields in lines if fields[3] == "0A" and int(fields[1].partition(":")[2], 16) == port]
 

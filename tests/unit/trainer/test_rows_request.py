@@ -1,4 +1,4 @@
-"""The request of the process `check` for stored rows, with a supervisor that loses requests or stays silent."""
+"""The process `check` asks for stored rows, from a supervisor that loses requests, downloads for long or stays silent."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DIGEST = "d" * 64
 
 
 class Clock:
-    """A clock that `sleep` moves by one second. `on_tick` is called at each second."""
+    """A clock that each call of `sleep` moves by one second. `on_tick` is called after each second."""
 
     def __init__(self) -> None:
         self.now, self.on_tick = 1000.0, lambda seconds: None
@@ -34,8 +34,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def wait(work: Path, clock: Clock, on_tick: Callable[[float], None]) -> tuple[list[float], float]:
-    """Wait for the rows. Returns when requests were sent, and when the wait ended."""
+def wait_for_rows(work: Path, clock: Clock, on_tick: Callable[[float], None]) -> tuple[list[float], float]:
+    """Wait for the rows. Returns the seconds at which requests were sent, and the second at which the wait ended."""
     sent: list[float] = []
 
     def send(message: dict[str, Any], _timeout: float) -> bool:
@@ -53,20 +53,20 @@ def test_a_lost_request_is_repeated(tmp_path: Path, clock: Clock) -> None:
         if seconds == 31:
             answer_file(tmp_path, DIGEST).touch()
 
-    assert wait(tmp_path, clock, answer_second_request) == ([0, 30], 31)
+    assert wait_for_rows(tmp_path, clock, answer_second_request) == ([0, 30], 31)
 
 
-def test_a_silent_supervisor_is_not_waited_for_endlessly(tmp_path: Path, clock: Clock) -> None:
-    assert wait(tmp_path, clock, lambda _: None) == ([30.0 * i for i in range(20)], 600)
+def test_the_wait_for_a_silent_supervisor_ends_after_ten_minutes(tmp_path: Path, clock: Clock) -> None:
+    assert wait_for_rows(tmp_path, clock, lambda _: None) == ([30.0 * i for i in range(20)], 600)
 
 
-def test_a_supervisor_that_still_downloads_is_waited_for(tmp_path: Path, clock: Clock) -> None:
-    def show_life(seconds: float) -> None:
+def test_the_wait_goes_on_while_the_supervisor_downloads(tmp_path: Path, clock: Clock) -> None:
+    def touch_working_file(seconds: float) -> None:
         if seconds % 300 == 0 and seconds <= 900:
             working_file(tmp_path, DIGEST).touch()
             os.utime(working_file(tmp_path, DIGEST), ns=(1, int(seconds)))
 
-    assert wait(tmp_path, clock, show_life)[1] == 1500
+    assert wait_for_rows(tmp_path, clock, touch_working_file)[1] == 1500
 
 
 @pytest.mark.parametrize("value", [None, 3, "", "D" * 64, "d" * 63, "d" * 65, "../" + "d" * 61, "d" * 64 + "\n"])

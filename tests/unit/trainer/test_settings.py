@@ -1,4 +1,4 @@
-"""The run configuration of a pod: its checksum, and files of another release."""
+"""A pod checks its run configuration, and reads files and variables of earlier and later releases."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ RUN: dict[str, Any] = {
 def load_run_file(folder: Path, run: dict[str, Any] | bytes, sha256: str | None = None) -> RunConfig:
     file = folder / "run.json"
     file.write_bytes(run if isinstance(run, bytes) else json.dumps(run).encode())
-    settings = replace(Settings.from_env(run_file=str(file), work=str(folder)), run_sha256=sha256)
+    settings = replace(Settings.from_env(run_file=str(file), work_folder=str(folder)), run_sha256=sha256)
     return load_run(settings)[0]
 
 
@@ -36,7 +36,7 @@ def test_a_run_file_with_its_checksum_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("run", "sha256", "kind", "code"),
+    ("run", "sha256", "error_class", "code"),
     [
         (RUN, "0" * 64, InternalError, "RunFileDamaged"),
         (b"{", None, ConfigError, "RunFileInvalid"),
@@ -45,10 +45,10 @@ def test_a_run_file_with_its_checksum_is_read(tmp_path: Path) -> None:
     ],
     ids=["wrong-checksum", "no-json", "wrong-type", "field-of-a-later-release"],
 )
-def test_an_unusable_run_file_is_named(
-    tmp_path: Path, run: dict[str, Any] | bytes, sha256: str | None, kind: type[FineTuneError], code: str
+def test_an_unusable_run_file_is_refused_with_its_code(
+    tmp_path: Path, run: dict[str, Any] | bytes, sha256: str | None, error_class: type[FineTuneError], code: str
 ) -> None:
-    with pytest.raises(kind) as caught:
+    with pytest.raises(error_class) as caught:
         load_run_file(tmp_path, run, sha256)
     assert caught.value.code == code
 
@@ -61,13 +61,13 @@ def test_an_unknown_field_with_its_default_is_ignored(tmp_path: Path) -> None:
     assert load_run_file(tmp_path, later).attempt == 1
 
 
-def test_a_missing_run_file_is_named(tmp_path: Path) -> None:
+def test_the_error_of_a_missing_run_file_names_the_file(tmp_path: Path) -> None:
     with pytest.raises(InternalError, match=r"nothing\.json cannot be read"):
-        load_run(Settings.from_env(run_file=str(tmp_path / "nothing.json"), work=str(tmp_path)))
+        load_run(Settings.from_env(run_file=str(tmp_path / "nothing.json"), work_folder=str(tmp_path)))
 
 
 @pytest.mark.parametrize("name", ["FINETUNE_FINAL_UPLOAD_TIMEOUT_SECONDS", "FINETUNE_FINAL_PATIENCE_SECONDS"])
 def test_the_final_upload_timeout_is_also_read_under_its_old_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Version 0.1.0 documented the old name, and jobs may set it in `placement.env`."""
     monkeypatch.setenv(name, "7")
-    assert Settings.from_env().final_upload_timeout == 7.0
+    assert Settings.from_env().final_upload_timeout_seconds == 7.0

@@ -1,4 +1,4 @@
-"""One 32-bit copy of 16-bit weights for all ranks of a pod."""
+"""All ranks of a pod share one 32-bit copy of 16-bit weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402 - likewise
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """A folder with two weight files, of several number formats and shapes, and a third file with weights that transformers does not read."""
+    """A folder with two weight files in several number formats and shapes, and a third weight file that transformers does not read."""
     folder = tmp_path / "model"
     folder.mkdir()
     tensors = {
@@ -34,7 +34,7 @@ def model(tmp_path: Path) -> Path:
     return folder
 
 
-def test_sixteen_bit_numbers_become_equal_numbers_of_32_bits(model: Path, tmp_path: Path) -> None:
+def test_the_conversion_to_32_bits_keeps_all_values(model: Path, tmp_path: Path) -> None:
     source = model / "a.safetensors"
     shared_weights.write_as_float32(source, read_header(source), tmp_path / "converted.safetensors")
     before, after = load_file(model / "a.safetensors"), load_file(tmp_path / "converted.safetensors")
@@ -50,7 +50,7 @@ def test_all_ranks_load_from_a_folder_that_exists_only_while_the_model_is_loaded
     waits: list[bool] = []
     work = tmp_path / "work"
     work.mkdir()
-    folder = work / shared_weights.FOLDER
+    folder = work / shared_weights.CONVERTED_FOLDER_NAME
     wait = lambda: waits.append(folder.exists())  # noqa: E731 -- the shortest form
     with (
         shared_weights.float32_weights(model, work, converts=True, local_rank_0_first=nullcontext(), wait_for_ranks=wait) as (converted, notes),
@@ -73,11 +73,11 @@ def test_all_ranks_load_from_a_folder_that_exists_only_while_the_model_is_loaded
 def test_without_space_every_rank_loads_the_original_files(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing_bytes: int, is_converted: bool
 ) -> None:
-    """The files that the index names need, converted, 4 bytes for each of the 15 + 2 + 1 + 2 numbers, 2 bytes for the flags, and 24 for the ids."""
+    """The converted files need 4 bytes for each of the 15 + 2 + 1 + 2 numbers, 2 bytes for the flags, and 24 bytes for the ids."""
     space = 4 * 20 + 2 + 24 + shared_weights.DISK_RESERVE_BYTES - missing_bytes
     monkeypatch.setattr(shared_weights, "free_bytes", lambda work: space)
     with shared_weights.float32_weights(model, tmp_path, converts=True, local_rank_0_first=nullcontext(), wait_for_ranks=lambda: None) as (folder, notes):
-        assert (folder == tmp_path / shared_weights.FOLDER) is is_converted
+        assert (folder == tmp_path / shared_weights.CONVERTED_FOLDER_NAME) is is_converted
         assert notes == ([] if is_converted else [
             "every rank loads all weights before they are sharded: the pod's disk has no space for 32-bit copies of the weight files"
         ])  # fmt: skip

@@ -1,4 +1,4 @@
-"""FLOPs per token, utilisation and throughput: comparison with published figures and with counted parameters."""
+"""FLOPs per token, utilisation and throughput agree with published figures and with counted parameters."""
 
 from __future__ import annotations
 
@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from finetune_trainer.speed import ModelShape, SpeedMeter, attention_flops, flops_per_token, peak_of, trained_parameters
+from finetune_trainer.speed import (
+    ModelShape,
+    SpeedMeter,
+    attention_flops,
+    flops_per_token,
+    peak_flops_of,
+    trained_parameters,
+)
 
 from tests.support.learning import run_training
 from tests.support.tiny import make_tiny_model
@@ -37,13 +44,13 @@ def test_a_frozen_base_needs_two_thirds_of_the_matrix_flops() -> None:
 
 
 def test_peak_flops_are_known_by_device_name_and_none_otherwise() -> None:
-    assert peak_of("NVIDIA H100 80GB HBM3") == peak_of("NVIDIA H200") == 989e12
-    assert peak_of("NVIDIA H100 PCIe") == 756e12
-    assert peak_of("NVIDIA A100-SXM4-80GB") == 312e12
-    assert (peak_of("NVIDIA L40"), peak_of("NVIDIA L40S"), peak_of("NVIDIA L4")) == (181e12, 362e12, 121e12)
-    assert peak_of("NVIDIA H100 NVL") == peak_of("NVIDIA H200 NVL") == 835e12
-    assert peak_of("NVIDIA GH200 480GB") == 989e12
-    for other in (
+    assert peak_flops_of("NVIDIA H100 80GB HBM3") == peak_flops_of("NVIDIA H200") == 989e12
+    assert peak_flops_of("NVIDIA H100 PCIe") == 756e12
+    assert peak_flops_of("NVIDIA A100-SXM4-80GB") == 312e12
+    assert (peak_flops_of("NVIDIA L40"), peak_flops_of("NVIDIA L40S"), peak_flops_of("NVIDIA L4")) == (181e12, 362e12, 121e12)
+    assert peak_flops_of("NVIDIA H100 NVL") == peak_flops_of("NVIDIA H200 NVL") == 835e12
+    assert peak_flops_of("NVIDIA GH200 480GB") == 989e12
+    for unknown_device in (
         "cpu",
         "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
         "NVIDIA RTX A1000",
@@ -51,9 +58,9 @@ def test_peak_flops_are_known_by_device_name_and_none_otherwise() -> None:
         "NVIDIA GB200",
         "NVIDIA H20",
     ):
-        assert peak_of(other) is None, other
-    assert peak_of("NVIDIA GeForce RTX 4090") == 165e12
-    assert peak_of("NVIDIA GeForce RTX 4090 Laptop GPU") is peak_of("NVIDIA GeForce RTX 4090 D") is None
+        assert peak_flops_of(unknown_device) is None, unknown_device
+    assert peak_flops_of("NVIDIA GeForce RTX 4090") == 165e12
+    assert peak_flops_of("NVIDIA GeForce RTX 4090 Laptop GPU") is peak_flops_of("NVIDIA GeForce RTX 4090 D") is None
 
 
 def test_meter_measures_throughput_between_log_lines() -> None:
@@ -76,7 +83,7 @@ def llama_model(*, is_tied: bool = False) -> Any:
     )  # fmt: skip
 
 
-def with_lora(model: Any, **options: Any) -> Any:
+def add_lora(model: Any, **options: Any) -> Any:
     from peft import LoraConfig, get_peft_model
 
     return get_peft_model(
@@ -84,11 +91,11 @@ def with_lora(model: Any, **options: Any) -> Any:
     ).get_base_model()
 
 
-def matrix_and_trained_parameters(model: Any) -> tuple[int, int]:
+def count_matrix_and_trained_parameters(model: Any) -> tuple[int, int]:
     return ModelShape.of(model).matrix_parameters, trained_parameters(model)
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("is_tied", [False, True])
 @pytest.mark.parametrize(
     ("options", "trained"),
     [
@@ -101,26 +108,26 @@ def matrix_and_trained_parameters(model: Any) -> tuple[int, int]:
         ),  # PEFT selects every module whose name ends with this text
     ],
 )
-def test_a_module_saved_in_full_is_counted_once(options: dict[str, Any], trained: int, tied: bool) -> None:
-    assert matrix_and_trained_parameters(with_lora(llama_model(is_tied=tied), **options)) == (BODY_PARAMETERS + EMBEDDING_PARAMETERS, trained)
+def test_a_module_saved_in_full_is_counted_once(options: dict[str, Any], trained: int, is_tied: bool) -> None:
+    assert count_matrix_and_trained_parameters(add_lora(llama_model(is_tied=is_tied), **options)) == (BODY_PARAMETERS + EMBEDDING_PARAMETERS, trained)
 
 
 def test_trained_embedding_rows_do_not_hide_the_head() -> None:
-    matrices, trained = matrix_and_trained_parameters(
-        with_lora(llama_model(), trainable_token_indices={"embed_tokens": [1], "lm_head": [1]})
+    matrices, trained = count_matrix_and_trained_parameters(
+        add_lora(llama_model(), trainable_token_indices={"embed_tokens": [1], "lm_head": [1]})
     )
     assert (matrices - BODY_PARAMETERS - EMBEDDING_PARAMETERS, trained) == (HIDDEN_SIZE, HIDDEN_SIZE)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_selected_modules_need_additional_gradient_flops(tied: bool) -> None:
-    model = llama_model(is_tied=tied)
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_modules_that_are_trained_in_full_need_additional_gradient_flops(is_tied: bool) -> None:
+    model = llama_model(is_tied=is_tied)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("layers.1.mlp" in name or "embed_tokens" in name or "lm_head" in name)
-    learned = 3 * HIDDEN_SIZE * MLP_SIZE + EMBEDDING_PARAMETERS  # the embedding lookup is not a matrix product
-    assert matrix_and_trained_parameters(model) == (BODY_PARAMETERS + EMBEDDING_PARAMETERS, learned)
+    trained = 3 * HIDDEN_SIZE * MLP_SIZE + EMBEDDING_PARAMETERS  # the embedding lookup is not a matrix product
+    assert count_matrix_and_trained_parameters(model) == (BODY_PARAMETERS + EMBEDDING_PARAMETERS, trained)
     flops = flops_per_token(ModelShape.of(model), 0, frozen_base=True, trained_count=trained_parameters(model))
-    assert flops == 4 * (BODY_PARAMETERS + EMBEDDING_PARAMETERS) + 2 * learned
+    assert flops == 4 * (BODY_PARAMETERS + EMBEDDING_PARAMETERS) + 2 * trained
 
 
 def test_flops_with_every_parameter_trained_equal_those_of_full_training() -> None:
@@ -129,7 +136,7 @@ def test_flops_with_every_parameter_trained_equal_those_of_full_training() -> No
     assert every_parameter == flops_per_token(shape, 8, frozen_base=False)
 
 
-def test_only_the_selected_experts_of_a_token_are_counted() -> None:
+def test_only_the_experts_to_which_a_token_is_routed_are_counted() -> None:
     from transformers import MixtralConfig, MixtralForCausalLM
 
     model = MixtralForCausalLM(
@@ -140,19 +147,19 @@ def test_only_the_selected_experts_of_a_token_are_counted() -> None:
     )  # fmt: skip
     attention, router, expert, norms = 4 * HIDDEN_SIZE * HIDDEN_SIZE, 8 * HIDDEN_SIZE, 3 * HIDDEN_SIZE * MLP_SIZE, 2 * HIDDEN_SIZE
     layers = LAYER_COUNT * (attention + router + 2 * expert + norms)
-    assert matrix_and_trained_parameters(model) == (layers + HIDDEN_SIZE + EMBEDDING_PARAMETERS,) * 2
+    assert count_matrix_and_trained_parameters(model) == (layers + HIDDEN_SIZE + EMBEDDING_PARAMETERS,) * 2
 
 
 def test_reported_utilisation_counts_the_trained_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from finetune_trainer.objective import sft
 
-    monkeypatch.setattr(sft, "peak_of", lambda name: 1e12)
+    monkeypatch.setattr(sft, "peak_flops_of", lambda name: 1e12)
     method = {"type": "spectrum", "spectrum": {"layers": [1]}}
     outcome = run_training(
         tmp_path, make_tiny_model(tmp_path / "tiny"), {"method": method, "training": {"maxSteps": 2}}
     )
     report = outcome.extra["data"]["tokens"]["train"]
-    matrices, trained = matrix_and_trained_parameters(outcome.model)
+    matrices, trained = count_matrix_and_trained_parameters(outcome.model)
     assert 0 < trained < matrices
     flops = flops_per_token(
         ModelShape.of(outcome.model), report["tokens"] / report["rows"], frozen_base=True, trained_count=trained

@@ -17,7 +17,7 @@ from self_signed import write_certificate
 
 @dataclass(frozen=True)
 class Fault:
-    """A faulty response: another status with headers, or only the first `cut_bytes` bytes of the body."""
+    """A faulty response: one with another status, with additional headers, or with only the first `cut_bytes` bytes of the body."""
 
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
@@ -26,16 +26,19 @@ class Fault:
 
 @dataclass
 class WebServer:
-    """A running server: its address, the file with its certificate, and the requests that it received."""
+    """A running server."""
 
     folder: Path
+    """The folder whose files it serves."""
     url: str
     ca: str
+    """Path of the file with the server's certificate, which clients must trust."""
     faults: list[Fault] = field(default_factory=list)
-    """Faulty responses to the next requests; further requests get the files of the folder."""
+    """Faulty responses to the next requests. All later requests get the files of the folder."""
     serves_ranges: bool = True
+    """Whether the server supports range requests."""
     requests: list[str] = field(default_factory=list)
-    """`METHOD /path?query RANGE` of each request."""
+    """Each request as `METHOD /path?query RANGE`."""
 
 
 class _Server(ThreadingHTTPServer):

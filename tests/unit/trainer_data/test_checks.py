@@ -10,12 +10,12 @@ from finetune_trainer.data.rows import Turn
 
 from tests.support.data import catch_check_error, make_data_run
 
-U, A = Turn("user", "hi"), Turn("assistant", "ho")
+HI, HO = Turn("user", "hi"), Turn("assistant", "ho")
 
 
 @pytest.mark.timeout(30)
-def test_scan_of_a_long_row_without_spaces_takes_linear_time(tmp_path: Path) -> None:
-    """For a row with many dots, a search that restarts at every dot would take minutes."""
+def test_the_scan_of_a_long_row_without_spaces_takes_linear_time(tmp_path: Path) -> None:
+    """A search that restarts at every dot would take minutes for a row with many dots."""
     dots = "a.b-c." * 50_000
     rows = [{"text": dots}, {"text": f"{dots}@{dots}"}, {"text": "to a.b@mail.example.org."}, {"text": "a@b"}]
     run, inputs = make_data_run(tmp_path, {"dataset": {"checks": {"piiScan": True}}}, rows)
@@ -29,7 +29,7 @@ def test_an_answer_that_is_not_json_is_a_bad_row(tmp_path: Path) -> None:
     assert error.code == "AnswerNotJson" and "row 2" in error.message
 
 
-def test_check_results_are_reported(tmp_path: Path) -> None:
+def test_the_results_of_all_checks_are_reported(tmp_path: Path) -> None:
     rows = [
         {"question": "Mail me", "answer": "to a.b@example.org"}, {"question": "Mail me", "answer": "to a.b@example.org"},
         {"question": "Call", "answer": "+49 170 1234567"}, {"question": "Which", "answer": "yes"}, {"question": "What", "answer": "yes"},

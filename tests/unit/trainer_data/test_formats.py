@@ -1,4 +1,4 @@
-"""Every data format: detection, reading, and the errors of bad rows."""
+"""All data formats: detection, reading, and the errors for bad rows."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from finetune_trainer.data.rows import Completion, Conversation, LabelledAnswer,
 
 from tests.support.data import catch_check_error, load_examples, make_data_run
 
-U, A = Turn("user", "hi"), Turn("assistant", "ho")
+HI, HO = Turn("user", "hi"), Turn("assistant", "ho")
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
 CONTENT_PARTS = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
 FORMAT_CASES: dict[str, tuple[str, dict[str, Any], Any]] = {
-    # name: (format recognised, row, example)
-    "messages": ("messages", {"messages": CHAT}, Conversation((U, A))),
-    "messages, parts": ("messages", {"messages": [{"role": "human", "content": CONTENT_PARTS}, CHAT[1]]}, Conversation((U, A))),
-    "conversation column": ("messages", {"conversation": CHAT}, Conversation((U, A))),
-    "weight": ("messages", {"messages": [*CHAT, {**CHAT[1], "weight": 0}]}, Conversation((U, A, Turn("assistant", "ho", 0)))),
-    "thinking": ("messages", {"messages": [CHAT[0], {**CHAT[1], "thinking": "hm"}]}, Conversation((U, Turn("assistant", "ho", 1, {"thinking": "hm"})))),
-    "system column": ("messages", {"system": "Be brief", "messages": CHAT}, Conversation((Turn("system", "Be brief"), U, A))),
-    "sharegpt": ("sharegpt", {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]}, Conversation((U, A))),
-    "sharegpt, role": ("sharegpt", {"conversations": [{"role": "human", "value": "hi"}, {"role": "bot", "value": "ho"}]}, Conversation((U, A))),
-    "alpaca": ("alpaca", {"instruction": "hi", "input": "", "output": "ho"}, Conversation((U, A), role_names=("Instruction", "Output"))),
+    # test id: (detected format, row, expected example)
+    "messages": ("messages", {"messages": CHAT}, Conversation((HI, HO))),
+    "messages, parts": ("messages", {"messages": [{"role": "human", "content": CONTENT_PARTS}, CHAT[1]]}, Conversation((HI, HO))),
+    "conversation column": ("messages", {"conversation": CHAT}, Conversation((HI, HO))),
+    "weight": ("messages", {"messages": [*CHAT, {**CHAT[1], "weight": 0}]}, Conversation((HI, HO, Turn("assistant", "ho", 0)))),
+    "thinking": ("messages", {"messages": [CHAT[0], {**CHAT[1], "thinking": "hm"}]}, Conversation((HI, Turn("assistant", "ho", 1, {"thinking": "hm"})))),
+    "system column": ("messages", {"system": "Be brief", "messages": CHAT}, Conversation((Turn("system", "Be brief"), HI, HO))),
+    "sharegpt": ("sharegpt", {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]}, Conversation((HI, HO))),
+    "sharegpt, role": ("sharegpt", {"conversations": [{"role": "human", "value": "hi"}, {"role": "bot", "value": "ho"}]}, Conversation((HI, HO))),
+    "alpaca": ("alpaca", {"instruction": "hi", "input": "", "output": "ho"}, Conversation((HI, HO), role_names=("Instruction", "Output"))),
     "alpaca, input": (
         "alpaca", {"instruction": "hi", "input": "x", "output": "ho"},
-        Conversation((Turn("user", "hi\n\nx"), A), role_names=("Instruction", "Output")),
+        Conversation((Turn("user", "hi\n\nx"), HO), role_names=("Instruction", "Output")),
     ),
-    "instruction": ("instruction", {"instruction": "hi", "response": "ho"}, Conversation((U, A), role_names=("Instruction", "Response"))),
-    "qa": ("qa", {"question": "hi", "answer": "ho"}, Conversation((U, A), role_names=("Question", "Answer"))),
-    "qa, capitals": ("qa", {"Question": "hi", "Response": "ho"}, Conversation((U, A), role_names=("Question", "Answer"))),
-    "qa, context": ("qa", {"question": "hi", "answer": "ho", "context": "c"}, Conversation((Turn("user", "c\n\nhi"), A), role_names=("Question", "Answer"))),
+    "instruction": ("instruction", {"instruction": "hi", "response": "ho"}, Conversation((HI, HO), role_names=("Instruction", "Response"))),
+    "qa": ("qa", {"question": "hi", "answer": "ho"}, Conversation((HI, HO), role_names=("Question", "Answer"))),
+    "qa, capitals": ("qa", {"Question": "hi", "Response": "ho"}, Conversation((HI, HO), role_names=("Question", "Answer"))),
+    "qa, context": ("qa", {"question": "hi", "answer": "ho", "context": "c"}, Conversation((Turn("user", "c\n\nhi"), HO), role_names=("Question", "Answer"))),
     "mcq": (
         "mcq", {"question": "hi", "options": {"A": "x", "B": "y"}, "answer": "B", "meta_info": "m"},
         Conversation((Turn("user", "hi\nA. x\nB. y"), Turn("assistant", "B")), role_names=("Question", "Answer"), columns={"options": ("A", "B")}),
@@ -44,20 +44,20 @@ FORMAT_CASES: dict[str, tuple[str, dict[str, Any], Any]] = {
         Conversation((Turn("user", "hi\nA. x\nB. y"), Turn("assistant", "A")), role_names=("Question", "Answer"), columns={"options": ("A", "B")}),
     ),
     "promptCompletion": ("promptCompletion", {"prompt": "hi", "completion": "ho"}, Completion("hi", "ho")),
-    "promptCompletion, turns": ("promptCompletion", {"prompt": CHAT[:1], "completion": CHAT[1:]}, Conversation((Turn("user", "hi", 0), A))),
+    "promptCompletion, turns": ("promptCompletion", {"prompt": CHAT[:1], "completion": CHAT[1:]}, Conversation((Turn("user", "hi", 0), HO))),
     "plainText": ("plainText", {"text": "hi ho"}, Text("hi ho")),
     "tree": (
         "oasst", {"prompt": {"text": "hi", "role": "prompter", "replies": [
             {"text": "no", "role": "assistant", "rank": 1, "replies": []}, {"text": "ho", "role": "assistant", "rank": 0, "replies": []}]}},
-        Conversation((U, A)),
+        Conversation((HI, HO)),
     ),
 }  # fmt: skip
 ANSWER_NO = {"role": "assistant", "content": "no"}
 SYSTEM_BE = {"role": "system", "content": "be"}
 SYSTEM_BECOME = {"role": "system", "content": "become"}
 QUESTION_AND = {"role": "user", "content": "and"}
-ANSWER_TURNS = ((A,), (Turn("assistant", "no"),))
-PAIR_OF_TURNS = Preference((U,), *ANSWER_TURNS)
+ANSWER_TURNS = ((HO,), (Turn("assistant", "no"),))
+PAIR_OF_TURNS = Preference((HI,), *ANSWER_TURNS)
 PREFERENCE_CASES: dict[str, tuple[str, dict[str, Any], Any]] = {
     "text": ("dpo", {"prompt": "hi", "chosen": "ho", "rejected": "no"}, Preference("hi", "ho", "no")),
     "capitals": ("dpo", {"Question": "hi", "Chosen": "ho", "Rejected": "no"}, Preference("hi", "ho", "no")),
@@ -73,36 +73,36 @@ PREFERENCE_CASES: dict[str, tuple[str, dict[str, Any], Any]] = {
     ),
     "answers that begin with a second question": (
         "dpo", {"prompt": CHAT, "chosen": [QUESTION_AND, CHAT[1]], "rejected": [QUESTION_AND, ANSWER_NO]},
-        Preference((U, A), (Turn("user", "and"), *ANSWER_TURNS[0]), (Turn("user", "and"), *ANSWER_TURNS[1])),
+        Preference((HI, HO), (Turn("user", "and"), *ANSWER_TURNS[0]), (Turn("user", "and"), *ANSWER_TURNS[1])),
     ),
     "empty prompt, each answer is a complete conversation": ("dpo", {"prompt": "", "chosen": CHAT, "rejected": [CHAT[0], ANSWER_NO]}, PAIR_OF_TURNS),
     "empty prompt and labelled conversation": (
-        "kto", {"prompt": " ", "completion": [SYSTEM_BE, *CHAT], "label": True}, LabelledAnswer((Turn("system", "be"), U), (A,), True)
+        "kto", {"prompt": " ", "completion": [SYSTEM_BE, *CHAT], "label": True}, LabelledAnswer((Turn("system", "be"), HI), (HO,), True)
     ),
-    "empty prompt and complete conversation": ("sft", {"prompt": "", "completion": CHAT}, Conversation((U, A))),
+    "empty prompt and complete conversation": ("sft", {"prompt": "", "completion": CHAT}, Conversation((HI, HO))),
     "empty prompt and answers without a question": (
         "dpo", {"prompt": "", "chosen": CHAT[1:], "rejected": [ANSWER_NO]}, Preference((Turn("user", ""),), *ANSWER_TURNS)
     ),
     "two questions without a prompt": (
-        "dpo", {"chosen": [CHAT[0], QUESTION_AND, CHAT[1]], "rejected": CHAT[:1] + [ANSWER_NO]}, Preference((U,), (Turn("user", "and"), A), ANSWER_TURNS[1])
+        "dpo", {"chosen": [CHAT[0], QUESTION_AND, CHAT[1]], "rejected": CHAT[:1] + [ANSWER_NO]}, Preference((HI,), (Turn("user", "and"), HO), ANSWER_TURNS[1])
     ),
     "the same question twice without a prompt": (
-        "dpo", {"chosen": [CHAT[0], *CHAT], "rejected": [CHAT[0], ANSWER_NO]}, Preference((U,), (U, A), ANSWER_TURNS[1])
+        "dpo", {"chosen": [CHAT[0], *CHAT], "rejected": [CHAT[0], ANSWER_NO]}, Preference((HI,), (HI, HO), ANSWER_TURNS[1])
     ),
     "completion that begins with a second question": (
-        "sft", {"prompt": CHAT[:1], "completion": [QUESTION_AND, CHAT[1]]}, Conversation((Turn("user", "hi", 0), Turn("user", "and"), A))
+        "sft", {"prompt": CHAT[:1], "completion": [QUESTION_AND, CHAT[1]]}, Conversation((Turn("user", "hi", 0), Turn("user", "and"), HO))
     ),
     "a system column replaces system prompts": (
         "dpo", {"system": "be", "prompt": [SYSTEM_BECOME, CHAT[0]], "chosen": [SYSTEM_BE, *CHAT], "rejected": "no"},
-        Preference((Turn("system", "be"), U), *ANSWER_TURNS)
+        Preference((Turn("system", "be"), HI), *ANSWER_TURNS)
     ),
-    "label and complete conversation": ("kto", {"prompt": "hi", "completion": CHAT, "label": True}, LabelledAnswer((U,), (A,), True)),
-    "complete conversation as completion": ("sft", {"prompt": "hi", "completion": CHAT}, Conversation((Turn("user", "hi", 0), A))),
+    "label and complete conversation": ("kto", {"prompt": "hi", "completion": CHAT, "label": True}, LabelledAnswer((HI,), (HO,), True)),
+    "complete conversation as completion": ("sft", {"prompt": "hi", "completion": CHAT}, Conversation((Turn("user", "hi", 0), HO))),
     "implicit turns": ("reward", {"chosen": CHAT, "rejected": [CHAT[0], ANSWER_NO]}, PAIR_OF_TURNS),
     "implicit text": ("dpo", {"chosen": "Ask: tell me. yes", "rejected": "Ask: tell me. year"}, Preference("Ask: tell me. ", "yes", "year")),
     "judged": ("kto", {"prompt": "hi", "completion": "ho", "label": "False"}, LabelledAnswer("hi", "ho", False)),
     "prompt": ("grpo", {"prompt": "hi", "solution": 4}, Prompt("hi", {"solution": 4})),
-    "question for grpo": ("grpo", {"question": "hi", "answer": "ho"}, Prompt((U,), {"question": "hi", "answer": "ho"})),
+    "question for grpo": ("grpo", {"question": "hi", "answer": "ho"}, Prompt((HI,), {"question": "hi", "answer": "ho"})),
 }  # fmt: skip
 MISMATCH_CASES: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "another question": (
@@ -138,13 +138,13 @@ BAD_CONVERSATIONS: dict[str, tuple[str, Any, str]] = {
 
 
 @pytest.mark.parametrize("name", FORMAT_CASES)
-def test_format_is_detected_and_read(name: str, tmp_path: Path) -> None:
-    kind, row, expected = FORMAT_CASES[name]
+def test_every_format_is_detected_and_read(name: str, tmp_path: Path) -> None:
+    format_name, row, expected = FORMAT_CASES[name]
     run, inputs = make_data_run(tmp_path, {}, [row])
     loaded = load(run, inputs)
-    assert loaded.summary.format == kind
+    assert loaded.summary.format == format_name
     assert [example for _, example in loaded.train] == [expected]
-    assert load_examples(tmp_path, {"format": kind}, [row]) == [expected]
+    assert load_examples(tmp_path, {"format": format_name}, [row]) == [expected]
 
 
 @pytest.mark.parametrize("name", PREFERENCE_CASES)
@@ -158,7 +158,7 @@ def test_system_prompts_may_differ_if_the_spec_replaces_them(tmp_path: Path) -> 
     rows = [{"prompt": [SYSTEM_BE, CHAT[0]], "completion": [SYSTEM_BECOME, *CHAT]}]
     spec = {"dataset": {"systemPrompt": "x"}}
     assert load_examples(tmp_path, rows=rows, spec=spec) == [
-        Conversation((Turn("system", "x"), Turn("user", "hi", 0), A))
+        Conversation((Turn("system", "x"), Turn("user", "hi", 0), HO))
     ]
 
 
@@ -170,7 +170,7 @@ def test_an_answer_that_does_not_continue_the_prompt_is_a_bad_row(name: str, tmp
     assert message in error.message and "train.jsonl, row 1" in error.message
 
 
-def test_oasst_takes_the_best_ranked_path(tmp_path: Path) -> None:
+def test_the_best_ranked_path_of_an_oasst_tree_becomes_the_conversation(tmp_path: Path) -> None:
     rows = [
         {"message_id": "1", "parent_id": None, "role": "prompter", "text": "hi"},
         {"message_id": "2", "parent_id": "1", "role": "assistant", "text": "worse", "rank": 1},
@@ -178,10 +178,10 @@ def test_oasst_takes_the_best_ranked_path(tmp_path: Path) -> None:
         {"message_id": "4", "parent_id": "3", "role": "prompter", "text": "and"},
         {"message_id": "5", "parent_id": "4", "role": "assistant", "text": "so"},
     ]
-    assert load_examples(tmp_path, rows=rows) == [Conversation((U, A, Turn("user", "and"), Turn("assistant", "so")))]
+    assert load_examples(tmp_path, rows=rows) == [Conversation((HI, HO, Turn("user", "and"), Turn("assistant", "so")))]
 
 
-def test_oasst_message_without_its_parent_is_a_bad_row(tmp_path: Path) -> None:
+def test_an_oasst_message_without_its_parent_is_a_bad_row(tmp_path: Path) -> None:
     rows = [{"message_id": "1", "parent_id": "9", "role": "prompter", "text": "hi"}]
     error = catch_check_error(tmp_path, rows=rows)
     assert (error.code, error.exit_code) == ("ParentMissing", 65)
@@ -194,44 +194,44 @@ def message(name: str, parent: str | None, role: str = "prompter", text: str = "
 
 def test_oasst_messages_without_a_root_are_bad_rows(tmp_path: Path) -> None:
     tree = [message("1", None), message("2", "1", "assistant", "ho")]
-    circle = [message("a", "b"), message("b", "a", "assistant"), message("c", "b")]
-    error = catch_check_error(tmp_path / "a", rows=[*tree, *circle])
+    cycle = [message("a", "b"), message("b", "a", "assistant"), message("c", "b")]
+    error = catch_check_error(tmp_path / "a", rows=[*tree, *cycle])
     assert (error.code, error.exit_code) == ("ParentsInCircle", 65)
     assert "train.jsonl, row 3" in error.message and "'b'" in error.message
     below = [message("d", "gone"), message("e", "d", "assistant")]
     skip = {"badRows": "skip", "maxBadRowRatio": 0.9}
-    run, inputs = make_data_run(tmp_path / "b", {"dataset": skip}, [*circle, *tree, *below])
+    run, inputs = make_data_run(tmp_path / "b", {"dataset": skip}, [*cycle, *tree, *below])
     loaded = load(run, inputs)
-    assert [example for _, example in loaded.train] == [Conversation((U, A))]
+    assert [example for _, example in loaded.train] == [Conversation((HI, HO))]
     assert loaded.summary.bad_rows == 5
-    itself = catch_check_error(tmp_path / "c", rows=[*tree, message("x", "x")])
-    assert itself.code == "ParentsInCircle" and "row 3" in itself.message
+    cycle_of_one = catch_check_error(tmp_path / "c", rows=[*tree, message("x", "x")])
+    assert cycle_of_one.code == "ParentsInCircle" and "row 3" in cycle_of_one.message
 
 
 @pytest.mark.timeout(30)
-def test_oasst_duplicate_id_is_a_bad_row(tmp_path: Path) -> None:
+def test_a_second_oasst_message_with_the_same_id_is_a_bad_row(tmp_path: Path) -> None:
     rows = [message("1", None), message("2", "1", "assistant", "ho"), message("1", "2")]
     error = catch_check_error(tmp_path, rows=rows)
     assert (error.code, error.exit_code) == ("MessageIdTwice", 65)
     assert "row 3" in error.message and "train.jsonl, row 1" in error.message
 
 
-def test_system_prompt_of_the_spec_takes_precedence_over_the_column(tmp_path: Path) -> None:
+def test_the_system_prompt_of_the_spec_takes_precedence_over_the_column(tmp_path: Path) -> None:
     row = {"question": "hi", "answer": "ho", "system": "column"}
     (example,) = load_examples(tmp_path, {"systemPrompt": "spec"}, [row])
     assert example.turns[0] == Turn("system", "spec")
 
 
-def test_dataset_columns_name_the_columns(tmp_path: Path) -> None:
+def test_columns_are_read_under_the_names_in_dataset_columns(tmp_path: Path) -> None:
     row = {"q": "hi", "good": "ho", "persona": "You are kind."}
     columns = {"question": "q", "answer": "good", "system": "persona"}
     (example,) = load_examples(tmp_path, {"columns": columns}, [row])
-    assert example.turns == (Turn("system", "You are kind."), U, A)
+    assert example.turns == (Turn("system", "You are kind."), HI, HO)
 
 
-def test_messages_format_reads_question_and_answer_columns_named_in_dataset_columns(tmp_path: Path) -> None:
+def test_the_messages_format_reads_question_and_answer_columns_named_in_dataset_columns(tmp_path: Path) -> None:
     dataset = {"format": "messages", "columns": {"question": "Question", "answer": "Response"}, "systemPrompt": "Help."}
-    expected = Conversation((Turn("system", "Help."), U, A))
+    expected = Conversation((Turn("system", "Help."), HI, HO))
     assert load_examples(tmp_path / "a", dataset, [{"Question": "hi", "Response": "ho"}]) == [expected]
     assert load_examples(tmp_path / "b", dataset, [{"messages": CHAT}]) == [
         expected
@@ -249,7 +249,7 @@ def test_qa_rows_with_alpaca_columns_are_read_as_alpaca(tmp_path: Path) -> None:
     run, inputs = make_data_run(tmp_path / "a", {"dataset": dataset}, [row])
     loaded = load(run, inputs)
     assert [example for _, example in loaded.train] == [
-        Conversation((Turn("user", "hi\n\nx"), A), role_names=("Instruction", "Output"))
+        Conversation((Turn("user", "hi\n\nx"), HO), role_names=("Instruction", "Output"))
     ]
     assert loaded.summary.format == "alpaca"
     assert loaded.summary.notes == [
@@ -276,10 +276,10 @@ def test_one_column_may_hold_prompt_and_answer_of_kto(tmp_path: Path) -> None:
     columns = {"question": "messages", "answer": "messages", "label": "good"}
     spec = {"trainer": {"type": "kto"}, "dataset": {"format": "unpairedPreference", "columns": columns}}
     run, inputs = make_data_run(tmp_path, spec, [{"messages": CHAT, "good": False}])
-    assert [example for _, example in load(run, inputs).train] == [LabelledAnswer((U,), (A,), False)]
+    assert [example for _, example in load(run, inputs).train] == [LabelledAnswer((HI,), (HO,), False)]
 
 
-def test_custom_template_replaces_columns_and_keeps_literal_braces(tmp_path: Path) -> None:
+def test_a_custom_template_inserts_columns_and_keeps_literal_braces(tmp_path: Path) -> None:
     dataset = {"format": "custom", "template": "{a} {{x}} {b}"}
     assert load_examples(tmp_path, dataset, [{"a": "1", "b": 2}]) == [Text("1 {x} 2")]
 
@@ -304,7 +304,7 @@ def test_tool_call_arguments_become_objects(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", BAD_CONVERSATIONS)
-def test_bad_conversation_is_refused(name: str, tmp_path: Path) -> None:
+def test_a_bad_conversation_is_refused(name: str, tmp_path: Path) -> None:
     code, turns, message = BAD_CONVERSATIONS[name]
     error = catch_check_error(tmp_path, rows=[{"messages": CHAT}, {"messages": turns}])
     assert (error.code, int(error.exit_code)) == (code, 65)
@@ -313,7 +313,7 @@ def test_bad_conversation_is_refused(name: str, tmp_path: Path) -> None:
 
 def test_rows_without_an_answer_are_usable_when_all_tokens_are_trained_on(tmp_path: Path) -> None:
     dataset = {"responseOnly": {"enabled": False}}
-    assert load_examples(tmp_path, dataset, [{"messages": CHAT[:1]}]) == [Conversation((U,))]
+    assert load_examples(tmp_path, dataset, [{"messages": CHAT[:1]}]) == [Conversation((HI,))]
 
 
 def test_equal_answers_and_missing_prompts_are_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Images of rows: how a row can give images, where their files may be, and errors that name row, cause and correction."""
+"""Images of rows: the forms in which a row can give an image, the folders that files may be in, and errors that name row, cause and correction."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from finetune_trainer.data.images import load_image
 from finetune_trainer.data.rows import ImageFile, Text
 
 from tests.support.data import make_data_run
-from tests.support.vision import data_uri, png
+from tests.support.vision import make_png, to_data_uri
 
-RED = png((255, 0, 0), (4, 3))
-BLUE = png((0, 0, 255), (4, 3))
+RED = make_png((255, 0, 0), (4, 3))
+BLUE = make_png((0, 0, 255), (4, 3))
 TEXT_PART = {"type": "text", "text": "What is this?"}
 ANSWER = {"role": "assistant", "content": "red"}
 SPEC: dict[str, Any] = {"model": {"modality": "visionLanguage"}}
 
 
-def messages(*parts: Any) -> list[Any]:
+def make_messages(*parts: Any) -> list[Any]:
     return [{"role": "user", "content": [*parts, TEXT_PART]}, ANSWER]
 
 
@@ -32,9 +32,9 @@ def image_part(**values: Any) -> dict[str, Any]:
     return {"type": "image", **values}
 
 
-def one(**values: Any) -> dict[str, Any]:
-    """A row with one image."""
-    return {"messages": messages(image_part(**values))}
+def row_with_image(**values: Any) -> dict[str, Any]:
+    """Return a row with one image."""
+    return {"messages": make_messages(image_part(**values))}
 
 
 def write_images(folder: Path) -> None:
@@ -43,31 +43,31 @@ def write_images(folder: Path) -> None:
     (folder / "blue.png").write_bytes(BLUE)
 
 
-def vision_run(folder: Path, row: dict[str, Any], images: dict[str, Any] | None = None, **dataset: Any) -> Any:
-    """A run on one row. `images`: `dataset.images`; the images are then read from `<folder>/root`."""
+def make_vision_run(folder: Path, row: dict[str, Any], images: dict[str, Any] | None = None, **dataset: Any) -> Any:
+    """Return a run on one row, and its inputs. `images`: `dataset.images`; if it has a root, images are read from `<folder>/root`."""
     folder.mkdir(exist_ok=True)
     write_images(folder)
-    group = {"images": images} if images else {}
-    run, inputs = make_data_run(folder, {**SPEC, "dataset": {**group, **dataset}}, [row])
+    image_options = {"images": images} if images else {}
+    run, inputs = make_data_run(folder, {**SPEC, "dataset": {**image_options, **dataset}}, [row])
     if images and "root" in images:
         write_images(folder / "root")
         inputs = inputs.model_copy(update={"images": folder / "root"})
     return run, inputs
 
 
-def images_of(folder: Path, row: dict[str, Any], images: dict[str, Any] | None = None, **dataset: Any) -> list[ImageFile]:
-    ((_, example),) = load(*vision_run(folder, row, images, **dataset)).train
+def load_images(folder: Path, row: dict[str, Any], images: dict[str, Any] | None = None, **dataset: Any) -> list[ImageFile]:
+    ((_, example),) = load(*make_vision_run(folder, row, images, **dataset)).train
     return [image for turn in example.turns for image in turn.images]  # type: ignore[union-attr]
 
 
 PATH_FORMS: dict[str, dict[str, Any]] = {
-    "path": {"messages": messages(image_part(path="pictures/red.png"))},
-    "image": {"messages": messages(image_part(image="pictures/red.png"))},
-    "url": {"messages": messages(image_part(url="pictures/red.png"))},
-    "openai": {"messages": messages({"type": "image_url", "image_url": {"url": "pictures/red.png"}})},
-    "null columns": {"messages": messages(image_part(image="pictures/red.png", text=None, path=None))},
-    "object": {"messages": messages(image_part(image={"path": "pictures/red.png", "bytes": None}))},
-    "column and part": {"messages": messages({"type": "image"}), "images": ["pictures/red.png"]},
+    "path": {"messages": make_messages(image_part(path="pictures/red.png"))},
+    "image": {"messages": make_messages(image_part(image="pictures/red.png"))},
+    "url": {"messages": make_messages(image_part(url="pictures/red.png"))},
+    "openai": {"messages": make_messages({"type": "image_url", "image_url": {"url": "pictures/red.png"}})},
+    "null columns": {"messages": make_messages(image_part(image="pictures/red.png", text=None, path=None))},
+    "object": {"messages": make_messages(image_part(image={"path": "pictures/red.png", "bytes": None}))},
+    "column and part": {"messages": make_messages({"type": "image"}), "images": ["pictures/red.png"]},
     "column and placeholder": {"messages": [{"role": "user", "content": "See <image> here"}, ANSWER], "images": ["pictures/red.png"]},
     "column alone": {"messages": [{"role": "user", "content": "What is this?"}, ANSWER], "image": "pictures/red.png"},
     "prompt and completion": {"prompt": "What is this?", "completion": "red", "images": ["pictures/red.png"]},
@@ -77,19 +77,19 @@ PATH_FORMS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", PATH_FORMS)
 def test_an_image_may_be_given_as_a_path(name: str, tmp_path: Path) -> None:
-    assert images_of(tmp_path, PATH_FORMS[name]) == [ImageFile(path=tmp_path.resolve() / "pictures" / "red.png")]
+    assert load_images(tmp_path, PATH_FORMS[name]) == [ImageFile(path=tmp_path.resolve() / "pictures" / "red.png")]
 
 
 @pytest.mark.parametrize(
     "value",
-    [{"image": data_uri(RED)}, {"base64": base64.b64encode(RED).decode()}, {"image_url": {"url": data_uri(RED)}, "type": "image_url"}],
+    [{"image": to_data_uri(RED)}, {"base64": base64.b64encode(RED).decode()}, {"image_url": {"url": to_data_uri(RED)}, "type": "image_url"}],
 )
 def test_an_image_may_be_in_the_row_itself(value: dict[str, Any], tmp_path: Path) -> None:
-    assert images_of(tmp_path, {"messages": messages(image_part(**value))}) == [ImageFile(content=RED)]
+    assert load_images(tmp_path, {"messages": make_messages(image_part(**value))}) == [ImageFile(content=RED)]
 
 
 @pytest.mark.parametrize("as_object", [False, True])
-def test_parquet_columns_may_hold_the_bytes(as_object: bool, tmp_path: Path) -> None:
+def test_a_parquet_column_may_hold_the_bytes_of_images(as_object: bool, tmp_path: Path) -> None:
     import pyarrow
     import pyarrow.parquet
 
@@ -103,72 +103,75 @@ def test_parquet_columns_may_hold_the_bytes(as_object: bool, tmp_path: Path) -> 
 
 def test_the_order_of_texts_and_images_is_kept(tmp_path: Path) -> None:
     row = {"messages": [{"role": "user", "content": "a<image>b<image>"}, ANSWER], "images": ["pictures/red.png", "blue.png"]}
-    ((_, example),) = load(*vision_run(tmp_path, row)).train
+    ((_, example),) = load(*make_vision_run(tmp_path, row)).train
     folder = tmp_path.resolve()
     turn = example.turns[0]  # type: ignore[union-attr]
     assert turn.parts == ("a", ImageFile(folder / "pictures/red.png"), "b", ImageFile(folder / "blue.png"))
     assert turn.content == "ab"
-    assert turn.message(has_parts=True)["content"] == [{"type": "text", "text": "a"}, {"type": "image"}, {"type": "text", "text": "b"}, {"type": "image"}]
+    content = turn.to_message(has_content_parts=True)["content"]
+    assert content == [{"type": "text", "text": "a"}, {"type": "image"}, {"type": "text", "text": "b"}, {"type": "image"}]
 
 
 @pytest.mark.parametrize("text", ["s3://data/images/pictures/red.png", "pictures/red.png"])
-def test_a_root_replaces_the_folder_of_the_data(text: str, tmp_path: Path) -> None:
-    found = images_of(tmp_path, {"messages": messages(image_part(url=text))}, {"root": "s3://data/images"})
+def test_images_are_read_from_the_root_instead_of_the_folder_of_the_data(text: str, tmp_path: Path) -> None:
+    found = load_images(tmp_path, {"messages": make_messages(image_part(url=text))}, {"root": "s3://data/images"})
     assert found == [ImageFile(tmp_path.resolve() / "root" / "pictures" / "red.png")]
 
 
-def test_the_column_may_have_another_name(tmp_path: Path) -> None:
+def test_the_image_column_may_have_another_name(tmp_path: Path) -> None:
     row = {"messages": [{"role": "user", "content": "What?"}, ANSWER], "picture": "blue.png"}
-    assert images_of(tmp_path, row, columns={"images": "picture"}) == [ImageFile(tmp_path.resolve() / "blue.png")]
+    assert load_images(tmp_path, row, columns={"images": "picture"}) == [ImageFile(tmp_path.resolve() / "blue.png")]
 
 
 def test_rows_without_images_stay_as_they_are(tmp_path: Path) -> None:
-    assert images_of(tmp_path, {"messages": [{"role": "user", "content": "hi"}, ANSWER]}) == []
-    ((_, example),) = load(*vision_run(tmp_path / "text", {"text": "some text"})).train
+    assert load_images(tmp_path, {"messages": [{"role": "user", "content": "hi"}, ANSWER]}) == []
+    ((_, example),) = load(*make_vision_run(tmp_path / "text", {"text": "some text"})).train
     assert example == Text("some text")
 
 
 BAD_ROWS: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None, str, str]] = {
     # test id: (code, row, dataset.images, part of the message, part of the hint)
-    "missing": ("ImageMissing", one(path="no.png"), None, "image 1: 'no.png' does not exist in the folder of the data file", "dataset.images.root"),
-    "missing in root": ("ImageMissing", one(path="no.png"), {"root": "s3://d/i"}, "does not exist in dataset.images.root", "upload"),
-    "second": ("ImageMissing", {"messages": messages(image_part(path="blue.png"), image_part(path="no.png"))}, None, "image 2: 'no.png'", "upload"),
-    "parent": ("ImageOutsideRoot", one(path="../x.png"), None, "leads out of the folder", "below this folder"),
-    "absolute": ("ImageOutsideRoot", one(path="/etc/hostname"), None, "leads out of the folder", "below this folder"),
-    "web": ("ImageOutsideRoot", one(url="https://example.com/a.png"), None, "dataset.images.root is not set", "only from dataset.images.root"),
-    "file address": ("ImageOutsideRoot", one(url="file:///etc/hostname"), None, "dataset.images.root is not set", "copy them there"),
-    "other bucket": ("ImageOutsideRoot", one(url="s3://other/a.png"), {"root": "s3://d/i"}, "does not begin with dataset.images.root s3://d/i/", "only from"),
-    "prefix of the root": ("ImageOutsideRoot", one(url="s3://d/images2/a.png"), {"root": "s3://d/images"}, "does not begin", "only from"),
-    "not an image": ("ImageUnreadable", one(image=data_uri(b"hello")), None, "it is none of PNG, JPEG", "write the image again"),
-    "svg": ("ImageUnreadable", one(image=data_uri(b"<svg/>")), None, "it is none of PNG", "remove the row"),
-    "empty": ("ImageUnreadable", one(image=data_uri(b"")), None, "it is none of PNG", "remove the row"),
-    "bad base64": ("ImageUnreadable", one(image="data:image/png;base64,%%%"), None, "not valid base64", "encode the image again"),
-    "not base64": ("ImageUnreadable", one(image="data:image/png,abc"), None, "the data URI begins with", "base64"),
-    "a number": ("ImageUnreadable", one(image=7), None, "the image is int", "data URI"),
-    "pixels": ("ImageTooLarge", one(image=data_uri(RED)), {"maxPixels": 11}, "4 x 3 are 12 pixels, more than 11", "dataset.images.maxPixels"),
-    "bytes": ("ImageTooLarge", one(path="blue.png"), {"maxBytes": 10}, f"the file has {len(BLUE)} bytes, more than 10", "dataset.images.maxBytes"),
+    "missing": ("ImageMissing", row_with_image(path="no.png"), None, "image 1: 'no.png' does not exist in the folder of the data file", "dataset.images.root"),
+    "missing in root": ("ImageMissing", row_with_image(path="no.png"), {"root": "s3://d/i"}, "does not exist in dataset.images.root", "upload"),
+    "second": ("ImageMissing", {"messages": make_messages(image_part(path="blue.png"), image_part(path="no.png"))}, None, "image 2: 'no.png'", "upload"),
+    "parent": ("ImageOutsideRoot", row_with_image(path="../x.png"), None, "is not in the image folder", "below this folder"),
+    "absolute": ("ImageOutsideRoot", row_with_image(path="/etc/hostname"), None, "is not in the image folder", "below this folder"),
+    "web": ("ImageOutsideRoot", row_with_image(url="https://example.com/a.png"), None, "dataset.images.root is not set", "only from dataset.images.root"),
+    "file address": ("ImageOutsideRoot", row_with_image(url="file:///etc/hostname"), None, "dataset.images.root is not set", "copy them there"),
+    "other bucket": (
+        "ImageOutsideRoot", row_with_image(url="s3://other/a.png"), {"root": "s3://d/i"}, "does not begin with dataset.images.root s3://d/i/", "only from",
+    ),
+    "prefix of the root": ("ImageOutsideRoot", row_with_image(url="s3://d/images2/a.png"), {"root": "s3://d/images"}, "does not begin", "only from"),
+    "not an image": ("ImageUnreadable", row_with_image(image=to_data_uri(b"hello")), None, "it is none of PNG, JPEG", "write the image again"),
+    "svg": ("ImageUnreadable", row_with_image(image=to_data_uri(b"<svg/>")), None, "it is none of PNG", "remove the row"),
+    "empty": ("ImageUnreadable", row_with_image(image=to_data_uri(b"")), None, "it is none of PNG", "remove the row"),
+    "bad base64": ("ImageUnreadable", row_with_image(image="data:image/png;base64,%%%"), None, "not valid base64", "encode the image again"),
+    "not base64": ("ImageUnreadable", row_with_image(image="data:image/png,abc"), None, "the data URI begins with", "base64"),
+    "a number": ("ImageUnreadable", row_with_image(image=7), None, "the image is int", "data URI"),
+    "pixels": ("ImageTooLarge", row_with_image(image=to_data_uri(RED)), {"maxPixels": 11}, "4 x 3 = 12 pixels, more than 11", "dataset.images.maxPixels"),
+    "bytes": ("ImageTooLarge", row_with_image(path="blue.png"), {"maxBytes": 10}, f"the file has {len(BLUE)} bytes, more than 10", "dataset.images.maxBytes"),
     "too many": (
-        "TooManyImages", {"messages": messages(*[image_part(path="blue.png")] * 3)},
+        "TooManyImages", {"messages": make_messages(*[image_part(path="blue.png")] * 3)},
         {"maxPerRow": 2}, "3 images, more than 2", "dataset.images.maxPerRow",
     ),
     "no source": (
-        "ImageCountDiffers", {"messages": messages({"type": "image"})}, None,
-        "1 places for images of the column, but the column has 0", "one image for each",
+        "ImageCountDiffers", {"messages": make_messages({"type": "image"})}, None,
+        "placeholders in the messages: 1; number of images in the image column: 0", "one image for each",
     ),
     "column too long": (
-        "ImageCountDiffers", {"messages": messages({"type": "image"}), "images": ["blue.png"] * 2}, None,
-        "1 places for images of the column, but the column has 2", "one image",
+        "ImageCountDiffers", {"messages": make_messages({"type": "image"}), "images": ["blue.png"] * 2}, None,
+        "placeholders in the messages: 1; number of images in the image column: 2", "one image",
     ),
     "both": (
-        "ImageCountDiffers", {"messages": messages(image_part(path="blue.png")), "images": ["blue.png"]},
-        None, "0 places for images of the column, but the column has 1", "one image",
+        "ImageCountDiffers", {"messages": make_messages(image_part(path="blue.png")), "images": ["blue.png"]},
+        None, "placeholders in the messages: 0; number of images in the image column: 1", "one image",
     ),
     "in the answer": (
         "ImageInAnswer", {"messages": [{"role": "user", "content": "Draw"}, {"role": "assistant", "content": [image_part(path="blue.png"), TEXT_PART]}]}, None,
         "an assistant message has an image", "move the image to a user message",
     ),
     "text row": ("ImageWithoutMessage", {"text": "hello", "images": ["blue.png"]}, None, "it is plain text without messages", "write `messages`"),
-    "video": ("DatasetRowInvalid", {"messages": messages({"type": "video", "video": "a.mp4"})}, None, "a part of type 'video'", "image"),
+    "video": ("DatasetRowInvalid", {"messages": make_messages({"type": "video", "video": "a.mp4"})}, None, "a part of type 'video'", "image"),
 }  # fmt: skip
 
 
@@ -176,7 +179,7 @@ BAD_ROWS: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None, str, str]]
 def test_a_bad_image_names_row_cause_and_correction(name: str, tmp_path: Path) -> None:
     code, row, images, message, hint = BAD_ROWS[name]
     with pytest.raises(DataError) as caught:
-        check_files(*vision_run(tmp_path, row, images))
+        check_files(*make_vision_run(tmp_path, row, images))
     assert caught.value.code == code and caught.value.exit_code == 65
     assert caught.value.message.startswith("train.jsonl, row 1: ") and message in caught.value.message
     assert hint in (caught.value.hint or "") and "badRows: skip" in (caught.value.hint or "")
@@ -184,7 +187,7 @@ def test_a_bad_image_names_row_cause_and_correction(name: str, tmp_path: Path) -
 
 def test_rows_with_bad_images_can_be_skipped(tmp_path: Path) -> None:
     write_images(tmp_path)
-    good, bad = {"messages": messages(image_part(path="blue.png"))}, {"messages": messages(image_part(path="no.png"))}
+    good, bad = {"messages": make_messages(image_part(path="blue.png"))}, {"messages": make_messages(image_part(path="no.png"))}
     run, inputs = make_data_run(tmp_path, {**SPEC, "dataset": {"badRows": "skip", "maxBadRowRatio": 0.5}}, [good, bad, good])
     summary = check_files(run, inputs)
     assert summary.rows["train"] == 2
@@ -196,12 +199,12 @@ def test_a_link_out_of_the_root_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "secret.png").write_bytes(RED)
     (tmp_path / "data" / "link.png").symlink_to(tmp_path / "secret.png")
     with pytest.raises(DataError) as caught:
-        check_files(*vision_run(tmp_path / "data", {"messages": messages(image_part(path="link.png"))}))
+        check_files(*make_vision_run(tmp_path / "data", {"messages": make_messages(image_part(path="link.png"))}))
     assert caught.value.code == "ImageOutsideRoot"
 
 
 def test_a_text_job_refuses_rows_with_images(tmp_path: Path) -> None:
-    run, inputs = make_data_run(tmp_path, {}, [{"messages": messages(image_part(path="blue.png"))}])
+    run, inputs = make_data_run(tmp_path, {}, [{"messages": make_messages(image_part(path="blue.png"))}])
     with pytest.raises(DataError) as caught:
         check_files(run, inputs)
     assert caught.value.code == "ImageInTextJob" and "`model.modality: visionLanguage`" in (caught.value.hint or "")
@@ -210,10 +213,10 @@ def test_a_text_job_refuses_rows_with_images(tmp_path: Path) -> None:
 def test_an_image_whose_pixels_are_cut_off_is_found_when_it_is_decoded(tmp_path: Path) -> None:
     from finetune_trainer.data.rows import RowError
 
-    header_is_whole = RED[:50]
-    assert images_of(tmp_path, {"messages": messages(image_part(image=data_uri(header_is_whole)))}) == [ImageFile(content=header_is_whole)]
+    cut_image = RED[:50]
+    assert load_images(tmp_path, {"messages": make_messages(image_part(image=to_data_uri(cut_image)))}) == [ImageFile(content=cut_image)]
     with pytest.raises(RowError) as caught:
-        load_image(ImageFile(content=header_is_whole))
+        load_image(ImageFile(content=cut_image))
     assert caught.value.code == "ImageUnreadable"
 
 
@@ -228,15 +231,15 @@ def test_images_are_decoded_as_rgb_and_rotated_according_to_exif(tmp_path: Path)
     assert (loaded.mode, loaded.size) == ("RGB", (2, 4)) and loaded.getpixel((0, 0)) == (7, 7, 7)
 
 
-def test_equal_rows_with_other_images_are_no_duplicates(tmp_path: Path) -> None:
+def test_equal_rows_with_different_images_are_no_duplicates(tmp_path: Path) -> None:
     write_images(tmp_path)
-    rows = [{"messages": messages(image_part(path=path))} for path in ("blue.png", "pictures/red.png", "blue.png")]
+    rows = [{"messages": make_messages(image_part(path=path))} for path in ("blue.png", "pictures/red.png", "blue.png")]
     run, inputs = make_data_run(tmp_path, {**SPEC, "dataset": {"checks": {"deduplicate": True}}}, rows)
     assert check_files(run, inputs).findings.duplicate_count == 1
 
 
 def test_checking_images_imports_neither_torch_nor_transformers(tmp_path: Path) -> None:
-    vision_run(tmp_path, {"messages": messages(image_part(path="blue.png"))})
+    make_vision_run(tmp_path, {"messages": make_messages(image_part(path="blue.png"))})
     code = (
         "import sys; from pathlib import Path; from finetune_trainer.data.images import ImageReader; from finetune_trainer.data.rows import ImageFile;"
         f"from finetune_api.spec.dataset import Images; ImageReader(Images()).check(ImageFile(Path({str(tmp_path / 'blue.png')!r})));"

@@ -1,4 +1,4 @@
-"""Loading rows from all sources: bad rows, mixtures, splits, and formats that the objective cannot use."""
+"""Loading the rows of all sources: bad rows, mixtures, splits, and formats that the objective cannot learn from."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from finetune_trainer.data.rows import Text, Turn
 from tests.support.data import catch_check_error, load_examples, make_data_run
 from tests.support.learning import make_run, write_rows
 
-U, A = Turn("user", "hi"), Turn("assistant", "ho")
+HI, HO = Turn("user", "hi"), Turn("assistant", "ho")
 GOOD_ROW = {"question": "hi", "answer": "ho"}
 BAD_ROWS: dict[str, tuple[str, Any, str, str]] = {
     # test id: (error code, row 17, part of the message, part of the hint)
@@ -41,16 +41,16 @@ BAD_ROWS: dict[str, tuple[str, Any, str, str]] = {
 
 
 @pytest.mark.parametrize("name", BAD_ROWS)
-def test_error_names_the_bad_row(name: str, tmp_path: Path) -> None:
-    code, line, found, write = BAD_ROWS[name]
+def test_the_error_names_the_bad_row(name: str, tmp_path: Path) -> None:
+    code, line, message, hint = BAD_ROWS[name]
     lines = [json.dumps(GOOD_ROW)] * 200
     lines[16] = line
     error = catch_check_error(tmp_path, text="\n".join(lines))
     assert isinstance(error, DataError)
     assert error.code == code and error.exit_code == 65
     assert error.message.startswith("train.jsonl, row 17: ")
-    assert found in error.message
-    assert write in (error.hint or "") and "badRows: skip" in (error.hint or "")
+    assert message in error.message
+    assert hint in (error.hint or "") and "badRows: skip" in (error.hint or "")
 
 
 def test_bad_rows_are_skipped_and_counted(tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_too_many_bad_rows_are_refused(tmp_path: Path) -> None:
 
 
 def load_mixture(folder: Path, dataset: dict[str, Any], *sources: Any) -> Any:
-    """Load a mixture of sources; the first source has weight 9."""
+    """Load a mixture of sources. The first source has weight 9, all others have weight 1."""
     items = [{"source": f"s3://data/{i}.jsonl", "weight": 1 if i else 9} for i in range(len(sources))]
     run, inputs = make_data_run(folder, {"dataset": {"train": None, "mixture": items, **dataset}})
     files = [[write_rows(folder / f"{i}.jsonl", rows)] for i, rows in enumerate(sources)]
@@ -84,7 +84,7 @@ def text_rows(count: int, first: int = 0) -> list[dict[str, str]]:
 
 
 def test_all_copies_of_a_row_in_a_mixture_are_in_the_same_split(tmp_path: Path) -> None:
-    """A mixture repeats the rows of a small source. All copies of a row must be in the same split."""
+    """A mixture repeats the rows of a small source."""
     loaded = load_mixture(tmp_path, {"split": {"validation": 0.2, "test": 0.2}}, text_rows(4), text_rows(16, 100))
     train, validation, test = ({row.text for _, row in part} for part in (loaded.train, loaded.validation, loaded.test))
     assert (len(loaded.train), len(validation), len(test)) == (12, 4, 4)
@@ -94,7 +94,7 @@ def test_all_copies_of_a_row_in_a_mixture_are_in_the_same_split(tmp_path: Path) 
     )  # this source has 9/10 of the total weight
 
 
-def test_deduplication_keeps_the_weights_of_a_mixture(tmp_path: Path) -> None:
+def test_deduplication_does_not_change_the_shares_of_a_mixture(tmp_path: Path) -> None:
     loaded = load_mixture(
         tmp_path, {"checks": {"deduplicate": True}}, text_rows(2) * 2, [*text_rows(1), *text_rows(8, 100)]
     )
@@ -109,7 +109,7 @@ def test_a_source_with_only_duplicates_is_refused(tmp_path: Path) -> None:
     assert caught.value.code == "DatasetEmpty" and "s3://data/1.jsonl: no row is left" in caught.value.message
 
 
-def test_a_column_that_no_row_has_is_one_error(tmp_path: Path) -> None:
+def test_a_column_that_no_row_has_is_an_error_even_if_bad_rows_are_skipped(tmp_path: Path) -> None:
     error = catch_check_error(tmp_path, {"format": "qa", "columns": {"answer": "reply"}, "badRows": "skip"}, [GOOD_ROW])
     assert error.code == "ColumnMissing"
     assert "column `reply` (dataset.columns.answer)" in error.message and "`question`, `answer`" in error.message
@@ -122,7 +122,7 @@ def test_rows_in_a_format_of_another_objective_are_refused(tmp_path: Path) -> No
     assert error.code == "FormatMismatch" and "dpo needs preference data; the rows are qa" in error.message
 
 
-def test_response_only_on_plain_text_needs_markers(tmp_path: Path) -> None:
+def test_response_only_needs_markers_for_plain_text(tmp_path: Path) -> None:
     rows = [{"text": "x"}]
     error = catch_check_error(tmp_path, {"responseOnly": {"enabled": True}}, rows)
     assert isinstance(error, ConfigError) or error.code == "ResponseOnlyWithoutTurns"
@@ -133,12 +133,12 @@ def test_response_only_on_plain_text_needs_markers(tmp_path: Path) -> None:
     assert load_examples(tmp_path, {}, rows) == [Text("x")]
 
 
-def test_checking_files_imports_no_torch() -> None:
+def test_checking_files_does_not_import_torch() -> None:
     code = "import sys, finetune_trainer.data as d; d.check_files; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'datasets', 'numpy')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_mixture_repeats_rows_by_weight(tmp_path: Path) -> None:
+def test_a_mixture_repeats_rows_according_to_the_weights(tmp_path: Path) -> None:
     from finetune_trainer.data import load
 
     from tests.support.learning import write_rows

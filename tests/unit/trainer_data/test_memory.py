@@ -1,4 +1,4 @@
-"""The memory for preparing data does not depend on the number of tokens."""
+"""The memory that preparing data needs does not depend on the number of tokens."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ run, inputs = make_run(folder, Path("/models/tiny"), {"dataset": dataset}, ())
 with inputs.train[0].open("w") as file:
     file.writelines(json.dumps({"text": f"{number} " + "one two three four five " * 100}) + "\\n" for number in range(rows))
 tracemalloc.start()
-data = prepare(run, inputs, tok, max_positions=4000, cache=folder / "tokens")
+data = prepare(run, inputs, tok, max_positions=4000, cache_folder=folder / "tokens")
 peak = tracemalloc.get_traced_memory()[1] + pyarrow.default_memory_pool().max_memory()
 print(json.dumps([sum(report.tokens for report in data.reports.values()), peak]))
 """
@@ -36,9 +36,9 @@ print(json.dumps([sum(report.tokens for report in data.reports.values()), peak])
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_memory_does_not_depend_on_the_number_of_tokens(tmp_path: Path) -> None:
-    """The training rows are packed, the validation rows are not.
+    """Packed training rows and unpacked validation rows together need less than one more byte for each additional token.
 
-    Both counters are exact: `tracemalloc` for Python and numpy, Arrow's pool for Arrow. Before rows were stored in shards, a token took 125 bytes.
+    `tracemalloc` counts the memory of Python and numpy, and Arrow's pool that of Arrow. If rows were kept as Python objects, a token would take 125 bytes.
     """
 
     def measure(rows: int) -> tuple[int, int]:

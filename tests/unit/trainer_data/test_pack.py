@@ -1,4 +1,4 @@
-"""Best-fit packing."""
+"""Best-fit packing of rows into sequences."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def test_every_row_is_packed_once_and_no_bin_is_overfull(lengths: list[int]) -> 
     assert all(sum(lengths[row] for row in rows) <= 64 for rows in bins)
 
 
-def test_packing_is_best_fit() -> None:
+def test_each_row_goes_into_the_fullest_bin_with_enough_space() -> None:
     assert pack([6, 5, 4, 3, 2], 10) == [[0, 2], [1, 3, 4]]
     lengths = [(17 * i) % 97 + 30 for i in range(2000)]
     bins = pack(lengths, 2048)

@@ -1,4 +1,4 @@
-"""Token sequences of the data sets, and their cache."""
+"""Preparing token sequences, and their cache."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any
 
 import jinja2
 import pytest
-from finetune_api.defaults import LATE_DEFAULTS
+from finetune_api.defaults import LATE_DEFAULT_PATHS
 from finetune_api.errors import ConfigError, FineTuneError
 from finetune_api.lineage import TRAINING_IMAGES
 from finetune_trainer.data.prepare import (
-    NO_TOKENIZER_LIMIT,
+    UNLIMITED_TOKENIZER_LENGTH,
     PreparedData,
+    add_template_variables,
+    choose_chat_template,
     inputs_digest,
     late_defaults,
     max_sequence_length,
     prepare,
-    use_chat_template,
-    with_variables,
 )
 from finetune_trainer.data.rows import Completion
 from transformers import AutoTokenizer
@@ -30,7 +30,7 @@ from tests.support.learning import TEN_ROWS, make_run, write_rows
 from tests.support.tiny import CHATML_MARKED, make_tiny_model
 
 
-def longest_sequence(folder: Path, spec: dict[str, Any], model_limit: int | None, tokenizer_limit: int = NO_TOKENIZER_LIMIT) -> int:
+def sequence_limit(folder: Path, spec: dict[str, Any], model_limit: int | None, tokenizer_limit: int = UNLIMITED_TOKENIZER_LENGTH) -> int:
     run, _ = make_run(folder, Path("/models/tiny"), spec)
     return max_sequence_length(run, SimpleNamespace(model_max_length=tokenizer_limit), model_limit)
 
@@ -41,12 +41,12 @@ def longest_sequence(folder: Path, spec: dict[str, Any], model_limit: int | None
     ids=["lora", "prefix", "prompt"],
 )
 def test_virtual_tokens_reduce_the_sequence_length(method: dict[str, Any], virtual_token_count: int, tmp_path: Path) -> None:
-    assert longest_sequence(tmp_path, {"method": method}, 512) == 512 - virtual_token_count
-    assert longest_sequence(tmp_path, {"method": method}, None, tokenizer_limit=256) == 256 - virtual_token_count
-    assert longest_sequence(tmp_path, {"method": method}, 4096) == 2048, "the default is the largest length that fits"
-    assert longest_sequence(tmp_path, {"method": method, "dataset": {"maxSequenceLength": 512 - virtual_token_count}}, 512) == 512 - virtual_token_count
+    assert sequence_limit(tmp_path, {"method": method}, 512) == 512 - virtual_token_count
+    assert sequence_limit(tmp_path, {"method": method}, None, tokenizer_limit=256) == 256 - virtual_token_count
+    assert sequence_limit(tmp_path, {"method": method}, 4096) == 2048, "the default is the largest length that fits"
+    assert sequence_limit(tmp_path, {"method": method, "dataset": {"maxSequenceLength": 512 - virtual_token_count}}, 512) == 512 - virtual_token_count
     with pytest.raises(ConfigError, match=f"write {512 - virtual_token_count} or less") as caught:
-        longest_sequence(tmp_path, {"method": method, "dataset": {"maxSequenceLength": 513 - virtual_token_count}}, 512)
+        sequence_limit(tmp_path, {"method": method, "dataset": {"maxSequenceLength": 513 - virtual_token_count}}, 512)
     assert caught.value.code == "SequenceTooLong"
     assert ("method.promptLength takes" in caught.value.message) is bool(virtual_token_count)
 
@@ -54,17 +54,17 @@ def test_virtual_tokens_reduce_the_sequence_length(method: dict[str, Any], virtu
 def test_defaults_that_depend_on_the_model_are_reported_unless_the_user_set_the_field(tmp_path: Path) -> None:
     def reported(dataset: dict[str, Any], template: str | None) -> dict[str, Any]:
         run, _ = make_run(tmp_path, Path("/models/tiny"), {"dataset": dataset})
-        return late_defaults(run, SimpleNamespace(model_max_length=NO_TOKENIZER_LIMIT, chat_template=template), 512)
+        return late_defaults(run, SimpleNamespace(model_max_length=UNLIMITED_TOKENIZER_LENGTH, chat_template=template), 512)
 
     assert reported({"numProc": 2}, "t") == {"dataset.maxSequenceLength": 512, "dataset.useChatTemplate": True}
     assert reported({"numProc": 2, "useChatTemplate": False, "maxSequenceLength": 64}, None) == {}
-    assert list(reported({}, None)) == list(LATE_DEFAULTS)
+    assert list(reported({}, None)) == list(LATE_DEFAULT_PATHS)
 
 
 def test_virtual_tokens_that_leave_no_position_are_refused(tmp_path: Path) -> None:
     spec = {"method": {"type": "promptTuning", "promptLength": 64}}
     with pytest.raises(ConfigError, match="64 positions and method.promptLength takes 64 of them, so no row fits") as caught:
-        longest_sequence(tmp_path, spec, 64)
+        sequence_limit(tmp_path, spec, 64)
     assert (caught.value.code, caught.value.exit_code) == ("SequenceTooLong", 64)
     assert "promptLength 32" in (caught.value.hint or "")
 
@@ -81,7 +81,7 @@ def test_prompt_and_completion_are_joined_without_a_template(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("first", ["text", "messages"])
 def test_trained_tokens_do_not_depend_on_the_order_of_a_mixture(first: str, tmp_path: Path) -> None:
-    """The run trains on all tokens of plain text, but not on the questions of a conversation. The order of the sources has no effect."""
+    """All tokens of plain text are trained on, but not the questions of a conversation, whichever source comes first."""
     tok = tokenizer(tmp_path)
     plain, joined = [{"text": "two plus"}], [{"prompt": "one ", "completion": "two"}]
     sources = [plain, joined, TEN_ROWS[:1]] if first == "text" else [TEN_ROWS[:1], joined, plain]
@@ -89,7 +89,7 @@ def test_trained_tokens_do_not_depend_on_the_order_of_a_mixture(first: str, tmp_
     mixture = [{"source": f"s3://data/{i}.jsonl"} for i in range(3)]
     run, inputs = make_run(tmp_path, Path("/models/tiny"), {"dataset": {"train": None, "mixture": mixture}})
     inputs = inputs.model_copy(update={"train": [], "mixture": files})
-    trained = decode_rows(tok, prepare(run, inputs, tok, max_positions=512, cache=tmp_path / "tokens"))
+    trained = decode_rows(tok, prepare(run, inputs, tok, max_positions=512, cache_folder=tmp_path / "tokens"))
     assert sorted(trained) == sorted([
         ("two plus<|im_end|>", "two plus<|im_end|>"), ("one two<|im_end|>", " two<|im_end|>"),
         ("<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\nred<|im_end|>\n", "red<|im_end|>"),
@@ -104,11 +104,11 @@ def test_a_length_beyond_the_model_is_refused_and_a_default_is_lowered(tmp_path:
     assert prepare_rows(tmp_path, tokenizer(tmp_path), limit=4096).max_sequence_length == 2048
 
 
-def test_a_swapped_image_makes_new_tokens(tmp_path: Path) -> None:
+def test_a_changed_image_changes_the_digest(tmp_path: Path) -> None:
     run, inputs = make_run(tmp_path, Path("/models/tiny"), {}, list(TEN_ROWS))
     vision, tok = SimpleNamespace(identity="processor"), tokenizer(tmp_path)
-    keys = {inputs_digest(run, inputs.model_copy(update={"image_digests": {TRAINING_IMAGES: digest}}), tok, 512, vision) for digest in "aab"}  # type: ignore[arg-type]
-    assert len(keys) == 2
+    digests = {inputs_digest(run, inputs.model_copy(update={"image_digests": {TRAINING_IMAGES: digest}}), tok, 512, vision) for digest in "aab"}  # type: ignore[arg-type]
+    assert len(digests) == 2
 
 
 def test_tokens_are_cached_by_content(tmp_path: Path) -> None:
@@ -120,11 +120,11 @@ def test_tokens_are_cached_by_content(tmp_path: Path) -> None:
     assert prepare_rows(tmp_path, tokenizer(tmp_path, CHATML_MARKED)).is_from_cache is False
 
 
-def digest_of(folder: Path, change: dict[str, Any] | None = None, *, rows: Any = TEN_ROWS, **changed_inputs: Any) -> str:
-    """The digest of a run with these rows. `change`: options of the dataset."""
+def compute_digest(folder: Path, change: dict[str, Any] | None = None, *, rows: Any = TEN_ROWS, **changed_inputs: Any) -> str:
+    """Return the inputs digest of a run with these rows. `change`: options of `dataset`."""
     run, inputs = make_run(folder, Path("/models/tiny"), {"dataset": {"format": "messages", **(change or {})}}, list(rows))
     inputs, tok = inputs.model_copy(update=changed_inputs), tokenizer(folder)
-    use_chat_template(run, inputs, tok)
+    choose_chat_template(run, inputs, tok)
     return inputs_digest(run, inputs, tok, 512)
 
 
@@ -132,33 +132,33 @@ def test_the_digest_depends_on_contents_and_not_on_addresses(tmp_path: Path) -> 
     folders = [tmp_path / name for name in "abcd"]
     for folder in folders:
         folder.mkdir()
-    first = digest_of(folders[0], {"train": "s3://one/train.jsonl"})
-    same = [
-        digest_of(folders[1], {"train": "s3://two/other/train.jsonl", "storage": {"endpoint": "https://s3.example.com"}}),
-        digest_of(folders[2], {"train": "pvc://claim/train.jsonl", "numProc": 3}),
-        digest_of(folders[3]),
+    first = compute_digest(folders[0], {"train": "s3://one/train.jsonl"})
+    same_digests = [
+        compute_digest(folders[1], {"train": "s3://two/other/train.jsonl", "storage": {"endpoint": "https://s3.example.com"}}),
+        compute_digest(folders[2], {"train": "pvc://claim/train.jsonl", "numProc": 3}),
+        compute_digest(folders[3]),
     ]
-    assert set(same) == {first}
+    assert set(same_digests) == {first}
     file = write_rows(tmp_path / "train.jsonl", TEN_ROWS)
-    known = digest_of(folders[3], train=[file], file_digests={file: hashlib.sha256(file.read_bytes()).hexdigest()})
-    assert known == first, "the digest of a download is that of the file"
+    with_known_digest = compute_digest(folders[3], train=[file], file_digests={file: hashlib.sha256(file.read_bytes()).hexdigest()})
+    assert with_known_digest == first, "the sha256 from the download has the same effect as hashing the file"
     text = "{% for m in messages %}{{ m.content }}{% endfor %}"
     (tmp_path / "maps/t").mkdir(parents=True)
     (tmp_path / "maps/t/chat.jinja").write_text(text)
-    as_text = digest_of(folders[3], {"chatTemplate": {"text": text}})
-    assert as_text == digest_of(folders[3], {"chatTemplate": {"configMapRef": {"name": "t", "key": "chat.jinja"}}}, config_maps=tmp_path / "maps")
+    as_text = compute_digest(folders[3], {"chatTemplate": {"text": text}})
+    assert as_text == compute_digest(folders[3], {"chatTemplate": {"configMapRef": {"name": "t", "key": "chat.jinja"}}}, config_maps=tmp_path / "maps")
     changed_row = [*TEN_ROWS[:-1], TEN_ROWS[0]]
     renamed = write_rows(tmp_path / "train.txt", TEN_ROWS)
-    others = [
-        digest_of(folders[3], rows=changed_row), digest_of(folders[3], rows=TEN_ROWS[::-1]), digest_of(folders[3], train=[renamed]),
-        digest_of(folders[3], {"packing": True}), digest_of(folders[3], {"overflow": "drop"}), digest_of(folders[3], {"badRows": "skip"}),
-        digest_of(folders[3], train=[file], validation=[file]), digest_of(folders[3], train=[file, file]),
-        digest_of(folders[3], train=[file], test=[file]), as_text,
+    other_digests = [
+        compute_digest(folders[3], rows=changed_row), compute_digest(folders[3], rows=TEN_ROWS[::-1]), compute_digest(folders[3], train=[renamed]),
+        compute_digest(folders[3], {"packing": True}), compute_digest(folders[3], {"overflow": "drop"}), compute_digest(folders[3], {"badRows": "skip"}),
+        compute_digest(folders[3], train=[file], validation=[file]), compute_digest(folders[3], train=[file, file]),
+        compute_digest(folders[3], train=[file], test=[file]), as_text,
     ]  # fmt: skip
-    assert len({first, *others}) == len(others) + 1
+    assert len({first, *other_digests}) == len(other_digests) + 1
 
 
-def test_the_digest_depends_on_settings_of_the_tokenizer_that_are_not_in_its_backend(tmp_path: Path) -> None:
+def test_the_digest_depends_on_tokenizer_settings_outside_of_its_backend(tmp_path: Path) -> None:
     run, inputs = make_run(tmp_path, Path("/models/tiny"), {}, list(TEN_ROWS))
     tok = tokenizer(tmp_path)
     first = inputs_digest(run, inputs, tok, 512)
@@ -185,17 +185,17 @@ def test_rows_with_the_date_are_not_shared(tmp_path: Path, text: str, is_shared:
     template = text + "{% for m in messages %}{{ m.role + '=' + m.content + '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}assistant={% endif %}"
     run, inputs = make_run(tmp_path, Path("/models/tiny"), {"dataset": {"chatTemplate": {"text": template}}}, list(TEN_ROWS))
     requested: list[str] = []
-    observer = SimpleNamespace(provide_rows=requested.append, count_rows=lambda _: None)
-    prepare(run, inputs, tokenizer(tmp_path), max_positions=512, cache=tmp_path / "tokens", preparation=observer)
+    callbacks = SimpleNamespace(provide_rows=requested.append, count_rows=lambda _: None)
+    prepare(run, inputs, tokenizer(tmp_path), max_positions=512, cache_folder=tmp_path / "tokens", preparation=callbacks)
     assert len(requested) == is_shared
 
 
-def rendered_with(folder: Path, variables: dict[str, str], **given: Any) -> str:
+def render_with_variables(folder: Path, variables: dict[str, str], **given: Any) -> str:
     template = "{% if thinking is defined and thinking %}<think>{% endif %}{{ level }}:{% for message in messages %}{{ message['content'] }}{% endfor %}"
     run, inputs = make_run(folder, make_tiny_model(folder / "model"), {"dataset": {"chatTemplate": {"text": template}, "templateVariables": variables}})
     tok = AutoTokenizer.from_pretrained(inputs.model)
     for _ in range(2):
-        use_chat_template(run, inputs, tok)
+        choose_chat_template(run, inputs, tok)
     assert tok.chat_template.count("is not defined") == len(variables)
     return str(tok.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False, **given))
 
@@ -208,13 +208,13 @@ def rendered_with(folder: Path, variables: dict[str, str], **given: Any) -> str:
         ({"level": "\U0001f600"}, {}, "\U0001f600:x"), ({"level": '{"a": [null, true]}'}, {}, "{'a': [None, True]}:x"), ({"level": "NaN"}, {}, "NaN:x"),
     ],
 )  # fmt: skip
-def test_variables_of_the_template_are_defaults(variables: dict[str, str], given: dict[str, Any], text: str, tmp_path: Path) -> None:
-    assert rendered_with(tmp_path, variables, **given) == text
+def test_template_variables_of_the_spec_are_defaults(variables: dict[str, str], given: dict[str, Any], text: str, tmp_path: Path) -> None:
+    assert render_with_variables(tmp_path, variables, **given) == text
 
 
 def test_a_variable_that_the_template_does_not_use_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
-        rendered_with(tmp_path, {"enable_thinking": "false"})
+        render_with_variables(tmp_path, {"enable_thinking": "false"})
     assert caught.value.code == "TemplateVariableUnknown" and "does not use enable_thinking" in caught.value.message
 
 
@@ -226,11 +226,11 @@ def test_a_variable_that_the_template_does_not_use_is_refused(tmp_path: Path) ->
     ],
 )  # fmt: skip
 def test_a_template_variable_has_the_value_of_its_json(given: str, expected: str) -> None:
-    template = with_variables("{{ value.__repr__() }}", {"value": given})
+    template = add_template_variables("{{ value.__repr__() }}", {"value": given})
     assert jinja2.Environment().from_string(template).render() == expected
 
 
-def test_chat_template_of_the_spec_is_used(tmp_path: Path) -> None:
+def test_the_chat_template_of_the_spec_is_used(tmp_path: Path) -> None:
     tok = tokenizer(tmp_path)
     template = "{% for m in messages %}{{ m.role + '=' + m.content + '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}assistant={% endif %}"
     data = prepare_rows(tmp_path, tok, {"chatTemplate": {"text": template}})
@@ -242,14 +242,14 @@ def test_chat_template_of_the_spec_is_used(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("changed", ["validation", "test"])
 def test_changed_validation_or_test_rows_are_tokenised_again(changed: str, tmp_path: Path) -> None:
-    """The content of the validation or test file changes, but not its name."""
+    """The file keeps its name; only its content changes."""
     tok = tokenizer(tmp_path)
     run, inputs = make_run(tmp_path, Path("/models/tiny"), rows=TEN_ROWS)
     files = {name: write_rows(tmp_path / f"{name}.jsonl", TEN_ROWS[:2]) for name in ("validation", "test")}
     inputs = inputs.model_copy(update={name: [file] for name, file in files.items()})
 
     def prepare_again() -> PreparedData:
-        return prepare(run, inputs, tok, max_positions=512, cache=tmp_path / "tokens")
+        return prepare(run, inputs, tok, max_positions=512, cache_folder=tmp_path / "tokens")
 
     assert (prepare_again().is_from_cache, prepare_again().is_from_cache) == (False, True)
     write_rows(files[changed], TEN_ROWS[2:5])
@@ -258,7 +258,7 @@ def test_changed_validation_or_test_rows_are_tokenised_again(changed: str, tmp_p
     assert data.rows[changed] == 3
 
 
-def test_changed_seed_changes_the_mixture(tmp_path: Path) -> None:
+def test_another_seed_changes_the_mixture(tmp_path: Path) -> None:
     tok = tokenizer(tmp_path)
     sources = [[write_rows(tmp_path / f"{i}.jsonl", TEN_ROWS[i * 5 : i * 5 + 5])] for i in range(2)]
     mixture = [{"source": f"s3://data/{i}.jsonl", "weight": 1 + 3 * i} for i in range(2)]
@@ -267,7 +267,7 @@ def test_changed_seed_changes_the_mixture(tmp_path: Path) -> None:
         spec = {"dataset": {"train": None, "mixture": mixture}, "training": {"seed": seed}}
         run, inputs = make_run(tmp_path, Path("/models/tiny"), spec)
         inputs = inputs.model_copy(update={"train": [], "mixture": sources})
-        return prepare(run, inputs, tok, max_positions=512, cache=tmp_path / "tokens")
+        return prepare(run, inputs, tok, max_positions=512, cache_folder=tmp_path / "tokens")
 
     first = [prepare_mixture(seed) for seed in range(4)]
     assert [data.is_from_cache for data in first] == [False] * 4

@@ -1,4 +1,4 @@
-"""Prepared rows on disk: manifest, verification, and equal bytes for equal rows."""
+"""Prepared rows on disk: their manifest, their verification, and equal bytes for equal rows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy
 import pytest
 from finetune_api.errors import StorageError
 from finetune_trainer.data import shards
-from finetune_trainer.data.pack import pack, packed_batches
+from finetune_trainer.data.pack import build_packed_batches, pack
 from finetune_trainer.data.prepare import open_split
 from finetune_trainer.data.prepared import MANIFEST_FILE, PreparedFolder, open_prepared, write_prepared
 from finetune_trainer.data.shards import ColumnType, ShardReader, ShardWriter, make_batch
@@ -21,20 +21,20 @@ COLUMNS = {"input_ids": ColumnType.TOKENS, "labels": ColumnType.TOKENS}
 ROWS = [list(range(10 * number, 10 * number + length)) for number, length in enumerate([1, 3, 2, 8, 5, 9, 4])]
 
 
-def batch_of(rows: list[list[int]]) -> Any:
+def make_token_batch(rows: list[list[int]]) -> Any:
     return make_batch(COLUMNS, {"input_ids": rows, "labels": [[token + 1 for token in row] for row in rows]})
 
 
-def write(folder: Path, splits: dict[str, list[Any]], digest: str = "d") -> PreparedFolder:
+def write_splits(folder: Path, splits: dict[str, list[Any]], digest: str = "d") -> PreparedFolder:
     return write_prepared(folder, splits, inputs_digest=digest, summary={"notes": ["a note"]})
 
 
 def test_the_manifest_describes_the_rows(tmp_path: Path) -> None:
-    write(tmp_path / "p", {"train": [batch_of(ROWS[:4]), batch_of(ROWS[4:])], "test": [batch_of(ROWS[:2])]})
+    write_splits(tmp_path / "p", {"train": [make_token_batch(ROWS[:4]), make_token_batch(ROWS[4:])], "test": [make_token_batch(ROWS[:2])]})
     prepared = open_prepared(tmp_path / "p", "d")
     train, test = prepared.manifest.splits["train"], prepared.manifest.splits["test"]
     assert (train.rows, train.tokens, test.rows, test.tokens) == (7, 32, 2, 4)
-    assert train.lengths == {"1": 1, "2": 1, "4": 2, "8": 2, "16": 1}, "9 tokens count at 16, 8 tokens at 8"
+    assert train.lengths == {"1": 1, "2": 1, "4": 2, "8": 2, "16": 1}, "a row of 9 tokens counts under 16, a row of 8 tokens under 8"
     assert [file.path for file in prepared.manifest.files] == ["train/00000.arrow", "test/00000.arrow"]
     assert all((tmp_path / "p" / file.path).stat().st_size == file.size for file in prepared.manifest.files)
     assert prepared.manifest.summary == {"notes": ["a note"]}
@@ -47,7 +47,7 @@ def test_the_manifest_describes_the_rows(tmp_path: Path) -> None:
 
 def test_large_splits_have_several_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "MAX_SHARD_BYTES", 1)
-    prepared = write(tmp_path / "p", {"train": [batch_of([row]) for row in ROWS]})
+    prepared = write_splits(tmp_path / "p", {"train": [make_token_batch([row]) for row in ROWS]})
     assert [file.path for file in prepared.manifest.splits["train"].files] == [f"train/{number:05}.arrow" for number in range(7)]
     rows = open_split(open_prepared(tmp_path / "p"), "train")
     assert rows is not None and rows["input_ids"][:] == ROWS and rows[6]["input_ids"] == ROWS[6]
@@ -55,7 +55,7 @@ def test_large_splits_have_several_shards(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
 def test_damaged_shards_are_found(damage: str, tmp_path: Path) -> None:
-    prepared = write(tmp_path / "p", {"train": [batch_of(ROWS)]})
+    prepared = write_splits(tmp_path / "p", {"train": [make_token_batch(ROWS)]})
     shard = tmp_path / "p/train/00000.arrow"
     content = bytearray(shard.read_bytes())
     content[-40] ^= 1
@@ -75,8 +75,8 @@ def test_damaged_shards_are_found(damage: str, tmp_path: Path) -> None:
         ({"splits": {"train": {"rows": 1, "tokens": 1, "files": [{"path": "../outside", "size": 0, "sha256": "a"}]}}}, "PreparedDataDamaged"),
     ],
 )  # fmt: skip
-def test_a_folder_of_other_rows_is_not_opened(change: dict[str, Any], code: str, tmp_path: Path) -> None:
-    write(tmp_path / "p", {"train": [batch_of(ROWS)]})
+def test_a_folder_with_an_unsuitable_manifest_is_not_opened(change: dict[str, Any], code: str, tmp_path: Path) -> None:
+    write_splits(tmp_path / "p", {"train": [make_token_batch(ROWS)]})
     (tmp_path / "outside").touch()
     manifest = tmp_path / "p" / MANIFEST_FILE
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | change))
@@ -85,21 +85,21 @@ def test_a_folder_of_other_rows_is_not_opened(change: dict[str, Any], code: str,
     assert caught.value.code == code
 
 
-def test_an_unfinished_folder_is_not_opened_and_is_replaced(tmp_path: Path) -> None:
+def test_an_incomplete_folder_is_not_opened_and_is_replaced(tmp_path: Path) -> None:
     def interrupted() -> Any:
-        yield batch_of(ROWS)
+        yield make_token_batch(ROWS)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write(tmp_path / "p", {"train": interrupted()})
+        write_splits(tmp_path / "p", {"train": interrupted()})
     with pytest.raises(StorageError, match="PreparedDataMissing"):
         open_prepared(tmp_path / "p")
-    write(tmp_path / "p", {"train": [batch_of(ROWS[:1])]})
+    write_splits(tmp_path / "p", {"train": [make_token_batch(ROWS[:1])]})
     rows = open_split(open_prepared(tmp_path / "p"), "train")
     assert rows is not None and rows["input_ids"][:] == ROWS[:1]
 
 
-def reader_of(folder: Path, batches: list[Any]) -> ShardReader:
+def write_and_open(folder: Path, batches: list[Any]) -> ShardReader:
     with ShardWriter(folder, "rows") as writer:
         for batch in batches:
             writer.add(batch)
@@ -109,7 +109,7 @@ def reader_of(folder: Path, batches: list[Any]) -> ShardReader:
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=30), st.integers(1, 7), st.integers(1, 40))
 @settings(max_examples=60, deadline=None)
 def test_rows_are_read_by_position_and_equal_rows_give_equal_bytes(positions: list[int], batch_rows: int, tokens: int) -> None:
-    """The bytes of the copies do not depend on the batches in which the rows were written first."""
+    """The bytes of copied rows do not depend on the batches in which the rows were first written."""
     import tempfile
 
     lengths = numpy.array([len(ROWS[position]) for position in positions])
@@ -117,21 +117,21 @@ def test_rows_are_read_by_position_and_equal_rows_give_equal_bytes(positions: li
         patch.setattr(shards, "TOKENS_PER_BATCH", tokens)
         digests = []
         for number, size in enumerate((batch_rows, 7)):
-            reader = reader_of(Path(name, str(number)), [batch_of(ROWS[start : start + size]) for start in range(0, 7, size)])
+            reader = write_and_open(Path(name, str(number)), [make_token_batch(ROWS[start : start + size]) for start in range(0, 7, size)])
             batches = list(reader.read(numpy.array(positions), lengths))
             assert [row for batch in batches for row in batch.column("input_ids").to_pylist()] == [ROWS[position] for position in positions]
             assert all(batch.num_rows == 1 or sum(map(len, batch.column("input_ids").to_pylist())) <= tokens for batch in batches)
-            digests.append(write(Path(name, f"p{number}"), {"train": batches}).manifest.files[0].sha256)
+            digests.append(write_splits(Path(name, f"p{number}"), {"train": batches}).manifest.files[0].sha256)
         assert digests[0] == digests[1]
 
 
-def test_rows_are_packed_from_their_lengths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_read_from_shards_and_packed_into_sequences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "TOKENS_PER_BATCH", 25)
-    reader = reader_of(tmp_path, [batch_of(ROWS[:3]), batch_of(ROWS[3:])])
+    reader = write_and_open(tmp_path, [make_token_batch(ROWS[:3]), make_token_batch(ROWS[3:])])
     positions = numpy.array([6, 5, 4, 3, 2, 1, 0])
     lengths = numpy.array([len(ROWS[position]) for position in positions])
     bins = pack(lengths.tolist(), 10)
-    packed = [row for batch in packed_batches(reader, positions, lengths, bins, -100) for row in batch.to_pylist()]
+    packed = [row for batch in build_packed_batches(reader, positions, lengths, bins, -100) for row in batch.to_pylist()]
     documents = [[ROWS[positions[row]] for row in rows] for rows in bins]
     assert packed == [
         {

@@ -1,4 +1,4 @@
-"""Reading of data files: formats, encodings and damaged files."""
+"""Reading data files: file formats, encodings, damaged files and limits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from finetune_trainer.data.rows import Conversation, Text, Turn
 
 from tests.support.data import catch_check_error, load_examples
 
-U, A = Turn("user", "hi"), Turn("assistant", "ho")
+HI, HO = Turn("user", "hi"), Turn("assistant", "ho")
 MESSAGES = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
 FILE_CASES: dict[str, tuple[str, str | bytes]] = {
     "json array": ("a.json", '[{"text": "x"}, {"text": "y"}]'),
@@ -35,7 +35,7 @@ def test_every_file_format_is_read(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "text", "texts"),
+    ("file_format", "text", "texts"),
     [
         ("csv", "text,other\nx,1\n", ["x"]),
         ("txt", '{"text": "x"}\n', ['{"text": "x"}']),
@@ -43,10 +43,10 @@ def test_every_file_format_is_read(name: str, tmp_path: Path) -> None:
         ("json", '[{"text": "x"}]', ["x"]),
     ],
 )
-def test_file_format_of_the_spec_takes_precedence_over_the_extension(
-    kind: str, text: str, texts: list[str], tmp_path: Path
+def test_the_file_format_of_the_spec_takes_precedence_over_the_extension(
+    file_format: str, text: str, texts: list[str], tmp_path: Path
 ) -> None:
-    examples = load_examples(tmp_path, {"fileFormat": kind}, text=text, name="rows.parquet")
+    examples = load_examples(tmp_path, {"fileFormat": file_format}, text=text, name="rows.parquet")
     assert examples == [Text(text_of_row) for text_of_row in texts]
 
 
@@ -56,7 +56,7 @@ def test_parquet_is_read(tmp_path: Path) -> None:
 
     pyarrow.parquet.write_table(pyarrow.table({"messages": [MESSAGES]}), tmp_path / "a.parquet")
     assert load_examples(tmp_path, text=(tmp_path / "a.parquet").read_bytes(), name="b.parquet") == [
-        Conversation((U, A))
+        Conversation((HI, HO))
     ]
 
 
@@ -100,7 +100,7 @@ def test_parquet_is_read(tmp_path: Path) -> None:
         ("question,answer,answer\nq,a,b\n", "train.csv", "DatasetRowInvalid", "names column 'answer' twice"),
     ],
 )
-def test_broken_file_is_refused(text: str | bytes, name: str, code: str, message: str, tmp_path: Path) -> None:
+def test_a_broken_file_is_refused(text: str | bytes, name: str, code: str, message: str, tmp_path: Path) -> None:
     error = catch_check_error(tmp_path, text=text, name=name)
     assert (error.code, int(error.exit_code)) == (code, 65)
     assert message in error.message and name in error.message
@@ -124,7 +124,7 @@ def test_escaped_surrogate_pairs_are_read(tmp_path: Path) -> None:
 def test_rows_and_files_that_would_fill_the_memory_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: bytes, name: str, code: str, message: str
 ) -> None:
-    """The limits are lower here, so that the test needs little memory."""
+    """The limits are lowered, so that the test needs little memory."""
     monkeypatch.setattr(read, "MAX_ROW_BYTES", 1000)
     monkeypatch.setattr(read, "SMALL_FILE_BYTES", 10_000)
     with pytest.raises(DataError) as caught:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from finetune_api.errors import DataError
 from finetune_api.spec.dataset import Split
-from finetune_trainer.data.split import cut, mix, split_sizes
+from finetune_trainer.data.split import cut_into_splits, mix, split_sizes
 
 
 @pytest.mark.parametrize(
@@ -23,35 +23,35 @@ from finetune_trainer.data.split import cut, mix, split_sizes
         (7, Split(train=1.0, validation=0.0), (7, 0, 0)),
     ],
 )
-def test_sizes_are_rounded_down_and_one_part_gets_the_remaining_rows(
+def test_sizes_are_rounded_down_and_one_split_gets_the_remaining_rows(
     rows: int, split: Split, sizes: tuple[int, int, int]
 ) -> None:
     assert split_sizes(rows, split) == sizes
-    assert tuple(map(len, cut(range(rows), split))) == sizes
+    assert tuple(map(len, cut_into_splits(range(rows), split))) == sizes
 
 
 def test_a_split_without_rows_is_refused() -> None:
     with pytest.raises(DataError) as caught:
         split_sizes(1, Split(validation=1.0))
     assert caught.value.code == "SplitEmpty" and "no row for training" in caught.value.message
-    for split, part in (
+    for split, empty_split in (
         (Split(validation=0.3), "validation"),
         (Split(train=0.5, validation=0.2, test=0.3), "validation"),
     ):
-        with pytest.raises(DataError, match=f"SplitEmpty: .*no row for {part}: 3 rows"):
+        with pytest.raises(DataError, match=f"SplitEmpty: .*no row for {empty_split}: of 3 rows"):
             split_sizes(3, split)
 
 
-def test_split_depends_only_on_the_seed_and_keeps_the_order() -> None:
+def test_the_seed_alone_decides_the_split_and_each_split_keeps_the_order_of_the_file() -> None:
     rows = list(range(20))
-    train, validation, test = cut(rows, Split(validation=0.2, test=0.1, seed=1))
+    train, validation, test = cut_into_splits(rows, Split(validation=0.2, test=0.1, seed=1))
     assert (len(train), len(validation), len(test)) == (14, 4, 2)
     assert sorted(train + validation + test) == rows and train == sorted(train)
-    assert cut(rows, Split(validation=0.2, test=0.1, seed=1)) == (train, validation, test)
-    assert cut(rows, Split(validation=0.2, test=0.1, seed=2)) != (train, validation, test)
+    assert cut_into_splits(rows, Split(validation=0.2, test=0.1, seed=1)) == (train, validation, test)
+    assert cut_into_splits(rows, Split(validation=0.2, test=0.1, seed=2)) != (train, validation, test)
 
 
-def test_mixture_follows_the_weights() -> None:
+def test_a_mixture_follows_the_weights() -> None:
     a, b = [f"a{i}" for i in range(30)], [f"b{i}" for i in range(10)]
     mixed = mix([a, b], [1, 1], seed=3)
     assert len(mixed) == 40
@@ -62,6 +62,6 @@ def test_mixture_follows_the_weights() -> None:
     assert mix([a, b], [3, 1], seed=3).count("b0") == 1
 
 
-def test_the_seed_decides_which_rows_of_a_large_part_are_taken() -> None:
-    parts = [[f"a{i}" for i in range(30)], [f"b{i}" for i in range(10)]]
-    assert len({tuple(mix(parts, [1, 1], seed)) for seed in range(5)}) == 5
+def test_the_seed_decides_which_rows_of_a_large_source_are_drawn() -> None:
+    sources = [[f"a{i}" for i in range(30)], [f"b{i}" for i in range(10)]]
+    assert len({tuple(mix(sources, [1, 1], seed)) for seed in range(5)}) == 5

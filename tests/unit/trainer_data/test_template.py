@@ -1,4 +1,4 @@
-"""Rendering conversations with chat templates, and the characters that the run trains on."""
+"""Rendering conversations with chat templates, and finding the characters to train on."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ THINKING_TEMPLATE = (
     "{% if m.role == 'assistant' and loop.last %}{{ '<think></think>' }}{% endif %}{{ m.content | trim + '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-"""Chat template as in reasoning models: only the last assistant message gets an empty think block."""
+"""A chat template as in reasoning models: only the last assistant message gets an empty think block."""
 TWO_ANSWERS = (
     Turn("system", "be"),
     Turn("user", "one"),
@@ -35,7 +35,7 @@ MARKED_TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>assistant says: {% generation %}{{ m.content }}{% endgeneration %}<|im_end|>\n"
     "{% else %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
 )
-"""Template whose generation prompt lacks the assistant header, and whose generation markers exclude the end-of-turn token."""
+"""A template without a generation prompt, whose generation markers exclude the end-of-turn token."""
 MARKED_IN_PIECES = MARKED_TEMPLATE.replace(
     "{{ m.content }}", "{{ m.content[:2] }}{% endgeneration %}{% generation %}{{ m.content[2:] + '<|im_end|>\n' }}", 1
 )
@@ -60,7 +60,7 @@ def test_generation_markers_may_split_an_answer(tmp_path: Path) -> None:
     assert trained_texts(Conversation(TWO_ANSWERS), options) == ["re", "d<|im_end|>\n", "gr", "een<|im_end|>\n"]
     turns = (*TWO_ANSWERS[:2], Turn("assistant", "red", 0), *TWO_ANSWERS[3:])
     assert trained_texts(Conversation(turns), options) == ["<|im_start|>assistant says: green<|im_end|>"], (
-        "the content of the answers is searched if the marked spans cannot be matched"
+        "if the marked spans do not match the answers, the content of the answers is searched in the text"
     )
 
 
@@ -70,7 +70,7 @@ def test_generation_markers_of_an_unused_template_are_ignored(tmp_path: Path) ->
     assert trained_texts(Conversation(TWO_ANSWERS), render_options(tok)) == ["red<|im_end|>", "green<|im_end|>"]
 
 
-def test_error_for_an_absent_marker_shows_the_row(tmp_path: Path) -> None:
+def test_the_error_for_an_absent_marker_shows_the_rendered_row(tmp_path: Path) -> None:
     dataset = {"responseOnly": {"questionMarker": "<start_of_turn>user", "answerMarker": "<start_of_turn>model"}}
     with pytest.raises(DataError) as caught:
         prepare_rows(tmp_path, tokenizer(tmp_path), dataset)
@@ -78,7 +78,7 @@ def test_error_for_an_absent_marker_shows_the_row(tmp_path: Path) -> None:
     assert "train.jsonl, row 1" in caught.value.message and "<|im_start|>user" in caught.value.message
 
 
-def test_error_of_the_template_names_the_row(tmp_path: Path) -> None:
+def test_an_error_that_the_template_raises_names_the_row(tmp_path: Path) -> None:
     rows = [TEN_ROWS[0], {"messages": [*TEN_ROWS[1]["messages"], {"role": "system", "content": "late"}]}]
     with pytest.raises(DataError) as caught:
         prepare_rows(tmp_path, tokenizer(tmp_path, SYSTEM_FIRST, bos=True), {}, rows)
@@ -86,7 +86,7 @@ def test_error_of_the_template_names_the_row(tmp_path: Path) -> None:
     assert "row 2" in caught.value.message and "system must come first" in caught.value.message
 
 
-def marked(example: Example, options: RenderOptions) -> str:
+def mark_spans(example: Example, options: RenderOptions) -> str:
     """Return the rendered text with « and » around each trained span, and [ and ] in place of <|im_start|> and <|im_end|>."""
     rendered = render(example, options)
     text = rendered.text
@@ -105,13 +105,13 @@ HIDDEN_TEMPLATE = CHATML_TEMPLATE.replace(
 LENGTH_TEMPLATE = "{{ messages[-1].content | length }}" + CHATML_TEMPLATE
 LENGTH_AT_END_TEMPLATE = CHATML_TEMPLATE + "{{ messages[-1].content | length }}"
 REMINDER_TEMPLATE = CHATML_TEMPLATE.replace("'<|im_end|>", "(' end' if loop.last else '') + '<|im_end|>")
-"""Adds a word to the last message, so that the text of earlier turns changes with each turn."""
+"""A template that adds a word to the last message, so a message is rendered differently if another message follows."""
 SUFFIX_TEMPLATE = CHATML_TEMPLATE.replace("'<|im_end|>", "(' ok' if message['role'] == 'assistant' else '') + '<|im_end|>")
 PREFIX_TEMPLATE = CHATML_MARKED.replace("{% generation %}", "{{ '> ' }}").replace("{% endgeneration %}{{ '", "{{ ' end' if loop.last else '' }}{{ '")
-"""Template that writes `> ` before an answer, and a word after the last answer."""
+"""A template that writes `> ` before an answer, and a word after the last answer."""
 HEADER_ONLY_TEMPLATE = PREFIX_TEMPLATE.replace("{{ '> ' }}{{ message['content'] + '<|im_end|>' }}{{ ' end' if loop.last else '' }}{{ '\\n' }}", "")
 HEADER_TEMPLATE = CHATML_TEMPLATE.replace("<|im_start|>assistant\\n' }}{% endif %}", "# ' }}{% endif %}")
-"""Template whose generation prompt is not part of the conversation."""
+"""A template whose generation prompt differs from the header that it writes before an answer."""
 TOOLS_TEMPLATE = "{{ tools | length if tools is not none else 'no' }} tools\n" + CHATML_MARKED
 END_TOKEN_FIRST_TEMPLATE = CHATML_MARKED.replace(
     "message['content'] + '<|im_end|>'", "'<|im_end|>' + message['content']"
@@ -150,7 +150,7 @@ END_TOKEN_FIRST_TEMPLATE = CHATML_MARKED.replace(
 )  # fmt: skip
 def test_only_the_answers_are_trained_on(template: str, turns: tuple[Turn, ...], expected: str, tmp_path: Path) -> None:
     options = render_options(tokenizer(tmp_path, template))
-    assert marked(Conversation(turns), options) == expected
+    assert mark_spans(Conversation(turns), options) == expected
     assert render(Conversation(turns), options).is_templated
 
 
@@ -163,7 +163,7 @@ ALL_ROLES = (Turn("system", "be"), HI, UNTRAINED_HO, Turn("tool", "42"), Turn("a
         (Text("some text"), {}, "«some text»"),
         (Completion("ask ", "answer"), {"use_chat_template": False}, "ask «answer»"),
         (Completion("ask ", "answer"), {"use_chat_template": False, "response_only": False}, "«ask answer»"),
-        (Completion("ask ", "answer"), {"text_as_turns": False}, "ask «answer»"),
+        (Completion("ask ", "answer"), {"renders_text_as_turns": False}, "ask «answer»"),
         (Completion("ask ", "answer"), {}, "[user\nask ]\n[assistant\n«answer]»\n"),
         (Conversation(ALL_ROLES), {"use_chat_template": False}, "System: be\nUser: hi\nAssistant: ho\nTool: 42\nAssistant: «»\nAssistant: «green»"),
         (
@@ -197,20 +197,20 @@ def test_the_options_decide_what_is_trained_on(
         tokenizer=tokenizer(tmp_path),
         special_tokens=("<|im_end|>",),
     )
-    assert marked(example, given) == expected
+    assert mark_spans(example, given) == expected
     assert render(example, given).is_templated == ("[" in expected)
 
 
 def test_untrained_answers_in_several_parts_are_left_out_of_the_whole_text(tmp_path: Path) -> None:
     options = render_options(tokenizer(tmp_path, MARKED_IN_PIECES), response_only=False)
-    assert marked(Conversation((HI, Turn("assistant", "red", 0))), options) == "«[user\nhi]\n[assistant says: »red]\n"
+    assert mark_spans(Conversation((HI, Turn("assistant", "red", 0))), options) == "«[user\nhi]\n[assistant says: »red]\n"
 
 
 def test_the_longest_special_token_ends_the_answer(tmp_path: Path) -> None:
     options = RenderOptions(
         tokenizer(tmp_path, MARKED_TEMPLATE), True, True, special_tokens=("<|im_end|>\n", "<|im_end|>")
     )
-    assert marked(Conversation((HI, HO)), options) == "[user\nhi]\n[assistant says: «ho]\n»"
+    assert mark_spans(Conversation((HI, HO)), options) == "[user\nhi]\n[assistant says: «ho]\n»"
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,7 @@ def test_a_template_that_hides_the_answers_is_refused(
     ],
     ids=["no marker in the row", "empty marker", "other row", "turns in a wrong order"],
 )  # fmt: skip
-def test_error_for_a_row_that_cannot_be_rendered(
+def test_the_error_for_a_row_that_cannot_be_rendered_gives_problem_and_correction(
     example: Example, markers: tuple[str, str] | None, code: str, message: str, hint: str, tmp_path: Path
 ) -> None:
     with pytest.raises(RowError) as caught:
@@ -256,9 +256,9 @@ def test_error_for_a_row_that_cannot_be_rendered(
     assert hint in caught.value.hint
 
 
-def test_template_that_does_not_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Jinja's sandbox limits one `range`, but not nested loops."""
-    monkeypatch.setattr(template, "TEMPLATE_SECONDS", 0.05)
+def test_a_template_that_does_not_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jinja's sandbox limits the length of a single `range`, but not nested loops."""
+    monkeypatch.setattr(template, "TEMPLATE_TIMEOUT_SECONDS", 0.05)
     endless = tokenizer(tmp_path, "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}")
     handler = signal.getsignal(signal.SIGALRM)
     with pytest.raises(ConfigError, match="did not end within 0.05 s for a row with 5 turns") as caught:
@@ -267,8 +267,8 @@ def test_template_that_does_not_end_is_refused(tmp_path: Path, monkeypatch: pyte
     assert signal.getsignal(signal.SIGALRM) is handler
 
 
-def test_time_limit_restores_the_timer_of_the_program() -> None:
-    """In another thread, where Python delivers no signals, there is no limit."""
+def test_the_time_limit_restores_the_timer_of_the_program() -> None:
+    """Another thread has no time limit, because Python delivers no signals to it."""
     before = signal.setitimer(signal.ITIMER_REAL, 600)
     try:
         with time_limit(60):
@@ -294,7 +294,7 @@ WRITES_CALLS = (
 
 
 @pytest.mark.parametrize("call", ["weather()", {"function": "weather"}, {"function": None, "name": "weather"}, {"function": {"name": None}}])
-def test_tool_calls_in_other_forms_are_no_failure_of_the_program(call: Any, tmp_path: Path) -> None:
+def test_tool_calls_of_an_unknown_form_are_rendered_without_an_error(call: Any, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     from tests.support.tiny import make_tokenizer

@@ -1,4 +1,4 @@
-"""Rows of format `preTokenized`: they are used as they are, and invalid rows are refused."""
+"""Rows in the format `preTokenized`: valid rows are used unchanged, and invalid rows are refused."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ IDS = [5, 6, 7, 8]
         ({"assistant_masks": [0, 0, 0, 1], "attention_mask": [1, 1, 1, 1]}, [-100, -100, -100, 8]),
     ],
 )  # fmt: skip
-def test_rows_are_used_as_they_are(columns: dict[str, Any], labels: list[int], tmp_path: Path) -> None:
+def test_rows_of_token_ids_are_used_unchanged(columns: dict[str, Any], labels: list[int], tmp_path: Path) -> None:
     data = prepare_rows(tmp_path, tokenizer(tmp_path), TOKEN_ROWS, [{"input_ids": IDS, **columns}, {"input_ids": [9, 9]}])
     assert data.train[:] == {"input_ids": [IDS, [9, 9]], "labels": [labels, [9, 9]]}
     assert (data.reports["train"].tokens, data.format) == (6, "preTokenized")
 
 
-def test_rows_are_cut_and_packed(tmp_path: Path) -> None:
+def test_rows_of_token_ids_are_cut_and_packed(tmp_path: Path) -> None:
     rows = [{"input_ids": list(range(1, 13))}, {"input_ids": IDS}]
     data = prepare_rows(tmp_path, tokenizer(tmp_path), {**TOKEN_ROWS, "packing": True, "maxSequenceLength": 10}, [*rows, {"input_ids": IDS}])
     assert data.train["input_ids"][:] == [list(range(1, 11)), IDS + IDS]
@@ -36,14 +36,14 @@ def test_rows_are_cut_and_packed(tmp_path: Path) -> None:
     assert data.reports["train"].truncated == 1
 
 
-def test_rows_are_mixed_with_rows_of_text(tmp_path: Path) -> None:
+def test_rows_of_token_ids_are_mixed_with_rows_of_text(tmp_path: Path) -> None:
     from finetune_trainer.data.prepare import prepare
 
     tok = tokenizer(tmp_path)
     mixture = [{"source": "s3://data/0.jsonl", **TOKEN_ROWS}, {"source": "s3://data/1.jsonl"}]
     run, inputs = make_data_run(tmp_path, {"dataset": {"train": None, "mixture": mixture}})
     files = [[write_rows(tmp_path / f"{i}.jsonl", rows)] for i, rows in enumerate([[{"input_ids": IDS}], [{"text": "one"}]])]
-    data = prepare(run, inputs.model_copy(update={"train": [], "mixture": files}), tok, max_positions=512, cache=tmp_path / "tokens")
+    data = prepare(run, inputs.model_copy(update={"train": [], "mixture": files}), tok, max_positions=512, cache_folder=tmp_path / "tokens")
     assert data.train["input_ids"][:] == [IDS, [*tok("one")["input_ids"], tok.eos_token_id]]
 
 
@@ -58,18 +58,18 @@ def test_rows_are_mixed_with_rows_of_text(tmp_path: Path) -> None:
         ({"input_ids": IDS, "attention_mask": [1, 1, 1, 0]}, "so the row is padded"),
     ],
 )  # fmt: skip
-def test_invalid_rows_are_refused(row: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_invalid_rows_of_token_ids_are_refused(row: dict[str, Any], message: str, tmp_path: Path) -> None:
     error = catch_check_error(tmp_path, TOKEN_ROWS, [{"input_ids": IDS}, row])
     assert error.code == "DatasetRowInvalid" and error.message.startswith("train.jsonl, row 2: ") and message in error.message
     assert load_examples(tmp_path, {**TOKEN_ROWS, "badRows": "skip", "maxBadRowRatio": 0.5}, [{"input_ids": IDS}, row])[0].ids == tuple(IDS)
 
 
-def test_rows_of_tokens_are_only_read_if_the_spec_says_so(tmp_path: Path) -> None:
+def test_rows_of_token_ids_are_read_only_if_the_spec_sets_their_format(tmp_path: Path) -> None:
     assert catch_check_error(tmp_path, {}, [{"input_ids": IDS}]).code == "FormatUnknown"
     assert catch_check_error(tmp_path, TOKEN_ROWS, [{"text": "one"}]).code == "ColumnMissing"
 
 
-def test_a_token_that_the_tokenizer_does_not_have_is_refused(tmp_path: Path) -> None:
+def test_a_token_id_beyond_the_vocabulary_is_refused(tmp_path: Path) -> None:
     tok = tokenizer(tmp_path)
     with pytest.raises(DataError) as caught:
         prepare_rows(tmp_path, tok, TOKEN_ROWS, [{"input_ids": IDS}, {"input_ids": [1, len(tok)]}])

@@ -27,24 +27,24 @@ def model(tmp_path: Path) -> Path:
 )
 @settings(max_examples=200, deadline=None)
 def test_a_token_is_trained_on_if_it_overlaps_a_span(widths: list[int], gaps: list[tuple[int, int]]) -> None:
-    from finetune_trainer.data.tokenise import labels_of
+    from finetune_trainer.data.tokenise import make_labels
 
     ends = [sum(widths[: i + 1]) for i in range(len(widths))]
     offsets = [(end - width, end) for end, width in zip(ends, widths, strict=True)]
-    spans, at = [], 0
+    spans, position = [], 0
     for gap, length in gaps:
         if length:
-            spans.append((at + gap, at + gap + length))
-        at += gap + length
+            spans.append((position + gap, position + gap + length))
+        position += gap + length
     ids = list(range(100, 100 + len(widths)))
     expected = [
         token if any(start < stop and end > begin for begin, stop in spans) else -100
         for token, (start, end) in zip(ids, offsets, strict=True)
     ]
-    assert labels_of(ids, offsets, spans) == expected
+    assert make_labels(ids, offsets, spans) == expected
 
 
-def test_beginning_token_occurs_once_and_is_not_trained_on(tmp_path: Path) -> None:
+def test_the_beginning_token_occurs_once_and_is_not_trained_on(tmp_path: Path) -> None:
     tok = tokenizer(tmp_path, SYSTEM_FIRST, bos=True)
     for dataset, rows in (({}, TEN_ROWS), ({}, [{"text": "one red"}]), ({"addBosToken": True}, TEN_ROWS)):
         for row in prepare_rows(tmp_path, tok, dataset, rows).train:
@@ -81,7 +81,7 @@ def test_a_row_whose_first_token_alone_has_a_label_is_a_bad_row(tmp_path: Path) 
     assert with_end.reports["train"].rows == 1
 
 
-def test_end_token_occurs_once_and_is_trained_on(tmp_path: Path) -> None:
+def test_the_end_token_occurs_once_and_is_trained_on(tmp_path: Path) -> None:
     tok = tokenizer(tmp_path)
     for rows in (TEN_ROWS, [{"text": "one red"}], [{"text": "one red<|im_end|>"}]):
         for row in prepare_rows(tmp_path, tok, {}, rows).train:
@@ -91,7 +91,7 @@ def test_end_token_occurs_once_and_is_trained_on(tmp_path: Path) -> None:
     assert tok.eos_token_id not in row["input_ids"]
 
 
-def test_end_token_after_an_untrained_turn_is_not_trained_on(tmp_path: Path) -> None:
+def test_an_end_token_after_an_untrained_turn_is_not_trained_on(tmp_path: Path) -> None:
     tok = tokenizer(tmp_path)
     more = [{"role": "user", "content": "two"}]
     silent = [{"role": "assistant", "content": "green", "weight": 0}]
@@ -101,13 +101,13 @@ def test_end_token_after_an_untrained_turn_is_not_trained_on(tmp_path: Path) -> 
     assert all(text.endswith("<|im_end|>") for text, _ in trained)
 
 
-def test_add_bos_token_without_a_beginning_token_is_refused(tmp_path: Path) -> None:
+def test_add_bos_token_is_refused_if_the_tokenizer_has_no_beginning_token(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         prepare_rows(tmp_path, tokenizer(tmp_path), {"addBosToken": True})
     assert caught.value.code == "BosMissing"
 
 
-def test_end_token_is_trained_on_although_it_is_the_pad_token(tmp_path: Path, model: Path) -> None:
+def test_an_end_token_that_is_also_the_pad_token_is_trained_on(tmp_path: Path, model: Path) -> None:
     from finetune_trainer.model import load_tokenizer
     from transformers import AutoTokenizer
 
@@ -136,13 +136,13 @@ def test_truncated_and_dropped_rows_are_counted(overflow: str, rows: int, counte
     assert any("maxSequenceLength 48" in note for note in data.notes)
 
 
-def test_overflow_fail_names_the_row(tmp_path: Path) -> None:
+def test_with_overflow_fail_the_error_names_the_row_that_is_too_long(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         prepare_rows(tmp_path, tokenizer(tmp_path), {"overflow": "fail", "maxSequenceLength": 48}, LONG_ROWS)
     assert caught.value.code == "RowTooLong" and "train.jsonl, row 3" in caught.value.message
 
 
-def test_rows_that_lose_their_answer_are_left_out_and_counted(tmp_path: Path) -> None:
+def test_rows_whose_whole_answer_is_cut_off_are_left_out_and_counted(tmp_path: Path) -> None:
     rows = [*TEN_ROWS, {"messages": [{"role": "user", "content": "one two three " * 30}, TEN_ROWS[0]["messages"][1]]}]
     data = prepare_rows(tmp_path, tokenizer(tmp_path), {"maxSequenceLength": 64}, rows)
     assert len(data.train) == 10 and data.reports["train"].answerless == 1

@@ -1,11 +1,11 @@
-"""Prompts and answers as token ids: length limits, and the shared prompt of two answers."""
+"""Encoded prompts and answers: length limits, and the shared prompt of two answers."""
 
 from __future__ import annotations
 
 import pytest
 from finetune_api.errors import DataError
 from finetune_api.spec.enums import OverflowPolicy, TrainerType
-from finetune_trainer.data.batches import Outcome
+from finetune_trainer.data.batches import RowOutcome
 from finetune_trainer.objective.answers import (
     EncodedAnswers,
     LengthLimits,
@@ -15,42 +15,42 @@ from finetune_trainer.objective.answers import (
 
 
 def fit_row(
-    row: EncodedAnswers, kind: TrainerType, overflow: OverflowPolicy = OverflowPolicy.TRUNCATE, answer_limit: int | None = None
-) -> tuple[Outcome, EncodedAnswers]:
-    """Fit the row into a sequence of 6 tokens."""
-    return fit_to_limits("train.jsonl, row 1", row, LengthLimits(6, answer_limit, overflow), kind)
+    row: EncodedAnswers, trainer_type: TrainerType, overflow: OverflowPolicy = OverflowPolicy.TRUNCATE, answer_limit: int | None = None
+) -> tuple[RowOutcome, EncodedAnswers]:
+    """Fit the row into 6 tokens."""
+    return fit_to_limits("train.jsonl, row 1", row, LengthLimits(6, answer_limit, overflow), trainer_type)
 
 
 LONG_ROW = EncodedAnswers([1, 2, 3], [[4, 5, 6, 7], [8]])
-"""A row that has seven tokens with its longer answer."""
+"""A row whose prompt and longer answer have seven tokens together."""
 
 
-def test_answers_beyond_the_sequence_are_cut_and_counted() -> None:
-    assert fit_row(LONG_ROW, TrainerType.DPO) == (Outcome.CUT, EncodedAnswers([1, 2, 3], [[4, 5, 6], [8]]))
+def test_answers_beyond_the_maximum_row_length_are_cut() -> None:
+    assert fit_row(LONG_ROW, TrainerType.DPO) == (RowOutcome.CUT, EncodedAnswers([1, 2, 3], [[4, 5, 6], [8]]))
 
 
 def test_a_reward_model_drops_rows_whose_answer_would_be_cut() -> None:
     """A reward model computes its score at the last token of the answer."""
-    assert fit_row(LONG_ROW, TrainerType.REWARD)[0] is Outcome.TOO_LONG
+    assert fit_row(LONG_ROW, TrainerType.REWARD)[0] is RowOutcome.TOO_LONG
 
 
 def test_a_reward_model_keeps_rows_that_fit() -> None:
     row = EncodedAnswers([1, 2, 3], [[4, 5, 6], [8]])
-    assert fit_row(row, TrainerType.REWARD) == (Outcome.KEPT, row)
+    assert fit_row(row, TrainerType.REWARD) == (RowOutcome.KEPT, row)
 
 
-def test_overflow_drop_drops_the_row_and_fail_names_it() -> None:
-    assert fit_row(LONG_ROW, TrainerType.DPO, OverflowPolicy.DROP)[0] is Outcome.TOO_LONG
+def test_a_row_that_is_too_long_is_dropped_or_refused_as_overflow_says() -> None:
+    assert fit_row(LONG_ROW, TrainerType.DPO, OverflowPolicy.DROP)[0] is RowOutcome.TOO_LONG
     with pytest.raises(DataError, match="train.jsonl, row 1: 7 tokens, more than dataset.maxSequenceLength 6"):
         fit_row(LONG_ROW, TrainerType.DPO, OverflowPolicy.FAIL)
 
 
-def test_a_prompt_that_leaves_no_token_for_an_answer_is_dropped() -> None:
-    assert fit_row(EncodedAnswers([1, 2, 3, 4, 5, 6], [[7], [8]]), TrainerType.DPO)[0] is Outcome.TOO_LONG
+def test_a_row_whose_prompt_leaves_no_token_for_an_answer_is_dropped() -> None:
+    assert fit_row(EncodedAnswers([1, 2, 3, 4, 5, 6], [[7], [8]]), TrainerType.DPO)[0] is RowOutcome.TOO_LONG
 
 
 def test_pairs_that_are_equal_after_cutting_are_dropped() -> None:
-    assert fit_row(EncodedAnswers([1], [[2, 3, 4], [2, 3, 5]]), TrainerType.DPO, answer_limit=2)[0] is Outcome.SAME
+    assert fit_row(EncodedAnswers([1], [[2, 3, 4], [2, 3, 5]]), TrainerType.DPO, answer_limit=2)[0] is RowOutcome.EQUAL_ANSWERS
 
 
 def test_tokens_merged_across_the_end_of_the_prompt_belong_to_the_answers() -> None:

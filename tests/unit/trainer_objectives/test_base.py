@@ -1,4 +1,4 @@
-"""For every value of `trainer.type`, the module of that name contains an objective."""
+"""Every value of `trainer.type` has an objective."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from finetune_trainer.objective import load_objective
 from finetune_trainer.objective.base import TEST_LOSS
 
 
-@pytest.mark.parametrize("kind", list(TrainerType))
-def test_every_trainer_type_has_its_objective(kind: TrainerType) -> None:
-    objective = load_objective(kind)
-    assert objective.trainer_type is kind
-    assert objective.facts is OBJECTIVES[kind]
+@pytest.mark.parametrize("trainer_type", list(TrainerType))
+def test_every_trainer_type_has_its_objective(trainer_type: TrainerType) -> None:
+    objective = load_objective(trainer_type)
+    assert objective.trainer_type is trainer_type
+    assert objective.facts is OBJECTIVES[trainer_type]
     assert issubclass(objective.trainer_class, GuardedTrainer)
     assert objective.held_out_metrics[0] is TEST_LOSS

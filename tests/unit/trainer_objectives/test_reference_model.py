@@ -1,4 +1,4 @@
-"""The first loss is known, because the reference model equals the trained model before the first step."""
+"""Before the first step, the reference model equals the trained model. So the first loss is known."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support.learning import make_run, run_training, train_here
 from tests.support.preferences import LABELLED_ANSWERS, PREFERENCE_PAIRS, PROMPTS, user_message
 from tests.support.tiny import make_tiny_model
 
-METHOD_CLASSES: dict[str, dict[str, Any]] = {
+METHOD_SPECS: dict[str, dict[str, Any]] = {
     "spectrum on 4 bits": {"method": {"type": "spectrum"}, "model": {"quantization": {"bits": 4}}},
     "spectrum": {"method": {"type": "spectrum"}},
 }
@@ -31,26 +31,26 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def same_matmul_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Disable a CPU kernel that changes the loss, because it multiplies frozen 4-bit weights in another order."""
+    """Disable a CPU kernel that multiplies frozen 4-bit weights in another order, because this changes the loss slightly."""
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
 
 
-@pytest.mark.parametrize("method", METHOD_CLASSES)
+@pytest.mark.parametrize("method", METHOD_SPECS)
 def test_first_dpo_loss_shows_that_reference_and_model_are_equal(method: str, model: Path, tmp_path: Path) -> None:
-    spec = {**METHOD_CLASSES[method], "trainer": {"type": "dpo"}, "training": {"maxSteps": 1}}
+    spec = {**METHOD_SPECS[method], "trainer": {"type": "dpo"}, "training": {"maxSteps": 1}}
     assert run_training(tmp_path, model, spec, PREFERENCE_PAIRS).losses == [pytest.approx(math.log(2), abs=2e-6)]
 
 
 def test_first_kto_loss_shows_that_reference_and_model_are_equal(model: Path, tmp_path: Path) -> None:
-    spec = {**METHOD_CLASSES["spectrum on 4 bits"], "trainer": {"type": "kto"}, "training": {"maxSteps": 1}}
+    spec = {**METHOD_SPECS["spectrum on 4 bits"], "trainer": {"type": "kto"}, "training": {"maxSteps": 1}}
     assert run_training(tmp_path, model, spec, LABELLED_ANSWERS).losses == [pytest.approx(0.5, abs=2e-6)]
 
 
 @pytest.mark.parametrize("method", ["spectrum on 4 bits", "new tokens"])
 def test_first_kl_divergence_of_grpo_is_zero(method: str, model: Path, tmp_path: Path) -> None:
-    """The run logs the KL divergence from the reference model. To read prompts with a new token, the reference model needs the token's row."""
-    grown = {"method": {"type": "full"}, "model": {"newTokens": ["<a>"]}}
-    spec = {**METHOD_CLASSES.get(method, grown), "trainer": GRPO_TRAINER, "training": {"maxSteps": 1}}
+    """The reference model also needs an embedding row for a new token, because the prompts contain it."""
+    with_new_token = {"method": {"type": "full"}, "model": {"newTokens": ["<a>"]}}
+    spec = {**METHOD_SPECS.get(method, with_new_token), "trainer": GRPO_TRAINER, "training": {"maxSteps": 1}}
     rows = [{**row, "prompt": [user_message("<a> one")]} for row in PROMPTS] if method == "new tokens" else PROMPTS
     assert [line["kl"] for line in run_training(tmp_path, model, spec, rows).logs if "kl" in line] == [pytest.approx(0, abs=2e-6)]
 
@@ -70,7 +70,7 @@ def model_with_spare_token(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("trainer", "rows"), [({"type": "dpo"}, PREFERENCE_PAIRS), ({"type": "kto"}, LABELLED_ANSWERS), (GRPO_TRAINER, PROMPTS)]
 )
-def test_reference_needs_no_rows_for_unused_tokens(
+def test_the_reference_model_needs_no_rows_for_tokens_that_the_model_lacks(
     trainer: dict[str, Any], rows: Any, model_with_spare_token: Path, tmp_path: Path
 ) -> None:
     spec = {"method": {"type": "full"}, "trainer": trainer, "training": {"maxSteps": 1}}
@@ -78,7 +78,7 @@ def test_reference_needs_no_rows_for_unused_tokens(
 
 
 @pytest.mark.parametrize("rows", [448, 447])
-def test_named_reference_needs_as_many_rows_as_the_model(rows: int, model_with_spare_token: Path, tmp_path: Path) -> None:
+def test_a_reference_model_of_the_spec_needs_as_many_rows_as_the_trained_model(rows: int, model_with_spare_token: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     other = AutoModelForCausalLM.from_pretrained(model_with_spare_token)

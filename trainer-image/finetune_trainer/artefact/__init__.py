@@ -1,1 +1,1 @@
-"""The files beside the weights of the final model or adapter: generation settings with the trained end tokens, and the model card."""
+"""Writes the files next to the weights of the final model or adapter: generation settings with the trained end tokens, and the model card."""

@@ -1,7 +1,7 @@
-"""Writes the model card `README.md`: metadata of the hub, and how the model was made.
+"""Writes the model card `README.md`: metadata for the hub, and how the model was trained.
 
-Only the fields in `SHOWN_FIELDS` are copied from the spec. Sources are shown without secrets, and every value is escaped, so that no text
-of a user can change the structure of the page.
+Of the spec, only the fields in `SHOWN_FIELDS` are on the card. Sources are shown without secrets, and every value is escaped, so that no text
+of a user can change the structure of the card.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from finetune_api.errors import ConfigError
 from finetune_api.names import Env, Storage
 from finetune_api.pod import RunConfig
 from finetune_api.rules import is_vision_language, method_type_of, trainer_type_of
-from finetune_api.sources import HubSource, parse, redact_source
+from finetune_api.sources import HubSource, parse_source, redact_source
 from finetune_api.spec.enums import OutputKind, TrainerType
 
 from finetune_trainer.inputs import Inputs
 
 CARD_FILE = "README.md"
-FENCE = "---\n"
+METADATA_FENCE = "---\n"
 LICENSE_KEYS = ("license", "license_name", "license_link", "language")
-"""Metadata of the base model's card that is also correct for the trained model."""
+"""Keys of the base model's metadata that are copied to the card, because they are also correct for the trained model."""
 SHOWN_FIELDS = (
     "method.type", "method.promptLength", "method.lora.rank", "method.lora.alpha", "method.lora.dropout", "method.lora.targetModules",
     "method.lora.modulesToSave", "method.lora.useDora", "method.lora.rankStabilized", "method.lora.init", "model.quantization.bits", "model.newTokens",
@@ -37,64 +37,64 @@ SHOWN_FIELDS = (
 )  # fmt: skip
 VISION_TASK = "image-text-to-text"
 VISION_MODEL_CLASS = "transformers.AutoModelForImageTextToText"
-"""The class that loads models and adapters.
+"""The class that loads vision-language models and their adapters.
 
-For an adapter, transformers also loads the base model; PEFT has no such class for vision-language models.
+For an adapter, it also loads the base model. PEFT has no class of its own for adapters of vision-language models.
 """
-MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|#!~$&])")
+MARKDOWN_SPECIAL_CHARACTERS = re.compile(r"([\\`*_{}\[\]<>|#!~$&])")
 MAX_VALUE_LENGTH = 300
 MERGED_SENTENCE = "The adapter is merged into the weights of the base model, so this folder is a complete model."
 
 
 @dataclass(frozen=True)
 class TrainingFacts:
-    """The facts about the training that are on the card, but not in the spec."""
+    """The numbers of a training run that the card shows in addition to fields of the spec."""
 
     rows: int
-    """Training rows."""
+    """Number of training rows."""
     data_format: str
     steps: int
-    """Optimizer steps."""
+    """Number of optimizer steps."""
     trainable_parameters: int
     total_parameters: int
     metrics: Mapping[str, float]
     """Measured values by name, such as `testLoss`."""
 
 
-def model_card(run: RunConfig, inputs: Inputs, kind: OutputKind, facts: TrainingFacts) -> str:
-    """Return the text of the card."""
-    return f"{FENCE}{_to_yaml(_metadata(run, inputs, kind))}{FENCE}\n{_text(run, inputs, kind, facts)}"
+def build_model_card(run: RunConfig, inputs: Inputs, kind: OutputKind, facts: TrainingFacts) -> str:
+    """Return the model card as a text: YAML metadata, then Markdown."""
+    return f"{METADATA_FENCE}{_to_yaml(_card_metadata(run, inputs, kind))}{METADATA_FENCE}\n{_card_text(run, inputs, kind, facts)}"
 
 
-def merged_card(text: str) -> str:
-    """Return the card of the merged model, made from the adapter's card. A text without metadata is returned unchanged."""
-    metadata, body = split_card(text)
+def build_merged_card(adapter_card: str) -> str:
+    """Return the card of the merged model. `adapter_card`: the adapter's card. A text without metadata is returned unchanged."""
+    metadata, body = split_card(adapter_card)
     if not metadata:
-        return text
+        return adapter_card
     metadata |= {"library_name": "transformers", "base_model_relation": "finetune", "tags": [tag for tag in metadata.get("tags", []) if tag != "peft"]}
     if "base_model" not in metadata:
         del metadata["base_model_relation"]
     heading, _, rest = body.lstrip("\n").partition("\n")
     model_class = VISION_MODEL_CLASS if metadata.get("pipeline_tag") == VISION_TASK else "transformers.AutoModelForCausalLM"
     rest = re.sub(r"## Loading\n.*?(?=\n## )", _loading_section(OutputKind.MODEL, model_class), rest, flags=re.DOTALL)
-    return f"{FENCE}{_to_yaml(metadata)}{FENCE}\n{heading}\n\n{MERGED_SENTENCE}\n{rest}"
+    return f"{METADATA_FENCE}{_to_yaml(metadata)}{METADATA_FENCE}\n{heading}\n\n{MERGED_SENTENCE}\n{rest}"
 
 
-def split_card(text: str) -> tuple[dict[str, Any], str]:
-    """Return the metadata and the text of a card. The metadata is empty if the card has no readable metadata."""
-    _, fence, rest = text.partition(FENCE) if text.startswith(FENCE) else ("", "", text)
-    header, closing, body = rest.partition(f"\n{FENCE}")
+def split_card(card_text: str) -> tuple[dict[str, Any], str]:
+    """Split a card into its metadata and its Markdown. The metadata is empty if the card has no readable metadata."""
+    _, fence, rest = card_text.partition(METADATA_FENCE) if card_text.startswith(METADATA_FENCE) else ("", "", card_text)
+    header, closing, body = rest.partition(f"\n{METADATA_FENCE}")
     if not fence or not closing:
-        return {}, text
+        return {}, card_text
     try:
         metadata = yaml.safe_load(header)
     except yaml.YAMLError:
-        return {}, text
-    return (metadata, body) if isinstance(metadata, dict) else ({}, text)
+        return {}, card_text
+    return (metadata, body) if isinstance(metadata, dict) else ({}, card_text)
 
 
-def _metadata(run: RunConfig, inputs: Inputs, kind: OutputKind) -> dict[str, Any]:
-    """Return the metadata for the hub. As base model and data set, the hub accepts only names of its own repositories."""
+def _card_metadata(run: RunConfig, inputs: Inputs, kind: OutputKind) -> dict[str, Any]:
+    """Return the metadata for the hub. A base model or data set that is not on the hub is left out, because the hub refuses it."""
     is_adapter, is_reward = kind is OutputKind.ADAPTER, trainer_type_of(run.spec) is TrainerType.REWARD
     task = "text-classification" if is_reward else VISION_TASK if is_vision_language(run.spec) else "text-generation"
     base, data = _hub_repository(run.spec.model.source), _hub_repository(run.spec.dataset.train)
@@ -102,13 +102,13 @@ def _metadata(run: RunConfig, inputs: Inputs, kind: OutputKind) -> dict[str, Any
     values = {
         "base_model": base, "base_model_relation": base and ("adapter" if is_adapter else "finetune"),
         "library_name": "peft" if is_adapter else "transformers", "pipeline_tag": task,
-        "tags": list(dict.fromkeys(tag for tag in tags if tag)), "datasets": [data] if data else None, **_license(inputs.model),
+        "tags": list(dict.fromkeys(tag for tag in tags if tag)), "datasets": [data] if data else None, **_license_of_base(inputs.model),
     }  # fmt: skip
     return {name: value for name, value in values.items() if value}
 
 
-def _license(base: Path) -> dict[str, Any]:
-    """Return the licence and language of the base model, from its card or its configuration."""
+def _license_of_base(base: Path) -> dict[str, Any]:
+    """Return licence and language of the base model, from the model's card or configuration."""
     card, config = base / CARD_FILE, base / "config.json"
     metadata = split_card(card.read_text(encoding="utf-8", errors="replace"))[0] if card.exists() else {}
     if "license" not in metadata and config.exists():
@@ -116,7 +116,7 @@ def _license(base: Path) -> dict[str, Any]:
     return {key: metadata[key] for key in LICENSE_KEYS if isinstance(metadata.get(key), str | list)}
 
 
-def _text(run: RunConfig, inputs: Inputs, kind: OutputKind, facts: TrainingFacts) -> str:
+def _card_text(run: RunConfig, inputs: Inputs, kind: OutputKind, facts: TrainingFacts) -> str:
     root, incarnation = redact_source(run.storage.uri), os.environ.get(Env.INCARNATION_FOLDER, "")
     what = "Adapter for" if kind is OutputKind.ADAPTER else "Model trained from"
     model_class = "peft.AutoPeftModelForCausalLM" if kind is OutputKind.ADAPTER else "transformers.AutoModelForCausalLM"
@@ -136,9 +136,10 @@ def _text(run: RunConfig, inputs: Inputs, kind: OutputKind, facts: TrainingFacts
         "this artefact": f"{root}/{Storage.MODEL}/{incarnation}", "metrics": f"{root}/{Storage.METRICS}", "spec of each attempt": f"{root}/{Storage.RUN}",
     }  # fmt: skip
     parts = [
-        f"# {escape(run.name)}\n\n{what} {escape(base['source'])}, trained with {escape(str(method_type_of(run.spec)))} by a FineTuneJob.\n",
-        _loading_section(kind, model_class), _table("Base model", base), _table("Data", data), _table("Training", training),
-        _table("Metrics", facts.metrics) if facts.metrics else "", _table("Lineage", lineage),
+        f"# {escape_markdown(run.name)}\n\n{what} {escape_markdown(base['source'])}, "
+        f"trained with {escape_markdown(str(method_type_of(run.spec)))} by a FineTuneJob.\n",
+        _loading_section(kind, model_class), _build_table("Base model", base), _build_table("Data", data), _build_table("Training", training),
+        _build_table("Metrics", facts.metrics) if facts.metrics else "", _build_table("Lineage", lineage),
     ]  # fmt: skip
     return "\n".join(part for part in parts if part)
 
@@ -147,24 +148,24 @@ def _loading_section(kind: OutputKind, model_class: str) -> str:
     module, _, name = model_class.rpartition(".")
     note = "`generation_config.json` contains the end tokens that the model learned in training."
     if kind is OutputKind.ADAPTER:
-        note += " Give these settings to `generate`: libraries take them from the base model otherwise."
+        note += " Pass these settings to `generate`. Otherwise, libraries use the settings of the base model."
     elif "Sequence" in name:
         note = "The model returns one score."
     return f'## Loading\n\n```python\nfrom {module} import {name}\n\nmodel = {name}.from_pretrained("this/folder")\n```\n\n{note}\n'
 
 
-def _table(title: str, values: Mapping[str, Any]) -> str:
-    rows = "".join(f"| {escape(name)} | {escape(_shown(value))} |\n" for name, value in values.items())
+def _build_table(title: str, values: Mapping[str, Any]) -> str:
+    rows = "".join(f"| {escape_markdown(name)} | {escape_markdown(_format_value(value))} |\n" for name, value in values.items())
     return f"## {title}\n\n| | |\n|---|---|\n{rows}"
 
 
-def escape(text: str) -> str:
-    """Return the text in one line, escaped so that Markdown shows its characters unchanged. Long texts are cut."""
+def escape_markdown(text: str) -> str:
+    """Return the text in one line, cut to `MAX_VALUE_LENGTH` characters and escaped, so that Markdown shows its characters unchanged."""
     line = " ".join(text.split())
-    return MARKDOWN.sub(r"\\\1", line if len(line) <= MAX_VALUE_LENGTH else f"{line[:MAX_VALUE_LENGTH]}...")
+    return MARKDOWN_SPECIAL_CHARACTERS.sub(r"\\\1", line if len(line) <= MAX_VALUE_LENGTH else f"{line[:MAX_VALUE_LENGTH]}...")
 
 
-def _shown(value: Any) -> str:
+def _format_value(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
@@ -179,7 +180,7 @@ def _wire_value(run: RunConfig, path: str) -> Any:
 
 def _hub_repository(source: str | None) -> str | None:
     try:
-        parsed = parse(source or "")
+        parsed = parse_source(source or "")
     except ConfigError:
         return None
     return parsed.repo if isinstance(parsed, HubSource) else None

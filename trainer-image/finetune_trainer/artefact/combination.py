@@ -1,7 +1,7 @@
-"""Merges several adapters (`output.combineAdapters`): checks their files, and adds up their weighted changes.
+"""Checks the files of adapters that are combined (`output.combineAdapters`), and loads them with their weights.
 
-The sum is exact: each layer's weight becomes `W + sum(weight * scaling * B A)` over all adapters that adapt the layer. PEFT's own functions
-combine adapters into one new adapter. Its rank is larger (`cat`), or it only approximates the sum (`linear`, `svd`).
+The merged model is exact: each layer's weight becomes `W + sum(weight * scaling * B A)` over all adapters that adapt the layer. PEFT's own
+functions combine adapters into one new adapter, which has a larger rank (`cat`) or only approximates the sum (`linear`, `svd`).
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ TRAINED_ADAPTER = "default"
 """PEFT's name of the adapter that was trained."""
 
 
-def adapter_name(number: int) -> str:
-    """Return the name of an adapter of `output.combineAdapters`, for PEFT, messages and the lineage statement."""
-    return f"combined adapter {number}"
+def combined_adapter_name(adapter_index: int) -> str:
+    """Return the name of an adapter of `output.combineAdapters`, for PEFT, messages and the lineage statement. `adapter_index`: counted from 0."""
+    return f"combined adapter {adapter_index}"
 
 
 def require_combinable(folder: Path, base: Path, field: str, source: str) -> None:
@@ -52,14 +52,14 @@ def require_combinable(folder: Path, base: Path, field: str, source: str) -> Non
 
 
 def load_combined_adapters(peft_model: Any, run: RunConfig, folders: Sequence[Path]) -> list[str]:
-    """Load the adapters of `output.combineAdapters` into a PEFT model, and multiply the scaling of each adapter by its weight.
+    """Load the adapters of `output.combineAdapters` into a PEFT model, and multiply the scaling of each adapter by the adapter's weight.
 
-    Returns the names of all adapters.
+    Returns PEFT's names of all adapters, with the trained adapter first.
     """
     weights = {TRAINED_ADAPTER: 1.0 if run.spec.output.adapter_weight is None else run.spec.output.adapter_weight}
     for number, (item, folder) in enumerate(zip(run.spec.output.combine_adapters or [], folders, strict=True)):
-        peft_model.load_adapter(folder, adapter_name=adapter_name(number))
-        weights[adapter_name(number)] = 1.0 if item.weight is None else item.weight
+        peft_model.load_adapter(folder, adapter_name=combined_adapter_name(number))
+        weights[combined_adapter_name(number)] = 1.0 if item.weight is None else item.weight
     for module in peft_model.modules():
         scaling = getattr(module, "scaling", None)
         if isinstance(scaling, dict):

@@ -1,7 +1,7 @@
 """Finds the tokens with which the model learned to end its answers.
 
-A chat template often ends answers with another token than the base model's end token, for example `<|im_end|>`. If a server only knew the
-base model's end token, generation would continue after the answer.
+Many chat templates do not end answers with the base model's end token, but with another one, for example `<|im_end|>`. If a server only
+knew the base model's end token, generation would continue after the answer.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from typing import Any
 from finetune_trainer.data.rows import IGNORED_LABEL
 
 MIN_SHARE = 0.01
-"""Share of the answers that must end with a token. An answer that was cut off may end with any token."""
+"""A token is an end token only if it ends at least this share of the answers. Otherwise, the last token of a truncated answer would be one."""
 MAX_ROWS = 2000
-"""Number of training rows that are read."""
+"""Largest number of training rows that are read."""
 
 
-def trained_end_tokens(tokenizer: Any, answers: Iterable[Sequence[int]]) -> list[int]:
+def find_trained_end_tokens(tokenizer: Any, answers: Iterable[Sequence[int]]) -> list[int]:
     """Return the ids of the tokens that end the answers, the most frequent first. `answers`: token ids of each answer.
 
-    Only special tokens, added tokens and the tokenizer's end token count. White space after the end token is ignored.
+    Only special tokens and added tokens can be end tokens. White space after an end token is ignored.
     """
     candidates = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
 
@@ -35,8 +35,8 @@ def trained_end_tokens(tokenizer: Any, answers: Iterable[Sequence[int]]) -> list
     return [token for token, count in last_tokens.most_common() if token in candidates and count >= MIN_SHARE * total]
 
 
-def answers_of_labels(labels: Sequence[int]) -> Iterator[list[int]]:
-    """Yield the trained parts of a row. Each part is the longest possible sequence of labels without an ignored label."""
+def split_into_answers(labels: Sequence[int]) -> Iterator[list[int]]:
+    """Split the labels of a row into the answers that are trained on. An answer is an unbroken sequence of labels between ignored labels."""
     part: list[int] = []
     for label in [*labels, IGNORED_LABEL]:
         if label != IGNORED_LABEL:
@@ -46,8 +46,8 @@ def answers_of_labels(labels: Sequence[int]) -> Iterator[list[int]]:
             part = []
 
 
-def trained_answers(rows: Any) -> Iterator[Sequence[int]]:
-    """Yield the answers in a data set of any objective. A data set without answers, such as grpo's prompts, yields nothing.
+def read_trained_answers(rows: Any) -> Iterator[Sequence[int]]:
+    """Yield the token ids of the answers in a data set of any objective. A data set without answers (prompts of grpo) yields nothing.
 
     At most `MAX_ROWS` rows are read, evenly spaced over the data set.
     """
@@ -55,7 +55,7 @@ def trained_answers(rows: Any) -> Iterator[Sequence[int]]:
     for number in range(0, len(rows), -(-len(rows) // MAX_ROWS)):
         row = rows[number]
         if "labels" in columns:
-            yield from answers_of_labels(row["labels"])
+            yield from split_into_answers(row["labels"])
         elif "chosen_ids" in columns:
             yield row["chosen_ids"]
         elif "completion_ids" in columns and row.get("label", True):

@@ -14,9 +14,9 @@ PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_p
 
 
 def write_generation_files(folder: Path, base: Path, model_config: Any, tokenizer: Any, end_ids: Sequence[int]) -> None:
-    """Write `generation_config.json`, and save the tokenizer again if its end token is not one of the trained ones.
+    """Write `generation_config.json`, and save the tokenizer again if its end token is not one of the trained end tokens.
 
-    `base`: folder of the base model. `model_config`: its configuration, used if the base model has no generation settings.
+    `base`: folder of the base model. `model_config`: the model's configuration, which is used if `base` has no generation settings.
     `end_ids`: ids of the trained end tokens, the most frequent first. If there are none, the base model's end tokens stay.
     """
     from transformers import GenerationConfig
@@ -32,28 +32,29 @@ def write_generation_files(folder: Path, base: Path, model_config: Any, tokenize
         settings.pad_token_id = tokenizer.pad_token_id
     # `save_pretrained` would refuse settings that contradict each other, which some published models have.
     settings.to_json_file(folder / GENERATION_FILE)
-    align_model_config(folder)
+    copy_end_tokens_to_model_config(folder)
     if end_ids and tokenizer.eos_token_id not in end_ids and "eos_token" not in str(tokenizer.chat_template or ""):
-        # If the chat template writes `eos_token`, another end token would change the rendered text.
+        # The tokenizer is not changed if its chat template writes `eos_token`, because another end token would change the rendered text.
         changed = copy.deepcopy(tokenizer)
         changed.eos_token = changed.convert_ids_to_tokens(end_ids[0])
         changed.save_pretrained(folder)
 
 
 def copy_processor_files(base: Path, folder: Path) -> None:
-    """Copy the settings of the base model's processor for images.
+    """Copy the settings of the base model's processors for images and videos.
 
-    The files are copied without loading them, because this image has no processors for videos.
+    The files are not loaded and saved, because the trainer image cannot load processors for videos.
     """
     for name in PROCESSOR_FILES:
         if (base / name).exists():
             shutil.copyfile(base / name, folder / name)
 
 
-def align_model_config(folder: Path) -> None:
+def copy_end_tokens_to_model_config(folder: Path) -> None:
     """Write the end tokens of `generation_config.json` to `config.json` too, because some servers and converters read only this file.
 
-    A single number stays a single number: the first end token. A folder without these files, or without the field, is not changed.
+    If `config.json` has a single number, it stays a single number: the first end token. A folder without these files, or without the field
+    `eos_token_id`, is not changed.
     """
     config_file, settings_file = folder / "config.json", folder / GENERATION_FILE
     if not config_file.exists() or not settings_file.exists():

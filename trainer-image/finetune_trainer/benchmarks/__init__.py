@@ -1,4 +1,4 @@
-"""Benchmarks after training: tasks of the lm-evaluation-harness, domain files, rating sheets and generated code.
+"""Runs benchmarks after training: tasks of the lm-evaluation-harness, domain files, rating sheets and generated code.
 
-The supervisor checks the folders of the benchmarks before training with `plan`. Only `harness` imports large libraries.
+Before training, the supervisor checks the folders of the benchmarks with the module `plan`. Only the module `harness` imports large libraries.
 """

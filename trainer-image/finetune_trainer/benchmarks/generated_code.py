@@ -1,4 +1,4 @@
-"""The HumanEval benchmark: the model completes Python functions, and unit tests run the result (Chen et al. 2021, arXiv 2107.03374).
+"""Runs the HumanEval benchmark: unit tests check Python functions that the model has completed (Chen et al. 2021, arXiv 2107.03374).
 
 The generated code runs in a separate process with an empty environment, a temporary working directory, and limits on time and memory.
 The code can still use the network and read the files that the pod's user can read, so a job must set `allowCodeExecution`.
@@ -17,19 +17,19 @@ from typing import Any
 
 from finetune_api.errors import ConfigError
 
-TASK = "humaneval"
-DATASET = "openai/openai_humaneval"
+HUMANEVAL_TASK = "humaneval"
+HUMANEVAL_DATASET = "openai/openai_humaneval"
 STOP_TEXTS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
-"""A completion ends before the first of these texts, as in the original benchmark."""
+"""A completion is cut before the first of these texts, as in the original benchmark."""
 MAX_NEW_TOKENS = 512
 TIME_LIMIT_SECONDS = 10.0
 MEMORY_LIMIT_BYTES = 2 << 30
-COLUMNS = ("prompt", "test", "entry_point")
+PROBLEM_COLUMNS = ("prompt", "test", "entry_point")
 
 
 @dataclass(frozen=True)
 class CodeProblem:
-    """One function to complete, and its tests."""
+    """One Python function that the model completes, and its tests."""
 
     prompt: str
     test: str
@@ -37,18 +37,22 @@ class CodeProblem:
 
 
 def read_problems(folder: Path, field: str) -> list[CodeProblem]:
-    """Read the problems in the JSON Lines or Parquet files of a folder. Errors: ConfigError BenchmarkDataMissing, BenchmarkDataInvalid."""
+    """Read the problems from the JSON Lines or Parquet files of a folder. `field`: name of the folder in messages.
+
+    Errors: ConfigError BenchmarkDataMissing, BenchmarkDataInvalid.
+    """
     rows = [row for path in sorted(folder.rglob("*.jsonl")) for row in _read_lines(path, field)]
     if not rows:
         rows = [row for path in sorted(folder.rglob("*.parquet")) for row in _read_parquet(path)]
     if not rows:
         raise ConfigError(
-            "BenchmarkDataMissing", f"{field} contains neither *.jsonl nor *.parquet files with the problems of {DATASET}",
-            hint=f"copy the files of the hub's data set repository {DATASET} to this folder",
+            "BenchmarkDataMissing", f"{field} contains neither *.jsonl nor *.parquet files with the problems of {HUMANEVAL_DATASET}",
+            hint=f"copy the files of the hub's data set repository {HUMANEVAL_DATASET} to this folder",
         )  # fmt: skip
     for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict) or not all(isinstance(row.get(column), str) for column in COLUMNS):
-            raise ConfigError("BenchmarkDataInvalid", f"{field}: problem {number} needs the texts {', '.join(COLUMNS)}", hint=f"copy the files of {DATASET}")
+        if not isinstance(row, dict) or not all(isinstance(row.get(column), str) for column in PROBLEM_COLUMNS):
+            problem = f"{field}: problem {number} needs the texts {', '.join(PROBLEM_COLUMNS)}"
+            raise ConfigError("BenchmarkDataInvalid", problem, hint=f"copy the files of {HUMANEVAL_DATASET}")
     return [CodeProblem(row["prompt"], row["test"], row["entry_point"]) for row in rows]
 
 
@@ -67,7 +71,7 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
 
 def completion_passes_tests(problem: CodeProblem, completion: str) -> bool:
     """Whether the completed function passes the tests of its problem."""
-    ends = [place for text in STOP_TEXTS if (place := completion.find(text)) >= 0]
+    ends = [position for text in STOP_TEXTS if (position := completion.find(text)) >= 0]
     code = problem.prompt + completion[: min(ends, default=len(completion))]
     program = f"{code}\n\n{problem.test}\n\ncheck({problem.entry_point})\n"
     with tempfile.TemporaryDirectory() as folder:

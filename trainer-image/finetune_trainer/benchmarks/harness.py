@@ -1,7 +1,7 @@
 """Runs tasks of the lm-evaluation-harness with a model that is already loaded.
 
-The harness loads data sets from the hub and runs code that task definitions name. Here the harness runs in the benchmark's folder and
-cannot access the hub, and `task_folder` has checked the definitions. Templates of tasks run in jinja's sandbox.
+By itself, the harness loads data sets from the hub and runs code that task definitions name. The trainer prevents both: the harness runs in the
+benchmark's folder without access to the hub, `task_folder` has checked the definitions, and templates of tasks run in jinja's sandbox.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ from finetune_api.benchmarks import BUNDLED_TASKS
 from finetune_api.errors import ConfigError, FineTuneError
 
 from finetune_trainer.benchmarks.plan import BenchmarkTask
-from finetune_trainer.benchmarks.records import Measurement, TaskRecord, finite_number
+from finetune_trainer.benchmarks.records import Measurement, TaskRecord, finite_number_or_none
 from finetune_trainer.benchmarks.task_folder import TaskFolder
 
 BOOTSTRAP_ITERATIONS = 1000
 """Number of bootstrap resamples for the standard error of metrics that have no formula for it, such as BLEU."""
-NO_FILTER = "none"
+UNFILTERED_NAME = "none"
+"""The harness's name for the filter of metrics that are computed from unfiltered answers."""
 
 
-def use_local_caches(work: Path) -> None:
+def use_local_caches(work_folder: Path) -> None:
     """Configure the harness's libraries: no network access, and caches in the work folder. Call this before importing the libraries."""
-    caches = work / "benchmark-caches"
+    caches = work_folder / "benchmark-caches"
     os.environ |= {
         "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_EVALUATE_OFFLINE": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0",
         "HF_DATASETS_CACHE": str(caches / "datasets"), "HF_EVALUATE_CACHE": str(caches / "evaluate"), "HF_METRICS_CACHE": str(caches / "metrics"),
@@ -37,7 +38,7 @@ def use_local_caches(work: Path) -> None:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model on its device, and its tokenizer."""
+    """A model on its device, with its tokenizer and the options with which tasks run."""
 
     model: Any
     tokenizer: Any
@@ -46,7 +47,7 @@ class LoadedModel:
 
 
 def run_task(loaded: LoadedModel, task: BenchmarkTask) -> TaskRecord:
-    """Run one task or group of tasks. Errors: ConfigError BenchmarkTaskFailed; exhausted memory."""
+    """Run one task or group of tasks. Errors: ConfigError BenchmarkTaskFailed; MemoryError and torch.OutOfMemoryError."""
     assert task.folder is not None
     try:
         with contextlib.chdir(task.folder), _sandboxed_templates(allows_code=task.benchmark.allow_code_execution is True):
@@ -69,7 +70,7 @@ def _measure_with_smaller_batches(loaded: LoadedModel, task: BenchmarkTask) -> T
 
     while True:
         try:
-            return _measure(loaded, task)
+            return _measure_task(loaded, task)
         except torch.OutOfMemoryError:
             if loaded.batch_size == 1:
                 raise
@@ -83,7 +84,7 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError)
 
 
-def _measure(loaded: LoadedModel, task: BenchmarkTask) -> TaskRecord:
+def _measure_task(loaded: LoadedModel, task: BenchmarkTask) -> TaskRecord:
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
     from transformers import set_seed
@@ -97,24 +98,24 @@ def _measure(loaded: LoadedModel, task: BenchmarkTask) -> TaskRecord:
     loaded.model.tie_weights = lambda *_, **__: None  # The harness would tie the weights again, which undoes replacements by an adapter.
     model = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, backend="causal", batch_size=loaded.batch_size)
     tasks = _task_manager(task).load([task.name])
-    for one in tasks["tasks"].values():
-        own = one.get_config("num_fewshot")
-        one.set_config(key="num_fewshot", value=own or 0 if benchmark.few_shot is None or own == 0 else benchmark.few_shot)
-        one.set_fewshot_seed(seed=loaded.seed)
+    for harness_task in tasks["tasks"].values():
+        defined = harness_task.get_config("num_fewshot")
+        harness_task.set_config(key="num_fewshot", value=defined or 0 if benchmark.few_shot is None or defined == 0 else benchmark.few_shot)
+        harness_task.set_fewshot_seed(seed=loaded.seed)
     set_seed(loaded.seed)
-    # `simple_evaluate` does the same, and then runs pip, git and compilers to describe the machine.
-    found = evaluate(
+    # The harness's `simple_evaluate` also calls `evaluate`, but then runs pip, git and compilers to describe the machine.
+    harness_results = evaluate(
         lm=model, task_dict=tasks, limit=benchmark.limit, bootstrap_iters=BOOTSTRAP_ITERATIONS, log_samples=False,
         apply_chat_template=benchmark.apply_chat_template is True, fewshot_as_multiturn=True,
         confirm_run_unsafe_code=benchmark.allow_code_execution is True,
     )  # fmt: skip
-    return TaskRecord(measurements=_measurements(found))
+    return TaskRecord(measurements=_to_measurements(harness_results))
 
 
 def _task_manager(task: BenchmarkTask) -> Any:
-    """Return the harness's index of task definitions: those in the folder and, for a bundled task, the harness's own.
+    """Return the harness's index of task definitions: those in the benchmark's folder or, for a bundled task, those in the harness's folder of it.
 
-    Indexing all 14000 takes 10 s.
+    An index of all 14,000 definitions of the harness would take 10 s.
     """
     import lm_eval.tasks
 
@@ -122,25 +123,25 @@ def _task_manager(task: BenchmarkTask) -> Any:
     folder = TaskFolder.read(task.folder, f"{task.field}.folder", allows_code=task.benchmark.allow_code_execution is True)
     if folder.is_defined(task.name):
         return lm_eval.tasks.TaskManager(include_path=str(task.folder), include_defaults=False)
-    return lm_eval.tasks.TaskManager(include_path=str(Path(lm_eval.tasks.__file__).parent / BUNDLED_TASKS[task.name].definition), include_defaults=False)
+    return lm_eval.tasks.TaskManager(include_path=str(Path(lm_eval.tasks.__file__).parent / BUNDLED_TASKS[task.name].definition_folder), include_defaults=False)
 
 
-def _measurements(found: Any) -> list[Measurement]:
+def _to_measurements(harness_results: Any) -> list[Measurement]:
     """Return the metrics in the harness's results: first the metrics of groups, then the metrics of tasks."""
-    groups = found.get("groups") or {}
-    all_results = groups | {name: values for name, values in found["results"].items() if name not in groups}
-    samples = found.get("n-samples") or {}
+    groups = harness_results.get("groups") or {}
+    all_results = groups | {name: values for name, values in harness_results["results"].items() if name not in groups}
+    samples = harness_results.get("n-samples") or {}
     measurements = []
     for name, values in all_results.items():
         for key, value in values.items():
             metric, comma, filter_name = key.partition(",")
             if not comma or metric.endswith("_stderr"):
                 continue
-            number = finite_number(value)
+            number = finite_number_or_none(value)
             measurements.append(
                 Measurement(
-                    task=name, metric=metric if filter_name == NO_FILTER else f"{metric},{filter_name}", value=number,
-                    stderr=finite_number(values.get(f"{metric}_stderr,{filter_name}")), samples=(samples.get(name) or {}).get("effective"),
+                    task=name, metric=metric if filter_name == UNFILTERED_NAME else f"{metric},{filter_name}", value=number,
+                    stderr=finite_number_or_none(values.get(f"{metric}_stderr,{filter_name}")), samples=(samples.get(name) or {}).get("effective"),
                     reason=None if number is not None else f"the task reports no number for {metric}",
                     is_part_of_group=bool(groups) and name not in groups,
                 )
@@ -150,8 +151,9 @@ def _measurements(found: Any) -> list[Measurement]:
 
 @contextlib.contextmanager
 def _sandboxed_templates(*, allows_code: bool) -> Iterator[None]:
-    """Render the templates of tasks in jinja's sandbox. In the harness's own environment, a template can access Python's classes, so a task
-    definition could run code.
+    """Within the context, render the templates of tasks in jinja's sandbox, unless `allows_code`.
+
+    Outside the sandbox, a template can access Python's classes, so a task definition could run code.
     """
     if allows_code:
         yield

@@ -1,4 +1,4 @@
-"""Lists the tasks of all benchmarks of a run, and checks the contents of their folders. No large library is imported."""
+"""Lists the tasks of all benchmarks of a run, and checks the contents of the benchmarks' folders. Imports no large library."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ SHEET_TASK = "rating sheets"
 
 @dataclass(frozen=True)
 class BenchmarkTask:
-    """One task of a benchmark, for the trained or the base model."""
+    """One task of a benchmark, which the trained model or the base model runs."""
 
     kind: BenchmarkKind
     benchmark: Benchmark
     field: str
-    """The entry of the spec, for messages: `evaluation.benchmarks[0]`."""
+    """The benchmark's entry of the spec, for messages, such as `evaluation.benchmarks[0]`."""
     name: str
-    """Task or domain."""
+    """Name of the task or domain."""
     folder: Path | None
     uses_base: bool = False
     """Whether the base model runs the task."""
@@ -62,4 +62,4 @@ def _task_names(kind: BenchmarkKind, benchmark: Benchmark, field: str, folder: P
             return select_domains(folder, field, benchmark.tasks)
         case BenchmarkKind.CODE:
             generated_code.read_problems(folder, field)
-            return [generated_code.TASK]
+            return [generated_code.HUMANEVAL_TASK]

@@ -1,4 +1,4 @@
-"""Writes the sheets in which people rate answers. If both models answered, the sheet does not show which model gave an answer."""
+"""Writes the sheets in which people rate answers. If two models answered, the sheet does not show which model gave which answer."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune_api.rating_sheet import (
-    BASE,
+    BASE_MODEL,
     COLUMNS,
     CSV_FILE,
-    HIGHEST,
+    HIGHEST_SCORE,
     INSTRUCTIONS,
     INSTRUCTIONS_FILE,
     JSON_FILE,
     KEY_FILE,
-    LOWEST,
-    SCORES,
-    TRAINED,
-    as_plain_cell,
+    LOWEST_SCORE,
+    SCORE_COLUMNS,
+    TRAINED_MODEL,
+    to_plain_cell,
 )
 
 
 @dataclass(frozen=True)
 class SheetRow:
-    """One answer to rate. `model` is a letter if answers of two models are compared."""
+    """One answer that raters rate. If the answers of two models are compared, `model` is a letter instead of a name."""
 
     number: int
     prompt_number: int
@@ -36,35 +36,39 @@ class SheetRow:
     response: str
 
     def cells(self) -> dict[str, object]:
-        """The columns of the row. The columns that raters fill in are empty."""
+        """Return the values of the row by column. The columns that raters fill in are empty."""
         values: dict[str, object] = {"id": self.number, "promptID": self.prompt_number, "model": self.model, "prompt": self.prompt, "response": self.response}
-        return values | dict.fromkeys(SCORES) | {"rater": "", "comments": ""}
+        return values | dict.fromkeys(SCORE_COLUMNS) | {"rater": "", "comments": ""}
 
 
-def sheet_rows(prompts: Sequence[str], trained: Sequence[str], base: Sequence[str] | None, *, seed: int) -> tuple[list[SheetRow], dict[int, str]]:
-    """Return the rows, and the model that answered in each row. With answers of the base model, each question has two rows in random order."""
+def build_sheet_rows(prompts: Sequence[str], trained: Sequence[str], base: Sequence[str] | None, *, seed: int) -> tuple[list[SheetRow], dict[int, str]]:
+    """Return the rows of the sheet, and the model that answered in each row, by row number.
+
+    `trained`, `base`: the answers of the models. With answers of the base model, each prompt has two rows in random order.
+    """
     chooser = random.Random(seed)  # noqa: S311  no secret
     rows: list[SheetRow] = []
     models: dict[int, str] = {}
     for number, prompt in enumerate(prompts):
-        answers = [(TRAINED, trained[number])] + ([(BASE, base[number])] if base is not None else [])
+        answers = [(TRAINED_MODEL, trained[number])] + ([(BASE_MODEL, base[number])] if base is not None else [])
         chooser.shuffle(answers)
         for letter, (model, answer) in zip("AB", answers, strict=False):
-            row = SheetRow(len(rows) + 1, number + 1, TRAINED if base is None else letter, prompt, answer)
+            row = SheetRow(len(rows) + 1, number + 1, TRAINED_MODEL if base is None else letter, prompt, answer)
             rows.append(row)
             models[row.number] = model
     return rows, models
 
 
 def write_sheets(folder: Path, rows: Sequence[SheetRow], models: dict[int, str]) -> None:
-    """Write the sheet as JSON and CSV, the instructions, and the key: which model gave which answer."""
-    sheet = {"instructions": INSTRUCTIONS, "scale": {"lowest": LOWEST, "highest": HIGHEST}, "scores": list(SCORES), "rows": [row.cells() for row in rows]}
+    """Write the sheet as JSON and CSV, the instructions, and a separate file that says which model gave which answer."""
+    scale = {"lowest": LOWEST_SCORE, "highest": HIGHEST_SCORE}
+    sheet = {"instructions": INSTRUCTIONS, "scale": scale, "scores": list(SCORE_COLUMNS), "rows": [row.cells() for row in rows]}
     (folder / JSON_FILE).write_text(json.dumps(sheet, indent=1, ensure_ascii=False).encode(errors="replace").decode())
     # The byte order mark of `utf-8-sig` makes spreadsheets read the file as UTF-8.
     with (folder / CSV_FILE).open("w", encoding="utf-8-sig", errors="replace", newline="") as stream:
         writer = csv.DictWriter(stream, COLUMNS)
         writer.writeheader()
         for row in rows:
-            writer.writerow({name: as_plain_cell(value) if isinstance(value, str) else value for name, value in row.cells().items()})
+            writer.writerow({name: to_plain_cell(value) if isinstance(value, str) else value for name, value in row.cells().items()})
     (folder / INSTRUCTIONS_FILE).write_text(INSTRUCTIONS)
     (folder / KEY_FILE).write_text(json.dumps({"models": {str(number): model for number, model in models.items()}}, indent=1))

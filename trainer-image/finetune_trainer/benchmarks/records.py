@@ -14,13 +14,13 @@ from finetune_api.benchmarks import BenchmarkKind
 from finetune_api.status import BenchmarkResult
 from pydantic import Field
 
-from finetune_trainer.benchmarks.domain_files import PREFIX
+from finetune_trainer.benchmarks.domain_files import DOMAIN_FILE_PREFIX
 from finetune_trainer.benchmarks.plan import BenchmarkTask
 
 RESULTS_FILE = "benchmark_results.json"
 HARNESS_FILE = "lm_eval_results.json"
-DOMAIN_KEYS = {"bleu": "bleu", "rouge1": "rouge1_f", "rouge2": "rouge2_f", "rougeL": "rougeL_f"}
-"""Metrics of a domain, and their names in the file of the domain."""
+DOMAIN_RESULT_KEYS = {"bleu": "bleu", "rouge1": "rouge1_f", "rouge2": "rouge2_f", "rougeL": "rougeL_f"}
+"""Metrics of a domain, with their names in the domain's result file."""
 
 
 class Measurement(LenientModel):
@@ -32,7 +32,7 @@ class Measurement(LenientModel):
     stderr: float | None = Field(default=None, description="Standard error of the value.")
     samples: int | None = Field(default=None, description="Number of questions.")
     reason: str | None = Field(default=None, description="Why there is no value.")
-    is_part_of_group: bool = Field(default=False, description="Whether the task is one of a group that has metrics of its own.")
+    is_part_of_group: bool = Field(default=False, description="Whether the task belongs to a group of tasks whose metrics are reported too.")
 
 
 class TaskRecord(LenientModel):
@@ -40,11 +40,11 @@ class TaskRecord(LenientModel):
 
     measurements: list[Measurement] = Field(default_factory=list)
     prompts: list[str] = Field(default_factory=list, description="Questions of a rating sheet.")
-    answers: list[str] = Field(default_factory=list, description="Answers of the model to these questions.")
+    answers: list[str] = Field(default_factory=list, description="Answers of the model to the questions in `prompts`.")
 
 
 class FinishedTasks:
-    """The records of finished tasks, one file each. The supervisor uploads the files. If the stage is repeated, these tasks are skipped."""
+    """Stores the record of each finished task in a file, which the supervisor uploads. A repeated stage skips the tasks that have a record."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -58,29 +58,32 @@ class FinishedTasks:
             return None
 
     def write(self, task: BenchmarkTask, record: TaskRecord) -> None:
-        """Write the record atomically, because the supervisor reads the folder at any time."""
+        """Write the record atomically, because the supervisor may read the folder at any time."""
         path = self._path(task)
         partial = path.with_suffix(".part")
         partial.write_text(record.model_dump_json(by_alias=True))
         partial.rename(path)
 
     def _path(self, task: BenchmarkTask) -> Path:
-        """Return the path of a task's record. The name is a hash of all inputs of the task except the model; the supervisor compares the models."""
+        """Return the path of a task's record. The name is a hash of all inputs of the task except the model.
+
+        The supervisor only restores records of the same model.
+        """
         settings = task.benchmark.model_dump(mode="json", exclude={"tasks", "compare_with_base"})
-        identity = json.dumps([settings, task.name, task.uses_base, _fingerprint(task.folder)], sort_keys=True)
+        identity = json.dumps([settings, task.name, task.uses_base, _list_file_sizes(task.folder)], sort_keys=True)
         return self._folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.json"
 
 
-def _fingerprint(folder: Path | None) -> list[tuple[str, int]]:
-    """Return the names and sizes of the files of a folder."""
+def _list_file_sizes(folder: Path | None) -> list[tuple[str, int]]:
+    """Return the paths and sizes of all files below a folder, which change if the folder's contents change."""
     return sorted((path.relative_to(folder).as_posix(), path.stat().st_size) for path in folder.rglob("*") if path.is_file()) if folder else []
 
 
 # ---- results of all tasks ----
 
 
-def results(tasks: Sequence[BenchmarkTask], records: Sequence[TaskRecord]) -> list[dict[str, Any]]:
-    """Return one entry for each metric of each task, in the order of the tasks. Each entry also contains the base model's value."""
+def combine_results(tasks: Sequence[BenchmarkTask], records: Sequence[TaskRecord]) -> list[dict[str, Any]]:
+    """Return one entry for each metric of each task, in the order of the tasks. Each entry has the values of the trained and the base model."""
     by_task = dict(zip(((task.field, task.name, task.uses_base) for task in tasks), records, strict=True))
     entries = []
     for task in tasks:
@@ -88,11 +91,11 @@ def results(tasks: Sequence[BenchmarkTask], records: Sequence[TaskRecord]) -> li
             continue
         base_record = by_task.get((task.field, task.name, True))
         base = {(one.task, one.metric): one for one in base_record.measurements} if base_record else {}
-        entries += [_entry(task, one, base.get((one.task, one.metric))) for one in by_task[task.field, task.name, False].measurements]
+        entries += [_result_entry(task, one, base.get((one.task, one.metric))) for one in by_task[task.field, task.name, False].measurements]
     return entries
 
 
-def _entry(task: BenchmarkTask, trained: Measurement, base: Measurement | None) -> dict[str, Any]:
+def _result_entry(task: BenchmarkTask, trained: Measurement, base: Measurement | None) -> dict[str, Any]:
     has_both = base is not None and base.value is not None and trained.value is not None
     return {
         "name": task.benchmark.name, "task": trained.task, "group": task.name if trained.is_part_of_group else None, "metric": trained.metric,
@@ -102,7 +105,7 @@ def _entry(task: BenchmarkTask, trained: Measurement, base: Measurement | None) 
     }  # fmt: skip
 
 
-def status_of(entries: Iterable[dict[str, Any]]) -> list[BenchmarkResult]:
+def to_status_results(entries: Iterable[dict[str, Any]]) -> list[BenchmarkResult]:
     """Return the results for the status. For a group of tasks, only the group's metrics are included."""
     return [
         BenchmarkResult(**{name: entry[name] for name in ("name", "task", "metric", "value", "stderr", "base", "difference", "reason")})
@@ -112,7 +115,7 @@ def status_of(entries: Iterable[dict[str, Any]]) -> list[BenchmarkResult]:
 
 
 def write_results(folder: Path, tasks: Sequence[BenchmarkTask], entries: Sequence[dict[str, Any]]) -> None:
-    """Write `benchmark_results.json`, and the results of the harness and of domains under the names that other tools use."""
+    """Write `benchmark_results.json`. Also write the results of the harness and of domains to files with the names that other tools expect."""
     (folder / RESULTS_FILE).write_text(json.dumps({"benchmarks": entries}, indent=1))
     names = {task.benchmark.name for task in tasks if task.kind is BenchmarkKind.HARNESS}
     harness: dict[str, dict[str, float | None]] = {}
@@ -124,10 +127,10 @@ def write_results(folder: Path, tasks: Sequence[BenchmarkTask], entries: Sequenc
     for task in tasks:
         if task.kind is BenchmarkKind.DOMAINS and not task.uses_base:
             values = {entry["metric"]: entry["value"] for entry in entries if (entry["name"], entry["task"]) == (task.benchmark.name, task.name)}
-            renamed = {DOMAIN_KEYS.get(metric, metric): value for metric, value in values.items()}
-            (folder / f"{PREFIX}{task.name}_results.json").write_text(json.dumps(renamed, indent=1))
+            renamed = {DOMAIN_RESULT_KEYS.get(metric, metric): value for metric, value in values.items()}
+            (folder / f"{DOMAIN_FILE_PREFIX}{task.name}_results.json").write_text(json.dumps(renamed, indent=1))
 
 
-def finite_number(value: Any) -> float | None:
+def finite_number_or_none(value: Any) -> float | None:
     """Return the value if it is a finite number. Return None for all other values, such as the harness's "N/A"."""
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) else None

@@ -1,9 +1,8 @@
-"""Reads the task definitions of a folder without running them, and checks that the folder contains their data.
+"""Reads the task definitions of a benchmark's folder without running them, and checks that the folder contains their data.
 
-The harness reads every `*.yaml` file of a folder, imports the Python functions that a task names, and loads data sets from the hub.
-This module finds such code and such data sets before training. The harness, which runs after training, then never runs or loads them by
-accident. Paths in a definition are relative to the folder of the benchmark, because the benchmark runs with this folder as its working
-directory.
+The harness reads every `*.yaml` file of the folder, imports the Python functions that a task names, and loads data sets from the hub. This
+module finds such code and such data sets before training, so that the harness never runs or loads them by accident. Paths in a definition are
+relative to the benchmark's folder, because it is the working directory of the harness.
 """
 
 from __future__ import annotations
@@ -16,45 +15,46 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
-from finetune_api.benchmarks import BUNDLED_TASKS, current_task_names
+from finetune_api.benchmarks import BUNDLED_TASKS, replace_old_task_names
 from finetune_api.errors import ConfigError
 
 DATA_BUILDERS = ("json", "csv", "parquet", "arrow", "text")
-"""Values of `dataset_path` that read the files in `data_files`. Other builders may run code, such as unpickling."""
+"""Values of `dataset_path` for which the library `datasets` only reads the files in `data_files`. Other builders may run code, for example unpickle."""
 IGNORED_FOLDERS = {"__pycache__", ".ipynb_checkpoints"}
-"""Names of ignored folders. The harness ignores them, too."""
-SHOWN_NAMES = 8
+"""Names of folders that this module ignores, as the harness does."""
+MAX_LISTED_NAMES = 8
+"""How many known names a message lists."""
 
 
 @dataclass(frozen=True)
 class TaskDefinition:
-    """One YAML file of the folder, with the files that it includes."""
+    """The definition of a task or of a group of tasks in one YAML file, merged with the files that it includes."""
 
     file: str
-    """Path below the folder."""
+    """Path of the file below the folder."""
     names: tuple[str, ...]
-    """The task or group that the file defines, and its tags."""
+    """Name of the task or group that the file defines, followed by its tags."""
     is_task: bool
-    """False for a group of tasks."""
+    """Whether the file defines a task. Otherwise, it defines a group of tasks."""
     settings: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class TaskFolder:
-    """The folder of a benchmark."""
+    """The folder of a benchmark, with its task definitions."""
 
     path: Path
     field: str
-    """The field of the spec, for messages."""
+    """The field of the spec that names the folder, for messages."""
     definitions: tuple[TaskDefinition, ...]
 
     @classmethod
     def read(cls, path: Path, field: str, *, allows_code: bool) -> TaskFolder:
         """Read and check all definitions. Errors: ConfigError TaskFolderInvalid, CodeExecutionNotAllowed, BenchmarkDataMissing."""
-        reader = _Reader(path, field)
+        reader = _DefinitionReader(path, field)
         definitions = tuple(reader.read_definitions())
         if not allows_code:
-            _refuse_code(path, field, reader)
+            _require_no_code(path, field, reader)
         for definition in definitions:
             for settings in _settings_with_data(definition.settings):
                 _check_data(path, field, definition.file, settings)
@@ -66,7 +66,7 @@ class TaskFolder:
         return list(dict.fromkeys(definition.names[0] for definition in self.definitions if definition.is_task))
 
     def select(self, tasks: Sequence[str] | None) -> list[str]:
-        """Return the tasks to run: those in `tasks` or, if `tasks` is None, all tasks that the folder defines or has data for.
+        """Return the names of the tasks to run: `tasks` or, if `tasks` is None, all tasks that the folder defines or has data for.
 
         Errors: ConfigError TaskNotInFolder, TaskFolderEmpty.
         """
@@ -75,10 +75,10 @@ class TaskFolder:
             if not self.task_names and not bundled:
                 raise ConfigError(
                     "TaskFolderEmpty", f"{self.field} contains neither a task definition (*.yaml) nor the data of a known task",
-                    hint=f"add task definitions, or a copy of a data set at its path, for example {BUNDLED_TASKS['hellaswag'].dataset}/",
+                    hint=f"add task definitions, or a copy of a data set at its path, for example {BUNDLED_TASKS['hellaswag'].dataset_repository}/",
                 )  # fmt: skip
             return [*self.task_names, *bundled]
-        selected = current_task_names(list(tasks))
+        selected = replace_old_task_names(list(tasks))
         for name in selected:
             if not self.is_defined(name) and not (name in BUNDLED_TASKS and self._has_data_of(name)):
                 raise self._missing_task_error(name)
@@ -89,18 +89,18 @@ class TaskFolder:
         return any(name in definition.names for definition in self.definitions)
 
     def _has_data_of(self, name: str) -> bool:
-        return (self.path / BUNDLED_TASKS[name].dataset).is_dir()
+        return (self.path / BUNDLED_TASKS[name].dataset_repository).is_dir()
 
     def _missing_task_error(self, name: str) -> ConfigError:
         if name in BUNDLED_TASKS:
-            dataset = BUNDLED_TASKS[name].dataset
+            dataset = BUNDLED_TASKS[name].dataset_repository
             return ConfigError(
                 "TaskNotInFolder", f"the task {name} needs the data set {dataset}, but {self.field} does not contain the folder {dataset}",
                 hint=f"copy the files of the hub's data set repository {dataset} to {dataset}/ in this folder, or remove {name} from tasks",
             )  # fmt: skip
         known = sorted({name for definition in self.definitions for name in definition.names} | {one for one in BUNDLED_TASKS if self._has_data_of(one)})
         similar = difflib.get_close_matches(name, known, n=1)
-        listed = ", ".join(known[:SHOWN_NAMES]) + (f" and {len(known) - SHOWN_NAMES} others" if len(known) > SHOWN_NAMES else "")
+        listed = ", ".join(known[:MAX_LISTED_NAMES]) + (f" and {len(known) - MAX_LISTED_NAMES} others" if len(known) > MAX_LISTED_NAMES else "")
         return ConfigError(
             "TaskNotInFolder", f"the task {name} is not defined in {self.field}, which defines {listed or 'no task'}",
             hint=f"did you mean {similar[0]}?" if similar else f"add a definition with `task: {name}` and its data to the folder, or remove {name} from tasks",
@@ -114,15 +114,15 @@ class _CodeReference(str):
     """A Python function that a definition names with `!function`."""
 
 
-class _Loader(yaml.SafeLoader):
-    """Reads YAML and keeps the names of functions instead of importing them."""
+class _DefinitionLoader(yaml.SafeLoader):
+    """Reads YAML, but keeps the name of each function in a `_CodeReference` instead of importing the function."""
 
 
-_Loader.add_constructor("!function", lambda loader, node: _CodeReference(loader.construct_scalar(node)))  # type: ignore[arg-type]
+_DefinitionLoader.add_constructor("!function", lambda loader, node: _CodeReference(loader.construct_scalar(node)))  # type: ignore[arg-type]
 
 
-class _Reader:
-    """Reads the YAML files of a folder. `settings_by_file` contains the settings of every file, including files that other files include."""
+class _DefinitionReader:
+    """Reads the YAML files of a folder. `settings_by_file` has the settings of each file that was read, also of included files."""
 
     def __init__(self, folder: Path, field: str) -> None:
         self.folder, self.field = folder, field
@@ -157,7 +157,7 @@ class _Reader:
 
     def _load(self, path: Path) -> dict[str, Any]:
         try:
-            settings = yaml.load(path.read_bytes(), Loader=_Loader)  # noqa: S506  a subclass of the safe loader
+            settings = yaml.load(path.read_bytes(), Loader=_DefinitionLoader)  # noqa: S506  a subclass of the safe loader
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             mark = getattr(error, "problem_mark", None)
             line = f"line {mark.line + 1}: " if mark else ""
@@ -179,11 +179,11 @@ class _Reader:
 # ---- code ----
 
 
-def _refuse_code(folder: Path, field: str, reader: _Reader) -> None:
+def _require_no_code(folder: Path, field: str, reader: _DefinitionReader) -> None:
     """Check that the harness would not run Python code from the folder. Errors: ConfigError CodeExecutionNotAllowed."""
     found = next((f"the file {path.relative_to(folder).as_posix()} is Python code" for path in sorted(folder.rglob("*.py"))), None)
     for file, settings in reader.settings_by_file.items():
-        found = found or next((f"the file {file} {problem}" for problem in _code_in(settings)), None)
+        found = found or next((f"the file {file} {problem}" for problem in _find_code(settings)), None)
     if found:
         raise ConfigError(
             "CodeExecutionNotAllowed", f"{field}: {found}, but allowCodeExecution of the benchmark is not true",
@@ -191,8 +191,8 @@ def _refuse_code(folder: Path, field: str, reader: _Reader) -> None:
         )  # fmt: skip
 
 
-def _code_in(value: Any) -> Iterator[str]:
-    """Yield a description of each setting that would run code, such as `calls the Python function f`."""
+def _find_code(value: Any) -> Iterator[str]:
+    """Yield what each setting that would run code does, such as `calls the Python function f`."""
     match value:
         case _CodeReference():
             yield f"calls the Python function {value}"
@@ -204,17 +204,17 @@ def _code_in(value: Any) -> Iterator[str]:
             if value.get("hf_evaluate"):
                 yield f"loads the code of the metric {value.get('metric')} from the hub"
             for inner in value.values():
-                yield from _code_in(inner)
+                yield from _find_code(inner)
         case list():
             for inner in value:
-                yield from _code_in(inner)
+                yield from _find_code(inner)
 
 
 # ---- data ----
 
 
 def _settings_with_data(settings: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Yield the settings that name a data set: those of the file and those of the tasks that a group defines."""
+    """Yield the settings of each task that names a data set: of the task in a file, or of the tasks that a group defines in its own file."""
     if "dataset_path" in settings:
         yield settings
     members = settings.get("task")
@@ -224,14 +224,14 @@ def _settings_with_data(settings: Mapping[str, Any]) -> Iterator[Mapping[str, An
 
 
 def _check_data(folder: Path, field: str, file: str, settings: Mapping[str, Any]) -> None:
-    """Check that no task loads data from outside the folder. Errors: ConfigError BenchmarkDataMissing."""
+    """Check that a task only loads data from the folder. `settings`: those of the task. Errors: ConfigError BenchmarkDataMissing."""
     dataset, options = str(settings["dataset_path"]), settings.get("dataset_kwargs") or {}
-    for text in _texts(options):
+    for text in _find_texts(options):
         if not _is_in_folder(text):
             problem = f"has {text} in dataset_kwargs, which is not a path in the folder"
             raise _data_error(field, file, problem, "write a path relative to the folder")
     if dataset in DATA_BUILDERS:
-        paths = list(_texts(options.get("data_files") if isinstance(options, Mapping) else None))
+        paths = list(_find_texts(options.get("data_files") if isinstance(options, Mapping) else None))
         if not paths:
             problem = f"reads {dataset} files, but dataset_kwargs.data_files names none"
             raise _data_error(field, file, problem, "write for example `dataset_kwargs: {data_files: {test: test.jsonl}}`")
@@ -249,20 +249,20 @@ def _data_error(field: str, file: str, problem: str, hint: str) -> ConfigError:
     return ConfigError("BenchmarkDataMissing", f"{field}: the task of {file} {problem}", hint=hint)
 
 
-def _texts(value: Any) -> Iterator[str]:
+def _find_texts(value: Any) -> Iterator[str]:
     match value:
         case str():
             yield value
         case dict():
             for inner in value.values():
-                yield from _texts(inner)
+                yield from _find_texts(inner)
         case list():
             for inner in value:
-                yield from _texts(inner)
+                yield from _find_texts(inner)
 
 
 def _is_in_folder(text: str) -> bool:
-    """Whether a path is below the folder.
+    """Whether a text is a relative path that stays below the folder.
 
     Symbolic links are not resolved, because the files of a downloaded hub repository are links into a cache.
     """

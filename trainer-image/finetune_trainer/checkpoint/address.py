@@ -1,6 +1,6 @@
 """Parses the URI of a job, of one checkpoint or of the final model, and downloads the committed files.
 
-To find one checkpoint or the model, no listing is needed: the key of its marker follows from the URI.
+One checkpoint or the model is found without a listing, because the key of its marker follows from the URI.
 """
 
 from __future__ import annotations
@@ -10,72 +10,79 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune_api.errors import NotFoundError
-from finetune_api.names import Storage, attempt_of_uri
+from finetune_api.names import Storage, parse_attempt_of_uri
 
-from finetune_trainer.checkpoint.manifest import prefix_of, step_of
+from finetune_trainer.checkpoint.manifest import checkpoint_folder_key, parse_step
 from finetune_trainer.checkpoint.restore import fetch_verified
 from finetune_trainer.checkpoint.tree import CheckpointTree, CommittedCheckpoint
-from finetune_trainer.storage.base import ByteCounter, join
+from finetune_trainer.storage.base import ByteCounter, join_key
 from finetune_trainer.storage.web import split_query
 
 
 @dataclass(frozen=True)
 class JobAddress:
-    """A parsed URI. `root` includes the query of a web address. `step` or `model` is set if the URI names a checkpoint or the model."""
+    """What a URI names: a job, one of its checkpoints or its final model."""
 
-    root: str
+    job_uri: str
+    """URI of the job's folder, with the query of a web address."""
     step: int | None = None
-    model: bool = False
+    """The step of the checkpoint that the URI names; None if it names none."""
+    is_model: bool = False
+    """Whether the URI names the final model."""
 
     @property
-    def whole_job(self) -> bool:
-        return self.step is None and not self.model
+    def is_whole_job(self) -> bool:
+        """Whether the URI names a job, and neither a checkpoint nor the model."""
+        return self.step is None and not self.is_model
 
 
 def parse_address(uri: str) -> JobAddress:
-    """Parse a URI from a job's status. The last part may be the incarnation's folder."""
+    """Parse a URI from a job's status. Its last part may be the folder of an incarnation."""
     address, query = split_query(uri)
     parts = address.rstrip("/").split("/")
     for index in range(len(parts) - 1, 2, -1):
-        step = step_of(parts[index])
+        step = parse_step(parts[index])
         if step is not None and parts[index - 1] == Storage.CHECKPOINTS:
             return JobAddress("/".join(parts[: index - 1]) + query, step)
         if parts[index] == Storage.MODEL and (
-            index == len(parts) - 1 or (index == len(parts) - 2 and attempt_of_uri(address.rstrip("/")) is not None)
+            index == len(parts) - 1 or (index == len(parts) - 2 and parse_attempt_of_uri(address.rstrip("/")) is not None)
         ):
-            return JobAddress("/".join(parts[:index]) + query, model=True)
+            return JobAddress("/".join(parts[:index]) + query, is_model=True)
         if parts[index] == Storage.CHECKPOINTS and index == len(parts) - 1:
             return JobAddress("/".join(parts[:index]) + query)
     return JobAddress("/".join(parts) + query)
 
 
-def find_committed(tree: CheckpointTree, address: JobAddress) -> Iterator[CommittedCheckpoint]:
+def find_committed(tree: CheckpointTree, job_address: JobAddress) -> Iterator[CommittedCheckpoint]:
     """Yield the committed checkpoints at the address, newest first, then the committed model. Errors: NotFoundError `NothingCommitted`."""
-    checkpoints = tree.list_committed() if address.whole_job else [one for one in [_get_committed_step(tree, address.step)] if one]
-    if address.whole_job:
+    checkpoints = tree.list_committed() if job_address.is_whole_job else [one for one in [_get_checkpoint_or_model(tree, job_address.step)] if one]
+    if job_address.is_whole_job:
         checkpoints += [model] if (model := tree.get_committed(None)) else []
     if not checkpoints:
         raise NotFoundError(
-            "NothingCommitted", f"nothing is committed at {tree.uri(prefix_of(address.step)) if not address.whole_job else tree.store.uri}",
+            "NothingCommitted", f"nothing is committed at {tree.store.uri if job_address.is_whole_job else tree.uri(checkpoint_folder_key(job_address.step))}",
             hint="check the URI; `list` shows everything that a job has stored",
         )  # fmt: skip
     yield from checkpoints
 
 
-def _get_committed_step(tree: CheckpointTree, step: int | None) -> CommittedCheckpoint | None:
+def _get_checkpoint_or_model(tree: CheckpointTree, step: int | None) -> CommittedCheckpoint | None:
     if step is None:
         return tree.get_committed(None)
-    return tree.get_committed(step, healthy=tree.store.get(join(prefix_of(step), Storage.HEALTHY)) is not None)
+    return tree.get_committed(step, is_healthy=tree.store.get(join_key(checkpoint_folder_key(step), Storage.HEALTHY)) is not None)
 
 
 def download_committed(
-    tree: CheckpointTree, checkpoint: CommittedCheckpoint, folder: Path, *, byte_counter: ByteCounter | None = None, check_space: ByteCounter | None = None,
-    is_needed: Callable[[str], bool] = lambda path: True,
+    tree: CheckpointTree, checkpoint: CommittedCheckpoint, target_folder: Path, *, byte_counter: ByteCounter | None = None,
+    check_space: ByteCounter | None = None, is_needed: Callable[[str], bool] = lambda path: True,
 ) -> str | None:  # fmt: skip
-    """Call `check_space` with the size in bytes, then download and verify the files that are needed. Return the first problem, or None."""
+    """Download the needed files and compare them with the manifest. Return the first problem, or None.
+
+    Before the download, `check_space` is called with the size of these files in bytes. `is_needed` returns whether the file with a path is needed.
+    """
     manifest = tree.read_manifest(checkpoint)
     if manifest is None:
-        return f"{tree.uri(join(checkpoint.folder, Storage.MANIFEST))} is missing or is not the manifest that was committed"
+        return f"{tree.uri(join_key(checkpoint.folder, Storage.MANIFEST))} is missing or is not the manifest that was committed"
     if check_space:
         check_space(sum(file.size for file in manifest.files if is_needed(file.path)))
-    return fetch_verified(tree, checkpoint.folder, manifest, folder, is_needed, byte_counter)
+    return fetch_verified(tree, checkpoint.folder, manifest, target_folder, is_needed, byte_counter)

@@ -1,4 +1,4 @@
-"""The contents of `manifest.json` and of the marker, for checkpoints and for the final model.
+"""The contents of `manifest.json` and of the marker `_COMMITTED`, for checkpoints and for the final model.
 
 Only the files that the manifest lists belong to a checkpoint. A folder is a checkpoint only if a marker names the sha256 of its
 manifest.
@@ -18,13 +18,13 @@ from finetune_api.spec.enums import OutputKind
 from pydantic import Field
 
 from finetune_trainer.file_entry import FileEntry, sha256_file
-from finetune_trainer.storage.base import join
+from finetune_trainer.storage.base import join_key
 
 _STEP_FOLDER_PATTERN = re.compile(r"^step-(\d{8,})$")
 
 
 class RunFacts(LenientModel):
-    """Facts about the run that made a checkpoint. `restore.check_compatible` compares them with the facts of the run that resumes."""
+    """Facts about the run that saved a checkpoint. `restore.check_compatible` compares them with the facts of the run that resumes."""
 
     model_revision: str = ""
     dataset_digest: str = ""
@@ -38,16 +38,16 @@ class RunFacts(LenientModel):
     effective_batch: int = 1
     learning_rate: float | None = None
     settings: dict[str, str] = Field(
-        default_factory=dict, description="A hash of each group of the spec that influences the computed numbers."
+        default_factory=dict, description="Hash of each part of the spec that influences the computed numbers, by the name of its top-level field."
     )
     other_inputs: dict[str, str] = Field(
         default_factory=dict,
         alias="beside",  # Version 0.1.0 stored the field under this name.
-        description="A hash of each other input: tokenizer, reference model, adapter, validation data, test data, images, ConfigMaps.",
+        description="Hash of each input besides the base model and the training data: tokenizer, reference model, adapter, held-out data, images, ConfigMaps.",
     )
     source_versions: dict[str, str] = Field(
         default_factory=dict,
-        description="Version of each model's files at its source, by spec path. A pod without weights can compute it. Not compared when a run resumes.",
+        description="Version of each model at its source, by spec path. It can be computed without the weights. Not compared when a run resumes.",
     )
     config_sha256: str = ""
     versions: dict[str, str] = Field(default_factory=dict)
@@ -72,17 +72,17 @@ class Manifest(LenientModel):
     files: list[FileEntry] = Field(default_factory=list)
 
     def to_bytes(self) -> bytes:
-        """Return the manifest as canonical JSON. The marker contains the sha256 of this JSON."""
+        """Return the manifest as JSON with sorted keys. The marker contains the sha256 of these bytes."""
         return json.dumps(self.to_wire(), sort_keys=True, separators=(",", ":")).encode()
 
     @property
     def total_bytes(self) -> int:
-        """Size of all files."""
+        """Size of all files in bytes."""
         return sum(file.size for file in self.files)
 
 
 class CommitMarker(WireModel):
-    """The object `_COMMITTED`: a checkpoint exists if and only if it has a valid marker."""
+    """The content of an object `_COMMITTED`. A checkpoint exists if and only if it has a valid marker."""
 
     attempt: int
     path: str = Field(description="The incarnation's folder, next to the marker.")
@@ -101,11 +101,14 @@ class CommitMarker(WireModel):
 
 
 class UploadedPart(LenientModel):
-    """The files that one of several pods has uploaded. The object `<incarnation>/.parts/node-<n>.json` exists until the commit."""
+    """The files of a checkpoint that one pod has uploaded, in a job with several pods.
+
+    The list is stored as `<incarnation>/.parts/node-<n>.json` until the commit.
+    """
 
     node: int
     dropped: bool = Field(
-        default=False, description="This pod skipped the checkpoint, so no pod can commit it."
+        default=False, description="Whether this pod skipped the checkpoint. If so, the checkpoint cannot be committed."
     )
     files: list[FileEntry] = Field(default_factory=list)
 
@@ -115,8 +118,8 @@ def sha256_bytes(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def entries_of(folder: Path) -> list[FileEntry]:
-    """Return path, size and sha256 of every file below a folder, in path order."""
+def list_file_entries(folder: Path) -> list[FileEntry]:
+    """Return the path, size and sha256 of every file below a folder, sorted by path."""
     return [
         FileEntry(path=path.relative_to(folder).as_posix(), size=path.stat().st_size, sha256=sha256_file(path))
         for path in sorted(folder.rglob("*"))
@@ -124,12 +127,12 @@ def entries_of(folder: Path) -> list[FileEntry]:
     ]
 
 
-def step_of(folder: str) -> int | None:
-    """Return the step in the name of a checkpoint's folder; None if the name is not that of a checkpoint."""
+def parse_step(folder: str) -> int | None:
+    """Return the step in the name of a folder, such as 100 for `step-00000100`; None if it is not the folder of a checkpoint."""
     match = _STEP_FOLDER_PATTERN.match(folder)
     return int(match[1]) if match else None
 
 
-def prefix_of(step: int | None) -> str:
+def checkpoint_folder_key(step: int | None) -> str:
     """Return the key of the folder of a checkpoint, or of the final model (step None)."""
-    return str(Storage.MODEL) if step is None else join(Storage.CHECKPOINTS, checkpoint_folder(step))
+    return str(Storage.MODEL) if step is None else join_key(Storage.CHECKPOINTS, checkpoint_folder(step))

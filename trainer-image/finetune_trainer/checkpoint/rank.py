@@ -1,6 +1,6 @@
-"""Callbacks of the HF Trainer in each rank: report progress, stage checkpoints, stop at the agreed step.
+"""The callbacks of the HF Trainer in each rank. They report progress, stage checkpoints and stop the run at the agreed step.
 
-The Trainer must call these callbacks after all others. A checkpoint includes the sums of the current logging window (`window`),
+The Trainer must call these callbacks after all other callbacks. A checkpoint includes the sums of the current logging window (`window`),
 so that a resumed run logs the same values as an uninterrupted run. If a loss or weight is not finite, the run ends before the
 checkpoint is saved.
 """
@@ -29,9 +29,9 @@ from finetune_trainer.checkpoint.window import LoggingWindow
 from finetune_trainer.inputs import Inputs
 
 INCARNATION_KEY = "incarnation"
-START_SECONDS = 1800.0
+START_TIMEOUT_SECONDS = 1800.0
 """Maximum wait for other pods that are still downloading their inputs."""
-HEARTBEAT_SECONDS = 1.0
+MIN_HEARTBEAT_SECONDS = 1.0
 """Minimum time between two heartbeats within a step or an evaluation."""
 GIGABYTE = 1e9
 SLOW_DISK_NOTE = "checkpoints are due faster than the pod writes them to its disk: training waits for each of them"
@@ -40,25 +40,25 @@ SLOW_DISK_NOTE = "checkpoints are due faster than the pod writes them to its dis
 def create_callbacks(run: RunConfig, channel: Channel, inputs: Inputs) -> list[TrainerCallback]:
     """Return the callbacks for this run. The Trainer must call them after all other callbacks, in this order."""
     gang_store: GangStore = TcpGangStore(run.world.rendezvous_id) if channel.world_size > 1 else SingleRankStore()
-    agree_on_start(channel, gang_store, inputs.restore.step if inputs.restore else 0)
+    require_same_start(channel, gang_store, inputs.restore.step if inputs.restore else 0)
     agreement = StopAgreement(channel, gang_store)
     stager = CheckpointStager(
-        channel, agreement, _agree_on_incarnation(channel, gang_store), resume_path(inputs),
+        channel, agreement, _agree_on_incarnation(channel, gang_store), get_resume_folder(inputs),
         ranks_per_sequence=run.spec.distributed.context_parallel_size or 1,
     )  # fmt: skip
     return [ProgressReporter(channel), stager, PauseReporter(channel, stager)]
 
 
-def resume_path(inputs: Inputs) -> Path | None:
+def get_resume_folder(inputs: Inputs) -> Path | None:
     """Return the folder for `trainer.train(resume_from_checkpoint=...)`, or None to start at step 0."""
     return inputs.restore.path if inputs.restore else None
 
 
-def deliver_output(run: RunConfig, channel: Channel, model_dir: Path, kind: OutputKind, extra: dict[str, Any]) -> None:
-    """Tell the supervisor that the final artefact is complete. The supervisor uploads and commits it."""
+def report_final_artefact(run: RunConfig, channel: Channel, model_folder: Path, output_kind: OutputKind, manifest_extra: dict[str, Any]) -> None:
+    """Report to the supervisor that the final artefact is complete, so that the supervisor uploads and commits it. Only rank 0 reports."""
     if channel.rank == 0:
         channel.report_stage(Stage.UPLOADING)
-        channel.report_output(model_dir, kind, extra)
+        channel.report_output(model_folder, output_kind, manifest_extra)
 
 
 def _agree_on_incarnation(channel: Channel, gang_store: GangStore) -> str:
@@ -67,29 +67,30 @@ def _agree_on_incarnation(channel: Channel, gang_store: GangStore) -> str:
     if channel.rank == 0:
         gang_store.set(INCARNATION_KEY, own)
         return own
-    return gang_store.get_all([INCARNATION_KEY], START_SECONDS)[0]
+    return gang_store.get_all([INCARNATION_KEY], START_TIMEOUT_SECONDS)[0]
 
 
-def agree_on_start(channel: Channel, gang_store: GangStore, step: int) -> None:
-    """Check that all pods start from the same step. Each pod restores its checkpoint by itself.
+def require_same_start(channel: Channel, gang_store: GangStore, step: int) -> None:
+    """Check that all ranks start from the same step. The check is needed because each pod restores a checkpoint by itself.
 
-    Errors: PeerError `StartsDiffer`, for example if one pod's download was damaged and that pod restored an older checkpoint.
+    Errors: PeerError `StartsDiffer`, for example if one pod restored an older checkpoint because its download was damaged.
     """
     gang_store.set(f"start-{channel.rank}", str(step))
     keys = [f"start-{rank}" for rank in range(channel.world_size)]
-    steps = sorted({int(value) for value in gang_store.get_all(keys, START_SECONDS)})
+    steps = sorted({int(value) for value in gang_store.get_all(keys, START_TIMEOUT_SECONDS)})
     if len(steps) > 1:
         raise PeerError("StartsDiffer", f"the pods restored checkpoints of different steps: {steps}")
 
 
 class ProgressReporter(TrainerCallback):
-    """Reports steps, losses and throughput to the supervisor. Local rank 0 reports; the other ranks only send heartbeats."""
+    """Reports the progress of a rank to the supervisor. Every rank reports its steps; losses and throughput come from local rank 0."""
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
-        self._reports = channel.local_rank == 0
+        self._is_reporting = channel.local_rank == 0
         self._last_heartbeat = 0.0
-        self._tokens: list[tuple[float, int]] = []
+        self._token_counts: list[tuple[float, int]] = []
+        """The monotonic time and the number of tokens so far, at the last ten log lines."""
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._channel.report_progress(Progress(step=state.global_step, total_steps=state.max_steps, epoch=state.epoch or 0.0))
@@ -107,7 +108,7 @@ class ProgressReporter(TrainerCallback):
 
     def _send_heartbeat(self) -> None:
         now = time.monotonic()
-        if now - self._last_heartbeat > HEARTBEAT_SECONDS:
+        if now - self._last_heartbeat > MIN_HEARTBEAT_SECONDS:
             self._last_heartbeat = now
             self._channel.send_heartbeat()
 
@@ -119,7 +120,7 @@ class ProgressReporter(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        if not self._reports or not logs:
+        if not self._is_reporting or not logs:
             return
         self._channel.report_log_line(state.global_step, {k: v for k, v in logs.items() if isinstance(v, int | float)})
         tokens = int(state.num_input_tokens_seen or 0)
@@ -137,99 +138,100 @@ class ProgressReporter(TrainerCallback):
         )  # fmt: skip
 
     def _recent_throughput(self, tokens: int) -> float | None:
-        """Return the tokens per second over the last log lines."""
-        self._tokens = [*self._tokens[-9:], (time.monotonic(), tokens)]
-        (start, before), (now, after) = self._tokens[0], self._tokens[-1]
+        """Return the tokens per second over the last ten log lines, or None before the second log line."""
+        self._token_counts = [*self._token_counts[-9:], (time.monotonic(), tokens)]
+        (start, before), (now, after) = self._token_counts[0], self._token_counts[-1]
         return round((after - before) / (now - start), 1) if now > start and after > before else None
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if not self._reports:
+        if not self._is_reporting:
             return
-        loss, best, step = eval_loss(state), *best_eval(state)
+        loss, best, step = find_eval_loss(state), *find_best_eval_loss(state)
         self._channel.report_metrics(Metrics(eval_loss=_rounded_or_none(loss), best_eval_loss=_rounded_or_none(best), best_step=step))
         self._channel.report_stage(Stage.TRAINING)
 
 
 class CheckpointStager(TrainerCallback):
-    """Reports each checkpoint that is complete on disk, and ends the run at the agreed step."""
+    """Reports each checkpoint that is complete on the pod's disk, and ends the run at the agreed step."""
 
     def __init__(
-        self, channel: Channel, agreement: StopAgreement, incarnation: str, resumed_checkpoint: Path | None = None, *, ranks_per_sequence: int = 1
+        self, channel: Channel, stop_agreement: StopAgreement, incarnation: str, resumed_checkpoint: Path | None = None, *, ranks_per_sequence: int = 1
     ) -> None:
         """`ranks_per_sequence`: number of ranks that share each sequence."""
-        self._groups_of_ranks = channel.world_size // ranks_per_sequence
-        self._channel, self._agreement, self._incarnation = channel, agreement, incarnation
-        self._resumed = resumed_checkpoint
+        self._parallel_batch_count = channel.world_size // ranks_per_sequence
+        """Number of micro-batches that the ranks process at the same time."""
+        self._channel, self._stop_agreement, self._incarnation = channel, stop_agreement, incarnation
+        self._resumed_checkpoint = resumed_checkpoint
         self._window: LoggingWindow | None = None
         self._trainer: Any = None
         self._writer = BackgroundWriter()
-        self._has_memory: bool | None = None
+        self._memory_suffices: bool | None = None
         """Whether host memory can hold a copy of the training state. None before the first checkpoint."""
-        self._open_tokens = 0
-        """Tokens of the current logging window. The Trainer adds them to its state only at the next log line."""
-        self._stopping = False
-        self._postponed = False
+        self._unlogged_token_count = 0
+        """Tokens of the current logging window. The Trainer does not add them to its state before the next log line."""
+        self._is_stopping = False
+        self._is_save_postponed = False
         """Whether a due checkpoint waits for the evaluation or log line at the end of the epoch."""
-        self._last_size = 0
-        """Size of the last checkpoint on this pod's disk."""
-        self._save_started = 0.0
+        self._last_size_bytes = 0
+        """Size in bytes of the last checkpoint on this pod's disk; 0 before the first checkpoint."""
+        self._save_start_time = 0.0
         self.wait_seconds = 0.0
-        """Seconds for which training waited at the last due checkpoint until the checkpoint before it was written."""
+        """Seconds for which the last due checkpoint waited until the checkpoint before it was written."""
 
     def on_trainer_created(self, trainer: Any) -> None:
-        """Keep a reference to the Trainer, because transformers does not pass its running sums to callbacks. Let it write checkpoints in the background."""
+        """Keep a reference to the Trainer, because transformers does not pass its running sums to callbacks. Give the Trainer the writer of checkpoints."""
         self._trainer, trainer.checkpoint_writer = trainer, self._writer
         self._window = LoggingWindow(trainer, self._channel.rank, self._channel.world_size)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self._resumed is not None and self._window is not None:
-            self._window.read(self._resumed)
-        self._agreement.start(state.global_step)
+        if self._resumed_checkpoint is not None and self._window is not None:
+            self._window.read(self._resumed_checkpoint)
+        self._stop_agreement.start(state.global_step)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._agreement.stop_watching()
+        self._stop_agreement.stop_watching()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
         self._writer.raise_failure()
         if state.global_step >= state.max_steps:
-            control.should_log = True  # Log the last window even if it has fewer steps than the others.
-        if self._agreement.must_stop(state.global_step):
-            self._stopping = True
+            control.should_log = True  # Log the last window even if it has fewer steps than the other windows.
+        if self._stop_agreement.must_stop(state.global_step):
+            self._is_stopping = True
             control.should_save = True
         if control.should_save and _waits_for_epoch_end(args, state):
-            self._postponed, control.should_save = True, False
-        self._before_save(args, state, control, model)
+            self._is_save_postponed, control.should_save = True, False
+        self._prepare_save(args, state, control, model)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
-        if self._postponed:
-            self._postponed, control.should_save = False, True
-        self._before_save(args, state, control, model)
+        if self._is_save_postponed:
+            self._is_save_postponed, control.should_save = False, True
+        self._prepare_save(args, state, control, model)
 
-    def _before_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any) -> None:
+    def _prepare_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any) -> None:
         if not control.should_save:
             return
-        self._save_started = time.monotonic()
+        self._save_start_time = time.monotonic()
         self._wait_for_last_checkpoint()
-        self.wait_seconds = time.monotonic() - self._save_started
-        if not space.has_disk_space(args, self._channel.world_size, self._last_size, model):
+        self.wait_seconds = time.monotonic() - self._save_start_time
+        if not space.has_disk_space(args, self._channel.world_size, self._last_size_bytes, model):
             control.should_save = False
             self._channel.send_message(
                 "skipped", step=state.global_step, reason=Reason.STAGING_DISK_FULL.value,
                 sentence=f"the checkpoint of step {state.global_step} was skipped: the pod's disk is full",
             )  # fmt: skip
-            if self._stopping:
+            if self._is_stopping:
                 raise TrainingStopped(state.global_step)
             return
-        self._open_tokens = 0
+        self._unlogged_token_count = 0
         if self._window is not None:
             tokens = self._window.require_finite(model, state.global_step)
-            self._open_tokens = 0 if control.should_log else tokens  # the log line at this step adds the tokens to the state
-        is_last = self._stopping or state.global_step >= state.max_steps
-        self._writer.in_background = not is_last and self._copies_fit_in_memory()  # without further steps, a copy saves no time
+            self._unlogged_token_count = 0 if control.should_log else tokens  # the log line at this step adds the tokens to the state
+        is_last = self._is_stopping or state.global_step >= state.max_steps
+        self._writer.writes_in_background = not is_last and self._copies_fit_in_memory()  # After the last step, no training continues while files are written.
         if is_last:
             self._writer.release_copies()
 
@@ -239,18 +241,19 @@ class CheckpointStager(TrainerCallback):
         self._writer.wait()
 
     def _copies_fit_in_memory(self) -> bool:
-        """Whether host memory can hold the copies of the training state. Decided at the first checkpoint, because the memory is kept."""
+        """Whether host memory can hold the copies of the training state. Decided once, at the first checkpoint, because later copies use the same memory."""
         if self._trainer is None:
             return False
-        if self._has_memory is None:
-            copies = space.space_for_copies(self._trainer, self._channel.world_size)
-            self._has_memory = copies.fits
+        if self._memory_suffices is None:
+            copies = space.measure_copy_space(self._trainer, self._channel.world_size)
+            self._memory_suffices = copies.fits
             if not copies.fits and self._channel.rank == 0:
                 self._channel.report_note(
-                    f"training waits until each checkpoint is written to the disk: a copy of the training state needs {copies.needed / GIGABYTE:.1f} GB "
-                    f"of the pod's memory, and {copies.available / GIGABYTE:.1f} GB are available; raise resources.memory for checkpoints in the background"
+                    f"training waits until each checkpoint is written to the disk: a copy of the training state needs {copies.needed_bytes / GIGABYTE:.1f} GB "
+                    f"of the pod's memory, and {copies.available_bytes / GIGABYTE:.1f} GB are available; "
+                    "raise resources.memory for checkpoints in the background"
                 )
-        return self._has_memory
+        return self._memory_suffices
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         step = state.global_step
@@ -258,21 +261,21 @@ class CheckpointStager(TrainerCallback):
         if self._window is not None:
             self._window.write(folder)
         facts: dict[str, Any] = {
-            "incarnation": self._incarnation, "graceful": self._stopping, "epoch": state.epoch,
-            "tokens": int(state.num_input_tokens_seen or 0) + self._open_tokens or None, "evalLoss": _rounded_or_none(eval_loss(state, step)),
-            "samples": step * args.train_batch_size * args.gradient_accumulation_steps * self._groups_of_ranks,
-            "stallSeconds": round(time.monotonic() - self._save_started, 4),
+            "incarnation": self._incarnation, "graceful": self._is_stopping, "epoch": state.epoch,
+            "tokens": int(state.num_input_tokens_seen or 0) + self._unlogged_token_count or None, "evalLoss": _rounded_or_none(find_eval_loss(state, step)),
+            "samples": step * args.train_batch_size * args.gradient_accumulation_steps * self._parallel_batch_count,
+            "stallSeconds": round(time.monotonic() - self._save_start_time, 4),
         }  # fmt: skip
         self._writer.run_after_files(lambda: self._report_files(step, folder, facts))
         self._writer.finish_checkpoint()
-        if self._stopping:
+        if self._is_stopping:
             raise TrainingStopped(step)
 
-    def _report_files(self, step: int, folder: Path, facts: dict[str, Any]) -> None:
-        """Report the complete files of this rank. Runs in the background if the files were written there."""
+    def _report_files(self, step: int, folder: Path, checkpoint_facts: dict[str, Any]) -> None:
+        """Report that the files of this rank are complete. Called in the background thread if that thread has written them."""
         if self._channel.local_rank == 0:
-            self._last_size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        self._channel.report_staged_files(step, folder, **facts)
+            self._last_size_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        self._channel.report_staged_files(step, folder, **checkpoint_facts)
 
 
 class PauseReporter(TrainerCallback):
@@ -280,14 +283,14 @@ class PauseReporter(TrainerCallback):
 
     def __init__(self, channel: Channel, stager: CheckpointStager) -> None:
         self._channel, self._stager = channel, stager
-        self._since = time.monotonic()
-        """The end of the last step, epoch, evaluation or checkpoint."""
+        self._last_event_time = time.monotonic()
+        """Monotonic time of the end of the last step, epoch, evaluation or checkpoint."""
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._since = time.monotonic()
+        self._last_event_time = time.monotonic()
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._since = time.monotonic()
+        self._last_event_time = time.monotonic()
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._report("evaluation", 0.0)
@@ -296,11 +299,12 @@ class PauseReporter(TrainerCallback):
         self._report("saving", self._stager.wait_seconds)
         self._stager.wait_seconds = 0.0
 
-    def _report(self, part: str, further_seconds: float) -> None:
+    def _report(self, pause_name: str, earlier_seconds: float) -> None:
+        """Report a pause that ends now. `earlier_seconds`: seconds of the pause before `_last_event_time`."""
         now = time.monotonic()
         if self._channel.local_rank == 0:
-            self._channel.report_pause(part, now - self._since + further_seconds)
-        self._since = now
+            self._channel.report_pause(pause_name, now - self._last_event_time + earlier_seconds)
+        self._last_event_time = now
 
 
 def _waits_for_epoch_end(args: TrainingArguments, state: TrainerState) -> bool:
@@ -309,7 +313,7 @@ def _waits_for_epoch_end(args: TrainingArguments, state: TrainerState) -> bool:
     return due and state.epoch is not None and abs(state.epoch - round(state.epoch)) < 1e-9
 
 
-def eval_loss(state: TrainerState, step: int | None = None) -> float | None:
+def find_eval_loss(state: TrainerState, step: int | None = None) -> float | None:
     """Return the newest validation loss. If `step` is given, return the loss measured at this step, or None."""
     for entry in reversed(state.log_history):
         if "eval_loss" in entry and step in (None, entry.get("step")):
@@ -317,8 +321,8 @@ def eval_loss(state: TrainerState, step: int | None = None) -> float | None:
     return None
 
 
-def best_eval(state: TrainerState) -> tuple[float | None, int | None]:
-    """Return the lowest validation loss of the run and its step. The log history in the checkpoint includes earlier attempts."""
+def find_best_eval_loss(state: TrainerState) -> tuple[float | None, int | None]:
+    """Return the lowest validation loss of the run and its step. The log history includes earlier attempts, because checkpoints contain it."""
     losses = [(float(entry["eval_loss"]), int(entry["step"])) for entry in state.log_history if "eval_loss" in entry]
     return min(((loss, step) for loss, step in losses if math.isfinite(loss)), default=(None, None))
 

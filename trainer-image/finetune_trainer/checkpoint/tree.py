@@ -1,6 +1,7 @@
 """Reads and commits the checkpoints and the final model of a job in storage.
 
-Each incarnation writes to its own folder, so that the files of two incarnations never mix. A commit writes the data and then
+An incarnation is one start of an attempt (`a2-1f3c9a2b`: attempt 2, begun in pod 1f3c9a2b). Each incarnation writes to its own folder, so that
+the files of two incarnations never mix. A commit writes the data and then
 the manifest, checks that every object exists with the right size, and creates the marker last, on condition that no marker
 exists. If a marker exists and names this incarnation's manifest, an earlier request succeeded, but its response was lost. If an existing
 marker names another manifest, this incarnation is fenced out and must end.
@@ -15,41 +16,42 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune_api.attempt_secret import sign_checkpoint
+from finetune_api.attempt_secret import sign_manifest
 from finetune_api.errors import FineTuneError, PeerError, StorageError
-from finetune_api.names import RUN_FILE_NAME, Storage, attempt_folder, attempt_of_folder
+from finetune_api.names import RUN_FILE_NAME, Storage, attempt_folder, parse_attempt_of_folder
 
 from finetune_trainer.checkpoint.manifest import (
     CommitMarker,
     FileEntry,
     Manifest,
     UploadedPart,
-    entries_of,
-    prefix_of,
+    checkpoint_folder_key,
+    list_file_entries,
+    parse_step,
     sha256_bytes,
-    step_of,
 )
-from finetune_trainer.storage.base import ByteCounter, CreateResult, ObjectStat, Store, join
+from finetune_trainer.storage.base import ByteCounter, CreateResult, ObjectStat, Store, join_key
 
 log = logging.getLogger(__name__)
 PARTS_FOLDER = ".parts"
-UPLOAD_INCOMPLETE = "UploadIncomplete"
+UPLOAD_INCOMPLETE_CODE = "UploadIncomplete"
 PART_POLL_SECONDS = 0.2
-MARKER_READS = 10
-"""How many times to try to read an existing marker: in some stores, new objects are readable only after a delay."""
+MAX_MARKER_TRIES = 10
+"""How often to try to create or read a marker: in some stores, a new object can be read only after a delay."""
 
 
 @dataclass(frozen=True)
 class CommittedFolder:
-    """A committed folder that is no part of a job, for example prepared rows. `prefix`: key of the folder with the marker."""
+    """A committed folder outside the folders of jobs, for example prepared rows."""
 
-    prefix: str
+    marker_folder: str
+    """Key of the folder that holds the marker."""
     marker: CommitMarker
 
     @property
     def folder(self) -> str:
         """Key of the folder that holds the files."""
-        return join(self.prefix, self.marker.path)
+        return join_key(self.marker_folder, self.marker.path)
 
 
 @dataclass(frozen=True)
@@ -58,22 +60,22 @@ class CommittedCheckpoint:
 
     step: int | None
     marker: CommitMarker
-    healthy: bool = False
+    is_healthy: bool = False
     is_merged: bool = False
     """Whether this is the merged model. Its step is None."""
 
     @property
     def folder(self) -> str:
         """Key of the folder that holds the files."""
-        return join(Storage.MERGED if self.is_merged else prefix_of(self.step), self.marker.path)
+        return join_key(Storage.MERGED if self.is_merged else checkpoint_folder_key(self.step), self.marker.path)
 
 
 @dataclass(frozen=True)
 class SweepResult:
     """The number of objects and unfinished uploads that a sweep removed, and its first error."""
 
-    count: int
-    problem: FineTuneError | None = None
+    removed_count: int
+    first_error: FineTuneError | None = None
 
 
 class FencedOutError(PeerError):
@@ -83,15 +85,15 @@ class FencedOutError(PeerError):
 class CheckpointTree:
     """Reads and commits the checkpoints and the final model of one job below one storage root. Safe to use from several threads.
 
-    `checkpoint_key` signs checkpoints or prepared rows, but not the final model. Without the key, nothing is signed.
+    `signing_key` is the secret that signs checkpoints and prepared rows. The final model is not signed. Without the key, nothing is signed.
     """
 
-    def __init__(self, store: Store, checkpoint_key: str | None = None) -> None:
+    def __init__(self, store: Store, signing_key: str | None = None) -> None:
         self.store = store
-        self._checkpoint_key = checkpoint_key
+        self._signing_key = signing_key
 
     def uri(self, key: str) -> str:
-        """Return the full address of a key."""
+        """Return the URI of a key."""
         return f"{self.store.uri}/{key}"
 
     # ---- reading ----
@@ -101,11 +103,11 @@ class CheckpointTree:
         return self.list_committed_and_damaged()[0]
 
     def list_committed_and_damaged(self) -> tuple[list[CommittedCheckpoint], list[int]]:
-        """Return every committed checkpoint, and the steps whose marker cannot be read. Newest first."""
+        """Return every committed checkpoint, and the steps whose marker cannot be read, both newest first."""
         is_healthy_by_step: dict[int, bool] = {}
         for stat in self.store.list(f"{Storage.CHECKPOINTS}/"):
             _, folder, *rest = stat.key.split("/")
-            step = step_of(folder)
+            step = parse_step(folder)
             if step is None or len(rest) != 1:
                 continue
             if rest[0] == Storage.COMMITTED:
@@ -114,7 +116,7 @@ class CheckpointTree:
                 is_healthy_by_step[step] = True
         committed, damaged_steps = [], []
         for step, healthy in sorted(is_healthy_by_step.items(), reverse=True):
-            data = self.store.get(join(prefix_of(step), Storage.COMMITTED))
+            data = self.store.get(join_key(checkpoint_folder_key(step), Storage.COMMITTED))
             marker = CommitMarker.parse(data) if data is not None else None
             if marker is not None:
                 committed.append(CommittedCheckpoint(step, marker, healthy))
@@ -123,39 +125,39 @@ class CheckpointTree:
         return committed, damaged_steps
 
     @property
-    def is_signing(self) -> bool:
+    def can_sign(self) -> bool:
         """Whether this tree can sign checkpoints and check their signatures."""
-        return self._checkpoint_key is not None
+        return self._signing_key is not None
 
     def is_signed(self, checkpoint: CommittedCheckpoint | CommittedFolder) -> bool:
-        """Whether a pod with this tree's key has signed the manifest that the marker names. Write access to the store is not enough to sign."""
-        if self._checkpoint_key is None:
+        """Whether the manifest that the marker names is signed with this tree's key. Write access to the store is not enough to sign."""
+        if self._signing_key is None:
             return False
-        expected_signature = sign_checkpoint(self._checkpoint_key, checkpoint.folder, checkpoint.marker.manifest_sha256)
-        return hmac.compare_digest(self.store.get(join(checkpoint.folder, Storage.SIGNATURE)) or b"", expected_signature.encode())
+        expected_signature = sign_manifest(self._signing_key, checkpoint.folder, checkpoint.marker.manifest_sha256)
+        return hmac.compare_digest(self.store.get(join_key(checkpoint.folder, Storage.SIGNATURE)) or b"", expected_signature.encode())
 
-    def get_committed(self, step: int | None, healthy: bool = False) -> CommittedCheckpoint | None:
+    def get_committed(self, step: int | None, is_healthy: bool = False) -> CommittedCheckpoint | None:
         """Return the committed checkpoint of a step, or the final model if `step` is None. Return None if nothing is committed there."""
-        marker = self._read_marker(prefix_of(step))
-        return CommittedCheckpoint(step, marker, healthy) if marker else None
+        marker = self._read_marker(checkpoint_folder_key(step))
+        return CommittedCheckpoint(step, marker, is_healthy) if marker else None
 
     def get_merged(self) -> CommittedCheckpoint | None:
         """Return the committed merged model, or None if there is none."""
         marker = self._read_marker(Storage.MERGED)
         return CommittedCheckpoint(None, marker, is_merged=True) if marker else None
 
-    def get_committed_folder(self, prefix: str) -> CommittedFolder | None:
-        """Return the commit below a prefix, or None if nothing is committed there."""
-        marker = self._read_marker(prefix)
-        return CommittedFolder(prefix, marker) if marker else None
+    def get_committed_folder(self, folder_key: str) -> CommittedFolder | None:
+        """Return the committed folder below a prefix, or None if nothing is committed there."""
+        marker = self._read_marker(folder_key)
+        return CommittedFolder(folder_key, marker) if marker else None
 
-    def _read_marker(self, prefix: str) -> CommitMarker | None:
-        data = self.store.get(join(prefix, Storage.COMMITTED))
+    def _read_marker(self, folder_key: str) -> CommitMarker | None:
+        data = self.store.get(join_key(folder_key, Storage.COMMITTED))
         return CommitMarker.parse(data) if data is not None else None
 
     def read_manifest(self, checkpoint: CommittedCheckpoint | CommittedFolder) -> Manifest | None:
         """Return the manifest that the marker names, or None if it is missing or has another sha256."""
-        data = self.store.get(join(checkpoint.folder, Storage.MANIFEST))
+        data = self.store.get(join_key(checkpoint.folder, Storage.MANIFEST))
         if data is None or sha256_bytes(data) != checkpoint.marker.manifest_sha256:
             return None
         try:
@@ -164,113 +166,113 @@ class CheckpointTree:
             return None
 
     def is_complete(self, checkpoint: CommittedCheckpoint) -> bool:
-        """Whether the manifest is that of the marker, and every object that it lists exists with the right size. Nothing is downloaded."""
+        """Whether the manifest that the marker names exists, and every object that it lists exists with the right size. No object is downloaded."""
         manifest = self.read_manifest(checkpoint)
         return manifest is not None and not self._is_swept(checkpoint.folder, manifest)
 
     # ---- writing ----
 
-    def upload(self, prefix: str, incarnation: str, folder: Path, *, byte_counter: ByteCounter | None = None) -> list[FileEntry]:
-        """Upload the files of a local folder to the incarnation's folder; returns their entries."""
-        entries = entries_of(folder)
+    def upload(self, folder_key: str, incarnation: str, local_folder: Path, *, byte_counter: ByteCounter | None = None) -> list[FileEntry]:
+        """Upload the files of a local folder to the incarnation's folder. Returns the manifest entries of the files."""
+        entries = list_file_entries(local_folder)
         for entry in entries:
-            self.store.put_file(folder / entry.path, join(prefix, incarnation, entry.path), byte_counter=byte_counter)
+            self.store.put_file(local_folder / entry.path, join_key(folder_key, incarnation, entry.path), byte_counter=byte_counter)
         return entries
 
-    def report_part(self, prefix: str, incarnation: str, node: int, entries: list[FileEntry] | None) -> None:
+    def report_part(self, folder_key: str, incarnation: str, node_rank: int, entries: list[FileEntry] | None) -> None:
         """Report to rank 0's pod which files this pod has uploaded. If `entries` is None, this pod skips the checkpoint."""
-        part = UploadedPart(node=node, files=entries or [], dropped=entries is None)
+        part = UploadedPart(node=node_rank, files=entries or [], dropped=entries is None)
         self.store.put(
-            join(prefix, incarnation, PARTS_FOLDER, f"node-{node}.json"), part.model_dump_json(by_alias=True).encode()
+            join_key(folder_key, incarnation, PARTS_FOLDER, f"node-{node_rank}.json"), part.model_dump_json(by_alias=True).encode()
         )
 
-    def wait_parts(
-        self, prefix: str, incarnation: str, nodes: int, timeout: float, give_up: Callable[[], bool]
+    def wait_for_parts(
+        self, folder_key: str, incarnation: str, node_count: int, timeout_seconds: float, must_give_up: Callable[[], bool]
     ) -> list[FileEntry]:
-        """Wait until the other pods (1 .. nodes-1) have uploaded their files; returns the entries of these files.
+        """Wait until the other pods (1 .. nodes-1) have uploaded their files. Returns the manifest entries of these files.
 
-        Errors: PeerError `PartMissing` if a pod skips the checkpoint, does not report within `timeout` seconds, or if
-        `give_up` returns True.
+        Errors: PeerError `PartMissing` if a pod skips the checkpoint or does not report within `timeout_seconds` seconds, or if
+        `must_give_up` returns True.
         """
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + timeout_seconds
         files: list[FileEntry] = []
-        for node in range(1, nodes):
-            key = join(prefix, incarnation, PARTS_FOLDER, f"node-{node}.json")
+        for node in range(1, node_count):
+            key = join_key(folder_key, incarnation, PARTS_FOLDER, f"node-{node}.json")
             while (data := self.store.get(key)) is None:
-                if time.monotonic() > deadline or give_up():
+                if time.monotonic() > deadline or must_give_up():
                     raise PeerError(
-                        "PartMissing", f"pod {node} did not write its part of {prefix} within {timeout:.0f} s"
+                        "PartMissing", f"pod {node} did not write its part of {folder_key} within {timeout_seconds:.0f} s"
                     )
                 time.sleep(PART_POLL_SECONDS)
             part = UploadedPart.model_validate_json(data)
             if part.dropped:
-                raise PeerError("PartMissing", f"pod {node} skipped {prefix}, or could not store its part")
+                raise PeerError("PartMissing", f"pod {node} skipped {folder_key}, or could not store its part")
             files += part.files
         return files
 
     @staticmethod
-    def merge_parts(prefix: str, own_entries: list[FileEntry], other_entries: list[FileEntry]) -> list[FileEntry]:
-        """Return the files of all pods. Errors: StorageError `PartsDiffer` if two pods wrote different contents of one file."""
+    def merge_parts(folder_key: str, own_entries: list[FileEntry], other_entries: list[FileEntry]) -> list[FileEntry]:
+        """Return the entries of all pods, each path once. Errors: StorageError `PartsDiffer` if two pods wrote different contents of one file."""
         entries_by_path: dict[str, FileEntry] = {}
         for entry in (*own_entries, *other_entries):
             first_entry = entries_by_path.setdefault(entry.path, entry)
             if first_entry.sha256 != entry.sha256:
-                raise StorageError("PartsDiffer", f"two pods wrote {entry.path} of {prefix}, with different contents")
+                raise StorageError("PartsDiffer", f"two pods wrote {entry.path} of {folder_key}, with different contents")
         return list(entries_by_path.values())
 
-    def commit(self, prefix: str, manifest: Manifest, *, replaceable_marker: CommitMarker | None = None) -> CommitMarker:
-        """Write the manifest, check every object, create the marker.
+    def commit(self, folder_key: str, manifest: Manifest, *, replaceable_marker: CommitMarker | None = None) -> CommitMarker:
+        """Write the manifest, check that every object exists, and create the marker.
 
         An existing marker is replaced if it equals `replaceable_marker` (a checkpoint that this attempt skipped at its start), if it is not
-        valid, or if it belongs to an earlier attempt. (A node that the operator cannot reach may still run an earlier attempt.)
+        valid, or if an earlier attempt created it. (An earlier attempt may still run on a node that the operator cannot reach.)
         Errors: StorageError `UploadIncomplete` if an object is missing or has another size; FencedOutError if a later attempt has
         begun, or if another incarnation of this attempt has committed the step.
         """
-        folder = join(prefix, manifest.incarnation)
+        folder = join_key(folder_key, manifest.incarnation)
         data = manifest.to_bytes()
         marker = CommitMarker(attempt=manifest.attempt, path=manifest.incarnation, manifest_sha256=sha256_bytes(data))
-        self.store.put(join(folder, Storage.MANIFEST), data)
-        if self._checkpoint_key is not None and prefix not in (Storage.MODEL, Storage.MERGED):
-            self.store.put(join(folder, Storage.SIGNATURE), sign_checkpoint(self._checkpoint_key, folder, marker.manifest_sha256).encode())
+        self.store.put(join_key(folder, Storage.MANIFEST), data)
+        if self._signing_key is not None and folder_key not in (Storage.MODEL, Storage.MERGED):
+            self.store.put(join_key(folder, Storage.SIGNATURE), sign_manifest(self._signing_key, folder, marker.manifest_sha256).encode())
         self._check_objects(folder, manifest)
         self.require_newest_attempt(manifest.attempt)
-        self._create_marker(prefix, marker, replaceable_marker)
+        self._create_marker(folder_key, marker, replaceable_marker)
         try:
             if self._is_swept(folder, manifest):
-                self._remove_marker(prefix, marker)
+                self._remove_marker(folder_key, marker)
                 raise FencedOutError(
-                    "FencedOut", f"another incarnation has removed {prefix}; this incarnation, {marker.path}, must end"
+                    "FencedOut", f"another incarnation has removed {folder_key}; this incarnation, {marker.path}, must end"
                 )
-            self.store.delete([stat.key for stat in self.store.list(join(folder, PARTS_FOLDER) + "/")])
+            self.store.delete([stat.key for stat in self.store.list(join_key(folder, PARTS_FOLDER) + "/")])
         except FencedOutError:
             raise
-        except FineTuneError as error:  # The checkpoint is committed now, even if a later request fails.
-            log.warning("%s is committed, but could not be checked again: %s", prefix, error)
+        except FineTuneError as error:  # The checkpoint is committed, even if a request after the commit fails.
+            log.warning("%s is committed, but could not be checked again: %s", folder_key, error)
         return marker
 
-    def begin_attempt(self, attempt: int, run: bytes) -> None:
-        """Store the attempt's run configuration. Afterwards, earlier attempts can no longer commit."""
-        self.store.put(join(Storage.RUN, attempt_folder(attempt), RUN_FILE_NAME), run)
+    def begin_attempt(self, attempt: int, run_json: bytes) -> None:
+        """Store the attempt's run configuration (`run.json`). Afterwards, earlier attempts can no longer commit."""
+        self.store.put(join_key(Storage.RUN, attempt_folder(attempt), RUN_FILE_NAME), run_json)
 
     def require_newest_attempt(self, attempt: int) -> None:
-        """Check that no later attempt has begun. Errors: FencedOutError."""
+        """Check that no later attempt has begun. Errors: FencedOutError if one has begun."""
         if self.is_superseded(attempt):
             raise FencedOutError("FencedOut", f"a later attempt has begun; this attempt, {attempt}, must end")
 
     def is_superseded(self, attempt: int) -> bool:
         """Whether a later attempt has begun. An attempt begins when it stores its run configuration."""
-        begun_attempts = (attempt_of_folder(stat.key.split("/")[1]) for stat in self.store.list(f"{Storage.RUN}/"))
+        begun_attempts = (parse_attempt_of_folder(stat.key.split("/")[1]) for stat in self.store.list(f"{Storage.RUN}/"))
         return any(number is not None and number > attempt for number in begun_attempts)
 
-    def _remove_marker(self, prefix: str, marker: CommitMarker) -> None:
-        """Remove a marker whose data was removed, unless another marker has replaced it."""
-        if self._read_marker(prefix) == marker:
-            self.store.delete([join(prefix, Storage.COMMITTED)])
+    def _remove_marker(self, folder_key: str, marker: CommitMarker) -> None:
+        """Remove a marker because its files were removed, unless another marker has replaced it."""
+        if self._read_marker(folder_key) == marker:
+            self.store.delete([join_key(folder_key, Storage.COMMITTED)])
 
-    def _create_marker(self, prefix: str, marker: CommitMarker, replaceable_marker: CommitMarker | None) -> None:
+    def _create_marker(self, folder_key: str, marker: CommitMarker, replaceable_marker: CommitMarker | None) -> None:
         """Create the marker, or replace an existing marker (see `commit`). Errors: FencedOutError; StorageError `MarkerUnreadable`."""
-        key = join(prefix, Storage.COMMITTED)
-        for _ in range(MARKER_READS):
+        key = join_key(folder_key, Storage.COMMITTED)
+        for _ in range(MAX_MARKER_TRIES):
             if self.store.create(key, marker.to_bytes()) is CreateResult.NEW:
                 return
             data = self.store.get(key)
@@ -281,63 +283,63 @@ class CheckpointTree:
             if existing is not None and existing.manifest_sha256 == marker.manifest_sha256:
                 return
             if existing is None or existing == replaceable_marker or existing.attempt < marker.attempt:
-                self._replace_marker(prefix, marker)
+                self._replace_marker(folder_key, marker)
                 return
-            raise FencedOutError("FencedOut", f"{prefix} was committed by {existing.path}; this incarnation, {marker.path}, must end")
+            raise FencedOutError("FencedOut", f"{folder_key} was committed by {existing.path}; this incarnation, {marker.path}, must end")
         raise StorageError("MarkerUnreadable", f"{self.uri(key)} exists, but cannot be read")
 
-    def _replace_marker(self, prefix: str, marker: CommitMarker) -> None:
-        """Replace another marker. Remove the `_HEALTHY` object first, because it belongs to the replaced checkpoint."""
+    def _replace_marker(self, folder_key: str, marker: CommitMarker) -> None:
+        """Replace an existing marker. Remove the `_HEALTHY` object first, because it belongs to the replaced checkpoint."""
         try:
-            self.store.delete([join(prefix, Storage.HEALTHY)])
+            self.store.delete([join_key(folder_key, Storage.HEALTHY)])
         except FineTuneError as error:
-            log.warning("%s keeps the %s object of the replaced checkpoint: %s", prefix, Storage.HEALTHY, error)
-        self.store.put(join(prefix, Storage.COMMITTED), marker.to_bytes())
+            log.warning("%s keeps the %s object of the replaced checkpoint: %s", folder_key, Storage.HEALTHY, error)
+        self.store.put(join_key(folder_key, Storage.COMMITTED), marker.to_bytes())
 
     def _check_objects(self, folder: str, manifest: Manifest) -> None:
         """Check that every object exists with the right size. Errors: StorageError `UploadIncomplete`."""
         stats_by_key: dict[str, ObjectStat] = {stat.key: stat for stat in self.store.list(folder + "/")}
         for entry in manifest.files:
-            stat = stats_by_key.get(join(folder, entry.path))
+            stat = stats_by_key.get(join_key(folder, entry.path))
             if stat is None or stat.size != entry.size:  # Some stores list new objects only after a delay.
-                stat = self.store.stat(join(folder, entry.path))
+                stat = self.store.stat(join_key(folder, entry.path))
             if stat is None or stat.size != entry.size:
                 problem = "is missing" if stat is None else f"has {stat.size} bytes instead of {entry.size}"
-                raise StorageError(UPLOAD_INCOMPLETE, f"{self.uri(join(folder, entry.path))} {problem} after its upload")
+                raise StorageError(UPLOAD_INCOMPLETE_CODE, f"{self.uri(join_key(folder, entry.path))} {problem} after its upload")
 
     def _is_swept(self, folder: str, manifest: Manifest) -> bool:
-        """Whether another incarnation has removed an object of this checkpoint in its sweep."""
-        if self.store.stat(join(folder, Storage.MANIFEST)) is None:
+        """Whether an object of this checkpoint is missing, because the sweep of another incarnation removed it."""
+        if self.store.stat(join_key(folder, Storage.MANIFEST)) is None:
             return True
         try:
             self._check_objects(folder, manifest)
         except StorageError as error:
-            if error.code == UPLOAD_INCOMPLETE:
+            if error.code == UPLOAD_INCOMPLETE_CODE:
                 return True
             raise
         return False
 
     def mark_healthy(self, step: int) -> None:
-        """Mark a checkpoint as healthy, because the losses after it were finite."""
-        self.store.put(join(prefix_of(step), Storage.HEALTHY), b"{}")
+        """Mark a checkpoint as healthy. Call this when the losses after the checkpoint were finite."""
+        self.store.put(join_key(checkpoint_folder_key(step), Storage.HEALTHY), b"{}")
 
     def remove(self, step: int) -> None:
         """Remove a checkpoint. The marker is removed first, so that no reader uses the incomplete folder as a checkpoint."""
-        prefix = prefix_of(step)
-        self.store.delete([join(prefix, Storage.COMMITTED)])
-        self.store.delete([join(prefix, Storage.HEALTHY)])
+        prefix = checkpoint_folder_key(step)
+        self.store.delete([join_key(prefix, Storage.COMMITTED)])
+        self.store.delete([join_key(prefix, Storage.HEALTHY)])
         keys = [stat.key for stat in self.store.list(prefix + "/")]
         manifests = [key for key in keys if key.endswith("/" + Storage.MANIFEST)]
         self.store.delete(manifests)
         self.store.delete([key for key in keys if key not in manifests])
 
     def sweep(self) -> SweepResult:
-        """Remove the leftovers of killed incarnations: data that no marker names, and unfinished uploads.
+        """Remove the leftovers of killed incarnations: files that no marker names, and unfinished uploads.
 
         Call this only while no other incarnation can commit. Errors are returned instead of raised, because leftovers only cost space.
         """
         count, problem = 0, None
-        for sweep in (self._sweep_uploads, self._sweep_data):
+        for sweep in (self._sweep_uploads, self._sweep_files):
             try:
                 count += sweep()
             except FineTuneError as error:
@@ -347,28 +349,28 @@ class CheckpointTree:
     def _sweep_uploads(self) -> int:
         return sum(self.store.sweep(f"{prefix}/") for prefix in (Storage.CHECKPOINTS, Storage.MODEL, Storage.MERGED))
 
-    def _sweep_data(self) -> int:
+    def _sweep_files(self) -> int:
         unreferenced = {
             prefix: keys
-            for prefix, below in self._keys_by_prefix().items()
-            if (keys := self._unreferenced_keys(prefix, below))
+            for prefix, below in self._list_keys_by_prefix().items()
+            if (keys := self._find_unreferenced_keys(prefix, below))
         }
         self.store.delete([key for keys in unreferenced.values() for key in keys])
         for prefix, keys in unreferenced.items():
-            self._remove_marker_of_swept_data(prefix, keys)
+            self._remove_marker_of_swept_files(prefix, keys)
         return sum(map(len, unreferenced.values()))
 
-    def _remove_marker_of_swept_data(self, prefix: str, swept_keys: list[str]) -> None:
-        """Remove a marker that a stale incarnation created while this sweep removed the data.
+    def _remove_marker_of_swept_files(self, folder_key: str, swept_keys: list[str]) -> None:
+        """Remove a marker that a fenced incarnation created while this sweep removed its files.
 
-        The stale incarnation checks its data after creating the marker. This sweep checks the marker after deleting the data.
-        At least one of the two therefore detects the conflict.
+        The fenced incarnation checks its files after it has created the marker. This sweep checks the marker after it has deleted the files.
+        So at least one of the two detects the conflict.
         """
-        marker = self._read_marker(prefix)
-        if marker is not None and any(key.startswith(join(prefix, marker.path) + "/") for key in swept_keys):
-            self._remove_marker(prefix, marker)
+        marker = self._read_marker(folder_key)
+        if marker is not None and any(key.startswith(join_key(folder_key, marker.path) + "/") for key in swept_keys):
+            self._remove_marker(folder_key, marker)
 
-    def _keys_by_prefix(self) -> dict[str, list[str]]:
+    def _list_keys_by_prefix(self) -> dict[str, list[str]]:
         """Return all keys below the folders of checkpoints, of the final model and of the merged model, grouped by the folder's key."""
         keys: dict[str, list[str]] = {}
         for prefix in (Storage.CHECKPOINTS, Storage.MODEL, Storage.MERGED):
@@ -376,22 +378,22 @@ class CheckpointTree:
                 parts = stat.key.split("/")
                 if prefix is not Storage.CHECKPOINTS:
                     keys.setdefault(prefix, []).append(stat.key)
-                elif (step := step_of(parts[1])) is not None and len(parts) > 2:
-                    keys.setdefault(prefix_of(step), []).append(stat.key)
+                elif (step := parse_step(parts[1])) is not None and len(parts) > 2:
+                    keys.setdefault(checkpoint_folder_key(step), []).append(stat.key)
         return keys
 
-    def _unreferenced_keys(self, prefix: str, keys: list[str]) -> list[str]:
-        """Return the keys that do not belong to the committed checkpoint.
+    def _find_unreferenced_keys(self, folder_key: str, keys: list[str]) -> list[str]:
+        """Return the keys among `keys` that do not belong to the committed checkpoint or model.
 
-        The marker is read even if it is not listed, because some listings are out of date.
+        The marker is read even if `keys` does not contain it, because some listings are out of date.
         """
-        marker_key = join(prefix, Storage.COMMITTED)
-        keys = [key for key in keys if key != join(prefix, Storage.PROMOTED)]
+        marker_key = join_key(folder_key, Storage.COMMITTED)
+        keys = [key for key in keys if key != join_key(folder_key, Storage.PROMOTED)]
         data = self.store.get(marker_key)
         if data is None:
             return keys if marker_key not in keys else []  # A marker that is listed, but not readable yet, may be valid.
         marker = CommitMarker.parse(data)
-        if marker is None or join(prefix, marker.path, Storage.MANIFEST) not in keys:
-            return []  # If marker or manifest is damaged, the files of the checkpoint are unknown, so nothing is removed.
-        own_keys = (marker_key, join(prefix, Storage.HEALTHY))
-        return [key for key in keys if key not in own_keys and not key.startswith(join(prefix, marker.path) + "/")]
+        if marker is None or join_key(folder_key, marker.path, Storage.MANIFEST) not in keys:
+            return []  # If the marker or the manifest is damaged, the files of the checkpoint are not known, so no file is removed.
+        own_keys = (marker_key, join_key(folder_key, Storage.HEALTHY))
+        return [key for key in keys if key not in own_keys and not key.startswith(join_key(folder_key, marker.path) + "/")]

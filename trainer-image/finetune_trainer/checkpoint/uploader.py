@@ -1,7 +1,7 @@
 """Uploads and commits staged checkpoints while training continues.
 
 One upload runs at a time, and at most one checkpoint is queued. A newer checkpoint replaces the queued checkpoint, and a note
-in the status reports this. The checkpoint of a graceful stop is never dropped. A commit marks the previous checkpoints as
+in the status reports the replacement. The checkpoint of a graceful stop is never dropped. A commit marks the previous checkpoints as
 healthy and removes old checkpoints.
 """
 
@@ -22,21 +22,21 @@ from finetune_api.errors import FineTuneError, StorageError
 from finetune_api.spec.enums import OutputKind
 from finetune_api.status import Checkpoint, Output
 
-from finetune_trainer.checkpoint.manifest import CommitMarker, FileEntry, Manifest, RunFacts, prefix_of
-from finetune_trainer.checkpoint.retention import RetentionCandidate, steps_to_remove
+from finetune_trainer.checkpoint.manifest import CommitMarker, FileEntry, Manifest, RunFacts, checkpoint_folder_key
+from finetune_trainer.checkpoint.retention import RetentionCandidate, choose_steps_to_remove
 from finetune_trainer.checkpoint.tree import CheckpointTree, CommittedCheckpoint, FencedOutError
-from finetune_trainer.storage.base import join
+from finetune_trainer.storage.base import join_key
 
 log = logging.getLogger(__name__)
 PART_TIMEOUT_SECONDS = 1800.0
 RETRY_PAUSE_SECONDS = 1.0
 """Pause between two tries to upload the final model or the checkpoint of a graceful stop."""
-UNSAVED_INTERVALS = 3
-"""A run may continue for this many checkpoint intervals without a commit, even if the timeout is shorter."""
+ALLOWED_UNSAVED_INTERVALS = 3
+"""A run may always continue for this many checkpoint intervals without a commit, even if the timeout is shorter."""
 
 
 class CheckpointReporter(Protocol):
-    """Receives the reports of the uploader. `supervisor.run_state.RunState` implements it."""
+    """Receives the reports of the uploader. `supervisor.run_state.RunState` implements this protocol."""
 
     @property
     def step(self) -> int:
@@ -44,13 +44,13 @@ class CheckpointReporter(Protocol):
 
     @property
     def checkpoint_problem(self) -> str | None:
-        """Why the last checkpoint could not be stored (reason and message). None after a commit."""
+        """The reason and the message of the failure to store the last checkpoint; None after a commit."""
 
-    def increment_counter(self, name: str, by: float = 1) -> None: ...
+    def increment_counter(self, name: str, amount: float = 1) -> None: ...
     def add_note(self, text: str) -> None: ...
     def record_checkpoint_problem(self, reason: str, description: str) -> None: ...
     def clear_checkpoint_problem(self) -> None: ...
-    def add_checkpoint(self, checkpoint: Checkpoint, seconds: float | None = None) -> None: ...
+    def add_checkpoint(self, checkpoint: Checkpoint, upload_seconds: float | None = None) -> None: ...
     def mark_checkpoint_healthy(self, step: int) -> None: ...
     def remove_checkpoint(self, step: int) -> None: ...
 
@@ -73,6 +73,7 @@ class KeepPolicy:
     """Which checkpoints to keep."""
 
     keep_count: int = 3
+    """Number of newest checkpoints to keep; 0 keeps all."""
     pinned_steps: tuple[int, ...] = ()
     """`checkpoint.pinned` of the spec: steps whose checkpoints are always kept."""
 
@@ -81,35 +82,35 @@ class Uploader:
     """The uploader of one pod. Rank 0's pod commits; the other pods upload their files and report them."""
 
     def __init__(
-        self, tree: CheckpointTree, reporter: CheckpointReporter, facts: RunFacts, policy: KeepPolicy, *, job: str, attempt: int, node: int = 0,
-        nodes: int = 1, before_commit: Callable[[], None] = lambda: None, after_commit: Callable[[], None] = lambda: None,
-        part_timeout: float = PART_TIMEOUT_SECONDS, final_upload_timeout: float = 0,
+        self, tree: CheckpointTree, reporter: CheckpointReporter, run_facts: RunFacts, keep_policy: KeepPolicy, *, job_id: str, attempt: int,
+        node_rank: int = 0, node_count: int = 1, before_commit: Callable[[], None] = lambda: None, after_commit: Callable[[], None] = lambda: None,
+        part_timeout_seconds: float = PART_TIMEOUT_SECONDS, final_upload_timeout_seconds: float = 0,
     ) -> None:  # fmt: skip
-        self.tree, self._reporter, self._facts, self._policy = tree, reporter, facts, policy
-        self._job, self._attempt, self._node, self._nodes = job, attempt, node, nodes
-        self._before_commit, self._after_commit, self._part_timeout = before_commit, after_commit, part_timeout
-        self._final_upload_timeout = final_upload_timeout
+        self.tree, self._reporter, self._run_facts, self._keep_policy = tree, reporter, run_facts, keep_policy
+        self._job_id, self._attempt, self._node_rank, self._node_count = job_id, attempt, node_rank, node_count
+        self._before_commit, self._after_commit, self._part_timeout_seconds = before_commit, after_commit, part_timeout_seconds
+        self._final_upload_timeout_seconds = final_upload_timeout_seconds
         self._part_wait_end: float | None = None
-        self._changed = threading.Condition()
-        self._queued: StagedCheckpoint | None = None
-        self._final: StagedCheckpoint | None = None
+        self._state_changed = threading.Condition()
+        self._queued_checkpoint: StagedCheckpoint | None = None
+        self._queued_final: StagedCheckpoint | None = None
         self._uploading: StagedCheckpoint | None = None
-        self._closing = False
-        self._committed: dict[int, RetentionCandidate] = {}
-        self._skipped: dict[int | None, CommitMarker] = {}
-        """Markers of checkpoints after the restored step. If this attempt repeats such a step, its checkpoint replaces the old one."""
-        self._own_step = 0
+        self._is_closing = False
+        self._candidate_by_step: dict[int, RetentionCandidate] = {}
+        self._skipped_marker_by_step: dict[int | None, CommitMarker] = {}
+        """Markers of the checkpoints after the restored step, by step. If this attempt repeats such a step, its new checkpoint replaces the old one."""
+        self._newest_own_step = 0
         """Newest step that this incarnation has committed."""
         self._unsaved_since: float | None = None
         """Monotonic time at which the first checkpoint after the last commit was due; None if no checkpoint is waiting for a commit."""
-        self._queued_since = self._last_due = 0.0
-        self._interval = 0.0
+        self._queued_since = self._last_due_time = 0.0
+        self._interval_seconds = 0.0
         """Seconds between the due times of the last two checkpoints."""
         self._failure: FineTuneError | None = None
         self._counted_retries = tree.store.retries
         self.output: Output | None = None
         self.uploaded_step = 0
-        """Newest step whose files this pod has uploaded. Only set in pods other than rank 0's."""
+        """Newest step whose files this pod has uploaded. Not set in rank 0's pod, which commits."""
         self._thread = threading.Thread(target=self._run_uploads, name="uploader", daemon=True)
         self._thread.start()
 
@@ -117,64 +118,64 @@ class Uploader:
 
     @property
     def failure(self) -> FineTuneError | None:
-        """Why the uploader has given up: this incarnation is fenced out, or the final model could not be stored. None while the uploader works."""
+        """Why the uploader has stopped uploading: this incarnation is fenced out, or the final model could not be stored. None if it has not stopped."""
         return self._failure
 
     @property
     def committed_step(self) -> int:
         """Newest committed step; 0 if no step is committed."""
-        return max(self._committed, default=0)
+        return max(self._candidate_by_step, default=0)
 
     def adopt_committed(self, checkpoints: list[Checkpoint]) -> None:
-        """Add the checkpoints of earlier attempts up to the restored step."""
+        """Add the committed checkpoints of earlier attempts up to the restored step."""
         for checkpoint in checkpoints:
-            self._committed[checkpoint.step] = RetentionCandidate(checkpoint.step, bool(checkpoint.healthy), checkpoint.eval_loss)
+            self._candidate_by_step[checkpoint.step] = RetentionCandidate(checkpoint.step, bool(checkpoint.healthy), checkpoint.eval_loss)
             self._reporter.add_checkpoint(checkpoint)
 
-    def set_skipped(self, committed: Iterable[CommittedCheckpoint]) -> None:
-        """Set the checkpoints after the restored step: damaged, or later than the step of a rollback.
+    def add_skipped(self, committed: Iterable[CommittedCheckpoint]) -> None:
+        """Add the committed checkpoints after the restored step. They are damaged, or later than the step of a rollback.
 
         They do not count as progress, and a later commit does not mark them healthy. A skipped checkpoint is replaced when this
         attempt commits the same step, or removed when this attempt commits a later step.
         """
-        self._skipped |= {one.step: one.marker for one in committed}
+        self._skipped_marker_by_step |= {one.step: one.marker for one in committed}
 
     def enqueue(self, staged: StagedCheckpoint) -> None:
-        """Queue a staged checkpoint or the final model. The uploader removes the staging folder afterwards."""
+        """Queue a staged checkpoint or the final model. The uploader removes its folder after the upload."""
         dropped_checkpoint = None
         if staged.step is not None:
             self.record_unsaved()
-        with self._changed:
-            queued_before = self._queued
+        with self._state_changed:
+            queued_before = self._queued_checkpoint
             if staged.step is None:
-                self._final = staged
+                self._queued_final = staged
             elif queued_before is not None and queued_before.is_graceful_stop and not staged.is_graceful_stop:
                 dropped_checkpoint = staged
             else:
-                dropped_checkpoint, self._queued, self._queued_since = queued_before, staged, time.monotonic()
-            self._changed.notify_all()
+                dropped_checkpoint, self._queued_checkpoint, self._queued_since = queued_before, staged, time.monotonic()
+            self._state_changed.notify_all()
         if dropped_checkpoint is not None:
             self._drop_staged(dropped_checkpoint, staged.step)
 
     def record_unsaved(self) -> None:
-        """Record that a checkpoint is due now. Its step counts as unsaved until the next commit."""
-        with self._changed:
+        """Record that a checkpoint is due now. It counts as unsaved until the next commit."""
+        with self._state_changed:
             now = time.monotonic()
-            self._interval = now - self._last_due if self._last_due else 0.0
-            self._last_due = now
+            self._interval_seconds = now - self._last_due_time if self._last_due_time else 0.0
+            self._last_due_time = now
             if self._unsaved_since is None:
                 self._unsaved_since = now
 
-    def unsaved_error(self, timeout: float, stall_timeout: float | None) -> StorageError | None:
+    def unsaved_error(self, timeout_seconds: float, stall_timeout_seconds: float | None) -> StorageError | None:
         """Return an error if no checkpoint has been committed for too long, else None.
 
-        The limit is the longest of `timeout`, the job's stall timeout and `UNSAVED_INTERVALS` checkpoint intervals.
+        The limit is the longest of `timeout_seconds`, the job's stall timeout and `ALLOWED_UNSAVED_INTERVALS` checkpoint intervals.
         """
-        with self._changed:
+        with self._state_changed:
             if self._unsaved_since is None:
                 return None
             unsaved_seconds = time.monotonic() - self._unsaved_since
-            limit = max(timeout, stall_timeout or 0.0, UNSAVED_INTERVALS * self._interval)
+            limit = max(timeout_seconds, stall_timeout_seconds or 0.0, ALLOWED_UNSAVED_INTERVALS * self._interval_seconds)
         if unsaved_seconds <= limit:
             return None
         problem = self._reporter.checkpoint_problem or "the upload has not ended"
@@ -187,11 +188,11 @@ class Uploader:
         shutil.rmtree(dropped_checkpoint.folder, ignore_errors=True)
         self._reporter.increment_counter("checkpoints_skipped")
         log.warning(
-            "checkpoints are made faster than storage accepts them: step %s was replaced by step %s before its upload began",
+            "checkpoints are saved faster than storage accepts them: step %s was replaced by step %s before its upload began",
             dropped_checkpoint.step, newer_step,
         )  # fmt: skip
-        self._reporter.add_note("checkpoints are made faster than storage accepts them: some were skipped")
-        if self._node > 0:  # A separate thread is used, because `enqueue` must not delay the thread that receives the ranks' messages.
+        self._reporter.add_note("checkpoints are saved faster than storage accepts them: some were skipped")
+        if self._node_rank > 0:  # Report in a separate thread, because `enqueue` must not delay the thread that receives the ranks' messages.
             threading.Thread(
                 target=self._report_skipped_part, args=(dropped_checkpoint,), name="skipped-part", daemon=True
             ).start()
@@ -199,52 +200,52 @@ class Uploader:
     def _report_skipped_part(self, skipped_checkpoint: StagedCheckpoint) -> None:
         """Report to rank 0's pod that this pod skips the checkpoint, so that rank 0's pod does not wait for its files."""
         with contextlib.suppress(FineTuneError):
-            self.tree.report_part(prefix_of(skipped_checkpoint.step), skipped_checkpoint.incarnation, self._node, None)
+            self.tree.report_part(checkpoint_folder_key(skipped_checkpoint.step), skipped_checkpoint.incarnation, self._node_rank, None)
 
     def limit_part_wait(self, seconds: float) -> None:
         """Wait at most `seconds` from now for the files of other pods. Called after the gang has failed."""
         self._part_wait_end = time.monotonic() + seconds
 
-    def wait_until_idle(self, timeout: float) -> bool:
-        """Wait until every queued checkpoint is committed or has failed. Returns False after `timeout` seconds."""
-        with self._changed:
-            return self._changed.wait_for(self._is_idle, timeout)
+    def wait_until_idle(self, timeout_seconds: float) -> bool:
+        """Wait until every queued checkpoint and the final model are committed or have failed. Returns False after `timeout_seconds` seconds."""
+        with self._state_changed:
+            return self._state_changed.wait_for(self._is_idle, timeout_seconds)
 
     def _is_idle(self) -> bool:
-        return self._queued is None and self._uploading is None and self._final is None
+        return self._queued_checkpoint is None and self._uploading is None and self._queued_final is None
 
     def close(self) -> None:
-        """End the uploader thread after the current and the queued uploads, without further retries."""
-        with self._changed:
-            self._closing = True
-            self._changed.notify_all()
+        """End the uploader's thread after the current and the queued uploads. Failed uploads are no longer retried."""
+        with self._state_changed:
+            self._is_closing = True
+            self._state_changed.notify_all()
 
     # ---- the uploader's thread ----
 
     def _run_uploads(self) -> None:
         while True:
-            with self._changed:
-                self._changed.wait_for(lambda: not self._is_idle() or self._closing)
+            with self._state_changed:
+                self._state_changed.wait_for(lambda: not self._is_idle() or self._is_closing)
                 if self._is_idle():
                     return
-                if self._queued is not None:
-                    staged, self._queued = self._queued, None
+                if self._queued_checkpoint is not None:
+                    staged, self._queued_checkpoint = self._queued_checkpoint, None
                 else:
-                    assert self._final is not None
-                    staged, self._final = self._final, None
+                    assert self._queued_final is not None
+                    staged, self._queued_final = self._queued_final, None
                 self._uploading = staged
             try:
                 self._store(staged)
             finally:
-                with self._changed:
+                with self._state_changed:
                     self._uploading = None
-                    self._changed.notify_all()
+                    self._state_changed.notify_all()
 
     def _store(self, staged: StagedCheckpoint) -> None:
-        """Upload and commit one checkpoint. If that fails, record the reason."""
+        """Upload and commit one checkpoint or the final model. If this fails, record the reason."""
         started_at = time.monotonic()
         try:
-            while self._failure is None and not self._try_to_store(staged, started_at):
+            while self._failure is None and not self._try_to_store_staged(staged, started_at):
                 self._wait_before_retry()
         except FencedOutError as error:
             self._failure = error
@@ -258,59 +259,59 @@ class Uploader:
             self._counted_retries = self.tree.store.retries
             shutil.rmtree(staged.folder, ignore_errors=True)
 
-    def _try_to_store(self, staged: StagedCheckpoint, started_at: float) -> bool:
-        """Upload and commit once. Returns False if this failed and must be retried, because no later checkpoint follows."""
-        if staged.step is not None and staged.step <= self._own_step:
+    def _try_to_store_staged(self, staged: StagedCheckpoint, started_at: float) -> bool:
+        """Try once to upload and commit. Returns False if the try failed and must be repeated, because no later checkpoint follows."""
+        if staged.step is not None and staged.step <= self._newest_own_step:
             self._record_saved()
             return True  # The data of a committed checkpoint is never written a second time.
         try:
             self._upload_and_commit(staged, started_at)
         except StorageError as error:
-            must_retry_final = staged.step is None and time.monotonic() - started_at < self._final_upload_timeout
-            if not (staged.is_graceful_stop or must_retry_final) or self._closing:
+            must_retry_final = staged.step is None and time.monotonic() - started_at < self._final_upload_timeout_seconds
+            if not (staged.is_graceful_stop or must_retry_final) or self._is_closing:
                 raise
-            log.warning("%s was not stored, will retry: %s", prefix_of(staged.step), error)
+            log.warning("%s was not stored, will retry: %s", checkpoint_folder_key(staged.step), error)
             return False
         return True
 
     def _wait_before_retry(self) -> None:
-        with self._changed:
-            self._changed.wait_for(lambda: self._closing, RETRY_PAUSE_SECONDS)
+        with self._state_changed:
+            self._state_changed.wait_for(lambda: self._is_closing, RETRY_PAUSE_SECONDS)
 
     def _record_failure(self, staged: StagedCheckpoint, error: FineTuneError) -> None:
-        """Record that an upload failed. A failed checkpoint is reported in the status; a failed final model ends the attempt."""
+        """Record that an upload failed. If it was a checkpoint, the status reports it; if it was the final model, the attempt ends."""
         log.error("step %s could not be stored: %s", staged.step, error)
         self._reporter.increment_counter("checkpoint_failures")
         if staged.step is None:
             self._failure = error
             return
         self._reporter.record_checkpoint_problem(error.code, f"step {staged.step} was not stored: {error.message}")
-        if self._node > 0:
+        if self._node_rank > 0:
             self._report_skipped_part(staged)
 
     def _upload_and_commit(self, staged: StagedCheckpoint, started_at: float) -> None:
-        prefix = prefix_of(staged.step)
+        prefix = checkpoint_folder_key(staged.step)
         entries = self.tree.upload(prefix, staged.incarnation, staged.folder, byte_counter=self._count_uploaded_bytes)
-        if self._node > 0:
-            self.tree.report_part(prefix, staged.incarnation, self._node, entries)
+        if self._node_rank > 0:
+            self.tree.report_part(prefix, staged.incarnation, self._node_rank, entries)
             self.uploaded_step = staged.step or 0
             self._record_saved()
             return
-        if self._nodes > 1 and staged.step is not None:
-            other_entries = self.tree.wait_parts(
-                prefix, staged.incarnation, self._nodes, self._part_timeout, self._must_not_wait
+        if self._node_count > 1 and staged.step is not None:
+            other_entries = self.tree.wait_for_parts(
+                prefix, staged.incarnation, self._node_count, self._part_timeout_seconds, self._must_end_wait
             )
             entries = self.tree.merge_parts(prefix, entries, other_entries)
         manifest = self._build_manifest(staged, entries)
         if (
-            not staged.is_graceful_stop and not self._must_not_wait()
+            not staged.is_graceful_stop and not self._must_end_wait()
         ):  # After a stop request, little time is left, so commit at once.
             self._before_commit()
-        marker = self.tree.commit(prefix, manifest, replaceable_marker=self._skipped.get(staged.step))
-        self._skipped.pop(staged.step, None)
+        marker = self.tree.commit(prefix, manifest, replaceable_marker=self._skipped_marker_by_step.get(staged.step))
+        self._skipped_marker_by_step.pop(staged.step, None)
         seconds = time.monotonic() - started_at
         log.info("committed %s/%s in %.2f s (%d bytes)", prefix, staged.incarnation, seconds, manifest.total_bytes)
-        uri = self.tree.uri(join(prefix, staged.incarnation))
+        uri = self.tree.uri(join_key(prefix, staged.incarnation))
         if staged.step is None:
             self._mark_healthy(before_step=None)  # The run has ended, and its losses were finite.
             self.output = Output(
@@ -319,29 +320,29 @@ class Uploader:
         else:
             self._record_commit(staged, manifest, uri, marker.manifest_sha256, seconds)
 
-    def _must_not_wait(self) -> bool:
-        """Whether to stop waiting for other pods' files: the checkpoint of a graceful stop is queued, or the limit of `limit_part_wait` has passed."""
+    def _must_end_wait(self) -> bool:
+        """Whether the wait for other pods' files must end: a checkpoint of a graceful stop is queued, or the time of `limit_part_wait` has passed."""
         if self._part_wait_end is not None and time.monotonic() > self._part_wait_end:
             return True
-        return self._queued is not None and self._queued.is_graceful_stop
+        return self._queued_checkpoint is not None and self._queued_checkpoint.is_graceful_stop
 
     def _record_saved(self) -> None:
-        """Record that a checkpoint is saved. A queued checkpoint still counts as unsaved."""
-        with self._changed:
-            self._unsaved_since = self._queued_since if self._queued is not None else None
+        """Record that a checkpoint is saved. If another checkpoint is queued, that one still counts as unsaved."""
+        with self._state_changed:
+            self._unsaved_since = self._queued_since if self._queued_checkpoint is not None else None
 
-    def _record_commit(self, staged: StagedCheckpoint, manifest: Manifest, uri: str, sha256: str, seconds: float) -> None:
-        step = self._own_step = manifest.step
+    def _record_commit(self, staged: StagedCheckpoint, manifest: Manifest, uri: str, sha256: str, save_seconds: float) -> None:
+        step = self._newest_own_step = manifest.step
         self._record_saved()
         self._mark_healthy(before_step=step)
-        self._committed[step] = RetentionCandidate(step, staged.is_graceful_stop, manifest.eval_loss)
+        self._candidate_by_step[step] = RetentionCandidate(step, staged.is_graceful_stop, manifest.eval_loss)
         self._reporter.increment_counter("checkpoints")
         self._reporter.add_checkpoint(
             Checkpoint(
                 step=step, uri=uri, sha256=sha256, bytes=manifest.total_bytes, time=datetime.now(UTC), healthy=staged.is_graceful_stop,
-                eval_loss=manifest.eval_loss, save_seconds=round(seconds, 3),
+                eval_loss=manifest.eval_loss, save_seconds=round(save_seconds, 3),
             ),
-            seconds,
+            save_seconds,
         )  # fmt: skip
         self._reporter.clear_checkpoint_problem()
         self._after_commit()
@@ -352,28 +353,28 @@ class Uploader:
 
     def _mark_healthy(self, *, before_step: int | None) -> None:
         """Mark the checkpoints before this step (None: all) as healthy, because the losses after them were finite."""
-        for step, kept in sorted(self._committed.items()):
-            if not kept.healthy and (before_step is None or step < before_step):
+        for step, kept in sorted(self._candidate_by_step.items()):
+            if not kept.is_healthy and (before_step is None or step < before_step):
                 with self._record_failure_as_note("marking a checkpoint healthy"):
                     self.tree.mark_healthy(step)
-                    self._committed[step] = RetentionCandidate(step, True, kept.eval_loss)
+                    self._candidate_by_step[step] = RetentionCandidate(step, True, kept.eval_loss)
                     self._reporter.mark_checkpoint_healthy(step)
 
     def apply_retention(self, *, is_run_finished: bool = False) -> None:
         """Remove the checkpoints that the policy does not keep. If storage refuses a removal, the checkpoint stays and a note is added."""
-        steps = steps_to_remove(
-            list(self._committed.values()), self._policy.keep_count, pinned_steps=self._policy.pinned_steps, is_run_finished=is_run_finished
+        steps = choose_steps_to_remove(
+            list(self._candidate_by_step.values()), self._keep_policy.keep_count, pinned_steps=self._keep_policy.pinned_steps, is_run_finished=is_run_finished
         )
         for step in steps:
             with self._record_failure_as_note(f"removing the checkpoint of step {step}"):
                 self.tree.remove(step)
-                self._committed.pop(step, None)
+                self._candidate_by_step.pop(step, None)
                 self._reporter.remove_checkpoint(step)
-        for step in [one for one in self._skipped if one is not None and one < self.committed_step]:
-            if step not in self._policy.pinned_steps:
+        for step in [one for one in self._skipped_marker_by_step if one is not None and one < self.committed_step]:
+            if step not in self._keep_policy.pinned_steps:
                 with self._record_failure_as_note(f"removing the skipped checkpoint of step {step}"):
                     self.tree.remove(step)
-                    self._skipped.pop(step)
+                    self._skipped_marker_by_step.pop(step)
 
     @contextlib.contextmanager
     def _record_failure_as_note(self, action: str) -> Iterator[None]:
@@ -386,7 +387,7 @@ class Uploader:
     def _build_manifest(self, staged: StagedCheckpoint, entries: list[FileEntry]) -> Manifest:
         reported = staged.rank0_report
         return Manifest(
-            job=self._job,
+            job=self._job_id,
             attempt=self._attempt,
             incarnation=staged.incarnation,
             step=staged.step if staged.step is not None else int(reported.get("step") or self._reporter.step),
@@ -396,23 +397,23 @@ class Uploader:
             eval_loss=reported.get("evalLoss"),
             graceful=staged.is_graceful_stop,
             kind=OutputKind(reported["outputKind"]) if reported.get("outputKind") else None,
-            facts=self._facts,
+            facts=self._run_facts,
             extra=reported.get("extra") or {},
             files=sorted(entries, key=lambda entry: entry.path),
         )
 
-    def _count_uploaded_bytes(self, count: int) -> None:
-        self._reporter.increment_counter("uploaded_bytes", count)
+    def _count_uploaded_bytes(self, byte_count: int) -> None:
+        self._reporter.increment_counter("uploaded_bytes", byte_count)
 
 
-def checkpoints_for_status(tree: CheckpointTree, committed: Iterable[CommittedCheckpoint]) -> list[Checkpoint]:
-    """Convert committed checkpoints to entries of the job's status. A checkpoint with a damaged manifest has no size."""
+def to_status_checkpoints(tree: CheckpointTree, committed: Iterable[CommittedCheckpoint]) -> list[Checkpoint]:
+    """Convert committed checkpoints to entries of the job's status. If the manifest is damaged, size and loss are left out."""
     checkpoints = []
     for one in committed:
         manifest = tree.read_manifest(one)
         checkpoints.append(
             Checkpoint(
-                step=one.step or 0, uri=tree.uri(one.folder), sha256=one.marker.manifest_sha256, healthy=one.healthy,
+                step=one.step or 0, uri=tree.uri(one.folder), sha256=one.marker.manifest_sha256, healthy=one.is_healthy,
                 bytes=manifest.total_bytes if manifest else None, eval_loss=manifest.eval_loss if manifest else None,
             )
         )  # fmt: skip

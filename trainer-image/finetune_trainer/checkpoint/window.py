@@ -1,8 +1,8 @@
 """Saves the sums of the current logging window in the checkpoint.
 
-A logged loss is a mean over `tracking.loggingSteps` steps, and a checkpoint may fall within such a window. transformers starts
-a new sum when it resumes, so that a resumed run would log a mean over fewer steps than an uninterrupted run. Each rank
-therefore writes its sums to the checkpoint and restores them, and both runs log the same values. Before a checkpoint is saved,
+A logged loss is a mean over `tracking.loggingSteps` steps (the logging window), and a checkpoint may be saved within such a window. When
+transformers resumes, it starts a new sum, so that a resumed run would log a mean over fewer steps than an uninterrupted run. Each rank
+therefore writes its sums to the checkpoint and restores them, so that both runs log the same values. Before a checkpoint is saved,
 the sums also show whether the loss is finite.
 """
 
@@ -30,18 +30,18 @@ from finetune_trainer.library_internals import (
 
 WINDOW_FILE = "window-{rank}.json"
 TRAIN_MODE = "train"
-STORED_NAMES = {"trained": "learned", "positions": "places", "correct_letters": "right"}
-"""Names in the file for sums that have been renamed since version 0.1.0. One run may use both versions."""
-CURRENT_NAMES = {stored: name for name, stored in STORED_NAMES.items()}
+STORED_SUM_NAMES = {"trained": "learned", "positions": "places", "correct_letters": "right"}
+"""The stored name of each sum that was renamed after version 0.1.0. Checkpoints keep the old names, because either version may read them."""
+CURRENT_SUM_NAMES = {stored: name for name, stored in STORED_SUM_NAMES.items()}
 
 
 class WindowSums(LenientModel):
-    """One rank's sums. Writing floats to JSON and reading them back preserves every bit."""
+    """The sums of one rank, as stored in a checkpoint. Floats in JSON keep every bit."""
 
     since: int = Field(description="Step of the last log line.")
     loss: float = Field(description="Sum of this rank's losses.")
     ours: dict[str, float | int] = Field(
-        default_factory=dict, description="Sums of the sft trainer of this package, by name."
+        default_factory=dict, description="Sums of this package's trainer for sft, by name."
     )
     values: dict[str, list[float | int]] = Field(
         default_factory=dict, description="TRL's lists of metric values. A log line shows their means."
@@ -55,52 +55,52 @@ class LoggingWindow:
     def __init__(self, trainer: Any, rank: int, world_size: int) -> None:
         self._trainer, self._rank, self._world_size = trainer, rank, world_size
 
-    def write(self, folder: Path) -> None:
+    def write(self, checkpoint_folder: Path) -> None:
         """Write this rank's sums to a checkpoint."""
         trainer = self._trainer
         sums = WindowSums(
             since=last_logged_step(trainer), loss=loss_sum(trainer).item(),
-            ours={STORED_NAMES.get(name, name): _number(value) for name, value in self._own_sums().items()},
-            values={name: [_number(one) for one in values] for name, values in self._trl_values().items()},
+            ours={STORED_SUM_NAMES.get(name, name): _to_number(value) for name, value in self._own_sums().items()},
+            values={name: [_to_number(one) for one in values] for name, values in self._trl_metric_lists().items()},
             tokens=trained_tokens(trainer),
         )  # fmt: skip
-        folder.mkdir(exist_ok=True)
-        (folder / WINDOW_FILE.format(rank=self._rank)).write_text(json.dumps(sums.to_wire()))
+        checkpoint_folder.mkdir(exist_ok=True)
+        (checkpoint_folder / WINDOW_FILE.format(rank=self._rank)).write_text(json.dumps(sums.to_wire()))
 
-    def read(self, folder: Path) -> None:
-        """Restore the sums from a checkpoint. If the checkpoint (of an earlier version) has no sums, the window starts empty."""
-        files = sorted(folder.glob(WINDOW_FILE.format(rank="*")))
+    def read(self, checkpoint_folder: Path) -> None:
+        """Restore the sums from a checkpoint. If an earlier version saved it without sums, the window starts empty."""
+        files = sorted(checkpoint_folder.glob(WINDOW_FILE.format(rank="*")))
         all_sums = [WindowSums.model_validate(json.loads(file.read_text())) for file in files]
         if not all_sums:
             return
-        own_file = folder / WINDOW_FILE.format(rank=self._rank)
+        own_file = checkpoint_folder / WINDOW_FILE.format(rank=self._rank)
         if len(all_sums) == self._world_size and own_file in files:
             self._restore_sums(all_sums[files.index(own_file)])
         else:  # If the number of ranks has changed, redistribute the sums, so that means and totals stay the same.
-            self._restore_sums(_share_of(all_sums, is_first_rank=self._rank == 0))
+            self._restore_sums(_redistribute_sums(all_sums, is_first_rank=self._rank == 0))
 
     def _restore_sums(self, window_sums: WindowSums) -> None:
         trainer = self._trainer
         set_last_logged_step(trainer, window_sums.since)
         loss_sum(trainer).fill_(window_sums.loss)
-        self._own_sums().update({CURRENT_NAMES.get(name, name): value for name, value in window_sums.ours.items()})
-        self._trl_values().update(window_sums.values)
+        self._own_sums().update({CURRENT_SUM_NAMES.get(name, name): value for name, value in window_sums.ours.items()})
+        self._trl_metric_lists().update(window_sums.values)
         set_trained_tokens(trainer, window_sums.tokens)
 
     def _own_sums(self) -> dict[str, Any]:
         sums_by_mode: dict[str, dict[str, Any]] = getattr(self._trainer, "_sums", {TRAIN_MODE: {}})
         return sums_by_mode[TRAIN_MODE]
 
-    def _trl_values(self) -> MutableMapping[str, Any]:
+    def _trl_metric_lists(self) -> MutableMapping[str, Any]:
         return metric_lists(self._trainer)
 
     def require_finite(self, model: Any, step: int) -> int:
-        """Check on all ranks that loss and weights are finite; returns the tokens of the current window over all ranks.
+        """Check that the loss and the weights of all ranks are finite. Returns the tokens of the current window over all ranks.
 
-        A collective operation: every rank must call it. Errors: DivergedError LossNotFinite, WeightsNotFinite.
+        A collective: every rank must call it. Errors: DivergedError `LossNotFinite`, `WeightsNotFinite`.
         """
         loss, weights = loss_sum(self._trainer), _local_weight_norm(model)
-        tokens = _number(self._own_sums().get("tokens", 0))
+        tokens = _to_number(self._own_sums().get("tokens", 0))
         facts = torch.tensor(
             [float(not torch.isfinite(loss)), float(not math.isfinite(weights)), tokens],
             dtype=torch.float64, device=self._trainer.args.device,
@@ -116,8 +116,8 @@ class LoggingWindow:
         return int(tokens)
 
 
-def _share_of(all_sums: list[WindowSums], *, is_first_rank: bool) -> WindowSums:
-    """Return one rank's share of the sums after the number of ranks has changed. Each rank gets the mean loss; the first rank gets all other sums."""
+def _redistribute_sums(all_sums: list[WindowSums], *, is_first_rank: bool) -> WindowSums:
+    """Return the sums of one rank after the number of ranks has changed. Each rank gets the mean loss; the first rank gets the totals of all other sums."""
     names = {name for one in all_sums for name in one.ours} if is_first_rank else set()
     return WindowSums(
         since=all_sums[0].since, loss=sum(one.loss for one in all_sums) / len(all_sums),
@@ -126,12 +126,12 @@ def _share_of(all_sums: list[WindowSums], *, is_first_rank: bool) -> WindowSums:
     )  # fmt: skip
 
 
-def _number(value: Any) -> float | int:
+def _to_number(value: Any) -> float | int:
     return value.item() if isinstance(value, torch.Tensor) else value
 
 
 def _local_weight_norm(model: Any) -> float:
-    """Return the norm of this rank's part of the trained weights. It is not finite if any weight is not finite."""
+    """Return the norm of this rank's shard of the trained weights. The norm is not finite if any weight is not finite."""
     if model is None:
         return 0.0
     trained = [getattr(one, "_local_tensor", one).detach() for one in model.parameters() if one.requires_grad]

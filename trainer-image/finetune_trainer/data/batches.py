@@ -1,4 +1,4 @@
-"""The results of encoding a batch of rows: the rows to store as an Arrow batch, and what became of each row."""
+"""The results of encoding a batch of rows: an Arrow batch with the rows to store, and the outcome of each row."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ if TYPE_CHECKING:
     import pyarrow
 
 
-class Outcome(IntEnum):
-    """What became of a row."""
+class RowOutcome(IntEnum):
+    """Whether a row is kept after encoding and, if it is left out, why."""
 
     KEPT = 0
     CUT = 1
-    """Kept, with fewer tokens."""
+    """Kept, but cut to fewer tokens."""
     TOO_LONG = 2
     """Left out because it has too many tokens."""
     ANSWERLESS = 3
     """Left out because its whole answer was cut off."""
-    SAME = 4
+    EQUAL_ANSWERS = 4
     """Left out because its two answers are equal."""
     REJECTED = 5
     """Left out because it cannot be rendered or trained on."""
@@ -41,64 +41,64 @@ class RejectedRow(NamedTuple):
 
     @staticmethod
     def of(location: str, error: RowError) -> RejectedRow:
-        """The row at the location, with its error."""
+        """Return the rejected row for this location and error."""
         return RejectedRow(location, error.code, error.message, error.hint)
 
 
 @dataclass(frozen=True)
 class EncodedBatch:
-    """The results for a batch of rows. The arrays have one item for each row."""
+    """The rows of one batch after encoding, and the outcome of each row. The arrays have one item for each row."""
 
     kept_rows: pyarrow.RecordBatch
     """The rows with outcome `KEPT` or `CUT`."""
     outcomes: array[int]
     lengths: array[int]
-    """Tokens of each row."""
-    trained: array[int]
-    """Tokens with a label of each row; 0 if the objective does not count them."""
+    """Number of tokens of each row."""
+    trained_counts: array[int]
+    """Number of tokens of each row that are trained on; 0 if the objective does not count them."""
     rejected: dict[int, RejectedRow]
     """The rejected rows, by their index in the batch."""
 
 
 @dataclass
 class BatchBuilder:
-    """Collects the results of one batch."""
+    """Collects the results of a batch, one row after the other."""
 
     columns: Columns
     _values: dict[str, list[Any]] = field(default_factory=dict)
     _outcomes: array[int] = field(default_factory=lambda: array("b"))
     _lengths: array[int] = field(default_factory=lambda: array("i"))
-    _trained: array[int] = field(default_factory=lambda: array("i"))
+    _trained_counts: array[int] = field(default_factory=lambda: array("i"))
     _rejected: dict[int, RejectedRow] = field(default_factory=dict)
 
-    def keep(self, outcome: Outcome, length: int, trained: int = 0, **values: Any) -> None:
-        """Store a row with these values of its columns."""
+    def keep(self, outcome: RowOutcome, length: int, trained_count: int = 0, **values: Any) -> None:
+        """Add a row to store. `length`: its number of tokens. `values`: its value for each column."""
         for name in self.columns:
             self._values.setdefault(name, []).append(values[name])
-        self._add(outcome, length, trained)
+        self._add(outcome, length, trained_count)
 
-    def leave_out(self, outcome: Outcome, length: int = 0) -> None:
-        """Count a row that is not stored."""
+    def leave_out(self, outcome: RowOutcome, length: int = 0) -> None:
+        """Record the outcome of a row that is not stored."""
         self._add(outcome, length, 0)
 
     def reject(self, row: RejectedRow) -> None:
-        """Leave out a row because of an error."""
+        """Record a row that is not stored because of an error."""
         self._rejected[len(self._outcomes)] = row
-        self._add(Outcome.REJECTED, 0, 0)
+        self._add(RowOutcome.REJECTED, 0, 0)
 
     def build(self) -> EncodedBatch:
-        """The results of all rows so far."""
+        """Return the results of all rows so far."""
         kept_rows = make_batch(self.columns, {name: self._values.get(name, ()) for name in self.columns})
-        return EncodedBatch(kept_rows, self._outcomes, self._lengths, self._trained, self._rejected)
+        return EncodedBatch(kept_rows, self._outcomes, self._lengths, self._trained_counts, self._rejected)
 
-    def _add(self, outcome: Outcome, length: int, trained: int) -> None:
+    def _add(self, outcome: RowOutcome, length: int, trained_count: int) -> None:
         self._outcomes.append(outcome)
         self._lengths.append(length)
-        self._trained.append(trained)
+        self._trained_counts.append(trained_count)
 
 
 class BatchEncoder(Protocol):
-    """A function that a worker process applies to a batch of rows. It is pickled, together with its data."""
+    """A callable that encodes a batch of rows. It must be picklable, because worker processes receive a copy of it."""
 
     def __call__(self, rows: Sequence[tuple[str, Example]]) -> EncodedBatch:
         """Encode the rows (location, example)."""

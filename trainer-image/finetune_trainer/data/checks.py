@@ -1,4 +1,4 @@
-"""Runs the checks of `dataset.checks`: finds duplicates, answers that are not JSON and personal data, and counts the answers."""
+"""Runs the checks of `dataset.checks`: finds duplicate rows, answers that are not JSON, and personal data, and counts equal answers."""
 
 from __future__ import annotations
 
@@ -35,8 +35,9 @@ PERSONAL_DATA_PATTERNS = {
     "iban": re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){3,7}\b"),
 }
 TOP_ANSWERS = 10
+"""Number of most frequent answers to report."""
 ANSWER_CHARACTERS = 80
-"""Answers are compared by their first characters."""
+"""Number of characters of an answer that are compared. Answers that begin alike count as equal."""
 
 
 @dataclass
@@ -49,9 +50,10 @@ class CheckFindings:
     top_answer_counts: dict[str, int] | None = None
     """The most frequent answers with their counts."""
     share_of_top_answer: float | None = None
+    """Share of the most frequent answer among all answers, from 0 to 1."""
 
     def notes(self) -> list[str]:
-        """Sentences for the status."""
+        """Return sentences about the findings for the status."""
         notes = []
         if self.duplicate_count is not None:
             notes.append(f"{self.duplicate_count} duplicate rows were left out")
@@ -60,12 +62,12 @@ class CheckFindings:
             notes.append(f"rows that may hold personal data: {hits or 'none'}")
         if self.top_answer_counts:
             top = next(iter(self.top_answer_counts))
-            notes.append(f"most frequent answer: {top!r}, {self.share_of_top_answer:.1%} of all")
+            notes.append(f"most frequent answer: {top!r}, {self.share_of_top_answer:.1%} of all answers")
         return notes
 
 
 class RowChecks:
-    """Runs the checks of `dataset.checks` that compare or count training rows, one row at a time."""
+    """Finds duplicates, finds personal data and counts answers, one training row after the other."""
 
     def __init__(self, options: Checks | None):
         self.options = options or Checks()
@@ -75,7 +77,7 @@ class RowChecks:
         self._answers: Counter[str] = Counter()
 
     def accept(self, example: Example) -> bool:
-        """Count the row. Returns False if the row must be left out, because it equals an earlier row of any source."""
+        """Count the row. Return False if the row must be left out because it equals an earlier row of any source."""
         if self.options.deduplicate:
             digest = hashlib.blake2b(repr(example).encode(), digest_size=16).digest()
             if digest in self._seen_digests:
@@ -90,7 +92,7 @@ class RowChecks:
         return True
 
     def findings(self) -> CheckFindings:
-        """The results for all rows so far."""
+        """Return the results for all rows so far."""
         findings = CheckFindings()
         if self.options.deduplicate:
             findings.duplicate_count = self._duplicate_count
@@ -151,5 +153,5 @@ def all_texts(example: Example) -> list[str]:
             return []
 
 
-def _list_texts(part: tuple[Turn, ...] | str) -> Iterable[str]:
-    return [part] if isinstance(part, str) else [turn.content for turn in part]
+def _list_texts(turns_or_text: tuple[Turn, ...] | str) -> Iterable[str]:
+    return [turns_or_text] if isinstance(turns_or_text, str) else [turn.content for turn in turns_or_text]

@@ -1,7 +1,7 @@
 """Finds a row's column for a role, such as the question.
 
-If `dataset.columns` names a column for the role, no other name is tried. Otherwise the role's first default name that occurs in the
-row is used. Exact matches are tried before matches that ignore case.
+If `dataset.columns` names a column for the role, no other name is tried. Otherwise the role's default names are tried in order, first
+with exact case, then ignoring case.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ class ColumnRole:
     field: str
     """Field of `dataset.columns` that names the column."""
     names: tuple[str, ...]
-    """Column names to try if `dataset.columns` does not set the field."""
+    """The default names, which are tried in order if `dataset.columns` does not set the field."""
 
 
 SYSTEM_COLUMN = ColumnRole("system", ("system", "system_prompt"))
 PROMPT_COLUMN = ColumnRole("question", ("prompt", "question", "instruction", "query"))
 
 
-def find_column(role: ColumnRole, names: Collection[str], columns: Columns) -> str | None:
-    """Return the column among `names` that has the role, or None."""
+def find_column(role: ColumnRole, row_columns: Collection[str], columns: Columns) -> str | None:
+    """Return the name of the column that has the role, or None if no name in `row_columns` matches."""
     configured_name = getattr(columns, role.field, None)
     if configured_name is not None:
-        return configured_name if configured_name in names else None
+        return configured_name if configured_name in row_columns else None
     for known in role.names:
-        if known in names:
+        if known in row_columns:
             return known
-    lower = {name.lower(): name for name in reversed(list(names))}
+    lower = {name.lower(): name for name in reversed(list(row_columns))}
     return next((lower[known] for known in role.names if known in lower), None)
 
 
@@ -51,24 +51,24 @@ def required_value(role: ColumnRole, row: Mapping[str, Any], columns: Columns) -
     """Return the value of the role's column. Errors: RowError ColumnMissing, DatasetRowInvalid (null)."""
     name = find_column(role, row.keys(), columns)
     if name is None:
-        raise missing_column(role, row.keys(), columns)
+        raise missing_column_error(role, row.keys(), columns)
     if row[name] is None:
         raise RowError("DatasetRowInvalid", f"column `{name}` is null", "write a value, or remove the row")
     return row[name]
 
 
-def missing_column(role: ColumnRole, names: Collection[str], columns: Columns) -> RowError:
-    """Return the error for a row without a column for the role. The message lists the row's columns."""
+def missing_column_error(role: ColumnRole, row_columns: Collection[str], columns: Columns) -> RowError:
+    """Return the error for a row without a column for the role. `row_columns`: the columns that the row has."""
     configured_name = getattr(columns, role.field, None)
     expected = (
         f"column `{configured_name}` (dataset.columns.{role.field})"
         if configured_name
         else f"a column `{'` or `'.join(role.names)}`"
     )
-    present = ", ".join(f"`{name}`" for name in names) or "no columns"
+    present_columns = ", ".join(f"`{name}`" for name in row_columns) or "no columns"
     return RowError(
         "ColumnMissing",
-        f"{expected} is missing; the row has {present}",
+        f"{expected} is missing; the row has {present_columns}",
         f"name the right column in dataset.columns.{role.field}",
     )
 
@@ -85,7 +85,7 @@ def optional_text(role: ColumnRole, row: Mapping[str, Any], columns: Columns) ->
     Errors: RowError ColumnMissing (only if `dataset.columns` names the column), DatasetRowInvalid.
     """
     if getattr(columns, role.field, None) is not None and find_column(role, row.keys(), columns) is None:
-        raise missing_column(role, row.keys(), columns)
+        raise missing_column_error(role, row.keys(), columns)
     value = column_value(role, row, columns)
     if value is None:
         return None
@@ -93,12 +93,12 @@ def optional_text(role: ColumnRole, row: Mapping[str, Any], columns: Columns) ->
     return text if text.strip() else None
 
 
-def as_text(value: Any, name: str) -> str:
+def as_text(value: Any, column_name: str) -> str:
     """Convert a string, number or boolean to text. Errors: RowError DatasetRowInvalid for lists and objects."""
     if isinstance(value, str):
         return value
     if isinstance(value, bool | int | float):
         return str(value)
     raise RowError(
-        "DatasetRowInvalid", f"column `{name}` must be text, but holds {type(value).__name__}", "write a string"
+        "DatasetRowInvalid", f"column `{column_name}` must be text, but holds {type(value).__name__}", "write a string"
     )

@@ -1,4 +1,4 @@
-"""Stage 2, detect: find the data format by the columns of the first rows."""
+"""Stage 2, detect: find the data format from the columns of the first rows."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from finetune_api.errors import DataError
 from finetune_api.spec.dataset import Columns
 from finetune_api.spec.enums import DatasetFormat
 
-from finetune_trainer.data.columns import find_column, missing_column
+from finetune_trainer.data.columns import find_column, missing_column_error
 from finetune_trainer.data.formats import FORMATS, Format
 from finetune_trainer.data.rows import RawRow
 
 SAMPLE_ROWS = 50
-"""Number of rows to inspect. With several rows, an unusual first row does not decide the format."""
+"""Number of rows to inspect. Several rows are inspected so that an unusual first row does not decide the format."""
 
 
 def detect_format(sample: Sequence[RawRow], columns: Columns) -> Format:
@@ -21,32 +21,35 @@ def detect_format(sample: Sequence[RawRow], columns: Columns) -> Format:
     if not sample:
         raise DataError("DatasetEmpty", "the data set has no rows", hint="give a file with at least one row")
     matches = [
-        next((form for form in FORMATS if form.matches(row.value, columns)), None) for row in sample[:SAMPLE_ROWS]
+        next((row_format for row_format in FORMATS if row_format.matches(row.value, columns)), None) for row in sample[:SAMPLE_ROWS]
     ]
-    detected = [form for form in matches if form is not None]
+    detected = [row_format for row_format in matches if row_format is not None]
     if not detected:
-        present = ", ".join(f"`{name}`" for name in sample[0].value) or "no columns"
+        present_columns = ", ".join(f"`{name}`" for name in sample[0].value) or "no columns"
         raise DataError(
-            "FormatUnknown", f"{sample[0].file.name}: the columns match no known format; the first row has {present}",
+            "FormatUnknown", f"{sample[0].file.name}: the columns match no known format; the first row has {present_columns}",
             hint="set dataset.format; if your column names differ from those of the format, set dataset.columns too",
         )  # fmt: skip
     return max(dict.fromkeys(detected), key=detected.count)
 
 
-def require_columns(sample: Sequence[RawRow], form: Format, columns: Columns) -> None:
-    """Refuse data if a required column is missing in all sampled rows. The error names the file instead of a row.
+def require_columns(sample: Sequence[RawRow], row_format: Format, columns: Columns) -> None:
+    """Refuse data if a required column is missing in all sampled rows. The error names the file, because no single row is the cause.
 
     Errors: ColumnMissing.
     """
     rows = sample[:SAMPLE_ROWS]
-    for role in form.required_columns(rows, columns) if rows else ():
+    for role in row_format.required_columns(rows, columns) if rows else ():
         if all(find_column(role, row.value.keys(), columns) is None for row in rows):
-            error = missing_column(role, rows[0].value.keys(), columns)
-            raise DataError(error.code, f"{rows[0].file.name}, format {form.name}: {error.message}", hint=error.hint)
+            error = missing_column_error(role, rows[0].value.keys(), columns)
+            raise DataError(error.code, f"{rows[0].file.name}, format {row_format.name}: {error.message}", hint=error.hint)
 
 
-def is_alpaca_instead(sample: Sequence[RawRow], spec_format: DatasetFormat, columns: Columns) -> bool:
-    """Whether the spec sets format `qa` and names columns, but all rows have the columns of `alpaca` and none of the named columns."""
+def is_alpaca_despite_spec(sample: Sequence[RawRow], spec_format: DatasetFormat, columns: Columns) -> bool:
+    """Whether the rows are `alpaca` rows although the spec sets the format `qa`.
+
+    This is true if all rows have the columns of `alpaca`, and none has a column that `dataset.columns` names.
+    """
     named_columns = [name for name in (columns.question, columns.answer) if name is not None]
     if spec_format is not DatasetFormat.QA or not named_columns or not sample:
         return False

@@ -1,6 +1,6 @@
-"""Encodes all rows of a run and stores them in shards, in the order of reading. Only a few numbers for each row stay in memory.
+"""Encodes all rows of a run and stores them in shards, in reading order. Only a few numbers for each row stay in memory.
 
-Every row is encoded and stored once, also if a mixture repeats it. The splits then select the stored rows by their positions.
+Every row is encoded and stored once, even if a mixture repeats it. Each split then selects its stored rows by their positions.
 """
 
 from __future__ import annotations
@@ -19,65 +19,71 @@ from finetune_api.pod import RunConfig
 from finetune_api.rules import value_or_default
 from finetune_api.spec.enums import BadRows
 
-from finetune_trainer.data.batches import BatchEncoder, EncodedBatch, Outcome, RejectedRow
+from finetune_trainer.data.batches import BatchEncoder, EncodedBatch, RejectedRow, RowOutcome
 from finetune_trainer.data.load import DataSummary, RowReader
-from finetune_trainer.data.parallel import encode_rows, usable_cpus
+from finetune_trainer.data.parallel import count_usable_cpus, encode_rows
 from finetune_trainer.data.rows import Example
 from finetune_trainer.data.shards import ShardReader, ShardWriter
 from finetune_trainer.inputs import Inputs
 
-Numbers = numpy.ndarray[Any, Any]
+IntegerArray = numpy.ndarray[Any, Any]
 """An array of integers."""
 
 
 @dataclass
 class RowFacts:
-    """Facts about the rows, in the order of reading: ten bytes for each row."""
+    """The outcome and the token counts of each row that was read, in ten bytes per row. The arrays have one item for each row, in reading order."""
 
     outcomes: array[int] = field(default_factory=lambda: array("b"))
     lengths: array[int] = field(default_factory=lambda: array("i"))
-    trained: array[int] = field(default_factory=lambda: array("i"))
-    marks: array[int] = field(default_factory=lambda: array("b"))
+    """Number of tokens."""
+    trained_counts: array[int] = field(default_factory=lambda: array("i"))
+    """Number of trained tokens of each row."""
+    is_joined: array[int] = field(default_factory=lambda: array("b"))
+    """Whether prompt and answer are joined without a chat template."""
     rejected: dict[int, RejectedRow] = field(default_factory=dict)
+    """The rejected rows by row number."""
 
     def add(self, batch: EncodedBatch) -> None:
-        """Append the facts of the next rows."""
+        """Append the facts about the rows of the next batch."""
         self.rejected.update({len(self.outcomes) + index: row for index, row in batch.rejected.items()})
         self.outcomes += batch.outcomes
         self.lengths += batch.lengths
-        self.trained += batch.trained
+        self.trained_counts += batch.trained_counts
 
 
 @dataclass(frozen=True)
 class EncodedSplit:
-    """The rows of one split. The arrays have one item for each row of the split, also for rows that are left out."""
+    """The encoded rows of one split. The arrays have one item for each row of the split, even for rows that are left out."""
 
     name: str
-    outcomes: Numbers
-    lengths: Numbers
-    trained: Numbers
-    positions: Numbers
-    """Position of each row in the shards; only valid for rows that are kept."""
-    is_marked: bool
-    """Whether a row is marked."""
+    outcomes: IntegerArray
+    lengths: IntegerArray
+    """Number of tokens of each row."""
+    trained_counts: IntegerArray
+    """Number of trained tokens of each row."""
+    positions: IntegerArray
+    """Position of each row in the shards. Positions of rows that are left out are meaningless."""
+    has_joined_rows: bool
+    """Whether prompt and answer of at least one row are joined without a chat template."""
     rejected: list[RejectedRow]
 
     def __len__(self) -> int:
         return len(self.outcomes)
 
-    def count(self, outcome: Outcome) -> int:
-        """Number of rows with this outcome."""
+    def count(self, outcome: RowOutcome) -> int:
+        """Return the number of rows with this outcome."""
         return int((self.outcomes == outcome).sum())
 
     @property
-    def is_kept(self) -> Numbers:
-        """Whether each row is kept."""
-        return self.outcomes <= Outcome.CUT
+    def kept_mask(self) -> IntegerArray:
+        """For each row, whether it is kept."""
+        return self.outcomes <= RowOutcome.CUT
 
 
 @dataclass(frozen=True)
 class EncodedRows:
-    """All rows of a run."""
+    """The encoded rows of all splits, and the shards that hold them."""
 
     summary: DataSummary
     splits: list[EncodedSplit]
@@ -88,12 +94,12 @@ class EncodedRows:
 @contextmanager
 def encode_sources(
     run: RunConfig, inputs: Inputs, make_encoder: Callable[[DataSummary], BatchEncoder], folder: Path, *,
-    is_marked: Callable[[Example], bool], count_rows: Callable[[int], None], rows_without_workers: int | None = None,
+    joins_answer: Callable[[Example], bool], count_rows: Callable[[int], None], rows_without_workers: int | None = None,
 ) -> Iterator[EncodedRows]:  # fmt: skip
     """Read, encode and store all rows. `folder` holds the shards until the context ends.
 
-    `make_encoder` gets a summary with the formats of the rows. `is_marked`: whether a split with this row is marked. `count_rows` is
-    called with the number of rows of each batch. `rows_without_workers`: see `encode_rows`.
+    `make_encoder` gets a summary with the formats of the rows. `joins_answer`: whether prompt and answer of a row are joined without a
+    chat template. `count_rows` is called with the number of rows of each batch. `rows_without_workers`: see `encode_rows`.
     Errors: the errors of `load` and of the encoder; DataError for the first rejected row, unless bad rows are skipped.
     """
     reader, facts = RowReader(run, inputs), RowFacts()
@@ -101,10 +107,10 @@ def encode_sources(
 
     def rows() -> Iterator[tuple[str, Example]]:
         for raw, example in reader.rows():
-            facts.marks.append(is_marked(example))
+            facts.is_joined.append(joins_answer(example))
             yield raw.location, example
 
-    processes = run.spec.dataset.num_proc or usable_cpus()
+    processes = run.spec.dataset.num_proc or count_usable_cpus()
     try:
         with ShardWriter(folder, "rows", is_hashed=False) as writer:
             for batch in encode_rows(rows(), make_encoder(reader.summary), processes=processes, rows_without_workers=rows_without_workers):
@@ -114,36 +120,40 @@ def encode_sources(
                 count_rows(len(batch.outcomes))
                 if batch.kept_rows.num_rows:
                     writer.add(batch.kept_rows)
-        splits = [_select(name, numpy.asarray(numbers), facts) for name, numbers in reader.splits().items() if numbers]
+        splits = [_select_split(name, numpy.asarray(numbers), facts) for name, numbers in reader.splits().items() if numbers]
         yield EncodedRows(reader.summary, splits, ShardReader(folder, writer.files))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _select(name: str, numbers: Numbers, facts: RowFacts) -> EncodedSplit:
-    """The rows of a split by their numbers."""
-    outcomes, lengths, trained, marks = map(numpy.asarray, (facts.outcomes, facts.lengths, facts.trained, facts.marks))
-    positions = numpy.cumsum(outcomes <= Outcome.CUT) - 1
-    rejected = [facts.rejected[number] for number in numbers[outcomes[numbers] == Outcome.REJECTED].tolist()]
-    return EncodedSplit(
-        name, outcomes[numbers], lengths[numbers], trained[numbers], positions[numbers], bool(marks[numbers].any()), rejected
+def _select_split(name: str, row_numbers: IntegerArray, facts: RowFacts) -> EncodedSplit:
+    """Return the split that consists of these rows. Rows are numbered from 0 in reading order."""
+    outcomes, lengths, trained_counts, is_joined = map(
+        numpy.asarray, (facts.outcomes, facts.lengths, facts.trained_counts, facts.is_joined)
     )
+    positions = numpy.cumsum(outcomes <= RowOutcome.CUT) - 1
+    rejected = [facts.rejected[number] for number in row_numbers[outcomes[row_numbers] == RowOutcome.REJECTED].tolist()]
+    return EncodedSplit(
+        name, outcomes[row_numbers], lengths[row_numbers], trained_counts[row_numbers], positions[row_numbers],
+        bool(is_joined[row_numbers].any()), rejected,
+    )  # fmt: skip
 
 
 def skips_bad_rows(run: RunConfig) -> bool:
-    """Whether rows that cannot be used are left out. Otherwise the first of them ends the job."""
+    """Whether bad rows are left out. Otherwise, the first bad row ends the job."""
     return run.spec.dataset.bad_rows is BadRows.SKIP
 
 
 def bad_row_error(row: RejectedRow) -> DataError:
-    """Return the error that ends a job because of a row that can be read, but not rendered or tokenised."""
+    """Return the error that ends a job because a row cannot be rendered or tokenised."""
     return DataError(row.code, f"{row.location}: {row.message}", hint=f"{row.hint}; or `dataset.badRows: skip` to leave such rows out")
 
 
-def require_few_bad_rows(run: RunConfig, rejected: Sequence[RejectedRow], rows: int, split: str) -> list[str]:
-    """Return a sentence about the rejected rows of a split with `rows` rows; an empty list if there are none.
+def require_few_bad_rows(run: RunConfig, rejected: Sequence[RejectedRow], row_count: int, split: str) -> list[str]:
+    """Return a note about the rejected rows of a split with `row_count` rows; an empty list if no row is rejected.
 
-    Errors: DataError with the code of the first rejected row if bad rows are not skipped; TooManyBadRows above the allowed share.
+    Errors: DataError with the code of the first rejected row if bad rows are not skipped; TooManyBadRows if their share is above
+    `dataset.maxBadRowRatio`.
     """
     if not rejected:
         return []
@@ -151,9 +161,9 @@ def require_few_bad_rows(run: RunConfig, rejected: Sequence[RejectedRow], rows: 
     if not skips_bad_rows(run):
         raise bad_row_error(first)
     limit = value_or_default(run.spec.dataset, "max_bad_row_ratio")
-    if len(rejected) > limit * rows:
+    if len(rejected) > limit * row_count:
         raise DataError(
-            "TooManyBadRows", f"{len(rejected)} of {rows} rows cannot be used, more than {limit:.1%}; the first: {first.location}: {first.message}",
+            "TooManyBadRows", f"{len(rejected)} of {row_count} rows cannot be used, more than {limit:.1%}; the first: {first.location}: {first.message}",
             hint=f"{first.hint}; or raise dataset.maxBadRowRatio",
         )  # fmt: skip
     return [f"{split}: {len(rejected)} rows were left out; the first: {first.location}: {first.message}"]

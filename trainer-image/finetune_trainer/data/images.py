@@ -1,7 +1,7 @@
-"""Handles the images of rows: reads them from parts of messages or from a column, finds their files, and checks their sizes.
+"""Finds the images of a row, in its messages or in its image column, and checks their sizes.
 
 An image may be given as a path, an address below `dataset.images.root`, a base64 data URI, bytes (Parquet), or an object with `path` or
-`bytes`. Nothing is downloaded here: addresses are read from the folder that the supervisor has downloaded. Only the header of an image is read;
+`bytes`. This module downloads nothing: it finds addresses in the folder that the supervisor has downloaded. It reads only the header of an image;
 the pixels are decoded when the row is tokenised. Pillow is imported when the first image is checked.
 """
 
@@ -40,9 +40,9 @@ if TYPE_CHECKING:
 
 IMAGES_COLUMN = ColumnRole("images", ("images", "image"))
 TEXT_PLACEHOLDER = "<image>"
-"""Placeholder for an image of the column, in rows whose messages are plain text."""
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-"""Image formats that are accepted. Pillow supports more formats, but each additional decoder could be attacked with a manipulated image."""
+"""Text in a message that marks the place of an image from the image column."""
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+"""The accepted image formats. Pillow supports more formats, but a manipulated image could attack each additional decoder."""
 HINT_FOR_TEXT_JOBS = "write `model.modality: visionLanguage` to train on images, or remove the image"
 
 
@@ -54,30 +54,30 @@ class ImageReader:
     root: Path | None = None
 
     def attach(self, example: Example, row: RawRow, columns: Columns) -> Example:
-        """Return the example with the files of its images. Errors: RowError."""
-        given = _as_list(column_value(IMAGES_COLUMN, row.value, columns))
-        if given:
-            example = _texts_as_turns(example)
+        """Return the example with an `ImageFile` in place of each image of the row. Errors: RowError."""
+        column_images = _as_list(column_value(IMAGES_COLUMN, row.value, columns))
+        if column_images:
+            example = _convert_texts_to_turns(example)
         if isinstance(example, Conversation):
-            return replace(example, turns=self._find_images(example.turns, given, row))
+            return replace(example, turns=self._find_images(example.turns, column_images, row))
         if isinstance(example, Preference) and not isinstance(example.prompt, str):
             for name, answer in (("chosen", example.chosen), ("rejected", example.rejected)):
                 if any(turn.parts for turn in answer if isinstance(turn, Turn)):
                     raise RowError("ImageInAnswer", f"the {name} answer has an image", "move the image to the prompt, which both answers share")
-            return replace(example, prompt=self._find_images(example.prompt, given, row))
-        if given:
-            kind = "plain text" if isinstance(example, Text) else type(example).__name__
-            raise RowError("ImageWithoutMessage", f"the row has images, but it is {kind} without messages", "write `messages` with the images")
+            return replace(example, prompt=self._find_images(example.prompt, column_images, row))
+        if column_images:
+            row_type = "plain text" if isinstance(example, Text) else type(example).__name__
+            raise RowError("ImageWithoutMessage", f"the row has images, but it is {row_type} without messages", "write `messages` with the images")
         return example
 
-    def _find_images(self, turns: tuple[Turn, ...], given: Sequence[Any], row: RawRow) -> tuple[Turn, ...]:
-        """Return the turns with the files of their images. `given`: the images of the column. Errors: RowError."""
-        turns = _insert_column(turns, given)
+    def _find_images(self, turns: tuple[Turn, ...], column_images: Sequence[Any], row: RawRow) -> tuple[Turn, ...]:
+        """Return the turns with an `ImageFile` in place of each image. `column_images`: the images of the image column. Errors: RowError."""
+        turns = _insert_column_images(turns, column_images)
         count = sum(not isinstance(part, str) for turn in turns for part in turn.parts)
         limit = value_or_default(self.options, "max_per_row")
         if count > limit:
             raise RowError("TooManyImages", f"the row has {count} images, more than {limit}", "remove images, or raise dataset.images.maxPerRow")
-        found = _Numbered(self, row)
+        found = _ImageFinder(self, row)
         return tuple(replace(turn, parts=tuple(map(found.find, turn.parts))) if turn.parts else turn for turn in turns)
 
     def locate(self, value: Any, row: RawRow) -> ImageFile:
@@ -92,17 +92,17 @@ class ImageReader:
             return ImageFile(content=_decode_data_uri(value))
         return ImageFile(path=self._resolve_path(value, row))
 
-    def names_of(self, example: Example, row: RawRow) -> dict[Path, str]:
-        """The files of the example's images, with their names below the folder of the images."""
+    def image_names(self, example: Example, row: RawRow) -> dict[Path, str]:
+        """Return the image files of the example. Each file has its path relative to the image folder as its value."""
         paths = (image.path for image in images_of(example) if image.path is not None)
         return {path: path.relative_to(self._folder(row)).as_posix() for path in paths}
 
     def _folder(self, row: RawRow) -> Path:
-        """The folder of the images: the local copy of `dataset.images.root`, else the folder of the data file."""
+        """Return the image folder: the local copy of `dataset.images.root`, else the folder of the data file."""
         return (self.root or row.file.parent).resolve()
 
     def _resolve_path(self, text: str, row: RawRow) -> Path:
-        """Return the file that a path or address names. The file must be below the root. Errors: RowError ImageOutsideRoot, ImageMissing."""
+        """Return the file for a path or address. It must be in the image folder. Errors: RowError ImageOutsideRoot, ImageMissing."""
         address = (self.options.root or "").rstrip("/")
         root = self._folder(row)
         relative = text.removeprefix(f"{address}/") if address else text
@@ -111,14 +111,14 @@ class ImageReader:
             raise RowError("ImageOutsideRoot", f"{text[:200]!r} {where}", "the trainer reads images only from dataset.images.root: copy them there")
         path = (root / relative).resolve()
         if not path.is_relative_to(root):
-            raise RowError("ImageOutsideRoot", f"{text[:200]!r} leads out of the folder of the images", "write a path below this folder")
+            raise RowError("ImageOutsideRoot", f"{text[:200]!r} is not in the image folder", "write a path below this folder")
         if not path.is_file():
             folder = "dataset.images.root" if self.root else "the folder of the data file"
             raise RowError("ImageMissing", f"{text[:200]!r} does not exist in {folder}", "upload the image, or set dataset.images.root to its folder")
         return path
 
     def check(self, image: ImageFile) -> None:
-        """Check the size of the file, and the number of pixels in its header. Errors: RowError ImageTooLarge, ImageUnreadable."""
+        """Check the size of the file, and the number of pixels that its header gives. Errors: RowError ImageTooLarge, ImageUnreadable."""
         size, limit = len(image.content) if image.content is not None else _file_size(image), value_or_default(self.options, "max_bytes")
         if size > limit:
             raise RowError("ImageTooLarge", f"the file has {size} bytes, more than {limit}", "write a smaller image, or raise dataset.images.maxBytes")
@@ -127,13 +127,13 @@ class ImageReader:
             width, height = opened.size
         if width * height > limit:
             raise RowError(
-                "ImageTooLarge", f"{width} x {height} are {width * height} pixels, more than {limit}",
+                "ImageTooLarge", f"the image has {width} x {height} = {width * height} pixels, more than {limit}",
                 "write a smaller image, or raise dataset.images.maxPixels",
             )  # fmt: skip
 
 
-class _Numbered:
-    """Finds and checks the images of one row. Errors name the number of the image in the row."""
+class _ImageFinder:
+    """Finds and checks the images of one row, and counts them so that errors name the number of the image."""
 
     def __init__(self, reader: ImageReader, row: RawRow) -> None:
         self._reader, self._row, self._number = reader, row, 0
@@ -164,7 +164,7 @@ def _turns_of(example: Example) -> list[Turn]:
     return [turn for value in values if isinstance(value, tuple) for turn in value]
 
 
-def _texts_as_turns(example: Example) -> Example:
+def _convert_texts_to_turns(example: Example) -> Example:
     """Convert a prompt and its answers to messages if they are text, because only messages can have images."""
     if isinstance(example, Completion):
         return Conversation((Turn("user", example.prompt), Turn("assistant", example.completion)))
@@ -175,7 +175,7 @@ def _texts_as_turns(example: Example) -> Example:
 
 
 def images_of(example: Example) -> list[ImageFile]:
-    """The images of an example whose files were found, in order."""
+    """Return the found images (`ImageFile`) of an example, in order."""
     return [image for turn in _turns_of(example) for image in turn.images]
 
 
@@ -189,22 +189,22 @@ def load_image(image: ImageFile) -> Image:
 
 @contextmanager
 def _open_image(image: ImageFile) -> Iterator[Image]:
-    """Open an image without decoding its pixels. Errors: RowError ImageUnreadable, including failures to read the image in the `with` block."""
+    """Open an image without decoding its pixels. Errors: RowError ImageUnreadable, also if code in the `with` block fails to read the image."""
     from PIL import Image as images
 
     stream: Any = io.BytesIO(image.content) if image.content is not None else image.path
     try:
-        with images.open(stream, formats=FORMATS) as opened:
+        with images.open(stream, formats=IMAGE_FORMATS) as opened:
             yield opened
     except images.DecompressionBombError:
         raise RowError("ImageTooLarge", "the image has more than 178 million pixels", "write a smaller image") from None
     except (OSError, SyntaxError, ValueError, EOFError, IndexError) as error:  # Pillow's decoders raise any of these errors for damaged files.
-        reason = "it is none of " + ", ".join(FORMATS) if isinstance(error, images.UnidentifiedImageError) else str(error).split("\n")[0][:200]
+        reason = "it is none of " + ", ".join(IMAGE_FORMATS) if isinstance(error, images.UnidentifiedImageError) else str(error).split("\n")[0][:200]
         raise RowError("ImageUnreadable", f"the image cannot be read: {reason}", "write the image again, or remove the row") from None
 
 
-def content_of(image: ImageFile) -> bytes:
-    """Return the content of an image's file."""
+def read_content(image: ImageFile) -> bytes:
+    """Return the encoded bytes of an image, as in its file."""
     if image.content is not None:
         return image.content
     assert image.path is not None, "an image without content has a path"
@@ -230,26 +230,27 @@ def _as_list(value: Any) -> list[Any]:
     return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
 
 
-# ---- placing the images of a column
+# ---- putting the images of the image column into messages
 
 
-def _insert_column(turns: tuple[Turn, ...], given: Sequence[Any]) -> tuple[Turn, ...]:
-    """Put the images of the column into the messages, and check the number of placeholders. Errors: RowError.
+def _insert_column_images(turns: tuple[Turn, ...], column_images: Sequence[Any]) -> tuple[Turn, ...]:
+    """Put the images of the image column into the messages, and check the number of placeholders. Errors: RowError.
 
-    The images replace image parts without a value. If there are none, they replace the texts `<image>`. If there are also no such texts,
-    the images are put before the first user message.
+    The images replace image parts without a value. If no message has an image part, the images replace the texts `<image>`. If no
+    message has this text either, the images are put at the beginning of the first user message.
     """
-    if given and not any(turn.parts for turn in turns):
+    if column_images and not any(turn.parts for turn in turns):
         turns = tuple(_split_at_placeholders(turn) for turn in turns)
-    if given and not any(turn.parts for turn in turns):
-        turns = _put_before_first_question(turns, len(given))
-    empty = sum(part == GivenImage() for turn in turns for part in turn.parts)
-    if empty != len(given):
+    if column_images and not any(turn.parts for turn in turns):
+        turns = _put_before_first_question(turns, len(column_images))
+    placeholder_count = sum(part == GivenImage() for turn in turns for part in turn.parts)
+    if placeholder_count != len(column_images):
         raise RowError(
-            "ImageCountDiffers", f"the messages have {empty} places for images of the column, but the column has {len(given)} images",
+            "ImageCountDiffers",
+            f"number of image placeholders in the messages: {placeholder_count}; number of images in the image column: {len(column_images)}",
             "give one image for each part `{\"type\": \"image\"}` or text `<image>`",
         )  # fmt: skip
-    images = iter(given)
+    images = iter(column_images)
     filled = tuple(
         replace(turn, parts=tuple(GivenImage(next(images)) if part == GivenImage() else part for part in turn.parts)) if turn.parts else turn for turn in turns
     )
@@ -260,7 +261,7 @@ def _insert_column(turns: tuple[Turn, ...], given: Sequence[Any]) -> tuple[Turn,
 
 
 def _split_at_placeholders(turn: Turn) -> Turn:
-    """Replace each text `<image>` by a placeholder part for an image."""
+    """Replace each text `<image>` with an image part without a value."""
     texts = turn.content.split(TEXT_PLACEHOLDER)
     if len(texts) == 1 or turn.role == "assistant":
         return turn

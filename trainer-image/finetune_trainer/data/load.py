@@ -1,7 +1,7 @@
-"""Reads data files into typed examples, and normalises, checks, splits and counts them. These stages need no torch.
+"""Reads data files into typed examples, and normalises, checks, splits and counts them. None of this needs torch.
 
-The supervisor runs these stages before the ranks start (`check_files`), so that a bad row ends a job within seconds. One rank of each node
-runs the stages again to get the examples. Rows are read one by one (`RowReader`), so that the data may be larger than the memory.
+The supervisor checks all rows before the ranks start (`check_files`), so that a bad row ends a job within seconds. Later, one rank of each
+node reads the rows again to get the examples. Rows are read one by one (`RowReader`), so that the data may be larger than the memory.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from finetune_api.spec.dataset import Columns, Dataset, Images
 from finetune_api.spec.enums import BadRows, DatasetFormat, FileFormat, TrainerType
 
 from finetune_trainer.data import checks
-from finetune_trainer.data.detect import SAMPLE_ROWS, detect_format, is_alpaca_instead, require_columns
-from finetune_trainer.data.formats import Format, ReadOptions, format_named
+from finetune_trainer.data.detect import SAMPLE_ROWS, detect_format, is_alpaca_despite_spec, require_columns
+from finetune_trainer.data.formats import Format, ReadOptions, find_format
 from finetune_trainer.data.images import ImageReader, require_no_images
 from finetune_trainer.data.read import SkippedRows, data_files, read_rows, row_error_as_data_error
 from finetune_trainer.data.rows import Completion, Conversation, Example, Prompt, RawRow, RowError
-from finetune_trainer.data.split import cut, mix
+from finetune_trainer.data.split import cut_into_splits, mix
 
 if TYPE_CHECKING:
     from finetune_trainer.inputs import Inputs
@@ -55,17 +55,17 @@ class DataSummary:
     notes: list[str] = field(default_factory=list)
     """Sentences for the status."""
     training_images: dict[Path, str] = field(default_factory=dict)
-    """Files of the images in the training data, with their names below the folder of the images. Images inside the data files are left out."""
+    """The image files of the training rows. Each file has its path relative to the image folder as its value. Images inside data files are left out."""
     held_out_images: dict[Path, str] = field(default_factory=dict)
-    """The same for the validation and test data."""
+    """The image files of the validation and test rows, in the same form as `training_images`."""
 
     @property
     def format_with_turns(self) -> DatasetFormat:
-        """Return the first format with turns, or the first format if none has turns. The result decides which part of a row is trained on.
+        """The first format with turns, or the first format if none has turns. It decides which tokens of a row are trained on.
 
-        In text without turns, all tokens are trained on. A source of such text must not have this effect on the other sources of a mixture.
+        In text without turns, all tokens are trained on. A source of plain text must not cause this for the other sources of a mixture.
         """
-        return next((form for form in self.formats if form not in FORMATS_WITHOUT_TURNS), self.format)
+        return next((candidate for candidate in self.formats if candidate not in FORMATS_WITHOUT_TURNS), self.format)
 
 
 @dataclass
@@ -78,13 +78,13 @@ class LoadedData:
     summary: DataSummary
 
     def splits(self) -> list[tuple[str, Rows]]:
-        """Return the splits that have rows, by name."""
+        """Return the name and the rows of each split that has rows."""
         named_splits = (("train", self.train), ("validation", self.validation), ("test", self.test))
         return [(name, rows) for name, rows in named_splits if rows]
 
 
 def check_files(run: RunConfig, inputs: Inputs) -> DataSummary:
-    """Read and check every row of every file, and keep none of them. Imports neither torch nor transformers.
+    """Read and check every row of every file, without keeping the rows in memory. Imports neither torch nor transformers.
 
     Errors: DataError (65) with file and row: DatasetEmpty, DatasetNotUtf8, DatasetRowInvalid, ColumnMissing, UnknownRole,
     ConversationEmpty, NoTrainableToken, FormatUnknown, SplitEmpty, TooManyBadRows; ConfigError (64): FormatMismatch.
@@ -97,10 +97,10 @@ def check_files(run: RunConfig, inputs: Inputs) -> DataSummary:
 
 
 def load(run: RunConfig, inputs: Inputs, *, training_rows: int | None = None) -> LoadedData:
-    """The examples of a run, in memory. Errors: see `check_files`.
+    """Read the examples of a run into memory. Errors: see `check_files`.
 
-    `training_rows`: number of training rows to keep; None for all. With a number, the files are read twice, so that the other training rows
-    never are in memory.
+    `training_rows`: number of training rows to return; None for all. With a number, the files are read twice, so that the remaining training
+    rows are never in memory.
     """
     reader = RowReader(run, inputs)
     if training_rows is None:
@@ -110,26 +110,26 @@ def load(run: RunConfig, inputs: Inputs, *, training_rows: int | None = None) ->
         for _ in reader.rows():
             pass
         splits = {name: numbers[:training_rows] if name == "train" else numbers for name, numbers in reader.splits().items()}
-        wanted = {number for numbers in splits.values() for number in numbers}
-        rows = {number: row for number, row in enumerate(RowReader(run, inputs).rows()) if number in wanted}
+        wanted_numbers = {number for numbers in splits.values() for number in numbers}
+        rows = {number: row for number, row in enumerate(RowReader(run, inputs).rows()) if number in wanted_numbers}
     train, validation, test = ([rows[number] for number in splits[name]] for name in ("train", "validation", "test"))
     return LoadedData(train, validation, test, reader.summary)
 
 
-def trains_on_answers_only(run: RunConfig, form: DatasetFormat) -> bool:
-    """Whether the loss covers answers only. Text without turns has no answers unless the user gives markers.
+def trains_on_answers_only(run: RunConfig, dataset_format: DatasetFormat) -> bool:
+    """Whether only answers are trained on. Text without turns has no answers, unless the user gives markers.
 
     Errors: ConfigError ResponseOnlyWithoutTurns.
     """
     option = run.spec.dataset.response_only
     is_enabled = option is None or option.enabled is not False
-    if not is_enabled or form not in FORMATS_WITHOUT_TURNS:
+    if not is_enabled or dataset_format not in FORMATS_WITHOUT_TURNS:
         return is_enabled
     has_markers = option is not None and bool(option.question_marker or option.answer_marker)
     if has_markers or RESPONSE_ONLY in run.defaults or option is None:
         return has_markers
     raise ConfigError(
-        "ResponseOnlyWithoutTurns", f"dataset.responseOnly.enabled is true, but rows of format {form} have no turns and therefore no answers",
+        "ResponseOnlyWithoutTurns", f"dataset.responseOnly.enabled is true, but rows of format {dataset_format} have no turns and therefore no answers",
         hint="set dataset.responseOnly.questionMarker and answerMarker, or leave responseOnly out",
     )  # fmt: skip
 
@@ -137,37 +137,37 @@ def trains_on_answers_only(run: RunConfig, form: DatasetFormat) -> bool:
 class RowReader:
     """Reads the usable rows of a run one by one, and then assigns their numbers to the splits.
 
-    Rows are numbered from 0 in the order of reading: the training rows of each source, then the rows of the validation files, then those of the
-    test files. Rows are assigned to splits before sources are mixed, because a mixture repeats the rows of a small source. Otherwise, copies of
-    one row could be in both training and validation data.
+    Rows are numbered from 0 in reading order: the training rows of each source, then the rows of the validation files, then the rows of the
+    test files. Rows are assigned to splits before sources are mixed, because a mixture repeats the rows of a small source. If sources were mixed
+    first, copies of one row could be in both the training and the validation rows.
     """
 
     def __init__(self, run: RunConfig, inputs: Inputs):
         self.run = run
         self.summary = DataSummary(run.spec.dataset.format or DatasetFormat.MESSAGES)
         self._checks = checks.RowChecks(run.spec.dataset.checks)
-        self._policy = SourceReader(run, self.summary, inputs.images)
+        self._source_reader = SourceReader(run, self.summary, inputs.images)
         self._sources = self._list_sources(inputs)
         self._held_out = [self._new_source(paths) if paths else None for paths in (inputs.validation, inputs.test)]
         self._counts: list[int] = []
-        """Usable rows of each source, then of the validation and test files."""
+        """Number of usable rows of each training source, then of the validation files, then of the test files."""
 
     def _list_sources(self, inputs: Inputs) -> list[Source]:
-        """The sources of training rows. A job that does not train may have none."""
+        """Return the sources of training rows. A job that does not train may have none."""
         spec = self.run.spec.dataset
         if inputs.mixture:
             items = zip(inputs.mixture, spec.mixture or [], strict=True)
-            return [Source(self._policy, paths, item.format or spec.format, item.columns or spec.columns) for paths, item in items]
+            return [Source(self._source_reader, paths, item.format or spec.format, item.columns or spec.columns) for paths, item in items]
         if not inputs.train and self.run.spec.phases.train is False:
             return []
         return [self._new_source(inputs.train)]
 
     def _new_source(self, paths: list[Path]) -> Source:
         spec = self.run.spec.dataset
-        return Source(self._policy, paths, spec.format, spec.columns)
+        return Source(self._source_reader, paths, spec.format, spec.columns)
 
     def detect_formats(self) -> None:
-        """Find out `summary.format` and `summary.format_with_turns`, which are needed before the first row is rendered."""
+        """Set `summary.format` and `summary.format_with_turns`, because they are needed before the first row is rendered."""
         for source in self._sources:
             source.open()
             if self.summary.format_with_turns not in FORMATS_WITHOUT_TURNS:
@@ -177,7 +177,7 @@ class RowReader:
                 held_out.open()
 
     def rows(self) -> Iterator[Row]:
-        """Yield every usable row. Can be called once. Errors: see `check_files`."""
+        """Yield every usable row. May be called only once. Errors: see `check_files`."""
         for source in self._sources:
             count = 0
             for row, example in source.rows():
@@ -187,7 +187,7 @@ class RowReader:
             self._counts.append(count)
         self.summary.findings = self._checks.findings()
         self.summary.notes += self.summary.findings.notes()
-        self._policy.image_names = self.summary.held_out_images
+        self._source_reader.image_names = self.summary.held_out_images
         for held_out in self._held_out:
             count = 0
             for pair in held_out.rows() if held_out is not None else ():
@@ -196,21 +196,21 @@ class RowReader:
             self._counts.append(count)
 
     def splits(self) -> dict[str, array[int]]:
-        """The numbers of the rows of train, validation and test, in the order in which they are used. Valid when all rows have been read.
+        """Return the row numbers of train, validation and test, in the order of use. Call this method after all rows have been read.
 
         Errors: DataError SplitEmpty, DatasetEmpty.
         """
         ends = list(accumulate(self._counts))
         *sources, validation, test = (range(end - count, end) for end, count in zip(ends, self._counts, strict=True))
-        parts: dict[str, Sequence[int]] = {"validation": validation, "test": test}
+        held_out: dict[str, Sequence[int]] = {"validation": validation, "test": test}
         if self.run.spec.dataset.split is not None:
-            training, *cut_parts = cut(range(sum(map(len, sources))), self.run.spec.dataset.split)
+            training, *cut_splits = cut_into_splits(range(sum(map(len, sources))), self.run.spec.dataset.split)
             sources = [training[bisect_left(training, source.start) : bisect_left(training, source.stop)] for source in sources]
-            parts = {name: part or held_out for (name, part), held_out in zip(parts.items(), cut_parts, strict=True)}
+            held_out = {name: from_files or cut for (name, from_files), cut in zip(held_out.items(), cut_splits, strict=True)}
         is_mixture = bool(self.run.spec.dataset.mixture)
         train: Sequence[int] = _mix_sources(self.summary, self.run, sources) if is_mixture else sources[0] if sources else ()
-        self.summary.rows = {"train": len(train), **{name: len(part) for name, part in parts.items()}}
-        return {"train": array("q", train), **{name: array("q", part) for name, part in parts.items()}}
+        self.summary.rows = {"train": len(train), **{name: len(numbers) for name, numbers in held_out.items()}}
+        return {"train": array("q", train), **{name: array("q", numbers) for name, numbers in held_out.items()}}
 
 
 def _mix_sources(summary: DataSummary, run: RunConfig, sources: Sequence[Sequence[Item]]) -> list[Item]:
@@ -234,7 +234,7 @@ def _mix_sources(summary: DataSummary, run: RunConfig, sources: Sequence[Sequenc
 
 
 def convert_to_prompt(example: Example, row: RawRow) -> Example | RowError:
-    """Convert an example to a prompt. The answer and the other columns of the row are kept, because rewards may read them."""
+    """Convert an example to a prompt. The prompt keeps the answer and the other columns of the row, because rewards may read them."""
     match example:
         case Conversation(turns):
             last_answer_index = max((index for index, turn in enumerate(turns) if turn.role == "assistant"), default=len(turns))
@@ -274,14 +274,14 @@ class Source:
         self._stream = chain(sample, stream)
 
     def rows(self) -> Iterator[Row]:
-        """Yield the usable rows. Can be called once. Errors: ConfigError, DataError."""
+        """Yield the usable rows. May be called only once. Errors: ConfigError, DataError."""
         self.open()
         assert self._stream is not None, "`open` has opened it"
         count = 0
         for row in self._reader.read_examples(self._stream, self._format, self._columns, self._bad_rows):
             count += 1
             yield row
-        self._reader.limit_bad_rows(self._bad_rows, count + self._bad_rows.count)
+        self._reader.require_few_bad_rows(self._bad_rows, count + self._bad_rows.count)
         if not count:
             raise DataError("DatasetEmpty", f"{self._names}: no usable rows", hint="fix the rows")
 
@@ -296,25 +296,25 @@ class SourceReader:
         self.images = ImageReader(self.spec.images or Images(), image_root) if is_vision_language(run.spec) else None
         """None for a text model."""
         self.image_names = summary.training_images
-        """Receives the images of the rows that are read."""
-        self.trainer = run.spec.trainer.type or TrainerType.SFT
+        """The dictionary to which `read_examples` adds the image files of its rows. The values are their names."""
+        self.trainer_type = run.spec.trainer.type or TrainerType.SFT
         self.skips_bad_rows = self.spec.bad_rows is BadRows.SKIP
 
     def choose_format(
         self, sample: list[RawRow], spec_format: DatasetFormat | None, columns: Columns
     ) -> tuple[Format, Columns]:
         """Return the format of the rows and the column names to use. Errors: ConfigError FormatMismatch; DataError."""
-        if spec_format is not None and is_alpaca_instead(sample, spec_format, columns):
-            row_format = format_named(DatasetFormat.ALPACA)
+        if spec_format is not None and is_alpaca_despite_spec(sample, spec_format, columns):
+            row_format = find_format(DatasetFormat.ALPACA)
             named_columns = " or ".join(f"`{name}`" for name in (columns.question, columns.answer) if name)
             self.summary.notes.append(
                 f"no row has {named_columns} of dataset.columns, and all rows have `instruction` and `output`: the rows are read as alpaca"
             )
             columns = columns.model_copy(update={"question": None, "answer": None})
         elif spec_format is not None:
-            row_format = format_named(spec_format)
-        elif self.trainer is TrainerType.GRPO and all(isinstance(row.value.get("prompt"), list) for row in sample):
-            row_format = format_named(DatasetFormat.PROMPT_ONLY)
+            row_format = find_format(spec_format)
+        elif self.trainer_type is TrainerType.GRPO and all(isinstance(row.value.get("prompt"), list) for row in sample):
+            row_format = find_format(DatasetFormat.PROMPT_ONLY)
         else:
             row_format = detect_format(sample, columns)
         self._require_format_of_objective(row_format.name)
@@ -325,36 +325,36 @@ class SourceReader:
             self.summary.formats.append(row_format.name)
         return row_format, columns
 
-    def _require_format_of_objective(self, form: DatasetFormat) -> None:
+    def _require_format_of_objective(self, dataset_format: DatasetFormat) -> None:
         """Check that the run's `trainer.type` supports the format. Errors: ConfigError FormatMismatch."""
-        formats = OBJECTIVES[self.trainer].dataset_formats
-        if form not in formats:
+        formats = OBJECTIVES[self.trainer_type].dataset_formats
+        if dataset_format not in formats:
             needs = (
-                f"needs {formats[0]} data; the rows are {form}"
+                f"needs {formats[0]} data; the rows are {dataset_format}"
                 if len(formats) == 1
-                else f"cannot learn from {form} data"
+                else f"cannot learn from {dataset_format} data"
             )
             raise ConfigError(
-                "FormatMismatch", f"trainer {self.trainer} {needs}",
-                hint=f"give data in a format of this trainer, or choose a trainer that learns from {form} data",
+                "FormatMismatch", f"trainer {self.trainer_type} {needs}",
+                hint=f"give data in a format of this trainer, or choose a trainer that learns from {dataset_format} data",
             )  # fmt: skip
 
-    def _read_options(self, form: Format, columns: Columns) -> ReadOptions:
+    def _read_options(self, row_format: Format, columns: Columns) -> ReadOptions:
         multiple_choice = self.spec.mcq
         return ReadOptions(
             columns=columns, system_prompt=self.spec.system_prompt, template=self.spec.template,
             include_options=multiple_choice is None or multiple_choice.include_options is not False,
-            needs_answer=self.trainer is TrainerType.SFT and trains_on_answers_only(self.run, form.name),
+            needs_answer=self.trainer_type is TrainerType.SFT and trains_on_answers_only(self.run, row_format.name),
         )  # fmt: skip
 
-    def read_examples(self, rows: Iterable[RawRow], form: Format, columns: Columns, bad_rows: SkippedRows) -> Iterator[Row]:
-        """Yield the usable rows, and count the bad rows. Errors: DataError for the first bad row if bad rows are not skipped."""
+    def read_examples(self, rows: Iterable[RawRow], row_format: Format, columns: Columns, bad_rows: SkippedRows) -> Iterator[Row]:
+        """Yield the usable rows with their examples, and add bad rows to `bad_rows`. Errors: DataError for a bad row if bad rows are not skipped."""
         needs_json = self.spec.checks is not None and self.spec.checks.validate_json is True
-        options = self._read_options(form, columns)
-        for row, result in form.read_all(rows, options):
+        options = self._read_options(row_format, columns)
+        for row, result in row_format.read_all(rows, options):
             if not isinstance(result, RowError):
                 result = self._with_images(result, row, options.columns)
-            if self.trainer is TrainerType.GRPO and not isinstance(result, RowError):
+            if self.trainer_type is TrainerType.GRPO and not isinstance(result, RowError):
                 result = convert_to_prompt(result, row)
             if needs_json and not isinstance(result, RowError):
                 result = checks.find_json_error(result) or result
@@ -366,30 +366,34 @@ class SourceReader:
                 raise row_error_as_data_error(row, result)
 
     def _with_images(self, example: Example, row: RawRow, columns: Columns) -> Example | RowError:
-        """Return the example with the files of its images, or the error of the row. Rows of a text job must have no images."""
+        """Return the example with its image files, or the error of the row. Rows of a text job must not have images."""
         if self.images is None:
             return require_no_images(example) or example
         try:
             found = self.images.attach(example, row, columns)
         except RowError as error:
             return error
-        self.image_names |= self.images.names_of(found, row)
+        self.image_names |= self.images.image_names(found, row)
         return found
 
-    def limit_bad_rows(self, bad_rows: SkippedRows, rows: int) -> None:
-        """Add a note about the skipped rows of a source with `rows` rows. Errors: TooManyBadRows if there are more bad rows than allowed."""
+    def require_few_bad_rows(self, bad_rows: SkippedRows, row_count: int) -> None:
+        """Add a note about the bad rows of a source with `row_count` rows.
+
+        Errors: TooManyBadRows if the share of bad rows is above `dataset.maxBadRowRatio`.
+        """
         self.summary.bad_rows += bad_rows.count
         if bad_rows.first is None:
             return
         limit = DEFAULT_MAX_BAD_ROW_RATIO if self.spec.max_bad_row_ratio is None else self.spec.max_bad_row_ratio
         first_row, error = bad_rows.first
-        if bad_rows.count > limit * rows:
+        if bad_rows.count > limit * row_count:
             raise DataError(
-                "TooManyBadRows", f"{bad_rows.count} of {rows} rows cannot be used, more than {limit:.1%}; the first: {first_row.location}: {error.message}",
+                "TooManyBadRows",
+                f"{bad_rows.count} of {row_count} rows cannot be used, more than {limit:.1%}; the first: {first_row.location}: {error.message}",
                 hint=f"{error.hint}; or raise dataset.maxBadRowRatio",
             )  # fmt: skip
         self.summary.notes.append(
-            f"{bad_rows.count} of {rows} rows were left out; the first: {first_row.location}: {error.message}"
+            f"{bad_rows.count} of {row_count} rows were left out; the first: {first_row.location}: {error.message}"
         )
 
 

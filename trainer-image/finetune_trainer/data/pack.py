@@ -1,7 +1,7 @@
 """Stage 7, pack: put several rows into one sequence with best-fit decreasing bin packing over all rows.
 
 The longest row is placed first. Each row goes into the fullest bin that still has enough space; a bin holds `capacity` tokens.
-Position ids restart at 0 in each document of a sequence. This prevents attention between the documents.
+Position ids restart at 0 in each row of a sequence. This prevents attention between the rows. A row in a sequence is called a document.
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from finetune_trainer.data.shards import ColumnType, ShardReader, chunks, make_schema
+from finetune_trainer.data.shards import ColumnType, ShardReader, batch_ranges, make_schema
 
 if TYPE_CHECKING:
     import numpy
     import pyarrow
 
 PACKED_COLUMNS = {"input_ids": ColumnType.TOKENS, "labels": ColumnType.TOKENS, "seq_lengths": ColumnType.TOKENS}
-"""Columns of packed sequences. `seq_lengths`: lengths of the documents in the sequence."""
+"""Columns of packed sequences. `seq_lengths` contains the number of tokens of each document in the sequence."""
 
 
-def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Return the row indices of each bin, in a deterministic order. No row may be longer than `capacity`.
+def pack(row_lengths: Sequence[int], bin_capacity: int) -> list[list[int]]:
+    """Return the row indices of each bin, in a deterministic order. No row may be longer than `bin_capacity`.
 
     Cost: O(n log n) time for n rows, and O(capacity) additional memory.
     """
@@ -29,18 +29,18 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     free_spaces: list[int] = []
     """The keys of `bins_by_space`, sorted."""
     bins: list[list[int]] = []
-    for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
-        length = lengths[row]
-        at = bisect_left(free_spaces, length)
-        if at == len(free_spaces):
+    for row in sorted(range(len(row_lengths)), key=lambda row: (-row_lengths[row], row)):
+        length = row_lengths[row]
+        position = bisect_left(free_spaces, length)
+        if position == len(free_spaces):
             bins.append([row])
-            remaining_space, target = capacity - length, len(bins) - 1
+            remaining_space, target = bin_capacity - length, len(bins) - 1
         else:
-            space = free_spaces[at]
+            space = free_spaces[position]
             target = bins_by_space[space].pop()
             if not bins_by_space[space]:
                 del bins_by_space[space]
-                free_spaces.pop(at)
+                free_spaces.pop(position)
             bins[target].append(row)
             remaining_space = space - length
         if remaining_space > 0:
@@ -50,23 +50,24 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return bins
 
 
-def padding_share(tokens: int, bins: int, capacity: int) -> float:
-    """Share of positions without a token among all positions of `bins` sequences of length `capacity`."""
-    return 1 - tokens / (bins * capacity) if bins else 0.0
+def padding_share(token_count: int, bin_count: int, bin_capacity: int) -> float:
+    """Return the share of unused positions, from 0 to 1, if `token_count` tokens are packed into `bin_count` bins."""
+    return 1 - token_count / (bin_count * bin_capacity) if bin_count else 0.0
 
 
-def packed_batches(
+def build_packed_batches(
     shards: ShardReader, positions: numpy.ndarray[Any, Any], lengths: numpy.ndarray[Any, Any], bins: Sequence[Sequence[int]], ignored_label: int
 ) -> Iterator[pyarrow.RecordBatch]:
-    """Yield the packed sequences in the order of `bins`. `positions`, `lengths`: of each row in the shards.
+    """Yield batches of packed sequences in the order of `bins`.
 
+    `positions`, `lengths`: the position of each row in the shards, and its number of tokens. `bins`: the row indices of each sequence.
     The first token of a document gets the label `ignored_label`, because it must not be predicted from the preceding document.
     """
     import numpy
     import pyarrow
 
     bin_lengths = numpy.array([sum(lengths[row] for row in rows) for rows in bins])
-    for start, end in chunks(bin_lengths):
+    for start, end in batch_ranges(bin_lengths):
         rows = numpy.array([row for rows in bins[start:end] for row in rows])
         batch = shards.read_batch(positions[rows])
         labels = batch.column("labels").flatten().to_numpy().copy()

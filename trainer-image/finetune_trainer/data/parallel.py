@@ -2,8 +2,8 @@
 
 Rendering conversations takes most of the time. It is Python code, so the tokenizer's own threads help little. Workers are spawned,
 because forking a process with threads may deadlock. Spawning takes a few seconds, so this process encodes the first rows itself. Workers return
-Arrow batches: eight bytes for a token with its label, where Python objects need more than 40. Only a few batches exist at a time, so that the
-memory does not depend on the number of rows.
+Arrow batches, which need eight bytes for a token with its label; Python objects need more than 40. Only a few batches exist at a time, so that
+memory use does not depend on the number of rows.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from finetune_trainer.data.rows import Conversation, Example, ImageFile, TokenSe
 from finetune_trainer.data.tokenise import BATCH_ROWS
 
 ROWS_WITHOUT_WORKERS = 10_000
-"""This process encodes so many rows before it starts workers. With fewer rows, starting a worker takes longer than the work."""
+"""Number of rows that this process encodes before it starts workers. For fewer rows, starting workers takes longer than encoding."""
 BATCH_CHARACTERS = 500_000
-"""A batch ends when its texts have at least this many characters; a row of token ids counts one for each. The Python objects of the batch's
-tokens then need some tens of megabytes."""
+"""A batch is complete when its texts have at least this many characters. A token id in a row counts as one character. The Python objects
+for the tokens of such a batch need some tens of megabytes."""
 BATCH_IMAGE_BYTES = 32 << 20
-"""A batch ends when the images inside its rows have at least this many bytes."""
+"""A batch is complete when the images inside its rows have at least this many bytes."""
 BATCHES_PER_WORKER = 2
-"""Batches for each worker that are being encoded or wait for their turn."""
+"""Number of batches per worker that are submitted at a time: one is encoded, and the next one waits."""
 CGROUP_CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
 Batch = list[tuple[str, Example]]
 
@@ -51,9 +51,9 @@ def _encode_batch(rows: Sequence[tuple[str, Example]]) -> EncodedBatch:
 def encode_rows(
     rows: Iterable[tuple[str, Example]], encoder: BatchEncoder, *, processes: int, rows_without_workers: int | None = None
 ) -> Iterator[EncodedBatch]:
-    """Yield the encoder's results for all rows, in order. `rows` are read only as far as needed.
+    """Yield the encoder's results for all rows, in order. Rows are read only when workers need them.
 
-    `rows_without_workers`: rows that this process encodes itself; None for the number that suits text.
+    `rows_without_workers`: number of rows that this process encodes before it starts workers; None for `ROWS_WITHOUT_WORKERS`.
     """
     batches = _split_into_batches(rows)
     encoded_rows = 0
@@ -98,13 +98,13 @@ def _split_into_batches(rows: Iterable[tuple[str, Example]]) -> Iterator[Batch]:
 
 
 def _image_bytes(example: Example) -> int:
-    """Bytes of the images that lie in the row itself. Images in files are read by the worker."""
+    """Return the number of bytes of the images inside the row. Images in files do not count, because the worker reads them."""
     turns = example.turns if isinstance(example, Conversation) else ()
     parts = (part for turn in turns for part in turn.parts)
     return sum(len(part.content or b"") for part in parts if isinstance(part, ImageFile))
 
 
-def usable_cpus() -> int:
+def count_usable_cpus() -> int:
     """Return the number of CPUs that this process may use, according to its CPU affinity and the cgroup's CPU quota."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:

@@ -1,7 +1,7 @@
-"""Turns examples into token sequences once per node, and keeps them.
+"""Turns examples into token sequences once per node, and stores them on the node's disk.
 
-One rank of each node writes the token sequences below the work folder. All ranks map these files into memory. The folder's name is a
-hash of all inputs that affect the tokens. A second attempt on the same disk, or a repeated local run, reuses the files.
+One rank of each node writes the token sequences to a folder below the work folder. All ranks map the folder's files into memory. The
+folder's name is a hash of all inputs that affect the tokens. So a second attempt on the same disk, or a repeated local run, reuses the files.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from finetune_api.pod import RunConfig
 from finetune_api.rules import PROMPT_METHODS, method_type_of, value_or_default
 from finetune_api.spec.enums import DatasetFormat, OverflowPolicy
 
-from finetune_trainer.data.batches import Outcome
+from finetune_trainer.data.batches import RowOutcome
 from finetune_trainer.data.encode import EncodedRows, EncodedSplit, encode_sources, require_few_bad_rows
 from finetune_trainer.data.load import DataSummary, trains_on_answers_only
-from finetune_trainer.data.pack import pack, packed_batches, padding_share
-from finetune_trainer.data.parallel import usable_cpus
+from finetune_trainer.data.pack import build_packed_batches, pack, padding_share
+from finetune_trainer.data.parallel import count_usable_cpus
 from finetune_trainer.data.prepared import (
     LAYOUT_VERSION,
     PreparedFolder,
@@ -37,7 +37,7 @@ from finetune_trainer.data.prepared import (
 from finetune_trainer.data.rows import IGNORED_LABEL, Completion, Example
 from finetune_trainer.data.supervised import FittingEncoder, RowEncoder, SupervisedEncoder
 from finetune_trainer.data.template import RenderOptions
-from finetune_trainer.data.tokenise import TokeniseOptions, TokenReport, no_row_left
+from finetune_trainer.data.tokenise import TokeniseOptions, TokenReport, no_row_left_error
 from finetune_trainer.data.vision import ROWS_WITHOUT_WORKERS, VisionEncoder, VisionProcessor
 from finetune_trainer.file_entry import sha256_file
 from finetune_trainer.inputs import Inputs
@@ -46,28 +46,30 @@ if TYPE_CHECKING:
     import pyarrow
     from datasets import Dataset
 
-TOKENS_VERSION = 7
-"""Part of the digest of the inputs. Increase the version when the code changes the tokens."""
-LIBRARIES_OF_ROWS = ("tokenizers", "transformers", "jinja2")
-"""Libraries whose versions are part of the digest, because another version may render or tokenise differently."""
-OPTIONS_WITHOUT_EFFECT = ("train", "validation", "test", "storage", "numProc", "chatTemplate")
-"""Options of `dataset` that are not part of the digest: the digest has the content of the files and of the template instead of their addresses."""
-MAX_SEQUENCE_LENGTH = "dataset.maxSequenceLength"
+TOKENISING_VERSION = 7
+"""Version of the tokenising code; it is part of the inputs digest. Increase it when a change of the code changes the tokens."""
+LIBRARIES_IN_DIGEST = ("tokenizers", "transformers", "jinja2")
+"""Libraries whose versions are part of the inputs digest, because another version may render or tokenise differently."""
+OPTIONS_NOT_IN_DIGEST = ("train", "validation", "test", "storage", "numProc", "chatTemplate")
+"""Options of `dataset` that the inputs digest leaves out. `numProc` does not change the rows. The others are addresses; the digest
+covers the content of the data files and of the chat template instead."""
+MAX_SEQUENCE_LENGTH_FIELD = "dataset.maxSequenceLength"
 DEFAULT_MAX_SEQUENCE_LENGTH = 2048
 TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-SETTINGS_WITH_ADDRESSES = frozenset({"name_or_path", "cache_dir", "_commit_hash"})
-"""Settings of a tokenizer that are not part of the digest. Those whose names end with `_file` are paths, too."""
+TOKENIZER_SETTINGS_WITH_ADDRESSES = frozenset({"name_or_path", "cache_dir", "_commit_hash"})
+"""Tokenizer settings that the inputs digest leaves out, because they say where the tokenizer comes from. Settings whose names end with
+`_file` are left out for the same reason."""
 DATE_FUNCTION = "strftime_now"
 """Function of chat templates that writes the current date."""
-SHORTEST_SEQUENCE = 2
+MIN_TOKENS_PER_ROW = 2
 """Minimum number of tokens in a row: the model predicts the second token from the first."""
-NO_TOKENIZER_LIMIT = 1 << 24
+UNLIMITED_TOKENIZER_LENGTH = 1 << 24
 """A tokenizer without a limit has a huge `model_max_length`. Values of at least this number mean "no limit"."""
 
 
 @dataclass
 class Splits:
-    """The data sets of a run."""
+    """The training, validation and test rows of a run."""
 
     train: Dataset
     validation: Dataset | None = None
@@ -75,17 +77,17 @@ class Splits:
 
 
 class PreparationCallbacks(Protocol):
-    """Callbacks during the preparation of a run's rows. A preparation pod uses them to download stored rows and to report progress."""
+    """Functions that `prepare` calls. A preparation pod uses them to download stored rows and to report progress."""
 
     def provide_rows(self, digest: str) -> None:
         """Called before the cache is searched for the rows with this digest. The function may write the rows to the cache."""
 
     def count_rows(self, rows: int) -> None:
-        """Called with the number of rows that were just tokenised."""
+        """Called after each batch with the number of rows that it tokenised."""
 
 
 class NoPreparationCallbacks:
-    """The rows come from the cache on the disk, or are tokenised."""
+    """Callbacks that do nothing, for training pods."""
 
     def provide_rows(self, digest: str) -> None:
         """Do nothing: the supervisor of a training pod has already downloaded the stored rows."""
@@ -96,102 +98,103 @@ class NoPreparationCallbacks:
 
 @dataclass
 class PreparedData(Splits):
-    """The data sets as token sequences, with token and row counts."""
+    """The splits as token sequences, with token and row counts."""
 
     format: DatasetFormat = DatasetFormat.MESSAGES
     max_sequence_length: int = 0
     reports: dict[str, TokenReport] = field(default_factory=dict)
-    """Token counts per split."""
+    """Token counts by split name."""
     rows: dict[str, int] = field(default_factory=dict)
-    """Usable rows per split."""
+    """Number of usable rows by split name."""
     notes: list[str] = field(default_factory=list)
-    multiple_choice: bool = False
+    is_multiple_choice: bool = False
     """Whether every row is a question with one letter as its answer."""
     is_from_cache: bool = False
 
 
 def prepare(
-    run: RunConfig, inputs: Inputs, tokenizer: Any, *, max_positions: int | None, cache: Path,
+    run: RunConfig, inputs: Inputs, tokenizer: Any, *, max_positions: int | None, cache_folder: Path,
     one_rank_first: AbstractContextManager[Any] | None = None, vision: VisionProcessor | None = None,
     preparation: PreparationCallbacks | None = None,
 ) -> PreparedData:  # fmt: skip
     """Return the token sequences for supervised training.
 
-    `max_positions`: the longest sequence that the model can read. `one_rank_first`: a context manager that lets one rank of the
-    node run the block before the other ranks. `vision`: the processor of a vision-language model. `preparation`: observes the preparation.
+    `max_positions`: the longest sequence that the model can read, in tokens. `one_rank_first`: a context manager that lets one rank of
+    the node run the block before the other ranks. `vision`: the processor of a vision-language model. `preparation`: callbacks while the
+    rows are prepared; None for none.
     Errors: the errors of `load`; DataError NoTrainableToken, RowTooLong, TemplateRefusedRow, MarkerAbsent (with file and row), those of
     `VisionProcessor.encode`, ImageUnreadable, ImageCut; ConfigError SequenceTooLong, ChatTemplateMissing, TemplateSpansUnknown.
     """
     max_length = max_sequence_length(run, tokenizer, max_positions)
-    is_templated = use_chat_template(run, inputs, tokenizer, needs_template=vision is not None)
+    is_templated = choose_chat_template(run, inputs, tokenizer, needs_template=vision is not None)
     digest = inputs_digest(run, inputs, tokenizer, max_length, vision)
     preparation = preparation or NoPreparationCallbacks()
-    if vision is None and not writes_date(tokenizer):  # rows with images contain paths of this pod's disk
+    if vision is None and not template_writes_date(tokenizer):  # rows with images contain paths of this pod's disk
         preparation.provide_rows(digest)
     rank_order = one_rank_first or nullcontext()
     with rank_order:
-        found = find_prepared(cache, digest)
-        prepared = found or _write_splits(run, inputs, tokenizer, max_length, is_templated, vision, cache, digest, preparation)
-    data = _load_prepared(prepared, max_length, is_from_cache=found is not None)
+        stored_rows = find_prepared(cache_folder, digest)
+        prepared = stored_rows or _prepare_splits(run, inputs, tokenizer, max_length, is_templated, vision, cache_folder, digest, preparation)
+    data = _load_prepared(prepared, max_length, is_from_cache=stored_rows is not None)
     data.notes = [*data.notes, *notes_on_stored_rows(inputs, digest)]
     return data
 
 
 def max_sequence_length(run: RunConfig, tokenizer: Any, max_positions: int | None) -> int:
-    """Return the maximum number of tokens in a row: the value of the spec. If it is a default value and the model has fewer positions, it
-    is lowered.
+    """Return the maximum number of tokens in a row: `dataset.maxSequenceLength`. A default value is lowered if the model has fewer positions.
 
     Virtual tokens of prefix and prompt tuning also occupy positions of the model. Errors: ConfigError SequenceTooLong.
     """
     requested = run.spec.dataset.max_sequence_length
     tokenizer_limit = getattr(tokenizer, "model_max_length", None)
-    limit = max_positions or (tokenizer_limit if tokenizer_limit and tokenizer_limit < NO_TOKENIZER_LIMIT else None)
+    limit = max_positions or (tokenizer_limit if tokenizer_limit and tokenizer_limit < UNLIMITED_TOKENIZER_LENGTH else None)
     if limit is None:
         return requested or DEFAULT_MAX_SEQUENCE_LENGTH
-    virtual_count = virtual_tokens(run)
+    virtual_count = count_virtual_tokens(run)
     available = limit - virtual_count
     taken_by_prompt = f" and method.promptLength takes {virtual_count} of them" if virtual_count else ""
-    if virtual_count and available < SHORTEST_SEQUENCE:
+    if virtual_count and available < MIN_TOKENS_PER_ROW:
         raise ConfigError(
             "SequenceTooLong", f"the model has {limit} positions{taken_by_prompt}, so no row fits",
             hint=f"write method.promptLength {limit // 2} or less, or choose a model with a longer context",
         )  # fmt: skip
-    if requested is None or MAX_SEQUENCE_LENGTH in run.defaults:
+    if requested is None or MAX_SEQUENCE_LENGTH_FIELD in run.defaults:
         return min(DEFAULT_MAX_SEQUENCE_LENGTH, available)
     if requested <= available:
         return requested
     raise ConfigError(
-        "SequenceTooLong", f"{MAX_SEQUENCE_LENGTH} is {requested}, but the model has {limit} positions{taken_by_prompt}",
+        "SequenceTooLong", f"{MAX_SEQUENCE_LENGTH_FIELD} is {requested}, but the model has {limit} positions{taken_by_prompt}",
         hint=f"write {available} or less, or choose a model with a longer context",
     )  # fmt: skip
 
 
-def virtual_tokens(run: RunConfig) -> int:
+def count_virtual_tokens(run: RunConfig) -> int:
     """Return the number of positions that prefix and prompt tuning occupy before every row."""
     return int(value_or_default(run.spec.method, "prompt_length")) if method_type_of(run.spec) in PROMPT_METHODS else 0
 
 
 def late_defaults(run: RunConfig, tokenizer: Any, max_positions: int | None) -> dict[str, Any]:
-    """Return the defaults that depend on the model or the pod, by spec path. Call this function after `use_chat_template`."""
+    """Return the defaults that depend on the model or the pod, by spec path. Call this function after `choose_chat_template`."""
     dataset = run.spec.dataset
     values = {
-        MAX_SEQUENCE_LENGTH: (dataset.max_sequence_length, max_sequence_length(run, tokenizer, max_positions)),
+        MAX_SEQUENCE_LENGTH_FIELD: (dataset.max_sequence_length, max_sequence_length(run, tokenizer, max_positions)),
         "dataset.useChatTemplate": (dataset.use_chat_template, bool(tokenizer.chat_template)),
-        "dataset.numProc": (dataset.num_proc, usable_cpus()),
+        "dataset.numProc": (dataset.num_proc, count_usable_cpus()),
     }
     return {path: default for path, (given, default) in values.items() if given is None}
 
 
-def use_chat_template(run: RunConfig, inputs: Inputs, tokenizer: Any, *, needs_template: bool = False) -> bool:
-    """If the spec has a chat template, set it on the tokenizer. Returns whether turns are rendered with a chat template.
+def choose_chat_template(run: RunConfig, inputs: Inputs, tokenizer: Any, *, needs_template: bool = False) -> bool:
+    """Set the chat template of the spec, if there is one, on the tokenizer. Return whether turns are rendered with a chat template.
 
-    `needs_template`: the rows may have images. Errors (also those of `with_variables`): ConfigError ChatTemplateMissing; NotFoundError ConfigMapMissing.
+    `needs_template`: whether rows cannot be rendered without a template, because they may have images.
+    Errors: those of `add_template_variables`; ConfigError ChatTemplateMissing; NotFoundError ConfigMapMissing.
     """
     spec = run.spec.dataset
     if spec.chat_template is not None:
-        tokenizer.chat_template = _chat_template_text(spec.chat_template, inputs.config_maps)
+        tokenizer.chat_template = _read_chat_template(spec.chat_template, inputs.config_maps)
     if spec.template_variables:
-        tokenizer.chat_template = with_variables(tokenizer.chat_template, spec.template_variables)
+        tokenizer.chat_template = add_template_variables(tokenizer.chat_template, spec.template_variables)
     has_template = bool(tokenizer.chat_template)
     if spec.use_chat_template and not has_template:
         raise ConfigError(
@@ -207,10 +210,10 @@ def use_chat_template(run: RunConfig, inputs: Inputs, tokenizer: Any, *, needs_t
     return is_used
 
 
-def with_variables(template: Any, variables: Mapping[str, str]) -> str:
-    """Return the template with default values of variables. A value that the caller passes takes precedence.
+def add_template_variables(template: Any, variables: Mapping[str, str]) -> str:
+    """Return the chat template with default values for these variables. A value that is passed when rendering has precedence.
 
-    Errors: ConfigError ChatTemplateMissing; TemplateVariableUnknown if the template does not contain a name.
+    Errors: ConfigError ChatTemplateMissing; TemplateVariableUnknown if the template does not use a variable.
     """
     if not isinstance(template, str):
         raise ConfigError(
@@ -218,42 +221,42 @@ def with_variables(template: Any, variables: Mapping[str, str]) -> str:
             hint="give a template in dataset.chatTemplate, or remove templateVariables",
         )  # fmt: skip
     prefix = "".join(
-        f"{{% if {name} is not defined %}}{{% set {name} = {_as_literal(value)} %}}{{% endif %}}" for name, value in sorted(variables.items())
+        f"{{% if {name} is not defined %}}{{% set {name} = {_text_to_jinja_literal(value)} %}}{{% endif %}}" for name, value in sorted(variables.items())
     )
     if template.startswith(prefix):
         return template
     unknown = [name for name in variables if not re.search(rf"\b{name}\b", template)]
     if unknown:
         raise ConfigError(
-            "TemplateVariableUnknown", f"the chat template does not use {', '.join(unknown)} of dataset.templateVariables",
-            hint="write a variable that the template uses, or remove it",
+            "TemplateVariableUnknown", f"the chat template does not use {', '.join(unknown)}, but dataset.templateVariables sets a value",
+            hint="write only variables that the template uses",
         )  # fmt: skip
     return prefix + template
 
 
-def _as_literal(text: str) -> str:
-    """Return the Jinja literal of a value: that of the JSON value if the text is one, else that of the text."""
+def _text_to_jinja_literal(text: str) -> str:
+    """Return a variable's text as a Jinja literal. A text that is valid JSON becomes the JSON value, any other text a string."""
     try:
         value = json.loads(text)
         json.dumps(value, allow_nan=False)  # Jinja has no literal for NaN and Infinity.
     except ValueError:
         value = text
-    return _literal(value)
+    return _to_jinja_literal(value)
 
 
-def _literal(value: Any) -> str:
-    """Return the Jinja literal of a JSON value. Jinja reads `none` instead of `null`, and characters outside of ASCII only if they are not escaped."""
+def _to_jinja_literal(value: Any) -> str:
+    """Return a JSON value as a Jinja literal. Jinja writes `none` instead of `null`, and does not read JSON's `\\u` escapes."""
     match value:
         case None:
             return "none"
         case dict():
-            return "{" + ", ".join(f"{_literal(key)}: {_literal(one)}" for key, one in value.items()) + "}"
+            return "{" + ", ".join(f"{_to_jinja_literal(key)}: {_to_jinja_literal(item)}" for key, item in value.items()) + "}"
         case list():
-            return "[" + ", ".join(map(_literal, value)) + "]"
+            return "[" + ", ".join(map(_to_jinja_literal, value)) + "]"
     return json.dumps(value, ensure_ascii=False)
 
 
-def _chat_template_text(option: Any, config_maps: Path) -> str:
+def _read_chat_template(option: Any, config_maps: Path) -> str:
     if option.text is not None:
         return str(option.text)
     ref = option.config_map_ref
@@ -261,24 +264,24 @@ def _chat_template_text(option: Any, config_maps: Path) -> str:
         return (config_maps / ref.name / ref.key).read_text(encoding="utf-8")
     except OSError:
         raise NotFoundError(
-            "ConfigMapMissing", f"dataset.chatTemplate: ConfigMap {ref.name} has no key {ref.key}", hint="create the ConfigMap with this key",
+            "ConfigMapMissing", f"dataset.chatTemplate: there is no ConfigMap {ref.name} with key {ref.key}", hint="create the ConfigMap with this key",
             failure_class=FailureClass.USER,
         ) from None  # fmt: skip
 
 
-def render_options(run: RunConfig, tokenizer: Any, is_templated: bool, form: DatasetFormat) -> RenderOptions:
-    """Return the options for rendering the rows of this run. `is_templated`: whether the tokenizer's chat template is used."""
+def render_options(run: RunConfig, tokenizer: Any, is_templated: bool, dataset_format: DatasetFormat) -> RenderOptions:
+    """Return the options for rendering the rows of this run. `is_templated`: whether turns are rendered with the tokenizer's chat template."""
     option = run.spec.dataset.response_only
     markers = (option.question_marker or "", option.answer_marker or "") if option else ("", "")
     special_tokens = sorted((t.content for t in tokenizer.added_tokens_decoder.values() if t.special), key=len, reverse=True)
     return RenderOptions(
-        tokenizer, is_templated, trains_on_answers_only(run, form), markers if markers[1] else None, tuple(special_tokens),
-        text_as_turns=run.spec.dataset.use_chat_template is True,
+        tokenizer, is_templated, trains_on_answers_only(run, dataset_format), markers if markers[1] else None, tuple(special_tokens),
+        renders_text_as_turns=run.spec.dataset.use_chat_template is True,
     )  # fmt: skip
 
 
-def _write_splits(
-    run: RunConfig, inputs: Inputs, tokenizer: Any, max_length: int, is_templated: bool, vision: VisionProcessor | None, cache: Path, digest: str,
+def _prepare_splits(
+    run: RunConfig, inputs: Inputs, tokenizer: Any, max_length: int, is_templated: bool, vision: VisionProcessor | None, cache_folder: Path, digest: str,
     preparation: PreparationCallbacks,
 ) -> PreparedFolder:  # fmt: skip
     """Load, render, tokenise, pack and store all splits."""
@@ -286,24 +289,24 @@ def _write_splits(
     options = TokeniseOptions(
         max_length, spec.overflow or OverflowPolicy.TRUNCATE, spec.add_eos_token is not False, spec.add_bos_token
     )
-    folder = prepared_folder(cache, digest)
-    joins_unasked = is_templated and spec.use_chat_template is None
+    folder = prepared_folder(cache_folder, digest)
+    joins_by_default = is_templated and spec.use_chat_template is None
 
     def make_encoder(summary: DataSummary) -> FittingEncoder:
         render_with = render_options(run, tokenizer, is_templated, summary.format_with_turns)
         encoder: RowEncoder = SupervisedEncoder(render_with, options)
         if vision is not None:
-            encoder = VisionEncoder(replace(render_with, has_parts=True), options, vision)
+            encoder = VisionEncoder(replace(render_with, has_content_parts=True), options, vision)
         return FittingEncoder(encoder, options, has_images=vision is not None)
 
-    def is_marked(example: Example) -> bool:
-        return joins_unasked and isinstance(example, Completion)
+    def joins_answer(example: Example) -> bool:
+        return joins_by_default and isinstance(example, Completion)
 
     with encode_sources(
-        run, inputs, make_encoder, rows_folder(folder), is_marked=is_marked, count_rows=preparation.count_rows,
+        run, inputs, make_encoder, rows_folder(folder), joins_answer=joins_answer, count_rows=preparation.count_rows,
         rows_without_workers=None if vision is None else ROWS_WITHOUT_WORKERS,
     ) as encoded:
-        splits, reports, notes = _describe_splits(run, encoded, options)
+        splits, reports, notes = _build_splits(run, encoded, options)
         summary = {
             "format": encoded.summary.format, "rows": encoded.summary.rows, "notes": notes,
             "multipleChoice": set(encoded.summary.formats) == {DatasetFormat.MCQ}, "reports": {name: asdict(report) for name, report in reports.items()},
@@ -311,44 +314,47 @@ def _write_splits(
         return write_prepared(folder, splits, inputs_digest=digest, summary=summary)
 
 
-def _describe_splits(
+def _build_splits(
     run: RunConfig, encoded: EncodedRows, options: TokeniseOptions
 ) -> tuple[dict[str, Iterator[pyarrow.RecordBatch]], dict[str, TokenReport], list[str]]:
-    """Return the rows to store, the report, and the notes of the splits. Errors: DataError TooManyBadRows, NoTrainableToken."""
+    """Return the batches to store and the token counts of each split, by split name, and the notes for the status.
+
+    Errors: DataError TooManyBadRows, NoTrainableToken.
+    """
     notes = list(encoded.summary.notes)
     splits: dict[str, Iterator[pyarrow.RecordBatch]] = {}
     reports: dict[str, TokenReport] = {}
     for split in encoded.splits:
-        if split.is_marked:
+        if split.has_joined_rows:
             notes.append(
                 "prompt and completion are joined without a chat template; dataset.useChatTemplate: true renders them as turns"
             )
         notes += require_few_bad_rows(run, split.rejected, len(split), split.name)
-        report = reports[split.name] = _report_on(split, options)
+        report = reports[split.name] = _count_tokens(split, options)
         notes += [f"{split.name}: {note}" for note in report.notes(options)]
-        positions, lengths = split.positions[split.is_kept], split.lengths[split.is_kept]
+        positions, lengths = split.positions[split.kept_mask], split.lengths[split.kept_mask]
         splits[split.name] = encoded.shards.read(positions, lengths)
         if run.spec.dataset.packing and split.name == "train":
             bins = pack(lengths.tolist(), options.max_length)
             report.sequences = len(bins)
             report.padding_share = padding_share(report.tokens, len(bins), options.max_length)
-            splits["train"] = packed_batches(encoded.shards, positions, lengths, bins, IGNORED_LABEL)
+            splits["train"] = build_packed_batches(encoded.shards, positions, lengths, bins, IGNORED_LABEL)
     if run.spec.dataset.packing:
         notes.append(f"train: {reports['train'].notes(options)[-1]}")
     return splits, reports, list(dict.fromkeys(notes))
 
 
-def _report_on(split: EncodedSplit, options: TokeniseOptions) -> TokenReport:
-    """The counts of a split. Errors: DataError NoTrainableToken."""
-    lengths = split.lengths[split.is_kept]
+def _count_tokens(split: EncodedSplit, options: TokeniseOptions) -> TokenReport:
+    """Return the row and token counts of a split. Errors: DataError NoTrainableToken."""
+    lengths = split.lengths[split.kept_mask]
     lengths.sort()
-    dropped, answerless = split.count(Outcome.TOO_LONG), split.count(Outcome.ANSWERLESS)
+    dropped, answerless = split.count(RowOutcome.TOO_LONG), split.count(RowOutcome.ANSWERLESS)
     rows = len(lengths)
     if not rows:
-        raise no_row_left(dropped, answerless, options.max_length)
+        raise no_row_left_error(dropped, answerless, options.max_length)
     return TokenReport(
-        rows=rows, truncated=split.count(Outcome.CUT), dropped=dropped, answerless=answerless,
-        tokens=int(lengths.sum()), trained_tokens=int(split.trained[split.is_kept].sum()),
+        rows=rows, truncated=split.count(RowOutcome.CUT), dropped=dropped, answerless=answerless,
+        tokens=int(lengths.sum()), trained_tokens=int(split.trained_counts[split.kept_mask].sum()),
         longest=int(lengths[-1]), median=int(lengths[(rows - 1) // 2]), percentile95=int(lengths[min(rows - 1, int(0.95 * rows))]), sequences=rows,
     )  # fmt: skip
 
@@ -357,97 +363,97 @@ def _report_on(split: EncodedSplit, options: TokeniseOptions) -> TokenReport:
 
 
 def rows_folder(folder: Path) -> Path:
-    """Folder for the encoded rows until the splits are written to `folder`."""
+    """Return the temporary folder for encoded rows, which exists until the splits are written to `folder`."""
     return folder.with_name(folder.name + ".rows")
 
 
-def find_prepared(cache: Path, digest: str) -> PreparedFolder | None:
-    """The rows that were prepared from these inputs; None if they are missing or damaged."""
+def find_prepared(cache_folder: Path, digest: str) -> PreparedFolder | None:
+    """Return the stored rows for the inputs with this digest; None if they are missing or damaged."""
     try:
-        return open_prepared(prepared_folder(cache, digest), digest)
+        return open_prepared(prepared_folder(cache_folder, digest), digest)
     except StorageError:
         return None
 
 
 def open_split(prepared: PreparedFolder, name: str) -> Dataset | None:
-    """The rows of a split, mapped into memory; None if there is no such split."""
+    """Return the rows of a split, mapped into memory; None if the folder has no such split."""
     from datasets import Dataset, concatenate_datasets
 
-    paths = prepared.paths(name)
+    paths = prepared.shard_paths(name)
     return concatenate_datasets([Dataset.from_file(str(path)) for path in paths]) if paths else None
 
 
-def splits_of(prepared: PreparedFolder) -> Splits:
-    """The splits, mapped into memory, so that all ranks of a node share the memory."""
+def open_splits(prepared: PreparedFolder) -> Splits:
+    """Return the splits of a prepared folder. Their files are mapped into memory, so that all ranks of a node share the memory."""
     train, validation, test = (open_split(prepared, name) for name in ("train", "validation", "test"))
     assert train is not None, "a run without training rows prepares no rows"
     return Splits(train, validation, test)
 
 
 def inputs_digest(run: RunConfig, inputs: Inputs, tokenizer: Any, max_length: int, vision: VisionProcessor | None = None) -> str:
-    """Hash of all inputs that affect the tokens: contents and names of all files, options, tokenizer, chat template, versions of the code.
+    """Return a hash of all inputs that affect the tokens: contents and names of the data files, options, tokenizer, chat template, and code versions.
 
-    The addresses of the files have no effect, except those of a mixture, which its notes contain. The names of the files are part of the
-    hash, because they decide about the file format and are part of notes.
+    The addresses of the files are not part of the hash, except those of a mixture, because the mixture's note contains them. The names of
+    the files are part of it, because they decide the file format and occur in notes.
     """
     facts = {
-        "version": [TOKENS_VERSION, LAYOUT_VERSION, RELEASE, *(f"{name} {version(name)}" for name in LIBRARIES_OF_ROWS)],
-        "train": _file_facts(inputs, inputs.train),
-        "mixture": [_file_facts(inputs, files) for files in inputs.mixture],
-        "validation": _file_facts(inputs, inputs.validation),
-        "test": _file_facts(inputs, inputs.test),
-        "dataset": _options_of_rows(run, vision),
+        "version": [TOKENISING_VERSION, LAYOUT_VERSION, RELEASE, *(f"{name} {version(name)}" for name in LIBRARIES_IN_DIGEST)],
+        "train": _file_hashes(inputs, inputs.train),
+        "mixture": [_file_hashes(inputs, files) for files in inputs.mixture],
+        "validation": _file_hashes(inputs, inputs.validation),
+        "test": _file_hashes(inputs, inputs.test),
+        "dataset": _options_in_digest(run, vision),
         "trainer": [run.spec.trainer.type, run.spec.trainer.max_completion_length],
         "defaulted": _defaulted_options(run),
         "maxLength": max_length,
         "seed": run.spec.training.seed if run.spec.dataset.mixture else None,
-        "tokenizer": [tokenizer.chat_template, tokenizer.special_tokens_map, _tokenizer_facts(inputs, tokenizer)],
-        "code": _file_facts(inputs, sorted((inputs.tokenizer or inputs.model).rglob("*.py"))) if run.spec.model.trust_remote_code else [],
+        "tokenizer": [tokenizer.chat_template, tokenizer.special_tokens_map, _identify_tokenizer(inputs, tokenizer)],
+        "code": _file_hashes(inputs, sorted((inputs.tokenizer or inputs.model).rglob("*.py"))) if run.spec.model.trust_remote_code else [],
         # The number of an image's tokens depends on its size.
         "vision": [vision.identity, inputs.image_digests] if vision is not None else None,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _file_facts(inputs: Inputs, files: Sequence[Path]) -> list[list[str]]:
-    """Name and sha256 of each file."""
+def _file_hashes(inputs: Inputs, files: Sequence[Path]) -> list[list[str]]:
+    """Return the name and the sha256 of each file."""
     return [[file.name, inputs.file_digests.get(file) or sha256_file(file)] for file in files]
 
 
-def _options_of_rows(run: RunConfig, vision: VisionProcessor | None) -> dict[str, Any]:
-    """The options of `dataset` that affect the rows. The addresses of images remain, because rows of a vision-language model are not shared."""
-    options = {name: value for name, value in run.spec.dataset.to_wire().items() if name not in OPTIONS_WITHOUT_EFFECT}
+def _options_in_digest(run: RunConfig, vision: VisionProcessor | None) -> dict[str, Any]:
+    """Return the options of `dataset` that affect the rows. Only rows of a vision-language model depend on `dataset.images`."""
+    options = {name: value for name, value in run.spec.dataset.to_wire().items() if name not in OPTIONS_NOT_IN_DIGEST}
     if vision is None:
         options.pop("images", None)
     return options
 
 
-def _tokenizer_facts(inputs: Inputs, tokenizer: Any) -> Any:
-    """What the tokenizer computes. A tokenizer in Python is identified by its class and its files."""
-    settings = {name: value for name, value in tokenizer.init_kwargs.items() if name not in SETTINGS_WITH_ADDRESSES and not name.endswith("_file")}
+def _identify_tokenizer(inputs: Inputs, tokenizer: Any) -> Any:
+    """Return values that identify what the tokenizer computes. A tokenizer in Python is identified by its class and its files."""
+    settings = {name: value for name, value in tokenizer.init_kwargs.items() if name not in TOKENIZER_SETTINGS_WITH_ADDRESSES and not name.endswith("_file")}
     if hasattr(tokenizer, "backend_tokenizer"):
         return [type(tokenizer).__name__, settings, tokenizer.backend_tokenizer.to_str()]
     folder = inputs.tokenizer or inputs.model
     files = [folder / name for name in sorted({*tokenizer.vocab_files_names.values(), *TOKENIZER_FILES})]
-    return [type(tokenizer).__name__, settings, sorted(tokenizer.get_added_vocab().items()), _file_facts(inputs, [file for file in files if file.is_file()])]
+    return [type(tokenizer).__name__, settings, sorted(tokenizer.get_added_vocab().items()), _file_hashes(inputs, [file for file in files if file.is_file()])]
 
 
-def writes_date(tokenizer: Any) -> bool:
-    """Whether the chat template can write the current date. Such rows are not shared: another day's pod makes other rows from the same data."""
+def template_writes_date(tokenizer: Any) -> bool:
+    """Whether the chat template can write the current date. Pods do not share such rows, because the same data gives other rows on another day."""
     return DATE_FUNCTION in str(tokenizer.chat_template)
 
 
 def notes_on_stored_rows(inputs: Inputs, digest: str) -> list[str]:
-    """Return a note if the rows of the preparation were downloaded, but belong to other inputs than those of this pod. Else, an empty list."""
+    """Return a note if the preparation's rows were downloaded but cannot be used, because this pod's inputs differ; else an empty list."""
     if inputs.stored_rows in (None, digest):
         return []
-    return ["the rows of the preparation were made from another tokenizer, other options or by another version; this pod tokenised the data again"]
+    return ["the prepared rows come from another tokenizer, other options or another version, so this pod tokenised the data again"]
 
 
 def _defaulted_options(run: RunConfig) -> list[str]:
-    """Return the options that the user did not set.
+    """Return the paths of the options that the user did not set.
 
-    They are part of the hash: an unsuitable default is adapted, but an unsuitable value of the user is refused.
+    They are part of the digest, because an unsuitable default is adapted, but an unsuitable value from the user is refused.
     """
     return sorted(path for path in run.defaults if path.startswith(("dataset.", "trainer.maxCompletionLength")))
 
@@ -455,12 +461,12 @@ def _defaulted_options(run: RunConfig) -> list[str]:
 def _load_prepared(prepared: PreparedFolder, max_length: int, *, is_from_cache: bool) -> PreparedData:
     summary = prepared.manifest.summary
     return PreparedData(
-        **vars(splits_of(prepared)),
+        **vars(open_splits(prepared)),
         format=DatasetFormat(summary["format"]),
         max_sequence_length=max_length,
         reports={name: TokenReport(**report) for name, report in summary["reports"].items()},
         rows=summary["rows"],
         notes=summary["notes"],
-        multiple_choice=summary["multipleChoice"],
+        is_multiple_choice=summary["multipleChoice"],
         is_from_cache=is_from_cache,
     )

@@ -1,8 +1,8 @@
 """Prepared rows of a run: a folder with the shards of each split, and a manifest that lists and describes them.
 
-The manifest has size and sha256 of each shard, the number of rows and tokens of each split, a histogram of the rows' lengths, and a digest of
-everything that the rows were made from. The same rows always give the same bytes, so that the files can be stored under the digest and compared
-by their hashes.
+The manifest contains the size and the sha256 of each shard, the number of rows and tokens of each split, a histogram of the row lengths, and a
+digest of all inputs of the preparation. Equal rows always give equal bytes. So the files can be stored under the digest and compared by their
+hashes.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ if TYPE_CHECKING:
 LAYOUT_VERSION = 2
 """Version of the layout of a prepared folder. A folder with another version is not read."""
 TOKENS_FOLDER = "tokens"
-"""Folder with prepared rows, below the work folder of a pod."""
+"""Name of the folder for prepared rows, in the work folder of a pod."""
 MANIFEST_FILE = "prepared.json"
-"""The name differs from that of a commit's manifest, which lies in the same folder in storage."""
+"""File name of the manifest. It differs from the name of a commit's manifest, because storage keeps both in one folder."""
 
 
 class PreparedManifest(LenientModel):
-    """`prepared.json` of a prepared folder."""
+    """The manifest of a prepared folder: the content of `prepared.json`."""
 
     version: int = LAYOUT_VERSION
     inputs_digest: str = Field(description="Hash of everything that determines the rows: data, options, tokenizer, template and code version.")
     splits: dict[str, SplitManifest] = Field(description="The splits by name: train, validation, test.")
-    summary: dict[str, Any] = Field(default_factory=dict, description="Counts and notes of the objective that prepared the rows.")
+    summary: dict[str, Any] = Field(default_factory=dict, description="Counts and notes from the objective that prepared the rows.")
 
     def to_bytes(self) -> bytes:
-        """The content of the file."""
+        """Return the content of `prepared.json`."""
         return self.model_dump_json(by_alias=True, indent=1).encode()
 
     @property
@@ -51,18 +51,18 @@ class PreparedManifest(LenientModel):
 
 @dataclass(frozen=True)
 class PreparedFolder:
-    """A folder with prepared rows."""
+    """A folder with prepared rows and its manifest."""
 
     folder: Path
     manifest: PreparedManifest
 
-    def paths(self, split: str) -> list[Path]:
-        """The shards of a split, in the order of their rows; empty if the folder has no such split."""
+    def shard_paths(self, split: str) -> list[Path]:
+        """Return the shard files of a split in row order, or an empty list if the folder has no such split."""
         return [self.folder / file.path for file in self.manifest.splits[split].files] if split in self.manifest.splits else []
 
     @property
     def rows(self) -> int:
-        """Number of stored rows of all splits."""
+        """The number of stored rows in all splits together."""
         return sum(split.rows for split in self.manifest.splits.values())
 
     def verify(self) -> None:
@@ -77,7 +77,7 @@ def write_prepared(
 ) -> PreparedFolder:
     """Write the rows of each split and the manifest. A reader sees either the complete folder or none.
 
-    `splits`: batches of rows by the name of the split; each split has at least one batch. The iterables are read once, one after the other.
+    `splits`: the batches of rows of each split, by split name. Each split has at least one batch. The iterables are read once, one after the other.
     """
     partial = partial_folder(folder)
     manifests: dict[str, SplitManifest] = {}
@@ -94,9 +94,9 @@ def write_prepared(
 
 
 def open_prepared(folder: Path, inputs_digest: str | None = None) -> PreparedFolder:
-    """Open a prepared folder and check that all shards exist with their sizes. `verify` also checks their content.
+    """Open a prepared folder, and check that all shards exist and have the right size. `PreparedFolder.verify` also checks their content.
 
-    `inputs_digest`: the digest that the rows must have been made from; None to accept any.
+    `inputs_digest`: the digest that the manifest must contain; None accepts any digest.
     Errors: StorageError PreparedDataMissing, PreparedDataDamaged, PreparedDataDiffers.
     """
     try:
@@ -118,13 +118,13 @@ def open_prepared(folder: Path, inputs_digest: str | None = None) -> PreparedFol
     return PreparedFolder(folder, manifest)
 
 
-def prepared_folder(cache: Path, digest: str) -> Path:
-    """Folder of the rows that were prepared from the inputs with this digest."""
-    return cache / digest[:24]
+def prepared_folder(cache_folder: Path, digest: str) -> Path:
+    """Return the folder for the rows whose inputs have this digest."""
+    return cache_folder / digest[:24]
 
 
 def partial_folder(folder: Path) -> Path:
-    """Folder for files that belong to `folder` when they are complete. `write_prepared` writes there and renames it."""
+    """Return the temporary folder in which `write_prepared` builds `folder`. It is renamed to `folder` when it is complete."""
     return folder.with_name(folder.name + ".part")
 
 

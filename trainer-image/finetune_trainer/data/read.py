@@ -1,4 +1,4 @@
-"""Stage 1, read: read the rows of JSONL, JSON, CSV, text and Parquet files in UTF-8. Errors name the file and the row or byte."""
+"""Stage 1, read: read the rows of JSONL, JSON, CSV, text and Parquet files. Texts are in UTF-8. Errors name the file and the row or byte."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ FILE_FORMATS = {
 }  # fmt: skip
 """File format by file extension."""
 CSV_FIELD_LIMIT = 16 * 1024 * 1024
+"""Maximum number of characters of a CSV value."""
 MAX_ROW_BYTES = 64 << 20
 """Maximum length of a line in a JSONL or text file, in bytes."""
 MAX_EXPANSION, SMALL_FILE_BYTES = 200, 256 << 20
@@ -34,23 +35,23 @@ SURROGATE_ESCAPE = "\\ud"
 
 @dataclass
 class SkippedRows:
-    """The rows that were left out because they cannot be used: their number, and the first of them with its error."""
+    """The number of bad rows that were left out, and the first bad row with its error."""
 
     count: int = 0
     first: tuple[RawRow, RowError] | None = None
 
     def add(self, row: RawRow, error: RowError) -> None:
-        """Count a row."""
+        """Count a bad row, and remember it if it is the first."""
         self.count += 1
         self.first = self.first or (row, error)
 
 
 def data_files(paths: list[Path]) -> list[Path]:
-    """List the data files at `paths`. For a folder, these are all data files below it, sorted by name. Errors: DatasetEmpty."""
+    """Return the files at `paths`. A folder stands for all data files below it, sorted by path. Errors: DatasetEmpty."""
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            files += sorted(p for p in path.rglob("*") if p.is_file() and _suffix(p) in FILE_FORMATS)
+            files += sorted(p for p in path.rglob("*") if p.is_file() and _file_extension(p) in FILE_FORMATS)
         else:
             files.append(path)
     if not files:
@@ -66,8 +67,8 @@ def read_rows(
 ) -> Iterator[RawRow]:
     """Yield all rows of all files, in order.
 
-    Bad rows are added to `bad_rows`, or raise an error if `bad_rows` is None. A bad row is not a JSON object, or has the wrong number
-    of CSV values.
+    A row is bad if it is not a JSON object, or if the number of its CSV values is wrong. Bad rows are added to `bad_rows`. If `bad_rows`
+    is None, the first bad row raises an error.
     Errors: DatasetRowInvalid, DatasetNotUtf8, FileFormatUnknown, DatasetRowTooLarge, DatasetExpandsTooMuch.
     """
     for file in files:
@@ -86,14 +87,11 @@ def row_error_as_data_error(row: RawRow, error: RowError) -> DataError:
     return DataError(error.code, f"{row.location}: {error.message}", hint=error.hint + skip)
 
 
-def file_format_of(file: Path, spec_format: FileFormat) -> FileFormat:
-    """Return the file's format. It is determined by the spec or, if the spec does not set it, by the file name or else by the first bytes.
-
-    Errors: FileFormatUnknown.
-    """
+def choose_file_format(file: Path, spec_format: FileFormat) -> FileFormat:
+    """Return the file's format: from the spec; else from the file name; else from the first bytes. Errors: FileFormatUnknown."""
     if spec_format is not FileFormat.AUTO:
         return spec_format
-    format_by_name = FILE_FORMATS.get(_suffix(file))
+    format_by_name = FILE_FORMATS.get(_file_extension(file))
     if format_by_name is not None:
         return format_by_name
     with _open_decompressed(file) as stream:
@@ -109,14 +107,14 @@ def file_format_of(file: Path, spec_format: FileFormat) -> FileFormat:
     )  # fmt: skip
 
 
-def _suffix(file: Path) -> str:
+def _file_extension(file: Path) -> str:
     name = file.name.lower().removesuffix(".gz")
     return Path(name).suffix
 
 
 @contextmanager
 def _open_decompressed(file: Path) -> Iterator[IO[bytes]]:
-    """Open the file for reading, and decompress it if its name ends in .gz. Errors: DatasetRowInvalid for an unreadable .gz file."""
+    """Open the file for reading. A file whose name ends in .gz is decompressed. Errors: DatasetRowInvalid for an unreadable .gz file."""
     try:
         with gzip.open(file, "rb") if file.name.lower().endswith(".gz") else file.open("rb") as stream:
             yield stream
@@ -142,7 +140,7 @@ def _max_decompressed_bytes(file: Path) -> float:
 
 
 def _read_file(file: Path, file_format: FileFormat) -> Iterator[RawRow | tuple[RawRow, RowError]]:
-    match file_format_of(file, file_format):
+    match choose_file_format(file, file_format):
         case FileFormat.JSONL:
             return _read_jsonl(file)
         case FileFormat.JSON:
@@ -194,8 +192,11 @@ def _read_text(file: Path) -> str:
         raise _encoding_error(file, error.start, data[:4]) from None
 
 
-def _object_row(file: Path, number: int, value: Any, *, has_surrogates: bool) -> RawRow | tuple[RawRow, RowError]:
-    """Return the row, with an error if it is not a valid object. `has_surrogates`: the text contains escapes for UTF-16 surrogates."""
+def _parse_object_row(file: Path, number: int, value: Any, *, has_surrogates: bool) -> RawRow | tuple[RawRow, RowError]:
+    """Return the row, or the row with an error if the value is not a valid object.
+
+    `has_surrogates`: whether the JSON text contains escapes for UTF-16 surrogates.
+    """
     if isinstance(value, dict):
         error = _surrogate_error(value) if has_surrogates else None
         return (RawRow(file, number, {}), error) if error else RawRow(file, number, value)
@@ -230,7 +231,7 @@ def _read_jsonl(file: Path) -> Iterator[RawRow | tuple[RawRow, RowError]]:
                 RowError("DatasetRowInvalid", f"not valid JSON{column}", "write one JSON object per line"),
             )
             continue
-        yield _object_row(file, number, value, has_surrogates=SURROGATE_ESCAPE in line.lower())
+        yield _parse_object_row(file, number, value, has_surrogates=SURROGATE_ESCAPE in line.lower())
 
 
 def _read_json(file: Path) -> Iterator[RawRow | tuple[RawRow, RowError]]:
@@ -261,7 +262,7 @@ def _read_json(file: Path) -> Iterator[RawRow | tuple[RawRow, RowError]]:
         )  # fmt: skip
     has_surrogates = SURROGATE_ESCAPE in text.lower()
     for number, item in enumerate(value, start=1):
-        yield _object_row(file, number, item, has_surrogates=has_surrogates)
+        yield _parse_object_row(file, number, item, has_surrogates=has_surrogates)
 
 
 def _read_csv(file: Path) -> Iterator[RawRow | tuple[RawRow, RowError]]:
@@ -291,7 +292,7 @@ def _read_csv(file: Path) -> Iterator[RawRow | tuple[RawRow, RowError]]:
 
 
 def _require_unique_names(header: list[str], file: Path) -> None:
-    """Refuse a header with equal column names: only the last of these columns would be read. Errors: DatasetRowInvalid."""
+    """Refuse a header with two equal column names, because only the last of the two columns would be read. Errors: DatasetRowInvalid."""
     duplicate = next((name for name in header if name and header.count(name) > 1), None)
     if duplicate is not None:
         raise DataError(
@@ -305,7 +306,7 @@ def _read_text_lines(file: Path) -> Iterator[RawRow]:
 
 
 PARQUET_ROWS = 64
-"""Rows that are converted at a time. A row may hold megabytes of images or thousands of token ids."""
+"""Number of rows that are converted to Python objects together. A row may hold megabytes of images or thousands of token ids."""
 
 
 def _read_parquet(file: Path) -> Iterator[RawRow]:

@@ -1,7 +1,7 @@
 """The values that the data stages exchange: raw rows, typed examples, and the error of one row.
 
-Importing torch and transformers takes seconds. This module and `read`, `detect`, `columns`, `formats`, `split`, `checks` and `load`
-do not import them. So the supervisor can check every row while the ranks still import these libraries.
+This module and `read`, `detect`, `columns`, `formats`, `split`, `checks` and `load` do not import torch or transformers, because
+these imports take seconds. So the supervisor can check every row while the ranks still import the libraries.
 """
 
 from __future__ import annotations
@@ -39,17 +39,15 @@ class RowError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class GivenImage:
-    """An image as it is written in a row: a path, an address, a data URI, bytes, or an object with one of these.
-
-    None: a placeholder for an image of another column.
-    """
+    """An image as it is written in a row: a path, an address, a data URI, bytes, or an object with one of these."""
 
     value: Any = None
+    """None for a placeholder: the image itself is in the image column of the row."""
 
 
 @dataclass(frozen=True, slots=True)
 class ImageFile:
-    """An image that was found: a file, or the content of a file. Exactly one of the two is set."""
+    """A found image: the path of its file, or the file's content. Exactly one of the two fields is set."""
 
     path: Path | None = None
     content: bytes | None = None
@@ -66,9 +64,9 @@ class Turn:
     parts: tuple[str | GivenImage | ImageFile, ...] = ()
     """Texts and images of a message with images, in order. `content` then joins the texts. Empty for a message without images."""
 
-    def message(self, *, has_parts: bool = False) -> dict[str, Any]:
-        """Return the message in the form that chat templates expect. `has_parts`: the content is a list of parts, as for templates with images."""
-        if not has_parts:
+    def to_message(self, *, has_content_parts: bool = False) -> dict[str, Any]:
+        """Return the message in the form that chat templates expect. `has_content_parts`: whether the template reads the content as a list of parts."""
+        if not has_content_parts:
             return {"role": self.role, "content": self.content, **self.extra}
         parts = self.parts or ((self.content,) if self.content else ())
         content = [{"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in parts]
@@ -76,19 +74,19 @@ class Turn:
 
     @property
     def images(self) -> list[ImageFile]:
-        """The images of the message whose files were found."""
+        """The found images of the message."""
         return [part for part in self.parts if isinstance(part, ImageFile)]
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """The turns of a conversation. `role_names`: labels of user and assistant if no chat template is used, as in `Question: ...`."""
+    """A conversation. `role_names`: what to write before user and assistant turns if no chat template is used, as in `Question: ...`."""
 
     turns: tuple[Turn, ...]
     tools: tuple[Any, ...] = ()
     role_names: tuple[str, str] = ("User", "Assistant")
     columns: Mapping[str, Any] = field(default_factory=dict)
-    """Other columns of the row, for rewards and multiple-choice metrics."""
+    """Further columns of the row, for rewards and multiple-choice metrics."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +106,7 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Preference:
-    """One prompt with a better and a worse answer: all three are turns, or all three are text."""
+    """One prompt with a better and a worse answer. Either all three are turns, or all three are text."""
 
     prompt: tuple[Turn, ...] | str
     chosen: tuple[Turn, ...] | str
@@ -117,7 +115,7 @@ class Preference:
 
 @dataclass(frozen=True, slots=True)
 class LabelledAnswer:
-    """One prompt with one answer, and whether the answer is good (unpaired preference)."""
+    """One prompt with one answer that is labelled good or bad (unpaired preference). `label`: whether the answer is good."""
 
     prompt: tuple[Turn, ...] | str
     completion: tuple[Turn, ...] | str
@@ -126,7 +124,7 @@ class LabelledAnswer:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A prompt for which the model generates answers, and the row's other columns for the rewards."""
+    """A prompt for which the model generates answers. `columns`: the row's other columns, for the rewards."""
 
     prompt: tuple[Turn, ...] | str
     columns: Mapping[str, Any]
@@ -134,7 +132,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class TokenSequence:
-    """A row that is tokenised already. The label of a token is the token itself, or `IGNORED_LABEL` if the token is not trained on."""
+    """An already tokenised row. The label of a token is the token itself, or `IGNORED_LABEL` if the token is not trained on."""
 
     ids: tuple[int, ...]
     labels: tuple[int, ...]

@@ -1,6 +1,6 @@
-"""Rows in Arrow files (shards): typed columns, writing in batches, and reading by position.
+"""Writes rows with typed columns to Arrow files (shards), and reads rows by position.
 
-Readers map the shards into memory. The processes of a node share these pages, and the system can drop them at any time.
+Readers map the shards into memory. The processes of a node share the mapped pages, and the system can drop the pages at any time.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     import pyarrow
 
 MAX_SHARD_BYTES = 256 << 20
-"""A new shard is begun when the current shard has at least this many bytes."""
-COUNTED_COLUMNS_END = "_ids"
-"""End of the names of the columns whose lists count as tokens of a row."""
+"""A shard is complete when it has at least this many bytes. The next batch then goes into a new shard."""
+COUNTED_COLUMN_SUFFIX = "_ids"
+"""The length of a row is the number of tokens in its columns whose names end with this suffix."""
 ROWS_PER_BATCH, TOKENS_PER_BATCH = 1000, 1 << 18
-"""Largest batch that is copied from shards to other shards at a time."""
+"""Maximum numbers of rows and of tokens in a batch that is copied from one shard to another."""
 IMAGE_ROWS_PER_BATCH = 4
-"""Largest batch of rows that may contain images. An Arrow array of bytes holds at most 2 GiB, and a row may have 16 images of 20 MB."""
+"""Maximum number of rows in a batch with images. An Arrow array of bytes holds at most 2 GiB, and a row may have 16 images of 20 MB."""
 
 
 class ColumnType(StrEnum):
@@ -55,24 +55,24 @@ class SplitManifest(LenientModel):
     tokens: int = Field(description="Tokens of all rows.")
     lengths: dict[str, int] = Field(
         default_factory=dict,
-        description="Number of rows by length. The key is the upper bound in tokens, a power of two; each row counts at the smallest bound that it fits.",
+        description="Number of rows by length. The key is a power of two; a row counts under the smallest key that is at least its number of tokens.",
     )
     files: list[FileEntry] = Field(description="The shards in the order of their rows; paths are relative to the prepared folder.")
 
 
 def make_schema(columns: Columns) -> pyarrow.Schema:
-    """The Arrow schema for columns."""
+    """Return the Arrow schema for these columns."""
     import pyarrow
 
     types = {
         ColumnType.TOKENS: pyarrow.list_(pyarrow.int32()), ColumnType.FLAG: pyarrow.bool_(), ColumnType.TEXT: pyarrow.string(),
         ColumnType.IMAGES: pyarrow.list_(pyarrow.struct({"path": pyarrow.string(), "bytes": pyarrow.binary()})),
     }  # fmt: skip
-    return pyarrow.schema([(name, types[kind]) for name, kind in columns.items()])
+    return pyarrow.schema([(name, types[column_type]) for name, column_type in columns.items()])
 
 
 def make_batch(columns: Columns, values: Mapping[str, Sequence[Any]]) -> pyarrow.RecordBatch:
-    """An Arrow batch with the values of each column."""
+    """Return an Arrow batch. `values`: the values of each column, by column name."""
     import pyarrow
 
     schema = make_schema(columns)
@@ -80,7 +80,7 @@ def make_batch(columns: Columns, values: Mapping[str, Sequence[Any]]) -> pyarrow
 
 
 class _CountedFile:
-    """A file object that counts the bytes that are written, and hashes them if `is_hashed`."""
+    """A file object that counts the bytes written to it. It also hashes them if `is_hashed` is true."""
 
     def __init__(self, path: Path, is_hashed: bool):
         self._file, self.size, self.closed = path.open("wb"), 0, False
@@ -109,12 +109,12 @@ class _CountedFile:
 
 @dataclass
 class ShardWriter:
-    """Writes batches to the shards `<folder>/<name>/00000.arrow` and so on. A context manager that closes the last shard."""
+    """Writes batches to the shards `<folder>/<name>/00000.arrow` and so on. It is a context manager, whose end closes the last shard."""
 
     folder: Path
     name: str
     is_hashed: bool = True
-    """Whether the manifest gets the sha256 of each shard. Shards that are soon deleted need none."""
+    """Whether the manifest contains the sha256 of each shard. Temporary shards need no sha256."""
     rows: int = 0
     tokens: int = 0
     lengths: Counter[int] = field(default_factory=Counter)
@@ -143,7 +143,7 @@ class ShardWriter:
             self._close_shard()
 
     def manifest(self) -> SplitManifest:
-        """What was written. Only valid after the last shard was closed."""
+        """Return the manifest of the written shards. Call this method after the last shard has been closed."""
         lengths = {str(bound): self.lengths[bound] for bound in sorted(self.lengths)}
         return SplitManifest(rows=self.rows, tokens=self.tokens, lengths=lengths, files=self.files)
 
@@ -170,32 +170,35 @@ class ShardWriter:
 
 
 def row_lengths(batch: pyarrow.RecordBatch) -> numpy.ndarray[Any, Any]:
-    """Number of tokens of each row: the lengths of all token columns together."""
+    """Return the number of tokens of each row, in all its token columns together."""
     import numpy
     import pyarrow.compute
 
     lengths = numpy.zeros(batch.num_rows, dtype=numpy.int64)
     for name in batch.schema.names:
-        if name.endswith(COUNTED_COLUMNS_END):
+        if name.endswith(COUNTED_COLUMN_SUFFIX):
             lengths += pyarrow.compute.list_value_length(batch.column(name)).to_numpy(zero_copy_only=False)
     return lengths
 
 
-def chunks(lengths: numpy.ndarray[Any, Any], max_rows: int = ROWS_PER_BATCH) -> Iterator[tuple[int, int]]:
-    """Cut rows with these numbers of tokens into batches of limited size. Yields start and end of each batch."""
+def batch_ranges(lengths: numpy.ndarray[Any, Any], max_rows: int = ROWS_PER_BATCH) -> Iterator[tuple[int, int]]:
+    """Divide rows into batches of limited size. Yields the first row of each batch, and the row after its last.
+
+    `lengths`: the number of tokens of each row.
+    """
     import numpy
 
     ends: Any = numpy.cumsum(lengths)
     start = 0
     while start < len(ends):
-        before = int(ends[start - 1]) if start else 0
-        end = min(int(numpy.searchsorted(ends, before + TOKENS_PER_BATCH, side="right")), start + max_rows)
+        tokens_before = int(ends[start - 1]) if start else 0
+        end = min(int(numpy.searchsorted(ends, tokens_before + TOKENS_PER_BATCH, side="right")), start + max_rows)
         yield start, max(end, start + 1)
         start = max(end, start + 1)
 
 
 class ShardReader:
-    """The rows of the shards that a `ShardWriter` has written, by their positions."""
+    """Reads rows, by their positions, from the shards that a `ShardWriter` has written."""
 
     def __init__(self, folder: Path, files: Sequence[FileEntry]):
         import numpy
@@ -210,25 +213,25 @@ class ShardReader:
         self._max_rows = IMAGE_ROWS_PER_BATCH if has_images else ROWS_PER_BATCH
 
     def read(self, positions: numpy.ndarray[Any, Any], lengths: numpy.ndarray[Any, Any]) -> Iterator[pyarrow.RecordBatch]:
-        """Yield the rows at the positions, in their order, in batches of limited size. `lengths`: tokens of each row."""
-        for start, end in chunks(lengths, self._max_rows):
+        """Yield the rows at the positions, in this order, in batches of limited size. `lengths`: the number of tokens of each row."""
+        for start, end in batch_ranges(lengths, self._max_rows):
             yield self.read_batch(positions[start:end])
 
     def read_batch(self, positions: numpy.ndarray[Any, Any]) -> pyarrow.RecordBatch:
-        """The rows at the positions (at least one) as one batch. Rows that follow each other in a shard are copied together."""
+        """Return the rows at the positions (at least one) as one batch. Neighbouring rows of a shard are copied together."""
         import numpy
         import pyarrow
 
-        owners = numpy.searchsorted(self._ends, positions, side="right")
-        begins_run = numpy.flatnonzero((numpy.diff(positions, prepend=-2) != 1) | (numpy.diff(owners, prepend=-1) != 0))
+        batch_indices = numpy.searchsorted(self._ends, positions, side="right")
+        begins_run = numpy.flatnonzero((numpy.diff(positions, prepend=-2) != 1) | (numpy.diff(batch_indices, prepend=-1) != 0))
         ends = numpy.append(begins_run[1:], len(positions))
         slices = []
         for begin, end in zip(begins_run.tolist(), ends.tolist(), strict=True):
-            batch = self._batches[int(owners[begin])]
-            first = int(positions[begin]) - (int(self._ends[owners[begin]]) - batch.num_rows)
+            batch = self._batches[int(batch_indices[begin])]
+            first = int(positions[begin]) - (int(self._ends[batch_indices[begin]]) - batch.num_rows)
             slices.append(batch.slice(first, end - begin))
         joined = pyarrow.Table.from_batches(slices).combine_chunks().to_batches()[0]
-        # A slice of a batch keeps the buffers of the whole batch. A copy has only its own values, so that equal rows give equal bytes.
+        # A slice of a batch keeps the buffers of the whole batch. A copy holds only the values of its rows, so that equal rows give equal bytes.
         return joined.take(pyarrow.array(range(len(positions)), pyarrow.int64()))
 
 

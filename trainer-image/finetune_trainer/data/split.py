@@ -13,11 +13,11 @@ from finetune_api.spec.dataset import Split
 Item = TypeVar("Item")
 
 
-def split_sizes(rows: int, split: Split) -> tuple[int, int, int]:
-    """Return the number of rows for training, validation and test.
+def split_sizes(row_count: int, split: Split) -> tuple[int, int, int]:
+    """Return the number of rows for training, validation and test, out of `row_count` rows.
 
-    The sizes are rounded down. If the ratios add up to 1, or training has no ratio, one part also gets the remaining rows: training
-    if it has no ratio, else the last part with a ratio. Otherwise some rows are not used. Errors: SplitEmpty.
+    Each size is rounded down. If training has no ratio, it gets all other rows. If it has one and the ratios add up to 1, the last
+    split with a ratio gets the rows that rounding leaves over. Otherwise the remaining rows are not used. Errors: SplitEmpty.
     """
     ratios = [Fraction(str(x or 0)) for x in (split.train, split.validation, split.test)]
     if split.train is None:
@@ -27,9 +27,9 @@ def split_sizes(rows: int, split: Split) -> tuple[int, int, int]:
         rest_index = max(index for index, ratio in enumerate(ratios) if ratio)
     total = sum(ratios, Fraction(0))
     is_whole = abs(total - 1) <= Fraction(1, 10**6)
-    sizes = [int(ratio / total * rows if is_whole else ratio * rows) for ratio in ratios]
+    sizes = [int(ratio / total * row_count if is_whole else ratio * row_count) for ratio in ratios]
     if is_whole:
-        sizes[rest_index] += rows - sum(sizes)
+        sizes[rest_index] += row_count - sum(sizes)
     train, validation, test = sizes
     for name, size, is_asked in (
         ("training", train, True),
@@ -38,14 +38,15 @@ def split_sizes(rows: int, split: Split) -> tuple[int, int, int]:
     ):
         if is_asked and size < 1:
             raise DataError(
-                "SplitEmpty", f"dataset.split leaves no row for {name}: {rows} rows, cut to {train}, {validation}, {test}",
+                "SplitEmpty",
+                f"dataset.split leaves no row for {name}: of {row_count} rows, {train} are for training, {validation} for validation, {test} for test",
                 hint="give more rows, change the ratio, or give separate files in dataset.validation and dataset.test",
             )  # fmt: skip
     return train, validation, test
 
 
-def cut(items: Sequence[Item], split: Split) -> tuple[list[Item], list[Item], list[Item]]:
-    """Return training, validation and test rows, each in file order. The split depends only on the seed, the ratios and the number of rows."""
+def cut_into_splits(items: Sequence[Item], split: Split) -> tuple[list[Item], list[Item], list[Item]]:
+    """Return the training, validation and test rows, each in file order. Equal seeds, ratios and numbers of rows give equal splits."""
     train, validation, test = split_sizes(len(items), split)
     order = list(range(len(items)))
     random.Random(42 if split.seed is None else split.seed).shuffle(order)
@@ -55,23 +56,23 @@ def cut(items: Sequence[Item], split: Split) -> tuple[list[Item], list[Item], li
     return in_train, in_validation, in_test
 
 
-def mix(parts: Sequence[Sequence[Item]], weights: Sequence[float], seed: int) -> list[Item]:
-    """Mix the parts in proportion to their weights. The mixture has as many rows as all parts together.
+def mix(sources: Sequence[Sequence[Item]], weights: Sequence[float], seed: int) -> list[Item]:
+    """Mix the rows of the sources in proportion to their weights. The mixture has as many rows as all sources together.
 
-    A part with fewer rows than its share is repeated. If a part has more rows than its share, rows are drawn at random with `seed`.
-    Within each repetition, the rows of a part stay in file order.
+    A source with fewer rows than its share is repeated. From a source with more rows than its share, rows are drawn at random with `seed`.
+    Within each repetition, the rows of a source stay in file order.
     """
-    total = sum(len(part) for part in parts)
+    total = sum(len(source) for source in sources)
     shares = [Fraction(str(w)) for w in weights]
     exact_shares = [total * share / sum(shares) for share in shares]
     quotas = [int(x) for x in exact_shares]
-    for i in sorted(range(len(parts)), key=lambda i: (quotas[i] - exact_shares[i], i))[: total - sum(quotas)]:
+    for i in sorted(range(len(sources)), key=lambda i: (quotas[i] - exact_shares[i], i))[: total - sum(quotas)]:
         quotas[i] += 1
     mixed: list[Item] = []
-    for number, (part, quota) in enumerate(zip(parts, quotas, strict=True)):
-        source = random.Random(seed * 1000003 + number)
-        while quota > 0 and part:
-            taken = sorted(source.sample(range(len(part)), min(quota, len(part))))
-            mixed += [part[i] for i in taken]
-            quota -= len(taken)
+    for number, (source, quota) in enumerate(zip(sources, quotas, strict=True)):
+        generator = random.Random(seed * 1000003 + number)
+        while quota > 0 and source:
+            drawn_indices = sorted(generator.sample(range(len(source)), min(quota, len(source))))
+            mixed += [source[i] for i in drawn_indices]
+            quota -= len(drawn_indices)
     return mixed

@@ -1,4 +1,4 @@
-"""Encodes rows of supervised training: token ids and labels, within the length limit."""
+"""Converts rows of supervised training to token ids and labels, within the length limit."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from finetune_trainer.data.batches import BatchBuilder, EncodedBatch, Outcome, RejectedRow
+from finetune_trainer.data.batches import BatchBuilder, EncodedBatch, RejectedRow, RowOutcome
 from finetune_trainer.data.rows import IGNORED_LABEL, Example, RowError, TokenSequence
 from finetune_trainer.data.shards import ColumnType
 from finetune_trainer.data.template import Rendered, RenderOptions, render
 from finetune_trainer.data.tokenise import EncodedRow, TokeniseOptions, encode, fit_row
-from finetune_trainer.data.vision import IMAGE_SOURCES, column_of_images
+from finetune_trainer.data.vision import IMAGE_SOURCES_COLUMN, to_image_column
 
 TOKEN_COLUMNS = {"input_ids": ColumnType.TOKENS, "labels": ColumnType.TOKENS}
 RowEncoder = Callable[[Sequence[tuple[str, Example]]], list[EncodedRow | RejectedRow]]
-"""Renders and tokenises rows (location, example), without a length limit."""
+"""A function that renders and tokenises rows (location, example) without a length limit."""
 
 
 @dataclass(frozen=True)
@@ -51,17 +51,17 @@ class SupervisedEncoder:
         return len(tokenizer)
 
     def _check_tokens(self, location: str, row: TokenSequence) -> EncodedRow | RejectedRow:
-        """Return a row that is tokenised already, unless the tokenizer does not have one of its tokens."""
-        highest, count = max(row.ids), self._vocabulary_size
-        if highest >= count:
-            message = f"token {highest} is not in the model's vocabulary of {count} tokens"
+        """Return an already tokenised row. The row is rejected if one of its token ids is not in the vocabulary."""
+        highest, vocabulary_size = max(row.ids), self._vocabulary_size
+        if highest >= vocabulary_size:
+            message = f"token {highest} is not in the model's vocabulary of {vocabulary_size} tokens"
             return RejectedRow.of(location, RowError("TokenUnknown", message, "tokenise the row with the model's tokenizer"))
         return EncodedRow(location, list(row.ids), list(row.labels))
 
 
 @dataclass(frozen=True)
 class FittingEncoder:
-    """Encodes rows and applies the length limit. `has_images`: the rows get a column with their images."""
+    """Encodes rows and applies the length limit. `has_images`: whether the stored rows have a column with their images."""
 
     encoder: RowEncoder
     options: TokeniseOptions
@@ -69,16 +69,16 @@ class FittingEncoder:
 
     def __call__(self, rows: Sequence[tuple[str, Example]]) -> EncodedBatch:
         """Encode the rows. Errors: DataError RowTooLong; errors of the encoder."""
-        columns = TOKEN_COLUMNS | ({IMAGE_SOURCES: ColumnType.IMAGES} if self.has_images else {})
+        columns = TOKEN_COLUMNS | ({IMAGE_SOURCES_COLUMN: ColumnType.IMAGES} if self.has_images else {})
         batch = BatchBuilder(columns)
         for row in self.encoder(rows):
             fitted = row if isinstance(row, RejectedRow) else fit_row(row, self.options)
             if isinstance(fitted, RejectedRow):
                 batch.reject(fitted)
-            elif fitted.outcome not in (Outcome.KEPT, Outcome.CUT):
+            elif fitted.outcome not in (RowOutcome.KEPT, RowOutcome.CUT):
                 batch.leave_out(fitted.outcome)
             else:
-                images = {IMAGE_SOURCES: column_of_images(row.images)} if isinstance(row, EncodedRow) else {}
+                images = {IMAGE_SOURCES_COLUMN: to_image_column(row.images)} if isinstance(row, EncodedRow) else {}
                 trained = len(fitted.labels) - fitted.labels.count(IGNORED_LABEL)
                 batch.keep(fitted.outcome, len(fitted.ids), trained, input_ids=fitted.ids, labels=fitted.labels, **images)
         return batch.build()

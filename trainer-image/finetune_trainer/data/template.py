@@ -1,9 +1,9 @@
-"""Stage 5, render: convert an example to a text, and to the character spans of the text that are trained on.
+"""Stage 5, render: convert an example to a text, and find the character spans of the text that are trained on.
 
-If the user sets marker strings, they show where an answer begins and ends. Otherwise, the chat template's generation markers (`{%
-generation %}`) show it. If there are no such markers, the conversation is rendered turn by turn: the answer is the text that the template
-adds after the generation prompt. Some templates render a turn differently if more turns follow. In this case the answer's content is
-located in the text. If the content cannot be located, the template is refused.
+If the user sets marker strings, they show where an answer begins and ends. Otherwise, the generation markers of the chat template
+(`{% generation %}`) show it. If the template has no such markers, the conversation is rendered turn by turn: the answer is the text that
+the template adds after the generation prompt. Some templates render a turn differently if more turns follow. In this case the answer's
+content is located in the text. If the content cannot be located, the template is refused.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from finetune_trainer.data.time_limit import TimeLimitExceeded, time_limit
 CharSpan = tuple[int, int]
 _SENTINEL_TEXT = "\ue000\ue001\ue002"
 """Characters from a private-use area of Unicode. No tokenizer, template or data set should contain them."""
-TEMPLATE_SECONDS = 60.0
+TEMPLATE_TIMEOUT_SECONDS = 60.0
 """Time limit for one run of a chat template. A long conversation takes milliseconds."""
 _GENERATION_TAG_PATTERN = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
@@ -37,7 +37,7 @@ class ChatTokenizer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """A text and the half-open character spans that are trained on."""
+    """A text and the character spans that are trained on. A span includes its first position, but not its end."""
 
     text: str
     spans: tuple[CharSpan, ...]
@@ -53,12 +53,12 @@ class RenderOptions:
     use_chat_template: bool
     response_only: bool
     turn_markers: tuple[str, str] | None = None
-    """Question marker and answer marker of the spec. The question marker may be empty."""
+    """The question marker and the answer marker from the spec. The question marker may be empty."""
     special_tokens: tuple[str, ...] = ()
     """Special tokens of the tokenizer, longest first. The special token that ends an answer belongs to the trained span."""
-    text_as_turns: bool = True
+    renders_text_as_turns: bool = True
     """Whether a text prompt and its text completion are rendered as turns. If False, the two texts are joined."""
-    has_parts: bool = False
+    has_content_parts: bool = False
     """Whether the template reads the content of a message as a list of parts, as templates of vision-language models do."""
 
 
@@ -71,7 +71,7 @@ def render(example: Example, options: RenderOptions) -> Rendered:
         case Text(text):
             rendered = Rendered(text, ((0, len(text)),), False)
         case Completion(prompt, completion):
-            if options.use_chat_template and options.text_as_turns:
+            if options.use_chat_template and options.renders_text_as_turns:
                 turns = (Turn("user", prompt), Turn("assistant", completion))
                 return render(Conversation(turns), options)
             start = len(prompt) if options.response_only else 0
@@ -95,7 +95,7 @@ def render(example: Example, options: RenderOptions) -> Rendered:
 
 
 def _render_plain(example: Conversation, options: RenderOptions) -> Rendered:
-    """Render one line per turn, such as `Question: ...` and `Answer: ...`, with the format's role names."""
+    """Render each turn after the role name that the format uses, as in `Question: ...` and `Answer: ...`."""
     names = {"system": "System", "user": example.role_names[0], "assistant": example.role_names[1], "tool": "Tool"}
     text = ""
     trained_spans: list[CharSpan] = []
@@ -109,7 +109,7 @@ def _render_plain(example: Conversation, options: RenderOptions) -> Rendered:
 
 
 def _spans_outside(untrained_spans: Sequence[CharSpan], text: str) -> tuple[CharSpan, ...]:
-    """Return the spans of the text outside of `untrained_spans`, which are the answers of weight 0."""
+    """Return the spans of the text between `untrained_spans`."""
     ends = [0, *(end for span in untrained_spans for end in span), len(text)]
     return tuple((start, end) for start, end in zip(ends[::2], ends[1::2], strict=True) if end > start)
 
@@ -151,10 +151,10 @@ def _require_tool_calls(turns: Sequence[Turn], trained_text: str) -> None:
 def _spans_from_generation_markers(
     example: Conversation, weight: int, text: str, options: RenderOptions
 ) -> list[CharSpan] | None:
-    """Find the answers with this weight, each with its end token, by the template's generation markers.
+    """Find the spans of the answers with this weight, from the template's generation markers. Each span includes the answer's end token.
 
-    The marked spans are matched to the answers by order. If there are not as many spans as answers, the spans are usable only if all
-    answers have the same weight. Returns None if the spans are not usable or the markers are missing.
+    The first marked span belongs to the first answer, and so on. If the numbers of spans and answers differ, the spans are usable only if
+    all answers have the same weight. Returns None if the spans are not usable or the template has no markers.
     """
     weights = [turn.weight for turn in example.turns if turn.role == "assistant"]
     if weight not in weights:
@@ -176,7 +176,7 @@ def _spans_from_generation_markers(
 def _generation_spans(
     options: RenderOptions, turns: tuple[Turn, ...], tools: Sequence[Any], text: str
 ) -> list[CharSpan] | None:
-    """Spans of `text` between generation markers. None if there are no markers, or if rendering with markers yields a different text."""
+    """Return the spans of `text` between generation markers; None if there are no markers, or if rendering with markers yields another text."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     any_tokenizer: Any = options.tokenizer
@@ -185,7 +185,8 @@ def _generation_spans(
     if not _GENERATION_TAG_PATTERN.search(source):
         return None
     rendering: Any = render_jinja_template(
-        [[dict(turn.message(has_parts=options.has_parts)) for turn in turns]], tools=functions, chat_template=source, return_assistant_tokens_mask=True,
+        [[dict(turn.to_message(has_content_parts=options.has_content_parts)) for turn in turns]],
+        tools=functions, chat_template=source, return_assistant_tokens_mask=True,
         **any_tokenizer.special_tokens_map,
     )  # fmt: skip
     (rendered,), (spans,) = rendering  # a batch of one conversation
@@ -232,7 +233,7 @@ def _content_span(
 
 
 def _with_end_token(text: str, span: CharSpan, special_tokens: tuple[str, ...]) -> CharSpan:
-    """Extend the span by the special token that ends the turn. If the model were not trained on this token, its answers would never end."""
+    """Extend the span by the special token that ends the turn. Without training on this token, the model's answers would never end."""
     start, end = span
     if any(text[start:end].rstrip().endswith(token) for token in special_tokens):
         return span
@@ -241,7 +242,7 @@ def _with_end_token(text: str, span: CharSpan, special_tokens: tuple[str, ...]) 
 
 
 def _spans_from_markers(rendered: Rendered, turn_markers: tuple[str, str]) -> Rendered:
-    """Set the trained spans. Each span goes from an answer marker to the next question marker. Errors: RowError MarkerAbsent."""
+    """Set the trained spans to the texts from each answer marker to the next question marker. Errors: RowError MarkerAbsent."""
     question, answer = turn_markers
     spans, position = [], 0
     while answer and (marker_start := rendered.text.find(answer, position)) >= 0:
@@ -262,9 +263,9 @@ def _apply_template(
     options: RenderOptions, turns: tuple[Turn, ...], tools: Sequence[Any], *, add_generation_prompt: bool = False
 ) -> str:
     """Render the turns. Errors: RowError TemplateRefusedRow with the template's message; ConfigError TemplateInvalid, TemplateTooSlow."""
-    messages: list[Mapping[str, Any]] = [turn.message(has_parts=options.has_parts) for turn in turns]
+    messages: list[Mapping[str, Any]] = [turn.to_message(has_content_parts=options.has_content_parts) for turn in turns]
     try:
-        with time_limit(TEMPLATE_SECONDS):
+        with time_limit(TEMPLATE_TIMEOUT_SECONDS):
             return str(
                 options.tokenizer.apply_chat_template(
                     messages, tools=list(tools) or None, tokenize=False, add_generation_prompt=add_generation_prompt
@@ -272,7 +273,7 @@ def _apply_template(
             )
     except TimeLimitExceeded:
         raise ConfigError(
-            "TemplateTooSlow", f"the chat template did not end within {TEMPLATE_SECONDS:g} s for a row with {len(turns)} turns",
+            "TemplateTooSlow", f"the chat template did not end within {TEMPLATE_TIMEOUT_SECONDS:g} s for a row with {len(turns)} turns",
             hint="remove loops from dataset.chatTemplate or from the template of the tokenizer: a template needs one loop over the messages",
         ) from None  # fmt: skip
     except jinja2.TemplateSyntaxError as error:

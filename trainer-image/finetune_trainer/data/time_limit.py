@@ -10,14 +10,14 @@ from types import FrameType
 
 
 class TimeLimitExceeded(Exception):
-    """The code did not end in time."""
+    """Code has run longer than its time limit."""
 
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise TimeLimitExceeded in the code of the `with` block after this time.
+    """Raise TimeLimitExceeded in the `with` block if the block runs longer than `seconds`.
 
-    The limit uses SIGALRM. Python delivers signals only to the main thread, so in other threads there is no limit.
+    The limit uses SIGALRM. Python delivers signals only to the main thread, so other threads have no limit.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -1,8 +1,8 @@
-"""Stage 6, tokenise: texts become token ids and labels, with counts.
+"""Stage 6, tokenise: convert texts to token ids and labels, and count them.
 
 A text from a chat template already contains its special tokens, so the tokenizer adds none. The label of a token that
-overlaps a trained span is the token's id; all other labels are -100. The label depends on the token's position, not on its id. So
-the end token is trained on even if the pad token has the same id.
+overlaps a trained span is the token's id; all other labels are -100. The id of a token does not affect which label it gets, so the end token is trained on
+even if the pad token has the same id.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 from finetune_api.errors import ConfigError, DataError
 from finetune_api.spec.enums import OverflowPolicy
 
-from finetune_trainer.data.batches import Outcome, RejectedRow
+from finetune_trainer.data.batches import RejectedRow, RowOutcome
 from finetune_trainer.data.rows import IGNORED_LABEL, ImageFile, RowError
 from finetune_trainer.data.template import Rendered
 
 BATCH_ROWS = 1000
+"""Maximum number of rows that are tokenised together."""
 
 
 class EncodedRow(NamedTuple):
@@ -31,12 +32,12 @@ class EncodedRow(NamedTuple):
     labels: list[int]
     images: tuple[ImageFile, ...] = ()
     image_end: int = 0
-    """Number of tokens up to the end of the last image; 0 without images. A row cannot be cut to fewer tokens."""
+    """Number of tokens up to the end of the last image; 0 without images. The row cannot be cut to fewer tokens."""
 
 
 @dataclass(frozen=True)
 class TokeniseOptions:
-    """Limits and special tokens for the token sequences."""
+    """The length limit, and the boundary tokens to add."""
 
     max_length: int
     overflow: OverflowPolicy
@@ -46,17 +47,17 @@ class TokeniseOptions:
 
 
 class FittedRow(NamedTuple):
-    """A row within the length limit."""
+    """The result of applying the length limit to a row."""
 
-    outcome: Outcome
-    """`KEPT` or `CUT`; otherwise the row is left out, and has no tokens."""
+    outcome: RowOutcome
+    """`KEPT` or `CUT` if the row is stored. With any other outcome it is left out, and `ids` and `labels` are empty."""
     ids: list[int]
     labels: list[int]
 
 
 @dataclass
 class TokenReport:
-    """The counts of one split."""
+    """The row and token counts of one split."""
 
     rows: int = 0
     truncated: int = 0
@@ -66,18 +67,19 @@ class TokenReport:
     """Rows left out because their whole answer was cut off."""
     tokens: int = 0
     trained_tokens: int = 0
-    """Tokens with a label."""
+    """Tokens that are trained on."""
     longest: int = 0
+    """Number of tokens of the longest row. `median` and `percentile95` are also numbers of tokens per row."""
     median: int = 0
     percentile95: int = 0
     sequences: int = 0
     padding_share: float | None = None
-    """Share of positions without a token in packed sequences; None without packing."""
+    """Share of unused positions in packed sequences, from 0 to 1; None without packing."""
 
     def notes(self, options: TokeniseOptions) -> list[str]:
-        """Sentences for the status."""
+        """Return sentences about the counts for the status."""
         notes = [
-            f"{self.rows} rows with {self.median} tokens (median; 95%: {self.percentile95}, longest: {self.longest}), "
+            f"{self.rows} rows; tokens per row: median {self.median}, 95th percentile {self.percentile95}, longest {self.longest}; "
             f"{self.trained_tokens} of {self.tokens} tokens are trained on"
         ]
         if self.truncated:
@@ -107,14 +109,14 @@ def fit_row(row: EncodedRow, options: TokeniseOptions) -> FittedRow | RejectedRo
         error = RowError("NoTrainableToken", "no token of the row is trained on", "write an answer, or remove the row")
         return RejectedRow.of(location, error)
     if len(ids) <= options.max_length:
-        return FittedRow(Outcome.KEPT, ids, labels)
+        return FittedRow(RowOutcome.KEPT, ids, labels)
     if options.overflow is OverflowPolicy.FAIL:
         raise DataError(
             "RowTooLong", f"{location}: {len(ids)} tokens, more than dataset.maxSequenceLength {options.max_length}",
             hint="raise maxSequenceLength, or set dataset.overflow to truncate or drop",
         )  # fmt: skip
     if options.overflow is OverflowPolicy.DROP:
-        return FittedRow(Outcome.TOO_LONG, [], [])
+        return FittedRow(RowOutcome.TOO_LONG, [], [])
     if image_end > options.max_length:
         error = RowError(
             "ImageCut", f"dataset.maxSequenceLength {options.max_length} would cut an image: the images end at token {image_end}",
@@ -123,12 +125,12 @@ def fit_row(row: EncodedRow, options: TokeniseOptions) -> FittedRow | RejectedRo
         return RejectedRow.of(location, error)
     ids, labels = ids[: options.max_length], labels[: options.max_length]
     if _count_predicted(labels) == 0:
-        return FittedRow(Outcome.ANSWERLESS, [], [])
-    return FittedRow(Outcome.CUT, ids, labels)
+        return FittedRow(RowOutcome.ANSWERLESS, [], [])
+    return FittedRow(RowOutcome.CUT, ids, labels)
 
 
-def no_row_left(dropped: int, answerless: int, max_length: int) -> DataError:
-    """The error for a split without a row to train on."""
+def no_row_left_error(dropped: int, answerless: int, max_length: int) -> DataError:
+    """Return the error for a split that has no row left to train on. `dropped`, `answerless`: the numbers of rows left out for these reasons."""
     return DataError(
         "NoTrainableToken", f"no row is left to train on: {dropped} are too long, {answerless} have no answer after truncation",
         hint=f"raise dataset.maxSequenceLength (now {max_length}), or shorten the rows",
@@ -136,12 +138,12 @@ def no_row_left(dropped: int, answerless: int, max_length: int) -> DataError:
 
 
 def _count_predicted(labels: list[int]) -> int:
-    """Number of trained labels, except at the first position: the first token has no preceding token to predict it from."""
+    """Return the number of tokens that the model learns to predict. The first token never counts, because no token precedes it."""
     return len(labels) - 1 - labels.count(IGNORED_LABEL) + (labels[0] == IGNORED_LABEL) if labels else 0
 
 
 def encode(texts: Iterable[tuple[str, Rendered]], tokenizer: Any, options: TokeniseOptions) -> Iterator[EncodedRow]:
-    """Yield location, token ids and labels of every text. Texts are tokenised in batches: a fast tokenizer uses all cores for a batch.
+    """Yield the location, token ids and labels of every text. Texts are tokenised in batches, because a fast tokenizer uses all cores for a batch.
 
     Errors: ConfigError BosMissing, EosMissing.
     """
@@ -155,12 +157,15 @@ def encode(texts: Iterable[tuple[str, Rendered]], tokenizer: Any, options: Token
             return_attention_mask=False,
         )
         for (location, item), ids, offsets in zip(batch, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-            labels = labels_of(ids, offsets, item.spans)
+            labels = make_labels(ids, offsets, item.spans)
             yield EncodedRow(location, *boundary.add_boundary_tokens(list(ids), labels, is_templated=item.is_templated))
 
 
-def labels_of(ids: Sequence[int], offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[int]:
-    """Return the label of each token: its id if it overlaps a span, else -100. `offsets` and `spans` are in ascending order."""
+def make_labels(ids: Sequence[int], offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[int]:
+    """Return the label of each token: its id if the token overlaps a span, else -100.
+
+    `offsets`: start and end of each token in the text. `offsets` and `spans` are in ascending order.
+    """
     labels = [IGNORED_LABEL] * len(ids)
     starts, ends = [start for start, _ in offsets], [end for _, end in offsets]
     for begin, end in spans:
@@ -171,12 +176,13 @@ def labels_of(ids: Sequence[int], offsets: Sequence[tuple[int, int]], spans: Seq
 
 @dataclass(frozen=True)
 class BoundaryTokens:
-    """The beginning token and the end token of a row. Each occurs at most once, even if both template and tokenizer add it."""
+    """The rules for the beginning token and the end token of a row. Each is written at most once, even if both template and tokenizer add it."""
 
     bos_id: int | None
     eos_id: int | None
     """None if rows get no end token."""
     special_ids: frozenset[int]
+    """Ids of all special tokens of the tokenizer."""
     blank_ids: frozenset[int]
     """Ids of tokens that consist of white space."""
     add_bos_to_plain: bool
@@ -201,7 +207,7 @@ class BoundaryTokens:
                 hint="set dataset.addEosToken: false, or give another model.tokenizer",
             )
         adds_bos_itself = bos_id is not None and tokenizer("a")["input_ids"][:1] == [bos_id]
-        blank_ids = frozenset(token for text in ("\n", " ", "\n\n") for token in _single_token(tokenizer, text))
+        blank_ids = frozenset(token for text in ("\n", " ", "\n\n") for token in _as_single_token(tokenizer, text))
         return BoundaryTokens(
             bos_id, eos_id if options.add_eos else None, frozenset(tokenizer.all_special_ids) | _added_special_ids(tokenizer), blank_ids,
             adds_bos_itself if options.add_bos is None else options.add_bos, options.add_bos,
@@ -216,26 +222,26 @@ class BoundaryTokens:
         count = (1 if leading_count else 0) if adds_bos is None else int(adds_bos)
         if self.bos_id is not None and leading_count != count:
             ids, labels = [self.bos_id] * count + ids[leading_count:], [IGNORED_LABEL] * count + labels[leading_count:]
-        if self.eos_id is not None and not self._has_end(ids, is_templated):
-            last = self._last_nonblank(ids)
+        if self.eos_id is not None and not self._has_end_token(ids, is_templated):
+            last = self._last_nonblank_index(ids)
             is_trained = last < 0 or labels[last] != IGNORED_LABEL  # The end token of an untrained answer gets no label.
             ids, labels = [*ids, self.eos_id], [*labels, self.eos_id if is_trained else IGNORED_LABEL]
         return ids, labels
 
-    def _has_end(self, ids: list[int], is_templated: bool) -> bool:
-        """Whether the row already has an end token. Plain text ends with `eos_id`; text from a chat template ends with any special token."""
+    def _has_end_token(self, ids: list[int], is_templated: bool) -> bool:
+        """Whether the row already has an end token: `eos_id` for plain text, any special token for text from a chat template."""
         if not is_templated:
             return bool(ids) and ids[-1] == self.eos_id
-        last = self._last_nonblank(ids)
+        last = self._last_nonblank_index(ids)
         return last >= 0 and ids[last] in self.special_ids
 
-    def _last_nonblank(self, ids: list[int]) -> int:
+    def _last_nonblank_index(self, ids: list[int]) -> int:
         """Return the index of the last token that is not blank, or -1 if all tokens are blank."""
         return next((index for index in range(len(ids) - 1, -1, -1) if ids[index] not in self.blank_ids), -1)
 
 
-def _single_token(tokenizer: Any, text: str) -> list[int]:
-    """Return the token of a text that is exactly one token. Return an empty list for other texts."""
+def _as_single_token(tokenizer: Any, text: str) -> list[int]:
+    """Return a list with the text's token if the text is exactly one token, else an empty list."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     return list(ids) if len(ids) == 1 else []
 

@@ -1,8 +1,8 @@
 """Converts rows with images to token sequences, and batches of these sequences to the inputs of a vision-language model.
 
-The chat template writes one placeholder for each image. The model's processor replaces the placeholder by one token for each part of the
-image, and this module moves the trained spans accordingly. Tokens of images are never trained on. The token sequences are cached; the
-pixels are computed again for each batch, because they need far more disk space than the image files.
+The chat template writes one placeholder for each image. The model's processor replaces the placeholder with one token for each patch of
+the image, and this module moves the trained spans accordingly. Tokens of images are never trained on. The token sequences are cached. The
+pixels are computed again for each batch, because they would need far more disk space than the image files.
 """
 
 from __future__ import annotations
@@ -17,37 +17,37 @@ from finetune_trainer.data.batches import RejectedRow
 from finetune_trainer.data.images import images_of, load_image
 from finetune_trainer.data.rows import IGNORED_LABEL, Example, ImageFile, RowError
 from finetune_trainer.data.template import CharSpan, Rendered, RenderOptions, render
-from finetune_trainer.data.tokenise import BoundaryTokens, EncodedRow, TokeniseOptions, labels_of
+from finetune_trainer.data.tokenise import BoundaryTokens, EncodedRow, TokeniseOptions, make_labels
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-IMAGE_SOURCES = "image_sources"
-"""Column of the token files with the images of a row. The name is not `images`, because TRL would then treat the rows as not tokenised yet."""
+IMAGE_SOURCES_COLUMN = "image_sources"
+"""Name of the shard column with the images of a row. TRL treats rows with a column `images` as not tokenised yet, so the name differs."""
 IMAGE_LABEL = -101
-"""Temporary label of image tokens until the row is complete."""
-TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+"""Temporary label of image tokens. `encode_row` replaces it with `IGNORED_LABEL`."""
+TEXT_INPUT_NAMES = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 """Outputs of a processor that describe the text."""
 ROWS_WITHOUT_WORKERS = 200
-"""Decoding images takes much longer than tokenising, so worker processes pay with fewer rows than for text."""
+"""Number of rows with images that this process encodes before it starts workers. Decoding images is slow, so workers help earlier than with text."""
 
 
 @dataclass(frozen=True)
 class VisionProcessor:
-    """A processor of transformers for images and text, with the operations that training needs."""
+    """Wraps a transformers processor for images and text, and adds the operations that training needs."""
 
     processor: Any
 
     @property
     def identity(self) -> str:
-        """Return a text that identifies what the processor computes. Equal texts mean equal results."""
+        """A text that identifies the processor: processors with equal texts compute equal results."""
         processor = self.processor
         settings = {name: value for name, value in vars(processor).items() if isinstance(value, str | int | float | bool)}
         image_settings = processor.image_processor.to_dict()
         return json.dumps([type(processor).__name__, settings, image_settings], sort_keys=True, default=str)
 
     def encode(self, rendered: Rendered, images: Sequence[Image]) -> tuple[list[int], list[int]]:
-        """Return the token ids and labels of a text with placeholders. The label of an image's tokens is `IMAGE_LABEL`.
+        """Return the token ids and labels of a text with image placeholders. The tokens of images have the label `IMAGE_LABEL`.
 
         Errors: RowError ImagePlaceholders, ImageRefused.
         """
@@ -69,45 +69,45 @@ class VisionProcessor:
                 raise RowError("ImageRefused", f"the model's image processor refuses an image: {message}", "write another image, or remove the row") from None
             replaced = encoded["text_replacement_offsets"][0]
         ids, offsets = list(encoded["input_ids"][0]), encoded["offset_mapping"][0]
-        labels = labels_of(ids, offsets, move_spans(rendered.spans, replaced))
-        is_image = labels_of([IMAGE_LABEL] * len(ids), offsets, [item["new_span"] for item in replaced])
+        labels = make_labels(ids, offsets, move_spans(rendered.spans, replaced))
+        is_image = make_labels([IMAGE_LABEL] * len(ids), offsets, [item["new_span"] for item in replaced])
         return ids, [IMAGE_LABEL if mark == IMAGE_LABEL else label for label, mark in zip(labels, is_image, strict=True)]
 
     def encode_row(self, location: str, rendered: Rendered, images: Sequence[ImageFile], boundary: BoundaryTokens) -> EncodedRow:
-        """Tokenise a rendered row. The tokens of images have no label. Errors: RowError of `encode`, ImageUnreadable."""
+        """Tokenise a rendered row. The tokens of images are not trained on. Errors: RowError of `encode`, ImageUnreadable."""
         ids, labels = self.encode(rendered, [load_image(image) for image in images])
         ids, labels = boundary.add_boundary_tokens(ids, labels, is_templated=rendered.is_templated)
         image_end = next((index + 1 for index in range(len(labels) - 1, -1, -1) if labels[index] == IMAGE_LABEL), 0)
         labels = [IGNORED_LABEL if label == IMAGE_LABEL else label for label in labels]
         return EncodedRow(location, ids, labels, tuple(images), image_end)
 
-    def inputs_of(self, images: Sequence[Sequence[Image]], ids: Sequence[Sequence[int]]) -> dict[str, Any]:
-        """Return the additional inputs of the model for a batch: pixels, and the kind of each token.
+    def make_image_inputs(self, images: Sequence[Sequence[Image]], ids: Sequence[Sequence[int]]) -> dict[str, Any]:
+        """Return the additional inputs of the model for a batch with images: the pixels, and the type of each token (text or image).
 
-        `ids`: token ids; all rows have the same length.
+        `images`: the images of each row. `ids`: the token ids of each row; all rows have the same length.
         """
         import torch
 
         inputs: dict[str, Any] = {}
         if any(images):
-            placeholders = [self.processor.image_token * len(of_row) for of_row in images]
-            output = self.processor(text=placeholders, images=[list(of_row) for of_row in images], padding=True, return_tensors="pt")
-            inputs = {name: value for name, value in output.items() if name not in TEXT_INPUTS}
+            placeholders = [self.processor.image_token * len(row_images) for row_images in images]
+            output = self.processor(text=placeholders, images=[list(row_images) for row_images in images], padding=True, return_tensors="pt")
+            inputs = {name: value for name, value in output.items() if name not in TEXT_INPUT_NAMES}
         names = set(self.processor.model_input_names)
-        kind_name = next((name for name in ("token_type_ids", "mm_token_type_ids") if name in names), None)
-        if kind_name is not None:
-            inputs[kind_name] = torch.tensor(self.processor.create_mm_token_type_ids([list(map(int, row)) for row in ids]))
+        type_name = next((name for name in ("token_type_ids", "mm_token_type_ids") if name in names), None)
+        if type_name is not None:
+            inputs[type_name] = torch.tensor(self.processor.create_mm_token_type_ids([list(map(int, row)) for row in ids]))
         return inputs
 
 
 def move_spans(spans: Sequence[CharSpan], replaced: Sequence[Mapping[str, Any]]) -> list[CharSpan]:
-    """Adjust the spans of a text after its placeholders were replaced. `replaced`: old and new span of each placeholder."""
+    """Return the spans of a text after its placeholders were replaced. `replaced`: the old and the new span of each placeholder."""
 
-    def moved(position: int) -> int:
-        before = [item for item in replaced if item["span"][1] <= position]
-        return position + sum((item["new_span"][1] - item["new_span"][0]) - (item["span"][1] - item["span"][0]) for item in before)
+    def move_position(position: int) -> int:
+        earlier = [item for item in replaced if item["span"][1] <= position]
+        return position + sum((item["new_span"][1] - item["new_span"][0]) - (item["span"][1] - item["span"][0]) for item in earlier)
 
-    return [(moved(start), moved(end)) for start, end in spans]
+    return [(move_position(start), move_position(end)) for start, end in spans]
 
 
 @dataclass(frozen=True)
@@ -138,17 +138,18 @@ class VisionCollator:
     pad_token_id: int
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Return the inputs of the model for a batch, with labels. Padding has no label."""
+        """Return the inputs of the model for a batch, with labels. Padding is not trained on."""
         import torch
 
-        longest = max(len(row["input_ids"]) for row in rows)
+        longest_row = max(len(row["input_ids"]) for row in rows)
 
         def padded(column: str, value: int) -> Any:
-            return torch.tensor([[*map(int, row[column]), *[value] * (longest - len(row[column]))] for row in rows])
+            return torch.tensor([[*map(int, row[column]), *[value] * (longest_row - len(row[column]))] for row in rows])
 
         ids = padded("input_ids", self.pad_token_id)
-        mask = torch.tensor([[1] * len(row["input_ids"]) + [0] * (longest - len(row["input_ids"])) for row in rows])
-        return {"input_ids": ids, "attention_mask": mask, "labels": padded("labels", IGNORED_LABEL)} | self.vision.inputs_of(_load_images(rows), ids.tolist())
+        mask = torch.tensor([[1] * len(row["input_ids"]) + [0] * (longest_row - len(row["input_ids"])) for row in rows])
+        text_inputs = {"input_ids": ids, "attention_mask": mask, "labels": padded("labels", IGNORED_LABEL)}
+        return text_inputs | self.vision.make_image_inputs(_load_images(rows), ids.tolist())
 
 
 @dataclass(frozen=True)
@@ -163,19 +164,19 @@ class PairCollator:
         from trl.trainer.dpo_trainer import DataCollatorForPreference
 
         batch: dict[str, Any] = DataCollatorForPreference(self.pad_token_id)([dict(row) for row in rows])
-        return batch | self.vision.inputs_of(_load_images(rows) * 2, batch["input_ids"].tolist())
+        return batch | self.vision.make_image_inputs(_load_images(rows) * 2, batch["input_ids"].tolist())
 
 
 def _load_images(rows: Sequence[Mapping[str, Any]]) -> list[list[Image]]:
-    """Decode the images of each row."""
-    return [[load_image(image) for image in images_of_row(row)] for row in rows]
+    """Decode the images of each stored row."""
+    return [[load_image(image) for image in read_image_column(row)] for row in rows]
 
 
-def images_of_row(row: Mapping[str, Any]) -> list[ImageFile]:
-    """Return the images of a row in the token files."""
-    return [ImageFile(Path(item["path"]) if item["path"] else None, item["bytes"]) for item in row[IMAGE_SOURCES]]
+def read_image_column(row: Mapping[str, Any]) -> list[ImageFile]:
+    """Return the images of a stored row."""
+    return [ImageFile(Path(item["path"]) if item["path"] else None, item["bytes"]) for item in row[IMAGE_SOURCES_COLUMN]]
 
 
-def column_of_images(images: Sequence[ImageFile]) -> list[dict[str, Any]]:
-    """The images of a row as the value of a column of images."""
+def to_image_column(images: Sequence[ImageFile]) -> list[dict[str, Any]]:
+    """Return the images of a row as a value of the column `IMAGE_SOURCES_COLUMN`."""
     return [{"path": str(image.path) if image.path else None, "bytes": image.content} for image in images]

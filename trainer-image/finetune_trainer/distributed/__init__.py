@@ -1,4 +1,4 @@
-"""Distributed strategies. Each sets its TrainingArguments and verifies that it is active."""
+"""The distributed strategies. A strategy sets its fields of TrainingArguments, and verifies that it is active."""
 
 from finetune_trainer.distributed.base import DistributedStrategy, connect_trainer_class
 from finetune_trainer.distributed.choice import choose_strategy

@@ -1,7 +1,7 @@
 """The interface of a distributed strategy. A strategy is chosen before the model is loaded, and verified after the model is wrapped.
 
-Libraries often fall back without an error (FSDP to DDP, two ranks to two independent runs). `verify` therefore reads the active
-strategy from the wrapped model, and ends the run if it is not the chosen strategy.
+Libraries often fall back to another strategy without an error: FSDP to DDP, or two ranks to two independent runs. `verify_active`
+therefore detects the active strategy from the wrapped model, and ends the run if it is not the chosen one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TORCHRUN_VARIABLES = (
 
 
 class DistributedStrategy:
-    """The strategy of one rank. The base class is for a single rank without a process group."""
+    """How a rank trains together with the other ranks. The base class is for a single rank without a process group."""
 
     name = "single"
     shards_weights = False
@@ -43,33 +43,33 @@ class DistributedStrategy:
         self.context_parallel_size = run.spec.distributed.context_parallel_size or 1
         """Number of ranks that share each sequence."""
         self.data_parallel_size = world_size // self.context_parallel_size
-        """Number of ranks, or groups of ranks, that train on different rows."""
+        """Number of ranks that train on different rows. With context parallelism, the number of groups of ranks with different rows."""
         self.gradient_factor = 1
-        """Factor by which the summed gradients are larger than the mean over all ranks."""
+        """Factor by which the reduced gradients are larger than the mean over all ranks."""
         self.notes: list[str] = []
         """Sentences for the status."""
 
     @property
     def trainer_mixins(self) -> tuple[type, ...]:
-        """Mixins for the Trainer class. Their methods override those of the objective's class."""
+        """The mixins for the Trainer class. Their methods override those of the objective's class."""
         return ()
 
     def prepare_process(self) -> None:
-        """Prepare the process before the first use of accelerate. The base class prevents a process group for a single rank."""
+        """Prepare the process before accelerate is first used. For a single rank, remove the variables that cause a process group."""
         if self.world_size == 1:
             for name in TORCHRUN_VARIABLES:
                 os.environ.pop(name, None)
 
     def training_arguments(self) -> dict[str, Any]:
-        """Fields of TrainingArguments."""
+        """Return the strategy's fields of TrainingArguments."""
         return {}
 
     def on_accelerator_created(self, trainer: Any) -> None:
-        """Change the accelerator. The Trainer calls this method after it has created the accelerator."""
+        """Change the Trainer's accelerator. The Trainer calls this method as soon as it has created the accelerator."""
 
     def verify_active(self, trainer: Any) -> str:
-        """Return the name of the active strategy. Called when training begins. Errors: InternalError StrategyNotActive."""
-        active = active_strategy(trainer)
+        """Check that this strategy is active, and return its name. Called when training begins. Errors: InternalError StrategyNotActive."""
+        active = detect_strategy(trainer)
         if active != self.name:
             raise InternalError(
                 "StrategyNotActive", f"{self.name} was requested over {self.world_size} ranks, but {active} is active",
@@ -84,26 +84,26 @@ class Ddp(DistributedStrategy):
     name = "ddp"
 
     def training_arguments(self) -> dict[str, Any]:
-        """Return the fields of TrainingArguments. Every trained parameter is used in each step, so DDP need not search for unused parameters."""
+        """Return DDP's fields of TrainingArguments. DDP need not search for unused parameters, because each step uses every trained parameter."""
         return {"ddp_find_unused_parameters": False, "ddp_backend": "gloo" if self.hardware.is_cpu else "nccl"}
 
 
 def set_single_rank_variables() -> None:
-    """Set the variables of torchrun for a single rank, so that accelerate and DeepSpeed create a process group for it."""
+    """Set torchrun's environment variables for a single rank, so that accelerate and DeepSpeed create a process group for it."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-    os.environ |= ranks | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    rank_variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    os.environ |= rank_variables | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
-def connect_trainer_class(kind: type, strategy: DistributedStrategy, **attributes: Any) -> Any:
-    """Create a subclass of the Trainer class `kind` with the mixins of a strategy."""
-    return type(kind.__name__, (*strategy.trainer_mixins, kind), {"strategy": strategy, **attributes})
+def connect_trainer_class(trainer_class: type, strategy: DistributedStrategy, **attributes: Any) -> Any:
+    """Return a subclass of `trainer_class` with the mixins of the strategy. `attributes`: further class attributes."""
+    return type(trainer_class.__name__, (*strategy.trainer_mixins, trainer_class), {"strategy": strategy, **attributes})
 
 
-def active_strategy(trainer: Any) -> str:
-    """Detect the strategy from the wrapped model: deepspeed, fsdp, ddp, single, or `independent` (several ranks without a process group)."""
+def detect_strategy(trainer: Any) -> str:
+    """Return the strategy of the wrapped model: deepspeed, fsdp, ddp, single, or `independent` (several ranks without a process group)."""
     from torch import distributed
     from torch.distributed.tensor import DTensor
     from torch.nn.parallel import DistributedDataParallel
@@ -115,6 +115,6 @@ def active_strategy(trainer: Any) -> str:
         return "fsdp"
     if isinstance(wrapped, DistributedDataParallel):
         return "ddp" if distributed.get_world_size() > 1 else "single"
-    ranks = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    return "single" if max(ranks, launched) == 1 else "independent"
+    connected_ranks = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+    launched_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    return "single" if max(connected_ranks, launched_ranks) == 1 else "independent"

@@ -12,8 +12,8 @@ from finetune_trainer.inputs import Inputs
 
 def choose_strategy(run: RunConfig, hardware: Hardware, inputs: Inputs, world_size: int) -> DistributedStrategy:
     """Choose the strategy of a run. Errors: ConfigError if a combination cannot run or a configuration file contradicts the spec."""
-    requested = run.spec.distributed.strategy or (StrategyType.DDP if world_size > 1 else StrategyType.NONE)
-    match requested:
+    strategy_type = run.spec.distributed.strategy or (StrategyType.DDP if world_size > 1 else StrategyType.NONE)
+    match strategy_type:
         case StrategyType.FSDP:
             return _choose_fsdp_or_ddp(run, hardware, inputs, world_size)
         case StrategyType.DEEPSPEED:
@@ -25,7 +25,7 @@ def choose_strategy(run: RunConfig, hardware: Hardware, inputs: Inputs, world_si
 
 
 def _choose_fsdp_or_ddp(run: RunConfig, hardware: Hardware, inputs: Inputs, world_size: int) -> DistributedStrategy:
-    """Return FSDP. For noShard return DDP: FSDP version 2 has no such mode, and noShard of version 1 did the same as DDP."""
+    """Return FSDP, or DDP for `sharding: noShard`. FSDP version 2 does not have this mode, and in version 1 it did the same as DDP."""
     from finetune_trainer.distributed import fsdp
 
     options = fsdp.build_options(run, inputs, hardware, world_size)
@@ -34,6 +34,6 @@ def _choose_fsdp_or_ddp(run: RunConfig, hardware: Hardware, inputs: Inputs, worl
     strategy = Ddp(run, hardware, world_size)
     strategy.notes += [
         *options.notes,
-        "fsdp with noShard keeps all weights on every rank, as ddp does; the run uses ddp",
+        "fsdp with sharding noShard keeps all weights on every rank, as ddp does, so the run uses ddp",
     ]
     return strategy

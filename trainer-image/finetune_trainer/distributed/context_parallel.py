@@ -1,8 +1,9 @@
 """Context parallelism: several ranks compute each sequence together, for sequences that do not fit on one GPU.
 
-Each rank computes a part of the tokens. DeepSpeed's Ulysses exchanges tokens for attention heads before each attention, so that a rank sees all
-tokens of a part of the heads. DeepSpeed's own loader lets each rank load other rows, sends all of them to all ranks, and cannot be resumed
-within an epoch. Here, the ranks of a group load the same rows, and each rank cuts its part of the batch.
+Each rank of a group computes a part of the tokens of each sequence. Before each attention, DeepSpeed's Ulysses exchanges data between the ranks,
+so that a rank has all tokens, but only some of the attention heads. DeepSpeed's own data loader is not used: with it, each rank loads other rows
+and sends them to all ranks, and a run cannot be resumed within an epoch. Here, the ranks of a group load the same rows, and each rank takes its
+part of the batch.
 """
 
 from __future__ import annotations
@@ -13,20 +14,20 @@ from typing import Any
 
 from finetune_api.errors import ConfigError, InternalError
 
-FIELD = "distributed.contextParallelSize"
+CONTEXT_PARALLEL_FIELD = "distributed.contextParallelSize"
 
 
 @dataclass(frozen=True)
 class SequencePart:
-    """The part of each sequence that a rank computes."""
+    """The part of each sequence that a rank computes: number `index` (from 0) of `count` equal parts."""
 
     index: int
     count: int
 
     def cut(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Return this rank's part of a batch of tensors (rows, tokens). The number of tokens must be a multiple of `count`.
+        """Return this rank's part of a batch of tensors with shape (rows, tokens). The number of tokens must be a multiple of `count`.
 
-        The labels are shifted first, because the label of a part's last token is the first token of the next part.
+        The labels are shifted before the cut, because the last token of a part must predict the first token of the next part.
         """
         import torch
 
@@ -39,56 +40,57 @@ class SequencePart:
 
 @dataclass(frozen=True)
 class PartCollator:
-    """A data collator that returns this rank's part of each batch. Instances are pickled and sent to the processes of the loader."""
+    """A data collator that returns this rank's part of each batch. The processes of the data loader receive pickled copies."""
 
     collator: Callable[[Sequence[Any]], Mapping[str, Any]]
     part: SequencePart
 
     def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
-        """Return this rank's part of the rows."""
+        """Return this rank's part of the batch of these rows."""
         return self.part.cut(self.collator(rows))
 
 
-def parallelism_config(size: int, world_size: int) -> Any:
-    """Return accelerate's configuration for DeepSpeed's Ulysses: groups of `size` ranks."""
+def parallelism_config(ranks_per_group: int, world_size: int) -> Any:
+    """Return accelerate's configuration for DeepSpeed's Ulysses with groups of `ranks_per_group` ranks."""
     from accelerate.utils import DeepSpeedSequenceParallelConfig, ParallelismConfig
 
     handler = DeepSpeedSequenceParallelConfig(sp_seq_length_is_variable=True, sp_attn_implementation="sdpa")
-    return ParallelismConfig(sp_backend="deepspeed", sp_size=size, dp_shard_size=world_size // size, sp_handler=handler)
+    return ParallelismConfig(sp_backend="deepspeed", sp_size=ranks_per_group, dp_shard_size=world_size // ranks_per_group, sp_handler=handler)
 
 
-def gradient_factor(size: int, stage: int, config: Mapping[str, Any]) -> int:
+def gradient_factor(ranks_per_group: int, stage: int, config: Mapping[str, Any]) -> int:
     """Return the factor by which DeepSpeed's gradients are larger than the mean over all ranks.
 
-    Up to stage 2, DeepSpeed 0.19 sums up the gradients of the ranks of a group, and averages over the groups. In stage 3, it averages over all
-    ranks, but only if it reduces with scatter. Errors: ConfigError ContextParallelUnsupported.
+    Up to stage 2, DeepSpeed 0.19 adds up the gradients of the ranks in a group, and averages over the groups. In stage 3, it averages over all
+    ranks if the option `reduce_scatter` is on. Errors: ConfigError ContextParallelUnsupported if the option is off in stage 3.
     """
     if stage < 3:
-        return size
+        return ranks_per_group
     if config.get("zero_optimization", {}).get("reduce_scatter", True) is not True:
         raise ConfigError(
-            "ContextParallelUnsupported", f"{FIELD} is {size}, but the JSON of distributed.deepspeed.configRef turns off reduce_scatter",
+            "ContextParallelUnsupported",
+            f"{CONTEXT_PARALLEL_FIELD} is {ranks_per_group}, but the JSON of distributed.deepspeed.configRef turns off reduce_scatter",
             hint="remove zero_optimization.reduce_scatter, or write zeroStage 2",
         )  # fmt: skip
     return 1
 
 
-def require_group(size: int) -> None:
-    """Check DeepSpeed's group of this rank: `size` ranks with consecutive numbers. Errors: InternalError StrategyNotActive."""
+def require_sequence_group(rank_count: int) -> None:
+    """Check that this rank's group in DeepSpeed has `rank_count` ranks with consecutive numbers. Errors: InternalError StrategyNotActive."""
     from deepspeed.utils import groups
     from torch import distributed
 
     ranks = distributed.get_process_group_ranks(groups._get_sequence_parallel_group())
-    first = distributed.get_rank() // size * size
-    if ranks != list(range(first, first + size)):
+    first = distributed.get_rank() // rank_count * rank_count
+    if ranks != list(range(first, first + rank_count)):
         raise InternalError(
-            "StrategyNotActive", f"{FIELD} {size} was requested, but the ranks {ranks} share their sequences",
+            "StrategyNotActive", f"{CONTEXT_PARALLEL_FIELD} {rank_count} was requested, but the ranks {ranks} share their sequences",
             hint="this is a bug of the trainer image: report it with the versions of its packages",
         )  # fmt: skip
 
 
 def context_parallel_mixin() -> type:
-    """Create the mixin class on demand, so that importing this module does not import torch."""
+    """Return the mixin class. It is defined in a function so that importing this module does not import torch."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     from finetune_trainer.library_internals import OpenTrainer
@@ -100,11 +102,11 @@ def context_parallel_mixin() -> type:
 
         def __init__(self, *args: Any, **options: Any) -> None:
             super().__init__(*args, **options)
-            # transformers turns this off, because its own loss for shared sequences is a mean of each micro-batch.
+            # transformers turns this attribute off, because its own loss for shared sequences is a mean over each micro-batch.
             self.model_accepts_loss_kwargs = True
 
         def train(self, *args: Any, **options: Any) -> Any:
-            """Train. DeepSpeed replaces the attention function for all models; it is restored at the end."""
+            """Train. Then restore the attention function, because DeepSpeed replaces it for all models."""
             attention = ALL_ATTENTION_FUNCTIONS["sdpa"]
             self.accelerator.deepspeed_ulysses_dl_adapter = lambda loader, _model: loader
             try:
@@ -113,7 +115,7 @@ def context_parallel_mixin() -> type:
                 ALL_ATTENTION_FUNCTIONS["sdpa"] = attention
 
         def get_train_dataloader(self) -> Any:
-            """Return the loader of this rank's parts. Ranks of the same group get the same rows."""
+            """Return the loader that yields this rank's parts of the batches. The ranks of a group get the same rows."""
             size, collator = self.strategy.context_parallel_size, self.data_collator
             rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
             self.data_collator = PartCollator(collator, SequencePart(rank % size, size))
@@ -125,14 +127,14 @@ def context_parallel_mixin() -> type:
             return loader
 
         def get_sp_size(self) -> int:
-            """Return 1, because the loader has as many batches as groups need, and its labels are not repeated.
+            """Return 1, because this class does not use DeepSpeed's loader.
 
-            transformers asks for the factor by which DeepSpeed's loader changes these numbers.
+            transformers corrects the numbers of batches and labels by this factor, because DeepSpeed's loader changes them.
             """
             return 1
 
         def get_total_train_batch_size(self, args: Any) -> int:
-            """Return the rows of a step. The ranks of a group count once."""
+            """Return the number of rows per optimizer step. The ranks of a group load the same rows, so a group counts as one rank."""
             return super().get_total_train_batch_size(args) // self.strategy.context_parallel_size
 
     return SharesSequences

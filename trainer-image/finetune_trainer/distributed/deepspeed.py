@@ -1,10 +1,10 @@
-"""DeepSpeed ZeRO: stage 1 shards the optimizer, stage 2 also gradients, stage 3 also parameters; stage 0 is plain data parallelism.
+"""DeepSpeed ZeRO: stage 1 shards the optimizer state, stage 2 also the gradients, stage 3 also the parameters; stage 0 shards nothing.
 
-Options that only DeepSpeed has are taken from the user's JSON. Options that the spec also has (batch, clipping, learning rate,
-precision, stage, offload) must be equal in both, or `auto` in the JSON. An Adam optimizer in the JSON is replaced by torch's AdamW,
+Options that only DeepSpeed has come from the user's JSON. Options that the spec has too (batch sizes, clipping, learning rate,
+precision, stage, offloading) must be equal in both, or `auto` in the JSON. An Adam optimizer in the JSON is replaced with torch's AdamW,
 because DeepSpeed would compile its own optimizers on first use, and the image has no C++ or CUDA compiler. A scheduler in the JSON
-is replaced by a scheduler of transformers. DeepSpeed ignores unknown keys at the top level, and fails with a traceback if a value
-has the wrong type. For such keys and values, this module raises an error that names the key.
+is replaced with a scheduler of transformers. DeepSpeed itself ignores unknown keys at the top level, and fails with a traceback for a
+value of the wrong type. In both cases, this module raises an error that names the key.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 from finetune_api.errors import ConfigError, InternalError
 from finetune_api.pod import RunConfig
 from finetune_api.rules import (
-    incompatible_with_deepspeed,
-    incompatible_with_zero3,
+    find_deepspeed_conflicts,
+    find_zero3_conflicts,
     min_batch_size_per_device,
     raise_first_finding,
 )
@@ -45,10 +45,10 @@ from finetune_trainer.distributed.user_config import (
 from finetune_trainer.hardware import Hardware
 from finetune_trainer.inputs import Inputs
 
-FILE_FIELD = "distributed.deepspeed.configRef"
+CONFIG_FILE_FIELD = "distributed.deepspeed.configRef"
 DEFAULT_STAGE = 2
-AUTO_ALLOWED = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
-"""Keys of zero_optimization that may be `auto`: transformers computes their values from the model's size."""
+KEYS_THAT_MAY_BE_AUTO = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
+"""Keys of zero_optimization that may be `auto`, because transformers computes their values from the size of the model."""
 _TRACKING_DECIDES = "the spec's `tracking` decides where metrics are sent"
 _REMOVED_SECTION_REASON = "this version of DeepSpeed does not have this section"
 REFUSED_SECTIONS = {
@@ -64,21 +64,22 @@ REFUSED_SECTIONS = {
     ("amp", "compression_training", "eigenvalue", "nebula", "progressive_layer_drop", "quantize_training", "sparse_attention", "sparse_gradients"),
     _REMOVED_SECTION_REASON,
 )  # fmt: skip
-"""Refused sections and the reason. A section that the file disables (`enabled: false`) is not refused."""
-REFUSED_IN_ZERO = {
+"""The refused sections and keys, each with the reason. A section that the file disables (`enabled: false`) is not refused."""
+REFUSED_ZERO_KEYS = {
     "cpu_offload": "the key is called offload_optimizer", "cpu_offload_param": "the key is called offload_param",
     "cpu_offload_use_pin_memory": "the key is called pin_memory, in offload_optimizer and offload_param",
 }  # fmt: skip
+"""The refused keys of zero_optimization, each with the reason."""
 COMPILED_OPTIONS: tuple[tuple[str, ...], ...] = (
     ("zero_optimization", "zero_quantized_weights"), ("zero_optimization", "zero_quantized_nontrainable_weights"),
     ("zero_optimization", "zero_quantized_gradients"), ("zero_optimization", "zenflow"),
     ("zero_optimization", "offload_optimizer", "super_offload"), ("checkpoint", "writer"),
 )  # fmt: skip
-"""Paths of options for which DeepSpeed compiles code on first use. They are refused, because the image has no C++ or CUDA compiler."""
+"""Paths of the options that make DeepSpeed compile code on first use. They are refused, because the image has no C++ or CUDA compiler."""
 MICRO_BATCH_KEY, MICRO_BATCH_PATH = "train_micro_batch_size_per_gpu", "training.batchSizePerDevice"
 ACCUMULATION_KEY, ACCUMULATION_PATH = "gradient_accumulation_steps", "training.gradientAccumulationSteps"
 MAX_BATCH_VALUE = 65536
-"""Upper limit of batchSizePerDevice and gradientAccumulationSteps in the API."""
+"""The API's upper limit of batchSizePerDevice and gradientAccumulationSteps."""
 BATCH_VALUE_TYPE = ValueType(
     f"a whole number from 1 to {MAX_BATCH_VALUE}", lambda value: COUNT_TYPE.accepts(value) and value <= MAX_BATCH_VALUE
 )
@@ -91,7 +92,7 @@ TOP_LEVEL_KEYS = {
     "steps_per_print": POSITIVE_TYPE, "wall_clock_breakdown": BOOLEAN_TYPE, "memory_breakdown": BOOLEAN_TYPE, "dump_state": BOOLEAN_TYPE,
     "disable_python_gc": BOOLEAN_TYPE, "log_level": TEXT_TYPE,
 }  # fmt: skip
-"""Type of each key at the top level of the JSON. DeepSpeed checks the keys inside the sections, see `validate_with_deepspeed`."""
+"""The type of each key at the top level of the JSON. Keys inside the sections are checked by DeepSpeed: see `validate_with_deepspeed`."""
 TYPED_SECTION = {"type": TEXT_TYPE, "params": MAPPING_TYPE}
 BETA_TYPE = ValueType(
     "a number from 0 to below 1", lambda value: value == AUTO_VALUE or NOT_NEGATIVE_TYPE.accepts(value) and value < 1
@@ -114,7 +115,7 @@ TORCH_ADAMW = ("adamw_torch", FUSED_ADAMW)
 OFFLOAD_FIELDS = (
     ("offload_optimizer", "offloadOptimizer", "offload_optimizer"), ("offload_param", "offloadParameters", "offload_parameters"),
 )  # fmt: skip
-"""For each offload: section of zero_optimization, field of the spec, Python attribute of the field."""
+"""For each kind of offloading: its section in zero_optimization, the field of the spec, and the Python attribute of the field."""
 DEEPSPEED_SCHEDULERS = {
     "WarmupLR": LearningRateSchedule.CONSTANT_WITH_WARMUP, "WarmupDecayLR": LearningRateSchedule.LINEAR, "WarmupCosineLR": LearningRateSchedule.COSINE,
 }  # fmt: skip
@@ -122,32 +123,32 @@ DEEPSPEED_SCHEDULERS = {
 
 @dataclass
 class DeepspeedOptions:
-    """DeepSpeed's configuration, and the TrainingArguments that follow from it."""
+    """The configuration for DeepSpeed, and the fields of TrainingArguments that follow from it."""
 
     stage: int
     config: dict[str, Any]
     training_arguments: dict[str, Any] = field(default_factory=dict)
-    """Fields of TrainingArguments that the JSON sets."""
+    """The fields of TrainingArguments that the merged configuration sets."""
     notes: list[str] = field(default_factory=list)
 
 
 def build_options(run: RunConfig, inputs: Inputs, hardware: Hardware, world_size: int) -> DeepspeedOptions:
-    """The options of a run, from the spec and the user's JSON.
+    """Return the options of a run, from the spec and the user's JSON.
 
-    Errors: ConfigError ConfigsDisagree (with all conflicts), ConfigFileInvalid, OffloadNeedsStage3, or the code of an API rule
-    that a value of the file breaks; NotFoundError ConfigMapMissing.
+    Errors: ConfigError ConfigsDisagree (with all conflicts), ConfigFileInvalid, OffloadNeedsStage1, OffloadNeedsStage3, or the code of an
+    API rule that a value of the file breaks; NotFoundError ConfigMapMissing.
     """
     spec = run.spec.distributed.deepspeed
     merge = FileMerge(run)
     has_file = spec is not None and spec.config_ref is not None
-    file_config = read_config_file(spec.config_ref, inputs.config_maps, FILE_FIELD) if has_file else {}
+    file_config = read_config_file(spec.config_ref, inputs.config_maps, CONFIG_FILE_FIELD) if has_file else {}
     config = _check_config(file_config, merge)
     result = DeepspeedOptions(DEFAULT_STAGE, config)
     _merge_batch_sizes(config, merge, run, result, world_size)
     _merge_precision(config, merge, hardware)
     _merge_optimizer(config, merge, run, result)
     _merge_scheduler(config, merge, run, result)
-    _merge_zero(config, merge, run, result)
+    _merge_zero_options(config, merge, run, result)
     merge.check_merged_values("the DeepSpeed JSON")
     result.notes += merge.notes
     _require_no_auto(config)
@@ -155,7 +156,7 @@ def build_options(run: RunConfig, inputs: Inputs, hardware: Hardware, world_size
 
 
 def _check_config(file_config: dict[str, Any], merge: FileMerge) -> dict[str, Any]:
-    """Check the file and copy it without null values and disabled sections. Errors: ConfigError ConfigFileInvalid."""
+    """Check the file, and return a copy without null values and disabled sections. Errors: ConfigError ConfigFileInvalid."""
     config: dict[str, Any] = _without_nulls(file_config)
     disabled_sections = [
         key for key in REFUSED_SECTIONS if isinstance(config.get(key), dict) and config[key].get("enabled") is False
@@ -165,11 +166,11 @@ def _check_config(file_config: dict[str, Any], merge: FileMerge) -> dict[str, An
     if disabled_sections:
         merge.notes.append(f"sections that the DeepSpeed JSON disables are ignored: {', '.join(disabled_sections)}")
     _refuse_keys(REFUSED_SECTIONS, "", config)
-    check_keys(FILE_FIELD, "", config, TOP_LEVEL_KEYS, allows_auto=True)
+    check_keys(CONFIG_FILE_FIELD, "", config, TOP_LEVEL_KEYS, allows_auto=True)
     for name in ("bf16", "fp16"):
         _check_read_keys(name, config.get(name), {"enabled": BOOLEAN_TYPE})
     zero = config.get("zero_optimization", {})
-    _refuse_keys(REFUSED_IN_ZERO, "zero_optimization.", zero)
+    _refuse_keys(REFUSED_ZERO_KEYS, "zero_optimization.", zero)
     _check_read_keys(
         "zero_optimization", zero, {"stage": one_of(0, 1, 2, 3), **{section: MAPPING_TYPE for section, _, _ in OFFLOAD_FIELDS}}
     )
@@ -186,7 +187,7 @@ def _refuse_compiled_options(config: dict[str, Any]) -> None:
     if requested:
         raise ConfigError(
             "ConfigFileInvalid",
-            f"{FILE_FIELD}: DeepSpeed compiles {', '.join(requested)} on first use, but the image has no C++ or CUDA compiler",
+            f"{CONFIG_FILE_FIELD}: DeepSpeed compiles {', '.join(requested)} on first use, but the image has no C++ or CUDA compiler",
             hint="remove it",
         )
 
@@ -201,21 +202,21 @@ def _value_at(section: Any, path: tuple[str, ...]) -> Any:
 def _refuse_keys(keys: dict[str, str], prefix: str, section: dict[str, Any]) -> None:
     refused = [f"{prefix}{key} ({reason})" for key, reason in keys.items() if key in section]
     if refused:
-        raise ConfigError("ConfigFileInvalid", f"{FILE_FIELD}: {'; '.join(refused)}", hint="remove it")
+        raise ConfigError("ConfigFileInvalid", f"{CONFIG_FILE_FIELD}: {'; '.join(refused)}", hint="remove it")
 
 
 def _without_nulls(value: Any) -> Any:
-    """Copy the value without nulls. A null means DeepSpeed's default."""
+    """Return a copy of the value without null values, which stand for DeepSpeed's defaults."""
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     return copy.deepcopy(value)
 
 
-def _check_read_keys(group: str, section: Any, value_types: dict[str, ValueType], *, allows_auto: bool = True) -> None:
-    """Check the keys of a section that this module reads. DeepSpeed checks the other keys."""
+def _check_read_keys(section_path: str, section: Any, value_types: dict[str, ValueType], *, allows_auto: bool = True) -> None:
+    """Check those keys of a section that this module reads, which are the keys of `value_types`. DeepSpeed checks the other keys."""
     check_keys(
-        FILE_FIELD,
-        group,
+        CONFIG_FILE_FIELD,
+        section_path,
         {key: value for key, value in (section or {}).items() if key in value_types},
         value_types,
         allows_auto=allows_auto,
@@ -231,7 +232,7 @@ def _merge_batch_sizes(config: dict[str, Any], merge: FileMerge, run: RunConfig,
     merge.require_equal(
         "train_batch_size", config.get("train_batch_size"), "micro-batch x accumulation x ranks", effective_batch
     )
-    # transformers and DeepSpeed check the value before they know the groups of ranks. accelerate then corrects it.
+    # transformers and DeepSpeed check train_batch_size before they know the groups of context parallelism. Later, accelerate corrects it.
     config |= {MICRO_BATCH_KEY: rows, ACCUMULATION_KEY: steps, "train_batch_size": rows * steps * world_size, "gradient_clipping": clip}
     result.training_arguments |= {
         "per_device_train_batch_size": rows,
@@ -241,22 +242,22 @@ def _merge_batch_sizes(config: dict[str, Any], merge: FileMerge, run: RunConfig,
 
 
 def _merge_rows_and_steps(config: dict[str, Any], merge: FileMerge, run: RunConfig) -> tuple[int, int]:
-    """Return micro-batch and accumulation steps.
+    """Return the micro-batch (rows) and the number of accumulation steps.
 
-    If the operator reduced the spec's micro-batch, the file's value is reduced too. The effective batch stays the same.
+    If the operator reduced the spec's micro-batch, the file's micro-batch is reduced too, and more steps keep the effective batch the same.
     """
     training = run.spec.training
     requested_rows = training.batch_size_per_device
     rows_before_adaptation = merge.before_adaptation(MICRO_BATCH_PATH, requested_rows)
     is_adapted = rows_before_adaptation != requested_rows
-    asked_steps = training.gradient_accumulation_steps
-    spec_steps = merge.before_adaptation(ACCUMULATION_PATH, asked_steps) if is_adapted else asked_steps
+    requested_steps = training.gradient_accumulation_steps
+    spec_steps = merge.before_adaptation(ACCUMULATION_PATH, requested_steps) if is_adapted else requested_steps
     rows = merge.merge(MICRO_BATCH_KEY, config.get(MICRO_BATCH_KEY), MICRO_BATCH_PATH, rows_before_adaptation)
     steps = merge.merge(ACCUMULATION_KEY, config.get(ACCUMULATION_KEY), ACCUMULATION_PATH, spec_steps)
     if not is_adapted or merge.conflicts:
         return rows, steps
     merge.file_values |= {MICRO_BATCH_PATH: rows, ACCUMULATION_PATH: steps}
-    reduced_rows = _reduced_rows(rows, steps, rows * requested_rows / rows_before_adaptation, merge, run)
+    reduced_rows = _reduce_rows(rows, steps, rows * requested_rows / rows_before_adaptation, merge, run)
     if (rows, steps) != (rows_before_adaptation, spec_steps):
         change = f"the operator changed {MICRO_BATCH_PATH} from {rows_before_adaptation} to {requested_rows}"
         if reduced_rows == rows:
@@ -272,54 +273,54 @@ def _merge_rows_and_steps(config: dict[str, Any], merge: FileMerge, run: RunConf
     return reduced_rows, steps
 
 
-def _reduced_rows(rows: int, steps: int, limit: float, merge: FileMerge, run: RunConfig) -> int:
+def _reduce_rows(rows: int, steps: int, limit: float, merge: FileMerge, run: RunConfig) -> int:
     """Return the largest allowed divisor of the micro-batch `rows` that is at most `limit`.
 
-    If all allowed divisors are above the limit, return the smallest; if there are none, return `rows`. A divisor is not allowed if
-    it breaks a rule of the API: after an out-of-memory error, the job must not fail because of the adapted value.
+    If all allowed divisors are above the limit, return the smallest one; if no divisor is allowed, return `rows`. A divisor that breaks a
+    rule of the API is not allowed, because the job must not fail after an out-of-memory error because of the adapted value.
     """
     divisors = [
-        part
-        for part in range(min_batch_size_per_device(run.spec), rows)
-        if rows % part == 0
-        and steps * rows // part <= MAX_BATCH_VALUE
-        and merge.allows({MICRO_BATCH_PATH: part, ACCUMULATION_PATH: steps * rows // part})
+        divisor
+        for divisor in range(min_batch_size_per_device(run.spec), rows)
+        if rows % divisor == 0
+        and steps * rows // divisor <= MAX_BATCH_VALUE
+        and merge.allows({MICRO_BATCH_PATH: divisor, ACCUMULATION_PATH: steps * rows // divisor})
     ]
-    return max((part for part in divisors if part <= limit), default=min(divisors, default=rows))
+    return max((divisor for divisor in divisors if divisor <= limit), default=min(divisors, default=rows))
 
 
 def _merge_precision(config: dict[str, Any], merge: FileMerge, hardware: Hardware) -> None:
-    for name, active in (("bf16", hardware.bf16), ("fp16", hardware.fp16)):
+    for name, is_active in (("bf16", hardware.computes_in_bf16), ("fp16", hardware.computes_in_fp16)):
         section = config.setdefault(name, {})
         merge.require_equal(
             f"{name}.enabled",
             section.get("enabled"),
             f"{name} on {hardware.name}, from training.mixedPrecision,",
-            active,
+            is_active,
         )
-        section["enabled"] = active
+        section["enabled"] = is_active
 
 
 def _merge_optimizer(config: dict[str, Any], merge: FileMerge, run: RunConfig, result: DeepspeedOptions) -> None:
-    """Replace the Adam optimizer of the JSON by torch's AdamW with the same parameters."""
+    """Replace the Adam optimizer of the JSON with torch's AdamW with the same parameters."""
     section = config.pop("optimizer", None)
     if section is None:
         return
-    check_keys(FILE_FIELD, "optimizer", section, TYPED_SECTION, allows_auto=True)
-    kind, parameters, training = (
+    check_keys(CONFIG_FILE_FIELD, "optimizer", section, TYPED_SECTION, allows_auto=True)
+    optimizer_type, parameters, training = (
         str(section.get("type", "without a type")),
         dict(section.get("params") or {}),
         run.spec.training,
     )
-    if kind.lower() not in ("adam", "adamw") or parameters.get("adam_w_mode", True) is False:
+    if optimizer_type.lower() not in ("adam", "adamw") or parameters.get("adam_w_mode", True) is False:
         raise ConfigError(
-            "ConfigFileInvalid", f"{FILE_FIELD}: DeepSpeed compiles optimizer {kind} on first use, but the image has no C++ or CUDA compiler",
+            "ConfigFileInvalid", f"{CONFIG_FILE_FIELD}: DeepSpeed compiles optimizer {optimizer_type} on first use, but the image has no C++ or CUDA compiler",
             hint="write AdamW, or remove the section and name training.optimizer",
         )  # fmt: skip
-    check_keys(FILE_FIELD, "optimizer.params", parameters, ADAM_PARAMETERS, allows_auto=True)
+    check_keys(CONFIG_FILE_FIELD, "optimizer.params", parameters, ADAM_PARAMETERS, allows_auto=True)
     name = training.optimizer
     if name not in TORCH_ADAMW:
-        name = merge.merge("optimizer.type", FUSED_ADAMW, "training.optimizer", name, file_text=kind)
+        name = merge.merge("optimizer.type", FUSED_ADAMW, "training.optimizer", name, file_text=optimizer_type)
     betas = parameters.get("betas", AUTO_VALUE)
     first, second = (AUTO_VALUE, AUTO_VALUE) if betas == AUTO_VALUE else betas
     result.training_arguments |= {
@@ -330,35 +331,35 @@ def _merge_optimizer(config: dict[str, Any], merge: FileMerge, run: RunConfig, r
         "adam_epsilon": merge.merge("optimizer.params.eps", parameters.get("eps"), "training.adamEpsilon", training.adam_epsilon),
         "weight_decay": merge.merge("optimizer.params.weight_decay", parameters.get("weight_decay"), "training.weightDecay", training.weight_decay),
     }  # fmt: skip
-    merge.notes.append(f"optimizer {kind} of the DeepSpeed JSON runs as torch's AdamW ({name})")
+    merge.notes.append(f"optimizer {optimizer_type} of the DeepSpeed JSON runs as torch's AdamW ({name})")
 
 
 def _merge_scheduler(config: dict[str, Any], merge: FileMerge, run: RunConfig, result: DeepspeedOptions) -> None:
-    """Replace the warm-up schedule of the JSON by the equivalent scheduler of transformers."""
+    """Replace the scheduler of the JSON with the equivalent scheduler of transformers."""
     section = config.pop("scheduler", None)
     if section is None:
         return
-    check_keys(FILE_FIELD, "scheduler", section, TYPED_SECTION, allows_auto=True)
-    kind, parameters, training = (
+    check_keys(CONFIG_FILE_FIELD, "scheduler", section, TYPED_SECTION, allows_auto=True)
+    scheduler_type, parameters, training = (
         str(section.get("type", "without a type")),
         dict(section.get("params") or {}),
         run.spec.training,
     )
-    if kind not in DEEPSPEED_SCHEDULERS:
+    if scheduler_type not in DEEPSPEED_SCHEDULERS:
         raise ConfigError(
             "ConfigFileInvalid",
-            f"{FILE_FIELD}: scheduler {kind} is not supported",
+            f"{CONFIG_FILE_FIELD}: scheduler {scheduler_type} is not supported",
             hint=f"write one of {', '.join(DEEPSPEED_SCHEDULERS)}, or training.scheduler",
         )
-    check_keys(FILE_FIELD, "scheduler.params", parameters, WARMUP_PARAMETERS, allows_auto=True)
+    check_keys(CONFIG_FILE_FIELD, "scheduler.params", parameters, WARMUP_PARAMETERS, allows_auto=True)
     from finetune_trainer.schedules import SCHEDULER_NAMES
 
     scheduler = merge.merge(
         "scheduler.type",
-        DEEPSPEED_SCHEDULERS[kind],
+        DEEPSPEED_SCHEDULERS[scheduler_type],
         "training.scheduler",
         training.scheduler,
-        file_text=f"{kind} ({DEEPSPEED_SCHEDULERS[kind]})",
+        file_text=f"{scheduler_type} ({DEEPSPEED_SCHEDULERS[scheduler_type]})",
     )
     result.training_arguments["lr_scheduler_type"] = SCHEDULER_NAMES[scheduler]
     _merge_warmup(parameters.get("warmup_num_steps"), merge, run, result)
@@ -372,11 +373,11 @@ def _merge_scheduler(config: dict[str, Any], merge: FileMerge, run: RunConfig, r
         ("warmup_type", "the shape of the warm-up", "linear"),
     ):
         merge.require_equal(f"scheduler.params.{key}", parameters.get(key), path, actual)
-    merge.notes.append(f"scheduler {kind} of the DeepSpeed JSON runs as {scheduler}")
+    merge.notes.append(f"scheduler {scheduler_type} of the DeepSpeed JSON runs as {scheduler}")
 
 
 def _merge_warmup(steps: Any, merge: FileMerge, run: RunConfig, result: DeepspeedOptions) -> None:
-    """Use the file's warm-up steps instead of the spec's warm-up ratio if that ratio is a default."""
+    """Use the file's warm-up steps, if it has any. They conflict with a warm-up ratio that the user set, and replace a default ratio."""
     training, key = run.spec.training, "scheduler.params.warmup_num_steps"
     if steps in (None, AUTO_VALUE):
         return
@@ -387,7 +388,7 @@ def _merge_warmup(steps: Any, merge: FileMerge, run: RunConfig, result: Deepspee
         merge.file_values["training.warmupRatio"] = None
 
 
-def _merge_zero(config: dict[str, Any], merge: FileMerge, run: RunConfig, result: DeepspeedOptions) -> None:
+def _merge_zero_options(config: dict[str, Any], merge: FileMerge, run: RunConfig, result: DeepspeedOptions) -> None:
     spec = run.spec.distributed.deepspeed
     zero = config.setdefault("zero_optimization", {})
     stage = merge.merge(
@@ -402,7 +403,7 @@ def _merge_zero(config: dict[str, Any], merge: FileMerge, run: RunConfig, result
         if section.get("device") == "nvme":
             raise ConfigError(
                 "ConfigFileInvalid",
-                f"{FILE_FIELD}: {key}.device nvme needs code that DeepSpeed compiles on first use, but the image has no C++ or CUDA compiler",
+                f"{CONFIG_FILE_FIELD}: {key}.device nvme needs code that DeepSpeed compiles on first use, but the image has no C++ or CUDA compiler",
                 hint="write cpu",
             )
         file_value = None if key not in zero else section.get("device", "none") != "none"
@@ -426,18 +427,18 @@ def _merge_zero(config: dict[str, Any], merge: FileMerge, run: RunConfig, result
             "the value that a loadable checkpoint needs", True,
         )  # fmt: skip
         zero["stage3_gather_16bit_weights_on_model_save"] = True
-    # With these keys, DeepSpeed accepts torch's optimizer even with offloading. Otherwise DeepSpeed would compile its own optimizer.
+    # With these keys, DeepSpeed accepts torch's optimizer even with offloading. Without them, it would compile its own optimizer.
     for key, value in (("zero_allow_untested_optimizer", True), ("zero_force_ds_cpu_optimizer", False)):
         merge.require_equal(key, config.get(key), "the value that torch's optimizer needs", value)
         config[key] = value
 
 
 def _require_no_auto(config: dict[str, Any]) -> None:
-    unset_keys = [key for key in _auto_keys(config) if key.removeprefix("zero_optimization.") not in AUTO_ALLOWED]
+    unset_keys = [key for key in _auto_keys(config) if key.removeprefix("zero_optimization.") not in KEYS_THAT_MAY_BE_AUTO]
     if unset_keys:
         raise ConfigError(
             "ConfigFileInvalid",
-            f"{FILE_FIELD}: {', '.join(unset_keys)} is auto, and the spec has no value for it",
+            f"{CONFIG_FILE_FIELD}: {', '.join(unset_keys)} is auto, and the spec has no value for it",
             hint="write a value, or remove it",
         )
 
@@ -453,27 +454,27 @@ def _auto_keys(value: Any, path: str = "") -> list[str]:
 
 
 def validate_with_deepspeed(config: dict[str, Any]) -> None:
-    """Let DeepSpeed parse the configuration before the model is loaded. Errors: ConfigError ConfigFileInvalid with DeepSpeed's message."""
+    """Let DeepSpeed check the configuration before the model is loaded. Errors: ConfigError ConfigFileInvalid with DeepSpeed's message."""
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    trial = copy.deepcopy(config)
-    # Leave out train_batch_size: DeepSpeed would check it against one rank, because no process group exists yet.
-    del trial["train_batch_size"]
+    checked_config = copy.deepcopy(config)
+    # No process group exists yet, so DeepSpeed would check train_batch_size for a single rank.
+    del checked_config["train_batch_size"]
     try:
-        DeepSpeedConfig(trial)
+        DeepSpeedConfig(checked_config)
     except Exception as error:
         message = str(error)
         if isinstance(error, ValidationError):
             message = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
             message = f"{error.title}: {message}"
         raise ConfigError(
-            "ConfigFileInvalid", f"{FILE_FIELD}: DeepSpeed refuses the file: {' '.join(message.split())[:500]}",
+            "ConfigFileInvalid", f"{CONFIG_FILE_FIELD}: DeepSpeed refuses the file: {' '.join(message.split())[:500]}",
             hint="correct the named key, or remove it",
         ) from error  # fmt: skip
 
 
 class Deepspeed(DistributedStrategy):
-    """The model is wrapped in DeepSpeed's engine."""
+    """Training with the model in DeepSpeed's engine."""
 
     name = "deepspeed"
     uses_autocast = False
@@ -486,17 +487,17 @@ class Deepspeed(DistributedStrategy):
         if self.context_parallel_size > 1:
             self.notes.append(f"{self.context_parallel_size} ranks share each sequence (Ulysses)")
             self.gradient_factor = context_parallel.gradient_factor(self.context_parallel_size, options.stage, options.config)
-        raise_first_finding("StrategyAndMethod", incompatible_with_deepspeed(run.spec))
+        raise_first_finding("StrategyAndMethod", find_deepspeed_conflicts(run.spec))
         if options.stage == 3:
-            raise_first_finding("StrategyAndMethod", incompatible_with_zero3(run.spec))
+            raise_first_finding("StrategyAndMethod", find_zero3_conflicts(run.spec))
 
     @property
     def trainer_mixins(self) -> tuple[type, ...]:
-        """Return the mixin that loads the best weights, and with context parallelism the mixin for it."""
+        """The mixin that loads the best weights and, with context parallelism, the mixin that shares sequences between ranks."""
         return (_best_weights_mixin(), *([context_parallel.context_parallel_mixin()] if self.context_parallel_size > 1 else []))
 
     def prepare_process(self) -> None:
-        """Create the process group that DeepSpeed needs even for one rank. On CPU, accelerate would create it too late."""
+        """Create the process group that DeepSpeed needs, even for one rank. On a CPU, accelerate would create it too late."""
         import deepspeed
         import torch
 
@@ -512,14 +513,14 @@ class Deepspeed(DistributedStrategy):
             deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
 
     def training_arguments(self) -> dict[str, Any]:
-        """Fields of TrainingArguments."""
+        """Return DeepSpeed's fields of TrainingArguments."""
         arguments = {**self.options.training_arguments, "deepspeed": copy.deepcopy(self.options.config)}
         if self.context_parallel_size > 1:
             arguments["parallelism_config"] = context_parallel.parallelism_config(self.context_parallel_size, self.world_size)
         return arguments
 
     def verify_active(self, trainer: Any) -> str:
-        """Also check the engine's stage, its ranks and the number of sharded parameters. Errors: InternalError StrategyNotActive."""
+        """Check also the engine's stage, its ranks and the number of sharded parameters. Errors: InternalError StrategyNotActive."""
         name = super().verify_active(trainer)
         engine = trainer.deepspeed
         stage, ranks = engine.zero_optimization_stage(), engine.world_size
@@ -534,22 +535,22 @@ class Deepspeed(DistributedStrategy):
                 hint="this is a bug of the trainer image: report it with the versions of its packages",
             )  # fmt: skip
         if self.context_parallel_size > 1:
-            context_parallel.require_group(self.context_parallel_size)
+            context_parallel.require_sequence_group(self.context_parallel_size)
         return name
 
 
 def _best_weights_mixin() -> type:
-    """Create the mixin class on demand, so that importing this module does not import torch."""
-    from finetune_trainer.best import best_folder
+    """Return the mixin class. It is defined in a function so that importing this module does not import torch."""
+    from finetune_trainer.best import find_best_folder
     from finetune_trainer.distributed.weights import load_into_deepspeed
     from finetune_trainer.library_internals import OpenTrainer
 
     class BestWeightsFromFolder(OpenTrainer):
-        """Loads the best weights from a plain folder. transformers would load DeepSpeed's own checkpoint, but it may be deleted."""
+        """Loads the best weights from a plain folder. transformers would load DeepSpeed's own checkpoint, which may already be deleted."""
 
         def load_best_model(self) -> None:
             is_reader = self.accelerator.is_main_process
-            load_into_deepspeed(self.model, best_folder(self) if is_reader else Path(), is_reader)
+            load_into_deepspeed(self.model, find_best_folder(self) if is_reader else Path(), is_reader)
             self.accelerator.wait_for_everyone()
 
     return BestWeightsFromFolder

@@ -1,10 +1,10 @@
 """Fully sharded data parallel (FSDP), version 2: every rank holds a shard of each parameter, gradient and optimizer state.
 
 This module works around three limits of the libraries:
-On CPU (tests, small runs) accelerate does not enable FSDP; two ranks would silently run DDP. `enable_fsdp_on_cpu` enables FSDP.
-transformers cannot combine unsharded weights with a sharded optimizer state. `ShardedCheckpoints` saves both in one checkpoint.
-accelerate does not shard integer weights, and only warns. If a strategy has `shards_weights`, `finetune_trainer.model` therefore stores
-4-bit weights as floats.
+* On a CPU (tests, small runs), accelerate does not enable FSDP, and two ranks would silently run DDP. `enable_fsdp_on_cpu` enables FSDP.
+* transformers cannot save unsharded weights together with a sharded optimizer state. `ShardedCheckpoints` saves both in one checkpoint.
+* accelerate does not shard integer weights, and only warns. So `finetune_trainer.model` stores 4-bit weights as floats if the strategy has
+  `shards_weights`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from finetune_api.errors import ConfigError, InternalError
 from finetune_api.pod import RunConfig
-from finetune_api.rules import incompatible_with_fsdp, raise_first_finding
+from finetune_api.rules import find_fsdp_conflicts, raise_first_finding
 from finetune_api.spec.enums import FsdpSharding, FsdpStateDict, GradientCheckpointing
 
 from finetune_trainer.distributed.base import DistributedStrategy, set_single_rank_variables
@@ -34,7 +34,7 @@ from finetune_trainer.distributed.user_config import (
 from finetune_trainer.hardware import Hardware
 from finetune_trainer.inputs import Inputs
 
-FILE_FIELD = "distributed.fsdp.configRef"
+CONFIG_FILE_FIELD = "distributed.fsdp.configRef"
 SHARDING_BY_FILE_VALUE = {
     "FULL_SHARD": FsdpSharding.FULL_SHARD, "SHARD_GRAD_OP": FsdpSharding.SHARD_GRAD_OP, "NO_SHARD": FsdpSharding.NO_SHARD,
     "1": FsdpSharding.FULL_SHARD, "2": FsdpSharding.SHARD_GRAD_OP, "3": FsdpSharding.NO_SHARD,
@@ -49,19 +49,19 @@ LAUNCHER_KEYS = (
     "main_training_function", "rdzv_backend", "same_network", "tpu_env", "tpu_use_cluster", "tpu_use_sudo", "use_cpu", "gpu_ids",
     "tpu_name", "tpu_zone", "dynamo_config", "commands", "command_file", "deepspeed_config", "megatron_lm_config", "ipex_config",
 )  # fmt: skip
-"""Keys for accelerate's launcher. They are ignored, because the operator starts the ranks."""
+"""Keys that only accelerate's launcher reads. They are ignored, because the operator starts the ranks."""
 VERSION_1_KEYS = ("backward_prefetch", "forward_prefetch", "use_orig_params", "sync_module_states", "limit_all_gathers")
-"""Configuration keys that only FSDP version 1 has; version 2 always behaves as if they were set."""
+"""Keys that only FSDP version 1 has. Version 2 always behaves as if they were set."""
 WRAP_POLICIES = ("TRANSFORMER_BASED_WRAP", "SIZE_BASED_WRAP", "NO_WRAP")
-BY_LAYER, BY_SIZE, _ = WRAP_POLICIES
+WRAP_BY_LAYER, WRAP_BY_SIZE, _ = WRAP_POLICIES
 BOOLEAN_SPELLINGS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-"""Spellings of booleans that `accelerate config` writes."""
+"""The spellings of booleans that `accelerate config` writes, in lower case."""
 BOOLEAN_TEXT_TYPE = ValueType("true or false", lambda value: str(value).lower() in BOOLEAN_SPELLINGS)
 SIZE_TYPE = ValueType(
     "a whole number of at least 0",
     lambda value: str(value).isdecimal() or isinstance(value, float) and value >= 0 and value.is_integer(),
 )
-LAYER_CLASSES = ValueType(
+LAYER_CLASSES_TYPE = ValueType(
     "names of layer classes",
     lambda value: isinstance(value, str) or isinstance(value, list) and all(isinstance(name, str) for name in value),
 )
@@ -73,11 +73,11 @@ TOP_LEVEL_KEYS = {
 FSDP_KEYS = {
     "version": one_of(1, 2, "1", "2"), "sharding_strategy": ANY_TYPE, "reshard_after_forward": ANY_TYPE, "state_dict_type": ANY_TYPE,
     "offload_params": BOOLEAN_TEXT_TYPE, "activation_checkpointing": BOOLEAN_TEXT_TYPE, "cpu_ram_efficient_loading": BOOLEAN_TEXT_TYPE,
-    "transformer_layer_cls_to_wrap": LAYER_CLASSES,
+    "transformer_layer_cls_to_wrap": LAYER_CLASSES_TYPE,
     "min_num_params": SIZE_TYPE, "auto_wrap_policy": ValueType(f"one of {', '.join(WRAP_POLICIES)}", lambda value: str(value).upper() in WRAP_POLICIES),
     **dict.fromkeys(VERSION_1_KEYS, ANY_TYPE),
 }  # fmt: skip
-"""Type of each key of fsdp_config, without its prefix. `_look_up` checks the values for `SHARDING_BY_FILE_VALUE` and `STATE_DICT_BY_FILE_VALUE`."""
+"""The type of each key of fsdp_config. The keys have no prefix `fsdp_`. `_find_spec_value` checks the values of keys about sharding and state dict."""
 
 
 @dataclass
@@ -105,7 +105,7 @@ def build_options(run: RunConfig, inputs: Inputs, hardware: Hardware, world_size
     result.state_dict = spec.state_dict or result.state_dict
     if spec.config_ref is not None:
         _merge_file(
-            result, read_config_file(spec.config_ref, inputs.config_maps, FILE_FIELD), run, hardware, world_size
+            result, read_config_file(spec.config_ref, inputs.config_maps, CONFIG_FILE_FIELD), run, hardware, world_size
         )
     if result.state_dict is FsdpStateDict.LOCAL:
         raise ConfigError(
@@ -118,13 +118,13 @@ def build_options(run: RunConfig, inputs: Inputs, hardware: Hardware, world_size
 def _merge_file(result: FsdpOptions, file: dict[str, Any], run: RunConfig, hardware: Hardware, world_size: int) -> None:
     """Merge the user's accelerate file into `result`. A note lists the keys that have no effect; unknown keys are refused."""
     merge = FileMerge(run)
-    fsdp_config = _fsdp_group(file)
-    kind = file.get("distributed_type", "FSDP")
-    if str(kind).upper() != "FSDP":
-        merge.conflicts.append(f"distributed_type is {kind}, distributed.strategy is fsdp")
+    fsdp_config = _read_fsdp_section(file)
+    distributed_type = file.get("distributed_type", "FSDP")
+    if str(distributed_type).upper() != "FSDP":
+        merge.conflicts.append(f"distributed_type is {distributed_type}, distributed.strategy is fsdp")
     merge.require_equal("num_processes", file.get("num_processes"), "the number of ranks", world_size)
     merge.require_equal("num_machines", file.get("num_machines"), "resources.nodes", run.world.nodes)
-    active_precision = "bf16" if hardware.bf16 else "fp16" if hardware.fp16 else "no"
+    active_precision = "bf16" if hardware.computes_in_bf16 else "fp16" if hardware.computes_in_fp16 else "no"
     file_precision = file.get("mixed_precision")
     file_precision = "no" if file_precision is False else file_precision  # YAML parses an unquoted `no` as false.
     merge.require_equal("mixed_precision", file_precision, "the precision from training.mixedPrecision", active_precision)
@@ -138,13 +138,13 @@ def _merge_file(result: FsdpOptions, file: dict[str, Any], run: RunConfig, hardw
     result.notes += merge.notes
 
 
-def _fsdp_group(file: dict[str, Any]) -> dict[str, Any]:
-    """Return the group fsdp_config without key prefixes and null values. Errors: ConfigError ConfigFileInvalid."""
-    check_keys(FILE_FIELD, "", file, TOP_LEVEL_KEYS)
+def _read_fsdp_section(file: dict[str, Any]) -> dict[str, Any]:
+    """Return the section fsdp_config without the prefixes of its keys and without null values. Errors: ConfigError ConfigFileInvalid."""
+    check_keys(CONFIG_FILE_FIELD, "", file, TOP_LEVEL_KEYS)
     fsdp_config = {
         key.removeprefix("fsdp_"): value for key, value in (file.get("fsdp_config") or {}).items() if value is not None
     }
-    check_keys(FILE_FIELD, "fsdp_config", fsdp_config, FSDP_KEYS)
+    check_keys(CONFIG_FILE_FIELD, "fsdp_config", fsdp_config, FSDP_KEYS)
     return fsdp_config
 
 
@@ -152,25 +152,26 @@ def _merge_fsdp(result: FsdpOptions, fsdp_config: dict[str, Any], merge: FileMer
     if str(fsdp_config.get("version", 2)) != "2":
         raise ConfigError(
             "ConfigFileInvalid",
-            f"{FILE_FIELD}: the libraries no longer have fsdp_version 1",
+            f"{CONFIG_FILE_FIELD}: the libraries in the image no longer support fsdp_version 1",
             hint="write 2, or remove it",
         )
     shardings = {
-        key: _look_up(fsdp_config.get(key), SHARDING_BY_FILE_VALUE, f"fsdp_{key}") for key in ("sharding_strategy", "reshard_after_forward")
+        key: _find_spec_value(fsdp_config.get(key), SHARDING_BY_FILE_VALUE, f"fsdp_{key}") for key in ("sharding_strategy", "reshard_after_forward")
     }
     shardings_set = {key: sharding for key, sharding in shardings.items() if sharding is not None}
     if len(set(shardings_set.values())) > 1:
         merge.conflicts.append(
-            f"fsdp_sharding_strategy means {shardings_set['sharding_strategy']}, fsdp_reshard_after_forward {shardings_set['reshard_after_forward']}"
+            f"fsdp_sharding_strategy means {shardings_set['sharding_strategy']}, "
+            f"fsdp_reshard_after_forward means {shardings_set['reshard_after_forward']}"
         )
     for key, sharding in shardings_set.items():
         result.sharding = merge.merge(f"fsdp_{key}", sharding, "distributed.fsdp.sharding", result.sharding)
-    state_dict_type = _look_up(fsdp_config.get("state_dict_type"), STATE_DICT_BY_FILE_VALUE, "fsdp_state_dict_type")
+    state_dict_type = _find_spec_value(fsdp_config.get("state_dict_type"), STATE_DICT_BY_FILE_VALUE, "fsdp_state_dict_type")
     result.state_dict = merge.merge(
         "fsdp_state_dict_type", state_dict_type, "distributed.fsdp.stateDict", result.state_dict
     )
     result.offloads_to_cpu = _is_true(fsdp_config.get("offload_params"))
-    result.wrap_policy = _wrap_policy(fsdp_config)
+    result.wrap_policy = _read_wrap_policy(fsdp_config)
     if (recompute := fsdp_config.get("activation_checkpointing")) is not None:
         checkpointing_before_adaptation = merge.before_adaptation("training.gradientCheckpointing", run.spec.training.gradient_checkpointing)
         is_enabled = checkpointing_before_adaptation not in (None, GradientCheckpointing.DISABLED)
@@ -179,32 +180,32 @@ def _merge_fsdp(result: FsdpOptions, fsdp_config: dict[str, Any], merge: FileMer
         )
     if _is_true(fsdp_config.get("cpu_ram_efficient_loading")):
         raise ConfigError(
-            "ConfigFileInvalid", f"{FILE_FIELD}: fsdp_cpu_ram_efficient_loading is true, but here every rank reads the weights, "
+            "ConfigFileInvalid", f"{CONFIG_FILE_FIELD}: fsdp_cpu_ram_efficient_loading is true, but here every rank reads the weights, "
             "from files that the ranks of a pod share",
             hint="remove it: each rank needs host memory for its shard only",
         )  # fmt: skip
     built_in = [f"fsdp_{key}" for key in VERSION_1_KEYS if key in fsdp_config]
     if built_in:
         merge.notes.append(
-            f"{', '.join(built_in)} belong to FSDP version 1 and are ignored: version 2 always has this behaviour"
+            f"{', '.join(built_in)} belong to FSDP version 1 and are ignored, because version 2 always behaves as if they were set"
         )
 
 
-def _wrap_policy(fsdp_config: dict[str, Any]) -> dict[str, Any]:
-    """Return the wrap policy: it decides which modules are sharded as one unit.
+def _read_wrap_policy(fsdp_config: dict[str, Any]) -> dict[str, Any]:
+    """Return the keys of the wrap policy, which decides which modules are sharded as one unit.
 
-    Errors: ConfigError ConfigFileInvalid for keys of another policy.
+    Errors: ConfigError ConfigFileInvalid if the file has a key of another policy.
     """
-    policy = str(fsdp_config.get("auto_wrap_policy", BY_LAYER)).upper()
+    policy = str(fsdp_config.get("auto_wrap_policy", WRAP_BY_LAYER)).upper()
     named_layers, min_parameters = fsdp_config.get("transformer_layer_cls_to_wrap") or (), int(fsdp_config.get("min_num_params") or 0)
     layers = [name.strip() for name in (named_layers.split(",") if isinstance(named_layers, str) else named_layers) if name.strip()]
     for key, value, reader in (
-        ("transformer_layer_cls_to_wrap", layers, BY_LAYER),
-        ("min_num_params", min_parameters, BY_SIZE),
+        ("transformer_layer_cls_to_wrap", layers, WRAP_BY_LAYER),
+        ("min_num_params", min_parameters, WRAP_BY_SIZE),
     ):
         if value and policy != reader:
             raise ConfigError(
-                "ConfigFileInvalid", f"{FILE_FIELD}: fsdp_{key} is only read with {reader}, and fsdp_auto_wrap_policy is {policy}",
+                "ConfigFileInvalid", f"{CONFIG_FILE_FIELD}: fsdp_{key} is only read with {reader}, and fsdp_auto_wrap_policy is {policy}",
                 hint=f"remove it, or write `fsdp_auto_wrap_policy: {reader}`",
             )  # fmt: skip
     wrap: dict[str, Any] = {"auto_wrap_policy": policy}
@@ -215,14 +216,15 @@ def _wrap_policy(fsdp_config: dict[str, Any]) -> dict[str, Any]:
     return wrap
 
 
-def _look_up(file_value: Any, values_by_name: dict[str, Any], key: str) -> Any:
+def _find_spec_value(file_value: Any, values_by_name: dict[str, Any], key: str) -> Any:
+    """Return the spec's value for the file's value of `key`; None if the file has none. Errors: ConfigError ConfigFileInvalid."""
     if file_value is None:
         return None
     text = str(file_value)
     value = values_by_name.get(text.upper(), values_by_name.get(text.lower()))
     if value is None:
         names = ", ".join(name for name in values_by_name if name.isupper())
-        raise ConfigError("ConfigFileInvalid", f"{FILE_FIELD}: {key} is {file_value}", hint=f"write one of {names}")
+        raise ConfigError("ConfigFileInvalid", f"{CONFIG_FILE_FIELD}: {key} is {file_value}", hint=f"write one of {names}")
     return value
 
 
@@ -240,15 +242,15 @@ class Fsdp(DistributedStrategy):
         super().__init__(run, hardware, world_size)
         self.options = options
         self.notes += options.notes
-        raise_first_finding("StrategyAndMethod", incompatible_with_fsdp(run.spec))
+        raise_first_finding("StrategyAndMethod", find_fsdp_conflicts(run.spec))
 
     @property
     def trainer_mixins(self) -> tuple[type, ...]:
-        """Return the mixin that saves and loads sharded state."""
+        """The mixin that saves and loads sharded weights and optimizer states."""
         return (_sharded_checkpoints_mixin(),)
 
     def prepare_process(self) -> None:
-        """Create the process group that FSDP needs even for one rank. On CPU, accelerate would not create it."""
+        """Create the process group that FSDP needs, even for one rank. On a CPU, accelerate would not create it."""
         if self.world_size > 1:
             return
         import torch
@@ -258,7 +260,7 @@ class Fsdp(DistributedStrategy):
             torch.distributed.init_process_group("gloo")
 
     def training_arguments(self) -> dict[str, Any]:
-        """Fields of TrainingArguments. The model is always saved unsharded; see `ShardedCheckpoints`."""
+        """Return FSDP's fields of TrainingArguments. The weights are always saved unsharded: see `ShardedCheckpoints`."""
         config = {
             "version": 2, "reshard_after_forward": self.options.sharding is FsdpSharding.FULL_SHARD,
             "state_dict_type": "FULL_STATE_DICT", "cpu_offload": self.options.offloads_to_cpu, **self.options.wrap_policy,
@@ -266,9 +268,9 @@ class Fsdp(DistributedStrategy):
         return {"fsdp": True, "fsdp_config": config, "ddp_backend": "gloo" if self.hardware.is_cpu else "nccl"}
 
     def on_accelerator_created(self, trainer: Any) -> None:
-        """Enable FSDP on CPU (accelerate enables it on GPUs only). If training computes in 16 bits, reduce gradients in 32 bits.
+        """Enable FSDP on a CPU, because accelerate enables it only on GPUs. In 16-bit training, let the ranks add up gradients in 32 bits.
 
-        By default, accelerate would sum the gradients and round the loss in 16 bits. DDP sums gradients in 32 bits.
+        By default, accelerate would add up gradients and round the loss in 16 bits. DDP adds up gradients in 32 bits.
         Errors: ConfigError ConfigFileInvalid for layer classes that the model does not have.
         """
         self._require_layers(trainer.model)
@@ -279,11 +281,11 @@ class Fsdp(DistributedStrategy):
 
             enable_fsdp_on_cpu(FullyShardedDataParallelPlugin(**trainer.args.fsdp_plugin_args))
             trainer.is_fsdp_enabled = True
-        if self.hardware.bf16 or self.hardware.fp16:
+        if self.hardware.computes_in_bf16 or self.hardware.computes_in_fp16:
             import torch
             from torch.distributed.fsdp import MixedPrecisionPolicy
 
-            compute_dtype = torch.bfloat16 if self.hardware.bf16 else torch.float16
+            compute_dtype = torch.bfloat16 if self.hardware.computes_in_bf16 else torch.float16
             trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
                 param_dtype=compute_dtype, reduce_dtype=torch.float32
             )
@@ -295,12 +297,13 @@ class Fsdp(DistributedStrategy):
         missing_classes = [name for name in requested_classes if name not in model_classes]
         if missing_classes:
             raise ConfigError(
-                "ConfigFileInvalid", f"{FILE_FIELD}: fsdp_transformer_layer_cls_to_wrap names {', '.join(missing_classes)}, which the model does not have",
+                "ConfigFileInvalid",
+                f"{CONFIG_FILE_FIELD}: fsdp_transformer_layer_cls_to_wrap names {', '.join(missing_classes)}, which the model does not have",
                 hint=f"remove it, or write one of these classes: {', '.join(model_classes)}",
             )  # fmt: skip
 
     def verify_active(self, trainer: Any) -> str:
-        """Also check that every parameter is sharded over all ranks. Errors: InternalError StrategyNotActive."""
+        """Check also that every parameter is sharded over all ranks. Errors: InternalError StrategyNotActive."""
         from torch.distributed.tensor import DTensor
 
         parameters = dict(trainer.model.named_parameters())
@@ -320,13 +323,13 @@ class Fsdp(DistributedStrategy):
 
 
 def _sharded_checkpoints_mixin() -> type:
-    """Create the mixin class on demand, so that importing this module does not import torch."""
-    from finetune_trainer.best import best_folder
+    """Return the mixin class. It is defined in a function so that importing this module does not import torch."""
+    from finetune_trainer.best import find_best_folder
     from finetune_trainer.distributed.weights import load_into_fsdp
     from finetune_trainer.library_internals import OpenTrainer
 
     class ShardedCheckpoints(OpenTrainer):
-        """Saves the weights or the adapter in one plain folder, and the optimizer's state in shards unless the spec requests `full`.
+        """Saves the weights unsharded in a plain folder, and the optimizer state in shards unless the spec requests `stateDict: full`.
 
         transformers 5.23 saves either both unsharded or both in shards, and no library loads sharded weights as a model.
         """
@@ -334,12 +337,12 @@ def _sharded_checkpoints_mixin() -> type:
         strategy: Fsdp
 
         def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-            """Gather the trained weights (adapter) or all weights (model), and write them as a single rank would."""
+            """Gather the weights (of a PEFT model, only the trained ones), and write them as a single rank would."""
             import torch
             from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-            adapter = hasattr(self.model, "peft_config")
-            unsharded = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=adapter)
+            has_adapter = hasattr(self.model, "peft_config")
+            unsharded = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=has_adapter)
             with torch.no_grad():
                 state = get_model_state_dict(self.model, options=unsharded)
             self.save_files(output_dir or self.args.output_dir, state)
@@ -368,21 +371,24 @@ def _sharded_checkpoints_mixin() -> type:
 
         def load_best_model(self) -> None:
             is_reader = self.accelerator.is_main_process
-            load_into_fsdp(self.model, best_folder(self) if is_reader else Path(), is_reader)
+            load_into_fsdp(self.model, find_best_folder(self) if is_reader else Path(), is_reader)
             self.accelerator.wait_for_everyone()
 
         @contextmanager
         def _optimizer_layout(self, plugin: Any, checkpoint: str | None = None) -> Iterator[None]:
-            """Set the layout of the optimizer's state for one call, because accelerate has one setting for model and optimizer."""
-            sharded = self.strategy.options.state_dict is FsdpStateDict.SHARDED
+            """Set accelerate's state dict type for the optimizer within the context, because accelerate has one setting for model and optimizer.
+
+            Without `checkpoint`, the spec decides the type; with it, the files of the checkpoint.
+            """
+            is_sharded = self.strategy.options.state_dict is FsdpStateDict.SHARDED
             if checkpoint is not None:
-                sharded = not (Path(checkpoint) / "optimizer.bin").exists()
-            before = plugin.state_dict_type, plugin.state_dict_config, plugin.optim_state_dict_config
+                is_sharded = not (Path(checkpoint) / "optimizer.bin").exists()
+            settings_before = plugin.state_dict_type, plugin.state_dict_config, plugin.optim_state_dict_config
             plugin.state_dict_config = plugin.optim_state_dict_config = None
-            plugin.set_state_dict_type("SHARDED_STATE_DICT" if sharded else "FULL_STATE_DICT")
+            plugin.set_state_dict_type("SHARDED_STATE_DICT" if is_sharded else "FULL_STATE_DICT")
             try:
                 yield
             finally:
-                plugin.state_dict_type, plugin.state_dict_config, plugin.optim_state_dict_config = before
+                plugin.state_dict_type, plugin.state_dict_config, plugin.optim_state_dict_config = settings_before
 
     return ShardedCheckpoints

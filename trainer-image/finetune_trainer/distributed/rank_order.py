@@ -1,7 +1,8 @@
-"""Lets local rank 0 of each node do long work, such as tokenising, before the other ranks, without a time limit.
+"""Lets local rank 0 of each node do long work, such as tokenising, before the other ranks. The work has no time limit.
 
-The other ranks cannot wait in a collective: it fails after the timeout of the process group (30 minutes), and large data sets take longer. They
-wait for keys in the store of the gang instead. There, the working ranks write heartbeats, and report that they are done or have failed.
+The other ranks cannot wait in a collective, because a collective fails after the timeout of the process group (30 minutes), and large data sets
+take longer. Instead, they poll keys in the gang's store. The working ranks write heartbeats to the store, and report that they are done or
+have failed.
 """
 
 from __future__ import annotations
@@ -22,16 +23,16 @@ from finetune_trainer.checkpoint.stop import GangStore, TcpGangStore
 POLL_SECONDS = 0.5
 HEARTBEAT_SECONDS = 30.0
 """Seconds between two heartbeats of a working rank, and between two checks by the other ranks."""
-LOST_SECONDS = 600.0
+HEARTBEAT_TIMEOUT_SECONDS = 600.0
 """A working rank counts as lost after this time without a heartbeat."""
 FAILED_KEY = "failed"
-_uses = itertools.count()
-"""Numbers the uses of `local_rank_0_first` in this process. All ranks use it in the same order, so the numbers are the same in all ranks."""
+_use_numbers = itertools.count()
+"""Counts the uses of `local_rank_0_first` in this process. All ranks use it in the same order, so a use has the same number in all ranks."""
 
 
 @dataclass(frozen=True)
 class RankPosition:
-    """The numbers of a rank, as torchrun counts them. All nodes have the same number of ranks."""
+    """The numbers that torchrun gives a rank. All nodes have the same number of ranks."""
 
     rank: int
     local_rank: int
@@ -40,14 +41,14 @@ class RankPosition:
 
     @staticmethod
     def from_env() -> RankPosition:
-        """Return the position of this process: a single rank without the variables of torchrun."""
+        """Return the position of this process. Without torchrun's environment variables, it is a single rank."""
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
         return RankPosition(rank, local_rank, world_size, int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size))))
 
     @property
     def working_ranks(self) -> range:
-        """Local rank 0 of each node."""
+        """The global rank of local rank 0 on each node."""
         return range(0, self.world_size, self.local_world_size)
 
 
@@ -55,10 +56,10 @@ class RankPosition:
 def local_rank_0_first(pause: Callable[[float], None] = time.sleep) -> Iterator[None]:
     """Run the block in local rank 0 of each node, then in the other ranks. All ranks of all nodes must enter the context.
 
-    The context ends in every rank only after the block has ended in local rank 0 of all nodes, so collectives may follow. `pause` waits for a
+    In every rank, the context ends after the block has ended in local rank 0 of all nodes, so collectives may follow. `pause` sleeps for a
     number of seconds. Errors: PeerError PeerLost.
     """
-    position, number = RankPosition.from_env(), next(_uses)
+    position, number = RankPosition.from_env(), next(_use_numbers)
     if position.world_size == 1:
         yield
         return
@@ -70,7 +71,7 @@ def local_rank_0_first(pause: Callable[[float], None] = time.sleep) -> Iterator[
 def order_ranks(
     store: GangStore, position: RankPosition, pause: Callable[[float], None] = time.sleep, now: Callable[[], float] = time.monotonic
 ) -> Iterator[None]:
-    """Order the ranks that share `store`: see `local_rank_0_first`. `now` returns the monotonic time in seconds."""
+    """Do the same as `local_rank_0_first`, for ranks that share `store`. `now` returns the monotonic time in seconds."""
     if position.local_rank != 0:
         _wait_for_working_ranks(store, position.working_ranks, pause, now)
         yield
@@ -79,7 +80,7 @@ def order_ranks(
         with _send_heartbeats(store, position.rank):
             yield
     except BaseException:
-        with contextlib.suppress(Exception):  # Raise the failure of the block, not that of the store.
+        with contextlib.suppress(Exception):  # The error of the block is raised, even if the store fails too.
             store.set(FAILED_KEY, str(position.rank))
         raise
     store.set(_done_key(position.rank), "1")
@@ -87,6 +88,7 @@ def order_ranks(
 
 
 def _wait_for_working_ranks(store: GangStore, ranks: range, pause: Callable[[float], None], now: Callable[[], float]) -> None:
+    """Wait until the ranks are done. Errors: PeerError PeerLost if a rank has failed, or has sent no heartbeat for `HEARTBEAT_TIMEOUT_SECONDS`."""
     last_check_time, changes = now(), dict.fromkeys(ranks, ("", now()))
     while not store.has(*map(_done_key, ranks)):
         if store.has(FAILED_KEY):
@@ -100,9 +102,10 @@ def _wait_for_working_ranks(store: GangStore, ranks: range, pause: Callable[[flo
             written = store.get_all([_heartbeat_key(rank)], HEARTBEAT_SECONDS)[0] if store.has(_heartbeat_key(rank)) else ""
             if written != changes[rank][0]:
                 changes[rank] = (written, last_check_time)
-            elif last_check_time - changes[rank][1] > LOST_SECONDS and not store.has(_done_key(rank)):
+            elif last_check_time - changes[rank][1] > HEARTBEAT_TIMEOUT_SECONDS and not store.has(_done_key(rank)):
                 raise PeerError(
-                    "PeerLost", f"rank {rank}, which prepares data for other ranks, has not reported for {LOST_SECONDS:g} s", hint="see the log of that rank"
+                    "PeerLost", f"rank {rank}, which prepares data for other ranks, has sent no heartbeat for {HEARTBEAT_TIMEOUT_SECONDS:g} s",
+                    hint="see the log of that rank",
                 )
 
 
@@ -110,7 +113,7 @@ def _send_heartbeats(store: GangStore, rank: int) -> AbstractContextManager[None
     numbers = itertools.count(1)
 
     def write() -> None:
-        with contextlib.suppress(Exception):  # Without the store, the pod of rank 0 has ended, and this rank will end too.
+        with contextlib.suppress(Exception):  # If the store is gone, the pod of rank 0 has ended, and this rank will end too.
             store.set(_heartbeat_key(rank), str(next(numbers)))
 
     return repeat_in_background(write, HEARTBEAT_SECONDS, "rank-order")

@@ -1,9 +1,9 @@
 """Merges a user's DeepSpeed or accelerate file from a ConfigMap with the fields of the spec.
 
-If the user set a value in file and spec, the two must be equal; every difference is reported with both values. If the spec's value
-is a default, the file's value is used and must satisfy the same rules. The operator may have adapted the spec (a smaller micro-batch
-after an out-of-memory error, a lower learning rate after a rollback), but not the file. The file's values are therefore compared
-with the spec's values before the adaptation, and then adapted by the same factor.
+If the user sets a value both in the file and in the spec, the two values must be equal; an error names all values that differ. If the
+spec's value is a default, the file's value is used and must satisfy the same rules. The operator may have adapted the spec: a smaller
+micro-batch after an out-of-memory error, or a lower learning rate after a rollback. It cannot adapt the file. So the file's values are
+compared with the spec's values from before the adaptation, and then adapted by the same factor.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ AUTO_VALUE = "auto"
 
 @dataclass(frozen=True)
 class ValueType:
-    """The values that a key of a file may have."""
+    """A set of values that a key of a file may have. `description` completes the sentence "the value is not ..."."""
 
     description: str
     accepts: Callable[[Any], bool]
 
 
 def one_of(*values: Any) -> ValueType:
-    """Return a type that accepts only these words and numbers. It does not accept `true` as 1."""
+    """Return a type that accepts only these values. The types must be equal too, so `true` is not accepted as 1."""
     return ValueType(
         f"one of {', '.join(_as_text(allowed) for allowed in values)}",
         lambda value: any(value == allowed and type(value) is type(allowed) for allowed in values),
@@ -54,18 +54,19 @@ MAPPING_TYPE = ValueType("a mapping of keys and values", lambda value: isinstanc
 
 
 def check_keys(
-    file: str, group: str, keys: Mapping[str, Any], types: Mapping[str, ValueType], *, allows_auto: bool = False
+    file: str, section_path: str, section: Mapping[str, Any], types: Mapping[str, ValueType], *, allows_auto: bool = False
 ) -> None:
-    """Refuse unknown keys and wrong values in a group of a file (empty group: the top level). null is always accepted.
+    """Refuse unknown keys and wrong values in a section of a file. null is always accepted.
 
-    With `allows_auto`, `auto` is accepted as the value of every key that is not a mapping.
+    `file`: the name of the file in messages. `section_path`: the path of the section, or an empty text for the top level. `types`: the type
+    of each known key. `allows_auto`: whether `auto` is accepted for every key whose value is not a mapping.
     Errors: ConfigError ConfigFileInvalid with every wrong key and value.
     """
-    unknown = [f"{_key_path(group, key)}{_suggest_key(key, types)}" for key in keys if key not in types]
+    unknown = [f"{_key_path(section_path, key)}{_suggest_key(key, types)}" for key in section if key not in types]
     wrong = [
-        f"{_key_path(group, key)} is {_as_text(value)}, not {kind.description}"
-        for key, kind, value in ((key, types[key], value) for key, value in keys.items() if key in types)
-        if value is not None and not (allows_auto and value == AUTO_VALUE and kind is not MAPPING_TYPE) and not kind.accepts(value)
+        f"{_key_path(section_path, key)} is {_as_text(value)}, not {value_type.description}"
+        for key, value_type, value in ((key, types[key], value) for key, value in section.items() if key in types)
+        if value is not None and not (allows_auto and value == AUTO_VALUE and value_type is not MAPPING_TYPE) and not value_type.accepts(value)
     ]
     problems = ([f"{', '.join(unknown)} would have no effect"] if unknown else []) + wrong
     if problems:
@@ -73,8 +74,8 @@ def check_keys(
         raise ConfigError("ConfigFileInvalid", f"{file}: {'; '.join(problems)}", hint=hint)
 
 
-def _key_path(group: str, key: str) -> str:
-    return f"{group}.{key}" if group else key
+def _key_path(section_path: str, key: str) -> str:
+    return f"{section_path}.{key}" if section_path else key
 
 
 def _suggest_key(key: str, known_keys: Iterable[str]) -> str:
@@ -83,7 +84,7 @@ def _suggest_key(key: str, known_keys: Iterable[str]) -> str:
 
 
 def read_config_file(ref: ConfigMapKeyRef, config_maps: Path, field_path: str) -> dict[str, Any]:
-    """Read the YAML or JSON file as nested dictionaries. Errors: NotFoundError ConfigMapMissing; ConfigError ConfigFileInvalid."""
+    """Return the content of a YAML or JSON file as nested dictionaries. Errors: NotFoundError ConfigMapMissing; ConfigError ConfigFileInvalid."""
     location = f"{field_path}: ConfigMap {ref.name}, key {ref.key}"
     try:
         text = (config_maps / ref.name / ref.key).read_text(encoding="utf-8")
@@ -108,7 +109,7 @@ def read_config_file(ref: ConfigMapKeyRef, config_maps: Path, field_path: str) -
 
 
 def _all_keys(value: Any) -> list[Any]:
-    """Yield the keys at every level of nested dictionaries and lists."""
+    """Return the keys at every level of nested dictionaries and lists."""
     if isinstance(value, list):
         return [key for item in value for key in _all_keys(item)]
     return [*value, *(key for item in value.values() for key in _all_keys(item))] if isinstance(value, dict) else []
@@ -128,19 +129,21 @@ def _parse_yaml(text: str, location: str) -> Any:
 
 @dataclass
 class FileMerge:
-    """Merges the values of one file with the spec. All conflicts are collected and reported together."""
+    """Merges the values of one file with the spec. It collects all conflicts, so that one error can report them together."""
 
     run: RunConfig
     conflicts: list[str] = field(default_factory=list)
+    """One sentence for each value that differs between the file and the spec."""
     notes: list[str] = field(default_factory=list)
     """Sentences for the status."""
     file_values: dict[str, Any] = field(default_factory=dict)
-    """Values that the file sets instead of the spec, by spec path."""
+    """The values of the file that replace values of the spec, by spec path."""
 
     def merge(self, key: str, file_value: Any, path: str, spec_value: Any, file_text: str | None = None) -> Any:
-        """Return `file_value` (the file's value of `key`). If the file has no value, return `spec_value` (the spec's value at `path`).
+        """Return the value to use: `file_value` (the file's value of `key`), or `spec_value` (the spec's value at `path`) if the file has none.
 
-        Record a conflict if the user set both and the values differ. `file_text`: `file_value` as the file spells it.
+        If the user set both and the values differ, record a conflict. If the operator adapted the spec's value, adapt the file's value too.
+        `file_text`: `file_value` as the file spells it.
         """
         value_before_adaptation = self.before_adaptation(path, spec_value)
         if not self._file_takes_precedence(key, file_value, path, value_before_adaptation, file_text):
@@ -153,7 +156,7 @@ class FileMerge:
         return self.file_values[path]
 
     def _file_takes_precedence(self, key: str, file_value: Any, path: str, spec_value: Any, file_text: str | None = None) -> bool:
-        """Whether the file's value replaces the spec's value `spec_value`. Record a note if it does, or a conflict if the user set both."""
+        """Whether the file's value replaces `spec_value`. If so, record a note. If the user set both and they differ, record a conflict."""
         if file_value is None or file_value == AUTO_VALUE or _values_equal(file_value, spec_value):
             return False
         text = _as_text(file_value) if file_text is None else file_text
@@ -165,16 +168,16 @@ class FileMerge:
         return True
 
     def before_adaptation(self, path: str, spec_value: Any) -> Any:
-        """Return the spec's value at `path` before the operator adapted it, or `spec_value` if it was not adapted."""
+        """Return the spec's value at `path` from before the operator adapted it, or `spec_value` if it was not adapted."""
         return (self.run.before_adaptation or {}).get(path, spec_value)
 
     def undo_adaptation(self, path: str, spec_value: Any, value: Any) -> Any:
-        """Divide `value` by the factor by which the operator adapted the spec's value at `path`."""
+        """Return `value` divided by the factor by which the operator adapted the spec's value at `path`."""
         value_before_adaptation = self.before_adaptation(path, spec_value)
         return value if _values_equal(value_before_adaptation, spec_value) else value * value_before_adaptation / spec_value
 
     def _adapt_file_value(self, key: str, file_value: Any, path: str, value_before_adaptation: Any, spec_value: Any) -> Any:
-        """Multiply the file's value by the factor by which the operator adapted the spec's value."""
+        """Return the file's value multiplied by the factor by which the operator adapted the spec's value. Record a note."""
         if not all(_is_number(value) and value for value in (file_value, value_before_adaptation, spec_value)):
             return spec_value
         value = file_value * spec_value / value_before_adaptation
@@ -185,12 +188,12 @@ class FileMerge:
         return value
 
     def require_equal(self, key: str, file_value: Any, actual_name: str, actual_value: Any) -> None:
-        """Record a conflict if the file's value differs from a value that the file cannot set, such as the number of ranks."""
+        """Record a conflict if the file's value differs from a value that the file cannot change, such as the number of ranks."""
         if file_value is not None and file_value != AUTO_VALUE and not _values_equal(file_value, actual_value):
             self.conflicts.append(f"{key} is {_as_text(file_value)}, {actual_name} is {_as_text(actual_value)}")
 
     def check_merged_values(self, file: str) -> None:
-        """Check the merged values.
+        """Check that there are no conflicts, and that the merged spec satisfies the rules of the API. `file`: the name of the file in messages.
 
         Errors: ConfigError ConfigsDisagree with every conflict; ConfigFileInvalid; or the code of a rule that the file's values break.
         """
@@ -220,7 +223,7 @@ class FileMerge:
         return self._spec_as_written().with_values(self.file_values)
 
     def allows(self, values: Mapping[str, Any]) -> bool:
-        """Whether these values (by spec path) break no further rule in the merged spec. Errors: pydantic's ValidationError."""
+        """Whether these values (by spec path) would break no API rule that the merged spec satisfies without them. Errors: pydantic's ValidationError."""
         spec = self.merged_spec()
         return not new_problems(spec, spec.with_values(values))
 
@@ -249,7 +252,7 @@ def _is_whole(value: Any) -> bool:
 
 
 def _as_text(value: Any) -> str:
-    """Format a value as in the file. Text that could be parsed as a number or a boolean is quoted."""
+    """Return a value as it would be written in the file. Text that could be read as a number or a boolean is quoted."""
     if isinstance(value, str):
         return value if value[:1].isalpha() and value not in ("true", "false", "null") else json.dumps(value)
     return "not given" if value is None else json.dumps(value, default=str)

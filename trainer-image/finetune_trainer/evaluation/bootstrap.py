@@ -1,18 +1,18 @@
 """Compares two models on the same rows: the difference of a metric and its confidence interval.
 
-The rows are a sample of all possible rows, so another test set would give another difference. Both models answer the same rows. Each
-resample therefore draws whole rows, with the results of both models (paired bootstrap). The module needs only numpy, and equal inputs
-give equal results.
+The test rows are a sample of all possible rows, so a different test set would give a different difference. The interval shows how far the two may lie apart.
+Both models answer the same rows. So each resample draws rows together with the results of both models (paired bootstrap). The module needs
+only numpy, and equal inputs give equal results.
 
-Three kinds of data have different methods:
+The method depends on the data:
 
-* Scores that are all 0 or 1 (accuracy): Tango's score interval. Such scores have too few different values for a bootstrap: if the models
-  never differ, every resample has a difference of exactly 0.
-* All other scores of rows, and metrics of sums over rows: the studentised bootstrap (Efron and Tibshirani 1993, section 12.5) and
-  Student's t interval. The result contains both. If most rows have equal scores, the bootstrap alone is too narrow; if the
-  differences are skewed, the t interval alone is too narrow.
-* Models that differ in no row or in very few rows: the exact interval for the fraction of rows in which they differ. A bootstrap only uses
-  differences that occurred in the sample.
+* All scores are 0 or 1 (accuracy): Tango's score interval. Such scores have too few different values for a bootstrap. For example, if the
+  models never differ, every resample has a difference of exactly 0.
+* Other scores of rows, and metrics that are computed from sums over rows: the interval that contains both the studentised bootstrap interval
+  (Efron and Tibshirani 1993, section 12.5) and Student's t interval. If most rows have equal scores, the bootstrap alone is too narrow; if
+  the differences are skewed, the t interval alone is too narrow.
+* The models differ in no row or in very few rows: an interval from the exact upper limit of the fraction of rows in which they differ. A
+  bootstrap would use only the differences that occur in the sample.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
-Numbers = NDArray[np.float64]
-MetricOfSums = Callable[[Numbers], Numbers]
-"""Computes a metric from sums over rows: shape (..., number of sums) -> (...). The function must be smooth and accept several sets of sums."""
+FloatArray = NDArray[np.float64]
+MetricOfSums = Callable[[FloatArray], FloatArray]
+"""A smooth function that computes a metric from sums over rows. It maps arrays of shape (..., number of sums) to shape (...)."""
 
-RESAMPLES = 2000
-"""Number of bootstrap resamples. The 5 % quantile of 2000 resamples is exact to 0.5 percentage points (one standard deviation)."""
-SEED = 42
-MAX_COUNTS = 4_000_000
-"""Maximum number of counts (rows x resamples) in memory, 32 MB. If there are more, the resamples are drawn in several parts."""
+RESAMPLE_COUNT = 2000
+"""Number of bootstrap resamples. With 2000 resamples, the standard deviation of the 5 % quantile is 0.5 percentage points."""
+RESAMPLE_SEED = 42
+MAX_COUNTS_IN_MEMORY = 4_000_000
+"""Maximum number of counts (rows x resamples) in memory at a time: 32 MB. If there are more, the resamples are drawn in several blocks."""
 RELATIVE_STEP = 1e-5
-"""Step of the numerical derivatives, relative to the sum. The error of central differences is about the square of this number."""
+"""Step of the numerical derivatives, relative to the sum. The relative error of central differences is about the square of the step."""
 ROUNDING_ERROR = 1e-11
-"""Variances below this fraction of their terms are rounding errors and count as 0."""
+"""A variance below this fraction of its terms is a rounding error and counts as 0."""
 
 TOO_FEW_ROWS = "a confidence interval needs at least 2 rows"
 NOT_FINITE = "a score is not a finite number"
 
 
 @dataclass(frozen=True)
-class Comparison:
+class MetricComparison:
     """The values of both models on the same rows, their difference, and its two-sided confidence interval."""
 
     rows: int
@@ -53,14 +53,15 @@ class Comparison:
     base: float | None
     trained: float | None
     difference: float | None
-    """Value of the trained model minus value of the base model. None: a value could not be computed."""
+    """Value of the trained model minus value of the base model; None if one of the values could not be computed."""
     low: float | None = None
-    """Lower end of the confidence interval. None: there is no interval, and `reason` says why."""
+    """Lower end of the confidence interval; None if there is no interval."""
     high: float | None = None
     reason: str | None = None
+    """Why there is no interval; None if there is one."""
 
 
-def compare_rows(base: Sequence[float], trained: Sequence[float], *, confidence: float = 0.95, seed: int = SEED) -> Comparison:
+def compare_rows(base: Sequence[float], trained: Sequence[float], *, confidence: float = 0.95, seed: int = RESAMPLE_SEED) -> MetricComparison:
     """Compare the mean scores of two models. `base[i]` and `trained[i]` are the scores of row i.
 
     Errors: ValueError if the lists have different lengths.
@@ -68,75 +69,77 @@ def compare_rows(base: Sequence[float], trained: Sequence[float], *, confidence:
     base_scores, trained_scores = np.asarray(base, dtype=np.float64), np.asarray(trained, dtype=np.float64)
     if base_scores.shape != trained_scores.shape or base_scores.ndim != 1:
         raise ValueError(f"both models need one score per row, but the shapes are {base_scores.shape} and {trained_scores.shape}")
-    if _are_zero_or_one(base_scores) and _are_zero_or_one(trained_scores) and len(base_scores) > 1:
+    if _has_only_zeros_and_ones(base_scores) and _has_only_zeros_and_ones(trained_scores) and len(base_scores) > 1:
         return _compare_fractions(base_scores, trained_scores, confidence)
     ones, differences = np.ones_like(base_scores), trained_scores - base_scores
     usual = float(np.median(differences)) if len(differences) else 0.0
-    changes = _Changes(int((np.abs(differences - usual) > ROUNDING_ERROR).sum()), usual, float(np.max(np.abs([base_scores, trained_scores]), initial=0.0)))
-    return _compare(np.column_stack([base_scores, ones]), np.column_stack([trained_scores, ones]), ratio_of_sums, confidence, seed, changes)
+    largest = float(np.max(np.abs([base_scores, trained_scores]), initial=0.0))
+    changed_rows = _ChangedRows(int((np.abs(differences - usual) > ROUNDING_ERROR).sum()), usual, largest)
+    return _compare(np.column_stack([base_scores, ones]), np.column_stack([trained_scores, ones]), ratio_of_sums, confidence, seed, changed_rows)
 
 
-def compare_sums(base: Numbers, trained: Numbers, metric: MetricOfSums, *, confidence: float = 0.95, seed: int = SEED) -> Comparison:
+def compare_sums(base: FloatArray, trained: FloatArray, metric: MetricOfSums, *, confidence: float = 0.95, seed: int = RESAMPLE_SEED) -> MetricComparison:
     """Compare a metric that is computed from sums over all rows, such as the loss per token.
 
-    `base` and `trained` have shape (rows, number of sums): row i contains what row i adds to the sums. Errors: ValueError if the shapes
-    differ.
+    `base` and `trained` have the shape (rows, number of sums) and contain the summands of each row. Errors: ValueError if the shapes differ.
     """
     base, trained = np.asarray(base, dtype=np.float64), np.asarray(trained, dtype=np.float64)
     if base.shape != trained.shape or base.ndim != 2:
         raise ValueError(f"both models need the same sums for each row, but the shapes are {base.shape} and {trained.shape}")
-    return _compare(base, trained, metric, confidence, seed, _Changes(int((base != trained).any(axis=1).sum())))
+    return _compare(base, trained, metric, confidence, seed, _ChangedRows(int((base != trained).any(axis=1).sum())))
 
 
 @dataclass(frozen=True)
-class _Changes:
-    """The rows in which the difference between the models is not the usual one, which is mostly 0."""
+class _ChangedRows:
+    """How many rows differ from the usual difference between the models, and by how much. The usual difference is mostly 0."""
 
     count: int
     usual_difference: float = 0.0
-    largest: float | None = None
-    """Largest possible difference of one row. None: use the larger of the two models' metric values."""
+    largest_difference: float | None = None
+    """Largest possible difference in one row. If it is None, the larger absolute value of the two models' metrics is used."""
 
 
-def _compare(base: Numbers, trained: Numbers, metric: MetricOfSums, confidence: float, seed: int, changes: _Changes) -> Comparison:
+def _compare(
+    base: FloatArray, trained: FloatArray, metric: MetricOfSums, confidence: float, seed: int, changed_rows: _ChangedRows
+) -> MetricComparison:
     rows = len(base)
     if not np.isfinite(base).all() or not np.isfinite(trained).all():
-        return Comparison(rows, None, None, None, reason=NOT_FINITE)
+        return MetricComparison(rows, None, None, None, reason=NOT_FINITE)
     if rows == 0:
-        return Comparison(rows, None, None, None, reason=TOO_FEW_ROWS)
+        return MetricComparison(rows, None, None, None, reason=TOO_FEW_ROWS)
     with np.errstate(all="ignore"):
         base_value, trained_value = float(metric(base.sum(axis=0))), float(metric(trained.sum(axis=0)))
     if not math.isfinite(base_value) or not math.isfinite(trained_value):
-        return Comparison(rows, None, None, None, reason="the metric of the rows is not a finite number")
+        return MetricComparison(rows, None, None, None, reason="the metric of the rows is not a finite number")
     difference = trained_value - base_value
     if rows == 1:
-        return Comparison(rows, base_value, trained_value, difference, reason=TOO_FEW_ROWS)
-    ends = _studentised_ends(np.hstack([base, trained - base]), _difference_of(metric, base.shape[1]), confidence, seed)
+        return MetricComparison(rows, base_value, trained_value, difference, reason=TOO_FEW_ROWS)
+    ends = _studentised_ends(np.hstack([base, trained - base]), _difference_between_models(metric, base.shape[1]), confidence, seed)
     if not math.isfinite(ends[0]) or not math.isfinite(ends[1]):
-        largest = max(abs(base_value), abs(trained_value)) if changes.largest is None else changes.largest
-        exact_ends = _ends_with_few_changes(rows, changes.count, changes.usual_difference, largest, confidence)
+        largest = max(abs(base_value), abs(trained_value)) if changed_rows.largest_difference is None else changed_rows.largest_difference
+        exact_ends = _ends_with_few_changed_rows(rows, changed_rows.count, changed_rows.usual_difference, largest, confidence)
         ends = (ends[0] if math.isfinite(ends[0]) else exact_ends[0], ends[1] if math.isfinite(ends[1]) else exact_ends[1])
-    return Comparison(rows, base_value, trained_value, difference, *ends)
+    return MetricComparison(rows, base_value, trained_value, difference, *ends)
 
 
 # Metrics of sums
 
 
-def ratio_of_sums(sums: Numbers) -> Numbers:
-    """Return sum 0 / sum 1: a mean for the sums (score, 1), the loss per token for the sums (negative log-likelihood, tokens)."""
+def ratio_of_sums(sums: FloatArray) -> FloatArray:
+    """Return sum 0 / sum 1. For the sums (score, 1), this is the mean score; for (negative log-likelihood, tokens), the loss per token."""
     return sums[..., 0] / sums[..., 1]
 
 
-def perplexity_of_sums(sums: Numbers) -> Numbers:
+def perplexity_of_sums(sums: FloatArray) -> FloatArray:
     """Return exp(sum 0 / sum 1) for the sums (negative log-likelihood in nats, tokens)."""
     return np.exp(sums[..., 0] / sums[..., 1])
 
 
-def bleu_of_sums(sums: Numbers) -> Numbers:
-    """Return the corpus BLEU from 0 to 100, with the smoothing `exp` that sacrebleu uses by default.
+def bleu_of_sums(sums: FloatArray) -> FloatArray:
+    """Return the corpus BLEU from 0 to 100, with the smoothing `exp`, which is sacrebleu's default.
 
-    The ten sums are the lengths of answer and reference in tokens, then the numbers of matching n-grams and the numbers of all n-grams
-    of the answer, for n = 1 to 4. These are the statistics of sacrebleu. Source: Papineni et al. 2002, Post 2018.
+    The ten sums are sacrebleu's statistics: the numbers of tokens of answer and reference; the numbers of matching n-grams for n = 1 to 4;
+    and the numbers of all n-grams of the answer for n = 1 to 4. Source: Papineni et al. 2002, Post 2018.
     """
     answer_length, reference_length = sums[..., 0], sums[..., 1]
     matches, totals = sums[..., 2:6], sums[..., 6:10]
@@ -147,20 +150,20 @@ def bleu_of_sums(sums: Numbers) -> Numbers:
     return np.where(has_score, brevity_penalty * np.exp(log_precisions.mean(axis=-1)), 0.0)
 
 
-def _difference_of(metric: MetricOfSums, count: int) -> MetricOfSums:
-    """Return a function that computes the difference between the models' metrics. Its input: the base model's `count` sums, then the
-    differences between the models' sums.
+def _difference_between_models(metric: MetricOfSums, sum_count: int) -> MetricOfSums:
+    """Return a function that computes the difference between the metrics of the two models.
 
-    With differences as input, the result stays precise if both models are almost equal.
+    Its input contains the `sum_count` sums of the base model, and then the differences between the sums of both models. With differences as
+    input, the result is precise even if both models are almost equal.
     """
-    return lambda sums: metric(sums[..., :count] + sums[..., count:]) - metric(sums[..., :count])
+    return lambda sums: metric(sums[..., :sum_count] + sums[..., sum_count:]) - metric(sums[..., :sum_count])
 
 
 # Studentised bootstrap
 
 
-def _studentised_ends(rows: Numbers, statistic: MetricOfSums, confidence: float, seed: int) -> tuple[float, float]:
-    """Return the ends of the interval for `statistic(rows.sum(axis=0))`. An end is infinite if too many resamples have no variation."""
+def _studentised_ends(rows: FloatArray, statistic: MetricOfSums, confidence: float, seed: int) -> tuple[float, float]:
+    """Return both ends of the interval for `statistic(rows.sum(axis=0))`. An end is infinite if too many resamples have no variation."""
     first, second = np.triu_indices(rows.shape[1])
     columns = np.hstack([rows, rows[:, first] * rows[:, second]])
     with np.errstate(all="ignore"):
@@ -169,7 +172,7 @@ def _studentised_ends(rows: Numbers, statistic: MetricOfSums, confidence: float,
             return -math.inf, math.inf
         sums = np.concatenate([counts @ columns for counts in _resample(len(rows), seed)])
         resampled, resampled_errors = _estimate_and_error(sums, statistic, rows.shape)
-        # A resample whose rows have no variation has an error of 0, and its t value is infinite. 0/0 has no known value.
+        # If the rows of a resample have no variation, its error is 0, and its t value is infinite, or NaN for 0/0.
         shift = np.where(np.abs(resampled - estimate) <= ROUNDING_ERROR * np.abs(estimate), 0, resampled - estimate)
         t_values = shift / resampled_errors
     tail = (1 - confidence) / 2
@@ -179,11 +182,12 @@ def _studentised_ends(rows: Numbers, statistic: MetricOfSums, confidence: float,
     return float(estimate - max(high_quantile, student) * error), float(estimate - min(low_quantile, -student) * error)
 
 
-def _estimate_and_error(sums: Numbers, statistic: MetricOfSums, shape: tuple[int, ...]) -> tuple[Numbers, Numbers]:
+def _estimate_and_error(sums: FloatArray, statistic: MetricOfSums, shape: tuple[int, ...]) -> tuple[FloatArray, FloatArray]:
     """Return the statistic and its standard error by the delta method, for one or several sets of sums.
 
-    `sums` contains the sums of the k columns, then the sums of the products of two columns. The variance of a sum over n rows is
-    n/(n-1) * (sum of squares - square of the sum / n), here of the rows' linear contributions to the statistic.
+    `sums`: the sums of the k columns, then the sums of the products of each two columns. `shape`: (number of rows, k). The delta method
+    uses the rows' linear contributions to the statistic. The variance of their sum over n rows is
+    n/(n-1) * (sum of squares - square of the sum / n).
     """
     count, width = shape
     totals, products = sums[..., :width], sums[..., width:]
@@ -196,8 +200,8 @@ def _estimate_and_error(sums: Numbers, statistic: MetricOfSums, shape: tuple[int
     return statistic(totals), np.sqrt(np.where(is_rounding_error, 0, variance) * count / (count - 1))
 
 
-def _gradient(statistic: MetricOfSums, totals: Numbers, scales: Numbers) -> Numbers:
-    """Return the derivatives of the statistic with respect to each sum, by central differences. `scales` are typical sizes of the sums."""
+def _gradient(statistic: MetricOfSums, totals: FloatArray, scales: FloatArray) -> FloatArray:
+    """Return the derivative of the statistic with respect to each sum, by central differences. `scales`: the typical size of each sum."""
     gradient = np.empty_like(totals)
     for column in range(totals.shape[-1]):
         step = np.zeros_like(totals)
@@ -207,32 +211,32 @@ def _gradient(statistic: MetricOfSums, totals: Numbers, scales: Numbers) -> Numb
     return gradient
 
 
-def _resample(rows: int, seed: int) -> Iterator[Numbers]:
-    """Yield how often each row is drawn in each resample, in parts of shape (resamples, rows)."""
-    if rows * RESAMPLES <= MAX_COUNTS:
-        yield _draw_once(rows, RESAMPLES, seed, 0)
+def _resample(row_count: int, seed: int) -> Iterator[FloatArray]:
+    """Yield how often each row is drawn in each resample, in blocks of shape (resamples, rows)."""
+    if row_count * RESAMPLE_COUNT <= MAX_COUNTS_IN_MEMORY:
+        yield _draw_row_counts_cached(row_count, RESAMPLE_COUNT, seed, 0)
         return
-    part = max(1, MAX_COUNTS // rows)
-    for start in range(0, RESAMPLES, part):
-        yield _draw(rows, min(part, RESAMPLES - start), seed, start)
+    block_size = max(1, MAX_COUNTS_IN_MEMORY // row_count)
+    for start in range(0, RESAMPLE_COUNT, block_size):
+        yield _draw_row_counts(row_count, min(block_size, RESAMPLE_COUNT - start), seed, start)
 
 
-def _draw(rows: int, resamples: int, seed: int, start: int) -> Numbers:
-    drawn = np.random.default_rng([seed, start]).integers(0, rows, size=(resamples, rows))
-    drawn += np.arange(resamples)[:, None] * rows
-    return np.bincount(drawn.ravel(), minlength=resamples * rows).reshape(resamples, rows).astype(np.float64)
+def _draw_row_counts(row_count: int, resamples: int, seed: int, start: int) -> FloatArray:
+    drawn = np.random.default_rng([seed, start]).integers(0, row_count, size=(resamples, row_count))
+    drawn += np.arange(resamples)[:, None] * row_count
+    return np.bincount(drawn.ravel(), minlength=resamples * row_count).reshape(resamples, row_count).astype(np.float64)
 
 
-_draw_once = lru_cache(maxsize=2)(_draw)
-"""Keeps the last results: all metrics of an evaluation have the same rows and can use the same resamples."""
+_draw_row_counts_cached = lru_cache(maxsize=2)(_draw_row_counts)
+"""`_draw_row_counts` with a cache. All metrics of an evaluation have the same rows, so they can use the same resamples."""
 
 
 @lru_cache(maxsize=64)
 def student_quantile(probability: float, degrees_of_freedom: int) -> float:
     """Return the quantile of Student's t distribution.
 
-    With t = sqrt(df) * tan(angle), the density of the angle is proportional to cos(angle) ** (df - 1). The function integrates this
-    density numerically. The relative error is below 1e-5 for probabilities up to 0.9999.
+    With t = sqrt(df) * tan(angle), the density of the angle is proportional to cos(angle) ** (df - 1). This density is integrated
+    numerically. The relative error of the quantile is below 1e-5 for probabilities up to 0.9999.
     """
     angles = np.linspace(-math.pi / 2, math.pi / 2, 200_001)
     density = np.cos(angles) ** (degrees_of_freedom - 1)
@@ -243,25 +247,31 @@ def student_quantile(probability: float, degrees_of_freedom: int) -> float:
 # Other intervals
 
 
-def _ends_with_few_changes(rows: int, changed: int, usual: float, largest: float, confidence: float) -> tuple[float, float]:
-    """Return the interval if all rows but a few have the usual difference.
+def _ends_with_few_changed_rows(
+    row_count: int, changed_count: int, usual_difference: float, largest_difference: float, confidence: float
+) -> tuple[float, float]:
+    """Return both ends of the interval if almost all rows have the usual difference.
 
-    With the given confidence, at most a fraction `share` of all possible rows has a different difference, which is between -`largest` and
-    `largest`. `share` is the exact upper limit of Clopper and Pearson 1934 for `changed` of n rows.
+    With the given confidence, at most the fraction `changed_share` of all possible rows has another difference. That difference lies
+    between -`largest_difference` and `largest_difference`. `changed_share` is the exact upper limit of Clopper and Pearson 1934.
     """
-    share = _highest_fraction(rows, changed, (1 - confidence) / 2)
-    return (1 - share) * usual - share * largest, (1 - share) * usual + share * largest
+    changed_share = _highest_fraction(row_count, changed_count, (1 - confidence) / 2)
+    middle, half_width = (1 - changed_share) * usual_difference, changed_share * largest_difference
+    return middle - half_width, middle + half_width
 
 
-def _highest_fraction(rows: int, events: int, tail: float) -> float:
-    """Return the fraction at which `events` or fewer of n rows occur with probability `tail`. Computed by bisection."""
-    if events >= rows:
+def _highest_fraction(row_count: int, affected_count: int, tail: float) -> float:
+    """Return the highest plausible fraction of affected rows among all possible rows, if `affected_count` of `row_count` rows are affected.
+
+    At this fraction, a sample would have at most `affected_count` affected rows with probability `tail`. It is computed by bisection.
+    """
+    if affected_count >= row_count:
         return 1.0
-    coefficients = [math.lgamma(rows + 1) - math.lgamma(k + 1) - math.lgamma(rows - k + 1) for k in range(events + 1)]
+    coefficients = [math.lgamma(row_count + 1) - math.lgamma(k + 1) - math.lgamma(row_count - k + 1) for k in range(affected_count + 1)]
     low, high = 0.0, 1.0
     for _ in range(60):
         middle = (low + high) / 2
-        terms = (c + k * math.log(middle) + (rows - k) * math.log1p(-middle) for k, c in enumerate(coefficients))
+        terms = (c + k * math.log(middle) + (row_count - k) * math.log1p(-middle) for k, c in enumerate(coefficients))
         if sum(map(math.exp, terms)) > tail:
             low = middle
         else:
@@ -269,38 +279,39 @@ def _highest_fraction(rows: int, events: int, tail: float) -> float:
     return high
 
 
-def _are_zero_or_one(scores: Numbers) -> bool:
+def _has_only_zeros_and_ones(scores: FloatArray) -> bool:
     return bool(((scores == 0) | (scores == 1)).all())
 
 
-def _compare_fractions(base: Numbers, trained: Numbers, confidence: float) -> Comparison:
+def _compare_fractions(base: FloatArray, trained: FloatArray, confidence: float) -> MetricComparison:
     wins, losses = int((trained > base).sum()), int((trained < base).sum())
     low = _lowest_difference(wins, losses, len(base), confidence)
     high = -_lowest_difference(losses, wins, len(base), confidence)
-    return Comparison(len(base), float(base.mean()), float(trained.mean()), (wins - losses) / len(base), low, high)
+    return MetricComparison(len(base), float(base.mean()), float(trained.mean()), (wins - losses) / len(base), low, high)
 
 
-def _lowest_difference(wins: int, losses: int, rows: int, confidence: float) -> float:
-    """Return the lowest difference of two paired fractions that the score test does not reject, by bisection."""
+def _lowest_difference(wins: int, losses: int, row_count: int, confidence: float) -> float:
+    """Return the lowest difference of two paired fractions that the score test does not reject. It is computed by bisection."""
     critical = NormalDist().inv_cdf((1 + confidence) / 2)
-    rejected, accepted = -1.0, (wins - losses) / rows
+    rejected, accepted = -1.0, (wins - losses) / row_count
     for _ in range(60):
         middle = (rejected + accepted) / 2
-        if _score(wins, losses, rows, middle) > critical:
+        if _score_statistic(wins, losses, row_count, middle) > critical:
             rejected = middle
         else:
             accepted = middle
     return accepted
 
 
-def _score(wins: int, losses: int, rows: int, difference: float) -> float:
+def _score_statistic(wins: int, losses: int, row_count: int, difference: float) -> float:
     """Return the score statistic for the hypothesis that the fractions differ by `difference`.
 
-    The probability of a loss is estimated under the hypothesis. Source: Tango 1998, Statistics in Medicine 17, 891-908.
+    A win is a row in which only the trained model is right; a loss, one in which only the base model is right. The probability of a loss
+    is estimated under the hypothesis. Source: Tango 1998, Statistics in Medicine 17, 891-908.
     """
-    b = -wins - losses + (2 * rows - wins + losses) * difference
+    b = -wins - losses + (2 * row_count - wins + losses) * difference
     c = -losses * difference * (1 - difference)
-    loss_probability = (math.sqrt(max(0.0, b * b - 8 * rows * c)) - b) / (4 * rows)
-    variance = rows * (2 * loss_probability + difference * (1 - difference))
-    distance = wins - losses - rows * difference
+    loss_probability = (math.sqrt(max(0.0, b * b - 8 * row_count * c)) - b) / (4 * row_count)
+    variance = row_count * (2 * loss_probability + difference * (1 - difference))
+    distance = wins - losses - row_count * difference
     return distance / math.sqrt(variance) if variance > 0 else math.copysign(math.inf, distance)

@@ -1,7 +1,7 @@
-"""Metrics over the option letters of multiple-choice rows.
+"""Metrics of multiple-choice rows, computed from the option letters that the model chooses.
 
-Token metrics say little about multiple choice, because most tokens of an answer do not decide it. Here the model's choice is the
-option letter with the highest log-probability.
+Token metrics say little about multiple choice, because most tokens of an answer do not affect the choice. In these metrics, the
+model's choice is the option letter with the highest log-probability.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ def letter_log_probabilities(
 ) -> dict[str, float]:
     """Return log p(letter | prompt) in nats for each option letter of one row.
 
-    A letter may have several tokens; their log-probabilities are added up. `letters` are the texts that follow the prompt, in the
-    row's order, for example `A` or ` A`. A tokenizer may merge the letter with the end of the prompt, for example `: ` and `A`
-    into `:` and ` A`. The function therefore tokenises prompt and letter together. It scores the tokens after the part that the
-    prompt and all options have in common, so that all options are scored after the same tokens.
+    `letters` are the texts that follow the prompt, in the row's order, for example `A` or ` A`. If a letter has several tokens, their
+    log-probabilities are added up. A tokenizer may merge the letter with the end of the prompt, for example `: ` and `A` into `:` and
+    ` A`. So the function tokenises prompt and letter together. It scores only the tokens after the longest beginning that the prompt and
+    all options share, so that all options are scored after the same tokens.
 
-    `add_special_tokens` is false for prompts of a chat template, because the template has added them already.
+    `add_special_tokens`: false for prompts from a chat template, because the template already contains the special tokens.
     Errors: DataError ChoicePromptEmpty if no token is left in front of the letters.
     """
 
@@ -39,7 +39,7 @@ def letter_log_probabilities(
 
     prompt_tokens, options = encode(prompt), [encode(prompt + letter) for letter in letters]
     shared = min(_common_length(prompt_tokens, option) for option in options)
-    shared = min(shared, min(map(len, options)) - 1)  # If the tokenizer drops a letter, no token is left to score.
+    shared = min(shared, min(map(len, options)) - 1)  # Leave at least one token of each option to score.
     if shared < 1:
         raise DataError("ChoicePromptEmpty", "a multiple-choice row has no token in front of its option letters")
     suffixes = [option[shared:] for option in options]
@@ -48,42 +48,42 @@ def letter_log_probabilities(
     if longest == 1:  # one pass over the prompt scores all options
         log_probabilities = _last_log_probabilities(model, torch.tensor([prompt_tokens[:shared]], device=device), 1)[0, 0]
         return {letter: float(log_probabilities[tokens[0]]) for letter, tokens in zip(letters, suffixes, strict=True)}
-    # The last token of an option is not an input. Padding behind an option does not change the scores in front of it.
+    # The last token of an option is not an input, because nothing is predicted from it. Padding after an option does not change earlier scores.
     inputs = [prompt_tokens[:shared] + (tokens + [0] * (longest - len(tokens)))[:-1] for tokens in suffixes]
     log_probabilities = _last_log_probabilities(model, torch.tensor(inputs, device=device), longest)
     return {
-        letter: math.fsum(float(log_probabilities[row, place, token]) for place, token in enumerate(tokens))
+        letter: math.fsum(float(log_probabilities[row, position, token]) for position, token in enumerate(tokens))
         for row, (letter, tokens) in enumerate(zip(letters, suffixes, strict=True))
     }
 
 
 def _common_length(first: Sequence[int], second: Sequence[int]) -> int:
-    """Number of equal tokens at the start of two sequences."""
+    """Return the number of equal tokens at the start of two sequences."""
     pairs = zip(first, second, strict=False)
-    return next((place for place, (one, other) in enumerate(pairs) if one != other), min(len(first), len(second)))
+    return next((index for index, (left, right) in enumerate(pairs) if left != right), min(len(first), len(second)))
 
 
-def _last_log_probabilities(model: Any, tokens: torch.Tensor, positions: int) -> torch.Tensor:
-    """Return float32 log-probabilities at the last positions of causal sequences, shape (rows, positions, vocabulary size)."""
+def _last_log_probabilities(model: Any, tokens: torch.Tensor, position_count: int) -> torch.Tensor:
+    """Return float32 log-probabilities at the last `position_count` positions: shape (rows, positions, vocabulary size)."""
     options: dict[str, Any] = {"attention_mask": torch.ones_like(tokens), "use_cache": False}
     base = getattr(model, "get_base_model", lambda: model)()
     if "logits_to_keep" in inspect.signature(base.forward).parameters:  # saves the logits of the prompt
-        options["logits_to_keep"] = positions
-    logits = model(input_ids=tokens, **options).logits[:, -positions:]
+        options["logits_to_keep"] = position_count
+    logits = model(input_ids=tokens, **options).logits[:, -position_count:]
     return logits.float().log_softmax(dim=-1)
 
 
 def chosen_letter(log_probabilities: Mapping[str, float]) -> str:
-    """Return the letter with the highest log-probability. If several letters have the highest value, return the first one in the row."""
+    """Return the letter with the highest log-probability; among equal letters, the first one in the row."""
     return max(log_probabilities, key=log_probabilities.__getitem__)
 
 
 def letter_metrics(rows: Sequence[Mapping[str, float]], correct_letters: Sequence[str]) -> dict[str, MetricValue]:
     """Return `accuracy`, `precision`, `recall` and `f1` of the chosen letters.
 
-    `rows` are the log-probabilities of each row's letters, in the row's order. Precision, recall and F1 are scikit-learn's macro
+    `rows`: for each row, the log-probability of each option letter, in the row's order. Precision, recall and F1 are scikit-learn's macro
     averages with zero_division=0: the plain mean over all letters that are correct or chosen in at least one row. Only the
-    accuracy has scores of single rows: 1 or 0. Errors: DataError ChoiceUnknown if a correct letter is not among the row's options.
+    accuracy has scores of single rows: 1 or 0. Errors: DataError ChoiceUnknown if a correct letter is not one of the row's options.
     """
     for number, (row, correct) in enumerate(zip(rows, correct_letters, strict=True), start=1):
         if correct not in row:

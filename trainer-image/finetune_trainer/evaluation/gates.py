@@ -1,7 +1,7 @@
-"""Decides for each gate of `evaluation.gates` whether the trained model passes.
+"""Decides for each gate of `evaluation.gates` whether the trained model passes it.
 
-A gate passes only if a measurement shows it. A metric without a value, or a comparison without a confidence interval, fails its gate
-with the reason.
+A gate passes only if a measurement shows that its condition is met. If its metric has no value, or if a comparison has no confidence
+interval, the gate fails and its result gives the reason.
 """
 
 from __future__ import annotations
@@ -16,31 +16,34 @@ from finetune_api.spec.enums import GateOperator
 from finetune_api.spec.results import Gate, NotWorseThanBase
 from finetune_api.status import GateResult
 
-from finetune_trainer.evaluation.bootstrap import Comparison, MetricOfSums, Numbers, compare_rows, compare_sums
+from finetune_trainer.evaluation.bootstrap import FloatArray, MetricComparison, MetricOfSums, compare_rows, compare_sums
 
 
 class MeasuredMetric(Protocol):
-    """A metric of one model. Without a value, the reason says why."""
+    """A metric of one model. If it has no value, `reason` says why."""
 
     @property
     def value(self) -> float | None:
-        """Value of the metric, in its own unit."""
+        """The value of the metric, in its own unit; None if it could not be computed."""
 
     @property
     def reason(self) -> str | None:
-        """Why the metric has no value, or which rows the value does not cover."""
+        """Why the metric has no value, or which rows its value does not cover; else None."""
 
     @property
     def rows(self) -> Sequence[float | None] | None:
-        """Score of each row, or None for a row without a score. None: the metric has no scores of single rows."""
+        """The score of each row, None for a row without a score. None instead of a list if the metric has no scores of single rows."""
 
 
 @dataclass(frozen=True)
 class PairedSums:
-    """What each row adds to the sums of a metric that is not the mean of its rows, for both models: shape (rows, number of sums)."""
+    """The summands of each row, for both models, for a metric that is computed from sums over rows.
 
-    base: Numbers
-    trained: Numbers
+    Both arrays have the shape (rows, number of sums).
+    """
+
+    base: FloatArray
+    trained: FloatArray
     metric: MetricOfSums
     """Computes the metric from the sums over all rows."""
 
@@ -53,18 +56,18 @@ def evaluate_gates(
 ) -> list[GateResult]:
     """Return one result per gate, in the order of the gates.
 
-    `trained` and `base` contain the metrics of both models on the same rows, by name. `sums` contains the sums of loss, perplexity, BLEU
-    and other metrics that are not the mean of their rows; `notWorseThanBase` needs them for such a metric.
+    `trained`, `base`: the metrics of both models on the same rows, by name. `sums`: the sums of loss, perplexity, BLEU and other metrics
+    that are not the mean of their rows, by name. A gate with `notWorseThanBase` needs the sums of such a metric.
     """
     return [_evaluate_gate(gate, trained.get(gate.metric), base.get(gate.metric), (sums or {}).get(gate.metric)) for gate in gates]
 
 
 def _evaluate_gate(gate: Gate, trained: MeasuredMetric | None, base: MeasuredMetric | None, sums: PairedSums | None) -> GateResult:
-    problem = _missing_value(gate.metric, trained, "the trained model")
+    problem = _explain_missing_value(gate.metric, trained, "the trained model")
     if gate.not_worse_than_base is not None:
-        problem = problem or _missing_value(gate.metric, base, "the base model")
+        problem = problem or _explain_missing_value(gate.metric, base, "the base model")
     if problem:
-        return _result(gate, False, problem)
+        return _gate_result(gate, False, problem)
     assert trained is not None and trained.value is not None, "checked above"
     if gate.not_worse_than_base is None:
         return _compare_with_value(gate, trained.value)
@@ -72,8 +75,8 @@ def _evaluate_gate(gate: Gate, trained: MeasuredMetric | None, base: MeasuredMet
     return _compare_with_base(gate, gate.not_worse_than_base, trained, base, sums)
 
 
-def _missing_value(metric: str, measured: MeasuredMetric | None, model: str) -> str | None:
-    """Return why the metric has no usable value. None: the metric has a value."""
+def _explain_missing_value(metric: str, measured: MeasuredMetric | None, model: str) -> str | None:
+    """Return why the metric has no usable value; None if it has one. `model`: the model's name in the sentence."""
     if measured is None:
         return f"{metric} of {model} was not measured, so the gate cannot pass"
     if measured.value is None:
@@ -83,7 +86,7 @@ def _missing_value(metric: str, measured: MeasuredMetric | None, model: str) -> 
     return None
 
 
-_PHRASES = {
+OPERATOR_PHRASES = {
     GateOperator.LT: "less than",
     GateOperator.LE: "at most",
     GateOperator.GT: "more than",
@@ -93,43 +96,46 @@ _PHRASES = {
 
 def _compare_with_value(gate: Gate, value: float) -> GateResult:
     if gate.value is None or gate.op is None:
-        return _result(gate, False, f"the gate for {gate.metric} has no value or no op, so the gate cannot pass")
+        return _gate_result(gate, False, f"the gate for {gate.metric} has no value or no op, so the gate cannot pass")
     passed = {
         GateOperator.LT: value < gate.value,
         GateOperator.LE: value <= gate.value,
         GateOperator.GT: value > gate.value,
         GateOperator.GE: value >= gate.value,
     }[gate.op]
-    value_text, limit_text = _distinct_texts(value, gate.value)
-    return _result(gate, passed, f"{gate.metric} is {value_text}, and the gate requires {_PHRASES[gate.op]} {limit_text}")
+    value_text, limit_text = _format_distinct_numbers(value, gate.value)
+    return _gate_result(gate, passed, f"{gate.metric} is {value_text}, and the gate requires {OPERATOR_PHRASES[gate.op]} {limit_text}")
 
 
 def _compare_with_base(
     gate: Gate, requirement: NotWorseThanBase, trained: MeasuredMetric, base: MeasuredMetric, sums: PairedSums | None
 ) -> GateResult:
-    """Pass if the one-sided confidence bound of the loss of quality is at most the margin.
+    """Return whether the trained model is, with the required confidence, worse than the base model by at most the margin.
 
-    A one-sided bound with confidence 0.95 is one end of the two-sided interval with confidence 0.90.
+    The result follows from a one-sided bound. With confidence 0.95, it is one end of the two-sided interval with confidence 0.90.
     """
     margin, confidence = value_or_default(requirement, "margin"), value_or_default(requirement, "confidence")
     comparison = compare_metric(trained, base, sums, 2 * confidence - 1)
     if isinstance(comparison, str) or comparison.low is None or comparison.high is None:
         reason = comparison if isinstance(comparison, str) else comparison.reason
-        return _result(gate, False, f"{gate.metric} of both models cannot be compared, so the gate cannot pass: {reason}")
+        return _gate_result(gate, False, f"{gate.metric} of both models cannot be compared, so the gate cannot pass: {reason}")
     is_lower_better = gate.metric in LOWER_IS_BETTER
     bound, limit = (comparison.high, margin) if is_lower_better else (comparison.low, -margin)
     passed = bound <= limit if is_lower_better else bound >= limit
     phrase = "at most" if is_lower_better else "at least"
-    bound_text, limit_text = _distinct_texts(bound, limit)
-    return _result(
+    bound_text, limit_text = _format_distinct_numbers(bound, limit)
+    return _gate_result(
         gate, passed,
         f"on {comparison.rows} rows {gate.metric} is {comparison.trained:.6g} and the base model's is {comparison.base:.6g}; "
         f"with {100 * confidence:g} % confidence the difference is {phrase} {bound_text}, and the gate requires {phrase} {limit_text}",
     )  # fmt: skip
 
 
-def compare_metric(trained: MeasuredMetric, base: MeasuredMetric, sums: PairedSums | None, confidence: float) -> Comparison | str:
-    """Return the comparison of both models, or a sentence that says why they cannot be compared. `confidence` is two-sided."""
+def compare_metric(trained: MeasuredMetric, base: MeasuredMetric, sums: PairedSums | None, confidence: float) -> MetricComparison | str:
+    """Return the comparison of both models, or a sentence that says why they cannot be compared.
+
+    `sums`: None for a metric that is the mean of its rows. `confidence`: confidence of the two-sided interval, from 0 to 1.
+    """
     if sums is not None:
         return compare_sums(sums.base, sums.trained, sums.metric, confidence=confidence)
     if trained.rows is None or base.rows is None:
@@ -149,8 +155,8 @@ def _is_mean_of_rows(measured: MeasuredMetric) -> bool:
     return math.isclose(math.fsum(scores) / len(scores), measured.value, rel_tol=1e-6, abs_tol=1e-9)
 
 
-def _distinct_texts(value: float, limit: float) -> tuple[str, str]:
-    """Return both numbers as text, with as many digits as are necessary to see a difference between them."""
+def _format_distinct_numbers(value: float, limit: float) -> tuple[str, str]:
+    """Return both numbers as text, with enough digits to show a difference between them."""
     for digits in (6, 9, 12):
         texts = f"{value:.{digits}g}", f"{limit:.{digits}g}"
         if texts[0] != texts[1] or value == limit:
@@ -158,5 +164,5 @@ def _distinct_texts(value: float, limit: float) -> tuple[str, str]:
     return repr(value), repr(limit)
 
 
-def _result(gate: Gate, passed: bool, text: str) -> GateResult:
+def _gate_result(gate: Gate, passed: bool, text: str) -> GateResult:
     return GateResult(metric=gate.metric.value, passed=bool(passed), text=text)

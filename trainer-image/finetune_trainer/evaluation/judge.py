@@ -1,7 +1,7 @@
-"""Metrics that another model, the judge, computes through an OpenAI-compatible endpoint.
+"""Metrics from another model, the judge, which is asked through an OpenAI-compatible endpoint.
 
-The definitions follow Ragas (`docs/concepts/metrics` of that project, Apache-2.0); the prompts are our own. The judge is asked for
-JSON only. An answer that is not the requested JSON leaves its row without a score.
+The definitions of the metrics follow Ragas (`docs/concepts/metrics` in its repository, Apache-2.0); the prompts are our own. The judge is
+asked for JSON. If its answer about a row is not the requested JSON, the row has no score.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from finetune_trainer.evaluation.predictions import Prediction
 from finetune_trainer.evaluation.text_metrics import NO_REFERENCE, cosine
 from finetune_trainer.evaluation.values import MetricValue, NotComputedError, mean_of_rows
 
-FACTUAL_SHARE = 0.75
-"""Weight of the factual correctness in the answer correctness. The semantic similarity has the remaining weight."""
+FACTUAL_CORRECTNESS_WEIGHT = 0.75
+"""Weight of factual correctness in answer correctness. The remaining weight belongs to semantic similarity."""
 MAX_FAILED_REQUESTS = 3
-"""After this many requests in a row failed despite retries, the endpoint counts as unavailable, and no more requests are sent."""
+"""If this many requests fail one after the other, each despite its retries, no more requests are sent."""
 EMBEDDINGS_PER_REQUEST = 64
 TOKENS_PER_PRICE = 1_000_000
-"""Prices are per million tokens."""
+"""Number of tokens that a price pays for."""
 
 
 class _Verdict(BaseModel):
-    """An answer of the judge. Unknown keys are ignored, but a value of the wrong type is an error."""
+    """The base class for the JSON answers of the judge. Unknown keys are ignored, but a value of the wrong type is an error."""
 
     model_config = ConfigDict(strict=True)
 
@@ -45,7 +45,7 @@ class Claim(_Verdict):
 
 
 class Claims(_Verdict):
-    """Claims of an answer and of the correct answer, and which of them the other text supports."""
+    """The claims of an answer and of the correct answer. A claim is supported if the other text states or implies it."""
 
     answer_claims: list[Claim]
     reference_claims: list[Claim]
@@ -56,7 +56,7 @@ class Rating(_Verdict):
 
 
 class Questions(_Verdict):
-    """Questions that fit an answer, and whether the answer is evasive."""
+    """Questions that an answer answers, and whether the answer is noncommittal."""
 
     noncommittal: bool
     questions: list[str] = Field(min_length=1, max_length=10)
@@ -84,12 +84,12 @@ QUESTIONS_PROMPT = (
 
 
 class UnjudgedError(NotComputedError):
-    """The judge did not give a usable answer about one row."""
+    """The judge gave no usable answer about a row."""
 
 
 @dataclass(frozen=True)
 class JudgeSettings:
-    """Connection to the judge and its prices."""
+    """The endpoint, models, prices and request limits of the judge."""
 
     base_url: str
     model: str
@@ -102,14 +102,14 @@ class JudgeSettings:
     timeout_seconds: float = 60.0
     """Time limit of one request."""
     max_retries: int = 4
-    """Repetitions of a request after a timeout, a lost connection or status 408, 409, 429 or 5xx. The pauses double from 0.5 s to 8 s,
-    or follow the endpoint's `Retry-After` up to two minutes."""
+    """How often a request is repeated after a timeout, a lost connection or status 408, 409, 429 or 5xx. The pauses double from 0.5 s to
+    8 s, or follow the endpoint's `Retry-After` up to two minutes."""
     parallel_requests: int = 4
 
 
 @dataclass(frozen=True)
 class JudgeUsage:
-    """Numbers of tokens and requests. The endpoint reports the tokens."""
+    """The numbers of tokens, which the endpoint reports, and of requests."""
 
     input_tokens: int = 0
     output_tokens: int = 0
@@ -119,14 +119,14 @@ class JudgeUsage:
 
 
 class Judge:
-    """Asks the judge model and counts the tokens. Several threads may use one Judge."""
+    """A client of the judge model that counts tokens and requests. Several threads may use one instance."""
 
     def __init__(self, settings: JudgeSettings) -> None:
         from openai import DefaultHttpxClient, OpenAI
 
         refuse_metadata_address(settings.base_url, "evaluation.judge.endpoint")
         self.settings = settings
-        # A redirect could lead to a metadata address, with the key of the judge in its header.
+        # Redirects are not followed, because one could send the judge's API key to a metadata address.
         client = DefaultHttpxClient(follow_redirects=False)
         self._client = OpenAI(
             base_url=settings.base_url, api_key=settings.api_key or "none", timeout=settings.timeout_seconds, max_retries=settings.max_retries,
@@ -138,13 +138,13 @@ class Judge:
         self._sampling: dict[str, Any] = {"temperature": 0}
 
     def close(self) -> None:
-        """Close the connections."""
+        """Close the connections to the endpoint."""
         self._client.close()
 
     def ask(self, prompt: str, texts: dict[str, str], verdict: type[Verdict]) -> Verdict:
-        """Return the judge's answer about `texts`.
+        """Return the judge's answer about `texts`. `verdict`: the type of the answer.
 
-        Errors: UnjudgedError for this row; CredentialsError, NotFoundError or ConfigError if no other row could succeed either.
+        Errors: UnjudgedError if only this row cannot be judged; CredentialsError, NotFoundError or ConfigError if all rows would fail.
         """
         messages: list[Any] = [
             {"role": "system", "content": prompt},
@@ -157,7 +157,7 @@ class Judge:
         try:
             response = self._request(send)
         except _TemperatureRefusedError:
-            self._sampling = {}  # some models only accept their default temperature
+            self._sampling = {}  # some models accept only their default temperature
             response = self._request(send)
         try:
             text = response.choices[0].message.content
@@ -166,31 +166,32 @@ class Judge:
         return parse_verdict(text, verdict)
 
     def embed(self, texts: list[str]) -> list[list[float]]:
-        """Return one embedding per text. Errors: those of `ask`; ConfigError JudgeEmbeddingMissing if there is no embedding model."""
+        """Return one embedding for each text. Errors: those of `ask`; ConfigError JudgeEmbeddingMissing if there is no embedding model."""
         model = self.settings.embedding_model
         if model is None:
             raise ConfigError("JudgeEmbeddingMissing", "the judge has no embedding model", hint="set evaluation.judge.embedding")
         embeddings: list[list[float]] = []
         for start in range(0, len(texts), EMBEDDINGS_PER_REQUEST):
-            part = texts[start : start + EMBEDDINGS_PER_REQUEST]
-            response = self._request(partial(self._client.embeddings.create, model=model, input=part, encoding_format="float"))
+            batch = texts[start : start + EMBEDDINGS_PER_REQUEST]
+            response = self._request(partial(self._client.embeddings.create, model=model, input=batch, encoding_format="float"))
             try:  # the client does not check the types of a response
                 received = [[float(number) for number in entry.embedding] for entry in sorted(response.data, key=lambda entry: entry.index)]
             except (AttributeError, TypeError, ValueError):
                 raise UnjudgedError("the response of the embedding endpoint contains no embeddings") from None
-            if len(received) != len(part):
-                raise UnjudgedError(f"the embedding endpoint returned {len(received)} embeddings for {len(part)} texts")
+            if len(received) != len(batch):
+                raise UnjudgedError(f"the embedding endpoint returned {len(received)} embeddings for {len(batch)} texts")
             embeddings += received
         return embeddings
 
     @property
     def usage(self) -> JudgeUsage:
+        """The numbers of tokens and requests so far."""
         with self._lock:
             return self._usage
 
     @property
     def cost(self) -> MetricValue:
-        """Input tokens / 10^6 * input price + output tokens / 10^6 * output price, in the currency of the prices."""
+        """The cost of all requests so far, in the currency of the prices: tokens / 10^6 * price, for input and output tokens."""
         usage, settings = self.usage, self.settings
         prices = {"inputPrice": settings.input_price, "outputPrice": settings.output_price}
         unset = [f"evaluation.judge.{name}" for name, price in prices.items() if price is None]
@@ -206,7 +207,10 @@ class Judge:
         )
 
     def _request(self, send: Callable[[], Any]) -> Any:
-        """Send a request and add its tokens to the usage. After an error that may be temporary, the client sends the request again."""
+        """Send a request, add its tokens to the usage, and return the response. The OpenAI client repeats it after errors that may be temporary.
+
+        Errors: those of `ask`.
+        """
         import openai
 
         with self._lock:
@@ -218,16 +222,16 @@ class Judge:
             with self._lock:
                 self._failed_in_a_row += 1
             attempts = self.settings.max_retries + 1
-            raise UnjudgedError(f"the judge's endpoint failed after {attempts} attempt(s): {_describe(error)}") from None
+            raise UnjudgedError(f"the judge's endpoint failed after {attempts} attempt(s): {_describe_error(error)}") from None
         except openai.APIStatusError as error:
             raise self._permanent_error(error) from None
         except (openai.OpenAIError, ValueError) as error:  # the client does not wrap the ValueError of a body that is not JSON
             raise UnjudgedError(f"the judge's response could not be read ({type(error).__name__})") from None
-        self._count(response)
+        self._add_usage(response)
         return response
 
     def _permanent_error(self, error: Any) -> Exception:
-        """Return the error for a request that would fail again if it were repeated. Omit the endpoint's text, which may contain a part of the key."""
+        """Return the error for a request that would fail again. It omits the endpoint's text, which may contain a part of the API key."""
         host = urlsplit(self.settings.base_url).hostname or "the judge's endpoint"
         if error.status_code in (401, 403):
             return CredentialsError(
@@ -247,10 +251,10 @@ class Judge:
             )  # fmt: skip
         if error.status_code == 400 and error.param == "temperature" and self._sampling:
             return _TemperatureRefusedError()
-        return UnjudgedError(f"the judge's endpoint refused the request: {_describe(error)}")
+        return UnjudgedError(f"the judge's endpoint refused the request: {_describe_error(error)}")
 
-    def _count(self, response: Any) -> None:
-        """Add the tokens of a successful request to the usage."""
+    def _add_usage(self, response: Any) -> None:
+        """Add a successful request and its tokens to the usage."""
         reported = getattr(response, "usage", None)
         input_tokens = getattr(reported, "prompt_tokens", None)
         output_tokens = getattr(reported, "completion_tokens", 0) or 0
@@ -269,8 +273,8 @@ class _TemperatureRefusedError(Exception):
     """The endpoint does not accept the parameter `temperature`."""
 
 
-def _describe(error: Any) -> str:
-    """Describe an error without the endpoint's text, which may contain a part of the key."""
+def _describe_error(error: Any) -> str:
+    """Describe an error without the endpoint's text, which may contain a part of the API key."""
     status, code = getattr(error, "status_code", None), getattr(error, "code", None)
     if status is None:
         return "timeout" if "Timeout" in type(error).__name__ else "no connection"
@@ -278,7 +282,7 @@ def _describe(error: Any) -> str:
 
 
 def parse_verdict(text: str | None, verdict: type[Verdict]) -> Verdict:
-    """Read the judge's JSON, also inside a Markdown fence or between sentences. Errors: UnjudgedError."""
+    """Return the judge's JSON, even if a Markdown fence or sentences surround it. Errors: UnjudgedError."""
     candidates = [text or ""]
     if text and "{" in text and "}" in text:
         candidates.append(text[text.index("{") : text.rindex("}") + 1])
@@ -293,8 +297,9 @@ def parse_verdict(text: str | None, verdict: type[Verdict]) -> Verdict:
 def factual_correctness(judge: Judge, predictions: Sequence[Prediction]) -> MetricValue:
     """Return the F1 of the claims in the answer and in the correct answer, from 0 to 1.
 
-    2 TP / (2 TP + FP + FN), where TP are claims of the answer that the correct answer supports, FP its other claims, and FN claims of
-    the correct answer that the answer does not support. Source: Ragas `FactualCorrectness(mode="f1")`.
+    The F1 is 2 TP / (2 TP + FP + FN). TP is the number of the answer's claims that the correct answer supports, FP the number of its other
+    claims, and FN the number of claims of the correct answer that the answer does not support.
+    Source: Ragas `FactualCorrectness(mode="f1")`.
     """
 
     def score(prediction: Prediction) -> float:
@@ -311,9 +316,9 @@ def factual_correctness(judge: Judge, predictions: Sequence[Prediction]) -> Metr
 
 
 def answer_accuracy(judge: Judge, predictions: Sequence[Prediction]) -> MetricValue:
-    """Return the agreement with the correct answer, from 0 to 1.
+    """Return how well the answers agree with the correct answers, from 0 to 1.
 
-    The judge gives two ratings of 0, 2 or 4. The first one rates the answer against the correct answer, the second one exchanges the roles.
+    The judge gives two ratings of 0, 2 or 4 for each row: one of the answer against the correct answer, and one with the roles exchanged.
     The score is the mean of both ratings divided by 4. Source: Ragas `AnswerAccuracy` (NVIDIA).
     """
 
@@ -329,10 +334,10 @@ def answer_accuracy(judge: Judge, predictions: Sequence[Prediction]) -> MetricVa
 
 
 def answer_relevancy(judge: Judge, predictions: Sequence[Prediction]) -> MetricValue:
-    """Return how well the answer fits the question, from -1 to 1. No correct answer is needed.
+    """Return how well the answers fit the questions, from -1 to 1. Correct answers are not needed.
 
-    The judge writes questions that the answer answers. The score is their mean cosine with the real question, by the judge's embedding
-    model. A noncommittal or empty answer scores 0. Source: Ragas `ResponseRelevancy`.
+    For each row, the judge writes questions that the answer answers. The score is the mean cosine between their embeddings and that of the
+    real question. A noncommittal or empty answer scores 0. Source: Ragas `ResponseRelevancy`.
     """
     if judge.settings.embedding_model is None:
         return MetricValue.missing("answer relevancy needs the judge's embedding model: set evaluation.judge.embedding")
@@ -345,41 +350,45 @@ def answer_relevancy(judge: Judge, predictions: Sequence[Prediction]) -> MetricV
             return 0.0
         question, *generated = judge.embed([prediction.user_prompt, *verdict.questions])
         cosines = [cosine(question, embedding) for embedding in generated]
-        if any(one is None for one in cosines):
+        if any(value is None for value in cosines):
             raise UnjudgedError("an embedding is zero or not finite")
-        return sum(one or 0.0 for one in cosines) / len(cosines)
+        return sum(value or 0.0 for value in cosines) / len(cosines)
 
     return _judge_rows(judge, predictions, score, needs_reference=False)
 
 
 def answer_correctness(factual: MetricValue, similarity: MetricValue) -> MetricValue:
-    """0.75 * factual correctness + 0.25 * semantic similarity of each row that has both. Source: Ragas `AnswerCorrectness`.
+    """Return the mean of 0.75 * factual correctness + 0.25 * semantic similarity over the rows that have both. Source: Ragas `AnswerCorrectness`.
 
-    `factual` and `similarity` are the results of `factual_correctness` and `semantic_similarity` for the same predictions.
+    `factual`, `similarity`: the results of `factual_correctness` and `semantic_similarity` for the same predictions.
     """
-    for part, name in ((factual, "factual correctness"), (similarity, "semantic similarity")):
-        if part.value is None or part.rows is None:
-            return MetricValue.missing(f"answer correctness needs the {name}: {part.reason}")
+    for metric, name in ((factual, "factual correctness"), (similarity, "semantic similarity")):
+        if metric.value is None or metric.rows is None:
+            return MetricValue.missing(f"answer correctness needs the {name}: {metric.reason}")
     assert factual.rows is not None and similarity.rows is not None
     pairs = list(zip(factual.rows, similarity.rows, strict=True))
     rows = [
-        None if claims is None or cosines is None else FACTUAL_SHARE * claims + (1 - FACTUAL_SHARE) * cosines for claims, cosines in pairs
+        None if claims is None or cosines is None else FACTUAL_CORRECTNESS_WEIGHT * claims + (1 - FACTUAL_CORRECTNESS_WEIGHT) * cosines
+        for claims, cosines in pairs
     ]
-    return _judged_mean(rows, {**similarity.row_reasons, **factual.row_reasons}, applicable=sum(_is_applicable(factual, rows)))
+    return _judged_mean(rows, {**similarity.row_reasons, **factual.row_reasons}, applicable=sum(_applicable_rows(factual, rows)))
 
 
-NOT_APPLICABLE = "the row has no ground_truth"
+NO_GROUND_TRUTH = "the row has no ground_truth"
 
 
-def _is_applicable(metric: MetricValue, rows: Sequence[float | None]) -> Iterable[bool]:
-    """Return for each row whether it can have a score. Rows without a correct answer cannot have one."""
-    return (metric.row_reasons.get(index) != NOT_APPLICABLE for index in range(len(rows)))
+def _applicable_rows(metric: MetricValue, rows: Sequence[float | None]) -> Iterable[bool]:
+    """Yield for each row whether it can have a score. A row without a correct answer cannot have one."""
+    return (metric.row_reasons.get(index) != NO_GROUND_TRUTH for index in range(len(rows)))
 
 
 def _judge_rows(
     judge: Judge, predictions: Sequence[Prediction], score: Callable[[Prediction], float], *, needs_reference: bool = True
 ) -> MetricValue:
-    """Score the rows in parallel. Errors: the first error that concerns all rows."""
+    """Score the rows in parallel, and return the mean. Errors: the errors of `score` that concern all rows.
+
+    `needs_reference`: whether rows without a correct answer are left out.
+    """
     indices = [index for index, row in enumerate(predictions) if row.ground_truth is not None or not needs_reference]
     if not indices:
         return MetricValue.missing(NO_REFERENCE if predictions else "there are no predictions")
@@ -399,17 +408,17 @@ def _judge_rows(
     with ThreadPoolExecutor(max_workers=judge.settings.parallel_requests) as pool:
         results = dict(zip(indices, pool.map(score_one, indices), strict=True))
     rows = [result if isinstance(result := results.get(index), float) else None for index in range(len(predictions))]
-    reasons = {index: str(results.get(index, NOT_APPLICABLE)) for index, row in enumerate(rows) if row is None}
+    reasons = {index: str(results.get(index, NO_GROUND_TRUTH)) for index, row in enumerate(rows) if row is None}
     return _judged_mean(rows, reasons, applicable=len(indices))
 
 
 def _judged_mean(rows: Sequence[float | None], reasons: dict[int, str], *, applicable: int) -> MetricValue:
-    """Return the mean of the judged rows. There is no value if fewer than half of the applicable rows were judged."""
+    """Return the mean of the judged rows. `applicable`: the number of rows that can have a score; if fewer than half are judged, there is no value."""
     judged = sum(row is not None for row in rows)
-    first = next((reasons[index] for index, row in enumerate(rows) if row is None and reasons.get(index) not in (None, NOT_APPLICABLE)), "")
+    first = next((reasons[index] for index, row in enumerate(rows) if row is None and reasons.get(index) not in (None, NO_GROUND_TRUTH)), "")
     unjudged = f"{applicable - judged} of {applicable} rows could not be judged (first: {first})" if judged < applicable else None
     if not judged or 2 * judged < applicable:
         return MetricValue(None, unjudged or "no row could be judged", list(rows), reasons)
     skipped = len(rows) - applicable
-    remarks = [unjudged, f"{skipped} of {len(rows)} rows are not scored (first: {NOT_APPLICABLE})" if skipped else None]
+    remarks = [unjudged, f"{skipped} of {len(rows)} rows are not scored (first: {NO_GROUND_TRUTH})" if skipped else None]
     return mean_of_rows(rows, reasons, reason="; ".join(remark for remark in remarks if remark) or None)

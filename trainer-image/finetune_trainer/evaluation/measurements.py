@@ -1,7 +1,7 @@
-"""The measurements of one model: its metrics, and the values of each row from which they are computed.
+"""The measurements of one model: its metrics, and the values of each row from which the metrics are computed.
 
-The stage `evaluating` stores the measurements of the trained model, so that a later attempt compares them with the base model without
-measuring the trained model again.
+The stage `evaluating` stores the measurements of the trained model. So a later attempt can compare them with those of the base model
+without measuring the trained model again.
 """
 
 from __future__ import annotations
@@ -21,33 +21,33 @@ from finetune_trainer.evaluation.predictions import replace_file
 from finetune_trainer.evaluation.values import MetricValue
 
 GATE_METRICS = {GateMetric.ROUGE.value: "rougeL"}
-"""Names of measured metrics that differ from their names in gates. The F1 of BERTScore is called `bertscore` in both places."""
+"""The measured metric for each gate metric that has another name. The F1 of BERTScore is called `bertscore` in both places."""
 
 
 class StoredMetric(LenientModel):
-    """One metric in the file. The fields are those of `MetricValue`."""
+    """A `MetricValue` as it is stored in `evaluation/measurements.json`."""
 
     value: float | None = None
     reason: str | None = None
-    rows: list[float | None] | None = Field(default=None, description="Score of each question.")
+    rows: list[float | None] | None = Field(default=None, description="Score of each row; null for a row without a score.")
 
 
 class Measurements(LenientModel):
-    """`evaluation/measurements.json`."""
+    """The content of `evaluation/measurements.json`."""
 
     model_config = ConfigDict(ser_json_inf_nan="strings", allow_inf_nan=True)
 
     row_count: int = Field(default=0, description="Number of evaluated rows.")
     metrics: dict[str, StoredMetric] = Field(default_factory=dict)
     token_sums: list[list[float]] = Field(
-        default_factory=list, description="For each row: negative log-likelihood, tokens, correct tokens, shares of precision and F1."
+        default_factory=list, description="For each row: negative log-likelihood, tokens, correct tokens, share of the precision, share of the F1."
     )
-    bleu_sums: list[list[float]] = Field(default_factory=list, description="For each question: the ten sums of BLEU.")
-    answers: list[str] | None = Field(default=None, description="Answers to the compared prompts, or to the test questions.")
-    end_token_ids: list[int] = Field(default_factory=list, description="Tokens that ended an answer.")
+    bleu_sums: list[list[float]] = Field(default_factory=list, description="For each test question: the ten sums of `bleu_of_sums`.")
+    answers: list[str] | None = Field(default=None, description="Answers to the prompts of the comparison or, without such prompts, to the test questions.")
+    end_token_ids: list[int] = Field(default_factory=list, description="Ids of the tokens that end an answer.")
 
     def with_values(self, values: Mapping[str, MetricValue]) -> Self:
-        """Return a copy with these metrics."""
+        """Return a copy of the measurements whose metrics are replaced with these."""
         stored = {name: StoredMetric(value=value.value, reason=value.reason, rows=value.rows) for name, value in values.items()}
         return self.model_copy(update={"metrics": stored})
 
@@ -58,22 +58,22 @@ class Measurements(LenientModel):
 
     @property
     def gate_values(self) -> dict[str, MetricValue]:
-        """The metrics, by their name in `evaluation.gates`."""
+        """The metrics by name. A metric with a different name in gates is included under both names."""
         values = self.values
         return values | {gate: values[name] for gate, name in GATE_METRICS.items() if name in values}
 
     def write(self, path: Path) -> None:
-        """Write the file."""
+        """Write the measurements to a file."""
         replace_file(path, lambda temporary: temporary.write_text(self.model_dump_json(by_alias=True), "utf-8") and None)
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Read the file. Errors: ValueError."""
+        """Read the measurements from a file. Errors: ValueError."""
         return cls.model_validate_json(path.read_bytes())
 
 
 def paired_sums(base: Measurements, trained: Measurements) -> dict[str, PairedSums]:
-    """Return the sums of the metrics that are not the mean of their rows. Empty if the models have different numbers of rows."""
+    """Return the sums of each metric that is not the mean of its rows, by name. A metric is left out if the models have different numbers of rows."""
     result: dict[str, PairedSums] = {}
     if trained.token_sums and len(base.token_sums) == len(trained.token_sums):
         base_sums, trained_sums = np.array(base.token_sums), np.array(trained.token_sums)

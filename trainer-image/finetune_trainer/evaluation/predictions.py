@@ -9,8 +9,8 @@ from pathlib import Path
 
 from finetune_api.errors import DataError
 
-COLUMNS = ("system_prompt", "user_prompt", "assistant_response", "ground_truth")
-"""Keys of a row of the predictions file, in this order."""
+PREDICTION_KEYS = ("system_prompt", "user_prompt", "assistant_response", "ground_truth")
+"""The keys of a row in the predictions file, in this order."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Prediction:
 
 
 def write_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
-    """Write JSON Lines with the keys of `COLUMNS`. The file contains one run: an existing file is replaced."""
+    """Write a JSON Lines file with one prediction per line and the keys of `PREDICTION_KEYS`. An existing file is replaced."""
 
     def write(temporary: Path) -> None:
         with temporary.open("w", encoding="utf-8", newline="\n") as file:
@@ -35,7 +35,7 @@ def write_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
 
 
 def _as_line(prediction: Prediction) -> str:
-    """Return one line of JSON. UTF-8 cannot encode half of a surrogate pair, so a row that contains one is written with escapes."""
+    """Return one line of JSON. A row with an unpaired surrogate is written with escapes, because UTF-8 cannot encode the surrogate."""
     line = json.dumps(asdict(prediction), ensure_ascii=False) + "\n"
     try:
         line.encode("utf-8")
@@ -55,17 +55,17 @@ def read_predictions(path: Path) -> list[Prediction]:
 
 
 def _parse(line: str, location: str) -> Prediction:
-    """Return the prediction in one line of JSON."""
+    """Return the prediction of one line of JSON. `location`: file and line for messages. Errors: DataError PredictionsInvalid."""
     try:
         row = json.loads(line)
     except ValueError as error:
         raise DataError("PredictionsInvalid", f"{location} is not JSON: {error}") from None
-    if not isinstance(row, dict) or set(row) != set(COLUMNS):
-        raise DataError("PredictionsInvalid", f"{location} must be an object with exactly the keys {', '.join(COLUMNS)}")
-    optional = {"system_prompt", "ground_truth"}
-    for name in COLUMNS:
-        if not isinstance(row[name], str) and not (name in optional and row[name] is None):
-            raise DataError("PredictionsInvalid", f"{location}: {name} must be a text{' or null' if name in optional else ''}")
+    if not isinstance(row, dict) or set(row) != set(PREDICTION_KEYS):
+        raise DataError("PredictionsInvalid", f"{location} must be an object with exactly the keys {', '.join(PREDICTION_KEYS)}")
+    nullable_keys = {"system_prompt", "ground_truth"}
+    for name in PREDICTION_KEYS:
+        if not isinstance(row[name], str) and not (name in nullable_keys and row[name] is None):
+            raise DataError("PredictionsInvalid", f"{location}: {name} must be a text{' or null' if name in nullable_keys else ''}")
     return Prediction(**row)
 
 
@@ -75,7 +75,7 @@ def rows_with_reference(predictions: Sequence[Prediction]) -> list[int]:
 
 
 def replace_file(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` create a temporary file and rename it to `path`, so that no reader sees half a file."""
+    """Replace the file at `path` with one that `write` creates. It is renamed when it is complete, so no reader sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".part")
     write(temporary)

@@ -1,7 +1,7 @@
 """Metrics that compare the text of an answer with the text of the correct answer.
 
-A row without a correct answer has no score, and a remark of the metric says how many such rows there are. The libraries are imported
-on use. Nothing is downloaded: models are read from local folders.
+A row without a correct answer has no score; the metric's reason says how many such rows there are. Libraries are imported when they are
+needed. Nothing is downloaded, because models are read from local folders.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ ROUGE_TYPES = ("rouge1", "rouge2", "rougeL")
 BERTSCORE_NAMES = ("precision", "recall", "f1")
 
 Embedder = Callable[[list[str]], Sequence[Sequence[float]]]
-"""Returns one embedding per text. Errors: NotComputedError."""
+"""A function that returns one embedding for each text. Errors: NotComputedError."""
 
-WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W_\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+")
-"""A word, or one Chinese character or Japanese kana: these scripts have no spaces between words."""
+WORD_PATTERN = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W_\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+")
+"""A regular expression for a word. A Chinese character or a Japanese kana is a word, because these scripts have no spaces between words."""
 
 
 def bleu(predictions: Sequence[Prediction]) -> MetricValue:
-    """Corpus BLEU on the scale 0 to 100, by sacrebleu with its default tokenizer `13a` (Papineni et al. 2002, Post 2018).
+    """Return corpus BLEU from 0 to 100, by sacrebleu with its default tokenizer `13a` (Papineni et al. 2002, Post 2018).
 
-    The rows contain sentence BLEU with the effective order, which is also between 0 and 100. Their mean is not the corpus BLEU.
+    The scores of the rows are sentence BLEU with the effective order, also from 0 to 100. Their mean is not the corpus BLEU.
     """
     scored = rows_with_reference(predictions)
     if not scored:
@@ -44,13 +44,13 @@ def bleu(predictions: Sequence[Prediction]) -> MetricValue:
     sentence = BLEU(effective_order=True)
     rows: list[float | None] = [None] * len(predictions)
     for index, answer, reference in zip(scored, answers, references, strict=True):
-        rows[index] = _limit(sentence.sentence_score(answer, [reference]).score, 100.0)
-    value = _limit(BLEU().corpus_score(answers, [references]).score, 100.0)
-    return MetricValue(value, _unscored(predictions), rows, _reasons_without_reference(predictions))
+        rows[index] = _limit_score(sentence.sentence_score(answer, [reference]).score, 100.0)
+    value = _limit_score(BLEU().corpus_score(answers, [references]).score, 100.0)
+    return MetricValue(value, _unscored_reason(predictions), rows, _reasons_without_reference(predictions))
 
 
 def bleu_sums(predictions: Sequence[Prediction]) -> list[list[float]]:
-    """Return the ten sums of `bootstrap.bleu_of_sums` for each row. A row without a correct answer adds nothing."""
+    """Return the ten summands of each row for `bootstrap.bleu_of_sums`. They are 0 for a row without a correct answer."""
     from sacrebleu.metrics import BLEU
 
     metric = BLEU()
@@ -61,16 +61,16 @@ def bleu_sums(predictions: Sequence[Prediction]) -> list[list[float]]:
     return rows
 
 
-def _limit(score: float, maximum: float) -> float:
-    """Remove the rounding error of a perfect score, such as 100.00000000000004."""
+def _limit_score(score: float, maximum: float) -> float:
+    """Return the score, but at most `maximum`. A perfect score may have a rounding error, such as 100.00000000000004."""
     return min(float(score), maximum)
 
 
 class _RougeTokenizer:
     """Splits a text into lower-case words, and stems English words longer than three letters.
 
-    For ASCII text, the tokens are those of rouge-score's tokenizer with `use_stemmer=True`. rouge-score's tokenizer is not used, because it
-    removes all other letters, so equal answers in Greek or Chinese would score 0.
+    For ASCII text, the tokens are those of rouge-score's own tokenizer with `use_stemmer=True`. Its own tokenizer is not used, because it
+    removes all letters outside of ASCII, and equal answers in Greek or Chinese would score 0.
     """
 
     def __init__(self) -> None:
@@ -79,16 +79,16 @@ class _RougeTokenizer:
         self._stem = PorterStemmer().stem  # The stemmer contains its rules, so no nltk data is needed.
 
     def tokenize(self, text: str) -> list[str]:
-        words = WORD.findall(text.lower())
+        words = WORD_PATTERN.findall(text.lower())
         return [self._stem(word) if len(word) > 3 and word.isascii() else word for word in words]
 
 
 def rouge(predictions: Sequence[Prediction]) -> dict[str, MetricValue]:
-    """ROUGE-1, ROUGE-2 and ROUGE-L F-measures from 0 to 1, by rouge-score (Lin 2004). Each value is the mean over the rows."""
+    """Return the F-measures of ROUGE-1, ROUGE-2 and ROUGE-L from 0 to 1, by rouge-score (Lin 2004). Each value is the mean over the rows."""
     scored = rows_with_reference(predictions)
     if not scored:
         return dict.fromkeys(ROUGE_TYPES, MetricValue.missing(NO_REFERENCE))
-    # Only nltk's stemmer is needed. For its other functions, nltk would import scipy and scikit-learn, which takes two seconds.
+    # nltk would import scipy and scikit-learn, which takes two seconds, but its stemmer needs neither of them.
     with hide_temporarily("scipy", "sklearn", unless_imported="nltk"):
         from rouge_score.rouge_scorer import RougeScorer
 
@@ -99,18 +99,18 @@ def rouge(predictions: Sequence[Prediction]) -> dict[str, MetricValue]:
         for name in ROUGE_TYPES:
             rows[name][index] = float(scores[name].fmeasure)
     reasons = _reasons_without_reference(predictions)
-    return {name: mean_of_rows(rows[name], reasons, reason=_unscored(predictions)) for name in ROUGE_TYPES}
+    return {name: mean_of_rows(rows[name], reasons, reason=_unscored_reason(predictions)) for name in ROUGE_TYPES}
 
 
 def exact_match(predictions: Sequence[Prediction]) -> MetricValue:
-    """Share of answers that equal the correct answer, apart from white space at the start and the end."""
+    """Return the share of answers that equal the correct answer, apart from white space at the start and the end."""
     if not rows_with_reference(predictions):
         return MetricValue.missing(NO_REFERENCE)
     rows = [
         None if row.ground_truth is None else float(row.assistant_response.strip() == row.ground_truth.strip())
         for row in predictions
     ]
-    return mean_of_rows(rows, _reasons_without_reference(predictions), reason=_unscored(predictions))
+    return mean_of_rows(rows, _reasons_without_reference(predictions), reason=_unscored_reason(predictions))
 
 
 def bertscore(
@@ -123,14 +123,14 @@ def bertscore(
     device: str = "cpu",
     batch_size: int = 32,
 ) -> dict[str, MetricValue]:
-    """BERTScore `precision`, `recall` and `f1` without idf weights and without rescaling (Zhang et al. 2020), by bert-score.
+    """Return `precision`, `recall` and `f1` of BERTScore without idf weights and without rescaling (Zhang et al. 2020), by bert-score.
 
-    Each token of the answer is compared with the most similar token of the correct answer, by the cosine of their embeddings. The
-    precision is the mean over the tokens of the answer, the recall over those of the correct answer. Special tokens such as [SEP] can
+    Each token of one text is compared with the most similar token of the other text, by the cosine of their embeddings. The precision is
+    the mean over the tokens of the answer; the recall is the mean over the tokens of the correct answer. Special tokens such as [SEP] can
     be the most similar token, but do not count in the means. An empty text scores 0.
-    `folder` contains an encoder model; `field` is the field that sets it. `layer` is the layer whose output is the embedding. By
-    default it is the layer that bert-score recommends for the model `model_name` (or the folder's name), such as `roberta-large`,
-    and otherwise the last layer.
+    `folder`: folder of an encoder model. `field`: the spec field that sets the model, for messages. `layer`: the layer whose output is the
+    embedding. By default, it is the layer that bert-score recommends for the model `model_name`, such as `roberta-large`, or for the name
+    of the folder; without a recommendation, it is the last layer.
     """
     if folder is None:
         return dict.fromkeys(BERTSCORE_NAMES, MetricValue.missing(f"BERTScore needs a local encoder model: set {field}"))
@@ -142,22 +142,21 @@ def bertscore(
     scores: dict[int, Sequence[float]] = dict.fromkeys(scored, (0.0, 0.0, 0.0))
     if filled:
         answers, references = ([pairs[index][side] for index in filled] for side in (0, 1))
-        results = _bertscores(answers, references, folder, layer, model_name, device, batch_size)
+        results = _compute_bertscores(answers, references, folder, layer, model_name, device, batch_size)
         scores.update(zip(filled, results, strict=True))
-    if not all(math.isfinite(score) for row in scores.values() for score in row):  # bert-score replaces NaN by 0, but only in F1
+    if not all(math.isfinite(score) for row in scores.values() for score in row):  # bert-score replaces NaN with 0 only in F1
         return dict.fromkeys(BERTSCORE_NAMES, MetricValue.missing(f"the model in {field} computes embeddings that are not finite"))
     metrics = {}
-    for place, name in enumerate(BERTSCORE_NAMES):
-        rows = [scores[index][place] if index in scores else None for index in range(len(predictions))]
-        metrics[name] = mean_of_rows(rows, _reasons_without_reference(predictions), reason=_unscored(predictions))
+    for column, name in enumerate(BERTSCORE_NAMES):
+        rows = [scores[index][column] if index in scores else None for index in range(len(predictions))]
+        metrics[name] = mean_of_rows(rows, _reasons_without_reference(predictions), reason=_unscored_reason(predictions))
     return metrics
 
 
 class _BertScoreTokenizer:
-    """Adapts a tokenizer to the calls of bert-score.
+    """A tokenizer for bert-score whose `model_max_length` is the number of the model's positions.
 
-    bert-score passes `model_max_length`, which is 10^30 if the tokenizer's files do not set it, and then fails with an integer
-    overflow. This class passes the number of the model's positions instead.
+    If the files of a tokenizer do not set `model_max_length`, it is 10^30, and bert-score fails with an integer overflow.
     """
 
     def __init__(self, tokenizer: Any, max_length: int) -> None:
@@ -168,23 +167,23 @@ class _BertScoreTokenizer:
         return self._tokenizer.encode(text, add_special_tokens=True, max_length=self.model_max_length, truncation=True)
 
 
-def _bertscores(
+def _compute_bertscores(
     answers: Sequence[str], references: Sequence[str], folder: Path, layer: int | None, model_name: str | None, device: str, batch_size: int
 ) -> list[list[float]]:
-    """Return precision, recall and F1 of each pair of texts that are not empty."""
+    """Return precision, recall and F1 of each pair of answer and reference. The texts must not be empty."""
     import torch
     from bert_score.utils import bert_cos_score_idf
     from transformers import AutoConfig, AutoModel, AutoTokenizer
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     layers = min(layer or _recommended_layer(model_name, folder) or config.num_hidden_layers, config.num_hidden_layers)
-    # bert-score would choose the architecture by the model's name. If the folder's name contains `t5`, bert-score would load a T5 model.
+    # bert-score would choose the architecture by the name: if the name of the folder contains `t5`, it would load a T5 model.
     with _without_warnings():  # transformers warns that the weights of the layers above are unused.
         model = AutoModel.from_pretrained(folder, local_files_only=True, num_hidden_layers=layers, dtype=torch.float32)
     if config.is_encoder_decoder:
         model = model.get_encoder()
     model = model.to(device).eval()
-    # These two tokenizers distinguish words with and without a leading space. Like bert-score, start each text with a space.
+    # The tokenizers of RoBERTa and GPT-2 distinguish words with and without a leading space. As in bert-score, each text starts with a space.
     options = {"add_prefix_space": True} if config.model_type in ("roberta", "gpt2") else {}
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
     weights: dict[int, float] = defaultdict(lambda: 1.0)
@@ -215,7 +214,7 @@ def _without_warnings() -> Iterator[None]:
 
 
 def _recommended_layer(model_name: str | None, folder: Path) -> int | None:
-    """Return the layer that bert-score's authors recommend, because it agrees best with human ratings. None: they did not test this model."""
+    """Return the layer that bert-score recommends, because it agrees best with human ratings; None if bert-score does not know the model."""
     from bert_score.utils import model2layers
 
     names = (model_name or "", folder.name)
@@ -223,9 +222,10 @@ def _recommended_layer(model_name: str | None, folder: Path) -> int | None:
 
 
 def semantic_similarity(predictions: Sequence[Prediction], embed: Embedder | None, *, field: str) -> MetricValue:
-    """Mean cosine of the embeddings of answer and correct answer, from -1 to 1. An empty text scores 0.
+    """Return the mean cosine of the embeddings of answer and correct answer, from -1 to 1. An empty text scores 0.
 
-    `embed` is `sentence_embedder(folder)` or the embedding endpoint of a judge. `field` is the field that sets it.
+    `embed`: the result of `sentence_embedder`, or `Judge.embed`; None without an embedding model. `field`: the spec field that sets the
+    embedding model, for messages.
     """
     if embed is None:
         return MetricValue.missing(f"semantic similarity needs an embedding model: set {field}")
@@ -241,19 +241,19 @@ def semantic_similarity(predictions: Sequence[Prediction], embed: Embedder | Non
     except NotComputedError as error:
         return MetricValue.missing(str(error))
     reasons = _reasons_without_reference(predictions)
-    for place, index in enumerate(filled):
-        rows[index] = cosine(embeddings[place], embeddings[len(filled) + place])
+    for position, index in enumerate(filled):
+        rows[index] = cosine(embeddings[position], embeddings[len(filled) + position])
         if rows[index] is None:
             reasons[index] = "an embedding is zero or not finite"
     if all(score is None for score in rows):
         return MetricValue(None, "all embeddings are zero or not finite", rows, reasons)
-    return mean_of_rows(rows, reasons, reason=_unscored(predictions, reasons))
+    return mean_of_rows(rows, reasons, reason=_unscored_reason(predictions, reasons))
 
 
 def sentence_embedder(folder: Path, *, device: str = "cpu", batch_size: int = 32) -> Embedder:
-    """Load a sentence-transformers model from a local folder. A folder with a plain encoder gets mean pooling.
+    """Return a function that embeds texts with a sentence-transformers model from a local folder. A plain encoder gets mean pooling.
 
-    The import takes seconds and loads scikit-learn.
+    Importing sentence-transformers takes seconds, because it imports scikit-learn.
     """
     from sentence_transformers import SentenceTransformer
 
@@ -270,9 +270,9 @@ def sentence_embedder(folder: Path, *, device: str = "cpu", batch_size: int = 32
 
 
 def cosine(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """Return the cosine of the angle between two vectors. None: a vector is zero or not finite."""
+    """Return the cosine of the angle between two vectors; None if one of them is zero or not finite."""
     norms = math.hypot(*first) * math.hypot(*second)
-    product = math.fsum(one * other for one, other in zip(first, second, strict=True)) if math.isfinite(norms) else math.nan
+    product = math.fsum(left * right for left, right in zip(first, second, strict=True)) if math.isfinite(norms) else math.nan
     return max(-1.0, min(1.0, product / norms)) if norms and math.isfinite(product) else None
 
 
@@ -283,11 +283,11 @@ def _reference(prediction: Prediction) -> str:
 
 
 def _reasons_without_reference(predictions: Sequence[Prediction]) -> dict[int, str]:
-    """Return why rows cannot be scored, by row index."""
+    """Return the reason for each row that has no correct answer, by row index."""
     return {index: "the row has no ground_truth" for index, row in enumerate(predictions) if row.ground_truth is None}
 
 
-def _unscored(predictions: Sequence[Prediction], reasons: Mapping[int, str] | None = None) -> str | None:
-    """Return a remark about the rows without a score. None if all rows have a score."""
+def _unscored_reason(predictions: Sequence[Prediction], reasons: Mapping[int, str] | None = None) -> str | None:
+    """Return a sentence about the rows without a score; None if all rows have one. `reasons`: by row index; None for missing correct answers."""
     reasons = _reasons_without_reference(predictions) if reasons is None else reasons
     return f"{len(reasons)} of {len(predictions)} rows are not scored (first: {next(iter(reasons.values()))})" if reasons else None

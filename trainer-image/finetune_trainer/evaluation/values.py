@@ -8,21 +8,20 @@ from dataclasses import dataclass, field
 
 
 class NotComputedError(Exception):
-    """A score could not be computed. The message is the reason; it contains no secrets."""
+    """A score could not be computed. The message gives the reason, and contains no secrets."""
 
 
 @dataclass(frozen=True)
 class MetricValue:
-    """One metric of an evaluation. A metric that could not be computed has no value, but a reason. A value is never a guess.
+    """One metric of an evaluation: its value, or the reason why it could not be computed.
 
-    A metric may have both a value and a reason. The reason then says which rows the value does not cover.
+    If a metric has both a value and a reason, the reason says which rows the value does not cover.
     """
 
     value: float | None
     reason: str | None = None
     rows: list[float | None] | None = None
-    """Scores of the single rows in row order, for example for a bootstrap. None: the metric has no scores of single rows.
-    An entry is None if its row could not be scored."""
+    """The score of each row in row order; None for a row without a score. None instead of a list if the metric has no scores of single rows."""
     row_reasons: Mapping[int, str] = field(default_factory=dict)
     """Why a row has no score, by row index from 0."""
 
@@ -34,16 +33,16 @@ class MetricValue:
 
     @classmethod
     def missing(cls, reason: str) -> MetricValue:
-        """Return a metric that could not be computed."""
+        """Return a metric without a value. `reason`: why it could not be computed."""
         return cls(None, reason)
 
     @property
     def scores(self) -> list[float]:
-        """Scores of the rows that have one, in row order."""
+        """The scores of the rows that have one, in row order."""
         return [score for score in self.rows or [] if score is not None]
 
 
 def mean_of_rows(rows: Sequence[float | None], row_reasons: Mapping[int, str], *, reason: str | None = None) -> MetricValue:
-    """Return the mean of the scored rows as a metric, with `reason` as its remark. At least one row must have a score."""
+    """Return the mean of the scored rows as a metric. `reason`: which rows are not scored. At least one row must have a score."""
     scores = [score for score in rows if score is not None]
     return MetricValue(math.fsum(scores) / len(scores), reason, list(rows), dict(row_reasons))

@@ -1,1 +1,1 @@
-"""Training methods: each decides which parameters are trained. `registry` returns the method of a run."""
+"""The training methods. A method decides which parameters are trained. `registry` creates the method of a run."""

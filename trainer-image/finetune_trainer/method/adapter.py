@@ -1,7 +1,7 @@
 """Continues the training of an existing PEFT adapter on its base model.
 
-If the adapter file lacks weights of the model, PEFT only warns, and trains randomly initialised weights. This module therefore
-checks that every trained weight comes from the file, and that the model has every weight of the file.
+If the adapter file lacks a weight, PEFT only warns, and trains a randomly initialised weight instead. So this module checks that
+every trained weight comes from the file, and that the model has every weight of the file.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 PROMPT_LEARNING = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING")
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Prefixes of `init_lora_weights` values for which PEFT changes the base model whenever it adds the adapter."""
+"""Beginnings of those values of `init_lora_weights` for which PEFT changes the base model whenever it adds the adapter."""
 
 
 class ExistingAdapter(PeftMethod, types=(MethodType.ADAPTER,)):
     """Loads the adapter at `method.adapter.source` and trains its weights."""
 
     def apply(self, model: Any) -> TrainableModel:
-        """Load the adapter and compare its file with the model.
+        """Load the adapter, and check that its file fits the model.
 
         Errors: NotFoundError AdapterUnreadable (class Model); ConfigError AdapterNotContinuable, AdapterOfAnotherBase,
         NewTokensNotTrained.
@@ -64,23 +64,23 @@ class ExistingAdapter(PeftMethod, types=(MethodType.ADAPTER,)):
         """Check that the adapter already trains the rows of `model.newTokens`. Errors: ConfigError NewTokensNotTrained."""
         new_token_ids = self.context.new_token_ids
         # The value is either one list of rows for the embeddings, or a list of rows for each module name.
-        trained = config.get("trainable_token_indices") or {}
-        rows = list(trained.values()) if isinstance(trained, dict) else [trained]
-        if any(set(new_token_ids) - set(ids) for ids in rows) or (new_token_ids and not trained):
+        trained_rows = config.get("trainable_token_indices") or {}
+        rows_by_module = list(trained_rows.values()) if isinstance(trained_rows, dict) else [trained_rows]
+        if any(set(new_token_ids) - set(ids) for ids in rows_by_module) or (new_token_ids and not trained_rows):
             raise ConfigError(
                 "NewTokensNotTrained", f"{source} does not train the rows of model.newTokens, and rows cannot be added to an existing adapter",
                 hint="remove newTokens, give only tokens that the adapter was trained with, or write method lora",
             )  # fmt: skip
 
     def _load_adapter(self, model: Any, folder: Path, weights: Mapping[str, Any], error_prefix: str) -> Any:
-        """Load the adapter into the model with trainable weights. Errors: ConfigError AdapterOfAnotherBase, AdapterNotContinuable; errors of PEFT."""
+        """Return the model with the adapter and its trainable weights. Errors: ConfigError AdapterOfAnotherBase, AdapterNotContinuable; errors of PEFT."""
         import torch
         from peft import PeftModel
         from peft.utils.save_and_load import set_peft_model_state_dict
 
         base = dict(model.named_parameters(remove_duplicate=False))
         base_weights = {name: base[name] for name in map(_base_name, weights) if name in base}
-        before = {name: parameter.detach().clone() for name, parameter in base_weights.items()}
+        weights_before = {name: parameter.detach().clone() for name, parameter in base_weights.items()}
         peft_model = PeftModel.from_pretrained(
             model, folder, is_trainable=True, autocast_adapter_dtype=not self.keeps_base_dtype
         )
@@ -92,7 +92,7 @@ class ExistingAdapter(PeftMethod, types=(MethodType.ADAPTER,)):
         changed = [
             name
             for name, parameter in base_weights.items()
-            if not parameter.requires_grad and not torch.equal(parameter.detach(), before[name])
+            if not parameter.requires_grad and not torch.equal(parameter.detach(), weights_before[name])
         ]
         if changed:
             raise ConfigError(
@@ -117,14 +117,14 @@ def _read_config(folder: Path, source: str) -> dict[str, Any]:
 
 
 def _require_continuable(config: Mapping[str, Any], run: RunConfig, source: str) -> None:
-    """Check that PEFT can continue training the adapter. If the objective needs a reference, PEFT must also be able to load a second copy.
+    """Check that PEFT can continue training the adapter, and can load a second copy of it if the objective needs one as its reference.
 
     Errors: ConfigError AdapterNotContinuable.
     """
-    kind, bias, init = config.get("peft_type", ""), config.get("bias") or "none", config.get("init_lora_weights")
-    if kind in PROMPT_LEARNING or kind not in continuable_adapter_types():
+    peft_type, bias, init = config.get("peft_type", ""), config.get("bias") or "none", config.get("init_lora_weights")
+    if peft_type in PROMPT_LEARNING or peft_type not in continuable_adapter_types():
         raise ConfigError(
-            "AdapterNotContinuable", f"{source} is a {str(kind).lower().replace('_', ' ') or 'nameless'} adapter, and PEFT cannot continue its training",
+            "AdapterNotContinuable", f"{source} is a {str(peft_type).lower().replace('_', ' ') or 'nameless'} adapter, and PEFT cannot continue its training",
             hint="train a new adapter, or continue a LoRA or IA3 adapter",
         )  # fmt: skip
     if not keeps_reference_adapter(run.spec):
@@ -140,7 +140,7 @@ def _require_continuable(config: Mapping[str, Any], run: RunConfig, source: str)
 
 
 def _read_weights(folder: Path, source: str) -> dict[str, Any]:
-    """Read the tensors, by their names in the file. Errors: NotFoundError AdapterUnreadable."""
+    """Return the tensors of the adapter file, by their names in the file. Errors: NotFoundError AdapterUnreadable."""
     from peft.utils.save_and_load import load_peft_weights
     from safetensors import SafetensorError
 
@@ -161,7 +161,7 @@ def _read_weights(folder: Path, source: str) -> dict[str, Any]:
 
 
 def _require_all_keys(absent_names: list[str], unexpected_names: list[str], error_prefix: str) -> None:
-    """Check that file and model have the same adapter weights. Errors: ConfigError AdapterOfAnotherBase."""
+    """Refuse an adapter file that does not have the same adapter weights as the model. Errors: ConfigError AdapterOfAnotherBase."""
     reasons = [f"{len(absent_names)} weights are not in the adapter file, first {absent_names[0]}"] if absent_names else []
     if unexpected_names:
         reasons.append(f"{len(unexpected_names)} weights of the adapter file are not in the model, first {unexpected_names[0]}")
@@ -173,7 +173,10 @@ def _require_all_keys(absent_names: list[str], unexpected_names: list[str], erro
 
 
 def _absent_weights(peft_model: Any, missing_names: set[str]) -> list[str]:
-    """Names of trained parameters that the file lacks. A parameter that layers share has several names (VB-LoRA's vector bank)."""
+    """Return a name of each trained parameter that the adapter file lacks.
+
+    A parameter that layers share, such as VB-LoRA's vector bank, has several names. The file needs to have only one of them.
+    """
     names: dict[int, list[str]] = {}
     for name, parameter in peft_model.named_parameters(remove_duplicate=False):
         if parameter.requires_grad:

@@ -1,7 +1,7 @@
 """The interface of a method, and the check that a method trains at least one parameter.
 
-A method is a subclass of `Method` in a module of this package. `class Full(Method, types=(MethodType.FULL,))` registers it for
-`method.type: full`. There is no other list of methods.
+A method is a subclass of `Method` in a module of this package. The argument `types` in its class statement registers it, as in
+`class Full(Method, types=(MethodType.FULL,))` for `method.type: full`. There is no other list of methods.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from finetune_api.spec.enums import MethodType, OutputKind
 from finetune_trainer.distributed import DistributedStrategy
 from finetune_trainer.hardware import Hardware
 from finetune_trainer.inputs import Inputs
-from finetune_trainer.library_internals import copied_modules
+from finetune_trainer.library_internals import find_copied_modules
 from finetune_trainer.method.precision import require_scalable_weights
 from finetune_trainer.model import count_parameters
 
@@ -29,18 +29,18 @@ METHOD_CLASSES: dict[MethodType, type[Method]] = {}
 
 @dataclass(frozen=True)
 class MethodContext:
-    """Inputs of a method."""
+    """The inputs of a method."""
 
     run: RunConfig
     inputs: Inputs
     hardware: Hardware
     strategy: DistributedStrategy
     model_kind: str = "causal"
-    """Head of the model: argument `kind` of `model.load_model`."""
+    """Head of the model: `causal` (next token) or `reward` (one score)."""
     new_token_ids: tuple[int, ...] = ()
     """Token ids of `model.newTokens`. Their embedding rows are trained."""
     is_resumed: bool = False
-    """Whether the trained weights will be loaded from a checkpoint. If so, no initial weights are computed."""
+    """Whether the trained weights will be loaded from a checkpoint. If so, methods skip the computation of initial weights."""
 
 
 @dataclass
@@ -48,22 +48,22 @@ class TrainableModel:
     """A model in which exactly the trained parameters require gradients."""
 
     model: Any
-    kind: OutputKind
+    output_kind: OutputKind
     """Whether the final artefact is an adapter or a complete model."""
-    trainable: int = 0
-    """Number of trained values."""
-    total: int = 0
-    """Number of all values."""
+    trainable_count: int = 0
+    """Number of trained weights."""
+    total_count: int = 0
+    """Number of all weights."""
     notes: list[str] = field(default_factory=list)
     """Sentences for the status."""
     extra_files: dict[str, str] = field(default_factory=dict)
-    """Additional text files of the final artefact, by name."""
+    """Content of each additional text file of the final artefact, by file name."""
     initial_adapter: Path | None = None
-    """Folder with the untrained adapter if its initialisation changes the base model (PiSSA, OLoRA)."""
+    """Folder with the untrained adapter, if its initialisation changes the base model (PiSSA, OLoRA); else None."""
 
 
 class Method:
-    """Base class of methods. The hooks run in the order of their definition. Only `apply` has no default."""
+    """The base class of methods. Its hooks run in the order in which they are defined. A subclass must define `apply`."""
 
     def __init_subclass__(cls, types: tuple[MethodType, ...] = (), **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -77,24 +77,24 @@ class Method:
         self.context = context
 
     def before_load(self) -> tuple[str, ...]:
-        """Read the unquantised weights if the method needs them. Returns the modules to leave unquantised when the base model is loaded."""
+        """Return the names of the modules to leave unquantised when the base model is loaded. The hook may read the unquantised weights for this."""
         return ()
 
     def apply(self, model: Any) -> TrainableModel:
-        """Freeze, wrap or select parameters. Errors: ConfigError if the model cannot be trained with these settings."""
+        """Return the model with exactly the trained parameters unfrozen. Errors: ConfigError if the model cannot be trained with these settings."""
         raise NotImplementedError
 
     def after_apply(self, trainable: TrainableModel) -> None:
         """Set the dtype and the initial values of the trained weights. Called before the Trainer is built."""
 
     def trainer_construction(self, model: Any) -> AbstractContextManager[None]:
-        """Return a context manager for building the Trainer on the base model `model`."""
+        """Return a context manager in which the Trainer is built. `model`: the base model."""
         return nullcontext()
 
     def on_trainer_created(self, trainer: Any) -> None:
-        """Check the model, and undo unwanted changes by the Trainer's constructor. Errors: ConfigError HalfWeights."""
-        # DeepSpeed scales the loss itself and keeps its own 32-bit copies.
-        if self.context.hardware.fp16 and self.context.strategy.name != "deepspeed":
+        """Check the model, and undo changes that the Trainer's constructor made to the weights. Errors: ConfigError HalfWeights."""
+        # The check is not needed with DeepSpeed, which scales the loss itself and trains its own 32-bit copies of the weights.
+        if self.context.hardware.computes_in_fp16 and self.context.strategy.name != "deepspeed":
             require_scalable_weights(trainer.model)
 
     def make_trainable(self, model: Any) -> TrainableModel:
@@ -103,26 +103,26 @@ class Method:
         Errors: ConfigError StrategyAndMethod; errors of `apply`; InternalError NothingTrainable.
         """
         trainable = self.apply(model)
-        trainable.trainable, trainable.total = count_parameters(trainable.model)
-        if trainable.trainable == 0:
+        trainable.trainable_count, trainable.total_count = count_parameters(trainable.model)
+        if trainable.trainable_count == 0:
             raise InternalError(
                 "NothingTrainable", f"method {self.context.run.spec.method.type} left no parameter to train"
             )
         if self.context.strategy.name == "fsdp":
-            require_unshared_copies(trainable.model)
+            require_unshared_saved_modules(trainable.model)
         self.after_apply(trainable)
         return trainable
 
 
-def require_unshared_copies(model: Any) -> None:
-    """Refuse `modulesToSave` if a module in it shares its weight with another module, because FSDP cannot shard shared weights.
+def require_unshared_saved_modules(model: Any) -> None:
+    """Refuse a module in `modulesToSave` that shares its weight with another module, because FSDP cannot shard shared weights.
 
     Errors: ConfigError StrategyAndMethod.
     """
     if not hasattr(model, "peft_config"):
         return
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    for name, original in copied_modules(model).items():
+    for name, original in find_copied_modules(model).items():
         if any(uses[id(parameter)] > 1 for parameter in original.parameters()):
             raise ConfigError(
                 "StrategyAndMethod",

@@ -1,4 +1,4 @@
-"""EVA: initialises matrix A of each adapter with the principal directions of the layer's inputs on training data.
+"""EVA: initialises matrix A of each adapter with the principal directions of the inputs that the layer gets from training data.
 
 Source: Paischer et al., Parameter Efficient Fine-tuning via Explained Variance Adaptation, https://arxiv.org/abs/2410.07170.
 """
@@ -14,15 +14,15 @@ from finetune_api.errors import ConfigError
 from finetune_trainer.method.peft_method import ADAPTER_NAME
 
 MAX_BATCHES = 2000
-"""Maximum number of batches before the search ends with an error. Directions usually converge within a few hundred batches."""
+"""Maximum number of batches. If the directions have not converged by then, the job fails; they usually need a few hundred batches."""
 
 
 def initialize_from_inputs(trainer: Any) -> None:
-    """Compute the initial A. PEFT's `init_lora_weights="eva"` leaves A random until this function is called.
+    """Compute the initial matrix A of every adapter. PEFT's `init_lora_weights="eva"` leaves A random until this function is called.
 
-    Every layer keeps the rank of the spec (rho 1).
-    Errors: ConfigError InitUnavailable for packed rows (their padding is unknown here), for a rank above the number of a layer's inputs
-    or of a batch's tokens, and if the directions do not converge.
+    Every layer keeps the rank of the spec, because rho is 1.
+    Errors: ConfigError InitUnavailable for packed rows (PEFT cannot recognise their padding), for a rank above the number of inputs of a
+    layer or of tokens in a batch, and if the directions do not converge.
     """
     from peft import initialize_lora_eva_weights
     from peft.tuners.lora import LoraLayer
@@ -53,34 +53,37 @@ def initialize_from_inputs(trainer: Any) -> None:
 
 @contextmanager
 def _padded_batches(collator: Any) -> Iterator[None]:
-    """Let the collator of a padding-free run pad its batches. PEFT recognises padding by the attention mask, and accepts only tensors."""
-    before = collator.padding_free
+    """Make the collator pad its batches within the context, even in a padding-free run.
+
+    PEFT recognises padding by the attention mask, and accepts only batches of tensors.
+    """
+    padding_free_before = collator.padding_free
     collator.padding_free = False
     try:
         yield
     finally:
-        collator.padding_free = before
+        collator.padding_free = padding_free_before
 
 
 class _EndlessInputs:
-    """Repeats the batches of the training data in order and without labels. PEFT reads batches until the directions converge.
+    """Yields the batches of the training data again and again, in order and without labels, because PEFT reads until the directions converge.
 
-    PEFT skips batches that have fewer tokens than the rank. If all batches are too small, PEFT alone would never stop reading.
-    Errors: ConfigError InitUnavailable if all batches are too small, and after `MAX_BATCHES`.
+    PEFT skips batches that have fewer tokens than the rank. If it skipped all batches, it would never stop reading.
+    Errors: ConfigError InitUnavailable if all batches have fewer tokens than the rank, and after `MAX_BATCHES` batches.
     """
 
     def __init__(self, trainer: Any, rank: int):
         self._trainer, self._rank = trainer, rank
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        read = most_tokens = 0
+        read_batches = most_tokens = 0
         while True:
             for batch in self._trainer.get_train_dataloader():
                 inputs = {name: batch[name].to(self._trainer.args.device) for name in ("input_ids", "attention_mask")}
                 tokens = self._trainer.accelerator.reduce(inputs["attention_mask"].sum(), reduction="sum")
                 most_tokens = max(most_tokens, int(tokens))
-                read += 1
-                if read > MAX_BATCHES:
+                read_batches += 1
+                if read_batches > MAX_BATCHES:
                     break
                 yield inputs
             if most_tokens < self._rank:
@@ -89,7 +92,7 @@ class _EndlessInputs:
                     f"method.lora.init eva needs {self._rank} directions (method.lora.rank), but no batch has more than {most_tokens} tokens",
                     hint="lower the rank, raise training.batchSizePerDevice, or write another init",
                 )
-            if read > MAX_BATCHES:
+            if read_batches > MAX_BATCHES:
                 raise ConfigError(
                     "InitUnavailable", f"method.lora.init eva did not find {self._rank} stable directions in {MAX_BATCHES} batches",
                     hint="lower method.lora.rank, raise training.batchSizePerDevice, or write another init",

@@ -11,10 +11,10 @@ from finetune_trainer.method.vision_parts import TrainedParts
 
 
 class Full(Method, types=(MethodType.FULL,)):
-    """Trains every floating-point parameter; of a vision-language model, those of the trained parts."""
+    """Trains every floating-point parameter. In a vision-language model, it trains only those of the trained parts."""
 
     def apply(self, model: Any) -> TrainableModel:
-        """Unfreeze the parameters. Adds a note if their dtype is not float32."""
+        """Unfreeze the parameters, and add a note if their dtype is not float32."""
         for parameter in model.parameters():
             if parameter.is_floating_point():
                 parameter.requires_grad_(True)
@@ -23,5 +23,5 @@ class Full(Method, types=(MethodType.FULL,)):
             parts.freeze(model)
         dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
         notes = [f"weights are trained in {dtype} because of model.dtype"] if dtype != "float32" else []
-        notes += [] if parts is None else parts.describe(model)
+        notes += [] if parts is None else parts.describe_frozen_parts(model)
         return TrainableModel(model, OutputKind.MODEL, notes=notes)

@@ -1,4 +1,4 @@
-"""IA3: learned scales on keys, values and the inner activations of the MLP."""
+"""IA3: learned factors that scale the keys, the values and the inner activations of the MLP."""
 
 from __future__ import annotations
 
@@ -10,20 +10,22 @@ from finetune_api.spec.enums import MethodType, OutputKind
 from finetune_trainer.method.base import TrainableModel
 from finetune_trainer.method.peft_method import PeftMethod, linear_layer_names, peft_task_type
 
-ATTENTION_LAYERS = ("k_proj", "v_proj", "query_key_value", "c_attn")
+KEY_AND_VALUE_LAYERS = ("k_proj", "v_proj", "query_key_value", "c_attn")
+"""Names of the layers that compute keys and values."""
 MLP_OUTPUT_LAYERS = ("down_proj", "fc2", "dense_4h_to_h", "c_proj", "w2")
+"""Names of the MLP layers whose inputs are the inner activations."""
 
 
 class Ia3(PeftMethod, types=(MethodType.IA3,)):
-    """Trains IA3's scales; the base model is frozen."""
+    """Trains the scaling factors of IA3. The base model is frozen."""
 
     def apply(self, model: Any) -> TrainableModel:
-        """Wrap layers with known names. Errors: ConfigError TargetModulesMissing if the model has no such layers."""
+        """Add scaling factors to the layers with known names. Errors: ConfigError TargetModulesMissing if the model has no such layers."""
         from peft import IA3Config, get_peft_model
 
         names = linear_layer_names(model)
         mlp = [name for name in MLP_OUTPUT_LAYERS if name in names][:1]
-        attention = [name for name in ATTENTION_LAYERS if name in names]
+        attention = [name for name in KEY_AND_VALUE_LAYERS if name in names]
         if not mlp or not attention:
             raise ConfigError(
                 "TargetModulesMissing", f"ia3 needs key, value and MLP layers with known names, but the model only has {', '.join(names)}",

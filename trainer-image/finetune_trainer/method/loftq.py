@@ -1,9 +1,9 @@
 """LoftQ: initialises an adapter on a 4-bit base model with the best low-rank correction of the quantisation error.
 
-In each layer, the adapter is set to the best approximation of the error W - Q(W) with the adapter's rank. Base model and adapter
-together then start closer to the unquantised model. PEFT's implementation needs CUDA and ignores the adapter's scale (alpha / rank).
-This implementation runs on any device and divides by the scale. It runs one iteration only: a second iteration would change the
-quantised base model, but users load the adapter on the base model as bitsandbytes quantises it.
+In each layer, the adapter is set to the best approximation, with the adapter's rank, of the quantisation error W - Q(W). So the base model
+with its adapter is closer to the unquantised model when training begins. PEFT's implementation needs CUDA and ignores the adapter's scale
+(alpha / rank); this implementation runs on any device and divides by the scale. It runs only one iteration, because a second iteration would
+change the quantised base model, but users load the adapter on the base model that bitsandbytes quantises.
 Source: Li et al., LoftQ: LoRA-Fine-Tuning-Aware Quantization, https://arxiv.org/abs/2310.08659.
 """
 
@@ -18,7 +18,7 @@ from finetune_trainer.method.peft_method import ADAPTER_NAME
 
 @torch.no_grad()
 def correct_quantization_error(model: Any, unquantized_model: Any) -> int:
-    """Set A and B of every adapter on a 4-bit layer. Returns the number of layers.
+    """Set the matrices A and B of every adapter on a 4-bit layer. Return the number of such layers.
 
     `model`: the PEFT model. `unquantized_model`: the base model with unquantised weights.
     """
@@ -39,9 +39,9 @@ def correct_quantization_error(model: Any, unquantized_model: Any) -> int:
 
 
 def low_rank_factors(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return B (rows x rank) and A (rank x columns). Their product is the best approximation of `matrix` with this rank.
+    """Return B (rows x rank) and A (rank x columns), whose product B A is the best approximation of `matrix` with this rank.
 
-    Eigenvectors of the smaller Gram matrix are used, because a full singular value decomposition would be much slower.
+    They are computed from the eigenvectors of the smaller Gram matrix, because a full singular value decomposition is much slower.
     """
     if matrix.shape[0] > matrix.shape[1]:
         b, a = low_rank_factors(matrix.T, rank)

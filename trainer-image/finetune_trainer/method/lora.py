@@ -16,7 +16,7 @@ from finetune_trainer.method.base import TrainableModel
 from finetune_trainer.method.experts import ALL_EXPERTS, expert_parameter_names, layers_without_adapter
 from finetune_trainer.method.peft_method import ADAPTER_NAME, PeftMethod, linear_layer_names, peft_task_type
 from finetune_trainer.method.precision import leave_conversion_to_autocast
-from finetune_trainer.method.vision_parts import NO_NAME, TrainedParts
+from finetune_trainer.method.vision_parts import PATTERN_WITHOUT_MATCH, TrainedParts
 from finetune_trainer.model import load_model
 
 ALL_LINEAR = "all-linear"
@@ -27,7 +27,7 @@ PEFT_INIT = {
     LoraInit.DEFAULT: True, LoraInit.GAUSSIAN: "gaussian", LoraInit.PISSA: "pissa", LoraInit.OLORA: "olora", LoraInit.EVA: "eva",
     LoraInit.LOFTQ: True,
 }  # fmt: skip
-"""PEFT's value of `init_lora_weights`. LoftQ starts with PEFT's default; `after_apply` then replaces the weights."""
+"""PEFT's `init_lora_weights` for each `method.lora.init`. LoftQ starts with PEFT's default; `after_apply` then replaces the weights."""
 
 
 class Lora(PeftMethod, types=(MethodType.LORA, MethodType.QLORA, MethodType.DORA)):
@@ -35,15 +35,15 @@ class Lora(PeftMethod, types=(MethodType.LORA, MethodType.QLORA, MethodType.DORA
 
     @property
     def init(self) -> LoraInit:
-        """Initialisation of the adapters."""
+        """The initialisation of the adapters: `method.lora.init`."""
         lora = self.context.run.spec.method.lora
         return (lora.init if lora else None) or LoraInit.DEFAULT
 
     def apply(self, model: Any) -> TrainableModel:
         """Wrap the model with PEFT.
 
-        PiSSA and OLoRA move a part of the base model into the adapter. The initial adapter is saved. It is needed to convert the final
-        adapter to an adapter for the unchanged base model (with twice the rank).
+        PiSSA and OLoRA move a part of the base weights into the adapter. So the initial adapter is saved: it is needed after training to
+        convert the final adapter to an adapter for the unchanged base model, which has twice the rank.
         Errors: ConfigError TargetModulesMissing, LoraOnHead, NewTokensTwice, InitUnavailable.
         """
         from peft import get_peft_model
@@ -58,8 +58,8 @@ class Lora(PeftMethod, types=(MethodType.LORA, MethodType.QLORA, MethodType.DORA
             )  # fmt: skip
         wrapped = get_peft_model(model, config, autocast_adapter_dtype=not self.keeps_base_dtype)
         if self.context.new_token_ids:
-            # If the model's vocabulary size differs from that of the base model at this path, PEFT saves the complete embeddings with
-            # each adapter. New tokens change the size, so the path is removed.
+            # If the vocabulary size differs from that of the base model at this path, PEFT saves the complete embeddings with each
+            # adapter. New tokens change the vocabulary size, so the path is removed.
             config.base_model_name_or_path = ""
             expose_head_bias(wrapped)
         trainable = TrainableModel(wrapped, OutputKind.ADAPTER, notes=notes)
@@ -75,20 +75,20 @@ class Lora(PeftMethod, types=(MethodType.LORA, MethodType.QLORA, MethodType.DORA
         return trainable
 
     def after_apply(self, trainable: TrainableModel) -> None:
-        """For LoftQ, also load the unquantised model and correct the quantisation error."""
+        """Set dtypes and initial values. For LoftQ, also load the unquantised model and correct the quantisation error."""
         context = self.context
         if self.init is LoraInit.LOFTQ and not context.is_resumed:
             unquantized, _ = load_model(
-                context.run, context.inputs, context.hardware, kind=context.model_kind, quantize=False
+                context.run, context.inputs, context.hardware, model_kind=context.model_kind, quantize=False
             )
             loftq.correct_quantization_error(trainable.model, unquantized)
             trainable.notes.append("init loftq: the adapter corrects the 4-bit quantisation error of this base model")
         super().after_apply(trainable)
-        if (context.hardware.bf16 or context.hardware.fp16) and context.strategy.uses_autocast:
+        if (context.hardware.computes_in_bf16 or context.hardware.computes_in_fp16) and context.strategy.uses_autocast:
             leave_conversion_to_autocast(trainable.model)
 
     def on_trainer_created(self, trainer: Any) -> None:
-        """For EVA, compute the initial adapters from training data. Then reset the random seed, because EVA consumes random numbers."""
+        """For EVA, compute the initial adapters from training data. Then reset the random seed, because EVA has drawn random numbers."""
         super().on_trainer_created(trainer)
         if self.init is LoraInit.EVA and not self.context.is_resumed:
             from transformers import set_seed
@@ -104,7 +104,7 @@ class Lora(PeftMethod, types=(MethodType.LORA, MethodType.QLORA, MethodType.DORA
         lora = method.lora
         assert lora is not None, "finetune_api.defaults fills method.lora for these methods"
         targets, parts = target_modules(model, lora.target_modules), TrainedParts.of(self.context.run)
-        excluded = None if parts is None else parts.excluded_modules(model)
+        excluded = None if parts is None else parts.excluded_names_pattern(model)
         if parts is not None:
             parts.require_targets(model, targets, linear_layer_names(model))
         return LoraConfig(
@@ -113,7 +113,7 @@ class Lora(PeftMethod, types=(MethodType.LORA, MethodType.QLORA, MethodType.DORA
             lora_alpha=32 if lora.alpha is None else lora.alpha,
             lora_dropout=lora.dropout or 0.0,
             target_modules=targets,
-            exclude_modules=None if excluded == NO_NAME else excluded,
+            exclude_modules=None if excluded == PATTERN_WITHOUT_MATCH else excluded,
             target_parameters=target_parameters(model, lora.target_parameters),
             modules_to_save=modules_to_save(model, lora.modules_to_save),
             bias=PEFT_BIAS[lora.bias or LoraBias.NONE],
@@ -125,9 +125,9 @@ class Lora(PeftMethod, types=(MethodType.LORA, MethodType.QLORA, MethodType.DORA
         )
 
     def _describe_parts_without_adapter(self, model: Any) -> list[str]:
-        """Notes about parts of the model that a user may expect to have an adapter."""
+        """Return notes about parts of the model that have no adapter, although a user may expect one."""
         lora, experts, parts = self.context.run.spec.method.lora, expert_parameter_names(model), TrainedParts.of(self.context.run)
-        notes = [] if parts is None else parts.describe(model)
+        notes = [] if parts is None else parts.describe_frozen_parts(model)
         requested = (lora.target_modules if lora else None) or ()
         if experts and not (lora and lora.target_parameters) and not reinterpreted_lora_targets(model).intersection(requested):
             notes.append(
@@ -139,7 +139,7 @@ class Lora(PeftMethod, types=(MethodType.LORA, MethodType.QLORA, MethodType.DORA
         return notes
 
     def _require_supported_experts(self, model: Any, config: Any) -> None:
-        """Check that adapters of parameters are not sharded, and have no dropout, which PEFT cannot compute.
+        """Check that the strategy does not shard adapters of experts, and that they have no dropout, which PEFT cannot compute for them.
 
         Errors: ConfigError ExpertsSharded, DropoutOnExperts.
         """
@@ -158,9 +158,9 @@ class Lora(PeftMethod, types=(MethodType.LORA, MethodType.QLORA, MethodType.DORA
             )  # fmt: skip
 
     def trained_embedding_rows(self, model: Any) -> dict[str, list[int]] | None:
-        """Row indices of `model.newTokens` in the embeddings and the head, by module name. None if there are no new tokens.
+        """Return the rows of `model.newTokens` in the embeddings and the head: row indices by module name. None if there are no new tokens.
 
-        Modules in `modulesToSave` are left out, because all their rows are trained. Errors: ConfigError NewTokensTwice.
+        Modules in `modulesToSave` are left out, because all their rows are trained anyway. Errors: ConfigError NewTokensTwice.
         """
         lora = self.context.run.spec.method.lora
         if not self.context.new_token_ids or lora is None:
@@ -172,15 +172,15 @@ class Lora(PeftMethod, types=(MethodType.LORA, MethodType.QLORA, MethodType.DORA
                 "NewTokensTwice", f"method.lora.targetModules names {embeddings_twice[0]}, but model.newTokens trains rows of this module",
                 hint=f"remove targetModules or newTokens, or put {embeddings_twice[0]} into method.lora.modulesToSave to train it in full",
             )  # fmt: skip
-        saved = lora.modules_to_save or ()
-        return {name: list(self.context.new_token_ids) for name in embeddings if name not in saved} or None
+        saved_modules = lora.modules_to_save or ()
+        return {name: list(self.context.new_token_ids) for name in embeddings if name not in saved_modules} or None
 
 
 def require_splittable_layers(model: Any, init: LoraInit, rank: int) -> None:
-    """Refuse layers if PiSSA or OLoRA cannot convert their adapter to an adapter for the unchanged base model.
+    """Refuse layers whose PiSSA or OLoRA adapter cannot be converted to an adapter for the unchanged base model.
 
-    The conversion needs A and B of linear layers, all with the rank of the spec. OLoRA in PEFT 0.21 is wrong for transposed weights
-    (inputs first, as GPT-2's Conv1D), and the shapes of square weights do not show this error.
+    The conversion needs adapters of linear layers with the rank of the spec. In PEFT 0.21, OLoRA computes wrong adapters for transposed
+    weights (inputs first, as in GPT-2's Conv1D). The shapes alone do not reveal this for square weights, so all transposed weights are refused.
     Errors: ConfigError InitUnavailable for embeddings, transposed weights (OLoRA), and ranks above a dimension of a layer.
     """
     from peft.tuners.lora import LoraLayer
@@ -196,9 +196,9 @@ def require_splittable_layers(model: Any, init: LoraInit, rank: int) -> None:
         ]
         is_transposed = getattr(layer, "fan_in_fan_out", False)
         if (init == LoraInit.OLORA and is_transposed) or shapes != [(rank, inputs), (outputs, rank)]:
-            kind = type(layer.get_base_layer()).__name__
+            layer_class = type(layer.get_base_layer()).__name__
             raise ConfigError(
-                "InitUnavailable", f"method.lora.init {init} cannot initialise an adapter of rank {rank} on {name} ({kind}, {inputs} x {outputs})",
+                "InitUnavailable", f"method.lora.init {init} cannot initialise an adapter of rank {rank} on {name} ({layer_class}, {inputs} x {outputs})",
                 hint="name linear layers in method.lora.targetModules, write a rank that is not above their smaller dimension, or remove init",
             )  # fmt: skip
 
@@ -211,7 +211,7 @@ def target_modules(model: Any, requested_names: Sequence[str] | None) -> str | l
     """Return the target modules for PEFT's configuration. Errors: ConfigError TargetModulesMissing for unknown names, LoraOnHead."""
     if _selects_all_layers(requested_names):
         left_out = [name for names in layers_without_adapter(model).values() for name in names]
-        # With its own value for all linear layers, PEFT would also put adapters on the experts and routers of some types of models.
+        # With `all-linear`, PEFT would also put adapters on the experts and routers of some model types, so the layers are named instead.
         is_special = left_out or expert_parameter_names(model)
         return [name for name in linear_layer_names(model) if name not in (*left_out, *HEAD_NAMES)] if is_special else ALL_LINEAR
     heads = [name for name in requested_names if name.rsplit(".", 1)[-1] in HEAD_NAMES and _is_head(model, name)]
@@ -240,7 +240,7 @@ def target_parameters(model: Any, requested_names: Sequence[str] | None) -> list
             "TargetParametersMissing", f"method.lora.targetParameters names {', '.join(absent)}, but the model has no such parameter",
             hint=f"{available}, or remove the field",
         )  # fmt: skip
-    return sorted({one for name in requested_names for one in (experts if name == ALL_EXPERTS else [name])})
+    return sorted({parameter for name in requested_names for parameter in (experts if name == ALL_EXPERTS else [name])})
 
 
 def modules_to_save(model: Any, requested_names: Sequence[str] | None) -> list[str] | None:
@@ -254,6 +254,7 @@ def modules_to_save(model: Any, requested_names: Sequence[str] | None) -> list[s
 
 
 def _require_modules(model: Any, requested_names: Sequence[str], field: str, available_names: Sequence[str]) -> None:
+    """Refuse names in `field` that no module of the model has. Errors: ConfigError TargetModulesMissing with `available_names`."""
     names = [name for name, _ in model.named_modules()]
     absent_names = [
         module for module in requested_names if not any(name == module or name.endswith("." + module) for name in names)

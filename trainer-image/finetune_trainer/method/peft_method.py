@@ -8,11 +8,11 @@ from finetune_trainer.method.base import Method, MethodContext, TrainableModel
 from finetune_trainer.method.precision import TrainedWeightsCopy, widen_trained_weights
 
 ADAPTER_NAME = "default"
-"""PEFT's name of the trained adapter."""
+"""PEFT's name for the trained adapter."""
 
 
 class PeftMethod(Method):
-    """Keeps the trained weights in 32 bits, and sets LoRA+'s learning-rate ratio on the Trainer."""
+    """Trains a PEFT adapter. The trained weights have 32 bits where the strategy allows it, and the Trainer gets the learning-rate ratio of LoRA+."""
 
     def __init__(self, context: MethodContext):
         super().__init__(context)
@@ -20,12 +20,12 @@ class PeftMethod(Method):
 
     @property
     def keeps_base_dtype(self) -> bool:
-        """Whether adapters must have the base model's dtype (ZeRO stage 3 can shard only one dtype)."""
+        """Whether adapters must have the dtype of the base model. ZeRO stage 3 requires it, because it shards only one dtype."""
         return self.context.strategy.keeps_base_dtype
 
     def after_apply(self, trainable: TrainableModel) -> None:
         hardware = self.context.hardware
-        if (hardware.bf16 or hardware.fp16) and not self.keeps_base_dtype:
+        if (hardware.computes_in_bf16 or hardware.computes_in_fp16) and not self.keeps_base_dtype:
             widen_trained_weights(trainable.model)
         self._before_construction = TrainedWeightsCopy(trainable.model)
 
@@ -39,13 +39,13 @@ class PeftMethod(Method):
 
 
 def peft_task_type(model: Any) -> Any:
-    """PEFT's task type for the model. With the type of a sequence classifier (a reward model), PEFT also trains and saves the head."""
+    """Return PEFT's task type for the model. With the type for a reward model (a sequence classifier), PEFT also trains and saves the head."""
     from peft import TaskType
 
     return TaskType.SEQ_CLS if "SequenceClassification" in type(model).__name__ else TaskType.CAUSAL_LM
 
 
 def linear_layer_names(model: Any) -> list[str]:
-    """Last parts of the module names of all linear layers, including 4-bit and 8-bit layers."""
-    kinds = ("Linear", "Linear4bit", "Linear8bitLt", "Conv1D")
-    return sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if type(module).__name__ in kinds})
+    """Return the sorted last parts of the names of all linear layers, including 4-bit and 8-bit layers."""
+    classes = ("Linear", "Linear4bit", "Linear8bitLt", "Conv1D")
+    return sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if type(module).__name__ in classes})

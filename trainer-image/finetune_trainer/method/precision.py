@@ -1,4 +1,4 @@
-"""Keeps trained weights in 32 bits, because 16-bit weights lose updates that are smaller than their rounding step."""
+"""Keeps trained weights in 32 bits, because a 16-bit weight does not change if an update is smaller than its rounding step."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from finetune_api.errors import ConfigError
 def widen_trained_weights(model: Any) -> None:
     """Convert trained 16-bit weights to 32 bits.
 
-    PEFT converts its own layers, but not the other trained modules (`modulesToSave`, a reward model's head, biases). Under autocast,
+    PEFT converts its own layers, but no other trained weights: `modulesToSave`, the head of a reward model, and biases. Under autocast,
     layers with 32-bit weights can process 16-bit inputs.
     """
     for parameter in model.parameters():
@@ -19,10 +19,11 @@ def widen_trained_weights(model: Any) -> None:
 
 
 def leave_conversion_to_autocast(model: Any) -> None:
-    """Stop LoRA layers from converting their 16-bit inputs to 32 bits.
+    """Stop LoRA layers from converting their 16-bit inputs to 32 bits, because the conversion only costs time and memory.
 
-    Autocast converts inputs and weights to 16 bits before each product. If PEFT first converts an input to the 32 bits of the adapter's
-    weights, the input is copied twice. Without dropout, the result is the same. DoRA also uses inputs outside of products and keeps the conversion.
+    Autocast converts inputs and weights to 16 bits before each product. If PEFT first converts an input to 32 bits, as the adapter's weights
+    have, the input is copied twice. Without dropout, the result is the same. DoRA keeps the conversion, because it also uses inputs outside of
+    products.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -42,17 +43,17 @@ def require_scalable_weights(model: Any) -> None:
 
 
 class TrainedWeightsCopy:
-    """A copy of the trained weights, made before the Trainer is built.
+    """A copy of the trained weights from before the Trainer is built.
 
     The constructor of TRL's Trainer converts the adapter of a quantised base model to bf16. Small updates are lost in bf16, so
-    `restore` puts the weights back in their original dtype.
+    `restore` sets the weights to the copies, which have the original dtype.
     """
 
     def __init__(self, model: Any):
         self._weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
     def restore(self, model: Any) -> None:
-        """Restore every weight if its dtype has changed."""
+        """Set each weight whose dtype has changed to its copy."""
         for name, parameter in model.named_parameters():
             weight_before = self._weights.get(name)
             if weight_before is not None and parameter.dtype != weight_before.dtype:

@@ -1,4 +1,4 @@
-"""Prefix and prompt tuning: train virtual tokens before every row, and freeze the model."""
+"""Prefix and prompt tuning: train virtual tokens that precede every row, and freeze the model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class PromptLearning(PeftMethod, types=(MethodType.PREFIX_TUNING, MethodType.PRO
     """Trains `method.promptLength` virtual tokens: before the input (prompt tuning), or before every layer's keys and values (prefix tuning)."""
 
     def apply(self, model: Any) -> TrainableModel:
-        """Wrap the model."""
+        """Wrap the frozen model with PEFT, which adds the virtual tokens."""
         from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 
         method = self.context.run.spec.method

@@ -1,12 +1,12 @@
 """Spectrum: train the modules with the best signal-to-noise ratio (SNR) in full, and freeze all others.
 
-The scan follows the paper. S are the singular values of a linear weight W (n x m), and sigma = IQR(S) / 1.349 estimates the noise.
-Singular values above sigma * (1 + sqrt(min(n, m) / max(n, m))) are signal. SNR = (sum of the signal / sum of the noise) / max(S).
-Modules are compared only with modules of the same type (all `mlp.down_proj`, all `self_attn.q_proj`, ...). A `snrThreshold` of t
-selects the share 1 - t with the highest SNR of each type. The metric `meanOverStd` ranks whole layers by mean(|W|) / std(W). It
-hardly distinguishes layers, but configurations of an older tool then select the same layers as before.
+The SNR is computed as in the paper. Let S be the singular values of a linear weight W (n x m). The estimated noise level is
+sigma = IQR(S) / 1.349. Singular values above sigma * (1 + sqrt(min(n, m) / max(n, m))) are signal; the others are noise.
+SNR = (sum of the signal / sum of the noise) / max(S). Modules are compared only with modules of the same type (all `mlp.down_proj`, all
+`self_attn.q_proj`, ...). With a `snrThreshold` of t, the best share 1 - t of each type is trained. The metric `meanOverStd` ranks whole
+layers by mean(|W|) / std(W). It hardly distinguishes layers; it exists so that configurations of an older tool select the same layers here.
 
-On a 4-bit base model the selected modules are not quantised. On other base models, the head and the embeddings are trained too.
+On a 4-bit base model, the selected modules are not quantised. On other base models, the head and the embeddings are trained too.
 Source: Hartford et al., Spectrum: Targeted Training on Signal to Noise Ratio, https://arxiv.org/abs/2406.06623.
 """
 
@@ -36,14 +36,14 @@ from finetune_trainer.method.precision import TrainedWeightsCopy
 from finetune_trainer.model import load_model
 
 SNR_FILE = "spectrum_snr.json"
-CACHE_VERSION = 2
-"""Part of the scan's file name. Increase it when the fields of `ScannedModule` change, because local runs reuse their work folder."""
+SCAN_CACHE_VERSION = 2
+"""Part of the file name of a cached scan. Increase it when the fields of `ScannedModule` change, because local runs reuse their work folder."""
 _LAYER_NAME_PATTERN = re.compile(r"^(?P<stack>.*?)\.(?P<index>\d+)\.(?P<type>.+)$")
 
 
 @dataclass(frozen=True)
 class ScannedModule:
-    """One linear module of a layer, and its SNR."""
+    """A linear module of a layer, with its SNR."""
 
     name: str
     layer: int
@@ -54,16 +54,16 @@ class ScannedModule:
 
 @dataclass(frozen=True)
 class ModuleSelection:
-    """The modules to train. `scan`, `metric` and `threshold` are empty if the spec lists the layers."""
+    """The modules to train, and the scan that selected them. If the spec lists the layers, there is no scan, metric or threshold."""
 
     modules: tuple[str, ...]
-    """Names without `.weight`."""
+    """Names of the modules to train."""
     scanned_modules: tuple[ScannedModule, ...] = ()
     metric: str | None = None
     snr_threshold: float | None = None
 
     def to_json(self) -> str:
-        """The contents of `spectrum_snr.json`. An infinite SNR is written as null."""
+        """Return the content of `spectrum_snr.json`. An infinite SNR is written as null."""
         modules = {m.name: {"snr": m.snr if math.isfinite(m.snr) else None, "type": m.type} for m in self.scanned_modules}
         value = {
             "metric": self.metric,
@@ -75,12 +75,12 @@ class ModuleSelection:
 
 
 class Spectrum(Method, types=(MethodType.SPECTRUM,)):
-    """Trains selected modules in full. For a quantised base model, the modules are selected by the unquantised weights."""
+    """Trains the selected modules in full. For a quantised base model, the modules are selected from the unquantised weights."""
 
     def __init__(self, context: MethodContext):
         super().__init__(context)
         self._selection: ModuleSelection | None = None
-        """Modules selected before a quantised base model is loaded. None for an unquantised base model: `apply` then selects the modules."""
+        """The modules that `before_load` selects for a quantised base model. None for an unquantised one, for which `apply` selects them."""
         self._before_construction: TrainedWeightsCopy | None = None
 
     def before_load(self) -> tuple[str, ...]:
@@ -92,7 +92,7 @@ class Spectrum(Method, types=(MethodType.SPECTRUM,)):
         return self._selection.modules
 
     def apply(self, model: Any) -> TrainableModel:
-        """Freeze all but the trained modules: the selected ones and, in an unquantised base model, the head and the embeddings."""
+        """Freeze all weights except those of the selected modules and, in an unquantised base model, of the head and the embeddings."""
         selection = self._selection or select_modules(self.context.run, self.context.inputs, model)
         is_quantized = bool(getattr(model, "is_loaded_in_4bit", False))
         always_trained_modules = [] if is_quantized else [model.get_input_embeddings(), model.get_output_embeddings()]
@@ -121,7 +121,7 @@ class Spectrum(Method, types=(MethodType.SPECTRUM,)):
 
 
 def select_modules(run: RunConfig, inputs: Inputs, model: Any) -> ModuleSelection:
-    """Select the modules of `layers`, or the best modules of a scan. The scan is cached by the model's revision.
+    """Return all modules of the layers in `method.spectrum.layers`, or the best modules of a scan. The scan is cached by the model's revision.
 
     Errors: ConfigError SpectrumLayerMissing, SpectrumSelectsNothing.
     """
@@ -138,35 +138,35 @@ def select_modules(run: RunConfig, inputs: Inputs, model: Any) -> ModuleSelectio
         return ModuleSelection(tuple(name for name, (layer, _) in modules.items() if layer in spec.layers))
     metric = (spec.metric if spec else None) or SpectrumMetric.MARCHENKO_PASTUR
     threshold = 0.5 if spec is None or spec.snr_threshold is None else spec.snr_threshold
-    file = inputs.output_dir.parent / f"spectrum-{CACHE_VERSION}-{metric}-{_as_file_name(inputs.model_revision)}.json"
+    file = inputs.output_dir.parent / f"spectrum-{SCAN_CACHE_VERSION}-{metric}-{_as_file_name(inputs.model_revision)}.json"
     with local_rank_0_first():
-        scan = _cached_scan(file, model, metric, torch.device("cuda") if uses_gpu(run) else torch.device("cpu"))
+        scan = _load_or_make_scan(file, model, metric, torch.device("cuda") if uses_gpu(run) else torch.device("cpu"))
     by_layer = metric is SpectrumMetric.MEAN_OVER_STD
     selected = _best_layers(scan, threshold) if by_layer else _best_of_each_type(scan, 1 - threshold)
     if not selected:
         raise ConfigError(
             "SpectrumSelectsNothing", f"method.spectrum.snrThreshold {threshold} selects no module", hint="lower snrThreshold"
         )  # fmt: skip
-    # Every rank must train the same modules, but if two SNRs are close, rounding errors may rank them differently on other nodes.
+    # Every rank must train the same modules, but nodes may rank two modules with similar SNRs differently because of rounding errors.
     selected = list(broadcast_object_list(selected))
     return ModuleSelection(tuple(selected), tuple(scan), metric.value, threshold)
 
 
 def _linear_modules(model: Any) -> Iterator[tuple[str, tuple[int, str]]]:
-    """Yield the linear modules inside numbered layers: name, (layer, type)."""
+    """Yield the name, the layer number and the type of each linear module in a numbered layer, as (name, (layer, type))."""
     for name, module in model.named_modules():
         match = _LAYER_NAME_PATTERN.match(name)
         if match and getattr(module, "weight", None) is not None and "Linear" in type(module).__name__:
             yield name, (int(match["index"]), match["type"])
 
 
-def _cached_scan(file: Path, model: Any, metric: SpectrumMetric, device: torch.device) -> list[ScannedModule]:
-    """Scan the model, or read the scan from `file` if an earlier run scanned the same weights."""
+def _load_or_make_scan(file: Path, model: Any, metric: SpectrumMetric, device: torch.device) -> list[ScannedModule]:
+    """Return the scan from `file` if an earlier run has scanned the same weights. Else scan the model and write the file."""
     if file.exists():
         return [ScannedModule(**{**item, "snr": float(item["snr"])}) for item in json.loads(file.read_text())]
     scan = [
-        ScannedModule(name, layer, kind, signal_to_noise(_read_weight(model, name, device), metric))
-        for name, (layer, kind) in _linear_modules(model)
+        ScannedModule(name, layer, module_type, signal_to_noise(_read_weight(model, name, device), metric))
+        for name, (layer, module_type) in _linear_modules(model)
     ]
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(f".{id(model)}")
@@ -176,12 +176,12 @@ def _cached_scan(file: Path, model: Any, metric: SpectrumMetric, device: torch.d
 
 
 def _read_weight(model: Any, name: str, device: torch.device) -> torch.Tensor:
-    """Copy one weight to the device in 32 bits. The singular values of a large matrix take minutes on a CPU."""
+    """Return a module's weight on the device in 32 bits. On a CPU, the singular values of a large matrix take minutes."""
     return model.get_submodule(name).weight.detach().to(device).float()  # type: ignore[no-any-return]  # get_submodule gives Any
 
 
 def signal_to_noise(weight: torch.Tensor, metric: SpectrumMetric) -> float:
-    """Compute the SNR of one weight in 32 bits. Infinite if no singular value is noise."""
+    """Return the SNR of a 32-bit weight. It is infinite if no singular value is noise."""
     if metric is SpectrumMetric.MEAN_OVER_STD:
         deviation = float(weight.std())
         return float(weight.abs().mean()) / deviation if deviation > 0 else 0.0
@@ -197,30 +197,30 @@ def signal_to_noise(weight: torch.Tensor, metric: SpectrumMetric) -> float:
 
 
 def _best_of_each_type(scanned_modules: Sequence[ScannedModule], selected_share: float) -> list[str]:
-    """Names of the modules with the highest SNR: a `selected_share` of the modules of each type, rounded down."""
-    types: dict[str, list[ScannedModule]] = {}
+    """Return the names of the modules with the highest SNR. Of each type, the share `selected_share` (0 to 1) is selected, rounded down."""
+    modules_by_type: dict[str, list[ScannedModule]] = {}
     for module in scanned_modules:
-        types.setdefault(module.type, []).append(module)
+        modules_by_type.setdefault(module.type, []).append(module)
     selected = {
         m.name
-        for group in types.values()
-        for m in sorted(group, key=lambda m: (-m.snr, m.layer))[: _round_down(len(group) * selected_share)]
+        for same_type in modules_by_type.values()
+        for m in sorted(same_type, key=lambda m: (-m.snr, m.layer))[: _round_down(len(same_type) * selected_share)]
     }
     return [module.name for module in scanned_modules if module.name in selected]
 
 
 def _best_layers(scanned_modules: Sequence[ScannedModule], quantile: float) -> list[str]:
-    """Names of the modules in the best layers. A layer is selected if its mean SNR reaches the quantile `quantile` of all layers."""
-    layers: dict[int, list[float]] = {}
+    """Return the names of the modules in the best layers. A layer is selected if its mean SNR reaches `quantile` (0 to 1) of all layers."""
+    snrs_by_layer: dict[int, list[float]] = {}
     for module in scanned_modules:
-        layers.setdefault(module.layer, []).append(module.snr)
-    means: Mapping[int, float] = {layer: sum(values) / len(values) for layer, values in layers.items()}
+        snrs_by_layer.setdefault(module.layer, []).append(module.snr)
+    means: Mapping[int, float] = {layer: sum(snrs) / len(snrs) for layer, snrs in snrs_by_layer.items()}
     limit = float(torch.quantile(torch.tensor(sorted(means.values()), dtype=torch.float64), quantile))
     return [module.name for module in scanned_modules if means[module.layer] >= limit - 1e-12]
 
 
 def _round_down(count: float) -> int:
-    """Round down, but tolerate rounding errors of a product: 0.7 * 10 counts as 7."""
+    """Round down, but ignore the rounding error of a product: (1 - 0.9) * 10 is 0.9999999999999998, and counts as 1."""
     return int(count + 1e-9)
 
 

@@ -1,7 +1,8 @@
-"""Chooses the trained parts of a vision-language model (`method.vision`): vision layers or language layers, attention or MLP modules.
+"""Applies `method.vision`, which chooses the trained parts of a vision-language model.
 
-The language part consists of the decoder and the head. Everything else belongs to the vision part: the vision tower, and the layers that connect
-the tower to the decoder. By default, the vision part is frozen.
+Users choose vision layers, language layers or both, and of these the attention modules, the MLP modules or both. The language part of a model
+consists of the decoder and the head. All other modules belong to the vision part: the vision tower, and the layers that connect the tower to
+the decoder. By default, the vision part is frozen.
 """
 
 from __future__ import annotations
@@ -17,17 +18,16 @@ from finetune_api.rules import is_vision_language, value_or_default
 from finetune_api.spec.method import Vision
 
 ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention", "cross_attn", "linear_attn")
+"""Names of attention modules in the models of transformers."""
 MLP_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
-"""Names of the modules of these kinds in transformers' models."""
-
-
-NO_NAME = "(?!)"
+"""Names of MLP modules in the models of transformers."""
+PATTERN_WITHOUT_MATCH = "(?!)"
 """A regular expression that matches no name."""
 
 
 @dataclass(frozen=True)
 class TrainedParts:
-    """The values of `method.vision`, with defaults."""
+    """The fields of `method.vision`, with their defaults filled in."""
 
     vision_layers: bool
     language_layers: bool
@@ -36,7 +36,7 @@ class TrainedParts:
 
     @staticmethod
     def of(run: RunConfig) -> TrainedParts | None:
-        """The trained parts of a run; None for a text model."""
+        """Return the trained parts of a run; None for a text model."""
         if not is_vision_language(run.spec):
             return None
         vision = run.spec.method.vision or Vision()
@@ -45,22 +45,22 @@ class TrainedParts:
 
     def freeze(self, model: Any) -> None:
         """Freeze the parameters outside of the trained parts."""
-        excluded = re.compile(self.excluded_modules(model))
+        excluded = re.compile(self.excluded_names_pattern(model))
         for name, parameter in model.named_parameters():
             if excluded.fullmatch(name):
                 parameter.requires_grad_(False)
 
-    def excluded_modules(self, model: Any) -> str:
-        """A regular expression for the names of all modules and parameters outside of the trained parts."""
+    def excluded_names_pattern(self, model: Any) -> str:
+        """Return a regular expression that matches the names of all modules and parameters outside of the trained parts."""
         language, vision = language_part_names(model), vision_part_names(model)
-        parts = [] if self.vision_layers else vision
-        parts = parts if self.language_layers else [*parts, *language]
-        kinds = ([] if self.attention_modules else list(ATTENTION_NAMES)) + ([] if self.mlp_modules else list(MLP_NAMES))
-        patterns = [rf"{re.escape(name)}(\..*)?" for name in parts] + [rf"(.*\.)?{name}(\..*)?" for name in kinds]
-        return "|".join(patterns) or NO_NAME
+        frozen_parts = [] if self.vision_layers else vision
+        frozen_parts = frozen_parts if self.language_layers else [*frozen_parts, *language]
+        frozen_modules = ([] if self.attention_modules else list(ATTENTION_NAMES)) + ([] if self.mlp_modules else list(MLP_NAMES))
+        patterns = [rf"{re.escape(name)}(\..*)?" for name in frozen_parts] + [rf"(.*\.)?{name}(\..*)?" for name in frozen_modules]
+        return "|".join(patterns) or PATTERN_WITHOUT_MATCH
 
-    def describe(self, model: Any) -> list[str]:
-        """Notes about the frozen parts."""
+    def describe_frozen_parts(self, model: Any) -> list[str]:
+        """Return notes about the frozen parts, for the status."""
         notes = []
         if not self.vision_layers:
             notes.append(
@@ -68,13 +68,16 @@ class TrainedParts:
             )
         if not self.language_layers:
             notes.append(f"the language layers ({', '.join(language_part_names(model))}) are frozen")
-        kinds = {"attention modules": self.attention_modules, "MLP modules": self.mlp_modules}
-        notes += [f"the {kind} are frozen" for kind, is_trained in kinds.items() if not is_trained]
+        trained_modules = {"attention modules": self.attention_modules, "MLP modules": self.mlp_modules}
+        notes += [f"the {name} are frozen" for name, is_trained in trained_modules.items() if not is_trained]
         return notes
 
     def require_targets(self, model: Any, targets: str | list[str], linear_names: list[str]) -> None:
-        """Check that the adapter is added to at least one module. Errors: ConfigError TargetModulesMissing."""
-        excluded = re.compile(self.excluded_modules(model))
+        """Check that at least one module would get an adapter. Errors: ConfigError TargetModulesMissing.
+
+        `targets`: names of modules, or PEFT's word for all linear layers. `linear_names`: names of the linear layers.
+        """
+        excluded = re.compile(self.excluded_names_pattern(model))
         names = linear_names if isinstance(targets, str) else targets
         modules = (name for name, _ in model.named_modules() if any(name == target or name.endswith(f".{target}") for target in names))
         if all(excluded.fullmatch(name) for name in modules):
@@ -85,9 +88,8 @@ class TrainedParts:
 
 
 def vision_part_names(model: Any) -> list[str]:
-    """Names of the outermost modules and parameters of the vision part. Errors: ConfigError ModelWithoutVision."""
-    kept = _language_modules(model)
-    names = list(_names_outside(model, "", kept))
+    """Return the names of the outermost modules and parameters of the vision part. Errors: ConfigError ModelWithoutVision."""
+    names = list(_names_outside(model, "", _language_modules(model)))
     if not names:
         raise ConfigError(
             "ModelWithoutVision", f"model.modality is visionLanguage, but {type(model).__name__} has no vision layers",
@@ -97,22 +99,22 @@ def vision_part_names(model: Any) -> list[str]:
 
 
 def language_part_names(model: Any) -> list[str]:
-    """Names of the decoder and the head."""
-    kept = {id(module) for module in _language_modules(model)}
-    return [name for name, module in model.named_modules() if id(module) in kept]
+    """Return the names of the decoder and the head."""
+    language_ids = {id(module) for module in _language_modules(model)}
+    return [name for name, module in model.named_modules() if id(module) in language_ids]
 
 
 def _language_modules(model: Any) -> list[Any]:
     return [module for module in (model.get_decoder(), model.get_output_embeddings()) if module is not None]
 
 
-def _names_outside(module: Any, prefix: str, kept: list[Any]) -> Iterator[str]:
-    """Yield the names of all parts of a module (children and own parameters), except the modules `kept` and the modules that contain them."""
+def _names_outside(module: Any, prefix: str, skipped: list[Any]) -> Iterator[str]:
+    """Yield the names of the outermost children and parameters of `module` that neither are nor contain a skipped module."""
     yield from (prefix + name for name, _ in module.named_parameters(recurse=False))
     for name, child in module.named_children():
-        if any(child is one for one in kept):
+        if any(child is other for other in skipped):
             continue
-        if any(inner is one for inner in child.modules() for one in kept):
-            yield from _names_outside(child, f"{prefix}{name}.", kept)
+        if any(inner is other for inner in child.modules() for other in skipped):
+            yield from _names_outside(child, f"{prefix}{name}.", skipped)
         else:
             yield prefix + name

@@ -1,8 +1,12 @@
-"""Compares files with the hashes that their source names. All files are read once, in blocks.
+"""Compares files with the hashes that their source names. Each file is read once, in blocks.
 
-Forms of an expected hash: `sha256:<hex>` (large files of the hub), `git-blob:<hex>` (small files of the hub: git's object id), `md5:<hex>`
-(the ETag of an S3 object) and `md5-parts:<hex>-<n>` (the ETag of an S3 object that was uploaded in n parts: the MD5 of the MD5s of its
-parts). Source of the last form: the S3 user guide, "Checking object integrity". The part size is not part of the ETag, so usual sizes are tried.
+An expected hash has one of these forms:
+
+* `sha256:<hex>`: large files of the hub.
+* `git-blob:<hex>`: small files of the hub. The hash is git's object id.
+* `md5:<hex>`: the ETag of an S3 object.
+* `md5-parts:<hex>-<n>`: the ETag of an S3 object that was uploaded in n parts. It is the MD5 of the MD5s of the parts (S3 user guide, "Checking
+  object integrity"). The ETag does not contain the part size, so all usual part sizes are tried.
 """
 
 from __future__ import annotations
@@ -18,19 +22,22 @@ from pathlib import Path
 from typing import IO, Protocol
 
 BLOCK_BYTES = 1024 * 1024
-THREADS = 4
+THREAD_COUNT = 4
 MIB = 1024 * 1024
 PART_SIZES_MIB = (5, 6, 8, 10, 12, 15, 16, 20, 25, 32, 50, 64, 100, 128, 256, 512, 1024)
-"""Part sizes of common S3 clients. The first part of an upload has the same size as all others but the last."""
+"""Part sizes of common S3 clients. All parts of an upload have the same size, except the last one."""
 
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file of a model at its source: name relative to the model's folder, size in bytes, and the hash that the source names."""
+    """One file of a model, as its source lists it."""
 
     name: str
+    """Path of the file, relative to the model's folder."""
     size: int
+    """Size of the file in bytes."""
     digest: str
+    """Expected hash of the file, in one of the forms of this module."""
 
 
 class Hasher(Protocol):
@@ -41,7 +48,7 @@ class Hasher(Protocol):
     def matches(self) -> bool: ...
 
 
-class _OneHash:
+class _WholeFileHash:
     def __init__(self, algorithm: str, expected: str, head: bytes = b"") -> None:
         self._hash, self._expected = hashlib.new(algorithm, head, usedforsecurity=False), expected
 
@@ -52,8 +59,8 @@ class _OneHash:
         return self._hash.hexdigest() == self._expected
 
 
-class _PartHash:
-    """The MD5 of the MD5s of all parts, for one part size."""
+class _HashOfParts:
+    """Computes the MD5 of the MD5s of all parts, for one part size."""
 
     def __init__(self, part_bytes: int, expected: str) -> None:
         self._part_bytes, self._expected = part_bytes, expected
@@ -78,8 +85,8 @@ class _PartHash:
         return self._whole.hexdigest() == self._expected
 
 
-class _AnyOf:
-    def __init__(self, hashers: list[_PartHash]) -> None:
+class _HashOfUnknownPartSize:
+    def __init__(self, hashers: list[_HashOfParts]) -> None:
         self._hashers = hashers
 
     def update(self, data: bytes) -> None:
@@ -94,31 +101,31 @@ def _md5() -> hashlib._Hash:
     return hashlib.md5(usedforsecurity=False)
 
 
-def hasher_for(file: SourceFile) -> Hasher:
+def create_hasher(file: SourceFile) -> Hasher:
     """Return a hasher for the expected hash of a file. Errors: ValueError if the form of the hash is not known."""
     form, _, value = file.digest.partition(":")
     match form:
         case "sha256" | "md5":
-            return _OneHash(form, value)
+            return _WholeFileHash(form, value)
         case "git-blob":
-            return _OneHash("sha1", value, b"blob %d\0" % file.size)
+            return _WholeFileHash("sha1", value, b"blob %d\0" % file.size)
         case "md5-parts":
             expected, _, count = value.partition("-")
             sizes = [size * MIB for size in PART_SIZES_MIB if -(-file.size // (size * MIB)) == int(count)]
-            return _AnyOf([_PartHash(size, expected) for size in sizes])
+            return _HashOfUnknownPartSize([_HashOfParts(size, expected) for size in sizes])
     raise ValueError(f"the hash {file.digest} has an unknown form")
 
 
-def digest_of_etag(tag: str) -> str | None:
-    """Return the expected hash that an S3 ETag names. None: the ETag is not an MD5."""
-    tag = tag.strip('"').lower()
-    if re.fullmatch("[0-9a-f]{32}", tag):
-        return f"md5:{tag}"
-    return f"md5-parts:{tag}" if re.fullmatch("[0-9a-f]{32}-[1-9][0-9]{0,4}", tag) else None
+def parse_etag(etag: str) -> str | None:
+    """Return the expected hash that an S3 ETag contains. None if the ETag is not an MD5."""
+    etag = etag.strip('"').lower()
+    if re.fullmatch("[0-9a-f]{32}", etag):
+        return f"md5:{etag}"
+    return f"md5-parts:{etag}" if re.fullmatch("[0-9a-f]{32}-[1-9][0-9]{0,4}", etag) else None
 
 
 def open_regular_file(path: Path) -> IO[bytes]:
-    """Open a file for reading. On a shared volume, another pod can put a link or a pipe there: both are refused. Errors: OSError."""
+    """Open a file for reading. Errors: OSError, also if the path is a link or a pipe, which another pod can create on a shared volume."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -128,7 +135,7 @@ def open_regular_file(path: Path) -> IO[bytes]:
 
 @dataclass(frozen=True)
 class CheckedFile:
-    """The result of reading one file. `problem` is empty if the file has the expected hash."""
+    """The result of checking one file. `problem` is empty if the file has the expected hash."""
 
     name: str
     sha256: str = ""
@@ -138,44 +145,47 @@ class CheckedFile:
 def check_files(
     folder: Path, files: tuple[SourceFile, ...], *, copy_to: Path | None = None, count_bytes: Callable[[int], None] | None = None
 ) -> list[CheckedFile]:
-    """Compare all files of a folder with their expected hashes. `copy_to`: also write the bytes that were read to this folder."""
-    with ThreadPoolExecutor(THREADS) as pool:
+    """Compare all files of a folder with their expected hashes. `copy_to`: folder to which the files are also copied.
+
+    `count_bytes`: receives the number of bytes of each block that was read.
+    """
+    with ThreadPoolExecutor(THREAD_COUNT) as pool:
         return list(pool.map(lambda file: _check_file(folder, file, copy_to, count_bytes), files))
 
 
 def _check_file(folder: Path, file: SourceFile, copy_to: Path | None, count_bytes: Callable[[int], None] | None) -> CheckedFile:
-    """Errors: OSError of the copy. An original that cannot be read is a problem of the file."""
+    """Compare one file with its expected hash. If the file cannot be read, the result has a problem. Errors: OSError while writing the copy."""
     try:
         stream = open_regular_file(folder / file.name)
     except OSError as error:
         return CheckedFile(file.name, problem=f"{file.name} cannot be read ({error.strerror or error})")
     with stream:
         if copy_to is None:
-            return _compare(file, _blocks(stream, count_bytes))
+            return _compare_with_source(file, _read_blocks(stream, count_bytes))
         target = copy_to / file.name
         target.parent.mkdir(parents=True, exist_ok=True)
         with target.open("wb") as copy:
-            return _compare(file, _written_blocks(copy, _blocks(stream, count_bytes)))
+            return _compare_with_source(file, _copy_blocks(copy, _read_blocks(stream, count_bytes)))
 
 
-def _blocks(stream: IO[bytes], count_bytes: Callable[[int], None] | None) -> Iterator[bytes]:
+def _read_blocks(stream: IO[bytes], count_bytes: Callable[[int], None] | None) -> Iterator[bytes]:
     while block := stream.read(BLOCK_BYTES):
         if count_bytes:
             count_bytes(len(block))
         yield block
 
 
-def _written_blocks(copy: IO[bytes], blocks: Iterator[bytes]) -> Iterator[bytes]:
+def _copy_blocks(copy: IO[bytes], blocks: Iterator[bytes]) -> Iterator[bytes]:
     for block in blocks:
         copy.write(block)
         yield block
 
 
-def _compare(file: SourceFile, blocks: Iterator[bytes]) -> CheckedFile:
-    hasher, sha256, size = hasher_for(file), hashlib.sha256(), 0
+def _compare_with_source(file: SourceFile, blocks: Iterator[bytes]) -> CheckedFile:
+    hasher, sha256, size = create_hasher(file), hashlib.sha256(), 0
     for block in blocks:
         size += len(block)
-        if size > file.size:  # do not read, and do not copy, a file without end
+        if size > file.size:  # The file may be endless, so the rest is neither read nor copied.
             break
         hasher.update(block)
         sha256.update(block)

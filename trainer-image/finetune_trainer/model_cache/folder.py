@@ -1,15 +1,18 @@
-"""The folders and locks of a cache of models.
+"""Manages the folders and locks of a cache of models.
+
+`<top>` is the folder of the whole cache, and `<entries>` is its folder for one namespace. `<key>` is a hash of the model's source, of the version
+at the source and of the files' hashes.
 
 ```
-<entries>/<key>/files/...        the files of one model at one version; the key is a hash of the source, its version and the files' hashes
-<entries>/<key>/entry.json       written before the folder gets its name: sizes and modification times of the verified files
-<entries>/<key>/in-use           readers hold a shared lock on it; its modification time is the time of the last use
+<entries>/<key>/files/...        the files of one model at one version
+<entries>/<key>/entry.json       sizes and modification times of the verified files; written before the folder gets its final name
+<entries>/<key>/in-use           readers of the model hold a shared lock on this file; its modification time is the time of the last use
 <entries>/.partial/<key>/        a download that is not complete
-<entries>/.locks/<key>           held by the process that downloads
-<top>/.locks/space               held while space is assigned to a download
+<entries>/.locks/<key>           the process that downloads the model holds a lock on this file
+<top>/.locks/space               a process that reserves space for a download holds a lock on this file
 ```
 
-All locks are `flock` locks: the kernel releases them when their process ends, so a killed download needs no repair.
+All locks are `flock` locks. The kernel releases them when their process ends, so a killed download leaves no lock behind.
 """
 
 from __future__ import annotations
@@ -33,11 +36,11 @@ from finetune_trainer.model_cache.record import lock_shared
 log = logging.getLogger(__name__)
 
 RECENT_SECONDS = 900.0
-"""A model that was used more recently is not removed: its pod may be between its init container and its trainer container."""
+"""A model is removed only if no pod has used it for this time: between its init container and its trainer container, a pod holds no lock."""
 STALLED_SECONDS = 300.0
-"""How long a pod waits for the download of another pod that makes no progress."""
+"""How long a pod waits for another pod's download that makes no progress."""
 LONGEST_WAIT_SECONDS = 3 * 3600.0
-LOG_SECONDS = 15.0
+LOG_INTERVAL_SECONDS = 15.0
 MAX_ENTRY_BYTES = 4 * 1024 * 1024
 PARTIAL, LOCKS, IN_USE, ENTRY, FILES, SIZE = ".partial", ".locks", "in-use", "entry.json", "files", "size"
 
@@ -51,7 +54,7 @@ class DamagedModel(CacheProblem):
 
 
 class StoredFile(LenientModel):
-    """What was recorded about a file after its hash was verified."""
+    """What `entry.json` records about a file whose hash was verified."""
 
     size: int
     modified_ns: int
@@ -59,16 +62,16 @@ class StoredFile(LenientModel):
 
 
 class EntryRecord(LenientModel):
-    """The content of `entry.json`."""
+    """The contents of `entry.json`."""
 
-    source: str = Field(description="Source of the model, for people.")
-    size: int = Field(description="Bytes of all files.")
+    source: str = Field(description="Source of the model. Only people read this field.")
+    size: int = Field(description="Total size of all files in bytes.")
     files: dict[str, StoredFile]
 
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """A complete model in the cache, with a shared lock that keeps it there until this process ends."""
+    """A complete model in the cache. A shared lock keeps it in the cache until this process ends."""
 
     folder: Path
     record: EntryRecord
@@ -86,40 +89,43 @@ class CacheEntry:
 
 
 @dataclass(frozen=True)
-class Limits:
-    """How large a cache may become, and how long a pod waits for others."""
+class CacheLimits:
+    """How large the cache may become, and how long a pod waits for other pods."""
 
     size_bytes: int | None = None
-    """Maximum bytes of all models. None: only the size of the volume limits the cache."""
+    """Maximum size of all models together, in bytes. None: only the size of the volume limits the cache."""
     free_share: float = 0.0
-    """Share of the volume that stays free. A node evicts pods if its disk is almost full."""
+    """Share of the volume that must stay free, because a node evicts pods if its disk is almost full."""
     poll_seconds: float = 0.5
     stalled_seconds: float = STALLED_SECONDS
     recent_seconds: float = RECENT_SECONDS
 
 
 class CacheFolder:
-    """The models of one namespace. `top` is the folder whose size is limited: on a node, it contains the folders of all namespaces."""
+    """The cached models of one namespace.
 
-    def __init__(self, top: Path, tenant: str, limits: Limits) -> None:
+    `top`: the folder whose size is limited. On a node, it contains the folders of all namespaces. `tenant`: name of the namespace's folder.
+    """
+
+    def __init__(self, top: Path, tenant: str, limits: CacheLimits) -> None:
         self._top, self._entries, self._limits = top, top / tenant, limits
 
     # ---- finding a model ----
 
-    def find(self, key: str, files: tuple[SourceFile, ...]) -> CacheEntry | None:
-        """Return a complete model and keep it in the cache. None: the cache does not have it.
+    def find(self, model_key: str, files: tuple[SourceFile, ...]) -> CacheEntry | None:
+        """Return a complete model, and lock it so that it stays in the cache. None if the cache does not have the model.
 
-        Sizes and modification times are compared with those after the verification. If they differ, the hashes are verified again. Errors: DamagedModel;
-        the model was then removed.
+        If the size or the modification time of a file has changed since its verification, the hashes are verified again.
+        Errors: DamagedModel if a hash differs; the model is then removed from the cache.
         """
-        folder = self._entries / key
+        folder = self._entries / model_key
         record = _read_record(folder)
         lock = lock_shared(folder / IN_USE) if record is not None else None
         if record is None or lock is None:
             return None
         entry = CacheEntry(folder, record, lock)
         if not _is_unchanged(folder / FILES, record, files):
-            problem = _problem_of(check_files(folder / FILES, files))
+            problem = _first_problem(check_files(folder / FILES, files))
             if problem:
                 self.remove(entry)
                 os.close(lock)
@@ -129,7 +135,10 @@ class CacheFolder:
         return entry
 
     def remove(self, entry: CacheEntry) -> None:
-        """Remove a damaged model, unless another pod has already replaced it. Processes that read it keep their open files. A failure is only logged."""
+        """Remove a damaged model, unless another pod has already replaced it. If this fails, the failure is only logged.
+
+        Processes that are reading the model can still read its open files.
+        """
         try:
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(entry.lock), entry.in_use_file.stat()):
@@ -140,37 +149,38 @@ class CacheFolder:
     # ---- filling the cache ----
 
     def provide(
-        self, key: str, source: str, files: tuple[SourceFile, ...], download: Callable[[Path], None], *, log_progress: Callable[[int], None] | None = None
+        self, model_key: str, source: str, files: tuple[SourceFile, ...], download: Callable[[Path], None], *, log_progress: Callable[[int], None] | None = None
     ) -> tuple[CacheEntry, bool]:
-        """Return the model, and whether the cache had it. Of several pods, one downloads, and the others wait.
+        """Return the model, and whether the cache had it. If several pods need the same model, one of them downloads it, and the others wait.
 
-        `download` writes the files to a folder. Its errors are raised after the incomplete download was removed. Errors: CacheProblem, OSError.
+        `download` writes the files to the given folder. If it raises an error, the incomplete download is removed first.
+        `log_progress`: receives the bytes that another pod has downloaded so far. Errors: CacheProblem, OSError; errors of `download`.
         """
-        entry = self.find(key, files)
+        entry = self.find(model_key, files)
         if entry is not None:
             return entry, True
         for folder in (self._entries / PARTIAL, self._entries / LOCKS, self._top / LOCKS):
             folder.mkdir(parents=True, exist_ok=True)
-        with self._download_lock(key, log_progress):
-            entry = self.find(key, files)
+        with self._download_lock(model_key, log_progress):
+            entry = self.find(model_key, files)
             if entry is not None:
                 return entry, True
-            partial = self._reserve_space(key, sum(file.size for file in files))
+            partial = self._reserve_space(model_key, sum(file.size for file in files))
             try:
                 download(partial / FILES)
-                self._commit(key, source, files, partial)
+                self._commit(model_key, source, files, partial)
             except BaseException:
                 shutil.rmtree(partial, ignore_errors=True)
                 raise
-            entry = self.find(key, files)
+            entry = self.find(model_key, files)
         if entry is None:
             raise CacheProblem("another pod removed the model from the cache immediately")
         return entry, False
 
-    def _commit(self, key: str, source: str, files: tuple[SourceFile, ...], partial: Path) -> None:
+    def _commit(self, model_key: str, source: str, files: tuple[SourceFile, ...], partial: Path) -> None:
         touched = _ProgressFile(partial / SIZE)
         checked = check_files(partial / FILES, files, count_bytes=touched.count)
-        problem = _problem_of(checked)
+        problem = _first_problem(checked)
         if problem:
             raise CacheProblem(f"the downloaded file {problem}")
         sizes = {file.name: file.size for file in files}
@@ -181,35 +191,35 @@ class CacheFolder:
         (partial / ENTRY).write_text(record.model_dump_json(by_alias=True))
         (partial / IN_USE).touch()
         with contextlib.suppress(FileNotFoundError):
-            _discard(self._entries / key, self._entries / PARTIAL)  # a folder without a valid record
-        partial.rename(self._entries / key)
+            _discard(self._entries / model_key, self._entries / PARTIAL)  # If this folder exists, it has no valid record.
+        partial.rename(self._entries / model_key)
 
     @contextlib.contextmanager
-    def _download_lock(self, key: str, log_progress: Callable[[int], None] | None) -> Iterator[None]:
-        """Wait until this process may download the model. Errors: CacheProblem if another process downloads, but makes no progress."""
-        partial = self._entries / PARTIAL / key
-        with _open_lock(self._entries / LOCKS / key) as descriptor:
+    def _download_lock(self, model_key: str, log_progress: Callable[[int], None] | None) -> Iterator[None]:
+        """Wait until this process may download the model. Errors: CacheProblem if the download of another process stalls or takes too long."""
+        partial = self._entries / PARTIAL / model_key
+        with _open_lock(self._entries / LOCKS / model_key) as descriptor:
             started = changed_at = logged_at = time.monotonic()
-            seen: tuple[int, int] | None = None
+            last_progress: tuple[int, int] | None = None
             while not _try_lock(descriptor):
-                now, state = time.monotonic(), _state_of(partial)
-                if state != seen:
-                    seen, changed_at = state, now
+                now, progress = time.monotonic(), _measure_progress(partial)
+                if progress != last_progress:
+                    last_progress, changed_at = progress, now
                 elif now - changed_at > self._limits.stalled_seconds:
                     raise CacheProblem(f"another pod downloads the model, but has made no progress for {self._limits.stalled_seconds:.0f} s")
                 if now - started > LONGEST_WAIT_SECONDS:
                     raise CacheProblem(f"another pod has downloaded the model for more than {LONGEST_WAIT_SECONDS:.0f} s")
-                if log_progress and now - logged_at > LOG_SECONDS:
+                if log_progress and now - logged_at > LOG_INTERVAL_SECONDS:
                     logged_at = now
-                    log_progress(state[0])
+                    log_progress(progress[0])
                 time.sleep(self._limits.poll_seconds)
             yield
 
     # ---- space ----
 
-    def _reserve_space(self, key: str, size: int) -> Path:
-        """Return an empty folder for a download of `size` bytes, after the removal of models that are not in use. Errors: CacheProblem."""
-        partial = self._entries / PARTIAL / key
+    def _reserve_space(self, model_key: str, size: int) -> Path:
+        """Return an empty folder for a download of `size` bytes. If space is missing, remove models that are not in use. Errors: CacheProblem."""
+        partial = self._entries / PARTIAL / model_key
         with _open_lock(self._top / LOCKS / "space") as descriptor:
             self._wait_for_space_lock(descriptor)
             shutil.rmtree(partial, ignore_errors=True)
@@ -221,7 +231,7 @@ class CacheFolder:
         return partial
 
     def _wait_for_space_lock(self, descriptor: int) -> None:
-        """Errors: CacheProblem if a process does not release the lock, for example because the volume hangs where this process runs."""
+        """Wait for the lock. Errors: CacheProblem if another process does not release it, for example because the volume hangs on its node."""
         started = time.monotonic()
         while not _try_lock(descriptor):
             if time.monotonic() - started > self._limits.stalled_seconds:
@@ -229,46 +239,46 @@ class CacheFolder:
             time.sleep(self._limits.poll_seconds)
 
     def _missing_bytes(self, size: int) -> int:
-        """The bytes by which `size` more bytes exceed the volume or the limit of the cache. Downloads that run count as if they were complete."""
-        pending_size, unwritten = self._pending_bytes()
+        """Return by how many bytes another `size` bytes would exceed the volume or the cache's limit. Running downloads count as complete."""
+        pending_size, unwritten = self._measure_running_downloads()
         usage = shutil.disk_usage(self._top)
         missing = size + unwritten - (usage.free - int(usage.total * self._limits.free_share))
         if self._limits.size_bytes is None:
             return missing
-        stored = sum(record.size for _, record in self._stored())
+        stored = sum(record.size for _, record in self._list_stored_models())
         return max(missing, stored + pending_size + size - self._limits.size_bytes)
 
-    def _pending_bytes(self) -> tuple[int, int]:
-        """The bytes of all downloads that run, and how many of them are not written yet. Downloads of killed processes are removed."""
+    def _measure_running_downloads(self) -> tuple[int, int]:
+        """Return the total size of all running downloads, and how many of these bytes are not written yet. Removes downloads of killed processes."""
         total = unwritten = 0
-        for partial in [folder for entries in self._all_entries() for folder in (entries / PARTIAL).glob("*")]:
+        for partial in [folder for entries in self._list_namespace_folders() for folder in (entries / PARTIAL).glob("*")]:
             with _open_lock(partial.parents[1] / LOCKS / partial.name) as descriptor:
                 if _try_lock(descriptor):
                     shutil.rmtree(partial, ignore_errors=True)
                     continue
             with contextlib.suppress(OSError, ValueError):
                 size = int((partial / SIZE).read_text())
-                total, unwritten = total + size, unwritten + max(0, size - _state_of(partial)[0])
+                total, unwritten = total + size, unwritten + max(0, size - _measure_progress(partial)[0])
         return total, unwritten
 
-    def _all_entries(self) -> list[Path]:
-        """The folders of all namespaces. Folders that this process cannot read are not part of the cache, for example `lost+found` of a disk."""
+    def _list_namespace_folders(self) -> list[Path]:
+        """Return the folders of all namespaces. A folder that this process cannot read, such as a disk's `lost+found`, is none of them."""
         folders = [folder for folder in self._top.iterdir() if not folder.name.startswith(".")]
         return [folder for folder in folders if folder.is_dir() and not folder.is_symlink() and _is_readable(folder)]
 
-    def _stored(self) -> list[tuple[Path, EntryRecord]]:
-        folders = [folder for entries in self._all_entries() for folder in entries.glob("*") if not folder.name.startswith(".")]
+    def _list_stored_models(self) -> list[tuple[Path, EntryRecord]]:
+        folders = [folder for entries in self._list_namespace_folders() for folder in entries.glob("*") if not folder.name.startswith(".")]
         return [(folder, record) for folder in folders if (record := _read_record(folder)) is not None]
 
     def _evict(self, missing: int, size: int) -> None:
-        """Remove the models that were used least recently, until `missing` bytes are free. Errors: CacheProblem; then nothing was removed."""
+        """Remove the least recently used models until `missing` bytes are free. Errors: CacheProblem, before any removal, if that is impossible."""
         with contextlib.ExitStack() as locks:
             chosen: list[Path] = []
             freed = 0
-            for folder, record in sorted(self._stored(), key=lambda item: _used_at(item[0])):
+            for folder, record in sorted(self._list_stored_models(), key=lambda item: _read_last_use_time(item[0])):
                 if freed >= missing:
                     break
-                if time.time() - _used_at(folder) > self._limits.recent_seconds and _lock_if_unused(folder, locks):
+                if time.time() - _read_last_use_time(folder) > self._limits.recent_seconds and _lock_if_unused(folder, locks):
                     chosen.append(folder)
                     freed += record.size
             if freed < missing:
@@ -282,7 +292,7 @@ class CacheFolder:
 
 
 class _ProgressFile:
-    """A file whose modification time changes while bytes are read, so that waiting pods see the progress."""
+    """Touches a file while bytes are read, so that waiting pods see the progress."""
 
     def __init__(self, file: Path) -> None:
         self._file, self._touched_at = file, time.monotonic()
@@ -293,12 +303,12 @@ class _ProgressFile:
             os.utime(self._file)
 
 
-def _problem_of(checked: list[CheckedFile]) -> str:
+def _first_problem(checked: list[CheckedFile]) -> str:
     return next((one.problem for one in checked if one.problem), "")
 
 
 def _read_record(folder: Path) -> EntryRecord | None:
-    """Return the record of a complete model; None if there is no valid record."""
+    """Return the record of the model in a folder; None if the folder has no valid record."""
     file = folder / ENTRY
     try:
         if file.is_symlink() or not file.is_file() or file.stat().st_size > MAX_ENTRY_BYTES:
@@ -330,7 +340,7 @@ def _is_readable(folder: Path) -> bool:
 
 
 def _discard(folder: Path, partial: Path) -> None:
-    """Remove a folder. It first gets another name, so that no process finds an incomplete model. Errors: OSError."""
+    """Remove a folder. It is first moved into the folder `partial`, so that no process finds an incomplete model. Errors: OSError."""
     partial.mkdir(exist_ok=True)
     removed = partial / f".removed-{folder.name}-{os.urandom(4).hex()}"
     folder.rename(removed)
@@ -339,7 +349,7 @@ def _discard(folder: Path, partial: Path) -> None:
 
 @contextlib.contextmanager
 def _open_lock(file: Path) -> Iterator[int]:
-    """Open a file for locks; closing it releases the lock."""
+    """Yield the descriptor of a lock file. At the end of the context, the file is closed, which releases the lock."""
     file.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
     try:
@@ -359,7 +369,7 @@ def _try_lock(descriptor: int) -> bool:
 
 
 def _lock_if_unused(folder: Path, locks: contextlib.ExitStack) -> bool:
-    """Take the exclusive lock of a model until the removal is done. False: a pod uses the model."""
+    """Try to take the exclusive lock of a model, and keep it until `locks` is closed. Returns False if a pod uses the model."""
     try:
         descriptor = os.open(folder / IN_USE, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
@@ -368,16 +378,16 @@ def _lock_if_unused(folder: Path, locks: contextlib.ExitStack) -> bool:
     return _try_lock(descriptor)
 
 
-def _used_at(folder: Path) -> float:
-    """When the model was used last, in seconds since the epoch; 0 if that is not known."""
+def _read_last_use_time(folder: Path) -> float:
+    """Return when the model was used last, in seconds since 1970; 0 if this is not known."""
     try:
         return (folder / IN_USE).lstat().st_mtime
     except OSError:
         return 0.0
 
 
-def _state_of(folder: Path) -> tuple[int, int]:
-    """Bytes of all files below a folder, and the newest modification time of one of them."""
+def _measure_progress(folder: Path) -> tuple[int, int]:
+    """Return the bytes of all files below a folder, and the newest modification time of these files, in ns."""
     size = newest = 0
     for parent, _, names in os.walk(folder):
         for name in names:

@@ -1,4 +1,4 @@
-"""`model-cache.json`: the record that the init container with the cache writes for the trainer container of the same pod."""
+"""`model-cache.json`: the record that the model-cache init container writes for the trainer container of the same pod."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FILE_NAME = "model-cache.json"
 
 
 def lock_shared(file: Path) -> int | None:
-    """Take a shared lock on a file, and return its descriptor. None: the file is gone, or is being removed."""
+    """Take a shared lock on a file, and return the file's descriptor. None if the file was removed or is being removed."""
     try:
         descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
@@ -29,21 +29,21 @@ def lock_shared(file: Path) -> int | None:
 
 
 class CachedModel(LenientModel):
-    """A verified model on this pod's disk, or in the cache, which the trainer container can only read."""
+    """A verified model: a copy on this pod's disk, or the cached folder, which the trainer container can only read."""
 
-    source: str = Field(description="Text of the field of the spec.")
+    source: str = Field(description="Source of the model, as the spec names it.")
     path: Path = Field(description="Folder of the model.")
-    from_cache: bool = Field(description="Whether the cache had the model. False: this pod has downloaded it into the cache.")
-    size: int = Field(description="Bytes of all files.")
+    from_cache: bool = Field(description="Whether the cache already had the model. Otherwise, this pod has downloaded it into the cache.")
+    size: int = Field(description="Total size of all files in bytes.")
     hub_revision: str | None = Field(default=None, description="Commit of a hub repository.")
     listing_version: str | None = Field(default=None, description="Version of the files of an S3 source.")
-    sha256: dict[str, str] = Field(default_factory=dict, description="sha256 (hex) of the files, if known, by name.")
+    sha256: dict[str, str] = Field(default_factory=dict, description="sha256 (hex) of each file whose sha256 is known, by file name.")
     in_use_file: Path | None = Field(default=None, description="File whose shared lock keeps the model in the cache. None for a copy.")
 
     def hold(self) -> bool:
-        """Keep the model in the cache until this process ends. Returns False if the model was removed in the meantime.
+        """Lock the model, so that it stays in the cache until this process ends. Returns False if the model was removed before.
 
-        The descriptor stays open on purpose: the kernel releases the lock when the process ends, also if it is killed.
+        The locked file is never closed: the kernel releases the lock when the process ends, also if it is killed.
         """
         if self.in_use_file is None:
             return self.path.is_dir()
@@ -51,21 +51,21 @@ class CachedModel(LenientModel):
 
 
 class CacheRecord(LenientModel):
-    """What the init container did."""
+    """What the model-cache init container did: the models that it provides, and why it could not use the cache."""
 
-    models: dict[str, CachedModel] = Field(default_factory=dict, description="The models, by path of the spec field.")
-    notes: list[str] = Field(default_factory=list, description="Sentences for `status.resolved.notes`: why the cache was not used.")
+    models: dict[str, CachedModel] = Field(default_factory=dict, description="The models, by the path of the spec field that names the source.")
+    notes: list[str] = Field(default_factory=list, description="Sentences for `status.resolved.notes` that say why the cache was not used.")
 
-    def write(self, work: Path) -> None:
+    def write(self, work_folder: Path) -> None:
         """Write the record into the work folder atomically. Errors: OSError."""
-        partial = work / f".{FILE_NAME}"
+        partial = work_folder / f".{FILE_NAME}"
         partial.write_text(self.model_dump_json(by_alias=True))
-        partial.rename(work / FILE_NAME)
+        partial.rename(work_folder / FILE_NAME)
 
     @staticmethod
-    def read(work: Path) -> CacheRecord | None:
-        """Return the record. None: the pod has no cache, or its init container was killed before it wrote the record."""
+    def read(work_folder: Path) -> CacheRecord | None:
+        """Return the record. None if the pod has no cache, or if the init container was killed before it wrote the record."""
         try:
-            return CacheRecord.model_validate_json((work / FILE_NAME).read_bytes())
+            return CacheRecord.model_validate_json((work_folder / FILE_NAME).read_bytes())
         except (OSError, ValidationError):
             return None

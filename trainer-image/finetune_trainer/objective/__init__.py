@@ -1,6 +1,6 @@
-"""The objectives. Each value of `trainer.type` has a module with the same name, and its `Objective` is called `OBJECTIVE`.
+"""The objectives. For each value of `trainer.type`, the module with this name defines its `Objective` as `OBJECTIVE`.
 
-Each module imports a trainer of TRL. This import takes seconds, so a job imports only the module of its own objective.
+Each module imports a trainer of TRL, which takes seconds. So a job imports only the module of its own objective.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from finetune_trainer.objective.base import Objective
 
 
-def module_of(kind: TrainerType) -> str:
-    """Name of the module that defines the objective."""
-    return f"{__name__}.{kind.value}"
+def objective_module(trainer_type: TrainerType) -> str:
+    """Return the name of the module that defines the objective."""
+    return f"{__name__}.{trainer_type.value}"
 
 
-def load_objective(kind: TrainerType) -> Objective[Any, Any]:
+def load_objective(trainer_type: TrainerType) -> Objective[Any, Any]:
     """Import the objective's module and return its `Objective`."""
-    objective: Objective[Any, Any] = importlib.import_module(module_of(kind)).OBJECTIVE
+    objective: Objective[Any, Any] = importlib.import_module(objective_module(trainer_type)).OBJECTIVE
     return objective

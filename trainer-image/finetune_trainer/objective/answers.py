@@ -1,7 +1,7 @@
-"""Encodes prompts and their answers as token ids: the data of dpo, orpo, reward and kto.
+"""Encodes prompts and their answers as token ids, for the objectives dpo, orpo, reward and kto.
 
-The code for supervised rows renders and tokenises each prompt with its answer, and marks the answer as the trained part. So only that code
-handles chat templates, beginning tokens and end tokens. Answers are cut to `trainer.maxCompletionLength`, and rows to
+Each prompt is rendered and tokenised together with its answer by the code for supervised rows, with the answer as the trained span. So chat
+templates, beginning tokens and end tokens are handled in one place. Answers are cut to `trainer.maxCompletionLength`, and rows to
 `dataset.maxSequenceLength`. The notes for the status contain the numbers of cut and dropped rows.
 """
 
@@ -15,21 +15,21 @@ from typing import Any
 from finetune_api.errors import ConfigError, DataError
 from finetune_api.spec.enums import DatasetFormat, OverflowPolicy, TrainerType
 
-from finetune_trainer.data.batches import BatchBuilder, EncodedBatch, Outcome, RejectedRow
+from finetune_trainer.data.batches import BatchBuilder, EncodedBatch, RejectedRow, RowOutcome
 from finetune_trainer.data.encode import EncodedRows, EncodedSplit, encode_sources, require_few_bad_rows
 from finetune_trainer.data.images import images_of
 from finetune_trainer.data.load import DataSummary
 from finetune_trainer.data.prepare import (
     Splits,
+    choose_chat_template,
     find_prepared,
     inputs_digest,
     max_sequence_length,
     notes_on_stored_rows,
+    open_splits,
     render_options,
     rows_folder,
-    splits_of,
-    use_chat_template,
-    writes_date,
+    template_writes_date,
 )
 from finetune_trainer.data.prepared import PreparedFolder, prepared_folder, write_prepared
 from finetune_trainer.data.rows import (
@@ -45,12 +45,12 @@ from finetune_trainer.data.rows import (
 from finetune_trainer.data.shards import ColumnType
 from finetune_trainer.data.template import Rendered, RenderOptions, render
 from finetune_trainer.data.tokenise import BoundaryTokens, TokeniseOptions, encode
-from finetune_trainer.data.vision import IMAGE_SOURCES, ROWS_WITHOUT_WORKERS, VisionProcessor, column_of_images
+from finetune_trainer.data.vision import IMAGE_SOURCES_COLUMN, ROWS_WITHOUT_WORKERS, VisionProcessor, to_image_column
 from finetune_trainer.distributed import local_rank_0_first
 from finetune_trainer.objective.base import DataFacts, TrainingContext
 
-NO_LIMIT = 1 << 30
-MAX_COMPLETION_LENGTH = "trainer.maxCompletionLength"
+UNLIMITED_LENGTH = 1 << 30
+MAX_COMPLETION_LENGTH_FIELD = "trainer.maxCompletionLength"
 TurnsOrText = tuple[Turn, ...] | str
 
 
@@ -64,10 +64,11 @@ class LengthLimits:
 
 
 @dataclass
-class RowCounts:
-    """Counts of the rows of one split."""
+class SplitCounts:
+    """The row counts of one split."""
 
     rows: int = 0
+    """Stored rows."""
     cut: int = 0
     """Rows with a truncated answer."""
     left_out: int = 0
@@ -75,13 +76,14 @@ class RowCounts:
     same: int = 0
     """Pairs dropped because both answers are equal after truncation."""
     longest: int = 0
+    """Number of tokens of the longest row, before rows are cut or left out."""
 
     def notes(self, split: str, limits: LengthLimits) -> list[str]:
-        """Sentences for the status."""
+        """Return sentences about the counts for the status. `split`: the split's name."""
         notes = [f"{split}: {self.rows} rows, the longest has {self.longest} tokens"]
         if self.cut:
             limit = (
-                f"{MAX_COMPLETION_LENGTH} {limits.max_answer_length}"
+                f"{MAX_COMPLETION_LENGTH_FIELD} {limits.max_answer_length}"
                 if limits.max_answer_length
                 else f"dataset.maxSequenceLength {limits.max_row_length}"
             )
@@ -99,7 +101,7 @@ class RowCounts:
 
 @dataclass
 class EncodedAnswers:
-    """One prompt with one labelled answer, or with two answers (the better one first), as token ids."""
+    """The token ids of a prompt and of its answers: one labelled answer, or two answers with the better one first."""
 
     prompt: list[int]
     answers: list[list[int]]
@@ -109,7 +111,7 @@ class EncodedAnswers:
 
     @property
     def longest_row(self) -> int:
-        """Number of tokens of the prompt and the longer answer."""
+        """The number of tokens of the prompt and the longer answer together."""
         return len(self.prompt) + max(map(len, self.answers))
 
 
@@ -117,7 +119,7 @@ class RowLayout(Enum):
     """The columns of stored rows."""
 
     PAIRS = ("prompt_ids", "chosen_ids", "rejected_ids")
-    PAIRS_WITH_IMAGES = (*PAIRS, IMAGE_SOURCES)
+    PAIRS_WITH_IMAGES = (*PAIRS, IMAGE_SOURCES_COLUMN)
     """The images belong to the prompt."""
     PAIRS_WITH_TEXTS = (*PAIRS, "prompt", "chosen", "rejected")
     """The texts are empty. TRL's trainer for orpo requires these columns, although it reads only the token ids."""
@@ -128,94 +130,96 @@ class RowLayout(Enum):
     @property
     def columns(self) -> dict[str, ColumnType]:
         """Names and types of the columns."""
-        types = {"label": ColumnType.FLAG, IMAGE_SOURCES: ColumnType.IMAGES}
+        types = {"label": ColumnType.FLAG, IMAGE_SOURCES_COLUMN: ColumnType.IMAGES}
         return {name: ColumnType.TOKENS if name.endswith("_ids") else types.get(name, ColumnType.TEXT) for name in self.value}
 
-    def values_of(self, row: EncodedAnswers) -> dict[str, Any]:
-        """The values of the columns for a row."""
+    def column_values(self, row: EncodedAnswers) -> dict[str, Any]:
+        """Return the row's value for each column."""
         answers = row.answers if self is not RowLayout.WHOLE_PAIRS else [row.prompt + answer for answer in row.answers]
         tokens = {"prompt_ids": row.prompt, "completion_ids": answers[0], "chosen_ids": answers[0], "rejected_ids": answers[-1]}
-        values = {"label": row.label, IMAGE_SOURCES: column_of_images(row.images), **tokens}
+        values = {"label": row.label, IMAGE_SOURCES_COLUMN: to_image_column(row.images), **tokens}
         return {name: values.get(name, "") for name in self.value}
 
 
 def length_limits(context: TrainingContext) -> LengthLimits:
-    """The limits of this run. Errors: ConfigError CompletionTooLong, SequenceTooLong."""
+    """Return the length limits of this run. Errors: ConfigError CompletionTooLong, SequenceTooLong."""
     max_row_length = max_sequence_length(context.run, context.tokenizer, context.max_positions)
     overflow = context.run.spec.dataset.overflow or OverflowPolicy.TRUNCATE
     return LengthLimits(max_row_length, max_answer_length(context, max_row_length), overflow)
 
 
 def max_answer_length(context: TrainingContext, max_row_length: int) -> int | None:
-    """Maximum length of an answer in tokens. A default is lowered to half of the sequence, to leave the other half for the prompt.
+    """Return the maximum number of tokens of an answer; None if the spec has no limit. A default is lowered to at most half of a row.
+
     Errors: ConfigError CompletionTooLong.
     """
     requested = context.run.spec.trainer.max_completion_length
     if requested is None:
         return None
-    if MAX_COMPLETION_LENGTH in context.run.defaults:
+    if MAX_COMPLETION_LENGTH_FIELD in context.run.defaults:
         return min(requested, max(1, max_row_length // 2))
     if requested < max_row_length:
         return requested
     raise ConfigError(
-        "CompletionTooLong", f"{MAX_COMPLETION_LENGTH} {requested} leaves no token of dataset.maxSequenceLength {max_row_length} for the prompt",
+        "CompletionTooLong", f"{MAX_COMPLETION_LENGTH_FIELD} {requested} leaves no token of dataset.maxSequenceLength {max_row_length} for the prompt",
         hint="write a smaller number, or raise dataset.maxSequenceLength",
     )  # fmt: skip
 
 
 def load_rows(context: TrainingContext, layout: RowLayout) -> tuple[Splits, DataFacts]:
-    """Load the encoded rows. One rank per node encodes and stores the rows; all ranks map them into memory.
+    """Load the encoded rows. One rank of each node encodes and stores the rows; all ranks map the files into memory.
 
-    Errors: DataError of the data stages, RowTooLong, NoTrainableToken.
+    Errors: the DataErrors of the data stages; DataError RowTooLong, NoTrainableToken.
     """
-    is_templated = use_chat_template(context.run, context.inputs, context.tokenizer, needs_template=context.vision is not None)
+    is_templated = choose_chat_template(context.run, context.inputs, context.tokenizer, needs_template=context.vision is not None)
     limits = length_limits(context)
     digest = inputs_digest(context.run, context.inputs, context.tokenizer, limits.max_row_length, context.vision)
-    if context.vision is None and not writes_date(context.tokenizer):
+    if context.vision is None and not template_writes_date(context.tokenizer):
         context.preparation.provide_rows(digest)
     with local_rank_0_first():
-        prepared = find_prepared(context.token_cache, digest) or _write_splits(context, layout, is_templated, limits, digest)
-    splits, summary = splits_of(prepared), prepared.manifest.summary
+        prepared = find_prepared(context.token_cache, digest) or _prepare_splits(context, layout, is_templated, limits, digest)
+    splits, summary = open_splits(prepared), prepared.manifest.summary
     report = {"rows": summary["rows"], "tokens": summary["tokens"]}
     notes = [*summary["notes"], *notes_on_stored_rows(context.inputs, digest)]
     return splits, DataFacts(len(splits.train), DatasetFormat(summary["format"]), notes, report)
 
 
-def _write_splits(context: TrainingContext, layout: RowLayout, is_templated: bool, limits: LengthLimits, digest: str) -> PreparedFolder:
-    """Load, encode and store all splits."""
+def _prepare_splits(context: TrainingContext, layout: RowLayout, is_templated: bool, limits: LengthLimits, digest: str) -> PreparedFolder:
+    """Load, encode and store the rows of all splits."""
     run, spec = context.run, context.run.spec.dataset
     folder = prepared_folder(context.token_cache, digest)
-    options = TokeniseOptions(NO_LIMIT, OverflowPolicy.TRUNCATE, spec.add_eos_token is not False, spec.add_bos_token)
+    options = TokeniseOptions(UNLIMITED_LENGTH, OverflowPolicy.TRUNCATE, spec.add_eos_token is not False, spec.add_bos_token)
 
     def make_encoder(summary: DataSummary) -> AnswerEncoder:
         render_with = render_options(run, context.tokenizer, is_templated, summary.format)
-        render_with = replace(render_with, response_only=True, turn_markers=None, has_parts=context.vision is not None)
+        render_with = replace(render_with, response_only=True, turn_markers=None, has_content_parts=context.vision is not None)
         return AnswerEncoder(render_with, options, limits, run.spec.trainer.type, layout, context.vision)
 
-    def is_marked(example: Example) -> bool:
+    def joins_answer(example: Example) -> bool:
         is_text = isinstance(example, Preference | LabelledAnswer) and isinstance(example.prompt, str)
         return is_text and is_templated and spec.use_chat_template is None
 
     with encode_sources(
-        run, context.inputs, make_encoder, rows_folder(folder), is_marked=is_marked, count_rows=context.preparation.count_rows,
+        run, context.inputs, make_encoder, rows_folder(folder), joins_answer=joins_answer, count_rows=context.preparation.count_rows,
         rows_without_workers=None if context.vision is None else ROWS_WITHOUT_WORKERS,
     ) as encoded:  # fmt: skip
-        counts, notes = _count_rows(context, encoded, limits)
+        counts, notes = _count_splits(context, encoded, limits)
         summary = {
-            "format": encoded.summary.format, "rows": encoded.summary.rows, "notes": notes, "tokens": {name: vars(found) for name, found in counts.items()},
+            "format": encoded.summary.format, "rows": encoded.summary.rows, "notes": notes,
+            "tokens": {name: vars(split_counts) for name, split_counts in counts.items()},
         }  # fmt: skip
-        splits = {split.name: encoded.shards.read(split.positions[split.is_kept], split.lengths[split.is_kept]) for split in encoded.splits}
+        splits = {split.name: encoded.shards.read(split.positions[split.kept_mask], split.lengths[split.kept_mask]) for split in encoded.splits}
         return write_prepared(folder, splits, inputs_digest=digest, summary=summary)
 
 
-def _count_rows(context: TrainingContext, encoded: EncodedRows, limits: LengthLimits) -> tuple[dict[str, RowCounts], list[str]]:
-    """Return the counts and the notes of all splits. Errors: DataError TooManyBadRows, NoTrainableToken."""
+def _count_splits(context: TrainingContext, encoded: EncodedRows, limits: LengthLimits) -> tuple[dict[str, SplitCounts], list[str]]:
+    """Return the counts of each split by its name, and the notes for the status. Errors: DataError TooManyBadRows, NoTrainableToken."""
     notes = list(encoded.summary.notes)
-    counts: dict[str, RowCounts] = {}
+    counts: dict[str, SplitCounts] = {}
     for split in encoded.splits:
         notes += require_few_bad_rows(context.run, split.rejected, len(split), split.name)
-        counts[split.name] = _counts_of(split, limits)
-        if split.is_marked:
+        counts[split.name] = _count_split(split, limits)
+        if split.has_joined_rows:
             notes.append(
                 "prompts and answers are joined without a chat template; dataset.useChatTemplate: true renders them as turns"
             )
@@ -223,10 +227,10 @@ def _count_rows(context: TrainingContext, encoded: EncodedRows, limits: LengthLi
     return counts, list(dict.fromkeys(notes))
 
 
-def _counts_of(split: EncodedSplit, limits: LengthLimits) -> RowCounts:
-    """The counts of a split. Errors: DataError NoTrainableToken."""
-    counts = RowCounts(
-        rows=int(split.is_kept.sum()), cut=split.count(Outcome.CUT), left_out=split.count(Outcome.TOO_LONG), same=split.count(Outcome.SAME),
+def _count_split(split: EncodedSplit, limits: LengthLimits) -> SplitCounts:
+    """Return the row counts of a split. Errors: DataError NoTrainableToken."""
+    counts = SplitCounts(
+        rows=int(split.kept_mask.sum()), cut=split.count(RowOutcome.CUT), left_out=split.count(RowOutcome.TOO_LONG), same=split.count(RowOutcome.EQUAL_ANSWERS),
         longest=int(split.lengths.max()),
     )  # fmt: skip
     if not counts.rows:
@@ -237,8 +241,8 @@ def _counts_of(split: EncodedSplit, limits: LengthLimits) -> RowCounts:
     return counts
 
 
-def fit_to_limits(location: str, row: EncodedAnswers, limits: LengthLimits, kind: TrainerType | None) -> tuple[Outcome, EncodedAnswers]:
-    """Cut the answers of the row to the limits. Returns what became of the row. Errors: DataError RowTooLong."""
+def fit_to_limits(location: str, row: EncodedAnswers, limits: LengthLimits, trainer_type: TrainerType | None) -> tuple[RowOutcome, EncodedAnswers]:
+    """Cut the answers of a row to the limits. Return the outcome and the row. Errors: DataError RowTooLong."""
     answers = [answer[: limits.max_answer_length] for answer in row.answers]
     available = limits.max_row_length - len(row.prompt)
     if max(map(len, answers)) > available:
@@ -248,41 +252,41 @@ def fit_to_limits(location: str, row: EncodedAnswers, limits: LengthLimits, kind
                 hint="raise maxSequenceLength, or set dataset.overflow to truncate or drop",
             )  # fmt: skip
         # A reward model reads the score at the end of the answer, so the answer must not be cut.
-        if limits.overflow is OverflowPolicy.DROP or available < 1 or kind is TrainerType.REWARD:
-            return Outcome.TOO_LONG, row
+        if limits.overflow is OverflowPolicy.DROP or available < 1 or trainer_type is TrainerType.REWARD:
+            return RowOutcome.TOO_LONG, row
         answers = [answer[:available] for answer in answers]
     if len(answers) == 2 and answers[0] == answers[1]:
-        return Outcome.SAME, row
-    return Outcome.KEPT if answers == row.answers else Outcome.CUT, replace(row, answers=answers)
+        return RowOutcome.EQUAL_ANSWERS, row
+    return RowOutcome.KEPT if answers == row.answers else RowOutcome.CUT, replace(row, answers=answers)
 
 
 @dataclass(frozen=True)
 class AnswerEncoder:
-    """Renders and tokenises prompts with their answers, and applies the limits. Instances are pickled and sent to worker processes."""
+    """Renders and tokenises prompts with their answers, and applies the length limits. Worker processes receive pickled copies."""
 
     render_with: RenderOptions
     options: TokeniseOptions
     limits: LengthLimits
-    kind: TrainerType | None
+    trainer_type: TrainerType | None
     layout: RowLayout
     vision: VisionProcessor | None = None
 
     def __call__(self, rows: Sequence[tuple[str, Example]]) -> EncodedBatch:
-        """Encode, leave out or reject each row. A row is rejected if one of its answers cannot be rendered. Errors: DataError RowTooLong."""
+        """Encode the rows. A row is rejected if one of its answers cannot be rendered. Errors: DataError RowTooLong."""
         batch = BatchBuilder(self.layout.columns)
         for location, row in self._encode(rows):
             if isinstance(row, RejectedRow):
                 batch.reject(row)
                 continue
-            outcome, fitted = fit_to_limits(location, row, self.limits, self.kind)
-            if outcome in (Outcome.KEPT, Outcome.CUT):
-                batch.keep(outcome, row.longest_row, **self.layout.values_of(fitted))
+            outcome, fitted = fit_to_limits(location, row, self.limits, self.trainer_type)
+            if outcome in (RowOutcome.KEPT, RowOutcome.CUT):
+                batch.keep(outcome, row.longest_row, **self.layout.column_values(fitted))
             else:
                 batch.leave_out(outcome, row.longest_row)
         return batch.build()
 
     def _encode(self, rows: Sequence[tuple[str, Example]]) -> Iterator[tuple[str, EncodedAnswers | RejectedRow]]:
-        """Yield the location of each row with its prompt and answers, without limits."""
+        """Yield the location of each row with its encoded prompt and answers. The length limits are not applied here."""
         if self.vision is not None:
             boundary = BoundaryTokens.of(self.render_with.tokenizer, self.options)
             yield from ((location, self._encode_with_images(location, example, self.vision, boundary)) for location, example in rows)
@@ -320,16 +324,16 @@ class AnswerEncoder:
         return replace(shared, images=tuple(images))
 
     def _render_answers(self, example: Example) -> list[Rendered]:
-        """Render the prompt with each answer. Text is joined without a template, unless `dataset.useChatTemplate` is true."""
+        """Render the prompt with each answer. Texts are joined without a chat template, unless `dataset.useChatTemplate` is true."""
         assert isinstance(example, Preference | LabelledAnswer), "`load` has checked the format"
         answers = (example.chosen, example.rejected) if isinstance(example, Preference) else (example.completion,)
-        is_joined = isinstance(example.prompt, str) and not self.render_with.text_as_turns
+        is_joined = isinstance(example.prompt, str) and not self.render_with.renders_text_as_turns
         options = replace(self.render_with, use_chat_template=False) if is_joined else self.render_with
         return [render_answer(example.prompt, answer, options) for answer in answers]
 
 
 def _split_at_answer(ids: list[int], labels: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Split the tokens of a row before the first token with a label."""
+    """Split the tokens of a row into the prompt and the answer, which begins at the first trained token."""
     start = next((index for index, label in enumerate(labels) if label != IGNORED_LABEL), len(ids))
     return ids[:start], ids[start:]
 
@@ -337,8 +341,8 @@ def _split_at_answer(ids: list[int], labels: Sequence[int]) -> tuple[list[int], 
 def with_shared_prompt(encoded: Sequence[tuple[list[int], list[int]]], label: bool | None) -> EncodedAnswers:
     """Return the answers with one common prompt: the longest beginning that all encoded prompts share.
 
-    A tokenizer may merge the end of the prompt and the beginning of an answer into one token. If this token differs between the
-    answers, it becomes part of each answer.
+    `encoded`: the tokens of the prompt and of the answer, for each answer. A tokenizer may merge the end of the prompt and the
+    beginning of an answer into one token. If this token differs between the answers, it becomes part of each answer.
     """
     prompts = [prompt for prompt, _ in encoded]
     shared = 0
@@ -348,7 +352,8 @@ def with_shared_prompt(encoded: Sequence[tuple[list[int], list[int]]], label: bo
 
 
 def render_answer(prompt: TurnsOrText, answer: TurnsOrText, options: RenderOptions) -> Rendered:
-    """Render prompt and answer as one text. The text ends after the answer, and only the answer is a trained span.
+    """Render prompt and answer as one text, which ends after the answer. Only the answer is a trained span.
+
     Errors: RowError RowInvalid, AnswerEmpty.
     """
     if isinstance(prompt, str) != isinstance(answer, str):
@@ -370,5 +375,5 @@ def render_answer(prompt: TurnsOrText, answer: TurnsOrText, options: RenderOptio
     return Rendered(rendered.text[:end], ((start, end),), rendered.is_templated)
 
 
-def _to_turns(part: TurnsOrText, role: str) -> tuple[Turn, ...]:
-    return (Turn(role, part),) if isinstance(part, str) else part
+def _to_turns(turns_or_text: TurnsOrText, role: str) -> tuple[Turn, ...]:
+    return (Turn(role, turns_or_text),) if isinstance(turns_or_text, str) else turns_or_text

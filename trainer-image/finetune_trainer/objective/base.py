@@ -1,4 +1,4 @@
-"""The interface of an objective, and the types of its inputs and results. An objective reads the data and builds the Trainer."""
+"""The interface of an objective, which reads the data and builds the Trainer, and the types of its inputs and results."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ArgumentsT = TypeVar("ArgumentsT", bound=TrainingArguments)
 
 @dataclass
 class TrainingContext:
-    """Inputs of an objective that are available before the model is loaded."""
+    """The inputs of an objective. All of them exist before the model is loaded."""
 
     run: RunConfig
     inputs: Inputs
@@ -42,13 +42,13 @@ class TrainingContext:
     vision: VisionProcessor | None = None
     """Processor of a vision-language model; None for a text model."""
     preparation: PreparationCallbacks = field(default_factory=NoPreparationCallbacks)
-    """Observes the preparation of the rows."""
+    """Callbacks while the rows are prepared."""
     unquantized: tuple[str, ...] = ()
     """Modules of a quantised base model that stay unquantised, because spectrum trains them."""
 
     @property
     def generation_folder(self) -> Path:
-        """The volume that this pod shares with its vLLM server."""
+        """The folder that this pod shares with its vLLM server."""
         return self.token_cache.parent / Path(GENERATION_MOUNT).name
 
 
@@ -66,10 +66,10 @@ def image_arguments(context: TrainingContext) -> dict[str, Any]:
 
 @dataclass
 class DataFacts:
-    """Facts about the data of a run, for status and report."""
+    """The facts about a run's data that the status and the report show."""
 
     rows: int
-    """Training rows."""
+    """Number of training rows."""
     format: DatasetFormat
     notes: list[str] = field(default_factory=list)
     """Sentences for the status."""
@@ -84,7 +84,7 @@ class HeldOutMetric:
     """A metric of the test set, measured after training."""
 
     logged_as: str
-    """Name in the Trainer's log, without the prefix `test_` or `eval_`."""
+    """Name in the Trainer's log, without its prefix `test_` or `eval_`."""
     status_name: str
     """Name in `status.output.evaluation`."""
     label: str
@@ -97,7 +97,7 @@ TEST_PREFERENCE_ACCURACY = HeldOutMetric("rewards/accuracies", "testPreferenceAc
 
 
 class Objective(ABC, Generic[SplitsT, ArgumentsT]):
-    """One value of `trainer.type`. Instances have no state."""
+    """Loads the data and builds the Trainer for one `trainer.type`. Instances have no state."""
 
     trainer_type: ClassVar[TrainerType]
     trainer_class: ClassVar[type[Any]]
@@ -108,7 +108,7 @@ class Objective(ABC, Generic[SplitsT, ArgumentsT]):
 
     @property
     def facts(self) -> ObjectiveFacts:
-        """The data formats, options and default learning rate, from the table in `finetune_api.objectives`."""
+        """The objective's data formats, options and default learning rate, from the table in `finetune_api.objectives`."""
         return OBJECTIVES[self.trainer_type]
 
     @abstractmethod
@@ -120,11 +120,11 @@ class Objective(ABC, Generic[SplitsT, ArgumentsT]):
         """Create TRL's configuration. Errors: ConfigError."""
 
     def trainer_attributes(self, data: SplitsT) -> dict[str, Any]:
-        """Class attributes for the Trainer."""
+        """Return class attributes for the Trainer."""
         return {}
 
     def trainer_options(self, context: TrainingContext) -> dict[str, Any]:
-        """Additional keyword arguments for the Trainer's constructor."""
+        """Return additional keyword arguments for the Trainer's constructor."""
         return {}
 
     def build_trainer(self, context: TrainingContext, args: ArgumentsT, model: Any, data: SplitsT) -> Any:

@@ -1,4 +1,4 @@
-"""Direct preference optimisation (DPO): make the better answer of a pair more likely than the worse answer, relative to a reference model."""
+"""Direct preference optimisation (DPO): raise the likelihood of the better answer against that of the worse answer, compared with a reference model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TRL_LOSS_NAMES = {
     DpoLoss.SIGMOID: "sigmoid", DpoLoss.HINGE: "hinge", DpoLoss.IPO: "ipo", DpoLoss.EXO_PAIR: "exo_pair", DpoLoss.NCA_PAIR: "nca_pair",
     DpoLoss.ROBUST: "robust", DpoLoss.BCO_PAIR: "bco_pair", DpoLoss.APO_ZERO: "apo_zero", DpoLoss.APO_DOWN: "apo_down", DpoLoss.SFT: "sft",
 }  # fmt: skip
-"""TRL's names of the losses."""
+"""TRL's name of each loss."""
 
 
 class DpoTrainer(GuardedTrainer, ReferenceModelMixin, OwnDatasetPreparation, DPOTrainer):

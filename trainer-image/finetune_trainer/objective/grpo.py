@@ -20,7 +20,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 
 from finetune_trainer.arguments import shared_arguments
 from finetune_trainer.data.load import Rows, load
-from finetune_trainer.data.prepare import Splits, max_sequence_length, render_options, use_chat_template
+from finetune_trainer.data.prepare import Splits, choose_chat_template, max_sequence_length, render_options
 from finetune_trainer.data.rows import Conversation, Prompt, Turn
 from finetune_trainer.data.template import RenderOptions, render
 from finetune_trainer.distributed import local_rank_0_first
@@ -33,11 +33,11 @@ from finetune_trainer.objective.reference_model import ReferenceModelMixin, load
 from finetune_trainer.objective.rewards import RESERVED_ARGUMENTS, RewardFunction, build_rewards, require_columns
 
 TRL_LOSS_NAMES = {GrpoLoss.GRPO: "grpo", GrpoLoss.BNPO: "bnpo", GrpoLoss.DR_GRPO: "dr_grpo", GrpoLoss.DAPO: "dapo"}
-"""TRL's names of the losses."""
+"""TRL's name of each loss."""
 
 
 class GrpoTrainer(GuardedTrainer, ReferenceModelMixin, GenerationUnderAutocast, GRPOTrainer):
-    """TRL's trainer."""
+    """TRL's trainer for GRPO, with the mixins of this project."""
 
 
 class GrpoObjective(Objective[Splits, GRPOConfig]):
@@ -48,11 +48,11 @@ class GrpoObjective(Objective[Splits, GRPOConfig]):
     held_out_metrics = (TEST_LOSS, HeldOutMetric("reward", "testReward", "reward"))
 
     def load_data(self, context: TrainingContext) -> tuple[Splits, DataFacts]:
-        """Load the prompts, and the columns for the rewards.
+        """Load the prompts and the columns that the rewards read.
 
         Errors: ConfigError RewardColumnMissing; DataError RowTooLong, NoTrainableToken.
         """
-        is_templated = use_chat_template(context.run, context.inputs, context.tokenizer)
+        is_templated = choose_chat_template(context.run, context.inputs, context.tokenizer)
         loaded = load(context.run, context.inputs)
         notes = list(loaded.summary.notes)
         functions = reward_functions(context)
@@ -61,7 +61,7 @@ class GrpoObjective(Objective[Splits, GRPOConfig]):
             options = replace(
                 render_options(context.run, context.tokenizer, is_templated, loaded.summary.format), turn_markers=None
             )
-            prompts = _prompt_rows(rows, options, context.run.spec.dataset.use_chat_template is True)
+            prompts = _make_prompt_rows(rows, options, context.run.spec.dataset.use_chat_template is True)
             require_columns(functions, [column for column in prompts[0] if column != "prompt"])
             datasets[name] = _pickled_dataset(_drop_long_prompts(prompts, context, notes, name))
         splits = Splits(datasets["train"], datasets.get("validation"), datasets.get("test"))
@@ -95,7 +95,7 @@ class GrpoObjective(Objective[Splits, GRPOConfig]):
         return {"reward_funcs": list(reward_functions(context))}
 
     def build_trainer(self, context: TrainingContext, args: GRPOConfig, model: Any, data: Splits) -> GrpoTrainer:
-        """Build the Trainer. Its reference model is loaded in the same way as for the other objectives."""
+        """Build the Trainer. If it needs a reference model, `load_reference_model` loads it."""
         server = _generation_server(context, args)
         with _replaced_reference_loader(context), generation_by_server(server, local_rank_0_first) if server is not None else nullcontext():
             trainer: GrpoTrainer = super().build_trainer(context, args, model, data)
@@ -103,7 +103,7 @@ class GrpoObjective(Objective[Splits, GRPOConfig]):
 
 
 def _generation_server(context: TrainingContext, args: GRPOConfig) -> GenerationServer | None:
-    """Return the vLLM server of the run. None: the trainer generates the completions itself. Errors: ConfigError GenerationAddressMissing."""
+    """Return the vLLM server of the run; None if the trainer itself generates the completions. Errors: ConfigError GenerationAddressMissing."""
     run, options = context.run, generation_server(context.run.spec)
     if options is None:
         return None
@@ -126,33 +126,33 @@ def _generation_server(context: TrainingContext, args: GRPOConfig) -> Generation
     )  # fmt: skip
 
 
-def _prompt_rows(rows: Rows, options: RenderOptions, text_as_turns: bool) -> list[dict[str, Any]]:
-    """Convert rows to a column `prompt` and the columns for the rewards. Every row gets all columns; missing values are None."""
+def _make_prompt_rows(rows: Rows, options: RenderOptions, renders_text_as_turns: bool) -> list[dict[str, Any]]:
+    """Convert rows to dictionaries with a column `prompt` and the columns for the rewards. Every row gets all columns; missing values are None."""
     reserved = ("prompt", *RESERVED_ARGUMENTS)
     prompts = []
     for _, example in rows:
         assert isinstance(example, Prompt), "`load` has checked the format"
         columns = {name: value for name, value in example.columns.items() if name not in reserved}
-        prompts.append({"prompt": _convert_prompt(example.prompt, options, text_as_turns), **columns})
+        prompts.append({"prompt": _convert_prompt(example.prompt, options, renders_text_as_turns), **columns})
     all_columns = dict.fromkeys(name for row in prompts for name in row)
     return [{**all_columns, **row} for row in prompts]
 
 
-def _convert_prompt(prompt: tuple[Turn, ...] | str, options: RenderOptions, text_as_turns: bool) -> str | list[dict[str, Any]]:
-    """Convert the prompt for TRL. Turns become messages if there is a chat template, else a text that ends before the answer."""
+def _convert_prompt(prompt: tuple[Turn, ...] | str, options: RenderOptions, renders_text_as_turns: bool) -> str | list[dict[str, Any]]:
+    """Convert the prompt to TRL's form. With a chat template, turns become messages; without one, a text that ends before the answer."""
     if isinstance(prompt, str):
-        if not text_as_turns:
+        if not renders_text_as_turns:
             return prompt
         prompt = (Turn("user", prompt),)
     if options.use_chat_template:
-        return [turn.message() for turn in prompt]
+        return [turn.to_message() for turn in prompt]
     return render(Conversation((*prompt, Turn("assistant", ""))), options).text
 
 
 def _pickled_dataset(rows: Sequence[dict[str, Any]]) -> Dataset:
-    """Build a data set that stores each row as pickled bytes, so that the row stays unchanged.
+    """Build a data set that stores each row as pickled bytes, so that no row changes.
 
-    An Arrow column has one type, so Arrow would give every message the keys of all other messages (as nulls).
+    In an Arrow column, all values have the same fields. Without pickling, every message would get the keys of all other messages, with null values.
     """
     return Dataset.from_dict({"row": [pickle.dumps(row) for row in rows]}).with_transform(_unpickle_rows)
 
@@ -164,10 +164,10 @@ def _unpickle_rows(batch: dict[str, list[bytes]]) -> dict[str, list[Any]]:
 
 @contextmanager
 def _replaced_reference_loader(context: TrainingContext) -> Iterator[None]:
-    """Make TRL use `load_reference_model` while the trainer is built.
+    """Make TRL load the reference model with `load_reference_model` while the trainer is built.
 
-    TRL 1.16 loads the reference model from disk. The loaded model lacks the rows of new tokens, and is never quantised. TRL has no
-    argument for another reference model, so this function replaces TRL's loading function.
+    TRL 1.16 itself would load the reference model from disk, without the embedding rows of new tokens and without quantisation. TRL has
+    no argument for another reference model, so this function replaces TRL's loading function.
     """
     original = grpo_trainer.create_model_from_path
     grpo_trainer.create_model_from_path = lambda *_, **__: load_reference_model(context)
@@ -185,15 +185,18 @@ def reward_functions(context: TrainingContext) -> list[RewardFunction]:
     return build_rewards(specs, context.inputs.config_maps)
 
 
-def _generations_for_evaluation(batch: int, generations: int) -> int:
-    """Answers per prompt in evaluations: the largest number up to `generations` that divides the batch size of all ranks together."""
-    fitting_rows = [size for size in range(2, generations + 1) if batch % size == 0]
-    assert fitting_rows, "the API's rules refuse a batch without a whole group"
-    return fitting_rows[-1]
+def _generations_for_evaluation(batch_size: int, generations: int) -> int:
+    """Return the number of answers per prompt in evaluations: the largest divisor of `batch_size` from 2 to `generations`.
+
+    `batch_size`: the evaluation batch size of all ranks together.
+    """
+    divisors = [count for count in range(2, generations + 1) if batch_size % count == 0]
+    assert divisors, "the API's rules refuse a batch that cannot hold all answers to a prompt"
+    return divisors[-1]
 
 
 def _length_limits(context: TrainingContext) -> tuple[int, int]:
-    """Maximum number of tokens of the prompt, and of the answer."""
+    """Return the maximum number of tokens of a prompt, and of an answer."""
     sequence = max_sequence_length(context.run, context.tokenizer, context.max_positions)
     answer = answers.max_answer_length(context, sequence)
     assert answer is not None, "the API's defaults fill in trainer.maxCompletionLength for grpo"
@@ -203,7 +206,8 @@ def _length_limits(context: TrainingContext) -> tuple[int, int]:
 def _drop_long_prompts(
     prompts: list[dict[str, Any]], context: TrainingContext, notes: list[str], split: str
 ) -> list[dict[str, Any]]:
-    """Drop prompts that leave too few tokens for an answer. Prompts are not cut, because a cut prompt asks something else.
+    """Drop prompts that leave too few tokens for an answer, and add a note. Prompts are not cut, because a cut prompt asks something else.
+
     Errors: DataError RowTooLong, NoTrainableToken.
     """
     limit, answer = _length_limits(context)

@@ -1,4 +1,4 @@
-"""Measures the metrics of the test set once, after training, with the final model."""
+"""Measures the final model on the test set, once after training."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from finetune_trainer.objective.base import HeldOutMetric
 ROW_COUNT_KEY = "testRows"
 
 
-def measure(trainer: Any, test: Any, metrics: Sequence[HeldOutMetric]) -> dict[str, float]:
-    """Measure the metrics on the test rows. A collective operation: every rank must call it.
+def measure_test_set(trainer: Any, test_rows: Any, metrics: Sequence[HeldOutMetric]) -> dict[str, float]:
+    """Return the number of test rows and the value of each metric, by status name. A collective operation: every rank must call it.
 
-    Returns the number of rows and the metrics, by status name; empty without a test set. The loss is in nats per token, accuracies are
-    fractions. Values that are not finite are left out.
+    Without a test set (`test_rows` is None), the result is empty. The loss is in nats per token; accuracies are fractions from 0 to 1.
+    Values that are not finite are left out.
     """
-    if test is None:
+    if test_rows is None:
         return {}
     from transformers import EarlyStoppingCallback
 
     trainer.remove_callback(EarlyStoppingCallback)  # the callback requires a validation loss, but this evaluation logs a test loss
     logged_before = len(trainer.state.log_history)
-    trainer.evaluate(eval_dataset=test, metric_key_prefix="test")
+    trainer.evaluate(eval_dataset=test_rows, metric_key_prefix="test")
     logged = {key: value for line in trainer.state.log_history[logged_before:] for key, value in line.items()}
-    measured_values: dict[str, float] = {ROW_COUNT_KEY: len(test)}
+    measured_values: dict[str, float] = {ROW_COUNT_KEY: len(test_rows)}
     for metric in metrics:
         # TRL logs its own metrics with the prefix "eval_" for every data set.
         value = logged.get(f"test_{metric.logged_as}", logged.get(f"eval_{metric.logged_as}"))
@@ -34,7 +34,7 @@ def measure(trainer: Any, test: Any, metrics: Sequence[HeldOutMetric]) -> dict[s
     return measured_values
 
 
-def summarise(measured_values: dict[str, float], metrics: Sequence[HeldOutMetric]) -> str:
+def format_note(measured_values: dict[str, float], metrics: Sequence[HeldOutMetric]) -> str:
     """Return a note for the status, such as `test: 12 rows, loss 1.2340, token accuracy 0.5000`."""
     values = [
         f"{metric.label} {measured_values[metric.status_name]:.4f}" for metric in metrics if metric.status_name in measured_values

@@ -22,18 +22,18 @@ from finetune_trainer.objective.reference_model import ReferenceModelMixin, load
 class KtoTrainer(GuardedTrainer, ReferenceModelMixin, OwnDatasetPreparation, KTOTrainer):
     """TRL's trainer for labelled answers that are already tokenised.
 
-    KTO estimates the KL divergence from mismatched pairs: each prompt with the answer of the preceding row in the batch. The
-    mismatched pairs are built once, so the rows must keep their order during training. `load_data` has shuffled the rows.
+    KTO estimates the KL divergence from mismatched pairs: each prompt with the answer of the preceding row in the batch. The mismatched pairs are built once,
+    before training, so the rows must keep their order during training. Therefore `load_data` shuffles the rows in advance.
     """
 
     def prepare_rows(self, rows: Dataset, args: KTOConfig, part: str) -> Dataset:
-        """Add the mismatched answers within each batch. `part` decides whether the training or evaluation batch size is used."""
+        """Add a mismatched answer to each row of a batch. `part`: `train` for the batch size of training; any other text for that of evaluation."""
         size = args.per_device_train_batch_size if part == "train" else args.per_device_eval_batch_size
         return rows.map(_add_mismatched_answers, batched=True, batch_size=size)
 
 
 def _add_mismatched_answers(rows: dict[str, Any]) -> dict[str, Any]:
-    """Add to each prompt of a batch the answer of the preceding row. The first prompt gets the answer of the last row."""
+    """Add the answer of the preceding row to each prompt of a batch. The first prompt gets the answer of the last row."""
     completions = rows["completion_ids"]
     return {"KL_completion_ids": [completions[-1], *completions[:-1]]}
 

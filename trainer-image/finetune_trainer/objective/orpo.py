@@ -1,4 +1,4 @@
-"""ORPO: one loss that trains on the better answer and lowers the odds of the worse answer, without a reference model."""
+"""ORPO: train on the better answer of a pair and lower the odds of the worse answer, with one loss and without a reference model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class OrpoTrainer(GuardedTrainer, ORPOTrainer):
     """TRL's experimental trainer for pairs that are already tokenised."""
 
     def tokenize_row(self, feature: dict[str, Any], model: Any = None) -> dict[str, Any]:
-        """Build the columns for TRL's collator from token ids instead of texts."""
+        """Return the columns that TRL's collator expects. They are built from the row's token ids; TRL alone would tokenise texts."""
         prompt = feature["prompt_ids"]
         row = {"prompt_input_ids": prompt, "prompt_attention_mask": [1] * len(prompt)}
         for side in ("chosen", "rejected"):
@@ -32,7 +32,7 @@ class OrpoTrainer(GuardedTrainer, ORPOTrainer):
         return row
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **options: Any) -> Any:
-        """Tokenise a test set before its evaluation, because TRL only tokenises the data sets that the constructor receives."""
+        """Evaluate. A test set first gets the collator's columns, because TRL adds them only to the data sets that the constructor receives."""
         if isinstance(eval_dataset, Dataset) and "prompt_input_ids" not in eval_dataset.column_names:
             eval_dataset = eval_dataset.map(self.tokenize_row)
         return super().evaluate(eval_dataset, *args, **options)

@@ -19,11 +19,11 @@ REFERENCE_ADAPTER = "ref"
 
 
 class ReferenceModelMixin(OpenTrainer):
-    """Mixin for Trainers whose reference is the model before training.
+    """Mixin for Trainers that compare the trained model with a reference model.
 
-    If an adapter is trained, TRL keeps its initial state as a second adapter. This mixin freezes the second adapter, because PEFT marks
-    it as trainable for some adapter types, and DDP would then wait forever for its gradients. The mixin also excludes the second
-    adapter from saved files, and keeps the forward passes of the reference model cheap.
+    If an adapter is trained, TRL keeps a copy of the initial adapter as a second adapter. This mixin freezes the second adapter: PEFT marks
+    it as trainable for some adapter types, and DDP would then wait forever for its gradients. The mixin also leaves the second adapter
+    out of saved files, and keeps the forward passes of the reference model fast.
     """
 
     def __init__(self, *args: Any, **options: Any):
@@ -34,22 +34,22 @@ class ReferenceModelMixin(OpenTrainer):
                 parameter.requires_grad_(False)
 
     def run_epoch(self, *args: Any, **options: Any) -> None:
-        """Train on one pass over the data. Forward passes of the reference model do not walk over all modules."""
+        """Train for one epoch, with fast forward passes of the reference model: see `cheap_reference_passes`."""
         with cheap_reference_passes(self):
             super().run_epoch(*args, **options)
 
     def save_files(self, output_dir: str, state_dict: dict[str, Any] | None = None) -> None:
-        """Save without the frozen adapter."""
+        """Save the files without the frozen second adapter."""
         super().save_files(output_dir, state_dict)
         if self.args.should_save:
             self.run_after_files(lambda: shutil.rmtree(Path(output_dir) / REFERENCE_ADAPTER, ignore_errors=True))
 
 
 def load_reference_model(context: TrainingContext) -> Any:
-    """Load the frozen reference model. Returns None if TRL must use the trained model without its adapter as the reference.
+    """Load the frozen reference model. Return None if the trained model, without its adapter, is the reference.
 
-    The reference model is `trainer.dpo.referenceModel` if it is set. Otherwise, if the method trains base weights, it is a second copy
-    of the base model. The copy has the same quantised modules, so that both models give equal outputs before the first step.
+    If `trainer.dpo.referenceModel` is set, it is the reference. Otherwise, if the method trains base weights, the reference is a second
+    copy of the base model. The copy has the same quantised modules, so that both models give equal outputs before the first step.
     Errors: NotFoundError ModelUnreadable; ConfigError VocabularyDiffers.
     """
     if context.inputs.reference is None and not trains_base_weights(context.run.spec):
@@ -69,15 +69,15 @@ def load_reference_model(context: TrainingContext) -> Any:
 def _require_same_vocabulary(reference: Any, context: TrainingContext) -> None:
     """Refuse a reference model with fewer embedding rows than the trained model, because the data may contain the missing tokens.
 
-    Tokens of the tokenizer are ignored if the base model has no row for them either. Errors: ConfigError VocabularyDiffers.
+    Tokens without a row in the base model are ignored, unless the job adds new tokens. Errors: ConfigError VocabularyDiffers.
     """
     embedding = reference.get_input_embeddings().weight
-    size = (getattr(embedding, "ds_shape", None) or embedding.shape)[0]
-    needed = len(context.tokenizer)
+    row_count = (getattr(embedding, "ds_shape", None) or embedding.shape)[0]
+    needed_count = len(context.tokenizer)
     if not context.run.spec.model.new_tokens:
-        needed = min(needed, load_config(context.run, context.inputs).get_text_config().vocab_size)
-    if size < needed:
+        needed_count = min(needed_count, load_config(context.run, context.inputs).get_text_config().vocab_size)
+    if row_count < needed_count:
         raise ConfigError(
-            "VocabularyDiffers", f"the reference model has {size} tokens, but the trained model uses {needed}",
+            "VocabularyDiffers", f"the reference model has {row_count} tokens, but the trained model uses {needed_count}",
             hint="give a reference model with the same tokenizer as model.source, such as an earlier checkpoint of the same model",
         )  # fmt: skip

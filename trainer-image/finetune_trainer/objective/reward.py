@@ -1,4 +1,4 @@
-"""Reward modelling: train a head with one output, so that the better answer of a pair gets a higher score than the worse answer."""
+"""Reward modelling: train a model with a score head, so that the better answer of a pair gets a higher score than the worse answer."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class RewardObjective(Objective[answers.Splits, RewardConfig]):
 
 
 def _require_score_head(context: TrainingContext) -> None:
-    """Refuse an adapter that was trained to generate text: it has no score head, and PEFT would not save a new head with it."""
+    """Refuse to continue an adapter that has no score head, because PEFT would not save a new head with it. Errors: ConfigError AdapterWithoutHead."""
     folder = context.inputs.adapter
     if context.run.spec.method.type is not MethodType.ADAPTER or folder is None:
         return

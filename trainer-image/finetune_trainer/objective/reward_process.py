@@ -1,7 +1,7 @@
-"""Calls a user's reward function in a process of its own, with a time limit. A function that hangs or ends its process fails with the
-number of the completion that causes it.
+"""Calls a user's reward function in a process of its own, with a time limit.
 
-The process runs the user's file once, when the function is called first, and answers one call after another. This module does not import torch.
+If the function hangs or ends its process, the job fails with an error that names the completion that causes it. The process runs the user's
+file once, at the first call, and then answers one call after another. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -22,22 +22,24 @@ from finetune_api.errors import ConfigError
 from finetune_trainer import processes
 
 LOGGING_ARGUMENTS = ("log_extra", "log_metric")
-"""Arguments that are functions. The process records their calls, and they are repeated here."""
+"""Arguments that are functions. The reward process records the calls of these functions, and the rank then repeats the calls."""
 START_SECONDS = 120.0
-"""Time in which Python starts and the user's file imports its packages. The first call also gets it, because its arguments may import packages."""
-READY = b"ready"
-"""The first message of the process. Before it, the process does not read, so a large call would fill the pipe and block the rank."""
+"""Time limit for starting Python and running the user's file, which imports packages. The time limit of the first call is longer by the same
+time, because unpickling its arguments may import packages."""
+READY_MESSAGE = b"ready"
+"""The first message of the process. The rank waits for it before it sends a call: until then the process does not read, so a large call would
+fill the pipe and block the rank."""
 
 
 class _NoAnswerError(Exception):
-    """The process hangs or has ended. The message says which."""
+    """The reward process hangs or has ended. The message says which of the two."""
 
 
 class RewardProcess:
-    """A function of a user's file that is called in another process."""
+    """A callable that calls a function of a user's file in another process."""
 
     def __init__(self, name: str, file: Path, function: str, timeout_seconds: float) -> None:
-        """`name`: name of the reward in messages."""
+        """`name`: the name of the reward in error messages. `timeout_seconds`: the time limit of each call."""
         self._name, self._file, self._function, self._timeout = name, file, function, timeout_seconds
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
@@ -45,27 +47,27 @@ class RewardProcess:
     def __call__(self, **arguments: Any) -> Any:
         """Return what the function returns. Errors: ConfigError RewardFailed, RewardWithoutAnswer."""
         try:
-            return self._ask(arguments)
+            return self._call_in_process(arguments)
         except _NoAnswerError as error:
-            raise self._error(str(error), arguments) from None
+            raise self._no_answer_error(str(error), arguments) from None
 
-    def _ask(self, arguments: Mapping[str, Any]) -> Any:
+    def _call_in_process(self, arguments: Mapping[str, Any]) -> Any:
         """Call the function once. Errors: _NoAnswerError; ConfigError RewardFailed."""
         connection, limit = self._connection, self._timeout
-        data = {name: value for name, value in arguments.items() if name not in LOGGING_ARGUMENTS}
+        sent_arguments = {name: value for name, value in arguments.items() if name not in LOGGING_ARGUMENTS}
         try:
             if connection is None:
                 connection, limit = self._start(), self._timeout + START_SECONDS
                 self._require_answer(connection, START_SECONDS, "has not imported its file")
                 connection.recv_bytes()
-            connection.send_bytes(pickle.dumps(data))
+            connection.send_bytes(pickle.dumps(sent_arguments))
             self._require_answer(connection, limit, "has not answered")
-            kind, value, calls = pickle.loads(connection.recv_bytes())  # noqa: S301 -- the rank itself has run the same file
+            answer_type, value, calls = pickle.loads(connection.recv_bytes())  # noqa: S301 -- the rank itself has run the same file
         except (EOFError, ConnectionError):
             code = self.close()
             ending = f"by signal {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
             raise _NoAnswerError(f"ended its process {ending}") from None
-        if kind == "error":
+        if answer_type == "error":
             raise ConfigError(
                 "RewardFailed", f"reward {self._name} raised {value}",
                 hint="fix the function: it must return a list with one number, or None, for every completion",
@@ -76,30 +78,31 @@ class RewardProcess:
         return value
 
     def _require_answer(self, connection: Connection, seconds: float, problem: str) -> None:
-        """Wait for a message of the process. Errors: _NoAnswerError; the process is then ended."""
+        """Wait until the process sends a message. If it sends none in time, end the process. Errors: _NoAnswerError."""
         if not connection.poll(seconds):
             self.close()
             raise _NoAnswerError(f"{problem} for {seconds:g} s")
 
-    def _error(self, problem: str, arguments: Mapping[str, Any]) -> ConfigError:
-        """Return the error of a call without an answer. The completions are tried one by one, to name the first that causes it."""
-        number = self._first_bad_completion(arguments)
-        cause = "no single completion causes it" if number is None else f"completion {number + 1} of {len(arguments['completions'])} alone causes it"
-        if number is not None and "prompts" in arguments:
-            cause += f" (prompt: {str(arguments['prompts'][number])[:120]!r})"
+    def _no_answer_error(self, problem: str, arguments: Mapping[str, Any]) -> ConfigError:
+        """Return the error for a call without an answer. It names the first completion that alone causes it."""
+        index = self._first_bad_completion(arguments)
+        cause = "no single completion causes it" if index is None else f"completion {index + 1} of {len(arguments['completions'])} alone causes it"
+        if index is not None and "prompts" in arguments:
+            cause += f" (prompt: {str(arguments['prompts'][index])[:120]!r})"
         return ConfigError(
             "RewardWithoutAnswer", f"reward {self._name} {problem}; {cause}",
             hint="call the function with this completion on your machine and fix it, or raise timeoutSeconds of the reward",
         )  # fmt: skip
 
     def _first_bad_completion(self, arguments: Mapping[str, Any]) -> int | None:
+        """Call the function with one completion at a time. Return the index of the first call without an answer; None if all are answered."""
         count = len(arguments["completions"])
-        for number in range(count if count > 1 else 0):
-            alone = {name: [value[number]] if isinstance(value, list) and len(value) == count else value for name, value in arguments.items()}
+        for index in range(count if count > 1 else 0):
+            single_arguments = {name: [value[index]] if isinstance(value, list) and len(value) == count else value for name, value in arguments.items()}
             try:
-                self._ask({name: value for name, value in alone.items() if name not in LOGGING_ARGUMENTS})
+                self._call_in_process({name: value for name, value in single_arguments.items() if name not in LOGGING_ARGUMENTS})
             except _NoAnswerError:
-                return number
+                return index
             except ConfigError:
                 continue
         return 0 if count == 1 else None
@@ -125,27 +128,27 @@ class RewardProcess:
             return process.wait()
 
 
-def _serve(connection: Connection, function: Callable[..., Any]) -> None:
+def _answer_calls(connection: Connection, function: Callable[..., Any]) -> None:
     """Answer calls until the other end is closed."""
-    connection.send_bytes(READY)
+    connection.send_bytes(READY_MESSAGE)
     while True:
         try:
             arguments = pickle.loads(connection.recv_bytes())  # noqa: S301 -- written by the rank
         except EOFError:
             return
-        connection.send_bytes(_to_bytes(_answer(function, arguments)))
+        connection.send_bytes(_to_bytes(_call(function, arguments)))
 
 
 def _to_bytes(answer: tuple[str, Any, list[tuple[str, Any, Any]]]) -> bytes:
-    """Return the pickled answer. `Connection.send` cannot be used: it would pass tensors in shared memory, which the rank cannot open."""
+    """Return the pickled answer. It is not sent with `Connection.send`, which would pass tensors in shared memory that the rank cannot open."""
     try:
         return pickle.dumps(answer)
     except Exception as error:  # the classes of the user's values may raise anything
         return pickle.dumps(("error", f"{type(error).__name__} when its result was sent: {str(error)[:300]}", []))
 
 
-def _plain(value: Any) -> Any:
-    """Return a reward as a value that the rank can read: the user's classes exist only in this process."""
+def _to_plain_value(value: Any) -> Any:
+    """Convert a reward to a number or text, because the rank cannot read the user's classes, which exist only in this process."""
     if value is None or type(value) in (bool, int, float, str):
         return value
     try:
@@ -154,8 +157,8 @@ def _plain(value: Any) -> Any:
         return repr(value)
 
 
-def _answer(function: Callable[..., Any], arguments: dict[str, Any]) -> tuple[str, Any, list[tuple[str, Any, Any]]]:
-    """Call the function. Returns `value` with its result or `error` with a description, and its calls of the logging functions."""
+def _call(function: Callable[..., Any], arguments: dict[str, Any]) -> tuple[str, Any, list[tuple[str, Any, Any]]]:
+    """Call the function. Return the answer: `value` and its result, or `error` and a description; then its calls of the logging functions."""
     from finetune_trainer.objective.rewards import describe_error
 
     calls: list[tuple[str, Any, Any]] = []
@@ -166,19 +169,19 @@ def _answer(function: Callable[..., Any], arguments: dict[str, Any]) -> tuple[st
     try:
         value = function(**arguments, **{name: recorder(name) for name in LOGGING_ARGUMENTS})
         is_iterable = hasattr(value, "__iter__") and not isinstance(value, str | bytes)
-        return "value", [_plain(one) for one in value] if is_iterable else value, calls
+        return "value", [_to_plain_value(reward) for reward in value] if is_iterable else value, calls
     except Exception as error:  # the user's code may raise anything
         return "error", describe_error(error), calls
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run the user's file, and answer calls. Arguments: file descriptor of the connection, file, name of the function."""
-    from finetune_trainer.objective.rewards import run_file
+    """Run the user's file, and answer calls. `arguments`: file descriptor of the connection, path of the file, name of the function."""
+    from finetune_trainer.objective.rewards import run_user_file
 
     processes.die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     descriptor, file, name = arguments
-    _serve(Connection(int(descriptor)), run_file(Path(file), file)[name])
+    _answer_calls(Connection(int(descriptor)), run_user_file(Path(file), file)[name])
 
 
 if __name__ == "__main__":

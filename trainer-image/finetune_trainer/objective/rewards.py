@@ -1,9 +1,8 @@
 """The rewards of GRPO: built-in rewards, and functions of the user from a Python file in a ConfigMap.
 
-Rewards are checked before the model is loaded, for unknown or malformed parameters, invalid patterns and missing functions. During
-training, a user's function is called with keyword arguments (`prompts`, `completions`, `completion_ids`, the row's other columns,
-`trainer_state`). The function must return a list with one entry per completion: a number, or None for "no opinion".
-This module does not import torch.
+Unknown or malformed parameters, invalid patterns and missing functions are found before the model is loaded. During training, a user's
+function is called with the keyword arguments `prompts`, `completions`, `completion_ids`, `trainer_state` and the row's other columns. It
+must return a list with one number, or None for "no opinion", for each completion. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from finetune_api.spec.trainer import Reward
 from finetune_trainer.objective.reward_process import RewardProcess
 
 ScoreFunction = Callable[..., "float | None"]
-"""Computes the reward of one completion from its text, its token ids (keyword `ids`) and the row's columns (keyword `row`)."""
+"""A function that returns the reward of one completion. It gets the text, the token ids (keyword `ids`) and the row's columns (keyword `row`)."""
 DEFAULT_FUNCTION = "reward"
 """Name of the function in a user's file if the spec does not set `function`."""
 RESERVED_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
@@ -33,7 +32,7 @@ RESERVED_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state
 
 
 class RewardFunction:
-    """A reward function for TRL. TRL calls it once per generation batch, and uses `__name__` in the names of metrics."""
+    """A reward function for TRL, which calls it once per generation batch and uses its `__name__` in the names of metrics."""
 
     def __init__(
         self, name: str, weight: float, function: Callable[..., Sequence[float | None]], columns: Sequence[str] = ()
@@ -52,7 +51,7 @@ class RewardFunction:
                 "RewardFailed", f"reward {self.__name__} raised {describe_error(error)}",
                 hint="fix the function: it must return a list with one number, or None, for every completion",
             ) from error  # fmt: skip
-        return _check_returned(self.__name__, returned_values, len(arguments["completions"]))
+        return _check_returned_values(self.__name__, returned_values, len(arguments["completions"]))
 
 
 def build_rewards(specs: Sequence[Reward], config_maps: Path) -> list[RewardFunction]:
@@ -61,7 +60,7 @@ def build_rewards(specs: Sequence[Reward], config_maps: Path) -> list[RewardFunc
     Errors: ConfigError RewardParameterInvalid, RewardNameTwice, RewardFileInvalid, RewardFunctionMissing; NotFoundError ConfigMapMissing.
     """
     functions = [
-        _builtin_reward(spec, f"trainer.rewards[{i}]") if spec.builtin else _user_reward(spec, i, config_maps)
+        _build_builtin_reward(spec, f"trainer.rewards[{i}]") if spec.builtin else _build_user_reward(spec, i, config_maps)
         for i, spec in enumerate(specs)
     ]
     names = [function.__name__ for function in functions]
@@ -75,7 +74,7 @@ def build_rewards(specs: Sequence[Reward], config_maps: Path) -> list[RewardFunc
 
 
 def require_columns(reward_functions: Sequence[RewardFunction], present_columns: Sequence[str]) -> None:
-    """Refuse data if a column for a built-in reward is missing. Errors: ConfigError RewardColumnMissing."""
+    """Refuse data without a column that a built-in reward reads. Errors: ConfigError RewardColumnMissing."""
     columns = ", ".join(sorted(present_columns)) or "no other columns"
     for function in reward_functions:
         for column in function.columns:
@@ -87,7 +86,7 @@ def require_columns(reward_functions: Sequence[RewardFunction], present_columns:
 
 
 def completion_text(completion: Any) -> str:
-    """The text of a completion. TRL passes a string, or messages if the prompt consists of messages."""
+    """Return the text of a completion. TRL passes a string, or messages if the prompt consists of messages."""
     if isinstance(completion, str):
         return completion
     return "".join(str(message.get("content") or "") for message in completion if message.get("role") == "assistant")
@@ -97,7 +96,7 @@ def completion_text(completion: Any) -> str:
 
 
 class RewardParameters:
-    """The `parameters` of one built-in reward, read by name and type. `refuse_unknown` rejects parameters that were never read."""
+    """Reads the `parameters` of one built-in reward by name and type."""
 
     def __init__(self, path: str, spec_parameters: Mapping[str, str]):
         self.path, self._spec_parameters = f"{path}.parameters", dict(spec_parameters)
@@ -105,7 +104,7 @@ class RewardParameters:
         """Names of the parameters that were read."""
 
     def read_text(self, name: str, default: str | None = None) -> str:
-        """Return a string parameter. The parameter is required if there is no default."""
+        """Return a string parameter. Without a default, the parameter is required."""
         self.read_names.append(name)
         value = self._spec_parameters.get(name, default)
         if value is None:
@@ -153,11 +152,11 @@ class RewardParameters:
             raise self.invalid_value_error(name, text, f"it is not a regular expression: {error}") from None
 
     def invalid_value_error(self, name: str, value: str, hint: str) -> ConfigError:
-        """Return the error for one parameter."""
+        """Return the error for a parameter with an invalid value."""
         return ConfigError("RewardParameterInvalid", f"{self.path}.{name} is {value[:200]!r}", hint=hint)
 
     def refuse_unknown(self, builtin: BuiltinReward) -> None:
-        """Refuse parameters that the reward never read. Errors: ConfigError RewardParameterInvalid."""
+        """Refuse parameters that the reward has not read, because they would have no effect. Errors: ConfigError RewardParameterInvalid."""
         unknown = sorted(set(self._spec_parameters) - set(self.read_names))
         if unknown:
             raise ConfigError(
@@ -167,7 +166,7 @@ class RewardParameters:
 
 
 def _build_citation_reward(parameters: RewardParameters) -> ScoreFunction:
-    """Reward 1 if the whole completion is one cited_answer block (an answer, then citations that name a source), else 0."""
+    """Reward 1 if the completion is one `<cited_answer>` block, which contains an answer and then citations with a source; else 0."""
     flags = re.DOTALL if parameters.read_flag("multiline", False) else 0
     gap = r"\s*" if flags else r"[ \t]*"
     source = gap.join((
@@ -178,7 +177,7 @@ def _build_citation_reward(parameters: RewardParameters) -> ScoreFunction:
 
 
 def _build_think_reward(parameters: RewardParameters) -> ScoreFunction:
-    """Reward 1 if the completion is one think block with text after it, else 0. With `emptyAnswer`, the text after it is optional."""
+    """Reward 1 if the completion is a `<think>` block followed by an answer, else 0. With `emptyAnswer: true`, the answer may be empty."""
     may_be_empty = parameters.read_flag("emptyAnswer", False)
 
     def score(text: str, **_: Any) -> float:
@@ -191,7 +190,7 @@ def _build_think_reward(parameters: RewardParameters) -> ScoreFunction:
 
 
 def _build_regex_reward(parameters: RewardParameters) -> ScoreFunction:
-    """Reward 1 if the pattern matches, else 0. It may match any part of the completion; `match: full` requires the whole completion."""
+    """Reward 1 if the pattern matches a part of the completion, else 0. With `match: full`, it must match the whole completion."""
     flags = re.IGNORECASE if parameters.read_flag("ignoreCase", False) else 0
     flags |= re.DOTALL if parameters.read_flag("dotAll", False) else 0
     flags |= re.MULTILINE if parameters.read_flag("multiline", False) else 0
@@ -202,7 +201,7 @@ def _build_regex_reward(parameters: RewardParameters) -> ScoreFunction:
 
 
 def _build_exact_match_reward(parameters: RewardParameters) -> ScoreFunction:
-    """Reward 1 if the completion equals a column of the row, else 0. With pattern `extract`, only its last match is compared."""
+    """Reward 1 if the completion equals the value of a column, else 0. With a pattern `extract`, only its last match is compared."""
     column = parameters.read_text("column", "answer")
     ignores_case = parameters.read_flag("ignoreCase", False)
     strips = parameters.read_flag("strip", True)
@@ -224,31 +223,31 @@ def _build_exact_match_reward(parameters: RewardParameters) -> ScoreFunction:
 
 
 def _build_length_reward(parameters: RewardParameters) -> ScoreFunction:
-    """Reward 1 for lengths from `minimum` to `maximum`. Outside this range, the reward falls linearly to 0 (at 0 and at twice `maximum`)."""
+    """Reward 1 for a length from `minimum` to `maximum`. Outside this range, the reward falls linearly: to 0 at length 0 and at twice `maximum`."""
     unit = parameters.read_choice("unit", "tokens", ("tokens", "words", "characters"))
-    least = parameters.read_number("minimum", 0.0, minimum=0) or 0.0
-    most = parameters.read_number("maximum", math.inf, minimum=1)
-    assert most is not None, "the parameter has a default"
-    if least == 0 and most == math.inf:
+    minimum = parameters.read_number("minimum", 0.0, minimum=0) or 0.0
+    maximum = parameters.read_number("maximum", math.inf, minimum=1)
+    assert maximum is not None, "the parameter has a default"
+    if minimum == 0 and maximum == math.inf:
         raise ConfigError(
             "RewardParameterInvalid",
             f"{parameters.path} has neither minimum nor maximum",
             hint="write minimum, maximum or both",
         )
-    if least > most:
-        raise parameters.invalid_value_error("minimum", f"{least:g}", f"write a number up to the maximum, {most:g}")
+    if minimum > maximum:
+        raise parameters.invalid_value_error("minimum", f"{minimum:g}", f"write a number up to the maximum, {maximum:g}")
 
     def score(text: str, *, ids: Sequence[int], **_: Any) -> float:
-        size = {"tokens": len(ids), "words": len(text.split()), "characters": len(text)}[unit]
-        if size < least:
-            return size / least
-        return 1.0 if size <= most else max(0.0, 2.0 - size / most)
+        length = {"tokens": len(ids), "words": len(text.split()), "characters": len(text)}[unit]
+        if length < minimum:
+            return length / minimum
+        return 1.0 if length <= maximum else max(0.0, 2.0 - length / maximum)
 
     return score
 
 
 def _build_json_schema_reward(parameters: RewardParameters) -> ScoreFunction:
-    """Reward 1 if the completion is JSON that matches `schema`, and the value of `parsed` (default 0) for other JSON; else 0."""
+    """Reward 1 if the completion is JSON that matches `schema`, the parameter `parsed` (default 0) for other JSON, and 0 for other text."""
     if find_spec("jsonschema") is None:
         raise ConfigError(
             "RewardUnavailable",
@@ -296,7 +295,7 @@ BUILTIN_REWARDS: dict[BuiltinReward, Callable[[RewardParameters], ScoreFunction]
 }
 
 
-def _builtin_reward(spec: Reward, path: str) -> RewardFunction:
+def _build_builtin_reward(spec: Reward, path: str) -> RewardFunction:
     assert spec.builtin is not None, "the caller has checked it"
     parameters = RewardParameters(path, spec.parameters or {})
     score = BUILTIN_REWARDS[spec.builtin](parameters)
@@ -319,7 +318,7 @@ def _builtin_reward(spec: Reward, path: str) -> RewardFunction:
 # ---- the user's own functions
 
 
-def _user_reward(spec: Reward, index: int, config_maps: Path) -> RewardFunction:
+def _build_user_reward(spec: Reward, index: int, config_maps: Path) -> RewardFunction:
     ref, path = spec.config_map_ref, f"trainer.rewards[{index}]"
     if ref is None:
         raise ConfigError(
@@ -334,7 +333,7 @@ def _user_reward(spec: Reward, index: int, config_maps: Path) -> RewardFunction:
         )  # fmt: skip
     name = spec.function or DEFAULT_FUNCTION
     location = f"{path}: ConfigMap {ref.name}, key {ref.key}"
-    function: Any = run_file(config_maps / ref.name / ref.key, location).get(name)
+    function: Any = run_user_file(config_maps / ref.name / ref.key, location).get(name)
     if not callable(function):
         raise ConfigError(
             "RewardFunctionMissing",
@@ -347,7 +346,7 @@ def _user_reward(spec: Reward, index: int, config_maps: Path) -> RewardFunction:
     return RewardFunction(spec.name or name, _reward_weight(spec), function)
 
 
-def run_file(file: Path, location: str) -> dict[str, Any]:
+def run_user_file(file: Path, location: str) -> dict[str, Any]:
     """Run the user's file and return its global names. Errors: NotFoundError ConfigMapMissing; ConfigError RewardFileInvalid."""
     try:
         source = file.read_text(encoding="utf-8")
@@ -367,7 +366,7 @@ def run_file(file: Path, location: str) -> dict[str, Any]:
 
 
 def _check_signature(function: Callable[..., Any], location: str, name: str) -> None:
-    """Refuse a function without `**kwargs`, because it receives all columns of the row. Errors: ConfigError RewardFunctionMissing."""
+    """Refuse a function without `**kwargs`, because it is called with all columns of the row. Errors: ConfigError RewardFunctionMissing."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
@@ -384,8 +383,8 @@ def _reward_weight(spec: Reward) -> float:
     return 1.0 if spec.weight is None else spec.weight
 
 
-def _check_returned(name: str, returned_values: Any, completion_count: int) -> list[float | None]:
-    """Return the function's values, after a check for one finite number or None per completion. Errors: ConfigError RewardInvalid."""
+def _check_returned_values(name: str, returned_values: Any, completion_count: int) -> list[float | None]:
+    """Return the values as a list, if it has one finite number or None for each completion. Errors: ConfigError RewardInvalid."""
     hint = "return a list with one number, or None, for every completion"
     if isinstance(returned_values, str | bytes) or not hasattr(returned_values, "__iter__"):
         raise ConfigError(
@@ -416,8 +415,8 @@ def _check_returned(name: str, returned_values: Any, completion_count: int) -> l
 
 
 def describe_error(error: BaseException) -> str:
-    """Return type, first line and line number of an exception of the user's code."""
-    return f"{type(error).__name__}: {_first_line(error)}{_line_of(error)}"
+    """Describe an exception of the user's code: its type, the first line of its message, and the line number in the user's file."""
+    return f"{type(error).__name__}: {_first_line(error)}{_line_in_user_file(error)}"
 
 
 def _first_line(error: BaseException) -> str:
@@ -425,10 +424,10 @@ def _first_line(error: BaseException) -> str:
     return (lines[0] if lines else "")[:300]
 
 
-def _line_of(error: BaseException) -> str:
-    """Return the line of the user's file that raised the error, as ` (line 2)`.
+def _line_in_user_file(error: BaseException) -> str:
+    """Return the line of the user's file that raised the error, as ` (line 2)`; an empty text if no line of the file did.
 
-    If several frames are in that file, return the line of the innermost one.
+    If several frames of the traceback are in the user's file, the innermost one counts.
     """
     if isinstance(error, SyntaxError):
         return f" (line {error.lineno})" if error.lineno else ""

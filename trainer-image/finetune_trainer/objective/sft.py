@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: predict each next token in the trained part of each row."""
+"""Supervised fine-tuning: the model learns to predict each trained token of a row from the tokens before it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 from finetune_trainer.arguments import shared_arguments
 from finetune_trainer.attention import uses_padding_free_batches
 from finetune_trainer.data.prepare import PreparedData, prepare
-from finetune_trainer.data.vision import IMAGE_SOURCES, VisionCollator
+from finetune_trainer.data.vision import IMAGE_SOURCES_COLUMN, VisionCollator
 from finetune_trainer.distributed import local_rank_0_first
 from finetune_trainer.engine import GuardedTrainer
 from finetune_trainer.evaluation.token_metrics import IGNORED_LABEL, OutputHead, TokenCounts, shifted_predictions
@@ -35,23 +35,23 @@ from finetune_trainer.objective.base import (
     TrainingContext,
     image_arguments,
 )
-from finetune_trainer.speed import ModelShape, SpeedMeter, flops_per_token, peak_of, trained_parameters
+from finetune_trainer.speed import ModelShape, SpeedMeter, flops_per_token, peak_flops_of, trained_parameters
 
 PADDED_IMAGES_NOTE = "batches are padded, because padding-free batches support only text"
 CLASSIFICATION_METRICS = (EvaluationMetric.PRECISION, EvaluationMetric.RECALL, EvaluationMetric.F1)
 
 
 class SftTrainer(GuardedTrainer, SFTTrainer):
-    """TRL's trainer for rows that are already tokenised, with two changes.
+    """TRL's trainer for already tokenised rows, with two changes.
 
-    The sums for metrics stay on the device and are reduced once per log line. (TRL alone synchronises with the device several times
-    per micro-batch.) The evaluation loss is the mean over all tokens, not a mean of batch means.
+    The sums for metrics stay on the device, and the ranks add them up once per log line. TRL alone synchronises with the device several
+    times per micro-batch. And the evaluation loss is the mean over all tokens; TRL alone computes a mean of batch means.
     """
 
-    multiple_choice = False
+    is_multiple_choice = False
     """Whether the answer of every row is one letter. If so, evaluations measure the share of correct letters."""
-    classifies_tokens = False
-    """Whether evaluations also measure precision, recall and F1 of the predicted tokens. This costs a second pass through the head."""
+    measures_classification = False
+    """Whether evaluations also measure precision, recall and F1 of the predicted tokens. This needs a second pass through the head."""
 
     def __init__(self, *args: Any, **options: Any):
         self._sums: dict[str, dict[str, Any]] = {"train": defaultdict(float), "eval": defaultdict(float)}
@@ -61,16 +61,16 @@ class SftTrainer(GuardedTrainer, SFTTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Return the mean loss per trained token of the effective batch (all ranks and accumulation steps)."""
+        """Return the micro-batch's share of the mean loss per trained token of the effective batch (all ranks and accumulation steps)."""
         if return_outputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs["use_cache"] = False
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
-        with self._kept_hidden_states() as hidden:
+        with self._keep_hidden_states() as hidden:
             outputs = model(**inputs, fused_lm_head=True)
         if hidden:
-            self._count_tokens(inputs, hidden[0], outputs.label_mask)
+            self._count_predictions(inputs, hidden[0], outputs.label_mask)
         total = -outputs.log_probs.sum()
         count = (
             outputs.label_mask.sum()
@@ -80,9 +80,9 @@ class SftTrainer(GuardedTrainer, SFTTrainer):
         loss = total / count.clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
-            if self.strategy.gradient_factor > 1:  # The gradients are divided by this factor, but not the logged loss.
-                part = loss / self.strategy.gradient_factor
-                loss = part + (loss - part).detach()
+            if self.strategy.gradient_factor > 1:  # Only the gradients are divided by this factor; the logged loss keeps its value.
+                divided = loss / self.strategy.gradient_factor
+                loss = divided + (loss - divided).detach()
         if (
             self.aux_loss_enabled
         ):  # The load-balancing loss of the experts is a mean per micro-batch. It is averaged over the micro-batches.
@@ -92,10 +92,13 @@ class SftTrainer(GuardedTrainer, SFTTrainer):
         return loss
 
     @contextmanager
-    def _kept_hidden_states(self) -> Iterator[list[torch.Tensor]]:
-        """Keep the model's last hidden states if this evaluation measures precision, recall and F1. They are needed to predict tokens."""
+    def _keep_hidden_states(self) -> Iterator[list[torch.Tensor]]:
+        """Yield a list that receives the last hidden states of the next forward pass, from which the head predicts tokens.
+
+        The list stays empty unless this is an evaluation that measures precision, recall and F1.
+        """
         kept: list[torch.Tensor] = []
-        if self.model.training or not self.classifies_tokens:
+        if self.model.training or not self.measures_classification:
             yield kept
             return
         backbone = getattr(self.model, "get_base_model", lambda: self.model)().base_model
@@ -106,18 +109,18 @@ class SftTrainer(GuardedTrainer, SFTTrainer):
             handle.remove()
 
     @torch.no_grad()
-    def _count_tokens(self, inputs: dict[str, Any], hidden: torch.Tensor, label_mask: torch.Tensor) -> None:
-        """Add the predictions of one micro-batch to the counts of the evaluation. Repeated rows do not count."""
+    def _count_predictions(self, inputs: dict[str, Any], hidden: torch.Tensor, label_mask: torch.Tensor) -> None:
+        """Add the predicted tokens of one micro-batch to the counts of the evaluation. Repeated rows do not count."""
         head, labels = OutputHead.of(self.model), inputs["labels"].clone()
         if self._token_counts is None:
             self._token_counts = TokenCounts(head.vocabulary_size, hidden.device)
-        counted = self._counted_tokens(inputs, label_mask[:, -(labels.shape[1] - 1) :])
+        counted = self._counted_mask(inputs, label_mask[:, -(labels.shape[1] - 1) :])
         labels[:, 1:].masked_fill_(torch.as_tensor(counted, device=labels.device) == 0, IGNORED_LABEL)
         with self.accelerator.autocast():
             self._token_counts.add(shifted_predictions(hidden[:, -labels.shape[1] :], labels, head))
 
     def _classification_metrics(self) -> dict[str, float]:
-        """Precision, recall and F1 of the evaluation that has ended. A collective operation: every rank must call it."""
+        """Return precision, recall and F1 of the evaluation that has just ended. A collective operation: every rank must call it."""
         counts, self._token_counts = self._token_counts, None
         if counts is None:
             return {}
@@ -128,7 +131,7 @@ class SftTrainer(GuardedTrainer, SFTTrainer):
     def _add_to_sums(self, inputs: dict[str, Any], outputs: Any, total: torch.Tensor) -> None:
         """Add one micro-batch to the sums for metrics, without waiting for the device."""
         sums = self._sums["train" if self.model.training else "eval"]
-        counted = self._counted_tokens(inputs, outputs.label_mask)
+        counted = self._counted_mask(inputs, outputs.label_mask)
         sums["trained"] += (outputs.label_mask * counted).sum()
         sums["nll"] += total.detach() if self.model.training else -(outputs.log_probs.detach() * counted).sum()
         sums["correct"] += (outputs.is_top1 * counted).sum()
@@ -137,14 +140,14 @@ class SftTrainer(GuardedTrainer, SFTTrainer):
             inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["position_ids"].numel()
         )
         sums["positions"] += inputs["input_ids"].numel()
-        if self.multiple_choice and not self.model.training:
+        if self.is_multiple_choice and not self.model.training:
             # The letter is the first token of each trained span.
             letters = outputs.label_mask & ~torch.nn.functional.pad(outputs.label_mask, (1, 0))[:, :-1]
             sums["letters"] += (letters * counted).sum()
             sums["correct_letters"] += (outputs.is_top1 * letters * counted).sum()
 
-    def _counted_tokens(self, inputs: dict[str, Any], label_mask: torch.Tensor) -> Any:
-        """Mask of the positions that count in an evaluation, with the shape of `label_mask`; 1 if all positions count.
+    def _counted_mask(self, inputs: dict[str, Any], label_mask: torch.Tensor) -> Any:
+        """Return a mask of the positions that count in an evaluation, with the shape of `label_mask`; the number 1 if all positions count.
 
         The last batches of an evaluation repeat some rows, so that all ranks have equally many rows. Repeated rows do not count.
         """
@@ -161,7 +164,7 @@ class SftTrainer(GuardedTrainer, SFTTrainer):
         return mask
 
     def evaluation_loop(self, *args: Any, **options: Any) -> Any:
-        """Replace TRL's evaluation metrics by means over all tokens of the evaluation set."""
+        """Evaluate, and replace TRL's metrics with means over all tokens of the evaluation set."""
         output = super().evaluation_loop(*args, **options)
         prefix = options.get("metric_key_prefix", "eval")
         sums = self._reduce_sums("eval")
@@ -174,9 +177,9 @@ class SftTrainer(GuardedTrainer, SFTTrainer):
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the number of tokens seen and, since the last log line, token accuracy, entropy and share of padding.
+        """Log with additional values: the number of tokens seen, and token accuracy, entropy and share of padding since the last log line.
 
-        The Trainer's state holds the number of tokens seen. Checkpoints contain this state, so a resumed run continues to count.
+        The number of tokens seen is part of the Trainer's state, which checkpoints contain. So a resumed run continues to count.
         """
         sums = self._reduce_sums("train") if self.model.training else {}
         if sums.get("trained"):
@@ -189,7 +192,7 @@ class SftTrainer(GuardedTrainer, SFTTrainer):
         super().log(logs, start_time)
 
     def _reduce_sums(self, mode: str) -> dict[str, float]:
-        """Add up the sums of all ranks since the last call. A collective operation: every rank must call it."""
+        """Return the sums since the last call, added up over all ranks. A collective operation: every rank must call it."""
         sums = self._sums[mode]
         if not sums:
             return {}
@@ -210,13 +213,13 @@ class SftObjective(Objective[PreparedData, SFTConfig]):
     held_out_metrics = (TEST_LOSS, TEST_TOKEN_ACCURACY, HeldOutMetric("answer_accuracy", "testAnswerAccuracy", "answer accuracy"))  # fmt: skip
 
     def load_data(self, context: TrainingContext) -> tuple[PreparedData, DataFacts]:
-        """Load the token sequences. One rank per node prepares them."""
+        """Load the token sequences. One rank of each node prepares them."""
         data = prepare(
-            context.run, context.inputs, context.tokenizer, max_positions=context.max_positions, cache=context.token_cache,
+            context.run, context.inputs, context.tokenizer, max_positions=context.max_positions, cache_folder=context.token_cache,
             one_rank_first=local_rank_0_first(), vision=context.vision, preparation=context.preparation,
         )  # fmt: skip
         reports = {name: vars(report) for name, report in data.reports.items()}
-        longest = packed_length(context.run) or data.reports["train"].longest
+        longest = packed_sequence_length(context.run) or data.reports["train"].longest
         notes = data.notes if context.vision is None else [*data.notes, PADDED_IMAGES_NOTE]
         facts = DataFacts(data.rows["train"], data.format, notes, {"tokens": reports, "rows": data.rows}, longest)
         return data, facts
@@ -230,7 +233,7 @@ class SftObjective(Objective[PreparedData, SFTConfig]):
             packing=packing,
             padding_free=uses_padding_free_batches(run, context.hardware.attention),
             eval_packing=False,
-            max_length=packed_length(run),
+            max_length=packed_sequence_length(run),
             dataset_kwargs={"skip_prepare_dataset": True},
             average_tokens_across_devices=True,
             pad_to_multiple_of=context.strategy.context_parallel_size,
@@ -242,7 +245,7 @@ class SftObjective(Objective[PreparedData, SFTConfig]):
         return {"data_collator": VisionCollator(context.vision, int(context.tokenizer.pad_token_id))}
 
     def trainer_attributes(self, data: PreparedData) -> dict[str, Any]:
-        return {"multiple_choice": data.multiple_choice}
+        return {"is_multiple_choice": data.is_multiple_choice}
 
     def build_trainer(self, context: TrainingContext, args: SFTConfig, model: Any, data: PreparedData) -> SftTrainer:
         """Build the Trainer with a meter for tokens per second and MFU."""
@@ -253,53 +256,54 @@ class SftObjective(Objective[PreparedData, SFTConfig]):
         report = data.reports["train"]
         mean_length = report.tokens / max(1, report.rows)
         flops = flops_per_token(ModelShape.of(base), mean_length, frozen_base=not is_full, trained_count=trained_parameters(base))
-        trainer.classifies_tokens = self._classifies_tokens(context.run, trainer)
-        # The estimate describes text models only. Without a peak, no utilisation is reported.
-        peak = peak_of(context.hardware.name) if context.vision is None else None
+        trainer.measures_classification = self._measures_classification(context.run, trainer)
+        # The estimated FLOPs are right only for text models. Without a peak, no utilisation is reported.
+        peak = peak_flops_of(context.hardware.name) if context.vision is None else None
         trainer.meter = SpeedMeter(flops_of_token=flops, peak_flops=peak, rank_count=context.strategy.world_size)
         return trainer
 
     @staticmethod
-    def _classifies_tokens(run: RunConfig, trainer: SftTrainer) -> bool:
+    def _measures_classification(run: RunConfig, trainer: SftTrainer) -> bool:
         """Whether the spec requests precision, recall or F1, and every rank has the whole head."""
-        asked = any(metric in metrics_after_training(run.spec) for metric in CLASSIFICATION_METRICS)
-        return asked and not trainer.is_fsdp_enabled and not is_deepspeed_zero3_enabled()
+        is_requested = any(metric in metrics_after_training(run.spec) for metric in CLASSIFICATION_METRICS)
+        return is_requested and not trainer.is_fsdp_enabled and not is_deepspeed_zero3_enabled()
 
     def verify_trainer(self, trainer: Any) -> None:
-        """Check that packed documents, or the rows of a padding-free batch, are isolated. Errors: PackingLeaks."""
+        """Check that packed documents, or the rows of a padding-free batch, do not attend to each other. Errors: PackingLeaks."""
         if trainer.args.packing or trainer.args.padding_free:
             require_isolated_documents(trainer)
 
 
-def packed_length(run: RunConfig) -> int | None:
-    """Tokens of a packed sequence; None without packing."""
+def packed_sequence_length(run: RunConfig) -> int | None:
+    """Return the number of tokens of a packed sequence; None without packing."""
     return value_or_default(run.spec.dataset, "max_sequence_length") if run.spec.dataset.packing else None
 
 
 def _as_arrays(rows: Dataset) -> Dataset:
-    """Return the rows as numpy arrays. They become tensors without a Python integer for each token."""
-    return rows.with_format("numpy", columns=[name for name in rows.column_names if name != IMAGE_SOURCES], output_all_columns=True)
+    """Return the data set with its rows as numpy arrays. Arrays become tensors without a Python integer for each token."""
+    return rows.with_format("numpy", columns=[name for name in rows.column_names if name != IMAGE_SOURCES_COLUMN], output_all_columns=True)
 
 
-NO_PACKING = "packed sequences apart"
-"""Part of the message with which transformers refuses packed rows for layers with convolutions, if a package is missing."""
+NO_PACKING_TEXT = "packed sequences apart"
+"""Part of transformers' error message for packed rows in a model with convolution layers, if a package for these layers is missing."""
 
 
 @torch.no_grad()
 def require_isolated_documents(trainer: Any) -> None:
     """Check that this model and attention kernel do not let packed documents, or the rows of a padding-free batch, attend to each other.
 
-    The scores of a document must not depend on the preceding document. The check reverses the preceding tokens, first while they are a
-    separate document, then while they are part of the same document. It compares how much the scores change. All four sequences have the
-    same shape, so that 16-bit kernels round alike. With DeepSpeed, the model is called as in training, because ZeRO stage 3 gathers
-    parameters in the order of the first call. Otherwise the head computes logits: with torch 2.11, FSDP fails in the backward pass if the
-    head was never called. Errors: PackingLeaks: a ConfigError for packing, which the user chose, and an InternalError for padding-free batches.
+    The scores of a document must not depend on the preceding document. The check measures how much the scores change when the preceding
+    tokens are reversed: once as a separate document, and once as part of the same document. The first change must be at most a tenth of
+    the second. All four sequences have the same shape, so that 16-bit kernels round alike.
+    With DeepSpeed, the model is called as in training, because ZeRO stage 3 gathers parameters in the order of the first call. With other
+    strategies the head computes logits, because with torch 2.11, FSDP fails in the backward pass if the head was never called.
+    Errors: ConfigError PackingLeaks for packing, which the user chose; InternalError PackingLeaks for padding-free batches.
     """
     model, size = trainer.model, min(trainer.model.config.get_text_config().vocab_size, 200)
     first, second = ([index % size for index in range(start, start + 16)] for start in (10, 40))
 
-    def scores_of_second(before: list[int], lengths: list[int]) -> torch.Tensor:
-        """Log-probabilities of the second document's tokens, or the logits at its positions."""
+    def score_second_document(before: list[int], lengths: list[int]) -> torch.Tensor:
+        """Return the log-probabilities of the second document's tokens (DeepSpeed), or the logits at its positions."""
         ids = before + second
         batch = trainer.prepare_inputs(trainer.data_collator([{"input_ids": ids, "labels": ids, "seq_lengths": lengths}]))
         with trainer.accelerator.autocast():
@@ -311,8 +315,8 @@ def require_isolated_documents(trainer: Any) -> None:
         return logits[0, -len(second) :].float()
 
     def measure_score_change(document_lengths: list[int]) -> torch.Tensor:
-        """Mean change of the second document's scores when the tokens before it are reversed."""
-        return (scores_of_second(first, document_lengths) - scores_of_second(first[::-1], document_lengths)).abs().mean()
+        """Return the mean change of the second document's scores when the tokens before it are reversed."""
+        return (score_second_document(first, document_lengths) - score_second_document(first[::-1], document_lengths)).abs().mean()
 
     was_training = model.training
     model.eval()
@@ -320,7 +324,7 @@ def require_isolated_documents(trainer: Any) -> None:
         as_two_documents = measure_score_change([len(first), len(second)])
         as_one_document = measure_score_change([len(first) + len(second)])
     except ValueError as error:
-        if NO_PACKING not in str(error):
+        if NO_PACKING_TEXT not in str(error):
             raise
         problem = str(error).partition(". ")[0]  # The rest of the message says what to install, but users cannot change the image.
     else:

@@ -1,4 +1,4 @@
-"""The parts of the page. The template shows each kind of part in one way."""
+"""The building blocks of the page. The template has one macro for each kind of block."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ class Cell:
     kind: str = "text"
 
 
-def missing(reason: str, what: str = "not measured") -> Cell:
-    """Return the cell of a value that was not measured, or that the trainer does not know."""
-    return Cell(f"{what}: {reason}", "missing")
+def missing_cell(reason: str, label: str = "not measured") -> Cell:
+    """Return the cell of a value that is missing. `label`: the first words of its text."""
+    return Cell(f"{label}: {reason}", "missing")
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table. The first column names the row."""
+    """A table of the page. The first column names the row."""
 
     caption: str
     columns: Sequence[str]
@@ -32,13 +32,13 @@ class Table:
     is_narrow: bool = False
     """Whether the table fits beside another narrow table."""
     is_folded: bool = False
-    """Whether the table is only shown after a click."""
+    """Whether only the caption of the table is visible until the reader clicks on it."""
     kind: str = field(default="table", init=False)
 
 
 @dataclass(frozen=True)
 class ChartGrid:
-    """Charts side by side. A chart without values is replaced by its title and the reason."""
+    """Charts side by side. Instead of a chart without values, its title and the reason are shown."""
 
     drawings: Sequence[Drawing]
     absent: Sequence[tuple[str, str]]
@@ -48,17 +48,17 @@ class ChartGrid:
 
 @dataclass(frozen=True)
 class Answer:
-    """One prompt with named answers. `mark`: `good` or `bad` if the answer can be judged, else empty."""
+    """One prompt, and the answers to it."""
 
     title: str
     prompt: str
     answers: Sequence[tuple[str, str, str]]
-    """Name of the model, text of its answer, and mark."""
+    """Name of the model, text of its answer, and mark: `good` or `bad` if the answer can be judged, else empty."""
 
 
 @dataclass(frozen=True)
 class Answers:
-    """Answers side by side."""
+    """Prompts, each with the answers to it side by side."""
 
     caption: str
     items: Sequence[Answer]
@@ -79,7 +79,7 @@ Block = Table | ChartGrid | Answers | Sentences
 
 @dataclass(frozen=True)
 class Section:
-    """A section of the page."""
+    """A section of the page, with a link to it in the navigation."""
 
     id: str
     title: str
@@ -89,7 +89,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Tile:
-    """A number at the top of the page."""
+    """A number at the top of the page. `mark`: `good`, `bad` or empty."""
 
     name: str
     value: str
@@ -98,7 +98,7 @@ class Tile:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RunOutcome:
     """How the run ended. `mark`: `good`, `bad` or `open`."""
 
     badge: str

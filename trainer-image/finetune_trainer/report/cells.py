@@ -1,4 +1,4 @@
-"""Numbers, times and texts as cells of a table."""
+"""Formats numbers, times and texts for the cells of a table."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from finetune_trainer.report.redaction import redact_text
 from finetune_trainer.report.scale import format_number
 
 MAX_TEXT_LENGTH = 2000
-"""Characters of a shown prompt or answer. The files hold all of them."""
+"""How many characters of a prompt or an answer the page shows. The result files contain the whole text."""
 FRACTION_METRICS = ("accuracy", "precision", "recall", "f1", "exactMatch", "letterAccuracy")
 
 
@@ -25,7 +25,7 @@ def format_time(time: datetime) -> str:
 
 
 def format_hours(seconds: float) -> str:
-    """Return seconds as hours with two digits after the point, more for short runs."""
+    """Return seconds as hours with two digits after the point, or with two significant digits below 0.1 hours."""
     hours = seconds / 3600
     return f"{hours:.2f}" if hours >= 0.1 else f"{hours:.2g}"
 
@@ -50,10 +50,10 @@ def size_cell(count: int | None) -> Cell:
 
 
 def number_cell(value: Any) -> Cell:
-    """Return a number, or another value as text."""
+    """Return the cell of a number. Any other value becomes a text without secrets."""
     return Cell(format_number(value), "number") if isinstance(value, int | float) and not isinstance(value, bool) else Cell(redact_text(str(value)))
 
 
-def cut(text: str) -> str:
-    """Return a text that is not longer than the page shows. The end of a shortened text says so."""
+def shorten_text(text: str) -> str:
+    """Return the first `MAX_TEXT_LENGTH` characters of a text. If the text is longer, the result ends with its whole length."""
     return text if len(text) <= MAX_TEXT_LENGTH else f"{text[:MAX_TEXT_LENGTH]} … [cut: the text has {len(text)} characters]"

@@ -1,22 +1,22 @@
-"""Line charts: from series of values to the positions of lines, ticks and labels. The template draws them as SVG."""
+"""Computes the positions of lines, ticks and labels of line charts from series of values. The template draws them as SVG."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from finetune_trainer.report.scale import Point, format_number, nice_ticks, reduce_points, segments
+from finetune_trainer.report.scale import Point, compute_ticks, format_number, reduce_points, segments
 
 WIDTH, HEIGHT = 420.0, 236.0
 LEFT, RIGHT, TOP, BOTTOM = 52.0, 14.0, 22.0, 30.0
-"""Margins of the plot: tick labels are on the left and below, labels of attempts above."""
+"""Margins of the plot in pixels: tick labels are on the left and below, labels of attempts above."""
 MAX_POINTS = 400
-"""Maximum number of points of a line. More points would be closer together than the pixels of a screen."""
+"""Maximum number of points of a line. More points than pixels would not be visible."""
 MAX_TABLE_ROWS = 40
 MIN_LABEL_DISTANCE = 62.0
-"""Distance below which the label of an attempt would overlap the previous label."""
+"""Minimum distance in pixels at which the labels of two attempts do not overlap."""
 FREE_SPACE = 0.05
-"""Free space above and below the lines, as a share of the range."""
+"""Free space above and below the lines, as a share of the range of values."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Series:
     name: str
     points: Sequence[tuple[float, float | None]]
     is_dashed: bool = False
-    """Dashed with visible points, for few values such as evaluations."""
+    """Whether the line is dashed and has visible points: for few values, such as evaluations."""
 
     @property
     def measured(self) -> list[Point]:
@@ -36,7 +36,7 @@ class Series:
 
 @dataclass(frozen=True)
 class AttemptLine:
-    """An attempt that began at `step`."""
+    """A vertical line at the step where an attempt began."""
 
     step: float
     label: str
@@ -44,7 +44,7 @@ class AttemptLine:
 
 @dataclass(frozen=True)
 class ChartData:
-    """What a chart shows. Without any value, it shows the reason."""
+    """The series that a chart shows, with its title and unit. If there are no values, `reason` is shown instead."""
 
     title: str
     unit: str
@@ -65,7 +65,7 @@ class Tick:
 
 @dataclass(frozen=True)
 class Line:
-    """A drawn series: the path of its line, and points that are drawn as circles."""
+    """A drawn series: the SVG path of its line, and the points that are drawn as circles."""
 
     name: str
     number: int
@@ -76,7 +76,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Marker:
-    """A vertical line where an attempt began. `label` is empty if it would overlap the previous label."""
+    """A drawn vertical line where an attempt began. `label` is empty if it would overlap the previous label."""
 
     x: float
     label: str
@@ -86,7 +86,7 @@ class Marker:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A chart in pixels."""
+    """A chart with all positions in pixels."""
 
     title: str
     unit: str
@@ -97,7 +97,7 @@ class Drawing:
     markers: list[Marker]
     columns: list[str]
     rows: list[list[str]]
-    """The values as a table, with the step first."""
+    """Rows of the table of values. The first value of each row is the step."""
     is_table_reduced: bool
     width: float = WIDTH
     height: float = HEIGHT
@@ -107,32 +107,32 @@ class Drawing:
     bottom: float = HEIGHT - BOTTOM
 
 
-def draw(chart: ChartData) -> Drawing | None:
-    """Return the drawing; None if no series has a value."""
+def draw_chart(chart: ChartData) -> Drawing | None:
+    """Return the drawing of a chart; None if no series has a value."""
     measured = [point for series in chart.series for point in series.measured]
     if not measured:
         return None
-    x_range = _range([x for x, _ in measured], 0.0)
-    y_range = _range([y for _, y in measured] + ([0.0] if chart.starts_at_zero else []), FREE_SPACE)
+    x_range = _axis_range([x for x, _ in measured], 0.0)
+    y_range = _axis_range([y for _, y in measured] + ([0.0] if chart.starts_at_zero else []), FREE_SPACE)
 
     def place(point: Point) -> Point:
         x = LEFT + (point[0] - x_range[0]) / (x_range[1] - x_range[0]) * (WIDTH - LEFT - RIGHT)
         y = HEIGHT - BOTTOM - (point[1] - y_range[0]) / (y_range[1] - y_range[0]) * (HEIGHT - TOP - BOTTOM)
         return round(x, 1), round(y, 1)
 
-    rows, is_reduced = _table(chart.series)
+    rows, is_reduced = _build_table(chart.series)
     return Drawing(
-        chart.title, chart.unit, "; ".join(_summary(series) for series in chart.series if series.measured),
-        [Tick(place((tick, 0.0))[0], format_number(tick)) for tick in nice_ticks(*x_range, integers=True)],
-        [Tick(place((0.0, tick))[1], format_number(tick)) for tick in nice_ticks(*y_range)],
-        [_line(number, series, place) for number, series in enumerate(chart.series, 1) if series.measured],
-        _markers([(place((line.step, 0.0))[0], line.label) for line in chart.attempts if x_range[0] <= line.step <= x_range[1]]),
+        chart.title, chart.unit, "; ".join(_describe_series(series) for series in chart.series if series.measured),
+        [Tick(place((tick, 0.0))[0], format_number(tick)) for tick in compute_ticks(*x_range, whole_numbers_only=True)],
+        [Tick(place((0.0, tick))[1], format_number(tick)) for tick in compute_ticks(*y_range)],
+        [_draw_line(number, series, place) for number, series in enumerate(chart.series, 1) if series.measured],
+        _place_markers([(place((line.step, 0.0))[0], line.label) for line in chart.attempts if x_range[0] <= line.step <= x_range[1]]),
         ["step", *(series.name for series in chart.series)], rows, is_reduced,
     )  # fmt: skip
 
 
-def _range(values: Sequence[float], free_space: float) -> tuple[float, float]:
-    """Return the range of an axis. It includes free space on both sides, but none below a lowest value of zero."""
+def _axis_range(values: Sequence[float], free_space: float) -> tuple[float, float]:
+    """Return the range of an axis, with free space on both sides. If the lowest value is 0, there is no free space below it."""
     low, high = min(values), max(values)
     if low == high:
         space = (abs(low) * 0.1 or 1.0) if free_space else 1.0
@@ -141,7 +141,7 @@ def _range(values: Sequence[float], free_space: float) -> tuple[float, float]:
     return (0.0 if low == 0 else low - margin), high + margin
 
 
-def _line(number: int, series: Series, place: Callable[[Point], Point]) -> Line:
+def _draw_line(number: int, series: Series, place: Callable[[Point], Point]) -> Line:
     parts = segments(series.points)
     total = sum(map(len, parts))
     path, dots = [], []
@@ -154,7 +154,7 @@ def _line(number: int, series: Series, place: Callable[[Point], Point]) -> Line:
     return Line(series.name, number, "".join(path), dots, series.is_dashed)
 
 
-def _markers(positions: Sequence[tuple[float, str]]) -> list[Marker]:
+def _place_markers(positions: Sequence[tuple[float, str]]) -> list[Marker]:
     markers: list[Marker] = []
     last = float("-inf")
     for x, label in positions:
@@ -165,8 +165,8 @@ def _markers(positions: Sequence[tuple[float, str]]) -> list[Marker]:
     return markers
 
 
-def _summary(series: Series) -> str:
-    """One sentence for people who do not see the chart."""
+def _describe_series(series: Series) -> str:
+    """Return a sentence about the series, for people who cannot see the chart."""
     points = series.measured
     lowest, highest = min(points, key=lambda point: point[1]), max(points, key=lambda point: point[1])
     return (
@@ -175,8 +175,11 @@ def _summary(series: Series) -> str:
     )
 
 
-def _table(all_series: Sequence[Series]) -> tuple[list[list[str]], bool]:
-    """Rows with the values of all series by step. A long table keeps the first, last, lowest and highest values of each part."""
+def _build_table(all_series: Sequence[Series]) -> tuple[list[list[str]], bool]:
+    """Return the rows of the table of values, and whether rows are left out. Each row has the values of all series at one step.
+
+    A long table is divided into parts. It keeps the first and the last value, and the lowest and highest value of each part.
+    """
     share = MAX_TABLE_ROWS // len(all_series)
     kept = {x for series in all_series for x, _ in reduce_points(series.measured, share)}
     missing = {x for series in all_series for x, y in series.points if y is None}

@@ -1,4 +1,4 @@
-"""Renders the page. The template escapes every text."""
+"""Renders the HTML page of the report. The template escapes every text."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from typing import Any
 
 from finetune_trainer.report import sections
 from finetune_trainer.report.cells import format_time
-from finetune_trainer.report.redaction import hide
+from finetune_trainer.report.redaction import hide_secrets
 from finetune_trainer.report.run_report import RunReport
 
-FOLDER = Path(__file__).parent
+TEMPLATE_FOLDER = Path(__file__).parent
 COPY_NAME = "report.html"
-"""Name of the page in the folder of `output.dir`."""
+"""File name of the page's copy in the folder of `output.dir`."""
 
 
 def render(report: RunReport, secrets: Iterable[str] = ()) -> str:
     """Return the page as HTML. `secrets`: texts that must not be in the page."""
     return str(_template(tuple(secrets)).render(
-        name=report.run.name, namespace=report.run.namespace, subtitle=sections.subtitle(report), outcome=sections.outcome(report),
-        tiles=sections.tiles(report), sections=sections.sections(report), written_at=format_time(report.written_at),
-        started_at=format_time(report.started_at) if report.started_at else None, style=(FOLDER / "page.css").read_text("utf-8"),
+        name=report.run.name, namespace=report.run.namespace, subtitle=sections.build_subtitle(report), outcome=sections.describe_outcome(report),
+        tiles=sections.build_tiles(report), sections=sections.build_sections(report), written_at=format_time(report.written_at),
+        started_at=format_time(report.started_at) if report.started_at else None, style=(TEMPLATE_FOLDER / "page.css").read_text("utf-8"),
     ))  # fmt: skip
 
 
 def _template(secrets: Sequence[str]) -> Any:
-    """The template, which hides the secrets in every text before it escapes the text."""
+    """Return the template, which hides the secrets in every text before it escapes the text."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
-        loader=FileSystemLoader(FOLDER), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-        finalize=lambda value: hide(value, secrets) if type(value) is str else value,
+        loader=FileSystemLoader(TEMPLATE_FOLDER), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        finalize=lambda value: hide_secrets(value, secrets) if type(value) is str else value,
     )  # fmt: skip
     return environment.get_template("page.html")

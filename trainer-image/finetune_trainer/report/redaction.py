@@ -9,17 +9,17 @@ from typing import Any
 from finetune_api.redaction import redact_tokens
 from finetune_api.sources import redact_source
 
-HIDDEN = "(hidden)"
+HIDDEN_TEXT = "(hidden)"
 SECRET_NAME = re.compile(r"(token|secret|passw|api_?key|access_?key|credential|_key$|_uri$)", re.IGNORECASE)
 """Names of environment variables that usually hold secrets."""
 MIN_SECRET_LENGTH = 6
-"""Shorter values are not hidden, because they also occur in ordinary texts."""
-_USER = re.compile(r"(?<=://)[^/@\s]+@")
+"""Minimum number of characters of a hidden value. Shorter values also occur in ordinary texts."""
+_URL_CREDENTIALS_PATTERN = re.compile(r"(?<=://)[^/@\s]+@")
 
 
 def redact_text(text: str) -> str:
     """Return a text without tokens, and without the user, password and signature of a URL."""
-    return redact_tokens(_USER.sub("", redact_source(text)), HIDDEN)
+    return redact_tokens(_URL_CREDENTIALS_PATTERN.sub("", redact_source(text)), HIDDEN_TEXT)
 
 
 def secret_values(environment: Mapping[str, str]) -> list[str]:
@@ -28,21 +28,21 @@ def secret_values(environment: Mapping[str, str]) -> list[str]:
     return sorted((value for value in values if len(value) >= MIN_SECRET_LENGTH), key=len, reverse=True)
 
 
-def hide(text: str, secrets: Iterable[str]) -> str:
-    """Return the text with every secret replaced."""
+def hide_secrets(text: str, secrets: Iterable[str]) -> str:
+    """Return the text with `HIDDEN_TEXT` in place of every secret."""
     for secret in secrets:
-        text = text.replace(secret, HIDDEN)
+        text = text.replace(secret, HIDDEN_TEXT)
     return text
 
 
-def flatten(value: Any, path: str = "") -> list[tuple[str, str]]:
-    """Return the values of nested objects by dotted path, without secrets. Values of environment variables are hidden."""
+def flatten_values(value: Any, path: str = "") -> list[tuple[str, str]]:
+    """Return pairs of the dotted path and the text of each value in nested objects. Secrets and values of environment variables are hidden."""
     if isinstance(value, dict) and value:
         if path.endswith("env[]") and "value" in value:
-            value = {**value, "value": HIDDEN}
-        return [row for name, inner in value.items() for row in flatten(inner, f"{path}.{name}" if path else str(name))]
+            value = {**value, "value": HIDDEN_TEXT}
+        return [row for name, inner in value.items() for row in flatten_values(inner, f"{path}.{name}" if path else str(name))]
     if isinstance(value, list) and any(isinstance(item, dict | list) for item in value):
-        return [row for item in value for row in flatten(item, f"{path}[]")]
+        return [row for item in value for row in flatten_values(item, f"{path}[]")]
     if isinstance(value, list):
         return [(path, ", ".join(_scalar_text(item) for item in value) or "(empty)")]
     return [(path, _scalar_text(value))] if value != {} else []

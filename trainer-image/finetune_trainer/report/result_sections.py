@@ -1,4 +1,4 @@
-"""The sections with the results: metrics, gates, and answers side by side."""
+"""Builds the sections with the results: metrics, gates, and answers side by side."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from finetune_trainer.report.blocks import (
     Section,
     Sentences,
     Table,
-    missing,
+    missing_cell,
 )
 from finetune_trainer.report.cells import (
-    cut,
     format_metric,
     number_cell,
+    shorten_text,
 )
-from finetune_trainer.report.redaction import flatten, redact_text
+from finetune_trainer.report.redaction import flatten_values, redact_text
 from finetune_trainer.report.run_report import RunReport
 
 MAX_ANSWERS = 20
 
 
-def evaluation(report: RunReport) -> Section:
-    """Return the section with metrics, gates and further results."""
+def evaluation_section(report: RunReport) -> Section:
+    """Return the section with metrics, gates, and results of further stages."""
     blocks: list[Block] = []
     result = report.evaluation
     if result is not None and result.metrics:
@@ -45,7 +45,7 @@ def evaluation(report: RunReport) -> Section:
         rows = [[Cell(name), number_cell(value)] for name, value in during_training.items()]
         blocks.append(Table("Test set, measured by the trainer", ["metric", "value"], rows, is_narrow=True))
     for name, value in report.further_results.items():
-        rows = [[Cell(path), Cell(text, "number")] for path, text in flatten(value)]
+        rows = [[Cell(path), Cell(text, "number")] for path, text in flatten_values(value)]
         if rows:
             blocks.append(Table(name.capitalize(), ["value", "result"], rows, is_narrow=True))
     if not blocks:
@@ -63,7 +63,7 @@ def _metric_table(metrics: Mapping[str, MetricResult], caption: str) -> Table:
 
 def _metric_row(name: str, metric: MetricResult, is_compared: bool, has_remarks: bool) -> list[Cell]:
     reason = redact_text(metric.reason or "the trainer recorded no reason")
-    row = [Cell(name), missing(reason) if metric.value is None else Cell(format_metric(name, metric.value), "number")]
+    row = [Cell(name), missing_cell(reason) if metric.value is None else Cell(format_metric(name, metric.value), "number")]
     if is_compared:
         has_interval = metric.low is not None and metric.high is not None
         row += [
@@ -74,32 +74,32 @@ def _metric_row(name: str, metric: MetricResult, is_compared: bool, has_remarks:
     return [*row, Cell(reason if metric.reason and metric.value is not None else "")] if has_remarks else row
 
 
-def answers(report: RunReport) -> Section:
+def answers_section(report: RunReport) -> Section:
     """Return the section that shows the answers of the base model and the trained model side by side."""
     blocks: list[Block] = []
     if report.comparison is not None and report.comparison.comparisons:
         compared = report.comparison.comparisons
         items = [
             Answer(
-                f"Prompt {one.prompt_id}", cut(one.prompt),
-                [("base model", cut(one.base_model_response), ""), ("trained model", cut(one.finetuned_model_response), ""),
-                 *([("expected", cut(one.label), "")] if one.label is not None else [])],
+                f"Prompt {one.prompt_id}", shorten_text(one.prompt),
+                [("base model", shorten_text(one.base_model_response), ""), ("trained model", shorten_text(one.finetuned_model_response), ""),
+                 *([("expected", shorten_text(one.label), "")] if one.label is not None else [])],
             )
             for one in compared[:MAX_ANSWERS]
         ]  # fmt: skip
-        blocks.append(Answers("Base model and trained model", items, _shown(len(items), len(compared), "evaluation/model_comparison.json")))
+        blocks.append(Answers("Base model and trained model", items, _describe_shown_count(len(items), len(compared), "evaluation/model_comparison.json")))
     if report.predictions:
         items = []
         for number, one in enumerate(report.predictions[:MAX_ANSWERS], 1):
             mark = "" if one.ground_truth is None else "good" if one.assistant_response.strip() == one.ground_truth.strip() else "bad"
-            expected = [] if one.ground_truth is None else [("answer of the data", cut(one.ground_truth), "")]
-            items.append(Answer(f"Row {number}", cut(one.user_prompt), [("trained model", cut(one.assistant_response), mark), *expected]))
-        note = _shown(len(items), report.prediction_count, "evaluation/predictions.jsonl")
+            expected = [] if one.ground_truth is None else [("answer of the data", shorten_text(one.ground_truth), "")]
+            items.append(Answer(f"Row {number}", shorten_text(one.user_prompt), [("trained model", shorten_text(one.assistant_response), mark), *expected]))
+        note = _describe_shown_count(len(items), report.prediction_count, "evaluation/predictions.jsonl")
         blocks.append(Answers("Answers to the test set", items, note))
     return Section("answers", "Answers", blocks)
 
 
-def _shown(shown: int, count: int, file: str) -> str:
+def _describe_shown_count(shown: int, count: int, file: str) -> str:
     return f"All {count} answers." if shown == count else f"The first {shown} of {count} answers; {file} contains all of them."
 
 

@@ -1,4 +1,4 @@
-"""The data from which the report of a run is made. The supervisor reads the data from storage."""
+"""The data in the report of a run. The supervisor reads them from storage."""
 
 from __future__ import annotations
 
@@ -35,8 +35,9 @@ class StoredCheckpoint:
     step: int
     attempt: int
     sha256: str
-    """sha256 (hex) of its manifest."""
-    healthy: bool
+    """sha256 (hex) of the checkpoint's manifest."""
+    is_healthy: bool
+    """Whether loss and gradients stayed finite in the steps after the checkpoint."""
     bytes: int | None = None
     eval_loss: float | None = None
 
@@ -61,18 +62,18 @@ class CompletedStage:
 
 @dataclass(frozen=True)
 class RunReport:
-    """Everything that the page shows. Empty or None: not recorded."""
+    """Everything that the page shows. A value that is empty or None was not recorded."""
 
     run: RunConfig
     config_sha256: str
     written_at: datetime
     started_at: datetime | None = None
     attempts: tuple[AttemptRecord, ...] = ()
-    """Oldest first. The last one is the attempt that writes the report."""
+    """The attempts, oldest first. The last one is the attempt that writes the report."""
     log: tuple[LogEntry, ...] = ()
-    """The logged lines of the whole run. Of repeated steps, only the lines of the later attempt are included."""
+    """The log entries of the whole run. If an attempt repeated steps of an earlier attempt, only its own entries of these steps are included."""
     last_lines: dict[str, LogEntry] = field(default_factory=dict)
-    """The last stored log line of each incarnation."""
+    """The last stored log entry of each attempt, by incarnation (attempt number and pod UID)."""
     output: Output | None = None
     evaluation: EvaluationResult | None = None
     data: DataRecord | None = None
@@ -89,7 +90,7 @@ class RunReport:
     """Number of all answers of the evaluation."""
     comparison: ModelComparison | None = None
     further_results: dict[str, Any] = field(default_factory=dict)
-    """Results of other stages, by name, such as `benchmarks`. The page shows them as generic tables."""
+    """Results of stages such as `benchmarks`, by name. The page shows them as plain tables."""
 
     @property
     def last_attempt(self) -> AttemptRecord | None:

@@ -1,4 +1,4 @@
-"""The sections about the run: its spec, attempts, data, costs and origin."""
+"""Builds the sections about the run: its spec, attempts, data, costs and origin."""
 
 from __future__ import annotations
 
@@ -10,47 +10,53 @@ from finetune_api.names import ExitCode, Origin
 from finetune_api.sources import redact_source
 from finetune_api.status import Output
 
-from finetune_trainer.report.attempt_times import end_of, gpu_seconds, pod_seconds, resolved_config
+from finetune_trainer.report.attempt_times import (
+    find_end_time,
+    merge_resolved_configs,
+    sum_gpu_seconds,
+    sum_pod_seconds,
+)
 from finetune_trainer.report.blocks import (
     Block,
     Cell,
     Section,
     Sentences,
     Table,
-    missing,
+    missing_cell,
 )
 from finetune_trainer.report.cells import (
-    cut,
     format_hours,
     format_seconds,
     format_time,
+    shorten_text,
     size_cell,
 )
-from finetune_trainer.report.redaction import flatten, redact_text
+from finetune_trainer.report.redaction import flatten_values, redact_text
 from finetune_trainer.report.run_report import RunReport, StoredCheckpoint
 from finetune_trainer.report.scale import format_number
-from finetune_trainer.report.time_use import time_table
+from finetune_trainer.report.time_use import build_time_table
 
-SWITCHES = ("suspend", "cancel")
-"""Fields of the spec that control a running job."""
+JOB_SWITCHES = ("suspend", "cancel")
+"""Fields of the spec that control a running job. The report leaves them out."""
 STAGE_NAMES = (
     "starting", "downloading", "checking", "restoring", "loading", "training", "saving", "evaluating", "comparing", "merging", "verifying",
     "benchmarking", "reporting", "uploading", "stopping",
 )  # fmt: skip
-"""Stages in the order of a run."""
+"""The stages of a run, in the order in which the report lists them."""
 SHORTEST_STAGE_SECONDS = 0.05
-"""Shorter stages are not shown."""
+"""Stages that took less time are not shown."""
+KILLED_BEFORE_LOG_LINE = "the pod was killed before it stored a log line"
 
 
-def request(report: RunReport) -> Section:
-    """Return the section with the values of the spec: values of the user, defaults, and changes by the operator."""
+def spec_section(report: RunReport) -> Section:
+    """Return the section about the spec: the values that the user set, the values that were filled in, and the operator's changes."""
     run = report.run
-    values = [(path, text) for path, text in flatten(run.spec.to_wire()) if path not in SWITCHES]
+    values = [(path, text) for path, text in flatten_values(run.spec.to_wire()) if path not in JOB_SWITCHES]
     given = [(path, text) for path, text in values if run.origin(_field_path(path)) is Origin.USER and not _is_filled_in(path, run.defaults)]
     filled = [(path, text) for path, text in values if (path, text) not in given]
-    blocks: list[Block] = [Table("Set by the user", ["field", "value"], [[Cell(path, "code"), Cell(cut(text))] for path, text in given])]
+    blocks: list[Block] = [Table("Set by the user", ["field", "value"], [[Cell(path, "code"), Cell(shorten_text(text))] for path, text in given])]
     if filled:
-        rows = [[Cell(path, "code"), Cell(cut(text)), Cell(str(run.origin(_field_path(path))))] for path, text in filled]
+        rows = [[Cell(path, "code"), Cell(shorten_text(text)), Cell(str(run.origin(_field_path(path))))] for path, text in filled]
         blocks.append(Table("Filled in", ["field", "value", "origin"], rows, is_folded=True))
     if run.before_adaptation:
         rows = [
@@ -66,50 +72,50 @@ def _field_path(path: str) -> str:
 
 
 def _is_filled_in(path: str, defaults: Sequence[str]) -> bool:
-    """Whether a value belongs to a group of fields for which the defaults filled in the whole group."""
+    """Whether a field belongs to a group of fields that was filled in as a whole. `defaults`: paths of the fields that were filled in."""
     return any(path.startswith(f"{default}.") for default in defaults)
 
 
-def attempts(report: RunReport) -> Section:
-    """Return the table of attempts: times, first and last step, and how each attempt ended."""
+def attempts_section(report: RunReport) -> Section:
+    """Return the section with a table of the attempts: times, first and last step, and how each attempt ended."""
     rows = []
     for one, following in zip_longest(report.attempts, report.attempts[1:]):
-        end, is_estimate = end_of(one, report)
+        end, is_estimate = find_end_time(one, report)
         rows.append([
             Cell(f"{one.attempt}"), Cell(format_time(one.started_at), "number"),
-            Cell(f"{format_time(end)}{' or later' if is_estimate else ''}", "number") if end else missing("the pod was killed before it stored a log line"),
-            *_trained_steps(one, report),
-            _lost_steps(one, following), _end_text(one),
+            Cell(f"{format_time(end)}{' or later' if is_estimate else ''}", "number") if end else missing_cell(KILLED_BEFORE_LOG_LINE),
+            *_step_cells(one, report),
+            _lost_steps_cell(one, following), _end_cell(one),
         ])  # fmt: skip
     columns = ["attempt", "start (UTC)", "end (UTC)", "from step", "to step", "steps repeated later", "how it ended"]
     return Section("attempts", "Attempts", [Table("Attempts of the run", columns, rows)] if rows else [])
 
 
-def _end_text(one: AttemptRecord) -> Cell:
-    if one.exit_code is None:
-        return Cell("The pod was killed, and wrote no reason.", "bad")
-    if one.exit_code == ExitCode.OK:
+def _end_cell(attempt: AttemptRecord) -> Cell:
+    if attempt.exit_code is None:
+        return Cell("The pod was killed before it could write a reason.", "bad")
+    if attempt.exit_code == ExitCode.OK:
         return Cell("completed", "good")
-    return Cell(f"exit code {one.exit_code}, {one.code or 'no code'}: {redact_text(one.message or 'no message')}", "bad")
+    return Cell(f"exit code {attempt.exit_code}, {attempt.code or 'no code'}: {redact_text(attempt.message or 'no message')}", "bad")
 
 
-def _trained_steps(one: AttemptRecord, report: RunReport) -> list[Cell]:
-    if one.start_step is None:
+def _step_cells(attempt: AttemptRecord, report: RunReport) -> list[Cell]:
+    if attempt.start_step is None:
         return [Cell("no training"), Cell("no training")]
-    start = Cell(str(one.start_step), "number")
-    if one.last_step is not None:
-        return [start, Cell(str(one.last_step), "number")]
-    last_line = report.last_lines.get(one.incarnation)
-    return [start, Cell(f"{last_line.step} or later", "number") if last_line else missing("the pod was killed before it stored a log line")]
+    start = Cell(str(attempt.start_step), "number")
+    if attempt.last_step is not None:
+        return [start, Cell(str(attempt.last_step), "number")]
+    last_line = report.last_lines.get(attempt.incarnation)
+    return [start, Cell(f"{last_line.step} or later", "number") if last_line else missing_cell(KILLED_BEFORE_LOG_LINE)]
 
 
-def _lost_steps(one: AttemptRecord, following: AttemptRecord | None) -> Cell:
-    if following is None or following.start_step is None or one.start_step is None:
+def _lost_steps_cell(attempt: AttemptRecord, next_attempt: AttemptRecord | None) -> Cell:
+    if next_attempt is None or next_attempt.start_step is None or attempt.start_step is None:
         return Cell("–")
-    return missing("the pod was killed") if one.last_step is None else Cell(str(max(0, one.last_step - following.start_step)), "number")
+    return missing_cell("the pod was killed") if attempt.last_step is None else Cell(str(max(0, attempt.last_step - next_attempt.start_step)), "number")
 
 
-def data(report: RunReport) -> Section:
+def data_section(report: RunReport) -> Section:
     """Return the section about the data: rows, lengths, duplicates and personal data."""
     record, tokens = report.data, report.token_counts
     if record is None:
@@ -120,7 +126,7 @@ def data(report: RunReport) -> Section:
 
     def counted(split: str, name: str) -> Cell:
         value = tokens.get(split, {}).get(name)
-        return _value(value, no_counts, ",")
+        return _value_cell(value, no_counts, ",")
 
     rows = [[Cell("rows"), *(Cell(f"{record.rows[split]:,}", "number") for split in splits)]]
     names = {
@@ -140,10 +146,10 @@ def _check_rows(report: RunReport) -> list[list[Cell]]:
     checks = [
         [Cell("format"), Cell(", ".join(record.formats) or "–")],
         [Cell("rows that cannot be used"), Cell(f"{record.bad_rows:,}", "number")],
-        [Cell("duplicates left out"), _value(record.duplicates, "dataset.checks.deduplicate is not set", ",")],
+        [Cell("duplicates left out"), _value_cell(record.duplicates, "dataset.checks.deduplicate is not set", ",")],
     ]
     if record.personal_data is None:
-        checks.append([Cell("rows that may hold personal data"), missing("dataset.checks.piiScan is not set")])
+        checks.append([Cell("rows that may hold personal data"), missing_cell("dataset.checks.piiScan is not set")])
     else:
         checks += [[Cell(f"rows that may hold personal data: {kind}"), Cell(f"{count:,}", "number")] for kind, count in record.personal_data.items()]
     if record.share_of_top_answer is not None:
@@ -154,10 +160,10 @@ def _check_rows(report: RunReport) -> list[list[Cell]]:
 # ---- costs
 
 
-def costs(report: RunReport) -> Section:
-    """Return the section with hours, throughput, and what the time was used for."""
-    blocks: list[Block] = [Table("Use of the cluster", ["", "value"], _use_rows(report), is_narrow=True)]
-    used = time_table(report)
+def costs_section(report: RunReport) -> Section:
+    """Return the section with GPU hours, throughput, and how the time was used."""
+    blocks: list[Block] = [Table("Use of the cluster", ["", "value"], _cluster_use_rows(report), is_narrow=True)]
+    used = build_time_table(report)
     blocks += [used] if used is not None else []
     stage_rows = _stage_rows(report)
     if stage_rows:
@@ -167,27 +173,27 @@ def costs(report: RunReport) -> Section:
     return Section("costs", "Time and cost", blocks)
 
 
-def _use_rows(report: RunReport) -> list[list[Cell]]:
-    resolved, world = resolved_config(report), report.run.world
-    seconds, is_estimate = pod_seconds(report)
+def _cluster_use_rows(report: RunReport) -> list[list[Cell]]:
+    resolved, world = merge_resolved_configs(report), report.run.world
+    seconds, is_estimate = sum_pod_seconds(report)
     lower_bound = "at least " if is_estimate else ""
     training_seconds = max((entry.training_seconds or 0.0 for entry in report.log), default=0.0)
     throughput = sorted(value for entry in report.log if isinstance(value := getattr(entry, "tokens_per_second", None), int | float))
-    training_time = _value(format_seconds(training_seconds) if training_seconds else None, "no line of the log contains it")
+    training_time = _value_cell(format_seconds(training_seconds) if training_seconds else None, "no line of the log contains it")
     has_gpus = any(one.gpus for one in report.attempts)
-    gpu_hours = Cell(f"{lower_bound}{format_hours(gpu_seconds(report)[0])}", "number") if has_gpus else Cell("0: the run used no GPU")
+    gpu_hours = Cell(f"{lower_bound}{format_hours(sum_gpu_seconds(report)[0])}", "number") if has_gpus else Cell("0: the run used no GPU")
     return [
         [Cell("GPU hours"), gpu_hours],
         [Cell("running time of all attempts"), Cell(f"{lower_bound}{format_seconds(seconds)}", "number")],
         [Cell("training time, with evaluations during training"), training_time],
-        [Cell("device"), _value(resolved.device, "no attempt has loaded the model")],
+        [Cell("device"), _value_cell(resolved.device, "no attempt has loaded the model")],
         [Cell("ranks"), Cell(f"{world.size} in {world.nodes} pod{'s' * (world.nodes > 1)}")],
-        [Cell("tokens per second, median"), _value(format_number(throughput[len(throughput) // 2]) if throughput else None, "no throughput was logged")],
+        [Cell("tokens per second, median"), _value_cell(format_number(throughput[len(throughput) // 2]) if throughput else None, "no throughput was logged")],
     ]
 
 
 def _stage_rows(report: RunReport) -> list[list[Cell]]:
-    """Seconds of each stage, without stages that took no time."""
+    """Return a row with the duration of each stage, without stages that took almost no time."""
     timings = {name: sum(one.timings.get(name, 0.0) for one in report.attempts) for name in STAGE_NAMES}
     return [[Cell(name), Cell(format_seconds(seconds), "number")] for name, seconds in timings.items() if seconds >= SHORTEST_STAGE_SECONDS]
 
@@ -195,7 +201,7 @@ def _stage_rows(report: RunReport) -> list[list[Cell]]:
 # ---- lineage
 
 
-def lineage(report: RunReport) -> Section:
+def lineage_section(report: RunReport) -> Section:
     """Return the section with the sources and hashes of the base model, the data and the final model."""
     blocks: list[Block] = [Table("Model and inputs", ["", "value"], _origin_rows(report))]
     if report.checkpoints:
@@ -215,21 +221,21 @@ def lineage(report: RunReport) -> Section:
 
 
 def _origin_rows(report: RunReport) -> list[list[Cell]]:
-    run, resolved, output = report.run, resolved_config(report), report.output or Output()
+    run, resolved, output = report.run, merge_resolved_configs(report), report.output or Output()
     no_model = "the run has no final model"
 
     def code(value: object, reason: str) -> Cell:
-        return missing(reason, "not recorded") if value in (None, "") else Cell(redact_text(str(value)), "code")
+        return missing_cell(reason, "not recorded") if value in (None, "") else Cell(redact_text(str(value)), "code")
 
-    image, place = resolved.image or run.spec.placement.image, "of the FineTuneJob names it"
+    image = resolved.image or run.spec.placement.image
     rows = [
         [Cell("job"), Cell(f"{run.namespace}/{run.name}, uid {run.uid}", "code")],
         [Cell("base model"), Cell(redact_source(run.spec.model.source or ""), "code")],
         [Cell("revision of the base model"), code(resolved.model_revision, "no attempt has downloaded the model")],
         [Cell("sha256 of the training data"), code(resolved.dataset_digest, "no attempt has downloaded the data")],
         [Cell("sha256 of the run configuration"), code(report.config_sha256, "no attempt has read it")],
-        [Cell("image"), code(image, f"it is the platform's default; status.resolved.image {place}")],
-        [Cell("digest of the image"), code(resolved.image_digest, f"a pod does not know it; status.resolved.imageDigest {place}")],
+        [Cell("image"), code(image, "it is the platform's default, which status.resolved.image of the FineTuneJob names")],
+        [Cell("digest of the image"), code(resolved.image_digest, "a pod does not know it; status.resolved.imageDigest of the FineTuneJob names it")],
         [Cell("seed"), code(run.spec.training.seed, "the spec has none")],
         [Cell("final model"), code(output.uri, no_model)],
         [Cell("kind"), code(output.kind, no_model)],
@@ -240,18 +246,19 @@ def _origin_rows(report: RunReport) -> list[list[Cell]]:
     return rows + [[Cell(name), Cell(redact_text(value), "code")] for name, value in optional.items() if value]
 
 
-def _checkpoint_row(one: StoredCheckpoint) -> list[Cell]:
-    eval_loss = Cell("–") if one.eval_loss is None else Cell(format_number(one.eval_loss), "number")
-    healthy = Cell("yes" if one.healthy else "not confirmed")
-    return [Cell(str(one.step), "number"), Cell(str(one.attempt), "number"), size_cell(one.bytes), eval_loss, healthy, Cell(one.sha256, "code")]
+def _checkpoint_row(checkpoint: StoredCheckpoint) -> list[Cell]:
+    eval_loss = Cell("–") if checkpoint.eval_loss is None else Cell(format_number(checkpoint.eval_loss), "number")
+    healthy = Cell("yes" if checkpoint.is_healthy else "not confirmed")
+    step, number = Cell(str(checkpoint.step), "number"), Cell(str(checkpoint.attempt), "number")
+    return [step, number, size_cell(checkpoint.bytes), eval_loss, healthy, Cell(checkpoint.sha256, "code")]
 
 
-def notes(report: RunReport) -> Section:
+def notes_section(report: RunReport) -> Section:
     """Return the section with the notes of all attempts."""
     texts = dict.fromkeys(redact_text(note) for one in report.attempts for note in one.notes)
     return Section("notes", "Notes of the trainer", [Sentences(list(texts))] if texts else [])
 
 
-def _value(value: object, reason: str, spec: str = "") -> Cell:
-    """Return a value as a cell, or the reason why it is None. `spec`: format of the value."""
-    return missing(reason) if value is None else Cell(format(value, spec), "number")
+def _value_cell(value: object, reason: str, format_spec: str = "") -> Cell:
+    """Return the cell of a value. If the value is None, the cell shows `reason`. `format_spec`: Python's format of the value."""
+    return missing_cell(reason) if value is None else Cell(format(value, format_spec), "number")

@@ -1,4 +1,4 @@
-"""Scales, ticks and numbers of charts, and the reduction of long series."""
+"""Chooses ticks, formats numbers, and shortens long series for charts."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Sequence
 from itertools import groupby
 
 NICE_STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)
-"""Distances between ticks, times a power of ten."""
+"""Allowed distances between two ticks, up to a power of ten."""
 Point = tuple[float, float]
 
 
-def nice_ticks(low: float, high: float, *, count: int = 6, integers: bool = False) -> list[float]:
-    """Return the round numbers from `low` to `high` for at most `count` ticks. `integers`: only whole numbers."""
+def compute_ticks(low: float, high: float, *, count: int = 6, whole_numbers_only: bool = False) -> list[float]:
+    """Return at most `count` round numbers between `low` and `high`, as ticks of an axis. `whole_numbers_only`: whether they must be whole numbers."""
     if not high > low:
         raise ValueError(f"the range from {low} to {high} is empty")
     rough = (high - low) / max(1, count - 1)
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in NICE_STEPS if factor * power >= rough * (1 - 1e-9))
-    if integers:
+    if whole_numbers_only:
         step = max(1.0, math.ceil(step))
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [number * step for number in range(first, last + 1)]
@@ -38,13 +38,13 @@ def format_number(value: float) -> str:
 
 
 def segments(points: Sequence[tuple[float, float | None]]) -> list[list[Point]]:
-    """Split a series at its missing values. A gap in the data is thus a gap in the line."""
+    """Split a series at its missing values, so that a missing value becomes a gap in the line."""
     measured = groupby(points, key=lambda point: point[1] is not None and math.isfinite(point[1]))
     return [[(x, float(y)) for x, y in group if y is not None] for is_measured, group in measured if is_measured]
 
 
 def reduce_points(points: Sequence[Point], limit: int) -> list[Point]:
-    """Return at most about `limit` points. The first, the last, and the lowest and highest point of each part of the series are kept."""
+    """Return about `limit` points or fewer: the first, the last, and the lowest and highest point of each of several equal parts."""
     if len(points) <= limit:
         return list(points)
     parts = max(1, (limit - 2) // 2)

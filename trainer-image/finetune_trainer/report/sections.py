@@ -1,4 +1,4 @@
-"""The top of the page, the curves, and the list of all sections."""
+"""Builds the top of the page, the section with the curves, and the list of all sections."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Iterable, Sequence
 
 from finetune_api.names import ExitCode
 from finetune_api.rules import method_type_of, trainer_type_of
-from finetune_api.sources import HubSource, last_folder, parse, redact_source
+from finetune_api.sources import HubSource, last_folder, parse_source, redact_source
 from finetune_api.spec.enums import TrainerType
 
 from finetune_trainer.report import result_sections, run_sections
-from finetune_trainer.report.attempt_times import gpu_seconds, pod_seconds
+from finetune_trainer.report.attempt_times import sum_gpu_seconds, sum_pod_seconds
 from finetune_trainer.report.blocks import (
     ChartGrid,
-    Outcome,
+    RunOutcome,
     Section,
     Tile,
 )
@@ -23,21 +23,22 @@ from finetune_trainer.report.cells import (
     format_metric,
     format_seconds,
 )
-from finetune_trainer.report.chart import AttemptLine, ChartData, Series, draw
+from finetune_trainer.report.chart import AttemptLine, ChartData, Series, draw_chart
 from finetune_trainer.report.redaction import redact_text
 from finetune_trainer.report.run_report import RunReport
 from finetune_trainer.report.scale import format_number
 from finetune_trainer.results.log_entry import LineKind, LogEntry
 
 NO_EVALUATION = "the spec has no validation set, or evaluations during training are off"
-HIGH_MEMORY_REASON = "the run used no GPU, and the trainer measures only GPU memory"
+NO_GPU_MEMORY = "the run used no GPU, and the trainer measures only GPU memory"
 
 
-def sections(report: RunReport) -> list[Section]:
+def build_sections(report: RunReport) -> list[Section]:
     """Return all sections that have something to show, in the order of the page."""
     candidates = [
-        curves(report), result_sections.evaluation(report), result_sections.answers(report), run_sections.request(report), run_sections.attempts(report),
-        run_sections.data(report), run_sections.costs(report), run_sections.lineage(report), run_sections.notes(report),
+        curves_section(report), result_sections.evaluation_section(report), result_sections.answers_section(report), run_sections.spec_section(report),
+        run_sections.attempts_section(report), run_sections.data_section(report), run_sections.costs_section(report),
+        run_sections.lineage_section(report), run_sections.notes_section(report),
     ]  # fmt: skip
     return [section for section in candidates if section.blocks]
 
@@ -45,25 +46,25 @@ def sections(report: RunReport) -> list[Section]:
 # ---- top of the page
 
 
-def outcome(report: RunReport) -> Outcome:
-    """Return how the newest attempt ended."""
+def describe_outcome(report: RunReport) -> RunOutcome:
+    """Return how the last attempt ended."""
     last = report.last_attempt
     has_model = report.output is not None and report.output.uri is not None
     if last is None or last.exit_code is None:
-        return Outcome("Not finished", "open", "The report was written before the attempt ended.")
+        return RunOutcome("Not finished", "open", "The report was written before the attempt ended.")
     if last.exit_code == ExitCode.OK:
-        return Outcome("Completed", "good", "Training is complete, and the final model is stored.")
+        return RunOutcome("Completed", "good", "Training is complete, and the final model is stored.")
     place = f"Attempt {last.attempt} ended with exit code {last.exit_code} ({last.code or 'no code'})"
     sentence = f"{place}: {redact_text(last.message)}." if last.message else f"{place}."
     if last.exit_code in (ExitCode.PREEMPTED_SAVED, ExitCode.PREEMPTED_UNSAVED):
-        return Outcome("Stopped", "open", f"{sentence} A later attempt can continue the run.", last.hint or "")
+        return RunOutcome("Stopped", "open", f"{sentence} A later attempt can continue the run.", last.hint or "")
     if has_model:
-        return Outcome("Failed after training", "bad", f"The final model is stored, but a later stage failed. {sentence}", last.hint or "")
-    return Outcome("Failed", "bad", f"{sentence} The operator may start another attempt, which replaces this report.", last.hint or "")
+        return RunOutcome("Failed after training", "bad", f"The final model is stored, but a stage after training failed. {sentence}", last.hint or "")
+    return RunOutcome("Failed", "bad", f"{sentence} The operator may start another attempt, which replaces this report.", last.hint or "")
 
 
-def tiles(report: RunReport) -> list[Tile]:
-    """The most important numbers of the run, for the top of the page."""
+def build_tiles(report: RunReport) -> list[Tile]:
+    """Return the most important numbers of the run, for the top of the page."""
     training = [entry for entry in report.log if entry.kind is LineKind.TRAINING and entry.loss is not None]
     result = [_steps_tile(report)]
     if training:
@@ -73,11 +74,11 @@ def tiles(report: RunReport) -> list[Tile]:
         best = min(evaluated, key=lambda entry: entry.eval_loss or math.inf)
         result.append(Tile("Best validation loss", format_number(best.eval_loss or 0.0), f"at step {best.step}"))
     result += _evaluation_tiles(report)
-    seconds, is_estimate = pod_seconds(report)
+    seconds, is_estimate = sum_pod_seconds(report)
     bound = "≥ " if is_estimate else ""
     gpus = max((attempt.gpus for attempt in report.attempts), default=0)
     if gpus:
-        result.append(Tile("GPU hours", bound + format_hours(gpu_seconds(report)[0]), f"on {gpus} GPU{'s' * (gpus > 1)}"))
+        result.append(Tile("GPU hours", bound + format_hours(sum_gpu_seconds(report)[0]), f"on {gpus} GPU{'s' * (gpus > 1)}"))
     count = len({one.attempt for one in report.attempts})
     result.append(Tile("Running time", bound + format_seconds(seconds), f"{count} attempt{'s' * (count != 1)}"))
     return result
@@ -108,7 +109,7 @@ def _evaluation_tiles(report: RunReport) -> Iterable[Tile]:
 # ---- curves
 
 
-def curves(report: RunReport) -> Section:
+def curves_section(report: RunReport) -> Section:
     """Return the section with charts of the logged values over the optimizer steps."""
     training = [entry for entry in report.log if entry.kind is LineKind.TRAINING]
     evaluations = [entry for entry in report.log if entry.kind is LineKind.EVALUATION]
@@ -126,9 +127,9 @@ def curves(report: RunReport) -> Section:
         chart("Gradient norm", "before clipping", [Series("gradient norm", _points(training, "grad_norm"))], nothing_logged, starts_at_zero=True),
         chart("Throughput", "tokens per second, all ranks", [Series("tokens per second", _points(training, "tokens_per_second"))],
               "the trainer measured no throughput", starts_at_zero=True),
-        chart("GPU memory", "peak of rank 0, GB", [Series("GPU memory", _points(training, "peak_memory_gb"))], HIGH_MEMORY_REASON, starts_at_zero=True),
+        chart("GPU memory", "peak of rank 0, GB", [Series("GPU memory", _points(training, "peak_memory_gb"))], NO_GPU_MEMORY, starts_at_zero=True),
     ]  # fmt: skip
-    drawn = [(one, draw(one)) for one in charts]
+    drawn = [(one, draw_chart(one)) for one in charts]
     grid = ChartGrid([drawing for _, drawing in drawn if drawing], [(one.title, f"not measured: {one.reason}") for one, drawing in drawn if drawing is None])
     marked = " A dashed vertical line marks the step at which a later attempt continued." if lines else ""
     return Section("curves", "Curves", [grid], f"Values by optimizer step.{marked}")
@@ -143,17 +144,17 @@ def _points(entries: Iterable[LogEntry], name: str) -> list[tuple[float, float |
 
 
 def _attempt_lines(report: RunReport) -> list[AttemptLine]:
-    """Return a line for each later attempt, at the step where it continued the training. An attempt that trained nothing has no line."""
+    """Return a line for each attempt but the first, at the step where it continued the training. An attempt without training has no line."""
     return [AttemptLine(one.start_step, f"attempt {one.attempt}") for one in report.attempts[1:] if one.start_step is not None]
 
 
 # ---- values
 
 
-def subtitle(report: RunReport) -> str:
-    """Base model, objective and method in one line."""
+def build_subtitle(report: RunReport) -> str:
+    """Return base model, objective and method in one line."""
     spec = report.run.spec
-    source = parse(spec.model.source or "")
+    source = parse_source(spec.model.source or "")
     name = source.repo if isinstance(source, HubSource) else last_folder(redact_source(spec.model.source or ""))
     return f"{name} · {trainer_type_of(spec)} · {method_type_of(spec)}"
 

@@ -1,4 +1,4 @@
-"""The table of what the time of the run's pods was used for. A pod writes the report, so the time before its container starts is not known there."""
+"""Builds the table of how the run's pods used their time. A pod writes the report, so it does not know the time before its container started."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from itertools import zip_longest
 
 from finetune_api.lineage import AttemptRecord
 
-from finetune_trainer.report.attempt_times import end_of
-from finetune_trainer.report.blocks import Cell, Table, missing
+from finetune_trainer.report.attempt_times import find_end_time
+from finetune_trainer.report.blocks import Cell, Table, missing_cell
 from finetune_trainer.report.cells import format_seconds
 from finetune_trainer.report.run_report import RunReport
 
@@ -18,20 +18,20 @@ PART_LABELS = {
     "upload": "upload of the final model", "finishing": "merge, verification and report", "stopping": "from a stop request to the end of the pod",
     "other": "other",
 }  # fmt: skip
-"""Parts of `TimeUse` that a pod measures, and `lostSteps`, which follows from the steps of the attempts."""
-KILLED_LABEL = "attempts without a record of their time"
+"""Labels of the parts of `TimeUse` that a pod measures, and of `lostSteps`, which is computed from the steps of the attempts."""
+KILLED_LABEL = "attempts that did not record how they used their time"
 OPERATOR_PARTS = "backoff, suspension, queue, preparation, scheduling, start of the container"
 SHORTEST_PART_SECONDS = 0.05
-"""Shorter parts are not shown."""
+"""Parts that took less time are not shown."""
 
 
-def time_table(report: RunReport) -> Table | None:
+def build_time_table(report: RunReport) -> Table | None:
     """Return the table, or None if no attempt has recorded its time."""
     if all(one.time_use is None for one in report.attempts):
         return None
     seconds: dict[str, float] = {}
     for one, following in zip_longest(report.attempts, report.attempts[1:]):
-        for part, value in _parts(one, following, report).items():
+        for part, value in _split_time(one, following, report).items():
             seconds[part] = seconds.get(part, 0.0) + value
     total = sum(seconds.values())
     rows = [
@@ -39,25 +39,27 @@ def time_table(report: RunReport) -> Table | None:
         for part, label in {**PART_LABELS, KILLED_LABEL: KILLED_LABEL}.items() if seconds.get(part, 0.0) >= SHORTEST_PART_SECONDS
     ]  # fmt: skip
     reason = "a pod does not know it; status.goodput of the FineTuneJob shows it"
-    rows.append([Cell(OPERATOR_PARTS), missing(reason), Cell("–")])
+    rows.append([Cell(OPERATOR_PARTS), missing_cell(reason), Cell("–")])
     useful = (seconds.get("firstStep", 0.0) + seconds.get("steps", 0.0)) / total if total else 0.0
     note = f"{useful:.1%} of the time of rank 0's containers went into optimizer steps that no later attempt repeated."
     return Table("What the time was used for", ["part", "time", "share"], rows, note=note, is_narrow=True)
 
 
-def _parts(one: AttemptRecord, following: AttemptRecord | None, report: RunReport) -> dict[str, float]:
-    """Return the seconds of each part of an attempt. The steps are split into those that count and those that the next attempt repeated."""
-    if one.time_use is None:
-        end, _ = end_of(one, report)
-        return {KILLED_LABEL: max(0.0, ((end or one.started_at) - one.started_at).total_seconds())}
-    parts = one.time_use.seconds()
-    lost = parts.get("steps", 0.0) * _lost_share(one, following)
+def _split_time(attempt: AttemptRecord, next_attempt: AttemptRecord | None, report: RunReport) -> dict[str, float]:
+    """Return the seconds of each part of an attempt. Seconds of steps that the next attempt repeated are the separate part `lostSteps`."""
+    if attempt.time_use is None:
+        end, _ = find_end_time(attempt, report)
+        return {KILLED_LABEL: max(0.0, ((end or attempt.started_at) - attempt.started_at).total_seconds())}
+    parts = attempt.time_use.seconds()
+    lost = parts.get("steps", 0.0) * _lost_share(attempt, next_attempt)
     return parts | {"steps": parts.get("steps", 0.0) - lost, "lostSteps": lost}
 
 
-def _lost_share(one: AttemptRecord, following: AttemptRecord | None) -> float:
+def _lost_share(attempt: AttemptRecord, next_attempt: AttemptRecord | None) -> float:
     """Return the share of an attempt's steps that the next attempt repeated."""
-    if following is None or following.start_step is None or one.start_step is None or one.last_step is None or one.last_step <= one.start_step:
+    if next_attempt is None or next_attempt.start_step is None:
         return 0.0
-    kept = max(0, following.start_step - one.start_step) / (one.last_step - one.start_step)
+    if attempt.start_step is None or attempt.last_step is None or attempt.last_step <= attempt.start_step:
+        return 0.0
+    kept = max(0, next_attempt.start_step - attempt.start_step) / (attempt.last_step - attempt.start_step)
     return 1.0 - min(1.0, kept)

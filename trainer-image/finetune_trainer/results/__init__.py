@@ -1,5 +1,4 @@
-"""The files of results that a run writes beside its final model: metrics, the test rows and the comparison of answers.
+"""Computes the contents of the result files that a run writes next to its final model: metrics, test rows and compared answers.
 
-The functions of this package are pure: they get values and return the contents of files. They start no process, use no storage and
-import no torch, so ranks and the supervisor can both call them.
+Ranks and the supervisor both call the functions of this package. So they import no torch, start no process and access no storage.
 """

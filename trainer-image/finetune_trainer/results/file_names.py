@@ -1,4 +1,4 @@
-"""Names of the files of results."""
+"""The names of the result files."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enum import StrEnum
 
 
 class ResultFile(StrEnum):
-    """Names of the files of results beside the final model."""
+    """The name of a result file, which is stored next to the final model."""
 
     STEP_METRICS = "step_metrics.json"
     """Training loss, learning rate and gradient norm of each logged step."""
@@ -19,7 +19,7 @@ class ResultFile(StrEnum):
     PERFORMANCE_SUMMARY = "performance_summary.json"
     """Training time and parameter counts."""
     LOG = "log.jsonl"
-    """Every logged line, as JSON Lines."""
+    """Every log entry, as JSON Lines."""
     TEST_SPLIT = "test_split.jsonl"
     """The raw rows of the test set."""
     MODEL_COMPARISON = "model_comparison.json"

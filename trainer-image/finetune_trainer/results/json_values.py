@@ -1,4 +1,4 @@
-"""Values for JSON, which has no numbers that are not finite."""
+"""Converts values for JSON, which has no NaN and no infinite numbers."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import math
 from typing import Any
 
 
-def finite_or_none(value: Any) -> Any:
-    """Return a value in which numbers that are not finite are None, also within lists and objects."""
+def replace_non_finite_numbers(value: Any) -> Any:
+    """Return a value in which None replaces every number that is not finite, also within lists and dictionaries."""
     match value:
         case float():
             return value if math.isfinite(value) else None
         case list() | tuple():
-            return [finite_or_none(item) for item in value]
+            return [replace_non_finite_numbers(item) for item in value]
         case dict():
-            return {name: finite_or_none(item) for name, item in value.items()}
+            return {name: replace_non_finite_numbers(item) for name, item in value.items()}
         case _:
             return value

@@ -1,4 +1,4 @@
-"""The additional copy of a run's results below `storage.uri`: its folder, and the key of each file.
+"""Computes the folder and the keys of the additional copy of a run's results (`output.dir`), which is stored below `storage.uri`.
 
 | `output.layout` | folder | final model | metric files |
 |---|---|---|---|
@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from finetune_api.errors import ConfigError
-from finetune_api.sources import HubSource, last_folder, parse
+from finetune_api.sources import HubSource, last_folder, parse_source
 from finetune_api.spec.enums import OutputLayout
 from finetune_api.spec.results import Output
 
 from finetune_trainer.results.file_names import ResultFile
-from finetune_trainer.results.run_names import time_folder
+from finetune_trainer.results.run_names import time_folder_name
 
 MODEL_FOLDER = "model/"
 """Folder of the final model in the layout `projectModelTime`."""
@@ -28,21 +28,22 @@ MODEL_FOLDER = "model/"
 
 @dataclass(frozen=True)
 class CopyFolder:
-    """The folder of a run's additional copy. `key`: relative to `storage.uri`, with a slash at its end."""
+    """The folder of a run's additional copy of its results."""
 
     key: str
+    """Path of the folder relative to `storage.uri`, with a slash at its end."""
     layout: OutputLayout
 
     def key_of_result(self, file: ResultFile) -> str:
-        """Return the key of a metric file or another file of results."""
+        """Return the key of a metric file or another result file, relative to `storage.uri`."""
         return self.key + file
 
     def key_of_model_file(self, path: str) -> str:
-        """Return the key of a file of the final model. `path`: relative to the model's folder."""
+        """Return the key of a file of the final model, relative to `storage.uri`. `path`: the file's path in the model's folder."""
         return self.key + (MODEL_FOLDER if self.layout is OutputLayout.PROJECT_MODEL_TIME else "") + path
 
 
-def copy_folder(output: Output, *, namespace: str, model_source: str, started_at: datetime) -> CopyFolder | None:
+def find_copy_folder(output: Output, *, namespace: str, model_source: str, started_at: datetime) -> CopyFolder | None:
     """Return the folder of the additional copy; None without `output.dir`.
 
     `started_at` must be the same in all attempts of a run. Errors: ConfigError OutputPathInvalid, SourceInvalid.
@@ -55,24 +56,24 @@ def copy_folder(output: Output, *, namespace: str, model_source: str, started_at
     if layout is OutputLayout.PROJECT_MODEL_TIME:
         project = output.project or namespace
         _require_no_dots("output.project", project, [project])
-        parts += [project, model_folder(model_source), time_folder(started_at)]
+        parts += [project, model_folder_name(model_source), time_folder_name(started_at)]
     return CopyFolder("/".join(parts) + "/", layout)
 
 
-def model_folder(source: str) -> str:
-    """Return the name of a base model as the name of one folder, such as `meta-llama_Llama-2-7b-hf`.
+def model_folder_name(source: str) -> str:
+    """Return the folder name of a base model, such as `meta-llama_Llama-2-7b-hf`.
 
-    A hub repository is named with its owner, but without its revision. Other sources are named by their last folder; the result of
-    another job is named by that job. Characters other than letters, digits, `.`, `_` and `-` become `_`. Errors: ConfigError SourceInvalid.
+    It is the name of a hub repository with its owner, the name of the job whose result the base model is, or the last folder of any other
+    source. Characters other than letters, digits, `.`, `_` and `-` become `_`. Errors: ConfigError SourceInvalid.
     """
-    model = parse(source)
+    model = parse_source(source)
     name = model.repo if isinstance(model, HubSource) else last_folder(source)
     folder = re.sub(r"[^\w.-]", "_", name)
     return folder if folder.strip(".") else "_"
 
 
-def _require_no_dots(path: str, value: str, parts: list[str]) -> None:
-    if any(part in (".", "..") for part in parts):
+def _require_no_dots(path: str, value: str, folder_names: list[str]) -> None:
+    if any(name in (".", "..") for name in folder_names):
         raise ConfigError(
             "OutputPathInvalid", f"{path} is {value!r}, but `.` and `..` are not names of folders",
             hint="write a folder below storage.uri, such as results",

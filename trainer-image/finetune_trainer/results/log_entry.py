@@ -1,7 +1,7 @@
-"""The logged lines of a run: the input of all metric files, and the file `log.jsonl`.
+"""The log entries of a run, from which all metric files and the file `log.jsonl` are computed.
 
 transformers logs four kinds of lines: training lines (`loss`), evaluations of the validation set (`eval_...`), the evaluation of the
-test set (`test_...`, and `eval_...` for the metrics of TRL) and one summary at the end (`train_runtime`).
+test set (`test_...`; the metrics of TRL are `eval_...` there too) and one summary at the end (`train_runtime`).
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from finetune_trainer.results.json_values import finite_or_none
+from finetune_trainer.results.json_values import replace_non_finite_numbers
 
 NOT_FINITE_TEXTS = frozenset({"nan", "inf", "-inf"})
-"""How a rank sends numbers that are not finite to the supervisor, because JSON has no such numbers."""
+"""The texts as which a rank sends numbers that are not finite, because JSON has no such numbers."""
 
 
 class LineKind(StrEnum):
@@ -30,7 +30,7 @@ class LineKind(StrEnum):
 
 
 class LogEntry(BaseModel):
-    """One logged line. Further values of the line are kept under their names. Numbers that are not finite are None."""
+    """One logged line. Values without a field here are kept under their logged names. Numbers that are not finite become None."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
@@ -67,7 +67,7 @@ class LogEntry(BaseModel):
 
     @property
     def kind(self) -> LineKind:
-        """What the line measures."""
+        """What the line measures, derived from the names of its values."""
         names = self.model_fields_set
         if any(name.startswith("test_") for name in names):
             return LineKind.TEST
@@ -82,17 +82,17 @@ class LogEntry(BaseModel):
         return self.model_dump(exclude_unset=True)
 
 
-def log_jsonl(entries: Iterable[LogEntry]) -> str:
-    """The content of `log.jsonl`: every logged line as one JSON object, in order."""
+def log_to_jsonl(entries: Iterable[LogEntry]) -> str:
+    """Return the contents of `log.jsonl`: each log entry as one JSON object, in order."""
     return "".join(json.dumps(entry.to_wire(), ensure_ascii=False, allow_nan=False) + "\n" for entry in entries)
 
 
 def join_attempts(attempts: Iterable[Sequence[LogEntry]]) -> list[LogEntry]:
-    """Join the lines of consecutive attempts, oldest attempt first, to the log of the whole run.
+    """Join the log entries of consecutive attempts (oldest first) to the log of the whole run.
 
-    An attempt resumes from a checkpoint and repeats the steps after it. Of each repeated step, only the lines of the later attempt
-    are kept. At the first step that the later attempt logs, the earlier attempt's lines of another kind are kept: an evaluation at
-    the step of the checkpoint is not repeated.
+    An attempt resumes from a checkpoint and repeats the steps after it. Of each repeated step, only the entries of the later attempt are
+    kept. The first step that the later attempt logs is an exception: entries of the earlier attempt whose kind the later attempt did not log are kept too,
+    because an attempt does not repeat the evaluation at the step of its checkpoint.
     """
     joined: list[LogEntry] = []
     for attempt in attempts:
@@ -109,11 +109,11 @@ def join_attempts(attempts: Iterable[Sequence[LogEntry]]) -> list[LogEntry]:
     return joined
 
 
-def training_lines(entries: Iterable[LogEntry]) -> Iterator[LogEntry]:
-    """The lines with a training loss, in order."""
+def select_training_lines(entries: Iterable[LogEntry]) -> Iterator[LogEntry]:
+    """Return the entries of training lines, in order."""
     return (entry for entry in entries if entry.kind is LineKind.TRAINING)
 
 
 def _read_value(value: Any) -> Any:
-    """Return a logged value. Numbers that are not finite become None, even if they were sent as text."""
-    return None if isinstance(value, str) and value in NOT_FINITE_TEXTS else finite_or_none(value)
+    """Return a logged value, with None instead of numbers that are not finite, even if they were sent as text."""
+    return None if isinstance(value, str) and value in NOT_FINITE_TEXTS else replace_non_finite_numbers(value)

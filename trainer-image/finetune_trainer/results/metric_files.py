@@ -1,8 +1,8 @@
-"""The metric files of a run: the models of their contents, and the functions that compute them from the logged lines.
+"""Computes the metric files of a run from its log entries, and defines the fields of these files.
 
-`step_metrics.json`, `epoch_metrics.json` and `final_metrics.json` have the keys of ATMECS-IT/finetuning; `training_metrics.json` and
-`performance_summary.json` have the keys of Danielmark001/llm-finetuning-lora-spectrum. Each value belongs to the step at which it was
-measured. A value that was not measured, or is not finite, is null. Times are UTC.
+`step_metrics.json`, `epoch_metrics.json` and `final_metrics.json` have the same keys as the files of ATMECS-IT/finetuning;
+`training_metrics.json` and `performance_summary.json` have the same keys as those of Danielmark001/llm-finetuning-lora-spectrum. Each value
+belongs to the step at which it was measured. A value that was not measured, or is not finite, is null. Times are UTC.
 """
 
 from __future__ import annotations
@@ -17,43 +17,43 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from finetune_trainer.results.file_names import ResultFile
-from finetune_trainer.results.log_entry import LineKind, LogEntry, log_jsonl, training_lines
-from finetune_trainer.results.run_names import time_folder
+from finetune_trainer.results.log_entry import LineKind, LogEntry, log_to_jsonl, select_training_lines
+from finetune_trainer.results.run_names import time_folder_name
 
 EPOCH_TOLERANCE = 1e-6
-"""Rounding error of the logged epochs: the line after the last step of an epoch may be slightly below or above the whole number."""
+"""Largest rounding error of logged epochs. At the end of an epoch, the logged epoch may be slightly below or above the whole number."""
 
 
 class FileModel(BaseModel):
-    """The content of a JSON file. The fields have the names of the JSON keys. Fields that are None are written as null."""
+    """The contents of a JSON file. The fields have the names of the JSON keys. Fields that are None are written as null."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
     def to_json(self) -> str:
-        """Return the content of the file."""
+        """Return the contents of the file."""
         return self.model_dump_json(indent=2) + "\n"
 
 
 class RunDescription(BaseModel):
-    """What the metric files say about a run besides its logged lines."""
+    """The facts about a run that the metric files contain and that are not in its log entries."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
     model: str = Field(description="Base model, as the user wrote it, without secrets.")
     technique: str = Field(description="Method, such as `lora`.")
     learning_rate: str | None = Field(default=None, description="Learning rate, as the user wrote it, such as `3e-4`.")
-    batch_size: str | None = Field(default=None, description="Rows per rank in one forward pass.")
+    batch_size: str | None = Field(default=None, description="Rows of one micro-batch of a rank.")
     epochs: str | None = Field(default=None, description="Number of epochs. None if the run has a maximum number of steps instead.")
     lora_r: str | None = Field(default=None, description="Rank of the adapter. None for methods without a rank.")
     lora_alpha: str | None = Field(default=None, description="Scaling of the adapter. None for methods without it.")
     dataset_type: str | None = Field(default=None, description="Format of the data set, such as `mcq`.")
     metrics_directory: str = Field(
-        default="", description="Folder of the metric files, relative to `storage.uri`. Empty for the folder itself."
+        default="", description="Folder of the metric files, relative to `storage.uri`. Empty: the folder `storage.uri` itself."
     )
     started_at: datetime = Field(description="Time at which the first attempt of the run started.")
     completed_at: datetime = Field(description="Time at which the last attempt had saved the final model.")
     training_seconds: float | None = Field(
-        default=None, ge=0, description="Seconds of training over all attempts. None: the value of the last logged line."
+        default=None, ge=0, description="Seconds of training over all attempts. None: the log entries contain this value."
     )
     trainable_parameters: int | None = Field(default=None, ge=0, description="Number of trained parameters.")
     total_parameters: int | None = Field(default=None, ge=0, description="Number of all parameters, including adapters.")
@@ -74,10 +74,10 @@ class EpochMetrics(FileModel):
 
     epoch: int = Field(description="Number of the epoch; the first is 1.")
     epoch_time: float | None = Field(
-        description="Seconds of the epoch, including its evaluations. Interpolated between log lines if no line was logged at its end."
+        description="Seconds of the epoch, including its evaluations. Interpolated if no line was logged at the end of the epoch."
     )
     train_loss: float | None = Field(
-        description="Mean training loss over the steps of the epoch. A line whose steps belong to two epochs counts for both, in proportion to its steps."
+        description="Mean training loss over the steps of the epoch. A line whose steps belong to two epochs counts for each in proportion to its steps there."
     )
     eval_loss: float | None = Field(description="Validation loss of the last evaluation within the epoch.")
     timestamp: str | None = Field(description="Time of the last line within the epoch, ISO 8601.")
@@ -88,9 +88,10 @@ class EpochMetrics(FileModel):
 
 
 class TrainingSummary(FileModel):
-    """`training_summary` of `final_metrics.json`. `final` is the newest measured value of an epoch.
+    """`training_summary` of `final_metrics.json`.
 
-    `best` is the lowest loss, or the highest value of another metric, over all epochs.
+    A `final_...` value is that of the last epoch that has one. A `best_...` value is the lowest loss, or the highest value of another metric,
+    over all epochs.
     """
 
     total_steps: int = Field(description="Optimizer steps of the run.")
@@ -141,7 +142,7 @@ class RunInfo(FileModel):
 
 
 class FinalMetrics(FileModel):
-    """The content of `final_metrics.json`."""
+    """The contents of `final_metrics.json`."""
 
     training_summary: TrainingSummary
     configuration: Configuration
@@ -158,7 +159,7 @@ class ResourceUsage(FileModel):
 
 
 class TrainingMetrics(FileModel):
-    """The content of `training_metrics.json`. The three lists have one entry for each training line."""
+    """The contents of `training_metrics.json`. Each of the three lists has one entry for each training line."""
 
     loss_history: list[float | None] = Field(description="Training losses.")
     resource_usage: list[ResourceUsage]
@@ -168,7 +169,7 @@ class TrainingMetrics(FileModel):
 
 
 class PerformanceSummary(FileModel):
-    """The content of `performance_summary.json`."""
+    """The contents of `performance_summary.json`."""
 
     training_time_minutes: float | None = Field(description="Minutes of training over all attempts.")
     trainable_parameters: int | None = Field(description="Number of trained parameters.")
@@ -177,36 +178,36 @@ class PerformanceSummary(FileModel):
     pruning: None = Field(default=None, description="Always null, because the trainer does not prune models.")
 
 
-def metric_files(entries: Sequence[LogEntry], run: RunDescription) -> dict[ResultFile, str]:
-    """Return the contents of all metric files. `entries`: the logged lines of the whole run (see `join_attempts`)."""
-    epochs = epoch_metrics(entries)
+def build_metric_files(entries: Sequence[LogEntry], run: RunDescription) -> dict[ResultFile, str]:
+    """Return the contents of each metric file. `entries`: the log entries of the whole run (see `join_attempts`)."""
+    epochs = compute_epoch_metrics(entries)
     return {
-        ResultFile.STEP_METRICS: _list_to_json(list[StepMetrics], step_metrics(entries)),
+        ResultFile.STEP_METRICS: _list_to_json(list[StepMetrics], compute_step_metrics(entries)),
         ResultFile.EPOCH_METRICS: _list_to_json(list[EpochMetrics], epochs),
-        ResultFile.FINAL_METRICS: final_metrics(entries, epochs, run).to_json(),
-        ResultFile.TRAINING_METRICS: training_metrics(entries).to_json(),
-        ResultFile.PERFORMANCE_SUMMARY: performance_summary(entries, run).to_json(),
-        ResultFile.LOG: log_jsonl(entries),
+        ResultFile.FINAL_METRICS: compute_final_metrics(entries, epochs, run).to_json(),
+        ResultFile.TRAINING_METRICS: compute_training_metrics(entries).to_json(),
+        ResultFile.PERFORMANCE_SUMMARY: compute_performance_summary(entries, run).to_json(),
+        ResultFile.LOG: log_to_jsonl(entries),
     }
 
 
-def step_metrics(entries: Iterable[LogEntry]) -> list[StepMetrics]:
+def compute_step_metrics(entries: Iterable[LogEntry]) -> list[StepMetrics]:
     """Compute `step_metrics.json`: one entry for each training line."""
     return [
         StepMetrics(
-            step=line.step, loss=line.loss, learning_rate=line.learning_rate, grad_norm=line.grad_norm, timestamp=_iso_time(line.unix_time),
+            step=line.step, loss=line.loss, learning_rate=line.learning_rate, grad_norm=line.grad_norm, timestamp=_format_unix_time(line.unix_time),
         )
-        for line in training_lines(entries)
+        for line in select_training_lines(entries)
     ]  # fmt: skip
 
 
-def epoch_metrics(entries: Sequence[LogEntry]) -> list[EpochMetrics]:
-    """Compute `epoch_metrics.json`. Lines without an epoch, the test and the summary are ignored."""
+def compute_epoch_metrics(entries: Sequence[LogEntry]) -> list[EpochMetrics]:
+    """Compute `epoch_metrics.json`. Entries without an epoch, of the test set and of the summary are ignored."""
     lines = [line for line in entries if line.epoch is not None and line.kind in (LineKind.TRAINING, LineKind.EVALUATION)]
     lines_by_epoch: dict[int, list[LogEntry]] = defaultdict(list)
     for line in lines:
         lines_by_epoch[_epoch_number(line)].append(line)
-    losses, times = _mean_losses(lines), _TimeCurve(lines)
+    losses, times = _mean_loss_by_epoch(lines), _TimeCurve(lines)
     return [
         _epoch_entry(number, lines_by_epoch[number], times.seconds_of_epoch(number), losses.get(number))
         for number in range(1, max(lines_by_epoch, default=0) + 1)
@@ -217,13 +218,13 @@ def _epoch_entry(number: int, lines: Sequence[LogEntry], seconds: float | None, 
     evaluations = [line for line in lines if line.kind is LineKind.EVALUATION]
     evaluation = evaluations[-1] if evaluations else LogEntry(step=0)
     return EpochMetrics(
-        epoch=number, epoch_time=seconds, train_loss=loss, timestamp=_iso_time(lines[-1].unix_time) if lines else None,
+        epoch=number, epoch_time=seconds, train_loss=loss, timestamp=_format_unix_time(lines[-1].unix_time) if lines else None,
         eval_loss=evaluation.eval_loss, eval_accuracy=evaluation.eval_mean_token_accuracy, eval_f1=evaluation.eval_f1,
         eval_precision=evaluation.eval_precision, eval_recall=evaluation.eval_recall,
     )  # fmt: skip
 
 
-def final_metrics(entries: Sequence[LogEntry], epochs: Sequence[EpochMetrics], run: RunDescription) -> FinalMetrics:
+def compute_final_metrics(entries: Sequence[LogEntry], epochs: Sequence[EpochMetrics], run: RunDescription) -> FinalMetrics:
     """Compute `final_metrics.json`."""
 
     def values(name: str) -> list[float]:
@@ -254,15 +255,15 @@ def final_metrics(entries: Sequence[LogEntry], epochs: Sequence[EpochMetrics], r
             final_metrics=prefix + ResultFile.FINAL_METRICS,
         ),
         run_info=RunInfo(
-            timestamp=time_folder(run.started_at), metrics_directory=folder or ".",
+            timestamp=time_folder_name(run.started_at), metrics_directory=folder or ".",
             completed_at=run.completed_at.astimezone(UTC).isoformat(timespec="milliseconds"),
         ),
     )  # fmt: skip
 
 
-def training_metrics(entries: Sequence[LogEntry]) -> TrainingMetrics:
+def compute_training_metrics(entries: Sequence[LogEntry]) -> TrainingMetrics:
     """Compute `training_metrics.json`."""
-    lines = list(training_lines(entries))
+    lines = list(select_training_lines(entries))
     return TrainingMetrics(
         loss_history=[line.loss for line in lines],
         resource_usage=[ResourceUsage(step=line.step, gpu_memory_gb=line.peak_memory_gb, loss=line.loss) for line in lines],
@@ -270,7 +271,7 @@ def training_metrics(entries: Sequence[LogEntry]) -> TrainingMetrics:
     )
 
 
-def performance_summary(entries: Sequence[LogEntry], run: RunDescription) -> PerformanceSummary:
+def compute_performance_summary(entries: Sequence[LogEntry], run: RunDescription) -> PerformanceSummary:
     """Compute `performance_summary.json`."""
     seconds = _total_seconds(entries, run)
     trained, total = run.trainable_parameters, run.total_parameters
@@ -280,27 +281,27 @@ def performance_summary(entries: Sequence[LogEntry], run: RunDescription) -> Per
     )  # fmt: skip
 
 
-def _mean_losses(lines: Iterable[LogEntry]) -> dict[int, float]:
+def _mean_loss_by_epoch(lines: Iterable[LogEntry]) -> dict[int, float]:
     """Return the mean training loss of each epoch, by the epoch's number.
 
-    The loss in a line is the mean over the steps since the previous training line.
+    The loss in a line is a mean over the steps since the previous training line, so it is weighted with its share of each epoch.
     """
     weighted_sums: dict[int, float] = defaultdict(float)
     weights: dict[int, float] = defaultdict(float)
     start = 0.0
-    for line in training_lines(lines):
+    for line in select_training_lines(lines):
         end = line.epoch or 0.0
         for number in range(math.floor(start + EPOCH_TOLERANCE) + 1, _epoch_number(line) + 1):
-            part = min(end, number) - max(start, number - 1)
-            if line.loss is not None and part > 0:
-                weighted_sums[number] += part * line.loss
-                weights[number] += part
+            share = min(end, number) - max(start, number - 1)
+            if line.loss is not None and share > 0:
+                weighted_sums[number] += share * line.loss
+                weights[number] += share
         start = end
     return {number: weighted_sums[number] / weight for number, weight in weights.items()}
 
 
 class _TimeCurve:
-    """The seconds of training as a function of the epoch, linear between the logged lines."""
+    """The seconds of training as a function of the epoch. Between two logged lines, they are interpolated linearly."""
 
     def __init__(self, lines: Iterable[LogEntry]) -> None:
         points = [(line.epoch or 0.0, line.training_seconds) for line in lines if line.training_seconds is not None]
@@ -308,13 +309,13 @@ class _TimeCurve:
         self._seconds = [0.0, *(seconds for _, seconds in points)]
 
     def seconds_of_epoch(self, number: int) -> float | None:
-        """Return the seconds of an epoch, up to the last logged line. None if no seconds were logged."""
+        """Return the seconds of the epoch with this number, up to the last logged line. None if no seconds were logged."""
         return self._seconds_at(number) - self._seconds_at(number - 1) if len(self._epochs) > 1 else None
 
     def _seconds_at(self, epoch: float) -> float:
-        """Return the seconds at the end of an epoch.
+        """Return the seconds of training until `epoch`.
 
-        If several lines have this epoch, use the last one: the evaluation after an epoch belongs to the epoch.
+        If several lines have this epoch, the last one is used, because an evaluation at the end of an epoch belongs to the epoch.
         """
         after = bisect_right(self._epochs, epoch + EPOCH_TOLERANCE)
         before = after - 1
@@ -325,7 +326,7 @@ class _TimeCurve:
 
 
 def _step_times(entries: Sequence[LogEntry]) -> list[float | None]:
-    """Return the mean seconds of an optimizer step for each training line. The durations of evaluations between two training lines are subtracted."""
+    """Return, for each training line, the mean seconds of an optimizer step since the previous training line, without evaluations."""
     times: list[float | None] = []
     last_step, last_seconds, evaluation_seconds = 0, 0.0, 0.0
     for entry in entries:
@@ -349,11 +350,11 @@ def _total_seconds(entries: Sequence[LogEntry], run: RunDescription) -> float | 
 
 
 def _epoch_number(line: LogEntry) -> int:
-    """Return the number of the epoch that a line belongs to. The line after the last step of epoch 1 has epoch 1.0 and belongs to epoch 1."""
+    """Return the number of the epoch that a line belongs to: the line at the end of epoch 1 has epoch 1.0, and belongs to epoch 1."""
     return math.ceil((line.epoch or 0.0) - EPOCH_TOLERANCE)
 
 
-def _iso_time(unix_time: float | None) -> str | None:
+def _format_unix_time(unix_time: float | None) -> str | None:
     return None if unix_time is None else datetime.fromtimestamp(unix_time, UTC).isoformat(timespec="milliseconds")
 
 

@@ -1,6 +1,6 @@
-"""`model_comparison.json`: the answers of the base model and of the trained model to the same prompts, and the file of these prompts.
+"""Defines `model_comparison.json`, the answers of the base model and of the trained model to the same prompts, and reads the prompts.
 
-The keys are those of ATMECS-IT/finetuning. `response_length_diff`, `label` and further options of the generation are optional keys.
+The keys are those of ATMECS-IT/finetuning. In addition, there may be `response_length_diff`, `label` and further generation options.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from finetune_api.spec.common import ConfigMapKeyRef
 from pydantic import BaseModel, ConfigDict, Field
 
 PREVIEW_LENGTH = 100
-"""Characters of a prompt in `prompt_preview`."""
+"""Number of characters of a prompt in `prompt_preview`."""
 _LINE_END = re.compile(r"\r\n|\n|\r")
 
 
@@ -67,32 +67,32 @@ class ComparedAnswers(_ComparisonModel):
     def of(
         cls, number: int, prompt: str, *, base_answer: str, trained_answer: str, time: datetime, label: str | None = None
     ) -> ComparedAnswers:
-        """Create an entry with the preview of the prompt and the difference of the lengths."""
+        """Create an entry, and compute the preview of the prompt and the difference of the answers' lengths."""
         return cls(
             prompt_id=number, prompt=prompt, prompt_preview=prompt[:PREVIEW_LENGTH], base_model_response=base_answer,
-            finetuned_model_response=trained_answer, timestamp=iso_time(time), response_length_diff=len(trained_answer) - len(base_answer),
+            finetuned_model_response=trained_answer, timestamp=format_iso_time(time), response_length_diff=len(trained_answer) - len(base_answer),
             label=label,
         )  # fmt: skip
 
 
 class ModelComparison(_ComparisonModel):
-    """The content of `model_comparison.json`."""
+    """The contents of `model_comparison.json`."""
 
     metadata: ComparisonMetadata
     comparisons: list[ComparedAnswers]
 
     def to_json(self) -> str:
-        """Return the content of the file. Optional keys without a value are left out."""
+        """Return the contents of the file. Optional keys without a value are left out."""
         return self.model_dump_json(indent=2, exclude_none=True) + "\n"
 
 
-def iso_time(time: datetime) -> str:
+def format_iso_time(time: datetime) -> str:
     """Return a time as ISO 8601 in UTC with milliseconds."""
     return time.astimezone(UTC).isoformat(timespec="milliseconds")
 
 
 def read_prompts(ref: ConfigMapKeyRef | None, config_maps: Path) -> list[str]:
-    """Return the prompts of `evaluation.comparison.promptsRef`; no prompts without a reference. `config_maps`: folder of the mounted ConfigMaps.
+    """Return the prompts of `evaluation.comparison.promptsRef`, none if `ref` is None. `config_maps`: folder of the mounted ConfigMaps.
 
     Errors: NotFoundError ConfigMapMissing (class Data); DataError PromptsNotUtf8, PromptsEmpty.
     """
@@ -109,9 +109,9 @@ def read_prompts(ref: ConfigMapKeyRef | None, config_maps: Path) -> list[str]:
 
 
 def parse_prompts(content: bytes, *, name: str) -> list[str]:
-    """Return the prompts of a text file in UTF-8, without leading and trailing white space. `name`: name of the file for messages.
+    """Return the prompts in a UTF-8 text file, without leading and trailing white space. `name`: name of the file for messages.
 
-    Blank lines separate prompts of several lines. If no blank line is between two lines with text, each line is a prompt.
+    If the file has blank lines between lines with text, they separate prompts, which may have several lines. Otherwise, each line is a prompt.
     Errors: DataError PromptsNotUtf8, PromptsEmpty.
     """
     try:

@@ -1,4 +1,4 @@
-"""The name of a run in trackers, and names derived from it and from the start time of the run."""
+"""Computes the name of a run in trackers, and names of files and folders from the name and the start time of a run."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ MAX_SLUG_LENGTH = 63
 """Maximum length of a Kubernetes label value and of a DNS label."""
 
 
-def run_name(option: RunName | None, *, job_name: str, started_at: datetime) -> str:
-    """Return prefix + base + suffix of `output.runName`, without separators.
+def build_run_name(option: RunName | None, *, job_name: str, started_at: datetime) -> str:
+    """Return the name of a run: prefix + base + suffix of `output.runName`, without separators.
 
-    The base is `name`, or the start of the run as YYYYMMDD-HHMMSS (UTC) without `name`. Without `output.runName`, the run has the
-    FineTuneJob's name.
+    The base is `output.runName.name` or, if that is not set, the start of the run as YYYYMMDD-HHMMSS (UTC). If `output.runName` is not set,
+    the run has the FineTuneJob's name.
     """
     if option is None:
         return job_name
-    base = option.name or _utc(started_at).strftime("%Y%m%d-%H%M%S")
+    base = option.name or _to_utc(started_at).strftime("%Y%m%d-%H%M%S")
     return f"{option.prefix or ''}{base}{option.suffix or ''}"
 
 
-def slug(name: str) -> str:
-    """Return a run's name as a Kubernetes object name, label value and name of a file or folder.
+def make_slug(name: str) -> str:
+    """Convert a run's name to a text that is valid as a Kubernetes object name, as a label value and as the name of a file or folder.
 
     The slug has at most 63 lower-case letters, digits, dots and dashes, and begins and ends with a letter or digit. Several names can
     have the same slug. A name without any usable character becomes `run-` and eight digits of its sha256.
@@ -39,13 +39,13 @@ def slug(name: str) -> str:
     return usable or f"run-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
-def time_folder(started_at: datetime) -> str:
+def time_folder_name(started_at: datetime) -> str:
     """Return the start of a run as the name of a folder: YYYYMMDD_HHMMSS (UTC)."""
-    return _utc(started_at).strftime("%Y%m%d_%H%M%S")
+    return _to_utc(started_at).strftime("%Y%m%d_%H%M%S")
 
 
-def _utc(time: datetime) -> datetime:
-    """Convert to UTC. Errors: ValueError if the time has no time zone, because its meaning would depend on the machine."""
+def _to_utc(time: datetime) -> datetime:
+    """Convert a time to UTC. Errors: ValueError if the time has no time zone, because its meaning would depend on the machine."""
     if time.tzinfo is None:
         raise ValueError(f"{time} has no time zone")
     return time.astimezone(UTC)

@@ -1,4 +1,4 @@
-"""Writes manifests for servers of the final model: an InferenceService of KServe, and a Deployment of vLLM.
+"""Builds manifests for servers of the final model: an InferenceService of KServe, and a Deployment of vLLM.
 
 The manifests contain no credentials. They name the Secret `<job>-model-storage`, which the user creates in the namespace of the server.
 """
@@ -12,12 +12,12 @@ from typing import Any
 
 from finetune_api.pod import RunConfig
 from finetune_api.rules import max_lora_rank
-from finetune_api.sources import HubSource, parse, redact_source
+from finetune_api.sources import HubSource, parse_source, redact_source
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.enums import OutputKind, ServingTarget
 
 STORAGE_INITIALIZER = "kserve/storage-initializer:v0.15.2"
-"""Image that downloads a folder from storage. Its arguments are pairs of a URI and a local folder."""
+"""Image that downloads folders from storage. Its arguments are pairs: a URI, then the local folder."""
 VLLM_IMAGE = "vllm/vllm-openai:v0.11.0"
 MODEL_FOLDER, ADAPTER_FOLDER = "/mnt/models", "/mnt/adapter"
 PORT = 8000
@@ -26,7 +26,7 @@ GPU_RESOURCE = "nvidia.com/gpu"
 
 @dataclass(frozen=True)
 class ServedModel:
-    """The data about the final model that a server's manifest contains."""
+    """The facts about the final model that a server's manifest contains."""
 
     name: str
     namespace: str
@@ -39,7 +39,7 @@ class ServedModel:
 
     @staticmethod
     def of(run: RunConfig, uri: str, kind: OutputKind, folder: Path, merged_uri: str | None) -> ServedModel:
-        """Return the data about a run's model. If there is a merged model, it is served instead of the adapter."""
+        """Return the facts about a run's model. If there is a merged model, it is served instead of the adapter."""
         rank = None
         config = folder / "adapter_config.json"
         if kind is OutputKind.ADAPTER and merged_uri is None and config.exists():
@@ -50,52 +50,55 @@ class ServedModel:
     @property
     def hub_repository(self) -> str | None:
         """Repository of the base model; None if the model is not on a hub."""
-        source = parse(self.base)
+        source = parse_source(self.base)
         return source.repo if isinstance(source, HubSource) else None
 
     @property
     def hub_revision(self) -> str | None:
         """Revision of the base model in its repository."""
-        source = parse(self.base)
+        source = parse_source(self.base)
         return source.revision if isinstance(source, HubSource) else None
 
     @property
     def vllm_arguments(self) -> list[str]:
-        """Options of vLLM for the adapter."""
+        """Options of vLLM for the adapter. Empty for a complete model."""
         if self.lora_rank is None:
             return []
         return ["--enable-lora", f"--max-lora-rank={max_lora_rank(self.lora_rank)}"]
 
 
-def serving_files(spec: FineTuneJobSpec, model: ServedModel) -> dict[str, str]:
+def build_serving_files(spec: FineTuneJobSpec, model: ServedModel) -> dict[str, str]:
     """Return the manifests for the servers in `output.serving`, by file name."""
     builders = {ServingTarget.VLLM: _vllm_manifests, ServingTarget.KSERVE: _kserve_manifests}
     return {f"{server}.yaml": _to_yaml(builders[server](model)) for server in spec.output.serving or []}
 
 
 def _kserve_manifests(model: ServedModel) -> list[dict[str, Any]]:
-    """Return the manifests for KServe, which downloads `storageUri` to /mnt/models.
+    """Return a ServiceAccount with the credentials and an InferenceService.
 
-    For an adapter, the server downloads the base model from the hub.
+    KServe downloads `storageUri` to /mnt/models. For an adapter, the server also downloads the base model from the hub.
     """
     arguments = [f"--model_name={model.name}"]
     if model.lora_rank is not None:
         revision = [f"--model_revision={model.hub_revision}"] if model.hub_revision else []
         arguments += [f"--model_id={model.hub_repository}", *revision, *model.vllm_arguments, f"--lora-modules={model.name}-adapter={MODEL_FOLDER}"]
     predictor = {
-        "serviceAccountName": _account(model),
+        "serviceAccountName": _account_name(model),
         "model": {
             "modelFormat": {"name": "huggingface"}, "storageUri": model.uri, "args": arguments,
             "resources": {"limits": {GPU_RESOURCE: "1"}, "requests": {GPU_RESOURCE: "1"}},
         },
     }  # fmt: skip
-    service = {"apiVersion": "serving.kserve.io/v1beta1", "kind": "InferenceService", "metadata": _metadata(model), "spec": {"predictor": predictor}}
-    account = {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": _metadata(model, _account(model)), "secrets": [{"name": _secret(model)}]}
+    service = {"apiVersion": "serving.kserve.io/v1beta1", "kind": "InferenceService", "metadata": _object_metadata(model), "spec": {"predictor": predictor}}
+    account = {
+        "apiVersion": "v1", "kind": "ServiceAccount", "metadata": _object_metadata(model, _account_name(model)),
+        "secrets": [{"name": _secret_name(model)}],
+    }  # fmt: skip
     return [account, service]
 
 
 def _vllm_manifests(model: ServedModel) -> list[dict[str, Any]]:
-    """Return a Deployment of vLLM and its Service. Init containers download the models that are not on a hub."""
+    """Return a Deployment of vLLM and its Service. An init container downloads the adapter and models that are not on a hub."""
     downloads: dict[str, str] = {}
     if model.lora_rank is None:
         downloads[model.uri], served = MODEL_FOLDER, MODEL_FOLDER
@@ -117,30 +120,30 @@ def _vllm_manifests(model: ServedModel) -> list[dict[str, Any]]:
     }  # fmt: skip
     download = {
         "name": "download", "image": STORAGE_INITIALIZER, "args": [part for pair in downloads.items() for part in pair], "volumeMounts": mounts,
-        "envFrom": [{"secretRef": {"name": _secret(model)}}],
+        "envFrom": [{"secretRef": {"name": _secret_name(model)}}],
     }  # fmt: skip
     labels = {"app.kubernetes.io/name": model.name}
     pod = {"initContainers": [download], "containers": [server], "volumes": [{"name": volume, "emptyDir": {}} for volume, _ in used]}
     deployment = {
-        "apiVersion": "apps/v1", "kind": "Deployment", "metadata": _metadata(model),
+        "apiVersion": "apps/v1", "kind": "Deployment", "metadata": _object_metadata(model),
         "spec": {"replicas": 1, "selector": {"matchLabels": labels}, "template": {"metadata": {"labels": labels}, "spec": pod}},
     }  # fmt: skip
     service = {
-        "apiVersion": "v1", "kind": "Service", "metadata": _metadata(model),
+        "apiVersion": "v1", "kind": "Service", "metadata": _object_metadata(model),
         "spec": {"selector": labels, "ports": [{"port": PORT, "targetPort": PORT}]},
     }  # fmt: skip
     return [deployment, service]
 
 
-def _metadata(model: ServedModel, name: str | None = None) -> dict[str, str]:
+def _object_metadata(model: ServedModel, name: str | None = None) -> dict[str, str]:
     return {"name": name or model.name, "namespace": model.namespace}
 
 
-def _account(model: ServedModel) -> str:
+def _account_name(model: ServedModel) -> str:
     return f"{model.name}-model-storage"
 
 
-def _secret(model: ServedModel) -> str:
+def _secret_name(model: ServedModel) -> str:
     return f"{model.name}-model-storage"
 
 

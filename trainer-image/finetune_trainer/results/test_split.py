@@ -1,4 +1,4 @@
-"""`test_split.jsonl`: the raw rows of the test set, so that another program can measure the same rows."""
+"""Writes `test_split.jsonl`: the raw rows of the test set, so that another program can evaluate a model on the same rows."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from finetune_trainer.data.rows import RawRow
-from finetune_trainer.results.json_values import finite_or_none
+from finetune_trainer.results.json_values import replace_non_finite_numbers
 
 
 def jsonl_lines(rows: Iterable[RawRow]) -> Iterator[str]:
-    """Yield the lines of the file: each row with the columns and values of its source, before any template is applied.
+    """Yield the lines of `test_split.jsonl`: each row with the columns and values of its source, before any template is applied.
 
     Numbers that are not finite become null. Values of Parquet files that JSON does not have, such as dates, become text.
     """
     for row in rows:
-        yield json.dumps(finite_or_none(dict(row.value)), ensure_ascii=False, allow_nan=False, default=_as_text) + "\n"
+        yield json.dumps(replace_non_finite_numbers(dict(row.value)), ensure_ascii=False, allow_nan=False, default=_to_text) + "\n"
 
 
-def _as_text(value: Any) -> str:
+def _to_text(value: Any) -> str:
     return str(value.isoformat()) if hasattr(value, "isoformat") else str(value)

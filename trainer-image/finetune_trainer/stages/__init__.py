@@ -1,1 +1,1 @@
-"""The stages after training. Each stage runs in a separate process, after the model is committed."""
+"""Runs the stages after training. Each stage runs in a process of its own, after the model is committed."""

@@ -1,4 +1,4 @@
-"""The stage `benchmarking`: runs the benchmarks with the final model and, if the spec requests it, with the base model."""
+"""Runs the stage `benchmarking`: all benchmarks with the final model and, if the spec requests it, with the base model."""
 
 from __future__ import annotations
 
@@ -22,21 +22,26 @@ from finetune_api.status import EvaluationResult, Stage
 
 from finetune_trainer import train
 from finetune_trainer.benchmarks import generated_code, harness
-from finetune_trainer.benchmarks.domain_files import DomainQuestion, domain_files, keyword_recall, read_domain
+from finetune_trainer.benchmarks.domain_files import (
+    DomainQuestion,
+    compute_keyword_recall,
+    find_domain_files,
+    read_domain,
+)
 from finetune_trainer.benchmarks.harness import LoadedModel
 from finetune_trainer.benchmarks.plan import BenchmarkTask, plan_tasks
-from finetune_trainer.benchmarks.rating_sheets import sheet_rows, write_sheets
+from finetune_trainer.benchmarks.rating_sheets import build_sheet_rows, write_sheets
 from finetune_trainer.benchmarks.records import (
     FinishedTasks,
     Measurement,
     TaskRecord,
-    results,
-    status_of,
+    combine_results,
+    to_status_results,
     write_results,
 )
 from finetune_trainer.channel import Channel
 from finetune_trainer.data.load import LoadedData, load
-from finetune_trainer.data.prepare import max_sequence_length, render_options, use_chat_template
+from finetune_trainer.data.prepare import choose_chat_template, max_sequence_length, render_options
 from finetune_trainer.data.rows import Conversation, Example, Prompt, RawRow, Turn
 from finetune_trainer.data.template import RenderOptions
 from finetune_trainer.data.tokenise import TokeniseOptions
@@ -50,12 +55,12 @@ from finetune_trainer.stages.questions import Question
 log = logging.getLogger(__name__)
 HEARTBEAT_SECONDS = 5.0
 ROWS_WITH_END_TOKENS = 20
-"""Number of rows that are read to find the tokens with which trained answers end."""
+"""Number of rows that are read to find the tokens that end trained answers."""
 
 
 def run_stage(run: RunConfig, channel: Channel, inputs: Inputs, task: StageTask, folder: Path) -> StageResult:
     """Run all tasks that are not finished yet, and write the results. Errors: the failure of the first task that failed."""
-    harness.use_local_caches(channel.work.resolve())
+    harness.use_local_caches(channel.work_folder.resolve())
     train.preload(run)
     tasks, finished = plan_tasks(run, inputs.benchmarks), FinishedTasks(folder / PARTS_FOLDER)
     runner = _TaskRunner(run, channel, inputs, task)
@@ -67,7 +72,7 @@ def run_stage(run: RunConfig, channel: Channel, inputs: Inputs, task: StageTask,
         if record is None:
             try:
                 record = runner.run_task(one)
-            except ConfigError as error:  # Run the other tasks before the error is raised, so that a repeated stage runs only this task.
+            except ConfigError as error:  # The error is raised after all other tasks have run, so that a repeated stage runs only this task.
                 log.error("%s: %s", error.code, error.message)
                 failures.append(error)
                 continue
@@ -77,17 +82,17 @@ def run_stage(run: RunConfig, channel: Channel, inputs: Inputs, task: StageTask,
         if others := len(failures) - 1:
             failures[0].message += f"; {others} other {'task' if others == 1 else 'tasks'} failed, too: see the pod's log"
         raise failures[0]
-    files, entries = folder / OUTPUT_FOLDER, results(tasks, records)
+    files, entries = folder / OUTPUT_FOLDER, combine_results(tasks, records)
     write_results(files, tasks, entries)
     _write_sheets(files, run, tasks, records)
-    return StageResult(evaluation=EvaluationResult(benchmarks=status_of(entries) or None))
+    return StageResult(evaluation=EvaluationResult(benchmarks=to_status_results(entries) or None))
 
 
 def _write_sheets(files: Path, run: RunConfig, tasks: Sequence[BenchmarkTask], records: Sequence[TaskRecord]) -> None:
     sheets = {one.uses_base: record for one, record in zip(tasks, records, strict=True) if one.kind is BenchmarkKind.RATING_SHEETS}
     if sheets:
         base = sheets[True].answers if True in sheets else None
-        write_sheets(files, *sheet_rows(sheets[False].prompts, sheets[False].answers, base, seed=_seed(run)))
+        write_sheets(files, *build_sheet_rows(sheets[False].prompts, sheets[False].answers, base, seed=_seed(run)))
 
 
 def _seed(run: RunConfig) -> int:
@@ -96,7 +101,7 @@ def _seed(run: RunConfig) -> int:
 
 @dataclass
 class _TaskRunner:
-    """Runs single tasks. It keeps one model on the device: the trained model or the base model."""
+    """Runs single tasks. Only one model is on the device at a time: the trained model or the base model."""
 
     run: RunConfig
     channel: Channel
@@ -107,7 +112,7 @@ class _TaskRunner:
     _last_heartbeat: float = field(default=0.0, init=False)
 
     def run_task(self, task: BenchmarkTask) -> TaskRecord:
-        loaded = self._model(uses_base=task.uses_base)
+        loaded = self._get_model(uses_base=task.uses_base)
         match task.kind:
             case BenchmarkKind.HARNESS:
                 return harness.run_task(loaded, task)
@@ -120,14 +125,14 @@ class _TaskRunner:
 
     # ---- models ----
 
-    def _model(self, *, uses_base: bool) -> LoadedModel:
+    def _get_model(self, *, uses_base: bool) -> LoadedModel:
         if self._loaded is None or self._is_base_loaded != uses_base:
             self._loaded = None
             _free_memory()
-            self._loaded, self._is_base_loaded = self._load(uses_base=uses_base), uses_base
+            self._loaded, self._is_base_loaded = self._load_model(uses_base=uses_base), uses_base
         return self._loaded
 
-    def _load(self, *, uses_base: bool) -> LoadedModel:
+    def _load_model(self, *, uses_base: bool) -> LoadedModel:
         from finetune_trainer import hardware
         from finetune_trainer.stages.final_model import load_base_model, load_final_model, load_tokenizer
 
@@ -141,45 +146,47 @@ class _TaskRunner:
         return LoadedModel(model, tokenizer, spec.evaluation.batch_size_per_device or spec.training.batch_size_per_device or 1, _seed(self.run))
 
     def _send_heartbeat(self, *_: Any) -> None:
-        """Send a heartbeat. Called before each forward pass, so that the stall detection does not end a long task."""
+        """Send a heartbeat, at most every `HEARTBEAT_SECONDS`. Called before each forward pass, so that a long task is not taken for a stall."""
         if time.monotonic() - self._last_heartbeat > HEARTBEAT_SECONDS:
             self._last_heartbeat = time.monotonic()
             self.channel.send_heartbeat()
 
     # ---- questions ----
 
-    def _questions(self, loaded: LoadedModel, rows: Sequence[tuple[RawRow, Example]]) -> list[Question]:
-        """Return the examples as questions, rendered as in training."""
+    def _render_questions(self, loaded: LoadedModel, rows: Sequence[tuple[RawRow, Example]]) -> list[Question]:
+        """Convert examples to questions, rendered as in training."""
         from finetune_trainer.stages.questions import read_questions
 
-        return read_questions(rows, *self._text_options(loaded.tokenizer))
+        return read_questions(rows, *self._build_text_options(loaded.tokenizer))
 
-    def _text_options(self, tokenizer: Any) -> tuple[RenderOptions, TokeniseOptions]:
+    def _build_text_options(self, tokenizer: Any) -> tuple[RenderOptions, TokeniseOptions]:
         from finetune_trainer import model as models
 
         run, dataset = self.run, self.run.spec.dataset
-        rendering = render_options(run, tokenizer, use_chat_template(run, self.inputs, tokenizer), self._data.summary.format_with_turns)
+        rendering = render_options(run, tokenizer, choose_chat_template(run, self.inputs, tokenizer), self._held_out_data.summary.format_with_turns)
         length = max_sequence_length(run, tokenizer, models.max_positions(models.load_config(run, self.inputs)))
         return rendering, TokeniseOptions(length, OverflowPolicy.TRUNCATE, dataset.add_eos_token is not False, dataset.add_bos_token)
 
     @cached_property
-    def _data(self) -> LoadedData:
-        """Return the held-out rows of the run, and its first training rows."""
+    def _held_out_data(self) -> LoadedData:
+        """The held-out rows of the run, and its first `ROWS_WITH_END_TOKENS` training rows."""
         return load(self.run, self.inputs, training_rows=ROWS_WITH_END_TOKENS)
 
-    def _end_ids(self, loaded: LoadedModel) -> list[int]:
+    def _find_end_token_ids(self, loaded: LoadedModel) -> list[int]:
         """Return the ids of all tokens that end an answer, including those that the model learned in training."""
-        from finetune_trainer.stages.questions import end_token_ids, held_out_rows, tokenise_answered
+        from finetune_trainer.stages.questions import end_token_ids, select_held_out_rows, tokenise_answered
 
-        rows = (held_out_rows(self._data) or self._data.train)[:ROWS_WITH_END_TOKENS]
+        rows = (select_held_out_rows(self._held_out_data) or self._held_out_data.train)[:ROWS_WITH_END_TOKENS]
         try:
-            labels = tokenise_answered(self.run, rows, *self._text_options(loaded.tokenizer)).labels
+            labels = tokenise_answered(self.run, rows, *self._build_text_options(loaded.tokenizer)).labels
         except DataError:  # These rows contain no answer.
             labels = []
         return end_token_ids(loaded.tokenizer, loaded.model, labels)
 
-    def _answer(self, loaded: LoadedModel, prompts: Sequence[Sequence[int]], *, max_new_tokens: int | None = None) -> list[str]:
-        """Generate answers: greedily if `max_new_tokens` is set, otherwise with the options of `evaluation.comparison.generation`.
+    def _generate_answers(self, loaded: LoadedModel, prompts: Sequence[Sequence[int]], *, max_new_tokens: int | None = None) -> list[str]:
+        """Generate an answer to each prompt.
+
+        If `max_new_tokens` is set, the answers are generated greedily. Otherwise, the options of `evaluation.comparison.generation` apply.
         """
         from finetune_trainer.stages.generate import generate_answers, generation_options
 
@@ -187,16 +194,16 @@ class _TaskRunner:
         generation = Generation(max_new_tokens=max_new_tokens) if max_new_tokens else comparison.generation if comparison else None
         return generate_answers(
             loaded.model, loaded.tokenizer, prompts, options=generation_options(generation),
-            end_ids=self._end_ids(loaded), batch_size=loaded.batch_size, seed=loaded.seed, on_progress=lambda _: None,
+            end_ids=self._find_end_token_ids(loaded), batch_size=loaded.batch_size, seed=loaded.seed, on_progress=lambda _: None,
         )  # fmt: skip
 
     # ---- kinds of tasks ----
 
     def _answer_held_out_questions(self, loaded: LoadedModel, task: BenchmarkTask) -> TaskRecord:
         """Answer a random sample of the test rows, for a rating sheet."""
-        from finetune_trainer.stages.questions import held_out_rows
+        from finetune_trainer.stages.questions import select_held_out_rows
 
-        questions = self._questions(loaded, held_out_rows(self._data))
+        questions = self._render_questions(loaded, select_held_out_rows(self._held_out_data))
         if not questions:
             raise ConfigError(
                 "NoQuestions", f"{task.field}: no row of the test or validation set asks a question",
@@ -206,20 +213,20 @@ class _TaskRunner:
         chosen = sorted(random.Random(loaded.seed).sample(range(len(questions)), count))  # noqa: S311  no secret
         asked = [questions[number] for number in chosen]
         return TaskRecord(
-            prompts=[question.user_prompt for question in asked], answers=self._answer(loaded, [question.token_ids for question in asked])
+            prompts=[question.user_prompt for question in asked], answers=self._generate_answers(loaded, [question.token_ids for question in asked])
         )
 
     def _run_domain(self, loaded: LoadedModel, task: BenchmarkTask) -> TaskRecord:
-        """Ask the questions of a domain. Text answers are compared with the expected text.
+        """Ask the questions of a domain, and compare the answers with the expected texts.
 
-        For choices, the probabilities of the letters are compared.
+        For a multiple-choice question, no answer is generated: the model's choice is the letter with the highest probability.
         """
         assert task.folder is not None
-        asked = read_domain(domain_files(task.folder)[task.name])[: task.benchmark.limit]
-        questions = self._questions(loaded, [(RawRow(task.folder, number, {}), self._as_example(one)) for number, one in enumerate(asked, 1)])
+        asked = read_domain(find_domain_files(task.folder)[task.name])[: task.benchmark.limit]
+        questions = self._render_questions(loaded, [(RawRow(task.folder, number, {}), self._to_example(one)) for number, one in enumerate(asked, 1)])
         pairs = list(zip(asked, questions, strict=True))
         values = self._compare_answers(loaded, [pair for pair in pairs if not pair[0].choices])
-        values |= _multiple_choice_accuracy(loaded, [pair for pair in pairs if pair[0].choices])
+        values |= _measure_choice_accuracy(loaded, [pair for pair in pairs if pair[0].choices])
         return TaskRecord(
             measurements=[
                 Measurement(task=task.name, metric=name, value=value.value, samples=len(value.scores) or len(asked), reason=value.reason)
@@ -227,7 +234,7 @@ class _TaskRunner:
             ]
         )
 
-    def _as_example(self, asked: DomainQuestion) -> Example:
+    def _to_example(self, asked: DomainQuestion) -> Example:
         system = self.run.spec.dataset.system_prompt
         turns = (*([Turn("system", system)] if system else []), Turn("user", asked.text))
         answer = asked.reference if asked.correct is None else asked.letters[asked.correct]
@@ -236,21 +243,18 @@ class _TaskRunner:
     def _compare_answers(self, loaded: LoadedModel, pairs: Sequence[tuple[DomainQuestion, Question]]) -> dict[str, MetricValue]:
         if not pairs:
             return {}
-        answers = self._answer(loaded, [question.token_ids for _, question in pairs])
+        answers = self._generate_answers(loaded, [question.token_ids for _, question in pairs])
         predictions = [Prediction(None, asked.question, answer, asked.reference) for (asked, _), answer in zip(pairs, answers, strict=True)]
         values = {"bleu": text_metrics.bleu(predictions), **text_metrics.rouge(predictions), "exactMatch": text_metrics.exact_match(predictions)}
-        recalls = [keyword_recall(answer, asked.keywords) for (asked, _), answer in zip(pairs, answers, strict=True) if asked.keywords]
+        recalls = [compute_keyword_recall(answer, asked.keywords) for (asked, _), answer in zip(pairs, answers, strict=True) if asked.keywords]
         return values | ({"keywordRecall": mean_of_rows(recalls, {})} if recalls else {})
 
     def _run_code(self, loaded: LoadedModel, task: BenchmarkTask) -> TaskRecord:
-        """Complete functions and run their tests. The metric is the share of functions that pass their tests.
-
-        Each function has one greedy completion.
-        """
+        """Complete each function greedily, and run its tests. The metric `pass@1` is the share of functions that pass their tests."""
         assert task.folder is not None
         problems = generated_code.read_problems(task.folder, f"{task.field}.folder")[: task.benchmark.limit]
         prompts = [loaded.tokenizer(problem.prompt)["input_ids"] for problem in problems]
-        completions = self._answer(loaded, prompts, max_new_tokens=generated_code.MAX_NEW_TOKENS)
+        completions = self._generate_answers(loaded, prompts, max_new_tokens=generated_code.MAX_NEW_TOKENS)
         passed = []
         for problem, completion in zip(problems, completions, strict=True):
             passed.append(float(generated_code.completion_passes_tests(problem, completion)))
@@ -260,7 +264,7 @@ class _TaskRunner:
         return TaskRecord(measurements=[Measurement(task=task.name, metric="pass@1", value=share, stderr=stderr, samples=len(passed))])
 
 
-def _multiple_choice_accuracy(loaded: LoadedModel, pairs: Sequence[tuple[DomainQuestion, Question]]) -> dict[str, MetricValue]:
+def _measure_choice_accuracy(loaded: LoadedModel, pairs: Sequence[tuple[DomainQuestion, Question]]) -> dict[str, MetricValue]:
     """Return the accuracy of multiple-choice questions. The model's choice is the letter with the highest probability."""
     if not pairs:
         return {}

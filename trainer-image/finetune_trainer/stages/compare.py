@@ -1,7 +1,6 @@
-"""The stage `comparing`: measures the base model in the same way as the stage `evaluating` measured the trained model, and evaluates the
-gates.
+"""Runs the stage `comparing`: measures the base model in the same way as the stage `evaluating` measured the trained model, then evaluates the gates.
 
-The process loads only the base model. The measurements of the trained model are read from the file that the stage `evaluating` has stored.
+The process loads only the base model. It reads the measurements of the trained model from the file that the stage `evaluating` has stored.
 """
 
 from __future__ import annotations
@@ -32,22 +31,22 @@ from finetune_trainer.results.model_comparison import (
     ComparisonMetadata,
     GenerationParams,
     ModelComparison,
-    iso_time,
+    format_iso_time,
 )
 from finetune_trainer.stages.files import MEASUREMENTS_FILE, OUTPUT_FOLDER, StageResult, StageTask
 from finetune_trainer.stages.final_model import load_base_model
 from finetune_trainer.stages.generate import GENERATION_FIELDS
-from finetune_trainer.stages.measure import HeldOut, load_held_out, measure_model
+from finetune_trainer.stages.measure import HeldOutEvaluation, load_held_out, measure_model
 
 BASE_FILE, COMPARISON_FILE = "base_measurements.json", "model_comparison.json"
-CONFIDENCE = 0.95
-"""Two-sided confidence of the intervals in the status."""
+CONFIDENCE_LEVEL = 0.95
+"""Two-sided confidence level of the intervals in the status."""
 
 
 def run_stage(run: RunConfig, channel: Channel, inputs: Inputs, task: StageTask, folder: Path) -> StageResult:
     """Measure the base model, and write the files of the stage."""
     train.preload(run)
-    trained, files = _read_trained(task), folder / OUTPUT_FOLDER
+    trained, files = _read_trained_measurements(task), folder / OUTPUT_FOLDER
     held_out = load_held_out(run, channel, inputs, task, load_base_for_comparison)
     held_out.end_token_ids = trained.end_token_ids
     base = measure_model(run, channel, inputs, held_out).measurements
@@ -58,7 +57,7 @@ def run_stage(run: RunConfig, channel: Channel, inputs: Inputs, task: StageTask,
     return StageResult(evaluation=summarise(run, base, trained))
 
 
-def _read_trained(task: StageTask) -> Measurements:
+def _read_trained_measurements(task: StageTask) -> Measurements:
     """Read the measurements of the trained model. Errors: InternalError `MeasurementsUnreadable`."""
     assert task.evaluated is not None, "the supervisor passes the files of the stage evaluating"
     try:
@@ -68,10 +67,9 @@ def _read_trained(task: StageTask) -> Measurements:
 
 
 def load_base_for_comparison(run: RunConfig, inputs: Inputs, task: StageTask, hardware: Hardware, tokenizer: Any) -> Any:
-    """Load the base model in the precision in which the trained model was evaluated: quantised if the trained model is an adapter, else
-    not.
+    """Load the base model in the precision in which the trained model was evaluated: quantised only if the trained model is an adapter.
 
-    Rows for new tokens have the values with which training began.
+    Embedding rows of new tokens get the values with which training began.
     """
     from finetune_trainer import vocabulary
 
@@ -82,7 +80,7 @@ def load_base_for_comparison(run: RunConfig, inputs: Inputs, task: StageTask, ha
 
 
 def summarise(run: RunConfig, base: Measurements, trained: Measurements) -> EvaluationResult:
-    """Return the comparison of all metrics, and the results of the gates. Both depend only on the spec and on the stored measurements."""
+    """Return the compared metrics and the results of the gates, from the spec and the stored measurements of both models."""
     sums, trained_values, base_values = paired_sums(base, trained), trained.values, base.values
     metrics = {name: _compare_values(value, base_values.get(name), sums.get(name)) for name, value in trained_values.items()}
     gates = run.spec.evaluation.gates
@@ -95,12 +93,12 @@ def summarise(run: RunConfig, base: Measurements, trained: Measurements) -> Eval
 
 
 def _compare_values(trained: MetricValue, base: MetricValue | None, sums: PairedSums | None) -> MetricResult:
-    """Return the values of both models, and their difference with its confidence interval (or the reason why there is no interval)."""
+    """Return the values of both models, and their difference with its confidence interval. `reason` says why a value or the interval is missing."""
     if trained.value is None or base is None or base.value is None:
         missing = trained.reason if trained.value is None else "the base model was not measured" if base is None else f"of the base model: {base.reason}"
         return MetricResult(value=trained.value, base=base.value if base else None, reason=missing)
     result = MetricResult(value=trained.value, base=base.value, difference=trained.value - base.value, reason=trained.reason or base.reason)
-    comparison = compare_metric(trained, base, sums, CONFIDENCE)
+    comparison = compare_metric(trained, base, sums, CONFIDENCE_LEVEL)
     if isinstance(comparison, str) or comparison.low is None or comparison.high is None:
         reason = comparison if isinstance(comparison, str) else comparison.reason
         return result.model_copy(update={"reason": f"no confidence interval: {reason}"})
@@ -110,8 +108,10 @@ def _compare_values(trained: MetricValue, base: MetricValue | None, sums: Paired
 # ---- both answers
 
 
-def _compare_answers(run: RunConfig, task: StageTask, held_out: HeldOut, trained_answers: Sequence[str], base_answers: Sequence[str]) -> ModelComparison:
-    """Return the content of `model_comparison.json`."""
+def _compare_answers(
+    run: RunConfig, task: StageTask, held_out: HeldOutEvaluation, trained_answers: Sequence[str], base_answers: Sequence[str]
+) -> ModelComparison:
+    """Return the contents of `model_comparison.json`."""
     ref, now = prompts_to_compare(run.spec), datetime.now(UTC)
     questions = held_out.questions if ref is None else held_out.prompts
     source = f"configmap://{ref.name}/{ref.key}" if ref else "test set" if has_test_set(run.spec) else "validation set"
@@ -125,11 +125,11 @@ def _compare_answers(run: RunConfig, task: StageTask, held_out: HeldOut, trained
     metadata = ComparisonMetadata(
         base_model=redact_source(run.spec.model.source or ""), finetuned_model_path=task.uri, prompts_file=source,
         num_prompts=len(comparisons), generation_params=_generation_params(run), device=str(held_out.model.get_input_embeddings().weight.device),
-        comparison_date=iso_time(now),
+        comparison_date=format_iso_time(now),
     )  # fmt: skip
     return ModelComparison(metadata=metadata, comparisons=comparisons)
 
 
 def _generation_params(run: RunConfig) -> GenerationParams:
-    group = (run.spec.evaluation.comparison and run.spec.evaluation.comparison.generation) or Generation()
-    return GenerationParams.model_validate({name: value_or_default(group, name) for name in GENERATION_FIELDS})
+    generation = (run.spec.evaluation.comparison and run.spec.evaluation.comparison.generation) or Generation()
+    return GenerationParams.model_validate({name: value_or_default(generation, name) for name in GENERATION_FIELDS})

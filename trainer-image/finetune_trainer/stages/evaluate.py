@@ -1,4 +1,4 @@
-"""The stage `evaluating`: metrics of the final model on held-out rows, and its answers to their questions."""
+"""Runs the stage `evaluating`: measures the final model on the held-out rows, and stores its answers to their questions."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SUMMARY_FILE, WORKBOOK_FILE = "evaluation_summary.json", "evaluation_detailed.xl
 
 
 def run_stage(run: RunConfig, channel: Channel, inputs: Inputs, task: StageTask, folder: Path) -> StageResult:
-    """Evaluate the model, and write the files of the stage."""
+    """Evaluate the final model, and write the files of the stage."""
     train.preload(run)
     measured = measure_model(run, channel, inputs, load_held_out(run, channel, inputs, task, load_final_model))
     _write_files(run, measured, folder / OUTPUT_FOLDER)
@@ -50,7 +50,7 @@ def _has_row_of_each(value: MetricValue, predictions: Sequence[Prediction]) -> b
 
 
 def _summarise(run: RunConfig, measured: ModelResults) -> EvaluationResult:
-    """Return the results for the status. If the job compares no models, the gates are evaluated here."""
+    """Return the results for the status. The results of the gates are included only if no stage `comparing` follows, because that stage evaluates the gates."""
     found, gates = measured.measurements, run.spec.evaluation.gates
     decides = gates is not None and not compares_metrics(run.spec)
     return EvaluationResult(

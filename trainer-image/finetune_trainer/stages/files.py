@@ -1,4 +1,4 @@
-"""The files with which the supervisor and the process of a stage exchange data."""
+"""Defines the files through which the supervisor and the process of a stage exchange data."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TASK_FILE = "task.json"
 RESULT_FILE = "result.json"
 OUTPUT_FOLDER = "files"
 PARTS_FOLDER = "parts"
-"""Folder for the results of finished parts of a stage. They are uploaded at once, so a repeated stage skips these parts."""
+"""Folder for the results of finished parts of a stage. The supervisor uploads each result at once, so that a repeated stage skips its part."""
 MEASUREMENTS_FILE = "measurements.json"
 """Measurements of the trained model, for the stage `comparing`."""
 
@@ -28,7 +28,7 @@ class StageTask(WireModel):
     evaluated: Path | None = Field(default=None, description="Folder with the files of the stage `evaluating`, for the stage `comparing`.")
     merged: Path | None = Field(default=None, description="Folder with the merged model; None without output.mergeAdapter.")
     merged_uri: str | None = Field(default=None, description="Address of the merged model in storage.")
-    reference_problem: str | None = Field(default=None, description="Why the folder has no reference values, for the stage `verifying`.")
+    reference_problem: str | None = Field(default=None, description="Why the stage's folder has no reference values, for the stage `verifying`.")
 
     @staticmethod
     def read(folder: Path) -> StageTask:
@@ -37,26 +37,26 @@ class StageTask(WireModel):
 
 
 class StageResult(LenientModel):
-    """`result.json`: the result of the process of a stage. The files of the stage are in the folder `files` beside it."""
+    """`result.json`: the result of the process of a stage. The files that the stage has written are in the folder `files` next to it."""
 
-    evaluation: EvaluationResult | None = Field(default=None, description="For `status.evaluation`. Absent if the stage measures nothing.")
-    merged_uri: str | None = Field(default=None, description="For `status.output.mergedUri`. Absent if the stage merges nothing.")
-    verification: Verification | None = Field(default=None, description="For `status.output.verification`. Absent if the stage verifies nothing.")
-    published_uri: str | None = Field(default=None, description="For `status.output.publishedUri`. Absent if the stage copies nothing.")
-    hub_uri: str | None = Field(default=None, description="For `status.output.hubUri`. Absent if the stage pushes nothing.")
-    oci_digest: str | None = Field(default=None, description="For `status.output.ociDigest`. Absent if the stage writes no OCI artefact.")
+    evaluation: EvaluationResult | None = Field(default=None, description="Value of `status.evaluation`. None if the stage measures nothing.")
+    merged_uri: str | None = Field(default=None, description="Value of `status.output.mergedUri`. None if the stage merges nothing.")
+    verification: Verification | None = Field(default=None, description="Value of `status.output.verification`. None if the stage verifies nothing.")
+    published_uri: str | None = Field(default=None, description="Value of `status.output.publishedUri`. None if the stage copies nothing.")
+    hub_uri: str | None = Field(default=None, description="Value of `status.output.hubUri`. None if the stage pushes nothing.")
+    oci_digest: str | None = Field(default=None, description="Value of `status.output.ociDigest`. None if the stage writes no OCI artefact.")
 
 
 class StoredFile(LenientModel):
     """A file that a stage has stored."""
 
-    key: str = Field(description="Key below the job's folder in storage.")
-    size: int = Field(description="Bytes.")
-    sha256: str = Field(description="Hex.")
+    key: str = Field(description="Key of the file, relative to the job's folder in storage.")
+    size: int = Field(description="Size of the file in bytes.")
+    sha256: str = Field(description="SHA-256 of the file's contents, in hex.")
 
 
 class StageRecord(LenientModel):
-    """`run/stages/<stage>.json` in storage: the stage is done. Later attempts skip the stage if the record is about the same model."""
+    """`run/stages/<stage>.json` in storage: the record of a completed stage. Later attempts skip the stage if they have the same model."""
 
     stage: Stage
     model_sha256: str = Field(description="sha256 (hex) of the manifest of the model that the stage read.")

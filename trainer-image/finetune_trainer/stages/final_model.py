@@ -16,8 +16,8 @@ from finetune_trainer.inputs import Inputs
 from finetune_trainer.stages.files import StageTask
 from finetune_trainer.stages.placement import free_gpu_bytes, must_be_spread
 
-ATTENTION = ("sdpa", "eager")
-"""Attention implementations for padded batches."""
+ATTENTION_FOR_PADDED_BATCHES = ("sdpa", "eager")
+"""Attention implementations that accept padded batches."""
 
 
 def load_tokenizer(run: RunConfig, inputs: Inputs, task: StageTask) -> Any:
@@ -44,10 +44,10 @@ def load_final_model(run: RunConfig, inputs: Inputs, task: StageTask, hardware: 
 
 
 def load_base_model(run: RunConfig, inputs: Inputs, hardware: Hardware, *, quantizes: bool = True) -> Any:
-    """Load a model on the device, or on all GPUs of the pod if one is too small, in evaluation mode."""
+    """Load a model in evaluation mode, on the device of `hardware`, or on all GPUs of the pod if the model does not fit on one."""
     from finetune_trainer.attention import require_supported_attention
 
-    padded = hardware.attention if hardware.attention in ATTENTION else "sdpa"
+    padded = hardware.attention if hardware.attention in ATTENTION_FOR_PADDED_BATCHES else "sdpa"
     attention, _ = require_supported_attention(run, models.load_config(run, inputs), padded)
     is_quantized = quantizes and rules.base_bits(run.spec) is not None
     is_spread = hardware.device.type == "cuda" and not is_quantized and must_be_spread(inputs.model, _bytes_per_value(hardware), free_gpu_bytes())
@@ -58,7 +58,7 @@ def load_base_model(run: RunConfig, inputs: Inputs, hardware: Hardware, *, quant
 
 
 def _bytes_per_value(hardware: Hardware) -> int:
-    """Return the size of a weight in memory, in bytes. `auto` keeps the format of the files, but uses at most 32 bits."""
+    """Return the bytes of one weight in memory. For the format of the files (`auto`), return the largest possible value: 4 bytes."""
     import torch
 
     dtype = hardware.dtype if isinstance(hardware.dtype, torch.dtype) else getattr(torch, str(hardware.dtype), torch.float32)
@@ -66,6 +66,6 @@ def _bytes_per_value(hardware: Hardware) -> int:
 
 
 def _without_new_tokens(run: RunConfig) -> RunConfig:
-    """Return the run without `model.newTokens`, because the saved tokenizer already has these tokens."""
+    """Return a copy of the run configuration without `model.newTokens`, because the saved tokenizer already has these tokens."""
     model = run.spec.model.model_copy(update={"new_tokens": None})
     return run.model_copy(update={"spec": run.spec.model_copy(update={"model": model})})

@@ -12,15 +12,15 @@ GENERATION_FIELDS = {
     "max_new_tokens": "max_new_tokens", "do_sample": "do_sample", "temperature": "temperature", "top_p": "top_p", "top_k": "top_k",
     "min_p": "min_p", "repetition_penalty": "repetition_penalty",
 }  # fmt: skip
-"""Fields of the spec, and the corresponding options of transformers."""
+"""The fields of `Generation` in the spec, with the corresponding options of transformers."""
 SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p")
 """Options that have an effect only if tokens are sampled."""
 
 
 def generation_options(spec: Generation | None) -> dict[str, Any]:
-    """Return the options of transformers' `generate`, with the defaults of the API."""
-    group = spec or Generation()
-    options = {name: value_or_default(group, field) for field, name in GENERATION_FIELDS.items()}
+    """Return the options of transformers' `generate`. Fields that the spec does not set have the defaults of the API."""
+    generation = spec or Generation()
+    options = {name: value_or_default(generation, field) for field, name in GENERATION_FIELDS.items()}
     if not options["do_sample"]:
         options = {name: value for name, value in options.items() if name not in SAMPLING_FIELDS}
     return options
@@ -30,10 +30,10 @@ def generate_answers(
     model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], *, options: dict[str, Any], end_ids: Sequence[int], batch_size: int, seed: int,
     on_progress: Callable[[int], None],
 ) -> list[str]:  # fmt: skip
-    """Return the answer to each prompt, without special tokens. `prompts`: token ids.
+    """Return the answer to each prompt, without special tokens. `prompts`: token ids of each prompt. `end_ids`: tokens that end an answer.
 
-    Prompts of similar length share a batch. If a batch does not fit into memory, its size is halved. `on_progress` receives the number of
-    answers so far.
+    Prompts of similar length share a batch. If a batch does not fit into memory, the batch size is halved. `on_progress` receives the number
+    of answers so far.
     """
     import torch
     from transformers import set_seed
@@ -70,10 +70,10 @@ def _generate_batch(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]]
             eos_token_id=list(end_ids) or None, pad_token_id=tokenizer.pad_token_id, **options,
         )  # fmt: skip
     new_tokens = output[:, longest:].tolist()
-    return [tokenizer.decode(_until_end(tokens, end_ids), skip_special_tokens=True).strip() for tokens in new_tokens]
+    return [tokenizer.decode(_cut_at_end_token(tokens, end_ids), skip_special_tokens=True).strip() for tokens in new_tokens]
 
 
-def _until_end(tokens: Sequence[int], end_ids: Sequence[int]) -> list[int]:
+def _cut_at_end_token(tokens: Sequence[int], end_ids: Sequence[int]) -> list[int]:
     """Return the tokens before the first end token."""
     end = next((index for index, token in enumerate(tokens) if token in end_ids), len(tokens))
     return list(tokens[:end])

@@ -1,4 +1,4 @@
-"""Sends heartbeats for stages that compute for minutes and report no other progress."""
+"""Sends heartbeats for stages that compute for minutes without reporting progress."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ HEARTBEAT_SECONDS = 5.0
 
 
 def heartbeats_while_computing(channel: Channel) -> AbstractContextManager[None]:
-    """Send heartbeats while this process uses CPU time, because loading and writing take minutes and report no other progress."""
+    """Within the context, send heartbeats while this process uses CPU time, because loading and writing a model take minutes."""
     used = time.process_time()
 
     def send() -> None:

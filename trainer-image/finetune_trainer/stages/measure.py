@@ -24,7 +24,7 @@ from finetune_api.status import Stage
 
 from finetune_trainer.channel import Channel
 from finetune_trainer.data.load import load
-from finetune_trainer.data.prepare import max_sequence_length, render_options, use_chat_template
+from finetune_trainer.data.prepare import choose_chat_template, max_sequence_length, render_options
 from finetune_trainer.data.tokenise import TokeniseOptions
 from finetune_trainer.evaluation.measurements import Measurements
 from finetune_trainer.evaluation.predictions import Prediction
@@ -38,23 +38,23 @@ CLASSIFICATION_METRICS = (EvaluationMetric.ACCURACY, EvaluationMetric.PRECISION,
 TOKEN_METRICS = (EvaluationMetric.PERPLEXITY, *CLASSIFICATION_METRICS)
 """Metrics that need no generated answers."""
 ROWS_FOR_END_TOKENS = 100
-"""Number of training rows that are read to find how answers end, if a job has no held-out rows."""
+"""Number of training rows that are read to find the tokens that end answers, if a job has no held-out rows."""
 
-LoadModel = Callable[[RunConfig, Inputs, StageTask, Any, Any], Any]
-"""Loads a model in evaluation mode. Arguments: run, inputs, task, hardware, tokenizer."""
+ModelLoader = Callable[[RunConfig, Inputs, StageTask, Any, Any], Any]
+"""A function that loads a model in evaluation mode. Its arguments are the run, inputs, task, hardware and tokenizer."""
 
 
 @dataclass
-class HeldOut:
-    """The model, and the rows on which it is evaluated."""
+class HeldOutEvaluation:
+    """A model, with the rows, questions and prompts on which it is evaluated."""
 
     stage: Stage
     model: Any
     tokenizer: Any
     tokens: TokenRows
-    """All held-out rows with their answers."""
+    """All held-out rows, each with its answer."""
     questions: list[Question]
-    """The questions that the model answers: all held-out questions, or `evaluation.maxRows` of them."""
+    """The questions that the model answers: those of all held-out rows, or of `evaluation.maxRows` rows."""
     batch_size: int
     end_token_ids: list[int]
     """Ids of the tokens that end an answer."""
@@ -64,14 +64,14 @@ class HeldOut:
 
 @dataclass
 class ModelResults:
-    """The results of one model."""
+    """The results of one model on the held-out rows."""
 
     measurements: Measurements
     predictions: list[Prediction]
     """The answers to the held-out questions. Empty if no metric and no file needs them."""
 
 
-def measure_model(run: RunConfig, channel: Channel, inputs: Inputs, held_out: HeldOut) -> ModelResults:
+def measure_model(run: RunConfig, channel: Channel, inputs: Inputs, held_out: HeldOutEvaluation) -> ModelResults:
     """Compute `evaluation.metrics`, and answer the questions and prompts that the job compares or stores."""
     metrics, values = metrics_after_training(run.spec), dict[str, MetricValue]()
     token_sums: list[list[float]] = []
@@ -88,13 +88,13 @@ def measure_model(run: RunConfig, channel: Channel, inputs: Inputs, held_out: He
     measurements = Measurements(
         row_count=len(held_out.tokens.input_ids) if metrics or predictions else 0, token_sums=token_sums,
         bleu_sums=_bleu_sums(predictions) if EvaluationMetric.BLEU in metrics else [],
-        answers=_compared_answers(run, held_out, predictions, channel), end_token_ids=held_out.end_token_ids,
+        answers=_collect_compared_answers(run, held_out, predictions, channel), end_token_ids=held_out.end_token_ids,
     )  # fmt: skip
     return ModelResults(measurements.with_values(values), predictions)
 
 
 def _needs_answers(run: RunConfig, stage: Stage) -> bool:
-    """Whether the model must answer the held-out questions. Only the answers of the trained model are stored as predictions."""
+    """Whether the model must answer the held-out questions, for a metric, for the comparison, or (trained model only) for the predictions."""
     has_text_metric = any(metric not in TOKEN_METRICS for metric in metrics_after_training(run.spec))
     return has_text_metric or _compares_questions(run) or (stage is Stage.EVALUATING and writes_predictions(run.spec))
 
@@ -103,8 +103,8 @@ def _compares_questions(run: RunConfig) -> bool:
     return compares_answers(run.spec) and prompts_to_compare(run.spec) is None
 
 
-def _compared_answers(run: RunConfig, held_out: HeldOut, predictions: Sequence[Prediction], channel: Channel) -> list[str] | None:
-    """Return the answers for the file `model_comparison.json`: answers to the prompts or to the held-out questions.
+def _collect_compared_answers(run: RunConfig, held_out: HeldOutEvaluation, predictions: Sequence[Prediction], channel: Channel) -> list[str] | None:
+    """Return the answers for `model_comparison.json`: to the prompts, or to the held-out questions if the spec has no prompts.
 
     None if the job compares no answers.
     """
@@ -119,7 +119,7 @@ def _bleu_sums(predictions: Sequence[Prediction]) -> list[list[float]]:
     return bleu_sums(predictions)
 
 
-def _predict_answers(run: RunConfig, held_out: HeldOut, channel: Channel) -> list[Prediction]:
+def _predict_answers(run: RunConfig, held_out: HeldOutEvaluation, channel: Channel) -> list[Prediction]:
     answers = answer_questions(run, held_out, held_out.questions, channel)
     return [
         Prediction(question.system_prompt, question.user_prompt, answer, question.ground_truth)
@@ -127,16 +127,16 @@ def _predict_answers(run: RunConfig, held_out: HeldOut, channel: Channel) -> lis
     ]
 
 
-def load_held_out(run: RunConfig, channel: Channel, inputs: Inputs, task: StageTask, load_model: LoadModel) -> HeldOut:
-    """Load the model, and tokenise the rows, questions and prompts with the code of training."""
+def load_held_out(run: RunConfig, channel: Channel, inputs: Inputs, task: StageTask, load_model: ModelLoader) -> HeldOutEvaluation:
+    """Load the model, and tokenise the rows, questions and prompts with the same code as in training."""
     from finetune_trainer import hardware
     from finetune_trainer import model as models
     from finetune_trainer.stages.final_model import load_tokenizer
     from finetune_trainer.stages.questions import (
-        ask_prompts,
         end_token_ids,
-        held_out_rows,
+        prompts_to_examples,
         read_questions,
+        select_held_out_rows,
         tokenise_answered,
     )
 
@@ -144,24 +144,24 @@ def load_held_out(run: RunConfig, channel: Channel, inputs: Inputs, task: StageT
     tokenizer = load_tokenizer(run, inputs, task)
     model = load_model(run, inputs, task, hardware.detect_hardware(run, 0), tokenizer)
     loaded, dataset = load(run, inputs, training_rows=ROWS_FOR_END_TOKENS), run.spec.dataset
-    rows = held_out_rows(loaded)
-    rendering = render_options(run, tokenizer, use_chat_template(run, inputs, tokenizer), loaded.summary.format_with_turns)
+    rows = select_held_out_rows(loaded)
+    rendering = render_options(run, tokenizer, choose_chat_template(run, inputs, tokenizer), loaded.summary.format_with_turns)
     length = max_sequence_length(run, tokenizer, models.max_positions(models.load_config(run, inputs)))
     options = TokeniseOptions(length, OverflowPolicy.TRUNCATE, dataset.add_eos_token is not False, dataset.add_bos_token)
     examples = rows or loaded.train
     tokens = tokenise_answered(run, examples, rendering, options)
     prompts = read_prompts(prompts_to_compare(run.spec), inputs.config_maps)
-    asked = read_questions(ask_prompts(prompts, examples[0][1], dataset.system_prompt), rendering, options)
+    asked = read_questions(prompts_to_examples(prompts, examples[0][1], dataset.system_prompt), rendering, options)
     if len(asked) < len(prompts):
         raise DataError("PromptRefused", f"the chat template refuses {len(prompts) - len(asked)} of {len(prompts)} prompts", hint="remove dataset.systemPrompt")
-    return HeldOut(
-        task.stage, model, tokenizer, tokens if rows else TokenRows(), _sample(read_questions(rows, rendering, options), run),
+    return HeldOutEvaluation(
+        task.stage, model, tokenizer, tokens if rows else TokenRows(), _sample_questions(read_questions(rows, rendering, options), run),
         run.spec.evaluation.batch_size_per_device or run.spec.training.batch_size_per_device or 1,
         end_token_ids(tokenizer, model, tokens.labels), asked,
     )  # fmt: skip
 
 
-def _sample(questions: list[Question], run: RunConfig) -> list[Question]:
+def _sample_questions(questions: list[Question], run: RunConfig) -> list[Question]:
     """Return at most `evaluation.maxRows` questions, chosen at random with the run's seed, in the order of their rows."""
     limit = run.spec.evaluation.max_rows
     if limit is None or limit >= len(questions):
@@ -173,8 +173,8 @@ def _sample(questions: list[Question], run: RunConfig) -> list[Question]:
 # ---- metrics that need no generated answers
 
 
-def _measure_tokens(held_out: HeldOut, metrics: Sequence[EvaluationMetric], channel: Channel) -> tuple[dict[str, MetricValue], list[list[float]]]:
-    """Measure loss, perplexity, accuracy, precision, recall and F1 over the tokens of the answers. Also return the sums of each row."""
+def _measure_tokens(held_out: HeldOutEvaluation, metrics: Sequence[EvaluationMetric], channel: Channel) -> tuple[dict[str, MetricValue], list[list[float]]]:
+    """Return the requested metrics over the tokens of all answers, and the sums of each row, which the comparison with the base model needs."""
     from finetune_trainer.evaluation.token_metrics import OutputHead, RowCounts, TokenCounts
 
     head, rows = OutputHead.of(held_out.model), RowCounts()
@@ -190,7 +190,7 @@ def _measure_tokens(held_out: HeldOut, metrics: Sequence[EvaluationMetric], chan
 
 
 TokenRow = tuple[list[int], list[int]]
-"""Return the token ids and labels of one row."""
+"""The token ids and the labels of one row."""
 
 
 def _batches(tokens: TokenRows, size: int) -> Iterator[list[TokenRow]]:
@@ -199,12 +199,12 @@ def _batches(tokens: TokenRows, size: int) -> Iterator[list[TokenRow]]:
         yield rows[start : start + size]
 
 
-def _add_batch(held_out: HeldOut, head: Any, batch: Sequence[TokenRow], counts: Any, rows: Any) -> None:
-    """Add a batch of rows to the counts. If the batch does not fit into memory, split it."""
+def _add_batch(held_out: HeldOutEvaluation, head: Any, batch: Sequence[TokenRow], counts: Any, rows: Any) -> None:
+    """Add the predictions for a batch of rows to the counts. If the batch does not fit into memory, split it."""
     import torch
 
     try:
-        predictions = _predict(held_out, head, batch)
+        predictions = _predict_labelled_positions(held_out, head, batch)
     except torch.OutOfMemoryError:
         if len(batch) == 1:
             raise
@@ -217,15 +217,18 @@ def _add_batch(held_out: HeldOut, head: Any, batch: Sequence[TokenRow], counts: 
     rows.add(predictions, [labels for _, labels in batch])
 
 
-def _predict(held_out: HeldOut, head: Any, batch: Sequence[TokenRow]) -> Any:
-    """Return the predictions of the labelled positions. To save memory, the model's own call of the head computes only the last position."""
+def _predict_labelled_positions(held_out: HeldOutEvaluation, head: Any, batch: Sequence[TokenRow]) -> Any:
+    """Return the predictions at the labelled positions.
+
+    To save memory, the model's own call of its head only gets the last position. The head is then applied to the labelled positions.
+    """
     import torch
 
     from finetune_trainer.evaluation.token_metrics import IGNORED_LABEL, shifted_predictions
 
     model, longest = held_out.model, max(len(ids) for ids, _ in batch)
 
-    def padded(rows: Sequence[Sequence[int]], filler: int) -> torch.Tensor:
+    def pad(rows: Sequence[Sequence[int]], filler: int) -> torch.Tensor:
         return torch.tensor([[*row, *[filler] * (longest - len(row))] for row in rows], device=model.get_input_embeddings().weight.device)
 
     hidden: list[torch.Tensor] = []
@@ -237,17 +240,17 @@ def _predict(held_out: HeldOut, head: Any, batch: Sequence[TokenRow]) -> Any:
     handle = model.get_output_embeddings().register_forward_pre_hook(keep_hidden)
     try:
         with torch.inference_mode():
-            ids, mask = padded([ids for ids, _ in batch], held_out.tokenizer.pad_token_id), padded([[1] * len(ids) for ids, _ in batch], 0)
+            ids, mask = pad([ids for ids, _ in batch], held_out.tokenizer.pad_token_id), pad([[1] * len(ids) for ids, _ in batch], 0)
             model(input_ids=ids, attention_mask=mask, use_cache=False)
     finally:
         handle.remove()
     states = hidden[0][:, -longest:]  # Remove the virtual tokens of prompt tuning.
     with torch.inference_mode():
-        return shifted_predictions(states, padded([labels for _, labels in batch], IGNORED_LABEL), head)
+        return shifted_predictions(states, pad([labels for _, labels in batch], IGNORED_LABEL), head)
 
 
-def _measure_letters(held_out: HeldOut, channel: Channel) -> dict[str, MetricValue]:
-    """Measure the metrics of multiple-choice questions. The model's choice is the option whose letter has the highest probability."""
+def _measure_letters(held_out: HeldOutEvaluation, channel: Channel) -> dict[str, MetricValue]:
+    """Return the metrics of multiple-choice questions. The model's choice is the option whose letter has the highest probability."""
     from finetune_trainer.evaluation.choices import letter_log_probabilities, letter_metrics
 
     asked = [question for question in held_out.questions if question.letters and question.ground_truth]
@@ -266,8 +269,8 @@ def _measure_letters(held_out: HeldOut, channel: Channel) -> dict[str, MetricVal
 # ---- generated answers
 
 
-def answer_questions(run: RunConfig, held_out: HeldOut, questions: Sequence[Question], channel: Channel) -> list[str]:
-    """Answer questions with the options of `evaluation.comparison.generation`."""
+def answer_questions(run: RunConfig, held_out: HeldOutEvaluation, questions: Sequence[Question], channel: Channel) -> list[str]:
+    """Return the model's answers to questions, generated with the options of `evaluation.comparison.generation`."""
     from finetune_trainer.stages.generate import generate_answers, generation_options
 
     comparison = run.spec.evaluation.comparison

@@ -1,9 +1,9 @@
-"""The stage `merging`: merges the adapter into the base model, and writes a complete model.
+"""Runs the stage `merging`: merges the adapter into the base model, and writes a complete model.
 
 The base model is loaded without quantisation, in the number format of its files, into the host's memory. GPUs are not used, because merging
-needs little computation, and a model that was trained on several GPUs may not fit on one. Even if an adapter was trained on a quantised
-base model (QLoRA), it is merged into the unquantised model. The merged model therefore differs slightly from the model in training, by the
-error of the quantisation.
+needs little computation, and a model that was trained on several GPUs may not fit on one. An adapter that was trained on a quantised base
+model (QLoRA) is also merged into the unquantised model. The merged model then differs slightly from the model in training, by the
+quantisation error.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from finetune_api.pod import RunConfig
 from finetune_api.status import Stage
 
 from finetune_trainer import train
-from finetune_trainer.artefact.card import CARD_FILE, merged_card
+from finetune_trainer.artefact.card import CARD_FILE, build_merged_card
 from finetune_trainer.artefact.combination import load_combined_adapters
-from finetune_trainer.artefact.generation import GENERATION_FILE, align_model_config
+from finetune_trainer.artefact.generation import GENERATION_FILE, copy_end_tokens_to_model_config
 from finetune_trainer.channel import Channel
 from finetune_trainer.disk import free_bytes
 from finetune_trainer.inputs import Inputs
@@ -31,27 +31,27 @@ from finetune_trainer.stages.heartbeats import heartbeats_while_computing
 
 SHARD_SIZE = "4GB"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.*", "manifest.json")
-"""Files of the adapter that do not belong to the merged model."""
+"""Patterns of the adapter's files that are not copied to the merged model."""
 
 
 def run_stage(run: RunConfig, channel: Channel, inputs: Inputs, task: StageTask, folder: Path) -> StageResult:
-    """Merge the adapter, and write the complete model to the stage's folder of files.
+    """Merge the adapter, and write the complete model to the stage's output folder.
 
     Errors: NotFoundError ModelUnreadable, ModelIncomplete; ConfigError LocalDiskTooSmall; DivergedError WeightsNotFinite.
     """
     train.preload(run)
     with heartbeats_while_computing(channel):
-        model = merge(run, channel, inputs, task)
+        model = merge_adapter(run, channel, inputs, task)
         if rules.base_bits(run.spec) is not None:
             channel.report_note("the adapter was trained on the quantised base model, and is merged into the base model without quantisation")
         channel.report_stage(Stage.MERGING, "writing the merged model")
-        _require_disk_space(model, channel.work)
-        _write(model, run, inputs, task, folder / OUTPUT_FOLDER)
+        _require_disk_space(model, channel.work_folder)
+        _write_merged_model(model, run, inputs, task, folder / OUTPUT_FOLDER)
     return StageResult()
 
 
-def merge(run: RunConfig, channel: Channel, inputs: Inputs, task: StageTask) -> Any:
-    """Return the base model with the merged adapter, in the number format of the base model's files."""
+def merge_adapter(run: RunConfig, channel: Channel, inputs: Inputs, task: StageTask) -> Any:
+    """Merge the adapter, and return the complete model in the number format of the base model's files."""
     import torch
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -72,15 +72,15 @@ def merge(run: RunConfig, channel: Channel, inputs: Inputs, task: StageTask) -> 
             model = peft_model.merge_and_unload()
     except ValueError as error:  # PEFT raises this error if the merged weights of a layer are not finite.
         raise DivergedError("WeightsNotFinite", f"the adapter cannot be merged: {error}", hint="lower training.learningRate") from error
-    for name, parameter in model.named_parameters():  # PEFT keeps the trained copies of whole modules in 32 bits.
+    for name, parameter in model.named_parameters():  # PEFT keeps the copies of modules that were trained in full in 32 bits.
         parameter.data = parameter.data.to(dtypes.get(name, model.dtype))
     return model
 
 
 def _merge_layer(layer: Any, adapters: list[str] | None) -> None:
-    """Merge one layer. The sum is computed in 32 bits, so that weights in 16 bits are rounded only once.
+    """Merge the adapters of one layer into its weights. The merged weights are computed in 32 bits, so that weights in 16 bits are rounded only once.
 
-    `adapters`: names of the merged adapters; None: the trained adapter.
+    `adapters`: names of the merged adapters. None: only the trained adapter is merged.
     """
     import torch
 
@@ -104,7 +104,7 @@ def _load_adapter(run: RunConfig, inputs: Inputs, task: StageTask, tokenizer: An
 
     kind = load_objective(rules.trainer_type_of(run.spec)).model_kind
     on_host = replace(hardware.detect_hardware(run, 0), device=torch.device("cpu"), dtype="auto", attention="sdpa")
-    base, _ = models.load_model(run, inputs, on_host, kind=kind, quantize=False)
+    base, _ = models.load_model(run, inputs, on_host, model_kind=kind, quantize=False)
     if run.spec.model.new_tokens and base.get_input_embeddings().weight.shape[0] < len(tokenizer):
         base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     try:
@@ -113,9 +113,9 @@ def _load_adapter(run: RunConfig, inputs: Inputs, task: StageTask, tokenizer: An
         raise NotFoundError("ModelUnreadable", f"the adapter {task.uri} cannot be loaded: {error}") from error
 
 
-def _require_disk_space(model: Any, work: Path) -> None:
-    """Errors: ConfigError LocalDiskTooSmall."""
-    needed, available = sum(parameter.nbytes for parameter in model.parameters()), free_bytes(work)
+def _require_disk_space(model: Any, work_folder: Path) -> None:
+    """Check that the merged model fits on the pod's disk. Errors: ConfigError LocalDiskTooSmall."""
+    needed, available = sum(parameter.nbytes for parameter in model.parameters()), free_bytes(work_folder)
     if needed > available:
         raise ConfigError(
             "LocalDiskTooSmall", f"the merged model has {needed / 1e9:.2f} GB, but the pod's disk has only {available / 1e9:.2f} GB left",
@@ -123,19 +123,19 @@ def _require_disk_space(model: Any, work: Path) -> None:
         )  # fmt: skip
 
 
-def _write(model: Any, run: RunConfig, inputs: Inputs, task: StageTask, target: Path) -> None:
+def _write_merged_model(model: Any, run: RunConfig, inputs: Inputs, task: StageTask, target_folder: Path) -> None:
     """Write the model in shards, with the tokenizer, the generation settings and the card of the adapter."""
     from transformers import GenerationConfig
 
     if (task.model / GENERATION_FILE).exists():
-        model.generation_config = GenerationConfig()  # The adapter's file replaces the base model's settings, which transformers may refuse to save.
-    model.save_pretrained(target, max_shard_size=SHARD_SIZE)
+        model.generation_config = GenerationConfig()  # A placeholder for the adapter's file. transformers may refuse the base model's.
+    model.save_pretrained(target_folder, max_shard_size=SHARD_SIZE)
     files = [path for path in task.model.iterdir() if path.is_file() and not any(path.match(pattern) for pattern in ADAPTER_FILES)]
     if run.spec.model.trust_remote_code:
         files += inputs.model.glob("*.py")
     for path in files:
-        shutil.copyfile(path, target / path.name)
-    align_model_config(target)
-    card = target / CARD_FILE
+        shutil.copyfile(path, target_folder / path.name)
+    copy_end_tokens_to_model_config(target_folder)
+    card = target_folder / CARD_FILE
     if card.exists():
-        card.write_text(merged_card(card.read_text(encoding="utf-8")), encoding="utf-8")
+        card.write_text(build_merged_card(card.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,33 +1,33 @@
-"""Computes how much GPU memory a model needs, and whether its layers must be spread over several GPUs."""
+"""Estimates how much GPU memory a model needs, and decides whether its layers must be spread over several GPUs."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from finetune_trainer.verification.weight_files import ITEM_BYTES, DamagedFileError, read_folder
+from finetune_trainer.verification.weight_files import BYTES_BY_FORMAT, DamagedFileError, read_folder
 
 MEMORY_FACTOR = 1.2
 """Memory that a model needs for short rows, divided by the size of its weights."""
 
 
-def needed_bytes(folder: Path, bytes_per_value: int) -> int | None:
-    """Return the memory that a model needs with weights of this size. None if its files cannot be read."""
+def estimate_needed_bytes(folder: Path, bytes_per_value: int) -> int | None:
+    """Return the bytes of memory that the model in a folder needs. None if its files cannot be read. `bytes_per_value`: bytes of one weight."""
     try:
         tensors = read_folder(folder)
     except (DamagedFileError, OSError):
         return None
-    values = sum(tensor.size // ITEM_BYTES.get(tensor.dtype, 1) for tensor in tensors.values())
+    values = sum(tensor.size // BYTES_BY_FORMAT.get(tensor.dtype, 1) for tensor in tensors.values())
     return int(values * bytes_per_value * MEMORY_FACTOR)
 
 
 def must_be_spread(folder: Path, bytes_per_value: int, free_bytes: list[int]) -> bool:
-    """Whether the model is too large for the first GPU, but fits on all GPUs together. `free_bytes`: free memory of each GPU."""
-    needed = needed_bytes(folder, bytes_per_value)
+    """Whether the model is too large for the first GPU, but fits on all GPUs together. `free_bytes`: bytes of free memory of each GPU."""
+    needed = estimate_needed_bytes(folder, bytes_per_value)
     return needed is not None and free_bytes[0] < needed <= sum(free_bytes)
 
 
 def free_gpu_bytes() -> list[int]:
-    """Return the free memory of each GPU of the pod."""
+    """Return the bytes of free memory of each GPU of the pod."""
     import torch
 
     return [torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())]

@@ -1,4 +1,4 @@
-"""Lists the stages that follow the commit of the model."""
+"""Lists the stages that run after the commit of the model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from finetune_api.rules import (
 from finetune_api.status import Stage
 
 
-def planned_stages(run: RunConfig) -> list[Stage]:
+def list_planned_stages(run: RunConfig) -> list[Stage]:
     """Return the stages that the spec requests, in the order in which they run."""
     compares = compares_metrics(run.spec) or prompts_to_compare(run.spec) is not None
     wanted = {

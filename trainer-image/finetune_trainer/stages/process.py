@@ -1,4 +1,4 @@
-"""Entry point of the process of one stage after training."""
+"""Entry point of the process that runs one stage after training."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ STAGE_MODULES: Mapping[Stage, str] = {
     Stage.VERIFYING: "finetune_trainer.stages.verify",
     Stage.BENCHMARKING: "finetune_trainer.stages.benchmark",
 }
-"""The module of each stage. Its function `run_stage` returns the result."""
+"""The module that runs each stage. Its function `run_stage` returns the stage's result."""
 
 
 def main(arguments: list[str]) -> NoReturn:
     """Run the stage whose folder is the first argument, report a failure, and end the process."""
-    # A stage does not train, so the hint differs from the one in training.
+    # The hint for training (a smaller training batch) would not help a stage.
     run_child_main("stage", lambda channel: run_stage(Path(arguments[0]), channel), memory_hint="lower evaluation.batchSizePerDevice")
 
 
 def run_stage(folder: Path, channel: Channel) -> None:
-    """Run the stage and write its result. Errors: those of the stage; InternalError InputsMissing."""
+    """Run the stage of a folder, and write its result. Errors: those of the stage; InternalError InputsMissing."""
     run, _ = load_run(Settings.from_env())
-    task, inputs = StageTask.read(folder), Inputs.read(channel.work)
+    task, inputs = StageTask.read(folder), Inputs.read(channel.work_folder)
     if inputs is None:
         raise InternalError("InputsMissing", "the inputs were not downloaded before the stage began")
     channel.report_stage(task.stage)

@@ -1,4 +1,4 @@
-"""Converts held-out examples to questions for the model, and to token sequences with labels."""
+"""Converts held-out examples to questions for the model, and to labelled token sequences."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 from finetune_api.pod import RunConfig
 from finetune_api.spec.enums import OverflowPolicy
 
-from finetune_trainer.artefact.end_tokens import answers_of_labels, trained_end_tokens
-from finetune_trainer.data.batches import Outcome, RejectedRow
+from finetune_trainer.artefact.end_tokens import find_trained_end_tokens, split_into_answers
+from finetune_trainer.data.batches import RejectedRow, RowOutcome
 from finetune_trainer.data.encode import require_few_bad_rows
 from finetune_trainer.data.load import LoadedData
 from finetune_trainer.data.rows import (
@@ -28,10 +28,10 @@ from finetune_trainer.data.rows import (
 )
 from finetune_trainer.data.supervised import SupervisedEncoder
 from finetune_trainer.data.template import Rendered, RenderOptions, render
-from finetune_trainer.data.tokenise import TokeniseOptions, encode, fit_row, no_row_left
+from finetune_trainer.data.tokenise import TokeniseOptions, encode, fit_row, no_row_left_error
 
 ANSWER_PLACEHOLDER = "?"
-"""Placeholder for a missing answer while the question before it is rendered."""
+"""Stands for a missing answer while a question is rendered, because chat templates may require an answer."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Question:
     ground_truth: str | None
     """None if the example contains no answer."""
     text: str
-    """The rendered text up to the answer."""
+    """The rendered text before the answer."""
     is_templated: bool
     """Whether a chat template rendered the text. Such a text already contains its special tokens."""
     token_ids: list[int]
@@ -51,15 +51,15 @@ class Question:
     """Letters of the options of a multiple-choice question."""
 
 
-def held_out_rows(loaded: LoadedData) -> list[tuple[RawRow, Example]]:
+def select_held_out_rows(loaded: LoadedData) -> list[tuple[RawRow, Example]]:
     """Return the rows of the test set, or of the validation set if the run has no test set."""
     return loaded.test or loaded.validation
 
 
-def as_answered(example: Example) -> Conversation | Completion | Text | TokenSequence | None:
-    """Return the example as text that ends with its answer. Use the preferred answer of a preference pair.
+def to_answered_example(example: Example) -> Conversation | Completion | Text | TokenSequence | None:
+    """Convert an example to a text or conversation that ends with its answer. None if the example contains no answer.
 
-    None if the example contains no answer.
+    The answer of a preference pair is the preferred one.
     """
     match example:
         case Conversation() | Completion() | Text() | TokenSequence():
@@ -76,20 +76,20 @@ def as_answered(example: Example) -> Conversation | Completion | Text | TokenSeq
 
 
 def read_questions(rows: Iterable[tuple[RawRow, Example]], render_options: RenderOptions, options: TokeniseOptions) -> list[Question]:
-    """Return the question of every example that contains a question. Plain text contains no question.
+    """Return the question of each example that contains one. Plain text contains no question.
 
-    If a question leaves no room for an answer within `options.max_length`, only its last tokens are kept.
+    Of a question that is longer than `options.max_length` tokens, only the last tokens are kept.
     """
     asked = [found for _, example in rows if (found := _render_question(example, render_options)) is not None]
     texts = ((str(number), rendered) for number, (_, rendered) in enumerate(asked))
     encoded = encode(texts, render_options.tokenizer, replace(options, add_eos=False))
     return [
-        _question_of(example, rendered, ids[-options.max_length :]) for (example, rendered), (_, ids, *_) in zip(asked, encoded, strict=True)
+        _to_question(example, rendered, ids[-options.max_length :]) for (example, rendered), (_, ids, *_) in zip(asked, encoded, strict=True)
     ]
 
 
-def ask_prompts(prompts: Iterable[str], sample: Example, system_prompt: str | None) -> list[tuple[RawRow, Example]]:
-    """Return prompts as questions. Like `sample`, an example of the job's data, they are messages or plain text."""
+def prompts_to_examples(prompts: Iterable[str], sample: Example, system_prompt: str | None) -> list[tuple[RawRow, Example]]:
+    """Convert prompts to examples. `sample`: an example of the job's data. The prompts become messages or plain text, as this example is."""
     is_chat = isinstance(sample, Conversation) or isinstance(getattr(sample, "prompt", None), tuple)
     role_names = sample.role_names if isinstance(sample, Conversation) else Conversation(()).role_names
     asked: list[tuple[RawRow, Example]] = []
@@ -103,36 +103,37 @@ def ask_prompts(prompts: Iterable[str], sample: Example, system_prompt: str | No
 
 @dataclass
 class TokenRows:
-    """Token ids and labels of rows."""
+    """The token ids and the labels of several rows."""
 
     input_ids: list[list[int]] = field(default_factory=list)
     labels: list[list[int]] = field(default_factory=list)
 
 
 def tokenise_answered(run: RunConfig, rows: Sequence[tuple[RawRow, Example]], render_options: RenderOptions, options: TokeniseOptions) -> TokenRows:
-    """Tokenise the examples that contain an answer, as in training. Rows that are too long are cut. Errors: DataError."""
-    answered = [(row.location, converted) for row, example in rows if (converted := as_answered(example)) is not None]
+    """Tokenise the examples that contain an answer, as in training. Rows that are too long are truncated. Errors: DataError."""
+    answered = [(row.location, converted) for row, example in rows if (converted := to_answered_example(example)) is not None]
     rejected, result, answerless = list[RejectedRow](), TokenRows(), 0
     for row in SupervisedEncoder(render_options, options)(answered):
         fitted = row if isinstance(row, RejectedRow) else fit_row(row, replace(options, overflow=OverflowPolicy.TRUNCATE))
         if isinstance(fitted, RejectedRow):
             rejected.append(fitted)
-        elif fitted.outcome is Outcome.ANSWERLESS:
+        elif fitted.outcome is RowOutcome.ANSWERLESS:
             answerless += 1
         else:
             result.input_ids.append(fitted.ids)
             result.labels.append(fitted.labels)
     require_few_bad_rows(run, rejected, len(answered), "test")
     if not result.input_ids:
-        raise no_row_left(0, answerless, options.max_length)
+        raise no_row_left_error(0, answerless, options.max_length)
     return result
 
 
 def _render_question(example: Example, options: RenderOptions) -> tuple[Conversation | Completion, Rendered] | None:
-    """Return the example with its answer (empty if it has none), and its rendered text up to the last answer. None if it contains no
-    question.
+    """Convert an example to a conversation or completion, and render its text before the last answer. None if it contains no question.
+
+    The returned conversation or completion has an empty answer if the example has no answer.
     """
-    answered = as_answered(example)
+    answered = to_answered_example(example)
     if answered is None and isinstance(example, Prompt):
         found = _render_question(Prompt(example.prompt, {"answer": ANSWER_PLACEHOLDER}), options)
         return None if found is None else (_without_answer(found[0]), found[1])
@@ -156,7 +157,7 @@ def _without_answer(example: Conversation | Completion) -> Conversation | Comple
     return replace(example, turns=(*example.turns[:-1], replace(example.turns[-1], content="")))
 
 
-def _question_of(example: Conversation | Completion, rendered: Rendered, token_ids: list[int]) -> Question:
+def _to_question(example: Conversation | Completion, rendered: Rendered, token_ids: list[int]) -> Question:
     if isinstance(example, Completion):
         return Question(None, example.prompt, example.completion or None, rendered.text, rendered.is_templated, token_ids)
     by_role = {turn.role: turn.content for turn in example.turns[:-1]}
@@ -167,8 +168,8 @@ def _question_of(example: Conversation | Completion, rendered: Rendered, token_i
 
 
 def end_token_ids(tokenizer: Any, model: Any, labels: Iterable[Sequence[int]]) -> list[int]:
-    """Return the ids of the tokens that end an answer: the end tokens of tokenizer and model, and the tokens with which trained answers end."""
+    """Return the ids of the tokens that end an answer: the end tokens of tokenizer and model, and the tokens that end trained answers."""
     configured = getattr(model.generation_config, "eos_token_id", None)
-    trained = trained_end_tokens(tokenizer, (answer for row in labels for answer in answers_of_labels(row)))
+    trained = find_trained_end_tokens(tokenizer, (answer for row in labels for answer in split_into_answers(row)))
     ids = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured]), *trained}
     return sorted(index for index in ids if index is not None)

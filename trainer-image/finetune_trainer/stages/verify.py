@@ -1,7 +1,7 @@
-"""The stage `verifying`: checks that the stored artefacts compute what the trained model computed, and writes manifests for servers.
+"""Runs the stage `verifying`: checks that the stored artefacts compute what the trained model computed, and writes manifests for servers.
 
-The artefact is loaded as a user would load it: with transformers and PEFT, from its own folder and the base model only. The loaders of
-the trainer are not used, because they could hide a fault of the files.
+An artefact is loaded as a user would load it: with transformers and PEFT, only from its own folder and the base model. The trainer's own
+loaders are not used, because they could hide a fault of the files.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from finetune_trainer.channel import Channel
 from finetune_trainer.data.vision import VisionProcessor
 from finetune_trainer.failure import classify_error
 from finetune_trainer.inputs import Inputs
-from finetune_trainer.results.serving_files import ServedModel, serving_files
+from finetune_trainer.results.serving_files import ServedModel, build_serving_files
 from finetune_trainer.stages.files import OUTPUT_FOLDER, StageResult, StageTask
 from finetune_trainer.stages.heartbeats import heartbeats_while_computing
-from finetune_trainer.stages.placement import free_gpu_bytes, needed_bytes
+from finetune_trainer.stages.placement import estimate_needed_bytes, free_gpu_bytes
 from finetune_trainer.verification import compare
 from finetune_trainer.verification.artefact_checks import find_fault
-from finetune_trainer.verification.compare import MERGED
+from finetune_trainer.verification.compare import MERGED_MODEL_NAME
 from finetune_trainer.verification.reference import FILE_NAME, ReferenceValues
 from finetune_trainer.verification.weight_files import has_16_bit_weights
 
 log = logging.getLogger(__name__)
-CPU_ATTENTION = ("sdpa", "eager")
-ATTENTION = (*CPU_ATTENTION, "flash_attention_2")
-"""Attention implementations of transformers itself. For all others, the stage uses sdpa."""
+PORTABLE_ATTENTION = ("sdpa", "eager")
+TRANSFORMERS_ATTENTION = (*PORTABLE_ATTENTION, "flash_attention_2")
+"""Attention implementations that transformers itself has. Instead of any other implementation, the stage uses sdpa."""
 
 
 class UnfitArtefactError(Exception):
@@ -53,7 +53,7 @@ class UnfitArtefactError(Exception):
 
 
 class NotComparableError(Exception):
-    """The values cannot be compared on this machine. The artefact may be good."""
+    """The values of an artefact cannot be compared in this pod. The artefact may still be correct."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
@@ -71,7 +71,7 @@ class Artefact:
 
 @dataclass(frozen=True)
 class ArtefactValues:
-    """Values of an artefact and, if the artefact contains the base model, values of the base model."""
+    """The values that an artefact computes and, if the base model is loaded with it (adapters), the values of the base model."""
 
     values: list[float]
     base_values: list[float] | None = None
@@ -81,13 +81,13 @@ class ArtefactValues:
 
 def run_stage(run: RunConfig, channel: Channel, inputs: Inputs, task: StageTask, folder: Path) -> StageResult:
     """Write the manifests for servers, and verify each artefact unless `output.verify` is false."""
-    for name, text in serving_files(run.spec, ServedModel.of(run, task.uri, task.kind, task.model, task.merged_uri)).items():
+    for name, text in build_serving_files(run.spec, ServedModel.of(run, task.uri, task.kind, task.model, task.merged_uri)).items():
         (folder / OUTPUT_FOLDER / name).write_text(text, encoding="utf-8")
     if not verifies_artefacts(run.spec):
         return StageResult()
     reference = _read_reference(folder)
     with heartbeats_while_computing(channel):
-        results = Verifier(run, channel, inputs, reference, missing_reason=task.reference_problem).verify(artefacts_of(task))
+        results = Verifier(run, channel, inputs, reference, missing_reason=task.reference_problem).verify(list_artefacts(task))
     verification = compare.summarise(results, reference)
     for result in results:
         if result.result is not VerificationOutcome.VERIFIED or result.reason:
@@ -95,10 +95,10 @@ def run_stage(run: RunConfig, channel: Channel, inputs: Inputs, task: StageTask,
     return StageResult(verification=verification)
 
 
-def artefacts_of(task: StageTask) -> list[Artefact]:
-    """Return the artefacts that the job has stored."""
+def list_artefacts(task: StageTask) -> list[Artefact]:
+    """Return the artefacts that the job has stored: the adapter or model, then the merged model if there is one."""
     artefacts = [Artefact(task.kind.value, task.model, task.kind)]
-    return artefacts if task.merged is None else [*artefacts, Artefact(MERGED, task.merged, OutputKind.MODEL)]
+    return artefacts if task.merged is None else [*artefacts, Artefact(MERGED_MODEL_NAME, task.merged, OutputKind.MODEL)]
 
 
 def _read_reference(folder: Path) -> ReferenceValues | None:
@@ -107,7 +107,7 @@ def _read_reference(folder: Path) -> ReferenceValues | None:
 
 
 class Verifier:
-    """Loads artefacts and compares their values with those of the training."""
+    """Loads artefacts, and compares the values that they compute with the reference values of the training."""
 
     def __init__(
         self, run: RunConfig, channel: Channel, inputs: Inputs, reference: ReferenceValues | None, *, missing_reason: str | None = None
@@ -120,7 +120,7 @@ class Verifier:
         """Processor of a vision-language model, from the files of the artefact."""
 
     def verify(self, artefacts: list[Artefact]) -> list[ArtefactVerification]:
-        """Verify the artefacts in order. The first one is the trained adapter or model."""
+        """Verify the artefacts in order. The first artefact must be the trained adapter or model."""
         return [self._verify_one(artefact, artefacts[0].folder) for artefact in artefacts]
 
     def _verify_one(self, artefact: Artefact, trained: Path) -> ArtefactVerification:
@@ -128,69 +128,69 @@ class Verifier:
         reference, is_adapter = self._reference, artefact.kind is OutputKind.ADAPTER
         fault = find_fault(artefact.folder, self._inputs.model, reference, is_adapter=is_adapter)
         if fault is not None:
-            return compare.failed(artefact.name, fault.code, fault.message)
+            return compare.failed_result(artefact.name, fault.code, fault.message)
         if reference is None or reference.reason is not None:
             reason = self._missing_reason if reference is None else str(reference.reason)
-            return compare.not_verified(artefact.name, "NoReferenceValues", reason)
+            return compare.not_verified_result(artefact.name, "NoReferenceValues", reason)
         if reference.trusts_code and not self._trusts_code:
             reason = "the training ran code from the repository of the model, but model.trustRemoteCode of this job is not true"
-            return compare.not_verified(artefact.name, "CodeNotTrusted", reason)
+            return compare.not_verified_result(artefact.name, "CodeNotTrusted", reason)
         self._channel.report_stage(Stage.VERIFYING, f"loading the {artefact.name}")
         try:
-            measured = self._measure(artefact, reference)
-            base_values = self._values_of_base(measured, reference)
-            expected = self._expected(artefact, trained, reference)
+            measured = self._measure_artefact(artefact, reference)
+            base_values = self._compute_base_values(measured, reference)
+            expected = self._compute_expected_values(artefact, trained, reference)
         except UnfitArtefactError as error:
-            return compare.failed(artefact.name, error.code, str(error))
+            return compare.failed_result(artefact.name, error.code, str(error))
         except NotComparableError as error:
-            return compare.not_verified(artefact.name, error.code, str(error))
-        is_rounded = artefact.name == MERGED and has_16_bit_weights(artefact.folder)
-        return compare.judge(artefact.name, measured.values, base_values, expected, is_rounded=is_rounded, device=measured.device)
+            return compare.not_verified_result(artefact.name, error.code, str(error))
+        is_rounded = artefact.name == MERGED_MODEL_NAME and has_16_bit_weights(artefact.folder)
+        return compare.judge_artefact(artefact.name, measured.values, base_values, expected, is_rounded=is_rounded, device=measured.device)
 
-    def _expected(self, artefact: Artefact, trained: Path, reference: ReferenceValues) -> ReferenceValues:
-        """Return the values that the artefact must compute: those of the training or, for combined adapters, those of the unmerged adapters."""
-        if artefact.name != MERGED or not self._run.spec.output.combine_adapters:
+    def _compute_expected_values(self, artefact: Artefact, trained: Path, reference: ReferenceValues) -> ReferenceValues:
+        """Return the values that the artefact must compute. For merged combined adapters, the unmerged adapters compute them; else the training did."""
+        if artefact.name != MERGED_MODEL_NAME or not self._run.spec.output.combine_adapters:
             return reference
         self._channel.report_stage(Stage.VERIFYING, "computing the values of the combined adapters")
-        with _as_verification_errors("combined adapters", self._inputs.model):
-            model = _add_adapter(self._load(self._inputs.model, reference, quantizes=False), trained, reference)
+        with _convert_to_verification_errors("combined adapters", self._inputs.model):
+            model = _add_adapter(self._load_model(self._inputs.model, reference, quantizes=False), trained, reference)
             model.base_model.set_adapter(load_combined_adapters(model, self._run, self._inputs.combined_adapters))
-            expected = compare.with_values(reference, self._values(model, reference))
+            expected = compare.replace_values(reference, self._compute_values(model, reference))
         del model
         _release_memory()
         return expected
 
-    def _measure(self, artefact: Artefact, reference: ReferenceValues) -> ArtefactValues:
-        """Load the artefact, and compute the values of all rows. The model is released afterwards."""
-        imports.hide_unneeded(self._run, keeps_bitsandbytes=_is_quantized(reference))
+    def _measure_artefact(self, artefact: Artefact, reference: ReferenceValues) -> ArtefactValues:
+        """Load the artefact, compute the values of all rows, and release the memory of the model."""
+        imports.hide_unneeded_libraries(self._run, keeps_bitsandbytes=_is_quantized(reference))
         is_adapter = artefact.kind is OutputKind.ADAPTER
-        with _as_verification_errors(artefact.name, self._inputs.model):
+        with _convert_to_verification_errors(artefact.name, self._inputs.model):
             tokenizer = _load_tokenizer(artefact.folder, reference, trusts_code=self._trusts_code)
             if reference.reads_images:
                 self._vision = _load_processor(artefact.folder, self._inputs.model if is_adapter else artefact.folder, tokenizer)
-            model = self._load(self._inputs.model if is_adapter else artefact.folder, reference, quantizes=is_adapter)
+            model = self._load_model(self._inputs.model if is_adapter else artefact.folder, reference, quantizes=is_adapter)
             if is_adapter:
                 model = _add_adapter(model, artefact.folder, reference)
-            measured = ArtefactValues(self._values(model, reference), device=model.get_input_embeddings().weight.device.type)
+            measured = ArtefactValues(self._compute_values(model, reference), device=model.get_input_embeddings().weight.device.type)
             if is_adapter and reference.head == "causal" and not _has_biases(artefact.folder):
                 with model.disable_adapter():
-                    measured = replace(measured, base_values=self._values(model, reference))
+                    measured = replace(measured, base_values=self._compute_values(model, reference))
         del model
         _release_memory()
         return measured
 
-    def _values_of_base(self, measured: ArtefactValues, reference: ReferenceValues) -> list[float] | None:
-        """Return the values of the base model. It is loaded once, for artefacts that do not contain it. None for models with a new score head."""
+    def _compute_base_values(self, measured: ArtefactValues, reference: ReferenceValues) -> list[float] | None:
+        """Return the values of the base model, which is loaded only if no adapter has been measured with it. None for models with a score head."""
         if measured.base_values is not None:
             self._base_values = measured.base_values
         if self._base_values is None and reference.head == "causal":
             self._channel.report_stage(Stage.VERIFYING, "loading the base model")
             try:
-                with _as_verification_errors("base model", self._inputs.model):
-                    model = self._load(self._inputs.model, reference, quantizes=True)
+                with _convert_to_verification_errors("base model", self._inputs.model):
+                    model = self._load_model(self._inputs.model, reference, quantizes=True)
                     self._fit_vocabulary(model, reference)
-                    self._base_values = self._values(model, reference)
-            except UnfitArtefactError as error:  # says nothing about the artefact
+                    self._base_values = self._compute_values(model, reference)
+            except UnfitArtefactError as error:  # A base model that cannot be loaded says nothing about the artefact.
                 raise NotComparableError("BaseModelUnreadable", str(error)) from error
             del model
             _release_memory()
@@ -198,21 +198,21 @@ class Verifier:
 
     @staticmethod
     def _fit_vocabulary(model: Any, reference: ReferenceValues) -> None:
-        """Resize the embeddings of the base model, so that it has rows for new tokens."""
+        """Add embedding rows for new tokens to the base model, if the reference rows contain such tokens."""
         if model.get_input_embeddings().weight.shape[0] <= max(max(row.ids) for row in reference.rows):
             model.resize_token_embeddings(reference.tokenizer_length, mean_resizing=False)
 
-    def _values(self, model: Any, reference: ReferenceValues) -> list[float]:
-        from finetune_trainer.verification.measure import row_values
+    def _compute_values(self, model: Any, reference: ReferenceValues) -> list[float]:
+        from finetune_trainer.verification.measure import compute_row_values
 
         device = model.get_input_embeddings().weight.device
-        rows = row_values(
+        rows = compute_row_values(
             model, reference.rows, head=reference.head, pad_token_id=reference.pad_token_id, device=device, autocast=reference.autocast, vision=self._vision
         )
         return [value for row in rows for value in row]
 
-    def _load(self, folder: Path, reference: ReferenceValues, *, quantizes: bool) -> Any:
-        """Load a model in the number format of the training. Errors: NotComparableError if it does not fit on the devices."""
+    def _load_model(self, folder: Path, reference: ReferenceValues, *, quantizes: bool) -> Any:
+        """Load a model in the number format of the training. Errors: NotComparableError if it does not fit on the pod's GPUs."""
         import torch
         from transformers import (
             AutoModelForCausalLM,
@@ -224,7 +224,7 @@ class Verifier:
         from finetune_trainer.hardware import detect_hardware
 
         device = detect_hardware(self._run, 0).device
-        attention = ATTENTION if device.type == "cuda" else CPU_ATTENTION
+        attention = TRANSFORMERS_ATTENTION if device.type == "cuda" else PORTABLE_ATTENTION
         options: dict[str, Any] = {
             "dtype": getattr(torch, reference.dtype), "attn_implementation": reference.attention if reference.attention in attention else "sdpa",
             "trust_remote_code": self._trusts_code,
@@ -247,11 +247,11 @@ class Verifier:
 
 
 def choose_device_map(folder: Path, bytes_per_value: int, device: str, free_bytes: list[int]) -> Any:
-    """Return transformers' `device_map`: the first GPU if the model fits there, else all GPUs. `free_bytes`: free memory of each GPU.
+    """Return transformers' `device_map`: `device` if the model fits on the first GPU, else all GPUs. `free_bytes`: free memory of each GPU.
 
     Errors: NotComparableError ModelTooLarge.
     """
-    needed = needed_bytes(folder, bytes_per_value)
+    needed = estimate_needed_bytes(folder, bytes_per_value)
     if needed is None or needed <= free_bytes[0]:
         return {"": device}
     if needed <= sum(free_bytes):
@@ -291,10 +291,10 @@ def _load_tokenizer(folder: Path, reference: ReferenceValues, *, trusts_code: bo
 
 
 def _add_adapter(base: Any, folder: Path, reference: ReferenceValues) -> Any:
-    """Load the adapter on the base model. If the adapter has new tokens, its base model needs rows for them, as PEFT's documentation says."""
+    """Load the adapter on the base model. Before that, add embedding rows to the base model if the adapter has new tokens, as PEFT requires."""
     from peft import PeftModel
 
-    config = _read_config(folder)
+    config = _read_adapter_config(folder)
     rows = base.get_input_embeddings().weight.shape[0]
     token_ids = [token for ids in _token_indices(config).values() for token in ids]
     if rows < reference.tokenizer_length and (any(token >= rows for token in token_ids) or config.get("modules_to_save")):
@@ -303,11 +303,11 @@ def _add_adapter(base: Any, folder: Path, reference: ReferenceValues) -> Any:
 
 
 def _has_biases(folder: Path) -> bool:
-    """Whether the adapter replaces biases. PEFT does not restore the biases of the base model when an adapter is disabled."""
-    return (_read_config(folder).get("bias") or "none") != "none"
+    """Whether the adapter changes biases. If so, the base model cannot be measured by disabling the adapter, because PEFT keeps its biases."""
+    return (_read_adapter_config(folder).get("bias") or "none") != "none"
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def _read_adapter_config(folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / "adapter_config.json").read_text()))
 
 
@@ -317,8 +317,11 @@ def _token_indices(config: dict[str, Any]) -> dict[str, list[int]]:
 
 
 @contextmanager
-def _as_verification_errors(name: str, base: Path) -> Iterator[None]:
-    """Convert exceptions during loading and computing: exhausted memory to NotComparableError, other exceptions to UnfitArtefactError."""
+def _convert_to_verification_errors(name: str, base: Path) -> Iterator[None]:
+    """Convert exceptions within the context: exhausted memory to NotComparableError, an unreadable artefact to UnfitArtefactError.
+
+    Failures of the node keep their type, so that the attempt is repeated.
+    """
     import torch
 
     try:
@@ -330,7 +333,7 @@ def _as_verification_errors(name: str, base: Path) -> Iterator[None]:
         failure, _ = classify_error(error)
         if isinstance(failure, MemoryExhaustedError):
             raise NotComparableError("OutOfMemory", f"the memory of this pod is too small to load the {name}") from error
-        if not isinstance(failure, InternalError):  # A fault of the node or its disk says nothing about the artefact. The attempt is repeated.
+        if not isinstance(failure, InternalError):  # A fault of the node or of its disk says nothing about the artefact.
             raise failure from error
         log.exception("the %s cannot be loaded", name)
         first = re.sub(r"\s+", " ", str(error)).replace(str(base), "the base model").strip()[:300]

@@ -25,7 +25,7 @@ from finetune_trainer.storage.roots import open_store
 from finetune_trainer.storage.web import split_query
 
 
-def show(tree: CheckpointTree, address: JobAddress) -> None:
+def print_committed(tree: CheckpointTree, address: JobAddress) -> None:
     """Print one line for each committed checkpoint and for the model."""
     committed = list(find_committed(tree, address))
     print(f"{'WHAT':<16}{'FILES':>6}{'BYTES':>14}  {'HEALTHY':<8}{'MADE BY':<14}URI")
@@ -33,12 +33,12 @@ def show(tree: CheckpointTree, address: JobAddress) -> None:
         manifest = tree.read_manifest(one)
         name = "model" if one.step is None else f"step {one.step}"
         files, size = (len(manifest.files), manifest.total_bytes) if manifest else ("?", "damaged")
-        healthy = "-" if one.step is None else "yes" if one.healthy else "unknown"
+        healthy = "-" if one.step is None else "yes" if one.is_healthy else "unknown"
         print(f"{name:<16}{files:>6}{size:>14}  {healthy:<8}{one.marker.path:<14}{tree.uri(one.folder)}")
 
 
 def verify(tree: CheckpointTree, address: JobAddress) -> None:
-    """Download every file and compare it with the manifest. Errors: DataError `CheckpointDamaged`."""
+    """Download every committed file and compare it with its manifest. Errors: DataError `CheckpointDamaged`."""
     problems: list[str] = []
     for one in find_committed(tree, address):
         with tempfile.TemporaryDirectory() as folder:
@@ -46,27 +46,27 @@ def verify(tree: CheckpointTree, address: JobAddress) -> None:
         print(f"{tree.uri(one.folder)}: {problem or 'complete and undamaged'}")
         problems += [problem] if problem else []
     if problems:
-        raise DataError("CheckpointDamaged", f"{len(problems)} damaged: {problems[0]}")
+        raise DataError("CheckpointDamaged", f"{len(problems)} checkpoints or models are damaged; the first: {problems[0]}")
 
 
-def download(tree: CheckpointTree, address: JobAddress, target: Path) -> None:
-    """Download the committed checkpoint or model. For the URI of a job: the model, or the newest checkpoint if there is no model.
+def download(tree: CheckpointTree, address: JobAddress, target_folder: Path) -> None:
+    """Download the checkpoint or model that the address names. If it names a job, download the model, or the newest checkpoint if there is no model.
 
     Errors: DataError `CheckpointDamaged`.
     """
     committed = list(find_committed(tree, address))
     chosen = next((one for one in committed if one.step is None), committed[0])
-    problem = download_committed(tree, chosen, target)
+    problem = download_committed(tree, chosen, target_folder)
     if problem:
         raise DataError("CheckpointDamaged", problem)
-    print(f"downloaded {tree.uri(chosen.folder)} to {target}")
+    print(f"downloaded {tree.uri(chosen.folder)} to {target_folder}")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns 0 or the exit code of the failure."""
     parser = argparse.ArgumentParser(prog="python -m finetune_trainer.storage", description=__doc__)
     parser.add_argument("command", choices=["list", "verify", "download"])
-    parser.add_argument("uri")
+    parser.add_argument("uri", help="URI of a job, a checkpoint or a model")
     parser.add_argument("--to", type=Path, help="folder to download into (default: the last part of the URI)")
     parser.add_argument("--endpoint", help="URL of an S3-compatible store")
     parser.add_argument("--region")
@@ -77,14 +77,14 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--endpoint, --region and --addressing-style are for s3:// only: an https:// URI contains the address of its server")
     address = parse_address(options.uri)
     target = StoreTarget(
-        uri=address.root, endpoint=options.endpoint, region=options.region, addressing_style=options.addressing_style,
+        uri=address.job_uri, endpoint=options.endpoint, region=options.region, addressing_style=options.addressing_style,
         ca_bundle=options.ca_bundle, encryption=EncryptionType.CUSTOMER_KEY if os.environ.get(Env.STORAGE_CUSTOMER_KEY) else None,
     )  # fmt: skip
     try:
         tree = CheckpointTree(open_store(target))
         match options.command:
             case "list":
-                show(tree, address)
+                print_committed(tree, address)
             case "verify":
                 verify(tree, address)
             case "download":

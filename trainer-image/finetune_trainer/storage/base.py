@@ -15,17 +15,21 @@ from typing import Protocol
 
 CHUNK_BYTES = 4 * 1024 * 1024
 ByteCounter = Callable[[int], None]
-"""Function that receives a number of bytes, for example the size of the chunk that was just transferred."""
+"""A function that is called with a number of bytes, for example the size of the chunk that was just transferred."""
 
 
 @dataclass(frozen=True)
 class ObjectStat:
-    """The key (relative to the root), size in bytes and version tag (ETag or mtime) of an object, and when it was written, if known."""
+    """What a store reports about an object without reading its content."""
 
     key: str
+    """Key relative to the store's root."""
     size: int
+    """Size in bytes."""
     tag: str = ""
-    modified: datetime | None = field(default=None, compare=False)
+    """A text that changes when the object is replaced: its ETag, or the modification time of its file. Empty if the store reports none."""
+    modified_at: datetime | None = field(default=None, compare=False)
+    """When the object was written; None if the store does not report it."""
 
 
 class CreateResult(Enum):
@@ -40,27 +44,27 @@ class Store(Protocol):
 
     uri: str
     retries: int
-    """Number of requests that were retried so far."""
+    """Number of retries since the store was opened."""
 
-    def put_file(self, source: Path, key: str, *, byte_counter: ByteCounter | None = None) -> None:
+    def put_file(self, source_file: Path, key: str, *, byte_counter: ByteCounter | None = None) -> None:
         """Upload a file atomically: a reader gets either the old object or the complete new object."""
 
     def put(self, key: str, data: bytes) -> None:
         """Write a small object, replacing an existing one."""
 
     def create(self, key: str, data: bytes) -> CreateResult:
-        """Write a small object unless it exists. Not atomic on stores without conditional writes (`preflight.StoreAbilities`)."""
+        """Write a small object unless it exists. On stores without conditional writes, check and write are separate requests (`preflight.StoreAbilities`)."""
 
     def get(self, key: str) -> bytes | None:
         """Return the bytes of a small object, or None if it does not exist."""
 
-    def download(self, key: str, target: Path, *, byte_counter: ByteCounter | None = None) -> str | None:
+    def download(self, key: str, target_file: Path, *, byte_counter: ByteCounter | None = None) -> str | None:
         """Download an object to a file. Returns the sha256 (hex) of its bytes, or None if it does not exist."""
 
     def stat(self, key: str) -> ObjectStat | None:
-        """Return size and tag of an object, or None if it does not exist."""
+        """Return the size and the tag of an object, or None if it does not exist."""
 
-    def list(self, prefix: str) -> Iterator[ObjectStat]:
+    def list(self, key_prefix: str) -> Iterator[ObjectStat]:
         """Yield all objects whose key starts with the prefix, in the order of their keys."""
 
     def list_folders(self) -> tuple[str, ...]:
@@ -69,13 +73,13 @@ class Store(Protocol):
     def delete(self, keys: Iterable[str]) -> None:
         """Remove objects. Missing objects are ignored."""
 
-    def sweep(self, prefix: str) -> int:
+    def sweep(self, key_prefix: str) -> int:
         """Remove unfinished uploads below the prefix; returns their number."""
 
     def close(self) -> None:
-        """Close connections."""
+        """Close the connections to the store."""
 
 
-def join(*parts: str) -> str:
-    """Join the parts of a key; empty parts are left out."""
+def join_key(*parts: str) -> str:
+    """Join the parts of a key with `/`; empty parts are left out."""
     return "/".join(part.strip("/") for part in parts if part.strip("/"))

@@ -1,6 +1,7 @@
-"""`finetune-trainer check-storage <StoreTarget as JSON>`: check from a pod that it can write, read and list in storage, for `finetune doctor`.
+"""`finetune-trainer check-storage <StoreTarget as JSON>`: check that this pod can write, read and list objects in a store.
 
-The result is the termination message and the last line of the log. The check deletes the objects that it writes.
+`finetune doctor` runs the command in a pod. The result is the termination message and the last line of the log. The check deletes the objects that it
+writes.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from finetune_trainer.storage.preflight import preflight
 
 
 def main(arguments: list[str]) -> int:
-    """Check the storage. Returns 0, or the exit code of the failure."""
+    """Check the store and report the result. Returns 0, or the exit code of the failure."""
     if len(arguments) != 1:
         print("finetune-trainer check-storage: give one StoreTarget as JSON", file=sys.stderr)
         return ExitCode.CONFIG_INVALID
@@ -27,19 +28,19 @@ def main(arguments: list[str]) -> int:
     except FineTuneError as error:
         _report(StorageCheckResult(ok=False, code=error.code, message=error.message, hint=error.hint or ""))
         return int(error.exit_code)
-    limits = [
+    missing_abilities = [
         text
         for text, is_missing in (
-            ("without conditional writes", not abilities.conditional_writes), ("old checkpoints cannot be deleted", not abilities.can_delete),
+            ("without conditional writes", not abilities.has_conditional_writes), ("old checkpoints cannot be deleted", not abilities.can_delete),
         )
         if is_missing
     ]  # fmt: skip
-    _report(StorageCheckResult(ok=True, message=", ".join(limits)))
+    _report(StorageCheckResult(ok=True, message=", ".join(missing_abilities)))
     return ExitCode.OK
 
 
 def _report(result: StorageCheckResult) -> None:
     text = result.to_json()
     print(text, flush=True)
-    with contextlib.suppress(OSError):  # outside of a pod there is no such file
+    with contextlib.suppress(OSError):  # Outside a pod, the file of the termination message cannot be written.
         Path(os.environ.get(Env.TERMINATION_LOG, TERMINATION_LOG)).write_text(text, encoding="utf-8")

@@ -1,6 +1,6 @@
 """A folder as a store: `file:///path` on a laptop, `pvc://claim/path` in a pod.
 
-An object is written to a hidden file in the same folder, flushed to disk and renamed. Conditional creation uses a hard link:
+An object is written to a hidden file in its folder, flushed to disk and renamed. Conditional creation uses a hard link:
 if two writers create the same object at once, only one succeeds.
 """
 
@@ -18,11 +18,11 @@ from pathlib import Path
 from finetune_api.errors import CredentialsError, FineTuneError, StorageError, StorageSetupError
 
 from finetune_trainer.storage.base import CHUNK_BYTES, ByteCounter, CreateResult, ObjectStat
-from finetune_trainer.storage.errors import of_local_disk
+from finetune_trainer.storage.errors import local_disk_error
 
 PARTIAL_FILE_PREFIX = ".partial-"
-NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)
-"""Errno values of file systems without hard links (SMB, many FUSE file systems)."""
+HARD_LINK_REFUSED_ERRNOS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)
+"""Errno values with which file systems refuse a hard link (SMB, many FUSE file systems)."""
 
 
 class FolderStore:
@@ -33,9 +33,9 @@ class FolderStore:
         self.uri = uri.rstrip("/")
         self.retries = 0
 
-    def put_file(self, source: Path, key: str, *, byte_counter: ByteCounter | None = None) -> None:
-        with self._open_partial_file(key) as partial_file:
-            with source.open("rb") as reader, partial_file.open("wb") as writer:
+    def put_file(self, source_file: Path, key: str, *, byte_counter: ByteCounter | None = None) -> None:
+        with self._partial_file(key) as partial_file:
+            with source_file.open("rb") as reader, partial_file.open("wb") as writer:
                 while chunk := reader.read(CHUNK_BYTES):
                     writer.write(chunk)
                     if byte_counter:
@@ -45,19 +45,19 @@ class FolderStore:
             partial_file.rename(self.root / key)
 
     def put(self, key: str, data: bytes) -> None:
-        with self._open_partial_file(key) as partial_file:
+        with self._partial_file(key) as partial_file:
             _write_and_sync(partial_file, data)
             partial_file.rename(self.root / key)
 
     def create(self, key: str, data: bytes) -> CreateResult:
-        with self._open_partial_file(key) as partial_file:
+        with self._partial_file(key) as partial_file:
             _write_and_sync(partial_file, data)
             try:
                 (self.root / key).hardlink_to(partial_file)
             except FileExistsError:
                 return CreateResult.EXISTS
             except OSError as error:
-                if error.errno not in NO_LINKS:
+                if error.errno not in HARD_LINK_REFUSED_ERRNOS:
                     raise
                 return _create_in_place(self.root / key, data)
         return CreateResult.NEW
@@ -69,7 +69,7 @@ class FolderStore:
             except (FileNotFoundError, NotADirectoryError):
                 return None
 
-    def download(self, key: str, target: Path, *, byte_counter: ByteCounter | None = None) -> str | None:
+    def download(self, key: str, target_file: Path, *, byte_counter: ByteCounter | None = None) -> str | None:
         digest = hashlib.sha256()
         with self._translate_os_errors(f"read {key}"), contextlib.ExitStack() as stack:
             try:
@@ -77,8 +77,8 @@ class FolderStore:
             except (FileNotFoundError, NotADirectoryError):
                 return None
             with _translate_local_errors():
-                target.parent.mkdir(parents=True, exist_ok=True)
-                writer = stack.enter_context(target.open("wb"))
+                target_file.parent.mkdir(parents=True, exist_ok=True)
+                writer = stack.enter_context(target_file.open("wb"))
             while chunk := reader.read(CHUNK_BYTES):
                 digest.update(chunk)
                 with _translate_local_errors():
@@ -97,12 +97,12 @@ class FolderStore:
                 return None
         return ObjectStat(key, status.st_size, str(status.st_mtime_ns), datetime.fromtimestamp(status.st_mtime, UTC))
 
-    def list(self, prefix: str) -> Iterator[ObjectStat]:
-        base = self.root / prefix.rpartition("/")[0]
-        with self._translate_os_errors(f"list {prefix}"):
-            for path in sorted(path for path in _walk(base) if not path.name.startswith(PARTIAL_FILE_PREFIX)):
+    def list(self, key_prefix: str) -> Iterator[ObjectStat]:
+        base = self.root / key_prefix.rpartition("/")[0]
+        with self._translate_os_errors(f"list {key_prefix}"):
+            for path in sorted(path for path in _walk_files(base) if not path.name.startswith(PARTIAL_FILE_PREFIX)):
                 key = path.relative_to(self.root).as_posix()
-                if key.startswith(prefix) and (stat := self.stat(key)):
+                if key.startswith(key_prefix) and (stat := self.stat(key)):
                     yield stat
 
     def list_folders(self) -> tuple[str, ...]:
@@ -118,9 +118,9 @@ class FolderStore:
                 (self.root / key).unlink(missing_ok=True)
                 self._remove_empty_folders((self.root / key).parent)
 
-    def sweep(self, prefix: str) -> int:
-        with self._translate_os_errors(f"delete partial files of {prefix}"):
-            partial_files = [path for path in _walk(self.root / prefix) if path.name.startswith(PARTIAL_FILE_PREFIX)]
+    def sweep(self, key_prefix: str) -> int:
+        with self._translate_os_errors(f"delete partial files of {key_prefix}"):
+            partial_files = [path for path in _walk_files(self.root / key_prefix) if path.name.startswith(PARTIAL_FILE_PREFIX)]
             for path in partial_files:
                 path.unlink(missing_ok=True)
         return len(partial_files)
@@ -137,8 +137,8 @@ class FolderStore:
             folder = folder.parent
 
     @contextlib.contextmanager
-    def _open_partial_file(self, key: str) -> Iterator[Path]:
-        """Create a hidden file next to `key`. At the end, remove the file unless it was renamed."""
+    def _partial_file(self, key: str) -> Iterator[Path]:
+        """Yield the path of a hidden file in the folder of `key`. At the end, remove that file unless it was renamed."""
         target = self.root / key
         partial_file = target.parent / f"{PARTIAL_FILE_PREFIX}{uuid.uuid4().hex[:12]}"
         with self._translate_os_errors(f"write {key}"):
@@ -174,8 +174,11 @@ class FolderStore:
             raise StorageError("StorageFailed", f"cannot {action} below {self.uri}: {error.strerror or error}") from error
 
 
-def _walk(base: Path) -> Iterator[Path]:
-    """Yield the files below a folder, also while another process removes some. An unreadable folder raises an error; otherwise it would look empty."""
+def _walk_files(base: Path) -> Iterator[Path]:
+    """Yield the files below a folder. Folders that another process removes are skipped.
+
+    Errors: OSError if a folder cannot be read, because such a folder must not look empty.
+    """
 
     def raise_if_unreadable(error: OSError) -> None:
         if not isinstance(error, FileNotFoundError | NotADirectoryError):
@@ -186,7 +189,7 @@ def _walk(base: Path) -> Iterator[Path]:
 
 
 def _create_in_place(target: Path, data: bytes) -> CreateResult:
-    """Create a file unless it exists, on file systems without hard links. A reader may see an empty file for a moment."""
+    """Create a file unless it exists, on a file system without hard links. Until its content is written, a reader may see an empty file."""
     try:
         handle = os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
     except FileExistsError:
@@ -203,7 +206,7 @@ def _translate_local_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise of_local_disk(error) from error
+        raise local_disk_error(error) from error
 
 
 def _write_and_sync(path: Path, data: bytes) -> None:

@@ -15,12 +15,12 @@ from finetune_api.errors import ConfigError, CredentialsError, FineTuneError, St
 from finetune_api.pod import StoreTarget
 from finetune_api.sources import redact_source
 
-from finetune_trainer.storage.base import CreateResult, Store, join
+from finetune_trainer.storage.base import CreateResult, Store, join_key
 from finetune_trainer.storage.roots import open_store
 from finetune_trainer.storage.s3 import S3Store
 
 PROBE_FOLDER = ".probe"
-PREFLIGHT_OPTIONS = {"attempts": 2, "connect_timeout": 2.0, "read_timeout": 3.0}
+PREFLIGHT_OPTIONS = {"max_tries": 2, "connect_timeout": 2.0, "read_timeout": 3.0}
 """Options of S3Store with which a request succeeds or fails within about 10 s."""
 
 
@@ -28,47 +28,48 @@ PREFLIGHT_OPTIONS = {"attempts": 2, "connect_timeout": 2.0, "read_timeout": 3.0}
 class StoreAbilities:
     """Features that a store supports, for `status.resolved.storage`."""
 
-    kind: str
-    conditional_writes: bool
+    store_kind: str
+    """`s3` or `folder`."""
+    has_conditional_writes: bool
     can_delete: bool = True
 
     def to_wire(self) -> dict[str, object]:
         """Return the value of `status.resolved.storage`."""
-        return {"kind": self.kind, "conditionalWrites": self.conditional_writes, "canDelete": self.can_delete}
+        return {"kind": self.store_kind, "conditionalWrites": self.has_conditional_writes, "canDelete": self.can_delete}
 
 
 def preflight(target: StoreTarget, *, needs_write: bool = True) -> StoreAbilities:
-    """Try every kind of request that checkpoints need, with a small object.
+    """Try every type of request that checkpoints need, with a small object. If `needs_write` is False, only list the store.
 
-    Errors: StorageSetupError (67), CredentialsError (77, naming the permission), StorageError (69 EndpointUnreachable);
-    ConfigError `StorageUriInvalid` (64) for a web server, because it is read-only.
+    Errors and exit codes: StorageSetupError (67); CredentialsError (77), whose message names the permission; StorageError
+    `EndpointUnreachable` (69); ConfigError `StorageUriInvalid` (64) for a web server, because it is read-only.
     """
     if target.uri.startswith("https://"):
         raise ConfigError(
-            "StorageUriInvalid", f"storage.uri is {redact_source(target.uri)}: a web server can only be read: it has no listing and no "
+            "StorageUriInvalid", f"storage.uri is {redact_source(target.uri)}, but a web server is read-only: it has no listing and no "
             "conditional creation",
             hint="write s3://bucket/prefix, pvc://claim/path or file:///path; checkpoint.resume, model.source and dataset.* may be https://",
         )  # fmt: skip
     store = open_store(target, **PREFLIGHT_OPTIONS)
     try:
-        return _try_all(store, needs_write)
+        return _try_all_requests(store, needs_write)
     except StorageError as error:
-        raise _more_precise(error, store) from error
+        raise _find_cause(error, store) from error
     finally:
         store.close()
 
 
-def _try_all(store: Store, needs_write: bool) -> StoreAbilities:
+def _try_all_requests(store: Store, needs_write: bool) -> StoreAbilities:
     kind = "s3" if isinstance(store, S3Store) else "folder"
     if kind == "folder" and not needs_write:
         return StoreAbilities(kind, True)
     next(iter(store.list(PROBE_FOLDER + "/")), None)
     if not needs_write:
         return StoreAbilities(kind, False)
-    key = join(PROBE_FOLDER, uuid.uuid4().hex)
+    key = join_key(PROBE_FOLDER, uuid.uuid4().hex)
     store.create(key, b"first")  # EXISTS means that an earlier try succeeded, but its response was lost.
     if store.get(key) != b"first":
-        raise StorageError("StorageInconsistent", f"{store.uri}: an object just written cannot be read back")
+        raise StorageError("StorageInconsistent", f"{store.uri}: an object that was just written cannot be read")
     second_creation = store.create(key, b"second")
     data = store.get(key)
     is_encrypted = not isinstance(store, S3Store) or store.has_requested_encryption(key)
@@ -85,24 +86,25 @@ def _try_all(store: Store, needs_write: bool) -> StoreAbilities:
 
 def _ignored_encryption_error(store: Store) -> StorageSetupError:
     assert isinstance(store, S3Store) and store.target.encryption is not None
-    group = store.connection.field
+    spec_field = store.connection.spec_field
     return StorageSetupError(
         "EncryptionRefused", f"bucket {store.bucket} at {store.connection.host} accepts the requested encryption ({store.connection.encryption}), but "
         "stores objects without it",
-        hint=f"remove {group}.encryption and set the bucket's default or encrypt the store's disks, or use a store that supports this encryption",
+        hint=f"remove {spec_field}.encryption and set the bucket's default encryption or encrypt the store's disks; or use a store that supports it",
     )  # fmt: skip
 
 
-def _more_precise(error: StorageError, store: Store) -> FineTuneError:
-    """Find the cause of `error`.
+def _find_cause(error: StorageError, store: Store) -> FineTuneError:
+    """Return an error that names the cause of `error`, or `error` itself if the cause is unknown.
 
-    Return AddressingWrong if only host names with the bucket fail, EncryptionRefused if only encryption fails, else `error`.
+    The result is AddressingWrong if the endpoint responds but the host name with the bucket does not, and EncryptionRefused if the store
+    accepts objects only without the requested encryption.
     """
-    if error.code == "StorageFailed" and isinstance(store, S3Store) and _encryption_fails(store):
+    if error.code == "StorageFailed" and isinstance(store, S3Store) and _only_encryption_fails(store):
         return StorageSetupError(
             "EncryptionRefused", f"bucket {store.bucket} at {store.connection.host} accepts objects, but not with the requested "
             f"encryption ({store.connection.encryption})",
-            hint=f"correct {store.connection.field}.encryption, or remove it and set the bucket's default",
+            hint=f"correct {store.connection.spec_field}.encryption, or remove it and set the bucket's default encryption",
         )  # fmt: skip
     if error.code != "EndpointUnreachable" or not isinstance(store, S3Store):
         return error
@@ -114,16 +116,16 @@ def _more_precise(error: StorageError, store: Store) -> FineTuneError:
         return error
     return StorageSetupError(
         "AddressingWrong", f"{connection.endpoint} responds, but {connection.bucket}.{parts.hostname} does not",
-        hint=f"write {connection.field}.addressingStyle: path",
+        hint=f"write {connection.spec_field}.addressingStyle: path",
     )  # fmt: skip
 
 
-def _encryption_fails(store: S3Store) -> bool:
-    """Whether the store accepts an object without encryption. Many stores that have no keys answer requests with encryption with status 500."""
+def _only_encryption_fails(store: S3Store) -> bool:
+    """Whether encryption was requested and the store accepts an object without it. Many stores without keys answer requests for encryption with status 500."""
     if store.target.encryption is None:
         return False
-    unencrypted_store = S3Store(store.target.model_copy(update={"encryption": None}), attempts=2, connect_timeout=2, read_timeout=3)
-    key = join(PROBE_FOLDER, uuid.uuid4().hex)
+    unencrypted_store = S3Store(store.target.model_copy(update={"encryption": None}), max_tries=2, connect_timeout=2, read_timeout=3)
+    key = join_key(PROBE_FOLDER, uuid.uuid4().hex)
     try:
         unencrypted_store.put(key, b"")
         with contextlib.suppress(CredentialsError):  # The preflight reports a missing permission to delete.

@@ -15,21 +15,21 @@ from finetune_trainer.storage.s3 import S3Store
 from finetune_trainer.storage.web import WebStore
 
 
-def open_store(target: StoreTarget, **options: float) -> Store:
-    """Open a store; sends no request. `options` are the keyword arguments of S3Store and WebStore.
+def open_store(target: StoreTarget, **connection_options: float) -> Store:
+    """Open a store without sending a request. `connection_options`: keyword arguments for S3Store and WebStore.
 
     Errors: ConfigError `StorageUriInvalid` for an unsupported scheme.
     """
     scheme, _, rest = target.uri.partition("://")
     match scheme:
         case "s3":
-            return S3Store(target, **options)  # type: ignore[arg-type] # attempts is an int, timeouts are floats
+            return S3Store(target, **connection_options)  # type: ignore[arg-type] # attempts is an int, timeouts are floats
         case "file":
             return FolderStore(Path(rest), target.uri)
         case "pvc":
             return FolderStore(Path(PVC_MOUNT, *rest.split("/")), target.uri)
         case "https":
-            return WebStore(target, **options)  # type: ignore[arg-type] # as above
+            return WebStore(target, **connection_options)  # type: ignore[arg-type] # as above
     raise ConfigError(
         "StorageUriInvalid", f"{redact_source(target.uri)!r} is not the URI of a store",
         hint="write s3://bucket/prefix, pvc://claim/path or file:///path, or https://host/path to read only",

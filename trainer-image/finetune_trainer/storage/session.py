@@ -1,7 +1,6 @@
-"""An HTTP session of the requests library with additional CA certificates, without automatic retries, and without redirects from https to
-http.
+"""An HTTP session of the requests library with additional CA certificates. It does not retry, and refuses redirects from https to http.
 
-This is a separate module, so that only jobs that read from a web server import requests.
+This is a separate module, so that only jobs that read from a web server import the requests library.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ from requests.adapters import HTTPAdapter
 from finetune_trainer.addresses import refuse_metadata_address
 
 
-class Adapter(HTTPAdapter):
-    """A connection pool, direct or through a proxy, that trusts the CA certificates of `context` and of requests."""
+class CaTrustingAdapter(HTTPAdapter):
+    """A connection pool, direct or through a proxy, that trusts the CA certificates of `context` and of the requests library."""
 
     def __init__(self, context: ssl.SSLContext) -> None:
         self._context = context
@@ -32,7 +31,7 @@ class Adapter(HTTPAdapter):
         return super().proxy_manager_for(proxy, ssl_context=self._context, **options)
 
     def cert_verify(self, conn: Any, url: str, verify: Any, cert: Any) -> None:
-        """Verify the server's certificate. Errors: StorageSetupError `TlsFailed` if REQUESTS_CA_BUNDLE names a file that does not exist."""
+        """Set the certificates that verify the server. Errors: StorageSetupError `TlsFailed` if REQUESTS_CA_BUNDLE names a file that does not exist."""
         try:
             super().cert_verify(conn, url, verify, cert)
         except OSError as error:
@@ -42,16 +41,16 @@ class Adapter(HTTPAdapter):
 
 
 class Session(requests.Session):
-    """A session that follows redirects only to https: a plain http response could be modified in transit."""
+    """A session that follows redirects only to https, because a response without TLS could be modified in transit."""
 
     def get_redirect_target(self, resp: requests.Response) -> str | None:
-        """Refuse redirects without TLS and to forbidden addresses. Errors: StorageSetupError `RedirectRefused`; ConfigError `AddressForbidden`."""
+        """Return the target of a redirect. Errors: StorageSetupError `RedirectRefused` if it has no TLS; ConfigError `AddressForbidden`."""
         target = super().get_redirect_target(resp)
         parts = urlsplit(target or "")
         if parts.scheme not in ("", "https"):
             raise StorageSetupError(
-                "RedirectRefused", f"{redact_source(resp.url)} is redirected to {parts.scheme}://{parts.hostname}, and without TLS a "
-                "response can be modified in transit",
+                "RedirectRefused", f"{redact_source(resp.url)} is redirected to {parts.scheme}://{parts.hostname}, but without TLS "
+                "a response can be modified in transit",
                 hint="write the https address of the redirect's target",
             )  # fmt: skip
         if target:
@@ -59,8 +58,8 @@ class Session(requests.Session):
         return target
 
 
-def session_on(adapter: Adapter) -> Session:
-    """Return a session for one request. It has its own cookies, but shares the connections of the adapter."""
+def create_session(http_adapter: CaTrustingAdapter) -> Session:
+    """Create a session for one request. It has its own cookies, but shares the connections of `http_adapter`."""
     session = Session()
-    session.mount("https://", adapter)
+    session.mount("https://", http_adapter)
     return session

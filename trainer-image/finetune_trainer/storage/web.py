@@ -1,9 +1,9 @@
-"""A web server as a read-only store: `https://host/path`, through requests.
+"""A web server as a read-only store: `https://host/path`, accessed with the requests library.
 
 A web server has no listing, so only a checkpoint or model with a known address can be read.
-This module retries requests itself. So one limit covers failed connections, busy servers and interrupted bodies. The adapter of requests
-would also log the query of a URL, which may contain a signature. The query of the root is sent with every request and never appears in a
-message.
+This module retries requests itself, so that one limit covers failed connections, busy servers and interrupted bodies. Retries of the
+requests library would also log the query of a URL, which may contain a signature. The query of the store's URI is sent with every request
+and never appears in a message.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from finetune_api.sources import redact_source
 
 from finetune_trainer.addresses import refuse_metadata_address
 from finetune_trainer.storage.base import CHUNK_BYTES, ByteCounter, CreateResult, ObjectStat
-from finetune_trainer.storage.errors import of_local_disk
+from finetune_trainer.storage.errors import local_disk_error
 
 if TYPE_CHECKING:
     import requests
@@ -42,39 +42,39 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 URL_HINT = "write https://host/path"
 WRITE_HINT = "write s3://bucket/prefix, pvc://claim/path or file:///path for a store that is written to"
-MAX_ATTEMPTS = 5
+MAX_TRIES = 5
 TIMEOUT_SECONDS = 30.0
 """Time limit for connecting, and between two chunks of a response."""
-PAUSE_SECONDS = 1.0
+FIRST_PAUSE_SECONDS = 1.0
 """Pause before the first retry. The pause doubles with each further retry."""
-LONGEST_PAUSE_SECONDS = 60.0
+MAX_PAUSE_SECONDS = 60.0
 """Maximum pause, even if the server's Retry-After is longer."""
 READ_BYTES = 256 * 1024
 RETRIED_STATUS_CODES = (429, 500, 502, 503, 504)
-HEAD_REFUSED = (403, 405, 501)
-"""HEAD may fail with these statuses although GET succeeds, for example because a signed URL is only valid for GET."""
+HEAD_REFUSED_STATUS_CODES = (403, 405, 501)
+"""Statuses with which HEAD may fail although GET succeeds, for example because a signed URL is valid only for GET."""
 
 
 class WebStore:
-    """Objects below `https://host/path[?query]`, read-only. Thread-safe: only the pool of connections is shared.
+    """Objects below `https://host/path[?query]`, read-only. Thread-safe: requests share only the connection pool.
 
-    requests takes proxies and `.netrc` from the environment. The store trusts the CA certificates of the system, of requests and
-    of `ca_bundle`, because some servers are public and others internal.
+    The requests library takes proxies and `.netrc` from the environment. The store trusts the CA certificates of the system, of the
+    requests library and of `ca_bundle`, because some servers are public and others internal.
     """
 
     def __init__(
-        self, target: StoreTarget, *, attempts: int = MAX_ATTEMPTS, connect_timeout: float = TIMEOUT_SECONDS,
+        self, target: StoreTarget, *, max_tries: int = MAX_TRIES, connect_timeout: float = TIMEOUT_SECONDS,
         read_timeout: float = TIMEOUT_SECONDS,
     ) -> None:  # fmt: skip
         self.target = target
         self._address, self._query = split_query(target.uri)
         self.uri = self._address.rstrip("/")
         self.retries = 0
-        self._attempts, self._timeout = max(1, attempts), (connect_timeout, read_timeout)
+        self._max_tries, self._timeout = max(1, max_tries), (connect_timeout, read_timeout)
         self._lock = threading.Lock()
-        _require_valid_url(target.uri)
+        _check_url(target.uri)
         refuse_metadata_address(self._address, self.uri)
-        self._adapter = _create_adapter(target.ca_bundle)
+        self._http_adapter = _create_http_adapter(target.ca_bundle)
 
     # ---- reading ----
 
@@ -83,47 +83,47 @@ class WebStore:
         return buffer.getvalue() if self._download(key, _Download(buffer)) is not None else None
 
     def download(
-        self, key: str, target: Path, *, byte_counter: ByteCounter | None = None, check_space: ByteCounter | None = None
+        self, key: str, target_file: Path, *, byte_counter: ByteCounter | None = None, check_space: ByteCounter | None = None
     ) -> str | None:
-        """Download an object. The key "" is the root itself.
+        """Download an object. The key "" names the object at the store's URI itself.
 
         Before the first write, `check_space` is called with the size in bytes (0 if the server does not report the size).
         """
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with target.open("wb") as writer:
+            target_file.parent.mkdir(parents=True, exist_ok=True)
+            with target_file.open("wb") as writer:
                 digest = self._download(key, _Download(writer, byte_counter, check_space))
             if digest is None:
-                target.unlink()
-        except OSError as error:  # This is an error of a local file, because connection errors are FineTuneErrors.
-            raise of_local_disk(error) from error
+                target_file.unlink()
+        except OSError as error:  # It is an error of the local file: errors of the connection are FineTuneErrors.
+            raise local_disk_error(error) from error
         return digest
 
     def stat(self, key: str) -> ObjectStat | None:
         def request_stat() -> ObjectStat | None:
             with self._request("HEAD", key) as response:
-                if response.status_code not in HEAD_REFUSED:
+                if response.status_code not in HEAD_REFUSED_STATUS_CODES:
                     return self._stat_from_response(key, response)
             with self._request("GET", key) as response:
                 return self._stat_from_response(key, response)
 
         return self._with_retries(key, request_stat)
 
-    def list(self, prefix: str) -> Iterator[ObjectStat]:
-        raise self._not_listable()
+    def list(self, key_prefix: str) -> Iterator[ObjectStat]:
+        raise self._not_listable_error()
 
-    def _not_listable(self) -> StorageSetupError:
+    def _not_listable_error(self) -> StorageSetupError:
         return StorageSetupError(
             "StorageNotListable", f"{self.uri} cannot be listed: a web server has no listing",
             hint=f"write the URI of one checkpoint or of the model: {self.uri}/checkpoints/step-00000100 or {self.uri}/model",
         )  # fmt: skip
 
     def list_folders(self) -> tuple[str, ...]:
-        raise self._not_listable()
+        raise self._not_listable_error()
 
     # ---- writing: refused ----
 
-    def put_file(self, source: Path, key: str, *, byte_counter: ByteCounter | None = None) -> None:
+    def put_file(self, source_file: Path, key: str, *, byte_counter: ByteCounter | None = None) -> None:
         self._refuse_writing("write", key)
 
     def put(self, key: str, data: bytes) -> None:
@@ -135,11 +135,11 @@ class WebStore:
     def delete(self, keys: Iterable[str]) -> None:
         self._refuse_writing("delete", next(iter(keys), ""))
 
-    def sweep(self, prefix: str) -> int:
-        self._refuse_writing("sweep", prefix)
+    def sweep(self, key_prefix: str) -> int:
+        self._refuse_writing("sweep", key_prefix)
 
     def close(self) -> None:
-        self._adapter.close()
+        self._http_adapter.close()
 
     def _refuse_writing(self, action: str, key: str) -> NoReturn:
         raise StorageSetupError(
@@ -155,12 +155,12 @@ class WebStore:
     @contextlib.contextmanager
     def _request(self, method: str, key: str, headers: dict[str, str] | None = None) -> Iterator[requests.Response]:
         """Send a request and yield the response before its body is read. Requests share no cookies."""
-        from finetune_trainer.storage.session import session_on
+        from finetune_trainer.storage.session import create_session
 
         url = (f"{self.uri}/{quote(key)}" if key else self._address) + self._query
         # `identity` means that the server must send the stored bytes without compression.
         own_headers = {"User-Agent": "finetune-trainer", "Accept-Encoding": "identity"}
-        session = session_on(self._adapter)
+        session = create_session(self._http_adapter)
         response = session.request(method, url, headers=own_headers | (headers or {}), stream=True, timeout=self._timeout)
         try:
             yield response
@@ -177,7 +177,7 @@ class WebStore:
 
     def _download(self, key: str, download: _Download) -> str | None:
         """Download an object; returns its sha256, or None if it does not exist."""
-        return self._with_retries(key, lambda: self._try_download(key, download), lambda: download.furthest)
+        return self._with_retries(key, lambda: self._try_download(key, download), lambda: download.max_received_bytes)
 
     def _try_download(self, key: str, download: _Download) -> str | None:
         with self._request("GET", key, download.range_headers()) as response:
@@ -190,7 +190,7 @@ class WebStore:
             try:
                 for chunk in response.raw.stream(READ_BYTES, decode_content=False):
                     download.write(chunk)
-            except _stream_errors() as error:
+            except _stream_error_types() as error:
                 raise self._interrupted_error(key, download, error) from error
         return download.digest.hexdigest()
 
@@ -221,25 +221,28 @@ class WebStore:
             raise NotFoundError("ObjectNotFound", message)
         return status == 404
 
-    def _with_retries(self, key: str, send_request: Callable[[], Any], progress: Callable[[], int] = lambda: 0) -> Any:
-        """Retry while the server is busy or the connection breaks. After some megabytes of progress, tries are counted from 0 again."""
+    def _with_retries(self, key: str, send_request: Callable[[], Any], count_received_bytes: Callable[[], int] = lambda: 0) -> Any:
+        """Send a request, and retry while the server is busy or the connection breaks.
+
+        `count_received_bytes` returns the number of received bytes. After each `CHUNK_BYTES` received, the tries are counted from 1 again.
+        """
         try_count, reached_bytes = 0, 0
         while True:
             try:
                 return self._translate_errors(key, send_request)
             except _RetryableError as failed:
-                try_count = 1 if progress() - reached_bytes >= CHUNK_BYTES else try_count + 1
-                reached_bytes = max(reached_bytes, progress())
-                if try_count >= self._attempts:
+                try_count = 1 if count_received_bytes() - reached_bytes >= CHUNK_BYTES else try_count + 1
+                reached_bytes = max(reached_bytes, count_received_bytes())
+                if try_count >= self._max_tries:
                     raise failed.error from failed
-                pause_seconds = min(max(failed.pause, PAUSE_SECONDS * 2 ** (try_count - 1)), LONGEST_PAUSE_SECONDS)
+                pause_seconds = min(max(failed.pause, FIRST_PAUSE_SECONDS * 2 ** (try_count - 1)), MAX_PAUSE_SECONDS)
                 log.warning("retry in %.0f s: %s", pause_seconds, failed.error.message)
             with self._lock:
                 self.retries += 1
             time.sleep(pause_seconds)
 
     def _translate_errors(self, key: str, send_request: Callable[[], Any]) -> Any:
-        """Convert exceptions of requests to FineTuneErrors. `from None` hides their texts, which contain the whole URL."""
+        """Convert exceptions of the requests library to FineTuneErrors. `from None` hides their texts, which contain the URL with its query."""
         from requests import exceptions as web
         from urllib3.exceptions import LocationParseError
 
@@ -261,7 +264,7 @@ class WebStore:
         untrusted = isinstance(cause, ssl.SSLCertVerificationError)
         return StorageError(
             "EndpointUnreachable", f"{urlsplit(self.uri).netloc} could not be reached ({type(cause).__name__})",
-            hint="the server's certificate is not signed by a CA that this pod trusts, or is for another name: write the CA's certificate in caBundleRef"
+            hint="the server's certificate is for another name, or this pod does not trust its CA: write the CA's certificate in caBundleRef"
             if untrusted else "check the address, the network policy and the proxy",
         )  # fmt: skip
 
@@ -269,9 +272,9 @@ class WebStore:
 class _RetryableError(Exception):
     """A failure that a retry may fix. `error`: raised after the last try. `pause`: the server's Retry-After in seconds."""
 
-    def __init__(self, error: FineTuneError, pause: float = 0) -> None:
+    def __init__(self, error: FineTuneError, pause_seconds: float = 0) -> None:
         super().__init__(str(error))
-        self.error, self.pause = error, pause
+        self.error, self.pause = error, pause_seconds
 
 
 class _Download:
@@ -279,10 +282,12 @@ class _Download:
 
     def __init__(self, file: IO[bytes], byte_counter: ByteCounter | None = None, check_space: ByteCounter | None = None) -> None:
         self._file, self._byte_counter, self._check_space = file, byte_counter, check_space
-        self.furthest = 0
+        self.max_received_bytes = 0
+        """The largest number of bytes received so far, including bytes before a restart."""
         self.restart()
 
     def restart(self) -> None:
+        """Empty the file and download the object from its first byte."""
         self._file.seek(0)
         self._file.truncate()
         self.digest = hashlib.sha256()
@@ -290,7 +295,7 @@ class _Download:
         self._etag = ""
 
     def range_headers(self) -> dict[str, str]:
-        """Headers that request only the missing bytes, on condition that the object has not changed."""
+        """Return headers that request only the missing bytes, on condition that the object has not changed."""
         return {"Range": f"bytes={self.size}-", "If-Range": f'"{self._etag}"'} if self.size and self._etag else {}
 
     def start_response(self, response: requests.Response) -> None:
@@ -299,7 +304,7 @@ class _Download:
             self.restart()
             raise _RetryableError(
                 StorageError(
-                    "DownloadBroken", f"{redact_source(response.url)} responds with another range than was requested"
+                    "DownloadBroken", f"{redact_source(response.url)} responds with another byte range than requested"
                 )
             )
         if response.status_code != 206:
@@ -314,7 +319,7 @@ class _Download:
         self._file.write(chunk)
         self.digest.update(chunk)
         self.size += len(chunk)
-        self.furthest = max(self.furthest, self.size)
+        self.max_received_bytes = max(self.max_received_bytes, self.size)
         if self._byte_counter:
             self._byte_counter(len(chunk))
 
@@ -327,7 +332,7 @@ def split_query(uri: str) -> tuple[str, str]:
     return address, mark + query
 
 
-def _require_valid_url(uri: str) -> None:
+def _check_url(uri: str) -> None:
     """Check a URL. Errors: ConfigError `SourceInvalid` if the URL is invalid or contains a password."""
     try:
         parts = urlsplit(uri)
@@ -343,37 +348,37 @@ def _require_valid_url(uri: str) -> None:
         )  # fmt: skip
 
 
-def _create_adapter(ca_bundle: str | None) -> Any:
-    """Create a connection pool. Errors: StorageSetupError `TlsFailed` if the bundle cannot be read."""
-    from finetune_trainer.storage.session import Adapter
+def _create_http_adapter(ca_bundle: str | None) -> Any:
+    """Create a connection pool. Errors: StorageSetupError `TlsFailed` if the CA bundle cannot be read."""
+    from finetune_trainer.storage.session import CaTrustingAdapter
 
-    logging.getLogger("urllib3.connectionpool").addFilter(_without_query)
+    logging.getLogger("urllib3.connectionpool").addFilter(_remove_queries)
     context = ssl.create_default_context()
     try:
         if ca_bundle:
             context.load_verify_locations(ca_bundle)
-    except OSError as error:  # including SSLError
+    except OSError as error:  # SSLError is an OSError.
         raise StorageSetupError(
             "TlsFailed", f"the CA bundle {ca_bundle} cannot be read", hint="check caBundleRef, or --ca-bundle"
         ) from error
 
-    return Adapter(context)
+    return CaTrustingAdapter(context)
 
 
-def _without_query(record: logging.LogRecord) -> bool:
-    """Remove the queries from the URLs in urllib3's log lines."""
+def _remove_queries(record: logging.LogRecord) -> bool:
+    """Remove the query from each URL in a log record of urllib3. Returns True, so that the record is logged."""
     record.msg, record.args = re.sub(r"\?\S*", "", record.getMessage()), ()
     return True
 
 
-def _stream_errors() -> tuple[type[Exception], ...]:
+def _stream_error_types() -> tuple[type[Exception], ...]:
     from urllib3 import exceptions as pool
 
     return pool.ProtocolError, pool.TimeoutError, pool.SSLError
 
 
 def _innermost_cause(error: BaseException) -> BaseException:
-    """Return the innermost exception of a chain of exceptions that wrap one another."""
+    """Return the innermost exception of a chain in which each exception wraps the next."""
     for _ in range(8):
         causes = (getattr(error, "reason", None), error.__cause__, *error.args)
         inner = next((cause for cause in causes if isinstance(cause, BaseException)), None)
@@ -390,7 +395,7 @@ def _strong_etag(response: requests.Response) -> str:
 
 
 def _retry_after(response: requests.Response) -> float:
-    """Return the seconds of the Retry-After header; 0 if it is missing or invalid."""
+    """Return the seconds to wait that the Retry-After header asks for; 0 if the header is missing or invalid."""
     from urllib3 import exceptions as pool
     from urllib3.util.retry import Retry
 

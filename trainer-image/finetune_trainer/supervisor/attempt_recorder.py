@@ -1,4 +1,4 @@
-"""Stores the record of each attempt below `run/records/`. The report and the lineage statement are made from these records.
+"""Stores a record of each incarnation below `run/records/`. The report and the lineage statement are made from these records.
 
 The records are not stored in `run/attempt-<n>/`, because an object there fences out earlier attempts.
 """
@@ -17,8 +17,8 @@ from finetune_api.status import ResolvedConfig
 from pydantic import ValidationError
 
 from finetune_trainer.checkpoint.tree import CheckpointTree
-from finetune_trainer.storage.base import join
-from finetune_trainer.supervisor.agent_process import threads_per_rank
+from finetune_trainer.storage.base import join_key
+from finetune_trainer.supervisor.agent_process import count_threads_per_rank
 
 log = logging.getLogger(__name__)
 RECORDS_FOLDER = f"{Storage.RUN}/records"
@@ -28,20 +28,20 @@ class AttemptRecorder:
     """Stores the record of one incarnation. Only rank 0's pod stores it. Errors of all methods: those of storage."""
 
     def __init__(self, run: RunConfig, tree: CheckpointTree, *, incarnation: str, config_sha256: str, started_at: datetime) -> None:
-        """`started_at`: the start of the pod."""
+        """`started_at`: when the pod started."""
         self._run, self._tree = run, tree
         self._record = AttemptRecord(
             attempt=run.attempt, incarnation=incarnation, started_at=started_at, gpus=run.world.nodes * gpus_per_pod(run.spec),
             pods=run.world.nodes, config_sha256=config_sha256,
         )  # fmt: skip
-        self._stored: AttemptRecord | None = None
+        self._stored_record: AttemptRecord | None = None
 
     def record_start(self, start_step: int, resolved: ResolvedConfig) -> None:
         """Record that this incarnation begins to train, and from which step."""
-        self._store(start_step=start_step, threads=threads_per_rank(self._run), resolved=_without_notes(resolved))
+        self._store(start_step=start_step, threads=count_threads_per_rank(self._run), resolved=_without_notes(resolved))
 
     def record_configuration(self, resolved: ResolvedConfig) -> None:
-        """Record the configuration in use, such as the device, which the ranks report after the start."""
+        """Record the configuration in use. Some values, such as the device, are known only after the ranks have started."""
         self._store(resolved=_without_notes(resolved))
 
     def record_end(self, message: TerminationMessage, progress: ProgressReport) -> None:
@@ -57,10 +57,10 @@ class AttemptRecorder:
     def _store(self, **changes: Any) -> None:
         """Store the record if a value has changed."""
         self._record = self._record.model_copy(update=changes)
-        if self._record != self._stored:
-            key = join(RECORDS_FOLDER, f"{self._record.incarnation}.json")
+        if self._record != self._stored_record:
+            key = join_key(RECORDS_FOLDER, f"{self._record.incarnation}.json")
             self._tree.store.put(key, self._record.model_dump_json(by_alias=True, exclude_none=True).encode())
-            self._stored = self._record
+            self._stored_record = self._record
 
 
 def _without_notes(resolved: ResolvedConfig) -> ResolvedConfig:

@@ -1,10 +1,10 @@
 """`finetune-trainer fill-cache`: the init container that provides the models of a pod from the cache.
 
-It downloads a model into the cache once for all pods that share the volume, and verifies it with the hashes of its source. On a node, the trainer
-container then reads the model in the cache, through a mount that it cannot write to. From a PersistentVolumeClaim, this program copies the model to the pod's
-disk and verifies the copied bytes, because every pod of the namespace can mount the claim and change its files at any time.
+This program downloads a model into the cache once for all pods that share the volume, and verifies it with the hashes of its source. If the cache is a folder
+of the node, the trainer container reads the model there, through a mount that it cannot write to. If the cache is in a PersistentVolumeClaim, this program
+copies the model to the pod's disk and verifies the copy, because every pod of the namespace can mount the claim and change its files at any time.
 
-The program always exits with code 0: without its record, or with a note instead of a model in the record, the trainer container downloads the model itself.
+The program always exits with code 0. If its record is missing or lacks a model, the trainer container downloads that model itself.
 """
 
 from __future__ import annotations
@@ -22,106 +22,107 @@ from pathlib import Path
 from finetune_api.base import LenientModel
 from finetune_api.errors import FineTuneError
 from finetune_api.pod import RunConfig
-from finetune_api.sources import HubSource, S3Source, parse
+from finetune_api.sources import HubSource, S3Source, parse_source
 from pydantic import ValidationError
 
 from finetune_trainer.model_cache.content import SourceFile, check_files
-from finetune_trainer.model_cache.folder import CacheEntry, CacheFolder, CacheProblem, DamagedModel, Limits
+from finetune_trainer.model_cache.folder import CacheEntry, CacheFolder, CacheLimits, CacheProblem, DamagedModel
 from finetune_trainer.model_cache.record import CachedModel, CacheRecord
 from finetune_trainer.settings import Settings, load_run
 from finetune_trainer.supervisor.fetch import Fetcher
-from finetune_trainer.supervisor.model_listing import HubDown, ModelListing, hub_location, list_model
+from finetune_trainer.supervisor.model_listing import HubDown, ModelListing, build_hub_location, list_model
 
 log = logging.getLogger(__name__)
 
-COPIES = "from-cache"
-SOURCES = ".sources"
+MODEL_COPIES_FOLDER = "from-cache"
+SOURCE_RECORDS_FOLDER = ".sources"
 MAX_TRIES = 2
-"""Number of times that a model is taken from the cache: a damaged model is removed and downloaded again once."""
+"""How often to try to provide a model from the cache. After the first try, a damaged model is removed and downloaded again."""
 
 
 @dataclass(frozen=True)
 class CacheOptions:
     """The arguments of `fill-cache`."""
 
-    folder: Path
+    cache_folder: Path
     tenant: str
-    copies: bool
-    limits: Limits
+    copies_models: bool
+    """Whether models are copied to the pod's disk, because the cache is in a PersistentVolumeClaim."""
+    limits: CacheLimits
 
 
 class SourceRecord(LenientModel):
-    """The newest known revision of a public repository and its files. It is used while the hub does not answer."""
+    """The newest known revision of a public hub repository, and its files. It is used while the hub does not answer."""
 
     revision: str
     files: list[tuple[str, int, str]]
 
 
 class CachePod:
-    """Provides the models of one pod. `run()` returns the exit code."""
+    """Provides the models of one pod from the cache. `run()` returns the exit code."""
 
     def __init__(self, settings: Settings, options: CacheOptions) -> None:
         self._settings, self._options = settings, options
-        self._cache = CacheFolder(options.folder, options.tenant, options.limits)
+        self._cache = CacheFolder(options.cache_folder, options.tenant, options.limits)
         self._notes: list[str] = []
 
     def run(self) -> int:
         """Provide all models and write the record for the trainer container. Never raises an error."""
         try:
-            self._settings.work.mkdir(parents=True, exist_ok=True)
+            self._settings.work_folder.mkdir(parents=True, exist_ok=True)
             self._create_folder_of_namespace()
             run, _ = load_run(self._settings)
-            fetcher = Fetcher(run, self._settings.work)
-            models = {path: model for path, source in cached_sources(run) if (model := self._provide_or_note(fetcher, path, source)) is not None}
-            CacheRecord(models=models, notes=self._notes).write(self._settings.work)
+            fetcher = Fetcher(run, self._settings.work_folder)
+            models = {path: model for path, source in cacheable_sources(run) if (model := self._provide_or_note(fetcher, path, source)) is not None}
+            CacheRecord(models=models, notes=self._notes).write(self._settings.work_folder)
         except Exception as error:
             log.warning("the trainer container downloads the model, because the cache failed", exc_info=error)
         return 0
 
     def _create_folder_of_namespace(self) -> None:
-        """On a node, the trainer container mounts this folder. If it is missing, the kubelet creates it for root, and no later pod can write to it."""
-        if not self._options.copies:
-            with suppress(OSError):  # the first write to the cache reports it
-                (self._options.folder / self._options.tenant).mkdir(parents=True, exist_ok=True)
+        """Create the namespace's folder in a cache on the node. If it is missing, the kubelet creates it for root, and no later pod can write to it."""
+        if not self._options.copies_models:
+            with suppress(OSError):  # The first write to the cache reports this error.
+                (self._options.cache_folder / self._options.tenant).mkdir(parents=True, exist_ok=True)
 
-    def _provide_or_note(self, fetcher: Fetcher, path: str, source: str) -> CachedModel | None:
+    def _provide_or_note(self, fetcher: Fetcher, spec_path: str, source: str) -> CachedModel | None:
         try:
             return self._provide(fetcher, source)
         except Exception as error:
             is_expected = isinstance(error, CacheProblem | FineTuneError | OSError)  # the hub's errors are OSErrors
-            log.warning("%s is downloaded without the cache: %s", path, _reason(error), exc_info=None if is_expected else error)
-            self._notes.append(f"{path} is downloaded without model.cache: {_reason(error)}")
+            log.warning("%s is downloaded without the cache: %s", spec_path, _describe_error(error), exc_info=None if is_expected else error)
+            self._notes.append(f"{spec_path} is downloaded without model.cache: {_describe_error(error)}")
             return None
 
     def _provide(self, fetcher: Fetcher, source: str) -> CachedModel:
-        """Errors: CacheProblem, OSError, FineTuneError, errors of the hub's client."""
+        """Take the model from the cache, or download it into the cache. Errors: CacheProblem, OSError, FineTuneError, errors of the hub's client."""
         try:
-            listing, download = list_model(fetcher, parse(source))
+            listing, download = list_model(fetcher, parse_source(source))
         except HubDown as error:
             return self._provide_offline(fetcher, source, error)
         with suppress(OSError):
-            self._remember(source, listing)
+            self._record_source(source, listing)
         for number in range(1, MAX_TRIES + 1):
             try:
                 entry, from_cache = self._cache.provide(listing.key, source, listing.files, download, log_progress=lambda done: _log_progress(done, listing))
-                return self._use(entry, listing, source, from_cache, fetcher)
+                return self._make_available(entry, listing, source, from_cache, fetcher)
             except DamagedModel as damage:
                 if number == MAX_TRIES:
                     raise
                 self._notes.append(f"model.cache had a damaged copy of {source}, which was removed: {damage}")
         raise AssertionError
 
-    def _use(self, entry: CacheEntry, listing: ModelListing, source: str, from_cache: bool, fetcher: Fetcher) -> CachedModel:
-        """Return what the trainer container reads: the model in the cache, or a verified copy of it. Errors: DamagedModel, FineTuneError."""
+    def _make_available(self, entry: CacheEntry, listing: ModelListing, source: str, is_from_cache: bool, fetcher: Fetcher) -> CachedModel:
+        """Return the model that the trainer container reads: the one in the cache, or a verified copy. Errors: DamagedModel, FineTuneError."""
         model = CachedModel(
-            source=source, path=entry.files, from_cache=from_cache, size=listing.size, hub_revision=listing.hub_revision,
+            source=source, path=entry.files, from_cache=is_from_cache, size=listing.total_bytes, hub_revision=listing.hub_revision,
             listing_version=listing.listing_version, sha256={name: file.sha256 for name, file in entry.record.files.items()}, in_use_file=entry.in_use_file,
         )  # fmt: skip
-        if not self._options.copies:
+        if not self._options.copies_models:
             return model
-        copy = self._settings.work / COPIES / listing.key
+        copy = self._settings.work_folder / MODEL_COPIES_FOLDER / listing.key
         shutil.rmtree(copy, ignore_errors=True)
-        fetcher.require_space(listing.size, "model.source")
+        fetcher.require_space(listing.total_bytes, "model.source")
         try:
             checked = check_files(entry.files, listing.files, copy_to=copy)
             problem = next((one.problem for one in checked if one.problem), "")
@@ -135,12 +136,12 @@ class CachePod:
 
     # ---- without the hub ----
 
-    def _remember(self, source: str, listing: ModelListing) -> None:
-        """Record the newest version of a public repository, or remove the record of a repository that is no longer public. Errors: OSError."""
-        hub_source = parse(source)
-        if not isinstance(hub_source, HubSource) or self._options.copies:
+    def _record_source(self, source: str, listing: ModelListing) -> None:
+        """Record the newest revision of a public repository, or remove the record of a repository that is no longer public. Errors: OSError."""
+        hub_source = parse_source(source)
+        if not isinstance(hub_source, HubSource) or self._options.copies_models:
             return
-        file = self._source_file(hub_source)
+        file = self._source_record_file(hub_source)
         if not listing.is_public:
             file.unlink(missing_ok=True)
             return
@@ -151,45 +152,45 @@ class CachePod:
         partial.rename(file)
 
     def _provide_offline(self, fetcher: Fetcher, source: str, error: HubDown) -> CachedModel:
-        """Use the newest known version of a public model while the hub does not answer. Errors: CacheProblem.
+        """Provide the newest known revision of a public model while the hub does not answer. Errors: CacheProblem.
 
-        Only on a node: only this program writes there. In a claim, the recorded hashes could have been written by another pod. Access to other models
-        cannot be checked without the hub.
+        The cache must be on the node, where no other program writes: in a claim, another pod could have written the recorded hashes. The model must
+        be public, because without the hub, access to other models cannot be checked.
         """
-        hub_source = parse(source)
+        hub_source = parse_source(source)
         assert isinstance(hub_source, HubSource)
-        if self._options.copies:
-            raise CacheProblem("the model hub does not answer, and without it the hashes of the files in a claim are not known") from error
+        if self._options.copies_models:
+            raise CacheProblem("the model hub does not answer, and without it the files in a claim cannot be verified") from error
         try:
-            record = SourceRecord.model_validate_json(self._source_file(hub_source).read_bytes())
+            record = SourceRecord.model_validate_json(self._source_record_file(hub_source).read_bytes())
         except (OSError, ValidationError) as missing:
             raise CacheProblem("the model hub does not answer, and the cache has no public model of this name") from missing
         files = tuple(SourceFile(*file) for file in record.files)
-        listing = ModelListing(hub_location(hub_source), files, hub_revision=record.revision, is_public=True)
+        listing = ModelListing(build_hub_location(hub_source), files, hub_revision=record.revision, is_public=True)
         entry = self._cache.find(listing.key, files)
         if entry is None:
             raise CacheProblem("the model hub does not answer, and the cache no longer has this model") from error
         self._notes.append(f"the model hub does not answer: revision {record.revision} of {source} from model.cache is used")
-        return self._use(entry, listing, source, True, fetcher)
+        return self._make_available(entry, listing, source, True, fetcher)
 
-    def _source_file(self, source: HubSource) -> Path:
-        text = json.dumps([hub_location(source), source.revision])
-        return self._options.folder / self._options.tenant / SOURCES / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
+    def _source_record_file(self, source: HubSource) -> Path:
+        text = json.dumps([build_hub_location(source), source.revision])
+        return self._options.cache_folder / self._options.tenant / SOURCE_RECORDS_FOLDER / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
 
 
-def cached_sources(run: RunConfig) -> Iterator[tuple[str, str]]:
-    """Yield path and source of each model that the cache can provide: base model and reference model, from the hub or from S3."""
+def cacheable_sources(run: RunConfig) -> Iterator[tuple[str, str]]:
+    """Yield the spec path and the source of each model that the cache can provide: base model and reference model, from the hub or from S3."""
     dpo = run.spec.trainer.dpo
     for path, source in (("model.source", run.spec.model.source), ("trainer.dpo.referenceModel", dpo.reference_model if dpo else None)):
-        if source and isinstance(parse(source, path=path), HubSource | S3Source):
+        if source and isinstance(parse_source(source, spec_path=path), HubSource | S3Source):
             yield path, source
 
 
-def _log_progress(done: int, listing: ModelListing) -> None:
-    log.info("another pod downloads the model into the cache: %.2f of %.2f GB", done / 1e9, listing.size / 1e9)
+def _log_progress(done_bytes: int, listing: ModelListing) -> None:
+    log.info("another pod downloads the model into the cache: %.2f of %.2f GB", done_bytes / 1e9, listing.total_bytes / 1e9)
 
 
-def _reason(error: Exception) -> str:
+def _describe_error(error: Exception) -> str:
     if isinstance(error, FineTuneError):
         return error.message
     if isinstance(error, OSError) and error.strerror:
@@ -201,10 +202,10 @@ def main(arguments: list[str]) -> int:
     """Entry point of `fill-cache`; always returns 0."""
     parser = argparse.ArgumentParser(prog="finetune-trainer fill-cache", description="Provide the models of a pod from the cache.")
     parser.add_argument("--folder", type=Path, required=True, help="folder of the cache")
-    parser.add_argument("--tenant", required=True, help="folder below it for the models of this namespace")
+    parser.add_argument("--tenant", required=True, help="folder below the cache for the models of this namespace")
     parser.add_argument("--copy", action="store_true", help="copy the models to the work folder, and verify the copies")
     parser.add_argument("--size-limit", type=int, help="maximum bytes of all models in the cache (default: the size of the volume)")
     parser.add_argument("--free-share", type=float, default=0.0, help="share of the volume that stays free")
     options = parser.parse_args(arguments)
-    limits = Limits(size_bytes=options.size_limit, free_share=options.free_share)
+    limits = CacheLimits(size_bytes=options.size_limit, free_share=options.free_share)
     return CachePod(Settings.from_env(), CacheOptions(options.folder, options.tenant, options.copy, limits)).run()

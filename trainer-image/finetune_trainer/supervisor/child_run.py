@@ -1,4 +1,4 @@
-"""Runs a process that reports over a channel: a stage after training, or the check of a preparation."""
+"""Runs a child process that reports over a channel: a stage after training, or the process `check` of a preparation."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from finetune_api.errors import FineTuneError
 from finetune_api.pod import RunConfig
 
 from finetune_trainer.failure import failure_from_exit_code, failure_from_message
-from finetune_trainer.processes import ChildProcess, kill_all_descendants, killed_for_memory
+from finetune_trainer.processes import ChildProcess, has_oom_kill, kill_all_descendants
 from finetune_trainer.settings import Settings
-from finetune_trainer.supervisor.agent_process import rank_environment
+from finetune_trainer.supervisor.agent_process import build_rank_environment
 from finetune_trainer.supervisor.rank_channel import RankChannel
 
 POLL_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
-class ChildEnd:
-    """How the process ended."""
+class ChildResult:
+    """How a child process ended."""
 
-    code: int
+    exit_code: int
     failure: FineTuneError | None
-    """The failure that the process reported, or that follows from its exit code."""
+    """The failure that the process reported or, if it reported none, that its exit code shows. None after exit code 0."""
 
 
 def run_child(
     arguments: list[str], run: RunConfig, settings: Settings, *, handle_message: Callable[[dict[str, Any]], None], while_running: Callable[[int], None]
-) -> ChildEnd:
-    """Run `finetune-trainer <arguments>` and wait for its end. All descendants of this process are killed then.
+) -> ChildResult:
+    """Run `finetune-trainer <arguments>` and wait for its end. Afterwards, all descendants of the calling process are killed.
 
-    `handle_message` receives each message. `while_running` is called again and again with the pid; an exception that it raises ends the process.
+    `handle_message` receives each message. `while_running` is called repeatedly with the child's pid; if it raises an exception, the child is killed.
     """
     failures: list[FineTuneError] = []
 
@@ -44,7 +44,7 @@ def run_child(
             failures.append(failure_from_message(message).error)
 
     channel = RankChannel(handle)
-    process = ChildProcess([sys.executable, "-u", "-m", "finetune_trainer", *arguments], rank_environment(run, settings, channel.address))
+    process = ChildProcess([sys.executable, "-u", "-m", "finetune_trainer", *arguments], build_rank_environment(run, settings, channel.address))
     try:
         while (code := process.poll()) is None:
             while_running(process.pid)
@@ -53,5 +53,5 @@ def run_child(
         kill_all_descendants()
         channel.close()
     if not failures and code != 0:
-        failures.append(failure_from_exit_code(0, code, is_host_out_of_memory=killed_for_memory()).error)
-    return ChildEnd(code, failures[0] if failures else None)
+        failures.append(failure_from_exit_code(0, code, is_host_out_of_memory=has_oom_kill()).error)
+    return ChildResult(code, failures[0] if failures else None)

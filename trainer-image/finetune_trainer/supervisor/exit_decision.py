@@ -12,10 +12,10 @@ from finetune_api.errors import FineTuneError, InstallationBrokenError, Internal
 from finetune_api.names import ExitCode
 from finetune_api.status import Output, Stage
 
-from finetune_trainer.failure import RankFailure, root_cause
+from finetune_trainer.failure import RankFailure, choose_root_cause
 
 MAX_GRACE_MARGIN_SECONDS = 5.0
-GRACE_MARGIN = 0.1
+GRACE_MARGIN_FRACTION = 0.1
 """Fraction of the grace period that is reserved for the termination message, at most `MAX_GRACE_MARGIN_SECONDS`."""
 
 
@@ -40,9 +40,9 @@ class StageReport:
 
 @dataclass
 class AttemptFacts:
-    """Facts about this pod's attempt that decide the exit code."""
+    """Facts about this pod's attempt from which `decide_exit` chooses the exit code."""
 
-    error: FineTuneError | None = None
+    supervisor_error: FineTuneError | None = None
     """The supervisor's own failure: preparation, storage or a stall."""
     rank_failures: list[RankFailure] = field(default_factory=list)
     """Failures that ranks reported."""
@@ -53,54 +53,54 @@ class AttemptFacts:
     stopped_ranks: set[int] = field(default_factory=set)
     is_output_written: bool = False
     """Whether rank 0 has written the final artefact to the pod's disk."""
-    deadline_passed: bool = False
+    is_deadline_passed: bool = False
     """Whether the grace period has ended, or is too short for another checkpoint."""
-    agent_code: int | None = None
+    agent_exit_code: int | None = None
     output: Output | None = None
     """The committed final artefact."""
-    stages: StageReport | None = None
-    """The results of the stages after training. None: they have not begun in this pod, or another pod runs them."""
+    stage_report: StageReport | None = None
+    """The results of the stages after training. None if they have not begun in this pod, or if another pod runs them."""
     start_step: int = 0
     """Step that this incarnation started from."""
 
 
 @dataclass(frozen=True)
 class ExitDecision:
-    """An exit code and the failure that caused it. Success and a requested stop have no failure."""
+    """The exit code of a pod, and the failure that caused it. After success or a requested stop, there is no failure."""
 
-    code: int
+    exit_code: int
     failure: RankFailure | None = None
     stage: Stage | None = None
     """The stage after training that failed."""
 
 
 def decide_exit(facts: AttemptFacts, exit_code_failures: list[RankFailure], *, is_saved: bool, node_rank: int) -> ExitDecision:
-    """Decide the exit of this pod. `exit_code_failures`: failures known only from exit codes; `is_saved`: see `is_state_saved`."""
+    """Decide how this pod exits. `exit_code_failures`: failures that only exit codes show; `is_saved`: the result of `is_state_saved`."""
     if facts.output is not None:
         return _exit_after_commit(facts, node_rank)
-    if facts.error is None and facts.stop_requested_at is not None:
+    if facts.supervisor_error is None and facts.stop_requested_at is not None:
         return _exit_after_stop(facts, is_saved)
     failure = _root_cause(facts, exit_code_failures)
-    if failure is None and node_rank > 0 and facts.agent_code == 0:
+    if failure is None and node_rank > 0 and facts.agent_exit_code == 0:
         return ExitDecision(ExitCode.OK)  # Rank 0's pod commits the final artefact.
     if failure is None:
-        failure = RankFailure(_failure_of_agent(facts.agent_code), is_reported=False)
+        failure = RankFailure(_agent_error(facts.agent_exit_code), is_reported=False)
     return ExitDecision(int(failure.error.exit_code), failure)
 
 
 def _exit_after_commit(facts: AttemptFacts, node_rank: int) -> ExitDecision:
-    """The model is committed, so only the stages after training can fail. After a stop, the next attempt runs the open stages."""
-    if facts.stages is None:  # This pod ends before the stages have begun, because the committed model was found after the stop request.
+    """Return the exit of a pod whose model is committed: only the stages after training can fail. After a stop, the next attempt runs the open stages."""
+    if facts.stage_report is None:  # The stages have not begun in this pod, because the stop was requested before the committed model was found.
         return ExitDecision(ExitCode.OK if node_rank > 0 else ExitCode.PREEMPTED_SAVED)
-    failure = facts.stages.failure
+    failure = facts.stage_report.failure
     if failure is not None:
         return ExitDecision(int(failure.error.exit_code), RankFailure(failure.error), failure.stage)
-    return ExitDecision(ExitCode.PREEMPTED_SAVED if facts.stages.open_stages else ExitCode.OK)
+    return ExitDecision(ExitCode.PREEMPTED_SAVED if facts.stage_report.open_stages else ExitCode.OK)
 
 
 def _exit_after_stop(facts: AttemptFacts, is_saved: bool) -> ExitDecision:
-    """Return the failure of a rank that failed by itself. If there is none, return 75 if the trained steps are saved, else 76."""
-    rank_failure = root_cause(failure for failure in facts.rank_failures if failure.is_origin)
+    """Return the exit after a stop request: the failure of a rank that failed by itself, else 75 if the trained steps are saved, else 76."""
+    rank_failure = choose_root_cause(failure for failure in facts.rank_failures if failure.is_origin)
     if rank_failure is not None:
         return ExitDecision(int(rank_failure.error.exit_code), rank_failure)
     return ExitDecision(ExitCode.PREEMPTED_SAVED if is_saved else ExitCode.PREEMPTED_UNSAVED)
@@ -111,15 +111,15 @@ def _root_cause(facts: AttemptFacts, exit_code_failures: list[RankFailure]) -> R
 
     A rank's own failure replaces a PeerError of the supervisor.
     """
-    if facts.error is None:
+    if facts.supervisor_error is None:
         reported_ranks = {failure.rank for failure in facts.rank_failures}
         unreported_failures = [failure for failure in exit_code_failures if failure.rank not in reported_ranks]
-        return root_cause([*facts.rank_failures, *unreported_failures])
-    rank_failure = root_cause(failure for failure in facts.rank_failures if failure.is_origin)
-    return rank_failure if rank_failure is not None and isinstance(facts.error, PeerError) else RankFailure(facts.error)
+        return choose_root_cause([*facts.rank_failures, *unreported_failures])
+    rank_failure = choose_root_cause(failure for failure in facts.rank_failures if failure.is_origin)
+    return rank_failure if rank_failure is not None and isinstance(facts.supervisor_error, PeerError) else RankFailure(facts.supervisor_error)
 
 
-def _failure_of_agent(agent_code: int | None) -> FineTuneError:
+def _agent_error(agent_code: int | None) -> FineTuneError:
     if agent_code is not None and agent_code < 0:
         return PeerError("AgentKilled", f"the torchelastic agent was killed by signal {-agent_code}")
     if agent_code == ExitCode.INSTALLATION_BROKEN:
@@ -141,11 +141,11 @@ def is_state_saved(facts: AttemptFacts, *, step: int, committed_step: int, uploa
     """
     if step <= facts.start_step:
         return True
-    if node_rank == 0 or facts.deadline_passed:
+    if node_rank == 0 or facts.is_deadline_passed:
         return committed_step >= step
     return bool(facts.stopped_ranks) and uploaded_step >= step
 
 
 def stop_deadline(stop_requested_at: float, grace_seconds: float) -> float:
-    """Return the time by which a stopped pod must have written its termination message: shortly before the kubelet kills the pod."""
-    return stop_requested_at + grace_seconds - min(MAX_GRACE_MARGIN_SECONDS, GRACE_MARGIN * grace_seconds)
+    """Return the monotonic time by which a stopped pod must have written its termination message, shortly before the kubelet kills the pod."""
+    return stop_requested_at + grace_seconds - min(MAX_GRACE_MARGIN_SECONDS, GRACE_MARGIN_FRACTION * grace_seconds)

@@ -1,12 +1,12 @@
 """Connects the ranks of a gang to the TCPStore on the pod of rank 0, so that only pods of the gang can use the store.
 
-torch's TCPStore accepts every connection. Who can connect can read and change all keys, and stop all ranks. Therefore the store listens only
-on the loopback interface of rank 0's pod. The supervisor of that pod (`Gate`) listens on the rendezvous port. It passes a connection on to
-the store only if the other side proves that it knows the secret of the attempt. The supervisor of each other pod (`Forwarder`) listens on its
-own loopback interface, and passes the connections of its ranks on to the gate.
+torch's TCPStore accepts every connection. A program that can connect can read and change all keys, and stop all ranks. Therefore the store
+listens on the loopback interface of rank 0's pod only. The supervisor of that pod listens on the rendezvous port (`Gate`). It passes a connection
+on to the store only if the other side proves that it knows the secret of the attempt. The supervisor of each other pod listens on its own
+loopback interface, and passes the connections of its ranks on to the gate (`Forwarder`).
 
-The proof is a challenge and a response in both directions (HMAC-SHA256), so the secret does not cross the network and an old proof is
-worthless. The connection is not encrypted: who can change packets between two nodes can still take it over.
+The proof is a challenge and a response in both directions (HMAC-SHA256), so the secret does not cross the network, and an old proof cannot be
+used again. The connection is not encrypted: an attacker who can change packets between two nodes can still take it over.
 
 Each supervisor runs one asyncio loop in a thread. A gang of 64 pods with 8 ranks each has about 1,500 connections.
 """
@@ -31,27 +31,27 @@ log = logging.getLogger(__name__)
 LOOPBACK = "127.0.0.1"
 NONCE_BYTES = 32
 PROOF_BYTES = 32
-PROOF_SECONDS = 10.0
-MAX_UNPROVEN = 64
-"""Connections that have not proven yet. If there are more, the oldest is closed, so that idle connections cannot keep pods of the gang out."""
+PROOF_TIMEOUT_SECONDS = 10.0
+MAX_UNPROVEN_CONNECTIONS = 64
+"""Maximum number of connections without a proof. If there are more, the oldest is closed, so that idle connections do not keep pods of the gang out."""
 CONNECT_PAUSE_SECONDS = 0.5
-CONNECT_SECONDS = 1800.0
-"""How long a forwarder tries to reach the gate: the pod of rank 0 may start much later."""
+CONNECT_TIMEOUT_SECONDS = 1800.0
+"""How long a forwarder tries to reach the gate. It is long, because the pod of rank 0 may start much later."""
 CHUNK_BYTES = 64 * 1024
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
-class NotProven(Exception):
-    """The other side of a connection did not prove that it belongs to the gang."""
+class NotProvenError(Exception):
+    """Raised if the other side of a connection does not prove that it belongs to the gang."""
 
 
 @dataclass(frozen=True)
 class StoreAddress:
-    """Where this pod's ranks reach the TCPStore, on the loopback interface."""
+    """Where the ranks of this pod reach the TCPStore: a port of the loopback interface."""
 
     port: int
     listener: socket.socket | None = None
-    """The bound socket of the store, on the pod of rank 0. The agent creates the store from this socket."""
+    """In rank 0's pod, the bound socket from which the agent creates the store; None in the other pods."""
 
 
 def connect_gang(world: World, node_rank: int, attempt_secret: str) -> tuple[Gate | Forwarder, StoreAddress]:
@@ -73,12 +73,12 @@ def connect_gang(world: World, node_rank: int, attempt_secret: str) -> tuple[Gat
 class _Relay:
     """A server in a thread that passes each accepted connection on to another address."""
 
-    def __init__(self, listener: socket.socket, name: str) -> None:
+    def __init__(self, listener: socket.socket, thread_name: str) -> None:
         self.port = int(listener.getsockname()[1])
         self._listener = listener
         self._loop = asyncio.new_event_loop()
         self._stop = asyncio.Event()
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread = threading.Thread(target=self._run, name=thread_name, daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
@@ -96,21 +96,21 @@ class _Relay:
 
     async def _handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            far_reader, far_writer = await self._open_other_side(reader, writer)
-            await _join((reader, writer), (far_reader, far_writer))
-        except NotProven as error:
+            far_reader, far_writer = await self._open_far_side(reader, writer)
+            await _copy_both_ways((reader, writer), (far_reader, far_writer))
+        except NotProvenError as error:
             log.warning("%s", error)
         except (OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.CancelledError) as error:
             log.debug("a connection to the rendezvous ended: %s", error)
         finally:
             writer.close()
 
-    async def _open_other_side(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Streams:
+    async def _open_far_side(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Streams:
         raise NotImplementedError
 
     def close(self) -> None:
         """Close all connections and end the thread."""
-        with contextlib.suppress(RuntimeError):  # the loop has ended
+        with contextlib.suppress(RuntimeError):  # The loop has ended already.
             self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join(timeout=5)
 
@@ -118,48 +118,48 @@ class _Relay:
 class Gate(_Relay):
     """Listens on the rendezvous port of rank 0's pod, and passes connections of the gang on to the store."""
 
-    def __init__(self, key: bytes, port: int, store_port: int) -> None:
-        self._key = key
+    def __init__(self, gang_key: bytes, port: int, store_port: int) -> None:
+        self._key = gang_key
         self._store_port = store_port
-        self._unproven: dict[asyncio.StreamWriter, None] = {}
+        self._unproven_connections: dict[asyncio.StreamWriter, None] = {}
         super().__init__(_listen_on_all_interfaces(port), "gang-gate")
 
-    async def _open_other_side(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Streams:
-        if len(self._unproven) >= MAX_UNPROVEN:
-            oldest = next(iter(self._unproven))
-            del self._unproven[oldest]
+    async def _open_far_side(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Streams:
+        if len(self._unproven_connections) >= MAX_UNPROVEN_CONNECTIONS:
+            oldest = next(iter(self._unproven_connections))
+            del self._unproven_connections[oldest]
             oldest.close()
-        self._unproven[writer] = None
+        self._unproven_connections[writer] = None
         try:
-            async with asyncio.timeout(PROOF_SECONDS):
+            async with asyncio.timeout(PROOF_TIMEOUT_SECONDS):
                 await check_member(reader, writer, self._key)
         finally:
-            self._unproven.pop(writer, None)
+            self._unproven_connections.pop(writer, None)
         # The agent creates the store after its imports. Until then, the connection waits in the backlog of the bound socket.
         return await asyncio.open_connection(LOOPBACK, self._store_port)
 
 
 class Forwarder(_Relay):
-    """Listens on the loopback interface of another pod, and passes connections of its ranks on to the gate."""
+    """Listens on the loopback interface of a pod without rank 0, and passes connections of its ranks on to the gate."""
 
-    def __init__(self, key: bytes, host: str, port: int) -> None:
-        self._key, self._host, self._port = key, host, port
+    def __init__(self, gang_key: bytes, gate_host: str, gate_port: int) -> None:
+        self._key, self._host, self._port = gang_key, gate_host, gate_port
         super().__init__(socket.create_server((LOOPBACK, 0)), "gang-forwarder")
 
-    async def _open_other_side(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Streams:
-        async with asyncio.timeout(CONNECT_SECONDS):
+    async def _open_far_side(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Streams:
+        async with asyncio.timeout(CONNECT_TIMEOUT_SECONDS):
             while True:
                 try:
                     return await self._connect()
                 except (OSError, asyncio.IncompleteReadError):
-                    if reader.at_eof() or writer.is_closing():  # the rank has ended
+                    if reader.at_eof() or writer.is_closing():  # The rank has closed its connection.
                         raise
                     await asyncio.sleep(CONNECT_PAUSE_SECONDS)
 
     async def _connect(self) -> Streams:
         reader, writer = await asyncio.open_connection(self._host, self._port)
         try:
-            async with asyncio.timeout(PROOF_SECONDS):
+            async with asyncio.timeout(PROOF_TIMEOUT_SECONDS):
                 await prove_membership(reader, writer, self._key)
         except BaseException:
             writer.close()
@@ -170,35 +170,41 @@ class Forwarder(_Relay):
 # ---- the proof ----
 
 
-async def check_member(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, key: bytes) -> None:
-    """The gate's part of the proof. Errors: NotProven; OSError, IncompleteReadError if the other side ends the connection."""
+async def check_member(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, gang_key: bytes) -> None:
+    """Check, as the gate, that the other side knows the key, and prove that the gate knows it.
+
+    Errors: NotProvenError if the other side does not know the key; OSError, IncompleteReadError if it ends the connection.
+    """
     own_nonce = os.urandom(NONCE_BYTES)
     writer.write(own_nonce)
     await writer.drain()
     answer = await reader.readexactly(NONCE_BYTES + PROOF_BYTES)
     nonce, proof = answer[:NONCE_BYTES], answer[NONCE_BYTES:]
-    if not hmac.compare_digest(proof, _proof(key, b"member", own_nonce, nonce)):
-        raise NotProven(f"a connection from {_peer(writer)} to the rendezvous was refused: it does not know the secret of this attempt")
-    writer.write(_proof(key, b"gate", own_nonce, nonce))
+    if not hmac.compare_digest(proof, _compute_proof(gang_key, b"member", own_nonce, nonce)):
+        raise NotProvenError(f"the rendezvous refused a connection from {_peer_address(writer)}: the other side does not know the secret of this attempt")
+    writer.write(_compute_proof(gang_key, b"gate", own_nonce, nonce))
     await writer.drain()
 
 
-async def prove_membership(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, key: bytes) -> None:
-    """The forwarder's part of the proof. Errors: NotProven if the other side does not know the secret either; OSError, IncompleteReadError."""
+async def prove_membership(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, gang_key: bytes) -> None:
+    """Prove to the gate, as a forwarder, that this side knows the key, and check that the gate knows it.
+
+    Errors: NotProvenError if the other side does not know the key; OSError, IncompleteReadError if it ends the connection.
+    """
     gate_nonce = await reader.readexactly(NONCE_BYTES)
     own_nonce = os.urandom(NONCE_BYTES)
-    writer.write(own_nonce + _proof(key, b"member", gate_nonce, own_nonce))
+    writer.write(own_nonce + _compute_proof(gang_key, b"member", gate_nonce, own_nonce))
     await writer.drain()
-    if not hmac.compare_digest(await reader.readexactly(PROOF_BYTES), _proof(key, b"gate", gate_nonce, own_nonce)):
-        raise NotProven(f"the rendezvous at {_peer(writer)} does not know the secret of this attempt: it is not the pod of rank 0")
+    if not hmac.compare_digest(await reader.readexactly(PROOF_BYTES), _compute_proof(gang_key, b"gate", gate_nonce, own_nonce)):
+        raise NotProvenError(f"the rendezvous at {_peer_address(writer)} does not know the secret of this attempt: it is not the pod of rank 0")
 
 
-def _proof(key: bytes, side: bytes, gate_nonce: bytes, member_nonce: bytes) -> bytes:
-    """What one side sends to show that it knows the key. `side` differs, so that neither side can send back what it received."""
-    return hmac.digest(key, side + gate_nonce + member_nonce, "sha256")
+def _compute_proof(gang_key: bytes, side: bytes, gate_nonce: bytes, member_nonce: bytes) -> bytes:
+    """Return the proof that one side sends to show that it knows the key. `side` is part of it, so that no side can send back a received proof."""
+    return hmac.digest(gang_key, side + gate_nonce + member_nonce, "sha256")
 
 
-def _peer(writer: asyncio.StreamWriter) -> str:
+def _peer_address(writer: asyncio.StreamWriter) -> str:
     address = writer.get_extra_info("peername")
     return str(address[0]) if address else "an unknown address"
 
@@ -206,18 +212,18 @@ def _peer(writer: asyncio.StreamWriter) -> str:
 # ---- connections ----
 
 
-async def _join(one: Streams, other: Streams) -> None:
-    """Copy bytes in both directions until one side ends, then close both."""
-    for _, writer in (one, other):
+async def _copy_both_ways(near_side: Streams, far_side: Streams) -> None:
+    """Copy bytes in both directions until one side closes its connection, then close both connections."""
+    for _, writer in (near_side, far_side):
         writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    tasks = [asyncio.ensure_future(_copy(one[0], other[1])), asyncio.ensure_future(_copy(other[0], one[1]))]
+    tasks = [asyncio.ensure_future(_copy(near_side[0], far_side[1])), asyncio.ensure_future(_copy(far_side[0], near_side[1]))]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     finally:
         for task in tasks:
             task.cancel()
-        one[1].close()
-        other[1].close()
+        near_side[1].close()
+        far_side[1].close()
 
 
 async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -228,7 +234,7 @@ async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 
 
 def _listen_on_all_interfaces(port: int) -> socket.socket:
-    """Listen on IPv4 and IPv6: a pod may have either."""
+    """Listen on IPv4 and IPv6, because a pod may have only one of them."""
     if socket.has_dualstack_ipv6():
         return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
     return socket.create_server(("", port))

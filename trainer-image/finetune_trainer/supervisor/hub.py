@@ -1,7 +1,7 @@
 """Pushes the final model to the hub repository of `output.hub`.
 
-A push can be repeated: files that the repository already has are not uploaded and committed again. So if the response to a push was lost,
-repeating the push makes no second commit. No message contains the token.
+A push can be repeated, because files that the repository already has are neither uploaded nor committed again. If the response to a push is lost,
+the repeated push creates no second commit. No message contains the token.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from finetune_api.pod import RunConfig
 log = logging.getLogger(__name__)
 REPOSITORY_FIELD, TOKEN_FIELD = "output.hub.repository", "output.hub.tokenSecretRef"
 FIRST_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 1.0, 60.0
-SERVER_TEXT_LENGTH = 200
-CONFLICT_CODES = (409, 412)
-"""The hub's status codes if another commit to the repository was made at the same time."""
+MAX_SERVER_TEXT_LENGTH = 200
+CONFLICT_STATUS_CODES = (409, 412)
+"""Status codes with which the hub refuses a push because of another commit to the repository at the same time."""
 
 
 def push_to_hub(run: RunConfig, folder: Path, *, retry_seconds: float) -> str:
-    """Push the files of a folder as one commit. Returns the address of the commit's files.
+    """Push the files of a folder as one commit. Returns the URL of these files on the hub.
 
-    The repository is created if it does not exist. Unreachable hubs and conflicting commits are retried for `retry_seconds`.
+    The repository is created if it does not exist. If the hub is unreachable or another commit conflicts, the push is retried for `retry_seconds`.
     Errors: CredentialsError HubTokenMissing, HubAccessDenied; ConfigError HubRepositoryInvalid, HubRepositoryPublic, HubOffline, HubRefused;
     NotFoundError HubRepositoryNotFound; StorageError HubUnreachable, HubConflict.
     """
-    token, pause = require_token(), FIRST_PAUSE_SECONDS
+    token, pause = require_push_token(), FIRST_PAUSE_SECONDS
     deadline = time.monotonic() + retry_seconds
     while True:
         try:
@@ -41,7 +41,7 @@ def push_to_hub(run: RunConfig, folder: Path, *, retry_seconds: float) -> str:
         except FineTuneError:
             raise
         except Exception as error:
-            failure = _explain(error, _repository(run), token)
+            failure = _convert_error(error, _get_configured_repository(run), token)
             if not isinstance(failure, StorageError) or time.monotonic() + pause > deadline:
                 raise failure from None
             log.warning("the push will be repeated in %.0f s: %s", pause, failure)
@@ -49,7 +49,7 @@ def push_to_hub(run: RunConfig, folder: Path, *, retry_seconds: float) -> str:
         pause = min(2 * pause, MAX_PAUSE_SECONDS)
 
 
-def require_token() -> str:
+def require_push_token() -> str:
     """Return the token for the push: the token of `output.hub.tokenSecretRef` or, if there is none, of `model.tokenSecretRef`.
 
     Errors: CredentialsError HubTokenMissing.
@@ -63,7 +63,7 @@ def require_token() -> str:
     return token
 
 
-def _repository(run: RunConfig) -> str:
+def _get_configured_repository(run: RunConfig) -> str:
     hub = run.spec.output.hub
     return (hub.repository if hub else None) or ""
 
@@ -76,7 +76,7 @@ def _push_once(run: RunConfig, folder: Path, token: str) -> str:
     hub, endpoint = run.spec.output.hub, (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
     is_private = hub is None or hub.private is not False
     api = HfApi(endpoint=endpoint, token=token)
-    repository = _repository(run)
+    repository = _get_configured_repository(run)
     if "/" not in repository:
         repository = f"{api.whoami()['name']}/{repository}"
     api.create_repo(repository, private=is_private, exist_ok=True)
@@ -93,8 +93,8 @@ def _push_once(run: RunConfig, folder: Path, token: str) -> str:
     return f"{endpoint}/{repository}/tree/{commit.oid}"
 
 
-def _explain(error: Exception, repository: str, token: str) -> FineTuneError:
-    """Return the named failure for an exception of the hub's client. If it is a StorageError, the push may be retried."""
+def _convert_error(error: Exception, repository: str, token: str) -> FineTuneError:
+    """Convert an exception of the hub's client to an error with a code. If the result is a StorageError, the push may be retried."""
     from huggingface_hub import errors as hub
 
     if isinstance(error, hub.HfHubHTTPError):
@@ -104,12 +104,12 @@ def _explain(error: Exception, repository: str, token: str) -> FineTuneError:
     if isinstance(error, hub.HFValidationError):
         return ConfigError("HubRepositoryInvalid", f"{REPOSITORY_FIELD} is {repository!r}, which the hub does not accept as a name", hint="write org/name")
     if isinstance(error, OSError | json.JSONDecodeError) or type(error).__module__.startswith(("http", "requests")):
-        return _unreachable(repository, type(error).__name__)
+        return _unreachable_error(repository, type(error).__name__)
     return InternalError("HubPushFailed", f"pushing to {repository} failed: {type(error).__name__}: {_first_line(error, token)}")
 
 
 def _response_error(error: Any, repository: str, token: str) -> FineTuneError:
-    """Return the failure for a response of the hub with an error code."""
+    """Convert a response of the hub with an error status to an error with a code."""
     status = int(error.response.status_code)
     reason = _first_line(error.server_message, token)
     if status in (401, 403):
@@ -122,23 +122,23 @@ def _response_error(error: Any, repository: str, token: str) -> FineTuneError:
             "HubRepositoryNotFound", f"{REPOSITORY_FIELD} is {repository}, but the model hub has no such owner or repository ({status}){reason}",
             hint=f"correct {REPOSITORY_FIELD}, or create the organisation first", failure_class=FailureClass.USER,
         )  # fmt: skip
-    if status in CONFLICT_CODES:
+    if status in CONFLICT_STATUS_CODES:
         return StorageError(
             "HubConflict", f"{repository} was changed during the push ({status}){reason}", hint="let only one job push to a repository at a time"
         )
     if status >= 500 or status in (408, 429):
-        return _unreachable(repository, f"status {status}{reason}")
+        return _unreachable_error(repository, f"status {status}{reason}")
     return ConfigError("HubRefused", f"the model hub refused the push to {repository} ({status}){reason}", hint=f"correct {REPOSITORY_FIELD}")
 
 
-def _unreachable(repository: str, reason: str) -> StorageError:
+def _unreachable_error(repository: str, reason: str) -> StorageError:
     return StorageError(
         "HubUnreachable", f"the model hub could not be reached to push to {repository}: {reason}",
         hint="check the pod's access to the hub, and HF_ENDPOINT in placement.env",
     )  # fmt: skip
 
 
-def _first_line(value: object, token: str) -> str:
-    """Return `: ` and the first line of a server's text, without the token. Empty if there is no text."""
-    lines = str(value or "").strip().replace(token, "***").splitlines()
-    return f": {lines[0][:SERVER_TEXT_LENGTH]}" if lines else ""
+def _first_line(server_text: object, token: str) -> str:
+    """Return the first line of a server's text after `: `, without the token; an empty string if there is no text."""
+    lines = str(server_text or "").strip().replace(token, "***").splitlines()
+    return f": {lines[0][:MAX_SERVER_TEXT_LENGTH]}" if lines else ""

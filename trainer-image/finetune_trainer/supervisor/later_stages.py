@@ -1,7 +1,7 @@
 """Runs the stages after training, one process at a time, and stores their files and records.
 
-The model is committed before the first stage. A stage with a record in storage is not repeated. So the attempt after a stop starts with the
-first unfinished stage. A stage's files are uploaded before its record.
+The model is committed before the first stage. A stage with a record in storage is not repeated, so the attempt after a stop starts with the
+first unfinished stage. The files of a stage are uploaded before its record.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ from finetune_trainer.stages.files import (
     StageTask,
     StoredFile,
 )
-from finetune_trainer.stages.plan import planned_stages
-from finetune_trainer.storage.base import join
+from finetune_trainer.stages.plan import list_planned_stages
+from finetune_trainer.storage.base import join_key
 from finetune_trainer.supervisor.child_run import run_child
 from finetune_trainer.supervisor.existing_model import ExistingModel
 from finetune_trainer.supervisor.exit_decision import StageFailure, StageReport
 from finetune_trainer.supervisor.hub import push_to_hub
 from finetune_trainer.supervisor.interruptible import StoppedError, run_until
-from finetune_trainer.supervisor.merged_model import commit_merged_model, committed_merged_model, fetch_merged_model
+from finetune_trainer.supervisor.merged_model import commit_merged_model, fetch_merged_model, find_merged_model_uri
 from finetune_trainer.supervisor.oci_artefact import store_oci_artefact
 from finetune_trainer.supervisor.rank_messages import apply_report
 from finetune_trainer.supervisor.reference_values import copy_reference_values
@@ -65,55 +65,56 @@ from finetune_trainer.supervisor.stall import StallWatch, dump_rank_stacks
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 MODEL_FOLDER = "final-model"
-"""Folder on the pod's disk with the downloaded model, in a pod that has not trained."""
-RECORD_FOLDER = f"{Storage.RUN}/stages"
-STORAGE_FOLDERS = {
+"""Folder on the pod's disk to which a pod that has not trained downloads the model."""
+RECORDS_FOLDER = f"{Storage.RUN}/stages"
+STORAGE_FOLDER_BY_STAGE = {
     Stage.EVALUATING: Storage.EVALUATION, Stage.COMPARING: Storage.EVALUATION, Stage.VERIFYING: Storage.SERVING,
     Stage.BENCHMARKING: Storage.EVALUATION,
 }  # fmt: skip
-"""Folder in storage for the files of each stage that has files."""
+"""The folder in storage for the files of each stage. Other stages have no files."""
 PUBLISHING_STAGES = (Stage.UPLOADING,)
-"""Stages that run only if the model has passed all gates. All other stages run before the gates take effect.
+"""Stages that run only if the model has passed all gates.
 
-So even if a gate fails, all results exist. A model is promoted only if these other stages have succeeded.
+All other stages run before the gates take effect, so that all results exist even if a gate fails. A model is promoted only if all other stages
+have succeeded.
 """
 
 
 class LaterStages:
-    """Runs the stages of one pod. Only rank 0's pod runs them."""
+    """Runs the stages after training. Only rank 0's pod runs them."""
 
     def __init__(
         self, run: RunConfig, settings: Settings, tree: CheckpointTree, run_state: RunState, *,
         results: RunResults, fetch_inputs: Callable[[], Inputs], is_stop_requested: Callable[[], bool], is_save_deadline_passed: Callable[[], bool],
-        existing: ExistingModel | None = None,
+        existing_model: ExistingModel | None = None,
     ) -> None:  # fmt: skip
         """`results` copies files to `output.dir`. `fetch_inputs` downloads the inputs of a pod that has not trained.
 
-        `existing`: the model of `phases.from`; None if the job trains.
-        `is_stop_requested`: whether the pod must end. `is_save_deadline_passed`: whether the part of the grace period has ended in which the
-        result of a finished stage may still be stored.
+        `existing_model`: the model of `phases.from`; None if the job trains.
+        `is_stop_requested`: whether the pod must end. `is_save_deadline_passed`: whether it is too late, after a stop request, to store the
+        result of a finished stage.
         """
         self._run, self._settings, self._tree, self._state = run, settings, tree, run_state
         self._results, self._fetch_inputs, self._is_stop_requested = results, fetch_inputs, is_stop_requested
-        self._is_save_deadline_passed, self._existing = is_save_deadline_passed, existing
-        self._folder = settings.work / "stages"
+        self._is_save_deadline_passed, self._existing_model = is_save_deadline_passed, existing_model
+        self._folder = settings.work_folder / "stages"
         self._parts_folder, self._parts_key = self._folder, ""
         self._stored_parts: set[str] = set()
-        """Names of the parts of the current stage that are in storage."""
-        self._records: dict[Stage, StageRecord] = {}
+        """Names of the parts of the current stage that are already in storage. A part is a file with the result of a finished task."""
+        self._record_by_stage: dict[Stage, StageRecord] = {}
 
     def run(self, output: Output) -> StageReport:
         """Run all unfinished stages in order, promote the model or report the failed gate, and publish the model.
 
         A failure or a stop request ends the loop.
         """
-        stages = planned_stages(self._run)
+        stages = list_planned_stages(self._run)
         report = StageReport(open_stages=stages, output=output)
         try:
-            self._records = self._until_stop(lambda: self._read_records(stages, output))
+            self._record_by_stage = self._run_until_stop(lambda: self._read_records(stages, output))
         except StoppedError:
             return report
-        report.open_stages = [stage for stage in stages if stage not in self._records]
+        report.open_stages = [stage for stage in stages if stage not in self._record_by_stage]
         for publishes in (False, True):
             if publishes and not self._finish_gates(report, output):
                 return report
@@ -124,12 +125,12 @@ class LaterStages:
 
     def _finish_stage(self, stage: Stage, report: StageReport, output: Output) -> bool:
         """Run the stage unless it is already done, and add its result to the report. Returns whether the next stage may run."""
-        record = self._records.get(stage)
+        record = self._record_by_stage.get(stage)
         if record is None and self._is_stop_requested():
             return False
         try:
             if record is None:
-                record = self._records[stage] = self._run_stage(stage, report.output or output)
+                record = self._record_by_stage[stage] = self._run_stage(stage, report.output or output)
                 report.open_stages.remove(stage)
         except StoppedError:
             return False
@@ -137,7 +138,7 @@ class LaterStages:
             if not isinstance(error, FineTuneError):
                 log.exception("the stage %s failed", stage)
             return self._fail_stage(stage, classify_error(error)[0], report)
-        report.output = self._apply(record.result, report.output or output)
+        report.output = self._apply_result(record.result, report.output or output)
         verification = record.result.verification
         if verification is not None and verification.result is VerificationOutcome.FAILED:
             return self._fail_stage(stage, verification_error(verification, report.output), report)
@@ -146,10 +147,10 @@ class LaterStages:
     def _fail_stage(self, stage: Stage, error: FineTuneError, report: StageReport) -> bool:
         """Report the failure of a stage. Returns whether the next stage may run.
 
-        A failed gate has decided the job's end, so the failure of another stage is a note. But an attempt that was replaced by a later one ends at
-        once: the later attempt runs the same stages and writes the same objects.
+        If a gate has failed, the job fails for this reason, so the failure of another stage only adds a note. But if a later attempt has begun, this
+        attempt ends at once, because the later attempt runs the same stages and writes the same objects.
         """
-        if isinstance(error, FencedOutError) or not self._failed_gates():
+        if isinstance(error, FencedOutError) or not self._find_failed_gates():
             report.failure = StageFailure(stage, error)
             return False
         self._state.add_note(f"the stage {stage} failed: {error.code}: {error.message}")
@@ -159,27 +160,27 @@ class LaterStages:
 
     # ---- gates ----
 
-    def _gate_stage(self) -> Stage | None:
+    def _find_gate_stage(self) -> Stage | None:
         """Return the stage whose record contains the results of the gates, or None if there are no gates."""
-        stages = (stage for stage, record in self._records.items() if record.result.evaluation and record.result.evaluation.gates)
+        stages = (stage for stage, record in self._record_by_stage.items() if record.result.evaluation and record.result.evaluation.gates)
         return next(stages, None)
 
-    def _failed_gates(self) -> list[GateResult]:
-        stage = self._gate_stage()
-        evaluation = self._records[stage].result.evaluation if stage is not None else None
+    def _find_failed_gates(self) -> list[GateResult]:
+        stage = self._find_gate_stage()
+        evaluation = self._record_by_stage[stage].result.evaluation if stage is not None else None
         return [gate for gate in (evaluation.gates if evaluation else None) or [] if not gate.passed]
 
     def _finish_gates(self, report: StageReport, output: Output) -> bool:
-        """Promote a model that has passed all gates. The results are read from the records, so every attempt makes the same decision.
+        """Promote the model if it has passed all gates, else report the failed gates. Returns whether the model may be published.
 
-        Returns whether the model may be published.
+        The results of the gates are read from the records, so every attempt makes the same decision.
         """
-        stage, failed = self._gate_stage(), self._failed_gates()
+        stage, failed = self._find_gate_stage(), self._find_failed_gates()
         if stage is None:
             return True
         try:
             if not failed:
-                self._until_save_deadline(lambda: self._promote(output, self._records[stage]))
+                self._run_until_save_deadline(lambda: self._promote(output, self._record_by_stage[stage]))
         except StoppedError:
             report.open_stages.append(stage)  # The next attempt reads the record of this stage and promotes the model.
             return False
@@ -203,10 +204,10 @@ class LaterStages:
             "manifestSha256": output.sha256, "uri": output.uri, "attempt": self._run.attempt, "time": datetime.now(UTC).isoformat(),
             "gates": [gate.to_wire() for gate in (record.result.evaluation and record.result.evaluation.gates) or []],
         }  # fmt: skip
-        self._tree.store.put(join(Storage.MODEL, Storage.PROMOTED), json.dumps(promotion, indent=1).encode())
+        self._tree.store.put(join_key(Storage.MODEL, Storage.PROMOTED), json.dumps(promotion, indent=1).encode())
 
-    def _apply(self, result: StageResult, output: Output) -> Output:
-        """Add the result of a stage to the pod's report. Returns the output with the result."""
+    def _apply_result(self, result: StageResult, output: Output) -> Output:
+        """Add the result of a stage to the pod's report. Returns the output with the fields that the result sets."""
         if result.evaluation is not None:
             self._state.merge_evaluation(result.evaluation)
         names = ("merged_uri", "published_uri", "hub_uri", "oci_digest", "verification")
@@ -220,34 +221,34 @@ class LaterStages:
         """Run one stage, store its files, and write its record. Errors: StoppedError; the failure of the stage."""
         self._state.enter_stage(stage)
         folder = self._folder / stage.value
-        result = self._until_stop(lambda: self._begin_stage(stage, output, folder))
+        result = self._run_until_stop(lambda: self._begin_stage(stage, output, folder))
         if result is not None:
-            return self._until_save_deadline(lambda: self._record(stage, output, result, []))
+            return self._run_until_save_deadline(lambda: self._write_record(stage, output, result, []))
         self._run_process(folder)
         if stage is Stage.MERGING:
-            return self._until_stop(lambda: self._record(stage, output, self._commit_merged_model(output, folder / OUTPUT_FOLDER), []))
-        return self._until_save_deadline(lambda: self._store_result(stage, output, folder))
+            return self._run_until_stop(lambda: self._write_record(stage, output, self._commit_merged_model(output, folder / OUTPUT_FOLDER), []))
+        return self._run_until_save_deadline(lambda: self._store_result(stage, output, folder))
 
     def _begin_stage(self, stage: Stage, output: Output, folder: Path) -> StageResult | None:
-        """Prepare the process of a stage. Returns the result of a stage that needs no process."""
+        """Prepare the process of a stage and return None. If the stage needs no process, complete it and return its result."""
         self._tree.require_newest_attempt(self._run.attempt)
         if stage is Stage.UPLOADING:
             return self._publish(output)
-        if stage is Stage.MERGING and (uri := committed_merged_model(self._tree, output)) is not None:
+        if stage is Stage.MERGING and (uri := find_merged_model_uri(self._tree, output)) is not None:
             return StageResult(merged_uri=uri)
         shutil.rmtree(folder, ignore_errors=True)
         (folder / OUTPUT_FOLDER).mkdir(parents=True)
         self._fetch_parts(stage, output, folder / PARTS_FOLDER)
-        if Inputs.read(self._settings.work) is None:
-            self._fetch_inputs().write(self._settings.work)
+        if Inputs.read(self._settings.work_folder) is None:
+            self._fetch_inputs().write(self._settings.work_folder)
             self._state.enter_stage(stage)
-        if stage is Stage.VERIFYING:  # The stage must read the files in storage, not the trainer's files on this disk.
-            shutil.rmtree(self._trained_model(), ignore_errors=True)
+        if stage is Stage.VERIFYING:  # This stage must read the files in storage, not the trainer's files on the pod's disk.
+            shutil.rmtree(self._trained_model_folder(), ignore_errors=True)
             shutil.rmtree(self._folder / Stage.MERGING.value / OUTPUT_FOLDER, ignore_errors=True)
         task = StageTask(
-            stage=stage, model=self._local_model(output), kind=output.kind or OutputKind.MODEL, uri=output.uri or "",
-            evaluated=self._local_evaluation() if stage is Stage.COMPARING else None,
-            merged=self.merged_model(output) if stage is Stage.VERIFYING else None, merged_uri=output.merged_uri,
+            stage=stage, model=self._provide_model(output), kind=output.kind or OutputKind.MODEL, uri=output.uri or "",
+            evaluated=self._fetch_evaluation() if stage is Stage.COMPARING else None,
+            merged=self.provide_merged_model(output) if stage is Stage.VERIFYING else None, merged_uri=output.merged_uri,
             reference_problem=self._copy_reference_values(folder) if stage is Stage.VERIFYING else None,
         )  # fmt: skip
         (folder / TASK_FILE).write_text(task.model_dump_json(by_alias=True))
@@ -257,9 +258,9 @@ class LaterStages:
         """Store the files of a stage that is done, then its record. Errors: InternalError `NoStageResult`; FencedOutError; those of storage."""
         result = _read_result(folder)
         self._tree.require_newest_attempt(self._run.attempt)
-        return self._record(stage, output, result, self._upload_files(stage, folder / OUTPUT_FOLDER))
+        return self._write_record(stage, output, result, self._upload_files(stage, folder / OUTPUT_FOLDER))
 
-    def _record(self, stage: Stage, output: Output, result: StageResult, files: list[StoredFile]) -> StageRecord:
+    def _write_record(self, stage: Stage, output: Output, result: StageResult, files: list[StoredFile]) -> StageRecord:
         """Write the record of a stage that is done. Errors: FencedOutError; those of storage."""
         self._tree.require_newest_attempt(self._run.attempt)
         record = StageRecord(
@@ -268,15 +269,15 @@ class LaterStages:
         self._tree.store.put(_record_key(stage), json.dumps(record.to_wire(), indent=1).encode())
         return record
 
-    def _trained_model(self) -> Path:
+    def _trained_model_folder(self) -> Path:
         """Return the folder to which the trainer of this pod writes the final model."""
-        return self._settings.work / "output" / "final"
+        return self._settings.work_folder / "output" / "final"
 
-    def _local_model(self, output: Output) -> Path:
+    def _provide_model(self, output: Output) -> Path:
         """Return the folder of the committed model on this pod's disk. A pod that has not trained downloads and verifies the model."""
-        if self._trained_model().exists():
-            return self._trained_model()
-        target = self._settings.work / MODEL_FOLDER
+        if self._trained_model_folder().exists():
+            return self._trained_model_folder()
+        target = self._settings.work_folder / MODEL_FOLDER
         if target.exists():
             return target
         committed = self._tree.get_committed(None)
@@ -288,25 +289,25 @@ class LaterStages:
         partial.rename(target)
         return target
 
-    def _local_evaluation(self) -> Path:
-        """Return the folder with the measurements of the trained model on this pod's disk. A later attempt downloads and verifies the file.
+    def _fetch_evaluation(self) -> Path:
+        """Download and verify the measurements of the trained model. Returns the folder that holds them.
 
-        Errors: StorageError `EvaluationDamaged`. In this case the record is removed, so that the next attempt evaluates the model again.
+        Errors: StorageError `EvaluationDamaged`. The record is then removed, so that the next attempt evaluates the model again.
         """
-        record, folder = self._records[Stage.EVALUATING], self._folder / "evaluated"
-        key = join(STORAGE_FOLDERS[Stage.EVALUATING], MEASUREMENTS_FILE)
+        record, folder = self._record_by_stage[Stage.EVALUATING], self._folder / "evaluated"
+        key = join_key(STORAGE_FOLDER_BY_STAGE[Stage.EVALUATING], MEASUREMENTS_FILE)
         sha256 = self._tree.store.download(key, folder / MEASUREMENTS_FILE, byte_counter=self._raise_if_stopped)
         if sha256 is None or sha256 not in [file.sha256 for file in record.files if file.key == key]:
             self._tree.store.delete([_record_key(Stage.EVALUATING)])
             raise StorageError("EvaluationDamaged", f"{self._tree.uri(key)} is missing or damaged", hint="the next attempt evaluates the model again")
         return folder
 
-    def merged_model(self, output: Output) -> Path | None:
-        """Return the folder of the merged model on this pod's disk. A pod that has not merged it downloads it. None if the job merges nothing."""
+    def provide_merged_model(self, output: Output) -> Path | None:
+        """Return the folder of the merged model on this pod's disk; None if the job merges no model. A pod that has not merged the model downloads it."""
         if output.merged_uri is None:
             return None
         merged_here = self._folder / Stage.MERGING.value / OUTPUT_FOLDER
-        target = self._settings.work / "merged-model"
+        target = self._settings.work_folder / "merged-model"
         return next((folder for folder in (merged_here, target) if folder.exists()), None) or fetch_merged_model(
             self._tree, target, byte_counter=self._raise_if_stopped
         )
@@ -315,9 +316,9 @@ class LaterStages:
         """Upload and commit the merged model. A stop request ends the upload."""
         _read_result(folder.parent)
 
-        def report_or_stop(uploaded: int, total: int) -> None:
+        def report_or_stop(uploaded_bytes: int, total_bytes: int) -> None:
             self._raise_if_stopped()
-            self._state.enter_stage(Stage.MERGING, f"uploaded {uploaded / 1e9:.2f} of {total / 1e9:.2f} GB")
+            self._state.enter_stage(Stage.MERGING, f"uploaded {uploaded_bytes / 1e9:.2f} of {total_bytes / 1e9:.2f} GB")
 
         uri = commit_merged_model(
             self._tree, output, folder, attempt=self._run.attempt, incarnation=self._settings.incarnation(self._run),
@@ -331,40 +332,40 @@ class LaterStages:
         if exports_oci(self._run.spec):
             oci_digest = store_oci_artefact(self._tree, self._run.name, is_merged=output.merged_uri is not None)
         if self._run.publish is not None:
-            folders = tuple(dict.fromkeys(STORAGE_FOLDERS.values()))
-            model, merged = self._local_model(output), self.merged_model(output)
+            folders = tuple(dict.fromkeys(STORAGE_FOLDER_BY_STAGE.values()))
+            model, merged = self._provide_model(output), self.provide_merged_model(output)
             published_uri = self._results.publish(output, model, folders, merged, byte_counter=self._raise_if_stopped)
         if pushes_to_hub(self._run.spec):
-            model = self.merged_model(output) or self._local_model(output)
+            model = self.provide_merged_model(output) or self._provide_model(output)
             self._state.enter_stage(Stage.UPLOADING, "pushing to the model hub")
-            hub_uri = push_to_hub(self._run, model, retry_seconds=self._settings.final_upload_timeout)
+            hub_uri = push_to_hub(self._run, model, retry_seconds=self._settings.final_upload_timeout_seconds)
         return StageResult(published_uri=published_uri, hub_uri=hub_uri, oci_digest=oci_digest)
 
     def _copy_reference_values(self, folder: Path) -> str | None:
-        """Copy the reference values to the folder of a stage, from the job that trained the model. Returns why there are none, or None."""
-        if self._existing is not None:
-            return copy_reference_values(self._existing.tree, self._existing.committed, folder)
+        """Copy the reference values of the job that trained the model to the folder of a stage. Returns the reason if it has none, else None."""
+        if self._existing_model is not None:
+            return copy_reference_values(self._existing_model.tree, self._existing_model.committed, folder)
         return copy_reference_values(self._tree, self._tree.get_committed(None), folder)
 
     # ---- the process of a stage ----
 
     def _run_process(self, folder: Path) -> None:
-        """Run the process and wait for it. Errors: the failure that it reports; StoppedError."""
-        self._state.record_activity()  # Uploads and downloads before the stage do not count as time without a heartbeat.
+        """Run the process of a stage and wait for its end. Errors: the failure that it reports; StoppedError."""
+        self._state.record_heartbeat()  # The time of uploads and downloads before the process starts does not count as time without a heartbeat.
         stall_watch = StallWatch(self._state, self._run.spec.policy.stall_timeout_seconds)
         end = run_child(
             ["stage", str(folder)], self._run, self._settings,
             handle_message=self._handle_message, while_running=lambda pid: self._watch_process(pid, stall_watch),
         )  # fmt: skip
-        if end.code != 0:
-            self._until_save_deadline(self._store_parts)
+        if end.exit_code != 0:
+            self._run_until_save_deadline(self._store_parts)
         if end.failure is not None:
             raise end.failure
 
     def _watch_process(self, pid: int, stall_watch: StallWatch) -> None:
-        """Store the parts that the process has finished. Errors: StoppedError; PeerError `Stalled`."""
-        if self._new_parts():
-            self._until_stop(self._store_parts)
+        """Store new parts, and end a process that must stop or has stalled. Errors: StoppedError; PeerError `Stalled`."""
+        if self._list_new_parts():
+            self._run_until_stop(self._store_parts)
         if self._is_stop_requested():
             raise StoppedError
         if (stalled := stall_watch.stall_error()) is not None:
@@ -372,16 +373,16 @@ class LaterStages:
             raise stalled
 
     def _handle_message(self, message: dict[str, Any]) -> None:
-        self._state.record_activity()
+        self._state.record_heartbeat()
         apply_report(self._state, message)
 
     # ---- stops ----
 
-    def _until_stop(self, action: Callable[[], T]) -> T:
-        """Run an action. If the pod is stopped, end the action; the next attempt repeats it. Errors: StoppedError; those of the action."""
+    def _run_until_stop(self, action: Callable[[], T]) -> T:
+        """Run an action, but end it at a stop request. The next attempt then repeats the action. Errors: StoppedError; those of the action."""
         return run_until(self._is_stop_requested, action)
 
-    def _until_save_deadline(self, action: Callable[[], T]) -> T:
+    def _run_until_save_deadline(self, action: Callable[[], T]) -> T:
         """Run an action that stores the result of a finished stage. After a stop request, it may use a part of the grace period.
 
         Errors: StoppedError; those of the action.
@@ -399,7 +400,7 @@ class LaterStages:
         return {stage: record for stage in stages if (record := self._read_record(stage, output)) is not None}
 
     def _read_record(self, stage: Stage, output: Output) -> StageRecord | None:
-        """Return the record of a stage if the stage read this model, else None."""
+        """Return the record of a stage if it was made for this model, else None."""
         data = self._tree.store.get(_record_key(stage))
         if data is None:
             return None
@@ -411,10 +412,10 @@ class LaterStages:
         return record if record.model_sha256 == output.sha256 else None
 
     def _upload_files(self, stage: Stage, folder: Path) -> list[StoredFile]:
-        """Upload the files of a stage, replacing those of an earlier, unfinished run of the stage."""
+        """Upload the files of a stage. They replace the files of an earlier, unfinished run of the stage."""
         stored = []
         for path in sorted(file for file in folder.rglob("*") if file.is_file()):
-            key = join(STORAGE_FOLDERS[stage], path.relative_to(folder).as_posix())
+            key = join_key(STORAGE_FOLDER_BY_STAGE[stage], path.relative_to(folder).as_posix())
             self._tree.store.put_file(path, key)
             stored.append(StoredFile(key=key, size=path.stat().st_size, sha256=sha256_file(path)))
         return stored
@@ -423,18 +424,18 @@ class LaterStages:
         """Download the finished parts of an earlier, unfinished run of the stage with the same model."""
         folder.mkdir()
         self._parts_folder, self._stored_parts = folder, set()
-        self._parts_key = f"{RECORD_FOLDER}/{stage.value}-parts/{(output.sha256 or '')[:16]}"
+        self._parts_key = f"{RECORDS_FOLDER}/{stage.value}-parts/{(output.sha256 or '')[:16]}"
         for stat in self._tree.store.list(f"{self._parts_key}/"):
             name = stat.key.rpartition("/")[2]
             if (data := self._tree.store.get(stat.key)) is not None:
                 (folder / name).write_bytes(data)
                 self._stored_parts.add(name)
 
-    def _new_parts(self) -> list[Path]:
+    def _list_new_parts(self) -> list[Path]:
         return [path for path in self._parts_folder.glob("*.json") if path.name not in self._stored_parts]
 
     def _store_parts(self) -> None:
-        """Upload the parts that are new. A part that cannot be stored is run again by the next attempt, so a failure adds only a note.
+        """Upload the new parts. A failure only adds a note, because the next attempt repeats the tasks whose parts were not stored.
 
         Errors: FencedOutError if a later attempt has begun.
         """
@@ -443,14 +444,14 @@ class LaterStages:
         except FencedOutError:
             raise
         except FineTuneError:
-            log.warning("storage did not say whether a later attempt has begun", exc_info=True)
-        for path in self._new_parts():
+            log.warning("it could not be read from storage whether a later attempt has begun", exc_info=True)
+        for path in self._list_new_parts():
             self._stored_parts.add(path.name)
             store_quietly(self._state, "results of finished tasks", partial(self._tree.store.put_file, path, f"{self._parts_key}/{path.name}"))
 
 
 def verification_error(verification: Verification, output: Output) -> VerificationFailedError:
-    """Return the failure of a job whose stored model differs from the trained model. It names the first artefact that failed."""
+    """Return the error for a stored model that differs from the trained model. It names the first artefact that differs."""
     failed = next(artefact for artefact in verification.artefacts if artefact.result is VerificationOutcome.FAILED)
     return VerificationFailedError(
         failed.code or "VerificationFailed", f"the stored {failed.artefact} differs from the trained model or is damaged: {failed.reason}",
@@ -459,7 +460,7 @@ def verification_error(verification: Verification, output: Output) -> Verificati
 
 
 def _record_key(stage: Stage) -> str:
-    return f"{RECORD_FOLDER}/{stage.value}.json"
+    return f"{RECORDS_FOLDER}/{stage.value}.json"
 
 
 def _read_result(folder: Path) -> StageResult:

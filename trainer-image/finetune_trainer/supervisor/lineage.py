@@ -1,4 +1,4 @@
-"""Writes the lineage statement of the final model. `docs/guides/lineage.md` describes its content and what a signature proves.
+"""Writes the lineage statement of the final model. `docs/guides/lineage.md` describes the statement, and what its signature proves.
 
 The statement is written after the model's commit. Facts that a later attempt cannot know, such as the device and the step from which
 an attempt resumed, are in the record of each attempt (`attempt_recorder`).
@@ -14,13 +14,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from finetune_api.lineage import (
-    BASE_MODEL,
+    BASE_MODEL_DEPENDENCY,
     BUILD_TYPE,
     BUILDER_ID,
     IMAGE_SETS,
-    REVISION,
+    REVISION_ANNOTATION,
     STATEMENT_KEY,
-    TRAINER_IMAGE,
+    TRAINER_IMAGE_DEPENDENCY,
     BuildDefinition,
     Builder,
     BuildMetadata,
@@ -29,27 +29,26 @@ from finetune_api.lineage import (
     RunDetails,
     RunSummary,
     Statement,
-    without_secrets,
+    remove_secrets,
 )
 from finetune_api.names import Storage
 from finetune_api.pod import RunConfig
 from finetune_api.sources import redact_source
 
-from finetune_trainer.artefact.combination import adapter_name
-from finetune_trainer.checkpoint.manifest import Manifest, RunFacts, prefix_of
+from finetune_trainer.artefact.combination import combined_adapter_name
+from finetune_trainer.checkpoint.manifest import Manifest, RunFacts, checkpoint_folder_key
 from finetune_trainer.checkpoint.tree import CheckpointTree, CommittedCheckpoint
 from finetune_trainer.inputs import Inputs
 from finetune_trainer.supervisor.attempt_recorder import read_attempt_records
-from finetune_trainer.supervisor.fetch import combined_digest, fingerprint
+from finetune_trainer.supervisor.fetch import compute_combined_digest, compute_fingerprint
 from finetune_trainer.supervisor.file_digests import FileDigests
-from finetune_trainer.supervisor.run_results import STARTED_KEY
+from finetune_trainer.supervisor.run_results import START_TIME_KEY
 from finetune_trainer.supervisor.run_state import RunState
 
-MAX_READ_MODEL_BYTES = 8 << 30
-"""If the digests of the base model's files require reading more bytes than this, the statement contains no such digests, because the GPUs
-would wait.
+MAX_HASHED_MODEL_BYTES = 8 << 30
+"""Maximum number of bytes that are read to compute digests of the base model's files, because the GPUs wait while files are read.
 
-The statement always contains the revision of the model.
+If more bytes would have to be read, the statement contains the revision of the model, but no digests of its files.
 """
 GIT_COMMIT_DIGITS = 40
 
@@ -64,7 +63,7 @@ class Lineage:
     def write_statement(self, inputs: Inputs | None) -> str | None:
         """Store the statement unless it is already stored. Returns its URI, or None if no model is committed or a later attempt has begun.
 
-        `inputs`: the local inputs of a pod that has trained; without them, the statement contains no digests of single files. Errors: those
+        `inputs`: the local inputs of a pod that has trained. Without them, the statement contains no digests of single files. Errors: those
         of storage.
         """
         committed = self._tree.get_committed(None)
@@ -72,12 +71,12 @@ class Lineage:
         if committed is None or manifest is None or self._tree.is_superseded(self._run.attempt):
             return None
         uri = self._tree.uri(STATEMENT_KEY)
-        if self._describes(committed):
+        if self._is_statement_stored_for(committed):
             return uri
-        self._tree.store.put(STATEMENT_KEY, self._statement(committed, manifest, inputs).to_bytes())
+        self._tree.store.put(STATEMENT_KEY, self._build_statement(committed, manifest, inputs).to_bytes())
         return uri
 
-    def _describes(self, committed: CommittedCheckpoint) -> bool:
+    def _is_statement_stored_for(self, committed: CommittedCheckpoint) -> bool:
         """Whether the stored statement names the manifest of the committed model. Such a statement may already be signed."""
         data = self._tree.store.get(STATEMENT_KEY)
         try:
@@ -85,12 +84,12 @@ class Lineage:
         except ValueError:
             return False
 
-    def _statement(self, committed: CommittedCheckpoint, manifest: Manifest, inputs: Inputs | None) -> Statement:
-        spec, redacted_fields = without_secrets(self._run.to_wire()["spec"])
+    def _build_statement(self, committed: CommittedCheckpoint, manifest: Manifest, inputs: Inputs | None) -> Statement:
+        spec, redacted_fields = remove_secrets(self._run.to_wire()["spec"])
         world = self._run.world
         internal = {
             "defaults": self._run.defaults, "redactedFields": redacted_fields,
-            "originalValues": without_secrets(self._run.before_adaptation or {})[0],
+            "originalValues": remove_secrets(self._run.before_adaptation or {})[0],
             "world": {"nodes": world.nodes, "processesPerNode": world.processes_per_node, "gpusPerNode": world.gpus_per_node},
         }  # fmt: skip
         return Statement(
@@ -98,13 +97,13 @@ class Lineage:
             predicate=Provenance(
                 build_definition=BuildDefinition(
                     build_type=BUILD_TYPE, external_parameters={"spec": spec}, internal_parameters=internal,
-                    resolved_dependencies=dependencies_of(self._run, manifest.facts, inputs, self._digests),
+                    resolved_dependencies=list_dependencies(self._run, manifest.facts, inputs, self._digests),
                 ),
                 run_details=RunDetails(
                     builder=Builder(id=BUILDER_ID, version=_builder_versions(manifest.facts)),
-                    metadata=BuildMetadata(invocation_id=manifest.job, started_on=self._started_on(), finished_on=datetime.now(UTC).isoformat()),
+                    metadata=BuildMetadata(invocation_id=manifest.job, started_on=self._read_start_time(), finished_on=datetime.now(UTC).isoformat()),
                     byproducts=[
-                        Resource(name=prefix_of(one.step), digest={"sha256": one.marker.manifest_sha256})
+                        Resource(name=checkpoint_folder_key(one.step), digest={"sha256": one.marker.manifest_sha256})
                         for one in reversed(self._tree.list_committed())
                     ],
                     finetune_run=RunSummary(
@@ -115,8 +114,8 @@ class Lineage:
             ),
         )  # fmt: skip
 
-    def _started_on(self) -> str | None:
-        data = self._tree.store.get(STARTED_KEY)
+    def _read_start_time(self) -> str | None:
+        data = self._tree.store.get(START_TIME_KEY)
         return str(json.loads(data)["time"]) if data is not None else None
 
 
@@ -135,20 +134,20 @@ def _builder_versions(facts: RunFacts) -> dict[str, str]:
 # ---- dependencies ----
 
 
-def dependencies_of(run: RunConfig, facts: RunFacts, inputs: Inputs | None, digests: FileDigests) -> list[Resource]:
-    """Yield the base model, the other models, the data and the trainer image. Each source is followed by its files, if their digests are known."""
-    return [*_models(run, facts, inputs, digests), *_data(run, facts, inputs, digests), *_image(run)]
+def list_dependencies(run: RunConfig, facts: RunFacts, inputs: Inputs | None, digests: FileDigests) -> list[Resource]:
+    """Return the base model, the other models, the data and the trainer image. Each source is followed by its files, if their digests are known."""
+    return [*_model_resources(run, facts, inputs, digests), *_data_resources(run, facts, inputs, digests), *_image_resource(run)]
 
 
-def _models(run: RunConfig, facts: RunFacts, inputs: Inputs | None, digests: FileDigests) -> Iterator[Resource]:
+def _model_resources(run: RunConfig, facts: RunFacts, inputs: Inputs | None, digests: FileDigests) -> Iterator[Resource]:
     spec = run.spec
     is_commit = len(facts.model_revision) == GIT_COMMIT_DIGITS
     yield Resource(
-        name=BASE_MODEL, uri=redact_source(spec.model.source or ""), annotations={REVISION: facts.model_revision},
+        name=BASE_MODEL_DEPENDENCY, uri=redact_source(spec.model.source or ""), annotations={REVISION_ANNOTATION: facts.model_revision},
         digest={"gitCommit": facts.model_revision} if is_commit else {},
     )  # fmt: skip
-    if inputs is not None and (is_commit or fingerprint(inputs.model) == facts.model_revision):
-        yield from _model_files(BASE_MODEL, inputs.model, digests)
+    if inputs is not None and (is_commit or compute_fingerprint(inputs.model) == facts.model_revision):
+        yield from _model_file_resources(BASE_MODEL_DEPENDENCY, inputs.model, digests)
     adapter = spec.method.adapter.source if spec.method.adapter else None
     reference = spec.trainer.dpo.reference_model if spec.trainer.dpo else None
     others = (
@@ -156,22 +155,22 @@ def _models(run: RunConfig, facts: RunFacts, inputs: Inputs | None, digests: Fil
         ("trainer.dpo.referenceModel", reference, "reference model"),
     )  # fmt: skip
     others += tuple(
-        (f"output.combineAdapters[{number}].source", item.source, adapter_name(number))
+        (f"output.combineAdapters[{number}].source", item.source, combined_adapter_name(number))
         for number, item in enumerate(spec.output.combine_adapters or [])
     )
     for path, source, fact in others:
         if source and fact in facts.other_inputs:
-            yield Resource(name=path, uri=redact_source(source), annotations={REVISION: facts.other_inputs[fact]})
+            yield Resource(name=path, uri=redact_source(source), annotations={REVISION_ANNOTATION: facts.other_inputs[fact]})
 
 
-def _model_files(name: str, folder: Path, digests: FileDigests) -> Iterator[Resource]:
+def _model_file_resources(name: str, folder: Path, digests: FileDigests) -> Iterator[Resource]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    if sum(path.stat().st_size for path in files if digests.known(path) is None) <= MAX_READ_MODEL_BYTES:
+    if sum(path.stat().st_size for path in files if digests.get_known_sha256(path) is None) <= MAX_HASHED_MODEL_BYTES:
         for path in files:
-            yield Resource(name=f"{name}/{path.relative_to(folder).as_posix()}", digest={"sha256": digests.of(path)})
+            yield Resource(name=f"{name}/{path.relative_to(folder).as_posix()}", digest={"sha256": digests.get_sha256(path)})
 
 
-def _data(run: RunConfig, facts: RunFacts, inputs: Inputs | None, digests: FileDigests) -> Iterator[Resource]:
+def _data_resources(run: RunConfig, facts: RunFacts, inputs: Inputs | None, digests: FileDigests) -> Iterator[Resource]:
     """Yield the data sources and their files. A file that has changed since the training has no digest."""
     data = run.spec.dataset
     train = [("dataset.train", data.train, inputs.train if inputs else [])] if data.train else []
@@ -183,10 +182,10 @@ def _data(run: RunConfig, facts: RunFacts, inputs: Inputs | None, digests: FileD
         ("dataset.validation", data.validation, inputs.validation if inputs else [], "validation data"),
         ("dataset.test", data.test, inputs.test if inputs else [], "test data"),
     ]
-    yield from _data_files(train, facts.dataset_digest, digests)
+    yield from _data_file_resources(train, facts.dataset_digest, digests)
     for path, source, files, fact in held_out:
         if source:
-            yield from _data_files([(path, source, files)], facts.other_inputs.get(fact, ""), digests)
+            yield from _data_file_resources([(path, source, files)], facts.other_inputs.get(fact, ""), digests)
     root = data.images.root if data.images else None
     for name in IMAGE_SETS:
         if name in facts.other_inputs:
@@ -194,16 +193,16 @@ def _data(run: RunConfig, facts: RunFacts, inputs: Inputs | None, digests: FileD
             yield Resource(name=name, uri=redact_source(root) if root else None, annotations={"combinedDigest": digest})
 
 
-def _data_files(sources: list[tuple[str, str, list[Path]]], digest: str, digests: FileDigests) -> Iterator[Resource]:
-    sha256_by_file = {file: digests.of(file) for _, _, files in sources for file in files}
-    is_unchanged = combined_digest(list(sha256_by_file), sha256_by_file.__getitem__) == digest
+def _data_file_resources(sources: list[tuple[str, str, list[Path]]], digest: str, digests: FileDigests) -> Iterator[Resource]:
+    sha256_by_file = {file: digests.get_sha256(file) for _, _, files in sources for file in files}
+    is_unchanged = compute_combined_digest(list(sha256_by_file), sha256_by_file.__getitem__) == digest
     for path, source, files in sources:
         yield Resource(name=path, uri=redact_source(source), annotations={"combinedDigest": digest})
         if is_unchanged:
             yield from (Resource(name=f"{path}/{file.name}", digest={"sha256": sha256_by_file[file]}) for file in files)
 
 
-def _image(run: RunConfig) -> Iterator[Resource]:
+def _image_resource(run: RunConfig) -> Iterator[Resource]:
     """Yield the image of `placement.image`.
 
     A pod does not know the digest of its image; `finetune sign NAME` adds the digest that the operator recorded.
@@ -211,4 +210,4 @@ def _image(run: RunConfig) -> Iterator[Resource]:
     image = run.spec.placement.image
     if image:
         _, _, digest = image.partition("@sha256:")
-        yield Resource(name=TRAINER_IMAGE, uri=image, digest={"sha256": digest} if digest else {})
+        yield Resource(name=TRAINER_IMAGE_DEPENDENCY, uri=image, digest={"sha256": digest} if digest else {})

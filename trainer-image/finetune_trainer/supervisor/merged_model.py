@@ -1,4 +1,4 @@
-"""Commits the merged model to storage in the same steps as a checkpoint: data, manifest, check of every object, marker."""
+"""Commits the merged model to storage in the same steps as a checkpoint: files, manifest, check of every object, marker."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from finetune_api.spec.enums import OutputKind
 from finetune_api.status import Output
 
 from finetune_trainer.checkpoint.address import download_committed
-from finetune_trainer.checkpoint.manifest import Manifest, entries_of
+from finetune_trainer.checkpoint.manifest import Manifest, list_file_entries
 from finetune_trainer.checkpoint.tree import CheckpointTree
-from finetune_trainer.storage.base import ByteCounter, join
+from finetune_trainer.storage.base import ByteCounter, join_key
 
 log = logging.getLogger(__name__)
 
 
-def committed_merged_model(tree: CheckpointTree, output: Output) -> str | None:
-    """Return the URI of the merged model if it was made from this adapter, else None."""
+def find_merged_model_uri(tree: CheckpointTree, output: Output) -> str | None:
+    """Return the URI of the committed merged model if it was made from the adapter `output`, else None."""
     committed = tree.get_merged()
     manifest = tree.read_manifest(committed) if committed is not None else None
     if committed is None or manifest is None or manifest.extra.get(ADAPTER_SHA256) != output.sha256:
@@ -35,16 +35,16 @@ def commit_merged_model(
 ) -> str:  # fmt: skip
     """Upload and commit the files of a local folder. Returns the URI of the merged model.
 
-    `before_each_file` is called with the number of uploaded bytes and the total number. Both callbacks may raise an error to end the
+    `before_each_file` is called with the number of uploaded bytes and the number of all bytes. Both callbacks may raise an error to end the
     upload. Errors: those of storage; FencedOutError if a later attempt has begun.
     """
     adapter = tree.get_committed(None)
     adapter_manifest = tree.read_manifest(adapter) if adapter is not None else None
-    entries = entries_of(folder)
+    entries = list_file_entries(folder)
     total, uploaded = sum(entry.size for entry in entries), 0
     for entry in entries:
         before_each_file(uploaded, total)
-        tree.store.put_file(folder / entry.path, join(Storage.MERGED, incarnation, entry.path), byte_counter=byte_counter)
+        tree.store.put_file(folder / entry.path, join_key(Storage.MERGED, incarnation, entry.path), byte_counter=byte_counter)
         uploaded += entry.size
     changes = {
         "attempt": attempt, "incarnation": incarnation, "kind": OutputKind.MODEL, "files": entries,
@@ -54,7 +54,7 @@ def commit_merged_model(
     existing = tree.get_merged()
     tree.commit(Storage.MERGED, manifest, replaceable_marker=existing.marker if existing else None)
     log.info("committed %s/%s (%d bytes)", Storage.MERGED, incarnation, manifest.total_bytes)
-    return tree.uri(join(Storage.MERGED, incarnation))
+    return tree.uri(join_key(Storage.MERGED, incarnation))
 
 
 def fetch_merged_model(tree: CheckpointTree, target: Path, *, byte_counter: ByteCounter | None = None) -> Path:

@@ -1,4 +1,4 @@
-"""Stores the logged values of a run as the object `metrics/<incarnation>.jsonl`, with one JSON line for each log call."""
+"""Stores the values that an incarnation logs as the object `metrics/<incarnation>.jsonl`: one JSON object on each line."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from finetune_api.names import Storage
 
-from finetune_trainer.storage.base import Store, join
+from finetune_trainer.storage.base import Store, join_key
 from finetune_trainer.supervisor.run_state import RunState, store_quietly
 
 
@@ -18,11 +18,12 @@ class MetricLog:
     def __init__(self, run_state: RunState, incarnation: str, *, on_line: Callable[[int, dict[str, Any]], None] | None = None) -> None:
         """`on_line` also receives the step and the values of each line."""
         self._state = run_state
-        self._key = join(Storage.METRICS, f"{incarnation}.jsonl")
+        self._key = join_key(Storage.METRICS, f"{incarnation}.jsonl")
         self._on_line = on_line
         self._lines: list[str] = []
 
     def append(self, step: int, values: dict[str, Any]) -> None:
+        """Add the values that were logged at a step."""
         self._lines.append(json.dumps({"step": step, **values}))
         if self._on_line is not None:
             self._on_line(step, values)

@@ -1,7 +1,7 @@
-"""Lists the files of a model at its source, with the hashes that the source names, and checks that the job may read the model.
+"""Lists the files of a model at its source, with the hashes that the source reports, and checks that the job may read the model.
 
-The cache compares its files with these hashes, so it does not matter who has written them. Only models from the hub and from S3 have such
-hashes.
+The cache compares its files with these hashes, so files that another program has changed are not used. Only models from the hub and from S3 have
+such hashes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 from finetune_api.names import Env
 from finetune_api.sources import HubSource, S3Source, Source
 
-from finetune_trainer.model_cache.content import SourceFile, digest_of_etag
+from finetune_trainer.model_cache.content import SourceFile, parse_etag
 from finetune_trainer.model_cache.folder import CacheProblem
 from finetune_trainer.storage.s3 import describe_connection
 from finetune_trainer.supervisor.fetch import DOWNLOAD_THREADS, MODEL_SOURCE, Fetcher
@@ -29,7 +29,7 @@ class ModelListing:
     """The files of one version of a model."""
 
     location: str
-    """Server, and repository or folder. The cache never mixes models of two servers."""
+    """Address of the server, and repository or folder on it. It is part of `key`, so the cache never mixes models of two servers."""
     files: tuple[SourceFile, ...]
     hub_revision: str | None = None
     listing_version: str | None = None
@@ -38,12 +38,12 @@ class ModelListing:
 
     @property
     def key(self) -> str:
-        """sha256 (hex) over source, version, and names, sizes and hashes of the files: the name of the model's folder in the cache."""
+        """The name of the model's folder in the cache: a sha256 (hex) over location, version, and names, sizes and hashes of the files."""
         files = [[file.name, file.size, file.digest] for file in self.files]
         return hashlib.sha256(json.dumps([self.location, self.hub_revision, self.listing_version, files]).encode()).hexdigest()
 
     @property
-    def size(self) -> int:
+    def total_bytes(self) -> int:
         """Bytes of all files."""
         return sum(file.size for file in self.files)
 
@@ -55,7 +55,7 @@ class HubDown(Exception):
 def list_model(fetcher: Fetcher, source: Source) -> tuple[ModelListing, Callable[[Path], None]]:
     """Return the listing of a model, and a function that downloads its files to a folder.
 
-    Errors: CacheProblem if the source has no hashes; HubDown; errors of the source, which the download without the cache reports with its field.
+    Errors: CacheProblem if the source has no hashes; HubDown; other errors of the source, which a download without the cache also reports.
     """
     match source:
         case HubSource():
@@ -65,8 +65,8 @@ def list_model(fetcher: Fetcher, source: Source) -> tuple[ModelListing, Callable
     raise CacheProblem(f"{source} is not a model on the hub or in S3")
 
 
-def hub_location(source: HubSource) -> str:
-    """The hub's address, and the repository."""
+def build_hub_location(source: HubSource) -> str:
+    """Return the URL of a repository on the hub that the environment configures."""
     return f"{_hub_endpoint()}/{source.repo}"
 
 
@@ -85,7 +85,7 @@ def _list_hub(source: HubSource) -> tuple[ModelListing, Callable[[Path], None]]:
         api = huggingface_hub.HfApi(endpoint=_hub_endpoint(), token=token)
         info = api.model_info(source.repo, revision=source.revision)
         if info.gated or info.private:
-            api.auth_check(source.repo)  # the cache may already have the files, but this job needs access of its own
+            api.auth_check(source.repo)  # Even if the cache has the files, this job must have access to the repository itself.
         tree = list(api.list_repo_tree(source.repo, revision=info.sha, recursive=True))
     except HfHubHTTPError as error:
         if error.response is not None and error.response.status_code < 500:
@@ -100,13 +100,13 @@ def _list_hub(source: HubSource) -> tuple[ModelListing, Callable[[Path], None]]:
 
     def download(folder: Path) -> None:
         huggingface_hub.snapshot_download(
-            source.repo, revision=revision, local_dir=folder, endpoint=_hub_endpoint(), token=token, allow_patterns=list(MODEL_SOURCE.patterns),
+            source.repo, revision=revision, local_dir=folder, endpoint=_hub_endpoint(), token=token, allow_patterns=list(MODEL_SOURCE.file_patterns),
             max_workers=DOWNLOAD_THREADS,
         )  # fmt: skip
-        shutil.rmtree(folder / ".cache", ignore_errors=True)  # metadata that the client keeps about its download
+        shutil.rmtree(folder / ".cache", ignore_errors=True)  # The client has written metadata about its download there.
 
     is_public = not info.gated and not info.private
-    return ModelListing(hub_location(source), _safe(files), hub_revision=revision, is_public=is_public), download
+    return ModelListing(build_hub_location(source), _check_and_sort(files), hub_revision=revision, is_public=is_public), download
 
 
 def _needed_files(tree: list[Any]) -> list[SourceFile]:
@@ -114,31 +114,31 @@ def _needed_files(tree: list[Any]) -> list[SourceFile]:
     from huggingface_hub.utils import filter_repo_objects
 
     files = [entry for entry in tree if isinstance(entry, RepoFile)]
-    needed = filter_repo_objects(files, allow_patterns=list(MODEL_SOURCE.patterns), key=lambda entry: entry.path)
+    needed = filter_repo_objects(files, allow_patterns=list(MODEL_SOURCE.file_patterns), key=lambda entry: entry.path)
     return [SourceFile(entry.path, entry.size, f"sha256:{entry.lfs.sha256}" if entry.lfs else f"git-blob:{entry.blob_id}") for entry in needed]
 
 
 def _list_s3(fetcher: Fetcher, source: S3Source) -> tuple[ModelListing, Callable[[Path], None]]:
     listing = fetcher.list_s3(source, MODEL_SOURCE)
-    if not listing.needed or listing.is_single_object:
-        raise CacheProblem(f"{source} is not a folder with objects")
+    if not listing.needed_objects or listing.is_single_object:
+        raise CacheProblem(f"{source} is not a folder that contains objects")
     files = []
-    for stat in listing.needed:
-        digest = digest_of_etag(stat.tag)
+    for stat in listing.needed_objects:
+        digest = parse_etag(stat.tag)
         if digest is None:
-            raise CacheProblem(f"the store names no MD5 of {stat.key} (ETag {stat.tag})")
-        files.append(SourceFile(listing.name_of(stat), stat.size, digest))
+            raise CacheProblem(f"the store reports no MD5 of {stat.key} (ETag {stat.tag})")
+        files.append(SourceFile(listing.relative_name(stat), stat.size, digest))
     target = fetcher.run.model_store or fetcher.run.storage
     location = f"{describe_connection(target, source.bucket).endpoint or 's3'}/{source.bucket}/{source.key}"
 
     def download(folder: Path) -> None:
         fetcher.download_s3(listing, "model.cache", folder, MODEL_SOURCE)
 
-    return ModelListing(location, _safe(files), listing_version=listing.version), download
+    return ModelListing(location, _check_and_sort(files), listing_version=listing.version), download
 
 
-def _safe(files: list[SourceFile]) -> tuple[SourceFile, ...]:
-    """Return the files, sorted. Errors: CacheProblem for names that lead out of the model's folder, and for names that occur twice."""
+def _check_and_sort(files: list[SourceFile]) -> tuple[SourceFile, ...]:
+    """Return the files, sorted by name. Errors: CacheProblem if a name leads out of the model's folder, or if two files have the same name."""
     for file in files:
         parts = PurePosixPath(file.name).parts
         if not parts or file.name.startswith("/") or ".." in parts or "\0" in file.name:

@@ -1,25 +1,25 @@
-"""Stores the config and the manifest of the model's OCI artefact beside the model. The layers are files that are already in storage."""
+"""Stores the config and the manifest of the model's OCI artefact next to the model. Its layers are the model's files, which storage already has."""
 
 from __future__ import annotations
 
 from finetune_api.errors import NoCheckpointError
-from finetune_api.oci import CONFIG_KEY, MANIFEST_KEY, ModelFile, modelpack_artefact
+from finetune_api.oci import CONFIG_KEY, MANIFEST_KEY, ModelFile, build_modelpack_artefact
 from finetune_api.spec.enums import OutputKind
 
 from finetune_trainer.checkpoint.tree import CheckpointTree
 
 
 def store_oci_artefact(tree: CheckpointTree, name: str, *, is_merged: bool) -> str:
-    """Store config and manifest. Returns the artefact's digest.
+    """Store the config and the manifest. Returns the digest of the artefact.
 
-    `name`: name of the FineTuneJob. `is_merged`: the artefact holds the merged model, otherwise the adapter or model of the training.
+    `name`: name of the FineTuneJob. `is_merged`: whether the artefact holds the merged model; otherwise it holds the trained adapter or model.
     Errors: NoCheckpointError ModelDamaged; those of storage.
     """
     committed = tree.get_merged() if is_merged else tree.get_committed(None)
     manifest = tree.read_manifest(committed) if committed is not None else None
     if manifest is None:
         raise NoCheckpointError("ModelDamaged", "the manifest of the committed model cannot be read")
-    artefact = modelpack_artefact(
+    artefact = build_modelpack_artefact(
         name, manifest.kind or OutputKind.MODEL, [ModelFile(file.path, file.size, file.sha256) for file in manifest.files]
     )
     tree.store.put(CONFIG_KEY, artefact.config)

@@ -1,25 +1,25 @@
-"""Splits the time of one pod into parts, from the durations of its stages and of the pauses in training."""
+"""Splits the time of one pod into the parts of `TimeUse`, from the durations of its stages and of the pauses in training."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from finetune_api.status import PART_OF_STAGE, TimeUse
+from finetune_api.status import TIME_USE_OF_STAGE, TimeUse
 
 
 def compute_time_use(stage_seconds: Mapping[str, float], pauses: Mapping[str, float], first_step_seconds: float | None) -> TimeUse:
-    """Return the seconds of each part. Their sum is the sum of the stages.
+    """Return the seconds of each part. The parts add up to the seconds of all stages.
 
-    `stage_seconds`: by name of the stage; other names are ignored. `pauses`: seconds by part, all of them during training. `first_step_seconds`: None
-    until the first step is done; training then counts as the first step.
+    `stage_seconds`: by name of the stage; other names are ignored. `pauses`: seconds of the pauses in training, by part. `first_step_seconds`: None
+    before the end of the first step; all training time then counts as the first step.
     """
     parts: dict[str, float] = {}
-    for stage, part in PART_OF_STAGE.items():
+    for stage, part in TIME_USE_OF_STAGE.items():
         parts[part] = parts.get(part, 0.0) + stage_seconds.get(stage.value, 0.0)
     training = parts.pop("steps")
     for part, seconds in pauses.items():
-        taken = min(seconds, training)
-        parts[part], training = parts[part] + taken, training - taken
+        pause_seconds = min(seconds, training)
+        parts[part], training = parts[part] + pause_seconds, training - pause_seconds
     first_step = training if first_step_seconds is None else min(first_step_seconds, training)
     parts |= {"firstStep": first_step, "steps": training - first_step}
     return TimeUse.model_validate({part: round(seconds, 3) for part, seconds in parts.items() if round(seconds, 3) > 0})

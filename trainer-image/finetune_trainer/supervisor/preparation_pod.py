@@ -1,8 +1,7 @@
 """Runs the pod of a preparation: checks storage, model and data before a pod with GPUs starts.
 
-The pod downloads the data, and configuration and tokenizer of the model without its weights. All problems that it finds are the same
-errors, with the same codes, as those of a training pod. At the end it stores the tokenised rows, which the training pods download. A stopped
-preparation starts again.
+The pod downloads the data, and the configuration and tokenizer of the model without its weights. It reports each problem with the same error
+code as a training pod. At the end, it stores the tokenised rows, which the training pods download. A stopped preparation is started again.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from finetune_api.existing_result import RunResult
 from finetune_api.names import PREPARATION_ATTEMPT, ExitCode
 from finetune_api.pod import RunConfig, TerminationMessage
 from finetune_api.status import DataReport, ResolvedConfig, Stage
-from finetune_api.tenancy import user_code_in_preparation
+from finetune_api.tenancy import find_user_code_in_preparation
 
 from finetune_trainer import processes, rows_request
 from finetune_trainer.checkpoint.manifest import RunFacts
@@ -41,7 +40,7 @@ from finetune_trainer.supervisor.rank_messages import apply_report
 from finetune_trainer.supervisor.run_state import RunState
 from finetune_trainer.supervisor.server import Server
 from finetune_trainer.supervisor.stored_rows import RowStore, StoredRows
-from finetune_trainer.supervisor.termination import termination_message, write_termination_message
+from finetune_trainer.supervisor.termination import build_termination_message, write_termination_message
 
 if TYPE_CHECKING:
     from finetune_trainer.data import DataSummary
@@ -50,7 +49,7 @@ log = logging.getLogger(__name__)
 
 
 class CheckResult(ReportModel):
-    """What the process of a preparation reports: the counts of the tokenised data."""
+    """What the process `check` of a preparation reports about the tokenised data."""
 
     data: DataReport
     resolved: ResolvedConfig
@@ -62,23 +61,23 @@ class PreparationPod:
     def __init__(self, settings: Settings, stop_requests: Sequence[float] = ()) -> None:
         self._settings = settings
         self._state = RunState()
-        self._stop = threading.Event()
+        self._stop_requested = threading.Event()
         if stop_requests:
-            self._stop.set()
-        self._result: CheckResult | None = None
+            self._stop_requested.set()
+        self._check_result: CheckResult | None = None
         self._row_store: RowStore | None = None
-        """None if this preparation neither stores nor uses prepared rows."""
-        self._stored: StoredRows | None = None
-        """Rows of an earlier preparation that this pod uses."""
-        self._adopted: RunResult | None = None
+        """The prepared rows in storage; None if this preparation neither stores nor uses any."""
+        self._stored_rows: StoredRows | None = None
+        """The rows of an earlier preparation, if this pod uses them."""
+        self._adopted_result: RunResult | None = None
         self._requested_digest: str | None = None
-        """The digest of the first request of the process `check`. Other digests are refused."""
-        self._search: threading.Thread | None = None
+        """The digest in the first request of the process `check`. Requests with another digest are refused."""
+        self._rows_search: threading.Thread | None = None
 
     def run(self) -> int:
         """Check everything, report the result to the operator, and return the exit code."""
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda _number, _frame: self._stop.set())
+            signal.signal(number, lambda _number, _frame: self._stop_requested.set())
         processes.adopt_orphans()
         # Without a secret from the operator, a random one makes the server refuse every request for the report.
         server = Server(self._state, self._settings.port, attempt_secret=self._settings.attempt_secret or secrets.token_hex(32))
@@ -88,26 +87,26 @@ class PreparationPod:
             data = self._check()
             decision = ExitDecision(ExitCode.OK)
         except StoppedError:
-            decision = ExitDecision(ExitCode.PREEMPTED_SAVED)  # nothing must be saved: the next preparation starts again
+            decision = ExitDecision(ExitCode.PREEMPTED_SAVED)  # A preparation has no state to save: the next one starts again.
         except Exception as error:
             failure = as_failure(error, "PreparationFailed")
             decision = ExitDecision(int(failure.exit_code), RankFailure(failure))
         processes.kill_all_descendants()
-        message = termination_message(decision, self._state.report(), output=None, start_step=0, node_name=self._settings.node_name)
+        message = build_termination_message(decision, self._state.report(), output=None, start_step=0, node_name=self._settings.node_name)
         # The revision of a model may be the digest of all its files, but this pod has not downloaded the weights.
         resolved = message.resolved.model_copy(update={"model_revision": None}) if message.resolved is not None else None
         message = message.model_copy(update={"data": data, "resolved": resolved})
-        if self._adopted is not None and decision.code == ExitCode.OK:
-            message = _with_adopted_result(message, self._adopted)
+        if self._adopted_result is not None and decision.exit_code == ExitCode.OK:
+            message = _with_adopted_result(message, self._adopted_result)
         write_termination_message(message, self._settings.termination_log)
         server.close()
-        return decision.code
+        return decision.exit_code
 
     def _check(self) -> DataReport:
         """Run all checks and store the rows. Errors: those of `Preparation` and of the process `check`; StoppedError."""
         run, config_sha256 = load_run(self._settings)
         self._state.set_run_config(run.model_copy(update={"attempt": PREPARATION_ATTEMPT}), config_sha256)
-        work = self._settings.work
+        work = self._settings.work_folder
         for folder in (work / "output", work / TOKENS_FOLDER):
             shutil.rmtree(folder, ignore_errors=True)
         (work / "output").mkdir(parents=True)
@@ -120,23 +119,23 @@ class PreparationPod:
             preparation.preflight()
             inputs, facts = preparation.fetch()
             inputs.write(work)
-            self._adopted = find_result_to_adopt(run, facts, self._state)
+            self._adopted_result = find_result_to_adopt(run, facts, self._state)
             return facts
 
-        facts = run_until(self._stop.is_set, fetch)
+        facts = run_until(self._stop_requested.is_set, fetch)
         address: dict[str, str] = {}
         with RowStore.open(run, self._settings.checkpoint_key) as row_store:
             self._row_store = row_store if self._may_share_rows(run) else None
-            if self._adopted is None:
+            if self._adopted_result is None:
                 self._run_process(run)
-            summary, checked = preparation.data_summary, self._result
+            summary, checked = preparation.data_summary, self._check_result
             self._state.merge_resolved(checked.resolved if checked is not None else ResolvedConfig())
             if summary is None:
                 return DataReport()
             if checked is not None and self._row_store is not None:
-                address = run_until(self._stop.is_set, lambda: self._store_rows(row_store, run, checked.data.digest, facts, summary))
-            with suppress(StoppedError):  # the preparation is complete; a later one removes the rows
-                run_until(self._stop.is_set, lambda: _remove_unused_rows(row_store))
+                address = run_until(self._stop_requested.is_set, lambda: self._store_rows(row_store, run, checked.data.digest, facts, summary))
+            with suppress(StoppedError):  # The preparation is complete, and a later preparation removes the unused rows.
+                run_until(self._stop_requested.is_set, lambda: _remove_unused_rows(row_store))
         findings = summary.findings
         counts = DataReport(
             rows=summary.rows, bad_rows=summary.bad_rows, duplicates=findings.duplicate_count, personal_data=findings.personal_data_counts
@@ -144,8 +143,8 @@ class PreparationPod:
         return counts.model_copy(update=(checked.data.model_dump(exclude_none=True) if checked is not None else {}) | address)
 
     def _may_share_rows(self, run: RunConfig) -> bool:
-        """Whether this preparation stores rows and uses stored rows. Code of the user could change them for all jobs of the namespace."""
-        fields = user_code_in_preparation(run.spec)
+        """Whether this preparation stores and uses shared rows. It must not if it runs the user's code, which could change the rows of other jobs."""
+        fields = find_user_code_in_preparation(run.spec)
         if fields:
             self._state.add_note(
                 f"prepared rows are neither stored nor used, because {', '.join(fields)} can run other code in the preparation; "
@@ -154,10 +153,10 @@ class PreparationPod:
         return not fields
 
     def _run_process(self, run: RunConfig) -> None:
-        """Run the checks that need large libraries in a process of its own. Errors: the failure that it reports; StoppedError."""
+        """Run the process `check`, which does the checks that need large libraries. Errors: the failure that it reports; StoppedError."""
 
         def watch(_pid: int) -> None:
-            if self._stop.is_set():
+            if self._stop_requested.is_set():
                 raise StoppedError
 
         end = run_child(["check"], run, self._settings, handle_message=self._handle_message, while_running=watch)
@@ -165,44 +164,44 @@ class PreparationPod:
             raise end.failure
 
     def _answer_request(self, digest: Any) -> None:
-        """Start the search for stored rows. A repeated request gets a sign that the search goes on, or the answer again."""
+        """Search for the stored rows that the process `check` requests. If it repeats the request, show that the search continues, or answer again."""
         if not rows_request.is_digest(digest) or self._requested_digest not in (None, digest):
             log.warning("a request for prepared rows is not valid")
             return
-        if self._search is None:
+        if self._rows_search is None:
             self._requested_digest = digest
-            self._search = threading.Thread(target=self._provide_rows, args=(digest,), name="stored-rows", daemon=True)
-            self._search.start()
-        elif self._search.is_alive():
-            _touch(rows_request.working_file(self._settings.work, digest))
+            self._rows_search = threading.Thread(target=self._provide_rows, args=(digest,), name="stored-rows", daemon=True)
+            self._rows_search.start()
+        elif self._rows_search.is_alive():
+            _touch(rows_request.working_file(self._settings.work_folder, digest))
         else:
-            _touch(rows_request.answer_file(self._settings.work, digest))
+            _touch(rows_request.answer_file(self._settings.work_folder, digest))
 
     def _provide_rows(self, digest: str) -> None:
         """Download rows that an earlier preparation has stored, and let the process `check` continue. Runs in a thread of its own."""
-        work = self._settings.work
+        work = self._settings.work_folder
         try:
             if self._row_store is not None:
-                self._stored = self._row_store.fetch_for_preparation(digest, work)
+                self._stored_rows = self._row_store.fetch_for_preparation(digest, work)
         except Exception as error:
             log.warning("stored rows could not be read", exc_info=error)
         finally:
             _touch(rows_request.answer_file(work, digest))
 
     def _store_rows(self, row_store: RowStore, run: RunConfig, digest: str | None, facts: RunFacts, summary: DataSummary) -> dict[str, str]:
-        """Store the rows, unless an earlier preparation has done so. Returns the fields of `DataReport` with their address.
+        """Store the rows, unless an earlier preparation has stored them. Returns the fields of `DataReport` that name the stored rows.
 
-        `digest`: None if the rows of this run are not stored. A failure only adds a note, because the training pods can prepare the data themselves.
+        `digest`: None if the rows of this run must not be stored. A failure only adds a note, because the training pods can prepare the data themselves.
         """
         if digest is None:
             return {}
         if not rows_request.is_digest(digest) or digest != self._requested_digest:
-            self._state.add_note("the prepared rows were not stored: their digest is not the one that was requested; the training pods tokenise the data")
+            self._state.add_note("the prepared rows were not stored: their digest differs from the requested digest; the training pods tokenise the data")
             return {}
-        folder = prepared_folder(self._settings.work / TOKENS_FOLDER, digest)
+        folder = prepared_folder(self._settings.work_folder / TOKENS_FOLDER, digest)
         try:
-            if self._stored is not None and self._stored.digest == digest:
-                sha256 = self._stored.manifest_sha256
+            if self._stored_rows is not None and self._stored_rows.digest == digest:
+                sha256 = self._stored_rows.manifest_sha256
             else:
                 self._state.enter_stage(Stage.UPLOADING, "prepared rows")
                 sha256 = row_store.commit(digest, folder, incarnation=self._settings.incarnation(run), facts=facts, summary=summary)
@@ -219,7 +218,7 @@ class PreparationPod:
             case rows_request.ROWS_TOKENISED:
                 self._state.set_data(DataReport(tokenised_rows=int(message["rows"])))
             case "checked":
-                self._result = CheckResult.model_validate(message["value"])
+                self._check_result = CheckResult.model_validate(message["value"])
             case _:
                 apply_report(self._state, message)
 
@@ -235,7 +234,7 @@ def _with_adopted_result(message: TerminationMessage, result: RunResult) -> Term
 
 
 def _touch(file: Path) -> None:
-    """Create or touch a file. A failure is only logged: the process `check` repeats its request, and in the end tokenises the data itself."""
+    """Create or touch a file. A failure is only logged: the process `check` repeats its request, and without an answer it tokenises the data itself."""
     try:
         file.touch()
     except OSError as error:
@@ -243,7 +242,7 @@ def _touch(file: Path) -> None:
 
 
 def _remove_unused_rows(row_store: RowStore) -> None:
-    """Remove rows that no job has used for too long. A failure is only logged, because unused rows only occupy storage."""
+    """Remove rows that no job has used for `prepare.ttlDays`. A failure is only logged, because unused rows only cost space."""
     try:
         for digest in row_store.remove_expired():
             log.info("removed unused prepared rows %s", digest)

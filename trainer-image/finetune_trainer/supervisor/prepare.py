@@ -1,6 +1,6 @@
 """Runs the steps between the pod's start and training: check storage, fetch the inputs, check them, restore the checkpoint.
 
-This runs while the ranks import their libraries. A failure ends the pod before training. The exit code shows who must act: the user, the
+These steps run while the ranks import their libraries. A failure ends the pod before training. The exit code shows who must act: the user, the
 storage administrator or the cluster administrator.
 """
 
@@ -23,7 +23,7 @@ from finetune_api.rules import benchmarks_after_training, prompts_to_compare, pu
 from finetune_api.spec.enums import OutputKind
 from finetune_api.status import ModelOrigin, ResolvedConfig, Stage
 
-from finetune_trainer.artefact.combination import adapter_name, require_combinable
+from finetune_trainer.artefact.combination import combined_adapter_name, require_combinable
 from finetune_trainer.checkpoint.manifest import RunFacts
 from finetune_trainer.checkpoint.restore import RestoreResult, restore
 from finetune_trainer.checkpoint.tree import CheckpointTree
@@ -39,10 +39,16 @@ from finetune_trainer.supervisor.existing_model import (
     find_existing_model,
     require_same_base,
 )
-from finetune_trainer.supervisor.fetch import MODEL_SOURCE, Fetcher, SourceKind, combined_digest, fingerprint
+from finetune_trainer.supervisor.fetch import (
+    MODEL_SOURCE,
+    Fetcher,
+    SourceKind,
+    compute_combined_digest,
+    compute_fingerprint,
+)
 from finetune_trainer.supervisor.file_digests import FileDigests
-from finetune_trainer.supervisor.hub import require_token
-from finetune_trainer.supervisor.image_digests import image_set_digest
+from finetune_trainer.supervisor.hub import require_push_token
+from finetune_trainer.supervisor.image_digests import compute_image_set_digest
 from finetune_trainer.supervisor.run_state import RunState
 from finetune_trainer.supervisor.stored_rows import RowStore, StoredRows
 
@@ -52,12 +58,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 BUSY_PAUSES_SECONDS = (1.0, 2.0, 4.0, 8.0)
-COMPARED_GROUPS = ("model", "method", "trainer", "dataset", "training", "evaluation")
-"""Groups of the spec that influence the computed numbers of a run."""
-NOT_HASHED = (
+"""Pauses before the retries of a request to a busy store."""
+COMPARED_SPEC_FIELDS = ("model", "method", "trainer", "dataset", "training", "evaluation")
+"""Top-level fields of the spec that influence the computed numbers of a run."""
+FIELDS_NOT_HASHED = (
     "batchSizePerDevice", "gradientAccumulationSteps", "effectiveBatchSize", "learningRate", "gradientCheckpointing", "storage", "tokenSecretRef",
 )  # fmt: skip
-"""Fields that are not part of the hashes: some are compared separately, the others only describe how to access a source."""
+"""Fields that are left out of the hashes: some are compared separately, the others only describe how to access a source."""
 RECORDED_PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "bitsandbytes")
 
 
@@ -69,17 +76,17 @@ class Preparation:
     ) -> None:
         """`digests` receives the sha256 of the downloaded files. `model_kind`: MODEL_SOURCE, or MODEL_WITHOUT_WEIGHTS if no model is loaded."""
         self._model_kind = model_kind
-        self._run, self._sha256, self._work, self._digests = run, config_sha256, settings.work, digests
+        self._run, self._config_sha256, self._work_folder, self._digests = run, config_sha256, settings.work_folder, digests
         self._node_rank, self._state = settings.node_rank, run_state
         self._config_maps = settings.config_maps
-        self._bytes = 0
+        self._downloaded_bytes = 0
         self.data_summary: DataSummary | None = None
-        """The counts of the check of the rows. None before the check."""
+        """The result of the check of the rows; None before the check."""
 
     def check_hub_token(self) -> None:
         """Check that the token for the hub exists if the job pushes its model. Errors: CredentialsError HubTokenMissing."""
         if pushes_to_hub(self._run.spec) and self._node_rank == 0:
-            require_token()
+            require_push_token()
 
     def preflight(self) -> None:
         """Check that the job's storage can be used. Errors: exit codes 67, 69, 77."""
@@ -111,7 +118,7 @@ class Preparation:
         """
         self._state.enter_stage(Stage.DOWNLOADING)
         existing = find_existing_model(self._run.spec.phases.from_ or "", tree)
-        if self._run.spec.output.merge_adapter and existing.kind is OutputKind.MODEL:
+        if self._run.spec.output.merge_adapter and existing.output_kind is OutputKind.MODEL:
             raise ConfigError(
                 "ExistingModelNotAdapter", f"phases.from is {existing.output.uri}, a complete model, but output.mergeAdapter needs an adapter",
                 hint="remove output.mergeAdapter, or write the address of an adapter in phases.from",
@@ -120,7 +127,7 @@ class Preparation:
         note = require_same_base(existing, inputs)
         if note is not None:
             self._state.add_note(note)
-        fetcher = Fetcher(self._run, self._work)
+        fetcher = Fetcher(self._run, self._work_folder)
         self._state.enter_stage(Stage.DOWNLOADING)
         self._run_timed(
             "existing model",
@@ -137,8 +144,9 @@ class Preparation:
         """
         self._state.enter_stage(Stage.DOWNLOADING)
         inputs = self._run_timed("fetch", self._fetch)
-        facts = run_facts_of(self._run, self._sha256, inputs, self._digests.of)
-        require_expected_inputs(facts, without=IMAGE_SETS)  # a replay with other data must say so, even if their rows are not usable
+        facts = collect_run_facts(self._run, self._config_sha256, inputs, self._digests.get_sha256)
+        # A replay with other data must fail with `InputsChanged`, even if the stored rows cannot be used.
+        require_expected_inputs(facts, unknown_inputs=IMAGE_SETS)
         self._state.enter_stage(Stage.CHECKING)
         stored = self._run_timed("rows", lambda: self._fetch_stored_rows(facts)) if uses_stored_rows else None
         summary = self._run_timed("check", lambda: self._check_data(inputs, stored))
@@ -148,13 +156,13 @@ class Preparation:
         return inputs.model_copy(update={"image_digests": image_digests, "stored_rows": stored.digest if stored is not None else None}), facts
 
     def _fetch_stored_rows(self, facts: RunFacts) -> StoredRows | None:
-        """Download the rows of the job's preparation. None: there are none, or they cannot be used, which adds a note."""
+        """Download the rows of the job's preparation. If they cannot be used, add a note. Return None without usable rows."""
         if self._run.prepared is None or not self._run.prepared.digest:
             return None
         try:
             with RowStore.open(self._run) as row_store:
-                stored = row_store.fetch_for_training(facts, self._work, renews_marker=self._node_rank == 0, byte_counter=self._count_downloaded_bytes)
-        except Exception as error:  # stored rows only save time, so a failure must not end the job
+                stored = row_store.fetch_for_training(facts, self._work_folder, renews_marker=self._node_rank == 0, byte_counter=self._count_downloaded_bytes)
+        except Exception as error:  # Stored rows only save time, so a failure must not end the job.
             log.warning("the prepared rows are not used", exc_info=error)
             problem = error.message if isinstance(error, FineTuneError) else type(error).__name__
             self._state.add_note(f"the prepared rows are not used: {problem}; this pod reads and tokenises the data")
@@ -163,10 +171,10 @@ class Preparation:
         return stored
 
     def _digest_images(self, summary: DataSummary) -> dict[str, str]:
-        """The digest of the images that the rows name, for training and held-out data. Data without such images have no entry."""
+        """Return the digest of the images that the rows name, by set: those of the training rows and those of the held-out rows. Empty sets have no entry."""
         sets = zip(IMAGE_SETS, (summary.training_images, summary.held_out_images), strict=True)
         return {
-            name: image_set_digest(images, self._digests, lambda text: self._state.enter_stage(Stage.CHECKING, text)) for name, images in sets if images
+            name: compute_image_set_digest(images, self._digests, lambda text: self._state.enter_stage(Stage.CHECKING, text)) for name, images in sets if images
         }
 
     def claim_storage(self, tree: CheckpointTree) -> None:
@@ -187,7 +195,7 @@ class Preparation:
         restore_result = self._run_timed(
             "restore",
             lambda: restore(
-                tree, self._run.resume, facts, self._work / "output", byte_counter=self._count_downloaded_bytes, attempt=self._run.attempt
+                tree, self._run.resume, facts, self._work_folder / "output", byte_counter=self._count_downloaded_bytes, attempt=self._run.attempt
             ),
         )
         for sentence in restore_result.damage_messages:
@@ -204,50 +212,50 @@ class Preparation:
 
     def _fetch(self) -> Inputs:
         spec = self._run.spec
-        cache = CacheRecord.read(self._work)
+        cache = CacheRecord.read(self._work_folder)
         fetcher = Fetcher(
-            self._run, self._work, byte_counter=self._count_downloaded_bytes, digests=self._digests, model_kind=self._model_kind,
-            cached=cache.models if cache is not None else None,
+            self._run, self._work_folder, byte_counter=self._count_downloaded_bytes, digests=self._digests, model_kind=self._model_kind,
+            cached_models=cache.models if cache is not None else None,
         )  # fmt: skip
         data = spec.dataset
         source = spec.model.source or ""
-        model = fetcher.model(source, "model.source", "model")
+        model = fetcher.fetch_model(source, "model.source", "model")
         if cache is not None:
             self._report_cache(cache, fetcher)
         tokenizer = spec.model.tokenizer
         adapter = spec.method.adapter.source if spec.method.adapter else None
         reference = spec.trainer.dpo.reference_model if spec.trainer.dpo else None
-        train = fetcher.data(data.train, "dataset.train", "train") if data.train else []
+        train = fetcher.fetch_data_files(data.train, "dataset.train", "train") if data.train else []
         mixture = [
-            fetcher.data(item.source, f"dataset.mixture[{number}].source", f"mixture-{number}")
+            fetcher.fetch_data_files(item.source, f"dataset.mixture[{number}].source", f"mixture-{number}")
             for number, item in enumerate(data.mixture or [])
         ]
-        validation = fetcher.data(data.validation, "dataset.validation", "validation") if data.validation else []
-        test = fetcher.data(data.test, "dataset.test", "test") if data.test else []
+        validation = fetcher.fetch_data_files(data.validation, "dataset.validation", "validation") if data.validation else []
+        test = fetcher.fetch_data_files(data.test, "dataset.test", "test") if data.test else []
         data_files = [*train, *(file for part in mixture for file in part), *validation, *test]
         metric_models = spec.evaluation.metric_models
         bertscore, similarity = (metric_models.bertscore, metric_models.semantic_similarity) if metric_models else (None, None)
         return Inputs(
             model=model.path,
-            tokenizer=fetcher.tokenizer(tokenizer, "model.tokenizer", "tokenizer").path
+            tokenizer=fetcher.fetch_tokenizer(tokenizer, "model.tokenizer", "tokenizer").path
             if tokenizer and tokenizer != source
             else None,
-            adapter=fetcher.adapter(adapter, "method.adapter.source", "adapter").path if adapter else None,
-            reference=fetcher.model(reference, "trainer.dpo.referenceModel", "reference").path if reference else None,
-            bertscore_model=fetcher.model(bertscore, "evaluation.metricModels.bertscore", "bertscore").path if bertscore else None,
-            similarity_model=fetcher.model(similarity, "evaluation.metricModels.semanticSimilarity", "similarity").path if similarity else None,
+            adapter=fetcher.fetch_adapter(adapter, "method.adapter.source", "adapter").path if adapter else None,
+            reference=fetcher.fetch_model(reference, "trainer.dpo.referenceModel", "reference").path if reference else None,
+            bertscore_model=fetcher.fetch_model(bertscore, "evaluation.metricModels.bertscore", "bertscore").path if bertscore else None,
+            similarity_model=fetcher.fetch_model(similarity, "evaluation.metricModels.semanticSimilarity", "similarity").path if similarity else None,
             combined_adapters=self._fetch_combined_adapters(fetcher, model.path),
             benchmarks=self._fetch_benchmarks(fetcher),
             train=train,
             mixture=mixture,
             validation=validation,
             test=test,
-            file_digests={file: digest for file in data_files if (digest := self._digests.known(file)) is not None},
-            images=fetcher.image_root(data.images.root, "dataset.images.root", "images") if data.images and data.images.root else None,
+            file_digests={file: digest for file in data_files if (digest := self._digests.get_known_sha256(file)) is not None},
+            images=fetcher.fetch_image_folder(data.images.root, "dataset.images.root", "images") if data.images and data.images.root else None,
             source_versions=fetcher.source_versions,
-            model_revision=model.hub_revision or fingerprint(model.path),
-            dataset_digest=combined_digest([*train, *(file for part in mixture for file in part)], self._digests.of),
-            output_dir=self._work / "output",
+            model_revision=model.hub_revision or compute_fingerprint(model.path),
+            dataset_digest=compute_combined_digest([*train, *(file for part in mixture for file in part)], self._digests.get_sha256),
+            output_dir=self._work_folder / "output",
             config_maps=self._config_maps,
         )
 
@@ -264,32 +272,32 @@ class Preparation:
         )
 
     def _fetch_benchmarks(self, fetcher: Fetcher) -> list[Path | None]:
-        """Fetch the folders of the benchmarks. Only rank 0's pod runs benchmarks."""
+        """Fetch the folders of the benchmarks in rank 0's pod, which runs them. None stands for a benchmark without a folder."""
         benchmarks = benchmarks_after_training(self._run.spec) if self._node_rank == 0 else []
         return [
-            fetcher.folder(benchmark.folder, f"evaluation.benchmarks[{number}].folder", f"benchmark-{number}") if benchmark.folder else None
+            fetcher.fetch_folder(benchmark.folder, f"evaluation.benchmarks[{number}].folder", f"benchmark-{number}") if benchmark.folder else None
             for number, benchmark in enumerate(benchmarks)
         ]
 
-    def _fetch_combined_adapters(self, fetcher: Fetcher, base: Path) -> list[Path]:
-        """Fetch the folders of the other adapters that are merged. They are checked before training. Errors: ConfigError `AdapterNotCombinable`."""
+    def _fetch_combined_adapters(self, fetcher: Fetcher, base_model: Path) -> list[Path]:
+        """Fetch and check the adapters of `output.combineAdapters`, in rank 0's pod only. Errors: ConfigError `AdapterNotCombinable`."""
         folders = []
         for number, item in enumerate((self._run.spec.output.combine_adapters or []) if self._node_rank == 0 else []):
             field = f"output.combineAdapters[{number}].source"
-            folder = fetcher.adapter(item.source, field, f"combined-adapter-{number}").path
+            folder = fetcher.fetch_adapter(item.source, field, f"combined-adapter-{number}").path
             if not self._model_kind.skipped_endings:
-                require_combinable(folder, base, field, item.source)
+                require_combinable(folder, base_model, field, item.source)
             folders.append(folder)
         return folders
 
-    def _check_data(self, inputs: Inputs, stored: StoredRows | None) -> DataSummary:
+    def _check_data(self, inputs: Inputs, stored_rows: StoredRows | None) -> DataSummary:
         from finetune_trainer.benchmarks.plan import plan_tasks
         from finetune_trainer.data import check_files  # This module imports neither torch nor transformers.
 
         if self._node_rank == 0:
-            plan_tasks(self._run, inputs.benchmarks)  # Refuse tasks that cannot run, before any step is trained.
-        self.data_summary = summary = check_files(self._run, inputs) if stored is None else stored.summary
-        read_prompts(prompts_to_compare(self._run.spec), inputs.config_maps)  # Errors are found before training.
+            plan_tasks(self._run, inputs.benchmarks)  # Before training, refuse tasks that cannot run.
+        self.data_summary = summary = check_files(self._run, inputs) if stored_rows is None else stored_rows.summary
+        read_prompts(prompts_to_compare(self._run.spec), inputs.config_maps)  # Find errors in the prompts before training.
         for note in summary.notes:
             self._state.add_note(note)
         self._state.merge_resolved(
@@ -302,49 +310,50 @@ class Preparation:
         )
         return summary
 
-    def _run_timed(self, name: str, task: Callable[[], T]) -> T:
+    def _run_timed(self, timing_name: str, task: Callable[[], T]) -> T:
+        """Run a task, and add its duration to the timings under `timing_name`."""
         started = time.monotonic()
         try:
             return task()
         finally:
-            self._state.add_timing(name, time.monotonic() - started)
+            self._state.add_timing(timing_name, time.monotonic() - started)
 
-    def _count_downloaded_bytes(self, count: int) -> None:
-        self._bytes += count
-        self._state.enter_stage(self._state.current_stage, f"{self._bytes / 1e6:.0f} MB")
+    def _count_downloaded_bytes(self, byte_count: int) -> None:
+        self._downloaded_bytes += byte_count
+        self._state.enter_stage(self._state.current_stage, f"{self._downloaded_bytes / 1e6:.0f} MB")
 
 
 def sweep_leftovers(tree: CheckpointTree, run_state: RunState) -> None:
     """Remove the leftovers of killed incarnations. A failure only adds a note, because the leftovers only cost space."""
     sweep_result = tree.sweep()
-    if sweep_result.count:
-        log.info("removed %d objects of unfinished uploads", sweep_result.count)
-    if sweep_result.problem is not None:
-        log.warning("removing unfinished uploads failed: %s", sweep_result.problem)
-        run_state.add_note(f"storage: unfinished uploads could not be removed: {sweep_result.problem.message}")
+    if sweep_result.removed_count:
+        log.info("removed %d objects of unfinished uploads", sweep_result.removed_count)
+    if sweep_result.first_error is not None:
+        log.warning("removing unfinished uploads failed: %s", sweep_result.first_error)
+        run_state.add_note(f"storage: unfinished uploads could not be removed: {sweep_result.first_error.message}")
 
 
-def with_restored_checkpoint(inputs: Inputs, restore_result: RestoreResult) -> Inputs:
+def add_restored_checkpoint(inputs: Inputs, restore_result: RestoreResult) -> Inputs:
     """Add the checkpoint to resume from, if there is one, to the inputs."""
-    if restore_result.manifest is None or restore_result.path is None:
+    if restore_result.manifest is None or restore_result.local_folder is None:
         return inputs
     checkpoint = RestoredCheckpoint(
-        path=restore_result.path, step=restore_result.step, uri=restore_result.uri, manifest=restore_result.manifest.to_wire()
+        path=restore_result.local_folder, step=restore_result.step, uri=restore_result.uri, manifest=restore_result.manifest.to_wire()
     )
     return inputs.model_copy(update={"restore": checkpoint})
 
 
-def require_expected_inputs(facts: RunFacts, *, without: Sequence[str] = ()) -> None:
+def require_expected_inputs(facts: RunFacts, *, unknown_inputs: Sequence[str] = ()) -> None:
     """Compare the inputs with `Env.EXPECTED_INPUTS`, which a replay sets. Errors: ConfigError `InputsChanged`.
 
-    `without`: names of inputs that are not known yet.
+    `unknown_inputs`: names of inputs whose digests are not known yet.
     """
     text = os.environ.get(Env.EXPECTED_INPUTS)
     if not text:
         return
     expected = RunFacts.model_validate_json(text)
     pairs = [("base model", expected.model_revision, facts.model_revision), ("training data", expected.dataset_digest, facts.dataset_digest)]
-    pairs += [(name, digest, facts.other_inputs.get(name, "")) for name, digest in expected.other_inputs.items() if name not in without]
+    pairs += [(name, digest, facts.other_inputs.get(name, "")) for name, digest in expected.other_inputs.items() if name not in unknown_inputs]
     changed = [f"{name} is {found or 'absent'} instead of {digest}" for name, digest, found in pairs if digest != found]
     if changed:
         raise ConfigError(
@@ -353,10 +362,10 @@ def require_expected_inputs(facts: RunFacts, *, without: Sequence[str] = ()) -> 
         )  # fmt: skip
 
 
-def run_facts_of(run: RunConfig, config_sha256: str, inputs: Inputs, sha256: Callable[[Path], str] = sha256_file) -> RunFacts:
-    """Return the facts that this run stores in its checkpoints. When another attempt resumes from a checkpoint, the facts are compared.
+def collect_run_facts(run: RunConfig, config_sha256: str, inputs: Inputs, hash_file: Callable[[Path], str] = sha256_file) -> RunFacts:
+    """Return the facts that this run stores in its checkpoints. A run that resumes from a checkpoint compares them with its own.
 
-    `sha256` returns the digest of a file.
+    `hash_file` is a function that returns the digest of a file.
     """
     training_spec = run.spec.training
     micro_batch, accumulation_steps = training_spec.batch_size_per_device or 1, training_spec.gradient_accumulation_steps or 1
@@ -372,43 +381,43 @@ def run_facts_of(run: RunConfig, config_sha256: str, inputs: Inputs, sha256: Cal
         accumulation=accumulation_steps,
         effective_batch=micro_batch * accumulation_steps * run.world.size // (run.spec.distributed.context_parallel_size or 1),
         learning_rate=training_spec.learning_rate,
-        settings=setting_hashes_of(run),
-        other_inputs=other_inputs_of(inputs, sha256),
+        settings=hash_settings(run),
+        other_inputs=hash_other_inputs(inputs, hash_file),
         source_versions=inputs.source_versions,
         config_sha256=config_sha256,
-        versions=package_versions(),
+        versions=read_package_versions(),
     )
 
 
-def setting_hashes_of(run: RunConfig) -> dict[str, str]:
-    """Return a short hash of each compared group of the spec."""
+def hash_settings(run: RunConfig) -> dict[str, str]:
+    """Return a short hash of each top-level field in `COMPARED_SPEC_FIELDS`, by its name."""
     spec = run.spec.to_wire()
     hashes = {}
-    for group in COMPARED_GROUPS:
-        value = {name: entry for name, entry in (spec.get(group) or {}).items() if name not in NOT_HASHED}
-        hashes[group] = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+    for field in COMPARED_SPEC_FIELDS:
+        value = {name: entry for name, entry in (spec.get(field) or {}).items() if name not in FIELDS_NOT_HASHED}
+        hashes[field] = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
     return hashes
 
 
-def other_inputs_of(inputs: Inputs, sha256: Callable[[Path], str]) -> dict[str, str]:
-    """Return a hash of each input other than base model and training data. The keys are the inputs' names in messages."""
+def hash_other_inputs(inputs: Inputs, hash_file: Callable[[Path], str]) -> dict[str, str]:
+    """Return a hash of each input besides the base model and the training data, by the input's name in messages."""
     models = {"tokenizer": inputs.tokenizer, "reference model": inputs.reference, "adapter": inputs.adapter}
-    models |= {adapter_name(number): folder for number, folder in enumerate(inputs.combined_adapters)}
-    hashes = {name: fingerprint(folder) for name, folder in models.items() if folder is not None}
+    models |= {combined_adapter_name(number): folder for number, folder in enumerate(inputs.combined_adapters)}
+    hashes = {name: compute_fingerprint(folder) for name, folder in models.items() if folder is not None}
     files = {
         "validation data": inputs.validation, "test data": inputs.test,
-        "contents of ConfigMaps": _mounted_files(inputs.config_maps),
+        "contents of ConfigMaps": _list_mounted_files(inputs.config_maps),
     }  # fmt: skip
-    return hashes | inputs.image_digests | {name: combined_digest(paths, sha256) for name, paths in files.items() if paths}
+    return hashes | inputs.image_digests | {name: compute_combined_digest(paths, hash_file) for name, paths in files.items() if paths}
 
 
-def _mounted_files(folder: Path) -> list[Path]:
+def _list_mounted_files(folder: Path) -> list[Path]:
     """Return the files of mounted ConfigMaps, without the kubelet's copies in folders whose names begin with two dots."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
     return [path for path in files if not any(part.startswith("..") for part in path.relative_to(folder).parts)]
 
 
-def package_versions() -> dict[str, str]:
+def read_package_versions() -> dict[str, str]:
     """Return the versions of the packages that influence the computed numbers of a run. The packages are not imported."""
     from importlib.metadata import PackageNotFoundError, version
 

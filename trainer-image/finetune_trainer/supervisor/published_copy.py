@@ -1,7 +1,7 @@
-"""Copies the final model and the files of results to the folder of `output.dir`.
+"""Copies the final model and the result files to the folder of `output.dir`.
 
-After each file, the list of copied files is stored in the job's own folder. An attempt that continues an interrupted copy reads the list.
-It skips the listed files that have not changed since they were copied.
+After each file, the list of copied files is stored in the job's own folder. An attempt that continues an interrupted copy reads the list
+and skips the listed files that have not changed since they were copied.
 """
 
 from __future__ import annotations
@@ -17,51 +17,51 @@ from pydantic import TypeAdapter, ValidationError
 from finetune_trainer.checkpoint.tree import CheckpointTree
 from finetune_trainer.results.file_names import ResultFile
 from finetune_trainer.results.layout import CopyFolder
-from finetune_trainer.storage.base import ByteCounter, Store, join
+from finetune_trainer.storage.base import ByteCounter, Store, join_key
 
 log = logging.getLogger(__name__)
-COPIED_KEY = f"{Storage.RUN}/copied.json"
+COPIED_FILES_KEY = f"{Storage.RUN}/copied.json"
 
 
 class CopiedFile(LenientModel):
-    """A file of the copy."""
+    """A file that was copied."""
 
     source: str
-    """Identity of the file's content: the committed model and the file's path in it, or the job's object and its version tag."""
+    """What was copied: a committed model and the path of one of its files, or an object of the job and its version tag."""
     tag: str
     """The version tag of the copy. It differs if another job has replaced the file."""
 
 
 CopiedFiles = TypeAdapter(dict[str, CopiedFile])
-"""The files that were copied so far, by their key below `storage.uri`."""
+"""The list of copied files, as it is stored: each `CopiedFile` by the key of its copy below `storage.uri`."""
 
 
 class PublishedCopy:
-    """Makes one copy. `store` has the root `storage.uri`; `tree` contains the job's own files. Errors of all methods: those of storage."""
+    """Copies files to one folder. `store` has the root `storage.uri`; `tree` contains the job's own files. Errors of all methods: those of storage."""
 
     def __init__(self, store: Store, folder: CopyFolder, tree: CheckpointTree, *, byte_counter: ByteCounter | None = None) -> None:
         """`byte_counter` may raise an exception to end the copy."""
         self._store, self._folder, self._tree, self._byte_counter = store, folder, tree, byte_counter
-        self._copied = _read_copied_files(tree)
+        self._copied_files = _read_copied_files(tree)
 
-    def add_model(self, model: Path, identity: str) -> None:
+    def add_model(self, model_folder: Path, identity: str) -> None:
         """Copy the files of the final model. `identity`: sha256 of the manifest of the committed model."""
-        for path in _files_below(model):
-            name = path.relative_to(model).as_posix()
+        for path in _list_files(model_folder):
+            name = path.relative_to(model_folder).as_posix()
             self._add_file(path, self._folder.key_of_model_file(name), f"{identity}/{name}")
 
-    def add_merged_model(self, merged: Path, identity: str) -> None:
-        """Copy the files of the merged model to the folder `merged`. `identity`: URI of the committed merged model."""
-        for path in _files_below(merged):
-            name = path.relative_to(merged).as_posix()
-            self._add_file(path, join(self._folder.key, Storage.MERGED, name), f"{identity}/{name}")
+    def add_merged_model(self, merged_folder: Path, identity: str) -> None:
+        """Copy the files of the merged model to the folder `merged_folder`. `identity`: URI of the committed merged model."""
+        for path in _list_files(merged_folder):
+            name = path.relative_to(merged_folder).as_posix()
+            self._add_file(path, join_key(self._folder.key, Storage.MERGED, name), f"{identity}/{name}")
 
     def add_result(self, name: ResultFile, data: bytes) -> None:
-        """Write a file of results. It is small and therefore written in each attempt."""
+        """Write a result file. It is small, so each attempt writes it again."""
         self._store.put(self._folder.key_of_result(name), data)
 
     def add_stored_files(self, prefix: str) -> None:
-        """Copy the objects below a folder of the job, such as the files of the evaluation."""
+        """Copy the objects below a folder of the job in storage, such as `evaluation`."""
         for stat in self._tree.store.list(f"{prefix}/"):
             key = self._folder.key + stat.key.removeprefix(f"{prefix}/")
 
@@ -76,8 +76,8 @@ class PublishedCopy:
         self._copy_once(key, source, path.stat().st_size, lambda: self._store.put_file(path, key, byte_counter=self._byte_counter))
 
     def _copy_once(self, key: str, source: str, size: int, copy: Callable[[], None]) -> None:
-        """Copy a file of `size` bytes and record it, unless an earlier attempt has copied it and it has not changed since."""
-        earlier = self._copied.get(key)
+        """Copy a file of `size` bytes and record it, unless it was already copied and neither the source nor the copy has changed since."""
+        earlier = self._copied_files.get(key)
         if earlier is not None and earlier.source == source:
             stored = self._store.stat(key)
             if stored is not None and (stored.size, stored.tag) == (size, earlier.tag):
@@ -87,18 +87,18 @@ class PublishedCopy:
         copy()
         stored = self._store.stat(key)
         if stored is not None:
-            self._copied[key] = CopiedFile(source=source, tag=stored.tag)
-            self._tree.store.put(COPIED_KEY, CopiedFiles.dump_json(self._copied, by_alias=True))
+            self._copied_files[key] = CopiedFile(source=source, tag=stored.tag)
+            self._tree.store.put(COPIED_FILES_KEY, CopiedFiles.dump_json(self._copied_files, by_alias=True))
 
 
-def _files_below(folder: Path) -> list[Path]:
+def _list_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def _read_copied_files(tree: CheckpointTree) -> dict[str, CopiedFile]:
-    data = tree.store.get(COPIED_KEY)
+    data = tree.store.get(COPIED_FILES_KEY)
     try:
         return CopiedFiles.validate_json(data) if data is not None else {}
     except ValidationError:
-        log.warning("%s cannot be read: all files are copied again", COPIED_KEY)
+        log.warning("%s cannot be read: all files are copied again", COPIED_FILES_KEY)
         return {}

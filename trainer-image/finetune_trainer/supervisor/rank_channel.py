@@ -19,7 +19,7 @@ RECEIVE_BUFFER_BYTES = 4 * 1024 * 1024
 
 
 class RankChannel:
-    """Receives messages of ranks in its own thread, and calls `on_message` with each message in order."""
+    """Receives the messages of ranks in a thread, and calls `on_message` with each message in the order of arrival."""
 
     def __init__(self, on_message: Callable[[dict[str, Any]], None]) -> None:
         # The work folder cannot hold the socket: its path may be longer than the 107 characters that a Unix socket allows.
@@ -48,7 +48,7 @@ class RankChannel:
             if message is not None:
                 try:
                     self._on_message(message)
-                except Exception:  # An invalid message must not end the thread, because it must read further messages.
+                except Exception:  # An invalid message must not end the thread, which must receive further messages.
                     log.exception("a rank's message could not be applied: %s", message.get("kind"))
 
     def _parse_message(self, data: bytes) -> dict[str, Any] | None:

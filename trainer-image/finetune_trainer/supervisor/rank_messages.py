@@ -1,6 +1,6 @@
 """Applies the messages of ranks to the state of the run.
 
-`finetune_api.base.ReportModel` skips an unreadable field, so that the other fields of the message are still used.
+If a field of a message cannot be read, `finetune_api.base.ReportModel` skips it, and the other fields are used.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class RankMessages:
         """Handle one message. Errors: StorageError `StagingFailed` if the final artefact cannot be staged."""
         kind = message.get("kind")
         if kind in HEARTBEAT_MESSAGE_KINDS:
-            self._state.record_activity()
+            self._state.record_heartbeat()
         match kind:
             case "note":
                 apply_report(self._state, message)
@@ -81,7 +81,7 @@ class RankMessages:
 def apply_report(run_state: RunState, message: dict[str, Any]) -> None:
     """Apply a report that every process of a pod may send: its stage, a note or a plan. Messages of other kinds are ignored.
 
-    An unknown stage, as from the module of a later release, keeps the current stage.
+    If the stage is unknown, for example because a later release has sent it, the current stage stays.
     """
     match message.get("kind"):
         case "stage":

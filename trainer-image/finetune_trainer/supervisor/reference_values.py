@@ -12,11 +12,11 @@ from finetune_api.sources import redact_source
 from pydantic import ValidationError
 
 from finetune_trainer.checkpoint.tree import CheckpointTree, CommittedCheckpoint
-from finetune_trainer.verification.reference import FILE_NAME, MANIFEST_KEY, ReferenceValues, stored_key
+from finetune_trainer.verification.reference import FILE_NAME, MANIFEST_KEY, ReferenceValues, reference_values_key
 
 
 def copy_reference_values(tree: CheckpointTree, committed: CommittedCheckpoint | None, folder: Path) -> str | None:
-    """Copy the reference values of a committed model to `folder`. Returns why there are none, or None. Errors: those of storage."""
+    """Copy the reference values of a committed model to `folder`. Returns the reason if it has none, else None. Errors: those of storage."""
     manifest = tree.read_manifest(committed) if committed is not None else None
     if committed is None or manifest is None:
         return "the manifest of the model cannot be read"
@@ -25,7 +25,7 @@ def copy_reference_values(tree: CheckpointTree, committed: CommittedCheckpoint |
     digest = manifest.extra.get(MANIFEST_KEY)
     if not isinstance(digest, str):
         return "the job that trained the model recorded no reference values: its output.verify was false, or its trainer is older than 0.2.0"
-    key = stored_key(digest)
+    key = reference_values_key(digest)
     data, shown = tree.store.get(key), redact_source(tree.uri(key))
     if data is None:
         return f"the reference values {shown} are missing"

@@ -1,7 +1,7 @@
-"""Writes the report of a run, and the counts of the data check for it.
+"""Writes the report of a run, and stores the counts of the data check, which the report shows.
 
-At the end of each attempt, the report is made from storage alone, including the records of all attempts (`attempt_recorder`). It replaces
-the report of the previous attempt.
+At the end of each attempt, the report is made only from data in storage, including the records of all attempts (`attempt_recorder`). It
+replaces the report of the previous attempt.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from finetune_trainer.results.file_names import ResultFile
 from finetune_trainer.results.log_entry import LogEntry, join_attempts
 from finetune_trainer.results.model_comparison import ModelComparison
 from finetune_trainer.stages.files import StageRecord
-from finetune_trainer.storage.base import join
+from finetune_trainer.storage.base import join_key
 from finetune_trainer.storage.roots import open_store
 from finetune_trainer.supervisor.attempt_recorder import AttemptRecorder, read_attempt_records
 from finetune_trainer.supervisor.run_results import RunResults
@@ -45,10 +45,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 DATA_KEY = f"{Storage.RUN}/data.json"
-MAX_CHECKPOINTS = 30
+MAX_SHOWN_CHECKPOINTS = 30
 """Maximum number of checkpoints in the report. Each checkpoint costs one request."""
-FURTHER_RESULTS = {"evaluation": ("benchmarks",), "output": ("verification",)}
-"""Parts of `status.evaluation` and `status.output` that are shown in separate tables."""
+TABLE_FIELDS_BY_RESULT = {"evaluation": ("benchmarks",), "output": ("verification",)}
+"""Fields of `status.evaluation` and `status.output` that the report shows in separate tables."""
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
@@ -58,11 +58,11 @@ class ReportWriter:
     def __init__(
         self, run: RunConfig, tree: CheckpointTree, results: RunResults, recorder: AttemptRecorder, *, config_sha256: str
     ) -> None:
-        """`recorder`: stores the record of this pod's incarnation."""
+        """`recorder` stores the record of this pod's incarnation."""
         self._run, self._tree, self._results, self._recorder, self._config_sha256 = run, tree, results, recorder, config_sha256
 
     def record_data(self, summary: DataSummary) -> None:
-        """Store the counts of the check of the rows."""
+        """Store the counts that the check of the data has found."""
         findings = summary.findings
         record = DataRecord(
             formats=[str(one) for one in summary.formats], rows=summary.rows, bad_rows=summary.bad_rows, duplicates=findings.duplicate_count,
@@ -73,19 +73,19 @@ class ReportWriter:
     def write(self, message: TerminationMessage, progress: ProgressReport) -> str | None:
         """Record the end of this incarnation and store the report. Returns its URI; None if a later attempt has begun.
 
-        The report of a run with a published copy is also stored beside the copy.
+        If the run has a published copy, the report is also stored next to the copy.
         """
         if self._tree.is_superseded(self._run.attempt):
             return None
         self._recorder.record_end(message, progress)
-        text = page.render(self.collect(message.output, progress), secret_values(os.environ)).encode()
+        text = page.render(self.collect_report_data(message.output, progress), secret_values(os.environ)).encode()
         self._tree.store.put(REPORT_KEY, text)
         if message.output is not None and message.output.published_uri:
             self._store_beside_copy(text)
         return self._tree.uri(REPORT_KEY)
 
     def _store_beside_copy(self, text: bytes) -> None:
-        folder = self._results.copy_folder()
+        folder = self._results.find_copy_folder()
         assert folder is not None, "a copy is only made with output.dir"
         store = open_store(self._run.storage.model_copy(update={"uri": self._results.root}))
         try:
@@ -93,59 +93,59 @@ class ReportWriter:
         finally:
             store.close()
 
-    def collect(self, output: Output | None, progress: ProgressReport) -> RunReport:
+    def collect_report_data(self, output: Output | None, progress: ProgressReport) -> RunReport:
         """Read all data that the report shows."""
-        logs = _logs_by_incarnation(self._tree)
+        logs = _read_logs_by_incarnation(self._tree)
         records = read_attempt_records(self._tree)
         order = {record.incarnation: number for number, record in enumerate(records)}
         joined = join_attempts(logs[name] for name in sorted(logs, key=lambda name: (order.get(name, -1), name)))
-        manifest = self._manifest_of_model()
-        predictions = self._prediction_lines()
+        manifest = self._read_model_manifest()
+        predictions = self._read_prediction_lines()
         return RunReport(
-            run=self._run, config_sha256=self._config_sha256, written_at=datetime.now(UTC), started_at=self._results.started_at(), attempts=tuple(records),
+            run=self._run, config_sha256=self._config_sha256, written_at=datetime.now(UTC), started_at=self._results.read_start_time(), attempts=tuple(records),
             log=tuple(joined), last_lines={name: entries[-1] for name, entries in logs.items() if entries},
             output=output, evaluation=progress.evaluation, data=self._read(DATA_KEY, DataRecord),
             token_counts=(manifest.extra.get("data") or {}).get("tokens") or {} if manifest else {}, versions=manifest.facts.versions if manifest else {},
-            checkpoints=tuple(self._checkpoints()),
+            checkpoints=tuple(self._read_checkpoints()),
             model_files=tuple(ModelFile(file.path, file.size, file.sha256) for file in manifest.files) if manifest else (),
             stages=tuple(CompletedStage(one.stage.value, one.attempt, one.time) for one in self._read_all(f"{Storage.RUN}/stages", StageRecord)),
             predictions=tuple(Prediction(**json.loads(line)) for line in predictions[:MAX_ANSWERS]), prediction_count=len(predictions),
-            comparison=self._read(join(Storage.EVALUATION, ResultFile.MODEL_COMPARISON), ModelComparison),
-            further_results=_further_results(output, progress),
+            comparison=self._read(join_key(Storage.EVALUATION, ResultFile.MODEL_COMPARISON), ModelComparison),
+            further_results=_collect_further_results(output, progress),
         )  # fmt: skip
 
-    def _prediction_lines(self) -> list[str]:
-        data = self._tree.store.get(join(Storage.EVALUATION, "predictions.jsonl"))
+    def _read_prediction_lines(self) -> list[str]:
+        data = self._tree.store.get(join_key(Storage.EVALUATION, "predictions.jsonl"))
         return [line for line in data.decode().split("\n") if line.strip()] if data is not None else []
 
-    def _manifest_of_model(self) -> Manifest | None:
+    def _read_model_manifest(self) -> Manifest | None:
         committed = self._tree.get_committed(None)
         return self._tree.read_manifest(committed) if committed is not None else None
 
-    def _checkpoints(self) -> Iterator[StoredCheckpoint]:
-        for committed in self._tree.list_committed()[:MAX_CHECKPOINTS]:
+    def _read_checkpoints(self) -> Iterator[StoredCheckpoint]:
+        for committed in self._tree.list_committed()[:MAX_SHOWN_CHECKPOINTS]:
             manifest = self._tree.read_manifest(committed)
             yield StoredCheckpoint(
-                committed.step or 0, committed.marker.attempt, committed.marker.manifest_sha256, committed.healthy,
+                committed.step or 0, committed.marker.attempt, committed.marker.manifest_sha256, committed.is_healthy,
                 manifest.total_bytes if manifest else None, manifest.eval_loss if manifest else None,
             )  # fmt: skip
 
-    def _read(self, key: str, model: type[ModelT]) -> ModelT | None:
-        """Read an object. If another version wrote it and it cannot be read, it counts as absent."""
+    def _read(self, key: str, model_class: type[ModelT]) -> ModelT | None:
+        """Read an object. Return None if it does not exist, or if this version cannot read it."""
         data = self._tree.store.get(key)
         try:
-            return model.model_validate_json(data) if data is not None else None
+            return model_class.model_validate_json(data) if data is not None else None
         except ValidationError:
             log.warning("%s cannot be read, so the report does not show it", key)
             return None
 
-    def _read_all(self, folder: str, model: type[ModelT]) -> list[ModelT]:
+    def _read_all(self, folder: str, model_class: type[ModelT]) -> list[ModelT]:
         keys = [stat.key for stat in self._tree.store.list(f"{folder}/") if "/" not in stat.key.removeprefix(f"{folder}/")]
-        found = (self._read(key, model) for key in keys)
+        found = (self._read(key, model_class) for key in keys)
         return [one for one in found if one is not None]
 
 
-def _logs_by_incarnation(tree: CheckpointTree) -> dict[str, list[LogEntry]]:
+def _read_logs_by_incarnation(tree: CheckpointTree) -> dict[str, list[LogEntry]]:
     """Return the stored log lines of each incarnation."""
     prefix, suffix = f"{Storage.METRICS}/a", ".jsonl"
     logs = {}
@@ -157,10 +157,10 @@ def _logs_by_incarnation(tree: CheckpointTree) -> dict[str, list[LogEntry]]:
     return logs
 
 
-def _further_results(output: Output | None, progress: ProgressReport) -> dict[str, object]:
-    groups = {"evaluation": progress.evaluation, "output": output}
+def _collect_further_results(output: Output | None, progress: ProgressReport) -> dict[str, object]:
+    reports = {"evaluation": progress.evaluation, "output": output}
     found: dict[str, object] = {}
-    for group, names in FURTHER_RESULTS.items():
-        values = model.to_wire() if (model := groups[group]) is not None else {}
+    for field, names in TABLE_FIELDS_BY_RESULT.items():
+        values = model.to_wire() if (model := reports[field]) is not None else {}
         found |= {name: values[name] for name in names if values.get(name)}
     return found

@@ -1,7 +1,7 @@
 """The state of one pod's run, updated from the messages of its ranks and from the uploader.
 
-`/progress`, `/metrics` and the termination message show this state. `RunState` is thread-safe. From the ranks' reports it also
-computes the percentage, the remaining time and the display texts.
+`/progress`, `/metrics` and the termination message show this state. `RunState` is thread-safe. It also computes the percentage, the
+remaining time and the display texts from the ranks' reports.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from finetune_trainer.supervisor.remaining_time import RemainingTime
 
 log = logging.getLogger(__name__)
 RECENT_STEPS = 50
-NEWEST_CHECKPOINTS = 5
+MAX_NEWEST_CHECKPOINTS = 5
 
 
 class RunState:
     """The progress, metrics, checkpoints and health of one pod's run."""
 
-    def __init__(self, process_seconds: float = 0.0) -> None:
-        """`process_seconds`: seconds since the start of this process. They belong to the stage `starting`."""
+    def __init__(self, seconds_since_process_start: float = 0.0) -> None:
+        """`seconds_since_process_start`: seconds since the start of this process, which count as time in the stage `starting`."""
         self._lock = threading.RLock()
         self._run: RunConfig | None = None
         self._stage = Stage.STARTING
@@ -57,8 +57,8 @@ class RunState:
         self._evaluation: EvaluationResult | None = None
         self._recent_step_seconds: deque[float] = deque(maxlen=RECENT_STEPS)
         self._step_time: float | None = None
-        self._activity_time: float | None = None
-        self._stage_since = time.monotonic() - process_seconds
+        self._heartbeat_time: float | None = None
+        self._stage_since = time.monotonic() - seconds_since_process_start
         self._timings: dict[str, float] = {}
         self._pauses: dict[str, float] = {}
         """Seconds of pauses in training, by part of `TimeUse`."""
@@ -76,7 +76,7 @@ class RunState:
     # ---- updates ----
 
     def enter_stage(self, stage: Stage, detail: str | None = None) -> None:
-        """Enter a stage, or replace the detail of the current stage. Time in the previous stage is added to the timings."""
+        """Enter a stage, or replace the detail of the current stage. The time in the previous stage is added to the timings."""
         with self._lock:
             if stage != self._stage:
                 now = time.monotonic()
@@ -85,30 +85,34 @@ class RunState:
             self._detail = detail
 
     def add_timing(self, name: str, seconds: float) -> None:
+        """Add a duration to the timing with this name."""
         with self._lock:
             self._timings[name] = self._timings.get(name, 0.0) + seconds
 
-    def record_pause(self, part: str, seconds: float) -> None:
-        """Record a pause in training: `evaluation` or `saving`. A pause after a stop request belongs to the time of stopping."""
+    def record_pause(self, time_use_part: str, seconds: float) -> None:
+        """Record a pause in training. `time_use_part`: `evaluation` or `saving`.
+
+        A pause after a stop request is ignored, because it counts as time in `stopping`.
+        """
         with self._lock:
             if self._stage is Stage.TRAINING:
-                self._pauses[part] = self._pauses.get(part, 0.0) + seconds
-                self._remaining_time.record_pause(part, self.step, seconds)
+                self._pauses[time_use_part] = self._pauses.get(time_use_part, 0.0) + seconds
+                self._remaining_time.record_pause(time_use_part, self.step, seconds)
 
     def set_expected_step_seconds(self, seconds: float | None) -> None:
-        """Set the duration of a step that the earlier attempts suggest. It is used until enough steps of this attempt are measured."""
+        """Set the duration of a step in earlier attempts. It is used until enough steps of this attempt are measured."""
         with self._lock:
             self._remaining_time.expected_step_seconds = seconds
 
-    def increment_counter(self, name: str, by: float = 1) -> None:
+    def increment_counter(self, name: str, amount: float = 1) -> None:
         """Add to a counter of `/metrics`."""
         with self._lock:
-            self.counters[name] = self.counters.get(name, 0) + by
+            self.counters[name] = self.counters.get(name, 0) + amount
 
-    def record_activity(self) -> None:
-        """Record a heartbeat: the end of a step, of a part of a step, of an evaluation batch or of a file."""
+    def record_heartbeat(self) -> None:
+        """Record a heartbeat, such as the end of a micro-step or of an evaluation batch."""
         with self._lock:
-            self._activity_time = time.monotonic()
+            self._heartbeat_time = time.monotonic()
 
     def record_step(self, step: int) -> None:
         """Record that an optimizer step is done. Late messages about earlier steps do not lower the step."""
@@ -125,7 +129,7 @@ class RunState:
                 self._update_progress({"step": step})
 
     def merge_progress(self, progress: Progress) -> None:
-        """Merge a report: fields that are None keep their earlier value."""
+        """Merge a report into the progress: fields that are None keep their earlier value."""
         with self._lock:
             self._update_progress(progress.model_dump(exclude_none=True))
 
@@ -133,23 +137,23 @@ class RunState:
         self._progress = self._progress.model_copy(update=fields | {"update_time": datetime.now(UTC)})
 
     def merge_metrics(self, metrics: Metrics) -> None:
-        """Merge a report: fields that are None keep their earlier value."""
+        """Merge a report into the metrics: fields that are None keep their earlier value."""
         with self._lock:
             self._metrics = self._metrics.model_copy(update=metrics.model_dump(exclude_none=True))
 
     def merge_resolved(self, resolved: ResolvedConfig) -> None:
-        """Merge a report: fields that are None keep their earlier value."""
+        """Merge a report into the resolved configuration: fields that are None keep their earlier value."""
         with self._lock:
             self._resolved = self._resolved.model_copy(update=resolved.model_dump(exclude_none=True))
 
     def merge_plan(self, plan: RunPlan) -> None:
-        """Merge a report: fields that are None keep their earlier value."""
+        """Merge a report into the plan: fields that are None keep their earlier value."""
         with self._lock:
             known = {name: value for name, value in plan if value is not None}
             self._plan = (self._plan or RunPlan()).model_copy(update=known)
 
     def set_data(self, data: DataReport) -> None:
-        """Set the counts of the data, which a preparation reports."""
+        """Set the counts of the data that a preparation reports."""
         with self._lock:
             self._data = data
 
@@ -167,20 +171,21 @@ class RunState:
             )
 
     def clear_checkpoint_problem(self) -> None:
+        """Record that checkpoints can be stored again."""
         with self._lock:
             self._health = self._health.model_copy(update={"healthy": True, "checkpoint_problem": None})
 
     def set_tracker_problem(self, problem: str | None) -> None:
-        """Set why values cannot be sent to a tracker now: the reason and a sentence. None: no tracker has a problem."""
+        """Set the reason and the message of a tracker's current problem; None if no tracker has a problem."""
         with self._lock:
             self._health = self._health.model_copy(update={"tracker_problem": problem})
 
-    def add_checkpoint(self, checkpoint: Checkpoint, seconds: float | None = None) -> None:
-        """Add a committed checkpoint. `seconds`: how long its upload took."""
+    def add_checkpoint(self, checkpoint: Checkpoint, upload_seconds: float | None = None) -> None:
+        """Add a committed checkpoint. `upload_seconds`: how long its upload took."""
         with self._lock:
             self._checkpoints[checkpoint.step] = checkpoint
-            if seconds is not None:
-                self._health = self._health.model_copy(update={"last_save_seconds": round(seconds, 3)})
+            if upload_seconds is not None:
+                self._health = self._health.model_copy(update={"last_save_seconds": round(upload_seconds, 3)})
 
     def set_output(self, output: Output) -> None:
         """Set the committed model."""
@@ -227,7 +232,7 @@ class RunState:
 
     @property
     def checkpoint_problem(self) -> str | None:
-        """Why the last checkpoint could not be stored (reason and message). None after a commit."""
+        """The reason and the message of the failure to store the last checkpoint; None after a commit."""
         return self._health.checkpoint_problem
 
     def seconds_since_step(self) -> float | None:
@@ -238,7 +243,7 @@ class RunState:
     def seconds_since_heartbeat(self) -> float | None:
         """Return the seconds since the last heartbeat, or None before the first heartbeat."""
         with self._lock:
-            return None if self._activity_time is None else time.monotonic() - self._activity_time
+            return None if self._heartbeat_time is None else time.monotonic() - self._heartbeat_time
 
     def median_step_seconds(self) -> float | None:
         """Return the median duration of the recent steps, or None before the second step."""
@@ -247,7 +252,7 @@ class RunState:
 
     @property
     def checkpoints(self) -> list[Checkpoint]:
-        """Return the committed checkpoints, newest first."""
+        """The committed checkpoints, newest first."""
         with self._lock:
             return [self._checkpoints[step] for step in sorted(self._checkpoints, reverse=True)]
 
@@ -263,7 +268,7 @@ class RunState:
                 detail=self._detail,
                 progress=self._progress_with_estimates(),
                 metrics=self._metrics,
-                checkpoints=newest_and_best(newest),
+                checkpoints=choose_newest_and_best(newest),
                 latest_checkpoint=newest[0].uri if newest else None,
                 output=self._output,
                 evaluation=self._evaluation,
@@ -277,17 +282,17 @@ class RunState:
             )
 
     def _stage_seconds(self) -> dict[str, float]:
-        """Return the timings until now."""
+        """Return the timings, with the time in the current stage until now."""
         return self._timings | {self._stage.value: self._timings.get(self._stage.value, 0.0) + time.monotonic() - self._stage_since}
 
     def _health_with_ages(self) -> HealthReport:
         since_step, since_heartbeat = self.seconds_since_step(), self.seconds_since_heartbeat()
         median = self.median_step_seconds()
-        silent = None if since_step is None or since_heartbeat is None else min(since_step, since_heartbeat)
+        silent_seconds = None if since_step is None or since_heartbeat is None else min(since_step, since_heartbeat)
         return self._health.model_copy(
             update={
                 "seconds_since_step": None if since_step is None else round(since_step, 3),
-                "seconds_since_heartbeat": None if silent is None else round(silent, 3),
+                "seconds_since_heartbeat": None if silent_seconds is None else round(silent_seconds, 3),
                 "median_step_seconds": None if median is None else round(median, 4),
             }
         )
@@ -306,18 +311,18 @@ class RunState:
         return self._progress.model_copy(update=update)
 
 
-def store_quietly(run_state: RunState, what: str, action: Callable[[], None]) -> None:
-    """Run a function that stores data, such as `log lines`, whose loss must not end the run. A failure adds a note."""
+def store_quietly(run_state: RunState, content_name: str, action: Callable[[], None]) -> None:
+    """Run an action that stores data whose loss must not end the run. A failure adds a note with `content_name`, such as `log lines`."""
     try:
         action()
     except FineTuneError as error:
-        log.warning("%s were not stored: %s", what, error)
-        run_state.add_note(f"some {what} were not stored: {error.code}")
+        log.warning("%s were not stored: %s", content_name, error)
+        run_state.add_note(f"some {content_name} were not stored: {error.code}")
 
 
-def newest_and_best(newest_first: list[Checkpoint]) -> list[Checkpoint]:
-    """Return the newest `NEWEST_CHECKPOINTS` checkpoints and the checkpoint with the lowest validation loss."""
-    newest = newest_first[:NEWEST_CHECKPOINTS]
+def choose_newest_and_best(newest_first: list[Checkpoint]) -> list[Checkpoint]:
+    """Return the newest `MAX_NEWEST_CHECKPOINTS` checkpoints and the checkpoint with the lowest validation loss."""
+    newest = newest_first[:MAX_NEWEST_CHECKPOINTS]
     evaluated = [one for one in newest_first if one.eval_loss is not None]
     best = min(evaluated, key=lambda one: (one.eval_loss or 0.0, one.step), default=None)
     return newest if best is None or best in newest else [*newest, best]

@@ -1,8 +1,8 @@
 """The pod's HTTP server: `/progress` for the operator, `/metrics` for Prometheus, `/healthz` for the kubelet, `/usage` for `finetune top`.
 
-`/progress` asks for the token of the attempt, because its report names the job, its storage and its failures. `/metrics` has only numbers.
+`/progress` requires the token of the attempt, because its report names the job, its storage and its failures. `/metrics` has only numbers.
 
-On the loopback interface the server also accepts the Kubeflow progress protocol (`POST .../status`), so that a user's own script
+On the loopback interface, the server also accepts the Kubeflow progress protocol (`POST .../status`), so that a user's own script
 with a recent transformers reports progress without extra code. Only the standard library is used, because the server must
 respond within a second of the pod's start.
 """
@@ -21,8 +21,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from finetune_api.attempt_secret import derive_progress_token
-from finetune_api.names import PROGRESS_TOKEN_HEADER
-from finetune_api.names import Path as Route
+from finetune_api.names import PROGRESS_TOKEN_HEADER, HttpPath
 from finetune_api.status import Metrics, Progress
 
 from finetune_trainer.supervisor.run_state import RunState
@@ -31,9 +30,9 @@ from finetune_trainer.usage import UsageReader
 LOOPBACK_ADDRESSES = ("127.0.0.1", "::1", "::ffff:127.0.0.1")
 MAX_BODY_BYTES = 64 * 1024
 MAX_CONNECTIONS = 64
-"""Open connections, each with a thread. The operator, the kubelet and a few Prometheus servers need fewer than ten."""
-TOO_MANY_CONNECTIONS = "closed_connections"
-"""Counter of connections that were closed because there were more than MAX_CONNECTIONS."""
+"""Maximum number of open connections, each of which has a thread. The operator, the kubelet and a few Prometheus servers need fewer than ten."""
+CLOSED_CONNECTIONS_COUNTER = "closed_connections"
+"""Name of the counter of connections that were closed because there were more than `MAX_CONNECTIONS`."""
 METRIC_PREFIX = "finetune_trainer"
 KUBEFLOW_METRICS = {
     "loss": "trainLoss",
@@ -44,9 +43,9 @@ KUBEFLOW_METRICS = {
 
 
 class Server:
-    """Serves the state of the run until `close()`. Port 0 chooses a free port; the attribute `port` holds the chosen port.
+    """Serves the state of the run until `close()`. With port 0, it chooses a free port. The attribute `port` holds the port in use.
 
-    Without `attempt_secret`, `/progress` answers every request: in local runs, and for an operator that is too old to send a token.
+    Without `attempt_secret`, `/progress` requires no token. This is for local runs, and for an operator that is too old to send a token.
     """
 
     def __init__(self, run_state: RunState, port: int, *, host: str = "", attempt_secret: str | None = None) -> None:
@@ -77,7 +76,7 @@ class _HttpServer(ThreadingHTTPServer):
         super().__init__(address, _RequestHandler)
 
     def server_bind(self) -> None:
-        """Bind without looking up the host name as http.server does, because a slow name server would delay the pod's start."""
+        """Bind without a look-up of the host name, which http.server does: a slow name server would delay the pod's start."""
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         socketserver.TCPServer.server_bind(self)
@@ -91,19 +90,19 @@ class _HttpServer(ThreadingHTTPServer):
                 del self._connections[oldest]
             self._connections[request] = None
         if oldest is not None:
-            self.run_state.increment_counter(TOO_MANY_CONNECTIONS)
+            self.run_state.increment_counter(CLOSED_CONNECTIONS_COUNTER)
             with contextlib.suppress(OSError):
-                oldest.shutdown(socket.SHUT_RDWR)  # ends the read in the connection's thread
+                oldest.shutdown(socket.SHUT_RDWR)  # This ends the read in the connection's thread.
         super().process_request(request, client_address)
 
     def shutdown_request(self, request: Any) -> None:
-        """Called in the connection's thread when it ends."""
+        """Close a connection and remove it from the open connections. Called in the connection's thread at its end."""
         with self._connections_lock:
             self._connections.pop(request, None)
         super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Do not log a reset of a connection: any program in the network could fill the pod's log."""
+        """Log errors other than failed connections, with which any program in the network could fill the pod's log."""
         if not isinstance(sys.exception(), OSError):
             super().handle_error(request, client_address)
 
@@ -114,18 +113,18 @@ class _RequestHandler(BaseHTTPRequestHandler):
     timeout = 30
 
     def do_GET(self) -> None:
-        if self.path.partition("?")[0] == Route.PROGRESS and not self._may_read_progress():
+        if self.path.partition("?")[0] == HttpPath.PROGRESS and not self._may_read_progress():
             self._send_response(401, "text/plain", f"send the token of this attempt in the header {PROGRESS_TOKEN_HEADER}\n".encode())
             return
         routes: dict[str, Callable[[], tuple[str, bytes]]] = {
-            Route.PROGRESS: lambda: ("application/json", self._progress_json()),
-            Route.METRICS: lambda: ("text/plain; version=0.0.4", format_metrics(self.server.run_state).encode()),
-            Route.HEALTH: lambda: ("text/plain", b"ok\n"),
-            Route.USAGE: lambda: ("application/json", _to_json(self.server.usage.read().to_wire())),
+            HttpPath.PROGRESS: lambda: ("application/json", self._progress_json()),
+            HttpPath.METRICS: lambda: ("text/plain; version=0.0.4", format_metrics(self.server.run_state).encode()),
+            HttpPath.HEALTH: lambda: ("text/plain", b"ok\n"),
+            HttpPath.USAGE: lambda: ("application/json", _to_json(self.server.usage.read().to_wire())),
         }
         route = routes.get(self.path.partition("?")[0])
         if route is None:
-            self._send_response(404, "text/plain", f"try {', '.join(Route)}\n".encode())
+            self._send_response(404, "text/plain", f"try {', '.join(HttpPath)}\n".encode())
         else:
             self._send_response(200, *route())
 
@@ -175,7 +174,7 @@ def _to_json(value: dict[str, Any]) -> bytes:
 
 
 def merge_kubeflow_status(run_state: RunState, status: dict[str, Any]) -> None:
-    """Apply a report of the Kubeflow progress protocol. The protocol has percentage and remaining time, but no steps.
+    """Apply a report of the Kubeflow progress protocol. The protocol has a percentage and a remaining time, but no steps.
 
     Errors: KeyError, TypeError, ValueError if the report does not follow the protocol.
     """

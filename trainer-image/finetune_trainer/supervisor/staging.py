@@ -1,4 +1,4 @@
-"""Gives complete checkpoints of this pod's ranks, and the final artefact, to the uploader.
+"""Passes complete checkpoints of this pod's ranks, and the final artefact, to the uploader.
 
 A rank reports a folder when its files are complete. The files are hard-linked below `<work>/staged`, so that the Trainer may
 remove its own folder while the upload still runs.
@@ -18,26 +18,26 @@ from finetune_trainer.supervisor.run_state import RunState
 
 
 class Staging:
-    """Manages the staging folder of one pod. Until the pod is prepared, `uploader` is None and no checkpoint is staged."""
+    """The staging folder of one pod. While `uploader` is None, because the pod is still being prepared, no checkpoint is staged."""
 
-    def __init__(self, work: Path, run_state: RunState, *, ranks: int) -> None:
-        self._folder = work / "staged"
+    def __init__(self, work_folder: Path, run_state: RunState, *, rank_count: int) -> None:
+        self._folder = work_folder / "staged"
         self._state = run_state
-        self._ranks = ranks
-        self._reported: dict[int, dict[int, dict[str, Any]]] = {}
-        """Messages about incomplete checkpoints, by step and local rank."""
+        self._rank_count = rank_count
+        self._reports_by_step: dict[int, dict[int, dict[str, Any]]] = {}
+        """The messages of the ranks about checkpoints that other ranks have not completed yet, by step and local rank."""
         self.uploader: Uploader | None = None
 
     def add_rank_files(self, message: dict[str, Any]) -> None:
-        """Record that one rank's files of a checkpoint are complete. After the last rank of this pod, queue the checkpoint for upload."""
+        """Record that the files of one rank are complete. After the last rank of this pod, queue the checkpoint for upload."""
         step, local_rank = int(message["step"]), int(message["localRank"])
-        reported = self._reported.setdefault(step, {})
+        reported = self._reports_by_step.setdefault(step, {})
         reported[local_rank] = message
         if local_rank == 0:
             self._state.increment_counter("checkpoint_stall_seconds", float(message.get("stallSeconds", 0)))
-        if len(reported) < self._ranks:
+        if len(reported) < self._rank_count:
             return
-        del self._reported[step]
+        del self._reports_by_step[step]
         if self.uploader is None:
             return
         source, target = Path(message["folder"]), self._folder / f"step-{step}"
@@ -46,7 +46,7 @@ class Staging:
         except OSError as error:
             self.skip_checkpoint("StagingFailed", f"step {step}: {error.strerror or error}")
             return
-        finally:  # The Trainer does not need this folder, because the module `best` keeps the best weights.
+        finally:  # The Trainer no longer needs this folder, because the module `best` keeps the best weights.
             shutil.rmtree(source, ignore_errors=True)
         rank0_report = reported.get(0, message)
         self.uploader.enqueue(
@@ -74,7 +74,7 @@ class Staging:
         self.uploader.enqueue(StagedCheckpoint(None, target, incarnation, rank0_report=message | {"step": self._state.step}))
 
 
-def hard_link_tree(source: Path, target: Path) -> None:
-    """Hard-link every file of a folder. Links need no disk space, and the data remains after the original names are removed."""
-    shutil.rmtree(target, ignore_errors=True)
-    shutil.copytree(source, target, copy_function=lambda file, link: os.link(os.path.realpath(file), link))
+def hard_link_tree(source_folder: Path, target_folder: Path) -> None:
+    """Hard-link every file of a folder. Links need no disk space, and the files remain after the original folder is removed."""
+    shutil.rmtree(target_folder, ignore_errors=True)
+    shutil.copytree(source_folder, target_folder, copy_function=lambda file, link: os.link(os.path.realpath(file), link))

@@ -2,11 +2,14 @@
 
 While a pod trains, evaluates, merges or stops, a rank must send a heartbeat (a step, a micro-step, an evaluation batch) within the
 stall timeout. The timeout is `policy.stallTimeoutSeconds`. The default is twenty times the median step and at least ten
-minutes; it applies from the first measured step. Loading and tokenising take an unknown time and send no heartbeats. There, the run stalls if
-the processes of the ranks neither compute nor read for the stall timeout (`work.WorkWatch`). In a job of several pods, a pod may wait for
-another pod while it loads, so there the run stalls only if a thread is also blocked in the kernel, as by a dead file server. While the ranks wait
-for the start of a vLLM server, they do not work either, so the run stalls only after the time limit of that start. Before a stalled attempt ends,
-every rank writes the stacks of its threads to the log.
+minutes; it applies from the first measured step.
+
+Loading and tokenising take an unknown time and send no heartbeats. In the stage `loading`, the run counts as stalled if the processes of the ranks
+neither compute nor read for the stall timeout (`work.WorkWatch`). In a job of several pods, a loading pod may also wait for another pod. The run then
+counts as stalled only if a thread is blocked in the kernel, for example by a dead file server. While the ranks wait for the start of a vLLM server,
+they do not work either, so the time limit of that start is added to the stall timeout.
+
+Before a stalled attempt ends, every rank writes the stacks of its threads to the log.
 """
 
 from __future__ import annotations
@@ -24,12 +27,12 @@ from finetune_trainer.supervisor.run_state import RunState
 from finetune_trainer.supervisor.work import WorkWatch
 
 MIN_TIMEOUT_SECONDS = 600.0
-MEDIAN_STEPS = 20.0
-DUMP_SECONDS = 1.0
+TIMEOUT_IN_MEDIAN_STEPS = 20.0
+STACK_DUMP_SECONDS = 1.0
 WINDOWS_PER_TIMEOUT = 4
-"""Measurements of the ranks' work during a stall timeout."""
+"""How often the work of the ranks is measured during a stall timeout."""
 RANK_COMMANDS = {b"train", b"stage"}
-"""Commands of the processes that compute."""
+"""Commands of `finetune-trainer` whose processes write their stacks on a signal: ranks and stages after training."""
 WATCHED_STAGES = (
     Stage.TRAINING, Stage.EVALUATING, Stage.COMPARING, Stage.MERGING, Stage.VERIFYING, Stage.BENCHMARKING, Stage.STOPPING,
 )  # fmt: skip
@@ -39,30 +42,33 @@ class StallWatch:
     """Compares the time since the last heartbeat with the stall timeout."""
 
     def __init__(
-        self, run_state: RunState, timeout_seconds: float | None, *, pods: int = 1, longest_wait_seconds: float = 0.0, work: WorkWatch | None = None
+        self, run_state: RunState, timeout_seconds: float | None, *, pod_count: int = 1, longest_wait_seconds: float = 0.0, work_watch: WorkWatch | None = None
     ) -> None:
-        """`pods`: number of pods of the job. `longest_wait_seconds`: time that ranks may wait without work while they load. `work`: measures their work."""
-        self._state, self._timeout_seconds, self._pods = run_state, timeout_seconds, pods
+        """`pod_count`: number of pods of the job. `longest_wait_seconds`: how long ranks may wait without work while they load.
+
+        `work_watch`: measures the work of the ranks.
+        """
+        self._state, self._timeout_seconds, self._pod_count = run_state, timeout_seconds, pod_count
         self._longest_wait_seconds = longest_wait_seconds
-        self._started = time.monotonic()
-        self._work = work or WorkWatch()
+        self._start_time = time.monotonic()
+        self._work_watch = work_watch or WorkWatch()
 
     def timeout_seconds(self) -> float:
-        """Return the current stall timeout: the longest time that the run may have no heartbeat."""
+        """Return the current stall timeout: the longest time without a heartbeat."""
         if self._timeout_seconds is not None:
             return float(self._timeout_seconds)
-        return max(MIN_TIMEOUT_SECONDS, MEDIAN_STEPS * (self._state.median_step_seconds() or 0.0))
+        return max(MIN_TIMEOUT_SECONDS, TIMEOUT_IN_MEDIAN_STEPS * (self._state.median_step_seconds() or 0.0))
 
     def stall_error(self) -> PeerError | None:
-        """Return an error if the run stalls, else None."""
+        """Return an error if the run has stalled, else None."""
         if self._state.current_stage is Stage.LOADING:
             return self._loading_error()
-        self._work.restart()
-        no_median = self._timeout_seconds is None and self._state.median_step_seconds() is None
-        if self._state.current_stage not in WATCHED_STAGES or no_median:
+        self._work_watch.restart()
+        has_no_timeout = self._timeout_seconds is None and self._state.median_step_seconds() is None
+        if self._state.current_stage not in WATCHED_STAGES or has_no_timeout:
             return None
         seconds_since_heartbeat = self._state.seconds_since_heartbeat()
-        silent_seconds = time.monotonic() - self._started if seconds_since_heartbeat is None else seconds_since_heartbeat
+        silent_seconds = time.monotonic() - self._start_time if seconds_since_heartbeat is None else seconds_since_heartbeat
         if silent_seconds <= self.timeout_seconds():
             return None
         return PeerError(
@@ -71,12 +77,12 @@ class StallWatch:
         )  # fmt: skip
 
     def _loading_error(self) -> PeerError | None:
-        """Return an error if the ranks load, but have not worked for the stall timeout. Else, return None."""
+        """Return an error if the loading ranks have not worked for the stall timeout, else None."""
         timeout = self.timeout_seconds() + self._longest_wait_seconds
-        idle_seconds = self._work.idle_seconds(timeout / WINDOWS_PER_TIMEOUT)
-        if idle_seconds <= timeout or (self._pods > 1 and not self._work.was_blocked):
+        idle_seconds = self._work_watch.measure_idle_seconds(timeout / WINDOWS_PER_TIMEOUT)
+        if idle_seconds <= timeout or (self._pod_count > 1 and not self._work_watch.was_blocked):
             return None
-        blocked = "; a thread waits for a disk or a file server" if self._work.was_blocked else ""
+        blocked = "; a thread waits for a disk or a file server" if self._work_watch.was_blocked else ""
         return PeerError(
             "Stalled", f"no progress for {idle_seconds:.0f} s while loading model and data: the ranks neither compute nor read{blocked}",
             hint="the stacks of all ranks are in the pod's log; check the mounted volumes and the network, or raise policy.stallTimeoutSeconds",
@@ -84,9 +90,9 @@ class StallWatch:
 
 
 def dump_rank_stacks(pids: list[int]) -> None:
-    """Signal the ranks among these processes to write the stacks of their threads, and wait a second."""
+    """Make the ranks among these processes write the stacks of their threads to the log, and wait `STACK_DUMP_SECONDS`."""
     for pid in pids:
         with contextlib.suppress(OSError):
             if RANK_COMMANDS & set(Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")):
                 os.kill(pid, signal.SIGUSR1)
-    time.sleep(DUMP_SECONDS)
+    time.sleep(STACK_DUMP_SECONDS)

@@ -1,11 +1,10 @@
-"""Prepared rows in storage, below `<storage.uri>/<namespace>/_prepared/<digest>/`: shared by all jobs of a namespace that use the same data.
+"""Stores prepared rows below `<storage.uri>/<namespace>/_prepared/<digest>/`, where all jobs of a namespace with the same data share them.
 
-A preparation commits its rows like a checkpoint: files, manifest, and the marker `_COMMITTED` last. If two preparations
-store the same rows at the same time, both use the first commit. With `isolation.secret`, a preparation uses stored rows only if a preparation of its
-namespace has signed them: write access to the store is then not enough
-to choose the rows of later jobs. The status of a job records the sha256 of the manifest. Training pods
-accept only this manifest, and only files with its hashes. The marker `_USED` says until when the rows are kept. Rows can be removed while a
-pod reads them; the pod then prepares the data itself.
+A preparation commits its rows like a checkpoint: files, manifest, and the marker `_COMMITTED` last. If two preparations store the same rows at
+the same time, both use the first commit. With `isolation.secret`, a preparation uses stored rows only if a preparation of its namespace has signed
+them, so that write access to the store is not enough to choose the rows of later jobs. The status of a job records the sha256 of the manifest.
+Training pods accept only this manifest and files with its hashes. The marker `_USED` says until when the rows are kept. If rows are removed while a
+pod reads them, the pod prepares the data itself.
 """
 
 from __future__ import annotations
@@ -22,40 +21,41 @@ from typing import TYPE_CHECKING, Any
 from finetune_api.errors import FineTuneError, StorageError
 from finetune_api.names import USED_MARKER, prepared_root
 from finetune_api.pod import PreparedRows, RunConfig
-from finetune_api.prepared import UsedMarker, removal_order, renewed_marker
+from finetune_api.prepared import UsedMarker, group_keys_for_removal, renew_marker
 from pydantic import TypeAdapter, ValidationError
 
 from finetune_trainer.checkpoint.manifest import CommitMarker, Manifest, RunFacts
 from finetune_trainer.checkpoint.restore import fetch_verified
 from finetune_trainer.checkpoint.tree import CheckpointTree, CommittedFolder, FencedOutError
 from finetune_trainer.data.prepared import TOKENS_FOLDER, open_prepared, partial_folder, prepared_folder
-from finetune_trainer.storage.base import ByteCounter, ObjectStat, join
+from finetune_trainer.storage.base import ByteCounter, ObjectStat, join_key
 from finetune_trainer.storage.roots import open_store
 
 if TYPE_CHECKING:
     from finetune_trainer.data import DataSummary
 
 log = logging.getLogger(__name__)
-SUMMARY = "summary"
-"""Key in the `extra` of the manifest: result of the check of the rows."""
+SUMMARY_KEY = "summary"
+"""Key in the manifest's `extra` under which the result of the data check is stored."""
 NO_ACTION = "no action is needed: the data are prepared again"
 DATA_INPUTS = ("validation data", "test data")
-"""Inputs in `RunFacts.other_inputs` from which rows are made."""
+"""The inputs in `RunFacts.other_inputs` from which rows are made."""
 
 LEFTOVER_AGE = timedelta(days=1)
-"""Age after which files without a commit are no longer needed. A preparation ends after six hours at the latest."""
+"""Uncommitted files of this age are removed. Their preparation has ended by then, because a preparation takes at most six hours."""
 
 
 @dataclass(frozen=True)
 class StoredRows:
-    """Committed rows. `summary`: the result of the check of the rows, which training pods need not repeat."""
+    """The committed rows of one digest."""
 
     digest: str
     manifest_sha256: str
     manifest: Manifest
     summary: DataSummary
+    """The result of the check of the rows, which training pods need not repeat."""
     row_count: int = 0
-    """Stored rows of all splits, after the download. A packed sequence counts as one row."""
+    """Number of rows of all splits; 0 before the download. A packed sequence counts as one row."""
 
 
 class RowStore:
@@ -64,15 +64,15 @@ class RowStore:
     def __init__(self, run: RunConfig, tree: CheckpointTree) -> None:
         self._tree, self._run = tree, run
         self._options = run.prepared or PreparedRows()
-        self._damaged: dict[str, CommitMarker] = {}
-        """Markers of commits that cannot be used. A new commit replaces them."""
+        self._damaged_markers: dict[str, CommitMarker] = {}
+        """Markers of commits that cannot be used, by digest. A new commit replaces them."""
 
     @staticmethod
     @contextmanager
     def open(run: RunConfig, signing_key: str | None = None) -> Iterator[RowStore]:
         """Open the store of a run, and close it at the end.
 
-        `signing_key`: the key with which the preparations of the namespace sign rows. Only preparations have this key. None without `isolation.secret`.
+        `signing_key`: the key with which the preparations of the namespace sign rows. None in training pods, and without `isolation.secret`.
         """
         store = open_store(run.storage.model_copy(update={"uri": prepared_root(run.storage.uri)}))
         try:
@@ -81,75 +81,75 @@ class RowStore:
             store.close()
 
     def uri(self, digest: str) -> str:
-        """Address of the folder of the rows."""
+        """Return the URI of the folder of the rows."""
         return self._tree.uri(digest)
 
     # ---- reading ----
 
-    def fetch_for_training(self, facts: RunFacts, work: Path, *, renews_marker: bool, byte_counter: ByteCounter | None = None) -> StoredRows:
-        """Download the rows that `run.json` names. `renews_marker`: move the time of `_USED` forward.
+    def fetch_for_training(self, facts: RunFacts, work_folder: Path, *, renews_marker: bool, byte_counter: ByteCounter | None = None) -> StoredRows:
+        """Download and verify the rows that `run.json` names. `renews_marker`: whether to keep the rows for `prepare.ttlDays` from now on.
 
         Errors: StorageError PreparedDataMissing, PreparedDataDamaged, PreparedDataDiffers; errors of the store.
         """
         digest, expected = self._options.digest or "", self._options.manifest_sha256
         if renews_marker:
             try:
-                self._renew(digest)
-            except FineTuneError as error:  # the credentials may permit only reading
-                log.warning("the time of the prepared rows could not be moved forward: %s", error)
-        stored, committed = self._find(digest, expected)
-        if _data_of(stored.manifest.facts) != _data_of(facts):
-            raise _differs("the data have changed since the preparation")
-        return self._download(stored, committed, work, byte_counter)
+                self._renew_used_marker(digest)
+            except FineTuneError as error:  # The credentials may permit only reading.
+                log.warning("the time until which the prepared rows are kept was not extended: %s", error)
+        stored, committed = self._find_commit(digest, expected)
+        if _data_digests(stored.manifest.facts) != _data_digests(facts):
+            raise _differing_error("the data have changed since the preparation")
+        return self._download_rows(stored, committed, work_folder, byte_counter)
 
-    def fetch_for_preparation(self, digest: str, work: Path, *, byte_counter: ByteCounter | None = None) -> StoredRows | None:
-        """Download and verify the rows if an earlier preparation has committed them. None: no usable rows are stored."""
+    def fetch_for_preparation(self, digest: str, work_folder: Path, *, byte_counter: ByteCounter | None = None) -> StoredRows | None:
+        """Download and verify the rows that an earlier preparation has committed. Return None if there are none that can be used."""
         try:
-            self._renew(digest)
-            stored, committed = self._find(digest, None)
-            return self._download(stored, committed, work, byte_counter)
+            self._renew_used_marker(digest)
+            stored, committed = self._find_commit(digest, None)
+            return self._download_rows(stored, committed, work_folder, byte_counter)
         except FineTuneError as error:
             log.info("no stored rows are used: %s", error.message)
             return None
 
-    def _find(self, digest: str, expected_sha256: str | None) -> tuple[StoredRows, CommittedFolder]:
-        """Read marker and manifest. `expected_sha256`: None to accept a manifest that a preparation has signed. Errors: see `fetch_for_training`."""
+    def _find_commit(self, digest: str, expected_sha256: str | None) -> tuple[StoredRows, CommittedFolder]:
+        """Read marker and manifest. Without `expected_sha256`, the rows must be signed if this store has a key. Errors: see `fetch_for_training`."""
         committed = self._tree.get_committed_folder(digest)
         if committed is None:
-            raise _missing(f"nothing is committed at {self.uri(digest)}")
+            raise _missing_error(f"nothing is committed at {self.uri(digest)}")
         sha256 = committed.marker.manifest_sha256
         if expected_sha256 not in (None, sha256):
-            raise _differs(f"{self.uri(digest)} was replaced after the preparation")
+            raise _differing_error(f"{self.uri(digest)} was replaced after the preparation")
         manifest = self._tree.read_manifest(committed)
         try:
-            if expected_sha256 is None and self._tree.is_signing and not self._tree.is_signed(committed):
-                raise _differs(f"the rows at {self.uri(digest)} are not signed by a preparation of this namespace")
+            if expected_sha256 is None and self._tree.can_sign and not self._tree.is_signed(committed):
+                raise _differing_error(f"the rows at {self.uri(digest)} are not signed by a preparation of this namespace")
             if manifest is None:
-                raise _damaged(f"the manifest at {self.uri(digest)} is missing or damaged")
+                raise _damaged_error(f"the manifest at {self.uri(digest)} is missing or damaged")
             try:
-                summary = _summary_adapter().validate_python(manifest.extra.get(SUMMARY))
+                summary = _create_summary_type_adapter().validate_python(manifest.extra.get(SUMMARY_KEY))
             except ValidationError:
-                raise _differs(f"the rows at {self.uri(digest)} were prepared by another version") from None
+                raise _differing_error(f"the rows at {self.uri(digest)} were prepared by another version") from None
         except StorageError:
-            self._damaged[digest] = committed.marker
+            self._damaged_markers[digest] = committed.marker
             raise
         return StoredRows(digest, sha256, manifest, summary), committed
 
-    def _download(self, stored: StoredRows, committed: CommittedFolder, work: Path, byte_counter: ByteCounter | None) -> StoredRows:
-        """Download the files to the cache of the ranks, and compare them with the manifest. Errors: see `fetch_for_training`."""
-        folder = prepared_folder(work / TOKENS_FOLDER, stored.digest)
+    def _download_rows(self, stored: StoredRows, committed: CommittedFolder, work_folder: Path, byte_counter: ByteCounter | None) -> StoredRows:
+        """Download the files to the folder where the ranks read rows, and compare them with the manifest. Errors: see `fetch_for_training`."""
+        folder = prepared_folder(work_folder / TOKENS_FOLDER, stored.digest)
         partial = partial_folder(folder)
         for leftover in (folder, partial):
             shutil.rmtree(leftover, ignore_errors=True)
         try:
             problem = fetch_verified(self._tree, committed.folder, stored.manifest, partial, lambda _: True, byte_counter)
             if problem is not None:
-                raise _damaged(problem)
+                raise _damaged_error(problem)
             prepared = open_prepared(partial, stored.digest)
             partial.rename(folder)
         except StorageError as error:
             if error.code.startswith("PreparedData"):
-                self._damaged[stored.digest] = committed.marker
+                self._damaged_markers[stored.digest] = committed.marker
             raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -160,34 +160,35 @@ class RowStore:
     def commit(self, digest: str, folder: Path, *, incarnation: str, facts: RunFacts, summary: DataSummary) -> str:
         """Upload and commit the rows in `folder`, and return the sha256 of the committed manifest.
 
-        If another preparation has committed equal rows in the meantime, its commit is used. Errors: StorageError PreparedDataDiffers if these
-        rows are not equal; errors of the store.
+        If another preparation has committed equal rows before, its commit is used. Errors: StorageError PreparedDataDiffers if the rows of that
+        commit are not equal; errors of the store.
         """
-        self._renew(digest)  # before the first file, so that the files of a killed preparation are removed after `prepare.ttlDays`
+        self._renew_used_marker(digest)  # Renew before the upload, so that the files of a killed preparation are removed after `prepare.ttlDays`.
         entries = self._tree.upload(digest, incarnation, folder)
         manifest = Manifest(
             job=f"{self._run.namespace}/{self._run.name}/{self._run.uid}", attempt=self._run.attempt, incarnation=incarnation, step=0,
-            facts=facts, extra={SUMMARY: _summary_adapter().dump_python(summary, mode="json")}, files=entries,
+            facts=facts, extra={SUMMARY_KEY: _create_summary_type_adapter().dump_python(summary, mode="json")}, files=entries,
         )  # fmt: skip
         try:
-            return self._tree.commit(digest, manifest, replaceable_marker=self._damaged.get(digest)).manifest_sha256
+            return self._tree.commit(digest, manifest, replaceable_marker=self._damaged_markers.get(digest)).manifest_sha256
         except FencedOutError:
             store = self._tree.store
-            store.delete([stat.key for stat in store.list(join(digest, incarnation) + "/")])
-            other, _ = self._find(digest, None)
-            if _hashes(other.manifest) != _hashes(manifest):
-                raise _differs(f"{self.uri(digest)} has other rows than this preparation has made") from None
+            store.delete([stat.key for stat in store.list(join_key(digest, incarnation) + "/")])
+            other, _ = self._find_commit(digest, None)
+            if _sha256_by_path(other.manifest) != _sha256_by_path(manifest):
+                raise _differing_error(f"{self.uri(digest)} has other rows than this preparation has made") from None
             return other.manifest_sha256
 
-    def _renew(self, digest: str) -> None:
+    def _renew_used_marker(self, digest: str) -> None:
         """Keep the rows for `prepare.ttlDays` from now on."""
-        store, key = self._tree.store, join(digest, USED_MARKER)
-        store.put(key, renewed_marker(UsedMarker.parse(store.get(key)), datetime.now(UTC), self._options.ttl_days).to_bytes())
+        store, key = self._tree.store, join_key(digest, USED_MARKER)
+        store.put(key, renew_marker(UsedMarker.parse(store.get(key)), datetime.now(UTC), self._options.ttl_days).to_bytes())
 
-    def remove_expired(self, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> list[str]:
-        """Remove all rows of the namespace that no job has used for `prepare.ttlDays`. Returns their digests. Errors: those of the store for the list.
+    def remove_expired(self, get_now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> list[str]:
+        """Remove all rows of the namespace that no job has used for `prepare.ttlDays`. Returns their digests. Errors: those of listing the store.
 
-        A folder without a readable marker `_USED` gets one, and is removed later. Rows for which a request fails are kept.
+        If the marker `_USED` of a folder is missing or cannot be read, it is written, so that the folder is removed later. Rows for which a request
+        fails are kept.
         """
         store = self._tree.store
         stats_by_digest: dict[str, list[ObjectStat]] = {}
@@ -198,33 +199,33 @@ class RowStore:
         removed = []
         for digest, stats in stats_by_digest.items():
             try:
-                if self._remove_if_expired(digest, [stat.key for stat in stats], now()):
+                if self._remove_if_expired(digest, [stat.key for stat in stats], get_now()):
                     removed.append(digest)
                 else:
-                    self._remove_leftovers(digest, stats, now())
+                    self._remove_leftovers(digest, stats, get_now())
             except FineTuneError as error:
-                log.warning("the time of the prepared rows %s was not checked: %s", digest, error)
+                log.warning("it was not checked whether the prepared rows %s have expired: %s", digest, error)
         return removed
 
     def _remove_if_expired(self, digest: str, keys: list[str], now: datetime) -> bool:
-        """Remove the rows if no job has used them for too long; return whether they were removed. Errors: those of the store."""
+        """Remove the rows if no job has used them for `prepare.ttlDays`. Return whether they were removed. Errors: those of the store."""
         store = self._tree.store
-        marker = UsedMarker.parse(store.get(join(digest, USED_MARKER)))
+        marker = UsedMarker.parse(store.get(join_key(digest, USED_MARKER)))
         if marker is None:
-            self._renew(digest)
+            self._renew_used_marker(digest)
         if marker is None or not marker.is_expired(now):
             return False
-        for group in removal_order(keys):
+        for group in group_keys_for_removal(keys):
             store.delete(group)
         try:
             store.sweep(f"{digest}/")
-        except FineTuneError as error:  # not every role may list unfinished uploads
+        except FineTuneError as error:  # The credentials may not permit to list unfinished uploads.
             log.warning("unfinished uploads of removed rows were kept: %s", error)
         return True
 
 
     def _remove_leftovers(self, digest: str, stats: list[ObjectStat], now: datetime) -> None:
-        """Remove the folders of preparations that ended long ago without a commit. Rows without a commit are kept. Errors: those of the store."""
+        """Remove old folders of preparations other than the committed one. If no rows are committed, remove none. Errors: those of the store."""
         committed = self._tree.get_committed_folder(digest)
         if committed is None:
             return
@@ -234,32 +235,32 @@ class RowStore:
             if separator and folder != committed.marker.path:
                 stats_by_folder.setdefault(folder, []).append(stat)
         for folder_stats in stats_by_folder.values():
-            if all(stat.modified is not None and now - stat.modified > LEFTOVER_AGE for stat in folder_stats):
+            if all(stat.modified_at is not None and now - stat.modified_at > LEFTOVER_AGE for stat in folder_stats):
                 self._tree.store.delete([stat.key for stat in folder_stats])
 
 
-def _summary_adapter() -> TypeAdapter[Any]:
+def _create_summary_type_adapter() -> TypeAdapter[Any]:
     from finetune_trainer.data import DataSummary
 
     return TypeAdapter(DataSummary)
 
 
-def _data_of(facts: RunFacts) -> tuple[str, ...]:
-    """The hashes of the data from which rows are made."""
+def _data_digests(facts: RunFacts) -> tuple[str, ...]:
+    """Return the digests of the data from which rows are made."""
     return (facts.dataset_digest, *(facts.other_inputs.get(name, "") for name in DATA_INPUTS))
 
 
-def _hashes(manifest: Manifest) -> dict[str, str]:
+def _sha256_by_path(manifest: Manifest) -> dict[str, str]:
     return {entry.path: entry.sha256 for entry in manifest.files}
 
 
-def _missing(message: str) -> StorageError:
+def _missing_error(message: str) -> StorageError:
     return StorageError("PreparedDataMissing", message, hint=NO_ACTION)
 
 
-def _damaged(message: str) -> StorageError:
+def _damaged_error(message: str) -> StorageError:
     return StorageError("PreparedDataDamaged", message, hint=NO_ACTION)
 
 
-def _differs(message: str) -> StorageError:
+def _differing_error(message: str) -> StorageError:
     return StorageError("PreparedDataDiffers", message, hint=NO_ACTION)

@@ -26,13 +26,13 @@ from finetune_trainer.channel import STOP_FILE
 from finetune_trainer.checkpoint.manifest import RunFacts
 from finetune_trainer.checkpoint.restore import RestoreResult
 from finetune_trainer.checkpoint.tree import CheckpointTree
-from finetune_trainer.checkpoint.uploader import KeepPolicy, Uploader, checkpoints_for_status
+from finetune_trainer.checkpoint.uploader import KeepPolicy, Uploader, to_status_checkpoints
 from finetune_trainer.failure import RankFailure, as_failure, failure_from_exit_code
 from finetune_trainer.inputs import FILE_NAME, Inputs
 from finetune_trainer.results.file_names import ResultFile
 from finetune_trainer.results.log_entry import LogEntry
 from finetune_trainer.settings import Settings, load_run
-from finetune_trainer.storage.base import join
+from finetune_trainer.storage.base import join_key
 from finetune_trainer.storage.roots import open_store
 from finetune_trainer.supervisor.agent_process import start_agent
 from finetune_trainer.supervisor.attempt_recorder import AttemptRecorder
@@ -52,49 +52,53 @@ from finetune_trainer.supervisor.gang import Forwarder, Gate, StoreAddress, conn
 from finetune_trainer.supervisor.later_stages import MODEL_FOLDER, LaterStages
 from finetune_trainer.supervisor.lineage import Lineage
 from finetune_trainer.supervisor.metric_log import MetricLog
-from finetune_trainer.supervisor.prepare import Preparation, sweep_leftovers, with_restored_checkpoint
+from finetune_trainer.supervisor.prepare import Preparation, add_restored_checkpoint, sweep_leftovers
 from finetune_trainer.supervisor.rank_channel import RankChannel
 from finetune_trainer.supervisor.rank_messages import RankMessages
-from finetune_trainer.supervisor.remaining_time import expected_step_seconds
+from finetune_trainer.supervisor.remaining_time import estimate_step_seconds
 from finetune_trainer.supervisor.run_report import ReportWriter
 from finetune_trainer.supervisor.run_results import RunResults
 from finetune_trainer.supervisor.run_state import RunState, store_quietly
 from finetune_trainer.supervisor.server import Server
 from finetune_trainer.supervisor.staging import Staging
 from finetune_trainer.supervisor.stall import StallWatch, dump_rank_stacks
-from finetune_trainer.supervisor.termination import termination_message, write_termination_message
-from finetune_trainer.supervisor.tracking import RunTracking, entries_of_checkpoint, entries_of_log
+from finetune_trainer.supervisor.termination import build_termination_message, write_termination_message
+from finetune_trainer.supervisor.tracking import RunTracking, parse_log, read_checkpoint_log
 
 if TYPE_CHECKING:
     from finetune_trainer.data import DataSummary
 
 log = logging.getLogger(__name__)
-TICK_SECONDS = 0.05
+POLL_SECONDS = 0.05
 UPLOAD_AFTER_FAILURE_SECONDS = 120.0
+"""Maximum wait for uploads if there is no final artefact."""
 PARTS_AFTER_FAILURE_SECONDS = 5.0
+"""Maximum wait for other pods' files of a checkpoint after the gang has failed."""
 FINAL_UPLOAD_SECONDS = 6 * 3600.0
+"""Maximum wait for the upload of the final artefact."""
 UPLOAD_POLL_SECONDS = 0.2
 CLEANUP_SECONDS = 60.0
+"""Maximum wait for one optional task at the end of an attempt, such as the removal of old checkpoints."""
 CLEANUP_AFTER_STOP_SECONDS = 10.0
 MIN_CLEANUP_SECONDS = 0.05
-SAVE_SHARE = 0.5
-"""Share of the grace period during which a stopped pod may still store the result of a finished stage."""
-TRACKING_SHARE = 0.75
-"""Share of the grace period after which a stopped pod no longer waits for trackers. The rest is reserved for the report."""
-FILES_OF_RESULTS = "files of results"
-RECORDS = "records of the attempt"
+SAVE_GRACE_SHARE = 0.5
+"""A stopped pod may store the result of a finished stage until this share of the grace period has passed."""
+TRACKING_GRACE_SHARE = 0.75
+"""A stopped pod waits for trackers until this share of the grace period has passed. The remaining time is reserved for the report."""
+RESULT_FILES = "result files"
+ATTEMPT_RECORDS = "records of the attempt"
 RESULT_RECORDS = "records of the result"
 
 
 class Supervisor:
     """Supervises one pod. `run()` returns its exit code.
 
-    Besides the main thread, there are threads for the HTTP server, the preparation, the ranks' messages and the uploads.
+    Besides the main thread, it has threads for the HTTP server, the preparation, the ranks' messages and the uploads.
     """
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._state = RunState(processes.process_seconds())
+        self._state = RunState(processes.seconds_since_process_start())
         self._facts = AttemptFacts()
         self._must_end = threading.Event()
         self._failure_lock = threading.Lock()
@@ -106,14 +110,14 @@ class Supervisor:
         self._results: RunResults | None = None
         self._report_writer: ReportWriter | None = None
         self._started_at = datetime.now(UTC)
-        self._existing: ExistingModel | None = None
+        self._existing_model: ExistingModel | None = None
         self._recorder: AttemptRecorder | None = None
         self._digests = FileDigests()
         self._lineage: Lineage | None = None
         self._lineage_uri: str | None = None
         self._server: Server | None = None
         self._channel: RankChannel | None = None
-        self._gang: Gate | Forwarder | None = None
+        self._gang_relay: Gate | Forwarder | None = None
         self._tracking: RunTracking | None = None
 
     def run(self, stop_requests: Sequence[float] = ()) -> int:
@@ -121,21 +125,21 @@ class Supervisor:
         self._handle_signals(stop_requests)
         processes.adopt_orphans()
         with self._record_failures("SupervisorFailed"):
-            # 1. Answer HTTP, within a second of the pod's start.
+            # 1. Start the HTTP server, within a second of the pod's start.
             self._server = self._start_server()
             # 2. Read the run configuration, and remove the files of an earlier container of this pod.
             run, sha256 = self._read_run_config()
             self._clean_work_folder()
             # 3. Receive messages of ranks.
             self._channel = self._open_channel(run)
-            # 4. While the ranks import, a thread checks storage, fetches and checks the inputs and restores the checkpoint.
+            # 4. While the ranks import their libraries, a thread checks storage, fetches and checks the inputs and restores the checkpoint.
             threading.Thread(target=self._prepare_pod, args=(run, sha256), name="prepare", daemon=True).start()
             # 5. Start the ranks and watch them until they end or the attempt must end. A job without training has no ranks.
             if run.spec.phases.train is False:
                 self._wait_for_preparation()
             else:
                 self._watch_agent(run, start_agent(run, self._settings, self._channel.address, self._connect_gang(run)))
-        # 6. Kill all processes that still run, and apply the messages that they have sent.
+        # 6. Kill all child processes that still run, and apply the messages that they have sent.
         processes.kill_all_descendants()
         if self._channel is not None:
             self._channel.close()
@@ -149,7 +153,7 @@ class Supervisor:
         self._write_report(exit_decision)
         self._store_result(exit_decision)
         self._report_end(exit_decision)
-        return exit_decision.code
+        return exit_decision.exit_code
 
     # ---- 1 to 3: start ----
 
@@ -159,16 +163,16 @@ class Supervisor:
         if stop_requests:
             self._facts.stop_requested_at = stop_requests[0]
 
-    def _request_stop(self, number: int, _frame: Any) -> None:
-        """Handle SIGTERM and Ctrl-C: save a checkpoint and end. A second Ctrl-C ends the pod without saving."""
+    def _request_stop(self, signal_number: int, _frame: Any) -> None:
+        """Handle SIGTERM and Ctrl-C, which request a checkpoint and the end of the pod. A second Ctrl-C ends the pod without a checkpoint."""
         if self._facts.stop_requested_at is None:
             self._facts.stop_requested_at = time.monotonic()
-            self._facts.is_ended_by_user = number == signal.SIGINT
-        elif number == signal.SIGINT:
-            self._facts.deadline_passed = True
+            self._facts.is_ended_by_user = signal_number == signal.SIGINT
+        elif signal_number == signal.SIGINT:
+            self._facts.is_deadline_passed = True
 
     def _start_server(self) -> Server:
-        """Errors: InternalError `PortInUse`."""
+        """Start the HTTP server of the pod. Errors: InternalError `PortInUse`."""
         try:
             server = Server(self._state, self._settings.port, attempt_secret=self._settings.attempt_secret)
         except OSError as error:
@@ -185,7 +189,7 @@ class Supervisor:
         return self._run, sha256
 
     def _clean_work_folder(self) -> None:
-        work = self._settings.work
+        work = self._settings.work_folder
         work.mkdir(parents=True, exist_ok=True)
         for name in (FILE_NAME, STOP_FILE, RESULT_FILE):
             (work / name).unlink(missing_ok=True)
@@ -196,7 +200,7 @@ class Supervisor:
 
     def _open_channel(self, run: RunConfig) -> RankChannel:
         incarnation = self._settings.incarnation(run)
-        self._staging = Staging(self._settings.work, self._state, ranks=run.world.processes_per_node)
+        self._staging = Staging(self._settings.work_folder, self._state, rank_count=run.world.processes_per_node)
         self._tracking = RunTracking(run, self._settings, self._state)
         self._metric_log = MetricLog(self._state, incarnation, on_line=self._tracking.record_log_line)
         messages = RankMessages(self._state, self._facts, self._staging, self._metric_log, incarnation)
@@ -210,11 +214,11 @@ class Supervisor:
         return RankChannel(handle_message)
 
     def _connect_gang(self, run: RunConfig) -> StoreAddress | None:
-        """Protect the rendezvous of several pods with the secret of the attempt. None: there is one pod, or the operator gave no secret."""
+        """Protect the rendezvous of several pods with the secret of the attempt. Return None for one pod, or if the operator gave no secret."""
         secret = self._settings.attempt_secret
         if run.world.nodes == 1 or secret is None:
             return None
-        self._gang, store = connect_gang(run.world, self._settings.node_rank, secret)
+        self._gang_relay, store = connect_gang(run.world, self._settings.node_rank, secret)
         return store
 
     # ---- 4: prepare (in its own thread) ----
@@ -225,7 +229,7 @@ class Supervisor:
             preparation.check_hub_token()
             preparation.preflight()
             tree = self._tree = CheckpointTree(open_store(run.storage), self._settings.checkpoint_key)
-            self._results = RunResults(run, tree, self._settings.work / "output")
+            self._results = RunResults(run, tree, self._settings.work_folder / "output")
             self._lineage = Lineage(run, tree, self._state, self._digests)
             self._recorder = AttemptRecorder(
                 run, tree, incarnation=self._settings.incarnation(run), config_sha256=config_sha256, started_at=self._started_at
@@ -234,83 +238,84 @@ class Supervisor:
             if run.spec.phases.train is False:
                 self._prepare_existing_model(run, preparation, tree)
                 return
-            self._facts.output = committed_output(tree)
+            self._facts.output = find_committed_output(tree)
             if self._facts.output is not None:
-                self._start_tracking(entries_of_log(tree.store.get(join(Storage.METRICS, ResultFile.LOG))))
+                self._start_tracking(parse_log(tree.store.get(join_key(Storage.METRICS, ResultFile.LOG))))
                 self._must_end.set()
                 return
             inputs, facts = preparation.fetch(uses_stored_rows=True)
             preparation.claim_storage(tree)
             if self._settings.node_rank == 0:
-                store_quietly(self._state, FILES_OF_RESULTS, self._results.record_start)
+                store_quietly(self._state, RESULT_FILES, self._results.record_start)
             restore_result = preparation.restore(tree, facts)
             self._facts.start_step = restore_result.step
-            earlier_entries = entries_of_checkpoint(restore_result)
+            earlier_entries = read_checkpoint_log(restore_result)
             if restore_result.manifest is not None:
-                self._state.set_expected_step_seconds(expected_step_seconds(earlier_entries, restore_result.manifest.facts, facts))
+                self._state.set_expected_step_seconds(estimate_step_seconds(earlier_entries, restore_result.manifest.facts, facts))
             self._start_tracking(earlier_entries, facts)
             self._record_start(preparation.data_summary)
             self._start_uploader(run, tree, facts, restore_result)
             self._state.enter_stage(Stage.LOADING)
-            with_restored_checkpoint(inputs, restore_result).write(self._settings.work)  # The ranks wait for this file.
+            add_restored_checkpoint(inputs, restore_result).write(self._settings.work_folder)  # The ranks wait for this file.
 
     def _prepare_existing_model(self, run: RunConfig, preparation: Preparation, tree: CheckpointTree) -> None:
-        """Prepare the stages of a job that does not train. Only rank 0's pod runs them, so the other pods only need the model's address."""
+        """Prepare the stages of a job that does not train. Rank 0's pod runs the stages; the other pods need only the address of the model."""
         if self._settings.node_rank > 0:
             self._facts.output = find_existing_model(run.spec.phases.from_ or "", tree).output
         else:
-            inputs, existing = preparation.fetch_existing_model(tree, self._settings.work / MODEL_FOLDER)
+            inputs, existing = preparation.fetch_existing_model(tree, self._settings.work_folder / MODEL_FOLDER)
             preparation.claim_storage(tree)
             assert self._results is not None
-            store_quietly(self._state, FILES_OF_RESULTS, self._results.record_start)
+            store_quietly(self._state, RESULT_FILES, self._results.record_start)
             record_existing_model(existing, tree, run.attempt)
-            inputs.write(self._settings.work)
-            self._existing, self._facts.output = existing, existing.output
+            inputs.write(self._settings.work_folder)
+            self._existing_model, self._facts.output = existing, existing.output
             self._start_tracking([])
         self._must_end.set()
 
     def _start_tracking(self, past_entries: list[LogEntry], facts: RunFacts | None = None) -> None:
-        """Start sending the run to trackers. `facts`: the facts of the run, in a pod that trains."""
+        """Start sending the run to trackers. `facts`: the facts of the run; None if this attempt does not train."""
         assert self._tracking is not None and self._results is not None
-        self._tracking.start(self._results.started_at(), past_entries, resumed_from_step=self._facts.start_step if facts else None)
+        self._tracking.start(self._results.read_start_time(), past_entries, resumed_from_step=self._facts.start_step if facts else None)
         if facts is not None:
             self._tracking.record_training(facts)
 
     def _record_start(self, data_summary: DataSummary | None) -> None:
-        """Record the start of training for report and lineage. This is done now, because a pod that is killed later cannot record it."""
+        """Record the start of training for the report and the lineage statement, because a pod that is killed later cannot record it."""
         recorder, writer = self._recorder, self._report_writer
         if recorder is None or writer is None or self._settings.node_rank > 0:
             return
-        store_quietly(self._state, RECORDS, lambda: recorder.record_start(self._facts.start_step, self._state.report().resolved))
+        store_quietly(self._state, ATTEMPT_RECORDS, lambda: recorder.record_start(self._facts.start_step, self._state.report().resolved))
         if data_summary is not None:
-            store_quietly(self._state, RECORDS, lambda: writer.record_data(data_summary))
+            store_quietly(self._state, ATTEMPT_RECORDS, lambda: writer.record_data(data_summary))
 
     def _start_uploader(self, run: RunConfig, tree: CheckpointTree, facts: RunFacts, restore_result: RestoreResult) -> None:
         checkpoint = run.spec.checkpoint
         keep_count = 3 if checkpoint.keep is None else checkpoint.keep
         uploader = Uploader(
-            tree, self._state, facts, KeepPolicy(keep_count, tuple(checkpoint.pinned or ())), job=f"{run.namespace}/{run.name}/{run.uid}",
-            attempt=run.attempt, node=self._settings.node_rank, nodes=run.world.nodes, before_commit=self._upload_metric_log,
-            after_commit=self._warn_if_grace_period_is_too_short, final_upload_timeout=self._settings.final_upload_timeout,
+            tree, self._state, facts, KeepPolicy(keep_count, tuple(checkpoint.pinned or ())), job_id=f"{run.namespace}/{run.name}/{run.uid}",
+            attempt=run.attempt, node_rank=self._settings.node_rank, node_count=run.world.nodes, before_commit=self._upload_metric_log,
+            after_commit=self._warn_if_grace_period_is_too_short, final_upload_timeout_seconds=self._settings.final_upload_timeout_seconds,
         )  # fmt: skip
         if self._settings.node_rank == 0:
-            uploader.adopt_committed(checkpoints_for_status(tree, restore_result.ancestor_checkpoints))
-            model_marker = tree.get_committed(None)  # The manifest of this marker is not readable; otherwise `_prepare_pod` would have ended the attempt.
-            uploader.set_skipped([*restore_result.skipped_checkpoints, *([model_marker] if model_marker else [])])
+            uploader.adopt_committed(to_status_checkpoints(tree, restore_result.ancestor_checkpoints))
+            # A model that is committed here has no readable manifest; otherwise `_prepare_pod` would have ended the attempt.
+            unreadable_model = tree.get_committed(None)
+            uploader.add_skipped([*restore_result.skipped_checkpoints, *([unreadable_model] if unreadable_model else [])])
         self._uploader = uploader
         assert self._staging is not None
         self._staging.uploader = uploader
 
     def _upload_metric_log(self) -> None:
-        """Upload the log lines before each commit, because an attempt that resumes from the checkpoint does not log earlier steps again."""
+        """Upload the log lines so far. Called before each commit, because an attempt that resumes from the checkpoint does not log them again."""
         if self._settings.node_rank > 0:
             return
         if self._tree is not None and self._metric_log is not None:
             self._metric_log.upload(self._tree.store)
         if self._results is not None:
-            store_quietly(self._state, FILES_OF_RESULTS, self._results.store_files_of_rank)
-        if (recorder := self._recorder) is not None:  # The ranks have reported their device by now.
-            store_quietly(self._state, RECORDS, lambda: recorder.record_configuration(self._state.report().resolved))
+            store_quietly(self._state, RESULT_FILES, self._results.store_rank_files)
+        if (recorder := self._recorder) is not None:  # The ranks have reported their device before the first commit.
+            store_quietly(self._state, ATTEMPT_RECORDS, lambda: recorder.record_configuration(self._state.report().resolved))
 
     def _warn_if_grace_period_is_too_short(self) -> None:
         grace_seconds, save_seconds = self._run.grace_seconds if self._run else 0, self._state.last_save_seconds
@@ -323,56 +328,56 @@ class Supervisor:
     # ---- 5: watch ----
 
     def _watch_agent(self, run: RunConfig, agent: processes.ChildProcess) -> None:
-        """Wait until the agent has ended, or until the attempt must end for another reason."""
+        """Wait until the agent has ended, or until the attempt must end although the agent still runs."""
         server = generation_server(run.spec)
         stall_watch = StallWatch(
-            self._state, run.spec.policy.stall_timeout_seconds, pods=run.world.nodes,
+            self._state, run.spec.policy.stall_timeout_seconds, pod_count=run.world.nodes,
             longest_wait_seconds=value_or_default(server, "start_timeout_seconds") if server is not None else 0.0,
         )  # fmt: skip
         stop_was_handled = False
         while (code := agent.poll()) is None:
-            if self._must_end.wait(TICK_SECONDS):
+            if self._must_end.wait(POLL_SECONDS):
                 return
             if (failure := self._upload_failure(run)) is not None:
                 self._end_with_error(failure)
                 return
             if self._facts.stop_requested_at is not None and not stop_was_handled:
                 stop_was_handled = True
-                if not self._is_worth_saving(run):
+                if not self._can_save_steps(run):
                     return
                 self._ask_ranks_to_stop(run)
-            if self._facts.deadline_passed or self._is_past_deadline():
-                self._facts.deadline_passed = True
+            if self._facts.is_deadline_passed or self._is_past_deadline():
+                self._facts.is_deadline_passed = True
                 return
             if (stalled := stall_watch.stall_error()) is not None:
                 dump_rank_stacks(processes.descendants())
                 self._end_with_error(stalled)
                 return
-        self._facts.agent_code = code
+        self._facts.agent_exit_code = code
 
     def _wait_for_preparation(self) -> None:
-        """Wait until the model of `phases.from` is on the disk, or until the attempt must end for another reason."""
-        while self._facts.stop_requested_at is None and not self._must_end.wait(TICK_SECONDS):
+        """Wait until the model of `phases.from` is on the pod's disk, or until the attempt must end without it."""
+        while self._facts.stop_requested_at is None and not self._must_end.wait(POLL_SECONDS):
             pass
 
     def _upload_failure(self, run: RunConfig) -> FineTuneError | None:
-        """Return an error if the uploader has given up, or if no checkpoint could be saved for too long. Otherwise return None."""
+        """Return an error if the uploader has stopped uploading, or if no checkpoint was committed for too long. Otherwise return None."""
         if self._uploader is None:
             return None
         return self._uploader.failure or self._uploader.unsaved_error(
-            self._settings.unsaved_timeout, run.spec.policy.stall_timeout_seconds
+            self._settings.unsaved_timeout_seconds, run.spec.policy.stall_timeout_seconds
         )
 
     def _end_with_error(self, error: FineTuneError) -> None:
-        """End the attempt. Only the first failure is kept."""
+        """End the attempt with an error. If it already has one, the first error is kept."""
         with self._failure_lock:
-            if self._facts.error is None:
-                self._facts.error = error
+            if self._facts.supervisor_error is None:
+                self._facts.supervisor_error = error
         self._must_end.set()
 
     @contextlib.contextmanager
     def _record_failures(self, code: str) -> Iterator[None]:
-        """Record an exception as the attempt's failure."""
+        """If the context raises an exception, end the attempt with it. `code`: the error code if the exception has none."""
         try:
             yield
         except Exception as error:
@@ -385,41 +390,41 @@ class Supervisor:
         return stop_deadline(self._facts.stop_requested_at, self._run.grace_seconds)
 
     def _is_past_deadline(self) -> bool:
-        return time.monotonic() > self._time_of_grace_share(1.0)
+        return time.monotonic() > self._time_after_grace_share(1.0)
 
-    def _time_of_grace_share(self, share: float) -> float:
-        """Return the monotonic time at which a share of the time between stop request and deadline has passed. Infinite without a stop request."""
+    def _time_after_grace_share(self, share: float) -> float:
+        """Return the monotonic time at which `share` of the time from the stop request to the deadline has passed; infinite without a stop request."""
         stopped_at, deadline = self._facts.stop_requested_at, self._stop_deadline()
         return math.inf if stopped_at is None or deadline is None else stopped_at + share * (deadline - stopped_at)
 
-    def _is_worth_saving(self, run: RunConfig) -> bool:
-        """Whether there are unsaved steps, and enough time to save them."""
+    def _can_save_steps(self, run: RunConfig) -> bool:
+        """Whether there are steps to save, and enough time to save them."""
         is_training = self._state.current_stage is Stage.TRAINING
         if self._state.step <= self._facts.start_step and not self._facts.is_output_written and not is_training:
             return False
         save_seconds = self._state.last_save_seconds
         if save_seconds is not None and save_seconds > run.grace_seconds:
-            self._facts.deadline_passed = True
+            self._facts.is_deadline_passed = True
             return False
         return True
 
     def _ask_ranks_to_stop(self, run: RunConfig) -> None:
         self._state.enter_stage(Stage.STOPPING)
-        partial_file = self._settings.work / f".{STOP_FILE}"
+        partial_file = self._settings.work_folder / f".{STOP_FILE}"
         partial_file.write_text(str(time.time() + run.grace_seconds))
-        partial_file.rename(self._settings.work / STOP_FILE)
+        partial_file.rename(self._settings.work_folder / STOP_FILE)
 
     # ---- 7: finish uploads ----
 
     def _finish_uploads(self) -> None:
-        """Wait for the uploader within the time limit, then clean up storage."""
+        """Wait for the uploads within the time limit, then remove old checkpoints and leftovers."""
         uploader = self._uploader
         if uploader is None:
             return
         if self._facts.stop_requested_at is None and not self._facts.is_output_written:
             uploader.limit_part_wait(PARTS_AFTER_FAILURE_SECONDS)
         if not self._wait_for_uploads(uploader) and self._facts.stop_requested_at is not None:
-            self._facts.deadline_passed = True
+            self._facts.is_deadline_passed = True
         uploader.close()
         if uploader.failure is not None:
             self._end_with_error(uploader.failure)
@@ -432,11 +437,11 @@ class Supervisor:
         self._clean_up(self._upload_metric_log)
 
     def _wait_for_uploads(self, uploader: Uploader) -> bool:
-        """Wait for the uploads. Returns whether all of them ended in time. After a stop request, the wait ends with the grace period."""
+        """Wait for the uploads; after a stop request, wait at most until the deadline. Returns whether all uploads ended in time."""
         seconds = FINAL_UPLOAD_SECONDS if self._facts.is_output_written else UPLOAD_AFTER_FAILURE_SECONDS
         latest_end = math.inf if self._facts.stop_requested_at is not None else time.monotonic() + seconds
-        while not self._facts.deadline_passed:
-            seconds_left = min(latest_end, self._time_of_grace_share(1.0)) - time.monotonic()
+        while not self._facts.is_deadline_passed:
+            seconds_left = min(latest_end, self._time_after_grace_share(1.0)) - time.monotonic()
             if uploader.wait_until_idle(max(0.0, min(seconds_left, UPLOAD_POLL_SECONDS))):
                 return True
             if seconds_left <= 0:
@@ -444,30 +449,30 @@ class Supervisor:
         return uploader.wait_until_idle(0)
 
     def _clean_up(self, task: Callable[[], None]) -> None:
-        """Run optional work in a thread. Wait only as long as there is still time to write the termination message."""
+        """Run an optional task in a thread. The wait for it ends while there is still time to write the termination message."""
         started = time.monotonic()
         thread = threading.Thread(target=task, name="clean-up", daemon=True)
         thread.start()
         thread.join(MIN_CLEANUP_SECONDS)
-        while thread.is_alive() and time.monotonic() < self._end_of_clean_up(started):
-            thread.join(TICK_SECONDS)
+        while thread.is_alive() and time.monotonic() < self._clean_up_deadline(started):
+            thread.join(POLL_SECONDS)
 
-    def _end_of_clean_up(self, started: float) -> float:
-        """Return the monotonic time at which the wait for optional work ends. A stop request makes this time earlier, even while the work runs."""
+    def _clean_up_deadline(self, started: float) -> float:
+        """Return the monotonic time at which the wait for an optional task ends. A stop request while the task runs makes this time earlier."""
         stopped_at = self._facts.stop_requested_at
         if stopped_at is None:
             return started + CLEANUP_SECONDS
-        return min(max(started, stopped_at) + CLEANUP_AFTER_STOP_SECONDS, self._time_of_grace_share(1.0))
+        return min(max(started, stopped_at) + CLEANUP_AFTER_STOP_SECONDS, self._time_after_grace_share(1.0))
 
     def _sweep_unless_superseded(self) -> None:
-        """Remove dropped and failed uploads, unless a later attempt has begun. (The operator starts one if it cannot reach this pod.)"""
+        """Remove dropped and failed uploads, unless a later attempt has begun. (The operator starts another attempt if it cannot reach this pod.)"""
         if self._tree is not None and self._run is not None and not self._tree.is_superseded(self._run.attempt):
             sweep_leftovers(self._tree, self._state)
 
     # ---- 8: stages after training ----
 
     def _run_later_stages(self) -> None:
-        """Run the stages that follow the commit of the model. Rank 0's pod runs them."""
+        """In rank 0's pod, run the stages that follow the commit of the model."""
         run, tree, results, output = self._run, self._tree, self._results, self._facts.output
         if run is None or tree is None or results is None or output is None or self._settings.node_rank > 0:
             return
@@ -478,30 +483,30 @@ class Supervisor:
         stages = LaterStages(
             run, self._settings, tree, self._state, results=results, fetch_inputs=lambda: self._fetch_for_stages(run),
             is_stop_requested=lambda: self._facts.stop_requested_at is not None,
-            is_save_deadline_passed=lambda: time.monotonic() > self._time_of_grace_share(SAVE_SHARE), existing=self._existing,
+            is_save_deadline_passed=lambda: time.monotonic() > self._time_after_grace_share(SAVE_GRACE_SHARE), existing_model=self._existing_model,
         )  # fmt: skip
         try:
-            self._facts.stages = stages.run(output)
+            self._facts.stage_report = stages.run(output)
         except Exception as error:
-            self._facts.stages = StageReport(failure=StageFailure(self._state.current_stage, as_failure(error, "StageFailed")))
-        # If large data must be hashed, the statement is written while the stages run.
-        self._facts.output = (self._facts.stages.output or output).model_copy(update={"lineage_uri": self._lineage_uri})
+            self._facts.stage_report = StageReport(failure=StageFailure(self._state.current_stage, as_failure(error, "StageFailed")))
+        # If large files must be hashed, the lineage statement is written while the stages run.
+        self._facts.output = (self._facts.stage_report.output or output).model_copy(update={"lineage_uri": self._lineage_uri})
         if self._tracking is not None:
             self._tracking.record_evaluation(self._state.report().evaluation, started)
-        self._clean_up(lambda: store_quietly(self._state, FILES_OF_RESULTS, results.store_metric_files))
+        self._clean_up(lambda: store_quietly(self._state, RESULT_FILES, results.store_metric_files))
 
     def _write_lineage(self) -> None:
-        """Write the lineage statement. A failure adds a note: the model is committed without it."""
+        """Write the lineage statement. A failure only adds a note, because the model is already committed."""
         assert self._lineage is not None
         try:
-            self._lineage_uri = self._lineage.write_statement(Inputs.read(self._settings.work))
+            self._lineage_uri = self._lineage.write_statement(Inputs.read(self._settings.work_folder))
         except Exception as error:
             log.warning("the lineage statement was not written", exc_info=error)
             code = error.code if isinstance(error, FineTuneError) else type(error).__name__
             self._state.add_note(f"the lineage statement was not written: {code}")
 
     def _fetch_for_stages(self, run: RunConfig) -> Inputs:
-        """Download the inputs in a pod that does not train, because an earlier attempt committed the model."""
+        """Download the inputs for the stages. Called in a pod that has not trained, because an earlier attempt committed the model."""
         assert self._tree is not None
         preparation = Preparation(run, self._state.config_sha256, self._settings, self._state, self._digests)
         preparation.claim_storage(self._tree)
@@ -516,14 +521,14 @@ class Supervisor:
             uploaded_step=self._uploader.uploaded_step if self._uploader else 0,
         )  # fmt: skip
         return decide_exit(
-            self._facts, exit_code_failures(self._settings.work), is_saved=is_saved, node_rank=self._settings.node_rank
+            self._facts, read_exit_code_failures(self._settings.work_folder), is_saved=is_saved, node_rank=self._settings.node_rank
         )
 
     def _finish_tracking(self, exit_decision: ExitDecision) -> None:
-        """Send the end of the attempt to the trackers, within the time limit. A stop request during the wait shortens the limit."""
+        """Send the end of the attempt to the trackers, and wait within a time limit. A stop request during the wait shortens the limit."""
         if self._tracking is not None:
             self._tracking.finish(
-                exit_decision, is_ended_by_user=self._facts.is_ended_by_user, latest_end=lambda: self._time_of_grace_share(TRACKING_SHARE)
+                exit_decision, is_ended_by_user=self._facts.is_ended_by_user, get_latest_end=lambda: self._time_after_grace_share(TRACKING_GRACE_SHARE)
             )
 
     def _write_report(self, exit_decision: ExitDecision) -> None:
@@ -553,28 +558,28 @@ class Supervisor:
     def _store_result(self, exit_decision: ExitDecision) -> None:
         """Store the result of a successful run, so that a later job of the same name can adopt it. A failure only adds a note."""
         run, tree, output = self._run, self._tree, self._facts.output
-        if exit_decision.code != ExitCode.OK or run is None or tree is None or output is None:
+        if exit_decision.exit_code != ExitCode.OK or run is None or tree is None or output is None:
             return
         if self._settings.node_rank == 0 and run.spec.phases.train is not False:
             self._clean_up(lambda: store_quietly(self._state, RESULT_RECORDS, lambda: store_result(run, tree, output, self._state.report())))
 
     def _termination_message(self, exit_decision: ExitDecision) -> TerminationMessage:
-        return termination_message(
+        return build_termination_message(
             exit_decision, self._state.report(), output=self._facts.output, start_step=self._facts.start_step,
             node_name=self._settings.node_name,
         )  # fmt: skip
 
     def _report_end(self, exit_decision: ExitDecision) -> None:
         message = self._termination_message(exit_decision)
-        self._state.enter_stage(Stage.DONE if exit_decision.code == ExitCode.OK else Stage.FAILED, message.message)
+        self._state.enter_stage(Stage.DONE if exit_decision.exit_code == ExitCode.OK else Stage.FAILED, message.message)
         write_termination_message(message, self._settings.termination_log)
-        for closable in (self._gang, self._server):
+        for closable in (self._gang_relay, self._server):
             if closable is not None:
                 closable.close()
 
 
-def committed_output(tree: CheckpointTree) -> Output | None:
-    """Return the committed final artefact, or None. An earlier incarnation may have committed it, but ended before it reported the commit."""
+def find_committed_output(tree: CheckpointTree) -> Output | None:
+    """Return the final artefact if an earlier incarnation has committed it (and ended before it reported the commit), else None."""
     committed = tree.get_committed(None)
     manifest = tree.read_manifest(committed) if committed else None
     if committed is None or manifest is None:
@@ -586,10 +591,10 @@ def committed_output(tree: CheckpointTree) -> Output | None:
     )  # fmt: skip
 
 
-def exit_code_failures(work: Path) -> list[RankFailure]:
-    """Return the failures that the exit codes of this pod's ranks show."""
-    out_of_memory = processes.killed_for_memory()
-    codes = read_exit_codes(work) or {}
+def read_exit_code_failures(work_folder: Path) -> list[RankFailure]:
+    """Read the exit codes of this pod's ranks, and return the failures that they show."""
+    out_of_memory = processes.has_oom_kill()
+    codes = read_exit_codes(work_folder) or {}
     return [failure_from_exit_code(rank, code, is_host_out_of_memory=out_of_memory) for rank, code in codes.items()]
 
 

@@ -1,4 +1,4 @@
-"""The termination message: the summary that the operator reads after the pod has ended."""
+"""Builds and writes the termination message: the summary that the operator reads after the pod has ended."""
 
 from __future__ import annotations
 
@@ -16,23 +16,24 @@ from finetune_trainer.supervisor.exit_decision import ExitDecision
 log = logging.getLogger(__name__)
 
 
-def termination_message(
+def build_termination_message(
     exit_decision: ExitDecision, report: ProgressReport, *, output: Output | None, start_step: int, node_name: str
 ) -> TerminationMessage:
+    """Return the termination message for an exit decision. `start_step`: the step from which this incarnation started."""
     newest = report.checkpoints[0] if report.checkpoints else None
     common_fields: dict[str, Any] = {
-        "exit_code": int(exit_decision.code), "node": node_name or None, "step": report.progress.step,
+        "exit_code": int(exit_decision.exit_code), "node": node_name or None, "step": report.progress.step,
         "committed_step": newest.step if newest else None, "checkpoint": newest.uri if newest else None,
         "latest_checkpoint": newest.uri if newest else None, "resumed_from_step": report.resumed_from_step,
         "progress": report.progress, "metrics": report.metrics, "checkpoints": report.checkpoints, "resolved": report.resolved,
         "plan": report.plan, "time_use": report.time_use,
         "output": output, "evaluation": report.evaluation, "stage": exit_decision.stage,
     }  # fmt: skip
-    if exit_decision.code == ExitCode.OK:
+    if exit_decision.exit_code == ExitCode.OK:
         return TerminationMessage(**common_fields)
     failure = exit_decision.failure
     if failure is None:
-        is_saved = exit_decision.code == ExitCode.PREEMPTED_SAVED
+        is_saved = exit_decision.exit_code == ExitCode.PREEMPTED_SAVED
         location = "after training" if output is not None else f"at step {report.progress.step or start_step}"
         return TerminationMessage(
             **common_fields, class_=FailureClass.PREEMPTED, code="StoppedSaved" if is_saved else "StoppedUnsaved",

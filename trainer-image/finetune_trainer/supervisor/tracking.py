@@ -1,6 +1,6 @@
-"""Starts the process that sends the run to trackers, gives it the events of the run, and reports its problems.
+"""Starts the tracker process, which sends the run to trackers, passes the events of the run to it, and reports its problems.
 
-The process never delays or ends a run. If it crashes, it is started again a few times. Only rank 0's pod tracks the run.
+The tracker process never delays or ends a run. If it crashes, it is started again up to `MAX_RESTARTS` times. Only rank 0's pod tracks the run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from typing import Any
 
-from finetune_api.lineage import without_secrets
+from finetune_api.lineage import remove_secrets
 from finetune_api.names import HUB_TOKEN, JUDGE_KEY, Env, ExitCode, Reason, Storage
 from finetune_api.pod import RunConfig
 from finetune_api.sources import redact_source
@@ -27,7 +27,7 @@ from finetune_trainer.checkpoint.manifest import RunFacts
 from finetune_trainer.checkpoint.restore import RestoreResult
 from finetune_trainer.processes import ChildProcess, spare_process
 from finetune_trainer.results.log_entry import LogEntry
-from finetune_trainer.results.run_names import run_name
+from finetune_trainer.results.run_names import build_run_name
 from finetune_trainer.settings import Settings
 from finetune_trainer.supervisor.exit_decision import ExitDecision
 from finetune_trainer.supervisor.run_state import RunState
@@ -57,46 +57,47 @@ log = logging.getLogger(__name__)
 POLL_SECONDS = 0.2
 MAX_RESTARTS = 3
 RESTART_PAUSE_SECONDS = 5.0
-END_SECONDS = 120.0
-"""Maximum wait for trackers at the end of an attempt."""
-PROBLEM_SECONDS = 30.0
+END_TIMEOUT_SECONDS = 120.0
+"""Maximum wait for trackers at the end of an attempt, if no tracker has a problem."""
+PROBLEM_TIMEOUT_SECONDS = 30.0
 """Maximum wait for trackers at the end of an attempt if a tracker has a problem."""
-STOP_SECONDS = 5.0
-"""Maximum wait for trackers after a stop request. The wait is short, because the next attempt sends the rest, or a user waits at the terminal."""
-UNTRACKED_GROUPS = ("placement", "storage", "policy")
-"""Groups of the spec that are not sent as parameters of the run. `placement.env` may contain secrets."""
-OTHER_CREDENTIALS = (JUDGE_KEY, HUB_TOKEN, Env.HF_TOKEN)
+STOP_TIMEOUT_SECONDS = 5.0
+"""Maximum wait for trackers after a stop request. It is short, because the next attempt sends the remaining values, or a user waits at the terminal."""
+UNTRACKED_SPEC_FIELDS = ("placement", "storage", "policy")
+"""Top-level fields of the spec that are not sent as parameters of the run, for example because `placement.env` may contain secrets."""
+UNNEEDED_CREDENTIAL_VARIABLES = (JUDGE_KEY, HUB_TOKEN, Env.HF_TOKEN)
+"""Environment variables with credentials that the tracker process does not need."""
 TRACKER_ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20", "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ASYNC_LOGGING": "false", "WANDB_ERROR_REPORTING": "false", "WANDB_SILENT": "true", "DO_NOT_TRACK": "true",
 }  # fmt: skip
 WRITABLE_FOLDERS = ("HOME", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR", "MPLCONFIGDIR", "XDG_CACHE_HOME")
-"""Variables that name folders to which the libraries write. They are set because the pod's root file system is read-only."""
+"""Environment variables that name the folders to which libraries write. They are set because the pod's root file system is read-only."""
 
 
 def is_tracked(run: RunConfig, node_rank: int) -> bool:
-    """Whether this pod sends values to trackers or samples the system."""
+    """Whether this pod sends values to trackers or records system metrics."""
     return node_rank == 0 and bool(run.spec.tracking.report_to or run.spec.tracking.system_metrics)
 
 
 class RunTracking:
-    """Tracks one attempt. Events that are recorded before `start` are kept. Without trackers, no events are recorded."""
+    """Tracks one attempt. Events before `start` are dropped, and without trackers and system metrics all events are dropped."""
 
     def __init__(self, run: RunConfig, settings: Settings, run_state: RunState) -> None:
         self._run, self._settings, self._state = run, settings, run_state
         self._is_enabled = is_tracked(run, settings.node_rank)
-        self._folder = settings.work / "tracking"
+        self._folder = settings.work_folder / "tracking"
         self._lock = threading.Lock()
         self._process: ChildProcess | None = None
         self._monitor: threading.Thread | None = None
         self._is_ending = threading.Event()
-        self._train_start: float | None = None
+        self._training_start_time: float | None = None
         self._last_step = 0
 
     def start(self, started_at: datetime, past_entries: Sequence[LogEntry], *, resumed_from_step: int | None) -> None:
-        """Start the process. `past_entries`: logged lines of the run until this attempt. `started_at`: start of the first attempt.
+        """Start the tracker process. `started_at`: when the first attempt started. `past_entries`: the log lines of earlier attempts.
 
-        `resumed_from_step`: None if this attempt does not train.
+        `resumed_from_step`: the step from which this attempt trains; None if it does not train.
         """
         if not self._is_enabled:
             return
@@ -110,7 +111,7 @@ class RunTracking:
         self._last_step = past_entries[-1].step if past_entries else 0
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir(parents=True)
-        task = tracked_run(self._run, started_at, resumed_from_step=resumed_from_step)
+        task = describe_tracked_run(self._run, started_at, resumed_from_step=resumed_from_step)
         (self._folder / TASK_FILE).write_text(task.model_dump_json())
         append_events(self._folder / EVENTS_FILE, (LogEvent(entry=entry) for entry in past_entries))
         self._process = self._start_process()
@@ -119,8 +120,8 @@ class RunTracking:
 
     # ---- events ----
 
-    def record(self, *events: Event) -> None:
-        """Add events, unless the job has no trackers or the process was not started."""
+    def record_events(self, *events: Event) -> None:
+        """Pass events to the tracker process, if it was started and the attempt has not ended."""
         if self._process is None or self._is_ending.is_set():
             return
         with self._lock:
@@ -130,62 +131,62 @@ class RunTracking:
                 self._state.set_tracker_problem(f"{Reason.TRACKER_FAILED}: a value was not recorded for trackers: {error.strerror}")
 
     def record_log_line(self, step: int, values: dict[str, Any]) -> None:
-        """Add a logged line."""
+        """Pass a log line to the tracker process."""
         self._last_step = step
-        self.record(LogEvent(entry=LogEntry.model_validate({"step": step, **values})))
+        self.record_events(LogEvent(entry=LogEntry.model_validate({"step": step, **values})))
 
     def record_training(self, facts: RunFacts) -> None:
-        """Add the data sets and the start of training."""
-        self._train_start = time.time()
-        self.record(DataEvent(sources=data_sources(self._run, facts)), PhaseEvent(phase=TrackedPhase.TRAIN, start_time=self._train_start))
+        """Pass the data sets and the start of training to the tracker process."""
+        self._training_start_time = time.time()
+        self.record_events(DataEvent(sources=list_data_sources(self._run, facts)), PhaseEvent(phase=TrackedPhase.TRAIN, start_time=self._training_start_time))
 
     def record_model(self, output: Output) -> None:
-        """Add the address of the committed model, and the end of training."""
-        self.record(ArtifactEvent(name="model", uri=output.uri or "", sha256=output.sha256))
-        if self._train_start is not None:
-            self.record(
-                PhaseEvent(phase=TrackedPhase.TRAIN, start_time=self._train_start, end_time=time.time(), end=RunEnd.FINISHED, step=self._last_step)
+        """Pass the address of the committed model and the end of training to the tracker process."""
+        self.record_events(ArtifactEvent(name="model", uri=output.uri or "", sha256=output.sha256))
+        if self._training_start_time is not None:
+            self.record_events(
+                PhaseEvent(phase=TrackedPhase.TRAIN, start_time=self._training_start_time, end_time=time.time(), end=RunEnd.FINISHED, step=self._last_step)
             )
 
     def record_evaluation(self, evaluation: EvaluationResult | None, start_time: float) -> None:
-        """Add the results of the stages after training."""
+        """Pass the results of the stages after training to the tracker process."""
         if evaluation is None:
             return
         values = {name: metric.value for name, metric in (evaluation.metrics or {}).items() if metric.value is not None}
         times: dict[str, Any] = {"start_time": start_time, "end_time": time.time(), "end": RunEnd.FINISHED, "step": self._last_step}
         if self._run.spec.phases.infer:
-            self.record(PhaseEvent(phase=TrackedPhase.INFER, **times))
+            self.record_events(PhaseEvent(phase=TrackedPhase.INFER, **times))
         if values:
-            self.record(PhaseEvent(phase=TrackedPhase.EVALUATE, values=values, **times))
-        self.record(ArtifactEvent(name="evaluation", uri=f"{self._run.storage.uri}/{Storage.EVALUATION}"))
+            self.record_events(PhaseEvent(phase=TrackedPhase.EVALUATE, values=values, **times))
+        self.record_events(ArtifactEvent(name="evaluation", uri=f"{self._run.storage.uri}/{Storage.EVALUATION}"))
 
     # ---- end ----
 
-    def finish(self, decision: ExitDecision, *, is_ended_by_user: bool, latest_end: Callable[[], float]) -> None:
-        """Record the end of the attempt, and wait until it is sent. If values were not sent, add a note.
+    def finish(self, decision: ExitDecision, *, is_ended_by_user: bool, get_latest_end: Callable[[], float]) -> None:
+        """Pass the end of the attempt to the tracker process, and wait until everything is sent. If values were not sent, add a note.
 
-        `latest_end`: returns the monotonic time at which the wait must end. It is called repeatedly, because the pod may be stopped during
+        `get_latest_end`: returns the monotonic time at which the wait must end. It is called repeatedly, because the pod may be stopped during
         the wait.
         """
         if self._process is None:
             return
-        end = run_end(decision, is_ended_by_user=is_ended_by_user)
+        end = to_run_end(decision, is_ended_by_user=is_ended_by_user)
         failure = decision.failure.error.code if decision.failure is not None else None
-        self.record(EndEvent(end=end, time=time.time(), reason=failure))
+        self.record_events(EndEvent(end=end, time=time.time(), reason=failure))
         self._is_ending.set()
         (self._folder / ENDING_FILE).touch()
         started = time.monotonic()
-        while self._process.poll() is None and time.monotonic() < min(started + self._seconds_to_wait(end), latest_end()):
+        while self._process.poll() is None and time.monotonic() < min(started + self._seconds_to_wait(end), get_latest_end()):
             threading.Event().wait(POLL_SECONDS / 4)
         self._process.stop()
-        if end is not RunEnd.INTERRUPTED:  # After an interruption, the next attempt sends the rest.
+        if end is not RunEnd.INTERRUPTED:  # After an interruption, the next attempt sends the values that are missing.
             for note in self._notes_on_unsent_events():
                 self._state.add_note(note)
 
     def _seconds_to_wait(self, end: RunEnd) -> float:
         if end in (RunEnd.INTERRUPTED, RunEnd.KILLED):
-            return STOP_SECONDS
-        return END_SECONDS if self._problem() is None else PROBLEM_SECONDS
+            return STOP_TIMEOUT_SECONDS
+        return END_TIMEOUT_SECONDS if self._find_problem() is None else PROBLEM_TIMEOUT_SECONDS
 
     def _notes_on_unsent_events(self) -> Iterator[str]:
         states = self._read_state().trackers
@@ -198,27 +199,27 @@ class RunTracking:
     # ---- the process ----
 
     def _start_process(self) -> ChildProcess:
-        process = ChildProcess([sys.executable, "-m", "finetune_trainer", "track", str(self._folder)], self._environment())
+        process = ChildProcess([sys.executable, "-m", "finetune_trainer", "track", str(self._folder)], self._build_environment())
         spare_process(process.pid)
         return process
 
-    def _environment(self) -> dict[str, str]:
-        """Return the environment of the process.
+    def _build_environment(self) -> dict[str, str]:
+        """Return the environment of the tracker process.
 
-        It contains the credentials of trackers and storage, and makes the libraries write only below the process's folder.
+        It contains the credentials of trackers and storage, and makes libraries write only below the folder `tracking`.
         """
-        inherited = {name: value for name, value in os.environ.items() if name not in OTHER_CREDENTIALS}
+        inherited = {name: value for name, value in os.environ.items() if name not in UNNEEDED_CREDENTIAL_VARIABLES}
         home = str(self._folder / "home")
         return {
             **TRACKER_ENVIRONMENT, **inherited, **dict.fromkeys(WRITABLE_FOLDERS, home), "OMP_NUM_THREADS": "1",
-            Env.RUN_FILE: str(self._settings.run_file), Env.WORK_DIR: str(self._settings.work),
+            Env.RUN_FILE: str(self._settings.run_file), Env.WORK_DIR: str(self._settings.work_folder),
         }  # fmt: skip
 
     def _watch(self) -> None:
-        """Report problems of trackers, and start the process again if it has crashed."""
+        """Report problems of trackers, and start the tracker process again if it has ended."""
         restarts = 0
         while not self._is_ending.wait(POLL_SECONDS):
-            self._state.set_tracker_problem(self._problem())
+            self._state.set_tracker_problem(self._find_problem())
             if self._process is None or self._process.poll() is None:
                 continue
             if restarts == MAX_RESTARTS:
@@ -230,7 +231,7 @@ class RunTracking:
                 return
             self._process = self._start_process()
 
-    def _problem(self) -> str | None:
+    def _find_problem(self) -> str | None:
         problems = [state for state in self._read_state().trackers.values() if state.problem is not None]
         if not problems:
             return None
@@ -243,44 +244,44 @@ class RunTracking:
             return TrackingState()
 
 
-def run_end(decision: ExitDecision, *, is_ended_by_user: bool) -> RunEnd:
+def to_run_end(decision: ExitDecision, *, is_ended_by_user: bool) -> RunEnd:
     """Return how the attempt ended. A requested stop is not a failure, because another attempt continues the run."""
-    if decision.code == ExitCode.OK:
+    if decision.exit_code == ExitCode.OK:
         return RunEnd.FINISHED
     if decision.failure is not None:
         return RunEnd.FAILED
     return RunEnd.KILLED if is_ended_by_user else RunEnd.INTERRUPTED
 
 
-def tracked_run(run: RunConfig, started_at: datetime, *, resumed_from_step: int | None = None) -> TrackedRun:
-    """Return the data about the run that trackers get."""
+def describe_tracked_run(run: RunConfig, started_at: datetime, *, resumed_from_step: int | None = None) -> TrackedRun:
+    """Return the description of the run that trackers get."""
     spec = run.spec
     return TrackedRun(
-        name=run_name(spec.output.run_name, job_name=run.name, started_at=started_at), project=spec.output.project or run.namespace,
+        name=build_run_name(spec.output.run_name, job_name=run.name, started_at=started_at), project=spec.output.project or run.namespace,
         namespace=run.namespace, job=run.name, uid=run.uid, attempt=run.attempt, model=redact_source(spec.model.source or ""),
-        storage_uri=run.storage.uri, started_at=started_at, resumed_from_step=resumed_from_step, parameters=parameters(run),
+        storage_uri=run.storage.uri, started_at=started_at, resumed_from_step=resumed_from_step, parameters=flatten_parameters(run),
     )  # fmt: skip
 
 
-def parameters(run: RunConfig) -> dict[str, str]:
-    """Return the values of the spec with all defaults, by path, without secrets and names of Secrets."""
-    spec, _ = without_secrets({name: value for name, value in run.spec.to_wire().items() if name not in UNTRACKED_GROUPS})
+def flatten_parameters(run: RunConfig) -> dict[str, str]:
+    """Return the values of the spec with all defaults, by path. Secrets and names of Secrets are left out."""
+    spec, _ = remove_secrets({name: value for name, value in run.spec.to_wire().items() if name not in UNTRACKED_SPEC_FIELDS})
     return dict(sorted(_flatten(spec)))
 
 
-def _flatten(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+def _flatten(value: Any, spec_path: str = "") -> Iterator[tuple[str, str]]:
     match value:
         case dict():
             for name, entry in value.items():
                 if not name.endswith("SecretRef"):
-                    yield from _flatten(entry, f"{path}.{name}" if path else name)
+                    yield from _flatten(entry, f"{spec_path}.{name}" if spec_path else name)
         case str():
-            yield path, value
+            yield spec_path, value
         case _:
-            yield path, json.dumps(value, ensure_ascii=False)
+            yield spec_path, json.dumps(value, ensure_ascii=False)
 
 
-def data_sources(run: RunConfig, facts: RunFacts) -> tuple[DataSource, ...]:
+def list_data_sources(run: RunConfig, facts: RunFacts) -> tuple[DataSource, ...]:
     """Return the sources of training, validation and test data, with their digests."""
     data = run.spec.dataset
     training = [data.train, *(part.source for part in data.mixture or [])]
@@ -291,19 +292,19 @@ def data_sources(run: RunConfig, facts: RunFacts) -> tuple[DataSource, ...]:
     return tuple(sources)
 
 
-def entries_of_checkpoint(restored: RestoreResult) -> list[LogEntry]:
-    """Return the logged lines of the run up to a checkpoint. The Trainer's state in the checkpoint contains the lines of all attempts."""
-    if restored.path is None:
+def read_checkpoint_log(restored: RestoreResult) -> list[LogEntry]:
+    """Return the log lines of all attempts up to the restored checkpoint, which contains them in the Trainer's state."""
+    if restored.local_folder is None:
         return []
     try:
-        history = json.loads((restored.path / "trainer_state.json").read_text())["log_history"]
+        history = json.loads((restored.local_folder / "trainer_state.json").read_text())["log_history"]
         return [LogEntry.model_validate(line) for line in history]
     except (OSError, ValueError, KeyError):
-        log.warning("the logged lines of the restored checkpoint cannot be read")
+        log.warning("the log lines in the restored checkpoint cannot be read")
         return []
 
 
-def entries_of_log(data: bytes | None) -> list[LogEntry]:
-    """Return the logged lines of `log.jsonl`."""
+def parse_log(data: bytes | None) -> list[LogEntry]:
+    """Return the log lines in the content of `log.jsonl`."""
     return [LogEntry.from_json(line) for line in (data or b"").decode().splitlines()]
 

@@ -1,7 +1,7 @@
-"""Measures whether the processes of the ranks work, from outside. A rank that hangs in a system call or in a library cannot report it.
+"""Measures from outside whether the processes of the ranks work, because a rank that hangs in a system call or in a library cannot report this.
 
-Loading a model sends no heartbeats, and its duration is unknown. But a process that loads computes, reads files, or waits for pages of
-mapped files. A process that waits for a dead file server does none of these.
+A rank sends no heartbeats while it loads a model, and the duration of loading is unknown. But a process that loads computes, reads files, or
+waits for pages of mapped files. A process that waits for a dead file server does none of these.
 """
 
 from __future__ import annotations
@@ -16,41 +16,42 @@ from pathlib import Path
 from finetune_trainer import processes
 
 MIN_CPU_SHARE = 0.05
-"""Minimum share of a core. The polling threads of a rank that waits use about 0.01."""
+"""A rank works if it uses more than this share of a core. The polling threads of a waiting rank use about 0.01."""
 MIN_BYTES_PER_SECOND = 16_384
 MIN_FAULTS_PER_SECOND = 1.0
-LONGEST_WINDOW_SECONDS = 30.0
+MAX_WINDOW_SECONDS = 30.0
 TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True)
 class Work:
-    """Work of processes since their start."""
+    """What one or more processes have done since their start."""
 
     cpu_seconds: float = 0.0
     bytes_moved: int = 0
-    """Bytes that were read and written, from disks, network file systems and caches."""
-    faults: int = 0
+    """Bytes read from and written to disks, network file systems and caches."""
+    page_fault_count: int = 0
     """Pages of mapped files that were read."""
     is_blocked: bool = False
     """Whether a thread waits in the kernel for a device or a network file system, and cannot be interrupted."""
 
     def __add__(self, other: Work) -> Work:
         return Work(
-            self.cpu_seconds + other.cpu_seconds, self.bytes_moved + other.bytes_moved, self.faults + other.faults, self.is_blocked or other.is_blocked,
+            self.cpu_seconds + other.cpu_seconds, self.bytes_moved + other.bytes_moved, self.page_fault_count + other.page_fault_count,
+            self.is_blocked or other.is_blocked,
         )  # fmt: skip
 
-    def is_much_more_than(self, before: Work, seconds: float) -> bool:
-        """Whether the processes worked in the `seconds` since `before`."""
+    def shows_work_since(self, earlier_work: Work, seconds: float) -> bool:
+        """Whether the processes worked in the `seconds` since `earlier_work` was measured."""
         return (
-            self.cpu_seconds - before.cpu_seconds > MIN_CPU_SHARE * seconds
-            or self.bytes_moved - before.bytes_moved > MIN_BYTES_PER_SECOND * seconds
-            or self.faults - before.faults > MIN_FAULTS_PER_SECOND * seconds
+            self.cpu_seconds - earlier_work.cpu_seconds > MIN_CPU_SHARE * seconds
+            or self.bytes_moved - earlier_work.bytes_moved > MIN_BYTES_PER_SECOND * seconds
+            or self.page_fault_count - earlier_work.page_fault_count > MIN_FAULTS_PER_SECOND * seconds
         )  # fmt: skip
 
 
-def work_of_process(pid: int) -> Work:
-    """Return the work of a process with its threads and its ended children; no work if the process has ended."""
+def measure_work(pid: int) -> Work:
+    """Return the work of a process, including its threads and its ended children. If the process has ended, return no work."""
     folder, moved, is_blocked = Path(f"/proc/{pid}"), 0, False
     with contextlib.suppress(OSError, ValueError, IndexError):
         fields = (folder / "stat").read_text().rpartition(")")[2].split()
@@ -58,50 +59,50 @@ def work_of_process(pid: int) -> Work:
             numbers = dict(line.split(": ") for line in (folder / "io").read_text().splitlines())
             moved = sum(int(numbers[name]) for name in ("rchar", "wchar", "read_bytes"))
         for thread in (folder / "task").iterdir():
-            with contextlib.suppress(OSError, IndexError):  # the thread has ended
+            with contextlib.suppress(OSError, IndexError):  # The thread has ended.
                 is_blocked = is_blocked or (thread / "stat").read_text().rpartition(")")[2].split()[0] == "D"
-        # With the children that have ended. The kernel adds their bytes to those of the parent, too. Without them, the end of a child would
-        # look like negative work, and short children would not count at all.
+        # The work of ended children is included, as the kernel includes their bytes. Otherwise the end of a child would look like
+        # negative work, and the work of short-lived children would not count.
         ticks, faults = sum(map(int, fields[11:15])), int(fields[9]) + int(fields[10])
         return Work(ticks / TICKS_PER_SECOND, moved, faults, is_blocked)
     return Work()
 
 
-def work_of_descendants() -> Work:
+def measure_work_of_descendants() -> Work:
     """Return the work of all running descendants of this process."""
-    return sum((work_of_process(pid) for pid in processes.descendants()), Work())
+    return sum((measure_work(pid) for pid in processes.descendants()), Work())
 
 
 class WorkWatch:
-    """Finds how long the ranks have not worked."""
+    """Measures for how long the ranks have not worked."""
 
-    def __init__(self, measure: Callable[[], Work] = work_of_descendants) -> None:
+    def __init__(self, measure: Callable[[], Work] = measure_work_of_descendants) -> None:
         self._measure = measure
-        self._before: tuple[float, Work] | None = None
+        self._last_measurement: tuple[float, Work] | None = None
         self._worked_at = 0.0
-        self._is_blocked = False
+        self._was_always_blocked = False
 
     def restart(self) -> None:
-        """Discard earlier measurements."""
-        self._before = None
+        """Discard the earlier measurements, and begin again at the next call of `idle_seconds`."""
+        self._last_measurement = None
 
-    def idle_seconds(self, window_seconds: float) -> float:
-        """Return the seconds since the ranks last worked. Measures once in each window, which is at most 30 s long."""
+    def measure_idle_seconds(self, window_seconds: float) -> float:
+        """Return the seconds since the ranks last worked. It measures once in each window of `window_seconds`, or of 30 s if that is shorter."""
         now = time.monotonic()
-        if self._before is None:
-            self._before, self._worked_at, self._is_blocked = (now, self._measure()), now, True
+        if self._last_measurement is None:
+            self._last_measurement, self._worked_at, self._was_always_blocked = (now, self._measure()), now, True
             return 0.0
-        measured_at, before = self._before
+        measured_at, before = self._last_measurement
         seconds = now - measured_at
-        if seconds >= min(window_seconds, LONGEST_WINDOW_SECONDS):
+        if seconds >= min(window_seconds, MAX_WINDOW_SECONDS):
             work = self._measure()
-            if work.is_much_more_than(before, seconds):
-                self._worked_at, self._is_blocked = now, True
-            self._is_blocked = self._is_blocked and work.is_blocked
-            self._before = (now, work)
+            if work.shows_work_since(before, seconds):
+                self._worked_at, self._was_always_blocked = now, True
+            self._was_always_blocked = self._was_always_blocked and work.is_blocked
+            self._last_measurement = (now, work)
         return now - self._worked_at
 
     @property
     def was_blocked(self) -> bool:
         """Whether a thread was blocked at every measurement since the ranks last worked."""
-        return self._is_blocked
+        return self._was_always_blocked

@@ -1,1 +1,1 @@
-"""Sends the values of a run to experiment trackers, in a separate process (`finetune-trainer track`)."""
+"""Sends the values of a run to experiment trackers, in a process of its own (`finetune-trainer track`)."""

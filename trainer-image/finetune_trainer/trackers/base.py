@@ -1,9 +1,8 @@
-"""The interface of a tracker, the data about the run that every tracker gets, and the errors of trackers.
+"""Defines the interface of a tracker, the facts about the run that each tracker gets, and the errors of trackers.
 
-Events are sent again after an error and in a new attempt, so a tracker must accept events that it already has. A tracker does this in one
-of three ways: it asks its server for the newest step of each value, it writes its records under keys, or it rewrites its files. The number
-of sent events is not stored. Otherwise, a process that is killed after sending events and before storing this number would cause
-duplicates.
+Events are sent again after an error and in a new attempt, so a tracker must accept events that it already has. To recognise them, a tracker asks its server
+for the newest step of each value, writes its records under fixed keys, or rewrites its files. The number of sent events is not stored, because a process may
+be killed after it sends events and before it stores their number.
 """
 
 from __future__ import annotations
@@ -20,12 +19,15 @@ from pydantic import BaseModel, ConfigDict, Field
 from finetune_trainer.results.log_entry import LogEntry
 from finetune_trainer.trackers.events import Event
 
-NOT_SENT = frozenset({"step", "unix_time"})
-"""Values of a logged line that say to which step and time the other values belong."""
+NOT_SENT_FIELDS = frozenset({"step", "unix_time"})
+"""Fields of a log entry that are not sent as values: they say to which step and time the other fields belong."""
 
 
 class TrackerError(Exception):
-    """A tracker did not accept events. The message contains no credentials, and no texts of the server, because these may repeat credentials."""
+    """A tracker did not accept events.
+
+    The message contains neither credentials nor texts from the server, which may repeat credentials.
+    """
 
     def __init__(self, reason: Reason, message: str) -> None:
         super().__init__(message)
@@ -33,7 +35,7 @@ class TrackerError(Exception):
 
 
 class TrackedRun(BaseModel):
-    """The data about the run that every tracker gets."""
+    """The facts about the run that each tracker gets."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -59,51 +61,51 @@ class TrackedRun(BaseModel):
 
 
 class FileStorage(Protocol):
-    """Storage for trackers that write files."""
+    """The storage in which trackers that write files store them."""
 
     def put_file(self, path: Path, key: str) -> None:
         """Store a file, unless a later attempt has begun. `key`: relative to the job's folder."""
 
 
 class Tracker(Protocol):
-    """One tracker. All methods are called by one thread. Errors: TrackerError, or any exception of the tracker's library."""
+    """An experiment tracker. One thread calls all methods. Errors: TrackerError, or any exception of the tracker's library."""
 
     name: str
 
     def open(self) -> None:
-        """Connect, and create the remote run or continue it. Called again after each error."""
+        """Connect, and create or continue the run in the tracker. Called again after each error."""
 
     def send(self, events: Sequence[Event]) -> None:
-        """Send events. Events that the tracker already has are skipped or replaced."""
+        """Send events. An event that the tracker already has is skipped or replaced."""
 
     def flush(self) -> None:
-        """Send or store the events that `send` has only buffered. Called at intervals and after the last event."""
+        """Send or store everything that `send` has only buffered. Called at intervals, and after the last event."""
 
     def explain(self, error: Exception) -> TrackerError:
         """Return the TrackerError for an exception of the tracker's library."""
 
     @property
     def run_address(self) -> str | None:
-        """Address or id of the run in the tracker, as soon as it is known."""
+        """Address or id of the run in the tracker. None until it is known."""
 
 
 def logged_values(entry: LogEntry) -> dict[str, float]:
-    """Return the numbers of a logged line, without its step and time. Numbers that are not finite are left out."""
+    """Return the finite numbers of a log entry, without its step and time."""
     return {
         name: float(value)
         for name, value in entry.to_wire().items()
-        if name not in NOT_SENT and isinstance(value, int | float) and not isinstance(value, bool)
+        if name not in NOT_SENT_FIELDS and isinstance(value, int | float) and not isinstance(value, bool)
     }
 
 
-def without_password(uri: str) -> str:
+def strip_to_server(address: str) -> str:
     """Return the scheme, host and port of an address, without user, password, path and query."""
-    match = re.match(r"^([\w+.-]+://)?(?:[^/@]*@)?([^/?#]*)", uri)
+    match = re.match(r"^([\w+.-]+://)?(?:[^/@]*@)?([^/?#]*)", address)
     return f"{match[1] or ''}{match[2]}" if match else "the server"
 
 
 def connection_error(tracker: str, address: str, error: Exception) -> TrackerError:
-    """Return the error for a server that does not answer. The exception's text is not shown; it only selects one of three reasons."""
+    """Return the error for a server that does not answer. The exception's text only selects one of three reasons; the message does not contain it."""
     text = str(error).lower()
     if "refused" in text:
         reason = "the connection was refused"
@@ -111,9 +113,9 @@ def connection_error(tracker: str, address: str, error: Exception) -> TrackerErr
         reason = "its name cannot be resolved"
     else:
         reason = f"its response is not valid ({type(error).__name__})"
-    return TrackerError(Reason.TRACKER_UNAVAILABLE, f"{tracker} at {without_password(address)} could not be reached: {reason}")
+    return TrackerError(Reason.TRACKER_UNAVAILABLE, f"{tracker} at {strip_to_server(address)} could not be reached: {reason}")
 
 
-def rejected_error(tracker: str, address: str, hint: str) -> TrackerError:
+def rejected_credentials_error(tracker: str, address: str, hint: str) -> TrackerError:
     """Return the error for credentials that the server does not accept."""
-    return TrackerError(Reason.TRACKER_CREDENTIALS_REJECTED, f"{tracker} at {without_password(address)} does not accept the credentials; {hint}")
+    return TrackerError(Reason.TRACKER_CREDENTIALS_REJECTED, f"{tracker} at {strip_to_server(address)} does not accept the credentials; {hint}")

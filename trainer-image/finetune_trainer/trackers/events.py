@@ -1,8 +1,8 @@
-"""The events of a run that trackers receive, and the file in which they wait.
+"""Defines the events of a run that trackers receive, and the file in which events wait.
 
 The supervisor appends events to the file, one JSON object per line. Each tracker reads the file from its own position, so a tracker that
-is down loses nothing and does not delay the others. A new attempt writes a new file that begins with the logged lines of the run up to the
-checkpoint.
+is down loses no events and does not delay other trackers. A new attempt writes a new file, which begins with the log entries of the run up
+to the checkpoint from which the attempt resumes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MAX_BYTES_PER_READ = 1024 * 1024
 
 
 class TrackedPhase(StrEnum):
-    """A phase of the job. The values are the field names of `spec.phases`."""
+    """A phase of the job. Each value is the name of a field of `spec.phases`."""
 
     TRAIN = "train"
     INFER = "infer"
@@ -34,7 +34,7 @@ class RunEnd(StrEnum):
     FINISHED = "finished"
     """All phases are done."""
     FAILED = "failed"
-    """The attempt failed. If the operator starts another attempt, this attempt sets the run to running again."""
+    """The attempt failed. If the operator starts another attempt, the new attempt sets the run to running again."""
     INTERRUPTED = "interrupted"
     """The pod was stopped, for example by a preemption. Another attempt continues the run."""
     KILLED = "killed"
@@ -46,7 +46,7 @@ class _Event(BaseModel):
 
 
 class LogEvent(_Event):
-    """One logged line."""
+    """One log entry of the run."""
 
     kind: Literal["log"] = "log"
     entry: LogEntry
@@ -57,11 +57,11 @@ class DataSource(_Event):
 
     context: str = Field(description="`training`, `validation` or `testing`.")
     source: str = Field(description="URI of the source, without secrets.")
-    digest: str = Field(description="sha256 (hex) of all training data, or of this source.")
+    digest: str = Field(description="sha256 (hex) of this source, or of all training data.")
 
 
 class DataEvent(_Event):
-    """The data sets of the run."""
+    """The data sources of the run."""
 
     kind: Literal["data"] = "data"
     sources: tuple[DataSource, ...]
@@ -76,11 +76,11 @@ class PhaseEvent(_Event):
     end_time: float | None = Field(default=None, description="Seconds since 1970. None: the phase is running.")
     end: RunEnd | None = None
     values: dict[str, float] = Field(default_factory=dict, description="Results of the phase, by name.")
-    step: int = Field(default=0, description="Optimizer steps of the model that the values belong to.")
+    step: int = Field(default=0, description="Number of optimizer steps after which the values were measured.")
 
 
 class ArtifactEvent(_Event):
-    """A file or folder that the run has stored. Trackers get its address, not its content."""
+    """A file or folder that the run has stored. Trackers get its address, not its contents."""
 
     kind: Literal["artifact"] = "artifact"
     name: str
@@ -103,27 +103,27 @@ class EndEvent(_Event):
     kind: Literal["end"] = "end"
     end: RunEnd
     time: float = Field(description="Seconds since 1970.")
-    reason: str | None = Field(default=None, description="Code of the failure.")
+    reason: str | None = Field(default=None, description="Code of the failure. None if the attempt did not fail.")
 
 
 Event = LogEvent | DataEvent | PhaseEvent | ArtifactEvent | SystemEvent | EndEvent
 _EVENT: TypeAdapter[Any] = TypeAdapter(Annotated[Event, Field(discriminator="kind")])
 
 
-def event_line(event: Event) -> str:
+def event_to_line(event: Event) -> str:
     """Return the event as one line of the file."""
     return event.model_dump_json(exclude_none=True) + "\n"
 
 
 def append_events(path: Path, events: Iterable[Event]) -> None:
     """Append events to a file, with one write call for all of them."""
-    data = "".join(event_line(event) for event in events)
+    data = "".join(event_to_line(event) for event in events)
     with path.open("a", encoding="utf-8") as stream:
         stream.write(data)
 
 
 class EventReader:
-    """Reads the complete lines of a file that grows. `position`: bytes that are read and handled."""
+    """Reads events from the complete lines of a growing file. `position`: number of bytes whose events were read and handled."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -131,7 +131,7 @@ class EventReader:
         self._next_position = 0
 
     def read(self) -> list[Event]:
-        """Return the next events, at most `MAX_EVENTS_PER_BATCH`. Without `confirm`, the next call returns the same events."""
+        """Return the next events, at most `MAX_EVENTS_PER_BATCH`. Until `confirm` is called, each call returns the same events."""
         try:
             with self._path.open("rb") as stream:
                 stream.seek(self.position)
@@ -144,5 +144,5 @@ class EventReader:
         return [_EVENT.validate_json(line) for line in complete]
 
     def confirm(self) -> None:
-        """Record that the events of the last `read` were handled."""
+        """Record that the events of the last `read` are handled, so that the next `read` returns later events."""
         self.position = self._next_position

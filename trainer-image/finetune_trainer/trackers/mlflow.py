@@ -1,8 +1,8 @@
 """Sends a run to an MLflow server: a parent run for the job, and a child run for each phase.
 
-The runs are found by the tag with the FineTuneJob's uid, so another attempt continues them, even if the server's answer to the create
-request was lost. MLflow keeps every value that it receives. Before values are sent, the server is asked for the newest step of each metric,
-and older steps are skipped. If a resumed attempt measures another value for a step that was sent before, MLflow keeps the first value.
+Another attempt continues the same runs, because it finds them by the tag with the FineTuneJob's uid, even if the server's answer to the create
+request was lost. MLflow keeps every value that it receives. So the tracker first asks the server for the newest step of each metric, and sends
+only values of later steps. If a resumed attempt repeats a step, MLflow keeps the value of the earlier attempt.
 """
 
 from __future__ import annotations
@@ -18,7 +18,13 @@ from finetune_api.names import Reason
 
 from finetune_trainer.addresses import refuse_metadata_address
 from finetune_trainer.results.log_entry import LineKind, LogEntry
-from finetune_trainer.trackers.base import TrackedRun, TrackerError, connection_error, logged_values, rejected_error
+from finetune_trainer.trackers.base import (
+    TrackedRun,
+    TrackerError,
+    connection_error,
+    logged_values,
+    rejected_credentials_error,
+)
 from finetune_trainer.trackers.events import (
     ArtifactEvent,
     DataEvent,
@@ -36,11 +42,12 @@ MAX_PARAMETERS_PER_REQUEST = 100
 MAX_PARAMETER_LENGTH = 500
 MAX_DIGEST_LENGTH = 36
 REDIRECTS_VARIABLE = "MLFLOW_ALLOW_HTTP_REDIRECTS"
-PARENT = "job"
-SUFFIXES = {TrackedPhase.TRAIN: "_finetuning", TrackedPhase.INFER: "_inferencing", TrackedPhase.EVALUATE: "_evaluation"}
+PARENT_RUN_PART = "job"
+"""Value of the tag `finetune.part` of the parent run. Child runs have the name of their phase."""
+RUN_NAME_SUFFIXES = {TrackedPhase.TRAIN: "_finetuning", TrackedPhase.INFER: "_inferencing", TrackedPhase.EVALUATE: "_evaluation"}
 """Suffixes of the names of child runs."""
-STATUSES = {RunEnd.FINISHED: "FINISHED", RunEnd.FAILED: "FAILED", RunEnd.KILLED: "KILLED", RunEnd.INTERRUPTED: "SCHEDULED"}
-"""Status of the MLflow run after an attempt has ended. SCHEDULED: the job waits for its next attempt."""
+STATUS_BY_RUN_END = {RunEnd.FINISHED: "FINISHED", RunEnd.FAILED: "FAILED", RunEnd.KILLED: "KILLED", RunEnd.INTERRUPTED: "SCHEDULED"}
+"""The status that MLflow shows for a run after an attempt has ended. SCHEDULED means that the job waits for its next attempt."""
 ENDED_STATUSES = ("FINISHED", "FAILED", "KILLED")
 
 
@@ -67,7 +74,7 @@ class Mlflow:
 
     @property
     def run_address(self) -> str | None:
-        parent = self._runs.get(PARENT)
+        parent = self._runs.get(PARENT_RUN_PART)
         return None if parent is None else f"{self._uri.rstrip('/')}/#/experiments/{self._experiment_id}/runs/{parent.id}"
 
     def open(self) -> None:
@@ -81,7 +88,7 @@ class Mlflow:
         self._client = MlflowClient(tracking_uri=self._uri)
         self._runs = {}
         self._experiment_id = self._find_experiment()
-        parent = self._find_or_create(PARENT, self._run.name, self._run.started_at.timestamp())
+        parent = self._find_or_create(PARENT_RUN_PART, self._run.name, self._run.started_at.timestamp())
         self._log_parameters(parent)
         self._log_tags(parent, self._run.tags)
         self._set_running(parent)
@@ -91,20 +98,20 @@ class Mlflow:
         for event in events:
             match event:
                 case LogEvent(entry=entry):
-                    self._add(metrics, TrackedPhase.TRAIN, logged_values(entry), entry.step, entry.unix_time)
+                    self._add_new_metrics(metrics, TrackedPhase.TRAIN, logged_values(entry), entry.step, entry.unix_time)
                     if entry.kind is LineKind.SUMMARY:
-                        self._add(metrics, PARENT, _summary_values(entry), entry.step, entry.unix_time)
+                        self._add_new_metrics(metrics, PARENT_RUN_PART, _summary_values(entry), entry.step, entry.unix_time)
                 case SystemEvent():
-                    self._add(metrics, PARENT, event.values, event.seconds, event.time)
+                    self._add_new_metrics(metrics, PARENT_RUN_PART, event.values, event.seconds, event.time)
                 case PhaseEvent():
                     self._send_phase(event, metrics)
                 case DataEvent():
                     self._send_data(event)
                 case ArtifactEvent():
-                    self._log_tags(self._runs[PARENT], {f"artifact.{event.name}": event.uri})
+                    self._log_tags(self._runs[PARENT_RUN_PART], {f"artifact.{event.name}": event.uri})
                 case EndEvent():
                     self._send_metrics(metrics)
-                    self._end(event)
+                    self._end_runs(event)
         self._send_metrics(metrics)
 
     def flush(self) -> None:
@@ -118,7 +125,7 @@ class Mlflow:
             text = str(error)
             if status in (401, 403) or re.search(r"\b(401|403)\b|[Uu]nauthori[sz]ed|PERMISSION_DENIED", text):
                 hint = "check the variables MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, in placement.env"
-                return rejected_error(self.name, self._uri, hint)
+                return rejected_credentials_error(self.name, self._uri, hint)
             if "API request to" not in text and status < 500:
                 return TrackerError(Reason.TRACKER_FAILED, f"mlflow refused a request with the error {error.error_code}")
         return connection_error(self.name, self._uri, error)
@@ -132,7 +139,7 @@ class Mlflow:
         if experiment is None:
             try:
                 return str(self._client.create_experiment(self._experiment))
-            except MlflowException as error:  # Another run has created the experiment in the meantime.
+            except MlflowException as error:  # Another job may have created the experiment after the search.
                 experiment = self._client.get_experiment_by_name(self._experiment)
                 if experiment is None:
                     raise error
@@ -145,51 +152,51 @@ class Mlflow:
             remote = _RemoteRun(found[0])
         else:
             tags = {**self._run.tags, "finetune.part": part, "mlflow.user": self._run.namespace}
-            if part != PARENT:
-                tags["mlflow.parentRunId"] = self._runs[PARENT].id
+            if part != PARENT_RUN_PART:
+                tags["mlflow.parentRunId"] = self._runs[PARENT_RUN_PART].id
             remote = _RemoteRun(self._client.create_run(self._experiment_id, start_time=int(start * 1000), tags=tags, run_name=name))
         self._runs[part] = remote
         return remote
 
     def _phase_run(self, phase: TrackedPhase, start: float | None = None) -> _RemoteRun:
-        return self._runs.get(phase) or self._find_or_create(phase, self._run.name + SUFFIXES[phase], start or time.time())
+        return self._runs.get(phase) or self._find_or_create(phase, self._run.name + RUN_NAME_SUFFIXES[phase], start or time.time())
 
     def _set_running(self, remote: _RemoteRun) -> None:
         if remote.status != "RUNNING":
             self._client.update_run(remote.id, status="RUNNING")
             remote.status = "RUNNING"
 
-    def _end(self, event: EndEvent) -> None:
+    def _end_runs(self, event: EndEvent) -> None:
         self._find_started_phases()
-        status, end_time = STATUSES[event.end], int(event.time * 1000)
+        status, end_time = STATUS_BY_RUN_END[event.end], int(event.time * 1000)
         for part, remote in self._runs.items():
-            if part != PARENT and remote.status in ENDED_STATUSES:
-                continue  # This phase ended earlier, with its own status.
+            if part != PARENT_RUN_PART and remote.status in ENDED_STATUSES:
+                continue  # This phase has ended before, and keeps its status.
             if event.end is RunEnd.INTERRUPTED:
                 self._client.update_run(remote.id, status=status)
             else:
                 self._client.set_terminated(remote.id, status=status, end_time=end_time)
         if event.reason is not None:
-            self._log_tags(self._runs[PARENT], {"finetune.failure": event.reason})
+            self._log_tags(self._runs[PARENT_RUN_PART], {"finetune.failure": event.reason})
         if event.end is RunEnd.FINISHED:
             seconds = event.time - self._run.started_at.timestamp()
             metrics: dict[str, list[Any]] = {}
-            self._add(metrics, PARENT, {"pipeline_total_duration_seconds": seconds}, 0, event.time)
+            self._add_new_metrics(metrics, PARENT_RUN_PART, {"pipeline_total_duration_seconds": seconds}, 0, event.time)
             self._send_metrics(metrics)
 
     def _find_started_phases(self) -> None:
-        """Find child runs on the server that this process has not used since it connected."""
+        """Find the child runs on the server that this process does not know yet."""
         condition = f"tags.`finetune.uid` = '{self._run.uid}'"
         for run in self._client.search_runs([self._experiment_id], filter_string=condition, max_results=10):
-            self._runs.setdefault(run.data.tags.get("finetune.part", PARENT), _RemoteRun(run))
+            self._runs.setdefault(run.data.tags.get("finetune.part", PARENT_RUN_PART), _RemoteRun(run))
 
     # ---- values ----
 
     def _log_parameters(self, parent: _RemoteRun) -> None:
-        """Log the parameters. MLflow refuses to change a parameter, so a value that an adaptation has changed is logged as a tag."""
+        """Log the parameters. A value that an adaptation has changed is logged as a tag, because MLflow refuses to change a parameter."""
         from mlflow.entities import Param
 
-        values = {_key(name): value[:MAX_PARAMETER_LENGTH] for name, value in self._run.parameters.items()}
+        values = {_to_mlflow_name(name): value[:MAX_PARAMETER_LENGTH] for name, value in self._run.parameters.items()}
         new = [Param(name, value) for name, value in values.items() if name not in parent.parameters]
         for i in range(0, len(new), MAX_PARAMETERS_PER_REQUEST):
             self._client.log_batch(parent.id, params=new[i : i + MAX_PARAMETERS_PER_REQUEST])
@@ -202,14 +209,14 @@ class Mlflow:
         if tags:
             self._client.log_batch(remote.id, tags=[RunTag(key, value) for key, value in tags.items()])
 
-    def _add(self, metrics: dict[str, list[Any]], part: str, values: dict[str, float], step: int, unix_time: float | None) -> None:
-        """Add the values that the server does not have yet."""
+    def _add_new_metrics(self, metrics: dict[str, list[Any]], part: str, values: dict[str, float], step: int, unix_time: float | None) -> None:
+        """Add those values to `metrics` that the server does not have yet."""
         from mlflow.entities import Metric
 
-        remote = self._runs[PARENT] if part == PARENT else self._phase_run(TrackedPhase(part))
+        remote = self._runs[PARENT_RUN_PART] if part == PARENT_RUN_PART else self._phase_run(TrackedPhase(part))
         milliseconds = int((unix_time or time.time()) * 1000)
         for name, value in values.items():
-            key = _key(name)
+            key = _to_mlflow_name(name)
             if step > remote.last_steps.get(key, -1):
                 remote.last_steps[key] = step
                 metrics.setdefault(part, []).append(Metric(key, value, milliseconds, step))
@@ -226,13 +233,13 @@ class Mlflow:
             self._set_running(remote)
             return
         values = {f"eval_{name}": value for name, value in event.values.items()}
-        for part in (event.phase, PARENT):
-            self._add(metrics, part, values, event.step, event.end_time)
+        for part in (event.phase, PARENT_RUN_PART):
+            self._add_new_metrics(metrics, part, values, event.step, event.end_time)
         if event.phase is TrackedPhase.TRAIN:
-            self._add(metrics, PARENT, {"finetuning_duration_seconds": event.end_time - event.start_time}, event.step, event.end_time)
+            self._add_new_metrics(metrics, PARENT_RUN_PART, {"finetuning_duration_seconds": event.end_time - event.start_time}, event.step, event.end_time)
         self._send_metrics(metrics)
-        self._client.set_terminated(remote.id, status=STATUSES[event.end], end_time=int(event.end_time * 1000))
-        remote.status = STATUSES[event.end]
+        self._client.set_terminated(remote.id, status=STATUS_BY_RUN_END[event.end], end_time=int(event.end_time * 1000))
+        remote.status = STATUS_BY_RUN_END[event.end]
 
     def _send_data(self, event: DataEvent) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
@@ -255,7 +262,7 @@ def _summary_values(entry: LogEntry) -> dict[str, float]:
     return {name: value for name, value in summary.items() if value is not None}
 
 
-def _key(name: str) -> str:
+def _to_mlflow_name(name: str) -> str:
     """Return the name without characters that MLflow rejects."""
     return re.sub(r"[^\w./ -]", "_", name)
 

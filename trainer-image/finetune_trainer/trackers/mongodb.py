@@ -1,7 +1,7 @@
-"""Writes a run to MongoDB: `training_runs` has one document per job, `step_metrics` one per logged line, `final_metrics` the results.
+"""Writes a run to MongoDB: one document per job to `training_runs`, one per log entry to `step_metrics`, one per phase to `final_metrics`.
 
-The key of each document is computed from its content, so a document that is sent again replaces its first copy. The lines of steps that an
-attempt repeats are removed when the attempt begins. Lines are sent in order, so lines before the newest stored one are skipped.
+The id of each document is computed from what it describes, so a document that is sent again replaces its first copy. When an attempt begins, the
+documents of the steps that it will repeat are removed. Log entries are sent in order, so entries before the newest stored one are skipped.
 """
 
 from __future__ import annotations
@@ -13,7 +13,13 @@ from typing import Any
 from finetune_api.names import Reason
 
 from finetune_trainer.results.log_entry import LineKind
-from finetune_trainer.trackers.base import TrackedRun, TrackerError, connection_error, logged_values, rejected_error
+from finetune_trainer.trackers.base import (
+    TrackedRun,
+    TrackerError,
+    connection_error,
+    logged_values,
+    rejected_credentials_error,
+)
 from finetune_trainer.trackers.events import (
     ArtifactEvent,
     DataEvent,
@@ -29,7 +35,7 @@ TIMEOUT_MILLISECONDS = 5000
 MAX_DOCUMENTS_PER_REQUEST = 50
 AUTHENTICATION_CODES = (13, 18)
 """MongoDB's error codes for missing permission and failed authentication."""
-STATUSES = {
+STATUS_BY_RUN_END = {
     RunEnd.FINISHED: "completed", RunEnd.FAILED: "failed", RunEnd.KILLED: "killed", RunEnd.INTERRUPTED: "interrupted",
 }  # fmt: skip
 DEFAULT_DATABASE = "finetuning"
@@ -62,7 +68,7 @@ class Mongodb:
         run = self._run
         self._update_run(
             {
-                **self._coordinates(), "namespace": run.namespace, "name": run.job, "attempt": run.attempt, "status": "running",
+                **self._identifying_fields(), "namespace": run.namespace, "name": run.job, "attempt": run.attempt, "status": "running",
                 "started_at": run.started_at, "storage_uri": run.storage_uri, "parameters": _without_dots(run.parameters),
             }
         )  # fmt: skip
@@ -72,7 +78,7 @@ class Mongodb:
         self._last_steps = {kind: self._newest_step(kind) for kind in LineKind}
 
     def _newest_step(self, kind: LineKind) -> int:
-        """Return the largest step among the stored lines of a kind, or -1 if no line is stored."""
+        """Return the largest step of the stored log entries of a kind, or -1 if no entry is stored."""
         found = self._collection("step_metrics").find_one({"run_id": self._run.uid, "kind": str(kind)}, sort=[("step", -1)])
         return -1 if found is None else int(found["step"])
 
@@ -83,20 +89,20 @@ class Mongodb:
                 case LogEvent(entry=entry) if entry.step > self._last_steps.get(entry.kind, -1):
                     values = _without_dots(logged_values(entry))
                     document = {"_id": f"{self._run.uid}:{entry.step}:{entry.kind}", "step": entry.step, "kind": str(entry.kind), **values}
-                    documents.setdefault("step_metrics", []).append(document | {"timestamp": _time(entry.unix_time)})
+                    documents.setdefault("step_metrics", []).append(document | {"timestamp": _to_datetime(entry.unix_time)})
                 case SystemEvent():
                     document = {"_id": f"{self._run.uid}:{event.seconds}", "seconds": event.seconds, **_without_dots(event.values)}
-                    documents.setdefault("system_metrics", []).append(document | {"timestamp": _time(event.time)})
+                    documents.setdefault("system_metrics", []).append(document | {"timestamp": _to_datetime(event.time)})
                 case PhaseEvent(values=values) if values:
                     document = {"_id": f"{self._run.uid}:{event.phase}", "phase": str(event.phase), "step": event.step, **_without_dots(values)}
-                    documents.setdefault("final_metrics", []).append(document | {"timestamp": _time(event.end_time)})
+                    documents.setdefault("final_metrics", []).append(document | {"timestamp": _to_datetime(event.end_time)})
                 case DataEvent(sources=sources):
                     self._update_run({"data": [source.model_dump() for source in sources]})
                 case ArtifactEvent():
                     self._update_run({f"artifacts.{event.name}": {"uri": event.uri, "sha256": event.sha256}})
                 case EndEvent():
                     self._write(documents)
-                    self._update_run({"status": STATUSES[event.end], "ended_at": _time(event.time), "failure": event.reason})
+                    self._update_run({"status": STATUS_BY_RUN_END[event.end], "ended_at": _to_datetime(event.time), "failure": event.reason})
         self._write(documents)
 
     def flush(self) -> None:
@@ -108,7 +114,7 @@ class Mongodb:
         address = self._uri.replace("mongodb+srv://", "mongodb://")
         if isinstance(error, OperationFailure):
             if error.code in AUTHENTICATION_CODES:
-                return rejected_error(self.name, address, "check the user and password in the Secret of tracking.mongodb.uriSecretRef")
+                return rejected_credentials_error(self.name, address, "check the user and password in the Secret of tracking.mongodb.uriSecretRef")
             return TrackerError(Reason.TRACKER_FAILED, f"mongodb refused an operation with the error code {error.code}")
         if isinstance(error, InvalidURI | ConfigurationError):
             return TrackerError(
@@ -116,7 +122,7 @@ class Mongodb:
             )
         return connection_error(self.name, address, error)
 
-    def _coordinates(self) -> dict[str, Any]:
+    def _identifying_fields(self) -> dict[str, Any]:
         return {"run_id": self._run.uid, "run_name": self._run.name, "project": self._run.project, "model": self._run.model}
 
     def _collection(self, name: str) -> Any:
@@ -130,16 +136,16 @@ class Mongodb:
 
         for collection in list(documents):
             requests = [
-                ReplaceOne({"_id": document["_id"]}, self._coordinates() | document, upsert=True) for document in documents.pop(collection)
+                ReplaceOne({"_id": document["_id"]}, self._identifying_fields() | document, upsert=True) for document in documents.pop(collection)
             ]
             for i in range(0, len(requests), MAX_DOCUMENTS_PER_REQUEST):
                 self._collection(collection).bulk_write(requests[i : i + MAX_DOCUMENTS_PER_REQUEST], ordered=True)
 
 
-def _time(unix_time: float | None) -> datetime | None:
+def _to_datetime(unix_time: float | None) -> datetime | None:
     return None if unix_time is None else datetime.fromtimestamp(unix_time, UTC)
 
 
 def _without_dots(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the values under names that MongoDB and its tools accept without escapes."""
+    """Return the values under names without dots and dollar signs, which have a special meaning in MongoDB."""
     return {name.replace(".", "_").replace("$", "_"): value for name, value in values.items()}

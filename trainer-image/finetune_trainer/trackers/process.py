@@ -1,8 +1,8 @@
 """The process that sends a run to its trackers: `finetune-trainer track FOLDER`.
 
-The supervisor of rank 0's pod starts it. It reads `task.json` and follows the events in the folder, and writes `state.json` with the state of
-each tracker. The process ends after all trackers have received the end event. The libraries of trackers are imported only here, never by
-ranks.
+The supervisor of rank 0's pod starts this process. The process reads `task.json` and the events in the folder, and writes the state of each
+tracker to `state.json`. It ends after all trackers have received the end event. Only this process imports the libraries of trackers, so that
+they cannot slow down or break a rank.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pydantic import Field
 from finetune_trainer.checkpoint.tree import CheckpointTree
 from finetune_trainer.logs import configure_logging
 from finetune_trainer.settings import Settings, load_run
-from finetune_trainer.storage.base import Store, join
+from finetune_trainer.storage.base import Store, join_key
 from finetune_trainer.storage.roots import open_store
 from finetune_trainer.trackers.base import TrackedRun, Tracker
 from finetune_trainer.trackers.events import SystemEvent, append_events
@@ -37,27 +37,30 @@ ENDING_FILE = "ending"
 """File that the supervisor creates after it has written the end event."""
 SYSTEM_METRICS_FILE = "system_metrics.jsonl"
 STATE_KEY = f"{Storage.RUN}/trackers.json"
+"""Key of the stored copy of `state.json`, relative to the job's folder."""
 TICK_SECONDS = 0.2
+"""How often the process checks for the end of the attempt, and writes `state.json`."""
 PARENT_POLL_SECONDS = 1.0
 SAMPLE_SECONDS = 15.0
 UPLOAD_SECONDS = 60.0
 UPLOAD_BYTES = 4 * 1024 * 1024
-"""The file is always uploaded as a whole. So the pause between uploads grows by `UPLOAD_SECONDS` for each `UPLOAD_BYTES` of the file."""
+"""The file with the samples is always uploaded as a whole. So the time between two uploads grows by `UPLOAD_SECONDS` per `UPLOAD_BYTES`."""
 NICENESS = 10
+"""Added to the niceness of this process, so that the ranks have priority on the CPU."""
 
 
 class TrackerState(WireModel):
     """The state of one tracker."""
 
     address: str | None = Field(default=None, description="Address or id of the run in the tracker.")
-    sent: int = Field(default=0, description="Events that were sent by this attempt.")
+    sent: int = Field(default=0, description="Number of events that this attempt has sent.")
     has_ended: bool = Field(default=False, description="Whether all events were sent, including the end of the attempt.")
-    reason: Reason | None = Field(default=None, description="Kind of the problem.")
-    problem: str | None = Field(default=None, description="Why events cannot be sent at present.")
+    reason: Reason | None = Field(default=None, description="Kind of the current problem. None if events can be sent.")
+    problem: str | None = Field(default=None, description="Why events cannot be sent at present. None if they can be sent.")
 
 
 class TrackingState(WireModel):
-    """`state.json`, and `run/trackers.json` in storage."""
+    """The contents of `state.json`, and of its copy `run/trackers.json` in storage."""
 
     trackers: dict[str, TrackerState] = {}
 
@@ -70,18 +73,18 @@ class RunStorage:
     attempt: int
 
     def put_file(self, path: Path, key: str) -> None:
-        """Store a file. Errors: those of storage."""
+        """Store a file, unless a later attempt has begun. Errors: those of storage."""
         if not CheckpointTree(self.store).is_superseded(self.attempt):
             self.store.put_file(path, key)
 
 
 class SystemMetrics:
-    """Samples the system, and stores all samples of the run as `metrics/system_metrics.jsonl`."""
+    """Samples the usage of CPU, memory and GPUs, and stores all samples of the run as `metrics/system_metrics.jsonl`."""
 
     def __init__(self, path: Path, run: TrackedRun, storage: RunStorage) -> None:
         self._path, self._run, self._storage = path, run, storage
         self._sampler = SystemSampler()
-        self._key = join(Storage.METRICS, SYSTEM_METRICS_FILE)
+        self._key = join_key(Storage.METRICS, SYSTEM_METRICS_FILE)
         self._next_sample = self._next_upload = time.monotonic()
         if not path.exists():
             path.write_bytes(storage.store.get(self._key) or b"")
@@ -102,7 +105,7 @@ class SystemMetrics:
         append_events(self._path, [SystemEvent(time=round(unix_time, 3), seconds=seconds, values=self._sampler.sample())])
 
     def upload(self) -> None:
-        """Store the file. Errors are logged, because the next upload contains the same samples."""
+        """Store the file with all samples. An error is only logged, because the next upload contains the same samples."""
         try:
             self._storage.put_file(self._path, self._key)
         except Exception as error:
@@ -135,7 +138,7 @@ def build_trackers(config: RunConfig, run: TrackedRun, folder: Path, storage: Ru
 
 
 def main(arguments: list[str]) -> int:
-    """Entry point; returns the exit code. `arguments`: the folder with the task."""
+    """Run the process, and return its exit code. `arguments`: the folder with the task."""
     _end_with_supervisor(os.getppid())
     os.nice(NICENESS)
     configure_logging("tracker", logging.WARNING)
@@ -151,10 +154,10 @@ def main(arguments: list[str]) -> int:
 
 
 def _end_with_supervisor(supervisor: int) -> None:
-    """End this process when the supervisor ends.
+    """Start a thread that ends this process when the supervisor ends.
 
-    PR_SET_PDEATHSIG does not help: the kernel sends that signal when the thread that started this process ends, even if the supervisor
-    still runs.
+    PR_SET_PDEATHSIG cannot be used: the kernel sends this signal as soon as the thread that started this process ends, even if the
+    supervisor still runs.
     """
 
     def watch() -> None:
@@ -166,7 +169,7 @@ def _end_with_supervisor(supervisor: int) -> None:
 
 
 def _send_all(senders: list[Sender], samples: SystemMetrics | None, folder: Path, storage: RunStorage) -> None:
-    """Run the senders until all have sent the end of the attempt."""
+    """Run the senders until each of them has sent the end event. Until the attempt ends, also take samples of the system."""
     is_ending = threading.Event()
     threads = [threading.Thread(target=sender.run, args=(is_ending,), name=sender.tracker.name, daemon=True) for sender in senders]
     for thread in threads:
@@ -186,8 +189,8 @@ def _send_all(senders: list[Sender], samples: SystemMetrics | None, folder: Path
 
 
 def _write_state(senders: list[Sender], folder: Path, before: TrackingState) -> TrackingState:
-    """Write `state.json` if it has changed."""
-    state = TrackingState(trackers={sender.tracker.name: _state_of(sender) for sender in senders})
+    """Return the current state, and write it to `state.json` if it differs from `before`, the last written state."""
+    state = TrackingState(trackers={sender.tracker.name: _tracker_state(sender) for sender in senders})
     if state != before:
         partial = folder / f".{STATE_FILE}"
         partial.write_text(state.model_dump_json(by_alias=True))
@@ -195,7 +198,7 @@ def _write_state(senders: list[Sender], folder: Path, before: TrackingState) -> 
     return state
 
 
-def _state_of(sender: Sender) -> TrackerState:
+def _tracker_state(sender: Sender) -> TrackerState:
     problem = sender.problem
     return TrackerState(
         address=sender.tracker.run_address, sent=sender.sent, has_ended=sender.has_ended,
@@ -204,7 +207,7 @@ def _state_of(sender: Sender) -> TrackerState:
 
 
 def _store_state(folder: Path, storage: RunStorage) -> None:
-    """Store the addresses of the runs in the trackers, for users."""
+    """Store `state.json`, in which users find the address of the run in each tracker."""
     try:
         storage.put_file(folder / STATE_FILE, STATE_KEY)
     except Exception as error:

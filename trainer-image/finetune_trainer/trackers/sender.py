@@ -15,17 +15,18 @@ log = logging.getLogger(__name__)
 POLL_SECONDS = 0.2
 FLUSH_SECONDS = 30.0
 FIRST_PAUSE_SECONDS = 1.0
+"""Pause after the first error. Each further error doubles the pause."""
 MAX_PAUSE_SECONDS = 60.0
 
 
 class Sender:
-    """Reads the files of events, sends new events to one tracker, and repeats after errors with growing pauses.
+    """Reads the files with events, and sends new events to one tracker. After an error, it tries again, with growing pauses.
 
-    An error never ends a sender. Events wait in the files, so memory does not grow while a tracker is down.
+    An error never ends a sender. While a tracker is down, events wait in the files, not in memory.
     """
 
     def __init__(self, tracker: Tracker, files: Sequence[Path], *, clock: Callable[[], float] = time.monotonic) -> None:
-        """`files`: the events of the run, and optionally samples of the system. The first file has the end event."""
+        """`files`: the file with the events of the run, which ends with the end event, and optionally a file with samples of the system."""
         self.tracker = tracker
         self.problem: TrackerError | None = None
         self.sent = 0
@@ -37,14 +38,14 @@ class Sender:
         self._next_try = self._next_flush = clock()
 
     def run(self, is_ending: threading.Event) -> None:
-        """Send until the end event is sent and stored. `is_ending`: set when the end event is written."""
+        """Send events until the end event is sent and stored. `is_ending`: is set when the end event has been written."""
         while not self.has_ended:
-            self.step(is_ending=is_ending.is_set())
+            self.send_waiting_events(is_ending=is_ending.is_set())
             if not self.has_ended:
                 threading.Event().wait(POLL_SECONDS)
 
-    def step(self, *, is_ending: bool = False) -> None:
-        """Send the waiting events, but not during the pause after an error. When the attempt starts to end, the pause is skipped."""
+    def send_waiting_events(self, *, is_ending: bool = False) -> None:
+        """Send the waiting events, except during a pause after an error. `is_ending`: whether the attempt ends, which ends a pause at once."""
         if is_ending and not self._is_ending:
             self._is_ending, self._failures, self._next_try = True, 0, self._clock()
         if self._clock() < self._next_try:
@@ -52,7 +53,7 @@ class Sender:
         try:
             self._send()
         except Exception as error:
-            self._record(error)
+            self._record_problem(error)
         else:
             self._failures, self.problem = 0, None
 
@@ -60,7 +61,7 @@ class Sender:
         if not self._is_open:
             self.tracker.open()
             self._is_open = True
-        # Samples of the system come first: no event may follow the end event.
+        # Samples of the system are sent first, because no event may follow the end event.
         for reader in reversed(self._readers):
             while events := reader.read():
                 self.tracker.send(events)
@@ -72,8 +73,8 @@ class Sender:
             self.tracker.flush()
         self.has_ended = self._is_end_sent
 
-    def _record(self, error: Exception) -> None:
-        """Record a problem and the time of the next try. The tracker is opened again, because `open` asks the server which events it already has."""
+    def _record_problem(self, error: Exception) -> None:
+        """Record a problem and the time of the next try. The tracker must be opened again, to learn which events its server already has."""
         self.problem = error if isinstance(error, TrackerError) else self.tracker.explain(error)
         log.warning("%s: %s", self.tracker.name, self.problem.message)
         self._is_open = False

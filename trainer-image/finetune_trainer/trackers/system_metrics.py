@@ -1,24 +1,24 @@
-"""Samples the usage of CPU, memory and GPUs of the pod. The names are those of MLflow's system metrics."""
+"""Samples how much CPU, memory and GPU the pod uses. The values have the names of MLflow's system metrics."""
 
 from __future__ import annotations
 
 import psutil
 
-from finetune_trainer.usage import container_memory, open_nvml
+from finetune_trainer.usage import open_nvml, read_container_memory
 
 MEGABYTE = 1e6
 
 
 class SystemSampler:
-    """Reads the current usage. GPU values come from NVML, the driver's library; without it there are only host values."""
+    """Reads the current usage. Without NVML, a library of the GPU driver, there are no GPU values."""
 
     def __init__(self) -> None:
         self._nvml = open_nvml()
         psutil.cpu_percent(None)  # the first call only starts the measurement
 
     def sample(self) -> dict[str, float]:
-        """Return the usage since the last call: values by name."""
-        used, total = container_memory()
+        """Return the current usage by name. CPU usage is the mean since the last call."""
+        used, total = read_container_memory()
         values = {
             "system/cpu_utilization_percentage": psutil.cpu_percent(None),
             "system/system_memory_usage_megabytes": round(used / MEGABYTE, 1),

@@ -1,7 +1,7 @@
 """Writes TensorBoard event files and stores them below `tracking/tensorboard/` in the job's folder.
 
-An attempt writes the files of the whole run again, from the logged lines up to its checkpoint. The stored files therefore contain each step
-once, even if an attempt repeats steps. A file that has reached `SEGMENT_BYTES` is closed and not uploaded again.
+Each attempt writes the files of the whole run again: first the log entries up to its checkpoint, then its own. The stored files therefore
+contain each step once, even if an attempt repeats steps. A file that has reached `MAX_FILE_BYTES` is closed and not uploaded again.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from typing import Any
 from finetune_api.names import Reason
 
 from finetune_trainer.results.log_entry import LogEntry
-from finetune_trainer.results.run_names import slug
+from finetune_trainer.results.run_names import make_slug
 from finetune_trainer.trackers.base import FileStorage, TrackedRun, TrackerError, logged_values
 from finetune_trainer.trackers.events import ArtifactEvent, DataEvent, Event, LogEvent, PhaseEvent, SystemEvent
 
-SEGMENT_BYTES = 4 * 1024 * 1024
+MAX_FILE_BYTES = 4 * 1024 * 1024
 STORAGE_FOLDER = "tracking/tensorboard"
 
 
 class TensorBoard:
-    """The event files of one run."""
+    """Writes the event files of one run."""
 
     name = "tensorboard"
 
     def __init__(self, run: TrackedRun, folder: Path, storage: FileStorage) -> None:
         self._run, self._folder, self._storage = run, folder, storage
-        self._key_folder = f"{STORAGE_FOLDER}/{slug(run.name)}"
-        self._number = 0
+        self._key_folder = f"{STORAGE_FOLDER}/{make_slug(run.name)}"
+        self._file_number = 0
         self._not_uploaded: list[Path] = []
         self._last_steps: dict[str, int] = {}
         self._is_open = False
@@ -41,19 +41,19 @@ class TensorBoard:
         return f"{self._run.storage_uri}/{self._key_folder}"
 
     def open(self) -> None:
-        """Start the first file. Later calls do nothing: after an error, the writing of the existing files continues."""
+        """Start the first file. Later calls, after an error, do nothing: the existing files are continued."""
         if self._is_open:
             return
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir(parents=True)
         self._is_open = True
         time = self._run.started_at.timestamp()
-        self._write([_event(time, file_version="brain.Event:2")])
+        self._write([_file_event(time, file_version="brain.Event:2")])
         text = "\n".join(f"| {name} | {value} |" for name, value in self._run.parameters.items())
         self._write([_text_event(time, "parameters", f"| parameter | value |\n|---|---|\n{text}")])
 
     def send(self, events: Sequence[Event]) -> None:
-        records = [record for event in events for record in self._records(event)]
+        records = [record for event in events for record in self._to_records(event)]
         if records:
             self._write(records)
 
@@ -67,33 +67,33 @@ class TensorBoard:
     def explain(self, error: Exception) -> TrackerError:
         return TrackerError(Reason.TRACKER_FAILED, f"tensorboard: the event files could not be stored: {type(error).__name__}")
 
-    def _records(self, event: Event) -> Iterable[Any]:
+    def _to_records(self, event: Event) -> Iterable[Any]:
         match event:
             case LogEvent(entry=entry):
-                values = {_tag(name, entry): value for name, value in logged_values(entry).items()}
-                yield from self._scalars(entry.unix_time or self._run.started_at.timestamp(), entry.step, values)
+                values = {_chart_tag(name, entry): value for name, value in logged_values(entry).items()}
+                yield from self._scalar_records(entry.unix_time or self._run.started_at.timestamp(), entry.step, values)
             case PhaseEvent(end_time=float(time), step=step, values=values) if values:
-                yield from self._scalars(time, step, {f"{event.phase}/{name}": value for name, value in values.items()})
+                yield from self._scalar_records(time, step, {f"{event.phase}/{name}": value for name, value in values.items()})
             case SystemEvent():
-                yield from self._scalars(event.time, event.seconds, event.values)
+                yield from self._scalar_records(event.time, event.seconds, event.values)
             case DataEvent(sources=sources):
                 yield _text_event(self._run.started_at.timestamp(), "data", json.dumps([source.model_dump() for source in sources]))
             case ArtifactEvent():
                 yield _text_event(self._run.started_at.timestamp(), f"artifact/{event.name}", event.uri)
 
-    def _scalars(self, time: float, step: int, values: dict[str, float]) -> Iterable[Any]:
+    def _scalar_records(self, time: float, step: int, values: dict[str, float]) -> Iterable[Any]:
         new = {tag: value for tag, value in values.items() if step > self._last_steps.get(tag, -1)}
         self._last_steps |= dict.fromkeys(new, step)
         if new:
             from tensorboard.compat.proto.summary_pb2 import Summary
 
             summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in new.items()])
-            yield _event(time, step=step, summary=summary)
+            yield _file_event(time, step=step, summary=summary)
 
     def _write(self, records: Sequence[Any]) -> None:
         from tensorboard.summary.writer.record_writer import RecordWriter
 
-        path = self._segment()
+        path = self._current_file()
         with path.open("ab") as stream:
             writer = RecordWriter(stream)
             for record in records:
@@ -101,19 +101,19 @@ class TensorBoard:
         if path not in self._not_uploaded:
             self._not_uploaded.append(path)
 
-    def _segment(self) -> Path:
-        """Return the current file. TensorBoard reads files in the order of their names, so later files have later names."""
-        path = self._path(self._number)
-        if path.exists() and path.stat().st_size >= SEGMENT_BYTES:
-            self._number += 1
-            path = self._path(self._number)
+    def _current_file(self) -> Path:
+        """Return the file to write to; a full file is followed by a new one. Later files have later names, because TensorBoard reads them by name."""
+        path = self._file_path(self._file_number)
+        if path.exists() and path.stat().st_size >= MAX_FILE_BYTES:
+            self._file_number += 1
+            path = self._file_path(self._file_number)
         return path
 
-    def _path(self, number: int) -> Path:
+    def _file_path(self, number: int) -> Path:
         return self._folder / f"events.out.tfevents.{int(self._run.started_at.timestamp())}.{self._run.uid}.{number:05d}"
 
 
-def _event(time: float, **fields: Any) -> Any:
+def _file_event(time: float, **fields: Any) -> Any:
     from tensorboard.compat.proto.event_pb2 import Event as FileEvent
 
     return FileEvent(wall_time=time, **fields)
@@ -122,11 +122,11 @@ def _event(time: float, **fields: Any) -> Any:
 def _text_event(time: float, tag: str, text: str) -> Any:
     from tensorboard.plugins.text.summary_v2 import text_pb
 
-    return _event(time, step=0, summary=text_pb(tag, text))
+    return _file_event(time, step=0, summary=text_pb(tag, text))
 
 
-def _tag(name: str, entry: LogEntry) -> str:
-    """Return the tag of a logged value, such as `train/loss` and `eval/loss`: TensorBoard groups its charts by the text before the slash."""
+def _chart_tag(name: str, entry: LogEntry) -> str:
+    """Return the tag of a logged value, such as `train/loss` or `eval/loss`. TensorBoard groups charts by the text before the slash."""
     for prefix in ("eval", "test"):
         if name.startswith(f"{prefix}_"):
             return f"{prefix}/{name.removeprefix(f'{prefix}_')}"

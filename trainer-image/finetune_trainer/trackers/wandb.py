@@ -1,8 +1,8 @@
 """Sends a run to Weights & Biases, or writes its files below `tracking/wandb/` if `WANDB_MODE` is offline.
 
-The id of the run is the FineTuneJob's uid, so another attempt continues the run. W&B accepts steps only in increasing order; all lines of
-one step form one row. Online, the server returns the step from which a resumed run continues. Offline, an attempt writes the whole run
-again, and `wandb sync` uploads the files.
+The id of the run is the FineTuneJob's uid, so another attempt continues the run. W&B accepts steps only in increasing order, and joins all
+values of a step to one row. Online, the server returns the step from which a resumed run continues. Offline, each attempt writes the whole run
+again, and the user uploads the files with `wandb sync`.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from finetune_trainer.trackers.base import (
     TrackerError,
     connection_error,
     logged_values,
-    rejected_error,
+    rejected_credentials_error,
 )
 from finetune_trainer.trackers.events import ArtifactEvent, DataEvent, EndEvent, Event, LogEvent, PhaseEvent, RunEnd
 
 STORAGE_FOLDER = "tracking/wandb"
 OFFLINE_MODES = ("offline", "dryrun")
 CONNECT_SECONDS = 60
-GROWTH = 1.5
-"""A file is always stored as a whole, so it is stored again only when it has grown by this factor."""
+GROWTH_BEFORE_UPLOAD = 1.5
+"""A file is stored again only after it has grown by this factor, because it is always stored as a whole."""
 DEFAULT_URL = "https://api.wandb.ai"
 
 
@@ -61,7 +61,7 @@ class Wandb:
         return getattr(self._remote, "url", None)
 
     def open(self) -> None:
-        """Create or continue the run. Further calls do nothing, because the library repeats requests by itself."""
+        """Create or continue the run. Later calls do nothing, because W&B's library repeats failed requests by itself."""
         import wandb
 
         if self._remote is not None:
@@ -102,16 +102,16 @@ class Wandb:
         if end is RunEnd.INTERRUPTED and not self._is_offline:
             self._remote.mark_preempting()  # W&B then shows the run as preempted instead of failed.
         self._remote.finish(exit_code=0 if end is RunEnd.FINISHED or (end is RunEnd.INTERRUPTED and self._is_offline) else 1)
-        wandb.teardown()  # After `finish`, the library's process still writes the file. This call waits until that process has ended.
+        wandb.teardown()  # After `finish`, a process of the library still writes the file. This call waits until the process has ended.
         self._is_finished = True
 
     def flush(self) -> None:
-        """Store the file of an offline run, at the end or if it has grown by half. Its name is the same in all attempts."""
+        """Store the file of an offline run, at its end or if it has grown by half. The name of the file is the same in all attempts."""
         if not self._is_offline:
             return
         for path in self._folder.glob("wandb/offline-run-*/run-*.wandb"):
             size = path.stat().st_size
-            if self._is_finished or size > GROWTH * self._stored_size:
+            if self._is_finished or size > GROWTH_BEFORE_UPLOAD * self._stored_size:
                 self._storage.put_file(path, f"{STORAGE_FOLDER}/offline-run-{self._run.started_at:%Y%m%d_%H%M%S}-{self._run.uid}/{path.name}")
                 self._stored_size = size
 
@@ -123,7 +123,7 @@ class Wandb:
             return TrackerError(Reason.TRACKER_FAILED, f"wandb: the files of the run could not be stored: {type(error).__name__}")
         text = str(error).lower()
         if isinstance(error, AuthenticationError) or any(word in text for word in ("api_key", "api key", "401", "403", "permission denied")):
-            return rejected_error(self.name, url, "check the API key in the Secret of tracking.wandb.apiKeySecretRef")
+            return rejected_credentials_error(self.name, url, "check the API key in the Secret of tracking.wandb.apiKeySecretRef")
         if isinstance(error, UsageError):
             return TrackerError(Reason.TRACKER_FAILED, "wandb refused the run; check tracking.wandb.project and tracking.wandb.entity")
         return connection_error(self.name, url, error)

@@ -1,4 +1,4 @@
-"""Finds faults in the files of a stored adapter or model that servers and libraries would ignore. Reads headers and JSON files only, without torch.
+"""Finds faults in the files of a stored adapter or model that servers and libraries would silently ignore. Does not import torch.
 
 Each fault has its own code. The checks compare the files with each other, with the base model's files, and with the settings of the training.
 """
@@ -13,18 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune_trainer.verification.reference import ReferenceValues, text_sha256
+from finetune_trainer.verification.reference import ReferenceValues, hash_text
 from finetune_trainer.verification.weight_files import DamagedFileError, StoredTensor, read_folder
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."
+TENSOR_PREFIX = "base_model.model."
 """Beginning of the names of all tensors in an adapter file. Servers ignore tensors with other names, without an error."""
 WRAPPER_PREFIXES = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "module.")
-"""Names that torch's wrappers add to modules."""
-LORA_PART = re.compile(r"\.(lora_(?:embedding_)?[AB])(?:\.weight)?$")
-DORA_PART = re.compile(r"\.lora_magnitude_vector(\.weight)?$")
+"""Prefixes that torch's wrappers add to the names of modules."""
+LORA_TENSOR = re.compile(r"\.(lora_(?:embedding_)?[AB])(?:\.weight)?$")
+DORA_TENSOR = re.compile(r"\.lora_magnitude_vector(\.weight)?$")
 PROMPT_TYPES = ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING")
-PARTS_OF_TYPE = {"IA3": re.compile(r"\.ia3_l(\.weight)?$")}
+TENSORS_OF_TYPE = {"IA3": re.compile(r"\.ia3_l(\.weight)?$")}
 TRAINED_TOKENS = re.compile(r"\.(token_adapter\.)?trainable_tokens_delta$")
 ALL_LINEAR = "all-linear"
 
@@ -38,7 +38,7 @@ class Fault:
 
 
 class _FaultFound(Exception):
-    """Raised to end the checks, because later checks would read the faulty data."""
+    """Ends the checks at the first fault, because later checks rely on what earlier ones have checked."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
@@ -46,7 +46,7 @@ class _FaultFound(Exception):
 
 
 def find_fault(folder: Path, base: Path, reference: ReferenceValues | None, *, is_adapter: bool) -> Fault | None:
-    """Return the first fault of the artefact in `folder`, or None. `base`: folder of the base model. `reference`: facts of the training."""
+    """Return the first fault of the artefact in `folder`, or None. `base`: folder of the base model. `reference`: settings of the training."""
     try:
         if is_adapter:
             _check_adapter(folder, base, reference)
@@ -59,7 +59,7 @@ def find_fault(folder: Path, base: Path, reference: ReferenceValues | None, *, i
 
 
 def find_adapter_fault(folder: Path, base: Path) -> Fault | None:
-    """Return the first fault of a foreign adapter, or None. Its tokenizer is not checked, because it is not used."""
+    """Return the first fault of an adapter that another job trained, or None. Its tokenizer is not checked, because it is not used."""
     try:
         _check_adapter(folder, base, None)
     except _FaultFound as found:
@@ -85,18 +85,18 @@ def _check_adapter(folder: Path, base: Path, reference: ReferenceValues | None) 
     _check_finite(tensors)
     if peft_type == "LORA":
         _check_lora(tensors, config, _read_base(base), reference)
-    elif peft_type in PARTS_OF_TYPE:
-        _check_known_names(tensors, config, PARTS_OF_TYPE[peft_type])
+    elif peft_type in TENSORS_OF_TYPE:
+        _check_known_names(tensors, config, TENSORS_OF_TYPE[peft_type])
 
 
 def _check_prefixes(tensors: Mapping[str, StoredTensor]) -> None:
     for name in tensors:
-        module = name.removeprefix(PREFIX)
+        module = name.removeprefix(TENSOR_PREFIX)
         wrapper = next((prefix for prefix in WRAPPER_PREFIXES if module.startswith(prefix) or f".{prefix}" in module), None)
         if wrapper is not None:
             raise _FaultFound("AdapterPrefixIgnored", f"the tensor {name} contains `{wrapper}`, the name of a wrapper: no server finds its module")
-        if not name.startswith(PREFIX):
-            raise _FaultFound("AdapterPrefixIgnored", f"the tensor {name} does not begin with `{PREFIX}`: servers ignore it")
+        if not name.startswith(TENSOR_PREFIX):
+            raise _FaultFound("AdapterPrefixIgnored", f"the tensor {name} does not begin with `{TENSOR_PREFIX}`: servers ignore it")
 
 
 def _check_finite(tensors: Mapping[str, StoredTensor]) -> None:
@@ -108,102 +108,105 @@ def _check_finite(tensors: Mapping[str, StoredTensor]) -> None:
 def _check_lora(
     tensors: Mapping[str, StoredTensor], config: Mapping[str, Any], base: Mapping[str, StoredTensor], reference: ReferenceValues | None
 ) -> None:
-    _check_known_names(tensors, config, LORA_PART)
-    parts = _lora_parts(tensors)
-    _check_pairs(parts)
-    _check_ranks(parts, config, base)
-    _check_base(parts, base)
-    _check_targets(parts, config, base, _adapted_embeddings(tensors))
+    _check_known_names(tensors, config, LORA_TENSOR)
+    matrices = _group_lora_matrices(tensors)
+    _check_pairs_are_complete(matrices)
+    _check_ranks(matrices, config, base)
+    _check_base(matrices, base)
+    _check_targets(matrices, config, base, _adapted_embeddings(tensors))
     trained = reference.adapter if reference is not None else None
     if trained is not None:
-        _check_scaling(parts, config, trained.scaling)
-    # If there are reference values, comparing them also finds this fault when the trainer could not measure the effect.
+        _check_scaling(matrices, config, trained.scaling)
+    # If the trainer could not measure whether the adapter changes values, the comparison with the reference values finds this fault.
     was_changed = trained is None or trained.changes_output or (trained.changes_output is None and not (reference and reference.rows))
-    is_zero = all(part["B"].is_zero() for part in parts.values() if "B" in part)
-    only_lora = all(LORA_PART.search(name) for name in tensors)
+    is_zero = all(pair["B"].is_zero() for pair in matrices.values() if "B" in pair)
+    only_lora = all(LORA_TENSOR.search(name) for name in tensors)
     if was_changed and only_lora and is_zero:
         raise _FaultFound("AdapterHasNoEffect", "all B matrices of the adapter are zero: the model answers as the base model does")
 
 
-def _lora_parts(tensors: Mapping[str, StoredTensor]) -> dict[str, dict[str, StoredTensor]]:
-    """Return the matrices A and B of each adapted module, by the module's name in the base model. Embeddings have other layouts and are left out."""
-    parts: dict[str, dict[str, StoredTensor]] = {}
+def _group_lora_matrices(tensors: Mapping[str, StoredTensor]) -> dict[str, dict[str, StoredTensor]]:
+    """Return the matrices A and B of each adapted module, by the module's name in the base model.
+
+    Embeddings are left out, because their matrices have another layout.
+    """
+    matrices: dict[str, dict[str, StoredTensor]] = {}
     for name, tensor in tensors.items():
-        match = LORA_PART.search(name)
+        match = LORA_TENSOR.search(name)
         if match and "embedding" not in match.group(1):
-            parts.setdefault(name[: match.start()].removeprefix(PREFIX), {})[match.group(1)[-1]] = tensor
-    return parts
+            matrices.setdefault(name[: match.start()].removeprefix(TENSOR_PREFIX), {})[match.group(1)[-1]] = tensor
+    return matrices
 
 
 def _check_known_names(tensors: Mapping[str, StoredTensor], config: Mapping[str, Any], expected: re.Pattern[str]) -> None:
-    """Refuse tensors whose names do not follow from the configuration."""
+    """Refuse a tensor whose name matches neither `expected` nor a setting of the configuration."""
     saved = tuple(config.get("modules_to_save") or ())
     has_tokens, has_bias = bool(config.get("trainable_token_indices")), config.get("bias") not in (None, "none")
     for name in tensors:
         in_saved_module = any(f".{module}." in name for module in saved)
-        is_dora = bool(config.get("use_dora")) and DORA_PART.search(name)
+        is_dora = bool(config.get("use_dora")) and DORA_TENSOR.search(name)
         is_token = has_tokens and TRAINED_TOKENS.search(name)
         if not (expected.search(name) or in_saved_module or is_dora or is_token or (has_bias and name.endswith(".bias")) or _is_embedding(name)):
             raise _FaultFound("AdapterKeysUnknown", f"the tensor {name} belongs to no setting in {ADAPTER_CONFIG}: PEFT and servers ignore or reject it")
 
 
 def _is_embedding(name: str) -> bool:
-    """Whether PEFT saved an enlarged embedding or head beside the adapter."""
+    """Whether the tensor is an enlarged embedding or head, which PEFT saves with the adapter."""
     return re.search(r"\.(embed_tokens|wte|lm_head|embed_in|embed_out|word_embeddings)(\.base_layer)?\.(weight|bias)$", name) is not None
 
 
-def _check_pairs(parts: Mapping[str, Mapping[str, StoredTensor]]) -> None:
-    for module, matrices in parts.items():
+def _check_pairs_are_complete(lora_pairs: Mapping[str, Mapping[str, StoredTensor]]) -> None:
+    for module, matrices in lora_pairs.items():
         absent = sorted({"A", "B"} - set(matrices))
         if absent:
             raise _FaultFound("TargetWeightsMissing", f"{module} has no matrix lora_{absent[0]}, so its adapter has no effect")
 
 
 def _adapted_embeddings(tensors: Mapping[str, StoredTensor]) -> set[str]:
-    """Return the embeddings with an adapter, by the name of the module in the base model."""
-    found = ((name, LORA_PART.search(name)) for name in tensors)
-    return {name[: match.start()].removeprefix(PREFIX) for name, match in found if match and "embedding" in match.group(1)}
+    """Return the names (in the base model) of the embeddings that have an adapter."""
+    found = ((name, LORA_TENSOR.search(name)) for name in tensors)
+    return {name[: match.start()].removeprefix(TENSOR_PREFIX) for name, match in found if match and "embedding" in match.group(1)}
 
 
-def _check_ranks(parts: Mapping[str, Mapping[str, StoredTensor]], config: Mapping[str, Any], base: Mapping[str, StoredTensor]) -> None:
-    """Compare the shapes with the rank. PEFT stores the matrices of all experts of a parameter as one matrix with rank x experts rows."""
-    for module, matrices in parts.items():
-        a, b, rank = matrices["A"].shape, matrices["B"].shape, _setting(config, module, "r", "rank_pattern")
+def _check_ranks(lora_pairs: Mapping[str, Mapping[str, StoredTensor]], config: Mapping[str, Any], base: Mapping[str, StoredTensor]) -> None:
+    """Compare the shapes with the rank. The matrix A of experts has rank x experts rows, because PEFT stores all experts as one matrix."""
+    for module, matrices in lora_pairs.items():
+        a, b, rank = matrices["A"].shape, matrices["B"].shape, _module_setting(config, module, "r", "rank_pattern")
         may_be_experts = f"{module}.weight" not in base
         if len(a) == 2 and (a[0] != b[1] or (a[0] % rank if may_be_experts else a[0] != rank)):
             raise _FaultFound("RankDiffers", f"{ADAPTER_CONFIG} says rank {rank:g} for {module}, but A has {a[0]} rows and B has {b[1]} columns")
 
 
-def _check_base(parts: Mapping[str, Mapping[str, StoredTensor]], base: Mapping[str, StoredTensor]) -> None:
-    """Compare the shapes with those of the base model's weights. Quantised weights have other shapes and are left out."""
-    known = {module: base[f"{module}.weight"] for module in parts if f"{module}.weight" in base}
-    if base and parts and not known and not _has_renamed_weights(parts, base):
-        raise _FaultFound("AdapterOfAnotherBase", f"the base model has no module {next(iter(parts))}: the adapter was trained on another model")
+def _check_base(lora_pairs: Mapping[str, Mapping[str, StoredTensor]], base: Mapping[str, StoredTensor]) -> None:
+    """Compare the shapes with those of the base model's weights. Quantised weights are left out, because they have other shapes."""
+    known = {module: base[f"{module}.weight"] for module in lora_pairs if f"{module}.weight" in base}
+    if base and lora_pairs and not known and not _has_renamed_weights(lora_pairs, base):
+        raise _FaultFound("AdapterOfAnotherBase", f"the base model has no module {next(iter(lora_pairs))}: the adapter was trained on another model")
     for module, weight in known.items():
         if weight.dtype not in ("F32", "F16", "BF16", "F64") or len(weight.shape) != 2:
             continue
-        inputs, outputs = parts[module]["A"].shape[-1], parts[module]["B"].shape[0]
+        inputs, outputs = lora_pairs[module]["A"].shape[-1], lora_pairs[module]["B"].shape[0]
         if weight.shape not in ((outputs, inputs), (inputs, outputs)):
             shape = " x ".join(map(str, weight.shape))
             raise _FaultFound("AdapterOfAnotherBase", f"{module} has the shape {shape} in the base model, but its adapter fits {outputs} x {inputs}")
 
 
-def _has_renamed_weights(parts: Mapping[str, Any], base: Mapping[str, StoredTensor]) -> bool:
-    """Whether the file of the base model uses other names than its modules: transformers renames the weights of some architectures."""
-    last_names = {module.removesuffix(".base_layer").rsplit(".", 1)[-1] for module in parts}
+def _has_renamed_weights(lora_pairs: Mapping[str, Any], base: Mapping[str, StoredTensor]) -> bool:
+    """Whether the weights in the base model's files have other names than its modules, because transformers renames them when it loads them."""
+    last_names = {module.removesuffix(".base_layer").rsplit(".", 1)[-1] for module in lora_pairs}
     return any(name.removesuffix(".weight").rsplit(".", 1)[-1] in last_names or ("experts" in last_names and ".experts." in name) for name in base)
 
 
-def _check_targets(parts: Mapping[str, Any], config: Mapping[str, Any], base: Mapping[str, StoredTensor], embeddings: set[str]) -> None:
-    """Require an adapter on every module of the base model that the configuration targets. `embeddings`: the embeddings with an adapter."""
+def _check_targets(lora_pairs: Mapping[str, Any], config: Mapping[str, Any], base: Mapping[str, StoredTensor], embeddings: set[str]) -> None:
+    """Check that each module of the base model that the configuration targets has an adapter. `embeddings`: embeddings that have an adapter."""
     targets = config.get("target_modules")
     modules = [name.removesuffix(".weight") for name, tensor in base.items() if name.endswith(".weight") and len(tensor.shape) == 2]
-    if not targets or targets == ALL_LINEAR or not set(parts) <= set(modules):
+    if not targets or targets == ALL_LINEAR or not set(lora_pairs) <= set(modules):
         return
     layers = config.get("layers_to_transform")
     chosen_layers = None if layers is None else {layers} if isinstance(layers, int) else set(layers)
     for module in modules:
-        if _is_targeted(module, targets) and not _is_excluded(module, config.get("exclude_modules")) and module not in parts and module not in embeddings:
+        if _is_targeted(module, targets) and not _is_excluded(module, config.get("exclude_modules")) and module not in lora_pairs and module not in embeddings:
             layer = next((int(part) for part in module.split(".") if part.isdecimal()), None)
             if chosen_layers is None or layer in chosen_layers:
                 raise _FaultFound("TargetWeightsMissing", f"{ADAPTER_CONFIG} targets {module}, but {ADAPTER_WEIGHTS} has no weights for it")
@@ -219,18 +222,18 @@ def _is_excluded(module: str, excluded: Any) -> bool:
     return bool(excluded) and _is_targeted(module, excluded)
 
 
-def _check_scaling(parts: Mapping[str, Any], config: Mapping[str, Any], trained: Mapping[str, float]) -> None:
-    """Compare the factor of each module's product B A with the factor in training."""
-    for module in parts:
-        rank, alpha = _setting(config, module, "r", "rank_pattern"), _setting(config, module, "lora_alpha", "alpha_pattern")
+def _check_scaling(lora_pairs: Mapping[str, Any], config: Mapping[str, Any], trained: Mapping[str, float]) -> None:
+    """Compare the factor by which the configuration scales each module's product B A with the factor in training (`trained`)."""
+    for module in lora_pairs:
+        rank, alpha = _module_setting(config, module, "r", "rank_pattern"), _module_setting(config, module, "lora_alpha", "alpha_pattern")
         factor = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         if module in trained and not math.isclose(factor, trained[module], rel_tol=1e-6):
             settings = f"lora_alpha {alpha:g} and rank {rank:g} scale the adapter of {module} by {factor:g}"
             raise _FaultFound("AdapterScaleDiffers", f"{settings}, but it was trained with {trained[module]:g}")
 
 
-def _setting(config: Mapping[str, Any], module: str, name: str, pattern_name: str) -> float:
-    """Return a setting of the module: the value of the first matching pattern or, if none matches, the adapter's value."""
+def _module_setting(config: Mapping[str, Any], module: str, name: str, pattern_name: str) -> float:
+    """Return the value of a setting for a module: that of the first matching pattern or, if no pattern matches, that of the whole adapter."""
     patterns: Mapping[str, float] = config.get(pattern_name) or {}
     value = next((value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module)), config.get(name))
     return float(value) if isinstance(value, int | float) and value > 0 else math.nan
@@ -252,7 +255,7 @@ def _check_model(folder: Path) -> None:
 
 
 def _check_tokenizer(folder: Path, reference: ReferenceValues | None) -> None:
-    """Compare the tokenizer with the tokenizer of the training. Only the format of the library `tokenizers` can be read."""
+    """Compare the size and the chat template of the tokenizer with those in training. The size is only known from tokenizer.json."""
     if reference is None:
         return
     size = _vocabulary_size(folder)
@@ -261,12 +264,12 @@ def _check_tokenizer(folder: Path, reference: ReferenceValues | None) -> None:
     template = _chat_template(folder)
     if reference.chat_template_sha256 is not None and template is None:
         raise _FaultFound("ChatTemplateMissing", "the tokenizer has no chat template, but the model was trained with one: servers would use another format")
-    if reference.chat_template_sha256 is not None and text_sha256(template) != reference.chat_template_sha256:
+    if reference.chat_template_sha256 is not None and hash_text(template) != reference.chat_template_sha256:
         raise _FaultFound("ChatTemplateDiffers", "the chat template differs from the template of the training")
 
 
 def _vocabulary_size(folder: Path) -> int | None:
-    """Return the number of tokens in tokenizer.json, or None without a readable file."""
+    """Return the number of tokens in tokenizer.json, or None if this file cannot be read."""
     tokenizer = _read_json(folder / "tokenizer.json")
     vocabulary = (tokenizer or {}).get("model", {}).get("vocab")
     if tokenizer is None or not isinstance(vocabulary, dict | list):
@@ -276,7 +279,7 @@ def _vocabulary_size(folder: Path) -> int | None:
 
 
 def _chat_template(folder: Path) -> str | None:
-    """Return the chat template of the folder: the file chat_template.jinja, or the entry in tokenizer_config.json."""
+    """Return the chat template from chat_template.jinja or, if this file does not exist, from tokenizer_config.json."""
     file = folder / "chat_template.jinja"
     if file.exists():
         return file.read_text(encoding="utf-8")
@@ -295,7 +298,7 @@ def _read_tensors(folder: Path, name: str, code: str) -> dict[str, StoredTensor]
 
 
 def _read_base(base: Path) -> dict[str, StoredTensor]:
-    """Return the tensors of the base model. Empty if its files have another format."""
+    """Return the tensors of the base model, by name. Empty if its files are not safetensors files."""
     try:
         return read_folder(base)
     except (DamagedFileError, OSError):

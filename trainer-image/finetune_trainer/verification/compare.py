@@ -11,87 +11,88 @@ from finetune_api.status import ArtefactVerification, Verification, Verification
 from finetune_trainer.verification.reference import ReferenceValues
 
 EXACT_TOLERANCE = 1e-3
-"""Largest accepted difference of any token in 32 bits, in nats."""
+"""If all computations are in 32 bits: largest accepted difference of any token's log-probability, in nats."""
 SPREAD_FACTOR = 2.0
-"""In other formats: accepted difference, as a multiple of the trainer's own difference between two batch layouts."""
+"""In other formats: the accepted difference, divided by the difference between two batch layouts in the trainer."""
 SMALLEST_TOLERANCE = 5e-3
-"""In other formats: minimum of the accepted difference, in nats. This minimum is needed because two batch layouts can agree by chance."""
+"""In other formats: the accepted difference is at least this number of nats, because two batch layouts can agree by chance."""
 ROUNDED_TOLERANCE = 4e-2
-"""Minimum of the accepted difference for a merged model with 16-bit weights, in nats. An H200 computed differences from 0.0023 to 0.0182
-for eight correctly merged models with 2 to 24 layers, because the sum of base weight and adapter is rounded. The difference between two
-batch layouts does not include this rounding.
+"""For a merged model with 16-bit weights, the accepted difference is at least this number of nats.
+
+Merging rounds the sum of base weight and adapter, which the difference between two batch layouts does not show. On an H200, eight correctly
+merged models with 2 to 24 layers differed by 0.0023 to 0.0182 nats.
 """
 SHARE_OF_CHANGE = 0.1
-"""In other formats: a difference up to this share of the change by training is accepted, but at most `ROUNDED_TOLERANCE`.
+"""In other formats than 32 bits, a difference up to this share of the change by training is accepted, but at most `ROUNDED_TOLERANCE`.
 
-Training uses autocast, FSDP or DeepSpeed, and a freshly loaded model does not, so the two round differently: on an H200, correct models
-with 12 layers differed by 0.0057 to 0.0091.
+Training uses autocast, FSDP or DeepSpeed, and a freshly loaded model does not, so the two round differently. On an H200, correct models
+with 12 layers differed by 0.0057 to 0.0091 nats.
 """
 SHARE_OF_DOUBT, SMALLEST_DOUBT = 0.5, 1e-4
-"""A difference above this share of the change by training gives the result "not verified", even if it is within the tolerance: an artefact
-that lacks a part of the change could differ as much.
+"""An artefact whose difference exceeds this share of the change by training is not verified, even if the difference is accepted.
 
-Differences below `SMALLEST_DOUBT` nats are rounding in 32 bits.
+An artefact that lacks a part of the change could differ as much. Differences below `SMALLEST_DOUBT` nats are rounding in 32 bits.
 """
-MERGED = "merged"
+MERGED_MODEL_NAME = "merged"
 """Name of the merged model in the status."""
-SEVERITY = (VerificationOutcome.VERIFIED, VerificationOutcome.NOT_VERIFIED, VerificationOutcome.FAILED)
+OUTCOMES_BY_SEVERITY = (VerificationOutcome.VERIFIED, VerificationOutcome.NOT_VERIFIED, VerificationOutcome.FAILED)
 
 
-def root_mean_square(first: Sequence[float], second: Sequence[float]) -> float:
-    """Return the root mean square of the differences. NaN if a value is not finite."""
+def rms_difference(first: Sequence[float], second: Sequence[float]) -> float:
+    """Return the root mean square of the differences between two lists of values. NaN if a value is not finite."""
     squares = [(one - other) ** 2 for one, other in zip(first, second, strict=True)]
     return math.sqrt(math.fsum(squares) / len(squares)) if all(map(math.isfinite, squares)) else math.nan
 
 
-def difference_and_tolerance(
+def compute_difference_and_tolerance(
     values: Sequence[float], reference: ReferenceValues, change: float | None, *, is_rounded: bool = False
 ) -> tuple[float, float]:
     """Return the difference from the reference values, and the largest accepted difference.
 
-    In 32 bits, both apply to the token with the largest difference. In other formats, both are root mean squares over all tokens, because
-    rounding shifts single unlikely tokens by much more than the others. `change`: root mean square of the change from the base model; None if
-    unknown. `is_rounded`: whether merging has rounded the weights to 16 bits.
+    In 32 bits, the difference is that of the token with the largest difference. In other formats, it is the root mean square over all tokens,
+    because rounding shifts single unlikely tokens by much more than the others. `change`: root mean square of the change from the base model;
+    None if unknown. `is_rounded`: whether merging has rounded the weights to 16 bits.
     """
     expected = reference.values()
     if reference.is_exact and not is_rounded:
         differences = [abs(one - other) for one, other in zip(values, expected, strict=True)]
         return (max(differences) if all(map(math.isfinite, differences)) else math.nan), EXACT_TOLERANCE
-    spread = root_mean_square(expected, reference.batched_values())
+    spread = rms_difference(expected, reference.batched_values())
     floor = ROUNDED_TOLERANCE
     if not is_rounded and change is not None and math.isfinite(change):
         floor = min(ROUNDED_TOLERANCE, max(SMALLEST_TOLERANCE, SHARE_OF_CHANGE * change))
-    return root_mean_square(values, expected), max(SPREAD_FACTOR * spread, floor)
+    return rms_difference(values, expected), max(SPREAD_FACTOR * spread, floor)
 
 
-def with_values(reference: ReferenceValues, values: Sequence[float]) -> ReferenceValues:
-    """Return a copy of the reference with other values. They were computed without quantisation and in only one batch layout."""
-    rest = iter(values)
-    rows = [row.model_copy(update={"values": list(islice(rest, len(row.values)))}) for row in reference.rows]
+def replace_values(reference: ReferenceValues, values: Sequence[float]) -> ReferenceValues:
+    """Return a copy of the reference with other values, which were computed without quantisation and in only one batch layout."""
+    remaining_values = iter(values)
+    rows = [row.model_copy(update={"values": list(islice(remaining_values, len(row.values)))}) for row in reference.rows]
     rows = [row.model_copy(update={"batched_values": row.values}) for row in rows]
     return reference.model_copy(update={"rows": rows, "quantization": None})
 
 
-def judge(
+def judge_artefact(
     name: str, values: Sequence[float], base_values: Sequence[float] | None, reference: ReferenceValues, *, is_rounded: bool = False,
     device: str = "",
 ) -> ArtefactVerification:  # fmt: skip
-    """Return the result for one artefact. `base_values`: values of the base model; None if it computes no such values.
+    """Decide the result for one artefact. `base_values`: values of the base model; None for models with a score head, which the base model lacks.
 
     `is_rounded`: whether merging has rounded the weights to 16 bits. `device`: type of the device that computed `values`; empty if unknown.
     """
-    change = root_mean_square(values, base_values) if base_values is not None else None
-    difference, tolerance = difference_and_tolerance(values, reference, change, is_rounded=is_rounded)
+    change = rms_difference(values, base_values) if base_values is not None else None
+    difference, tolerance = compute_difference_and_tolerance(values, reference, change, is_rounded=is_rounded)
     result = ArtefactVerification(
-        artefact=name, result=VerificationOutcome.VERIFIED, difference=_finite(difference), tolerance=_rounded(tolerance), change_from_base=_finite(change)
-    )
+        artefact=name, result=VerificationOutcome.VERIFIED, difference=_rounded_or_none(difference), tolerance=_round_to_three_digits(tolerance),
+        change_from_base=_rounded_or_none(change),
+    )  # fmt: skip
     changed_in_training = reference.adapter.changes_output if reference.adapter is not None else None
-    rounding_limit = 0.0 if changed_in_training else tolerance  # If the trainer could not measure the effect, rounding can also explain small differences.
+    rounding_limit = 0.0 if changed_in_training else tolerance  # If the change in training is unknown, a small difference may be rounding.
     if change == 0 and changed_in_training is not False and difference > rounding_limit:
         return _failed(result, "AdapterHasNoEffect", "the stored adapter does not change the values of the base model")
     if math.isnan(difference):
         return _failed(result, "ValuesNotFinite", "the stored model computes values that are not finite")
-    if difference > tolerance and name == MERGED and reference.quantization is not None:
+    if difference > tolerance and name == MERGED_MODEL_NAME and reference.quantization is not None:
         text = "the adapter was trained on a quantised base model, but merged into unquantised weights, so the difference includes the quantisation error"
         return result.model_copy(update={"result": VerificationOutcome.NOT_VERIFIED, "code": "BaseWasQuantised", "reason": text})
     may_be_rounding = (is_rounded or not reference.is_exact) and difference <= max(ROUNDED_TOLERANCE, SHARE_OF_CHANGE * (change or 0.0))
@@ -108,7 +109,7 @@ def judge(
     if difference > tolerance:
         text = f"its log-probabilities differ by {difference:.3g} nats from those of the trained model, but at most {tolerance:.3g} nats are accepted"
         return _failed(result, "ValuesDiffer", text)
-    trained_change = root_mean_square(reference.values(), base_values) if base_values is not None else None
+    trained_change = rms_difference(reference.values(), base_values) if base_values is not None else None
     if trained_change is not None and changed_in_training is not False and difference > max(SMALLEST_DOUBT, SHARE_OF_DOUBT * trained_change):
         text = (
             f"its log-probabilities differ by {difference:.3g} nats, but training changed them by only {trained_change:.3g} nats: "
@@ -122,18 +123,18 @@ def judge(
 
 
 def summarise(artefacts: Sequence[ArtefactVerification], reference: ReferenceValues | None) -> Verification:
-    """Return the status of the verification: the worst result of all artefacts."""
-    worst = max((artefact.result for artefact in artefacts), key=SEVERITY.index, default=VerificationOutcome.NOT_VERIFIED)
+    """Return the status of the verification. Its result is the worst result of all artefacts."""
+    worst = max((artefact.result for artefact in artefacts), key=OUTCOMES_BY_SEVERITY.index, default=VerificationOutcome.NOT_VERIFIED)
     rows = reference.rows if reference is not None else []
     return Verification(result=worst, rows=len(rows), tokens=sum(len(row.values) for row in rows), artefacts=list(artefacts))
 
 
-def failed(name: str, code: str, reason: str) -> ArtefactVerification:
+def failed_result(name: str, code: str, reason: str) -> ArtefactVerification:
     """Return the result for an artefact that is damaged or cannot be loaded."""
     return ArtefactVerification(artefact=name, result=VerificationOutcome.FAILED, code=code, reason=reason)
 
 
-def not_verified(name: str, code: str, reason: str) -> ArtefactVerification:
+def not_verified_result(name: str, code: str, reason: str) -> ArtefactVerification:
     """Return the result for an artefact whose values could not be compared."""
     return ArtefactVerification(artefact=name, result=VerificationOutcome.NOT_VERIFIED, code=code, reason=reason)
 
@@ -142,10 +143,10 @@ def _failed(result: ArtefactVerification, code: str, reason: str) -> ArtefactVer
     return result.model_copy(update={"result": VerificationOutcome.FAILED, "code": code, "reason": reason})
 
 
-def _finite(value: float | None) -> float | None:
-    return None if value is None or not math.isfinite(value) else _rounded(value)
+def _rounded_or_none(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else _round_to_three_digits(value)
 
 
-def _rounded(value: float) -> float:
+def _round_to_three_digits(value: float) -> float:
     """Round to three significant digits."""
     return float(f"{value:.3g}")

@@ -1,6 +1,6 @@
 """Computes the log-probabilities or scores of rows with a model.
 
-The trainer and the stage use the same code, but load the model in different ways.
+The trainer and the stage `verifying` use this same code for models that they have loaded in different ways.
 """
 
 from __future__ import annotations
@@ -12,41 +12,41 @@ from typing import Any
 import torch
 
 from finetune_trainer.data.vision import VisionProcessor
-from finetune_trainer.verification.reference import ReferenceRow, counted_values
+from finetune_trainer.verification.reference import ReferenceRow, select_counted_values
 
 POSITIONS_PER_CHUNK = 64
-"""Number of positions whose log-probabilities are computed at the same time. A float32 copy of all logits would not fit into memory."""
+"""Number of positions whose log-probabilities are computed at once. A float32 copy of the logits of all positions would not fit into memory."""
 
 
-def row_values(
+def compute_row_values(
     model: Any, rows: Sequence[ReferenceRow], *, head: str, pad_token_id: int, device: Any, autocast: str | None = None,
     vision: VisionProcessor | None = None,
 ) -> list[list[float]]:  # fmt: skip
-    """Return the values of each row: the log-probabilities (nats) of its counted tokens, or its score. Each row is computed alone.
+    """Return the values of each row: the log-probabilities (nats) of its counted tokens, or its score. Each row is a batch of its own.
 
     `vision`: the processor of a vision-language model.
     """
     options: Any = {"head": head, "pad_token_id": pad_token_id, "device": device, "autocast": autocast, "vision": vision}
-    return [batch_values(model, [row], **options)[0] for row in rows]
+    return [compute_batch_values(model, [row], **options)[0] for row in rows]
 
 
 @torch.no_grad()
-def batch_values(
+def compute_batch_values(
     model: Any, rows: Sequence[ReferenceRow], *, head: str, pad_token_id: int, device: Any, autocast: str | None = None,
     vision: VisionProcessor | None = None,
 ) -> list[list[float]]:  # fmt: skip
-    """Return the values of each row. All rows are computed in one batch with padding on the right."""
+    """Return the same values as `compute_row_values`, computed in one batch of all rows with padding on the right."""
     longest = max(len(row.ids) for row in rows)
     ids = torch.tensor([[*row.ids, *[pad_token_id] * (longest - len(row.ids))] for row in rows], device=device)
     mask = torch.tensor([[1] * len(row.ids) + [0] * (longest - len(row.ids)) for row in rows], device=device)
-    inputs = {} if vision is None else vision.inputs_of([row.decoded_images() for row in rows], ids.tolist())
-    with _autocast(device, autocast):
+    inputs = {} if vision is None else vision.make_image_inputs([row.decoded_images() for row in rows], ids.tolist())
+    with _autocast_context(device, autocast):
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **{name: value.to(device) for name, value in inputs.items()}).logits
     if head == "reward":
         return [[float(score)] for score in logits[:, 0].float()]
     logits = logits[:, -longest:]  # Remove the virtual tokens of prompt tuning.
     values = [_log_probabilities(logits[index, : len(row.ids) - 1], ids[index, 1 : len(row.ids)]) for index, row in enumerate(rows)]
-    return counted_values(values, rows)
+    return select_counted_values(values, rows)
 
 
 def _log_probabilities(logits: torch.Tensor, tokens: torch.Tensor) -> list[float]:
@@ -59,5 +59,5 @@ def _log_probabilities(logits: torch.Tensor, tokens: torch.Tensor) -> list[float
     return values
 
 
-def _autocast(device: Any, dtype: str | None) -> AbstractContextManager[Any]:
+def _autocast_context(device: Any, dtype: str | None) -> AbstractContextManager[Any]:
     return nullcontext() if dtype is None else torch.autocast(torch.device(device).type, dtype=getattr(torch, dtype))

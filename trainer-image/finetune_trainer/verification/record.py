@@ -1,7 +1,7 @@
 """Computes the reference values with the trained model in memory, after the final model has been saved.
 
-The computation cannot change the run: all weights are already saved, no random numbers are drawn, and the mode of the model is restored. A
-failure does not fail the run; the file then contains the reason instead of values.
+The computation cannot change the run: all weights are already saved, and random states and the mode of the model are restored. If it fails, the
+run continues, and the file contains the reason instead of values.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import torch
 from finetune_api.pod import RunConfig
 from finetune_api.rules import PROMPT_METHODS, method_type_of
 
-from finetune_trainer.data.images import content_of
+from finetune_trainer.data.images import read_content
 from finetune_trainer.data.rows import IGNORED_LABEL
-from finetune_trainer.data.vision import IMAGE_SOURCES, VisionProcessor, images_of_row
+from finetune_trainer.data.vision import IMAGE_SOURCES_COLUMN, VisionProcessor, read_image_column
 from finetune_trainer.hardware import Hardware
-from finetune_trainer.verification.measure import batch_values, row_values
-from finetune_trainer.verification.reference import ReferenceRow, ReferenceValues, TrainedAdapter, text_sha256
+from finetune_trainer.verification.measure import compute_batch_values, compute_row_values
+from finetune_trainer.verification.reference import ReferenceRow, ReferenceValues, TrainedAdapter, hash_text
 
 log = logging.getLogger(__name__)
 MAX_ROWS = 8
@@ -29,32 +29,32 @@ MAX_ROW_TOKENS = 256
 """Eight rows of 256 tokens need 0.6 GB for the logits of a vocabulary of 150 000 tokens in 16 bits."""
 MIN_ROW_TOKENS = 2
 MAX_IMAGE_BYTES = 4 * 2**20
-"""Maximum total size of the images, which are stored with the reference values."""
+"""Largest total size of the images of all rows, because they are stored with the reference values."""
 
 
 def choose_rows(datasets: Sequence[Any], tokenizer: Any) -> list[ReferenceRow]:
-    """Return the first rows of the first data set that is not None. Long rows keep their last tokens, which contain the end of the answer."""
+    """Return the first rows of the first data set that has rows. Of long rows, the last tokens are kept, because they contain the answer."""
     dataset = next((dataset for dataset in datasets if dataset is not None and len(dataset)), None)
     if dataset is None:
         return []
-    if IMAGE_SOURCES in dataset.column_names:
+    if IMAGE_SOURCES_COLUMN in dataset.column_names:
         return _choose_rows_with_images(dataset)
     rows: list[ReferenceRow] = []
     for number in range(min(len(dataset), 4 * MAX_ROWS)):
-        rows += _rows_of(dataset[number], tokenizer)
+        rows += _to_reference_rows(dataset[number], tokenizer)
         if len(rows) >= MAX_ROWS:
             break
     return rows[:MAX_ROWS]
 
 
 def _choose_rows_with_images(dataset: Any) -> list[ReferenceRow]:
-    """Return the first rows that are short enough. A row is not cut, because an image needs all of its tokens."""
+    """Return the first rows that are short enough. Long rows are left out instead of cut, because an image needs all of its tokens."""
     rows: list[ReferenceRow] = []
     longest = size = 0
     for number in range(min(len(dataset), 4 * MAX_ROWS)):
         columns = dataset[number]
-        images = [content_of(image) for image in images_of_row(columns)]
-        for ids, counted in _sequences_of(columns):
+        images = [read_content(image) for image in read_image_column(columns)]
+        for ids, counted in _read_sequences(columns):
             size_with_row = size + sum(map(len, images))
             fits = max(longest, len(ids)) * (len(rows) + 1) <= MAX_ROWS * MAX_ROW_TOKENS and size_with_row <= MAX_IMAGE_BYTES
             if fits and any(counted[1:]) and len(rows) < MAX_ROWS:
@@ -63,9 +63,9 @@ def _choose_rows_with_images(dataset: Any) -> list[ReferenceRow]:
     return rows
 
 
-def _rows_of(columns: Mapping[str, Any], tokenizer: Any) -> list[ReferenceRow]:
-    """Return the token rows of one example. Rows without a counted token are left out."""
-    found = _sequences_of(columns)
+def _to_reference_rows(columns: Mapping[str, Any], tokenizer: Any) -> list[ReferenceRow]:
+    """Return the reference rows of one row of the data set. Rows without a counted token are left out."""
+    found = _read_sequences(columns)
     if not found:
         ids = _prompt_ids(columns.get("prompt"), tokenizer)
         found = [(ids, [True] * len(ids))]
@@ -73,8 +73,11 @@ def _rows_of(columns: Mapping[str, Any], tokenizer: Any) -> list[ReferenceRow]:
     return [row for row in rows if len(row.ids) >= MIN_ROW_TOKENS and any(row.is_counted[1:])]
 
 
-def _sequences_of(columns: Mapping[str, Any]) -> list[tuple[list[int], list[bool]]]:
-    """Return the token ids of each sequence of a row, and whether each token counts. The columns depend on the objective; empty for prompts."""
+def _read_sequences(columns: Mapping[str, Any]) -> list[tuple[list[int], list[bool]]]:
+    """Return the token ids of each sequence in a row, and whether each token counts. Empty if the row only has a prompt.
+
+    The columns of the row depend on the objective.
+    """
     if "input_ids" in columns:
         ids, labels = list(columns["input_ids"]), list(columns.get("labels", columns["input_ids"]))
         return [(ids, [label != IGNORED_LABEL for label in labels])]
@@ -88,7 +91,7 @@ def _sequences_of(columns: Mapping[str, Any]) -> list[tuple[list[int], list[bool
 
 
 def _prompt_ids(prompt: Any, tokenizer: Any) -> list[int]:
-    """Return the tokens of a prompt without an answer. `prompt`: a text, or messages."""
+    """Return the token ids of a prompt, which is a text or a list of messages."""
     if isinstance(prompt, str):
         return list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
     if not prompt:
@@ -97,7 +100,7 @@ def _prompt_ids(prompt: Any, tokenizer: Any) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def record_values(
+def record_reference_values(
     trainer: Any, run: RunConfig, hardware: Hardware, rows: list[ReferenceRow], tokenizer: Any, *, head: str, is_sharded: bool,
     vision: VisionProcessor | None = None,
 ) -> ReferenceValues:  # fmt: skip
@@ -105,10 +108,10 @@ def record_values(
     base = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
     found = ReferenceValues(
         head=head, device=hardware.device.type, trusts_code=run.spec.model.trust_remote_code is True, dtype=_dtype_of(base),
-        autocast="bfloat16" if hardware.bf16 else "float16" if hardware.fp16 else None,
+        autocast="bfloat16" if hardware.computes_in_bf16 else "float16" if hardware.computes_in_fp16 else None,
         attention=hardware.attention, quantization=_quantization_of(base), is_tf32=hardware.device.type == "cuda" and _rounds_to_tf32(),
         pad_token_id=int(tokenizer.pad_token_id or 0), tokenizer_length=len(tokenizer), architecture=type(base).__name__,
-        chat_template_sha256=text_sha256(tokenizer.chat_template) if isinstance(tokenizer.chat_template, str) else None,
+        chat_template_sha256=hash_text(tokenizer.chat_template) if isinstance(tokenizer.chat_template, str) else None,
         adapter=_describe_adapter(trainer.model), rows=rows, reads_images=vision is not None,
     )  # fmt: skip
     if not rows and vision is not None:
@@ -117,44 +120,44 @@ def record_values(
     if not rows:
         return found.model_copy(update={"reason": "the data contains no row of at least two tokens"})
     try:
-        return _measure(trainer, run, hardware, found, is_sharded=is_sharded, vision=vision)
+        return _measure_values(trainer, run, hardware, found, is_sharded=is_sharded, vision=vision)
     except Exception as error:
         log.exception("the reference values of the final model could not be computed")
         return found.model_copy(update={"rows": [], "reason": f"the trainer could not compute reference values: {type(error).__name__}"})
 
 
-def _measure(
-    trainer: Any, run: RunConfig, hardware: Hardware, found: ReferenceValues, *, is_sharded: bool, vision: VisionProcessor | None
+def _measure_values(
+    trainer: Any, run: RunConfig, hardware: Hardware, reference: ReferenceValues, *, is_sharded: bool, vision: VisionProcessor | None
 ) -> ReferenceValues:
-    """Compute the values of the rows in two batch layouts, and whether the adapter changes the values."""
+    """Return `reference` with the values of its rows in two batch layouts, and with whether the adapter changes these values."""
     model = trainer.model_wrapped if is_sharded else trainer.model
     was_training = model.training
-    options: dict[str, Any] = {"head": found.head, "pad_token_id": found.pad_token_id, "device": hardware.device, "vision": vision}
+    options: dict[str, Any] = {"head": reference.head, "pad_token_id": reference.pad_token_id, "device": hardware.device, "vision": vision}
     autocast = nullcontext() if trainer.is_deepspeed_enabled else trainer.accelerator.autocast()
-    adapter = found.adapter
+    adapter = reference.adapter
     model.eval()
     try:
         with autocast, _kept_random_states():
-            values = row_values(model, found.rows, **options)
-            batched = batch_values(model, found.rows, **options)
-            if adapter is not None and not is_sharded and found.head == "causal" and method_type_of(run.spec) not in PROMPT_METHODS:
+            values = compute_row_values(model, reference.rows, **options)
+            batched = compute_batch_values(model, reference.rows, **options)
+            if adapter is not None and not is_sharded and reference.head == "causal" and method_type_of(run.spec) not in PROMPT_METHODS:
                 with trainer.model.disable_adapter():
-                    adapter = adapter.model_copy(update={"changes_output": row_values(model, found.rows, **options) != values})
+                    adapter = adapter.model_copy(update={"changes_output": compute_row_values(model, reference.rows, **options) != values})
     finally:
         model.train(was_training)
     rows = [
-        row.model_copy(update={"values": of_row, "batched_values": of_batch}) for row, of_row, of_batch in zip(found.rows, values, batched, strict=True)
+        row.model_copy(update={"values": of_row, "batched_values": of_batch}) for row, of_row, of_batch in zip(reference.rows, values, batched, strict=True)
     ]
-    return found.model_copy(update={"rows": rows, "adapter": adapter})
+    return reference.model_copy(update={"rows": rows, "adapter": adapter})
 
 
 def _kept_random_states() -> Any:
-    """Restore torch's random states at the end, because a model may draw random numbers in its forward pass."""
+    """Restore torch's random states at the end of the context, because a model may draw random numbers in its forward pass."""
     return torch.random.fork_rng()
 
 
 def _dtype_of(base: Any) -> str:
-    """Return the number format in which the base model's weights must be loaded."""
+    """Return the number format of the base model's weights, such as `bfloat16`."""
     return str(getattr(base, "dtype", torch.float32)).removeprefix("torch.")
 
 
@@ -170,7 +173,7 @@ def _rounds_to_tf32() -> bool:
 
 
 def _describe_adapter(model: Any) -> TrainedAdapter | None:
-    """Return the settings of the adapter that its layers apply. They may differ from its configuration."""
+    """Return the settings that the adapter's layers use, which may differ from its configuration. None for a model without an adapter."""
     if not hasattr(model, "peft_config"):
         return None
     name = model.active_adapter

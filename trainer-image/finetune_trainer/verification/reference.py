@@ -1,4 +1,4 @@
-"""The file of reference values: log-probabilities of some rows, which the trained model computed in memory."""
+"""Defines the file of reference values: log-probabilities of some rows, which the trained model computed in memory."""
 
 from __future__ import annotations
 
@@ -17,36 +17,36 @@ from finetune_trainer.data.rows import ImageFile
 FILE_NAME = "reference-values.json"
 """Name of the file in the trainer's output folder."""
 MANIFEST_KEY = "referenceValues"
-"""Key of the file's sha256 in the additional values of the model's manifest."""
+"""Name under which the model's manifest contains the file's sha256."""
 STORED_KEY = "run/reference-values-{digest}.json"
-"""Key in storage. The file is not part of the model's folder, because it contains rows of the user's data."""
+"""Key of the file in storage. The file is not stored in the model's folder, because it contains rows of the user's data."""
 
 
 class ReferenceRow(LenientModel):
-    """One row and its values."""
+    """One row, and the values that the trained model computed for it."""
 
     ids: list[int] = Field(description="Token ids.")
     images: list[str] = Field(default_factory=list, description="The files of the row's images, in base64.")
-    is_counted: list[bool] = Field(description="Whether the token's probability counts. Empty for models with a score head.")
-    values: list[float] = Field(default_factory=list, description="Log-probability (nats) of each counted token, or one score. The row was computed alone.")
-    batched_values: list[float] = Field(default_factory=list, description="The same values, computed in one padded batch with the other rows.")
+    is_counted: list[bool] = Field(description="For each token, whether its probability is a value of the row. Empty for models with a score head.")
+    values: list[float] = Field(default_factory=list, description="Log-probability (nats) of each counted token, or one score, if the row is computed alone.")
+    batched_values: list[float] = Field(default_factory=list, description="As `values`, if the row is computed in one padded batch with all rows.")
 
 
     def decoded_images(self) -> list[Any]:
-        """The images of the row. Errors: RowError ImageUnreadable."""
+        """Return the images of the row. Errors: RowError ImageUnreadable."""
         return [load_image(ImageFile(content=base64.b64decode(image))) for image in self.images]
 
 
 class TrainedAdapter(LenientModel):
-    """Settings of the adapter that was trained. None: the setting does not exist for this kind of adapter."""
+    """The settings of the adapter that was trained."""
 
     peft_type: str = Field(description="PEFT's name of the method, such as LORA.")
-    scaling: dict[str, float] = Field(default_factory=dict, description="Factor of the product B A of each adapted module, by the module's name.")
-    changes_output: bool | None = Field(default=None, description="Whether the values with and without the adapter differed. None: not measured.")
+    scaling: dict[str, float] = Field(default_factory=dict, description="Factor of the LoRA product B A of each adapted module, by the module's name.")
+    changes_output: bool | None = Field(default=None, description="Whether the adapter changed the values of the rows. None if this was not measured.")
 
 
 class ReferenceValues(LenientModel):
-    """`reference-values.json`: the data that the stage `verifying` needs besides the stored model and the base model."""
+    """The contents of `reference-values.json`: what the stage `verifying` needs in addition to the stored model and the base model."""
 
     version: int = 1
     reason: str | None = Field(default=None, description="Why there are no values. None if there are values.")
@@ -72,28 +72,28 @@ class ReferenceValues(LenientModel):
         return self.dtype == "float32" and self.autocast is None and not self.is_tf32 and self.quantization is None
 
     def values(self) -> list[float]:
-        """The values of all rows."""
+        """Return the values of all rows, one row after the other."""
         return [value for row in self.rows for value in row.values]
 
     def batched_values(self) -> list[float]:
-        """The values of all rows in the second batch layout."""
+        """Return the values of all rows that were computed in one batch, one row after the other."""
         return [value for row in self.rows for value in row.batched_values]
 
     def to_bytes(self) -> bytes:
-        """Return the content of the file. Its sha256 is the file's name in storage."""
+        """Return the contents of the file. Its name in storage contains the beginning of their sha256."""
         return json.dumps(self.to_wire(), sort_keys=True, separators=(",", ":")).encode()
 
 
-def text_sha256(text: str | None) -> str | None:
-    """Return the sha256 (hex) of a text after removing white space at both ends. None if there is no text."""
+def hash_text(text: str | None) -> str | None:
+    """Return the sha256 (hex) of a text without white space at its ends. None if the text is None or empty."""
     return None if not text else hashlib.sha256(text.strip().encode()).hexdigest()
 
 
-def stored_key(digest: str) -> str:
-    """Return the key in storage of the file with the sha256 `digest`."""
+def reference_values_key(digest: str) -> str:
+    """Return the key in storage of the reference values whose file has the sha256 `digest`."""
     return STORED_KEY.format(digest=digest[:16])
 
 
-def counted_values(values: Sequence[Sequence[float]], rows: Sequence[ReferenceRow]) -> list[list[float]]:
-    """Return only the values of counted tokens. `values`: one value for each token after the first, for each row."""
+def select_counted_values(values: Sequence[Sequence[float]], rows: Sequence[ReferenceRow]) -> list[list[float]]:
+    """Return the values of the counted tokens of each row. `values`: for each row, one value for each token after the first."""
     return [[value for value, is_counted in zip(of_row, row.is_counted[1:], strict=True) if is_counted] for of_row, row in zip(values, rows, strict=True)]

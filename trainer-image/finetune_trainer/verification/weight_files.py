@@ -1,4 +1,4 @@
-"""Reads safetensors files without torch: the names, shapes and formats of tensors from the header, and tests of their values."""
+"""Reads safetensors files without torch: names, shapes and formats of tensors from the header, and whether values are finite or zero."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000
-ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+BYTES_BY_FORMAT = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 SIXTEEN_BIT_FORMATS = ("F16", "BF16")
-EXPONENT_MASKS = {"F64": 0x7FF0000000000000, "F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}
-"""Bit mask of the exponent. A number is infinite or NaN if and only if all bits of its exponent are set."""
+EXPONENT_MASK_BY_FORMAT = {"F64": 0x7FF0000000000000, "F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}
+"""Bit masks of the exponents of numbers, by format. A number is infinite or NaN if and only if all bits of its exponent are set."""
 CHUNK_ITEMS = 1 << 22
 
 
@@ -29,32 +29,32 @@ class StoredTensor:
     dtype: str
     shape: tuple[int, ...]
     start: int
-    """First byte in the file."""
+    """Offset of the tensor's first byte in the file."""
     size: int
-    """Bytes."""
+    """Size in bytes."""
 
     def is_finite(self) -> bool:
-        """Whether no value is infinite or NaN. Formats other than floating point are always finite."""
-        mask = EXPONENT_MASKS.get(self.dtype)
+        """Whether no value is infinite or NaN. Always True for integers and 8-bit floats, whose values are not read."""
+        mask = EXPONENT_MASK_BY_FORMAT.get(self.dtype)
         return mask is None or not any(bool(((chunk & mask) == mask).any()) for chunk in self._chunks())
 
     def is_zero(self) -> bool:
         """Whether all values are zero, with any sign."""
-        mask = {8: 0x7FFFFFFFFFFFFFFF, 4: 0x7FFFFFFF, 2: 0x7FFF, 1: 0x7F}[ITEM_BYTES[self.dtype]]
+        mask = {8: 0x7FFFFFFFFFFFFFFF, 4: 0x7FFFFFFF, 2: 0x7FFF, 1: 0x7F}[BYTES_BY_FORMAT[self.dtype]]
         return not any(bool((chunk & mask).any()) for chunk in self._chunks())
 
     def _chunks(self) -> Any:
-        """Yield the values as unsigned integers."""
+        """Yield the values in chunks, as unsigned integers with the same bits."""
         import numpy
 
-        count = ITEM_BYTES[self.dtype]
+        count = BYTES_BY_FORMAT[self.dtype]
         values = numpy.memmap(self.path, dtype=f"<u{count}", mode="r", offset=self.start, shape=(self.size // count,)) if self.size else []
         for start in range(0, len(values), CHUNK_ITEMS):
             yield values[start : start + CHUNK_ITEMS]
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """Return the tensors of a safetensors file by name. Errors: DamagedFileError for a truncated file and an invalid header."""
+    """Return the tensors of a safetensors file, by name. Errors: DamagedFileError if the file is truncated or its header is invalid."""
     size = path.stat().st_size
     with path.open("rb") as file:
         header_bytes = int.from_bytes(file.read(LENGTH_BYTES), "little")
@@ -65,32 +65,31 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         except ValueError as error:
             raise DamagedFileError(f"the header of {path.name} is not JSON") from error
     data_start = LENGTH_BYTES + header_bytes
-    tensors = {name: _tensor(path, name, entry, data_start) for name, entry in header.items() if name != "__metadata__"}
+    tensors = {name: _parse_tensor(path, name, entry, data_start) for name, entry in header.items() if name != "__metadata__"}
     expected_size = max((tensor.start + tensor.size for tensor in tensors.values()), default=data_start)
     if expected_size != size:
         raise DamagedFileError(f"{path.name} has {size} bytes, but its header describes {expected_size}")
     return tensors
 
 
-def _tensor(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
+def _parse_tensor(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
     try:
         (first, last), shape, dtype = entry["data_offsets"], tuple(map(int, entry["shape"])), str(entry["dtype"])
-        if last - first != math.prod(shape) * ITEM_BYTES.get(dtype, 1) and dtype in ITEM_BYTES:
+        if last - first != math.prod(shape) * BYTES_BY_FORMAT.get(dtype, 1) and dtype in BYTES_BY_FORMAT:
             raise DamagedFileError(f"{path.name}: the size of {name} does not match its shape")
         return StoredTensor(path, dtype, shape, data_start + int(first), int(last - first))
     except (KeyError, TypeError, ValueError) as error:
         raise DamagedFileError(f"the header of {path.name} does not describe {name}") from error
 
 
-def read_folder(folder: Path, single: str = "model.safetensors") -> dict[str, StoredTensor]:
-    """Return all tensors of a model's folder: the tensors of the file `single`, or of all files in its index. Empty without safetensors
-    files.
+def read_folder(folder: Path, file_name: str = "model.safetensors") -> dict[str, StoredTensor]:
+    """Return all tensors in a model's folder, by name: those of the file `file_name` or, if it does not exist, of all files in its index.
 
-    Errors: DamagedFileError, for example if a file in the index is missing.
+    Empty if neither the file nor the index exists. Errors: DamagedFileError, for example if a file in the index is missing.
     """
-    if (folder / single).exists():
-        return read_header(folder / single)
-    index = folder / f"{single}.index.json"
+    if (folder / file_name).exists():
+        return read_header(folder / file_name)
+    index = folder / f"{file_name}.index.json"
     if not index.exists():
         return {}
     try:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from finetune_trainer.artefact.end_tokens import answers_of_labels, trained_answers, trained_end_tokens
-from finetune_trainer.artefact.generation import align_model_config, write_generation_files
+from finetune_trainer.artefact.end_tokens import find_trained_end_tokens, read_trained_answers, split_into_answers
+from finetune_trainer.artefact.generation import copy_end_tokens_to_model_config, write_generation_files
 
 from tests.support.tiny import CHATML_TEMPLATE, make_tokenizer
 
@@ -20,30 +20,30 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return made
 
 
-def ids(tokenizer: Any, text: str) -> list[int]:
+def token_ids(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def test_each_part_with_labels_is_one_answer() -> None:
-    assert list(answers_of_labels([-100, 5, 6, -100, -100, 7])) == [[5, 6], [7]]
-    assert list(answers_of_labels([-100])) == []
+def test_labels_between_ignored_labels_are_one_answer() -> None:
+    assert list(split_into_answers([-100, 5, 6, -100, -100, 7])) == [[5, 6], [7]]
+    assert list(split_into_answers([-100])) == []
 
 
 def test_the_special_token_before_white_space_ends_an_answer(tokenizer: Any) -> None:
-    answers = [ids(tokenizer, "red<|im_end|>"), ids(tokenizer, "blue<|im_end|>\n"), ids(tokenizer, "one<|endoftext|>")]
-    assert trained_end_tokens(tokenizer, answers) == ids(tokenizer, "<|im_end|><|endoftext|>")
+    answers = [token_ids(tokenizer, "red<|im_end|>"), token_ids(tokenizer, "blue<|im_end|>\n"), token_ids(tokenizer, "one<|endoftext|>")]
+    assert find_trained_end_tokens(tokenizer, answers) == token_ids(tokenizer, "<|im_end|><|endoftext|>")
 
 
 def test_ordinary_tokens_and_rare_special_tokens_end_no_answer(tokenizer: Any) -> None:
-    assert trained_end_tokens(tokenizer, [ids(tokenizer, "Paris is red"), []]) == []
-    cut = [*[ids(tokenizer, "red<|im_end|>")] * 199, ids(tokenizer, "<|im_start|>")]
-    assert trained_end_tokens(tokenizer, cut) == ids(tokenizer, "<|im_end|>")
+    assert find_trained_end_tokens(tokenizer, [token_ids(tokenizer, "Paris is red"), []]) == []
+    cut = [*[token_ids(tokenizer, "red<|im_end|>")] * 199, token_ids(tokenizer, "<|im_start|>")]
+    assert find_trained_end_tokens(tokenizer, cut) == token_ids(tokenizer, "<|im_end|>")
 
 
 def test_a_new_token_that_ends_the_answers_counts(tmp_path: Path) -> None:
     tokenizer = make_tokenizer(tmp_path)
     tokenizer.add_tokens(["<stop>"])
-    assert trained_end_tokens(tokenizer, [ids(tokenizer, "red<stop>")]) == [tokenizer.convert_tokens_to_ids("<stop>")]
+    assert find_trained_end_tokens(tokenizer, [token_ids(tokenizer, "red<stop>")]) == [tokenizer.convert_tokens_to_ids("<stop>")]
 
 
 @pytest.mark.parametrize(
@@ -58,19 +58,19 @@ def test_a_new_token_that_ends_the_answers_counts(tmp_path: Path) -> None:
 def test_answers_are_read_from_the_columns_of_each_objective(columns: dict[str, Any], expected: list[list[int]]) -> None:
     from datasets import Dataset
 
-    assert [list(answer) for answer in trained_answers(Dataset.from_dict(columns))] == expected
+    assert [list(answer) for answer in read_trained_answers(Dataset.from_dict(columns))] == expected
 
 
 def test_at_most_2000_rows_are_read() -> None:
     from datasets import Dataset
 
     rows = Dataset.from_dict({"labels": [[number] for number in range(4001)]})
-    read = [answer[0] for answer in trained_answers(rows)]
+    read = [answer[0] for answer in read_trained_answers(rows)]
     assert read == list(range(0, 4001, 3))
 
 
-def written(tokenizer: Any, tmp_path: Path, base: dict[str, Any], end_ids: list[int]) -> tuple[dict[str, Any], bool]:
-    """The generation settings, and whether the tokenizer was saved again."""
+def write_files(tokenizer: Any, tmp_path: Path, base: dict[str, Any], end_ids: list[int]) -> tuple[dict[str, Any], bool]:
+    """Write the generation files. Returns the generation settings, and whether the tokenizer was saved again."""
     from transformers import LlamaConfig
 
     (tmp_path / "base").mkdir()
@@ -81,27 +81,27 @@ def written(tokenizer: Any, tmp_path: Path, base: dict[str, Any], end_ids: list[
 
 
 def test_trained_tokens_come_before_those_of_the_base_model(tokenizer: Any, tmp_path: Path) -> None:
-    end, base_end = ids(tokenizer, "<|im_end|><|endoftext|>")
+    end, base_end = token_ids(tokenizer, "<|im_end|><|endoftext|>")
     # Sampling settings without sampling are contradictory, but published models have them.
-    values, is_saved = written(tokenizer, tmp_path, {"eos_token_id": [base_end, 9], "temperature": 0.6, "do_sample": False}, [end])
+    values, is_saved = write_files(tokenizer, tmp_path, {"eos_token_id": [base_end, 9], "temperature": 0.6, "do_sample": False}, [end])
     assert (values["eos_token_id"], values["temperature"], is_saved) == ([end, base_end, 9], 0.6, True)
     assert json.loads((tmp_path / "final" / "tokenizer_config.json").read_text())["eos_token"] == "<|im_end|>"
     assert tokenizer.eos_token == "<|endoftext|>"
 
 
-def test_a_tokenizer_whose_end_token_was_trained_stays(tokenizer: Any, tmp_path: Path) -> None:
-    end, base_end = ids(tokenizer, "<|im_end|><|endoftext|>")
-    assert written(tokenizer, tmp_path, {}, [end, base_end])[1] is False
+def test_a_tokenizer_whose_end_token_was_trained_is_not_saved_again(tokenizer: Any, tmp_path: Path) -> None:
+    end, base_end = token_ids(tokenizer, "<|im_end|><|endoftext|>")
+    assert write_files(tokenizer, tmp_path, {}, [end, base_end])[1] is False
 
 
-def test_a_template_that_writes_the_end_token_keeps_it(tmp_path: Path) -> None:
+def test_a_tokenizer_whose_template_writes_the_end_token_is_not_saved_again(tmp_path: Path) -> None:
     tokenizer = make_tokenizer(tmp_path / "tokenizer", chat_template=CHATML_TEMPLATE + "{{ eos_token }}")
     tokenizer.eos_token = "<|endoftext|>"
     (tmp_path / "work").mkdir()
-    assert written(tokenizer, tmp_path / "work", {}, ids(tokenizer, "<|im_end|>"))[1] is False
+    assert write_files(tokenizer, tmp_path / "work", {}, token_ids(tokenizer, "<|im_end|>"))[1] is False
 
 
-def test_without_trained_tokens_and_settings_the_configuration_of_the_model_counts(tokenizer: Any, tmp_path: Path) -> None:
+def test_without_trained_tokens_and_settings_the_end_tokens_come_from_the_model_configuration(tokenizer: Any, tmp_path: Path) -> None:
     from transformers import LlamaConfig
 
     write_generation_files(tmp_path, tmp_path / "none", LlamaConfig(eos_token_id=7, pad_token_id=8), tokenizer, [])
@@ -116,11 +116,11 @@ def test_without_trained_tokens_and_settings_the_configuration_of_the_model_coun
 def test_the_configuration_of_a_complete_model_names_the_same_end_token(settings: Any, config: dict[str, Any], expected: Any, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 9, **config}))
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": settings}))
-    align_model_config(tmp_path)
+    copy_end_tokens_to_model_config(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text()) == {"vocab_size": 9} | ({"eos_token_id": expected} if expected else {})
 
 
-def test_an_adapter_has_no_model_configuration_to_align(tmp_path: Path) -> None:
+def test_no_model_configuration_is_written_for_an_adapter(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text("{}")
-    align_model_config(tmp_path)
+    copy_end_tokens_to_model_config(tmp_path)
     assert not (tmp_path / "config.json").exists()

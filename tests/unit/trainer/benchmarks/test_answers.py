@@ -27,4 +27,4 @@ def test_end_tokens_of_trained_answers_end_answers(rows: str, names: list[str], 
     run, inputs = make_run(tmp_path, tmp_path / "model", spec, rows=[ROWS[rows]] * 4)
     runner = _TaskRunner(run, None, inputs, None)  # type: ignore[arg-type]
     model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=None))
-    assert tokenizer.convert_ids_to_tokens(runner._end_ids(LoadedModel(model, tokenizer, 1, 0))) == names
+    assert tokenizer.convert_ids_to_tokens(runner._find_end_token_ids(LoadedModel(model, tokenizer, 1, 0))) == names

@@ -1,4 +1,4 @@
-"""Domain files: the shapes that are read, and the errors of those that are not."""
+"""Domain files of all documented shapes are read, and the errors of other files name the question."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 from finetune_api.errors import ConfigError
 from finetune_trainer.benchmarks.domain_files import (
     DomainQuestion,
-    domain_files,
-    keyword_recall,
+    compute_keyword_recall,
+    find_domain_files,
     read_domain,
     select_domains,
 )
@@ -27,11 +27,11 @@ def read(folder: Path, value: Any) -> list[DomainQuestion]:
 
 
 @pytest.mark.parametrize(("question", "answer"), [("prompt", "reference"), ("input", "output"), ("question", "answer")])
-def test_every_pair_of_names_is_read(question: str, answer: str, tmp_path: Path) -> None:
+def test_question_and_answer_may_have_any_of_the_documented_names(question: str, answer: str, tmp_path: Path) -> None:
     assert read(tmp_path, [{question: "Q", answer: "A", "keywords": ["a"]}]) == [DomainQuestion("Q", "A", ("a",))]
 
 
-def test_multiple_choice_shows_its_choices_with_letters(tmp_path: Path) -> None:
+def test_the_text_of_a_multiple_choice_question_contains_its_choices_with_letters(tmp_path: Path) -> None:
     (asked,) = read(tmp_path, {"name": "sums", "questions": [CHOICE]})
     assert asked == DomainQuestion("2 + 2?", choices=("3", "4"), correct=1)
     assert (asked.text, asked.letters) == ("2 + 2?\nA. 3\nB. 4", ("A", "B"))
@@ -51,7 +51,7 @@ def test_multiple_choice_shows_its_choices_with_letters(tmp_path: Path) -> None:
         ([CHOICE | {"correct_answer": True}], "correct_answer True"),
     ],
 )
-def test_an_invalid_question_is_named(value: Any, message: str, tmp_path: Path) -> None:
+def test_the_error_of_an_invalid_file_names_the_question(value: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         read(tmp_path, value)
     assert caught.value.code == "DomainFileInvalid" and message in caught.value.message and "domain_x.json" in caught.value.message
@@ -65,7 +65,7 @@ def test_domains_are_selected_by_name(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no file for the domain code, only for legal, medical"):
         select_domains(tmp_path, "folder", ["code"])
     write_domain(tmp_path, "domain_code.json", [CHOICE])  # other JSON files are then data of other benchmarks
-    assert domain_files(tmp_path) == {"code": tmp_path / "domain_code.json"}
+    assert find_domain_files(tmp_path) == {"code": tmp_path / "domain_code.json"}
 
 
 def test_a_folder_without_domain_files_is_refused(tmp_path: Path) -> None:
@@ -75,4 +75,4 @@ def test_a_folder_without_domain_files_is_refused(tmp_path: Path) -> None:
 
 
 def test_keyword_recall_ignores_case() -> None:
-    assert keyword_recall("The FEVER is high", ("fever", "cough")) == 0.5
+    assert compute_keyword_recall("The FEVER is high", ("fever", "cough")) == 0.5

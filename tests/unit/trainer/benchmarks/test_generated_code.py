@@ -1,4 +1,4 @@
-"""The HumanEval benchmark: completions are cut, and their code runs apart from the trainer."""
+"""The HumanEval benchmark cuts completions, and runs their code in a process of its own."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ADD = CodeProblem("def add(a, b):\n", "def check(candidate):\n    assert candida
         ("    open('written', 'w').close()\n    return a + b\n", True),
     ],
 )
-def test_the_tests_decide(completion: str, passes: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_completion_passes_if_the_tests_of_its_problem_pass(completion: str, passes: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SECRET_TOKEN", "hidden")
     monkeypatch.chdir(tmp_path)
     assert completion_passes_tests(ADD, completion) is passes

@@ -1,4 +1,4 @@
-"""Records of finished tasks, and the results that are computed from them."""
+"""Finished tasks are recorded, and the results are computed from the records."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from pathlib import Path
 
 from finetune_api.benchmarks import BenchmarkKind
 from finetune_api.spec.results import Benchmark
-from finetune_trainer.benchmarks.harness import _measurements
+from finetune_trainer.benchmarks.harness import _to_measurements
 from finetune_trainer.benchmarks.plan import BenchmarkTask
 from finetune_trainer.benchmarks.records import (
     FinishedTasks,
     Measurement,
     TaskRecord,
-    results,
-    status_of,
+    combine_results,
+    to_status_results,
     write_results,
 )
 
@@ -24,7 +24,7 @@ def harness_task(folder: Path, *, uses_base: bool = False, **fields: object) -> 
     return BenchmarkTask(BenchmarkKind.HARNESS, benchmark, "evaluation.benchmarks[0]", "sums", folder, uses_base)
 
 
-def test_a_record_counts_only_for_the_same_task_settings_and_files(tmp_path: Path) -> None:
+def test_a_record_is_only_read_for_the_same_task_settings_and_files(tmp_path: Path) -> None:
     data, records = tmp_path / "data", tmp_path / "records"
     data.mkdir()
     records.mkdir()
@@ -61,7 +61,7 @@ HARNESS_RESULTS = {
 
 
 def test_the_harness_s_results_become_measurements() -> None:
-    assert _measurements(HARNESS_RESULTS) == [
+    assert _to_measurements(HARNESS_RESULTS) == [
         Measurement(task="all", metric="acc", value=0.75, stderr=0.1),
         Measurement(task="sums", metric="acc", value=0.5, samples=4, is_part_of_group=True),
         Measurement(task="sums", metric="exact,strict", value=0.25, stderr=0.2, samples=4, is_part_of_group=True),
@@ -69,16 +69,17 @@ def test_the_harness_s_results_become_measurements() -> None:
     ]
 
 
-def test_the_base_model_s_value_and_the_difference_are_beside_the_value(tmp_path: Path) -> None:
+def test_each_result_also_has_the_base_model_s_value_and_the_difference(tmp_path: Path) -> None:
     trained, base = harness_task(tmp_path), harness_task(tmp_path, uses_base=True)
-    records = [TaskRecord(measurements=_measurements(HARNESS_RESULTS)), TaskRecord(measurements=[Measurement(task="all", metric="acc", value=1.0, stderr=0.0)])]
-    entries = results([trained, base], records)
+    base_measurement = Measurement(task="all", metric="acc", value=1.0, stderr=0.0)
+    records = [TaskRecord(measurements=_to_measurements(HARNESS_RESULTS)), TaskRecord(measurements=[base_measurement])]
+    entries = combine_results([trained, base], records)
     assert entries[0] == {
         "name": "lm-eval", "task": "all", "group": None, "metric": "acc", "value": 0.75, "stderr": 0.1, "samples": None, "base": 1.0, "baseStderr": 0.0,
         "difference": -0.25, "reason": None,
     }  # fmt: skip
     assert entries[1]["group"] == "sums" and entries[1]["base"] is None and entries[1]["difference"] is None
-    (shown,) = status_of(entries)
+    (shown,) = to_status_results(entries)
     assert shown.to_wire() == {"name": "lm-eval", "task": "all", "metric": "acc", "value": 0.75, "stderr": 0.1, "base": 1.0, "difference": -0.25}
     write_results(tmp_path, [trained, base], entries)
     assert json.loads((tmp_path / "lm_eval_results.json").read_text())["sums"] == {"acc": 0.5, "exact,strict": 0.25, "bypass": None}

@@ -1,4 +1,4 @@
-"""Task folders: the refusals before training, and a comparison of the tables of names with the installed harness."""
+"""Task folders with code or missing data are refused before training, and the tables of task names fit the installed harness."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from finetune_api.benchmarks import BENCHMARK_KINDS, BUNDLED_TASKS, BenchmarkKind, current_task_names
+from finetune_api.benchmarks import BENCHMARK_KINDS, BUNDLED_TASKS, BenchmarkKind, replace_old_task_names
 from finetune_api.errors import ConfigError
 from finetune_trainer.benchmarks.task_folder import TaskFolder
 
@@ -22,7 +22,7 @@ def read(folder: Path, *, allows_code: bool = False) -> TaskFolder:
 
 
 def test_old_task_names_are_replaced_and_others_stay() -> None:
-    assert current_task_names(["hellaswag", "truthfulqa_mc", "truthfulqa_mc2", "mine"]) == ["hellaswag", "truthfulqa_mc1", "truthfulqa_mc2", "mine"]
+    assert replace_old_task_names(["hellaswag", "truthfulqa_mc", "truthfulqa_mc2", "mine"]) == ["hellaswag", "truthfulqa_mc1", "truthfulqa_mc2", "mine"]
 
 
 def test_rating_sheets_and_the_code_benchmark_have_different_names() -> None:
@@ -36,7 +36,7 @@ def test_the_harness_defines_each_bundled_task_with_this_data_set(name: str) -> 
     """Fails if a new release of the harness moves a task or changes its data set."""
     spec = importlib.util.find_spec("lm_eval")
     assert spec is not None and spec.submodule_search_locations
-    folder = Path(spec.submodule_search_locations[0], "tasks", BUNDLED_TASKS[name].definition)
+    folder = Path(spec.submodule_search_locations[0], "tasks", BUNDLED_TASKS[name].definition_folder)
 
     class Loader(yaml.SafeLoader):
         pass
@@ -44,7 +44,7 @@ def test_the_harness_defines_each_bundled_task_with_this_data_set(name: str) -> 
     Loader.add_constructor("!function", lambda _loader, _node: None)
     definitions = [yaml.load(path.read_text(), Loader=Loader) for path in folder.rglob("*") if path.suffix == ".yaml" or path.name.endswith("_yaml")]  # noqa: S506
     assert any(name in (definition.get("task"), definition.get("group")) for definition in definitions)
-    assert {definition["dataset_path"] for definition in definitions if "dataset_path" in definition} >= {BUNDLED_TASKS[name].dataset}
+    assert {definition["dataset_path"] for definition in definitions if "dataset_path" in definition} >= {BUNDLED_TASKS[name].dataset_repository}
 
 
 def test_all_tasks_of_a_folder_are_its_definitions_and_bundled_tasks_with_data(tmp_path: Path) -> None:
@@ -136,8 +136,8 @@ def test_data_outside_the_folder_are_refused_even_if_code_is_allowed(old: str, n
     assert error.code == "BenchmarkDataMissing" and f"the task of sums.yaml {message}" in error.message
 
 
-def test_the_links_of_a_hub_repository_are_followed(tmp_path: Path) -> None:
-    """The hub's client stores files as links into its cache."""
+def test_links_to_files_are_followed(tmp_path: Path) -> None:
+    """The files of a downloaded hub repository are links into a cache."""
     write_task(tmp_path / "blobs", "sums")
     (tmp_path / "snapshot").mkdir()
     for path in (tmp_path / "blobs").iterdir():
@@ -161,7 +161,7 @@ def test_data_of_a_task_within_a_group_are_checked(tmp_path: Path) -> None:
         ("task: !!python/object/apply:os.system [id]\n", "is not valid YAML"),
     ],
 )
-def test_a_file_that_cannot_be_read_is_named(text: str, message: str, tmp_path: Path) -> None:
+def test_the_error_of_an_invalid_file_names_the_file(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "tasks").mkdir()
     (tmp_path / "other.yaml").write_text("task: x\n")
     (tmp_path / "tasks" / "bad.yaml").write_text(text)
@@ -169,8 +169,8 @@ def test_a_file_that_cannot_be_read_is_named(text: str, message: str, tmp_path: 
     assert error.code == "TaskFolderInvalid" and message in error.message
 
 
-def test_the_override_of_the_harness_s_templates_is_still_needed_and_works() -> None:
-    """The harness renders templates with an environment that lets them reach Python's classes. If this test fails, the sandbox can be removed."""
+def test_the_sandbox_for_templates_is_still_needed_and_works() -> None:
+    """Without the sandbox, the harness lets templates access Python's classes. If the first assertion fails, the sandbox can be removed."""
     from finetune_trainer.benchmarks.harness import _sandboxed_templates
     from jinja2.exceptions import SecurityError
     from lm_eval import utils

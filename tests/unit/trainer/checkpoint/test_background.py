@@ -1,4 +1,4 @@
-"""Checkpoints in the background: the files contain the state of the step that was saved, and failures end the run."""
+"""Checkpoints that are written in the background: their files contain the state of the saved step, and a failure ends the run."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from finetune_trainer.library_internals import deferred_saves  # noqa: E402 - li
 @pytest.fixture
 def writer() -> BackgroundWriter:
     writer = BackgroundWriter()
-    writer.in_background = True
+    writer.writes_in_background = True
     return writer
 
 
 def save_state(writer: BackgroundWriter, file: Path, weight: Any) -> None:
-    """Save a checkpoint of one file, without completing it."""
-    with writer.collect_files():
+    """Begin a checkpoint and save one file of it. The test finishes the checkpoint."""
+    with writer.begin_checkpoint():
         torch.save({"weight": weight, "step": [1]}, file)
 
 
@@ -51,7 +51,7 @@ def test_weights_of_models_and_adapters_are_written_later(writer: BackgroundWrit
         model = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
     name = "adapter_model.safetensors" if method == "peft" else "model.safetensors"
     model.save_pretrained(tmp_path / "at-once")
-    with writer.collect_files():
+    with writer.begin_checkpoint():
         model.save_pretrained(tmp_path / "later")
     with torch.no_grad():
         for parameter in model.parameters():
@@ -62,8 +62,8 @@ def test_weights_of_models_and_adapters_are_written_later(writer: BackgroundWrit
     assert (tmp_path / "later" / name).read_bytes() == (tmp_path / "at-once" / name).read_bytes()
 
 
-def test_objects_without_a_state_dictionary_are_written_at_once(writer: BackgroundWriter, tmp_path: Path) -> None:
-    with writer.collect_files():
+def test_objects_that_are_not_state_dictionaries_are_written_at_once(writer: BackgroundWriter, tmp_path: Path) -> None:
+    with writer.begin_checkpoint():
         torch.save((1, 2), tmp_path / "arguments.bin")
         assert torch.load(tmp_path / "arguments.bin") == (1, 2)
 
@@ -90,9 +90,9 @@ def test_without_a_checkpoint_a_task_runs_at_once(writer: BackgroundWriter, tmp_
     assert seen == ["before", "after"]
 
 
-def test_a_writer_that_is_not_in_the_background_writes_at_once(writer: BackgroundWriter, tmp_path: Path) -> None:
+def test_without_background_writing_files_are_written_at_once(writer: BackgroundWriter, tmp_path: Path) -> None:
     seen: list[str] = []
-    writer.in_background = False
+    writer.writes_in_background = False
     save_state(writer, tmp_path / "a.pt", torch.ones(1))
     assert (tmp_path / "a.pt").exists()
     writer.run_after_files(lambda: seen.append(threading.current_thread().name))
@@ -100,7 +100,7 @@ def test_a_writer_that_is_not_in_the_background_writes_at_once(writer: Backgroun
     assert seen == ["MainThread"]
 
 
-def test_the_next_checkpoint_uses_the_memory_of_the_last_one(writer: BackgroundWriter) -> None:
+def test_the_next_checkpoint_reuses_the_memory_of_the_copies(writer: BackgroundWriter) -> None:
     weight, addresses = torch.ones(8), []
     for _ in range(2):
         writer._defer(lambda copies: addresses.append(copies["weight"].data_ptr()), {"weight": weight}, is_collective=False)
@@ -124,7 +124,7 @@ def test_a_failure_in_the_background_is_raised_in_the_training_thread(writer: Ba
         raise OSError(errno.ENOSPC, "No space left on device")
 
     later: list[str] = []
-    with writer.collect_files():
+    with writer.begin_checkpoint():
         writer.run_after_files(fail)
         writer.run_after_files(lambda: later.append("reported"))
     writer.finish_checkpoint()
@@ -137,7 +137,7 @@ def test_a_failure_in_the_background_is_raised_in_the_training_thread(writer: Ba
         writer.raise_failure()
 
 
-def test_the_functions_of_the_libraries_are_restored() -> None:
+def test_the_save_functions_of_the_libraries_are_restored_after_a_checkpoint() -> None:
     import peft.peft_model
     import torch.distributed.checkpoint as sharded
     import transformers.modeling_utils

@@ -1,4 +1,4 @@
-"""Checkpoints that another program wrote into the job's own folder are refused before anything of them is opened.
+"""A checkpoint that another program wrote into the job's own folder is refused before any of its files is opened.
 
 The forged files are real: torch's distributed checkpoint and DeepSpeed's optimizer state, whose pickles create a file when they are loaded.
 """
@@ -17,7 +17,14 @@ from finetune_api.attempt_secret import derive_checkpoint_key
 from finetune_api.errors import NoCheckpointError
 from finetune_api.names import Storage
 from finetune_api.pod import ResumeConfig, StoreTarget
-from finetune_trainer.checkpoint.manifest import CommitMarker, Manifest, RunFacts, entries_of, prefix_of, sha256_bytes
+from finetune_trainer.checkpoint.manifest import (
+    CommitMarker,
+    Manifest,
+    RunFacts,
+    checkpoint_folder_key,
+    list_file_entries,
+    sha256_bytes,
+)
 from finetune_trainer.checkpoint.restore import restore
 from finetune_trainer.checkpoint.tree import CheckpointTree
 from finetune_trainer.storage.roots import open_store
@@ -39,7 +46,7 @@ class RunsCode:
 
 
 def write_dcp_files(folder: Path, proof: Path) -> Path:
-    """A distributed checkpoint of torch with a forged `.metadata`."""
+    """Write a distributed checkpoint of torch with a forged `.metadata`. Returns the forged file."""
     (folder / "optimizer_0").mkdir(parents=True)
     file = folder / "optimizer_0/.metadata"
     file.write_bytes(pickle.dumps(RunsCode(proof)))
@@ -47,7 +54,7 @@ def write_dcp_files(folder: Path, proof: Path) -> Path:
 
 
 def write_deepspeed_files(folder: Path, proof: Path) -> Path:
-    """A checkpoint of DeepSpeed with forged optimizer states."""
+    """Write a checkpoint of DeepSpeed with forged optimizer states. Returns a forged file."""
     import torch
 
     file = folder / "global_step10/zero_pp_rank_0_mp_rank_00_optim_states.pt"
@@ -69,7 +76,7 @@ def load_deepspeed(file: Path) -> None:
 
 
 class Job:
-    """Storage of a job with a genuine checkpoint of step 5, and a forger who can write into the store."""
+    """A job's folder in storage with a genuine checkpoint of step 5. `forge` writes into it without the signing key."""
 
     def __init__(self, folder: Path, strategy: str, key: str | None) -> None:
         self.folder, self.facts = folder, RunFacts(strategy=strategy)
@@ -78,15 +85,15 @@ class Job:
         staged = folder / "staged"
         staged.mkdir()
         (staged / "weights").write_text("genuine")
-        files = self.tree.upload(prefix_of(5), INCARNATION, staged)
-        self.genuine = self.tree.commit(prefix_of(5), Manifest(step=5, incarnation=INCARNATION, files=files, facts=self.facts)).manifest_sha256
+        files = self.tree.upload(checkpoint_folder_key(5), INCARNATION, staged)
+        self.genuine = self.tree.commit(checkpoint_folder_key(5), Manifest(step=5, incarnation=INCARNATION, files=files, facts=self.facts)).manifest_sha256
 
     def forge(self, step: int, incarnation: str, write_files: Forge) -> tuple[Path, Path]:
         """Write a complete checkpoint with valid hashes, as the trainer does, but without the key. Returns the pickle and the proof of its code."""
         proof, forged = self.folder / "code-ran", self.folder / "forged"
         pickled = write_files(forged, proof)
-        manifest = Manifest(step=step, incarnation=incarnation, files=entries_of(forged), facts=self.facts)
-        target = Path(self.tree.uri(f"{prefix_of(step)}/{incarnation}").removeprefix("file://"))
+        manifest = Manifest(step=step, incarnation=incarnation, files=list_file_entries(forged), facts=self.facts)
+        target = Path(self.tree.uri(f"{checkpoint_folder_key(step)}/{incarnation}").removeprefix("file://"))
         shutil.copytree(forged, target, dirs_exist_ok=True)
         (target / Storage.MANIFEST).write_bytes(manifest.to_bytes())
         marker = CommitMarker(attempt=1, path=incarnation, manifest_sha256=sha256_bytes(manifest.to_bytes()))
@@ -105,7 +112,7 @@ FORMATS = [
 
 
 @pytest.mark.parametrize(("strategy", "write_files", "load"), FORMATS)
-def test_forged_newer_checkpoint_is_refused_by_name(tmp_path: Path, strategy: str, write_files: Forge, load: Callable[[Path], None]) -> None:
+def test_a_forged_newer_checkpoint_is_refused_by_name(tmp_path: Path, strategy: str, write_files: Forge, load: Callable[[Path], None]) -> None:
     job = Job(tmp_path, strategy, KEY)
     pickled, proof = job.forge(10, FORGED_INCARNATION, write_files)
     result = job.restore({f"{STEP_5}/{INCARNATION}": job.genuine})
@@ -124,10 +131,10 @@ def test_forged_newer_checkpoint_is_refused_by_name(tmp_path: Path, strategy: st
 
 @pytest.mark.parametrize("has_key", [True, False])
 @pytest.mark.parametrize(("strategy", "write_files", "load"), FORMATS)
-def test_replaced_checkpoint_that_the_status_knows_is_refused(
+def test_a_replaced_checkpoint_that_the_status_knows_is_refused(
     tmp_path: Path, strategy: str, write_files: Forge, load: Callable[[Path], None], has_key: bool
 ) -> None:
-    """Also for operators that give attempts no Secret."""
+    """This also holds if the operator gives attempts no Secret."""
     job = Job(tmp_path, strategy, KEY if has_key else None)
     _, proof = job.forge(5, INCARNATION, write_files)
     with pytest.raises(NoCheckpointError) as error:
@@ -138,7 +145,7 @@ def test_replaced_checkpoint_that_the_status_knows_is_refused(
     assert not proof.exists() and not (tmp_path / "restored").exists()
 
 
-def test_replaced_checkpoint_without_code_is_refused_too(tmp_path: Path) -> None:
+def test_a_replaced_checkpoint_without_code_is_refused_too(tmp_path: Path) -> None:
     job = Job(tmp_path, "ddp", KEY)
     job.forge(5, INCARNATION, write_dcp_files)
     with pytest.raises(NoCheckpointError):
@@ -146,20 +153,20 @@ def test_replaced_checkpoint_without_code_is_refused_too(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "deepspeed", "ddp"])
-def test_signed_checkpoint_that_the_status_does_not_know_is_used(tmp_path: Path, strategy: str) -> None:
-    """The pod was killed before the operator read the newest checkpoint."""
+def test_a_signed_checkpoint_that_the_status_does_not_know_is_used(tmp_path: Path, strategy: str) -> None:
+    """The status lacks the checkpoint because the pod was killed before the operator read it."""
     result = Job(tmp_path, strategy, KEY).restore()
     assert (result.step, result.damage_messages) == (5, [])
 
 
-def test_checkpoint_without_code_needs_no_signature(tmp_path: Path) -> None:
-    """An older operator gave the attempt no key. No progress may be lost."""
+def test_a_checkpoint_without_code_needs_no_signature(tmp_path: Path) -> None:
+    """An older operator gives attempts no key, and their progress must not be lost."""
     job = Job(tmp_path, "ddp", None)
     job.tree = CheckpointTree(job.store, KEY)
     assert job.restore().step == 5
 
 
-def test_checkpoint_of_an_attempt_without_key_is_used_if_the_status_knows_it(tmp_path: Path) -> None:
+def test_a_checkpoint_of_an_attempt_without_key_is_used_if_the_status_knows_it(tmp_path: Path) -> None:
     job = Job(tmp_path, "fsdp", None)
     job.tree = CheckpointTree(job.store, KEY)
     with pytest.raises(NoCheckpointError, match="neither in the job's status nor signed by this job"):
@@ -168,12 +175,12 @@ def test_checkpoint_of_an_attempt_without_key_is_used_if_the_status_knows_it(tmp
 
 
 def test_without_a_key_an_unknown_checkpoint_is_used(tmp_path: Path) -> None:
-    """`isolation.secret: false`: the limit that docs/guides/isolation.md names."""
+    """With `isolation.secret: false`, forged checkpoints are not detected; docs/guides/isolation.md says so."""
     assert Job(tmp_path, "fsdp", None).restore().step == 5
 
 
 @pytest.mark.parametrize("change", ["another job's key", "copied from step 5", "removed", "cut"])
-def test_signature_fits_only_its_job_and_its_step(tmp_path: Path, change: str) -> None:
+def test_a_signature_fits_only_its_job_and_its_step(tmp_path: Path, change: str) -> None:
     job = Job(tmp_path, "fsdp", KEY)
     folder = Path(job.tree.uri(Storage.CHECKPOINTS).removeprefix("file://"))
     signature = folder / STEP_5 / INCARNATION / Storage.SIGNATURE
@@ -192,8 +199,8 @@ def test_signature_fits_only_its_job_and_its_step(tmp_path: Path, change: str) -
 def test_only_checkpoints_are_signed(tmp_path: Path) -> None:
     """The folder of the final model contains only the model and its manifest."""
     job = Job(tmp_path, "fsdp", KEY)
-    files = job.tree.upload(prefix_of(None), INCARNATION, tmp_path / "staged")
-    job.tree.commit(prefix_of(None), Manifest(step=5, incarnation=INCARNATION, files=files))
+    files = job.tree.upload(checkpoint_folder_key(None), INCARNATION, tmp_path / "staged")
+    job.tree.commit(checkpoint_folder_key(None), Manifest(step=5, incarnation=INCARNATION, files=files))
     keys = sorted(stat.key for stat in job.store.list(""))
     assert [key for key in keys if key.endswith(Storage.SIGNATURE)] == [f"{Storage.CHECKPOINTS}/{STEP_5}/{INCARNATION}/{Storage.SIGNATURE}"]
     assert json.loads(job.store.get(f"model/{INCARNATION}/manifest.json") or b"{}")["step"] == 5

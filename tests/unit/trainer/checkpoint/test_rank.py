@@ -1,4 +1,4 @@
-"""Callbacks of a rank: they save, skip and report checkpoints, report log lines, and stop the run."""
+"""The callbacks of a rank: they save, skip and report checkpoints, report log lines, and stop the run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments  # noqa
 
 
 class FakeTrainingLoop:
-    """A training loop without training: it calls the callbacks in the order of the Trainer."""
+    """A loop that trains nothing, but calls the callbacks in the order of the Trainer."""
 
     def __init__(self, folder: Path, *, steps_per_epoch: int = 10, **arguments: Any) -> None:
         (folder / "work").mkdir()
@@ -47,8 +47,8 @@ class FakeTrainingLoop:
         """Whether each step waits until the checkpoint in the background is complete."""
         self.agreement.start(0)
 
-    def ask_to_stop(self) -> None:
-        (self.channel.work / STOP_FILE).write_text("")
+    def request_stop(self) -> None:
+        (self.channel.work_folder / STOP_FILE).write_text("")
         self.agreement._thread.join(10)
 
     def step(self, *, save: bool = False, log: bool = False) -> None:
@@ -60,7 +60,7 @@ class FakeTrainingLoop:
             callback.on_step_end(self.args, self.state, self.control, model=self.model)
         self._log_and_save()
 
-    def epoch_end(self) -> None:
+    def end_epoch(self) -> None:
         self.control = TrainerControl()
         self.stager.on_epoch_end(self.args, self.state, self.control, model=self.model)
         self._log_and_save()
@@ -70,7 +70,7 @@ class FakeTrainingLoop:
             self.logged.append(self.state.global_step)
         if self.control.should_save:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            with self.stager._writer.collect_files():
+            with self.stager._writer.begin_checkpoint():
                 folder.mkdir()
                 (folder / "optimizer.pt").write_bytes(b"x" * 100)
             self.saved.append(self.state.global_step)
@@ -82,7 +82,7 @@ class FakeTrainingLoop:
         return [message for message in self.channel.sent if message["kind"] == kind]
 
 
-def fake_trainer(run: FakeTrainingLoop, loss: Any, sums: dict[str, Any], *, last_logged_step: int = 0) -> Any:
+def make_fake_trainer(run: FakeTrainingLoop, loss: Any, sums: dict[str, Any], *, last_logged_step: int = 0) -> Any:
     """An object with the attributes of the Trainer that the callbacks use."""
     optimizer = torch.optim.SGD(run.model.parameters())
     return SimpleNamespace(
@@ -109,7 +109,7 @@ def test_a_checkpoint_is_reported_and_adds_no_log_line(run: FakeTrainingLoop) ->
 
 def test_a_stop_request_saves_and_ends_after_the_next_step(run: FakeTrainingLoop) -> None:
     run.step()
-    run.ask_to_stop()
+    run.request_stop()
     with pytest.raises(TrainingStopped) as stopped:
         run.step()
     assert stopped.value.step == 2 and run.saved == [2] and run.logged == []
@@ -128,14 +128,14 @@ def test_the_last_step_is_logged_even_if_its_window_is_short(run: FakeTrainingLo
 def test_a_checkpoint_includes_the_current_logging_window(tmp_path: Path) -> None:
     run = FakeTrainingLoop(tmp_path)
     sums = {"tokens": torch.tensor(7), "nll": torch.tensor(0.3)}
-    trainer = fake_trainer(run, torch.tensor(0.1) + torch.tensor(0.2), sums)
+    trainer = make_fake_trainer(run, torch.tensor(0.1) + torch.tensor(0.2), sums)
     run.stager.on_trainer_created(trainer)
     run.state.num_input_tokens_seen = 100
     run.step()
     run.step(save=True)
     (message,) = run.sent("staged")
     assert message["tokens"] == 107
-    later = fake_trainer(run, torch.tensor(0.0), {}, last_logged_step=2)
+    later = make_fake_trainer(run, torch.tensor(0.0), {}, last_logged_step=2)
     again = subject.CheckpointStager(run.channel, run.agreement, "a2-00000000", Path(message["folder"]))
     again.on_trainer_created(later)
     run.agreement.start = lambda step: None  # type: ignore[method-assign] # the thread runs already
@@ -149,8 +149,8 @@ def test_a_checkpoint_includes_the_current_logging_window(tmp_path: Path) -> Non
     ("loss", "weight", "code"),
     [("nan", 1.0, "LossNotFinite"), ("inf", 1.0, "LossNotFinite"), ("1", float("nan"), "WeightsNotFinite")],
 )
-def test_a_state_with_non_finite_values_is_never_saved(run: FakeTrainingLoop, loss: str, weight: float, code: str) -> None:
-    run.stager.on_trainer_created(fake_trainer(run, torch.tensor(float(loss)), {}))
+def test_a_training_state_with_non_finite_values_is_never_saved(run: FakeTrainingLoop, loss: str, weight: float, code: str) -> None:
+    run.stager.on_trainer_created(make_fake_trainer(run, torch.tensor(float(loss)), {}))
     run.model.weight.data[0, 0] = weight
     with pytest.raises(DivergedError) as caught:
         run.step(save=True)
@@ -159,7 +159,7 @@ def test_a_state_with_non_finite_values_is_never_saved(run: FakeTrainingLoop, lo
 
 def test_weights_are_checked_at_a_step_with_a_log_line_too(run: FakeTrainingLoop) -> None:
     """The last update may have made weights non-finite, although the logged loss before this update was finite."""
-    run.stager.on_trainer_created(fake_trainer(run, torch.tensor(1.0), {"tokens": torch.tensor(7)}))
+    run.stager.on_trainer_created(make_fake_trainer(run, torch.tensor(1.0), {"tokens": torch.tensor(7)}))
     run.step(save=True, log=True)
     assert run.saved == [1] and "tokens" not in run.sent("staged")[0], (
         "the tokens of the log line are not counted twice"
@@ -170,16 +170,16 @@ def test_weights_are_checked_at_a_step_with_a_log_line_too(run: FakeTrainingLoop
     assert (caught.value.code, run.saved) == ("WeightsNotFinite", [1])
 
 
-def test_a_checkpoint_at_an_epochs_end_is_saved_after_the_evaluation(tmp_path: Path) -> None:
+def test_a_checkpoint_at_the_end_of_an_epoch_is_saved_after_the_evaluation(tmp_path: Path) -> None:
     """A run that resumed from an earlier checkpoint would skip the evaluation, and early stopping could decide differently."""
     run = FakeTrainingLoop(tmp_path, steps_per_epoch=2, eval_strategy="epoch")
     run.step(save=True)
     run.step(save=True)
     assert run.saved == [1]
-    run.epoch_end()
+    run.end_epoch()
     assert run.saved == [1, 2]
     run.step()
-    run.epoch_end()
+    run.end_epoch()
     assert run.saved == [1, 2]
 
 
@@ -187,22 +187,22 @@ def test_a_stop_is_not_caught_by_except_exception(run: FakeTrainingLoop) -> None
     assert not issubclass(TrainingStopped, Exception)
 
 
-def test_a_stop_at_an_epochs_end_waits_for_the_evaluation(tmp_path: Path) -> None:
-    """A resumed run starts with the next epoch. Without the wait, no run would measure the validation loss of the ended epoch."""
+def test_a_stop_at_the_end_of_an_epoch_waits_for_the_evaluation(tmp_path: Path) -> None:
+    """A resumed run starts with the next epoch. Without the wait, the validation loss of the ended epoch would never be measured."""
     run = FakeTrainingLoop(tmp_path, steps_per_epoch=2, eval_strategy="epoch")
     run.step()
-    run.ask_to_stop()
+    run.request_stop()
     run.step()
     assert run.saved == []
     with pytest.raises(TrainingStopped):
-        run.epoch_end()
+        run.end_epoch()
     assert run.saved == [2]
 
 
-def test_a_stop_at_an_epochs_end_without_evaluation_is_immediate(tmp_path: Path) -> None:
+def test_a_stop_at_the_end_of_an_epoch_without_evaluation_is_immediate(tmp_path: Path) -> None:
     run = FakeTrainingLoop(tmp_path, steps_per_epoch=2)
     run.step()
-    run.ask_to_stop()
+    run.request_stop()
     with pytest.raises(TrainingStopped):
         run.step()
 
@@ -226,7 +226,7 @@ def test_a_full_disk_skips_the_checkpoint_and_training_goes_on(run: FakeTraining
 def test_a_full_disk_at_a_stop_ends_without_a_checkpoint(run: FakeTrainingLoop, monkeypatch: pytest.MonkeyPatch) -> None:
     set_free_bytes(monkeypatch, 0)
     run.step()
-    run.ask_to_stop()
+    run.request_stop()
     with pytest.raises(TrainingStopped):
         run.step()
     assert run.saved == [] and run.sent("skipped")
@@ -235,7 +235,7 @@ def test_a_full_disk_at_a_stop_ends_without_a_checkpoint(run: FakeTrainingLoop, 
 def start_slow_checkpoint(run: FakeTrainingLoop, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """Save a checkpoint that stays in the background until the returned event is set."""
     may_finish = threading.Event()
-    run.stager.on_trainer_created(fake_trainer(run, torch.tensor(1.0), {}))
+    run.stager.on_trainer_created(make_fake_trainer(run, torch.tensor(1.0), {}))
     monkeypatch.setattr(run.stager, "_report_files", lambda *_: may_finish.wait(60))
     run.wait_for_writer = False
     run.step(save=True)
@@ -257,7 +257,7 @@ def test_the_next_checkpoint_waits_for_the_last_one(run: FakeTrainingLoop, monke
 
 
 def test_a_failure_in_the_background_ends_the_run_at_the_next_step(run: FakeTrainingLoop, monkeypatch: pytest.MonkeyPatch) -> None:
-    run.stager.on_trainer_created(fake_trainer(run, torch.tensor(1.0), {}))
+    run.stager.on_trainer_created(make_fake_trainer(run, torch.tensor(1.0), {}))
 
     def fail(*_: Any, **facts: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -273,11 +273,11 @@ def test_a_failure_in_the_background_ends_the_run_at_the_next_step(run: FakeTrai
 
 
 def test_without_memory_for_a_copy_training_waits_for_each_checkpoint(run: FakeTrainingLoop, monkeypatch: pytest.MonkeyPatch) -> None:
-    run.stager.on_trainer_created(fake_trainer(run, torch.tensor(1.0), {}))
+    run.stager.on_trainer_created(make_fake_trainer(run, torch.tensor(1.0), {}))
     monkeypatch.setattr(space, "available_bytes", lambda: space.MEMORY_RESERVE_BYTES)
     run.step(save=True)
     run.step(save=True)
-    assert run.stager._writer.in_background is False and [message["step"] for message in run.sent("staged")] == [1, 2]
+    assert run.stager._writer.writes_in_background is False and [message["step"] for message in run.sent("staged")] == [1, 2]
     (note,) = run.sent("note")
     assert note["text"] == (
         "training waits until each checkpoint is written to the disk: a copy of the training state needs 0.0 GB of the pod's memory, and 0.3 GB are "
@@ -287,18 +287,18 @@ def test_without_memory_for_a_copy_training_waits_for_each_checkpoint(run: FakeT
 
 @pytest.mark.parametrize("is_stop", [True, False])
 def test_the_last_checkpoint_is_written_at_once(run: FakeTrainingLoop, is_stop: bool) -> None:
-    """No step follows, so that a copy would not save time."""
-    run.stager.on_trainer_created(fake_trainer(run, torch.tensor(1.0), {}))
+    """No step follows, so a copy would save no time."""
+    run.stager.on_trainer_created(make_fake_trainer(run, torch.tensor(1.0), {}))
     run.step(save=True)
-    assert run.stager._writer.in_background is True
+    assert run.stager._writer.writes_in_background is True
     if is_stop:
-        run.ask_to_stop()
+        run.request_stop()
         with pytest.raises(TrainingStopped):
             run.step()
     else:
         run.state.max_steps = 2
         run.step(save=True)
-    assert run.stager._writer.in_background is False and [message["step"] for message in run.sent("staged")] == [1, 2]
+    assert run.stager._writer.writes_in_background is False and [message["step"] for message in run.sent("staged")] == [1, 2]
 
 
 def test_only_finite_values_are_reported(run: FakeTrainingLoop) -> None:
@@ -319,7 +319,7 @@ def test_the_best_validation_loss_is_known_after_a_resume(run: FakeTrainingLoop)
     ]  # fmt: skip
     run.reporter.on_evaluate(run.args, run.state, run.control)
     assert run.sent("metrics")[0]["value"] == {"evalLoss": 0.7, "bestEvalLoss": 0.5, "bestStep": 4}
-    assert subject.eval_loss(run.state, 4) == 0.5 and subject.eval_loss(run.state, 5) is None
+    assert subject.find_eval_loss(run.state, 4) == 0.5 and subject.find_eval_loss(run.state, 5) is None
 
 
 def test_pods_that_restored_different_steps_do_not_start(tmp_path: Path) -> None:
@@ -328,9 +328,9 @@ def test_pods_that_restored_different_steps_do_not_start(tmp_path: Path) -> None
     shared = SingleRankStore()
     shared.set("start-1", "5")
     with pytest.raises(PeerError) as caught:
-        subject.agree_on_start(Channel.create_recording(tmp_path, world_size=2), shared, 10)
+        subject.require_same_start(Channel.create_recording(tmp_path, world_size=2), shared, 10)
     assert caught.value.code == "StartsDiffer" and "[5, 10]" in caught.value.message
-    subject.agree_on_start(Channel.create_recording(tmp_path, world_size=2), shared, 5)
+    subject.require_same_start(Channel.create_recording(tmp_path, world_size=2), shared, 5)
 
 
 def test_pauses_are_measured_from_the_end_of_the_last_step_evaluation_or_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -352,7 +352,7 @@ def test_pauses_are_measured_from_the_end_of_the_last_step_evaluation_or_checkpo
 
 
 @pytest.mark.parametrize(("ranks_per_sequence", "samples"), [(1, 8), (4, 2)])
-def test_a_checkpoint_counts_the_rows_of_ranks_that_share_them_once(ranks_per_sequence: int, samples: int, tmp_path: Path) -> None:
+def test_a_row_that_several_ranks_share_is_counted_once(ranks_per_sequence: int, samples: int, tmp_path: Path) -> None:
     run = FakeTrainingLoop(tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=2)
     run.channel.world_size = 4
     run.stager = subject.CheckpointStager(run.channel, run.agreement, "a1-00000000", ranks_per_sequence=ranks_per_sequence)

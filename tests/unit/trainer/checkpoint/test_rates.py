@@ -14,7 +14,7 @@ from transformers import get_cosine_schedule_with_warmup  # noqa: E402 - likewis
 
 
 def make_optimizer(rate: float, **settings: Any) -> tuple[Any, Any]:
-    """An optimizer and its scheduler. The optimizer has two groups; the rate of the second group is a sixteenth of `rate`."""
+    """Return an optimizer and its scheduler. The optimizer has two parameter groups; the rate of the second is a sixteenth of `rate`."""
     weights = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
     groups = [{"params": [weights[0]], "lr": rate}, {"params": [weights[1]], "lr": rate / 16}]
     optimizer = torch.optim.AdamW(groups, lr=rate, **settings)
@@ -54,7 +54,7 @@ def test_a_new_rate_applies_from_the_first_resumed_step(tmp_path: Path, rate: fl
     assert resumed_rates == [pytest.approx(one, rel=1e-12) for one in uninterrupted[10:]]
 
 
-def test_resuming_with_the_same_rate_is_bitwise_equal(tmp_path: Path) -> None:
+def test_a_resume_with_the_same_rate_changes_no_bit(tmp_path: Path) -> None:
     assert train_steps(*resume_with_rate(tmp_path, 1e-3), 10) == train_steps(*make_optimizer(1e-3), 20)[10:]
 
 
@@ -65,7 +65,7 @@ def test_new_settings_apply_to_the_loaded_state(tmp_path: Path) -> None:
 
 
 def test_a_scheduler_without_base_rates_keeps_the_loaded_rates() -> None:
-    """The state of a scheduler such as ReduceLROnPlateau contains its rates, so no other rate can be restored."""
+    """A scheduler such as ReduceLROnPlateau has no base rates, so the rate of this attempt cannot be set back."""
     optimizer, _ = make_optimizer(1e-3)
     scheduler = SimpleNamespace(factor=0.5)
 

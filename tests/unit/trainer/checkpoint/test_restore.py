@@ -1,4 +1,4 @@
-"""The choice of the checkpoint to resume from, refused and inexact resumes, and the effects of commit and sweep on a folder store."""
+"""Which checkpoint a run resumes from, which resumes are refused or inexact, and what commits and sweeps change in storage."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from finetune_api.errors import ConfigError, CredentialsError, NoCheckpointError
 from finetune_api.names import Storage
 from finetune_api.pod import ResumeConfig, StoreTarget
-from finetune_trainer.checkpoint.manifest import FileEntry, Manifest, RunFacts, prefix_of
+from finetune_trainer.checkpoint.manifest import FileEntry, Manifest, RunFacts, checkpoint_folder_key
 from finetune_trainer.checkpoint.restore import RestoreResult, restore
 from finetune_trainer.checkpoint.tree import CheckpointTree, FencedOutError, SweepResult
 from finetune_trainer.storage.base import CreateResult, ObjectStat
@@ -34,19 +34,19 @@ def job(tmp_path: Path) -> CheckpointTree:
 
 @pytest.fixture
 def two_checkpoints(job: CheckpointTree, tmp_path: Path) -> CheckpointTree:
-    """Storage of a job with committed checkpoints of steps 5 and 10."""
+    """A job's folder in storage with committed checkpoints of steps 5 and 10."""
     folder = tmp_path / "staged"
     folder.mkdir()
     (folder / "weights").write_text("w")
     for step in (5, 10):
-        files = job.upload(prefix_of(step), "a1-00000000", folder)
-        job.commit(prefix_of(step), Manifest(step=step, incarnation="a1-00000000", files=files, facts=FACTS))
+        files = job.upload(checkpoint_folder_key(step), "a1-00000000", folder)
+        job.commit(checkpoint_folder_key(step), Manifest(step=step, incarnation="a1-00000000", files=files, facts=FACTS))
     return job
 
 
 @pytest.fixture
 def other_job(tmp_path: Path) -> CheckpointTree:
-    """The empty storage of another job."""
+    """The empty folder of another job in storage."""
     return CheckpointTree(open_store(StoreTarget(uri=f"file://{tmp_path}/root/team/other/uid")))
 
 
@@ -60,7 +60,9 @@ def test_a_job_with_progress_but_without_checkpoints_fails(job: CheckpointTree, 
     assert restore_checkpoint(job, tmp_path, ResumeConfig(mode="auto")).step == 0
 
 
-def test_resume_never_starts_from_zero_and_a_rollback_goes_back(two_checkpoints: CheckpointTree, other_job: CheckpointTree, tmp_path: Path) -> None:
+def test_mode_never_starts_from_zero_and_a_rollback_from_an_earlier_step(
+    two_checkpoints: CheckpointTree, other_job: CheckpointTree, tmp_path: Path
+) -> None:
     assert restore_checkpoint(other_job, tmp_path, ResumeConfig(mode="never", expect_step=0)).step == 0
     assert restore_checkpoint(two_checkpoints, tmp_path, ResumeConfig(mode="auto", expect_step=10, max_step=9)).step == 5
 
@@ -80,7 +82,7 @@ def test_a_checkpoint_is_restored_from_a_web_server(two_checkpoints: CheckpointT
     job, secret = f"{server.url}/team/job/uid", "?signature=hidden/word"
     found = restore_checkpoint(own, tmp_path, ResumeConfig(mode=f"{job}/checkpoints/step-00000005/a1-00000000{secret}"))
     assert (found.step, found.uri) == (5, f"{job}/checkpoints/step-00000005/a1-00000000")
-    assert found.path is not None and (found.path / "weights").read_text() == "w"
+    assert found.local_folder is not None and (found.local_folder / "weights").read_text() == "w"
     (server.folder / "team/job/uid/checkpoints/step-00000010/a1-00000000/weights").write_text("x")
     for step, code in (("10", "NoLoadableCheckpoint"), ("15", "CheckpointNotFound"), ("x", "ResumeInvalid")):
         with pytest.raises((NoCheckpointError, ConfigError)) as caught:
@@ -89,13 +91,13 @@ def test_a_checkpoint_is_restored_from_a_web_server(two_checkpoints: CheckpointT
 
 
 @pytest.mark.parametrize("mode", ["never", "{root}/checkpoints/step-00000005"])
-def test_own_progress_takes_precedence_over_the_configured_start(
+def test_the_jobs_own_checkpoints_take_precedence_over_checkpoint_resume(
     two_checkpoints: CheckpointTree, other_job: CheckpointTree, tmp_path: Path, mode: str
 ) -> None:
-    """If a queue restarts the same attempt, or if the operator missed a commit, the job has newer checkpoints than expected."""
+    """If a queue restarts the same attempt, or if the operator missed a commit, the job has newer checkpoints than `run.json` says."""
     folder = tmp_path / "staged"
-    files = other_job.upload(prefix_of(150), "a1-00000000", folder)
-    other_job.commit(prefix_of(150), Manifest(step=150, incarnation="a1-00000000", files=files, facts=FACTS))
+    files = other_job.upload(checkpoint_folder_key(150), "a1-00000000", folder)
+    other_job.commit(checkpoint_folder_key(150), Manifest(step=150, incarnation="a1-00000000", files=files, facts=FACTS))
     wanted = ResumeConfig(mode=mode.format(root=two_checkpoints.store.uri))
     assert restore_checkpoint(other_job, tmp_path, wanted).step == 150
     rolled_back = restore_checkpoint(other_job, tmp_path, wanted.model_copy(update={"max_step": 0}))
@@ -173,13 +175,13 @@ def test_a_manifest_with_paths_outside_the_checkpoint_is_damaged(two_checkpoints
     two_checkpoints.store.put("checkpoints/step-00000015/a1-00000000/x", b"x")
     manifest = Manifest(step=15, incarnation="a1-00000000", files=files, facts=FACTS)
     two_checkpoints._check_objects = lambda folder, manifest: None  # type: ignore[method-assign] # only an attacker writes such a manifest
-    two_checkpoints.commit(prefix_of(15), manifest)
+    two_checkpoints.commit(checkpoint_folder_key(15), manifest)
     found = restore_checkpoint(two_checkpoints, tmp_path)
     assert found.step == 10 and "not a path inside" in found.damage_messages[0]
 
 
 class DelayedStore(FolderStore):
-    """A store whose listings or reads do not contain the new objects with a suffix in `unlisted_suffixes` or `unread_suffixes`."""
+    """A store whose listings omit new objects with a suffix in `unlisted_suffixes`, and whose reads omit those with a suffix in `unread_suffixes`."""
 
     unlisted_suffixes: tuple[str, ...] = ()
     unread_suffixes: tuple[str, ...] = ()
@@ -210,55 +212,55 @@ def test_a_sweep_keeps_a_committed_checkpoint_that_the_store_does_not_show_yet(
     two_checkpoints: CheckpointTree, delayed_store: DelayedStore, tmp_path: Path, unlisted_suffixes: tuple[str, ...], unread_suffixes: tuple[str, ...]
 ) -> None:
     delayed_store.unlisted_suffixes, delayed_store.unread_suffixes = unlisted_suffixes, unread_suffixes
-    assert two_checkpoints.sweep().count == 0
+    assert two_checkpoints.sweep().removed_count == 0
     delayed_store.unlisted_suffixes = delayed_store.unread_suffixes = ()
     assert restore_checkpoint(two_checkpoints, tmp_path).step == 10
 
 
-def test_a_sweep_without_permission_to_delete_reports_it_and_does_not_fail(two_checkpoints: CheckpointTree, delayed_store: DelayedStore) -> None:
+def test_a_sweep_without_permission_to_delete_returns_the_error(two_checkpoints: CheckpointTree, delayed_store: DelayedStore) -> None:
     two_checkpoints.store.put("checkpoints/step-00000015/a1-00000000/weights", b"never committed")
     delayed_store.refuse_deletes = True
     swept = two_checkpoints.sweep()
-    assert swept.count == 0 and swept.problem is not None and swept.problem.code == "PermissionDenied"
+    assert swept.removed_count == 0 and swept.first_error is not None and swept.first_error.code == "PermissionDenied"
 
 
 def test_a_sweep_removes_an_incomplete_final_model_and_keeps_a_committed_one(two_checkpoints: CheckpointTree, tmp_path: Path) -> None:
     two_checkpoints.store.put("model/a1-00000000/model.safetensors", b"half of it")
-    assert two_checkpoints.sweep().count == 1
+    assert two_checkpoints.sweep().removed_count == 1
     assert list(two_checkpoints.store.list("model/")) == []
     files = two_checkpoints.upload("model", "a2-00000000", tmp_path / "staged")
     two_checkpoints.commit("model", Manifest(step=10, incarnation="a2-00000000", files=files, facts=FACTS))
     two_checkpoints.store.put("model/a1-00000000/model.safetensors", b"half of it")
-    assert two_checkpoints.sweep().count == 1
+    assert two_checkpoints.sweep().removed_count == 1
     assert {stat.key.split("/")[1] for stat in two_checkpoints.store.list("model/")} == {"_COMMITTED", "a2-00000000"}
 
 
 def test_only_the_marker_of_a_skipped_checkpoint_is_replaced(two_checkpoints: CheckpointTree, tmp_path: Path) -> None:
-    """When the run repeats the step, the new checkpoint replaces the skipped one. The new checkpoint is not healthy yet."""
+    """When the run repeats the step of a skipped checkpoint, the new checkpoint replaces it. The new checkpoint is not healthy yet."""
     two_checkpoints.mark_healthy(10)
     (old,) = restore_checkpoint(two_checkpoints, tmp_path, ResumeConfig(mode="auto", max_step=9)).skipped_checkpoints
-    files = two_checkpoints.upload(prefix_of(10), "a1-22222222", tmp_path / "staged")
+    files = two_checkpoints.upload(checkpoint_folder_key(10), "a1-22222222", tmp_path / "staged")
     ours = Manifest(step=10, attempt=1, incarnation="a1-22222222", files=files, facts=FACTS)
     with pytest.raises(FencedOutError):
-        two_checkpoints.commit(prefix_of(10), ours)
-    two_checkpoints.commit(prefix_of(10), ours, replaceable_marker=old.marker)
+        two_checkpoints.commit(checkpoint_folder_key(10), ours)
+    two_checkpoints.commit(checkpoint_folder_key(10), ours, replaceable_marker=old.marker)
     found = two_checkpoints.get_committed(10)
-    assert found is not None and (found.marker.path, [one.healthy for one in two_checkpoints.list_committed()]) == (
+    assert found is not None and (found.marker.path, [one.is_healthy for one in two_checkpoints.list_committed()]) == (
         "a1-22222222",
         [False, False],
     )
     with pytest.raises(FencedOutError):
         two_checkpoints.commit(
-            prefix_of(10), ours.model_copy(update={"incarnation": "a1-33333333", "files": []}), replaceable_marker=old.marker
+            checkpoint_folder_key(10), ours.model_copy(update={"incarnation": "a1-33333333", "files": []}), replaceable_marker=old.marker
         )
 
 
 def commit_checkpoint(tree: CheckpointTree, folder: Path, step: int, attempt: int = 1) -> Manifest:
     """Upload and commit a checkpoint of this step and attempt."""
     incarnation = f"a{attempt}-00000000"
-    files = tree.upload(prefix_of(step), incarnation, folder / "staged")
+    files = tree.upload(checkpoint_folder_key(step), incarnation, folder / "staged")
     manifest = Manifest(step=step, attempt=attempt, incarnation=incarnation, files=files, facts=FACTS)
-    tree.commit(prefix_of(step), manifest)
+    tree.commit(checkpoint_folder_key(step), manifest)
     return manifest
 
 
@@ -268,7 +270,7 @@ def begin_attempt(tree: CheckpointTree, attempt: int) -> None:
 
 
 def test_an_earlier_attempt_commits_nothing_after_the_next_has_begun(two_checkpoints: CheckpointTree, tmp_path: Path) -> None:
-    """An attempt that reaches the step of an earlier attempt's checkpoint replaces this checkpoint."""
+    """The later attempt replaces the checkpoint that an earlier attempt committed at the same step."""
     commit_checkpoint(two_checkpoints, tmp_path, 20)
     begin_attempt(two_checkpoints, 2)
     with pytest.raises(FencedOutError, match="a later attempt has begun"):
@@ -289,7 +291,7 @@ def test_a_checkpoint_that_is_swept_during_its_commit_is_not_committed(
 
     def create_after_sweep(key: str, data: bytes) -> CreateResult:
         begin_attempt(two_checkpoints, 2)
-        assert two_checkpoints.sweep().count == 2
+        assert two_checkpoints.sweep().removed_count == 2
         return create(key, data)
 
     monkeypatch.setattr(two_checkpoints.store, "create", create_after_sweep)
@@ -298,7 +300,7 @@ def test_a_checkpoint_that_is_swept_during_its_commit_is_not_committed(
     assert [one.step for one in two_checkpoints.list_committed()] == [10, 5]
 
 
-def test_attempts_are_compared_by_number(two_checkpoints: CheckpointTree) -> None:
+def test_attempts_are_compared_as_numbers_and_not_as_text(two_checkpoints: CheckpointTree) -> None:
     begin_attempt(two_checkpoints, 9)
     begin_attempt(two_checkpoints, 10)
     assert [attempt for attempt in (1, 9, 10, 11) if two_checkpoints.is_superseded(attempt)] == [1, 9]
@@ -337,8 +339,8 @@ def test_a_marker_that_becomes_readable_later_is_recognised(two_checkpoints: Che
         return get(key) if len(reads) > 2 else None
 
     delayed_store.create, delayed_store.get = create_with_lost_response, get_with_delay  # type: ignore[method-assign] # the fault to test
-    files = two_checkpoints.upload(prefix_of(15), "a1-00000000", tmp_path / "staged")
-    two_checkpoints.commit(prefix_of(15), Manifest(step=15, incarnation="a1-00000000", files=files))
+    files = two_checkpoints.upload(checkpoint_folder_key(15), "a1-00000000", tmp_path / "staged")
+    two_checkpoints.commit(checkpoint_folder_key(15), Manifest(step=15, incarnation="a1-00000000", files=files))
     assert len(reads) == 3 and [one.step for one in two_checkpoints.list_committed()] == [15, 10, 5]
 
 

@@ -1,9 +1,9 @@
-"""The retention of checkpoints: examples, and rules that hold for every list of checkpoints."""
+"""Which checkpoints are removed: examples, and rules that hold for every list of checkpoints."""
 
 from __future__ import annotations
 
 import pytest
-from finetune_trainer.checkpoint.retention import RetentionCandidate, best_step, steps_to_remove
+from finetune_trainer.checkpoint.retention import RetentionCandidate, choose_steps_to_remove, find_best_step
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,7 +13,7 @@ def kept_checkpoints(*steps: int, healthy: bool = True, losses: dict[int, float]
 
 
 @pytest.mark.parametrize(
-    ("checkpoints", "keep", "options", "removed"),
+    ("checkpoints", "keep_count", "options", "removed_steps"),
     [
         (kept_checkpoints(1, 2, 3, 4, 5), 0, {}, []),
         (kept_checkpoints(1, 2, 3, 4, 5), 3, {}, [1, 2]),
@@ -25,8 +25,10 @@ def kept_checkpoints(*steps: int, healthy: bool = True, losses: dict[int, float]
         ([], 3, {}, []),
     ],
 )
-def test_steps_to_remove_of_examples_are_as_expected(checkpoints: list[RetentionCandidate], keep: int, options: dict[str, object], removed: list[int]) -> None:
-    assert steps_to_remove(checkpoints, keep, **options) == removed  # type: ignore[arg-type] # options of the examples
+def test_the_expected_steps_of_each_example_are_removed(
+    checkpoints: list[RetentionCandidate], keep_count: int, options: dict[str, object], removed_steps: list[int]
+) -> None:
+    assert choose_steps_to_remove(checkpoints, keep_count, **options) == removed_steps  # type: ignore[arg-type] # options of the examples
 
 
 CHECKPOINT_LISTS = st.lists(
@@ -37,13 +39,13 @@ CHECKPOINT_LISTS = st.lists(
 
 
 @given(CHECKPOINT_LISTS, st.integers(1, 5), st.sets(st.integers(1, 1000)), st.booleans())
-def test_kept_steps_are_never_removed(checkpoints: list[RetentionCandidate], keep: int, pinned: set[int], finished: bool) -> None:
-    removed = set(steps_to_remove(checkpoints, keep, pinned_steps=pinned, is_run_finished=finished))
+def test_kept_steps_are_never_removed(checkpoints: list[RetentionCandidate], keep_count: int, pinned_steps: set[int], is_run_finished: bool) -> None:
+    removed_steps = set(choose_steps_to_remove(checkpoints, keep_count, pinned_steps=pinned_steps, is_run_finished=is_run_finished))
     newest = sorted((one.step for one in checkpoints), reverse=True)
-    healthy = sorted((one.step for one in checkpoints if one.healthy), reverse=True)
-    assert not removed & set(newest[:keep])
-    assert not removed & pinned
-    assert best_step(checkpoints) not in removed
-    if not finished:
-        assert not removed & set(healthy[:2])
-    assert removed <= set(newest)
+    healthy = sorted((one.step for one in checkpoints if one.is_healthy), reverse=True)
+    assert not removed_steps & set(newest[:keep_count])
+    assert not removed_steps & pinned_steps
+    assert find_best_step(checkpoints) not in removed_steps
+    if not is_run_finished:
+        assert not removed_steps & set(healthy[:2])
+    assert removed_steps <= set(newest)

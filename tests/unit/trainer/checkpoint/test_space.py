@@ -14,7 +14,10 @@ from finetune_trainer.checkpoint import space  # noqa: E402 - likewise
 
 
 def trainer_after_a_step(*, writes_weights: bool = True, **flags: bool) -> Any:
-    """A trainer with 6 parameters of 4 bytes, of which the optimizer holds two moments and one 4-byte step count for each of two tensors."""
+    """Return a trainer with 6 parameters of 4 bytes in two tensors.
+
+    Its optimizer holds two moments of each parameter, and a 4-byte step count of each tensor.
+    """
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.ones(2)).sum().backward()
@@ -26,11 +29,11 @@ def trainer_after_a_step(*, writes_weights: bool = True, **flags: bool) -> Any:
 def test_the_size_of_the_first_checkpoint_is_estimated() -> None:
     """A checkpoint contains each trained weight and two moments of the optimizer for this weight."""
     model = torch.nn.Linear(2, 2)
-    assert space.estimated_size(model) == 6 * (4 + 8)
+    assert space.estimate_first_checkpoint_bytes(model) == 6 * (4 + 8)
     model.bias.requires_grad = False
-    assert space.estimated_size(model) == 6 * 4 + 4 * 8, "without an adapter, all weights are written"
+    assert space.estimate_first_checkpoint_bytes(model) == 6 * 4 + 4 * 8, "without an adapter, all weights are written"
     model.peft_config = {}
-    assert space.estimated_size(model) == 4 * (4 + 8)
+    assert space.estimate_first_checkpoint_bytes(model) == 4 * (4 + 8)
 
 
 @pytest.mark.parametrize(
@@ -41,14 +44,14 @@ def test_the_size_of_the_first_checkpoint_is_estimated() -> None:
     ],
 )  # fmt: skip
 def test_copies_contain_the_optimizer_state_and_on_one_rank_the_weights(options: dict[str, bool], expected: int) -> None:
-    assert space.copy_bytes(trainer_after_a_step(**options)) == expected
+    assert space.count_copied_bytes(trainer_after_a_step(**options)) == expected
 
 
 @pytest.mark.parametrize(("free", "fits"), [(80, True), (79, False)])
 def test_copies_must_leave_a_reserve_of_memory(monkeypatch: pytest.MonkeyPatch, free: int, fits: bool) -> None:
     monkeypatch.setattr(space, "available_bytes", lambda: free + space.MEMORY_RESERVE_BYTES)
-    copies = space.space_for_copies(trainer_after_a_step(), 1)
-    assert (copies.needed, copies.available, copies.fits) == (80, free + space.MEMORY_RESERVE_BYTES, fits)
+    copies = space.measure_copy_space(trainer_after_a_step(), 1)
+    assert (copies.needed_bytes, copies.available_bytes, copies.fits) == (80, free + space.MEMORY_RESERVE_BYTES, fits)
 
 
 @pytest.mark.parametrize(
@@ -61,9 +64,9 @@ def test_the_pod_with_the_least_free_memory_decides(
     """Four ranks in two pods. The ranks of a pod share its memory."""
     numbers = iter([needed, available])
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    monkeypatch.setattr(space, "_share_with_ranks", lambda *_: next(numbers))
-    copies = space.space_for_copies(trainer_after_a_step(), 4)
-    assert (copies.needed, copies.available) == expected
+    monkeypatch.setattr(space, "_gather_from_ranks", lambda *_: next(numbers))
+    copies = space.measure_copy_space(trainer_after_a_step(), 4)
+    assert (copies.needed_bytes, copies.available_bytes) == expected
 
 
 @pytest.mark.parametrize(

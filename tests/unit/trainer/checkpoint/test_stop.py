@@ -14,7 +14,7 @@ from finetune_trainer.checkpoint.stop import StopAgreement
 
 
 class ThreadStore:
-    """An in-memory store through which the ranks of a gang communicate. The ranks are threads of this process."""
+    """A gang store in memory. The ranks are threads of this process."""
 
     def __init__(self) -> None:
         self._values: dict[str, str] = {}
@@ -29,13 +29,13 @@ class ThreadStore:
     def has(self, key: str) -> bool:
         return key in self._values
 
-    def get_all(self, keys: Iterable[str], seconds: float) -> list[str]:
+    def get_all(self, keys: Iterable[str], timeout_seconds: float) -> list[str]:
         names = list(keys)
         with self._changed:
-            complete = self._changed.wait_for(
-                lambda: self.broken or all(name in self._values for name in names), seconds
+            is_complete = self._changed.wait_for(
+                lambda: self.broken or all(name in self._values for name in names), timeout_seconds
             )
-            if self.broken or not complete:
+            if self.broken or not is_complete:
                 raise ConnectionError("the store is gone")
             return [self._values[name] for name in names]
 
@@ -43,11 +43,11 @@ class ThreadStore:
 @pytest.mark.parametrize("seed", range(60))
 def test_all_ranks_stop_at_the_same_step(tmp_path: Path, seed: int) -> None:
     """The seed selects the number and speed of the ranks, and whether they synchronise at every step."""
-    draw = random.Random(seed)
-    ranks, requested_rank, in_step = draw.choice([1, 2, 3, 5]), draw.randrange(5), draw.random() < 0.5
+    random_values = random.Random(seed)
+    ranks, requested_rank, in_step = random_values.choice([1, 2, 3, 5]), random_values.randrange(5), random_values.random() < 0.5
     barrier = threading.Barrier(ranks)
     shared, stops = ThreadStore(), [0] * ranks
-    pauses = [draw.uniform(0, 0.002) for _ in range(ranks)]
+    pauses = [random_values.uniform(0, 0.002) for _ in range(ranks)]
 
     def train(rank: int) -> None:
         work = tmp_path / str(rank)

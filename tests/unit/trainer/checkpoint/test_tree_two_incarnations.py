@@ -1,4 +1,4 @@
-"""Two incarnations write below one root at the same time. In every order of the requests, the data of each marker exists."""
+"""Two incarnations write to the folder of one job at the same time. In every order of their requests, the files of each marker exist."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from finetune_api.errors import StorageError
 from finetune_api.pod import ResumeConfig
-from finetune_trainer.checkpoint.manifest import Manifest, RunFacts, prefix_of
+from finetune_trainer.checkpoint.manifest import Manifest, RunFacts, checkpoint_folder_key
 from finetune_trainer.checkpoint.restore import restore
 from finetune_trainer.checkpoint.tree import CheckpointTree, FencedOutError
 from finetune_trainer.storage.base import CreateResult, ObjectStat
@@ -18,11 +18,11 @@ FACTS = RunFacts()
 
 
 def do_nothing() -> None:
-    """The default hook."""
+    """Do nothing: the default of the hooks."""
 
 
 class SlowStore(FolderStore):
-    """A store that can delay deletions until `apply_deletions`. Hooks run before deletions, and before a marker or manifest is written."""
+    """A store that can delay deletions until `apply_deletions`. It calls hooks before deletions, and before a marker or manifest is written."""
 
     def __init__(self, root: Path) -> None:
         super().__init__(root, f"file://{root}")
@@ -63,21 +63,21 @@ def store(tmp_path: Path) -> SlowStore:
 
 def commit_checkpoint(tree: CheckpointTree, staged_folder: Path, step: int, attempt: int, pod_uid: str = "00000000") -> None:
     incarnation = f"a{attempt}-{pod_uid}"
-    files = tree.upload(prefix_of(step), incarnation, staged_folder)
+    files = tree.upload(checkpoint_folder_key(step), incarnation, staged_folder)
     tree.commit(
-        prefix_of(step), Manifest(step=step, attempt=attempt, incarnation=incarnation, files=files, facts=FACTS)
+        checkpoint_folder_key(step), Manifest(step=step, attempt=attempt, incarnation=incarnation, files=files, facts=FACTS)
     )
 
 
 def test_a_marker_created_between_listing_and_delete_of_a_sweep_is_removed(store: SlowStore, tmp_path: Path) -> None:
-    """The old attempt passes its last check, the sweep deletes the data, and the old attempt creates its marker. The sweep removes the marker."""
-    tree, key = CheckpointTree(store), f"{prefix_of(10)}/_COMMITTED"
+    """The old attempt passes its last check, the sweep deletes the files, and the old attempt creates its marker. The sweep removes the marker."""
+    tree, key = CheckpointTree(store), f"{checkpoint_folder_key(10)}/_COMMITTED"
     commit_checkpoint(tree, tmp_path / "staged", 10, 1)
     marker = store.get(key)
     assert marker is not None
     store.delete([key])  # the hook below creates the marker again during the sweep
     store.before_delete = lambda: store.put(key, marker)
-    assert tree.sweep().problem is None
+    assert tree.sweep().first_error is None
     assert (tree.get_committed(10), list(store.list("checkpoints/"))) == (None, [])
 
 
@@ -97,7 +97,7 @@ def test_a_sweep_during_a_commit_leaves_no_marker(store: SlowStore, tmp_path: Pa
 
 
 def test_a_commit_fails_if_a_sweep_removed_its_data_before_the_manifest(store: SlowStore, tmp_path: Path) -> None:
-    """A queue starts the same attempt again. The sweep of the new pods lists the data before the old pods have written the manifest."""
+    """A queue starts the same attempt again. The sweep of the new pods lists the objects before the old pods have written the manifest."""
     tree = CheckpointTree(store)
 
     def start_sweep() -> None:

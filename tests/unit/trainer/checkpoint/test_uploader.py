@@ -1,4 +1,4 @@
-"""Background uploads: one upload runs and one checkpoint is queued.
+"""Uploads in the background: at most one upload runs, and at most one checkpoint is queued.
 
 A newer checkpoint replaces the queued one. The checkpoint of a graceful stop is never dropped.
 """
@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from finetune_api.errors import CredentialsError, StorageError
 from finetune_api.status import Checkpoint
-from finetune_trainer.checkpoint.manifest import Manifest, RunFacts, prefix_of
+from finetune_trainer.checkpoint.manifest import Manifest, RunFacts, checkpoint_folder_key
 from finetune_trainer.checkpoint.tree import CheckpointTree, FencedOutError
-from finetune_trainer.checkpoint.uploader import KeepPolicy, StagedCheckpoint, Uploader, checkpoints_for_status
+from finetune_trainer.checkpoint.uploader import KeepPolicy, StagedCheckpoint, Uploader, to_status_checkpoints
 from finetune_trainer.storage.base import ByteCounter
 from finetune_trainer.storage.folder import FolderStore
 from finetune_trainer.supervisor.run_state import RunState
@@ -43,7 +43,7 @@ class GatedStore(FolderStore):
 
 
 class UploaderBench:
-    """An uploader with a GatedStore, and functions that offer checkpoints and wait for uploads."""
+    """An uploader with a GatedStore, and functions that queue checkpoints and wait for uploads."""
 
     def __init__(self, folder: Path, *, node: int = 0, nodes: int = 1, **policy: object) -> None:
         self.folder = folder
@@ -53,8 +53,8 @@ class UploaderBench:
         self.steps_after_commit: list[list[int]] = []
         self.tree, self.run_state = CheckpointTree(self.store), RunState()
         self.uploader = Uploader(
-            self.tree, self.run_state, RunFacts(), KeepPolicy(**policy), job="n/j/u", attempt=1,  # type: ignore[arg-type] # a table's
-            node=node, nodes=nodes, final_upload_timeout=60,
+            self.tree, self.run_state, RunFacts(), KeepPolicy(**policy), job_id="n/j/u", attempt=1,  # type: ignore[arg-type] # a table's
+            node_rank=node, node_count=nodes, final_upload_timeout_seconds=60,
             before_commit=lambda: self.steps_before_commit.append(self.steps()),
             after_commit=lambda: self.steps_after_commit.append(self.steps()),
         )  # fmt: skip
@@ -99,7 +99,7 @@ def test_a_newer_checkpoint_replaces_the_queued_one(bench: UploaderBench) -> Non
     assert not (bench.folder / "staged-2").exists()
 
 
-def test_the_stop_checkpoint_is_never_dropped(bench: UploaderBench) -> None:
+def test_the_checkpoint_of_a_stop_is_never_dropped(bench: UploaderBench) -> None:
     bench.store.gate.clear()
     bench.enqueue(1)
     assert bench.store.entered.wait(10)
@@ -183,19 +183,19 @@ def test_the_final_model_is_uploaded_after_the_last_checkpoint(bench: UploaderBe
     assert bench.uploader.output is not None and bench.uploader.output.uri == f"{bench.store.uri}/model/a1-00000000"
     found = bench.tree.get_committed(None)
     assert found is not None and found.marker.manifest_sha256 == bench.uploader.output.sha256
-    assert [one.healthy for one in checkpoints_for_status(bench.tree, bench.tree.list_committed())] == [True]
+    assert [one.healthy for one in to_status_checkpoints(bench.tree, bench.tree.list_committed())] == [True]
 
 
 def test_a_checkpoint_is_healthy_once_the_next_one_is_committed(bench: UploaderBench) -> None:
     bench.enqueue(1)
     bench.wait_until_idle()
-    assert [one.healthy for one in bench.tree.list_committed()] == [False]
+    assert [one.is_healthy for one in bench.tree.list_committed()] == [False]
     bench.enqueue(2)
     bench.wait_until_idle()
-    assert [(one.step, one.healthy) for one in bench.tree.list_committed()] == [(2, False), (1, True)]
+    assert [(one.step, one.is_healthy) for one in bench.tree.list_committed()] == [(2, False), (1, True)]
     bench.enqueue(3, graceful=True)
     bench.wait_until_idle()
-    assert all(one.healthy for one in bench.tree.list_committed())
+    assert all(one.is_healthy for one in bench.tree.list_committed())
 
 
 def test_old_checkpoints_are_removed_after_a_commit(tmp_path: Path) -> None:
@@ -262,7 +262,7 @@ def test_the_checkpoint_of_a_stop_is_retried(bench: UploaderBench, monkeypatch: 
     assert len(tries) == 5 and bench.steps() == [1]
 
 
-def test_closing_the_uploader_abandons_the_graceful_stop_checkpoint(tmp_path: Path) -> None:
+def test_closing_the_uploader_ends_the_retries_of_the_checkpoint_of_a_stop(tmp_path: Path) -> None:
     bench = UploaderBench(tmp_path)
 
     def refuse(key: str) -> None:
@@ -283,17 +283,17 @@ def test_skipped_checkpoints_are_replaced_or_removed_and_do_not_count_as_progres
     (folder / "weights").write_text("old")
     bench = UploaderBench(tmp_path / "bench", keep_count=1, pinned_steps=(25,))
     for step in (10, 20, 25, 27, 30):
-        files = bench.tree.upload(prefix_of(step), "a0-00000000", folder)
-        bench.tree.commit(prefix_of(step), Manifest(step=step, incarnation="a0-00000000", files=files))
+        files = bench.tree.upload(checkpoint_folder_key(step), "a0-00000000", folder)
+        bench.tree.commit(checkpoint_folder_key(step), Manifest(step=step, incarnation="a0-00000000", files=files))
     own = bench.tree.list_committed()
-    bench.uploader.adopt_committed(checkpoints_for_status(bench.tree, [one for one in own if one.step == 10]))
-    bench.uploader.set_skipped([one for one in own if one.step != 10])
+    bench.uploader.adopt_committed(to_status_checkpoints(bench.tree, [one for one in own if one.step == 10]))
+    bench.uploader.add_skipped([one for one in own if one.step != 10])
     assert bench.uploader.committed_step == 10
     assert [one.step for one in bench.run_state.checkpoints] == [10]
     bench.folder.mkdir(exist_ok=True)
     bench.enqueue(20)
     bench.wait_until_idle()
-    found = {one.step: (one.marker.path, one.healthy) for one in bench.tree.list_committed()}
+    found = {one.step: (one.marker.path, one.is_healthy) for one in bench.tree.list_committed()}
     assert found[20] == ("a1-00000000", False) and found[10][1] is True
     assert found[30] == ("a0-00000000", False), "finite losses of this attempt do not make a skipped checkpoint healthy"
     bench.enqueue(30)
@@ -347,7 +347,7 @@ def test_the_final_model_is_retried_while_the_store_is_unavailable(
 def test_the_files_of_two_pods_form_one_checkpoint(tmp_path: Path) -> None:
     store = GatedStore(tmp_path / "root")
     pods = [
-        Uploader(CheckpointTree(store), RunState(), RunFacts(), KeepPolicy(), job="n/j/u", attempt=1, node=node, nodes=2)
+        Uploader(CheckpointTree(store), RunState(), RunFacts(), KeepPolicy(), job_id="n/j/u", attempt=1, node_rank=node, node_count=2)
         for node in (0, 1)
     ]
     for node, uploader in enumerate(pods):
@@ -362,13 +362,13 @@ def test_the_files_of_two_pods_form_one_checkpoint(tmp_path: Path) -> None:
     manifest = CheckpointTree(store).read_manifest(found)
     assert manifest is not None
     assert [one.path for one in manifest.files] == ["rng_state_0.pth", "rng_state_1.pth"]
-    assert not list(store.list(f"{prefix_of(5)}/a1-00000000/.parts"))
+    assert not list(store.list(f"{checkpoint_folder_key(5)}/a1-00000000/.parts"))
 
 
 def test_no_checkpoint_is_committed_if_pods_wrote_one_file_differently(tmp_path: Path) -> None:
     store, states = GatedStore(tmp_path / "root"), [RunState(), RunState()]
     pods = [
-        Uploader(CheckpointTree(store), states[node], RunFacts(), KeepPolicy(), job="n/j/u", attempt=1, node=node, nodes=2)
+        Uploader(CheckpointTree(store), states[node], RunFacts(), KeepPolicy(), job_id="n/j/u", attempt=1, node_rank=node, node_count=2)
         for node in (0, 1)
     ]
     for node, uploader in enumerate(pods):
@@ -391,8 +391,8 @@ def test_part_files_that_cannot_be_removed_do_not_undo_a_commit(tmp_path: Path) 
             raise CredentialsError("PermissionDenied", "s3:DeleteObject")
 
     store.refuse = refuse
-    CheckpointTree(store).report_part(prefix_of(5), "a1-00000000", 1, [])
-    first = Uploader(CheckpointTree(store), run_state, RunFacts(), KeepPolicy(), job="n/j/u", attempt=1, node=0, nodes=2)
+    CheckpointTree(store).report_part(checkpoint_folder_key(5), "a1-00000000", 1, [])
+    first = Uploader(CheckpointTree(store), run_state, RunFacts(), KeepPolicy(), job_id="n/j/u", attempt=1, node_rank=0, node_count=2)
     folder = tmp_path / "node-0"
     folder.mkdir()
     (folder / "x").write_text("x")
@@ -403,10 +403,10 @@ def test_part_files_that_cannot_be_removed_do_not_undo_a_commit(tmp_path: Path) 
 
 
 def test_a_part_that_cannot_be_stored_is_reported_at_once(tmp_path: Path) -> None:
-    """Without the report, rank 0's pod would wait for this part for half an hour and commit no checkpoint in this time."""
+    """Without the report, rank 0's pod would wait half an hour for this part, and would commit no checkpoint during this time."""
     store, run_state = GatedStore(tmp_path / "root"), RunState()
     pods = [
-        Uploader(CheckpointTree(store), run_state, RunFacts(), KeepPolicy(), job="n/j/u", attempt=1, node=node, nodes=2)
+        Uploader(CheckpointTree(store), run_state, RunFacts(), KeepPolicy(), job_id="n/j/u", attempt=1, node_rank=node, node_count=2)
         for node in (0, 1)
     ]
 
@@ -426,19 +426,19 @@ def test_a_part_that_cannot_be_stored_is_reported_at_once(tmp_path: Path) -> Non
     assert CheckpointTree(store).list_committed() == [] and pods[1].uploaded_step == 0
 
 
-def test_a_slow_store_does_not_block_offer(tmp_path: Path) -> None:
-    """A separate thread reports that the pod skipped its part of a checkpoint. The thread that handles the ranks' messages must not wait for the store."""
+def test_a_slow_store_does_not_block_enqueue(tmp_path: Path) -> None:
+    """The thread that handles the ranks' messages must not wait for the store, so a separate thread reports the skipped part."""
     store = GatedStore(tmp_path / "root")
     reported = threading.Event()
     put = store.put
 
-    def slow(key: str, data: bytes) -> None:
+    def put_slowly(key: str, data: bytes) -> None:
         reported.set()
         assert store.gate.wait(20)
         put(key, data)
 
-    store.put = slow  # type: ignore[method-assign] # the fault to test
-    second = Uploader(CheckpointTree(store), RunState(), RunFacts(), KeepPolicy(), job="n/j/u", attempt=1, node=1, nodes=2)
+    store.put = put_slowly  # type: ignore[method-assign] # the fault to test
+    second = Uploader(CheckpointTree(store), RunState(), RunFacts(), KeepPolicy(), job_id="n/j/u", attempt=1, node_rank=1, node_count=2)
     store.gate.clear()
     for step in (1, 2, 3):
         folder = tmp_path / f"staged-{step}"
@@ -455,9 +455,9 @@ def test_a_slow_store_does_not_block_offer(tmp_path: Path) -> None:
 
 def test_no_checkpoint_is_committed_if_a_pod_skips_its_part(tmp_path: Path) -> None:
     store = GatedStore(tmp_path / "root")
-    CheckpointTree(store).report_part(prefix_of(5), "a1-00000000", 1, None)
+    CheckpointTree(store).report_part(checkpoint_folder_key(5), "a1-00000000", 1, None)
     run_state = RunState()
-    first = Uploader(CheckpointTree(store), run_state, RunFacts(), KeepPolicy(), job="n/j/u", attempt=1, node=0, nodes=2)
+    first = Uploader(CheckpointTree(store), run_state, RunFacts(), KeepPolicy(), job_id="n/j/u", attempt=1, node_rank=0, node_count=2)
     folder = tmp_path / "node-0"
     folder.mkdir()
     (folder / "x").write_text("x")
@@ -472,7 +472,7 @@ def test_before_commit_is_called_except_for_the_checkpoint_of_a_stop(tmp_path: P
     store = FolderStore(tmp_path / "root", "file:///root")
     tree, steps_before_commit = CheckpointTree(store), []
     uploader = Uploader(
-        tree, RunState(), RunFacts(), KeepPolicy(), job="n/j/u", attempt=1,
+        tree, RunState(), RunFacts(), KeepPolicy(), job_id="n/j/u", attempt=1,
         before_commit=lambda: steps_before_commit.append([one.step for one in tree.list_committed()]),
     )  # fmt: skip
     for step, graceful in ((5, False), (8, True), (None, False)):
@@ -520,7 +520,7 @@ def test_manifest_and_status_hold_the_facts_of_a_checkpoint(bench: UploaderBench
     assert [(one.step, one.healthy) for one in bench.run_state.checkpoints] == [(13, True), (12, True)]
     assert bench.run_state.counters["storage_retries"] == 6
     bench.store.delete([f"{older.folder}/manifest.json"])
-    assert [(one.step, one.bytes, one.eval_loss) for one in checkpoints_for_status(bench.tree, [found, older])] == [(13, 2, None), (12, None, None)]
+    assert [(one.step, one.bytes, one.eval_loss) for one in to_status_checkpoints(bench.tree, [found, older])] == [(13, 2, None), (12, None, None)]
 
 
 @pytest.mark.parametrize(
@@ -531,7 +531,7 @@ def test_manifest_and_status_hold_the_facts_of_a_checkpoint(bench: UploaderBench
     ],
     ids=str,
 )  # fmt: skip
-def test_unsaved_steps_are_an_error_after_the_longest_limit(
+def test_unsaved_checkpoints_are_an_error_after_the_longest_limit(
     due_at: list[float], timeout: float, stall_timeout: float | None, limit: float, bench: UploaderBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     clock = FakeClock(monkeypatch)
@@ -549,7 +549,7 @@ def test_unsaved_steps_are_an_error_after_the_longest_limit(
     )
 
 
-def test_a_queued_checkpoint_is_unsaved_since_it_was_queued(bench: UploaderBench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_queued_checkpoint_counts_as_unsaved_from_the_time_it_was_queued(bench: UploaderBench, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = FakeClock(monkeypatch)
     second_began, go_on = threading.Event(), threading.Event()
 
@@ -652,7 +652,7 @@ def test_a_commit_does_not_wait_if_the_checkpoint_of_a_stop_is_queued(graceful: 
 
 def test_a_silent_pod_delays_neither_the_checkpoint_of_a_stop_nor_the_final_model(tmp_path: Path) -> None:
     bench = UploaderBench(tmp_path, nodes=2)
-    bench.tree.report_part(prefix_of(6), "a1-00000000", 1, [])
+    bench.tree.report_part(checkpoint_folder_key(6), "a1-00000000", 1, [])
     bench.enqueue(5)
     assert bench.store.entered.wait(10)
     bench.enqueue(6, graceful=True)
@@ -686,7 +686,7 @@ def test_another_pod_uploads_its_files_and_commits_nothing(tmp_path: Path, monke
     bench.wait_until_idle()
     clock.now += 1000
     assert bench.uploader.uploaded_step == 5 and bench.uploader.unsaved_error(60, None) is None
-    assert bench.part_keys() == [f"{prefix_of(5)}/a1-00000000/.parts/node-1.json"]
+    assert bench.part_keys() == [f"{checkpoint_folder_key(5)}/a1-00000000/.parts/node-1.json"]
     assert (bench.steps(), bench.uploader.committed_step, bench.run_state.checkpoints) == ([], 0, [])
     bench.uploader.close()
 
@@ -706,7 +706,7 @@ def test_the_manifest_of_the_final_model_holds_the_last_step(reported: dict[str,
     assert bench.steps_after_commit == [] and not folder.exists()
 
 
-def test_a_repeated_restored_step_is_not_healthy_yet(tmp_path: Path) -> None:
+def test_a_checkpoint_of_the_restored_step_is_not_healthy_yet(tmp_path: Path) -> None:
     """A run that resumes at step 10 may save step 10 again. Nothing is known about the losses after that step."""
     bench = UploaderBench(tmp_path, keep_count=0)
     marks: list[int] = []

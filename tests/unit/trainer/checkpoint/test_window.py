@@ -1,4 +1,4 @@
-"""Each rank saves and restores its sums of the current logging window. A new number of ranks redistributes the sums."""
+"""Each rank saves and restores its sums of the current logging window. If the number of ranks changes, the sums are redistributed."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ torch = pytest.importorskip("torch")
 from finetune_trainer.checkpoint.window import LoggingWindow  # noqa: E402 - torch first: without it there is nothing to test
 
 
-def trainer(loss: float = 0.0, *, since: int = 0, **fields: Any) -> Any:
+def make_trainer(loss: float = 0.0, *, since: int = 0, **fields: Any) -> Any:
     return SimpleNamespace(_tr_loss=torch.tensor(loss), _globalstep_last_logged=since, **fields)
 
 
 def test_the_sums_are_restored_bit_by_bit(tmp_path: Path) -> None:
     """One third has no exact binary or decimal form. Writing and reading a sum must not round the sum again."""
     third = torch.tensor(1.0) / 3
-    first = trainer(
+    first = make_trainer(
         since=20, _sums={"train": {"nll": third, "trained": torch.tensor(11)}}, _metrics={"train": {"a": [third, 2]}}
     )
     first._tr_loss = third + third
     LoggingWindow(first, 0, 1).write(tmp_path)
-    second = trainer(since=23, _sums={"train": {}}, _metrics={"train": {}})
+    second = make_trainer(since=23, _sums={"train": {}}, _metrics={"train": {}})
     LoggingWindow(second, 0, 1).read(tmp_path)
     assert torch.equal(second._tr_loss + third, third + third + third)
     assert second._globalstep_last_logged == 20
@@ -34,29 +34,29 @@ def test_the_sums_are_restored_bit_by_bit(tmp_path: Path) -> None:
 
 
 def test_windows_are_exchanged_with_version_0_1_0_in_both_directions(tmp_path: Path) -> None:
-    """The two sums whose quotient is the token accuracy must cover the same steps."""
+    """Both versions must restore both sums of the token accuracy, whose quotient is wrong if they cover different steps."""
     sums = {"correct": 3, "trained": 4, "positions": 9, "tokens": 8, "letters": 2, "correct_letters": 1}
     stored = {"correct": 3, "learned": 4, "places": 9, "tokens": 8, "letters": 2, "right": 1}
-    LoggingWindow(trainer(_sums={"train": dict(sums)}), 0, 1).write(tmp_path)
+    LoggingWindow(make_trainer(_sums={"train": dict(sums)}), 0, 1).write(tmp_path)
     assert json.loads((tmp_path / "window-0.json").read_text())["ours"] == stored
-    again = trainer(_sums={"train": {}})
+    again = make_trainer(_sums={"train": {}})
     LoggingWindow(again, 0, 1).read(tmp_path)
     assert again._sums["train"] == sums
 
 
 def test_each_rank_restores_its_own_sums(tmp_path: Path) -> None:
     for rank in (0, 1):
-        LoggingWindow(trainer(1.0 + rank), rank, 2).write(tmp_path)
+        LoggingWindow(make_trainer(1.0 + rank), rank, 2).write(tmp_path)
     for rank in (0, 1):
-        again = trainer()
+        again = make_trainer()
         LoggingWindow(again, rank, 2).read(tmp_path)
         assert again._tr_loss.item() == 1.0 + rank
 
 
 def test_another_number_of_ranks_redistributes_the_sums(tmp_path: Path) -> None:
     for rank in range(4):
-        LoggingWindow(trainer(float(rank), _sums={"train": {"tokens": 10}}), rank, 4).write(tmp_path)
-    found = [trainer(_sums={"train": {}}) for _ in range(2)]
+        LoggingWindow(make_trainer(float(rank), _sums={"train": {"tokens": 10}}), rank, 4).write(tmp_path)
+    found = [make_trainer(_sums={"train": {}}) for _ in range(2)]
     for rank, one in enumerate(found):
         LoggingWindow(one, rank, 2).read(tmp_path)
     assert [one._tr_loss.item() for one in found] == [1.5, 1.5], "the mean over ranks stays"
@@ -64,13 +64,13 @@ def test_another_number_of_ranks_redistributes_the_sums(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_without_sums_starts_an_empty_window(tmp_path: Path) -> None:
-    fresh = trainer(0.5, since=7)
+    fresh = make_trainer(0.5, since=7)
     LoggingWindow(fresh, 0, 1).read(tmp_path)
     assert (fresh._tr_loss.item(), fresh._globalstep_last_logged) == (0.5, 7)
 
 
 def test_the_token_count_of_trl_is_restored(tmp_path: Path) -> None:
-    LoggingWindow(trainer(_total_train_tokens=123), 0, 1).write(tmp_path)
-    again = trainer(_total_train_tokens=0)
+    LoggingWindow(make_trainer(_total_train_tokens=123), 0, 1).write(tmp_path)
+    again = make_trainer(_total_train_tokens=0)
     LoggingWindow(again, 0, 1).read(tmp_path)
     assert again._total_train_tokens == 123

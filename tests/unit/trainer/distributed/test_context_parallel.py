@@ -1,4 +1,4 @@
-"""Parts of sequences, and models whose attention ranks can share."""
+"""Context parallelism: the parts of sequences, and the models whose attention several ranks can share."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 import pytest
 import torch
 from finetune_api.errors import ConfigError
-from finetune_trainer.attention import require_divisible_model
+from finetune_trainer.attention import require_divisible_attention
 from finetune_trainer.distributed.context_parallel import PartCollator, SequencePart, gradient_factor
 
 
-def config(**values: Any) -> Any:
-    text = SimpleNamespace(**values)
-    return SimpleNamespace(model_type="tiny", get_text_config=lambda: text)
+def model_config(**values: Any) -> Any:
+    text_config = SimpleNamespace(**values)
+    return SimpleNamespace(model_type="tiny", get_text_config=lambda: text_config)
 
 
-def heads_of(queries: int, keys: int) -> dict[str, Any]:
+def attention_heads(queries: int, keys: int) -> dict[str, Any]:
     return {"num_attention_heads": queries, "num_key_value_heads": keys}
 
 
@@ -31,28 +31,28 @@ def test_the_label_of_the_last_token_of_a_part_is_the_first_token_of_the_next_pa
 
 
 @pytest.mark.parametrize(("heads", "key_heads", "size"), [(8, 8, 2), (8, 2, 2), (8, 2, 4), (6, 3, 3)])
-def test_heads_can_be_shared(heads: int, key_heads: int, size: int) -> None:
-    require_divisible_model(config(num_attention_heads=heads, num_key_value_heads=key_heads, layer_types=["full_attention"] * 2), size)
+def test_ranks_can_share_a_divisible_number_of_attention_heads(heads: int, key_heads: int, size: int) -> None:
+    require_divisible_attention(model_config(num_attention_heads=heads, num_key_value_heads=key_heads, layer_types=["full_attention"] * 2), size)
 
 
 @pytest.mark.parametrize(
     ("values", "size", "problem", "hint"),
     [
-        (heads_of(8, 2), 3, "8 attention heads and 2 key-value heads, which 3 ranks cannot share", "write one of 2, 4, 8, or 1"),
-        (heads_of(6, 3), 2, "6 attention heads and 3 key-value heads", "write one of 3, 6, or 1"),
-        (heads_of(1, 1), 2, "1 attention heads", "write `contextParallelSize: 1`"),
-        (heads_of(4, 4) | {"layer_types": ["full_attention", "sliding_attention"]}, 2, "sliding_attention", "of another type than tiny"),
-        (heads_of(4, 4) | {"sliding_window": 32}, 2, "a sliding window of 32 tokens", "of another type than tiny"),
+        (attention_heads(8, 2), 3, "8 attention heads and 2 key-value heads, which 3 ranks cannot share", "write one of 2, 4, 8, or 1"),
+        (attention_heads(6, 3), 2, "6 attention heads and 3 key-value heads", "write one of 3, 6, or 1"),
+        (attention_heads(1, 1), 2, "1 attention heads", "write `contextParallelSize: 1`"),
+        (attention_heads(4, 4) | {"layer_types": ["full_attention", "sliding_attention"]}, 2, "sliding_attention", "of another type than tiny"),
+        (attention_heads(4, 4) | {"sliding_window": 32}, 2, "a sliding window of 32 tokens", "of another type than tiny"),
         ({}, 2, "models of type tiny have no attention heads", "of another type than tiny"),
     ],
 )  # fmt: skip
 def test_models_whose_attention_cannot_be_shared_are_refused(values: dict[str, Any], size: int, problem: str, hint: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        require_divisible_model(config(**values), size)
+        require_divisible_attention(model_config(**values), size)
     assert caught.value.code == "ContextParallelUnsupported" and problem in caught.value.message and hint in (caught.value.hint or "")
 
 
-def test_gradients_are_summed_within_a_group_up_to_stage_2() -> None:
+def test_deepspeed_adds_up_gradients_within_a_group_up_to_stage_2() -> None:
     assert [gradient_factor(4, stage, {"zero_optimization": {"stage": stage}}) for stage in (0, 1, 2, 3)] == [4, 4, 4, 1]
     with pytest.raises(ConfigError) as caught:
         gradient_factor(2, 3, {"zero_optimization": {"stage": 3, "reduce_scatter": False}})

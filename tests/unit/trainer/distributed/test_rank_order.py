@@ -20,7 +20,7 @@ TWO_NODES = [RankPosition(rank, rank % 2, 4, 2) for rank in range(4)]
 
 
 class Clock:
-    """A clock that only `pause` moves. `pauses`: the seconds of each pause."""
+    """A clock that moves only in `pause`. `pauses` counts the calls of `pause`."""
 
     def __init__(self) -> None:
         self.time, self.pauses = 0.0, 0
@@ -34,14 +34,14 @@ class Clock:
 
 
 class Store(SingleRankStore):
-    """A store whose working rank 0 writes heartbeats until `last_sign` seconds, and is done at `done_at`."""
+    """A store to which working rank 0 writes heartbeats until the time `last_heartbeat`. The rank is done at the time `done_at`."""
 
-    def __init__(self, clock: Clock, last_sign: float, done_at: float) -> None:
+    def __init__(self, clock: Clock, last_heartbeat: float, done_at: float) -> None:
         super().__init__()
-        self.clock, self.last_sign, self.done_at = clock, last_sign, done_at
+        self.clock, self.last_heartbeat, self.done_at = clock, last_heartbeat, done_at
 
     def has(self, *keys: str) -> bool:
-        self.set("alive-0", str(min(self.clock.time, self.last_sign) // 30))
+        self.set("alive-0", str(min(self.clock.time, self.last_heartbeat) // 30))
         if self.clock.time >= self.done_at:
             self.set("done-0", "1")
         return super().has(*keys)
@@ -74,24 +74,24 @@ def test_no_rank_leaves_the_block_before_the_working_ranks_of_all_nodes_are_done
     may_end[2].set()
     for thread in threads:
         thread.join(30)
-    assert sorted(order) == sorted(f"{rank} {what}" for rank in range(4) for what in ("begins", "leaves"))
+    assert sorted(order) == sorted(f"{rank} {event}" for rank in range(4) for event in ("begins", "leaves"))
 
 
-def test_a_wait_lasts_as_long_as_the_working_rank_is_alive() -> None:
+def test_a_rank_waits_as_long_as_the_working_rank_sends_heartbeats() -> None:
     clock = Clock()
-    with order_ranks(Store(clock, last_sign=1e9, done_at=7200), RankPosition(1, 1, 2, 2), clock.pause, clock.now):
+    with order_ranks(Store(clock, last_heartbeat=1e9, done_at=7200), RankPosition(1, 1, 2, 2), clock.pause, clock.now):
         assert clock.time == 7200
 
 
-def test_a_working_rank_that_is_no_longer_alive_is_lost() -> None:
+def test_a_working_rank_without_heartbeats_counts_as_lost() -> None:
     clock = Clock()
-    with pytest.raises(PeerError) as caught, order_ranks(Store(clock, last_sign=300, done_at=1e9), RankPosition(1, 1, 2, 2), clock.pause, clock.now):
+    with pytest.raises(PeerError) as caught, order_ranks(Store(clock, last_heartbeat=300, done_at=1e9), RankPosition(1, 1, 2, 2), clock.pause, clock.now):
         pytest.fail("the block must not run")
     assert caught.value.code == "PeerLost" and "rank 0" in caught.value.message
-    assert 300 + rank_order.LOST_SECONDS < clock.time <= 300 + rank_order.LOST_SECONDS + 3 * rank_order.HEARTBEAT_SECONDS
+    assert 300 + rank_order.HEARTBEAT_TIMEOUT_SECONDS < clock.time <= 300 + rank_order.HEARTBEAT_TIMEOUT_SECONDS + 3 * rank_order.HEARTBEAT_SECONDS
 
 
-def test_a_failure_of_the_working_rank_ends_the_wait_of_the_others() -> None:
+def test_a_failure_of_a_working_rank_ends_the_wait_of_all_other_ranks() -> None:
     store, clock = SingleRankStore(), Clock()
     with pytest.raises(ValueError, match="bad row"), order_ranks(store, RankPosition(0, 0, 4, 2)):
         raise ValueError("bad row")
@@ -111,13 +111,13 @@ def test_a_single_rank_uses_no_store(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextmanager
 def agent_store() -> Iterator[int]:
-    """The store of the agent of two ranks. Yields its port."""
+    """Start the store that torchrun's agent would share with two ranks. Yields its port."""
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     yield store.port
 
 
 def run_rank(rank: int, port: int) -> None:
-    """One of two ranks of a process group whose collectives fail after a millisecond. Rank 0 works until rank 1 waits."""
+    """Run one of two ranks in a process group whose collectives fail after a millisecond. Rank 0 works until rank 1 waits."""
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
@@ -134,10 +134,10 @@ def run_rank(rank: int, port: int) -> None:
             store.get_all(["rank 1 waits"], 120)
             store.set("result", "of rank 0")
         assert store.has("result") and store.get_all(["result"], 120) == ["of rank 0"]
-    os._exit(0)  # the connection of the process group is not needed any more
+    os._exit(0)  # do not wait for the connections of the process group
 
 
-def test_the_wait_is_longer_than_the_timeout_of_the_process_group() -> None:
-    """The other rank would fail in a collective, such as accelerate's `local_main_process_first`."""
+def test_a_rank_may_wait_longer_than_the_timeout_of_the_process_group() -> None:
+    """In a collective, such as accelerate's `local_main_process_first`, the waiting rank would fail."""
     with agent_store() as port:
         torch.multiprocessing.spawn(run_rank, (port,), nprocs=2)

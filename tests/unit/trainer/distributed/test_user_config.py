@@ -1,4 +1,4 @@
-"""A user's DeepSpeed JSON or accelerate file is merged with the spec. Conflicts and invalid values are refused."""
+"""Merging a user's DeepSpeed JSON or accelerate file with the spec. Conflicts and invalid values are refused."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from finetune_trainer.distributed import deepspeed, fsdp
 
 from tests.support.learning import make_run, merge_mappings
 
-CPU_HARDWARE: Any = SimpleNamespace(bf16=False, fp16=False, name="cpu", is_cpu=True)
-GPU_HARDWARE: Any = SimpleNamespace(bf16=True, fp16=False, name="NVIDIA H200", is_cpu=False)
+CPU_HARDWARE: Any = SimpleNamespace(computes_in_bf16=False, computes_in_fp16=False, name="cpu", is_cpu=True)
+GPU_HARDWARE: Any = SimpleNamespace(computes_in_bf16=True, computes_in_fp16=False, name="NVIDIA H200", is_cpu=False)
 
 
 def deepspeed_options(
     tmp_path: Path, file: Any, spec: dict[str, Any] | None = None, hardware: Any = CPU_HARDWARE, **options: Any
 ) -> deepspeed.DeepspeedOptions:
-    """DeepSpeed options of a run with the DeepSpeed JSON `file` (None: no JSON)."""
-    group = dict(options) if file is None else {"configRef": {"name": "mine", "key": "ds.json"}, **options}
-    job_spec = merge_mappings(spec or {}, {"distributed": {"strategy": "deepspeed", **({"deepspeed": group} if group else {})}})
+    """Return the DeepSpeed options of a run. `file`: the user's DeepSpeed JSON, or None."""
+    options_in_spec = dict(options) if file is None else {"configRef": {"name": "mine", "key": "ds.json"}, **options}
+    job_spec = merge_mappings(spec or {}, {"distributed": {"strategy": "deepspeed", **({"deepspeed": options_in_spec} if options_in_spec else {})}})
     maps = {} if file is None else {"mine": {"ds.json": file if isinstance(file, str) else json.dumps(file)}}
     run, inputs = make_run(tmp_path, tmp_path / "model", job_spec, ranks=2, config_maps=maps)
     return deepspeed.build_options(run, inputs, hardware, 2)
 
 
 def fsdp_options(tmp_path: Path, file: str | None, spec: dict[str, Any] | None = None, **options: Any) -> fsdp.FsdpOptions:
-    """FSDP options of a run with the accelerate file `file` (None: no accelerate file)."""
-    group = dict(options) if file is None else {"configRef": {"name": "mine", "key": "a.yaml"}, **options}
-    job_spec = merge_mappings(spec or {}, {"distributed": {"strategy": "fsdp", **({"fsdp": group} if group else {})}})
+    """Return the FSDP options of a run. `file`: the user's accelerate file, or None."""
+    options_in_spec = dict(options) if file is None else {"configRef": {"name": "mine", "key": "a.yaml"}, **options}
+    job_spec = merge_mappings(spec or {}, {"distributed": {"strategy": "fsdp", **({"fsdp": options_in_spec} if options_in_spec else {})}})
     run, inputs = make_run(
         tmp_path, tmp_path / "model", job_spec, ranks=2, config_maps={"mine": {"a.yaml": file}} if file else {}
     )
@@ -170,14 +170,14 @@ def test_the_micro_batch_of_a_file_is_reduced_without_breaking_a_rule(
     spec: dict[str, Any], old_batch: tuple[int, int], new_batch: tuple[int, int], batch_of_file: tuple[int | None, int | None],
     expected: tuple[int, int], note: str, tmp_path: Path,
 ) -> None:  # fmt: skip
-    """An adaptation does not change the effective batch of the file. The adapted values obey the API's rules."""
+    """The adaptation keeps the effective batch of the file, and the adapted values satisfy the rules of the API."""
     paths = ("training.batchSizePerDevice", "training.gradientAccumulationSteps")
     training = dict(zip(("batchSizePerDevice", "gradientAccumulationSteps"), new_batch, strict=True))
-    group = {"strategy": "deepspeed", "deepspeed": {"configRef": {"name": "mine", "key": "ds.json"}}}
+    options_in_spec = {"strategy": "deepspeed", "deepspeed": {"configRef": {"name": "mine", "key": "ds.json"}}}
     keys = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     text = json.dumps({key: value for key, value in zip(keys, batch_of_file, strict=True) if value})
     run, inputs = make_run(
-        tmp_path, tmp_path / "model", merge_mappings(spec, {"training": training, "distributed": group}), ranks=2,
+        tmp_path, tmp_path / "model", merge_mappings(spec, {"training": training, "distributed": options_in_spec}), ranks=2,
         config_maps={"mine": {"ds.json": text}},
     )  # fmt: skip
     first = run.model_copy(
@@ -306,7 +306,7 @@ def test_values_of_a_file_must_satisfy_the_rules_of_the_spec(
     assert expected in caught.value.message and "with the values of the DeepSpeed JSON" in caught.value.message
 
 
-def test_both_adamw_implementations_of_torch_match_adamw(tmp_path: Path) -> None:
+def test_adamw_in_the_file_agrees_with_both_adamw_implementations_of_torch(tmp_path: Path) -> None:
     resolved = deepspeed_options(tmp_path, {"optimizer": {"type": "AdamW"}}, {"training": {"optimizer": "adamw_torch"}})
     assert resolved.training_arguments["optim"] == "adamw_torch"
     with pytest.raises(ConfigError, match="optimizer.type is Adam, training.optimizer is sgd"):
@@ -387,9 +387,9 @@ fsdp_config:
     assert any("machine_rank" in note and "the operator starts the ranks" in note for note in resolved.notes)
 
 
-@pytest.mark.parametrize(("word", "size"), [("1.0e+8", 10**8), ("'2000'", 2000), ("0.0", None)])
-def test_a_size_may_be_written_as_any_whole_number(word: str, size: int | None, tmp_path: Path) -> None:
-    file = f"fsdp_config: {{fsdp_auto_wrap_policy: SIZE_BASED_WRAP, fsdp_min_num_params: {word}}}\n"
+@pytest.mark.parametrize(("spelling", "size"), [("1.0e+8", 10**8), ("'2000'", 2000), ("0.0", None)])
+def test_a_size_may_be_written_as_any_whole_number(spelling: str, size: int | None, tmp_path: Path) -> None:
+    file = f"fsdp_config: {{fsdp_auto_wrap_policy: SIZE_BASED_WRAP, fsdp_min_num_params: {spelling}}}\n"
     resolved = fsdp_options(tmp_path, file).wrap_policy.get("min_num_params")
     assert (resolved, type(resolved)) == (size, type(size))
 
@@ -402,16 +402,16 @@ def test_empty_layer_names_are_ignored(names: str, layer_names: list[str] | None
     assert resolved.wrap_policy.get("transformer_layer_cls_to_wrap") == layer_names
 
 
-@pytest.mark.parametrize("word", ["no", "'no'"])
-def test_unquoted_no_is_read_as_a_precision(word: str, tmp_path: Path) -> None:
-    assert fsdp_options(tmp_path, f"mixed_precision: {word}\n") == fsdp.FsdpOptions()
+@pytest.mark.parametrize("spelling", ["no", "'no'"])
+def test_an_unquoted_no_is_read_as_a_precision(spelling: str, tmp_path: Path) -> None:
+    assert fsdp_options(tmp_path, f"mixed_precision: {spelling}\n") == fsdp.FsdpOptions()
     with pytest.raises(ConfigError, match="mixed_precision is bf16, the precision from training.mixedPrecision is no"):
         fsdp_options(tmp_path, "mixed_precision: bf16\n")
 
 
-@pytest.mark.parametrize(("word", "offloads"), [("yes", True), ("'True'", True), ("false", False), ("'no'", False), ("null", False)])  # fmt: skip
-def test_truth_values_have_several_spellings(word: str, offloads: bool, tmp_path: Path) -> None:
-    assert fsdp_options(tmp_path, f"fsdp_config: {{fsdp_offload_params: {word}}}\n").offloads_to_cpu is offloads
+@pytest.mark.parametrize(("spelling", "offloads"), [("yes", True), ("'True'", True), ("false", False), ("'no'", False), ("null", False)])  # fmt: skip
+def test_a_boolean_may_have_several_spellings(spelling: str, offloads: bool, tmp_path: Path) -> None:
+    assert fsdp_options(tmp_path, f"fsdp_config: {{fsdp_offload_params: {spelling}}}\n").offloads_to_cpu is offloads
 
 
 def test_unknown_layer_classes_are_refused_by_name(tmp_path: Path) -> None:
@@ -453,7 +453,7 @@ def test_unknown_layer_classes_are_refused_by_name(tmp_path: Path) -> None:
         ("fsdp_config: {fsdp_sharding_strategy: FULL_SHARD}\n", {"sharding": "shardGradOp"}, "ConfigsDisagree", "shardGradOp"),
         (
             "fsdp_config: {fsdp_sharding_strategy: FULL_SHARD, fsdp_reshard_after_forward: false}\n", {},
-            "ConfigsDisagree", "fsdp_reshard_after_forward shardGradOp",
+            "ConfigsDisagree", "fsdp_reshard_after_forward means shardGradOp",
         ),
         ("fsdp_config: {fsdp_sharding_strategy: HYBRID_SHARD}\n", {}, "ConfigFileInvalid", "HYBRID_SHARD"),
         ("fsdp_config: {fsdp_version: 1}\n", {}, "ConfigFileInvalid", "fsdp_version 1"),

@@ -13,7 +13,7 @@ Reply = tuple[int, Any, dict[str, str]]
 
 
 def chat_reply(content: str | None, *, input_tokens: int = 100, output_tokens: int = 10, usage: bool = True) -> Reply:
-    """A chat completion with this content."""
+    """Return a chat completion with this content."""
     body: dict[str, Any] = {
         "id": "1", "object": "chat.completion", "created": 0, "model": "judge",
         "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": content}}],
@@ -24,13 +24,13 @@ def chat_reply(content: str | None, *, input_tokens: int = 100, output_tokens: i
 
 
 def embedding_reply(vectors: list[list[float]], *, input_tokens: int = 7) -> Reply:
-    """An embeddings response with these vectors, in reverse order, which the protocol allows."""
+    """Return an embeddings response. The vectors are in reverse order, which the protocol allows."""
     data = [{"object": "embedding", "index": index, "embedding": vector} for index, vector in enumerate(vectors)]
     return 200, {"object": "list", "model": "e", "data": data[::-1], "usage": {"prompt_tokens": input_tokens, "total_tokens": input_tokens}}, {}
 
 
 def error_reply(status: int, message: str, *, code: str | None = None, param: str | None = None) -> Reply:
-    """An error. Clients may repeat the request after a millisecond."""
+    """Return an error response after which clients may repeat the request in a millisecond."""
     return status, {"error": {"message": message, "code": code, "param": param, "type": "error"}}, {"retry-after-ms": "1"}
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from finetune_trainer.evaluation import bootstrap
 from finetune_trainer.evaluation.bootstrap import (
-    Comparison,
+    MetricComparison,
     bleu_of_sums,
     compare_rows,
     compare_sums,
@@ -22,7 +22,7 @@ from scipy import stats
 Ends = tuple[float, float]
 
 
-def ends(comparison: Comparison) -> Ends:
+def ends(comparison: MetricComparison) -> Ends:
     assert comparison.low is not None and comparison.high is not None
     return comparison.low, comparison.high
 
@@ -31,13 +31,13 @@ def test_equal_inputs_have_equal_results_and_another_seed_changes_the_interval()
     generator = np.random.default_rng(1)
     base, trained = generator.random(40), generator.random(40)
     first = compare_rows(base, trained)
-    bootstrap._draw_once.cache_clear()
+    bootstrap._draw_row_counts_cached.cache_clear()
     assert compare_rows(base, trained) == first
     assert ends(compare_rows(base, trained, seed=7)) != ends(first)
 
 
 @pytest.mark.parametrize("rows", [10, 30, 300])
-def test_interval_of_normal_differences_is_close_to_the_t_interval(rows: int) -> None:
+def test_the_interval_of_normal_differences_is_close_to_the_t_interval(rows: int) -> None:
     generator = np.random.default_rng(rows)
     base = generator.normal(0.5, 0.2, rows)
     trained = base + generator.normal(0.02, 0.1, rows)
@@ -64,8 +64,8 @@ def test_resamples_have_the_distribution_of_all_possible_resamples() -> None:
 
 @pytest.mark.parametrize("wins", range(6))
 @pytest.mark.parametrize("losses", range(6))
-def test_interval_of_fractions_contains_exactly_the_differences_that_the_score_test_accepts(wins: int, losses: int) -> None:
-    """The reference maximises the likelihood under each hypothesis over a grid instead of solving the equation."""
+def test_the_interval_of_fractions_contains_exactly_the_differences_that_the_score_test_accepts(wins: int, losses: int) -> None:
+    """The reference finds the maximum likelihood under each hypothesis on a grid, instead of solving an equation."""
     rows, confidence = 12, 0.9
     base = np.array([0.0] * wins + [1.0] * losses + [1.0] * (rows - wins - losses))
     trained = np.array([1.0] * wins + [0.0] * losses + [1.0] * (rows - wins - losses))
@@ -107,7 +107,7 @@ def test_rows_with_equal_differences_have_the_exact_interval_for_zero_of_n_event
     ],
     ids=["no rows", "one row", "one fraction", "NaN"],
 )
-def test_comparison_without_an_interval_has_a_reason(base: list[float], trained: list[float], reason: str) -> None:
+def test_a_comparison_without_an_interval_has_a_reason(base: list[float], trained: list[float], reason: str) -> None:
     comparison = compare_rows(base, trained)
     assert (comparison.low, comparison.high) == (None, None)
     assert comparison.reason is not None and reason in comparison.reason
@@ -129,7 +129,7 @@ def test_two_rows_have_the_widest_possible_interval() -> None:
     assert ends(compare_rows([0.5, 0.4], [0.4, 0.1])) == (-0.5, 0.5)
 
 
-def test_interval_of_sums_with_one_different_row_is_finite() -> None:
+def test_the_interval_of_sums_with_one_different_row_is_finite() -> None:
     base, _ = losses(1000)
     trained = base.copy()
     trained[3, 0] *= 2
@@ -149,11 +149,11 @@ def test_different_numbers_of_rows_are_an_error() -> None:
         compare_sums(np.ones((3, 2)), np.ones((4, 2)), ratio_of_sums)
 
 
-def test_resampling_in_parts_gives_an_interval_of_the_same_size(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resampling_in_blocks_gives_almost_the_same_interval(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = np.random.default_rng(8)
     base, trained = generator.random(100), generator.random(100)
     low, high = ends(compare_rows(base, trained))
-    monkeypatch.setattr(bootstrap, "MAX_COUNTS", 30_000)
+    monkeypatch.setattr(bootstrap, "MAX_COUNTS_IN_MEMORY", 30_000)
     assert ends(compare_rows(base, trained)) == pytest.approx((low, high), abs=0.05 * (high - low))
 
 
@@ -167,7 +167,7 @@ def losses(rows: int, seed: int = 3) -> tuple[np.ndarray, np.ndarray]:
     return np.column_stack([base * tokens, tokens]), np.column_stack([(base - generator.normal(0.05, 0.1, rows)) * tokens, tokens])
 
 
-def test_loss_is_weighted_with_tokens_and_its_error_is_the_one_of_a_ratio_estimator() -> None:
+def test_the_loss_is_weighted_with_tokens_and_has_the_error_of_a_ratio_estimator() -> None:
     base, trained = losses(200)
     comparison = compare_sums(base, trained, ratio_of_sums)
     tokens, change = base[:, 1], trained[:, 0] - base[:, 0]
@@ -185,7 +185,7 @@ def test_rows_with_one_token_each_have_the_interval_of_a_mean() -> None:
     assert ends(as_sums) == pytest.approx(ends(compare_rows(base, trained)))
 
 
-def test_interval_of_the_perplexity_is_close_to_the_interval_of_the_loss() -> None:
+def test_the_interval_of_the_perplexity_is_close_to_the_transformed_interval_of_the_loss() -> None:
     base, trained = losses(300)
     loss, perplexity = compare_sums(base, trained, ratio_of_sums), compare_sums(base, trained, perplexity_of_sums)
     assert loss.base is not None and loss.trained is not None and perplexity.difference is not None
@@ -203,7 +203,7 @@ def test_almost_equal_models_keep_the_precision_of_their_difference() -> None:
     assert ends(comparison) == pytest.approx((reference.low / 50, reference.high / 50), rel=0.1)
 
 
-def test_metric_that_is_not_finite_has_a_reason() -> None:
+def test_a_metric_that_is_not_finite_has_a_reason() -> None:
     huge = np.column_stack([np.full(5, 1e5), np.ones(5)])
     assert compare_sums(huge, huge, perplexity_of_sums).reason == "the metric of the rows is not a finite number"
 
@@ -227,7 +227,7 @@ def test_bleu_of_sums_equals_sacrebleu() -> None:
         assert float(bleu_of_sums(sums)) == pytest.approx(score.score)
 
 
-def test_interval_of_bleu_contains_the_difference_and_shrinks_with_more_rows() -> None:
+def test_the_interval_of_bleu_contains_the_difference_and_shrinks_with_more_rows() -> None:
     generator = np.random.default_rng(4)
 
     def statistics(rows: int, precision: float) -> np.ndarray:
@@ -247,5 +247,5 @@ def test_interval_of_bleu_contains_the_difference_and_shrinks_with_more_rows() -
 
 @pytest.mark.parametrize("probability", [0.6, 0.9, 0.975, 0.9995])
 @pytest.mark.parametrize("degrees_of_freedom", [1, 2, 5, 29, 999, 100_000])
-def test_quantile_of_students_t_distribution(probability: float, degrees_of_freedom: int) -> None:
+def test_the_quantile_of_students_t_distribution_equals_that_of_scipy(probability: float, degrees_of_freedom: int) -> None:
     assert student_quantile(probability, degrees_of_freedom) == pytest.approx(stats.t.ppf(probability, degrees_of_freedom), rel=1e-5)

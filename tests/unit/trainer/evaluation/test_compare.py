@@ -1,4 +1,4 @@
-"""The results of the stage `comparing`: a function of the spec and of the stored measurements of both models."""
+"""The results of the stage `comparing`, which follow from the spec and the stored measurements of both models."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from finetune_api.spec.enums import OutputKind
 from finetune_api.status import Stage
 from finetune_trainer.evaluation.measurements import Measurements
 from finetune_trainer.evaluation.values import MetricValue, mean_of_rows
-from finetune_trainer.stages.compare import _read_trained, summarise
+from finetune_trainer.stages.compare import _read_trained_measurements, summarise
 from finetune_trainer.stages.files import StageTask
-from finetune_trainer.stages.plan import planned_stages
+from finetune_trainer.stages.plan import list_planned_stages
 
 from tests.support.learning import make_run
 
@@ -30,7 +30,7 @@ def rows(scores: list[float | None]) -> dict[str, MetricValue]:
     return {"rougeL": mean_of_rows(scores, {})}
 
 
-def test_values_difference_and_interval_of_each_metric(tmp_path: Path) -> None:
+def test_each_metric_has_both_values_a_difference_and_an_interval_or_a_reason(tmp_path: Path) -> None:
     base = Measurements().with_values({
         **rows([0.1, 0.2, 0.3, 0.1]), "letterF1": MetricValue(0.5), "answerAccuracy": MetricValue.missing("the judge is down"),
     })  # fmt: skip
@@ -49,7 +49,7 @@ def test_values_difference_and_interval_of_each_metric(tmp_path: Path) -> None:
     assert found.gates is None and found.comparison_uri is None
 
 
-def test_a_single_row_has_a_difference_and_a_reason(tmp_path: Path) -> None:
+def test_a_single_row_has_a_difference_but_no_interval(tmp_path: Path) -> None:
     run = run_of(tmp_path, {"metrics": ["rouge"], "comparison": {}})
     metrics = summarise(run, Measurements().with_values(rows([0.1])), Measurements().with_values(rows([0.4]))).metrics or {}
     assert metrics["rougeL"].difference == pytest.approx(0.3) and metrics["rougeL"].low is None
@@ -70,7 +70,7 @@ def test_measurements_that_cannot_be_read_are_a_named_failure(tmp_path: Path) ->
     (tmp_path / "measurements.json").write_text("{")
     task = StageTask(stage=Stage.COMPARING, model=tmp_path, kind=OutputKind.ADAPTER, uri="file:///m", evaluated=tmp_path)
     with pytest.raises(InternalError, match="measurements.json cannot be read") as found:
-        _read_trained(task)
+        _read_trained_measurements(task)
     assert found.value.code == "MeasurementsUnreadable"
 
 
@@ -83,8 +83,8 @@ def test_measurements_that_cannot_be_read_are_a_named_failure(tmp_path: Path) ->
         ({"comparison": {"generation": {"maxNewTokens": 5}}}, []),
     ],
 )
-def test_stages_of_a_comparison(evaluation: dict[str, Any], stages: list[Stage], tmp_path: Path) -> None:
-    assert planned_stages(run_of(tmp_path, evaluation)) == stages
+def test_a_comparison_adds_the_stages_that_it_needs(evaluation: dict[str, Any], stages: list[Stage], tmp_path: Path) -> None:
+    assert list_planned_stages(run_of(tmp_path, evaluation)) == stages
 
 
 FROM = {"train": False, "from": "s3://bucket/job/model"}
@@ -103,8 +103,8 @@ FROM = {"train": False, "from": "s3://bucket/job/model"}
         ({"phases": FROM, "output": {"serving": ["vllm"], "verify": False}}, [Stage.VERIFYING]),
     ],
 )
-def test_a_job_without_training_verifies_if_it_says_so_or_makes_an_artefact(spec: dict[str, Any], stages: list[Stage], tmp_path: Path) -> None:
+def test_a_job_without_training_verifies_if_the_spec_requests_it_or_an_artefact_is_written(spec: dict[str, Any], stages: list[Stage], tmp_path: Path) -> None:
     run, _ = make_run(tmp_path, tmp_path / "model")
     change = FineTuneJobSpec.model_validate(spec)
     run = run.model_copy(update={"spec": run.spec.model_copy(update={"phases": change.phases, "output": change.output})})
-    assert planned_stages(run) == stages
+    assert list_planned_stages(run) == stages

@@ -1,4 +1,4 @@
-"""Decisions of the gates, and the error rate and power of `notWorseThanBase` in simulations."""
+"""The decisions of gates, and the error rate and power of `notWorseThanBase` in simulations."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from finetune_api.spec.results import Gate
 from finetune_api.status import GateResult
-from finetune_trainer.evaluation.bootstrap import Numbers, ratio_of_sums
+from finetune_trainer.evaluation.bootstrap import FloatArray, ratio_of_sums
 from finetune_trainer.evaluation.gates import PairedSums, evaluate_gates
 
 
@@ -22,16 +22,16 @@ class Measured:
     rows: list[float | None] | None = None
 
 
-def mean(rows: list[float | None]) -> Measured:
+def mean_metric(rows: list[float | None]) -> Measured:
     scores = [score for score in rows if score is not None]
     return Measured(math.fsum(scores) / len(scores), None, rows)
 
 
-def loss_of(sums: Numbers) -> Measured:
+def loss_metric(sums: FloatArray) -> Measured:
     return Measured(float(ratio_of_sums(sums.sum(axis=0))))
 
 
-def result(gate: dict[str, Any], trained: Measured | None, base: Measured | None = None, sums: PairedSums | None = None) -> GateResult:
+def gate_result(gate: dict[str, Any], trained: Measured | None, base: Measured | None = None, sums: PairedSums | None = None) -> GateResult:
     read_gate = Gate.model_validate(gate)
     name = read_gate.metric.value
     trained_metrics, base_metrics = ({} if metric is None else {name: metric} for metric in (trained, base))
@@ -44,23 +44,23 @@ def result(gate: dict[str, Any], trained: Measured | None, base: Measured | None
     ("op", "below", "equal", "above"),
     [("lt", True, False, False), ("le", True, True, False), ("gt", False, False, True), ("ge", False, True, True)],
 )
-def test_comparison_with_a_value(op: str, below: bool, equal: bool, above: bool) -> None:
+def test_a_gate_compares_the_metric_with_a_value(op: str, below: bool, equal: bool, above: bool) -> None:
     gate = {"metric": "accuracy", "op": op, "value": 0.8}
-    assert [result(gate, Measured(value)).passed for value in (0.79, 0.8, 0.81)] == [below, equal, above]
+    assert [gate_result(gate, Measured(value)).passed for value in (0.79, 0.8, 0.81)] == [below, equal, above]
 
 
-def test_text_contains_the_measured_and_the_required_value() -> None:
+def test_the_text_contains_the_measured_and_the_required_value() -> None:
     gate = {"metric": "accuracy", "op": "ge", "value": 0.8}
-    assert result(gate, Measured(0.75)).text == "accuracy is 0.75, and the gate requires at least 0.8"
-    assert result(gate, Measured(0.79999999)).text == "accuracy is 0.79999999, and the gate requires at least 0.8"
+    assert gate_result(gate, Measured(0.75)).text == "accuracy is 0.75, and the gate requires at least 0.8"
+    assert gate_result(gate, Measured(0.79999999)).text == "accuracy is 0.79999999, and the gate requires at least 0.8"
 
 
 NOT_WORSE: dict[str, Any] = {"metric": "rouge", "notWorseThanBase": {"margin": 0.02}}
-SCORES = mean([0.5, 0.6, 0.7, 0.8])
+SCORES = mean_metric([0.5, 0.6, 0.7, 0.8])
 
 
 @pytest.mark.parametrize(
-    ("gate", "trained", "base", "words"),
+    ("gate", "trained", "base", "expected"),
     [
         ({"metric": "rouge", "op": "lt", "value": 9}, None, None, "rouge of the trained model was not measured"),
         ({"metric": "rouge", "op": "lt", "value": 9}, Measured(None, "no test rows"), None, "could not be measured, so the gate cannot pass: no test rows"),
@@ -68,46 +68,46 @@ SCORES = mean([0.5, 0.6, 0.7, 0.8])
         (NOT_WORSE, SCORES, None, "rouge of the base model was not measured"),
         (NOT_WORSE, SCORES, Measured(None, "out of memory"), "of the base model could not be measured, so the gate cannot pass: out of memory"),
         (NOT_WORSE, SCORES, Measured(0.1), "the metric has no scores of single rows"),
-        (NOT_WORSE, SCORES, mean([0.1, 0.1]), "the trained model has 4 rows, but the base model has 2"),
-        (NOT_WORSE, Measured(0.9, None, [0.1, 0.1]), mean([0.1, 0.1]), "not the mean of its rows"),
-        (NOT_WORSE, mean([0.9]), mean([0.1]), "at least 2 rows"),
-        (NOT_WORSE, mean([0.9, None]), mean([None, 0.1]), "at least 2 rows"),
+        (NOT_WORSE, SCORES, mean_metric([0.1, 0.1]), "the trained model has 4 rows, but the base model has 2"),
+        (NOT_WORSE, Measured(0.9, None, [0.1, 0.1]), mean_metric([0.1, 0.1]), "not the mean of its rows"),
+        (NOT_WORSE, mean_metric([0.9]), mean_metric([0.1]), "at least 2 rows"),
+        (NOT_WORSE, mean_metric([0.9, None]), mean_metric([None, 0.1]), "at least 2 rows"),
     ],
 )
-def test_gate_fails_without_a_measurement(gate: dict[str, Any], trained: Measured | None, base: Measured | None, words: str) -> None:
-    found = result(gate, trained, base)
-    assert not found.passed and words in str(found.text)
+def test_a_gate_without_a_measurement_fails(gate: dict[str, Any], trained: Measured | None, base: Measured | None, expected: str) -> None:
+    found = gate_result(gate, trained, base)
+    assert not found.passed and expected in str(found.text)
 
 
-def test_gate_without_a_comparison_fails() -> None:
-    assert not result({"metric": "rouge"}, SCORES).passed
+def test_a_gate_without_a_condition_fails() -> None:
+    assert not gate_result({"metric": "rouge"}, SCORES).passed
 
 
-def test_rows_without_a_score_of_both_models_are_not_compared() -> None:
-    trained, base = mean([0.9, None, *[0.9, 0.8, 0.95] * 10]), mean([0.1, 0.2, *[0.5, 0.6, 0.6] * 10])
-    found = result(NOT_WORSE, trained, base)
+def test_only_rows_with_a_score_from_both_models_are_compared() -> None:
+    trained, base = mean_metric([0.9, None, *[0.9, 0.8, 0.95] * 10]), mean_metric([0.1, 0.2, *[0.5, 0.6, 0.6] * 10])
+    found = gate_result(NOT_WORSE, trained, base)
     assert found.passed and str(found.text).startswith("on 31 rows rouge is ")
 
 
-def test_lower_loss_passes_and_higher_loss_fails() -> None:
+def test_a_lower_loss_passes_and_a_higher_loss_fails() -> None:
     generator = np.random.default_rng(1)
     tokens = generator.integers(20, 60, 200).astype(float)
     base = np.column_stack([generator.gamma(8, 0.2, 200) * tokens, tokens])
     gate = {"metric": "loss", "notWorseThanBase": {"margin": 0.05}}
     for shift, passed in ((-0.1, True), (0.0, True), (0.1, False)):
         trained = base + np.column_stack([(shift + generator.normal(0, 0.1, 200)) * tokens, np.zeros(200)])
-        found = result(gate, loss_of(trained), loss_of(base), PairedSums(base, trained, ratio_of_sums))
+        found = gate_result(gate, loss_metric(trained), loss_metric(base), PairedSums(base, trained, ratio_of_sums))
         assert found.passed is passed
         assert "with 95 % confidence the difference is at most " in str(found.text) and str(found.text).endswith("requires at most 0.05")
 
 
-def test_default_margin_is_zero_and_higher_confidence_is_stricter() -> None:
+def test_the_default_margin_is_zero_and_a_higher_confidence_is_stricter() -> None:
     generator = np.random.default_rng(6)
     base = generator.random(100)
     trained = base + generator.normal(0.02, 0.1, 100)
     measured = [Measured(float(rows.mean()), None, rows.tolist()) for rows in (trained, base)]
-    assert result({"metric": "rouge", "notWorseThanBase": {}}, *measured).passed
-    assert not result({"metric": "rouge", "notWorseThanBase": {"confidence": 0.9999}}, *measured).passed
+    assert gate_result({"metric": "rouge", "notWorseThanBase": {}}, *measured).passed
+    assert not gate_result({"metric": "rouge", "notWorseThanBase": {"confidence": 0.9999}}, *measured).passed
 
 
 # Error rate and power
@@ -131,7 +131,7 @@ def draw_skewed(generator: np.random.Generator, rows: int, difference: float) ->
 
 
 def draw_fractions(generator: np.random.Generator, rows: int, difference: float) -> tuple[Measured, Measured, None]:
-    """Correct and wrong answers. 60 % of the rows are equally difficult for both models."""
+    """Scores of 1 for correct and 0 for wrong answers. 60 % of the rows are equally difficult for both models."""
     difficulty = generator.random(rows)
     own = np.where(generator.random(rows) < 0.6, difficulty, generator.random(rows))
     base, trained = (difficulty < 0.7).astype(float), (own < 0.7 + difference).astype(float)
@@ -139,12 +139,12 @@ def draw_fractions(generator: np.random.Generator, rows: int, difference: float)
 
 
 def draw_loss(generator: np.random.Generator, rows: int, difference: float) -> tuple[Measured, Measured, PairedSums]:
-    """Losses of rows of very different lengths. A positive `difference` is an improvement."""
+    """Losses of rows with very different lengths. A positive `difference` is an improvement."""
     tokens = np.ceil(generator.lognormal(4, 0.7, rows))
     base_loss = generator.gamma(8, 0.2, rows)
     trained_loss = base_loss - generator.normal(difference, 0.1, rows)
     base, trained = (np.column_stack([loss * tokens, tokens]) for loss in (base_loss, trained_loss))
-    return loss_of(trained), loss_of(base), PairedSums(base, trained, ratio_of_sums)
+    return loss_metric(trained), loss_metric(base), PairedSums(base, trained, ratio_of_sums)
 
 
 MARGINS: dict[Draw, tuple[str, float]] = {
@@ -156,7 +156,7 @@ def count_promoted(draw: Draw, rows: int, difference: float) -> int:
     generator = np.random.default_rng(20_260_301 + rows)
     metric, margin = MARGINS[draw]
     gate = {"metric": metric, "notWorseThanBase": {"margin": margin}}
-    return sum(result(gate, *draw(generator, rows, difference)).passed for _ in range(COMPARISONS))
+    return sum(gate_result(gate, *draw(generator, rows, difference)).passed for _ in range(COMPARISONS))
 
 
 @pytest.mark.parametrize("rows", [30, 100, 1000])
@@ -173,6 +173,6 @@ def test_a_model_exactly_at_the_margin_is_promoted_in_about_5_percent_of_the_com
         (draw_loss, 30, 0.068), (draw_loss, 100, 0.008), (draw_loss, 1000, -0.033),
     ],
 )  # fmt: skip
-def test_a_model_with_99_percent_power_is_promoted(draw: Draw, rows: int, difference: float) -> None:
-    """`difference` is an effect that the gate detects with a probability of about 99 %: 98.5 to 99.7 % of 1000 comparisons."""
+def test_a_model_is_promoted_if_its_effect_is_detected_with_99_percent_power(draw: Draw, rows: int, difference: float) -> None:
+    """The gate detects an effect of `difference` with a probability of about 99 %: in 98.5 to 99.7 % of 1000 comparisons."""
     assert count_promoted(draw, rows, difference) >= 190

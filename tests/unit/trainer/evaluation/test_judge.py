@@ -1,4 +1,4 @@
-"""Judged metrics against a local endpoint."""
+"""Metrics from a judge model, with a local endpoint that stands in for it."""
 
 from __future__ import annotations
 
@@ -62,13 +62,13 @@ def prediction(answer: str, reference: str | None = "Paris", question: str = "Ca
     return Prediction(None, question, answer, reference)
 
 
-def texts_of(body: dict[str, Any]) -> dict[str, str]:
+def read_texts(body: dict[str, Any]) -> dict[str, str]:
     """Return the texts in a request to the judge."""
     return json.loads(body["messages"][1]["content"])
 
 
 def claims_reply(supported: int, unsupported: int, found: int, missed: int) -> Reply:
-    """Return the judge's claims: supported and unsupported claims of the answer, found and missed claims of the correct answer."""
+    """Return a reply with this many supported and unsupported claims of the answer, and found and missed claims of the correct answer."""
     answer = [{"claim": "c", "supported": True}] * supported + [{"claim": "c", "supported": False}] * unsupported
     reference = [{"claim": "c", "supported": True}] * found + [{"claim": "c", "supported": False}] * missed
     return chat_reply(json.dumps({"answer_claims": answer, "reference_claims": reference}))
@@ -76,7 +76,7 @@ def claims_reply(supported: int, unsupported: int, found: int, missed: int) -> R
 
 def test_factual_correctness_is_the_f1_of_the_claims(endpoint: StubJudge, connect: Callable[..., Judge]) -> None:
     counts = {"some": (3, 1, 2, 2), "none": (0, 2, 0, 1), "all": (2, 0, 2, 0)}
-    endpoint.answer = lambda path, body: claims_reply(*counts[texts_of(body)["answer"]])
+    endpoint.answer = lambda path, body: claims_reply(*counts[read_texts(body)["answer"]])
     found = factual_correctness(connect(), [prediction("some"), prediction("none"), prediction("all"), prediction("x", None)])
     f1 = 2 * 3 / (2 * 3 + 1 + 2)
     assert found.rows == [pytest.approx(f1), 0.0, 1.0, None]
@@ -84,14 +84,14 @@ def test_factual_correctness_is_the_f1_of_the_claims(endpoint: StubJudge, connec
     assert found.reason == "1 of 4 rows are not scored (first: the row has no ground_truth)"
     path, body, authorization = endpoint.requests[0]
     assert (path, body["model"], body["temperature"], authorization) == ("/v1/chat/completions", "judge-1", 0, f"Bearer {KEY}")
-    assert texts_of(body) == {"answer": "some", "reference": "Paris"} and "JSON" in body["messages"][0]["content"]
+    assert read_texts(body) == {"answer": "some", "reference": "Paris"} and "JSON" in body["messages"][0]["content"]
 
 
 def test_answer_accuracy_asks_twice_with_exchanged_roles(endpoint: StubJudge, connect: Callable[..., Judge]) -> None:
     ratings = {("part", "Paris"): 2, ("Paris", "part"): 4, ("wrong", "Paris"): 0, ("Paris", "wrong"): 0}
 
     def answer(path: str, body: dict[str, Any]) -> Reply:
-        texts = texts_of(body)
+        texts = read_texts(body)
         assert texts["question"] == "Capital of France?"
         return chat_reply(json.dumps({"rating": ratings[texts["candidate"], texts["standard"]]}))
 
@@ -108,8 +108,8 @@ def answer_questions(path: str, body: dict[str, Any]) -> Reply:
     if path == "/v1/embeddings":
         assert body["model"] == "embed-1"
         return embedding_reply([VECTORS[text] for text in body["input"]])
-    assert set(texts_of(body)) == {"answer"}  # the judge must not see the question
-    return chat_reply(json.dumps({"noncommittal": "not sure" in texts_of(body)["answer"], "questions": ["q1", "q2", "q3"]}))
+    assert set(read_texts(body)) == {"answer"}  # the judge must not see the question
+    return chat_reply(json.dumps({"noncommittal": "not sure" in read_texts(body)["answer"], "questions": ["q1", "q2", "q3"]}))
 
 
 def test_answer_relevancy_is_the_mean_cosine_of_generated_questions(endpoint: StubJudge, connect: Callable[..., Judge]) -> None:
@@ -129,7 +129,7 @@ def test_answer_relevancy_needs_an_embedding_model(endpoint: StubJudge, connect:
 
 
 def test_embeddings_of_the_endpoint_serve_semantic_similarity(endpoint: StubJudge, connect: Callable[..., Judge]) -> None:
-    """The endpoint's order of the embeddings does not matter, and many texts need several requests."""
+    """The endpoint may return the embeddings in any order, and many texts need several requests."""
     endpoint.answer = lambda path, body: embedding_reply([[1.0, float(text)] for text in body["input"]])
     rows = [prediction(str(number), str(number)) for number in range(40)]
     found = semantic_similarity(rows, connect().embed, field="x")
@@ -163,7 +163,7 @@ def test_cost_is_tokens_per_million_times_price(endpoint: StubJudge, connect: Ca
     assert judge.cost.value == pytest.approx(107 * 0.000002 + 10 * 0.000008)
 
 
-def test_a_million_tokens_cost_the_price(endpoint: StubJudge, connect: Callable[..., Judge]) -> None:
+def test_prices_are_per_million_tokens(endpoint: StubJudge, connect: Callable[..., Judge]) -> None:
     endpoint.answer = lambda path, body: chat_reply('{"rating": 4}', input_tokens=1_000_000, output_tokens=500_000)
     judge = connect(input_price=0.15, output_price=0.6)
     judge.ask("", {}, Rating)
@@ -187,7 +187,7 @@ def test_an_unknown_cost_has_a_reason(endpoint: StubJudge, connect: Callable[...
         ' \n{"rating": 2, "why": "part of it"}',
     ],
 )  # fmt: skip
-def test_json_is_found_in_an_answer(text: str) -> None:
+def test_json_is_found_inside_an_answer(text: str) -> None:
     assert parse_verdict(text, Rating).rating == 2
 
 
@@ -198,7 +198,7 @@ def test_json_is_found_in_an_answer(text: str) -> None:
         ('{"rating": 3}', "not the requested JSON"), ('{"rating": "4"}', "not the requested JSON"), ("} {", "not the requested JSON"),
     ],
 )  # fmt: skip
-def test_other_answers_leave_the_row_unjudged(text: str | None, reason: str) -> None:
+def test_an_answer_without_the_requested_json_leaves_the_row_unjudged(text: str | None, reason: str) -> None:
     with pytest.raises(UnjudgedError, match=reason):
         parse_verdict(text, Rating)
     with pytest.raises(UnjudgedError):
@@ -206,8 +206,8 @@ def test_other_answers_leave_the_row_unjudged(text: str | None, reason: str) -> 
 
 
 @pytest.mark.parametrize(("garbage", "value"), [(1, 1.0), (2, 1.0), (3, None), (4, None)])
-def test_a_value_needs_half_of_the_rows(endpoint: StubJudge, connect: Callable[..., Judge], garbage: int, value: float | None) -> None:
-    endpoint.answer = lambda path, body: chat_reply("As an AI ...") if texts_of(body)["answer"] == "bad" else claims_reply(1, 0, 1, 0)
+def test_a_metric_needs_a_score_for_half_of_the_rows(endpoint: StubJudge, connect: Callable[..., Judge], garbage: int, value: float | None) -> None:
+    endpoint.answer = lambda path, body: chat_reply("As an AI ...") if read_texts(body)["answer"] == "bad" else claims_reply(1, 0, 1, 0)
     rows = [prediction("bad")] * garbage + [prediction("good")] * (4 - garbage) + [prediction("bad", None)]
     found = factual_correctness(connect(), rows)
     assert found.value == value
@@ -238,7 +238,7 @@ def test_an_unavailable_endpoint_gets_a_bounded_number_of_requests(endpoint: Stu
     assert found.row_reasons[9] == "the judge's endpoint is unavailable"
 
 
-def test_a_timeout_is_a_reason(endpoint: StubJudge, connect: Callable[..., Judge]) -> None:
+def test_a_timeout_leaves_the_row_unjudged(endpoint: StubJudge, connect: Callable[..., Judge]) -> None:
     import threading
 
     released = threading.Event()
@@ -253,7 +253,7 @@ def test_a_timeout_is_a_reason(endpoint: StubJudge, connect: Callable[..., Judge
     released.set()
 
 
-def test_a_closed_port_is_a_reason() -> None:
+def test_a_closed_port_leaves_the_row_unjudged() -> None:
     server = StubJudge()
     server.stop()
     judge = Judge(JudgeSettings(base_url=server.url, model="m", max_retries=0))
@@ -263,17 +263,17 @@ def test_a_closed_port_is_a_reason() -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "kind", "code"),
+    ("status", "error_type", "code"),
     [(401, CredentialsError, "JudgeCredentialsRefused"), (403, CredentialsError, "JudgeCredentialsRefused"), (404, NotFoundError, "JudgeNotFound")],
 )  # fmt: skip
 @pytest.mark.parametrize("parallel", [1, 4])
 def test_a_permanent_error_ends_the_evaluation_after_one_request(
-    endpoint: StubJudge, connect: Callable[..., Judge], caplog: pytest.LogCaptureFixture, status: int, kind: type[Any], code: str, parallel: int
+    endpoint: StubJudge, connect: Callable[..., Judge], caplog: pytest.LogCaptureFixture, status: int, error_type: type[Any], code: str, parallel: int
 ) -> None:
-    """The endpoint's text may contain the key. Neither the error nor the log does."""
+    """The endpoint's text may contain the API key, but neither the error nor the log may contain it."""
     caplog.set_level(logging.DEBUG)
     endpoint.answer = lambda path, body: error_reply(status, f"Incorrect API key provided: {KEY}")
-    with pytest.raises(kind) as caught:
+    with pytest.raises(error_type) as caught:
         factual_correctness(connect(parallel_requests=parallel), [prediction(str(number)) for number in range(50)])
     assert caught.value.code == code and "127.0.0.1" in caught.value.message
     assert 1 <= len(endpoint.requests) <= parallel
@@ -289,7 +289,7 @@ def test_a_refused_row_is_not_asked_again(endpoint: StubJudge, connect: Callable
     assert len(endpoint.requests) == 1
 
 
-def test_a_model_without_temperature_is_asked_without_it(endpoint: StubJudge, connect: Callable[..., Judge]) -> None:
+def test_a_model_that_refuses_a_temperature_is_asked_without_one(endpoint: StubJudge, connect: Callable[..., Judge]) -> None:
     endpoint.answer = lambda path, body: (
         error_reply(400, "unsupported", code="unsupported_value", param="temperature") if "temperature" in body else chat_reply('{"rating": 4}')
     )
@@ -314,14 +314,14 @@ def test_embeddings_of_another_type_are_refused(endpoint: StubJudge, connect: Ca
         connect().embed(["a", "b"])
 
 
-def test_a_wrong_number_of_embeddings_is_a_reason(endpoint: StubJudge, connect: Callable[..., Judge]) -> None:
+def test_a_wrong_number_of_embeddings_is_refused(endpoint: StubJudge, connect: Callable[..., Judge]) -> None:
     endpoint.answer = lambda path, body: embedding_reply([[1.0]])
     with pytest.raises(UnjudgedError, match="returned 1 embeddings for 2 texts"):
         connect().embed(["a", "b"])
 
 
 def test_rows_are_in_order_with_parallel_requests(endpoint: StubJudge, connect: Callable[..., Judge]) -> None:
-    endpoint.answer = lambda path, body: claims_reply(1, int(texts_of(body)["answer"]), 1, 0)
+    endpoint.answer = lambda path, body: claims_reply(1, int(read_texts(body)["answer"]), 1, 0)
     judge = connect(parallel_requests=4, input_price=1.0, output_price=0.0)
     found = factual_correctness(judge, [prediction(str(number)) for number in range(20)])
     assert found.rows == pytest.approx([2 / (2 + number) for number in range(20)])

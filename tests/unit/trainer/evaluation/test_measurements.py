@@ -1,4 +1,4 @@
-"""The sums of rows from which two models are compared, and the error rate and power of gates that read them."""
+"""The sums of rows that are used to compare two models, and the error rate and power of gates that use these sums."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Rows:
 
 
 def measure(rows: Rows) -> Measurements:
-    """Measure rows as the stage does."""
+    """Measure the rows as the stages do."""
     counts, row_counts = TokenCounts(64), RowCounts()
     predictions = TokenPredictions(torch.tensor(rows.predicted), torch.tensor(rows.labels), torch.tensor(rows.losses))
     counts.add(predictions)
@@ -58,7 +58,10 @@ def measure(rows: Rows) -> Measurements:
 
 
 def draw_rows(generator: np.random.Generator, count: int, skill: float, like: Rows | None = None) -> Rows:
-    """A model with more skill predicts more tokens. Rows and tokens differ in difficulty. `like`: rows of another model."""
+    """Draw the predictions of a model for `count` rows. Rows and tokens differ in difficulty.
+
+    `skill`: the probability of a correct prediction for a token of difficulty 0. `like`: rows of another model, whose labels are used.
+    """
     sizes = like.sizes if like else np.ceil(generator.lognormal(2.5, 0.5, count)).astype(int).tolist()
     wanted = np.array(like.labels) if like else generator.choice(40, size=sum(sizes), p=FREQUENCIES)
     difficulty = np.repeat(generator.normal(0, 0.1, count), sizes) + 0.2 * (wanted % 3 == 0)
@@ -67,7 +70,7 @@ def draw_rows(generator: np.random.Generator, count: int, skill: float, like: Ro
     return Rows(sizes, wanted.tolist(), predicted.tolist(), np.where(is_hit, 0.2, 3.0).tolist())
 
 
-def test_sums_of_rows_contain_every_token_metric() -> None:
+def test_every_token_metric_follows_from_the_sums_of_rows() -> None:
     generator = np.random.default_rng(3)
     base, trained = measure(draw_rows(generator, 31, 0.5)), measure(draw_rows(generator, 31, 0.7))
     for name, pairs in paired_sums(base, trained).items():
@@ -99,7 +102,7 @@ def test_weighted_metrics_equal_those_of_scikit_learn() -> None:
     assert np.mean(f1_scores) == pytest.approx(f1_score(labels, predicted, average="weighted", zero_division=0))
 
 
-def test_rows_without_counted_tokens_add_nothing() -> None:
+def test_a_row_without_counted_tokens_adds_nothing_to_the_sums() -> None:
     counts = RowCounts()
     empty = torch.tensor([], dtype=torch.long)
     counts.add(TokenPredictions(empty, empty, torch.tensor([])), [[IGNORED_LABEL, IGNORED_LABEL]])
@@ -113,14 +116,14 @@ def predictions(answers: list[str]) -> list[Prediction]:
     return [Prediction(None, "q", answer, reference) for answer, reference in zip(answers, references, strict=True)]
 
 
-def test_sums_of_bleu_contain_the_corpus_bleu() -> None:
+def test_the_corpus_bleu_follows_from_the_sums_of_rows() -> None:
     rows = predictions(["the cat sat on the mat", "a dog ran over a green hill", "no reference", "paris is a capital of france"])
     sums = bleu_sums(rows)
     assert float(bleu_of_sums(np.array(sums).sum(axis=0))) == pytest.approx(bleu(rows).value, rel=1e-6)
     assert sums[2] == [0.0] * 10 and sums[0][:2] == [6.0, 7.0]
 
 
-def test_file_keeps_every_number_even_if_it_is_not_finite(tmp_path: Path) -> None:
+def test_the_file_keeps_every_number_even_if_it_is_not_finite(tmp_path: Path) -> None:
     values = {"loss": MetricValue(None, "the loss is not finite"), "rougeL": MetricValue(0.5, "1 of 2", [0.5, None])}
     found = Measurements(row_count=2, token_sums=[[math.inf, 3.0, 1.0, 0.5, 0.25]], answers=["a"], end_token_ids=[7]).with_values(values)
     found.write(tmp_path / "m.json")
@@ -141,14 +144,14 @@ def test_a_gate_for_rouge_reads_rouge_l() -> None:
     assert found.text == f"rouge is {trained.values['rougeL'].value:.6g}, and the gate requires at least 1"
 
 
-# Error rate and power, with the measurements of rows as the stages feed them to the gates
+# Error rate and power of gates, with measurements as the stages produce them
 
 COMPARISONS = 200
 GATED = ("loss", "perplexity", "accuracy", "precision", "f1")
 
 
 def count_promoted(margins: dict[str, float], count: int, lost_skill: float) -> dict[str, int]:
-    """The number of promoted models of `COMPARISONS`, by metric."""
+    """Return, by metric, how many of `COMPARISONS` models pass the gate."""
     gates = [Gate.model_validate({"metric": metric, "notWorseThanBase": {"margin": margin}}) for metric, margin in margins.items()]
     generator, promoted = np.random.default_rng(20_260_301 + count), Counter[str]()
     for _ in range(COMPARISONS):
@@ -159,7 +162,7 @@ def count_promoted(margins: dict[str, float], count: int, lost_skill: float) -> 
     return {metric: promoted[metric] for metric in margins}
 
 
-@pytest.mark.slow  # test_gates.py draws the scores instead of measuring texts and tokens
+@pytest.mark.slow  # test_gates.py has a fast variant, which draws scores instead of measuring tokens
 @pytest.mark.parametrize("count", [30, 100])
 def test_a_model_exactly_at_the_margin_is_promoted_in_about_5_percent(count: int) -> None:
     generator = np.random.default_rng(5)
@@ -170,8 +173,8 @@ def test_a_model_exactly_at_the_margin_is_promoted_in_about_5_percent(count: int
     assert max(promoted.values()) <= 18, promoted
 
 
-@pytest.mark.slow  # test_gates.py draws the scores instead of measuring texts and tokens
+@pytest.mark.slow  # test_gates.py has a fast variant, which draws scores instead of measuring tokens
 def test_an_equal_model_is_promoted_if_the_margin_has_99_percent_power() -> None:
-    """Each margin is the effect that the gate detects in 100 rows with a probability of about 99 %."""
+    """With each margin, the gate promotes an equal model with a probability of about 99 % if it sees 100 rows."""
     promoted = count_promoted({"loss": 0.261, "perplexity": 1.25, "accuracy": 0.0906, "precision": 0.0915, "f1": 0.0909}, 100, 0.0)
     assert min(promoted.values()) >= 190, promoted

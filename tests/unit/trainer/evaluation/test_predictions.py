@@ -1,4 +1,4 @@
-"""The predictions file."""
+"""Writing and reading the predictions file."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_predictions_are_json_lines_with_the_four_keys_in_order(tmp_path: Path) 
     assert len(lines) == 4 and lines[3] == ""
 
 
-def test_a_second_run_replaces_the_file(tmp_path: Path) -> None:
+def test_writing_again_replaces_the_file(tmp_path: Path) -> None:
     path = tmp_path / "predictions.jsonl"
     write_predictions(path, ROWS)
     write_predictions(path, ROWS[:1])
@@ -36,7 +36,7 @@ def test_a_second_run_replaces_the_file(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["predictions.jsonl"]
 
 
-def test_a_failed_run_leaves_the_earlier_file(tmp_path: Path) -> None:
+def test_a_failure_while_writing_keeps_the_earlier_file(tmp_path: Path) -> None:
     path = tmp_path / "predictions.jsonl"
     write_predictions(path, ROWS[:1])
 
@@ -59,7 +59,7 @@ def test_a_failed_run_leaves_the_earlier_file(tmp_path: Path) -> None:
         ('{"system_prompt": null, "user_prompt": "", "assistant_response": "", "ground_truth": 1}', "ground_truth must be a text or null"),
     ],
 )  # fmt: skip
-def test_an_invalid_line_is_named(tmp_path: Path, line: str, message: str) -> None:
+def test_the_error_names_the_invalid_line(tmp_path: Path, line: str, message: str) -> None:
     path = tmp_path / "predictions.jsonl"
     write_predictions(path, ROWS[:1])
     path.write_text(path.read_text("utf-8") + "\n" + line + "\n", "utf-8")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from finetune_trainer.evaluation import summary_files
 from finetune_trainer.evaluation.predictions import Prediction
-from finetune_trainer.evaluation.summary_files import cell_text, write_results, write_summary, write_workbook
+from finetune_trainer.evaluation.summary_files import to_cell_text, write_results, write_summary, write_workbook
 from finetune_trainer.evaluation.values import MetricValue
 from openpyxl import load_workbook
 
@@ -64,11 +64,11 @@ def test_no_cell_of_the_workbook_is_a_formula(tmp_path: Path) -> None:
         assert b"<f>" not in archive.read("xl/worksheets/sheet1.xml")
 
 
-def test_long_texts_are_cut_to_what_excel_accepts() -> None:
-    assert cell_text("x" * 32_767) == "x" * 32_767
-    cut = cell_text("x" * 32_768)
+def test_long_texts_are_cut_to_the_length_that_excel_accepts() -> None:
+    assert to_cell_text("x" * 32_767) == "x" * 32_767
+    cut = to_cell_text("x" * 32_768)
     assert len(cut) == 32_767 and cut.endswith("x … [cut: the text has 32768 characters]")
-    wide = cell_text("🙂" * 20_000)  # each of these characters counts as two in Excel
+    wide = to_cell_text("🙂" * 20_000)  # each of these characters counts as two in Excel
     assert len(wide.encode("utf-16-le")) // 2 in (32_766, 32_767) and wide.endswith("🙂 … [cut: the text has 20000 characters]")
 
 
@@ -80,7 +80,7 @@ def test_characters_that_a_workbook_cannot_contain_are_replaced(tmp_path: Path) 
 
 
 def test_rows_beyond_the_limit_of_excel_continue_in_another_sheet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(summary_files, "ROW_LIMIT", 3)
+    monkeypatch.setattr(summary_files, "MAX_SHEET_ROWS", 3)
     path = tmp_path / "evaluation_detailed.xlsx"
     write_workbook(path, [Prediction(None, str(number), "", None) for number in range(5)], {})
     workbook = load_workbook(path)
@@ -95,7 +95,7 @@ def test_a_workbook_without_rows_has_a_header(tmp_path: Path) -> None:
     assert [cell.value for cell in next(load_workbook(path)["samples"].rows)][:2] == ["system_prompt", "user_prompt"]
 
 
-def test_scores_of_other_rows_are_refused(tmp_path: Path) -> None:
+def test_a_wrong_number_of_row_scores_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="bleu_score has 2 row scores for 1 predictions"):
         write_workbook(tmp_path / "x.xlsx", ROWS[:1], METRICS)
     assert not list(tmp_path.iterdir())

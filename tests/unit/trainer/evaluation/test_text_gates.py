@@ -1,7 +1,7 @@
 """Error rate and power of gates for BLEU and ROUGE, with texts that are measured as the stages measure them.
 
-Each population has 1500 rows: a correct answer, and the answers of a base model and of a trained model. The measurements of the whole population are the true
-values of the metrics. A comparison draws rows of the population, with replacement, so the model is exactly at the boundary.
+Each population has 1500 rows. A row has a correct answer, and the answers of a base model and of a trained model. The measurements of the whole population are
+the true values of the metrics. A comparison draws rows of the population with replacement. If the margin is the true difference, the model is exactly at it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 from finetune_api.spec.results import Gate
-from finetune_trainer.evaluation.bootstrap import Numbers, bleu_of_sums
+from finetune_trainer.evaluation.bootstrap import FloatArray, bleu_of_sums
 from finetune_trainer.evaluation.gates import evaluate_gates
 from finetune_trainer.evaluation.measurements import Measurements, paired_sums
 from finetune_trainer.evaluation.predictions import Prediction
@@ -31,15 +31,15 @@ class Answers:
     """The answers of one model to all questions, and their measurements."""
 
     predictions: list[Prediction]
-    bleu_sums: Numbers
-    rouge_scores: Numbers
+    bleu_sums: FloatArray
+    rouge_scores: FloatArray
 
     @staticmethod
     def of(predictions: list[Prediction]) -> Answers:
         return Answers(predictions, np.array(bleu_sums(predictions)), np.array(rouge(predictions)["rougeL"].rows))
 
-    def measurements(self, rows: Numbers) -> Measurements:
-        """The measurements of some rows, as the stage would store them for these rows."""
+    def measurements(self, rows: FloatArray) -> Measurements:
+        """Return the measurements of these rows, as the stage would store them. `rows`: row indices, which may occur several times."""
         sums = self.bleu_sums[rows]
         values = {"bleu": MetricValue(float(bleu_of_sums(sums.sum(axis=0)))), "rougeL": mean_of_rows(self.rouge_scores[rows].tolist(), {})}
         return Measurements(row_count=len(rows), bleu_sums=sums.tolist()).with_values(values)
@@ -49,8 +49,8 @@ class Answers:
         return {"bleu": float(bleu_of_sums(self.bleu_sums.sum(axis=0))), "rouge": float(self.rouge_scores.mean())}
 
 
-def draw_answers(generator: np.random.Generator, correct: list[Numbers], difficulty: Numbers, skill: float) -> Answers:
-    """A model with more skill knows more words. Some answers are cut."""
+def draw_answers(generator: np.random.Generator, correct: list[FloatArray], difficulty: FloatArray, skill: float) -> Answers:
+    """Draw the answers of a model. With more skill, it knows more words. Some answers are cut."""
     predictions = []
     for wanted, difficult in zip(correct, difficulty, strict=True):
         is_known = generator.random(len(wanted)) < skill - difficult
@@ -73,7 +73,7 @@ def models() -> dict[str, Answers]:
 
 
 def count_promoted(base: Answers, trained: Answers, margins: dict[str, float], count: int) -> dict[str, int]:
-    """The number of promoted models of `COMPARISONS`, by metric."""
+    """Return, by metric, how many of `COMPARISONS` models pass the gate."""
     gates = [Gate.model_validate({"metric": metric, "notWorseThanBase": {"margin": margin}}) for metric, margin in margins.items()]
     generator, promoted = np.random.default_rng(20_260_301 + count), Counter[str]()
     for _ in range(COMPARISONS):
@@ -104,12 +104,12 @@ def test_a_model_exactly_at_the_margin_is_promoted_in_about_5_percent(count: int
 
 
 EFFECTS = {"bleu": 12.8, "rouge": 0.089}
-"""Distances from the margin that the gate detects in 100 rows with a probability of about 99 %."""
+"""Distances from the margin that the gate detects with a probability of about 99 % if it sees 100 rows."""
 
 
 @pytest.mark.slow
 def test_an_effect_with_99_percent_power_is_promoted(models: dict[str, Answers]) -> None:
-    """The margin is that far below the true difference of the two models, which have the same skill."""
+    """Both models have the same skill, and the margin lies this distance below their true difference."""
     base, equal = models["base"], models["equal"]
     margins = {name: EFFECTS[name] - (equal.true_values[name] - value) for name, value in base.true_values.items()}
     promoted = count_promoted(base, equal, margins, 100)

@@ -1,4 +1,4 @@
-"""Text metrics, compared with references that this module computes."""
+"""Text metrics. Expected values are computed here, independently of the libraries."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PAIRS = [
     ("the the the dog ran to the old man", "the dog ran to the old man at six"),
     ("a big fox can see the sun set in the sky", "the fox can see the sun go up in the sky"),
 ]
-"""Answers and correct answers. No word changes by stemming, and each pair has equal sequences of four words."""
+"""Answers with their correct answers. Stemming changes none of the words, and each pair shares a sequence of four words."""
 
 
 def as_predictions(pairs: Sequence[tuple[str, str | None]]) -> list[Prediction]:
@@ -32,7 +32,7 @@ def ngrams(text: str, size: int) -> Counter[tuple[str, ...]]:
 
 
 def bleu_by_hand(pairs: Sequence[tuple[str, str]], orders: int = 4) -> float:
-    """Geometric mean of the clipped n-gram precisions, times the brevity penalty (Papineni et al. 2002)."""
+    """Return the geometric mean of the clipped n-gram precisions times the brevity penalty (Papineni et al. 2002), from 0 to 100."""
     logarithms = []
     for size in range(1, orders + 1):
         matches = sum((ngrams(answer, size) & ngrams(reference, size)).total() for answer, reference in pairs)
@@ -47,12 +47,12 @@ def f_measure(matches: int, answer: int, reference: int) -> float:
 
 def longest_common_subsequence(first: tuple[str, ...], second: tuple[str, ...]) -> int:
     @cache
-    def longest(one: int, other: int) -> int:
-        if one == len(first) or other == len(second):
+    def longest(i: int, j: int) -> int:
+        if i == len(first) or j == len(second):
             return 0
-        if first[one] == second[other]:
-            return 1 + longest(one + 1, other + 1)
-        return max(longest(one + 1, other), longest(one, other + 1))
+        if first[i] == second[j]:
+            return 1 + longest(i + 1, j + 1)
+        return max(longest(i + 1, j), longest(i, j + 1))
 
     return longest(0, 0)
 
@@ -65,8 +65,8 @@ def test_bleu_is_computed_over_the_corpus_on_a_scale_to_100() -> None:
     assert 40 < found.value < 90 and found.value != pytest.approx(sum(found.scores) / 3)
 
 
-def test_bleu_of_a_short_row_uses_only_the_orders_that_it_has() -> None:
-    """Two words have no sequence of four words."""
+def test_bleu_of_a_short_row_uses_only_n_grams_up_to_its_length() -> None:
+    """A row of two words has no n-grams of three or four words."""
     assert bleu(as_predictions([("red mat", "red mat")])).rows == [100.0]
 
 
@@ -87,17 +87,17 @@ def test_rouge_is_the_mean_f_measure_of_the_rows() -> None:
 @pytest.mark.parametrize(
     ("answer", "reference", "score"),
     [
-        ("Running, runs!", "runs running", 1.0),  # stemmed; punctuation does not count
+        ("Running, runs!", "runs running", 1.0),  # words are stemmed, and punctuation does not count
         ("Αθήνα", "Αθήνα", 1.0),
         ("東京です", "東京", 2 * 2 / (4 + 2)),
         ("", "Paris", 0.0),
     ],
 )  # fmt: skip
-def test_words_of_rouge(answer: str, reference: str, score: float) -> None:
+def test_rouge_compares_stemmed_words_in_every_script(answer: str, reference: str, score: float) -> None:
     assert rouge(as_predictions([(answer, reference)]))["rouge1"].value == pytest.approx(score)
 
 
-def test_ascii_words_are_those_of_the_rouge_library() -> None:
+def test_rouge_of_ascii_text_equals_that_of_the_rouge_library() -> None:
     from rouge_score.rouge_scorer import RougeScorer
 
     answer, reference = "Don't stop: the 3 runners' e-mails (generously) said nothing.", "The runner generously e-mailed 3 times, don't stop!"
@@ -106,7 +106,7 @@ def test_ascii_words_are_those_of_the_rouge_library() -> None:
     assert {name: metric.value for name, metric in found.items()} == pytest.approx({name: score.fmeasure for name, score in library.items()})
 
 
-def test_exact_match_ignores_outer_white_space_only() -> None:
+def test_exact_match_ignores_only_white_space_at_the_start_and_the_end() -> None:
     found = exact_match(as_predictions([(" Paris\n", "Paris"), ("paris", "Paris"), ("Paris.", "Paris"), ("x", None)]))
     assert found.value == pytest.approx(1 / 3) and found.rows == [1.0, 0.0, 0.0, None]
     assert found.reason == "1 of 4 rows are not scored (first: the row has no ground_truth)"
@@ -147,13 +147,13 @@ def test_metrics_without_a_correct_answer_have_no_value(rows: list[Prediction]) 
     assert {metric.reason for metric in found} == {"no row of the predictions has a ground_truth"}
 
 
-def test_rows_without_a_correct_answer_keep_their_place() -> None:
+def test_rows_without_a_correct_answer_keep_their_position() -> None:
     rows = [*WITHOUT_REFERENCE, *as_predictions(PAIRS)]
     for metric in (bleu(rows), *rouge(rows).values()):
         assert metric.rows is not None and metric.rows[0] is None and len(metric.scores) == 3
     assert bleu(rows).value == bleu(as_predictions(PAIRS)).value
 
 
-def test_vectors_without_a_direction_have_no_cosine() -> None:
+def test_vectors_that_are_zero_or_not_finite_have_no_cosine() -> None:
     assert cosine([1.0], [0.0]) is None and cosine([math.nan], [1.0]) is None and cosine([math.inf], [1.0]) is None
     assert cosine([1e200, 1e200], [1.0, 1.0]) == pytest.approx(1.0)

@@ -8,14 +8,14 @@ import pytest
 from finetune_trainer.evaluation.values import MetricValue, mean_of_rows
 
 
-def test_a_metric_without_a_value_has_a_reason() -> None:
+def test_a_metric_without_a_value_must_have_a_reason() -> None:
     assert MetricValue.missing("no rows") == MetricValue(None, "no rows")
     with pytest.raises(ValueError, match="needs a reason"):
         MetricValue(None)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_value_is_finite(value: float) -> None:
+def test_a_value_that_is_not_finite_is_refused(value: float) -> None:
     with pytest.raises(ValueError, match="finite"):
         MetricValue(value)
 

@@ -1,4 +1,4 @@
-"""Further training of a saved adapter: every weight in the file is loaded, and every trained weight comes from the file."""
+"""Continuing the training of a saved adapter: every weight of the file is loaded, and every trained weight comes from the file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EMBEDDING_WEIGHT = "base_model.model.model.embed_tokens.weight"
 
 
 def base_model(**options: Any) -> Any:
-    """A small model, with the same weights at every call."""
+    """Return a small model, which has the same weights at every call."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -28,8 +28,8 @@ def base_model(**options: Any) -> Any:
     return LlamaForCausalLM(LlamaConfig(vocab_size=48, max_position_embeddings=32, **(sizes | options)))
 
 
-def saved_adapter(folder: Path, **options: Any) -> Path:
-    """Save a LoRA adapter whose weights differ from every initialisation of PEFT."""
+def save_adapter(folder: Path, **options: Any) -> Path:
+    """Save a LoRA adapter whose weights differ from all initialisations of PEFT. Return its folder."""
     from peft import LoraConfig, get_peft_model
 
     wrapped = get_peft_model(
@@ -49,9 +49,9 @@ def continue_adapter(tmp_path: Path, folder: Path, spec: dict[str, Any] | None =
     return create_method_for_run(run, inputs).apply(base_model() if model is None else model)
 
 
-def rewrite_weights(folder: Path, by: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    """Replace the weights in the adapter's file by `by(weights)`."""
-    save_file(by(load_file(folder / WEIGHTS_FILE)), folder / WEIGHTS_FILE, metadata={"format": "pt"})
+def rewrite_weights(folder: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Replace the weights in the adapter's file with `change(weights)`."""
+    save_file(change(load_file(folder / WEIGHTS_FILE)), folder / WEIGHTS_FILE, metadata={"format": "pt"})
 
 
 def rewrite_config(folder: Path, **options: Any) -> None:
@@ -65,16 +65,16 @@ def rewrite_config(folder: Path, **options: Any) -> None:
     [{}, {"bias": "all"}, {"modules_to_save": ["lm_head"]}, {"use_dora": True}, {"trainable_token_indices": [3, 5]}],
 )
 def test_a_fitting_adapter_keeps_its_weights(options: dict[str, Any], tmp_path: Path) -> None:
-    folder = saved_adapter(tmp_path / "adapter", **options)
+    folder = save_adapter(tmp_path / "adapter", **options)
     applied = continue_adapter(tmp_path, folder)
     applied.model.save_pretrained(tmp_path / "again")
-    first, second = load_file(folder / WEIGHTS_FILE), load_file(tmp_path / "again" / WEIGHTS_FILE)
-    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    weights_before, weights_after = load_file(folder / WEIGHTS_FILE), load_file(tmp_path / "again" / WEIGHTS_FILE)
+    assert weights_before.keys() == weights_after.keys() and all(torch.equal(weights_before[name], weights_after[name]) for name in weights_before)
     assert applied.notes == ["continues the LORA adapter of s3://models/mine"]
 
 
-def saved_vb_lora(folder: Path) -> Path:
-    """Save a VB-LoRA adapter. All layers share one vector bank, which the file contains once."""
+def save_vb_lora(folder: Path) -> Path:
+    """Save a VB-LoRA adapter and return its folder. All layers share one vector bank, which the file contains once."""
     from peft import VBLoRAConfig, get_peft_model
 
     sizes = {"r": 2, "vector_length": 4, "num_vectors": 8, "topk": 2}
@@ -86,15 +86,15 @@ def saved_vb_lora(folder: Path) -> Path:
     return folder
 
 
-def test_a_weight_that_layers_share_needs_one_entry_in_the_file(tmp_path: Path) -> None:
-    folder = saved_vb_lora(tmp_path / "adapter")
+def test_a_weight_that_layers_share_needs_only_one_entry_in_the_file(tmp_path: Path) -> None:
+    folder = save_vb_lora(tmp_path / "adapter")
     continue_adapter(tmp_path, folder).model.save_pretrained(tmp_path / "again")
-    first, second = load_file(folder / WEIGHTS_FILE), load_file(tmp_path / "again" / WEIGHTS_FILE)
-    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    weights_before, weights_after = load_file(folder / WEIGHTS_FILE), load_file(tmp_path / "again" / WEIGHTS_FILE)
+    assert weights_before.keys() == weights_after.keys() and all(torch.equal(weights_before[name], weights_after[name]) for name in weights_before)
 
 
 def test_a_shared_weight_without_an_entry_is_refused(tmp_path: Path) -> None:
-    folder = saved_vb_lora(tmp_path / "adapter")
+    folder = save_vb_lora(tmp_path / "adapter")
     rewrite_weights(
         folder, lambda weights: {name: tensor for name, tensor in weights.items() if "vector_bank" not in name}
     )
@@ -107,7 +107,7 @@ def test_a_shared_weight_without_an_entry_is_refused(tmp_path: Path) -> None:
 
 
 def test_base_weights_in_the_file_are_accepted_only_if_they_are_unchanged(tmp_path: Path) -> None:
-    folder = saved_adapter(tmp_path / "adapter")
+    folder = save_adapter(tmp_path / "adapter")
     rows = base_model().get_input_embeddings().weight.detach()
     rewrite_weights(folder, lambda weights: {**weights, EMBEDDING_WEIGHT: rows})
     continue_adapter(tmp_path, folder)
@@ -118,7 +118,7 @@ def test_base_weights_in_the_file_are_accepted_only_if_they_are_unchanged(tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("by", "expected"),
+    ("change", "expected"),
     [
         (lambda weights: {name: tensor for name, tensor in weights.items() if ".layers.0." in name}, "4 weights are not in the adapter file"),
         (
@@ -128,9 +128,9 @@ def test_base_weights_in_the_file_are_accepted_only_if_they_are_unchanged(tmp_pa
         (lambda weights: {name: tensor[:1] if "lora_A" in name else tensor for name, tensor in weights.items()}, "size mismatch for"),
     ],
 )  # fmt: skip
-def test_a_file_that_does_not_fit_the_model_is_refused(by: Any, expected: str, tmp_path: Path) -> None:
-    folder = saved_adapter(tmp_path / "adapter")
-    rewrite_weights(folder, by)
+def test_a_file_that_does_not_fit_the_model_is_refused(change: Any, expected: str, tmp_path: Path) -> None:
+    folder = save_adapter(tmp_path / "adapter")
+    rewrite_weights(folder, change)
     with pytest.raises(ConfigError) as caught:
         continue_adapter(tmp_path, folder)
     assert caught.value.code == "AdapterOfAnotherBase"
@@ -138,7 +138,7 @@ def test_a_file_that_does_not_fit_the_model_is_refused(by: Any, expected: str, t
 
 
 def test_weights_of_a_layer_that_is_not_targeted_are_refused(tmp_path: Path) -> None:
-    folder = saved_adapter(tmp_path / "adapter")
+    folder = save_adapter(tmp_path / "adapter")
     rewrite_config(folder, target_modules=["k_proj", "v_proj"])
     with pytest.raises(ConfigError) as caught:
         continue_adapter(tmp_path, folder)
@@ -147,13 +147,13 @@ def test_weights_of_a_layer_that_is_not_targeted_are_refused(tmp_path: Path) -> 
 
 def test_a_base_model_with_more_layers_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
-        continue_adapter(tmp_path, saved_adapter(tmp_path / "adapter"), model=base_model(num_hidden_layers=3))
+        continue_adapter(tmp_path, save_adapter(tmp_path / "adapter"), model=base_model(num_hidden_layers=3))
     assert (caught.value.code, "layers.2" in caught.value.message) == ("AdapterOfAnotherBase", True)
 
 
 @pytest.mark.parametrize("damage", ["no weights", "cut weights", "no config", "odd config", "cut pickle"])
 def test_unreadable_files_are_reported_as_a_model_failure(damage: str, tmp_path: Path) -> None:
-    folder = saved_adapter(tmp_path / "adapter")
+    folder = save_adapter(tmp_path / "adapter")
     if "weights" in damage or "pickle" in damage:
         (folder / WEIGHTS_FILE).unlink()
     if damage == "cut weights":
@@ -179,7 +179,7 @@ def test_unreadable_files_are_reported_as_a_model_failure(damage: str, tmp_path:
 def test_an_adapter_that_peft_cannot_continue_is_refused(
     options: dict[str, Any], spec: dict[str, Any], tmp_path: Path
 ) -> None:
-    folder = saved_adapter(tmp_path / "adapter")
+    folder = save_adapter(tmp_path / "adapter")
     rewrite_config(folder, **options)
     with pytest.raises(FineTuneError) as caught:
         continue_adapter(tmp_path, folder, spec)

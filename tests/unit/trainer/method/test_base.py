@@ -1,4 +1,4 @@
-"""Checks that apply to every method, and the registration of methods."""
+"""The checks that all methods share, and the registration of methods."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def llama_model(*, is_tied: bool = False) -> Any:
 
 
 def lora_with_saved_module(folder: Path, *, is_tied: bool, uses_fsdp: bool, saved_module: str = "embed_tokens") -> TrainableModel:
-    """A small model with LoRA adapters; one of its modules is trained in full."""
+    """Return a small model with LoRA adapters and one module that is trained in full."""
     run, inputs = make_run(folder, folder / "model", {"method": {"lora": {"rank": 2, "modulesToSave": [saved_module]}}})
     trainable: TrainableModel = create_method_for_run(run, inputs, fsdp=uses_fsdp).make_trainable(llama_model(is_tied=is_tied))
     return trainable
@@ -68,4 +68,4 @@ def test_fsdp_refuses_a_saved_module_that_shares_its_weight(tmp_path: Path) -> N
 def test_saved_modules_with_their_own_weight_or_without_fsdp_are_trained(
     tied: bool, fsdp: bool, saved: str, tmp_path: Path
 ) -> None:
-    assert lora_with_saved_module(tmp_path, is_tied=tied, uses_fsdp=fsdp, saved_module=saved).trainable > 0
+    assert lora_with_saved_module(tmp_path, is_tied=tied, uses_fsdp=fsdp, saved_module=saved).trainable_count > 0

@@ -1,4 +1,4 @@
-"""EVA's search for principal directions always ends. The result is an initialised adapter, or an error with a correction."""
+"""EVA's search for principal directions always ends: with an initialised adapter, or with an error that gives a correction."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def eva_spec(rank: int, batch: int) -> dict[str, Any]:
     return {"method": {"lora": lora}, "training": {"maxSteps": 1, "batchSizePerDevice": batch}}
 
 
-def test_batches_with_enough_tokens_give_directions(model: Path, tmp_path: Path) -> None:
+def test_batches_with_enough_tokens_initialise_the_adapter(model: Path, tmp_path: Path) -> None:
     assert len(run_training(tmp_path, model, eva_spec(24, 2)).losses) == 1
 
 
@@ -47,7 +47,7 @@ def test_a_rank_above_the_possible_directions_is_refused(
 def test_directions_that_do_not_converge_are_refused(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # EVA finds the directions with one batch, but needs two more batches to detect that the directions are stable.
+    # EVA finds the directions in one batch, but needs two more batches to see that they are stable.
     monkeypatch.setattr(eva, "MAX_BATCHES", 2)
     with pytest.raises(ConfigError) as caught:
         run_training(tmp_path, model, eva_spec(24, 2))

@@ -1,4 +1,4 @@
-"""Initialisations of LoRA adapters. If a model does not support an initialisation, the run is refused before training."""
+"""The initialisations of LoRA adapters. If a model does not support an initialisation, the run is refused before training."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def llama_model(**options: Any) -> Any:
 
 
 def gpt2_model() -> Any:
-    """A model whose linear weights are transposed (inputs first)."""
+    """Return a model whose linear weights are transposed (inputs first)."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     return GPT2LMHeadModel(GPT2Config(vocab_size=96, n_positions=64, n_embd=32, n_layer=2, n_head=2))
@@ -37,7 +37,7 @@ def apply_lora(folder: Path, model: Any, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("model", "options", "named"),
+    ("model", "options", "expected"),
     [
         (llama_model, {"init": "pissa", "rank": 20}, "rank 20 on model.layers.0.self_attn.k_proj (Linear, 32 x 16)"),
         (llama_model, {"init": "olora", "rank": 20}, "rank 20 on model.layers.0.self_attn.k_proj (Linear, 32 x 16)"),
@@ -50,16 +50,16 @@ def apply_lora(folder: Path, model: Any, **options: Any) -> Any:
         ),
     ],
 )
-def test_a_layer_that_the_init_cannot_split_is_refused(
-    model: Any, options: dict[str, Any], named: str, tmp_path: Path
+def test_a_layer_that_the_initialisation_does_not_support_is_refused(
+    model: Any, options: dict[str, Any], expected: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError) as caught:
         apply_lora(tmp_path, model(), **options)
     assert caught.value.code == "InitUnavailable"
-    assert named in caught.value.message
+    assert expected in caught.value.message
 
 
-def test_an_init_that_changes_the_base_is_refused_on_quantised_weights(tmp_path: Path) -> None:
+def test_an_initialisation_that_changes_base_weights_is_refused_for_a_quantised_model(tmp_path: Path) -> None:
     model = llama_model()
     model.is_quantized = True
     with pytest.raises(ConfigError) as caught:
@@ -76,7 +76,7 @@ def test_the_initial_adapter_is_saved(model: Any, init: str, tmp_path: Path) -> 
 
 @pytest.mark.parametrize(("model", "init"), [(llama_model, "pissa"), (llama_model, "olora"), (gpt2_model, "pissa")])
 def test_the_initialised_adapter_does_not_change_the_outputs(model: Any, init: str, tmp_path: Path) -> None:
-    """The layers are square, so their shape does not show whether the weight is transposed."""
+    """The layers are square, so the shape of a weight does not show whether it is transposed."""
     base, ids = model().eval(), torch.arange(8)[None]
     with torch.no_grad():
         before = base(ids).logits

@@ -1,4 +1,4 @@
-"""Dtypes of trained weights."""
+"""The dtypes of trained weights."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from finetune_api.errors import ConfigError
 from finetune_trainer.method.precision import TrainedWeightsCopy, require_scalable_weights, widen_trained_weights
 
 
-def half_model() -> torch.nn.Sequential:
-    """Two float16 layers; only the second one is trained."""
+def float16_model() -> torch.nn.Sequential:
+    """Return a model with two float16 layers. Only the second layer is trained."""
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)).half()
     model[0].requires_grad_(False)
     return model
@@ -17,19 +17,19 @@ def half_model() -> torch.nn.Sequential:
 
 def test_trained_float16_weights_are_refused_by_name() -> None:
     with pytest.raises(ConfigError) as caught:
-        require_scalable_weights(half_model())
+        require_scalable_weights(float16_model())
     assert (caught.value.code, caught.value.message.split()[0]) == ("HalfWeights", "1.weight")
 
 
 def test_frozen_float16_weights_and_trained_bfloat16_weights_are_accepted() -> None:
-    model = half_model()
+    model = float16_model()
     model[1].float()
     require_scalable_weights(model)
     require_scalable_weights(model.to(torch.bfloat16).requires_grad_(True))
 
 
 def test_only_trained_weights_are_widened_to_32_bits() -> None:
-    model = half_model()
+    model = float16_model()
     widen_trained_weights(model)
     assert [parameter.dtype for parameter in model.parameters()] == [torch.float16] * 2 + [torch.float32] * 2
 

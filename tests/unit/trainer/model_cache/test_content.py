@@ -1,4 +1,4 @@
-"""Files are compared with the hashes of the hub and of S3, and copies contain the bytes that were compared."""
+"""Files are compared with the hashes of the hub and of S3, and copies contain exactly the compared bytes."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from finetune_trainer.model_cache.content import (
     CheckedFile,
     SourceFile,
     check_files,
-    digest_of_etag,
-    hasher_for,
+    create_hasher,
     open_regular_file,
+    parse_etag,
 )
 
 DATA = bytes(range(256)) * 4096 * 9  # 9 MiB
@@ -40,9 +40,9 @@ def digests_of(data: bytes) -> list[str]:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("number", range(6))
-def test_each_form_of_a_hash_matches_only_the_same_bytes(tmp_path: Path, number: int) -> None:
-    file = SourceFile("model.safetensors", len(DATA), digests_of(DATA)[number])
+@pytest.mark.parametrize("form", range(6))
+def test_each_form_of_a_hash_matches_only_the_same_bytes(tmp_path: Path, form: int) -> None:
+    file = SourceFile("model.safetensors", len(DATA), digests_of(DATA)[form])
     (tmp_path / file.name).write_bytes(DATA)
     assert check_files(tmp_path, (file,)) == [CheckedFile(file.name, hashlib.sha256(DATA).hexdigest())]
     for position in (0, len(DATA) - 1):
@@ -59,14 +59,14 @@ def test_a_git_blob_has_the_id_that_git_computes(tmp_path: Path) -> None:
 
 
 def test_parts_of_an_unusual_size_do_not_match(tmp_path: Path) -> None:
-    hasher = hasher_for(SourceFile("x", len(DATA), md5_of_parts(DATA, 7 * MIB)))
+    hasher = create_hasher(SourceFile("x", len(DATA), md5_of_parts(DATA, 7 * MIB)))
     hasher.update(DATA)
     assert not hasher.matches()
 
 
 def test_an_unknown_form_is_refused() -> None:
     with pytest.raises(ValueError, match="the hash crc32:00 has an unknown form"):
-        hasher_for(SourceFile("x", 1, "crc32:00"))
+        create_hasher(SourceFile("x", 1, "crc32:00"))
 
 
 @pytest.mark.parametrize(
@@ -77,8 +77,8 @@ def test_an_unknown_form_is_refused() -> None:
         ("d41d8cd98f00b204e9800998ecf8427e-0", None), ("", None), ("W/\"abc\"", None), ("16a3f", None),
     ],
 )  # fmt: skip
-def test_only_an_md5_is_a_hash(tag: str, digest: str | None) -> None:
-    assert digest_of_etag(tag) == digest
+def test_only_an_etag_that_is_an_md5_is_used_as_a_hash(tag: str, digest: str | None) -> None:
+    assert parse_etag(tag) == digest
 
 
 def write_longer_file(file: Path) -> None:
@@ -118,7 +118,7 @@ def test_a_copy_has_the_compared_bytes(tmp_path: Path) -> None:
     assert checked[0].problem == "" and (tmp_path / "to/part/x").read_bytes() == DATA
 
 
-def test_a_longer_file_is_not_copied_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_is_too_long_is_not_copied_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(content, "BLOCK_BYTES", 4)
     (tmp_path / "x").write_bytes(b"rows" * 1000)
     check_files(tmp_path, (SourceFile("x", 4, digests_of(b"rows")[0]),), copy_to=tmp_path / "to")

@@ -1,4 +1,4 @@
-"""Folders and locks of the cache of models: one download for several processes, and the removal of the models that were used least recently."""
+"""Several processes share one download of a model, and the models that were used least recently are removed."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 from finetune_trainer.model_cache import folder as subject
 from finetune_trainer.model_cache.content import CheckedFile, SourceFile
-from finetune_trainer.model_cache.folder import CacheEntry, CacheFolder, CacheProblem, DamagedModel, Limits
+from finetune_trainer.model_cache.folder import CacheEntry, CacheFolder, CacheLimits, CacheProblem, DamagedModel
 from finetune_trainer.model_cache.record import CachedModel, CacheRecord
 
-LIMITS = Limits(poll_seconds=0.01, recent_seconds=0.0)
+LIMITS = CacheLimits(poll_seconds=0.01, recent_seconds=0.0)
 LONG_AGO = 1000.0
 
 
@@ -38,18 +38,18 @@ def writer(text: str, calls: list[str] | None = None) -> Callable[[Path], None]:
     return write
 
 
-def store(cache: CacheFolder, text: str, key: str | None = None) -> tuple[CacheEntry, bool]:
+def store_model(cache: CacheFolder, text: str, key: str | None = None) -> tuple[CacheEntry, bool]:
     return cache.provide(key or text[0], "org/model", model_files(text), writer(text))
 
 
-def stored(top: Path, tenant: str = "team") -> list[str]:
-    """Names of the complete models, and of leftovers."""
+def list_stored(top: Path, tenant: str = "team") -> list[str]:
+    """Return the keys of the complete models, and the names of leftovers of downloads."""
     names = [path.name for path in (top / tenant).iterdir() if not path.name.startswith(".")]
     return sorted(names + [f".partial/{path.name}" for path in (top / tenant / ".partial").iterdir()])
 
 
 def release(entry: CacheEntry, used_at: float = LONG_AGO) -> None:
-    """End the use of a model by this process, which ends with the process otherwise."""
+    """Release this process's lock on a model, and set the time of its last use. (Otherwise, the lock ends with the process.)"""
     for descriptor in list(Path("/proc/self/fd").iterdir()):
         try:
             target = descriptor.readlink()
@@ -66,14 +66,14 @@ def test_the_second_use_downloads_nothing(tmp_path: Path) -> None:
     assert [from_cache for _, from_cache in results] == [False, True, True] and calls == ["weights"]
     assert (results[2][0].files / "model.safetensors").read_text() == "weights"
     assert results[2][0].record.files["model.safetensors"].sha256 == hashlib.sha256(b"weights").hexdigest()
-    assert stored(tmp_path) == ["k"]
+    assert list_stored(tmp_path) == ["k"]
 
 
-def test_a_download_with_another_hash_is_not_stored(tmp_path: Path) -> None:
+def test_a_download_with_another_hash_is_not_list_stored(tmp_path: Path) -> None:
     cache = CacheFolder(tmp_path, "team", LIMITS)
     with pytest.raises(CacheProblem, match=r"^the downloaded file model.safetensors has another hash than at the source$"):
         cache.provide("k", "org/model", model_files("weights"), writer("waights"))
-    assert stored(tmp_path) == []
+    assert list_stored(tmp_path) == []
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
@@ -85,7 +85,7 @@ def test_a_failed_download_leaves_nothing(tmp_path: Path, error: BaseException) 
     cache = CacheFolder(tmp_path, "team", LIMITS)
     with pytest.raises(type(error)):
         cache.provide("k", "org/model", model_files("weights"), fail)
-    assert stored(tmp_path) == [] and store(cache, "weights", "k")[1] is False
+    assert list_stored(tmp_path) == [] and store_model(cache, "weights", "k")[1] is False
 
 
 # ---- several processes ----
@@ -110,18 +110,18 @@ print("done", from_cache, flush=True)
 """
 
 
-def start(tmp_path: Path) -> subprocess.Popen[str]:
-    """Start a process that provides the model. Its download ends when it reads a line."""
+def start_process(tmp_path: Path) -> subprocess.Popen[str]:
+    """Start a process that provides the model. Its download ends when the process reads a line (see `end_download`)."""
     code = CHILD.format(path=str(Path(__file__).parent), log=str(tmp_path / "log"), top=str(tmp_path / "cache"))
     return subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
-def read(process: subprocess.Popen[str]) -> str:
+def read_line(process: subprocess.Popen[str]) -> str:
     assert process.stdout is not None
     return process.stdout.readline().strip()
 
 
-def finish(process: subprocess.Popen[str]) -> None:
+def end_download(process: subprocess.Popen[str]) -> None:
     assert process.stdin is not None
     process.stdin.write("\n")
     process.stdin.flush()
@@ -133,68 +133,68 @@ def downloads(tmp_path: Path) -> int:
 
 def test_of_several_processes_one_downloads_and_the_others_wait(tmp_path: Path) -> None:
     (tmp_path / "cache").mkdir()
-    first = start(tmp_path)
-    assert read(first) == "started"
-    others = [start(tmp_path) for _ in range(3)]
-    finish(first)
-    assert read(first) == "done False" and [read(process) for process in others] == ["done True"] * 3
+    first = start_process(tmp_path)
+    assert read_line(first) == "started"
+    others = [start_process(tmp_path) for _ in range(3)]
+    end_download(first)
+    assert read_line(first) == "done False" and [read_line(process) for process in others] == ["done True"] * 3
     assert downloads(tmp_path) == 1
     assert [process.wait() for process in (first, *others)] == [0] * 4
 
 
 def test_a_killed_download_is_taken_over(tmp_path: Path) -> None:
     (tmp_path / "cache").mkdir()
-    first = start(tmp_path)
-    assert read(first) == "started"
-    second = start(tmp_path)
+    first = start_process(tmp_path)
+    assert read_line(first) == "started"
+    second = start_process(tmp_path)
     first.kill()
-    assert read(second) == "started"
-    finish(second)
-    assert read(second) == "done False" and downloads(tmp_path) == 2
+    assert read_line(second) == "started"
+    end_download(second)
+    assert read_line(second) == "done False" and downloads(tmp_path) == 2
     assert second.wait() == 0 and first.wait() == -9
-    assert stored(tmp_path / "cache") == ["k"]
+    assert list_stored(tmp_path / "cache") == ["k"]
 
 
 def test_a_pod_stops_waiting_for_a_download_without_progress(tmp_path: Path) -> None:
     (tmp_path / "cache").mkdir()
-    first = start(tmp_path)
-    assert read(first) == "started"
-    cache = CacheFolder(tmp_path / "cache", "team", Limits(poll_seconds=0.01, stalled_seconds=0.2))
+    first = start_process(tmp_path)
+    assert read_line(first) == "started"
+    cache = CacheFolder(tmp_path / "cache", "team", CacheLimits(poll_seconds=0.01, stalled_seconds=0.2))
     with pytest.raises(CacheProblem, match=r"^another pod downloads the model, but has made no progress for 0 s$"):
         cache.provide("k", "org/model", model_files("weights"), writer("weights"))
-    finish(first)
-    assert read(first) == "done False" and first.wait() == 0
+    end_download(first)
+    assert read_line(first) == "done False" and first.wait() == 0
 
 
 def test_a_download_with_progress_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The waiting thread sees a clock that passes the limit between two checks, but the file grows each time."""
+    """The clock passes the limit several times in ten polls, but the file grows between any two polls."""
     (tmp_path / "cache").mkdir()
-    first = start(tmp_path)
-    assert read(first) == "started"
-    partial, looks, progress = tmp_path / "cache/team/.partial/k/files/other", list[float](), list[int]()
+    first = start_process(tmp_path)
+    assert read_line(first) == "started"
+    partial, polls, progress = tmp_path / "cache/team/.partial/k/files/other", list[float](), list[int]()
 
     def sleep(_seconds: float) -> None:
-        looks.append(len(looks) * 200.0)
-        partial.write_text("x" * len(looks))
-        if len(looks) == 10:
+        polls.append(len(polls) * 200.0)
+        partial.write_text("x" * len(polls))
+        if len(polls) == 10:
             partial.unlink()
-            finish(first)
-            assert read(first) == "done False"
+            end_download(first)
+            assert read_line(first) == "done False"
 
     monkeypatch.setattr(subject.time, "sleep", sleep)
-    monkeypatch.setattr(subject.time, "monotonic", lambda: looks[-1] if looks else 0.0)
+    monkeypatch.setattr(subject.time, "monotonic", lambda: polls[-1] if polls else 0.0)
     cache = CacheFolder(tmp_path / "cache", "team", LIMITS)
     assert cache.provide("k", "org/model", model_files("weights"), writer("weights"), log_progress=progress.append)[1] is True
-    assert len(looks) == 10 and progress[:2] == [6, 7] and first.wait() == 0
+    assert len(polls) == 10 and progress[:2] == [6, 7] and first.wait() == 0
 
 
 def test_two_models_are_downloaded_at_the_same_time(tmp_path: Path) -> None:
     (tmp_path / "cache").mkdir()
-    first = start(tmp_path)
-    assert read(first) == "started"
-    assert store(CacheFolder(tmp_path / "cache", "team", LIMITS), "other")[1] is False
-    finish(first)
-    assert read(first) == "done False" and first.wait() == 0
+    first = start_process(tmp_path)
+    assert read_line(first) == "started"
+    assert store_model(CacheFolder(tmp_path / "cache", "team", LIMITS), "other")[1] is False
+    end_download(first)
+    assert read_line(first) == "done False" and first.wait() == 0
 
 
 # ---- damaged models ----
@@ -202,24 +202,24 @@ def test_two_models_are_downloaded_at_the_same_time(tmp_path: Path) -> None:
 
 def test_an_unchanged_model_is_not_hashed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = CacheFolder(tmp_path, "team", LIMITS)
-    store(cache, "weights", "k")
+    store_model(cache, "weights", "k")
     monkeypatch.setattr(subject, "check_files", lambda *_, **__: pytest.fail("the files were read"))
     assert cache.find("k", model_files("weights")) is not None
 
 
 def test_a_changed_model_is_found_and_removed(tmp_path: Path) -> None:
     cache = CacheFolder(tmp_path, "team", LIMITS)
-    entry, _ = store(cache, "weights", "k")
+    entry, _ = store_model(cache, "weights", "k")
     (entry.files / "model.safetensors").write_text("waights")
     with pytest.raises(DamagedModel, match="^model.safetensors has another hash than at the source$"):
         cache.find("k", model_files("weights"))
-    assert stored(tmp_path) == [] and store(cache, "weights", "k")[1] is False
+    assert list_stored(tmp_path) == [] and store_model(cache, "weights", "k")[1] is False
 
 
 def test_a_damaged_model_that_another_pod_has_replaced_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two pods find the damage. The slower one must not remove what the faster one has downloaded meanwhile."""
+    """Two pods find the damage. The slower pod must not remove the model that the faster pod has downloaded again."""
     slow, fast = CacheFolder(tmp_path, "team", LIMITS), CacheFolder(tmp_path, "team", LIMITS)
-    entry, _ = store(slow, "weights", "k")
+    entry, _ = store_model(slow, "weights", "k")
     (entry.files / "model.safetensors").write_text("waights")
     check = subject.check_files
 
@@ -228,29 +228,29 @@ def test_a_damaged_model_that_another_pod_has_replaced_is_kept(tmp_path: Path, m
         monkeypatch.setattr(subject, "check_files", check)
         with pytest.raises(DamagedModel):
             fast.find("k", model_files("weights"))
-        assert store(fast, "weights", "k")[1] is False
+        assert store_model(fast, "weights", "k")[1] is False
         return checked
 
     monkeypatch.setattr(subject, "check_files", check_slowly)
     with pytest.raises(DamagedModel):
         slow.find("k", model_files("weights"))
-    assert stored(tmp_path) == ["k"] and store(slow, "weights", "k")[1] is True
+    assert list_stored(tmp_path) == ["k"] and store_model(slow, "weights", "k")[1] is True
 
 
 def test_a_damaged_model_is_removed_although_hidden_folders_are_missing(tmp_path: Path) -> None:
-    """For example in a copy of the volume with the visible folders only."""
+    """The hidden folders are missing, for example, in a copy of the volume that contains only the visible folders."""
     cache = CacheFolder(tmp_path, "team", LIMITS)
-    entry, _ = store(cache, "weights", "k")
+    entry, _ = store_model(cache, "weights", "k")
     (entry.files / "model.safetensors").write_text("waights")
     shutil.rmtree(tmp_path / "team/.partial")
     with pytest.raises(DamagedModel):
         cache.find("k", model_files("weights"))
-    assert stored(tmp_path) == []
+    assert list_stored(tmp_path) == []
 
 
 def test_a_model_with_another_time_but_the_same_bytes_is_used(tmp_path: Path) -> None:
     cache = CacheFolder(tmp_path, "team", LIMITS)
-    entry, _ = store(cache, "weights", "k")
+    entry, _ = store_model(cache, "weights", "k")
     os.utime(entry.files / "model.safetensors", (1.0, 1.0))
     assert cache.find("k", model_files("weights")) is not None
 
@@ -258,106 +258,105 @@ def test_a_model_with_another_time_but_the_same_bytes_is_used(tmp_path: Path) ->
 @pytest.mark.parametrize("text", ["", "{}", "no json", '{"source": "x", "size": -1, "files": 3}', "x" * (5 * 1024 * 1024)])
 def test_a_model_without_a_valid_record_is_replaced(tmp_path: Path, text: str) -> None:
     cache = CacheFolder(tmp_path, "team", LIMITS)
-    entry, _ = store(cache, "weights", "k")
+    entry, _ = store_model(cache, "weights", "k")
     (entry.folder / "entry.json").write_text(text)
-    assert store(cache, "weights", "k")[1] is False and stored(tmp_path) == ["k"]
+    assert store_model(cache, "weights", "k")[1] is False and list_stored(tmp_path) == ["k"]
 
 
 # ---- space ----
 
 
-def limited(tmp_path: Path, size: int) -> CacheFolder:
-    return CacheFolder(tmp_path, "team", Limits(size_bytes=size, poll_seconds=0.01, recent_seconds=100.0))
+def limited_cache(tmp_path: Path, size: int) -> CacheFolder:
+    return CacheFolder(tmp_path, "team", CacheLimits(size_bytes=size, poll_seconds=0.01, recent_seconds=100.0))
 
 
 def test_the_models_that_were_used_least_recently_are_removed(tmp_path: Path) -> None:
-    cache = limited(tmp_path, 20)
+    cache = limited_cache(tmp_path, 20)
     for used_at, text in ((3000.0, "a" * 6), (1000.0, "b" * 6), (2000.0, "c" * 6)):
-        release(store(cache, text)[0], used_at)
-    store(cache, "d" * 8)  # 18 + 8 bytes: 6 must go
-    assert stored(tmp_path) == ["a", "c", "d"]
-    store(cache, "e" * 6)
-    assert stored(tmp_path) == ["a", "d", "e"]
+        release(store_model(cache, text)[0], used_at)
+    store_model(cache, "d" * 8)  # 18 + 8 bytes: 6 must go
+    assert list_stored(tmp_path) == ["a", "c", "d"]
+    store_model(cache, "e" * 6)
+    assert list_stored(tmp_path) == ["a", "d", "e"]
 
 
 def test_a_model_in_use_is_never_removed(tmp_path: Path) -> None:
-    cache = limited(tmp_path, 20)
-    entry, _ = store(cache, "a" * 12)
+    cache = limited_cache(tmp_path, 20)
+    entry, _ = store_model(cache, "a" * 12)
     os.utime(entry.in_use_file, (LONG_AGO, LONG_AGO))
     with pytest.raises(CacheProblem, match=r"^the cache has no space for 0.00 GB: 0.00 GB are missing, and the models that are not in use have 0.00 GB$"):
-        store(cache, "b" * 12)
-    assert stored(tmp_path) == ["a"]
+        store_model(cache, "b" * 12)
+    assert list_stored(tmp_path) == ["a"]
     release(entry)
-    assert store(cache, "b" * 12)[1] is False and stored(tmp_path) == ["b"]
+    assert store_model(cache, "b" * 12)[1] is False and list_stored(tmp_path) == ["b"]
 
 
 def test_a_trainer_container_keeps_its_model(tmp_path: Path) -> None:
-    """Its init container has ended. The lock of the trainer container needs no write access."""
-    cache = limited(tmp_path, 20)
-    entry, _ = store(cache, "a" * 12)
+    """The init container of the pod has ended. The lock of the trainer container needs no write access."""
+    cache = limited_cache(tmp_path, 20)
+    entry, _ = store_model(cache, "a" * 12)
     release(entry)
     entry.in_use_file.chmod(0o444)
     model = CachedModel(source="org/model", path=entry.files, from_cache=True, size=12, in_use_file=entry.in_use_file)
     assert model.hold() is True
     entry.in_use_file.chmod(0o644)
     with pytest.raises(CacheProblem):
-        store(cache, "b" * 12)
+        store_model(cache, "b" * 12)
     release(entry)
-    store(cache, "b" * 12)
+    store_model(cache, "b" * 12)
     assert model.hold() is False
 
 
 def test_a_model_between_init_container_and_trainer_container_is_kept(tmp_path: Path) -> None:
-    cache = limited(tmp_path, 20)
-    entry, _ = store(cache, "a" * 12)
+    cache = limited_cache(tmp_path, 20)
+    entry, _ = store_model(cache, "a" * 12)
     release(entry, time.time())
     with pytest.raises(CacheProblem):
-        store(cache, "b" * 12)
-    assert stored(tmp_path) == ["a"]
+        store_model(cache, "b" * 12)
+    assert list_stored(tmp_path) == ["a"]
 
 
 def test_nothing_is_removed_if_it_would_not_be_enough(tmp_path: Path) -> None:
-    cache = limited(tmp_path, 20)
-    release(store(cache, "a" * 6)[0])
+    cache = limited_cache(tmp_path, 20)
+    release(store_model(cache, "a" * 6)[0])
     with pytest.raises(CacheProblem):
-        store(cache, "b" * 21)
-    assert stored(tmp_path) == ["a"]
+        store_model(cache, "b" * 21)
+    assert list_stored(tmp_path) == ["a"]
 
 
 def test_all_namespaces_of_a_node_share_the_limit(tmp_path: Path) -> None:
-    limits = Limits(size_bytes=20, poll_seconds=0.01)
-    release(store(CacheFolder(tmp_path, "first", limits), "a" * 12)[0])
-    assert store(CacheFolder(tmp_path, "second", limits), "b" * 12)[1] is False
-    assert (stored(tmp_path, "first"), stored(tmp_path, "second")) == ([], ["b"])
+    limits = CacheLimits(size_bytes=20, poll_seconds=0.01)
+    release(store_model(CacheFolder(tmp_path, "first", limits), "a" * 12)[0])
+    assert store_model(CacheFolder(tmp_path, "second", limits), "b" * 12)[1] is False
+    assert (list_stored(tmp_path, "first"), list_stored(tmp_path, "second")) == ([], ["b"])
 
 
-def test_downloads_that_run_count_as_complete(tmp_path: Path) -> None:
-    """The download of a killed process does not count: its files are removed."""
-    cache, problems = limited(tmp_path, 20), list[str]()
+def test_running_downloads_count_as_complete_and_those_of_killed_processes_are_removed(tmp_path: Path) -> None:
+    cache, problems = limited_cache(tmp_path, 20), list[str]()
 
     def download_other(folder: Path) -> None:
         try:
-            store(cache, "b" * 12)
+            store_model(cache, "b" * 12)
         except CacheProblem as problem:
             problems.append(str(problem))
         writer("a" * 12)(folder)
 
     cache.provide("a", "org/model", model_files("a" * 12), download_other)
-    assert len(problems) == 1 and stored(tmp_path) == ["a"]
+    assert len(problems) == 1 and list_stored(tmp_path) == ["a"]
     shutil.copytree(tmp_path / "team/a", tmp_path / "team/.partial/killed")
     (tmp_path / "team/.partial/killed/size").write_text("1000")
-    store(cache, "c" * 6)
-    assert stored(tmp_path) == ["a", "c"]
+    store_model(cache, "c" * 6)
+    assert list_stored(tmp_path) == ["a", "c"]
 
 
-def test_a_process_that_keeps_the_lock_of_the_space_is_named(tmp_path: Path) -> None:
+def test_the_wait_for_the_space_lock_ends_if_another_process_keeps_it(tmp_path: Path) -> None:
     (tmp_path / ".locks").mkdir()
-    cache = CacheFolder(tmp_path, "team", Limits(poll_seconds=0.01, stalled_seconds=0.05))
+    cache = CacheFolder(tmp_path, "team", CacheLimits(poll_seconds=0.01, stalled_seconds=0.05))
     with (tmp_path / ".locks/space").open("w") as held:
         subject.fcntl.flock(held, subject.fcntl.LOCK_EX)
         with pytest.raises(CacheProblem, match=r"^another pod has held the lock for the space of the cache for more than 0 s$"):
-            store(cache, "weights")
-    assert store(cache, "weights")[1] is False
+            store_model(cache, "weights")
+    assert store_model(cache, "weights")[1] is False
 
 
 def test_a_folder_that_cannot_be_read_is_not_part_of_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -371,7 +370,7 @@ def test_a_folder_that_cannot_be_read_is_not_part_of_the_cache(tmp_path: Path, m
 
     monkeypatch.setattr(os, "scandir", lambda path: check_path(path, "lost+found") or scandir(path))
     monkeypatch.setattr(os, "stat", lambda path, **options: check_path(path, "lost+found/") or stat(path, **options))
-    assert store(limited(tmp_path, 20), "weights")[1] is False
+    assert store_model(limited_cache(tmp_path, 20), "weights")[1] is False
 
 
 Usage = namedtuple("Usage", "total used free")
@@ -380,22 +379,22 @@ Usage = namedtuple("Usage", "total used free")
 @pytest.mark.parametrize(("free", "share", "is_stored"), [(50, 0.0, True), (11, 0.0, False), (27, 0.15, True), (26, 0.15, False)])
 def test_a_share_of_the_disk_stays_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, share: float, is_stored: bool) -> None:
     monkeypatch.setattr(subject.shutil, "disk_usage", lambda _: Usage(100, 100 - free, free))
-    cache = CacheFolder(tmp_path, "team", Limits(free_share=share))
+    cache = CacheFolder(tmp_path, "team", CacheLimits(free_share=share))
     try:
-        store(cache, "a" * 12)
+        store_model(cache, "a" * 12)
     except CacheProblem:
         assert not is_stored
     else:
         assert is_stored
 
 
-def test_a_volume_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_volume_without_file_locks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr(subject.fcntl, "flock", refuse)
     with pytest.raises(CacheProblem, match=r"^the volume does not support file locks \(Operation not supported\)$"):
-        store(CacheFolder(tmp_path, "team", LIMITS), "weights")
+        store_model(CacheFolder(tmp_path, "team", LIMITS), "weights")
 
 
 def test_threads_of_one_process_exclude_each_other(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The tests of the report share one sample run."""
+"""Makes the module `report_samples` importable for all tests of the report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run for tests of the report."""
+"""A sample run for the tests of the report."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from finetune_trainer.results.model_comparison import (
 START = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
 
 
-def attempt(number: int, **fields: Any) -> AttemptRecord:
-    """An attempt of ten minutes on two GPUs."""
+def attempt_record(number: int, **fields: Any) -> AttemptRecord:
+    """Return the record of an attempt that took ten minutes on two GPUs."""
     started_at = START + timedelta(hours=number - 1)
     defaults = {
         "attempt": number, "incarnation": f"a{number}-00000000", "started_at": started_at, "ended_at": started_at + timedelta(minutes=10), "gpus": 2,
@@ -39,14 +39,14 @@ def attempt(number: int, **fields: Any) -> AttemptRecord:
     return AttemptRecord(**{**defaults, **fields})
 
 
-def line(step: int, **values: Any) -> LogEntry:
-    """A training line."""
+def training_line(step: int, **values: Any) -> LogEntry:
+    """Return the log entry of a training line."""
     defaults = {"step": step, "epoch": step / 4, "loss": 2.0 / step, "learning_rate": 2e-4, "grad_norm": 0.5, "training_seconds": step * 10.0}
     return LogEntry(**{**defaults, "unix_time": START.timestamp() + step, **values})
 
 
 def comparison() -> ModelComparison:
-    """One prompt with the answers of both models."""
+    """Return a comparison of one prompt with the answers of both models."""
     answers = ComparedAnswers.of(1, "Which town?", base_answer="I cannot say.", trained_answer="Oslo.", time=START)
     metadata = ComparisonMetadata(
         base_model="org/m", finetuned_model_path="s3://b/x", prompts_file="p", num_prompts=1, device="cpu", comparison_date="2026-03-01",
@@ -55,8 +55,8 @@ def comparison() -> ModelComparison:
     return ModelComparison(metadata=metadata, comparisons=[answers])
 
 
-def sample(spec: dict[str, Any] | None = None, **fields: Any) -> RunReport:
-    """A completed run of two attempts with all its results."""
+def sample_report(spec: dict[str, Any] | None = None, **fields: Any) -> RunReport:
+    """Return the report of a completed run with two attempts and all kinds of results."""
     given = {"model": {"source": "org/base@main"}, "dataset": {"train": "s3://data/rows.jsonl"}, "training": {"epochs": 1}, **(spec or {})}
     resolution = resolve_defaults(FineTuneJobSpec.model_validate(given))
     run = RunConfig(
@@ -71,10 +71,13 @@ def sample(spec: dict[str, Any] | None = None, **fields: Any) -> RunReport:
     defaults: dict[str, Any] = {
         "run": run, "config_sha256": "c0ffee", "written_at": START + timedelta(hours=2), "started_at": START,
         "attempts": (
-            attempt(1, last_step=2, exit_code=71, code="GpuOutOfMemory", message="no memory left"),
-            attempt(2, start_step=2, notes=["1 duplicate rows were left out"], timings={"training": 90.0}, resolved=ResolvedConfig(device="H100")),
+            attempt_record(1, last_step=2, exit_code=71, code="GpuOutOfMemory", message="no memory left"),
+            attempt_record(2, start_step=2, notes=["1 duplicate rows were left out"], timings={"training": 90.0}, resolved=ResolvedConfig(device="H100")),
         ),
-        "log": (line(1, tokens_per_second=100.0), line(2), LogEntry(step=2, eval_loss=1.5), line(3, loss=float("nan")), line(4)),
+        "log": (
+            training_line(1, tokens_per_second=100.0), training_line(2), LogEntry(step=2, eval_loss=1.5),
+            training_line(3, loss=float("nan")), training_line(4),
+        ),
         "output": Output(uri="s3://models/team-a/bot/uid/model/a2", sha256="abc", kind="adapter", evaluation={"testLoss": 1.25}),
         "evaluation": EvaluationResult(rows=8, metrics=metrics, gates=[GateResult(metric="accuracy", passed=True, text="accuracy is 0.83")]),
         "data": DataRecord(formats=["messages"], rows={"train": 1200, "test": 8}, duplicates=1, personal_data={"email": 3}),

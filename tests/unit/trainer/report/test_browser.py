@@ -10,7 +10,7 @@ import pytest
 from finetune_api.status import Output
 from finetune_trainer.evaluation.predictions import Prediction
 from finetune_trainer.report import page
-from report_samples import attempt, sample
+from report_samples import attempt_record, sample_report
 
 from tests.support.browser import PACKAGE, Browser, find_browser
 
@@ -32,8 +32,8 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A page with long texts, and texts that try to inject code."""
-    report = sample(
-        attempts=(attempt(1, exit_code=65, code="X", message=LONG_WORD, hint=ATTACK, notes=[ATTACK, LONG_WORD]),),
+    report = sample_report(
+        attempts=(attempt_record(1, exit_code=65, code="X", message=LONG_WORD, hint=ATTACK, notes=[ATTACK, LONG_WORD]),),
         output=Output(uri=f"s3://{LONG_WORD}", sha256="f" * 64), further_results={"benchmarks": {LONG_WORD: LONG_WORD}},
         predictions=(Prediction(None, LONG_WORD, ATTACK, LONG_WORD),), prediction_count=1,
     )  # fmt: skip
@@ -88,6 +88,6 @@ def contrast(one: str, other: str) -> float:
     ],
 )  # fmt: skip
 def test_texts_and_lines_are_readable_in_both_themes(theme: int, text: str, background: str) -> None:
-    blocks = re.findall(r":root \{(.*?)\}", (page.FOLDER / "page.css").read_text("utf-8"), re.S)
+    blocks = re.findall(r":root \{(.*?)\}", (page.TEMPLATE_FOLDER / "page.css").read_text("utf-8"), re.S)
     colours = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6});", blocks[theme]))
     assert contrast(colours[text], colours[background]) >= REQUIRED_CONTRAST

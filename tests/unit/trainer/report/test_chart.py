@@ -1,4 +1,4 @@
-"""Positions of lines, ticks and labels."""
+"""Charts place their lines, ticks and labels at the right positions."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from finetune_trainer.report.chart import (
     ChartData,
     Drawing,
     Series,
-    draw,
+    draw_chart,
 )
 
 
 def drawing(*series: Series, starts_at_zero: bool = False, attempts: tuple[AttemptLine, ...] = ()) -> Drawing:
-    drawn = draw(ChartData("Loss", "nats", series, starts_at_zero=starts_at_zero, attempts=attempts))
+    drawn = draw_chart(ChartData("Loss", "nats", series, starts_at_zero=starts_at_zero, attempts=attempts))
     assert drawn is not None
     return drawn
 
@@ -63,7 +63,7 @@ def test_a_constant_series_lies_in_the_middle() -> None:
     assert one.lines[0].path == f"M52 {(HEIGHT - BOTTOM + TOP) / 2:g}L406 {(HEIGHT - BOTTOM + TOP) / 2:g}"
 
 
-def test_the_table_is_the_alternative_of_the_chart() -> None:
+def test_table_and_summary_contain_the_values_of_the_chart() -> None:
     one = drawing(Series("a", [(1.0, 0.5), (2.0, None)]), Series("b", [(2.0, 7.0)], is_dashed=True))
     assert (one.columns, one.rows, one.is_table_reduced) == (["step", "a", "b"], [["1", "0.5", ""], ["2", "", "7"]], False)
     assert one.summary == (
@@ -72,4 +72,4 @@ def test_the_table_is_the_alternative_of_the_chart() -> None:
 
 
 def test_a_chart_without_values_is_not_drawn() -> None:
-    assert draw(ChartData("Loss", "", [Series("loss", [(1.0, None)])], "nothing was logged")) is None
+    assert draw_chart(ChartData("Loss", "", [Series("loss", [(1.0, None)])], "nothing was logged")) is None

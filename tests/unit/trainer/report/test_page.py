@@ -1,4 +1,4 @@
-"""The page: well-formed, with every value, without secrets, and with a reason for each value that is missing."""
+"""The page is well-formed, contains every value but no secret, and gives a reason for each missing value."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from finetune_api.status import EvaluationResult, GateResult, Output, TimeUse
 from finetune_trainer.evaluation.predictions import Prediction
 from finetune_trainer.report.page import render
 from finetune_trainer.report.run_report import RunReport
-from report_samples import attempt, line, sample
+from report_samples import attempt_record, sample_report, training_line
 
-from tests.support.html_page import Element, parse, table
+from tests.support.html_page import Element, parse_page, read_table
 
 ATTACK = "<script>alert('x')</script>\"&"
 
 
 def page(**fields: Any) -> Element:
-    return parse(render(sample(**fields)))
+    return parse_page(render(sample_report(**fields)))
 
 
 def tiles(parsed: Element) -> dict[str, tuple[str, str]]:
-    """Value and detail of each number at the top."""
+    """Return value and detail of each number at the top of the page."""
     found = {}
-    for tile in parsed.all("div"):
+    for tile in parsed.find_all("div"):
         if tile.attributes.get("class", "").split()[:1] == ["tile"]:
-            values = [span.full_text for span in tile.all("span")]
-            found[tile.all("dt")[0].full_text] = (values[0], values[1] if len(values) > 1 else "")
+            values = [span.full_text for span in tile.find_all("span")]
+            found[tile.find_all("dt")[0].full_text] = (values[0], values[1] if len(values) > 1 else "")
     return found
 
 
-def test_a_completed_run() -> None:
+def test_the_page_of_a_completed_run_has_all_sections_and_numbers() -> None:
     parsed = page()
-    assert parsed.all("h1")[0].full_text == "bot" and parsed.all("title")[0].full_text == "bot – fine-tuning report"
-    assert parsed.all("span", **{"class": "badge good"})[0].full_text == "Completed"
-    assert [element.attributes["id"] for element in parsed.all("section", **{"class": "card"})] == [
+    assert parsed.find_all("h1")[0].full_text == "bot" and parsed.find_all("title")[0].full_text == "bot – fine-tuning report"
+    assert parsed.find_all("span", **{"class": "badge good"})[0].full_text == "Completed"
+    assert [element.attributes["id"] for element in parsed.find_all("section", **{"class": "card"})] == [
         "curves", "results", "answers", "request", "attempts", "data", "costs", "lineage", "notes",
     ]  # fmt: skip
     assert tiles(parsed) == {
@@ -48,34 +48,34 @@ def test_a_completed_run() -> None:
 
 
 def test_charts_show_attempts_and_have_tables() -> None:
-    figures = {figure.all("strong")[0].full_text: figure for figure in page().all("figure")}
+    figures = {figure.find_all("strong")[0].full_text: figure for figure in page().find_all("figure")}
     assert list(figures) == ["Training loss", "Validation loss", "Learning rate", "Gradient norm", "Throughput", "GPU memory"]
     loss = figures["Training loss"]
-    rows = [[cell.full_text for cell in row.children] for row in loss.all("tr")]
+    rows = [[cell.full_text for cell in row.children] for row in loss.find_all("tr")]
     assert rows == [["step", "training loss"], ["1", "2"], ["2", "1"], ["3", "not measured"], ["4", "0.5"]]
-    assert loss.all("path")[0].attributes["d"].count("M") == 1 and len(loss.all("circle")) == 1  # the value at step 4 stands alone
-    assert [text.full_text for text in loss.all("g", **{"class": "attempts"})[0].all("text")] == ["attempt 2"]
-    svg = loss.all("svg")[0]
-    named = [element.attributes["id"] for element in [*svg.all("title"), *svg.all("desc")] if "id" in element.attributes]
+    assert loss.find_all("path")[0].attributes["d"].count("M") == 1 and len(loss.find_all("circle")) == 1  # the value at step 4 stands alone
+    assert [text.full_text for text in loss.find_all("g", **{"class": "attempts"})[0].find_all("text")] == ["attempt 2"]
+    svg = loss.find_all("svg")[0]
+    named = [element.attributes["id"] for element in [*svg.find_all("title"), *svg.find_all("desc")] if "id" in element.attributes]
     assert svg.attributes["role"] == "img" and svg.attributes["aria-labelledby"].split() == named
-    assert figures["GPU memory"].all("p")[0].full_text == "not measured: the run used no GPU, and the trainer measures only GPU memory"
+    assert figures["GPU memory"].find_all("p")[0].full_text == "not measured: the run used no GPU, and the trainer measures only GPU memory"
 
 
 def test_results_have_intervals_gates_and_reasons() -> None:
     parsed = page(further_results={"benchmarks": [{"name": "arc_easy", "value": 0.5}], "verification": {"maxDifference": 0.001}})
-    assert table(parsed, "Evaluation of 8 rows after training") == [
+    assert read_table(parsed, "Evaluation of 8 rows after training") == [
         ["metric", "trained model", "base model", "difference", "95 % interval"],
         ["accuracy", "0.830", "0.790", "+0.04", "+0.012 to +0.068"],
         ["bertscore", "not measured: the model of bertscore has no weights", "–", "–", "–"],
     ]
-    assert table(parsed, "Gates")[1] == ["accuracy", "passed", "accuracy is 0.83"]
-    assert table(parsed, "Test set, measured by the trainer")[1:] == [["testLoss", "1.25"]]
-    assert table(parsed, "Benchmarks")[1:] == [["[].name", "arc_easy"], ["[].value", "0.5"]]
-    assert table(parsed, "Verification")[1:] == [["maxDifference", "0.001"]]
+    assert read_table(parsed, "Gates")[1] == ["accuracy", "passed", "accuracy is 0.83"]
+    assert read_table(parsed, "Test set, measured by the trainer")[1:] == [["testLoss", "1.25"]]
+    assert read_table(parsed, "Benchmarks")[1:] == [["[].name", "arc_easy"], ["[].value", "0.5"]]
+    assert read_table(parsed, "Verification")[1:] == [["maxDifference", "0.001"]]
 
 
 def test_answers_are_side_by_side() -> None:
-    articles = [article.full_text for article in page().all("article")]
+    articles = [article.full_text for article in page().find_all("article")]
     assert articles == [
         "Prompt 1 Which town? base model I cannot say. trained model Oslo.",
         "Row 1 2 + 2? trained model equals the data 4 answer of the data 4",
@@ -85,60 +85,60 @@ def test_answers_are_side_by_side() -> None:
 
 def test_values_of_the_user_are_separate_from_filled_in_defaults() -> None:
     parsed = page()
-    assert table(parsed, "Set by the user")[1:] == [["model.source", "org/base@main"], ["dataset.train", "s3://data/rows.jsonl"], ["training.epochs", "1"]]
-    assert ["method.lora.rank", "16", "default"] in table(parsed, "Filled in")
+    assert read_table(parsed, "Set by the user")[1:] == [["model.source", "org/base@main"], ["dataset.train", "s3://data/rows.jsonl"], ["training.epochs", "1"]]
+    assert ["method.lora.rank", "16", "default"] in read_table(parsed, "Filled in")
 
 
-def test_attempts_data_costs_and_origin() -> None:
+def test_attempts_data_costs_and_origin_are_shown() -> None:
     parsed = page()
-    assert table(parsed, "Attempts of the run")[1:] == [
+    assert read_table(parsed, "Attempts of the run")[1:] == [
         ["1", "2026-03-01 12:00:00", "2026-03-01 12:10:00", "0", "2", "0", "exit code 71, GpuOutOfMemory: no memory left"],
         ["2", "2026-03-01 13:00:00", "2026-03-01 13:10:00", "2", "4", "–", "completed"],
     ]
-    lengths = {row[0]: row[1:] for row in table(parsed, "Rows and lengths")}
+    lengths = {row[0]: row[1:] for row in read_table(parsed, "Rows and lengths")}
     absent = "not measured: this objective does not record token counts"
     assert (lengths["rows"], lengths["tokens"], lengths["rows that were cut"]) == (["1,200", "8"], ["54,321", absent], ["7", absent])
-    checks = dict(table(parsed, "Checks of the training rows"))
+    checks = dict(read_table(parsed, "Checks of the training rows"))
     assert (checks["duplicates left out"], checks["rows that may hold personal data: email"]) == ("1", "3")
-    used = dict(table(parsed, "Use of the cluster"))
+    used = dict(read_table(parsed, "Use of the cluster"))
     assert (used["GPU hours"], used["device"], used["ranks"], used["tokens per second, median"]) == ("0.67", "H100", "2 in 1 pod", "100")
-    origin = dict(table(parsed, "Model and inputs"))
+    origin = dict(read_table(parsed, "Model and inputs"))
     assert (origin["final model"], origin["sha256 of the model's manifest"], origin["seed"]) == ("s3://models/team-a/bot/uid/model/a2", "abc", "42")
     assert origin["digest of the image"].startswith("not recorded: a pod does not know it")
-    assert table(parsed, "Committed checkpoints")[1] == ["4", "2", "12 MB", "1.5", "yes", "feed"]
-    assert table(parsed, "Files of the final model")[1] == ["adapter.safetensors", "2.05 kB", "beef"]
-    assert table(parsed, "Stages after training")[1] == ["evaluating", "2", "2026-03-01 13:08:00"]
+    assert read_table(parsed, "Committed checkpoints")[1] == ["4", "2", "12 MB", "1.5", "yes", "feed"]
+    assert read_table(parsed, "Files of the final model")[1] == ["adapter.safetensors", "2.05 kB", "beef"]
+    assert read_table(parsed, "Stages after training")[1] == ["evaluating", "2", "2026-03-01 13:08:00"]
 
 
 def test_the_time_of_the_pods_is_shown_by_part() -> None:
     first = TimeUse(loading=20, first_step=5, steps=40, saving=0.01)
     second = TimeUse(loading=20, first_step=5, steps=80, upload=10)
-    killed = attempt(3, ended_at=None, exit_code=None, last_step=None, start_step=10)
-    attempts = (attempt(1, last_step=8, time_use=first), attempt(2, start_step=6, last_step=10, time_use=second), killed)
-    parsed = page(attempts=attempts, last_lines={"a3-00000000": line(20)})
-    # Attempt 2 repeated two of the eight steps of attempt 1, so a quarter of the 40 seconds is lost. The last line is 20 seconds after the start.
-    assert table(parsed, "What the time was used for")[1:] == [
+    killed = attempt_record(3, ended_at=None, exit_code=None, last_step=None, start_step=10)
+    attempts = (attempt_record(1, last_step=8, time_use=first), attempt_record(2, start_step=6, last_step=10, time_use=second), killed)
+    parsed = page(attempts=attempts, last_lines={"a3-00000000": training_line(20)})
+    # Attempt 2 repeated two of the eight steps of attempt 1, so a quarter of the 40 seconds is lost. Attempt 3 logged its last line after 20 s.
+    assert read_table(parsed, "What the time was used for")[1:] == [
         ["loading the model or a checkpoint", "40.0 s", "22.2%"], ["first step of each pod", "10.0 s", "5.6%"],
         ["optimizer steps that count", "1 min 50 s", "61.1%"], ["optimizer steps that a later attempt repeated", "10.0 s", "5.6%"],
         ["upload of the final model", "10.0 s", "5.6%"],
         ["backoff, suspension, queue, preparation, scheduling, start of the container",
          "not measured: a pod does not know it; status.goodput of the FineTuneJob shows it", "–"],
     ]  # fmt: skip
-    assert any("66.7% of the time of rank 0's containers" in paragraph.full_text for paragraph in parsed.all("p"))
+    assert any("66.7% of the time of rank 0's containers" in paragraph.full_text for paragraph in parsed.find_all("p"))
 
 
-def test_without_a_record_of_the_time_there_is_no_such_table() -> None:
+def test_without_records_of_time_use_the_table_of_time_use_is_missing() -> None:
     assert "What the time was used for" not in page().full_text
 
 
-def test_an_attempt_that_was_killed_counts_until_its_last_line() -> None:
-    killed = attempt(1, ended_at=None, exit_code=None, last_step=None)
-    parsed = page(attempts=(killed, attempt(2, start_step=2)), last_lines={"a1-00000000": line(3)})
-    assert table(parsed, "Attempts of the run")[1] == [
+def test_the_time_of_a_killed_attempt_counts_until_its_last_log_line() -> None:
+    killed = attempt_record(1, ended_at=None, exit_code=None, last_step=None)
+    parsed = page(attempts=(killed, attempt_record(2, start_step=2)), last_lines={"a1-00000000": training_line(3)})
+    assert read_table(parsed, "Attempts of the run")[1] == [
         "1", "2026-03-01 12:00:00", "2026-03-01 12:00:03 or later", "0", "3 or later", "not measured: the pod was killed",
-        "The pod was killed, and wrote no reason.",
+        "The pod was killed before it could write a reason.",
     ]  # fmt: skip
-    assert dict(table(parsed, "Use of the cluster"))["running time of all attempts"] == "at least 10 min 3 s"
+    assert dict(read_table(parsed, "Use of the cluster"))["running time of all attempts"] == "at least 10 min 3 s"
     assert tiles(parsed)["GPU hours"] == ("≥ 0.34", "on 2 GPUs")
 
 
@@ -146,23 +146,23 @@ def test_an_attempt_that_was_killed_counts_until_its_last_line() -> None:
     ("last", "has_model", "badge", "sentence"),
     [
         ({"exit_code": 65, "code": "DatasetEmpty", "message": "no rows"}, False, "Failed", "exit code 65 (DatasetEmpty): no rows."),
-        ({"exit_code": 80, "code": "GateFailed", "message": "too low"}, True, "Failed after training", "The final model is stored, but a later stage failed."),
+        ({"exit_code": 80, "code": "GateFailed", "message": "too low"}, True, "Failed after training", "but a stage after training failed."),
         ({"exit_code": 75, "code": "StoppedSaved", "message": "stopped on request"}, False, "Stopped", "A later attempt can continue the run."),
         ({"exit_code": None}, False, "Not finished", "before the attempt ended"),
     ],
 )  # fmt: skip
 def test_the_page_of_an_incomplete_run_says_why(last: dict[str, Any], has_model: bool, badge: str, sentence: str) -> None:
-    report = sample(attempts=(attempt(1, **last),))
-    parsed = parse(render(report if has_model else replace(report, output=None)))
-    assert [element.full_text for element in parsed.all("span") if "badge" in element.attributes.get("class", "")] == [badge]
-    assert sentence in parsed.all("section", **{"aria-label": "Outcome"})[0].full_text
+    report = sample_report(attempts=(attempt_record(1, **last),))
+    parsed = parse_page(render(report if has_model else replace(report, output=None)))
+    assert [element.full_text for element in parsed.find_all("span") if "badge" in element.attributes.get("class", "")] == [badge]
+    assert sentence in parsed.find_all("section", **{"aria-label": "Outcome"})[0].full_text
 
 
 def test_the_page_of_a_run_without_records_gives_reasons() -> None:
-    report = sample()
+    report = sample_report()
     text = render(RunReport(run=report.run, config_sha256="c0ffee", written_at=report.written_at))
-    parsed = parse(text)
-    assert len(parsed.all("figure")) == 6 and not parsed.all("svg")
+    parsed = parse_page(text)
+    assert len(parsed.find_all("figure")) == 6 and not parsed.find_all("svg")
     assert "not measured: no line of the training log is stored" in parsed.full_text
     assert "Not measured: no attempt has checked the data." in parsed.full_text
     assert "Not measured: the run has no final model." in parsed.full_text
@@ -170,40 +170,40 @@ def test_the_page_of_a_run_without_records_gives_reasons() -> None:
 
 
 def test_every_text_of_a_user_is_escaped() -> None:
-    report = sample(
+    report = sample_report(
         {"dataset": {"train": "s3://data/rows.jsonl", "systemPrompt": ATTACK}},
-        attempts=(attempt(1, exit_code=65, code="X", message=ATTACK, hint=ATTACK, notes=[ATTACK]),),
+        attempts=(attempt_record(1, exit_code=65, code="X", message=ATTACK, hint=ATTACK, notes=[ATTACK]),),
         predictions=(Prediction(None, ATTACK, ATTACK, ATTACK),), prediction_count=1, output=Output(uri=f"s3://{ATTACK}", evaluation={ATTACK: 1.0}),
         evaluation=EvaluationResult(gates=[GateResult(metric=ATTACK, passed=False, text=ATTACK)]), further_results={ATTACK: {ATTACK: ATTACK}},
     )  # fmt: skip
     text = render(report)
-    parsed = parse(text)
-    assert not parsed.all("script") and "<script" not in text.lower()
+    parsed = parse_page(text)
+    assert not parsed.find_all("script") and "<script" not in text.lower()
     assert parsed.full_text.count(ATTACK) >= 11
 
 
 def test_the_page_loads_nothing_from_outside() -> None:
-    text = render(sample())
+    text = render(sample_report())
     links = re.findall(r"""(?:href|src|srcset|action)\s*=\s*["']([^"']*)""", text) + re.findall(r"url\(([^)]*)\)|@import", text)
     assert links and all(link.startswith("#") or link == "data:," for link in links)
-    policy = parse(text).all("meta", **{"http-equiv": "Content-Security-Policy"})[0].attributes["content"]
+    policy = parse_page(text).find_all("meta", **{"http-equiv": "Content-Security-Policy"})[0].attributes["content"]
     assert policy == "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
 def test_no_secret_is_on_the_page() -> None:
     source = "https://user:pass123456@host.example/rows.jsonl?X-Amz-Signature=5ecre7"
     notes = ["the key is s3cr3t-<&>-value", "its table is a secret"]
-    report = sample(
+    report = sample_report(
         {"placement": {"env": [{"name": "MODE", "value": "plain-text-value"}]}},
-        attempts=(attempt(1, exit_code=70, code="X", message=f"cannot read {source} with hf_abcdefghijklmnopqrst", notes=notes),),
+        attempts=(attempt_record(1, exit_code=70, code="X", message=f"cannot read {source} with hf_abcdefghijklmnopqrst", notes=notes),),
     )  # fmt: skip
     report = replace(report, run=_with_train_source(report.run, source))
     text = render(report, ["s3cr3t-<&>-value", "table"])
     for secret in ("pass123456", "plain-text-value", "hf_abcdefghijklmnopqrst", "s3cr3t-"):
         assert secret not in text, secret
-    assert "the key is (hidden)" in parse(text).full_text and "its (hidden) is a secret" in parse(text).full_text
-    assert ["placement.env[].value", "(hidden)"] in table(parse(text), "Set by the user")
-    assert ["dataset.train", "https://host.example/rows.jsonl"] in table(parse(text), "Set by the user")
+    assert "the key is (hidden)" in parse_page(text).full_text and "its (hidden) is a secret" in parse_page(text).full_text
+    assert ["placement.env[].value", "(hidden)"] in read_table(parse_page(text), "Set by the user")
+    assert ["dataset.train", "https://host.example/rows.jsonl"] in read_table(parse_page(text), "Set by the user")
 
 
 def _with_train_source(run: RunConfig, source: str) -> RunConfig:

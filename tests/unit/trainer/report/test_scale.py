@@ -1,11 +1,11 @@
-"""Ticks, numbers, gaps and the reduction of series."""
+"""Ticks are round, numbers are short, and long series keep their extremes."""
 
 from __future__ import annotations
 
 import math
 
 import pytest
-from finetune_trainer.report.scale import format_number, nice_ticks, reduce_points, segments
+from finetune_trainer.report.scale import compute_ticks, format_number, reduce_points, segments
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,22 +18,22 @@ from hypothesis import strategies as st
     ],
 )  # fmt: skip
 def test_ticks_are_round_numbers_within_the_range(low: float, high: float, ticks: list[float]) -> None:
-    assert nice_ticks(low, high) == pytest.approx(ticks)
+    assert compute_ticks(low, high) == pytest.approx(ticks)
 
 
 def test_ticks_of_steps_are_whole_numbers() -> None:
-    assert nice_ticks(1, 4, integers=True) == [1, 2, 3, 4]
+    assert compute_ticks(1, 4, whole_numbers_only=True) == [1, 2, 3, 4]
 
 
 def test_an_empty_range_has_no_ticks() -> None:
     with pytest.raises(ValueError, match=r"from 1\.0 to 1\.0 is empty"):
-        nice_ticks(1.0, 1.0)
+        compute_ticks(1.0, 1.0)
 
 
 @given(st.floats(-1e6, 1e6), st.floats(1e-2, 1e9))
 def test_ticks_lie_within_every_range(low: float, width: float) -> None:
     high = low + width
-    ticks = nice_ticks(low, high)
+    ticks = compute_ticks(low, high)
     assert len(ticks) <= 7 and all(low - width * 1e-6 <= tick <= high + width * 1e-6 for tick in ticks)
 
 
@@ -44,7 +44,7 @@ def test_ticks_lie_within_every_range(low: float, width: float) -> None:
         (3.2e6, "3.2M"), (7e9, "7G"), (-15_000, "-15k"), (12.5, "12.5"),
     ],
 )  # fmt: skip
-def test_numbers_have_four_digits(value: float, text: str) -> None:
+def test_numbers_have_at_most_four_significant_digits(value: float, text: str) -> None:
     assert format_number(value) == text
 
 

@@ -1,4 +1,4 @@
-"""The folder and the keys of the additional copy of a run's results."""
+"""The folder and the keys of the additional copy of a run's results follow from `output` and the model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from finetune_api.errors import ConfigError
 from finetune_api.spec.results import Output
 from finetune_trainer.results.file_names import ResultFile
-from finetune_trainer.results.layout import CopyFolder, copy_folder, model_folder
+from finetune_trainer.results.layout import CopyFolder, find_copy_folder, model_folder_name
 
 STARTED = datetime(2025, 10, 9, 17, 21, 56, tzinfo=UTC)
 
@@ -17,7 +17,7 @@ STARTED = datetime(2025, 10, 9, 17, 21, 56, tzinfo=UTC)
 def folder_of(
     output: dict[str, Any], model: str = "meta-llama/Llama-2-7b-hf", started_at: datetime = STARTED
 ) -> CopyFolder:
-    folder = copy_folder(Output.model_validate(output), namespace="team-a", model_source=model, started_at=started_at)
+    folder = find_copy_folder(Output.model_validate(output), namespace="team-a", model_source=model, started_at=started_at)
     assert folder is not None
     return folder
 
@@ -49,8 +49,8 @@ def test_the_folder_depends_on_the_layout(output: dict[str, Any], key: str | Non
     assert caught.value.code == "OutputPathInvalid"
 
 
-def test_without_a_dir_there_is_no_copy() -> None:
-    assert copy_folder(Output(), namespace="team-a", model_source="gpt2", started_at=STARTED) is None
+def test_without_output_dir_there_is_no_copy() -> None:
+    assert find_copy_folder(Output(), namespace="team-a", model_source="gpt2", started_at=STARTED) is None
 
 
 def test_the_model_is_in_its_own_folder_only_with_projects() -> None:
@@ -84,5 +84,5 @@ def test_only_a_flat_copy_is_overwritten_by_a_later_run() -> None:
         ("file:///models/..", "_"),
     ],
 )
-def test_the_folder_of_a_model(source: str, folder: str) -> None:
-    assert model_folder(source) == folder
+def test_the_folder_name_of_a_model_follows_from_its_source(source: str, folder: str) -> None:
+    assert model_folder_name(source) == folder

@@ -1,4 +1,4 @@
-"""Logged lines: their kinds, numbers that are not finite, and the lines of resumed attempts."""
+"""Log entries know what they measure, replace numbers that are not finite, and are joined over several attempts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from finetune_trainer.results.log_entry import LineKind, LogEntry, join_attempts, log_jsonl
+from finetune_trainer.results.log_entry import LineKind, LogEntry, join_attempts, log_to_jsonl
 from pydantic import ValidationError
 
 
@@ -35,7 +35,7 @@ def test_log_jsonl_has_every_value_in_order_and_null_for_numbers_that_are_not_fi
         {"step": 1, "eval_loss": float("-inf"), "nested": {"values": [1, float("inf")]}, "note": "héllo"},
     ]
     # Declared fields come first, then the other values of the line.
-    assert log_jsonl(entries(*lines)) == (
+    assert log_to_jsonl(entries(*lines)) == (
         '{"step": 1, "loss": null, "grad_norm": null, "learning_rate": 0.0003, "rewards/length/mean": 0.5}\n'
         '{"step": 1, "eval_loss": null, "nested": {"values": [1, null]}, "note": "héllo"}\n'
     )
@@ -43,10 +43,10 @@ def test_log_jsonl_has_every_value_in_order_and_null_for_numbers_that_are_not_fi
 
 def test_log_jsonl_can_be_read_back() -> None:
     log = entries({"step": 1, "loss": 0.5, "other": 2}, {"step": 2, "eval_loss": 1.5, "unix_time": 1.7e9})
-    text = log_jsonl(log)
+    text = log_to_jsonl(log)
     assert [LogEntry.from_json(line) for line in text.splitlines()] == log
     assert json.loads(text.splitlines()[0]) == {"step": 1, "loss": 0.5, "other": 2}
-    assert log_jsonl([]) == ""
+    assert log_to_jsonl([]) == ""
 
 
 def test_a_line_without_a_step_is_refused() -> None:

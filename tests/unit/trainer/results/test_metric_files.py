@@ -1,4 +1,4 @@
-"""The metric files, compared with contents that were computed by hand."""
+"""The metric files have the contents that were computed by hand."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from finetune_trainer.results.file_names import ResultFile
 from finetune_trainer.results.log_entry import LogEntry, join_attempts
 from finetune_trainer.results.metric_files import (
     RunDescription,
-    epoch_metrics,
-    final_metrics,
-    metric_files,
-    step_metrics,
-    training_metrics,
+    build_metric_files,
+    compute_epoch_metrics,
+    compute_final_metrics,
+    compute_step_metrics,
+    compute_training_metrics,
 )
 from pydantic import ValidationError
 
@@ -33,7 +33,7 @@ def entries(*lines: dict[str, Any]) -> list[LogEntry]:
 
 
 def train(step: int, epoch: float, loss: float | None, seconds: float, **values: Any) -> dict[str, Any]:
-    """A training line at `seconds` of training."""
+    """Return a training line that was logged after `seconds` of training."""
     return {
         "step": step, "epoch": epoch, "loss": loss, "grad_norm": 1.0, "learning_rate": 0.001, "unix_time": START + seconds,
         "training_seconds": seconds, **values,
@@ -41,7 +41,7 @@ def train(step: int, epoch: float, loss: float | None, seconds: float, **values:
 
 
 def evaluate(step: int, epoch: float, loss: float, seconds: float, **values: Any) -> dict[str, Any]:
-    """An evaluation that ended at `seconds` of training and took two seconds."""
+    """Return the line of an evaluation that took two seconds and ended after `seconds` of training."""
     return {
         "step": step, "epoch": epoch, "eval_loss": loss, "eval_runtime": 2.0, "unix_time": START + seconds, "training_seconds": seconds,
         "eval_mean_token_accuracy": 0.5, "eval_precision": 0.25, "eval_recall": 0.125, "eval_f1": 0.375, **values,
@@ -62,7 +62,7 @@ TWO_EPOCHS = entries(
 
 
 def test_all_files_of_a_run_have_exactly_the_expected_contents() -> None:
-    files = metric_files(TWO_EPOCHS, RUN)
+    files = build_metric_files(TWO_EPOCHS, RUN)
     contents = {file: json.loads(text) for file, text in files.items() if file is not ResultFile.LOG}
     folder = "results/default_project/gpt2/20251009_172156"
     assert contents == {
@@ -124,7 +124,7 @@ def refuse_constant(name: str) -> None:
 
 
 def test_every_file_is_valid_json_even_if_values_are_not_finite() -> None:
-    for text in metric_files(TWO_EPOCHS, RUN).values():
+    for text in build_metric_files(TWO_EPOCHS, RUN).values():
         for part in [text] if text.startswith(("[", "{\n")) else text.splitlines():
             json.loads(part, parse_constant=refuse_constant)
 
@@ -143,7 +143,7 @@ SAMPLE_KEYS = {
 
 
 def test_the_keys_and_their_order_are_those_of_the_sample_run() -> None:
-    files = metric_files(TWO_EPOCHS, RUN)
+    files = build_metric_files(TWO_EPOCHS, RUN)
     final = json.loads(files[ResultFile.FINAL_METRICS])
     assert {name: list(group) for name, group in final.items()} == SAMPLE_KEYS and list(final) == list(SAMPLE_KEYS)
     step, epoch = (json.loads(files[file])[0] for file in (ResultFile.STEP_METRICS, ResultFile.EPOCH_METRICS))
@@ -154,11 +154,11 @@ def test_the_keys_and_their_order_are_those_of_the_sample_run() -> None:
 
 
 def test_an_evaluation_between_two_lines_does_not_shift_the_values_of_steps() -> None:
-    """In the files of ATMECS-IT/finetuning, the entry of step N holds the values of step N - 10, or nulls after an evaluation."""
+    """In the files of ATMECS-IT/finetuning, the entry of step N has the values of step N - 10, or nulls after an evaluation."""
     log = entries(train(10, 0.5, 2.0, 10.0), evaluate(15, 0.75, 9.0, 17.0), train(20, 1.0, 1.0, 22.0), evaluate(20, 1.0, 8.0, 24.0))
-    assert [(one.step, one.loss) for one in step_metrics(log)] == [(10, 2.0), (20, 1.0)]
-    assert training_metrics(log).step_times == [1.0, 1.0]
-    (epoch,) = epoch_metrics(log)
+    assert [(one.step, one.loss) for one in compute_step_metrics(log)] == [(10, 2.0), (20, 1.0)]
+    assert compute_training_metrics(log).step_times == [1.0, 1.0]
+    (epoch,) = compute_epoch_metrics(log)
     assert (epoch.eval_loss, epoch.train_loss, epoch.epoch_time) == (8.0, 1.5, 24.0)
 
 
@@ -166,10 +166,10 @@ def test_an_epoch_without_evaluation_has_no_values_of_another_epoch() -> None:
     log = entries(
         train(4, 1.0, 4.0, 4.0), evaluate(4, 1.0, 3.0, 5.0), train(8, 2.0, 3.0, 9.0), train(10, 2.5, 2.0, 11.0), evaluate(10, 2.5, 5.0, 13.0),
     )  # fmt: skip
-    epochs = epoch_metrics(log)
+    epochs = compute_epoch_metrics(log)
     assert [(one.epoch, one.eval_loss, one.eval_accuracy) for one in epochs] == [(1, 3.0, 0.5), (2, None, None), (3, 5.0, 0.5)]
     assert [one.epoch_time for one in epochs] == [5.0, 4.0, 4.0]
-    summary = final_metrics(log, epochs, RUN).training_summary
+    summary = compute_final_metrics(log, epochs, RUN).training_summary
     assert (summary.best_eval_loss, summary.final_eval_loss, summary.total_epochs) == (3.0, 5.0, 3)
     assert (summary.best_train_loss, summary.final_train_loss) == (2.0, 2.0)
 
@@ -177,7 +177,7 @@ def test_an_epoch_without_evaluation_has_no_values_of_another_epoch() -> None:
 def test_lines_that_cross_an_epoch_count_for_both_epochs() -> None:
     """An epoch has four steps, but every third step is logged."""
     log = entries(train(3, 0.75, 4.0, 3.0), train(6, 1.5, 1.0, 6.0), train(9, 2.25, 7.0, 9.0))
-    epochs = epoch_metrics(log)
+    epochs = compute_epoch_metrics(log)
     assert [one.train_loss for one in epochs] == [(3 * 4.0 + 1 * 1.0) / 4, (2 * 1.0 + 2 * 7.0) / 4, 7.0]
     assert [one.epoch_time for one in epochs] == [4.0, 4.0, 1.0]
     assert [one.timestamp for one in epochs] == [
@@ -186,7 +186,7 @@ def test_lines_that_cross_an_epoch_count_for_both_epochs() -> None:
 
 
 def test_epochs_without_a_line_of_their_own_have_an_entry() -> None:
-    (first, second, third) = epoch_metrics(entries(train(1, 0.5, 3.0, 1.0), train(6, 3.0, 1.0, 6.0)))
+    (first, second, third) = compute_epoch_metrics(entries(train(1, 0.5, 3.0, 1.0), train(6, 3.0, 1.0, 6.0)))
     assert (first.train_loss, first.epoch_time) == (2.0, 2.0)
     assert (second.train_loss, second.epoch_time, second.timestamp) == (1.0, 2.0, None)
     assert (third.train_loss, third.epoch_time) == (1.0, 2.0)
@@ -194,25 +194,25 @@ def test_epochs_without_a_line_of_their_own_have_an_entry() -> None:
 
 def test_rounded_epochs_belong_to_the_epoch_that_they_end() -> None:
     log = entries(train(3, 0.9999999, 4.0, 3.0), train(6, 2.0000001, 1.0, 6.0))
-    assert [(one.epoch, one.train_loss) for one in epoch_metrics(log)] == [
+    assert [(one.epoch, one.train_loss) for one in compute_epoch_metrics(log)] == [
         (1, pytest.approx(4.0, abs=1e-5)), (2, pytest.approx(1.0)),
     ]  # fmt: skip
 
 
 def test_a_resumed_run_has_each_step_once() -> None:
     first = entries(train(2, 0.5, 4.0, 10.0), train(4, 1.0, 3.0, 20.0), evaluate(4, 1.0, 2.5, 22.0), train(6, 1.5, 2.0, 30.0))
-    # The second attempt resumes from the checkpoint of step 4 and starts with the seconds of its last line.
+    # The second attempt resumes from the checkpoint of step 4. It starts with the seconds of training in the checkpoint's last log line.
     second = entries(train(6, 1.5, 2.0, 40.0), train(8, 2.0, 1.0, 50.0), evaluate(8, 2.0, 2.0, 52.0))
     log = join_attempts([first, second])
-    assert [(one.step, one.loss) for one in step_metrics(log)] == [(2, 4.0), (4, 3.0), (6, 2.0), (8, 1.0)]
-    assert [(one.train_loss, one.eval_loss, one.epoch_time) for one in epoch_metrics(log)] == [(3.5, 2.5, 22.0), (1.5, 2.0, 30.0)]
-    assert training_metrics(log).step_times == [5.0, 5.0, 9.0, 5.0]
-    assert final_metrics(log, epoch_metrics(log), RUN).training_summary.total_training_time == 52.0
+    assert [(one.step, one.loss) for one in compute_step_metrics(log)] == [(2, 4.0), (4, 3.0), (6, 2.0), (8, 1.0)]
+    assert [(one.train_loss, one.eval_loss, one.epoch_time) for one in compute_epoch_metrics(log)] == [(3.5, 2.5, 22.0), (1.5, 2.0, 30.0)]
+    assert compute_training_metrics(log).step_times == [5.0, 5.0, 9.0, 5.0]
+    assert compute_final_metrics(log, compute_epoch_metrics(log), RUN).training_summary.total_training_time == 52.0
 
 
 def test_a_run_without_lines_or_facts_has_files_with_nulls() -> None:
     run = RunDescription(model="m", technique="full", started_at=RUN.started_at, completed_at=RUN.completed_at)
-    files = metric_files([], run)
+    files = build_metric_files([], run)
     assert files[ResultFile.STEP_METRICS] == files[ResultFile.EPOCH_METRICS] == "[]\n"
     assert files[ResultFile.LOG] == ""
     final = json.loads(files[ResultFile.FINAL_METRICS])
@@ -228,15 +228,15 @@ def test_a_run_without_lines_or_facts_has_files_with_nulls() -> None:
 
 def test_lines_of_an_older_release_have_no_times() -> None:
     log = entries({"step": 2, "epoch": 0.5, "loss": 2.0}, {"step": 4, "epoch": 1.0, "loss": 1.0}, {"step": 5, "loss": 1.0})
-    assert [one.timestamp for one in step_metrics(log)] == [None] * 3
-    (epoch,) = epoch_metrics(log)
+    assert [one.timestamp for one in compute_step_metrics(log)] == [None] * 3
+    (epoch,) = compute_epoch_metrics(log)
     assert (epoch.epoch_time, epoch.timestamp, epoch.train_loss) == (None, None, 1.5)
-    assert training_metrics(log).step_times == [None] * 3
+    assert compute_training_metrics(log).step_times == [None] * 3
 
 
 def test_given_seconds_of_training_take_precedence() -> None:
     run = RUN.model_copy(update={"training_seconds": 120.0})
-    assert json.loads(metric_files(TWO_EPOCHS, run)[ResultFile.PERFORMANCE_SUMMARY])["training_time_minutes"] == 2.0
+    assert json.loads(build_metric_files(TWO_EPOCHS, run)[ResultFile.PERFORMANCE_SUMMARY])["training_time_minutes"] == 2.0
 
 
 def test_numbers_of_the_configuration_must_be_strings() -> None:

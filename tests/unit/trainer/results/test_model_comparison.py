@@ -1,4 +1,4 @@
-"""The content of `model_comparison.json`, and the file of its prompts."""
+"""`model_comparison.json` has the expected contents, and the file of its prompts is read as documented."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from finetune_trainer.results.model_comparison import (
     ComparisonMetadata,
     GenerationParams,
     ModelComparison,
-    iso_time,
+    format_iso_time,
     parse_prompts,
 )
 from pydantic import ValidationError
@@ -21,7 +21,7 @@ TIME = datetime(2025, 10, 9, 19, 40, 1, 500000, tzinfo=timezone(timedelta(hours=
 METADATA = ComparisonMetadata(
     base_model="gpt2", finetuned_model_path="s3://bucket/results/model/", prompts_file="prompts.txt", num_prompts=2,
     generation_params=GenerationParams(max_new_tokens=150, temperature=0.7, top_p=0.9, do_sample=True), device="cpu",
-    comparison_date=iso_time(TIME),
+    comparison_date=format_iso_time(TIME),
 )  # fmt: skip
 
 
@@ -56,7 +56,7 @@ def test_the_file_has_exactly_the_expected_content() -> None:
     assert list(json.loads(text)["metadata"]) == list(ComparisonMetadata.model_fields)
 
 
-def test_options_of_the_generation_that_are_used_are_in_the_file() -> None:
+def test_only_generation_options_that_are_set_are_in_the_file() -> None:
     options = GenerationParams(max_new_tokens=1, temperature=0, top_p=1, do_sample=False, top_k=50)
     metadata = METADATA.model_copy(update={"generation_params": options})
     written = json.loads(ModelComparison(metadata=metadata, comparisons=[]).to_json())["metadata"]["generation_params"]
@@ -99,4 +99,4 @@ def test_a_file_in_another_encoding_is_refused() -> None:
 
 
 def test_times_are_utc() -> None:
-    assert iso_time(datetime(2025, 1, 1, tzinfo=UTC)) == "2025-01-01T00:00:00.000+00:00"
+    assert format_iso_time(datetime(2025, 1, 1, tzinfo=UTC)) == "2025-01-01T00:00:00.000+00:00"

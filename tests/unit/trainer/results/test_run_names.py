@@ -1,4 +1,4 @@
-"""The name of a run, and the names derived from it."""
+"""The name of a run follows from `output.runName`, and names of files and folders follow from the name."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
 from finetune_api.spec.results import RunName
-from finetune_trainer.results.run_names import run_name, slug, time_folder
+from finetune_trainer.results.run_names import build_run_name, make_slug, time_folder_name
 from pydantic import ValidationError
 
 STARTED = datetime(2025, 6, 29, 14, 30, 22, tzinfo=UTC)
@@ -27,7 +27,7 @@ STARTED = datetime(2025, 6, 29, 14, 30, 22, tzinfo=UTC)
     ],
 )
 def test_a_name_is_prefix_base_and_suffix_without_separators(option: RunName | None, name: str) -> None:
-    assert run_name(option, job_name="job", started_at=STARTED) == name
+    assert build_run_name(option, job_name="job", started_at=STARTED) == name
 
 
 @pytest.mark.parametrize("part", ["name", "prefix", "suffix"])
@@ -39,10 +39,10 @@ def test_the_api_refuses_six_characters_in_each_part(part: str, character: str) 
 
 def test_times_are_utc() -> None:
     in_berlin = STARTED.astimezone(timezone(timedelta(hours=2)))
-    assert run_name(RunName(), job_name="job", started_at=in_berlin) == "20250629-143022"
-    assert time_folder(in_berlin) == "20250629_143022"
+    assert build_run_name(RunName(), job_name="job", started_at=in_berlin) == "20250629-143022"
+    assert time_folder_name(in_berlin) == "20250629_143022"
     with pytest.raises(ValueError, match="has no time zone"):
-        time_folder(STARTED.replace(tzinfo=None))
+        time_folder_name(STARTED.replace(tzinfo=None))
 
 
 @pytest.mark.parametrize(
@@ -61,6 +61,6 @@ def test_times_are_utc() -> None:
     ],
 )
 def test_a_slug_is_a_valid_object_name_label_value_and_folder(name: str, expected: str) -> None:
-    result = slug(name)
+    result = make_slug(name)
     assert re.fullmatch(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*", result) and len(result) <= 63
     assert result == expected

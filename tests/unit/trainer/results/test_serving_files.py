@@ -1,4 +1,4 @@
-"""Manifests for servers of the final model."""
+"""The manifests for servers load the final model as an adapter or as a complete model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 from finetune_api.spec import FineTuneJobSpec
-from finetune_trainer.results.serving_files import ServedModel, serving_files
+from finetune_trainer.results.serving_files import ServedModel, build_serving_files
 
 URI = "s3://models/ft/team-a/support-bot/UID/model/a1-1f3c9a2b"
 ADAPTER = ServedModel("support-bot", "team-a", "hf://org/base@abc", URI, 24)
@@ -18,13 +18,13 @@ MODEL = ServedModel("support-bot", "team-a", "hf://org/base", URI, None)
 
 def manifests(model: ServedModel, server: str) -> list[dict[str, Any]]:
     spec = FineTuneJobSpec.model_validate({"model": {"source": "org/base"}, "dataset": {"train": "org/d"}, "output": {"serving": [server]}})
-    files = serving_files(spec, model)
+    files = build_serving_files(spec, model)
     assert list(files) == [f"{server}.yaml"]
     return list(yaml.safe_load_all(files[f"{server}.yaml"]))
 
 
 def test_no_server_means_no_manifest() -> None:
-    assert serving_files(FineTuneJobSpec.model_validate({"model": {"source": "org/base"}, "dataset": {"train": "org/d"}}), MODEL) == {}
+    assert build_serving_files(FineTuneJobSpec.model_validate({"model": {"source": "org/base"}, "dataset": {"train": "org/d"}}), MODEL) == {}
 
 
 def test_kserve_mounts_the_adapter_and_gets_the_base_model_from_the_hub() -> None:

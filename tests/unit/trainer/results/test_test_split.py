@@ -1,4 +1,4 @@
-"""`test_split.jsonl` has the rows of the test set as they are in the source."""
+"""`test_split.jsonl` contains the rows of the test set as they are in their source."""
 
 from __future__ import annotations
 

@@ -17,16 +17,16 @@ from finetune_api.errors import ConfigError, FineTuneError, StorageSetupError
 from finetune_api.pod import StoreTarget
 from finetune_trainer.checkpoint.restore import restore
 from finetune_trainer.storage import s3
-from finetune_trainer.storage.errors import explain
+from finetune_trainer.storage.errors import convert_error
 from finetune_trainer.storage.preflight import preflight
 from finetune_trainer.storage.s3 import S3Store
 
-KEY = bytes(range(32))
+CUSTOMER_KEY = bytes(range(32))
 KMS_KEY_ARN = "arn:aws:kms:eu-central-1:111122223333:key/1234abcd"
 CUSTOMER_KEY_HEADERS = {
     "x-amz-server-side-encryption-customer-algorithm": "AES256",
-    "x-amz-server-side-encryption-customer-key": base64.b64encode(KEY).decode(),
-    "x-amz-server-side-encryption-customer-key-md5": base64.b64encode(hashlib.md5(KEY).digest()).decode(),
+    "x-amz-server-side-encryption-customer-key": base64.b64encode(CUSTOMER_KEY).decode(),
+    "x-amz-server-side-encryption-customer-key-md5": base64.b64encode(hashlib.md5(CUSTOMER_KEY).digest()).decode(),
 }
 BODY = b"body"
 
@@ -39,21 +39,21 @@ class Body(io.BytesIO):
 
 
 class StubbedStore:
-    """A store with stub responses. `sent_headers` contains the encryption headers of the requests, by operation.
+    """An S3 store with stub responses. `sent_headers` contains the encryption headers of the requests, by operation.
 
-    It keeps the newest object that a PUT writes, without encryption. `head_response` is the status and the additional headers of its answers to HEAD.
+    It returns the object of the newest PUT, without encryption. `head_response`: the status and the additional headers of its answers to HEAD.
     """
 
     def __init__(self, **target: Any) -> None:
         self.object = BODY
         self.head_response: tuple[int, dict[str, str]] = (200, {})
-        self.store = S3Store(StoreTarget(uri="s3://bucket/root", region="eu-central-1", **target), attempts=1)
+        self.store = S3Store(StoreTarget(uri="s3://bucket/root", region="eu-central-1", **target), max_tries=1)
         self.store.client.meta.events.register("before-send.s3", self._answer)
         self.sent_headers: dict[str, dict[str, str]] = {}
 
     def _answer(self, request: AWSPreparedRequest, event_name: str, **_: Any) -> AWSResponse:
         operation = event_name.rpartition(".")[2]
-        headers = {name.lower(): _text(value) for name, value in request.headers.items()}
+        headers = {name.lower(): _to_text(value) for name, value in request.headers.items()}
         self.sent_headers[operation] = {name: value for name, value in headers.items() if "encryption" in name}
         bodies = {
             "CreateMultipartUpload": b"<R><Bucket>bucket</Bucket><Key>k</Key><UploadId>7</UploadId></R>",
@@ -68,7 +68,7 @@ class StubbedStore:
         return AWSResponse(request.url, status, {"content-length": str(len(self.object)), "etag": '"t"', **headers}, Body(data))
 
     def send_all_operations(self, folder: Path) -> None:
-        """Send every kind of request that transfers an object."""
+        """Send one request of each type that transfers an object."""
         large = folder / "large"
         large.write_bytes(b"\0" * (11 * s3.MIB))
         self.store.put("small", BODY)
@@ -79,7 +79,7 @@ class StubbedStore:
         self.store.download("small", folder / "back")
 
 
-def _text(value: str | bytes) -> str:
+def _to_text(value: str | bytes) -> str:
     return value.decode() if isinstance(value, bytes) else str(value)
 
 
@@ -88,7 +88,7 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(s3, "PART_BYTES", 5 * s3.MIB)
 
 
-def test_no_encryption_headers_by_default(tmp_path: Path) -> None:
+def test_requests_have_no_encryption_headers_by_default(tmp_path: Path) -> None:
     stubbed = StubbedStore()
     stubbed.send_all_operations(tmp_path)
     assert set(stubbed.sent_headers) == {
@@ -119,7 +119,7 @@ def test_encryption_by_the_store_is_requested_when_an_object_is_created(
 
 
 def test_a_customer_key_is_sent_with_every_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AWS_SSE_CUSTOMER_KEY", base64.b64encode(KEY).decode() + "\n")
+    monkeypatch.setenv("AWS_SSE_CUSTOMER_KEY", base64.b64encode(CUSTOMER_KEY).decode() + "\n")
     stubbed = StubbedStore(encryption="customerKey", customer_key_variable="AWS_SSE_CUSTOMER_KEY")
     stubbed.send_all_operations(tmp_path)
     for operation in ("PutObject", "CreateMultipartUpload", "UploadPart", "GetObject", "HeadObject"):
@@ -128,7 +128,7 @@ def test_a_customer_key_is_sent_with_every_request(tmp_path: Path, monkeypatch: 
 
 def test_each_connection_has_its_own_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SSE_CUSTOMER_KEY", base64.b64encode(b"x" * 32).decode())
-    monkeypatch.setenv("MODEL_AWS_SSE_CUSTOMER_KEY", base64.b64encode(KEY).decode())
+    monkeypatch.setenv("MODEL_AWS_SSE_CUSTOMER_KEY", base64.b64encode(CUSTOMER_KEY).decode())
     stubbed = StubbedStore(encryption="customerKey", customer_key_variable="MODEL_AWS_SSE_CUSTOMER_KEY")
     stubbed.store.get("small")
     assert stubbed.sent_headers["GetObject"] == CUSTOMER_KEY_HEADERS
@@ -149,7 +149,7 @@ def test_a_checkpoint_named_by_uri_is_read_with_the_same_key(tmp_path: Path, mon
     from finetune_trainer.checkpoint.manifest import RunFacts
     from finetune_trainer.checkpoint.tree import CheckpointTree
 
-    monkeypatch.setenv("AWS_SSE_CUSTOMER_KEY", base64.b64encode(KEY).decode())
+    monkeypatch.setenv("AWS_SSE_CUSTOMER_KEY", base64.b64encode(CUSTOMER_KEY).decode())
     stubbed, opened = StubbedStore(encryption="customerKey", customer_key_variable="AWS_SSE_CUSTOMER_KEY"), []
 
     def record_target(target: StoreTarget) -> S3Store:
@@ -179,12 +179,12 @@ def test_the_preflight_refuses_a_store_that_ignores_the_encryption(
     monkeypatch: pytest.MonkeyPatch, target: dict[str, str], head_response: tuple[int, dict[str, str]], is_encrypted: bool
 ) -> None:
     """The Versity gateway, for example, accepts requests with encryption, but stores the objects without it."""
-    monkeypatch.setenv("AWS_SSE_CUSTOMER_KEY", base64.b64encode(KEY).decode())
+    monkeypatch.setenv("AWS_SSE_CUSTOMER_KEY", base64.b64encode(CUSTOMER_KEY).decode())
     stubbed = StubbedStore(endpoint="https://store.example", **target)
     stubbed.head_response = head_response
     monkeypatch.setattr("finetune_trainer.storage.preflight.open_store", lambda *_, **__: stubbed.store)
     if is_encrypted:
-        assert preflight(stubbed.store.target).kind == "s3"
+        assert preflight(stubbed.store.target).store_kind == "s3"
     else:
         with pytest.raises(StorageSetupError) as caught:
             preflight(stubbed.store.target)
@@ -194,15 +194,15 @@ def test_the_preflight_refuses_a_store_that_ignores_the_encryption(
     assert "x-amz-server-side-encryption-customer-key" not in stubbed.sent_headers["HeadObject"]
 
 
-def failure_of(status: int, code: str, message: str = "", operation: str = "PutObject", **target: Any) -> FineTuneError:
+def convert_response(status: int, code: str, message: str = "", operation: str = "PutObject", **target: Any) -> FineTuneError:
     store = S3Store(StoreTarget(uri="s3://bucket/root", **target))
     response: Any = {"Error": {"Code": code, "Message": message}, "ResponseMetadata": {"HTTPStatusCode": status}}
-    return explain(ClientError(response, operation), store.connection)
+    return convert_error(ClientError(response, operation), store.connection)
 
 
 def test_a_missing_permission_on_the_key_service_is_named() -> None:
     message = f"User: arn:aws:iam::1:user/u is not authorized to perform: kms:GenerateDataKey on resource: {KMS_KEY_ARN}"
-    error = failure_of(403, "AccessDenied", message, encryption="kms")
+    error = convert_response(403, "AccessDenied", message, encryption="kms")
     assert (error.exit_code, error.code) == (77, "PermissionDenied")
     assert "kms:GenerateDataKey" in error.message and "arn:aws:iam" not in f"{error} {error.hint}"
 
@@ -223,6 +223,6 @@ def test_a_missing_permission_on_the_key_service_is_named() -> None:
 def test_a_store_that_refuses_encryption_is_reported_as_a_wrong_setting(
     status: int, code: str, operation: str, target: dict[str, str]
 ) -> None:
-    error = failure_of(status, code, operation=operation, **target)
+    error = convert_response(status, code, operation=operation, **target)
     assert (error.exit_code, error.code) == (67, "EncryptionRefused")
     assert "storage.encryption" in (error.hint or "")

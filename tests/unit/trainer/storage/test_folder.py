@@ -22,18 +22,18 @@ def store(tmp_path: Path) -> FolderStore:
     return FolderStore(tmp_path / "root", f"file://{tmp_path}/root")
 
 
-def failing_with(number: int) -> Any:
+def raising_os_error(errno_value: int) -> Any:
     def fail(*_: object, **__: object) -> None:
-        raise OSError(number, os.strerror(number))
+        raise OSError(errno_value, os.strerror(errno_value))
 
     return fail
 
 
-@pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS])
+@pytest.mark.parametrize("errno_value", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS])
 def test_only_one_writer_creates_an_object_without_hard_links(
-    store: FolderStore, monkeypatch: pytest.MonkeyPatch, number: int
+    store: FolderStore, monkeypatch: pytest.MonkeyPatch, errno_value: int
 ) -> None:
-    monkeypatch.setattr(Path, "hardlink_to", failing_with(number))
+    monkeypatch.setattr(Path, "hardlink_to", raising_os_error(errno_value))
     results: list[CreateResult] = []
     start = threading.Barrier(8)
 
@@ -48,11 +48,11 @@ def test_only_one_writer_creates_an_object_without_hard_links(
         thread.join()
     assert sorted(one.value for one in results) == ["exists"] * 7 + ["new"]
     assert [stat.key for stat in store.list("")] == ["a/_COMMITTED"]
-    assert preflight(StoreTarget(uri=store.uri)).conditional_writes
+    assert preflight(StoreTarget(uri=store.uri)).has_conditional_writes
 
 
 def test_a_read_only_volume_is_reported_as_a_wrong_setting(store: FolderStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Path, "mkdir", failing_with(errno.EROFS))
+    monkeypatch.setattr(Path, "mkdir", raising_os_error(errno.EROFS))
     with pytest.raises(FineTuneError) as caught:
         preflight(StoreTarget(uri=store.uri))
     assert (caught.value.exit_code, caught.value.code) == (67, "StorageReadOnly")
@@ -69,7 +69,7 @@ def test_a_full_local_disk_is_not_reported_as_a_failure_of_the_store(store: Fold
 
 
 def test_a_full_volume_is_reported_as_a_storage_failure(store: FolderStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", failing_with(errno.ENOSPC))
+    monkeypatch.setattr(os, "fsync", raising_os_error(errno.ENOSPC))
     with pytest.raises(FineTuneError) as caught:
         store.put("weights", b"x")
     assert (caught.value.exit_code, caught.value.code) == (69, "StorageFull")

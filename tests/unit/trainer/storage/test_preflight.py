@@ -42,7 +42,7 @@ def preflight_error(endpoint: str | None, **change: object) -> FineTuneError:
         (500, "InternalError", None, 69, "StorageFailed", "500"),
     ],
 )
-def test_an_error_response_has_a_named_failure(
+def test_an_error_response_is_converted_to_an_error_with_a_code(
     status: int, response_code: str, method: str | None, exit_code: int, code: str, text: str
 ) -> None:
     with serve_error(status, response_code, failing_method=method) as endpoint:
@@ -138,7 +138,7 @@ def test_check_storage_reports_its_result_as_termination_message(
     refused = target.model_copy(update={"uri": "https://host/x"})
     assert trainer_main(["check-storage", refused.model_dump_json(by_alias=True)]) == 64
     result = StorageCheckResult.model_validate_json((tmp_path / "message").read_text())
-    assert (result.ok, result.code, "a web server can only be read" in result.message, result.hint[:6]) == (False, "StorageUriInvalid", True, "write ")
+    assert (result.ok, result.code, "a web server is read-only" in result.message, result.hint[:6]) == (False, "StorageUriInvalid", True, "write ")
     assert trainer_main(["check-storage"]) == 64
     assert "give one StoreTarget as JSON" in capsys.readouterr().err
 
@@ -146,7 +146,7 @@ def test_check_storage_reports_its_result_as_termination_message(
 def test_check_storage_writes_no_secret_and_at_most_4096_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """An error text of a store may contain a signed address, and characters of several bytes."""
+    """The text of a store's error may contain a signed address, and characters of several bytes."""
     monkeypatch.setenv("FINETUNE_TERMINATION_LOG", str(tmp_path / "message"))
 
     def fail(_target: StoreTarget) -> None:

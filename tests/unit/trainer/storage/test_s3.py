@@ -13,7 +13,7 @@ from botocore.awsrequest import AWSPreparedRequest, AWSResponse
 from finetune_api.errors import CredentialsError, FineTuneError, StorageError
 from finetune_api.pod import StoreTarget
 from finetune_trainer.storage import s3
-from finetune_trainer.storage.s3 import MIB, PART_BYTES, RANGE_BYTES, S3Store, _transfer_config
+from finetune_trainer.storage.s3 import MIB, PART_BYTES, RANGE_BYTES, S3Store, _create_transfer_config
 
 MAX_PARTS = 10_000
 """Maximum number of parts of an S3 object."""
@@ -29,9 +29,9 @@ class Body(io.BytesIO):
         yield self.read()
 
 
-def store_with(respond: Callable[[str, AWSPreparedRequest], Response]) -> S3Store:
+def make_store(respond: Callable[[str, AWSPreparedRequest], Response]) -> S3Store:
     """A store that gets the response `respond(operation, request)` to each request."""
-    store = S3Store(StoreTarget(uri="s3://bucket/root", region="eu-central-1"), attempts=1)
+    store = S3Store(StoreTarget(uri="s3://bucket/root", region="eu-central-1"), max_tries=1)
 
     def send(request: AWSPreparedRequest, event_name: str, **_: Any) -> AWSResponse:
         status, headers, body = respond(event_name.rpartition(".")[2], request)
@@ -42,33 +42,33 @@ def store_with(respond: Callable[[str, AWSPreparedRequest], Response]) -> S3Stor
 
 
 @pytest.mark.parametrize(
-    ("size", "part"),
+    ("size", "part_size"),
     [
         (9 * MIB, 8 * MIB), (10 * 1024 * MIB, 8 * MIB), (70 * 1024 * MIB, 8 * MIB), (100 * 1024 * MIB, 12 * MIB),
         (5 * 1024 * 1024 * MIB, 583 * MIB),
     ],
 )  # fmt: skip
-def test_the_part_size_keeps_the_number_of_parts_below_the_limit(size: int, part: int) -> None:
-    config = _transfer_config(size)
-    assert config.multipart_chunksize == part
-    assert -(-size // part) <= MAX_PARTS and PART_BYTES <= part <= MAX_PART_BYTES
+def test_the_part_size_keeps_the_number_of_parts_below_the_limit(size: int, part_size: int) -> None:
+    config = _create_transfer_config(size)
+    assert config.multipart_chunksize == part_size
+    assert -(-size // part_size) <= MAX_PARTS and PART_BYTES <= part_size <= MAX_PART_BYTES
     assert config.preferred_transfer_client == "classic", "boto3's CRT client ignores a custom endpoint"
 
 
-@pytest.mark.parametrize(("code", "kind"), [("AccessDenied", CredentialsError), ("InternalError", StorageError)])
-def test_a_refused_deletion_of_one_key_raises_an_error(code: str, kind: type[FineTuneError]) -> None:
+@pytest.mark.parametrize(("code", "error_type"), [("AccessDenied", CredentialsError), ("InternalError", StorageError)])
+def test_a_refused_deletion_of_one_key_raises_an_error(code: str, error_type: type[FineTuneError]) -> None:
     """The response of DeleteObjects has status 200 and lists the keys that were not deleted."""
 
     def respond(operation: str, request: AWSPreparedRequest) -> Response:
         return 200, {}, f"<DeleteResult><Error><Key>root/b</Key><Code>{code}</Code></Error></DeleteResult>".encode()
 
-    with pytest.raises(kind) as caught:
-        store_with(respond).delete(["a", "b"])
+    with pytest.raises(error_type) as caught:
+        make_store(respond).delete(["a", "b"])
     assert code == "InternalError" or "root/b" in caught.value.message
 
 
 @pytest.mark.parametrize(
-    ("get", "code"),
+    ("get_response", "code"),
     [
         ((403, "InvalidAccessKeyId"), "CredentialsRejected"),
         ((403, "SignatureDoesNotMatch"), "CredentialsRejected"),
@@ -77,16 +77,16 @@ def test_a_refused_deletion_of_one_key_raises_an_error(code: str, kind: type[Fin
         ((206, ""), "PermissionDenied"),
     ],
 )
-def test_refused_head_is_repeated_as_get_to_distinguish_wrong_keys_from_missing_permissions(get: tuple[int, str], code: str) -> None:
+def test_a_refused_head_is_repeated_as_get_to_distinguish_wrong_keys_from_missing_permissions(get_response: tuple[int, str], code: str) -> None:
     """A HEAD response has no body, so a response with status 403 does not contain the reason."""
 
     def respond(operation: str, request: AWSPreparedRequest) -> Response:
         if operation == "HeadObject":
             return 403, {}, b""
-        return get[0], {}, f"<Error><Code>{get[1]}</Code></Error>".encode()
+        return get_response[0], {}, f"<Error><Code>{get_response[1]}</Code></Error>".encode()
 
     with pytest.raises(CredentialsError) as caught:
-        store_with(respond).stat("model/config.json")
+        make_store(respond).stat("model/config.json")
     assert caught.value.code == code
 
 
@@ -101,13 +101,13 @@ def test_a_download_fails_if_the_object_changes(tmp_path: Path) -> None:
         return 206, {"etag": next(tags)}, b"x" * RANGE_BYTES
 
     with pytest.raises(StorageError) as caught:
-        store_with(respond).download("weights", tmp_path / "weights")
+        make_store(respond).download("weights", tmp_path / "weights")
     assert caught.value.code == "ObjectChanged"
 
 
-@pytest.mark.parametrize("stored", [11 * MIB, 11 * MIB - 1], ids=["complete", "another-size"])
+@pytest.mark.parametrize("stored_size", [11 * MIB, 11 * MIB - 1], ids=["complete", "another-size"])
 def test_an_upload_without_a_response_succeeds_only_if_the_stored_size_is_right(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored_size: int
 ) -> None:
     """The response to CompleteMultipartUpload is lost. The response to the retry is NoSuchUpload."""
     monkeypatch.setattr(s3, "PART_BYTES", 5 * MIB)
@@ -119,13 +119,13 @@ def test_an_upload_without_a_response_succeeds_only_if_the_stored_size_is_right(
             return 200, {}, b"<R><Bucket>bucket</Bucket><Key>k</Key><UploadId>7</UploadId></R>"
         return (
             200,
-            {"content-length": str(stored), "etag": '"t"'} if operation == "HeadObject" else {"etag": '"t"'},
+            {"content-length": str(stored_size), "etag": '"t"'} if operation == "HeadObject" else {"etag": '"t"'},
             b"",
         )
 
     (tmp_path / "large").write_bytes(b"\0" * (11 * MIB))
-    store = store_with(respond)
-    if stored == 11 * MIB:
+    store = make_store(respond)
+    if stored_size == 11 * MIB:
         store.put_file(tmp_path / "large", "large")
     else:
         with pytest.raises(StorageError):
@@ -142,5 +142,5 @@ def test_a_download_is_hashed_in_order(tmp_path: Path) -> None:
         first, last = (value.decode() if isinstance(value, bytes) else value).removeprefix("bytes=").split("-")
         return 206, {"etag": '"t"'}, data[int(first) : int(last) + 1]
 
-    found = store_with(respond).download("weights", tmp_path / "weights")
+    found = make_store(respond).download("weights", tmp_path / "weights")
     assert found == hashlib.sha256(data).hexdigest() and (tmp_path / "weights").read_bytes() == data

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from finetune_api.pod import StoreTarget
 from finetune_trainer.checkpoint.address import JobAddress, parse_address
-from finetune_trainer.checkpoint.manifest import Manifest, prefix_of
+from finetune_trainer.checkpoint.manifest import Manifest, checkpoint_folder_key
 from finetune_trainer.checkpoint.tree import CheckpointTree
 from finetune_trainer.storage.__main__ import main
 from finetune_trainer.storage.roots import open_store
@@ -25,15 +25,15 @@ ROOT = "s3://bucket/root/team/job/uid"
         (f"{ROOT}/checkpoints", JobAddress(ROOT)),
         (f"{ROOT}/checkpoints/step-00000100", JobAddress(ROOT, 100)),
         (f"{ROOT}/checkpoints/step-00000100/a1-12345678/", JobAddress(ROOT, 100)),
-        (f"{ROOT}/model", JobAddress(ROOT, model=True)),
-        (f"{ROOT}/model/a2-12345678", JobAddress(ROOT, model=True)),
+        (f"{ROOT}/model", JobAddress(ROOT, is_model=True)),
+        (f"{ROOT}/model/a2-12345678", JobAddress(ROOT, is_model=True)),
         ("s3://bucket/root/team/model/0a1b2c3d-0000", JobAddress("s3://bucket/root/team/model/0a1b2c3d-0000")),
         (
             "s3://bucket/root/team/model/0a1b2c3d-0000/model",
-            JobAddress("s3://bucket/root/team/model/0a1b2c3d-0000", model=True),
+            JobAddress("s3://bucket/root/team/model/0a1b2c3d-0000", is_model=True),
         ),
         ("s3://bucket/model/team/job/uid", JobAddress("s3://bucket/model/team/job/uid")),
-        ("https://host/uid/model/?sig=a/b", JobAddress("https://host/uid?sig=a/b", model=True)),
+        ("https://host/uid/model/?sig=a/b", JobAddress("https://host/uid?sig=a/b", is_model=True)),
         ("https://host/uid/checkpoints/step-00000100/a1-12345678?sig", JobAddress("https://host/uid?sig", 100)),
         ("https://host/uid?sig", JobAddress("https://host/uid?sig")),
     ],
@@ -44,18 +44,18 @@ def test_an_address_is_parsed(uri: str, address: JobAddress) -> None:
 
 @pytest.fixture
 def root(tmp_path: Path) -> str:
-    return fill_tree(tmp_path, tmp_path / "root")
+    return commit_checkpoints_and_model(tmp_path, tmp_path / "root")
 
 
-def fill_tree(tmp_path: Path, folder: Path) -> str:
+def commit_checkpoints_and_model(tmp_path: Path, folder: Path) -> str:
     """Commit two checkpoints and a model below `folder`, and return the URI."""
     tree = CheckpointTree(open_store(StoreTarget(uri=f"file://{folder}")))
     for step in (5, 10, None):
         staged = tmp_path / f"staged-{step}"
         (staged / "sub").mkdir(parents=True)
         (staged / "sub" / "weights").write_text(f"weights of {step}")
-        files = tree.upload(prefix_of(step), "a1-00000000", staged)
-        tree.commit(prefix_of(step), Manifest(step=step or 10, incarnation="a1-00000000", files=files))
+        files = tree.upload(checkpoint_folder_key(step), "a1-00000000", staged)
+        tree.commit(checkpoint_folder_key(step), Manifest(step=step or 10, incarnation="a1-00000000", files=files))
     tree.mark_healthy(5)
     return f"file://{folder}"
 
@@ -102,9 +102,9 @@ SECRET = "?signature=hidden/word"
 
 
 @pytest.fixture
-def run_web(server: WebServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+def run_on_web_server(server: WebServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
     """Return a function that runs a command with an https URL of the storage and returns the exit code and the output."""
-    fill_tree(tmp_path, server.folder / "root")
+    commit_checkpoints_and_model(tmp_path, server.folder / "root")
 
     def run(command: str, path: str, *more: str) -> tuple[int, str]:
         code = main([command, f"{server.url}/root{path}{SECRET}", "--ca-bundle", server.ca, *more])
@@ -125,38 +125,38 @@ def run_web(server: WebServer, tmp_path: Path, capsys: pytest.CaptureFixture[str
     ],
 )
 def test_a_checkpoint_or_model_on_a_web_server_is_verified_and_downloaded(
-    run_web: Callable[..., tuple[int, str]],
+    run_on_web_server: Callable[..., tuple[int, str]],
     server: WebServer,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     path: str,
     weights: str,
 ) -> None:
-    code, output = run_web("verify", path)
+    code, output = run_on_web_server("verify", path)
     assert code == 0 and output.count("complete and undamaged") == 1
     monkeypatch.chdir(tmp_path)
-    assert run_web("download", path)[0] == 0
+    assert run_on_web_server("download", path)[0] == 0
     assert (tmp_path / path.rpartition("/")[2] / "sub/weights").read_text() == weights
     folder = server.folder / "root" / path.lstrip("/")
     (next(folder.rglob("weights"))).write_text("weights of 6")
-    code, output = run_web("verify", path)
+    code, output = run_on_web_server("verify", path)
     assert code == 65 and "sub/weights is damaged" in output
     next(folder.rglob("weights")).unlink()
-    assert "sub/weights is missing" in run_web("download", path)[1]
+    assert "sub/weights is missing" in run_on_web_server("download", path)[1]
 
 
-def test_on_a_web_server_one_step_can_be_listed_but_not_a_whole_job(run_web: Callable[..., tuple[int, str]]) -> None:
-    code, output = run_web("list", "/checkpoints/step-00000005")
+def test_on_a_web_server_one_step_can_be_listed_but_not_a_whole_job(run_on_web_server: Callable[..., tuple[int, str]]) -> None:
+    code, output = run_on_web_server("list", "/checkpoints/step-00000005")
     assert code == 0 and output.splitlines()[1].split()[:5] == ["step", "5", "1", "12", "yes"]
-    code, output = run_web("verify", "/checkpoints/step-00000006")
+    code, output = run_on_web_server("verify", "/checkpoints/step-00000006")
     assert code == 66 and "nothing is committed at https://" in output and "step-00000006" in output
     for command in ("list", "verify", "download"):
         for path in ("", "/checkpoints"):
-            code, output = run_web(command, path)
+            code, output = run_on_web_server(command, path)
             assert code == 67 and "StorageNotListable" in output and "/root/checkpoints/step-00000100" in output
             assert len(output.splitlines()) == 1
 
 
-def test_options_of_another_store_are_refused(run_web: Callable[..., tuple[int, str]]) -> None:
+def test_options_of_another_store_are_refused(run_on_web_server: Callable[..., tuple[int, str]]) -> None:
     with pytest.raises(SystemExit):
-        run_web("verify", "/model", "--endpoint", "https://s3.example.com")
+        run_on_web_server("verify", "/model", "--endpoint", "https://s3.example.com")

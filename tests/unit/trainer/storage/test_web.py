@@ -17,12 +17,12 @@ from finetune_api.pod import StoreTarget
 from finetune_trainer.storage.base import ObjectStat
 from finetune_trainer.storage.preflight import preflight
 from finetune_trainer.storage.roots import open_store
-from finetune_trainer.storage.web import LONGEST_PAUSE_SECONDS, MAX_ATTEMPTS, READ_BYTES, WebStore
+from finetune_trainer.storage.web import MAX_PAUSE_SECONDS, MAX_TRIES, READ_BYTES, WebStore
 from web_server import Fault, WebServer
 
 SECRET = "?X-Amz-Signature=hidden-word"
 BODY = bytes(range(256)) * 4 * (READ_BYTES // 1024) * 3
-"""A file of three times READ_BYTES."""
+"""The content of a file whose size is three times READ_BYTES."""
 
 
 @pytest.fixture
@@ -75,15 +75,15 @@ def test_a_busy_server_is_retried(
 def test_a_server_that_stays_busy_fails_after_all_tries(
     store: WebStore, server: WebServer, pauses: list[float], tmp_path: Path
 ) -> None:
-    server.faults = [Fault(503)] * MAX_ATTEMPTS
+    server.faults = [Fault(503)] * MAX_TRIES
     error = download_error(store, tmp_path / "weights")
-    assert (error.exit_code, error.code, len(pauses)) == (69, "DownloadFailed", MAX_ATTEMPTS - 1)
+    assert (error.exit_code, error.code, len(pauses)) == (69, "DownloadFailed", MAX_TRIES - 1)
     assert error.message == f"{server.url}/a b/weights answers 503"
 
 
 @pytest.mark.parametrize(
     ("header", "waited"),
-    [("7", 7.0), ("86400", LONGEST_PAUSE_SECONDS), (formatdate(0), 1.0), ("soon", 1.0)],
+    [("7", 7.0), ("86400", MAX_PAUSE_SECONDS), (formatdate(0), 1.0), ("soon", 1.0)],
 )
 def test_the_retry_after_header_is_followed(
     store: WebStore, server: WebServer, pauses: list[float], header: str, waited: float
@@ -120,7 +120,7 @@ def test_an_interrupted_download_that_cannot_continue_restarts(
 
 def test_a_download_that_is_always_interrupted_fails(store: WebStore, server: WebServer, tmp_path: Path) -> None:
     server.serves_ranges = False
-    server.faults = [Fault(cut_bytes=10)] * MAX_ATTEMPTS
+    server.faults = [Fault(cut_bytes=10)] * MAX_TRIES
     error = download_error(store, tmp_path / "weights")
     assert (error.exit_code, error.code) == (69, "DownloadBroken")
     assert f"ended after 10 of {len(BODY)} bytes" in error.message
@@ -173,7 +173,7 @@ def test_a_port_without_a_server_is_retried(pauses: list[float], tmp_path: Path,
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        error = download_error(WebStore(StoreTarget(uri=f"https://{address}/x{SECRET}"), attempts=3), tmp_path / "weights")
+        error = download_error(WebStore(StoreTarget(uri=f"https://{address}/x{SECRET}"), max_tries=3), tmp_path / "weights")
     assert error.message == f"{address} could not be reached (ConnectionRefusedError)" and pauses == [1.0, 2.0]
 
 
@@ -194,7 +194,7 @@ def test_the_proxy_of_the_environment_is_used(server: WebServer, monkeypatch: py
     monkeypatch.setenv("NO_PROXY", "")
     monkeypatch.setenv("no_proxy", "")
     try:
-        error = download_error(WebStore(StoreTarget(uri="https://files.example/x"), attempts=1), tmp_path / "weights")
+        error = download_error(WebStore(StoreTarget(uri="https://files.example/x"), max_tries=1), tmp_path / "weights")
     finally:
         proxy.shutdown()
         proxy.server_close()
@@ -242,7 +242,7 @@ def test_an_invalid_url_is_refused(uri: str, code: str) -> None:
 
 
 def test_a_job_cannot_write_to_a_web_server() -> None:
-    with pytest.raises(FineTuneError, match="can only be read") as caught:
+    with pytest.raises(FineTuneError, match="a web server is read-only") as caught:
         preflight(StoreTarget(uri=f"https://host/x{SECRET}"))
     assert (caught.value.exit_code, caught.value.code) == (64, "StorageUriInvalid")
     assert "s3://bucket/prefix" in (caught.value.hint or "") and "hidden-word" not in str(caught.value)

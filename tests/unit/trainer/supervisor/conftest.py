@@ -1,4 +1,4 @@
-"""A virtual clock for the tests of the supervisor."""
+"""A clock for the tests of the supervisor whose time the tests set."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from finetune_trainer.supervisor import run_state as subject
 
 
 class FakeClock:
+    """Replaces `time.monotonic`. A test sets the time."""
+
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
         monkeypatch.setattr(subject.time, "monotonic", lambda: self.now)

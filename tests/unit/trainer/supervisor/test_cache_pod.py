@@ -1,4 +1,4 @@
-"""The init container with the cache: models from a stub of the hub, read in the cache or copied and verified."""
+"""The init container that provides models from the cache. The models come from a stub of the hub."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 from finetune_api.pod import RunConfig
-from finetune_trainer.model_cache.folder import Limits
+from finetune_trainer.model_cache.folder import CacheLimits
 from finetune_trainer.model_cache.record import CacheRecord
 from finetune_trainer.settings import Settings
 from finetune_trainer.supervisor import cache_pod
-from finetune_trainer.supervisor.cache_pod import CacheOptions, CachePod, cached_sources
+from finetune_trainer.supervisor.cache_pod import CacheOptions, CachePod, cacheable_sources
 
 from tests.support.hub import TOKEN, Hub, serve_hub
 from tests.support.learning import make_run
@@ -51,14 +51,14 @@ Provide = Callable[..., CacheRecord]
 
 @pytest.fixture
 def provide(tmp_path: Path, model: Path) -> Provide:
-    """Run one init container of a new pod and return its record."""
+    """Return a function that runs the init container of a new pod and returns its record."""
     numbers = iter(range(100))
 
-    def run_pod(*, copies: bool = False, source: str = "org/model", tenant: str = "team", limits: Limits = Limits(poll_seconds=0.01)) -> CacheRecord:
+    def run_pod(*, copies: bool = False, source: str = "org/model", tenant: str = "team", limits: CacheLimits = CacheLimits(poll_seconds=0.01)) -> CacheRecord:
         folder = tmp_path / f"pod-{next(numbers)}"
         run = make_run(folder / "run", model, {"model": {"source": source}})[0]
         (folder / "run.json").write_bytes(run.to_bytes())
-        settings = replace(Settings.from_env(run_file=str(folder / "run.json"), work=str(folder / "work")), run_sha256=None)
+        settings = replace(Settings.from_env(run_file=str(folder / "run.json"), work_folder=str(folder / "work")), run_sha256=None)
         assert CachePod(settings, CacheOptions(tmp_path / "cache", tenant, copies, limits)).run() == 0
         record = CacheRecord.read(folder / "work")
         assert record is not None
@@ -67,18 +67,18 @@ def provide(tmp_path: Path, model: Path) -> Provide:
     return run_pod
 
 
-def files_of(folder: Path) -> dict[str, bytes]:
+def read_files(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("copies", [False, True])
 def test_the_model_is_downloaded_once(provide: Provide, hub: Hub, tmp_path: Path, copies: bool) -> None:
     models = [provide(copies=copies).models["model.source"] for _ in range(3)]
-    assert hub.downloads("org/model") == sorted(FILES)
+    assert hub.list_downloads("org/model") == sorted(FILES)
     assert [(model.from_cache, model.size) for model in models] == [(False, 725), (True, 725), (True, 725)]
     assert {model.hub_revision for model in models} == {hub.repositories["org/model"].commits[0].oid}
     for model in models:
-        assert files_of(model.path) == FILES
+        assert read_files(model.path) == FILES
         assert model.sha256 == {name: hashlib.sha256(data).hexdigest() for name, data in FILES.items()}
         assert (tmp_path / "cache" in model.path.parents) is not copies and (model.in_use_file is None) is copies
 
@@ -89,7 +89,7 @@ def test_each_revision_has_a_folder_of_its_own(provide: Provide, hub: Hub, model
     hub.serve_model("org/model", model)
     second = provide().models["model.source"]
     assert second.from_cache is False and second.path != first.path
-    assert (first.path / "config.json").read_bytes() == FILES["config.json"] and files_of(second.path) == files_of(second.path) | {
+    assert (first.path / "config.json").read_bytes() == FILES["config.json"] and read_files(second.path) == read_files(second.path) | {
         "config.json": b'{"model_type": "qwen2"}'
     }
 
@@ -102,7 +102,7 @@ def test_namespaces_share_no_models(provide: Provide, hub: Hub) -> None:
 
 
 def poison(tmp_path: Path, *, repairs_record: bool) -> Path:
-    """Change a file of the model as another pod with the claim could do it. `repairs_record`: also fit the cache's own record to it."""
+    """Change a file of the model, as another pod that mounts the claim could. `repairs_record`: also change the hash in the cache's own record."""
     (file,) = (tmp_path / "cache").glob("*/*/files/model.safetensors")
     status = file.stat()
     file.write_bytes(b"poison!" * 100)
@@ -124,8 +124,8 @@ def test_a_poisoned_file_is_named_and_downloaded_again(provide: Provide, hub: Hu
     poison(tmp_path, repairs_record=repairs_record)
     record = provide(copies=copies)
     assert record.notes == [DAMAGE_NOTE]
-    assert files_of(record.models["model.source"].path) == FILES and record.models["model.source"].from_cache is False
-    assert hub.downloads("org/model") == sorted([*FILES, *FILES])
+    assert read_files(record.models["model.source"].path) == FILES and record.models["model.source"].from_cache is False
+    assert hub.list_downloads("org/model") == sorted([*FILES, *FILES])
     assert provide(copies=copies).notes == []
 
 
@@ -151,41 +151,41 @@ def test_access_to_a_private_model_is_checked_for_each_job(provide: Provide, hub
 
 
 def test_a_model_without_access_causes_no_stack_trace(provide: Provide, hub: Hub, model: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The trainer container reports it with the field of the spec."""
+    """The trainer container reports the missing access, with the spec field."""
     hub.serve_model("org/model", model, is_private=True)
     assert provide().models == {}
     (line,) = [record for record in caplog.records if record.name == cache_pod.__name__]
     assert (line.getMessage(), line.exc_info) == ("model.source is downloaded without the cache: RepositoryNotFoundError", None)
 
 
-def stop_hub(hub: Hub, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def stop_hub(hub: Hub, outage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
-    if how == "unavailable":
+    if outage == "unavailable":
         hub.failures["/api/models/"] = [(503, "down")] * 100
     else:
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
 
 
-@pytest.mark.parametrize("how", ["unavailable", "offline"])
-def test_without_the_hub_a_public_model_on_the_node_is_used(provide: Provide, hub: Hub, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("outage", ["unavailable", "offline"])
+def test_without_the_hub_a_public_model_on_the_node_is_used(provide: Provide, hub: Hub, outage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     provide()
-    stop_hub(hub, how, monkeypatch)
+    stop_hub(hub, outage, monkeypatch)
     record, revision = provide(), hub.repositories["org/model"].commits[0].oid
     assert record.notes == [f"the model hub does not answer: revision {revision} of org/model from model.cache is used"]
     cached = record.models["model.source"]
-    assert (cached.from_cache, cached.hub_revision, files_of(cached.path)) == (True, revision, FILES)
+    assert (cached.from_cache, cached.hub_revision, read_files(cached.path)) == (True, revision, FILES)
 
 
-NOT_KNOWN = "model.source is downloaded without model.cache: the model hub does not answer, and "
+HUB_DOWN_NOTE = "model.source is downloaded without model.cache: the model hub does not answer, and "
 
 
 @pytest.mark.parametrize(
     ("gated", "copies", "source", "note"),
     [
-        (True, False, "org/model", NOT_KNOWN + "the cache has no public model of this name"),
-        (False, False, "org/model@v2", NOT_KNOWN + "the cache has no public model of this name"),
-        (False, True, "org/model", NOT_KNOWN + "without it the hashes of the files in a claim are not known"),
+        (True, False, "org/model", HUB_DOWN_NOTE + "the cache has no public model of this name"),
+        (False, False, "org/model@v2", HUB_DOWN_NOTE + "the cache has no public model of this name"),
+        (False, True, "org/model", HUB_DOWN_NOTE + "without it the files in a claim cannot be verified"),
     ],
 )
 def test_without_the_hub_other_models_are_not_used(
@@ -204,7 +204,7 @@ def test_without_the_hub_a_removed_model_is_not_used(provide: Provide, hub: Hub,
     poison(tmp_path, repairs_record=False)
     stop_hub(hub, "unavailable", monkeypatch)
     assert provide().notes == ["model.source is downloaded without model.cache: model.safetensors has another hash than at the source"]
-    assert provide().notes == [NOT_KNOWN + "the cache no longer has this model"]
+    assert provide().notes == [HUB_DOWN_NOTE + "the cache no longer has this model"]
 
 
 def test_without_the_hub_a_model_that_is_no_longer_public_is_not_used(provide: Provide, hub: Hub, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,7 +213,7 @@ def test_without_the_hub_a_model_that_is_no_longer_public_is_not_used(provide: P
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     assert provide().models["model.source"].from_cache is True
     stop_hub(hub, "unavailable", monkeypatch)
-    assert provide().notes == [NOT_KNOWN + "the cache has no public model of this name"]
+    assert provide().notes == [HUB_DOWN_NOTE + "the cache has no public model of this name"]
 
 
 # ---- a cache that fails ----
@@ -221,19 +221,19 @@ def test_without_the_hub_a_model_that_is_no_longer_public_is_not_used(provide: P
 
 @pytest.mark.parametrize("copies", [False, True])
 def test_the_folder_of_the_namespace_on_a_node_exists_after_every_failure(provide: Provide, hub: Hub, tmp_path: Path, copies: bool) -> None:
-    """The kubelet would create it for root, because the trainer container mounts it."""
+    """The trainer container mounts the folder. If it did not exist, the kubelet would create it for root."""
     hub.failures["/api/models/"] = [(503, "down")] * 100
     assert provide(copies=copies).models == {}
     assert (tmp_path / "cache/team").is_dir() is not copies
 
 
-def test_a_full_cache_is_named(provide: Provide, hub: Hub) -> None:
-    record = provide(limits=Limits(size_bytes=100))
-    assert record.models == {} and hub.downloads("org/model") == []
+def test_a_full_cache_adds_a_note(provide: Provide, hub: Hub) -> None:
+    record = provide(limits=CacheLimits(size_bytes=100))
+    assert record.models == {} and hub.list_downloads("org/model") == []
     assert record.notes[0].startswith("model.source is downloaded without model.cache: the cache has no space for 0.00 GB")
 
 
-def test_a_full_disk_is_named(provide: Provide, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_adds_a_note(provide: Provide, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
     def fail(*_: object, **__: object) -> None:
@@ -243,7 +243,7 @@ def test_a_full_disk_is_named(provide: Provide, monkeypatch: pytest.MonkeyPatch)
     assert provide().notes == ["model.source is downloaded without model.cache: No space left on device"]
 
 
-def test_a_folder_that_cannot_be_written_is_named(provide: Provide, tmp_path: Path) -> None:
+def test_a_cache_folder_that_cannot_be_written_adds_a_note(provide: Provide, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file instead of a folder")
     record = provide()
     assert record.models == {} and record.notes[0].startswith("model.source is downloaded without model.cache: ") and str(tmp_path / "cache") in record.notes[0]
@@ -254,12 +254,12 @@ def test_a_name_that_leads_out_of_the_folder_is_refused(provide: Provide, hub: H
     hub.repositories["org/model"].files[name] = b"{}"
     record = provide()
     assert record.models == {} and record.notes == [f"model.source is downloaded without model.cache: the source has a file with the name {name!r}"]
-    assert hub.downloads("org/model") == []
+    assert hub.list_downloads("org/model") == []
 
 
 def test_a_pod_without_run_json_ends_without_a_record(tmp_path: Path) -> None:
-    settings = Settings.from_env(run_file=str(tmp_path / "none"), work=str(tmp_path / "work"))
-    assert CachePod(settings, CacheOptions(tmp_path / "cache", "team", False, Limits())).run() == 0
+    settings = Settings.from_env(run_file=str(tmp_path / "none"), work_folder=str(tmp_path / "work"))
+    assert CachePod(settings, CacheOptions(tmp_path / "cache", "team", False, CacheLimits())).run() == 0
     assert CacheRecord.read(tmp_path / "work") is None
 
 
@@ -267,13 +267,13 @@ def test_only_models_from_the_hub_and_s3_are_provided(tmp_path: Path) -> None:
     def sources(model: str, reference: str) -> list[tuple[str, str]]:
         spec = {"model": {"source": model}, "trainer": {"type": "dpo", "dpo": {"referenceModel": reference}}}
         run: RunConfig = make_run(tmp_path / "run", tmp_path, spec)[0]
-        return list(cached_sources(run))
+        return list(cacheable_sources(run))
 
     assert sources("org/a", "s3://bucket/c") == [("model.source", "org/a"), ("trainer.dpo.referenceModel", "s3://bucket/c")]
     assert sources("pvc://claim/a", "file:///a") == []
 
 
-def test_the_arguments_of_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_arguments_of_fill_cache_become_options(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     given: list[CacheOptions] = []
 
     class Recorder:
@@ -287,6 +287,6 @@ def test_the_arguments_of_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path:
     cache_pod.main(["--folder", "/mnt/model-cache", "--tenant", "team", "--size-limit", "123", "--free-share", "0.15"])
     cache_pod.main(["--folder", "/mnt/model-cache/hub", "--tenant", "models", "--copy"])
     assert given == [
-        CacheOptions(Path("/mnt/model-cache"), "team", False, Limits(size_bytes=123, free_share=0.15)),
-        CacheOptions(Path("/mnt/model-cache/hub"), "models", True, Limits()),
+        CacheOptions(Path("/mnt/model-cache"), "team", False, CacheLimits(size_bytes=123, free_share=0.15)),
+        CacheOptions(Path("/mnt/model-cache/hub"), "models", True, CacheLimits()),
     ]

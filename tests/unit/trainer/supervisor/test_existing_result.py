@@ -14,7 +14,7 @@ from finetune_api.pod import ResumeConfig, RunConfig, StoreTarget, World
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.enums import OutputKind
 from finetune_api.status import EvaluationResult, Metrics, Output, Progress, ResolvedConfig
-from finetune_trainer.checkpoint.manifest import Manifest, RunFacts, entries_of
+from finetune_trainer.checkpoint.manifest import Manifest, RunFacts, list_file_entries
 from finetune_trainer.checkpoint.tree import CheckpointTree
 from finetune_trainer.storage.folder import FolderStore
 from finetune_trainer.supervisor import existing_result
@@ -27,8 +27,8 @@ FACTS_WITHOUT_WEIGHTS = FACTS.model_copy(update={"other_inputs": {"reference mod
 
 
 @pytest.fixture
-def run_of(tmp_path: Path) -> Callable[..., RunConfig]:
-    """Run configurations of jobs with one name and different uids."""
+def build_run(tmp_path: Path) -> Callable[..., RunConfig]:
+    """Return a function that builds run configurations of jobs with the same name and different uids."""
 
     def build(uid: str, mode: str | None = None, attempt: int = 1, **changes: Any) -> RunConfig:
         value = SPEC | changes | ({"policy": {"onExistingResult": mode}} if mode else {})
@@ -43,22 +43,22 @@ def run_of(tmp_path: Path) -> Callable[..., RunConfig]:
     return build
 
 
-def tree_of(run: RunConfig) -> CheckpointTree:
+def open_tree(run: RunConfig) -> CheckpointTree:
     return CheckpointTree(FolderStore(Path(run.storage.uri.removeprefix("file://")), run.storage.uri))
 
 
 def commit_model(run: RunConfig, folder: Path, facts: RunFacts = FACTS) -> Output:
     """Commit a final model, as a run does before its last stages."""
-    tree, incarnation = tree_of(run), "a1-12345678"
+    tree, incarnation = open_tree(run), "a1-12345678"
     (folder / run.uid).mkdir()
     (folder / run.uid / "adapter_model.safetensors").write_bytes(run.uid.encode())
     tree.upload(Storage.MODEL, incarnation, folder / run.uid)
-    manifest = Manifest(attempt=1, incarnation=incarnation, step=4, kind=OutputKind.ADAPTER, facts=facts, files=entries_of(folder / run.uid))
+    manifest = Manifest(attempt=1, incarnation=incarnation, step=4, kind=OutputKind.ADAPTER, facts=facts, files=list_file_entries(folder / run.uid))
     marker = tree.commit(Storage.MODEL, manifest)
     return Output(uri=tree.uri(f"{Storage.MODEL}/{incarnation}"), sha256=marker.manifest_sha256, kind=OutputKind.ADAPTER)
 
 
-def complete(run: RunConfig, folder: Path, facts: RunFacts = FACTS) -> Output:
+def commit_result(run: RunConfig, folder: Path, facts: RunFacts = FACTS) -> Output:
     """Commit a final model and store the result of the run."""
     output = commit_model(run, folder, facts)
     state = RunState()
@@ -66,39 +66,39 @@ def complete(run: RunConfig, folder: Path, facts: RunFacts = FACTS) -> Output:
     report = state.report().model_copy(update={
         "metrics": Metrics(train_loss=0.5), "progress": Progress(step=4), "evaluation": EvaluationResult(rows=3),
     })  # fmt: skip
-    store_result(run, tree_of(run), output, report)
+    store_result(run, open_tree(run), output, report)
     return output
 
 
-def notes_of(state: RunState) -> list[str]:
+def read_notes(state: RunState) -> list[str]:
     return state.report().resolved.notes or []
 
 
-def test_the_result_of_the_same_spec_and_inputs_is_adopted(run_of: Callable[..., RunConfig], tmp_path: Path) -> None:
-    output = complete(run_of("old"), tmp_path)
+def test_the_result_of_the_same_spec_and_inputs_is_adopted(build_run: Callable[..., RunConfig], tmp_path: Path) -> None:
+    output = commit_result(build_run("old"), tmp_path)
     state = RunState()
-    result = find_result_to_adopt(run_of("new"), FACTS_WITHOUT_WEIGHTS, state)
-    assert result is not None and notes_of(state) == []
+    result = find_result_to_adopt(build_run("new"), FACTS_WITHOUT_WEIGHTS, state)
+    assert result is not None and read_notes(state) == []
     assert result.output == output.model_copy(update={"adopted_uid": "old"})
     assert (result.metrics, result.progress, result.evaluation) == (Metrics(train_loss=0.5), Progress(step=4), EvaluationResult(rows=3))
     assert result.resolved == ResolvedConfig(device="H100")
 
 
-def test_the_newest_equal_result_is_adopted_and_own_files_do_not_count(run_of: Callable[..., RunConfig], tmp_path: Path) -> None:
+def test_the_newest_equal_result_of_another_job_is_adopted(build_run: Callable[..., RunConfig], tmp_path: Path) -> None:
     for uid in ("z-first", "a-second"):
-        complete(run_of(uid), tmp_path)
-    complete(run_of("other", training={"maxSteps": 5}), tmp_path)
-    result = find_result_to_adopt(run_of("new"), FACTS, RunState())
+        commit_result(build_run(uid), tmp_path)
+    commit_result(build_run("other", training={"maxSteps": 5}), tmp_path)
+    result = find_result_to_adopt(build_run("new"), FACTS, RunState())
     assert result is not None and result.output.adopted_uid == "a-second"
-    again = find_result_to_adopt(run_of("a-second"), FACTS, RunState())
+    again = find_result_to_adopt(build_run("a-second"), FACTS, RunState())
     assert again is not None and again.output.adopted_uid == "z-first"
 
 
-def test_a_first_job_trains_without_a_note(run_of: Callable[..., RunConfig]) -> None:
+def test_a_first_job_trains_without_a_note(build_run: Callable[..., RunConfig]) -> None:
     state = RunState()
     for mode in (None, "adopt", "fail", "train"):
-        assert find_result_to_adopt(run_of("new", mode), FACTS, state) is None
-    assert notes_of(state) == []
+        assert find_result_to_adopt(build_run("new", mode), FACTS, state) is None
+    assert read_notes(state) == []
 
 
 @pytest.mark.parametrize(
@@ -111,50 +111,50 @@ def test_a_first_job_trains_without_a_note(run_of: Callable[..., RunConfig]) -> 
     ],
 )  # fmt: skip
 def test_another_result_is_named_and_the_job_trains(
-    run_of: Callable[..., RunConfig], tmp_path: Path, changes: dict[str, Any], facts: RunFacts, difference: str
+    build_run: Callable[..., RunConfig], tmp_path: Path, changes: dict[str, Any], facts: RunFacts, difference: str
 ) -> None:
-    output, state = complete(run_of("old"), tmp_path), RunState()
-    assert find_result_to_adopt(run_of("new", **changes), facts, state) is None
-    assert notes_of(state) == [f"policy.onExistingResult: {output.uri} was not adopted, because it was made with other values: {difference}; the job trains"]
+    output, state = commit_result(build_run("old"), tmp_path), RunState()
+    assert find_result_to_adopt(build_run("new", **changes), facts, state) is None
+    assert read_notes(state) == [f"policy.onExistingResult: {output.uri} was not adopted, because it was made with other values: {difference}; the job trains"]
 
 
-def test_a_model_without_a_successful_end_is_not_adopted(run_of: Callable[..., RunConfig], tmp_path: Path) -> None:
-    output, state = commit_model(run_of("old"), tmp_path), RunState()
-    assert find_result_to_adopt(run_of("new"), FACTS, state) is None
-    assert notes_of(state) == [f"policy.onExistingResult: {output.uri} was not adopted, because it has no record of a successful run; the job trains"]
+def test_a_model_of_a_run_that_did_not_succeed_is_not_adopted(build_run: Callable[..., RunConfig], tmp_path: Path) -> None:
+    output, state = commit_model(build_run("old"), tmp_path), RunState()
+    assert find_result_to_adopt(build_run("new"), FACTS, state) is None
+    assert read_notes(state) == [f"policy.onExistingResult: {output.uri} was not adopted, because it has no record of a successful run; the job trains"]
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "adapter_model.safetensors"])
-def test_an_incomplete_model_does_not_count(run_of: Callable[..., RunConfig], tmp_path: Path, name: str) -> None:
-    complete(run_of("old"), tmp_path)
-    tree_of(run_of("old")).store.delete([f"{Storage.MODEL}/a1-12345678/{name}"])
-    assert find_result_to_adopt(run_of("new"), FACTS, RunState()) is None
-    assert find_result_to_adopt(run_of("new", "fail"), FACTS, RunState()) is None
+def test_an_incomplete_model_is_ignored(build_run: Callable[..., RunConfig], tmp_path: Path, name: str) -> None:
+    commit_result(build_run("old"), tmp_path)
+    open_tree(build_run("old")).store.delete([f"{Storage.MODEL}/a1-12345678/{name}"])
+    assert find_result_to_adopt(build_run("new"), FACTS, RunState()) is None
+    assert find_result_to_adopt(build_run("new", "fail"), FACTS, RunState()) is None
 
 
-def test_a_record_of_another_model_does_not_count(run_of: Callable[..., RunConfig], tmp_path: Path) -> None:
-    output, store, state = complete(run_of("old"), tmp_path), tree_of(run_of("old")).store, RunState()
+def test_a_result_that_belongs_to_another_model_is_not_adopted(build_run: Callable[..., RunConfig], tmp_path: Path) -> None:
+    output, store, state = commit_result(build_run("old"), tmp_path), open_tree(build_run("old")).store, RunState()
     store.put(RESULT_KEY, (store.get(RESULT_KEY) or b"").replace(str(output.sha256).encode(), b"0" * 64))
-    assert find_result_to_adopt(run_of("new"), FACTS, state) is None
-    assert notes_of(state) == [f"policy.onExistingResult: {output.uri} was not adopted, because it has no record of a successful run; the job trains"]
+    assert find_result_to_adopt(build_run("new"), FACTS, state) is None
+    assert read_notes(state) == [f"policy.onExistingResult: {output.uri} was not adopted, because it has no record of a successful run; the job trains"]
 
 
-def test_a_superseded_attempt_stores_no_result(run_of: Callable[..., RunConfig], tmp_path: Path) -> None:
-    old = run_of("old")
-    tree_of(old).begin_attempt(2, b"{}")
+def test_a_superseded_attempt_stores_no_result(build_run: Callable[..., RunConfig], tmp_path: Path) -> None:
+    old = build_run("old")
+    open_tree(old).begin_attempt(2, b"{}")
     complete_output = commit_model_of_second_attempt(old, tmp_path)
-    store_result(old, tree_of(old), complete_output, RunState().report())
-    assert tree_of(old).store.get(RESULT_KEY) is None
-    store_result(old.model_copy(update={"attempt": 2}), tree_of(old), complete_output, RunState().report())
-    assert tree_of(old).store.get(RESULT_KEY) is not None
+    store_result(old, open_tree(old), complete_output, RunState().report())
+    assert open_tree(old).store.get(RESULT_KEY) is None
+    store_result(old.model_copy(update={"attempt": 2}), open_tree(old), complete_output, RunState().report())
+    assert open_tree(old).store.get(RESULT_KEY) is not None
 
 
 def commit_model_of_second_attempt(run: RunConfig, folder: Path) -> Output:
-    tree, source = tree_of(run), folder / "model"
+    tree, source = open_tree(run), folder / "model"
     source.mkdir()
     (source / "adapter_model.safetensors").write_bytes(b"1")
     tree.upload(Storage.MODEL, "a2-12345678", source)
-    manifest = Manifest(attempt=2, incarnation="a2-12345678", step=4, kind=OutputKind.ADAPTER, facts=FACTS, files=entries_of(source))
+    manifest = Manifest(attempt=2, incarnation="a2-12345678", step=4, kind=OutputKind.ADAPTER, facts=FACTS, files=list_file_entries(source))
     return Output(uri=tree.uri("model/a2-12345678"), sha256=tree.commit(Storage.MODEL, manifest).manifest_sha256)
 
 
@@ -162,35 +162,35 @@ def commit_model_of_second_attempt(run: RunConfig, folder: Path) -> Output:
     ("changes", "comparison"),
     [({}, "spec and inputs are the same"), ({"training": {"maxSteps": 5}}, "it was made with other values: training.maxSteps")],
 )
-def test_fail_refuses_every_earlier_result(run_of: Callable[..., RunConfig], tmp_path: Path, changes: dict[str, Any], comparison: str) -> None:
-    output = complete(run_of("old"), tmp_path)
+def test_fail_refuses_every_earlier_result(build_run: Callable[..., RunConfig], tmp_path: Path, changes: dict[str, Any], comparison: str) -> None:
+    output = commit_result(build_run("old"), tmp_path)
     with pytest.raises(ConfigError) as caught:
-        find_result_to_adopt(run_of("new", "fail", **changes), FACTS, RunState())
+        find_result_to_adopt(build_run("new", "fail", **changes), FACTS, RunState())
     assert (caught.value.code, int(caught.value.exit_code)) == ("ExistingResultFound", 64)
     assert caught.value.message == (
         f"policy.onExistingResult is fail, and an earlier FineTuneJob team/job (uid old) has stored {output.uri}; {comparison}"
     )
-    assert find_result_to_adopt(run_of("new", "train", **changes), FACTS, RunState()) is None
+    assert find_result_to_adopt(build_run("new", "train", **changes), FACTS, RunState()) is None
 
 
-def test_a_store_that_cannot_be_listed_ends_only_a_job_that_asked(run_of: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_cannot_be_listed_ends_only_a_job_that_sets_adopt_or_fail(build_run: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(_store: FolderStore) -> tuple[str, ...]:
         raise CredentialsError("AccessDenied", "s3:ListBucket is not granted")
 
     monkeypatch.setattr(FolderStore, "list_folders", refuse)
     state = RunState()
-    assert find_result_to_adopt(run_of("new"), FACTS, state) is None
-    assert notes_of(state) == ["policy.onExistingResult: the results of earlier jobs could not be read, so the job trains: AccessDenied"]
+    assert find_result_to_adopt(build_run("new"), FACTS, state) is None
+    assert read_notes(state) == ["policy.onExistingResult: the results of earlier jobs could not be read, so the job trains: AccessDenied"]
     for mode in ("adopt", "fail"):
         with pytest.raises(FineTuneError, match="s3:ListBucket"):
-            find_result_to_adopt(run_of("new", mode), FACTS, RunState())
+            find_result_to_adopt(build_run("new", mode), FACTS, RunState())
 
 
-def test_an_earlier_run_that_cannot_be_read_does_not_hide_the_others(
-    run_of: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_earlier_run_that_cannot_be_read_does_not_hide_the_other_runs(
+    build_run: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    output = complete(run_of("old"), tmp_path)
-    complete(run_of("encrypted"), tmp_path)
+    output = commit_result(build_run("old"), tmp_path)
+    commit_result(build_run("encrypted"), tmp_path)
     read_run = existing_result._read_run
 
     def read_or_refuse(run: RunConfig, uri: str, uid: str) -> object:
@@ -200,8 +200,8 @@ def test_an_earlier_run_that_cannot_be_read_does_not_hide_the_others(
 
     monkeypatch.setattr(existing_result, "_read_run", read_or_refuse)
     state = RunState()
-    result = find_result_to_adopt(run_of("new", "adopt"), FACTS_WITHOUT_WEIGHTS, state)
+    result = find_result_to_adopt(build_run("new", "adopt"), FACTS_WITHOUT_WEIGHTS, state)
     assert result is not None and result.output.uri == output.uri
-    assert notes_of(state) == [
+    assert read_notes(state) == [
         "policy.onExistingResult: the result of the job with uid encrypted could not be read, so it is not compared: EncryptionRefused"
     ]

@@ -15,15 +15,15 @@ import pytest
 from finetune_api.errors import FineTuneError
 from finetune_api.names import FailureClass
 from finetune_api.pod import StoreTarget
-from finetune_trainer.checkpoint.manifest import Manifest, prefix_of
+from finetune_trainer.checkpoint.manifest import Manifest, checkpoint_folder_key
 from finetune_trainer.checkpoint.tree import CheckpointTree
 from finetune_trainer.file_entry import sha256_file
 from finetune_trainer.model_cache.record import CachedModel
 from finetune_trainer.storage.base import ObjectStat
 from finetune_trainer.storage.folder import FolderStore
 from finetune_trainer.storage.roots import open_store
-from finetune_trainer.storage.web import MAX_ATTEMPTS
-from finetune_trainer.supervisor.fetch import MODEL_WITHOUT_WEIGHTS, FetchedSource, Fetcher, fingerprint
+from finetune_trainer.storage.web import MAX_TRIES
+from finetune_trainer.supervisor.fetch import MODEL_WITHOUT_WEIGHTS, FetchedSource, Fetcher, compute_fingerprint
 from web_server import Fault, WebServer
 
 SECRET_QUERY = "?X-Amz-Signature=hidden-word"
@@ -40,7 +40,7 @@ def fetcher(tmp_path: Path, server: WebServer) -> Fetcher:
 
 def fetch_error(fetcher: Fetcher, url: str) -> FineTuneError:
     with pytest.raises(FineTuneError) as caught:
-        fetcher.data(url + SECRET_QUERY, "dataset.train", "train")
+        fetcher.fetch_data_files(url + SECRET_QUERY, "dataset.train", "train")
     assert "hidden-word" not in str(caught.value) and "dataset.train" in caught.value.message
     return caught.value
 
@@ -51,11 +51,11 @@ def fetch_error(fetcher: Fetcher, url: str) -> FineTuneError:
         ([Fault(404)], 66, "DatasetNotFound", "answers 404"),
         ([Fault(410)], 66, "DatasetNotFound", "answers 410"),
         ([Fault(403)], 77, "PermissionDenied", "answers 403"),
-        ([Fault(503)] * MAX_ATTEMPTS, 69, "DownloadFailed", "answers 503"),
-        ([Fault(headers={"Content-Length": "20"}, cut_bytes=10)] * MAX_ATTEMPTS, 69, "DownloadBroken", "10 of 20 bytes"),
+        ([Fault(503)] * MAX_TRIES, 69, "DownloadFailed", "answers 503"),
+        ([Fault(headers={"Content-Length": "20"}, cut_bytes=10)] * MAX_TRIES, 69, "DownloadBroken", "10 of 20 bytes"),
     ],
 )
-def test_an_error_response_has_a_named_failure(
+def test_an_error_response_is_converted_to_an_error_with_a_code(
     fetcher: Fetcher, server: WebServer, faults: list[Fault], exit_code: int, code: str, text: str
 ) -> None:
     server.serves_ranges, server.faults = False, faults
@@ -74,7 +74,7 @@ def test_an_error_response_has_a_named_failure(
         (OSError(errno.ENOSPC, "No space left on device"), "LocalDiskFull", "local disk"),
     ],
 )
-def test_an_interrupted_download_has_a_named_failure(
+def test_an_interrupted_download_is_an_error_with_a_code(
     fetcher: Fetcher, server: WebServer, monkeypatch: pytest.MonkeyPatch, interruption: Exception, code: str, text: str
 ) -> None:
     from urllib3 import HTTPResponse
@@ -91,7 +91,7 @@ def test_an_interrupted_download_has_a_named_failure(
         raise interruption
 
     monkeypatch.setattr(HTTPResponse, "stream", stream)
-    server.serves_ranges, server.faults = False, [Fault(headers={"Content-Length": "0"})] * MAX_ATTEMPTS
+    server.serves_ranges, server.faults = False, [Fault(headers={"Content-Length": "0"})] * MAX_TRIES
     error = fetch_error(fetcher, f"{server.url}/sets/rows.jsonl")
     assert (error.exit_code, error.code) == (69, code) and text in error.message
 
@@ -114,10 +114,10 @@ def test_a_web_file_keeps_its_name(fetcher: Fetcher, server: WebServer, tmp_path
     chunk_sizes: list[int] = []
     fetcher.byte_counter = chunk_sizes.append
     server.faults = [Fault(503)]
-    (file,) = fetcher.data(f"{server.url}/sets/rows.jsonl{SECRET_QUERY}", "dataset.train", "train")
+    (file,) = fetcher.fetch_data_files(f"{server.url}/sets/rows.jsonl{SECRET_QUERY}", "dataset.train", "train")
     assert (file.name, file.read_bytes(), sum(chunk_sizes)) == ("rows.jsonl", b"0123456789", 10)
     assert server.requests == [f"GET /sets/rows.jsonl{SECRET_QUERY}"] * 2
-    assert fetcher.digests.known(file) == hashlib.sha256(b"0123456789").hexdigest()
+    assert fetcher.digests.get_known_sha256(file) == hashlib.sha256(b"0123456789").hexdigest()
 
 
 def test_a_file_larger_than_the_disk_is_not_downloaded(
@@ -130,15 +130,15 @@ def test_a_file_larger_than_the_disk_is_not_downloaded(
 
 @pytest.fixture
 def storage_url(fetcher: Fetcher, server: WebServer, tmp_path: Path) -> str:
-    """URL of a storage root that contains a committed checkpoint and a committed model."""
+    """Return the URL of a job's folder that contains a committed checkpoint and a committed model."""
     tree = CheckpointTree(open_store(StoreTarget(uri=f"file://{server.folder}/root")))
     for step in (100, None):
         staged = tmp_path / f"staged-{step}"
         (staged / "sub").mkdir(parents=True)
         (staged / "config.json").write_text("{}")
         (staged / "sub/weights").write_text(f"weights of {step}")
-        files = tree.upload(prefix_of(step), "a1-00000000", staged)
-        tree.commit(prefix_of(step), Manifest(step=step or 100, incarnation="a1-00000000", files=files))
+        files = tree.upload(checkpoint_folder_key(step), "a1-00000000", staged)
+        tree.commit(checkpoint_folder_key(step), Manifest(step=step or 100, incarnation="a1-00000000", files=files))
     return f"{server.url}/root"
 
 
@@ -147,9 +147,9 @@ def storage_url(fetcher: Fetcher, server: WebServer, tmp_path: Path) -> str:
     [("model", "None"), ("model/a1-00000000", "None"), ("checkpoints/step-00000100", "100")],
 )
 def test_a_committed_model_is_read_by_its_manifest(fetcher: Fetcher, storage_url: str, path: str, expected_step: str) -> None:
-    model = fetcher.model(f"{storage_url}/{path}{SECRET_QUERY}", "model.source", "model")
+    model = fetcher.fetch_model(f"{storage_url}/{path}{SECRET_QUERY}", "model.source", "model")
     assert (model.path / "sub/weights").read_text() == f"weights of {expected_step}"
-    assert all(fetcher.digests.known(model.path / name) == sha256_file(model.path / name) for name in ("config.json", "sub/weights"))
+    assert all(fetcher.digests.get_known_sha256(model.path / name) == sha256_file(model.path / name) for name in ("config.json", "sub/weights"))
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_the_error_message_for_a_model_does_not_show_the_signature(
 ) -> None:
     (server.folder / "root/model/a1-00000000/sub/weights").write_text("weights of Nome")
     with pytest.raises(FineTuneError) as caught:
-        fetcher.model(f"{storage_url}/{path}{SECRET_QUERY}", "model.source", "model")
+        fetcher.fetch_model(f"{storage_url}/{path}{SECRET_QUERY}", "model.source", "model")
     error = caught.value
     assert (error.exit_code, error.code, error.failure_class) == (66, code, FailureClass.MODEL)
     assert message in error.message and "model.source" in error.message and "hidden-word" not in str(error)
@@ -179,7 +179,7 @@ class ObjectStore(FolderStore):
 
 
 @pytest.fixture
-def local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fetcher:
+def local_fetcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fetcher:
     """A fetcher whose buckets are folders."""
     run: Any = SimpleNamespace(model_store=None, dataset_store=None, storage=StoreTarget(uri="pvc://c/x"))
     fetcher = Fetcher(run, tmp_path / "work")
@@ -201,70 +201,70 @@ def write_files(root: Path, *names: str) -> None:
         ("s3://bucket", ["data/a.jsonl", "data/inner/b.csv", "database/c.jsonl"]),
     ],
 )
-def test_an_s3_source_is_one_object_or_all_objects_below_a_key(local: Fetcher, tmp_path: Path, source: str, files: list[str]) -> None:
+def test_an_s3_source_is_one_object_or_all_objects_below_a_key(local_fetcher: Fetcher, tmp_path: Path, source: str, files: list[str]) -> None:
     write_files(tmp_path / "bucket", "data/a.jsonl", "data/inner/b.csv", "database/c.jsonl")
-    found = local.data(source, "dataset.train", "train")
+    found = local_fetcher.fetch_data_files(source, "dataset.train", "train")
     assert [file.relative_to(tmp_path / "work/fetched/train").as_posix() for file in found] == files
     assert [file.read_text().rpartition("/")[2] for file in found] == [name.rpartition("/")[2] for name in files]
-    assert [local.digests.known(file) for file in found] == [sha256_file(file) for file in found]
+    assert [local_fetcher.digests.get_known_sha256(file) for file in found] == [sha256_file(file) for file in found]
 
 
 @pytest.mark.parametrize("source", ["s3://bucket/missing", "file:///missing", "s3://bucket/dat"])
-def test_a_missing_source_is_named(local: Fetcher, tmp_path: Path, source: str) -> None:
+def test_a_missing_source_is_an_error_that_names_its_field(local_fetcher: Fetcher, tmp_path: Path, source: str) -> None:
     write_files(tmp_path / "bucket", "data/a.jsonl")
     with pytest.raises(FineTuneError, match="does not exist") as caught:
-        local.data(source, "dataset.train", "train")
+        local_fetcher.fetch_data_files(source, "dataset.train", "train")
     assert (caught.value.code, caught.value.exit_code, caught.value.hint) == ("DatasetNotFound", 66, "correct dataset.train")
 
 
 @pytest.mark.parametrize(("free", "is_refused"), [(64 * 1024**2 + 16, True), (64 * 1024**2 + 17, False)])
 def test_a_reserve_of_64_mebibytes_stays_free(
-    local: Fetcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, is_refused: bool
+    local_fetcher: Fetcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, is_refused: bool
 ) -> None:
     write_files(tmp_path / "bucket", "one.jsonl")
     monkeypatch.setattr("finetune_trainer.supervisor.fetch.free_bytes", lambda path: free)
     if not is_refused:
-        assert len(local.data("s3://bucket/one.jsonl", "dataset.train", "train")) == 1
+        assert len(local_fetcher.fetch_data_files("s3://bucket/one.jsonl", "dataset.train", "train")) == 1
         return
-    with pytest.raises(FineTuneError, match=r"has 0.00 GB, but the pod's disk has only 0.07 GB left"):
-        local.data("s3://bucket/one.jsonl", "dataset.train", "train")
+    with pytest.raises(FineTuneError, match=r"needs 0.00 GB, but the pod's disk has only 0.07 GB left"):
+        local_fetcher.fetch_data_files("s3://bucket/one.jsonl", "dataset.train", "train")
 
 
-def test_a_model_is_a_folder_with_a_configuration(local: Fetcher, tmp_path: Path) -> None:
+def test_a_model_is_a_folder_with_a_configuration(local_fetcher: Fetcher, tmp_path: Path) -> None:
     write_files(tmp_path / "bucket", "m/config.json", "m/w.safetensors", "weights/c", "weights/b", "weights/a", "weights/d", "weights/e", "weights/f")
-    model = local.model("s3://bucket/m", "model.source", "model")
+    model = local_fetcher.fetch_model("s3://bucket/m", "model.source", "model")
     assert (model.path, model.hub_revision) == (tmp_path / "work/fetched/model", None)
     for source, text in (("s3://bucket/m/config.json", "which is a file"), (f"file://{tmp_path}/bucket/weights", r"\(it holds a, b, c, d, e\)")):
         with pytest.raises(FineTuneError, match=text) as caught:
-            local.model(source, "model.source", "other")
+            local_fetcher.fetch_model(source, "model.source", "other")
         assert (caught.value.code, caught.value.failure_class) == ("ModelInvalid", FailureClass.MODEL)
 
 
-def test_images_beside_the_data_files_are_fetched_but_are_no_data_files(local: Fetcher, tmp_path: Path) -> None:
+def test_images_next_to_the_data_files_are_not_data_files(local_fetcher: Fetcher, tmp_path: Path) -> None:
     write_files(tmp_path / "bucket", "d/rows.jsonl", "d/pictures/a.png", "d/b.JPG")
-    assert [file.name for file in local.data("s3://bucket/d", "dataset.train", "train")] == ["rows.jsonl"]
+    assert [file.name for file in local_fetcher.fetch_data_files("s3://bucket/d", "dataset.train", "train")] == ["rows.jsonl"]
     assert (tmp_path / "work/fetched/train/pictures/a.png").exists() and (tmp_path / "work/fetched/train/b.JPG").exists()
 
 
-def test_the_source_of_the_images_must_be_a_folder(local: Fetcher, tmp_path: Path) -> None:
+def test_the_source_of_the_images_must_be_a_folder(local_fetcher: Fetcher, tmp_path: Path) -> None:
     write_files(tmp_path / "bucket", "i/a.png", "i/deep/b.png")
-    folder = local.image_root("s3://bucket/i", "dataset.images.root", "images")
+    folder = local_fetcher.fetch_image_folder("s3://bucket/i", "dataset.images.root", "images")
     assert sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*.png")) == ["a.png", "deep/b.png"]
     with pytest.raises(FineTuneError, match="which is a file, but a folder is needed") as caught:
-        local.image_root("s3://bucket/i/a.png", "dataset.images.root", "other")
+        local_fetcher.fetch_image_folder("s3://bucket/i/a.png", "dataset.images.root", "other")
     assert (caught.value.code, caught.value.failure_class) == ("ImagesNotFound", FailureClass.DATA)
 
 
-def test_mounted_sources_are_used_in_place(local: Fetcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mounted_sources_are_used_in_place(local_fetcher: Fetcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("finetune_trainer.supervisor.fetch.PVC_MOUNT", str(tmp_path / "pvc"))
     monkeypatch.setattr("finetune_trainer.supervisor.fetch.CONFIGMAP_MOUNT", str(tmp_path / "maps"))
     write_files(tmp_path, "pvc/claim/d/b.csv", "pvc/claim/d/a.jsonl", "pvc/claim/d/ignored.bin", "maps/m/rows.jsonl")
-    assert [file.name for file in local.data("pvc://claim/d", "dataset.train", "train")] == ["a.jsonl", "b.csv"]
-    assert local.data("configmap://m/rows.jsonl", "dataset.train", "train") == [tmp_path / "maps/m/rows.jsonl"]
-    assert local.digests.known(tmp_path / "maps/m/rows.jsonl") is None
+    assert [file.name for file in local_fetcher.fetch_data_files("pvc://claim/d", "dataset.train", "train")] == ["a.jsonl", "b.csv"]
+    assert local_fetcher.fetch_data_files("configmap://m/rows.jsonl", "dataset.train", "train") == [tmp_path / "maps/m/rows.jsonl"]
+    assert local_fetcher.digests.get_known_sha256(tmp_path / "maps/m/rows.jsonl") is None
     (tmp_path / "pvc/claim/empty").mkdir()
     with pytest.raises(FineTuneError, match="holds no data file"):
-        local.data("pvc://claim/empty", "dataset.train", "train")
+        local_fetcher.fetch_data_files("pvc://claim/empty", "dataset.train", "train")
 
 
 @pytest.mark.parametrize(
@@ -277,7 +277,7 @@ def test_mounted_sources_are_used_in_place(local: Fetcher, tmp_path: Path, monke
         ("LocalEntryNotFoundError", "HubUnreachable", "a/b@v1, but the model hub could not be reached (LocalEntryNotFoundError)"),
     ],
 )
-def test_a_failure_of_the_hub_is_named(local: Fetcher, monkeypatch: pytest.MonkeyPatch, error: str, code: str, text: str) -> None:
+def test_a_failure_of_the_hub_is_an_error_with_a_code(local_fetcher: Fetcher, monkeypatch: pytest.MonkeyPatch, error: str, code: str, text: str) -> None:
     import huggingface_hub
 
     def refuse(*_: object, **__: object) -> str:
@@ -286,11 +286,11 @@ def test_a_failure_of_the_hub_is_named(local: Fetcher, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     with pytest.raises(FineTuneError) as caught:
-        local.data("hf://a/b@v1", "dataset.train", "train")
+        local_fetcher.fetch_data_files("hf://a/b@v1", "dataset.train", "train")
     assert caught.value.code == code and text in caught.value.message
 
 
-def test_a_hub_model_has_the_revision_of_its_snapshot(local: Fetcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_model_has_the_revision_of_its_snapshot(local_fetcher: Fetcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
     options: dict[str, Any] = {}
@@ -302,7 +302,7 @@ def test_a_hub_model_has_the_revision_of_its_snapshot(local: Fetcher, tmp_path: 
 
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert local.model("a/b", "model.source", "model").hub_revision == "0123abc"
+    assert local_fetcher.fetch_model("a/b", "model.source", "model").hub_revision == "0123abc"
     assert (options["repository"], options["revision"], options["repo_type"], options["token"]) == ("a/b", None, "model", False)
     assert options["cache_dir"] == tmp_path / "work/hub"
 
@@ -321,12 +321,12 @@ def test_a_fingerprint_covers_small_files_and_the_ends_of_large_files(tmp_path: 
     file = tmp_path / "weights"
     with file.open("wb") as stream:
         stream.truncate(size)
-    before = fingerprint(tmp_path)
+    before = compute_fingerprint(tmp_path)
     with file.open("r+b") as stream:
         stream.seek(changed_byte)
         stream.write(b"x")
     assert before.startswith("sha256:") and len(before) == len("sha256:") + 64
-    assert (fingerprint(tmp_path) != before) is is_noticed
+    assert (compute_fingerprint(tmp_path) != before) is is_noticed
 
 
 # ---- models that the init container provides ----
@@ -337,22 +337,22 @@ def cached_model(folder: Path, **fields: Any) -> CachedModel:
     return CachedModel(**(values | fields))
 
 
-def fetch_with(local: Fetcher, cached: CachedModel, source: str = "a/b") -> tuple[FetchedSource, Fetcher]:
-    fetcher = Fetcher(local.run, local.work, cached={"model.source": cached})
-    return fetcher.model(source, "model.source", "model"), fetcher
+def fetch_with(local_fetcher: Fetcher, cached: CachedModel, source: str = "a/b") -> tuple[FetchedSource, Fetcher]:
+    fetcher = Fetcher(local_fetcher.run, local_fetcher.work_folder, cached_models={"model.source": cached})
+    return fetcher.fetch_model(source, "model.source", "model"), fetcher
 
 
-@pytest.mark.usefixtures("no_download")
-def test_a_cached_model_is_not_downloaded(local: Fetcher, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("refuse_downloads")
+def test_a_cached_model_is_not_downloaded(local_fetcher: Fetcher, tmp_path: Path) -> None:
     write_files(tmp_path / "cached", "config.json", "model.safetensors")
-    fetched, fetcher = fetch_with(local, cached_model(tmp_path / "cached"))
+    fetched, fetcher = fetch_with(local_fetcher, cached_model(tmp_path / "cached"))
     assert (fetched.path, fetched.hub_revision, fetched.source_version) == (tmp_path / "cached", "abc", "abc")
     assert fetcher.source_versions == {"model.source": "abc"} and list(fetcher.models_from_cache) == ["model.source"]
-    assert fetcher.digests.known(tmp_path / "cached/config.json") == "0" * 64
+    assert fetcher.digests.get_known_sha256(tmp_path / "cached/config.json") == "0" * 64
 
 
 @pytest.fixture
-def no_download(monkeypatch: pytest.MonkeyPatch) -> None:
+def refuse_downloads(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
     def refuse(*_: object, **__: object) -> str:
@@ -361,17 +361,18 @@ def no_download(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
 
 
-@pytest.mark.usefixtures("no_download")
+@pytest.mark.usefixtures("refuse_downloads")
 @pytest.mark.parametrize("change", [{"source": "a/c"}, {"path": Path("/nonexistent")}, {"in_use_file": Path("/nonexistent")}])
-def test_a_cached_model_that_is_gone_or_of_another_source_is_downloaded(local: Fetcher, tmp_path: Path, change: dict[str, Any]) -> None:
+def test_a_model_is_downloaded_if_the_cached_one_is_gone_or_has_another_source(local_fetcher: Fetcher, tmp_path: Path, change: dict[str, Any]) -> None:
     write_files(tmp_path / "cached", "config.json")
     with pytest.raises(FineTuneError, match="HubUnreachable"):
-        fetch_with(local, cached_model(tmp_path / "cached", **change))
+        fetch_with(local_fetcher, cached_model(tmp_path / "cached", **change))
 
 
-@pytest.mark.usefixtures("no_download")
-def test_a_preparation_without_weights_does_not_use_cached_models(local: Fetcher, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("refuse_downloads")
+def test_a_preparation_without_weights_does_not_use_cached_models(local_fetcher: Fetcher, tmp_path: Path) -> None:
     write_files(tmp_path / "cached", "config.json")
-    fetcher = Fetcher(local.run, local.work, cached={"model.source": cached_model(tmp_path / "cached")}, model_kind=MODEL_WITHOUT_WEIGHTS)
+    cached_models = {"model.source": cached_model(tmp_path / "cached")}
+    fetcher = Fetcher(local_fetcher.run, local_fetcher.work_folder, cached_models=cached_models, model_kind=MODEL_WITHOUT_WEIGHTS)
     with pytest.raises(FineTuneError, match="HubUnreachable"):
-        fetcher.model("a/b", "model.source", "model")
+        fetcher.fetch_model("a/b", "model.source", "model")

@@ -23,7 +23,7 @@ KEY, OTHER_KEY = derive_gang_key(SECRET), derive_gang_key(OTHER_SECRET)
 
 
 class EchoStore:
-    """Takes the place of the TCPStore: sends back what it receives, in upper case. Counts its connections."""
+    """Replaces the TCPStore: it sends back in upper case what it receives, and counts its connections."""
 
     def __init__(self, listener: socket.socket | None = None) -> None:
         self._listener = listener or socket.create_server(("127.0.0.1", 0))
@@ -101,13 +101,13 @@ def test_a_pod_of_the_gang_reaches_the_store(gate: Gate) -> None:
 def test_a_pod_with_another_secret_does_not_reach_the_store(gate: Gate, store: EchoStore, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING), forwarder(gate.port, OTHER_KEY) as own, connect(own.port) as connection:
         connection.sendall(b"hello")
-        own._loop.call_soon_threadsafe(own._stop.set)  # without the secret, the forwarder tries again until it is stopped
+        own._loop.call_soon_threadsafe(own._stop.set)  # A forwarder with another secret tries again until it is stopped.
         assert is_closed(connection)
     assert store.connections == 0
 
 
 @pytest.mark.parametrize("answer", [b"", b"hello", bytes(64), b"GET /progress HTTP/1.1\r\n\r\n" + bytes(64)])
-def test_a_stranger_gets_nothing_but_a_random_number(gate: Gate, store: EchoStore, answer: bytes) -> None:
+def test_a_connection_without_a_proof_gets_only_a_random_number(gate: Gate, store: EchoStore, answer: bytes) -> None:
     with connect(gate.port) as connection:
         assert len(receive(connection, 32)) == 32
         connection.sendall(answer)
@@ -116,8 +116,8 @@ def test_a_stranger_gets_nothing_but_a_random_number(gate: Gate, store: EchoStor
     assert store.connections == 0
 
 
-def test_an_old_proof_is_worthless(gate: Gate, store: EchoStore) -> None:
-    """A neighbour that has recorded the proof of a pod cannot repeat it, because each connection has another challenge."""
+def test_an_old_proof_is_refused(gate: Gate, store: EchoStore) -> None:
+    """An attacker that has recorded the proof of a pod cannot use it again, because each connection has another challenge."""
     with connect(gate.port) as connection:
         challenge, nonce = receive(connection, 32), bytes(32)
         recorded_proof = nonce + hmac.digest(KEY, b"member" + challenge + nonce, "sha256")
@@ -133,7 +133,7 @@ def test_an_old_proof_is_worthless(gate: Gate, store: EchoStore) -> None:
 
 
 def test_a_false_pod_of_rank_0_gets_no_bytes_of_the_ranks(caplog: pytest.LogCaptureFixture) -> None:
-    """A neighbour that takes the address of rank 0's pod sees only the proof of the forwarder."""
+    """An attacker that takes the address of rank 0's pod receives only the proof of the forwarder."""
     with socket.create_server(("127.0.0.1", 0)) as false_gate, forwarder(false_gate.getsockname()[1]) as own, connect(own.port) as rank:
         rank.sendall(b"keys of the ranks")
         connection, _ = false_gate.accept()
@@ -146,19 +146,19 @@ def test_a_false_pod_of_rank_0_gets_no_bytes_of_the_ranks(caplog: pytest.LogCapt
     assert "does not know the secret of this attempt: it is not the pod of rank 0" in caplog.text
 
 
-def test_idle_strangers_do_not_keep_the_gang_out(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
-    strangers = [connect(gate.port) for _ in range(3 * subject.MAX_UNPROVEN)]
+def test_idle_connections_do_not_keep_the_pods_of_the_gang_out(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
+    strangers = [connect(gate.port) for _ in range(3 * subject.MAX_UNPROVEN_CONNECTIONS)]
     with forwarder(gate.port) as own, connect(own.port) as connection:
         connection.sendall(b"hello")
         assert receive(connection, 5) == b"HELLO"
-        assert all(len(receive(stranger, 33)) == 32 for stranger in strangers[: 2 * subject.MAX_UNPROVEN])  # closed after the challenge
-        assert len(gate._unproven) <= subject.MAX_UNPROVEN
+        assert all(len(receive(stranger, 33)) == 32 for stranger in strangers[: 2 * subject.MAX_UNPROVEN_CONNECTIONS])  # Each gets a challenge.
+        assert len(gate._unproven_connections) <= subject.MAX_UNPROVEN_CONNECTIONS
     for stranger in strangers:
         stranger.close()
 
 
-def test_an_idle_stranger_is_closed_after_a_time(store: EchoStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(subject, "PROOF_SECONDS", 0.01)
+def test_an_idle_connection_is_closed_after_the_timeout(store: EchoStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subject, "PROOF_TIMEOUT_SECONDS", 0.01)
     gate = Gate(KEY, 0, store.port)
     with connect(gate.port) as stranger:
         assert len(receive(stranger, 33)) == 32
@@ -187,15 +187,15 @@ def test_the_end_of_the_store_or_the_gate_ends_the_connection_of_the_rank(gate: 
         assert is_closed(connection)
 
 
-def world(port: int) -> World:
+def make_world(port: int) -> World:
     return World(nodes=2, processes_per_node=1, gpus_per_node=0, master_address="127.0.0.1", master_port=port, rendezvous_id="r")
 
 
 def test_the_pods_of_a_gang_connect_with_their_secret() -> None:
     """The connection waits until the agent has created the store from the bound socket."""
     (port,) = free_ports(1)
-    gate, address = connect_gang(world(port), 0, SECRET)
-    other_pod, other_address = connect_gang(world(port), 1, SECRET)
+    gate, address = connect_gang(make_world(port), 0, SECRET)
+    other_pod, other_address = connect_gang(make_world(port), 1, SECRET)
     assert address.listener is not None and address.listener.getsockname() == ("127.0.0.1", address.port)
     assert other_address.listener is None and other_address.port not in (port, address.port)
     with connect(other_address.port) as connection:
@@ -207,7 +207,7 @@ def test_the_pods_of_a_gang_connect_with_their_secret() -> None:
     gate.close()
 
 
-def test_a_port_in_use_is_a_named_failure() -> None:
+def test_a_port_in_use_is_an_error_with_a_code() -> None:
     with socket.create_server(("", 0)) as taken, pytest.raises(InternalError) as error:
-        connect_gang(world(taken.getsockname()[1]), 0, SECRET)
+        connect_gang(make_world(taken.getsockname()[1]), 0, SECRET)
     assert error.value.code == "PortInUse"

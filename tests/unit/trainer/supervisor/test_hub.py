@@ -1,4 +1,4 @@
-"""Pushing a folder to a local stub of the hub."""
+"""Pushes of a folder to a local stub of the hub."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_push_creates_a_private_repository_with_one_commit(hub: Hub, folder: P
     assert (commit.summary, commit.description) == ("FineTuneJob default/job", "uid 0b8a3c1e-0000-4000-8000-000000000000")
 
 
-def test_the_same_files_make_no_second_commit(hub: Hub, folder: Path, tmp_path: Path) -> None:
+def test_a_push_of_the_same_files_makes_no_second_commit(hub: Hub, folder: Path, tmp_path: Path) -> None:
     run = run_with(tmp_path)
     assert pushing.push_to_hub(run, folder, retry_seconds=0) == pushing.push_to_hub(run, folder, retry_seconds=0)
     assert len(hub.repositories["org/bot"].commits) == 1
@@ -67,7 +67,7 @@ def test_a_name_without_an_owner_belongs_to_the_user_of_the_token(hub: Hub, fold
     assert uri.startswith(f"{hub.url}/me/bot/tree/") and not hub.repositories["me/bot"].is_private
 
 
-def test_the_token_of_the_model_is_used_without_an_own_token(hub: Hub, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_token_for_the_push_the_token_of_the_model_is_used(hub: Hub, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FINETUNE_HUB_TOKEN")
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     pushing.push_to_hub(run_with(tmp_path), folder, retry_seconds=0)
@@ -103,7 +103,7 @@ FAILURES = [
 
 
 @pytest.mark.parametrize(("path", "status", "code", "exit_code"), FAILURES)
-def test_failures_have_names_and_show_no_token(path: str, status: int, code: str, exit_code: int, hub: Hub, folder: Path, tmp_path: Path) -> None:
+def test_each_failure_has_a_code_and_shows_no_token(path: str, status: int, code: str, exit_code: int, hub: Hub, folder: Path, tmp_path: Path) -> None:
     hub.failures = {path: [(status, f"refused {TOKEN}")]}
     with pytest.raises(FineTuneError) as caught:
         pushing.push_to_hub(run_with(tmp_path), folder, retry_seconds=-1)
@@ -112,7 +112,7 @@ def test_failures_have_names_and_show_no_token(path: str, status: int, code: str
     assert caught.value.hint
 
 
-def test_a_wrong_token_is_a_failure_of_the_credentials(hub: Hub, folder: Path, tmp_path: Path) -> None:
+def test_a_wrong_token_is_a_credentials_error(hub: Hub, folder: Path, tmp_path: Path) -> None:
     hub.accepted_token = "another"
     with pytest.raises(FineTuneError, match="HubAccessDenied"):
         pushing.push_to_hub(run_with(tmp_path), folder, retry_seconds=60)

@@ -1,4 +1,4 @@
-"""A swapped image changes the digest of the images that the rows name. Other files do not."""
+"""The digest of the images that the rows name: it changes if an image is swapped, but not with other files."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from finetune_trainer.checkpoint.manifest import RunFacts
 from finetune_trainer.settings import Settings
 from finetune_trainer.supervisor import file_digests
 from finetune_trainer.supervisor.file_digests import FileDigests
-from finetune_trainer.supervisor.image_digests import image_set_digest
+from finetune_trainer.supervisor.image_digests import compute_image_set_digest
 from finetune_trainer.supervisor.prepare import Preparation
 from finetune_trainer.supervisor.run_state import RunState
 
 from tests.support.data import make_data_run
-from tests.support.vision import data_uri, png
+from tests.support.vision import make_png, to_data_uri
 
-RED, BLUE = png((200, 20, 30), (4, 3)), png((30, 20, 200), (4, 3))
+RED, BLUE = make_png((200, 20, 30), (4, 3)), make_png((30, 20, 200), (4, 3))
 
 
-def row(image: str) -> dict[str, Any]:
+def make_row(image: str) -> dict[str, Any]:
     question = [{"type": "image", "url": image}, {"type": "text", "text": "What is this?"}]
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": "red"}]}
 
 
 class Job:
-    """A job on images in a mounted folder. `root`: whether `dataset.images.root` names the folder, or the images are beside the data file."""
+    """A job whose images are in a mounted folder. `root`: whether `dataset.images.root` names it; otherwise the images are next to the data file."""
 
     def __init__(self, folder: Path, *, root: bool = True, rows: tuple[str, ...] = ("a.png", "deep/a.png"), test: tuple[str, ...] = ()) -> None:
         self.folder = folder
@@ -42,22 +42,22 @@ class Job:
         (self.images / "deep").mkdir(parents=True)
         for name, content in (("a.png", RED), ("deep/a.png", BLUE), ("unused.png", RED)):
             (self.images / name).write_bytes(content)
-        (folder / "test.jsonl").write_text("".join(json.dumps(row(name)) + "\n" for name in test))
+        (folder / "test.jsonl").write_text("".join(json.dumps(make_row(name)) + "\n" for name in test))
         dataset: dict[str, Any] = {"images": {"root": f"file://{self.images}"}} if root else {}
         dataset |= {"test": f"file://{folder}/test.jsonl"} if test else {}
         spec = {"model": {"modality": "visionLanguage", "source": f"file://{folder}/model"}, "dataset": dataset}
-        self.run, inputs = make_data_run(folder, spec, [row(name) for name in rows])
-        self.run = with_train(self.run, inputs.train[0])
+        self.run, inputs = make_data_run(folder, spec, [make_row(name) for name in rows])
+        self.run = set_train_source(self.run, inputs.train[0])
 
     def facts(self) -> RunFacts:
-        settings = Settings.from_env(work=str(self.folder / "work"))
+        settings = Settings.from_env(work_folder=str(self.folder / "work"))
         return Preparation(self.run, "", settings, RunState(), FileDigests()).fetch()[1]
 
     def digests(self) -> dict[str, str]:
         return {name: digest for name, digest in self.facts().other_inputs.items() if name in (TRAINING_IMAGES, HELD_OUT_IMAGES)}
 
 
-def with_train(run: RunConfig, file: Path) -> RunConfig:
+def set_train_source(run: RunConfig, file: Path) -> RunConfig:
     dataset = run.spec.dataset.model_copy(update={"train": f"file://{file}"})
     return run.model_copy(update={"spec": run.spec.model_copy(update={"dataset": dataset})})
 
@@ -71,7 +71,7 @@ def test_the_digest_covers_name_and_content_of_the_named_images(root: bool, tmp_
     (job.images / "unused.png").write_bytes(BLUE)
     (job.images / "new.png").write_bytes(b"no image")
     assert job.digests() == expected
-    assert len(RED) == len(BLUE)  # names and sizes alone would not show the swap
+    assert len(RED) == len(BLUE)  # Names and sizes do not show the swap.
     (job.images / "a.png").write_bytes(BLUE)
     assert job.digests().keys() == expected.keys() and job.digests() != expected
     (job.images / "deep" / "a.png").write_bytes(RED)  # the two images have changed places
@@ -88,7 +88,7 @@ def test_images_of_held_out_rows_have_a_digest_of_their_own(tmp_path: Path) -> N
 
 
 def test_images_inside_the_data_are_covered_by_the_digest_of_the_data(tmp_path: Path) -> None:
-    assert Job(tmp_path, rows=(data_uri(RED),)).digests() == {}
+    assert Job(tmp_path, rows=(to_data_uri(RED),)).digests() == {}
 
 
 def test_the_digest_is_independent_of_the_folder_and_of_the_order_of_the_rows(tmp_path: Path) -> None:
@@ -117,17 +117,17 @@ def test_downloaded_images_are_not_read_again_and_the_progress_is_reported(tmp_p
     read: list[Path] = []
     monkeypatch.setattr(file_digests, "sha256_file", lambda path: read.append(path) or hashlib.sha256(path.read_bytes()).hexdigest())
     texts: list[str] = []
-    before = image_set_digest(images, digests, texts.append)
+    before = compute_image_set_digest(images, digests, texts.append)
     assert (read, texts) == ([], ["500 of 1000 images compared by content", "1000 of 1000 images compared by content"])
     (tmp_path / "7.png").write_bytes(b"x")
-    assert image_set_digest(images, digests, texts.append) != before and read == [tmp_path / "7.png"]
+    assert compute_image_set_digest(images, digests, texts.append) != before and read == [tmp_path / "7.png"]
 
 
 def test_images_of_several_folders_have_the_digest_of_their_names(tmp_path: Path) -> None:
-    """The local folders of two runs have other names, so the order of the paths says nothing."""
+    """The local folders of two runs have different names, so the digest must not depend on the order of the paths."""
     for folder, name in (("1", "z.png"), ("2", "a.png"), ("3", "z.png"), ("0", "a.png")):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / name).write_bytes(name.encode())
     one = {tmp_path / "1" / "z.png": "z.png", tmp_path / "2" / "a.png": "a.png"}
     other = {tmp_path / "0" / "a.png": "a.png", tmp_path / "3" / "z.png": "z.png"}
-    assert image_set_digest(one, FileDigests(), print) == image_set_digest(other, FileDigests(), print)
+    assert compute_image_set_digest(one, FileDigests(), print) == compute_image_set_digest(other, FileDigests(), print)

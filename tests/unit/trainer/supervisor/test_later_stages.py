@@ -104,7 +104,7 @@ def test_a_stop_leaves_the_stage_open_without_a_failure(tmp_path: Path, output: 
     assert stopped_before.end(output) == StageReport([Stage.EVALUATING], output=output) and stopped_before.stages.calls == []
 
 
-def test_an_attempt_that_was_superseded_runs_no_stage(tmp_path: Path, output: Output) -> None:
+def test_a_superseded_attempt_runs_no_stage(tmp_path: Path, output: Output) -> None:
     attempt = Attempt(tmp_path, 1)
     attempt.tree.begin_attempt(2, b"{}")
     report = attempt.end(output)
@@ -146,7 +146,7 @@ def test_a_process_without_a_result_is_a_failure(tmp_path: Path, output: Output,
 
 
 def stop_after_a_part(attempt: Attempt) -> list[dict[str, str]]:
-    """Let the attempt finish one part of its stage, then stop it. Returns the parts that the stage began with, once it has run."""
+    """Let the attempt finish one part of its stage, then stop it. Returns a list to which each run of the stage adds the parts with which it began."""
     found: list[dict[str, str]] = []
 
     def run(folder: Path) -> None:
@@ -160,7 +160,7 @@ def stop_after_a_part(attempt: Attempt) -> list[dict[str, str]]:
     return found
 
 
-def test_finished_parts_of_a_stopped_stage_are_given_to_the_next_attempt(tmp_path: Path, output: Output) -> None:
+def test_the_next_attempt_gets_the_finished_parts_of_a_stopped_stage(tmp_path: Path, output: Output) -> None:
     first, second, other = (Attempt(tmp_path, number) for number in (1, 2, 3))
     found = stop_after_a_part(first)
     assert first.end(output).open_stages == [Stage.EVALUATING] and found == [{}]
@@ -171,7 +171,7 @@ def test_finished_parts_of_a_stopped_stage_are_given_to_the_next_attempt(tmp_pat
     assert stored == {"task-1.json", "task-2.json"}
     found = stop_after_a_part(other)
     other.end(output.model_copy(update={"sha256": "0" * 64}))
-    assert found == [{}]  # parts of another model do not count
+    assert found == [{}]  # Parts of another model are not used.
 
 
 def test_a_part_that_cannot_be_stored_adds_a_note(tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,11 +190,11 @@ def test_an_unexpected_failure_keeps_the_results_of_earlier_stages(
     tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     uri = "file:///merged"
-    later, _ = gated(tmp_path, 1, {Stage.EVALUATING: StageResult(merged_uri=uri), Stage.VERIFYING: RuntimeError("broken")}, monkeypatch)
+    later, _ = gate_attempt(tmp_path, 1, {Stage.EVALUATING: StageResult(merged_uri=uri), Stage.VERIFYING: RuntimeError("broken")}, monkeypatch)
     report = later.run(output)
     assert report.failure is not None and (report.failure.stage, report.failure.error.code) == (Stage.VERIFYING, "TrainerCrashed")
     assert report.output is not None and report.output.merged_uri == uri
-    later, _ = gated(tmp_path, 2, {Stage.COMPARING: decided([FAILED]), Stage.VERIFYING: OSError(28, "No space left on device")}, monkeypatch)
+    later, _ = gate_attempt(tmp_path, 2, {Stage.COMPARING: make_gate_result([FAILED]), Stage.VERIFYING: OSError(28, "No space left on device")}, monkeypatch)
     report = later.run(output.model_copy(update={"sha256": "1" * 64}))
     assert report.failure is not None and report.failure.error.code == "GateFailed"
 
@@ -217,13 +217,13 @@ class GatedStages(LaterStages):
         result = self.results.get(stage, StageResult())
         if isinstance(result, Exception):
             raise result
-        return self._record(stage, output, result, [])
+        return self._write_record(stage, output, result, [])
 
 
-def gated(folder: Path, number: int, results: dict[Stage, StageResult | Exception], monkeypatch: pytest.MonkeyPatch) -> tuple[GatedStages, Attempt]:
-    """An attempt of a job with an evaluation, a comparison, a later stage that does not publish, and a copy in `output.dir`."""
+def gate_attempt(folder: Path, number: int, results: dict[Stage, StageResult | Exception], monkeypatch: pytest.MonkeyPatch) -> tuple[GatedStages, Attempt]:
+    """Return an attempt of a job with an evaluation, a comparison, a further stage that does not publish, and a copy in `output.dir`."""
     stages = [Stage.EVALUATING, Stage.COMPARING, Stage.VERIFYING, Stage.UPLOADING]
-    monkeypatch.setattr("finetune_trainer.supervisor.later_stages.planned_stages", lambda _run: stages)
+    monkeypatch.setattr("finetune_trainer.supervisor.later_stages.list_planned_stages", lambda _run: stages)
     attempt = Attempt(folder, number)
     attempt.stages.__class__ = GatedStages
     later = attempt.stages
@@ -232,15 +232,15 @@ def gated(folder: Path, number: int, results: dict[Stage, StageResult | Exceptio
     return later, attempt
 
 
-def decided(gates: list[GateResult]) -> StageResult:
+def make_gate_result(gates: list[GateResult]) -> StageResult:
     return StageResult(evaluation=EvaluationResult(gates=gates))
 
 
 def test_a_model_is_promoted_after_all_stages_that_do_not_publish(tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
-    later, attempt = gated(tmp_path, 1, {Stage.COMPARING: decided([PASSED]), Stage.VERIFYING: DataError("Bad", "m")}, monkeypatch)
+    later, attempt = gate_attempt(tmp_path, 1, {Stage.COMPARING: make_gate_result([PASSED]), Stage.VERIFYING: DataError("Bad", "m")}, monkeypatch)
     report = later.run(output)
     assert report.failure is not None and report.failure.stage is Stage.VERIFYING and attempt.tree.store.get(MARKER) is None
-    later, attempt = gated(tmp_path, 2, {Stage.UPLOADING: StageResult(published_uri="file:///copy")}, monkeypatch)
+    later, attempt = gate_attempt(tmp_path, 2, {Stage.UPLOADING: StageResult(published_uri="file:///copy")}, monkeypatch)
     report = later.run(output)
     assert later.calls == [Stage.VERIFYING, Stage.UPLOADING] and (report.failure, report.open_stages) == (None, [])
     assert report.output is not None and (report.output.promoted, report.output.published_uri) == (True, "file:///copy")
@@ -249,11 +249,11 @@ def test_a_model_is_promoted_after_all_stages_that_do_not_publish(tmp_path: Path
     assert (marker["manifestSha256"], marker["uri"], marker["attempt"], marker["gates"]) == (output.sha256, output.uri, 2, [PASSED.to_wire()])
 
 
-def test_a_failed_gate_ends_the_job_after_the_other_results_and_without_a_copy(
+def test_a_failed_gate_ends_the_job_after_all_results_exist_and_without_a_copy(
     tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for number, calls in ((1, [Stage.EVALUATING, Stage.COMPARING, Stage.VERIFYING]), (2, [])):
-        later, attempt = gated(tmp_path, number, {Stage.COMPARING: decided([PASSED, FAILED])}, monkeypatch)
+        later, attempt = gate_attempt(tmp_path, number, {Stage.COMPARING: make_gate_result([PASSED, FAILED])}, monkeypatch)
         report = later.run(output)
         assert later.calls == calls and report.failure is not None and report.open_stages == []
         assert (report.failure.stage, report.failure.error.code) == (Stage.COMPARING, "GateFailed")
@@ -262,16 +262,16 @@ def test_a_failed_gate_ends_the_job_after_the_other_results_and_without_a_copy(
 
 
 def test_a_failed_gate_is_the_failure_even_if_a_later_stage_fails(tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
-    later, attempt = gated(tmp_path, 1, {Stage.EVALUATING: decided([FAILED]), Stage.VERIFYING: DataError("Bad", "broken")}, monkeypatch)
+    later, attempt = gate_attempt(tmp_path, 1, {Stage.EVALUATING: make_gate_result([FAILED]), Stage.VERIFYING: DataError("Bad", "broken")}, monkeypatch)
     report = later.run(output)
     assert report.failure is not None and (report.failure.stage, report.failure.error.code) == (Stage.EVALUATING, "GateFailed")
     assert "the stage verifying failed: Bad: broken" in (attempt.state.report().resolved.notes or [])
 
 
 def test_a_superseded_attempt_ends_at_once_also_after_a_failed_gate(tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without this rule, the attempt would run its other stages beside the later attempt, and end with GateFailed."""
+    """Otherwise the attempt would run its other stages at the same time as the later attempt, and end with GateFailed."""
     fenced = FencedOutError("FencedOut", "a later attempt has begun")
-    later, attempt = gated(tmp_path, 1, {Stage.EVALUATING: decided([FAILED]), Stage.COMPARING: fenced}, monkeypatch)
+    later, attempt = gate_attempt(tmp_path, 1, {Stage.EVALUATING: make_gate_result([FAILED]), Stage.COMPARING: fenced}, monkeypatch)
     report = later.run(output)
     assert later.calls == [Stage.EVALUATING, Stage.COMPARING] and report.failure is not None
     assert (report.failure.stage, report.failure.error) == (Stage.COMPARING, fenced)
@@ -281,19 +281,19 @@ def test_a_superseded_attempt_ends_at_once_also_after_a_failed_gate(tmp_path: Pa
 def test_a_stop_after_a_failed_gate_leaves_the_other_stages_to_the_next_attempt(
     tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    later, _ = gated(tmp_path, 1, {Stage.COMPARING: decided([FAILED]), Stage.VERIFYING: StoppedError()}, monkeypatch)
+    later, _ = gate_attempt(tmp_path, 1, {Stage.COMPARING: make_gate_result([FAILED]), Stage.VERIFYING: StoppedError()}, monkeypatch)
     report = later.run(output)
     assert (report.failure, report.open_stages) == (None, [Stage.VERIFYING, Stage.UPLOADING])
 
 
 def test_without_gates_nothing_is_promoted(tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
-    later, attempt = gated(tmp_path, 1, {Stage.COMPARING: StageResult(evaluation=EVALUATION)}, monkeypatch)
+    later, attempt = gate_attempt(tmp_path, 1, {Stage.COMPARING: StageResult(evaluation=EVALUATION)}, monkeypatch)
     report = later.run(output)
     assert report.output == output and report.failure is None and attempt.tree.store.get(MARKER) is None
 
 
 def test_a_superseded_attempt_promotes_nothing(tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
-    later, attempt = gated(tmp_path, 1, {Stage.COMPARING: decided([PASSED])}, monkeypatch)
+    later, attempt = gate_attempt(tmp_path, 1, {Stage.COMPARING: make_gate_result([PASSED])}, monkeypatch)
     promote = later._promote
 
     def promote_beside_a_later_attempt(*arguments: Any) -> None:
@@ -310,7 +310,7 @@ def test_the_sweep_of_a_later_attempt_keeps_the_marker(tmp_path: Path, output: O
     attempt = Attempt(tmp_path, 1)
     attempt.tree.store.put(MARKER, b"{}")
     attempt.tree.store.put("model/a9-00000009/left-over", b"x")
-    assert attempt.tree.sweep().count == 1 and attempt.tree.store.get(MARKER) == b"{}"
+    assert attempt.tree.sweep().removed_count == 1 and attempt.tree.store.get(MARKER) == b"{}"
 
 
 # ---- what the stage `comparing` reads
@@ -339,7 +339,7 @@ def test_damaged_measurements_are_measured_again_by_the_next_attempt(
         first.tree.store.put("evaluation/measurements.json", content)
     report = Attempt(tmp_path, 2, spec=COMPARED).end(output)
     assert report.failure is not None and (report.failure.stage, report.failure.error.code) == (Stage.COMPARING, "EvaluationDamaged")
-    assert report.failure.error.exit_code == 69  # is retried
+    assert report.failure.error.exit_code == 69  # This exit code is retried.
     third = Attempt(tmp_path, 3, spec=COMPARED)
     assert third.end(output).failure is None and [task.stage for task in third.stages.calls] == [Stage.EVALUATING, Stage.COMPARING]
 
@@ -355,9 +355,9 @@ def test_the_merged_model_is_committed_and_named_in_the_output(tmp_path: Path, o
     manifest = attempt.tree.read_manifest(committed)
     assert manifest is not None and manifest.extra == {"adapter": output.uri, "adapterSha256": output.sha256} and manifest.step == 4
     assert [file.path for file in manifest.files] == ["config.json", "model-1.safetensors", "model-2.safetensors"]
-    # The sweep of leftovers removes neither the committed merged model nor its marker, but other incarnations' files.
+    # The sweep removes the files of other incarnations, but neither the committed merged model nor its marker.
     attempt.tree.store.put("merged/a1-ffffffff/model.safetensors", b"leftover")
-    assert attempt.tree.sweep().count == 1
+    assert attempt.tree.sweep().removed_count == 1
     assert [stat.key for stat in attempt.tree.store.list("merged/")] == [
         "merged/_COMMITTED", *(f"merged/a1-00000001/{name}" for name in ("config.json", "manifest.json", "model-1.safetensors", "model-2.safetensors"))
     ]  # fmt: skip
@@ -368,7 +368,7 @@ def test_a_committed_merged_model_of_the_same_adapter_is_not_made_again(adapter:
     monkeypatch.setattr(FakeStages, "behaviour", staticmethod(write_merged_model))
     first = Attempt(tmp_path, 1, spec=MERGED)
     first.end(output)
-    first.tree.store.delete(["run/stages/merging.json"])  # the attempt ended before its record
+    first.tree.store.delete(["run/stages/merging.json"])  # As if the attempt had ended before it stored the record.
     later = Attempt(tmp_path, 2, spec=MERGED)
     merged = output if adapter == "same" else output.model_copy(update={"sha256": "0" * 64})
     report = later.end(merged)
@@ -393,15 +393,15 @@ def test_a_stop_ends_the_upload_of_the_merged_model_after_the_current_file(tmp_p
 
 
 @pytest.mark.parametrize("is_merged_here", [True, False])
-def test_later_stages_find_the_merged_model(is_merged_here: bool, tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_stages_after_the_merge_find_the_merged_model(is_merged_here: bool, tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FakeStages, "behaviour", staticmethod(write_merged_model))
     first = Attempt(tmp_path, 1, spec=MERGED)
     merged_output = first.end(output).output
     assert merged_output is not None
     attempt = first if is_merged_here else Attempt(tmp_path, 2, has_trained=False, spec=MERGED)
-    folder = attempt.stages.merged_model(merged_output)
+    folder = attempt.stages.provide_merged_model(merged_output)
     assert folder is not None and (folder / "model-2.safetensors").read_text() == "model-2.safetensors"
-    assert attempt.stages.merged_model(merged_output) == folder and attempt.stages.merged_model(output) is None
+    assert attempt.stages.provide_merged_model(merged_output) == folder and attempt.stages.provide_merged_model(output) is None
 
 
 def test_a_damaged_merged_model_is_refused(tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -410,7 +410,7 @@ def test_a_damaged_merged_model_is_refused(tmp_path: Path, output: Output, monke
     (tmp_path / "store" / "merged" / "a1-00000001" / "config.json").write_text("CONFIG.JSON")
     assert merged_output is not None
     with pytest.raises(NoCheckpointError, match="ModelDamaged"):
-        Attempt(tmp_path, 2, spec=MERGED).stages.merged_model(merged_output)
+        Attempt(tmp_path, 2, spec=MERGED).stages.provide_merged_model(merged_output)
 
 
 def test_a_stop_during_a_push_leaves_the_stage_open(tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:

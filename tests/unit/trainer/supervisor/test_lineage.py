@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from finetune_api.errors import ConfigError, StorageError
-from finetune_api.lineage import Statement, signed_bytes, without_secrets
+from finetune_api.lineage import Statement, encode_signed_bytes, remove_secrets
 from finetune_api.pod import ProgressReport, RunConfig, StoreTarget, TerminationMessage
 from finetune_api.status import Progress, ResolvedConfig
 from finetune_trainer.checkpoint.manifest import RunFacts
@@ -22,12 +22,12 @@ from finetune_trainer.supervisor import file_digests
 from finetune_trainer.supervisor import lineage as subject
 from finetune_trainer.supervisor.attempt_recorder import AttemptRecorder
 from finetune_trainer.supervisor.file_digests import FileDigests
-from finetune_trainer.supervisor.lineage import Lineage, dependencies_of
+from finetune_trainer.supervisor.lineage import Lineage, list_dependencies
 from finetune_trainer.supervisor.prepare import require_expected_inputs
 from finetune_trainer.supervisor.run_state import RunState
 from finetune_trainer.supervisor.supervise import Supervisor
 
-from tests.support.lineage import UID, _inputs, write_finished_run
+from tests.support.lineage import UID, make_inputs, write_finished_run
 
 
 @pytest.fixture
@@ -72,38 +72,38 @@ def test_files_that_have_changed_since_the_training_have_no_digest(root: Path, t
     run, tree = stored_run(root)
     manifest = tree.read_manifest(tree.get_committed(None))  # type: ignore[arg-type]
     assert manifest is not None
-    inputs = _inputs(tmp_path / "run")
-    names = [one.name for one in dependencies_of(run, manifest.facts, inputs, FileDigests())]
+    inputs = make_inputs(tmp_path / "run")
+    names = [one.name for one in list_dependencies(run, manifest.facts, inputs, FileDigests())]
     assert names == [
         "model.source", "model.source/config.json", "dataset.train", "dataset.train/train.jsonl", "dataset.test", "dataset.test/test.jsonl",
         "training image set",
     ]  # fmt: skip
     (tmp_path / "run/train.jsonl").write_text("changed")
     (tmp_path / "run/base/config.json").write_text("changed")
-    without = [one.name for one in dependencies_of(run, manifest.facts, inputs, FileDigests())]
+    without = [one.name for one in list_dependencies(run, manifest.facts, inputs, FileDigests())]
     assert without == ["model.source", "dataset.train", "dataset.test", "dataset.test/test.jsonl", "training image set"]
-    monkeypatch.setattr(subject, "MAX_READ_MODEL_BYTES", 1)
+    monkeypatch.setattr(subject, "MAX_HASHED_MODEL_BYTES", 1)
     commit = manifest.facts.model_copy(update={"model_revision": "c" * 40})
-    (base, *_) = dependencies_of(run, commit, inputs, FileDigests())
+    (base, *_) = list_dependencies(run, commit, inputs, FileDigests())
     assert base.digest == {"gitCommit": "c" * 40}
 
 
 def test_downloaded_files_are_not_read_again(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, tree = stored_run(root)
-    manifest, inputs, digests = tree.read_manifest(tree.get_committed(None)), _inputs(tmp_path / "run"), FileDigests()  # type: ignore[arg-type]
+    manifest, inputs, digests = tree.read_manifest(tree.get_committed(None)), make_inputs(tmp_path / "run"), FileDigests()  # type: ignore[arg-type]
     assert manifest is not None
-    expected = dependencies_of(run, manifest.facts, inputs, digests)
+    expected = list_dependencies(run, manifest.facts, inputs, digests)
     downloads = [inputs.model / "config.json", *inputs.train, *inputs.test]
     for path in downloads:
         digests.add_download(path, sha256_file(path))
     read: list[Path] = []
     monkeypatch.setattr(file_digests, "sha256_file", lambda path: read.append(path) or "changed")
-    monkeypatch.setattr(subject, "MAX_READ_MODEL_BYTES", 0)  # no byte of the model has to be read
-    assert dependencies_of(run, manifest.facts, inputs, digests) == expected and read == []
+    monkeypatch.setattr(subject, "MAX_HASHED_MODEL_BYTES", 0)  # No byte of the model may be read.
+    assert list_dependencies(run, manifest.facts, inputs, digests) == expected and read == []
     content, times = inputs.train[0].read_bytes(), inputs.train[0].stat()
     inputs.train[0].write_bytes(content[::-1])
-    os.utime(inputs.train[0], ns=(times.st_atime_ns, times.st_mtime_ns))  # size and modification time are those of the download
-    names = [one.name for one in dependencies_of(run, manifest.facts, inputs, digests)]
+    os.utime(inputs.train[0], ns=(times.st_atime_ns, times.st_mtime_ns))  # Set back the modification time, as if the file had not changed.
+    names = [one.name for one in list_dependencies(run, manifest.facts, inputs, digests)]
     assert read == inputs.train and "dataset.train/train.jsonl" not in names and "dataset.test/test.jsonl" in names
 
 
@@ -116,15 +116,15 @@ class FailingLineage:
 
 
 @pytest.mark.parametrize(("error", "code"), [(StorageError("StorageFull", "full"), "StorageFull"), (ValueError("bug"), "ValueError")])
-def test_a_failure_to_write_is_a_note(error: Exception, code: str, tmp_path: Path) -> None:
+def test_a_failure_to_write_the_statement_adds_a_note(error: Exception, code: str, tmp_path: Path) -> None:
     supervisor = Supervisor(Settings(tmp_path / "run.json", None, tmp_path, tmp_path / "log", 0, 0, "", UID))
     supervisor._lineage = FailingLineage(error)  # type: ignore[assignment]
     supervisor._write_lineage()
-    assert supervisor._lineage_uri is None and supervisor._facts.error is None
+    assert supervisor._lineage_uri is None and supervisor._facts.supervisor_error is None
     assert supervisor._state.report().resolved.notes == [f"the lineage statement was not written: {code}"]
 
 
-def test_the_statement_has_the_attempts_without_sentences(root: Path) -> None:
+def test_the_statement_contains_the_attempts_without_messages_and_notes(root: Path) -> None:
     run, tree = stored_run(root)
     (root / "lineage/statement.json").unlink()
     recorder = AttemptRecorder(
@@ -159,12 +159,12 @@ def test_secrets_are_removed_at_every_depth() -> None:
         "dataset": {"mixture": [{"source": "https://u:p@h/f?sig=1"}, {"source": "s3://b/k"}]},
         "placement": {"env": [{"name": "A", "value": "v"}, {"name": "B", "secretKeyRef": {"name": "s", "key": "k"}}]},
     }  # fmt: skip
-    value, changed = without_secrets(spec)
+    value, changed = remove_secrets(spec)
     assert value["dataset"]["mixture"] == [{"source": "https://h/f"}, {"source": "s3://b/k"}]
     assert value["placement"]["env"] == [{"name": "A"}, {"name": "B", "secretKeyRef": {"name": "s", "key": "k"}}]
     assert changed == ["dataset.mixture[0].source", "placement.env[0].value"]
     assert spec["placement"]["env"][0] == {"name": "A", "value": "v"}
 
 
-def test_signed_bytes_are_those_of_the_specification() -> None:
-    assert signed_bytes("http://example.com/HelloWorld", b"hello world") == b"DSSEv1 29 http://example.com/HelloWorld 11 hello world"
+def test_the_bytes_to_sign_are_those_of_the_specification() -> None:
+    assert encode_signed_bytes("http://example.com/HelloWorld", b"hello world") == b"DSSEv1 29 http://example.com/HelloWorld 11 hello world"

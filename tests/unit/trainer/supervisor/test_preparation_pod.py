@@ -1,4 +1,4 @@
-"""The pod of a preparation: which rows it shares, and which messages of its process it accepts."""
+"""The pod of a preparation: which rows it stores and uses, and which messages of the process `check` it accepts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STORED = {"prepared_uri": f"s3://rows/{DIGEST}", "prepared_sha256": "e" * 64}
 
 
 class FakeStore:
-    """A row store that records what it is asked for."""
+    """A row store that records the calls of its methods."""
 
     def __init__(self) -> None:
         self.fetched: list[str] = []
@@ -49,14 +49,14 @@ class FakeStore:
 
 
 class Scene:
-    """A preparation pod whose process requests rows with the digest `requested` and reports the digest `checked`."""
+    """A preparation pod whose process `check` requests rows with the digest `requested` and reports the digest `checked`."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder, self.store = folder, FakeStore()
         self.requested: Any = DIGEST
         self.checked = DIGEST
         self.pod = PreparationPod(Settings(folder / "run.json", None, folder / "work", folder / "log", 0, 0, "", "uid"))
-        self.run: RunConfig = self.run_of({})
+        self.run: RunConfig = self.build_run({})
         monkeypatch.setattr(preparation_pod, "load_run", lambda _: (self.run, "sha"))
         monkeypatch.setattr(preparation_pod, "Preparation", lambda *_: SimpleNamespace(
             check_hub_token=lambda: None, preflight=lambda: None, data_summary=SUMMARY,
@@ -66,7 +66,7 @@ class Scene:
         monkeypatch.setattr(preparation_pod, "run_child", self._run_child)
         monkeypatch.setattr(preparation_pod.RowStore, "open", self._open)
 
-    def run_of(self, spec: dict[str, Any]) -> RunConfig:
+    def build_run(self, spec: dict[str, Any]) -> RunConfig:
         return make_run(self.folder, Path("/models/tiny"), spec)[0]
 
     @contextmanager
@@ -100,7 +100,7 @@ def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scene:
     return Scene(tmp_path, monkeypatch)
 
 
-def test_a_preparation_looks_for_rows_and_stores_them(scene: Scene) -> None:
+def test_a_preparation_searches_for_stored_rows_and_stores_its_own(scene: Scene) -> None:
     report = scene.check()
     assert (report.prepared_uri, report.prepared_sha256) == tuple(STORED.values())
     assert (scene.store.fetched, scene.store.committed, scene.is_answered, scene.notes()) == ([DIGEST], [DIGEST], True, [])
@@ -119,7 +119,7 @@ def test_a_preparation_looks_for_rows_and_stores_them(scene: Scene) -> None:
     ],
 )
 def test_a_preparation_that_runs_other_code_neither_stores_nor_uses_rows(scene: Scene, spec: dict[str, Any], field: str) -> None:
-    scene.run = scene.run_of(spec)
+    scene.run = scene.build_run(spec)
     report = scene.check()
     assert (report.rows, report.prepared_uri, report.prepared_sha256) == ({"train": 3}, None, None)
     assert (scene.store.fetched, scene.store.committed, scene.is_answered) == ([], [], True)
@@ -128,7 +128,7 @@ def test_a_preparation_that_runs_other_code_neither_stores_nor_uses_rows(scene: 
     ]
 
 
-def test_a_repeated_request_gets_a_sign_during_the_search_and_the_answer_after_it(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_repeated_request_touches_a_file_during_the_search_and_the_answer_file_after_it(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     (scene.folder / "work").mkdir()
     request = {"kind": rows_request.ROWS_NEEDED, "digest": DIGEST}
     may_end, scene.pod._row_store = threading.Event(), scene.store  # type: ignore[assignment]
@@ -137,8 +137,8 @@ def test_a_repeated_request_gets_a_sign_during_the_search_and_the_answer_after_i
     scene.pod._handle_message(request)
     assert rows_request.working_file(scene.folder / "work", DIGEST).exists() and not scene.is_answered
     may_end.set()
-    assert scene.pod._search is not None
-    scene.pod._search.join()
+    assert scene.pod._rows_search is not None
+    scene.pod._rows_search.join()
     assert scene.is_answered
     rows_request.answer_file(scene.folder / "work", DIGEST).unlink()
     scene.pod._handle_message(request)
@@ -153,18 +153,18 @@ def test_a_repeated_request_gets_a_sign_during_the_search_and_the_answer_after_i
     ],
     ids=["another digest", "path at the end", "path", "capitals", "no request", "list"],
 )  # fmt: skip
-def test_a_digest_that_is_not_valid_or_not_the_requested_one_stores_nothing(scene: Scene, requested: Any, checked: str, fetched: list[str]) -> None:
+def test_rows_with_an_invalid_or_another_digest_are_not_stored(scene: Scene, requested: Any, checked: str, fetched: list[str]) -> None:
     scene.requested, scene.checked = requested, checked
     report = scene.check()
     assert (report.prepared_uri, report.prepared_sha256, scene.store.fetched, scene.store.committed) == (None, None, fetched, [])
-    assert scene.notes() == ["the prepared rows were not stored: their digest is not the one that was requested; the training pods tokenise the data"]
+    assert scene.notes() == ["the prepared rows were not stored: their digest differs from the requested digest; the training pods tokenise the data"]
 
 
 def test_a_stop_during_the_cleanup_keeps_the_result(scene: Scene) -> None:
     may_end = threading.Event()
 
     def stop() -> None:
-        scene.pod._stop.set()
+        scene.pod._stop_requested.set()
         may_end.wait()
 
     scene.store.on_cleanup = stop

@@ -1,4 +1,4 @@
-"""Preparing a pod: claiming storage, and the hashes of inputs that a resumed run compares."""
+"""The preparation of a pod: it claims storage, fetches the inputs, and hashes them for a resumed run."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from finetune_trainer.supervisor import prepare as subject
 from finetune_trainer.supervisor.file_digests import FileDigests
 from finetune_trainer.supervisor.prepare import (
     Preparation,
-    other_inputs_of,
-    run_facts_of,
-    setting_hashes_of,
+    add_restored_checkpoint,
+    collect_run_facts,
+    hash_other_inputs,
+    hash_settings,
     sweep_leftovers,
-    with_restored_checkpoint,
 )
 from finetune_trainer.supervisor.run_state import RunState
 
 
 @pytest.fixture
 def inputs(tmp_path: Path) -> Inputs:
-    """Inputs of every kind. The ConfigMap has the folders and links that a kubelet creates."""
+    """Return inputs with all fields. The ConfigMap has the folders and links that a kubelet creates."""
     for name, text in (
         ("tokenizer/tokenizer.json", "{}"), ("reference/config.json", "{}"), ("valid.jsonl", "{}"), ("adapter/adapter_config.json", "{}"),
         ("test.jsonl", "{}"), ("maps/mine/..2026/ds.json", "{}"),
@@ -59,26 +59,26 @@ def inputs(tmp_path: Path) -> Inputs:
         ("maps/mine/..2026/ds.json", "contents of ConfigMaps"),
     ],
 )  # fmt: skip
-def test_every_input_is_compared_by_its_contents(inputs: Inputs, tmp_path: Path, file: str, input_name: str) -> None:
-    before = other_inputs_of(inputs, sha256_file)
+def test_the_hash_of_an_input_changes_with_its_contents(inputs: Inputs, tmp_path: Path, file: str, input_name: str) -> None:
+    before = hash_other_inputs(inputs, sha256_file)
     (tmp_path / file).write_text('{"other": 1}')
-    after = other_inputs_of(inputs, sha256_file)
+    after = hash_other_inputs(inputs, sha256_file)
     assert {name for name in before if before[name] != after[name]} == {input_name}
 
 
-def test_a_configmap_that_is_mounted_again_with_the_same_contents_is_equal(inputs: Inputs, tmp_path: Path) -> None:
-    before = other_inputs_of(inputs, sha256_file)
+def test_a_configmap_that_is_mounted_again_with_the_same_contents_has_the_same_hash(inputs: Inputs, tmp_path: Path) -> None:
+    before = hash_other_inputs(inputs, sha256_file)
     (tmp_path / "maps/mine/..2026").rename(tmp_path / "maps/mine/..2027")
     (tmp_path / "maps/mine/..data").unlink()
     (tmp_path / "maps/mine/..data").symlink_to("..2027")
-    assert other_inputs_of(inputs, sha256_file) == before
+    assert hash_other_inputs(inputs, sha256_file) == before
 
 
-def test_missing_inputs_are_not_compared(tmp_path: Path) -> None:
+def test_inputs_that_the_job_does_not_have_are_not_hashed(tmp_path: Path) -> None:
     inputs = Inputs(
         model=tmp_path, model_revision="m", dataset_digest="d", output_dir=tmp_path, config_maps=tmp_path / "none"
     )
-    assert other_inputs_of(inputs, sha256_file) == {}
+    assert hash_other_inputs(inputs, sha256_file) == {}
 
 
 class RecordingStore(FolderStore):
@@ -100,7 +100,7 @@ class RecordingStore(FolderStore):
 
 @pytest.fixture
 def store(tmp_path: Path) -> RecordingStore:
-    """A storage root with uncommitted files of a killed incarnation."""
+    """Return the store of a job with uncommitted files of a killed incarnation."""
     store = RecordingStore(tmp_path / "root")
     store.put("checkpoints/step-00000005/a1-00000000/weights", b"never committed")
     store.changes.clear()
@@ -109,7 +109,7 @@ def store(tmp_path: Path) -> RecordingStore:
 
 def make_preparation(work: Path, attempt: int, node_rank: int = 0) -> Preparation:
     run: Any = SimpleNamespace(attempt=attempt, to_bytes=lambda: b"{}", storage=None, resume=None)
-    settings = Settings.from_env(work=str(work))
+    settings = Settings.from_env(work_folder=str(work))
     return Preparation(run, "", replace(settings, node_rank=node_rank), RunState(), FileDigests())
 
 
@@ -137,7 +137,7 @@ def test_only_rank_0s_pod_claims_storage(store: RecordingStore, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(("busy_responses", "expected_pauses"), [(0, []), (1, [1.0]), (4, [1.0, 2.0, 4.0, 8.0])])
-def test_a_busy_store_is_asked_again(
+def test_a_request_to_a_busy_store_is_retried(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, busy_responses: int, expected_pauses: list[float]
 ) -> None:
     pauses: list[float] = []
@@ -145,12 +145,12 @@ def test_a_busy_store_is_asked_again(
     monkeypatch.setattr(subject.time, "sleep", pauses.append)
     preparation = make_preparation(tmp_path, 1)
 
-    def ask() -> str:
+    def send_request() -> str:
         if responses:
             raise responses.pop()
         return "ready"
 
-    assert (preparation._retry_while_busy(ask), pauses) == ("ready", expected_pauses)
+    assert (preparation._retry_while_busy(send_request), pauses) == ("ready", expected_pauses)
 
 
 @pytest.mark.parametrize(("code", "pauses_count"), [("StorageFailed", 4), ("EndpointUnreachable", 0)])
@@ -190,7 +190,7 @@ def test_only_rank_0s_pod_reports_the_abilities_of_the_store(
 
 def test_a_resumed_run_reports_its_step_and_why_it_is_not_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     results = [
-        RestoreResult(manifest=Manifest(step=7, incarnation="a1-0", files=[]), path=tmp_path, uri="u", is_exact=False, inexact_reason="other seed",
+        RestoreResult(manifest=Manifest(step=7, incarnation="a1-0", files=[]), local_folder=tmp_path, uri="u", is_exact=False, inexact_reason="other seed",
                       changed_inputs=["tokenizer", "adapter"], damage_messages=["step 9 is damaged"]),
         RestoreResult(),
     ]  # fmt: skip
@@ -198,13 +198,13 @@ def test_a_resumed_run_reports_its_step_and_why_it_is_not_exact(tmp_path: Path, 
     preparation = make_preparation(tmp_path, 1)
     tree: Any = None
     inputs = Inputs(model=tmp_path, model_revision="m", dataset_digest="d", output_dir=tmp_path, config_maps=tmp_path)
-    restored = with_restored_checkpoint(inputs, preparation.restore(tree, RunFacts())).restore
+    restored = add_restored_checkpoint(inputs, preparation.restore(tree, RunFacts())).restore
     report = preparation._state.report()
     assert restored is not None and (restored.step, restored.uri, restored.path) == (7, "u", tmp_path)
     assert (report.resumed_from_step, report.resolved.resume_exact, report.resolved.resume_note) == (7, False, "other seed")
     assert report.resolved.notes == ["skipped: step 9 is damaged", "resumed from step 7 with changed tokenizer, adapter"]
     assert report.health.checkpoint_problem == "CheckpointDamaged: step 9 is damaged"
-    assert with_restored_checkpoint(inputs, preparation.restore(tree, RunFacts())).restore is None
+    assert add_restored_checkpoint(inputs, preparation.restore(tree, RunFacts())).restore is None
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ def test_a_resumed_run_reports_its_step_and_why_it_is_not_exact(tmp_path: Path, 
 def test_the_effective_batch_counts_all_ranks(tmp_path: Path, training: dict[str, int], expected: tuple[int, ...]) -> None:
     inputs = Inputs(model=tmp_path, model_revision="m", dataset_digest="d", output_dir=tmp_path, config_maps=tmp_path)
     run: Any = SimpleNamespace(spec=FineTuneJobSpec.model_validate({"training": training}), world=SimpleNamespace(size=6))
-    facts = run_facts_of(run, "c", inputs)
+    facts = collect_run_facts(run, "c", inputs)
     assert (facts.micro_batch, facts.accumulation, facts.seed, facts.effective_batch) == expected
     assert "torch" in facts.versions
 
@@ -228,7 +228,7 @@ def test_the_effective_batch_counts_all_ranks(tmp_path: Path, training: dict[str
 def test_settings_that_change_the_computed_numbers_are_hashed(change: dict[str, Any], groups: set[str]) -> None:
     def hashes(spec: dict[str, Any]) -> dict[str, str]:
         run: Any = SimpleNamespace(spec=FineTuneJobSpec.model_validate(spec))
-        return setting_hashes_of(run)
+        return hash_settings(run)
 
     before, after = hashes({}), hashes(change)
     assert {group for group in before if before[group] != after[group]} == groups
@@ -243,7 +243,7 @@ def test_a_sweep_that_fails_adds_a_note() -> None:
     assert state.report().resolved.notes == ["storage: unfinished uploads could not be removed: no access"]
 
 
-def test_downloaded_bytes_are_shown(tmp_path: Path) -> None:
+def test_the_detail_of_the_stage_shows_the_downloaded_bytes(tmp_path: Path) -> None:
     preparation = make_preparation(tmp_path, 1)
     for size in (1_400_000, 600_000):
         preparation._count_downloaded_bytes(size)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from finetune_api.errors import DataError
 from finetune_api.spec.enums import OutputKind
-from finetune_trainer.channel import MAX_MESSAGE_BYTES, Channel, socket_sender
+from finetune_trainer.channel import MAX_MESSAGE_BYTES, Channel, create_socket_sender
 from finetune_trainer.failure import failure_from_message
 from finetune_trainer.supervisor.rank_channel import RankChannel
 
@@ -40,7 +40,7 @@ def recorder() -> Iterator[ChannelRecorder]:
 
 
 def rank_channel(recorder: ChannelRecorder, work: Path) -> Channel:
-    return Channel(socket_sender(recorder.channel.address), work)
+    return Channel(create_socket_sender(recorder.channel.address), work)
 
 
 def test_a_message_larger_than_a_datagram_arrives(recorder: ChannelRecorder, tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_an_invalid_message_does_not_stop_the_channel(recorder: ChannelRecorder,
     assert recorder.received[-1]["text"] == "still listening"
 
 
-def test_sending_to_an_ended_supervisor_is_no_error(recorder: ChannelRecorder, tmp_path: Path) -> None:
+def test_sending_to_a_supervisor_that_has_ended_raises_no_error(recorder: ChannelRecorder, tmp_path: Path) -> None:
     sender = rank_channel(recorder, tmp_path)
     recorder.channel.close()
     sender.report_note("not received")

@@ -1,4 +1,4 @@
-"""The effect of each kind of rank message. If one field is unreadable, the other fields are still used."""
+"""What each type of message from a rank changes. If one field cannot be read, the other fields are still used."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Pod:
     def __init__(self, work: Path) -> None:
         self.state, self.facts = RunState(), AttemptFacts()
         self.messages = RankMessages(
-            self.state, self.facts, Staging(work, self.state, ranks=1), MetricLog(self.state, "a1-0"), "a1-0"
+            self.state, self.facts, Staging(work, self.state, rank_count=1), MetricLog(self.state, "a1-0"), "a1-0"
         )
 
     def receive(self, kind: str, local_rank: int = 0, **fields: Any) -> None:
@@ -49,7 +49,7 @@ def test_only_local_rank_0_reports_progress(pod: Pod) -> None:
     ],
     ids=["wrong-type", "unknown-field", "not-finite"],
 )
-def test_an_unreadable_field_does_not_discard_the_others(
+def test_an_unreadable_field_does_not_discard_the_other_fields(
     pod: Pod, value: Any, loss: float | None, rate: float | None
 ) -> None:
     pod.receive("metrics", value=value)
@@ -57,21 +57,21 @@ def test_an_unreadable_field_does_not_discard_the_others(
     assert (metrics.train_loss, metrics.learning_rate) == (loss, rate)
 
 
-def test_an_unknown_stage_keeps_the_current_one_and_shows_the_detail(pod: Pod) -> None:
+def test_an_unknown_stage_keeps_the_current_stage_and_shows_its_detail(pod: Pod) -> None:
     pod.receive("stage", stage="training")
     pod.receive("stage", stage="distilling", detail="teacher 1 of 2")
     report = pod.state.report()
     assert (report.stage, report.detail) == (Stage.TRAINING, "teacher 1 of 2")
 
 
-def test_pauses_are_taken_out_of_the_time_of_the_steps(pod: Pod) -> None:
+def test_pauses_do_not_count_as_time_of_the_steps(pod: Pod) -> None:
     pod.receive("stage", stage="training")
     for part in ("evaluation", "saving", "evaluation"):
         pod.receive("pause", part=part, seconds=1e-9)
     assert pod.state._pauses == {"evaluation": 2e-9, "saving": 1e-9}
 
 
-def test_the_reports_that_every_process_may_send_are_applied() -> None:
+def test_reports_that_every_process_may_send_are_applied() -> None:
     state = RunState()
     for message in (
         {"kind": "stage", "stage": "merging", "detail": "1 of 2 layers"}, {"kind": "note", "text": "a note"}, {"kind": "note", "text": "a note"},
@@ -129,7 +129,7 @@ def test_the_first_stop_request_decides_the_deadline(pod: Pod) -> None:
 
 
 @pytest.mark.parametrize(("kind", "is_heartbeat"), [("alive", True), ("heartbeat", True), ("note", False), ("metrics", False)])
-def test_only_signs_of_work_are_heartbeats(pod: Pod, kind: str, is_heartbeat: bool) -> None:
+def test_only_messages_that_show_progress_are_heartbeats(pod: Pod, kind: str, is_heartbeat: bool) -> None:
     pod.receive(kind, step=1, text="x", value={})
     assert (pod.state.seconds_since_heartbeat() is not None) is is_heartbeat
 

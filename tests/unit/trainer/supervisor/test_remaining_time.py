@@ -11,18 +11,18 @@ import pytest
 from finetune_api.status import Progress, Stage
 from finetune_trainer.checkpoint.manifest import RunFacts
 from finetune_trainer.results.log_entry import LogEntry
-from finetune_trainer.supervisor.remaining_time import RemainingTime, expected_step_seconds
+from finetune_trainer.supervisor.remaining_time import RemainingTime, estimate_step_seconds
 from finetune_trainer.supervisor.run_state import RunState
 
 from tests.unit.trainer.supervisor.conftest import FakeClock
 
 PUBLISHED_RUNS = json.loads((Path(__file__).parent / "data" / "published_step_seconds.json").read_text())["runs"]
-"""Seconds of each 250 of the 5,000 steps, and of the evaluation after them, of 63 published runs."""
+"""63 published runs of 5,000 steps: the seconds of each 250 steps, and of the evaluation after them."""
 WINDOW, TOTAL = 250, 5000
 
 
 def estimate_after_first_window(step_seconds: float, evaluation_seconds: float | None) -> float:
-    """Replay the first 250 of 5,000 steps, and return the estimate."""
+    """Replay the first 250 of 5,000 steps, and return the estimate of the remaining seconds."""
     remaining, now = RemainingTime(), 0.0
     for step in range(1, WINDOW + 1):
         now += step_seconds / WINDOW
@@ -43,7 +43,7 @@ def test_the_training_time_of_published_runs_is_estimated_after_five_percent_of_
 
 
 def test_the_training_time_with_evaluations_of_published_runs_is_estimated() -> None:
-    """These evaluations generate answers. The answers of trained models are shorter, so the first evaluation takes longer than the others."""
+    """These evaluations generate answers. Trained models generate shorter answers, so the first evaluation takes longer than the later ones."""
     errors = []
     for run in PUBLISHED_RUNS.values():
         actual = sum(run["steps"][1:]) + sum(run["evaluations"][1:])
@@ -51,8 +51,8 @@ def test_the_training_time_with_evaluations_of_published_runs_is_estimated() -> 
     assert (round(statistics.median(errors), 3), round(max(errors), 3)) == (0.046, 0.09)
 
 
-def test_rows_of_different_lengths_and_hiccups_change_the_estimate_little() -> None:
-    """Generated steps, because the published logs contain only means of 250 steps."""
+def test_rows_of_different_lengths_and_a_few_slow_steps_change_the_estimate_little() -> None:
+    """The step durations are random numbers, because the published logs contain only means of 250 steps."""
     generator = random.Random(16)
     durations = [generator.lognormvariate(0, 0.6) for _ in range(TOTAL)]
     remaining, now = RemainingTime(), 0.0
@@ -71,7 +71,7 @@ def test_rows_of_different_lengths_and_hiccups_change_the_estimate_little() -> N
         ([(60, 4.0), (80, 4.0)], 100, 0 + 4.0), ([(100, 4.0)], 100, 0.0), ([(0, 4.0)], 10, 90.0), ([(30, 1.0), (60, 1.0)], 60, 40 + 1.0),
     ],
 )  # fmt: skip
-def test_pauses_follow_at_the_same_distance(pauses: list[tuple[int, float]], step: int, expected: float) -> None:
+def test_further_pauses_are_expected_at_the_mean_interval(pauses: list[tuple[int, float]], step: int, expected: float) -> None:
     remaining = RemainingTime()
     for number in range(1, 12):
         remaining.record_step(number, float(number))
@@ -95,8 +95,8 @@ def test_a_pause_does_not_count_as_a_step(clock: FakeClock) -> None:
     assert time_use is not None and time_use.seconds() == {"firstStep": 2.0, "steps": 18.0, "evaluation": 14.0}
 
 
-def test_a_pause_after_a_stop_request_belongs_to_stopping(clock: FakeClock) -> None:
-    state = RunState(process_seconds=1.5)
+def test_a_pause_after_a_stop_request_counts_as_time_of_stopping(clock: FakeClock) -> None:
+    state = RunState(seconds_since_process_start=1.5)
     clock.now += 0.5
     state.enter_stage(Stage.TRAINING)
     clock.now += 3
@@ -112,20 +112,21 @@ def test_a_pause_after_a_stop_request_belongs_to_stopping(clock: FakeClock) -> N
     assert time_use is not None and time_use.seconds() == {"starting": 2.0, "saving": 7.0, "stopping": 5.0}, "a pause is at most as long as training"
 
 
-def logged(*lines: tuple[int, float | None]) -> list[LogEntry]:
+def log_lines(*lines: tuple[int, float | None]) -> list[LogEntry]:
     return [LogEntry(step=step, training_seconds=seconds) for step, seconds in lines]
 
 
 @pytest.mark.parametrize(
     ("entries", "world_size", "batch", "expected"),
     [
-        (logged((10, 30.0), (20, 50.0), (30, 70.0)), 2, 16, 2.0), (logged((10, 30.0), (30, 70.0)), 4, 16, 1.0), (logged((10, 30.0), (30, 70.0)), 4, 32, 2.0),
-        (logged((10, 30.0), (30, 70.0)), 1, 16, 4.0), (logged((10, 30.0)), 2, 16, 3.0), (logged((10, None)), 2, 16, None), ([], 2, 16, None),
+        (log_lines((10, 30.0), (20, 50.0), (30, 70.0)), 2, 16, 2.0), (log_lines((10, 30.0), (30, 70.0)), 4, 16, 1.0),
+        (log_lines((10, 30.0), (30, 70.0)), 4, 32, 2.0),
+        (log_lines((10, 30.0), (30, 70.0)), 1, 16, 4.0), (log_lines((10, 30.0)), 2, 16, 3.0), (log_lines((10, None)), 2, 16, None), ([], 2, 16, None),
     ],
 )  # fmt: skip
 def test_a_resumed_run_uses_the_steps_of_earlier_attempts(entries: list[LogEntry], world_size: int, batch: int, expected: float | None) -> None:
     saved, current = RunFacts(world_size=2, effective_batch=16), RunFacts(world_size=world_size, effective_batch=batch)
-    assert expected_step_seconds(entries, saved, current) == expected
+    assert estimate_step_seconds(entries, saved, current) == expected
 
 
 def test_the_estimate_after_a_resume_changes_to_the_measured_steps(clock: FakeClock) -> None:

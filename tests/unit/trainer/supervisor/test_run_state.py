@@ -14,7 +14,7 @@ from finetune_api.status import (
     RunPlan,
     Stage,
 )
-from finetune_trainer.supervisor.run_state import RunState, format_duration, newest_and_best
+from finetune_trainer.supervisor.run_state import RunState, choose_newest_and_best, format_duration
 
 from tests.unit.trainer.supervisor.conftest import FakeClock
 
@@ -57,7 +57,7 @@ def test_missing_fields_keep_their_earlier_value(clock: FakeClock) -> None:
     assert (report.resolved.strategy, report.resolved.device, report.resolved.notes) == ("ddp", "cpu", ["once"])
 
 
-def test_time_is_measured_per_stage(clock: FakeClock) -> None:
+def test_the_time_in_each_stage_is_measured(clock: FakeClock) -> None:
     state = RunState()
     clock.now += 1
     state.enter_stage(Stage.DOWNLOADING)
@@ -69,7 +69,7 @@ def test_time_is_measured_per_stage(clock: FakeClock) -> None:
 
 def test_the_newest_five_checkpoints_and_the_best_are_reported() -> None:
     checkpoints = [Checkpoint(step=step, uri="u", eval_loss=abs(step - 2)) for step in range(9, 0, -1)]
-    assert [one.step for one in newest_and_best(checkpoints)] == [9, 8, 7, 6, 5, 2]
+    assert [one.step for one in choose_newest_and_best(checkpoints)] == [9, 8, 7, 6, 5, 2]
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0s"), (59, "59s"), (200, "3m20s"), (4320, "1h12m"), (-3, "0s")])
@@ -79,11 +79,11 @@ def test_durations_are_formatted(seconds: int, text: str) -> None:
 
 def test_the_last_heartbeat_may_be_newer_than_the_last_step(clock: FakeClock) -> None:
     state = RunState()
-    state.record_activity()
+    state.record_heartbeat()
     assert state.report().health.seconds_since_heartbeat is None
     state.record_step(1)
     clock.now += 700
-    state.record_activity()
+    state.record_heartbeat()
     clock.now += 5
     health = state.report().health
     assert (health.seconds_since_step, health.seconds_since_heartbeat) == (705.0, 5.0)
@@ -91,7 +91,7 @@ def test_the_last_heartbeat_may_be_newer_than_the_last_step(clock: FakeClock) ->
     assert state.report().health.seconds_since_heartbeat == 0.0
 
 
-def test_the_newest_time_of_a_step_counts_only_after_the_step_before_it(clock: FakeClock) -> None:
+def test_a_step_is_measured_only_after_the_step_before_it(clock: FakeClock) -> None:
     state = RunState()
     assert (state.median_step_seconds(), state.seconds_since_step(), state.seconds_since_heartbeat()) == (None, None, None)
     for step, seconds in ((1, 9), (2, 3), (2, 9), (4, 9), (5, 4)):
@@ -125,7 +125,7 @@ def test_remaining_time_is_never_negative(clock: FakeClock) -> None:
         assert (progress.seconds_remaining, progress.eta) == ((None, None) if step == 1 else (max(0, 3 - step), f"{max(0, 3 - step)}s"))
 
 
-def test_timings_and_counters_are_added(clock: FakeClock) -> None:
+def test_timings_and_counters_of_the_same_name_are_summed(clock: FakeClock) -> None:
     state = RunState()
     for seconds in (1.25, 2.0):
         state.add_timing("fetch", seconds)
@@ -141,7 +141,7 @@ def test_timings_and_counters_are_added(clock: FakeClock) -> None:
 def test_checkpoints_are_listed_from_the_newest_to_the_oldest() -> None:
     state = RunState()
     for step in (5, 15, 10):
-        state.add_checkpoint(Checkpoint(step=step, uri=f"u{step}"), seconds=1.23456)
+        state.add_checkpoint(Checkpoint(step=step, uri=f"u{step}"), upload_seconds=1.23456)
     state.mark_checkpoint_healthy(10)
     state.mark_checkpoint_healthy(11)
     state.remove_checkpoint(5)
@@ -164,8 +164,8 @@ def test_a_checkpoint_problem_makes_the_run_unhealthy_until_it_is_cleared() -> N
 def test_the_earlier_of_two_checkpoints_with_equal_loss_is_the_best() -> None:
     losses = {9: None, 8: 0.5, 7: 0.5, 6: 0.5, 5: 0.5, 4: 0.25, 3: 0.0, 2: 0.0, 1: None}
     checkpoints = [Checkpoint(step=step, uri="u", eval_loss=loss) for step, loss in losses.items()]
-    assert [one.step for one in newest_and_best(checkpoints)] == [9, 8, 7, 6, 5, 2]
-    assert newest_and_best(checkpoints[:3]) == checkpoints[:3] and newest_and_best([]) == []
+    assert [one.step for one in choose_newest_and_best(checkpoints)] == [9, 8, 7, 6, 5, 2]
+    assert choose_newest_and_best(checkpoints[:3]) == checkpoints[:3] and choose_newest_and_best([]) == []
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(60, "1m0s"), (3599, "59m59s"), (3600, "1h0m"), (90061, "25h1m")])
@@ -178,7 +178,7 @@ def test_seconds_are_rounded(clock: FakeClock) -> None:
     for step in (300, 301):
         clock.now += 1.23456
         state.record_step(step)
-        state.record_activity()
+        state.record_heartbeat()
     clock.now += 0.12345
     health = state.report().health
     assert (health.median_step_seconds, health.seconds_since_step, health.seconds_since_heartbeat) == (1.2346, 0.123, 0.123)

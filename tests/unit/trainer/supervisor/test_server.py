@@ -78,8 +78,8 @@ def test_unknown_kubeflow_metrics_are_ignored() -> None:
     assert (report.progress.percent, report.metrics.train_loss) == (30, 0.5)
 
 
-def test_metrics_have_the_prometheus_format() -> None:
-    state = RunState(process_seconds=1e6)
+def test_metrics_are_served_in_the_prometheus_format() -> None:
+    state = RunState(seconds_since_process_start=1e6)
     state.record_step(7)
     state.increment_counter("checkpoints", 2)
     lines = format_metrics(state).splitlines()
@@ -87,7 +87,7 @@ def test_metrics_have_the_prometheus_format() -> None:
     assert {'finetune_trainer_stage{stage="starting"} 1', 'finetune_trainer_time_seconds{part="starting"} 1e+06'} <= set(lines)
 
 
-def request(server: Server, path: str, body: bytes | None = None, length: int | None = None) -> tuple[int, bytes]:
+def send_request(server: Server, path: str, body: bytes | None = None, length: int | None = None) -> tuple[int, bytes]:
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
     connection.putrequest("GET" if body is None else "POST", path)
     if body is not None:
@@ -108,13 +108,13 @@ def request(server: Server, path: str, body: bytes | None = None, length: int | 
     ],
 )  # fmt: skip
 def test_every_request_has_a_response(server: Server, path: str, body: bytes | None, length: int | None, status: int, text: bytes) -> None:
-    found_status, found = request(server, path, body, length)
+    found_status, found = send_request(server, path, body, length)
     assert found_status == status and text in found
 
 
 def test_a_status_from_another_host_is_refused(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subject, "LOOPBACK_ADDRESSES", ())
-    assert request(server, "/status", b'{"trainerStatus": {}}')[0] == 404
+    assert send_request(server, "/status", b'{"trainerStatus": {}}')[0] == 404
 
 
 # The token of the attempt
@@ -165,16 +165,16 @@ def test_probes_and_metrics_need_no_token_and_name_no_job(protected_server: Serv
 # Limits of connections
 
 
-def test_idle_connections_make_only_a_limited_number_of_threads(server: Server) -> None:
-    """A flood of idle connections closes the oldest ones, so that the operator and the kubelet still get answers."""
+def test_the_number_of_threads_for_idle_connections_is_limited(server: Server) -> None:
+    """If there are too many idle connections, the oldest ones are closed, so that the operator and the kubelet still get answers."""
     before = threading.active_count()
     connections = []
     for _ in range(3 * subject.MAX_CONNECTIONS):
         connections.append(socket.create_connection(("127.0.0.1", server.port), timeout=20))
-    assert request(server, "/healthz")[0] == 200
-    # The request above was accepted after all idle connections, so at least that many have been closed by now.
+    assert send_request(server, "/healthz")[0] == 200
+    # The request above was accepted after all idle connections, so the surplus idle connections are closed by now.
     assert [connection.recv(1) for connection in connections[: 2 * subject.MAX_CONNECTIONS]] == [b""] * (2 * subject.MAX_CONNECTIONS)
-    status, body = request(server, "/metrics")
+    status, body = send_request(server, "/metrics")
     assert status == 200
     closed = next(line for line in body.decode().splitlines() if line.startswith("finetune_trainer_closed_connections_total "))
     assert int(closed.rpartition(" ")[2]) >= 2 * subject.MAX_CONNECTIONS
@@ -185,7 +185,7 @@ def test_idle_connections_make_only_a_limited_number_of_threads(server: Server) 
 
 
 @pytest.mark.parametrize("length", ["x", "-1", "1.5", "\u0663".encode().decode("latin-1")])
-def test_a_content_length_that_is_no_number_is_refused(server: Server, length: str) -> None:
+def test_a_content_length_that_is_not_a_number_is_refused(server: Server, length: str) -> None:
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
     connection.request("POST", "/status", body=b"{}", headers={"Content-Length": length})
     assert connection.getresponse().status == 400
@@ -198,7 +198,7 @@ def test_metrics_without_a_value_are_left_out() -> None:
     ]  # fmt: skip
     state.record_checkpoint_problem("Reason", "why")
     for step in (5, 9):
-        state.add_checkpoint(Checkpoint(step=step, uri="u"), seconds=2.5)
+        state.add_checkpoint(Checkpoint(step=step, uri="u"), upload_seconds=2.5)
     lines = format_metrics(state).splitlines()
     assert {"finetune_trainer_healthy 0", "finetune_trainer_checkpoint_step 9", "finetune_trainer_checkpoint_seconds 2.5"} <= set(lines)
     assert "# TYPE finetune_trainer_healthy gauge" in lines and format_metrics(state).endswith("\n")

@@ -1,4 +1,4 @@
-"""A checkpoint is offered for upload when the last rank of the pod has written its files."""
+"""A checkpoint is queued for upload when the last rank of the pod has written its files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Bench:
 
     def __init__(self, work: Path) -> None:
         self.work, self.state, self.uploader = work, RunState(), RecordingUploader()
-        self.staging = Staging(work, self.state, ranks=2)
+        self.staging = Staging(work, self.state, rank_count=2)
         self.staging.uploader = self.uploader  # type: ignore[assignment] # a recorder
 
     def add(self, local_rank: int, step: int = 5, **fields: Any) -> Path:
@@ -56,7 +56,7 @@ def test_a_checkpoint_is_enqueued_after_the_last_rank(bench: Bench) -> None:
     assert sorted(file.name for file in staged.folder.iterdir()) == ["rank0", "rank1"] and not source.exists()
     assert bench.state.counters == {"checkpoint_stall_seconds": 3.0}
     bench.add(1)
-    assert len(bench.uploader.enqueued) == 1, "the same step begins anew"
+    assert len(bench.uploader.enqueued) == 1, "after an upload, the messages for the same step are counted from zero"
 
 
 def test_nothing_is_staged_before_the_pod_is_prepared(bench: Bench) -> None:

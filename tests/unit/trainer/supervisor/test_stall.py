@@ -1,4 +1,4 @@
-"""Missing heartbeats are a stall, but only in stages in which ranks send heartbeats."""
+"""A run without heartbeats has stalled, but only in stages in which ranks send heartbeats. Loading ranks are measured instead."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from finetune_api.status import Stage
 from finetune_trainer.supervisor import stall as subject
 from finetune_trainer.supervisor.run_state import RunState
 from finetune_trainer.supervisor.stall import StallWatch
-from finetune_trainer.supervisor.work import Work, WorkWatch, work_of_process
+from finetune_trainer.supervisor.work import Work, WorkWatch, measure_work
 
 from tests.unit.trainer.supervisor.conftest import FakeClock
 
@@ -26,31 +26,31 @@ def test_the_default_timeout_follows_the_median_step(clock: FakeClock) -> None:
     for step in (1, 2):
         clock.now += 60
         state.record_step(step)
-        state.record_activity()
+        state.record_heartbeat()
     assert watch.timeout_seconds() == 1200.0
     clock.now += 1199
     assert watch.stall_error() is None
     clock.now += 2
     stalled = watch.stall_error()
     assert stalled is not None and stalled.code == "Stalled" and "after step 2" in stalled.message
-    state.record_activity()
+    state.record_heartbeat()
     assert watch.stall_error() is None
 
 
 @pytest.mark.parametrize(
-    ("stage", "watched"),
+    ("stage", "is_watched"),
     [
         (Stage.STARTING, False), (Stage.DOWNLOADING, False), (Stage.TRAINING, True),
         (Stage.EVALUATING, True), (Stage.STOPPING, True), (Stage.UPLOADING, False),
     ],
 )  # fmt: skip
-def test_only_stages_with_heartbeats_are_watched(clock: FakeClock, stage: Stage, watched: bool) -> None:
+def test_only_stages_with_heartbeats_are_watched(clock: FakeClock, stage: Stage, is_watched: bool) -> None:
     state = RunState()
     watch = StallWatch(state, 5)
     state.enter_stage(stage)
-    state.record_activity()
+    state.record_heartbeat()
     clock.now += 6
-    assert (watch.stall_error() is not None) == watched
+    assert (watch.stall_error() is not None) == is_watched
 
 
 def test_a_configured_timeout_also_limits_the_first_step(clock: FakeClock) -> None:
@@ -59,7 +59,7 @@ def test_a_configured_timeout_also_limits_the_first_step(clock: FakeClock) -> No
     clock.now += 10_000
     assert watch.stall_error() is None, "the starting stage has no time limit"
     state.enter_stage(Stage.TRAINING)
-    state.record_activity()
+    state.record_heartbeat()
     clock.now += 61
     assert watch.stall_error() is not None
     assert StallWatch(state, 5).timeout_seconds() == 5.0
@@ -72,7 +72,7 @@ def test_the_default_timeout_is_at_least_ten_minutes(clock: FakeClock, step_seco
     for step in (1, 2):
         clock.now += step_seconds
         state.record_step(step)
-    state.record_activity()
+    state.record_heartbeat()
     watch = StallWatch(state, None)
     clock.now += timeout
     assert (watch.timeout_seconds(), watch.stall_error()) == (timeout, None)
@@ -92,8 +92,8 @@ def test_without_a_heartbeat_the_time_since_the_start_counts(clock: FakeClock) -
     assert error is not None and "no progress for 61 s after step 0; a step takes 0.00 s" in error.message
 
 
-class Ranks:
-    """Ranks whose work the test sets."""
+class MeasuredRanks:
+    """Ranks whose measured work the test sets."""
 
     def __init__(self) -> None:
         self.work = Work()
@@ -102,10 +102,10 @@ class Ranks:
         return self.work
 
 
-@pytest.mark.parametrize("work", [Work(cpu_seconds=16), Work(bytes_moved=5_000_000), Work(faults=301)])
+@pytest.mark.parametrize("work", [Work(cpu_seconds=16), Work(bytes_moved=5_000_000), Work(page_fault_count=301)])
 def test_ranks_that_work_while_they_load_do_not_stall(clock: FakeClock, work: Work) -> None:
-    state, ranks = RunState(), Ranks()
-    watch = StallWatch(state, None, work=WorkWatch(ranks.measure))
+    state, ranks = RunState(), MeasuredRanks()
+    watch = StallWatch(state, None, work_watch=WorkWatch(ranks.measure))
     state.enter_stage(Stage.LOADING)
     for _ in range(20):
         assert watch.stall_error() is None
@@ -113,10 +113,10 @@ def test_ranks_that_work_while_they_load_do_not_stall(clock: FakeClock, work: Wo
         ranks.work += work
 
 
-@pytest.mark.parametrize("work", [Work(), Work(cpu_seconds=0.4, bytes_moved=100_000, faults=20)])
+@pytest.mark.parametrize("work", [Work(), Work(cpu_seconds=0.4, bytes_moved=100_000, page_fault_count=20)])
 def test_ranks_that_only_poll_while_they_load_stall_after_the_timeout(clock: FakeClock, work: Work) -> None:
-    state, ranks = RunState(), Ranks()
-    watch = StallWatch(state, None, work=WorkWatch(ranks.measure))
+    state, ranks = RunState(), MeasuredRanks()
+    watch = StallWatch(state, None, work_watch=WorkWatch(ranks.measure))
     state.enter_stage(Stage.LOADING)
     for _ in range(21):  # until second 600
         assert watch.stall_error() is None
@@ -133,8 +133,8 @@ def test_ranks_that_only_poll_while_they_load_stall_after_the_timeout(clock: Fak
 
 @pytest.mark.parametrize(("blocked", "is_stalled"), [((True, True, True), True), ((True, False, True), False), ((False, False, False), False)])
 def test_a_pod_that_waits_for_other_pods_stalls_only_if_a_thread_is_blocked(clock: FakeClock, blocked: tuple[bool, ...], is_stalled: bool) -> None:
-    state, ranks = RunState(), Ranks()
-    watch = StallWatch(state, 40, pods=2, work=WorkWatch(ranks.measure))
+    state, ranks = RunState(), MeasuredRanks()
+    watch = StallWatch(state, 40, pod_count=2, work_watch=WorkWatch(ranks.measure))
     state.enter_stage(Stage.LOADING)
     assert watch.stall_error() is None
     for is_blocked in blocked:
@@ -153,18 +153,18 @@ def test_the_work_of_a_process_is_measured_from_outside() -> None:
     )
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None and process.stdout is not None
-        before = work_of_process(process.pid)
+        before = measure_work(process.pid)
         process.stdin.write("a")
         process.stdin.flush()
         assert process.stdout.read(1) == "1"
-        after = work_of_process(process.pid)
+        after = measure_work(process.pid)
         assert after.cpu_seconds > before.cpu_seconds and after.bytes_moved >= before.bytes_moved + 3_000_000
-        assert after.is_much_more_than(before, 1) and not before.is_much_more_than(before, 1)
+        assert after.shows_work_since(before, 1) and not before.shows_work_since(before, 1)
         process.stdin.write("a")
-    assert work_of_process(process.pid) == Work(), "the process has ended"
+    assert measure_work(process.pid) == Work(), "the process has ended"
 
 
-def test_ended_children_belong_to_the_work_of_their_parent() -> None:
+def test_the_work_of_ended_children_counts_for_their_parent() -> None:
     code = (
         "import subprocess, sys\n"
         "subprocess.run([sys.executable, '-c', 'import os\\nwhile sum(os.times()[:2]) < 0.3: pass'], check=True)\n"
@@ -173,13 +173,13 @@ def test_ended_children_belong_to_the_work_of_their_parent() -> None:
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None and process.stdout is not None
         assert process.stdout.read(1) == "1"
-        assert work_of_process(process.pid).cpu_seconds >= 0.3
+        assert measure_work(process.pid).cpu_seconds >= 0.3
         process.stdin.write("a")
 
 
-def test_ranks_that_wait_for_a_server_have_the_time_of_its_start(clock: FakeClock) -> None:
+def test_ranks_may_wait_for_the_start_of_a_server(clock: FakeClock) -> None:
     state = RunState()
-    watch = StallWatch(state, 40, longest_wait_seconds=1800, work=WorkWatch(Ranks().measure))
+    watch = StallWatch(state, 40, longest_wait_seconds=1800, work_watch=WorkWatch(MeasuredRanks().measure))
     state.enter_stage(Stage.LOADING)
     assert watch.stall_error() is None
     clock.now += 1840

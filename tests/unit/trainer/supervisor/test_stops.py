@@ -1,4 +1,4 @@
-"""A stop request ends every kind of work after training at once, and the next attempt continues the work."""
+"""A stop request ends any work after training at once, and the next attempt continues the work."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ def hang(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[str]]]:
     """
     may_end = threading.Event()
 
-    def replace(target: Any, method: str, part: str, before: Callable[[], None]) -> list[str]:
+    def replace(target: Any, method: str, key_part: str, before: Callable[[], None]) -> list[str]:
         original, hung = getattr(target, method), list[str]()
 
         def call(*arguments: Any, **options: Any) -> Any:
-            if not hung and (matching := [str(one) for one in arguments if part in str(one)]):
+            if not hung and (matching := [str(one) for one in arguments if key_part in str(one)]):
                 hung.append(matching[0])
                 before()
                 may_end.wait()
@@ -75,7 +75,7 @@ def write_passed_gates(folder: Path) -> None:
 
 
 def exit_code(report: StageReport) -> int:
-    return decide_exit(AttemptFacts(output=report.output, stages=report, stop_requested_at=1.0), [], is_saved=True, node_rank=0).code
+    return decide_exit(AttemptFacts(output=report.output, stage_report=report, stop_requested_at=1.0), [], is_saved=True, node_rank=0).exit_code
 
 
 WORK: dict[str, tuple[str, str, dict[str, Any], Callable[[Path], None]]] = {
@@ -89,7 +89,7 @@ WORK: dict[str, tuple[str, str, dict[str, Any], Callable[[Path], None]]] = {
     "promotion": ("put", "model/_PROMOTED", EVALUATED, write_passed_gates),
     "copy to output.dir": ("put_file", "results/model.safetensors", COPIED, FakeStages.behaviour),
 }
-"""The method of the store that hangs, with a part of its key; the spec of the job; what its stages write."""
+"""For each test case: the method of the store that hangs, a part of the key with which it hangs, the job's spec, and what its stages write."""
 
 
 @pytest.mark.parametrize("work", WORK)
@@ -135,14 +135,14 @@ def test_a_stop_ends_the_upload_of_finished_parts(tmp_path: Path, output: Output
     def run(folder: Path) -> None:
         (folder / "parts" / "task-1.json").write_text("{}")
         stall_watch = StallWatch(RunState(), None)
-        while True:  # the process does not end by itself
+        while True:  # This process does not end by itself.
             attempt.stages._watch_process(0, stall_watch)
 
     attempt.stages.behaviour = run  # type: ignore[method-assign]
     assert attempt.end(output).open_stages == [Stage.EVALUATING] and len(hung) == 1
 
 
-def test_the_result_of_a_finished_stage_is_stored_after_a_stop(tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_result_of_a_finished_stage_is_stored_even_after_a_stop(tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
     attempt = Attempt(tmp_path, 1, spec=COMPARED)
 
     def stop_at_the_end(folder: Path) -> None:
@@ -163,7 +163,7 @@ def test_a_stop_ends_a_transfer_that_makes_progress(tmp_path: Path, output: Outp
             byte_counter(1)
         except StoppedError:
             received.append(key)
-            raise StorageError("StorageFailed", "the transfer was ended") from None  # a store's client may wrap the error
+            raise StorageError("StorageFailed", "the transfer was ended") from None  # The client of a store may raise an error of its own.
         return "sha256"
 
     monkeypatch.setattr(FolderStore, "download", download)
@@ -175,7 +175,7 @@ def test_a_stop_ends_a_transfer_that_makes_progress(tmp_path: Path, output: Outp
 
 
 def copy_until(number: int, folder: Path, output: Output, monkeypatch: pytest.MonkeyPatch, *, files: int) -> list[str]:
-    """Run an attempt that is stopped after it has copied a number of model files. Returns the keys of all files that it has copied."""
+    """Run an attempt that is stopped after it has copied `files` model files. Returns the keys of all files that it has copied."""
     attempt, copied, put_file = Attempt(folder, number, spec=COPIED), list[str](), FolderStore.put_file
     for name in ("a.safetensors", "b.safetensors", "c.safetensors"):
         (folder / f"work-{number}" / "output" / "final" / name).write_text(name)
@@ -240,10 +240,10 @@ def supervisor(tmp_path: Path) -> Supervisor:
     return one
 
 
-def test_shares_of_the_grace_period(supervisor: Supervisor) -> None:
-    assert supervisor._time_of_grace_share(0.5) == float("inf") and not supervisor._is_past_deadline()
+def test_time_limits_are_shares_of_the_grace_period(supervisor: Supervisor) -> None:
+    assert supervisor._time_after_grace_share(0.5) == float("inf") and not supervisor._is_past_deadline()
     supervisor._facts.stop_requested_at = 1000.0
-    assert [supervisor._time_of_grace_share(share) for share in (0.0, 0.5, 1.0)] == [1000.0, 1047.5, 1095.0]
+    assert [supervisor._time_after_grace_share(share) for share in (0.0, 0.5, 1.0)] == [1000.0, 1047.5, 1095.0]
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ def test_shares_of_the_grace_period(supervisor: Supervisor) -> None:
 )
 def test_a_stop_shortens_the_wait_for_optional_work(stopped_at: float | None, started: float, end: float, supervisor: Supervisor) -> None:
     supervisor._facts.stop_requested_at = stopped_at
-    assert supervisor._end_of_clean_up(started) == end
+    assert supervisor._clean_up_deadline(started) == end
 
 
 def test_a_stop_during_optional_work_ends_the_wait(supervisor: Supervisor) -> None:
@@ -270,10 +270,10 @@ def test_a_stop_during_the_wait_for_trackers_leaves_time_for_the_report(supervis
     ends: list[float] = []
 
     class Tracking:
-        def finish(self, _decision: object, *, is_ended_by_user: bool, latest_end: Callable[[], float]) -> None:
-            ends.append(latest_end())
+        def finish(self, _decision: object, *, is_ended_by_user: bool, get_latest_end: Callable[[], float]) -> None:
+            ends.append(get_latest_end())
             supervisor._facts.stop_requested_at = 1000.0
-            ends.append(latest_end())
+            ends.append(get_latest_end())
 
     supervisor._tracking = Tracking()  # type: ignore[assignment]
     supervisor._finish_tracking(ExitDecision(ExitCode.OK))

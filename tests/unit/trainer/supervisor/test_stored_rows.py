@@ -1,4 +1,4 @@
-"""Prepared rows in storage: commits, two preparations at once, signatures, and the removal of unused rows."""
+"""Prepared rows in storage: their commit, two preparations at the same time, signatures, and the removal of unused rows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from finetune_api.errors import CredentialsError, StorageError
 from finetune_api.pod import PreparedRows, RunConfig, StoreTarget
-from finetune_api.prepared import UsedMarker, removal_order, renewed_marker
+from finetune_api.prepared import UsedMarker, group_keys_for_removal, renew_marker
 from finetune_api.spec.enums import DatasetFormat
 from finetune_trainer.checkpoint.manifest import RunFacts
 from finetune_trainer.checkpoint.tree import CheckpointTree
@@ -34,7 +34,7 @@ FACTS = RunFacts(dataset_digest="t", other_inputs={"validation data": "v", "test
 
 
 class Scene:
-    """The storage of a namespace, and pods that use it."""
+    """The storage of a namespace, and the pods that use it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.root = folder, folder / "store/team/_prepared"
@@ -55,11 +55,11 @@ class Scene:
         return folder
 
     def commit(self, pod: str, store: RowStore | None = None, rows: list[list[int]] | None = None, digest: str = DIGEST) -> str:
-        """Tokenise and commit in one preparation pod."""
+        """Tokenise and commit rows in one preparation pod. Returns the sha256 of the committed manifest."""
         folder = self.tokenise(pod, rows or [[1, 2], [3]], digest)
         return (store or self.row_store()).commit(digest, folder, incarnation=f"a1-{pod:0>8}", facts=FACTS, summary=SUMMARY)
 
-    def names(self, digest: str = DIGEST) -> list[str]:
+    def object_names(self, digest: str = DIGEST) -> list[str]:
         return sorted(path.relative_to(self.root / digest).as_posix() for path in (self.root / digest).rglob("*") if path.is_file())
 
     def mark_used(self, until: str, digest: str = DIGEST) -> None:
@@ -74,7 +74,7 @@ def scene(tmp_path: Path) -> Scene:
 def test_a_training_pod_gets_the_rows_and_the_result_of_their_check(scene: Scene) -> None:
     sha256 = scene.commit("1")
     files = ("manifest.hmac", "manifest.json", "prepared.json", "train/00000.arrow")
-    assert scene.names() == ["_COMMITTED", "_USED", *(f"a1-00000001/{name}" for name in files)]
+    assert scene.object_names() == ["_COMMITTED", "_USED", *(f"a1-00000001/{name}" for name in files)]
     training = scene.row_store(key=None, digest=DIGEST, manifest_sha256=sha256)
     facts = FACTS.model_copy(update={"other_inputs": FACTS.other_inputs | {"contents of ConfigMaps": "x"}})
     stored = training.fetch_for_training(facts, scene.work("t"), renews_marker=True)
@@ -120,17 +120,17 @@ def test_rows_that_are_not_verified_are_refused(
     assert not list((scene.work("t")).rglob("*.arrow")), "no unverified rows stay on the disk"
 
 
-def test_of_two_preparations_at_once_the_first_commit_counts(scene: Scene) -> None:
+def test_two_preparations_at_the_same_time_both_use_the_first_commit(scene: Scene) -> None:
     first, second = scene.row_store(), scene.row_store()
     assert first.fetch_for_preparation(DIGEST, scene.work("1")) is None and second.fetch_for_preparation(DIGEST, scene.work("2")) is None
     sha256 = scene.commit("1", first)
     assert scene.commit("2", second) == sha256
-    assert not [name for name in scene.names() if name.startswith("a1-00000002")]
+    assert not [name for name in scene.object_names() if name.startswith("a1-00000002")]
     third = scene.row_store().fetch_for_preparation(DIGEST, scene.work("3"))
     assert third is not None and third.manifest_sha256 == sha256
 
 
-def test_other_rows_under_the_same_digest_are_not_used(scene: Scene) -> None:
+def test_different_rows_with_the_same_digest_are_not_used(scene: Scene) -> None:
     scene.commit("1")
     with pytest.raises(StorageError) as caught:
         scene.commit("2", rows=[[1, 2], [4]])
@@ -189,11 +189,11 @@ def test_rows_that_cannot_be_read_do_not_keep_others_from_being_removed(
 
     monkeypatch.setattr(FolderStore, "get", refuse_first)
     assert scene.row_store().remove_expired() == ["b" * 64]
-    assert len(scene.names("a" * 64)) == 6
+    assert len(scene.object_names("a" * 64)) == 6
     assert "the prepared rows " + "a" * 64 in caplog.text
 
 
-def test_every_use_keeps_the_rows_and_never_shortens_their_time(scene: Scene) -> None:
+def test_every_use_extends_the_time_of_the_rows_and_never_shortens_it(scene: Scene) -> None:
     sha256 = scene.commit("1", scene.row_store(ttl_days=60))
     long = UsedMarker.parse((scene.root / DIGEST / "_USED").read_bytes())
     scene.row_store(None, digest=DIGEST, manifest_sha256=sha256, ttl_days=7).fetch_for_training(FACTS, scene.work("t"), renews_marker=True)
@@ -204,8 +204,8 @@ def test_every_use_keeps_the_rows_and_never_shortens_their_time(scene: Scene) ->
     assert scene.row_store().remove_expired(lambda: datetime.now(UTC) + timedelta(days=8)) == [DIGEST]
 
 
-def test_a_reader_whose_rows_are_removed_falls_back(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rows are removed after the reader has read the manifest: the reader finds that files are missing, and never uses a part of them."""
+def test_rows_that_are_removed_during_their_download_are_not_used(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows are removed after the reader has read the manifest. The reader finds that files are missing, and uses none of the rows."""
     sha256 = scene.commit("1")
     reader = scene.row_store(None, digest=DIGEST, manifest_sha256=sha256)
     download, lock = FolderStore.download, threading.Lock()
@@ -224,21 +224,21 @@ def test_a_reader_whose_rows_are_removed_falls_back(scene: Scene, monkeypatch: p
     assert caught.value.code == "PreparedDataDamaged" and "is missing" in caught.value.message
 
 
-def test_files_of_a_killed_preparation_are_removed_some_day(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_of_a_killed_preparation_are_removed_after_the_ttl(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     def killed(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(CheckpointTree, "commit", killed)
     with pytest.raises(KeyboardInterrupt):
         scene.commit("1")
-    assert "_USED" in scene.names() and "_COMMITTED" not in scene.names()
+    assert "_USED" in scene.object_names() and "_COMMITTED" not in scene.object_names()
     assert scene.row_store().remove_expired(lambda: datetime.now(UTC) + timedelta(days=31)) == [DIGEST]
     assert not scene.root.exists() or not list(scene.root.iterdir())
 
 
-def test_files_of_a_killed_preparation_do_not_stay_beside_rows_in_use(scene: Scene) -> None:
+def test_files_of_a_killed_preparation_are_removed_next_to_rows_in_use(scene: Scene) -> None:
     scene.commit("1")
-    committed = scene.names()
+    committed = scene.object_names()
     for name in ("a1-00000002/train/00000.arrow", "a1-00000003/train/00000.arrow", "a1-00000003/train/00001.arrow"):
         file = scene.root / DIGEST / name
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -250,7 +250,7 @@ def test_files_of_a_killed_preparation_do_not_stay_beside_rows_in_use(scene: Sce
             os.utime(file, (old, old))
     assert scene.row_store().remove_expired(lambda: now) == []
     recent = ["a1-00000003/train/00000.arrow", "a1-00000003/train/00001.arrow"]
-    assert scene.names() == sorted([*committed, *recent]), "one of two files of the third folder is not old"
+    assert scene.object_names() == sorted([*committed, *recent]), "one of two files of the third folder is not old"
 
 
 def test_a_pod_that_may_only_read_the_rows_uses_them(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,7 +266,7 @@ def test_a_pod_that_may_only_read_the_rows_uses_them(scene: Scene, monkeypatch: 
 
 def test_removal_begins_with_the_marker_of_the_commit() -> None:
     keys = ["d/_COMMITTED", "d/_USED", "d/a1-1/manifest.json", "d/a1-1/train/00000.arrow", "d/a1-2/manifest.json"]
-    assert removal_order(keys) == [["d/_COMMITTED"], ["d/a1-1/manifest.json", "d/a1-2/manifest.json"], ["d/a1-1/train/00000.arrow"], ["d/_USED"]]
+    assert group_keys_for_removal(keys) == [["d/_COMMITTED"], ["d/a1-1/manifest.json", "d/a1-2/manifest.json"], ["d/a1-1/train/00000.arrow"], ["d/_USED"]]
     assert UsedMarker.parse(b"{}") is None and UsedMarker.parse(b'{"until": "2026-01-01T00:00:00"}') is None
     now = datetime(2026, 5, 1, tzinfo=UTC)
-    assert renewed_marker(None, now, 30).to_bytes() == b'{"until":"2026-05-31T00:00:00Z"}'
+    assert renew_marker(None, now, 30).to_bytes() == b'{"until":"2026-05-31T00:00:00Z"}'

@@ -1,11 +1,11 @@
-"""The termination message: every named failure of a rank reaches the operator with its code, class, message and hint."""
+"""The termination message: every error of a rank reaches the operator with its code, class, message and hint."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from finetune_api.errors import ERROR_OF_CODE, FineTuneError, InternalError
+from finetune_api.errors import ERROR_OF_EXIT_CODE, FineTuneError, InternalError
 from finetune_api.exits import EXIT_POLICIES
 from finetune_api.names import MAX_TERMINATION_BYTES, ExitCode, FailureClass
 from finetune_api.pod import TerminationMessage
@@ -14,31 +14,31 @@ from finetune_trainer.channel import Channel
 from finetune_trainer.failure import RankFailure, classify_error, failure_from_message
 from finetune_trainer.supervisor.exit_decision import AttemptFacts, ExitDecision, decide_exit
 from finetune_trainer.supervisor.run_state import RunState
-from finetune_trainer.supervisor.termination import termination_message, write_termination_message
+from finetune_trainer.supervisor.termination import build_termination_message, write_termination_message
 
-ERROR_KINDS = sorted(ERROR_OF_CODE.values(), key=lambda kind: kind.exit_code)
+ERROR_TYPES = sorted(ERROR_OF_EXIT_CODE.values(), key=lambda error_type: error_type.exit_code)
 
 
-def message_of(exit_decision: ExitDecision, *, step: int = 7, output: Output | None = None) -> TerminationMessage:
-    """The termination message after it was written and parsed, as the operator gets it."""
+def pass_to_operator(exit_decision: ExitDecision, *, step: int = 7, output: Output | None = None) -> TerminationMessage:
+    """Return the termination message after it was written and parsed, as the operator gets it."""
     state = RunState()
     state.merge_progress(Progress(step=step))
     state.add_checkpoint(Checkpoint(step=5, uri="s3://b/step-5"))
-    message = termination_message(exit_decision, state.report(), output=output, start_step=0, node_name="node-1")
+    message = build_termination_message(exit_decision, state.report(), output=output, start_step=0, node_name="node-1")
     return TerminationMessage.model_validate_json(message.to_json())
 
 
-@pytest.mark.parametrize("kind", ERROR_KINDS, ids=[kind.__name__ for kind in ERROR_KINDS])
-def test_every_named_failure_of_a_rank_is_reported(tmp_path: Path, kind: type[FineTuneError]) -> None:
+@pytest.mark.parametrize("error_type", ERROR_TYPES, ids=[error_type.__name__ for error_type in ERROR_TYPES])
+def test_every_error_of_a_rank_is_reported(tmp_path: Path, error_type: type[FineTuneError]) -> None:
     channel = Channel.create_recording(tmp_path, rank=3)
-    error, origin = classify_error(kind("Expected", "what was wrong", hint="what to write"))
+    error, origin = classify_error(error_type("Expected", "what was wrong", hint="what to write"))
     channel.report_failure(error, is_origin=origin)
     facts = AttemptFacts(rank_failures=[failure_from_message(channel.sent[0])])
-    found = message_of(decide_exit(facts, [], is_saved=False, node_rank=0))
+    found = pass_to_operator(decide_exit(facts, [], is_saved=False, node_rank=0))
     assert (found.exit_code, found.code, found.message, found.hint) == (
-        kind.exit_code, "Expected", "what was wrong", "what to write"
+        error_type.exit_code, "Expected", "what was wrong", "what to write"
     )  # fmt: skip
-    assert found.class_ is EXIT_POLICIES[kind.exit_code].failure_class
+    assert found.class_ is EXIT_POLICIES[error_type.exit_code].failure_class
     assert (found.rank, found.node, found.step, found.committed_step, found.checkpoint) == (3, "node-1", 7, 5, "s3://b/step-5")
 
 
@@ -46,20 +46,20 @@ def test_every_named_failure_of_a_rank_is_reported(tmp_path: Path, kind: type[Fi
     ("code", "error_code"), [(ExitCode.PREEMPTED_SAVED, "StoppedSaved"), (ExitCode.PREEMPTED_UNSAVED, "StoppedUnsaved")]
 )
 def test_a_stop_is_reported_as_preemption(code: ExitCode, error_code: str) -> None:
-    found = message_of(ExitDecision(code))
+    found = pass_to_operator(ExitDecision(code))
     assert (found.exit_code, found.code, found.class_, found.origin) == (code, error_code, FailureClass.PREEMPTED, True)
     assert "at step 7" in (found.message or "")
 
 
 def test_success_has_the_output_and_no_failure() -> None:
-    found = message_of(ExitDecision(ExitCode.OK), output=Output(uri="s3://b/model"))
+    found = pass_to_operator(ExitDecision(ExitCode.OK), output=Output(uri="s3://b/model"))
     assert (found.exit_code, found.class_, found.code) == (0, None, None)
     assert found.output is not None and found.output.uri == "s3://b/model"
 
 
-def test_a_message_is_cut_to_the_size_that_the_kubelet_keeps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_message_is_cut_to_the_maximum_size_of_the_kubelet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     failure = failure_from_message({"exitCode": 70, "code": "TrainerCrashed", "message": "\N{SNOWMAN}" * 5000, "hint": "h" * 5000})
-    message = message_of(ExitDecision(70, failure))
+    message = pass_to_operator(ExitDecision(70, failure))
     write_termination_message(message, tmp_path / "termination")
     assert len((tmp_path / "termination").read_bytes()) <= MAX_TERMINATION_BYTES
     write_termination_message(message, tmp_path / "missing" / "termination")
@@ -76,7 +76,7 @@ def test_a_message_is_cut_to_the_size_that_the_kubelet_keeps(tmp_path: Path, cap
 def test_a_stop_names_the_newest_step(step: int | None, start_step: int, code: ExitCode, text: str) -> None:
     state = RunState()
     state.merge_progress(Progress(step=step))
-    message = termination_message(ExitDecision(code), state.report(), output=None, start_step=start_step, node_name="")
+    message = build_termination_message(ExitDecision(code), state.report(), output=None, start_step=start_step, node_name="")
     assert (message.message, message.step, message.node) == (text, step, None)
     assert (message.committed_step, message.checkpoint, message.latest_checkpoint) == (None, None, None)
     assert message.time_ns and message.time_ns > 10**18
@@ -85,7 +85,7 @@ def test_a_stop_names_the_newest_step(step: int | None, start_step: int, code: E
 @pytest.mark.parametrize(("failed_at", "step"), [(None, 7), (0, 0), (3, 3)])
 def test_a_failure_names_the_step_and_time_of_the_rank(failed_at: int | None, step: int) -> None:
     failure = RankFailure(InternalError("x", "m"), rank=0, step=failed_at, time_ns=5)
-    message = message_of(ExitDecision(70, failure))
+    message = pass_to_operator(ExitDecision(70, failure))
     assert (message.step, message.rank, message.time_ns, message.origin, message.latest_checkpoint) == (step, 0, 5, True, "s3://b/step-5")
 
 

@@ -1,4 +1,4 @@
-"""The data that the tracker process gets from the supervisor, and how the supervisor handles the end and crashes of the process."""
+"""What the tracker process gets from the supervisor, and what the supervisor does if the process hangs or crashes."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from finetune_trainer.failure import RankFailure
 from finetune_trainer.processes import kill_all_descendants
 from finetune_trainer.settings import Settings
 from finetune_trainer.supervisor import tracking
-from finetune_trainer.supervisor.agent_process import rank_environment
+from finetune_trainer.supervisor.agent_process import build_rank_environment
 from finetune_trainer.supervisor.exit_decision import ExitDecision
 from finetune_trainer.supervisor.run_state import RunState
 from finetune_trainer.supervisor.tracking import (
     RunTracking,
-    data_sources,
-    entries_of_checkpoint,
-    parameters,
-    run_end,
-    tracked_run,
+    describe_tracked_run,
+    flatten_parameters,
+    list_data_sources,
+    read_checkpoint_log,
+    to_run_end,
 )
 from finetune_trainer.trackers.events import RunEnd
 
@@ -37,7 +37,7 @@ STARTED_AT = datetime(2026, 3, 1, 12, 0, 0, tzinfo=UTC)
 FAILURE = ExitDecision(ExitCode.DATA_INVALID, RankFailure(DataError("DatasetEmpty", "no rows")))
 
 
-def tracked_config(folder: Path, spec: dict[str, Any] | None = None) -> RunConfig:
+def make_run_config(folder: Path, spec: dict[str, Any] | None = None) -> RunConfig:
     return make_run(folder, folder / "model", spec or {"tracking": {"reportTo": ["tensorboard"]}})[0]
 
 
@@ -46,14 +46,14 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     for name, value in {"WANDB_API_KEY": "k", "MONGODB_URI": "k", "MLFLOW_TRACKING_PASSWORD": "k", "OPENAI_API_KEY": "k"}.items():
         monkeypatch.setenv(name, value)
     (tmp_path / "work").mkdir()
-    return Settings.from_env(run_file=str(tmp_path / "run.json"), work=str(tmp_path / "work"), port=0)
+    return Settings.from_env(run_file=str(tmp_path / "run.json"), work_folder=str(tmp_path / "work"), port=0)
 
 
 def test_only_the_tracker_process_gets_credentials_of_trackers(settings: Settings, tmp_path: Path) -> None:
-    run = tracked_config(tmp_path)
-    ranks = rank_environment(run, settings, "socket")
+    run = make_run_config(tmp_path)
+    ranks = build_rank_environment(run, settings, "socket")
     assert not {"WANDB_API_KEY", "MONGODB_URI", "MLFLOW_TRACKING_PASSWORD"} & set(ranks) and ranks["OPENAI_API_KEY"] == "k"
-    environment = RunTracking(run, settings, RunState())._environment()
+    environment = RunTracking(run, settings, RunState())._build_environment()
     assert {environment[name] for name in ("WANDB_API_KEY", "MONGODB_URI", "MLFLOW_TRACKING_PASSWORD")} == {"k"}
     assert "OPENAI_API_KEY" not in environment
     assert environment["HOME"] == environment["WANDB_CACHE_DIR"] == str(tmp_path / "work" / "tracking" / "home")
@@ -65,7 +65,7 @@ def test_parameters_are_values_by_path_without_secrets(tmp_path: Path) -> None:
         "tracking": {"reportTo": ["wandb"], "wandb": {"apiKeySecretRef": {"name": "k3y", "key": "k3y"}}},
         "placement": {"env": [{"name": "TOKEN", "value": "k3y"}]}, "method": {"lora": {"targetModules": ["q_proj"]}},
     }  # fmt: skip
-    values = parameters(tracked_config(tmp_path, spec))
+    values = flatten_parameters(make_run_config(tmp_path, spec))
     assert values["training.learningRate"] == "0.005" and values["method.lora.targetModules"] == '["q_proj"]'
     assert values["dataset.train"] == "https://host/rows.jsonl"
     assert "k3y" not in json.dumps(values)
@@ -73,27 +73,27 @@ def test_parameters_are_values_by_path_without_secrets(tmp_path: Path) -> None:
 
 def test_signatures_in_lists_of_sources_are_not_tracked(tmp_path: Path) -> None:
     mixture = [{"source": f"https://host/{name}.jsonl?X-Amz-Signature=k3y", "weight": 1} for name in ("a", "b")]
-    values = parameters(tracked_config(tmp_path, {"dataset": {"train": None, "mixture": mixture}}))
+    values = flatten_parameters(make_run_config(tmp_path, {"dataset": {"train": None, "mixture": mixture}}))
     assert "https://host/a.jsonl" in values["dataset.mixture"] and "k3y" not in json.dumps(values)
 
 
 def test_the_name_of_a_run_is_the_same_in_all_attempts(tmp_path: Path) -> None:
-    run = tracked_config(tmp_path, {"tracking": {"reportTo": ["tensorboard"]}, "output": {"runName": {"prefix": "exp-", "suffix": "-a"}}})
-    names = {tracked_run(run.model_copy(update={"attempt": attempt}), STARTED_AT).name for attempt in (1, 2)}
+    run = make_run_config(tmp_path, {"tracking": {"reportTo": ["tensorboard"]}, "output": {"runName": {"prefix": "exp-", "suffix": "-a"}}})
+    names = {describe_tracked_run(run.model_copy(update={"attempt": attempt}), STARTED_AT).name for attempt in (1, 2)}
     assert names == {"exp-20260301-120000-a"}
 
 
 def test_data_sources_have_digests(tmp_path: Path) -> None:
-    run = tracked_config(tmp_path, {"dataset": {"train": "s3://b/t.jsonl", "test": "s3://b/test.jsonl"}, "tracking": {"reportTo": ["tensorboard"]}})
-    sources = data_sources(run, RunFacts(dataset_digest="d1", other_inputs={"test data": "d2"}))
+    run = make_run_config(tmp_path, {"dataset": {"train": "s3://b/t.jsonl", "test": "s3://b/test.jsonl"}, "tracking": {"reportTo": ["tensorboard"]}})
+    sources = list_data_sources(run, RunFacts(dataset_digest="d1", other_inputs={"test data": "d2"}))
     assert [(one.context, one.source, one.digest) for one in sources] == [("training", "s3://b/t.jsonl", "d1"), ("testing", "s3://b/test.jsonl", "d2")]
 
 
-def test_the_lines_of_a_checkpoint_are_those_of_all_attempts(tmp_path: Path) -> None:
+def test_the_log_lines_in_a_checkpoint_are_those_of_all_attempts(tmp_path: Path) -> None:
     (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": [{"step": 1, "loss": 2.5}, {"step": 2, "eval_loss": float("nan")}]}))
-    entries = entries_of_checkpoint(RestoreResult(path=tmp_path))
+    entries = read_checkpoint_log(RestoreResult(local_folder=tmp_path))
     assert [(entry.step, entry.loss, entry.eval_loss) for entry in entries] == [(1, 2.5, None), (2, None, None)]
-    assert entries_of_checkpoint(RestoreResult(path=tmp_path / "missing")) == [] == entries_of_checkpoint(RestoreResult())
+    assert read_checkpoint_log(RestoreResult(local_folder=tmp_path / "missing")) == [] == read_checkpoint_log(RestoreResult())
 
 
 @pytest.mark.parametrize(
@@ -105,8 +105,8 @@ def test_the_lines_of_a_checkpoint_are_those_of_all_attempts(tmp_path: Path) -> 
         (FAILURE, False, "failed"),
     ],
 )
-def test_a_stop_on_request_is_no_failure(decision: ExitDecision, is_ended_by_user: bool, end: str) -> None:
-    assert run_end(decision, is_ended_by_user=is_ended_by_user) == end
+def test_a_requested_stop_is_not_a_failure(decision: ExitDecision, is_ended_by_user: bool, end: str) -> None:
+    assert to_run_end(decision, is_ended_by_user=is_ended_by_user) == end
 
 
 @pytest.fixture
@@ -127,17 +127,17 @@ def use_program(monkeypatch: pytest.MonkeyPatch, program: str) -> None:
     monkeypatch.setattr(tracking, "ChildProcess", lambda command, env: ChildProcess([sys.executable, "-c", program, command[-1]], env))
 
 
-def test_a_process_that_does_not_end_is_killed_and_named(
+def test_a_tracker_process_that_does_not_end_is_killed_and_adds_a_note(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cleanup: None
 ) -> None:
     use_program(monkeypatch, "import time; time.sleep(600)")
     state = RunState()
-    one = RunTracking(tracked_config(tmp_path), settings, state)
+    one = RunTracking(make_run_config(tmp_path), settings, state)
     one.start(STARTED_AT, [], resumed_from_step=0)
-    kill_all_descendants()  # the end of a stage kills all processes but the tracker's
+    kill_all_descendants()  # The end of a stage kills all processes except the tracker process.
     assert one._process is not None and one._process.poll() is None
     one.record_log_line(1, {"loss": 2.0})
-    one.finish(ExitDecision(ExitCode.OK), is_ended_by_user=False, latest_end=lambda: 0)
+    one.finish(ExitDecision(ExitCode.OK), is_ended_by_user=False, get_latest_end=lambda: 0)
     one._process._process.wait()
     [note] = state.report().resolved.notes or []
     assert note.startswith("tensorboard did not accept all values in time; values are missing there, but ")
@@ -147,26 +147,26 @@ def test_a_process_that_does_not_end_is_killed_and_named(
 
 def test_a_stop_during_the_wait_for_trackers_ends_the_wait(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cleanup: None) -> None:
     use_program(monkeypatch, "import time; time.sleep(600)")
-    one = RunTracking(tracked_config(tmp_path), settings, RunState())
+    one = RunTracking(make_run_config(tmp_path), settings, RunState())
     one.start(STARTED_AT, [], resumed_from_step=0)
     ends = iter([float("inf"), float("inf"), 0.0])  # the stop is requested during the wait
-    one.finish(ExitDecision(ExitCode.OK), is_ended_by_user=False, latest_end=lambda: next(ends))
+    one.finish(ExitDecision(ExitCode.OK), is_ended_by_user=False, get_latest_end=lambda: next(ends))
     assert one._process is not None and one._process._process.wait() == -9 and next(ends, None) is None
 
 
 @pytest.mark.parametrize(("end", "seconds"), [("finished", 120.0), ("failed", 120.0), ("interrupted", 5.0), ("killed", 5.0)])
-def test_seconds_to_wait_for_trackers(end: str, seconds: float, settings: Settings, tmp_path: Path) -> None:
-    assert RunTracking(tracked_config(tmp_path), settings, RunState())._seconds_to_wait(RunEnd(end)) == seconds
+def test_how_an_attempt_ended_decides_the_wait_for_trackers(end: str, seconds: float, settings: Settings, tmp_path: Path) -> None:
+    assert RunTracking(make_run_config(tmp_path), settings, RunState())._seconds_to_wait(RunEnd(end)) == seconds
 
 
-def test_a_process_that_crashes_is_started_again_a_few_times(
+def test_a_tracker_process_that_crashes_is_started_again_a_few_times(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cleanup: None
 ) -> None:
     use_program(monkeypatch, "import sys; open(sys.argv[1] + '/starts', 'a').write('x'); sys.exit(1)")
     monkeypatch.setattr(tracking, "RESTART_PAUSE_SECONDS", 0.0)
     monkeypatch.setattr(tracking, "POLL_SECONDS", 0.01)
     state = RunState()
-    one = RunTracking(tracked_config(tmp_path), settings, state)
+    one = RunTracking(make_run_config(tmp_path), settings, state)
     one.start(STARTED_AT, [], resumed_from_step=0)
     assert one._monitor is not None
     one._monitor.join()
@@ -175,8 +175,8 @@ def test_a_process_that_crashes_is_started_again_a_few_times(
 
 
 def test_without_trackers_there_is_no_process_and_no_file(settings: Settings, tmp_path: Path) -> None:
-    one = RunTracking(tracked_config(tmp_path, {"training": {"epochs": 1}}), settings, RunState())
+    one = RunTracking(make_run_config(tmp_path, {"training": {"epochs": 1}}), settings, RunState())
     one.start(STARTED_AT, [], resumed_from_step=0)
     one.record_log_line(1, {"loss": 2.0})
-    one.finish(FAILURE, is_ended_by_user=False, latest_end=lambda: 0)
+    one.finish(FAILURE, is_ended_by_user=False, get_latest_end=lambda: 0)
     assert list((tmp_path / "work").iterdir()) == []

@@ -1,4 +1,4 @@
-"""MLflow: parent and child runs, which later attempts continue. These tests use MLflow's own file store; `tests/faults/trackers` uses a server."""
+"""Later attempts continue the parent and child runs in MLflow. These tests use MLflow's file store; `tests/faults/trackers` uses a server."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from finetune_trainer.trackers.sender import Sender
 from mlflow.exceptions import MlflowException, RestException
 
 from tests.support.mlflow_runs import MlflowRuns
-from tests.support.tracking import START, end_events, log_events, loss_of, start_events, tracked_run
+from tests.support.tracking import START, compute_loss, end_events, log_events, start_events, tracked_run
 
 
 @pytest.fixture
@@ -34,8 +34,8 @@ def test_a_killed_attempt_is_continued_in_the_same_runs_and_repeated_steps_are_s
     second.send([*log_events(11, 20, evaluated=(20,)), *end_events(20)])
     runs = MlflowRuns(store, "support")
     assert runs.names() == {"support-bot", "support-bot_finetuning", "support-bot_evaluation"}
-    assert runs.history("support-bot_finetuning", "loss") == [(step, loss_of(step)) for step in range(1, 21)]
-    assert runs.history("support-bot_finetuning", "eval_loss") == [(10, loss_of(10) + 0.5), (20, loss_of(20) + 0.5)]
+    assert runs.history("support-bot_finetuning", "loss") == [(step, compute_loss(step)) for step in range(1, 21)]
+    assert runs.history("support-bot_finetuning", "eval_loss") == [(10, compute_loss(10) + 0.5), (20, compute_loss(20) + 0.5)]
     assert runs.history("support-bot_evaluation", "eval_perplexity") == [(20, 5.25)]
     parent = runs.run("support-bot")
     assert {run.info.status for run in runs.all()} == {"FINISHED"}
@@ -57,7 +57,7 @@ def test_a_killed_attempt_is_continued_in_the_same_runs_and_repeated_steps_are_s
 @pytest.mark.parametrize(
     ("end", "status"), [(RunEnd.INTERRUPTED, "SCHEDULED"), (RunEnd.FAILED, "FAILED"), (RunEnd.KILLED, "KILLED")]
 )
-def test_the_status_after_an_attempt_and_during_the_next_one(store: str, end: RunEnd, status: str) -> None:
+def test_a_run_has_the_status_of_its_last_attempt_until_the_next_attempt_starts(store: str, end: RunEnd, status: str) -> None:
     first = Mlflow(tracked_run(), store, "experiment")
     first.open()
     first.send([*start_events(), *log_events(1, 3), *end_events(3, end=end, reason="DatasetEmpty" if end is RunEnd.FAILED else None)])
@@ -84,7 +84,7 @@ def test_errors_name_the_cause_and_no_secret() -> None:
 
 
 class RejectingServer(BaseHTTPRequestHandler):
-    """Answers every request with 401 and a text that repeats the password."""
+    """Answers each request with status 401 and a text that repeats the password."""
 
     def do_GET(self) -> None:  # noqa: N802
         body = b"user k3y is unknown"
@@ -108,7 +108,7 @@ def test_rejected_credentials_are_named_as_such(tmp_path: Path, monkeypatch: pyt
         events = tmp_path / "events.jsonl"
         append_events(events, log_events(1, 2))
         sender = Sender(Mlflow(tracked_run(), f"http://127.0.0.1:{server.server_port}", None), [events])
-        sender.step()
+        sender.send_waiting_events()
         server.shutdown()
     assert sender.problem is not None and sender.problem.reason == "TrackerCredentialsRejected"
     assert sender.problem.message.startswith(f"mlflow at http://127.0.0.1:{server.server_port} does not accept the credentials; check the variables")

@@ -1,4 +1,4 @@
-"""MongoDB: errors. Documents are tested with a server in `tests/faults/trackers`."""
+"""Errors of MongoDB name their cause. `tests/faults/trackers` tests the documents with a server."""
 
 from __future__ import annotations
 

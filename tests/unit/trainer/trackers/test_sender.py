@@ -1,4 +1,4 @@
-"""Senders: no event is lost or sent twice while a tracker is down, and the end event is sent last."""
+"""Senders neither lose events nor send them twice while a tracker is down, and send the end event last."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Clock:
 
 
 class FakeTracker:
-    """Keeps what it accepts. The next `failures` calls of a method fail."""
+    """Keeps the events that it accepts. `failures`: how many of the next calls of each method fail."""
 
     name = "fake"
     run_address = "fake://run"
@@ -89,7 +89,7 @@ def test_events_wait_while_the_tracker_is_down_and_pauses_grow(events: Path, clo
     tries = []
     while tracker.failures["open"]:
         left = tracker.failures["open"]
-        sender.step()
+        sender.send_waiting_events()
         if tracker.failures["open"] < left:
             tries.append(clock.now)
         clock.now += 1
@@ -98,7 +98,7 @@ def test_events_wait_while_the_tracker_is_down_and_pauses_grow(events: Path, clo
     assert sender.problem.message == "fake at http://host:1 could not be reached: the connection was refused"
     append_events(events, log_events(4, 5))
     clock.now += MAX_PAUSE_SECONDS
-    sender.step()
+    sender.send_waiting_events()
     assert (tracker.steps, sender.problem, sender.sent) == ([1, 2, 3, 4, 5], None, 5)
 
 
@@ -106,13 +106,13 @@ def test_a_batch_that_failed_is_sent_again_after_a_new_connection(events: Path, 
     tracker = FakeTracker()
     sender = Sender(tracker, [events], clock=clock)
     append_events(events, log_events(1, 2))
-    sender.step()
+    sender.send_waiting_events()
     append_events(events, log_events(3, 4))
     tracker.failures["send"] = 1
-    sender.step()
+    sender.send_waiting_events()
     assert (tracker.steps, tracker.opened) == ([1, 2], 1)
     clock.now += 1
-    sender.step()
+    sender.send_waiting_events()
     assert (tracker.steps, tracker.opened) == ([1, 2, 3, 4], 2)
 
 
@@ -120,34 +120,34 @@ def test_batches_are_bounded_and_flushed_at_intervals(events: Path, clock: Clock
     tracker = FakeTracker()
     sender = Sender(tracker, [events], clock=clock)
     append_events(events, log_events(1, 2 * MAX_EVENTS_PER_BATCH + 1))
-    sender.step()
+    sender.send_waiting_events()
     assert (tracker.batches, tracker.flushed) == ([MAX_EVENTS_PER_BATCH, MAX_EVENTS_PER_BATCH, 1], 1)
     clock.now += FLUSH_SECONDS - 1
-    sender.step()
+    sender.send_waiting_events()
     assert tracker.flushed == 1
     clock.now += 1
-    sender.step()
+    sender.send_waiting_events()
     assert tracker.flushed == 2
 
 
-def test_the_end_is_tried_at_once_and_sent_last_and_flushed(events: Path, tmp_path: Path, clock: Clock) -> None:
+def test_the_end_event_is_sent_last_and_without_a_pause_and_is_flushed(events: Path, tmp_path: Path, clock: Clock) -> None:
     tracker = FakeTracker()
     samples = tmp_path / "samples.jsonl"
     sender = Sender(tracker, [events, samples], clock=clock)
     tracker.failures |= {"open": 3, "flush": 1}
     for _ in range(3):
-        sender.step()
+        sender.send_waiting_events()
         clock.now += MAX_PAUSE_SECONDS
     clock.now -= MAX_PAUSE_SECONDS  # within the pause after the last error
     append_events(events, [*log_events(1, 2), *end_events(2)[-1:]])
     append_events(samples, [SystemEvent(time=START, seconds=0, values={"system/cpu_utilization_percentage": 5.0})])
-    sender.step()
+    sender.send_waiting_events()
     assert tracker.accepted == []
-    sender.step(is_ending=True)
+    sender.send_waiting_events(is_ending=True)
     assert isinstance(tracker.accepted[0], SystemEvent) and isinstance(tracker.accepted[-1], EndEvent)
     assert sender.has_ended is False  # the flush has failed
     clock.now += 1
-    sender.step(is_ending=True)
+    sender.send_waiting_events(is_ending=True)
     assert sender.has_ended and tracker.steps == [1, 2] and tracker.flushed == 1
     sender.run(threading.Event())  # returns, because the end is sent
 

@@ -1,4 +1,4 @@
-"""Samples of the system."""
+"""The usage of CPU, memory and GPUs is sampled."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from finetune_api.pod import GpuUsage
 from finetune_trainer import usage
 from finetune_trainer.trackers import system_metrics
 from finetune_trainer.trackers.system_metrics import SystemSampler
-from finetune_trainer.usage import Nvml, UsageReader, _Memory, _Utilization, container_memory
+from finetune_trainer.usage import Nvml, UsageReader, _Memory, _Utilization, read_container_memory
 
 
 def test_host_values_are_plausible() -> None:
@@ -24,13 +24,13 @@ def test_host_values_are_plausible() -> None:
 def test_memory_is_that_of_a_container_with_a_limit(tmp_path: Path) -> None:
     (tmp_path / "memory.current").write_text("1000\n")
     (tmp_path / "memory.max").write_text("4000\n")
-    assert container_memory(tmp_path) == (1000, 4000)
+    assert read_container_memory(tmp_path) == (1000, 4000)
     (tmp_path / "memory.max").write_text("max\n")
-    assert container_memory(tmp_path)[1] > 4000
+    assert read_container_memory(tmp_path)[1] > 4000
 
 
 class FakeNvml:
-    """The functions of NVML for two GPUs, of which the second hides its utilization."""
+    """The functions of NVML for two GPUs. The second GPU does not report its utilization."""
 
     def nvmlInit_v2(self) -> int:  # noqa: N802
         return 0

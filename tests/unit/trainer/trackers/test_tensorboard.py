@@ -1,4 +1,4 @@
-"""TensorBoard's own reader reads the stored event files."""
+"""TensorBoard's own reader can read the stored event files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from finetune_trainer.trackers import tensorboard
 from finetune_trainer.trackers.tensorboard import TensorBoard
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.support.tracking import FolderStorage, end_events, log_events, loss_of, start_events, tracked_run
+from tests.support.tracking import FolderStorage, compute_loss, end_events, log_events, start_events, tracked_run
 
 
 def read(folder: Path) -> EventAccumulator:
@@ -29,15 +29,15 @@ def test_values_have_their_tags_steps_and_times(tmp_path: Path) -> None:
     tracker.send(log_events(20, 20, evaluated=(20,)))  # repeated values are not written again
     tracker.flush()
     events = read(tmp_path)
-    assert scalars(events, "train/loss") == [(step, loss_of(step)) for step in range(1, 21)]
-    assert scalars(events, "eval/loss") == [(10, loss_of(10) + 0.5), (20, loss_of(20) + 0.5)]
+    assert scalars(events, "train/loss") == [(step, compute_loss(step)) for step in range(1, 21)]
+    assert scalars(events, "eval/loss") == [(10, compute_loss(10) + 0.5), (20, compute_loss(20) + 0.5)]
     assert scalars(events, "evaluate/perplexity") == [(20, 5.25)]
     assert events.Scalars("train/loss")[4].wall_time == tracked_run().started_at.timestamp() + 5
     assert {"parameters", "data", "artifact/model"} <= set(events.Tags()["tensors"])
 
 
 def test_full_files_are_stored_once_and_a_failed_upload_is_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensorboard, "SEGMENT_BYTES", 2000)
+    monkeypatch.setattr(tensorboard, "MAX_FILE_BYTES", 2000)
     storage = FolderStorage(tmp_path)
     tracker = TensorBoard(tracked_run(), tmp_path / "work", storage)
     tracker.open()
@@ -51,4 +51,4 @@ def test_full_files_are_stored_once_and_a_failed_upload_is_repeated(tmp_path: Pa
         tracker.flush()
     numbers = [int(key[-5:]) for key in storage.keys]
     assert numbers == sorted(numbers) and numbers[-1] >= 2
-    assert scalars(read(tmp_path), "train/loss") == [(step, loss_of(step)) for step in range(1, 61)]
+    assert scalars(read(tmp_path), "train/loss") == [(step, compute_loss(step)) for step in range(1, 61)]

@@ -1,4 +1,4 @@
-"""W&B: files of an offline run, and the calls of an online run (a fake run, because no server is available)."""
+"""W&B's library writes the file of an offline run. An online run is a fake that records calls, because no server is available."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from finetune_trainer.trackers.events import RunEnd
 from finetune_trainer.trackers.wandb import Wandb
 from wandb.errors import AuthenticationError, CommError, UsageError
 
-from tests.support.tracking import UID, FolderStorage, end_events, log_events, loss_of, tracked_run
-from tests.support.wandb_file import history, read_records, summary
+from tests.support.tracking import UID, FolderStorage, compute_loss, end_events, log_events, tracked_run
+from tests.support.wandb_file import read_history, read_records, read_summary
 
 OFFLINE_PROGRAM = """
 import sys
@@ -40,10 +40,10 @@ def test_the_file_of_an_offline_run_has_each_step_once(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     [file] = (tmp_path / "store").rglob("*.wandb")
     assert str(file.relative_to(tmp_path / "store")) == f"tracking/wandb/offline-run-20260301_120000-{UID}/run-{UID}.wandb"
-    rows = history(file)
-    assert [(row["_step"], row["loss"]) for row in rows if "loss" in row] == [(step, loss_of(step)) for step in range(1, 21)]
-    assert [(row["_step"], row["eval_loss"]) for row in rows if "eval_loss" in row] == [(10, loss_of(10) + 0.5), (20, loss_of(20) + 0.5)]
-    values = summary(file)
+    rows = read_history(file)
+    assert [(row["_step"], row["loss"]) for row in rows if "loss" in row] == [(step, compute_loss(step)) for step in range(1, 21)]
+    assert [(row["_step"], row["eval_loss"]) for row in rows if "eval_loss" in row] == [(10, compute_loss(10) + 0.5), (20, compute_loss(20) + 0.5)]
+    values = read_summary(file)
     assert values["evaluate/perplexity"] == 5.25 and values["artifact/model"] == "s3://bucket/team/job/model/a1-1"
     [run] = [record.run for record in read_records(file) if record.WhichOneof("record_type") == "run"]
     assert (run.run_id, run.display_name, run.project) == (UID, "support-bot", "support")
@@ -96,7 +96,7 @@ def test_an_online_run_continues_after_the_newest_step_of_the_server(
     tracker.send(log_events(1, 16))
     tracker.send(end_events(16, end=end)[-1:])
     assert (options["id"], options["resume"], options["mode"], options["project"], options["entity"]) == (UID, "allow", "online", "p", "e")
-    assert remote.calls == [(15, loss_of(15)), (16, loss_of(16)), *calls]
+    assert remote.calls == [(15, compute_loss(15)), (16, compute_loss(16)), *calls]
     assert tracker.run_address == FakeRun.url
 
 

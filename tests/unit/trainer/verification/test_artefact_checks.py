@@ -1,4 +1,4 @@
-"""Each damage to a good adapter or model is found and named. An undamaged adapter or model passes."""
+"""Each damage of an adapter or model is found with its own code. An undamaged adapter or model passes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from finetune_trainer.verification.artefact_checks import find_fault
-from finetune_trainer.verification.reference import ReferenceRow, ReferenceValues, TrainedAdapter, text_sha256
+from finetune_trainer.verification.reference import ReferenceRow, ReferenceValues, TrainedAdapter, hash_text
 from safetensors.torch import load_file, save_file
 
 from tests.support.tiny import CHATML_TEMPLATE, make_tiny_model
@@ -59,14 +59,14 @@ def good_adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def adapter(good_adapter: Path, tmp_path: Path) -> Path:
-    """A copy that a test may damage."""
+    """A copy of the good adapter, which a test may damage."""
     return Path(shutil.copytree(good_adapter, tmp_path / "adapter"))
 
 
 def reference(**changes: Any) -> ReferenceValues:
     modules = [f"model.layers.{layer}.{name}" for layer in range(2) for name in ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")]
     trained = TrainedAdapter(peft_type="LORA", scaling=dict.fromkeys(modules, ALPHA / RANK), changes_output=True)
-    facts = {"tokenizer_length": 448, "chat_template_sha256": text_sha256(CHATML_TEMPLATE), "adapter": trained}
+    facts = {"tokenizer_length": 448, "chat_template_sha256": hash_text(CHATML_TEMPLATE), "adapter": trained}
     return ReferenceValues.model_validate(facts | changes)
 
 
@@ -123,7 +123,7 @@ def with_value(name: str, value: float) -> Callable[[dict[str, torch.Tensor]], d
     return change
 
 
-SABOTAGES: dict[str, tuple[Callable[[Path], None], str, str]] = {
+ADAPTER_DAMAGES: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "no prefix": (change_weights(lambda w: {k.removeprefix("base_model.model."): v for k, v in w.items()}), "AdapterPrefixIgnored", "does not begin with"),
     "compiler": (
         change_weights(lambda w: {k.replace("base_model.model.", "base_model.model._orig_mod."): v for k, v in w.items()}),
@@ -157,9 +157,9 @@ SABOTAGES: dict[str, tuple[Callable[[Path], None], str, str]] = {
 }  # fmt: skip
 
 
-def test_zero_b_of_a_training_that_was_not_measured_is_left_to_the_comparison_of_values(adapter: Path, base: Path) -> None:
-    """One step of a warmup has the learning rate 0, so the matrices are still zero after training."""
-    SABOTAGES["zero B"][0](adapter)
+def test_zero_b_matrices_are_no_fault_if_only_the_comparison_of_values_can_judge_them(adapter: Path, base: Path) -> None:
+    """The first step of a warm-up has the learning rate 0, so the matrices are still zero after a run of one step."""
+    ADAPTER_DAMAGES["zero B"][0](adapter)
     trained = reference().adapter
     assert trained is not None
     unmeasured = reference(adapter=trained.model_copy(update={"changes_output": None}))
@@ -174,13 +174,13 @@ def test_a_good_adapter_passes(adapter: Path, base: Path) -> None:
     assert find_fault(adapter, base, None, is_adapter=True) is None
 
 
-@pytest.mark.parametrize("name", SABOTAGES)
+@pytest.mark.parametrize("name", ADAPTER_DAMAGES)
 def test_each_damage_of_an_adapter_is_refused_with_its_code(name: str, adapter: Path, base: Path) -> None:
-    damage, code, words = SABOTAGES[name]
+    damage, code, message_part = ADAPTER_DAMAGES[name]
     damage(adapter)
     fault = find_fault(adapter, base, reference(), is_adapter=True)
     assert fault is not None and fault.code == code
-    assert words in fault.message
+    assert message_part in fault.message
 
 
 def test_the_wrong_base_is_refused_by_its_shapes_and_by_its_architecture(adapter: Path, wider_base: Path, other_base: Path) -> None:
@@ -192,13 +192,13 @@ def test_the_wrong_base_is_refused_by_its_shapes_and_by_its_architecture(adapter
 
 
 def test_an_adapter_that_training_did_not_change_is_not_refused(adapter: Path, base: Path) -> None:
-    """The stored file equals the trained adapter. The comparison of the values reports that training had no effect."""
-    SABOTAGES["zero B"][0](adapter)
+    """The stored file equals the trained adapter. The comparison of values, not this check, reports that training had no effect."""
+    ADAPTER_DAMAGES["zero B"][0](adapter)
     unchanged = TrainedAdapter(peft_type="LORA", scaling={}, changes_output=False)
     assert find_fault(adapter, base, reference(adapter=unchanged), is_adapter=True) is None
 
 
-MODEL_SABOTAGES: dict[str, tuple[Callable[[Path], None], str]] = {
+MODEL_DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "truncated": (cut_file, "ModelFileDamaged"),
     "compiler": (change_weights(lambda w: {f"_orig_mod.{k}": v for k, v in w.items()}), "ModelPrefixIgnored"),
     "NaN": (change_weights(with_value("model.norm.weight", float("nan"))), "WeightsNotFinite"),
@@ -208,11 +208,11 @@ MODEL_SABOTAGES: dict[str, tuple[Callable[[Path], None], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", MODEL_SABOTAGES)
+@pytest.mark.parametrize("name", MODEL_DAMAGES)
 def test_each_damage_of_a_model_is_refused_with_its_code(name: str, base: Path, tmp_path: Path) -> None:
     model = Path(shutil.copytree(base, tmp_path / "model"))
     assert find_fault(model, base, reference(adapter=None), is_adapter=False) is None
-    damage, code = MODEL_SABOTAGES[name]
+    damage, code = MODEL_DAMAGES[name]
     damage(model)
     fault = find_fault(model, base, reference(adapter=None), is_adapter=False)
     assert fault is not None and fault.code == code

@@ -1,4 +1,4 @@
-"""The result of a verification follows from the values: exact in 32 bits, otherwise within twice the difference of two batch layouts."""
+"""The result of a verification follows from the computed values: they must be equal in 32 bits, and similar in other number formats."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 import pytest
 from finetune_api.status import VerificationOutcome
-from finetune_trainer.verification.compare import failed, judge, not_verified, summarise
+from finetune_trainer.verification.compare import failed_result, judge_artefact, not_verified_result, summarise
 from finetune_trainer.verification.reference import ReferenceRow, ReferenceValues, TrainedAdapter
 
 VALUES = [-1.0, -2.0, -3.0, -4.0]
@@ -22,7 +22,7 @@ def shifted(amount: float) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("made", "values", "result", "difference", "tolerance"),
+    ("reference_values", "values", "result", "difference", "tolerance"),
     [
         (reference(), shifted(0.0009), "Verified", 0.0009, 1e-3),
         (reference(), shifted(0.0011), "Failed", 0.0011, 1e-3),
@@ -33,9 +33,9 @@ def shifted(amount: float) -> list[float]:
     ],
 )
 def test_the_difference_is_compared_with_the_tolerance_of_the_number_format(
-    made: ReferenceValues, values: list[float], result: str, difference: float, tolerance: float
+    reference_values: ReferenceValues, values: list[float], result: str, difference: float, tolerance: float
 ) -> None:
-    found = judge("adapter", values, shifted(0.2), made)
+    found = judge_artefact("adapter", values, shifted(0.2), reference_values)
     assert (found.result, found.code) == (VerificationOutcome(result), "ValuesDiffer" if result == "Failed" else None)
     assert found.difference == pytest.approx(difference, rel=1e-2) and found.tolerance == pytest.approx(tolerance, rel=1e-2)
     assert found.change_from_base is not None
@@ -62,15 +62,15 @@ def test_a_difference_that_rounding_can_explain_never_fails(
     change: float | None, spread: float, difference: float, result: str, tolerance: float
 ) -> None:
     base = None if change is None else shifted(difference + change)
-    found = judge("adapter", shifted(difference), base, reference(autocast="bfloat16", spread=spread))
+    found = judge_artefact("adapter", shifted(difference), base, reference(autocast="bfloat16", spread=spread))
     codes = {"Verified": None, "NotVerified": "RoundingUnclear", "Failed": "ValuesDiffer"}
     assert (found.result, found.code) == (VerificationOutcome(result), codes[result])
     assert found.tolerance == pytest.approx(tolerance)
 
 
 def test_a_merged_model_may_differ_by_the_rounding_of_its_weights() -> None:
-    for made in (reference(), reference(autocast="bfloat16")):
-        good, bad = (judge("merged", shifted(amount), shifted(0.2), made, is_rounded=True) for amount in (0.039, 0.041))
+    for reference_values in (reference(), reference(autocast="bfloat16")):
+        good, bad = (judge_artefact("merged", shifted(amount), shifted(0.2), reference_values, is_rounded=True) for amount in (0.039, 0.041))
         assert (good.result, good.tolerance, bad.result, bad.code) == ("Verified", 0.04, "Failed", "ValuesDiffer")
 
 
@@ -79,19 +79,19 @@ def test_a_merged_model_may_differ_by_the_rounding_of_its_weights() -> None:
 )
 def test_a_merge_that_may_lack_half_of_a_small_change_is_not_verified(stored: float, result: str, code: str | None) -> None:
     """Training changed the values by 0.03 nats. The merged model differs from it by `stored` nats, in the direction of the base model."""
-    found = judge("merged", shifted(stored), shifted(0.03), reference(autocast="bfloat16"), is_rounded=True)
+    found = judge_artefact("merged", shifted(stored), shifted(0.03), reference(autocast="bfloat16"), is_rounded=True)
     assert (found.result, found.code) == (result, code)
 
 
-def test_a_model_that_was_merged_into_another_base_than_the_trained_one_is_not_compared() -> None:
-    made = reference(autocast="bfloat16").model_copy(update={"quantization": {"quant_method": "bitsandbytes"}})
-    merged = judge("merged", shifted(0.2), shifted(1.0), made, is_rounded=True)
+def test_a_merge_into_an_unquantised_base_is_not_verified_if_training_used_a_quantised_base() -> None:
+    reference_values = reference(autocast="bfloat16").model_copy(update={"quantization": {"quant_method": "bitsandbytes"}})
+    merged = judge_artefact("merged", shifted(0.2), shifted(1.0), reference_values, is_rounded=True)
     assert (merged.result, merged.code, merged.difference) == ("NotVerified", "BaseWasQuantised", 0.2)
-    assert judge("adapter", shifted(0.2), shifted(1.0), made).result == "Failed"
+    assert judge_artefact("adapter", shifted(0.2), shifted(1.0), reference_values).result == "Failed"
 
 
 @pytest.mark.parametrize(
-    ("made", "device", "difference", "result", "code"),
+    ("reference_values", "device", "difference", "result", "code"),
     [
         (reference(autocast="bfloat16"), "cpu", 0.3, "NotVerified", "OtherDevice"),
         (reference(autocast="bfloat16"), "cpu", 0.6, "Failed", "ValuesDiffer"),
@@ -100,41 +100,43 @@ def test_a_model_that_was_merged_into_another_base_than_the_trained_one_is_not_c
         (reference(), "cpu", 0.3, "Failed", "ValuesDiffer"),
     ],
 )
-def test_another_kind_of_device_rounds_differently(made: ReferenceValues, device: str, difference: float, result: str, code: str) -> None:
-    """The change from the base model is 1: up to half of it may be rounding, but not in 32 bits."""
+def test_a_difference_between_device_types_is_not_verified_instead_of_failed(
+    reference_values: ReferenceValues, device: str, difference: float, result: str, code: str
+) -> None:
+    """The change from the base model is 1 nat. Up to half of it may be rounding on another type of device, except in 32 bits."""
     values = shifted(difference)
-    found = judge("adapter", values, [value + 1 for value in values], made.model_copy(update={"device": "cuda"}), device=device)
+    found = judge_artefact("adapter", values, [value + 1 for value in values], reference_values.model_copy(update={"device": "cuda"}), device=device)
     assert (found.result, found.code, found.difference) == (result, code, difference)
 
 
 def test_values_that_are_not_finite_fail() -> None:
-    found = judge("adapter", [math.nan, *VALUES[1:]], None, reference())
+    found = judge_artefact("adapter", [math.nan, *VALUES[1:]], None, reference())
     assert (found.result, found.code, found.difference) == (VerificationOutcome.FAILED, "ValuesNotFinite", None)
 
 
 def test_an_adapter_without_effect_is_named() -> None:
-    found = judge("adapter", shifted(1.0), shifted(1.0), reference())
+    found = judge_artefact("adapter", shifted(1.0), shifted(1.0), reference())
     assert (found.result, found.code, found.change_from_base) == (VerificationOutcome.FAILED, "AdapterHasNoEffect", 0.0)
 
 
 def test_a_training_without_effect_is_verified_and_named() -> None:
-    found = judge("adapter", VALUES, VALUES, reference(changes_output=False))
+    found = judge_artefact("adapter", VALUES, VALUES, reference(changes_output=False))
     assert (found.result, found.code) == (VerificationOutcome.VERIFIED, "TrainingHadNoEffect")
 
 
-def test_rounding_is_no_effect_if_the_trainer_could_not_measure_the_effect() -> None:
-    """A sharded model is not measured without its adapter. Its values may then differ from those of the base model only by rounding."""
+def test_an_adapter_that_changes_values_only_by_rounding_is_not_failed_if_its_effect_was_not_measured() -> None:
+    """The trainer does not measure a sharded model without its adapter. Its values may then differ from the base model's only by rounding."""
     stored = shifted(0.0005)
-    unmeasured, lost = (judge("adapter", stored, stored, reference(changes_output=effect)) for effect in (None, True))
+    unmeasured, lost = (judge_artefact("adapter", stored, stored, reference(changes_output=effect)) for effect in (None, True))
     assert (unmeasured.result, unmeasured.code) == (VerificationOutcome.NOT_VERIFIED, "RoundingUnclear")
-    equal = judge("adapter", VALUES, VALUES, reference(changes_output=None))
+    equal = judge_artefact("adapter", VALUES, VALUES, reference(changes_output=None))
     assert (equal.result, equal.code) == (VerificationOutcome.VERIFIED, "TrainingHadNoEffect")
     assert (lost.result, lost.code) == (VerificationOutcome.FAILED, "AdapterHasNoEffect")
 
 
 def test_the_worst_result_of_all_artefacts_is_the_result() -> None:
-    good = judge("adapter", VALUES, shifted(1.0), reference())
-    unknown, bad = not_verified("merged", "ModelTooLarge", "too large"), failed("merged", "WeightsNotFinite", "NaN")
+    good = judge_artefact("adapter", VALUES, shifted(1.0), reference())
+    unknown, bad = not_verified_result("merged", "ModelTooLarge", "too large"), failed_result("merged", "WeightsNotFinite", "NaN")
     assert [summarise(found, reference()).result for found in ([good], [good, unknown], [unknown, bad, good], [])] == [
         "Verified", "NotVerified", "Failed", "NotVerified",
     ]  # fmt: skip

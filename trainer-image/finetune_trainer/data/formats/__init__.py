@@ -28,12 +28,12 @@ FORMATS: tuple[Format, ...] = (
     PreTokenized(),
     Custom(),
 )
-"""The formats in the order of detection. The first match is used, so formats with specific columns come first."""
+"""The formats in the order of detection. Detection uses the first match, so formats with specific columns come first."""
 
 
-def format_named(name: DatasetFormat) -> Format:
-    """Return the format with this value of `dataset.format`."""
-    return next(form for form in FORMATS if form.name is name)
+def find_format(name: DatasetFormat) -> Format:
+    """Return the format for this value of `dataset.format`."""
+    return next(row_format for row_format in FORMATS if row_format.name is name)
 
 
-__all__ = ["FORMATS", "Format", "ReadOptions", "format_named"]
+__all__ = ["FORMATS", "Format", "ReadOptions", "find_format"]

@@ -18,18 +18,18 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """The options of `spec.dataset` that affect how a row is read."""
+    """The options of `spec.dataset` for reading a row."""
 
     columns: Columns = field(default_factory=Columns)
     system_prompt: str | None = None
     template: str | None = None
     include_options: bool = True
     needs_answer: bool = True
-    """Whether a conversation without an answer is a bad row. If all tokens are trained on, it is not."""
+    """Whether a conversation without an answer is a bad row. False if all tokens are trained on."""
 
 
 class Format(ABC):
-    """One value of `dataset.format`. Instances have no state."""
+    """Recognises and reads the rows of one `dataset.format`. Instances have no state."""
 
     name: ClassVar[DatasetFormat]
     required: ClassVar[tuple[ColumnRole, ...]] = ()
@@ -40,7 +40,7 @@ class Format(ABC):
         return all(find_column(role, row.keys(), columns) is not None for role in self.required)
 
     def required_columns(self, sample: Sequence[RawRow], columns: Columns) -> tuple[ColumnRole, ...]:
-        """Columns that the sampled rows must have."""
+        """Return the columns that the sampled rows must have."""
         return self.required
 
     @abstractmethod
@@ -48,21 +48,21 @@ class Format(ABC):
         """Convert one row to an example. Errors: RowError."""
 
     def read_all(self, rows: Iterable[RawRow], options: ReadOptions) -> Iterator[tuple[RawRow, Example | RowError]]:
-        """Yield every row with its example or its error. Formats whose examples span several rows override this method."""
+        """Yield every row with its example or its error. A format overrides this method if one example spans several rows."""
         for row in rows:
             yield row, try_to_read(self.read, row.value, options)
 
 
 def try_to_read(read: Callable[[Value, ReadOptions], Example], value: Value, options: ReadOptions) -> Example | RowError:
-    """Return the example, or the RowError that `read` raised."""
+    """Return the example from `read`, or the RowError that `read` raises."""
     try:
         return read(value, options)
     except RowError as error:
         return error
 
 
-def require_text(text: str, label: str) -> str:
+def require_text(text: str, text_label: str) -> str:
     """Return the text if it is not blank. Errors: RowError RowEmpty."""
     if not text.strip():
-        raise RowError("RowEmpty", f"the {label} is empty", "write a text, or remove the row")
+        raise RowError("RowEmpty", f"the {text_label} is empty", "write a text, or remove the row")
     return text

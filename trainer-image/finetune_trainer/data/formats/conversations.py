@@ -28,17 +28,17 @@ ANSWER_COLUMN = ColumnRole("answer", ("answer", "response"))
 
 
 class Messages(Format):
-    """Messages with `role` and `content`, as in chat APIs; or a question and an answer in columns that `dataset.columns` names."""
+    """Messages with `role` and `content`, as in chat APIs. Without messages, a question and an answer in columns that `dataset.columns` names."""
 
     name = DatasetFormat.MESSAGES
     required = (MESSAGES_COLUMN,)
 
     def required_columns(self, sample: Sequence[RawRow], columns: Columns) -> tuple[ColumnRole, ...]:
-        has_pairs = all(_has_pair_instead(row.value.keys(), columns) for row in sample)
-        return (QUESTION_COLUMN, ANSWER_COLUMN) if has_pairs else self.required
+        has_questions = all(_has_question_instead_of_messages(row.value.keys(), columns) for row in sample)
+        return (QUESTION_COLUMN, ANSWER_COLUMN) if has_questions else self.required
 
     def read(self, row: Mapping[str, Any], options: ReadOptions) -> Conversation:
-        if _has_pair_instead(row.keys(), options.columns):
+        if _has_question_instead_of_messages(row.keys(), options.columns):
             return read_question_and_answer(row, options, QUESTION_COLUMN, ANSWER_COLUMN)
         messages = required_value(MESSAGES_COLUMN, row, options.columns)
         if isinstance(messages, str):
@@ -65,7 +65,7 @@ class ShareGpt(Messages):
         return isinstance(first, dict) and ("from" in first or "value" in first)
 
 
-def _has_pair_instead(names: Collection[str], columns: Columns) -> bool:
+def _has_question_instead_of_messages(names: Collection[str], columns: Columns) -> bool:
     """Whether `dataset.columns` names a question or answer column, and the row has no column of messages."""
     is_named = columns.question is not None or columns.answer is not None
     return is_named and find_column(MESSAGES_COLUMN, names, columns) is None

@@ -1,7 +1,7 @@
 """Open Assistant trees (`oasst`): the best-ranked path from each root becomes one conversation.
 
-There are two layouts: flat rows (message_id, parent_id, role, text, rank) and nested trees (`prompt` with `replies`). Rank 0 is the
-best. Messages without a rank come after ranked messages, in the order of the file.
+A file may have flat rows (message_id, parent_id, role, text, rank) or nested trees (`prompt` with `replies`). Rank 0 is the best.
+Messages without a rank come after ranked messages, in the order of the file.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MessagePath = list[Mapping[str, Any]]
 
 
 class Oasst(Format):
-    """Trees of messages. `read_all` joins the flat rows of one tree; `read` parses a row that holds a whole tree."""
+    """Trees of messages. `read_all` accepts flat rows and whole trees; `read` accepts only a row that holds a whole tree."""
 
     name = DatasetFormat.OASST
 
@@ -30,7 +30,7 @@ class Oasst(Format):
         return ("message_id" in row and "parent_id" in row) or (isinstance(prompt, dict) and "replies" in prompt)
 
     def read(self, row: Mapping[str, Any], options: ReadOptions) -> Conversation:
-        """Convert one nested tree to a conversation."""
+        """Convert the best path of one nested tree to a conversation."""
         return parse_conversation(list(_best_path_of_tree(row["prompt"])), options)
 
     def read_all(self, rows: Iterable[RawRow], options: ReadOptions) -> Iterator[tuple[RawRow, Example | RowError]]:
@@ -39,15 +39,15 @@ class Oasst(Format):
 
 
 def best_paths(rows: Iterable[RawRow]) -> Iterator[tuple[RawRow, MessagePath | RowError]]:
-    """Yield each tree's root row with the messages on the tree's best path. A message without a root is a bad row."""
+    """Yield the root row of each tree with the messages on the tree's best path. Yield an error for each message that has no root."""
     flat_rows_by_id: dict[str, RawRow] = {}
     for row in rows:
         value = row.value
         if isinstance(value.get("prompt"), Mapping):
             yield row, list(_best_path_of_tree(value["prompt"]))
         elif "message_id" not in value or "text" not in value or "role" not in value:
-            present = ", ".join(value) or "no columns"
-            yield row, RowError("ColumnMissing", f"the row is neither a tree nor a message; it has {present}", _COLUMNS_HINT)
+            present_columns = ", ".join(value) or "no columns"
+            yield row, RowError("ColumnMissing", f"the row is neither a tree nor a message; it has {present_columns}", _COLUMNS_HINT)
         elif (first := flat_rows_by_id.setdefault(str(value["message_id"]), row)) is not row:
             message = f"message_id {value['message_id']!r} is also the id of {first.location}"
             yield row, RowError("MessageIdTwice", message, "give each message its own id, or remove one of the two")
@@ -83,7 +83,7 @@ def _flat_paths(rows_by_id: Mapping[str, RawRow]) -> Iterator[tuple[RawRow, Mess
 
 
 def _parent_id(row: RawRow) -> str:
-    """Id of the row's parent message; empty for a root."""
+    """Return the id of the row's parent message; an empty text for a root."""
     parent = row.value.get("parent_id")
     return "" if parent is None else str(parent)
 
@@ -115,5 +115,6 @@ def _best_path_of_tree(node: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 
 def _reply_rank(message: Mapping[str, Any]) -> tuple[int, float]:
+    """Return a sort key: ranked replies first, the best rank before the others."""
     rank = message.get("rank")
     return (0, float(rank)) if isinstance(rank, int | float) else (1, 0.0)

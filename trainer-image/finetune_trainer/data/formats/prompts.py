@@ -1,7 +1,7 @@
 """Formats with a prompt and answers to it: `promptCompletion`, `preference`, `unpairedPreference` and `promptOnly`.
 
-Prompt and answers may be text or messages. An answer may also be the whole conversation. The prompt is then removed from the
-beginning of that answer.
+Prompt and answers may be text or messages. An answer may also be the whole conversation; the prompt is then removed from its
+beginning.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class PromptCompletion(Format):
                 raise RowError("NoTrainableToken", "the completion is empty", "write a text, or remove the row")
             return Completion(_with_leading_system_prompt(prompt, options, system), completion)
         question, answer = _remove_prompt_from_answers(
-            () if _is_implicit(prompt, completion) else _to_turns(prompt, "user"),
+            () if _is_prompt_in_answers(prompt, completion) else _to_turns(prompt, "user"),
             completion=_to_turns(completion, "assistant"),
             ignores_system_prompts=_replaces_system_prompts(options, system),
             allows_further_question=not isinstance(prompt, str),
@@ -70,14 +70,14 @@ class PairedPreference(Format):
     def read(self, row: Mapping[str, Any], options: ReadOptions) -> Preference:
         chosen = _parse_turns_or_text(required_value(CHOSEN_COLUMN, row, options.columns), "chosen")
         rejected = _parse_turns_or_text(required_value(REJECTED_COLUMN, row, options.columns), "rejected")
-        given = column_value(PROMPT_COLUMN, row, options.columns)
-        prompt = _parse_turns_or_text(given, "prompt") if given is not None else None
-        is_implicit = prompt is None or _is_implicit(prompt, chosen, rejected)
-        if is_implicit:
+        given_prompt = column_value(PROMPT_COLUMN, row, options.columns)
+        prompt = _parse_turns_or_text(given_prompt, "prompt") if given_prompt is not None else None
+        is_prompt_in_answers = prompt is None or _is_prompt_in_answers(prompt, chosen, rejected)
+        if is_prompt_in_answers:
             prompt, chosen, rejected = _split_shared_beginning(chosen, rejected)
         system = optional_text(SYSTEM_COLUMN, row, options.columns)
         prompt, chosen, rejected = _to_same_type(
-            prompt, options, system, is_separate=is_implicit, chosen=chosen, rejected=rejected
+            prompt, options, system, is_prompt_removed=is_prompt_in_answers, chosen=chosen, rejected=rejected
         )
         if chosen == rejected:
             raise RowError(
@@ -92,7 +92,7 @@ class PairedPreference(Format):
 class UnpairedPreference(Format):
     """One answer to a prompt, labelled good (true) or bad (false).
 
-    If one column holds the whole conversation, its first answer is the labelled answer.
+    If one column holds the whole conversation, the labelled answer begins at the first assistant message.
     """
 
     name = DatasetFormat.UNPAIRED_PREFERENCE
@@ -109,10 +109,10 @@ class UnpairedPreference(Format):
         system = optional_text(SYSTEM_COLUMN, row, options.columns)
         names = row.keys()
         is_one_column = find_column(PROMPT_COLUMN, names, options.columns) == find_column(self.answer, names, options.columns)
-        is_implicit = is_one_column or _is_implicit(prompt, completion)
-        if is_implicit and not isinstance(completion, str):
+        is_prompt_in_answer = is_one_column or _is_prompt_in_answers(prompt, completion)
+        if is_prompt_in_answer and not isinstance(completion, str):
             prompt, completion = _split_at_first_answer(completion)
-        prompt, completion = _to_same_type(prompt, options, system, is_separate=is_implicit, completion=completion)
+        prompt, completion = _to_same_type(prompt, options, system, is_prompt_removed=is_prompt_in_answer, completion=completion)
         return LabelledAnswer(prompt, completion, label)
 
 
@@ -149,7 +149,7 @@ def _parse_turns_or_text(value: Any, column: str) -> TurnsOrText:
 
 
 def _messages_of_object(value: Mapping[str, Any], column: str) -> list[Any]:
-    """Return the messages of a prompt `{messages, tools, ...}`, the layout of OpenAI's preference files. Errors: RowError if there are tools."""
+    """Return the messages of an object `{messages, tools, ...}`, as in OpenAI's preference files. Errors: RowError if the object has tools."""
     if value.get("tools"):
         raise RowError(
             "DatasetRowInvalid", f"`{column}` holds tools, but only `messages` rows of sft support tools",
@@ -168,8 +168,8 @@ def _with_leading_system_prompt(prompt: str, options: ReadOptions, system: str |
     return f"{system}\n\n{prompt}" if system else prompt
 
 
-def _is_implicit(prompt: TurnsOrText, *answers: TurnsOrText) -> bool:
-    """Whether the prompt is blank and every answer is a whole conversation that begins with a user message."""
+def _is_prompt_in_answers(prompt: TurnsOrText, *answers: TurnsOrText) -> bool:
+    """Whether the prompt is blank, and every answer is a whole conversation that begins with a user message."""
     are_whole_conversations = (
         not isinstance(answer, str) and [turn.role for turn in _split_system_prompt(answer)[1][:1]] == ["user"]
         for answer in answers
@@ -178,12 +178,12 @@ def _is_implicit(prompt: TurnsOrText, *answers: TurnsOrText) -> bool:
 
 
 def _replaces_system_prompts(options: ReadOptions, system: str | None) -> bool:
-    """Whether the system prompt of the spec or of a column replaces the system prompts in the conversations."""
+    """Whether a system prompt from the spec or from a column replaces the system prompts in the messages."""
     return options.system_prompt is not None or system is not None
 
 
 def _split_shared_beginning(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
-    """Return the shared beginning of both answers, and the remainder of each answer. Errors: RowError PromptMissing."""
+    """Return the shared beginning of both answers as the prompt, and the remainder of each answer. Errors: RowError PromptMissing."""
     shared = 0
     for a, b in zip(chosen, rejected, strict=False):
         if a != b:
@@ -201,7 +201,7 @@ def _split_shared_beginning(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
 
 
 def _split_at_first_answer(turns: tuple[Turn, ...]) -> tuple[tuple[Turn, ...], tuple[Turn, ...]]:
-    """Split the turns before the first assistant message. Errors: RowError NoTrainableToken."""
+    """Return the turns before the first assistant message, and the turns from it on. Errors: RowError NoTrainableToken."""
     start = next((index for index, turn in enumerate(turns) if turn.role == "assistant"), None)
     if start is None:
         raise RowError("NoTrainableToken", "`completion` has no answer", "write an answer, or remove the row")
@@ -209,17 +209,17 @@ def _split_at_first_answer(turns: tuple[Turn, ...]) -> tuple[tuple[Turn, ...], t
 
 
 def _to_same_type(
-    prompt: Any, options: ReadOptions, system: str | None, *, is_separate: bool = False, **answers: Any
+    prompt: Any, options: ReadOptions, system: str | None, *, is_prompt_removed: bool = False, **answers: Any
 ) -> tuple[Any, ...]:
     """Convert prompt and answers to the same type (text if all are text, else turns), and add the system prompt.
 
-    `is_separate`: the prompt was already split off the answers.
+    `is_prompt_removed`: whether the answers no longer begin with the prompt.
     """
     if all(isinstance(part, str) for part in (prompt, *answers.values())):
         return (_with_leading_system_prompt(prompt, options, system), *answers.values())
     answer_turns = {name: _to_turns(answer, "assistant") for name, answer in answers.items()}
     turns, answers_after_prompt = _to_turns(prompt, "user"), list(answer_turns.values())
-    if not is_separate:
+    if not is_prompt_removed:
         turns, *answers_after_prompt = _remove_prompt_from_answers(
             turns, ignores_system_prompts=_replaces_system_prompts(options, system), **answer_turns
         )
@@ -231,19 +231,20 @@ def _remove_prompt_from_answers(
 ) -> tuple[tuple[Turn, ...], ...]:  # fmt: skip
     """Remove the prompt from the beginning of each answer that is a whole conversation. Returns the prompt and the answers.
 
-    If only the answers have a system prompt, it is moved to the prompt. `answers`: by column name. `ignores_system_prompts`: system
-    prompts may differ, because all are replaced later. `allows_further_question`: an answer may begin with a further user message,
-    unless the prompt occurs later in that answer. Errors: RowError PromptMismatch, NoTrainableToken (nothing follows the prompt).
+    If only the answers have a system prompt, it is moved to the prompt. `answers`: the answers by column name.
+    `ignores_system_prompts`: whether system prompts may differ, because all are replaced later. `allows_further_question`: whether an
+    answer may begin with a user message other than the prompt. An answer that contains the prompt later is refused even then.
+    Errors: RowError PromptMismatch, NoTrainableToken (nothing follows the prompt).
     """
     system, question = _split_system_prompt(prompt)
-    rest = []
+    remaining_answers = []
     for name, answer in answers.items():
         own_system, turns = _split_system_prompt(answer)
         if question and _has_same_contents(turns[: len(question)], question):
             turns = turns[len(question) :]
             if not turns:
                 raise RowError(
-                    "NoTrainableToken", f"`{name}` ends with the prompt", "write an answer, or remove the row"
+                    "NoTrainableToken", f"`{name}` ends with the prompt and has no answer", "write an answer, or remove the row"
                 )
         elif (
             question
@@ -262,22 +263,22 @@ def _remove_prompt_from_answers(
                 "write one system prompt",
             )
         system = system or own_system
-        rest.append(turns)
-    return ((*system, *question), *rest)
+        remaining_answers.append(turns)
+    return ((*system, *question), *remaining_answers)
 
 
 def _split_system_prompt(turns: tuple[Turn, ...]) -> tuple[tuple[Turn, ...], tuple[Turn, ...]]:
-    """Return the system prompt at the beginning (one turn or none), and the other turns."""
+    """Split the turns into the system prompt at their beginning (one turn or none) and the other turns."""
     count = int(bool(turns) and turns[0].role == "system")
     return turns[:count], turns[count:]
 
 
-def _contains_turns(turns: tuple[Turn, ...], part: tuple[Turn, ...]) -> bool:
-    return any(_has_same_contents(turns[start : start + len(part)], part) for start in range(len(turns)))
+def _contains_turns(turns: tuple[Turn, ...], sought: tuple[Turn, ...]) -> bool:
+    return any(_has_same_contents(turns[start : start + len(sought)], sought) for start in range(len(turns)))
 
 
 def _has_same_contents(left: tuple[Turn, ...], right: tuple[Turn, ...]) -> bool:
-    """Whether roles and contents are equal. Leading and trailing blanks are ignored, because columns of a row often differ only in blanks."""
+    """Whether roles and contents are equal. Leading and trailing blanks do not count, because the columns of a row often differ in them."""
     return [(turn.role, turn.content.strip(), turn.extra) for turn in left] == [
         (turn.role, turn.content.strip(), turn.extra) for turn in right
     ]

@@ -21,9 +21,9 @@ from finetune_trainer.data.formats.turns import make_conversation, parse_json_co
 from finetune_trainer.data.rows import Conversation, RowError, Turn
 
 INPUT_COLUMN = ColumnRole("input", ("input", "context"))
-"""Column with text to add after the question."""
+"""Column whose text is added after the question."""
 PASSAGE_COLUMN = ColumnRole("input", ("context", "passage"))
-"""Column with text to add before the question."""
+"""Column whose text is added before the question."""
 
 
 class Instruction(Format):
@@ -35,7 +35,7 @@ class Instruction(Format):
     required = (question, answer)
 
     def matches(self, row: Mapping[str, Any], columns: Columns) -> bool:
-        return _has_own_names(row, columns, "instruction") and find_column(self.answer, row.keys(), columns) is not None
+        return _has_default_columns(row, columns, "instruction") and find_column(self.answer, row.keys(), columns) is not None
 
     def read(self, row: Mapping[str, Any], options: ReadOptions) -> Conversation:
         return read_question_and_answer(
@@ -52,7 +52,7 @@ class Alpaca(Format):
     required = (question, answer)
 
     def matches(self, row: Mapping[str, Any], columns: Columns) -> bool:
-        return _has_own_names(row, columns, "instruction", "output")
+        return _has_default_columns(row, columns, "instruction", "output")
 
     def read(self, row: Mapping[str, Any], options: ReadOptions) -> Conversation:
         return read_question_and_answer(
@@ -75,7 +75,7 @@ class QuestionAnswer(Format):
 
 
 class MultipleChoice(Format):
-    """A question with options, and the letter or the text of the correct option. The model learns to answer with the letter of the correct option."""
+    """A question with options, and the letter or the text of the correct option. The model learns to answer with the letter."""
 
     name = DatasetFormat.MCQ
     question = ColumnRole("question", ("question",))
@@ -104,7 +104,7 @@ class MultipleChoice(Format):
 
 
 def parse_choices(value: Any) -> dict[str, str]:
-    """Return the options by letter. The entries of a list get the letters A, B, C, ... Errors: RowError."""
+    """Return the text of each option by its letter. The entries of a list get the letters A, B, C and so on. Errors: RowError."""
     if isinstance(value, str):
         value = parse_json_column(value)
     if isinstance(value, Mapping):
@@ -123,7 +123,10 @@ def read_question_and_answer(
     role_names: tuple[str, str] = ("User", "Assistant"),
     *, column_before: ColumnRole | None = None, column_after: ColumnRole | None = None,
 ) -> Conversation:  # fmt: skip
-    """Return a conversation of one question and one answer. `column_before`, `column_after`: texts to add around the question. Errors: RowError."""
+    """Return a conversation of one question and one answer. Errors: RowError.
+
+    `column_before`, `column_after`: columns whose texts are added before and after the question.
+    """
     question_text = required_text(question, row, options.columns)
     answered = required_text(answer, row, options.columns)
     if column_before and (text := optional_text(column_before, row, options.columns)):
@@ -135,6 +138,6 @@ def read_question_and_answer(
     return make_conversation(turns, options, system=system, role_names=role_names)
 
 
-def _has_own_names(row: Mapping[str, Any], columns: Columns, *names: str) -> bool:
+def _has_default_columns(row: Mapping[str, Any], columns: Columns, *names: str) -> bool:
     """Whether the row has these columns, and `dataset.columns` names neither a question nor an answer column."""
     return columns.question is None and columns.answer is None and row.keys() >= set(names)

@@ -27,7 +27,7 @@ class PlainText(Format):
 
 
 class Custom(Format):
-    """Text that `dataset.template` renders from columns. `{column}` is replaced; `{{` and `}}` are literal braces."""
+    """Text that `dataset.template` renders from columns. `{column}` stands for the column's value; `{{` and `}}` are literal braces."""
 
     name = DatasetFormat.CUSTOM
 
@@ -41,10 +41,10 @@ class Custom(Format):
                 return matched[0]
             name = match.group(1)
             if name not in row:
-                present = ", ".join(f"`{column}`" for column in row)
+                present_columns = ", ".join(f"`{column}`" for column in row)
                 raise RowError(
                     "ColumnMissing",
-                    f"dataset.template names column `{name}`, but the row has {present}",
+                    f"dataset.template names column `{name}`, but the row has {present_columns}",
                     "name a column of the row",
                 )
             return as_text(row[name], name) if row[name] is not None else ""

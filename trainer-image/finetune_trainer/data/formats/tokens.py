@@ -1,4 +1,4 @@
-"""The format `preTokenized`: rows that are token ids already."""
+"""The format `preTokenized`: rows of token ids."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from finetune_trainer.data.rows import IGNORED_LABEL, RowError, TokenSequence
 TOKENS_COLUMN = ColumnRole("tokens", ("input_ids",))
 LABELS_COLUMN = "labels"
 MASK_COLUMNS = ("completion_mask", "assistant_masks")
-"""Columns that mark the trained tokens with 1, in the order in which they are tried."""
+"""Columns that contain 1 for each trained token, else 0. The first column that the row has is used."""
 ATTENTION_COLUMN = "attention_mask"
 
 
@@ -32,14 +32,15 @@ class PreTokenized(Format):
         ids = _as_integers(required_value(TOKENS_COLUMN, row, options.columns), "input_ids")
         if not ids or min(ids) < 0:
             raise RowError("DatasetRowInvalid", "`input_ids` is empty or has a negative number", "write the ids of the row's tokens")
-        if any(flag != 1 for flag in _column(row, ATTENTION_COLUMN, len(ids)) or ()):
+        if any(flag != 1 for flag in _read_integer_column(row, ATTENTION_COLUMN, len(ids)) or ()):
             raise RowError(
                 "DatasetRowInvalid", f"`{ATTENTION_COLUMN}` is not 1 for every token, so the row is padded",
                 "write the tokens without padding; the trainer pads or packs the rows itself",
             )  # fmt: skip
-        labels = _column(row, LABELS_COLUMN, len(ids))
+        labels = _read_integer_column(row, LABELS_COLUMN, len(ids))
         if labels is None:
-            mask = next((found for name in MASK_COLUMNS if (found := _column(row, name, len(ids))) is not None), [1] * len(ids))
+            masks = (_read_integer_column(row, name, len(ids)) for name in MASK_COLUMNS)
+            mask = next((found for found in masks if found is not None), [1] * len(ids))
             if not set(mask) <= {0, 1}:
                 raise RowError("DatasetRowInvalid", f"`{'` or `'.join(MASK_COLUMNS)}` has other numbers than 0 and 1", "write 1 for each trained token, else 0")
             return TokenSequence(ids, tuple(token if flag else IGNORED_LABEL for token, flag in zip(ids, mask, strict=True)))
@@ -52,13 +53,13 @@ class PreTokenized(Format):
         return TokenSequence(ids, labels)
 
 
-def _column(row: Mapping[str, Any], name: str, count: int) -> tuple[int, ...] | None:
-    """The integers of an optional column with one integer for each token. Errors: RowError DatasetRowInvalid."""
+def _read_integer_column(row: Mapping[str, Any], name: str, token_count: int) -> tuple[int, ...] | None:
+    """Return the integers of a column, one for each token; None if the row has no such column. Errors: RowError DatasetRowInvalid."""
     if row.get(name) is None:
         return None
     values = _as_integers(row[name], name)
-    if len(values) != count:
-        raise RowError("DatasetRowInvalid", f"`{name}` has {len(values)} numbers, but `input_ids` has {count}", "write one number for each token")
+    if len(values) != token_count:
+        raise RowError("DatasetRowInvalid", f"`{name}` has {len(values)} numbers, but `input_ids` has {token_count}", "write one number for each token")
     return values
 
 

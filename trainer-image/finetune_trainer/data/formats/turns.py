@@ -1,4 +1,4 @@
-"""Parsing of messages into turns, shared by all formats that have messages."""
+"""Parses messages into turns, for all formats with messages."""
 
 from __future__ import annotations
 
@@ -99,13 +99,13 @@ def _parse_content(content: Any, number: int) -> tuple[str | GivenImage, ...]:
 
 
 def _parse_part(part: Mapping[str, Any], number: int) -> str | GivenImage:
-    """Parse one part of a message's content. In Parquet files, every part has the columns of all parts; absent values are null."""
-    kind = part.get("type") or "text"
-    if kind == "text":
+    """Parse one part of a message's content. In Parquet files, every part has the fields of all part types; absent values are null."""
+    part_type = part.get("type") or "text"
+    if part_type == "text":
         return str(part.get("text") or "")
-    if kind not in IMAGE_PARTS:
+    if part_type not in IMAGE_PARTS:
         raise RowError(
-            "DatasetRowInvalid", f"message {number}: content has a part of type {kind!r}", f"write parts of type text, {' or '.join(IMAGE_PARTS)}"
+            "DatasetRowInvalid", f"message {number}: content has a part of type {part_type!r}", f"write parts of type text, {' or '.join(IMAGE_PARTS)}"
         )
     key = next((key for key in IMAGE_KEYS if part.get(key) is not None), None)
     value = part[key] if key else None
@@ -125,7 +125,7 @@ def _parse_weight(weight: Any, number: int) -> int:
 
 
 def _parse_tool_calls(calls: Any, number: int) -> list[Any]:
-    """Parse the arguments of tool calls. APIs write arguments as JSON text; chat templates expect objects."""
+    """Parse the arguments of tool calls. APIs write arguments as JSON text, but chat templates expect objects."""
     if not isinstance(calls, list):
         raise RowError("DatasetRowInvalid", f"message {number}: tool_calls is not an array", "write an array")
     parsed = []
@@ -164,7 +164,7 @@ def is_trainable(turn: Turn) -> bool:
 
 
 def with_system_prompt(turns: tuple[Turn, ...], from_spec: str | None, from_column: str | None) -> tuple[Turn, ...]:
-    """Return the turns with one system prompt, in this order of precedence: spec, column, conversation."""
+    """Return the turns with at most one system prompt. The prompt from the spec has precedence, then the column's, then the conversation's."""
     prompt = from_spec if from_spec is not None else from_column
     if prompt is None:
         return turns
