@@ -2,9 +2,8 @@
 
 The fake kubelet runs pods, writes their exit codes and finishes deletions, like a real kubelet.
 
-FineTuneJobs, Jobs and pods have separate watches, and the order of events between two watches is not defined: a test may
-receive a Job before a status that was written earlier. Tests therefore wait for each fact that they assert. The fake kubelet
-repeats requests that a busy API server does not answer in time.
+FineTuneJobs, Jobs and pods have separate watches, whose events arrive in no defined order: a test may receive a Job before a status that was written
+earlier. A test therefore waits for each fact that it asserts. The fake kubelet repeats a request that a busy API server does not answer in time.
 """
 
 from __future__ import annotations
@@ -39,9 +38,9 @@ T = TypeVar("T")
 NODE = "test-node"
 CORE_NODE = Kind("v1", "Node", "nodes")
 RETRY_SECONDS = 0.1
-"""Seconds before a failed watch or request is repeated."""
+"""Pause before a failed watch or request is repeated."""
 TIMEOUT_SECONDS = 120.0
-"""Seconds after which a waiting test fails and prints all objects; no assertion depends on this value."""
+"""Time after which a waiting test fails and prints all objects. It only bounds failing tests."""
 SPEC: Object = {
     "model": {"source": "org/tiny"},
     "dataset": {"train": "s3://data/train.jsonl"},
@@ -52,7 +51,7 @@ SPEC: Object = {
 
 
 class Progress:
-    """One HTTP server that replaces the progress servers of all pods. The server returns the reports that `put` received."""
+    """An HTTP server in place of the progress servers of all pods. It answers with the reports that a test has set."""
 
     def __init__(self) -> None:
         self.answers: dict[str, str] = {}
@@ -77,17 +76,17 @@ class Progress:
 
     @property
     def url(self) -> str:
-        """URL template for the operator's `scrape.url`."""
+        """URL template of this server, for the operator's setting `scrape.url`."""
         return f"http://127.0.0.1:{self._server.server_port}/{{namespace}}/{{pod}}"
 
-    def put(self, pod: Object, report: Object) -> None:
-        """Set the report of a pod. The pod's labels provide the uid and the attempt."""
+    def set_report(self, pod: Object, report: Object) -> None:
+        """Set the report of a pod. The uid and the attempt are taken from the pod's labels."""
         meta = pod["metadata"]
         full = {"uid": meta["labels"][Label.JOB_UID], "attempt": int(meta["labels"][Label.ATTEMPT]), **report}
         self.answers[f"/{meta['namespace']}/{meta['name']}"] = json.dumps(full)
 
     def remove_report(self, pod: Object) -> None:
-        """Stop serving the report of this pod."""
+        """Answer no further requests for this pod's report."""
         self.answers.pop(f"/{pod['metadata']['namespace']}/{pod['metadata']['name']}", None)
 
     def close(self) -> None:
@@ -98,7 +97,7 @@ class Progress:
 
 @dataclass
 class Operator:
-    """The operator as a process."""
+    """An operator process with a configuration file."""
 
     folder: Path
     kubeconfig: Path
@@ -108,7 +107,7 @@ class Operator:
 
     @property
     def log(self) -> Path:
-        """File with the log lines."""
+        """Path of the operator's log file."""
         return self.folder / "operator.log"
 
     def start(self) -> None:
@@ -139,7 +138,7 @@ class Operator:
             raise
 
     def port(self) -> int:
-        """Port of the HTTP server, read from the log."""
+        """Port of the operator's HTTP server, as in its log."""
         for line in self.log.read_text().splitlines():
             if "/metrics on port" in line:
                 port = int(line.split("on port ")[1].split()[0])
@@ -147,7 +146,7 @@ class Operator:
 
 
 class WatchedObjects:
-    """A watch on one kind in one namespace. Every event notifies `Rig.changed`."""
+    """The objects of one kind in one namespace, kept current by a watch. Every watch event notifies `Rig.changed`."""
 
     def __init__(self, rig: Rig, kind: Kind):
         self._rig, self._kind = rig, kind
@@ -157,7 +156,7 @@ class WatchedObjects:
         """Errors that interrupted the watch."""
 
     async def run(self, session: aiohttp.ClientSession) -> None:
-        """Watch until cancelled. Restart a watch that ends or fails: an API server refuses watches while it fills its cache."""
+        """Watch until cancelled. A watch that ends or fails is restarted, because the API server refuses watches while it fills its cache."""
         while True:
             try:
                 await self._watch(session)
@@ -188,7 +187,7 @@ class WatchedObjects:
 
 
 class Rig:
-    """The namespace of one test: its objects, a fake kubelet, and methods that wait for a state."""
+    """The namespace of one test: its objects, its fake kubelet, and methods that change objects or wait for them."""
 
     def __init__(self, endpoint: Endpoint, kube: KubeClient, namespace: str, progress: Progress):
         self.endpoint, self.kube, self.namespace, self.progress = endpoint, kube, namespace, progress
@@ -196,10 +195,10 @@ class Rig:
         self.jobs, self.pods, self.ftjs = WatchedObjects(self, JOB), WatchedObjects(self, POD), WatchedObjects(self, FINETUNEJOB)
         self.kubelet = Kubelet(self)
         self.tasks: list[asyncio.Task[None]] = []
-        """Tasks of the watches and the kubelet. `describe` shows why a task has ended."""
+        """Tasks of the watches and of the fake kubelet. `describe` shows the errors with which tasks have ended."""
 
     async def create(self, name: str = "run", **groups: Any) -> Object:
-        """Create a FineTuneJob. The fields in `groups` are merged into the groups of SPEC."""
+        """Create a FineTuneJob with the fields of SPEC and of `groups`."""
         spec = json.loads(json.dumps(SPEC))
         for group, value in groups.items():
             spec[group] = {**spec.get(group, {}), **value} if isinstance(value, dict) else value
@@ -211,7 +210,7 @@ class Rig:
         return await self.kube.patch(FINETUNEJOB, self.namespace, name, {"spec": spec})
 
     async def wait_until(self, expected: str, condition: Callable[[], Any]) -> Any:
-        """Wait until `condition` is true and return its value. On a timeout, fail and print all objects."""
+        """Wait until `condition` returns a true value, and return it. Errors: AssertionError with all objects, after TIMEOUT_SECONDS."""
         try:
             async with asyncio.timeout(TIMEOUT_SECONDS), self.changed:
                 while not (value := condition()):
@@ -221,19 +220,19 @@ class Rig:
             raise AssertionError(f"not within {TIMEOUT_SECONDS:.0f} s: {expected}\n{self.describe()}") from None
 
     async def wait_for_phase(self, phase: str, name: str = "run") -> Object:
-        """Wait for a phase and return the status."""
+        """Wait until a FineTuneJob is in the phase, and return its status."""
         return (await self.wait_until(f"phase {phase}", lambda: self._in_phase(name, phase)))["status"]
 
     def _in_phase(self, name: str, phase: str) -> Object | None:
         body = self.ftjs.items.get(name)
         return body if body and (body.get("status") or {}).get("phase") == phase else None
 
-    async def job(self, name: str) -> Object:
-        """Wait until a Job exists."""
+    async def wait_for_job(self, name: str) -> Object:
+        """Wait until a Job exists, and return it."""
         return await self.wait_until(f"Job {name}", lambda: self.jobs.items.get(name))
 
-    async def ended_attempt(self, number: int, name: str = "run") -> Object:
-        """Wait until the attempt's record in the status has an end time, and return the record."""
+    async def wait_for_ended_attempt(self, number: int, name: str = "run") -> Object:
+        """Wait until the status shows an end time for the attempt, and return the attempt's entry in the status."""
 
         def ended() -> Object | None:
             records = self.status(name).get("attempts", [])
@@ -241,12 +240,12 @@ class Rig:
 
         return await self.wait_until(f"the end of attempt {number}", ended)
 
-    async def no_jobs_and_pods(self) -> None:
-        """Wait until no Jobs and pods exist."""
+    async def wait_for_no_jobs_and_pods(self) -> None:
+        """Wait until the namespace has no Jobs and no pods."""
         await self.wait_until("no Jobs and pods", lambda: not self.jobs.items and not self.pods.items)
 
-    async def pod(self, job: str, index: int = 0, state: str = "") -> Object:
-        """Wait for the pod of a Job with this index and, if `state` is given, for this phase of the pod."""
+    async def wait_for_pod(self, job: str, index: int = 0, state: str = "") -> Object:
+        """Wait until a Job has a pod with this index and, if `state` is given, until the pod is in this phase."""
         return await self.wait_until(f"pod {index} of {job} {state}", lambda: self._pod(job, index, state))
 
     def _pod(self, job: str, index: int, state: str) -> Object | None:
@@ -258,12 +257,12 @@ class Rig:
         return None
 
     def status(self, name: str = "run") -> Object:
-        """Status of the FineTuneJob in the last watch event."""
+        """Return the FineTuneJob's status in the last watch event."""
         return self.ftjs.items.get(name, {}).get("status") or {}
 
-    def condition(self, kind: str, name: str = "run") -> Object:
-        """A condition of the FineTuneJob; empty if it is absent."""
-        return next((c for c in self.status(name).get("conditions", []) if c["type"] == kind), {})
+    def condition(self, condition_type: str, name: str = "run") -> Object:
+        """Return a condition of the FineTuneJob; an empty dict if it is absent."""
+        return next((c for c in self.status(name).get("conditions", []) if c["type"] == condition_type), {})
 
     def describe(self) -> str:
         """Return all received objects as text, for the message of a failed test."""
@@ -278,22 +277,22 @@ class Rig:
         return "\n".join(lines)
 
     async def report_training(self, job: str, step: int = 40, total: int = 100, **report: Any) -> Object:
-        """Serve a report that pod 0 of a Job trains."""
-        pod = await self.pod(job, 0, "Running")
+        """Let pod 0 of a Job report that it trains."""
+        pod = await self.wait_for_pod(job, 0, "Running")
         shown = {"step": step, "totalSteps": total, "secondsRemaining": 60}
         value = {"stage": "training", "progress": shown, "health": {"secondsSinceStep": 1.0, "medianStepSeconds": 0.5}}
-        self.progress.put(pod, {**value, **report})
+        self.progress.set_report(pod, {**value, **report})
         return pod
 
 
 class Kubelet:
-    """Runs the pods of one namespace. If `starts_new_pods` is set, each new pod runs and becomes ready at once."""
+    """A fake kubelet for the pods of one namespace. With `starts_new_pods`, each new pod runs and is ready at once."""
 
     def __init__(self, rig: Rig):
         self._rig = rig
         self.starts_new_pods = True
         self.ends_deleted_pods = True
-        """If False, deleted pods do not end, as on a lost node."""
+        """Whether deleted pods end. False simulates a lost node."""
         self.stop_code = int(ExitCode.PREEMPTED_SAVED)
         self.stop_message = TerminationMessage(code="Stopped", message="saved on request", step=0)
         self._handled: set[tuple[str, str]] = set()
@@ -328,7 +327,7 @@ class Kubelet:
         return True
 
     async def start(self, pod: Object, *, ready: bool = True) -> None:
-        """Bind the pod to the node and run it."""
+        """Bind the pod to the node and set its status to running."""
         name = pod["metadata"]["name"]
         self._handled.add((pod["metadata"]["uid"], "run"))
         binding = {
@@ -336,18 +335,18 @@ class Kubelet:
             "target": {"apiVersion": "v1", "kind": "Node", "name": NODE},
         }  # fmt: skip
         kind = Kind("v1", "Binding", f"pods/{name}/binding")
-        with contextlib.suppress(Conflict, AlreadyExists):  # the pod is already bound
+        with contextlib.suppress(Conflict, AlreadyExists):  # raised if the pod is already bound
             await _repeat_until_answered(lambda: self._rig.kube.create(kind, self._rig.namespace, binding))
+        bound_pod = await _repeat_until_answered(lambda: self._rig.kube.get(POD, self._rig.namespace, name))
         await self.write(pod, {
-            "phase": "Running", "podIP": "127.0.0.1", "startTime": _now(),
-            "conditions": [_true_condition("PodScheduled"), {**_true_condition("Ready"), "status": "True" if ready else "False"}],
+            "phase": "Running", "podIP": "127.0.0.1", "startTime": _now(), "conditions": _make_conditions(bound_pod, is_ready=ready),
             "containerStatuses": [_container_status({"running": {"startedAt": _now()}}, ready)],
         })  # fmt: skip
 
     async def end(
         self, pod: Object, code: int, message: TerminationMessage | None = None, *, reason: str = "", raw: str = ""
     ) -> None:
-        """End the container with this exit code and termination message."""
+        """End the pod's container with this exit code and termination message."""
         text = raw or (message.to_json() if message else "")
         terminated = {"exitCode": code, "reason": reason or ("Completed" if code == 0 else "Error"), "message": text}
         state = ((pod.get("status") or {}).get("containerStatuses") or [{}])[0].get("state") or {}
@@ -355,11 +354,11 @@ class Kubelet:
         await self.write(pod, {
             "phase": "Succeeded" if code == 0 else "Failed",
             "containerStatuses": [_container_status({"terminated": terminated}, False)],
-            "conditions": [_true_condition("PodScheduled"), {**_true_condition("Ready"), "status": "False"}],
+            "conditions": _make_conditions(pod, is_ready=False),
         })  # fmt: skip
 
     async def succeed(self, pod: Object, step: int = 100) -> None:
-        """Let the pod succeed and report the final artefact."""
+        """End the pod successfully, with a termination message that names the final artefact."""
         output = {"uri": f"s3://models/test/model/{pod['metadata']['uid'][:8]}", "sha256": "ab" * 32, "kind": "adapter"}
         message = TerminationMessage.model_validate({"output": output, "step": step, "metrics": {"trainLoss": 0.5}})
         await self.end(pod, 0, message)
@@ -370,13 +369,13 @@ class Kubelet:
         await _repeat_until_answered(lambda: self._rig.kube.patch(POD, self._rig.namespace, name, body, subresource="status"))
 
     async def _stop(self, pod: Object) -> None:
-        """Handle a deletion: end the container, then remove the object."""
+        """Stop a deleted pod: end its container, then remove the pod object."""
         if pod["status"].get("phase") not in ("Succeeded", "Failed"):
             await self.end(pod, self.stop_code, self.stop_message)
         await self.remove(pod)
 
     async def remove(self, pod: Object) -> None:
-        """Remove the object of a deleted pod."""
+        """Remove a deleted pod's object."""
         meta = pod["metadata"]
         await self._rig.kube.delete(POD, self._rig.namespace, meta["name"], uid=meta["uid"], grace_seconds=0)
 
@@ -396,8 +395,11 @@ def _container_status(state: Object, ready: bool) -> Object:
     }  # fmt: skip
 
 
-def _true_condition(kind: str) -> Object:
-    return {"type": kind, "status": "True", "lastTransitionTime": _now()}
+def _make_conditions(pod: Object, *, is_ready: bool) -> list[Object]:
+    """Return the conditions of a pod with a node. As with a real kubelet, a condition keeps its time as long as its status does not change."""
+    old_times = {(old["type"], old["status"]): old.get("lastTransitionTime") for old in (pod.get("status") or {}).get("conditions") or []}
+    statuses = {"PodScheduled": "True", "Ready": "True" if is_ready else "False"}
+    return [{"type": k, "status": v, "lastTransitionTime": old_times.get((k, v)) or _now()} for k, v in statuses.items()]
 
 
 def _now() -> str:
@@ -406,7 +408,7 @@ def _now() -> str:
 
 @contextlib.asynccontextmanager
 async def open_rig(endpoint: Endpoint, namespace: str, progress: Progress) -> AsyncIterator[Rig]:
-    """Create a namespace, and run its watches and its kubelet."""
+    """Create a namespace, and run its watches and its fake kubelet until the end of the context."""
     kube = await KubeClient.connect(ApiSettings(), kubeconfig=endpoint.kubeconfig)
     body = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}}
     await kube.create(Kind("v1", "Namespace", "namespaces"), "", body)
@@ -434,7 +436,7 @@ async def open_rig(endpoint: Endpoint, namespace: str, progress: Progress) -> As
 
 
 class Heartbeat:
-    """Keeps the node Ready, like a kubelet, so that the node controller evicts no pods."""
+    """Keeps the node Ready in place of a kubelet, so that the node controller evicts no pods."""
 
     def __init__(self, endpoint: Endpoint):
         self._endpoint = endpoint
@@ -447,7 +449,7 @@ class Heartbeat:
 
     def _run(self) -> None:
         while not self._end.wait(5):
-            with contextlib.suppress(Exception):  # a busy server may refuse a heartbeat; the next heartbeat is early enough
+            with contextlib.suppress(Exception):  # a busy server may refuse a heartbeat; the next one still comes in time
                 self._send_heartbeat()
 
     def _send_heartbeat(self) -> None:
@@ -464,7 +466,7 @@ class Heartbeat:
 
 
 def install_crd(endpoint: Endpoint, crd: Path) -> None:
-    """Install the CRD and wait until it is served."""
+    """Install the CRD and wait until the API server serves it."""
     endpoint.apply(
         "/apis/apiextensions.k8s.io/v1/customresourcedefinitions/finetunejobs.finetune-operator.io",
         yaml.safe_load(crd.read_text()),
