@@ -27,7 +27,7 @@ class Image:
     """Content of a small image: source files by their path in the image, entry point, and user."""
 
     tag: str
-    file_by_path: Mapping[str, Path]
+    file_by_image_path: Mapping[str, Path]
     entrypoint: Sequence[str]
     user: str = "65532:65532"
 
@@ -40,7 +40,7 @@ def write_layout(folder: Path, image: Image) -> Path:
     shutil.rmtree(unfinished_layout, ignore_errors=True)
     blobs_folder = unfinished_layout / "blobs" / "sha256"
     blobs_folder.mkdir(parents=True)
-    layer = _write_layer_blob(blobs_folder, image.file_by_path)
+    layer = _write_layer_blob(blobs_folder, image.file_by_image_path)
     config = _write_json_blob(blobs_folder, {
         "architecture": ARCHITECTURE, "os": "linux",
         "config": {"Entrypoint": list(image.entrypoint), "User": image.user, "WorkingDir": "/"},
@@ -73,10 +73,10 @@ def find_index_entry(layout_folder: Path, tag: str | None = None) -> tuple[str, 
     return matching_entries[-1]
 
 
-def _write_layer_blob(blobs_folder: Path, file_by_path: Mapping[str, Path]) -> dict[str, Any]:
+def _write_layer_blob(blobs_folder: Path, file_by_image_path: Mapping[str, Path]) -> dict[str, Any]:
     unfinished_blob = blobs_folder / "layer"
     with tarfile.open(unfinished_blob, "w") as archive:
-        for name, source in sorted(file_by_path.items()):
+        for name, source in sorted(file_by_image_path.items()):
             entry = tarfile.TarInfo(name.lstrip("/"))
             entry.size, entry.mode = source.stat().st_size, 0o755
             with source.open("rb") as content:

@@ -37,7 +37,7 @@ def find_waiting_start(facts: Facts) -> datetime | None:
     """
     pods_ready = facts.condition(Condition.PODS_READY)
     if facts.running_since is not None:
-        # If the status still shows all pods as ready, then they became unready just now.
+        # The status does not show yet that the pods became unready, so they became unready just now.
         unready_since = facts.now if pods_ready and pods_ready.status == "True" else pods_ready.last_transition_time if pods_ready else None
         return max(facts.running_since, unready_since) if unready_since else facts.running_since
     accepted_condition = facts.condition(Condition.ACCEPTED)

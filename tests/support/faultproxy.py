@@ -191,7 +191,7 @@ class Fault(Protocol):
     """A failure that the proxy injects into a request."""
 
     async def handle(self, call: Call[Any]) -> web.StreamResponse:
-        """Forward or answer the request with the fault. Errors: ConnectionBroken, if the proxy must reset the connection."""
+        """Forward the request with the fault, or answer it with the fault. Errors: ConnectionBroken, if the proxy must reset the connection."""
 
 
 @dataclass(frozen=True)

@@ -37,13 +37,13 @@ def tracked_run(**changes: Any) -> TrackedRun:
     return TrackedRun(**values | changes)
 
 
-def log_events(first: int, last: int, *, evaluated: tuple[int, ...] = ()) -> list[Event]:
-    """Return a training log event for each step from `first` to `last`, and an evaluation log event for each step in `evaluated`."""
+def log_events(first: int, last: int, *, evaluated_steps: tuple[int, ...] = ()) -> list[Event]:
+    """Return a training log event for each step from `first` to `last`, and an evaluation log event for each step in `evaluated_steps`."""
     events: list[Event] = []
     for step in range(first, last + 1):
         coordinates = {"step": step, "epoch": step / 10, "unix_time": START + step}
         events.append(LogEvent(entry=LogEntry(**coordinates, loss=compute_loss(step), learning_rate=1e-4)))
-        if step in evaluated:
+        if step in evaluated_steps:
             events.append(LogEvent(entry=LogEntry(**coordinates, eval_loss=compute_loss(step) + 0.5)))
     return events
 

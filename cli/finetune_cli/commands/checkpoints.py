@@ -93,27 +93,27 @@ def _is_intact(storage: JobStorage, committed_folder: CommittedFolder) -> bool:
     return True
 
 
-def _download_checkpoints(storage: JobStorage, selection: str, folder_path: Path) -> None:
+def _download_checkpoints(storage: JobStorage, step_or_model: str, folder_path: Path) -> None:
     from finetune_cli.commands.download import find_source_of_folder
     from finetune_cli.commands.transfer_output import show_progress
     from finetune_cli.downloads import download
     from finetune_cli.status_text import format_bytes
 
-    folder = find_folder_of_selection(selection)
+    folder = find_folder_to_download(step_or_model)
     source = find_source_of_folder(storage, folder)
     with show_progress("download", is_quiet=False) as progress:
         files = download(source, folder_path, progress, overwrite=True)
     output.write(f"{folder}: {format_bytes(sum(file.size for file in files))} in {folder_path}")
 
 
-def find_folder_of_selection(selection: str) -> str:
+def find_folder_to_download(step_or_model: str) -> str:
     """Return the key of the folder for a step number or `model`. Raises StorageError for any other text."""
     from finetune_api.names import Storage, checkpoint_folder
 
     from finetune_cli.job_storage import StorageError
 
-    if selection == "model":
+    if step_or_model == "model":
         return Storage.MODEL.value
-    if not selection.isdigit():
-        raise StorageError(f"--download {selection}: write the step of a checkpoint, or `model`")
-    return f"{Storage.CHECKPOINTS}/{checkpoint_folder(int(selection))}"
+    if not step_or_model.isdigit():
+        raise StorageError(f"--download {step_or_model}: write the step of a checkpoint, or `model`")
+    return f"{Storage.CHECKPOINTS}/{checkpoint_folder(int(step_or_model))}"

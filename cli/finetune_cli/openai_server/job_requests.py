@@ -1,8 +1,8 @@
 """Turns a client's request for a fine-tuning job into a FineTuneJob.
 
 The importer of `finetune import --from openai` reads the hyperparameters, methods and integrations, so that they mean the same in a request and in
-an imported file. The configuration of the server gives each job the fields of its model. A value of the client replaces such a field, but not the
-fields below `resources`.
+an imported file. The configuration of the server lists spec fields for each model, and a job gets the fields of the model that it names. A value
+of the client replaces such a field, but not the fields below `resources`.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def build_job(
 def check_models(config: ServerConfig) -> list[Mistake]:
     """Build a job for each model from a request without options, to find mistakes that only a complete job shows. Return these mistakes.
 
-    The method dpo is only tried for a model with fields below `trainer.dpo`, because another model may be only for supervised fine-tuning.
+    DPO is checked only for models whose configuration sets fields below `trainer.dpo`. The other models may be meant for supervised fine-tuning only.
     """
     mistakes = []
     for name, served_model in config.models.items():

@@ -393,7 +393,7 @@ def _build_credential_variables(secret: SecretRef | None, variable_prefix: str) 
 
 
 def _build_customer_key_variables(connection_name: str, connection: StorageConnection | None) -> list[Object]:
-    """Return the environment variable with the customer's key for server-side encryption (SSE-C), or an empty list if no key is used."""
+    """Return a list with the environment variable of the customer's key for server-side encryption (SSE-C), or an empty list if no key is used."""
     key_reference = connection.encryption.customer_key_secret_ref if connection and connection.encryption else None
     if key_reference is None:
         return []

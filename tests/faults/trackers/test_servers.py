@@ -134,7 +134,7 @@ def test_mongodb_documents_of_repeated_steps_are_replaced(mongodb: TrackerServer
     uri = f"mongodb://127.0.0.1:{mongodb.port}"
     first = Mongodb(tracked_run(), uri, "repeated")
     first.open()
-    first.send([*start_events(), *log_events(1, 14, evaluated=(10,))])
+    first.send([*start_events(), *log_events(1, 14, evaluated_steps=(10,))])
     first.send(end_events(14, end=RunEnd.INTERRUPTED))
     database = MongoClient(uri)["repeated"]
     assert database.training_runs.find_one()["status"] == "interrupted"  # type: ignore[index]
@@ -142,7 +142,7 @@ def test_mongodb_documents_of_repeated_steps_are_replaced(mongodb: TrackerServer
     second.open()
     assert database.step_metrics.count_documents({"kind": "training"}) == 10
     second.open()
-    second.send([*log_events(1, 12, evaluated=(10,)), *end_events(12)])
+    second.send([*log_events(1, 12, evaluated_steps=(10,)), *end_events(12)])
     documents = list(database.step_metrics.find({"kind": "training"}).sort("step"))
     assert [(one["step"], one["loss"]) for one in documents] == [(step, compute_loss(step)) for step in range(1, 13)]
     assert [one["step"] for one in database.step_metrics.find({"kind": "evaluation"})] == [10]

@@ -219,8 +219,8 @@ class RowCounts:
 
     def add(self, batch: TokenPredictions, labels: Sequence[Sequence[int]]) -> None:
         """Add the predictions for a batch. `labels`: the labels of its rows, not shifted and without padding."""
-        sizes = [sum(label != IGNORED_LABEL for label in row[1:]) for row in labels]
-        split_tensors = (tensor.cpu().split(sizes) for tensor in (batch.predicted, batch.labels, batch.negative_log_likelihoods.double()))
+        row_lengths = [sum(label != IGNORED_LABEL for label in row[1:]) for row in labels]
+        split_tensors = (tensor.cpu().split(row_lengths) for tensor in (batch.predicted, batch.labels, batch.negative_log_likelihoods.double()))
         for predicted, correct, losses in zip(*split_tensors, strict=True):
             self._sums.append((float(losses.sum()), len(correct), int((predicted == correct).sum())))
             self._labels.append(correct.int().numpy())
@@ -230,8 +230,8 @@ class RowCounts:
         """Return the sums `TOKEN_SUMS` of each row; an empty list if no token counts."""
         if not any(tokens for _, tokens, _ in self._sums):
             return []
-        sizes = [len(row) for row in self._labels]
-        shares = zip(*row_shares(np.concatenate(self._labels), np.concatenate(self._predicted), sizes), strict=True)
+        row_lengths = [len(row) for row in self._labels]
+        shares = zip(*row_shares(np.concatenate(self._labels), np.concatenate(self._predicted), row_lengths), strict=True)
         return [[*map(float, sums), *share] for sums, share in zip(self._sums, shares, strict=True)]
 
 
@@ -239,10 +239,10 @@ TOKEN_SUMS = ("negative log-likelihood", "tokens", "correct tokens", "share of t
 """The values of each row in `RowCounts.sums`. The mean of each share over all rows is the weighted precision or F1."""
 
 
-def row_shares(labels: TokenArray, predicted: TokenArray, sizes: Sequence[int]) -> tuple[list[float], list[float]]:
+def row_shares(labels: TokenArray, predicted: TokenArray, row_lengths: Sequence[int]) -> tuple[list[float], list[float]]:
     """Return each row's share of the weighted precision, and of the weighted F1.
 
-    `labels`, `predicted`: the tokens of all rows, one row after the other. `sizes`: the number of tokens of each row.
+    `labels`, `predicted`: the tokens of all rows, one row after the other. `row_lengths`: the number of tokens of each row.
     A bootstrap of these metrics would need several sums for each token of the vocabulary, which are too many; it uses the shares instead.
     A share is the metric plus the number of rows times the linear contribution of the row: the pseudo-value of the infinitesimal jackknife
     (Jaeckel 1972). The mean of the shares is the metric itself, because the metric does not change if all counts are multiplied by the
@@ -261,7 +261,7 @@ def row_shares(labels: TokenArray, predicted: TokenArray, sizes: Sequence[int]) 
         by_choice = -slopes * scores
         by_label = scores - value + (by_choice if divisor_has_labels else 0.0)
         token_contributions = by_label[labels] + by_choice[predicted] + np.where(is_correct, factor * slopes[labels], 0.0)
-        ends = np.cumsum([0, *sizes])
+        ends = np.cumsum([0, *row_lengths])
         sums = np.concatenate([[0.0], np.cumsum(token_contributions)])[ends]
-        shares.append((value + len(sizes) * np.diff(sums) / total).tolist())
+        shares.append((value + len(row_lengths) * np.diff(sums) / total).tolist())
     return shares[0], shares[1]

@@ -69,7 +69,7 @@ def test_the_second_use_downloads_nothing(tmp_path: Path) -> None:
     assert list_stored(tmp_path) == ["k"]
 
 
-def test_a_download_with_another_hash_is_not_list_stored(tmp_path: Path) -> None:
+def test_a_download_with_another_hash_is_not_stored(tmp_path: Path) -> None:
     cache = CacheFolder(tmp_path, "team", LIMITS)
     with pytest.raises(CacheProblem, match=r"^the downloaded file model.safetensors has another hash than at the source$"):
         cache.provide("k", "org/model", model_files("weights"), writer("waights"))
@@ -400,10 +400,10 @@ def test_a_volume_without_file_locks_is_refused(tmp_path: Path, monkeypatch: pyt
 def test_threads_of_one_process_exclude_each_other(tmp_path: Path) -> None:
     cache, calls, results = CacheFolder(tmp_path, "team", LIMITS), list[str](), list[bool]()
 
-    def provide() -> None:
+    def provide_model() -> None:
         results.append(cache.provide("k", "org/model", model_files("weights"), writer("weights", calls))[1])
 
-    threads = [threading.Thread(target=provide) for _ in range(8)]
+    threads = [threading.Thread(target=provide_model) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:

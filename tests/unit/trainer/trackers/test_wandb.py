@@ -25,7 +25,7 @@ folder = Path(sys.argv[1])
 for attempt in (1, 2):
     tracker = Wandb(tracked_run(attempt=attempt), folder / "work", FolderStorage(folder / "store"), project=None, entity=None, system_metrics=False)
     tracker.open()
-    tracker.send([*start_events(), *log_events(1, 14, evaluated=(10,))] if attempt == 1 else log_events(1, 20, evaluated=(10, 20)))
+    tracker.send([*start_events(), *log_events(1, 14, evaluated_steps=(10,))] if attempt == 1 else log_events(1, 20, evaluated_steps=(10, 20)))
     tracker.send(end_events(14, end="interrupted") if attempt == 1 else end_events(20))
     tracker.flush()
 """

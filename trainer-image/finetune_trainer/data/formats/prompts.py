@@ -108,8 +108,8 @@ class UnpairedPreference(Format):
             raise RowError("DatasetRowInvalid", f"label is {value!r}", "write true or false")
         system = optional_text(SYSTEM_COLUMN, row, options.columns)
         names = row.keys()
-        is_one_column = find_column(PROMPT_COLUMN, names, options.columns) == find_column(self.answer, names, options.columns)
-        is_prompt_in_answer = is_one_column or _is_prompt_in_answers(prompt, completion)
+        is_same_column = find_column(PROMPT_COLUMN, names, options.columns) == find_column(self.answer, names, options.columns)
+        is_prompt_in_answer = is_same_column or _is_prompt_in_answers(prompt, completion)
         if is_prompt_in_answer and not isinstance(completion, str):
             prompt, completion = _split_at_first_answer(completion)
         prompt, completion = _to_same_type(prompt, options, system, is_prompt_removed=is_prompt_in_answer, completion=completion)
