@@ -151,7 +151,10 @@ class PlanExecutor:
             user_value = None if ON_EXISTING_RESULT_FIELD in accepted_spec.defaults else facts.spec.policy.on_existing_result
             pools = list_pools_to_choose(read_spec(facts.job.spec)[0], accepted_spec, self._config, facts.job.namespace)
             run = convert_to_preparation_run(_build_run(facts, accepted_spec, 1), user_value, pools)
-            return build_preparation_job(facts.job, run, preparation_number, facts.spec.prepare.resources, accepted_spec.pool, self._config, secret_name)
+            return build_preparation_job(
+                facts.job, run, preparation_number, facts.spec.prepare.resources, accepted_spec.pool, self._config, secret_name,
+                model_cache=accepted_spec.spec.model.cache,
+            )  # fmt: skip
 
     async def _ensure_children(self, job: JobView) -> BlockingCondition | None:
         """Create the objects of the Job that are missing. Return a blocking condition if one of them cannot be created.

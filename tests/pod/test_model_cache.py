@@ -99,6 +99,28 @@ def test_eight_pods_of_a_node_download_the_model_once(s3_server: S3Endpoint, hub
         assert other.resolved and plain_message.resolved and other.resolved.model_revision == plain_message.resolved.model_revision
 
 
+def test_a_preparation_fills_the_cache_in_a_claim(s3_server: S3Endpoint, hub: Hub, model: Path, rows: Path, tmp_path: Path) -> None:
+    """The training pod then downloads nothing. If the preparation cannot write to the claim, it succeeds all the same."""
+    bucket = new_bucket(s3_server)
+    run = run_config(merge(make_spec(model, rows, "lora"), {"model": {"source": "org/tiny"}, "training": {"maxSteps": 2}}), bucket.target())
+    variables = hub_environment(hub)
+    (tmp_path / "file").write_text("not a folder")
+    downloads = []
+    for name in ("file", "claim"):
+        with Pod(run, tmp_path / f"prepare-{name}", bucket.env | variables | {"FINETUNE_CLAIM_CACHE": str(tmp_path / name)}, command="prepare") as pod:
+            assert pod.end() == 0, pod.text[-4000:]
+        downloads.append(sorted(set(hub.list_downloads("org/tiny"))))
+        assert pod.termination_message().plan is not None and not (pod.folder / "work/from-cache").exists()
+        assert ("model.source is downloaded without model.cache: " in pod.text) is (name == "file")
+    assert downloads == [sorted(set(MODEL_FILES) - {"model.safetensors"}), MODEL_FILES]
+    count = len(hub.list_downloads("org/tiny"))
+    with make_cache_pod(run, tmp_path / "pod", tmp_path / "claim", CLAIM_CACHE_OPTIONS, variables) as pod:
+        assert pod.end() == 0
+    assert read_record(pod).models["model.source"].from_cache and len(hub.list_downloads("org/tiny")) == count
+    _, message = train(run, tmp_path / "pod", bucket, hub)
+    assert read_model_values(message) == ("cache", model_size_bytes(model), []) and len(hub.list_downloads("org/tiny")) == count
+
+
 def test_a_pod_whose_cache_fails_trains_and_adds_a_note(s3_server: S3Endpoint, hub: Hub, model: Path, rows: Path, tmp_path: Path) -> None:
     bucket = new_bucket(s3_server)
     run = run_config(merge(make_spec(model, rows, "lora"), {"model": {"source": "org/tiny"}, "training": {"maxSteps": 2}}), bucket.target())

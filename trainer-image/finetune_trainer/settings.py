@@ -35,6 +35,8 @@ class Settings:
     final_upload_timeout_seconds: float = FINAL_UPLOAD_TIMEOUT_SECONDS
     unsaved_timeout_seconds: float = UNSAVED_TIMEOUT_SECONDS
     config_maps: Path = Path(names.CONFIGMAP_MOUNT)
+    claim_cache: Path | None = None
+    """The cache of base models that a preparation fills. None in all other pods."""
     attempt_secret: str | None = field(default=None, repr=False)
     """The secret that all pods of the attempt and the operator know. None in local runs, and if the operator is too old to create it."""
 
@@ -62,6 +64,7 @@ class Settings:
             ),
             unsaved_timeout_seconds=float(env.get(Env.NO_COMMIT_TIMEOUT_SECONDS) or UNSAVED_TIMEOUT_SECONDS),
             config_maps=Path(env.get(Env.CONFIG_MAPS) or names.CONFIGMAP_MOUNT),
+            claim_cache=Path(env[Env.CLAIM_CACHE]) if env.get(Env.CLAIM_CACHE) else None,
             attempt_secret=_read_if_mounted(secret_file),
             checkpoint_key=_read_if_mounted(secret_file.with_name(names.CHECKPOINT_KEY)),
         )

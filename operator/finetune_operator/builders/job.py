@@ -18,7 +18,7 @@ from finetune_api.spec.common import SecretKeyRef, SecretRef, StorageConnection
 from finetune_api.tenancy import find_user_code_in_preparation
 
 from finetune_operator.builders.generation import add_generation_server
-from finetune_operator.builders.model_cache import add_model_cache
+from finetune_operator.builders.model_cache import add_claim_cache_to_preparation, add_model_cache, uses_claim_cache
 from finetune_operator.builders.mounts import build_mounts
 from finetune_operator.builders.run_config import get_customer_key_variable
 from finetune_operator.objects import DEFAULT_CONTAINER_ANNOTATION, Object
@@ -56,14 +56,15 @@ def build_job(
 
 def build_preparation_job(
     job: FineTuneJobView, run: RunConfig, preparation_number: int, resources: PrepareResources, pool: NodePool | None, config: OperatorConfig,
-    secret_name: str = "",
+    secret_name: str = "", *, model_cache: str | None = None,
 ) -> Object:
     """Return the Job of a preparation: one pod without GPUs. `run` and `pool` are those of the first attempt.
 
-    `secret_name`: name of the preparation's Secret, or an empty string if it has none.
+    `secret_name`: name of the preparation's Secret, or an empty string if it has none. `model_cache`: the resolved value of `model.cache`; the
+    pod fills a cache in a claim.
     """
     name, run_json = names.preparation_job_name(job.name, preparation_number), run.to_bytes()
-    pod = _build_preparation_pod(run, run.sha256(run_json), resources, pool, config, secret_name)
+    pod = _build_preparation_pod(run, run.sha256(run_json), resources, pool, config, secret_name, model_cache)
     body = _build_indexed_job(job, run.spec, config, run_json, name=name, attempt=names.PREPARATION_ATTEMPT, pod_count=1, pod=pod)
     if secret_name:
         body["metadata"]["annotations"][Annotation.ATTEMPT_SECRET.value] = secret_name
@@ -103,7 +104,7 @@ def _build_indexed_job(
 
 
 def _build_preparation_pod(
-    run: RunConfig, run_sha256: str, resources: PrepareResources, pool: NodePool | None, config: OperatorConfig, secret_name: str
+    run: RunConfig, run_sha256: str, resources: PrepareResources, pool: NodePool | None, config: OperatorConfig, secret_name: str, model_cache: str | None
 ) -> Object:
     """Return the spec of a preparation pod: a training pod with the command `prepare`, without GPUs and without the placement of training pods.
 
@@ -114,7 +115,7 @@ def _build_preparation_pod(
         "resources.gpusPerNode": 0, "resources.cpu": resources.cpu, "resources.memory": resources.memory,
         "resources.ephemeralStorage": resources.ephemeral_storage,
     }  # fmt: skip
-    mounts_claim = any("persistentVolumeClaim" in volume for volume in build_mounts(run.spec).volumes)
+    mounts_claim = uses_claim_cache(model_cache) or any("persistentVolumeClaim" in volume for volume in build_mounts(run.spec).volumes)
     if not mounts_claim:
         values |= {"placement.nodeSelector": {}, "placement.tolerations": [], "placement.nodeAffinity": []}
     pod_run = run.model_copy(update={
@@ -129,6 +130,8 @@ def _build_preparation_pod(
     container["args"] = ["prepare"]
     # With a CPU limit, the trainer starts one process for each CPU of the pod instead of one for each CPU of the node.
     container["resources"]["limits"]["cpu"] = str(resources.cpu)
+    if model_cache is not None and uses_claim_cache(model_cache):
+        add_claim_cache_to_preparation(pod, model_cache)
     if not mounts_claim and settings.node_selector:
         pod["nodeSelector"] = dict(settings.node_selector)
     if not mounts_claim and settings.tolerations:

@@ -2,7 +2,7 @@
 
 Only the init container can write to the cache. It runs the platform's trainer image without the user's mounts and variables, so no code of the
 job can change the models of other jobs. The trainer container reads a node's cache through a read-only mount; from a claim, the init container copies the
-model to the pod's disk.
+model to the pod's disk. A preparation fills the cache in a claim from its own container: every pod of the namespace can change a claim anyway.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from finetune_operator.objects import Object
 from finetune_operator.settings import OperatorConfig
 
 VOLUME_NAME = "model-cache"
-CLAIM_FOLDER, CLAIM_TENANT = "finetune-models", "models"
-"""Folder and tenant of the cache on a volume claim. The cache has a folder of its own, so that it touches no other files of the volume."""
+CLAIM_FOLDER = "finetune-models"
+"""Folder of the cache on a volume claim. The cache has a folder of its own, so that it touches no other files of the volume."""
 NODE_FREE_DISK_SHARE = "0.15"
 """Share of a node's disk that the cache leaves free. With less free space, the kubelet usually evicts pods."""
 COPIED_MOUNTS = ("run", "work", "tmp", "ca")
@@ -49,16 +49,35 @@ def add_model_cache(pod: Object, cache: str | None, namespace: str, config: Oper
             {"name": VOLUME_NAME, "mountPath": f"{names.MODEL_CACHE_MOUNT}/{namespace}", "subPath": namespace, "readOnly": True}
         )
     else:
-        source = parse_source(cache or "", spec_path="model.cache")
-        assert isinstance(source, PvcSource)
-        volume = {"persistentVolumeClaim": {"claimName": source.claim}}
-        folder = "/".join(part for part in (names.MODEL_CACHE_MOUNT, source.path, CLAIM_FOLDER) if part)
-        # Kubernetes replaces $(NAME) in arguments with the value of the variable NAME, so a token could become part of the folder's name.
-        # `$$` stands for $ and prevents this.
-        arguments = ["--folder", folder.replace("$", "$$"), "--tenant", CLAIM_TENANT, "--copy"]
+        volume, folder = _find_claim_folder(cache or "")
+        arguments = ["--folder", folder, "--tenant", names.CLAIM_CACHE_TENANT, "--copy"]
     pod["volumes"].append({"name": VOLUME_NAME, **volume})
     pod["initContainers"] = [_build_init_container(trainer, ["fill-cache", *arguments], config)]
     _add_pull_secrets(pod, config)
+
+
+def uses_claim_cache(cache: str | None) -> bool:
+    """Whether the cache is in a PersistentVolumeClaim. `cache`: the resolved value of `model.cache`."""
+    return cache not in (None, NO_CACHE, NODE_CACHE)
+
+
+def add_claim_cache_to_preparation(pod: Object, cache: str) -> None:
+    """Mount the claim of the cache into the container of a preparation, and name the folder that the container fills."""
+    volume, folder = _find_claim_folder(cache)
+    container = pod["containers"][0]
+    pod["volumes"].append({"name": VOLUME_NAME, **volume})
+    container["volumeMounts"].append({"name": VOLUME_NAME, "mountPath": names.MODEL_CACHE_MOUNT})
+    container["env"].append({"name": Env.CLAIM_CACHE.value, "value": folder})
+
+
+def _find_claim_folder(cache: str) -> tuple[Object, str]:
+    """Return the volume of a cache in a claim, and the path of the cache in a container that mounts the volume."""
+    source = parse_source(cache, spec_path="model.cache")
+    assert isinstance(source, PvcSource)
+    folder = "/".join(part for part in (names.MODEL_CACHE_MOUNT, source.path, CLAIM_FOLDER) if part)
+    # In arguments and variables, Kubernetes replaces $(NAME) with the value of the variable NAME, so a token could become part of the
+    # folder's name. `$$` stands for $ and prevents this.
+    return {"persistentVolumeClaim": {"claimName": source.claim}}, folder.replace("$", "$$")
 
 
 def _add_pull_secrets(pod: Object, config: OperatorConfig) -> None:

@@ -276,7 +276,7 @@ def random_heads(dtype: torch.dtype) -> list[torch.Tensor]:
 def test_the_attention_function_creates_a_missing_mask(
     described_by: str, window: int | None, kernel: DocumentKernel
 ) -> None:
-    """The kernel does not support 64-bit inputs, so torch's attention runs instead. It needs a mask, and the caller passes none, so the function creates one."""
+    """The kernel does not support 64-bit inputs, so torch's attention runs instead. It needs a mask, which the function creates."""
     query, key, value = random_heads(torch.float64)
     batch = collate(DOCUMENTS)
     options = {"boundaries": ("cu_seq_lens_q", "max_length_q"), "positions": ("position_ids",)}[described_by]

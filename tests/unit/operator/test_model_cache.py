@@ -142,13 +142,30 @@ def test_pod_of_a_job_without_a_cache_has_no_init_container_and_no_volume(raw_sp
     assert "initContainers" not in pod and get_volumes(pod) == []
 
 
-def test_a_preparation_pod_has_no_cache() -> None:
-    """A preparation downloads no weights."""
-    accepted, _ = build_job_body(spec(model={"cache": "node"}))
+def build_preparation_pod(cache: str, **groups: Any) -> Object:
+    accepted, _ = build_job_body(spec(model={"cache": cache}, **groups))
     job = finetunejob(spec())
     run = build_run_config(job, accepted.spec, 1, defaults=accepted.defaults, committed_step=0, max_step=None)
-    pod = get_pod(build_preparation_job(job, run, 1, accepted.spec.prepare.resources, None, CONFIG))
-    assert "initContainers" not in pod and get_volumes(pod) == []
+    body = build_preparation_job(job, run, 1, accepted.spec.prepare.resources, None, CONFIG, model_cache=accepted.spec.model.cache)
+    return get_pod(body)
+
+
+@pytest.mark.parametrize("cache", ["node", "none"])
+def test_a_preparation_pod_does_not_mount_the_cache_of_a_node(cache: str) -> None:
+    """Its node is not the node of the training pods, so it downloads no weights."""
+    pod = build_preparation_pod(cache, placement={"nodeSelector": {"zone": "a"}})
+    assert "initContainers" not in pod and get_volumes(pod) == [] and "nodeSelector" not in pod
+    assert "FINETUNE_CLAIM_CACHE" not in {variable["name"] for variable in pod["containers"][0]["env"]}
+
+
+def test_a_preparation_fills_the_cache_in_a_claim() -> None:
+    """It runs on the nodes of the training pods, because its pod may be the first that mounts the claim."""
+    pod = build_preparation_pod("pvc://models/$(HF_TOKEN)", placement={"nodeSelector": {"zone": "a"}})
+    (container,) = pod["containers"]
+    assert "initContainers" not in pod and pod["nodeSelector"] == {"zone": "a"}
+    assert get_volumes(pod) == [{"name": "model-cache", "persistentVolumeClaim": {"claimName": "models"}}]
+    assert get_mounts(container) == [{"name": "model-cache", "mountPath": "/mnt/model-cache"}]
+    assert {"name": "FINETUNE_CLAIM_CACHE", "value": "/mnt/model-cache/$$(HF_TOKEN)/finetune-models"} in container["env"]
 
 
 # ---- default and permission ----

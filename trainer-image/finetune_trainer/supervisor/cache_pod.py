@@ -5,6 +5,8 @@ of the node, the trainer container reads the model there, through a mount that i
 copies the model to the pod's disk and verifies the copy, because every pod of the namespace can mount the claim and change its files at any time.
 
 The program always exits with code 0. If its record is missing or lacks a model, the trainer container downloads that model itself.
+
+A preparation uses the same code to put the models into the cache of a PersistentVolumeClaim before any pod holds GPUs (`fill_claim`).
 """
 
 from __future__ import annotations
@@ -17,10 +19,12 @@ import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 
 from finetune_api.base import LenientModel
 from finetune_api.errors import FineTuneError
+from finetune_api.names import CLAIM_CACHE_TENANT
 from finetune_api.pod import RunConfig
 from finetune_api.sources import HubSource, S3Source, parse_source
 from pydantic import ValidationError
@@ -40,15 +44,30 @@ MAX_TRIES = 2
 """How often to try to provide a model from the cache. After the first try, a damaged model is removed and downloaded again."""
 
 
+class ModelUse(Enum):
+    """Where the pod reads a model that the cache provides."""
+
+    IN_PLACE = "in place"
+    """In the cache, which is on the disk of the node."""
+    COPY = "copy"
+    """On the pod's disk, to which the model is copied, because the cache is in a PersistentVolumeClaim."""
+    NONE = "none"
+    """The pod does not read the model: a preparation only fills the cache in a PersistentVolumeClaim."""
+
+
 @dataclass(frozen=True)
 class CacheOptions:
     """The arguments of `fill-cache`."""
 
     cache_folder: Path
     tenant: str
-    copies_models: bool
-    """Whether models are copied to the pod's disk, because the cache is in a PersistentVolumeClaim."""
+    use: ModelUse
     limits: CacheLimits
+
+    @property
+    def is_on_node(self) -> bool:
+        """Whether the cache is on the disk of the node, where only this program writes."""
+        return self.use is ModelUse.IN_PLACE
 
 
 class SourceRecord(LenientModel):
@@ -72,16 +91,20 @@ class CachePod:
             self._settings.work_folder.mkdir(parents=True, exist_ok=True)
             self._create_folder_of_namespace()
             run, _ = load_run(self._settings)
-            fetcher = Fetcher(run, self._settings.work_folder)
-            models = {path: model for path, source in cacheable_sources(run) if (model := self._provide_or_note(fetcher, path, source)) is not None}
-            CacheRecord(models=models, notes=self._notes).write(self._settings.work_folder)
+            self.provide_models(run).write(self._settings.work_folder)
         except Exception as error:
             log.warning("the trainer container downloads the model, because the cache failed", exc_info=error)
         return 0
 
+    def provide_models(self, run: RunConfig) -> CacheRecord:
+        """Provide all models of a run from the cache. The record's notes name the models that the cache cannot provide, and why."""
+        fetcher = Fetcher(run, self._settings.work_folder)
+        models = {path: model for path, source in cacheable_sources(run) if (model := self._provide_or_note(fetcher, path, source)) is not None}
+        return CacheRecord(models=models, notes=self._notes)
+
     def _create_folder_of_namespace(self) -> None:
         """Create the namespace's folder in a cache on the node. If it is missing, the kubelet creates it for root, and no later pod can write to it."""
-        if not self._options.copies_models:
+        if self._options.is_on_node:
             with suppress(OSError):  # The first write to the cache reports this error.
                 (self._options.cache_folder / self._options.tenant).mkdir(parents=True, exist_ok=True)
 
@@ -118,7 +141,7 @@ class CachePod:
             source=source, path=entry.files, from_cache=is_from_cache, size=listing.total_bytes, hub_revision=listing.hub_revision,
             listing_version=listing.listing_version, sha256={name: file.sha256 for name, file in entry.record.files.items()}, in_use_file=entry.in_use_file,
         )  # fmt: skip
-        if not self._options.copies_models:
+        if self._options.use is not ModelUse.COPY:
             return model
         copy = self._settings.work_folder / MODEL_COPIES_FOLDER / listing.key
         shutil.rmtree(copy, ignore_errors=True)
@@ -139,7 +162,7 @@ class CachePod:
     def _record_source(self, source: str, listing: ModelListing) -> None:
         """Record the newest revision of a public repository, or remove the record of a repository that is no longer public. Errors: OSError."""
         hub_source = parse_source(source)
-        if not isinstance(hub_source, HubSource) or self._options.copies_models:
+        if not isinstance(hub_source, HubSource) or not self._options.is_on_node:
             return
         file = self._source_record_file(hub_source)
         if not listing.is_public:
@@ -159,7 +182,7 @@ class CachePod:
         """
         hub_source = parse_source(source)
         assert isinstance(hub_source, HubSource)
-        if self._options.copies_models:
+        if not self._options.is_on_node:
             raise CacheProblem("the model hub does not answer, and without it the files in a claim cannot be verified") from error
         try:
             record = SourceRecord.model_validate_json(self._source_record_file(hub_source).read_bytes())
@@ -186,6 +209,11 @@ def cacheable_sources(run: RunConfig) -> Iterator[tuple[str, str]]:
             yield path, source
 
 
+def fill_claim(settings: Settings, run: RunConfig, cache_folder: Path) -> list[str]:
+    """Put all models of a run into a cache in a PersistentVolumeClaim. Returns notes on the models that were not stored."""
+    return CachePod(settings, CacheOptions(cache_folder, CLAIM_CACHE_TENANT, ModelUse.NONE, CacheLimits())).provide_models(run).notes
+
+
 def _log_progress(done_bytes: int, listing: ModelListing) -> None:
     log.info("another pod downloads the model into the cache: %.2f of %.2f GB", done_bytes / 1e9, listing.total_bytes / 1e9)
 
@@ -208,4 +236,5 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--free-share", type=float, default=0.0, help="share of the volume that stays free")
     options = parser.parse_args(arguments)
     limits = CacheLimits(size_bytes=options.size_limit, free_share=options.free_share)
-    return CachePod(Settings.from_env(), CacheOptions(options.folder, options.tenant, options.copy, limits)).run()
+    use = ModelUse.COPY if options.copy else ModelUse.IN_PLACE
+    return CachePod(Settings.from_env(), CacheOptions(options.folder, options.tenant, use, limits)).run()

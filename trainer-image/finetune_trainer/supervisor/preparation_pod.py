@@ -1,7 +1,8 @@
 """Runs the pod of a preparation: checks storage, model and data before a pod with GPUs starts.
 
 The pod downloads the data, and the configuration and tokenizer of the model without its weights. It reports each problem with the same error
-code as a training pod. At the end, it stores the tokenised rows, which the training pods download. A stopped preparation is started again.
+code as a training pod. At the end, it stores the tokenised rows, which the training pods download. If the job has a cache of base models in a
+PersistentVolumeClaim, the pod also puts the model there, so that no GPU waits for the download. A stopped preparation is started again.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from finetune_trainer.data.prepared import TOKENS_FOLDER, prepared_folder
 from finetune_trainer.failure import RankFailure, as_failure
 from finetune_trainer.inputs import FILE_NAME
 from finetune_trainer.settings import Settings, load_run
+from finetune_trainer.supervisor.cache_pod import fill_claim
 from finetune_trainer.supervisor.child_run import run_child
 from finetune_trainer.supervisor.existing_result import find_result_to_adopt
 from finetune_trainer.supervisor.exit_decision import ExitDecision
@@ -134,8 +136,10 @@ class PreparationPod:
                 return DataReport()
             if checked is not None and self._row_store is not None:
                 address = run_until(self._stop_requested.is_set, lambda: self._store_rows(row_store, run, checked.data.digest, facts, summary))
-            with suppress(StoppedError):  # The preparation is complete, and a later preparation removes the unused rows.
+            with suppress(StoppedError):  # The preparation is complete. A later preparation removes unused rows, and training pods fill the cache.
                 run_until(self._stop_requested.is_set, lambda: _remove_unused_rows(row_store))
+                if self._adopted_result is None:
+                    run_until(self._stop_requested.is_set, lambda: self._fill_cache(run))
         findings = summary.findings
         counts = DataReport(
             rows=summary.rows, bad_rows=summary.bad_rows, duplicates=findings.duplicate_count, personal_data=findings.personal_data_counts
@@ -210,6 +214,17 @@ class PreparationPod:
             self._state.add_note(f"the prepared rows were not stored: {as_failure(error, 'StorageFailed').code}; the training pods tokenise the data")
             return {}
         return {"prepared_uri": row_store.uri(digest), "prepared_sha256": sha256}
+
+    def _fill_cache(self, run: RunConfig) -> None:
+        """Put the models of the run into a cache in a PersistentVolumeClaim. A failure is only logged: training pods try again, and report the failure."""
+        if self._settings.claim_cache is None:
+            return
+        self._state.enter_stage(Stage.DOWNLOADING, "model.cache")
+        try:
+            for note in fill_claim(self._settings, run, self._settings.claim_cache):
+                log.warning("%s", note)
+        except Exception as error:
+            log.warning("the cache was not filled", exc_info=error)
 
     def _handle_message(self, message: dict[str, Any]) -> None:
         match message.get("kind"):
