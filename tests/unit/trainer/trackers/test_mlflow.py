@@ -25,13 +25,13 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_a_killed_attempt_is_continued_in_the_same_runs_and_repeated_steps_are_sent_once(store: str) -> None:
     first = Mlflow(tracked_run(), store, None)
     first.open()
-    first.send([*start_events(), *log_events(1, 14, evaluated=(10,))])
+    first.send([*start_events(), *log_events(1, 14, evaluated_steps=(10,))])
     # The pod is killed. The next attempt resumes from step 10, with a smaller batch.
     changed = {"method.type": "lora", "training.batchSizePerDevice": "2", "training.learningRate": "0.0002"}
     second = Mlflow(tracked_run(attempt=2, resumed_from_step=10, parameters=changed), store, None)
     second.open()
-    second.send([*log_events(1, 10, evaluated=(10,)), *start_events()])
-    second.send([*log_events(11, 20, evaluated=(20,)), *end_events(20)])
+    second.send([*log_events(1, 10, evaluated_steps=(10,)), *start_events()])
+    second.send([*log_events(11, 20, evaluated_steps=(20,)), *end_events(20)])
     runs = MlflowRuns(store, "support")
     assert runs.names() == {"support-bot", "support-bot_finetuning", "support-bot_evaluation"}
     assert runs.history("support-bot_finetuning", "loss") == [(step, compute_loss(step)) for step in range(1, 21)]

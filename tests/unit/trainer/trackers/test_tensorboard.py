@@ -25,8 +25,8 @@ def scalars(events: EventAccumulator, tag: str) -> list[tuple[int, float]]:
 def test_values_have_their_tags_steps_and_times(tmp_path: Path) -> None:
     tracker = TensorBoard(tracked_run(), tmp_path / "work", FolderStorage(tmp_path))
     tracker.open()
-    tracker.send([*start_events(), *log_events(1, 20, evaluated=(10, 20)), *end_events(20)])
-    tracker.send(log_events(20, 20, evaluated=(20,)))  # repeated values are not written again
+    tracker.send([*start_events(), *log_events(1, 20, evaluated_steps=(10, 20)), *end_events(20)])
+    tracker.send(log_events(20, 20, evaluated_steps=(20,)))  # repeated values are not written again
     tracker.flush()
     events = read(tmp_path)
     assert scalars(events, "train/loss") == [(step, compute_loss(step)) for step in range(1, 21)]
