@@ -72,17 +72,24 @@ def rerun(
 def find_chosen_values(job: dict[str, Any], changed_values: dict[str, Any]) -> dict[str, Any]:
     """Return the values that the old job's plan has chosen. A job that resumes from its checkpoint needs them: it gets no chosen values of its own.
 
-    The chosen batch and number of GPUs are left out if the user changes a batch field, the number of nodes or the number of processes.
+    A changed batch or number of ranks replaces the chosen batch. A changed `resources.processesPerNode` replaces the chosen number of GPUs, and
+    a single process per node also the chosen strategy, which needs several ranks.
     """
-    from finetune_api.memory.plan import BATCH_PATHS, GPUS_PATH
+    from finetune_api.memory.choices import PROCESSES_PATH
+    from finetune_api.memory.plan import BATCH_PATHS, GPUS_PATH, STRATEGY_PATH
 
     from finetune_cli.status_text import parse_status
 
     plan = parse_status(job).plan
     chosen = {choice.field: choice.value for choice in (plan.choices if plan is not None else None) or []}
-    dependent = (*BATCH_PATHS, GPUS_PATH, "training.effectiveBatchSize", "resources.nodes", "resources.processesPerNode")
-    changes_batch = any(path in changed_values for path in dependent)
-    return {path: value for path, value in chosen.items() if not (changes_batch and path in (*BATCH_PATHS, GPUS_PATH))}
+    replaced: set[str] = set()
+    if any(path in changed_values for path in (*BATCH_PATHS, GPUS_PATH, "training.effectiveBatchSize", "resources.nodes", PROCESSES_PATH)):
+        replaced |= set(BATCH_PATHS)
+    if PROCESSES_PATH in changed_values:
+        replaced.add(GPUS_PATH)
+    if 1 in (changed_values.get(PROCESSES_PATH), changed_values.get(GPUS_PATH)):
+        replaced.add(STRATEGY_PATH)
+    return {path: value for path, value in chosen.items() if path not in replaced}
 
 
 def _find_strategy(job: dict[str, Any], changed_values: dict[str, Any]) -> Any:

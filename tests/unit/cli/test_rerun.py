@@ -25,7 +25,7 @@ CHOSEN: dict[str, Any] = {
     "resources.nodePool": "h100", "resources.gpusPerNode": 2, "distributed.strategy": "fsdp", "training.batchSizePerDevice": 2,
     "training.gradientAccumulationSteps": 4,
 }  # fmt: skip
-BATCH = ("resources.gpusPerNode", "training.batchSizePerDevice", "training.gradientAccumulationSteps")
+BATCH, GPUS, STRATEGY = ("training.batchSizePerDevice", "training.gradientAccumulationSteps"), "resources.gpusPerNode", "distributed.strategy"
 
 
 @pytest.mark.parametrize(
@@ -36,6 +36,10 @@ BATCH = ("resources.gpusPerNode", "training.batchSizePerDevice", "training.gradi
         ({"training.effectiveBatchSize": 8}, BATCH),
         ({"training.gradientAccumulationSteps": 8}, BATCH),
         ({"resources.nodes": 2}, BATCH),
+        ({"resources.gpusPerNode": 4}, BATCH),
+        ({"resources.gpusPerNode": 1}, (*BATCH, STRATEGY)),
+        ({"resources.processesPerNode": 4}, (*BATCH, GPUS)),
+        ({"resources.processesPerNode": 1}, (*BATCH, GPUS, STRATEGY)),
     ],
 )
 def test_a_job_that_resumes_gets_the_values_that_the_plan_chose(changed: dict[str, Any], missing: tuple[str, ...]) -> None:
