@@ -15,7 +15,7 @@ from finetune_trainer.model_cache.folder import CacheLimits
 from finetune_trainer.model_cache.record import CacheRecord
 from finetune_trainer.settings import Settings
 from finetune_trainer.supervisor import cache_pod
-from finetune_trainer.supervisor.cache_pod import CacheOptions, CachePod, cacheable_sources
+from finetune_trainer.supervisor.cache_pod import CacheOptions, CachePod, ModelUse, cacheable_sources
 
 from tests.support.hub import TOKEN, Hub, serve_hub
 from tests.support.learning import make_run
@@ -54,12 +54,12 @@ def provide(tmp_path: Path, model: Path) -> Provide:
     """Return a function that runs the init container of a new pod and returns its record."""
     numbers = iter(range(100))
 
-    def run_pod(*, copies: bool = False, source: str = "org/model", tenant: str = "team", limits: CacheLimits = CacheLimits(poll_seconds=0.01)) -> CacheRecord:
+    def run_pod(*, use: ModelUse = ModelUse.IN_PLACE, source: str = "org/model", tenant: str = "team", limits: CacheLimits = CacheLimits(poll_seconds=0.01)) -> CacheRecord:
         folder = tmp_path / f"pod-{next(numbers)}"
         run = make_run(folder / "run", model, {"model": {"source": source}})[0]
         (folder / "run.json").write_bytes(run.to_bytes())
         settings = replace(Settings.from_env(run_file=str(folder / "run.json"), work_folder=str(folder / "work")), run_sha256=None)
-        assert CachePod(settings, CacheOptions(tmp_path / "cache", tenant, copies, limits)).run() == 0
+        assert CachePod(settings, CacheOptions(tmp_path / "cache", tenant, use, limits)).run() == 0
         record = CacheRecord.read(folder / "work")
         assert record is not None
         return record
@@ -71,16 +71,16 @@ def read_files(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("copies", [False, True])
-def test_the_model_is_downloaded_once(provide: Provide, hub: Hub, tmp_path: Path, copies: bool) -> None:
-    models = [provide(copies=copies).models["model.source"] for _ in range(3)]
+@pytest.mark.parametrize("use", ModelUse)
+def test_the_model_is_downloaded_once(provide: Provide, hub: Hub, tmp_path: Path, use: ModelUse) -> None:
+    models = [provide(use=use).models["model.source"] for _ in range(3)]
     assert hub.list_downloads("org/model") == sorted(FILES)
     assert [(model.from_cache, model.size) for model in models] == [(False, 725), (True, 725), (True, 725)]
     assert {model.hub_revision for model in models} == {hub.repositories["org/model"].commits[0].oid}
     for model in models:
         assert read_files(model.path) == FILES
         assert model.sha256 == {name: hashlib.sha256(data).hexdigest() for name, data in FILES.items()}
-        assert (tmp_path / "cache" in model.path.parents) is not copies and (model.in_use_file is None) is copies
+        assert (tmp_path / "cache" in model.path.parents) is (use is not ModelUse.COPY) and (model.in_use_file is None) is (use is ModelUse.COPY)
 
 
 def test_each_revision_has_a_folder_of_its_own(provide: Provide, hub: Hub, model: Path) -> None:
@@ -118,15 +118,15 @@ def poison(tmp_path: Path, *, repairs_record: bool) -> Path:
 DAMAGE_NOTE = "model.cache had a damaged copy of org/model, which was removed: model.safetensors has another hash than at the source"
 
 
-@pytest.mark.parametrize(("copies", "repairs_record"), [(True, True), (True, False), (False, False)])
-def test_a_poisoned_file_is_named_and_downloaded_again(provide: Provide, hub: Hub, tmp_path: Path, copies: bool, repairs_record: bool) -> None:
-    provide(copies=copies)
+@pytest.mark.parametrize(("use", "repairs_record"), [(ModelUse.COPY, True), (ModelUse.COPY, False), (ModelUse.IN_PLACE, False)])
+def test_a_poisoned_file_is_named_and_downloaded_again(provide: Provide, hub: Hub, tmp_path: Path, use: ModelUse, repairs_record: bool) -> None:
+    provide(use=use)
     poison(tmp_path, repairs_record=repairs_record)
-    record = provide(copies=copies)
+    record = provide(use=use)
     assert record.notes == [DAMAGE_NOTE]
     assert read_files(record.models["model.source"].path) == FILES and record.models["model.source"].from_cache is False
     assert hub.list_downloads("org/model") == sorted([*FILES, *FILES])
-    assert provide(copies=copies).notes == []
+    assert provide(use=use).notes == []
 
 
 # ---- access, and a hub that does not answer ----
@@ -181,21 +181,21 @@ HUB_DOWN_NOTE = "model.source is downloaded without model.cache: the model hub d
 
 
 @pytest.mark.parametrize(
-    ("gated", "copies", "source", "note"),
+    ("gated", "use", "source", "note"),
     [
-        (True, False, "org/model", HUB_DOWN_NOTE + "the cache has no public model of this name"),
-        (False, False, "org/model@v2", HUB_DOWN_NOTE + "the cache has no public model of this name"),
-        (False, True, "org/model", HUB_DOWN_NOTE + "without it the files in a claim cannot be verified"),
+        (True, ModelUse.IN_PLACE, "org/model", HUB_DOWN_NOTE + "the cache has no public model of this name"),
+        (False, ModelUse.IN_PLACE, "org/model@v2", HUB_DOWN_NOTE + "the cache has no public model of this name"),
+        (False, ModelUse.COPY, "org/model", HUB_DOWN_NOTE + "without it the files in a claim cannot be verified"),
     ],
 )
 def test_without_the_hub_other_models_are_not_used(
-    provide: Provide, hub: Hub, model: Path, monkeypatch: pytest.MonkeyPatch, gated: bool, copies: bool, source: str, note: str
+    provide: Provide, hub: Hub, model: Path, monkeypatch: pytest.MonkeyPatch, gated: bool, use: ModelUse, source: str, note: str
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     hub.serve_model("org/model", model, is_gated=gated)
-    assert provide(copies=copies).models != {}
+    assert provide(use=use).models != {}
     stop_hub(hub, "unavailable", monkeypatch)
-    record = provide(copies=copies, source=source)
+    record = provide(use=use, source=source)
     assert (record.models, record.notes) == ({}, [note])
 
 
@@ -219,12 +219,12 @@ def test_without_the_hub_a_model_that_is_no_longer_public_is_not_used(provide: P
 # ---- a cache that fails ----
 
 
-@pytest.mark.parametrize("copies", [False, True])
-def test_the_folder_of_the_namespace_on_a_node_exists_after_every_failure(provide: Provide, hub: Hub, tmp_path: Path, copies: bool) -> None:
+@pytest.mark.parametrize("use", ModelUse)
+def test_the_folder_of_the_namespace_on_a_node_exists_after_every_failure(provide: Provide, hub: Hub, tmp_path: Path, use: ModelUse) -> None:
     """The trainer container mounts the folder. If it did not exist, the kubelet would create it for root."""
     hub.failures["/api/models/"] = [(503, "down")] * 100
-    assert provide(copies=copies).models == {}
-    assert (tmp_path / "cache/team").is_dir() is not copies
+    assert provide(use=use).models == {}
+    assert (tmp_path / "cache/team").is_dir() is (use is ModelUse.IN_PLACE)
 
 
 def test_a_full_cache_adds_a_note(provide: Provide, hub: Hub) -> None:
@@ -259,7 +259,7 @@ def test_a_name_that_leads_out_of_the_folder_is_refused(provide: Provide, hub: H
 
 def test_a_pod_without_run_json_ends_without_a_record(tmp_path: Path) -> None:
     settings = Settings.from_env(run_file=str(tmp_path / "none"), work_folder=str(tmp_path / "work"))
-    assert CachePod(settings, CacheOptions(tmp_path / "cache", "team", False, CacheLimits())).run() == 0
+    assert CachePod(settings, CacheOptions(tmp_path / "cache", "team", ModelUse.IN_PLACE, CacheLimits())).run() == 0
     assert CacheRecord.read(tmp_path / "work") is None
 
 
@@ -287,6 +287,6 @@ def test_the_arguments_of_fill_cache_become_options(monkeypatch: pytest.MonkeyPa
     cache_pod.main(["--folder", "/mnt/model-cache", "--tenant", "team", "--size-limit", "123", "--free-share", "0.15"])
     cache_pod.main(["--folder", "/mnt/model-cache/hub", "--tenant", "models", "--copy"])
     assert given == [
-        CacheOptions(Path("/mnt/model-cache"), "team", False, CacheLimits(size_bytes=123, free_share=0.15)),
-        CacheOptions(Path("/mnt/model-cache/hub"), "models", True, CacheLimits()),
+        CacheOptions(Path("/mnt/model-cache"), "team", ModelUse.IN_PLACE, CacheLimits(size_bytes=123, free_share=0.15)),
+        CacheOptions(Path("/mnt/model-cache/hub"), "models", ModelUse.COPY, CacheLimits()),
     ]
