@@ -120,10 +120,10 @@ def measure_peak(run: SmallRun) -> int:
                     _train_step(run, model, optimizer, batches)
     finally:
         gc.enable()
-    return _find_peak(profiler.profiler.kineto_results.experimental_event_tree())
+    return find_peak(profiler.profiler.kineto_results.experimental_event_tree())
 
 
-def _find_peak(events: Any) -> int:
+def find_peak(events: Any) -> int:
     """Return the largest number of allocated bytes since the event `training`."""
     allocations: list[tuple[int, int]] = []
     started = 0
@@ -143,21 +143,37 @@ def _find_peak(events: Any) -> int:
 
 
 def _create_model(run: SmallRun) -> Any:
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
     from trl.trainer.utils import add_fused_lm_head
 
+    model = create_base_model(run)
+    if run.head == "tiles":
+        add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    if run.recomputes:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        if run.method != "full":
+            model.enable_input_require_grads()
+    if run.method != "full":
+        model = add_adapter(run, model)
+    return model.train()
+
+
+def create_base_model(run: SmallRun, **options: Any) -> Any:
+    """Create a language model with random weights, quantised for QLoRA. With the option `num_labels`, create a sequence classifier."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
+
     dtype = torch.float32 if run.base_bytes == 4 else torch.bfloat16
-    values = run.config()
+    model_class = AutoModelForSequenceClassification if "num_labels" in options else AutoModelForCausalLM
+    values = run.config() | options
     config = AutoConfig.for_model(values.pop("model_type"), **values)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=run.attention)
+    model = model_class.from_config(config, dtype=dtype, attn_implementation=run.attention)
     if run.method == "qlora":
         compute = torch.float32 if run.compute_bytes == 4 else torch.bfloat16
         quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
             del model
-            model = AutoModelForCausalLM.from_pretrained(
+            model = model_class.from_pretrained(
                 folder, dtype=dtype, attn_implementation=run.attention, quantization_config=quantization, device_map={"": "cpu"}
             )
         for parameter in model.parameters():  # unquantised weights are views of the whole file, which would stay in memory
@@ -166,25 +182,19 @@ def _create_model(run: SmallRun) -> Any:
         for module in model.modules():  # as the trainer does
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
-    if run.head == "tiles":
-        add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
-    if run.recomputes:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        if run.method != "full":
-            model.enable_input_require_grads()
-    if run.method != "full":
-        model = _add_adapter(run, model)
-    return model.train()
+    return model
 
 
-def _add_adapter(run: SmallRun, model: Any) -> Any:
+def add_adapter(run: SmallRun, model: Any) -> Any:
+    """Freeze a model and add a trained LoRA adapter."""
     from peft import LoraConfig, get_peft_model
 
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     dropout = 0.05 if run.dropout else 0.0
+    task_type = "SEQ_CLS" if hasattr(model, "score") else "CAUSAL_LM"
     return get_peft_model(
-        model, LoraConfig(task_type="CAUSAL_LM", r=run.rank, lora_alpha=16, lora_dropout=dropout, target_modules=list(run.targets))
+        model, LoraConfig(task_type=task_type, r=run.rank, lora_alpha=16, lora_dropout=dropout, target_modules=list(run.targets))
     )
 
 

@@ -33,26 +33,32 @@ class ObjectiveFacts:
     """Default of `training.learningRate`. None: the default depends on the method."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Further defaults of the objective, by spec path."""
+    sequences_per_row: int = 1
+    """Number of sequences that the model reads for one row: two for a pair of answers, each with the prompt."""
+    passes_without_gradients: int = 0
+    """Number of forward passes for each sequence in addition to training: those of the reference model, and for kto those of mismatched answers."""
 
 
 _DPO_BETA_DEFAULT = {"trainer.dpo.beta": 0.1}
 OBJECTIVES: Mapping[TrainerType, ObjectiveFacts] = {
     TrainerType.SFT: ObjectiveFacts(dataset_formats=(*CONVERSATION_FORMATS, *FORMATS_WITHOUT_TURNS)),
     TrainerType.DPO: ObjectiveFacts(
-        dataset_formats=(DatasetFormat.PREFERENCE,), options=frozenset({"dpo", "maxCompletionLength"}), learning_rate=5e-6, defaults=_DPO_BETA_DEFAULT
+        dataset_formats=(DatasetFormat.PREFERENCE,), options=frozenset({"dpo", "maxCompletionLength"}), learning_rate=5e-6, defaults=_DPO_BETA_DEFAULT,
+        sequences_per_row=2, passes_without_gradients=1,
     ),
     TrainerType.KTO: ObjectiveFacts(
         dataset_formats=(DatasetFormat.UNPAIRED_PREFERENCE,), options=frozenset({"dpo", "maxCompletionLength"}), learning_rate=5e-6,
-        defaults=_DPO_BETA_DEFAULT,
+        defaults=_DPO_BETA_DEFAULT, passes_without_gradients=3,
     ),
     TrainerType.ORPO: ObjectiveFacts(
-        dataset_formats=(DatasetFormat.PREFERENCE,), options=frozenset({"dpo", "maxCompletionLength"}), learning_rate=5e-6, defaults=_DPO_BETA_DEFAULT
+        dataset_formats=(DatasetFormat.PREFERENCE,), options=frozenset({"dpo", "maxCompletionLength"}), learning_rate=5e-6, defaults=_DPO_BETA_DEFAULT,
+        sequences_per_row=2,
     ),
     TrainerType.GRPO: ObjectiveFacts(
         dataset_formats=(DatasetFormat.PROMPT_ONLY, *CONVERSATION_FORMATS), options=frozenset({"grpo", "rewards", "maxCompletionLength"}),
         learning_rate=1e-6, defaults={"trainer.grpo.numGenerations": 8},
     ),
-    TrainerType.REWARD: ObjectiveFacts(dataset_formats=(DatasetFormat.PREFERENCE,)),
+    TrainerType.REWARD: ObjectiveFacts(dataset_formats=(DatasetFormat.PREFERENCE,), sequences_per_row=2),
 }  # fmt: skip
 
 

@@ -2,7 +2,8 @@
 
     time of a step = operations / (peak * efficiency) + traffic / (bandwidth * efficiency)
 
-FLOPs per token: 3 * (2N + A) for full training, and 4N + 3A for adapters. Recomputed activations need 2N + A more. Here, A is the FLOPs of the
+FLOPs per token: 3 * (2N + A) for full training, and 4N + 3A for adapters. Recomputed activations need 2N + A more, and so does each forward pass
+without gradients: dpo has one for its reference model, and kto has three, because both models also read mismatched answers. Here, A is the FLOPs of the
 causal attention, and N is the number of parameters in matrix products: with the head, without the embedding lookup, and with only those experts to
 which a token is routed.
 
@@ -21,6 +22,7 @@ from finetune_api.calibration import CalibrationTable, find_calibration
 from finetune_api.gpus import GpuType
 from finetune_api.memory.architecture import ModelShape
 from finetune_api.memory.layers import linear_layer_sizes
+from finetune_api.objectives import OBJECTIVES
 from finetune_api.rules import base_bits, trainer_type_of, trains_base_weights, world_size
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.enums import TrainerType
@@ -55,10 +57,11 @@ class DataSize:
 
     row_count: int
     token_count: int
+    """Tokens of all sequences that the model reads. A pair of answers is two sequences, each with the prompt."""
 
 
 def plan_work(spec: FineTuneJobSpec, shape: ModelShape, data_size: DataSize, recomputed_share: float = 0.0, trained_parameters: int = 0) -> WorkPlan | None:
-    """Return the planned work of a resolved spec, or None if there are no rows or the objective is not supervised fine-tuning.
+    """Return the planned work of a resolved spec, or None if there are no rows or the objective is grpo.
 
     `recomputed_share`: share of the layers that recompute their activations. `trained_parameters`: number of adapter parameters; not used if
     all weights are trained.
@@ -66,27 +69,36 @@ def plan_work(spec: FineTuneJobSpec, shape: ModelShape, data_size: DataSize, rec
     training, limit = spec.training, spec.dataset.max_sequence_length or 2048
     ranks, accumulation = world_size(spec), training.gradient_accumulation_steps or 4
     rows_per_step = (training.batch_size_per_device or 4) * accumulation * ranks // (spec.distributed.context_parallel_size or 1)
-    if data_size.row_count < 1 or data_size.token_count < 1 or trainer_type_of(spec) is not TrainerType.SFT:
+    objective, facts = trainer_type_of(spec), OBJECTIVES[trainer_type_of(spec)]
+    if data_size.row_count < 1 or data_size.token_count < 1 or objective is TrainerType.GRPO:
         return None
     rows = max(1, math.ceil(data_size.token_count / limit)) if spec.dataset.packing else data_size.row_count
     row_tokens = data_size.token_count / rows
     steps = training.max_steps if training.max_steps and training.max_steps > 0 else math.ceil((training.epochs or 3) * rows / rows_per_step)
     tokens = steps * rows_per_step * row_tokens
-    parameters, document_length = count_matrix_parameters(shape), data_size.token_count / data_size.row_count
+    parameters, document_length = count_matrix_parameters(shape), data_size.token_count / data_size.row_count / facts.sequences_per_row
+    if objective is TrainerType.REWARD:  # the head has one output instead of the vocabulary
+        parameters -= shape.vocabulary_size * shape.hidden_size
     is_full_training = trains_base_weights(spec)
-    flops = tokens * flops_per_token(shape, document_length, is_full_training=is_full_training, recomputed_share=recomputed_share)
+    more_forward_passes = recomputed_share + facts.passes_without_gradients
+    flops = tokens * _flops_per_token(shape, parameters, document_length, more_forward_passes, is_full_training=is_full_training)
     weight_bytes = parameters * {4: 0.55, 8: 1.0}.get(base_bits(spec) or 0, 2.0)
     trained = parameters if is_full_training else trained_parameters
-    traffic = steps * ranks * (accumulation * PASSES_OVER_WEIGHTS * weight_bytes + OPTIMIZER_STEP_BYTES_PER_PARAMETER * trained)
+    passes = accumulation * (PASSES_OVER_WEIGHTS + facts.passes_without_gradients)
+    traffic = steps * ranks * (passes * weight_bytes + OPTIMIZER_STEP_BYTES_PER_PARAMETER * trained)
     return WorkPlan(steps=steps, tokens=round(tokens), petaflop=_round_to_four_digits(flops / PETA), traffic_terabytes=_round_to_four_digits(traffic / TERA))
 
 
 def flops_per_token(shape: ModelShape, document_length: float, *, is_full_training: bool, recomputed_share: float = 0.0) -> float:
     """Return the FLOPs of training per token. `document_length`: mean number of tokens of a document. On average, a token attends to half of them."""
+    return _flops_per_token(shape, count_matrix_parameters(shape), document_length, recomputed_share, is_full_training=is_full_training)
+
+
+def _flops_per_token(shape: ModelShape, parameters: int, document_length: float, more_forward_passes: float, *, is_full_training: bool) -> float:
+    """Return the FLOPs per token. `parameters`: those in matrix products. `more_forward_passes`: forward passes in addition to that of training."""
     attention = 4 * shape.layer_count * shape.head_count * shape.head_size * document_length / 2
-    matrix = 2 * count_matrix_parameters(shape)
-    recomputed = recomputed_share * (matrix + attention)
-    return (3 if is_full_training else 2) * matrix + 3 * attention + recomputed
+    matrix = 2 * parameters
+    return (3 if is_full_training else 2) * matrix + 3 * attention + more_forward_passes * (matrix + attention)
 
 
 def count_matrix_parameters(shape: ModelShape) -> int:

@@ -35,7 +35,7 @@ FAILURE_REMEDIES: dict[str, tuple[Remedy, ...]] = {
         ("ModelConfigNotFound", "The folder holds no `config.json`.", "Name the folder with the model's `config.json` in `--model-config`."),
         ("ModelConfigUnreadable", "`config.json` is not a JSON object.", "Give the unchanged `config.json` of the base model."),
         ("ModelTypeNotPlanned", "The plan cannot compute the memory of models of this type.", "Plan a model of a type that the message lists. The job itself can run without a plan, and reports its measured peak."),
-        ("ObjectiveNotPlanned", "The plan can compute only the memory of supervised fine-tuning.", "Plan the job with `trainer.type: sft`: the real job needs at least this memory."),
+        ("ObjectiveNotPlanned", "The plan cannot compute the memory of `trainer.type: grpo`.", "Plan the job with `trainer.type: sft`: the real job needs more than this memory."),
         ("OptimizerNotPlanned", "The plan cannot compute the memory of this optimizer.", "Plan the job with an optimizer that the message lists."),
         ("TargetNotPlanned", "`method.lora.targetModules` names layers that models of this type do not have.", "Name layers that the message lists."),
     ),

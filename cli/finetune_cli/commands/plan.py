@@ -43,13 +43,21 @@ def plan(
     gpu_memory: GpuMemoryOption = None,
     gpus_per_node: GpusPerNodeOption = None,
     longest_row: Annotated[
-        int | None, typer.Option("--longest-row", metavar="TOKENS", help="Tokens of the longest row. Default: dataset.maxSequenceLength.")
+        int | None,
+        typer.Option(
+            "--longest-row", metavar="TOKENS",
+            help="Tokens of the longest row, or of the longest prompt with one of its answers. Default: dataset.maxSequenceLength.",
+        ),
     ] = None,
     rows: Annotated[
         int | None, typer.Option("--rows", metavar="ROWS", help="Number of training rows, to plan the time. Also needs --mean-row.")
     ] = None,
     mean_row: Annotated[
-        int | None, typer.Option("--mean-row", metavar="TOKENS", help="Mean number of tokens of a training row, to plan the time. Also needs --rows.")
+        int | None,
+        typer.Option(
+            "--mean-row", metavar="TOKENS",
+            help="Mean number of tokens of a training row, or of a prompt with one of its answers, to plan the time. Also needs --rows.",
+        ),
     ] = None,
     price: Annotated[
         float | None, typer.Option("--price", metavar="PRICE", help="Price of one GPU for one hour, to plan the cost.")
@@ -141,11 +149,14 @@ def _check_time_options(gpu: str | None, row_count: int | None, mean_row_tokens:
 
 
 def _to_data_size(spec: FineTuneJobSpec, row_count: int | None, mean_row_tokens: int | None) -> DataSize | None:
+    from finetune_api.objectives import OBJECTIVES
+    from finetune_api.rules import trainer_type_of
     from finetune_api.time_plan import DataSize
 
     if row_count is None or mean_row_tokens is None:
         return None
-    return DataSize(row_count, row_count * min(mean_row_tokens, spec.dataset.max_sequence_length or mean_row_tokens))
+    sequence_count = row_count * OBJECTIVES[trainer_type_of(spec)].sequences_per_row
+    return DataSize(row_count, sequence_count * min(mean_row_tokens, spec.dataset.max_sequence_length or mean_row_tokens))
 
 
 def _plan_methods(
@@ -225,9 +236,10 @@ def _format_choice_lines(plans: dict[str, MethodPlan]) -> list[str]:
 
 def _describe_model(name: str, spec: FineTuneJobSpec, shape: ModelShape) -> list[str]:
     from finetune_api.memory.plan import count_parameters
-    from finetune_api.rules import world_size
+    from finetune_api.objectives import OBJECTIVES
+    from finetune_api.rules import trainer_type_of, world_size
 
-    rows, ranks = spec.training.batch_size_per_device, world_size(spec)
+    rows, ranks = (spec.training.batch_size_per_device or 4) * OBJECTIVES[trainer_type_of(spec)].sequences_per_row, world_size(spec)
     return [
         f"{name or 'job'}: {shape.model_type} with {count_parameters(shape) / 1e9:.2f} billion parameters, {ranks} {'rank' if ranks == 1 else 'ranks'}, "
         f"micro-batches of {rows} x {spec.dataset.max_sequence_length or 2048} tokens"

@@ -29,6 +29,7 @@ from finetune_api.memory.plan import (
     format_gigabytes,
     plan_memory,
 )
+from finetune_api.objectives import OBJECTIVES
 from finetune_api.pod import GpuPool
 from finetune_api.rules import (
     MAX_ACCUMULATION,
@@ -37,6 +38,7 @@ from finetune_api.rules import (
     gpus_per_node,
     min_batch_size_per_device,
     new_problems,
+    trainer_type_of,
     without_defaults,
     world_size,
 )
@@ -254,7 +256,8 @@ class _Search:
 
     def _estimate_gpu_seconds(self, arrangement: _Arrangement) -> float:
         longest = self.facts.longest_tokens or self.spec.dataset.max_sequence_length or 2048
-        data_size = self.data_size or DataSize(ASSUMED_STEP_COUNT * self.rows_per_step, ASSUMED_STEP_COUNT * self.rows_per_step * longest)
+        rows, sequences = ASSUMED_STEP_COUNT * self.rows_per_step, OBJECTIVES[trainer_type_of(self.spec)].sequences_per_row
+        data_size = self.data_size or DataSize(rows, rows * sequences * longest)
         plan = arrangement.plan
         work = plan_work(arrangement.spec, self.shape, data_size, plan.recomputed_layer_count / max(plan.layer_count, 1), self.trained_parameters)
         gpu = GPU_TYPES.get(arrangement.pool.gpu_type or ASSUMED_GPU_TYPE, GPU_TYPES[ASSUMED_GPU_TYPE])

@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 from finetune_api.errors import ConfigError
 from finetune_api.memory import optimizers
 from finetune_api.memory.architecture import DENSE_MODEL_TYPES, EAGER_ONLY_MODEL_TYPES, ModelShape
+from finetune_api.memory.heads import LossHead
 from finetune_api.memory.layers import Batch, Kernels, TrainedWeights, linear_layer_sizes
 from finetune_api.memory.optimizers import Optimizer
-from finetune_api.memory.replay import Step
+from finetune_api.memory.replay import Reference, Step
+from finetune_api.objectives import OBJECTIVES
 from finetune_api.rules import (
     PROMPT_METHODS,
     base_bits,
@@ -37,6 +39,13 @@ from finetune_api.spec.enums import (
 PLANNED_METHODS = (
     MethodType.FULL, MethodType.LORA, MethodType.QLORA, MethodType.DORA, MethodType.IA3, MethodType.PROMPT_TUNING, MethodType.PREFIX_TUNING,
 )  # fmt: skip
+LOSS_HEADS = {
+    TrainerType.SFT: LossHead.TILES, TrainerType.DPO: LossHead.TILES, TrainerType.KTO: LossHead.TILES, TrainerType.ORPO: LossHead.PAIR_LOGITS,
+    TrainerType.REWARD: LossHead.SCORE,
+}  # fmt: skip
+"""How each objective that the plan supports computes its loss."""
+METHODS_CHECKED_WITH_PREFERENCES = (MethodType.FULL, MethodType.LORA, MethodType.QLORA)
+"""Methods whose planned peaks with dpo, orpo, kto and reward were compared with measured peaks."""
 IA3_LAYERS, IA3_INPUT_LAYERS = frozenset({"k_proj", "v_proj", "down_proj"}), frozenset({"down_proj"})
 """Names of the linear layers whose outputs or inputs IA3 scales, and of those whose inputs it scales."""
 OPTIMIZERS: dict[str, Optimizer] = {
@@ -93,9 +102,11 @@ def describe_step(spec: FineTuneJobSpec, shape: ModelShape, facts: RunFacts | No
     if liger is None:
         liger = is_gpu and spec.model.liger_kernels is not False and shape.model_type in DENSE_MODEL_TYPES
     batch, assumptions = _describe_largest_batch(spec, facts, attention, weights.prompt_tokens)
+    objective, reference = trainer_type_of(spec), _find_reference(spec)
     step = Step(
         shape, weights, batch, _find_optimizer(spec), Kernels(is_gpu=is_gpu, uses_liger=liger, attention=attention), _autocast_bytes(spec, is_gpu),
-        quantized_compute_bytes=2 if is_gpu else 4, accumulation=spec.training.gradient_accumulation_steps or 4,
+        quantized_compute_bytes=2 if is_gpu else 4, loss_head=LOSS_HEADS[objective], reference=reference,
+        accumulation=spec.training.gradient_accumulation_steps or 4,
         recomputed_layer_count=_count_recomputed_layers(spec, shape) if facts.recomputed_layer_count is None else facts.recomputed_layer_count,
         offloads_layer_inputs=spec.training.gradient_checkpointing is GradientCheckpointing.UNSLOTH,
     )  # fmt: skip
@@ -108,19 +119,24 @@ def describe_step(spec: FineTuneJobSpec, shape: ModelShape, facts: RunFacts | No
         )
     if spec.trainer.backend is TrainerBackend.UNSLOTH:
         assumptions.append("unless the spec sets them, trainer.backend unsloth chooses an optimizer and a recomputation that need less memory than planned")
+    if reference is Reference.MODEL and spec.trainer.dpo is not None and spec.trainer.dpo.reference_model is not None:
+        assumptions.append("the model of trainer.dpo.referenceModel has the same size as that of model.source")
+    is_objective_checked = _is_objective_checked(spec, is_gpu)
+    if not is_objective_checked:
+        assumptions.append(f"the planned memory of trainer.type {objective} with method.type {method_type_of(spec)} was not compared with measured peaks")
     optimizer_name = str(value_or_default(spec.training, "optimizer")).removeprefix("paged_")
     if optimizer_name.startswith(UNCHECKED_OPTIMIZERS):
         assumptions.append(f"the planned memory of training.optimizer {optimizer_name} was not compared with measured peaks")
         return StepDescription(step, tuple(assumptions), is_checked=False)
-    return StepDescription(step, tuple(assumptions), not is_sharded and shape.is_checked)
+    return StepDescription(step, tuple(assumptions), not is_sharded and shape.is_checked and is_objective_checked)
 
 
 def _require_supported(spec: FineTuneJobSpec) -> None:
     method, objective = method_type_of(spec), trainer_type_of(spec)
-    if objective is not TrainerType.SFT:
+    if objective not in LOSS_HEADS:
         raise ConfigError(
-            "ObjectiveNotPlanned", f"trainer.type is {objective}, but the memory plan supports only supervised fine-tuning (sft)",
-            hint="plan a job with `trainer: {type: sft}`; the job itself still records its measured peak",
+            "ObjectiveNotPlanned", f"trainer.type is {objective}, but the memory plan supports only {', '.join(LOSS_HEADS)}",
+            hint="plan the job with `trainer: {type: sft}`: the job needs more than that; the job itself still records its measured peak",
         )  # fmt: skip
     if (spec.distributed.context_parallel_size or 1) > 1:
         raise ConfigError(
@@ -142,6 +158,22 @@ def _require_supported(spec: FineTuneJobSpec) -> None:
         )  # fmt: skip
 
 
+def _is_objective_checked(spec: FineTuneJobSpec, is_gpu: bool) -> bool:
+    """Whether planned peaks of the objective were compared with measured peaks. On a GPU, orpo uses a kernel that was not measured."""
+    objective = trainer_type_of(spec)
+    if objective is TrainerType.SFT:
+        return True
+    return method_type_of(spec) in METHODS_CHECKED_WITH_PREFERENCES and not (objective is TrainerType.ORPO and is_gpu)
+
+
+def _find_reference(spec: FineTuneJobSpec) -> Reference:
+    """Return the reference model of the objective. It follows the choice of `finetune_trainer.objective.reference_model`."""
+    if OBJECTIVES[trainer_type_of(spec)].passes_without_gradients == 0:
+        return Reference.NONE
+    has_own_model = spec.trainer.dpo is not None and spec.trainer.dpo.reference_model is not None
+    return Reference.MODEL if has_own_model or trains_base_weights(spec) else Reference.ADAPTER
+
+
 def _uses_gpu(spec: FineTuneJobSpec) -> bool:
     return spec.training.device is Device.CUDA or (spec.training.device is not Device.CPU and gpus_per_node(spec) > 0)
 
@@ -153,6 +185,14 @@ def _autocast_bytes(spec: FineTuneJobSpec, is_gpu: bool) -> int | None:
 
 def _describe_weights(spec: FineTuneJobSpec, shape: ModelShape, is_gpu: bool) -> TrainedWeights:
     """Return the precision of the weights and the adapters. It follows the choices of `finetune_trainer.hardware` and `finetune_trainer.method`."""
+    weights = _describe_method_weights(spec, shape, is_gpu)
+    if trainer_type_of(spec) is TrainerType.SFT:
+        return weights
+    # TRL turns off dropout for all these objectives.
+    return replace(weights, has_dropout=False, has_score_head=trainer_type_of(spec) is TrainerType.REWARD)
+
+
+def _describe_method_weights(spec: FineTuneJobSpec, shape: ModelShape, is_gpu: bool) -> TrainedWeights:
     is_full, lora, bits = trains_base_weights(spec), spec.method.lora, base_bits(spec)
     given = {WeightDtype.FLOAT32: 4, WeightDtype.FLOAT16: 2, WeightDtype.BFLOAT16: 2}.get(spec.model.dtype or WeightDtype.AUTO)
     autocast = _autocast_bytes(spec, is_gpu)
@@ -206,12 +246,16 @@ def _choose_attention(spec: FineTuneJobSpec, shape: ModelShape, is_gpu: bool) ->
     requested = spec.model.attention or AttentionImplementation.AUTO
     if requested is AttentionImplementation.EAGER or shape.model_type in EAGER_ONLY_MODEL_TYPES:
         return "eager"
-    is_padded = requested is AttentionImplementation.SDPA or method_type_of(spec) in PROMPT_METHODS
+    is_padded = (
+        requested is AttentionImplementation.SDPA or method_type_of(spec) in PROMPT_METHODS or trainer_type_of(spec) is not TrainerType.SFT
+    )
     return "varlen" if is_gpu and not is_padded else "sdpa"
 
 
 def _describe_largest_batch(spec: FineTuneJobSpec, facts: RunFacts, attention: str, prompt_tokens: int) -> tuple[Batch, list[str]]:
     """Return the micro-batch with the most tokens, and the assumptions about it."""
+    if trainer_type_of(spec) is not TrainerType.SFT:
+        return _describe_largest_preference_batch(spec, facts, prompt_tokens)
     rows, limit = spec.training.batch_size_per_device or 4, spec.dataset.max_sequence_length or 2048
     is_packed, assumptions = spec.dataset.packing is True, []
     tokens = limit if is_packed else min(limit, facts.longest_tokens or limit)
@@ -221,6 +265,20 @@ def _describe_largest_batch(spec: FineTuneJobSpec, facts: RunFacts, attention: s
     if attention == "varlen":  # this attention concatenates all rows
         return Batch(1, rows * tokens), assumptions
     return Batch(rows, tokens, has_mask=is_packed or rows > 1), assumptions
+
+
+def _describe_largest_preference_batch(spec: FineTuneJobSpec, facts: RunFacts, prompt_tokens: int) -> tuple[Batch, list[str]]:
+    """Return the micro-batch with the most tokens of an objective on pairs or labelled answers. All its sequences are padded to the longest one."""
+    limit, max_answer = spec.dataset.max_sequence_length or 2048, spec.trainer.max_completion_length
+    sequences = OBJECTIVES[trainer_type_of(spec)].sequences_per_row * (spec.training.batch_size_per_device or 4)
+    assumptions = []
+    if facts.longest_tokens is None:
+        assumptions.append(
+            f"in the largest micro-batch, a prompt and one of its answers together have {limit} tokens (dataset.maxSequenceLength), and all "
+            "sequences are padded to this length; shorter rows need less"
+        )
+    tokens = min(limit, facts.longest_tokens or limit) + prompt_tokens
+    return Batch(sequences, tokens, has_mask=sequences > 1, trained_tokens_per_row=max_answer), assumptions
 
 
 def _count_recomputed_layers(spec: FineTuneJobSpec, shape: ModelShape) -> int:

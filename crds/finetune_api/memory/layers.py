@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from finetune_api.memory import operations as op
 from finetune_api.memory.architecture import ModelShape
@@ -30,6 +30,8 @@ class Batch:
     """Tokens of each row, including padding."""
     has_mask: bool = False
     """Whether attention gets a mask of all pairs of tokens, because rows have padding or hold several documents."""
+    trained_tokens_per_row: int | None = None
+    """Largest number of trained tokens in a row; None: all tokens may be trained."""
 
 
 @dataclass(eq=False)
@@ -230,7 +232,7 @@ class ForwardPass:
         if shape.has_fused_projections:
             joint = layer.linear["qkv_proj"](self.context, x)
             heads = (shape.head_count, shape.key_value_head_count, shape.key_value_head_count)
-            query, key, value = (self._slice(joint, rows, tokens, count, shape.head_size) for count in heads)
+            query, key, value = (op.take_slice(self.context, joint, rows, tokens, count, shape.head_size) for count in heads)
             return query, key, value
         query = layer.linear["q_proj"](self.context, x).view(rows, tokens, shape.head_count, shape.head_size)
         query = self._apply_norm(query, layer.head_norms[0]) if layer.head_norms else query
@@ -238,10 +240,6 @@ class ForwardPass:
         key = self._apply_norm(key, layer.head_norms[1]) if layer.head_norms else key
         value = layer.linear["v_proj"](self.context, x).view(rows, tokens, shape.key_value_head_count, shape.head_size)
         return query, key, value
-
-    def _slice(self, x: Tensor, *size: int) -> Tensor:
-        """Return a slice of a tensor. The gradient of the slice has the size of the whole tensor."""
-        return self.context.tape.record([x], Tensor(size, x.item_bytes, x.storage), [Gradient(x.numel, x.item_bytes)])
 
     def _rotate(self, x: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
         if self.kernels.uses_liger:  # Liger's kernel overwrites its input
@@ -269,7 +267,8 @@ class ForwardPass:
         if self.shape.has_fused_projections:
             joint = linear["gate_up_proj"](context, x)
             size = (*joint.shape[:-1], joint.shape[-1] // 2)
-            return linear["down_proj"](context, op.multiply(context, self._slice(joint, *size), op.apply_activation(context, self._slice(joint, *size))))
+            gate, up = (op.take_slice(context, joint, *size) for _ in range(2))
+            return linear["down_proj"](context, op.multiply(context, up, op.apply_activation(context, gate)))
         if self.kernels.uses_liger:
             return linear["down_proj"](context, self._fused_gate(linear["gate_proj"](context, x), linear["up_proj"](context, x)))
         return linear["down_proj"](
@@ -292,7 +291,7 @@ class ForwardPass:
         )
         joint = op.grouped_linear(context, copies, experts.gate_up)
         size = (joint.shape[0], joint.shape[1] // 2)
-        gate, up = self._slice(joint, *size), Tensor(size, joint.item_bytes, joint.storage, None)
+        gate, up = op.take_slice(self.context, joint, *size), Tensor(size, joint.item_bytes, joint.storage, None)
         up.node = joint.node
         joint = op.multiply(context, op.apply_activation(context, gate), up)
         joint = op.grouped_linear(context, joint, experts.down)
@@ -341,6 +340,8 @@ class TrainedWeights:
     """Number of trained virtual tokens in front of each row (prompt tuning). `Batch.tokens_per_row` includes them."""
     prefix_tokens: int = 0
     """Number of trained keys and values in each layer (prefix tuning)."""
+    has_score_head: bool = False
+    """Whether a trained head with one output replaces the head over the vocabulary, as in a reward model."""
     weight_shards: int = 1
     """Number of ranks among which the weights are split."""
     gradient_shards: int = 1
@@ -387,10 +388,33 @@ def build_decoder(tape: Tape, shape: ModelShape, trained: TrainedWeights) -> Dec
         return layer
 
     embeddings = weight(trained.other_value_bytes, shape.vocabulary_size, shape.hidden_size)
-    head = embeddings if shape.ties_embeddings else weight(trained.other_value_bytes, shape.vocabulary_size, shape.hidden_size)
+    if trained.has_score_head:  # adapters train the head in 32 bits
+        head = weight(trained.other_value_bytes if trained.trains_base_weights else op.FLOAT32_BYTES, 1, shape.hidden_size, is_trained=True)
+    else:
+        head = embeddings if shape.ties_embeddings else weight(trained.other_value_bytes, shape.vocabulary_size, shape.hidden_size)
     prompt = weight(op.FLOAT32_BYTES, trained.prompt_tokens, shape.hidden_size, is_trained=True) if trained.prompt_tokens else None
     layers = [decoder_layer(index) for index in range(shape.layer_count)]
     return Decoder(shape, embeddings, head, weight(trained.other_value_bytes, shape.hidden_size), layers, prompt)
+
+
+def copy_adapters(tape: Tape, model: Decoder) -> Decoder:
+    """Return a model with frozen copies of all trained weights of `model`. It shares all other weights with `model`."""
+
+    def copy(weight: Parameter) -> Parameter:
+        return Parameter(weight.shape, weight.item_bytes, tape.allocate(weight.storage.byte_count, MemoryPart.WEIGHTS)) if weight.is_trained else weight
+
+    def copy_linear(linear: LinearLayer) -> LinearLayer:
+        adapter = linear.adapter
+        if adapter is not None:
+            magnitude = copy(adapter.magnitude) if adapter.magnitude else None
+            adapter = replace(adapter, matrix_a=copy(adapter.matrix_a), matrix_b=copy(adapter.matrix_b), magnitude=magnitude)
+        return replace(linear, adapter=adapter, scales=copy(linear.scales) if linear.scales else None)
+
+    def copy_layer(layer: Layer) -> Layer:
+        linear = {name: copy_linear(one) for name, one in layer.linear.items()}
+        return replace(layer, linear=linear, prefix=copy(layer.prefix) if layer.prefix else None)
+
+    return replace(model, layers=[copy_layer(layer) for layer in model.layers], prompt=copy(model.prompt) if model.prompt else None)
 
 
 def _layers_with_bias(shape: ModelShape) -> Mapping[str, bool]:

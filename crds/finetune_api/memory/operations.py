@@ -40,6 +40,11 @@ def copy_view(context: ComputeContext, x: Tensor, *shape: int) -> Tensor:
     return context.tape.record([x], context.tape.tensor(shape, x.item_bytes), [Gradient(x.numel, x.item_bytes, is_shared=True)])
 
 
+def take_slice(context: ComputeContext, x: Tensor, *size: int) -> Tensor:
+    """Return a slice of a tensor, which shares its memory. The gradient of the slice has the size of the whole tensor."""
+    return context.tape.record([x], Tensor(size, x.item_bytes, x.storage), [Gradient(x.numel, x.item_bytes)])
+
+
 def add(context: ComputeContext, a: Tensor, b: Tensor) -> Tensor:
     """Add two tensors of the same shape."""
     item = max(a.item_bytes, b.item_bytes)

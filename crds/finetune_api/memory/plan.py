@@ -10,7 +10,7 @@ from finetune_api.memory.description import RunFacts, StepDescription, describe_
 from finetune_api.memory.layers import TrainedWeights, build_decoder
 from finetune_api.memory.replay import replay
 from finetune_api.memory.tape import MemoryMeter, Tape
-from finetune_api.rules import LORA_METHODS, batch_split, divisors
+from finetune_api.rules import LORA_METHODS, batch_split, divisors, min_batch_size_per_device
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.enums import MethodType
 from finetune_api.status import MemoryParts, MemoryPlan
@@ -81,12 +81,13 @@ def find_largest_micro_batch(spec: FineTuneJobSpec, shape: ModelShape, memory_by
     def fits(rows: int) -> bool:
         return plan_memory(change_spec(spec, {"training.batchSizePerDevice": rows}), shape, facts).fits(memory_bytes)
 
+    smallest = min_batch_size_per_device(spec)
     if spec.training.effective_batch_size is not None:
         micro_batch, accumulation = batch_split(spec)
-        return max((rows for rows in divisors(micro_batch * accumulation) if rows <= MAX_MICRO_BATCH and fits(rows)), default=0)
-    if not fits(1):
+        return max((rows for rows in divisors(micro_batch * accumulation) if smallest <= rows <= MAX_MICRO_BATCH and fits(rows)), default=0)
+    if not fits(smallest):
         return 0
-    fitting, too_large = 1, 2
+    fitting, too_large = smallest, 2 * smallest
     while too_large <= MAX_MICRO_BATCH and fits(too_large):
         fitting, too_large = too_large, 2 * too_large
     while too_large - fitting > 1:

@@ -3,14 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
 
 from finetune_api.memory.architecture import ModelShape
-from finetune_api.memory.heads import LossHead, record_fused_loss, record_logits_loss
-from finetune_api.memory.layers import Batch, Decoder, ForwardPass, Kernels, TrainedWeights, build_decoder
+from finetune_api.memory.heads import (
+    LossHead,
+    record_fused_loss,
+    record_logits_loss,
+    record_model_logits,
+    record_pair_losses,
+    record_score_loss,
+)
+from finetune_api.memory.layers import (
+    Batch,
+    Decoder,
+    ForwardPass,
+    Kernels,
+    TrainedWeights,
+    build_decoder,
+    copy_adapters,
+)
 from finetune_api.memory.operations import ComputeContext
 from finetune_api.memory.optimizers import Optimizer
 from finetune_api.memory.tape import MemoryMeter, MemoryPart, Storage, Tape, Tensor
+
+
+class Reference(StrEnum):
+    """The reference model, with which a loss compares the trained model. It runs after the trained model, without gradients."""
+
+    NONE = "none"
+    ADAPTER = "adapter"
+    """The base model with a frozen copy of the initial adapter."""
+    MODEL = "model"
+    """A second, frozen model of the same size."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +51,7 @@ class Step:
     autocast_bytes: int | None = None
     quantized_compute_bytes: int = 2
     loss_head: LossHead = LossHead.TILES
+    reference: Reference = Reference.NONE
     recomputed_layer_count: int = 0
     """Number of layers that recompute their activations in the backward pass. These are the first layers of the model."""
     offloads_layer_inputs: bool = False
@@ -65,6 +92,7 @@ class _Replay:
         self.step, self.tape = step, tape
         self.context = ComputeContext(tape, step.autocast_bytes, step.quantized_compute_bytes, step.gathers_weights, step.kernels.is_gpu)
         self.model: Decoder = build_decoder(tape, step.shape, step.weights)
+        self.reference = _build_reference(tape, step, self.model)
         self.trained = [one for one in self.model.parameters() if one.is_trained]
         self.optimizer_state: list[Storage] = []
         self.kept_logits: Storage | None = None
@@ -91,30 +119,52 @@ class _Replay:
             one.gradient = None
 
     def _forward(self) -> None:
+        """Replay the forward pass of a micro-batch, the forward pass of the reference model, and the loss."""
         step, tape, batch = self.step, self.tape, self.step.batch
         inputs = tape.allocate(batch.row_count * batch.tokens_per_row * 8 * 3, MemoryPart.BUFFERS)
-        mask_bytes = 2 if step.kernels.attention == "eager" else 1  # 16-bit numbers or booleans
+        logits = self._run_model(self.model, step.kernels, step.recomputed_layer_count)
+        if self.reference is not None:
+            # Liger's kernels replace only the layers of the trained model.
+            kernels = step.kernels if step.reference is Reference.ADAPTER else replace(step.kernels, uses_liger=False)
+            self._run_model(self.reference, kernels, recomputed_layer_count=0)  # all its weights are frozen, so the tape records nothing
+        if logits is not None:
+            record_pair_losses(self.context, logits)
+        del inputs
+
+    def _run_model(self, model: Decoder, kernels: Kernels, recomputed_layer_count: int) -> Tensor | None:
+        """Replay the forward pass of a model with its head. Returns the logits if the loss is computed outside of the model."""
+        step, tape, batch = self.step, self.tape, self.step.batch
+        mask_bytes = 2 if kernels.attention == "eager" else 1  # 16-bit numbers or booleans
         mask = tape.allocate(batch.row_count * batch.tokens_per_row**2 * mask_bytes if batch.has_mask else 0, MemoryPart.BUFFERS)
-        forward = ForwardPass(self.model, self.context, step.kernels, batch)
-        hidden = forward.embed(requires_gradient=step.recomputed_layer_count > 0)
+        hidden = self._run_layers(ForwardPass(model, self.context, kernels, batch), recomputed_layer_count)
+        logits: Tensor | None = None
+        if step.loss_head is LossHead.TILES:
+            record_fused_loss(self.context, model, hidden, batch, kernels)
+        elif step.loss_head is LossHead.LOGITS:
+            kept = record_logits_loss(self.context, model, hidden)
+            self.kept_logits = kept if step.keeps_outputs else None
+            del kept
+        elif step.loss_head is LossHead.SCORE:
+            record_score_loss(self.context, model, hidden)
+        else:
+            logits = record_model_logits(self.context, model, hidden)
+        tape.end_autocast()
+        del mask
+        return logits
+
+    def _run_layers(self, forward: ForwardPass, recomputed_layer_count: int) -> Tensor:
+        """Replay the layers of a model. Returns the last hidden states."""
+        hidden = forward.embed(requires_gradient=recomputed_layer_count > 0)
         positions = forward.compute_positions(hidden.item_bytes)
-        for number, layer in enumerate(self.model.layers):
+        for number, layer in enumerate(forward.model.layers):
             def run(x: Tensor, layer=layer) -> Tensor:  # type: ignore[no-untyped-def]
                 return forward.run_layer(layer, x, positions)
 
-            if number < step.recomputed_layer_count:
-                hidden = tape.run_recomputed(run, hidden, offloads_input=step.offloads_layer_inputs)
+            if number < recomputed_layer_count:
+                hidden = self.tape.run_recomputed(run, hidden, offloads_input=self.step.offloads_layer_inputs)
             else:
                 hidden = run(hidden)
-        hidden = forward.apply_final_norm(hidden)
-        if step.loss_head is LossHead.TILES:
-            record_fused_loss(self.context, self.model, hidden, batch, step.kernels)
-        else:
-            kept = record_logits_loss(self.context, self.model, hidden)
-            self.kept_logits = kept if step.keeps_outputs else None
-            del kept
-        tape.end_autocast()
-        del inputs, mask
+        return forward.apply_final_norm(hidden)
 
     def _optimize(self) -> None:
         """Allocate the optimizer state on the first call, and temporary tensors on each call."""
@@ -124,3 +174,13 @@ class _Replay:
             self.optimizer_state = [tape.allocate(byte_count, MemoryPart.OPTIMIZER) for byte_count in state_bytes]
         temporary = tape.allocate(optimizer.temporary_bytes(self.trained, self.step.optimizer_shards), MemoryPart.OPTIMIZER)
         del temporary
+
+
+def _build_reference(tape: Tape, step: Step, model: Decoder) -> Decoder | None:
+    if step.reference is Reference.NONE:
+        return None
+    if step.reference is Reference.ADAPTER:
+        return copy_adapters(tape, model)
+    weights = step.weights
+    frozen = TrainedWeights(weights.base_value_bytes, weights.other_value_bytes, trains_base_weights=False, weight_shards=weights.weight_shards)
+    return build_decoder(tape, step.shape, frozen)

@@ -217,6 +217,18 @@ def test_the_reference_model_of_the_spec_is_used(method: str, model: Path, other
     assert own.losses[0] == pytest.approx(math.log(2), abs=1e-6)
 
 
+@pytest.mark.parametrize(("objective", "sequences"), quick_slice([("dpo", 2), ("orpo", 2), ("reward", 2), ("kto", 1)], [("dpo", 2), ("kto", 1)]))
+def test_a_run_reports_its_plan_of_memory_and_work(objective: str, sequences: int, model: Path, tmp_path: Path) -> None:
+    rows = LABELLED_ANSWERS if objective == "kto" else PREFERENCE_PAIRS
+    spec = {"training": {"maxSteps": 2, "batchSizePerDevice": len(rows)}}
+    outcome = run_training(tmp_path, model, objective_spec(objective, spec), rows)
+    plan = outcome.messages("plan")[0]["value"]
+    counted = outcome.extra["data"]["tokens"]["train"]
+    assert (plan["work"]["steps"], plan["work"]["tokens"]) == (2, 2 * counted["tokens"])
+    assert counted["longest"] < counted["tokens"] <= len(rows) * sequences * counted["longest"]
+    assert plan["memory"]["expectedBytes"] > plan["memory"]["parts"]["weights"] > 0
+
+
 def test_long_answers_are_cut_and_reported(model: Path, tmp_path: Path) -> None:
     long = [{**PREFERENCE_PAIRS[0], "chosen": [assistant_message("red " * 30)]}, *PREFERENCE_PAIRS[1:]]
     outcome = run_training(tmp_path, model, objective_spec("dpo", maxCompletionLength=10), long)

@@ -161,8 +161,8 @@ def test_a_job_is_not_refused_if_only_the_upper_bound_of_its_peak_does_not_fit()
             "distributed.deepspeed.configRef decides",
         ),
         (
-            (pool(80),), {"trainer": {"type": "dpo"}, "dataset": {"train": "s3://data/t.jsonl", "format": "preference"}}, "ObjectiveNotPlanned",
-            "trainer.type is dpo",
+            (pool(80),), {"trainer": {"type": "grpo", "rewards": [{"builtin": "regex", "parameters": {"pattern": "a"}}]}}, "ObjectiveNotPlanned",
+            "trainer.type is grpo",
         ),
     ],
 )  # fmt: skip
@@ -170,6 +170,28 @@ def test_the_error_says_why_a_job_has_no_plan(pools: tuple[GpuPool, ...], groups
     with pytest.raises(ConfigError) as raised:
         decide(*pools, **groups)
     assert (raised.value.code, raised.value.message[: len(message)]) == (code, message)
+
+
+PAIRS: dict[str, Any] = {"dataset": {"train": "s3://data/t.jsonl", "format": "preference"}}
+KTO: dict[str, Any] = {"trainer": {"type": "kto"}, "dataset": {"train": "s3://data/t.jsonl", "format": "unpairedPreference"}}
+
+
+@pytest.mark.parametrize(
+    ("gibibytes", "groups", "expected"),
+    [
+        (80, {"trainer": {"type": "dpo"}}, {MICRO: 4, ACCUMULATION: 4, CHECKPOINTING: "disabled"}),
+        (5, {"trainer": {"type": "dpo"}}, {MICRO: 2, ACCUMULATION: 8, CHECKPOINTING: "disabled"}),
+        (80, KTO, {MICRO: 4, ACCUMULATION: 4, CHECKPOINTING: "disabled"}),
+    ],
+)  # fmt: skip
+def test_values_are_chosen_for_preference_objectives(gibibytes: float, groups: dict[str, Any], expected: dict[str, Any]) -> None:
+    """The micro-batch is not larger than the default: the rows are padded, and the plan does not know how much padding more rows have."""
+    assert chosen_values(decide(pool(gibibytes), **PAIRS | groups)) == {POOL: "a", GPUS: 1, **expected}
+
+
+def test_a_kto_micro_batch_has_at_least_two_rows() -> None:
+    decision = decide(pool(2), **KTO)
+    assert decision.refusal is None and decision.resolved.spec.training.batch_size_per_device == 2
 
 
 def test_choices_become_defaults_of_the_resolved_spec() -> None:

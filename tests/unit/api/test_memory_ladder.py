@@ -122,5 +122,5 @@ def test_no_gpu_is_advised_if_none_is_large_enough() -> None:
 
 
 def test_a_run_that_the_plan_cannot_compute_gets_no_advice() -> None:
-    with pytest.raises(ConfigError, match="supports only supervised fine-tuning"):
-        advise_smaller_values(resolve(trainer={"type": "dpo"}).spec, MODEL, RunFacts(), RefusedAllocation(GB, GB))
+    with pytest.raises(ConfigError, match="trainer.type is grpo, but the memory plan supports only sft, dpo, kto, orpo, reward"):
+        advise_smaller_values(resolve(trainer={"type": "grpo"}).spec, MODEL, RunFacts(), RefusedAllocation(GB, GB))

@@ -75,9 +75,24 @@ def test_only_experts_to_which_a_token_is_routed_count() -> None:
 
 
 @pytest.mark.parametrize("data", [DataSize(0, 10), DataSize(10, 0)])
-def test_no_work_is_planned_without_rows_or_for_another_objective_than_sft(data: DataSize) -> None:
+def test_no_work_is_planned_without_rows_or_for_grpo(data: DataSize) -> None:
     assert plan_work(resolve_spec(), TINY, data) is None
-    assert plan_work(resolve_spec(trainer={"type": "dpo"}), TINY, DataSize(10, 10)) is None
+    assert plan_work(resolve_spec(trainer={"type": "grpo"}), TINY, DataSize(10, 10)) is None
+
+
+@pytest.mark.parametrize(
+    ("objective", "sequences", "extra_passes", "parameters"),
+    [("dpo", 2, 1, TINY_PARAMETERS), ("orpo", 2, 0, TINY_PARAMETERS), ("kto", 1, 3, TINY_PARAMETERS), ("reward", 2, 0, TINY_PARAMETERS - 100 * 10)],
+)
+def test_preference_objectives_read_pairs_and_make_forward_passes_without_gradients(
+    objective: str, sequences: int, extra_passes: int, parameters: int
+) -> None:
+    work = plan_work(resolve_spec(trainer={"type": objective}), TINY, DataSize(100, 100 * sequences * 40), trained_parameters=10)
+    assert work is not None and (work.steps, work.tokens) == (30, 30 * 10 * sequences * 40)
+    attention = 4 * 2 * 2 * 5 * 40 / 2
+    flops = 4 * parameters + 3 * attention + extra_passes * (2 * parameters + attention)
+    assert work.petaflop == round_to_four_digits(work.tokens * flops / 1e15)
+    assert work.traffic_terabytes == round_to_four_digits(30 * (5 * (3 + extra_passes) * 2 * parameters + 300) / 1e12)
 
 
 @pytest.mark.parametrize(

@@ -138,10 +138,20 @@ def test_options_of_the_time_depend_on_each_other(
     assert code != 0 and message in stderr
 
 
-def test_the_time_of_another_objective_is_not_planned(run_command: RunCommand, write_file: WriteFile, model: Path) -> None:
-    job = write_file("job.yaml", GPU_JOB + "  trainer: {type: dpo}\n")
-    code, _, stderr = run_command("plan", "-f", job, "--model-config", model, "--gpu", "l4-24gb", "--rows", 5, "--mean-row", 5)
-    assert code == 1 and "trainer.type is dpo" in stderr
+def test_a_job_with_an_objective_without_a_plan_is_refused(run_command: RunCommand, write_file: WriteFile, model: Path) -> None:
+    job = write_file("job.yaml", GPU_JOB + "  trainer: {type: grpo, rewards: [{builtin: regex, parameters: {pattern: a}}]}\n")
+    code, _, stderr = run_command("plan", "-f", job, "--model-config", model, "--gpu", "l4-24gb", "--rows", 50, "--mean-row", 5)
+    assert code == 1 and "trainer.type is grpo" in stderr, stderr
+
+
+def test_a_pair_has_the_memory_and_time_of_two_sequences(run_command: RunCommand, write_file: WriteFile, model: Path) -> None:
+    options = ("--model-config", model, "--gpu", "h100-80gb", "--rows", 50_000, "--mean-row", 300)
+    sft, orpo = (write_file(f"{name}.yaml", GPU_JOB + f"  trainer: {{type: {name}}}\n") for name in ("sft", "orpo"))
+    code, stdout, stderr = run_command("plan", "-f", orpo, *options)
+    assert (code, stdout.splitlines()[0].split(", ")[-1]) == (0, "micro-batches of 8 x 2048 tokens"), stderr
+    assert "in the largest micro-batch, a prompt and one of its answers together have 2048 tokens" in stderr
+    seconds = [json.loads(run_command("plan", "-f", job, *options, "-o", "json")[1])["plans"][0]["time"]["expectedSeconds"] for job in (sft, orpo)]
+    assert 1.8 < seconds[1] / seconds[0] < 2
 
 
 OPEN_JOB = JOB + "  resources: {gpusPerNode: 1}\n  training: {effectiveBatchSize: 24}\n"

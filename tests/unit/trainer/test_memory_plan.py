@@ -62,8 +62,19 @@ def test_the_plan_uses_the_sizes_in_the_configuration_of_the_model() -> None:
     assert plan.parts.weights == 2 * (layers + 2 * 1000 * 512 + 512) + 4 * adapters
 
 
+def test_the_plan_of_a_dpo_run_has_two_padded_sequences_for_each_row_and_a_reference_model() -> None:
+    known = KNOWN | {"attention": "sdpa"}
+    sft, dpo = (
+        plan_from_facts(run_of(trainer={"type": objective}, method={"type": "full"}, training={"batchSizePerDevice": rows}), config_of(), **known)
+        for objective, rows in (("sft", 8), ("dpo", 4))
+    )
+    assert sft is not None and dpo is not None
+    assert dpo.parts.weights == 2 * sft.parts.weights
+    assert dpo.parts.buffers == sft.parts.buffers
+
+
 def test_a_kind_of_run_that_the_plan_does_not_know_has_no_plan() -> None:
-    assert plan_from_facts(run_of(trainer={"type": "dpo"}), config_of(), **KNOWN) is None
+    assert plan_from_facts(run_of(trainer={"type": "grpo"}), config_of(), **KNOWN) is None
     assert plan_from_facts(run_of(), AutoConfig.for_model("gpt2"), **KNOWN) is None
 
 
@@ -144,8 +155,8 @@ def failed_session(monkeypatch: pytest.MonkeyPatch, channel: Channel, *, device:
 
 @pytest.mark.parametrize(
     ("case", "messages"),
-    [({}, ["outOfMemory"]), ({"is_training": False}, []), ({"device": "cpu"}, []), ({"trainer_type": "dpo"}, [])],
-    ids=["training", "evaluation", "without a GPU", "not plan_from_facts"],
+    [({}, ["outOfMemory"]), ({"is_training": False}, []), ({"device": "cpu"}, []), ({"trainer_type": "dpo"}, ["outOfMemory"]), ({"trainer_type": "grpo"}, [])],
+    ids=["training", "evaluation", "without a GPU", "dpo", "an objective without a plan"],
 )
 def test_only_a_planned_optimizer_step_on_a_gpu_sends_advice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: dict[str, Any], messages: list[str]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import pytest
+from datasets import Dataset
 from finetune_api.errors import DataError
 from finetune_api.spec.enums import OverflowPolicy, TrainerType
 from finetune_trainer.data.batches import RowOutcome
 from finetune_trainer.objective.answers import (
     EncodedAnswers,
     LengthLimits,
+    RowLayout,
+    count_sequence_tokens,
     fit_to_limits,
     with_shared_prompt,
 )
@@ -61,3 +64,13 @@ def test_tokens_merged_across_the_end_of_the_prompt_belong_to_the_answers() -> N
 
 def test_a_prompt_that_is_shorter_for_one_answer_is_cut_to_the_shared_tokens() -> None:
     assert with_shared_prompt([([1, 2], [3]), ([1, 2, 4], [5])], None) == EncodedAnswers([1, 2], [[3], [4, 5]])
+
+
+@pytest.mark.parametrize(
+    ("layout", "lengths"),
+    [(RowLayout.PAIRS, [5, 6, 4, 4]), (RowLayout.WHOLE_PAIRS, [5, 6, 4, 4]), (RowLayout.PAIRS_WITH_TEXTS, [5, 6, 4, 4]), (RowLayout.LABELLED, [5, 6])],
+)
+def test_the_prompt_counts_once_for_each_answer(layout: RowLayout, lengths: list[int]) -> None:
+    rows = [EncodedAnswers([1, 2, 3], [[4, 5], [6]], label=True), EncodedAnswers([1, 2], [[3, 4, 5, 6], [7, 8]], label=False)]
+    dataset = Dataset.from_list([layout.column_values(row) for row in rows])
+    assert count_sequence_tokens(dataset, layout) == lengths

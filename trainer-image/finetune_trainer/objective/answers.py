@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
+from datasets import Dataset
 from finetune_api.errors import ConfigError, DataError
 from finetune_api.spec.enums import DatasetFormat, OverflowPolicy, TrainerType
 
@@ -50,6 +51,7 @@ from finetune_trainer.distributed import local_rank_0_first
 from finetune_trainer.objective.base import DataFacts, TrainingContext
 
 UNLIMITED_LENGTH = 1 << 30
+PROMPT_COLUMN = "prompt_ids"
 MAX_COMPLETION_LENGTH_FIELD = "trainer.maxCompletionLength"
 TurnsOrText = tuple[Turn, ...] | str
 
@@ -128,6 +130,11 @@ class RowLayout(Enum):
     LABELLED = ("prompt_ids", "completion_ids", "label")
 
     @property
+    def answer_columns(self) -> list[str]:
+        """Names of the columns that hold the tokens of the answers."""
+        return [name for name in self.value if name.endswith("_ids") and name != PROMPT_COLUMN]
+
+    @property
     def columns(self) -> dict[str, ColumnType]:
         """Names and types of the columns."""
         types = {"label": ColumnType.FLAG, IMAGE_SOURCES_COLUMN: ColumnType.IMAGES}
@@ -179,9 +186,20 @@ def load_rows(context: TrainingContext, layout: RowLayout) -> tuple[Splits, Data
     with local_rank_0_first():
         prepared = find_prepared(context.token_cache, digest) or _prepare_splits(context, layout, is_templated, limits, digest)
     splits, summary = open_splits(prepared), prepared.manifest.summary
-    report = {"rows": summary["rows"], "tokens": summary["tokens"]}
+    lengths = count_sequence_tokens(splits.train, layout)
+    train_counts = {**summary["tokens"]["train"], "tokens": sum(lengths)}
+    report = {"rows": summary["rows"], "tokens": {**summary["tokens"], "train": train_counts}}
     notes = [*summary["notes"], *notes_on_stored_rows(context.inputs, digest)]
-    return splits, DataFacts(len(splits.train), DatasetFormat(summary["format"]), notes, report)
+    return splits, DataFacts(len(splits.train), DatasetFormat(summary["format"]), notes, report, longest_sequence=max(lengths))
+
+
+def count_sequence_tokens(rows: Dataset, layout: RowLayout) -> list[int]:
+    """Return the number of tokens of each sequence that the model reads: of each answer together with its prompt."""
+    from pyarrow.compute import add, list_value_length
+
+    lengths = {name: list_value_length(rows.data.column(name)) for name in layout.columns if name.endswith("_ids")}
+    prompt = lengths.get(PROMPT_COLUMN, 0)
+    return [count for name in layout.answer_columns for count in add(lengths[name], prompt).to_pylist()]
 
 
 def _prepare_splits(context: TrainingContext, layout: RowLayout, is_templated: bool, limits: LengthLimits, digest: str) -> PreparedFolder:
