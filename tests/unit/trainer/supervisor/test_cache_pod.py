@@ -54,7 +54,9 @@ def provide(tmp_path: Path, model: Path) -> Provide:
     """Return a function that runs the init container of a new pod and returns its record."""
     numbers = iter(range(100))
 
-    def run_pod(*, use: ModelUse = ModelUse.IN_PLACE, source: str = "org/model", tenant: str = "team", limits: CacheLimits = CacheLimits(poll_seconds=0.01)) -> CacheRecord:
+    def run_pod(
+        *, use: ModelUse = ModelUse.IN_PLACE, source: str = "org/model", tenant: str = "team", limits: CacheLimits = CacheLimits(poll_seconds=0.01)
+    ) -> CacheRecord:
         folder = tmp_path / f"pod-{next(numbers)}"
         run = make_run(folder / "run", model, {"model": {"source": source}})[0]
         (folder / "run.json").write_bytes(run.to_bytes())
