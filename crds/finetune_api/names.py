@@ -165,7 +165,7 @@ MODEL_CACHE_MOUNT = "/mnt/model-cache"
 """The init container, and a preparation, mount the volume of `model.cache` here. If the cache is on a node, the trainer container mounts only its
 namespace's folder, read-only."""
 CLAIM_CACHE_TENANT = "models"
-"""Folder of the models in the cache of a PersistentVolumeClaim. A cache on a node has a folder for each namespace instead."""
+"""Tenant of the models in the cache of a PersistentVolumeClaim. In a cache on a node, each namespace is a tenant. Each tenant has a folder of its own."""
 MODEL_CACHE_CONTAINER = "model-cache"
 """Name of the init container that downloads the base model into the cache of `model.cache`."""
 CA_MOUNT = "/etc/finetune-ca"

@@ -119,7 +119,7 @@ class DataReport(ReportModel):
     personal_data: dict[str, int] | None = status_field(
         "Number of rows with personal data, by kind of data. Absent without dataset.checks.", example={"email": 4}
     )
-    tokens: int | None = status_field("Number of tokens in the training rows.", example=412345)
+    tokens: int | None = status_field("Number of tokens in the training rows. For pairs of answers, each prompt counts twice.", example=412345)
     trained_tokens: int | None = status_field("Number of tokens in the training rows for which the loss is computed.", example=198765)
     median_length: int | None = status_field("Median length of the training rows, in tokens.", example=310)
     longest: int | None = status_field("Length of the longest training row, in tokens.", example=2048)

@@ -80,8 +80,8 @@ def plan_work(spec: FineTuneJobSpec, shape: ModelShape, data_size: DataSize, rec
     if objective is TrainerType.REWARD:  # the head has one output instead of the vocabulary
         parameters -= shape.vocabulary_size * shape.hidden_size
     is_full_training = trains_base_weights(spec)
-    more_forward_passes = recomputed_share + facts.passes_without_gradients
-    flops = tokens * _flops_per_token(shape, parameters, document_length, more_forward_passes, is_full_training=is_full_training)
+    extra_forward_passes = recomputed_share + facts.passes_without_gradients
+    flops = tokens * _flops_per_token(shape, parameters, document_length, extra_forward_passes, is_full_training=is_full_training)
     weight_bytes = parameters * {4: 0.55, 8: 1.0}.get(base_bits(spec) or 0, 2.0)
     trained = parameters if is_full_training else trained_parameters
     passes = accumulation * (PASSES_OVER_WEIGHTS + facts.passes_without_gradients)
@@ -94,11 +94,11 @@ def flops_per_token(shape: ModelShape, document_length: float, *, is_full_traini
     return _flops_per_token(shape, count_matrix_parameters(shape), document_length, recomputed_share, is_full_training=is_full_training)
 
 
-def _flops_per_token(shape: ModelShape, parameters: int, document_length: float, more_forward_passes: float, *, is_full_training: bool) -> float:
-    """Return the FLOPs per token. `parameters`: those in matrix products. `more_forward_passes`: forward passes in addition to that of training."""
+def _flops_per_token(shape: ModelShape, parameters: int, document_length: float, extra_forward_passes: float, *, is_full_training: bool) -> float:
+    """Return the FLOPs per token. `parameters`: those in matrix products. `extra_forward_passes`: forward passes in addition to that of training."""
     attention = 4 * shape.layer_count * shape.head_count * shape.head_size * document_length / 2
     matrix = 2 * parameters
-    return (3 if is_full_training else 2) * matrix + 3 * attention + more_forward_passes * (matrix + attention)
+    return (3 if is_full_training else 2) * matrix + 3 * attention + extra_forward_passes * (matrix + attention)
 
 
 def count_matrix_parameters(shape: ModelShape) -> int:

@@ -141,7 +141,7 @@ def _plan_failure(facts: Facts, record: Preparation, job: JobView, pods: tuple[P
     """Return the plan after a failed preparation: repeat it, skip it or fail the job."""
     assert job.failed_at is not None  # noqa: S101 -- the caller checks
     cause = _find_cause_of_preparation(job, pods)
-    is_final = _is_users_mistake(facts, cause, pods)
+    is_final = _is_users_mistake(facts, job, cause, pods)
     if not is_final and _may_repeat(facts, record, job, cause):
         failures = record.failures + (cause.retry_policy is RetryPolicy.COUNTED)
         repeated = Preparation(
@@ -170,9 +170,9 @@ def _find_cause_of_preparation(job: JobView, pods: tuple[PodView, ...]) -> Failu
     return replace(cause, failure=failure.model_copy(update=changes))
 
 
-def _is_users_mistake(facts: Facts, cause: FailureCause, pods: tuple[PodView, ...]) -> bool:
+def _is_users_mistake(facts: Facts, job: JobView, cause: FailureCause, pods: tuple[PodView, ...]) -> bool:
     """Whether the failure is a mistake of the user that would also end a training pod, so that no attempt can succeed."""
-    is_reported = any(pod.termination_message is not None for pod in pods)
+    is_reported = job.failed_reason != DEADLINE_REASON and any(pod.termination_message is not None for pod in pods)
     if cause.retry_policy is not RetryPolicy.NEVER or not is_reported or cause.failure.code in PREPARATION_ONLY_CODES:
         return False
     # Without a Secret, the pod may have the rights of its node's role, and the training pods run on other nodes.

@@ -239,10 +239,12 @@ def _describe_model(name: str, spec: FineTuneJobSpec, shape: ModelShape) -> list
     from finetune_api.objectives import OBJECTIVES
     from finetune_api.rules import trainer_type_of, world_size
 
-    rows, ranks = (spec.training.batch_size_per_device or 4) * OBJECTIVES[trainer_type_of(spec)].sequences_per_row, world_size(spec)
+    rows, ranks = spec.training.batch_size_per_device or 4, world_size(spec)
+    sequences_per_row = OBJECTIVES[trainer_type_of(spec)].sequences_per_row
+    batch = f"{rows}" if sequences_per_row == 1 else f"{rows} pairs ({sequences_per_row * rows} sequences)"
     return [
         f"{name or 'job'}: {shape.model_type} with {count_parameters(shape) / 1e9:.2f} billion parameters, {ranks} {'rank' if ranks == 1 else 'ranks'}, "
-        f"micro-batches of {rows} x {spec.dataset.max_sequence_length or 2048} tokens"
+        f"micro-batches of {batch} x {spec.dataset.max_sequence_length or 2048} tokens"
     ]
 
 

@@ -72,8 +72,8 @@ def rerun(
 def find_chosen_values(job: dict[str, Any], changed_values: dict[str, Any]) -> dict[str, Any]:
     """Return the values that the old job's plan has chosen. A job that resumes from its checkpoint needs them: it gets no chosen values of its own.
 
-    A changed batch or number of ranks replaces the chosen batch. A changed `resources.processesPerNode` replaces the chosen number of GPUs, and
-    a single process per node also the chosen strategy, which needs several ranks.
+    A changed batch or number of ranks replaces the chosen batch. A changed `resources.processesPerNode` replaces the chosen number of GPUs. If the
+    new job has only one rank, the chosen strategy is left out, because it needs several ranks.
     """
     from finetune_api.memory.choices import PROCESSES_PATH
     from finetune_api.memory.plan import BATCH_PATHS, GPUS_PATH, STRATEGY_PATH
@@ -87,7 +87,10 @@ def find_chosen_values(job: dict[str, Any], changed_values: dict[str, Any]) -> d
         replaced |= set(BATCH_PATHS)
     if PROCESSES_PATH in changed_values:
         replaced.add(GPUS_PATH)
-    if 1 in (changed_values.get(PROCESSES_PATH), changed_values.get(GPUS_PATH)):
+    resources = {f"resources.{name}": value for name, value in ((job.get("spec") or {}).get("resources") or {}).items()}
+    counts = resources | {path: value for path, value in chosen.items() if path not in replaced} | changed_values
+    ranks_per_node = counts.get(PROCESSES_PATH) or counts.get(GPUS_PATH) or 1
+    if (counts.get("resources.nodes") or 1) * ranks_per_node == 1:
         replaced.add(STRATEGY_PATH)
     return {path: value for path, value in chosen.items() if path not in replaced}
 

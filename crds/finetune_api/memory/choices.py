@@ -132,7 +132,14 @@ def choose_values(
     decision = replace(
         _build_decision(search, best, _explain_exceeded_upper_bound(search, best)), changes=_find_changes(search, best, known_pools, pools)
     )
-    return decision if best.may_fit else replace(decision, choices=(), refusal=_build_refusal(best, known_pools, decision.changes))
+    if best.may_fit or _has_reference_of_unknown_size(search.spec):
+        return decision
+    return replace(decision, choices=(), refusal=_build_refusal(best, known_pools, decision.changes))
+
+
+def _has_reference_of_unknown_size(spec: FineTuneJobSpec) -> bool:
+    """Whether the plan only assumes the size of the reference model, so that the job may fit although its expected peak does not."""
+    return spec.trainer.dpo is not None and spec.trainer.dpo.reference_model is not None
 
 
 def _make_unknown_memory_error(pools: Sequence[GpuPool]) -> ConfigError:

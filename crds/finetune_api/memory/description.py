@@ -45,7 +45,7 @@ LOSS_HEADS = {
 }  # fmt: skip
 """How each objective that the plan supports computes its loss."""
 METHODS_CHECKED_WITH_PREFERENCES = (MethodType.FULL, MethodType.LORA, MethodType.QLORA)
-"""Methods whose planned peaks with dpo, orpo, kto and reward were compared with measured peaks."""
+"""Methods whose planned peaks with dpo, orpo, kto and reward were compared with measured peaks, on a CPU."""
 IA3_LAYERS, IA3_INPUT_LAYERS = frozenset({"k_proj", "v_proj", "down_proj"}), frozenset({"down_proj"})
 """Names of the linear layers whose outputs or inputs IA3 scales, and of those whose inputs it scales."""
 OPTIMIZERS: dict[str, Optimizer] = {
@@ -123,7 +123,10 @@ def describe_step(spec: FineTuneJobSpec, shape: ModelShape, facts: RunFacts | No
         assumptions.append("the model of trainer.dpo.referenceModel has the same size as that of model.source")
     is_objective_checked = _is_objective_checked(spec, is_gpu)
     if not is_objective_checked:
-        assumptions.append(f"the planned memory of trainer.type {objective} with method.type {method_type_of(spec)} was not compared with measured peaks")
+        device = "a GPU" if is_gpu else "a CPU"
+        assumptions.append(
+            f"the planned memory of trainer.type {objective} with method.type {method_type_of(spec)} was not compared with measured peaks on {device}"
+        )
     optimizer_name = str(value_or_default(spec.training, "optimizer")).removeprefix("paged_")
     if optimizer_name.startswith(UNCHECKED_OPTIMIZERS):
         assumptions.append(f"the planned memory of training.optimizer {optimizer_name} was not compared with measured peaks")
@@ -136,7 +139,7 @@ def _require_supported(spec: FineTuneJobSpec) -> None:
     if objective not in LOSS_HEADS:
         raise ConfigError(
             "ObjectiveNotPlanned", f"trainer.type is {objective}, but the memory plan supports only {', '.join(LOSS_HEADS)}",
-            hint="plan the job with `trainer: {type: sft}`: the job needs more than that; the job itself still records its measured peak",
+            hint="plan the job with `trainer: {type: sft}`; grpo needs more memory than that; the job itself records its measured peak",
         )  # fmt: skip
     if (spec.distributed.context_parallel_size or 1) > 1:
         raise ConfigError(
@@ -159,11 +162,8 @@ def _require_supported(spec: FineTuneJobSpec) -> None:
 
 
 def _is_objective_checked(spec: FineTuneJobSpec, is_gpu: bool) -> bool:
-    """Whether planned peaks of the objective were compared with measured peaks. On a GPU, orpo uses a kernel that was not measured."""
-    objective = trainer_type_of(spec)
-    if objective is TrainerType.SFT:
-        return True
-    return method_type_of(spec) in METHODS_CHECKED_WITH_PREFERENCES and not (objective is TrainerType.ORPO and is_gpu)
+    """Whether planned peaks of the objective were compared with measured peaks. On a GPU, only those of sft were."""
+    return trainer_type_of(spec) is TrainerType.SFT or (not is_gpu and method_type_of(spec) in METHODS_CHECKED_WITH_PREFERENCES)
 
 
 def _find_reference(spec: FineTuneJobSpec) -> Reference:

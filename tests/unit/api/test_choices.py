@@ -125,6 +125,13 @@ def test_a_pool_is_chosen_with_a_reason(pools: tuple[GpuPool, ...], groups: dict
     assert (found.value if found else None, found.reason[: len(reason)] if found else "") == (chosen, reason)
 
 
+def test_a_job_with_a_reference_model_of_unknown_size_is_not_refused() -> None:
+    """The plan assumes that the reference model is as large as the model, but it may be smaller."""
+    trainer = {"type": "dpo"}
+    assert decide(pool(1), **PAIRS, trainer=trainer).refusal is not None
+    assert decide(pool(1), **PAIRS, trainer=trainer | {"dpo": {"referenceModel": "org/small"}}).refusal is None
+
+
 def test_a_job_that_fits_no_pool_is_refused_with_three_changes_that_fit() -> None:
     user_values = {"training": {"batchSizePerDevice": 8, "gradientAccumulationSteps": 2}, "resources": {"nodePool": "a", "gpusPerNode": 1}}
     refused = decide(pool(2.2), pool(80, "b"), **user_values)
@@ -180,7 +187,7 @@ KTO: dict[str, Any] = {"trainer": {"type": "kto"}, "dataset": {"train": "s3://da
     ("gibibytes", "groups", "expected"),
     [
         (80, {"trainer": {"type": "dpo"}}, {MICRO: 4, ACCUMULATION: 4, CHECKPOINTING: "disabled"}),
-        (5, {"trainer": {"type": "dpo"}}, {MICRO: 2, ACCUMULATION: 8, CHECKPOINTING: "disabled"}),
+        (5, {"trainer": {"type": "dpo"}}, {MICRO: 1, ACCUMULATION: 16, CHECKPOINTING: "disabled"}),
         (80, KTO, {MICRO: 4, ACCUMULATION: 4, CHECKPOINTING: "disabled"}),
     ],
 )  # fmt: skip

@@ -150,11 +150,14 @@ def test_dropout_needs_no_memory_because_trl_turns_it_off() -> None:
     assert all(not describe(objective, **lora).step.weights.has_dropout for objective in PREFERENCES)
 
 
+ON_CPU: dict[str, Any] = {"training": {"device": "cpu"}}
+
+
 @pytest.mark.parametrize(
     ("objective", "groups", "margin"),
     [
-        ("dpo", {}, UPPER_MARGIN), ("kto", {"method": {"type": "full"}}, UPPER_MARGIN), ("reward", {"method": {"type": "qlora"}}, UPPER_MARGIN),
-        ("orpo", {}, UNCHECKED_MARGIN), ("orpo", {"training": {"device": "cpu"}}, UPPER_MARGIN), ("dpo", {"method": {"type": "ia3"}}, UNCHECKED_MARGIN),
+        *((objective, {}, UNCHECKED_MARGIN) for objective in PREFERENCES), ("dpo", ON_CPU | {"method": {"type": "ia3"}}, UNCHECKED_MARGIN),
+        *((objective, ON_CPU, UPPER_MARGIN) for objective in PREFERENCES), ("kto", ON_CPU | {"method": {"type": "full"}}, UPPER_MARGIN),
     ],
 )  # fmt: skip
 def test_a_plan_that_was_not_compared_with_measured_peaks_has_a_wider_margin(objective: str, groups: dict[str, Any], margin: float) -> None:

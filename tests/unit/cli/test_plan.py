@@ -148,7 +148,7 @@ def test_a_pair_has_the_memory_and_time_of_two_sequences(run_command: RunCommand
     options = ("--model-config", model, "--gpu", "h100-80gb", "--rows", 50_000, "--mean-row", 300)
     sft, orpo = (write_file(f"{name}.yaml", GPU_JOB + f"  trainer: {{type: {name}}}\n") for name in ("sft", "orpo"))
     code, stdout, stderr = run_command("plan", "-f", orpo, *options)
-    assert (code, stdout.splitlines()[0].split(", ")[-1]) == (0, "micro-batches of 8 x 2048 tokens"), stderr
+    assert (code, stdout.splitlines()[0].split(", ")[-1]) == (0, "micro-batches of 4 pairs (8 sequences) x 2048 tokens"), stderr
     assert "in the largest micro-batch, a prompt and one of its answers together have 2048 tokens" in stderr
     seconds = [json.loads(run_command("plan", "-f", job, *options, "-o", "json")[1])["plans"][0]["time"]["expectedSeconds"] for job in (sft, orpo)]
     assert 1.8 < seconds[1] / seconds[0] < 2

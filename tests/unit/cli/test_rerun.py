@@ -31,6 +31,7 @@ BATCH, GPUS, STRATEGY = ("training.batchSizePerDevice", "training.gradientAccumu
 @pytest.mark.parametrize(
     ("changed", "missing"),
     [
+        ({"resources.nodes": 2, "resources.gpusPerNode": 1}, BATCH),
         ({}, ()),
         ({"training.epochs": 5}, ()),
         ({"training.effectiveBatchSize": 8}, BATCH),
@@ -46,3 +47,10 @@ def test_a_job_that_resumes_gets_the_values_that_the_plan_chose(changed: dict[st
     job = {"status": {"plan": {"choices": [{"field": path, "value": value, "reason": "r"} for path, value in CHOSEN.items()]}}}
     assert find_chosen_values(job, changed) == {path: value for path, value in CHOSEN.items() if path not in missing}
     assert find_chosen_values({"status": {}}, changed) == {}
+
+
+@pytest.mark.parametrize(("nodes", "is_kept"), [(2, True), (1, False)])
+def test_the_chosen_strategy_is_kept_as_long_as_there_are_several_ranks(nodes: int, is_kept: bool) -> None:
+    choices = [{"field": path, "value": value, "reason": "r"} for path, value in (CHOSEN | {GPUS: 1}).items()]
+    job = {"spec": {"resources": {"nodes": 2}}, "status": {"plan": {"choices": choices}}}
+    assert (STRATEGY in find_chosen_values(job, {"resources.nodes": nodes})) is is_kept

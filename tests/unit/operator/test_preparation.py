@@ -304,9 +304,10 @@ def test_preparation_is_repeated_after_a_temporary_failure(message: TerminationM
         (None, 64, {"text": "finetune-trainer: unknown command 'prepare'"}, "unknown command 'prepare'"),
         (None, 137, {"reason": "OOMKilled"}, "memory limit"),
         (None, 137, {"deadline": True}, "longer than six hours"),
+        (TerminationMessage(step=0), 0, {"deadline": True, "keepsPod": True}, "longer than six hours"),
         (TerminationMessage(class_=FailureClass.STORAGE, code="LocalDiskTooSmall", message="60 GB", exit_code=64), 64, {"always": True}, "60 GB"),
     ],
-    ids=["retries used up", "old image", "memory", "hung", "small disk"],
+    ids=["retries used up", "old image", "memory", "hung", "slow but complete", "small disk"],
 )  # fmt: skip
 @pytest.mark.parametrize("strategy", ["auto", "always"])
 def test_other_failures_skip_an_automatic_preparation_and_end_a_required_one(
@@ -314,7 +315,8 @@ def test_other_failures_skip_an_automatic_preparation_and_end_a_required_one(
 ) -> None:
     job, pods = make_failed_preparation(message, code, reason=fields.get("reason", ""), message=fields.get("text", ""))
     if fields.get("deadline"):
-        job, pods = replace(job, failed_reason="DeadlineExceeded", failed_message="DeadlineExceeded: the Job was active too long"), ()
+        job = replace(job, failed_reason="DeadlineExceeded", failed_message="DeadlineExceeded: the Job was active too long")
+        pods = pods if fields.get("keepsPod") else ()
     observed = make_facts(RECORD | fields.get("record", {}), job, pods, strategy=strategy)
     plan = decide(observed)
     new_status = compute_status_of(observed, plan)
@@ -454,6 +456,26 @@ def test_number_of_a_preparation_comes_from_job_names_if_the_status_is_lost() ->
 
 
 # ---- complete reconciles ----
+
+
+@pytest.mark.parametrize(
+    ("pools", "resources", "fills_cache"),
+    [(("a",), {"gpusPerNode": 8}, True), (("a", "b"), {"gpusPerNode": 8}, False), (("a", "b"), {"gpusPerNode": 8, "nodePool": "b"}, True)],
+)
+async def test_a_preparation_fills_the_cache_in_a_claim_if_the_plan_cannot_choose_another_pool(
+    pools: tuple[str, ...], resources: dict[str, Any], fills_cache: bool
+) -> None:
+    """The first pod that mounts the claim can bind it to a zone without the nodes of another pool."""
+    node_pools = [{"name": name, "default": name == "a", "gpusPerNode": 8, "gpuType": "h100-80gb"} for name in pools]
+    config = parse_config({"trainer": {"image": "r.example.com/t:1"}, "nodePools": node_pools, "prepare": {"strategy": "always"}}, "test")
+    server = new_server()
+    body = server.finetunejob
+    server.put(FINETUNEJOB, body | {"spec": spec(resources=resources, model={"cache": "pvc://models"})})
+    process = OperatorProcess(server, config)
+    process.refresh()
+    await process.reconcile()
+    pod = server.objects[JOB.plural, "run-prepare1"]["spec"]["template"]["spec"]
+    assert ("model-cache" in [volume["name"] for volume in pod["volumes"]]) is fills_cache
 
 
 async def test_a_reconcile_creates_the_job_once_and_then_the_first_attempt() -> None:

@@ -67,10 +67,10 @@ def test_a_prompt_that_is_shorter_for_one_answer_is_cut_to_the_shared_tokens() -
 
 
 @pytest.mark.parametrize(
-    ("layout", "lengths"),
-    [(RowLayout.PAIRS, [5, 6, 4, 4]), (RowLayout.WHOLE_PAIRS, [5, 6, 4, 4]), (RowLayout.PAIRS_WITH_TEXTS, [5, 6, 4, 4]), (RowLayout.LABELLED, [5, 6])],
+    ("layout", "expected"),
+    [(RowLayout.PAIRS, (19, 6)), (RowLayout.WHOLE_PAIRS, (19, 6)), (RowLayout.PAIRS_WITH_TEXTS, (19, 6)), (RowLayout.LABELLED, (11, 6))],
 )
-def test_the_prompt_counts_once_for_each_answer(layout: RowLayout, lengths: list[int]) -> None:
+def test_the_prompt_counts_once_for_each_answer(layout: RowLayout, expected: tuple[int, int]) -> None:
     rows = [EncodedAnswers([1, 2, 3], [[4, 5], [6]], label=True), EncodedAnswers([1, 2], [[3, 4, 5, 6], [7, 8]], label=False)]
     dataset = Dataset.from_list([layout.column_values(row) for row in rows])
-    assert count_sequence_tokens(dataset, layout) == lengths
+    assert count_sequence_tokens(dataset, layout) == expected

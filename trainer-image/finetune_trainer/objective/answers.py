@@ -186,20 +186,20 @@ def load_rows(context: TrainingContext, layout: RowLayout) -> tuple[Splits, Data
     with local_rank_0_first():
         prepared = find_prepared(context.token_cache, digest) or _prepare_splits(context, layout, is_templated, limits, digest)
     splits, summary = open_splits(prepared), prepared.manifest.summary
-    lengths = count_sequence_tokens(splits.train, layout)
-    train_counts = {**summary["tokens"]["train"], "tokens": sum(lengths)}
+    token_count, longest_sequence = count_sequence_tokens(splits.train, layout)
+    train_counts = {**summary["tokens"]["train"], "tokens": token_count}
     report = {"rows": summary["rows"], "tokens": {**summary["tokens"], "train": train_counts}}
     notes = [*summary["notes"], *notes_on_stored_rows(context.inputs, digest)]
-    return splits, DataFacts(len(splits.train), DatasetFormat(summary["format"]), notes, report, longest_sequence=max(lengths))
+    return splits, DataFacts(len(splits.train), DatasetFormat(summary["format"]), notes, report, longest_sequence=longest_sequence)
 
 
-def count_sequence_tokens(rows: Dataset, layout: RowLayout) -> list[int]:
-    """Return the number of tokens of each sequence that the model reads: of each answer together with its prompt."""
-    from pyarrow.compute import add, list_value_length
+def count_sequence_tokens(rows: Dataset, layout: RowLayout) -> tuple[int, int]:
+    """Return the tokens of all sequences that the model reads, and those of the longest one. A sequence is an answer together with its prompt."""
+    from pyarrow import compute
 
-    lengths = {name: list_value_length(rows.data.column(name)) for name in layout.columns if name.endswith("_ids")}
-    prompt = lengths.get(PROMPT_COLUMN, 0)
-    return [count for name in layout.answer_columns for count in add(lengths[name], prompt).to_pylist()]
+    lengths = {name: compute.list_value_length(rows.data.column(name)) for name in layout.columns if name.endswith("_ids")}
+    sequences = [compute.add(lengths[name], lengths.get(PROMPT_COLUMN, 0)) for name in layout.answer_columns]
+    return sum(compute.sum(counts).as_py() for counts in sequences), max(compute.max(counts).as_py() for counts in sequences)
 
 
 def _prepare_splits(context: TrainingContext, layout: RowLayout, is_templated: bool, limits: LengthLimits, digest: str) -> PreparedFolder:

@@ -12,6 +12,7 @@ import secrets
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -48,6 +49,8 @@ if TYPE_CHECKING:
     from finetune_trainer.data import DataSummary
 
 log = logging.getLogger(__name__)
+MAX_FILL_SECONDS = 3600.0
+"""Maximum time to fill the cache of base models. The preparation reports its result only afterwards, and its Job has a deadline of six hours."""
 
 
 class CheckResult(ReportModel):
@@ -139,7 +142,8 @@ class PreparationPod:
             with suppress(StoppedError):  # The preparation is complete. A later preparation removes unused rows, and training pods fill the cache.
                 run_until(self._stop_requested.is_set, lambda: _remove_unused_rows(row_store))
                 if self._adopted_result is None:
-                    run_until(self._stop_requested.is_set, lambda: self._fill_cache(run))
+                    fill_until = time.monotonic() + MAX_FILL_SECONDS
+                    run_until(lambda: self._stop_requested.is_set() or time.monotonic() > fill_until, lambda: self._fill_cache(run))
         findings = summary.findings
         counts = DataReport(
             rows=summary.rows, bad_rows=summary.bad_rows, duplicates=findings.duplicate_count, personal_data=findings.personal_data_counts
@@ -216,13 +220,13 @@ class PreparationPod:
         return {"prepared_uri": row_store.uri(digest), "prepared_sha256": sha256}
 
     def _fill_cache(self, run: RunConfig) -> None:
-        """Put the models of the run into a cache in a PersistentVolumeClaim. A failure is only logged: training pods try again, and report the failure."""
+        """Put the models of the run into a cache in a PersistentVolumeClaim. A failure only adds a note, because the training pods try again."""
         if self._settings.claim_cache is None:
             return
         self._state.enter_stage(Stage.DOWNLOADING, "model.cache")
         try:
             for note in fill_claim(self._settings, run, self._settings.claim_cache):
-                log.warning("%s", note)
+                self._state.add_note(f"in the preparation, {note}")
         except Exception as error:
             log.warning("the cache was not filled", exc_info=error)
 
