@@ -72,9 +72,9 @@ class WatchStream:
             received_bytes = await anext(self._chunks)
             *lines, self._incomplete_line = (self._incomplete_line + received_bytes).split(b"\n")
             if lines:
-                return b"".join(line + b"\n" for line in self._replace_handled(lines))
+                return b"".join(line + b"\n" for line in self._replace_handled_events(lines))
 
-    def _replace_handled(self, lines: list[bytes]) -> Iterator[bytes]:
+    def _replace_handled_events(self, lines: list[bytes]) -> Iterator[bytes]:
         """Handle the changes in `lines`. Yield the lines for kopf: one bookmark for each sequence of handled changes, and all other lines unchanged."""
         version = None
         for line in lines:

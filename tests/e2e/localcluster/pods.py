@@ -97,5 +97,5 @@ class NamespaceApi:
             return "/api/v1/nodes"
         if kind in ("clusterrolebinding",):
             return f"/apis/rbac.authorization.k8s.io/v1/{kind}s"
-        group = {"job": "apis/batch/v1"}.get(kind, "api/v1")
-        return f"/{group}/namespaces/{self.namespace}/{kind}s"
+        api_path = {"job": "apis/batch/v1"}.get(kind, "api/v1")
+        return f"/{api_path}/namespaces/{self.namespace}/{kind}s"

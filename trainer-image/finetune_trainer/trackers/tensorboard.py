@@ -41,7 +41,7 @@ class TensorBoard:
         return f"{self._run.storage_uri}/{self._key_folder}"
 
     def open(self) -> None:
-        """Start the first file. Later calls, after an error, do nothing: the existing files are continued."""
+        """Start the first file. After an error, this function is called again: it then does nothing, and the writer appends to its existing files."""
         if self._is_open:
             return
         shutil.rmtree(self._folder, ignore_errors=True)
