@@ -110,8 +110,10 @@ def test_a_preparation_fills_the_cache_in_a_claim(s3_server: S3Endpoint, hub: Hu
         with Pod(run, tmp_path / f"prepare-{name}", bucket.env | variables | {"FINETUNE_CLAIM_CACHE": str(tmp_path / name)}, command="prepare") as pod:
             assert pod.end() == 0, pod.text[-4000:]
         downloads.append(sorted(set(hub.list_downloads("org/tiny"))))
-        assert pod.termination_message().plan is not None and not (pod.folder / "work/from-cache").exists()
-        assert ("model.source is downloaded without model.cache: " in pod.text) is (name == "file")
+        message = pod.termination_message()
+        assert message.plan is not None and message.resolved is not None and not (pod.folder / "work/from-cache").exists()
+        notes = [note.rpartition(": ")[0] for note in message.resolved.notes or [] if "cache" in note]
+        assert notes == (["in the preparation, model.source is downloaded without model.cache: Not a directory"] if name == "file" else [])
     assert downloads == [sorted(set(MODEL_FILES) - {"model.safetensors"}), MODEL_FILES]
     count = len(hub.list_downloads("org/tiny"))
     with make_cache_pod(run, tmp_path / "pod", tmp_path / "claim", CLAIM_CACHE_OPTIONS, variables) as pod:
