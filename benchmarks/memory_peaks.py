@@ -11,12 +11,11 @@ configuration, which follows from the run's seed. `tests/unit/api/test_memory_pl
 from __future__ import annotations
 
 import argparse
-import statistics
 from typing import Any
 
 import record
 from finetune_api.memory.replay import replay
-from lib.memory_runs import SmallRun, measure_peak
+from lib.memory_runs import SmallRun, measure_peak, summarise_errors
 
 RECORDED_PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes")
 
@@ -38,11 +37,7 @@ def main() -> None:
     for seed in range(arguments.first_seed, arguments.first_seed + arguments.runs):
         measured.append(measure(seed))
         print(seed, f"{measured[-1]['expectedBytes'] / measured[-1]['measuredBytes'] - 1:+.2%}", flush=True)
-    errors = sorted(abs(one["expectedBytes"] / one["measuredBytes"] - 1) for one in measured)
-    figures = {
-        "runs": len(errors), "within5Percent": sum(error <= 0.05 for error in errors), "medianError": round(statistics.median(errors), 5),
-        "worstError": round(errors[-1], 5), "peaks": measured,
-    }  # fmt: skip
+    figures = {**summarise_errors(measured), "peaks": measured}
     record.write_result("memory_peaks", figures, method=record.extract_method(__doc__), versions=record.read_package_versions(RECORDED_PACKAGES))
 
 

@@ -12,11 +12,11 @@ seed. `tests/unit/api/test_memory_plan_preferences.py` computes the estimates of
 from __future__ import annotations
 
 import argparse
-import statistics
 from typing import Any
 
 import record
 from finetune_api.memory.replay import replay
+from lib.memory_runs import summarise_errors
 from lib.preference_runs import PREFERENCE_OBJECTIVES, PreferenceRun, measure_preference_peak
 
 RECORDED_PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes")
@@ -27,15 +27,6 @@ def measure(seed: int) -> dict[str, Any]:
     run = PreferenceRun.draw(seed)
     measured = measure_preference_peak(run)
     return {"seed": seed, "objective": run.objective.value, "measuredBytes": measured, "expectedBytes": replay(run.as_step()).total_bytes}
-
-
-def summarise(peaks: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the number of runs, the number within 5 %, and the median and the largest relative error."""
-    errors = sorted(abs(one["expectedBytes"] / one["measuredBytes"] - 1) for one in peaks)
-    return {
-        "runs": len(errors), "within5Percent": sum(error <= 0.05 for error in errors), "medianError": round(statistics.median(errors), 5),
-        "worstError": round(errors[-1], 5),
-    }  # fmt: skip
 
 
 def main() -> None:
@@ -49,11 +40,11 @@ def main() -> None:
         peaks.append(measure(seed))
         print(seed, peaks[-1]["objective"], f"{peaks[-1]['expectedBytes'] / peaks[-1]['measuredBytes'] - 1:+.2%}", flush=True)
     by_objective = {
-        objective.value: summarise([one for one in peaks if one["objective"] == objective.value])
+        objective.value: summarise_errors([one for one in peaks if one["objective"] == objective.value])
         for objective in PREFERENCE_OBJECTIVES
         if any(one["objective"] == objective.value for one in peaks)
     }
-    figures = {**summarise(peaks), "byObjective": by_objective, "peaks": peaks}
+    figures = {**summarise_errors(peaks), "byObjective": by_objective, "peaks": peaks}
     record.write_result("memory_peaks_preferences", figures, method=record.extract_method(__doc__), versions=record.read_package_versions(RECORDED_PACKAGES))
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import random
+import statistics
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,6 +123,15 @@ def measure_peak(run: SmallRun) -> int:
     finally:
         gc.enable()
     return find_peak(profiler.profiler.kineto_results.experimental_event_tree())
+
+
+def summarise_errors(peaks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the number of runs, the number within 5 %, and the median and the largest relative error of the estimates."""
+    errors = sorted(abs(one["expectedBytes"] / one["measuredBytes"] - 1) for one in peaks)
+    return {
+        "runs": len(errors), "within5Percent": sum(error <= 0.05 for error in errors), "medianError": round(statistics.median(errors), 5),
+        "worstError": round(errors[-1], 5),
+    }  # fmt: skip
 
 
 def find_peak(events: Any) -> int:

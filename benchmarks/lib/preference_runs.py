@@ -10,7 +10,7 @@ from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
-from finetune_api.memory.heads import LossHead
+from finetune_api.memory.description import LOSS_HEADS
 from finetune_api.memory.layers import Batch
 from finetune_api.memory.replay import Reference, Step
 from finetune_api.objectives import OBJECTIVES
@@ -19,7 +19,6 @@ from finetune_api.spec.enums import TrainerType
 from .memory_runs import STEPS, SmallRun, add_adapter, create_base_model, find_peak
 
 PREFERENCE_OBJECTIVES = (TrainerType.DPO, TrainerType.ORPO, TrainerType.KTO, TrainerType.REWARD)
-LOSS_HEADS = {TrainerType.ORPO: LossHead.PAIR_LOGITS, TrainerType.REWARD: LossHead.SCORE}
 TRAINER_OPTIMIZERS = {"adamw": "adamw_torch_fused", "sgd": "sgd", "adafactor": "adafactor"}
 """Names of the optimizers in TrainingArguments, by their names in `SmallRun`."""
 
@@ -54,8 +53,8 @@ class PreferenceRun:
         step = self.run.as_step()
         rows = self.run.rows * OBJECTIVES[self.objective].sequences_per_row
         weights = replace(step.weights, has_dropout=False, has_score_head=self.objective is TrainerType.REWARD)
-        head = LOSS_HEADS.get(self.objective, LossHead.TILES)
-        return replace(step, weights=weights, batch=Batch(rows, self.run.tokens, has_mask=True), loss_head=head, reference=self.reference)
+        batch = Batch(rows, self.run.tokens, has_mask=True)
+        return replace(step, weights=weights, batch=batch, loss_head=LOSS_HEADS[self.objective], reference=self.reference)
 
 
 def measure_preference_peak(run: PreferenceRun) -> int:

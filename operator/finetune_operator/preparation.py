@@ -172,7 +172,9 @@ def _find_cause_of_preparation(job: JobView, pods: tuple[PodView, ...]) -> Failu
 
 def _is_users_mistake(facts: Facts, job: JobView, cause: FailureCause, pods: tuple[PodView, ...]) -> bool:
     """Whether the failure is a mistake of the user that would also end a training pod, so that no attempt can succeed."""
-    is_reported = job.failed_reason != DEADLINE_REASON and any(pod.termination_message is not None for pod in pods)
+    if job.failed_reason == DEADLINE_REASON:
+        return False
+    is_reported = any(pod.termination_message is not None for pod in pods)
     if cause.retry_policy is not RetryPolicy.NEVER or not is_reported or cause.failure.code in PREPARATION_ONLY_CODES:
         return False
     # Without a Secret, the pod may have the rights of its node's role, and the training pods run on other nodes.

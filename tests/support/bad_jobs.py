@@ -64,7 +64,7 @@ JobChange = Callable[[BadJob], None]
 BAD_JOBS: dict[str, tuple[JobChange, str, FailureClass, str]] = {
     # storage
     "bucket that does not exist": (
-        lambda s: s.storage.update(uri="s3://no-such-bucket/root/team/job/uid"), "BucketNotFound", FailureClass.STORAGE, "no-such-bucket",
+        lambda s: s.storage.update(uri="s3://no-such-bucket/prefix/team/job/uid"), "BucketNotFound", FailureClass.STORAGE, "no-such-bucket",
     ),
     "wrong access key": (lambda s: s.env.update(AWS_ACCESS_KEY_ID="WRONG"), "CredentialsRejected", FailureClass.STORAGE, "credentialsSecretRef"),
     "wrong secret key": (lambda s: s.env.update(AWS_SECRET_ACCESS_KEY="WRONG"), "CredentialsRejected", FailureClass.STORAGE, "credentialsSecretRef"),

@@ -102,7 +102,7 @@ def failing_jobs(installation: Installation, shared_namespace: JobNamespace) -> 
     """A namespace in which the jobs of all cases run at the same time."""
     for key, body in DATASET_FILES.items():
         installation.store.put_object(Bucket="datasets", Key=key, Body=body)
-    shared_namespace.create_secret("wrong-keys", {"AWS_ACCESS_KEY_ID": "nobody", "AWS_SECRET_ACCESS_KEY": "nothing"})
+    shared_namespace.create_secret("wrong-keys", {"AWS_ACCESS_KEY_ID": "unknown-key", "AWS_SECRET_ACCESS_KEY": "nothing"})
     gpu_groups: dict[str, Any] = {"resources": {"gpusPerNode": 1}, "prepare": {"strategy": "always"}}
     shared_namespace.apply(*(job(name, **gpu_groups, **case(installation).spec) for name, case in INVALID_INPUTS.items()))
     return shared_namespace

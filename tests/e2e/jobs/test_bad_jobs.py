@@ -49,7 +49,7 @@ def upload_inputs(installation: Installation, bad: BadJob, name: str) -> dict[st
     if bad.env.keys() & {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}:
         storage["credentialsSecretRef"] = {"name": name}
     # The operator refuses loopback addresses, so an unreachable store needs another name here.
-    changed_storage = bad.storage | ({"endpoint": "http://nobody.s3.svc:8333"} if "endpoint" in bad.storage else {})
+    changed_storage = bad.storage | ({"endpoint": "http://absent.s3.svc:8333"} if "endpoint" in bad.storage else {})
     return {**spec, "storage": storage | changed_storage}
 
 

@@ -14,7 +14,7 @@ from finetune_trainer.storage.__main__ import main
 from finetune_trainer.storage.roots import open_store
 from web_server import WebServer
 
-ROOT = "s3://bucket/root/team/job/uid"
+ROOT = "s3://bucket/prefix/team/job/uid"
 
 
 @pytest.mark.parametrize(
@@ -27,10 +27,10 @@ ROOT = "s3://bucket/root/team/job/uid"
         (f"{ROOT}/checkpoints/step-00000100/a1-12345678/", JobAddress(ROOT, 100)),
         (f"{ROOT}/model", JobAddress(ROOT, is_model=True)),
         (f"{ROOT}/model/a2-12345678", JobAddress(ROOT, is_model=True)),
-        ("s3://bucket/root/team/model/0a1b2c3d-0000", JobAddress("s3://bucket/root/team/model/0a1b2c3d-0000")),
+        ("s3://bucket/prefix/team/model/0a1b2c3d-0000", JobAddress("s3://bucket/prefix/team/model/0a1b2c3d-0000")),
         (
-            "s3://bucket/root/team/model/0a1b2c3d-0000/model",
-            JobAddress("s3://bucket/root/team/model/0a1b2c3d-0000", is_model=True),
+            "s3://bucket/prefix/team/model/0a1b2c3d-0000/model",
+            JobAddress("s3://bucket/prefix/team/model/0a1b2c3d-0000", is_model=True),
         ),
         ("s3://bucket/model/team/job/uid", JobAddress("s3://bucket/model/team/job/uid")),
         ("https://host/uid/model/?sig=a/b", JobAddress("https://host/uid?sig=a/b", is_model=True)),
