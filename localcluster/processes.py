@@ -11,7 +11,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -20,6 +20,7 @@ from localcluster.errors import StartFailed
 
 OWNER_VARIABLE = "FINETUNE_LOCALCLUSTER"
 _PR_SET_PDEATHSIG = 1
+_KERNEL_THREAD_FLAG = 0x00200000
 _libc = ctypes.CDLL(None, use_errno=True)
 Condition = Callable[[], bool]
 
@@ -85,16 +86,33 @@ def join_last_lines(log: Path, lines: int = 3) -> str:
 def list_owned_pids(owner: Path) -> list[int]:
     """List the pids of all running processes of `owner`, including their children, except this process."""
     owner_variable = f"{OWNER_VARIABLE}={owner}".encode()
-    pids = []
+    return [pid for pid, environment in _read_environments() if owner_variable in environment and start_time(pid) is not None]
+
+
+def list_pids_in_exec() -> list[int]:
+    """List the pids of all processes that the kernel is giving a new program. Such a process has no environment and no arguments for a moment,
+    so `list_owned_pids` does not find it, even though `subprocess.Popen` may have returned.
+    """
+    return [pid for pid, environment in _read_environments() if environment == [b""] and _is_in_exec(pid)]
+
+
+def _read_environments() -> Iterator[tuple[int, list[bytes]]]:
+    """Return the pid and the environment of each process except this one, as far as this user may read them."""
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit() or int(entry.name) == os.getpid():
             continue
         try:
-            if owner_variable in (entry / "environ").read_bytes().split(b"\0") and start_time(int(entry.name)) is not None:
-                pids.append(int(entry.name))
+            yield int(entry.name), (entry / "environ").read_bytes().split(b"\0")
         except OSError:
             continue  # the process has ended or belongs to another user
-    return pids
+
+
+def _is_in_exec(pid: int) -> bool:
+    try:
+        state, *fields = _read_stat(pid)
+        return state not in "ZX" and not int(fields[5]) & _KERNEL_THREAD_FLAG and not Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
 
 
 def start_time(pid: int) -> str | None:
@@ -102,29 +120,37 @@ def start_time(pid: int) -> str | None:
     has used the same pid.
     """
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        fields = _read_stat(pid)
     except OSError:
         return None
     return None if fields[0] in "ZX" else fields[19]
 
 
+def _read_stat(pid: int) -> list[str]:
+    """Return the fields of `/proc/PID/stat` from the third one, the state. Errors: OSError if the process has ended."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+
+
 def end_all(owner: Path, timeout_seconds: float = 20.0) -> int:
     """Kill all processes of `owner` and wait until they have ended. Returns the number of killed processes.
 
-    Waiting also covers processes in PID namespaces: the first process of a PID namespace ends only after all others.
+    Waiting also covers processes in PID namespaces: the first process of a PID namespace ends only after all others. The search is repeated
+    until it finds nothing: a process may have started another one meanwhile, and the owner of a process in `execve` cannot be read yet.
     """
     start_time_by_pid: dict[int, str] = {}
     deadline = time.monotonic() + timeout_seconds
     while True:
-        for pid in list_owned_pids(owner):
+        pids_in_exec = list_pids_in_exec()  # listed first: a process that leaves this list has an owner that can be read
+        found_pids = list_owned_pids(owner)
+        for pid in found_pids:
             if start := start_time(pid):
                 start_time_by_pid[pid] = start
             kill(pid)
         remaining = [pid for pid, start in start_time_by_pid.items() if start_time(pid) == start]
-        if not remaining:
+        if not (remaining or found_pids or pids_in_exec):
             return len(start_time_by_pid)
         if time.monotonic() > deadline:
-            raise StartFailed(f"processes {remaining} of {owner} do not end after SIGKILL")
+            raise StartFailed(f"processes {remaining or found_pids or pids_in_exec} of {owner} do not end after SIGKILL")
         time.sleep(0.01)
 
 

@@ -38,6 +38,38 @@ def test_all_descendants_of_an_owner_are_found_and_killed(tmp_path: Path) -> Non
     processes.end_all(other)
 
 
+def test_a_process_in_execve_is_searched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = _spawn(tmp_path, "exec sleep 600", Lifetime.UNTIL_STOPPED)
+    searches: list[Path] = []
+    search = processes.list_owned_pids
+
+    def hide_in_first_search(owner: Path) -> list[int]:
+        searches.append(owner)
+        return [] if len(searches) == 1 else search(owner)
+
+    monkeypatch.setattr(processes, "list_owned_pids", hide_in_first_search)
+    monkeypatch.setattr(processes, "list_pids_in_exec", lambda: [started.process.pid] if not searches else [])
+    assert processes.end_all(tmp_path) == 1
+    assert processes.start_time(started.process.pid) is None
+
+
+def test_processes_in_execve_are_neither_kernel_threads_nor_processes_without_environment(tmp_path: Path) -> None:
+    with subprocess.Popen(["sleep", "600"], env={}) as child:
+        _wait_until(lambda: Path(f"/proc/{child.pid}/cmdline").read_bytes())
+        assert Path(f"/proc/{child.pid}/environ").read_bytes() == b""
+        assert child.pid not in processes.list_pids_in_exec()
+        kernel_threads = [int(s.parent.name) for s in Path("/proc").glob("[0-9]*/stat") if _is_kernel_thread(s)]
+        assert not set(kernel_threads) & set(processes.list_pids_in_exec())
+        child.kill()
+
+
+def _is_kernel_thread(stat: Path) -> bool:
+    try:
+        return stat.read_text().rpartition(")")[2].split()[1] in {"0", "2"} and stat.parent.name != "1"
+    except OSError:
+        return False
+
+
 def test_process_with_lifetime_parent_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
     script = (
         "import pathlib; from localcluster import processes as p; o = pathlib.Path({o!r})\n"
