@@ -14,7 +14,7 @@ from finetune_operator.blocking_conditions import all_pods_ended
 from finetune_operator.cache import JobCache
 from finetune_operator.events import EventDraft, EventRecorder, draft_events
 from finetune_operator.facts import Facts
-from finetune_operator.job_state import JobState
+from finetune_operator.job_state import JobState, StoredStatus
 from finetune_operator.killpoints import KillPoint, kill_if_requested
 from finetune_operator.kube import Invalid, KubeClient
 from finetune_operator.metrics import Metrics
@@ -22,14 +22,14 @@ from finetune_operator.objects import FINETUNEJOB, Object
 from finetune_operator.plan import ActionResult, Plan, Situation
 from finetune_operator.policies.timeouts import seconds_between
 from finetune_operator.report import compute_status, reduce_status, remove_rejected_fields
-from finetune_operator.throttle import MAX_DEFER_SECONDS, StatusThrottle
+from finetune_operator.throttle import StatusThrottle
 from finetune_operator.views import FineTuneJobView, read_finetunejob
 from finetune_operator.workqueue import JobKey, WorkQueue
 
 logger = logging.getLogger(__name__)
 
-FIRST_STATUS_DEFER_SECONDS, FIRST_STATUS_RECHECK_SECONDS = MAX_DEFER_SECONDS, 1.0
-"""During a burst of new jobs: maximum delay of a job's first status write, and time between two checks whether the burst continues, in seconds."""
+FIRST_STATUS_RECHECK_SECONDS = 1.0
+"""During a burst of new jobs: time between two checks whether the burst continues."""
 START_EVENTS = (Reason.ACCEPTED, Reason.ATTEMPT_STARTED)
 """Reasons of events that may be deferred together with the first status of a job."""
 
@@ -86,7 +86,7 @@ class StatusWriter:
             # The fast comparison of the JSON may find a difference without meaning, for example another form of a time. So the parsed values decide.
             is_pruned = body.get("status") != new_status_json and written_job.status.to_wire() != new_status_json
             state.pruned_status_write = (written_job.resource_version, new_status_json) if is_pruned else None
-            state.stored_status = None if is_pruned else (written_job.resource_version, new_status_json)
+            state.stored_status = None if is_pruned else StoredStatus.store(written_job.resource_version, new_status_json)
             return written_job
         wire_without_reports = reduce_status(new_status, job.status).to_wire()
         if wire_without_reports == job.status.to_wire():
@@ -120,8 +120,8 @@ class StatusWriter:
         """Return the seconds to wait before the write. If the result is 0 or negative, the status must be written now."""
         now, is_update_burst = asyncio.get_running_loop().time(), self._queue.is_update_burst
         if not is_transition:
-            burst_seconds = 0.0 if new_status.steps_done else MAX_DEFER_SECONDS
-            return self._throttle.compute_progress_delay(state.pending_changes, now, burst_seconds, is_update_burst=is_update_burst)
+            has_steps = bool(new_status.steps_done)
+            return self._throttle.compute_progress_delay(state.pending_changes, now, has_steps=has_steps, is_update_burst=is_update_burst)
         if may_defer(plan, facts.job.status, new_status, drafts):
             pods_ended = all_pods_ended(facts)
             return self._throttle.compute_transition_delay(state.pending_changes, pods_ended=pods_ended, now=now, is_update_burst=is_update_burst)
@@ -130,9 +130,8 @@ class StatusWriter:
     def defer_first_status(self, key: JobKey, state: JobState) -> bool:
         """Defer the first status of a new job if other FineTuneJobs wait for their Jobs. Returns whether the status is deferred."""
         if self._queue.is_burst:
-            now = asyncio.get_running_loop().time()
-            state.first_status_due_at = now + FIRST_STATUS_DEFER_SECONDS
-            state.pending_changes.created_at = now
+            state.is_first_status_deferred = True
+            self._throttle.defer_first_status(state.pending_changes, asyncio.get_running_loop().time())
             self._queue.add_after(key, FIRST_STATUS_RECHECK_SECONDS)
         elif len(self._queue):
             self._queue.add(key)
@@ -142,16 +141,17 @@ class StatusWriter:
 
     def is_first_status_deferred(self, key: JobKey, state: JobState | None) -> bool:
         """Whether this reconcile can be skipped: the job's first status write is deferred, and the burst continues or the job still has no pods."""
-        if state is None or state.first_status_due_at is None:
+        if state is None or not state.is_first_status_deferred:
             return False
+        due_at = self._throttle.compute_first_status_due_at(state.pending_changes)
         now, entry = asyncio.get_running_loop().time(), self._cache.get(key)
         job = entry.finetunejob
         is_unchanged = job is not None and not job.is_deleting and (job.uid, job.generation) == (state.uid, state.generation)
         can_wait = self._queue.is_burst or not entry.pods
-        if not is_unchanged or not can_wait or now >= state.first_status_due_at:
-            state.first_status_due_at = None
+        if not is_unchanged or not can_wait or now >= due_at:
+            state.is_first_status_deferred = False
             return False
-        self._queue.add_after(key, min(FIRST_STATUS_RECHECK_SECONDS, state.first_status_due_at - now))
+        self._queue.add_after(key, min(FIRST_STATUS_RECHECK_SECONDS, due_at - now))
         return True
 
     def drop_state(self, uid: str) -> None:
@@ -183,9 +183,9 @@ class StatusWriter:
 
 def _get_stored_status(job: FineTuneJobView, state: JobState) -> Object:
     """Return the JSON of the job's stored status. It is computed once per version of the job, because several reconciles see the same version."""
-    if state.stored_status is None or state.stored_status[0] != job.resource_version:
-        state.stored_status = (job.resource_version, job.status.to_wire())
-    return state.stored_status[1]
+    if state.stored_status is None or state.stored_status.resource_version != job.resource_version:
+        state.stored_status = StoredStatus.store(job.resource_version, job.status.to_wire())
+    return state.stored_status.read()
 
 
 def may_defer(plan: Plan, old_status: FineTuneJobStatus, new_status: FineTuneJobStatus, drafts: list[EventDraft]) -> bool:

@@ -1,7 +1,8 @@
 """Decides when a changed status is written, and limits the rate of expensive reads.
 
 If an attempt ends or a change causes an event, the status is written at once. While many FineTuneJobs, Jobs or pods change at the same time,
-other changes and the first status of a new job may be deferred, so that one later write contains several changes.
+other changes and the first status of a new job may be deferred, so that one later write contains several changes. The more jobs wait for a
+write, the longer a write may be deferred: if all of them were written at once, the last one would have to wait as long.
 """
 
 from __future__ import annotations
@@ -9,11 +10,17 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Hashable
 from dataclasses import dataclass
+from weakref import WeakSet
 
 BURST_COUNT, BURST_SECONDS = 10, 2.0
 """A burst is at least `BURST_COUNT` occurrences within `BURST_SECONDS` seconds."""
-MAX_DEFER_SECONDS, RECHECK_SECONDS = 20.0, 10.0
-"""During a burst: maximum delay of a transition, and time between two checks whether the burst continues, in seconds."""
+MIN_DEFER_LIMIT_SECONDS, MAX_DEFER_LIMIT_SECONDS, DEFER_LIMIT_SECONDS_PER_JOB = 20.0, 60.0, 0.05
+"""During a burst, the maximum delay of a transition in seconds grows with the number of jobs with deferred transitions, within two bounds.
+0.05 s is the time in which a busy API server on two cores can handle a job's status write, its events and their watchers
+(`benchmarks/operator_load.py`).
+"""
+RECHECK_SECONDS = 10.0
+"""During a burst: time between two checks whether the burst continues."""
 JOB_END_SECONDS = 5.0
 """If all pods have ended but their Job is not finished yet, the status shows the pods as not ready only after this many seconds."""
 
@@ -38,9 +45,12 @@ class BurstDetector:
         return len(self._times) == BURST_COUNT and now - self._times[0] <= BURST_SECONDS
 
 
-@dataclass
+@dataclass(eq=False)
 class PendingChanges:
     """Times of changes of one job that its stored status does not show yet. All times are event loop times."""
+
+    defer_limit_seconds: float = 0.0
+    """For how many seconds the oldest deferred change may be deferred, or 0 if no change is deferred."""
 
     created_at: float | None = None
     """When the first status of a new job was deferred."""
@@ -58,19 +68,38 @@ class StatusThrottle:
     def __init__(self, progress_seconds: float):
         self._progress_seconds = progress_seconds
         self._transitions = BurstDetector()
+        self._deferred: WeakSet[PendingChanges] = WeakSet()
+
+    def defer_first_status(self, pending: PendingChanges, now: float) -> None:
+        """Record that the first status of a new job is deferred."""
+        pending.created_at = now
+        self._update_defer_limit(pending)
+
+    def compute_first_status_due_at(self, pending: PendingChanges) -> float:
+        """Return when the deferred first status of a job must be written, even if the burst continues."""
+        assert pending.created_at is not None  # noqa: S101 -- the caller deferred the status
+        return pending.created_at + self._update_defer_limit(pending)
+
+    def _update_defer_limit(self, pending: PendingChanges) -> float:
+        """Count the job as deferred and return its limit. The limit never falls: near the end of a burst, the remaining writes follow soon anyway."""
+        self._deferred.add(pending)
+        limit_seconds = min(MAX_DEFER_LIMIT_SECONDS, max(MIN_DEFER_LIMIT_SECONDS, DEFER_LIMIT_SECONDS_PER_JOB * len(self._deferred)))
+        pending.defer_limit_seconds = max(pending.defer_limit_seconds, limit_seconds)
+        return pending.defer_limit_seconds
 
     def compute_progress_delay(
-        self, pending: PendingChanges, now: float, burst_seconds: float = 0.0, *, is_update_burst: bool = False
+        self, pending: PendingChanges, now: float, *, has_steps: bool = True, is_update_burst: bool = False
     ) -> float:
         """Return the seconds until a status with new progress, but without a transition, may be written. If 0 or negative, it may be written now.
 
-        During a burst, the write may be deferred for `burst_seconds` beyond the normal interval. `is_update_burst`: many Jobs and pods change now.
+        During a burst, the write may be deferred beyond the normal interval if the job has not done a step (`has_steps`). `is_update_burst`: many
+        Jobs and pods change now.
         """
         pending.transition_at, pending.pods_ended_at = None, None
         due_at = pending.progress_at + self._progress_seconds
         if now < due_at or not (is_update_burst or self._transitions.is_active(now)):
             return due_at - now
-        return min(RECHECK_SECONDS, due_at + burst_seconds - now)
+        return min(RECHECK_SECONDS, due_at - now + (0.0 if has_steps else self._update_defer_limit(pending)))
 
     def compute_transition_delay(self, pending: PendingChanges, *, pods_ended: bool, now: float, is_update_burst: bool = False) -> float:
         """Return for how many seconds a status with a transition may still be deferred. If 0, it must be written now.
@@ -82,16 +111,18 @@ class StatusThrottle:
             pending.transition_at = now if pending.created_at is None else pending.created_at
             self._transitions.record(now)
         is_burst = is_update_burst or self._transitions.is_active(now)
-        delay_seconds = max(0.0, min(RECHECK_SECONDS, pending.transition_at + MAX_DEFER_SECONDS - now)) if is_burst else 0.0
+        defer_limit_seconds = self._update_defer_limit(pending) if is_burst else 0.0
+        delay_seconds = max(0.0, min(RECHECK_SECONDS, pending.transition_at + defer_limit_seconds - now))
         if not pods_ended:
             pending.pods_ended_at = None
             return delay_seconds
         pending.pods_ended_at = now if pending.pods_ended_at is None else pending.pods_ended_at
         return max(delay_seconds, pending.pods_ended_at + JOB_END_SECONDS - now)
 
-    @staticmethod
-    def record_write(pending: PendingChanges, progress_at: float) -> None:
+    def record_write(self, pending: PendingChanges, progress_at: float) -> None:
         """Clear the pending changes after a status write. `progress_at`: when the operator received the progress that was written."""
+        self._deferred.discard(pending)
+        pending.defer_limit_seconds = 0.0
         pending.created_at, pending.transition_at, pending.pods_ended_at = None, None, None
         pending.progress_at = progress_at
 

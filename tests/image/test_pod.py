@@ -81,7 +81,7 @@ def test_a_pod_evaluates_its_model(trainer_image: TrainerImage, tmp_path: Path) 
     ("removed_folder", "spec", "processes", "missing_part"),
     [
         ("torch", {}, 2, "a part that the torchelastic agent needs"),
-        ("torch", {}, 1, "the Python package torch"),
+        pytest.param("torch", {}, 1, "the Python package torch", marks=pytest.mark.slow),
         ("nvidia/nccl/lib", {}, 1, "the library libnccl.so.2"),
         pytest.param("deepspeed", DEEPSPEED_SPEC, 2, "the Python package deepspeed", marks=pytest.mark.slow),
         pytest.param("bitsandbytes", {"method": {"type": "qlora"}}, 1, "the Python package bitsandbytes", marks=pytest.mark.slow),

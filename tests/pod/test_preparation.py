@@ -95,7 +95,7 @@ def test_the_plan_says_why_it_has_chosen_nothing(bucket: Bucket, tmp_path: Path,
 # ---- bad jobs ----
 
 
-QUICK_BAD_JOBS = ("wrong secret key", "unknown architecture", "unknown role", "target modules that the model lacks")
+QUICK_BAD_JOBS = ("wrong secret key", "unknown role", "target modules that the model lacks")
 
 
 @pytest.mark.parametrize("name", quick_slice(BAD_JOBS, QUICK_BAD_JOBS))

@@ -250,7 +250,7 @@ class ForwardPass:
         is_eager = self.kernels.attention == "eager"
         repeats = self.shape.head_count // self.shape.key_value_head_count
         if is_eager or (self.kernels.attention == "sdpa" and (self.batch.has_mask or not self.kernels.is_gpu)):
-            key, value = op.repeat_heads(self.context, key, repeats), op.repeat_heads(self.context, value, repeats)
+            key, value = (op.repeat_heads(self.context, one, repeats, is_eager=is_eager) for one in (key, value))
         if is_eager:
             return op.attend_eagerly(self.context, query, key, value)
         return op.attend(self.context, query, key, value, has_mask=self.batch.has_mask and self.kernels.attention == "sdpa")

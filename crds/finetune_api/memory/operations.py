@@ -209,12 +209,17 @@ def _rotate_half(context: ComputeContext, x: Tensor) -> Tensor:
     return context.tape.record([x], output, [Gradient(x.numel, x.item_bytes, temporary_bytes=(half, x.numel * x.item_bytes))])
 
 
-def repeat_heads(context: ComputeContext, x: Tensor, repeats: int) -> Tensor:
-    """Copy each head of keys or values `repeats` times, once for each query head that uses it."""
+def repeat_heads(context: ComputeContext, x: Tensor, repeats: int, *, is_eager: bool) -> Tensor:
+    """Copy each head of keys or values `repeats` times, once for each query head that uses it.
+
+    A single head is not copied, because torch's `reshape` then returns a view. In eager attention, `matmul` copies this view if there are several rows.
+    """
     if repeats == 1:
         return x
     rows, tokens, heads, size = x.shape
-    return context.tape.record([x], context.tape.tensor((rows, tokens, heads * repeats, size), x.item_bytes), [Gradient(x.numel, x.item_bytes)])
+    shape = (rows, tokens, heads * repeats, size)
+    repeated = x.view(*shape) if heads == 1 and not (is_eager and rows > 1) else context.tape.tensor(shape, x.item_bytes)
+    return context.tape.record([x], repeated, [Gradient(x.numel, x.item_bytes)])
 
 
 def attend(context: ComputeContext, query: Tensor, key: Tensor, value: Tensor, *, has_mask: bool) -> Tensor:

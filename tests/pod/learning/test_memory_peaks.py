@@ -22,7 +22,7 @@ def test_a_measured_peak_agrees_with_the_plan(seed: int) -> None:
     assert replay(run.as_step()).total_bytes / measure_peak(run) == pytest.approx(1, abs=0.05), run
 
 
-@pytest.mark.parametrize("seed", quick_slice(PREFERENCE_SEEDS, (2001, 2004, 2034)))
+@pytest.mark.parametrize("seed", quick_slice(PREFERENCE_SEEDS, (2001,)))
 def test_a_measured_peak_of_a_preference_objective_agrees_with_the_plan(seed: int) -> None:
     run = PreferenceRun.draw(seed)
     assert replay(run.as_step()).total_bytes / measure_preference_peak(run) == pytest.approx(1, abs=0.05), run

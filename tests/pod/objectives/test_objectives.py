@@ -61,7 +61,14 @@ def load_models(outcome: RunOutcome, model: Path) -> tuple[Any, Any, Any]:
 # ---- the intended direction
 
 
-@pytest.mark.parametrize(("objective", "rows", "loss_bound"), [("dpo", PREFERENCE_PAIRS, 0.1), ("orpo", PREFERENCE_PAIRS, 0.5), ("kto", LABELLED_ANSWERS, 0.3)])
+@pytest.mark.parametrize(
+    ("objective", "rows", "loss_bound"),
+    [
+        ("dpo", PREFERENCE_PAIRS, 0.1),
+        pytest.param("orpo", PREFERENCE_PAIRS, 0.5, marks=pytest.mark.slow),
+        pytest.param("kto", LABELLED_ANSWERS, 0.3, marks=pytest.mark.slow),
+    ],
+)
 def test_better_answers_become_more_likely(objective: str, rows: list[Any], loss_bound: float, model: Path, tmp_path: Path) -> None:
     outcome = run_training(tmp_path, model, objective_spec(objective, merge_mappings(FIFTY_STEPS, FULL_SPEC)), rows)
     assert outcome.losses[-1] < loss_bound < outcome.losses[0]

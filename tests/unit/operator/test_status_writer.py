@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import pytest
 from finetune_api.names import Reason
-from finetune_operator import events, status_writer, throttle
+from finetune_operator import events, throttle
 from finetune_operator.events import EventDraft, EventRecorder
 from finetune_operator.facts import ReceivedReport
 from finetune_operator.kube import ApiResponse, Forbidden, KubeClient
@@ -132,7 +132,7 @@ async def test_first_status_is_written_when_the_burst_of_new_jobs_ends(
 async def test_first_status_is_written_at_the_limit_during_a_long_burst(
     server: FakeApiServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(status_writer, "FIRST_STATUS_DEFER_SECONDS", 0.0)
+    monkeypatch.setattr(throttle, "MAX_DEFER_LIMIT_SECONDS", 0.0)
     process = OperatorProcess(server)
     await process.start_burst_of_new_jobs()
     await process.work()

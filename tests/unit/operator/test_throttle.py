@@ -7,9 +7,9 @@ from finetune_operator.throttle import (
     BURST_COUNT,
     BURST_SECONDS,
     JOB_END_SECONDS,
-    MAX_DEFER_SECONDS,
     MAX_READ_DELAY_SECONDS,
     MAX_READ_PAUSE_SECONDS,
+    MIN_DEFER_LIMIT_SECONDS,
     READ_TIME_DIVISOR,
     RECHECK_SECONDS,
     BurstDetector,
@@ -20,9 +20,11 @@ from finetune_operator.throttle import (
 
 
 def start_burst(throttle: StatusThrottle, now: float) -> None:
-    """Start a burst: record BURST_COUNT transitions of other jobs."""
+    """Start a burst: record BURST_COUNT transitions of other jobs, whose statuses are written."""
     for _ in range(BURST_COUNT):
-        throttle.compute_transition_delay(PendingChanges(), pods_ended=False, now=now)
+        other = PendingChanges()
+        throttle.compute_transition_delay(other, pods_ended=False, now=now)
+        throttle.record_write(other, now)
 
 
 def test_burst_is_many_occurrences_in_a_short_time() -> None:
@@ -56,10 +58,10 @@ def test_deferred_transition_is_written_when_the_burst_ends() -> None:
 @pytest.mark.parametrize(
     ("passed", "pods_ended", "delay"),
     [
-        (MAX_DEFER_SECONDS - RECHECK_SECONDS - 1, False, RECHECK_SECONDS),
-        (MAX_DEFER_SECONDS - 2, False, 2.0),
-        (MAX_DEFER_SECONDS, False, 0.0),
-        (MAX_DEFER_SECONDS - 2, True, JOB_END_SECONDS),
+        (MIN_DEFER_LIMIT_SECONDS - RECHECK_SECONDS - 1, False, RECHECK_SECONDS),
+        (MIN_DEFER_LIMIT_SECONDS - 2, False, 2.0),
+        (MIN_DEFER_LIMIT_SECONDS, False, 0.0),
+        (MIN_DEFER_LIMIT_SECONDS - 2, True, JOB_END_SECONDS),
     ],
     ids=["well before the limit", "just before the limit", "at the limit", "pods ended: the longer of both delays"],
 )
@@ -89,8 +91,8 @@ def test_progress_is_written_once_per_interval_and_does_not_start_a_burst() -> N
 def test_progress_before_the_first_step_is_deferred_during_a_burst(passed: float, delay: float) -> None:
     throttle, pending = StatusThrottle(15.0), PendingChanges(progress_at=100.0)
     start_burst(throttle, 100.0 + passed)
-    assert throttle.compute_progress_delay(pending, 100.0 + passed, MAX_DEFER_SECONDS) == delay
-    assert throttle.compute_progress_delay(pending, 101.0 + passed + BURST_SECONDS, MAX_DEFER_SECONDS) == 12.0 - passed
+    assert throttle.compute_progress_delay(pending, 100.0 + passed, has_steps=False) == delay
+    assert throttle.compute_progress_delay(pending, 101.0 + passed + BURST_SECONDS, has_steps=False) == 12.0 - passed
 
 
 def test_progress_after_the_first_step_is_not_deferred_during_a_burst() -> None:
@@ -115,15 +117,41 @@ def test_write_resets_all_pending_changes() -> None:
     throttle, pending = StatusThrottle(15.0), PendingChanges()
     throttle.compute_transition_delay(pending, pods_ended=True, now=50.0)
     throttle.record_write(pending, 54.0)
-    assert pending == PendingChanges(progress_at=54.0)
+    assert (pending.created_at, pending.transition_at, pending.pods_ended_at) == (None, None, None)
+    assert (pending.progress_at, pending.defer_limit_seconds) == (54.0, 0.0)
     assert throttle.compute_progress_delay(pending, 60.0) == 9.0
 
 
 def test_limit_of_a_deferred_first_status_counts_from_its_first_deferral() -> None:
     throttle, pending = StatusThrottle(15.0), PendingChanges(created_at=50.0)
-    start_burst(throttle, 48.0 + MAX_DEFER_SECONDS)
-    assert throttle.compute_transition_delay(pending, pods_ended=False, now=48.0 + MAX_DEFER_SECONDS + 1) == 1.0
-    assert throttle.compute_transition_delay(pending, pods_ended=False, now=48.0 + MAX_DEFER_SECONDS + 2) == 0.0
+    start_burst(throttle, 48.0 + MIN_DEFER_LIMIT_SECONDS)
+    assert throttle.compute_transition_delay(pending, pods_ended=False, now=48.0 + MIN_DEFER_LIMIT_SECONDS + 1) == 1.0
+    assert throttle.compute_transition_delay(pending, pods_ended=False, now=48.0 + MIN_DEFER_LIMIT_SECONDS + 2) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("job_count", "limit_seconds"), [(1, 20.0), (400, 20.0), (600, 30.0), (1200, 60.0), (3000, 60.0)],
+    ids=["one job", "as long as the lower bound", "in proportion", "as long as the upper bound", "beyond the upper bound"],
+)  # fmt: skip
+def test_limit_of_a_deferral_grows_with_the_number_of_deferred_jobs(job_count: int, limit_seconds: float) -> None:
+    throttle, jobs = StatusThrottle(15.0), [PendingChanges() for _ in range(job_count)]
+    for pending in jobs:
+        throttle.defer_first_status(pending, 50.0)
+    assert throttle.compute_first_status_due_at(jobs[0]) == 50.0 + limit_seconds
+    for pending in jobs[1:]:
+        throttle.record_write(pending, 60.0)
+    assert throttle.compute_first_status_due_at(jobs[0]) == 50.0 + limit_seconds  # a limit never falls
+    throttle.defer_first_status(jobs[-1], 70.0)
+    assert throttle.compute_first_status_due_at(jobs[-1]) == 70.0 + MIN_DEFER_LIMIT_SECONDS
+
+
+def test_deleted_jobs_do_not_count_as_deferred() -> None:
+    throttle, deleted_jobs, pending = StatusThrottle(15.0), [PendingChanges() for _ in range(1000)], PendingChanges()
+    for deleted in deleted_jobs:
+        throttle.defer_first_status(deleted, 50.0)
+    del deleted, deleted_jobs
+    throttle.defer_first_status(pending, 50.0)
+    assert throttle.compute_first_status_due_at(pending) == 50.0 + MIN_DEFER_LIMIT_SECONDS
 
 
 def test_reads_pause_in_proportion_to_the_duration_of_the_last_read() -> None:

@@ -59,7 +59,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 BUSY_PAUSES_SECONDS = (1.0, 2.0, 4.0, 8.0)
 """Pauses before the retries of a request to a busy store."""
-COMPARED_SPEC_FIELDS = ("model", "method", "trainer", "dataset", "training", "evaluation")
+COMPARED_SPEC_FIELDS = ("model", "method", "trainer", "dataset", "training", "evaluation", "distributed")
 """Top-level fields of the spec that influence the computed numbers of a run."""
 FIELDS_NOT_HASHED = (
     "batchSizePerDevice", "gradientAccumulationSteps", "effectiveBatchSize", "learningRate", "gradientCheckpointing", "storage", "tokenSecretRef",
