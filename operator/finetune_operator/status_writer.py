@@ -54,7 +54,7 @@ class StatusWriter:
             return
         old_wire, new_status_json = _get_stored_status(facts.job, state), new_status.to_wire()
         if old_wire == new_status_json or state.pruned_status_write == (facts.job.resource_version, new_status_json):
-            state.pending_changes.transition_at = None
+            self._throttle.record_reverted(state.pending_changes)
             return
         drafts = draft_events(old_status, new_status)
         is_transition = select_immediate_fields(old_wire) != select_immediate_fields(new_status_json)

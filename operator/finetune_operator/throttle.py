@@ -119,12 +119,20 @@ class StatusThrottle:
         pending.pods_ended_at = now if pending.pods_ended_at is None else pending.pods_ended_at
         return max(delay_seconds, pending.pods_ended_at + JOB_END_SECONDS - now)
 
+    def record_reverted(self, pending: PendingChanges) -> None:
+        """Clear the pending changes of a job whose stored status is up to date again."""
+        pending.transition_at = None
+        self._stop_deferring(pending)
+
     def record_write(self, pending: PendingChanges, progress_at: float) -> None:
         """Clear the pending changes after a status write. `progress_at`: when the operator received the progress that was written."""
-        self._deferred.discard(pending)
-        pending.defer_limit_seconds = 0.0
+        self._stop_deferring(pending)
         pending.created_at, pending.transition_at, pending.pods_ended_at = None, None, None
         pending.progress_at = progress_at
+
+    def _stop_deferring(self, pending: PendingChanges) -> None:
+        self._deferred.discard(pending)
+        pending.defer_limit_seconds = 0.0
 
 
 class ReadTimeLimiter:

@@ -149,6 +149,7 @@ OPTION_TABLE: tuple[OptionRow, ...] = (
     OptionRow("trl.max_completion_length", "trainer.maxCompletionLength", to_integer(1), is_set_by_combine=True),
     OptionRow("trl.num_generations", "trainer.grpo.numGenerations", to_integer(2), is_set_by_combine=True),
     OptionRow("trl.temperature", "trainer.grpo.temperature", to_number(exclusive_low=0), is_set_by_combine=True),
+    OptionRow("trl.chat_template_kwargs", "dataset.templateVariables", to_template_variables, is_set_by_combine=True),
     OptionRow("trl.top_p", "trainer.grpo.topP", to_number(exclusive_low=0, high=1), is_set_by_combine=True),
     OptionRow("trl.loss_type", "trainer.grpo.lossType", to_choice({"grpo": "grpo", "bnpo": "bnpo", "dr_grpo": "drGrpo", "dapo": "dapo"}),
         is_set_by_combine=True),

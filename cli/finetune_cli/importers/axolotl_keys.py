@@ -151,7 +151,7 @@ REFUSED_OPTION_ROWS: tuple[OptionRow, ...] = (
     *make_refused_options("this option of GRPO",
         "trl.reward_weights trl.importance_sampling_level trl.sync_ref_model trl.min_p trl.top_k trl.repetition_penalty "
              "trl.generation_kwargs trl.num_iterations trl.epsilon trl.epsilon_high trl.mask_truncated_completions trl.multi_objective_aggregation "
-             "trl.off_policy_mask_threshold trl.use_bias_correction_kl trl.replay_buffer_size trl.chat_template_kwargs", "", 1),
+             "trl.off_policy_mask_threshold trl.use_bias_correction_kl trl.replay_buffer_size", "", 1),
 )  # fmt: skip
 GRPO_IGNORED_OPTION_ROWS: tuple[OptionRow, ...] = (
     *make_ignored_options("the trainer generates the answers itself",

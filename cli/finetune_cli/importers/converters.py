@@ -6,6 +6,7 @@ similar word. Converters are strict: a boolean is never a number, and of all str
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -178,7 +179,13 @@ def to_mapping(value: Any) -> dict[str, Any]:
 
 
 def to_template_variables(value: Any) -> dict[str, str]:
-    """Convert the arguments of a chat template to texts. Any other value is written as JSON, and a text that is valid JSON, such as `3`, in quotes."""
+    """Convert the arguments of a chat template to texts. Any other value is written as JSON, and a text that is valid JSON, such as `3`, in quotes.
+
+    On command lines, the arguments are one text with a JSON object.
+    """
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            value = json.loads(value)
     return {str(name): _variable_to_text(variable) for name, variable in to_mapping(value).items()}
 
 

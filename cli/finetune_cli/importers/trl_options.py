@@ -14,6 +14,7 @@ from finetune_cli.importers.converters import (
     to_mapping,
     to_name_list,
     to_number,
+    to_template_variables,
     to_text,
     try_converters,
 )
@@ -88,6 +89,7 @@ OPTION_TABLE: tuple[OptionRow, ...] = (
     OptionRow("label_smoothing", "trainer.dpo.labelSmoothing", to_number(0, exclusive_high=0.5), is_set_by_combine=True),
     OptionRow("max_completion_length", "trainer.maxCompletionLength", to_integer(1), is_set_by_combine=True),
     OptionRow("num_generations", "trainer.grpo.numGenerations", to_integer(2), is_set_by_combine=True),
+    OptionRow("chat_template_kwargs", "dataset.templateVariables", to_template_variables, is_set_by_combine=True),
     OptionRow("temperature", "trainer.grpo.temperature", to_number(exclusive_low=0), is_set_by_combine=True),
     OptionRow("top_p", "trainer.grpo.topP", to_number(exclusive_low=0, high=1), is_set_by_combine=True),
     OptionRow("reward_funcs", "trainer.rewards", to_name_list, is_set_by_combine=True),
@@ -128,7 +130,7 @@ OPTION_TABLE: tuple[OptionRow, ...] = (
     *make_refused_options("tools and environments in GRPO", "max_tool_calling_iterations"),
     *make_refused_options("this option of GRPO",
         "generation_kwargs min_p delta epsilon_high importance_sampling_level reward_weights mask_truncated_completions "
-             "top_entropy_quantile entropy_coef use_adaptive_entropy off_policy_mask_threshold chat_template_kwargs cast_lm_head_to_fp32 num_iterations "
+             "top_entropy_quantile entropy_coef use_adaptive_entropy off_policy_mask_threshold cast_lm_head_to_fp32 num_iterations "
              "repetition_penalty", "", 1, "token"),
     *make_refused_options("a clipping range other than 0.2 in GRPO", "epsilon", "write 0.2", 0.2),
     *make_refused_options("rewards that are not scaled by their standard deviation in the group", "scale_rewards multi_objective_aggregation",
@@ -262,6 +264,7 @@ def _set_objective(draft: JobDraft, trainer: str) -> None:
         "label_smoothing": {"dpo": "trainer.dpo.labelSmoothing"},
         "max_completion_length": dict.fromkeys(("dpo", "kto", "orpo", "grpo"), "trainer.maxCompletionLength"),
         "num_generations": {"grpo": "trainer.grpo.numGenerations"}, "temperature": {"grpo": "trainer.grpo.temperature"}, "top_p": {"grpo": "trainer.grpo.topP"},
+        "chat_template_kwargs": {"grpo": "dataset.templateVariables"},
     }  # fmt: skip
     for key, path_by_trainer in path_by_trainer_and_key.items():
         if key in draft.given_options and trainer in path_by_trainer and (draft.get(key) or key != "label_smoothing"):

@@ -145,6 +145,15 @@ def test_limit_of_a_deferral_grows_with_the_number_of_deferred_jobs(job_count: i
     assert throttle.compute_first_status_due_at(jobs[-1]) == 70.0 + MIN_DEFER_LIMIT_SECONDS
 
 
+def test_jobs_whose_status_is_up_to_date_again_do_not_count_as_deferred() -> None:
+    throttle, jobs, pending = StatusThrottle(15.0), [PendingChanges() for _ in range(1000)], PendingChanges()
+    for reverted in jobs:
+        throttle.defer_first_status(reverted, 50.0)
+        throttle.record_reverted(reverted)
+    throttle.defer_first_status(pending, 50.0)
+    assert throttle.compute_first_status_due_at(pending) == 50.0 + MIN_DEFER_LIMIT_SECONDS
+
+
 def test_deleted_jobs_do_not_count_as_deferred() -> None:
     throttle, deleted_jobs, pending = StatusThrottle(15.0), [PendingChanges() for _ in range(1000)], PendingChanges()
     for deleted in deleted_jobs:
