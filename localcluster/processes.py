@@ -147,10 +147,11 @@ def end_all(owner: Path, timeout_seconds: float = 20.0) -> int:
                 start_time_by_pid[pid] = start
             kill(pid)
         remaining = [pid for pid, start in start_time_by_pid.items() if start_time(pid) == start]
-        if not (remaining or found_pids or pids_in_exec):
+        is_late = time.monotonic() > deadline
+        if not (remaining or found_pids) and (not pids_in_exec or is_late):
             return len(start_time_by_pid)
-        if time.monotonic() > deadline:
-            raise StartFailed(f"processes {remaining or found_pids or pids_in_exec} of {owner} do not end after SIGKILL")
+        if is_late:
+            raise StartFailed(f"processes {remaining or found_pids} of {owner} do not end after SIGKILL")
         time.sleep(0.01)
 
 

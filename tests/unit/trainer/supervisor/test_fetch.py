@@ -1,10 +1,11 @@
-"""Sources on a web server: every failure has a code, and no message contains the signature of a URL. The tests run a real server."""
+"""Sources are fetched as a whole or by name, every failure has a code, and no message contains the signature of a URL. Web sources come from a real server."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
 import http.client
+import json
 import ssl
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,9 +13,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from finetune_api.errors import FineTuneError
+from finetune_api.errors import CredentialsError, FineTuneError, StorageError
 from finetune_api.names import FailureClass
 from finetune_api.pod import StoreTarget
+from finetune_api.sources import S3Source
 from finetune_trainer.checkpoint.manifest import Manifest, checkpoint_folder_key
 from finetune_trainer.checkpoint.tree import CheckpointTree
 from finetune_trainer.file_entry import sha256_file
@@ -23,7 +25,7 @@ from finetune_trainer.storage.base import ObjectStat
 from finetune_trainer.storage.folder import FolderStore
 from finetune_trainer.storage.roots import open_store
 from finetune_trainer.storage.web import MAX_TRIES
-from finetune_trainer.supervisor.fetch import MODEL_WITHOUT_WEIGHTS, FetchedSource, Fetcher, compute_fingerprint
+from finetune_trainer.supervisor.fetch import DATA_SOURCE, MODEL_WITHOUT_WEIGHTS, FetchedSource, Fetcher, S3Listing, compute_fingerprint
 from web_server import Fault, WebServer
 
 SECRET_QUERY = "?X-Amz-Signature=hidden-word"
@@ -376,3 +378,114 @@ def test_a_preparation_without_weights_does_not_use_cached_models(local_fetcher:
     fetcher = Fetcher(local_fetcher.run, local_fetcher.work_folder, cached_models=cached_models, model_kind=MODEL_WITHOUT_WEIGHTS)
     with pytest.raises(FineTuneError, match="HubUnreachable"):
         fetcher.fetch_model("a/b", "model.source", "model")
+
+
+# ---- preparations without weights ----
+
+
+@pytest.fixture
+def planner(local_fetcher: Fetcher) -> Fetcher:
+    """A fetcher of a preparation, which needs no weights."""
+    fetcher = Fetcher(local_fetcher.run, local_fetcher.work_folder, model_kind=MODEL_WITHOUT_WEIGHTS)
+    fetcher._open_store = local_fetcher._open_store  # type: ignore[method-assign]
+    return fetcher
+
+
+def write_index(folder: Path, *names: str) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {f"layer{number}": name for number, name in enumerate(names)}}))
+
+
+def test_only_the_weights_are_left_out(planner: Fetcher, tmp_path: Path) -> None:
+    write_files(tmp_path / "bucket", "m/config.json", "m/W.SAFETENSORS", "m/w-2.safetensors", "m/tokenizer.json")
+    fetched = planner.fetch_model("s3://bucket/m", "model.source", "model")
+    assert sorted(path.name for path in fetched.path.iterdir()) == ["config.json", "tokenizer.json"]
+    assert fetched.skipped_names == {"W.SAFETENSORS", "w-2.safetensors"}
+    assert fetched.source_version == fetched.listing_version != compute_fingerprint(fetched.path)
+    local = planner.fetch_model(f"file://{tmp_path}/bucket/m", "model.source", "model")
+    assert (local.skipped_names, local.source_version) == (frozenset(), compute_fingerprint(local.path))
+
+
+@pytest.mark.parametrize(
+    ("files", "listed", "problem"),
+    [
+        (["a.safetensors", "b.safetensors"], ["a.safetensors", "b.safetensors"], None),
+        (["a.safetensors"], ["b.safetensors", "a.safetensors"], "lacks b.safetensors, which model.safetensors.index.json lists"),
+        (["model.safetensors"], ["b.safetensors"], None),
+        (["w.bin"], [], None),
+        (["w.pt"], [], r"holds no weights (*.safetensors or *.bin)"),
+    ],
+    ids=["complete", "a listed file is missing", "a single file makes the index unused", "without an index", "no file that can be loaded"],
+)
+def test_a_model_without_all_its_weights_is_refused_although_they_are_not_downloaded(
+    planner: Fetcher, tmp_path: Path, files: list[str], listed: list[str], problem: str | None
+) -> None:
+    write_files(tmp_path / "bucket", "m/config.json", *(f"m/{name}" for name in files))
+    if listed:
+        write_index(tmp_path / "bucket/m", *listed)
+    if problem is None:
+        assert planner.fetch_model("s3://bucket/m", "model.source", "model").skipped_names == set(files)
+        return
+    with pytest.raises(FineTuneError) as caught:
+        planner.fetch_model("s3://bucket/m", "model.source", "model")
+    assert (caught.value.code, caught.value.failure_class) == ("ModelIncomplete", FailureClass.MODEL)
+    assert caught.value.message == f"model.source is s3://bucket/m, which {problem}"
+
+
+# ---- S3: folder markers, credentials and stores ----
+
+
+def test_empty_files_are_data_but_folder_markers_are_not(local_fetcher: Fetcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    stats = [ObjectStat(key, size, "") for key, size in (("d/", 0), ("d/empty.jsonl", 0), ("d/full/", 3), ("d/rows.jsonl", 2))]
+    store: Any = SimpleNamespace(stat=lambda key: None, list=lambda prefix: stats if prefix == "d/" else [], close=lambda: None)
+    monkeypatch.setattr(local_fetcher, "_open_store", lambda bucket, kind, **_: store)
+    listing = local_fetcher.list_s3(S3Source(bucket="bucket", key="d"), DATA_SOURCE)
+    assert [stat.key for stat in listing.needed_objects] == ["d/empty.jsonl", "d/full/", "d/rows.jsonl"]
+    assert listing.is_single_object is False
+    assert S3Listing(listing.source, stats[:1], stats[:1]).is_single_object is False
+
+
+@pytest.mark.parametrize(
+    ("error", "failure_class"),
+    [
+        (CredentialsError("PermissionDenied", "no", failure_class=FailureClass.STORAGE), FailureClass.DATA),
+        (CredentialsError("PermissionDenied", "no", failure_class=FailureClass.USER), FailureClass.USER),
+        (StorageError("EndpointUnreachable", "no"), FailureClass.STORAGE),
+    ],
+    ids=["credentials of the source", "credentials of another class", "storage that does not answer"],
+)
+def test_refused_credentials_count_as_a_problem_of_the_source(
+    local_fetcher: Fetcher, monkeypatch: pytest.MonkeyPatch, error: FineTuneError, failure_class: FailureClass
+) -> None:
+    def refuse(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(local_fetcher, "list_s3", refuse)
+    with pytest.raises(FineTuneError) as caught:
+        local_fetcher.fetch_data_files("s3://bucket/d", "dataset.train", "train")
+    assert caught.value.failure_class is failure_class
+
+
+@pytest.mark.parametrize(
+    ("own_store", "storage", "endpoint"),
+    [
+        (StoreTarget(uri="s3://x", endpoint="https://own"), "s3://bucket/root", "https://own"),
+        (None, "s3://bucket/root", "https://storage"),
+        (None, "pvc://claim/root", None),
+    ],
+    ids=["connection of the data set", "connection of the storage", "storage is no S3"],
+)
+def test_a_bucket_is_read_with_the_connection_of_its_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_store: StoreTarget | None, storage: str, endpoint: str | None
+) -> None:
+    opened: list[StoreTarget] = []
+    monkeypatch.setattr("finetune_trainer.supervisor.fetch.S3Store", lambda target, **_: opened.append(target))
+    run: Any = SimpleNamespace(model_store=None, dataset_store=own_store, storage=StoreTarget(uri=storage, endpoint="https://storage"))
+    Fetcher(run, tmp_path)._open_store("data", DATA_SOURCE)
+    assert [(target.uri, target.endpoint) for target in opened] == [("s3://data", endpoint)]
+
+
+def test_only_benchmarks_have_the_version_of_their_folder(local_fetcher: Fetcher, tmp_path: Path) -> None:
+    write_files(tmp_path / "bucket", "i/a.png", "b/tasks.yaml")
+    local_fetcher.fetch_image_folder("s3://bucket/i", "dataset.images.root", "images")
+    local_fetcher.fetch_folder("s3://bucket/b", "evaluation.benchmarks[0].folder", "benchmark")
+    assert list(local_fetcher.source_versions) == ["evaluation.benchmarks[0].folder"]
