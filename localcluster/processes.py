@@ -11,7 +11,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -21,6 +21,8 @@ from localcluster.errors import StartFailed
 OWNER_VARIABLE = "FINETUNE_LOCALCLUSTER"
 _PR_SET_PDEATHSIG = 1
 _KERNEL_THREAD_FLAG = 0x00200000
+EXEC_SECONDS = 1.0
+"""How long `end_all` waits for processes inside `execve`, most of which belong to other programs."""
 _libc = ctypes.CDLL(None, use_errno=True)
 Condition = Callable[[], bool]
 
@@ -83,36 +85,46 @@ def join_last_lines(log: Path, lines: int = 3) -> str:
     return " | ".join(text[-lines:]) + f" (log: {log})"
 
 
+@dataclass(frozen=True)
+class FoundProcesses:
+    """The pids of an owner's processes, and of processes inside `execve`, whose owner cannot be read yet.
+
+    Inside `execve`, a process has neither an environment nor arguments for a moment, even if `subprocess.Popen` has already returned.
+    """
+
+    owned_pids: list[int]
+    pids_in_exec: list[int]
+
+
 def list_owned_pids(owner: Path) -> list[int]:
     """List the pids of all running processes of `owner`, including their children, except this process."""
-    owner_variable = f"{OWNER_VARIABLE}={owner}".encode()
-    return [pid for pid, environment in _read_environments() if owner_variable in environment and start_time(pid) is not None]
+    return find_processes(owner).owned_pids
 
 
-def list_pids_in_exec() -> list[int]:
-    """List the pids of all processes that the kernel is giving a new program. Such a process has no environment and no arguments for a moment,
-    so `list_owned_pids` does not find it, even though `subprocess.Popen` may have returned.
-    """
-    return [pid for pid, environment in _read_environments() if environment == [b""] and _is_in_exec(pid)]
-
-
-def _read_environments() -> Iterator[tuple[int, list[bytes]]]:
-    """Return the pid and the environment of each process except this one, as far as this user may read them."""
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit() or int(entry.name) == os.getpid():
-            continue
+def find_processes(owner: Path) -> FoundProcesses:
+    """Search all processes except this one, as far as this user may read them."""
+    owner_variable, found = f"{OWNER_VARIABLE}={owner}".encode(), FoundProcesses([], [])
+    for pid in {int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()} - {os.getpid()}:
         try:
-            yield int(entry.name), (entry / "environ").read_bytes().split(b"\0")
+            if not is_program(pid):
+                continue
+            environment = Path(f"/proc/{pid}/environ").read_bytes()
+            if not environment:
+                if not Path(f"/proc/{pid}/cmdline").read_bytes():
+                    found.pids_in_exec.append(pid)
+                    continue
+                environment = Path(f"/proc/{pid}/environ").read_bytes()  # the process may have been inside `execve` at the first read
+            if owner_variable in environment.split(b"\0"):
+                found.owned_pids.append(pid)
         except OSError:
             continue  # the process has ended or belongs to another user
+    return found
 
 
-def _is_in_exec(pid: int) -> bool:
-    try:
-        state, *fields = _read_stat(pid)
-        return state not in "ZX" and not int(fields[5]) & _KERNEL_THREAD_FLAG and not Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return False
+def is_program(pid: int) -> bool:
+    """Whether a process is running and is not a thread of the kernel. Errors: OSError if the process has ended."""
+    state, *fields = _read_stat(pid)
+    return state not in "ZX" and not int(fields[5]) & _KERNEL_THREAD_FLAG
 
 
 def start_time(pid: int) -> str | None:
@@ -128,30 +140,31 @@ def start_time(pid: int) -> str | None:
 
 def _read_stat(pid: int) -> list[str]:
     """Return the fields of `/proc/PID/stat` from the third one, the state. Errors: OSError if the process has ended."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].decode().split()
 
 
 def end_all(owner: Path, timeout_seconds: float = 20.0) -> int:
     """Kill all processes of `owner` and wait until they have ended. Returns the number of killed processes.
 
-    Waiting also covers processes in PID namespaces: the first process of a PID namespace ends only after all others. The search is repeated
-    until it finds nothing: a process may have started another one meanwhile, and the owner of a process in `execve` cannot be read yet.
+    Waiting also covers processes in PID namespaces: the first process of a PID namespace ends only after all others. The search is repeated,
+    because a process may have started another one meanwhile. For at most `EXEC_SECONDS`, it also waits for processes inside `execve`.
     """
     start_time_by_pid: dict[int, str] = {}
-    deadline = time.monotonic() + timeout_seconds
+    deadline, exec_deadline = time.monotonic() + timeout_seconds, time.monotonic() + EXEC_SECONDS
     while True:
-        pids_in_exec = list_pids_in_exec()  # listed first: a process that leaves this list has an owner that can be read
-        found_pids = list_owned_pids(owner)
-        for pid in found_pids:
+        found = find_processes(owner)
+        for pid in found.owned_pids:
             if start := start_time(pid):
                 start_time_by_pid[pid] = start
             kill(pid)
+        now = time.monotonic()
         remaining = [pid for pid, start in start_time_by_pid.items() if start_time(pid) == start]
-        is_late = time.monotonic() > deadline
-        if not (remaining or found_pids) and (not pids_in_exec or is_late):
+        if remaining or found.owned_pids:
+            exec_deadline = now + EXEC_SECONDS
+            if now > deadline:
+                raise StartFailed(f"processes {remaining or found.owned_pids} of {owner} do not end after SIGKILL")
+        elif not found.pids_in_exec or now > exec_deadline:
             return len(start_time_by_pid)
-        if is_late:
-            raise StartFailed(f"processes {remaining or found_pids} of {owner} do not end after SIGKILL")
         time.sleep(0.01)
 
 

@@ -90,8 +90,8 @@ class SmallRun:
             0.5 + 4 / 64 if self.method == "qlora" else self.base_bytes, self.base_bytes, is_full, lora_rank=self.rank,
             target_layers=frozenset() if is_full else frozenset(self.targets), has_dropout=self.dropout and not is_full,
         )  # fmt: skip
-        # Batches of one row have no padding. Packed rows hold several documents.
-        batch = Batch(self.rows, self.tokens, has_mask=self.packs or self.rows > 1)
+        # Batches of one row have no padding, but for eager attention transformers builds a mask all the same. Packed rows hold several documents.
+        batch = Batch(self.rows, self.tokens, has_mask=self.packs or self.rows > 1 or self.attention == "eager")
         return Step(
             parse_model_shape(self.config()), weights, batch, OPTIMIZERS[self.optimizer], Kernels(is_gpu=False, attention=self.attention),
             autocast_bytes=2 if self.precision == "autocast" else None, quantized_compute_bytes=self.compute_bytes,

@@ -30,7 +30,9 @@ class EventReadState:
 
 
 class StoredStatus(NamedTuple):
-    """The JSON of a job's stored status and the resourceVersion of the job with this status. The text needs a fifth of the memory of its objects."""
+    """The JSON of a job's stored status and the resourceVersion of the job with this status. As text, the JSON needs a fifth of the memory of its
+    parsed objects.
+    """
 
     resource_version: str
     text: str

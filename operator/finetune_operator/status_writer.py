@@ -51,6 +51,7 @@ class StatusWriter:
         """
         old_status, new_status = facts.job.status, compute_status(facts, plan, result)
         if new_status is old_status:
+            self._throttle.record_reverted(state.pending_changes)
             return
         old_wire, new_status_json = _get_stored_status(facts.job, state), new_status.to_wire()
         if old_wire == new_status_json or state.pruned_status_write == (facts.job.resource_version, new_status_json):
@@ -182,7 +183,7 @@ class StatusWriter:
 
 
 def _get_stored_status(job: FineTuneJobView, state: JobState) -> Object:
-    """Return the JSON of the job's stored status. It is computed once per version of the job, because several reconciles see the same version."""
+    """Return the JSON of the job's stored status. Its text is made once per version of the job, because several reconciles see the same version."""
     if state.stored_status is None or state.stored_status.resource_version != job.resource_version:
         state.stored_status = StoredStatus.store(job.resource_version, job.status.to_wire())
     return state.stored_status.read()

@@ -62,6 +62,7 @@ OLD_ATTENTION_KEYS = {
 INIT_BY_NAME = {
     "true": "default", "gaussian": "gaussian", "pissa": "pissa", "olora": "olora", "eva": "eva", "loftq": "loftq",
 }  # fmt: skip
+TEMPLATE_VARIABLES_PATH = "dataset.templateVariables"
 MODEL_CLASSES = re.compile(r"^(AutoModel\w*|\w+ForCausalLM|\w+LMHeadModel|\w+ForConditionalGeneration)$")
 CLASSES_WITHOUT_SUPPORT = {
     "MambaLMHeadModel": "a model of the package mamba_ssm",
@@ -149,7 +150,7 @@ OPTION_TABLE: tuple[OptionRow, ...] = (
     OptionRow("trl.max_completion_length", "trainer.maxCompletionLength", to_integer(1), is_set_by_combine=True),
     OptionRow("trl.num_generations", "trainer.grpo.numGenerations", to_integer(2), is_set_by_combine=True),
     OptionRow("trl.temperature", "trainer.grpo.temperature", to_number(exclusive_low=0), is_set_by_combine=True),
-    OptionRow("trl.chat_template_kwargs", "dataset.templateVariables", to_template_variables, is_set_by_combine=True),
+    OptionRow("trl.chat_template_kwargs", TEMPLATE_VARIABLES_PATH, to_template_variables, is_set_by_combine=True),
     OptionRow("trl.top_p", "trainer.grpo.topP", to_number(exclusive_low=0, high=1), is_set_by_combine=True),
     OptionRow("trl.loss_type", "trainer.grpo.lossType", to_choice({"grpo": "grpo", "bnpo": "bnpo", "dr_grpo": "drGrpo", "dapo": "dapo"}),
         is_set_by_combine=True),
@@ -167,7 +168,7 @@ OPTION_TABLE: tuple[OptionRow, ...] = (
     OptionRow("default_system_message", "dataset.systemPrompt", is_set_by_combine=True),
     OptionRow("chat_template", "dataset.chatTemplate", is_set_by_combine=True),
     OptionRow("chat_template_jinja", "dataset.chatTemplate.text", is_set_by_combine=True),
-    OptionRow("chat_template_kwargs", "dataset.templateVariables", to_template_variables),
+    OptionRow("chat_template_kwargs", TEMPLATE_VARIABLES_PATH, to_template_variables),
     OptionRow("shuffle_merged_datasets", convert=to_boolean, is_set_by_combine=True),
     # training
     OptionRow("num_epochs", "training.epochs", to_number(exclusive_low=0)),
@@ -579,7 +580,11 @@ def _set_grpo_options(draft: JobDraft, trainer: str) -> None:
     for option_row in OPTION_TABLE:
         if not option_row.key.startswith("trl.") or not option_row.is_set_by_combine or option_row.key not in draft.given_options:
             continue
-        if trainer == "grpo" or (option_row.key == "trl.max_completion_length" and trainer in ("dpo", "kto", "orpo")):
+        if option_row.path == TEMPLATE_VARIABLES_PATH and not draft.get(option_row.key):
+            draft.add_reason(option_row.key, "no arguments")
+        elif option_row.path == TEMPLATE_VARIABLES_PATH and draft.get("chat_template_kwargs") and trainer == "grpo":
+            draft.add_mistake(("chat_template_kwargs", option_row.key), "both set the variables of the chat template", "keep one of them")
+        elif trainer == "grpo" or (option_row.key == "trl.max_completion_length" and trainer in ("dpo", "kto", "orpo")):
             draft.assign(option_row.path, draft.get(option_row.key), option_row.key)
         else:
             draft.warn_no_effect(option_row.key, f"the objective is {trainer}")

@@ -253,9 +253,9 @@ def _choose_attention(spec: FineTuneJobSpec, shape: ModelShape, is_gpu: bool) ->
 
 
 def _describe_largest_batch(spec: FineTuneJobSpec, facts: RunFacts, attention: str, prompt_tokens: int) -> tuple[Batch, list[str]]:
-    """Return the micro-batch with the most tokens, and the assumptions about it."""
+    """Return the micro-batch with the most tokens, and the assumptions about it. For eager attention, transformers builds a mask even for a single row."""
     if trainer_type_of(spec) is not TrainerType.SFT:
-        return _describe_largest_preference_batch(spec, facts, prompt_tokens)
+        return _describe_largest_preference_batch(spec, facts, attention, prompt_tokens)
     rows, limit = spec.training.batch_size_per_device or 4, spec.dataset.max_sequence_length or 2048
     is_packed, assumptions = spec.dataset.packing is True, []
     tokens = limit if is_packed else min(limit, facts.longest_tokens or limit)
@@ -264,10 +264,10 @@ def _describe_largest_batch(spec: FineTuneJobSpec, facts: RunFacts, attention: s
     tokens += prompt_tokens
     if attention == "varlen":  # this attention concatenates all rows
         return Batch(1, rows * tokens), assumptions
-    return Batch(rows, tokens, has_mask=is_packed or rows > 1), assumptions
+    return Batch(rows, tokens, has_mask=is_packed or rows > 1 or attention == "eager"), assumptions
 
 
-def _describe_largest_preference_batch(spec: FineTuneJobSpec, facts: RunFacts, prompt_tokens: int) -> tuple[Batch, list[str]]:
+def _describe_largest_preference_batch(spec: FineTuneJobSpec, facts: RunFacts, attention: str, prompt_tokens: int) -> tuple[Batch, list[str]]:
     """Return the micro-batch with the most tokens of an objective on pairs or labelled answers. All its sequences are padded to the longest one."""
     limit, max_answer = spec.dataset.max_sequence_length or 2048, spec.trainer.max_completion_length
     sequences = OBJECTIVES[trainer_type_of(spec)].sequences_per_row * (spec.training.batch_size_per_device or 4)
@@ -278,7 +278,7 @@ def _describe_largest_preference_batch(spec: FineTuneJobSpec, facts: RunFacts, p
             "sequences are padded to this length; shorter rows need less"
         )
     tokens = min(limit, facts.longest_tokens or limit) + prompt_tokens
-    return Batch(sequences, tokens, has_mask=sequences > 1, trained_tokens_per_row=max_answer), assumptions
+    return Batch(sequences, tokens, has_mask=sequences > 1 or attention == "eager", trained_tokens_per_row=max_answer), assumptions
 
 
 def _count_recomputed_layers(spec: FineTuneJobSpec, shape: ModelShape) -> int:

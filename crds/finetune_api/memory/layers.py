@@ -177,6 +177,11 @@ class ForwardPass:
     def __init__(self, model: Decoder, context: ComputeContext, kernels: Kernels, batch: Batch) -> None:
         self.model, self.shape, self.context, self.kernels, self.batch = model, model.shape, context, kernels, batch
 
+    @property
+    def eager_mask_bytes(self) -> float:
+        """Bytes of each number of the mask that transformers builds for eager attention. The mask has the dtype of the embeddings."""
+        return max(self.model.embeddings.item_bytes, 2)
+
     def embed(self, *, requires_gradient: bool) -> Tensor:
         """Return the embeddings of the tokens. `requires_gradient`: whether they need a gradient even if the embedding weights are frozen."""
         tape, weight = self.context.tape, self.model.embeddings

@@ -210,9 +210,10 @@ def _rotate_half(context: ComputeContext, x: Tensor) -> Tensor:
 
 
 def repeat_heads(context: ComputeContext, x: Tensor, repeats: int, *, is_eager: bool) -> Tensor:
-    """Copy each head of keys or values `repeats` times, once for each query head that uses it.
+    """Repeat each head of keys or values, once for each query head that uses it.
 
-    A single head is not copied, because torch's `reshape` then returns a view. In eager attention, `matmul` copies this view if there are several rows.
+    With a single head, the result is a view, because torch's `reshape` needs no copy. In eager attention, `matmul` copies this view if there are several
+    rows.
     """
     if repeats == 1:
         return x

@@ -134,10 +134,10 @@ class _Replay:
     def _run_model(self, model: Decoder, kernels: Kernels, recomputed_layer_count: int) -> Tensor | None:
         """Replay the forward pass of a model with its head. Returns the logits if the loss is computed outside of the model."""
         step, tape, batch = self.step, self.tape, self.step.batch
-        # For eager attention, transformers builds a mask of numbers with the dtype of the embeddings, otherwise a mask of booleans.
-        mask_bytes = max(model.embeddings.item_bytes, 2) if kernels.attention == "eager" else 1
+        forward = ForwardPass(model, self.context, kernels, batch)
+        mask_bytes = forward.eager_mask_bytes if kernels.attention == "eager" else 1  # other attention has a mask of booleans
         mask = tape.allocate(batch.row_count * batch.tokens_per_row**2 * mask_bytes if batch.has_mask else 0, MemoryPart.BUFFERS)
-        hidden = self._run_layers(ForwardPass(model, self.context, kernels, batch), recomputed_layer_count, mask)
+        hidden = self._run_layers(forward, recomputed_layer_count, mask)
         logits: Tensor | None = None
         if step.loss_head is LossHead.TILES:
             record_fused_loss(self.context, model, hidden, batch, kernels)
@@ -158,7 +158,7 @@ class _Replay:
         hidden = forward.embed(requires_gradient=recomputed_layer_count > 0)
         positions = forward.compute_positions(hidden.item_bytes)
         for number, layer in enumerate(forward.model.layers):
-            def run(x: Tensor, layer=layer, mask=mask) -> Tensor:  # type: ignore[no-untyped-def] # noqa: ARG001 -- a recomputed layer keeps the mask
+            def run(x: Tensor, layer=layer, mask=mask) -> Tensor:  # type: ignore[no-untyped-def] # noqa: ARG001 -- torch keeps the arguments of a recomputed layer until its backward pass
                 return forward.run_layer(layer, x, positions)
 
             if number < recomputed_layer_count:

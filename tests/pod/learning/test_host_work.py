@@ -34,6 +34,9 @@ RUNS = [
 ]
 
 
+SLOW_COMPARISONS = ("dpo-full", "kto-lora")
+
+
 def mark_slow(case: Any) -> Any:
     """Return a test case that runs only with `make test-faults`."""
     return pytest.param(*case.values, id=case.id, marks=pytest.mark.slow)
@@ -115,7 +118,7 @@ def collect_results(outcome: RunOutcome) -> tuple[Any, ...]:
     return [{key: value for key, value in line.items() if key != "train_runtime"} for line in lines], outcome.model.state_dict()
 
 
-@pytest.mark.parametrize(("specs", "rows"), [case if case.id in ("sft-lora", "sft-full", "dpo-lora") else mark_slow(case) for case in RUNS])
+@pytest.mark.parametrize(("specs", "rows"), [mark_slow(case) if case.id in SLOW_COMPARISONS else case for case in RUNS])
 def test_results_equal_those_of_the_libraries(
     specs: list[dict[str, Any]], rows: list[Any], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

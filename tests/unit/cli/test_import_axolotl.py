@@ -252,3 +252,29 @@ def test_a_module_pattern_becomes_a_list_of_names(pattern: str, expected: list[s
 def test_a_pattern_that_matches_no_list_of_names_is_refused(pattern: str) -> None:
     with pytest.raises(UnsupportedPattern):
         expand_pattern(pattern)
+
+
+GRPO_OPTIONS = {"rl": "grpo", "datasets": [{"path": "org/d", "type": "prompt"}]}
+
+
+@pytest.mark.parametrize(
+    ("options", "variables"),
+    [
+        ({"trl": {"chat_template_kwargs": {"enable_thinking": False}}}, {"enable_thinking": "false"}),
+        ({"chat_template_kwargs": {"effort": "low"}, "trl": {"chat_template_kwargs": {}}}, {"effort": "low"}),
+        ({"trl": {"chat_template_kwargs": {}}}, None),
+    ],
+    ids=["only for grpo", "empty for grpo", "empty"],
+)
+def test_arguments_of_the_chat_template_for_grpo_become_template_variables(
+    import_settings: Any, options: dict[str, Any], variables: dict[str, str] | None
+) -> None:
+    imported = import_settings({**GRPO_OPTIONS, **options}, overrides={"trainer.rewards": [{"builtin": "exactMatch"}]})
+    assert imported.mistakes == []
+    assert imported.at("dataset").get("templateVariables") == variables
+
+
+def test_two_sources_of_template_variables_are_refused(import_settings: Any) -> None:
+    options = {"chat_template_kwargs": {"effort": "low"}, "trl": {"chat_template_kwargs": {"effort": "high"}}}
+    mistakes = import_settings({**GRPO_OPTIONS, **options}).mistakes
+    assert [mistake for mistake in mistakes if "both set the variables of the chat template" in mistake]

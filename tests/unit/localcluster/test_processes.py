@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -39,35 +40,46 @@ def test_all_descendants_of_an_owner_are_found_and_killed(tmp_path: Path) -> Non
 
 
 def test_a_process_in_execve_is_searched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    started = _spawn(tmp_path, "exec sleep 600", Lifetime.UNTIL_STOPPED)
-    searches: list[Path] = []
-    search = processes.list_owned_pids
-
-    def hide_in_first_search(owner: Path) -> list[int]:
-        searches.append(owner)
-        return [] if len(searches) == 1 else search(owner)
-
-    monkeypatch.setattr(processes, "list_owned_pids", hide_in_first_search)
-    monkeypatch.setattr(processes, "list_pids_in_exec", lambda: [started.process.pid] if not searches else [])
+    started, search = _spawn(tmp_path, "exec sleep 600", Lifetime.UNTIL_STOPPED), processes.find_processes
+    results = iter([processes.FoundProcesses([], [started.process.pid])])
+    monkeypatch.setattr(processes, "find_processes", lambda owner: next(results, None) or search(owner))
     assert processes.end_all(tmp_path) == 1
     assert processes.start_time(started.process.pid) is None
 
 
-def test_processes_in_execve_are_neither_kernel_threads_nor_processes_without_environment(tmp_path: Path) -> None:
-    with subprocess.Popen(["sleep", "600"], env={}) as child:
+def test_a_process_that_stays_in_execve_does_not_stop_the_search_from_ending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "find_processes", lambda owner: processes.FoundProcesses([], [1]))
+    monkeypatch.setattr(processes, "EXEC_SECONDS", 0.0)
+    assert processes.end_all(tmp_path) == 0
+
+
+def test_a_process_that_replaces_its_program_all_the_time_is_found(tmp_path: Path) -> None:
+    """A search that reads the environment inside `execve` must not take the process for one without an environment."""
+    script = tmp_path / "again.sh"
+    script.write_text("exec sh \"$0\"\n")
+    started = processes.spawn("x", ["sh", script], owner=tmp_path, log=tmp_path / "log", lifetime=Lifetime.UNTIL_STOPPED)
+    for _ in range(200):
+        found = processes.find_processes(tmp_path)
+        assert [started.process.pid] in (found.owned_pids, [pid for pid in found.pids_in_exec if pid == started.process.pid])
+    assert processes.end_all(tmp_path) == 1
+
+
+def test_processes_of_others_may_have_no_environment_and_any_name(tmp_path: Path) -> None:
+    program = os.fsencode(tmp_path) + b"/\xff\xfe"
+    Path(os.fsdecode(program)).symlink_to(shutil.which("sleep") or "")
+    with subprocess.Popen([program, "600"], env={}) as child:
         _wait_until(lambda: Path(f"/proc/{child.pid}/cmdline").read_bytes())
         assert Path(f"/proc/{child.pid}/environ").read_bytes() == b""
-        assert child.pid not in processes.list_pids_in_exec()
-        kernel_threads = [int(s.parent.name) for s in Path("/proc").glob("[0-9]*/stat") if _is_kernel_thread(s)]
-        assert not set(kernel_threads) & set(processes.list_pids_in_exec())
+        found = processes.find_processes(tmp_path)
+        assert child.pid not in found.owned_pids + found.pids_in_exec
         child.kill()
 
 
-def _is_kernel_thread(stat: Path) -> bool:
-    try:
-        return stat.read_text().rpartition(")")[2].split()[1] in {"0", "2"} and stat.parent.name != "1"
-    except OSError:
-        return False
+def test_kernel_threads_are_no_programs() -> None:
+    names = {stat.parent.name: stat.read_bytes() for stat in Path("/proc").glob("[0-9]*/stat") if stat.parent.name != "1"}
+    kernel_threads = [int(pid) for pid, stat in names.items() if stat.rpartition(b")")[2].split()[1] == b"2"]
+    assert [pid for pid in kernel_threads if processes.is_program(pid)] == []
+    assert processes.is_program(os.getpid())
 
 
 def test_process_with_lifetime_parent_ends_when_its_parent_is_killed(tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from finetune_api.errors import ConfigError, FineTuneError, StorageError
 from finetune_api.lineage import IMAGE_SETS
@@ -392,11 +392,19 @@ def collect_run_facts(run: RunConfig, config_sha256: str, inputs: Inputs, hash_f
 def hash_settings(run: RunConfig) -> dict[str, str]:
     """Return a short hash of each top-level field in `COMPARED_SPEC_FIELDS`, by its name."""
     spec = run.spec.to_wire()
+    spec["distributed"] = _drop_unused_options(spec.get("distributed") or {})
     hashes = {}
     for field in COMPARED_SPEC_FIELDS:
         value = {name: entry for name, entry in (spec.get(field) or {}).items() if name not in FIELDS_NOT_HASHED}
         hashes[field] = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
     return hashes
+
+
+def _drop_unused_options(distributed: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of `spec.distributed` that influence the computed numbers and are not the default."""
+    fsdp = {name: value for name, value in (distributed.get("fsdp") or {}).items() if name != "stateDict"}
+    options = {**distributed, "fsdp": fsdp, "contextParallelSize": (distributed.get("contextParallelSize") or 1) - 1}
+    return {name: value for name, value in options.items() if value}
 
 
 def hash_other_inputs(inputs: Inputs, hash_file: Callable[[Path], str]) -> dict[str, str]:

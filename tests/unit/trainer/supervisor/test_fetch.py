@@ -25,7 +25,14 @@ from finetune_trainer.storage.base import ObjectStat
 from finetune_trainer.storage.folder import FolderStore
 from finetune_trainer.storage.roots import open_store
 from finetune_trainer.storage.web import MAX_TRIES
-from finetune_trainer.supervisor.fetch import DATA_SOURCE, MODEL_WITHOUT_WEIGHTS, FetchedSource, Fetcher, S3Listing, compute_fingerprint
+from finetune_trainer.supervisor.fetch import (
+    DATA_SOURCE,
+    MODEL_WITHOUT_WEIGHTS,
+    FetchedSource,
+    Fetcher,
+    S3Listing,
+    compute_fingerprint,
+)
 from web_server import Fault, WebServer
 
 SECRET_QUERY = "?X-Amz-Signature=hidden-word"

@@ -224,6 +224,7 @@ def test_the_effective_batch_counts_all_ranks(tmp_path: Path, training: dict[str
         ({"training": {"epochs": 3}}, {"training"}), ({"training": {"learningRate": 0.5}}, set()), ({"dataset": {"train": "a/b"}}, {"dataset"}),
         ({"dataset": {"storage": {"region": "x"}}}, set()), ({"checkpoint": {"steps": 4}}, set()), ({"evaluation": {"steps": 4}}, {"evaluation"}),
         ({"distributed": {"contextParallelSize": 2}}, {"distributed"}), ({"distributed": {"deepspeed": {"zeroStage": 3}}}, {"distributed"}),
+        ({"distributed": {"contextParallelSize": 1, "fsdp": {"stateDict": "full"}, "deepspeed": {}}}, set()),
     ],
 )  # fmt: skip
 def test_settings_that_change_the_computed_numbers_are_hashed(change: dict[str, Any], groups: set[str]) -> None:
