@@ -141,11 +141,11 @@ def use_library_methods() -> Iterator[None]:
     from finetune_trainer import engine
 
     @contextmanager
-    def replace_nothing(model: Any) -> Iterator[None]:
+    def keep_library_code(model: Any) -> Iterator[None]:
         yield None
 
     original = engine.collected_model
-    engine.collected_model = replace_nothing  # type: ignore[assignment]  # yields None instead of the lists
+    engine.collected_model = keep_library_code  # type: ignore[assignment]  # yields None instead of the lists
     try:
         yield
     finally:

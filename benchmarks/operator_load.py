@@ -334,11 +334,11 @@ def check_budgets(figures: dict[str, Any], budgets: dict[str, Any]) -> list[dict
     return verdicts
 
 
-def write_figures(measured_parts: dict[str, Any]) -> Path:
+def write_figures(figures_by_part: dict[str, Any]) -> Path:
     """Write the figures of the measured parts, each with its size, load and commit. A part that was not measured keeps its earlier figures."""
     path = record.RESULTS_FOLDER / "operator_load.json"
     earlier_figures = json.loads(path.read_text())["figures"] if path.exists() else {}
-    figures = {part: earlier_figures[part] for part in PARTS if part in earlier_figures} | measured_parts
+    figures = {part: earlier_figures[part] for part in PARTS if part in earlier_figures} | figures_by_part
     verdicts = check_budgets(figures, json.loads(BUDGETS_FILE.read_text()))
     return record.write_result("operator_load", figures | {"budgets": verdicts}, method=record.extract_method(__doc__))
 
@@ -365,11 +365,11 @@ def main() -> int:
     verdicts = check_budgets(figures, json.loads(BUDGETS_FILE.read_text()))
     for verdict in verdicts:
         print(f"{verdict['verdict']:18} {verdict['figure']:38} {verdict['measured']:>10} (limit {verdict['limit']}): {verdict['why']}")
-    measured_parts = {part: value | run_details for part, value in figures.items()}
+    figures_by_part = {part: value | run_details for part, value in figures.items()}
     if options.output:
-        options.output.write_text(json.dumps(measured_parts | {"budgets": verdicts}, indent=1))
+        options.output.write_text(json.dumps(figures_by_part | {"budgets": verdicts}, indent=1))
     else:
-        print(f"written: {write_figures(measured_parts).relative_to(ROOT)}")
+        print(f"written: {write_figures(figures_by_part).relative_to(ROOT)}")
     return int(any(verdict["verdict"] == "EXCEEDED" for verdict in verdicts) and not options.lenient)
 
 

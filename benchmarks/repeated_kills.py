@@ -88,7 +88,7 @@ def compute_expected_states(steps: int) -> list[str]:
 def compare_states(checkpoint_tree: CheckpointTree, steps: int) -> int:
     """Compare each logged state with that of an uninterrupted run. Returns the number of logged states.
 
-    Errors: AssertionError if a logged state differs, or if the log lacks the state of a step."""
+    Errors: AssertionError if the log has another state for a step than the uninterrupted run, or none."""
     states, compared_count = compute_expected_states(steps), 0
     logged_steps: set[int] = set()
     for stat in checkpoint_tree.store.list("metrics/"):

@@ -18,7 +18,7 @@ from finetune_api.reference import build_pages
 from finetune_api.schema import crd_yaml
 from finetune_api.tenancy.admission import build_admission_rules_yaml
 from models_page import make_models_page
-from tools import HELM_DOCS, build_tools
+from tools import HELM_DOCS, build_go_tools
 
 ROOT = Path(__file__).resolve().parent.parent
 CHART = ROOT / "helm/finetune-operator"
@@ -30,7 +30,7 @@ ADMISSION_RULES = CHART / "files/admission-rules.yaml"
 
 def render_chart_readme() -> str:
     """Return the text of the chart's README. Errors: StepFailed if helm-docs cannot be built."""
-    build_tools(HELM_DOCS)
+    build_go_tools(HELM_DOCS)
     command = [HELM_DOCS.path, "--dry-run", "--log-level", "error", "--sort-values-order", "file", "--chart-search-root", CHART]
     text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return text.strip() + "\n"

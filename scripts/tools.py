@@ -69,7 +69,7 @@ MINIO = GoTool("minio", "github.com/minio/minio", "v0.0.0-20260212201848-7aac2a2
 KIND = GoTool("kind", "sigs.k8s.io/kind", "v0.33.0", "KIND")
 
 
-def build_tools(*tools: GoTool) -> None:
+def build_go_tools(*tools: GoTool) -> None:
     """Build the programs that do not exist in the cache. Errors: StepFailed."""
     from parallel_steps import run_all
     from rich.console import Console
@@ -88,7 +88,7 @@ if __name__ == "__main__":
     from parallel_steps import StepFailed
 
     try:
-        build_tools(HELM, HELM_DOCS)
+        build_go_tools(HELM, HELM_DOCS)
     except StepFailed as error:
         sys.exit(f"tools: {error}")
     print(HELM.path)

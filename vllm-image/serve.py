@@ -23,7 +23,7 @@ CONTRACT_VERSION = 1
 """Version of the format of `server.json` and `ended.json`."""
 POLL_SECONDS = 0.2
 LAST_LINES = 3
-"""How many of the last lines of vLLM's log `ended.json` repeats."""
+"""Number of lines that are copied from the end of vLLM's log into `ended.json`."""
 KILLED = "its container was killed, probably because it used more memory than trainer.grpo.generation.memory"
 """The message in `ended.json` if this program was killed together with vLLM. The restarted container writes it."""
 FOLDER_VARIABLE, DEFAULT_FOLDER = "FINETUNE_GENERATION_DIR", "/work/generation"

@@ -53,7 +53,7 @@ class ConditionGoal:
         """Whether the wait succeeds if the job has reached the goal and has failed."""
         return (self.condition, self.status) in ((Condition.SUCCEEDED, "False"), (Condition.STALLED, "True"))
 
-    def is_reached_without_report(self, status: FineTuneJobStatus) -> bool:
+    def is_reached_without_observation(self, status: FineTuneJobStatus) -> bool:
         """Whether an ended job counts as having reached the goal although no status with this condition was seen."""
         return self.status == "True" and self.condition not in OPTIONAL_CONDITIONS and has_succeeded(status)
 
@@ -72,7 +72,7 @@ class RunningGoal:
         """Return False: the wait for a failed job never succeeds."""
         return False
 
-    def is_reached_without_report(self, status: FineTuneJobStatus) -> bool:
+    def is_reached_without_observation(self, status: FineTuneJobStatus) -> bool:
         """Whether the job has succeeded: every successful job was running before."""
         return has_succeeded(status)
 
@@ -103,7 +103,7 @@ class JsonPathGoal:
         """Return True: the user has chosen the value, so it may be that of a failed job."""
         return True
 
-    def is_reached_without_report(self, status: FineTuneJobStatus) -> bool:
+    def is_reached_without_observation(self, status: FineTuneJobStatus) -> bool:
         """Return False: only the value itself reaches the goal."""
         return False
 

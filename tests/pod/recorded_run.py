@@ -110,7 +110,7 @@ def read_log_lines(bucket: Bucket, attempt_prefix: str = "") -> Lines:
 
 
 def read_trained_rows(pods: Iterable[Pod]) -> Rows:
-    """Read the rows of each step and rank. Fail if two attempts trained a step on different rows."""
+    """Read which rows of the data each rank trained on in each step. Fail if two attempts trained a step on different rows."""
     rows_by_step: Rows = {}
     for pod in pods:
         for file in sorted((pod.folder / "work").glob("rows-*.jsonl")):

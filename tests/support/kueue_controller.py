@@ -26,7 +26,7 @@ from localcluster.ports import free_ports
 from localcluster.processes import Lifetime, spawn, wait_until
 
 sys.path.append(str(Path(__file__).parents[2] / "scripts"))
-from tools import HELM, build_tools  # noqa: E402 - the path comes first
+from tools import HELM, build_go_tools  # noqa: E402 - the path comes first
 
 Object = dict[str, Any]
 API = "/apis/kueue.x-k8s.io/v1beta2"
@@ -52,7 +52,7 @@ class NodeNetwork:
 
 def _render_chart_objects() -> list[Object]:
     """Return the CRDs, the webhook configurations and the empty Secret from Kueue's chart."""
-    build_tools(HELM)
+    build_go_tools(HELM)
     chart = download_module_sources(KUEUE_PROGRAM) / "charts/kueue"
     command = [HELM.path, "template", "kueue", chart, "--namespace", NAMESPACE]
     text = subprocess.run(command, check=True, capture_output=True, text=True).stdout

@@ -21,7 +21,7 @@ from localcluster.processes import Lifetime, spawn, wait_until
 from localcluster.s3 import S3Endpoint, S3Process, find_program, is_ready, make_keys
 
 sys.path.append(str(Path(__file__).parents[2] / "scripts"))
-from tools import MINIO, VERSITY_GATEWAY, build_tools  # noqa: E402 - the path comes first
+from tools import MINIO, VERSITY_GATEWAY, build_go_tools  # noqa: E402 - the path comes first
 
 STORE_VARIABLE = "FINETUNE_TEST_STORE"
 START_SECONDS = 60
@@ -70,11 +70,11 @@ def _make_command(name: StoreName, port: int, folder: Path, access_key: str, sec
     data = folder / "data"
     match name:
         case StoreName.VERSITY:
-            build_tools(VERSITY_GATEWAY)
+            build_go_tools(VERSITY_GATEWAY)
             arguments = [VERSITY_GATEWAY.path, "--port", f"127.0.0.1:{port}", "posix", data]
             return ServerCommand(arguments, {"ROOT_ACCESS_KEY": access_key, "ROOT_SECRET_KEY": secret_key})
         case StoreName.MINIO:
-            build_tools(MINIO)
+            build_go_tools(MINIO)
             arguments = [MINIO.path, "server", "--quiet", "--address", f"127.0.0.1:{port}", data]
             return ServerCommand(
                 arguments, {"MINIO_ROOT_USER": access_key, "MINIO_ROOT_PASSWORD": secret_key, "MINIO_BROWSER": "off", "MINIO_UPDATE": "off"}
@@ -111,4 +111,4 @@ def running_store(folder: Path, name: StoreName | None = None) -> Iterator[S3End
 
 
 if __name__ == "__main__":
-    build_tools(VERSITY_GATEWAY, MINIO)
+    build_go_tools(VERSITY_GATEWAY, MINIO)

@@ -90,7 +90,7 @@ def _wait_for_goal(
         status = parse_status(job)
         has_failed = has_finished(status) and not has_succeeded(status)
         is_success = goal.is_reached(job) and (not has_failed or goal.accepts_failed_job())
-        if is_success or (has_finished(status) and goal.is_reached_without_report(status)):
+        if is_success or (has_finished(status) and goal.is_reached_without_observation(status)):
             return _get_phase(job) or goal_text
         if has_finished(status) and goal.ends_with_job:
             consequence = "" if has_failed else f" and cannot become {goal_text.removeprefix('condition=')}"

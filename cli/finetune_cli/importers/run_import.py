@@ -104,7 +104,7 @@ def import_documents(request: Request, documents: tuple[InputDocument, ...], imp
 
 
 def _note_keys_without_field(draft: JobDraft) -> None:
-    """Add one note for each reason why keys set no field. The note lists all keys with this reason that no warning names."""
+    """Add one note for each reason why keys set no field. The note lists the keys that have this reason, except those that a warning already names."""
     warnings_text = " ".join(draft.warnings)
     keys_by_reason: dict[str, list[str]] = {}
     for key, reason in draft.reasons.items():

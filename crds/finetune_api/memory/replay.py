@@ -183,5 +183,5 @@ def _build_reference(tape: Tape, step: Step, model: Decoder) -> Decoder | None:
     if step.reference is Reference.ADAPTER:
         return copy_adapters(tape, model)
     weights = step.weights
-    frozen = TrainedWeights(weights.base_value_bytes, weights.other_value_bytes, trains_base_weights=False, weight_shards=weights.weight_shards)
-    return build_decoder(tape, step.shape, frozen)
+    frozen_weights = TrainedWeights(weights.base_value_bytes, weights.other_value_bytes, trains_base_weights=False, weight_shards=weights.weight_shards)
+    return build_decoder(tape, step.shape, frozen_weights)

@@ -194,7 +194,7 @@ def adapt_to_divergence(
     spec: FineTuneJobSpec, adaptations: Iterable[Adaptation], checkpoints: Iterable[Checkpoint], now: datetime,
     attempt: int = 1,
 ) -> Adaptation | AdaptationsExhausted:  # fmt: skip
-    """Return the change for the next attempt after `attempt` diverged: its loss was not finite. `spec` has all earlier adaptations."""
+    """Return the change for the next attempt after `attempt` diverged: its loss was not finite. `spec` is the spec after all earlier adaptations were applied."""
     if spec.policy.on_divergence is OnDivergence.FAIL:
         return AdaptationsExhausted("policy.onDivergence is Fail", "lower training.learningRate or training.maxGradNorm")
     earlier_divergences = [adaptation for adaptation in adaptations if adaptation.reason == Reason.DIVERGED]

@@ -94,7 +94,7 @@ def read_monitoring_crds(folder: Path) -> Iterator[Object]:
 def helm_program(request: pytest.FixtureRequest) -> Path:
     """Path of Helm 4, then of Helm 3."""
     tool = {"helm 4": tools.HELM, "helm 3": tools.HELM_3}[request.param]
-    tools.build_tools(tool)
+    tools.build_go_tools(tool)
     return Path(tool.path)
 
 
@@ -155,7 +155,7 @@ def test_pod_security_refuses_a_privileged_operator(helm_program: Path, control_
 
 
 def test_helm_3_and_helm_4_render_the_same_objects_and_their_linters_find_no_mistake() -> None:
-    tools.build_tools(tools.HELM, tools.HELM_3)
+    tools.build_go_tools(tools.HELM, tools.HELM_3)
     for case, values in VALUES.items():
         assert render(tools.HELM.path, values) == render(tools.HELM_3.path, values), case
     for tool in (tools.HELM, tools.HELM_3):

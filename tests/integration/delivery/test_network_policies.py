@@ -41,7 +41,7 @@ def make_lab_pod(number: int, name: str, namespace: str, labels: Object, ports: 
 
 @pytest.fixture(scope="module")
 def helm_program() -> Path:
-    tools.build_tools(tools.HELM)
+    tools.build_go_tools(tools.HELM)
     return Path(tools.HELM.path)
 
 

@@ -101,14 +101,14 @@ def test_dpo_reads_tensors_only_for_the_metrics_of_trl(model: Path, tmp_path: Pa
 
 
 @contextmanager
-def _replace_nothing(*_: Any) -> Any:
+def _keep_library_code(*_: Any) -> Any:
     yield None
 
 
 def use_library_methods(patch: pytest.MonkeyPatch) -> None:
     """Let transformers and TRL walk over the modules, as without `module_walks` and `cheap_reference_passes`."""
-    patch.setattr(engine, "collected_model", _replace_nothing)
-    patch.setattr(reference_model, "cheap_reference_passes", _replace_nothing)
+    patch.setattr(engine, "collected_model", _keep_library_code)
+    patch.setattr(reference_model, "cheap_reference_passes", _keep_library_code)
 
 
 def collect_results(outcome: RunOutcome) -> tuple[Any, ...]:

@@ -200,10 +200,10 @@ def test_rounded_epochs_belong_to_the_epoch_that_they_end() -> None:
 
 
 def test_a_resumed_run_has_each_step_once() -> None:
-    first = entries(train(2, 0.5, 4.0, 10.0), train(4, 1.0, 3.0, 20.0), evaluate(4, 1.0, 2.5, 22.0), train(6, 1.5, 2.0, 30.0))
+    first_attempt = entries(train(2, 0.5, 4.0, 10.0), train(4, 1.0, 3.0, 20.0), evaluate(4, 1.0, 2.5, 22.0), train(6, 1.5, 2.0, 30.0))
     # The second attempt resumes from the checkpoint of step 4. It starts with the seconds of training in the checkpoint's last log line.
     second = entries(train(6, 1.5, 2.0, 40.0), train(8, 2.0, 1.0, 50.0), evaluate(8, 2.0, 2.0, 52.0))
-    log = join_attempts([first, second])
+    log = join_attempts([first_attempt, second])
     assert [(one.step, one.loss) for one in compute_step_metrics(log)] == [(2, 4.0), (4, 3.0), (6, 2.0), (8, 1.0)]
     assert [(one.train_loss, one.eval_loss, one.epoch_time) for one in compute_epoch_metrics(log)] == [(3.5, 2.5, 22.0), (1.5, 2.0, 30.0)]
     assert compute_training_metrics(log).step_times == [5.0, 5.0, 9.0, 5.0]
