@@ -195,7 +195,7 @@ class LoadBenchmark:
             started_at = time.monotonic()
             with self._control_plane.run_scheduler():
                 ended_at = await done.wait_for_count(count, options.timeout_seconds)
-                await asyncio.sleep(2)  # the operator also writes shortly after the end of a job
+                await asyncio.sleep(2)  # shortly after the end of a job, the operator sends further writes, which must also be counted
                 usage_at_end = self._measure_usage(operator)
         cpu_seconds_to_end, requests_to_end = usage_at_end.used_since(usage), operator.count_requests() - requests
         return {

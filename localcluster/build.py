@@ -28,8 +28,8 @@ MIN_GO_VERSION = (1, 26)
 class Program:
     """One Go program. Its version is that of the Go module `version_module`. `first_build_duration` is shown to the user before a build.
 
-    `package` is the Go package to build: our own (`.`), or one of a module that go.mod lists as a tool. `localcluster build` leaves out
-    programs with `is_optional`; the tests that need them build them.
+    `package` is the Go package to build: the package in the program's folder (`.`), or a package of a module that go.mod lists as a tool.
+    `localcluster build` skips programs with `is_optional`. A test that needs such a program builds it.
     """
 
     name: str

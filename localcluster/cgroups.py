@@ -46,7 +46,7 @@ def _raise_cpu_weight(folder: Path) -> None:
 
 
 def _inherit_cpuset(parent_cgroup: Path, node_cgroups: list[Path]) -> None:
-    """Copy the cpuset from each cgroup's parent. In cgroup v1 a new cpuset is empty, and no process can run in it."""
+    """Give each cgroup the cpuset of its parent. In cgroup v1, the cpuset of a new cgroup is empty, so no process can run in the cgroup."""
     for folder in [parent_cgroup, *node_cgroups]:
         for name in ("cpuset.cpus", "cpuset.mems"):
             (folder / name).write_text((folder.parent / name).read_text())

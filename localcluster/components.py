@@ -61,7 +61,7 @@ def make_etcd_command(kube_program: Path, folder: Path, addresses: ControlPlaneA
 def make_api_server_command(kube_program: Path, folder: Path, addresses: ControlPlaneAddresses) -> list[str]:
     """Return the command line of the API server, with a token file and a self-signed serving certificate.
 
-    If the address is a loopback address, the endpoint reconciler is off, because pods could not connect to this address.
+    If the advertised address is a loopback address, the endpoint reconciler is off, because pods could not connect to this address.
     """
     is_loopback = addresses.advertise_address.startswith("127.")
     return [
@@ -83,8 +83,8 @@ def make_api_server_command(kube_program: Path, folder: Path, addresses: Control
 def make_audit_policy(api_group: str) -> str:
     """Return an audit policy that records created pods, writes to objects of one API group, and all requests of ServiceAccounts.
 
-    The log contains the whole manifest of a created pod. Tests compare the requests of ServiceAccounts with their permissions. The log stays small,
-    because the cluster's components are no ServiceAccounts.
+    The log contains the whole manifest of each created pod. Tests compare the requests of each ServiceAccount with its permissions. The log stays
+    small, because the cluster's components do not use ServiceAccounts.
     """
     rules = [
         {"level": "Request", "verbs": ["create"], "resources": [{"group": "", "resources": ["pods"]}]},
@@ -166,7 +166,7 @@ def make_kube_proxy_command(kube_program: Path, kubeconfig: Path, *, node_name: 
 
 
 def make_kubeconfig(server: str, token: str, ca: bytes | None) -> str:
-    """Return a kubeconfig as JSON, which is valid YAML. If `ca` is None, clients do not verify the server; only components of the cluster use this."""
+    """Return a kubeconfig as JSON, which is valid YAML. If `ca` is None, clients do not verify the server; only the cluster's components do without `ca`."""
     cluster: dict[str, str | bool] = {"server": server}
     if ca is None:
         cluster["insecure-skip-tls-verify"] = True

@@ -41,7 +41,7 @@ class ControlPlane:
     """Runs etcd, kube-apiserver and kube-controller-manager, with their files in `state_dir`. `scheduler=True` adds kube-scheduler.
 
     Use it as a context manager, or call `up()` and `down()`. With the default lifetime, the kernel kills the processes when the thread that
-    started them ends, even by `kill -9`. If an earlier cluster has left processes or files in `state_dir`, they are removed first. Errors:
+    started them ends, even if `kill -9` ends it. If an earlier cluster has left processes or files in `state_dir`, they are removed first. Errors:
     StartFailed, MissingRequirement (the programs are not built, and Go is missing), ClusterDiffers (a cluster with nodes is running in this
     folder).
     """

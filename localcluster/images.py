@@ -206,7 +206,7 @@ def _create_local_base() -> None:
 
 def _run_build(recipe: ImageRecipe, context: Path, base_image: str) -> None:
     with tempfile.TemporaryDirectory(dir=get_layer_folder()) as scratch:
-        # This build context replaces the Dockerfiles' stage `uv`. buildah 1.28 cannot mount a file from a stage that it takes from its cache.
+        # This build context replaces the Dockerfiles' stage `uv`, because buildah 1.28 cannot mount a file from a stage that is in its cache.
         shutil.copy2(find_program("uv", "the Python package uv"), scratch)
         build_options = [f"--build-arg={argument}" for argument in (f"BASE={base_image}", *recipe.build_arguments)]
         run_buildah(

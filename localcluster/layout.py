@@ -22,7 +22,7 @@ S3_NODE_PORT = 30333
 ADDRESS_BLOCKS = [f"10.{n}" for n in range(201, 240)] + [f"172.{n}" for n in range(20, 32)] + ["198.18", "198.19"]
 """Possible /16 blocks for nodes and pods, in order of preference: private blocks, then the blocks reserved for network tests (RFC 2544)."""
 MAX_DEFAULT_PREFIX = 4
-"""Longest prefix (in bits) of a route that counts as a default route. VPNs set the routes 0.0.0.0/1 and 128.0.0.0/1."""
+"""A route counts as a default route if its prefix has at most this many bits. For example, VPNs set 0.0.0.0/1 and 128.0.0.0/1 as default routes."""
 
 
 @dataclass(frozen=True)

@@ -142,7 +142,8 @@ def take_lock(folder: Path) -> TextIO:
     Errors: ClusterBusy if another cluster holds the lock; the message names the state folder of this cluster.
 
     If the cluster in `folder` holds the lock, wait for the lock: the caller has killed the cluster's processes, but some may still be
-    exiting. `processes.list_owned_pids` does not find an exiting process, because the kernel frees its environment before it closes the lock file.
+    exiting. `processes.list_owned_pids` does not find an exiting process, because the kernel frees the environment of the process before it closes the
+    lock file.
     """
     lock = LOCK_FILE.open("a+")
     try:

@@ -78,7 +78,7 @@ def enable_forwarding(device: str) -> None:
     """Enable IP forwarding, and route service addresses to `device`, so that the node's own processes can reach services."""
     run_setup_command("ip", "route", "add", SERVICE_CIDR, "dev", device)
     write_sysctl("net/ipv4/ip_forward", "1")
-    with contextlib.suppress(FileNotFoundError):  # without bridge filtering, a pod cannot reach a service backend on its own node
+    with contextlib.suppress(FileNotFoundError):  # a kernel without bridge filtering: a pod cannot reach a service backend on its own node
         write_sysctl("net/bridge/bridge-nf-call-iptables", "1")
 
 

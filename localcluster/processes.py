@@ -31,7 +31,7 @@ class Lifetime(Enum):
     """How long a server runs if it is not stopped."""
 
     UNTIL_PARENT_ENDS = "parent"
-    """The kernel kills the server when the thread that started it ends, even by `kill -9`. Tests and programs use this lifetime."""
+    """The kernel kills the server when the thread that started it ends, even if `kill -9` ends this thread. Tests and programs use this lifetime."""
     UNTIL_STOPPED = "detached"
     """The server keeps running. `localcluster up` uses this lifetime."""
 
@@ -55,8 +55,8 @@ def spawn(
     name: str, argv: Sequence[str | Path], *, owner: Path, log: Path, lifetime: Lifetime,
     env: Mapping[str, str] | None = None, working_folder: Path | None = None, pass_fds: Sequence[int] = (),
 ) -> Server:
-    """Start `argv` in a new session. Append its output to `log`. The environment is `env` (default: the environment of this process) and a
-    variable with `owner`.
+    """Start `argv` in a new session. Append its output to `log`. The environment is `env` (default: the environment of this process) plus
+    a variable that names `owner`.
     """
     parent_pid = os.getpid()
 
@@ -146,8 +146,8 @@ def _read_stat(pid: int) -> list[str]:
 def end_all(owner: Path, timeout_seconds: float = 20.0) -> int:
     """Kill all processes of `owner` and wait until they have ended. Returns the number of killed processes.
 
-    Waiting also covers processes in PID namespaces: the first process of a PID namespace ends only after all others. The search is repeated,
-    because a process may have started another one meanwhile. For at most `EXEC_SECONDS`, it also waits for processes inside `execve`.
+    Processes in PID namespaces have then ended, too: the first process of a PID namespace ends only after all others. The search is repeated,
+    because a process may have started another one meanwhile. For at most `EXEC_SECONDS`, this function also waits for processes inside `execve`.
     """
     start_time_by_pid: dict[int, str] = {}
     deadline, exec_deadline = time.monotonic() + timeout_seconds, time.monotonic() + EXEC_SECONDS

@@ -63,7 +63,7 @@ def make_keys() -> tuple[str, str]:
 
 
 def make_identity_config(access_key: str, secret_key: str) -> dict[str, Any]:
-    """Return the file for SeaweedFS's option `-s3.config`, with one administrator and no other user."""
+    """Return the content of the file for SeaweedFS's option `-s3.config`: one administrator and no other user."""
     return {
         "identities": [
             {

@@ -219,7 +219,7 @@ def clean_up(cluster: DemoCluster) -> None:
 
 
 def uninstall_objects(cluster: DemoCluster) -> None:
-    """Remove the demo's objects from a user's cluster. The namespace RELEASE_NAME goes last: its label shows that the demo has created all objects."""
+    """Remove the demo's objects from a user's cluster. The namespace RELEASE_NAME is removed last: its label shows that the demo created the objects."""
     with contextlib.suppress(subprocess.CalledProcessError):
         cluster.kubectl("delete", "namespace", NAMESPACE, "--ignore-not-found")
     with contextlib.suppress(DemoFailed):

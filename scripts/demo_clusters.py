@@ -97,7 +97,7 @@ class LocalDemoCluster(DemoCluster):
 
     def steps(self) -> list[Step]:
         if not self._is_running():
-            take_lock(self._cluster.state_dir).close()  # fails before the slow steps if another cluster is running
+            take_lock(self._cluster.state_dir).close()  # if another cluster is running, this call fails before the slow steps begin
         return make_local_steps()
 
     def up(self) -> None:
@@ -262,7 +262,7 @@ class CurrentCluster(KubectlCluster):
         self._create_namespaces()
 
     def _create_namespaces(self) -> None:
-        """Create the demo's two namespaces. Errors: NoCluster if a namespace or the CRD exists already, but not from an earlier demo."""
+        """Create the demo's two namespaces. Errors: NoCluster if a namespace or the CRD already exists and was not created by an earlier demo."""
         labels = {name: self._read_labels("namespace", name) for name in (RELEASE_NAME, NAMESPACE)}
         foreign_objects = [f"namespace {name}" for name, object_labels in labels.items() if object_labels is not None and DEMO_LABEL not in object_labels]
         if labels[RELEASE_NAME] is None and self._read_labels("crd", CRD_NAME) is not None:

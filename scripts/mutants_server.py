@@ -54,7 +54,7 @@ def handle_request(connection: socket.socket) -> None:
         os._exit(run_tests(request["folder"], request["groups"]))
     watcher = os.fork()
     if watcher == 0:
-        connection.recv(1)  # returns when the client ends
+        connection.recv(1)  # blocks until the client disconnects
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child, signal.SIGKILL)
         os._exit(0)

@@ -26,7 +26,7 @@ SPDX_BY_LICENCE_TEXT = {
     "bsd 2-clause license": "BSD-2-Clause", "3-clause bsd license": "BSD-3-Clause", "bsd 3-clause license": "BSD-3-Clause",
     "psfl": "PSF-2.0", "python software foundation license": "PSF-2.0", "dual license": "",
 }  # fmt: skip
-"""SPDX identifiers by the licence texts in package metadata. Empty: the text names no licence. `BSD`: the text does not name the number of clauses."""
+"""SPDX identifiers by the licence texts in package metadata. An empty value: the text names no licence. `BSD`: the text does not say how many clauses."""
 LICENCE_BY_PACKAGE = {
     "cuda-toolkit": "no files: a package that only names the packages of NVIDIA's toolkit",
     "antlr4-python3-runtime": "BSD-3-Clause",
@@ -34,7 +34,7 @@ LICENCE_BY_PACKAGE = {
     "nvidia-nccl-cu13": "BSD-3-Clause",
     "nvidia-nvtx": "Apache-2.0 WITH LLVM-exception",
 }
-"""Licences by package, for packages whose metadata name none or another than their licence file. Source: the packages' licence files."""
+"""Licences of packages whose metadata name no licence, or another licence than the package's licence file. Source: the packages' licence files."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def _read_package(name: str, version: str, versions: dict[str, str]) -> Package:
 
 
 def _list_required_names(name: str) -> Iterator[str]:
-    """Yield the names of all requirements. Those of optional features count too, because a package uses an optional package that is installed."""
+    """Yield the names of all requirements. Requirements of optional features are included, because a package uses them if they are installed."""
     for text in requires(name) or []:
         yield canonicalize_name(Requirement(text).name)
 

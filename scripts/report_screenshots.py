@@ -50,7 +50,7 @@ def _find_or_install_browser() -> str | None:
 
 
 def _train_and_report(folder: Path) -> Path:
-    """Run a job in the given folder, whose name may be visible in the pictures. Returns the path of the job's report."""
+    """Run a job in the given folder, whose name can be visible in the pictures. Returns the path of the job's report."""
     from finetune_api.names import REPORT_KEY
     from report_run import run_with_report, stored_run_folder
 

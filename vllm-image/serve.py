@@ -1,4 +1,4 @@
-"""Starts vLLM in the container next to the trainer, and reports its end to the trainer.
+"""Starts vLLM in the container next to the trainer, and reports to the trainer when vLLM has ended.
 
 The trainer writes the model and then `server.json` to the shared volume. This program waits for `server.json`, starts `vllm serve`, and writes
 `ended.json` when vLLM has ended. A server that has ended is not started again: the trainer fails when it finds `ended.json`, and the next attempt
@@ -80,13 +80,13 @@ def report_end(file: Path, message: str) -> None:
 
 
 def main() -> int:
-    """Wait for the options, run the server, and report its end. Returns exit code 1, because the server must not end before the trainer."""
+    """Wait for the options, run the server, and report its end. Returns exit code 1, because a server that ends before the trainer is a failure."""
     folder = Path(os.environ.get(FOLDER_VARIABLE, DEFAULT_FOLDER))
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
     end_file, start_file = folder / "ended.json", folder / "started.mark"
     if start_file.exists() and not end_file.exists():
         report_end(end_file, KILLED)
-    if end_file.exists():  # The kubelet has started the container again. The trainer has read the file, or will read it, and ends the attempt.
+    if end_file.exists():  # The kubelet has started the container again. The trainer ends the attempt when it reads the file.
         print("the server has already ended, and is not started again in this attempt", file=sys.stderr, flush=True)
         return 1
     options = wait_for_options(folder / "server.json")

@@ -90,7 +90,7 @@ class SmallRun:
             0.5 + 4 / 64 if self.method == "qlora" else self.base_bytes, self.base_bytes, is_full, lora_rank=self.rank,
             target_layers=frozenset() if is_full else frozenset(self.targets), has_dropout=self.dropout and not is_full,
         )  # fmt: skip
-        # Batches of one row have no padding, but for eager attention transformers builds a mask all the same. Packed rows hold several documents.
+        # A batch of one row needs no mask, because it has no padding. But a packed row has several documents, and eager attention always gets a mask.
         batch = Batch(self.rows, self.tokens, has_mask=self.packs or self.rows > 1 or self.attention == "eager")
         return Step(
             parse_model_shape(self.config()), weights, batch, OPTIMIZERS[self.optimizer], Kernels(is_gpu=False, attention=self.attention),
@@ -135,7 +135,7 @@ def summarise_errors(peaks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def find_peak(events: Any) -> int:
-    """Return the largest number of allocated bytes since the event `training`."""
+    """Return the largest number of bytes that were allocated at one time after the start of the event `training`."""
     allocations: list[tuple[int, int]] = []
     started = 0
     waiting = list(events)

@@ -16,7 +16,7 @@ CLIENT_LIMITS = ("--kube-api-qps=2000", "--kube-api-burst=4000")
 EXTRA_FLAGS = {
     "kube-controller-manager": [*CLIENT_LIMITS, "--concurrent-job-syncs=20"],
     "kube-scheduler": list(CLIENT_LIMITS),
-    # No audit log: it records only writes to FineTuneJobs, which would add to the cost of one variant.
+    # No audit log: it records only writes to FineTuneJobs, so only the variant that creates FineTuneJobs would become slower.
     "kube-apiserver": ["--max-requests-inflight=2000", "--max-mutating-requests-inflight=1000", "--audit-log-path=", "--audit-policy-file="],
 }
 TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")

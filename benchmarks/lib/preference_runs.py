@@ -155,7 +155,7 @@ def _create_tokenizer(vocabulary: int) -> Any:
 
 
 def _create_marker() -> Any:
-    """Return a callback that marks the time of training in the profile, for `find_peak`."""
+    """Return a callback that records the event `training` in the profile, because `find_peak` searches for this event."""
     from torch.profiler import record_function
     from transformers import TrainerCallback
 

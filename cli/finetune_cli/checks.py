@@ -26,7 +26,7 @@ from finetune_cli.unknown_fields import find_unknown_fields
 
 @dataclass(frozen=True)
 class Finding:
-    """One problem of a manifest: an error, or a warning (`is_error` is false), for which only `validate --strict` refuses the manifest."""
+    """One problem of a manifest: an error or, if `is_error` is false, a warning. Only `validate --strict` refuses a manifest because of a warning."""
 
     mistake: Mistake
     code: str
@@ -63,7 +63,7 @@ def check_manifest(
         if not error.is_unknown and not any(is_within(error.path, field.path) for field in unknown_fields)
     ]
     if spec is not None:
-        # A field that the user wrote under an unknown name is not missing.
+        # A field does not count as missing if the user wrote it under an unknown name.
         misnamed_paths = {field.suggested_path for field in unknown_fields}
         findings += [
             _make_finding(manifest, problem.path, problem.message, problem.hint, problem.code)
@@ -79,7 +79,11 @@ def check_manifest(
 
 
 def _is_caused_by(problem: Problem, error: FieldError) -> bool:
-    """Whether a rule is broken only because the invalid value of `error` was removed: the rule is about the same path, or reports a missing source."""
+    """Whether a rule is broken only because the invalid value of `error` was removed.
+
+    This is assumed if the rule is about the field of the error, about a group that contains it, or about a field inside it. It is also assumed if the
+    rule reports that the model or the data is missing, and the error is in that group.
+    """
     is_missing_source = problem.code in ("ModelMissing", "DatasetMissing") and is_within(error.path, problem.path.partition(".")[0])
     return is_missing_source or is_within(problem.path, error.path) or is_within(error.path, problem.path)
 

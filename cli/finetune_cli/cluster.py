@@ -356,7 +356,7 @@ def _load_kubeconfig(configuration: Any, context: str | None, path: str | None) 
         except OSError as error:
             raise ClusterError(f"{error.filename or path or 'the kubeconfig'}: {error.strerror}") from None
         except Exception as error:
-            # The kubernetes library does not catch the exceptions of its parsers. Their text may quote credentials, so the message leaves it out.
+            # The kubernetes library does not catch the exceptions of its parsers. The text of such an exception may quote credentials, so it is not printed.
             raise ClusterError(
                 f"{path or '~/.kube/config'} is not a valid kubeconfig ({type(error).__name__})"
             ) from None
@@ -369,7 +369,7 @@ def _load_kubeconfig(configuration: Any, context: str | None, path: str | None) 
 
 @contextlib.contextmanager
 def _capture_log_errors() -> Iterator[list[str]]:
-    """Yield a list that receives each logged error, because the kubernetes library only logs the failure of a credential plugin."""
+    """Yield a list to which each logged error is added. The kubernetes library raises no exception if a credential plugin fails, but only logs an error."""
     error_messages: list[str] = []
 
     class ErrorCollector(logging.Handler):
@@ -388,7 +388,7 @@ POD_NAMESPACE_FILE = "/var/run/secrets/kubernetes.io/serviceaccount/namespace"
 
 
 def find_innermost_cause(error: Exception) -> str:
-    """Extract the innermost cause from the text of a network error, which lists nested errors."""
+    """Return the innermost cause of a network error. The text of such an error lists nested errors; the innermost cause comes last."""
     text = str(error)
     return text.rpartition(": ")[2].strip("()<> '\"") or type(error).__name__
 

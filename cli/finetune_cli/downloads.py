@@ -42,7 +42,7 @@ from finetune_cli.transfers import (
 )
 
 MAX_LOST_CONNECTIONS = 5
-"""A download fails after this many lost connections in a row that delivered no byte."""
+"""A download fails after this number of consecutive lost connections, if none of them delivered a byte."""
 _MULTIPART_ETAG = re.compile(r"^[0-9a-f]{32}-(\d+)$")
 _MD5 = re.compile(r"^[0-9a-f]{32}$")
 
@@ -59,7 +59,7 @@ class RemoteFile:
 
     @property
     def version(self) -> str:
-        """A short hash that changes with the content: of the sha256, or of ETag and size."""
+        """A short hash of the sha256 or, without a sha256, of ETag and size. It changes if the content of the object changes."""
         return hashlib.sha256((self.sha256 or f"{self.etag} {self.size}").encode()).hexdigest()[:12]
 
 
@@ -134,7 +134,7 @@ class _Comparison(NamedTuple):
     check: Check
     """What was compared: sha256, ETag, or only the size."""
     sha256: str
-    """The sha256 of the local file. It is empty for a target file with another size than the object, because no caller reads it then."""
+    """The sha256 of the local file. It is empty if the target file and the object differ in size, because no caller reads it then."""
     is_equal: bool
     """Whether the check found no difference."""
 
@@ -211,7 +211,10 @@ class Download:
         return _Comparison(Check.ETAG, digest.sha256, digest.etag == self._file.etag)
 
     def _find_part_bytes(self) -> int | None:
-        """Return the part size in bytes of the upload whose MD5 digests the ETag contains. None: the ETag contains no digest of the content."""
+        """Return the part size in bytes with which the object was uploaded. The MD5 digests in the ETag are those of the parts.
+
+        None: the ETag contains no digest of the content, or the part size is unknown.
+        """
         if _MD5.match(self._file.etag):
             return max(1, self._file.size)
         match = _MULTIPART_ETAG.match(self._file.etag)

@@ -87,7 +87,7 @@ class PoolUsage:
     gpus: int
     free_gpus: int
     free_nodes: int
-    """Nodes on which a pod with all GPUs of a node fits."""
+    """Number of nodes that have enough free GPUs for a pod that uses all GPUs of a node."""
 
 
 def list_chart_objects(cluster: Cluster, plural: str, api_path: str, namespace: str | None) -> list[KubeObject]:

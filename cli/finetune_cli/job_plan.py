@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from finetune_cli.manifests import Manifest
 
 STORED_SIZE_TOLERANCE = 0.02
-"""Relative difference between the size of the weight files and the planned size, above which the plan adds a note."""
+"""The plan adds a note if the size of the weight files differs from the planned size by more than this fraction of the planned size."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class MethodPlan:
     """The plan of a job with one method."""
 
     spec: FineTuneJobSpec
-    """The spec with the chosen values."""
+    """The spec of the job, with the values that the plan has chosen for missing fields."""
     plan: JobPlan
     choices: tuple[Choice, ...] = ()
     changes: tuple[Change, ...] = ()
@@ -119,7 +119,7 @@ def read_model(spec: FineTuneJobSpec, folder: Path | None) -> tuple[ModelShape, 
 
 
 def find_memory_findings(manifest: Manifest, spec: FineTuneJobSpec, *, pool: GpuPool, folder: Path | None) -> Iterator[Finding]:
-    """Yield an error if the job does not fit on the GPUs of `pool`, or a warning if it may not fit or cannot be planned."""
+    """Yield an error if the job does not fit on the GPUs of `pool`, or a warning if it possibly does not fit or cannot be planned."""
     from finetune_api.defaults import resolve_defaults
     from finetune_api.errors import FineTuneError
     from finetune_api.memory.architecture import read_model_shape

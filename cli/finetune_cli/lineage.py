@@ -280,7 +280,10 @@ class Verifier:
             self._add_finding(CheckName.STATEMENT, Code.CONTRADICTS_RUN, f"{path} in the statement differs from {key}")
 
     def _check_checkpoints(self) -> None:
-        """Compare the checkpoints that are still stored with the statement. Retention or a user may have deleted other checkpoints."""
+        """Compare each stored checkpoint with the statement.
+
+        It is no finding if a checkpoint of the statement is no longer stored: retention or a user may have deleted it.
+        """
         if self._result.statement is None or self._result.select_findings(CheckName.STATEMENT):
             return
         byproducts = self._result.statement.predicate.run_details.byproducts
@@ -361,9 +364,9 @@ def find_contradictions(statement: Statement, manifest: dict[str, Any]) -> Itera
 
 
 def _has_digest(statement: Statement, digest: Any, name_prefixes: tuple[str, ...]) -> bool:
-    """Whether the sources whose names begin with one of `name_prefixes` have this combined digest in the statement.
+    """Whether the statement has this combined digest for the sources whose names begin with one of `name_prefixes`.
 
-    If the statement lists digests of their files, the combined digest must follow from them.
+    If the statement also has the digests of single files of these sources, the hash of those digests must equal the combined digest.
     """
     resources = [one for one in statement.predicate.build_definition.resolved_dependencies if (one.name or "").startswith(name_prefixes)]
     combined = [one.annotations["combinedDigest"] for one in resources if "combinedDigest" in one.annotations]

@@ -103,7 +103,7 @@ def to_local_source(text: str, path: str, machine: LocalMachine) -> str:
 
 
 def _to_file_source(text: str, path: str, machine: LocalMachine) -> str:
-    """Return the `file://` source of a path. A relative path is searched in the current folder, then in the manifest's folder."""
+    """Return the `file://` source of a path. A relative path is looked up in the current folder, then in the manifest's folder."""
     try:
         file = Path(text).expanduser()
     except RuntimeError:

@@ -15,7 +15,7 @@ OK, ERROR, JOB_FAILED = 0, 1, 2
 
 
 class CommandExit(Exception):
-    """Ends the command with an exit code. The code that raises it has printed all messages."""
+    """The exception that ends the command with an exit code. All messages are printed before it is raised."""
 
     def __init__(self, code: int):
         super().__init__(code)

@@ -30,7 +30,9 @@ class UnusedRows:
         return sum(stored.size for stored in self.objects)
 
     def delete(self, now: datetime) -> UnusedRows:
-        """Delete the rows that are still unused, and return the deleted rows. A job may have used other rows since they were found. Raises StorageError.
+        """Delete the rows that are still unused, and return the deleted rows. Rows that a job has used since they were found are kept.
+
+        Raises StorageError.
 
         Each group is deleted with its own request, because a store may delete the objects of one request in any order.
         """

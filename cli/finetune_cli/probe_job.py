@@ -23,7 +23,7 @@ from finetune_cli.installation import TrainerImage
 
 PULL_PROBLEMS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError")
 CONFIG_PROBLEMS = ("CreateContainerConfigError",)
-"""Reasons of a container that waits for a Secret or ConfigMap. Its image is already pulled."""
+"""Reasons that Kubernetes gives for a container that waits for a missing Secret or ConfigMap. The image of the container is already pulled."""
 TTL_SECONDS = 60
 LABELS = {"app.kubernetes.io/name": "finetune-doctor"}
 NO_STORAGE_URI = "file:///tmp"

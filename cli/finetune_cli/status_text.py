@@ -14,7 +14,7 @@ from finetune_cli.cluster import get_event_time
 BAR_WIDTH = 30
 SPARK_BLOCKS = "▁▂▃▄▅▆▇█"
 SMALLEST_TIME_SHARE = 0.01
-"""Parts of the job's time with a smaller share are not shown."""
+"""A part of the job's time is not shown if its share of the whole time is below this number."""
 STAGE_PHASES = (
     (Phase.PENDING, Phase.PREPARING, Phase.VALIDATING, Phase.QUEUED), (Phase.STARTING,), (Phase.RUNNING, Phase.RECOVERING), (Phase.EVALUATING,),
     (Phase.UPLOADING,), (Phase.SUCCEEDED,),

@@ -31,7 +31,7 @@ def suggest_field(path: str, known_paths: Iterable[str]) -> str:
 def _find_field_elsewhere(path: str, candidates: list[str]) -> str:
     """Return the least nested field with the same name in another group, or an empty string if several fields are equally nested.
 
-    Fields below the group of `path` have precedence. Elsewhere, a name in COMMON_NAMES is not searched.
+    Fields below the group of `path` have precedence. A name in COMMON_NAMES is searched only there.
     """
     group, _, name = path.rpartition(".")
     same_name = [field for field in candidates if normalise(field.rpartition(".")[2]) == normalise(name)]

@@ -80,7 +80,7 @@ class LocalDigest:
 
     @property
     def etag(self) -> str:
-        """The ETag of an object that is uploaded in these parts, unless the store encrypts it with KMS keys."""
+        """The ETag that the store gives to an object that is uploaded in these parts. It has another ETag if the store encrypts it with KMS keys."""
         if self.size <= self.part_bytes:
             return self.part_md5s[0].hex()
         return f"{hashlib.md5(b''.join(self.part_md5s), usedforsecurity=False).hexdigest()}-{len(self.part_md5s)}"

@@ -224,7 +224,7 @@ class MultipartUpload:
         return min(self._digest.part_bytes, self._digest.size - (part_number - 1) * self._digest.part_bytes)
 
     def _find_unfinished(self) -> tuple[str | None, dict[int, str]]:
-        """Return the ID and the part ETags of the unfinished upload that has the most parts, or None and no ETags.
+        """Return the ID and the part ETags of the unfinished upload that has the most parts. Without such an upload, return None and no ETags.
 
         An upload counts only if all its parts match the file. Without the permission to list uploads, none is found and the whole file is uploaded.
         """

@@ -27,7 +27,7 @@ FIELD_OF_GROUP = {
 FIELD_OF_GROUP_FOR_NUMBER = {"dataset.split": "validation", "training.earlyStopping": "patience", "model.quantization": "bits"}
 """The field of a group that users mean if they write a number instead of the group."""
 FIELDS_WITH_OPTIONAL_LIMIT = ("training.maxSteps", "policy.activeDeadlineSeconds")
-"""Fields with a limit that other tools switch off with 0 or -1."""
+"""Fields with a limit. In other tools, 0 or -1 means that there is no limit."""
 PLAIN_TEXT = re.compile(r"[\w./@-]+")
 ZERO_STAGE = re.compile(r"(?:deepspeed)?(?:zero|stage|zerostage)(\d)")
 
@@ -186,7 +186,7 @@ def _find_known_word(text: str, path: str) -> str:
 
 
 def _find_field_with_word(text: str) -> str:
-    """Return a field that allows the word `text`. The user has probably confused it with the field in which the word stands."""
+    """Return a field that allows the word `text`, or an empty string. The user has probably written a value of this field into another field."""
     for path in ("method.type", "trainer.type", "distributed.strategy", "training.scheduler", "dataset.format"):
         field = find_field(path)
         if field is not None and text.lower() in (word.lower() for word in field.enum_values):

@@ -50,7 +50,7 @@ class ConditionGoal:
         return entry is not None and entry.status == self.status
 
     def accepts_failed_job(self) -> bool:
-        """Whether the wait succeeds if the job has reached the goal and has failed."""
+        """Whether the wait succeeds if the job has reached the goal, although the job itself has failed."""
         return (self.condition, self.status) in ((Condition.SUCCEEDED, "False"), (Condition.STALLED, "True"))
 
     def is_reached_without_observation(self, status: FineTuneJobStatus) -> bool:
@@ -73,7 +73,7 @@ class RunningGoal:
         return False
 
     def is_reached_without_observation(self, status: FineTuneJobStatus) -> bool:
-        """Whether the job has succeeded: every successful job was running before."""
+        """Whether the job has succeeded. A job that has succeeded was running before, so it has reached the goal."""
         return has_succeeded(status)
 
 

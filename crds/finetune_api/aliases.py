@@ -76,7 +76,7 @@ FIELD_ALIASES: dict[str, str] = {
     "restartpolicy": "policy.retries", "maxretries": "policy.retries", "backofflimit": "policy.retries",
     "pushtohub": "output.hub.push", "hubmodelid": "output.hub.repository",
 }  # fmt: skip
-"""Maps option names of other tools to spec paths. The keys are in lower case, without `_` and `-`. A key `group.name` applies only in this group."""
+"""Maps option names of other tools to spec paths. The keys are in lower case, without `_` and `-`. A key `group.name` applies only to options in `group`."""
 
 VALUE_ALIASES: dict[str, dict[str, str]] = {
     "method.type": {"peft": "lora", "fft": "full", "fullfinetuning": "full", "fullfinetune": "full", "ptuning": "promptTuning", "prefix": "prefixTuning"},
@@ -136,6 +136,6 @@ def normalise(name: str) -> str:
 
 
 def find_field_for_alias(alias_path: str) -> str:
-    """Return the spec path that an option name of another tool means: `training.learningRate` for `training.lr`, or "" for an unknown name."""
+    """Return the spec path of the field that an option of another tool corresponds to: `training.learningRate` for `training.lr`. Unknown name: ""."""
     group, _, name = alias_path.rpartition(".")
     return FIELD_ALIASES.get(f"{group}.{normalise(name)}") or FIELD_ALIASES.get(normalise(name), "")

@@ -1,8 +1,8 @@
-"""Derive the secret of an attempt and the keys that sign checkpoints and prepared rows from the operator's own key.
+"""From the operator's own key, derive the secret of an attempt, and the keys that sign checkpoints and prepared rows.
 
 Each pod mounts its secret and its signing key as files, and derives the progress token and the gang key from the secret. The operator
-never reads the Secret of an attempt. After a restart, it derives the secret of a running attempt again. It can then still ask the pods
-for their progress, without permission to read the Secrets of users.
+never reads the Secret of an attempt. After a restart, it derives the secret of a running attempt again. It therefore needs no permission to
+read the Secrets of users, and can still ask the pods for their progress.
 """
 
 from __future__ import annotations

@@ -84,7 +84,8 @@ def spec_field(
     """Declare an optional field of the spec. If the user does not set it, the field is None until `defaults.resolve_defaults` fills in its default.
 
     `default`: a constant default. `default_text`: the description of a default that depends on other fields. `since`: the release
-    that added the field, if this is not the first one. The default of such a field must keep the behaviour of earlier releases.
+    that added the field; empty for a field of the first release. The default of a field that was added later must keep the behaviour of
+    earlier releases.
     """
     given_metadata = {DEFAULT_KEY: default, DEFAULT_TEXT_KEY: default_text or None, EXAMPLE_KEY: example, SINCE_KEY: since or None}
     schema_extra = {key: value for key, value in given_metadata.items() if value is not None}
@@ -111,7 +112,7 @@ def status_field(
     example: Any = None,
     immediate: ImmediateWrite | None = None,
 ) -> Any:
-    """Declare a field of the status. `default=...` (Python's Ellipsis) makes the field required. `immediate`: which of its changes are written at once."""
+    """Declare a field of the status. `default=...` (Python's Ellipsis) makes the field required. `immediate`: which changes are written at once."""
     schema_extra = {key: value for key, value in ((EXAMPLE_KEY, example), (IMMEDIATE_WRITE_KEY, immediate)) if value is not None}
     if default_factory is not None:
         return Field(default_factory=default_factory, description=description, json_schema_extra=schema_extra or None)

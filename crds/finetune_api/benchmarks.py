@@ -28,11 +28,12 @@ BENCHMARK_KINDS = {
 }
 """The kind of each benchmark, by its name in the spec.
 
-`human-eval` means rating sheets: two of the five tools whose configuration files `finetune import` reads use the name in this way.
+`human-eval` means rating sheets, not the HumanEval data set. `finetune import` reads the configuration files of five tools, and two of these
+tools use the name in this sense.
 """
 
 REPLACEMENTS_OF_OLD_TASKS = {"truthfulqa_mc": ("truthfulqa_mc1", "truthfulqa_mc2")}
-"""Maps each old name of a harness task to the tasks that replace it. Task names that are not in this table are names of the harness."""
+"""Maps each old name of a harness task to the tasks that replace it. A task name that is not in this table is kept unchanged."""
 
 
 @dataclass(frozen=True)
@@ -62,5 +63,5 @@ DEFAULT_RATING_QUESTIONS = 50
 
 
 def replace_old_task_names(tasks: list[str]) -> list[str]:
-    """Return the tasks with old names replaced by current names, in the same order and each name once."""
+    """Return the task names in the same order and without duplicates. Old names are replaced by current names."""
     return list(dict.fromkeys(name for task in tasks for name in REPLACEMENTS_OF_OLD_TASKS.get(task, (task,))))

@@ -1,4 +1,4 @@
-"""Correct plans by the measured values of earlier runs on the same type of GPU. `benchmarks/recalibrate.py` writes the table of these runs."""
+"""Correct plans with the values that were measured in earlier runs on the same type of GPU. `benchmarks/recalibrate.py` writes the table of these runs."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from finetune_api.status import MemoryPlan
 MIN_CALIBRATION_RUNS = 3
 """Plans for a type of GPU are calibrated only if at least this number of runs was measured on it."""
 CalibrationTable = Mapping[tuple[str, bool], tuple[int, float, float, float]]
-"""Maps (type of GPU, whether the runs had several GPUs) to (number of runs, median, lowest and highest measured value / planned value)."""
+"""Maps (type of GPU, whether the runs had several GPUs) to (number of runs; median, lowest and highest ratio of measured to planned value)."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Measured value / planned value in the runs on one type of GPU: median, lowest and highest ratio."""
+    """The ratios of measured to planned value in the runs on one type of GPU: median, lowest and highest ratio."""
 
     run_count: int
     median_ratio: float
@@ -26,7 +26,7 @@ class Calibration:
 
     @property
     def widening_factor(self) -> float:
-        """Factor by which bounds are widened. The fewer the runs, the less reliable are their lowest and highest ratios, and the larger is the factor."""
+        """Factor by which bounds are widened. With few runs, the lowest and highest ratios are less reliable, so the factor is larger."""
         return 1 + 1 / self.run_count
 
 

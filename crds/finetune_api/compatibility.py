@@ -78,7 +78,7 @@ def _make_too_old_error(problem: str) -> TooOldError:
 
 
 def _iterate_paths_to_refuse(run: RunConfig, unknown_item: UnknownItem) -> Iterator[str]:
-    """Yield the path of the unknown item, or the paths of the values inside it, unless the trainer may ignore them."""
+    """Yield the path of the unknown item, unless the trainer can ignore it. For an unknown group, yield the paths of the values that it cannot ignore."""
     location, value = unknown_item.location, unknown_item.value
     if not unknown_item.is_field:
         yield f"{_format_dotted_path(location)}: {value}"

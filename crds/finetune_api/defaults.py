@@ -216,7 +216,8 @@ def _list_method_defaults(spec: FineTuneJobSpec, method: MethodType) -> dict[str
 def _list_storage_defaults(spec: FineTuneJobSpec, platform_defaults: PlatformDefaults) -> dict[str, Any]:
     """Return defaults of `spec.storage` from the operator's configuration.
 
-    If the job sets its own endpoint, only `uri` has a default: the configured region and credentials belong to the configured store.
+    If the job sets its own endpoint, only `uri` has a default, because the configured region and credentials belong to
+    the endpoint in the operator's configuration.
     """
     if platform_defaults.storage is None:
         return {}
@@ -230,7 +231,7 @@ PLATFORM_DEFAULT_PATHS = (
     "resources.gpuResource", "resources.nodePool", "resources.cpu", "resources.memory", "resources.ephemeralStorage", "resources.sharedMemory",
     GENERATION_IMAGE_PATH,
 )  # fmt: skip
-"""Spec paths of defaults that come from the operator's configuration. All defaults of `spec.storage` come from there, too."""
+"""Spec paths of defaults that come from the operator's configuration. In addition, all defaults of `spec.storage` come from this configuration."""
 
 LATE_DEFAULT_PATHS = ("dataset.maxSequenceLength", "dataset.useChatTemplate", "dataset.numProc")
 """Spec paths of defaults that depend on the model or the pod. The trainer fills in these defaults and reports them for `status.resolved.defaults`."""
@@ -303,7 +304,8 @@ DEFAULT_CONDITIONS: dict[str, Callable[[dict[str, Any]], bool]] = {
         for name in ("gpus", "gpuMemoryUtilization", "cpu", "memory", "startTimeoutSeconds", "requestTimeoutSeconds")
     },
 }
-"""Conditions of constant defaults, by spec path. A condition gets the values of the field's group, by camelCase name, and says whether the default applies."""
+"""For each constant default that does not always apply, by spec path: a function that returns whether the default applies. The argument of the function
+is the values of the field's group, by camelCase name."""
 COMPUTED_DEFAULTS = frozenset({"method.promptLength", "model.quantization.type", "model.quantization.doubleQuant"})
 """Spec paths of constant defaults that apply only with certain values of other groups. `_compute_defaults` fills them in."""
 

@@ -53,7 +53,7 @@ def collect_result_settings(spec: FineTuneJobSpec, filled_paths: Collection[str]
     """Return the values that the user set and that can change the result, by spec path.
 
     `filled_paths`: spec paths of filled-in defaults, which are left out. `user_values`: the user's own values of fields that the operator
-    changed after a failure. Queries and passwords of web addresses are removed, so a renewed signature in an address is not a difference.
+    changed after a failure. Queries and passwords of web addresses are removed, so an address whose signature was renewed counts as unchanged.
     """
     value, _ = remove_secrets(spec.to_wire())
     settings = {path: leaf for path, leaf in _iterate_leaves(value, "") if path not in filled_paths and not _is_without_effect(path)}

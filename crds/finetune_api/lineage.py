@@ -98,7 +98,7 @@ class AttemptRecord(LenientModel):
     resolved: ResolvedConfig = Field(default_factory=ResolvedConfig, description="The configuration in use.")
 
     def without_texts(self) -> AttemptRecord:
-        """Return the record without message, hint and notes, which may quote values that are not meant for readers of a statement."""
+        """Return the record without message, hint and notes, because these texts can contain values that readers of a statement must not see."""
         return self.model_copy(update={"message": None, "hint": None, "notes": []})
 
 

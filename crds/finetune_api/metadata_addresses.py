@@ -13,7 +13,8 @@ METADATA_CIDRS = (
     "fd00:ec2::254/128",
     "fd20:ce::254/128",
 )
-"""In this order: AWS, Google, Azure and others; AWS ECS tasks; Alibaba; Azure's host agent; Oracle; AWS over IPv6; Google over IPv6.
+"""Addresses of these services, in this order: AWS, Google, Azure and others; AWS ECS tasks; Alibaba; Azure's host agent; Oracle; AWS over IPv6;
+Google over IPv6.
 
 169.254.170.23 and fd00:ec2::23 (EKS Pod Identity) are not listed, because they serve only the credentials of the pod's own ServiceAccount.
 """
@@ -24,7 +25,7 @@ _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
 
 def is_metadata_address(address_text: str) -> bool:
-    """Whether an IP address is a metadata address or another link-local address. An IPv6 address that contains an IPv4 address counts as that one."""
+    """Whether an IP address is a metadata address or another link-local address. If an IPv6 address contains an IPv4 address, the IPv4 address is checked."""
     address = ipaddress.ip_address(address_text.partition("%")[0])
     if isinstance(address, ipaddress.IPv6Address):
         embedded_ipv4 = address.ipv4_mapped or address.sixtofour

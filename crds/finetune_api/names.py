@@ -192,9 +192,9 @@ GENERATION_CONTRACT_VERSION = 1
 PROGRESS_PORT = 8080
 PROGRESS_PORT_NAME = "progress"
 PROGRESS_TOKEN_HEADER = "X-Finetune-Token"
-"""HTTP header with the token of `GET /progress`. The header `Authorization` is not used: the API server, which forwards the request, needs it for itself."""
+"""HTTP header with the token of `GET /progress`. The API server, which forwards the request, uses the header `Authorization` itself."""
 RENDEZVOUS_PORT = 29400
-"""Port on the pod of rank 0 at which the pods of a job with several pods meet (torch.distributed's rendezvous)."""
+"""Port on the pod of rank 0 through which the pods of a job find each other (torch.distributed's rendezvous)."""
 TRAINER_UID = 10001
 """User ID and group ID of the trainer and operator containers."""
 
@@ -580,7 +580,7 @@ _ATTEMPT_FOLDER = "attempt-"
 
 
 PREPARATION_ATTEMPT = 0
-"""The attempt number that labels, progress reports and Secrets of a preparation contain."""
+"""The labels, progress reports and Secrets of a preparation contain this number as the attempt number."""
 
 
 def prepared_root(job_root: str) -> str:

@@ -36,7 +36,7 @@ class ObjectiveFacts:
     sequences_per_row: int = 1
     """Number of sequences that the model reads for one row: two for a pair of answers, each with the prompt."""
     passes_without_gradients: int = 0
-    """Number of forward passes for each sequence in addition to training: those of the reference model, and for kto those of mismatched answers."""
+    """Number of forward passes without gradients for each sequence: those of the reference model, and for kto also those with mismatched answers."""
 
 
 _DPO_BETA_DEFAULT = {"trainer.dpo.beta": 0.1}

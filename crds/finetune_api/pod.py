@@ -184,7 +184,7 @@ class RunConfig(WireModel):
         required_releases = {value.pop("minTrainerVersion"), *(releases[path] for path in user_paths)}
         for path in default_paths:
             remove_value_at_path(value["spec"], path)
-        value["spec"].pop("prepare", None)  # trainer 0.1.0 does not know the group, and only the operator reads it
+        value["spec"].pop("prepare", None)  # trainer 0.1.0 does not know `prepare`, and only the operator reads this group
         mark_entries = [f"{_MARK_PREFIX}{origin} {path}" for path, origin in value.pop("origins").items()]
         mark_entries.append(f"{_MARK_PREFIX}{_MIN_TRAINER_VERSION} {max(required_releases, key=version_sort_key)}")
         rolled_back_attempt = value["resume"].pop("rolledBackAttempt", None)
@@ -278,7 +278,7 @@ class HealthReport(ReportModel):
     def _write_old_name(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Also write `secondsSinceHeartbeat` under its old name.
 
-        Operator 0.1.0 reads only the old name, `secondsSinceSign`. Without this value, it would treat a long evaluation as a stall.
+        Operator 0.1.0 reads only the old name, `secondsSinceSign`. Without this name, operator 0.1.0 would treat a long evaluation as a stall.
         """
         value: dict[str, Any] = handler(self)
         if value.get("secondsSinceHeartbeat") is not None:
@@ -373,7 +373,10 @@ class TerminationMessage(ReportModel):
     time_use: TimeUse | None = Field(default=None, description="What the container's time since its start was used for.")
 
     def to_json(self) -> str:
-        """Return the message as JSON of at most 4096 bytes, the kubelet's limit, without secrets. If it is longer, optional fields are dropped, then texts are cut."""
+        """Return the message as JSON of at most 4096 bytes, the kubelet's limit, without secrets.
+
+        From a longer message, optional fields are removed first. If the message is then still too long, its texts are cut.
+        """
         return _termination_json(self.to_wire(), _PART_REMOVERS)
 
 
@@ -429,7 +432,7 @@ _PART_REMOVERS: tuple[Callable[[dict[str, Any]], None], ...] = (
 )
 """Functions that remove one part each from a termination message that is too long, in the order of use.
 
-All results of the evaluation are also in storage. The last progress report and the status contain the removed addresses.
+All results of the evaluation are also in storage. The removed URIs are also in the last progress report and in the status.
 """
 
 

@@ -1,10 +1,10 @@
 """Defaults for the CPU, memory, disk and shared memory of a pod.
 
-A quantity that the job does not set comes from the first of these that sets it: the node pool, `resources.perGpu` (only for pods with GPUs) and
-`resources` in the operator's configuration, and the built-in values of this module.
+If the job does not set a quantity, it comes from the operator's configuration: from the job's node pool, else from `resources.perGpu` (only for pods
+with GPUs), else from `resources`. If none of them sets the quantity, it is the built-in value of this module.
 
 With the built-in values, a pod with GPUs fits on the smallest cloud machine with this number of GPUs: 4 CPUs and 15 GiB of memory with one T4,
-4 CPUs and 16 GiB with one A10G or L4. The values are lower than that, because the kubelet and the system need a part of the machine. A pod with
+4 CPUs and 16 GiB with one A10G or L4. The built-in values are lower than these sizes, because the kubelet and the system need a part of the machine. A pod with
 larger GPUs needs more memory, because each rank loads weights and collects the state for checkpoints in host memory. Its built-in memory is half
 of the GPUs' memory. This fits, because machines of the large clouds have at least two thirds as much host memory as GPU memory.
 """
@@ -49,7 +49,7 @@ def choose_pod_resources(
     """Return the default quantity of each pod resource (the keys of POD_DEFAULTS), from the operator's configuration or the built-in values.
 
     `gpus`: number of whole GPUs of the pod. `gpu_memory`: memory of one GPU, if the node pool sets it. `has_former_defaults`: whether the job
-    began before release 0.2.0 and keeps the built-in values of that time.
+    began before release 0.2.0 and keeps the built-in values of the earlier releases.
     """
     built_in = POD_DEFAULTS if gpus == 0 or has_former_defaults else _compute_gpu_defaults(gpus, gpu_memory)
     layers = (configured.pool_quantities, _multiply_by_gpus(configured.quantities_per_gpu, gpus), configured.platform_quantities)
@@ -67,7 +67,7 @@ def _compute_gpu_defaults(gpus: int, gpu_memory: str | int | None) -> dict[str, 
 
 
 def _multiply_by_gpus(per_gpu: Mapping[str, Any], gpus: int) -> dict[str, str]:
-    """Return the quantities of a pod: those of one GPU, multiplied by the number of GPUs, in whole millicores or bytes. Empty without GPUs."""
+    """Return the quantities of a pod, in whole millicores or bytes: the quantities per GPU, multiplied by the number of GPUs. Empty without GPUs."""
     if gpus == 0:
         return {}
     return {

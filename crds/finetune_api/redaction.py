@@ -1,6 +1,6 @@
 """Recognises secrets in text by their form, so that no message, log line, report or file shows them.
 
-It recognises the forms that public secret scanners look for and that ordinary text does not have: tokens with a fixed prefix, signed tokens,
+This module recognises the forms that public secret scanners look for and that ordinary text does not have: tokens with a fixed prefix, signed tokens,
 private keys, and credentials in headers and URLs. A secret without such a form, for example a bare password, is not recognised.
 
 Users and pods supply the text, so the time of a search must grow only linearly with the length of the text. Therefore no pattern repeats a

@@ -189,8 +189,8 @@ def iterate_constraints(metadata: list[Any]) -> Iterator[tuple[str, Any]]:
 def _make_number_bounds(metadata: list[Any]) -> Schema:
     """Return the part of a number's schema that contains its bounds.
 
-    A fractional bound becomes a CEL rule, because the API server truncates the bound before it compares it with an integer: with
-    `maximum: 0.5, exclusiveMaximum: true`, it would refuse the value `0`.
+    A fractional bound becomes a CEL rule, because the API server truncates a bound before it compares an integer with this bound. With
+    `maximum: 0.5, exclusiveMaximum: true`, the API server would refuse the value `0`.
     """
     schema: Schema = {}
     for name, value in iterate_constraints(metadata):
@@ -252,8 +252,8 @@ def add_immutability_rules(spec: Schema) -> None:
 def _forbid_change(schema: Schema, path: str, wire_names: list[str]) -> None:
     """Forbid changing, adding or removing the fields `wire_names` of a group. `path`: path of the group, for error messages.
 
-    The API server runs CEL rules at every status write, so the rules must be cheap. Each field has a rule that compares its value, and
-    does not run if the field is absent. The group has one rule that compares only which fields are present.
+    The API server runs CEL rules at every status write, so the rules must be cheap. Each field has a rule that compares the old
+    and the new value. This rule does not run if the field is absent. The group has one rule, which compares only which fields are present.
     """
     immutable_message = "cannot change after creation: create a new FineTuneJob"
     for wire_name in wire_names:
@@ -277,8 +277,8 @@ def build_crd() -> Schema:
     status = make_model_schema(FineTuneJobStatus, ("status",))
     status["properties"]["observedGeneration"]["default"] = -1
     status["default"] = {"observedGeneration": -1}
-    # Only the operator writes the status, and it always writes the whole status. With an atomic map, the API server does not record the
-    # owner of each field. These entries would be as long as the status itself and would take a quarter of the time of each write.
+    # Only the operator writes the status, and it always writes the whole status. Because the map is atomic, the API server does not record
+    # the owner of each field. These records would be as long as the status itself, and writing them would take a quarter of the time of each write.
     status["x-kubernetes-map-type"] = "atomic"
     root = {
         "type": "object",

@@ -11,7 +11,7 @@ S3_COMPATIBLE_STORES = {
     "gs": "https://storage.googleapis.com", "gcs": "https://storage.googleapis.com", "minio": "http://minio:9000",
     "r2": "https://ACCOUNT.r2.cloudflarestorage.com", "oss": "https://oss-REGION.aliyuncs.com", "cos": "https://cos.REGION.myqcloud.com",
 }  # fmt: skip
-"""Maps the URL scheme of another store with an S3 interface to the endpoint of this interface, or to an example of one."""
+"""Maps the URL scheme of another store with an S3 interface to the endpoint of this interface, or to an example of such an endpoint."""
 STORES_WITHOUT_S3 = ("az", "abfs", "abfss", "wasb", "wasbs", "adl", "hdfs", "dbfs", "ftp", "sftp", "git", "ssh", "nfs")
 _SCHEME_WITHOUT_SLASHES = re.compile(r"^(s3|hf|pvc|configmap|file):/?(?!/)(\S+)$", re.IGNORECASE)
 _S3_ARN = re.compile(r"^arn:[a-z-]+:s3:::(\S+)$")
@@ -68,7 +68,10 @@ def _explain_scheme(scheme: str, address: str, spec_path: str) -> tuple[str, str
 
 
 def _explain_web_page(text: str) -> tuple[str, str] | None:
-    """Return (problem, what to write) for the address of a web page that shows a repository or a file, or None. The trainer would read the page as data."""
+    """Return (problem, what to write) for the address of a web page that shows a repository or a file, because the trainer would read the page as data.
+
+    None: the address is not known to be such a web page.
+    """
     try:
         parts = urlsplit(text)
     except ValueError:

@@ -240,7 +240,10 @@ def last_folder(source: str) -> str:
 
 
 def redact_source(text: str) -> str:
-    """Return a source in the form in which messages may show it. A URL loses its query, which may contain a signature, and the part before @, which may contain a password."""
+    """Return a source in the form in which messages may show it.
+
+    From a web address, these parts are removed: the query, which can contain a signature, the fragment, and the part before @, which can contain a password.
+    """
     if not re.match(r"\s*https?://", text, re.IGNORECASE):
         return text
     return re.sub(r"://[^/@]*@", "://", text.partition("?")[0].partition("#")[0])

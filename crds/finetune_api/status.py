@@ -101,7 +101,7 @@ class Preparation(ReportModel):
 
 
 class DataReport(ReportModel):
-    """Counts of the rows and tokens, from before the first optimizer step, and the location of the prepared rows."""
+    """Counts of the rows and tokens, which are known before the first optimizer step, and the location of the prepared rows."""
 
     digest: str | None = status_field(
         "Hash of everything that determines the prepared rows: the content of the data, the options, the tokenizer, the chat template and the version of the code.",
@@ -359,7 +359,7 @@ class Workers(ReportModel):
 
 
 class MemoryParts(ReportModel):
-    """The planned memory at the moment of its peak, in bytes, by what it is used for."""
+    """The planned memory at the moment of its peak, in bytes, by kind of use."""
 
     weights: int = status_field("Weights of the model and of the adapter.", default=0, example=16232153088)
     gradients: int = status_field("Gradients of the trained weights.", default=0, example=84017152)
@@ -659,7 +659,7 @@ class FineTuneJobStatus(ReportModel):
 
 
 def select_immediate_fields(status_json: dict[str, Any]) -> dict[str, Any]:
-    """Return those fields of a status whose changes the operator writes at once. If they are equal in two statuses, it may write the newer one later."""
+    """Return the fields of a status whose changes the operator writes at once. If two statuses agree in these fields, the newer status can be written later."""
     is_present = {name: bool(status_json.get(name)) for name in _list_fields_with_immediate_write(FineTuneJobStatus, ImmediateWrite.WHEN_PRESENCE_CHANGES)}
     selected: dict[str, Any] = _select_fields(status_json, _build_immediate_field_tree(FineTuneJobStatus))
     return selected | is_present
@@ -688,7 +688,8 @@ def _list_fields_with_immediate_write(model: type[BaseModel], immediate: Immedia
 def _build_immediate_field_tree(model: type[BaseModel]) -> dict[str, Any]:
     """Return the fields that are declared with `ImmediateWrite.WHEN_VALUE_CHANGES`, as a tree of JSON names for `_select_fields`.
 
-    A name maps to None if the whole field is selected. If its object or list items have such fields themselves, it maps to their tree.
+    A name maps to None if the whole field is selected. If the value of the field is an object or a list of objects with such fields, the name maps to
+    the tree of these fields.
     """
     fields: dict[str, Any] = {}
     for name, info in model.model_fields.items():
@@ -742,7 +743,7 @@ REASON_OF_STAGE = {
     Stage.MERGING: Reason.MERGE_FAILED, Stage.EVALUATING: Reason.EVALUATION_FAILED, Stage.COMPARING: Reason.COMPARISON_FAILED,
     Stage.BENCHMARKING: Reason.BENCHMARK_FAILED, Stage.VERIFYING: Reason.VERIFICATION_FAILED, Stage.REPORTING: Reason.REPORT_FAILED,
 }  # fmt: skip
-"""Reason of a failed attempt, by the stage after training that failed."""
+"""For each stage after training: the reason of an attempt that failed in this stage."""
 
 TIME_USE_OF_STAGE = {
     Stage.STARTING: "starting", Stage.DOWNLOADING: "download", Stage.CHECKING: "checking", Stage.LOADING: "loading", Stage.RESTORING: "loading",
@@ -750,5 +751,5 @@ TIME_USE_OF_STAGE = {
     Stage.BENCHMARKING: "evaluation", Stage.VERIFYING: "finishing", Stage.UPLOADING: "upload", Stage.REPORTING: "finishing",
     Stage.STOPPING: "stopping", Stage.DONE: "other", Stage.FAILED: "other",
 }  # fmt: skip
-"""Field of `TimeUse` (in camelCase) to which the time of a stage belongs. Times of the first step, of saving and of evaluations during training are
-then moved from `steps` to their own fields."""
+"""For each stage: the field of `TimeUse` (in camelCase) to which the time of the stage is added. Afterwards, the times of the first step, of saving and
+of evaluations during training are moved from `steps` to their own fields."""

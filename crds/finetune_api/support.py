@@ -1,4 +1,4 @@
-"""Fields and values of the API that this release does not implement. The operator refuses a spec that contains one, instead of ignoring it.
+"""Fields and values of the API that this release does not implement. The operator refuses a spec that contains such a field or value.
 
 To implement a field, remove its entry from `UNSUPPORTED_FIELDS`.
 """
@@ -21,7 +21,7 @@ def _is_set(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class UnsupportedField:
-    """A field of the spec for which this release implements no value, or not all values."""
+    """A field of the spec of which this release implements no values, or only some values."""
 
     path: str
     """Dotted path of attribute names, such as `method.lora.loftq.bits`."""

@@ -2,10 +2,10 @@
 
     time of a step = operations / (peak * efficiency) + traffic / (bandwidth * efficiency)
 
-FLOPs per token: 3 * (2N + A) for full training, and 4N + 3A for adapters. Recomputed activations need 2N + A more, and so does each forward pass
-without gradients: dpo has one for its reference model, and kto has three, because both models also read mismatched answers. Here, A is the FLOPs of the
-causal attention, and N is the number of parameters in matrix products: with the head, without the embedding lookup, and with only those experts to
-which a token is routed.
+FLOPs per token: 3 * (2N + A) for full training, and 4N + 3A for adapters. The recomputation of activations needs 2N + A more. Each forward
+pass without gradients also needs 2N + A more: dpo has one such pass, for its reference model. kto has three, because the trained model and the
+reference model also read mismatched answers. Here, A is the FLOPs of the causal attention, and N is the number of parameters in matrix products: with
+the head, without the embedding lookup, and with only those experts to which a token is routed.
 
 The efficiencies were compared with runs of this trainer on an H200 and with published runs on an L40S (tests/unit/api/test_time_plan.py). They
 were not measured with the other types of GPUs, so the bounds are wide. If the table of `finetune_api.calibration` contains enough runs on a type of
@@ -95,7 +95,10 @@ def flops_per_token(shape: ModelShape, document_length: float, *, is_full_traini
 
 
 def _flops_per_token(shape: ModelShape, parameters: int, document_length: float, extra_forward_passes: float, *, is_full_training: bool) -> float:
-    """Return the FLOPs per token. `parameters`: those in matrix products. `extra_forward_passes`: forward passes in addition to that of training."""
+    """Return the FLOPs per token.
+
+    `parameters`: number of parameters in matrix products. `extra_forward_passes`: number of forward passes in addition to that of training.
+    """
     attention = 4 * shape.layer_count * shape.head_count * shape.head_size * document_length / 2
     matrix = 2 * parameters
     return (3 if is_full_training else 2) * matrix + 3 * attention + extra_forward_passes * (matrix + attention)

@@ -92,7 +92,7 @@ class PlanExecutor:
         return await self._create_job(facts, attempt, self._build_job_of_attempt(facts, attempt), deleted_count)
 
     async def _create_job(self, facts: Facts, attempt: int, body: Object, deleted_count: int) -> ActionResult:
-        """Create a Job, unless it exists, and the objects that belong to it. `attempt` is 1 for a preparation. Errors: KubeError, SpecRejected."""
+        """Create a Job unless it exists, then the objects that belong to this Job. `attempt` is 1 for a preparation. Errors: KubeError, SpecRejected."""
         name = body["metadata"]["name"]
         kill_if_requested(KillPoint.BEFORE_JOB_CREATE)
         warnings: tuple[str, ...] = ()
@@ -151,7 +151,8 @@ class PlanExecutor:
             user_value = None if ON_EXISTING_RESULT_FIELD in accepted_spec.defaults else facts.spec.policy.on_existing_result
             user_spec = read_spec(facts.job.spec)[0]
             pools = list_pools_to_choose(user_spec, accepted_spec, self._config, facts.job.namespace)
-            # The first pod that mounts a claim can bind it to its zone, so this pod mounts the claim only if the plan cannot choose another pool.
+            # The first pod that mounts a volume claim can bind the claim to the zone of this pod. So the preparation pod mounts the claim only if
+            # the plan cannot choose another pool.
             has_one_pool = len(pools) <= 1 or user_spec.resources.node_pool is not None
             run = convert_to_preparation_run(_build_run(facts, accepted_spec, 1), user_value, pools)
             return build_preparation_job(
@@ -193,7 +194,7 @@ class PlanExecutor:
             await self._kube.create(kind, job.namespace, body)
             kill_if_requested(KillPoint.AFTER_CHILD_CREATE)
         except AlreadyExists:
-            if kind is SECRET:  # The operator may not read it. Only the operator's key yields the digits in the name, so it is the right Secret.
+            if kind is SECRET:  # The operator may not read it. The digits in its name come from the operator's key, so it is the right Secret.
                 return None
             existing_object = await self._kube.get(kind, job.namespace, name)
             owners = existing_object["metadata"].get("ownerReferences") or []
@@ -231,7 +232,7 @@ _EFFECT_ON_PODS = {
     SERVICE.kind: "the pods cannot find each other",
     NETWORK_POLICY.kind: "the pods would not be protected from other pods",
 }
-"""The effect on the pods if another object owns the Service or the NetworkPolicy, by kind."""
+"""What happens to the pods if another object owns the Service or the NetworkPolicy. The keys are the kinds of these two objects."""
 
 
 class _StopRequests(NamedTuple):

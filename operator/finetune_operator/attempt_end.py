@@ -51,7 +51,7 @@ def plan_attempt_end(facts: Facts, cause: FailureCause | None, ended_at: datetim
 
 
 def _finish_or_retry(facts: Facts, cause: FailureCause, made_progress: bool, ended_at: datetime) -> JobEnd | RetryDecision:
-    """Return how the job finishes, or that another attempt starts."""
+    """Return how the job finishes, or the decision to start another attempt."""
     if facts.is_cancel_requested or cause.reason is Reason.CANCELLED:
         return JobEnd(Outcome.CANCELLED, Reason.CANCELLED)
     limit = facts.active_deadline_seconds
@@ -107,7 +107,7 @@ def find_rank0_termination_message(facts: Facts) -> TerminationMessage | None:
 def find_newest_step_of_attempt(facts: Facts, message: TerminationMessage | None) -> int | None:
     """Return the newest step that the current attempt committed, or None if no such step is known.
 
-    A pod reports all existing checkpoints, so the checkpoints of earlier attempts are left out. `message` is rank 0's termination message.
+    A pod reports the checkpoints of all attempts, so this function ignores those of earlier attempts. `message` is rank 0's termination message.
     """
     # If a pod of this attempt was replaced, the status may be the only record of the checkpoints that the replaced pod reported.
     steps = [checkpoint.step for checkpoint in facts.job.status.checkpoints if parse_attempt_of_uri(checkpoint.uri) == facts.attempt]

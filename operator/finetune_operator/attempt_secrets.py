@@ -1,8 +1,8 @@
 """The operator's key, and the secrets of attempts that the operator derives from it.
 
 The operator may create Secrets, but may not read the Secrets of users. It reads only its own key, at startup and when it becomes the leader. If the Secret
-with the key is deleted while the operator runs, the leader creates it again with the same key. If it is deleted while no operator runs, the next leader
-creates another key. The attempts that run at that time continue, but with the new key, the operator cannot read their progress.
+with the key is deleted while the operator runs, the leader creates it again with the same key. If the Secret is deleted while no operator runs, the next
+leader creates another key. Attempts that started with the old key continue to run, but the operator cannot read their progress with the new key.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class AttemptSecrets:
         """Read the operator's key from its Secret. If the Secret is missing, create it, unless `may_create` is false. Errors: KubeError, StartError.
 
         Only the leader may create the Secret. If the Secret was deleted, the leader restores the key that it uses; a standby replica that starts
-        at that time would create another key. If `isolation.secret` is false, the key is read if it exists, because attempts that started
-        while `isolation.secret` was true still ask for a token.
+        at that time would create another key. If `isolation.secret` is false, an existing key is still read, because attempts that started
+        while `isolation.secret` was true report their progress only if the request contains their token.
         """
         name = self._settings.key_secret_name
         try:

@@ -1,7 +1,8 @@
-"""JobCache of FineTuneJobs, their Jobs and their pods, filled by watch events and lists. The cache may be older than the cluster's state.
+"""Cache of FineTuneJobs, their Jobs and their pods, filled by watch events and lists. The cached state can be older than the cluster's state.
 
-An older version of an object never replaces a newer version, so events may arrive twice or out of order. An update without a relevant
-change causes no reconcile. Such updates are frequent: each write of the operator returns as an event, and each pod changes its Job's counters.
+An older version of an object never replaces a newer version, so it does no harm if events arrive twice or out of order. An update without a
+relevant change causes no reconcile. Such updates are frequent: the watch also reports the operator's own writes, and each pod changes its Job's
+counters.
 A deleted pod stays in the cache, marked as deleted, until the end of its attempt is recorded. The pod's exit code and termination message are
 often the only evidence of how the attempt ended.
 """

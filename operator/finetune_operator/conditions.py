@@ -32,7 +32,7 @@ TRACKER_PROBLEMS = {reason.value: reason for reason in (Reason.TRACKER_UNAVAILAB
 
 
 def compute_conditions(inputs: StatusInput, latest_checkpoint: str | None, *, transition_time: datetime) -> list[Condition]:
-    """Return all conditions, in a fixed order. `transition_time`: the time of a change that this reconcile makes."""
+    """Return all conditions, in a fixed order. `transition_time`: the time for a condition that changes now, if no other time is known for it."""
     new_conditions = [
         _compute_accepted_condition(inputs), _compute_prepared_condition(inputs), _compute_quota_reserved_condition(inputs),
         _compute_pods_ready_condition(inputs), _compute_suspended_condition(inputs), _compute_checkpoints_healthy_condition(inputs, latest_checkpoint),
@@ -57,8 +57,8 @@ def _set_transition_time(
     """Return the condition with `lastTransitionTime`, the time at which the status of the condition last changed."""
     unchanged_since = old_condition.last_transition_time if old_condition is not None and old_condition.status == new_condition.status else None
     known_times = [time for time in (unchanged_since, new_condition.last_transition_time) if time is not None]
-    # The stored time may be too early: while the operator was stopped, the condition may have changed and changed back. So the later of
-    # the two known times is used.
+    # The stored time can be too early, because the condition can have changed and changed back while the operator was stopped. So the later
+    # of the stored time and the time in the new condition is used.
     return _copy_condition(new_condition, max(known_times, default=transition_time), generation)
 
 

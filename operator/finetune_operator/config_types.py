@@ -25,7 +25,7 @@ LABEL_VALUE_PATTERN = rf"^({LABEL_NAME})?$"
 ENV_NAME_PATTERN = r"^[A-Za-z_][A-Za-z0-9_]*$"
 QUANTITY_PATTERN = r"^([0-9]+(\.[0-9]*)?|\.[0-9]+)([numkMGTPE]|[KMGTPE]i|[eE][-+]?[0-9]+)?$"
 RESERVED_KEY_PATTERN = rf"^({GROUP}/|{Label.MANAGED_BY}$|batch\.kubernetes\.io/)".replace("-operator.", r"-operator\.")
-"""Keys of labels and annotations that the operator or the Job controller sets. A configured value for such a key would be lost."""
+"""Matches the keys of labels and annotations that the operator or the Job controller sets. A configured value for such a key would be lost."""
 RESERVED_ENV_PATTERN = r"^FINETUNE_"
 
 LABEL_KEY_RULE = "at most 63 letters, digits, '-', '_' and '.'; a DNS name and '/' may precede them"

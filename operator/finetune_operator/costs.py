@@ -74,7 +74,7 @@ def describe_spent_budget(facts: Facts, moment: datetime) -> str:
 
 
 def predict_budget_end(facts: Facts) -> datetime | None:
-    """Return when `policy.maxCost` will be spent. Return None without a limit, and while no pod costs anything."""
+    """Return when `policy.maxCost` will be spent. Return None if there is no limit, or if no pod causes costs now."""
     limit, price = facts.max_cost, _find_price(facts)
     pods_with_node = [pod for pod in facts.attempt_pods if pod.scheduled_at is not None and _find_end(pod) is None]
     rate = len(pods_with_node) * gpus_per_pod(facts.spec) * (price or 0.0) / SECONDS_PER_HOUR
@@ -87,8 +87,8 @@ def predict_budget_end(facts: Facts) -> datetime | None:
 def describe_excessive_cost(facts: Facts) -> str:
     """Return a message if even the lower bound of the planned cost exceeds `policy.maxCost`, otherwise an empty string.
 
-    A job with attempts is never refused. The plan counts all steps, so a job that starts from another job's checkpoint, or that may stop early,
-    can cost less. Such a job is not refused either.
+    A job that already has attempts is never refused. A job that starts from another job's checkpoint, or that can stop early, is not refused
+    either, because the plan counts all steps and the job can do fewer.
     """
     plan, limit = facts.job.status.plan, facts.max_cost
     if facts.spec.checkpoint.resume not in (None, "auto", "never") or facts.spec.training.early_stopping is not None:
@@ -103,7 +103,7 @@ def describe_excessive_cost(facts: Facts) -> str:
 
 
 def build_budget_failure(message: str) -> Failure:
-    """Return the failure of a job that has spent `policy.maxCost`, or whose planned cost exceeds it even at the lower bound."""
+    """Return the failure of a job that has spent `policy.maxCost`, or of a job for which the lower bound of the planned cost exceeds this limit."""
     hint = "raise policy.maxCost, or train fewer steps; if the job has a checkpoint, a new FineTuneJob can resume from it"
     return Failure(class_=FailureClass.USER, code=Reason.BUDGET_EXCEEDED, message=message, hint=hint)
 
@@ -142,7 +142,7 @@ def _get_ended_gpu_seconds(facts: Facts) -> float:
 
 
 def _sum_gpu_seconds(facts: Facts, until: datetime) -> float:
-    """Return the GPU-seconds of all attempts, but at least the recorded value, because pods can be removed while the operator does not run."""
+    """Return the GPU-seconds of all attempts, but at least the value in `status.cost`, because pods can be removed while the operator is stopped."""
     recorded = facts.job.status.cost
     current_seconds = sum(seconds_between(pod.scheduled_at, min(until, _find_end(pod) or until)) for pod in facts.attempt_pods)
     known_seconds = recorded.gpu_hours * SECONDS_PER_HOUR if recorded is not None else 0.0

@@ -37,7 +37,7 @@ def find_waiting_start(facts: Facts) -> datetime | None:
     """
     pods_ready = facts.condition(Condition.PODS_READY)
     if facts.running_since is not None:
-        # The status does not show yet that the pods became unready, so they became unready just now.
+        # If the status still shows the pods as ready, they became unready just now.
         unready_since = facts.now if pods_ready and pods_ready.status == "True" else pods_ready.last_transition_time if pods_ready else None
         return max(facts.running_since, unready_since) if unready_since else facts.running_since
     accepted_condition = facts.condition(Condition.ACCEPTED)
@@ -78,7 +78,10 @@ def compute_stall_check_time(facts: Facts) -> datetime | None:
 
 
 def _find_last_report(facts: Facts) -> tuple[ProgressReport | None, datetime | None]:
-    """Return the last report of the attempt's active pods and its time. If this process has no report, the status provides the time."""
+    """Return the last report of the attempt's active pods, and the time of this report.
+
+    If this process has received no report, the report is None and the time comes from the status.
+    """
     live_report = facts.live_report
     return (live_report.report, live_report.received_at) if live_report else (None, _read_last_report_time(facts))
 
@@ -86,8 +89,9 @@ def _find_last_report(facts: Facts) -> tuple[ProgressReport | None, datetime | N
 def _read_last_report_time(facts: Facts) -> datetime | None:
     """Return the time of the active pods' last report according to the status. Used after a restart of the operator.
 
-    None if the pods are ready, do not run, or have never trained. If a queue replaced rank 0's pod within the attempt, the result is at least
-    the start of the new pod. The time of a report comes from its node's clock. If this clock is ahead, the stall timeout passes later.
+    Return None if the pods are ready, do not run, or have never trained. If a queue replaced rank 0's pod within the attempt, the result is not
+    earlier than the start of the new pod. The time of a report comes from the clock of the pod's node. If this clock is ahead of the API server's
+    clock, the stall timeout passes later.
     """
     record, progress, pods_ready = facts.attempt_record, facts.job.status.progress, facts.condition(Condition.PODS_READY)
     rank0_pod = facts.rank0_pod

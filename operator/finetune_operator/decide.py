@@ -107,7 +107,7 @@ def _plan_refusal(refusal: RefusedSpec) -> Plan:
 
 
 def _plan_end_of_earlier_attempts(facts: Facts) -> Plan | None:
-    """Return the plan that deletes unfinished Jobs and pods of earlier attempts, because only one attempt may run. None if there are none."""
+    """Return the plan that deletes unfinished Jobs and pods of earlier attempts, because only one attempt may run. Return None if none exist."""
     jobs = tuple(job for job in facts.owned_jobs if not job.is_finished or job.is_deleting)
     pods = tuple(pod for pod in _find_orphaned_pods(facts) if not pod.is_finished)
     if not jobs and not pods:
@@ -170,8 +170,8 @@ def _find_termination(facts: Facts, current_job: JobView) -> Termination | None:
     if lost_pods:
         return Termination(Reason.NODE_LOST, f"pod {lost_pods[0].name} does not end: node {lost_pods[0].node or 'unknown'} is lost")
     if not facts.is_spec_readable:
-        # The timeouts that are checked below are in the spec, which the operator cannot read. The attempt continues, because a new one
-        # could not start.
+        # The timeouts that are checked below are in the spec, which the operator cannot read. The attempt continues, because no new attempt
+        # could start with this spec.
         return None
     gang_problem = _describe_incomplete_gang(facts, current_job)
     if gang_problem:

@@ -196,7 +196,7 @@ def hash_event_content(job: FineTuneJobView, draft: EventDraft) -> str:
 
 
 def build_event_name(job: FineTuneJobView, draft: EventDraft, event_number: int) -> str:
-    """Return the name of the event with this number among the events that are emitted for one resourceVersion of the job.
+    """Return the name of an event. `event_number` counts the events that are emitted for one resourceVersion of the job.
 
     Names sort in the order in which the events are emitted, because a later resourceVersion is a larger number.
     """
@@ -263,7 +263,7 @@ class EventRecorder:
         """Names of earlier events, by hash. A repeated event increases the count of the earlier event."""
 
     async def emit(self, job: FineTuneJobView, drafts: list[EventDraft]) -> None:
-        """Post the events that belong to the next status write. A retry of this write posts no event again. Errors are logged, not raised."""
+        """Post the events that belong to the next status write. If this write is retried, no event is posted twice. Errors are logged, not raised."""
         posted_hashes = self._posted_hashes.setdefault(job.uid, set())
         for draft in drafts:
             draft_hash = hash_event_content(job, draft)
@@ -282,7 +282,7 @@ class EventRecorder:
                 logger.info("event not posted: %s", str(error) or "timeout")
 
     def record_status_write(self, uid: str) -> None:
-        """Record that the job's status was written. From now on, an equal event counts as a repetition."""
+        """Record that the job's status was written. From now on, an equal event counts as a repeated event."""
         self._posted_hashes.pop(uid, None)
 
     async def _post(self, event: Object, event_hash: str) -> None:
@@ -293,7 +293,7 @@ class EventRecorder:
         self._names[event_hash] = event["metadata"]["name"]
         if len(self._names) > MAX_EVENT_NAMES:
             del self._names[next(iter(self._names))]
-        # If the event exists, the operator emitted it before it was restarted.
+        # If the event already exists, the operator emitted it before a restart.
         with contextlib.suppress(AlreadyExists):
             await self._kube.create(EVENT, event["metadata"]["namespace"], event)
 

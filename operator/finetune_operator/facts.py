@@ -88,7 +88,7 @@ class Facts:
 
     @property
     def active_deadline_seconds(self) -> int | None:
-        """`policy.activeDeadlineSeconds` or, if it is lower, the platform's limit when the job was accepted. None if there is no limit."""
+        """`policy.activeDeadlineSeconds`, or the platform's limit at the time of acceptance if that is lower. None if there is no limit."""
         resolved = self.job.status.resolved
         limits = (self._policy_seconds("activeDeadlineSeconds"), resolved.max_duration_seconds if resolved else None)
         return min((limit for limit in limits if limit is not None), default=None)
@@ -184,7 +184,7 @@ class Facts:
 
     @property
     def pod_count(self) -> int:
-        """Number of pods of the current Job or, if there is no Job, of nodes in the spec."""
+        """Number of pods of the current Job or, if there is no Job, the number of nodes in the spec."""
         job = self.current_job
         return job.pod_count if job is not None and job.pod_count else self.spec.resources.nodes or 1
 
@@ -282,7 +282,7 @@ class Facts:
 
     @property
     def running_since(self) -> datetime | None:
-        """Since when the job has been running without a pause, or None while it is queued, suspended or between attempts."""
+        """The time since which the job has been running without a pause, or None while the job is queued, suspended or between attempts."""
         record, job = self.attempt_record, self.current_job
         if record is None and job is not None:
             # The status does not list the attempt yet.
@@ -360,7 +360,7 @@ class Facts:
         """Newest step that earlier attempts committed. The current attempt makes progress if it commits a newer step."""
         status = self.job.status
         steps = [attempt.committed_step for attempt in status.attempts if attempt.number < self.attempt]
-        # `status.attempts` has only the newest ten attempts, but `status.checkpoints` may contain checkpoints of attempts before them.
+        # `status.attempts` has only the newest ten attempts, but `status.checkpoints` can contain checkpoints of older attempts.
         steps += [c.step for c in status.checkpoints if (parse_attempt_of_uri(c.uri) or self.attempt) < self.attempt]
         return max([step for step in steps if step is not None] + [0])
 

@@ -40,7 +40,7 @@ class PodTimes:
 
 @dataclass(frozen=True)
 class AttemptTimes:
-    """The times of one attempt. It begins at the end of the previous attempt."""
+    """The times of one attempt. An attempt begins at the end of the previous attempt."""
 
     begins_at: datetime
     ends_at: datetime
@@ -60,7 +60,7 @@ class _Timeline:
         self._now, self._end = begins_at, max(begins_at, ends_at)
 
     def add_until(self, moment: datetime | None, part: str) -> None:
-        """Add the time from the previous moment to `moment` to a part. None stands for the end of the attempt."""
+        """Count the time between the previous moment and `moment` for the part `part`. None stands for the end of the attempt."""
         self.add(self.seconds_until(moment), part)
         self._now = max(self._now, self._end if moment is None else min(moment, self._end))
 
@@ -75,7 +75,10 @@ class _Timeline:
             self.seconds[part] = self.seconds.get(part, 0.0) + seconds
 
     def add_container(self, pod: PodTimes) -> None:
-        """Add the reported parts of a container and the rest of its time. If the reported parts are longer than this time, the largest are shortened."""
+        """Add the reported parts of a container, and add the rest of the container's running time to `pod.last_part`.
+
+        If the sum of the reported parts is longer than the running time, the longest parts are shortened.
+        """
         remaining_seconds, parts = self.seconds_until(pod.ended_at), dict(pod.reported or {})
         for part, seconds in sorted(parts.items(), key=lambda item: item[1]):
             counted_seconds = min(max(0.0, seconds), remaining_seconds)
@@ -106,7 +109,10 @@ def split_attempt_time(times: AttemptTimes) -> SecondsByPart:
 
 
 def split_lost_steps(entries: Sequence[AttemptTime], attempts: Sequence[Attempt]) -> list[AttemptTime]:
-    """Split the time of each attempt's steps between `steps` and, for steps that a later attempt repeated, `lostSteps`, by number of steps."""
+    """Split the time of each attempt's steps: steps that a later attempt repeated count as `lostSteps`, all others as `steps`.
+
+    The time is split in proportion to the numbers of steps.
+    """
     split_entries, first_repeated_step = [], None
     records = {attempt.number: attempt for attempt in attempts}
     for entry in reversed(entries):
@@ -137,8 +143,8 @@ def compute_goodput(
 ) -> Goodput | None:
     """Return the goodput until the end of the current attempt, or until its newest report. If neither exists, return the old goodput.
 
-    `attempts`: the new records of the attempts. `job`: the Job of the current attempt. `kept_attempt_count`: the number of attempts that are listed
-    separately.
+    `attempts`: the new records of the attempts. `current_job`: the Job of the current attempt. `kept_attempt_count`: the number of attempts that are
+    listed separately.
     """
     if attempt_end is None and facts.live_report is None:
         return old_goodput
@@ -158,7 +164,7 @@ def compute_goodput(
 
 
 def _keep_known_parts(known_entry: AttemptTime, wall_seconds: float) -> SecondsByPart:
-    """Return the last known parts of an attempt whose pods were removed while the operator was stopped. The time after them counts as `other`."""
+    """Return the last known parts of an attempt whose pods were removed while the operator was stopped. Time after these parts counts as `other`."""
     unknown_seconds = wall_seconds - known_entry.wall_seconds
     return add_parts([known_entry.parts, {"other": unknown_seconds}]) if unknown_seconds >= 0 else known_entry.parts
 

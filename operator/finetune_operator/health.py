@@ -20,7 +20,7 @@ class HealthChecks:
         self._is_stopping = False
 
     def on_workers_started(self) -> None:
-        """Start to report jobs that wait too long for a worker. Before, this replica was a standby without workers, so all of its jobs waited."""
+        """Start to report jobs that wait too long for a worker. Until this call, the replica has no workers, so every queued job waits."""
         self._queue.restart_wait_times()
         self._is_working = True
 

@@ -6,11 +6,11 @@ around a behaviour of kopf 1.45, and a test fails if the item is removed:
 * `EndlessBackoff`: by default, kopf stops retrying a request after some time (https://github.com/nolar/kopf/pull/788).
 * `NoDiffBaseStorage`, `NoProgressStorage`: kopf's default storages copy the whole object at each event
   (https://github.com/nolar/kopf/issues/702).
-* `TracedSession`: all of kopf's contexts would share a custom HTTP session (https://github.com/nolar/kopf/pull/1230), and the first
-  context that ends would close it for all others.
+* `TracedSession`: all of kopf's contexts would share one custom HTTP session (https://github.com/nolar/kopf/pull/1230), and the first
+  context that ends would close this session for all other contexts.
 * `inactivity_timeout` (https://github.com/nolar/kopf/pull/1268) is disabled, because it can end a watch permanently;
   `WatchMonitor` detects stalled watches instead.
-* `WatchStreams`: kopf does not close a watch stream if the stream's task is cancelled while it hands over an event. Python then closes the
+* `WatchStreams`: kopf does not close a watch stream if the stream's task is cancelled while the task hands over an event. Python then closes the
   stream and the generators inside it at the same time, which sometimes fails with a traceback at the end of the process.
 * `watch_stream.py` handles changes of objects before kopf reads them, because kopf needs about 0.6 ms of CPU time for each event.
 * `run` waits until the CRD is served, because with `scanning.disabled` kopf reads the API server's discovery document only once, at startup.
@@ -43,7 +43,7 @@ from finetune_operator.watch_stream import ChangeHandler, build_response_class
 LOGIN_PERIOD = timedelta(minutes=10)
 """After this time, kopf asks for new credentials, because tokens of ServiceAccounts rotate."""
 WATCH_SECONDS = 60
-"""Duration of one watch request (`timeoutSeconds`). After it, kopf sends the next watch request, from the last resourceVersion on."""
+"""Duration of one watch request (`timeoutSeconds`). Then kopf sends the next watch request, which continues after the last resourceVersion."""
 WATCH_TIMEOUT_SECONDS = 75
 """Client-side timeout of one watch request. It is longer than `WATCH_SECONDS`, so this timeout ends only dead connections."""
 TEN_YEARS_SECONDS = 10 * 365 * 86400.0
@@ -141,7 +141,7 @@ async def run(
 ) -> None:
     """Wait until the API server serves the custom resource, then run kopf until the process is asked to stop.
 
-    With `scanning.disabled`, kopf reads the discovery document only once. If the document lacks the CRD then, kopf never watches FineTuneJobs.
+    With `scanning.disabled`, kopf reads the discovery document only once. If the document lacks the CRD at that time, kopf never watches FineTuneJobs.
     """
     while not (is_stopping() or await kube.is_served(FINETUNEJOB)):  # noqa: ASYNC110 -- the API server sends no event about its discovery document
         await asyncio.sleep(DISCOVERY_PERIOD_SECONDS)
@@ -214,7 +214,7 @@ class TracedSession(kopf.AiohttpSession):
     `handlers` handle the changes in kopf's watches. When a context ends, kopf closes its session. With `kopf.AiohttpSession`, all contexts would share
     one session: after the end of the first context, the other watches would wait for new credentials forever, and the process would not exit.
 
-    Two objects are equal if their credentials are equal. Otherwise kopf would retry credentials that the server has rejected.
+    Two objects of this class are equal if their credentials are equal. Without this rule, kopf would retry credentials that the server has rejected.
     """
 
     _source: tuple[kopf.ConnectionInfo, WatchMonitor, Mapping[str, ChangeHandler]]
@@ -252,7 +252,8 @@ class WatchMonitor:
     """Counts kopf's requests and detects stalled watches of the given collections (URL paths).
 
     The API server ends each watch request after `WATCH_SECONDS`, and kopf then sends the next request. If kopf sends no new request, the
-    watch is stalled and its events are lost. Without this class, a stalled watch could remain unnoticed, because full lists deliver the changes later.
+    watch is stalled and its events are lost. Without this class, a stalled watch could remain unnoticed: the periodic full lists still deliver the
+    changes, but later.
     """
 
     def __init__(self, collection_paths: Iterable[str], observer: RequestObserver):

@@ -211,8 +211,8 @@ class KubeClient:
     ) -> AsyncIterator[ObjectList]:
         """Yield all objects page by page, so that the caller need not hold them all. All pages have the same resourceVersion.
 
-        The server compacts its history every five minutes. If the continue token therefore expires between two pages, the list restarts with
-        a first page that contains all objects, as in client-go's pager, so no token can expire again.
+        The server compacts its history every five minutes, so a continue token can expire between two pages. The list then starts again, with
+        a single page that contains all objects, as in client-go's pager. A single page needs no token, so no token can expire again.
         """
         query = {"limit": str(PAGE_SIZE)} | ({"labelSelector": label_selector} if label_selector else {})
         query |= {"fieldSelector": field_selector} if field_selector else {}

@@ -104,7 +104,7 @@ class Metrics:
         self.api_seconds.labels(verb).observe(seconds)
 
     def record_attempt_time(self, old_goodput: Goodput | None, new_goodput: Goodput | None, ended_attempt: int | None) -> None:
-        """Count the time of an attempt that has ended, and the time of the earlier steps that turned out to be lost."""
+        """Count each part of an ended attempt's time. Also count the additional `lostSteps` seconds of earlier attempts."""
         known_lost_seconds = {entry.number: entry.parts.get("lostSteps", 0.0) for entry in (old_goodput.attempts if old_goodput else [])}
         for entry in new_goodput.attempts if new_goodput else []:
             if entry.number == ended_attempt:

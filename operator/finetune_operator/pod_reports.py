@@ -28,7 +28,7 @@ MAX_TEXT_CHARACTERS, MAX_URI_CHARACTERS = 1024, 1024
 MAX_CHARACTERS_BY_FIELD = {"code": 64, "detail": 256}
 """Maximum length in characters, for fields that are shown in one line."""
 MAX_ITEMS = 100
-"""Maximum number of items in a list or object. A longer list keeps its last items, because they are the newest checkpoints."""
+"""Maximum number of items in a list or object. Of a longer list, only the last items are kept, because they are the newest checkpoints."""
 MAX_DEPTH = 6
 EARLIEST_TIME, LATEST_TIME = datetime(2000, 1, 1, tzinfo=UTC), datetime(2200, 1, 1, tzinfo=UTC)
 MAX_CLOCK_SKEW = timedelta(days=1)
@@ -43,7 +43,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def read_progress_report(raw_report: bytes, now: datetime) -> ProgressReport | None:
-    """Parse, limit and clean a pod's progress report. Return None if `data` is not a report."""
+    """Parse, limit and clean a pod's progress report. Return None if `raw_report` is not a report."""
     return _parse_model(ProgressReport, raw_report, now + MAX_CLOCK_SKEW)
 
 

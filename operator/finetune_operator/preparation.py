@@ -30,7 +30,7 @@ from finetune_operator.views import JobView, PodView
 PLACEMENT_SECONDS = 300.0
 """With strategy auto, a preparation whose pod does not start within this many seconds is skipped."""
 MAX_AUTO_PREPARATIONS = 6
-"""Maximum number of preparations of a job with strategy auto. It matters, for example, if the cluster removes the pod of each preparation."""
+"""Maximum number of preparations of a job with strategy auto. This limit is reached, for example, if the cluster removes the pod each time."""
 PREPARATION_ONLY_CODES = ("LocalDiskTooSmall", "CredentialsMissing", "RewardFileInvalid")
 """Failure codes with which a preparation may end although a training pod would succeed, because the training pod has more disk, the
 role of another node, or a GPU for the user's reward code."""
@@ -60,7 +60,7 @@ def plan_preparation(facts: Facts) -> Plan | None:
 
 
 def _needs_preparation(facts: Facts) -> bool:
-    """Whether the job must be prepared and has no final result of a preparation yet: prepared, skipped or failed."""
+    """Whether the job must be prepared, and no preparation has a final result yet. Final results are: prepared, skipped, failed."""
     if facts.attempt > 1 or facts.attempt_record is not None or facts.is_suspend_requested or not isinstance(facts.acceptance, AcceptedSpec):
         return False
     if not facts.crd_has_preparation_field:
@@ -72,7 +72,7 @@ def _needs_preparation(facts: Facts) -> bool:
 
 
 def _plan_start(facts: Facts, record: Preparation) -> Plan:
-    """Return the plan that creates the preparation's Job, that waits for the pause after a failure, or that skips the preparation."""
+    """Return the plan that creates the preparation's Job, that waits until the pause after a failure ends, or that skips the preparation."""
     start = _compute_start_time(facts, record)
     if start > facts.now:
         return Plan(Situation.PREPARING, reconcile_at=timeouts.compute_next_reconcile(facts.now, start))
@@ -92,7 +92,7 @@ def _find_superseded_jobs(facts: Facts, record: Preparation) -> tuple[JobView, .
 
 
 def _compute_start_time(facts: Facts, record: Preparation) -> datetime:
-    """Return the earliest start of the preparation. It waits for the pause after a failed preparation and for the end of a suspension."""
+    """Return the earliest start of the preparation: after the end of a suspension, and after the pause that follows a failed preparation."""
     suspended_condition, ended_at = facts.condition(Condition.SUSPENDED), record.end_time
     failed_count = record.number - 1
     pause_seconds = compute_pause_seconds(failed_count, facts.config.retry) if failed_count else 0.0
@@ -122,7 +122,7 @@ def _plan_running(facts: Facts, record: Preparation, job: JobView, pods: tuple[P
 
 
 def _find_pod_to_read(facts: Facts, pods: tuple[PodView, ...]) -> PodView | None:
-    """Return the running pod whose progress the operator reads. None without `isolation.secret`, because the pod then refuses all requests."""
+    """Return the running pod whose progress the operator reads. None if `isolation.secret` is false: the pod then refuses all requests."""
     running = (pod for pod in pods if pod.phase == "Running" and pod.ip and not pod.is_deleted)
     return next(running, None) if facts.config.isolation.secret else None
 
@@ -177,7 +177,8 @@ def _is_users_mistake(facts: Facts, job: JobView, cause: FailureCause, pods: tup
     is_reported = any(pod.termination_message is not None for pod in pods)
     if cause.retry_policy is not RetryPolicy.NEVER or not is_reported or cause.failure.code in PREPARATION_ONLY_CODES:
         return False
-    # Without a Secret, the pod may have the rights of its node's role, and the training pods run on other nodes.
+    # Without a credentials Secret, a pod can get its rights from the role of its node. The training pods run on other nodes, so their rights can
+    # differ from those of the preparation pod.
     has_secret = facts.spec.storage.credentials_secret_ref is not None
     return has_secret or cause.failure.exit_code != ExitCode.CREDENTIALS_REFUSED
 

@@ -179,7 +179,7 @@ class Reconciler:
             self._cache.drop_deleted_pods(key, before_attempt=facts.attempt)
 
     def _drop_deleted(self, key: JobKey) -> None:
-        """Drop a job from the cache that was deleted, although the watch has not reported the deletion yet."""
+        """Drop a deleted job from the cache before the watch reports the deletion."""
         state = self._observer.states.get(key)
         if state is not None:
             self._cache.drop_finetunejob(key, state.uid)

@@ -197,7 +197,7 @@ def _reduce_attempts(new_attempts: list[Attempt], stored_attempts: list[Attempt]
 
 
 def _reduce_plan(new_plan: RunPlan | None, stored_plan: RunPlan | None) -> RunPlan | None:
-    """Return the stored plan with the new choices. They must not be lost, because the first attempt is built from them."""
+    """Return the stored plan with the new choices. The choices must not be lost, because the first attempt is built from them."""
     if new_plan is None or new_plan.choices is None:
         return stored_plan
     return (stored_plan or RunPlan()).model_copy(update={"choices": new_plan.choices})
@@ -244,7 +244,7 @@ def _compute_counters(inputs: StatusInput) -> AttemptCounters:
 
 
 def _compute_active_seconds(inputs: StatusInput) -> int | None:
-    """Return the running time of all attempts in seconds. It is updated when an attempt ends or a queue revokes its quota."""
+    """Return the running time of all attempts in seconds. The value changes only when an attempt ends, or when a queue revokes the Job's quota."""
     facts, attempt_end = inputs.facts, inputs.plan.attempt_end
     lost_quota = inputs.is_queued and facts.is_true(ConditionType.QUOTA_RESERVED)
     if facts.running_since is None or (attempt_end is None and not lost_quota):
@@ -536,8 +536,8 @@ def _compute_evaluation(inputs: StatusInput, metrics: Metrics) -> EvaluationResu
 def _merge_reports(empty_model: Model, field_name: str, inputs: StatusInput) -> Model | None:
     """Merge the values of the field `field_name` from the status, the preparation, the live report and the termination message.
 
-    Later sources take precedence. The earlier ones are needed because a termination message has a limited size and may lack values. Returns None if no
-    source has a value.
+    Later sources take precedence. The earlier sources are also needed, because a termination message has a limited size and can lack values. Returns
+    None if no source has a value.
     """
     live_report = inputs.facts.live_report
     sources = (inputs.old_status, inputs.plan.preparation_message, live_report.report if live_report else None, inputs.termination_message)
@@ -548,7 +548,7 @@ def _merge_reports(empty_model: Model, field_name: str, inputs: StatusInput) -> 
 def _compute_plan(inputs: StatusInput) -> RunPlan | None:
     """Return the job's plan. Choices in the reports of attempts are ignored, because user code may have written them.
 
-    Only a preparation makes choices, and the first choices never change.
+    Only a preparation makes choices. Once the status contains choices, they never change.
     """
     facts, message = inputs.facts, inputs.plan.preparation_message
     plan, old = _merge_reports(RunPlan(), "plan", inputs), inputs.old_status.plan or RunPlan()
@@ -582,7 +582,7 @@ def _explain_missing_choices(inputs: StatusInput) -> str | None:
 def _compute_headline(spec: FineTuneJobSpec, evaluation: EvaluationResult) -> str | None:
     """Return the name and the value of the most important metric as text, or None if there is no metric.
 
-    Metrics of failed gates come first, then metrics of other gates, then `evaluation.metrics`.
+    The metrics of failed gates are the most important, then the metrics of other gates, then `evaluation.metrics`.
     """
     if evaluation.metrics is None:
         return None
@@ -624,7 +624,7 @@ def _choose_final_failure(job_end: JobEnd) -> Failure | None:
 def _compute_completion_time(
     inputs: StatusInput, attempts: list[Attempt], progress: Progress, checkpoints: StatusCheckpoints, adaptations: list[Adaptation]
 ) -> datetime | None:
-    """Return the end of the last attempt or, if it is later, the latest time that the status shows. None if the job is not finished.
+    """Return the later of the end of the last attempt and the latest time that the status shows. Return None if the job is not finished.
 
     The end of a container has no fractions of a second, and other times come from other clocks. Without this rule, a checkpoint or a
     condition could have a later time than the end of the job.

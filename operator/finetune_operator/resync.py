@@ -54,7 +54,8 @@ class Resyncer:
 
     async def run_once(self) -> None:
         """List all objects once and update the cache. Errors: KubeError; StartError if the CRD is missing or the server's resourceVersion decreased."""
-        # Two concurrent resyncs could finish in the wrong order. The lower version of the older lists would then look like a restored backup.
+        # Two concurrent resyncs could finish in the wrong order. The resourceVersion would then seem to decrease, as after etcd was restored from
+        # a backup.
         async with self._lock:
             await self._list_all()
 

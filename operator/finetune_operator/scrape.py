@@ -31,7 +31,8 @@ MAX_RESPONSE_BYTES = 64 * 1024
 FAILURES_PER_DOUBLING = 5
 """The interval doubles after this many failed reads in a row."""
 MAX_INTERVAL_FACTOR = 4
-"""If a pod does not answer, the interval grows to at most this many normal intervals. It grows because each try holds a connection until its timeout."""
+"""Longest interval for a pod that does not answer, as a multiple of the normal interval. The interval grows because each try holds a connection until
+its timeout."""
 
 
 @dataclass(frozen=True)

@@ -120,8 +120,8 @@ class ResourcesPerGpu(WireModel):
 class ResourceSettings(PodResources):
     """`resources`: resources of a training pod if neither the job nor the node pool sets them. Built-in values replace absent values.
 
-    Without GPUs, the built-in values are 1 CPU, 4Gi of memory, 20Gi of disk and 1Gi of shared memory. With GPUs, a pod has 3 CPUs, 2Gi of shared
-    memory, and 10Gi or half of the pool's gpuMemory as memory, for each GPU.
+    Without GPUs, the built-in values are 1 CPU, 4Gi of memory, 20Gi of disk and 1Gi of shared memory. With GPUs, the values for each GPU are 3 CPUs,
+    2Gi of shared memory, and memory of half of the pool's gpuMemory but at least 10Gi; the disk is 20Gi per pod.
     """
 
     per_gpu: ResourcesPerGpu = Field(

@@ -68,7 +68,8 @@ class StatusWriter:
         kill_if_requested(KillPoint.BEFORE_STATUS_WRITE)
         written_job = await self._replace_status(facts.job, new_status, new_status_json, state)
         kill_if_requested(KillPoint.AFTER_STATUS_WRITE)
-        # The interval until the next write starts when the progress was received. If it started at the write, a late write would delay all later ones.
+        # The interval until the next write starts when the progress was received. If the interval started at the write, one late write would delay
+        # all later writes.
         received_ago = seconds_between(facts.last_report.received_at, facts.now) if facts.last_report else 0.0
         self._throttle.record_write(state.pending_changes, now - received_ago)
         self._cache.put_finetunejob(written_job)
@@ -84,7 +85,8 @@ class StatusWriter:
             await self._report_rejection(job, error, state)
         else:
             written_job = read_finetunejob(body)
-            # The fast comparison of the JSON may find a difference without meaning, for example another form of a time. So the parsed values decide.
+            # The comparison of the JSON is fast, but can find a difference without meaning, for example another format of a time. So the parsed
+            # values are compared, too.
             is_pruned = body.get("status") != new_status_json and written_job.status.to_wire() != new_status_json
             state.pruned_status_write = (written_job.resource_version, new_status_json) if is_pruned else None
             state.stored_status = None if is_pruned else StoredStatus.store(written_job.resource_version, new_status_json)
@@ -183,7 +185,7 @@ class StatusWriter:
 
 
 def _get_stored_status(job: FineTuneJobView, state: JobState) -> Object:
-    """Return the JSON of the job's stored status. Its text is made once per version of the job, because several reconciles see the same version."""
+    """Return the job's stored status as JSON objects. Its text is created only once per version of the job, because several reconciles see a version."""
     if state.stored_status is None or state.stored_status.resource_version != job.resource_version:
         state.stored_status = StoredStatus.store(job.resource_version, job.status.to_wire())
     return state.stored_status.read()

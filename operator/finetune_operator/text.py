@@ -7,7 +7,7 @@ from functools import lru_cache
 from finetune_api.redaction import redact_all
 
 MAX_MESSAGE_CHARACTERS = 1024
-"""Maximum length of a message in the status, in characters. The size of etcd is limited, and all objects of a cluster share it."""
+"""Maximum length of a message in the status, in characters. Messages are short because all objects of a cluster share etcd's limited storage."""
 REDACTED_TEXT = "[redacted]"
 
 

@@ -15,9 +15,9 @@ from weakref import WeakSet
 BURST_COUNT, BURST_SECONDS = 10, 2.0
 """A burst is at least `BURST_COUNT` occurrences within `BURST_SECONDS` seconds."""
 MIN_DEFER_LIMIT_SECONDS, MAX_DEFER_LIMIT_SECONDS, DEFER_LIMIT_SECONDS_PER_JOB = 20.0, 60.0, 0.05
-"""During a burst, the maximum delay of a transition in seconds grows with the number of jobs with deferred transitions, within two bounds.
-A burst of 1,000 jobs on two cores takes 0.046 s per job (`benchmarks/operator_load.py`), so most bursts end before the limit, and each job needs
-one status write.
+"""During a burst, the maximum delay of a status write is `DEFER_LIMIT_SECONDS_PER_JOB` times the number of jobs with a deferred status write, but at
+least `MIN_DEFER_LIMIT_SECONDS` and at most `MAX_DEFER_LIMIT_SECONDS`. A burst of 1,000 jobs on two cores takes 0.046 s per job
+(`benchmarks/operator_load.py`), so most bursts end before this maximum, and each job needs one status write.
 """
 RECHECK_SECONDS = 10.0
 """During a burst: time between two checks whether the burst continues."""
@@ -81,8 +81,8 @@ class StatusThrottle:
         return pending.created_at + self._update_defer_limit(pending)
 
     def _update_defer_limit(self, pending: PendingChanges) -> float:
-        """Count the job as deferred and return its limit. The limit does not fall before the status is written: when few jobs are left, the burst
-        ends soon anyway.
+        """Count the job as deferred, and return the maximum delay of its status write in seconds. While the write is deferred, the maximum delay never
+        decreases: when few deferred jobs are left, the burst ends soon anyway.
         """
         self._deferred.add(pending)
         limit_seconds = min(MAX_DEFER_LIMIT_SECONDS, max(MIN_DEFER_LIMIT_SECONDS, DEFER_LIMIT_SECONDS_PER_JOB * len(self._deferred)))
@@ -94,8 +94,8 @@ class StatusThrottle:
     ) -> float:
         """Return the seconds until a status with new progress, but without a transition, may be written. If 0 or negative, it may be written now.
 
-        During a burst, the write may be deferred beyond the normal interval if the job has not done a step (`has_steps`). `is_update_burst`: many
-        Jobs and pods change now.
+        During a burst, the write of a job that has not done a step yet (`has_steps` is false) can be deferred beyond the normal interval.
+        `is_update_burst`: many Jobs and pods change now.
         """
         pending.transition_at, pending.pods_ended_at = None, None
         due_at = pending.progress_at + self._progress_seconds

@@ -307,7 +307,7 @@ def _find_trainer_status(status: Object) -> Object:
 
 
 def _find_waiting_state(status: Object, state: Object) -> Object:
-    """Return why the trainer container waits. While init containers have not ended, return why the first of them waits."""
+    """Return why the trainer container waits or, if it waits for the init containers, why the first waiting init container waits."""
     trainer_waiting: Object = state.get("waiting") or {}
     if trainer_waiting.get("reason") != INITIALIZING_REASON:
         return trainer_waiting

@@ -2,9 +2,10 @@
 
 For each event, kopf wakes or creates a task for the object, and creates three loggers and two `Cause` objects. In a burst of jobs, this
 took a third of the operator's CPU time, and each task held the body of its last event. The operator's handlers only update the cache, so
-they need none of this.
+they need no task, logger or `Cause` object.
 
-kopf still lists and watches. It reads a bookmark in place of the handled changes, so it continues an interrupted watch at the right version.
+kopf still sends the list and watch requests. In place of the handled changes, kopf reads a bookmark with the last resourceVersion, so that it continues
+an interrupted watch at the right version.
 Deletions and all other events go to kopf unchanged, because a deletion must be handled after the object's event from kopf's list.
 """
 

@@ -5,9 +5,9 @@ The pause after a failure doubles with each failure in a row. If `add_after` is 
 
 Namespaces take turns: a namespace with thousands of queued jobs does not delay the jobs of other namespaces.
 
-A changed Job or pod adds its key with `add_update`. During a burst of such updates, a key waits for two seconds, so that one reconcile handles
-several updates. Workers take high-priority keys first, so in a burst of new jobs, all Jobs are created before statuses are updated. After several
-high-priority keys in a row, a worker takes one key with normal priority.
+If a Job or pod changes, the key of its FineTuneJob is added with `add_update`. During a burst of such updates, a key waits for two seconds, so that one
+reconcile handles several updates. Workers take high-priority keys first, so in a burst of new jobs, all Jobs are created before statuses are updated.
+After several high-priority keys in a row, a worker takes one key with normal priority.
 """
 
 from __future__ import annotations

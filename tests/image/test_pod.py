@@ -52,7 +52,7 @@ def run_pod(image: TrainerImage, folder: Path, spec: dict[str, Any], *, processe
     return EndedPod(code, log, TerminationMessage.model_validate_json(message.read_text()))
 
 
-@pytest.mark.slow  # tests/e2e/jobs/test_resume.py also runs pods with two ranks, and test_matrix.py also offloads
+@pytest.mark.slow  # `make test` runs pods with two ranks in tests/e2e/jobs/test_resume.py, and offloads in test_matrix.py
 def test_a_pod_with_two_deepspeed_ranks_trains_with_offloading(trainer_image: TrainerImage, tmp_path: Path) -> None:
     pod = run_pod(trainer_image, tmp_path, DEEPSPEED_SPEC)
     assert pod.exit_code == ExitCode.OK, pod.log[-6000:]

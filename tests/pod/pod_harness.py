@@ -85,7 +85,7 @@ class Pod:
     arguments: tuple[str, ...] = ()
     process: subprocess.Popen[bytes] | None = None
     has_secret: bool = True
-    """Whether the pod gets the files with the attempt's secret and the checkpoint key. Operator 0.1.0 creates pods without both files."""
+    """Whether the pod gets the files with the attempt's secret and the checkpoint key. Operator 0.1.0 creates pods with neither of these files."""
 
     @property
     def secret(self) -> str:

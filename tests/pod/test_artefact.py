@@ -110,7 +110,7 @@ def test_a_pod_merges_its_adapter_with_another_and_pushes_the_merged_model(model
     assert not any(TOKEN.encode() in data for data in everything)
 
 
-@pytest.mark.slow  # test_evaluation.py stops a pod during its evaluation
+@pytest.mark.slow  # test_evaluation.py has a similar test, which stops a pod during its evaluation
 @pytest.mark.faults
 def test_the_next_attempt_merges_after_a_pod_was_stopped_while_merging(model: Path, tmp_path: Path) -> None:
     with make_pod(tmp_path, model, {"mergeAdapter": True}) as stopped:

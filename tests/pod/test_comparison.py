@@ -70,7 +70,7 @@ def test_a_failed_gate_keeps_the_model_and_publishes_nothing_in_every_attempt(mo
     assert json.loads(stored_path(tmp_path, "run/stages/evaluating.json").read_text())["attempt"] == 1
 
 
-@pytest.mark.slow  # test_evaluation.py stops a pod during its evaluation
+@pytest.mark.slow  # test_evaluation.py has a similar test, which stops a pod during its evaluation
 @pytest.mark.faults
 def test_the_next_attempt_compares_after_a_pod_was_stopped_before_the_comparison(model: Path, tmp_path: Path) -> None:
     """Full training stores a complete model, so the comparison must load the base model separately."""

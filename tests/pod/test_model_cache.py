@@ -66,7 +66,7 @@ def train(run: RunConfig, folder: Path, bucket: Bucket, hub: Hub) -> tuple[Pod, 
     return pod, pod.termination_message()
 
 
-@pytest.mark.slow  # `make test` checks only one pod after the other: test_a_model_in_s3_is_downloaded_once
+@pytest.mark.slow  # `make test` starts such pods only one after another, in test_a_model_in_s3_is_downloaded_once
 def test_eight_pods_of_a_node_download_the_model_once(s3_server: S3Endpoint, hub: Hub, model: Path, rows: Path, tmp_path: Path) -> None:
     """One pod trains with the model in the node's cache, another with a copy from a claim. Both runs equal a run without a cache, bit for bit."""
     spec = merge(make_spec(model, rows, "full"), {"model": {"source": "org/tiny"}})

@@ -69,7 +69,7 @@ def make_resume_case(
 ) -> Any:
     """Return one case of a parametrized test. `make test` runs only the quick cases.
 
-    Its other resumes are in tests/e2e/jobs/test_resume.py (pods with two ranks) and in tests/pod/strategies (ranks without a pod).
+    The other resumes that `make test` runs are in tests/e2e/jobs/test_resume.py (pods with two ranks) and in tests/pod/strategies (ranks without a pod).
     """
     marks = [] if is_quick else [pytest.mark.faults]
     return pytest.param(
@@ -180,7 +180,7 @@ def test_a_stop_waits_until_a_checkpoint_is_written_in_the_background(
     assert record_run(bucket, [first, second], second.termination_message()) == expected_run
 
 
-@pytest.mark.slow  # the first test of this file stops a pod during a step
+@pytest.mark.slow  # `make test` runs the first test of this file, which stops a pod during a step
 @pytest.mark.faults
 def test_a_stop_during_an_evaluation_completes_the_evaluation(
     s3_server: S3Endpoint, bucket: Bucket, model: Path, rows: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory

@@ -147,7 +147,7 @@ DAMAGES: dict[str, tuple[Callable[[Bucket, DataReport], None], str]] = {
 }
 
 
-@pytest.mark.slow  # tests/unit/trainer/supervisor/test_stored_rows.py also damages rows
+@pytest.mark.slow  # `make test` checks damaged rows in tests/unit/trainer/supervisor/test_stored_rows.py
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_training_pod_notes_damaged_rows_and_tokenises_the_data_itself(
     s3_server: S3Endpoint, bucket: Bucket, model: Path, rows: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, damage: str

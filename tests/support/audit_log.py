@@ -11,7 +11,7 @@ from localcluster import Endpoint
 from localcluster.components import AUDIT_LOG
 
 AUTHORIZATION = "authorization.k8s.io/decision"
-"""Annotation with RBAC's decision. A request that RBAC permits but admission refuses (as in a terminating namespace) has `allow` and status 403."""
+"""Annotation with RBAC's decision. If RBAC permits a request but admission refuses it, the value is `allow`, although the response has status 403."""
 
 
 @dataclass(frozen=True, order=True)

@@ -1,4 +1,4 @@
-"""Jobs with one mistake each. For each job: the failure code and class that the preparation reports, and a text that its message contains."""
+"""Jobs with one mistake each. For each job: the failure code and class that the preparation reports, and a text in the failure's message."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.merge import merge
 
 @dataclass
 class BadJob:
-    """A job that one change makes bad. `spec` is a good spec until the change. `folder` holds the files that the change writes."""
+    """A job that is good at first, and is then made bad by one change. `spec` is the job's current spec. The change writes its files into `folder`."""
 
     folder: Path
     model: Path

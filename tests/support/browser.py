@@ -55,7 +55,7 @@ class Browser:
     """One browser process with one page. Use it in a `with` block."""
 
     def __init__(self, program: str) -> None:
-        self._folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)  # other processes of the browser may end later
+        self._folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)  # other processes of the browser may still use the folder
         to_browser, self._write = os.pipe()
         self._read, from_browser = os.pipe()
         self._process = subprocess.Popen(

@@ -29,7 +29,7 @@ SPEC_RULE_BREAKERS: dict[str, dict[str, Any]] = {
     "ModelCacheInvalid": {"model": {"source": "a/b", "cache": "s3://bucket/cache"}},
     "HubRepositoryMissing": {"output": {"hub": {"push": True, "tokenSecretRef": {"name": "h", "key": "t"}}}},
 }
-"""For the code of each rule that compares several groups of fields: a spec that breaks the rule."""
+"""Specs that break a rule, by the code of the rule. Contains one spec for each rule that compares several groups of fields."""
 GROUP_RULE_BREAKERS: dict[tuple[str, str], dict[str, Any]] = {
     ("Encryption", "kmsKeyId requires"): {"storage": {"encryption": {"type": "s3", "kmsKeyId": "alias/x"}}},
     ("Encryption", "type customerKey"): {"storage": {"encryption": {"type": "customerKey"}}},

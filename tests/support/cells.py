@@ -40,7 +40,7 @@ class Cell:
     resume: str | None = None
     """The checkpoint folder from which the run resumes."""
     padding_free: bool = False
-    """Whether the run concatenates the rows of a batch, as it does on a GPU. The CPU then computes variable-length attention with sdpa."""
+    """Whether the run concatenates the rows of a batch, as runs on a GPU do. The CPU then computes variable-length attention with sdpa."""
     keep: bool = False
     """Whether to keep the final folder and the checkpoints on disk."""
 

@@ -1,4 +1,4 @@
-"""Writes how the trainer classifies the errors of libraries that look for a compiler or a GPU driver. Runs in the trainer image."""
+"""Calls library functions that need a compiler or a GPU driver, and writes how the trainer classifies their errors. Runs in the trainer image."""
 
 from __future__ import annotations
 

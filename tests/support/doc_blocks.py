@@ -20,7 +20,7 @@ PAGES = sorted(
 )
 FENCE = re.compile(r"^(?P<indent> *)```(?P<language>[a-z]*)(?: title=\"(?P<title>[^\"]*)\")?\n(?P<text>.*?)^ *```$", re.M | re.S)
 NOT_RUN = "*Not run here: "
-"""Start of the line before a block of which the tests check only the syntax. The rest of the line gives the reason."""
+"""If the line before a block starts with this text, the tests check only the block's syntax. The rest of the line gives the reason."""
 SPEC_FIELDS = {field.alias or name for name, field in FineTuneJobSpec.model_fields.items()}
 VALUES_COMMENT = "# chart values"
 SMALLEST_SPEC: dict[str, Any] = {"model": {"source": "org/name"}, "dataset": {"train": "s3://bucket/train.jsonl"}}

@@ -337,7 +337,7 @@ class Rule(Generic[Op]):
     hits: int = 0
     """Number of requests to which the fault was applied."""
     match_count: int = 0
-    """Number of matching requests, including the requests to which the fault was not applied."""
+    """Number of matching requests until `hits` reached `max_hits`, including the requests to which the fault was not applied."""
 
     @property
     def name(self) -> str:
@@ -415,7 +415,7 @@ class FaultProxy(ABC, Generic[Op]):
         self, fault: Fault, matches: Callable[[Op], bool], *,
         max_hits: int | None = None, skipped_matches: int = 0, probability: float = 1.0,
     ) -> Rule[Op]:  # fmt: skip
-        """Apply `fault` to matching requests: each with this probability, at most `max_hits` of them, and none of the first `skipped_matches`."""
+        """Apply `fault` to each matching request with this probability, but to at most `max_hits` requests, and to none of the first `skipped_matches`."""
         rule = Rule(self, fault, matches, max_hits, skipped_matches, probability)
         with self._changed:
             self._rules.append(rule)
@@ -522,7 +522,7 @@ class FaultProxy(ABC, Generic[Op]):
             port = runner.addresses[0][1]
             startup.running = _RunningProxy(loop, threading.current_thread(), stop_requested, port, session)
             self._running = startup.running
-        except BaseException as error:  # start() raises it again in the thread of the test
+        except BaseException as error:  # start() raises the error again in the thread of the test
             startup.error = error
             startup.is_complete.set()
             return

@@ -14,7 +14,7 @@ _frozen_modules = 0
 
 def freeze_libraries() -> None:
     """Exclude all existing objects from later garbage collections of this process. Does nothing if no module was loaded since the last call."""
-    global _frozen_modules  # one value per process, like the frozen objects themselves
+    global _frozen_modules  # a global variable, because the objects are frozen for the whole process
     if len(sys.modules) > _frozen_modules:
         gc.collect()
         gc.freeze()

@@ -112,7 +112,7 @@ def parse_pod(body: Object) -> FakePod:
 
 
 def _number_or_zero(text: str | None) -> int:
-    """Parse a label value. Returns 0 if it is not a number, because a pod of another creator may have the operator's labels with any value."""
+    """Parse a label value. Returns 0 if it is not a number, because other clients can create pods that have the operator's labels with any value."""
     return int(text) if text and text.isdigit() else 0
 
 
@@ -249,7 +249,7 @@ class FakeKubelet:
     def _main(self) -> None:
         try:
             asyncio.run(self._run_until_stopped())
-        except BaseException as error:  # __enter__ raises it again in the thread of the test
+        except BaseException as error:  # __enter__ raises the error again in the thread of the test
             self._failure = error
             self.errors.append(repr(error))
         finally:
@@ -356,7 +356,7 @@ class FakeKubelet:
             self._apply_plan(pod)
 
     def _apply_plan(self, pod: FakePod) -> None:
-        """Start the action that the plan requires for the pod, unless it is the pod's last action."""
+        """Start the action that the plan requires for the pod, unless the last action started for this pod was the same one."""
         plan = self._plans.get(pod.namespace, PodPlan())
         if pod.node in self._silent_nodes:
             return

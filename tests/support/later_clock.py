@@ -27,7 +27,7 @@ def pytest_collection(session: pytest.Session) -> Generator[None, object, object
 
 @contextmanager
 def clock_ahead(seconds: float) -> Iterator[None]:
-    """Let `time.time` be ahead within the `with` block. A module that imported the replaced function gets the true time after the block."""
+    """Replace `time.time` by a clock that is ahead, until the `with` block ends. After the block, copies that modules have imported return the true time."""
     true_time, offset = time.time, seconds
 
     def time_ahead() -> float:

@@ -152,25 +152,25 @@ HELD_OUT_COUNT = 6
 # --- examples -------------------------------------------------------------------------------------------------------
 
 ON_CPU = ("training.device=cpu", "training.mixedPrecision=no")
-"""For examples with `DEVICE=cuda`, which the original tool trains with fp16."""
+"""Spec changes for examples with `DEVICE=cuda`. The original tool trains these examples with fp16."""
 PLAIN_CHECKPOINTING = ("training.gradientCheckpointing=enabled",)
-"""For examples that request Unsloth's gradient checkpointing, which needs a GPU."""
+"""Spec changes for examples that request Unsloth's gradient checkpointing, because it needs a GPU."""
 WITHOUT_UNSLOTH = ("trainer.backend=transformers", *PLAIN_CHECKPOINTING)
-"""For examples that train with Unsloth, which needs a GPU."""
+"""Spec changes for examples that train with Unsloth, because it needs a GPU."""
 WANDB_FILES = ('placement.env=[{"name": "WANDB_MODE", "value": "offline"}]',)
-"""For examples that track with Weights & Biases. The tests have no such server, so the tracker writes files."""
+"""Spec changes for examples that track with Weights & Biases. The tests have no such server, so the tracker writes files."""
 TWO_RANKS = ("resources.processesPerNode=2",)
-"""For examples that shard or replicate the model over GPUs."""
+"""Spec changes for examples that shard or replicate the model over GPUs."""
 HUB_STAND_IN = (
     "output.hub.tokenSecretRef.name=hub", "output.hub.tokenSecretRef.key=token", 'placement.env=[{"name": "HF_ENDPOINT", "value": "http://hub"}]',
 )  # fmt: skip
-"""For examples that push the model to the hub. Their files contain no token, and the tests must not use the real hub."""
+"""Spec changes for examples that push the model to the hub. The examples' files contain no token, and the tests must not use the real hub."""
 MLFLOW_ADDRESS = (f"tracking.mlflow.trackingUri={TRACKING_URI}",)
-"""For the example that has a placeholder instead of the MLflow server's address."""
+"""Spec change for the example that has a placeholder instead of the MLflow server's address."""
 
 
 FEWER_STEPS = ("training.maxSteps=60",)
-"""For the example with 200 steps. The smaller number still includes an evaluation, which takes place every 50 steps."""
+"""Spec change for the example with 200 steps. The run still includes an evaluation, because one takes place every 50 steps."""
 
 
 @dataclass(frozen=True)
@@ -255,7 +255,7 @@ PAGE_EXAMPLES: dict[str, PageExample] = {
 EXAMPLE_WITH_SAME_JOB = {
     "env-page-run": "blocks-env-01", "blocks-toml-02": "blocks-toml-01", "yaml-page-run": "blocks-yaml-01", "yaml-page-validate": "blocks-yaml-01",
 }  # fmt: skip
-"""Examples whose job has the same spec as the job of another example: they only start that job, or they spell out the tool's defaults."""
+"""Examples whose job has the same spec as the job of another example: they only start the other example's job, or they set options to the tool's defaults."""
 
 
 def list_accepted_examples() -> list[str]:

@@ -21,7 +21,7 @@ from tests.support.page_examples import FIRST_NUMBERS, HELD_OUT_COUNT, PROMPTS, 
 METRIC_FILES = {"step_metrics.json", "epoch_metrics.json", "final_metrics.json", "training_metrics.json", "performance_summary.json", "log.jsonl"}
 TOKEN_METRICS = ("accuracy", "f1", "precision", "recall")
 RESULT_NAMES_BY_METRIC = {"rouge": ("rouge1", "rouge2", "rougeL"), "perplexity": ("perplexity", "loss")}
-"""Names in the results for a metric of the spec. A metric that is not listed has the same name in both."""
+"""Names in the results for a metric of the spec. A metric that is not listed has the same name in the spec and in the results."""
 FULL_METHODS = ("full", "spectrum")
 GPT2_LAYERS = {"c_attn", "c_fc", "c_proj"}
 LLAMA_LAYERS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}

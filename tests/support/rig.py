@@ -51,7 +51,7 @@ def install_crd(api: KubeApi) -> None:
 
 
 def is_served(api: KubeApi) -> bool:
-    """Whether the API server lists FineTuneJobs. It may not do so at once when the CRD gets the condition `Established`."""
+    """Whether the API server lists FineTuneJobs. The server may start to list them only some time after the CRD gets the condition `Established`."""
     try:
         api.list(FINETUNEJOBS, "default")
     except ApiError as error:

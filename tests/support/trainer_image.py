@@ -33,7 +33,7 @@ NAME_PREFIX = "finetune-test-"
 TEST_PACKAGES = ("pytest", "pluggy", "iniconfig", "hypothesis", "sortedcontainers", "pytest-asyncio", "pytest-timeout", "cryptography", "cffi", "pycparser")
 """Packages that the tests need but the image does not contain."""
 PASSED_VARIABLES = ("ONEDNN_MAX_CPU_ISA", "OMP_NUM_THREADS")
-"""Environment variables that containers take from the test process, because they adapt libraries to this machine."""
+"""Environment variables that containers take from the test process, because these variables adapt libraries to this machine."""
 SITE_PACKAGES = "/opt/venv/lib/python3.11/site-packages"
 """Folder of the installed packages in the image."""
 _container_numbers = itertools.count()

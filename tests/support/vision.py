@@ -163,7 +163,7 @@ def to_data_uri(content: bytes) -> str:
 
 
 def make_image_rows(colours: Sequence[str] = tuple(COLOURS), *, sizes: Sequence[tuple[int, int]] = ((40, 32),)) -> list[dict[str, Any]]:
-    """Return a question about an image of each colour, whose answer is the colour's name. The images have the sizes (width, height) in turn."""
+    """Return a question about an image of each colour, whose answer is the colour's name. The images take the `sizes` (width, height) in turn."""
     return [
         {
             "messages": [

@@ -2,10 +2,11 @@
 
 Recomputing (gradient checkpointing) saves memory and costs a second forward pass. A run does not recompute if the estimated memory of its
 largest micro-batch fits into the GPU. Otherwise, in each micro-batch, as many of the last layers as possible keep their activations. The
-estimate covers dense decoders with LoRA or full training. For each token and layer, it counts the values that the layer keeps per hidden
-unit, per unit of the attention heads and per unit of the feed-forward layer (`KeptValues`). These counts depend on the kernels. Measured peaks are
-lower than the estimate: by 11 to 33 % with Liger's kernels, and by more without them (benchmarks/results/gpu_cells*.json). If an attempt
-still runs out of memory, the operator adapts the spec: the next attempt has a smaller micro-batch and recomputes all activations.
+estimate covers dense decoders with LoRA or full training. For each token and layer, it counts the values that the layer keeps for each
+hidden unit, each unit of the attention heads and each unit of the feed-forward layer (`KeptValues`). These counts depend on the kernels.
+Measured peaks of memory are lower than the estimate: by 11 to 33 % with Liger's kernels, and by more without them
+(benchmarks/results/gpu_cells*.json). If an attempt still runs out of memory, the operator adapts the spec: the next attempt has a smaller
+micro-batch and recomputes all activations.
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ class ActivationChoice:
     """Which activations are kept. All other activations are recomputed."""
 
     kept_layer_tokens: int | None
-    """Largest allowed product of the layers that keep activations and the tokens of the micro-batch (with padding). None: all layers keep them."""
+    """Upper limit of the number of layers that keep their activations, multiplied by the number of tokens of the micro-batch (with padding).
+    None: all layers keep their activations."""
     note: str
     """Sentence for the status."""
 
@@ -106,7 +108,7 @@ def choose_kept_activations(
 
 
 def _may_trainer_choose(run: RunConfig) -> bool:
-    """Whether the trainer may choose: the spec leaves the choice open, and after an out-of-memory error another attempt with a smaller batch follows."""
+    """Whether the trainer may choose: the spec leaves the choice open, and the operator can retry with a smaller batch after an out-of-memory error."""
     training = run.spec.training
     return (
         training.gradient_checkpointing is GradientCheckpointing.ENABLED
@@ -171,10 +173,13 @@ class _ModelSize:
 
 
 def _bytes_of_full_training(run: RunConfig, hardware: Hardware, model_size: _ModelSize, *, has_buckets: bool) -> int:
-    """Return the bytes of weights, gradients and the optimizer's two moments at the end of the forward pass. All have the same data type.
+    """Return the bytes of weights, gradients and the optimizer's two moments at the end of the forward pass.
+
+    Weights, gradients and moments have the same data type.
 
     Without gradient accumulation, gradients are allocated in the backward pass, which frees the activations of a layer before it computes
-    the next gradients. Only the head's gradients are allocated earlier. `has_buckets`: whether DDP holds a second copy of all gradients.
+    the next gradients. Only the head's gradients are allocated before any activations are freed.
+    `has_buckets`: whether DDP holds a second copy of all gradients.
     """
     weight_bytes = _weight_bytes(hardware)
     cast_bytes = 2 if weight_bytes == 4 else 0  # autocast's copy of 32-bit weights

@@ -1,8 +1,8 @@
 """Refuses addresses that lead to the metadata service of a cloud.
 
 Such a service gives the credentials of the node to every program that can connect to it. The platform's rule `endpoints` only compares the text
-of an address. This module compares the IP addresses to which a host name or another notation (`http://2852039166`) resolves. It cannot stop a
-name server that changes its answer between this check and the connection; a NetworkPolicy with `blockMetadata` does.
+of an address. This module compares the IP addresses to which a host name or another notation (`http://2852039166`) resolves. This check
+does not help if a name server changes its answer between the check and the connection. A NetworkPolicy with `blockMetadata` also helps then.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ ATTENTION_DROPOUT_FIELDS = ("attention_dropout", "attn_pdrop", "attn_dropout", "
 """Fields of model configurations that hold the probability of attention dropout."""
 
 ATTENTION_LAYER_TYPES = {"full_attention", "sliding_attention"}
-"""Layer types of model configurations that hold attention and no recurrence or convolution over the tokens."""
+"""The layer types in model configurations whose layers compute attention, and no recurrence or convolution over the tokens."""
 MODEL_TYPES_WITH_LEARNED_POSITIONS = ("gpt2", "gpt_bigcode", "opt")
 """Model types without rotary embeddings that use the position ids of a padding-free batch."""
 MODEL_TYPES_WITHOUT_BOUNDARIES = ("nemotron",)
@@ -125,9 +125,10 @@ def require_divisible_attention(config: Any, rank_count: int) -> None:
 
 
 def require_supported_attention(run: RunConfig, config: Any, attention: str) -> tuple[str, list[str]]:
-    """Return `attention`, or `eager` if that is sdpa and transformers has no sdpa for this type of model. Also return notes for the status.
+    """Return the attention implementation to use, and notes for the status.
 
-    Types without sdpa are, for example, Gemma 2 (limited scores), GPT-OSS (attention sinks) and Mamba 2 (no attention).
+    It is `attention`, unless `attention` is sdpa and transformers has no sdpa for this type of model; then it is `eager`. Types without
+    sdpa are, for example, Gemma 2 (limited scores), GPT-OSS (attention sinks) and Mamba 2 (no attention).
     Errors: ConfigError AttentionUnavailable if the spec requests sdpa.
     """
     if attention != "sdpa" or supports_sdpa(config):
@@ -146,14 +147,14 @@ def uses_padding_free_batches(run: RunConfig, attention: str) -> bool:
 
 
 def can_concatenate_rows(run: RunConfig, config: Any, adapter: Path | None = None) -> bool:
-    """Whether an unpacked run with `varlen` may concatenate its rows: it becomes faster, and its results stay the same."""
+    """Whether an unpacked run with `varlen` may concatenate its rows. It may if its results stay the same; concatenation makes it faster."""
     return (
-        # Prefix and prompt tuning add virtual tokens to each row. PEFT puts them before the whole batch, and drops the positions.
+        # Prefix and prompt tuning add virtual tokens to each row. PEFT would put them only once before the concatenated rows, and drop the positions.
         method_type_of(run.spec) not in PROMPT_METHODS
         and (adapter is None or ignores_token_position(adapter))
         # The size of NEFTune's noise depends on the length of the sequence.
         and run.spec.training.neftune_noise_alpha is None
-        # One row has no padding.
+        # A batch with a single row has no padding that could be saved.
         and value_or_default(run.spec.training, "batch_size_per_device") > 1
         and separates_rows_by_position(config)
     )
@@ -356,7 +357,7 @@ def _call_kernel(
 
 
 def _mask_was_omitted(query: torch.Tensor, key: torch.Tensor) -> bool:
-    """Whether `create_varlen_mask` may have created no mask for these inputs, because it expected that the kernel computes them."""
+    """Whether it is possible that `create_varlen_mask` created no mask for these inputs, because it expected the kernel to compute them."""
     return device_has_kernel(query.device) and query.shape[0] == 1 and query.shape[2] == key.shape[2]
 
 

@@ -1,7 +1,7 @@
 """Keeps the weights of the best checkpoint until the end of training, even if training ends in a later attempt.
 
 At the end of training, transformers loads the best checkpoint from its folder. If the folder is missing, transformers only logs a
-warning. The folder may have been deleted after its upload, or written by an earlier attempt on another pod. This module therefore
+warning. The folder is missing if it was deleted after its upload, or if an earlier attempt wrote it on another pod. This module therefore
 keeps the best weights in a folder next to the checkpoints. Each later checkpoint also contains the best weights, because an
 attempt may resume from it on another pod.
 """
@@ -36,7 +36,7 @@ class KeepBest(TrainerCallback):
         self._trainer: Any = None
 
     def on_trainer_created(self, trainer: Any) -> None:
-        """Keep a reference to the Trainer, because its checkpoints may be written in the background."""
+        """Keep a reference to the Trainer. Its `run_after_files` runs a task after a checkpoint is written, also if that happens in the background."""
         self._trainer = trainer
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -64,7 +64,7 @@ class KeepBest(TrainerCallback):
 
 
 def _link_best_weights(root: Path, step: int, is_best: bool) -> None:
-    """If the checkpoint of `step` is the best, link its weights into the folder of the best weights. Otherwise, link the best weights into it."""
+    """If the checkpoint of `step` is the best, link its weights into the folder of the best weights. Otherwise, link the best weights into this checkpoint."""
     folder, best_weights = root / f"checkpoint-{step}", root / BEST_FOLDER
     if is_best:
         _replace_files(best_weights, _weight_files(folder))

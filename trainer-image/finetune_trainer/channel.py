@@ -12,8 +12,8 @@ Example of a rank (`finetune_trainer.rank` calls `train.preload()` if it exists,
     channel.report_resolved(ResolvedConfig(device="cpu", trainable_parameters=1))
     raise DataError("NoTrainableToken", ...)  # any FineTuneError: `rank.main` reports it and exits with its code
 
-Step, epoch, throughput, losses and checkpoints are reported by `finetune_trainer.checkpoint.rank.create_callbacks`. Models passed to
-`report_progress`, `report_metrics` and `report_resolved` are merged field by field: a field that is None keeps its earlier value.
+Step, epoch, throughput, losses and checkpoints are reported by `finetune_trainer.checkpoint.rank.create_callbacks`. The objects that are passed
+to `report_progress`, `report_metrics` and `report_resolved` are merged field by field: a field that is None keeps its earlier value.
 Tests use `Channel.create_recording()`, which keeps its messages in `sent`.
 """
 
@@ -41,7 +41,8 @@ from finetune_trainer.inputs import Inputs
 SOCKET_VARIABLE = "FINETUNE_CHANNEL"
 """Environment variable with the path of the supervisor's socket. Only supervisor and ranks use it."""
 STOP_FILE = "stop"
-"""The supervisor creates this file in the work folder when the pod must stop. The file holds the deadline in seconds since 1970."""
+"""The supervisor creates this file in the work folder when the pod must stop. The file holds the time (seconds since 1970) by which a
+checkpoint must be saved."""
 POLL_SECONDS = 0.05
 SEND_TIMEOUT_SECONDS = 20.0
 """How long the rank retries to send a failure, a staged checkpoint or the final model while the supervisor is busy. Then it drops the message."""
@@ -245,7 +246,7 @@ def _write_spill_file(data: bytes, folder: Path) -> bytes:
 
 
 def read_spilled(message: dict[str, Any], folder: Path) -> Any:
-    """Return the message. If it only names a file (see `_write_spill_file`), read the message from the file and delete the file.
+    """Return the message that was sent. If `message` only names a file (see `_write_spill_file`), read the file and delete it.
 
     Errors: OSError, ValueError.
     """

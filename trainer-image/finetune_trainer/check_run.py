@@ -129,7 +129,7 @@ def _check_method(run: RunConfig, channel: Channel, inputs: Inputs, context: Any
         trainable = create_method(method_context).apply(_build_without_values(run, config, model_kind))
     except ConfigError:
         raise
-    except Exception as error:  # The library may need the values of the weights, so training may still work.
+    except Exception as error:  # Perhaps the library failed only because the weights have no values here. Then training still works.
         logging.getLogger(__name__).warning("the method was not checked against the model", exc_info=error)
         channel.report_note(f"the preparation did not check the method against the model: {type(error).__name__}")
         return None, None

@@ -21,7 +21,7 @@ def run_child_main(process_name: str, action: Callable[[Channel], None], *, memo
 
 
 def run_and_report_failure(channel: Channel, action: Callable[[Channel], None], *, memory_hint: str | None = None) -> int:
-    """Run `action`, and report its failure over the channel. Returns the exit code. `memory_hint`: hint of a failure for lack of memory."""
+    """Run `action`, and report its failure over the channel. Returns the exit code. `memory_hint`: the hint of the reported failure if memory ran out."""
     try:
         action(channel)
         return ExitCode.OK

@@ -52,7 +52,8 @@ class GuardedTrainer(OpenTrainer):
     clock: TrainingClock | None = None
     """Measures the seconds of training. The clock starts with this attempt's first pass over the data."""
     kept_layer_tokens: int | None = None
-    """Largest product of layers and tokens whose activations a micro-batch may keep. None: all micro-batches treat their layers alike."""
+    """Upper limit of the number of layers that keep their activations, multiplied by the number of tokens of the micro-batch. None: whether a layer
+    recomputes its activations does not depend on the micro-batch."""
     checkpoint_writer: BackgroundWriter | None = None
     """Writes checkpoints in the background. None: each checkpoint is written before training continues."""
     _recomputation: RecomputationPerBatch | None = None
@@ -84,7 +85,7 @@ class GuardedTrainer(OpenTrainer):
             self._collected = None
         if self.checkpoint_writer is not None and (self._is_complete() or self.control.should_training_stop):
             self.checkpoint_writer.wait()
-            self.accelerator.wait_for_everyone()  # every rank may now read the best weights
+            self.accelerator.wait_for_everyone()  # From here on, every rank can read the best weights.
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **options: Any) -> Any:
         """Decide which layers recompute their activations, and compute the gradients of a micro-batch."""
@@ -166,7 +167,7 @@ class GuardedTrainer(OpenTrainer):
         super().save_files(output_dir, state_dict)
 
     def run_after_files(self, task: Callable[[], object]) -> None:
-        """Run `task` when all files that were saved before are written. With a background writer, that is later and in its thread."""
+        """Run `task` when all files that were saved before are written. A background writer runs it later, in its thread."""
         if self.checkpoint_writer is None:
             task()
         else:
@@ -263,7 +264,7 @@ def logged_training_seconds(state: TrainerState) -> float:
 def _measure_waiting(batches: Iterator[Any], meter: SpeedMeter) -> Iterator[Any]:
     """Yield the batches, and add the time spent waiting for each batch to the meter.
 
-    The time of `get_batch_samples` would be wrong: this function also counts the tokens of all ranks, so it waits for the slowest rank.
+    The duration of `get_batch_samples` would be too long: `get_batch_samples` also counts the tokens of all ranks, so it waits for the slowest rank.
     """
     while True:
         wait_started = time.perf_counter()

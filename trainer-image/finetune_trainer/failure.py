@@ -62,7 +62,7 @@ TRAINER_IMAGE_PACKAGES = (
     "pyarrow", "pydantic", "pymongo", "rouge_score", "sacrebleu", "safetensors", "scipy", "securesystemslib", "sentence_transformers",
     "sentencepiece", "tensorboard", "tiktoken", "tokenizers", "torch", "transformers", "triton", "trl", "wandb",
 )  # fmt: skip
-"""Packages that the trainer image installs. If one of them is missing, the image is broken. Any other missing module is the user's."""
+"""Packages that the trainer image installs. If one of them is missing, the image is broken. Any other missing module belongs to code of the user."""
 HIDDEN_PACKAGE_MESSAGE = "None in sys.modules"
 """Text in the message of an import that fails only because `imports.preload` has hidden the package. The image contains the package."""
 MISSING_PART_PATTERNS = (
@@ -77,7 +77,7 @@ MISSING_PART_PATTERNS = (
     (re.compile(r"packages that were not found in your environment: ([\w.,\- ]*[\w\-])"), "the Python package {}"),
     (re.compile(r"requires the (.+) library,? but it was not found in your environment"), "the Python package {}"),
 )
-"""Messages of libraries about a part that the image lacks, and the name of the missing part. The messages are those of the locked versions."""
+"""Messages of libraries about a part that the image lacks, and the name of the missing part. The patterns fit the versions in the lock file."""
 INSTALL_ADVICE_PATTERN = re.compile(r"pip install (?:-U |--upgrade )?[\"']?([A-Za-z][\w.-]*)")
 """Matches the advice to install a missing package in a library's ImportError."""
 GPU_DRIVER_MISSING_PATTERN = re.compile(r"(?i)found no NVIDIA driver|lib(?:cuda|nvidia-[\w-]+)\.so[.\d]*: cannot open shared object file")

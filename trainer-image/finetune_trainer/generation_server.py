@@ -36,7 +36,8 @@ from pydantic.alias_generators import to_camel
 OLDEST_VLLM_VERSION, NEWEST_VLLM_VERSION = (0, 22), (0, 31)
 """Versions of vLLM whose answers TRL 1.16 can read (`is_vllm_available` in `import_utils.py`)."""
 LOGPROBS_MODE = "processed_logprobs"
-"""vLLM's name for log-probabilities after temperature and top-p. TRL needs them to correct the differences between server and trainer."""
+"""vLLM's name for log-probabilities after temperature and top-p. TRL needs them to correct for the differences between the
+probabilities of the server and of the trainer."""
 POLL_SECONDS = 1.0
 PROBE_TIMEOUT_SECONDS = 10.0
 END_REPORT_POLLS = 10

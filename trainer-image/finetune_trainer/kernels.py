@@ -34,7 +34,7 @@ and an adapter on the experts would be lost. Types with inputs other than text a
 for each type.
 """
 ACTIVATIONS = dict.fromkeys(SWIGLU_MODEL_TYPES, ("silu", "swish")) | dict.fromkeys(GEGLU_MODEL_TYPES, ("gelu_pytorch_tanh",))
-"""The activation that Liger's kernel computes, by model type. Liger does not read the activation of the model's configuration."""
+"""The activation that Liger's kernel computes, by model type. Liger does not read the activation from the model's configuration."""
 MODEL_TYPES_WITHOUT_REWARD_KERNELS = frozenset({"gemma3_text"})
 """Types for which Liger refuses models with a score head."""
 
@@ -50,7 +50,7 @@ def are_kernels_requested(run: RunConfig) -> bool:
 
 
 def _are_kernels_chosen_by_backend(run: RunConfig) -> bool:
-    """Whether `trainer.backend: unsloth` requests the kernels. It also replaces the default `false`, which jobs of earlier releases recorded."""
+    """Whether `trainer.backend: unsloth` requests the kernels. It also does so if the recorded default is `false`, as in jobs of earlier releases."""
     return run.spec.trainer.backend is TrainerBackend.UNSLOTH and LIGER_PATH in run.defaults
 
 

@@ -1,7 +1,7 @@
 """Accesses all private attributes of transformers, TRL, PEFT, accelerate and DeepSpeed that the trainer needs.
 
 Any release of these libraries may rename a private attribute. So only this module uses private attributes. Each one is used in one function
-or method, which names the reason. `tests/unit/trainer/test_library_internals.py` checks the attributes against the installed versions. This
+or method, whose docstring gives the reason. `tests/unit/trainer/test_library_internals.py` checks the attributes against the installed versions. This
 module was written for transformers 5.23, TRL 1.16, PEFT 0.21, accelerate 1.15 and DeepSpeed 0.19.
 """
 
@@ -46,7 +46,7 @@ class OpenTrainer(Trainer):  # type: ignore[misc]  # transformers ships no types
         self.check_loaded_keys(list(load_result.missing_keys), list(load_result.unexpected_keys))
 
     def check_loaded_keys(self, missing: list[str], unexpected: list[str]) -> None:
-        """Handle the names of weights that only the model has (`missing`) or only the checkpoint has. transformers only logs a warning."""
+        """Handle the names of weights that only the model (`missing`) or only the checkpoint (`unexpected`) has. transformers only logs a warning."""
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         self.load_optimizer_and_scheduler(checkpoint)
@@ -59,7 +59,7 @@ class OpenTrainer(Trainer):  # type: ignore[misc]  # transformers ships no types
         self.save_optimizer_and_scheduler(output_dir)
 
     def save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Save optimizer and scheduler. Subclasses override this method, because transformers uses one FSDP layout for these states and the weights."""
+        """Save optimizer and scheduler. Subclasses override this method, because transformers uses the same FSDP layout for states and weights."""
         super()._save_optimizer_and_scheduler(output_dir)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -91,14 +91,14 @@ class OpenTrainer(Trainer):  # type: ignore[misc]  # transformers ships no types
         return self.clip_gradients(model)
 
     def clip_gradients(self, model: Any) -> Any:
-        """Clip the gradients of `model.parameters()`, and return their norm. Subclasses override this method, because it walks over all modules."""
+        """Clip the gradients of `model.parameters()`, and return their norm. Subclasses override this method, because `parameters` walks over all modules."""
         return super()._clip_grad_norm(model)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         return self.gradient_norm(model, grad_norm)
 
     def gradient_norm(self, model: Any, norm: Any = None) -> Any:
-        """Return `norm` if it is given, else the gradient norm of `model.parameters()`. Subclasses override this method, because it walks over all modules."""
+        """Return `norm` if it is given, else the gradient norm of `model.parameters()`. Subclasses override this: `parameters` walks over all modules."""
         return super()._get_grad_norm(model, norm)
 
     def prepare_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -202,8 +202,8 @@ def end_token_ids(model: Any, tokenizer: Any) -> list[int]:
 def unchanged_base_weights(model: Any) -> Iterator[None]:
     """At the end of the context, restore the base weights below adapters bit for bit.
 
-    PEFT merges an adapter by adding its product to the base weight, and subtracts it again afterwards. The sum is rounded, so the base weight would
-    change a little with each merge.
+    PEFT merges an adapter by adding the product of its matrices to the base weight, and subtracts the product afterwards. The sum is rounded,
+    so the base weight would change a little with each merge.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -330,7 +330,7 @@ def deferred_saves(defer: DeferFunction) -> Iterator[None]:
     """Within the context, the functions that write tensors to files pass their work to `defer`.
 
     * `torch.save`: the optimizer's state, and all files of DeepSpeed.
-    * `safetensors.torch.save_file`, which transformers and PEFT call `safe_save_file`: weights and adapters.
+    * `safetensors.torch.save_file`, which transformers and PEFT import as `safe_save_file`: weights and adapters.
     * `torch.distributed.checkpoint.save`, called by accelerate: the shards of FSDP's optimizer state.
 
     Objects that are no dictionaries, such as the TrainingArguments, are small and written at once.
@@ -492,7 +492,7 @@ def accept_quantized_model(model: Any) -> Iterator[None]:
 def enable_fsdp_on_cpu(fsdp_plugin: Any) -> None:
     """Enable FSDP on CPUs. accelerate 1.15 enables FSDP only for accelerators, and runs DDP on CPUs.
 
-    Both states are set, because each new AcceleratorState copies the fields of PartialState.
+    AcceleratorState and PartialState are both set, because each new AcceleratorState copies the fields of PartialState.
     """
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType

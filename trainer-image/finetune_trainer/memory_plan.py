@@ -104,12 +104,12 @@ def choose_and_plan(run: RunConfig, config: Any, facts: RunFacts, counts: Mappin
 
 
 def advise_after_out_of_memory(run: RunConfig, config: Any, run_facts: RunFacts, refused: RefusedAllocation) -> MemoryAdvice:
-    """Return what the next attempt should change after the allocation `refused`. Errors: ConfigError if the plan does not know this kind of run."""
+    """Return what the next attempt should change after torch refused an allocation. Errors: ConfigError if the plan does not know this kind of run."""
     return advise_smaller_values(run.spec, parse_model_shape(config.to_dict()), run_facts, refused, run.defaults)
 
 
 def describe_refused_allocation(error: torch.OutOfMemoryError, device: torch.device) -> RefusedAllocation:
-    """Return how much GPU memory this process needed when torch refused an allocation, and how much it could have had.
+    """Return how much GPU memory this process needed when torch refused an allocation, and how much was available to it.
 
     Memory that other programs use on the GPU is part of neither number.
     """

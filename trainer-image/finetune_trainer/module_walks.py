@@ -46,7 +46,7 @@ class CollectedModel:
 
     @property
     def can_replace_train(self) -> bool:
-        """Whether the method `train` of every module only sets the mode. That of DeepSpeed's engine and of DoRA's layers does more."""
+        """Whether the method `train` of every module only sets the mode. The methods of DeepSpeed's engine and of DoRA's layers do more."""
         return all(type(module).train in REPEATABLE_TRAIN_METHODS for module in self._modules)
 
     @property

@@ -81,7 +81,7 @@ class ChildProcess:
 
 
 def spare_process(pid: int) -> None:
-    """Let `kill_all_descendants` spare a child process and its descendants."""
+    """Exclude a child process and its descendants from `kill_all_descendants`."""
     _spared_pids.add(pid)
 
 

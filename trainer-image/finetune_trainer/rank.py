@@ -28,7 +28,7 @@ def _train(channel: Channel) -> None:
     module: ModuleType = importlib.import_module(os.environ.get(TRAINER_MODULE_VARIABLE, "finetune_trainer.train"))
     if hasattr(module, "preload"):
         module.preload(run)
-    gc.freeze()  # When training begins, accelerate collects garbage. This call exempts the million objects of the libraries.
+    gc.freeze()  # accelerate collects garbage when training begins. After this call, it skips the million objects of the libraries.
     channel.send_message("ready")
     inputs = channel.wait_inputs()
     try:

@@ -35,7 +35,7 @@ class LoopbackRendezvous(StaticTCPRendezvous):
     def next_rendezvous(self) -> RendezvousInfo:
         """Create the store, then wait for the agents of all pods."""
         if self._store is None:
-            # Only torch's store without libuv can use a given socket.
+            # Only torch's store without libuv can use a socket that already exists.
             self._store = TCPStore(
                 self.master_addr, self.master_port, self.world_size, True, self.timeout,
                 master_listen_fd=self._listener.detach(), use_libuv=False,

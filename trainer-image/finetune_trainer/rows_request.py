@@ -16,13 +16,13 @@ from finetune_trainer.channel import POLL_SECONDS, Channel
 log = logging.getLogger(__name__)
 
 ROWS_NEEDED, ROWS_TOKENISED = "rowsNeeded", "rowsTokenised"
-"""Kinds of messages to the supervisor: a request for the rows with a digest, and the number of rows that are tokenised so far."""
+"""Kinds of messages to the supervisor: a request for the rows that have a given digest, and the number of rows that are tokenised so far."""
 ANSWER_FILES = "stored-rows-*"
 """Pattern of the names of the files with which the supervisor answers. The star stands for the first 24 digits of the digest."""
 RESEND_SECONDS = 30.0
 """Interval at which the request is repeated, because the supervisor may have lost it."""
 SILENCE_SECONDS = 600.0
-"""How long the process waits without an answer or a sign of work from the supervisor. Then it tokenises the data itself."""
+"""How long the process waits without an answer or a sign of work from the supervisor. After this time, the process tokenises the data itself."""
 
 
 class SupervisorRowPreparation:
@@ -57,17 +57,17 @@ class SupervisorRowPreparation:
 
 
 def answer_file(work_folder: Path, digest: str) -> Path:
-    """Return the path of the file that the supervisor creates when it has looked for the rows with this digest."""
+    """Return the path of the file that the supervisor creates when its search for the rows with this digest has ended."""
     return work_folder / ANSWER_FILES.replace("*", digest[:24])
 
 
 def working_file(work_folder: Path, digest: str) -> Path:
-    """Return the path of the file that the supervisor touches at each repeated request while it still looks for the rows."""
+    """Return the path of the file that the supervisor touches, each time the request is repeated, to show that it still looks for the rows."""
     return work_folder / f"{answer_file(work_folder, digest).name}.working"
 
 
 def is_digest(value: Any) -> bool:
-    """Whether the value has the form of a digest: 64 hex digits. The supervisor asks this, because it does not trust the process `check`."""
+    """Whether the value has the form of a digest: 64 hex digits. The supervisor checks this, because it does not trust the process `check`."""
     return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 

@@ -17,7 +17,7 @@ FINAL_UPLOAD_TIMEOUT_SECONDS = 1800.0
 FINAL_UPLOAD_TIMEOUT_VARIABLE_OF_0_1 = "FINETUNE_FINAL_PATIENCE_SECONDS"
 """Name of the environment variable for the upload timeout in version 0.1.0. Jobs may still set it in `placement.env`."""
 UNSAVED_TIMEOUT_SECONDS = 6 * 3600.0
-"""How long a run may continue although no due checkpoint can be committed. See `Uploader.unsaved_error`."""
+"""How long a run continues while checkpoints are due but none can be committed. See `Uploader.unsaved_error`."""
 
 
 @dataclass(frozen=True)

@@ -32,9 +32,10 @@ def float32_weights(
 ) -> Iterator[tuple[Path, list[str]]]:
     """Yield the folder to load the model from, and notes for the status. All ranks of all pods must enter the context.
 
-    `converts`: whether this rank converts the weights for its pod; local rank 0 of each pod does. `local_rank_0_first`: a context whose block
-    local rank 0 runs before the other ranks, without a time limit, because the conversion of a large model takes long. `wait_for_ranks` waits
-    for all ranks. If the pod's disk is too small for the converted weights, the yielded folder is `model_folder`, which is never changed.
+    `converts`: whether this rank converts the weights for its pod; local rank 0 of each pod does. `local_rank_0_first`: a context
+    manager that makes the other ranks wait until local rank 0 has run the block. It has no time limit, because the conversion of a large model
+    takes long. `wait_for_ranks` waits for all ranks. If the pod's disk is too small for the converted weights, the yielded folder is
+    `model_folder`, which is never changed.
     """
     folder, notes = work_folder / CONVERTED_FOLDER_NAME, []
     with local_rank_0_first:
@@ -42,7 +43,7 @@ def float32_weights(
             notes.append("every rank loads all weights before they are sharded: the pod's disk has no space for 32-bit copies of the weight files")
     try:
         yield (folder if folder.exists() else model_folder), notes
-        wait_for_ranks()  # all ranks have mapped the files, and keep them until the weights are sharded
+        wait_for_ranks()  # After this, the files can be removed: every rank has mapped them, and keeps the mappings until it has sharded the weights.
     finally:
         if converts:
             shutil.rmtree(folder, ignore_errors=True)

@@ -1,6 +1,6 @@
 """Measures the throughput of a run: tokens per second, model FLOPs utilisation (MFU), and the share of time spent waiting for data.
 
-The table has the FLOPs per token. N: number of parameters in matrix products. N includes the head and the experts to which a token is routed,
+The table has formulas for the FLOPs per token. N: number of parameters in matrix products. N includes the head and the experts to which a token is routed,
 but not the embedding lookup. T: how many of these parameters are trained. A: FLOPs of the attention per token; a token attends to all tokens
 of its document, or with causal attention to half of them on average.
 

@@ -137,7 +137,7 @@ class TrainingSession:
     def _advice_after_out_of_memory(self) -> Iterator[None]:
         """If the GPU's memory is exhausted in a training step, report what the next attempt should change.
 
-        Evaluations are left out, because the memory plan does not cover them.
+        If the memory is exhausted in an evaluation, nothing is reported, because the memory plan does not cover evaluations.
         """
         import torch
 
@@ -199,7 +199,10 @@ class TrainingSession:
 
     @contextmanager
     def _shared_weights(self) -> Iterator[tuple[Inputs, list[str]]]:
-        """Yield the inputs whose model folder is loaded, and notes. With FSDP, one rank of each pod may convert the weights to 32 bits for all."""
+        """Yield the inputs with the folder to load the model from, and notes for the status.
+
+        With FSDP, one rank of each pod first converts 16-bit weights to 32 bits for all ranks of the pod, if the ranks load the model in 32 bits.
+        """
         import torch
 
         from finetune_trainer.distributed import local_rank_0_first
@@ -244,7 +247,7 @@ class TrainingSession:
     def _choose_checkpointing(self, args: Any) -> int | None:
         """Turn off gradient checkpointing if the spec leaves it to the trainer and all activations fit into the GPU's memory.
 
-        If only some activations fit, return how many a micro-batch keeps, as layers times tokens. In all other cases, return None.
+        If only some activations fit, return the largest product of layers and tokens whose activations fit. In all other cases, return None.
         """
         import torch
 

@@ -6,7 +6,7 @@ class refuses. An error is raised only if the copy's size cannot be the cause:
 
 * The model's code cannot be imported, or uses a name that does not exist. If the code comes from the model's repository, a wrong attribute or argument
   also counts.
-* The copy computes a plain forward and backward pass, but not the job's step, and a small Llama model computes the same step.
+* The copy completes a plain forward and backward pass, but fails at the job's step, and a small Llama model completes the job's step.
 
 Every other failure becomes a note. The step runs in a forked process with a time limit and a memory limit, so that it cannot end the preparation.
 """
@@ -71,7 +71,7 @@ def try_step(context: TrainingContext, objective: Objective[Any, Any], data: Any
 
 
 def reason_against_trial_step(context: TrainingContext) -> str | None:
-    """Return why a small copy of the model cannot train the job's step. None if nothing is known against it."""
+    """Return why a small copy of the model cannot train the job's step. None if no such reason is known."""
     spec, method = context.run.spec, rules.method_type_of(context.run.spec)
     if context.vision is not None:
         return "it is a model for images and text"
@@ -86,7 +86,7 @@ def reason_against_trial_step(context: TrainingContext) -> str | None:
 
 
 def _run_forked(action: Callable[[], FineTuneError | str | None], limit_seconds: float) -> FineTuneError | str | None:
-    """Run an action in a forked process. Returns the action's result, or a reason why there is none."""
+    """Run an action in a forked process. Returns the action's result or, if the process returned none, the reason as a text."""
     forks = multiprocessing.get_context("fork")
     receiver, sender = forks.Pipe(duplex=False)
     process = forks.Process(target=_report_result, args=(action, sender), name="trial-step")

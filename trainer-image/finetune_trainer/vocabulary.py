@@ -39,7 +39,7 @@ def new_token_ids(tokenizer: Any, new_tokens: Sequence[str] | None) -> list[int]
 def fit_embeddings(model: Any, tokenizer: Any, run: RunConfig, datasets: Sequence[Any] = ()) -> None:
     """Add embedding rows for the new tokens. If there are no new tokens, check that the model has a row for every token in the data.
 
-    A tokenizer may have more tokens (for example image tokens) than the model has rows, if the additional tokens do not occur in
+    A tokenizer with more tokens than the model has rows is accepted if the additional tokens (for example image tokens) do not occur in
     `datasets` and are not the pad token. Errors: ConfigError VocabularyDiffers, NewTokensSharded.
     """
     ids = new_token_ids(tokenizer, run.spec.model.new_tokens)

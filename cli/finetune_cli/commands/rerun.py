@@ -53,7 +53,8 @@ def rerun(
         changed_values["checkpoint.resume"] = _find_checkpoint_uri(old_job, from_checkpoint)
         if _find_strategy(old_job, changed_values) in PICKLING_STRATEGIES:
             changed_values.setdefault("checkpoint.allowPickle", True)
-    if parse_status(old_job).preparation is not None:  # the new job's preparation could adopt the result of a deleted job of the same name
+    # Without this setting, the preparation of the new job could adopt the result of a deleted job that had the name of the new job.
+    if parse_status(old_job).preparation is not None:
         changed_values.setdefault("policy.onExistingResult", OnExistingResult.TRAIN.value)
     taken_names = {job["metadata"]["name"] for job in cluster.list_jobs(all_namespaces=False)}
     body = build_rerun(old_job, new_name or find_free_name(name, taken_names), changed_values, from_checkpoint)
@@ -70,7 +71,7 @@ def rerun(
 
 
 def find_chosen_values(job: dict[str, Any], changed_values: dict[str, Any]) -> dict[str, Any]:
-    """Return the values that the old job's plan has chosen. A job that resumes from its checkpoint needs them: it gets no chosen values of its own.
+    """Return the values that the old job's plan has chosen. A new job that resumes from a checkpoint of the old job needs them: no values are chosen for it.
 
     A changed batch or number of ranks replaces the chosen batch. A changed `resources.processesPerNode` replaces the chosen number of GPUs. If the
     new job has only one rank, the chosen strategy is left out, because it needs several ranks.

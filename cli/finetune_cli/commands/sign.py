@@ -89,7 +89,7 @@ def _verify_statement(storage: JobStorage, job: dict[str, Any] | None) -> bytes:
 
 
 def _compare_with_status(verification: CheckResults, job: dict[str, Any]) -> None:
-    """Raise StorageError if the job's status has another sha256 of the manifest. The operator received it from the pod that committed the model."""
+    """Raise StorageError if the job's status has another sha256 of the manifest. The status has the sha256 from the pod that committed the model."""
     from finetune_cli.job_storage import StorageError
     from finetune_cli.status_text import parse_status
 
@@ -102,7 +102,7 @@ def _compare_with_status(verification: CheckResults, job: dict[str, Any]) -> Non
 
 
 def _add_image_digest(statement: bytes, job: dict[str, Any]) -> bytes:
-    """Add the digest of the trainer image from the job's status to the statement. The pod that wrote the statement does not know its digest."""
+    """Add the digest of the trainer image from the job's status to the statement. The pod that wrote the statement does not know this digest."""
     import json
 
     from finetune_api.lineage import TRAINER_IMAGE_DEPENDENCY, Resource

@@ -70,7 +70,7 @@ def open_storage(
 
 @dataclass(frozen=True)
 class StorageOptions:
-    """The storage options of a command. Its target is the name of a job in the cluster or a storage URI."""
+    """The storage options of a command. The target of the command is the name of a job in the cluster, or a storage URI."""
 
     use_secret: bool = False
     endpoint: str | None = None
@@ -83,7 +83,7 @@ class StorageOptions:
 
 
 def open_target(target: str, options: StorageOptions) -> tuple[JobStorage, dict[str, Any] | None]:
-    """Open the storage of a job. `target` is the job's name or a URI in its folder. Also returns the job, or None for a URI.
+    """Open the storage of a job. `target` is the job's name or a URI inside the job's folder. Also returns the job, or None for a URI.
 
     Raises StorageError or ClusterError.
     """

@@ -32,7 +32,10 @@ FORBIDDEN_NOTE = "GPUs and memory are unknown: you may not get pods/proxy in thi
 BLOCKED_NOTE = (
     "the API server cannot reach the pod: if a NetworkPolicy blocks it, list the addresses of the API server in isolation.metricsFrom of the chart's values"
 )
-"""Added to the error of a request that the API server could not forward, or that timed out: a NetworkPolicy drops packets without an answer."""
+"""This note is added to the error of a request that the API server could not forward, or that timed out.
+
+A NetworkPolicy can be the cause, because it drops packets without an answer.
+"""
 OLD_IMAGE_NOTE = "GPUs and memory of some pods are unknown: their trainer image is older than 0.2.0"
 
 
@@ -83,7 +86,7 @@ def top(
 
 
 def _read_rows(cluster: Cluster, jobs: list[dict[str, Any]], all_namespaces: bool) -> list[PodRow]:
-    """Return the running pods of each job with their usage. For each job, only the newest attempt with running pods counts."""
+    """Return the running pods of each job with their usage. Of each job, only pods of the newest attempt with running pods are returned."""
     from concurrent.futures import ThreadPoolExecutor
 
     from finetune_api.names import Label

@@ -597,7 +597,7 @@ def _set_grpo_options(draft: JobDraft, trainer: str) -> None:
 
 
 def _set_row_options(draft: JobDraft, trainer: str) -> None:
-    """Set packing and the loss on answers only. Refuse system prompts for some rows, and a fixed order of rows."""
+    """Set packing and the loss on answers only. Refuse a default system prompt for rows that have none, and a fixed order of the rows."""
     if "sample_packing" in draft.given_options:
         if trainer == "sft" or not draft.get("sample_packing"):
             draft.assign("dataset.packing", draft.get("sample_packing"), "sample_packing")

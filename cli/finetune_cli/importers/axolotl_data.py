@@ -27,8 +27,8 @@ SEPARATE_FILE_HINT = "store the rows that you need in a separate file"
 class PromptStrategy:
     """A prompt strategy of Axolotl: the format of the rows, their columns, and the text around question and answer.
 
-    `template`: a name in `MARKERS`, `chat` for the chat template of the file or tokenizer, `jinja:TEXT` for a template of its own, or an empty text
-    for rows that are one text. `missing_feature`: the feature of the strategy that a FineTuneJob does not have, or an empty text.
+    `template`: a name in `MARKERS`, `chat` for the chat template of the file or tokenizer, `jinja:TEXT` for the Jinja template TEXT, or an empty
+    text for rows that are one text. `missing_feature`: the feature of the strategy that a FineTuneJob does not have, or an empty text.
     """
 
     format: str = ""

@@ -66,7 +66,7 @@ MARKERS: Mapping[str, TurnMarkers] = {
     "zephyr": _build_markers("<|", "|>\n", "{eos}\n"),
     "human": TurnMarkers(("", "\n"), ("Human: ", "\n"), ("Assistant: ", "{eos}\n")),
 }  # fmt: skip
-"""Turn markers of simple chat templates, by the name of the template."""
+"""The markers around the turns of each role in simple chat templates, by the name of the template."""
 
 FAMILIES: Mapping[str, tuple[str, str]] = {
     "alpaca": ("", "alpaca"), "chatml": ("", "chatml"), "default": ("", "human"), "vicuna": ("vicuna", "vicuna"), "metharme": ("", "metharme"),

@@ -38,7 +38,7 @@ class ParsedFlags:
 
 
 def parse_flags(command_words: list[str], takes_value: Callable[[str], bool]) -> ParsedFlags:
-    """Split a command line into flags and values: `--a v` or `--a=v`. For a flag without a value, `takes_value` returns false for its name."""
+    """Split a command line into flags and values: `--a v` or `--a=v`. `takes_value` returns whether the flag with this name can have a value."""
     flags = ParsedFlags()
     remaining = list(command_words)
     while remaining:

@@ -179,9 +179,10 @@ def to_mapping(value: Any) -> dict[str, Any]:
 
 
 def to_template_variables(value: Any) -> dict[str, str]:
-    """Convert the arguments of a chat template to texts. Any other value is written as JSON, and a text that is valid JSON, such as `3`, in quotes.
+    """Convert the arguments of a chat template to texts.
 
-    On command lines, the arguments are one text with a JSON object.
+    An argument that is no text is written as JSON. A text that is valid JSON, such as `3`, is written in quotes. On command lines, all arguments
+    are one text with a JSON object.
     """
     if isinstance(value, str):
         with contextlib.suppress(ValueError):

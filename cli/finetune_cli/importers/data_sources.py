@@ -12,7 +12,7 @@ from finetune_cli.importers.draft import JobDraft
 READABLE_FILE = re.compile(r"\.(jsonl?|csv|tsv|txt|parquet)(\.gz)?$", re.IGNORECASE)
 PERCENT_SPLIT_PATTERN = re.compile(r"^train\[:(\d+(?:\.\d+)?)%\]$")
 ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value", "text")
-"""Keys of a message under which the trainer finds its role and its text."""
+"""Keys under which the trainer finds the role of a message, and keys under which it finds the text."""
 ROLE_NAMES = {
     "system": ("system", "developer"), "user": ("user", "human", "prompter"), "assistant": ("assistant", "gpt", "bot", "model", "chatgpt"),
     "tool": ("tool", "function", "observation", "ipython"),
@@ -135,7 +135,7 @@ def _assign_split_fractions(draft: JobDraft, option_key: str, data_sources: list
 
 
 def set_validation_split(draft: JobDraft, size_key: str, data_key: str) -> None:
-    """Set the fraction of the rows that become validation rows, from the option `size_key`. The option `data_key` names validation data instead."""
+    """Set the fraction of validation rows from the option `size_key`. Record a mistake if the option `data_key` names validation data too."""
     size = draft.get(size_key)
     if size is None:
         return

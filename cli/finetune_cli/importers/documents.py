@@ -66,7 +66,7 @@ def parse_json(document: InputDocument) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=16)
 def peek_json(document: InputDocument) -> dict[str, Any]:
-    """Return the object in a JSON file, or an empty dict for any other file. Importers use it to recognise their files; it reports no mistakes."""
+    """Return the object in a JSON file, or an empty dict for any other file. Importers call this to recognise their files."""
     if document.is_folder or not document.text.lstrip().startswith("{"):
         return {}
     try:
@@ -79,7 +79,7 @@ def peek_json(document: InputDocument) -> dict[str, Any]:
 def peek_mapping(document: InputDocument) -> dict[str, Any]:
     """Return the mapping in a YAML or JSON file, or guessed keys if the file is invalid.
 
-    Importers use it to recognise their files. It reports no mistakes.
+    Importers call this function to recognise their files. It reports no mistakes.
     """
     if document.is_folder or document.path.suffix.lower() in (".env", ".toml"):
         return {}

@@ -292,7 +292,7 @@ class Importer:
     combine_options: Callable[[JobDraft], None]
     """Sets the fields whose value depends on several options."""
     normalise_key: Callable[[str], str] = lambda key: key
-    """Returns the spelling of a key by which the rows of the option table are looked up."""
+    """Returns a key in the spelling of the option table, so that the key's row can be found."""
     ignores_unknown_keys: bool = False
     """Whether the tool ignores unknown keys. The import then warns about an unknown key, and only refuses one that resembles a known key."""
     choose_variant: Callable[[tuple[InputDocument, ...]], Importer] | None = None

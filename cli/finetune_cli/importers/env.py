@@ -359,7 +359,8 @@ def _complete_ratios(given_ratios: dict[str, float]) -> dict[str, float]:
     """Return all three ratios, which add up to 1.
 
     If two ratios are given, the third is the rest. If only the training ratio is given, validation and test each get half of the rest. If only
-    the validation ratio is given, the test ratio is at most 0.1, and training gets the rest. The same holds if only the test ratio is given.
+    the validation ratio is given, the test ratio is 0.1 (or all that is left, if that is less), and training gets the rest. If only the test ratio is given,
+    the validation ratio follows in the same way.
     """
     ratios = {"TRAIN_RATIO": 0.8, "VAL_RATIO": 0.1, "TEST_RATIO": 0.1}
     if not given_ratios:

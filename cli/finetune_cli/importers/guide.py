@@ -283,7 +283,10 @@ def _find_loading_key(draft: JobDraft, name: str) -> str | None:
 
 
 def _set_target_modules(draft: JobDraft) -> None:
-    """Set the target modules from a list, or from a mapping of model families to lists, by the family that occurs in the model's name."""
+    """Set the target modules from a list, or from a mapping of model families to lists.
+
+    From a mapping, the list of the family that occurs in the model's name is used or, without such a family, the list at `default` or `auto`.
+    """
     given_option = draft.given_options.get("target_modules")
     if given_option is None:
         return

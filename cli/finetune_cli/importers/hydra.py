@@ -253,7 +253,7 @@ def _set_learning_rate(draft: JobDraft) -> None:
 
 
 def _read_accelerate_file(draft: JobDraft, document: InputDocument) -> None:
-    """Read an accelerate file. Set the strategy of the main file first, so that a different strategy in the accelerate file is a mistake."""
+    """Read an accelerate file. Set the strategy of the main file first, so that a different strategy in the accelerate file is reported as a mistake."""
     given_option = draft.given_options.get("training_config.distributed_training")
     if given_option is not None:
         draft.assign(

@@ -179,7 +179,7 @@ def combine_torchtune_options(draft: JobDraft) -> None:
 
 
 def _set_row_options(draft: JobDraft) -> None:
-    """Set packing and the loss on answers only from the overrides of the data set. The runtime's initializer names the data itself."""
+    """Set packing and the loss on answers only from the overrides of `dataset`. Ignore a data source there, because the initializer loads the data."""
     options = draft.get("dataset")
     if isinstance(options, dict) and "train_on_input" in options:
         draft.assign("dataset.responseOnly.enabled", options["train_on_input"] is False, "dataset")

@@ -41,7 +41,7 @@ PUBLISHED_FILES: Mapping[str, tuple[int, str, dict[str, Any]]] = {
     **{name: (0, f"{name}.json", {**_MESSAGES_ENTRY, "columns": {"images": "images"}}) for name in (
         "mllm_demo", "mllm_audio_demo", "mllm_video_demo", "mllm_video_audio_demo")},
 }  # fmt: skip
-"""Data files that the tool publishes, by the name of the data set: number of rows, file name, and the rest of the entry."""
+"""For each data file that the tool publishes, by the name of the data set: number of rows, file name, and other keys as in `dataset_info.json`."""
 PUBLISHED_REPOSITORIES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "alpaca_en": ("llamafactory/alpaca_en", {}), "alpaca_zh": ("llamafactory/alpaca_zh", {}), "alpaca_gpt4_en": ("llamafactory/alpaca_gpt4_en", {}),
     "alpaca_gpt4_zh": ("llamafactory/alpaca_gpt4_zh", {}), "glaive_toolcall_en": ("llamafactory/glaive_toolcall_en", _TOOL_CALLS_ENTRY),
@@ -93,7 +93,7 @@ PUBLISHED_REPOSITORIES: Mapping[str, tuple[str, dict[str, Any]]] = {
         ("llava_150k_zh", "BUAADreamer/llava-en-zh-300k"), ("pokemon_cap", "llamafactory/pokemon-gpt4o-captions"), ("mllm_pt_demo", "BUAADreamer/mllm_pt_demo"),
         ("rlhf_v", "llamafactory/RLHF-V"), ("vlfeedback", "Zhihui/VLFeedback"), ("rlaif_v", "openbmb/RLAIF-V-Dataset"))},
 }  # fmt: skip
-"""Data sets on the hub that the tool names: the repository, and the rest of the entry."""
+"""For each data set on the hub that the tool names: the repository, and other keys as in `dataset_info.json`."""
 IMAGES_FEATURE = "training on images, video or audio"
 
 
@@ -267,7 +267,7 @@ def _to_data_source(
 
 
 def _choose_format(columns: Mapping[str, str], trainer: str, *, is_conversation: bool) -> tuple[str, dict[str, str]]:
-    """Return the format of the rows and their columns, in the form of `dataset.format` and `dataset.columns`, from the columns of an entry."""
+    """Return the values of `dataset.format` and `dataset.columns` for an entry of `dataset_info.json` with these columns."""
     if is_conversation:
         question = answer = columns.get("messages", "conversations")
     else:
@@ -303,7 +303,7 @@ def _check_tags(draft: JobDraft, option_key: str, dataset_name: str, tags: Mappi
 
 
 def _assign_weighted_sources(draft: JobDraft, data_sources: list[DataSource]) -> None:
-    """Set the training data, with the weights in `interleave_probs`. Refuse the limit `max_samples` if a data set may have more rows."""
+    """Set the training data, with the weights in `interleave_probs`. Refuse `max_samples` unless no data set can have more rows."""
     weights = draft.get("interleave_probs")
     mix_strategy = str(draft.get("mix_strategy") or "concat")
     if "mix_strategy" in draft.given_options:

@@ -7,7 +7,10 @@ from typing import Any
 
 MAX_NAMES = 256
 CHECKPOINT_WRAPPER = "_checkpoint_wrapped_module."
-"""A text in the names of modules that some tools wrap for recomputation. It is removed, because the trainer of a FineTuneJob wraps no modules."""
+"""Some tools wrap modules to recompute their activations. The names of wrapped modules then contain this text.
+
+It is removed, because the trainer of a FineTuneJob wraps no modules.
+"""
 PLAIN_NAME_PATTERN = re.compile(r"^[\w.-]+$")
 
 

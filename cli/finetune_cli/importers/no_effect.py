@@ -1,7 +1,7 @@
 """Removes fields that would have no effect, with a warning for each field that the user set.
 
-The operator refuses a FineTuneJob with a field that would have no effect. Most files of other tools list every option, so that most imported
-jobs would be refused without this step.
+The operator refuses a FineTuneJob with a field that would have no effect. Most files of other tools list every option. Without this step, the
+operator would therefore refuse most imported jobs.
 """
 
 from __future__ import annotations

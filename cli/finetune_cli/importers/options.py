@@ -36,7 +36,7 @@ def make_refused_options(feature: str, keys: str, hint: str = "", *neutral_value
 
 
 def make_option_groups(keys: str) -> tuple[OptionRow, ...]:
-    """Return option rows for the keys of option groups, which are refused if they have a value of their own."""
+    """Return option rows for keys that name a group of options. A single value at such a key is refused, unless it is empty or false."""
     return tuple(OptionRow(key, convert=_convert_empty_group, is_set_by_combine=True) for key in keys.split())
 
 

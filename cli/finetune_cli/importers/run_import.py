@@ -483,8 +483,8 @@ def nest_values(values: dict[str, AssignedValue]) -> dict[str, Any]:
 def _check_spec(draft: JobDraft, *, counts_problems_as_features: bool = False) -> dict[str, Any]:
     """Check the values of the draft with the API's models and rules, and return them as a nested spec.
 
-    `counts_problems_as_features`: whether a problem that a rule finds is reported as a feature that a FineTuneJob does not have, because the
-    tool accepts these values.
+    The tool may accept values that break a rule of the API. `counts_problems_as_features`: whether such a problem is reported as a feature that a
+    FineTuneJob does not have.
     """
     values = dict(draft.values)
     reported_errors: list[FieldError] = []
@@ -523,7 +523,7 @@ def _check_spec(draft: JobDraft, *, counts_problems_as_features: bool = False) -
 
 
 def _drop_field(draft: JobDraft, problem: Problem) -> None:
-    """Leave out a field that this release does not implement or, if the field is a list, the item that it does not implement."""
+    """Leave out a field that this release does not implement. If only one item of a list is not implemented, leave out this item."""
     assigned = draft.values.get(problem.path)
     list_item = problem.message.removeprefix("contains ").partition(",")[0]
     if assigned is not None and isinstance(assigned.value, list) and list_item in assigned.value and len(assigned.value) > 1:
@@ -541,14 +541,14 @@ DISCRIMINATOR_VALUES: dict[str, tuple[str, ...]] = {
     "dataset.format": tuple(DatasetFormat),
     "distributed.strategy": tuple(StrategyType),
 }
-"""Fields that decide which other fields are allowed, with their allowed values.
+"""For each field that decides which other fields are allowed: the allowed values of this field.
 
 If the user's value of such a field is invalid, only problems that would occur with every allowed value are reported.
 """
 
 
 def _find_problems(spec: FineTuneJobSpec, draft: JobDraft) -> list[Problem]:
-    """Return the problems that the rules find, without those that only an already reported invalid value causes."""
+    """Return the problems that the rules find. A problem is left out if its only cause is an invalid value that is already reported."""
     unreadable_paths = [path for path in draft.paths_of_invalid_keys.values() if path]
     problems = check_spec(spec)
     for path in unreadable_paths:
@@ -571,7 +571,7 @@ SECRETS_TO_CREATE = {
     "tracking.wandb.apiKeySecretRef": ("wandb", "reporting to wandb"),
     "tracking.mongodb.uriSecretRef": ("mongodb", "reporting to MongoDB"),
 }
-"""Fields that refer to a Secret which the user must create: the end of the Secret's name, and the feature that needs the Secret."""
+"""For each field that refers to a Secret of the user: the end of the Secret's name, and the feature that needs the Secret."""
 
 
 def _record_problem(problem: Problem, draft: JobDraft, *, is_missing_feature: bool) -> None:
@@ -610,7 +610,7 @@ CONFLICT_BY_PROBLEM: dict[tuple[str, str], tuple[tuple[str, str], str]] = {
         "the first is not a multiple of the second, but the best checkpoint can only be found if every checkpoint is evaluated",
     ),
 }
-"""For the error code and the field of a problem: the two fields that contradict each other, and a text about the contradiction."""
+"""For each problem, given by its error code and field: the two fields that contradict each other, and a text about the contradiction."""
 
 
 def _to_conflict_mistake(draft: JobDraft, problem: Problem) -> Mistake | None:

@@ -323,7 +323,7 @@ def _resolve_value(value: Any, draft: JobDraft) -> Any:
 def scan_lines(document: InputDocument) -> dict[str, int]:
     """Return the line of each section and key.
 
-    Raise InvalidInput for errors about which the TOML parser would tell neither the key nor a hint.
+    Raise InvalidInput for errors for which the message of the TOML parser would contain neither the key nor a hint.
     """
     line_of_key: dict[str, int] = {}
     mistakes: list[Mistake] = []

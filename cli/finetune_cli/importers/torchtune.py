@@ -209,7 +209,8 @@ def resolve_references(value: Any, top_level_values: dict[str, Any]) -> Any:
 def read_overrides(draft: JobDraft, command_words: list[str], dataset_options: dict[str, dict[str, Any]]) -> Iterator[OptionEntry]:
     """Yield the options of `key=value` overrides. Skip the recipe's name and the launcher's options.
 
-    `dataset_options`: the options of `dataset` and `dataset_val` in the file. Overrides of these options are added to them.
+    `dataset_options`: the options of `dataset` and `dataset_val` in the file. This function adds the overrides of these options
+    to the mapping.
     """
     skip_next = False
     changed_keys: list[str] = []

@@ -48,11 +48,11 @@ SHARDING_BY_FSDP_WORD = {
     "hybrid_shard_zero2": "shardGradOp",
 }
 OTHER_FSDP_WORDS = ("auto_wrap", "offload")
-"""Words that the option `fsdp` may contain, and that do not choose the sharding."""
+"""Words that are allowed in the option `fsdp`, but do not choose the sharding."""
 
 
 def to_strategy(value: Any) -> str:
-    """Convert `steps`, `epoch`, `no` or `best`."""
+    """Return the strategy, which must be `steps`, `epoch`, `no` or `best`."""
     word: str = to_choice(["steps", "epoch", "no", "best"])(value)
     return word
 
@@ -165,7 +165,7 @@ DEFAULTS: tuple[ToolDefault, ...] = (
     ToolDefault("tracking.loggingSteps", 500),
     ToolDefault("output.layout", "flat", is_applicable=lambda draft: draft.has_value("output.dir")),
 )  # fmt: skip
-"""Defaults of transformers. An importer of a tool with other defaults lists those first, because the first default of a field is used."""
+"""Defaults of transformers. If a tool has other defaults, its importer lists them before these, because the first default of a field is used."""
 
 
 def set_training_arguments(draft: JobDraft, *, default_precision: str = "no") -> None:

@@ -162,7 +162,7 @@ class Handlers:
         except ConnectionError:
             _log_disconnected_client(request)
         except Exception as error:
-            # The status is already sent. The connection ends before the body does, so that the client notices that the content is incomplete.
+            # The status is already sent. The connection is closed before the end of the body, so that the client notices that the content is incomplete.
             failure = convert_storage_error(error) if isinstance(error, StorageError) else _convert_bug(error)
             logger.error("the content of a file could not be read to its end: %s", failure.to_body()["error"]["message"])
             if request.transport is not None:

@@ -29,7 +29,7 @@ UNUSED_STORAGE_FIELDS = {
     "encryption": "remove it, and set the default encryption of the bucket",
     "caBundleRef": "remove it, and write an endpoint whose certificate a public CA has signed",
 }
-"""Fields of `storage` that are refused, because the server's own requests to S3 would ignore them, and what to write instead."""
+"""For each field of `storage` that is refused: what to write instead. The server's own requests to S3 would ignore these fields."""
 
 
 class ServedModel(WireModel):
@@ -42,7 +42,7 @@ class ServerConfig(WireModel):
     """The content of the server's configuration file."""
 
     storage: StorageRoot
-    """Where the server stores the clients' files, and each job its results. Only the pods of the jobs use `credentialsSecretRef`."""
+    """Where the server stores the clients' files, and where each job stores its results. Only the pods of the jobs use `credentialsSecretRef`."""
     models: dict[str, ServedModel] = Field(min_length=1)
     """The models, by the names that clients write."""
     max_file_bytes: Annotated[int, Field(ge=1)] = 512 << 20

@@ -23,7 +23,7 @@ LEVEL_BY_EVENT_TYPE = {"Normal": "info", "Warning": "warn"}
 
 
 def read_request(job: dict[str, Any]) -> dict[str, Any]:
-    """Return the client's request for a job, from its annotation. Invalid values count as absent, because users can change it with kubectl."""
+    """Return the client's request from the annotation of a job. Users can change the annotation with kubectl, so invalid values count as absent."""
     text = (job["metadata"].get("annotations") or {}).get(Annotation.OPENAI_REQUEST.value, "")
     try:
         request = _mapping_or_empty(json.loads(text))
@@ -41,7 +41,7 @@ def _mapping_or_empty(value: Any) -> dict[str, Any]:
 
 
 def get_api_status(job: dict[str, Any], status: FineTuneJobStatus) -> str:
-    """Return the value of the API's field `status`. It is `cancelled` as soon as a user cancels the job, because this cannot be undone."""
+    """Return the value of the API's field `status`. It is `cancelled` as soon as a user cancels the job, because no user can undo that."""
     if has_succeeded(status):
         return "succeeded"
     if has_finished(status):

@@ -104,7 +104,7 @@ def import_request(request: dict[str, Any], config: ServerConfig, served_model: 
     except InvalidInput as error:
         raise _to_failure(error.mistakes) from None
     for warning in result.warnings:
-        # Clients of the API do not get warnings, so an option that would have no effect is refused.
+        # Clients of the API do not get warnings. A request for which the importer warns is therefore refused, for example about an option without effect.
         location, _, message = warning.partition(": ")
         key = message.partition(": ")[0].partition(" has no effect")[0]
         raise bad_request(f"{message}: remove it" if "no effect" in message else message or location, key if key in request else None)
@@ -112,7 +112,7 @@ def import_request(request: dict[str, Any], config: ServerConfig, served_model: 
 
 
 def _build_importer(fields: dict[str, Any]) -> Importer:
-    """Return the importer of the API, with the fields in the server's configuration as defaults that precede the importer's own."""
+    """Return the importer of the API. The fields in the server's configuration become defaults, which have precedence over the importer's own defaults."""
 
     def to_default(path: str, value: Any) -> ToolDefault:
         if path.startswith("trainer.dpo."):

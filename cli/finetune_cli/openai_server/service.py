@@ -56,7 +56,7 @@ class FineTuningService:
         """`cluster`: the connection with the credentials of the server itself, which need only the right `impersonate`."""
         self._config, self._cluster = config, cluster
         self._row_check_lock = threading.Lock()
-        """Held during the check of a file, because the check of one row can take much memory."""
+        """With this lock, only one file is checked at a time, because the check of one row can take much memory."""
 
     @functools.cached_property
     def _storage(self) -> JobStorage:
@@ -182,7 +182,8 @@ class FineTuningService:
     def _require_right(self, account: Account, verb: str) -> None:
         """Raise RequestFailure if the ServiceAccount may not use a verb on FineTuneJobs.
 
-        Files need the same rights as FineTuneJobs. The server must check them itself, because it uses its own credentials for S3.
+        Files need the same rights as FineTuneJobs. The server must check these rights itself, because S3 only sees the
+        credentials of the server.
         """
         if not self._connect_as(account).is_allowed_to(verb, JOBS_RESOURCE):
             message = f"{account.user} has no right to {verb} finetunejobs in the namespace {account.namespace}"
@@ -217,7 +218,8 @@ class FineTuningService:
     def _find_job_folder(self, job: KubeObject) -> str | None:
         """Return the job's folder relative to the storage of the server, or None for a job that stores its results elsewhere.
 
-        The server reads with its own S3 credentials. A FineTuneJob that a user wrote with kubectl must not make it read another storage or namespace.
+        The server reads with its own S3 credentials. A FineTuneJob that a user wrote with kubectl must not make the server read from
+        another storage or namespace.
         """
         try:
             root, _ = locate_job_folder(job)

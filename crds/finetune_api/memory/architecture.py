@@ -24,7 +24,7 @@ UNCHECKED_MODEL_TYPES = ("phi3", "smollm3", "granite", "gemma2", "gemma3_text", 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes of a decoder model, as far as its memory and its floating-point operations depend on them."""
+    """The sizes of a decoder model that determine its memory and its floating-point operations."""
 
     model_type: str
     hidden_size: int
@@ -68,7 +68,7 @@ class ModelShape:
 
 
 def read_model_shape(folder: Path) -> ModelShape:
-    """Read the sizes of a model from `folder/config.json`, or from `folder` if it is the file itself.
+    """Read the sizes of a model from its `config.json`. `folder`: the folder with this file, or the path of the file.
 
     Errors: NotFoundError ModelConfigNotFound, ModelConfigUnreadable; ConfigError ModelTypeNotPlanned, ModelConfigIncomplete.
     """

@@ -45,7 +45,7 @@ NO_CHANGE_HINT = (
 
 @dataclass(frozen=True)
 class Change:
-    """A change of a spec that lets the job fit."""
+    """A change of a spec with which the job fits on its GPUs."""
 
     values_by_path: dict[str, Any]
     """The new values by spec path."""
@@ -95,7 +95,7 @@ def format_values_by_path(values: Mapping[str, Any]) -> str:
 
 
 def _iterate_possible_changes(spec: FineTuneJobSpec) -> Iterator[dict[str, Any]]:
-    """Yield the changes to try, those with the smallest consequences first. A micro-batch of 1 is a placeholder for the largest one that fits."""
+    """Yield the changes to try, those with the smallest consequences first. A micro-batch of 1 stands for the largest micro-batch that fits."""
     method, length = method_type_of(spec), spec.dataset.max_sequence_length or 2048
     recompute = {CHECKPOINTING_PATH: "enabled"} if spec.training.gradient_checkpointing is GradientCheckpointing.DISABLED else {}
     if recompute:
@@ -116,7 +116,7 @@ def _iterate_possible_changes(spec: FineTuneJobSpec) -> Iterator[dict[str, Any]]
 
 
 def _iterate_changes_with_more_gpus(spec: FineTuneJobSpec) -> Iterator[dict[str, Any]]:
-    """Yield changes that shard the weights over more GPUs of each node. Yields nothing if the job runs more or fewer processes than GPUs."""
+    """Yield changes that shard the weights over more GPUs of each node. Yields nothing if a node has more or fewer processes than GPUs."""
     nodes, rows = spec.resources.nodes or 1, effective_batch(spec)
     if (spec.resources.processes_per_node or 1) != max(1, gpus_per_node(spec)):
         return
@@ -128,12 +128,15 @@ def _iterate_changes_with_more_gpus(spec: FineTuneJobSpec) -> Iterator[dict[str,
 
 
 def _match_process_count(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the new `resources.processesPerNode` if a change sets the number of GPUs, because the resolved spec still has the old number."""
+    """Return the new `resources.processesPerNode` if a change sets the number of GPUs, because the resolved spec contains the number for the old GPUs."""
     return {"resources.processesPerNode": values[GPUS_PATH]} if GPUS_PATH in values else {}
 
 
 def _split_batch(rows: int, max_micro_batch: int) -> dict[str, Any]:
-    """Split the rows of an optimizer step on one rank into equal micro-batches, as large as allowed. Returns values by spec path."""
+    """Split the rows of one rank in an optimizer step into equal micro-batches.
+
+    The micro-batches are as large as possible, but have at most `max_micro_batch` rows. Returns values by spec path.
+    """
     micro_batch = max(divisor for divisor in divisors(rows) if divisor <= max(1, max_micro_batch))
     return batch_values(micro_batch, rows // micro_batch)
 
@@ -141,9 +144,9 @@ def _split_batch(rows: int, max_micro_batch: int) -> dict[str, Any]:
 def _find_largest_fitting_batch(
     changed: FineTuneJobSpec, spec: FineTuneJobSpec, shape: ModelShape, memory_bytes: int, facts: RunFacts | None
 ) -> dict[str, Any] | None:
-    """Return the largest micro-batch with which `changed` fits, and its accumulation, by spec path. Only micro-batches below that of `spec` are tried.
+    """Return the largest micro-batch with which `changed` fits, and the accumulation that keeps the effective batch, by spec path.
 
-    None: no micro-batch fits.
+    Only micro-batches smaller than that of `spec` are tried. None: no micro-batch fits.
     """
     micro_batch, accumulation = batch_split(spec)
     rows = micro_batch * accumulation

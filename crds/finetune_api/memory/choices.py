@@ -1,8 +1,9 @@
 """Chooses values that a spec leaves out: micro-batch and accumulation, recomputation, strategy, number of GPUs, and node pool.
 
-An arrangement is one value for each of these fields. It fits if the upper bound of its planned memory is at most the memory of the GPU. Of the
-arrangements that fit, this module chooses the one with the lowest expected cost, or without prices the one with the least expected GPU time. It
-never changes a value that the user has set, nor the effective batch. The preparation of a job and `finetune plan` use it.
+An arrangement is one value for each of these fields. It fits if the upper bound of its planned memory is at most the memory of the GPU. On
+each pool, this module finds the arrangements with the fewest GPUs that fit, and takes the one with the least expected GPU time. If the job
+fits on several pools, it chooses the pool with the lowest expected cost or, without prices, the job's current pool. The module never
+changes a value that the user has set, nor the effective batch. The preparation of a job and `finetune plan` use this module.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ GPU_TYPES_WITH_PADDING = ("t4-16gb", "v100-16gb", "v100-32gb")
 ASSUMED_GPU_TYPE = "a100-80gb"
 """GPU type whose speed is assumed for a pool with an unknown GPU type."""
 ASSUMED_STEP_COUNT = 100
-"""Number of optimizer steps that is assumed to compare arrangements if the number of rows is not known."""
+"""If the number of rows is not known, arrangements are compared for this number of optimizer steps."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +109,8 @@ def choose_values(
     """Choose the values that a resolved spec leaves out.
 
     `pools`: the pools that the job may use. `data_size`: None if the number of rows is not known. `trained_parameters`: number of parameters of
-    the adapters. Errors: those of `describe_step`, ChoicesNotPlanned, GpuMemoryUnknown. Each of them means that there is no plan; the job may
-    still run.
+    the adapters. Errors: those of `describe_step`, ChoicesNotPlanned, GpuMemoryUnknown. Each of these errors means that there is no plan. The
+    job can still run without a plan.
     """
     _require_choosable(resolved)
     search = _Search(resolved, shape, facts or RunFacts(), data_size, trained_parameters)
@@ -138,7 +139,7 @@ def choose_values(
 
 
 def _has_reference_of_unknown_size(spec: FineTuneJobSpec) -> bool:
-    """Whether the plan only assumes the size of the reference model, so that the job may fit although its expected peak does not."""
+    """Whether the plan only assumes the size of the reference model. Such a job can fit even if its expected peak exceeds the GPU memory."""
     return spec.trainer.dpo is not None and spec.trainer.dpo.reference_model is not None
 
 
@@ -187,7 +188,10 @@ class _Search:
         return path in self.resolved.defaults or self.spec.value(path) is None
 
     def find_best(self, pool: GpuPool) -> _Arrangement:
-        """Return the fitting arrangement with the fewest GPUs and, of several, with the least GPU time. If none fits, return the one with the least memory."""
+        """Return the arrangement that fits and has the fewest GPUs. If several have equally few GPUs, return the one with the least GPU time.
+
+        If no arrangement fits, return the one that needs the least memory.
+        """
         least_memory: list[_Arrangement] = []
         for gpus in self._list_possible_gpu_counts(pool):
             fitting = []
@@ -274,7 +278,7 @@ class _Search:
 def _find_cheapest(fitting: list[_Arrangement]) -> _Arrangement:
     """Return the arrangement with the lowest cost.
 
-    If a pool has no price, return the arrangement on the job's current pool: the fastest GPU may be the most expensive one. If the job does not
+    If a pool has no price, return the arrangement on the job's current pool, because the fastest GPU could be the most expensive one. If the job does not
     fit on its current pool, return the arrangement with the least GPU time.
     """
     if all(one.cost is not None for one in fitting):
@@ -350,7 +354,7 @@ def _explain_exceeded_upper_bound(search: _Search, best: _Arrangement) -> dict[s
 
 
 def _find_changes(search: _Search, best: _Arrangement, known_pools: list[GpuPool], pools: Sequence[GpuPool]) -> tuple[Change, ...]:
-    """Return up to three changes that let the job fit. If the user named a pool, another pool with larger GPUs is the first change."""
+    """Return up to three changes that let the job fit. If the user named a pool, and the job fits on another pool, the first change is that other pool."""
     others = [pool for pool in pools if pool not in known_pools and best.plan.fits(pool.memory_bytes or 0)]
     changes = [Change({POOL_PATH: pool.name}, best.plan) for pool in others[:1]]
     return tuple([*changes, *find_fitting_changes(best.spec, search.shape, best.memory_bytes, search.facts)][:MAX_CHANGES])

@@ -47,7 +47,7 @@ LOSS_HEADS = {
 METHODS_CHECKED_WITH_PREFERENCES = (MethodType.FULL, MethodType.LORA, MethodType.QLORA)
 """Methods whose planned peaks with dpo, orpo, kto and reward were compared with measured peaks, on a CPU."""
 IA3_LAYERS, IA3_INPUT_LAYERS = frozenset({"k_proj", "v_proj", "down_proj"}), frozenset({"down_proj"})
-"""Names of the linear layers whose outputs or inputs IA3 scales, and of those whose inputs it scales."""
+"""Names of all linear layers that IA3 scales, and of those layers whose inputs it scales. Of all other layers, IA3 scales the outputs."""
 OPTIMIZERS: dict[str, Optimizer] = {
     "adamw_torch_fused": optimizers.ADAMW_FUSED, "adamw_torch": optimizers.ADAMW_FOREACH, "adamw_hf": optimizers.ADAMW_FOREACH,
     "adamw_8bit": optimizers.ADAMW_8BIT, "adamw_bnb_8bit": optimizers.ADAMW_8BIT, "paged_adamw_8bit": optimizers.PAGED_ADAMW_8BIT,
@@ -162,12 +162,12 @@ def _require_supported(spec: FineTuneJobSpec) -> None:
 
 
 def _is_objective_checked(spec: FineTuneJobSpec, is_gpu: bool) -> bool:
-    """Whether planned peaks of the objective were compared with measured peaks. On a GPU, only those of sft were."""
+    """Whether planned peaks of the objective were compared with measured peaks. On a GPU, only the planned peaks of sft were compared."""
     return trainer_type_of(spec) is TrainerType.SFT or (not is_gpu and method_type_of(spec) in METHODS_CHECKED_WITH_PREFERENCES)
 
 
 def _find_reference(spec: FineTuneJobSpec) -> Reference:
-    """Return the reference model of the objective. It follows the choice of `finetune_trainer.objective.reference_model`."""
+    """Return the reference model of the objective. The choice is the same as in `finetune_trainer.objective.reference_model`."""
     if OBJECTIVES[trainer_type_of(spec)].passes_without_gradients == 0:
         return Reference.NONE
     has_own_model = spec.trainer.dpo is not None and spec.trainer.dpo.reference_model is not None
@@ -184,7 +184,7 @@ def _autocast_bytes(spec: FineTuneJobSpec, is_gpu: bool) -> int | None:
 
 
 def _describe_weights(spec: FineTuneJobSpec, shape: ModelShape, is_gpu: bool) -> TrainedWeights:
-    """Return the precision of the weights and the adapters. It follows the choices of `finetune_trainer.hardware` and `finetune_trainer.method`."""
+    """Return the precision of the weights and the adapters. The choices are those of `finetune_trainer.hardware` and `finetune_trainer.method`."""
     weights = _describe_method_weights(spec, shape, is_gpu)
     if trainer_type_of(spec) is TrainerType.SFT:
         return weights
@@ -262,13 +262,13 @@ def _describe_largest_batch(spec: FineTuneJobSpec, facts: RunFacts, attention: s
     if not is_packed and facts.longest_tokens is None:
         assumptions.append(f"each row of the largest micro-batch has {limit} tokens (dataset.maxSequenceLength); shorter rows need less")
     tokens += prompt_tokens
-    if attention == "varlen":  # this attention concatenates all rows
+    if attention == "varlen":  # with varlen attention, all rows are concatenated to one row
         return Batch(1, rows * tokens), assumptions
     return Batch(rows, tokens, has_mask=is_packed or rows > 1 or attention == "eager"), assumptions
 
 
 def _describe_largest_preference_batch(spec: FineTuneJobSpec, facts: RunFacts, attention: str, prompt_tokens: int) -> tuple[Batch, list[str]]:
-    """Return the micro-batch with the most tokens of an objective on pairs or labelled answers. All its sequences are padded to the longest one."""
+    """Return the micro-batch with the most tokens, for objectives on pairs or labelled answers. All sequences are padded to the longest sequence."""
     limit, max_answer = spec.dataset.max_sequence_length or 2048, spec.trainer.max_completion_length
     sequences = OBJECTIVES[trainer_type_of(spec)].sequences_per_row * (spec.training.batch_size_per_device or 4)
     assumptions = []
@@ -288,7 +288,7 @@ def _count_recomputed_layers(spec: FineTuneJobSpec, shape: ModelShape) -> int:
 
 
 def _apply_strategy(spec: FineTuneJobSpec, step: Step) -> tuple[Step, bool]:
-    """Return the step of one rank under the distributed strategy, and whether FSDP or DeepSpeed shards the job."""
+    """Return the step of one rank under the distributed strategy, and whether the strategy is DeepSpeed, or FSDP with sharding."""
     ranks, strategy = world_size(spec), spec.distributed.strategy
     if ranks == 1 and strategy is not StrategyType.DEEPSPEED:
         return step, False

@@ -13,7 +13,7 @@ TILE_TOKENS = 4096
 TILE_VOCABULARY = 32768
 """Tokens and vocabulary entries of one tile of logits in TRL's fused head (TRL 1.16, `trl/kernels/chunked_logprob.py`)."""
 FORWARD_TILE_COPIES, BACKWARD_TILE_COPIES = 3, 7.25
-"""Number of 32-bit copies of a tile that exist at the same time on a CPU, on which TRL uses a replacement of its GPU kernel."""
+"""Number of 32-bit copies of a tile that exist at the same time on a CPU. There, TRL does not use its GPU kernel, but other code with the same result."""
 
 
 class LossHead(StrEnum):
@@ -49,7 +49,7 @@ def record_fused_loss(context: ComputeContext, model: Decoder, hidden: Tensor, b
         temporary = [tape.allocate(byte_count) for byte_count in (buffer, copies, FORWARD_TILE_COPIES * cpu_tile_bytes)]
         del temporary
         output = tape.tensor((tokens, 1), FLOAT32_BYTES)
-        # The products of 16-bit tiles are summed in 32 bits. A CPU converts both factors to 32 bits for this.
+        # The products of 16-bit tiles are summed in 32 bits. For this sum, a CPU converts both factors of the product to 32 bits.
         converted = 0 if kernels.is_gpu or item == FLOAT32_BYTES else FLOAT32_BYTES * (tile_tokens * tile_words + max(tile_words, tile_tokens) * width)
         working = buffer + copies + max(BACKWARD_TILE_COPIES * cpu_tile_bytes, converted)
         sums = tokens * width * FLOAT32_BYTES
@@ -65,7 +65,7 @@ def record_fused_loss(context: ComputeContext, model: Decoder, hidden: Tensor, b
 
 
 def record_logits_loss(context: ComputeContext, model: Decoder, hidden: Tensor) -> Storage:
-    """Record transformers' loss on all logits. Returns the storage of the logits, which the model's output keeps."""
+    """Record transformers' loss on all logits. Returns the storage of the logits, because the model's output keeps the logits in memory."""
     tape = context.tape
     logits = op.linear(context, hidden, model.head)
     kept = logits.storage
@@ -114,7 +114,7 @@ def _record_cross_entropy_of_better_answers(context: ComputeContext, logits: Ten
 
 
 def _record_log_probabilities(context: ComputeContext, logits: Tensor) -> list[Tensor]:
-    """Record TRL's `selective_log_softmax`. It has one kernel for GPUs. A CPU computes one row at a time; the method depends on the precision."""
+    """Record TRL's `selective_log_softmax`. A GPU runs one kernel. A CPU computes one row at a time; the computation differs between 16 and 32 bits."""
     tape, item = context.tape, logits.item_bytes
     rows, tokens, vocabulary = logits.shape
     shifted = op.take_slice(context, logits, rows, tokens - 1, vocabulary)

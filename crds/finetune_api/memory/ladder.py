@@ -1,9 +1,9 @@
 """Advises which values a job should change after a GPU ran out of memory.
 
 The memory in use when an allocation failed, plus the refused request, is a lower bound of the true peak. If this lower bound exceeds the planned
-peak, the plan was too low, and all planned peaks are multiplied by needed / planned. The advice is the largest micro-batch whose corrected upper
-bound fits. The effective batch does not change. If the plan or the trainer chose to keep activations, the advice first recomputes them. If the
-user disabled recomputation, the advice enables it only if no micro-batch fits without it.
+peak, the plan was too low, and all planned peaks are multiplied by lower bound / planned peak. The advice is the largest micro-batch whose corrected upper
+bound fits. The effective batch does not change. If the plan or the trainer chose to keep activations, the advice first enables their recomputation. If
+the user disabled recomputation, the advice enables it only if no micro-batch fits without it.
 """
 
 from __future__ import annotations
@@ -78,10 +78,10 @@ def advise_smaller_values(
 
 
 def _list_smaller_values(spec: FineTuneJobSpec, *, keeps_some_layers: bool, has_users_recomputation: bool) -> list[list[dict[str, Any]]]:
-    """Return lists of values that need less memory, by spec path. The preferred list comes first; each list begins with the largest micro-batch.
+    """Return lists of candidates that need less memory. Each candidate maps spec paths to values. Each list begins with the largest micro-batch.
 
-    `keeps_some_layers`: whether the failed attempt kept activations that the next attempt can recompute. `has_users_recomputation`: whether the
-    user set `training.gradientCheckpointing`.
+    If a candidate of the first list fits, the advice does not use the second list. `keeps_some_layers`: whether the failed attempt kept activations
+    that the next attempt can recompute. `has_users_recomputation`: whether the user set `training.gradientCheckpointing`.
     """
     batch, accumulation = spec.training.batch_size_per_device or 1, spec.training.gradient_accumulation_steps or 1
     sizes = [size for size in range(batch, min_batch_size_per_device(spec) - 1, -1) if batch % size == 0]
@@ -114,7 +114,7 @@ def _find_first_fit(candidates: Sequence[dict[str, Any]], corrected: _CorrectedP
 
 
 def _describe_fitting_changes(corrected: _CorrectedPlan) -> list[str]:
-    """Return up to three changes that let the job fit, as text for users. The last one is a GPU with more memory."""
+    """Return up to three changes that let the job fit, as text for users. If a type of GPU has enough memory, it is the last change."""
     found = find_fitting_changes(corrected.spec, corrected.shape, int(corrected.available_bytes / corrected.correction_factor), corrected.facts)
     texts = [format_values_by_path(change.values_by_path) for change in found]
     upper_bytes = corrected.plan({}).memory.upper_bytes * corrected.correction_factor

@@ -91,7 +91,7 @@ def _run_adapted(context: ComputeContext, x: Tensor, layer: LinearLayer, adapter
 
 
 def _run_dora(context: ComputeContext, x: Tensor, layer: LinearLayer, adapter: Adapter, result: Tensor) -> Tensor:
-    """Return the change of the output by DoRA. While the norms of the changed weight are computed, two more tensors of its size exist."""
+    """Return the change of the output by DoRA. While the norms of the changed weight are computed, this weight and two more tensors of the same size exist."""
     weight_values = layer.weight.numel
     product = context.tape.allocate(weight_values * adapter.matrix_a.item_bytes)
     changed = context.tape.allocate(2 * weight_values * adapter.matrix_a.item_bytes)
@@ -310,7 +310,7 @@ class ForwardPass:
         return op.cast(context, output, x.item_bytes).view(*x.shape)
 
     def _compute_expert_weights(self, experts: Experts, x: Tensor) -> Tensor:
-        """Return the weights with which the outputs of each token's experts are added up."""
+        """Return the factors by which the outputs of each token's experts are multiplied before they are added."""
         context, tape = self.context, self.context.tape
         probabilities = op.cast(context, op.linear(context, x, experts.router), op.FLOAT32_BYTES)
         chances = tape.tensor(probabilities.shape, op.FLOAT32_BYTES)
@@ -393,7 +393,7 @@ def build_decoder(tape: Tape, shape: ModelShape, trained: TrainedWeights) -> Dec
         return layer
 
     embeddings = weight(trained.other_value_bytes, shape.vocabulary_size, shape.hidden_size)
-    if trained.has_score_head:  # adapters train the head in 32 bits
+    if trained.has_score_head:  # with an adapter, the score head is trained in 32 bits
         head = weight(trained.other_value_bytes if trained.trains_base_weights else op.FLOAT32_BYTES, 1, shape.hidden_size, is_trained=True)
     else:
         head = embeddings if shape.ties_embeddings else weight(trained.other_value_bytes, shape.vocabulary_size, shape.hidden_size)

@@ -1,6 +1,6 @@
 """The operations of a training step. Each records the tensors that torch's autograd saves for it, and the allocations of its backward pass.
 
-A function that runs several operations keeps its local variables as long as the function of transformers or PEFT that it replays.
+A function that runs several operations keeps its local variables exactly as long as the corresponding function of transformers or PEFT does.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def dropout(context: ComputeContext, x: Tensor) -> Tensor:
 
 
 def _autocast_weight(context: ComputeContext, weight: Parameter) -> tuple[float, Storage | None]:
-    """Return the bytes of one value in the precision in which a weight is used, and its converted copy, if it has one.
+    """Return the bytes of one value in the precision in which a weight is used, and the converted copy of the weight, or None without a copy.
 
     Autocast keeps the copy of a trained 32-bit weight until the end of the forward pass.
     """
@@ -116,7 +116,7 @@ def _autocast_weight(context: ComputeContext, weight: Parameter) -> tuple[float,
 
 
 def grouped_linear(context: ComputeContext, x: Tensor, weight: Parameter) -> Tensor:
-    """Compute the linear layers of all routed experts as one product. Autocast does not apply to it: it uses the precision of the weights."""
+    """Compute the linear layers of all routed experts as one product. Autocast does not apply to this product, so it has the precision of the weights."""
     return linear(replace(context, autocast_bytes=None), cast(context, x, weight.item_bytes), weight)
 
 

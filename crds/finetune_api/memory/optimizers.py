@@ -71,7 +71,7 @@ ADAMW_8BIT, PAGED_ADAMW_8BIT = Optimizer(moment_bytes=1), Optimizer(moment_bytes
 PAGED_ADAMW = Optimizer(is_on_host=True)
 SGD, ADAFACTOR = Optimizer(moment_count=0), Optimizer(moment_count=0, is_factored=True)
 ONE_MOMENT_FOREACH = Optimizer(moment_count=1, temporary_copies_of_all=1)
-"""rmsprop and adagrad of torch. Their state is the mean or the sum of squared gradients. Each step needs its square root for a moment."""
+"""rmsprop and adagrad of torch. The state is the mean or the sum of squared gradients. Each step temporarily allocates the square root of the state."""
 ONE_MOMENT, ONE_MOMENT_8BIT = Optimizer(moment_count=1), Optimizer(moment_count=1, moment_bytes=1)
 """rmsprop of bitsandbytes."""
 ADEMAMIX, ADEMAMIX_8BIT = Optimizer(moment_count=3), Optimizer(moment_count=3, moment_bytes=1)

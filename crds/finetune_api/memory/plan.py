@@ -73,7 +73,7 @@ def count_parameters(shape: ModelShape) -> int:
 
 
 def find_largest_micro_batch(spec: FineTuneJobSpec, shape: ModelShape, memory_bytes: int, facts: RunFacts | None = None) -> int:
-    """Return the largest `training.batchSizePerDevice` whose upper bound fits, at most MAX_MICRO_BATCH; 0 if none fits.
+    """Return the largest `training.batchSizePerDevice` with which the upper bound of the memory fits, at most MAX_MICRO_BATCH; 0 if none fits.
 
     If `training.effectiveBatchSize` is set, the result divides the rows that one rank processes in an optimizer step.
     """

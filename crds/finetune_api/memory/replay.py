@@ -126,16 +126,16 @@ class _Replay:
         if self.reference is not None:
             # Liger's kernels replace only the layers of the trained model.
             kernels = step.kernels if step.reference is Reference.ADAPTER else replace(step.kernels, uses_liger=False)
-            self._run_model(self.reference, kernels, recomputed_layer_count=0)  # all its weights are frozen, so the tape records nothing
+            self._run_model(self.reference, kernels, recomputed_layer_count=0)  # all weights of the reference model are frozen, so the tape records nothing
         if logits is not None:
             record_pair_losses(self.context, logits)
         del inputs
 
     def _run_model(self, model: Decoder, kernels: Kernels, recomputed_layer_count: int) -> Tensor | None:
-        """Replay the forward pass of a model with its head. Returns the logits if the loss is computed outside of the model."""
+        """Replay the forward pass of a model with its head. Returns the logits if this function does not compute the loss, otherwise None."""
         step, tape, batch = self.step, self.tape, self.step.batch
         forward = ForwardPass(model, self.context, kernels, batch)
-        mask_bytes = forward.eager_mask_bytes if kernels.attention == "eager" else 1  # other attention has a mask of booleans
+        mask_bytes = forward.eager_mask_bytes if kernels.attention == "eager" else 1  # the mask of other implementations contains booleans
         mask = tape.allocate(batch.row_count * batch.tokens_per_row**2 * mask_bytes if batch.has_mask else 0, MemoryPart.BUFFERS)
         hidden = self._run_layers(forward, recomputed_layer_count, mask)
         logits: Tensor | None = None

@@ -43,7 +43,7 @@ class MemoryMeter:
             self.peak_bytes_by_part = dict(self.bytes_by_part)
 
     def move(self, old_part: MemoryPart, new_part: MemoryPart, byte_count: int) -> None:
-        """Count bytes as `new_part` that were counted as `old_part` so far."""
+        """From now on, count `byte_count` bytes as `new_part` instead of `old_part`."""
         self.bytes_by_part[old_part] -= byte_count
         self.bytes_by_part[new_part] += byte_count
 

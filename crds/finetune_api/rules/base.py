@@ -1,8 +1,8 @@
 """Registers rules and runs them.
 
-A rule has a code, and a function that yields the problems of a spec. Rules also refuse options without effect. They need a
-spec without filled-in defaults: either the user's spec or the result of `without_defaults`. A rule that CEL can express is registered together
-with its CEL expression, so that the API server checks it too.
+A rule has a code, and a function that yields the problems of a spec. Rules also refuse options that the user set
+although they have no effect. Rules therefore need a spec without filled-in defaults: either the user's spec or the result of `without_defaults`.
+A rule that CEL can express is registered together with its CEL expression, so that the API server checks it too.
 """
 
 from __future__ import annotations

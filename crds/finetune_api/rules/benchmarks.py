@@ -23,7 +23,7 @@ FOLDER_REASONS = {
     BenchmarkKind.DOMAINS: "it needs the domain files, for example domain_medical.json",
     BenchmarkKind.CODE: "it needs a copy of the data set openai/openai_humaneval",
 }
-"""For each kind of benchmark that needs a folder, the reason why. The reason completes an error message after `but`."""
+"""For each kind of benchmark that needs a folder, the reason for this need. In the error message, the reason follows the word `but`."""
 
 
 def to_wire_name(field: str) -> str:

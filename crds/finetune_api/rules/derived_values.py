@@ -61,7 +61,7 @@ def trains_base_weights(spec: FineTuneJobSpec) -> bool:
 
 
 def base_bits(spec: FineTuneJobSpec) -> int | None:
-    """Return the bits per weight of the quantised base model, also if the method implies 4 bits. None: the base model is not quantised."""
+    """Return the bits per weight of the quantised base model. Some methods imply 4 bits. None: the base model is not quantised."""
     return given_bits(spec) or (4 if method_type_of(spec) is MethodType.QLORA or uses_loftq(spec) else None)
 
 
@@ -123,7 +123,8 @@ def min_batch_size_per_device(spec: FineTuneJobSpec) -> int:
 def batch_split(spec: FineTuneJobSpec) -> tuple[int, int]:
     """Return the micro-batch and the accumulation steps. A value that the user did not set follows from `training.effectiveBatchSize` or the defaults.
 
-    If the user set only `training.effectiveBatchSize`, the micro-batch is its largest possible value that does not exceed the default.
+    If the user set only `training.effectiveBatchSize`, the micro-batch is the largest possible one that does not exceed the default of
+    `training.batchSizePerDevice`.
     """
     training = spec.training
     micro, accumulation = training.batch_size_per_device, training.gradient_accumulation_steps
@@ -190,7 +191,7 @@ def prompts_to_compare(spec: FineTuneJobSpec) -> ConfigMapKeyRef | None:
 def verifies_artefacts(spec: FineTuneJobSpec) -> bool:
     """Whether the stored artefacts are compared with the trained model.
 
-    Without `output.verify`, a job that does not train verifies only if it creates artefacts itself: a merged model or manifests for servers.
+    If `output.verify` is not set, a job that does not train verifies artefacts only if it creates some itself: a merged model or manifests for servers.
     """
     if spec.output.verify is not None:
         return spec.output.verify
@@ -204,13 +205,13 @@ def reads_rows_after_training(spec: FineTuneJobSpec) -> bool:
 
 
 def compares_metrics(spec: FineTuneJobSpec) -> bool:
-    """Whether the base model is measured, too: for `evaluation.comparison`, or for a gate with `notWorseThanBase`."""
+    """Whether the metrics of the base model are also computed: for `evaluation.comparison`, or for a gate with `notWorseThanBase`."""
     has_gate = any(gate.not_worse_than_base is not None for gate in spec.evaluation.gates or [])
     return bool(metrics_after_training(spec)) and (spec.evaluation.comparison is not None or has_gate)
 
 
 def compares_answers(spec: FineTuneJobSpec) -> bool:
-    """Whether the answers of base model and trained model are stored: to the prompts of `promptsRef` or, without prompts, to the test questions."""
+    """Whether both models' answers to the prompts of `promptsRef` are stored or, without `promptsRef`, their answers to the test questions."""
     return prompts_to_compare(spec) is not None or (spec.evaluation.comparison is not None and compares_metrics(spec))
 
 

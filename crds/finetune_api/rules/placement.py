@@ -92,7 +92,7 @@ def check_label_syntax(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findin
 
 @rule("SchedulingTermInvalid")
 def check_scheduling_terms(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
-    """Check device names, tolerations and node affinity as the API server does for pods. Otherwise the error appears only when the Job is created."""
+    """Check device names, tolerations and node affinity as the API server does for pods. Without this check, the error appears only when the Job is created."""
     resource = spec.resources.gpu_resource
     if resource is not None and "/" not in resource:
         yield "resources.gpuResource", f"{resource!r} is not the name of a device, because it has no domain", "write for example nvidia.com/gpu or amd.com/gpu"

@@ -21,7 +21,7 @@ REWARD_PARAMETERS: dict[BuiltinReward, dict[str, tuple[str, ...] | str]] = {
 }  # fmt: skip
 """The parameters of each built-in reward by name. The value is the type of the parameter, or the tuple of its allowed values."""
 REQUIRED_PARAMETERS = {BuiltinReward.REGEX: "pattern", BuiltinReward.JSON_SCHEMA: "schema"}
-"""The parameter that a built-in reward cannot do without."""
+"""The required parameter of each built-in reward that has one."""
 
 
 def find_invalid_parameters(path: str, builtin_reward: BuiltinReward, given_parameters: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:

@@ -2,7 +2,7 @@
 
 If `output.serving` names a server that cannot serve a feature of the job, the job is refused. If it does not name this server, the user gets a
 warning. The list holds for vLLM 0.11 to 0.22 (`vllm/lora/peft_helper.py`, `vllm/config/lora.py`). KServe's Hugging Face runtime passes adapters to
-vLLM, so it has the same restrictions, and one more.
+vLLM, so it has the same restrictions, and one restriction of its own.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class UnservableFeature:
     """What the servers cannot do, as the rest of a sentence that begins with `vllm and kserve cannot`."""
     hint: str
     warns: bool = True
-    """Whether jobs that do not name the server in `output.serving` get a warning. False if the result of such jobs is rarely served."""
+    """Whether jobs that do not name the server in `output.serving` get a warning. False if results with this feature are rarely served."""
 
     def message(self, servers: tuple[ServingTarget, ...]) -> str:
         """Return a sentence that says what these servers cannot do."""
@@ -50,7 +50,7 @@ class UnservableFeature:
 
 
 def adapter_rank(spec: FineTuneJobSpec) -> int | None:
-    """Return the rank of the stored LoRA adapter, which PiSSA and OLoRA double. None if the method trains no new LoRA adapter."""
+    """Return the rank of the stored LoRA adapter: with PiSSA and OLoRA twice `method.lora.rank`. None if the method trains no new LoRA adapter."""
     if method_type_of(spec) not in LORA_METHODS or method_type_of(spec) is MethodType.ADAPTER:
         return None
     lora = spec.method.lora

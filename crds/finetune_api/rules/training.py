@@ -186,7 +186,7 @@ def check_steps_without_effect(spec: FineTuneJobSpec, target: ExecutionTarget) -
 
 
 def _check_recomputation_interval(spec: FineTuneJobSpec) -> Findings:
-    """Yield a problem if gradient checkpointing is disabled, because it makes `training.checkpointEveryNLayers` useless."""
+    """Yield a problem if gradient checkpointing is disabled, because `training.checkpointEveryNLayers` then has no effect."""
     path, mode = "training.checkpointEveryNLayers", spec.training.gradient_checkpointing
     if mode is GradientCheckpointing.DISABLED:
         yield path, "checkpointEveryNLayers has no effect with `gradientCheckpointing: disabled`", "remove checkpointEveryNLayers or gradientCheckpointing"

@@ -107,7 +107,7 @@ def _warn_about_resources(spec: FineTuneJobSpec) -> Iterator[Problem]:
 
 
 def _parse_if_valid(quantity: str | int | None, kind: QuantityKind) -> Decimal | None:
-    """Return a quantity in CPUs or bytes. None: the quantity is missing, or invalid, which a rule reports."""
+    """Return a quantity in CPUs or bytes. None: the quantity is missing or invalid. A rule reports invalid quantities."""
     return None if quantity is None or find_quantity_problem(quantity, kind) else parse_amount(str(quantity))
 
 

@@ -7,8 +7,8 @@ The expressions are the same for every installation. The chart adds three variab
 * `storage`: the address of the default storage without a slash at the end, or an empty text.
 * `pools`: name, GPU resource, and whether it is a default, of each node pool.
 
-The expressions check new jobs only, because a new rule must not affect running jobs. The one exception is `policy.activeDeadlineSeconds`: users
-can change it in an existing job, and it has a rule.
+The expressions check new jobs only, because a new rule must not affect running jobs. The one exception is `policy.activeDeadlineSeconds`, which
+is also checked in existing jobs, because users can change it there.
 """
 
 from __future__ import annotations

@@ -113,7 +113,7 @@ class PlatformPolicy(NamespacePolicy):
     )
 
     def rules_for(self, namespace: str) -> PolicyRules:
-        """Return the rules of a namespace. A rule that the first matching entry does not set comes from `policy` itself, or else is the default."""
+        """Return the rules of a namespace. A rule comes from the first entry that matches the namespace, else from `policy`, else from the defaults."""
         entry = next((entry for entry in self.namespaces if any(_matches_name(name, namespace) for name in entry.names)), None)
         given_rules = self.model_dump(exclude_none=True, exclude={"namespaces"})
         if entry is not None:

@@ -213,7 +213,7 @@ def _cel_hub_repository(rule: str, value: str) -> str:
 
 
 def find_paths_of_type(model: type[Group], types: tuple[type[Group], ...], path_prefix: str = "") -> Iterator[str]:
-    """Yield the path of each field of `model`, at any depth, that holds a group of one of the types or a list of them."""
+    """Yield the path of each field of `model`, at any depth, whose value is a group of one of the types, or a list of such groups."""
     for name, info in model.model_fields.items():
         path = f"{path_prefix}{info.alias or name}"
         for group, is_list in _find_groups(info.annotation):

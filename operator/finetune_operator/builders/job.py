@@ -60,8 +60,8 @@ def build_preparation_job(
 ) -> Object:
     """Return the Job of a preparation: one pod without GPUs. `run` and `pool` are those of the first attempt.
 
-    `secret_name`: name of the preparation's Secret, or an empty string if it has none. `model_cache`: the resolved value of `model.cache`; the
-    pod fills a cache in a claim.
+    `secret_name`: name of the preparation's Secret, or an empty string if it has none. `model_cache`: the resolved value of `model.cache`. If
+    it names a volume claim, the pod fills the cache in this claim.
     """
     name, run_json = names.preparation_job_name(job.name, preparation_number), run.to_bytes()
     pod = _build_preparation_pod(run, run.sha256(run_json), resources, pool, config, secret_name, model_cache)
@@ -108,7 +108,8 @@ def _build_preparation_pod(
 ) -> Object:
     """Return the spec of a preparation pod: a training pod with the command `prepare`, without GPUs and without the placement of training pods.
 
-    A pod that mounts a volume claim keeps the placement, because the first pod that mounts a claim can determine the zone or node of its volume.
+    A preparation pod that mounts a volume claim keeps the placement of the training pods, because the first pod that mounts a claim can determine the
+    zone or node of the claim's volume.
     """
     settings = config.prepare
     values: dict[str, Any] = {

@@ -1,8 +1,9 @@
 """Adds the cache of base models to a pod: an init container that fills the cache, and the volume.
 
 Only the init container can write to the cache. It runs the platform's trainer image without the user's mounts and variables, so no code of the
-job can change the models of other jobs. The trainer container reads a node's cache through a read-only mount; from a claim, the init container copies the
-model to the pod's disk. A preparation fills the cache in a claim from its own container: every pod of the namespace can change a claim anyway.
+job can change the models of other jobs. The trainer container reads a node's cache through a read-only mount. If the cache is in a volume claim, the init
+container copies the model to the pod's disk instead. In a preparation pod, the trainer container itself fills the cache in a claim, because every pod of the
+namespace can change a claim anyway.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ VOLUME_NAME = "model-cache"
 CLAIM_FOLDER = "finetune-models"
 """Folder of the cache on a volume claim. The cache has a folder of its own, so that it touches no other files of the volume."""
 NODE_FREE_DISK_SHARE = "0.15"
-"""Share of a node's disk that the cache leaves free. With less free space, the kubelet usually evicts pods."""
+"""Fraction of a node's disk that the cache leaves free. With less free space, the kubelet usually evicts pods."""
 COPIED_MOUNTS = ("run", "work", "tmp", "ca")
 """Volumes of the trainer container that the init container also mounts."""
 COPIED_VARIABLES = frozenset({

@@ -33,8 +33,8 @@ DEFAULT_GRACE_SECONDS, MAX_GRACE_SECONDS = 300, 86400
 ON_EXISTING_RESULT_FIELD = "policy.onExistingResult"
 MODEL_CACHE_FIELD = "model.cache"
 SAVES_PER_GRACE_PERIOD = 3
-"""The grace period is at least this multiple of the duration of the newest save. A pod that stops first finishes a running upload, then
-saves once more. The third save duration is a margin for a store that has become slower."""
+"""The grace period is at least this multiple of the duration of the newest save. When a pod is stopped, it first finishes a running upload, then
+saves once more. The third save duration is a margin in case the store has become slower."""
 
 
 def build_run_config(
@@ -51,8 +51,7 @@ def build_run_config(
     `committed_step` is the newest step that is known to be in storage, or 0. `max_step` is the newest step that the attempt may start from;
     None means no limit. `rolled_back_attempt` is the first attempt after a rollback. `max_step` does not limit the checkpoints of this
     and later attempts, because the operator may not know the newest of these checkpoints. `before_adaptation`: the original values of
-    adapted fields, by path.
-    `choices`: paths of the values that the plan chose; these values are also in `defaults`.
+    adapted fields, by path. `choices`: paths of the values that the plan chose; these values are also in `defaults`.
     """
     prepared = _find_prepared_rows(job, spec)
     policy = spec.policy.model_copy(update={"max_cost": None, "on_existing_result": None})

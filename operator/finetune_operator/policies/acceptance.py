@@ -41,7 +41,7 @@ __all__ = ["AcceptedSpec", "FirstAttempt", "RefusedSpec", "accept", "read_first_
 logger = logging.getLogger(__name__)
 
 MAX_SPEC_BYTES = MAX_RUN_BYTES - 8 * 1024
-"""Maximum size of the resolved spec in bytes. The rest of the annotation is for the other fields of the run configuration."""
+"""Maximum size of the resolved spec in bytes. The annotation also needs space for the other fields of the run configuration."""
 STORE_IDENTITY_FIELDS = ("storage.uri", "storage.endpoint")
 """Fields that identify the store with the checkpoints. The other fields of `storage` only configure the connection to the store."""
 
@@ -105,7 +105,7 @@ def accept(
     )
     if refusal is not None:
         return replace(refusal, spec=resolved_spec.spec)
-    # If an older operator started the job, new rules of this operator must not end it, because the user cannot change the spec.
+    # If an older operator started the job, new rules of this operator must not end the job, because the user cannot change the spec.
     newer_problems = [*rule_problems, *forbidden_values, *placement_conflicts]
     if unpriced := _refuse_unknown_price(spec, pool):  # for a started job, this is only a note: its GPUs may have had a price when it started
         newer_problems.append(unpriced.message)

@@ -1,8 +1,8 @@
 """Chooses the changes for the next attempt after memory ran out or the loss diverged.
 
 Out of memory: the failed pod may have sent advice from the memory plan (`finetune_api.memory.ladder`). Then the advised micro-batch and
-recomputation are used. Without advice, the new micro-batch is the largest divisor of the old one that is at most half of it, but not below the
-objective's minimum. If the micro-batch cannot be reduced further, activation checkpointing is enabled. Gradient accumulation grows by the factor
+recomputation are used. Without advice, the new micro-batch is the largest divisor of the old micro-batch that is at most half of the old micro-batch and
+at least the objective's minimum. If the micro-batch cannot be reduced further, activation checkpointing is enabled. Gradient accumulation grows by the factor
 by which the micro-batch shrinks, so the effective batch never changes. The evaluation batch is reduced to at most the training batch. A change
 that violates a rule of the spec is skipped. If no change is left, the job fails, and the failure message contains the final values.
 
@@ -42,9 +42,9 @@ EVALUATION_BATCH_FIELD = "evaluation.batchSizePerDevice"
 GRADIENT_CHECKPOINTING_FIELD = "training.gradientCheckpointing"
 LEARNING_RATE_FIELD = "training.learningRate"
 MAX_STEP_KEY = "resume.maxStep"
-"""The newest step that an attempt may start from after a rollback. It is stored with the adaptations, but is not a field of the spec."""
+"""Key of the newest step that an attempt may start from after a rollback. The key is stored with the adaptations, but is not a field of the spec."""
 FIRST_ATTEMPT_KEY = "resume.firstAttempt"
-"""Number of the first attempt after the rollback. The rollback does not exclude checkpoints of this and later attempts."""
+"""Key of the number of the first attempt after the rollback. The rollback does not exclude checkpoints of this and later attempts."""
 MAX_ROLLBACKS = 2
 LEARNING_RATE_FACTOR = 0.5
 
@@ -92,7 +92,8 @@ def adapt_to_out_of_memory(
 ) -> Adaptation | AdaptationsExhausted:
     """Return the change for the next attempt after an attempt with `spec` ran out of memory.
 
-    `spec` is resolved and has all `earlier` adaptations. `advice`: the memory plan's advice from the failed pod, or None if it sent none.
+    `spec` is the resolved spec after `earlier_adaptations` were applied. `advice`: the memory plan's advice from the failed pod, or None if the pod
+    sent no advice.
     """
     batch = spec.training.batch_size_per_device or 1
     accumulation = spec.training.gradient_accumulation_steps or 1
@@ -144,7 +145,7 @@ def _yield_advised_changes(
 
 
 def _explain_advice(advice: MemoryAdvice) -> str:
-    """Return a sentence with the amounts of memory that led to an advised change. The status shows it."""
+    """Return a sentence with the amounts of memory that led to an advised change. The status shows this sentence."""
     needed, available, planned, expected, upper = (
         f"{(count or 0) / 1e9:.1f} GB"
         for count in (advice.needed_bytes, advice.available_bytes, advice.planned_bytes, advice.expected_bytes, advice.upper_bytes)
@@ -194,7 +195,10 @@ def adapt_to_divergence(
     spec: FineTuneJobSpec, adaptations: Iterable[Adaptation], checkpoints: Iterable[Checkpoint], now: datetime,
     attempt: int = 1,
 ) -> Adaptation | AdaptationsExhausted:  # fmt: skip
-    """Return the change for the next attempt after `attempt` diverged: its loss was not finite. `spec` is the spec after all earlier adaptations were applied."""
+    """Return the change for the next attempt after `attempt` diverged: its loss was not finite.
+
+    `spec` is the spec after all earlier adaptations were applied.
+    """
     if spec.policy.on_divergence is OnDivergence.FAIL:
         return AdaptationsExhausted("policy.onDivergence is Fail", "lower training.learningRate or training.maxGradNorm")
     earlier_divergences = [adaptation for adaptation in adaptations if adaptation.reason == Reason.DIVERGED]
@@ -226,8 +230,9 @@ def find_rolled_back_attempt(adaptations: Iterable[Adaptation]) -> int | None:
 def find_max_start_step(adaptations: Iterable[Adaptation], checkpoints: Iterable[Checkpoint]) -> int | None:
     """Return the newest step that the next attempt may start from, or None if there is no limit.
 
-    After a rollback, an attempt must not continue from checkpoints that attempts before the rollback committed after the limit. It may continue
-    from all checkpoints of attempts after the rollback. If one of these later checkpoints has the newest step of all, the limit is no longer needed.
+    After a rollback, an attempt must not continue from a checkpoint of an attempt before the rollback if the checkpoint's step is after the limit.
+    It may continue from all checkpoints of attempts after the rollback. If one of these later checkpoints has the newest step of all, the limit is
+    no longer needed.
     """
     values = merge_adapted_values(adaptations)
     max_step, first_attempt = values.get(MAX_STEP_KEY), values.get(FIRST_ATTEMPT_KEY)

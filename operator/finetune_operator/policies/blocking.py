@@ -81,5 +81,5 @@ def is_admission_refusal(message: str) -> bool:
 
 
 def choose_refusal_reason(message: str) -> Reason:
-    """Return the reason for a refused object, a quota or an admission policy, according to the API server's error message."""
+    """Return why an object was refused, according to the API server's error message: because of a quota or because of an admission policy."""
     return Reason.QUOTA_EXCEEDED if "quota" in message.lower() else Reason.FORBIDDEN_BY_POLICY

@@ -63,7 +63,8 @@ def find_pod_cause(pod: PodView, *, is_model_committed: bool = False, stage: Sta
         if failed_stage is not None or is_model_committed:
             return _explain_memory_limit_after_training(pod, failed_stage or stage)
         return _explain_memory_limit(pod)
-    # An eviction can cause an unknown exit code, a stop or a lost peer. A disruption can cause a stop or a lost peer.
+    # An evicted pod can exit with an unknown code, because of a stop request, or because of a lost peer. Then the eviction is the cause. In the same
+    # way, a disruption can lead to a stop request or a lost peer.
     if pod.reason == EVICTED_REASON and not pod.disruption_reason and (exit_policy is None or exit_policy.precedence >= FailurePrecedence.UNKNOWN_CAUSE):
         return _explain_eviction(pod)
     if exit_policy is not None and not (pod.disruption_reason and exit_policy.precedence >= FailurePrecedence.PEER_FAILURE):
@@ -174,7 +175,7 @@ def _build_failure(pod: PodView, failure_class: FailureClass, code: str, message
 
 
 def _find_last_log_line(pod: PodView) -> str:
-    """Return the last log line of a trainer without a termination message. The kubelet stores the end of its log instead of the message."""
+    """Return the last log line of a trainer that wrote no termination message. The kubelet then stores the end of the log in place of the message."""
     text = pod.terminated.message if pod.terminated else ""
     lines = [line for line in text.splitlines() if line.strip()]
     return lines[-1] if lines and not text.startswith("{") else ""

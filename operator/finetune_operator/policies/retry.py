@@ -28,13 +28,13 @@ NO_BACKOFF_REASONS = (Reason.SUSPENDED, Reason.OUT_OF_MEMORY, Reason.DIVERGED)
 ALWAYS_BACKOFF_REASONS = (Reason.GANG_INCOMPLETE, Reason.TRAINER_TOO_OLD)
 """If an attempt ends with one of these reasons, the next attempt always starts after a delay.
 
-After other uncounted attempts, the next one may start at once.
+After an uncounted attempt with another reason, the next attempt can start at once.
 """
 SHORTEST_BLOCKED_RETRY_SECONDS, LONGEST_BLOCKED_RETRY_SECONDS = 15.0, 300.0
 
 
 class EndPolicy(NamedTuple):
-    """Retry policy and precedence of a way in which a pod ends without one of the trainer's exit codes."""
+    """Retry policy and precedence for a pod that ended without one of the trainer's exit codes."""
 
     retry_policy: RetryPolicy
     precedence: FailurePrecedence
@@ -63,7 +63,7 @@ class PodEnd(Enum):
 
 TERMINATION_RETRY: dict[Reason, RetryPolicy] = {
     Reason.STALLED: RetryPolicy.COUNTED,
-    # Here Reason.PREEMPTED means that another client deleted the Job. That client may delete the Job of every attempt.
+    # Here Reason.PREEMPTED means that another client deleted the Job. The attempt is counted, because that client may delete the Job of each attempt.
     Reason.PREEMPTED: RetryPolicy.COUNTED,
 }
 """Retry policy of an attempt whose Job was deleted, by termination reason. For all other reasons the policy is NOT_COUNTED."""
@@ -105,7 +105,8 @@ def retry_or_give_up(
 ) -> RetryDecision | GiveUp:  # fmt: skip
     """Decide whether another attempt follows after `attempt` failed.
 
-    `spec` is resolved and has all earlier adaptations. `made_progress`: whether the attempt committed a newer step than all earlier attempts.
+    `spec` is the resolved spec after all earlier adaptations were applied. `made_progress`: whether the attempt committed a newer step than all
+    earlier attempts.
     If the spec is not readable, the next attempt must wait for a newer operator, and this operator neither adapts values nor counts attempts.
     """
     match cause.retry_policy:

@@ -32,7 +32,7 @@ from tests.support.page_examples import (
 from tests.support.page_results import FinishedRun, check_mlflow, check_results, check_tensorboard, check_wandb_files
 from tests.support.tracker_servers import TrackerServer, make_mlflow_server
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]  # tests/unit/cli/imports compares the manifests of all examples
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]  # `make test` only compares the examples' manifests, in tests/unit/cli
 EXAMPLES = [name for name in PAGE_EXAMPLES if name not in EXAMPLE_WITH_SAME_JOB]
 BUCKET = "page-examples"
 JOBS_AT_A_TIME = 2

@@ -35,7 +35,7 @@ SMALL_RESOURCES = {"cpu": "100m", "memory": "2Gi", "ephemeralStorage": "2Gi", "s
 JOB_TIMEOUT_SECONDS = 240
 """How long a tiny job may take on two busy cores."""
 LONG_RUN_STEPS = 400
-"""The steps of a job that a test must see while it runs. The operator may never report the phase Running of 30 steps: they take less than a second."""
+"""Number of steps of a job that a test must observe while it runs. 30 steps take less than a second, so the operator might never report the phase Running."""
 
 
 @dataclass(frozen=True)

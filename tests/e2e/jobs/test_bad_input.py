@@ -55,7 +55,7 @@ def dataset_groups(name: str) -> dict[str, Any]:
 
 
 def storage_groups(installation: Installation, **storage_fields: Any) -> dict[str, Any]:
-    """Return spec groups with the default storage, whose fields `storage_fields` replaces."""
+    """Return spec groups with the default storage, after its fields were changed by `storage_fields`."""
     return {"storage": {"uri": "s3://finetune/jobs", "endpoint": installation.cluster.s3.cluster_url, **S3_STORAGE_FIELDS} | storage_fields}
 
 
@@ -157,7 +157,7 @@ def test_secrets_appear_in_no_status_or_log(failing_jobs: JobNamespace) -> None:
             assert failing_jobs.installation.cluster.s3.secret_key not in status.model_dump_json()
 
 
-@pytest.mark.slow  # tests/integration/operator tests the reason for which such a job waits
+@pytest.mark.slow  # `make test` checks in tests/integration/operator for which reason such a job waits
 def test_a_job_waits_for_a_missing_secret(job_namespace: JobNamespace) -> None:
     """The job is Pending with a reason, and it runs as soon as the Secret exists."""
     job_namespace.apply(

@@ -20,11 +20,11 @@ from tests.support.tiny import make_tiny_model
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # each of these jobs has a pod, so the test takes several minutes
 
 MISSING_CONFIG_MAP = ("ConfigMap that does not exist", "prompts that do not exist")
-"""The cases whose ConfigMap is missing. In a cluster, such a pod does not start, so the job is not refused: it waits for the ConfigMap."""
+"""The cases whose ConfigMap is missing. In a cluster, the pod of such a job does not start. So the job is not refused, but waits for the ConfigMap."""
 REFUSED_BY_RULE = ("push without a token", "unknown file type")
 """The operator refuses these jobs by a rule, without a preparation. Without this rule, the preparation would refuse them."""
 PREPARE = {"strategy": "always", "resources": {"cpu": "100m", "memory": "1Gi"}}
-"""Small pods, because the pods of two jobs wait on the nodes for their ConfigMap until the test ends."""
+"""The pods are small, because the pods of two jobs wait on the nodes for their ConfigMap until the test ends."""
 GPU_RESOURCE = "nvidia.com/gpu"
 
 

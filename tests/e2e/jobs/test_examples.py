@@ -59,7 +59,7 @@ def expected_steps(name: str) -> int:
 
 
 QUICK_EXAMPLES = ("full",)
-"""The examples that `make test` runs. It tests the features of the other examples elsewhere: the demo, a gang that resumes, gates and QLoRA."""
+"""The examples that `make test` runs. For the features of the other examples, `make test` has other tests: the demo, a gang that resumes, gates and QLoRA."""
 
 
 @pytest.mark.parametrize("name", quick_slice(EXAMPLE_NAMES, QUICK_EXAMPLES))
@@ -89,7 +89,7 @@ def check_output(job_namespace: JobNamespace, name: str, status: FineTuneJobStat
         assert job_namespace.installation.store.head_object(Bucket=bucket, Key=f"{prefix}/{path}")["ContentLength"] > 0
 
 
-@pytest.mark.slow  # test_resume.py checks the nodes of a job with two pods
+@pytest.mark.slow  # `make test` checks the nodes of a job with two pods in test_resume.py
 def test_two_pods_run_on_two_nodes(examples: ExampleRunner) -> None:
     examples.wait_finished("two-pods")
     nodes = {pod["spec"]["nodeName"] for pod in examples.job_namespace.pods("two-pods")}

@@ -102,7 +102,7 @@ INTERRUPTIONS: dict[str, tuple[dict[str, Any], Callable[[JobNamespace, dict[str,
 
 
 QUICK_INTERRUPTIONS = ("pod-of-two-deleted",)
-"""The interruptions that `make test` runs here. In tests/pod, it also kills local ranks and supervisors."""
+"""The interruptions that `make test` runs in this file. In tests/pod, `make test` also kills ranks and supervisors that are local processes."""
 
 
 @pytest.mark.parametrize("name", quick_slice(INTERRUPTIONS, QUICK_INTERRUPTIONS))
@@ -128,7 +128,7 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_run(
     assert read_weight_hashes(shared_namespace, status) == uninterrupted_weights
 
 
-@pytest.mark.slow  # tests/integration/operator also suspends jobs, and tests/pod also stops and resumes pods
+@pytest.mark.slow  # `make test` suspends jobs in tests/integration/operator, and stops and resumes pods in tests/pod
 def test_a_suspended_job_saves_a_checkpoint_and_resumes_from_it(
     shared_namespace: JobNamespace, uninterrupted_weights: dict[str, str]
 ) -> None:
@@ -164,7 +164,7 @@ def has_ended(pod: dict[str, Any]) -> bool:
     return pod["status"].get("phase") in ("Succeeded", "Failed")
 
 
-@pytest.mark.slow  # tests/integration/operator/test_lifecycle.py tests that a Job with another owner blocks the attempt
+@pytest.mark.slow  # `make test` checks in tests/integration/operator/test_lifecycle.py that a Job with another owner blocks the attempt
 def test_a_recreated_job_waits_for_the_pods_of_the_deleted_job_of_the_same_name(shared_namespace: JobNamespace) -> None:
     """A job is deleted and applied again at once. The two jobs never run at the same time and share no folder in S3."""
     name = "twice"

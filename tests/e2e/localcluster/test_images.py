@@ -42,7 +42,7 @@ def test_loading_an_image_again_reads_no_layers(api: NamespaceApi, tmp_path: Pat
     api.cluster.load_image(layout, nodes=["n1"])
     for blob in (layout / "blobs" / "sha256").iterdir():
         if blob.stat().st_size > 1 << 20:
-            blob.unlink()  # makes load_image fail if it reads the layer
+            blob.unlink()  # without the layer's file, load_image fails if it reads the layer
     assert api.cluster.load_image(layout, nodes=["n1"]) == TAG
 
 

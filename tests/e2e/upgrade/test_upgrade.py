@@ -100,7 +100,7 @@ JOBS = {
 
 
 def bring_into_every_phase(job_namespace: JobNamespace) -> None:
-    """Apply all jobs, and wait until each job is in the phase after which it is named."""
+    """Apply all jobs, and bring each job into the situation that its name describes."""
     job_namespace.apply(JOBS["done"], JOBS["failed"], JOBS["unschedulable"], JOBS["queued"])
     job_namespace.wait_finished("done")
     job_namespace.wait_finished("failed", Phase.FAILED)

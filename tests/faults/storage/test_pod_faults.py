@@ -118,7 +118,7 @@ def test_training_ends_when_no_checkpoint_can_be_stored_for_too_long(
     assert storage.verify_all(tmp_path / "check")[0] == termination.committed_step
 
 
-@pytest.mark.slow  # test_kill_points.py kills a pod before the marker, and tests/pod/test_resume.py resumes from the previous checkpoint
+@pytest.mark.slow  # test_kill_points.py and tests/pod/test_resume.py have similar tests, which also kill pods
 def test_a_checkpoint_is_not_visible_if_the_pod_is_killed_during_its_upload(
     tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: S3Proxy, s3_server: S3Endpoint
 ) -> None:
@@ -195,7 +195,7 @@ def test_a_pod_whose_grace_period_is_too_short_for_the_last_save_exits_with_76(
     assert storage.verify_all(tmp_path / "check")[0] >= 20
 
 
-@pytest.mark.slow  # test_two_attempts.py ends an earlier attempt, and test_commit.py refuses its commits
+@pytest.mark.slow  # `make test` checks earlier attempts in test_two_attempts.py, and refused commits in test_commit.py
 def test_a_stale_incarnation_ends_at_its_first_fenced_commit(
     tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, s3_server: S3Endpoint
 ) -> None:
@@ -243,7 +243,7 @@ def test_a_damaged_checkpoint_is_replaced(
     }
 
 
-@pytest.mark.slow  # tests/unit/trainer/checkpoint deletes nothing without the permission
+@pytest.mark.slow  # `make test` checks a missing permission to delete in tests/unit/trainer/checkpoint
 def test_an_attempt_without_permission_to_delete_succeeds(
     tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: S3Proxy, s3_server: S3Endpoint
 ) -> None:
@@ -260,7 +260,7 @@ def test_an_attempt_without_permission_to_delete_succeeds(
     assert storage.verify_all(tmp_path / "check")[0] == 20
 
 
-@pytest.mark.slow  # test_training_survives_an_outage_of_the_store retries too
+@pytest.mark.slow  # `make test` checks retries in test_training_survives_an_outage_of_the_store
 def test_a_store_that_is_busy_at_the_start_is_retried(
     tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: S3Proxy, s3_server: S3Endpoint
 ) -> None:

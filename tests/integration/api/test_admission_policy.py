@@ -43,7 +43,7 @@ def render_policy(values: dict[str, Any]) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def existing_jobs(control_plane: Endpoint, crd_installed: Response) -> dict[int | None, str]:
-    """Create jobs before the policy exists, each with another `activeDeadlineSeconds`. Return the API paths of the jobs by deadline."""
+    """Create jobs with different values of `activeDeadlineSeconds` before the policy exists. Return the API paths of the jobs by deadline."""
     call(control_plane, "POST", "/api/v1/namespaces", {"metadata": {"name": "strict"}})
     paths: dict[int | None, str] = {}
     for deadline in (None, 9000):

@@ -43,7 +43,7 @@ class NumberField:
     default: Any
 
     def accepted_spellings(self) -> list[str]:
-        """Return all spellings of the default and of the bounds that the field includes."""
+        """Return all spellings of these accepted values: the default, the smallest and the largest value, and all values of an enumeration."""
         values = [*self.bounds.get("enum", []), *([] if self.default is None else [self.default])]
         values += [self.bounds[name] for name in ("ge", "le") if name in self.bounds]
         step = 1 if self.is_integer else 1e-9
@@ -128,7 +128,7 @@ def combine_spellings(texts: dict[str, list[str]]) -> Iterator[dict[str, str]]:
 
 
 def split_exclusive_fields(paths: dict[str, list[str]]) -> list[dict[str, list[str]]]:
-    """Split the fields into two sets. Each field of the second set is forbidden by a rule if a field of the first set is present."""
+    """Split the fields into two sets. For each field of the second set, a rule forbids the field if a field of the first set is present."""
     exclusive = {"training.warmupSteps", "dataset.mixture[].weight", "evaluation.gates[].value"}
     return [
         {path: texts for path, texts in paths.items() if path not in exclusive},

@@ -65,7 +65,7 @@ def as_user(
     return make_runner_with_token(control_plane, token, tmp_path, finetune)
 
 
-@pytest.mark.slow  # the other tests check the rights of each command
+@pytest.mark.slow  # `make test` runs the other tests of this file, which check the rights of each command
 def test_the_documented_role_is_sufficient(
     as_user: Callable[..., Result], job: Callable[..., object], api: KubeApi, namespace: str, tmp_path: Path
 ) -> None:

@@ -147,7 +147,7 @@ def test_api_server_accepts_every_rendered_object(helm_program: Path, control_pl
 
 
 def test_pod_security_refuses_a_privileged_operator(helm_program: Path, control_plane_with_monitoring: KubeApi) -> None:
-    """The check of Pod Security in `test_api_server_accepts_every_rendered_object` can fail."""
+    """Shows that the check of Pod Security in `test_api_server_accepts_every_rendered_object` can fail."""
     objects = render(helm_program, {"securityContext": {"allowPrivilegeEscalation": True}})
     deployment = next(item for item in objects if item["kind"] == "Deployment")
     answer = control_plane_with_monitoring.request("POST", "/apis/apps/v1/namespaces/ops/deployments", deployment, dryRun="All")

@@ -52,7 +52,7 @@ def namespace_names(endpoint: Endpoint) -> set[str]:
     return {item["metadata"]["name"] for item in KubeApi(endpoint).list("namespaces", None)}
 
 
-@pytest.mark.slow  # tests/e2e/jobs/test_demo.py runs the demo, and the other test keeps existing objects
+@pytest.mark.slow  # `make test` runs the demo in tests/e2e/jobs/test_demo.py, and the other test of this file
 def test_demo_creates_and_removes_its_namespaces(
     current_cluster: demo_clusters.DemoCluster, users_cluster: Endpoint
 ) -> None:

@@ -129,7 +129,7 @@ def test_by_default_prometheus_does_not_reach_a_pod(chart: list[Object], operato
 
 
 def test_without_policies_every_pod_reaches_every_port(helm_program: Path, operator_labels: Object) -> None:
-    """The forbidden connections of the other tests thus fail because of the policies."""
+    """This shows that the policies cause the refused connections in the other tests."""
     isolation = read_isolation(render(helm_program, {"networkPolicy": False}))
     found = find_reached_ports(make_lab_pods(operator_labels), build_policies(isolation))
     assert found == {source: [*PORTS, *PORTS] for source in found} and len(found) == 9

@@ -383,7 +383,7 @@ async def wait_for_refusal(world: Rig) -> KubeError:
 
 
 async def test_a_job_that_an_admission_policy_refuses_waits_and_quotes_the_policy(world: Rig) -> None:
-    """The API server answers a refused valid Job with status 422, the same as an invalid Job."""
+    """The API server answers with status 422 if a policy refuses a valid Job, and also if a Job is invalid."""
     name = f"costs-{world.namespace}"
     only_here = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": world.namespace}}}
     rules = [{"apiGroups": ["batch"], "apiVersions": ["v1"], "operations": ["CREATE"], "resources": ["jobs"]}]

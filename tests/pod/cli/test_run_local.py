@@ -111,7 +111,7 @@ def test_ctrl_c_saves_a_checkpoint_and_the_same_command_resumes(folder: Path) ->
     assert (message["resumedFromStep"], message["step"]) == (saved, 300)
 
 
-@pytest.mark.slow  # the other tests of this file run a manifest, and tests/unit/cli/imports compares the manifests of all sources
+@pytest.mark.slow  # `make test` runs a manifest in this file, and compares the manifests of all sources in tests/unit/cli
 @pytest.mark.parametrize("source", SOURCES)
 def test_an_imported_job_trains(folder: Path, source: str) -> None:
     home = folder / source

@@ -297,7 +297,7 @@ def test_the_attention_function_creates_a_missing_mask(
 
 
 def test_a_window_longer_than_all_documents_is_not_passed_to_the_kernel(kernel: DocumentKernel) -> None:
-    """Such a window has no effect, and without a window the faster kernel of cuDNN can be used."""
+    """A window that is longer than all documents has no effect. Without a window, the faster kernel of cuDNN can be used."""
     query, key, value = random_heads(torch.float32)
     batch = {name: collate(DOCUMENTS)[name] for name in ("cu_seq_lens_q", "max_length_q")}
     longest = max(map(len, DOCUMENTS))

@@ -122,7 +122,7 @@ def collect_results(outcome: RunOutcome) -> tuple[Any, ...]:
 def test_results_equal_those_of_the_libraries(
     specs: list[dict[str, Any]], rows: list[Any], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Dropout and an evaluation after every second step reveal a model that is in the wrong mode. `total_flos` must be equal, too."""
+    """With dropout and an evaluation after every second step, results would differ if the model were in the wrong mode (training or evaluation)."""
     spec = merge_specs(FOUR_STEPS, *specs, {"training": {"maxSteps": 6}, "tracking": {"loggingSteps": 1}, "evaluation": {"strategy": "steps", "steps": 2}})
     ours = run_training(tmp_path / "ours", model, spec, rows, validation=rows[:4])
     use_library_methods(monkeypatch)

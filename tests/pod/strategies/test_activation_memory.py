@@ -147,7 +147,7 @@ def test_no_activations_are_kept_if_the_weights_do_not_fit(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("model_type", sorted(ESTIMATED_MODEL_TYPES))
 def test_the_layers_of_estimated_models_read_the_flag_in_each_forward_pass(model_type: str) -> None:
-    """This is required because `RecomputationPerBatch` changes the flag between two micro-batches."""
+    """The layers must read the flag each time, because `RecomputationPerBatch` changes it between two micro-batches."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.modeling_layers import GradientCheckpointingLayer
 

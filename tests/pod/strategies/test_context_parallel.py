@@ -71,7 +71,7 @@ def test_losses_and_gradients_are_those_of_one_rank(name: str, results: dict[str
         assert shared.eval["eval_loss"] == pytest.approx(alone.eval_losses[-1], abs=2e-5)
 
 
-@pytest.mark.slow  # test_strategies.py resumes ZeRO cells, and the other test compares the losses of shared sequences
+@pytest.mark.slow  # `make test` resumes ZeRO cells in test_strategies.py, and compares the losses of shared sequences in this file
 def test_a_resumed_run_continues_with_the_same_rows(results: dict[str, Result], model: Path, tmp_path: Path) -> None:
     whole = results["zero2"]
     resumed = Cell("resumed", str(model), SPECS["zero2"], ROWS, validation=ROWS[:3], resume=str(Path(whole.folder) / "checkpoint-2"))

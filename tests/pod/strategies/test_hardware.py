@@ -114,7 +114,7 @@ def test_a_missing_device_or_format_is_refused(
 def test_a_requested_gpu_that_torch_does_not_find(
     driver_error: Exception | None, code: str, exit_code: int, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only a pod without a driver and an image without CUDA fail for good. All other errors may be caused by one node, so they are retried."""
+    """Two errors are not retried: the pod has no driver, or the image has no CUDA. All other errors can be caused by one node, so they are retried."""
 
     def init() -> None:
         if driver_error is not None:

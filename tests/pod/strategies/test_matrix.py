@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.matrix import SPEC_BY_METHOD, TRAINER_BY_OBJECTIVE, read_expected_table, run_strategy
 
-pytestmark = [pytest.mark.pod, pytest.mark.slow]  # tests/image/test_matrix.py runs cells of each strategy in make test
+pytestmark = [pytest.mark.pod, pytest.mark.slow]  # `make test` runs cells of each strategy in tests/image/test_matrix.py
 
 
 def test_the_reference_page_shows_the_matrix_of_one_rank(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def test_the_upper_bound_of_the_memory_covers_the_highest_measured_peak(entry: A
 
 
 def make_job(uid: str = "u1", **changes: Any) -> dict[str, Any]:
-    """Return a job that stopped after half of its steps. It took 1.5 times the planned time for them, and 0.9 times the planned memory."""
+    """Return a job that stopped after half of its steps. These steps took 1.5 times their planned time, and the job used 0.9 times its planned memory."""
     plan = {
         "work": WORK.to_wire(), "time": {"expectedSeconds": 1, "lowerSeconds": 1, "upperSeconds": 1},
         "memory": {"expectedBytes": 1000, "upperBytes": 1100}, "measured": {"memoryBytes": 900, "seconds": 750, "steps": 50},

@@ -86,7 +86,7 @@ def test_prefix_tuning_gets_a_smaller_micro_batch_and_no_recomputation() -> None
 
 
 def test_no_advised_change_exceeds_the_limit_of_accumulation_steps() -> None:
-    """65536 x 65536 rows: a smaller micro-batch would need more accumulation steps than the CRD allows."""
+    """An optimizer step has 65536 x 65536 rows. With a smaller micro-batch, it would need more accumulation steps than the CRD allows."""
     spec = spec_with_micro_batch(65536, gradientAccumulationSteps=65536, gradientCheckpointing="enabled")
     limit = upper_bytes(spec) - 1
     advice = advise_smaller_values(spec, MODEL, RunFacts(), RefusedAllocation(limit, limit))

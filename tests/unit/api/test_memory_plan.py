@@ -66,7 +66,7 @@ def test_a_tensor_counts_until_its_last_reference_is_deleted() -> None:
     output = tape.record([hidden, weight], tape.tensor((2, 4), 4), [Gradient(16, 4), Gradient(32, 4)], [hidden.storage])
     assert meter.total_bytes == 128 + 64 + 32
     del hidden, output
-    assert meter.total_bytes == 128 + 64  # the operation keeps its input
+    assert meter.total_bytes == 128 + 64  # the recorded operation keeps its input for the backward pass
     tape.backward()
     assert (meter.total_bytes, meter.bytes_by_part[MemoryPart.GRADIENTS], meter.bytes_by_part[MemoryPart.ACTIVATIONS]) == (256, 128, 0)
     assert weight.gradient is not None

@@ -133,7 +133,7 @@ def test_orpo_holds_the_logits_of_both_answers_in_32_bits(precision: str) -> Non
     shape = parse_model_shape(TINY | {"vocab_size": 32000})
     logits = plan_memory(spec, shape).memory.parts.logits
     all_logits = 8 * 512 * 32000 * 4
-    assert 3.4 * all_logits < logits <= 3.51 * all_logits  # the logits, half of them for the cross entropy, and two gradients
+    assert 3.4 * all_logits < logits <= 3.51 * all_logits  # logits (1), half of them for the cross entropy (0.5), two gradients (2)
 
 
 def test_on_a_gpu_the_fused_head_skips_prompt_tokens() -> None:

@@ -37,7 +37,7 @@ COMPUTED_CODES: dict[tuple[str, str], set[str]] = {
     ("train.py", "type(error).__name__"): set(),  # names of Python exceptions; the page says so
     ("tree.py", "UPLOAD_INCOMPLETE_CODE"): {"UploadIncomplete"},
 }
-"""Maps each call of an error class whose code is not a literal (file, expression) to its codes, unless the scan of the source text finds them elsewhere."""
+"""The possible codes of each call whose code is not a literal, by (file, expression). Codes that the scan of the source text finds elsewhere are left out."""
 OTHER_CODES = {"OOMKilled", "Evicted", Reason.DEADLINE_EXCEEDED.value, Reason.BUDGET_EXCEEDED.value, "StagingDiskFull", "RankFailed"}
 """Codes that the scan of the source text cannot find, because the operator takes them from constants or from Kubernetes, or reports them in another way."""
 

@@ -50,7 +50,7 @@ def test_all_problems_of_several_documents_are_reported(run_command: RunCommand,
     assert (code, out) == (1, "")
     assert "jobs.yaml:5: spec.model.source:" in stderr
     assert "jobs.yaml:13: spec.dataset.trian: unknown field; did you mean spec.dataset.train?" in stderr
-    assert "the spec names no training data" not in stderr  # `trian` holds them
+    assert "the spec names no training data" not in stderr  # the misspelled field `trian` names the data
 
 
 def test_duplicate_name_is_refused(run_command: RunCommand, write_file: WriteFile) -> None:

@@ -140,7 +140,7 @@ def edit_manifest_and_marker(run: SignedRun) -> None:
 
 
 def list_path(path: str) -> Callable[[SignedRun], None]:
-    """List one more file in the manifest, and adapt everything else."""
+    """List one more file in the manifest, and adapt the commit marker and the statement's subjects to it."""
 
     def edit(manifest: Any) -> None:
         manifest["files"].append({**manifest["files"][0], "path": path})

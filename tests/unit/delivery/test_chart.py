@@ -201,7 +201,7 @@ def test_isolation_values_reach_the_configuration_and_the_permissions(render: Re
     assert (off.secret, off.network_policy) == (False, False)
     assert {"core/secrets", "networking.k8s.io/networkpolicies"} & set(collect_verbs_by_resource(select_only_object(objects, "ClusterRole")["rules"])) == set()
     roles = {item["metadata"]["name"]: collect_verbs_by_resource(item["rules"]) for item in objects if item["kind"] == "Role"}
-    # Attempts that started with a Secret still ask for a token, so the operator may still read its key.
+    # The pods of attempts that started with a Secret still require a token. So the operator still needs the permission to read its key.
     assert (set(roles), roles["rel-finetune-operator-attempt-key"]) == (
         {"rel-finetune-operator-lease", "rel-finetune-operator-attempt-key"}, {"core/secrets": ["get"]},
     )  # fmt: skip

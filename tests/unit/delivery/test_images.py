@@ -96,7 +96,7 @@ def test_dockerfile_copies_only_lock_and_packages(root: Path, dockerfile: str, l
 
 
 def test_all_images_have_the_same_base_pinned_by_digest(root: Path) -> None:
-    """The local cluster pulls the same base if it can."""
+    """The local cluster also uses this base image if it can pull it."""
     bases = {re.findall(r"^ARG BASE=(\S+)$", (root / path).read_text("utf-8"), re.M)[0] for path in DOCKERFILES}
     (base,) = bases
     name, digest = re.fullmatch(r"(python):3\.11-slim-bookworm@(sha256:[0-9a-f]{64})", base).groups()

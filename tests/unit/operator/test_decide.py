@@ -119,7 +119,7 @@ PASSED_LIMITS = {
         status=RECOVERING_STATUS, pods=[pod(deletion_timestamp=at(0), job_uid="gone")], now=at(3600)
     ),
 }  # fmt: skip
-"""Facts in which a time limit has passed although the operator has nothing to do."""
+"""Facts in which a time limit has passed, but the operator need not do anything."""
 
 
 @pytest.mark.parametrize("case", PASSED_LIMITS)

@@ -92,7 +92,7 @@ def test_time_for_which_a_queue_suspends_the_job_is_not_running_time() -> None:
 
 
 def test_only_certain_running_time_counts_if_the_queue_suspended_the_job_unnoticed() -> None:
-    """While the operator was stopped, the queue may have suspended and resumed the Job several times. Only time in which the job ran may count."""
+    """While the operator was stopped, the queue may have suspended and resumed the Job several times. Only time in which the job certainly ran is counted."""
     old_status = status(
         attempt=1, attempts=[STARTED_ATTEMPT], progress={"step": 5, "updateTime": at(400).isoformat()},
         conditions=[condition(Condition.QUOTA_RESERVED, "True", "Progressing", 100)],

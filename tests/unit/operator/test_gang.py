@@ -56,7 +56,7 @@ def test_gang_in_a_queue_keeps_waiting() -> None:
 
 
 def test_gang_with_an_unreadable_spec_keeps_waiting() -> None:
-    """The spec may contain a longer start timeout, and the operator could not start a next attempt."""
+    """The unreadable spec may contain a longer start timeout, and the operator could not start another attempt from it."""
     observed = make_waiting_gang(1, now_seconds=1e6)
     unreadable = replace(observed.job, spec={**GANG_SPEC, "newer": {"field": 1}})
     plan = decide(replace(observed, job=unreadable, acceptance=accept(unreadable.spec, CONFIG)))

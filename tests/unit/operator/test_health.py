@@ -55,7 +55,7 @@ def test_one_stalled_watch_makes_the_process_unhealthy() -> None:
     async def scenario() -> list[str]:
         process = Process()
         await asyncio.sleep(5000)
-        problems = [process.health.find_liveness_problem()]  # kopf has not started its watches, because the first lists may take long
+        problems = [process.health.find_liveness_problem()]  # kopf has not started its watches, because the first lists can take long
         process.monitor.start()
         for _ in range(20):  # kopf sends a new watch request each minute, even if no events arrive
             await asyncio.sleep(60)

@@ -152,14 +152,14 @@ def build_preparation_pod(cache: str, **groups: Any) -> Object:
 
 @pytest.mark.parametrize("cache", ["node", "none"])
 def test_a_preparation_pod_does_not_mount_the_cache_of_a_node(cache: str) -> None:
-    """Its node is not the node of the training pods, so it downloads no weights."""
+    """A preparation pod may run on another node than the training pods. So it does not fill the cache of its node, and downloads no weights."""
     pod = build_preparation_pod(cache, placement={"nodeSelector": {"zone": "a"}})
     assert "initContainers" not in pod and get_volumes(pod) == [] and "nodeSelector" not in pod
     assert "FINETUNE_CLAIM_CACHE" not in {variable["name"] for variable in pod["containers"][0]["env"]}
 
 
 def test_a_preparation_fills_the_cache_in_a_claim() -> None:
-    """It runs on the nodes of the training pods, because its pod may be the first that mounts the claim."""
+    """The preparation runs on the nodes of the training pods, because its pod may be the first that mounts the claim."""
     pod = build_preparation_pod("pvc://models/$(HF_TOKEN)", placement={"nodeSelector": {"zone": "a"}})
     (container,) = pod["containers"]
     assert "initContainers" not in pod and pod["nodeSelector"] == {"zone": "a"}
@@ -186,7 +186,7 @@ def test_default_cache_depends_on_configuration_namespace_and_model_source(cache
 
 @pytest.mark.parametrize(("cache", "expected"), [({"default": "pvc://new"}, "pvc://new"), ({"default": "node", "node": NODE}, "node"), (None, None)])
 def test_next_attempt_uses_the_current_default_cache(cache: Object | None, expected: str | None) -> None:
-    """It does not keep the first attempt's cache, because this claim may no longer exist."""
+    """The next attempt does not keep the cache of the first attempt, because the claim of that cache may no longer exist."""
     first, _ = build_job_body(spec(), make_config({"default": "pvc://old"}))
     later = accept(spec(), make_config(cache), FirstAttempt(first.defaults, first.spec_sha256), namespace="team")
     assert isinstance(later, AcceptedSpec)

@@ -140,7 +140,7 @@ def test_limit_of_a_deferral_grows_with_the_number_of_deferred_jobs(job_count: i
     assert throttle.compute_first_status_due_at(jobs[0]) == 50.0 + limit_seconds
     for pending in jobs[1:]:
         throttle.record_write(pending, 60.0)
-    assert throttle.compute_first_status_due_at(jobs[0]) == 50.0 + limit_seconds  # a limit never falls
+    assert throttle.compute_first_status_due_at(jobs[0]) == 50.0 + limit_seconds  # the limit of a deferral does not fall when fewer jobs are deferred
     throttle.defer_first_status(jobs[-1], 70.0)
     assert throttle.compute_first_status_due_at(jobs[-1]) == 70.0 + MIN_DEFER_LIMIT_SECONDS
 

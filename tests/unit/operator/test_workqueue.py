@@ -99,7 +99,7 @@ async def test_namespace_with_thousands_of_jobs_does_not_delay_another_namespace
 
 
 async def test_namespace_that_returns_to_the_queue_at_once_does_not_take_all_turns(clock: Clock) -> None:
-    """A job that each of its reconciles queues again takes turns with the jobs of another namespace."""
+    """A job that is queued again during each of its reconciles takes turns with the jobs of another namespace."""
     queue = WorkQueue(clock)
     queue.add(A)
     for number in range(3):

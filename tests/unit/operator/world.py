@@ -58,7 +58,7 @@ class SimulatedCluster:
     attempt_of_step: dict[int, int] = field(default_factory=dict)
     """The attempt that committed the checkpoint, by step."""
     start_limits: dict[str, tuple[int | None, int | None]] = field(default_factory=dict)
-    """Newest step from which an attempt may start, and the first attempt to whose checkpoints this limit does not apply, by the uid of its Job."""
+    """For the uid of each Job: the newest step from which its attempt may start, and the first attempt to whose checkpoints this limit does not apply."""
     start_steps_by_pod: dict[str, int] = field(default_factory=dict)
     """Step from which each pod started, by uid."""
     steps_by_pod: dict[str, int] = field(default_factory=dict)

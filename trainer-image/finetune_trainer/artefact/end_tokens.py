@@ -14,7 +14,7 @@ from typing import Any
 from finetune_trainer.data.rows import IGNORED_LABEL
 
 MIN_SHARE = 0.01
-"""A token is an end token only if it ends at least this share of the answers. Otherwise, the last token of a truncated answer would be one."""
+"""A token is an end token only if it ends at least this share of the answers. Without this limit, the last token of a truncated answer would count as one."""
 MAX_ROWS = 2000
 """Largest number of training rows that are read."""
 

@@ -30,7 +30,7 @@ def write_generation_files(folder: Path, base: Path, model_config: Any, tokenize
     settings.eos_token_id = ids[0] if len(ids) == 1 else ids or None
     if settings.pad_token_id is None:
         settings.pad_token_id = tokenizer.pad_token_id
-    # `save_pretrained` would refuse settings that contradict each other, which some published models have.
+    # Some published models have settings that contradict each other. `save_pretrained` would refuse to write such settings.
     settings.to_json_file(folder / GENERATION_FILE)
     copy_end_tokens_to_model_config(folder)
     if end_ids and tokenizer.eos_token_id not in end_ids and "eos_token" not in str(tokenizer.chat_template or ""):

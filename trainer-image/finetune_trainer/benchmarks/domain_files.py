@@ -47,7 +47,7 @@ class DomainQuestion:
 def find_domain_files(folder: Path) -> dict[str, Path]:
     """Return the domain files of a folder by domain. The file of `medical` is `domain_medical.json`.
 
-    If no file of the folder begins with `domain_`, it is `medical.json`.
+    If no file name in the folder begins with `domain_`, the file of `medical` is `medical.json`.
     """
     files = sorted(folder.glob(f"{DOMAIN_FILE_PREFIX}*.json")) or sorted(folder.glob("*.json"))
     return {path.stem.removeprefix(DOMAIN_FILE_PREFIX): path for path in files}

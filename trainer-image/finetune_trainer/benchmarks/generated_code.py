@@ -20,7 +20,7 @@ from finetune_api.errors import ConfigError
 HUMANEVAL_TASK = "humaneval"
 HUMANEVAL_DATASET = "openai/openai_humaneval"
 STOP_TEXTS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
-"""A completion is cut before the first of these texts, as in the original benchmark."""
+"""A completion is cut before the first place where one of these texts occurs, as in the original benchmark."""
 MAX_NEW_TOKENS = 512
 TIME_LIMIT_SECONDS = 10.0
 MEMORY_LIMIT_BYTES = 2 << 30

@@ -113,9 +113,10 @@ def _measure_task(loaded: LoadedModel, task: BenchmarkTask) -> TaskRecord:
 
 
 def _task_manager(task: BenchmarkTask) -> Any:
-    """Return the harness's index of task definitions: those in the benchmark's folder or, for a bundled task, those in the harness's folder of it.
+    """Return the harness's index of the task definitions in one folder.
 
-    An index of all 14,000 definitions of the harness would take 10 s.
+    This is the benchmark's folder if it defines the task. Otherwise, it is the folder of the harness that defines the task. An
+    index of all 14,000 definitions of the harness would take 10 s.
     """
     import lm_eval.tasks
 

@@ -25,7 +25,7 @@ class BenchmarkTask:
     kind: BenchmarkKind
     benchmark: Benchmark
     field: str
-    """The benchmark's entry of the spec, for messages, such as `evaluation.benchmarks[0]`."""
+    """Path of the benchmark in the spec, such as `evaluation.benchmarks[0]`. Messages name it."""
     name: str
     """Name of the task or domain."""
     folder: Path | None

@@ -67,7 +67,7 @@ class FinishedTasks:
     def _path(self, task: BenchmarkTask) -> Path:
         """Return the path of a task's record. The name is a hash of all inputs of the task except the model.
 
-        The supervisor only restores records of the same model.
+        The hash need not depend on the model, because the supervisor restores only records of the same model.
         """
         settings = task.benchmark.model_dump(mode="json", exclude={"tasks", "compare_with_base"})
         identity = json.dumps([settings, task.name, task.uses_base, _list_file_sizes(task.folder)], sort_keys=True)
@@ -75,7 +75,7 @@ class FinishedTasks:
 
 
 def _list_file_sizes(folder: Path | None) -> list[tuple[str, int]]:
-    """Return the paths and sizes of all files below a folder, which change if the folder's contents change."""
+    """Return the paths and sizes of all files below a folder. If the contents change, paths or sizes usually change too."""
     return sorted((path.relative_to(folder).as_posix(), path.stat().st_size) for path in folder.rglob("*") if path.is_file()) if folder else []
 
 

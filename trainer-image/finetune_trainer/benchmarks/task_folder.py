@@ -192,7 +192,7 @@ def _require_no_code(folder: Path, field: str, reader: _DefinitionReader) -> Non
 
 
 def _find_code(value: Any) -> Iterator[str]:
-    """Yield what each setting that would run code does, such as `calls the Python function f`."""
+    """For each setting that would run code, yield what the setting does, such as `calls the Python function f`."""
     match value:
         case _CodeReference():
             yield f"calls the Python function {value}"
@@ -214,7 +214,7 @@ def _find_code(value: Any) -> Iterator[str]:
 
 
 def _settings_with_data(settings: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Yield the settings of each task that names a data set: of the task in a file, or of the tasks that a group defines in its own file."""
+    """Yield the settings of each task that names a data set. `settings`: the settings of a task, or of a group, which may define tasks itself."""
     if "dataset_path" in settings:
         yield settings
     members = settings.get("task")
@@ -224,7 +224,7 @@ def _settings_with_data(settings: Mapping[str, Any]) -> Iterator[Mapping[str, An
 
 
 def _check_data(folder: Path, field: str, file: str, settings: Mapping[str, Any]) -> None:
-    """Check that a task only loads data from the folder. `settings`: those of the task. Errors: ConfigError BenchmarkDataMissing."""
+    """Check that a task only loads data from the folder. `settings`: the settings of the task. Errors: ConfigError BenchmarkDataMissing."""
     dataset, options = str(settings["dataset_path"]), settings.get("dataset_kwargs") or {}
     for text in _find_texts(options):
         if not _is_in_folder(text):

@@ -1,6 +1,6 @@
 """Parses the URI of a job, of one checkpoint or of the final model, and downloads the committed files.
 
-One checkpoint or the model is found without a listing, because the key of its marker follows from the URI.
+No listing of storage is needed to find a single checkpoint or the model, because the key of its marker follows from the URI.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ def download_committed(
 ) -> str | None:  # fmt: skip
     """Download the needed files and compare them with the manifest. Return the first problem, or None.
 
-    Before the download, `check_space` is called with the size of these files in bytes. `is_needed` returns whether the file with a path is needed.
+    Before the download, `check_space` is called with the size of these files in bytes. `is_needed` gets the path of a file, and returns
+    whether the file is needed.
     """
     manifest = tree.read_manifest(checkpoint)
     if manifest is None:

@@ -54,7 +54,7 @@ class BackgroundWriter:
             yield
 
     def run_after_files(self, task: Callable[[], object]) -> None:
-        """Run `task` after the files that were saved before this call are written. Without a current checkpoint, run it at once.
+        """Run `task` after the files that were saved before this call are written. If no checkpoint is being saved, run `task` at once.
 
         Tasks run in the order in which they were added.
         """

@@ -1,4 +1,4 @@
-"""The callbacks of the HF Trainer in each rank. They report progress, stage checkpoints and stop the run at the agreed step.
+"""The callbacks of the HF Trainer in each rank. They report progress, stage checkpoints and stop the run at the step on which all ranks agreed.
 
 The Trainer must call these callbacks after all other callbacks. A checkpoint includes the sums of the current logging window (`window`),
 so that a resumed run logs the same values as an uninterrupted run. If a loss or weight is not finite, the run ends before the

@@ -2,8 +2,8 @@
 
 A checkpoint is downloaded only if it is trusted (`find_reason_for_distrust`). Every file is hashed during the download, and the hash is
 compared with the manifest. A damaged or forged checkpoint is reported, and the previous checkpoint is tried. If the job had made progress and no
-checkpoint can be loaded, the pod exits with 73 instead of starting from zero. A checkpoint is used even if it is not marked healthy, because the pod may
-have ended before it could set the mark. A checkpoint whose loss is not finite is never saved. After a rollback, checkpoints later than
+checkpoint can be loaded, the pod exits with 73 instead of starting from zero. A checkpoint is used even if it is not marked healthy, because the pod that
+saved it may have ended before it could set the mark. A checkpoint whose loss is not finite is never saved. After a rollback, checkpoints later than
 `resume.maxStep` are skipped.
 """
 
@@ -114,7 +114,8 @@ def find_reason_for_distrust(tree: CheckpointTree, candidate: CommittedCheckpoin
     """Return why a checkpoint in the job's own folder may be forged, or None if it is trusted. Only trusted checkpoints are downloaded.
 
     `known_checkpoints` has the sha256 of the manifest of each checkpoint in the job's status. A checkpoint that is not in the status is trusted if it is
-    signed with the job's key. Without a key, or if the strategy's checkpoints cannot contain code, it is trusted too, so that no progress is lost.
+    signed with the job's key. Without a key, or if the strategy's checkpoints cannot contain code, such a checkpoint is trusted
+    too, so that no progress is lost.
     """
     address, sha256 = tree.uri(candidate.folder), candidate.marker.manifest_sha256
     known_sha256 = resume_config.known_checkpoints.get("/".join(candidate.folder.split("/")[-2:]))
@@ -251,7 +252,7 @@ INPUTS_THAT_MUST_MATCH = ("tokenizer", "reference model", "adapter", TRAINING_IM
 def check_compatible(saved_facts: RunFacts, run_facts: RunFacts, uri: str) -> None:
     """Check that the run may continue from a checkpoint. `saved_facts` are the facts in the checkpoint, `run_facts` those of this run.
 
-    Errors: ConfigError `CheckpointIncompatible` if the two differ in something that a resumed run must not change.
+    Errors: ConfigError `CheckpointIncompatible` if the two runs differ in a fact or input that a resumed run must not change.
     """
     for name, word in FACTS_THAT_MUST_MATCH.items():
         saved_value, run_value = getattr(saved_facts, name), getattr(run_facts, name)

@@ -22,8 +22,8 @@ MEMORY_RESERVE_BYTES = 256 * 1024 * 1024
 OPTIMIZER_BYTES_PER_PARAMETER = 8
 """Bytes of optimizer state for each trained parameter (Adam's two moments), to estimate the size of the first checkpoint."""
 SHARDED_MEMORY_FACTOR = 2
-"""Factor by which sharded training needs more host memory: FSDP gathers weights and optimizer state in host memory before they are copied. DeepSpeed
-also copies the optimizer state, and saves its own 32-bit weights."""
+"""Host memory that sharded training needs, divided by the size of the copied state: FSDP gathers weights and optimizer state in host memory before
+they are copied. DeepSpeed also copies the optimizer state, and saves its own 32-bit weights."""
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 An incarnation is one start of an attempt (`a2-1f3c9a2b`: attempt 2, begun in pod 1f3c9a2b). Each incarnation writes to its own folder, so that
 the files of two incarnations never mix. A commit writes the data and then
 the manifest, checks that every object exists with the right size, and creates the marker last, on condition that no marker
-exists. If a marker exists and names this incarnation's manifest, an earlier request succeeded, but its response was lost. If an existing
-marker names another manifest, this incarnation is fenced out and must end.
+exists. If the existing marker names this incarnation's manifest, an earlier request of this incarnation created it, but the response was lost.
+If the existing marker names another manifest, this incarnation is fenced out and must end.
 """
 
 from __future__ import annotations
@@ -385,7 +385,7 @@ class CheckpointTree:
     def _find_unreferenced_keys(self, folder_key: str, keys: list[str]) -> list[str]:
         """Return the keys among `keys` that do not belong to the committed checkpoint or model.
 
-        The marker is read even if `keys` does not contain it, because some listings are out of date.
+        The marker is read even if `keys` does not contain it, because some stores list new objects only after a delay.
         """
         marker_key = join_key(folder_key, Storage.COMMITTED)
         keys = [key for key in keys if key != join_key(folder_key, Storage.PROMOTED)]

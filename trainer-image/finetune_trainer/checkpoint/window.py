@@ -31,7 +31,8 @@ from finetune_trainer.library_internals import (
 WINDOW_FILE = "window-{rank}.json"
 TRAIN_MODE = "train"
 STORED_SUM_NAMES = {"trained": "learned", "positions": "places", "correct_letters": "right"}
-"""The stored name of each sum that was renamed after version 0.1.0. Checkpoints keep the old names, because either version may read them."""
+"""The stored name of each sum that was renamed after version 0.1.0. Checkpoints keep the old names, so that both older and newer
+versions can read them."""
 CURRENT_SUM_NAMES = {stored: name for name, stored in STORED_SUM_NAMES.items()}
 
 
@@ -68,7 +69,7 @@ class LoggingWindow:
         (checkpoint_folder / WINDOW_FILE.format(rank=self._rank)).write_text(json.dumps(sums.to_wire()))
 
     def read(self, checkpoint_folder: Path) -> None:
-        """Restore the sums from a checkpoint. If an earlier version saved it without sums, the window starts empty."""
+        """Restore the sums from a checkpoint. If an earlier version saved the checkpoint without sums, the window starts empty."""
         files = sorted(checkpoint_folder.glob(WINDOW_FILE.format(rank="*")))
         all_sums = [WindowSums.model_validate(json.loads(file.read_text())) for file in files]
         if not all_sums:

@@ -99,8 +99,8 @@ def check_files(run: RunConfig, inputs: Inputs) -> DataSummary:
 def load(run: RunConfig, inputs: Inputs, *, training_rows: int | None = None) -> LoadedData:
     """Read the examples of a run into memory. Errors: see `check_files`.
 
-    `training_rows`: number of training rows to return; None for all. With a number, the files are read twice, so that the remaining training
-    rows are never in memory.
+    `training_rows`: number of training rows to return; None for all. If a number is given, the files are read twice, so that the
+    remaining training rows are never in memory.
     """
     reader = RowReader(run, inputs)
     if training_rows is None:
@@ -296,7 +296,7 @@ class SourceReader:
         self.images = ImageReader(self.spec.images or Images(), image_root) if is_vision_language(run.spec) else None
         """None for a text model."""
         self.image_names = summary.training_images
-        """The dictionary to which `read_examples` adds the image files of its rows. The values are their names."""
+        """The dictionary to which `read_examples` adds the image files of its rows, each with its name as the value."""
         self.trainer_type = run.spec.trainer.type or TrainerType.SFT
         self.skips_bad_rows = self.spec.bad_rows is BadRows.SKIP
 

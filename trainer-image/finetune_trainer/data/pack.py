@@ -1,7 +1,7 @@
 """Stage 7, pack: put several rows into one sequence with best-fit decreasing bin packing over all rows.
 
-The longest row is placed first. Each row goes into the fullest bin that still has enough space; a bin holds `capacity` tokens.
-Position ids restart at 0 in each row of a sequence. This prevents attention between the rows. A row in a sequence is called a document.
+The longest row is placed first. Each row goes into the fullest bin that still has enough space; a bin holds `bin_capacity` tokens.
+Position ids restart at 0 in each row of a sequence, so that the tokens of a row do not attend to another row. A row in a sequence is called a document.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PACKED_COLUMNS = {"input_ids": ColumnType.TOKENS, "labels": ColumnType.TOKENS, "
 def pack(row_lengths: Sequence[int], bin_capacity: int) -> list[list[int]]:
     """Return the row indices of each bin, in a deterministic order. No row may be longer than `bin_capacity`.
 
-    Cost: O(n log n) time for n rows, and O(capacity) additional memory.
+    Cost: O(n log n) time for n rows, and O(bin_capacity) additional memory.
     """
     bins_by_space: dict[int, list[int]] = {}
     free_spaces: list[int] = []

@@ -439,7 +439,7 @@ def _identify_tokenizer(inputs: Inputs, tokenizer: Any) -> Any:
 
 
 def template_writes_date(tokenizer: Any) -> bool:
-    """Whether the chat template can write the current date. Pods do not share such rows, because the same data gives other rows on another day."""
+    """Whether the chat template can write the current date. If it can, pods do not share rows, because on another day the same data gives other rows."""
     return DATE_FUNCTION in str(tokenizer.chat_template)
 
 

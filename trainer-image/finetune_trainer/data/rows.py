@@ -62,7 +62,7 @@ class Turn:
     weight: int = 1
     extra: Mapping[str, Any] = field(default_factory=dict)
     parts: tuple[str | GivenImage | ImageFile, ...] = ()
-    """Texts and images of a message with images, in order. `content` then joins the texts. Empty for a message without images."""
+    """Texts and images of a message with images, in order. `content` then holds all these texts, joined. Empty for a message without images."""
 
     def to_message(self, *, has_content_parts: bool = False) -> dict[str, Any]:
         """Return the message in the form that chat templates expect. `has_content_parts`: whether the template reads the content as a list of parts."""

@@ -109,7 +109,7 @@ class _CountedFile:
 
 @dataclass
 class ShardWriter:
-    """Writes batches to the shards `<folder>/<name>/00000.arrow` and so on. It is a context manager, whose end closes the last shard."""
+    """Writes batches to the shards `<folder>/<name>/00000.arrow` and so on. Use it as a context manager: the end of the context closes the last shard."""
 
     folder: Path
     name: str
@@ -182,7 +182,7 @@ def row_lengths(batch: pyarrow.RecordBatch) -> numpy.ndarray[Any, Any]:
 
 
 def batch_ranges(lengths: numpy.ndarray[Any, Any], max_rows: int = ROWS_PER_BATCH) -> Iterator[tuple[int, int]]:
-    """Divide rows into batches of limited size. Yields the first row of each batch, and the row after its last.
+    """Divide rows into batches of limited size. For each batch, yields the index of its first row, and the index after its last row.
 
     `lengths`: the number of tokens of each row.
     """

@@ -23,7 +23,7 @@ CharSpan = tuple[int, int]
 _SENTINEL_TEXT = "\ue000\ue001\ue002"
 """Characters from a private-use area of Unicode. No tokenizer, template or data set should contain them."""
 TEMPLATE_TIMEOUT_SECONDS = 60.0
-"""Time limit for one run of a chat template. A long conversation takes milliseconds."""
+"""Time limit for one run of a chat template. Rendering a long conversation takes only milliseconds."""
 _GENERATION_TAG_PATTERN = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
@@ -109,7 +109,7 @@ def _render_plain(example: Conversation, options: RenderOptions) -> Rendered:
 
 
 def _spans_outside(untrained_spans: Sequence[CharSpan], text: str) -> tuple[CharSpan, ...]:
-    """Return the spans of the text between `untrained_spans`."""
+    """Return the spans of the text that are not in `untrained_spans`."""
     ends = [0, *(end for span in untrained_spans for end in span), len(text)]
     return tuple((start, end) for start, end in zip(ends[::2], ends[1::2], strict=True) if end > start)
 

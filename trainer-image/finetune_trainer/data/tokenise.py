@@ -1,8 +1,8 @@
 """Stage 6, tokenise: convert texts to token ids and labels, and count them.
 
 A text from a chat template already contains its special tokens, so the tokenizer adds none. The label of a token that
-overlaps a trained span is the token's id; all other labels are -100. The id of a token does not affect which label it gets, so the end token is trained on
-even if the pad token has the same id.
+overlaps a trained span is the token's id; all other labels are -100. Whether a token is trained on does not depend on its id, so the
+end token is trained on even if the pad token has the same id.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def fit_row(row: EncodedRow, options: TokeniseOptions) -> FittedRow | RejectedRo
 
 
 def no_row_left_error(dropped: int, answerless: int, max_length: int) -> DataError:
-    """Return the error for a split that has no row left to train on. `dropped`, `answerless`: the numbers of rows left out for these reasons."""
+    """Return the error for a split that has no row left to train on. `dropped`, `answerless`: see `TokenReport`."""
     return DataError(
         "NoTrainableToken", f"no row is left to train on: {dropped} are too long, {answerless} have no answer after truncation",
         hint=f"raise dataset.maxSequenceLength (now {max_length}), or shorten the rows",
@@ -176,7 +176,7 @@ def make_labels(ids: Sequence[int], offsets: Sequence[tuple[int, int]], spans: S
 
 @dataclass(frozen=True)
 class BoundaryTokens:
-    """The rules for the beginning token and the end token of a row. Each is written at most once, even if both template and tokenizer add it."""
+    """The rules for the beginning token and the end token of a row. A row gets each of the two at most once, even if both template and tokenizer add it."""
 
     bos_id: int | None
     eos_id: int | None
@@ -224,7 +224,7 @@ class BoundaryTokens:
             ids, labels = [self.bos_id] * count + ids[leading_count:], [IGNORED_LABEL] * count + labels[leading_count:]
         if self.eos_id is not None and not self._has_end_token(ids, is_templated):
             last = self._last_nonblank_index(ids)
-            is_trained = last < 0 or labels[last] != IGNORED_LABEL  # The end token of an untrained answer gets no label.
+            is_trained = last < 0 or labels[last] != IGNORED_LABEL  # If the answer is not trained on, its end token is not trained on either.
             ids, labels = [*ids, self.eos_id], [*labels, self.eos_id if is_trained else IGNORED_LABEL]
         return ids, labels
 

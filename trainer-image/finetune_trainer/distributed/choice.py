@@ -11,7 +11,7 @@ from finetune_trainer.inputs import Inputs
 
 
 def choose_strategy(run: RunConfig, hardware: Hardware, inputs: Inputs, world_size: int) -> DistributedStrategy:
-    """Choose the strategy of a run. Errors: ConfigError if a combination cannot run or a configuration file contradicts the spec."""
+    """Choose the strategy of a run. Errors: ConfigError if the settings cannot be combined, or if a configuration file contradicts the spec."""
     strategy_type = run.spec.distributed.strategy or (StrategyType.DDP if world_size > 1 else StrategyType.NONE)
     match strategy_type:
         case StrategyType.FSDP:

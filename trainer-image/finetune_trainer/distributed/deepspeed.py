@@ -277,7 +277,7 @@ def _reduce_rows(rows: int, steps: int, limit: float, merge: FileMerge, run: Run
     """Return the largest allowed divisor of the micro-batch `rows` that is at most `limit`.
 
     If all allowed divisors are above the limit, return the smallest one; if no divisor is allowed, return `rows`. A divisor that breaks a
-    rule of the API is not allowed, because the job must not fail after an out-of-memory error because of the adapted value.
+    rule of the API is not allowed. Otherwise, the attempt after an out-of-memory error would fail because of the adapted value.
     """
     divisors = [
         divisor
@@ -520,7 +520,7 @@ class Deepspeed(DistributedStrategy):
         return arguments
 
     def verify_active(self, trainer: Any) -> str:
-        """Check also the engine's stage, its ranks and the number of sharded parameters. Errors: InternalError StrategyNotActive."""
+        """In addition to the strategy, check the engine's stage, its ranks and the number of sharded parameters. Errors: InternalError StrategyNotActive."""
         name = super().verify_active(trainer)
         engine = trainer.deepspeed
         stage, ranks = engine.zero_optimization_stage(), engine.world_size

@@ -217,7 +217,7 @@ def _read_wrap_policy(fsdp_config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _find_spec_value(file_value: Any, values_by_name: dict[str, Any], key: str) -> Any:
-    """Return the spec's value for the file's value of `key`; None if the file has none. Errors: ConfigError ConfigFileInvalid."""
+    """Return the spec's value for the file's value of `key`; None if the file does not set the key. Errors: ConfigError ConfigFileInvalid."""
     if file_value is None:
         return None
     text = str(file_value)
@@ -270,7 +270,7 @@ class Fsdp(DistributedStrategy):
     def on_accelerator_created(self, trainer: Any) -> None:
         """Enable FSDP on a CPU, because accelerate enables it only on GPUs. In 16-bit training, let the ranks add up gradients in 32 bits.
 
-        By default, accelerate would add up gradients and round the loss in 16 bits. DDP adds up gradients in 32 bits.
+        By default, accelerate would add up gradients in 16 bits, and round the loss to 16 bits. DDP adds up gradients in 32 bits.
         Errors: ConfigError ConfigFileInvalid for layer classes that the model does not have.
         """
         self._require_layers(trainer.model)
@@ -303,7 +303,7 @@ class Fsdp(DistributedStrategy):
             )  # fmt: skip
 
     def verify_active(self, trainer: Any) -> str:
-        """Check also that every parameter is sharded over all ranks. Errors: InternalError StrategyNotActive."""
+        """In addition to the strategy, check that every parameter is sharded over all ranks. Errors: InternalError StrategyNotActive."""
         from torch.distributed.tensor import DTensor
 
         parameters = dict(trainer.model.named_parameters())
@@ -331,7 +331,7 @@ def _sharded_checkpoints_mixin() -> type:
     class ShardedCheckpoints(OpenTrainer):
         """Saves the weights unsharded in a plain folder, and the optimizer state in shards unless the spec requests `stateDict: full`.
 
-        transformers 5.23 saves either both unsharded or both in shards, and no library loads sharded weights as a model.
+        transformers 5.23 saves weights and optimizer state either both unsharded or both in shards, and no library loads sharded weights as a model.
         """
 
         strategy: Fsdp
@@ -376,9 +376,9 @@ def _sharded_checkpoints_mixin() -> type:
 
         @contextmanager
         def _optimizer_layout(self, plugin: Any, checkpoint: str | None = None) -> Iterator[None]:
-            """Set accelerate's state dict type for the optimizer within the context, because accelerate has one setting for model and optimizer.
+            """Within the context, set accelerate's state dict type to the type for the optimizer, because accelerate has one setting for model and optimizer.
 
-            Without `checkpoint`, the spec decides the type; with it, the files of the checkpoint.
+            If `checkpoint` is given, its files decide the type. Otherwise, the spec decides it.
             """
             is_sharded = self.strategy.options.state_dict is FsdpStateDict.SHARDED
             if checkpoint is not None:

@@ -1,6 +1,7 @@
 """Compares two models on the same rows: the difference of a metric and its confidence interval.
 
-The test rows are a sample of all possible rows, so a different test set would give a different difference. The interval shows how far the two may lie apart.
+The test rows are a sample of all possible rows, so another test set would give another difference. The interval shows which differences over all
+possible rows are plausible.
 Both models answer the same rows. So each resample draws rows together with the results of both models (paired bootstrap). The module needs
 only numpy, and equal inputs give equal results.
 

@@ -37,7 +37,7 @@ class MeasuredMetric(Protocol):
 
 @dataclass(frozen=True)
 class PairedSums:
-    """The summands of each row, for both models, for a metric that is computed from sums over rows.
+    """What each row adds to the sums from which a metric is computed, for both models.
 
     Both arrays have the shape (rows, number of sums).
     """
@@ -112,7 +112,7 @@ def _compare_with_base(
 ) -> GateResult:
     """Return whether the trained model is, with the required confidence, worse than the base model by at most the margin.
 
-    The result follows from a one-sided bound. With confidence 0.95, it is one end of the two-sided interval with confidence 0.90.
+    The result follows from a one-sided bound. With confidence 0.95, this bound is one end of the two-sided interval with confidence 0.90.
     """
     margin, confidence = value_or_default(requirement, "margin"), value_or_default(requirement, "confidence")
     comparison = compare_metric(trained, base, sums, 2 * confidence - 1)

@@ -231,7 +231,7 @@ class Judge:
         return response
 
     def _permanent_error(self, error: Any) -> Exception:
-        """Return the error for a request that would fail again. It omits the endpoint's text, which may contain a part of the API key."""
+        """Return the error for a request that would fail again if repeated. The error omits the endpoint's text, which may contain a part of the API key."""
         host = urlsplit(self.settings.base_url).hostname or "the judge's endpoint"
         if error.status_code in (401, 403):
             return CredentialsError(
@@ -297,8 +297,8 @@ def parse_verdict(text: str | None, verdict: type[Verdict]) -> Verdict:
 def factual_correctness(judge: Judge, predictions: Sequence[Prediction]) -> MetricValue:
     """Return the F1 of the claims in the answer and in the correct answer, from 0 to 1.
 
-    The F1 is 2 TP / (2 TP + FP + FN). TP is the number of the answer's claims that the correct answer supports, FP the number of its other
-    claims, and FN the number of claims of the correct answer that the answer does not support.
+    The F1 is 2 TP / (2 TP + FP + FN). TP is the number of the answer's claims that the correct answer supports, FP the number of the
+    answer's other claims, and FN the number of claims of the correct answer that the answer does not support.
     Source: Ragas `FactualCorrectness(mode="f1")`.
     """
 
@@ -336,8 +336,8 @@ def answer_accuracy(judge: Judge, predictions: Sequence[Prediction]) -> MetricVa
 def answer_relevancy(judge: Judge, predictions: Sequence[Prediction]) -> MetricValue:
     """Return how well the answers fit the questions, from -1 to 1. Correct answers are not needed.
 
-    For each row, the judge writes questions that the answer answers. The score is the mean cosine between their embeddings and that of the
-    real question. A noncommittal or empty answer scores 0. Source: Ragas `ResponseRelevancy`.
+    For each row, the judge writes questions that the answer answers. The score is the mean cosine between the embeddings of these questions and
+    the embedding of the real question. A noncommittal or empty answer scores 0. Source: Ragas `ResponseRelevancy`.
     """
     if judge.settings.embedding_model is None:
         return MetricValue.missing("answer relevancy needs the judge's embedding model: set evaluation.judge.embedding")

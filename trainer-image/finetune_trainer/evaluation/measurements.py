@@ -47,7 +47,7 @@ class Measurements(LenientModel):
     end_token_ids: list[int] = Field(default_factory=list, description="Ids of the tokens that end an answer.")
 
     def with_values(self, values: Mapping[str, MetricValue]) -> Self:
-        """Return a copy of the measurements whose metrics are replaced with these."""
+        """Return a copy of the measurements with `values` in place of the metrics."""
         stored = {name: StoredMetric(value=value.value, reason=value.reason, rows=value.rows) for name, value in values.items()}
         return self.model_copy(update={"metrics": stored})
 

@@ -12,9 +12,9 @@ from finetune_trainer.evaluation.predictions import PREDICTION_KEYS, Prediction,
 from finetune_trainer.evaluation.values import MetricValue
 
 SUMMARY_NAMES = {"bleu": "bleu_score", "rougeL": "rouge_score(mode=fmeasure)"}
-"""Names in `evaluation_summary.json` that are not the metric's name in snake case. Ragas uses the same names."""
+"""Names of metrics in `evaluation_summary.json`, by metric. All other metrics have their name in snake case. Ragas uses the same names."""
 RESULT_NAMES = {"rouge1": "rouge1_f", "rouge2": "rouge2_f", "rougeL": "rougeL_f"}
-"""Names in `evaluation_results.json` that are not the metric's name in snake case."""
+"""Names of metrics in `evaluation_results.json`, by metric. All other metrics have their name in snake case."""
 REASONS_KEY = "reasons"
 """Key in `evaluation_results.json` of the object with the reasons."""
 MAX_CELL_LENGTH = 32_767

@@ -69,8 +69,8 @@ def _limit_score(score: float, maximum: float) -> float:
 class _RougeTokenizer:
     """Splits a text into lower-case words, and stems English words longer than three letters.
 
-    For ASCII text, the tokens are those of rouge-score's own tokenizer with `use_stemmer=True`. Its own tokenizer is not used, because it
-    removes all letters outside of ASCII, and equal answers in Greek or Chinese would score 0.
+    For ASCII text, the tokens are those of rouge-score's own tokenizer with `use_stemmer=True`. rouge-score's tokenizer is not used,
+    because it removes all letters outside of ASCII, so that equal answers in Greek or Chinese would score 0.
     """
 
     def __init__(self) -> None:
@@ -288,6 +288,9 @@ def _reasons_without_reference(predictions: Sequence[Prediction]) -> dict[int, s
 
 
 def _unscored_reason(predictions: Sequence[Prediction], reasons: Mapping[int, str] | None = None) -> str | None:
-    """Return a sentence about the rows without a score; None if all rows have one. `reasons`: by row index; None for missing correct answers."""
+    """Return a sentence about the rows without a score; None if all rows have one.
+
+    `reasons`: why rows have no score, by row index. None: these are the rows without a correct answer.
+    """
     reasons = _reasons_without_reference(predictions) if reasons is None else reasons
     return f"{len(reasons)} of {len(predictions)} rows are not scored (first: {next(iter(reasons.values()))})" if reasons else None

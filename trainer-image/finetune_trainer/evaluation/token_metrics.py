@@ -202,7 +202,7 @@ class TokenCounts:
         return float((ratios * self.label_counts).sum())
 
     def _share(self, weighted_sum: Callable[[], float]) -> MetricValue:
-        """Return `weighted_sum()` divided by the number of counted tokens. It is not called if no token counts."""
+        """Return `weighted_sum()` divided by the number of counted tokens. It is not called if no tokens are counted."""
         return MetricValue(weighted_sum() / self.tokens) if self.tokens else MetricValue.missing(NO_TOKENS)
 
 
@@ -227,7 +227,7 @@ class RowCounts:
             self._predicted.append(predicted.int().numpy())
 
     def sums(self) -> list[list[float]]:
-        """Return the sums `TOKEN_SUMS` of each row; an empty list if no token counts."""
+        """Return the sums `TOKEN_SUMS` of each row; an empty list if no tokens are counted."""
         if not any(tokens for _, tokens, _ in self._sums):
             return []
         row_lengths = [len(row) for row in self._labels]

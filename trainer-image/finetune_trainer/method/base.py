@@ -77,7 +77,7 @@ class Method:
         self.context = context
 
     def before_load(self) -> tuple[str, ...]:
-        """Return the names of the modules to leave unquantised when the base model is loaded. The hook may read the unquantised weights for this."""
+        """Return the names of the modules to leave unquantised when the base model is loaded. The hook may read the unquantised weights to choose them."""
         return ()
 
     def apply(self, model: Any) -> TrainableModel:

@@ -14,7 +14,7 @@ from finetune_api.errors import ConfigError
 from finetune_trainer.method.peft_method import ADAPTER_NAME
 
 MAX_BATCHES = 2000
-"""Maximum number of batches. If the directions have not converged by then, the job fails; they usually need a few hundred batches."""
+"""Maximum number of batches to read. If the directions have not converged by then, the job fails; usually, a few hundred batches are enough."""
 
 
 def initialize_from_inputs(trainer: Any) -> None:

@@ -33,7 +33,7 @@ def expert_parameter_names(model: Any) -> list[str]:
 
 
 def layers_without_adapter(model: Any) -> dict[str, list[str]]:
-    """Return the linear layers that `all-linear` leaves out. For each reason, the value lists the sorted last parts of their names."""
+    """Return the linear layers that `all-linear` leaves out: for each reason, the last parts of the layers' names, sorted."""
     linear = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if hasattr(module, "in_features")}
     routers = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if "Router" in type(module).__name__}
     state_space = STATE_SPACE_NAMES if getattr(model.config, "model_type", None) in STATE_SPACE_MODEL_TYPES else ()

@@ -43,7 +43,7 @@ class Lora(PeftMethod, types=(MethodType.LORA, MethodType.QLORA, MethodType.DORA
         """Wrap the model with PEFT.
 
         PiSSA and OLoRA move a part of the base weights into the adapter. So the initial adapter is saved: it is needed after training to
-        convert the final adapter to an adapter for the unchanged base model, which has twice the rank.
+        convert the final adapter to an adapter for the unchanged base model. The converted adapter has twice the rank.
         Errors: ConfigError TargetModulesMissing, LoraOnHead, NewTokensTwice, InitUnavailable.
         """
         from peft import get_peft_model

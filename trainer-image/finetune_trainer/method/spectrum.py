@@ -3,8 +3,9 @@
 The SNR is computed as in the paper. Let S be the singular values of a linear weight W (n x m). The estimated noise level is
 sigma = IQR(S) / 1.349. Singular values above sigma * (1 + sqrt(min(n, m) / max(n, m))) are signal; the others are noise.
 SNR = (sum of the signal / sum of the noise) / max(S). Modules are compared only with modules of the same type (all `mlp.down_proj`, all
-`self_attn.q_proj`, ...). With a `snrThreshold` of t, the best share 1 - t of each type is trained. The metric `meanOverStd` ranks whole
-layers by mean(|W|) / std(W). It hardly distinguishes layers; it exists so that configurations of an older tool select the same layers here.
+`self_attn.q_proj`, ...). With a `snrThreshold` of t, the modules with the highest SNR are trained: a share of 1 - t of each type.
+The metric `meanOverStd` ranks whole layers by mean(|W|) / std(W). This metric hardly distinguishes layers; it exists so that configurations of
+an older tool select the same layers here.
 
 On a 4-bit base model, the selected modules are not quantised. On other base models, the head and the embeddings are trained too.
 Source: Hartford et al., Spectrum: Targeted Training on Signal to Noise Ratio, https://arxiv.org/abs/2406.06623.
@@ -176,7 +177,7 @@ def _load_or_make_scan(file: Path, model: Any, metric: SpectrumMetric, device: t
 
 
 def _read_weight(model: Any, name: str, device: torch.device) -> torch.Tensor:
-    """Return a module's weight on the device in 32 bits. On a CPU, the singular values of a large matrix take minutes."""
+    """Return a module's weight on the device in 32 bits. On a CPU, computing the singular values of a large matrix takes minutes."""
     return model.get_submodule(name).weight.detach().to(device).float()  # type: ignore[no-any-return]  # get_submodule gives Any
 
 
@@ -210,7 +211,10 @@ def _best_of_each_type(scanned_modules: Sequence[ScannedModule], selected_share:
 
 
 def _best_layers(scanned_modules: Sequence[ScannedModule], quantile: float) -> list[str]:
-    """Return the names of the modules in the best layers. A layer is selected if its mean SNR reaches `quantile` (0 to 1) of all layers."""
+    """Return the names of the modules in the best layers.
+
+    A layer is selected if its mean SNR is at least the quantile `quantile` (0 to 1) of the mean SNRs of all layers.
+    """
     snrs_by_layer: dict[int, list[float]] = {}
     for module in scanned_modules:
         snrs_by_layer.setdefault(module.layer, []).append(module.snr)

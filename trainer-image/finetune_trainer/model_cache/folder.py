@@ -36,7 +36,8 @@ from finetune_trainer.model_cache.record import lock_shared
 log = logging.getLogger(__name__)
 
 RECENT_SECONDS = 900.0
-"""A model is removed only if no pod has used it for this time: between its init container and its trainer container, a pod holds no lock."""
+"""A model is removed only if no pod has used it for this time. A pod that needs the model holds no lock between the end of its init container and
+the start of its trainer container."""
 STALLED_SECONDS = 300.0
 """How long a pod waits for another pod's download that makes no progress."""
 LONGEST_WAIT_SECONDS = 3 * 3600.0
@@ -262,7 +263,7 @@ class CacheFolder:
         return total, unwritten
 
     def _list_namespace_folders(self) -> list[Path]:
-        """Return the folders of all namespaces. A folder that this process cannot read, such as a disk's `lost+found`, is none of them."""
+        """Return the folders of all namespaces. A folder that this process cannot read, such as a disk's `lost+found`, is left out."""
         folders = [folder for folder in self._top.iterdir() if not folder.name.startswith(".")]
         return [folder for folder in folders if folder.is_dir() and not folder.is_symlink() and _is_readable(folder)]
 
@@ -271,7 +272,7 @@ class CacheFolder:
         return [(folder, record) for folder in folders if (record := _read_record(folder)) is not None]
 
     def _evict(self, missing: int, size: int) -> None:
-        """Remove the least recently used models until `missing` bytes are free. Errors: CacheProblem, before any removal, if that is impossible."""
+        """Remove the least recently used models until `missing` bytes are free. Errors: CacheProblem if that is impossible; then none is removed."""
         with contextlib.ExitStack() as locks:
             chosen: list[Path] = []
             freed = 0

@@ -156,9 +156,9 @@ def length_limits(context: TrainingContext) -> LengthLimits:
 
 
 def max_answer_length(context: TrainingContext, max_row_length: int) -> int | None:
-    """Return the maximum number of tokens of an answer; None if the spec has no limit. A default is lowered to at most half of a row.
+    """Return the maximum number of tokens of an answer; None if the spec has no limit.
 
-    Errors: ConfigError CompletionTooLong.
+    If the user did not set the limit, its default is lowered to at most half of `max_row_length`. Errors: ConfigError CompletionTooLong.
     """
     requested = context.run.spec.trainer.max_completion_length
     if requested is None:

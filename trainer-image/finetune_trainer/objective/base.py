@@ -44,7 +44,7 @@ class TrainingContext:
     preparation: PreparationCallbacks = field(default_factory=NoPreparationCallbacks)
     """Callbacks while the rows are prepared."""
     unquantized: tuple[str, ...] = ()
-    """Modules of a quantised base model that stay unquantised, because spectrum trains them."""
+    """Modules of a quantised base model that stay unquantised, because the method spectrum trains them."""
 
     @property
     def generation_folder(self) -> Path:
@@ -59,7 +59,7 @@ def image_arguments(context: TrainingContext) -> dict[str, Any]:
         return {}
     return {
         "remove_unused_columns": False,  # TRL does not know the column with the images
-        # The vision layers get no gradients from a micro-batch without images.
+        # DDP must not wait for gradients of the vision layers, because a micro-batch without images computes none.
         "ddp_find_unused_parameters": parts.vision_layers and context.strategy.world_size > 1,
     }
 

@@ -139,7 +139,11 @@ def _make_prompt_rows(rows: Rows, options: RenderOptions, renders_text_as_turns:
 
 
 def _convert_prompt(prompt: tuple[Turn, ...] | str, options: RenderOptions, renders_text_as_turns: bool) -> str | list[dict[str, Any]]:
-    """Convert the prompt to TRL's form. With a chat template, turns become messages; without one, a text that ends before the answer."""
+    """Convert the prompt to TRL's form.
+
+    With a chat template, turns become messages. Without one, turns become one text, which ends where the answer begins. A prompt that is a text stays
+    unchanged, unless `renders_text_as_turns` is true.
+    """
     if isinstance(prompt, str):
         if not renders_text_as_turns:
             return prompt
@@ -206,7 +210,7 @@ def _length_limits(context: TrainingContext) -> tuple[int, int]:
 def _drop_long_prompts(
     prompts: list[dict[str, Any]], context: TrainingContext, notes: list[str], split: str
 ) -> list[dict[str, Any]]:
-    """Drop prompts that leave too few tokens for an answer, and add a note. Prompts are not cut, because a cut prompt asks something else.
+    """Drop prompts that leave too few tokens for an answer, and add a note. Prompts are not cut, because a cut prompt would ask for something else.
 
     Errors: DataError RowTooLong, NoTrainableToken.
     """

@@ -67,9 +67,9 @@ def load_reference_model(context: TrainingContext) -> Any:
 
 
 def _require_same_vocabulary(reference: Any, context: TrainingContext) -> None:
-    """Refuse a reference model with fewer embedding rows than the trained model, because the data may contain the missing tokens.
+    """Refuse a reference model with fewer embedding rows than the trained model, because the data can contain the tokens without a row.
 
-    Tokens without a row in the base model are ignored, unless the job adds new tokens. Errors: ConfigError VocabularyDiffers.
+    Tokens that have no row in the base model either are ignored, unless the job adds new tokens. Errors: ConfigError VocabularyDiffers.
     """
     embedding = reference.get_input_embeddings().weight
     row_count = (getattr(embedding, "ds_shape", None) or embedding.shape)[0]

@@ -1,6 +1,6 @@
 """Calls a user's reward function in a process of its own, with a time limit.
 
-If the function hangs or ends its process, the job fails with an error that names the completion that causes it. The process runs the user's
+If the function hangs or ends its process, the job fails with an error that names the completion that causes the failure. The process runs the user's
 file once, at the first call, and then answers one call after another. This module does not import torch.
 """
 
@@ -25,7 +25,7 @@ LOGGING_ARGUMENTS = ("log_extra", "log_metric")
 """Arguments that are functions. The reward process records the calls of these functions, and the rank then repeats the calls."""
 START_SECONDS = 120.0
 """Time limit for starting Python and running the user's file, which imports packages. The time limit of the first call is longer by the same
-time, because unpickling its arguments may import packages."""
+time, because Python may have to import packages to unpickle the arguments of this call."""
 READY_MESSAGE = b"ready"
 """The first message of the process. The rank waits for it before it sends a call: until then the process does not read, so a large call would
 fill the pipe and block the rank."""
@@ -84,7 +84,7 @@ class RewardProcess:
             raise _NoAnswerError(f"{problem} for {seconds:g} s")
 
     def _no_answer_error(self, problem: str, arguments: Mapping[str, Any]) -> ConfigError:
-        """Return the error for a call without an answer. It names the first completion that alone causes it."""
+        """Return the error for a call without an answer. The error names the first completion that causes the failure even when it is the only one."""
         index = self._first_bad_completion(arguments)
         cause = "no single completion causes it" if index is None else f"completion {index + 1} of {len(arguments['completions'])} alone causes it"
         if index is not None and "prompts" in arguments:
@@ -95,7 +95,10 @@ class RewardProcess:
         )  # fmt: skip
 
     def _first_bad_completion(self, arguments: Mapping[str, Any]) -> int | None:
-        """Call the function with one completion at a time. Return the index of the first call without an answer; None if all are answered."""
+        """Call the function with one completion at a time. Return the index of the first call without an answer; None if all are answered.
+
+        If the failed call had only one completion, return 0 without another call.
+        """
         count = len(arguments["completions"])
         for index in range(count if count > 1 else 0):
             single_arguments = {name: [value[index]] if isinstance(value, list) and len(value) == count else value for name, value in arguments.items()}

@@ -201,7 +201,7 @@ def _build_regex_reward(parameters: RewardParameters) -> ScoreFunction:
 
 
 def _build_exact_match_reward(parameters: RewardParameters) -> ScoreFunction:
-    """Reward 1 if the completion equals the value of a column, else 0. With a pattern `extract`, only its last match is compared."""
+    """Reward 1 if the completion equals the value of a column, else 0. With `extract`, only the last match of this pattern in the completion is compared."""
     column = parameters.read_text("column", "answer")
     ignores_case = parameters.read_flag("ignoreCase", False)
     strips = parameters.read_flag("strip", True)
@@ -247,7 +247,7 @@ def _build_length_reward(parameters: RewardParameters) -> ScoreFunction:
 
 
 def _build_json_schema_reward(parameters: RewardParameters) -> ScoreFunction:
-    """Reward 1 if the completion is JSON that matches `schema`, the parameter `parsed` (default 0) for other JSON, and 0 for other text."""
+    """Reward 1 for JSON that matches `schema`, the value of the parameter `parsed` (default 0) for other JSON, and 0 for text that is not JSON."""
     if find_spec("jsonschema") is None:
         raise ConfigError(
             "RewardUnavailable",
@@ -384,7 +384,7 @@ def _reward_weight(spec: Reward) -> float:
 
 
 def _check_returned_values(name: str, returned_values: Any, completion_count: int) -> list[float | None]:
-    """Return the values as a list, if it has one finite number or None for each completion. Errors: ConfigError RewardInvalid."""
+    """Return the values as a list. Errors: ConfigError RewardInvalid unless there is one finite number, or None, for each completion."""
     hint = "return a list with one number, or None, for every completion"
     if isinstance(returned_values, str | bytes) or not hasattr(returned_values, "__iter__"):
         raise ConfigError(
@@ -425,7 +425,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _line_in_user_file(error: BaseException) -> str:
-    """Return the line of the user's file that raised the error, as ` (line 2)`; an empty text if no line of the file did.
+    """Return the line of the user's file that raised the error, as ` (line 2)`; an empty text if no line of the file raised it.
 
     If several frames of the traceback are in the user's file, the innermost one counts.
     """

@@ -44,8 +44,8 @@ CLASSIFICATION_METRICS = (EvaluationMetric.PRECISION, EvaluationMetric.RECALL, E
 class SftTrainer(GuardedTrainer, SFTTrainer):
     """TRL's trainer for already tokenised rows, with two changes.
 
-    The sums for metrics stay on the device, and the ranks add them up once per log line. TRL alone synchronises with the device several
-    times per micro-batch. And the evaluation loss is the mean over all tokens; TRL alone computes a mean of batch means.
+    The sums for metrics stay on the device, and the ranks add them up once per log line. TRL's own code synchronises with the device
+    several times per micro-batch. And the evaluation loss is the mean over all tokens; TRL's own code computes a mean of batch means.
     """
 
     is_multiple_choice = False
@@ -85,7 +85,7 @@ class SftTrainer(GuardedTrainer, SFTTrainer):
                 loss = divided + (loss - divided).detach()
         if (
             self.aux_loss_enabled
-        ):  # The load-balancing loss of the experts is a mean per micro-batch. It is averaged over the micro-batches.
+        ):  # `aux_loss`, the load-balancing loss of the experts, is a mean over one micro-batch. It is averaged over the micro-batches.
             steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
         self._add_to_sums(inputs, outputs, total)
@@ -293,8 +293,8 @@ def require_isolated_documents(trainer: Any) -> None:
     """Check that this model and attention kernel do not let packed documents, or the rows of a padding-free batch, attend to each other.
 
     The scores of a document must not depend on the preceding document. The check measures how much the scores change when the preceding
-    tokens are reversed: once as a separate document, and once as part of the same document. The first change must be at most a tenth of
-    the second. All four sequences have the same shape, so that 16-bit kernels round alike.
+    tokens are reversed: once if these tokens are a separate document, and once if they are part of the same document. The first change must be
+    at most a tenth of the second. All four sequences have the same shape, so that 16-bit kernels round alike.
     With DeepSpeed, the model is called as in training, because ZeRO stage 3 gathers parameters in the order of the first call. With other
     strategies the head computes logits, because with torch 2.11, FSDP fails in the backward pass if the head was never called.
     Errors: ConfigError PackingLeaks for packing, which the user chose; InternalError PackingLeaks for padding-free batches.

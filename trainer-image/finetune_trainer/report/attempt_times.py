@@ -12,7 +12,7 @@ from finetune_trainer.report.run_report import RunReport
 
 
 def find_end_time(attempt: AttemptRecord, report: RunReport) -> tuple[datetime | None, bool]:
-    """Return when an attempt ended, and whether this time is only a lower bound. If the pod was killed, it is the time of the last logged line."""
+    """Return when an attempt ended, and whether this time is only a lower bound. If the pod was killed, the result is the time of the last logged line."""
     if attempt.ended_at is not None:
         return attempt.ended_at, False
     last_line = report.last_lines.get(attempt.incarnation)

@@ -55,5 +55,5 @@ def number_cell(value: Any) -> Cell:
 
 
 def shorten_text(text: str) -> str:
-    """Return the first `MAX_TEXT_LENGTH` characters of a text. If the text is longer, the result ends with its whole length."""
+    """Return the first `MAX_TEXT_LENGTH` characters of a text. If the text is longer, a note at the end says how long the whole text is."""
     return text if len(text) <= MAX_TEXT_LENGTH else f"{text[:MAX_TEXT_LENGTH]} … [cut: the text has {len(text)} characters]"

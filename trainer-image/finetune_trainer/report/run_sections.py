@@ -72,7 +72,7 @@ def _field_path(path: str) -> str:
 
 
 def _is_filled_in(path: str, defaults: Sequence[str]) -> bool:
-    """Whether a field belongs to a group of fields that was filled in as a whole. `defaults`: paths of the fields that were filled in."""
+    """Whether a field is part of an object that was filled in as a whole. `defaults`: paths of the fields that were filled in."""
     return any(path.startswith(f"{default}.") for default in defaults)
 
 

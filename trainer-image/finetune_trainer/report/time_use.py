@@ -1,4 +1,4 @@
-"""Builds the table of how the run's pods used their time. A pod writes the report, so it does not know the time before its container started."""
+"""Builds the table of how the run's pods used their time. A pod writes the report, and cannot know how long it waited before its container started."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def find_copy_folder(output: Output, *, namespace: str, model_source: str, start
 def model_folder_name(source: str) -> str:
     """Return the folder name of a base model, such as `meta-llama_Llama-2-7b-hf`.
 
-    It is the name of a hub repository with its owner, the name of the job whose result the base model is, or the last folder of any other
+    It is the name of a hub repository with its owner, the name of the job that produced the base model, or the last folder of any other
     source. Characters other than letters, digits, `.`, `_` and `-` become `_`. Errors: ConfigError SourceInvalid.
     """
     model = parse_source(source)

@@ -91,8 +91,8 @@ def join_attempts(attempts: Iterable[Sequence[LogEntry]]) -> list[LogEntry]:
     """Join the log entries of consecutive attempts (oldest first) to the log of the whole run.
 
     An attempt resumes from a checkpoint and repeats the steps after it. Of each repeated step, only the entries of the later attempt are
-    kept. The first step that the later attempt logs is an exception: entries of the earlier attempt whose kind the later attempt did not log are kept too,
-    because an attempt does not repeat the evaluation at the step of its checkpoint.
+    kept. There is one exception, because an attempt does not repeat the evaluation at the step of its checkpoint. At the first step that the later
+    attempt logs, an entry of the earlier attempt is kept too if the later attempt logged no entry of the same kind there.
     """
     joined: list[LogEntry] = []
     for attempt in attempts:

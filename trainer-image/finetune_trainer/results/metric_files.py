@@ -90,7 +90,7 @@ class EpochMetrics(FileModel):
 class TrainingSummary(FileModel):
     """`training_summary` of `final_metrics.json`.
 
-    A `final_...` value is that of the last epoch that has one. A `best_...` value is the lowest loss, or the highest value of another metric,
+    A `final_...` value comes from the last epoch that has such a value. A `best_...` value is the lowest loss, or the highest value of another metric,
     over all epochs.
     """
 
@@ -202,7 +202,7 @@ def compute_step_metrics(entries: Iterable[LogEntry]) -> list[StepMetrics]:
 
 
 def compute_epoch_metrics(entries: Sequence[LogEntry]) -> list[EpochMetrics]:
-    """Compute `epoch_metrics.json`. Entries without an epoch, of the test set and of the summary are ignored."""
+    """Compute `epoch_metrics.json`. Entries of the test set, the summary, and entries without an epoch are ignored."""
     lines = [line for line in entries if line.epoch is not None and line.kind in (LineKind.TRAINING, LineKind.EVALUATION)]
     lines_by_epoch: dict[int, list[LogEntry]] = defaultdict(list)
     for line in lines:
@@ -284,7 +284,8 @@ def compute_performance_summary(entries: Sequence[LogEntry], run: RunDescription
 def _mean_loss_by_epoch(lines: Iterable[LogEntry]) -> dict[int, float]:
     """Return the mean training loss of each epoch, by the epoch's number.
 
-    The loss in a line is a mean over the steps since the previous training line, so it is weighted with its share of each epoch.
+    The loss in a line is a mean over the steps since the previous training line. For each epoch, it is weighted with the part of these steps that
+    lies in the epoch.
     """
     weighted_sums: dict[int, float] = defaultdict(float)
     weights: dict[int, float] = defaultdict(float)

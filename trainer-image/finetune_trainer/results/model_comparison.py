@@ -92,7 +92,7 @@ def format_iso_time(time: datetime) -> str:
 
 
 def read_prompts(ref: ConfigMapKeyRef | None, config_maps: Path) -> list[str]:
-    """Return the prompts of `evaluation.comparison.promptsRef`, none if `ref` is None. `config_maps`: folder of the mounted ConfigMaps.
+    """Return the prompts of `evaluation.comparison.promptsRef`, or an empty list if `ref` is None. `config_maps`: folder of the mounted ConfigMaps.
 
     Errors: NotFoundError ConfigMapMissing (class Data); DataError PromptsNotUtf8, PromptsEmpty.
     """

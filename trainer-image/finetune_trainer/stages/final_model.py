@@ -58,7 +58,7 @@ def load_base_model(run: RunConfig, inputs: Inputs, hardware: Hardware, *, quant
 
 
 def _bytes_per_value(hardware: Hardware) -> int:
-    """Return the bytes of one weight in memory. For the format of the files (`auto`), return the largest possible value: 4 bytes."""
+    """Return the bytes of one weight in memory. If the model keeps the format of its files (`auto`), return the largest possible value: 4."""
     import torch
 
     dtype = hardware.dtype if isinstance(hardware.dtype, torch.dtype) else getattr(torch, str(hardware.dtype), torch.float32)

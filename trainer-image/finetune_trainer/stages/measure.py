@@ -220,7 +220,8 @@ def _add_batch(held_out: HeldOutEvaluation, head: Any, batch: Sequence[TokenRow]
 def _predict_labelled_positions(held_out: HeldOutEvaluation, head: Any, batch: Sequence[TokenRow]) -> Any:
     """Return the predictions at the labelled positions.
 
-    To save memory, the model's own call of its head only gets the last position. The head is then applied to the labelled positions.
+    To save memory, the head computes only the last position during the model's forward pass. Afterwards, this function applies the head to the
+    labelled positions.
     """
     import torch
 

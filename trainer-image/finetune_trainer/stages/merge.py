@@ -128,7 +128,8 @@ def _write_merged_model(model: Any, run: RunConfig, inputs: Inputs, task: StageT
     from transformers import GenerationConfig
 
     if (task.model / GENERATION_FILE).exists():
-        model.generation_config = GenerationConfig()  # A placeholder for the adapter's file. transformers may refuse the base model's.
+        # A placeholder, which the adapter's file replaces below. transformers refuses to save the generation settings of some base models.
+        model.generation_config = GenerationConfig()
     model.save_pretrained(target_folder, max_shard_size=SHARD_SIZE)
     files = [path for path in task.model.iterdir() if path.is_file() and not any(path.match(pattern) for pattern in ADAPTER_FILES)]
     if run.spec.model.trust_remote_code:

@@ -89,7 +89,7 @@ def read_questions(rows: Iterable[tuple[RawRow, Example]], render_options: Rende
 
 
 def prompts_to_examples(prompts: Iterable[str], sample: Example, system_prompt: str | None) -> list[tuple[RawRow, Example]]:
-    """Convert prompts to examples. `sample`: an example of the job's data. The prompts become messages or plain text, as this example is."""
+    """Convert prompts to examples. `sample`: an example of the job's data. If it has messages, the prompts become messages, else plain text."""
     is_chat = isinstance(sample, Conversation) or isinstance(getattr(sample, "prompt", None), tuple)
     role_names = sample.role_names if isinstance(sample, Conversation) else Conversation(()).role_names
     asked: list[tuple[RawRow, Example]] = []

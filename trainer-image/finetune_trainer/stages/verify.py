@@ -148,7 +148,10 @@ class Verifier:
         return compare.judge_artefact(artefact.name, measured.values, base_values, expected, is_rounded=is_rounded, device=measured.device)
 
     def _compute_expected_values(self, artefact: Artefact, trained: Path, reference: ReferenceValues) -> ReferenceValues:
-        """Return the values that the artefact must compute. For merged combined adapters, the unmerged adapters compute them; else the training did."""
+        """Return the values that the artefact must compute: the reference values of the training.
+
+        A merged model with combined adapters must compute the same values as the base model with the unmerged adapters. They are computed here.
+        """
         if artefact.name != MERGED_MODEL_NAME or not self._run.spec.output.combine_adapters:
             return reference
         self._channel.report_stage(Stage.VERIFYING, "computing the values of the combined adapters")
@@ -180,7 +183,10 @@ class Verifier:
         return measured
 
     def _compute_base_values(self, measured: ArtefactValues, reference: ReferenceValues) -> list[float] | None:
-        """Return the values of the base model, which is loaded only if no adapter has been measured with it. None for models with a score head."""
+        """Return the values of the base model. None for models with a score head.
+
+        The base model is loaded only if its values were not computed already, together with those of an adapter.
+        """
         if measured.base_values is not None:
             self._base_values = measured.base_values
         if self._base_values is None and reference.head == "causal":
@@ -303,7 +309,7 @@ def _add_adapter(base: Any, folder: Path, reference: ReferenceValues) -> Any:
 
 
 def _has_biases(folder: Path) -> bool:
-    """Whether the adapter changes biases. If so, the base model cannot be measured by disabling the adapter, because PEFT keeps its biases."""
+    """Whether the adapter changes biases. If so, the base model cannot be measured by disabling the adapter, because PEFT keeps the changed biases."""
     return (_read_adapter_config(folder).get("bias") or "none") != "none"
 
 

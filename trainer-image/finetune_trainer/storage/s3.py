@@ -50,7 +50,7 @@ MAX_DELETE_KEYS = 1000
 CONFLICT_PAUSE_SECONDS = 0.2
 """Pause before a creation is retried because another writer was creating the same object."""
 CONDITIONAL_WRITE_REFUSED_CODES = ("NotImplemented", "InvalidArgument", "InvalidRequest")
-"""Error codes with which stores refuse a PUT with `If-None-Match`. It is repeated without this header, and fails again if the code had another cause."""
+"""Error codes with which stores refuse a PUT with `If-None-Match`. The PUT is repeated without this header, and fails again if the code had another cause."""
 BATCH_DELETION_REFUSED_CODES = (
     "NotImplemented",
     "MethodNotAllowed",

@@ -29,7 +29,7 @@ from finetune_trainer.storage.web import split_query
 SPEC_FIELD = "phases.from"
 RECORD_KEY = f"{Storage.RUN}/given_model.json"
 TRAINING_STATE_NAME_ENDINGS = (".pt", ".pth", "training_args.bin")
-"""Endings of the names of files in a checkpoint that are needed only to resume training. The same holds for all files in its subfolders."""
+"""Endings of the names of files in a checkpoint that are needed only to resume training. Files in subfolders are also needed only for this."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def _find_output_kind(manifest: Manifest) -> OutputKind | None:
 
 
 def require_same_base(existing: ExistingModel, inputs: Inputs) -> str | None:
-    """Check that the model was trained from this job's base model. Returns a note if the two cannot be compared, else None.
+    """Check that the model was trained from this job's base model. Returns a note if the two base models cannot be compared, else None.
 
     Errors: ConfigError `ExistingModelOfOtherBase`.
     """
@@ -127,7 +127,7 @@ def _is_model_file(path: str, step: int | None) -> bool:
 
 
 def record_existing_model(existing: ExistingModel, own_tree: CheckpointTree, attempt: int) -> None:
-    """Store a record of the model that this job uses in its own folder. Errors: those of storage."""
+    """Store, in this job's own folder, a record of the model that the job uses. Errors: those of storage."""
     output = existing.output
     record = {"uri": output.uri, "sha256": output.sha256, "kind": existing.output_kind, "attempt": attempt, "time": datetime.now(UTC).isoformat()}
     own_tree.store.put(RECORD_KEY, json.dumps(record, indent=1).encode())

@@ -32,7 +32,7 @@ from finetune_trainer.supervisor.run_state import RunState
 
 log = logging.getLogger(__name__)
 REFERENCE_MODEL = "reference model"
-"""Key of the reference model in `RunFacts.other_inputs`. Its digest needs its weights, so its version in `source_versions` is compared instead."""
+"""Key of the reference model in `RunFacts.other_inputs`. Its digest cannot be computed without the weights, so its version is compared instead."""
 MAX_SHOWN_DIFFERENCES = 10
 
 
@@ -69,8 +69,9 @@ def collect_compared_inputs(facts: RunFacts) -> dict[str, str]:
 def find_result_to_adopt(run: RunConfig, facts: RunFacts, state: RunState) -> RunResult | None:
     """Return the result of an earlier job with the same spec and inputs; None if the job must train.
 
-    Errors: ConfigError `ExistingResultFound` with `policy.onExistingResult: fail`. Storage errors if the user set the field to adopt or fail. With the
-    default, a storage error only adds a note, because a store may not permit the job to list the folder above its own.
+    Errors: ConfigError `ExistingResultFound` with `policy.onExistingResult: fail`. Storage errors if the user set this field to
+    `adopt` or `fail`. If the user did not set the field, a storage error only adds a note, because some stores do not permit the job to list the folder
+    above its own.
     """
     mode = run.spec.policy.on_existing_result
     if mode is OnExistingResult.TRAIN:

@@ -99,7 +99,7 @@ def _exit_after_commit(facts: AttemptFacts, node_rank: int) -> ExitDecision:
 
 
 def _exit_after_stop(facts: AttemptFacts, is_saved: bool) -> ExitDecision:
-    """Return the exit after a stop request: the failure of a rank that failed by itself, else 75 if the trained steps are saved, else 76."""
+    """Return the exit after a stop request: a failure that began in a rank; otherwise 75 if the trained steps are saved, else 76."""
     rank_failure = choose_root_cause(failure for failure in facts.rank_failures if failure.is_origin)
     if rank_failure is not None:
         return ExitDecision(int(rank_failure.error.exit_code), rank_failure)
@@ -109,7 +109,7 @@ def _exit_after_stop(facts: AttemptFacts, is_saved: bool) -> ExitDecision:
 def _root_cause(facts: AttemptFacts, exit_code_failures: list[RankFailure]) -> RankFailure | None:
     """Return the supervisor's failure or, if there is none, the root cause among the ranks.
 
-    A rank's own failure replaces a PeerError of the supervisor.
+    A failure that began in a rank takes precedence over a PeerError of the supervisor.
     """
     if facts.supervisor_error is None:
         reported_ranks = {failure.rank for failure in facts.rank_failures}

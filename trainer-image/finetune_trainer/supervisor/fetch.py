@@ -50,7 +50,7 @@ RESERVE_BYTES = 64 * 1024 * 1024
 
 @dataclass(frozen=True)
 class SourceKind:
-    """What is specific to one type of source, such as models: error codes, failure class, file names, type of hub repository."""
+    """The properties of one type of source, such as models: error codes, failure class, file names, type of hub repository."""
 
     noun: str
     error_code_prefix: str
@@ -60,7 +60,7 @@ class SourceKind:
     """Name patterns of the files that are downloaded from the hub."""
     repo_type: str
     skipped_endings: tuple[str, ...] = ()
-    """Files whose names end like this are not downloaded."""
+    """Files whose names have one of these endings are not downloaded."""
 
     @property
     def is_model(self) -> bool:

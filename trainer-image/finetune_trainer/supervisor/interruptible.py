@@ -34,5 +34,5 @@ def run_until(must_end: Callable[[], bool], action: Callable[[], T]) -> T:
         if must_end():
             raise StoppedError
     if done.exception() is not None and must_end():
-        raise StoppedError from done.exception()  # A transfer that the stop request ended may report any error.
+        raise StoppedError from done.exception()  # A transfer that ends because of the stop request can raise any error.
     return done.result()

@@ -342,7 +342,7 @@ class LaterStages:
         return StageResult(published_uri=published_uri, hub_uri=hub_uri, oci_digest=oci_digest)
 
     def _copy_reference_values(self, folder: Path) -> str | None:
-        """Copy the reference values of the job that trained the model to the folder of a stage. Returns the reason if it has none, else None."""
+        """Copy the reference values of the model to the folder of a stage. Returns None or, if there are none that can be used, the reason."""
         if self._existing_model is not None:
             return copy_reference_values(self._existing_model.tree, self._existing_model.committed, folder)
         return copy_reference_values(self._tree, self._tree.get_committed(None), folder)

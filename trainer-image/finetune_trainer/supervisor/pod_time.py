@@ -11,7 +11,7 @@ def compute_time_use(stage_seconds: Mapping[str, float], pauses: Mapping[str, fl
     """Return the seconds of each part. The parts add up to the seconds of all stages.
 
     `stage_seconds`: by name of the stage; other names are ignored. `pauses`: seconds of the pauses in training, by part. `first_step_seconds`: None
-    before the end of the first step; all training time then counts as the first step.
+    before the end of the first step. As long as it is None, all training time counts as the first step.
     """
     parts: dict[str, float] = {}
     for stage, part in TIME_USE_OF_STAGE.items():

@@ -98,7 +98,7 @@ class PreparationPod:
             decision = ExitDecision(int(failure.exit_code), RankFailure(failure))
         processes.kill_all_descendants()
         message = build_termination_message(decision, self._state.report(), output=None, start_step=0, node_name=self._settings.node_name)
-        # The revision of a model may be the digest of all its files, but this pod has not downloaded the weights.
+        # `model_revision` can be a digest of all files of the model, but this pod has not downloaded the weights.
         resolved = message.resolved.model_copy(update={"model_revision": None}) if message.resolved is not None else None
         message = message.model_copy(update={"data": data, "resolved": resolved})
         if self._adopted_result is not None and decision.exit_code == ExitCode.OK:
@@ -151,7 +151,10 @@ class PreparationPod:
         return counts.model_copy(update=(checked.data.model_dump(exclude_none=True) if checked is not None else {}) | address)
 
     def _may_share_rows(self, run: RunConfig) -> bool:
-        """Whether this preparation stores and uses shared rows. It must not if it runs the user's code, which could change the rows of other jobs."""
+        """Whether this preparation stores and uses shared rows.
+
+        A preparation that runs the user's code must not do so, because the code could change the rows of other jobs.
+        """
         fields = find_user_code_in_preparation(run.spec)
         if fields:
             self._state.add_note(
@@ -172,7 +175,7 @@ class PreparationPod:
             raise end.failure
 
     def _answer_request(self, digest: Any) -> None:
-        """Search for the stored rows that the process `check` requests. If it repeats the request, show that the search continues, or answer again."""
+        """Search for the stored rows that the process `check` requests. If the request is repeated, show that the search continues, or answer again."""
         if not rows_request.is_digest(digest) or self._requested_digest not in (None, digest):
             log.warning("a request for prepared rows is not valid")
             return

@@ -171,7 +171,10 @@ class Preparation:
         return stored
 
     def _digest_images(self, summary: DataSummary) -> dict[str, str]:
-        """Return the digest of the images that the rows name, by set: those of the training rows and those of the held-out rows. Empty sets have no entry."""
+        """Return one digest for the images of the training rows and one for the images of the held-out rows, by the names in `IMAGE_SETS`.
+
+        A set without images has no entry.
+        """
         sets = zip(IMAGE_SETS, (summary.training_images, summary.held_out_images), strict=True)
         return {
             name: compute_image_set_digest(images, self._digests, lambda text: self._state.enter_stage(Stage.CHECKING, text)) for name, images in sets if images
@@ -363,7 +366,7 @@ def require_expected_inputs(facts: RunFacts, *, unknown_inputs: Sequence[str] = 
 
 
 def collect_run_facts(run: RunConfig, config_sha256: str, inputs: Inputs, hash_file: Callable[[Path], str] = sha256_file) -> RunFacts:
-    """Return the facts that this run stores in its checkpoints. A run that resumes from a checkpoint compares them with its own.
+    """Return the facts that this run stores in its checkpoints. A run that resumes from a checkpoint compares the facts in the checkpoint with its own.
 
     `hash_file` is a function that returns the digest of a file.
     """

@@ -29,7 +29,7 @@ class CopiedFile(LenientModel):
     source: str
     """What was copied: a committed model and the path of one of its files, or an object of the job and its version tag."""
     tag: str
-    """The version tag of the copy. It differs if another job has replaced the file."""
+    """The version tag of the copy. If another job has replaced the copy, the tag in storage differs from this one."""
 
 
 CopiedFiles = TypeAdapter(dict[str, CopiedFile])

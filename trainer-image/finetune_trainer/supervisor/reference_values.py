@@ -16,7 +16,10 @@ from finetune_trainer.verification.reference import FILE_NAME, MANIFEST_KEY, Ref
 
 
 def copy_reference_values(tree: CheckpointTree, committed: CommittedCheckpoint | None, folder: Path) -> str | None:
-    """Copy the reference values of a committed model to `folder`. Returns the reason if it has none, else None. Errors: those of storage."""
+    """Copy the reference values of a committed model to `folder`. Returns None or, if there are none that can be used, the reason.
+
+    Errors: those of storage.
+    """
     manifest = tree.read_manifest(committed) if committed is not None else None
     if committed is None or manifest is None:
         return "the manifest of the model cannot be read"

@@ -55,7 +55,10 @@ class RemainingTime:
 
     @staticmethod
     def _estimate_pause_seconds(pauses: list[tuple[int, float]], step: int, total: int) -> float:
-        """Return the seconds of the remaining pauses of one part. They are expected at the mean interval, in steps, of the recorded pauses."""
+        """Return the seconds of the remaining pauses of one part.
+
+        The remaining pauses are assumed to have the mean interval (in steps) and the median duration of the recorded pauses.
+        """
         steps = [at for at, _ in pauses]
         interval = (steps[-1] - steps[0]) / (len(steps) - 1) if len(steps) > 1 else steps[0]
         if interval <= 0:
@@ -67,7 +70,8 @@ class RemainingTime:
 def estimate_step_seconds(entries: Sequence[LogEntry], saved_facts: RunFacts, current_facts: RunFacts) -> float | None:
     """Return the expected seconds of a step of a resumed run, with its pauses; None if the log of the earlier attempts has no durations.
 
-    The ranks share the rows of a step, so the duration is scaled with the rows of each rank. `saved_facts`: the facts of the checkpoint.
+    The duration is scaled with the number of rows that each rank processes in a step, which changes with the batch size and the number of ranks.
+    `saved_facts`: the facts of the checkpoint.
     """
     lines = [(entry.step, entry.training_seconds) for entry in entries if entry.step and entry.training_seconds]
     if not lines:

@@ -62,7 +62,7 @@ class ReportWriter:
         self._run, self._tree, self._results, self._recorder, self._config_sha256 = run, tree, results, recorder, config_sha256
 
     def record_data(self, summary: DataSummary) -> None:
-        """Store the counts that the check of the data has found."""
+        """Store the counts from the check of the data, such as rows and duplicates, for the report."""
         findings = summary.findings
         record = DataRecord(
             formats=[str(one) for one in summary.formats], rows=summary.rows, bad_rows=summary.bad_rows, duplicates=findings.duplicate_count,

@@ -107,7 +107,7 @@ class RunResults:
 
     @property
     def root(self) -> str:
-        """The `storage.uri` of the spec. It is `publish` of the run configuration without `output.dir` at its end."""
+        """The `storage.uri` of the spec. The field `publish` of the run configuration is this URI with `output.dir` at its end."""
         directory = (self._run.spec.output.dir or "").strip("/")
         return (self._run.publish or "").removesuffix(directory).rstrip("/")
 

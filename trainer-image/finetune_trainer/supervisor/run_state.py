@@ -282,7 +282,7 @@ class RunState:
             )
 
     def _stage_seconds(self) -> dict[str, float]:
-        """Return the timings, with the time in the current stage until now."""
+        """Return the timings. The timing of the current stage includes the time until now."""
         return self._timings | {self._stage.value: self._timings.get(self._stage.value, 0.0) + time.monotonic() - self._stage_since}
 
     def _health_with_ages(self) -> HealthReport:

@@ -76,7 +76,7 @@ class _HttpServer(ThreadingHTTPServer):
         super().__init__(address, _RequestHandler)
 
     def server_bind(self) -> None:
-        """Bind without a look-up of the host name, which http.server does: a slow name server would delay the pod's start."""
+        """Bind the socket. http.server would also look up the host name, and a slow name server would then delay the pod's start."""
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         socketserver.TCPServer.server_bind(self)
@@ -102,7 +102,7 @@ class _HttpServer(ThreadingHTTPServer):
         super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Log errors other than failed connections, with which any program in the network could fill the pod's log."""
+        """Log all errors except failed connections, because any program in the network could fill the pod's log with failed connections."""
         if not isinstance(sys.exception(), OSError):
             super().handle_error(request, client_address)
 

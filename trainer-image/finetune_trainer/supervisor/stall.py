@@ -1,13 +1,13 @@
 """Detects a run without progress. Without this check, a stalled run would occupy its GPUs forever and report no error.
 
-While a pod trains, evaluates, merges or stops, a rank must send a heartbeat (a step, a micro-step, an evaluation batch) within the
+In the stages in `WATCHED_STAGES`, such as training, a rank must send a heartbeat (a step, a micro-step, an evaluation batch) within the
 stall timeout. The timeout is `policy.stallTimeoutSeconds`. The default is twenty times the median step and at least ten
 minutes; it applies from the first measured step.
 
 Loading and tokenising take an unknown time and send no heartbeats. In the stage `loading`, the run counts as stalled if the processes of the ranks
-neither compute nor read for the stall timeout (`work.WorkWatch`). In a job of several pods, a loading pod may also wait for another pod. The run then
+neither compute nor read for the stall timeout (`work.WorkWatch`). In a job of several pods, a pod can also be idle because it waits for another pod. Such a run
 counts as stalled only if a thread is blocked in the kernel, for example by a dead file server. While the ranks wait for the start of a vLLM server,
-they do not work either, so the time limit of that start is added to the stall timeout.
+they neither compute nor read, so the time limit of that start is added to the stall timeout.
 
 Before a stalled attempt ends, every rank writes the stacks of its threads to the log.
 """

@@ -225,7 +225,7 @@ class RowStore:
 
 
     def _remove_leftovers(self, digest: str, stats: list[ObjectStat], now: datetime) -> None:
-        """Remove old folders of preparations other than the committed one. If no rows are committed, remove none. Errors: those of the store."""
+        """Remove old folders of preparations, except the folder of the committed rows. If no rows are committed, remove none. Errors: those of the store."""
         committed = self._tree.get_committed_folder(digest)
         if committed is None:
             return

@@ -71,9 +71,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 POLL_SECONDS = 0.05
 UPLOAD_AFTER_FAILURE_SECONDS = 120.0
-"""Maximum wait for uploads if there is no final artefact."""
+"""Maximum wait for uploads at the end of an attempt that has written no final artefact."""
 PARTS_AFTER_FAILURE_SECONDS = 5.0
-"""Maximum wait for other pods' files of a checkpoint after the gang has failed."""
+"""Maximum wait, after the gang has failed, for the files that other pods upload for a checkpoint."""
 FINAL_UPLOAD_SECONDS = 6 * 3600.0
 """Maximum wait for the upload of the final artefact."""
 UPLOAD_POLL_SECONDS = 0.2
@@ -299,7 +299,7 @@ class Supervisor:
         )  # fmt: skip
         if self._settings.node_rank == 0:
             uploader.adopt_committed(to_status_checkpoints(tree, restore_result.ancestor_checkpoints))
-            # A model that is committed here has no readable manifest; otherwise `_prepare_pod` would have ended the attempt.
+            # If a final model is already committed, its manifest cannot be read: otherwise `_prepare_pod` would have ended the attempt.
             unreadable_model = tree.get_committed(None)
             uploader.add_skipped([*restore_result.skipped_checkpoints, *([unreadable_model] if unreadable_model else [])])
         self._uploader = uploader
@@ -465,7 +465,7 @@ class Supervisor:
         return min(max(started, stopped_at) + CLEANUP_AFTER_STOP_SECONDS, self._time_after_grace_share(1.0))
 
     def _sweep_unless_superseded(self) -> None:
-        """Remove dropped and failed uploads, unless a later attempt has begun. (The operator starts another attempt if it cannot reach this pod.)"""
+        """Remove dropped and failed uploads, unless a later attempt has begun. (If the operator cannot reach this pod, it starts another attempt.)"""
         if self._tree is not None and self._run is not None and not self._tree.is_superseded(self._run.attempt):
             sweep_leftovers(self._tree, self._state)
 

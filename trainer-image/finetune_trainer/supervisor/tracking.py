@@ -1,6 +1,7 @@
-"""Starts the tracker process, which sends the run to trackers, passes the events of the run to it, and reports its problems.
+"""Starts the tracker process, passes the events of the run to it, and reports its problems.
 
-The tracker process never delays or ends a run. If it crashes, it is started again up to `MAX_RESTARTS` times. Only rank 0's pod tracks the run.
+The tracker process sends the run to experiment trackers. It never delays or ends a run. If it crashes, it is started again up to `MAX_RESTARTS`
+times. Only rank 0's pod tracks the run.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def is_tracked(run: RunConfig, node_rank: int) -> bool:
 
 
 class RunTracking:
-    """Tracks one attempt. Events before `start` are dropped, and without trackers and system metrics all events are dropped."""
+    """Tracks one attempt. Events before `start` are dropped. If the job has neither trackers nor system metrics, all events are dropped."""
 
     def __init__(self, run: RunConfig, settings: Settings, run_state: RunState) -> None:
         self._run, self._settings, self._state = run, settings, run_state

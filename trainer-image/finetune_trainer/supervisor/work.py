@@ -1,4 +1,4 @@
-"""Measures from outside whether the processes of the ranks work, because a rank that hangs in a system call or in a library cannot report this.
+"""Measures from outside whether the processes of the ranks work, because a rank that hangs in a system call or in a library cannot report it.
 
 A rank sends no heartbeats while it loads a model, and the duration of loading is unknown. But a process that loads computes, reads files, or
 waits for pages of mapped files. A process that waits for a dead file server does none of these.
@@ -16,7 +16,7 @@ from pathlib import Path
 from finetune_trainer import processes
 
 MIN_CPU_SHARE = 0.05
-"""A rank works if it uses more than this share of a core. The polling threads of a waiting rank use about 0.01."""
+"""A rank counts as working if it uses more than this share of a core. The polling threads of a waiting rank use about 0.01."""
 MIN_BYTES_PER_SECOND = 16_384
 MIN_FAULTS_PER_SECOND = 1.0
 MAX_WINDOW_SECONDS = 30.0
@@ -83,7 +83,7 @@ class WorkWatch:
         self._was_always_blocked = False
 
     def restart(self) -> None:
-        """Discard the earlier measurements, and begin again at the next call of `idle_seconds`."""
+        """Discard the earlier measurements, and begin again at the next call of `measure_idle_seconds`."""
         self._last_measurement = None
 
     def measure_idle_seconds(self, window_seconds: float) -> float:

@@ -171,7 +171,7 @@ class Mlflow:
         status, end_time = STATUS_BY_RUN_END[event.end], int(event.time * 1000)
         for part, remote in self._runs.items():
             if part != PARENT_RUN_PART and remote.status in ENDED_STATUSES:
-                continue  # This phase has ended before, and keeps its status.
+                continue  # This phase ended earlier, so its run keeps its status.
             if event.end is RunEnd.INTERRUPTED:
                 self._client.update_run(remote.id, status=status)
             else:

@@ -44,7 +44,7 @@ PARENT_POLL_SECONDS = 1.0
 SAMPLE_SECONDS = 15.0
 UPLOAD_SECONDS = 60.0
 UPLOAD_BYTES = 4 * 1024 * 1024
-"""The file with the samples is always uploaded as a whole. So the time between two uploads grows by `UPLOAD_SECONDS` per `UPLOAD_BYTES`."""
+"""The file with the samples is always uploaded as a whole. So the time between two uploads grows by `UPLOAD_SECONDS` per `UPLOAD_BYTES` of the file."""
 NICENESS = 10
 """Added to the niceness of this process, so that the ranks have priority on the CPU."""
 

@@ -102,7 +102,7 @@ class TensorBoard:
             self._not_uploaded.append(path)
 
     def _current_file(self) -> Path:
-        """Return the file to write to; a full file is followed by a new one. Later files have later names, because TensorBoard reads them by name."""
+        """Return the file to write to: a new file if the last one is full. New files get later names, because TensorBoard reads files in the order of names."""
         path = self._file_path(self._file_number)
         if path.exists() and path.stat().st_size >= MAX_FILE_BYTES:
             self._file_number += 1

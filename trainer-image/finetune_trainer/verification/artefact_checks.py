@@ -117,7 +117,7 @@ def _check_lora(
     trained = reference.adapter if reference is not None else None
     if trained is not None:
         _check_scaling(matrices, config, trained.scaling)
-    # If the trainer could not measure whether the adapter changes values, the comparison with the reference values finds this fault.
+    # If the trainer could not measure whether the adapter changes values, a later comparison with the reference values finds this fault.
     was_changed = trained is None or trained.changes_output or (trained.changes_output is None and not (reference and reference.rows))
     is_zero = all(pair["B"].is_zero() for pair in matrices.values() if "B" in pair)
     only_lora = all(LORA_TENSOR.search(name) for name in tensors)

@@ -13,9 +13,9 @@ from finetune_trainer.verification.reference import ReferenceValues
 EXACT_TOLERANCE = 1e-3
 """If all computations are in 32 bits: largest accepted difference of any token's log-probability, in nats."""
 SPREAD_FACTOR = 2.0
-"""In other formats: the accepted difference, divided by the difference between two batch layouts in the trainer."""
+"""If not all computations are in 32 bits: the limit for the difference, divided by the difference between two batch layouts in the trainer."""
 SMALLEST_TOLERANCE = 5e-3
-"""In other formats: the accepted difference is at least this number of nats, because two batch layouts can agree by chance."""
+"""If not all computations are in 32 bits: the limit is at least this number of nats, because two batch layouts can agree by chance."""
 ROUNDED_TOLERANCE = 4e-2
 """For a merged model with 16-bit weights, the accepted difference is at least this number of nats.
 
@@ -23,15 +23,15 @@ Merging rounds the sum of base weight and adapter, which the difference between 
 merged models with 2 to 24 layers differed by 0.0023 to 0.0182 nats.
 """
 SHARE_OF_CHANGE = 0.1
-"""In other formats than 32 bits, a difference up to this share of the change by training is accepted, but at most `ROUNDED_TOLERANCE`.
+"""If not all computations are in 32 bits: a difference up to this share of the change by training is accepted, but at most `ROUNDED_TOLERANCE`.
 
 Training uses autocast, FSDP or DeepSpeed, and a freshly loaded model does not, so the two round differently. On an H200, correct models
 with 12 layers differed by 0.0057 to 0.0091 nats.
 """
 SHARE_OF_DOUBT, SMALLEST_DOUBT = 0.5, 1e-4
-"""An artefact whose difference exceeds this share of the change by training is not verified, even if the difference is accepted.
+"""An artefact whose difference from the reference values exceeds this share of the change by training is not verified, even below the limit.
 
-An artefact that lacks a part of the change could differ as much. Differences below `SMALLEST_DOUBT` nats are rounding in 32 bits.
+An artefact that lacks a part of the trained change could have the same difference. Differences below `SMALLEST_DOUBT` nats are rounding in 32 bits.
 """
 MERGED_MODEL_NAME = "merged"
 """Name of the merged model in the status."""

@@ -26,7 +26,7 @@ from finetune_trainer.verification.reference import ReferenceRow, ReferenceValue
 log = logging.getLogger(__name__)
 MAX_ROWS = 8
 MAX_ROW_TOKENS = 256
-"""Eight rows of 256 tokens need 0.6 GB for the logits of a vocabulary of 150 000 tokens in 16 bits."""
+"""Maximum number of tokens of a text row. The logits of eight such rows, for a vocabulary of 150 000 tokens in 16 bits, need 0.6 GB."""
 MIN_ROW_TOKENS = 2
 MAX_IMAGE_BYTES = 4 * 2**20
 """Largest total size of the images of all rows, because they are stored with the reference values."""
@@ -129,7 +129,7 @@ def record_reference_values(
 def _measure_values(
     trainer: Any, run: RunConfig, hardware: Hardware, reference: ReferenceValues, *, is_sharded: bool, vision: VisionProcessor | None
 ) -> ReferenceValues:
-    """Return `reference` with the values of its rows in two batch layouts, and with whether the adapter changes these values."""
+    """Return `reference` with the values of its rows in two batch layouts, and with the information whether the adapter changes these values."""
     model = trainer.model_wrapped if is_sharded else trainer.model
     was_training = model.training
     options: dict[str, Any] = {"head": reference.head, "pad_token_id": reference.pad_token_id, "device": hardware.device, "vision": vision}

@@ -64,7 +64,7 @@ def test_domains_are_selected_by_name(tmp_path: Path) -> None:
     assert select_domains(tmp_path, "folder", ["medical", "medical"]) == ["medical"]
     with pytest.raises(ConfigError, match="no file for the domain code, only for legal, medical"):
         select_domains(tmp_path, "folder", ["code"])
-    write_domain(tmp_path, "domain_code.json", [CHOICE])  # other JSON files are then data of other benchmarks
+    write_domain(tmp_path, "domain_code.json", [CHOICE])  # with a file `domain_*.json`, the other JSON files count as data of other benchmarks
     assert find_domain_files(tmp_path) == {"code": tmp_path / "domain_code.json"}
 
 

@@ -19,7 +19,7 @@ ADD = CodeProblem("def add(a, b):\n", "def check(candidate):\n    assert candida
         ("    return a + b\n", True),
         ("    return a * b\n", False),
         ("    return a +\n", False),
-        ("    return a + b\nprint('x')\nraise ValueError\n", True),  # cut in front of the print
+        ("    return a + b\nprint('x')\nraise ValueError\n", True),  # the completion is cut before `print`, so ValueError is not raised
         ("    import os\n    return 5 if dict(os.environ) in ({}, {'LC_CTYPE': 'C.UTF-8'}) else 0\n", True),
         ("    open('written', 'w').close()\n    return a + b\n", True),
     ],

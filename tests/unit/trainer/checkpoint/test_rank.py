@@ -287,7 +287,7 @@ def test_without_memory_for_a_copy_training_waits_for_each_checkpoint(run: FakeT
 
 @pytest.mark.parametrize("is_stop", [True, False])
 def test_the_last_checkpoint_is_written_at_once(run: FakeTrainingLoop, is_stop: bool) -> None:
-    """No step follows, so a copy would save no time."""
+    """No step follows the last checkpoint. So a copy, which lets training continue during the write, would save no time."""
     run.stager.on_trainer_created(make_fake_trainer(run, torch.tensor(1.0), {}))
     run.step(save=True)
     assert run.stager._writer.writes_in_background is True

@@ -181,7 +181,7 @@ def test_a_manifest_with_paths_outside_the_checkpoint_is_damaged(two_checkpoints
 
 
 class DelayedStore(FolderStore):
-    """A store whose listings omit new objects with a suffix in `unlisted_suffixes`, and whose reads omit those with a suffix in `unread_suffixes`."""
+    """A store that shows new objects late: listings omit keys that end with `unlisted_suffixes`, and reads do not find keys that end with `unread_suffixes`."""
 
     unlisted_suffixes: tuple[str, ...] = ()
     unread_suffixes: tuple[str, ...] = ()

@@ -34,7 +34,7 @@ class Clock:
 
 
 class Store(SingleRankStore):
-    """A store to which working rank 0 writes heartbeats until the time `last_heartbeat`. The rank is done at the time `done_at`."""
+    """A store to which rank 0 writes heartbeats while it works. Its last heartbeat is at the time `last_heartbeat`, and it is done at the time `done_at`."""
 
     def __init__(self, clock: Clock, last_heartbeat: float, done_at: float) -> None:
         super().__init__()

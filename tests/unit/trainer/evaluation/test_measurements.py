@@ -162,7 +162,7 @@ def count_promoted(margins: dict[str, float], count: int, lost_skill: float) -> 
     return {metric: promoted[metric] for metric in margins}
 
 
-@pytest.mark.slow  # test_gates.py has a fast variant, which draws scores instead of measuring tokens
+@pytest.mark.slow  # `make test` runs a fast variant in test_gates.py, which draws scores instead of measuring tokens
 @pytest.mark.parametrize("count", [30, 100])
 def test_a_model_exactly_at_the_margin_is_promoted_in_about_5_percent(count: int) -> None:
     generator = np.random.default_rng(5)
@@ -173,7 +173,7 @@ def test_a_model_exactly_at_the_margin_is_promoted_in_about_5_percent(count: int
     assert max(promoted.values()) <= 18, promoted
 
 
-@pytest.mark.slow  # test_gates.py has a fast variant, which draws scores instead of measuring tokens
+@pytest.mark.slow  # `make test` runs a fast variant in test_gates.py, which draws scores instead of measuring tokens
 def test_an_equal_model_is_promoted_if_the_margin_has_99_percent_power() -> None:
     """With each margin, the gate promotes an equal model with a probability of about 99 % if it sees 100 rows."""
     promoted = count_promoted({"loss": 0.261, "perplexity": 1.25, "accuracy": 0.0906, "precision": 0.0915, "f1": 0.0909}, 100, 0.0)

@@ -274,7 +274,7 @@ def test_the_models_that_were_used_least_recently_are_removed(tmp_path: Path) ->
     cache = limited_cache(tmp_path, 20)
     for used_at, text in ((3000.0, "a" * 6), (1000.0, "b" * 6), (2000.0, "c" * 6)):
         release(store_model(cache, text)[0], used_at)
-    store_model(cache, "d" * 8)  # 18 + 8 bytes: 6 must go
+    store_model(cache, "d" * 8)  # 18 + 8 bytes exceed the limit of 20 bytes, so a model of 6 bytes is removed
     assert list_stored(tmp_path) == ["a", "c", "d"]
     store_model(cache, "e" * 6)
     assert list_stored(tmp_path) == ["a", "d", "e"]
@@ -292,7 +292,7 @@ def test_a_model_in_use_is_never_removed(tmp_path: Path) -> None:
 
 
 def test_a_trainer_container_keeps_its_model(tmp_path: Path) -> None:
-    """The init container of the pod has ended. The lock of the trainer container needs no write access."""
+    """The init container of the pod has ended, so its lock is gone. The trainer container takes its own lock, which needs no write access."""
     cache = limited_cache(tmp_path, 20)
     entry, _ = store_model(cache, "a" * 12)
     release(entry)

@@ -53,7 +53,7 @@ def test_charts_show_attempts_and_have_tables() -> None:
     loss = figures["Training loss"]
     rows = [[cell.full_text for cell in row.children] for row in loss.find_all("tr")]
     assert rows == [["step", "training loss"], ["1", "2"], ["2", "1"], ["3", "not measured"], ["4", "0.5"]]
-    assert loss.find_all("path")[0].attributes["d"].count("M") == 1 and len(loss.find_all("circle")) == 1  # the value at step 4 stands alone
+    assert loss.find_all("path")[0].attributes["d"].count("M") == 1 and len(loss.find_all("circle")) == 1  # step 4 is a circle, because step 3 has no value
     assert [text.full_text for text in loss.find_all("g", **{"class": "attempts"})[0].find_all("text")] == ["attempt 2"]
     svg = loss.find_all("svg")[0]
     named = [element.attributes["id"] for element in [*svg.find_all("title"), *svg.find_all("desc")] if "id" in element.attributes]

@@ -1,4 +1,4 @@
-"""Log entries know what they measure, replace numbers that are not finite, and are joined over several attempts."""
+"""Log entries recognise the kind of their line, replace numbers that are not finite, and are joined over several attempts."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def test_the_digest_covers_name_and_content_of_the_named_images(root: bool, tmp_
     (job.images / "unused.png").write_bytes(BLUE)
     (job.images / "new.png").write_bytes(b"no image")
     assert job.digests() == expected
-    assert len(RED) == len(BLUE)  # Names and sizes do not show the swap.
+    assert len(RED) == len(BLUE)  # The two images have equal sizes, so neither name nor size shows that the file is replaced.
     (job.images / "a.png").write_bytes(BLUE)
     assert job.digests().keys() == expected.keys() and job.digests() != expected
     (job.images / "deep" / "a.png").write_bytes(RED)  # the two images have changed places

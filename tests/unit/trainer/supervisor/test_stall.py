@@ -118,7 +118,7 @@ def test_ranks_that_only_poll_while_they_load_stall_after_the_timeout(clock: Fak
     state, ranks = RunState(), MeasuredRanks()
     watch = StallWatch(state, None, work_watch=WorkWatch(ranks.measure))
     state.enter_stage(Stage.LOADING)
-    for _ in range(21):  # until second 600
+    for _ in range(21):  # the last check is at second 600
         assert watch.stall_error() is None
         clock.now += 30
         ranks.work += work

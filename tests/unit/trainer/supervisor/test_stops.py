@@ -202,7 +202,7 @@ def test_an_interrupted_copy_is_continued(tmp_path: Path, output: Output, monkey
 
 def test_a_file_of_the_copy_that_has_changed_is_copied_again(tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
     copy_until(1, tmp_path, output, monkeypatch, files=2)
-    (tmp_path / "copies" / "results" / "a.safetensors").write_text("A.safetensors")  # another job has replaced it
+    (tmp_path / "copies" / "results" / "a.safetensors").write_text("A.safetensors")  # as if another job had replaced this file
     assert copy_until(2, tmp_path, output, monkeypatch, files=9) == ["a.safetensors", "c.safetensors"]
 
 

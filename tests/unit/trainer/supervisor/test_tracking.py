@@ -149,7 +149,7 @@ def test_a_stop_during_the_wait_for_trackers_ends_the_wait(settings: Settings, t
     use_program(monkeypatch, "import time; time.sleep(600)")
     one = RunTracking(make_run_config(tmp_path), settings, RunState())
     one.start(STARTED_AT, [], resumed_from_step=0)
-    ends = iter([float("inf"), float("inf"), 0.0])  # the stop is requested during the wait
+    ends = iter([float("inf"), float("inf"), 0.0])  # the third call returns an end in the past, as if a stop were requested during the wait
     one.finish(ExitDecision(ExitCode.OK), is_ended_by_user=False, get_latest_end=lambda: next(ends))
     assert one._process is not None and one._process._process.wait() == -9 and next(ends, None) is None
 

@@ -149,7 +149,7 @@ def test_the_end_event_is_sent_last_and_without_a_pause_and_is_flushed(events: P
     clock.now += 1
     sender.send_waiting_events(is_ending=True)
     assert sender.has_ended and tracker.steps == [1, 2] and tracker.flushed == 1
-    sender.run(threading.Event())  # returns, because the end is sent
+    sender.run(threading.Event())  # returns at once, because the end event has been sent
 
 
 def test_a_reader_waits_for_the_end_of_a_line(events: Path) -> None:

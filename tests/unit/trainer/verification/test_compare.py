@@ -78,7 +78,7 @@ def test_a_merged_model_may_differ_by_the_rounding_of_its_weights() -> None:
     ("stored", "result", "code"), [(0.01, "Verified", None), (0.016, "NotVerified", "RoundingUnclear"), (0.03, "Failed", "AdapterHasNoEffect")]
 )
 def test_a_merge_that_may_lack_half_of_a_small_change_is_not_verified(stored: float, result: str, code: str | None) -> None:
-    """Training changed the values by 0.03 nats. The merged model differs from it by `stored` nats, in the direction of the base model."""
+    """Training changed the values by 0.03 nats. The merged model differs from the trained model by `stored` nats, in the direction of the base model."""
     found = judge_artefact("merged", shifted(stored), shifted(0.03), reference(autocast="bfloat16"), is_rounded=True)
     assert (found.result, found.code) == (result, code)
 
@@ -103,7 +103,7 @@ def test_a_merge_into_an_unquantised_base_is_not_verified_if_training_used_a_qua
 def test_a_difference_between_device_types_is_not_verified_instead_of_failed(
     reference_values: ReferenceValues, device: str, difference: float, result: str, code: str
 ) -> None:
-    """The change from the base model is 1 nat. Up to half of it may be rounding on another type of device, except in 32 bits."""
+    """Training changed the values by 1 nat. On another type of device, rounding can explain a difference of at most half of this change, except in 32 bits."""
     values = shifted(difference)
     found = judge_artefact("adapter", values, [value + 1 for value in values], reference_values.model_copy(update={"device": "cuda"}), device=device)
     assert (found.result, found.code, found.difference) == (result, code, difference)
@@ -125,7 +125,7 @@ def test_a_training_without_effect_is_verified_and_named() -> None:
 
 
 def test_an_adapter_that_changes_values_only_by_rounding_is_not_failed_if_its_effect_was_not_measured() -> None:
-    """The trainer does not measure a sharded model without its adapter. Its values may then differ from the base model's only by rounding."""
+    """The trainer does not measure a sharded model without its adapter. So it is unknown whether training changed the values by more than rounding."""
     stored = shifted(0.0005)
     unmeasured, lost = (judge_artefact("adapter", stored, stored, reference(changes_output=effect)) for effect in (None, True))
     assert (unmeasured.result, unmeasured.code) == (VerificationOutcome.NOT_VERIFIED, "RoundingUnclear")

@@ -28,7 +28,10 @@ ANSWER_COLUMN = ColumnRole("answer", ("answer", "response"))
 
 
 class Messages(Format):
-    """Messages with `role` and `content`, as in chat APIs. Without messages, a question and an answer in columns that `dataset.columns` names."""
+    """Messages with `role` and `content`, as in chat APIs.
+
+    If a row has no messages, question and answer are read from the columns that `dataset.columns` names.
+    """
 
     name = DatasetFormat.MESSAGES
     required = (MESSAGES_COLUMN,)

@@ -1,7 +1,7 @@
 """Formats with a prompt and answers to it: `promptCompletion`, `preference`, `unpairedPreference` and `promptOnly`.
 
-Prompt and answers may be text or messages. An answer may also be the whole conversation; the prompt is then removed from its
-beginning.
+Prompt and answers may be text or messages. An answer may also be the whole conversation; the prompt is then removed from the
+beginning of the answer.
 """
 
 from __future__ import annotations
@@ -233,7 +233,7 @@ def _remove_prompt_from_answers(
 
     If only the answers have a system prompt, it is moved to the prompt. `answers`: the answers by column name.
     `ignores_system_prompts`: whether system prompts may differ, because all are replaced later. `allows_further_question`: whether an
-    answer may begin with a user message other than the prompt. An answer that contains the prompt later is refused even then.
+    answer may begin with a user message other than the prompt. If it may, an answer that contains the prompt at a later place is still refused.
     Errors: RowError PromptMismatch, NoTrainableToken (nothing follows the prompt).
     """
     system, question = _split_system_prompt(prompt)
