@@ -168,7 +168,7 @@ def measure_pairs(
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     folder = Path(tempfile.mkdtemp(prefix="trainer-overhead-"))
-    model = make_tiny_model(folder / "model", hidden=hidden_size, layers=layer_count, positions=max(512, sequence_length))
+    model_folder = make_tiny_model(folder / "model", hidden=hidden_size, layers=layer_count, positions=max(512, sequence_length))
     rows = [
         {"text": "The quick brown fox jumps over the lazy dog. " * (1 + (7 * i) % (sequence_length // 12))} for i in range(64)
     ]
@@ -176,7 +176,7 @@ def measure_pairs(
         "method": {"type": method}, "dataset": {"maxSequenceLength": sequence_length}, "tracking": {"loggingSteps": 10},
         "training": {"maxSteps": steps, "batchSizePerDevice": batch_size, "gradientAccumulationSteps": 1, "learningRate": 1e-4},
     }  # fmt: skip
-    run, inputs = make_run(folder, model, spec, rows)
+    run, inputs = make_run(folder, model_folder, spec, rows)
     pairs: list[tuple[RunMeasurements, RunMeasurements]] = []
     with suppress_warnings():
         for round_number in range(round_count + 1):

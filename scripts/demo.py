@@ -232,7 +232,7 @@ def uninstall_objects(cluster: DemoCluster) -> None:
 def prepare_and_run(cluster: DemoCluster, *, keep_running: bool) -> None:
     """Prepare the cluster, run the demo, and clean up. If the demo succeeds and `keep_running` is true, nothing is removed."""
     print_heading(f"Prepare the {cluster.name} cluster (slow steps run in parallel, and only once)")
-    run_all([*cluster.steps(), HELM.step(), make_model_step()], cache_folder() / "logs", console)
+    run_all([*cluster.steps(), HELM.make_build_step(), make_model_step()], cache_folder() / "logs", console)
     is_kept = False
     try:
         cluster.up()

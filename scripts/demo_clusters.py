@@ -153,7 +153,7 @@ class KindCluster(KubectlCluster):
         self._s3: S3Endpoint | None = None
 
     def steps(self) -> list[Step]:
-        kind_steps = [] if find_installed_kind() else [KIND.step()]
+        kind_steps = [] if find_installed_kind() else [KIND.make_build_step()]
         build_steps = [
             Step(f"image of the {name}", lambda command, file=file, tag=tag: self._build_image(command, file, tag))  # type: ignore[misc]  # lambda defaults
             for name, file, tag in (

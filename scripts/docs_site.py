@@ -43,12 +43,12 @@ def build_site(folder: Path) -> subprocess.CompletedProcess[str]:
 def main() -> int:
     """Build the site into build/site. Returns mkdocs' exit code."""
     folder = ROOT / "build/site"
-    done = build_site(folder)
-    if done.returncode:
-        sys.stderr.write(done.stdout + done.stderr)
+    completed_process = build_site(folder)
+    if completed_process.returncode:
+        sys.stderr.write(completed_process.stdout + completed_process.stderr)
     else:
         print(f"the documentation is in {folder.relative_to(ROOT)}/index.html; `python3 -m http.server -d {folder.relative_to(ROOT)}` serves it")
-    return done.returncode
+    return completed_process.returncode
 
 
 if __name__ == "__main__":

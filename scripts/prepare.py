@@ -44,7 +44,7 @@ def main() -> int:
     """Run all steps. Returns the exit code: 0 after success, 1 if a step failed, 130 after Ctrl-C."""
     console = Console(stderr=True)
     try:
-        run_all([*make_local_steps(), HELM.step(), HELM_DOCS.step(), make_model_step()], cache_folder() / "logs", console)
+        run_all([*make_local_steps(), HELM.make_build_step(), HELM_DOCS.make_build_step(), make_model_step()], cache_folder() / "logs", console)
     except StepFailed as error:
         console.print(f"[red]prepare:[/] {error}", highlight=False)
         return 1

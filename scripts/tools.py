@@ -30,7 +30,7 @@ class GoTool:
         override_path = os.environ.get(self.override_variable)
         return Path(override_path) if override_path else cache_folder() / "tools" / f"{self.name}-{self.version}" / self.name
 
-    def step(self) -> Step:
+    def make_build_step(self) -> Step:
         """Return a step that builds the program unless it exists."""
 
         def run(command: Commands) -> None:
@@ -75,7 +75,7 @@ def build_go_tools(*tools: GoTool) -> None:
     from rich.console import Console
 
     if missing_tools := [tool for tool in tools if not tool.path.exists()]:
-        run_all([tool.step() for tool in missing_tools], cache_folder() / "logs", Console(stderr=True))
+        run_all([tool.make_build_step() for tool in missing_tools], cache_folder() / "logs", Console(stderr=True))
 
 
 def find_installed_kind() -> Path | None:

@@ -19,7 +19,7 @@ from finetune_operator.plan import AttemptEnd
 from finetune_operator.views import JobView, PodView
 
 SecondsByPart = dict[str, float]
-"""Seconds of each part. The keys are the JSON names of the fields of `TimeUse`."""
+"""Seconds that an attempt spent in each part of its time, for example `starting` or `training`. The keys are the JSON names of the fields of `TimeUse`."""
 PARTS_WITHOUT_NODE = ("waiting", "suspended", "queued", "preparation", "scheduling")
 """Parts during which rank 0's pod has no node."""
 
@@ -33,7 +33,7 @@ class PodTimes:
     started_at: datetime | None = None
     ended_at: datetime | None = None
     reported: Mapping[str, float] | None = None
-    """Seconds of each part, from the termination message or the newest report."""
+    """Seconds in each part of the container's time, from the termination message or, if there is none, from the newest progress report."""
     last_part: str = "starting"
     """The part for the time after the newest report, if the container ended without a termination message."""
 

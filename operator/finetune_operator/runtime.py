@@ -111,7 +111,7 @@ class OperatorRuntime:
         return self._config.isolation.operator_namespace or _find_own_namespace()
 
     async def _keep_key(self) -> None:
-        """Restore the Secret with the operator's key once per resync interval while this replica is the leader."""
+        """While this replica is the leader, check once per resync interval whether the Secret that contains the operator's key still exists, and restore it."""
         await self._is_working.wait()
         while True:
             await asyncio.sleep(self._config.resync_seconds)

@@ -90,7 +90,7 @@ def attention_flops(shape: ModelShape, document_length: float, *, is_causal: boo
 
 
 def flops_per_token(shape: ModelShape, mean_length: float, *, frozen_base: bool, trained_count: int = 0, is_causal: bool = True) -> float:
-    """Return the FLOPs of training per token. `trained_count`: number of trained parameters of the base model if the others are frozen."""
+    """Return the FLOPs of training per token. `trained_count`: with a frozen base model, the number of its parameters that are trained all the same."""
     attention = attention_flops(shape, mean_length, is_causal=is_causal)
     matrix_flops = 2 * shape.matrix_parameters
     return 2 * (matrix_flops + trained_count) + 3 * attention if frozen_base else 3 * (matrix_flops + attention)

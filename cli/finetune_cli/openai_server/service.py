@@ -128,7 +128,7 @@ class FineTuningService:
         self._require_right(account, "create")
 
     def add_file(self, account: Account, name: str, path: Path) -> KubeObject:
-        """Check and store a file that a client has uploaded to the local `path`, and return the API's object for it."""
+        """Check and store a file that a client has uploaded; `path` is the local copy. Return the `file` object of the OpenAI API."""
         with self._row_check_lock:
             check_jsonl(path)
         return _to_api_file(self._files.add(account.namespace, name, path))

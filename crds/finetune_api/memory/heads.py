@@ -114,7 +114,10 @@ def _record_cross_entropy_of_better_answers(context: ComputeContext, logits: Ten
 
 
 def _record_log_probabilities(context: ComputeContext, logits: Tensor) -> list[Tensor]:
-    """Record TRL's `selective_log_softmax`. A GPU runs one kernel. A CPU computes one row at a time; the computation differs between 16 and 32 bits."""
+    """Record TRL's `selective_log_softmax`.
+
+    On a GPU, one kernel computes all rows. On a CPU, the rows are computed one at a time, and differently for 16 and 32 bits.
+    """
     tape, item = context.tape, logits.item_bytes
     rows, tokens, vocabulary = logits.shape
     shifted = op.take_slice(context, logits, rows, tokens - 1, vocabulary)

@@ -44,11 +44,11 @@ def test_the_agent_loads_torch_only_for_several_ranks(
         pod.kill()
 
 
-RANK_ENDS = [(ranks, event, code, name) for ranks in (1, 2) for event, code, name in (("exit", 70, "RankCrashed"), ("die", 74, "RankKilled"))]
-QUICK_RANK_ENDS = [(1, "die", 74, "RankKilled"), (2, "exit", 70, "RankCrashed")]
+RANK_FAILURES = [(ranks, event, code, name) for ranks in (1, 2) for event, code, name in (("exit", 70, "RankCrashed"), ("die", 74, "RankKilled"))]
+QUICK_RANK_FAILURES = [(1, "die", 74, "RankKilled"), (2, "exit", 70, "RankCrashed")]
 
 
-@pytest.mark.parametrize(("ranks", "event", "code", "name"), quick_slice(RANK_ENDS, QUICK_RANK_ENDS))
+@pytest.mark.parametrize(("ranks", "event", "code", "name"), quick_slice(RANK_FAILURES, QUICK_RANK_FAILURES))
 def test_a_rank_that_ends_without_a_report_is_named_in_the_termination_message(
     ranks: int, event: str, code: int, name: str, model: Path, rows: Path, tmp_path: Path
 ) -> None:

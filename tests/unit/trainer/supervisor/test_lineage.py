@@ -47,7 +47,7 @@ def test_a_later_pod_keeps_the_statement_because_it_may_be_signed(root: Path) ->
     assert (root / "lineage/statement.json").read_bytes() == before
 
 
-def test_a_later_pod_writes_a_missing_statement_without_digests_of_files(root: Path) -> None:
+def test_a_later_pod_writes_the_missing_statement_but_no_digests_of_files(root: Path) -> None:
     run, tree = stored_run(root)
     (root / "lineage/statement.json").unlink()
     Lineage(run, tree, RunState(), FileDigests()).write_statement(None)
