@@ -21,6 +21,8 @@ from localcluster.errors import StartFailed
 OWNER_VARIABLE = "FINETUNE_LOCALCLUSTER"
 _PR_SET_PDEATHSIG = 1
 _KERNEL_THREAD_FLAG = 0x00200000
+ENVIRONMENT_READS = 5
+"""A process without an environment is read this often, because it may have been inside `execve` at some of the reads."""
 EXEC_SECONDS = 1.0
 """How long `end_all` waits for processes inside `execve`, most of which belong to other programs."""
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -106,19 +108,24 @@ def find_processes(owner: Path) -> FoundProcesses:
     owner_variable, found = f"{OWNER_VARIABLE}={owner}".encode(), FoundProcesses([], [])
     for pid in {int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()} - {os.getpid()}:
         try:
-            if not is_program(pid):
-                continue
-            environment = Path(f"/proc/{pid}/environ").read_bytes()
-            if not environment:
-                if not Path(f"/proc/{pid}/cmdline").read_bytes():
-                    found.pids_in_exec.append(pid)
-                    continue
-                environment = Path(f"/proc/{pid}/environ").read_bytes()  # the process may have been inside `execve` at the first read
-            if owner_variable in environment.split(b"\0"):
-                found.owned_pids.append(pid)
+            environment = read_environment(pid) if is_program(pid) else []
         except OSError:
             continue  # the process has ended or belongs to another user
+        if environment is None:
+            found.pids_in_exec.append(pid)
+        elif owner_variable in environment:
+            found.owned_pids.append(pid)
     return found
+
+
+def read_environment(pid: int) -> list[bytes] | None:
+    """Return the environment of a process, or None inside `execve`. Errors: OSError if the process has ended or belongs to another user."""
+    for _ in range(ENVIRONMENT_READS):
+        if environment := Path(f"/proc/{pid}/environ").read_bytes():
+            return environment.split(b"\0")
+        if not Path(f"/proc/{pid}/cmdline").read_bytes():
+            return None
+    return []
 
 
 def is_program(pid: int) -> bool:
