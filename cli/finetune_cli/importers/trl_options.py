@@ -267,12 +267,14 @@ def _set_objective(draft: JobDraft, trainer: str) -> None:
         "chat_template_kwargs": {"grpo": "dataset.templateVariables"},
     }  # fmt: skip
     for key, path_by_trainer in path_by_trainer_and_key.items():
-        if key in draft.given_options and trainer in path_by_trainer and (draft.get(key) or key not in ("label_smoothing", "chat_template_kwargs")):
-            draft.assign(path_by_trainer[trainer], draft.get(key), key)
-        elif key in draft.given_options and (draft.get(key) or key != "chat_template_kwargs"):
-            draft.warn_no_effect(key, f"the objective is {trainer}")
-        elif key in draft.given_options:
+        if key not in draft.given_options:
+            continue
+        if key == "chat_template_kwargs" and not draft.get(key):
             draft.add_reason(key, "no arguments")
+        elif trainer in path_by_trainer and (draft.get(key) or key != "label_smoothing"):
+            draft.assign(path_by_trainer[trainer], draft.get(key), key)
+        else:
+            draft.warn_no_effect(key, f"the objective is {trainer}")
     _set_rewards(draft, trainer)
 
 
