@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import http.client
 import json
 import os
 import shutil
@@ -10,7 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
@@ -307,7 +307,7 @@ def fetch_progress(port: int) -> ProgressReport | None:
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}{names.HttpPath.PROGRESS}", timeout=5) as response:
             return ProgressReport.model_validate_json(response.read())
-    except (urllib.error.URLError, ConnectionError, TimeoutError, ValueError):
+    except (OSError, http.client.HTTPException, ValueError):  # it has not started yet, or ends in the middle of its response
         return None
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from finetune_api import names
 from finetune_api.defaults import ResolvedSpec, resolve_defaults
 from finetune_api.spec import FineTuneJobSpec
 from finetune_cli import local_run
-from finetune_cli.local_run import _link_config_maps, _write_run, find_last_attempt, read_last_report
+from finetune_cli.local_run import _link_config_maps, _write_run, fetch_progress, find_last_attempt, read_last_report
 from finetune_cli.local_spec import LocalRunError
 
 
@@ -94,3 +96,30 @@ def test_a_signal_to_the_command_stops_the_trainer(number: signal.Signals, tmp_p
     with local_run._treat_termination_as_interrupt():
         assert local_run._wait_for_trainer(process, 0, tmp_path / "termination") == 75
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        b"",
+        b"HTTP/1.0",
+        b"not HTTP\r\n\r\n",
+        b"HTTP/1.0 200 OK\r\nContent-Length: 100\r\n\r\n{",
+        b"HTTP/1.0 503 Service Unavailable\r\n\r\n",
+        b"HTTP/1.0 200 OK\r\n\r\n{}",
+    ],
+    ids=["nothing", "half a status line", "no HTTP", "half a body", "error", "no report"],
+)
+def test_a_trainer_that_ends_while_it_responds_has_no_progress(response: bytes) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def respond() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(response)
+
+        thread = threading.Thread(target=respond)
+        thread.start()
+        assert fetch_progress(server.getsockname()[1]) is None
+        thread.join()
