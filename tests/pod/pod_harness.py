@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import signal
@@ -153,7 +154,7 @@ class Pod:
         try:
             with urllib.request.urlopen(request, timeout=5) as answer:
                 return bytes(answer.read())
-        except OSError:
+        except (OSError, http.client.HTTPException):  # the pod does not listen yet, or ends in the middle of its response
             return None
 
     def report(self) -> ProgressReport | None:

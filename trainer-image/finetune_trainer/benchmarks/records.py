@@ -16,6 +16,7 @@ from pydantic import Field
 
 from finetune_trainer.benchmarks.domain_files import DOMAIN_FILE_PREFIX
 from finetune_trainer.benchmarks.plan import BenchmarkTask
+from finetune_trainer.file_entry import sha256_file
 
 RESULTS_FILE = "benchmark_results.json"
 HARNESS_FILE = "lm_eval_results.json"
@@ -70,13 +71,13 @@ class FinishedTasks:
         The hash need not depend on the model, because the supervisor restores only records of the same model.
         """
         settings = task.benchmark.model_dump(mode="json", exclude={"tasks", "compare_with_base"})
-        identity = json.dumps([settings, task.name, task.uses_base, _list_file_sizes(task.folder)], sort_keys=True)
+        identity = json.dumps([settings, task.name, task.uses_base, _list_file_digests(task.folder)], sort_keys=True)
         return self._folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.json"
 
 
-def _list_file_sizes(folder: Path | None) -> list[tuple[str, int]]:
-    """Return the paths and sizes of all files below a folder. If the contents change, paths or sizes usually change too."""
-    return sorted((path.relative_to(folder).as_posix(), path.stat().st_size) for path in folder.rglob("*") if path.is_file()) if folder else []
+def _list_file_digests(folder: Path | None) -> list[tuple[str, str]]:
+    """Return the paths and the sha256 of all files below a folder."""
+    return sorted((path.relative_to(folder).as_posix(), sha256_file(path)) for path in folder.rglob("*") if path.is_file()) if folder else []
 
 
 # ---- results of all tasks ----
