@@ -113,17 +113,18 @@ def hide_unneeded_libraries(run: RunConfig, *, keeps_bitsandbytes: bool = False)
 
 @contextmanager
 def garbage_collection_paused() -> Iterator[None]:
-    """Pause the garbage collector within the context."""
-    was_enabled = gc.isenabled()
+    """Pause the garbage collector within the context. Frozen objects stay frozen if no module is imported within the context."""
+    was_enabled, module_count = gc.isenabled(), len(sys.modules)
     gc.disable()
     try:
         yield
     finally:
         if was_enabled:
-            # These two calls move all objects to the oldest generation. Otherwise the next collections of the younger generations would
-            # examine them.
-            gc.freeze()
-            gc.unfreeze()
+            if len(sys.modules) > module_count:
+                # These two calls move all objects to the oldest generation. Otherwise the next collections of the younger generations would
+                # examine them.
+                gc.freeze()
+                gc.unfreeze()
             gc.enable()
 
 

@@ -39,7 +39,7 @@ def test_a_rank_imports_only_the_packages_that_its_job_needs(tmp_path: Path) -> 
     tracking = {"reportTo": ["mlflow"], "mlflow": {"trackingUri": "http://mlflow.mlops:5000"}}
     run, _ = make_run(tmp_path, tmp_path / "model", {"tracking": tracking, "dataset": {"numProc": 3}})
     done = subprocess.run([sys.executable, "-c", PRELOAD], input=run.model_dump_json(by_alias=True), capture_output=True, text=True)
-    assert (done.returncode, done.stdout.splitlines()[-5:]) == (0, ["0 True 0", "[]", "False 3 1", "True", "1"]), done.stderr
+    assert (done.returncode, done.stdout.splitlines()[-6:]) == (0, ["0 True 0", "[]", "False 3 1", "True", "1", "True"]), done.stderr
 
 
 PRELOAD = """
@@ -61,14 +61,19 @@ print(is_bnb_available(), os.environ["RAYON_NUM_THREADS"], os.environ["HF_HUB_DI
 import boto3, scipy.optimize
 print(is_scipy_available())
 print(sum(name.endswith("/models/zamba/modeling_zamba.py") for name in opened))
+gc.freeze()
+frozen_objects = gc.get_freeze_count()
+train.preload(run)
+print(gc.get_freeze_count() == frozen_objects > 100_000)
 """
-"""A program that prints five lines about the imports:
+"""A program that prints six lines about the imports:
 
 1. how many garbage collections ran, whether the collector is enabled, and how many objects it has frozen
 2. the imported packages that the job does not need
 3. whether PEFT finds bitsandbytes, and the values of two environment variables
 4. whether transformers finds scipy, which was hidden during the imports
 5. how often transformers has read the file of a model that the job does not use
+6. whether the objects that a rank freezes after its imports stay frozen when `train.main` imports the same libraries again
 """
 
 
