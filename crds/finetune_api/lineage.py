@@ -30,7 +30,10 @@ STATEMENT_KEY = f"{Storage.LINEAGE}/statement.json"
 ENVELOPE_KEY = f"{Storage.LINEAGE}/statement.dsse.json"
 """Path of the signed envelope below the job's folder in storage. STATEMENT_KEY is the path of the statement without a signature."""
 BASE_MODEL_DEPENDENCY = "model.source"
-"""Name of the base model in the list of dependencies. Every source in this list has the path of its spec field as its name."""
+"""Name of the base model in the list of dependencies.
+
+In this list, the name of each source is the path of the spec field that contains the source, here `model.source`.
+"""
 TRAINER_IMAGE_DEPENDENCY = "trainer image"
 REVISION_ANNOTATION = "revision"
 """Name of an annotation of the base model. Its value is the commit of a hub model, or a fingerprint of the files."""
@@ -84,7 +87,7 @@ class AttemptRecord(LenientModel):
     ended_at: datetime | None = Field(default=None, description="End of rank 0's pod.")
     gpus: int = Field(default=0, description="GPUs of all pods of the attempt. 0: training on CPUs.")
     pods: int = Field(default=1, description="Pods of the attempt.")
-    threads: int | None = Field(default=None, description="CPU threads of each rank, whose number affects the rounding of sums. Absent if nothing was trained.")
+    threads: int | None = Field(default=None, description="Number of CPU threads of each rank; it affects the rounding of sums. Absent if nothing was trained.")
     config_sha256: str = Field(default="", description="sha256 (hex) of the run configuration.")
     start_step: int | None = Field(default=None, description="Optimizer step from which the training started. Absent if nothing was trained.")
     last_step: int | None = Field(default=None, description="Last optimizer step that the incarnation completed.")
@@ -93,7 +96,7 @@ class AttemptRecord(LenientModel):
     message: str | None = Field(default=None, description="What failed, and why.")
     hint: str | None = Field(default=None, description="What the user can do.")
     timings: dict[str, float] = Field(default_factory=dict, description="Duration of each stage in seconds, by name of the stage.")
-    time_use: TimeUse | None = Field(default=None, description="What the time of rank 0's container was used for. Absent for a pod that was killed.")
+    time_use: TimeUse | None = Field(default=None, description="What the time of rank 0's container was used for. Absent if the pod was killed.")
     notes: list[str] = Field(default_factory=list, description="Notes of `status.resolved.notes`.")
     resolved: ResolvedConfig = Field(default_factory=ResolvedConfig, description="The configuration in use.")
 

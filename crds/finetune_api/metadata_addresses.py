@@ -13,7 +13,7 @@ METADATA_CIDRS = (
     "fd00:ec2::254/128",
     "fd20:ce::254/128",
 )
-"""Addresses of these services, in this order: AWS, Google, Azure and others; AWS ECS tasks; Alibaba; Azure's host agent; Oracle; AWS over IPv6;
+"""Addresses of the metadata services, in this order: AWS, Google, Azure and others; AWS ECS tasks; Alibaba; Azure's host agent; Oracle; AWS over IPv6;
 Google over IPv6.
 
 169.254.170.23 and fd00:ec2::23 (EKS Pod Identity) are not listed, because they serve only the credentials of the pod's own ServiceAccount.

@@ -118,7 +118,10 @@ class Env(StrEnum):
     HF_TOKEN = "HF_TOKEN"
     """Token for a model hub, from `model.tokenSecretRef`."""
     STORAGE_ACCESS_KEY = "AWS_ACCESS_KEY_ID"
-    """Access key from `storage.credentialsSecretRef`. With the prefix MODEL_ or DATASET_, the variable contains the key of `model.storage` or `dataset.storage`."""
+    """Access key from `storage.credentialsSecretRef`.
+
+    With the prefix MODEL_ or DATASET_, the variable contains the key of `model.storage` or `dataset.storage`.
+    """
     STORAGE_SECRET_KEY = "AWS_SECRET_ACCESS_KEY"
     """Secret key from the same Secret as STORAGE_ACCESS_KEY, with the same prefixes."""
     STORAGE_SESSION_TOKEN = "AWS_SESSION_TOKEN"
@@ -135,7 +138,7 @@ DATASET_CREDENTIALS_PREFIX = "DATASET_"
 WANDB_KEY = "WANDB_API_KEY"
 """Environment variable with the API key from `tracking.wandb.apiKeySecretRef`. A variable of the same name in `placement.env` takes precedence."""
 MLFLOW_CREDENTIALS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
-"""Environment variables with the credentials of an MLflow server. Users set them in `placement.env`, from a Secret."""
+"""Environment variables with the credentials of an MLflow server. Users set these variables in `placement.env`, from a Secret."""
 WANDB_MODE = "WANDB_MODE"
 """Environment variable of W&B. If `placement.env` sets it to `offline`, the trainer writes files and does not connect to a server."""
 MONGODB_URI = "MONGODB_URI"
@@ -149,12 +152,15 @@ RUN_MOUNT = "/etc/finetune"
 RUN_FILE_NAME = "run.json"
 RUN_FILE = f"{RUN_MOUNT}/{RUN_FILE_NAME}"
 CHECK_STORAGE_COMMAND = "check-storage"
-"""Command of the trainer image that checks whether a pod can write, read and list in storage. Its argument is a StoreTarget as JSON."""
+"""Command of the trainer image that checks whether a pod can write, read and list in storage. The argument of the command is a StoreTarget as JSON."""
 ATTEMPT_SECRET_KEY = "attempt-secret"
 """Key of the Secret object that holds the secret of an attempt, and name of the file in `/etc/finetune` of the pods."""
 ATTEMPT_SECRET_FILE = f"{RUN_MOUNT}/{ATTEMPT_SECRET_KEY}"
 CHECKPOINT_KEY = "checkpoint-key"
-"""Key of the Secret object that holds the signing key, and name of the file in `/etc/finetune` of the pods. The signing key signs the job's checkpoints or, in a preparation pod, the prepared rows of the namespace."""
+"""Key of the Secret object that holds the signing key, and name of the file in `/etc/finetune` of the pods.
+
+The signing key signs the job's checkpoints or, in a preparation pod, the prepared rows of the namespace.
+"""
 MAX_RUN_BYTES = 64 * 1024
 """Maximum size of `run.json` in bytes. The operator stores `run.json` in an annotation, and Kubernetes limits the size of annotations."""
 CONFIGMAP_MOUNT = "/etc/finetune-config"
@@ -162,10 +168,12 @@ CONFIGMAP_MOUNT = "/etc/finetune-config"
 PVC_MOUNT = "/mnt/pvc"
 """The PersistentVolumeClaim of a URI `pvc://claim/path` is mounted at `/mnt/pvc/<claim>/`."""
 MODEL_CACHE_MOUNT = "/mnt/model-cache"
-"""The init container, and a preparation, mount the volume of `model.cache` here. If the cache is on a node, the trainer container mounts only its
-namespace's folder, read-only."""
+"""Path at which the init container and a preparation pod mount the volume of `model.cache`.
+
+If the cache is on a node, the trainer container mounts only the folder of its own namespace at this path, read-only.
+"""
 CLAIM_CACHE_TENANT = "models"
-"""Tenant of the models in the cache of a PersistentVolumeClaim. In a cache on a node, each namespace is a tenant. Each tenant has a folder of its own."""
+"""Tenant whose folder holds all models in a cache on a PersistentVolumeClaim. In a cache on a node, each namespace is a tenant with a folder of its own."""
 MODEL_CACHE_CONTAINER = "model-cache"
 """Name of the init container that downloads the base model into the cache of `model.cache`."""
 CA_MOUNT = "/etc/finetune-ca"
@@ -184,7 +192,7 @@ GENERATION_MOUNT = f"{WORK_MOUNT}/generation"
 GENERATION_MODEL_FOLDER = "model"
 """Folder below GENERATION_MOUNT with the model that the vLLM server reads."""
 GENERATION_OPTIONS_FILE = "server.json"
-"""File below GENERATION_MOUNT with the options of the vLLM server. The trainer writes this file last, because the server starts as soon as it exists."""
+"""File below GENERATION_MOUNT with the options of the vLLM server. The trainer writes this file last, because the server starts as soon as this file exists."""
 GENERATION_END_FILE = "ended.json"
 """File below GENERATION_MOUNT that the server's container writes after the vLLM server has ended: JSON {message}."""
 GENERATION_CONTRACT_VERSION = 1
@@ -331,7 +339,10 @@ class Condition(StrEnum):
     CHECKPOINTS_HEALTHY = "CheckpointsHealthy"
     """The newest checkpoint is committed, and no checkpoint is damaged."""
     TRACKERS_REACHABLE = "TrackersReachable"
-    """The trackers of `tracking.reportTo` accept the metrics of the run. This condition exists only for running jobs with trackers. A tracker never delays a job."""
+    """The trackers of `tracking.reportTo` accept the metrics of the run.
+
+    This condition exists only for running jobs with trackers. A tracker never delays a job.
+    """
     SUCCEEDED = "Succeeded"
     """The final model is committed to storage."""
     FINISHED = "Finished"
@@ -521,7 +532,10 @@ class Storage(StrEnum):
     MANIFEST = "manifest.json"
     """File in each incarnation's folder: size and sha256 of every file, optimizer step, and metrics."""
     SIGNATURE = "manifest.hmac"
-    """File next to the manifest of a checkpoint or of prepared rows, with the manifest's signature (hex). The job's own key signs checkpoints, and the namespace's key signs prepared rows. Absent without `isolation.secret`."""
+    """File next to the manifest of a checkpoint or of prepared rows, with the manifest's signature (hex).
+
+    The job's own key signs checkpoints, and the namespace's key signs prepared rows. Absent without `isolation.secret`.
+    """
     COMMITTED = "_COMMITTED"
     """Marker of a committed checkpoint, next to the incarnation folders and written last: JSON {attempt, path, manifestSha256}."""
     HEALTHY = "_HEALTHY"
@@ -531,9 +545,15 @@ class Storage(StrEnum):
 
 
 PREPARED_FOLDER = "_prepared"
-"""Folder below `<storage.uri>/<namespace>/` with the prepared rows of the namespace, in one folder `<digest>` for each data set. No job has a folder of this name, because names of jobs cannot contain an underscore."""
+"""Folder below `<storage.uri>/<namespace>/` with the prepared rows of the namespace, in one folder `<digest>` for each data set.
+
+No job has a folder of this name, because names of jobs cannot contain an underscore.
+"""
 USED_MARKER = "_USED"
-"""Marker in a folder of prepared rows: JSON {until}. The rows are kept until this time. Each preparation that uses the rows, and the first pod of each attempt that uses them, moves the time forward."""
+"""Marker in a folder of prepared rows: JSON {until}.
+
+The rows are kept until this time. Each preparation that uses the rows sets a later time, and so does the first pod of each attempt that uses the rows.
+"""
 RESULT_KEY = f"{Storage.RUN}/result.json"
 """Object below the job's folder that the trainer writes after a successful run: the result, and the spec and inputs from which it was made."""
 ADAPTER_SHA256 = "adapterSha256"

@@ -89,9 +89,11 @@ def check_data_options(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findin
         if dataset.use_chat_template is False:
             yield path, f"{path} has no effect with `useChatTemplate: false`", "remove templateVariables or useChatTemplate"
         elif name in ROW_VARIABLES:
-            yield path, f"{name!r} has a value in every template, and templateVariables cannot change this value", f"remove {name}, or rename the variable in the template"
+            yield path, f"{name!r} has a value in every template, and templateVariables cannot change this value", f"remove {name}, or rename the variable in
+            the template"
         elif not name.isidentifier() or name in JINJA_KEYWORDS:
-            yield path, f"{name!r} cannot be the name of a variable in a template", "write a name of letters, digits and underscores that is not a keyword of Jinja"
+            yield path, f"{name!r} cannot be the name of a variable in a template", "write a name of letters, digits and underscores that is not a keyword of
+            Jinja"
     options = dataset.response_only
     if options is not None and (options.question_marker or options.answer_marker):
         if options.enabled is False:
@@ -112,7 +114,7 @@ ROW_VARIABLES = (
     "messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
     "additional_special_tokens", "range", "dict", "lipsum", "cycler", "joiner", "namespace", "raise_exception", "strftime_now",
 )  # fmt: skip
-"""Variables that transformers or Jinja set for each row. A value in `dataset.templateVariables` for such a name would have no effect."""
+"""Variables that transformers or Jinja set for each row. A value for one of these names in `dataset.templateVariables` would have no effect."""
 JINJA_KEYWORDS = (
     "and", "block", "call", "elif", "else", "endfor", "endif", "extends", "false", "False", "filter", "for", "from", "if", "import", "in", "include", "is",
     "loop", "macro", "none", "None", "not", "or", "recursive", "self", "set", "true", "True", "with",
