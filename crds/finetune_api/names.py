@@ -118,10 +118,7 @@ class Env(StrEnum):
     HF_TOKEN = "HF_TOKEN"
     """Token for a model hub, from `model.tokenSecretRef`."""
     STORAGE_ACCESS_KEY = "AWS_ACCESS_KEY_ID"
-    """Access key from `storage.credentialsSecretRef`.
-
-    With the prefix MODEL_ or DATASET_, the variable contains the key of `model.storage` or `dataset.storage`.
-    """
+    """Access key from `storage.credentialsSecretRef`. With the prefix MODEL_ or DATASET_, the variable contains the key of `model.storage` or `dataset.storage`."""
     STORAGE_SECRET_KEY = "AWS_SECRET_ACCESS_KEY"
     """Secret key from the same Secret as STORAGE_ACCESS_KEY, with the same prefixes."""
     STORAGE_SESSION_TOKEN = "AWS_SESSION_TOKEN"
@@ -157,10 +154,7 @@ ATTEMPT_SECRET_KEY = "attempt-secret"
 """Key of the Secret object that holds the secret of an attempt, and name of the file in `/etc/finetune` of the pods."""
 ATTEMPT_SECRET_FILE = f"{RUN_MOUNT}/{ATTEMPT_SECRET_KEY}"
 CHECKPOINT_KEY = "checkpoint-key"
-"""Key of the Secret object that holds the signing key, and name of the file in `/etc/finetune` of the pods.
-
-The signing key signs the job's checkpoints or, in a preparation pod, the prepared rows of the namespace.
-"""
+"""Key of the Secret object that holds the signing key, and name of the file in `/etc/finetune` of the pods. The signing key signs the job's checkpoints or, in a preparation pod, the prepared rows of the namespace."""
 MAX_RUN_BYTES = 64 * 1024
 """Maximum size of `run.json` in bytes. The operator stores `run.json` in an annotation, and Kubernetes limits the size of annotations."""
 CONFIGMAP_MOUNT = "/etc/finetune-config"
@@ -339,10 +333,7 @@ class Condition(StrEnum):
     CHECKPOINTS_HEALTHY = "CheckpointsHealthy"
     """The newest checkpoint is committed, and no checkpoint is damaged."""
     TRACKERS_REACHABLE = "TrackersReachable"
-    """The trackers of `tracking.reportTo` accept the metrics of the run.
-
-    This condition exists only for running jobs with trackers. A tracker never delays a job.
-    """
+    """The trackers of `tracking.reportTo` accept the metrics of the run. This condition exists only for running jobs with trackers. A tracker never delays a job."""
     SUCCEEDED = "Succeeded"
     """The final model is committed to storage."""
     FINISHED = "Finished"
@@ -532,10 +523,7 @@ class Storage(StrEnum):
     MANIFEST = "manifest.json"
     """File in each incarnation's folder: size and sha256 of every file, optimizer step, and metrics."""
     SIGNATURE = "manifest.hmac"
-    """File next to the manifest of a checkpoint or of prepared rows, with the manifest's signature (hex).
-
-    The job's own key signs checkpoints, and the namespace's key signs prepared rows. Absent without `isolation.secret`.
-    """
+    """File next to the manifest of a checkpoint or of prepared rows, with the manifest's signature (hex). The job's own key signs checkpoints, and the namespace's key signs prepared rows. Absent without `isolation.secret`."""
     COMMITTED = "_COMMITTED"
     """Marker of a committed checkpoint, next to the incarnation folders and written last: JSON {attempt, path, manifestSha256}."""
     HEALTHY = "_HEALTHY"
@@ -545,10 +533,7 @@ class Storage(StrEnum):
 
 
 PREPARED_FOLDER = "_prepared"
-"""Folder below `<storage.uri>/<namespace>/` with the prepared rows of the namespace, in one folder `<digest>` for each data set.
-
-No job has a folder of this name, because names of jobs cannot contain an underscore.
-"""
+"""Folder below `<storage.uri>/<namespace>/` with the prepared rows of the namespace, in one folder `<digest>` for each data set. No job has a folder of this name, because names of jobs cannot contain an underscore."""
 USED_MARKER = "_USED"
 """Marker in a folder of prepared rows: JSON {until}.
 

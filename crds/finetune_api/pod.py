@@ -57,7 +57,7 @@ class StoreTarget(WireModel):
     encryption: EncryptionType | None = Field(
         default=None, description="Server-side encryption of uploaded objects. Default: the setting of the bucket."
     )
-    kms_key_id: str | None = Field(default=None, description="ID of the KMS key. Used if `encryption` is kms.")
+    kms_key_id: str | None = Field(default=None, description="ID of the KMS key. This key is used if `encryption` is kms.")
     customer_key_variable: str | None = Field(
         default=None, description="Environment variable with the encryption key. Used if `encryption` is customerKey."
     )

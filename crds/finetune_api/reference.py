@@ -117,8 +117,7 @@ def _build_names_page() -> str:
         ("Environment variables of the trainer container", names.Env),
         ("Names in storage", names.Storage),
     ]
-    return "# Names shared by operator, trainer and CLI\n\n" + "\n".join(_make_enum_table(title, enum) for title, enum in enums) + "\n" +
-    _make_exit_codes_section()
+    return "# Names shared by operator, trainer and CLI\n\n" + "\n".join(_make_enum_table(title, enum) for title, enum in enums) + "\n" + _make_exit_codes_section()
 
 
 def _build_rules_page() -> str:
@@ -152,7 +151,7 @@ TROUBLESHOOTING_INTRODUCTION = """\
 
 `status.failure.code` contains a code from one of the tables "Failure codes". If the trainer refuses the spec, `status.failure.code` contains a code from the
 table "Rules". A code that is not on this page is the name of a Python exception, `ExitCode` with a number, or the reason that Kubernetes gives for the end
-of a pod (for example `EvictionByEvictionAPI`). The message then comes from the library or from Kubernetes.
+of a pod (for example `EvictionByEvictionAPI`). For these codes, `status.failure.message` is the text of the library or of Kubernetes.
 """
 
 

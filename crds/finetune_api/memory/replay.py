@@ -158,8 +158,7 @@ class _Replay:
         hidden = forward.embed(requires_gradient=recomputed_layer_count > 0)
         positions = forward.compute_positions(hidden.item_bytes)
         for number, layer in enumerate(forward.model.layers):
-            def run(x: Tensor, layer=layer, mask=mask) -> Tensor:  # type: ignore[no-untyped-def] # noqa: ARG001 -- torch keeps the arguments of a recomputed
-            layer until its backward pass
+            def run(x: Tensor, layer=layer, mask=mask) -> Tensor:  # type: ignore[no-untyped-def] # noqa: ARG001 -- torch keeps the arguments of a recomputed layer until its backward pass
                 return forward.run_layer(layer, x, positions)
 
             if number < recomputed_layer_count:

@@ -89,11 +89,9 @@ def check_data_options(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findin
         if dataset.use_chat_template is False:
             yield path, f"{path} has no effect with `useChatTemplate: false`", "remove templateVariables or useChatTemplate"
         elif name in ROW_VARIABLES:
-            yield path, f"{name!r} has a value in every template, and templateVariables cannot change this value", f"remove {name}, or rename the variable in
-            the template"
+            yield path, f"{name!r} has a value in every template, and templateVariables cannot change this value", f"remove {name}, or rename the variable in the template"
         elif not name.isidentifier() or name in JINJA_KEYWORDS:
-            yield path, f"{name!r} cannot be the name of a variable in a template", "write a name of letters, digits and underscores that is not a keyword of
-            Jinja"
+            yield path, f"{name!r} cannot be the name of a variable in a template", "write a name of letters, digits and underscores that is not a keyword of Jinja"
     options = dataset.response_only
     if options is not None and (options.question_marker or options.answer_marker):
         if options.enabled is False:

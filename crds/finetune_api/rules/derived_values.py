@@ -217,7 +217,7 @@ def compares_metrics(spec: FineTuneJobSpec) -> bool:
 
 
 def compares_answers(spec: FineTuneJobSpec) -> bool:
-    """Whether both models' answers to the prompts of `promptsRef` are stored or, without `promptsRef`, their answers to the test questions."""
+    """Whether answers of the base model and the trained model are stored: to the prompts of `promptsRef` or, without `promptsRef`, to the test questions."""
     return prompts_to_compare(spec) is not None or (spec.evaluation.comparison is not None and compares_metrics(spec))
 
 

@@ -23,7 +23,7 @@ StringMap = Annotated[dict[ShortText, Annotated[str, StringConstraints(max_lengt
 
 
 def one_of(*allowed: int) -> AfterValidator:
-    """Return a validator that accepts only these integers. The field's schema must list the same integers as its `enum`."""
+    """Return a validator that accepts only these integers. The `enum` in the field's schema must list the same integers."""
 
     def check(value: int) -> int:
         if value not in allowed:

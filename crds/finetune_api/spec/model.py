@@ -56,7 +56,7 @@ class Model(Group):
     )
     dtype: WeightDtype | None = spec_field("Data type of the loaded weights.", default="auto", example="bfloat16")
     attention: AttentionImplementation | None = spec_field(
-        "Attention implementation. If it is not available, the trainer uses the one of `auto`. status.resolved.attention shows the implementation in use.",
+        "Attention implementation. If this implementation is not available, the trainer uses the implementation that `auto` selects. status.resolved.attention shows the implementation in use.",
         default="auto",
         example="flashAttention2",
     )
@@ -82,7 +82,7 @@ class Model(Group):
     )
     cache: Source | None = spec_field(
         "Cache of the base model: `pvc://claim/path` (a volume that the jobs of the namespace share), `node` (the platform's cache on each node) or `none`. "
-        "The first job downloads the model into the cache. Only for models on the hub and in S3. If the cache fails, each pod downloads the model itself.",
+        "The first job that needs a model downloads it into the cache. Only for models on the hub and in S3. If the cache fails, each pod downloads the model itself.",
         default_text="the operator's configuration, or none", example="pvc://model-cache/hub",
     )
     modality: Modality | None = spec_field("Kind of model.", default="text", example="text")
