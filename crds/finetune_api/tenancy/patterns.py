@@ -23,7 +23,7 @@ from pydantic import AfterValidator, WithJsonSchema
 PATTERN_SYNTAX = r"^!?([^\s{}!%]|\{namespace\})+$"
 ADDRESS_SYNTAX = r"^!?([^\s{}!%]|\{namespace\}|\{storage\})+$"
 NAMESPACE_TOKEN = "%namespace%"  # noqa: S105 -- not a password
-"""Stands for the namespace in a regular expression until the namespace is known."""
+"""Placeholder for the namespace in a regular expression; it is replaced when the namespace is known."""
 ALLOW_EVERYTHING = ("*",)
 """The only list of patterns that also allows ambiguous values, such as a path with `..`."""
 
