@@ -396,7 +396,10 @@ class MeasuredRun(ReportModel):
 
 
 class MemoryAdvice(ReportModel):
-    """Advice of the memory plan after an attempt ran out of GPU memory. If the attempt needed more memory than planned, all planned peaks are raised in the same ratio."""
+    """Advice of the memory plan after an attempt ran out of GPU memory.
+
+    If the attempt needed more memory than planned, all planned peaks are raised in the same ratio.
+    """
 
     needed_bytes: int = status_field("Memory in use when an allocation failed, plus the size of this allocation, in bytes.", default=..., example=81200000000)
     available_bytes: int = status_field("GPU memory that the rank could use, in bytes.", default=..., example=79600000000)
@@ -493,7 +496,10 @@ class TimeUse(ReportModel):
 
 
 class AttemptTime(ReportModel):
-    """What the time of one attempt was used for. The time of an attempt begins when the previous attempt ends or, for the first attempt, when the job is created."""
+    """What the time of one attempt was used for.
+
+    The time of an attempt begins when the previous attempt ends or, for the first attempt, when the job is created.
+    """
 
     number: int = status_field("Number of the attempt.", default=..., example=1)
     wall_seconds: float = status_field("The sum of all parts.", default=..., example=5560.4)

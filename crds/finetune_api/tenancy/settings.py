@@ -58,7 +58,7 @@ class NamespacePolicy(WireModel):
     max_duration_seconds: int | None = Field(
         default=None,
         ge=1,
-        description="Maximum of policy.activeDeadlineSeconds in seconds. It also applies to jobs that do not set this field; default: no limit.",
+        description="Maximum of policy.activeDeadlineSeconds in seconds. The limit also applies to jobs that do not set this field; default: no limit.",
     )
 
 
