@@ -18,7 +18,7 @@ from pydantic.alias_generators import to_camel
 
 
 class WireModel(BaseModel):
-    """A frozen pydantic model with camelCase names in JSON. It refuses unknown fields."""
+    """A frozen pydantic model with camelCase names in JSON. Unknown fields are refused."""
 
     model_config = ConfigDict(
         alias_generator=to_camel,

@@ -38,7 +38,7 @@ REPLACEMENTS_OF_OLD_TASKS = {"truthfulqa_mc": ("truthfulqa_mc1", "truthfulqa_mc2
 
 @dataclass(frozen=True)
 class BundledTask:
-    """A task whose definition the harness contains. Its data set must be in the benchmark's folder."""
+    """A task whose definition the harness contains. The data set of the task must be in the benchmark's folder."""
 
     definition_folder: str
     """Folder of the task's definition, relative to the task folder of the harness."""

@@ -36,9 +36,12 @@ In this list, the name of each source is the path of the spec field that contain
 """
 TRAINER_IMAGE_DEPENDENCY = "trainer image"
 REVISION_ANNOTATION = "revision"
-"""Name of an annotation of the base model. Its value is the commit of a hub model, or a fingerprint of the files."""
+"""Name of an annotation of the base model. The value of the annotation is the commit of a hub model, or a fingerprint of the model's files."""
 TRAINING_IMAGES, HELD_OUT_IMAGES = "training image set", "held-out image set"
-"""Names of two dependencies: the images of the training rows, and the images of the validation and test rows. Their digests cover all image files."""
+"""Names of two dependencies: the images of the training rows, and the images of the validation and test rows.
+
+The digests of these two dependencies cover all image files.
+"""
 IMAGE_SETS = (TRAINING_IMAGES, HELD_OUT_IMAGES)
 
 
@@ -129,7 +132,7 @@ class Provenance(LenientModel):
 
 
 class Statement(LenientModel):
-    """The in-toto statement. Its subjects are the files of the model and their manifest."""
+    """The in-toto statement. The subjects of the statement are the files of the model and their manifest."""
 
     type: Literal["https://in-toto.io/Statement/v1"] = Field(default=STATEMENT_TYPE, alias="_type")
     subject: list[Resource] = Field(min_length=1)

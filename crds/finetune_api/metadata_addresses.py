@@ -21,7 +21,7 @@ Google over IPv6.
 
 _NETWORKS = tuple(ipaddress.ip_network(cidr) for cidr in METADATA_CIDRS)
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
-"""IPv6 addresses of IPv4 hosts behind a NAT64 gateway. Their last four bytes are the IPv4 address."""
+"""IPv6 addresses of IPv4 hosts behind a NAT64 gateway. The last four bytes of these IPv6 addresses are the IPv4 address."""
 
 
 def is_metadata_address(address_text: str) -> bool:

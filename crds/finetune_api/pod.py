@@ -59,7 +59,7 @@ class StoreTarget(WireModel):
     )
     kms_key_id: str | None = Field(default=None, description="ID of the KMS key. This key is used if `encryption` is kms.")
     customer_key_variable: str | None = Field(
-        default=None, description="Environment variable with the encryption key. Used if `encryption` is customerKey."
+        default=None, description="Environment variable with the encryption key. This variable is used if `encryption` is customerKey."
     )
 
 
@@ -88,7 +88,7 @@ class ResumeConfig(WireModel):
     expect_step: int = Field(
         default=0,
         ge=0,
-        description="Newest committed step that the operator knows, or 0. If it is above 0 and no checkpoint can be loaded, the pod exits with code 73.",
+        description="Newest committed step that the operator knows, or 0. If this step is above 0 and no checkpoint can be loaded, the pod exits with code 73.",
     )
     max_step: int | None = Field(
         default=None, ge=0, description="Checkpoints after this step are ignored. The operator sets this field to roll back after divergence."
@@ -375,7 +375,7 @@ class TerminationMessage(ReportModel):
     def to_json(self) -> str:
         """Return the message as JSON of at most 4096 bytes, the kubelet's limit, without secrets.
 
-        From a longer message, optional fields are removed first. If the message is then still too long, its texts are cut.
+        From a longer message, optional fields are removed first. If the message is still too long without these fields, its texts are cut.
         """
         return _termination_json(self.to_wire(), _PART_REMOVERS)
 

@@ -40,7 +40,7 @@ class ConfiguredResources:
 
 
 def count_whole_gpus(gpu_resource: str, gpus: int) -> int:
-    """Return the number of whole GPUs of a pod: 0 for a pod with MIG slices (parts of a GPU), which gets the same defaults as a pod without GPUs."""
+    """Return the number of whole GPUs of a pod. A pod with MIG slices (parts of a GPU) has 0 whole GPUs, and gets the same defaults as a pod without GPUs."""
     return 0 if "/mig-" in gpu_resource else gpus
 
 

@@ -209,7 +209,7 @@ def _make_number_bounds(metadata: list[Any]) -> Schema:
 
 
 def _make_quantity_schema(metadata: list[Any]) -> Schema:
-    """Return the schema of a quantity. Its `pattern` applies to strings, and its `minimum` to integers."""
+    """Return the schema of a quantity. The `pattern` in the schema applies to strings, and the `minimum` to integers."""
     extras = [item.json_schema_extra for item in metadata if isinstance(item, FieldInfo)]
     return next((extra for extra in extras if isinstance(extra, dict)), {"x-kubernetes-int-or-string": True})
 

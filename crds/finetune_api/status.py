@@ -253,7 +253,7 @@ class Output(ReportModel):
     )
     evaluation: dict[str, Any] | None = status_field(
         "Metrics measured after training, by name. With a test set: testRows, testLoss (nats per token), testTokenAccuracy. "
-        "Depending on the data format also testAnswerAccuracy (multiple choice), testPreferenceAccuracy, testReward."
+        "Depending on the data format, this field also contains testAnswerAccuracy (multiple choice), testPreferenceAccuracy, testReward."
     )
 
 
@@ -288,7 +288,7 @@ class BenchmarkResult(ReportModel):
     metric: str = status_field("Metric of the task.", default=..., example="acc")
     value: RoundedNumber | None = status_field("Value of the trained model.", example=0.56)
     stderr: RoundedNumber | None = status_field("Standard error of the value.", example=0.005)
-    base: RoundedNumber | None = status_field("Value of the base model. Only with compareWithBase.", example=0.58)
+    base: RoundedNumber | None = status_field("Value of the base model. Present only with compareWithBase.", example=0.58)
     difference: RoundedNumber | None = status_field("Value of the trained model minus value of the base model.", example=-0.02)
     reason: str | None = status_field("Why the metric has no value.", example="the task reports no number for bypass")
 
@@ -364,7 +364,7 @@ class MemoryParts(ReportModel):
     weights: int = status_field("Weights of the model and of the adapter.", default=0, example=16232153088)
     gradients: int = status_field("Gradients of the trained weights.", default=0, example=84017152)
     optimizer: int = status_field("State and temporary tensors of the optimizer.", default=0, example=336068608)
-    activations: int = status_field("Activations that the backward pass needs, and its temporary tensors.", default=0, example=37200000000)
+    activations: int = status_field("Activations that the backward pass needs, and temporary tensors of the backward pass.", default=0, example=37200000000)
     logits: int = status_field("Logits and the loss.", default=0, example=268435456)
     buffers: int = status_field("Inputs, masks, workspaces, and copies for communication between ranks.", default=0, example=80000000)
     context: int = status_field("CUDA context and NCCL, outside PyTorch's allocator.", default=0, example=524288000)
@@ -374,7 +374,7 @@ class MemoryParts(ReportModel):
 class MemoryPlan(ReportModel):
     """Planned peak of GPU memory on each rank."""
 
-    expected_bytes: int = status_field("Expected peak in bytes, the sum of all parts.", default=..., example=55400000000)
+    expected_bytes: int = status_field("Expected peak in bytes: the sum of all values in `parts`.", default=..., example=55400000000)
     upper_bytes: int = status_field("Upper bound of the peak in bytes.", default=..., example=59278000000)
     parts: MemoryParts = status_field("The expected peak, by what the memory is used for.", default_factory=MemoryParts)
     calibration_runs: int | None = status_field(
@@ -410,7 +410,7 @@ class MemoryAdvice(ReportModel):
     expected_bytes: int | None = status_field("Expected peak with the advised values, in bytes.", example=47200000000)
     upper_bytes: int | None = status_field("Upper bound with the advised values, in bytes.", example=50500000000)
     changes: list[str] | None = status_field(
-        "Up to three changes of the spec with which the job would fit. Present if batchSizePerDevice is absent.", example=["dataset.maxSequenceLength: 1024"]
+        "Up to three changes of the spec, each of which would let the job fit. Present if batchSizePerDevice is absent.", example=["dataset.maxSequenceLength: 1024"]
     )
 
 
@@ -502,14 +502,14 @@ class AttemptTime(ReportModel):
     """
 
     number: int = status_field("Number of the attempt.", default=..., example=1)
-    wall_seconds: float = status_field("The sum of all parts.", default=..., example=5560.4)
-    parts: dict[str, float] = status_field("Seconds by part. The parts have the same names as in status.goodput.parts.", default_factory=dict, example={"steps": 5120})
+    wall_seconds: float = status_field("Seconds of the attempt: the sum of all values in `parts`.", default=..., example=5560.4)
+    parts: dict[str, float] = status_field("What the time was used for, in seconds. The keys are names of fields of status.goodput.parts.", default_factory=dict, example={"steps": 5120})
 
 
 class Goodput(ReportModel):
     """What the time of the job was used for, until the newest report of a pod or the end of the newest attempt."""
 
-    wall_seconds: float = status_field("Seconds from the creation of the job to the newest report or the end of the newest attempt: the sum of all parts.", default=..., example=5560.4)
+    wall_seconds: float = status_field("Seconds from the creation of the job to the newest report or the end of the newest attempt: the sum of all values in `parts`.", default=..., example=5560.4)
     percent: float | None = status_field(
         "Percentage of the pods' time on nodes that was used for optimizer steps that no later attempt repeated.", example=92.1
     )
@@ -757,5 +757,7 @@ TIME_USE_OF_STAGE = {
     Stage.BENCHMARKING: "evaluation", Stage.VERIFYING: "finishing", Stage.UPLOADING: "upload", Stage.REPORTING: "finishing",
     Stage.STOPPING: "stopping", Stage.DONE: "other", Stage.FAILED: "other",
 }  # fmt: skip
-"""For each stage: the field of `TimeUse` (in camelCase) to which the time of the stage is added. Afterwards, the times of the first step, of saving and
-of evaluations during training are moved from `steps` to their own fields."""
+"""For each stage: the field of `TimeUse` (in camelCase) to which the time of the stage is added.
+
+The times of the first step, of saving and of evaluations during training are first added to `steps`, and later moved to their own fields.
+"""

@@ -3,7 +3,7 @@
     time of a step = operations / (peak * efficiency) + traffic / (bandwidth * efficiency)
 
 FLOPs per token: 3 * (2N + A) for full training, and 4N + 3A for adapters. The recomputation of activations needs 2N + A more. Each forward
-pass without gradients also needs 2N + A more: dpo has one such pass, for its reference model. kto has three, because the trained model and the
+pass without gradients also needs 2N + A more: dpo has one such pass, for its reference model. kto has three such passes, because the trained model and the
 reference model also read mismatched answers. Here, A is the FLOPs of the causal attention, and N is the number of parameters in matrix products: with
 the head, without the embedding lookup, and with only those experts to which a token is routed.
 

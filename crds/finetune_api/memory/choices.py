@@ -1,6 +1,6 @@
 """Chooses values that a spec leaves out: micro-batch and accumulation, recomputation, strategy, number of GPUs, and node pool.
 
-An arrangement is one value for each of these fields. It fits if the upper bound of its planned memory is at most the memory of the GPU. On
+An arrangement is one value for each of these fields. An arrangement fits if the upper bound of its planned memory is at most the memory of the GPU. On
 each pool, this module finds the arrangements with the fewest GPUs that fit, and takes the one with the least expected GPU time. If the job
 fits on several pools, this module chooses the pool with the lowest expected cost or, without prices, the job's current pool. The module never
 changes a value that the user has set, nor the effective batch. The preparation of a job and `finetune plan` use this module.
@@ -252,7 +252,7 @@ class _Search:
         return possible
 
     def _find_largest_batch(self, pool: GpuPool, base: dict[str, Any], micro_batches: list[int], mode: GradientCheckpointing) -> _Arrangement:
-        """Return the arrangement with the largest micro-batch that fits. If none fits, return the one with the smallest micro-batch."""
+        """Return the arrangement with the largest micro-batch that fits. If no arrangement fits, return the one with the smallest micro-batch."""
         count = bisect_right(micro_batches, False, key=lambda rows: not self._plan_arrangement(pool, base, rows, mode).fits)
         best = self._plan_arrangement(pool, base, micro_batches[max(0, count - 1)], mode)
         return replace(best, gpu_seconds=self._estimate_gpu_seconds(best))

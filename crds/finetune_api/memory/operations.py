@@ -76,7 +76,7 @@ def view_vector_as_row(context: ComputeContext, weight: Parameter, dimensions: i
 
 
 def prepend(context: ComputeContext, x: Tensor, weight: Parameter, count: int) -> Tensor:
-    """Put `count` trained keys or values in front of those of the tokens. `x`: (rows, tokens, heads, size of a head)."""
+    """Put `count` trained keys or values in front of the keys or values of the tokens. `x`: (rows, tokens, heads, size of a head)."""
     rows, tokens, heads, size = x.shape
     output = context.tape.tensor((rows, count + tokens, heads, size), x.item_bytes)
     return context.tape.record([x, weight], output, [Gradient(x.numel, x.item_bytes), Gradient(weight.numel, weight.item_bytes)])
@@ -99,7 +99,7 @@ def dropout(context: ComputeContext, x: Tensor) -> Tensor:
 
 
 def _autocast_weight(context: ComputeContext, weight: Parameter) -> tuple[float, Storage | None]:
-    """Return the bytes of one value in the precision in which a weight is used, and the converted copy of the weight, or None without a copy.
+    """Return the bytes of one value in the precision in which a weight is used, and the converted copy of the weight, or None if there is no copy.
 
     Autocast keeps the copy of a trained 32-bit weight until the end of the forward pass.
     """

@@ -35,7 +35,7 @@ class MemoryMeter:
         self.peak_bytes_by_part = dict(self.bytes_by_part)
 
     def add(self, part: MemoryPart, byte_count: int) -> None:
-        """Count an allocation. A negative `byte_count` counts a release."""
+        """Count an allocation. A negative `byte_count` means that memory was released."""
         self.bytes_by_part[part] += byte_count
         self.total_bytes += byte_count
         if self.total_bytes > self.peak_bytes:

@@ -138,7 +138,7 @@ class Toleration(Group):
     )
 
     key: LabelKey | None = spec_field(
-        "Key of the taint. Without a key, and with operator Exists, every taint is tolerated.",
+        "Key of the taint. A toleration without a key and with operator Exists tolerates every taint.",
         default_text="none",
         example="nvidia.com/gpu",
     )

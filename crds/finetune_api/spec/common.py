@@ -79,7 +79,7 @@ class Encryption(Group):
         example="arn:aws:kms:eu-central-1:111122223333:key/1234abcd",
     )
     customer_key_secret_ref: SecretKeyRef | None = spec_field(
-        "Key of a Secret that contains 32 random bytes in base64 (`openssl rand -base64 32`). Only with type customerKey. Default: none.",
+        "Key of a Secret that contains 32 random bytes in base64 (`openssl rand -base64 32`). Allowed only with type customerKey. Default: none.",
         example={"name": "s3-customer-key", "key": "key"},
     )
 

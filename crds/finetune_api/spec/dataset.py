@@ -34,7 +34,7 @@ class Columns(Group):
         "Column with the list of messages.", default_text="messages or conversations", example="dialogue"
     )
     images: ColumnName | None = spec_field(
-        "Column with the images of a row. Only with `model.modality: visionLanguage`.", default_text="images or image", example="pictures", since="0.2.0"
+        "Column with the images of a row. Allowed only with `model.modality: visionLanguage`.", default_text="images or image", example="pictures", since="0.2.0"
     )
 
 
@@ -94,7 +94,7 @@ class Checks(Group):
 
 
 class Images(Group):
-    """`dataset.images`: location and limits of the images. Only with `model.modality: visionLanguage`."""
+    """`dataset.images`: location and limits of the images. Allowed only with `model.modality: visionLanguage`."""
 
     root: Source | None = spec_field(
         "Folder with the images. Paths in the rows are relative to this folder, and addresses in the rows must begin with the address of this folder. Accepts the same forms as `model.source`, except addresses of web servers.",
@@ -217,7 +217,7 @@ class Dataset(Group):
         example="You answer briefly.",
     )
     template: Text | None = spec_field(
-        "Template of a row, with {column} placeholders. Only with `format: custom`.", default_text="none", example="Q: {q}\nA: {a}"
+        "Template of a row, with {column} placeholders. Allowed only with `format: custom`.", default_text="none", example="Q: {q}\nA: {a}"
     )
     chat_template: ChatTemplate | None = spec_field(
         "Chat template that replaces the chat template of the tokenizer.",
@@ -265,7 +265,7 @@ class Dataset(Group):
     )
     bad_rows: BadRows | None = spec_field("What happens with rows that cannot be used for training.", default="fail", example="skip")
     max_bad_row_ratio: Ratio | None = spec_field(
-        "Maximum fraction of skipped rows. If more rows are bad, the job fails. Only with `badRows: skip`.", default=0.05, example=0.01
+        "Maximum fraction of skipped rows. If more rows are bad, the job fails. Allowed only with `badRows: skip`.", default=0.05, example=0.01
     )
     mcq: Mcq | None = spec_field(
         "Options of the multiple-choice format.",
@@ -273,7 +273,7 @@ class Dataset(Group):
         example={"includeOptions": False},
     )
     images: Images | None = spec_field(
-        "Location and limits of the images. Only with `model.modality: visionLanguage`.",
+        "Location and limits of the images. Allowed only with `model.modality: visionLanguage`.",
         default_text="the defaults of the fields",
         example={"root": "s3://data/images"},
         since="0.2.0",

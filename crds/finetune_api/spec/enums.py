@@ -96,7 +96,7 @@ class MethodType(StrEnum):
     SPECTRUM = "spectrum"
     """Fully train the modules with the highest signal-to-noise ratio, and freeze all other modules."""
     PREFIX_TUNING = "prefixTuning"
-    """Train virtual key and value vectors in front of each attention layer."""
+    """Train virtual key and value vectors in front of the keys and values of each attention layer."""
     PROMPT_TUNING = "promptTuning"
     """Train virtual tokens in front of the input."""
     IA3 = "ia3"
@@ -382,7 +382,7 @@ class OnExistingResult(StrEnum):
     """What happens if storage already holds the result of an earlier FineTuneJob with the same namespace and name."""
 
     ADOPT = "adopt"
-    """If spec and inputs equal those of the earlier run, the job succeeds with the earlier result, without a training pod. Otherwise the job trains into a new folder."""
+    """If spec and inputs equal those of the earlier run, the job succeeds with the earlier result, without a training pod. If the spec or the inputs differ, the job trains into a new folder."""
     TRAIN = "train"
     """The job trains into a new folder. The earlier result is kept."""
     FAIL = "fail"

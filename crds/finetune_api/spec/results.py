@@ -113,7 +113,7 @@ class Output(Group):
         since="0.2.0",
     )
     adapter_weight: Annotated[float, Field(ge=-100, le=100)] | None = spec_field(
-        "Factor by which the trained adapter's change of the base weights is multiplied in the merged model. Only with combineAdapters.", default_text="1", example=0.5, since="0.2.0"
+        "Factor by which the trained adapter's change of the base weights is multiplied in the merged model. Allowed only with combineAdapters.", default_text="1", example=0.5, since="0.2.0"
     )
     export: Annotated[list[ExportFormat], Field(max_length=8)] | None = spec_field(
         "Formats of the final model. The model is always saved as safetensors. With `oci`, the manifest of an OCI artefact is stored next to the model, for `finetune export`. `gguf` and `onnx` are refused.",
@@ -301,7 +301,7 @@ class Gate(Group):
         example=0.8,
     )
     not_worse_than_base: NotWorseThanBase | None = spec_field(
-        "With this field, the gate passes if, with the given confidence, the trained model is worse than the base model by at most the margin. "
+        "With notWorseThanBase, the gate passes if, with the given confidence, the trained model is worse than the base model by at most the margin. "
         "loss and perplexity may be higher than those of the base model by at most the margin; all other metrics may be lower by at most the margin.",
         default_text="none",
         example={"margin": 0.02},
@@ -416,7 +416,7 @@ class Phases(Group):
 
     train: bool | None = spec_field("Train the model. With false, the other phases use the model of phases.from.", default=True, example=False)
     from_: Source | None = spec_field(
-        "Folder of a committed final model or checkpoint of another job, for a job that does not train. The job reads this folder with the connection of spec.storage. Only with `train: false`.",
+        "Folder of a committed final model or checkpoint of another job, for a job that does not train. The job reads this folder with the connection of spec.storage. Allowed only with `train: false`.",
         default_text="none",
         example="s3://models/ft/team-a/support-bot/UID/model",
         since="0.2.0",

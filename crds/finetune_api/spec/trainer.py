@@ -111,7 +111,7 @@ class Reward(Group):
         "Factor of this reward in the sum of all rewards.", default=1.0, example=0.5
     )
     timeout_seconds: Annotated[int, Field(ge=1, le=86400)] | None = spec_field(
-        "Maximum duration in seconds of one call of the function. A call scores all completions of a step on a rank. If this field is set, the "
+        "Maximum duration in seconds of one call of the function. One call scores all completions of one step on one rank. If this field is set, the "
         "function runs in its own process, and a failure message names the completion for which the function hangs or ends its process.",
         default_text="no limit; the function runs in the process of the rank",
         example=60,

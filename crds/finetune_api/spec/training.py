@@ -143,7 +143,7 @@ class Deepspeed(Group):
     )
     offload_optimizer: bool | None = spec_field("Keep the optimizer state in host memory.", default=False, example=True)
     offload_parameters: bool | None = spec_field(
-        "Keep the parameters in host memory. Only with zeroStage 3.", default=False, example=True
+        "Keep the parameters in host memory. Allowed only with zeroStage 3.", default=False, example=True
     )
 
 
@@ -175,7 +175,7 @@ class Distributed(Group):
     )
     context_parallel_size: Annotated[int, Field(ge=1, le=1024)] | None = spec_field(
         "Number of ranks that share each sequence, for sequences that do not fit on one GPU (Ulysses). Each rank computes a part of the tokens and, in the "
-        "attention, a part of the heads. Only with `strategy: deepspeed` and `trainer.type: sft`.",
+        "attention, a part of the heads. Allowed only with `strategy: deepspeed` and `trainer.type: sft`.",
         default_text="1",
         example=4,
         since="0.2.0",
