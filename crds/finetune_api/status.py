@@ -456,7 +456,7 @@ class RunPlan(ReportModel):
 
     choices: list[Choice] | None = status_field("Values that the plan chose before the first attempt. All attempts use these values.")
     no_choices: str | None = status_field(
-        "Why the plan chose no values. In this case, fields that the spec leaves out have their defaults.", example="the job uses no GPU"
+        "Why the plan chose no values. If the plan chose no values, fields that the spec leaves out have their defaults.", example="the job uses no GPU"
     )
 
     memory: MemoryPlan | None = status_field("Planned GPU memory of each rank. Absent if the plan cannot compute the memory of this run.")
