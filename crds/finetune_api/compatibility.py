@@ -53,8 +53,7 @@ def read_run_config(run_json: bytes) -> RunConfig:
     An unknown field inside the spec is ignored only if its value is a default. Unknown fields outside the spec are always ignored: if a
     trainer must know such a field, the operator writes a higher `minTrainerVersion`. Errors: TooOldError `TrainerTooOld` if `run.json`
     contains an unknown field of the spec that is not a default, contains an unknown enumeration value, or requires a newer trainer; ConfigError
-    `RunFileInvalid` if `run.json` cannot be
-    read.
+    `RunFileInvalid` if `run.json` cannot be read.
     """
     try:
         raw_config = json.loads(run_json)
