@@ -18,7 +18,7 @@ from pydantic.alias_generators import to_camel
 
 
 class WireModel(BaseModel):
-    """A frozen pydantic model with camelCase names in JSON. It refuses unknown fields."""
+    """A frozen pydantic model with camelCase names in JSON. Unknown fields are refused."""
 
     model_config = ConfigDict(
         alias_generator=to_camel,
@@ -35,13 +35,13 @@ class WireModel(BaseModel):
 
 
 class LenientModel(WireModel):
-    """A model for data that another release may have written. It ignores unknown fields."""
+    """A model for data that another release may have written. Unknown fields are ignored."""
 
     model_config = ConfigDict(extra="ignore")
 
 
 class ReportModel(LenientModel):
-    """A model for statuses and reports that another release may have written. It keeps every value that it can read.
+    """A model for statuses and reports that another release may have written. Every value that this release can read is kept.
 
     Unknown fields are ignored, a field with an unreadable value counts as absent, and an unreadable list item is omitted. Errors:
     ValidationError if a required field is absent or unreadable.
@@ -59,7 +59,10 @@ class ReportModel(LenientModel):
 
 
 def _remove_values(raw_values: dict[str, Any], locations: list[tuple[int | str, ...]]) -> dict[str, Any]:
-    """Return a copy of `raw_values` without the fields at `locations`. If a location is inside a list, only that list item is removed."""
+    """Return a copy of `raw_values` without the fields at `locations`.
+
+    If a location is inside a list, only the list item that contains the location is removed.
+    """
     unreadable_items: dict[str, set[int]] = {}
     remaining_values = dict(raw_values)
     for field, *inner in locations:
@@ -101,7 +104,7 @@ class ImmediateWrite(StrEnum):
     WHEN_VALUE_CHANGES = "value"
     """Every change of the value is written at once."""
     WHEN_PRESENCE_CHANGES = "presence"
-    """A change is written at once only if the field appears or disappears."""
+    """The field is written at once when it appears or disappears. A change from one value to another waits for the next periodic status write."""
 
 
 def status_field(
@@ -120,7 +123,7 @@ def status_field(
 
 
 class CelRule(NamedTuple):
-    """A CEL rule of the CRD. It compares fields of one group of the spec."""
+    """A CEL rule of the CRD that compares fields of one group of the spec."""
 
     expression: str
     message: str

@@ -28,8 +28,8 @@ BENCHMARK_KINDS = {
 }
 """The kind of each benchmark, by its name in the spec.
 
-`human-eval` means rating sheets, not the HumanEval data set. `finetune import` reads the configuration files of five tools, and two of these
-tools use the name in this sense.
+`human-eval` means rating sheets that people fill in, not the HumanEval data set. Two of the five tools whose configuration files `finetune import` reads also
+use the name `human-eval` for rating sheets.
 """
 
 REPLACEMENTS_OF_OLD_TASKS = {"truthfulqa_mc": ("truthfulqa_mc1", "truthfulqa_mc2")}
@@ -38,7 +38,7 @@ REPLACEMENTS_OF_OLD_TASKS = {"truthfulqa_mc": ("truthfulqa_mc1", "truthfulqa_mc2
 
 @dataclass(frozen=True)
 class BundledTask:
-    """A task whose definition the harness contains. Its data set must be in the benchmark's folder."""
+    """A task whose definition the harness contains. The data set of the task must be in the benchmark's folder."""
 
     definition_folder: str
     """Folder of the task's definition, relative to the task folder of the harness."""
@@ -56,7 +56,10 @@ BUNDLED_TASKS = {
     "arc_challenge": BundledTask("arc", "allenai/ai2_arc"),
     "arc_easy": BundledTask("arc", "allenai/ai2_arc"),
 }
-"""Tasks for which the benchmark's folder needs only the data. For all other tasks, the folder must also contain the task's definition."""
+"""Tasks whose definitions the harness contains, so the benchmark's folder needs only their data.
+
+For all other tasks, the folder must contain the data and the definition.
+"""
 
 DEFAULT_RATING_QUESTIONS = 50
 """Number of questions in a rating sheet if the benchmark sets no `limit`."""

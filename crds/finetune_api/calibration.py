@@ -10,7 +10,7 @@ from finetune_api.gpus import GPU_TYPES, GpuType
 from finetune_api.status import MemoryPlan
 
 MIN_CALIBRATION_RUNS = 3
-"""Plans for a type of GPU are calibrated only if at least this number of runs was measured on it."""
+"""Minimum number of measured runs on a type of GPU; with fewer runs, plans for this type of GPU are not calibrated."""
 CalibrationTable = Mapping[tuple[str, bool], tuple[int, float, float, float]]
 """Maps (type of GPU, whether the runs had several GPUs) to (number of runs; median, lowest and highest ratio of measured to planned value)."""
 
@@ -40,8 +40,8 @@ def find_calibration(table: CalibrationTable, gpu: GpuType, *, has_several_gpus:
 def calibrate_memory(plan: MemoryPlan, gpu: GpuType, *, has_several_gpus: bool, table: CalibrationTable = calibration_table.MEMORY) -> MemoryPlan:
     """Return the plan with an upper bound that is computed from the runs on this type of GPU. The expected peak and its parts do not change.
 
-    The upper bound is at least the expected peak, and at least the expected peak times the highest ratio of these runs. Without enough
-    runs, the plan is returned unchanged.
+    The upper bound is at least the expected peak, and at least the expected peak times the highest ratio of these runs. If the table has fewer than
+    MIN_CALIBRATION_RUNS runs on this type of GPU, the plan is returned unchanged.
     """
     calibration = find_calibration(table, gpu, has_several_gpus=has_several_gpus)
     if calibration is None:

@@ -52,7 +52,8 @@ def read_run_config(run_json: bytes) -> RunConfig:
 
     An unknown field inside the spec is ignored only if its value is a default. Unknown fields outside the spec are always ignored: if a
     trainer must know such a field, the operator writes a higher `minTrainerVersion`. Errors: TooOldError `TrainerTooOld` if `run.json`
-    contains any other unknown field or requires a newer trainer; ConfigError `RunFileInvalid` if it cannot be read.
+    contains an unknown field of the spec that is not a default, contains an unknown enumeration value, or requires a newer trainer; ConfigError
+    `RunFileInvalid` if `run.json` cannot be read.
     """
     try:
         raw_config = json.loads(run_json)
@@ -78,7 +79,10 @@ def _make_too_old_error(problem: str) -> TooOldError:
 
 
 def _iterate_paths_to_refuse(run: RunConfig, unknown_item: UnknownItem) -> Iterator[str]:
-    """Yield the path of the unknown item, unless the trainer can ignore it. For an unknown group, yield the paths of the values that it cannot ignore."""
+    """Yield the path of the unknown item, unless the trainer can ignore it.
+
+    For an unknown group, yield the paths of those values in the group that the trainer cannot ignore.
+    """
     location, value = unknown_item.location, unknown_item.value
     if not unknown_item.is_field:
         yield f"{_format_dotted_path(location)}: {value}"
@@ -111,7 +115,7 @@ def _read_known_items(model: type[Model], raw_values: Any) -> tuple[Model, list[
             }  # fmt: skip
             if not removable_items:
                 raise
-            # Remove items from the end of a list first, so that the indices of the other items remain valid.
+            # Remove items from the end of a list first, so that the indices of the items before them remain valid.
             for location in sorted(removable_items, key=_location_sort_key, reverse=True):
                 value = _remove_value_at(raw_values, location)
                 unknown_items.append(UnknownItem(location, value, is_field=removable_items[location] == UNKNOWN_FIELD_ERROR))

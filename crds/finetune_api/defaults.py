@@ -79,7 +79,7 @@ class PlatformDefaults:
 
 @dataclass(frozen=True)
 class ResolvedSpec:
-    """A spec with all defaults filled in, the filled-in values, and notes for the user. `resolve_defaults` returns it."""
+    """The result of `resolve_defaults`: a spec with all defaults filled in, the filled-in values, and notes for the user."""
 
     spec: FineTuneJobSpec
     defaults: dict[str, Any] = field(default_factory=dict)
@@ -90,7 +90,10 @@ class ResolvedSpec:
 METHOD_GROUPS = frozenset(
     f"method.{info.alias or name}" for name, info in Method.model_fields.items() if find_nested_group(info.annotation)
 )
-"""Spec paths of the groups of `spec.method`. `resolve_defaults` adds only the group of the job's method, because a rule refuses all others."""
+"""Spec paths of the groups of `spec.method`.
+
+`resolve_defaults` adds only the group of the job's method, because a rule refuses the groups of all other methods.
+"""
 OPTIONAL_GROUPS = METHOD_GROUPS | frozenset({
     "model.tokenSecretRef", "model.storage", "model.quantization", "method.lora.loftq",
     "trainer.dpo", "trainer.grpo", "trainer.grpo.generation", "dataset.storage", "dataset.columns", "dataset.split", "dataset.chatTemplate", "dataset.mcq", "dataset.checks",
@@ -99,7 +102,10 @@ OPTIONAL_GROUPS = METHOD_GROUPS | frozenset({
     "evaluation.metricModels",
     "tracking.mlflow", "tracking.wandb", "tracking.mongodb",
 })  # fmt: skip
-"""Spec paths of groups that are not filled with defaults. Such a group is present only if the user sets it, or the method or objective needs it."""
+"""Spec paths of groups that are not filled with defaults.
+
+Each of these groups is present only if the user sets it, or if the job's method or objective needs it.
+"""
 
 
 def resolve_defaults(
@@ -107,7 +113,7 @@ def resolve_defaults(
 ) -> ResolvedSpec:
     """Return the spec with every default filled in. This function does not check the spec: call `rules.check_spec` first.
 
-    `choices`: values that the plan chose for fields that the user left out, by spec path. These values take precedence over defaults.
+    `choices`: values that the plan chose for fields that the user left out, by spec path. The chosen values take precedence over defaults.
     """
     platform_defaults = platform_defaults or PlatformDefaults()
     applied_choices = {path: value for path, value in (choices or {}).items() if spec.value(path) is None}
@@ -117,7 +123,7 @@ def resolve_defaults(
     filled_values: dict[str, Any] = {}
     notes: list[str] = []
     computed = _compute_defaults(spec, platform_defaults)
-    # The plan does not include the memory of evaluations, so a larger micro-batch of the plan does not apply to them.
+    # The plan does not include the memory of evaluations. If the plan chooses a larger micro-batch, evaluations keep the size from before the plan.
     computed["evaluation.batchSizePerDevice"] = min(usual_batch, computed["evaluation.batchSizePerDevice"])
     for path, default in computed.items():
         _fill_in_default(value, path, default, filled_values)
@@ -238,7 +244,7 @@ LATE_DEFAULT_PATHS = ("dataset.maxSequenceLength", "dataset.useChatTemplate", "d
 
 
 def keep_valid_late_defaults(reported_defaults: Any) -> dict[str, Any]:
-    """Return the valid values of LATE_DEFAULT_PATHS in the defaults that a pod reported. Pods run user code, so a report can contain any value."""
+    """Return the values that a pod reported for LATE_DEFAULT_PATHS, without invalid values. Pods run user code, so a report can contain any value."""
     result: dict[str, Any] = {}
     for path in LATE_DEFAULT_PATHS:
         group, _, name = path.partition(".")
@@ -252,9 +258,12 @@ def keep_valid_late_defaults(reported_defaults: Any) -> dict[str, Any]:
 
 
 REMOVED_DEFAULT_PATHS = ("model.ligerKernels",)
-"""Spec paths of fields that had a constant default in an earlier release. Jobs that began with that release keep the default."""
+"""Spec paths of fields that had a constant default in an earlier release. Jobs that began with the earlier release keep its default."""
 GROUPS_WITH_CURRENT_DEFAULTS = ("resources", "placement", "policy", "storage")
-"""Groups whose defaults may change between two attempts of a job. They determine where and how long an attempt runs, but not the training."""
+"""Groups whose defaults may change between two attempts of a job.
+
+These groups decide where and for how long an attempt runs, but not how the model is trained.
+"""
 FIELDS_WITH_CURRENT_DEFAULTS = ("model.cache",)
 """Fields whose defaults may change between two attempts of a job. An earlier default of `model.cache` may name a volume that no longer exists."""
 
@@ -274,7 +283,7 @@ def keep_recorded_defaults(resolved_spec: ResolvedSpec, recorded_defaults: Mappi
 
 
 def _must_restore_recorded(resolved_spec: ResolvedSpec, path: str, recorded: Any) -> bool:
-    """Whether the recorded default of a field has to replace the current one, because the default was changed or removed.
+    """Whether the recorded default of a field has to replace the current default, because this release changed or removed the recorded default.
 
     False for a field that the user set.
     """
@@ -307,7 +316,7 @@ DEFAULT_CONDITIONS: dict[str, Callable[[dict[str, Any]], bool]] = {
 """For each constant default that does not always apply, by spec path: a function that returns whether the default applies. The argument of the function
 is the values of the field's group, by camelCase name."""
 COMPUTED_DEFAULTS = frozenset({"method.promptLength", "model.quantization.type", "model.quantization.doubleQuant"})
-"""Spec paths of constant defaults that apply only with certain values of other groups. `_compute_defaults` fills them in."""
+"""Spec paths of constant defaults that apply only with certain values of other groups. `_compute_defaults` fills in these defaults."""
 
 
 class _Field(NamedTuple):

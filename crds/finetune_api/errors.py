@@ -20,7 +20,7 @@ class FineTuneError(Exception):
 
     exit_code: ClassVar[ExitCode] = ExitCode.INTERNAL_ERROR
     follows_other_rank: ClassVar[bool] = False
-    """Whether this class of error is only a consequence of another rank's failure."""
+    """Whether an error of this class only means that another rank has failed, so it is not the root cause."""
 
     def __init__(self, code: str, message: str, *, hint: str | None = None, failure_class: FailureClass | None = None):
         super().__init__(message)

@@ -46,7 +46,7 @@ class RunResult(LenientModel):
     evaluation: EvaluationResult | None = Field(default=None, description="Results of the evaluation, as in the status.")
     metrics: Metrics | None = Field(default=None, description="Last training metrics, as in the status.")
     progress: Progress | None = Field(default=None, description="Progress at the end, as in the status.")
-    resolved: ResolvedConfig | None = Field(default=None, description="The configuration in use, as in the status.")
+    resolved: ResolvedConfig | None = Field(default=None, description="The resolved configuration of the run, as in the status.")
 
 
 def collect_result_settings(spec: FineTuneJobSpec, filled_paths: Collection[str], user_values: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -161,7 +161,10 @@ REASON_OF_FAILURE_CLASS: dict[FailureClass, Reason] = {
     FailureClass.INFRASTRUCTURE: Reason.PEER_FAILED,
     FailureClass.INTERNAL: Reason.INTERNAL_ERROR,
 }
-"""Reason of a failed attempt, by failure class. Used if the termination message has another failure class than the policy of the exit code."""
+"""Reason of a failed attempt, by failure class.
+
+This table is used if the failure class in the termination message differs from that in the policy of the exit code.
+"""
 
 
 def choose_attempt_reason(policy: ExitPolicy, failure_class: FailureClass) -> Reason:

@@ -40,7 +40,7 @@ SLOWER_DEVICE_PATTERN = re.compile(r"\b(MIG|RTX A\d+|Laptop|Max-Q|4090 D|H100 PC
 
 
 def find_gpu_type(device_name: str) -> GpuType | None:
-    """Return the type of a GPU. `device_name`: the name that the driver reports, such as `NVIDIA H100 80GB HBM3`. None: the type is not known."""
+    """Return the type of a GPU, or None if it is not known. `device_name`: the name that the driver reports, such as `NVIDIA H100 80GB HBM3`."""
     if SLOWER_DEVICE_PATTERN.search(device_name):
         return None
     candidates = {name: gpu for name, gpu in GPU_TYPES.items() if re.search(rf"\b{gpu.device_name_words}\b", device_name)}

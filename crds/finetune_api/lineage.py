@@ -30,12 +30,18 @@ STATEMENT_KEY = f"{Storage.LINEAGE}/statement.json"
 ENVELOPE_KEY = f"{Storage.LINEAGE}/statement.dsse.json"
 """Path of the signed envelope below the job's folder in storage. STATEMENT_KEY is the path of the statement without a signature."""
 BASE_MODEL_DEPENDENCY = "model.source"
-"""Name of the base model in the list of dependencies. Every source in this list has the path of its spec field as its name."""
+"""Name of the base model in the list of dependencies.
+
+In this list, the name of each source is the path of the spec field that contains the source, here `model.source`.
+"""
 TRAINER_IMAGE_DEPENDENCY = "trainer image"
 REVISION_ANNOTATION = "revision"
-"""Name of an annotation of the base model. Its value is the commit of a hub model, or a fingerprint of the files."""
+"""Name of an annotation of the base model. The value of the annotation is the commit of a hub model, or a fingerprint of the model's files."""
 TRAINING_IMAGES, HELD_OUT_IMAGES = "training image set", "held-out image set"
-"""Names of two dependencies: the images of the training rows, and the images of the validation and test rows. Their digests cover all image files."""
+"""Names of two dependencies: the images of the training rows, and the images of the validation and test rows.
+
+The digests of these two dependencies cover all image files.
+"""
 IMAGE_SETS = (TRAINING_IMAGES, HELD_OUT_IMAGES)
 
 
@@ -84,7 +90,7 @@ class AttemptRecord(LenientModel):
     ended_at: datetime | None = Field(default=None, description="End of rank 0's pod.")
     gpus: int = Field(default=0, description="GPUs of all pods of the attempt. 0: training on CPUs.")
     pods: int = Field(default=1, description="Pods of the attempt.")
-    threads: int | None = Field(default=None, description="CPU threads of each rank, whose number affects the rounding of sums. Absent if nothing was trained.")
+    threads: int | None = Field(default=None, description="Number of CPU threads of each rank; it affects the rounding of sums. Absent if nothing was trained.")
     config_sha256: str = Field(default="", description="sha256 (hex) of the run configuration.")
     start_step: int | None = Field(default=None, description="Optimizer step from which the training started. Absent if nothing was trained.")
     last_step: int | None = Field(default=None, description="Last optimizer step that the incarnation completed.")
@@ -93,7 +99,7 @@ class AttemptRecord(LenientModel):
     message: str | None = Field(default=None, description="What failed, and why.")
     hint: str | None = Field(default=None, description="What the user can do.")
     timings: dict[str, float] = Field(default_factory=dict, description="Duration of each stage in seconds, by name of the stage.")
-    time_use: TimeUse | None = Field(default=None, description="What the time of rank 0's container was used for. Absent for a pod that was killed.")
+    time_use: TimeUse | None = Field(default=None, description="What the time of rank 0's container was used for. Absent if the pod was killed.")
     notes: list[str] = Field(default_factory=list, description="Notes of `status.resolved.notes`.")
     resolved: ResolvedConfig = Field(default_factory=ResolvedConfig, description="The configuration in use.")
 
@@ -126,7 +132,7 @@ class Provenance(LenientModel):
 
 
 class Statement(LenientModel):
-    """The in-toto statement. Its subjects are the files of the model and their manifest."""
+    """The in-toto statement. The subjects of the statement are the files of the model and their manifest."""
 
     type: Literal["https://in-toto.io/Statement/v1"] = Field(default=STATEMENT_TYPE, alias="_type")
     subject: list[Resource] = Field(min_length=1)

@@ -13,7 +13,7 @@ METADATA_CIDRS = (
     "fd00:ec2::254/128",
     "fd20:ce::254/128",
 )
-"""Addresses of these services, in this order: AWS, Google, Azure and others; AWS ECS tasks; Alibaba; Azure's host agent; Oracle; AWS over IPv6;
+"""Addresses of the metadata services, in this order: AWS, Google, Azure and others; AWS ECS tasks; Alibaba; Azure's host agent; Oracle; AWS over IPv6;
 Google over IPv6.
 
 169.254.170.23 and fd00:ec2::23 (EKS Pod Identity) are not listed, because they serve only the credentials of the pod's own ServiceAccount.
@@ -21,7 +21,7 @@ Google over IPv6.
 
 _NETWORKS = tuple(ipaddress.ip_network(cidr) for cidr in METADATA_CIDRS)
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
-"""IPv6 addresses of IPv4 hosts behind a NAT64 gateway. Their last four bytes are the IPv4 address."""
+"""IPv6 addresses of IPv4 hosts behind a NAT64 gateway. The last four bytes of these IPv6 addresses are the IPv4 address."""
 
 
 def is_metadata_address(address_text: str) -> bool:

@@ -1,7 +1,6 @@
 """Data formats, options and defaults of each objective (`trainer.type`).
 
-A new objective needs a member of `TrainerType`, an entry in `OBJECTIVES`, and a module in `finetune_trainer.objective` with the name of
-the member's value.
+A new objective needs a member of `TrainerType`, an entry in `OBJECTIVES`, and a module in `finetune_trainer.objective` whose name is the member's value.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ CONFIG_MEDIA_TYPE = "application/vnd.cncf.model.config.v1+json"
 FILE_PATH_ANNOTATION = "org.cncf.model.filepath"
 """Annotation of a layer: path of the file in the model's folder."""
 TITLE_ANNOTATION = "org.opencontainers.image.title"
-"""Annotation of a layer with the same value as FILE_PATH_ANNOTATION. ORAS and other tools that do not know ModelPack use it as the file name."""
+"""Annotation of a layer with the same value as FILE_PATH_ANNOTATION. ORAS and other tools that do not know ModelPack use this annotation as the file name."""
 
 MANIFEST_KEY, CONFIG_KEY = f"{Storage.SERVING}/oci/manifest.json", f"{Storage.SERVING}/oci/config.json"
 """Paths of the OCI manifest and the OCI config below the job's folder in storage."""

@@ -44,7 +44,7 @@ from finetune_api.status import (
 class StoreTarget(WireModel):
     """A location in storage and the connection to the store. The pod gets the credentials as environment variables."""
 
-    uri: str = Field(description="`s3://bucket/prefix`, `file:///path` or `pvc://claim/path`. A location that is only read may be `https://host/path`.")
+    uri: str = Field(description="`s3://bucket/prefix`, `file:///path` or `pvc://claim/path`. A location from which the pod only reads may also be `https://host/path`.")
     endpoint: str | None = Field(default=None, description="URL of an S3-compatible store. Without an endpoint, the store is AWS S3.")
     region: str | None = Field(default=None, description="Region of the store, which is part of each request's signature.")
     addressing_style: AddressingStyle | None = Field(
@@ -57,9 +57,9 @@ class StoreTarget(WireModel):
     encryption: EncryptionType | None = Field(
         default=None, description="Server-side encryption of uploaded objects. Default: the setting of the bucket."
     )
-    kms_key_id: str | None = Field(default=None, description="ID of the KMS key. Used if `encryption` is kms.")
+    kms_key_id: str | None = Field(default=None, description="ID of the KMS key. This key is used if `encryption` is kms.")
     customer_key_variable: str | None = Field(
-        default=None, description="Environment variable with the encryption key. Used if `encryption` is customerKey."
+        default=None, description="Environment variable with the encryption key. This variable is used if `encryption` is customerKey."
     )
 
 
@@ -88,7 +88,7 @@ class ResumeConfig(WireModel):
     expect_step: int = Field(
         default=0,
         ge=0,
-        description="Newest committed step that the operator knows, or 0. If it is above 0 and no checkpoint can be loaded, the pod exits with code 73.",
+        description="Newest committed step that the operator knows, or 0. If this step is above 0 and no checkpoint can be loaded, the pod exits with code 73.",
     )
     max_step: int | None = Field(
         default=None, ge=0, description="Checkpoints after this step are ignored. The operator sets this field to roll back after divergence."
@@ -107,7 +107,7 @@ class PreparedRows(WireModel):
 
     digest: str | None = Field(default=None, description="Name of the folder with the rows that the training pods use. Absent in a preparation.")
     manifest_sha256: str | None = Field(default=None, description="Expected sha256 (hex) of the manifest of the prepared rows.")
-    ttl_days: int = Field(default=30, ge=1, description="Days since their last use after which rows may be removed.")
+    ttl_days: int = Field(default=30, ge=1, description="Number of days after the last use of prepared rows; later, the rows may be removed.")
 
 
 class GpuPool(WireModel):
@@ -167,7 +167,7 @@ class RunConfig(WireModel):
     prepared: PreparedRows | None = Field(default=None, description="Prepared rows in storage. Absent for jobs without a preparation.")
     pools: list[GpuPool] = Field(default=[], description="Node pools from which the preparation chooses. Empty for training pods.")
     generation_url: str | None = Field(
-        default=None, description="Address of the vLLM server that generates the completions of grpo. Absent if the trainer generates them itself."
+        default=None, description="Address of the vLLM server that generates the completions of grpo. Absent if the trainer generates the completions itself."
     )
     grace_seconds: int = Field(ge=1, description="Seconds between SIGTERM and SIGKILL, in which the pod can save a checkpoint.")
 
@@ -375,7 +375,7 @@ class TerminationMessage(ReportModel):
     def to_json(self) -> str:
         """Return the message as JSON of at most 4096 bytes, the kubelet's limit, without secrets.
 
-        From a longer message, optional fields are removed first. If the message is then still too long, its texts are cut.
+        From a longer message, optional fields are removed first. If the message is still too long without these fields, its texts are cut.
         """
         return _termination_json(self.to_wire(), _PART_REMOVERS)
 
@@ -391,7 +391,7 @@ def _termination_json(value: dict[str, Any], part_removers: tuple[Callable[[dict
         if len(_compact_json(value)) <= MAX_TERMINATION_BYTES:
             break
         remove_part(value)
-    for key in sorted(texts, key=lambda name: len(texts[name]), reverse=True):  # The longest text first, so that a short hint is not cut.
+    for key in sorted(texts, key=lambda name: len(texts[name]), reverse=True):  # Cut the longest text first, so that a short hint stays complete.
         excess = len(_compact_json(value)) - MAX_TERMINATION_BYTES
         if excess > 0:
             text = texts[key].encode(errors="replace")
@@ -430,7 +430,7 @@ _PART_REMOVERS: tuple[Callable[[dict[str, Any]], None], ...] = (
     partial(remove_value_at_path, path="latestCheckpoint"),
     partial(remove_value_at_path, path="checkpoint"),
 )
-"""Functions that remove one part each from a termination message that is too long, in the order of use.
+"""Functions that shorten a termination message that is too long: each removes one part. They are listed in the order of use.
 
 All results of the evaluation are also in storage. The removed URIs are also in the last progress report and in the status.
 """

@@ -1,12 +1,13 @@
 """Defaults for the CPU, memory, disk and shared memory of a pod.
 
 If the job does not set a quantity, it comes from the operator's configuration: from the job's node pool, else from `resources.perGpu` (only for pods
-with GPUs), else from `resources`. If none of them sets the quantity, it is the built-in value of this module.
+with GPUs), else from `resources`. If none of these three sets the quantity, the built-in value of this module applies.
 
 With the built-in values, a pod with GPUs fits on the smallest cloud machine with this number of GPUs: 4 CPUs and 15 GiB of memory with one T4,
 4 CPUs and 16 GiB with one A10G or L4. The built-in values are lower than these sizes, because the kubelet and the system need a part of the machine. A pod with
-larger GPUs needs more memory, because each rank loads weights and collects the state for checkpoints in host memory. Its built-in memory is half
-of the GPUs' memory. This fits, because machines of the large clouds have at least two thirds as much host memory as GPU memory.
+larger GPUs needs more memory, because each rank loads weights and collects the state for checkpoints in host memory. The built-in memory of a pod with GPUs is
+at least half of the memory of its GPUs. A pod of this size fits on its machine, because machines of the large clouds have at least two thirds as much host
+memory as GPU memory.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class ConfiguredResources:
 
 
 def count_whole_gpus(gpu_resource: str, gpus: int) -> int:
-    """Return the number of whole GPUs of a pod: 0 for a pod with MIG slices (parts of a GPU), which gets the same defaults as a pod without GPUs."""
+    """Return the number of whole GPUs of a pod. A pod with MIG slices (parts of a GPU) has 0 whole GPUs, and gets the same defaults as a pod without GPUs."""
     return 0 if "/mig-" in gpu_resource else gpus
 
 

@@ -1,6 +1,6 @@
 """The marker `_USED` in each folder below `<storage.uri>/<namespace>/_prepared/`, which says until when the prepared rows are kept.
 
-Each preparation that uses the rows, and the first pod of each attempt that uses them, moves the marker's time forward. After this
+Each preparation that uses the rows, and the first pod of each attempt that uses them, sets the time in the marker to a later one. After this
 time, preparation pods and `finetune purge` may remove the rows.
 """
 

@@ -31,7 +31,7 @@ _PREFIXED_TOKENS = (
     r"eyJ[A-Za-z0-9_-]{10,4000}\.[A-Za-z0-9_-]{10,}(?:\.[A-Za-z0-9_-]+)?",  # JSON Web Tokens
 )  # fmt: skip
 _TOKEN_START = r"(?:(?<![A-Za-z0-9_])|(?<=\\[nrt])|(?<=%[0-9A-Fa-f]{2})|(?<=\[[0-9]m)|(?<=\[[0-9]{2}m))"  # noqa: S105 -- a pattern
-"""Matches where a token can start: at the start of a word, or after an escaped line break, an escaped character of a URL, or a colour code."""
+"""Matches a position at which a token can start: at the start of a word, or after an escaped line break, an escaped character of a URL, or a colour code."""
 _QUERY_NAMES = r"[A-Za-z_-]{0,40}(?:token|key|keyid|secret|password|passwd|credential|sig|signature|auth)"
 _VALUE_NAMES = (
     r"secret[_-]?(?:access[_-]?)?key|secret|token|password|passwd|api[_-]?key|access[_-]?key|account[_-]?key|private[_-]?key|"
@@ -55,7 +55,10 @@ TOKEN_PATTERNS = (
 """Patterns of secrets that are recognisable by their own form. If a pattern has three groups, only the third is replaced."""
 
 ASSIGNMENT_PATTERN = re.compile(rf"(?<![A-Za-z])({_VALUE_NAMES})([\"']?\s{{0,5}}[=:]\s{{0,5}}[\"']?)([^\s\"',;]{{4,}})", re.IGNORECASE)
-"""Matches a value after a name that suggests a secret, as in `password=...`. Texts that users write, such as YAML files, contain such names without secrets."""
+"""Matches a value after a name that suggests a secret, as in `password=...`.
+
+Texts that users write, such as YAML files, contain names such as `password` that no secret follows.
+"""
 
 
 def redact_tokens(text: str, replacement: str) -> str:

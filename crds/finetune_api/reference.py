@@ -149,9 +149,9 @@ TROUBLESHOOTING_INTRODUCTION = """\
 3. Look up the reason, the exit code or the failure code on this page.
 4. `finetune support-bundle JOB` writes an archive for a bug report, without Secrets. Check the archive before you share it.
 
-`status.failure.code` contains a code from one of the tables "Failure codes". If the trainer refuses the spec, it contains a code from the table
-"Rules". A code that is not on this page is the name of a Python exception, `ExitCode` with a number, or the reason that Kubernetes gives for the end
-of a pod (for example `EvictionByEvictionAPI`). The message then comes from the library or from Kubernetes.
+`status.failure.code` contains a code from one of the tables "Failure codes". If the trainer refuses the spec, `status.failure.code` contains a code from the
+table "Rules". A code that is not on this page is the name of a Python exception, `ExitCode` with a number, or the reason that Kubernetes gives for the end
+of a pod (for example `EvictionByEvictionAPI`). For these codes, `status.failure.message` is the text of the library or of Kubernetes.
 """
 
 

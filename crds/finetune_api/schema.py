@@ -25,7 +25,7 @@ from finetune_api.status import FineTuneJobStatus
 Schema = dict[str, Any]
 
 MUTABLE_FIELDS = ("suspend", "cancel", "policy", "placement")
-"""Fields of the spec that can change after the job is created. Some fields inside `policy` and `placement` are immutable nevertheless."""
+"""Fields of the spec that can change after the job is created. `policy` and `placement` can change, but some of their fields are immutable."""
 MUTABLE_POLICY_FIELDS = ("activeDeadlineSeconds", "ttlSecondsAfterFinished", "maxCost")
 """Fields of `spec.policy` that can change after the job is created."""
 LIST_MAP_KEYS = {
@@ -209,7 +209,7 @@ def _make_number_bounds(metadata: list[Any]) -> Schema:
 
 
 def _make_quantity_schema(metadata: list[Any]) -> Schema:
-    """Return the schema of a quantity. Its `pattern` applies to strings, and its `minimum` to integers."""
+    """Return the schema of a quantity. The `pattern` in the schema applies to strings, and the `minimum` to integers."""
     extras = [item.json_schema_extra for item in metadata if isinstance(item, FieldInfo)]
     return next((extra for extra in extras if isinstance(extra, dict)), {"x-kubernetes-int-or-string": True})
 
@@ -253,7 +253,7 @@ def _forbid_change(schema: Schema, path: str, wire_names: list[str]) -> None:
     """Forbid changing, adding or removing the fields `wire_names` of a group. `path`: path of the group, for error messages.
 
     The API server runs CEL rules at every status write, so the rules must be cheap. Each field has a rule that compares the old
-    and the new value. This rule does not run if the field is absent. The group has one rule, which compares only which fields are present.
+    and the new value. This rule does not run if the field is absent. Therefore the group has one more rule, which compares only which fields are present.
     """
     immutable_message = "cannot change after creation: create a new FineTuneJob"
     for wire_name in wire_names:

@@ -68,7 +68,7 @@ def _explain_scheme(scheme: str, address: str, spec_path: str) -> tuple[str, str
 
 
 def _explain_web_page(text: str) -> tuple[str, str] | None:
-    """Return (problem, what to write) for the address of a web page that shows a repository or a file, because the trainer would read the page as data.
+    """Return (problem, what to write) for the address of a web page that shows a repository or a file. The trainer would read this page as data.
 
     None: the address is not known to be such a web page.
     """

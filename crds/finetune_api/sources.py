@@ -82,7 +82,10 @@ class HttpsSource:
 
     @property
     def is_job_result(self) -> bool:
-        """Whether the URL is the folder of a job's checkpoint or final model. From a web server, the trainer can read only such folders."""
+        """Whether the URL is the folder of a job's checkpoint or final model.
+
+        On a web server, the trainer can read only folders that contain a job's checkpoint or final model.
+        """
         return bool(_CHECKPOINT_PATH_PATTERN.search(self._path) or _MODEL_PATH_PATTERN.search(self._path))
 
     @property
@@ -229,7 +232,7 @@ def model_name(source: str) -> str:
 def last_folder(source: str) -> str:
     """Return the last folder of a model source: the hub repository without the owner and revision, or the last folder of a path.
 
-    For a job's result (`.../<job>/<uid>/model` or `.../checkpoints/step-<n>`), this is the name of the job.
+    For a job's result (`.../<job>/<uid>/model` or `.../checkpoints/step-<n>`), the returned name is that of the job.
     """
     text = redact_source(source).rstrip("/")
     if "://" not in text or text.startswith("hf://"):

@@ -85,7 +85,7 @@ class Preparation(ReportModel):
     """The preparation of the job: a pod without GPUs checks storage, model and data before the first attempt."""
 
     number: int = status_field(
-        "Number of the newest preparation. Its Job is `<name>-prepare<number>`.", default=1, example=1, immediate=ImmediateWrite.WHEN_VALUE_CHANGES
+        "Number of the newest preparation. The name of its Job is `<name>-prepare<number>`.", default=1, example=1, immediate=ImmediateWrite.WHEN_VALUE_CHANGES
     )
     failures: int = status_field("Number of failed preparations. The limit is policy.retries.", default=0, example=1, immediate=ImmediateWrite.WHEN_VALUE_CHANGES)
     start_time: Time | None = status_field("Start of the first preparation.", example="2026-03-01T12:00:00Z")
@@ -111,7 +111,7 @@ class DataReport(ReportModel):
         "Folder of the prepared rows, which the training pods download. Absent if no rows are stored.", example="s3://models/ft/team-a/_prepared/5f2b8c1d..."
     )
     prepared_sha256: str | None = status_field(
-        "sha256 (hex) of the manifest of the prepared rows. A training pod does not use rows with another manifest, but prepares the data itself."
+        "sha256 (hex) of the manifest of the prepared rows. If the manifest in storage has another sha256, a training pod does not use the rows, but prepares the data itself."
     )
     rows: dict[str, int] | None = status_field("Number of usable rows, by split.", example={"train": 900, "validation": 100})
     bad_rows: int | None = status_field("Number of rows that were left out because they cannot be used for training.", example=2)
@@ -123,7 +123,7 @@ class DataReport(ReportModel):
     trained_tokens: int | None = status_field("Number of tokens in the training rows for which the loss is computed.", example=198765)
     median_length: int | None = status_field("Median length of the training rows, in tokens.", example=310)
     longest: int | None = status_field("Length of the longest training row, in tokens.", example=2048)
-    tokenised_rows: int | None = status_field("Number of rows that the preparation tokenised. 0 if it uses stored rows.", example=1000)
+    tokenised_rows: int | None = status_field("Number of rows that the preparation tokenised. 0 if the preparation uses stored rows.", example=1000)
     truncated: int | None = status_field("Number of training rows that were cut at the maximum sequence length.", example=12)
 
 
@@ -253,7 +253,7 @@ class Output(ReportModel):
     )
     evaluation: dict[str, Any] | None = status_field(
         "Metrics measured after training, by name. With a test set: testRows, testLoss (nats per token), testTokenAccuracy. "
-        "Depending on the data format also testAnswerAccuracy (multiple choice), testPreferenceAccuracy, testReward."
+        "Depending on the data format, this field also contains testAnswerAccuracy (multiple choice), testPreferenceAccuracy, testReward."
     )
 
 
@@ -288,7 +288,7 @@ class BenchmarkResult(ReportModel):
     metric: str = status_field("Metric of the task.", default=..., example="acc")
     value: RoundedNumber | None = status_field("Value of the trained model.", example=0.56)
     stderr: RoundedNumber | None = status_field("Standard error of the value.", example=0.005)
-    base: RoundedNumber | None = status_field("Value of the base model. Only with compareWithBase.", example=0.58)
+    base: RoundedNumber | None = status_field("Value of the base model. Present only with compareWithBase.", example=0.58)
     difference: RoundedNumber | None = status_field("Value of the trained model minus value of the base model.", example=-0.02)
     reason: str | None = status_field("Why the metric has no value.", example="the task reports no number for bypass")
 
@@ -364,7 +364,7 @@ class MemoryParts(ReportModel):
     weights: int = status_field("Weights of the model and of the adapter.", default=0, example=16232153088)
     gradients: int = status_field("Gradients of the trained weights.", default=0, example=84017152)
     optimizer: int = status_field("State and temporary tensors of the optimizer.", default=0, example=336068608)
-    activations: int = status_field("Activations that the backward pass needs, and its temporary tensors.", default=0, example=37200000000)
+    activations: int = status_field("Activations that the backward pass needs, and temporary tensors of the backward pass.", default=0, example=37200000000)
     logits: int = status_field("Logits and the loss.", default=0, example=268435456)
     buffers: int = status_field("Inputs, masks, workspaces, and copies for communication between ranks.", default=0, example=80000000)
     context: int = status_field("CUDA context and NCCL, outside PyTorch's allocator.", default=0, example=524288000)
@@ -374,7 +374,7 @@ class MemoryParts(ReportModel):
 class MemoryPlan(ReportModel):
     """Planned peak of GPU memory on each rank."""
 
-    expected_bytes: int = status_field("Expected peak in bytes, the sum of all parts.", default=..., example=55400000000)
+    expected_bytes: int = status_field("Expected peak in bytes: the sum of all values in `parts`.", default=..., example=55400000000)
     upper_bytes: int = status_field("Upper bound of the peak in bytes.", default=..., example=59278000000)
     parts: MemoryParts = status_field("The expected peak, by what the memory is used for.", default_factory=MemoryParts)
     calibration_runs: int | None = status_field(
@@ -392,22 +392,25 @@ class MeasuredRun(ReportModel):
         "Seconds of the optimizer steps that no later attempt repeated, to compare with the planned time. Present after a successful training. Since 0.2.0.",
         example=861.4,
     )  # fmt: skip
-    steps: int | None = status_field("Number of the optimizer steps that `seconds` covers. It differs from the planned number if training stopped early. Since 0.2.0.", example=500)
+    steps: int | None = status_field("Number of the optimizer steps that `seconds` covers. This number differs from the planned number if training stopped early. Since 0.2.0.", example=500)
 
 
 class MemoryAdvice(ReportModel):
-    """Advice of the memory plan after an attempt ran out of GPU memory. If the attempt needed more than planned, all planned peaks are raised accordingly."""
+    """Advice of the memory plan after an attempt ran out of GPU memory.
+
+    If the attempt needed more memory than planned, all planned peaks are raised in the same ratio.
+    """
 
     needed_bytes: int = status_field("Memory in use when an allocation failed, plus the size of this allocation, in bytes.", default=..., example=81200000000)
     available_bytes: int = status_field("GPU memory that the rank could use, in bytes.", default=..., example=79600000000)
     planned_bytes: int = status_field("Peak that the plan expected for the failed attempt, in bytes.", default=..., example=70100000000)
     batch_size_per_device: int | None = status_field("Advised micro-batch. Absent if no smaller micro-batch or recomputation is left.", example=2)
-    gradient_checkpointing: str | None = status_field("Advised value of training.gradientCheckpointing. Absent if it does not change.", example="enabled")
+    gradient_checkpointing: str | None = status_field("Advised value of training.gradientCheckpointing. Absent if the value does not change.", example="enabled")
     fits: bool = status_field("Whether the upper bound with the advised values is at most availableBytes.", default=False, example=True)
     expected_bytes: int | None = status_field("Expected peak with the advised values, in bytes.", example=47200000000)
     upper_bytes: int | None = status_field("Upper bound with the advised values, in bytes.", example=50500000000)
     changes: list[str] | None = status_field(
-        "Up to three changes of the spec with which the job would fit. Present if batchSizePerDevice is absent.", example=["dataset.maxSequenceLength: 1024"]
+        "Up to three changes of the spec, each of which would let the job fit. Present if batchSizePerDevice is absent.", example=["dataset.maxSequenceLength: 1024"]
     )
 
 
@@ -431,7 +434,7 @@ class TimePlan(ReportModel):
 
 
 class CostPlan(ReportModel):
-    """Planned cost of all optimizer steps. The bounds follow from the bounds of the planned time."""
+    """Planned cost of all optimizer steps. The bounds are computed from the bounds of the planned time."""
 
     gpu_hours: float = status_field("Expected GPU-hours.", default=..., example=1.87)
     expected: float = status_field("Expected cost.", default=..., example=5.6)
@@ -453,11 +456,11 @@ class RunPlan(ReportModel):
 
     choices: list[Choice] | None = status_field("Values that the plan chose before the first attempt. All attempts use these values.")
     no_choices: str | None = status_field(
-        "Why the plan chose no values. Fields that the spec leaves out then have their defaults.", example="the job uses no GPU"
+        "Why the plan chose no values. If the plan chose no values, fields that the spec leaves out have their defaults.", example="the job uses no GPU"
     )
 
-    memory: MemoryPlan | None = status_field("Planned GPU memory of each rank. Absent if the plan cannot compute the memory of such a run.")
-    work: WorkPlan | None = status_field("Planned work. Absent if the plan cannot compute the work of such a run.")
+    memory: MemoryPlan | None = status_field("Planned GPU memory of each rank. Absent if the plan cannot compute the memory of this run.")
+    work: WorkPlan | None = status_field("Planned work. Absent if the plan cannot compute the work of this run.")
     time: TimePlan | None = status_field("Planned time. Absent if the type of GPU is not known.")
     cost: CostPlan | None = status_field("Planned cost. Absent if the node pool has no price.")
     measured: MeasuredRun | None = status_field("Measured values of the newest attempt.")
@@ -465,7 +468,7 @@ class RunPlan(ReportModel):
 
 
 class TimeUse(ReportModel):
-    """What the time was used for, in seconds. A field whose use took no time is absent."""
+    """What the time was used for, in seconds. A field is absent if no time was used for it."""
 
     waiting: float | None = status_field("Time in which the job waited for its backoff, for the end of earlier pods, or for the operator.", example=12)
     suspended: float | None = status_field("Time in which the job was suspended.")
@@ -488,28 +491,31 @@ class TimeUse(ReportModel):
     other: float | None = status_field("Time that belongs to no other part.", example=0.9)
 
     def seconds(self) -> dict[str, float]:
-        """Return the seconds of each part that took time, by its name in JSON."""
+        """Return the seconds of each use that took time, by the JSON name of its field."""
         return {name: value for name, value in self.to_wire().items() if value}
 
 
 class AttemptTime(ReportModel):
-    """What the time of one attempt was used for. This time begins at the end of the previous attempt or, for the first attempt, at the creation of the job."""
+    """What the time of one attempt was used for.
+
+    The time of an attempt begins when the previous attempt ends or, for the first attempt, when the job is created.
+    """
 
     number: int = status_field("Number of the attempt.", default=..., example=1)
-    wall_seconds: float = status_field("The sum of all parts.", default=..., example=5560.4)
-    parts: dict[str, float] = status_field("Seconds by part. The parts have the same names as in status.goodput.parts.", default_factory=dict, example={"steps": 5120})
+    wall_seconds: float = status_field("Seconds of the attempt: the sum of all values in `parts`.", default=..., example=5560.4)
+    parts: dict[str, float] = status_field("What the time was used for, in seconds. The keys are names of fields of status.goodput.parts.", default_factory=dict, example={"steps": 5120})
 
 
 class Goodput(ReportModel):
     """What the time of the job was used for, until the newest report of a pod or the end of the newest attempt."""
 
-    wall_seconds: float = status_field("Seconds from the creation of the job to the newest report or the end of the newest attempt: the sum of all parts.", default=..., example=5560.4)
+    wall_seconds: float = status_field("Seconds from the creation of the job to the newest report or the end of the newest attempt: the sum of all values in `parts`.", default=..., example=5560.4)
     percent: float | None = status_field(
-        "Share of the pods' time on nodes, in percent, that was used for optimizer steps that no later attempt repeated.", example=92.1
+        "Percentage of the pods' time on nodes that was used for optimizer steps that no later attempt repeated.", example=92.1
     )
-    parts: TimeUse = status_field("Seconds by part, for all attempts together.", default_factory=TimeUse)
+    parts: TimeUse = status_field("What the time was used for, in seconds, for all attempts together.", default_factory=TimeUse)
     attempts: list[AttemptTime] = status_field("Times of the newest ten attempts.", default_factory=list)
-    earlier: dict[str, float] | None = status_field("Seconds by part, for all older attempts together.", example={"steps": 310})
+    earlier: dict[str, float] | None = status_field("What the time was used for, in seconds, for all older attempts together.", example={"steps": 310})
 
 
 class JobCost(ReportModel):
@@ -751,5 +757,7 @@ TIME_USE_OF_STAGE = {
     Stage.BENCHMARKING: "evaluation", Stage.VERIFYING: "finishing", Stage.UPLOADING: "upload", Stage.REPORTING: "finishing",
     Stage.STOPPING: "stopping", Stage.DONE: "other", Stage.FAILED: "other",
 }  # fmt: skip
-"""For each stage: the field of `TimeUse` (in camelCase) to which the time of the stage is added. Afterwards, the times of the first step, of saving and
-of evaluations during training are moved from `steps` to their own fields."""
+"""For each stage: the field of `TimeUse` (in camelCase) to which the time of the stage is added.
+
+The times of the first step, of saving and of evaluations during training are first added to `steps`, and later moved to their own fields.
+"""

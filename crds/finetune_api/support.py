@@ -26,7 +26,7 @@ class UnsupportedField:
     path: str
     """Dotted path of attribute names, such as `method.lora.loftq.bits`."""
     is_refused: Callable[[Any], bool] = _is_set
-    """Says whether a value of the field is refused."""
+    """A function that returns whether a value of the field is refused."""
     hint: str = "remove it"
     reason: str = "is part of the API, but this release does not implement it"
     """Why the field or value is refused. In the message, this text comes after the value."""

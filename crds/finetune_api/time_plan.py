@@ -3,12 +3,12 @@
     time of a step = operations / (peak * efficiency) + traffic / (bandwidth * efficiency)
 
 FLOPs per token: 3 * (2N + A) for full training, and 4N + 3A for adapters. The recomputation of activations needs 2N + A more. Each forward
-pass without gradients also needs 2N + A more: dpo has one such pass, for its reference model. kto has three, because the trained model and the
+pass without gradients also needs 2N + A more: dpo has one such pass, for its reference model. kto has three such passes, because the trained model and the
 reference model also read mismatched answers. Here, A is the FLOPs of the causal attention, and N is the number of parameters in matrix products: with
 the head, without the embedding lookup, and with only those experts to which a token is routed.
 
-The efficiencies were compared with runs of this trainer on an H200 and with published runs on an L40S (tests/unit/api/test_time_plan.py). They
-were not measured with the other types of GPUs, so the bounds are wide. If the table of `finetune_api.calibration` contains enough runs on a type of
+The efficiencies were compared with runs of this trainer on an H200 and with published runs on an L40S (tests/unit/api/test_time_plan.py). The efficiencies of
+other types of GPUs were not measured, so the bounds are wide. If the table of `finetune_api.calibration` contains enough runs on a type of
 GPU, the expected time and the bounds are computed from these runs.
 """
 
@@ -77,7 +77,7 @@ def plan_work(spec: FineTuneJobSpec, shape: ModelShape, data_size: DataSize, rec
     steps = training.max_steps if training.max_steps and training.max_steps > 0 else math.ceil((training.epochs or 3) * rows / rows_per_step)
     tokens = steps * rows_per_step * row_tokens
     parameters, document_length = count_matrix_parameters(shape), data_size.token_count / data_size.row_count / facts.sequences_per_row
-    if objective is TrainerType.REWARD:  # the head has one output instead of the vocabulary
+    if objective is TrainerType.REWARD:  # the head has one output instead of one for each entry of the vocabulary
         parameters -= shape.vocabulary_size * shape.hidden_size
     is_full_training = trains_base_weights(spec)
     extra_forward_passes = recomputed_share + facts.passes_without_gradients
@@ -90,7 +90,10 @@ def plan_work(spec: FineTuneJobSpec, shape: ModelShape, data_size: DataSize, rec
 
 
 def flops_per_token(shape: ModelShape, document_length: float, *, is_full_training: bool, recomputed_share: float = 0.0) -> float:
-    """Return the FLOPs of training per token. `document_length`: mean number of tokens of a document. On average, a token attends to half of them."""
+    """Return the FLOPs of training per token.
+
+    `document_length`: mean number of tokens of a document. On average, a token attends to half of the document's tokens.
+    """
     return _flops_per_token(shape, count_matrix_parameters(shape), document_length, recomputed_share, is_full_training=is_full_training)
 
 

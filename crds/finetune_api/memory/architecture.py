@@ -45,7 +45,7 @@ class ModelShape:
     expert_count: int = 0
     experts_per_token: int = 0
     expert_layer_count: int = 0
-    """Number of layers with routed experts. These are the last layers of the model."""
+    """Number of layers with routed experts. They are the last layers of the model; all layers before them have no routed experts."""
     expert_feed_forward_size: int = 0
     shared_feed_forward_size: int = 0
     """Width of the expert that all tokens use; 0 if the model has none."""

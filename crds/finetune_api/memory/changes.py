@@ -45,7 +45,7 @@ NO_CHANGE_HINT = (
 
 @dataclass(frozen=True)
 class Change:
-    """A change of a spec with which the job fits on its GPUs."""
+    """A change of a spec that lets the job fit on its GPUs."""
 
     values_by_path: dict[str, Any]
     """The new values by spec path."""
@@ -95,7 +95,10 @@ def format_values_by_path(values: Mapping[str, Any]) -> str:
 
 
 def _iterate_possible_changes(spec: FineTuneJobSpec) -> Iterator[dict[str, Any]]:
-    """Yield the changes to try, those with the smallest consequences first. A micro-batch of 1 stands for the largest micro-batch that fits."""
+    """Yield the changes to try, those with the smallest consequences first.
+
+    In a change, a micro-batch of 1 is a placeholder for the largest micro-batch that fits.
+    """
     method, length = method_type_of(spec), spec.dataset.max_sequence_length or 2048
     recompute = {CHECKPOINTING_PATH: "enabled"} if spec.training.gradient_checkpointing is GradientCheckpointing.DISABLED else {}
     if recompute:
@@ -128,7 +131,10 @@ def _iterate_changes_with_more_gpus(spec: FineTuneJobSpec) -> Iterator[dict[str,
 
 
 def _match_process_count(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the new `resources.processesPerNode` if a change sets the number of GPUs, because the resolved spec contains the number for the old GPUs."""
+    """If a change sets the number of GPUs, return the same number for `resources.processesPerNode`.
+
+    The resolved spec contains the number of processes for the number of GPUs before the change.
+    """
     return {"resources.processesPerNode": values[GPUS_PATH]} if GPUS_PATH in values else {}
 
 

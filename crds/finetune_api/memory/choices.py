@@ -1,8 +1,8 @@
 """Chooses values that a spec leaves out: micro-batch and accumulation, recomputation, strategy, number of GPUs, and node pool.
 
-An arrangement is one value for each of these fields. It fits if the upper bound of its planned memory is at most the memory of the GPU. On
+An arrangement is one value for each of these fields. An arrangement fits if the upper bound of its planned memory is at most the memory of the GPU. On
 each pool, this module finds the arrangements with the fewest GPUs that fit, and takes the one with the least expected GPU time. If the job
-fits on several pools, it chooses the pool with the lowest expected cost or, without prices, the job's current pool. The module never
+fits on several pools, this module chooses the pool with the lowest expected cost or, without prices, the job's current pool. The module never
 changes a value that the user has set, nor the effective batch. The preparation of a job and `finetune plan` use this module.
 """
 
@@ -71,7 +71,7 @@ class Decision:
     changes: tuple[Change, ...] = ()
     """Changes of the spec that let the job fit; empty if it fits without them."""
     refusal: ConfigError | None = None
-    """The error DoesNotFit if even the expected peak exceeds the GPU memory of each pool."""
+    """The error DoesNotFit if the expected peak exceeds the GPU memory of each pool; None otherwise."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,10 @@ def choose_values(
 
 
 def _has_reference_of_unknown_size(spec: FineTuneJobSpec) -> bool:
-    """Whether the plan only assumes the size of the reference model. Such a job can fit even if its expected peak exceeds the GPU memory."""
+    """Whether the plan has to assume the size of the reference model.
+
+    If so, the reference model can be smaller, and the job can fit even if its expected peak exceeds the GPU memory.
+    """
     return spec.trainer.dpo is not None and spec.trainer.dpo.reference_model is not None
 
 
@@ -164,7 +167,7 @@ def _require_choosable(resolved: ResolvedSpec) -> None:
 
 @dataclass
 class _Search:
-    """Finds the best arrangement for each pool. It keeps each memory plan, so that the same values are planned only once."""
+    """Finds the best arrangement for each pool. Each memory plan is kept, so that the same values are planned only once."""
 
     resolved: ResolvedSpec
     shape: ModelShape
@@ -249,7 +252,7 @@ class _Search:
         return possible
 
     def _find_largest_batch(self, pool: GpuPool, base: dict[str, Any], micro_batches: list[int], mode: GradientCheckpointing) -> _Arrangement:
-        """Return the arrangement with the largest micro-batch that fits. If none fits, return the one with the smallest micro-batch."""
+        """Return the arrangement with the largest micro-batch that fits. If no arrangement fits, return the one with the smallest micro-batch."""
         count = bisect_right(micro_batches, False, key=lambda rows: not self._plan_arrangement(pool, base, rows, mode).fits)
         best = self._plan_arrangement(pool, base, micro_batches[max(0, count - 1)], mode)
         return replace(best, gpu_seconds=self._estimate_gpu_seconds(best))
@@ -259,7 +262,7 @@ class _Search:
         values = base | {MICRO_BATCH_PATH: micro_batch, ACCUMULATION_PATH: self.rows_per_step // ranks // micro_batch, CHECKPOINTING_PATH: mode}
         processes = {PROCESSES_PATH: base[GPUS_PATH]} if base[GPUS_PATH] != gpus_per_node(self.spec) else {}
         spec = self.spec.with_values(values | processes)
-        # With ddp, the memory of a rank does not depend on the number of ranks.
+        # With ddp and at least two ranks, the memory of a rank does not depend on the number of ranks.
         key = (min(ranks, 2) if base[STRATEGY_PATH] is StrategyType.DDP else ranks, *list(values.values())[1:])
         if key not in self.plans:
             self.plans[key] = plan_memory(spec, self.shape, self.facts)
@@ -344,7 +347,7 @@ def _explain_pool(best: _Arrangement, fitting: list[_Arrangement], known_pools: 
 
 
 def _explain_exceeded_upper_bound(search: _Search, best: _Arrangement) -> dict[str, str]:
-    """Return the same reason for each chosen value: the expected peak fits, but the upper bound does not."""
+    """Return one reason for all chosen values: the expected peak fits, but the upper bound does not."""
     memory = best.plan.memory
     text = (
         f"needs the least memory: the expected {format_gigabytes(memory.expected_bytes)} fit into the {format_gigabytes(best.memory_bytes)} of each GPU, "

@@ -47,7 +47,10 @@ LOSS_HEADS = {
 METHODS_CHECKED_WITH_PREFERENCES = (MethodType.FULL, MethodType.LORA, MethodType.QLORA)
 """Methods whose planned peaks with dpo, orpo, kto and reward were compared with measured peaks, on a CPU."""
 IA3_LAYERS, IA3_INPUT_LAYERS = frozenset({"k_proj", "v_proj", "down_proj"}), frozenset({"down_proj"})
-"""Names of all linear layers that IA3 scales, and of those layers whose inputs it scales. Of all other layers, IA3 scales the outputs."""
+"""Names of all linear layers that IA3 scales, and of those layers whose inputs it scales.
+
+Of the layers that are only in the first set, IA3 scales the outputs.
+"""
 OPTIMIZERS: dict[str, Optimizer] = {
     "adamw_torch_fused": optimizers.ADAMW_FUSED, "adamw_torch": optimizers.ADAMW_FOREACH, "adamw_hf": optimizers.ADAMW_FOREACH,
     "adamw_8bit": optimizers.ADAMW_8BIT, "adamw_bnb_8bit": optimizers.ADAMW_8BIT, "paged_adamw_8bit": optimizers.PAGED_ADAMW_8BIT,
@@ -85,7 +88,7 @@ class StepDescription:
     assumptions: tuple[str, ...]
     """One sentence for each assumption."""
     is_checked: bool
-    """Whether planned peaks of such steps were compared with measured peaks."""
+    """Whether planned peaks of steps of this kind were compared with measured peaks."""
 
 
 def describe_step(spec: FineTuneJobSpec, shape: ModelShape, facts: RunFacts | None = None) -> StepDescription:

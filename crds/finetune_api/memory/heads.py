@@ -13,7 +13,7 @@ TILE_TOKENS = 4096
 TILE_VOCABULARY = 32768
 """Tokens and vocabulary entries of one tile of logits in TRL's fused head (TRL 1.16, `trl/kernels/chunked_logprob.py`)."""
 FORWARD_TILE_COPIES, BACKWARD_TILE_COPIES = 3, 7.25
-"""Number of 32-bit copies of a tile that exist at the same time on a CPU. There, TRL does not use its GPU kernel, but other code with the same result."""
+"""Number of 32-bit copies of a tile that exist at the same time on a CPU. On a CPU, TRL does not run its GPU kernel, but other code with the same result."""
 
 
 class LossHead(StrEnum):

@@ -105,7 +105,7 @@ def _keeps_rules(spec: FineTuneJobSpec, values: dict[str, Any]) -> bool:
 
 
 def _find_first_fit(candidates: Sequence[dict[str, Any]], corrected: _CorrectedPlan) -> dict[str, Any] | None:
-    """Return the first candidate that fits; None if none fits. Each candidate must need less memory than the one before."""
+    """Return the first candidate that fits; None if none fits. In `candidates`, each candidate must need less memory than the candidate before it."""
     start, end = 0, len(candidates)
     while start < end:
         middle = (start + end) // 2

@@ -43,7 +43,7 @@ class Adapter:
     has_dropout: bool = False
     magnitude: Parameter | None = None
     casts_inputs: bool = True
-    """Whether PEFT converts the inputs to the precision of the adapter's matrices. The trainer turns this off under autocast."""
+    """Whether PEFT converts the inputs to the precision of the adapter's matrices. The trainer turns off this conversion under autocast."""
 
 
 @dataclass(eq=False)
@@ -183,7 +183,10 @@ class ForwardPass:
         return max(self.model.embeddings.item_bytes, 2)
 
     def embed(self, *, requires_gradient: bool) -> Tensor:
-        """Return the embeddings of the tokens. `requires_gradient`: whether they need a gradient even if the embedding weights are frozen."""
+        """Return the embeddings of the tokens.
+
+        `requires_gradient`: whether the embeddings of the tokens need a gradient even if the embedding weights are frozen.
+        """
         tape, weight = self.context.tape, self.model.embeddings
         output = tape.tensor((self.batch.row_count, self.batch.tokens_per_row, self.shape.hidden_size), max(weight.item_bytes, 2))
         output = tape.record([weight], output, [Gradient(weight.numel, weight.item_bytes)])
@@ -201,7 +204,10 @@ class ForwardPass:
         return tensor(shape, item_bytes, MemoryPart.BUFFERS), tensor(shape, item_bytes, MemoryPart.BUFFERS)
 
     def run_layer(self, layer: Layer, x: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
-        """Run one decoder layer: attention, then the feed-forward layer. Each has a norm before it, and in some models also one after it."""
+        """Run one decoder layer:
+
+        attention, then the feed-forward layer. A norm precedes both attention and the feed-forward layer; in some models, another norm follows each of them.
+        """
         context, residual = self.context, x
         x = self._apply_norm(x, layer.norms[0])
         x = self._run_attention(layer, x, positions)
@@ -340,9 +346,9 @@ class TrainedWeights:
     ia3_layers: frozenset[str] = frozenset()
     """Names of the linear layers whose outputs or inputs IA3 scales."""
     ia3_input_layers: frozenset[str] = frozenset()
-    """Names of those `ia3_layers` whose inputs are scaled. Of all others, the outputs are scaled."""
+    """Names of those `ia3_layers` whose inputs IA3 scales. Of the other `ia3_layers`, IA3 scales the outputs."""
     prompt_tokens: int = 0
-    """Number of trained virtual tokens in front of each row (prompt tuning). `Batch.tokens_per_row` includes them."""
+    """Number of trained virtual tokens in front of each row (prompt tuning). `Batch.tokens_per_row` includes the virtual tokens."""
     prefix_tokens: int = 0
     """Number of trained keys and values in each layer (prefix tuning)."""
     has_score_head: bool = False
@@ -403,7 +409,7 @@ def build_decoder(tape: Tape, shape: ModelShape, trained: TrainedWeights) -> Dec
 
 
 def copy_adapters(tape: Tape, model: Decoder) -> Decoder:
-    """Return a model with frozen copies of all trained weights of `model`. It shares all other weights with `model`."""
+    """Return a model with frozen copies of all trained weights of `model`. The returned model shares all other weights with `model`."""
 
     def copy(weight: Parameter) -> Parameter:
         return Parameter(weight.shape, weight.item_bytes, tape.allocate(weight.storage.byte_count, MemoryPart.WEIGHTS)) if weight.is_trained else weight

@@ -1,4 +1,5 @@
-"""The operations of a training step. Each records the tensors that torch's autograd saves for it, and the allocations of its backward pass.
+"""The operations of a training step. Each function records the tensors that torch's autograd saves for its operation, and the allocations of the operation's
+backward pass.
 
 A function that runs several operations keeps its local variables exactly as long as the corresponding function of transformers or PEFT does.
 """
@@ -24,7 +25,7 @@ class ComputeContext:
     quantized_compute_bytes: int = 4
     """Bytes of one value in the precision in which 4-bit and 8-bit layers compute."""
     gathers_weights: bool = False
-    """Whether weights are gathered from all ranks. They arrive in the precision of the computation and need no conversion."""
+    """Whether weights are gathered from all ranks. Gathered weights already have the precision of the computation and need no conversion."""
     is_gpu: bool = True
 
 
@@ -75,7 +76,7 @@ def view_vector_as_row(context: ComputeContext, weight: Parameter, dimensions: i
 
 
 def prepend(context: ComputeContext, x: Tensor, weight: Parameter, count: int) -> Tensor:
-    """Put `count` trained keys or values in front of those of the tokens. `x`: (rows, tokens, heads, size of a head)."""
+    """Put `count` trained keys or values in front of the keys or values of the tokens. `x`: (rows, tokens, heads, size of a head)."""
     rows, tokens, heads, size = x.shape
     output = context.tape.tensor((rows, count + tokens, heads, size), x.item_bytes)
     return context.tape.record([x, weight], output, [Gradient(x.numel, x.item_bytes), Gradient(weight.numel, weight.item_bytes)])
@@ -98,7 +99,7 @@ def dropout(context: ComputeContext, x: Tensor) -> Tensor:
 
 
 def _autocast_weight(context: ComputeContext, weight: Parameter) -> tuple[float, Storage | None]:
-    """Return the bytes of one value in the precision in which a weight is used, and the converted copy of the weight, or None without a copy.
+    """Return the bytes of one value in the precision in which a weight is used, and the converted copy of the weight, or None if there is no copy.
 
     Autocast keeps the copy of a trained 32-bit weight until the end of the forward pass.
     """
@@ -156,7 +157,7 @@ def _quantized_linear(context: ComputeContext, x: Tensor, weight: Parameter, bia
 
 
 def apply_rms_norm(context: ComputeContext, x: Tensor, weight: Parameter, *, adds_one: bool, is_fused: bool) -> Tensor:
-    """Apply RMSNorm. `adds_one`: whether it multiplies by 1 + weight in 32 bits, as in Gemma. `is_fused`: whether Liger's kernel computes it."""
+    """Apply RMSNorm. `adds_one`: whether the norm multiplies by 1 + weight in 32 bits, as in Gemma. `is_fused`: whether Liger's kernel computes the norm."""
     if is_fused:
         return _apply_fused_rms_norm(context, x, weight)
     item, rows = x.item_bytes, (*x.shape[:-1], 1)
@@ -205,7 +206,7 @@ def _rotate_half(context: ComputeContext, x: Tensor) -> Tensor:
     negative = context.tape.allocate(half)
     output = context.tape.tensor(x.shape, x.item_bytes)
     del negative
-    # The backward pass pads the gradient of each half with zeros to the full size, and then adds both.
+    # The backward pass pads the gradient of each half with zeros to the full size, and then adds the two padded gradients.
     return context.tape.record([x], output, [Gradient(x.numel, x.item_bytes, temporary_bytes=(half, x.numel * x.item_bytes))])
 
 

@@ -21,7 +21,7 @@ class Optimizer:
     moment_count: int = 2
     """Number of state tensors with as many values as the weight."""
     moment_bytes: float | None = None
-    """Bytes of each value of the state. None: as many as a value of the weight. 1: the 8-bit state of bitsandbytes."""
+    """Bytes of each value of the state. None: the same number of bytes as for a value of the weight. 1: the 8-bit state of bitsandbytes."""
     is_factored: bool = False
     """Whether the state is one row and one column instead of a full moment, as in Adafactor."""
     temporary_copies_of_largest: float = 0
@@ -56,7 +56,7 @@ class Optimizer:
     def _adafactor_temporary_bytes(self, parameters: Sequence[Parameter], shards: int) -> float:
         """Return the bytes of Adafactor's temporary tensors at their peak.
 
-        They are the update of the previous weight, and the update and the squared gradient of the current weight, all in 32 bits. 16-bit weights
+        These tensors are the update of the previous weight, and the update and the squared gradient of the current weight, all in 32 bits. 16-bit weights
         and gradients also need 32-bit copies.
         """
         peak_values = previous_values = 0

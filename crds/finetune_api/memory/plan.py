@@ -16,7 +16,7 @@ from finetune_api.spec.enums import MethodType
 from finetune_api.status import MemoryParts, MemoryPlan
 
 CONTEXT_BYTES = 500 * 2**20
-"""Memory of the CUDA context and the loaded kernels. Torch's allocator does not count it."""
+"""Memory of the CUDA context and the loaded kernels. Torch's allocator does not count this memory."""
 COMMUNICATION_BYTES = 700 * 2**20
 """Memory of NCCL's buffers on each rank of a job with several ranks."""
 WORKSPACE_BYTES = 80 * 10**6

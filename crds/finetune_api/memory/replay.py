@@ -30,7 +30,7 @@ from finetune_api.memory.tape import MemoryMeter, MemoryPart, Storage, Tape, Ten
 
 
 class Reference(StrEnum):
-    """The reference model, with which a loss compares the trained model. It runs after the trained model, without gradients."""
+    """The reference model, with which a loss compares the trained model. In each step, the reference model runs after the trained model, without gradients."""
 
     NONE = "none"
     ADAPTER = "adapter"
@@ -53,7 +53,7 @@ class Step:
     loss_head: LossHead = LossHead.TILES
     reference: Reference = Reference.NONE
     recomputed_layer_count: int = 0
-    """Number of layers that recompute their activations in the backward pass. These are the first layers of the model."""
+    """Number of layers that recompute their activations in the backward pass. The layers that recompute are the first layers of the model."""
     offloads_layer_inputs: bool = False
     """Whether the inputs of recomputed layers are moved to host memory until the backward pass."""
     accumulation: int = 1

@@ -1,4 +1,4 @@
-"""Counts the bytes that automatic differentiation keeps in memory. It computes no values.
+"""Counts the bytes that automatic differentiation keeps in memory. This module computes no values.
 
 A `Tensor` has a shape and a number of bytes for each value, but no values. A `Tape` records operations as torch's autograd does: each operation
 keeps references to the tensors that its backward pass needs. As in torch, a tensor is freed together with its last reference. A function that
@@ -35,7 +35,7 @@ class MemoryMeter:
         self.peak_bytes_by_part = dict(self.bytes_by_part)
 
     def add(self, part: MemoryPart, byte_count: int) -> None:
-        """Count an allocation. A negative `byte_count` counts a release."""
+        """Count an allocation. A negative `byte_count` means that memory was released."""
         self.bytes_by_part[part] += byte_count
         self.total_bytes += byte_count
         if self.total_bytes > self.peak_bytes:
@@ -49,7 +49,7 @@ class MemoryMeter:
 
 
 class Storage:
-    """One allocation. The meter counts its bytes as long as this object exists."""
+    """One allocation. The meter counts the bytes of the allocation as long as this object exists."""
 
     __slots__ = ("byte_count", "meter", "part")
 
@@ -61,7 +61,7 @@ class Storage:
         self.meter.add(self.part, -self.byte_count)
 
     def count_as(self, part: MemoryPart) -> None:
-        """Count the bytes of this allocation as another part."""
+        """From now on, count the bytes of this allocation as another part of the memory."""
         self.meter.move(self.part, part, self.byte_count)
         self.part = part
 
@@ -72,7 +72,7 @@ class Parameter:
 
     shape: tuple[int, ...]
     item_bytes: float
-    """Bytes of one value. A weight of less than 8 bits has a fraction, such as 0.5."""
+    """Bytes of one value. For a weight with less than 8 bits per value, this is a fraction, such as 0.5."""
     storage: Storage
     is_trained: bool = False
     gradient_shards: int = 1
@@ -88,7 +88,7 @@ class Parameter:
 
 @dataclass(eq=False)
 class Tensor:
-    """A tensor without values. A view of it has the same storage."""
+    """A tensor without values. A view of a tensor has the same storage as the tensor."""
 
     shape: tuple[int, ...]
     item_bytes: float
@@ -126,7 +126,7 @@ class Node:
     saved: list[Storage]
     part: MemoryPart
     segment: Segment | None = None
-    """The layer that recomputes the tensors which this operation needs. None: the operation has saved them."""
+    """The layer that recomputes the tensors which this operation needs. None: the operation itself has saved these tensors."""
 
 
 @dataclass(eq=False)
@@ -136,7 +136,7 @@ class Segment:
     recompute: Callable[[], None]
     nodes: list[Node] = field(default_factory=list)
     saved_tensor_count: int = 0
-    """Number of tensors that the layer would save without recomputation. The recomputation stops when it has computed all of them."""
+    """Number of tensors that the layer would save without recomputation. The recomputation stops when all of these tensors are computed."""
     is_recomputed: bool = False
 
 
@@ -158,7 +158,7 @@ class Tape:
         self._still_to_save = 0
 
     def allocate(self, byte_count: float, part: MemoryPart | None = None) -> Storage:
-        """Allocate bytes, by default for the tape's current part. They are freed with the last reference to the result."""
+        """Allocate bytes, by default for the tape's current part. The bytes are freed when the last reference to the returned storage disappears."""
         return Storage(self.meter, byte_count, part or self.part)
 
     def tensor(self, shape: Sequence[int], item_bytes: float, part: MemoryPart | None = None) -> Tensor:

@@ -1,7 +1,7 @@
 """Registers rules and runs them.
 
-A rule has a code, and a function that yields the problems of a spec. Rules also refuse options that the user set
-although they have no effect. Rules therefore need a spec without filled-in defaults: either the user's spec or the result of `without_defaults`.
+A rule has a code, and a function that yields the problems of a spec. Rules also refuse options that have no effect but that the user set. Rules therefore need
+a spec without filled-in defaults: either the user's spec or the result of `without_defaults`.
 A rule that CEL can express is registered together with its CEL expression, so that the API server checks it too.
 """
 
@@ -85,7 +85,7 @@ def new_problems(old_spec: FineTuneJobSpec, new_spec: FineTuneJobSpec) -> list[P
 
 
 def without_defaults(spec: FineTuneJobSpec, filled_paths: Iterable[str]) -> FineTuneJobSpec:
-    """Return a copy of a resolved spec without the defaults at `filled_paths`. Rules need such a spec."""
+    """Return a copy of a resolved spec without the defaults at `filled_paths`. Rules need a spec without filled-in defaults."""
     value = spec.to_wire()
     for path in filled_paths:
         *groups, name = path.split(".")

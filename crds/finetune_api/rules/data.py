@@ -112,7 +112,7 @@ ROW_VARIABLES = (
     "messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
     "additional_special_tokens", "range", "dict", "lipsum", "cycler", "joiner", "namespace", "raise_exception", "strftime_now",
 )  # fmt: skip
-"""Variables that transformers or Jinja set for each row. A value in `dataset.templateVariables` for such a name would have no effect."""
+"""Variables that transformers or Jinja set for each row. A value for one of these names in `dataset.templateVariables` would have no effect."""
 JINJA_KEYWORDS = (
     "and", "block", "call", "elif", "else", "endfor", "endif", "extends", "false", "False", "filter", "for", "from", "if", "import", "in", "include", "is",
     "loop", "macro", "none", "None", "not", "or", "recursive", "self", "set", "true", "True", "with",

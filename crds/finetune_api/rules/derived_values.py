@@ -94,7 +94,10 @@ def gpus_per_node(spec: FineTuneJobSpec) -> int:
 
 
 def generation_server(spec: FineTuneJobSpec) -> Generation | None:
-    """Return the options of the vLLM server that generates the completions for grpo. None: the trainer generates them, or the objective is not grpo."""
+    """Return the options of the vLLM server that generates the completions for grpo.
+
+    None: the trainer generates the completions itself, or the objective is not grpo.
+    """
     generation = spec.trainer.grpo.generation if spec.trainer.grpo else None
     return generation if generation is not None and generation.backend is GenerationBackend.VLLM else None
 
@@ -116,12 +119,15 @@ def data_parallel_size(spec: FineTuneJobSpec) -> int:
 
 
 def min_batch_size_per_device(spec: FineTuneJobSpec) -> int:
-    """Return the minimum batch size per device. It is 2 for kto, because kto compares the rows of one batch with each other, and 1 otherwise."""
+    """Return the minimum batch size per device.
+
+    The minimum is 2 for kto, because kto compares the rows of one batch with each other; for all other objectives, it is 1.
+    """
     return 2 if trainer_type_of(spec) is TrainerType.KTO else 1
 
 
 def batch_split(spec: FineTuneJobSpec) -> tuple[int, int]:
-    """Return the micro-batch and the accumulation steps. A value that the user did not set follows from `training.effectiveBatchSize` or the defaults.
+    """Return the micro-batch and the accumulation steps. A value that the user did not set is computed from `training.effectiveBatchSize` or from the defaults.
 
     If the user set only `training.effectiveBatchSize`, the micro-batch is the largest possible one that does not exceed the default of
     `training.batchSizePerDevice`.
@@ -211,7 +217,7 @@ def compares_metrics(spec: FineTuneJobSpec) -> bool:
 
 
 def compares_answers(spec: FineTuneJobSpec) -> bool:
-    """Whether both models' answers to the prompts of `promptsRef` are stored or, without `promptsRef`, their answers to the test questions."""
+    """Whether answers of the base model and the trained model are stored: to the prompts of `promptsRef` or, without `promptsRef`, to the test questions."""
     return prompts_to_compare(spec) is not None or (spec.evaluation.comparison is not None and compares_metrics(spec))
 
 

@@ -231,8 +231,8 @@ def check_lora_initialisation(spec: FineTuneJobSpec, target: ExecutionTarget) ->
 def _find_conflicts_with_changed_base(spec: FineTuneJobSpec) -> Iterator[str]:
     """Yield each option that cannot be combined with an initialisation in `INITS_CHANGING_BASE`.
 
-    The trainer stores the difference between the trained and the initial low-rank update as the final adapter. This requires unquantised weights,
-    the plain LoRA scale, and no other trained weights. A second adapter with the same initialisation would subtract the same values from the base
+    The trainer stores the difference between the trained and the initial low-rank update as the final adapter. This difference exists only with unquantised
+    weights, the plain LoRA scale, and no other trained weights. A second adapter with the same initialisation would subtract the same values from the base
     weights again.
     """
     lora, method, objective = spec.method.lora, method_type_of(spec), trainer_type_of(spec)
@@ -320,8 +320,8 @@ def check_new_tokens(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings
 def check_half_weights(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     """Refuse float16 weights together with loss scaling.
 
-    DeepSpeed is accepted, because it keeps a 32-bit copy of the weights. Spectrum on a quantised base model is accepted, because its trained
-    weights have 32 bits.
+    DeepSpeed is accepted, because it keeps a 32-bit copy of the weights. Spectrum on a quantised base model is accepted, because the weights that spectrum
+    trains have 32 bits.
     """
     trains_weights = method_type_of(spec) is MethodType.FULL or (
         method_type_of(spec) is MethodType.SPECTRUM and not given_bits(spec)

@@ -8,7 +8,7 @@ from finetune_api.rules.base import ExecutionTarget, Findings, rule
 from finetune_api.spec import FineTuneJobSpec
 
 QUANTITY_KIND_BY_FIELD: dict[str, QuantityKind] = {"cpu": CPU_KIND, "memory": SIZE_KIND, "ephemeralStorage": SIZE_KIND, "sharedMemory": SIZE_KIND}
-"""Kind of quantity by field name. It is the same in all groups that request resources."""
+"""Kind of quantity by field name. A field of this name has the same kind in all groups that request resources."""
 
 
 @rule("QuantityInvalid")

@@ -75,7 +75,10 @@ def check_sources(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
 
 
 def _is_readable_folder(source: HttpsSource, path: str) -> bool:
-    """Whether the trainer can read this `https://` folder. This requires that a FineTuneJob wrote it, because such a folder contains a list of its files."""
+    """Whether the trainer can read this `https://` folder.
+
+    The trainer can read only a folder that a FineTuneJob wrote, because such a folder contains a list of its files.
+    """
     return source.is_checkpoint if path == "checkpoint.resume" else source.is_job_result
 
 

@@ -308,7 +308,7 @@ def check_gates(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
 
 
 def _choose_example_operator(metric: GateMetric) -> str:
-    """Return the comparison for the example of a gate in a hint: `le` for a metric of which lower values are better, otherwise `ge`."""
+    """Return the comparison for the example of a gate in a hint: `le` for a metric for which lower values are better, otherwise `ge`."""
     return "le" if metric in LOWER_IS_BETTER else "ge"
 
 

@@ -21,7 +21,7 @@ REWARD_PARAMETERS: dict[BuiltinReward, dict[str, tuple[str, ...] | str]] = {
 }  # fmt: skip
 """The parameters of each built-in reward by name. The value is the type of the parameter, or the tuple of its allowed values."""
 REQUIRED_PARAMETERS = {BuiltinReward.REGEX: "pattern", BuiltinReward.JSON_SCHEMA: "schema"}
-"""The required parameter of each built-in reward that has one."""
+"""For each built-in reward with a required parameter: the name of this parameter."""
 
 
 def find_invalid_parameters(path: str, builtin_reward: BuiltinReward, given_parameters: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
@@ -42,7 +42,7 @@ def find_invalid_parameters(path: str, builtin_reward: BuiltinReward, given_para
 
 
 def _hint_for_invalid_value(parameter_type: tuple[str, ...] | str, text: str) -> str | None:
-    """Return a hint if `text` is not a valid value of a parameter of this type. Return None if it is valid."""
+    """Return a hint if `text` is not a valid value of a parameter of this type. Return None for a valid value."""
     if isinstance(parameter_type, tuple):
         return None if text in parameter_type else f"write one of {', '.join(parameter_type)}"
     try:

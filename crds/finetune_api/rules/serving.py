@@ -1,7 +1,7 @@
 """Lists the features of a job that inference servers cannot serve, and contains the rule and the warnings about them.
 
-If `output.serving` names a server that cannot serve a feature of the job, the job is refused. If it does not name this server, the user gets a
-warning. The list holds for vLLM 0.11 to 0.22 (`vllm/lora/peft_helper.py`, `vllm/config/lora.py`). KServe's Hugging Face runtime passes adapters to
+If `output.serving` names a server that cannot serve a feature of the job, the job is refused. If `output.serving` does not name the server, the user gets a
+warning. The list is correct for vLLM 0.11 to 0.22 (`vllm/lora/peft_helper.py`, `vllm/config/lora.py`). KServe's Hugging Face runtime passes adapters to
 vLLM, so it has the same restrictions, and one restriction of its own.
 """
 
@@ -25,7 +25,7 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.enums import LoraBias, MethodType, ServingTarget, TrainerType
 
 VLLM_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""Values of the option `--max-lora-rank` that all these releases of vLLM accept. A server needs a value that is at least the adapter's rank."""
+"""Values of the option `--max-lora-rank` that all releases of vLLM from 0.11 to 0.22 accept. A server needs a value that is at least the adapter's rank."""
 DEFAULT_LORA_RANK = 16
 ALL_SERVERS = (ServingTarget.VLLM, ServingTarget.KSERVE)
 MERGE_HINT = "set output.mergeAdapter: true to serve the merged model"

@@ -127,7 +127,7 @@ def find_fsdp_conflicts(spec: FineTuneJobSpec) -> Findings:
 
 
 OPTIMIZERS_FOR_SHARDED_WEIGHTS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
-"""Optimizers that can update weights sharded by FSDP. All of them belong to torch."""
+"""Optimizers that can update weights sharded by FSDP. All these optimizers are part of torch."""
 
 
 def find_deepspeed_conflicts(spec: FineTuneJobSpec) -> Findings:

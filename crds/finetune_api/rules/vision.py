@@ -66,7 +66,7 @@ def _find_unsupported_options(spec: FineTuneJobSpec) -> Iterator[tuple[str, str,
     if uses_loftq(spec) or (lora is not None and lora.init not in (None, LoraInit.DEFAULT, LoraInit.GAUSSIAN)):
         yield "method.lora.init", "loftq" if uses_loftq(spec) else str(lora and lora.init), "remove init"
     if lora is not None and lora.bias not in (None, LoraBias.NONE):
-        yield "method.lora.bias", str(lora.bias), "remove bias, because it would also train biases of frozen layers"
+        yield "method.lora.bias", str(lora.bias), "remove bias, because this option would also train biases of frozen layers"
     if spec.model.new_tokens:
         yield "model.newTokens", "a larger vocabulary", "remove newTokens"
     if spec.dataset.use_chat_template is False:

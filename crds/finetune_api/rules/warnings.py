@@ -1,6 +1,6 @@
 """Finds warnings: parts of a valid spec that probably do not do what the user intends. A spec with warnings is accepted.
 
-`finetune validate` prints the warnings. The operator writes them to `status.resolved.notes`.
+`finetune validate` prints the warnings. The operator writes the warnings to `status.resolved.notes`.
 """
 
 from __future__ import annotations

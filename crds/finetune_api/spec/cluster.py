@@ -56,7 +56,7 @@ class Resources(Group):
         "Number of pods. Each pod runs on a different node.", default=1, example=2
     )
     gpus_per_node: Annotated[int, Field(ge=0, le=64)] | None = spec_field(
-        "GPUs per pod. 0: train on CPU. If this field is not set and the job does not fit on one GPU, the preparation may choose more.", default=1, example=8
+        "GPUs per pod. 0: train on CPU. If this field is not set and the job does not fit on one GPU, the preparation may choose more GPUs.", default=1, example=8
     )
     processes_per_node: Annotated[int, Field(ge=1, le=64)] | None = spec_field(
         "Ranks per pod.", default_text="gpusPerNode; 1 on CPU", example=2
@@ -111,7 +111,7 @@ class Prepare(Group):
         description="Resources of the preparation pod. Default: the operator's configuration. Example: `{memory: 16Gi}`.",
     )
     ttl_days: Annotated[int, Field(ge=1, le=3650)] | None = spec_field(
-        "Number of days for which prepared rows stay in storage after a job last used them. After that, later preparations in the namespace and `finetune purge` remove the rows.",
+        "Number of days for which prepared rows stay in storage after a job last used them. After these days, later preparations in the namespace and `finetune purge` remove the rows.",
         default_text="30", example=7, since="0.2.0",
     )  # fmt: skip
 
@@ -138,7 +138,7 @@ class Toleration(Group):
     )
 
     key: LabelKey | None = spec_field(
-        "Key of the taint. Without a key, and with operator Exists, every taint is tolerated.",
+        "Key of the taint. A toleration without a key and with operator Exists tolerates every taint.",
         default_text="none",
         example="nvidia.com/gpu",
     )
@@ -294,7 +294,7 @@ class Placement(Group):
     )
     queue_name: ObjectName | None = spec_field("Name of the Kueue LocalQueue.", default_text="no queue", example="team-a")
     service_account_name: ObjectName | None = spec_field(
-        "ServiceAccount of the pods, for workload identity. The pods do not mount its token.",
+        "ServiceAccount of the pods, for workload identity. The pods do not mount the token of the ServiceAccount.",
         default_text="the operator's configuration",
         example="trainer",
     )
@@ -339,14 +339,13 @@ class Policy(Group):
         example=3600,
     )
     max_cost: Annotated[float, Field(gt=0, le=1e9)] | None = spec_field(
-        "Maximum cost of the GPU-hours of all attempts, in the currency of the operator's configuration. A prepared job does not start if even the "
-        "lower bound of its planned cost is higher. A running job that has spent this amount saves a checkpoint and fails. This field requires that the node pool has a price.",
+        "Maximum cost of the GPU-hours of all attempts, in the currency of the operator's configuration. A prepared job does not start if the lower bound of its planned cost is already above this maximum. A running job that has spent this amount saves a checkpoint and fails. This field requires that the node pool has a price.",
         default_text="no limit",
         example=250.5,
         since="0.2.0",
     )
     retries: Annotated[int, Field(ge=0, le=1000)] | None = spec_field(
-        "Maximum number of consecutive failed attempts without progress. If one more such attempt follows, the job fails.", default=3, example=5
+        "Maximum number of consecutive failed attempts without progress. If one more attempt fails without progress, the job fails.", default=3, example=5
     )
     termination_grace_period_seconds: Annotated[int, Field(ge=1, le=86400)] | None = spec_field(
         "Seconds in which a stopping pod can save a checkpoint. If this field is not set and saving takes long, the operator raises "
@@ -358,8 +357,7 @@ class Policy(Group):
         "If the pods of an attempt do not run after this many seconds, the operator reports the job as stalled.", default=1800, example=7200
     )
     stall_timeout_seconds: Annotated[int, Field(ge=1, le=31536000)] | None = spec_field(
-        "After this many seconds without an optimizer step, the operator ends the attempt and starts another one. While the ranks load the model, it does so "
-        "after this many seconds in which they neither compute nor read.",
+        "After this many seconds without an optimizer step, the operator ends the attempt and starts another one. While the ranks load the model, the operator ends the attempt after this many seconds in which the ranks neither compute nor read.",
         default_text="computed from recent step durations, at least 600",
         example=900,
     )
@@ -371,7 +369,7 @@ class Policy(Group):
     )
     on_existing_result: OnExistingResult | None = spec_field(
         "What happens if storage already holds the final model of an earlier FineTuneJob with the same namespace and name, for example after a cluster was rebuilt from Git. "
-        "The preparation pod compares spec and inputs. With adopt or fail, a preparation runs even if prepare.strategy would not require it.",
+        "The preparation pod compares the spec and the inputs of the two jobs. With adopt or fail, a preparation runs even if prepare.strategy would not require it.",
         default_text="adopt for jobs with a preparation, otherwise train",
         example="train",
         since="0.2.0",

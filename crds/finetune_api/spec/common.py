@@ -23,7 +23,7 @@ StringMap = Annotated[dict[ShortText, Annotated[str, StringConstraints(max_lengt
 
 
 def one_of(*allowed: int) -> AfterValidator:
-    """Return a validator that accepts only these integers. The field's schema must list the same integers as its `enum`."""
+    """Return a validator that accepts only these integers. The `enum` in the field's schema must list the same integers."""
 
     def check(value: int) -> int:
         if value not in allowed:
@@ -79,7 +79,7 @@ class Encryption(Group):
         example="arn:aws:kms:eu-central-1:111122223333:key/1234abcd",
     )
     customer_key_secret_ref: SecretKeyRef | None = spec_field(
-        "Key of a Secret that contains 32 random bytes in base64 (`openssl rand -base64 32`). Only with type customerKey. Default: none.",
+        "Key of a Secret that contains 32 random bytes in base64 (`openssl rand -base64 32`). Allowed only with type customerKey. Default: none.",
         example={"name": "s3-customer-key", "key": "key"},
     )
 

@@ -34,7 +34,7 @@ class Columns(Group):
         "Column with the list of messages.", default_text="messages or conversations", example="dialogue"
     )
     images: ColumnName | None = spec_field(
-        "Column with the images of a row. Only with `model.modality: visionLanguage`.", default_text="images or image", example="pictures", since="0.2.0"
+        "Column with the images of a row. Allowed only with `model.modality: visionLanguage`.", default_text="images or image", example="pictures", since="0.2.0"
     )
 
 
@@ -94,11 +94,10 @@ class Checks(Group):
 
 
 class Images(Group):
-    """`dataset.images`: location and limits of the images. Only with `model.modality: visionLanguage`."""
+    """`dataset.images`: location and limits of the images. Allowed only with `model.modality: visionLanguage`."""
 
     root: Source | None = spec_field(
-        "Folder with the images. Paths in the rows are relative to this folder, and addresses in the rows must begin with its address. Accepts "
-        "the same forms as `model.source`, except web servers.",
+        "Folder with the images. Paths in the rows are relative to this folder, and addresses in the rows must begin with the address of this folder. Accepts the same forms as `model.source`, except addresses of web servers.",
         default_text="the folder of the row's data file",
         example="s3://data/images",
         since="0.2.0",
@@ -182,12 +181,12 @@ class Dataset(Group):
     )
     validation: Source | None = spec_field(
         "Validation data. Accepts the same forms as `dataset.train`.",
-        default_text="the rows that dataset.split takes from the training data, if it is set",
+        default_text="if dataset.split is set, the rows that it takes from the training data",
         example="s3://data/validation.jsonl",
     )
     test: Source | None = spec_field(
         "Test data. Accepts the same forms as `dataset.train`.",
-        default_text="the rows that dataset.split takes from the training data, if it is set",
+        default_text="if dataset.split is set, the rows that it takes from the training data",
         example="s3://data/test.jsonl",
     )
     mixture: Annotated[list[MixtureItem], Field(min_length=1, max_length=64)] | None = spec_field(
@@ -213,12 +212,12 @@ class Dataset(Group):
         "Sizes of a validation set and a test set that are taken from the training data.", default_text="none", example={"validation": 0.1}
     )
     system_prompt: Text | None = spec_field(
-        "System prompt of all rows. It replaces the system prompts in the data.",
+        "System prompt of all rows. This prompt replaces the system prompts in the data.",
         default_text="none",
         example="You answer briefly.",
     )
     template: Text | None = spec_field(
-        "Template of a row, with {column} placeholders. Only with `format: custom`.", default_text="none", example="Q: {q}\nA: {a}"
+        "Template of a row, with {column} placeholders. Allowed only with `format: custom`.", default_text="none", example="Q: {q}\nA: {a}"
     )
     chat_template: ChatTemplate | None = spec_field(
         "Chat template that replaces the chat template of the tokenizer.",
@@ -227,7 +226,7 @@ class Dataset(Group):
     )
     template_variables: StringMap | None = spec_field(
         "Variables for the chat template, such as `enable_thinking`. A value that is valid JSON (`true`, `3`, `\"3\"`) is passed as its JSON value, any other value as text. "
-        "The stored chat template has these values as defaults.",
+        "The chat template that is stored with the model has these values as defaults.",
         default_text="none",
         example={"enable_thinking": "false"},
         since="0.2.0",
@@ -255,7 +254,7 @@ class Dataset(Group):
     )
     max_sequence_length: Annotated[int, Field(ge=1, le=16777216)] | None = spec_field(
         "Maximum length of a sequence in tokens.",
-        default_text="2048, or the model's limit if it is lower",
+        default_text="2048, or the model's limit if this limit is lower",
         example=4096,
     )
     overflow: OverflowPolicy | None = spec_field(
@@ -266,7 +265,7 @@ class Dataset(Group):
     )
     bad_rows: BadRows | None = spec_field("What happens with rows that cannot be used for training.", default="fail", example="skip")
     max_bad_row_ratio: Ratio | None = spec_field(
-        "Maximum fraction of skipped rows. If more rows are bad, the job fails. Only with `badRows: skip`.", default=0.05, example=0.01
+        "Maximum fraction of skipped rows. If more rows are bad, the job fails. Allowed only with `badRows: skip`.", default=0.05, example=0.01
     )
     mcq: Mcq | None = spec_field(
         "Options of the multiple-choice format.",
@@ -274,7 +273,7 @@ class Dataset(Group):
         example={"includeOptions": False},
     )
     images: Images | None = spec_field(
-        "Location and limits of the images. Only with `model.modality: visionLanguage`.",
+        "Location and limits of the images. Allowed only with `model.modality: visionLanguage`.",
         default_text="the defaults of the fields",
         example={"root": "s3://data/images"},
         since="0.2.0",

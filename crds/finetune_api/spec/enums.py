@@ -96,7 +96,7 @@ class MethodType(StrEnum):
     SPECTRUM = "spectrum"
     """Fully train the modules with the highest signal-to-noise ratio, and freeze all other modules."""
     PREFIX_TUNING = "prefixTuning"
-    """Train virtual key and value vectors in front of each attention layer."""
+    """Train virtual key and value vectors in front of the keys and values of each attention layer."""
     PROMPT_TUNING = "promptTuning"
     """Train virtual tokens in front of the input."""
     IA3 = "ia3"
@@ -382,7 +382,7 @@ class OnExistingResult(StrEnum):
     """What happens if storage already holds the result of an earlier FineTuneJob with the same namespace and name."""
 
     ADOPT = "adopt"
-    """If spec and inputs equal those of the earlier run, the job succeeds with the earlier result, without a training pod. Otherwise the job trains into a new folder."""
+    """If spec and inputs equal those of the earlier run, the job succeeds with the earlier result, without a training pod. If the spec or the inputs differ, the job trains into a new folder."""
     TRAIN = "train"
     """The job trains into a new folder. The earlier result is kept."""
     FAIL = "fail"
@@ -439,7 +439,7 @@ class OutputLayout(StrEnum):
     """Structure of the folders below `output.dir`."""
 
     PROJECT_MODEL_TIME = "projectModelTime"
-    """`<project>/<model>/<YYYYMMDD_HHMMSS>/`, with the start time of the run in UTC. The final model is in the folder `model` below it."""
+    """`<project>/<model>/<YYYYMMDD_HHMMSS>/`, with the start time of the run in UTC. The final model is in the folder `model` below this folder."""
     FLAT = "flat"
     """All files are directly in output.dir. A later run overwrites the files."""
 
@@ -450,7 +450,7 @@ class ExportFormat(StrEnum):
     SAFETENSORS = "safetensors"
     """Hugging Face safetensors."""
     OCI = "oci"
-    """An OCI artefact (CNCF ModelPack) of the safetensors files, for container registries. The job stores its manifest next to the model, and `finetune export` writes the artefact."""
+    """An OCI artefact (CNCF ModelPack) of the safetensors files, for container registries. The job stores the artefact's manifest next to the model, and `finetune export` writes the artefact."""
     GGUF = "gguf"
     """GGUF, the format of llama.cpp."""
     ONNX = "onnx"
@@ -461,7 +461,7 @@ class ServingTarget(StrEnum):
     """Server that must be able to serve the final model."""
 
     VLLM = "vllm"
-    """The OpenAI-compatible server of vLLM. It serves an adapter together with its base model."""
+    """The OpenAI-compatible server of vLLM. The server serves an adapter together with its base model."""
     KSERVE = "kserve"
     """KServe's Hugging Face runtime, which serves with vLLM."""
 

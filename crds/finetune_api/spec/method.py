@@ -28,7 +28,7 @@ class Loftq(Group):
         "Bits per weight of the quantised base model: 2, 4 or 8. The initial adapter approximates the quantisation error.", default=4, example=4
     )
     iterations: Annotated[int, Field(ge=1, le=64)] | None = spec_field(
-        "Number of iterations. Each one quantises the base model and approximates the quantisation error.", default=1, example=1
+        "Number of iterations. Each iteration quantises the base model and approximates the quantisation error.", default=1, example=1
     )
 
 
@@ -54,7 +54,7 @@ class Lora(Group):
         since="0.2.0",
     )
     modules_to_save: Annotated[list[ShortText], Field(max_length=64)] | None = spec_field(
-        "Modules whose weights are fully trained and saved with the adapter. To train the output head, name it here and not in targetModules.",
+        "Modules whose weights are fully trained and saved with the adapter. To train the output head, name the head in this field and not in targetModules.",
         default_text="none",
         example=["lm_head"],
     )
@@ -92,7 +92,7 @@ class Spectrum(Group):
     """`method.spectrum`: options of method spectrum."""
 
     snr_threshold: Annotated[float, Field(ge=0, le=1)] | None = spec_field(
-        "Fraction of the modules of each kind that is frozen. With 0.25, the 75 % with the highest signal-to-noise ratio are trained.", default=0.5, example=0.25
+        "Fraction of the modules of each kind that is frozen. With 0.25, the 75 % of the modules with the highest signal-to-noise ratio are trained.", default=0.5, example=0.25
     )
     layers: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=1024)] | None = spec_field(
         "Numbers of the trained layers; the first layer is 0. If layers is set, the trainer does not measure the signal-to-noise ratio.", default_text="all layers are measured", example=[0, 1, 10]

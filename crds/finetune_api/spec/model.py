@@ -56,14 +56,14 @@ class Model(Group):
     )
     dtype: WeightDtype | None = spec_field("Data type of the loaded weights.", default="auto", example="bfloat16")
     attention: AttentionImplementation | None = spec_field(
-        "Attention implementation. If it is not available, the trainer uses the one of `auto`. status.resolved.attention shows the implementation in use.",
+        "Attention implementation. If this implementation is not available, the trainer uses the implementation that `auto` selects. status.resolved.attention shows the implementation in use.",
         default="auto",
         example="flashAttention2",
     )
     liger_kernels: bool | None = spec_field(
         "Compute the layers of the model with Liger's fused kernels, which are faster and need less GPU memory. With true, a run that cannot use "
         "the kernels ends with an error. Only on GPUs.",
-        default_text="true with trainer.backend unsloth. Otherwise, the trainer uses the kernels on an NVIDIA GPU if Liger is installed and "
+        default_text="true with trainer.backend unsloth. With other backends, the trainer uses the kernels on an NVIDIA GPU if Liger is installed and "
         "this release has compared the kernels with the layers of the model's type; status.resolved.notes shows the choice",
         example=False,
     )
@@ -82,7 +82,7 @@ class Model(Group):
     )
     cache: Source | None = spec_field(
         "Cache of the base model: `pvc://claim/path` (a volume that the jobs of the namespace share), `node` (the platform's cache on each node) or `none`. "
-        "The first job downloads the model into the cache. Only for models on the hub and in S3. If the cache fails, each pod downloads the model itself.",
+        "The first job that needs a model downloads it into the cache. A cache is possible only for models on the hub and in S3. If the cache fails, each pod downloads the model itself.",
         default_text="the operator's configuration, or none", example="pvc://model-cache/hub",
     )
     modality: Modality | None = spec_field("Kind of model.", default="text", example="text")

@@ -107,13 +107,13 @@ class Output(Group):
         example=True,
     )
     combine_adapters: Annotated[list[CombinedAdapter], Field(min_length=1, max_length=16)] | None = spec_field(
-        "Further LoRA adapters for the merged model, whose weights are the base weights plus the weighted sum of the changes of all adapters. Requires mergeAdapter. The stored adapter contains only the training of this job.",
+        "Further LoRA adapters for the merged model. The weights of the merged model are the base weights plus the weighted sum of the changes by all adapters. Requires mergeAdapter. The stored adapter contains only the training of this job.",
         default_text="none",
         example=[{"source": "s3://models/ft/team-a/style/UID/model", "weight": 0.5}],
         since="0.2.0",
     )
     adapter_weight: Annotated[float, Field(ge=-100, le=100)] | None = spec_field(
-        "Factor by which the trained adapter's change of the base weights is multiplied in the merged model. Only with combineAdapters.", default_text="1", example=0.5, since="0.2.0"
+        "Factor by which the trained adapter's change of the base weights is multiplied in the merged model. Allowed only with combineAdapters.", default_text="1", example=0.5, since="0.2.0"
     )
     export: Annotated[list[ExportFormat], Field(max_length=8)] | None = spec_field(
         "Formats of the final model. The model is always saved as safetensors. With `oci`, the manifest of an OCI artefact is stored next to the model, for `finetune export`. `gguf` and `onnx` are refused.",
@@ -121,14 +121,14 @@ class Output(Group):
         example=["safetensors"],
     )
     verify: bool | None = spec_field(
-        "After training, load the stored model in a new process with plain transformers and PEFT, and compare its log-probabilities with those of the trained model. If they differ, the job fails, and the files are kept. If false, the job only compares the hashes of the uploaded files. A job with phases.train: false compares the model of phases.from with the log-probabilities that the job that trained it recorded.",
-        default_text="true; with phases.train: false, only if the job merges the adapter or names output.serving",
+        "After training, load the stored model in a new process with plain transformers and PEFT, and compare its log-probabilities with those of the trained model. If the log-probabilities differ, the job fails, and the files are kept. If false, the job only compares the hashes of the uploaded files. With phases.train: false, the log-probabilities of the model of phases.from are compared with those that the training job of this model recorded.",
+        default_text="true; with phases.train: false, true only if the job merges the adapter or names output.serving",
         example=False,
         since="0.2.0",
     )
     serving: Annotated[list[ServingTarget], Field(max_length=2)] | None = spec_field(
-        "Servers that must be able to serve the final model. If one of them cannot, the job is refused. The job stores manifests for these servers in the folder `serving` next to the model.",
-        default_text="none; a feature that a server cannot serve then only gives a note in status.resolved.notes",
+        "Servers that must be able to serve the final model. If one of these servers cannot serve it, the job is refused. The job stores manifests for these servers in the folder `serving` next to the model.",
+        default_text="none; without servers, a feature that vllm or kserve cannot serve only leads to a note in status.resolved.notes",
         example=["vllm"],
         since="0.2.0",
     )
@@ -152,7 +152,7 @@ class Benchmark(Group):
         since="0.2.0",
     )
     few_shot: Annotated[int, Field(ge=0, le=1000)] | None = spec_field(
-        "Number of solved examples before each question. Tasks that allow no examples get none.", default_text="the number in the task's definition", example=5, since="0.2.0"
+        "Number of solved examples before each question. Tasks that do not allow solved examples run without them.", default_text="the number in the task's definition", example=5, since="0.2.0"
     )
     limit: Annotated[int, Field(ge=1, le=1000000000)] | None = spec_field(
         "Maximum number of questions of each task: the first questions of the task, or a random sample of the rows for human-eval.",
@@ -301,7 +301,7 @@ class Gate(Group):
         example=0.8,
     )
     not_worse_than_base: NotWorseThanBase | None = spec_field(
-        "With this field, the gate passes if, with the given confidence, the trained model is worse than the base model by at most the margin. "
+        "With notWorseThanBase, the gate passes if, with the given confidence, the trained model is worse than the base model by at most the margin. "
         "loss and perplexity may be higher than those of the base model by at most the margin; all other metrics may be lower by at most the margin.",
         default_text="none",
         example={"margin": 0.02},
@@ -374,7 +374,7 @@ class Wandb(Group):
     project: ShortText | None = spec_field("Name of the W&B project.", default_text="output.project", example="support")
     entity: ShortText | None = spec_field("W&B team or user that owns the runs.", default_text="the owner of the API key", example="team-a")
     api_key_secret_ref: SecretKeyRef | None = spec_field(
-        "Key of a Secret that contains the API key. Required with reportTo wandb, unless placement.env sets WANDB_MODE to offline. In this case, the run is stored below `tracking/wandb/` in the job's folder.", default_text="none", example={"name": "wandb", "key": "apiKey"}
+        "Key of a Secret that contains the API key. Required with reportTo wandb, unless placement.env sets WANDB_MODE to offline. In offline mode, the run is stored below `tracking/wandb/` in the job's folder.", default_text="none", example={"name": "wandb", "key": "apiKey"}
     )
 
 
@@ -416,7 +416,7 @@ class Phases(Group):
 
     train: bool | None = spec_field("Train the model. With false, the other phases use the model of phases.from.", default=True, example=False)
     from_: Source | None = spec_field(
-        "Folder of a committed final model or checkpoint of another job, for a job that does not train. The job reads it with the connection of spec.storage. Only with `train: false`.",
+        "Folder of a committed final model or checkpoint of another job, for a job that does not train. The job reads this folder with the connection of spec.storage. Allowed only with `train: false`.",
         default_text="none",
         example="s3://models/ft/team-a/support-bot/UID/model",
         since="0.2.0",

@@ -14,7 +14,7 @@ from finetune_api.spec.enums import BuiltinReward, DpoLoss, GenerationBackend, G
 
 
 class Dpo(Group):
-    """`trainer.dpo`: options of dpo. Of these, kto uses beta and referenceModel, and orpo uses only beta."""
+    """`trainer.dpo`: options of dpo. Of these options, kto uses only beta and referenceModel, and orpo uses only beta."""
 
     beta: Annotated[float, Field(gt=0, le=100)] | None = spec_field(
         "Strength of the regularisation towards the reference model.", default=0.1, example=0.3
@@ -33,7 +33,7 @@ class Dpo(Group):
 
 
 class Generation(Group):
-    """`trainer.grpo.generation`: the program that generates the completions. All fields except `backend` apply only with `backend: vllm`."""
+    """`trainer.grpo.generation`: the program that generates the completions. All fields except `backend` have an effect only with `backend: vllm`."""
 
     backend: GenerationBackend | None = spec_field(
         "The program that generates the completions.", default="transformers", example="vllm", since="0.2.0"
@@ -111,7 +111,7 @@ class Reward(Group):
         "Factor of this reward in the sum of all rewards.", default=1.0, example=0.5
     )
     timeout_seconds: Annotated[int, Field(ge=1, le=86400)] | None = spec_field(
-        "Maximum duration in seconds of one call of the function. A call scores all completions of a step on a rank. If this field is set, the "
+        "Maximum duration in seconds of one call of the function. One call scores all completions of one step on one rank. If this field is set, the "
         "function runs in its own process, and a failure message names the completion for which the function hangs or ends its process.",
         default_text="no limit; the function runs in the process of the rank",
         example=60,
@@ -128,7 +128,7 @@ class Trainer(Group):
     type: TrainerType | None = spec_field("Training objective.", default="sft", example="dpo")
     backend: TrainerBackend | None = spec_field("Implementation of the training loop.", default="transformers", example="unsloth")
     max_completion_length: Annotated[int, Field(ge=1, le=1048576)] | None = spec_field(
-        "Maximum length of a completion in tokens. dpo, kto and orpo truncate longer completions; grpo stops generating.",
+        "Maximum length of a completion in tokens. dpo, kto and orpo truncate longer completions; grpo stops generating a completion at this length.",
         default=512,
         example=1024,
     )

@@ -60,7 +60,7 @@ class Training(Group):
     effective_batch_size: Annotated[int, Field(ge=1, le=1000000000)] | None = spec_field(
         "Rows per optimizer step on all ranks together. batchSizePerDevice and gradientAccumulationSteps are computed from this number: the preparation chooses "
         "values that fit into GPU memory and are fast; without a preparation, the micro-batch has at most 4 rows. The number must be divisible by the number of ranks (ranks that share each sequence count as one). "
-        "If you set batchSizePerDevice or gradientAccumulationSteps, it must also be divisible by that value.",
+        "If you set batchSizePerDevice or gradientAccumulationSteps, effectiveBatchSize must also be divisible by the value that you set.",
         default_text="batchSizePerDevice x gradientAccumulationSteps x ranks",
         example=64,
         since="0.2.0",
@@ -108,7 +108,7 @@ class Training(Group):
     gradient_checkpointing: GradientCheckpointing | None = spec_field(
         "Whether activations are recomputed in the backward pass to save GPU memory. If this field is not set, the preparation may choose another value than the default.",
         default_text=(
-            "enabled on GPU, but the trainer keeps activations that, by its estimate, fit into GPU memory; disabled on CPU and for prefixTuning"
+            "on GPU: enabled, except for activations that the trainer expects to fit into GPU memory; on CPU and for prefixTuning: disabled"
         ),
         example="disabled",
     )
@@ -143,7 +143,7 @@ class Deepspeed(Group):
     )
     offload_optimizer: bool | None = spec_field("Keep the optimizer state in host memory.", default=False, example=True)
     offload_parameters: bool | None = spec_field(
-        "Keep the parameters in host memory. Only with zeroStage 3.", default=False, example=True
+        "Keep the parameters in host memory. Allowed only with zeroStage 3.", default=False, example=True
     )
 
 
@@ -175,7 +175,7 @@ class Distributed(Group):
     )
     context_parallel_size: Annotated[int, Field(ge=1, le=1024)] | None = spec_field(
         "Number of ranks that share each sequence, for sequences that do not fit on one GPU (Ulysses). Each rank computes a part of the tokens and, in the "
-        "attention, a part of the heads. Only with `strategy: deepspeed` and `trainer.type: sft`.",
+        "attention, a part of the heads. Allowed only with `strategy: deepspeed` and `trainer.type: sft`.",
         default_text="1",
         example=4,
         since="0.2.0",

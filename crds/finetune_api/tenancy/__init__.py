@@ -1,6 +1,6 @@
-"""The platform's policy: what FineTuneJobs of each namespace may use. The platform team sets it in `policy` of the chart's values.
+"""The platform's policy: what FineTuneJobs of each namespace may use. The platform team sets this policy in `policy` of the chart's values.
 
-Two modules use the rules in `table`: `check` applies them to a spec in Python, for the operator and the command line. `admission` writes them as CEL
+Two modules use the rules in `table`: `check` applies them to a spec in Python, for the operator and the command line. `admission` writes the rules as CEL
 for a ValidatingAdmissionPolicy, so that the API server refuses the same specs.
 """
 

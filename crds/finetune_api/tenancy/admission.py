@@ -3,12 +3,12 @@
 The expressions are the same for every installation. The chart adds three variables with the values of the installation:
 
 * `rules`: a list of texts for each rule. Each pattern is a regular expression with `+` (allows) or `-` (refuses) in front; the last pattern of the
-  policy comes first. A number or a boolean is one text. The list of a limit that is not set is empty.
+  policy comes first. A number or a boolean is one text. If a limit is not set, its list is empty.
 * `storage`: the address of the default storage without a slash at the end, or an empty text.
 * `pools`: name, GPU resource, and whether it is a default, of each node pool.
 
 The expressions check new jobs only, because a new rule must not affect running jobs. The one exception is `policy.activeDeadlineSeconds`, which
-is also checked in existing jobs, because users can change it there.
+is also checked in existing jobs, because users can change this field in an existing job.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ In a pattern, `*` matches any text. The last pattern of a list that matches a va
 with `!`. A value that no pattern matches is refused. `{namespace}` stands for the job's namespace, and `{storage}` for the default storage. If the
 default storage is not an S3 store, patterns with `{storage}` are ignored.
 
-Some rules compare paths and addresses. In these rules, `X/*` also matches the folder `X` itself. `!X/*` also matches all folders above `X`, because
-access to such a folder includes access to `X`.
+Some rules compare paths and addresses. In these rules, `X/*` also matches the folder `X` itself. `!X/*` also matches all folders above `X`, because access to a
+folder above `X` includes access to `X`.
 
 Each pattern becomes one regular expression with the same meaning in Python and in RE2, the library of the API server. The chart's template
 `admission-policy.yaml` builds the same expressions.
@@ -23,7 +23,7 @@ from pydantic import AfterValidator, WithJsonSchema
 PATTERN_SYNTAX = r"^!?([^\s{}!%]|\{namespace\})+$"
 ADDRESS_SYNTAX = r"^!?([^\s{}!%]|\{namespace\}|\{storage\})+$"
 NAMESPACE_TOKEN = "%namespace%"  # noqa: S105 -- not a password
-"""Stands for the namespace in a regular expression until the namespace is known."""
+"""Placeholder for the namespace in a regular expression; it is replaced when the namespace is known."""
 ALLOW_EVERYTHING = ("*",)
 """The only list of patterns that also allows ambiguous values, such as a path with `..`."""
 

@@ -38,7 +38,7 @@ class NamespacePolicy(WireModel):
     annotations: Patterns | None = Field(default=None, description="Keys in placement.annotations.")
     mount_paths: Patterns | None = Field(default=None, description="Paths in placement.volumeMounts.")
     endpoints: Patterns | None = Field(
-        default=None, description="URLs of S3 stores, judges and MLflow servers. They are compared in lower case and without a slash at the end."
+        default=None, description="URLs of S3 stores, judges and MLflow servers. The URLs are compared in lower case and without a slash at the end."
     )
     sources: AddressPatterns | None = Field(
         default=None, description="Addresses from which a job reads models, data, benchmarks, and checkpoints of other jobs. org/name is compared as hf://org/name."
@@ -58,7 +58,7 @@ class NamespacePolicy(WireModel):
     max_duration_seconds: int | None = Field(
         default=None,
         ge=1,
-        description="Maximum of policy.activeDeadlineSeconds in seconds. It also applies to jobs that do not set this field; default: no limit.",
+        description="Maximum of policy.activeDeadlineSeconds in seconds. The limit also applies to jobs that do not set this field; default: no limit.",
     )
 
 
@@ -69,7 +69,7 @@ class NamespaceEntry(NamespacePolicy):
 
 
 class PolicyRules(WireModel):
-    """All rules of one namespace. The default lists refuse only what reaches beyond the namespace, such as files of other namespaces."""
+    """All rules of one namespace. The default lists refuse only access to things outside of the namespace, such as files of other namespaces."""
 
     node_pools: Patterns = ("*",)
     images: Patterns = ("*",)

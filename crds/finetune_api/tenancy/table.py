@@ -1,6 +1,6 @@
 """The table of rules: the fields that each rule of `policy` checks, and the text of each value that is compared with the patterns.
 
-Each comparison is defined twice: by `read_texts` in Python, and by `build_cel` for the API server. A test applies both to the same specs.
+Each comparison is defined twice: by `read_texts` in Python, and by `build_cel` for the API server. A test applies both definitions to the same specs.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class PatternCheck:
     path: str
     """Path of the field below `spec`. The name of a list ends with `[]`."""
     read_texts: TextReader
-    """Yields the texts to compare from a value of the field."""
+    """For a value of the field, yields the texts that are compared with the patterns."""
     build_cel: CelBuilder
     """Returns CEL that is true if the rule allows a value of the field. Arguments: name of the rule, CEL of the value."""
 
@@ -213,7 +213,7 @@ def _cel_hub_repository(rule: str, value: str) -> str:
 
 
 def find_paths_of_type(model: type[Group], types: tuple[type[Group], ...], path_prefix: str = "") -> Iterator[str]:
-    """Yield the path of each field of `model`, at any depth, whose value is a group of one of the types, or a list of such groups."""
+    """Yield the path of each field of `model`, at any depth, that holds a group of one of the given types or a list of such groups."""
     for name, info in model.model_fields.items():
         path = f"{path_prefix}{info.alias or name}"
         for group, is_list in _find_groups(info.annotation):
@@ -266,7 +266,7 @@ PATTERN_CHECKS: tuple[PatternCheck, ...] = (
 )
 """All fields that are compared with patterns and do not depend on other fields. The modules `check` and `admission` also check the other fields."""
 FOLDER_RULES = frozenset({"mountPaths", "sources", "destinations"})
-"""Rules that compare paths and addresses, so that `X/*` also matches the folder `X`."""
+"""Rules that compare paths or addresses. In the patterns of these rules, `X/*` also matches the folder `X`."""
 FORBIDDEN_IF_PRESENT = (("allowUserCode", "trainer.rewards[].configMapRef"),)
 """(rule, path of a field). If the rule is false, the field must not be set."""
 FORBIDDEN_IF_TRUE = (
