@@ -105,7 +105,10 @@ def _seed(run: RunConfig) -> int:
 
 
 def unused_warmup_notes(run: RunConfig) -> list[str]:
-    """Return notes about warm-up settings that the constant schedule ignores. Empty for schedule-free optimizers: they apply the warm-up."""
+    """Return notes about warm-up settings that the constant schedule ignores.
+
+    The list is empty for schedule-free optimizers, because they apply the warm-up.
+    """
     training = run.spec.training
     if training.scheduler is not LearningRateSchedule.CONSTANT or (training.optimizer or "").startswith("schedule_free_"):
         return []

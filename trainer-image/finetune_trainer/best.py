@@ -20,7 +20,7 @@ from torch import distributed
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 BEST_PREFIX = "best--"
-"""Prefix of the file names of the best weights inside other checkpoints."""
+"""Prefix of the names of the files that hold the best weights inside later checkpoints."""
 WEIGHT_FILE = re.compile(r"^(adapter_model|adapter_config|model|pytorch_model).*\.(safetensors|bin|json)$")
 BEST_FOLDER = "best"
 """Name of the folder with the best weights, in the Trainer's output folder."""
@@ -36,7 +36,10 @@ class KeepBest(TrainerCallback):
         self._trainer: Any = None
 
     def on_trainer_created(self, trainer: Any) -> None:
-        """Keep a reference to the Trainer. Its `run_after_files` runs a task after a checkpoint is written, also if that happens in the background."""
+        """Keep a reference to the Trainer.
+
+        Its `run_after_files` runs a task after a checkpoint is written, even if the checkpoint is written in the background.
+        """
         self._trainer = trainer
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

@@ -65,7 +65,7 @@ class FinishedTasks:
         partial.rename(path)
 
     def _path(self, task: BenchmarkTask) -> Path:
-        """Return the path of a task's record. The name is a hash of all inputs of the task except the model.
+        """Return the path of a task's record. The file name is a hash of all inputs of the task except the model.
 
         The hash need not depend on the model, because the supervisor restores only records of the same model.
         """
@@ -75,7 +75,7 @@ class FinishedTasks:
 
 
 def _list_file_sizes(folder: Path | None) -> list[tuple[str, int]]:
-    """Return the paths and sizes of all files below a folder. If the contents change, paths or sizes usually change too."""
+    """Return the paths and sizes of all files below a folder. If the contents of the folder change, paths or sizes usually change too."""
     return sorted((path.relative_to(folder).as_posix(), path.stat().st_size) for path in folder.rglob("*") if path.is_file()) if folder else []
 
 

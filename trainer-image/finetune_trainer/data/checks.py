@@ -37,7 +37,7 @@ PERSONAL_DATA_PATTERNS = {
 TOP_ANSWERS = 10
 """Number of most frequent answers to report."""
 ANSWER_CHARACTERS = 80
-"""Number of characters at the start of an answer that are compared. Answers that differ only later count as equal."""
+"""Number of characters at the start of an answer that are compared. Answers that differ only after these characters count as equal."""
 
 
 @dataclass

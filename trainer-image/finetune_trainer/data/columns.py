@@ -48,7 +48,7 @@ def column_value(role: ColumnRole, row: Mapping[str, Any], columns: Columns) -> 
 
 
 def required_value(role: ColumnRole, row: Mapping[str, Any], columns: Columns) -> Any:
-    """Return the value of the role's column. Errors: RowError ColumnMissing, DatasetRowInvalid (null)."""
+    """Return the value of the role's column. Errors: RowError ColumnMissing, DatasetRowInvalid (the value is null)."""
     name = find_column(role, row.keys(), columns)
     if name is None:
         raise missing_column_error(role, row.keys(), columns)

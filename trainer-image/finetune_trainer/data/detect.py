@@ -17,7 +17,7 @@ SAMPLE_ROWS = 50
 
 
 def detect_format(sample: Sequence[RawRow], columns: Columns) -> Format:
-    """Return the format that matches most of the sampled rows. Errors: DatasetEmpty, FormatUnknown."""
+    """Return the format that matches the largest number of sampled rows. Errors: DatasetEmpty, FormatUnknown."""
     if not sample:
         raise DataError("DatasetEmpty", "the data set has no rows", hint="give a file with at least one row")
     matches = [
