@@ -17,7 +17,7 @@ class WeightComparison(LenientModel):
     tensors: int = Field(description="Number of tensors that both models have.")
     equal: bool = Field(description="Whether both models have the same tensors, with the same types, shapes and bits.")
     different_tensors: int = Field(description="Number of tensors that both models have, but with different values.")
-    largest_difference: float = Field(default=0.0, description="Largest absolute difference between the two models' values of a weight. 1.7e308 if this difference is not finite.")
+    largest_difference: float = Field(default=0.0, description="Largest absolute difference between the models' values. 1.7e308 if it is not finite.")
     largest_in: str | None = Field(default=None, description="Tensor with the largest difference.")
     mismatched: list[str] = Field(default_factory=list, description="Tensors that only one model has, or whose types or shapes differ.")
 

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 IMAGE_SOURCES_COLUMN = "image_sources"
-"""Name of the shard column with the images of a row. TRL treats rows with a column `images` as not tokenised yet, so the name differs."""
+"""Name of the shard column with the images of a row. The column is not called `images`, because TRL would treat rows with a column `images` as not
+tokenised yet."""
 IMAGE_LABEL = -101
 """Temporary label of image tokens. `encode_row` replaces it with `IGNORED_LABEL`."""
 TEXT_INPUT_NAMES = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")

@@ -1,7 +1,7 @@
 """The interface of a distributed strategy. A strategy is chosen before the model is loaded, and verified after the model is wrapped.
 
 Libraries often fall back to another strategy without an error: FSDP to DDP, or two ranks to two independent runs. `verify_active`
-therefore detects the active strategy from the wrapped model, and ends the run if it is not the chosen one.
+therefore detects the active strategy from the wrapped model, and ends the run if the active strategy is not the chosen one.
 """
 
 from __future__ import annotations
@@ -51,11 +51,14 @@ class DistributedStrategy:
 
     @property
     def trainer_mixins(self) -> tuple[type, ...]:
-        """The mixins for the Trainer class. Their methods override those of the objective's class."""
+        """The mixins for the Trainer class. Methods of a mixin override methods of the objective's class."""
         return ()
 
     def prepare_process(self) -> None:
-        """Prepare the process before accelerate is first used. For a single rank, remove the variables that cause a process group."""
+        """Prepare the process before accelerate is first used.
+
+        For a single rank, remove the environment variables that make accelerate create a process group.
+        """
         if self.world_size == 1:
             for name in TORCHRUN_VARIABLES:
                 os.environ.pop(name, None)

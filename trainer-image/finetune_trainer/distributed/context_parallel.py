@@ -102,11 +102,11 @@ def context_parallel_mixin() -> type:
 
         def __init__(self, *args: Any, **options: Any) -> None:
             super().__init__(*args, **options)
-            # transformers turns this attribute off, because its own loss for shared sequences is a mean over each micro-batch.
+            # transformers sets `model_accepts_loss_kwargs` to False, because its own loss for shared sequences is a mean over each micro-batch.
             self.model_accepts_loss_kwargs = True
 
         def train(self, *args: Any, **options: Any) -> Any:
-            """Train. Then restore the attention function, because DeepSpeed replaces it for all models."""
+            """Train, and restore transformers' attention function after the training, because DeepSpeed replaces this function for all models."""
             attention = ALL_ATTENTION_FUNCTIONS["sdpa"]
             self.accelerator.deepspeed_ulysses_dl_adapter = lambda loader, _model: loader
             try:
@@ -129,7 +129,7 @@ def context_parallel_mixin() -> type:
         def get_sp_size(self) -> int:
             """Return 1, because this class does not use DeepSpeed's loader.
 
-            transformers corrects the numbers of batches and labels by this factor, because DeepSpeed's loader changes them.
+            DeepSpeed's loader changes the numbers of batches and labels, and transformers corrects these numbers by the returned factor.
             """
             return 1
 

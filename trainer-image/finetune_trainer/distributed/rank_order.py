@@ -1,8 +1,8 @@
 """Lets local rank 0 of each node do long work, such as tokenising, before the other ranks. The work has no time limit.
 
 The other ranks cannot wait in a collective, because a collective fails after the timeout of the process group (30 minutes), and large data sets
-take longer. Instead, they poll keys in the gang's store. The working ranks write heartbeats to the store, and report that they are done or
-have failed.
+take longer. Instead, the other ranks poll keys in the TCPStore that all ranks share. The working ranks write heartbeats to this store, and report
+that they are done or have failed.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class RankPosition:
 
     @property
     def working_ranks(self) -> range:
-        """The global rank of local rank 0 on each node."""
+        """The global ranks of the local rank 0 of each node."""
         return range(0, self.world_size, self.local_world_size)
 
 
@@ -88,7 +88,7 @@ def order_ranks(
 
 
 def _wait_for_working_ranks(store: GangStore, ranks: range, pause: Callable[[float], None], now: Callable[[], float]) -> None:
-    """Wait until the ranks are done. Errors: PeerError PeerLost if a rank has failed, or has sent no heartbeat for `HEARTBEAT_TIMEOUT_SECONDS`."""
+    """Wait until all working ranks are done. Errors: PeerError PeerLost if a rank has failed, or has sent no heartbeat for `HEARTBEAT_TIMEOUT_SECONDS`."""
     last_check_time, changes = now(), dict.fromkeys(ranks, ("", now()))
     while not store.has(*map(_done_key, ranks)):
         if store.has(FAILED_KEY):

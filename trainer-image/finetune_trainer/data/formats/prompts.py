@@ -233,7 +233,7 @@ def _remove_prompt_from_answers(
 
     If only the answers have a system prompt, it is moved to the prompt. `answers`: the answers by column name.
     `ignores_system_prompts`: whether system prompts may differ, because all are replaced later. `allows_further_question`: whether an
-    answer may begin with a user message other than the prompt. Even then, an answer is refused if it contains the prompt, but not at its beginning.
+    answer may begin with a user message other than the prompt. An answer that contains the prompt anywhere but at its beginning is always refused.
     Errors: RowError PromptMismatch, NoTrainableToken (nothing follows the prompt).
     """
     system, question = _split_system_prompt(prompt)
