@@ -6,7 +6,7 @@ job does not need one of these packages, the package's entry in `sys.modules` is
 installed. scipy and boto3 are hidden only while transformers and peft are imported: transformers would import scipy for object detection
 losses, which takes half a second, and accelerate would import boto3 for a command that configures SageMaker.
 
-The garbage collector pauses during the imports. They create about a million objects that live as long as the process. Repeated collections
+The garbage collector pauses during the imports. The imports create about a million objects that live as long as the process. Repeated collections
 would examine all of these objects each time, which takes a fifth of the time of the imports.
 """
 
@@ -50,7 +50,7 @@ def needs_deepspeed(run: RunConfig) -> bool:
 
 
 def preload(run: RunConfig, objective_module: str) -> None:
-    """Hide the libraries that the job does not need. Import the libraries that it needs, and `objective_module`."""
+    """Hide the libraries that the job does not need. Import the libraries that the job needs, and `objective_module`."""
     hide_unneeded_libraries(run)
     with garbage_collection_paused(), hide_temporarily("scipy", "boto3", unless_imported="transformers"):
         for name in ("torch", "transformers"):
@@ -74,7 +74,7 @@ def reuse_list_of_models() -> None:
     lists: Any = importlib.import_module("transformers.utils.import_utils")
     folder = Path(lists.__file__).parents[1] / "models"
     make_list, prefix = lists.define_import_structure, f"{folder.name}."
-    with_prefix = make_list(folder, prefix=folder.name)  # cached, because transformers has already called it with the same arguments
+    with_prefix = make_list(folder, prefix=folder.name)  # returns a cached result, because transformers has already made the same call
     names = {
         requirements: {module.removeprefix(prefix): classes for module, classes in modules.items() if module.startswith(prefix)}
         for requirements, modules in with_prefix.items()
@@ -120,8 +120,8 @@ def garbage_collection_paused() -> Iterator[None]:
         yield
     finally:
         if was_enabled:
-            # These two calls move all objects to the oldest generation. Otherwise the next collections of the younger generations would
-            # examine them.
+            # freeze() and unfreeze() together move all objects to the oldest generation, so that the next collections of the younger generations need
+            # not examine these objects.
             gc.freeze()
             gc.unfreeze()
             gc.enable()

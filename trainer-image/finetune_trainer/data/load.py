@@ -55,7 +55,7 @@ class DataSummary:
     notes: list[str] = field(default_factory=list)
     """Sentences for the status."""
     training_images: dict[Path, str] = field(default_factory=dict)
-    """The image files of the training rows. The value of each file is its path relative to the image folder. Images whose bytes are in the data files
+    """The image files of the training rows, each with its path relative to the image folder. Images whose bytes are in the data files
     are left out."""
     held_out_images: dict[Path, str] = field(default_factory=dict)
     """The image files of the validation and test rows, in the same form as `training_images`."""
@@ -64,7 +64,8 @@ class DataSummary:
     def format_with_turns(self) -> DatasetFormat:
         """The first format with turns, or the first format if none has turns. This format decides which tokens of a row are trained on.
 
-        In text without turns, all tokens are trained on. If one source of a mixture is text without turns, this must not apply to the other sources.
+        In text without turns, all tokens are trained on. A format with turns is preferred, so that one source of plain text does not cause a mixture
+        to train on all tokens of its other sources.
         """
         return next((candidate for candidate in self.formats if candidate not in FORMATS_WITHOUT_TURNS), self.format)
 

@@ -48,7 +48,7 @@ class RankPosition:
 
     @property
     def working_ranks(self) -> range:
-        """The global ranks of the local rank 0 of each node."""
+        """The global ranks of the processes that are local rank 0 of their node."""
         return range(0, self.world_size, self.local_world_size)
 
 

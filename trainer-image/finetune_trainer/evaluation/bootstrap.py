@@ -92,7 +92,7 @@ def compare_sums(base: FloatArray, trained: FloatArray, metric: MetricOfSums, *,
 
 @dataclass(frozen=True)
 class _ChangedRows:
-    """How many rows differ from the usual difference between the models, and by how much. The usual difference is mostly 0."""
+    """The rows in which the difference between the two models is not the usual difference, which is mostly 0."""
 
     count: int
     usual_difference: float = 0.0
@@ -154,7 +154,7 @@ def bleu_of_sums(sums: FloatArray) -> FloatArray:
 def _difference_between_models(metric: MetricOfSums, sum_count: int) -> MetricOfSums:
     """Return a function that computes the difference between the metrics of the two models.
 
-    Its input contains the `sum_count` sums of the base model, and then the differences between the sums of both models. With differences as
+    The input of the function contains the `sum_count` sums of the base model, and then the differences between the sums of both models. With differences as
     input, the result is precise even if both models are almost equal.
     """
     return lambda sums: metric(sums[..., :sum_count] + sums[..., sum_count:]) - metric(sums[..., :sum_count])
@@ -173,7 +173,7 @@ def _studentised_ends(rows: FloatArray, statistic: MetricOfSums, confidence: flo
             return -math.inf, math.inf
         sums = np.concatenate([counts @ columns for counts in _resample(len(rows), seed)])
         resampled, resampled_errors = _estimate_and_error(sums, statistic, rows.shape)
-        # If the rows of a resample have no variation, its error is 0, and its t value is infinite, or NaN for 0/0.
+        # If the rows of a resample have no variation, the standard error of the resample is 0, and its t value is infinite, or NaN for 0/0.
         shift = np.where(np.abs(resampled - estimate) <= ROUNDING_ERROR * np.abs(estimate), 0, resampled - estimate)
         t_values = shift / resampled_errors
     tail = (1 - confidence) / 2
@@ -253,7 +253,7 @@ def _ends_with_few_changed_rows(
 ) -> tuple[float, float]:
     """Return both ends of the interval if almost all rows have the usual difference.
 
-    With the given confidence, at most the fraction `changed_share` of all possible rows has another difference. That difference lies
+    With the given confidence, at most the fraction `changed_share` of all possible rows has another difference. The difference in these rows lies
     between -`largest_difference` and `largest_difference`. `changed_share` is the exact upper limit of Clopper and Pearson 1934.
     """
     changed_share = _highest_fraction(row_count, changed_count, (1 - confidence) / 2)
@@ -264,7 +264,7 @@ def _ends_with_few_changed_rows(
 def _highest_fraction(row_count: int, affected_count: int, tail: float) -> float:
     """Return the highest plausible fraction of affected rows among all possible rows, if `affected_count` of `row_count` rows are affected.
 
-    At this fraction, a sample would have at most `affected_count` affected rows with probability `tail`. It is computed by bisection.
+    At this fraction, a sample would have at most `affected_count` affected rows with probability `tail`. The fraction is computed by bisection.
     """
     if affected_count >= row_count:
         return 1.0

@@ -96,7 +96,7 @@ class JudgeSettings:
     api_key: str | None = field(default=None, repr=False)
     embedding_model: str | None = None
     input_price: float | None = None
-    """Price of a million input tokens. Embedded tokens are input tokens."""
+    """Price of a million input tokens. Tokens of texts that are sent for embedding also count as input tokens."""
     output_price: float | None = None
     """Price of a million output tokens."""
     timeout_seconds: float = 60.0
@@ -126,7 +126,7 @@ class Judge:
 
         refuse_metadata_address(settings.base_url, "evaluation.judge.endpoint")
         self.settings = settings
-        # Redirects are not followed, because one could send the judge's API key to a metadata address.
+        # Redirects are not followed, because a redirect could send the judge's API key to a metadata address.
         client = DefaultHttpxClient(follow_redirects=False)
         self._client = OpenAI(
             base_url=settings.base_url, api_key=settings.api_key or "none", timeout=settings.timeout_seconds, max_retries=settings.max_retries,
@@ -378,7 +378,7 @@ NO_GROUND_TRUTH = "the row has no ground_truth"
 
 
 def _applicable_rows(metric: MetricValue, rows: Sequence[float | None]) -> Iterable[bool]:
-    """Yield for each row whether it can have a score. A row without a correct answer cannot have one."""
+    """Yield for each row whether it can have a score. A row without a correct answer cannot have a score."""
     return (metric.row_reasons.get(index) != NO_GROUND_TRUTH for index in range(len(rows)))
 
 

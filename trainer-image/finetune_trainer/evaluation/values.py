@@ -38,7 +38,7 @@ class MetricValue:
 
     @property
     def scores(self) -> list[float]:
-        """The scores of the rows that have one, in row order."""
+        """The scores of the rows that have a score, in row order."""
         return [score for score in self.rows or [] if score is not None]
 
 
