@@ -176,7 +176,7 @@ def generation_by_server(server: GenerationServer, main_rank_first: Callable[[],
             return super().generate(*args, **options)
 
         def _write_weights(self) -> None:
-            # Autocast would round the merged weights.
+            # Under autocast, merging would round the weights to 16 bits.
             with torch.autocast(self.accelerator.device.type, enabled=False), torch.no_grad(), unchanged_base_weights(self.model):
                 dtype = getattr(torch, server.options.dtype)
                 weights = {name: tensor.detach().to("cpu", dtype, copy=True) for name, tensor in self._iter_named_params()}
@@ -444,7 +444,7 @@ def build_processor(processor_class: type[Any], folder: Any, tokenizer: Any) -> 
     settings, _ = processor_class.get_processor_dict(folder)
     unchecked: Any = type(processor_class.__name__, (processor_class,), {"check_argument_for_proper_class": lambda self, name, part: None})
     processor = unchecked.from_args_and_dict([parts.get(name) for name in processor_class.get_attributes()], settings)
-    processor.__class__ = processor_class  # An instance of the temporary class could not be sent to worker processes.
+    processor.__class__ = processor_class  # An instance of the temporary class `unchecked` could not be sent to worker processes.
     return processor
 
 

@@ -70,7 +70,10 @@ class Settings:
         )
 
     def incarnation(self, run: RunConfig) -> str:
-        """Return the name of the folders in storage that this attempt writes. It contains the pod's UID. All pods use the name of rank 0's pod."""
+        """Return the name of the folders in storage that this attempt writes.
+
+        The name contains the UID of this pod, but all pods of the attempt use the name of rank 0's pod.
+        """
         return incarnation_folder(run.attempt, self.pod_uid)
 
 

@@ -1,9 +1,9 @@
 """Stage 5, render: convert an example to a text, and find the character spans of the text that are trained on.
 
 If the user sets marker strings, they show where an answer begins and ends. Otherwise, the generation markers of the chat template
-(`{% generation %}`) show where answers begin and end. If the template has no generation markers, the conversation is rendered turn by turn: the answer is the text
-that the template adds after the generation prompt. Some templates render a turn differently if more turns follow. If the template does so, the
-trainer searches the text for the answer's content. If the content cannot be found, the template is refused.
+(`{% generation %}`) show where answers begin and end. If the template has no generation markers, the conversation is rendered turn by turn: the
+answer is the text that the template adds after the generation prompt. Some templates render a turn differently if more turns follow. If the
+template does so, the trainer searches the text for the answer's content. If the content cannot be found, the template is refused.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ class DistributedStrategy:
         """Change the Trainer's accelerator. The Trainer calls this method as soon as it has created the accelerator."""
 
     def verify_active(self, trainer: Any) -> str:
-        """Check that this strategy is active, and return its name. Called when training begins. Errors: InternalError StrategyNotActive."""
+        """Check that this strategy is active, and return its name. This method is called when training begins. Errors: InternalError StrategyNotActive."""
         active = detect_strategy(trainer)
         if active != self.name:
             raise InternalError(

@@ -40,7 +40,7 @@ class SequencePart:
 
 @dataclass(frozen=True)
 class PartCollator:
-    """A data collator that returns this rank's part of each batch. The processes of the data loader receive pickled copies."""
+    """A data collator that returns this rank's part of each batch. The processes of the data loader receive pickled copies of the collator."""
 
     collator: Callable[[Sequence[Any]], Mapping[str, Any]]
     part: SequencePart

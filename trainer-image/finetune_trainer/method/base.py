@@ -77,7 +77,10 @@ class Method:
         self.context = context
 
     def before_load(self) -> tuple[str, ...]:
-        """Return the names of the modules to leave unquantised when the base model is loaded. The hook may read the unquantised weights to choose them."""
+        """Return the names of the modules to leave unquantised when the base model is loaded.
+
+        The hook may read the unquantised weights to choose these modules.
+        """
         return ()
 
     def apply(self, model: Any) -> TrainableModel:
@@ -85,7 +88,7 @@ class Method:
         raise NotImplementedError
 
     def after_apply(self, trainable: TrainableModel) -> None:
-        """Set the dtype and the initial values of the trained weights. Called before the Trainer is built."""
+        """Set the dtype and the initial values of the trained weights. This hook runs before the Trainer is built."""
 
     def trainer_construction(self, model: Any) -> AbstractContextManager[None]:
         """Return a context manager in which the Trainer is built. `model`: the base model."""

@@ -194,7 +194,7 @@ def load_rows(context: TrainingContext, layout: RowLayout) -> tuple[Splits, Data
 
 
 def count_sequence_tokens(rows: Dataset, layout: RowLayout) -> tuple[int, int]:
-    """Return the tokens of all sequences that the model reads, and those of the longest one. A sequence is an answer together with its prompt."""
+    """Return the number of tokens in all sequences that the model reads, and in the longest sequence. A sequence is an answer together with its prompt."""
     from pyarrow import compute
 
     lengths = {name: compute.list_value_length(rows.data.column(name)) for name in layout.columns if name.endswith("_ids")}
@@ -280,7 +280,7 @@ def fit_to_limits(location: str, row: EncodedAnswers, limits: LengthLimits, trai
 
 @dataclass(frozen=True)
 class AnswerEncoder:
-    """Renders and tokenises prompts with their answers, and applies the length limits. Worker processes receive pickled copies."""
+    """Renders and tokenises prompts with their answers, and applies the length limits. Worker processes receive pickled copies of this object."""
 
     render_with: RenderOptions
     options: TokeniseOptions

@@ -21,7 +21,7 @@ def measure_test_set(trainer: Any, test_rows: Any, metrics: Sequence[HeldOutMetr
         return {}
     from transformers import EarlyStoppingCallback
 
-    trainer.remove_callback(EarlyStoppingCallback)  # the callback requires a validation loss, but this evaluation logs a test loss
+    trainer.remove_callback(EarlyStoppingCallback)  # EarlyStoppingCallback requires a validation loss, but this evaluation logs a test loss
     logged_before = len(trainer.state.log_history)
     trainer.evaluate(eval_dataset=test_rows, metric_key_prefix="test")
     logged = {key: value for line in trainer.state.log_history[logged_before:] for key, value in line.items()}

@@ -80,12 +80,12 @@ class SftTrainer(GuardedTrainer, SFTTrainer):
         loss = total / count.clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
-            if self.strategy.gradient_factor > 1:  # Only the gradients are divided by this factor; the logged loss keeps its value.
+            if self.strategy.gradient_factor > 1:  # Only the gradients are divided by `gradient_factor`; the logged loss keeps its value.
                 divided = loss / self.strategy.gradient_factor
                 loss = divided + (loss - divided).detach()
         if (
             self.aux_loss_enabled
-        ):  # `aux_loss`, the load-balancing loss of the experts, is a mean over one micro-batch. It is averaged over the micro-batches.
+        ):  # `aux_loss`, the load-balancing loss of the experts, is a mean over one micro-batch. So `aux_loss` is averaged over the micro-batches.
             steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
         self._add_to_sums(inputs, outputs, total)
@@ -141,7 +141,7 @@ class SftTrainer(GuardedTrainer, SFTTrainer):
         )
         sums["positions"] += inputs["input_ids"].numel()
         if self.is_multiple_choice and not self.model.training:
-            # The letter is the first token of each trained span.
+            # The option letter is the first token of each trained span.
             letters = outputs.label_mask & ~torch.nn.functional.pad(outputs.label_mask, (1, 0))[:, :-1]
             sums["letters"] += (letters * counted).sum()
             sums["correct_letters"] += (outputs.is_top1 * letters * counted).sum()
@@ -257,7 +257,7 @@ class SftObjective(Objective[PreparedData, SFTConfig]):
         mean_length = report.tokens / max(1, report.rows)
         flops = flops_per_token(ModelShape.of(base), mean_length, frozen_base=not is_full, trained_count=trained_parameters(base))
         trainer.measures_classification = self._measures_classification(context.run, trainer)
-        # The estimated FLOPs are right only for text models. Without a peak, no utilisation is reported.
+        # The estimated FLOPs are right only for text models. If `peak` is None, no utilisation is reported.
         peak = peak_flops_of(context.hardware.name) if context.vision is None else None
         trainer.meter = SpeedMeter(flops_of_token=flops, peak_flops=peak, rank_count=context.strategy.world_size)
         return trainer
@@ -280,7 +280,7 @@ def packed_sequence_length(run: RunConfig) -> int | None:
 
 
 def _as_arrays(rows: Dataset) -> Dataset:
-    """Return the data set with its rows as numpy arrays. Arrays become tensors without a Python integer for each token."""
+    """Return the data set with its rows as numpy arrays. Arrays can be converted to tensors without creating a Python integer for each token."""
     return rows.with_format("numpy", columns=[name for name in rows.column_names if name != IMAGE_SOURCES_COLUMN], output_all_columns=True)
 
 
@@ -326,7 +326,7 @@ def require_isolated_documents(trainer: Any) -> None:
     except ValueError as error:
         if NO_PACKING_TEXT not in str(error):
             raise
-        problem = str(error).partition(". ")[0]  # The rest of the message says what to install, but users cannot change the image.
+        problem = str(error).partition(". ")[0]  # The rest of transformers' message says what to install, but users cannot change the image.
     else:
         problem = "" if as_two_documents <= 0.1 * as_one_document else f"attention {attention_implementation(model)} lets them attend to each other"
     model.train(was_training)

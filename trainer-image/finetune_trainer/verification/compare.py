@@ -13,13 +13,13 @@ from finetune_trainer.verification.reference import ReferenceValues
 EXACT_TOLERANCE = 1e-3
 """If all computations are in 32 bits: largest accepted difference of any token's log-probability, in nats."""
 SPREAD_FACTOR = 2.0
-"""If not all computations are in 32 bits: the limit for the difference, divided by the difference between two batch layouts in the trainer."""
+"""If not all computations are in 32 bits: the limit of the difference is this number times the difference between two batch layouts in the trainer."""
 SMALLEST_TOLERANCE = 5e-3
 """If not all computations are in 32 bits: the limit is at least this number of nats, because two batch layouts can agree by chance."""
 ROUNDED_TOLERANCE = 4e-2
 """For a merged model with 16-bit weights, the accepted difference is at least this number of nats.
 
-Merging rounds the sum of base weight and adapter, which the difference between two batch layouts does not show. On an H200, eight correctly
+Merging rounds the sum of base weight and adapter. The difference between two batch layouts does not contain this rounding. On an H200, eight correctly
 merged models with 2 to 24 layers differed by 0.0023 to 0.0182 nats.
 """
 SHARE_OF_CHANGE = 0.1
@@ -123,7 +123,7 @@ def judge_artefact(
 
 
 def summarise(artefacts: Sequence[ArtefactVerification], reference: ReferenceValues | None) -> Verification:
-    """Return the status of the verification. Its result is the worst result of all artefacts."""
+    """Return the status of the verification. The result in the status is the worst result of all artefacts."""
     worst = max((artefact.result for artefact in artefacts), key=OUTCOMES_BY_SEVERITY.index, default=VerificationOutcome.NOT_VERIFIED)
     rows = reference.rows if reference is not None else []
     return Verification(result=worst, rows=len(rows), tokens=sum(len(row.values) for row in rows), artefacts=list(artefacts))

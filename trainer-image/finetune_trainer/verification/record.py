@@ -1,7 +1,7 @@
 """Computes the reference values with the trained model in memory, after the final model has been saved.
 
-The computation cannot change the run: all weights are already saved, and random states and the mode of the model are restored. If it fails, the
-run continues, and the file contains the reason instead of values.
+The computation cannot change the run: all weights are already saved, and random states and the mode of the model are restored. If the computation
+fails, the run continues, and the file contains the reason instead of values.
 """
 
 from __future__ import annotations

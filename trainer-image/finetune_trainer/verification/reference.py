@@ -29,7 +29,7 @@ class ReferenceRow(LenientModel):
     images: list[str] = Field(default_factory=list, description="The files of the row's images, in base64.")
     is_counted: list[bool] = Field(description="For each token, whether its probability is a value of the row. Empty for models with a score head.")
     values: list[float] = Field(default_factory=list, description="Log-probability (nats) of each counted token, or one score, if the row is computed alone.")
-    batched_values: list[float] = Field(default_factory=list, description="As `values`, if the row is computed in one padded batch with all rows.")
+    batched_values: list[float] = Field(default_factory=list, description="Like `values`, but computed in one padded batch with all rows.")
 
 
     def decoded_images(self) -> list[Any]:
