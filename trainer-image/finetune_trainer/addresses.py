@@ -1,7 +1,7 @@
 """Refuses addresses that lead to the metadata service of a cloud.
 
 Such a service gives the credentials of the node to every program that can connect to it. The platform's rule `endpoints` only compares the text
-of an address. This module resolves the host of an address and compares the IP addresses, so that it also recognises host names and other notations
+of an address. This module resolves the host of an address and checks the IP addresses, so that it also recognises host names and other notations
 (`http://2852039166`). This check does not help if a name server changes its answer between the check and the connection. A NetworkPolicy with
 `blockMetadata` helps in this case, too.
 """

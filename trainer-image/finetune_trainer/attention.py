@@ -130,8 +130,8 @@ def require_divisible_attention(config: Any, rank_count: int) -> None:
 def require_supported_attention(run: RunConfig, config: Any, attention: str) -> tuple[str, list[str]]:
     """Return the attention implementation to use, and notes for the status.
 
-    It is `attention`, unless `attention` is sdpa and transformers has no sdpa for this type of model; then it is `eager`. Types without
-    sdpa are, for example, Gemma 2 (limited scores), GPT-OSS (attention sinks) and Mamba 2 (no attention).
+    The result is `attention`, unless `attention` is sdpa and transformers has no sdpa for this type of model. In that case, the result is `eager`.
+    Types without sdpa are, for example, Gemma 2 (limited scores), GPT-OSS (attention sinks) and Mamba 2 (no attention).
     Errors: ConfigError AttentionUnavailable if the spec requests sdpa.
     """
     if attention != "sdpa" or supports_sdpa(config):
@@ -150,7 +150,10 @@ def uses_padding_free_batches(run: RunConfig, attention: str) -> bool:
 
 
 def can_concatenate_rows(run: RunConfig, config: Any, adapter: Path | None = None) -> bool:
-    """Whether an unpacked run with `varlen` may concatenate its rows. It may if its results stay the same; concatenation makes it faster."""
+    """Whether an unpacked run with `varlen` may concatenate its rows.
+
+    It may do so if concatenation, which makes training faster, does not change the results.
+    """
     return (
         # Prefix and prompt tuning add virtual tokens to each row. PEFT would put these tokens only once before the concatenated rows, and drop the
         # position ids.
@@ -337,7 +340,7 @@ def _call_kernel(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, boundaries: torch.Tensor, max_length: int, scaling: float | None,
     sliding_window: int | None,
 ) -> torch.Tensor:  # fmt: skip
-    """Call the kernel. `boundaries`: start of each document, then the number of tokens; `max_length`: tokens of the longest document.
+    """Call the kernel. `boundaries`: start of each document, then the number of tokens in the sequence; `max_length`: tokens of the longest document.
 
     transformers' size of a sliding window includes the token itself. The kernel's size includes only the preceding tokens.
     """

@@ -67,7 +67,10 @@ class KeepBest(TrainerCallback):
 
 
 def _link_best_weights(root: Path, step: int, is_best: bool) -> None:
-    """If the checkpoint of `step` is the best, link its weights into the folder of the best weights. Otherwise, link the best weights into this checkpoint."""
+    """If the checkpoint of `step` is the best, link its weights into the folder of the best weights.
+
+    If it is not the best, link the best weights into this checkpoint.
+    """
     folder, best_weights = root / f"checkpoint-{step}", root / BEST_FOLDER
     if is_best:
         _replace_files(best_weights, _weight_files(folder))

@@ -34,7 +34,7 @@ LIBRARY_ENVIRONMENT = {
 }
 """Variables that the libraries read on import. A rank never accesses a hub, because the supervisor has downloaded all inputs."""
 BITSANDBYTES_OPTIMIZER = re.compile("8bit|paged|bnb|^ademamix|^lion")
-"""Matches the names of bitsandbytes' optimizers. It also matches two 8-bit optimizers of torchao."""
+"""Matches the names of bitsandbytes' optimizers. The pattern also matches two 8-bit optimizers of torchao."""
 
 
 def needs_bitsandbytes(run: RunConfig) -> bool:

@@ -90,7 +90,7 @@ def notes_about_active_kernels(run: RunConfig, model_type: str) -> list[str]:
 
 
 def _why_kernels_cannot_work(hardware: Hardware, config: Any, model_kind: str) -> str | None:
-    """Return why the kernels would fail, or would not compute the same as the model's own layers. None if they work."""
+    """Return why the kernels would fail, or would compute other results than the model's own layers. None if they work."""
     if hardware.device.type != "cuda":
         return f"the run trains on {hardware.device.type}, and Liger's kernels need a CUDA GPU"
     if find_spec("liger_kernel") is None:
@@ -126,7 +126,7 @@ def _why_kernels_are_not_chosen(run: RunConfig, config: Any) -> str | None:
 def _run_test_kernel(hardware: Hardware) -> str | None:
     """Run one small kernel. Returns why it fails, with the first line of the error; None if it runs.
 
-    Triton compiles a kernel when it first runs. It needs a C compiler, a folder that it can write to, and a GPU that it supports.
+    Triton compiles a kernel when it first runs. Triton needs a C compiler, a folder that it can write to, and a GPU that it supports.
     """
     import torch
     from liger_kernel.transformers.rms_norm import LigerRMSNorm

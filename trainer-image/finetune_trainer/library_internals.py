@@ -369,7 +369,7 @@ def deferred_saves(defer: DeferFunction) -> Iterator[None]:
 
 
 def use_one_device(args: TrainingArguments) -> None:
-    """Limit a rank to one device. Otherwise transformers would use all visible GPUs in one process, which TRL refuses."""
+    """Limit a rank to one device. Without this limit, transformers would use all visible GPUs in one process, which TRL refuses."""
     args._n_gpu = min(args.n_gpu, 1)
 
 

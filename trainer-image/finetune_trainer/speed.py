@@ -118,7 +118,10 @@ class SpeedMeter:
         self._since, self.waited_seconds = (time.perf_counter() if now is None else now, tokens), 0.0
 
     def read(self, tokens: int, now: float | None = None) -> dict[str, float]:
-        """Return the throughput since the last call, by the names of the logged values. Empty on the first call, and if no token was counted."""
+        """Return the throughput since the last call, by the names of the logged values.
+
+        The result is empty on the first call, and if no token was counted.
+        """
         now = time.perf_counter() if now is None else now
         last_reading, waited_seconds = self._since, self.waited_seconds
         self.start(tokens, now)

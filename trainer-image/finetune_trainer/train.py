@@ -403,7 +403,7 @@ class TrainingSession:
         return folder, {"data": self.facts.report, "notes": sorted(self._emitted_notes), "parameters": parameters}
 
     def _write_settings_and_card(self, folder: Path, test_metrics: dict[str, float]) -> None:
-        """Write the generation settings with the trained end tokens, and the model card. Only rank 0 calls this."""
+        """Write the generation settings with the trained end tokens, and the model card. Only rank 0 calls this function."""
         from finetune_trainer.artefact.card import CARD_FILE, TrainingFacts, build_model_card
         from finetune_trainer.artefact.end_tokens import find_trained_end_tokens, read_trained_answers
         from finetune_trainer.artefact.generation import copy_processor_files, write_generation_files

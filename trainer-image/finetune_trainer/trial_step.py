@@ -1,7 +1,7 @@
 """Trains one step with a small copy of the model, on the CPU of a preparation: with the model's own classes, the job's method and objective, and a
 few real rows.
 
-This finds two faults before GPUs are requested: code of the model that does not fit the installed libraries, and an objective that the model's
+The step finds two kinds of faults before GPUs are requested: code of the model that does not fit the installed libraries, and an objective that the model's
 class refuses. An error is raised only if the copy's size cannot be the cause:
 
 * The model's code cannot be imported, or uses a name that does not exist. If the code comes from the model's repository, an error is also raised for

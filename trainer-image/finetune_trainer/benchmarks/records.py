@@ -32,7 +32,7 @@ class Measurement(LenientModel):
     stderr: float | None = Field(default=None, description="Standard error of the value.")
     samples: int | None = Field(default=None, description="Number of questions.")
     reason: str | None = Field(default=None, description="Why there is no value.")
-    is_part_of_group: bool = Field(default=False, description="Whether the task belongs to a group of tasks whose metrics are reported too.")
+    is_part_of_group: bool = Field(default=False, description="Whether the task belongs to a group of tasks, and the metrics of the group are also reported.")
 
 
 class TaskRecord(LenientModel):

@@ -36,7 +36,7 @@ class TaskDefinition:
     names: tuple[str, ...]
     """Name of the task or group that the file defines, followed by its tags."""
     is_task: bool
-    """Whether the file defines a task. Otherwise, it defines a group of tasks."""
+    """Whether the file defines a task. A file that does not define a task defines a group of tasks."""
     settings: Mapping[str, Any]
 
 

@@ -98,7 +98,7 @@ class BatchBuilder:
 
 
 class BatchEncoder(Protocol):
-    """A callable that encodes a batch of rows. It must be picklable, because worker processes receive a copy of it."""
+    """A callable that encodes a batch of rows. The encoder must be picklable, because worker processes receive a copy of it."""
 
     def __call__(self, rows: Sequence[tuple[str, Example]]) -> EncodedBatch:
         """Encode the rows (location, example)."""

@@ -1,7 +1,7 @@
 """Finds a row's column for a role, such as the question.
 
-If `dataset.columns` names a column for the role, no other name is tried. Otherwise the role's default names are tried in order, first
-with exact case, then ignoring case.
+If `dataset.columns` names a column for the role, no other name is tried. If `dataset.columns` names no column for the role, the role's
+default names are tried in order, first with exact case, then ignoring case.
 """
 
 from __future__ import annotations

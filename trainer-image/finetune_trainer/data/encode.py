@@ -140,7 +140,7 @@ def _select_split(name: str, row_numbers: IntegerArray, facts: RowFacts) -> Enco
 
 
 def skips_bad_rows(run: RunConfig) -> bool:
-    """Whether bad rows are left out. Otherwise, the first bad row ends the job."""
+    """Whether bad rows are left out. If they are not left out, the first bad row ends the job."""
     return run.spec.dataset.bad_rows is BadRows.SKIP
 
 

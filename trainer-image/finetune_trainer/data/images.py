@@ -1,7 +1,7 @@
 """Finds the images of a row, in its messages or in its image column, and checks their sizes.
 
 An image may be given as a path, an address below `dataset.images.root`, a base64 data URI, bytes (Parquet), or an object with `path` or
-`bytes`. This module downloads nothing: it finds addresses in the folder that the supervisor has downloaded. It reads only the header of an image;
+`bytes`. This module downloads nothing: it finds addresses in the folder that the supervisor has downloaded. This module reads only the header of an image;
 the pixels are decoded when the row is tokenised. Pillow is imported when the first image is checked.
 """
 
@@ -93,7 +93,7 @@ class ImageReader:
         return ImageFile(path=self._resolve_path(value, row))
 
     def image_names(self, example: Example, row: RawRow) -> dict[Path, str]:
-        """Return the image files of the example. Each file has its path relative to the image folder as its value."""
+        """Return the image files of the example, each with its path relative to the image folder."""
         paths = (image.path for image in images_of(example) if image.path is not None)
         return {path: path.relative_to(self._folder(row)).as_posix() for path in paths}
 

@@ -80,10 +80,10 @@ class PreparationCallbacks(Protocol):
     """Functions that `prepare` calls. A preparation pod uses them to download stored rows and to report progress."""
 
     def provide_rows(self, digest: str) -> None:
-        """Called before the cache is searched for the rows with this digest. The function may write the rows to the cache."""
+        """`prepare` calls this function before it searches the cache for the rows with this digest. The function may write the rows to the cache."""
 
     def count_rows(self, rows: int) -> None:
-        """Called after each batch with the number of rows that it tokenised."""
+        """`prepare` calls this function after each batch, with the number of rows in the batch."""
 
 
 class NoPreparationCallbacks:
@@ -386,7 +386,7 @@ def open_split(prepared: PreparedFolder, name: str) -> Dataset | None:
 
 
 def open_splits(prepared: PreparedFolder) -> Splits:
-    """Return the splits of a prepared folder. Their files are mapped into memory, so that all ranks of a node share the memory."""
+    """Return the splits of a prepared folder. The files of the splits are mapped into memory, so that all ranks of a node share the memory."""
     train, validation, test = (open_split(prepared, name) for name in ("train", "validation", "test"))
     assert train is not None, "a run without training rows prepares no rows"
     return Splits(train, validation, test)

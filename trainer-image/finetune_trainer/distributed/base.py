@@ -43,7 +43,8 @@ class DistributedStrategy:
         self.context_parallel_size = run.spec.distributed.context_parallel_size or 1
         """Number of ranks that share each sequence."""
         self.data_parallel_size = world_size // self.context_parallel_size
-        """Number of ranks that train on different rows. With context parallelism, all ranks of a group have the same rows, so this is the number of groups."""
+        """Number of ranks that train on different rows. With context parallelism, all ranks of a group have the same rows, so this property is the
+        number of groups."""
         self.gradient_factor = 1
         """Factor by which the gradients, after the ranks have combined them, are larger than the mean over all ranks."""
         self.notes: list[str] = []

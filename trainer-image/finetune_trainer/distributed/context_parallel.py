@@ -90,7 +90,7 @@ def require_sequence_group(rank_count: int) -> None:
 
 
 def context_parallel_mixin() -> type:
-    """Return the mixin class. It is defined in a function so that importing this module does not import torch."""
+    """Return the mixin class. The class is defined in a function so that importing this module does not import torch."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     from finetune_trainer.library_internals import OpenTrainer

@@ -497,7 +497,7 @@ class Deepspeed(DistributedStrategy):
         return (_best_weights_mixin(), *([context_parallel.context_parallel_mixin()] if self.context_parallel_size > 1 else []))
 
     def prepare_process(self) -> None:
-        """Create the process group that DeepSpeed needs, even for one rank. On a CPU, accelerate would create it too late."""
+        """Create the process group that DeepSpeed needs, even for one rank. On a CPU, accelerate would create the process group too late."""
         import deepspeed
         import torch
 
@@ -540,7 +540,7 @@ class Deepspeed(DistributedStrategy):
 
 
 def _best_weights_mixin() -> type:
-    """Return the mixin class. It is defined in a function so that importing this module does not import torch."""
+    """Return the mixin class. The class is defined in a function so that importing this module does not import torch."""
     from finetune_trainer.best import find_best_folder
     from finetune_trainer.distributed.weights import load_into_deepspeed
     from finetune_trainer.library_internals import OpenTrainer

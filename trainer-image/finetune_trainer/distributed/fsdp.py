@@ -251,7 +251,7 @@ class Fsdp(DistributedStrategy):
         return (_sharded_checkpoints_mixin(),)
 
     def prepare_process(self) -> None:
-        """Create the process group that FSDP needs, even for one rank. On a CPU, accelerate would not create it."""
+        """Create the process group that FSDP needs, even for one rank. On a CPU, accelerate would not create a process group."""
         if self.world_size > 1:
             return
         import torch
@@ -324,7 +324,7 @@ class Fsdp(DistributedStrategy):
 
 
 def _sharded_checkpoints_mixin() -> type:
-    """Return the mixin class. It is defined in a function so that importing this module does not import torch."""
+    """Return the mixin class. The class is defined in a function so that importing this module does not import torch."""
     from finetune_trainer.best import find_best_folder
     from finetune_trainer.distributed.weights import load_into_fsdp
     from finetune_trainer.library_internals import OpenTrainer
@@ -379,7 +379,7 @@ def _sharded_checkpoints_mixin() -> type:
         def _optimizer_layout(self, plugin: Any, checkpoint: str | None = None) -> Iterator[None]:
             """Within the context, set accelerate's state dict type to the type for the optimizer, because accelerate has one setting for model and optimizer.
 
-            If `checkpoint` is given, its files decide the type. Otherwise, the spec decides it.
+            If `checkpoint` is given, its files decide the type. Without `checkpoint`, the spec decides the type.
             """
             is_sharded = self.strategy.options.state_dict is FsdpStateDict.SHARDED
             if checkpoint is not None:

@@ -27,7 +27,8 @@ HEARTBEAT_TIMEOUT_SECONDS = 600.0
 """A working rank counts as lost after this time without a heartbeat."""
 FAILED_KEY = "failed"
 _use_numbers = itertools.count()
-"""Counts the uses of `local_rank_0_first` in this process. All ranks use it in the same order, so a use has the same number in all ranks."""
+"""Counts the uses of `local_rank_0_first` in this process. All ranks use this context manager in the same order, so a use has the same number in all
+ranks."""
 
 
 @dataclass(frozen=True)

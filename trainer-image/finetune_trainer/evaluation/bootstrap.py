@@ -29,13 +29,13 @@ from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float64]
 MetricOfSums = Callable[[FloatArray], FloatArray]
-"""A smooth function that computes a metric from sums over rows. It maps arrays of shape (..., number of sums) to shape (...)."""
+"""A smooth function that computes a metric from sums over rows. The function maps arrays of shape (..., number of sums) to shape (...)."""
 
 RESAMPLE_COUNT = 2000
 """Number of bootstrap resamples. With 2000 resamples, the standard deviation of the 5 % quantile is 0.5 percentage points."""
 RESAMPLE_SEED = 42
 MAX_COUNTS_IN_MEMORY = 4_000_000
-"""Maximum number of counts (rows x resamples) in memory at a time: 32 MB. If there are more, the resamples are drawn in several blocks."""
+"""Maximum number of counts (rows x resamples) in memory at a time: 32 MB. If there are more counts, the resamples are drawn in several blocks."""
 RELATIVE_STEP = 1e-5
 """Step of the numerical derivatives, relative to the sum. The relative error of central differences is about the square of the step."""
 ROUNDING_ERROR = 1e-11
@@ -59,7 +59,7 @@ class MetricComparison:
     """Lower end of the confidence interval; None if there is no interval."""
     high: float | None = None
     reason: str | None = None
-    """Why there is no interval; None if there is one."""
+    """Why there is no interval; None if there is an interval."""
 
 
 def compare_rows(base: Sequence[float], trained: Sequence[float], *, confidence: float = 0.95, seed: int = RESAMPLE_SEED) -> MetricComparison:

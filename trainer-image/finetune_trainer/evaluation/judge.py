@@ -402,7 +402,7 @@ def _judge_rows(
         except UnjudgedError as error:
             return str(error)
         except FineTuneError:
-            stop.set()  # The next row would fail for the same reason.
+            stop.set()  # All other rows would fail for the same reason.
             raise
 
     with ThreadPoolExecutor(max_workers=judge.settings.parallel_requests) as pool:
@@ -413,7 +413,10 @@ def _judge_rows(
 
 
 def _judged_mean(rows: Sequence[float | None], reasons: dict[int, str], *, applicable: int) -> MetricValue:
-    """Return the mean of the judged rows. `applicable`: the number of rows that can have a score; if fewer than half are judged, there is no value."""
+    """Return the mean of the judged rows.
+
+    `applicable`: the number of rows that can have a score. If fewer than half of these rows are judged, the metric has no value.
+    """
     judged = sum(row is not None for row in rows)
     first = next((reasons[index] for index, row in enumerate(rows) if row is None and reasons.get(index) not in (None, NO_GROUND_TRUTH)), "")
     unjudged = f"{applicable - judged} of {applicable} rows could not be judged (first: {first})" if judged < applicable else None

@@ -54,8 +54,8 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 def write_workbook(path: Path, predictions: Sequence[Prediction], metrics: Mapping[str, MetricValue]) -> None:
     """Write an Excel workbook with one row per prediction: its texts, and the row's score for each metric with scores of single rows.
 
-    No text becomes a formula. A text that is too long for a cell is cut, and ends with a remark that it was cut. If there are more rows than
-    fit into a sheet, they continue in another sheet.
+    No text becomes a formula. A text that is too long for a cell is cut, and ends with a remark that it was cut. If there are more rows than fit into
+    a sheet, the further rows are written to additional sheets.
     """
     from openpyxl import Workbook
     from openpyxl.cell import WriteOnlyCell

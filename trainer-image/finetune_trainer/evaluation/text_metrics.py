@@ -129,8 +129,8 @@ def bertscore(
     the mean over the tokens of the answer; the recall is the mean over the tokens of the correct answer. Special tokens such as [SEP] can
     be the most similar token, but do not count in the means. An empty text scores 0.
     `folder`: folder of an encoder model. `field`: the spec field that sets the model, for messages. `layer`: the layer whose output is the
-    embedding. By default, it is the layer that bert-score recommends for the model `model_name`, such as `roberta-large`, or for the name
-    of the folder; without a recommendation, it is the last layer.
+    embedding. The default is the layer that bert-score recommends for the model `model_name`, such as `roberta-large`, or for the name of the folder.
+    If bert-score recommends no layer, the default is the last layer.
     """
     if folder is None:
         return dict.fromkeys(BERTSCORE_NAMES, MetricValue.missing(f"BERTScore needs a local encoder model: set {field}"))

@@ -1,7 +1,7 @@
 """Loss, perplexity, accuracy, precision, recall and F1 over the tokens that a model predicts.
 
 The metrics are computed from sums over tokens. The sums of several batches and ranks can be added up, and their size depends only on the
-size of the vocabulary. Logits are computed for a few positions at a time, because those of a whole evaluation set would not fit into memory.
+size of the vocabulary. Logits are computed for a few positions at a time, because the logits of a whole evaluation set would not fit into memory.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class OutputHead:
     """
 
     project: Callable[[Tensor], Tensor]
-    """The layer, including its bias. It maps the shape (positions, hidden size) to (positions, vocabulary size)."""
+    """The layer, including its bias. The layer maps the shape (positions, hidden size) to (positions, vocabulary size)."""
     vocabulary_size: int
     scale: float = 1.0
     softcap: float | None = None

@@ -161,7 +161,7 @@ def _read_weights(folder: Path, source: str) -> dict[str, Any]:
 
 
 def _require_all_keys(absent_names: list[str], unexpected_names: list[str], error_prefix: str) -> None:
-    """Refuse an adapter file that does not have the same adapter weights as the model. Errors: ConfigError AdapterOfAnotherBase."""
+    """Refuse an adapter file that lacks adapter weights of the model, or has other adapter weights. Errors: ConfigError AdapterOfAnotherBase."""
     reasons = [f"{len(absent_names)} weights are not in the adapter file, first {absent_names[0]}"] if absent_names else []
     if unexpected_names:
         reasons.append(f"{len(unexpected_names)} weights of the adapter file are not in the model, first {unexpected_names[0]}")

@@ -217,7 +217,8 @@ def target_modules(model: Any, requested_names: Sequence[str] | None) -> str | l
     heads = [name for name in requested_names if name.rsplit(".", 1)[-1] in HEAD_NAMES and _is_head(model, name)]
     if heads:
         raise ConfigError(
-            "LoraOnHead", f"method.lora.targetModules names the head {heads[0]}, but the loss bypasses an adapter on the head, so it would never learn",
+            "LoraOnHead", f"method.lora.targetModules names the head {heads[0]}, but an adapter on the head would never learn, "
+            "because the loss bypasses the adapter",
             hint=f"put {heads[0]} into method.lora.modulesToSave to train it in full",
         )  # fmt: skip
     _require_modules(model, requested_names, "method.lora.targetModules", linear_layer_names(model))

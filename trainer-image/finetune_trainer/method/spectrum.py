@@ -164,7 +164,7 @@ def _linear_modules(model: Any) -> Iterator[tuple[str, tuple[int, str]]]:
 
 
 def _load_or_make_scan(file: Path, model: Any, metric: SpectrumMetric, device: torch.device) -> list[ScannedModule]:
-    """Return the scan from `file` if an earlier run has scanned the same weights. Else scan the model and write the file."""
+    """Return the scan from `file` if an earlier run has scanned the same weights. If there is no such scan, scan the model and write the file."""
     if file.exists():
         return [ScannedModule(**{**item, "snr": float(item["snr"])}) for item in json.loads(file.read_text())]
     scan = [

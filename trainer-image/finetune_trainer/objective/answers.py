@@ -74,9 +74,9 @@ class SplitCounts:
     cut: int = 0
     """Rows with a truncated answer."""
     left_out: int = 0
-    """Rows dropped because they are too long: the prompt leaves no token for an answer, or the answer must not be cut."""
+    """Number of rows that were dropped because they are too long: the prompt leaves no token for an answer, or the answer must not be cut."""
     same: int = 0
-    """Pairs dropped because both answers are equal after truncation."""
+    """Number of pairs that were dropped because both answers are equal after truncation."""
     longest: int = 0
     """Number of tokens of the longest row, before rows are cut or left out."""
 

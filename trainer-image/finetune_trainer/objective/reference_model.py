@@ -48,8 +48,8 @@ class ReferenceModelMixin(OpenTrainer):
 def load_reference_model(context: TrainingContext) -> Any:
     """Load the frozen reference model. Return None if the trained model, without its adapter, is the reference.
 
-    If `trainer.dpo.referenceModel` is set, this model is the reference. Otherwise, if the method trains base weights, the reference is a second
-    copy of the base model. The copy has the same quantised modules, so that both models give equal outputs before the first step.
+    If `trainer.dpo.referenceModel` is set, this model is the reference. If it is not set and the method trains base weights, the reference is a
+    second copy of the base model. The copy has the same quantised modules, so that both models give equal outputs before the first step.
     Errors: NotFoundError ModelUnreadable; ConfigError VocabularyDiffers.
     """
     if context.inputs.reference is None and not trains_base_weights(context.run.spec):

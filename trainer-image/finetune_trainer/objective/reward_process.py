@@ -24,8 +24,8 @@ from finetune_trainer import processes
 LOGGING_ARGUMENTS = ("log_extra", "log_metric")
 """Arguments that are functions. The reward process records the calls of these functions, and the rank then repeats the calls."""
 START_SECONDS = 120.0
-"""Time limit for starting Python and running the user's file, which imports packages. The time limit of the first call is longer by the same
-time, because Python may have to import packages to unpickle the arguments of this call."""
+"""Time limit for starting Python and running the user's file, which imports packages. The time limit of the first call is longer by this time,
+because Python may have to import packages to unpickle the arguments of this call."""
 READY_MESSAGE = b"ready"
 """The first message of the process. The rank waits for this message before it sends a call. Before this message, the process does not read, so a
 large call would fill the pipe and block the rank."""

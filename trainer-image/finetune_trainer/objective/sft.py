@@ -49,9 +49,9 @@ class SftTrainer(GuardedTrainer, SFTTrainer):
     """
 
     is_multiple_choice = False
-    """Whether the answer of every row is one letter. If so, evaluations measure the share of correct letters."""
+    """Whether the answer of every row is one letter. If the answer of every row is one letter, evaluations measure the share of correct letters."""
     measures_classification = False
-    """Whether evaluations also measure precision, recall and F1 of the predicted tokens. This needs a second pass through the head."""
+    """Whether evaluations also measure precision, recall and F1 of the predicted tokens. To measure them, each batch needs a second pass through the head."""
 
     def __init__(self, *args: Any, **options: Any):
         self._sums: dict[str, dict[str, Any]] = {"train": defaultdict(float), "eval": defaultdict(float)}
@@ -293,10 +293,10 @@ def require_isolated_documents(trainer: Any) -> None:
     """Check that this model and attention kernel do not let packed documents, or the rows of a padding-free batch, attend to each other.
 
     The scores of a document must not depend on the preceding document. The check measures how much the scores change when the preceding
-    tokens are reversed: once if these tokens are a separate document, and once if they are part of the same document. The first change must be
-    at most a tenth of the second. All four sequences have the same shape, so that 16-bit kernels round alike.
-    With DeepSpeed, the model is called as in training, because ZeRO stage 3 gathers parameters in the order of the first call. With other
-    strategies the head computes logits, because with torch 2.11, FSDP fails in the backward pass if the head was never called.
+    tokens are reversed: once if these tokens are a separate document, and once if they are part of the same document. The change with separate
+    documents must be at most a tenth of the change within one document. All four sequences have the same shape, so that 16-bit kernels round alike.
+    With DeepSpeed, the model is called as in training, because ZeRO stage 3 gathers parameters in the order of the first call. With other strategies
+    the head computes logits, because with torch 2.11, FSDP fails in the backward pass if the head was never called.
     Errors: ConfigError PackingLeaks for packing, which the user chose; InternalError PackingLeaks for padding-free batches.
     """
     model, size = trainer.model, min(trainer.model.config.get_text_config().vocab_size, 200)

@@ -301,7 +301,7 @@ def _read_tensors(folder: Path, name: str, code: str) -> dict[str, StoredTensor]
 
 
 def _read_base(base: Path) -> dict[str, StoredTensor]:
-    """Return the tensors of the base model, by name. Empty if its files are not safetensors files."""
+    """Return the tensors of the base model, by name. The result is empty if the base model has no safetensors files."""
     try:
         return read_folder(base)
     except (DamagedFileError, OSError):

@@ -31,7 +31,7 @@ with 12 layers differed by 0.0057 to 0.0091 nats.
 SHARE_OF_DOUBT, SMALLEST_DOUBT = 0.5, 1e-4
 """An artefact whose difference from the reference values exceeds this share of the change by training is not verified, even below the limit.
 
-An artefact that lacks a part of the trained change could have the same difference. Differences below `SMALLEST_DOUBT` nats are rounding in 32 bits.
+An artefact that lacks a part of the trained change could differ by the same amount. Differences below `SMALLEST_DOUBT` nats are rounding in 32 bits.
 """
 MERGED_MODEL_NAME = "merged"
 """Name of the merged model in the status."""

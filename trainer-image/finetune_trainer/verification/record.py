@@ -74,7 +74,7 @@ def _to_reference_rows(columns: Mapping[str, Any], tokenizer: Any) -> list[Refer
 
 
 def _read_sequences(columns: Mapping[str, Any]) -> list[tuple[list[int], list[bool]]]:
-    """Return the token ids of each sequence in a row, and whether each token counts. Empty if the row only has a prompt.
+    """Return the token ids of each sequence in a row, and whether each token counts. The result is empty if the row has only a prompt.
 
     The columns of the row depend on the objective.
     """
