@@ -2,7 +2,7 @@
 
 Recomputing (gradient checkpointing) saves memory and costs a second forward pass. A run does not recompute if the estimated memory of its
 largest micro-batch fits into the GPU. Otherwise, in each micro-batch, as many of the last layers as possible keep their activations. The
-estimate covers dense decoders with LoRA or full training. For each token and layer, it counts the values that the layer keeps for each
+estimate covers dense decoders with LoRA or full training. For each token and layer, the estimate counts the values that the layer keeps for each
 hidden unit, each unit of the attention heads and each unit of the feed-forward layer (`KeptValues`). These counts depend on the kernels.
 Measured peaks of memory are lower than the estimate: by 11 to 33 % with Liger's kernels, and by more without them
 (benchmarks/results/gpu_cells*.json). If an attempt still runs out of memory, the operator adapts the spec: the next attempt has a smaller

@@ -92,7 +92,7 @@ def shared_arguments(
         "dataloader_pin_memory": not hardware.is_cpu,
         "disable_tqdm": True,
         "report_to": [],
-        # If this filter were on, transformers would log the last finite loss instead of a NaN or infinite loss.
+        # If logging_nan_inf_filter were on, transformers would log the last finite loss instead of a NaN or infinite loss.
         "logging_nan_inf_filter": False,
         **_checkpointing_arguments(run, savers.gradient_checkpointing),
         **_interval_arguments(run, has_validation_data),

@@ -34,7 +34,7 @@ from finetune_trainer.library_internals import passes_document_boundaries, suppo
 FULL_ATTENTION = "full_attention"
 """transformers' name for layers whose tokens attend to all previous tokens."""
 VARLEN_ATTENTION = "varlen"
-"""Name of this implementation in transformers and in the status."""
+"""Name of this module's attention implementation in transformers and in the status."""
 KERNEL_DTYPES = (torch.float16, torch.bfloat16)
 """Data types that the kernel computes in."""
 MAX_HEAD_SIZE = 256

@@ -126,7 +126,7 @@ def find_best_folder(trainer: Any) -> Path:
 
 
 def _replace_files(folder: Path, files: Iterator[tuple[str, Path]]) -> None:
-    """Replace the contents of `folder` with these files. The last step is a rename, so that no reader sees only some of the files."""
+    """Replace the contents of `folder` with `files`. The last step is a rename, so that no reader sees only some of the files."""
     temporary_folder = folder.with_name(folder.name + ".part")
     shutil.rmtree(temporary_folder, ignore_errors=True)
     temporary_folder.mkdir(parents=True)

@@ -1,8 +1,9 @@
 """The process `check` of a preparation: checks with the large libraries whether model, data and method fit together, without weights or GPU.
 
-The process runs the code of a training rank up to the point where the rank loads the weights: tokenizer, chat template, objective and tokenised
-rows. Then the process builds the model on torch's meta device, where tensors have shapes but no values, and applies the method to the model. So a mistake in
-the spec causes the same error in this check as in a training pod. If a library cannot build a model without values, a note says what was not checked.
+The process runs the code of a training rank up to the point where the rank loads the weights: it loads the tokenizer and the chat template, creates
+the objective, and tokenises the rows. Then the process builds the model on torch's meta device, where tensors have shapes but no values, and applies
+the method to the model. So a mistake in the spec causes the same error in this check as in a training pod. If a library cannot build a model without
+values, a note says what was not checked.
 """
 
 from __future__ import annotations

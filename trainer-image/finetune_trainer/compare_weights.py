@@ -1,4 +1,4 @@
-"""Compares the weights of two models: all tensors of the safetensors files of two folders. `finetune replay` runs this as a process."""
+"""Compares the weights of two models: all tensors of the safetensors files of two folders. `finetune replay` runs this module as a process."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """The trainer's side of the vLLM server that generates the completions of grpo.
 
-Server and trainer are two containers of one pod. They share a volume and the loopback address:
+Server and trainer are two containers of one pod. The two containers share a volume and the loopback address:
 
 1. The trainer writes the model, then `server.json` with the options of the server. The server's container waits for this file and starts vLLM.
-2. Before each generation with changed weights, the trainer writes the model again and asks the server to read it (`reload_weights`).
+2. Before each generation with changed weights, the trainer writes the model again and asks the server to read the model (`reload_weights`).
 3. If the server ends, its container writes `ended.json`, at the latest when the kubelet starts the container again. When the trainer finds
    `ended.json`, it fails, because a server that has ended is not started again in the same attempt.
 

@@ -67,7 +67,7 @@ def reuse_list_of_models() -> None:
 
     transformers reads its more than 1,600 model files twice to list their classes: once for the package `transformers`, with module names
     that begin with `models.`, and once for `transformers.models`, without this prefix. This function derives the second list from the first,
-    which saves a tenth of the time of all imports (transformers 5.23). It does nothing if `transformers.models` is already imported.
+    which saves a tenth of the time of all imports (transformers 5.23). The function does nothing if `transformers.models` is already imported.
     """
     if "transformers.models" in sys.modules:
         return

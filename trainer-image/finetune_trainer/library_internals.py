@@ -219,11 +219,11 @@ def unchanged_base_weights(model: Any) -> Iterator[None]:
 
 
 def disable_compiled_deepspeed_operations() -> None:
-    """Let DeepSpeed use torch's collectives only. Call this before DeepSpeed creates its process group.
+    """Let DeepSpeed use torch's collectives only. Call this function before DeepSpeed creates its process group.
 
     On a CPU, DeepSpeed compiles a C++ extension when it creates the process group (`build_shm_op` in `comm/torch.py`, v0.19). The image has no
     C++ compiler, and training does not need the extension, which sums the results of tensor-parallel inference. DeepSpeed skips operations
-    that `__compatible_ops__` does not contain. The public switches (`DS_BUILD_*`) only apply when DeepSpeed is installed.
+    that `__compatible_ops__` does not contain. DeepSpeed's public switches (`DS_BUILD_*`) have an effect only while DeepSpeed is being installed.
     """
     import deepspeed
 

@@ -34,7 +34,7 @@ def float32_weights(
 
     `converts`: whether this rank converts the weights for its pod; local rank 0 of each pod does. `local_rank_0_first`: a context
     manager that makes the other ranks wait until local rank 0 has run the block. Their wait has no time limit, because the conversion of a large
-    model takes long. `wait_for_ranks` waits for all ranks. If the pod's disk is too small for the converted weights, the yielded folder is
+    model takes long. `wait_for_ranks` returns when all ranks have called it. If the pod's disk is too small for the converted weights, the yielded folder is
     `model_folder`, which is never changed.
     """
     folder, notes = work_folder / CONVERTED_FOLDER_NAME, []

@@ -27,7 +27,7 @@ UNFILTERED_NAME = "none"
 
 
 def use_local_caches(work_folder: Path) -> None:
-    """Configure the harness's libraries: no network access, and caches in the work folder. Call this before importing the libraries."""
+    """Configure the harness's libraries: no network access, and caches in the work folder. Call this function before the libraries are imported."""
     caches = work_folder / "benchmark-caches"
     os.environ |= {
         "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_EVALUATE_OFFLINE": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0",

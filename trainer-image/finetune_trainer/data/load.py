@@ -119,7 +119,7 @@ def load(run: RunConfig, inputs: Inputs, *, training_rows: int | None = None) ->
 
 
 def trains_on_answers_only(run: RunConfig, dataset_format: DatasetFormat) -> bool:
-    """Whether only answers are trained on. Text without turns has no answers, unless the user gives markers.
+    """Whether only answers are trained on. Text without turns has no answers, unless the user gives markers that show the answers.
 
     Errors: ConfigError ResponseOnlyWithoutTurns.
     """

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 TOKENISING_VERSION = 7
-"""Version of the tokenising code; it is part of the inputs digest. Increase it when a change of the code changes the tokens."""
+"""Version of the tokenising code, which is part of the inputs digest. Increase the version when a change of the code changes the tokens."""
 LIBRARIES_IN_DIGEST = ("tokenizers", "transformers", "jinja2")
 """Libraries whose versions are part of the inputs digest, because another version may render or tokenise differently."""
 OPTIONS_NOT_IN_DIGEST = ("train", "validation", "test", "storage", "numProc", "chatTemplate")
@@ -77,7 +77,7 @@ class Splits:
 
 
 class PreparationCallbacks(Protocol):
-    """Functions that `prepare` calls. A preparation pod uses them to download stored rows and to report progress."""
+    """Functions that `prepare` calls. A preparation pod uses these functions to download stored rows and to report progress."""
 
     def provide_rows(self, digest: str) -> None:
         """`prepare` calls this function before it searches the cache for the rows with this digest. The function may write the rows to the cache."""

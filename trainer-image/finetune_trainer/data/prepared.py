@@ -1,8 +1,8 @@
 """Prepared rows of a run: a folder with the shards of each split, and a manifest that lists and describes them.
 
 The manifest contains the size and the sha256 of each shard, the number of rows and tokens of each split, a histogram of the row lengths, and a
-digest of all inputs of the preparation. Equal rows always give equal bytes. So the files can be stored under the digest and compared by their
-hashes.
+digest of all inputs of the preparation. Equal rows always give equal bytes. So the files can be stored under a name with the digest, and compared by
+their hashes.
 """
 
 from __future__ import annotations

@@ -109,7 +109,10 @@ class _CountedFile:
 
 @dataclass
 class ShardWriter:
-    """Writes batches to the shards `<folder>/<name>/00000.arrow` and so on. Use it as a context manager: the end of the context closes the last shard."""
+    """Writes batches to the shards `<folder>/<name>/00000.arrow` and so on.
+
+    Use the writer as a context manager: the end of the context closes the last shard.
+    """
 
     folder: Path
     name: str

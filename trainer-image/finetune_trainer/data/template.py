@@ -21,7 +21,7 @@ from finetune_trainer.data.time_limit import TimeLimitExceeded, time_limit
 
 CharSpan = tuple[int, int]
 _SENTINEL_TEXT = "\ue000\ue001\ue002"
-"""Characters from a private-use area of Unicode. No tokenizer, template or data set should contain them."""
+"""Characters from a private-use area of Unicode. No tokenizer, template or data set should contain these characters."""
 TEMPLATE_TIMEOUT_SECONDS = 60.0
 """Time limit for one run of a chat template. Rendering a long conversation takes only milliseconds."""
 _GENERATION_TAG_PATTERN = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")

@@ -1,4 +1,4 @@
-"""Stage 6, tokenise: convert texts to token ids and labels, and count them.
+"""Stage 6, tokenise: convert texts to token ids and labels, and count the tokens.
 
 A text from a chat template already contains its special tokens, so the tokenizer adds none. The label of a token that
 overlaps a trained span is the token's id; all other labels are -100. Whether a token is trained on does not depend on its id, so the

@@ -46,7 +46,7 @@ class PartCollator:
     part: SequencePart
 
     def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
-        """Return this rank's part of the batch of these rows."""
+        """Collate `rows` to a batch, and return this rank's part of the batch."""
         return self.part.cut(self.collator(rows))
 
 
@@ -61,7 +61,7 @@ def parallelism_config(ranks_per_group: int, world_size: int) -> Any:
 def gradient_factor(ranks_per_group: int, stage: int, config: Mapping[str, Any]) -> int:
     """Return the factor by which DeepSpeed's gradients are larger than the mean over all ranks.
 
-    Up to stage 2, DeepSpeed 0.19 adds up the gradients of the ranks in a group, and averages over the groups. In stage 3, it averages over all
+    Up to stage 2, DeepSpeed 0.19 adds up the gradients of the ranks in a group, and averages over the groups. In stage 3, DeepSpeed averages over all
     ranks if the option `reduce_scatter` is on. Errors: ConfigError ContextParallelUnsupported if the option is off in stage 3.
     """
     if stage < 3:

@@ -4,7 +4,7 @@ Options that only DeepSpeed has come from the user's JSON. Options that the spec
 precision, stage, offloading) must be equal in both, or `auto` in the JSON. An Adam optimizer in the JSON is replaced with torch's AdamW,
 because DeepSpeed would compile its own optimizers on first use, and the image has no C++ or CUDA compiler. A scheduler in the JSON
 is replaced with a scheduler of transformers. DeepSpeed itself ignores unknown keys at the top level, and fails with a traceback for a
-value of the wrong type. In both cases, this module raises an error that names the key.
+value of the wrong type. For unknown keys and for values of the wrong type, this module raises an error that names the key.
 """
 
 from __future__ import annotations

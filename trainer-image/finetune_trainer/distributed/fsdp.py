@@ -78,7 +78,8 @@ FSDP_KEYS = {
     "min_num_params": SIZE_TYPE, "auto_wrap_policy": ValueType(f"one of {', '.join(WRAP_POLICIES)}", lambda value: str(value).upper() in WRAP_POLICIES),
     **dict.fromkeys(VERSION_1_KEYS, ANY_TYPE),
 }  # fmt: skip
-"""The type of each key of fsdp_config. The keys have no prefix `fsdp_`. `_find_spec_value` checks the values of keys about sharding and state dict."""
+"""The type of each key of fsdp_config. The keys are written without the prefix `fsdp_`. `_find_spec_value` checks the values of keys about sharding
+and state dict."""
 
 
 @dataclass

@@ -42,7 +42,7 @@ class RankPosition:
 
     @staticmethod
     def from_env() -> RankPosition:
-        """Return the position of this process. Without torchrun's environment variables, it is a single rank."""
+        """Return the position of this process. Without torchrun's environment variables, the process is a single rank."""
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
         return RankPosition(rank, local_rank, world_size, int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size))))

@@ -156,7 +156,7 @@ class FileMerge:
         return self.file_values[path]
 
     def _file_takes_precedence(self, key: str, file_value: Any, path: str, spec_value: Any, file_text: str | None = None) -> bool:
-        """Whether the file's value replaces `spec_value`. If so, record a note. If the user set both values and they differ, record a conflict."""
+        """Whether the file's value replaces `spec_value`. If it does, record a note. If the user set both values and they differ, record a conflict."""
         if file_value is None or file_value == AUTO_VALUE or _values_equal(file_value, spec_value):
             return False
         text = _as_text(file_value) if file_text is None else file_text

@@ -97,7 +97,7 @@ class _ChangedRows:
     count: int
     usual_difference: float = 0.0
     largest_difference: float | None = None
-    """Largest possible difference in one row. If it is None, the larger absolute value of the two models' metrics is used."""
+    """Largest possible difference in one row. If this field is None, the larger absolute value of the two models' metrics is used."""
 
 
 def _compare(
@@ -292,7 +292,7 @@ def _compare_fractions(base: FloatArray, trained: FloatArray, confidence: float)
 
 
 def _lowest_difference(wins: int, losses: int, row_count: int, confidence: float) -> float:
-    """Return the lowest difference of two paired fractions that the score test does not reject. It is computed by bisection."""
+    """Return the lowest difference of two paired fractions that the score test does not reject. This difference is computed by bisection."""
     critical = NormalDist().inv_cdf((1 + confidence) / 2)
     rejected, accepted = -1.0, (wins - losses) / row_count
     for _ in range(60):

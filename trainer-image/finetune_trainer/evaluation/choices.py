@@ -27,7 +27,7 @@ def letter_log_probabilities(
 
     `letters` are the texts that follow the prompt, in the row's order, for example `A` or ` A`. If a letter has several tokens, their
     log-probabilities are added up. A tokenizer may merge the letter with the end of the prompt, for example `: ` and `A` into `:` and
-    ` A`. So the function tokenises prompt and letter together. It scores only the tokens after the longest beginning that the prompt and
+    ` A`. So the function tokenises prompt and letter together. The function scores only the tokens after the longest beginning that the prompt and
     all options share, so that all options are scored after the same tokens.
 
     `add_special_tokens`: false for prompts from a chat template, because the template already contains the special tokens.

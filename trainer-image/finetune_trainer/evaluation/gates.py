@@ -20,7 +20,7 @@ from finetune_trainer.evaluation.bootstrap import FloatArray, MetricComparison, 
 
 
 class MeasuredMetric(Protocol):
-    """A metric of one model. If it has no value, `reason` says why."""
+    """A metric of one model. If the metric has no value, `reason` says why."""
 
     @property
     def value(self) -> float | None:

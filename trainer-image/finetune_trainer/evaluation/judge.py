@@ -207,7 +207,7 @@ class Judge:
         )
 
     def _request(self, send: Callable[[], Any]) -> Any:
-        """Send a request, add its tokens to the usage, and return the response. The OpenAI client repeats it after errors that may be temporary.
+        """Send a request, add its tokens to the usage, and return the response. The OpenAI client repeats the request after errors that may be temporary.
 
         Errors: those of `ask`.
         """

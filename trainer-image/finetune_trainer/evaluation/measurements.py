@@ -1,7 +1,7 @@
 """The measurements of one model: its metrics, and the values of each row from which the metrics are computed.
 
-The stage `evaluating` stores the measurements of the trained model. So a later attempt can compare them with those of the base model
-without measuring the trained model again.
+The stage `evaluating` stores the measurements of the trained model. So a later attempt can compare the stored measurements with those of the base
+model, without measuring the trained model again.
 """
 
 from __future__ import annotations

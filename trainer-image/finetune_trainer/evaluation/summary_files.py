@@ -90,7 +90,7 @@ def write_workbook(path: Path, predictions: Sequence[Prediction], metrics: Mappi
 
 
 def to_cell_text(text: str) -> str:
-    """Return the text as a cell can contain it. Control characters and unpaired surrogates are replaced, and a text that is too long is cut."""
+    """Return the text in a form that a cell can contain. Control characters and unpaired surrogates are replaced, and a text that is too long is cut."""
     from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
 
     text = ILLEGAL_CHARACTERS_RE.sub("\ufffd", text)

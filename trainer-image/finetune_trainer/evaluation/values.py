@@ -33,7 +33,7 @@ class MetricValue:
 
     @classmethod
     def missing(cls, reason: str) -> MetricValue:
-        """Return a metric without a value. `reason`: why it could not be computed."""
+        """Return a metric without a value. `reason`: why the metric could not be computed."""
         return cls(None, reason)
 
     @property

@@ -38,7 +38,7 @@ from finetune_trainer.model import load_model
 
 SNR_FILE = "spectrum_snr.json"
 SCAN_CACHE_VERSION = 2
-"""Part of the file name of a cached scan. Increase it when the fields of `ScannedModule` change, because local runs reuse their work folder."""
+"""Part of the file name of a cached scan. Increase this number when the fields of `ScannedModule` change, because local runs reuse their work folder."""
 _LAYER_NAME_PATTERN = re.compile(r"^(?P<stack>.*?)\.(?P<index>\d+)\.(?P<type>.+)$")
 
 

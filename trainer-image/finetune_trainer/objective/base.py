@@ -27,7 +27,7 @@ ArgumentsT = TypeVar("ArgumentsT", bound=TrainingArguments)
 
 @dataclass
 class TrainingContext:
-    """The inputs of an objective. All of them exist before the model is loaded."""
+    """The inputs of an objective. All inputs exist before the model is loaded."""
 
     run: RunConfig
     inputs: Inputs

@@ -120,7 +120,7 @@ class SftTrainer(GuardedTrainer, SFTTrainer):
             self._token_counts.add(shifted_predictions(hidden[:, -labels.shape[1] :], labels, head))
 
     def _classification_metrics(self) -> dict[str, float]:
-        """Return precision, recall and F1 of the evaluation that has just ended. A collective operation: every rank must call it."""
+        """Return precision, recall and F1 of the evaluation that has just ended. This is a collective operation: every rank must call this function."""
         counts, self._token_counts = self._token_counts, None
         if counts is None:
             return {}
@@ -179,7 +179,8 @@ class SftTrainer(GuardedTrainer, SFTTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log with additional values: the number of tokens seen, and token accuracy, entropy and share of padding since the last log line.
 
-        The number of tokens seen is part of the Trainer's state, which checkpoints contain. So a resumed run continues to count.
+        The number of tokens seen is part of the Trainer's state, which checkpoints contain. So a resumed run continues to count from the number in
+        the checkpoint.
         """
         sums = self._reduce_sums("train") if self.model.training else {}
         if sums.get("trained"):
@@ -192,7 +193,7 @@ class SftTrainer(GuardedTrainer, SFTTrainer):
         super().log(logs, start_time)
 
     def _reduce_sums(self, mode: str) -> dict[str, float]:
-        """Return the sums since the last call, added up over all ranks. A collective operation: every rank must call it."""
+        """Return the sums since the last call, added up over all ranks. This is a collective operation: every rank must call this function."""
         sums = self._sums[mode]
         if not sums:
             return {}
@@ -213,7 +214,7 @@ class SftObjective(Objective[PreparedData, SFTConfig]):
     held_out_metrics = (TEST_LOSS, TEST_TOKEN_ACCURACY, HeldOutMetric("answer_accuracy", "testAnswerAccuracy", "answer accuracy"))  # fmt: skip
 
     def load_data(self, context: TrainingContext) -> tuple[PreparedData, DataFacts]:
-        """Load the token sequences. One rank of each node prepares them."""
+        """Load the token sequences. One rank of each node prepares the sequences."""
         data = prepare(
             context.run, context.inputs, context.tokenizer, max_positions=context.max_positions, cache_folder=context.token_cache,
             one_rank_first=local_rank_0_first(), vision=context.vision, preparation=context.preparation,

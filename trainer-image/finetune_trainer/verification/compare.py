@@ -29,7 +29,9 @@ Training uses autocast, FSDP or DeepSpeed, and a freshly loaded model does not, 
 with 12 layers differed by 0.0057 to 0.0091 nats.
 """
 SHARE_OF_DOUBT, SMALLEST_DOUBT = 0.5, 1e-4
-"""An artefact whose difference from the reference values exceeds this share of the change by training is not verified, even below the limit.
+"""An artefact is not verified if its difference from the reference values exceeds this share of the change by training.
+
+This applies even if the difference is below the limit.
 
 An artefact that lacks a part of the trained change could differ by the same amount. Differences below `SMALLEST_DOUBT` nats are rounding in 32 bits.
 """
@@ -49,7 +51,7 @@ def compute_difference_and_tolerance(
 ) -> tuple[float, float]:
     """Return the difference from the reference values, and the largest accepted difference.
 
-    In 32 bits, the difference is that of the token with the largest difference. In other formats, it is the root mean square over all tokens,
+    In 32 bits, the difference is that of the token with the largest difference. In other formats, the difference is the root mean square over all tokens,
     because rounding shifts single unlikely tokens by much more than the others. `change`: root mean square of the change from the base model;
     None if unknown. `is_rounded`: whether merging has rounded the weights to 16 bits.
     """
