@@ -31,9 +31,8 @@ with 12 layers differed by 0.0057 to 0.0091 nats.
 SHARE_OF_DOUBT, SMALLEST_DOUBT = 0.5, 1e-4
 """An artefact is not verified if its difference from the reference values exceeds this share of the change by training.
 
-This applies even if the difference is below the limit.
-
-An artefact that lacks a part of the trained change could differ by the same amount. Differences below `SMALLEST_DOUBT` nats are rounding in 32 bits.
+This rule applies even if the difference is below the limit, because an artefact that lacks a part of the trained change could differ by the same
+amount. Differences below `SMALLEST_DOUBT` nats are rounding in 32 bits.
 """
 MERGED_MODEL_NAME = "merged"
 """Name of the merged model in the status."""
