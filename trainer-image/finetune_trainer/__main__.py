@@ -1,9 +1,10 @@
-"""Entry point of the trainer image. `supervise` and `prepare` run as PID 1 of a pod, and `fill-cache` runs in its init container. The other
-commands run as further processes of a pod.
+"""Entry point of the trainer image.
 
-`agent` starts the pod's ranks, `train` runs one rank, `check` checks spec, model and data before GPUs are requested, `stage` runs a stage after training,
-`track` sends a run to its trackers, `compare-weights` compares the weights of two models for `finetune replay`, `check-storage` checks the access
-to storage for `finetune doctor`.
+`supervise` and `prepare` run as PID 1 of a pod, and `fill-cache` runs in its init container. All other commands run as additional processes in a pod.
+
+`agent` starts the pod's ranks, `train` runs one rank, `check` checks spec, model and data before GPUs are requested, `stage` runs a stage after
+training, `track` sends a run to its trackers, `compare-weights` compares the weights of two models for `finetune replay`, `check-storage` checks the
+access to storage for `finetune doctor`.
 
 This module imports only light packages, because the pod must answer HTTP within a second of its start.
 """
@@ -90,7 +91,10 @@ def _supervise(command: str, arguments: list[str]) -> int:
 
 
 def _fill_cache(arguments: list[str]) -> int:
-    """Fill the model cache in an init container. SIGTERM ends the process at once: the kernel releases its locks, and the next pod downloads again."""
+    """Fill the model cache in an init container.
+
+    SIGTERM ends the process at once. The kernel then releases the locks of the process, and the next pod repeats the download.
+    """
     for signal_number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signal_number, lambda _number, _frame: os._exit(128 + signal.SIGTERM))
     from finetune_trainer.logs import configure_logging
@@ -105,9 +109,9 @@ def _fill_cache(arguments: list[str]) -> int:
 
 
 def _exit_code_of_failed_import(error: ImportError) -> int:
-    """If the image lacks a package or a library, print its name and return exit code 78. Other errors are raised again.
+    """If the image lacks a package or a library, print its name and return exit code 78. All other import errors are raised again.
 
-    Kubernetes copies the printed name to the termination message, because that message is the end of the log.
+    Kubernetes copies the printed name to the termination message, because this message consists of the last lines of the container's log.
     """
     from finetune_trainer.failure import installation_error
 

@@ -2,7 +2,7 @@
 
 Recomputing (gradient checkpointing) saves memory and costs a second forward pass. A run does not recompute if the estimated memory of its
 largest micro-batch fits into the GPU. Otherwise, in each micro-batch, as many of the last layers as possible keep their activations. The
-estimate covers dense decoders with LoRA or full training. For each token and layer, it counts the values that the layer keeps for each
+estimate covers dense decoders with LoRA or full training. For each token and layer, the estimate counts the values that the layer keeps for each
 hidden unit, each unit of the attention heads and each unit of the feed-forward layer (`KeptValues`). These counts depend on the kernels.
 Measured peaks of memory are lower than the estimate: by 11 to 33 % with Liger's kernels, and by more without them
 (benchmarks/results/gpu_cells*.json). If an attempt still runs out of memory, the operator adapts the spec: the next attempt has a smaller
@@ -67,7 +67,7 @@ class ActivationChoice:
     """Which activations are kept. All other activations are recomputed."""
 
     kept_layer_tokens: int | None
-    """Upper limit of the number of layers that keep their activations, multiplied by the number of tokens of the micro-batch (with padding).
+    """Upper limit of the product of two numbers: the layers that keep their activations, and the tokens of the micro-batch (with padding).
     None: all layers keep their activations."""
     note: str
     """Sentence for the status."""
@@ -76,7 +76,7 @@ class ActivationChoice:
 def choose_kept_activations(
     run: RunConfig, hardware: Hardware, strategy_name: str, config: Any, *, batch_tokens: int, gpu_bytes: int, uses_liger: bool
 ) -> ActivationChoice | None:
-    """Choose which activations are kept. Return None if all must be recomputed, or if the spec decides.
+    """Choose which activations are kept. Return None if all activations must be recomputed, or if the spec makes this choice.
 
     `config`: the model's configuration. `batch_tokens`: tokens of the largest micro-batch, with padding. `gpu_bytes`: total memory of the
     GPU. (The free memory is not used, so that all ranks and attempts on the same type of GPU make the same choice.) `uses_liger`: whether
@@ -108,7 +108,10 @@ def choose_kept_activations(
 
 
 def _may_trainer_choose(run: RunConfig) -> bool:
-    """Whether the trainer may choose: the spec leaves the choice open, and the operator can retry with a smaller batch after an out-of-memory error."""
+    """Whether the trainer may choose which activations are kept.
+
+    It may if the spec leaves the choice open, and if the operator can retry with a smaller batch after an out-of-memory error.
+    """
     training = run.spec.training
     return (
         training.gradient_checkpointing is GradientCheckpointing.ENABLED

@@ -14,7 +14,7 @@ from finetune_trainer.model import quantization_config
 
 
 def require_attention(base_model: Any, hardware: Hardware) -> str:
-    """Return the active attention implementation. Errors: InternalError AttentionSwapped if it is not the requested implementation."""
+    """Return the active attention implementation. Errors: InternalError AttentionSwapped if the active implementation is not the requested one."""
     active_attention = attention_implementation(base_model)
     if active_attention != hardware.attention:
         raise InternalError("AttentionSwapped", f"attention {hardware.attention} was requested, {active_attention} is active")

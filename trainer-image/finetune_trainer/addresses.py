@@ -1,8 +1,9 @@
 """Refuses addresses that lead to the metadata service of a cloud.
 
 Such a service gives the credentials of the node to every program that can connect to it. The platform's rule `endpoints` only compares the text
-of an address. This module compares the IP addresses to which a host name or another notation (`http://2852039166`) resolves. This check
-does not help if a name server changes its answer between the check and the connection. A NetworkPolicy with `blockMetadata` also helps then.
+of an address. This module resolves the host of an address and checks the IP addresses, so that it also recognises host names and other notations
+(`http://2852039166`). This check does not help if a name server changes its answer between the check and the connection. A NetworkPolicy with
+`blockMetadata` helps in this case, too.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from finetune_api.errors import ConfigError
 from finetune_api.metadata_addresses import is_metadata_address
 
 METADATA_NAMES = ("metadata.google.internal", "metadata.goog", "instance-data")
-"""Host names of metadata services. They are refused by name too, because in a pod with a proxy, perhaps only the proxy can resolve them."""
+"""Host names of metadata services. These names are refused even if this pod cannot resolve them, because a proxy may resolve them."""
 
 
 def refuse_metadata_address(url: str, origin: str) -> None:
@@ -27,7 +28,7 @@ def refuse_metadata_address(url: str, origin: str) -> None:
     try:
         host = (urlsplit(url).hostname or "").rstrip(".")
         addresses = {str(info[4][0]) for info in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)} if host else set()
-    except (OSError, ValueError):  # not a URL, or an unknown name: the connection fails with a message of its own
+    except (OSError, ValueError):  # not a URL, or an unknown host name: the later connection fails with its own message
         addresses = set()
     forbidden = sorted(address for address in addresses if is_metadata_address(address))
     if forbidden or host in METADATA_NAMES:

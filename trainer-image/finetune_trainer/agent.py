@@ -3,7 +3,8 @@
 The agent writes the exit code of each failed rank to a file for the supervisor (`agent_result`), because `torchrun` exits with
 1 for every failure. The agent does not restart ranks: a failed rank ends the attempt, and the operator starts the next attempt.
 
-A single rank needs no rendezvous. The agent then starts the rank directly, and saves the seconds that the import of torch takes.
+If the run has only one rank, the agent starts it directly, because a single rank needs no rendezvous. The agent then need not import torch, which
+takes seconds.
 """
 
 from __future__ import annotations
@@ -81,8 +82,7 @@ def _run_ranks(options: argparse.Namespace) -> FailuresByRank:
 def _open_store_listener(options: argparse.Namespace) -> socket.socket | None:
     """Return the loopback socket for the TCPStore that this agent creates.
 
-    None if another pod creates the store, or if the operator is too old to give the gang a secret. In the second case, the store listens on
-    all interfaces.
+    None if another pod creates the store, or if the operator is too old to give the gang a secret. Without a secret, the store listens on all interfaces.
     """
     if options.store_fd is not None:
         return socket.socket(fileno=options.store_fd)

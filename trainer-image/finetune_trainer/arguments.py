@@ -92,7 +92,7 @@ def shared_arguments(
         "dataloader_pin_memory": not hardware.is_cpu,
         "disable_tqdm": True,
         "report_to": [],
-        # If this filter were on, transformers would log the last finite loss instead of a NaN or infinite loss.
+        # If logging_nan_inf_filter were on, transformers would log the last finite loss instead of a NaN or infinite loss.
         "logging_nan_inf_filter": False,
         **_checkpointing_arguments(run, savers.gradient_checkpointing),
         **_interval_arguments(run, has_validation_data),
@@ -105,7 +105,10 @@ def _seed(run: RunConfig) -> int:
 
 
 def unused_warmup_notes(run: RunConfig) -> list[str]:
-    """Return notes about warm-up settings that the constant schedule ignores. Empty for schedule-free optimizers: they apply the warm-up."""
+    """Return notes about warm-up settings that the constant schedule ignores.
+
+    The list is empty for schedule-free optimizers, because they apply the warm-up.
+    """
     training = run.spec.training
     if training.scheduler is not LearningRateSchedule.CONSTANT or (training.optimizer or "").startswith("schedule_free_"):
         return []

@@ -1,9 +1,9 @@
 """Attention for packed sequences and padding-free batches with torch's variable-length kernel, registered with transformers as `varlen`.
 
-A packed sequence holds several documents. A padding-free batch is also such a sequence: its rows are concatenated instead of padded. With
-sdpa, transformers describes the documents by a mask over all pairs of tokens, which flash kernels do not accept. `varlen_attn` receives the
-boundaries of the documents instead. TRL's collator adds them to each batch (`cu_seq_lens_q`, `max_length_q`), and transformers passes them
-to every attention layer.
+A packed sequence holds several documents. A padding-free batch is also a sequence of several documents: its rows are concatenated instead of padded.
+With sdpa, transformers describes the documents by a mask over all pairs of tokens. Flash kernels do not accept such a mask. torch's `varlen_attn`
+receives the boundaries of the documents instead of a mask. TRL's collator adds the boundaries to each batch (`cu_seq_lens_q`, `max_length_q`), and
+transformers passes them to every attention layer.
 
 transformers creates one mask per forward pass and then calls the attention function in each layer. `create_varlen_mask` creates no mask if the
 kernel can compute the batch. `compute_varlen_attention` calls the kernel, or sdpa in all other cases.
@@ -34,12 +34,12 @@ from finetune_trainer.library_internals import passes_document_boundaries, suppo
 FULL_ATTENTION = "full_attention"
 """transformers' name for layers whose tokens attend to all previous tokens."""
 VARLEN_ATTENTION = "varlen"
-"""Name of this implementation in transformers and in the status."""
+"""Name of this module's attention implementation in transformers and in the status."""
 KERNEL_DTYPES = (torch.float16, torch.bfloat16)
 """Data types that the kernel computes in."""
 MAX_HEAD_SIZE = 256
 HEAD_SIZE_MULTIPLE = 8
-"""The kernel needs head sizes that are multiples of this number. sdpa pads other head sizes."""
+"""The kernel needs head sizes that are multiples of this number. For other head sizes, sdpa is used, which pads the heads."""
 MIN_COMPUTE_CAPABILITY = (8, 0)
 ATTENTION_DROPOUT_FIELDS = ("attention_dropout", "attn_pdrop", "attn_dropout", "attention_probs_dropout_prob")
 """Fields of model configurations that hold the probability of attention dropout."""
@@ -57,7 +57,10 @@ PADDING_FREE_NOTE = (
 
 
 def gqa_options(kernel: Callable[..., Any]) -> dict[str, bool]:
-    """Return the arguments that let the kernel accept fewer key heads than query heads. torch 2.11 needs none; torch 2.15 needs `enable_gqa`."""
+    """Return the arguments that let the kernel accept fewer key heads than query heads.
+
+    torch 2.11 needs no argument for this, and torch 2.15 needs `enable_gqa`.
+    """
     return {"enable_gqa": True} if "enable_gqa" in inspect.signature(kernel).parameters else {}
 
 
@@ -127,8 +130,8 @@ def require_divisible_attention(config: Any, rank_count: int) -> None:
 def require_supported_attention(run: RunConfig, config: Any, attention: str) -> tuple[str, list[str]]:
     """Return the attention implementation to use, and notes for the status.
 
-    It is `attention`, unless `attention` is sdpa and transformers has no sdpa for this type of model; then it is `eager`. Types without
-    sdpa are, for example, Gemma 2 (limited scores), GPT-OSS (attention sinks) and Mamba 2 (no attention).
+    The result is `attention`, unless `attention` is sdpa and transformers has no sdpa for this type of model. In that case, the result is `eager`.
+    Types without sdpa are, for example, Gemma 2 (limited scores), GPT-OSS (attention sinks) and Mamba 2 (no attention).
     Errors: ConfigError AttentionUnavailable if the spec requests sdpa.
     """
     if attention != "sdpa" or supports_sdpa(config):
@@ -147,9 +150,13 @@ def uses_padding_free_batches(run: RunConfig, attention: str) -> bool:
 
 
 def can_concatenate_rows(run: RunConfig, config: Any, adapter: Path | None = None) -> bool:
-    """Whether an unpacked run with `varlen` may concatenate its rows. It may if its results stay the same; concatenation makes it faster."""
+    """Whether an unpacked run with `varlen` may concatenate its rows.
+
+    It may do so if concatenation, which makes training faster, does not change the results.
+    """
     return (
-        # Prefix and prompt tuning add virtual tokens to each row. PEFT would put them only once before the concatenated rows, and drop the positions.
+        # Prefix and prompt tuning add virtual tokens to each row. PEFT would put these tokens only once before the concatenated rows, and drop the
+        # position ids.
         method_type_of(run.spec) not in PROMPT_METHODS
         and (adapter is None or ignores_token_position(adapter))
         # The size of NEFTune's noise depends on the length of the sequence.
@@ -165,7 +172,7 @@ def ignores_token_position(adapter: Path) -> bool:
     try:
         config = json.loads((adapter / "adapter_config.json").read_text())
     except (OSError, ValueError):
-        return False  # If the file cannot be read, loading the adapter raises an error with the reason.
+        return False  # If the adapter's configuration cannot be read, the later loading of the adapter raises an error with the reason.
     # Activated LoRA (aLoRA) searches for its invocation tokens once per row of the batch.
     return config.get("peft_type") in ("LORA", "IA3") and not config.get("alora_invocation_tokens")
 
@@ -198,7 +205,7 @@ def reason_against_varlen(run: RunConfig, hardware: Hardware, config: Any) -> st
         return f"models of type {config.model_type} have other inputs than text"
     try:
         return _find_unsupported_feature(config)
-    except RuntimeError:  # transformers raises this error if the layers have different values of a field.
+    except RuntimeError:  # The configuration raises RuntimeError if the layers have different values of a field.
         return "the layers of the model have different attention settings"
 
 
@@ -263,10 +270,10 @@ def _needs_no_mask(
 ) -> bool:  # fmt: skip
     """Whether `compute_varlen_attention` needs no mask: the boundaries of the documents and the size of the sliding window are enough."""
     return (
-        # transformers passes this option for every mask that is not causal. A mask that the model has modified is built with vmap.
+        # transformers passes `allow_is_bidirectional_skip` for every mask that is not causal, and `use_vmap` for a mask that the model has modified.
         "allow_is_bidirectional_skip" not in options
         and not use_vmap
-        # Chunked masks also have a local size, but no layer passes it to the attention function.
+        # Chunked masks also set `local_size`, but no layer passes the size of its chunks to the attention function.
         and local_size in (None, getattr(config, "sliding_window", None))
         and attention_mask is None
         and batch_size == 1
@@ -333,14 +340,15 @@ def _call_kernel(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, boundaries: torch.Tensor, max_length: int, scaling: float | None,
     sliding_window: int | None,
 ) -> torch.Tensor:  # fmt: skip
-    """Call the kernel. `boundaries`: start of each document, then the number of tokens; `max_length`: tokens of the longest document.
+    """Call the kernel. `boundaries`: start of each document, then the number of tokens in the sequence; `max_length`: tokens of the longest document.
 
     transformers' size of a sliding window includes the token itself. The kernel's size includes only the preceding tokens.
     """
     dtype = _computation_dtype(query.device, query.dtype)
     query, key, value = (tensor.squeeze(0).transpose(0, 1).to(dtype) for tensor in (query, key, value))
     tokens_before = sliding_window - 1 if sliding_window is not None and sliding_window < max_length else -1
-    # The same tensor is passed twice, because newer versions of torch use cuDNN's faster kernel only if both boundaries are one object.
+    # `boundaries` is passed twice (for queries and for keys), because newer versions of torch use cuDNN's faster kernel only if both arguments are
+    # the same object.
     result: Any = varlen_attn(
         query,
         key,

@@ -20,7 +20,7 @@ from torch import distributed
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 BEST_PREFIX = "best--"
-"""Prefix of the file names of the best weights inside other checkpoints."""
+"""Prefix of the names of the files that hold the best weights inside later checkpoints."""
 WEIGHT_FILE = re.compile(r"^(adapter_model|adapter_config|model|pytorch_model).*\.(safetensors|bin|json)$")
 BEST_FOLDER = "best"
 """Name of the folder with the best weights, in the Trainer's output folder."""
@@ -36,7 +36,10 @@ class KeepBest(TrainerCallback):
         self._trainer: Any = None
 
     def on_trainer_created(self, trainer: Any) -> None:
-        """Keep a reference to the Trainer. Its `run_after_files` runs a task after a checkpoint is written, also if that happens in the background."""
+        """Keep a reference to the Trainer.
+
+        Its `run_after_files` runs a task after a checkpoint is written, even if the checkpoint is written in the background.
+        """
         self._trainer = trainer
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -64,7 +67,10 @@ class KeepBest(TrainerCallback):
 
 
 def _link_best_weights(root: Path, step: int, is_best: bool) -> None:
-    """If the checkpoint of `step` is the best, link its weights into the folder of the best weights. Otherwise, link the best weights into this checkpoint."""
+    """If the checkpoint of `step` is the best, link its weights into the folder of the best weights.
+
+    If it is not the best, link the best weights into this checkpoint.
+    """
     folder, best_weights = root / f"checkpoint-{step}", root / BEST_FOLDER
     if is_best:
         _replace_files(best_weights, _weight_files(folder))
@@ -120,7 +126,7 @@ def find_best_folder(trainer: Any) -> Path:
 
 
 def _replace_files(folder: Path, files: Iterator[tuple[str, Path]]) -> None:
-    """Replace the contents of `folder` with these files. The last step is a rename, so that no reader sees only some of the files."""
+    """Replace the contents of `folder` with `files`. The last step is a rename, so that no reader sees only some of the files."""
     temporary_folder = folder.with_name(folder.name + ".part")
     shutil.rmtree(temporary_folder, ignore_errors=True)
     temporary_folder.mkdir(parents=True)

@@ -1,8 +1,9 @@
 """The process `check` of a preparation: checks with the large libraries whether model, data and method fit together, without weights or GPU.
 
-The process runs the code of a training rank up to the point where the rank loads the weights: tokenizer, chat template, objective and tokenised
-rows. Then it builds the model on torch's meta device, where tensors have shapes but no values, and applies the method to the model. A mistake
-in the spec gives the same error as in a training pod. If a library cannot build a model without values, a note says what was not checked.
+The process runs the code of a training rank up to the point where the rank loads the weights: it loads the tokenizer and the chat template, creates
+the objective, and tokenises the rows. Then the process builds the model on torch's meta device, where tensors have shapes but no values, and applies
+the method to the model. So a mistake in the spec causes the same error in this check as in a training pod. If a library cannot build a model without
+values, a note says what was not checked.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ def _data_report(facts: DataFacts) -> DataReport:
 
 
 def _check_method(run: RunConfig, channel: Channel, inputs: Inputs, context: Any, config: Any, model_kind: str) -> tuple[int | None, int | None]:
-    """Apply the method to the model on the meta device. Returns the number of trained values and of all values; both None if not checked.
+    """Apply the method to the model on the meta device. Returns the number of trained values and of all values; both are None if the method was not checked.
 
     Errors: ConfigError of the method, for example if no module has a name of `method.lora.targetModules`.
     """
@@ -129,7 +130,7 @@ def _check_method(run: RunConfig, channel: Channel, inputs: Inputs, context: Any
         trainable = create_method(method_context).apply(_build_without_values(run, config, model_kind))
     except ConfigError:
         raise
-    except Exception as error:  # Perhaps the library failed only because the weights have no values here. Then training still works.
+    except Exception as error:  # The library may have failed only because the weights have no values on the meta device. In this case, training works.
         logging.getLogger(__name__).warning("the method was not checked against the model", exc_info=error)
         channel.report_note(f"the preparation did not check the method against the model: {type(error).__name__}")
         return None, None

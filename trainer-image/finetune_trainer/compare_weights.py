@@ -1,4 +1,4 @@
-"""Compares the weights of two models: all tensors of the safetensors files of two folders. `finetune replay` runs this as a process."""
+"""Compares the weights of two models: all tensors of the safetensors files of two folders. `finetune replay` runs this module as a process."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class WeightComparison(LenientModel):
 
     tensors: int = Field(description="Number of tensors that both models have.")
     equal: bool = Field(description="Whether both models have the same tensors, with the same types, shapes and bits.")
-    different_tensors: int = Field(description="Number of tensors that both models have with different values.")
-    largest_difference: float = Field(default=0.0, description="Largest absolute difference of two values. 1.7e308 if a value is not finite.")
+    different_tensors: int = Field(description="Number of tensors that both models have, but with different values.")
+    largest_difference: float = Field(default=0.0, description="Largest absolute difference between the models' values. 1.7e308 if it is not finite.")
     largest_in: str | None = Field(default=None, description="Tensor with the largest difference.")
     mismatched: list[str] = Field(default_factory=list, description="Tensors that only one model has, or whose types or shapes differ.")
 

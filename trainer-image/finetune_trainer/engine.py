@@ -1,7 +1,7 @@
 """Checks for the Trainer of every objective. Each check detects a fault that transformers and TRL would ignore.
 
-`GuardedTrainer` is mixed into TRL's trainers. It connects the distributed strategy, and refuses a checkpoint if its weights do not
-match the model. `FiniteGuard` ends a run if its loss or gradient norm is not finite.
+`GuardedTrainer` is mixed into TRL's trainers. It connects a trainer to the distributed strategy, and refuses a checkpoint whose weights do not match
+the model. `FiniteGuard` ends a run if its loss or gradient norm is not finite.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ MODEL_WEIGHTS = "model.safetensors"
 QUANTIZATION_KEY_PARTS = (".absmax", ".quant_map", ".quant_state.", ".nested_")
 """Substrings of the keys under which bitsandbytes saves the scales of 4-bit weights.
 
-`check_loaded_keys` accepts such keys in a checkpoint, because the base model already has its scales.
+`check_loaded_keys` accepts keys with these substrings in a checkpoint, because the base model is loaded with its scales.
 """
 
 
@@ -52,7 +52,7 @@ class GuardedTrainer(OpenTrainer):
     clock: TrainingClock | None = None
     """Measures the seconds of training. The clock starts with this attempt's first pass over the data."""
     kept_layer_tokens: int | None = None
-    """Upper limit of the number of layers that keep their activations, multiplied by the number of tokens of the micro-batch. None: whether a layer
+    """Upper limit of the product of two numbers: the layers that keep their activations, and the tokens of the micro-batch. None: whether a layer
     recomputes its activations does not depend on the micro-batch."""
     checkpoint_writer: BackgroundWriter | None = None
     """Writes checkpoints in the background. None: each checkpoint is written before training continues."""
@@ -100,7 +100,7 @@ class GuardedTrainer(OpenTrainer):
         return super().clip_gradients(model) if self._collected is None else self._clip_collected(self.args.max_grad_norm)
 
     def gradient_norm(self, model: Any, norm: Any = None) -> Any:
-        """Return the gradient norm, without a walk over all modules. `norm`: the norm if the gradients were clipped."""
+        """Return the gradient norm, without a walk over all modules. `norm`: the gradient norm if clipping has already computed it, else None."""
         if self._collected is None or norm is not None:
             return super().gradient_norm(model, norm)
         return self._clip_collected(math.inf)
@@ -150,7 +150,7 @@ class GuardedTrainer(OpenTrainer):
         return self.clock
 
     def save_checkpoint(self, model: Any, trial: Any = None) -> None:
-        """Save a checkpoint. Its large files may be written in the background."""
+        """Save a checkpoint. The large files of the checkpoint may be written in the background."""
         if self.checkpoint_writer is None:
             super().save_checkpoint(model, trial)
             return
@@ -167,7 +167,10 @@ class GuardedTrainer(OpenTrainer):
         super().save_files(output_dir, state_dict)
 
     def run_after_files(self, task: Callable[[], object]) -> None:
-        """Run `task` when all files that were saved before are written. A background writer runs it later, in its thread."""
+        """Run `task` when all files that were saved before are written.
+
+        If a background writer writes the files, it runs `task` later, in its own thread.
+        """
         if self.checkpoint_writer is None:
             task()
         else:
@@ -296,7 +299,7 @@ class FiniteGuard(TrainerCallback):
             if not isinstance(value, float | int) or math.isfinite(value):
                 continue
             if key == "grad_norm" and args.fp16:
-                continue  # The gradient scaler skips such a step and lowers its scale.
+                continue  # If the gradients are not finite, fp16's gradient scaler skips the step and lowers its scale.
             raise DivergedError(
                 code, f"{key} is {value} at step {state.global_step}",
                 hint="lower training.learningRate, raise warmupSteps, or use bf16 instead of fp16",

@@ -1,11 +1,11 @@
 """The trainer's side of the vLLM server that generates the completions of grpo.
 
-Server and trainer are two containers of one pod. They share a volume and the loopback address:
+Server and trainer are two containers of one pod. The two containers share a volume and the loopback address:
 
 1. The trainer writes the model, then `server.json` with the options of the server. The server's container waits for this file and starts vLLM.
-2. Before each generation with changed weights, the trainer writes the model again and asks the server to read it (`reload_weights`).
-3. If the server ends, its container writes `ended.json`, at the latest when the kubelet starts the container again. The trainer then fails: a
-   server that ends is not started again in the same attempt.
+2. Before each generation with changed weights, the trainer writes the model again and asks the server to read the model (`reload_weights`).
+3. If the server ends, its container writes `ended.json`, at the latest when the kubelet starts the container again. When the trainer finds
+   `ended.json`, it fails, because a server that has ended is not started again in the same attempt.
 
 The weights go through the volume, because TRL's own transfer (NCCL) needs vLLM in the trainer's image, and vLLM needs an older torch.
 """
@@ -36,7 +36,7 @@ from pydantic.alias_generators import to_camel
 OLDEST_VLLM_VERSION, NEWEST_VLLM_VERSION = (0, 22), (0, 31)
 """Versions of vLLM whose answers TRL 1.16 can read (`is_vllm_available` in `import_utils.py`)."""
 LOGPROBS_MODE = "processed_logprobs"
-"""vLLM's name for log-probabilities after temperature and top-p. TRL needs them to correct for the differences between the
+"""vLLM's name for log-probabilities after temperature and top-p. TRL needs these log-probabilities to correct for the differences between the
 probabilities of the server and of the trainer."""
 POLL_SECONDS = 1.0
 PROBE_TIMEOUT_SECONDS = 10.0
@@ -45,11 +45,14 @@ END_REPORT_POLLS = 10
 DIRECT_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 """Opens URLs without the proxy of the environment, because no proxy can reach the loopback address of the pod."""
 MAX_DETAIL_CHARACTERS = 500
-"""How many characters of the server's answer an error message quotes."""
+"""Maximum number of characters of the server's answer that an error message quotes."""
 
 
 class GenerationServerError(PeerError):
-    """The vLLM server failed (exit code 74). Other PeerErrors follow the failure of another rank, but this one is the attempt's first failure."""
+    """The vLLM server failed (exit code 74).
+
+    All other PeerErrors are consequences of another rank's failure. This error is itself the first failure of the attempt.
+    """
 
     follows_other_rank = False
 
@@ -85,7 +88,7 @@ class GenerationServer:
 
     @property
     def model_folder(self) -> Path:
-        """The folder from which the server reads the model. It is also the name of the model in requests."""
+        """The folder from which the server reads the model. The path of this folder is also the name of the model in requests."""
         return self.folder / GENERATION_MODEL_FOLDER
 
     def start(self) -> None:
@@ -131,7 +134,7 @@ class GenerationServer:
         )
 
     def _wait_for_reported_end(self) -> None:
-        """Wait until the server's container reports why the server ended, because a lost connection precedes the end of the process.
+        """Wait until the server's container reports why the server ended, because the connection is lost before the server's process ends.
 
         Returns if no report comes in time. Errors: GenerationServerError GenerationServerEnded.
         """

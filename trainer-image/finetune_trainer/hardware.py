@@ -41,7 +41,7 @@ class Hardware:
 
 
 class _ComputePrecision(NamedTuple):
-    """The 16-bit format in which the forward pass computes. Both fields are False if it computes in 32 bits."""
+    """The 16-bit format in which the forward pass computes. Both fields are False if the forward pass computes in 32 bits."""
 
     computes_in_bf16: bool
     computes_in_fp16: bool
@@ -106,7 +106,7 @@ def _choose_device(run: RunConfig, local_rank: int) -> torch.device:
 def _missing_gpu_error(gpus_per_node: int) -> FineTuneError:
     """Return the failure of a pod in which torch finds no GPU.
 
-    If the pod has no driver, every attempt would fail. Otherwise, an attempt on another node may succeed.
+    If the pod has no driver, every attempt would fail. If it has a driver, an attempt on another node may succeed.
     """
     import torch
 

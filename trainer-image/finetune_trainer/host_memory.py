@@ -14,7 +14,7 @@ CGROUP_FILES = (
 )
 """Files of the cgroup that hold the memory limit, the usage and the details of the usage: for cgroup version 2, then for version 1."""
 RECLAIMABLE_FIELDS = ("inactive_file", "total_inactive_file")
-"""Fields of the details with the bytes of file cache that the kernel can drop: for cgroup version 2, then for version 1."""
+"""Fields in the file with the details that hold the bytes of file cache that the kernel can drop: for cgroup version 2, then for version 1."""
 
 
 def available_bytes(cgroup: Path = CGROUP_FOLDER) -> int:

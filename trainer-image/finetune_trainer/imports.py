@@ -6,7 +6,7 @@ job does not need one of these packages, the package's entry in `sys.modules` is
 installed. scipy and boto3 are hidden only while transformers and peft are imported: transformers would import scipy for object detection
 losses, which takes half a second, and accelerate would import boto3 for a command that configures SageMaker.
 
-The garbage collector pauses during the imports. They create about a million objects that live as long as the process. Repeated collections
+The garbage collector pauses during the imports. The imports create about a million objects that live as long as the process. Repeated collections
 would examine all of these objects each time, which takes a fifth of the time of the imports.
 """
 
@@ -34,7 +34,7 @@ LIBRARY_ENVIRONMENT = {
 }
 """Variables that the libraries read on import. A rank never accesses a hub, because the supervisor has downloaded all inputs."""
 BITSANDBYTES_OPTIMIZER = re.compile("8bit|paged|bnb|^ademamix|^lion")
-"""Matches the names of bitsandbytes' optimizers. It also matches two 8-bit optimizers of torchao."""
+"""Matches the names of bitsandbytes' optimizers. The pattern also matches two 8-bit optimizers of torchao."""
 
 
 def needs_bitsandbytes(run: RunConfig) -> bool:
@@ -50,7 +50,7 @@ def needs_deepspeed(run: RunConfig) -> bool:
 
 
 def preload(run: RunConfig, objective_module: str) -> None:
-    """Hide the libraries that the job does not need. Import the libraries that it needs, and `objective_module`."""
+    """Hide the libraries that the job does not need. Import the libraries that the job needs, and `objective_module`."""
     hide_unneeded_libraries(run)
     with garbage_collection_paused(), hide_temporarily("scipy", "boto3", unless_imported="transformers"):
         for name in ("torch", "transformers"):
@@ -67,14 +67,14 @@ def reuse_list_of_models() -> None:
 
     transformers reads its more than 1,600 model files twice to list their classes: once for the package `transformers`, with module names
     that begin with `models.`, and once for `transformers.models`, without this prefix. This function derives the second list from the first,
-    which saves a tenth of the time of all imports (transformers 5.23). It does nothing if `transformers.models` is already imported.
+    which saves a tenth of the time of all imports (transformers 5.23). The function does nothing if `transformers.models` is already imported.
     """
     if "transformers.models" in sys.modules:
         return
     lists: Any = importlib.import_module("transformers.utils.import_utils")
     folder = Path(lists.__file__).parents[1] / "models"
     make_list, prefix = lists.define_import_structure, f"{folder.name}."
-    with_prefix = make_list(folder, prefix=folder.name)  # cached, because transformers has already called it with the same arguments
+    with_prefix = make_list(folder, prefix=folder.name)  # returns a cached result, because transformers has already made the same call
     names = {
         requirements: {module.removeprefix(prefix): classes for module, classes in modules.items() if module.startswith(prefix)}
         for requirements, modules in with_prefix.items()
@@ -121,8 +121,8 @@ def garbage_collection_paused() -> Iterator[None]:
     finally:
         if was_enabled:
             if len(sys.modules) > module_count:
-                # These two calls move all objects to the oldest generation. Otherwise the next collections of the younger generations would
-                # examine them.
+                # freeze() and unfreeze() together move all objects to the oldest generation, so that the next collections of the younger
+                # generations need not examine these objects.
                 gc.freeze()
                 gc.unfreeze()
             gc.enable()

@@ -19,7 +19,7 @@ FILE_NAME = "inputs.json"
 class RestoredCheckpoint(WireModel):
     """A committed checkpoint that was downloaded and matches its manifest."""
 
-    path: Path = Field(description="Local folder, as the Trainer wrote it: a plain HF or PEFT folder.")
+    path: Path = Field(description="Local folder of the checkpoint, as the Trainer wrote it: a plain HF or PEFT folder.")
     step: int = Field(ge=1, description="Optimizer steps done at the checkpoint.")
     uri: str = Field(description="Address of the checkpoint in storage.")
     manifest: dict[str, Any] = Field(default_factory=dict, description="Manifest of the checkpoint.")

@@ -17,9 +17,9 @@ from finetune_trainer.hardware import Hardware
 
 LIGER_PATH = "model.ligerKernels"
 LIGER_OPTIONS = {"fused_linear_cross_entropy": False, "cross_entropy": False}
-"""Options that keep the loss unchanged.
+"""Options of Liger that keep the computation of the loss unchanged.
 
-Liger's fused cross entropy replaces the model's forward pass, but TRL's losses and a reward model's head need the original. Liger's plain
+Liger's fused cross entropy replaces the model's forward pass, but TRL's losses and a reward model's head need the model's own forward pass. Liger's plain
 cross entropy (on by default for Granite) replaces torch's function for the whole process.
 """
 SWIGLU_MODEL_TYPES = frozenset({
@@ -50,7 +50,10 @@ def are_kernels_requested(run: RunConfig) -> bool:
 
 
 def _are_kernels_chosen_by_backend(run: RunConfig) -> bool:
-    """Whether `trainer.backend: unsloth` requests the kernels. It also does so if the recorded default is `false`, as in jobs of earlier releases."""
+    """Whether `trainer.backend: unsloth` requests the kernels.
+
+    The backend also requests the kernels if the recorded default is `false`, as in jobs of earlier releases.
+    """
     return run.spec.trainer.backend is TrainerBackend.UNSLOTH and LIGER_PATH in run.defaults
 
 
@@ -87,7 +90,7 @@ def notes_about_active_kernels(run: RunConfig, model_type: str) -> list[str]:
 
 
 def _why_kernels_cannot_work(hardware: Hardware, config: Any, model_kind: str) -> str | None:
-    """Return why the kernels would fail, or would not compute the same as the model's own layers. None if they work."""
+    """Return why the kernels would fail, or would compute other results than the model's own layers. None if they work."""
     if hardware.device.type != "cuda":
         return f"the run trains on {hardware.device.type}, and Liger's kernels need a CUDA GPU"
     if find_spec("liger_kernel") is None:
@@ -108,7 +111,7 @@ def _why_kernels_cannot_work(hardware: Hardware, config: Any, model_kind: str) -
 
 
 def _why_kernels_are_not_chosen(run: RunConfig, config: Any) -> str | None:
-    """Return why the trainer uses the kernels only if the user requests them. None if it also uses them without a request."""
+    """Return why the trainer uses the kernels only if the user requests them. None if the trainer also uses the kernels without a request."""
     import torch
 
     if torch.version.hip is not None:
@@ -123,7 +126,7 @@ def _why_kernels_are_not_chosen(run: RunConfig, config: Any) -> str | None:
 def _run_test_kernel(hardware: Hardware) -> str | None:
     """Run one small kernel. Returns why it fails, with the first line of the error; None if it runs.
 
-    Triton compiles a kernel when it first runs. It needs a C compiler, a folder that it can write to, and a GPU that it supports.
+    Triton compiles a kernel when it first runs. Triton needs a C compiler, a folder that it can write to, and a GPU that it supports.
     """
     import torch
     from liger_kernel.transformers.rms_norm import LigerRMSNorm
@@ -137,7 +140,7 @@ def _run_test_kernel(hardware: Hardware) -> str | None:
 
 
 def _first_reason_of_all_ranks(reason: str | None) -> str | None:
-    """Return the reason of the first rank that has one, so that all ranks make the same choice."""
+    """Return the reason of the first rank that has a reason, so that all ranks make the same choice."""
     from accelerate.utils import gather_object
 
     return next((one for one in gather_object([reason]) if one is not None), None)

@@ -1,8 +1,8 @@
 """Accesses all private attributes of transformers, TRL, PEFT, accelerate and DeepSpeed that the trainer needs.
 
-Any release of these libraries may rename a private attribute. So only this module uses private attributes. Each one is used in one function
-or method, whose docstring gives the reason. `tests/unit/trainer/test_library_internals.py` checks the attributes against the installed versions. This
-module was written for transformers 5.23, TRL 1.16, PEFT 0.21, accelerate 1.15 and DeepSpeed 0.19.
+Any release of these libraries may rename a private attribute. So only this module uses private attributes. Each private attribute is used in only one
+function or method, whose docstring gives the reason. `tests/unit/trainer/test_library_internals.py` checks the attributes against the installed
+versions. This module was written for transformers 5.23, TRL 1.16, PEFT 0.21, accelerate 1.15 and DeepSpeed 0.19.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ class OwnDatasetPreparation:
 class GenerationUnderAutocast:
     """Mixin for TRL's GRPOTrainer: generates completions under autocast, as in training.
 
-    TRL generates outside autocast. There, 32-bit trained weights and 16-bit frozen weights cannot be used in one multiplication.
+    TRL generates outside autocast. Outside autocast, 32-bit trained weights and 16-bit frozen weights cannot be used in one multiplication.
     """
 
     def _generate_single_turn(self, *args: Any, **options: Any) -> Any:
@@ -176,7 +176,7 @@ def generation_by_server(server: GenerationServer, main_rank_first: Callable[[],
             return super().generate(*args, **options)
 
         def _write_weights(self) -> None:
-            # Autocast would round the merged weights.
+            # Under autocast, merging would round the weights to 16 bits.
             with torch.autocast(self.accelerator.device.type, enabled=False), torch.no_grad(), unchanged_base_weights(self.model):
                 dtype = getattr(torch, server.options.dtype)
                 weights = {name: tensor.detach().to("cpu", dtype, copy=True) for name, tensor in self._iter_named_params()}
@@ -219,11 +219,11 @@ def unchanged_base_weights(model: Any) -> Iterator[None]:
 
 
 def disable_compiled_deepspeed_operations() -> None:
-    """Let DeepSpeed use torch's collectives only. Call this before DeepSpeed creates its process group.
+    """Let DeepSpeed use torch's collectives only. Call this function before DeepSpeed creates its process group.
 
     On a CPU, DeepSpeed compiles a C++ extension when it creates the process group (`build_shm_op` in `comm/torch.py`, v0.19). The image has no
     C++ compiler, and training does not need the extension, which sums the results of tensor-parallel inference. DeepSpeed skips operations
-    that `__compatible_ops__` does not contain. The public switches (`DS_BUILD_*`) only apply when DeepSpeed is installed.
+    that `__compatible_ops__` does not contain. DeepSpeed's public switches (`DS_BUILD_*`) have an effect only while DeepSpeed is being installed.
     """
     import deepspeed
 
@@ -236,10 +236,11 @@ def cheap_reference_passes(trainer: Any) -> Iterator[None]:
 
     Each of these functions walks over all modules of the trained model. The replacements do not:
     * `is_peft_model` and `Accelerator.unwrap_model` return the results of their first calls, which do not change.
-    * `use_adapter` sets the active adapter in a list of layers. It leaves `requires_grad` alone, because TRL computes no gradients there.
-    * `disable_gradient_checkpointing` does nothing. Without gradients, checkpointing has no effect. Afterwards, TRL 1.16 would turn it
-      on again with transformers' defaults: `every_n_layers` and `offload` would be lost, and each call would add another hook to the
-      embedding.
+    * `use_adapter` sets the active adapter in a list of layers. It leaves `requires_grad` alone, because TRL computes no gradients in the reference
+      model's forward pass.
+    * `disable_gradient_checkpointing` does nothing. Without gradients, checkpointing has no effect anyway. TRL 1.16's function would turn
+      checkpointing on again after the forward pass, but with transformers' defaults: `every_n_layers` and `offload` would be lost, and each call would
+      add another hook to the embedding.
     """
     trl_class = next(kind for kind in type(trainer).__mro__ if kind.__module__.startswith("trl."))
     namespace = vars(sys.modules[trl_class.__module__])
@@ -368,7 +369,7 @@ def deferred_saves(defer: DeferFunction) -> Iterator[None]:
 
 
 def use_one_device(args: TrainingArguments) -> None:
-    """Limit a rank to one device. Otherwise transformers would use all visible GPUs in one process, which TRL refuses."""
+    """Limit a rank to one device. Without this limit, transformers would use all visible GPUs in one process, which TRL refuses."""
     args._n_gpu = min(args.n_gpu, 1)
 
 
@@ -385,8 +386,8 @@ def attention_implementation(model: Any) -> str:
 def passes_document_boundaries(config: Any) -> bool:
     """Whether transformers' language model for `config` passes the boundaries of packed documents to its attention layers.
 
-    Three flags of the model class must be set. `_supports_attention_backend`: it uses the attention and mask interfaces, and passes all keyword
-    arguments to each layer. `_supports_flash_attn`: its layers also work without a mask. `_supports_sdpa`: sdpa can compute its attention.
+    Three flags of the model class must be set. `_supports_attention_backend`: the model uses the attention and mask interfaces, and passes all keyword
+    arguments to each layer. `_supports_flash_attn`: the model's layers also work without a mask. `_supports_sdpa`: sdpa can compute the model's attention.
     The result is False for models that run code from their repository.
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -399,7 +400,7 @@ def passes_document_boundaries(config: Any) -> bool:
 def supports_sdpa(config: Any) -> bool:
     """Whether transformers has sdpa attention for language models with this configuration.
 
-    The flag `_supports_sdpa` of the model class says so. Code from a model's repository is assumed to have sdpa attention.
+    The answer is the flag `_supports_sdpa` of the model class. Code from a model's repository is assumed to have sdpa attention.
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
@@ -425,9 +426,9 @@ def image_text_processor_class(config: Any) -> type[Any] | None:
 
 
 def build_processor(processor_class: type[Any], folder: Any, tokenizer: Any) -> Any:
-    """Build the processor for images and text from a model's folder. Its part for videos is left out, because it needs torchvision.
+    """Build the processor for images and text from a model's folder. The processor's part for videos is left out, because this part needs torchvision.
 
-    `ProcessorMixin` refuses a processor that lacks one of its parts, so the check of the parts is switched off while it is built. Pillow resizes
+    `ProcessorMixin` refuses a processor that lacks one of its parts, so the check of the parts is switched off while the processor is built. Pillow resizes
     the images. Errors: ImportError, if the image processor needs torchvision; errors of transformers for unreadable files.
     """
     from transformers import AutoImageProcessor
@@ -443,7 +444,7 @@ def build_processor(processor_class: type[Any], folder: Any, tokenizer: Any) -> 
     settings, _ = processor_class.get_processor_dict(folder)
     unchecked: Any = type(processor_class.__name__, (processor_class,), {"check_argument_for_proper_class": lambda self, name, part: None})
     processor = unchecked.from_args_and_dict([parts.get(name) for name in processor_class.get_attributes()], settings)
-    processor.__class__ = processor_class  # An instance of the temporary class could not be sent to worker processes.
+    processor.__class__ = processor_class  # An instance of the temporary class `unchecked` could not be sent to worker processes.
     return processor
 
 

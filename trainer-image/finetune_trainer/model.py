@@ -171,8 +171,8 @@ def load_model(
 
 
 def _keep_quantized_weights_trainable(model: Any) -> None:
-    """Turn off a conversion by bitsandbytes. On some CPUs, it changes the layout of 4-bit weights at the first evaluation. After that, no
-    gradients pass through the weights.
+    """Turn off a conversion by bitsandbytes. On some CPUs, bitsandbytes changes the layout of 4-bit weights at the first evaluation. No gradients
+    pass through weights in the new layout.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -188,7 +188,7 @@ def max_positions(config: Any) -> int | None:
 def quantization_config(
     run: RunConfig, hardware: Hardware, *, skipped_modules: tuple[str, ...] = (), is_sharded: bool = False
 ) -> BitsAndBytesConfig | None:
-    """Return the quantisation of the frozen base model, or None without quantisation.
+    """Return the quantisation of the frozen base model, or None if it is not quantised.
 
     `skipped_modules`: modules that stay unquantised, in addition to the head.
     """
@@ -276,7 +276,7 @@ def _check_complete(loading_info: Any, run: RunConfig, expected_missing: tuple[s
 def _unreadable_error(
     code: str, unreadable_object: str, source: str | None, folder: Path, error: Exception, run: RunConfig
 ) -> NotFoundError:
-    """Return the error for an unreadable folder. It quotes the first line of the library's message, with `source` instead of the local path."""
+    """Return the error for an unreadable folder. The error quotes the first line of the library's message, with `source` instead of the local path."""
     source = redact_source(source or unreadable_object)
     first = str(error).strip().split("\n")[0].replace(str(folder), source)[:300]
     files = sorted(path.name for path in folder.iterdir())[:12] if folder.is_dir() else []

@@ -27,7 +27,7 @@ class CollectedModel:
         self._model = model
         self._modules = list(model.modules())
         self.trained_parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        """Only these parameters can have gradients."""
+        """The parameters that require gradients. All other parameters never have gradients."""
 
     def train(self, mode: bool = True) -> nn.Module:
         """Set all modules to training mode, or to evaluation mode if `mode` is False. Does nothing if all modules are in training mode already."""
@@ -46,7 +46,7 @@ class CollectedModel:
 
     @property
     def can_replace_train(self) -> bool:
-        """Whether the method `train` of every module only sets the mode. The methods of DeepSpeed's engine and of DoRA's layers do more."""
+        """Whether the method `train` of every module only sets the mode. The `train` methods of DeepSpeed's engine and of DoRA's layers do more than that."""
         return all(type(module).train in REPEATABLE_TRAIN_METHODS for module in self._modules)
 
     @property

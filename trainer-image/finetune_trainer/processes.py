@@ -46,8 +46,8 @@ def die_with_parent() -> None:
 def begin_child(process_name: str) -> None:
     """Prepare a process that a supervisor or an agent has started: a rank, a stage, or the check of a preparation.
 
-    The process ends with its parent, prints the stacks of its threads on SIGUSR1, and names itself `process_name` in log lines. It ignores Ctrl-C,
-    which its parent handles.
+    The process ends with its parent, prints the stacks of its threads on SIGUSR1, and names itself `process_name` in log lines. The process ignores
+    Ctrl-C, because its parent handles Ctrl-C.
     """
     die_with_parent()
     faulthandler.enable()

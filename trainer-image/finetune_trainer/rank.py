@@ -28,7 +28,7 @@ def _train(channel: Channel) -> None:
     module: ModuleType = importlib.import_module(os.environ.get(TRAINER_MODULE_VARIABLE, "finetune_trainer.train"))
     if hasattr(module, "preload"):
         module.preload(run)
-    gc.freeze()  # accelerate collects garbage when training begins. After this call, it skips the million objects of the libraries.
+    gc.freeze()  # accelerate runs the garbage collector when training begins. gc.freeze() excludes the million objects of the libraries from this collection.
     channel.send_message("ready")
     inputs = channel.wait_inputs()
     try:

@@ -16,8 +16,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 def count_kept_layers(layers: int, tokens: int, layer_tokens: int) -> int:
     """Return how many of the layers keep their activations in a micro-batch with `tokens` tokens.
 
-    `layer_tokens`: largest product of layers and tokens whose activations fit into memory. If some layers recompute, one layer fewer than
-    this product permits keeps its activations, because the layer that is being recomputed needs memory too.
+    `layer_tokens`: the largest product (number of layers times number of tokens) whose activations fit into memory. If some layers recompute, the
+    number of layers that keep their activations is one less than this product permits, because the layer that is being recomputed needs memory too.
     """
     return layers if layers * tokens <= layer_tokens else max(0, layer_tokens // tokens - 1)
 

@@ -34,7 +34,7 @@ class SupervisorRowPreparation:
         self.tokenised_rows = 0
 
     def provide_rows(self, digest: str) -> None:
-        """Ask the supervisor for the rows with this digest. Return when it has answered, or has been silent for `SILENCE_SECONDS`."""
+        """Ask the supervisor for the rows with this digest. Return when the supervisor has answered, or has been silent for `SILENCE_SECONDS`."""
         self.digest = digest
         answer, working = answer_file(self._channel.work_folder, digest), working_file(self._channel.work_folder, digest)
         sent_at, heard_at, last_sign = float("-inf"), time.monotonic(), 0
@@ -67,7 +67,10 @@ def working_file(work_folder: Path, digest: str) -> Path:
 
 
 def is_digest(value: Any) -> bool:
-    """Whether the value has the form of a digest: 64 hex digits. The supervisor checks this, because it does not trust the process `check`."""
+    """Whether the value has the form of a digest: 64 hex digits.
+
+    The supervisor checks the form of each digest, because it does not trust the process `check`.
+    """
     return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 

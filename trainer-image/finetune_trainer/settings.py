@@ -13,7 +13,7 @@ from finetune_api.names import Env, incarnation_folder
 from finetune_api.pod import RunConfig
 
 FINAL_UPLOAD_TIMEOUT_SECONDS = 1800.0
-"""How long to retry the upload of the final model while the store is unavailable. After this time the attempt fails."""
+"""How long to retry the upload of the final model while the store is unavailable. If the upload still fails after this time, the attempt fails."""
 FINAL_UPLOAD_TIMEOUT_VARIABLE_OF_0_1 = "FINETUNE_FINAL_PATIENCE_SECONDS"
 """Name of the environment variable for the upload timeout in version 0.1.0. Jobs may still set it in `placement.env`."""
 UNSAVED_TIMEOUT_SECONDS = 6 * 3600.0
@@ -36,7 +36,7 @@ class Settings:
     unsaved_timeout_seconds: float = UNSAVED_TIMEOUT_SECONDS
     config_maps: Path = Path(names.CONFIGMAP_MOUNT)
     claim_cache: Path | None = None
-    """The cache of base models that a preparation fills. None in all other pods."""
+    """The cache of base models that a preparation fills. None in a pod that is not a preparation."""
     attempt_secret: str | None = field(default=None, repr=False)
     """The secret that all pods of the attempt and the operator know. None in local runs, and if the operator is too old to create it."""
 
@@ -70,7 +70,10 @@ class Settings:
         )
 
     def incarnation(self, run: RunConfig) -> str:
-        """Return the name of the folders in storage that this attempt writes. It contains the pod's UID. All pods use the name of rank 0's pod."""
+        """Return the name of the folders in storage that this attempt writes.
+
+        The name contains the UID of this pod, but all pods of the attempt use the name of rank 0's pod.
+        """
         return incarnation_folder(run.attempt, self.pod_uid)
 
 

@@ -1,8 +1,8 @@
-"""Converts 16-bit weight files to 32 bits once per pod, so that its ranks share one copy of the weights in the file cache.
+"""Converts 16-bit weight files to 32 bits once per pod, so that the pod's ranks share one copy of the weights in the file cache.
 
 torch maps a weight file into memory if the file has the number format in which the model is loaded. Ranks then share the pages of the
-file, and FSDP copies only each rank's shard out of it. Without the conversion, every rank would hold a converted copy of all weights until they are sharded.
-The conversion from 16 to 32 bits is exact, so it does not change the loaded values.
+file, and FSDP copies only each rank's shard out of it. Without the conversion, every rank would hold a converted copy of all weights until the
+weights are sharded. The conversion from 16 to 32 bits is exact, so it does not change the loaded values.
 
 ZeRO-3 needs no conversion: in transformers, only rank 0 reads the values, and each weight is sharded when it is loaded.
 """
@@ -22,7 +22,7 @@ from finetune_trainer.verification.weight_files import SIXTEEN_BIT_FORMATS, Stor
 
 log = logging.getLogger(__name__)
 CONVERTED_FOLDER_NAME = "float32-weights"
-"""Name of the folder with the converted weights, in the pod's work folder. It exists only while the model is loaded."""
+"""Name of the folder with the converted weights, in the pod's work folder. The folder exists only while the model is being loaded."""
 DISK_RESERVE_BYTES = 256 * 1024 * 1024
 
 
@@ -33,8 +33,8 @@ def float32_weights(
     """Yield the folder to load the model from, and notes for the status. All ranks of all pods must enter the context.
 
     `converts`: whether this rank converts the weights for its pod; local rank 0 of each pod does. `local_rank_0_first`: a context
-    manager that makes the other ranks wait until local rank 0 has run the block. It has no time limit, because the conversion of a large model
-    takes long. `wait_for_ranks` waits for all ranks. If the pod's disk is too small for the converted weights, the yielded folder is
+    manager that makes the other ranks wait until local rank 0 has run the block. Their wait has no time limit, because the conversion of a large
+    model takes long. `wait_for_ranks` returns when all ranks have called it. If the pod's disk is too small for the converted weights, the yielded folder is
     `model_folder`, which is never changed.
     """
     folder, notes = work_folder / CONVERTED_FOLDER_NAME, []
@@ -43,7 +43,7 @@ def float32_weights(
             notes.append("every rank loads all weights before they are sharded: the pod's disk has no space for 32-bit copies of the weight files")
     try:
         yield (folder if folder.exists() else model_folder), notes
-        wait_for_ranks()  # After this, the files can be removed: every rank has mapped them, and keeps the mappings until it has sharded the weights.
+        wait_for_ranks()  # When all ranks have mapped the files, the files can be removed: a rank keeps its mappings until it has sharded the weights.
     finally:
         if converts:
             shutil.rmtree(folder, ignore_errors=True)
@@ -91,7 +91,7 @@ def write_as_float32(source_file: Path, weights: Mapping[str, StoredTensor], tar
             dtype = "F32" if tensor.dtype in SIXTEEN_BIT_FORMATS else tensor.dtype
             header[name] = {"dtype": dtype, "shape": tensor.shape, "data_offsets": [start, end]}
         text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)  # the format aligns the numbers
+        text += b" " * (-len(text) % 8)  # the file format aligns the start of the values to 8 bytes
         file.write(len(text).to_bytes(8, "little") + text)
         for name, tensor in weights.items():
             values = stored.get_tensor(name)

@@ -66,7 +66,10 @@ def _limit_fields(text_config: Any, field_names: tuple[str, ...], largest_value:
 
 
 def _shrink_layers(text_config: Any) -> None:
-    """Keep the first layer of each kind, but at least two and at most four layers. Shorten lists with one value for each layer accordingly."""
+    """Keep the first layer of each kind, but at least two and at most four layers.
+
+    Lists with one value for each layer keep only the values of these layers.
+    """
     layers = text_config.num_hidden_layers
     kinds = getattr(text_config, "layer_types", None) or []
     kept = sorted({kinds.index(kind) for kind in kinds})[:MOST_LAYERS] if len(kinds) == layers else []

@@ -1,7 +1,7 @@
 """Measures the throughput of a run: tokens per second, model FLOPs utilisation (MFU), and the share of time spent waiting for data.
 
 The table has formulas for the FLOPs per token. N: number of parameters in matrix products. N includes the head and the experts to which a token is routed,
-but not the embedding lookup. T: how many of these parameters are trained. A: FLOPs of the attention per token; a token attends to all tokens
+but not the embedding lookup. T: number of those parameters in N that are trained. A: FLOPs of the attention per token; a token attends to all tokens
 of its document, or with causal attention to half of them on average.
 
     full          3 * (2N + A)     the backward pass costs twice the forward pass
@@ -90,7 +90,7 @@ def attention_flops(shape: ModelShape, document_length: float, *, is_causal: boo
 
 
 def flops_per_token(shape: ModelShape, mean_length: float, *, frozen_base: bool, trained_count: int = 0, is_causal: bool = True) -> float:
-    """Return the FLOPs of training per token. `trained_count`: with a frozen base model, the number of its parameters that are trained all the same."""
+    """Return the FLOPs of training per token. `trained_count`: with a frozen base model, the number of its parameters that are trained nevertheless."""
     attention = attention_flops(shape, mean_length, is_causal=is_causal)
     matrix_flops = 2 * shape.matrix_parameters
     return 2 * (matrix_flops + trained_count) + 3 * attention if frozen_base else 3 * (matrix_flops + attention)
@@ -118,7 +118,10 @@ class SpeedMeter:
         self._since, self.waited_seconds = (time.perf_counter() if now is None else now, tokens), 0.0
 
     def read(self, tokens: int, now: float | None = None) -> dict[str, float]:
-        """Return the throughput since the last call, by the names of the logged values. Empty on the first call, and if no token was counted."""
+        """Return the throughput since the last call, by the names of the logged values.
+
+        The result is empty on the first call, and if no token was counted.
+        """
         now = time.perf_counter() if now is None else now
         last_reading, waited_seconds = self._since, self.waited_seconds
         self.start(tokens, now)

@@ -35,7 +35,7 @@ OUT_OF_GPU_MEMORY_PATTERN = re.compile(
     r"(CUDA|HIP|NCCL|Cuda failure).{0,200}out of memory|(CUBLAS|CUSOLVER|CUDNN)_STATUS_(ALLOC_FAILED|INTERNAL_ERROR_HOST_ALLOCATION_FAILED)",
     re.IGNORECASE | re.DOTALL,
 )
-"""Matches out-of-memory messages of libraries that allocate GPU memory without torch, so that torch raises no `torch.OutOfMemoryError`."""
+"""Matches out-of-memory messages of libraries that allocate GPU memory without torch. In these cases, torch raises no `torch.OutOfMemoryError`."""
 CHECKPOINT_AFTER_FAILURE_SECONDS = 60.0
 """How long a rank whose training has failed waits for the checkpoint that is being written in the background."""
 FINAL_FOLDER = "final"
@@ -62,13 +62,13 @@ class NeedsTrainer(Protocol):
     """A callback that needs the Trainer object, which transformers does not pass to callbacks."""
 
     def on_trainer_created(self, trainer: Any) -> None:
-        """Called with the Trainer before training begins."""
+        """This method is called with the Trainer before training begins."""
 
 
 class TrainingHooks(Protocol):
     """The functions through which a training session reports, saves and restores checkpoints, and delivers the final artefact.
 
-    `finetune_trainer.checkpoint.rank` implements them; tests have their own.
+    `finetune_trainer.checkpoint.rank` implements these functions; tests have their own implementations.
     """
 
     def create_callbacks(self, run: RunConfig, channel: Channel, inputs: Inputs) -> list[Any]:
@@ -98,7 +98,7 @@ def main(run: RunConfig, channel: Channel, inputs: Inputs, hooks: TrainingHooks 
 
 
 class TrainingSession:
-    """The training run of one rank. `execute` runs it from loading to delivery."""
+    """The training run of one rank. `execute` does everything from loading the model to delivering the final artefact."""
 
     def __init__(self, run: RunConfig, channel: Channel, inputs: Inputs, hooks: TrainingHooks):
         from finetune_trainer import distributed, hardware
@@ -185,7 +185,7 @@ class TrainingSession:
             vocabulary.fit_embeddings(base_model, tokenizer, self.run, [data.train, data.validation, data.test])
             trainable_model = method.make_trainable(base_model)
             self._emit_notes(*notes, *sharing_notes, *trainable_model.notes, *self.strategy.notes)
-            with method.trainer_construction(base_model):  # This also loads the reference model of dpo.
+            with method.trainer_construction(base_model):  # Building dpo's Trainer also loads the reference model.
                 trainer = self.objective.build_trainer(context, args, trainable_model.model, data)
         context.inputs = self.inputs
         trainer.kept_layer_tokens = kept_layer_tokens
@@ -245,7 +245,7 @@ class TrainingSession:
         return context, args
 
     def _choose_checkpointing(self, args: Any) -> int | None:
-        """Turn off gradient checkpointing if the spec leaves it to the trainer and all activations fit into the GPU's memory.
+        """Turn off gradient checkpointing if the spec leaves this choice to the trainer and all activations fit into the GPU's memory.
 
         If only some activations fit, return the largest product of layers and tokens whose activations fit. In all other cases, return None.
         """
@@ -352,7 +352,7 @@ class TrainingSession:
             self.channel.report_plan(RunPlan(memory=plan, work=work))
 
     def _evaluate_test_set(self, trainer: Any) -> dict[str, float]:
-        """Evaluate the test set on the final weights. Returns its metrics; empty without a test set."""
+        """Evaluate the test set on the final weights. Returns the metrics of the test set; an empty dictionary without a test set."""
         from finetune_trainer.objective import held_out
 
         if self.test_rows is None:
@@ -376,7 +376,7 @@ class TrainingSession:
             file.writelines(jsonl_lines(row for row, _ in load(self.run, self.inputs, training_rows=0).test))
 
     def _save_output(self, trainer: Any, trainable_model: TrainableModel) -> tuple[Path, dict[str, Any]]:
-        """Write the final artefact as a folder for transformers or PEFT. All ranks must call it; rank 0 writes."""
+        """Write the final artefact as a folder for transformers or PEFT. All ranks must call this function; rank 0 writes."""
         from finetune_trainer.engine import require_finite_weights
 
         require_finite_weights(trainer.model)
@@ -403,7 +403,7 @@ class TrainingSession:
         return folder, {"data": self.facts.report, "notes": sorted(self._emitted_notes), "parameters": parameters}
 
     def _write_settings_and_card(self, folder: Path, test_metrics: dict[str, float]) -> None:
-        """Write the generation settings with the trained end tokens, and the model card. Only rank 0 calls this."""
+        """Write the generation settings with the trained end tokens, and the model card. Only rank 0 calls this function."""
         from finetune_trainer.artefact.card import CARD_FILE, TrainingFacts, build_model_card
         from finetune_trainer.artefact.end_tokens import find_trained_end_tokens, read_trained_answers
         from finetune_trainer.artefact.generation import copy_processor_files, write_generation_files
@@ -425,8 +425,8 @@ class TrainingSession:
     def _write_reference_values(self, trainer: Any) -> dict[str, str]:
         """Write the reference values, which the stage `verifying` compares with the values of the stored model.
 
-        Called after all weights are saved. With sharded weights, all ranks compute the values together. Returns the sha256 of the file, as an
-        entry for the model's manifest.
+        This function is called after all weights are saved. With sharded weights, all ranks compute the values together. Returns the sha256 of the
+        file, as an entry for the model's manifest.
         """
         from finetune_trainer.verification import record, reference
 
@@ -503,7 +503,7 @@ def to_finetune_error(error: Exception) -> FineTuneError:
 
 
 def _disable_progress_bars() -> None:
-    """Turn off progress bars, because they overwrite their line, which a pod's log cannot do."""
+    """Turn off progress bars, because they overwrite their line, and a line in a pod's log cannot be overwritten."""
     import datasets
     from transformers.utils import logging as hf_logging
 

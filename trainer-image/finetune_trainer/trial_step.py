@@ -1,11 +1,11 @@
 """Trains one step with a small copy of the model, on the CPU of a preparation: with the model's own classes, the job's method and objective, and a
 few real rows.
 
-This finds two faults before GPUs are requested: code of the model that does not fit the installed libraries, and an objective that the model's
+The step finds two kinds of faults before GPUs are requested: code of the model that does not fit the installed libraries, and an objective that the model's
 class refuses. An error is raised only if the copy's size cannot be the cause:
 
-* The model's code cannot be imported, or uses a name that does not exist. If the code comes from the model's repository, a wrong attribute or argument
-  also counts.
+* The model's code cannot be imported, or uses a name that does not exist. If the code comes from the model's repository, an error is also raised for
+  a wrong attribute or argument.
 * The copy completes a plain forward and backward pass, but fails at the job's step, and a small Llama model completes the job's step.
 
 Every other failure becomes a note. The step runs in a forked process with a time limit and a memory limit, so that it cannot end the preparation.
@@ -142,7 +142,7 @@ def _try_step(context: TrainingContext, objective: Objective[Any, Any], data: An
 
 
 def _select_short_rows(data: Any) -> Any:
-    """Return the data with only the `TRIAL_ROW_COUNT` shortest of the first `SEARCHED_ROW_COUNT` training rows. None if they have too many tokens."""
+    """Return the data with only the `TRIAL_ROW_COUNT` shortest of the first `SEARCHED_ROW_COUNT` training rows. None if these rows have too many tokens."""
     first = data.train.select(range(min(SEARCHED_ROW_COUNT, len(data.train))))
     lengths = [sum(len(value) for value in row.values() if isinstance(value, list)) for row in first.with_format(None)]
     shortest = sorted(sorted(range(len(lengths)), key=lengths.__getitem__)[:TRIAL_ROW_COUNT])
@@ -208,7 +208,7 @@ def make_small_run(run: RunConfig) -> RunConfig:
 
 
 def _works_with_llama(context: TrainingContext, objective: Objective[Any, Any], data: Any, small_model: Any) -> bool:
-    """Whether a small Llama model computes the same step. If not, the cause may be this check instead of the model's class."""
+    """Whether a small Llama model computes the same step. If it does not, this check may be the cause of a failure, instead of the model's class."""
     from transformers import LlamaConfig
 
     text = small_model.get_text_config()

@@ -1,7 +1,7 @@
 """Adds new tokens (`model.newTokens`) to the tokenizer and to the model's embeddings.
 
 In the embeddings and in the head, the row of a new token starts as the mean of all older rows, so that the token has an average
-probability. With a random row, its probability would be far too high or too low. The method decides whether the new rows are trained.
+probability. With a random row, the probability of a new token would be far too high or too low. The method decides whether the new rows are trained.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Reads domain files: questions of one domain with expected answers.
 
 A file is a JSON array of objects, or an object that contains one such array. Each object has a question (`prompt`, `input` or `question`).
-It also has an expected answer (`reference`, `output` or `answer`), or the choices of a multiple-choice question (`choices`) and the index of
+Each object also has an expected answer (`reference`, `output` or `answer`), or the choices of a multiple-choice question (`choices`) and the index of
 the correct choice from 0 (`correct_answer`). `keywords` is optional: words that a good answer contains.
 """
 

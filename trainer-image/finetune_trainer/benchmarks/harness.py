@@ -23,11 +23,11 @@ from finetune_trainer.benchmarks.task_folder import TaskFolder
 BOOTSTRAP_ITERATIONS = 1000
 """Number of bootstrap resamples for the standard error of metrics that have no formula for it, such as BLEU."""
 UNFILTERED_NAME = "none"
-"""The harness's name for the filter of metrics that are computed from unfiltered answers."""
+"""The harness reports this name of a filter for metrics that are computed from unfiltered answers."""
 
 
 def use_local_caches(work_folder: Path) -> None:
-    """Configure the harness's libraries: no network access, and caches in the work folder. Call this before importing the libraries."""
+    """Configure the harness's libraries: no network access, and caches in the work folder. Call this function before the libraries are imported."""
     caches = work_folder / "benchmark-caches"
     os.environ |= {
         "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_EVALUATE_OFFLINE": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0",
@@ -95,7 +95,7 @@ def _measure_task(loaded: LoadedModel, task: BenchmarkTask) -> TaskRecord:
             "ChatTemplateMissing", f"{task.field}.applyChatTemplate is true, but the tokenizer has no chat template",
             hint="remove applyChatTemplate, or give a template in dataset.chatTemplate",
         )  # fmt: skip
-    loaded.model.tie_weights = lambda *_, **__: None  # The harness would tie the weights again, which undoes replacements by an adapter.
+    loaded.model.tie_weights = lambda *_, **__: None  # The harness would tie the weights again, and so undo that an adapter replaced a tied weight.
     model = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, backend="causal", batch_size=loaded.batch_size)
     tasks = _task_manager(task).load([task.name])
     for harness_task in tasks["tasks"].values():
@@ -115,7 +115,7 @@ def _measure_task(loaded: LoadedModel, task: BenchmarkTask) -> TaskRecord:
 def _task_manager(task: BenchmarkTask) -> Any:
     """Return the harness's index of the task definitions in one folder.
 
-    This is the benchmark's folder if it defines the task. Otherwise, it is the folder of the harness that defines the task. An
+    The benchmark's folder is used if it defines the task. Otherwise, the folder of the harness that defines the task is used. An
     index of all 14,000 definitions of the harness would take 10 s.
     """
     import lm_eval.tasks

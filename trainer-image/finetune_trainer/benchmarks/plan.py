@@ -20,7 +20,7 @@ SHEET_TASK = "rating sheets"
 
 @dataclass(frozen=True)
 class BenchmarkTask:
-    """One task of a benchmark, which the trained model or the base model runs."""
+    """One task of a benchmark, to be run with either the trained model or the base model."""
 
     kind: BenchmarkKind
     benchmark: Benchmark

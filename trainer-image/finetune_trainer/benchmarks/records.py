@@ -33,7 +33,7 @@ class Measurement(LenientModel):
     stderr: float | None = Field(default=None, description="Standard error of the value.")
     samples: int | None = Field(default=None, description="Number of questions.")
     reason: str | None = Field(default=None, description="Why there is no value.")
-    is_part_of_group: bool = Field(default=False, description="Whether the task belongs to a group of tasks whose metrics are reported too.")
+    is_part_of_group: bool = Field(default=False, description="Whether the task belongs to a group of tasks, and the metrics of the group are also reported.")
 
 
 class TaskRecord(LenientModel):
@@ -66,7 +66,7 @@ class FinishedTasks:
         partial.rename(path)
 
     def _path(self, task: BenchmarkTask) -> Path:
-        """Return the path of a task's record. The name is a hash of all inputs of the task except the model.
+        """Return the path of a task's record. The file name is a hash of all inputs of the task except the model.
 
         The hash need not depend on the model, because the supervisor restores only records of the same model.
         """

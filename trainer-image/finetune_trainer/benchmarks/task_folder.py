@@ -1,7 +1,7 @@
 """Reads the task definitions of a benchmark's folder without running them, and checks that the folder contains their data.
 
-The harness reads every `*.yaml` file of the folder, imports the Python functions that a task names, and loads data sets from the hub. This
-module finds such code and such data sets before training, so that the harness never runs or loads them by accident. Paths in a definition are
+The harness reads every `*.yaml` file of the folder, imports the Python functions that a task names, and loads data sets from the hub. This module
+finds code and hub data sets in task definitions before training, so that the harness never runs or loads them by accident. Paths in a definition are
 relative to the benchmark's folder, because it is the working directory of the harness.
 """
 
@@ -19,7 +19,8 @@ from finetune_api.benchmarks import BUNDLED_TASKS, replace_old_task_names
 from finetune_api.errors import ConfigError
 
 DATA_BUILDERS = ("json", "csv", "parquet", "arrow", "text")
-"""Values of `dataset_path` for which the library `datasets` only reads the files in `data_files`. Other builders may run code, for example unpickle."""
+"""Values of `dataset_path` for which the library `datasets` only reads the files in `data_files`. Other builders of the library may run code, for
+example because they unpickle files."""
 IGNORED_FOLDERS = {"__pycache__", ".ipynb_checkpoints"}
 """Names of folders that this module ignores, as the harness does."""
 MAX_LISTED_NAMES = 8
@@ -35,7 +36,7 @@ class TaskDefinition:
     names: tuple[str, ...]
     """Name of the task or group that the file defines, followed by its tags."""
     is_task: bool
-    """Whether the file defines a task. Otherwise, it defines a group of tasks."""
+    """Whether the file defines a task. A file that does not define a task defines a group of tasks."""
     settings: Mapping[str, Any]
 
 
@@ -134,7 +135,7 @@ class _DefinitionReader:
                 continue
             settings = self._merge(path, ())
             name = settings.get("group") or settings.get("task")
-            if not isinstance(name, str):  # This file is only included by other files.
+            if not isinstance(name, str):  # The file defines neither a task nor a group, and is only included by other files.
                 continue
             tags = settings.get("tag") or []
             names = (name, *([tags] if isinstance(tags, str) else map(str, tags)))

@@ -20,15 +20,15 @@ class RowOutcome(IntEnum):
 
     KEPT = 0
     CUT = 1
-    """Kept, but cut to fewer tokens."""
+    """The row is kept, but cut to fewer tokens."""
     TOO_LONG = 2
-    """Left out because it has too many tokens."""
+    """The row is left out because it has too many tokens."""
     ANSWERLESS = 3
-    """Left out because its whole answer was cut off."""
+    """The row is left out because its whole answer was cut off."""
     EQUAL_ANSWERS = 4
-    """Left out because its two answers are equal."""
+    """The row is left out because its two answers are equal."""
     REJECTED = 5
-    """Left out because it cannot be rendered or trained on."""
+    """The row is left out because it cannot be rendered or trained on."""
 
 
 class RejectedRow(NamedTuple):
@@ -55,7 +55,7 @@ class EncodedBatch:
     lengths: array[int]
     """Number of tokens of each row."""
     trained_counts: array[int]
-    """Number of tokens of each row that are trained on; 0 if the objective does not count them."""
+    """For each row, the number of tokens that are trained on; 0 if the objective does not count these tokens."""
     rejected: dict[int, RejectedRow]
     """The rejected rows, by their index in the batch."""
 
@@ -72,7 +72,7 @@ class BatchBuilder:
     _rejected: dict[int, RejectedRow] = field(default_factory=dict)
 
     def keep(self, outcome: RowOutcome, length: int, trained_count: int = 0, **values: Any) -> None:
-        """Add a row to store. `length`: its number of tokens. `values`: its value for each column."""
+        """Add a row to store. `length`: the row's number of tokens. `values`: the row's value for each column."""
         for name in self.columns:
             self._values.setdefault(name, []).append(values[name])
         self._add(outcome, length, trained_count)
@@ -98,7 +98,7 @@ class BatchBuilder:
 
 
 class BatchEncoder(Protocol):
-    """A callable that encodes a batch of rows. It must be picklable, because worker processes receive a copy of it."""
+    """A callable that encodes a batch of rows. The encoder must be picklable, because worker processes receive a copy of it."""
 
     def __call__(self, rows: Sequence[tuple[str, Example]]) -> EncodedBatch:
         """Encode the rows (location, example)."""

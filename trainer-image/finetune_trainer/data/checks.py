@@ -25,7 +25,7 @@ from finetune_trainer.data.rows import (
 )
 
 PERSONAL_DATA_PATTERNS = {
-    # The lookbehind and the bounds keep the search time linear. Without them, a long row without spaces takes quadratic time.
+    # The lookbehind and the bounds keep the search time linear. Without lookbehind and bounds, the search in a long row without spaces takes quadratic time.
     "email": re.compile(r"(?<![\w.+-])[\w.+-]+@(?:[\w-]{1,63}\.){1,8}[A-Za-z]{2,24}\b"),
     "phone": re.compile(
         r"(?<![\w.])(?:\+\d[\d ()/-]{7,16}\d|0\d[\d ()/-]{6,14}\d|\(?\d{3}\)?[ -]\d{3}[ -]\d{4})(?!\w)"
@@ -37,7 +37,7 @@ PERSONAL_DATA_PATTERNS = {
 TOP_ANSWERS = 10
 """Number of most frequent answers to report."""
 ANSWER_CHARACTERS = 80
-"""Number of characters at the start of an answer that are compared. Answers that differ only later count as equal."""
+"""Number of characters at the start of an answer that are compared. Answers that differ only after these characters count as equal."""
 
 
 @dataclass

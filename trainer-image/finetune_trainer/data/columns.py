@@ -1,7 +1,7 @@
 """Finds a row's column for a role, such as the question.
 
-If `dataset.columns` names a column for the role, no other name is tried. Otherwise the role's default names are tried in order, first
-with exact case, then ignoring case.
+If `dataset.columns` names a column for the role, no other name is tried. If `dataset.columns` names no column for the role, the role's
+default names are tried in order, first with exact case, then ignoring case.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def column_value(role: ColumnRole, row: Mapping[str, Any], columns: Columns) -> 
 
 
 def required_value(role: ColumnRole, row: Mapping[str, Any], columns: Columns) -> Any:
-    """Return the value of the role's column. Errors: RowError ColumnMissing, DatasetRowInvalid (null)."""
+    """Return the value of the role's column. Errors: RowError ColumnMissing, DatasetRowInvalid (the value is null)."""
     name = find_column(role, row.keys(), columns)
     if name is None:
         raise missing_column_error(role, row.keys(), columns)

@@ -17,7 +17,7 @@ SAMPLE_ROWS = 50
 
 
 def detect_format(sample: Sequence[RawRow], columns: Columns) -> Format:
-    """Return the format that matches most of the sampled rows. Errors: DatasetEmpty, FormatUnknown."""
+    """Return the format that matches the largest number of sampled rows. Errors: DatasetEmpty, FormatUnknown."""
     if not sample:
         raise DataError("DatasetEmpty", "the data set has no rows", hint="give a file with at least one row")
     matches = [
@@ -48,7 +48,7 @@ def require_columns(sample: Sequence[RawRow], row_format: Format, columns: Colum
 def is_alpaca_despite_spec(sample: Sequence[RawRow], spec_format: DatasetFormat, columns: Columns) -> bool:
     """Whether the rows are `alpaca` rows although the spec sets the format `qa`.
 
-    This is true if all rows have the columns of `alpaca`, and none has a column that `dataset.columns` names.
+    The result is True if all rows have the columns of `alpaca`, and no row has a question or answer column that `dataset.columns` names.
     """
     named_columns = [name for name in (columns.question, columns.answer) if name is not None]
     if spec_format is not DatasetFormat.QA or not named_columns or not sample:

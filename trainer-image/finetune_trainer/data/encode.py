@@ -40,7 +40,7 @@ class RowFacts:
     trained_counts: array[int] = field(default_factory=lambda: array("i"))
     """Number of trained tokens of each row."""
     is_joined: array[int] = field(default_factory=lambda: array("b"))
-    """Whether prompt and answer are joined without a chat template."""
+    """For each row, whether prompt and answer are joined without a chat template."""
     rejected: dict[int, RejectedRow] = field(default_factory=dict)
     """The rejected rows by row number."""
 
@@ -98,7 +98,7 @@ def encode_sources(
 ) -> Iterator[EncodedRows]:  # fmt: skip
     """Read, encode and store all rows. `folder` holds the shards until the context ends.
 
-    `make_encoder` gets a summary with the formats of the rows. `joins_answer`: whether prompt and answer of a row are joined without a
+    `make_encoder` is called with a summary that contains the formats of the rows. `joins_answer`: whether prompt and answer of a row are joined without a
     chat template. `count_rows` is called with the number of rows of each batch. `rows_without_workers`: see `encode_rows`.
     Errors: the errors of `load` and of the encoder; DataError for the first rejected row, unless bad rows are skipped.
     """
@@ -127,7 +127,7 @@ def encode_sources(
 
 
 def _select_split(name: str, row_numbers: IntegerArray, facts: RowFacts) -> EncodedSplit:
-    """Return the split that consists of these rows. Rows are numbered from 0 in reading order."""
+    """Return the split that consists of the rows `row_numbers`. Rows are numbered from 0 in reading order."""
     outcomes, lengths, trained_counts, is_joined = map(
         numpy.asarray, (facts.outcomes, facts.lengths, facts.trained_counts, facts.is_joined)
     )
@@ -140,7 +140,7 @@ def _select_split(name: str, row_numbers: IntegerArray, facts: RowFacts) -> Enco
 
 
 def skips_bad_rows(run: RunConfig) -> bool:
-    """Whether bad rows are left out. Otherwise, the first bad row ends the job."""
+    """Whether bad rows are left out. If they are not left out, the first bad row ends the job."""
     return run.spec.dataset.bad_rows is BadRows.SKIP
 
 

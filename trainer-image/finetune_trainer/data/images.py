@@ -1,7 +1,7 @@
 """Finds the images of a row, in its messages or in its image column, and checks their sizes.
 
 An image may be given as a path, an address below `dataset.images.root`, a base64 data URI, bytes (Parquet), or an object with `path` or
-`bytes`. This module downloads nothing: it finds addresses in the folder that the supervisor has downloaded. It reads only the header of an image;
+`bytes`. This module downloads nothing: it finds addresses in the folder that the supervisor has downloaded. This module reads only the header of an image;
 the pixels are decoded when the row is tokenised. Pillow is imported when the first image is checked.
 """
 
@@ -93,7 +93,7 @@ class ImageReader:
         return ImageFile(path=self._resolve_path(value, row))
 
     def image_names(self, example: Example, row: RawRow) -> dict[Path, str]:
-        """Return the image files of the example. Each file has its path relative to the image folder as its value."""
+        """Return the image files of the example, each with its path relative to the image folder."""
         paths = (image.path for image in images_of(example) if image.path is not None)
         return {path: path.relative_to(self._folder(row)).as_posix() for path in paths}
 
@@ -102,7 +102,7 @@ class ImageReader:
         return (self.root or row.file.parent).resolve()
 
     def _resolve_path(self, text: str, row: RawRow) -> Path:
-        """Return the file for a path or address. It must be in the image folder. Errors: RowError ImageOutsideRoot, ImageMissing."""
+        """Return the file for a path or address. The file must be in the image folder. Errors: RowError ImageOutsideRoot, ImageMissing."""
         address = (self.options.root or "").rstrip("/")
         root = self._folder(row)
         relative = text.removeprefix(f"{address}/") if address else text
@@ -133,13 +133,13 @@ class ImageReader:
 
 
 class _ImageFinder:
-    """Finds and checks the images of one row, and counts them so that errors name the number of the image."""
+    """Finds and checks the images of one row, and numbers the images, so that an error can say which image of the row is wrong."""
 
     def __init__(self, reader: ImageReader, row: RawRow) -> None:
         self._reader, self._row, self._number = reader, row, 0
 
     def find(self, part: str | GivenImage | ImageFile) -> str | ImageFile:
-        """Return the file of an image; texts are returned unchanged. Errors: RowError."""
+        """If `part` describes an image, return the image's file; if it is a text, return it unchanged. Errors: RowError."""
         if not isinstance(part, GivenImage):
             return part
         self._number += 1
@@ -236,8 +236,8 @@ def _as_list(value: Any) -> list[Any]:
 def _insert_column_images(turns: tuple[Turn, ...], column_images: Sequence[Any]) -> tuple[Turn, ...]:
     """Put the images of the image column into the messages, and check the number of placeholders. Errors: RowError.
 
-    The images replace image parts without a value. If no message has an image part, the images replace the texts `<image>`. If no
-    message has this text either, the images are put at the beginning of the first user message.
+    The images replace image parts without a value. If no message has an image part, the images replace the texts `<image>`. If no message has an
+    image part or this text, the images are put at the beginning of the first user message.
     """
     if column_images and not any(turn.parts for turn in turns):
         turns = tuple(_split_at_placeholders(turn) for turn in turns)

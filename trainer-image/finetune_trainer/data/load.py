@@ -1,4 +1,4 @@
-"""Reads data files into typed examples, and normalises, checks, splits and counts them. None of this needs torch.
+"""Reads data files into typed examples, and normalises, checks, splits and counts them. This module does not need torch.
 
 The supervisor checks all rows before the ranks start (`check_files`), so that a bad row ends a job within seconds. Later, one rank of each
 node reads the rows again to get the examples. Rows are read one by one (`RowReader`), so that the data may be larger than the memory.
@@ -49,21 +49,23 @@ class DataSummary:
     formats: list[DatasetFormat] = field(default_factory=list)
     """Formats of all sources, in the order in which the sources are read, without duplicates."""
     rows: dict[str, int] = field(default_factory=dict)
-    """Usable rows per split: train, validation, test."""
+    """Number of usable rows of each split: train, validation, test."""
     bad_rows: int = 0
     findings: checks.CheckFindings = field(default_factory=checks.CheckFindings)
     notes: list[str] = field(default_factory=list)
     """Sentences for the status."""
     training_images: dict[Path, str] = field(default_factory=dict)
-    """The image files of the training rows. Each file has its path relative to the image folder as its value. Images inside data files are left out."""
+    """The image files of the training rows, each with its path relative to the image folder. Images whose bytes are in the data files
+    are left out."""
     held_out_images: dict[Path, str] = field(default_factory=dict)
     """The image files of the validation and test rows, in the same form as `training_images`."""
 
     @property
     def format_with_turns(self) -> DatasetFormat:
-        """The first format with turns, or the first format if none has turns. It decides which tokens of a row are trained on.
+        """The first format with turns, or the first format if none has turns. This format decides which tokens of a row are trained on.
 
-        In text without turns, all tokens are trained on. A source of plain text must not cause this for the other sources of a mixture.
+        In text without turns, all tokens are trained on. A format with turns is preferred, so that one source of plain text does not cause a mixture
+        to train on all tokens of its other sources.
         """
         return next((candidate for candidate in self.formats if candidate not in FORMATS_WITHOUT_TURNS), self.format)
 
@@ -99,7 +101,7 @@ def check_files(run: RunConfig, inputs: Inputs) -> DataSummary:
 def load(run: RunConfig, inputs: Inputs, *, training_rows: int | None = None) -> LoadedData:
     """Read the examples of a run into memory. Errors: see `check_files`.
 
-    `training_rows`: number of training rows to return; None for all. If a number is given, the files are read twice, so that the
+    `training_rows`: number of training rows to return; None for all. If `training_rows` is a number, the files are read twice, so that the
     remaining training rows are never in memory.
     """
     reader = RowReader(run, inputs)
@@ -117,7 +119,7 @@ def load(run: RunConfig, inputs: Inputs, *, training_rows: int | None = None) ->
 
 
 def trains_on_answers_only(run: RunConfig, dataset_format: DatasetFormat) -> bool:
-    """Whether only answers are trained on. Text without turns has no answers, unless the user gives markers.
+    """Whether only answers are trained on. Text without turns has no answers, unless the user gives markers that show the answers.
 
     Errors: ConfigError ResponseOnlyWithoutTurns.
     """
@@ -153,7 +155,7 @@ class RowReader:
         """Number of usable rows of each training source, then of the validation files, then of the test files."""
 
     def _list_sources(self, inputs: Inputs) -> list[Source]:
-        """Return the sources of training rows. A job that does not train may have none."""
+        """Return the sources of training rows. A job that does not train may have no training rows."""
         spec = self.run.spec.dataset
         if inputs.mixture:
             items = zip(inputs.mixture, spec.mixture or [], strict=True)
@@ -296,7 +298,7 @@ class SourceReader:
         self.images = ImageReader(self.spec.images or Images(), image_root) if is_vision_language(run.spec) else None
         """None for a text model."""
         self.image_names = summary.training_images
-        """The dictionary to which `read_examples` adds the image files of its rows, each with its name as the value."""
+        """The dictionary to which `read_examples` adds the image files of its rows: file to name."""
         self.trainer_type = run.spec.trainer.type or TrainerType.SFT
         self.skips_bad_rows = self.spec.bad_rows is BadRows.SKIP
 

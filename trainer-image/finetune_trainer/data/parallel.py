@@ -1,6 +1,6 @@
 """Renders and tokenises rows in several processes. The results keep the order of the rows.
 
-Rendering conversations takes most of the time. It is Python code, so the tokenizer's own threads help little. Workers are spawned,
+Rendering conversations takes most of the time. Rendering is Python code, so the tokenizer's own threads help little. Workers are spawned,
 because forking a process with threads may deadlock. Spawning takes a few seconds, so this process encodes the first rows itself. Workers return
 Arrow batches, which need eight bytes for a token with its label; Python objects need more than 40. Only a few batches exist at a time, so that
 memory use does not depend on the number of rows.
@@ -25,12 +25,12 @@ from finetune_trainer.data.tokenise import BATCH_ROWS
 ROWS_WITHOUT_WORKERS = 10_000
 """Number of rows that this process encodes before it starts workers. For fewer rows, starting workers takes longer than encoding."""
 BATCH_CHARACTERS = 500_000
-"""A batch is complete when its texts have at least this many characters. A token id in a row counts as one character. The Python objects
-for the tokens of such a batch need some tens of megabytes."""
+"""A batch is complete when its texts have at least this many characters. A token id in a row counts as one character. The Python objects for the
+tokens of a batch of this size need some tens of megabytes."""
 BATCH_IMAGE_BYTES = 32 << 20
 """A batch is complete when the images inside its rows have at least this many bytes."""
 BATCHES_PER_WORKER = 2
-"""Number of batches per worker that are submitted at a time: one is encoded, and the next one waits."""
+"""Number of batches per worker that are submitted at a time: the worker encodes one batch, while the next batch waits."""
 CGROUP_CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
 Batch = list[tuple[str, Example]]
 
@@ -40,7 +40,7 @@ _encoder: BatchEncoder | None = None
 def _start_worker(encoder: BatchEncoder) -> None:
     global _encoder  # a worker process keeps one encoder for its lifetime
     _encoder = encoder
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # One worker runs per core, so more threads would not help.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # One worker runs per core, so threads of the tokenizer would not help.
 
 
 def _encode_batch(rows: Sequence[tuple[str, Example]]) -> EncodedBatch:

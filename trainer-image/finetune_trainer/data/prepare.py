@@ -47,18 +47,18 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 TOKENISING_VERSION = 7
-"""Version of the tokenising code; it is part of the inputs digest. Increase it when a change of the code changes the tokens."""
+"""Version of the tokenising code, which is part of the inputs digest. Increase the version when a change of the code changes the tokens."""
 LIBRARIES_IN_DIGEST = ("tokenizers", "transformers", "jinja2")
 """Libraries whose versions are part of the inputs digest, because another version may render or tokenise differently."""
 OPTIONS_NOT_IN_DIGEST = ("train", "validation", "test", "storage", "numProc", "chatTemplate")
-"""Options of `dataset` that the inputs digest leaves out. `numProc` does not change the rows. The others are addresses; the digest
-covers the content of the data files and of the chat template instead."""
+"""Options of `dataset` that the inputs digest leaves out. `numProc` does not change the rows. The other options are addresses. Instead of the
+addresses, the digest covers the content of the data files and of the chat template."""
 MAX_SEQUENCE_LENGTH_FIELD = "dataset.maxSequenceLength"
 DEFAULT_MAX_SEQUENCE_LENGTH = 2048
 TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 TOKENIZER_SETTINGS_WITH_ADDRESSES = frozenset({"name_or_path", "cache_dir", "_commit_hash"})
-"""Tokenizer settings that the inputs digest leaves out, because they say where the tokenizer comes from. Settings whose names end with
-`_file` are left out for the same reason."""
+"""Tokenizer settings that the inputs digest leaves out, because they say where the tokenizer comes from. Settings whose names end with `_file` are
+also left out, because they are paths of files."""
 DATE_FUNCTION = "strftime_now"
 """Function of chat templates that writes the current date."""
 MIN_TOKENS_PER_ROW = 2
@@ -77,13 +77,13 @@ class Splits:
 
 
 class PreparationCallbacks(Protocol):
-    """Functions that `prepare` calls. A preparation pod uses them to download stored rows and to report progress."""
+    """Functions that `prepare` calls. A preparation pod uses these functions to download stored rows and to report progress."""
 
     def provide_rows(self, digest: str) -> None:
-        """Called before the cache is searched for the rows with this digest. The function may write the rows to the cache."""
+        """`prepare` calls this function before it searches the cache for the rows with this digest. The function may write the rows to the cache."""
 
     def count_rows(self, rows: int) -> None:
-        """Called after each batch with the number of rows that it tokenised."""
+        """`prepare` calls this function after each batch, with the number of rows in the batch."""
 
 
 class NoPreparationCallbacks:
@@ -120,8 +120,8 @@ def prepare(
     """Return the token sequences for supervised training.
 
     `max_positions`: the longest sequence that the model can read, in tokens. `one_rank_first`: a context manager that lets one rank of
-    the node run the block before the other ranks. `vision`: the processor of a vision-language model. `preparation`: callbacks while the
-    rows are prepared; None for none.
+    the node run the block before the other ranks. `vision`: the processor of a vision-language model. `preparation`: callbacks while the rows are
+    prepared; None if there are no callbacks.
     Errors: the errors of `load`; DataError NoTrainableToken, RowTooLong, TemplateRefusedRow, MarkerAbsent (with file and row), those of
     `VisionProcessor.encode`, ImageUnreadable, ImageCut; ConfigError SequenceTooLong, ChatTemplateMissing, TemplateSpansUnknown.
     """
@@ -141,7 +141,9 @@ def prepare(
 
 
 def max_sequence_length(run: RunConfig, tokenizer: Any, max_positions: int | None) -> int:
-    """Return the maximum number of tokens in a row: `dataset.maxSequenceLength`. A default value is lowered if the model has fewer positions.
+    """Return the maximum number of tokens in a row: `dataset.maxSequenceLength`.
+
+    If the user did not set this field and the model has fewer positions than the default value, the default is lowered.
 
     Virtual tokens of prefix and prompt tuning also occupy positions of the model. Errors: ConfigError SequenceTooLong.
     """
@@ -211,7 +213,7 @@ def choose_chat_template(run: RunConfig, inputs: Inputs, tokenizer: Any, *, need
 
 
 def add_template_variables(template: Any, variables: Mapping[str, str]) -> str:
-    """Return the chat template with default values for these variables. A value that is passed when rendering has precedence.
+    """Return the chat template with `variables` as default values. A value that is passed to the rendering replaces the default value.
 
     Errors: ConfigError ChatTemplateMissing; TemplateVariableUnknown if the template does not use a variable.
     """
@@ -384,7 +386,7 @@ def open_split(prepared: PreparedFolder, name: str) -> Dataset | None:
 
 
 def open_splits(prepared: PreparedFolder) -> Splits:
-    """Return the splits of a prepared folder. Their files are mapped into memory, so that all ranks of a node share the memory."""
+    """Return the splits of a prepared folder. The files of the splits are mapped into memory, so that all ranks of a node share the memory."""
     train, validation, test = (open_split(prepared, name) for name in ("train", "validation", "test"))
     assert train is not None, "a run without training rows prepares no rows"
     return Splits(train, validation, test)
@@ -393,8 +395,8 @@ def open_splits(prepared: PreparedFolder) -> Splits:
 def inputs_digest(run: RunConfig, inputs: Inputs, tokenizer: Any, max_length: int, vision: VisionProcessor | None = None) -> str:
     """Return a hash of all inputs that affect the tokens: contents and names of the data files, options, tokenizer, chat template, and code versions.
 
-    The addresses of the files are not part of the hash, except those of a mixture, because the mixture's note contains them. The names of
-    the files are part of it, because they decide the file format and occur in notes.
+    The addresses of the files are not part of the hash, except those of a mixture, because the mixture's note contains them. The names of the files
+    are part of the hash, because they decide the file format and occur in notes.
     """
     facts = {
         "version": [TOKENISING_VERSION, LAYOUT_VERSION, RELEASE, *(f"{name} {version(name)}" for name in LIBRARIES_IN_DIGEST)],
@@ -439,7 +441,10 @@ def _identify_tokenizer(inputs: Inputs, tokenizer: Any) -> Any:
 
 
 def template_writes_date(tokenizer: Any) -> bool:
-    """Whether the chat template can write the current date. If it can, pods do not share rows, because on another day the same data gives other rows."""
+    """Whether the chat template can write the current date.
+
+    If it can write the date, pods do not share prepared rows, because the same data gives other rows on another day.
+    """
     return DATE_FUNCTION in str(tokenizer.chat_template)
 
 
@@ -453,7 +458,7 @@ def notes_on_stored_rows(inputs: Inputs, digest: str) -> list[str]:
 def _defaulted_options(run: RunConfig) -> list[str]:
     """Return the paths of the options that the user did not set.
 
-    They are part of the digest, because an unsuitable default is adapted, but an unsuitable value from the user is refused.
+    These paths are part of the digest, because an unsuitable default is adapted, but an unsuitable value from the user is refused.
     """
     return sorted(path for path in run.defaults if path.startswith(("dataset.", "trainer.maxCompletionLength")))
 

@@ -1,8 +1,8 @@
 """Prepared rows of a run: a folder with the shards of each split, and a manifest that lists and describes them.
 
 The manifest contains the size and the sha256 of each shard, the number of rows and tokens of each split, a histogram of the row lengths, and a
-digest of all inputs of the preparation. Equal rows always give equal bytes. So the files can be stored under the digest and compared by their
-hashes.
+digest of all inputs of the preparation. Equal rows always give equal bytes. So the files can be stored under a name with the digest, and compared by
+their hashes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LAYOUT_VERSION = 2
 TOKENS_FOLDER = "tokens"
 """Name of the folder for prepared rows, in the work folder of a pod."""
 MANIFEST_FILE = "prepared.json"
-"""File name of the manifest. It differs from the name of a commit's manifest, because storage keeps both in one folder."""
+"""File name of the manifest. The name differs from that of a commit's manifest, because storage keeps both manifests in one folder."""
 
 
 class PreparedManifest(LenientModel):
@@ -75,7 +75,7 @@ class PreparedFolder:
 def write_prepared(
     folder: Path, splits: Mapping[str, Iterable[pyarrow.RecordBatch]], *, inputs_digest: str, summary: Mapping[str, Any]
 ) -> PreparedFolder:
-    """Write the rows of each split and the manifest. A reader sees either the complete folder or none.
+    """Write the rows of each split and the manifest. A reader sees either the complete folder or no folder.
 
     `splits`: the batches of rows of each split, by split name. Each split has at least one batch. The iterables are read once, one after the other.
     """
@@ -124,7 +124,7 @@ def prepared_folder(cache_folder: Path, digest: str) -> Path:
 
 
 def partial_folder(folder: Path) -> Path:
-    """Return the temporary folder in which `write_prepared` builds `folder`. It is renamed to `folder` when it is complete."""
+    """Return the temporary folder in which `write_prepared` builds `folder`. The temporary folder is renamed to `folder` when it is complete."""
     return folder.with_name(folder.name + ".part")
 
 

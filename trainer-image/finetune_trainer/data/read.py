@@ -41,7 +41,7 @@ class SkippedRows:
     first: tuple[RawRow, RowError] | None = None
 
     def add(self, row: RawRow, error: RowError) -> None:
-        """Count a bad row, and remember it if it is the first."""
+        """Count a bad row, and keep the row if it is the first bad row."""
         self.count += 1
         self.first = self.first or (row, error)
 
@@ -306,7 +306,7 @@ def _read_text_lines(file: Path) -> Iterator[RawRow]:
 
 
 PARQUET_ROWS = 64
-"""Number of rows that are converted to Python objects together. A row may hold megabytes of images or thousands of token ids."""
+"""Number of rows that are converted to Python objects together. The number is small, because a row may hold megabytes of images or thousands of token ids."""
 
 
 def _read_parquet(file: Path) -> Iterator[RawRow]:

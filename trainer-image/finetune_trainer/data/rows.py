@@ -62,7 +62,8 @@ class Turn:
     weight: int = 1
     extra: Mapping[str, Any] = field(default_factory=dict)
     parts: tuple[str | GivenImage | ImageFile, ...] = ()
-    """Texts and images of a message with images, in order. `content` then holds all these texts, joined. Empty for a message without images."""
+    """Texts and images of a message with images, in order. If a message has images, `content` holds all its texts, joined. If it has no images,
+    `parts` is empty."""
 
     def to_message(self, *, has_content_parts: bool = False) -> dict[str, Any]:
         """Return the message in the form that chat templates expect. `has_content_parts`: whether the template reads the content as a list of parts."""
@@ -106,7 +107,7 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Preference:
-    """One prompt with a better and a worse answer. Either all three are turns, or all three are text."""
+    """One prompt with a better and a worse answer. The prompt and both answers are either all turns or all text."""
 
     prompt: tuple[Turn, ...] | str
     chosen: tuple[Turn, ...] | str

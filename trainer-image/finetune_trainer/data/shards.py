@@ -80,7 +80,7 @@ def make_batch(columns: Columns, values: Mapping[str, Sequence[Any]]) -> pyarrow
 
 
 class _CountedFile:
-    """A file object that counts the bytes written to it. It also hashes them if `is_hashed` is true."""
+    """A file object that counts the bytes written to it. It also hashes the bytes if `is_hashed` is true."""
 
     def __init__(self, path: Path, is_hashed: bool):
         self._file, self.size, self.closed = path.open("wb"), 0, False
@@ -109,7 +109,10 @@ class _CountedFile:
 
 @dataclass
 class ShardWriter:
-    """Writes batches to the shards `<folder>/<name>/00000.arrow` and so on. Use it as a context manager: the end of the context closes the last shard."""
+    """Writes batches to the shards `<folder>/<name>/00000.arrow` and so on.
+
+    Use the writer as a context manager: the end of the context closes the last shard.
+    """
 
     folder: Path
     name: str
@@ -213,7 +216,7 @@ class ShardReader:
         self._max_rows = IMAGE_ROWS_PER_BATCH if has_images else ROWS_PER_BATCH
 
     def read(self, positions: numpy.ndarray[Any, Any], lengths: numpy.ndarray[Any, Any]) -> Iterator[pyarrow.RecordBatch]:
-        """Yield the rows at the positions, in this order, in batches of limited size. `lengths`: the number of tokens of each row."""
+        """Yield the rows at `positions`, in the order of `positions`, in batches of limited size. `lengths`: the number of tokens of each row."""
         for start, end in batch_ranges(lengths, self._max_rows):
             yield self.read_batch(positions[start:end])
 

@@ -16,8 +16,8 @@ Item = TypeVar("Item")
 def split_sizes(row_count: int, split: Split) -> tuple[int, int, int]:
     """Return the number of rows for training, validation and test, out of `row_count` rows.
 
-    Each size is rounded down. If training has no ratio, it gets all other rows. If it has one and the ratios add up to 1, the last
-    split with a ratio gets the rows that rounding leaves over. Otherwise the remaining rows are not used. Errors: SplitEmpty.
+    Each size is rounded down. If training has no ratio, it gets all other rows. If training has a ratio and the ratios add up to 1, the last split
+    with a ratio gets the rows that rounding leaves over. If the ratios add up to less than 1, the remaining rows are not used. Errors: SplitEmpty.
     """
     ratios = [Fraction(str(x or 0)) for x in (split.train, split.validation, split.test)]
     if split.train is None:

@@ -1,9 +1,9 @@
 """Stage 5, render: convert an example to a text, and find the character spans of the text that are trained on.
 
 If the user sets marker strings, they show where an answer begins and ends. Otherwise, the generation markers of the chat template
-(`{% generation %}`) show it. If the template has no such markers, the conversation is rendered turn by turn: the answer is the text that
-the template adds after the generation prompt. Some templates render a turn differently if more turns follow. In this case the answer's
-content is located in the text. If the content cannot be located, the template is refused.
+(`{% generation %}`) show where answers begin and end. If the template has no generation markers, the conversation is rendered turn by turn: the
+answer is the text that the template adds after the generation prompt. Some templates render a turn differently if more turns follow. If the
+template does so, the trainer searches the text for the answer's content. If the content cannot be found, the template is refused.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from finetune_trainer.data.time_limit import TimeLimitExceeded, time_limit
 
 CharSpan = tuple[int, int]
 _SENTINEL_TEXT = "\ue000\ue001\ue002"
-"""Characters from a private-use area of Unicode. No tokenizer, template or data set should contain them."""
+"""Characters from a private-use area of Unicode. No tokenizer, template or data set should contain these characters."""
 TEMPLATE_TIMEOUT_SECONDS = 60.0
 """Time limit for one run of a chat template. Rendering a long conversation takes only milliseconds."""
 _GENERATION_TAG_PATTERN = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
@@ -42,7 +42,7 @@ class Rendered:
     text: str
     spans: tuple[CharSpan, ...]
     is_templated: bool
-    """Whether a chat template rendered the text. Such a text already contains its special tokens."""
+    """Whether a chat template rendered the text. A text from a chat template already contains its special tokens."""
 
 
 @dataclass(frozen=True)

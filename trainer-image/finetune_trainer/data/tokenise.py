@@ -1,4 +1,4 @@
-"""Stage 6, tokenise: convert texts to token ids and labels, and count them.
+"""Stage 6, tokenise: convert texts to token ids and labels, and count the tokens.
 
 A text from a chat template already contains its special tokens, so the tokenizer adds none. The label of a token that
 overlaps a trained span is the token's id; all other labels are -100. Whether a token is trained on does not depend on its id, so the
@@ -32,7 +32,7 @@ class EncodedRow(NamedTuple):
     labels: list[int]
     images: tuple[ImageFile, ...] = ()
     image_end: int = 0
-    """Number of tokens up to the end of the last image; 0 without images. The row cannot be cut to fewer tokens."""
+    """Number of tokens up to the end of the last image; 0 without images. A row cannot be cut to fewer tokens than this number."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class FittedRow(NamedTuple):
     """The result of applying the length limit to a row."""
 
     outcome: RowOutcome
-    """`KEPT` or `CUT` if the row is stored. With any other outcome it is left out, and `ids` and `labels` are empty."""
+    """`KEPT` or `CUT` if the row is stored. If `outcome` has any other value, the row is left out, and `ids` and `labels` are empty."""
     ids: list[int]
     labels: list[int]
 
@@ -62,12 +62,12 @@ class TokenReport:
     rows: int = 0
     truncated: int = 0
     dropped: int = 0
-    """Rows that were too long and were left out because of `overflow: drop`."""
+    """Number of rows that were left out because they were too long (with `overflow: drop`)."""
     answerless: int = 0
-    """Rows left out because their whole answer was cut off."""
+    """Number of rows that were left out because their whole answer was cut off."""
     tokens: int = 0
     trained_tokens: int = 0
-    """Tokens that are trained on."""
+    """Number of tokens that are trained on."""
     longest: int = 0
     """Number of tokens of the longest row. `median` and `percentile95` are also numbers of tokens per row."""
     median: int = 0
@@ -176,7 +176,10 @@ def make_labels(ids: Sequence[int], offsets: Sequence[tuple[int, int]], spans: S
 
 @dataclass(frozen=True)
 class BoundaryTokens:
-    """The rules for the beginning token and the end token of a row. A row gets each of the two at most once, even if both template and tokenizer add it."""
+    """The rules for the beginning token and the end token of a row.
+
+    A row gets each of these two tokens at most once, even if both the template and the tokenizer add the token.
+    """
 
     bos_id: int | None
     eos_id: int | None

@@ -1,8 +1,8 @@
 """Converts rows with images to token sequences, and batches of these sequences to the inputs of a vision-language model.
 
 The chat template writes one placeholder for each image. The model's processor replaces the placeholder with one token for each patch of
-the image, and this module moves the trained spans accordingly. Tokens of images are never trained on. The token sequences are cached. The
-pixels are computed again for each batch, because they would need far more disk space than the image files.
+the image, and this module moves the trained spans accordingly. Tokens of images are never trained on. The token sequences are cached. The pixels are
+computed again for each batch, because cached pixels would need far more disk space than the image files.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 IMAGE_SOURCES_COLUMN = "image_sources"
-"""Name of the shard column with the images of a row. TRL treats rows with a column `images` as not tokenised yet, so the name differs."""
+"""Name of the shard column with the images of a row. The column is not called `images`, because TRL would treat rows with a column `images` as not
+tokenised yet."""
 IMAGE_LABEL = -101
-"""Temporary label of image tokens. `encode_row` replaces it with `IGNORED_LABEL`."""
+"""Temporary label of image tokens. `encode_row` replaces this label with `IGNORED_LABEL`."""
 TEXT_INPUT_NAMES = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 """Outputs of a processor that describe the text."""
 ROWS_WITHOUT_WORKERS = 200

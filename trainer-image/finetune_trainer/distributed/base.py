@@ -1,7 +1,7 @@
 """The interface of a distributed strategy. A strategy is chosen before the model is loaded, and verified after the model is wrapped.
 
 Libraries often fall back to another strategy without an error: FSDP to DDP, or two ranks to two independent runs. `verify_active`
-therefore detects the active strategy from the wrapped model, and ends the run if it is not the chosen one.
+therefore detects the active strategy from the wrapped model, and ends the run if the active strategy is not the chosen one.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ class DistributedStrategy:
         self.context_parallel_size = run.spec.distributed.context_parallel_size or 1
         """Number of ranks that share each sequence."""
         self.data_parallel_size = world_size // self.context_parallel_size
-        """Number of ranks that train on different rows. With context parallelism, all ranks of a group have the same rows, so this is the number of groups."""
+        """Number of ranks that train on different rows. With context parallelism, all ranks of a group have the same rows, so this property is the
+        number of groups."""
         self.gradient_factor = 1
         """Factor by which the gradients, after the ranks have combined them, are larger than the mean over all ranks."""
         self.notes: list[str] = []
@@ -51,11 +52,14 @@ class DistributedStrategy:
 
     @property
     def trainer_mixins(self) -> tuple[type, ...]:
-        """The mixins for the Trainer class. Their methods override those of the objective's class."""
+        """The mixins for the Trainer class. Methods of a mixin override methods of the objective's class."""
         return ()
 
     def prepare_process(self) -> None:
-        """Prepare the process before accelerate is first used. For a single rank, remove the variables that cause a process group."""
+        """Prepare the process before accelerate is first used.
+
+        For a single rank, remove the environment variables that make accelerate create a process group.
+        """
         if self.world_size == 1:
             for name in TORCHRUN_VARIABLES:
                 os.environ.pop(name, None)
@@ -68,7 +72,7 @@ class DistributedStrategy:
         """Change the Trainer's accelerator. The Trainer calls this method as soon as it has created the accelerator."""
 
     def verify_active(self, trainer: Any) -> str:
-        """Check that this strategy is active, and return its name. Called when training begins. Errors: InternalError StrategyNotActive."""
+        """Check that this strategy is active, and return its name. This method is called when training begins. Errors: InternalError StrategyNotActive."""
         active = detect_strategy(trainer)
         if active != self.name:
             raise InternalError(

@@ -25,7 +25,7 @@ def choose_strategy(run: RunConfig, hardware: Hardware, inputs: Inputs, world_si
 
 
 def _choose_fsdp_or_ddp(run: RunConfig, hardware: Hardware, inputs: Inputs, world_size: int) -> DistributedStrategy:
-    """Return FSDP, or DDP for `sharding: noShard`. FSDP version 2 does not have this mode, and in version 1 it did the same as DDP."""
+    """Return FSDP, or DDP for `sharding: noShard`. FSDP version 2 does not have the mode `noShard`, which did the same as DDP in version 1."""
     from finetune_trainer.distributed import fsdp
 
     options = fsdp.build_options(run, inputs, hardware, world_size)

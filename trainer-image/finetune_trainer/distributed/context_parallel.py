@@ -40,13 +40,13 @@ class SequencePart:
 
 @dataclass(frozen=True)
 class PartCollator:
-    """A data collator that returns this rank's part of each batch. The processes of the data loader receive pickled copies."""
+    """A data collator that returns this rank's part of each batch. The processes of the data loader receive pickled copies of the collator."""
 
     collator: Callable[[Sequence[Any]], Mapping[str, Any]]
     part: SequencePart
 
     def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
-        """Return this rank's part of the batch of these rows."""
+        """Collate `rows` to a batch, and return this rank's part of the batch."""
         return self.part.cut(self.collator(rows))
 
 
@@ -61,7 +61,7 @@ def parallelism_config(ranks_per_group: int, world_size: int) -> Any:
 def gradient_factor(ranks_per_group: int, stage: int, config: Mapping[str, Any]) -> int:
     """Return the factor by which DeepSpeed's gradients are larger than the mean over all ranks.
 
-    Up to stage 2, DeepSpeed 0.19 adds up the gradients of the ranks in a group, and averages over the groups. In stage 3, it averages over all
+    Up to stage 2, DeepSpeed 0.19 adds up the gradients of the ranks in a group, and averages over the groups. In stage 3, DeepSpeed averages over all
     ranks if the option `reduce_scatter` is on. Errors: ConfigError ContextParallelUnsupported if the option is off in stage 3.
     """
     if stage < 3:
@@ -90,7 +90,7 @@ def require_sequence_group(rank_count: int) -> None:
 
 
 def context_parallel_mixin() -> type:
-    """Return the mixin class. It is defined in a function so that importing this module does not import torch."""
+    """Return the mixin class. The class is defined in a function so that importing this module does not import torch."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     from finetune_trainer.library_internals import OpenTrainer
@@ -102,11 +102,11 @@ def context_parallel_mixin() -> type:
 
         def __init__(self, *args: Any, **options: Any) -> None:
             super().__init__(*args, **options)
-            # transformers turns this attribute off, because its own loss for shared sequences is a mean over each micro-batch.
+            # transformers sets `model_accepts_loss_kwargs` to False, because its own loss for shared sequences is a mean over each micro-batch.
             self.model_accepts_loss_kwargs = True
 
         def train(self, *args: Any, **options: Any) -> Any:
-            """Train. Then restore the attention function, because DeepSpeed replaces it for all models."""
+            """Train, and restore transformers' attention function after the training, because DeepSpeed replaces this function for all models."""
             attention = ALL_ATTENTION_FUNCTIONS["sdpa"]
             self.accelerator.deepspeed_ulysses_dl_adapter = lambda loader, _model: loader
             try:
@@ -129,7 +129,7 @@ def context_parallel_mixin() -> type:
         def get_sp_size(self) -> int:
             """Return 1, because this class does not use DeepSpeed's loader.
 
-            transformers corrects the numbers of batches and labels by this factor, because DeepSpeed's loader changes them.
+            DeepSpeed's loader changes the numbers of batches and labels, and transformers corrects these numbers by the returned factor.
             """
             return 1
 

@@ -4,7 +4,7 @@ Options that only DeepSpeed has come from the user's JSON. Options that the spec
 precision, stage, offloading) must be equal in both, or `auto` in the JSON. An Adam optimizer in the JSON is replaced with torch's AdamW,
 because DeepSpeed would compile its own optimizers on first use, and the image has no C++ or CUDA compiler. A scheduler in the JSON
 is replaced with a scheduler of transformers. DeepSpeed itself ignores unknown keys at the top level, and fails with a traceback for a
-value of the wrong type. In both cases, this module raises an error that names the key.
+value of the wrong type. For unknown keys and for values of the wrong type, this module raises an error that names the key.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ COMPILED_OPTIONS: tuple[tuple[str, ...], ...] = (
     ("zero_optimization", "zero_quantized_gradients"), ("zero_optimization", "zenflow"),
     ("zero_optimization", "offload_optimizer", "super_offload"), ("checkpoint", "writer"),
 )  # fmt: skip
-"""Paths of the options that make DeepSpeed compile code on first use. They are refused, because the image has no C++ or CUDA compiler."""
+"""Paths of the options that make DeepSpeed compile code on first use. These options are refused, because the image has no C++ or CUDA compiler."""
 MICRO_BATCH_KEY, MICRO_BATCH_PATH = "train_micro_batch_size_per_gpu", "training.batchSizePerDevice"
 ACCUMULATION_KEY, ACCUMULATION_PATH = "gradient_accumulation_steps", "training.gradientAccumulationSteps"
 MAX_BATCH_VALUE = 65536
@@ -232,7 +232,7 @@ def _merge_batch_sizes(config: dict[str, Any], merge: FileMerge, run: RunConfig,
     merge.require_equal(
         "train_batch_size", config.get("train_batch_size"), "micro-batch x accumulation x ranks", effective_batch
     )
-    # transformers and DeepSpeed check train_batch_size before they know the groups of context parallelism. Later, accelerate corrects it.
+    # transformers and DeepSpeed check train_batch_size before they know the groups of context parallelism. accelerate corrects train_batch_size later.
     config |= {MICRO_BATCH_KEY: rows, ACCUMULATION_KEY: steps, "train_batch_size": rows * steps * world_size, "gradient_clipping": clip}
     result.training_arguments |= {
         "per_device_train_batch_size": rows,
@@ -244,7 +244,7 @@ def _merge_batch_sizes(config: dict[str, Any], merge: FileMerge, run: RunConfig,
 def _merge_rows_and_steps(config: dict[str, Any], merge: FileMerge, run: RunConfig) -> tuple[int, int]:
     """Return the micro-batch (rows) and the number of accumulation steps.
 
-    If the operator reduced the spec's micro-batch, the file's micro-batch is reduced too, and more steps keep the effective batch the same.
+    If the operator reduced the spec's micro-batch, the file's micro-batch is reduced too, and more accumulation steps keep the effective batch the same.
     """
     training = run.spec.training
     requested_rows = training.batch_size_per_device
@@ -276,8 +276,8 @@ def _merge_rows_and_steps(config: dict[str, Any], merge: FileMerge, run: RunConf
 def _reduce_rows(rows: int, steps: int, limit: float, merge: FileMerge, run: RunConfig) -> int:
     """Return the largest allowed divisor of the micro-batch `rows` that is at most `limit`.
 
-    If all allowed divisors are above the limit, return the smallest one; if no divisor is allowed, return `rows`. A divisor that breaks a
-    rule of the API is not allowed. Otherwise, the attempt after an out-of-memory error would fail because of the adapted value.
+    If all allowed divisors are above the limit, return the smallest one; if no divisor is allowed, return `rows`. A divisor that breaks a rule of the
+    API is not allowed, because with this divisor, the attempt after an out-of-memory error would fail.
     """
     divisors = [
         divisor
@@ -377,7 +377,7 @@ def _merge_scheduler(config: dict[str, Any], merge: FileMerge, run: RunConfig, r
 
 
 def _merge_warmup(steps: Any, merge: FileMerge, run: RunConfig, result: DeepspeedOptions) -> None:
-    """Use the file's warm-up steps, if it has any. They conflict with a warm-up ratio that the user set, and replace a default ratio."""
+    """Use the file's warm-up steps, if it has any. These steps conflict with a warm-up ratio that the user set, but replace a default ratio."""
     training, key = run.spec.training, "scheduler.params.warmup_num_steps"
     if steps in (None, AUTO_VALUE):
         return
@@ -427,7 +427,7 @@ def _merge_zero_options(config: dict[str, Any], merge: FileMerge, run: RunConfig
             "the value that a loadable checkpoint needs", True,
         )  # fmt: skip
         zero["stage3_gather_16bit_weights_on_model_save"] = True
-    # With these keys, DeepSpeed accepts torch's optimizer even with offloading. Without them, it would compile its own optimizer.
+    # With these two values, DeepSpeed accepts torch's optimizer even with offloading. Otherwise, DeepSpeed would compile its own optimizer.
     for key, value in (("zero_allow_untested_optimizer", True), ("zero_force_ds_cpu_optimizer", False)):
         merge.require_equal(key, config.get(key), "the value that torch's optimizer needs", value)
         config[key] = value
@@ -497,7 +497,7 @@ class Deepspeed(DistributedStrategy):
         return (_best_weights_mixin(), *([context_parallel.context_parallel_mixin()] if self.context_parallel_size > 1 else []))
 
     def prepare_process(self) -> None:
-        """Create the process group that DeepSpeed needs, even for one rank. On a CPU, accelerate would create it too late."""
+        """Create the process group that DeepSpeed needs, even for one rank. On a CPU, accelerate would create the process group too late."""
         import deepspeed
         import torch
 
@@ -540,7 +540,7 @@ class Deepspeed(DistributedStrategy):
 
 
 def _best_weights_mixin() -> type:
-    """Return the mixin class. It is defined in a function so that importing this module does not import torch."""
+    """Return the mixin class. The class is defined in a function so that importing this module does not import torch."""
     from finetune_trainer.best import find_best_folder
     from finetune_trainer.distributed.weights import load_into_deepspeed
     from finetune_trainer.library_internals import OpenTrainer

@@ -1,7 +1,7 @@
 """Fully sharded data parallel (FSDP), version 2: every rank holds a shard of each parameter, gradient and optimizer state.
 
 This module works around three limits of the libraries:
-* On a CPU (tests, small runs), accelerate does not enable FSDP, and two ranks would silently run DDP. `enable_fsdp_on_cpu` enables FSDP.
+* On a CPU (tests, small runs), accelerate does not enable FSDP, and two ranks would silently run DDP. `enable_fsdp_on_cpu` enables FSDP on a CPU.
 * transformers cannot save unsharded weights together with a sharded optimizer state. `ShardedCheckpoints` saves both in one checkpoint.
 * accelerate does not shard integer weights, and only warns. So `finetune_trainer.model` stores 4-bit weights as floats if the strategy has
   `shards_weights`.
@@ -40,7 +40,8 @@ SHARDING_BY_FILE_VALUE = {
     "1": FsdpSharding.FULL_SHARD, "2": FsdpSharding.SHARD_GRAD_OP, "3": FsdpSharding.NO_SHARD,
     "true": FsdpSharding.FULL_SHARD, "false": FsdpSharding.SHARD_GRAD_OP,
 }  # fmt: skip
-"""The spec's `sharding` for each value in accelerate's file. Files for FSDP version 2 have a boolean: whether to reshard after the forward pass."""
+"""The spec's `sharding` for each value in accelerate's file. In files for FSDP version 2, the value is a boolean: whether to reshard after the
+forward pass."""
 STATE_DICT_BY_FILE_VALUE = {
     "FULL_STATE_DICT": FsdpStateDict.FULL, "SHARDED_STATE_DICT": FsdpStateDict.SHARDED, "LOCAL_STATE_DICT": FsdpStateDict.LOCAL,
 }  # fmt: skip
@@ -49,9 +50,9 @@ LAUNCHER_KEYS = (
     "main_training_function", "rdzv_backend", "same_network", "tpu_env", "tpu_use_cluster", "tpu_use_sudo", "use_cpu", "gpu_ids",
     "tpu_name", "tpu_zone", "dynamo_config", "commands", "command_file", "deepspeed_config", "megatron_lm_config", "ipex_config",
 )  # fmt: skip
-"""Keys that only accelerate's launcher reads. They are ignored, because the operator starts the ranks."""
+"""Keys that only accelerate's launcher reads. These keys are ignored, because the operator starts the ranks."""
 VERSION_1_KEYS = ("backward_prefetch", "forward_prefetch", "use_orig_params", "sync_module_states", "limit_all_gathers")
-"""Keys that only FSDP version 1 has. Version 2 always behaves as if they were set."""
+"""Keys that only FSDP version 1 has. FSDP version 2 always behaves as if these keys were set."""
 WRAP_POLICIES = ("TRANSFORMER_BASED_WRAP", "SIZE_BASED_WRAP", "NO_WRAP")
 WRAP_BY_LAYER, WRAP_BY_SIZE, _ = WRAP_POLICIES
 BOOLEAN_SPELLINGS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
@@ -77,7 +78,8 @@ FSDP_KEYS = {
     "min_num_params": SIZE_TYPE, "auto_wrap_policy": ValueType(f"one of {', '.join(WRAP_POLICIES)}", lambda value: str(value).upper() in WRAP_POLICIES),
     **dict.fromkeys(VERSION_1_KEYS, ANY_TYPE),
 }  # fmt: skip
-"""The type of each key of fsdp_config. The keys have no prefix `fsdp_`. `_find_spec_value` checks the values of keys about sharding and state dict."""
+"""The type of each key of fsdp_config. The keys are written without the prefix `fsdp_`. `_find_spec_value` checks the values of keys about sharding
+and state dict."""
 
 
 @dataclass
@@ -217,7 +219,7 @@ def _read_wrap_policy(fsdp_config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _find_spec_value(file_value: Any, values_by_name: dict[str, Any], key: str) -> Any:
-    """Return the spec's value for the file's value of `key`; None if the file does not set the key. Errors: ConfigError ConfigFileInvalid."""
+    """Return the value of the spec that means the same as `file_value`; None if the file does not set `key`. Errors: ConfigError ConfigFileInvalid."""
     if file_value is None:
         return None
     text = str(file_value)
@@ -250,7 +252,7 @@ class Fsdp(DistributedStrategy):
         return (_sharded_checkpoints_mixin(),)
 
     def prepare_process(self) -> None:
-        """Create the process group that FSDP needs, even for one rank. On a CPU, accelerate would not create it."""
+        """Create the process group that FSDP needs, even for one rank. On a CPU, accelerate would not create a process group."""
         if self.world_size > 1:
             return
         import torch
@@ -323,7 +325,7 @@ class Fsdp(DistributedStrategy):
 
 
 def _sharded_checkpoints_mixin() -> type:
-    """Return the mixin class. It is defined in a function so that importing this module does not import torch."""
+    """Return the mixin class. The class is defined in a function so that importing this module does not import torch."""
     from finetune_trainer.best import find_best_folder
     from finetune_trainer.distributed.weights import load_into_fsdp
     from finetune_trainer.library_internals import OpenTrainer
@@ -378,7 +380,7 @@ def _sharded_checkpoints_mixin() -> type:
         def _optimizer_layout(self, plugin: Any, checkpoint: str | None = None) -> Iterator[None]:
             """Within the context, set accelerate's state dict type to the type for the optimizer, because accelerate has one setting for model and optimizer.
 
-            If `checkpoint` is given, its files decide the type. Otherwise, the spec decides it.
+            If `checkpoint` is given, its files decide the type. Without `checkpoint`, the spec decides the type.
             """
             is_sharded = self.strategy.options.state_dict is FsdpStateDict.SHARDED
             if checkpoint is not None:

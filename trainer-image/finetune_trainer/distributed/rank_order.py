@@ -1,8 +1,8 @@
 """Lets local rank 0 of each node do long work, such as tokenising, before the other ranks. The work has no time limit.
 
 The other ranks cannot wait in a collective, because a collective fails after the timeout of the process group (30 minutes), and large data sets
-take longer. Instead, they poll keys in the gang's store. The working ranks write heartbeats to the store, and report that they are done or
-have failed.
+take longer. Instead, the other ranks poll keys in the TCPStore that all ranks share. The working ranks write heartbeats to this store, and report
+that they are done or have failed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ HEARTBEAT_TIMEOUT_SECONDS = 600.0
 """A working rank counts as lost after this time without a heartbeat."""
 FAILED_KEY = "failed"
 _use_numbers = itertools.count()
-"""Counts the uses of `local_rank_0_first` in this process. All ranks use it in the same order, so a use has the same number in all ranks."""
+"""Counts the uses of `local_rank_0_first` in this process. All ranks use this context manager in the same order, so a use has the same number in all
+ranks."""
 
 
 @dataclass(frozen=True)
@@ -41,14 +42,14 @@ class RankPosition:
 
     @staticmethod
     def from_env() -> RankPosition:
-        """Return the position of this process. Without torchrun's environment variables, it is a single rank."""
+        """Return the position of this process. Without torchrun's environment variables, the process is a single rank."""
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
         return RankPosition(rank, local_rank, world_size, int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size))))
 
     @property
     def working_ranks(self) -> range:
-        """The global rank of local rank 0 on each node."""
+        """The global ranks of the processes that are local rank 0 of their node."""
         return range(0, self.world_size, self.local_world_size)
 
 
@@ -88,7 +89,7 @@ def order_ranks(
 
 
 def _wait_for_working_ranks(store: GangStore, ranks: range, pause: Callable[[float], None], now: Callable[[], float]) -> None:
-    """Wait until the ranks are done. Errors: PeerError PeerLost if a rank has failed, or has sent no heartbeat for `HEARTBEAT_TIMEOUT_SECONDS`."""
+    """Wait until all working ranks are done. Errors: PeerError PeerLost if a rank has failed, or has sent no heartbeat for `HEARTBEAT_TIMEOUT_SECONDS`."""
     last_check_time, changes = now(), dict.fromkeys(ranks, ("", now()))
     while not store.has(*map(_done_key, ranks)):
         if store.has(FAILED_KEY):

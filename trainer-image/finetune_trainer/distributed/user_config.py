@@ -2,8 +2,8 @@
 
 If the user sets a value both in the file and in the spec, the two values must be equal; an error names all values that differ. If the
 spec's value is a default, the file's value is used and must satisfy the same rules. The operator may have adapted the spec: a smaller
-micro-batch after an out-of-memory error, or a lower learning rate after a rollback. It cannot adapt the file. So the file's values are
-compared with the spec's values from before the adaptation, and then adapted by the same factor.
+micro-batch after an out-of-memory error, or a lower learning rate after a rollback. The operator cannot adapt the file. So this module compares the
+file's values with the spec's values from before the adaptation, and then adapts the file's values by the same factor.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def _parse_yaml(text: str, location: str) -> Any:
 
 @dataclass
 class FileMerge:
-    """Merges the values of one file with the spec. It collects all conflicts, so that one error can report them together."""
+    """Merges the values of one file with the spec. All conflicts are collected, so that one error can report them together."""
 
     run: RunConfig
     conflicts: list[str] = field(default_factory=list)
@@ -156,7 +156,7 @@ class FileMerge:
         return self.file_values[path]
 
     def _file_takes_precedence(self, key: str, file_value: Any, path: str, spec_value: Any, file_text: str | None = None) -> bool:
-        """Whether the file's value replaces `spec_value`. If so, record a note. If the user set both values and they differ, record a conflict."""
+        """Whether the file's value replaces `spec_value`. If it does, record a note. If the user set both values and they differ, record a conflict."""
         if file_value is None or file_value == AUTO_VALUE or _values_equal(file_value, spec_value):
             return False
         text = _as_text(file_value) if file_text is None else file_text
@@ -223,7 +223,7 @@ class FileMerge:
         return self._spec_as_written().with_values(self.file_values)
 
     def allows(self, values: Mapping[str, Any]) -> bool:
-        """Whether these values (by spec path) would break no API rule that the merged spec satisfies without them. Errors: pydantic's ValidationError."""
+        """Whether the merged spec with `values` (by spec path) satisfies each API rule that it satisfies without them. Errors: pydantic's ValidationError."""
         spec = self.merged_spec()
         return not new_problems(spec, spec.with_values(values))
 

@@ -26,7 +26,7 @@ def load_into_fsdp(model: Any, folder: Path, is_reader: bool) -> None:
 def load_into_deepspeed(model: Any, folder: Path, is_reader: bool) -> None:
     """Load the weights of the folder into a DeepSpeed model: gather each parameter, set it on the reading rank, and shard it again.
 
-    The optimizer keeps its old copies of the weights. So the model can be saved afterwards, but not trained. Errors: those of `load_into_fsdp`.
+    The optimizer keeps its old copies of the weights. So the model can be saved after this call, but not trained. Errors: those of `load_into_fsdp`.
     """
     import deepspeed
 

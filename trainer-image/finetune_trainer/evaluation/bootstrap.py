@@ -29,13 +29,13 @@ from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float64]
 MetricOfSums = Callable[[FloatArray], FloatArray]
-"""A smooth function that computes a metric from sums over rows. It maps arrays of shape (..., number of sums) to shape (...)."""
+"""A smooth function that computes a metric from sums over rows. The function maps arrays of shape (..., number of sums) to shape (...)."""
 
 RESAMPLE_COUNT = 2000
 """Number of bootstrap resamples. With 2000 resamples, the standard deviation of the 5 % quantile is 0.5 percentage points."""
 RESAMPLE_SEED = 42
 MAX_COUNTS_IN_MEMORY = 4_000_000
-"""Maximum number of counts (rows x resamples) in memory at a time: 32 MB. If there are more, the resamples are drawn in several blocks."""
+"""Maximum number of counts (rows x resamples) in memory at a time: 32 MB. If there are more counts, the resamples are drawn in several blocks."""
 RELATIVE_STEP = 1e-5
 """Step of the numerical derivatives, relative to the sum. The relative error of central differences is about the square of the step."""
 ROUNDING_ERROR = 1e-11
@@ -59,7 +59,7 @@ class MetricComparison:
     """Lower end of the confidence interval; None if there is no interval."""
     high: float | None = None
     reason: str | None = None
-    """Why there is no interval; None if there is one."""
+    """Why there is no interval; None if there is an interval."""
 
 
 def compare_rows(base: Sequence[float], trained: Sequence[float], *, confidence: float = 0.95, seed: int = RESAMPLE_SEED) -> MetricComparison:
@@ -92,12 +92,12 @@ def compare_sums(base: FloatArray, trained: FloatArray, metric: MetricOfSums, *,
 
 @dataclass(frozen=True)
 class _ChangedRows:
-    """How many rows differ from the usual difference between the models, and by how much. The usual difference is mostly 0."""
+    """The rows in which the difference between the two models is not the usual difference, which is mostly 0."""
 
     count: int
     usual_difference: float = 0.0
     largest_difference: float | None = None
-    """Largest possible difference in one row. If it is None, the larger absolute value of the two models' metrics is used."""
+    """Largest possible difference in one row. If this field is None, the larger absolute value of the two models' metrics is used."""
 
 
 def _compare(
@@ -154,7 +154,7 @@ def bleu_of_sums(sums: FloatArray) -> FloatArray:
 def _difference_between_models(metric: MetricOfSums, sum_count: int) -> MetricOfSums:
     """Return a function that computes the difference between the metrics of the two models.
 
-    Its input contains the `sum_count` sums of the base model, and then the differences between the sums of both models. With differences as
+    The input of the function contains the `sum_count` sums of the base model, and then the differences between the sums of both models. With differences as
     input, the result is precise even if both models are almost equal.
     """
     return lambda sums: metric(sums[..., :sum_count] + sums[..., sum_count:]) - metric(sums[..., :sum_count])
@@ -173,7 +173,7 @@ def _studentised_ends(rows: FloatArray, statistic: MetricOfSums, confidence: flo
             return -math.inf, math.inf
         sums = np.concatenate([counts @ columns for counts in _resample(len(rows), seed)])
         resampled, resampled_errors = _estimate_and_error(sums, statistic, rows.shape)
-        # If the rows of a resample have no variation, its error is 0, and its t value is infinite, or NaN for 0/0.
+        # If the rows of a resample have no variation, the standard error of the resample is 0, and its t value is infinite, or NaN for 0/0.
         shift = np.where(np.abs(resampled - estimate) <= ROUNDING_ERROR * np.abs(estimate), 0, resampled - estimate)
         t_values = shift / resampled_errors
     tail = (1 - confidence) / 2
@@ -253,7 +253,7 @@ def _ends_with_few_changed_rows(
 ) -> tuple[float, float]:
     """Return both ends of the interval if almost all rows have the usual difference.
 
-    With the given confidence, at most the fraction `changed_share` of all possible rows has another difference. That difference lies
+    With the given confidence, at most the fraction `changed_share` of all possible rows has another difference. The difference in these rows lies
     between -`largest_difference` and `largest_difference`. `changed_share` is the exact upper limit of Clopper and Pearson 1934.
     """
     changed_share = _highest_fraction(row_count, changed_count, (1 - confidence) / 2)
@@ -264,7 +264,7 @@ def _ends_with_few_changed_rows(
 def _highest_fraction(row_count: int, affected_count: int, tail: float) -> float:
     """Return the highest plausible fraction of affected rows among all possible rows, if `affected_count` of `row_count` rows are affected.
 
-    At this fraction, a sample would have at most `affected_count` affected rows with probability `tail`. It is computed by bisection.
+    At this fraction, a sample would have at most `affected_count` affected rows with probability `tail`. The fraction is computed by bisection.
     """
     if affected_count >= row_count:
         return 1.0
@@ -292,7 +292,7 @@ def _compare_fractions(base: FloatArray, trained: FloatArray, confidence: float)
 
 
 def _lowest_difference(wins: int, losses: int, row_count: int, confidence: float) -> float:
-    """Return the lowest difference of two paired fractions that the score test does not reject. It is computed by bisection."""
+    """Return the lowest difference of two paired fractions that the score test does not reject. This difference is computed by bisection."""
     critical = NormalDist().inv_cdf((1 + confidence) / 2)
     rejected, accepted = -1.0, (wins - losses) / row_count
     for _ in range(60):

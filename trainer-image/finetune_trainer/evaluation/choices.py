@@ -27,7 +27,7 @@ def letter_log_probabilities(
 
     `letters` are the texts that follow the prompt, in the row's order, for example `A` or ` A`. If a letter has several tokens, their
     log-probabilities are added up. A tokenizer may merge the letter with the end of the prompt, for example `: ` and `A` into `:` and
-    ` A`. So the function tokenises prompt and letter together. It scores only the tokens after the longest beginning that the prompt and
+    ` A`. So the function tokenises prompt and letter together. The function scores only the tokens after the longest beginning that the prompt and
     all options share, so that all options are scored after the same tokens.
 
     `add_special_tokens`: false for prompts from a chat template, because the template already contains the special tokens.
@@ -45,7 +45,7 @@ def letter_log_probabilities(
     suffixes = [option[shared:] for option in options]
     longest = max(map(len, suffixes))
     device = model.get_input_embeddings().weight.device
-    if longest == 1:  # one pass over the prompt scores all options
+    if longest == 1:  # one forward pass over the prompt is enough to score all options
         log_probabilities = _last_log_probabilities(model, torch.tensor([prompt_tokens[:shared]], device=device), 1)[0, 0]
         return {letter: float(log_probabilities[tokens[0]]) for letter, tokens in zip(letters, suffixes, strict=True)}
     # The last token of an option is not an input, because nothing is predicted from it. Padding after an option does not change earlier scores.
@@ -67,14 +67,14 @@ def _last_log_probabilities(model: Any, tokens: torch.Tensor, position_count: in
     """Return float32 log-probabilities at the last `position_count` positions: shape (rows, positions, vocabulary size)."""
     options: dict[str, Any] = {"attention_mask": torch.ones_like(tokens), "use_cache": False}
     base = getattr(model, "get_base_model", lambda: model)()
-    if "logits_to_keep" in inspect.signature(base.forward).parameters:  # saves the logits of the prompt
+    if "logits_to_keep" in inspect.signature(base.forward).parameters:  # avoids the computation of the prompt's logits
         options["logits_to_keep"] = position_count
     logits = model(input_ids=tokens, **options).logits[:, -position_count:]
     return logits.float().log_softmax(dim=-1)
 
 
 def chosen_letter(log_probabilities: Mapping[str, float]) -> str:
-    """Return the letter with the highest log-probability; among equal letters, the first one in the row."""
+    """Return the letter with the highest log-probability; among letters with equal log-probabilities, the first one in the row."""
     return max(log_probabilities, key=log_probabilities.__getitem__)
 
 

@@ -1,6 +1,6 @@
 """Decides for each gate of `evaluation.gates` whether the trained model passes it.
 
-A gate passes only if a measurement shows that its condition is met. If its metric has no value, or if a comparison has no confidence
+A gate passes only if a measurement shows that its condition is met. If the metric of a gate has no value, or if a comparison has no confidence
 interval, the gate fails and its result gives the reason.
 """
 
@@ -20,7 +20,7 @@ from finetune_trainer.evaluation.bootstrap import FloatArray, MetricComparison, 
 
 
 class MeasuredMetric(Protocol):
-    """A metric of one model. If it has no value, `reason` says why."""
+    """A metric of one model. If the metric has no value, `reason` says why."""
 
     @property
     def value(self) -> float | None:
@@ -57,7 +57,7 @@ def evaluate_gates(
     """Return one result per gate, in the order of the gates.
 
     `trained`, `base`: the metrics of both models on the same rows, by name. `sums`: the sums of loss, perplexity, BLEU and other metrics
-    that are not the mean of their rows, by name. A gate with `notWorseThanBase` needs the sums of such a metric.
+    that are not the mean of their rows, by name. A gate with `notWorseThanBase` needs these sums if its metric is not the mean of its rows.
     """
     return [_evaluate_gate(gate, trained.get(gate.metric), base.get(gate.metric), (sums or {}).get(gate.metric)) for gate in gates]
 

@@ -96,7 +96,7 @@ class JudgeSettings:
     api_key: str | None = field(default=None, repr=False)
     embedding_model: str | None = None
     input_price: float | None = None
-    """Price of a million input tokens. Embedded tokens are input tokens."""
+    """Price of a million input tokens. Tokens of texts that are sent for embedding also count as input tokens."""
     output_price: float | None = None
     """Price of a million output tokens."""
     timeout_seconds: float = 60.0
@@ -126,7 +126,7 @@ class Judge:
 
         refuse_metadata_address(settings.base_url, "evaluation.judge.endpoint")
         self.settings = settings
-        # Redirects are not followed, because one could send the judge's API key to a metadata address.
+        # Redirects are not followed, because a redirect could send the judge's API key to a metadata address.
         client = DefaultHttpxClient(follow_redirects=False)
         self._client = OpenAI(
             base_url=settings.base_url, api_key=settings.api_key or "none", timeout=settings.timeout_seconds, max_retries=settings.max_retries,
@@ -207,7 +207,7 @@ class Judge:
         )
 
     def _request(self, send: Callable[[], Any]) -> Any:
-        """Send a request, add its tokens to the usage, and return the response. The OpenAI client repeats it after errors that may be temporary.
+        """Send a request, add its tokens to the usage, and return the response. The OpenAI client repeats the request after errors that may be temporary.
 
         Errors: those of `ask`.
         """
@@ -378,7 +378,7 @@ NO_GROUND_TRUTH = "the row has no ground_truth"
 
 
 def _applicable_rows(metric: MetricValue, rows: Sequence[float | None]) -> Iterable[bool]:
-    """Yield for each row whether it can have a score. A row without a correct answer cannot have one."""
+    """Yield for each row whether it can have a score. A row without a correct answer cannot have a score."""
     return (metric.row_reasons.get(index) != NO_GROUND_TRUTH for index in range(len(rows)))
 
 
@@ -402,7 +402,7 @@ def _judge_rows(
         except UnjudgedError as error:
             return str(error)
         except FineTuneError:
-            stop.set()  # The next row would fail for the same reason.
+            stop.set()  # All other rows would fail for the same reason.
             raise
 
     with ThreadPoolExecutor(max_workers=judge.settings.parallel_requests) as pool:
@@ -413,7 +413,10 @@ def _judge_rows(
 
 
 def _judged_mean(rows: Sequence[float | None], reasons: dict[int, str], *, applicable: int) -> MetricValue:
-    """Return the mean of the judged rows. `applicable`: the number of rows that can have a score; if fewer than half are judged, there is no value."""
+    """Return the mean of the judged rows.
+
+    `applicable`: the number of rows that can have a score. If fewer than half of these rows are judged, the metric has no value.
+    """
     judged = sum(row is not None for row in rows)
     first = next((reasons[index] for index, row in enumerate(rows) if row is None and reasons.get(index) not in (None, NO_GROUND_TRUTH)), "")
     unjudged = f"{applicable - judged} of {applicable} rows could not be judged (first: {first})" if judged < applicable else None

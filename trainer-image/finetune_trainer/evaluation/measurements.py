@@ -1,7 +1,7 @@
 """The measurements of one model: its metrics, and the values of each row from which the metrics are computed.
 
-The stage `evaluating` stores the measurements of the trained model. So a later attempt can compare them with those of the base model
-without measuring the trained model again.
+The stage `evaluating` stores the measurements of the trained model. So a later attempt can compare the stored measurements with those of the base
+model, without measuring the trained model again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from finetune_trainer.evaluation.predictions import replace_file
 from finetune_trainer.evaluation.values import MetricValue
 
 GATE_METRICS = {GateMetric.ROUGE.value: "rougeL"}
-"""The measured metric for each gate metric that has another name. The F1 of BERTScore is called `bertscore` in both places."""
+"""The name of the measured metric, for each metric that has another name in gates. The F1 of BERTScore is called `bertscore` both in gates and in
+measurements."""
 
 
 class StoredMetric(LenientModel):

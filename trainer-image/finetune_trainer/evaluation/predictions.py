@@ -77,7 +77,7 @@ def rows_with_reference(predictions: Sequence[Prediction]) -> list[int]:
 def replace_file(path: Path, write: Callable[[Path], None]) -> None:
     """Replace the file at `path` with one that `write` creates.
 
-    The new file gets this name when it is complete, so no reader sees half a file.
+    The new file gets the name `path` only when it is complete, so no reader sees half a file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".part")

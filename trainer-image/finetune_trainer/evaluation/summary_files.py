@@ -54,8 +54,8 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 def write_workbook(path: Path, predictions: Sequence[Prediction], metrics: Mapping[str, MetricValue]) -> None:
     """Write an Excel workbook with one row per prediction: its texts, and the row's score for each metric with scores of single rows.
 
-    No text becomes a formula. A text that is too long for a cell is cut, and ends with a remark about this. If there are more rows than
-    fit into a sheet, they continue in another sheet.
+    No text becomes a formula. A text that is too long for a cell is cut, and ends with a remark that it was cut. If there are more rows than fit into
+    a sheet, the further rows are written to additional sheets.
     """
     from openpyxl import Workbook
     from openpyxl.cell import WriteOnlyCell
@@ -70,7 +70,7 @@ def write_workbook(path: Path, predictions: Sequence[Prediction], metrics: Mappi
     def text_cell(text: str) -> Any:
         cell = WriteOnlyCell(sheet, value=to_cell_text(text))
         cell.data_type = "s"  # openpyxl treats a text that starts with = as a formula
-        cell.quotePrefix = text.startswith(FORMULA_STARTS)  # The cell stays text if it is edited or exported as CSV.
+        cell.quotePrefix = text.startswith(FORMULA_STARTS)  # With quotePrefix, the cell stays text even if it is edited or exported as CSV.
         return cell
 
     for index in range(max(1, len(predictions))):
@@ -90,7 +90,7 @@ def write_workbook(path: Path, predictions: Sequence[Prediction], metrics: Mappi
 
 
 def to_cell_text(text: str) -> str:
-    """Return the text as a cell can contain it. Control characters and unpaired surrogates are replaced, and a text that is too long is cut."""
+    """Return the text in a form that a cell can contain. Control characters and unpaired surrogates are replaced, and a text that is too long is cut."""
     from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
 
     text = ILLEGAL_CHARACTERS_RE.sub("\ufffd", text)

@@ -32,7 +32,7 @@ WORD_PATTERN = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W_\u304
 def bleu(predictions: Sequence[Prediction]) -> MetricValue:
     """Return corpus BLEU from 0 to 100, by sacrebleu with its default tokenizer `13a` (Papineni et al. 2002, Post 2018).
 
-    The scores of the rows are sentence BLEU with the effective order, also from 0 to 100. Their mean is not the corpus BLEU.
+    The scores of the rows are sentence BLEU with the effective order, also from 0 to 100. The mean of the rows' scores is not the corpus BLEU.
     """
     scored = rows_with_reference(predictions)
     if not scored:
@@ -50,7 +50,7 @@ def bleu(predictions: Sequence[Prediction]) -> MetricValue:
 
 
 def bleu_sums(predictions: Sequence[Prediction]) -> list[list[float]]:
-    """Return the ten summands of each row for `bootstrap.bleu_of_sums`. They are 0 for a row without a correct answer."""
+    """Return the ten summands of each row for `bootstrap.bleu_of_sums`. All ten summands are 0 for a row without a correct answer."""
     from sacrebleu.metrics import BLEU
 
     metric = BLEU()
@@ -129,8 +129,8 @@ def bertscore(
     the mean over the tokens of the answer; the recall is the mean over the tokens of the correct answer. Special tokens such as [SEP] can
     be the most similar token, but do not count in the means. An empty text scores 0.
     `folder`: folder of an encoder model. `field`: the spec field that sets the model, for messages. `layer`: the layer whose output is the
-    embedding. By default, it is the layer that bert-score recommends for the model `model_name`, such as `roberta-large`, or for the name
-    of the folder; without a recommendation, it is the last layer.
+    embedding. The default is the layer that bert-score recommends for the model `model_name`, such as `roberta-large`, or for the name of the folder.
+    If bert-score recommends no layer, the default is the last layer.
     """
     if folder is None:
         return dict.fromkeys(BERTSCORE_NAMES, MetricValue.missing(f"BERTScore needs a local encoder model: set {field}"))
@@ -156,12 +156,12 @@ def bertscore(
 class _BertScoreTokenizer:
     """A tokenizer for bert-score whose `model_max_length` is the number of the model's positions.
 
-    If the files of a tokenizer do not set `model_max_length`, it is 10^30, and bert-score fails with an integer overflow.
+    If the files of a tokenizer do not set `model_max_length`, the value is 10^30, and bert-score fails with an integer overflow.
     """
 
     def __init__(self, tokenizer: Any, max_length: int) -> None:
         self._tokenizer, self.model_max_length = tokenizer, max_length
-        self.pad_token_id = tokenizer.pad_token_id or 0  # Any id works: padding is masked.
+        self.pad_token_id = tokenizer.pad_token_id or 0  # Any token id can be used for padding, because padding is masked.
 
     def encode(self, text: str, **_: Any) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=True, max_length=self.model_max_length, truncation=True)
@@ -192,7 +192,7 @@ def _compute_bertscores(
             weights[token] = 0.0
     positions = getattr(config, "max_position_embeddings", None) or 512
     if config.model_type in ("roberta", "xlm-roberta", "camembert"):
-        positions -= config.pad_token_id + 1  # The positions of these models start after the padding id.
+        positions -= config.pad_token_id + 1  # In these models, the first position is the padding id plus 1.
     length = min(tokenizer.model_max_length, positions)
     scores: torch.Tensor = bert_cos_score_idf(
         model, list(references), list(answers), _BertScoreTokenizer(tokenizer, length), weights, batch_size=batch_size, device=device,
@@ -258,7 +258,7 @@ def sentence_embedder(folder: Path, *, device: str = "cpu", batch_size: int = 32
     from sentence_transformers import SentenceTransformer
 
     model = SentenceTransformer(str(folder), device=device, local_files_only=True, trust_remote_code=False)
-    if not 0 < (model.max_seq_length or 0) < 1 << 20:  # The tokenizer's files do not set the limit.
+    if not 0 < (model.max_seq_length or 0) < 1 << 20:  # The tokenizer's files do not limit the length.
         positions = getattr(getattr(model[0], "auto_model", None), "config", None)
         model.max_seq_length = getattr(positions, "max_position_embeddings", None) or 512
 
@@ -290,7 +290,7 @@ def _reasons_without_reference(predictions: Sequence[Prediction]) -> dict[int, s
 def _unscored_reason(predictions: Sequence[Prediction], reasons: Mapping[int, str] | None = None) -> str | None:
     """Return a sentence about the rows without a score; None if all rows have one.
 
-    `reasons`: why rows have no score, by row index. None: these are the rows without a correct answer.
+    `reasons`: why rows have no score, by row index. None: only the rows without a correct answer have no score.
     """
     reasons = _reasons_without_reference(predictions) if reasons is None else reasons
     return f"{len(reasons)} of {len(predictions)} rows are not scored (first: {next(iter(reasons.values()))})" if reasons else None

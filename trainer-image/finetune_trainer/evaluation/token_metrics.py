@@ -1,7 +1,7 @@
 """Loss, perplexity, accuracy, precision, recall and F1 over the tokens that a model predicts.
 
 The metrics are computed from sums over tokens. The sums of several batches and ranks can be added up, and their size depends only on the
-size of the vocabulary. Logits are computed for a few positions at a time, because those of a whole evaluation set would not fit into memory.
+size of the vocabulary. Logits are computed for a few positions at a time, because the logits of a whole evaluation set would not fit into memory.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ NO_TOKENS = "no token of the evaluation set counts: all labels are masked"
 class OutputHead:
     """The head of a causal language model, which computes logits from hidden states.
 
-    The output of its layer is multiplied by `scale`. With a `softcap`, it is then limited to ±`softcap`: `softcap * tanh(logits / softcap)`.
+    The output of its layer is multiplied by `scale`. With a `softcap`, the product is then limited to ±`softcap`: `softcap * tanh(logits / softcap)`.
     """
 
     project: Callable[[Tensor], Tensor]
-    """The layer, including its bias. It maps the shape (positions, hidden size) to (positions, vocabulary size)."""
+    """The layer, including its bias. The layer maps the shape (positions, hidden size) to (positions, vocabulary size)."""
     vocabulary_size: int
     scale: float = 1.0
     softcap: float | None = None
@@ -58,7 +58,7 @@ class OutputHead:
 
 
 def _logit_scale(config: Any) -> float:
-    """Return the factor by which the model multiplies the logits. Its name in the configuration depends on the architecture.
+    """Return the factor by which the model multiplies the logits. The name of this factor in the configuration depends on the architecture.
 
     Cohere: `logit_scale`. Muse Glimmer: `output_multiplier`. Falcon-H1: `lm_head_multiplier`. Granite and MiniCPM3 divide by
     `logits_scaling`; HyperCLOVA X multiplies by it.
@@ -111,7 +111,7 @@ def shifted_predictions(
 class TokenCounts:
     """Sums over the counted tokens of an evaluation set, and the metrics that follow from the sums.
 
-    The sums are three vectors with one count for each token of the vocabulary, and the sum of the negative log-likelihoods. They stay on
+    The sums are three vectors with one count for each token of the vocabulary, and the sum of the negative log-likelihoods. The sums stay on
     `device`, so that adding a batch does not wait for a GPU.
     """
 
@@ -160,7 +160,7 @@ class TokenCounts:
 
     @property
     def perplexity(self) -> MetricValue:
-        """The exponential of the loss, which is a mean over all tokens. It is not a mean of the perplexities of batches."""
+        """The exponential of the loss, which is a mean over all tokens. The perplexity is not a mean of the perplexities of batches."""
         loss = self.loss
         if loss.value is None:
             return loss
@@ -185,7 +185,7 @@ class TokenCounts:
 
     @property
     def recall(self) -> MetricValue:
-        """Weighted recall, defined as scikit-learn's `recall_score(average="weighted")`. It always equals the accuracy."""
+        """Weighted recall, defined as scikit-learn's `recall_score(average="weighted")`. The weighted recall always equals the accuracy."""
         return self._share(lambda: self._weighted_sum(self.correct_counts, self.label_counts))
 
     @property
@@ -202,7 +202,7 @@ class TokenCounts:
         return float((ratios * self.label_counts).sum())
 
     def _share(self, weighted_sum: Callable[[], float]) -> MetricValue:
-        """Return `weighted_sum()` divided by the number of counted tokens. It is not called if no tokens are counted."""
+        """Return `weighted_sum()` divided by the number of counted tokens. `weighted_sum` is not called if no tokens are counted."""
         return MetricValue(weighted_sum() / self.tokens) if self.tokens else MetricValue.missing(NO_TOKENS)
 
 
@@ -218,7 +218,7 @@ class RowCounts:
         self._predicted: list[TokenArray] = []
 
     def add(self, batch: TokenPredictions, labels: Sequence[Sequence[int]]) -> None:
-        """Add the predictions for a batch. `labels`: the labels of its rows, not shifted and without padding."""
+        """Add the predictions for a batch. `labels`: the labels of the batch's rows, not shifted and without padding."""
         row_lengths = [sum(label != IGNORED_LABEL for label in row[1:]) for row in labels]
         split_tensors = (tensor.cpu().split(row_lengths) for tensor in (batch.predicted, batch.labels, batch.negative_log_likelihoods.double()))
         for predicted, correct, losses in zip(*split_tensors, strict=True):
@@ -236,17 +236,17 @@ class RowCounts:
 
 
 TOKEN_SUMS = ("negative log-likelihood", "tokens", "correct tokens", "share of the precision", "share of the F1")
-"""The values of each row in `RowCounts.sums`. The mean of each share over all rows is the weighted precision or F1."""
+"""The values of each row in `RowCounts.sums`. The mean of the rows' shares of the precision is the weighted precision. The same holds for the F1."""
 
 
 def row_shares(labels: TokenArray, predicted: TokenArray, row_lengths: Sequence[int]) -> tuple[list[float], list[float]]:
     """Return each row's share of the weighted precision, and of the weighted F1.
 
     `labels`, `predicted`: the tokens of all rows, one row after the other. `row_lengths`: the number of tokens of each row.
-    A bootstrap of these metrics would need several sums for each token of the vocabulary, which are too many; it uses the shares instead.
-    A share is the metric plus the number of rows times the linear contribution of the row: the pseudo-value of the infinitesimal jackknife
-    (Jaeckel 1972). The mean of the shares is the metric itself, because the metric does not change if all counts are multiplied by the
-    same number.
+    A bootstrap of these metrics would need several sums for each token of the vocabulary. These would be too many sums, so the bootstrap uses the
+    shares instead. A share is the metric plus the number of rows times the linear contribution of the row: the pseudo-value of the infinitesimal
+    jackknife (Jaeckel 1972). The mean of the shares is the metric itself, because the metric does not change if all counts are multiplied by the same
+    number.
     """
     size = int(max(labels.max(), predicted.max())) + 1
     total, is_correct = len(labels), labels == predicted

@@ -33,12 +33,12 @@ class MetricValue:
 
     @classmethod
     def missing(cls, reason: str) -> MetricValue:
-        """Return a metric without a value. `reason`: why it could not be computed."""
+        """Return a metric without a value. `reason`: why the metric could not be computed."""
         return cls(None, reason)
 
     @property
     def scores(self) -> list[float]:
-        """The scores of the rows that have one, in row order."""
+        """The scores of the rows that have a score, in row order."""
         return [score for score in self.rows or [] if score is not None]
 
 

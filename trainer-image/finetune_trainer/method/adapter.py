@@ -63,7 +63,7 @@ class ExistingAdapter(PeftMethod, types=(MethodType.ADAPTER,)):
     def _require_new_tokens(self, config: Mapping[str, Any], source: str) -> None:
         """Check that the adapter already trains the rows of `model.newTokens`. Errors: ConfigError NewTokensNotTrained."""
         new_token_ids = self.context.new_token_ids
-        # The value is either one list of rows for the embeddings, or a list of rows for each module name.
+        # `trainable_token_indices` is either one list of rows for the embeddings, or a list of rows for each module name.
         trained_rows = config.get("trainable_token_indices") or {}
         rows_by_module = list(trained_rows.values()) if isinstance(trained_rows, dict) else [trained_rows]
         if any(set(new_token_ids) - set(ids) for ids in rows_by_module) or (new_token_ids and not trained_rows):
@@ -161,7 +161,7 @@ def _read_weights(folder: Path, source: str) -> dict[str, Any]:
 
 
 def _require_all_keys(absent_names: list[str], unexpected_names: list[str], error_prefix: str) -> None:
-    """Refuse an adapter file that does not have the same adapter weights as the model. Errors: ConfigError AdapterOfAnotherBase."""
+    """Refuse an adapter file that lacks adapter weights of the model, or has other adapter weights. Errors: ConfigError AdapterOfAnotherBase."""
     reasons = [f"{len(absent_names)} weights are not in the adapter file, first {absent_names[0]}"] if absent_names else []
     if unexpected_names:
         reasons.append(f"{len(unexpected_names)} weights of the adapter file are not in the model, first {unexpected_names[0]}")
@@ -175,7 +175,7 @@ def _require_all_keys(absent_names: list[str], unexpected_names: list[str], erro
 def _absent_weights(peft_model: Any, missing_names: set[str]) -> list[str]:
     """Return a name of each trained parameter that the adapter file lacks.
 
-    A parameter that layers share, such as VB-LoRA's vector bank, has several names. The file needs to have only one of them.
+    A parameter that layers share, such as VB-LoRA's vector bank, has several names. The adapter file needs to contain only one of these names.
     """
     names: dict[int, list[str]] = {}
     for name, parameter in peft_model.named_parameters(remove_duplicate=False):

@@ -38,9 +38,9 @@ class MethodContext:
     model_kind: str = "causal"
     """Head of the model: `causal` (next token) or `reward` (one score)."""
     new_token_ids: tuple[int, ...] = ()
-    """Token ids of `model.newTokens`. Their embedding rows are trained."""
+    """Token ids of `model.newTokens`. The embedding rows of these tokens are trained."""
     is_resumed: bool = False
-    """Whether the trained weights will be loaded from a checkpoint. If so, methods skip the computation of initial weights."""
+    """Whether the trained weights will be loaded from a checkpoint. If they will be loaded, methods skip the computation of initial weights."""
 
 
 @dataclass
@@ -63,7 +63,7 @@ class TrainableModel:
 
 
 class Method:
-    """The base class of methods. Its hooks run in the order in which they are defined. A subclass must define `apply`."""
+    """The base class of methods. The hooks of a method run in the order in which this class defines them. A subclass must define `apply`."""
 
     def __init_subclass__(cls, types: tuple[MethodType, ...] = (), **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -77,7 +77,10 @@ class Method:
         self.context = context
 
     def before_load(self) -> tuple[str, ...]:
-        """Return the names of the modules to leave unquantised when the base model is loaded. The hook may read the unquantised weights to choose them."""
+        """Return the names of the modules to leave unquantised when the base model is loaded.
+
+        The hook may read the unquantised weights to choose these modules.
+        """
         return ()
 
     def apply(self, model: Any) -> TrainableModel:
@@ -85,7 +88,7 @@ class Method:
         raise NotImplementedError
 
     def after_apply(self, trainable: TrainableModel) -> None:
-        """Set the dtype and the initial values of the trained weights. Called before the Trainer is built."""
+        """Set the dtype and the initial values of the trained weights. This hook runs before the Trainer is built."""
 
     def trainer_construction(self, model: Any) -> AbstractContextManager[None]:
         """Return a context manager in which the Trainer is built. `model`: the base model."""

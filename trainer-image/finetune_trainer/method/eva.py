@@ -14,7 +14,8 @@ from finetune_api.errors import ConfigError
 from finetune_trainer.method.peft_method import ADAPTER_NAME
 
 MAX_BATCHES = 2000
-"""Maximum number of batches to read. If the directions have not converged by then, the job fails; usually, a few hundred batches are enough."""
+"""Maximum number of batches to read. If the directions have not converged after this number of batches, the job fails. Usually, a few hundred batches
+are enough."""
 
 
 def initialize_from_inputs(trainer: Any) -> None:
@@ -68,7 +69,7 @@ def _padded_batches(collator: Any) -> Iterator[None]:
 class _EndlessInputs:
     """Yields the batches of the training data again and again, in order and without labels, because PEFT reads until the directions converge.
 
-    PEFT skips batches that have fewer tokens than the rank. If it skipped all batches, it would never stop reading.
+    PEFT skips batches that have fewer tokens than the rank. If PEFT skipped all batches, it would never stop reading.
     Errors: ConfigError InitUnavailable if all batches have fewer tokens than the rank, and after `MAX_BATCHES` batches.
     """
 

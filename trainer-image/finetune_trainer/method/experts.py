@@ -21,7 +21,7 @@ STATE_SPACE_NAMES = ("out_proj", "conv1d")
 
 
 def expert_parameter_names(model: Any) -> list[str]:
-    """Return the names of the routed experts' weights, such as `mlp.experts.down_proj`. They leave out the prefix that differs between layers."""
+    """Return the names of the routed experts' weights, such as `mlp.experts.down_proj`. The names leave out the prefix that differs between layers."""
     names = {
         f"{'.'.join(module_name.rsplit('.', 2)[-2:])}.{name}"
         for module_name, module in model.named_modules()

@@ -11,7 +11,7 @@ from finetune_trainer.method.vision_parts import TrainedParts
 
 
 class Full(Method, types=(MethodType.FULL,)):
-    """Trains every floating-point parameter. In a vision-language model, it trains only the parameters of the parts that `method.vision` selects."""
+    """Trains every floating-point parameter. In a vision-language model, this method trains only the parameters of the parts that `method.vision` selects."""
 
     def apply(self, model: Any) -> TrainableModel:
         """Unfreeze the parameters, and add a note if their dtype is not float32."""

@@ -29,7 +29,7 @@ class Ia3(PeftMethod, types=(MethodType.IA3,)):
         if not mlp or not attention:
             raise ConfigError(
                 "TargetModulesMissing", f"ia3 needs key, value and MLP layers with known names, but the model only has {', '.join(names)}",
-                hint="write method lora: it finds the layers by type",
+                hint="write method lora, which finds the layers by type",
             )  # fmt: skip
         config = IA3Config(task_type=peft_task_type(model), target_modules=[*attention, *mlp], feedforward_modules=mlp)
         return TrainableModel(get_peft_model(model, config), OutputKind.ADAPTER)

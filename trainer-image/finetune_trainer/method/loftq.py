@@ -2,8 +2,8 @@
 
 In each layer, the adapter is set to the best approximation, with the adapter's rank, of the quantisation error W - Q(W). So the base model
 with its adapter is closer to the unquantised model when training begins. PEFT's implementation needs CUDA and ignores the adapter's scale
-(alpha / rank); this implementation runs on any device and divides by the scale. It runs only one iteration, because a second iteration would
-change the quantised base model, but users load the adapter on the base model that bitsandbytes quantises.
+(alpha / rank); this implementation runs on any device and divides by the scale. This implementation runs only one iteration. A second iteration would
+change the quantised base model, but users will load the adapter on the base model as bitsandbytes quantises it.
 Source: Li et al., LoftQ: LoRA-Fine-Tuning-Aware Quantization, https://arxiv.org/abs/2310.08659.
 """
 
@@ -18,7 +18,7 @@ from finetune_trainer.method.peft_method import ADAPTER_NAME
 
 @torch.no_grad()
 def correct_quantization_error(model: Any, unquantized_model: Any) -> int:
-    """Set the matrices A and B of every adapter on a 4-bit layer. Return the number of such layers.
+    """Set the matrices A and B of every adapter on a 4-bit layer. Return the number of adapters that were set.
 
     `model`: the PEFT model. `unquantized_model`: the base model with unquantised weights.
     """
@@ -41,7 +41,7 @@ def correct_quantization_error(model: Any, unquantized_model: Any) -> int:
 def low_rank_factors(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return B (rows x rank) and A (rank x columns), whose product B A is the best approximation of `matrix` with this rank.
 
-    They are computed from the eigenvectors of the smaller Gram matrix, because a full singular value decomposition is much slower.
+    B and A are computed from the eigenvectors of the smaller Gram matrix, because a full singular value decomposition is much slower.
     """
     if matrix.shape[0] > matrix.shape[1]:
         b, a = low_rank_factors(matrix.T, rank)

@@ -59,7 +59,7 @@ class Lora(PeftMethod, types=(MethodType.LORA, MethodType.QLORA, MethodType.DORA
         wrapped = get_peft_model(model, config, autocast_adapter_dtype=not self.keeps_base_dtype)
         if self.context.new_token_ids:
             # If the vocabulary size differs from that of the base model at this path, PEFT saves the complete embeddings with each
-            # adapter. New tokens change the vocabulary size, so the path is removed.
+            # adapter. New tokens change the vocabulary size, so the path is removed from the adapter's configuration.
             config.base_model_name_or_path = ""
             expose_head_bias(wrapped)
         trainable = TrainableModel(wrapped, OutputKind.ADAPTER, notes=notes)
@@ -88,7 +88,7 @@ class Lora(PeftMethod, types=(MethodType.LORA, MethodType.QLORA, MethodType.DORA
             leave_conversion_to_autocast(trainable.model)
 
     def on_trainer_created(self, trainer: Any) -> None:
-        """For EVA, compute the initial adapters from training data. Then reset the random seed, because EVA has drawn random numbers."""
+        """For EVA, compute the initial adapters from training data. After EVA, reset the random seed, because EVA has drawn random numbers."""
         super().on_trainer_created(trainer)
         if self.init is LoraInit.EVA and not self.context.is_resumed:
             from transformers import set_seed
@@ -180,7 +180,7 @@ def require_splittable_layers(model: Any, init: LoraInit, rank: int) -> None:
     """Refuse layers whose PiSSA or OLoRA adapter cannot be converted to an adapter for the unchanged base model.
 
     The conversion needs adapters of linear layers with the rank of the spec. In PEFT 0.21, OLoRA computes wrong adapters for transposed
-    weights (inputs first, as in GPT-2's Conv1D). The shapes alone do not reveal this for square weights, so all transposed weights are refused.
+    weights (inputs first, as in GPT-2's Conv1D). For square weights, the shapes of the adapter do not show this error, so all transposed weights are refused.
     Errors: ConfigError InitUnavailable for embeddings, transposed weights (OLoRA), and ranks above a dimension of a layer.
     """
     from peft.tuners.lora import LoraLayer
@@ -217,7 +217,8 @@ def target_modules(model: Any, requested_names: Sequence[str] | None) -> str | l
     heads = [name for name in requested_names if name.rsplit(".", 1)[-1] in HEAD_NAMES and _is_head(model, name)]
     if heads:
         raise ConfigError(
-            "LoraOnHead", f"method.lora.targetModules names the head {heads[0]}, but the loss bypasses an adapter on the head: it would never learn",
+            "LoraOnHead", f"method.lora.targetModules names the head {heads[0]}, but an adapter on the head would never learn, "
+            "because the loss bypasses the adapter",
             hint=f"put {heads[0]} into method.lora.modulesToSave to train it in full",
         )  # fmt: skip
     _require_modules(model, requested_names, "method.lora.targetModules", linear_layer_names(model))

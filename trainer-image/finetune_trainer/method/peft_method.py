@@ -20,7 +20,10 @@ class PeftMethod(Method):
 
     @property
     def keeps_base_dtype(self) -> bool:
-        """Whether adapters must have the dtype of the base model. ZeRO stage 3 requires it, because it shards only one dtype."""
+        """Whether adapters must have the dtype of the base model.
+
+        ZeRO stage 3 requires the same dtype for all weights, because it shards weights of only one dtype.
+        """
         return self.context.strategy.keeps_base_dtype
 
     def after_apply(self, trainable: TrainableModel) -> None:

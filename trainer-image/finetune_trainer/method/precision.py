@@ -22,7 +22,7 @@ def leave_conversion_to_autocast(model: Any) -> None:
     """Stop LoRA layers from converting their 16-bit inputs to 32 bits, because the conversion only costs time and memory.
 
     Autocast converts inputs and weights to 16 bits before each product. If PEFT first converts an input to 32 bits, which is the precision
-    of the adapter's weights, the input is copied twice. Without dropout, the result is the same. DoRA keeps the conversion, because it
+    of the adapter's weights, the input is copied twice. Without dropout, the conversion does not change the result. DoRA keeps the conversion, because it
     also uses inputs outside of products.
     """
     from peft.tuners.lora import LoraLayer

@@ -38,7 +38,7 @@ from finetune_trainer.model import load_model
 
 SNR_FILE = "spectrum_snr.json"
 SCAN_CACHE_VERSION = 2
-"""Part of the file name of a cached scan. Increase it when the fields of `ScannedModule` change, because local runs reuse their work folder."""
+"""Part of the file name of a cached scan. Increase this number when the fields of `ScannedModule` change, because local runs reuse their work folder."""
 _LAYER_NAME_PATTERN = re.compile(r"^(?P<stack>.*?)\.(?P<index>\d+)\.(?P<type>.+)$")
 
 
@@ -81,7 +81,8 @@ class Spectrum(Method, types=(MethodType.SPECTRUM,)):
     def __init__(self, context: MethodContext):
         super().__init__(context)
         self._selection: ModuleSelection | None = None
-        """The modules that `before_load` selects for a quantised base model. None for an unquantised one, for which `apply` selects them."""
+        """The modules that `before_load` selects for a quantised base model. None for an unquantised base model, because `apply` selects the modules
+        of such a model."""
         self._before_construction: TrainedWeightsCopy | None = None
 
     def before_load(self) -> tuple[str, ...]:
@@ -122,8 +123,9 @@ class Spectrum(Method, types=(MethodType.SPECTRUM,)):
 
 
 def select_modules(run: RunConfig, inputs: Inputs, model: Any) -> ModuleSelection:
-    """Return all modules of the layers in `method.spectrum.layers`, or the best modules of a scan. The scan is cached by the model's revision.
+    """Return all modules of the layers in `method.spectrum.layers`, or the best modules of a scan.
 
+    The scan is stored for later runs with the same revision of the model.
     Errors: ConfigError SpectrumLayerMissing, SpectrumSelectsNothing.
     """
     spec = run.spec.method.spectrum
@@ -162,7 +164,7 @@ def _linear_modules(model: Any) -> Iterator[tuple[str, tuple[int, str]]]:
 
 
 def _load_or_make_scan(file: Path, model: Any, metric: SpectrumMetric, device: torch.device) -> list[ScannedModule]:
-    """Return the scan from `file` if an earlier run has scanned the same weights. Else scan the model and write the file."""
+    """Return the scan from `file` if an earlier run has scanned the same weights. If there is no such scan, scan the model and write the file."""
     if file.exists():
         return [ScannedModule(**{**item, "snr": float(item["snr"])}) for item in json.loads(file.read_text())]
     scan = [
@@ -182,7 +184,7 @@ def _read_weight(model: Any, name: str, device: torch.device) -> torch.Tensor:
 
 
 def signal_to_noise(weight: torch.Tensor, metric: SpectrumMetric) -> float:
-    """Return the SNR of a 32-bit weight. It is infinite if no singular value is noise."""
+    """Return the SNR of a 32-bit weight. The SNR is infinite if no singular value is noise."""
     if metric is SpectrumMetric.MEAN_OVER_STD:
         deviation = float(weight.std())
         return float(weight.abs().mean()) / deviation if deviation > 0 else 0.0

@@ -74,9 +74,9 @@ class SplitCounts:
     cut: int = 0
     """Rows with a truncated answer."""
     left_out: int = 0
-    """Rows dropped because they are too long: the prompt leaves no token for an answer, or the answer must not be cut."""
+    """Number of rows that were dropped because they are too long: the prompt leaves no token for an answer, or the answer must not be cut."""
     same: int = 0
-    """Pairs dropped because both answers are equal after truncation."""
+    """Number of pairs that were dropped because both answers are equal after truncation."""
     longest: int = 0
     """Number of tokens of the longest row, before rows are cut or left out."""
 
@@ -194,7 +194,7 @@ def load_rows(context: TrainingContext, layout: RowLayout) -> tuple[Splits, Data
 
 
 def count_sequence_tokens(rows: Dataset, layout: RowLayout) -> tuple[int, int]:
-    """Return the tokens of all sequences that the model reads, and those of the longest one. A sequence is an answer together with its prompt."""
+    """Return the number of tokens in all sequences that the model reads, and in the longest sequence. A sequence is an answer together with its prompt."""
     from pyarrow import compute
 
     lengths = {name: compute.list_value_length(rows.data.column(name)) for name in layout.columns if name.endswith("_ids")}
@@ -280,7 +280,7 @@ def fit_to_limits(location: str, row: EncodedAnswers, limits: LengthLimits, trai
 
 @dataclass(frozen=True)
 class AnswerEncoder:
-    """Renders and tokenises prompts with their answers, and applies the length limits. Worker processes receive pickled copies."""
+    """Renders and tokenises prompts with their answers, and applies the length limits. Worker processes receive pickled copies of this object."""
 
     render_with: RenderOptions
     options: TokeniseOptions

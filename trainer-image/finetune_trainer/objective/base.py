@@ -27,7 +27,7 @@ ArgumentsT = TypeVar("ArgumentsT", bound=TrainingArguments)
 
 @dataclass
 class TrainingContext:
-    """The inputs of an objective. All of them exist before the model is loaded."""
+    """The inputs of an objective. All inputs exist before the model is loaded."""
 
     run: RunConfig
     inputs: Inputs
@@ -59,7 +59,7 @@ def image_arguments(context: TrainingContext) -> dict[str, Any]:
         return {}
     return {
         "remove_unused_columns": False,  # TRL does not know the column with the images
-        # DDP must not wait for gradients of the vision layers, because a micro-batch without images computes none.
+        # DDP must not wait for gradients of the vision layers, because a micro-batch without images computes no such gradients.
         "ddp_find_unused_parameters": parts.vision_layers and context.strategy.world_size > 1,
     }
 
@@ -101,7 +101,7 @@ class Objective(ABC, Generic[SplitsT, ArgumentsT]):
 
     trainer_type: ClassVar[TrainerType]
     trainer_class: ClassVar[type[Any]]
-    """The Trainer class. Its first bases are mixins of this package; the last base is a trainer of TRL."""
+    """The Trainer class. The first base classes of the Trainer class are mixins of this package; its last base class is a trainer of TRL."""
     model_kind: ClassVar[str] = "causal"
     """Head of the model: `causal` (next token) or `reward` (one score)."""
     held_out_metrics: ClassVar[tuple[HeldOutMetric, ...]] = (TEST_LOSS,)
@@ -136,4 +136,4 @@ class Objective(ABC, Generic[SplitsT, ArgumentsT]):
         )  # fmt: skip
 
     def verify_trainer(self, trainer: Any) -> None:
-        """Check that the Trainer applies the settings of the run. Called when training begins. Errors: InternalError."""
+        """Check that the Trainer applies the settings of the run. This method is called when training begins. Errors: InternalError."""

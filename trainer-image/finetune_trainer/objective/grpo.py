@@ -95,7 +95,7 @@ class GrpoObjective(Objective[Splits, GRPOConfig]):
         return {"reward_funcs": list(reward_functions(context))}
 
     def build_trainer(self, context: TrainingContext, args: GRPOConfig, model: Any, data: Splits) -> GrpoTrainer:
-        """Build the Trainer. If it needs a reference model, `load_reference_model` loads it."""
+        """Build the Trainer. If the Trainer needs a reference model, `load_reference_model` loads this model."""
         server = _generation_server(context, args)
         with _replaced_reference_loader(context), generation_by_server(server, local_rank_0_first) if server is not None else nullcontext():
             trainer: GrpoTrainer = super().build_trainer(context, args, model, data)
@@ -141,8 +141,8 @@ def _make_prompt_rows(rows: Rows, options: RenderOptions, renders_text_as_turns:
 def _convert_prompt(prompt: tuple[Turn, ...] | str, options: RenderOptions, renders_text_as_turns: bool) -> str | list[dict[str, Any]]:
     """Convert the prompt to TRL's form.
 
-    With a chat template, turns become messages. Without one, turns become one text, which ends where the answer begins. A prompt that is a text stays
-    unchanged, unless `renders_text_as_turns` is true.
+    With a chat template, turns become messages. Without a chat template, turns become one text, which ends where the answer begins. A prompt that is
+    a text stays unchanged, unless `renders_text_as_turns` is true.
     """
     if isinstance(prompt, str):
         if not renders_text_as_turns:

@@ -12,7 +12,7 @@ ROW_COUNT_KEY = "testRows"
 
 
 def measure_test_set(trainer: Any, test_rows: Any, metrics: Sequence[HeldOutMetric]) -> dict[str, float]:
-    """Return the number of test rows and the value of each metric, by status name. A collective operation: every rank must call it.
+    """Return the number of test rows and the value of each metric, by status name. This is a collective operation: every rank must call this function.
 
     Without a test set (`test_rows` is None), the result is empty. The loss is in nats per token; accuracies are fractions from 0 to 1.
     Values that are not finite are left out.
@@ -21,7 +21,7 @@ def measure_test_set(trainer: Any, test_rows: Any, metrics: Sequence[HeldOutMetr
         return {}
     from transformers import EarlyStoppingCallback
 
-    trainer.remove_callback(EarlyStoppingCallback)  # the callback requires a validation loss, but this evaluation logs a test loss
+    trainer.remove_callback(EarlyStoppingCallback)  # EarlyStoppingCallback requires a validation loss, but this evaluation logs a test loss
     logged_before = len(trainer.state.log_history)
     trainer.evaluate(eval_dataset=test_rows, metric_key_prefix="test")
     logged = {key: value for line in trainer.state.log_history[logged_before:] for key, value in line.items()}

@@ -20,7 +20,7 @@ class OrpoTrainer(GuardedTrainer, ORPOTrainer):
     """TRL's experimental trainer for pairs that are already tokenised."""
 
     def tokenize_row(self, feature: dict[str, Any], model: Any = None) -> dict[str, Any]:
-        """Return the columns that TRL's collator expects. They are built from the row's token ids; TRL's own method would tokenise texts."""
+        """Return the columns that TRL's collator expects. The columns are built from the row's token ids; TRL's own method would tokenise texts."""
         prompt = feature["prompt_ids"]
         row = {"prompt_input_ids": prompt, "prompt_attention_mask": [1] * len(prompt)}
         for side in ("chosen", "rejected"):

@@ -48,8 +48,8 @@ class ReferenceModelMixin(OpenTrainer):
 def load_reference_model(context: TrainingContext) -> Any:
     """Load the frozen reference model. Return None if the trained model, without its adapter, is the reference.
 
-    If `trainer.dpo.referenceModel` is set, it is the reference. Otherwise, if the method trains base weights, the reference is a second
-    copy of the base model. The copy has the same quantised modules, so that both models give equal outputs before the first step.
+    If `trainer.dpo.referenceModel` is set, this model is the reference. If it is not set and the method trains base weights, the reference is a
+    second copy of the base model. The copy has the same quantised modules, so that both models give equal outputs before the first step.
     Errors: NotFoundError ModelUnreadable; ConfigError VocabularyDiffers.
     """
     if context.inputs.reference is None and not trains_base_weights(context.run.spec):
@@ -67,9 +67,11 @@ def load_reference_model(context: TrainingContext) -> Any:
 
 
 def _require_same_vocabulary(reference: Any, context: TrainingContext) -> None:
-    """Refuse a reference model with fewer embedding rows than the trained model, because the data can contain the tokens without a row.
+    """Refuse a reference model with fewer embedding rows than the trained model.
 
-    Tokens that have no row in the base model either are ignored, unless the job adds new tokens. Errors: ConfigError VocabularyDiffers.
+    The data can contain tokens for which such a reference model has no row.
+
+    A token without a row in both the reference model and the base model is ignored, unless the job adds new tokens. Errors: ConfigError VocabularyDiffers.
     """
     embedding = reference.get_input_embeddings().weight
     row_count = (getattr(embedding, "ds_shape", None) or embedding.shape)[0]

@@ -38,7 +38,10 @@ class RewardObjective(Objective[answers.Splits, RewardConfig]):
 
 
 def _require_score_head(context: TrainingContext) -> None:
-    """Refuse to continue an adapter that has no score head, because PEFT would not save a new head with it. Errors: ConfigError AdapterWithoutHead."""
+    """Refuse to continue an adapter that has no score head, because PEFT would not save a new head with this adapter.
+
+    Errors: ConfigError AdapterWithoutHead.
+    """
     folder = context.inputs.adapter
     if context.run.spec.method.type is not MethodType.ADAPTER or folder is None:
         return

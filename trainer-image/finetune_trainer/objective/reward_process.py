@@ -24,15 +24,15 @@ from finetune_trainer import processes
 LOGGING_ARGUMENTS = ("log_extra", "log_metric")
 """Arguments that are functions. The reward process records the calls of these functions, and the rank then repeats the calls."""
 START_SECONDS = 120.0
-"""Time limit for starting Python and running the user's file, which imports packages. The time limit of the first call is longer by the same
-time, because Python may have to import packages to unpickle the arguments of this call."""
+"""Time limit for starting Python and running the user's file, which imports packages. The time limit of the first call is longer by this time,
+because Python may have to import packages to unpickle the arguments of this call."""
 READY_MESSAGE = b"ready"
-"""The first message of the process. The rank waits for it before it sends a call: until then the process does not read, so a large call would
-fill the pipe and block the rank."""
+"""The first message of the process. The rank waits for this message before it sends a call. Before this message, the process does not read, so a
+large call would fill the pipe and block the rank."""
 
 
 class _NoAnswerError(Exception):
-    """The reward process hangs or has ended. The message says which of the two."""
+    """The reward process hangs or has ended. The error's message says whether the process hangs or has ended."""
 
 
 class RewardProcess:
@@ -78,7 +78,7 @@ class RewardProcess:
         return value
 
     def _require_answer(self, connection: Connection, seconds: float, problem: str) -> None:
-        """Wait until the process sends a message. If it sends none in time, end the process. Errors: _NoAnswerError."""
+        """Wait until the process sends a message. If the process sends no message in time, end the process. Errors: _NoAnswerError."""
         if not connection.poll(seconds):
             self.close()
             raise _NoAnswerError(f"{problem} for {seconds:g} s")
@@ -111,7 +111,7 @@ class RewardProcess:
         return 0 if count == 1 else None
 
     def _start(self) -> Connection:
-        """Start the process. Its output goes to the log of the rank."""
+        """Start the reward process. The output of this process goes to the log of the rank."""
         self._connection, other_end = multiprocessing.Pipe()
         path = os.pathsep.join(filter(None, sys.path))
         command = [sys.executable, "-m", __name__, str(other_end.fileno()), str(self._file), self._function]
@@ -132,7 +132,7 @@ class RewardProcess:
 
 
 def _answer_calls(connection: Connection, function: Callable[..., Any]) -> None:
-    """Answer calls until the other end is closed."""
+    """Answer calls until the rank closes its end of the connection."""
     connection.send_bytes(READY_MESSAGE)
     while True:
         try:
@@ -143,10 +143,10 @@ def _answer_calls(connection: Connection, function: Callable[..., Any]) -> None:
 
 
 def _to_bytes(answer: tuple[str, Any, list[tuple[str, Any, Any]]]) -> bytes:
-    """Return the pickled answer. It is not sent with `Connection.send`, which would pass tensors in shared memory that the rank cannot open."""
+    """Return the pickled answer. The answer is not sent with `Connection.send`, which would pass tensors in shared memory that the rank cannot open."""
     try:
         return pickle.dumps(answer)
-    except Exception as error:  # the classes of the user's values may raise anything
+    except Exception as error:  # the user's classes may raise any exception when they are pickled
         return pickle.dumps(("error", f"{type(error).__name__} when its result was sent: {str(error)[:300]}", []))
 
 
@@ -161,7 +161,10 @@ def _to_plain_value(value: Any) -> Any:
 
 
 def _call(function: Callable[..., Any], arguments: dict[str, Any]) -> tuple[str, Any, list[tuple[str, Any, Any]]]:
-    """Call the function. Return the answer: `value` and its result, or `error` and a description; then its calls of the logging functions."""
+    """Call the function, and return the answer to the rank.
+
+    The answer has three items: `value` or `error`; the function's result or a description of the error; and the function's calls of the logging functions.
+    """
     from finetune_trainer.objective.rewards import describe_error
 
     calls: list[tuple[str, Any, Any]] = []

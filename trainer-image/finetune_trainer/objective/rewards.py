@@ -1,7 +1,7 @@
 """The rewards of GRPO: built-in rewards, and functions of the user from a Python file in a ConfigMap.
 
 Unknown or malformed parameters, invalid patterns and missing functions are found before the model is loaded. During training, a user's
-function is called with the keyword arguments `prompts`, `completions`, `completion_ids`, `trainer_state` and the row's other columns. It
+function is called with the keyword arguments `prompts`, `completions`, `completion_ids`, `trainer_state` and the row's other columns. The function
 must return a list with one number, or None for "no opinion", for each completion. This module does not import torch.
 """
 
@@ -24,7 +24,7 @@ from finetune_api.spec.trainer import Reward
 from finetune_trainer.objective.reward_process import RewardProcess
 
 ScoreFunction = Callable[..., "float | None"]
-"""A function that returns the reward of one completion. It gets the text, the token ids (keyword `ids`) and the row's columns (keyword `row`)."""
+"""A function that returns the reward of one completion. The function gets the text, the token ids (keyword `ids`) and the row's columns (keyword `row`)."""
 DEFAULT_FUNCTION = "reward"
 """Name of the function in a user's file if the spec does not set `function`."""
 RESERVED_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
@@ -190,7 +190,7 @@ def _build_think_reward(parameters: RewardParameters) -> ScoreFunction:
 
 
 def _build_regex_reward(parameters: RewardParameters) -> ScoreFunction:
-    """Reward 1 if the pattern matches a part of the completion, else 0. With `match: full`, it must match the whole completion."""
+    """Reward 1 if the pattern matches a part of the completion, else 0. With `match: full`, the pattern must match the whole completion."""
     flags = re.IGNORECASE if parameters.read_flag("ignoreCase", False) else 0
     flags |= re.DOTALL if parameters.read_flag("dotAll", False) else 0
     flags |= re.MULTILINE if parameters.read_flag("multiline", False) else 0
@@ -201,7 +201,10 @@ def _build_regex_reward(parameters: RewardParameters) -> ScoreFunction:
 
 
 def _build_exact_match_reward(parameters: RewardParameters) -> ScoreFunction:
-    """Reward 1 if the completion equals the value of a column, else 0. With `extract`, only the last match of this pattern in the completion is compared."""
+    """Reward 1 if the completion equals the value of a column, else 0.
+
+    If the parameter `extract` is set to a pattern, only the last match of this pattern in the completion is compared.
+    """
     column = parameters.read_text("column", "answer")
     ignores_case = parameters.read_flag("ignoreCase", False)
     strips = parameters.read_flag("strip", True)
@@ -366,7 +369,7 @@ def run_user_file(file: Path, location: str) -> dict[str, Any]:
 
 
 def _check_signature(function: Callable[..., Any], location: str, name: str) -> None:
-    """Refuse a function without `**kwargs`, because it is called with all columns of the row. Errors: ConfigError RewardFunctionMissing."""
+    """Refuse a function without `**kwargs`, because a reward function is called with all columns of the row. Errors: ConfigError RewardFunctionMissing."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):

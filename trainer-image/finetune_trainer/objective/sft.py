@@ -49,9 +49,9 @@ class SftTrainer(GuardedTrainer, SFTTrainer):
     """
 
     is_multiple_choice = False
-    """Whether the answer of every row is one letter. If so, evaluations measure the share of correct letters."""
+    """Whether the answer of every row is one letter. If the answer of every row is one letter, evaluations measure the share of correct letters."""
     measures_classification = False
-    """Whether evaluations also measure precision, recall and F1 of the predicted tokens. This needs a second pass through the head."""
+    """Whether evaluations also measure precision, recall and F1 of the predicted tokens. To measure them, each batch needs a second pass through the head."""
 
     def __init__(self, *args: Any, **options: Any):
         self._sums: dict[str, dict[str, Any]] = {"train": defaultdict(float), "eval": defaultdict(float)}
@@ -80,12 +80,12 @@ class SftTrainer(GuardedTrainer, SFTTrainer):
         loss = total / count.clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
-            if self.strategy.gradient_factor > 1:  # Only the gradients are divided by this factor; the logged loss keeps its value.
+            if self.strategy.gradient_factor > 1:  # Only the gradients are divided by `gradient_factor`; the logged loss keeps its value.
                 divided = loss / self.strategy.gradient_factor
                 loss = divided + (loss - divided).detach()
         if (
             self.aux_loss_enabled
-        ):  # `aux_loss`, the load-balancing loss of the experts, is a mean over one micro-batch. It is averaged over the micro-batches.
+        ):  # `aux_loss`, the load-balancing loss of the experts, is a mean over one micro-batch. So `aux_loss` is averaged over the micro-batches.
             steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
         self._add_to_sums(inputs, outputs, total)
@@ -120,7 +120,7 @@ class SftTrainer(GuardedTrainer, SFTTrainer):
             self._token_counts.add(shifted_predictions(hidden[:, -labels.shape[1] :], labels, head))
 
     def _classification_metrics(self) -> dict[str, float]:
-        """Return precision, recall and F1 of the evaluation that has just ended. A collective operation: every rank must call it."""
+        """Return precision, recall and F1 of the evaluation that has just ended. This is a collective operation: every rank must call this function."""
         counts, self._token_counts = self._token_counts, None
         if counts is None:
             return {}
@@ -141,7 +141,7 @@ class SftTrainer(GuardedTrainer, SFTTrainer):
         )
         sums["positions"] += inputs["input_ids"].numel()
         if self.is_multiple_choice and not self.model.training:
-            # The letter is the first token of each trained span.
+            # The option letter is the first token of each trained span.
             letters = outputs.label_mask & ~torch.nn.functional.pad(outputs.label_mask, (1, 0))[:, :-1]
             sums["letters"] += (letters * counted).sum()
             sums["correct_letters"] += (outputs.is_top1 * letters * counted).sum()
@@ -179,7 +179,8 @@ class SftTrainer(GuardedTrainer, SFTTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log with additional values: the number of tokens seen, and token accuracy, entropy and share of padding since the last log line.
 
-        The number of tokens seen is part of the Trainer's state, which checkpoints contain. So a resumed run continues to count.
+        The number of tokens seen is part of the Trainer's state, which checkpoints contain. So a resumed run continues to count from the number in
+        the checkpoint.
         """
         sums = self._reduce_sums("train") if self.model.training else {}
         if sums.get("trained"):
@@ -192,7 +193,7 @@ class SftTrainer(GuardedTrainer, SFTTrainer):
         super().log(logs, start_time)
 
     def _reduce_sums(self, mode: str) -> dict[str, float]:
-        """Return the sums since the last call, added up over all ranks. A collective operation: every rank must call it."""
+        """Return the sums since the last call, added up over all ranks. This is a collective operation: every rank must call this function."""
         sums = self._sums[mode]
         if not sums:
             return {}
@@ -213,7 +214,7 @@ class SftObjective(Objective[PreparedData, SFTConfig]):
     held_out_metrics = (TEST_LOSS, TEST_TOKEN_ACCURACY, HeldOutMetric("answer_accuracy", "testAnswerAccuracy", "answer accuracy"))  # fmt: skip
 
     def load_data(self, context: TrainingContext) -> tuple[PreparedData, DataFacts]:
-        """Load the token sequences. One rank of each node prepares them."""
+        """Load the token sequences. One rank of each node prepares the sequences."""
         data = prepare(
             context.run, context.inputs, context.tokenizer, max_positions=context.max_positions, cache_folder=context.token_cache,
             one_rank_first=local_rank_0_first(), vision=context.vision, preparation=context.preparation,
@@ -257,7 +258,7 @@ class SftObjective(Objective[PreparedData, SFTConfig]):
         mean_length = report.tokens / max(1, report.rows)
         flops = flops_per_token(ModelShape.of(base), mean_length, frozen_base=not is_full, trained_count=trained_parameters(base))
         trainer.measures_classification = self._measures_classification(context.run, trainer)
-        # The estimated FLOPs are right only for text models. Without a peak, no utilisation is reported.
+        # The estimated FLOPs are right only for text models. If `peak` is None, no utilisation is reported.
         peak = peak_flops_of(context.hardware.name) if context.vision is None else None
         trainer.meter = SpeedMeter(flops_of_token=flops, peak_flops=peak, rank_count=context.strategy.world_size)
         return trainer
@@ -280,7 +281,7 @@ def packed_sequence_length(run: RunConfig) -> int | None:
 
 
 def _as_arrays(rows: Dataset) -> Dataset:
-    """Return the data set with its rows as numpy arrays. Arrays become tensors without a Python integer for each token."""
+    """Return the data set with its rows as numpy arrays. Arrays can be converted to tensors without creating a Python integer for each token."""
     return rows.with_format("numpy", columns=[name for name in rows.column_names if name != IMAGE_SOURCES_COLUMN], output_all_columns=True)
 
 
@@ -293,10 +294,10 @@ def require_isolated_documents(trainer: Any) -> None:
     """Check that this model and attention kernel do not let packed documents, or the rows of a padding-free batch, attend to each other.
 
     The scores of a document must not depend on the preceding document. The check measures how much the scores change when the preceding
-    tokens are reversed: once if these tokens are a separate document, and once if they are part of the same document. The first change must be
-    at most a tenth of the second. All four sequences have the same shape, so that 16-bit kernels round alike.
-    With DeepSpeed, the model is called as in training, because ZeRO stage 3 gathers parameters in the order of the first call. With other
-    strategies the head computes logits, because with torch 2.11, FSDP fails in the backward pass if the head was never called.
+    tokens are reversed: once if these tokens are a separate document, and once if they are part of the same document. The change with separate
+    documents must be at most a tenth of the change within one document. All four sequences have the same shape, so that 16-bit kernels round alike.
+    With DeepSpeed, the model is called as in training, because ZeRO stage 3 gathers parameters in the order of the first call. With other strategies
+    the head computes logits, because with torch 2.11, FSDP fails in the backward pass if the head was never called.
     Errors: ConfigError PackingLeaks for packing, which the user chose; InternalError PackingLeaks for padding-free batches.
     """
     model, size = trainer.model, min(trainer.model.config.get_text_config().vocab_size, 200)
@@ -326,7 +327,7 @@ def require_isolated_documents(trainer: Any) -> None:
     except ValueError as error:
         if NO_PACKING_TEXT not in str(error):
             raise
-        problem = str(error).partition(". ")[0]  # The rest of the message says what to install, but users cannot change the image.
+        problem = str(error).partition(". ")[0]  # The rest of transformers' message says what to install, but users cannot change the image.
     else:
         problem = "" if as_two_documents <= 0.1 * as_one_document else f"attention {attention_implementation(model)} lets them attend to each other"
     model.train(was_training)

@@ -1,4 +1,4 @@
-"""Finds faults in the files of a stored adapter or model that servers and libraries would silently ignore. Does not import torch.
+"""Finds faults in the files of a stored adapter or model that servers and libraries would silently ignore. This module does not import torch.
 
 Each fault has its own code. The checks compare the files with each other, with the base model's files, and with the settings of the training.
 """
@@ -38,7 +38,7 @@ class Fault:
 
 
 class _FaultFound(Exception):
-    """Ends the checks at the first fault, because later checks rely on what earlier ones have checked."""
+    """Raised at the first fault to end the checks, because each check relies on the facts that earlier checks have confirmed."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
@@ -59,7 +59,10 @@ def find_fault(folder: Path, base: Path, reference: ReferenceValues | None, *, i
 
 
 def find_adapter_fault(folder: Path, base: Path) -> Fault | None:
-    """Return the first fault of an adapter that another job trained, or None. Its tokenizer is not checked, because it is not used."""
+    """Return the first fault of an adapter that another job trained, or None.
+
+    The tokenizer in the adapter's folder is not checked, because the job does not use it.
+    """
     try:
         _check_adapter(folder, base, None)
     except _FaultFound as found:
@@ -117,7 +120,7 @@ def _check_lora(
     trained = reference.adapter if reference is not None else None
     if trained is not None:
         _check_scaling(matrices, config, trained.scaling)
-    # If the trainer could not measure whether the adapter changes values, a later comparison with the reference values finds this fault.
+    # If the trainer could not measure whether the adapter changes values, the later comparison with the reference values finds adapters without an effect.
     was_changed = trained is None or trained.changes_output or (trained.changes_output is None and not (reference and reference.rows))
     is_zero = all(pair["B"].is_zero() for pair in matrices.values() if "B" in pair)
     only_lora = all(LORA_TENSOR.search(name) for name in tensors)
@@ -192,7 +195,7 @@ def _check_base(lora_pairs: Mapping[str, Mapping[str, StoredTensor]], base: Mapp
 
 
 def _has_renamed_weights(lora_pairs: Mapping[str, Any], base: Mapping[str, StoredTensor]) -> bool:
-    """Whether the weights in the base model's files have other names than its modules, because transformers renames them when it loads them."""
+    """Whether the weights in the base model's files have other names than its modules, because transformers renames the weights when it loads them."""
     last_names = {module.removesuffix(".base_layer").rsplit(".", 1)[-1] for module in lora_pairs}
     return any(name.removesuffix(".weight").rsplit(".", 1)[-1] in last_names or ("experts" in last_names and ".experts." in name) for name in base)
 
@@ -298,7 +301,7 @@ def _read_tensors(folder: Path, name: str, code: str) -> dict[str, StoredTensor]
 
 
 def _read_base(base: Path) -> dict[str, StoredTensor]:
-    """Return the tensors of the base model, by name. Empty if its files are not safetensors files."""
+    """Return the tensors of the base model, by name. The result is empty if the base model has no safetensors files."""
     try:
         return read_folder(base)
     except (DamagedFileError, OSError):

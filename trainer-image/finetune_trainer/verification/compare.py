@@ -13,13 +13,13 @@ from finetune_trainer.verification.reference import ReferenceValues
 EXACT_TOLERANCE = 1e-3
 """If all computations are in 32 bits: largest accepted difference of any token's log-probability, in nats."""
 SPREAD_FACTOR = 2.0
-"""If not all computations are in 32 bits: the limit for the difference, divided by the difference between two batch layouts in the trainer."""
+"""If not all computations are in 32 bits: the limit of the difference is this number times the difference between two batch layouts in the trainer."""
 SMALLEST_TOLERANCE = 5e-3
 """If not all computations are in 32 bits: the limit is at least this number of nats, because two batch layouts can agree by chance."""
 ROUNDED_TOLERANCE = 4e-2
 """For a merged model with 16-bit weights, the accepted difference is at least this number of nats.
 
-Merging rounds the sum of base weight and adapter, which the difference between two batch layouts does not show. On an H200, eight correctly
+Merging rounds the sum of base weight and adapter. The difference between two batch layouts does not contain this rounding. On an H200, eight correctly
 merged models with 2 to 24 layers differed by 0.0023 to 0.0182 nats.
 """
 SHARE_OF_CHANGE = 0.1
@@ -29,9 +29,10 @@ Training uses autocast, FSDP or DeepSpeed, and a freshly loaded model does not, 
 with 12 layers differed by 0.0057 to 0.0091 nats.
 """
 SHARE_OF_DOUBT, SMALLEST_DOUBT = 0.5, 1e-4
-"""An artefact whose difference from the reference values exceeds this share of the change by training is not verified, even below the limit.
+"""An artefact is not verified if its difference from the reference values exceeds this share of the change by training.
 
-An artefact that lacks a part of the trained change could have the same difference. Differences below `SMALLEST_DOUBT` nats are rounding in 32 bits.
+This rule applies even if the difference is below the limit, because an artefact that lacks a part of the trained change could differ by the same
+amount. Differences below `SMALLEST_DOUBT` nats are rounding in 32 bits.
 """
 MERGED_MODEL_NAME = "merged"
 """Name of the merged model in the status."""
@@ -49,7 +50,7 @@ def compute_difference_and_tolerance(
 ) -> tuple[float, float]:
     """Return the difference from the reference values, and the largest accepted difference.
 
-    In 32 bits, the difference is that of the token with the largest difference. In other formats, it is the root mean square over all tokens,
+    In 32 bits, the difference is that of the token with the largest difference. In other formats, the difference is the root mean square over all tokens,
     because rounding shifts single unlikely tokens by much more than the others. `change`: root mean square of the change from the base model;
     None if unknown. `is_rounded`: whether merging has rounded the weights to 16 bits.
     """
@@ -123,7 +124,7 @@ def judge_artefact(
 
 
 def summarise(artefacts: Sequence[ArtefactVerification], reference: ReferenceValues | None) -> Verification:
-    """Return the status of the verification. Its result is the worst result of all artefacts."""
+    """Return the status of the verification. The result in the status is the worst result of all artefacts."""
     worst = max((artefact.result for artefact in artefacts), key=OUTCOMES_BY_SEVERITY.index, default=VerificationOutcome.NOT_VERIFIED)
     rows = reference.rows if reference is not None else []
     return Verification(result=worst, rows=len(rows), tokens=sum(len(row.values) for row in rows), artefacts=list(artefacts))

@@ -1,7 +1,7 @@
 """Computes the reference values with the trained model in memory, after the final model has been saved.
 
-The computation cannot change the run: all weights are already saved, and random states and the mode of the model are restored. If it fails, the
-run continues, and the file contains the reason instead of values.
+The computation cannot change the run: all weights are already saved, and random states and the mode of the model are restored. If the computation
+fails, the run continues, and the file contains the reason instead of values.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def _to_reference_rows(columns: Mapping[str, Any], tokenizer: Any) -> list[Refer
 
 
 def _read_sequences(columns: Mapping[str, Any]) -> list[tuple[list[int], list[bool]]]:
-    """Return the token ids of each sequence in a row, and whether each token counts. Empty if the row only has a prompt.
+    """Return the token ids of each sequence in a row, and whether each token counts. The result is empty if the row has only a prompt.
 
     The columns of the row depend on the objective.
     """

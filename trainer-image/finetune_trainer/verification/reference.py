@@ -29,7 +29,7 @@ class ReferenceRow(LenientModel):
     images: list[str] = Field(default_factory=list, description="The files of the row's images, in base64.")
     is_counted: list[bool] = Field(description="For each token, whether its probability is a value of the row. Empty for models with a score head.")
     values: list[float] = Field(default_factory=list, description="Log-probability (nats) of each counted token, or one score, if the row is computed alone.")
-    batched_values: list[float] = Field(default_factory=list, description="As `values`, if the row is computed in one padded batch with all rows.")
+    batched_values: list[float] = Field(default_factory=list, description="Like `values`, but computed in one padded batch with all rows.")
 
 
     def decoded_images(self) -> list[Any]:
@@ -42,14 +42,14 @@ class TrainedAdapter(LenientModel):
 
     peft_type: str = Field(description="PEFT's name of the method, such as LORA.")
     scaling: dict[str, float] = Field(default_factory=dict, description="Factor of the LoRA product B A of each adapted module, by the module's name.")
-    changes_output: bool | None = Field(default=None, description="Whether the adapter changed the values of the rows. None if this was not measured.")
+    changes_output: bool | None = Field(default=None, description="Whether the adapter changed the values of the rows. None if it was not measured.")
 
 
 class ReferenceValues(LenientModel):
     """The contents of `reference-values.json`: what the stage `verifying` needs in addition to the stored model and the base model."""
 
     version: int = 1
-    reason: str | None = Field(default=None, description="Why there are no values. None if there are values.")
+    reason: str | None = Field(default=None, description="Why there are no reference values. None if there are reference values.")
     head: str = Field(default="causal", description="causal: log-probabilities of tokens. reward: one score for each row.")
     device: str = Field(default="", description="Type of the device that computed the values: cpu or cuda. Empty if the trainer did not record it.")
     trusts_code: bool = Field(default=False, description="Whether the training ran code from the repository of the model.")
@@ -80,7 +80,7 @@ class ReferenceValues(LenientModel):
         return [value for row in self.rows for value in row.batched_values]
 
     def to_bytes(self) -> bytes:
-        """Return the contents of the file. Its name in storage contains the beginning of their sha256."""
+        """Return the contents of the file. The name of the file in storage contains the beginning of the sha256 of these contents."""
         return json.dumps(self.to_wire(), sort_keys=True, separators=(",", ":")).encode()
 
 

@@ -85,7 +85,7 @@ def _parse_tensor(path: Path, name: str, entry: Any, data_start: int) -> StoredT
 def read_folder(folder: Path, file_name: str = "model.safetensors") -> dict[str, StoredTensor]:
     """Return all tensors in a model's folder, by name: those of the file `file_name` or, if it does not exist, of all files in its index.
 
-    Empty if neither the file nor the index exists. Errors: DamagedFileError, for example if a file in the index is missing.
+    The result is empty if neither the file nor the index exists. Errors: DamagedFileError, for example if a file in the index is missing.
     """
     if (folder / file_name).exists():
         return read_header(folder / file_name)

@@ -50,7 +50,7 @@ def best_paths(rows: Iterable[RawRow]) -> Iterator[tuple[RawRow, MessagePath | R
             yield row, RowError("ColumnMissing", f"the row is neither a tree nor a message; it has {present_columns}", _COLUMNS_HINT)
         elif (first := flat_rows_by_id.setdefault(str(value["message_id"]), row)) is not row:
             message = f"message_id {value['message_id']!r} is also the id of {first.location}"
-            yield row, RowError("MessageIdTwice", message, "give each message its own id, or remove one of the two")
+            yield row, RowError("MessageIdTwice", message, "give each message its own id, or remove one of the two messages")
     yield from _flat_paths(flat_rows_by_id)
 
 
@@ -73,7 +73,7 @@ def _flat_paths(rows_by_id: Mapping[str, RawRow]) -> Iterator[tuple[RawRow, Mess
                 seen.add(id(row))
                 if row is not reply:
                     message = f"its ancestor {reply.location} has the parent_id {parent!r}, but no row has that message_id"
-                    yield row, RowError("ParentMissing", message, "add the missing parent, or remove all replies below it")
+                    yield row, RowError("ParentMissing", message, "add the missing parent, or remove all replies below the missing parent")
     for row in rows_by_id.values():
         if id(row) not in seen:
             message = f"the chain of parents that starts at parent_id {_parent_id(row)!r} is a cycle"

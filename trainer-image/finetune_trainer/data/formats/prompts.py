@@ -201,7 +201,7 @@ def _split_shared_beginning(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
 
 
 def _split_at_first_answer(turns: tuple[Turn, ...]) -> tuple[tuple[Turn, ...], tuple[Turn, ...]]:
-    """Return the turns before the first assistant message, and the turns from it on. Errors: RowError NoTrainableToken."""
+    """Return the turns before the first assistant message, and the turns from this message on. Errors: RowError NoTrainableToken."""
     start = next((index for index, turn in enumerate(turns) if turn.role == "assistant"), None)
     if start is None:
         raise RowError("NoTrainableToken", "`completion` has no answer", "write an answer, or remove the row")
@@ -233,7 +233,7 @@ def _remove_prompt_from_answers(
 
     If only the answers have a system prompt, it is moved to the prompt. `answers`: the answers by column name.
     `ignores_system_prompts`: whether system prompts may differ, because all are replaced later. `allows_further_question`: whether an
-    answer may begin with a user message other than the prompt. If it may, an answer that contains the prompt at a later place is still refused.
+    answer may begin with a user message other than the prompt. An answer that contains the prompt anywhere but at its beginning is always refused.
     Errors: RowError PromptMismatch, NoTrainableToken (nothing follows the prompt).
     """
     system, question = _split_system_prompt(prompt)

@@ -139,5 +139,5 @@ def read_question_and_answer(
 
 
 def _has_default_columns(row: Mapping[str, Any], columns: Columns, *names: str) -> bool:
-    """Whether the row has these columns, and `dataset.columns` names neither a question nor an answer column."""
+    """Whether the row has all columns in `names`, and `dataset.columns` names neither a question nor an answer column."""
     return columns.question is None and columns.answer is None and row.keys() >= set(names)

@@ -15,7 +15,7 @@ from finetune_trainer.data.rows import IGNORED_LABEL, RowError, TokenSequence
 TOKENS_COLUMN = ColumnRole("tokens", ("input_ids",))
 LABELS_COLUMN = "labels"
 MASK_COLUMNS = ("completion_mask", "assistant_masks")
-"""Columns that contain 1 for each trained token, else 0. The first column that the row has is used."""
+"""Columns that contain 1 for each trained token, else 0. The first of these columns that exists in the row is used."""
 ATTENTION_COLUMN = "attention_mask"
 
 

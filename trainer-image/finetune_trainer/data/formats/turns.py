@@ -164,7 +164,10 @@ def is_trainable(turn: Turn) -> bool:
 
 
 def with_system_prompt(turns: tuple[Turn, ...], from_spec: str | None, from_column: str | None) -> tuple[Turn, ...]:
-    """Return the turns with at most one system prompt. The prompt from the spec has precedence, then the column's, then the conversation's."""
+    """Return the turns with at most one system prompt.
+
+    The system prompt of the spec is used if there is one, else that of the column, else that of the conversation.
+    """
     prompt = from_spec if from_spec is not None else from_column
     if prompt is None:
         return turns
