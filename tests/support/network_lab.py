@@ -1,11 +1,12 @@
 """A small network of network namespaces that enforces NetworkPolicies with nftables. Runs as a separate program.
 
-The test machine has no network plugin that enforces NetworkPolicies. This program replaces one: it creates a network namespace for each pod, translates
-the policies into nftables rules for these namespaces, and tries connections. It needs root, `ip` and `nft`.
+The test machine has no network plugin that enforces NetworkPolicies. This program takes the place of a network plugin: it creates a network namespace for
+each pod, translates the policies into nftables rules for these namespaces, and tries connections. The program needs the rights of root and the programs `ip`
+and `nft`.
 
-The program runs in its own network and mount namespace. The pods' namespaces are inside them, so they disappear when the program ends, and no other
-program sees them. A forbidden connection is reset at once, whereas a real plugin drops its packets. Only the NetworkPolicy fields that the operator
-uses are translated; any other field is an error.
+The program runs in its own network and mount namespace. The pods' network namespaces exist only within these two, so they disappear when the program ends,
+and no other program sees them. This program resets a forbidden connection at once, whereas a real network plugin drops the packets of the connection. Only
+the NetworkPolicy fields that the operator uses are translated; any other field is an error.
 """
 
 from __future__ import annotations
@@ -28,14 +29,13 @@ Object = dict[str, Any]
 NAMESPACE_NAME_LABEL = "kubernetes.io/metadata.name"
 CLONE_NEWNET = 0x40000000
 CONNECT_SECONDS = 20
-"""Timeout of a connection. A connection takes this long only after a failure of this program: every address exists, and forbidden connections are
-reset at once.
+"""Timeout of a connection. If this program works, no connection takes this long, because every address exists and forbidden connections are reset at once.
 """
 
 
 @dataclass(frozen=True)
 class LabPod:
-    """A pod that listens on all `ports`. With an empty `namespace`, it is a host outside the cluster."""
+    """A pod that listens on all `ports`. If `namespace` is empty, the object stands for a host outside the cluster."""
 
     name: str
     namespace: str
@@ -60,7 +60,7 @@ class Lab:
 
 
 def find_missing_requirement() -> str | None:
-    """Return a message on what this machine lacks to run a lab; None if it lacks nothing."""
+    """Return a message that names what this machine lacks to run a lab, or None if a lab can run."""
     missing = [program for program in ("ip", "nft", "unshare", "mount") if shutil.which(program, path="/usr/sbin:/sbin:/usr/bin:/bin") is None]
     if missing:
         return f"missing programs: {', '.join(missing)} (Debian packages nftables, iproute2)"
