@@ -144,14 +144,14 @@ def _find_address_family(address: str) -> str:
 
 
 def run(*command: str, text: str | None = None) -> None:
-    """Run a command. If it fails, exit this program with the command's error message."""
+    """Run a command. If the command fails, exit this program with the command's error message."""
     done = subprocess.run(command, input=text, capture_output=True, text=True)
     if done.returncode != 0:
         sys.exit(f"{' '.join(command)}: {done.stderr}{text or ''}")
 
 
 def call_in_namespace(name: str, function: Callable[[], T]) -> T:
-    """Call a function in a thread inside a network namespace. A socket that it creates stays in this namespace."""
+    """Call a function in a thread inside a network namespace. A socket that the function creates stays in this namespace."""
     libc = ctypes.CDLL(None, use_errno=True)
     results: list[T] = []
 
@@ -169,7 +169,7 @@ def call_in_namespace(name: str, function: Callable[[], T]) -> T:
 
 def build_network(lab: Lab) -> list[socket.socket]:
     """Connect all pods to one bridge, load their nftables rules, and return their listening sockets."""
-    run("mount", "-t", "tmpfs", "tmpfs", "/run")  # `ip netns` stores the namespaces' names in /run
+    run("mount", "-t", "tmpfs", "tmpfs", "/run")  # a separate /run for this program, because `ip netns` stores the names of its namespaces there
     links = ["link add bridge0 type bridge", "link set bridge0 up"]
     for number, pod in enumerate(lab.pods):
         links += [f"netns add {pod.name}", f"link add pod{number} type veth peer name eth0 netns {pod.name}", f"link set pod{number} master bridge0 up"]
@@ -188,7 +188,7 @@ def build_network(lab: Lab) -> list[socket.socket]:
 
 
 def can_connect(address: str, port: int) -> bool:
-    """Whether a connection is accepted. Returns False if it is reset. Errors: OSError after any other failure."""
+    """Whether the target accepts a connection. Returns False if the connection is reset. Errors: OSError if it fails in any other way."""
     try:
         socket.create_connection((address, port), timeout=CONNECT_SECONDS).close()
     except ConnectionRefusedError:
