@@ -1,7 +1,7 @@
 """Excludes loaded libraries from garbage collection.
 
 accelerate runs a garbage collection at the start of every training. With torch, transformers, PEFT and TRL loaded, the collection visits more than a million
-objects, which takes a third of a second, or three quarters of the time of a tiny training run. The collection does not visit objects that `gc.freeze` has
+objects, which takes a third of a second. That is three quarters of the time of a tiny training run. The collection does not visit objects that `gc.freeze` has
 excluded.
 """
 

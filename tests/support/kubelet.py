@@ -1,7 +1,7 @@
 """A fake scheduler and kubelet with simulated nodes. The test decides how pods run and end; no container is started.
 
 `FakeKubelet` sends the same requests to a real API server as a scheduler and kubelets (for node leases, bindings, pod status and the removal of deleted
-pods), and answers `GET /progress` in place of the pods. The `PodPlan` of a namespace defines what happens to its pods. A test may replace the plan at any
+pods). It also answers `GET /progress` in place of the pods. The `PodPlan` of a namespace defines what happens to its pods. A test may replace the plan at any
 time, and may end a single pod. The event loop runs in a separate thread.
 
     with FakeKubelet(endpoint) as kubelet:

@@ -23,8 +23,7 @@ PAIR = {"gpusPerNode": 0, "nodes": 2, "cpu": "100m", "memory": "2Gi"}
 def volume_folder() -> Iterator[Path]:
     """An empty folder that the user of the pods owns. The nodes of the local cluster see the folders of this machine.
 
-    The folder is in memory (/dev/shm), because a model cache on a node stores nothing if less than 15 % of the disk would stay free, and this machine's disk
-    may be fuller than that.
+    The folder is in memory (/dev/shm), because a model cache on a node leaves 15 % of its disk free. The disk of this machine may have less free space.
     """
     with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="finetune-models-") as name:
         os.chown(name, TRAINER_UID, TRAINER_UID)

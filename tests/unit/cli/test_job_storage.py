@@ -46,8 +46,8 @@ def download_commit(storage: JobStorage, committed: CommittedFolder, folder: Pat
 
 @pytest.fixture
 def storage(tmp_path: Path) -> JobStorage:
-    """Return the storage of a job with the model and three checkpoints: the checkpoint of step 10 is committed and marked as healthy, that of step 20 is only
-    committed, and that of step 30 is not committed.
+    """Return the storage of a job with the model and three checkpoints. Step 10 is committed and marked as healthy, step 20 is committed, step 30 is not
+    committed.
     """
     root = tmp_path / "tree"
     commit_folder(root, "checkpoints/step-00000010", {"a.bin": b"one"})
