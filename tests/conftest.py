@@ -14,7 +14,7 @@ from tests.support import fault_rows, later_clock
 NODE_CLUSTER_TESTS = "tests/e2e/"
 """Folder of the tests that share the machine's only node cluster."""
 NETWORK_TESTS = "tests/integration/delivery/test_network_policies.py"
-"""Tests that create network namespaces. They never run at the same time as the node cluster, because the kernel reuses the namespace numbers of
+"""Tests that create network namespaces. These tests never run at the same time as the node cluster, because the kernel reuses the namespace numbers of
 ended pods.
 """
 
@@ -28,12 +28,13 @@ if not os.environ.get("CI"):  # with CI set, hypothesis loads its own profile, w
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Register the plugin that prints the fault rows. The xdist controller prints them, and it loads only this conftest."""
+    """Register the plugin that prints the fault rows. It is registered here, because the xdist controller prints the fault rows and loads no other conftest."""
     fault_rows.register_plugin(config)
     if not config.pluginmanager.is_registered(later_clock):
         config.pluginmanager.register(later_clock)
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        # A shell starts background jobs with SIGINT ignored. Programs that the tests interrupt would inherit this setting.
+        # A shell starts background jobs with SIGINT ignored. Programs that the tests start would inherit the ignored SIGINT, so the tests could not interrupt
+        # them.
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

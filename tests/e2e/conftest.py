@@ -48,7 +48,7 @@ def namespace(node_cluster: NodeCluster) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def installation(node_cluster: NodeCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
-    """The cluster with the operator of this checkout and a model in S3. After all tests, no request of the operator may have been forbidden."""
+    """The cluster with the operator of this checkout and a model in S3. After all tests, the fixture checks that RBAC forbade no request of the operator."""
     images.build_images([images.ImageName.OPERATOR, images.ImageName.TRAINER], show_step)
     for tag in (OPERATOR_IMAGE, TRAINER_IMAGE):
         node_cluster.load_image(tag)

@@ -1,4 +1,4 @@
-"""Fixtures of the integration tests: a real API server and a real S3 server. Each is started once per session."""
+"""Fixtures of the integration tests: a real API server and a real S3 server. Each server is started once per test session."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from tests.support.stores import running_store
 
 @pytest.fixture(scope="session")
 def control_plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
-    """A running control plane: etcd, kube-apiserver and kube-controller-manager. The kubeconfig is the administrator's. Tests create their own namespaces."""
+    """A running control plane: etcd, kube-apiserver and kube-controller-manager. Its kubeconfig has administrator rights. Each test creates its own
+    namespaces.
+    """
     with ControlPlane(tmp_path_factory.mktemp("control-plane") / "state") as endpoint:
         yield endpoint
 

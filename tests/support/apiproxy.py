@@ -59,7 +59,9 @@ VERB_BY_METHOD = {"POST": "create", "PUT": "update", "PATCH": "patch", "DELETE":
 
 @dataclass(frozen=True)
 class ApiOperation:
-    """What a request does to which object. `resource` is the plural name, followed by the subresource if there is one (`pods/status`)."""
+    """The operation of a request: its verb, and the resource and object to which the verb applies. `resource` is the plural name, followed by the subresource
+    if there is one (`pods/status`).
+    """
 
     verb: str
     resource: str
@@ -91,7 +93,7 @@ class DisconnectWatch(WatchCommand):
 
 @dataclass(frozen=True)
 class StallWatch(WatchCommand):
-    """Deliver no further events, but keep the connection open. A load balancer that forgets a connection has the same effect."""
+    """Deliver no further events, but keep the connection open. A load balancer that drops its entry for a connection without closing it has the same effect."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,9 @@ class SendEvent(WatchCommand):
 
 @dataclass(frozen=True)
 class ReplayEvents(WatchCommand):
-    """Deliver the last `count` events again, oldest first. The client receives duplicates, and old versions of objects after newer versions."""
+    """Deliver the last `count` events again, oldest first. So the client receives duplicate events, and receives an old version of an object after a newer
+    version.
+    """
 
     count: int
 
@@ -155,7 +159,7 @@ class Watch:
         self._is_stalled = False
 
     async def transform_lines(self, chunks: Chunks) -> Chunks:
-        """Yield the lines that the client receives: the server's lines, as changed by the commands."""
+        """Yield the lines that the client receives: the server's lines, after the test's commands have removed, added or repeated events."""
         lines = _split_lines(chunks)
         line: asyncio.Task[bytes] = asyncio.ensure_future(anext(lines))
         command: asyncio.Task[WatchCommand] = asyncio.ensure_future(self.commands.get())
@@ -241,7 +245,7 @@ class ApiProxy(FaultProxy[ApiOperation]):
         )  # fmt: skip
 
     def command_watches(self, resource: str, command: WatchCommand) -> int:
-        """Send a command to every open watch of `resource`. Returns how many watches received it."""
+        """Send a command to every open watch of `resource`. Returns the number of watches that received the command."""
         count = 0
 
         def send_command() -> None:

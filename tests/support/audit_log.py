@@ -1,4 +1,4 @@
-"""Reads the audit log of a local cluster's API server: the created pods, and the requests of a ServiceAccount with RBAC's decision on each."""
+"""Reads the audit log of a local cluster's API server: the created pods, and the requests of a ServiceAccount, each with RBAC's decision."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from localcluster import Endpoint
 from localcluster.components import AUDIT_LOG
 
 AUTHORIZATION = "authorization.k8s.io/decision"
-"""Annotation with RBAC's decision. If RBAC permits a request but admission refuses it, the value is `allow`, although the response has status 403."""
+"""Annotation with RBAC's decision. If RBAC permits a request but admission refuses the request, the annotation's value is `allow` and the response's status
+is 403.
+"""
 
 
 @dataclass(frozen=True, order=True)

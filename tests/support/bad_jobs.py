@@ -1,4 +1,6 @@
-"""Jobs with one mistake each. For each job: the failure code and class that the preparation reports, and a text in the failure's message."""
+"""Jobs with one mistake each. For each job, this module lists the failure code and class that the preparation must report, and a text that the failure's
+message must contain.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from tests.support.merge import merge
 
 @dataclass
 class BadJob:
-    """A job that is good at first, and is then made bad by one change. `spec` is the job's current spec. The change writes its files into `folder`."""
+    """A valid job that one change makes invalid. `spec` is the job's spec, before or after the change. The change writes the files that it needs into
+    `folder`.
+    """
 
     folder: Path
     model: Path
@@ -24,7 +28,7 @@ class BadJob:
     spec: dict[str, Any]
     env: dict[str, str] = field(default_factory=dict)
     storage: dict[str, str] = field(default_factory=dict)
-    """Changed fields of the job's storage target."""
+    """The fields of the job's storage target that the change replaces."""
 
     def change_spec(self, **change: Any) -> None:
         self.spec = merge(self.spec, change)
@@ -39,7 +43,9 @@ class BadJob:
         self.change_spec(dataset={"train": f"file://{file}", **dataset})
 
     def change_model_file(self, name: str, change: Callable[[str], str | None], remove: str | None = None) -> None:
-        """Train on a copy of the model with one changed file. If `change` returns None, the file is removed. `remove` is a second file to remove."""
+        """Train on a copy of the model with one changed file. If `change` returns None, the file is removed instead. `remove` is the name of another file
+        that is removed too.
+        """
         target = self.folder / "model"
         if not target.exists():
             target.mkdir()

@@ -1,4 +1,4 @@
-"""A headless Chromium with one page, controlled by the DevTools protocol on two pipes. This needs no WebSocket library and no open port.
+"""A headless Chromium with one page, controlled by the DevTools protocol on two pipes. With pipes, the tests need no WebSocket library and no open port.
 
 Each message is one JSON object followed by a zero byte; see `--remote-debugging-pipe` in Chromium's
 `content/public/common/content_switches.cc`. Chromium reads from file descriptor 3 and writes to file descriptor 4.
@@ -20,7 +20,7 @@ from typing import Any, Self
 
 PROGRAMS = ("chromium-headless-shell", "chromium", "google-chrome")
 PACKAGE = "chromium-headless-shell"
-"""The Debian package to install. It is much smaller than the package of the full browser."""
+"""The Debian package to install. This package is much smaller than the package of the full browser."""
 ARGUMENTS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run", "--disable-background-networking", "--disable-sync",
     "--disable-component-update", "--remote-debugging-pipe",

@@ -1,4 +1,4 @@
-"""For each CEL rule of the spec, a spec that breaks the rule. The API server and the command line's offline check must both refuse it."""
+"""For each CEL rule of the spec, a spec that breaks the rule. The API server and the offline check of the command line must both refuse this spec."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SPEC_RULE_BREAKERS: dict[str, dict[str, Any]] = {
     "ModelCacheInvalid": {"model": {"source": "a/b", "cache": "s3://bucket/cache"}},
     "HubRepositoryMissing": {"output": {"hub": {"push": True, "tokenSecretRef": {"name": "h", "key": "t"}}}},
 }
-"""Specs that break a rule, by the code of the rule. Contains one spec for each rule that compares several groups of fields."""
+"""For each rule that compares several groups of fields, by the rule's code: a spec that breaks the rule."""
 GROUP_RULE_BREAKERS: dict[tuple[str, str], dict[str, Any]] = {
     ("Encryption", "kmsKeyId requires"): {"storage": {"encryption": {"type": "s3", "kmsKeyId": "alias/x"}}},
     ("Encryption", "type customerKey"): {"storage": {"encryption": {"type": "customerKey"}}},
@@ -68,7 +68,7 @@ GROUP_RULE_BREAKERS: dict[tuple[str, str], dict[str, Any]] = {
     ("Phases", "`train: false` and `from`"): {"phases": {"train": False, "evaluate": True}, "evaluation": {"metrics": ["perplexity"]}},
     ("Training", "training.warmupSteps"): {"training": {"warmupSteps": 0, "warmupRatio": 0.1}},
 }  # fmt: skip
-"""For each rule inside one group of fields: a spec that breaks the rule. The key is the group's class name and the start of the rule's message."""
+"""For each rule inside one group of fields: a spec that breaks the rule. Each key has the class name of the group and the start of the rule's message."""
 
 
 def iterate_group_rules() -> Iterator[tuple[CelRule, dict[str, Any]]]:

@@ -1,4 +1,4 @@
-"""Runs many short training runs (cells) in one launch, because starting the ranks takes seconds and a tiny run less than one second.
+"""Runs many short training runs (cells) in one launch, because the start of the ranks takes several seconds, but a tiny run takes less than one second.
 
 `launch_cells` starts this module once for each rank. Every rank runs the same cells in the same order, and rank 0 writes the results.
 """
@@ -20,8 +20,8 @@ from typing import IO, Any
 
 CHECKOUT_FOLDER = Path(__file__).parents[2]
 PythonRunner = Callable[[Sequence[str], Mapping[str, str], IO[bytes], float], int]
-"""A function that runs Python and returns the exit code. Its arguments are the program's arguments, additional environment variables, a file for the
-output and a timeout in seconds.
+"""A function that runs Python and returns the exit code. The parameters of the function are the arguments for Python, additional environment variables, a
+file for the output and a timeout in seconds.
 """
 
 
@@ -40,7 +40,7 @@ class Cell:
     resume: str | None = None
     """The checkpoint folder from which the run resumes."""
     padding_free: bool = False
-    """Whether the run concatenates the rows of a batch, as runs on a GPU do. The CPU then computes variable-length attention with sdpa."""
+    """Whether the run concatenates the rows of a batch, as runs on a GPU do. If it does, the CPU computes variable-length attention with sdpa."""
     keep: bool = False
     """Whether to keep the final folder and the checkpoints on disk."""
 
@@ -62,7 +62,7 @@ class Result:
     folder: str = ""
     """Output folder of the Trainer. The final artefact is in its subfolder `final`."""
     error: dict[str, Any] | None = None
-    """Class, code, message, hint and exitCode of the failure, or None. `traceback` is set for an unclassified failure."""
+    """Class, code, message, hint and exitCode of the failure, or None. If the failure was not classified, the dict also has the `traceback`."""
 
 
 def build_test_python_call(arguments: Sequence[str], environment: Mapping[str, str]) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def build_test_python_call(arguments: Sequence[str], environment: Mapping[str, s
 
 
 def run_test_python(arguments: Sequence[str], environment: Mapping[str, str], output: IO[bytes], timeout: float) -> int:
-    """Run the tests' Python with `arguments` and additional variables. Returns the exit code."""
+    """Run the tests' Python with `arguments` and the additional environment variables in `environment`. Returns the exit code."""
     return subprocess.run(**build_test_python_call(arguments, environment), stdout=output, stderr=subprocess.STDOUT, timeout=timeout).returncode
 
 
@@ -81,8 +81,8 @@ def launch_cells(
 ) -> dict[str, Result]:
     """Run each cell on `rank_count` processes of this machine. Returns the results by cell name.
 
-    `run_python` starts Python; `TrainerImage.python_runner` starts it in the trainer image. Errors: AssertionError with the end of the output, if
-    the program fails.
+    `run_python` starts Python; to run the cells in the trainer image, pass `TrainerImage.python_runner`. Errors: AssertionError with the end of the output,
+    if Python does not exit with code 0.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "cells.json").write_text(json.dumps([asdict(cell) for cell in cells]))

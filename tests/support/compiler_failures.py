@@ -1,4 +1,6 @@
-"""Calls library functions that need a compiler or a GPU driver, and writes how the trainer classifies their errors. Runs in the trainer image."""
+"""Calls library functions that need a compiler or a GPU driver, and writes how the trainer classifies the resulting errors. This program runs in the trainer
+image.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,7 @@ def main(output: Path) -> None:
         try:
             action()
             failures[name] = {"exitCode": 0, "code": "", "message": "no error"}
-        except Exception as error:  # The libraries raise different types of exceptions.
+        except Exception as error:  # The libraries raise exceptions of different types, so all types are caught.
             failure, _ = classify_error(error)
             failures[name] = {"exitCode": int(failure.exit_code), "code": failure.code, "message": failure.message}
     output.write_text(json.dumps(failures))

@@ -20,7 +20,7 @@ PAGES = sorted(
 )
 FENCE = re.compile(r"^(?P<indent> *)```(?P<language>[a-z]*)(?: title=\"(?P<title>[^\"]*)\")?\n(?P<text>.*?)^ *```$", re.M | re.S)
 NOT_RUN = "*Not run here: "
-"""If the line before a block starts with this text, the tests check only the block's syntax. The rest of the line gives the reason."""
+"""If the line before a code block starts with this text, the tests do not run the block and check only its syntax. The rest of that line states why."""
 SPEC_FIELDS = {field.alias or name for name, field in FineTuneJobSpec.model_fields.items()}
 VALUES_COMMENT = "# chart values"
 SMALLEST_SPEC: dict[str, Any] = {"model": {"source": "org/name"}, "dataset": {"train": "s3://bucket/train.jsonl"}}
@@ -72,7 +72,9 @@ def _read_page_blocks(page: Path) -> list[Block]:
 
 
 def read_objects(block: Block) -> list[dict[str, Any]]:
-    """Return the Kubernetes objects of a YAML block. A block that shows only spec fields becomes a FineTuneJob: SMALLEST_SPEC with these fields."""
+    """Return the Kubernetes objects of a YAML block. If a block shows only fields of a spec, they are added to SMALLEST_SPEC, and a FineTuneJob with this
+    spec is returned.
+    """
     documents = [document for document in yaml.safe_load_all(block.text) if document]
     objects = []
     for document in documents:

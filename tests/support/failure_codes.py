@@ -17,7 +17,7 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 @cache
 def find_failure_codes() -> tuple[set[str], set[tuple[str, str]]]:
-    """Return all literal failure codes, and the (file name, expression) pairs of the codes that are computed when an error is created.
+    """Return all literal failure codes. For the codes that an expression computes when an error is created, also return (file name, expression).
 
     A literal code is an argument `code` of an error class or a function, the value of a dictionary's key "code", or the value of a variable `code`.
     """
@@ -60,7 +60,7 @@ def _find_error_classes(trees: Iterable[ast.Module]) -> set[str]:
 
 
 def _find_code_positions(trees: Iterable[ast.Module]) -> dict[str, int]:
-    """Return the position of the parameter `code` in a call, for the name of each class or function that has this parameter."""
+    """Return the position of the parameter `code` among the parameters of each class or function that has it, by the name of the class or function."""
     positions: dict[str, int] = {}
     for node in (node for tree in trees for node in ast.walk(tree)):
         if isinstance(node, ast.ClassDef):

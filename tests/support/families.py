@@ -24,16 +24,16 @@ MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_g
 
 @dataclass(frozen=True)
 class Family:
-    """One transformers model type: the sizes of a tiny model, and properties that the trainer reports in its notes."""
+    """One transformers model type: the sizes of a tiny model of this type, and properties of the type that the trainer reports in its notes."""
 
     sizes: dict[str, Any] = field(default_factory=dict)
     has_sdpa: bool = True
     experts: str | None = None
     """Path of the experts' parameters inside a layer; None for a model without experts."""
     left_out: tuple[str, ...] = ()
-    """Names of the linear layers that get no adapter."""
+    """Names of the linear layers to which the trainer adds no adapter."""
     is_slow: bool = False
-    """Whether only `make test-faults` trains this family."""
+    """Whether this family is trained by `make test-faults` but not by `make test`."""
 
 
 DENSE_LAYERS = ("down_proj", "gate_proj", "up_proj")

@@ -1,4 +1,6 @@
-"""Pytest plugin for the fault matrix: the marker `row` names the rows that a test covers, and a summary lists the passed and the failed rows."""
+"""Pytest plugin for the fault matrix: the marker `row` names the rows of the matrix that a test covers, and a summary lists which rows passed and which
+failed.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ _counts_by_row: dict[int, dict[str, int]] = {}
 
 
 def register_plugin(config: pytest.Config) -> None:
-    """Register the plugin once. Call it in the `pytest_configure` of a conftest."""
+    """Register the plugin, unless it is already registered. Call this function in the `pytest_configure` of a conftest."""
     name = "fault-rows"
     if config.pluginmanager.has_plugin(name):
         return

@@ -2,7 +2,7 @@
 
 The client library and the server are real, but the network between them fails at a chosen request. A test can thus check that, for example, the
 operator creates no second Job if the response to the first creation is lost. This module does not depend on the protocol; `s3proxy` and `apiproxy`
-parse the requests. The proxy forwards path, query and headers (including `Host`) unchanged, so signatures stay valid.
+parse the requests. The proxy forwards path, query and headers (including `Host`) unchanged, so the signatures of requests stay valid.
 
 The proxy's event loop runs in a separate thread, so synchronous tests can use the proxy in a `with` block.
 """
@@ -35,7 +35,7 @@ HOP_BY_HOP = {
 }  # fmt: skip
 STATUS_WITHOUT_BODY = (204, 304)
 LOG_WAIT_SECONDS = 2.0
-"""Maximum time to wait until every response that has begun is in the log."""
+"""Maximum time to wait until the log contains every response whose sending has begun."""
 PIECE_BYTES = 16 * 1024
 """Size of the pieces in which a rate-limited body is forwarded."""
 
@@ -80,7 +80,7 @@ class Operation(Protocol):
 
     @property
     def is_endless(self) -> bool:
-        """Whether the server never ends the response, as for a watch."""
+        """Whether the server keeps the response open without an end, as it does for a watch."""
 
 
 Op = TypeVar("Op", bound=Operation)
@@ -88,7 +88,7 @@ Op = TypeVar("Op", bound=Operation)
 
 @dataclass
 class Call(Generic[Op]):
-    """A request that the proxy is handling. Its fault calls one of the methods, to forward or to answer the request."""
+    """A request that the proxy is handling. The fault that applies to the request calls one of these methods, which forward or answer the request."""
 
     proxy: FaultProxy[Op]
     request: web.BaseRequest
@@ -102,7 +102,7 @@ class Call(Generic[Op]):
     async def forward(
         self, *, request_transform: BodyTransform | None = None, response_transform: BodyTransform | None = None
     ) -> web.StreamResponse:
-        """Forward the request to the server, and the response to the client. The two transforms may change the bodies."""
+        """Forward the request to the server, and the response to the client. `request_transform` and `response_transform` may change the bodies."""
         async with self._upstream(request_transform) as answer:
             self.server_status = answer.status
             response = web.StreamResponse(status=answer.status, reason=answer.reason, headers=_forwarded_headers(answer.headers))
@@ -207,7 +207,7 @@ class Latency:
 
 @dataclass(frozen=True)
 class DelayResponse:
-    """The server executes the request at once, but the client receives the response `seconds` later."""
+    """The server executes the request at once, but the proxy sends the response to the client `seconds` later."""
 
     seconds: float
 
@@ -309,7 +309,7 @@ class Truncate:
 
 @dataclass(frozen=True)
 class FlipByte:
-    """The proxy inverts all bits of the response body's byte at `offset`. A body that ends earlier is not changed."""
+    """The proxy inverts all bits of the response body's byte at `offset`. If the body ends before `offset`, it is not changed."""
 
     offset: int
 
@@ -337,7 +337,7 @@ class Rule(Generic[Op]):
     hits: int = 0
     """Number of requests to which the fault was applied."""
     match_count: int = 0
-    """Number of matching requests until `hits` reached `max_hits`, including the requests to which the fault was not applied."""
+    """Number of requests that matched the rule until `hits` reached `max_hits`. Matching requests to which the fault was not applied are included."""
 
     @property
     def name(self) -> str:
@@ -508,7 +508,7 @@ class FaultProxy(ABC, Generic[Op]):
     async def _serve(self, startup: _ProxyStartup) -> None:
         try:
             loop, stop_requested = asyncio.get_running_loop(), asyncio.Event()
-            # A server without TLS may be restarted by a test. Each request to it opens a new connection.
+            # A test may restart a server without TLS, so each request to such a server opens a new connection.
             connector = aiohttp.TCPConnector(limit=0, ssl=self._tls_context or True, force_close=self._tls_context is None)
             session = aiohttp.ClientSession(
                 connector=connector, auto_decompress=False, cookie_jar=aiohttp.DummyCookieJar(),
@@ -522,7 +522,7 @@ class FaultProxy(ABC, Generic[Op]):
             port = runner.addresses[0][1]
             startup.running = _RunningProxy(loop, threading.current_thread(), stop_requested, port, session)
             self._running = startup.running
-        except BaseException as error:  # start() raises the error again in the thread of the test
+        except BaseException as error:  # start(), which runs in the thread of the test, raises this error again
             startup.error = error
             startup.is_complete.set()
             return
@@ -587,7 +587,7 @@ def _reset_connection(request: web.BaseRequest) -> None:
 
 @contextlib.contextmanager
 def active_rules(*rules: Rule[Any]) -> Iterator[None]:
-    """Remove all these rules at the end of the `with` block."""
+    """Keep these rules active during the `with` block, and remove all of them at its end."""
     with contextlib.ExitStack() as stack:
         for rule in rules:
             stack.enter_context(rule)

@@ -45,7 +45,9 @@ class Server:
 
 @contextmanager
 def start_server(folder: Path, record: Path, **faults: str) -> Iterator[Server]:
-    """Start the program of the generation container. `folder` is the volume that it shares with the trainer; `faults` are STUB_* variables."""
+    """Start the program of the generation container. `folder` replaces the volume that this container shares with the trainer container; `faults` are STUB_*
+    variables.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     programs = record.parent / "programs"
     programs.mkdir(parents=True, exist_ok=True)
@@ -88,7 +90,9 @@ class Model:
 
 
 def complete(model: Any, prompt: list[int], body: dict[str, Any], number: int) -> dict[str, Any]:
-    """Sample one completion of `prompt` with the options in `body`. `number` makes its seed unique. Returns an item of the response's `choices`."""
+    """Sample one completion of `prompt` with the options in `body`. `number` is added to the seed, so that the completions of a request differ. Returns an
+    item of the response's `choices`.
+    """
     import torch
 
     generator = torch.Generator().manual_seed(body["seed"] + number)
@@ -108,7 +112,7 @@ def complete(model: Any, prompt: list[int], body: dict[str, Any], number: int) -
 
 
 def keep_top_p(probabilities: Any, top_p: float) -> Any:
-    """Keep the most likely tokens that together have the probability `top_p`, and set the probabilities of all other tokens to 0."""
+    """Keep the smallest set of most likely tokens whose total probability reaches `top_p`, and set the probabilities of all other tokens to 0."""
     if top_p >= 1:
         return probabilities
     ordered, token_ids = probabilities.sort(descending=True)
@@ -168,7 +172,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_json(200, {"choices": choices})
 
     def send_json(self, status: int, value: Any) -> None:
-        """Answer with `value` as JSON; None sends an empty body."""
+        """Answer with `value` as JSON, or with an empty body if `value` is None."""
         data = b"" if value is None else json.dumps(value).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
@@ -177,7 +181,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def main() -> None:
-    """Serve the model until the process is terminated. An option that this parser does not know is an error."""
+    """Serve the model until the process is terminated. If the command line has an option that this parser does not know, the program exits with an error."""
     parser = argparse.ArgumentParser()
     parser.add_argument("command", choices=["serve"])
     parser.add_argument("model")

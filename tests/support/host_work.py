@@ -14,12 +14,12 @@ import torch
 from torch.nn import Module
 
 READING_METHODS = ("item", "tolist", "numpy", "cpu", "nonzero", "__bool__", "__float__", "__int__", "__index__")
-"""Tensor methods that copy values to the host. With a GPU, they wait until the GPU has computed the values."""
+"""Tensor methods that copy values to the host. If the tensor is on a GPU, these methods wait until the GPU has computed the values."""
 SKIPPED_FOLDERS = ("/torch/", "/contextlib.py", "/tests/support/host_work.py")
 
 
 class HostWork:
-    """The counts in one `count_host_work` block."""
+    """The module visits and tensor reads that were counted in one `count_host_work` block."""
 
     def __init__(self) -> None:
         self.visited_modules: Counter[str] = Counter()
@@ -39,8 +39,8 @@ def _find_caller() -> str:
 
 @contextmanager
 def count_host_work() -> Iterator[HostWork]:
-    """Count the module visits and tensor reads in a `with` block. Torch visits modules only by `named_modules` and `named_children`, also in `train`,
-    `apply` and `parameters`.
+    """Count the module visits and tensor reads in a `with` block. It is enough to count the calls of `named_modules` and `named_children`, because `train`,
+    `apply` and `parameters` of torch also call these two.
     """
     work = HostWork()
     original_modules, original_children = Module.named_modules, Module.named_children

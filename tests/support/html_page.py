@@ -10,7 +10,7 @@ VOID_ELEMENTS = {"meta", "link", "br", "hr", "img", "wbr"}
 
 @dataclass
 class Element:
-    """One element of a page. `text` is its own text, without the text of its children."""
+    """One element of a page. `text` is the text of the element without the text of its child elements."""
 
     tag: str
     attributes: dict[str, str]
@@ -51,7 +51,7 @@ class _Reader(HTMLParser):
 
 
 def parse_page(text: str) -> Element:
-    """Parse a page. Errors: AssertionError if an element is not closed, or closed in the wrong order."""
+    """Parse a page. Errors: AssertionError if an element is not closed, or if elements are closed in the wrong order."""
     reader = _Reader()
     reader.feed(text)
     reader.close()

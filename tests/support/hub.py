@@ -43,11 +43,11 @@ class Repository:
     large: set[str] = field(default_factory=set)
     commits: list[Commit] = field(default_factory=list)
     is_served: bool = False
-    """Whether clients can download the files. Private and gated repositories then require a token."""
+    """Whether clients can download the files. If they can, a private or gated repository still requires a token for the download."""
     is_gated: bool = False
 
     def find_oid(self, path: str) -> str | None:
-        """Return the hub's id of a file: the git blob id, or the sha256 of a large file. None if there is no such file."""
+        """Return the hub's id of a file: the git blob id, or the sha256 of a large file. Returns None if the repository has no file with this path."""
         if path not in self.files:
             return None
         data = self.files[path]
@@ -68,7 +68,7 @@ class Hub:
     uploads: dict[str, bytes] = field(default_factory=dict)
     """Contents of the uploaded large files, by sha256 (hex)."""
     failures: dict[str, list[tuple[int, str]]] = field(default_factory=dict)
-    """For each part of a path: status and error text of the next responses to requests whose path contains it."""
+    """Error responses to send, by a part of the request path: requests whose path contains this part receive these (status, error text) in order."""
     accepted_token: str = TOKEN
     owners: tuple[str, ...] = (USER, "org")
 
@@ -130,7 +130,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(*self._route(path, body))
 
     def _answer_download(self, path: str) -> bool:
-        """Answer a request for a downloadable repository. Returns False, without an answer, if the request is for something else."""
+        """Answer a request for a downloadable repository. If the request is for something else, send no answer and return False."""
         found = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree|auth-check)(?:/([^/]+))?)?", path)
         file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([0-9a-f]{40})/(.+)", path)
         match = found or file
@@ -250,8 +250,8 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def serve_hub(host: str = "127.0.0.1", bind: AbstractContextManager[None] | None = None, url: str | None = None) -> Iterator[Hub]:
-    """Run a stub without repositories. The socket is opened inside the context `bind`. `url` is the address for clients, if it differs from the
-    socket's.
+    """Run a stub without repositories. The socket is opened inside the context `bind`. If clients reach the stub at another address than the socket's, `url`
+    is this address.
     """
     hub = Hub()
     with bind or contextlib.nullcontext():

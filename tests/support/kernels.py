@@ -12,7 +12,7 @@ SPECIAL_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
 def make_model(model_type: str, kind: str) -> Any:
-    """Return a model with random weights. `kind` is `causal` or `reward`. None if transformers has no such model for `model_type`."""
+    """Return a model with random weights. `kind` is `causal` or `reward`. Returns None if transformers has no model of this kind for `model_type`."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     known = AutoConfig.for_model(model_type)
@@ -28,9 +28,10 @@ def uses_kernels(model: Any) -> bool:
 
 
 def compare_kernels(model_type: str, kind: str, device: str) -> tuple[float, float] | None:
-    """Compare a model with and without Liger's kernels. Returns the largest relative difference of an output, and that of a parameter's gradient.
+    """Compare a model with and without Liger's kernels. Returns the largest relative difference between the outputs, and the largest relative difference
+    between the gradients of a parameter.
 
-    None if transformers has no model of this type and kind (see `make_model`).
+    Returns None if transformers has no model of this type and kind (see `make_model`).
     """
     import torch
     from finetune_trainer.kernels import LIGER_OPTIONS

@@ -33,7 +33,7 @@ API_PATHS = {
     "subjectaccessreviews": "/apis/authorization.k8s.io/v1",
     "priorityclasses": "/apis/scheduling.k8s.io/v1",
 }
-"""Path of each resource's API group. A resource that is not listed belongs to the core group."""
+"""URL path of the API group of each resource. A resource that is not listed belongs to the core group."""
 PATCH_CONTENT_TYPES = {
     "merge": "application/merge-patch+json", "json": "application/json-patch+json",
     "apply": "application/apply-patch+yaml", "strategic": "application/strategic-merge-patch+json",
@@ -66,7 +66,7 @@ def resource_path(resource: str, namespace: str | None = None, name: str | None 
 
 @dataclass
 class KubeApi:
-    """A Kubernetes API client with one connection pool. Errors of each method: ApiError."""
+    """A Kubernetes API client with one connection pool. Each method raises ApiError if the API server answers with an error."""
 
     endpoint: Endpoint
     token: str | None = None
@@ -93,7 +93,7 @@ class KubeApi:
         return dict(self.request("GET", resource_path(resource, namespace, name)).body)
 
     def find(self, resource: str, namespace: str | None, name: str) -> Object | None:
-        """Return the object; None if it does not exist."""
+        """Return the object, or None if the object does not exist."""
         try:
             return self.get(resource, namespace, name)
         except ApiError as error:
@@ -201,7 +201,7 @@ class KubeApi:
 
 
 def find_condition(body: Object, condition_type: str) -> Object:
-    """Return the condition of this type; an empty dict if there is none."""
+    """Return the object's condition of this type, or an empty dict if the object has no such condition."""
     conditions = (body.get("status") or {}).get("conditions") or []
     return next((dict(condition) for condition in conditions if condition["type"] == condition_type), {})
 

@@ -1,8 +1,8 @@
 """A fake scheduler and kubelet with simulated nodes. The test decides how pods run and end; no container is started.
 
-`FakeKubelet` sends to a real API server what a scheduler and kubelets send (node leases, bindings, pod status, the removal of deleted pods), and
-answers `GET /progress` for the pods. The `PodPlan` of a namespace defines what happens to its pods. A test may replace the plan at any time, and may
-end a single pod. The event loop runs in a separate thread.
+`FakeKubelet` sends the same requests to a real API server as a scheduler and kubelets (for node leases, bindings, pod status and the removal of deleted
+pods). It also answers `GET /progress` in place of the pods. The `PodPlan` of a namespace defines what happens to its pods. A test may replace the plan at any
+time, and may end a single pod. The event loop runs in a separate thread.
 
     with FakeKubelet(endpoint) as kubelet:
         kubelet.set_plan("ns", PodPlan())                        # pods start and keep running
@@ -53,7 +53,9 @@ class PodStart(Enum):
     UNSCHEDULABLE = "unschedulable"
     """No node has enough resources for the pod. `PodPlan.message` is the scheduler's message."""
     CONTAINER_WAITING = "container waiting"
-    """The pod is bound, but its container does not start. Its waiting state has `PodPlan.reason` (such as `ImagePullBackOff`) and `PodPlan.message`."""
+    """The pod is bound, but its container does not start. The waiting state of the container has `PodPlan.reason` (such as `ImagePullBackOff`) and
+    `PodPlan.message`.
+    """
 
 
 @dataclass(frozen=True)
@@ -80,12 +82,12 @@ class PodPlan:
     when_running: ContainerExit | None = None
     """How each pod ends as soon as it runs; None if pods keep running."""
     when_deleted: ContainerExit | None = ContainerExit(75)
-    """How a running pod ends when it is deleted; None if its container keeps running, as on a node that has lost power."""
+    """How a running pod ends when it is deleted. None if its container is never reported as ended, as on a node that has lost power."""
 
 
 @dataclass(frozen=True)
 class FakePod:
-    """A pod as the fake kubelet last observed it."""
+    """A pod in the state in which the fake kubelet last observed it."""
 
     namespace: str
     name: str
@@ -112,13 +114,13 @@ def parse_pod(body: Object) -> FakePod:
 
 
 def _number_or_zero(text: str | None) -> int:
-    """Parse a label value. Returns 0 if it is not a number, because other clients can create pods that have the operator's labels with any value."""
+    """Parse a label value. Returns 0 if the value is not a number, because other clients can create pods that have the operator's labels with any value."""
     return int(text) if text and text.isdigit() else 0
 
 
 class FakeKubelet:
     """A scheduler and the kubelets of simulated nodes (see the module). `nodes` are the nodes' names; `resources` are the extended resources of each
-    node. CPU, memory and disk of a node never run out.
+    node. A node always has enough CPU, memory and disk for its pods.
     """
 
     def __init__(
@@ -153,7 +155,7 @@ class FakeKubelet:
 
     @property
     def progress_url(self) -> str:
-        """Value of the operator's setting `scrape.url` with which the operator reads progress from this fake kubelet."""
+        """Value for the operator's setting `scrape.url`. With this value, the operator reads the pods' progress from this fake kubelet."""
         return f"http://127.0.0.1:{self._port}/{{namespace}}/{{pod}}{{path}}"
 
     def set_plan(self, namespace: str, plan: PodPlan) -> None:
@@ -161,7 +163,7 @@ class FakeKubelet:
         self._run_in_loop(self._set_plan(namespace, plan))
 
     def list_pods(self, namespace: str, job: str | None = None, attempt: int | None = None) -> list[FakePod]:
-        """Return the pods as last observed, sorted by job, attempt and index."""
+        """Return the pods in the state in which the fake kubelet last observed them, sorted by job, attempt and index."""
         with self._changed:
             matching_pods = [
                 pod for pod in self._pods.values()
@@ -197,11 +199,13 @@ class FakeKubelet:
         return select_running(pods)
 
     def end_pod(self, pod: FakePod, container_exit: ContainerExit) -> None:
-        """End a pod's container, and thereby the pod."""
+        """End a pod's only container, so that the pod ends too."""
         self._run_in_loop(self._end_pod(pod, container_exit))
 
     def set_progress(self, namespace: str, job: str, **report: Any) -> None:
-        """Set the response of a job's pods to GET /progress. `report` has the JSON fields of `ProgressReport`; attempt and uid are added to them."""
+        """Set the response of a job's pods to GET /progress. `report` has JSON fields of `ProgressReport`; the fake kubelet adds attempt and uid of each pod
+        to these fields.
+        """
         with self._changed:
             self._reports[namespace, job] = {"stage": Stage.TRAINING.value, **report}
 
@@ -249,7 +253,7 @@ class FakeKubelet:
     def _main(self) -> None:
         try:
             asyncio.run(self._run_until_stopped())
-        except BaseException as error:  # __enter__ raises the error again in the thread of the test
+        except BaseException as error:  # __enter__, which runs in the thread of the test, raises this error again
             self._failure = error
             self.errors.append(repr(error))
         finally:
@@ -356,7 +360,7 @@ class FakeKubelet:
             self._apply_plan(pod)
 
     def _apply_plan(self, pod: FakePod) -> None:
-        """Start the action that the plan requires for the pod, unless the last action started for this pod was the same one."""
+        """Start the action that the plan requires for the pod, unless this action was also the last one that was started for this pod."""
         plan = self._plans.get(pod.namespace, PodPlan())
         if pod.node in self._silent_nodes:
             return
@@ -465,7 +469,7 @@ class FakeKubelet:
         self, method: str, path: str, body: Object | None = None, *, content_type: str = "application/json",
         query: dict[str, str] | None = None, accepted_codes: tuple[int, ...] = (),
     ) -> Object | None:  # fmt: skip
-        """Send a request and return the response body, or None for a status code in `accepted_codes`. Errors: OSError for any other error status."""
+        """Send a request and return the response body, or None for a status code in `accepted_codes`. Errors: OSError for any other status code of an error."""
         async with self._session.request(
             method, self._endpoint.server + path, params=query, headers={"Content-Type": content_type},
             data=None if body is None else json.dumps(body).encode(), timeout=aiohttp.ClientTimeout(total=20),

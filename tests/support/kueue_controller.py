@@ -1,7 +1,7 @@
 """Runs the real Kueue controller, built from its Go module, for tests against a control plane with or without nodes.
 
-CRDs and webhooks come from the chart in the Go module. The controller runs on this machine, where the API server calls its webhooks. It handles only
-Jobs and Kueue's own resources: no Pods, Deployments or resources of other projects.
+CRDs and webhooks come from the chart in the Go module. The controller runs on this machine, where the API server calls its webhooks. The controller handles
+only Jobs and Kueue's own resources; its support for Pods, Deployments and resources of other projects is turned off.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def _make_configuration(folder: Path, webhook_port: int, health_address: str) ->
         "webhook": {"host": "127.0.0.1", "port": webhook_port, "certDir": str(folder)},
         "leaderElection": {"leaderElect": False}, "internalCertManagement": {"enable": True},
         "integrations": {"frameworks": ["batch/job"]},
-        # The visibility server would need a port of its own and an APIService.
+        # The visibility server is off, because it would need a separate port and an APIService.
         "featureGates": {"VisibilityOnDemand": False},
     }  # fmt: skip
 
@@ -100,8 +100,8 @@ def _make_configuration(folder: Path, webhook_port: int, health_address: str) ->
 def running_kueue(endpoint: Endpoint, folder: Path, network: NodeNetwork | None = None) -> Iterator[Path]:
     """Install Kueue's CRDs and webhooks, and run its controller during the `with` block. Yields the path of its log. Errors: StartFailed, BuildFailed.
 
-    The API server calls the webhooks at its loopback address, so the controller must run in the API server's network: `network`, or by default this
-    machine's.
+    The API server calls the webhooks at its own loopback address, so the controller must run in the network of the API server. This is `network`, or the
+    network of this machine if `network` is None.
     """
     certificates = folder / "certificates"
     certificates.mkdir(parents=True)
@@ -127,14 +127,16 @@ def running_kueue(endpoint: Endpoint, folder: Path, network: NodeNetwork | None 
 
 
 def _remove_webhooks(endpoint: Endpoint) -> None:
-    """Remove the webhooks. Otherwise the API server would refuse every Job after the controller has stopped."""
+    """Remove the webhooks, because the API server would refuse every Job while webhooks exist but the controller has stopped."""
     for kind in ("MutatingWebhookConfiguration", "ValidatingWebhookConfiguration"):
         for item in endpoint.get(PATHS[kind])["items"]:
             endpoint.request("DELETE", f"{PATHS[kind]}/{item['metadata']['name']}")
 
 
 def _mount_secret(endpoint: Endpoint, folder: Path) -> bool:
-    """Write the certificates in the controller's Secret to `folder`, as a kubelet mounts them. Returns whether the Secret has certificates."""
+    """Write the certificates from the controller's Secret to `folder`, with the file names that a kubelet would use for a mounted Secret. Returns whether the
+    Secret has certificates.
+    """
     data = endpoint.get(f"{PATHS['Secret']}/kueue-webhook-server-cert").get("data") or {}
     for name, text in data.items():
         (folder / name).write_bytes(base64.b64decode(text))

@@ -1,4 +1,4 @@
-"""Pytest plugin: the first xdist worker collects the tests with the true time, and all other workers with a clock that is ahead.
+"""Pytest plugin: the first xdist worker collects the tests with the true time, and all other workers collect them with a clock that is ahead.
 
 pytest-xdist aborts a run whose workers collect different tests. A run with several workers thus fails if a test id depends on the time, on the
 process or on its hash seed.
@@ -27,7 +27,9 @@ def pytest_collection(session: pytest.Session) -> Generator[None, object, object
 
 @contextmanager
 def clock_ahead(seconds: float) -> Iterator[None]:
-    """Replace `time.time` by a clock that is ahead, until the `with` block ends. After the block, copies that modules have imported return the true time."""
+    """Replace `time.time` by a clock that is ahead, until the `with` block ends. After the block, modules that have imported the replacement get the true
+    time from it.
+    """
     true_time, offset = time.time, seconds
 
     def time_ahead() -> float:

@@ -1,4 +1,6 @@
-"""Attempts of a job that run only the stages after training. The storage is a folder, and a function replaces the process of each stage."""
+"""Attempts of a job that run only the stages after training. The storage is a local folder, and each stage calls a function of the test instead of starting a
+process.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,7 @@ MERGED: dict[str, Any] = {"output": {"mergeAdapter": True}}
 
 
 class FakeStages(LaterStages):
-    """The stages after training, with the function `behaviour` in place of each stage's process."""
+    """The stages after training. Each stage calls the function `behaviour` instead of starting a process."""
 
     calls: list[StageTask]
 
@@ -45,7 +47,7 @@ class FakeStages(LaterStages):
 
 
 class Attempt:
-    """One attempt of a job whose model is committed."""
+    """One attempt of a job whose final model is already committed."""
 
     def __init__(self, folder: Path, number: int, *, has_trained: bool = True, spec: dict[str, Any] = EVALUATED) -> None:
         self.run, self.inputs = _make_attempt_run(folder, number, spec)

@@ -47,7 +47,8 @@ def make_run(
     ranks: int = 1, restore: RestoredCheckpoint | None = None, validation: Sequence[Any] | None = None,
     config_maps: Mapping[str, Mapping[str, str]] | None = None, adapter: Path | None = None,
 ) -> tuple[RunConfig, Inputs]:  # fmt: skip
-    """Create a run with resolved defaults, and its inputs. All files are below `folder`. The run uses the CPU unless the spec requests GPUs."""
+    """Create a run whose defaults are resolved, and the inputs of this run. All files are below `folder`. The run uses the CPU unless the spec requests GPUs.
+    """
     train_file = write_rows(folder / "train.jsonl", rows)
     validation_files = [write_rows(folder / "validation.jsonl", validation)] if validation is not None else []
     base_spec: dict[str, Any] = {
@@ -157,7 +158,7 @@ class RecordingHooks:
         self.outcome = RunOutcome()
 
     def create_callbacks(self, run: RunConfig, channel: Channel, inputs: Inputs) -> list[Any]:
-        """Return a callback that records the logs and the model, and lets the Trainer write its checkpoints in the background."""
+        """Return a callback that records the logs and the model. The callback also makes the Trainer write its checkpoints in the background."""
         from finetune_trainer.checkpoint.background import BackgroundWriter
         from transformers import TrainerCallback
 
@@ -192,7 +193,7 @@ class RecordingHooks:
 
 
 def train_here(run: RunConfig, inputs: Inputs) -> RunOutcome:
-    """Train as the only rank, in this process. Errors of the rank reach the caller unchanged."""
+    """Train as the only rank, in this process. Errors that training raises are raised to the caller unchanged."""
     from finetune_trainer import train
 
     train.preload(run)

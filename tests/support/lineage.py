@@ -92,7 +92,9 @@ def edit_json(path: Path, edit: Callable[[Any], None]) -> None:
 
 
 def edit_manifest(root: Path, edit: Callable[[Any], None]) -> None:
-    """Change the model's manifest, and adapt the commit marker and the statement's subjects to it, as an attacker with access to storage would."""
+    """Change the model's manifest as an attacker with access to storage would: the commit marker and the statement's subjects are adapted to the changed
+    manifest.
+    """
     path = model_folder(root) / "manifest.json"
     edit_json(path, edit)
     data = path.read_bytes()

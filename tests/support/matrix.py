@@ -1,7 +1,7 @@
 """Runs every method with every objective and every strategy, and records which combinations work and why each other combination is refused.
 
 `python -m tests.support.matrix` runs all combinations in the trainer image (about ten minutes on two cores) and writes docs/reference/matrix.md.
-Run `make prepare` before.
+Run `make prepare` before you run this program.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ def run_strategy(
     strategy: str, folder: Path, *, methods: Sequence[str] = tuple(SPEC_BY_METHOD), base_spec: Mapping[str, Any] | None = None,
     run_python: PythonRunner = run_test_python,
 ) -> VerdictTable:  # fmt: skip
-    """Run every method with every objective for one strategy, in one launch. `base_spec` holds settings for all of these runs.
+    """Run every method with every objective for one strategy, in one launch. `base_spec` holds the settings that all of these runs share.
 
-    `run_python`: see `launch_cells`. Errors: AssertionError if a run fails with an exit code other than CONFIG_INVALID.
+    `run_python` starts Python, as in `launch_cells`. Errors: AssertionError if a run fails with an exit code other than CONFIG_INVALID.
     """
     rank_count, distributed_spec = RANKS_BY_STRATEGY[strategy]
     model = _make_model(folder / "model")
@@ -146,7 +146,7 @@ def render_page(tables: dict[str, VerdictTable]) -> str:
 
 
 def _group_by_table(tables: dict[str, VerdictTable]) -> Iterator[tuple[list[str], VerdictTable]]:
-    """Yield each different table, with the names of the strategies that have this table."""
+    """Yield each table once, together with the names of all strategies whose verdicts are the same as in this table."""
     groups: list[tuple[list[str], VerdictTable]] = []
     for strategy, table in tables.items():
         for names, group_table in groups:
@@ -174,7 +174,9 @@ def read_expected_table(strategy: str) -> VerdictTable:
 
 
 def main(requested_strategies: Sequence[str]) -> None:
-    """Run the requested strategies (by default all) in the trainer image. After each strategy, write its table into the reference page."""
+    """Run all combinations of the requested strategies (by default of all strategies) in the trainer image. After each strategy, write its table into the
+    reference page.
+    """
     from tests.support.trainer_image import open_trainer_image
 
     tables = {name: read_expected_table(name) for name in RANKS_BY_STRATEGY if PAGE.exists() and name in PAGE.read_text()}

@@ -1,8 +1,8 @@
 """Trains every model family with common combinations of method, strategy and packing, and records which combinations work.
 
 `python -m tests.support.model_matrix` runs the combinations that are not recorded yet (with `--again` all combinations) and records the verdicts in
-`tests/support/model_matrix.json`. Then `make generate` writes docs/reference/models.md from this file. The runs use the tests' Python environment, in
-which the libraries have the locked versions, and CPUs only.
+`tests/support/model_matrix.json`. After that, `make generate` writes docs/reference/models.md from this JSON file. The runs use only CPUs, and the Python
+environment of the tests, which has the locked versions of the libraries.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ METHODS_BY_STRATEGY: dict[str, tuple[str, ...]] = {
     "fsdp, fullShard": ("full", "qlora"),
     "deepspeed, ZeRO 3": ("full", "lora"),
 }
-"""Methods to run with each strategy. A method is a key of `matrix.SPEC_BY_METHOD`; the suffix `, packed` turns dataset.packing on."""
+"""For each strategy, the methods that are run with it. A method is a key of `matrix.SPEC_BY_METHOD`; the suffix `, packed` turns dataset.packing on."""
 ONE_RANK = "one rank"
 CELLS_PER_LAUNCH = 16
 SECONDS_PER_CELL = 60
@@ -94,7 +94,7 @@ def _make_cell_name(family: str, method: str) -> str:
 
 
 def _launch(strategy: str, cells: Sequence[tuple[str, str]], folder: Path) -> dict[str, Result]:
-    """Run cells in one launch. If a cell never ends, return the results of the cells before it."""
+    """Run cells in one launch. If a cell does not end within the timeout, return the results of the cells that ran before it."""
     try:
         return launch_cells(
             [_make_cell(strategy, family, method, folder) for family, method in cells], folder / "cells", rank_count=RANKS_BY_STRATEGY[strategy][0],
@@ -123,7 +123,9 @@ def _make_cell(strategy: str, family: str, method: str, folder: Path) -> Cell:
 
 
 def _run_python(arguments: Sequence[str], environment: Mapping[str, str], output: IO[bytes], timeout: float) -> int:
-    """Run Python like `cells.run_test_python`, but also kill the ranks after the timeout. torchrun starts each rank in a separate session."""
+    """Run Python like `cells.run_test_python`, but also kill the ranks after the timeout. The ranks must be killed one by one, because torchrun starts each
+    rank in a separate session.
+    """
     from finetune_trainer.processes import descendants
 
     process = subprocess.Popen(**build_test_python_call(arguments, environment), stdout=output, stderr=subprocess.STDOUT)
@@ -136,7 +138,7 @@ def _run_python(arguments: Sequence[str], environment: Mapping[str, str], output
 
 
 def read_record() -> Verdicts:
-    """Return the recorded verdicts; an empty dict if nothing is recorded."""
+    """Return the recorded verdicts, or an empty dict if there is no record yet."""
     verdicts: Verdicts = json.loads(RECORD.read_text())["verdicts"] if RECORD.exists() else {}
     return verdicts
 
@@ -153,7 +155,7 @@ def read_library_versions() -> dict[str, str]:
 
 
 def write_record(verdicts: Verdicts) -> None:
-    """Write the verdicts, sorted like METHODS_BY_STRATEGY and `list_families`, together with the library versions."""
+    """Write the verdicts, in the order of METHODS_BY_STRATEGY and `list_families`, together with the library versions."""
     ordered = {
         strategy: {
             family: {method: verdicts[strategy][family][method] for method in methods if method in verdicts[strategy][family]}

@@ -19,13 +19,13 @@ import pytest
 
 @pytest.fixture(scope="session", autouse=True)
 def libraries() -> Iterator[None]:
-    """Import bitsandbytes first. Some tests hide this package from later imports, but other tests in the same process need it."""
+    """Import bitsandbytes before any test runs, because some tests hide it from later imports, and other tests in the same process need this package."""
     import bitsandbytes  # noqa: F401  an imported package cannot be hidden
     import torch
 
     torch.set_num_threads(1)
     yield
-    gc.unfreeze()  # otherwise Python would not clean up the frozen objects when it exits
+    gc.unfreeze()  # at its exit, Python would not clean up objects that are still frozen
 
 
 @pytest.fixture(scope="session")

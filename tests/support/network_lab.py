@@ -1,11 +1,12 @@
 """A small network of network namespaces that enforces NetworkPolicies with nftables. Runs as a separate program.
 
-The test machine has no network plugin that enforces NetworkPolicies. This program replaces one: it creates a network namespace for each pod, translates
-the policies into nftables rules for these namespaces, and tries connections. It needs root, `ip` and `nft`.
+The test machine has no network plugin that enforces NetworkPolicies. This program takes the place of a network plugin: it creates a network namespace for
+each pod, translates the policies into nftables rules for these namespaces, and tries connections. The program needs the rights of root and the programs `ip`
+and `nft`.
 
-The program runs in its own network and mount namespace. The pods' namespaces are inside them, so they disappear when the program ends, and no other
-program sees them. A forbidden connection is reset at once, whereas a real plugin drops its packets. Only the NetworkPolicy fields that the operator
-uses are translated; any other field is an error.
+The program runs in its own network and mount namespace. The pods' network namespaces exist only within these two, so they disappear when the program ends,
+and no other program sees them. This program resets a forbidden connection at once, whereas a real network plugin drops the packets of the connection. Only
+the NetworkPolicy fields that the operator uses are translated; any other field is an error.
 """
 
 from __future__ import annotations
@@ -28,14 +29,13 @@ Object = dict[str, Any]
 NAMESPACE_NAME_LABEL = "kubernetes.io/metadata.name"
 CLONE_NEWNET = 0x40000000
 CONNECT_SECONDS = 20
-"""Timeout of a connection. A connection takes this long only after a failure of this program: every address exists, and forbidden connections are
-reset at once.
+"""Timeout of a connection. If this program works, no connection takes this long, because every address exists and forbidden connections are reset at once.
 """
 
 
 @dataclass(frozen=True)
 class LabPod:
-    """A pod that listens on all `ports`. With an empty `namespace`, it is a host outside the cluster."""
+    """A pod that listens on all `ports`. If `namespace` is empty, the object stands for a host outside the cluster."""
 
     name: str
     namespace: str
@@ -60,7 +60,7 @@ class Lab:
 
 
 def find_missing_requirement() -> str | None:
-    """Return a message on what this machine lacks to run a lab; None if it lacks nothing."""
+    """Return a message that names what this machine lacks to run a lab, or None if a lab can run."""
     missing = [program for program in ("ip", "nft", "unshare", "mount") if shutil.which(program, path="/usr/sbin:/sbin:/usr/bin:/bin") is None]
     if missing:
         return f"missing programs: {', '.join(missing)} (Debian packages nftables, iproute2)"
@@ -144,14 +144,14 @@ def _find_address_family(address: str) -> str:
 
 
 def run(*command: str, text: str | None = None) -> None:
-    """Run a command. If it fails, exit this program with the command's error message."""
+    """Run a command. If the command fails, exit this program with the command's error message."""
     done = subprocess.run(command, input=text, capture_output=True, text=True)
     if done.returncode != 0:
         sys.exit(f"{' '.join(command)}: {done.stderr}{text or ''}")
 
 
 def call_in_namespace(name: str, function: Callable[[], T]) -> T:
-    """Call a function in a thread inside a network namespace. A socket that it creates stays in this namespace."""
+    """Call a function in a thread inside a network namespace. A socket that the function creates stays in this namespace."""
     libc = ctypes.CDLL(None, use_errno=True)
     results: list[T] = []
 
@@ -169,7 +169,7 @@ def call_in_namespace(name: str, function: Callable[[], T]) -> T:
 
 def build_network(lab: Lab) -> list[socket.socket]:
     """Connect all pods to one bridge, load their nftables rules, and return their listening sockets."""
-    run("mount", "-t", "tmpfs", "tmpfs", "/run")  # `ip netns` stores the namespaces' names in /run
+    run("mount", "-t", "tmpfs", "tmpfs", "/run")  # a separate /run for this program, because `ip netns` stores the names of its namespaces there
     links = ["link add bridge0 type bridge", "link set bridge0 up"]
     for number, pod in enumerate(lab.pods):
         links += [f"netns add {pod.name}", f"link add pod{number} type veth peer name eth0 netns {pod.name}", f"link set pod{number} master bridge0 up"]
@@ -188,7 +188,7 @@ def build_network(lab: Lab) -> list[socket.socket]:
 
 
 def can_connect(address: str, port: int) -> bool:
-    """Whether a connection is accepted. Returns False if it is reset. Errors: OSError after any other failure."""
+    """Whether the target accepts a connection. Returns False if the connection is reset. Errors: OSError if it fails in any other way."""
     try:
         socket.create_connection((address, port), timeout=CONNECT_SECONDS).close()
     except ConnectionRefusedError:

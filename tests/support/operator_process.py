@@ -55,7 +55,7 @@ class OperatorProcess:
     config: Mapping[str, Any] = field(default_factory=dict)
     env: Mapping[str, str] = field(default_factory=dict)
     command_prefix: tuple[str, ...] = ()
-    """Words before the operator's command, for example `faketime` and its arguments."""
+    """Command and arguments that are put before the operator's command, for example `faketime` with its arguments."""
     _process: subprocess.Popen[bytes] | None = None
     port: int = 0
 
@@ -80,7 +80,7 @@ class OperatorProcess:
         return self
 
     def kill_at(self, point: str) -> None:
-        """Let the process kill itself when it next reaches this kill point of the code."""
+        """Make the process kill itself as soon as its code reaches the kill point `point`."""
         unfinished_file = self.folder / "kill-at.new"
         unfinished_file.write_text(point)
         unfinished_file.rename(self.folder / "kill-at")
@@ -142,13 +142,13 @@ class OperatorProcess:
         self._process.send_signal(number)
 
     def kill(self) -> None:
-        """Send SIGKILL and wait until the process has exited. Does nothing if it has already exited."""
+        """Send SIGKILL and wait until the process has exited. Does nothing if the process has already exited."""
         if self._process is not None and self._process.poll() is None:
             self._process.kill()
             self._process.wait()
 
     def stop(self, timeout: float = 20.0) -> int:
-        """Send SIGTERM and return the exit code. If the process does not exit in time, kill it. Errors: AssertionError after such a kill."""
+        """Send SIGTERM and return the exit code. If the process does not exit within `timeout` seconds, kill it and raise AssertionError."""
         assert self._process is not None, "the operator was not started"
         if self._process.poll() is None:
             self._process.terminate()
@@ -159,7 +159,7 @@ class OperatorProcess:
             raise AssertionError(f"the operator ignored SIGTERM for {timeout:.0f} s: {self.log[-3000:]}") from None
 
     def find_error_lines(self, allowed: Iterable[str] = ()) -> list[str]:
-        """Return the log lines with an error or a traceback, except the lines that match a regular expression in `allowed`."""
+        """Return the log lines that contain an error or start a traceback. Lines that match a regular expression in `allowed` are left out."""
         allowed_patterns = [re.compile(expression) for expression in allowed]
         return [
             line for line in self.log.splitlines()

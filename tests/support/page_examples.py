@@ -1,4 +1,4 @@
-"""For each example in other tools' documentation that `finetune import` accepts: what a test cluster needs to run the imported job.
+"""The examples in the documentation of other tools that `finetune import` accepts, and what a test cluster needs to run each imported job.
 
 The examples come from the importers' tests (`tests/unit/cli/cases.py`). Tiny models, tiny data and other stand-ins replace only what a test cluster
 lacks: the model, the data, GPUs, Secrets, ConfigMaps and servers.
@@ -24,7 +24,7 @@ TRACKING_URI = "http://mlflow:5000"
 BENCHMARK_TASKS = ("hellaswag", "mmlu", "truthfulqa_mc1", "truthfulqa_mc2", "winogrande", "gsm8k", "arc_challenge")
 PROMPTS = "What is 3 + 2?\n\nWhat is 5 + 2?\n"
 DEEPSPEED_SETTINGS = {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "zero_optimization": {"stage": "auto"}}
-"""Content of a DeepSpeed configuration file that examples name but do not show."""
+"""Content of a DeepSpeed configuration file. Examples name this file, but do not show its content."""
 
 
 # --- models ---------------------------------------------------------------------------------------------------------
@@ -37,7 +37,7 @@ GEMMA_TEMPLATE = (
 
 @dataclass(frozen=True)
 class TinyModel:
-    """A model with random weights. It has the model type of the model that it replaces, and also a chat template if that model has one."""
+    """A model with random weights. It has the same model type as the example's model, and a chat template if the example's model has one."""
 
     model_type: str
     chat_template: str | None = CHATML_TEMPLATE
@@ -146,7 +146,7 @@ ROWS = {
 }
 FIRST_NUMBERS = {"train": 0, "validation": 100, "test": 200}
 HELD_OUT_COUNT = 6
-"""Number of rows in the validation data, and in the test data."""
+"""Number of rows in the validation data. The test data has the same number of rows."""
 
 
 # --- examples -------------------------------------------------------------------------------------------------------
@@ -154,11 +154,11 @@ HELD_OUT_COUNT = 6
 ON_CPU = ("training.device=cpu", "training.mixedPrecision=no")
 """Spec changes for examples with `DEVICE=cuda`. The original tool trains these examples with fp16."""
 PLAIN_CHECKPOINTING = ("training.gradientCheckpointing=enabled",)
-"""Spec changes for examples that request Unsloth's gradient checkpointing, because it needs a GPU."""
+"""Spec changes for examples that request Unsloth's gradient checkpointing, which runs only on a GPU."""
 WITHOUT_UNSLOTH = ("trainer.backend=transformers", *PLAIN_CHECKPOINTING)
-"""Spec changes for examples that train with Unsloth, because it needs a GPU."""
+"""Spec changes for examples that train with Unsloth, which runs only on a GPU."""
 WANDB_FILES = ('placement.env=[{"name": "WANDB_MODE", "value": "offline"}]',)
-"""Spec changes for examples that track with Weights & Biases. The tests have no such server, so the tracker writes files."""
+"""Spec changes for examples that track with Weights & Biases. The tests have no Weights & Biases server, so the tracker writes files."""
 TWO_RANKS = ("resources.processesPerNode=2",)
 """Spec changes for examples that shard or replicate the model over GPUs."""
 HUB_STAND_IN = (
@@ -170,7 +170,7 @@ MLFLOW_ADDRESS = (f"tracking.mlflow.trackingUri={TRACKING_URI}",)
 
 
 FEWER_STEPS = ("training.maxSteps=60",)
-"""Spec change for the example with 200 steps. The run still includes an evaluation, because one takes place every 50 steps."""
+"""Spec change for the example with 200 steps. A run of 60 steps still includes an evaluation, because the example evaluates every 50 steps."""
 
 
 @dataclass(frozen=True)
@@ -186,10 +186,10 @@ class PageExample:
     changes: tuple[str, ...] = ()
     """Changed fields of the spec, each an argument of `--set`."""
     splits: tuple[str, ...] = ()
-    """Splits with a data file, in addition to `train`."""
+    """Splits, besides `train`, for which the example has a data file."""
     has_benchmarks: bool = False
     tokenizer: str | None = None
-    """Key of MODELS, if the example uses the tokenizer of another model."""
+    """If the example uses the tokenizer of another model: the key of that model in MODELS."""
 
 
 def _toml_example(steps: int, *changes: str, model: str = "qwen2", rows: str = "questions", splits: tuple[str, ...] = ()) -> PageExample:
@@ -255,11 +255,15 @@ PAGE_EXAMPLES: dict[str, PageExample] = {
 EXAMPLE_WITH_SAME_JOB = {
     "env-page-run": "blocks-env-01", "blocks-toml-02": "blocks-toml-01", "yaml-page-run": "blocks-yaml-01", "yaml-page-validate": "blocks-yaml-01",
 }  # fmt: skip
-"""Examples whose job has the same spec as the job of another example: they only start the other example's job, or they set options to the tool's defaults."""
+"""Examples whose job has the same spec as the job of another example. They only start the job of that example, or they differ only in options that they set
+to the tool's defaults.
+"""
 
 
 def list_accepted_examples() -> list[str]:
-    """Return the names of all examples that the importers accept. An example without a model and data must be accepted with `--model` and `--data`."""
+    """Return the names of all examples that the importers accept. If an example has no model and no data, the importer must accept it with the options
+    `--model` and `--data`.
+    """
     model_and_data = {"model.source": "org/model", "dataset.train": "org/rows"}
     return [
         name

@@ -21,7 +21,7 @@ from tests.support.page_examples import FIRST_NUMBERS, HELD_OUT_COUNT, PROMPTS, 
 METRIC_FILES = {"step_metrics.json", "epoch_metrics.json", "final_metrics.json", "training_metrics.json", "performance_summary.json", "log.jsonl"}
 TOKEN_METRICS = ("accuracy", "f1", "precision", "recall")
 RESULT_NAMES_BY_METRIC = {"rouge": ("rouge1", "rouge2", "rougeL"), "perplexity": ("perplexity", "loss")}
-"""Names in the results for a metric of the spec. A metric that is not listed has the same name in the spec and in the results."""
+"""The names that the results use for a metric of the spec. A metric that is not listed here has the same name in the spec and in the results."""
 FULL_METHODS = ("full", "spectrum")
 GPT2_LAYERS = {"c_attn", "c_fc", "c_proj"}
 LLAMA_LAYERS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -69,7 +69,7 @@ class FinishedRun:
 
 
 def check_results(run: FinishedRun, steps: int) -> None:
-    """Check the results of a run with `steps` optimizer steps against its spec. Errors: AssertionError."""
+    """Check that a run with `steps` optimizer steps has written the results that its spec requests. Errors: AssertionError."""
     _check_progress(run, steps)
     _check_model(run)
     _check_metric_files(run, steps)
@@ -104,7 +104,7 @@ def _check_progress(run: FinishedRun, steps: int) -> None:
     stored_steps = {int(path.partition("/")[0].removeprefix("step-")) for path in run.list_files(f"{run.folder}/checkpoints") if path.endswith("/_COMMITTED")}
     if saved_steps is not None:
         assert stored_steps <= saved_steps and steps in stored_steps
-        assert stored_steps == saved_steps if not limit else len(stored_steps) <= limit + 2  # the best and the newest checkpoint are always kept
+        assert stored_steps == saved_steps if not limit else len(stored_steps) <= limit + 2  # + 2: the best and the newest checkpoint
 
 
 def _check_model(run: FinishedRun) -> None:
@@ -121,7 +121,7 @@ def _check_model(run: FinishedRun) -> None:
     assert verification is not None
     artefacts = [entry.artefact for entry in verification.artefacts or []]
     for entry in verification.artefacts or []:
-        # An adapter of a quantised base is merged into the unquantised base. The merged model differs by the quantisation error.
+        # An adapter of a quantised base is merged into the unquantised base. So the merged model differs from the trained model by the quantisation error.
         assert entry.result is VerificationOutcome.VERIFIED or (entry.artefact, entry.code, method) == ("merged", "BaseWasQuantised", "qlora"), entry
     merges = bool(run.get_field("output.mergeAdapter"))
     assert artefacts == (["model"] if method in FULL_METHODS else ["adapter", "merged"] if merges else ["adapter"])
@@ -267,7 +267,7 @@ def read_logged_losses(run: FinishedRun) -> list[tuple[int, float]]:
 
 
 def check_tensorboard(run: FinishedRun, folder: Path) -> None:
-    """Check the event files with TensorBoard's own reader. `folder` receives a copy of the files. Errors: AssertionError."""
+    """Check the run's event files, which are read with TensorBoard's own reader. `folder` receives a copy of the files. Errors: AssertionError."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     uri = f"{run.folder}/tracking/tensorboard"
@@ -279,7 +279,9 @@ def check_tensorboard(run: FinishedRun, folder: Path) -> None:
 
 
 def check_wandb_files(run: FinishedRun, folder: Path) -> None:
-    """Check the offline file of Weights & Biases with its own message classes. `folder` receives a copy of the file. Errors: AssertionError."""
+    """Check the run's offline file for Weights & Biases, which is read with the message classes of the package `wandb`. `folder` receives a copy of the file.
+    Errors: AssertionError.
+    """
     from tests.support.wandb_file import read_history, read_summary
 
     uri = f"{run.folder}/tracking/wandb"

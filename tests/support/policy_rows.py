@@ -1,4 +1,4 @@
-"""Specs that the platform policy allows or refuses. The operator and the API server must decide the same on every row."""
+"""Specs that the platform policy allows or refuses. The operator and the API server must make the same decision about every spec."""
 
 from __future__ import annotations
 
@@ -42,7 +42,9 @@ BASE_SPECS: dict[str, Values] = {
 
 
 class Row(NamedTuple):
-    """One spec: the base spec of the namespace, with changes. `refusal` is the refused field and the rule that refuses it; None if the spec is allowed."""
+    """One spec: the base spec of the namespace, with changes. If the policy refuses the spec, `refusal` names the refused field and the rule; otherwise it is
+    None.
+    """
 
     namespace: str
     changed_groups: Values
@@ -50,7 +52,7 @@ class Row(NamedTuple):
 
     @property
     def spec(self) -> Values:
-        """The complete spec. A field whose changed value is None is left out."""
+        """The complete spec. If a change sets a field to None, the spec does not contain the field."""
         base = BASE_SPECS[self.namespace]
         changed = {name: {**base.get(name, {}), **group} for name, group in self.changed_groups.items()}
         return {name: {key: value for key, value in group.items() if value is not None} for name, group in {**base, **changed}.items()}
@@ -91,7 +93,7 @@ CUSTOMER_KEY = {"type": "customerKey", "customerKeySecretRef": {"name": "theirs"
 
 
 def _make_secret_rows() -> list[Row]:
-    """Return a refused row for each field that names a Secret, and the same specs as allowed rows."""
+    """For each field that names a Secret, return a row in which a policy refuses the Secret, and a row in which the policy allows the same spec."""
     key, name = {"name": "theirs", "key": "k"}, {"name": "theirs"}
     specs: dict[str, Values] = {
         "model.tokenSecretRef.name": {"model": {"tokenSecretRef": key}},
@@ -114,7 +116,7 @@ def _make_secret_rows() -> list[Row]:
 
 
 def _make_source_rows() -> list[Row]:
-    """Return rows for all addresses that a job reads."""
+    """Return rows for all spec fields that hold an address from which a job reads."""
     others, own = "s3://finetune/jobs/other/x.jsonl", "s3://finetune/jobs/plain/x.jsonl"
     model = {"type": "adapter", "adapter": {"source": "s3://finetune/jobs/other/a"}}
     specs: dict[str, tuple[str, Values]] = {

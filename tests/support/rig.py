@@ -1,7 +1,7 @@
-"""The test rig of the operator's fault tests: a real API server, a fake kubelet, fault proxies, and operators as processes.
+"""The test rig of the operator's fault tests: a real API server, a fake kubelet, fault proxies, and operators that run as processes.
 
-All tests of a run share one API server and one fake kubelet. Each test has its own namespace, and its operators watch only this namespace. At the end
-of a test, its operators are killed. A log line of level error fails the test, unless it matches `Rig.allowed_log_lines`.
+All tests of a run share one API server and one fake kubelet. Each test has its own namespace, and the operators of the test watch only this namespace. At the
+end of the test, its operators are killed. A log line of level error fails the test, unless it matches `Rig.allowed_log_lines`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def install_crd(api: KubeApi) -> None:
 
 
 def is_served(api: KubeApi) -> bool:
-    """Whether the API server lists FineTuneJobs. The server may start to list them only some time after the CRD gets the condition `Established`."""
+    """Whether the API server lists FineTuneJobs. A server that is asked too early returns an error, even if the CRD already has the condition `Established`."""
     try:
         api.list(FINETUNEJOBS, "default")
     except ApiError as error:
@@ -102,7 +102,9 @@ class Rig:
         self, *, proxy: ApiProxy | None = None, config: Mapping[str, Any] | None = None,
         wait_until_ready: bool = True, token: str | None = None, env: Mapping[str, str] | None = None,
     ) -> OperatorProcess:  # fmt: skip
-        """Start an operator for this namespace. It connects through `proxy`, if given, with `token`; the default is the administrator's token."""
+        """Start an operator for this namespace. The operator connects through `proxy`, if a proxy is given. It authenticates with `token`, by default with
+        the administrator's token.
+        """
         folder = self.folder / f"operator-{len(self.operators)}"
         folder.mkdir()
         if proxy is not None:
@@ -179,7 +181,9 @@ class Rig:
     # -- cleanup ---------------------------------------------------------------------------------------------------------
 
     def close(self) -> list[str]:
-        """Kill the operators, stop the proxies and delete the namespace. Returns the error lines of the logs that `allowed_log_lines` does not allow."""
+        """Kill the operators, stop the proxies and delete the namespace. Returns the log lines of level error that match no expression in
+        `allowed_log_lines`.
+        """
         for operator in self.operators:
             operator.kill()
         for proxy in self.proxies:
@@ -213,7 +217,7 @@ def count_created(proxy: ApiProxy, resource: str) -> int:
 
 
 def find_forbidden_writes(proxy: ApiProxy) -> list[str]:
-    """Return the writes to FineTuneJobs outside their status, which the operator must never send."""
+    """Return the write requests that change anything but the status of FineTuneJobs. The operator must never send such requests."""
     return [e.operation for e in proxy.exchanges if e.method not in ("GET", "HEAD") and e.operation.endswith(f" {FINETUNEJOBS}")]
 
 

@@ -71,7 +71,7 @@ class S3Proxy(FaultProxy[S3Operation]):
         )  # fmt: skip
 
     def endpoint_through(self, endpoint: S3Endpoint) -> S3Endpoint:
-        """Return a copy of the endpoint with the proxy's URL instead of the server's."""
+        """Return a copy of the endpoint in which the proxy's URL replaces the server's URL."""
         return replace(endpoint, host_url=self.url, cluster_url=self.url)
 
     def parse_operation(self, request: web.BaseRequest) -> S3Operation:
@@ -85,7 +85,7 @@ class S3Proxy(FaultProxy[S3Operation]):
 
 
 def _find_operation_name(request: web.BaseRequest, bucket: str, key: str) -> str:
-    """Return the name that botocore gives to the request's operation."""
+    """Return botocore's name of the S3 operation that the request performs."""
     method, query = request.method, request.query
     is_copy = "x-amz-copy-source" in request.headers
     match method:

@@ -9,7 +9,8 @@ import pytest
 
 
 def quick_slice(cases: Iterable[Any], quick: Collection[Any]) -> list[Any]:
-    """Return all cases as test parameters, with the mark `slow` on each case that is not in `quick`. A tuple has one value for each parameter.
+    """Return all cases as test parameters, with the mark `slow` on each case that is not in `quick`. If a case is a tuple, it has one value for each
+    parameter of the test.
 
     Errors: ValueError if a quick case does not exist.
     """

@@ -1,7 +1,7 @@
 """Probes S3 servers with real requests, and records which features of S3 each server has.
 
 `python -m tests.support.store_features` starts every server of `stores.py`, writes the results to store_features.json, and writes the table in
-docs/reference/stores.md. Tests compare both files with the servers.
+docs/reference/stores.md. Tests check that both files agree with the behaviour of the servers.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ MIB = 1024 * 1024
 WRITERS = 8
 UNUSUAL_KEYS = ("with space", "ümlaut-雪", "100%25 +plus", "a#b?c&d", ".hidden")
 YES, NO, IGNORED = "yes", "no", "ignored"
-"""Results of a probe. `yes`: the feature works. `no`: it does not work. `ignored`: the server accepts the request, but does not do what it asks for."""
+"""Results of a probe. `yes`: the feature works. `no`: the feature does not work. `ignored`: the server accepts the request, but does not do what the request
+asks for.
+"""
 SSE_S3 = "encryption with the store's key (SSE-S3)"
 SSE_KMS = "encryption with a key service (SSE-KMS)"
 SSE_C = "encryption with the customer's key (SSE-C)"
@@ -55,7 +57,7 @@ def feature(text: str) -> Callable[[Probe], Probe]:
 
 
 def describe_answer(request: Callable[[], object]) -> str:
-    """Send a request. Returns `yes` if it succeeds, otherwise the status code and the error code of the response."""
+    """Send a request. Returns `yes` if the request succeeds, otherwise the status code and the error code of the response."""
     from botocore.exceptions import ClientError
 
     try:
@@ -67,7 +69,7 @@ def describe_answer(request: Callable[[], object]) -> str:
 
 
 def describe_refusal(request: Callable[[], object]) -> str:
-    """Send a request that a server should refuse. Returns `yes` with the error, or `ignored` if the request succeeds."""
+    """Send a request that a server should refuse. Returns `yes` and the error if the server refuses the request, or `ignored` if the request succeeds."""
     answer = describe_answer(request)
     return IGNORED if answer == YES else f"yes ({answer})"
 
@@ -316,14 +318,14 @@ def render_table(results: dict[str, dict[str, str]]) -> str:
 
 
 def replace_table(page: str, results: dict[str, dict[str, str]]) -> str:
-    """Return the text of the page with its table replaced by a table of `results`."""
+    """Return the text of the page after its table was replaced by a table of `results`."""
     before, rest = page.split(TABLE_START)
     after = rest.split(TABLE_END)[1]
     return f"{before}{TABLE_START}\n{render_table(results)}\n{TABLE_END}{after}"
 
 
 def main(names: list[str]) -> None:
-    """Probe the named servers (by default all) and write the results and the table."""
+    """Probe the named servers (by default all servers), and write the JSON file of the results and the table in the documentation."""
     results = load_results() if RESULTS_FILE.exists() else {}
     for name in [StoreName(name) for name in names] or list(StoreName):
         with tempfile.TemporaryDirectory() as folder, running_store(Path(folder) / "store", name) as server:

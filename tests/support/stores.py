@@ -1,7 +1,8 @@
 """Starts S3 servers for tests. There are several server programs, and the same storage tests run against each of them.
 
-The environment variable FINETUNE_TEST_STORE names the server that the fixture `s3_server` starts; the default is SeaweedFS. `make test-stores` runs
-the storage tests against the other servers. `python -m tests.support.stores` builds the servers that are Go programs into the cache.
+The environment variable FINETUNE_TEST_STORE names the server that the fixture `s3_server` starts; the default is SeaweedFS. `make test-stores` runs the
+storage tests against the other servers. `python -m tests.support.stores` builds those servers that are written in Go, and stores the programs in the cache
+folder.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class StoreName(StrEnum):
 
 
 OTHER_STORES = (StoreName.VERSITY, StoreName.MINIO, StoreName.MOTO)
-"""The servers with which only `make test-faults` and `make test-stores` run tests."""
+"""`make test-faults` and `make test-stores` run tests with these servers; `make test` does not."""
 
 
 def chosen_store() -> StoreName:

@@ -111,8 +111,8 @@ def make_tiny_classifier(path: Path | str, *, seed: int = 1) -> Path:
 
 
 def train_model(path: Path | str, conversations: list[list[dict[str, str]]], *, steps: int = 150, rate: float = 5e-3) -> Path:
-    """Train all weights of the saved model on conversations, so that an adapter can learn on it. With random weights, an adapter learns almost
-    nothing, because the frozen head gives every token nearly the same score.
+    """Train all weights of the saved model on conversations, so that a test can train an adapter on this model. If the model had random weights, an adapter
+    would learn almost nothing, because a frozen random head gives every token nearly the same score.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

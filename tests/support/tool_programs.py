@@ -41,9 +41,10 @@ def ensure_environment(name: str) -> Path:
 
 
 def ensure_promtool() -> Path | None:
-    """Return the path of promtool, from the PATH or from Debian's package `prometheus`; None if neither is available.
+    """Return the path of promtool on the PATH or in Debian's package `prometheus`, or None if neither has it.
 
-    The package is only unpacked, because installing it would start a server. `go install` cannot build promtool from Prometheus' Go module.
+    The package is unpacked but not installed, because its installation would start a server. The package is used because `go install` cannot build promtool
+    from the Go module of Prometheus.
     """
     if found := shutil.which("promtool"):
         return Path(found)

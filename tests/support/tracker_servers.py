@@ -1,7 +1,7 @@
 """Starts real servers for the tests of trackers: MLflow in a separate Python environment, and FerretDB instead of MongoDB.
 
-FerretDB implements MongoDB's protocol and stores documents in SQLite. It replaces the MongoDB server, which has no freely licensed package.
-`python -m tests.support.tracker_servers` installs MLflow and builds FerretDB into the cache.
+FerretDB implements MongoDB's protocol and stores documents in SQLite. The tests use FerretDB, because there is no freely licensed package of the MongoDB
+server. `python -m tests.support.tracker_servers` installs MLflow and builds FerretDB into the cache.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tests.support.tool_programs import ensure_environment
 
 START_SECONDS = 300
 MLFLOW_ENVIRONMENT = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-"""With these variables, the MLflow server sends no usage data and starts no processes for jobs."""
+"""With these environment variables, the MLflow server sends no usage data and starts no worker processes for its job queue."""
 
 
 def ensure_mlflow_server() -> Path:
@@ -69,7 +69,7 @@ class TrackerServer:
 def make_mlflow_server(folder: Path, host: str = "127.0.0.1", run_in: Sequence[str] = (), allowed_hosts: str | None = None) -> TrackerServer:
     """Return an MLflow server with an SQLite database. It listens on `host`.
 
-    `run_in` is a command prefix that runs the server in another network. `allowed_hosts` are the host names that clients may use.
+    `run_in` is a command prefix with which the server runs in another network namespace. `allowed_hosts` are the host names that clients may use.
     """
     python = ensure_mlflow_server()
 

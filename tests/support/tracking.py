@@ -49,7 +49,7 @@ def log_events(first: int, last: int, *, evaluated_steps: tuple[int, ...] = ()) 
 
 
 def compute_loss(step: int) -> float:
-    """Return the training loss of a step. A binary floating-point number represents it exactly."""
+    """Return the training loss of a step. The loss is exactly representable as a binary floating-point number."""
     return 4 - step / 32
 
 
@@ -65,7 +65,7 @@ def start_events() -> list[Event]:
 def end_events(last: int, *, end: RunEnd = RunEnd.FINISHED, reason: str | None = None) -> list[Event]:
     """Return the events after step `last`: the training summary, the model, the end of training, an evaluation, and the end of the attempt.
 
-    Unless `end` is FINISHED, return only the end of the attempt.
+    If `end` is not FINISHED, only the event about the end of the attempt is returned.
     """
     end_event = EndEvent(end=end, time=START + 100, reason=reason)
     if end is not RunEnd.FINISHED:
@@ -83,7 +83,7 @@ def end_events(last: int, *, end: RunEnd = RunEnd.FINISHED, reason: str | None =
 
 @dataclass
 class FolderStorage:
-    """Storage in a folder for the files of trackers. The next `failures` uploads fail. `keys` lists the keys of all successful uploads."""
+    """Stores the files of trackers in a local folder instead of S3. The next `failures` uploads fail. `keys` lists the keys of all successful uploads."""
 
     folder: Path
     failures: int = 0

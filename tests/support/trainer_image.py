@@ -1,7 +1,7 @@
 """Runs Python in the built trainer image, with the restrictions of a trainer pod but without a cluster.
 
-A trainer pod runs as uid 10001 without capabilities, on a read-only root file system. The containers of this module have the same restrictions, and
-additionally no network except the loopback interface. runc starts them from the image that buildah has built.
+A trainer pod runs as uid 10001 without capabilities, on a read-only root file system. The containers that this module starts have the same restrictions. In
+addition, their only network interface is loopback. buildah builds the image, and runc runs the containers.
 """
 
 from __future__ import annotations
@@ -28,12 +28,14 @@ from tests.support.cells import CHECKOUT_FOLDER, PythonRunner
 
 CHECKOUT_IN_CONTAINER = "/checkout"
 PACKAGES_IN_IMAGE = ("crds/finetune_api", "trainer-image/finetune_trainer")
-"""Packages that both the checkout and the image contain. In a container, the image's copies are mounted over the checkout's."""
+"""Packages that both the checkout and the image contain. In a container, the copies of these packages in the checkout are hidden by the copies in the image,
+which are mounted over them.
+"""
 NAME_PREFIX = "finetune-test-"
 TEST_PACKAGES = ("pytest", "pluggy", "iniconfig", "hypothesis", "sortedcontainers", "pytest-asyncio", "pytest-timeout", "cryptography", "cffi", "pycparser")
 """Packages that the tests need but the image does not contain."""
 PASSED_VARIABLES = ("ONEDNN_MAX_CPU_ISA", "OMP_NUM_THREADS")
-"""Environment variables that containers take from the test process, because these variables adapt libraries to this machine."""
+"""Environment variables of the test process that are also set in the containers, because they adapt libraries to this machine."""
 SITE_PACKAGES = "/opt/venv/lib/python3.11/site-packages"
 """Folder of the installed packages in the image."""
 _container_numbers = itertools.count()
@@ -56,7 +58,7 @@ class TrainerImage:
     ) -> int:  # fmt: skip
         """Run a command in a new container. Returns its exit code.
 
-        `shared_folder` is mounted at the same path in the container, and all its files are given to the container's user. Errors:
+        `shared_folder` is mounted at the same path in the container, and the container's user becomes the owner of all files in it. Errors:
         subprocess.TimeoutExpired.
         """
         for path in [shared_folder, *shared_folder.rglob("*")]:
@@ -80,7 +82,9 @@ class TrainerImage:
                 subprocess.run(_runc_command("delete", "--force", name), capture_output=True)
 
     def run_pytest(self, arguments: Sequence[str], shared_folder: Path, output: IO[bytes], *, timeout: float) -> int:
-        """Run tests of this checkout with the Python and libraries of the image. pytest is copied from the current environment. Returns its exit code."""
+        """Run tests of this checkout with the Python and libraries of the image. The packages in TEST_PACKAGES, such as pytest, are copied from the current
+        Python environment, because the image does not have them. Returns its exit code.
+        """
         packages = shared_folder / "test-packages"
         for name in TEST_PACKAGES:
             for file in distribution(name).files or ():
@@ -140,7 +144,7 @@ def _runc_command(*arguments: str) -> list[str]:
 
 @contextmanager
 def open_trainer_image() -> Iterator[TrainerImage]:
-    """Build the trainer image of this checkout and mount it. Unchanged layers come from the cache."""
+    """Build the trainer image of this checkout and mount it. Image layers that have not changed since the last build come from the build cache."""
     _remove_abandoned_containers()
     images.build_images([images.ImageName.TRAINER], show_step)
     with _mount_image() as image:

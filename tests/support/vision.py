@@ -1,6 +1,7 @@
 """Creates tiny vision-language models with their processors, and rows with images. Nothing is downloaded.
 
-The weights of the models are random, but equal for the same seed. The processors have the settings in `FAMILIES`, and are saved in the hub's layout.
+The weights of the models are random, but two models with the same seed have equal weights. The processors have the settings in `FAMILIES`, and are saved in
+the hub's layout.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class VisionFamily:
     processor_options: dict[str, Any] = field(default_factory=dict)
     """Content of `processor_config.json`."""
     named_tokens: dict[str, str] = field(default_factory=dict)
-    """Special tokens by the tokenizer attribute from which the processor reads them."""
+    """Special tokens that the processor reads from an attribute of the tokenizer, by the name of the attribute."""
     tower: str = ""
     """Name of the model's module with the vision layers."""
     projector: str = ""
@@ -62,11 +63,13 @@ QWEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_p
 QWEN_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}}
 IDEFICS_TOKENS = ("<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>", *(f"<row_{y}_col_{x}>" for y in (1, 2) for x in (1, 2)))
 SIGLIP = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 14}
-"""Sizes of the vision layers. On a CPU, layers with 4-bit weights need at least 64 values per row, because the weights are computed in blocks of 64."""
+"""Sizes of the vision layers. On a CPU, each row of a 4-bit weight matrix must have at least 64 values, because the weights are computed in blocks of 64."""
 
 
 def make_idefics_family(processor_type: str, **options: Any) -> VisionFamily:
-    """Return the settings of Idefics3 or SmolVLM: the processor cuts an image into tiles of 28 pixels, and each tile becomes one token."""
+    """Return the settings for a tiny model of the family Idefics3 or SmolVLM: the processor cuts an image into tiles of 28 pixels, and each tile becomes one
+    token.
+    """
     return VisionFamily(
         placeholder="<image>", image_token="<image>", special_tokens=IDEFICS_TOKENS,
         processor={
@@ -102,7 +105,7 @@ FAMILIES = {
     "smolvlm": make_idefics_family("SmolVLMImageProcessor"),
 }  # fmt: skip
 SIMILAR_FAMILIES = ("qwen2_5_vl", "smolvlm")
-"""Families with the same layers and processors as another family. Only `make test-faults` trains them."""
+"""Families whose layers and processors are the same as those of another family. `make test-faults` trains these families; `make test` does not."""
 
 
 def make_vision_model(folder: Path, name: str, *, seed: int = 0) -> Path:
@@ -163,7 +166,9 @@ def to_data_uri(content: bytes) -> str:
 
 
 def make_image_rows(colours: Sequence[str] = tuple(COLOURS), *, sizes: Sequence[tuple[int, int]] = ((40, 32),)) -> list[dict[str, Any]]:
-    """Return a question about an image of each colour, whose answer is the colour's name. The images take the `sizes` (width, height) in turn."""
+    """For each colour, return a question about an image of this colour. The answer is the colour's name. The first image has the first of `sizes` (width,
+    height), the next image the next size, and so on.
+    """
     return [
         {
             "messages": [
@@ -176,7 +181,9 @@ def make_image_rows(colours: Sequence[str] = tuple(COLOURS), *, sizes: Sequence[
 
 
 def make_image_pairs(colours: Sequence[str] = tuple(COLOURS), *, sizes: Sequence[tuple[int, int]] = ((40, 32),)) -> list[dict[str, Any]]:
-    """Return a question about an image of each colour. The better answer is the colour's name, and the worse is a sentence about another colour."""
+    """For each colour, return a question about an image of this colour. The better answer is the colour's name, and the worse answer is a sentence about
+    another colour.
+    """
     rows = make_image_rows(colours, sizes=sizes)
     return [
         {

@@ -15,7 +15,7 @@ from tests.pod.cli.sources import SOURCES, import_options, make_rows
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
 NAME = "openai"
-"""The source that this file imports. test_page_examples.py imports the examples of the other sources."""
+"""The name of the tool whose job this file imports. test_page_examples.py imports the examples of the other tools."""
 DATASET_BUCKET = "datasets"
 
 

@@ -134,7 +134,7 @@ def test_an_imported_example_runs_to_its_end(example_jobs: ExampleJobs, name: st
 
 
 def check_hub(run: FinishedRun, hub: Hub) -> None:
-    """Check that the model hub has the files of the adapter in a public repository, as the original tool would create it."""
+    """Check that the model hub has the files of the adapter, and that the hub repository is private or public as the job requests."""
     repository = hub.repositories[f"me/{run.get_field('output.hub.repository')}"]
     assert repository.is_private is run.get_field("output.hub.private")
     assert run.output.hub_uri == f"http://hub/me/{run.get_field('output.hub.repository')}/tree/{repository.commits[-1].oid}"

@@ -40,7 +40,7 @@ LONG_RUN_STEPS = 400
 
 @dataclass(frozen=True)
 class ChartInputs:
-    """The S3 endpoint and the images that the chart's values contain."""
+    """The S3 endpoint and the images that the tests write into the chart's values."""
 
     s3: S3Endpoint
     operator_image: str = OPERATOR_IMAGE
@@ -165,7 +165,7 @@ class JobNamespace:
         return parse_status(found)
 
     def wait_finished(self, name: str, phase: Phase = Phase.SUCCEEDED) -> FineTuneJobStatus:
-        """Wait until the job ends, and return its status. Raise AssertionError if it does not end in `phase`."""
+        """Wait until the job ends, and return its status. Raise AssertionError if the job's final phase is not `phase`."""
         status = self.wait(name, lambda s: s.phase in (Phase.SUCCEEDED, Phase.FAILED, Phase.CANCELLED), "finished")
         assert status.phase is phase, f"{name}: {status.phase}, {status.failure}\n{self._pod_logs(name)}"
         return status

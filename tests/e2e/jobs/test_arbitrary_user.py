@@ -1,7 +1,7 @@
 """The operator and a job run with a user id that the platform assigns, as on OpenShift.
 
-OpenShift's security context constraint `restricted-v2` sets the user id of each pod. In these tests, a MutatingAdmissionPolicy sets it. The user id
-has no entry in /etc/passwd of the images, and the group id is 0.
+OpenShift's security context constraint `restricted-v2` sets the user id of each pod. In these tests, a MutatingAdmissionPolicy sets the user id. The assigned
+user id has no entry in /etc/passwd of the images, and the group id is 0.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ NAME = "assigned-user"
 
 
 def assignment_policy(namespaces: list[str]) -> list[dict[str, Any]]:
-    """Return a MutatingAdmissionPolicy and its binding. They give all new pods of the namespaces the user id ASSIGNED_UID and leave the group id at 0."""
+    """Return a MutatingAdmissionPolicy and its binding. The policy gives all new pods of the namespaces the user id ASSIGNED_UID and leaves the group id at 0.
+    """
     security = f"Object.spec.securityContext{{runAsUser: {ASSIGNED_UID}, fsGroup: {ASSIGNED_UID}}}"
     rule = {"apiGroups": [""], "apiVersions": ["v1"], "operations": ["CREATE"], "resources": ["pods"]}
     selector = {"matchExpressions": [{"key": "kubernetes.io/metadata.name", "operator": "In", "values": namespaces}]}
@@ -82,6 +83,6 @@ def test_operator_and_job_run_with_an_assigned_user(job_namespace: JobNamespace)
     assert job_namespace.exec_script(pod["metadata"]["name"], writable).split() == ["/tmp", "/dev/shm", "/work"]
     job_namespace.wait_finished("assigned")
     pods = [*installation.api.list("pods", demo.RELEASE_NAME), *job_namespace.pods("assigned")]
-    assert len(pods) == 3  # the pods of the operator, the preparation and the training
+    assert len(pods) == 3  # one pod each of the operator, the preparation and the training
     assert {pod["spec"]["securityContext"]["runAsUser"] for pod in pods} == {ASSIGNED_UID}
     assert {"runAsGroup" in pod["spec"]["securityContext"] for pod in pods} == {False}

@@ -1,4 +1,6 @@
-"""A GPU job with invalid storage, model or data fails in its preparation pod, before any pod requests a GPU. Its failure has a code, a location and a hint."""
+"""A GPU job with invalid storage, model or data fails in its preparation pod, before any pod requests a GPU. The job's failure has a code, a location and a
+hint.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from tests.e2e.jobs.installation import MODEL, Installation, JobNamespace, job
 
 DATASETS_URI = "s3://datasets"
 MAX_POD_DURATION = timedelta(seconds=20)
-"""How soon after its start a pod with invalid storage, model or data must end."""
+"""A pod with invalid storage, model or data must end within this time after its start."""
 S3_STORAGE_FIELDS: dict[str, Any] = {"credentialsSecretRef": {"name": "s3-credentials"}, "addressingStyle": "path"}
 
 
@@ -55,7 +57,7 @@ def dataset_groups(name: str) -> dict[str, Any]:
 
 
 def storage_groups(installation: Installation, **storage_fields: Any) -> dict[str, Any]:
-    """Return spec groups with the default storage, after its fields were changed by `storage_fields`."""
+    """Return spec groups with the default storage, in which `storage_fields` replace the fields of the same names."""
     return {"storage": {"uri": "s3://finetune/jobs", "endpoint": installation.cluster.s3.cluster_url, **S3_STORAGE_FIELDS} | storage_fields}
 
 
@@ -136,7 +138,9 @@ def test_a_bad_job_is_not_retried_and_no_pod_requests_a_gpu(failing_jobs: JobNam
 @pytest.mark.slow  # the measured duration is only valid if no other test uses the cores
 @pytest.mark.parametrize("name", INVALID_INPUTS)
 def test_a_pod_with_bad_input_ends_within_the_documented_time(failing_jobs: JobNamespace, name: str) -> None:
-    """The duration is computed from the kubelet's timestamps. It includes waiting for the cores, which the pods of all cases share."""
+    """The duration is computed from the kubelet's timestamps. The duration includes the time in which the pod waits for CPU cores, because the pods of all
+    cases share them.
+    """
     failing_jobs.wait_finished(name, Phase.FAILED)
     (pod,) = failing_jobs.pods(name)
     (state,) = pod["status"]["containerStatuses"]
@@ -157,9 +161,9 @@ def test_secrets_appear_in_no_status_or_log(failing_jobs: JobNamespace) -> None:
             assert failing_jobs.installation.cluster.s3.secret_key not in status.model_dump_json()
 
 
-@pytest.mark.slow  # `make test` checks in tests/integration/operator for which reason such a job waits
+@pytest.mark.slow  # `make test` checks in tests/integration/operator for which reason a job without its Secret waits
 def test_a_job_waits_for_a_missing_secret(job_namespace: JobNamespace) -> None:
-    """The job is Pending with a reason, and it runs as soon as the Secret exists."""
+    """A job whose Secret is missing is Pending with a reason, and runs as soon as the Secret exists."""
     job_namespace.apply(
         job(
             "waiting",
@@ -191,5 +195,5 @@ def condition_status(status: FineTuneJobStatus, kind: Condition) -> str:
 
 
 def condition_reason(status: FineTuneJobStatus) -> str:
-    """Return the reason of the condition `Reconciling`, or an empty string if the condition is absent."""
+    """Return the reason of the job's condition `Reconciling`, or an empty string if the job has no such condition."""
     return next((one.reason for one in status.conditions if one.type == Condition.RECONCILING), "")

@@ -17,14 +17,16 @@ from tests.support.audit_log import read_created_pods
 from tests.support.bad_jobs import BAD_JOBS, BadJob
 from tests.support.tiny import make_tiny_model
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # each of these jobs has a pod, so the test takes several minutes
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # each bad job starts a pod, so the test takes several minutes
 
 MISSING_CONFIG_MAP = ("ConfigMap that does not exist", "prompts that do not exist")
-"""The cases whose ConfigMap is missing. In a cluster, the pod of such a job does not start. So the job is not refused, but waits for the ConfigMap."""
+"""The cases whose ConfigMap is missing. In a cluster, a pod does not start while its ConfigMap is missing. So these jobs are not refused, but wait for the
+ConfigMap.
+"""
 REFUSED_BY_RULE = ("push without a token", "unknown file type")
-"""The operator refuses these jobs by a rule, without a preparation. Without this rule, the preparation would refuse them."""
+"""The operator refuses these jobs by a rule, before a preparation starts. If the operator had no rule for these jobs, the preparation would refuse them."""
 PREPARE = {"strategy": "always", "resources": {"cpu": "100m", "memory": "1Gi"}}
-"""The pods are small, because the pods of two jobs wait on the nodes for their ConfigMap until the test ends."""
+"""The pods request few resources, because the pods of two jobs wait on the nodes for their ConfigMap until the test ends."""
 GPU_RESOURCE = "nvidia.com/gpu"
 
 
@@ -48,7 +50,7 @@ def upload_inputs(installation: Installation, bad: BadJob, name: str) -> dict[st
     storage = {"uri": "s3://finetune/jobs", "endpoint": installation.cluster.s3.cluster_url, **S3_STORAGE_FIELDS}
     if bad.env.keys() & {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}:
         storage["credentialsSecretRef"] = {"name": name}
-    # The operator refuses loopback addresses, so an unreachable store needs another name here.
+    # The operator refuses loopback addresses, so the address of an unreachable store is replaced by a name that does not exist in the cluster.
     changed_storage = bad.storage | ({"endpoint": "http://absent.s3.svc:8333"} if "endpoint" in bad.storage else {})
     return {**spec, "storage": storage | changed_storage}
 
@@ -95,7 +97,7 @@ def find_wrong_refusals(jobs: JobNamespace, case: str) -> list[str]:
 
 
 def read_reconciling_reason(status: FineTuneJobStatus) -> str:
-    """Return the reason of the condition `Reconciling`, or an empty string if the condition is absent."""
+    """Return the reason of the job's condition `Reconciling`, or an empty string if the job has no such condition."""
     return next((one.reason for one in status.conditions if one.type == Condition.RECONCILING), "")
 
 

@@ -20,7 +20,7 @@ from tests.support.tiny import make_tiny_model
 
 
 class RunningCluster(DemoCluster):
-    """The cluster that all tests share. The demo must neither start it nor stop it."""
+    """The cluster that all tests share. The demo must not start or stop this cluster."""
 
     name = "tests"
 
@@ -76,7 +76,7 @@ def test_the_demo_runs_to_its_end(
 
 
 def test_the_demo_refuses_a_second_cluster_with_one_line(installation: Installation) -> None:
-    """Only one cluster with nodes can run on a machine. The refusal does not change the cluster that already runs."""
+    """Only one cluster with nodes can run on a machine. When the demo refuses to start a second one, it leaves the running cluster unchanged."""
     env = {**os.environ, "CLUSTER": "local", "KEEP": ""}
     done = subprocess.run([sys.executable, ROOT / "scripts/demo.py"], env=env, capture_output=True, text=True)
     assert done.returncode == 1

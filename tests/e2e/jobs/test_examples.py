@@ -54,12 +54,14 @@ def expected_steps(name: str) -> int:
     (body,) = [
         item for item in yaml.safe_load_all((ROOT / f"examples/{name}.yaml").read_text("utf-8")) if item["kind"] == KIND
     ]
-    # The example `full` sets no maxSteps. Its epoch has 18 rows, and a step trains 4 rows (2 ranks with 2 rows each).
+    # The example `full` sets no maxSteps. Its data has 18 rows, and each step trains on 4 rows (2 ranks with 2 rows each), so one epoch has 5 steps.
     return int(body["spec"]["training"].get("maxSteps", 5))
 
 
 QUICK_EXAMPLES = ("full",)
-"""The examples that `make test` runs. For the features of the other examples, `make test` has other tests: the demo, a gang that resumes, gates and QLoRA."""
+"""The examples that `make test` runs. The features of the other examples are covered by other tests of `make test`: the demo, a gang that resumes, gates and
+QLoRA.
+"""
 
 
 @pytest.mark.parametrize("name", quick_slice(EXAMPLE_NAMES, QUICK_EXAMPLES))
@@ -89,7 +91,7 @@ def check_output(job_namespace: JobNamespace, name: str, status: FineTuneJobStat
         assert job_namespace.installation.store.head_object(Bucket=bucket, Key=f"{prefix}/{path}")["ContentLength"] > 0
 
 
-@pytest.mark.slow  # `make test` checks the nodes of a job with two pods in test_resume.py
+@pytest.mark.slow  # in `make test`, test_resume.py checks that the two pods of a job run on different nodes
 def test_two_pods_run_on_two_nodes(examples: ExampleRunner) -> None:
     examples.wait_finished("two-pods")
     nodes = {pod["spec"]["nodeName"] for pod in examples.job_namespace.pods("two-pods")}

@@ -23,7 +23,7 @@ PAIR = {"gpusPerNode": 0, "nodes": 2, "cpu": "100m", "memory": "2Gi"}
 def volume_folder() -> Iterator[Path]:
     """An empty folder that the user of the pods owns. The nodes of the local cluster see the folders of this machine.
 
-    It is in memory, because the cache of a node leaves 15 % of the disk free, and the disk of this machine may have less free space.
+    The folder is in memory (/dev/shm), because a model cache on a node leaves 15 % of its disk free. The disk of this machine may have less free space.
     """
     with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="finetune-models-") as name:
         os.chown(name, TRAINER_UID, TRAINER_UID)
@@ -66,14 +66,14 @@ def train(jobs: JobNamespace, name: str, cache: str, **spec: Any) -> FineTuneJob
 
 
 def read_model_source(status: FineTuneJobStatus) -> str | None:
-    """Return from where rank 0's pod got the model."""
+    """Return the place from which rank 0's pod loaded the model, for example the cache."""
     assert status.resolved is not None
     assert not [note for note in status.resolved.notes or [] if "cache" in note]
     return status.resolved.model_source
 
 
 def list_stored_files(folder: Path) -> dict[str, tuple[int, int, int]]:
-    """Return inode, modification time (ns) and owner of each weight file below `folder`, by path. They change if a file is downloaded again."""
+    """Return inode, modification time (ns) and owner of each weight file below `folder`, by path. These values change if the file is downloaded again."""
     stats = {str(path.relative_to(folder)): path.stat() for path in folder.rglob("*.safetensors")}
     return {path: (stat.st_ino, stat.st_mtime_ns, stat.st_uid) for path, stat in stats.items()}
 

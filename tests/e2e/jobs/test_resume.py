@@ -102,7 +102,9 @@ INTERRUPTIONS: dict[str, tuple[dict[str, Any], Callable[[JobNamespace, dict[str,
 
 
 QUICK_INTERRUPTIONS = ("pod-of-two-deleted",)
-"""The interruptions that `make test` runs in this file. In tests/pod, `make test` also kills ranks and supervisors that are local processes."""
+"""The interruptions that `make test` runs in this file. The tests in tests/pod, which `make test` runs too, kill ranks and supervisors that run as local
+processes.
+"""
 
 
 @pytest.mark.parametrize("name", quick_slice(INTERRUPTIONS, QUICK_INTERRUPTIONS))
@@ -113,7 +115,7 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_run(
     shared_namespace.apply(make_long_job(name, resources))
     shared_namespace.wait(name, lambda s: s.latest_checkpoint, "past its first checkpoint")
     pods = shared_namespace.pods(name)
-    assert len({pod["spec"]["nodeName"] for pod in pods}) == len(pods), "two pods of a gang share a node although each could have its own"
+    assert len({pod["spec"]["nodeName"] for pod in pods}) == len(pods), "two pods of a gang share a node although each pod could have its own node"
     interrupt(shared_namespace, pods[pod_index])
     status = shared_namespace.wait_finished(name)
     assert status.restarts == 1
@@ -166,7 +168,9 @@ def has_ended(pod: dict[str, Any]) -> bool:
 
 @pytest.mark.slow  # `make test` checks in tests/integration/operator/test_lifecycle.py that a Job with another owner blocks the attempt
 def test_a_recreated_job_waits_for_the_pods_of_the_deleted_job_of_the_same_name(shared_namespace: JobNamespace) -> None:
-    """A job is deleted and applied again at once. The two jobs never run at the same time and share no folder in S3."""
+    """A job is deleted and applied again at once. The pods of the deleted job and of the new job never run at the same time, and the two jobs share no folder
+    in S3.
+    """
     name = "twice"
     shared_namespace.apply(make_long_job(name, ONE_POD))
     shared_namespace.wait(name, lambda s: s.progress and s.progress.step, "at its first step")

@@ -1,4 +1,4 @@
-"""Fixtures for tests of the local cluster. Their pods run testbox, a small program whose behaviour and exit code a test chooses."""
+"""Fixtures for tests of the local cluster. The pods of these tests run testbox, a small program whose behaviour and exit code a test chooses."""
 
 from __future__ import annotations
 

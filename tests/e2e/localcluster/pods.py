@@ -36,14 +36,14 @@ def pod_phase(obj: Object) -> str:
 
 
 def terminated_state(obj: Object) -> Object:
-    """Return the terminated state of the pod's container. Empty until the container has ended."""
+    """Return the terminated state of the pod's container, or an empty dict while the container has not ended."""
     states = obj["status"].get("containerStatuses") or [{}]
     ended: Object = states[0].get("state", {}).get("terminated", {})
     return ended
 
 
 def waiting_reason(obj: Object) -> str | None:
-    """Return the reason why the pod's container waits. None if it does not wait."""
+    """Return the reason why the pod's container waits, or None if the container does not wait."""
     states = obj["status"].get("containerStatuses") or [{}]
     reason: str | None = states[0].get("state", {}).get("waiting", {}).get("reason")
     return reason

@@ -17,7 +17,9 @@ TAG = "localhost/changing:dev"
 
 
 def _write_image(folder: Path, number: str) -> Path:
-    """Write an image layout with testbox and a file that contains `number`. Its layer is so large that it is hard-linked instead of copied."""
+    """Write an image layout with testbox and a file that contains `number`. The image's layer is so large that load_image hard-links the layer instead of
+    copying it.
+    """
     extra = folder / number
     extra.write_bytes(number.encode() * (2 << 20))
     image = Image(TAG, {"/testbox": build.ensure_built("testbox"), "/extra": extra}, ["/testbox"])
@@ -42,7 +44,7 @@ def test_loading_an_image_again_reads_no_layers(api: NamespaceApi, tmp_path: Pat
     api.cluster.load_image(layout, nodes=["n1"])
     for blob in (layout / "blobs" / "sha256").iterdir():
         if blob.stat().st_size > 1 << 20:
-            blob.unlink()  # without the layer's file, load_image fails if it reads the layer
+            blob.unlink()  # the layer's file is removed, so load_image fails if it reads the layer again
     assert api.cluster.load_image(layout, nodes=["n1"]) == TAG
 
 

@@ -22,7 +22,8 @@ def test_the_exit_code_is_in_the_pod_status(api: NamespaceApi, code: int, expect
 def test_a_container_that_exceeds_its_memory_limit_is_oom_killed(api: NamespaceApi) -> None:
     limit = {"resources": {"limits": {"memory": "64Mi"}}}
     assert terminated_state(api.run(pod("p", "allocate", "256", container=limit)))["exitCode"] == 137
-    # containerd receives the exit event and the OOM event separately. The reason is OOMKilled only after both events.
+    # containerd receives the exit event and the OOM event separately. The reason in the container's state becomes OOMKilled only after containerd has
+    # received both events.
     assert api.wait("pod", "p", lambda p: terminated_state(p)["reason"] == "OOMKilled")
 
 

@@ -1,4 +1,4 @@
-"""An upgrade from release 0.1.0 to this checkout, and the rollback, restart no job and let no job fail, whatever its phase.
+"""An upgrade from release 0.1.0 to this checkout, and the rollback, neither restart a job nor let it fail, whatever phase the job is in.
 
 The chart, the CRD and the images of the old release are built from its commit in the repository's history.
 """
@@ -19,7 +19,7 @@ from localcluster.steps import show_step
 from tests.e2e.jobs.installation import ROOT, SMALL_RESOURCES, ChartInputs, Installation, JobNamespace, demo, job
 from tests.support.kubeapi import Object
 
-# The first run takes several minutes more, because it builds the images of release 0.1.0.
+# The first test run takes several minutes longer than later runs, because it builds the images of release 0.1.0.
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(2400)]
 
 OLD_COMMIT = "d755abe"
@@ -51,7 +51,7 @@ class Release:
 
 @pytest.fixture(scope="module")
 def old_release(installation: Installation, tmp_path_factory: pytest.TempPathFactory) -> Release:
-    """Release 0.1.0. Its images are built and loaded into the nodes."""
+    """Release 0.1.0. The fixture builds the images of this release and loads them into the nodes."""
     source = tmp_path_factory.mktemp("release-0.1.0")
     archive = subprocess.run(["git", "-C", str(ROOT), "archive", OLD_COMMIT], capture_output=True)
     if archive.returncode != 0:
@@ -69,7 +69,7 @@ def old_release(installation: Installation, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture
 def new_release(installation: Installation) -> Iterator[Release]:
-    """The release of this checkout. After the test, it is installed again, because later tests need it."""
+    """The release of this checkout. After the test, this release is installed again, because later tests need it."""
     release = Release(ROOT / CHART_PATH, ChartInputs(installation.cluster.s3))
     yield release
     release.install(installation)
@@ -130,11 +130,11 @@ def read_job_states(job_namespace: JobNamespace) -> dict[str, tuple[Any, ...]]:
 
 
 def replace_operator_and_finish(job_namespace: JobNamespace, release: Release) -> None:
-    """Install a release while the jobs are in different phases, and check that every job ends as it would without this change."""
+    """Install a release while the jobs are in different phases, and check that every job ends as it would without this installation."""
     before = read_job_states(job_namespace)
     phases = {name: job_namespace.status(name).phase for name in ("suspended", "done", "failed", "cancelled", "queued")}
     release.install(job_namespace.installation)
-    # Change each spec. As soon as the status contains the new generation, the new operator has reconciled the job.
+    # Change each spec. As soon as observedGeneration in the status is the new generation, the new operator has reconciled the job.
     for name in JOBS:
         job_namespace.installation.api.patch(
             PLURAL, job_namespace.namespace, name, {"spec": {"policy": {"ttlSecondsAfterFinished": 86400}}}

@@ -44,7 +44,9 @@ class Response:
 def call(
     api: Endpoint, method: str, path: str, body: Any = None, *, content_type: str = "application/json", **query: str
 ) -> Response:
-    """Send one request. `body` is text, or a value that is sent as JSON. The response has the headers, because they contain the server's warnings."""
+    """Send one request. `body` is text, or a value that is sent as JSON. The returned response includes the HTTP headers, because the server's warnings are
+    in them.
+    """
     url = api.server + path + (f"?{urlencode(query)}" if query else "")
     request = urllib.request.Request(url, method=method, data=_encode(body))
     request.add_header("Authorization", f"Bearer {api.token}")

@@ -78,7 +78,7 @@ def create(control_plane: Endpoint, crd_installed: Response, existing_jobs: dict
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.namespace}-{row.changed_groups}"[:120])
 def test_the_api_server_refuses_the_same_specs_as_the_operator(row: Row, create: Callable[..., Response]) -> None:
-    """`tests/unit/tenancy/test_policy.py` checks the same rows with the operator's code."""
+    """`tests/unit/tenancy/test_policy.py` checks the same specs with the operator's code."""
     response = create(row.namespace, row.spec)
     assert (response.status, REFUSAL.findall(response.message)) == ((403, [row.refusal]) if row.refusal else (201, [])), response.message
 
@@ -95,7 +95,9 @@ def test_a_job_that_is_older_than_the_policy_can_change_but_cannot_extend_its_de
     old_deadline: int | None, change: dict[str, Any], is_accepted: bool, existing_jobs: dict[int | None, str], control_plane: Endpoint,
     create: Callable[..., Response],
 ) -> None:
-    """The job's spec breaks the rules of its namespace. For a job without a deadline, the operator uses the limit that it recorded."""
+    """The spec of the older job breaks the rules of its namespace. If a job has no deadline of its own, the operator uses the limit that it recorded for the
+    job.
+    """
     path = existing_jobs[old_deadline]
     response = call(control_plane, "PATCH", path, {"spec": change}, content_type="application/merge-patch+json", dryRun="All")
     refused = [("policy.activeDeadlineSeconds", "maxDurationSeconds")]

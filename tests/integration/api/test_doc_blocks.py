@@ -39,7 +39,7 @@ def list_pages_with_kubectl() -> list[Path]:
 
 @pytest.mark.parametrize("page", list_pages_with_kubectl(), ids=lambda page: page.stem)
 def test_kubectl_commands_of_a_page_succeed(api: Endpoint, page: Path, tmp_path: Path) -> None:
-    """The commands of a page run in its order, in a separate namespace. No operator is running, so no job starts."""
+    """The commands of each page run in the order in which the page shows them, in a namespace of their own. No operator is running, so no job starts."""
     program = [str(build.ensure_built(build.KUBE_PROGRAM)), "kubectl", "--kubeconfig", str(api.kubeconfig)]
     namespace = f"docs-{page.stem}"
     subprocess.run([*program, "create", "namespace", namespace], check=True, capture_output=True)

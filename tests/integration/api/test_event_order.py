@@ -19,7 +19,7 @@ pytestmark = pytest.mark.integration
 
 EVENTS_PATH = "/apis/events.k8s.io/v1/namespaces/default/events"
 EVENT_NOTES = [f"number {i}." for i in range(14)]
-"""The events' notes. There are more than 12, because Go sorts up to 12 items with an algorithm that keeps the order of equal items."""
+"""The events' notes. There are more than 12 events, because Go sorts up to 12 items with an algorithm that keeps the order of equal items."""
 
 
 @pytest.mark.parametrize("words", [("describe", "ftj", "ordered"), ("events", "--for", "ftj/ordered"), ("get", "events")], ids=lambda words: " ".join(words))

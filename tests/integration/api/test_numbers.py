@@ -30,7 +30,7 @@ REQUIRED_IN_ITEM: dict[str, dict[str, Any]] = {
     "evaluation.gates": {"metric": "bleu"}, "evaluation.benchmarks": {"name": "lm-eval", "folder": "s3://bucket/tasks"},
     "output.combineAdapters": {"source": "s3://bucket/a"}, "placement.tolerations": {"key": "spot", "effect": "NoExecute"},
 }  # fmt: skip
-"""The required fields of a list's items, by the path of the list."""
+"""For each list in the spec, the required fields of one item, by the dotted path of the list."""
 
 
 @dataclass(frozen=True)
@@ -122,13 +122,13 @@ def dry_run(api: Endpoint, spec: str) -> Response:
 
 
 def combine_spellings(texts: dict[str, list[str]]) -> Iterator[dict[str, str]]:
-    """Yield sets with one spelling per field, until every spelling was used once. A set leaves out a field whose spellings are used up."""
+    """Yield dicts with one spelling per field, until every spelling was used once. If all spellings of a field were used, the later dicts omit the field."""
     for i in range(max(map(len, texts.values()))):
         yield {path: spelled[i] for path, spelled in texts.items() if i < len(spelled)}
 
 
 def split_exclusive_fields(paths: dict[str, list[str]]) -> list[dict[str, list[str]]]:
-    """Split the fields into two sets. For each field of the second set, a rule forbids the field if a field of the first set is present."""
+    """Split the fields into two sets, because a rule of the spec forbids each field of the second set if a certain field of the first set is present."""
     exclusive = {"training.warmupSteps", "dataset.mixture[].weight", "evaluation.gates[].value"}
     return [
         {path: texts for path, texts in paths.items() if path not in exclusive},

@@ -83,7 +83,7 @@ def finetune(
 
 @pytest.fixture
 def job(api: KubeApi, namespace: str) -> Callable[..., dict[str, Any]]:
-    """Return a function that creates a FineTuneJob and, if one is given, writes its status."""
+    """Return a function that creates a FineTuneJob and, if a status is given, writes this status."""
 
     def create_job(name: str = "bot", status: dict[str, Any] | None = None, **spec: Any) -> dict[str, Any]:
         body = {

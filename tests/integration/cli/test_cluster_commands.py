@@ -112,7 +112,7 @@ def test_pools_without_an_operator_says_what_to_do(finetune: Finetune, namespace
 
 @pytest.fixture
 def kubelet(api: KubeApi, namespace: str) -> Callable[[dict[str, Any]], threading.Thread]:
-    """Return a function that starts a thread. The thread waits for the next pod of `doctor`, and sets the state of its container."""
+    """Return a function that starts a thread. The thread waits for the next pod of `doctor`, and sets the state of this pod's container."""
 
     def play(state: dict[str, Any]) -> threading.Thread:
         def set_state() -> None:
@@ -334,7 +334,7 @@ def test_top_names_pods_that_do_not_report_usage(finetune: Finetune, job: Job, a
 def test_top_names_the_network_policy_setting_if_the_api_server_cannot_reach_a_pod(
     finetune: Finetune, job: Job, api: KubeApi, namespace: str, pod_server: tuple[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cluster_module, "PROGRESS_PORT", free_ports(1)[0])  # nothing listens there
+    monkeypatch.setattr(cluster_module, "PROGRESS_PORT", free_ports(1)[0])  # no server listens on this port
     create_pod(api, namespace, job(status=RUNNING_STATUS), 1, pod_server[0])
     result = finetune("top")
     assert (result.code, result.err.startswith("note: bot-1-0: error trying to reach service: ")) == (0, True), result.err

@@ -40,7 +40,7 @@ def create_token_with_documented_role(api: KubeApi, namespace: str, name: str) -
 def make_runner_with_token(
     control_plane: Endpoint, token: str, folder: Path, finetune: Callable[..., Result]
 ) -> Callable[..., Result]:
-    """Return a function that runs commands with `token`. The token's kubeconfig is written into `folder`."""
+    """Return a function that runs `finetune` commands with `token`. A kubeconfig with this token is written into `folder`."""
     config = folder / "kubeconfig"
     yaml = YAML(typ="safe")
     value = yaml.load(control_plane.kubeconfig.read_text(encoding="utf-8"))
@@ -61,7 +61,7 @@ def token(api: KubeApi, namespace: str) -> str:
 def as_user(
     control_plane: Endpoint, token: str, tmp_path: Path, finetune: Callable[..., Result]
 ) -> Callable[..., Result]:
-    """Return a function that runs commands with the fixture `token`."""
+    """Return a function that runs `finetune` commands with the rights of the fixture `token`."""
     return make_runner_with_token(control_plane, token, tmp_path, finetune)
 
 
@@ -166,11 +166,11 @@ COMMANDS_BY_ROW: dict[str, tuple[tuple[str, ...], ...]] = {
     "`report`": (("report", "done", "--use-secret", "-o", "PAGE"),),
     "`support-bundle`": (("support-bundle", "bot", "-o", "ARCHIVE"),),
 }  # fmt: skip
-"""Commands that together need every right in a row of the guide's table, by the row's first cell."""
+"""For each row of the guide's table, by its first cell: commands that together need every right that the row lists."""
 
 
 def read_documented_rights() -> dict[str, set[str]]:
-    """Return the rights in each row of the guide's table, as `resource:verb`, by the row's first cell."""
+    """Return the rights that each row of the guide's table lists, as `resource:verb`, by the first cell of the row."""
     text = GUIDE_FILE.read_text(encoding="utf-8")
     rights_by_commands = {}
     for commands, jobs, others in re.findall(r"^\| (`.*?) \| (.*?) \| (.*?)\|$", text, re.MULTILINE):
@@ -222,7 +222,7 @@ def test_the_commands_of_a_row_use_exactly_its_documented_rights(
 
 
 def create_jobs_and_secret(job: Callable[..., dict[str, Any]], api: KubeApi, namespace: str) -> None:
-    """Create a running job with a pod, a finished job with empty storage and a Secret, and an operator's configuration."""
+    """Create a running job with a pod, a finished job with an empty storage folder and a Secret for it, and an operator's ConfigMap."""
     running = job(status=RUNNING_STATUS)
     config = json.dumps({"trainer": {"image": "registry.example.com/trainer"}, "namespaces": [namespace]})
     api.create(

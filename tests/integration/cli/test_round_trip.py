@@ -1,4 +1,4 @@
-"""A real API server accepts the objects that every successful import prints. The tests read the printed YAML as YAML 1.1, like kubectl."""
+"""A real API server accepts every object that a successful `finetune import` prints. The tests read the printed YAML as YAML 1.1, like kubectl."""
 
 from __future__ import annotations
 

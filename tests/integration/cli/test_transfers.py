@@ -29,7 +29,7 @@ DATA = DATA[:BYTES]
 
 @pytest.fixture
 def bucket(s3_server: S3Endpoint, namespace: str, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Create a bucket for this test. The AWS_* environment variables give the commands its server and its access keys."""
+    """Create a bucket for this test. The commands read the bucket's server and access keys from the AWS_* environment variables."""
     for name, value in s3_server.environment().items():
         monkeypatch.setenv(name, value)
     client = s3_server.client()
@@ -58,7 +58,7 @@ class Bucket:
 
 
 def run_json(finetune: Finetune, *words: str) -> dict[str, Any]:
-    """Run a command with `-o json`, and return the printed value."""
+    """Run a command with `-o json`, and return the JSON object that it prints."""
     result = finetune(*words, "-o", "json")
     assert (result.code, result.err) == (0, "")
     return dict(json.loads(result.out))
@@ -118,7 +118,7 @@ def test_an_interrupted_upload_continues_and_no_incomplete_object_is_visible(
 
 
 def break_uploads(patch: pytest.MonkeyPatch, sent: list[int], *, allowed: int) -> None:
-    """Record the numbers of the uploaded parts in `sent`. After `allowed` parts, every further part loses the connection."""
+    """Record the numbers of the uploaded parts in `sent`. After `allowed` parts, the connection is lost at every further part."""
     patch.setattr(uploads, "PARALLEL_TRANSFERS", 1)
     create = uploads.MultipartUpload.__init__
 
@@ -246,7 +246,7 @@ def test_a_damaged_download_is_not_stored_under_its_final_name(finetune: Finetun
 
 @pytest.fixture
 def lost_connections(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Each download request loses its connection after one chunk. Return a list to which each request adds its first byte position."""
+    """Break the connection of each download request after one chunk. Return a list to which each request adds the position of the first byte that it reads."""
     starts: list[int] = []
     read_chunks = JobStorage.read_chunks
 
@@ -269,7 +269,7 @@ def test_a_download_survives_lost_connections(finetune: Finetune, bucket: Bucket
 
 @contextmanager
 def lost_connection(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every download fails, because its connection is lost."""
+    """Let every download fail, because its connection is lost."""
     read_chunks = JobStorage.read_chunks
 
     def lose(self: JobStorage, *arguments: Any) -> Iterator[bytes]:

@@ -67,7 +67,9 @@ VALUES: dict[str, Object] = {
 
 @pytest.fixture(scope="module")
 def control_plane_with_monitoring(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KubeApi]:
-    """A separate API server with the CRDs of the Prometheus operator. It is not shared, because releases install cluster-scoped objects."""
+    """A separate API server with the CRDs of the Prometheus operator. Tests of other files do not use this API server, because releases of the chart install
+    cluster-scoped objects.
+    """
     with ControlPlane(tmp_path_factory.mktemp("chart") / "state") as endpoint:
         api = KubeApi(endpoint)
         for crd in read_monitoring_crds(tmp_path_factory.mktemp("go")):
@@ -80,7 +82,7 @@ def control_plane_with_monitoring(tmp_path_factory: pytest.TempPathFactory) -> I
 
 
 def read_monitoring_crds(folder: Path) -> Iterator[Object]:
-    """Yield the CRDs of the monitoring objects, from the Go module of the Prometheus operator."""
+    """Yield the CRDs of the monitoring objects, which are read from the Go module of the Prometheus operator."""
     if shutil.which("go") is None:
         pytest.skip("needs Go")
     command = ["go", "mod", "download", "-json", PROMETHEUS_OPERATOR]
@@ -128,7 +130,7 @@ def render(program: Path, values: Object) -> list[Object]:
 
 @pytest.mark.parametrize("case", VALUES)
 def test_api_server_accepts_every_rendered_object(helm_program: Path, control_plane_with_monitoring: KubeApi, case: str) -> None:
-    """The dry run checks values, unknown fields and the Pod Security level `restricted`, and gives no warning."""
+    """In a dry run, the API server checks field values, unknown fields and the Pod Security level `restricted`, and returns no warning."""
     api = control_plane_with_monitoring
     objects = render(helm_program, VALUES[case])
     assert objects
@@ -147,7 +149,7 @@ def test_api_server_accepts_every_rendered_object(helm_program: Path, control_pl
 
 
 def test_pod_security_refuses_a_privileged_operator(helm_program: Path, control_plane_with_monitoring: KubeApi) -> None:
-    """Shows that the check of Pod Security in `test_api_server_accepts_every_rendered_object` can fail."""
+    """This test proves that a violation of Pod Security would make `test_api_server_accepts_every_rendered_object` fail."""
     objects = render(helm_program, {"securityContext": {"allowPrivilegeEscalation": True}})
     deployment = next(item for item in objects if item["kind"] == "Deployment")
     answer = control_plane_with_monitoring.request("POST", "/apis/apps/v1/namespaces/ops/deployments", deployment, dryRun="All")
@@ -197,7 +199,7 @@ def test_releases_that_would_manage_the_same_namespaces_are_refused(helm: Helm) 
 
 @pytest.fixture
 def rig(control_plane_with_monitoring: KubeApi, tmp_path: Path) -> Iterator[Rig]:
-    """A namespace with a fake kubelet. The release's operator runs as a process."""
+    """A namespace with a fake kubelet. The operator of the installed release runs as a local process."""
     api = control_plane_with_monitoring
     namespace = f"jobs-{tmp_path.name.rpartition('-')[2][-20:]}".replace("_", "-").lower().strip("-")
     with FakeKubelet(api.endpoint) as kubelet:
@@ -272,7 +274,9 @@ def test_running_job_survives_upgrade_rollback_uninstall_and_a_new_installation(
 
 
 def assert_attempt_is_isolated(rig: Rig, pod: Any) -> None:
-    """Check that the attempt's Secret and NetworkPolicy exist, that the pod mounts the Secret, and that the namespace `ops` has only the operator's key."""
+    """Check that the attempt's Secret and NetworkPolicy exist, that the pod mounts the Secret, and that the namespace `ops` has no Secret except the
+    operator's key.
+    """
     (job,), (secret,) = rig.api.list("jobs", rig.namespace), rig.api.list("secrets", rig.namespace)
     (policy,) = rig.api.list("networkpolicies", rig.namespace)
     owners = {item["metadata"]["ownerReferences"][0]["uid"] for item in (secret, policy)}

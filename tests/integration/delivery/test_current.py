@@ -25,7 +25,7 @@ pytestmark = pytest.mark.integration
 
 @pytest.fixture
 def users_cluster(tmp_path: Path) -> Any:
-    """The user's cluster. It is a separate API server, because the demo creates cluster-scoped objects."""
+    """The user's cluster. Each test has its own API server for it, because the demo creates cluster-scoped objects."""
     with ControlPlane(tmp_path / "state") as endpoint:
         yield endpoint
 
@@ -34,7 +34,7 @@ def users_cluster(tmp_path: Path) -> Any:
 def current_cluster(
     users_cluster: Endpoint, s3_server: S3Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> demo_clusters.DemoCluster:
-    """The demo's access to the cluster of the user's kubeconfig. kubectl is on the PATH."""
+    """The demo's access to the cluster to which the user's kubeconfig points. A kubectl program is on the PATH."""
     kubectl = tmp_path / "bin" / "kubectl"
     kubectl.parent.mkdir()
     kubectl.write_text(f'#!/bin/sh\nexec {build.ensure_built(build.KUBE_PROGRAM)} kubectl "$@"\n')

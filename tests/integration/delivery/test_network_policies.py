@@ -1,7 +1,7 @@
 """The NetworkPolicies of attempts allow exactly the intended connections.
 
-The operator's code builds the policies from the configuration in the rendered chart. In place of a network plugin, `tests/support/network_lab.py`
-enforces them with nftables rules in network namespaces.
+The operator's code builds the policies from the configuration in the rendered chart. In place of a network plugin, `tests/support/network_lab.py` enforces
+the policies with nftables rules in network namespaces.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import tools  # noqa: E402 -- importable only after the change of sys.path
 pytestmark = pytest.mark.skipif(find_missing_requirement() is not None, reason=str(find_missing_requirement()))
 Object = dict[str, Any]
 RANDOM_PORT = 40123
-"""A port like those that Gloo and NCCL choose at random."""
+"""An example of the ports that Gloo and NCCL choose at random."""
 PORTS = (PROGRESS_PORT, RENDEZVOUS_PORT, RANDOM_PORT)
 JOB_LABEL = "batch.kubernetes.io/job-name"
 MONITORING = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
@@ -96,7 +96,7 @@ def make_lab_pods(operator_labels: Object) -> tuple[LabPod, ...]:
 
 
 def find_reached_ports(lab_pods: tuple[LabPod, ...], policies: tuple[Object, ...]) -> dict[str, list[int]]:
-    """Return the ports of the pod `run-0` that each other pod reaches, first over IPv4 and then over IPv6, by the other pod's name."""
+    """For each other pod, by name, return the ports of the pod `run-0` that it reaches: first over IPv4, then over IPv6."""
     target, *sources = lab_pods
     attempts = tuple((source.name, ip, port) for source in sources for ip in target.ips for port in PORTS)
     results = run_lab(Lab(lab_pods, policies, attempts))
@@ -118,7 +118,9 @@ def test_only_the_gang_the_operator_and_monitoring_reach_a_pod(helm_program: Pat
 def test_top_reaches_a_pod_if_the_addresses_of_the_api_server_are_listed(
     helm_program: Path, operator_labels: Object, metrics_from: list[Object], reached: list[int]
 ) -> None:
-    """`finetune top` reads pods through the API server, which is not a pod. In this test, the API server has the IPv4 address of `cloud`."""
+    """`finetune top` reads pods through the API server, which is not a pod. In this test, connections from the API server are tried from the lab's pod
+    `cloud`.
+    """
     isolation = read_isolation(render(helm_program, {"metricsFrom": metrics_from}))
     assert find_reached_ports(make_lab_pods(operator_labels), build_policies(isolation))["cloud"] == reached
 
@@ -129,7 +131,7 @@ def test_by_default_prometheus_does_not_reach_a_pod(chart: list[Object], operato
 
 
 def test_without_policies_every_pod_reaches_every_port(helm_program: Path, operator_labels: Object) -> None:
-    """This shows that the policies cause the refused connections in the other tests."""
+    """This test shows that the connections that are refused in the other tests are refused because of the policies."""
     isolation = read_isolation(render(helm_program, {"networkPolicy": False}))
     found = find_reached_ports(make_lab_pods(operator_labels), build_policies(isolation))
     assert found == {source: [*PORTS, *PORTS] for source in found} and len(found) == 9

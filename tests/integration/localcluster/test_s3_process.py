@@ -55,7 +55,7 @@ def test_second_write_with_if_none_match_is_refused(s3_server: S3Endpoint, bucke
 
 
 def test_a_restart_keeps_data_and_address(tmp_path: Path) -> None:
-    existing_sockets = set(Path("/tmp").glob("seaweedfs-*.sock"))  # sockets of earlier runs, whose servers were killed
+    existing_sockets = set(Path("/tmp").glob("seaweedfs-*.sock"))  # sockets that killed servers of earlier test runs left behind
     server = S3Process(tmp_path)
     first = server.start()
     first.client().create_bucket(Bucket="kept")

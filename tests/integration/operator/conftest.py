@@ -63,7 +63,7 @@ def config(progress: Progress) -> dict[str, object]:
 def operator(
     endpoint_with_crd: Endpoint, config: dict[str, object], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Operator]:
-    """A running operator. It stops at the end of the module, because tests in other folders run their own operators on the same API server."""
+    """A running operator. The operator stops at the end of the module, because tests in other folders run their own operators on the same API server."""
     found = Operator(tmp_path_factory.mktemp("operator"), endpoint_with_crd.kubeconfig, config)
     found.start()
     yield found

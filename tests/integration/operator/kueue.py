@@ -1,8 +1,8 @@
 """A substitute for Kueue. It changes Jobs like Kueue's job reconciler, and chooses Jobs by priority like Kueue's scheduler.
 
-Tests with the substitute take only seconds. It sends the same updates as Kueue v0.19.2, recorded in the tests of `test_kueue.py`, which run the real
-controller. Each method names the function of Kueue that it imitates. A batch/v1 Job with a queue label is created suspended. Admission starts the Job,
-and eviction suspends it again.
+Tests with the substitute take only seconds. The substitute sends the same updates as Kueue v0.19.2. These updates were recorded in the tests of
+`test_kueue.py`, which run the real controller. Each method names the function of Kueue that it imitates. A batch/v1 Job with a queue label is created
+suspended. Admission starts the Job, and eviction suspends it again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ POD_METADATA = {
 
 
 class Queue:
-    """One LocalQueue. `admit` and `evict` act on a given Job, whereas `schedule` chooses the Job by priority."""
+    """One LocalQueue. The caller of `admit` and `evict` names the Job; `schedule` chooses the Job by priority."""
 
     def __init__(self, world: Rig):
         self._world = world
@@ -59,9 +59,9 @@ class Queue:
     async def schedule(self) -> str | None:
         """Run one scheduling cycle with a quota of one Job. Returns the name of the admitted Job, or None.
 
-        The waiting Job with the highest priority comes first, and of equal priorities the oldest Job (`baseCompareFunc` of the cluster queue). A Job that
-        holds the quota is evicted if its priority is lower (`withinClusterQueue: LowerPriority`). It releases the quota when all its pods are gone
-        (`Job.IsActive`).
+        The waiting Job with the highest priority is admitted; if several Jobs have this priority, the oldest of them (`baseCompareFunc` of the cluster
+        queue). If a Job of lower priority holds the quota, this Job is evicted first (`withinClusterQueue: LowerPriority`). An evicted Job releases the quota
+        when all its pods are gone (`Job.IsActive`).
         """
         jobs = [
             job
@@ -99,6 +99,6 @@ class Queue:
 
 
 def _is_finished(job: Object) -> bool:
-    """Whether the Job is finished and so holds no quota (`Job.Finished`)."""
+    """Whether the Job is finished, so that it no longer holds quota (`Job.Finished`)."""
     conditions = job.get("status", {}).get("conditions", [])
     return any(c["type"] in ("Complete", "Failed") and c["status"] == "True" for c in conditions)

@@ -2,8 +2,9 @@
 
 The fake kubelet runs pods, writes their exit codes and finishes deletions, like a real kubelet.
 
-FineTuneJobs, Jobs and pods have separate watches, whose events arrive in no defined order: a test may receive a Job before a status that was written
-earlier. A test therefore waits for each fact that it asserts. The fake kubelet repeats a request that a busy API server does not answer in time.
+FineTuneJobs, Jobs and pods have separate watches, and the order of events from different watches is undefined. For example, a test may receive a Job before
+it receives a FineTuneJob status that was written earlier. A test therefore waits for each fact that it asserts. The fake kubelet repeats a request that a
+busy API server does not answer in time.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ CORE_NODE = Kind("v1", "Node", "nodes")
 RETRY_SECONDS = 0.1
 """Pause before a failed watch or request is repeated."""
 TIMEOUT_SECONDS = 120.0
-"""Time after which a waiting test fails and prints all objects. It only bounds failing tests."""
+"""Time after which a waiting test fails and prints all objects. Tests that pass do not wait this long."""
 SPEC: Object = {
     "model": {"source": "org/tiny"},
     "dataset": {"train": "s3://data/train.jsonl"},
@@ -51,7 +52,7 @@ SPEC: Object = {
 
 
 class Progress:
-    """An HTTP server in place of the progress servers of all pods. It answers with the reports that a test has set."""
+    """An HTTP server in place of the progress servers of all pods. The server answers requests with the reports that a test has set."""
 
     def __init__(self) -> None:
         self.answers: dict[str, str] = {}
@@ -86,7 +87,7 @@ class Progress:
         self.answers[f"/{meta['namespace']}/{meta['name']}"] = json.dumps(full)
 
     def remove_report(self, pod: Object) -> None:
-        """Answer no further requests for this pod's report."""
+        """Stop answering requests for this pod's report."""
         self.answers.pop(f"/{pod['metadata']['namespace']}/{pod['metadata']['name']}", None)
 
     def close(self) -> None:
@@ -138,7 +139,7 @@ class Operator:
             raise
 
     def port(self) -> int:
-        """Port of the operator's HTTP server, as in its log."""
+        """Port of the operator's HTTP server, read from the operator's log."""
         for line in self.log.read_text().splitlines():
             if "/metrics on port" in line:
                 port = int(line.split("on port ")[1].split()[0])
@@ -156,7 +157,9 @@ class WatchedObjects:
         """Errors that interrupted the watch."""
 
     async def run(self, session: aiohttp.ClientSession) -> None:
-        """Watch until cancelled. A watch that ends or fails is restarted, because the API server refuses watches while it fills its cache."""
+        """Watch until the task is cancelled. A watch that ends or fails is restarted, because the API server refuses watches while it still fills its own
+        watch cache.
+        """
         while True:
             try:
                 await self._watch(session)
@@ -195,10 +198,10 @@ class Rig:
         self.jobs, self.pods, self.ftjs = WatchedObjects(self, JOB), WatchedObjects(self, POD), WatchedObjects(self, FINETUNEJOB)
         self.kubelet = Kubelet(self)
         self.tasks: list[asyncio.Task[None]] = []
-        """Tasks of the watches and of the fake kubelet. `describe` shows the errors with which tasks have ended."""
+        """Tasks of the watches and of the fake kubelet. If one of them has ended with an error, `describe` shows this error."""
 
     async def create(self, name: str = "run", **groups: Any) -> Object:
-        """Create a FineTuneJob with the fields of SPEC and of `groups`."""
+        """Create a FineTuneJob from SPEC. The fields in `groups` replace the fields of the same names in SPEC, or are added to them."""
         spec = json.loads(json.dumps(SPEC))
         for group, value in groups.items():
             spec[group] = {**spec.get(group, {}), **value} if isinstance(value, dict) else value
@@ -210,7 +213,9 @@ class Rig:
         return await self.kube.patch(FINETUNEJOB, self.namespace, name, {"spec": spec})
 
     async def wait_until(self, expected: str, condition: Callable[[], Any]) -> Any:
-        """Wait until `condition` returns a true value, and return it. Errors: AssertionError with all objects, after TIMEOUT_SECONDS."""
+        """Wait until `condition` returns a true value, and return this value. Errors: AssertionError with all objects, if this takes longer than
+        TIMEOUT_SECONDS.
+        """
         try:
             async with asyncio.timeout(TIMEOUT_SECONDS), self.changed:
                 while not (value := condition()):
@@ -257,11 +262,11 @@ class Rig:
         return None
 
     def status(self, name: str = "run") -> Object:
-        """Return the FineTuneJob's status in the last watch event."""
+        """Return the FineTuneJob's status from the last watch event that was received."""
         return self.ftjs.items.get(name, {}).get("status") or {}
 
     def condition(self, condition_type: str, name: str = "run") -> Object:
-        """Return a condition of the FineTuneJob; an empty dict if it is absent."""
+        """Return a condition of the FineTuneJob, or an empty dict if the FineTuneJob does not have this condition."""
         return next((c for c in self.status(name).get("conditions", []) if c["type"] == condition_type), {})
 
     def describe(self) -> str:
@@ -292,7 +297,7 @@ class Kubelet:
         self._rig = rig
         self.starts_new_pods = True
         self.ends_deleted_pods = True
-        """Whether deleted pods end. False simulates a lost node."""
+        """Whether the fake kubelet ends deleted pods. With False, it behaves like the kubelet of a lost node."""
         self.stop_code = int(ExitCode.PREEMPTED_SAVED)
         self.stop_message = TerminationMessage(code="Stopped", message="saved on request", step=0)
         self._handled: set[tuple[str, str]] = set()
@@ -335,7 +340,7 @@ class Kubelet:
             "target": {"apiVersion": "v1", "kind": "Node", "name": NODE},
         }  # fmt: skip
         kind = Kind("v1", "Binding", f"pods/{name}/binding")
-        with contextlib.suppress(Conflict, AlreadyExists):  # raised if the pod is already bound
+        with contextlib.suppress(Conflict, AlreadyExists):  # the API server raises these errors if the pod is already bound
             await _repeat_until_answered(lambda: self._rig.kube.create(kind, self._rig.namespace, binding))
         bound_pod = await _repeat_until_answered(lambda: self._rig.kube.get(POD, self._rig.namespace, name))
         await self.write(pod, {
@@ -396,7 +401,9 @@ def _container_status(state: Object, ready: bool) -> Object:
 
 
 def _make_conditions(pod: Object, *, is_ready: bool) -> list[Object]:
-    """Return the conditions of a pod with a node. As with a real kubelet, a condition keeps its time as long as its status does not change."""
+    """Return the conditions of a pod that is bound to a node. As with a real kubelet, `lastTransitionTime` of a condition stays the same until the
+    condition's status changes.
+    """
     old_times = {(old["type"], old["status"]): old.get("lastTransitionTime") for old in (pod.get("status") or {}).get("conditions") or []}
     statuses = {"PodScheduled": "True", "Ready": "True" if is_ready else "False"}
     return [{"type": k, "status": v, "lastTransitionTime": old_times.get((k, v)) or _now()} for k, v in statuses.items()]
@@ -436,7 +443,7 @@ async def open_rig(endpoint: Endpoint, namespace: str, progress: Progress) -> As
 
 
 class Heartbeat:
-    """Keeps the node Ready in place of a kubelet, so that the node controller evicts no pods."""
+    """Keeps the node Ready by sending heartbeats in place of a kubelet, so that the node controller evicts no pods."""
 
     def __init__(self, endpoint: Endpoint):
         self._endpoint = endpoint

@@ -1,4 +1,4 @@
-"""Plans of jobs on a real API server: every attempt keeps the plan's choices, and a job that fits on no pool requests no GPU."""
+"""Plans of jobs on a real API server: every attempt uses the settings that the plan has chosen, and a job that fits on no pool requests no GPU."""
 
 from __future__ import annotations
 

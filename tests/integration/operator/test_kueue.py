@@ -1,6 +1,6 @@
 """The operator with the real Kueue controller: admission, eviction, preemption by priority, gang quota, suspension, and retries in a full queue.
 
-The quick tests of `test_queue.py` use a substitute for Kueue. The tests of this file check the substitute's behaviour on the real controller.
+The quick tests of `test_queue.py` use a substitute for Kueue. The tests of this file check that the real controller behaves like the substitute.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ async def test_a_job_with_higher_priority_preempts_another_which_resumes_afterwa
 
 
 async def test_a_job_on_several_nodes_is_admitted_as_a_whole(world: Rig, queue: QueueObjects) -> None:
-    """If the quota is enough for only one of a job's two pods, Kueue admits neither. A smaller job behind it in the queue is admitted."""
+    """If the quota is enough for only one of a job's two pods, Kueue admits neither pod. A smaller job that comes later in the queue is admitted."""
     queue.create({**PLENTY, GPU: "6"})
     await world.create("large", placement=QUEUED, resources=gpus(2, 4))
     await eventually("no quota", lambda: is_inadmissible(queue, "large-1"))
@@ -167,7 +167,7 @@ async def test_suspended_jobs_release_their_quota(world: Rig, queue: QueueObject
     await world.wait_for_phase("Running", "first")
     await world.create("second", placement=QUEUED, resources=gpus(1, 1))
     await world.create("third", placement=QUEUED, resources=gpus(1, 1))
-    # Kueue does not try to admit a workload that equals an inadmissible one, so it marks only one of the two jobs as inadmissible.
+    # The two jobs have equal workloads. Once Kueue has found one workload inadmissible, it does not try an equal one, so it marks only one of the two.
     await eventually("two wait", lambda: {"second-1", "third-1"} <= set(queue.workloads_by_job()) and is_inadmissible(queue, "second-1"))
     await world.patch({"suspend": True}, "second")
     await world.wait_for_phase("Suspended", "second")
@@ -186,7 +186,7 @@ async def test_suspended_jobs_release_their_quota(world: Rig, queue: QueueObject
 
 
 async def test_a_retry_waits_in_the_queue_like_a_new_job(world: Rig, queue: QueueObjects) -> None:
-    """If attempt 1 fails while another job waits, that job gets the quota. Attempt 2 is admitted after it."""
+    """If attempt 1 of a job fails while another job waits, the waiting job gets the quota. Attempt 2 of the failed job is admitted afterwards."""
     queue.create({**PLENTY, GPU: "1"})
     await world.create("first", placement=QUEUED, resources=gpus(1, 1))
     pod = await world.wait_for_pod("first-1", 0, "Running")
@@ -210,7 +210,9 @@ async def test_a_retry_waits_in_the_queue_like_a_new_job(world: Rig, queue: Queu
     [("team-a", "ephemeral-storage", "ephemeral-storage"), ("team-b", "", "LocalQueue team-b")],
 )
 async def test_the_workload_says_why_a_job_waits(world: Rig, queue: QueueObjects, queue_name: str, missing_resource: str, reason: str) -> None:
-    """A job waits if its ClusterQueue has no quota for a requested resource, or if its queue does not exist. The Workload's condition gives the reason."""
+    """A job waits if its ClusterQueue has no quota for a requested resource, or if its queue does not exist. A condition of the job's Workload states which
+    of these is the reason.
+    """
     queue.create({name: quantity for name, quantity in {**PLENTY, GPU: "1"}.items() if name != missing_resource})
     await world.create(placement={"queueName": queue_name}, resources=gpus(1, 1))
     await eventually("not admitted", lambda: is_inadmissible(queue, "run-1"))

@@ -191,7 +191,7 @@ async def test_a_diverged_run_is_first_replayed_then_rolled_back_then_fails(worl
 
 
 async def test_the_attempt_after_a_rollback_starts_from_the_newest_checkpoint(world: Rig) -> None:
-    """A rollback applies to one attempt only. The attempt after a later preemption does not repeat it."""
+    """A rollback to an older checkpoint applies to one attempt only. If this attempt is preempted, the next attempt does not repeat the rollback."""
     await world.create(training={"learningRate": 0.001})
     checkpoints = [make_checkpoint_entry(step) for step in (10, 20, 30)]
     for number in (1, 2):
@@ -383,7 +383,7 @@ async def wait_for_refusal(world: Rig) -> KubeError:
 
 
 async def test_a_job_that_an_admission_policy_refuses_waits_and_quotes_the_policy(world: Rig) -> None:
-    """The API server answers with status 422 if a policy refuses a valid Job, and also if a Job is invalid."""
+    """The API server answers with status 422 in both cases: if an admission policy refuses a valid Job, and if the Job is invalid."""
     name = f"costs-{world.namespace}"
     only_here = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": world.namespace}}}
     rules = [{"apiGroups": ["batch"], "apiVersions": ["v1"], "operations": ["CREATE"], "resources": ["jobs"]}]

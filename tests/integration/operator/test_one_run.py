@@ -37,7 +37,9 @@ async def test_a_job_runs_from_its_creation_to_success(world: Rig) -> None:
 
 
 async def test_a_job_that_is_created_again_adopts_the_result_of_its_preparation(world: Rig) -> None:
-    """The trainer decides whether a result can be adopted (tests/pod/test_existing_result.py). In this test, the operator acts on its termination message."""
+    """The trainer decides whether a result can be adopted (tests/pod/test_existing_result.py). In this test, the operator acts on the trainer's termination
+    message.
+    """
     policy = {"onExistingResult": "adopt"}
     first = await world.create(policy=policy)
     await world.kubelet.end(await world.wait_for_pod("run-prepare1", 0, "Running"), 0, TerminationMessage(exit_code=0))

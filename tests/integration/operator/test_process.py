@@ -22,7 +22,7 @@ async def fetch(operator: Operator, path: str) -> tuple[int, str]:
 
 
 async def metrics(operator: Operator, pattern: str) -> str:
-    """Read the metrics until they match `pattern`, because a test may see a status write before the operator has counted it."""
+    """Read the metrics until they match `pattern`, because a test may see a newly written status before the operator has counted this write in its metrics."""
     async with asyncio.timeout(30):
         while not re.search(pattern, text := (await fetch(operator, "/metrics"))[1]):
             continue

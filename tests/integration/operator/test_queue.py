@@ -47,7 +47,7 @@ async def test_a_job_is_queued_admitted_evicted_and_admitted_again(world: Rig) -
 async def test_the_deadline_does_not_include_time_in_the_queue(world: Rig) -> None:
     await world.create(placement={"queueName": "team-a"}, policy={"activeDeadlineSeconds": 2})
     await world.wait_for_phase("Queued")
-    await asyncio.sleep(2.5)  # longer than activeDeadlineSeconds, which does not include the time in the queue
+    await asyncio.sleep(2.5)  # longer than activeDeadlineSeconds, to show that the time in the queue does not count
     assert world.status()["phase"] == "Queued"
     await Queue(world).admit("run-1", {})
     status = await world.wait_for_phase("Failed")
@@ -86,7 +86,7 @@ async def test_a_job_with_higher_priority_preempts_another_which_resumes_afterwa
     running = await world.report_training("high-1")
     assert running["spec"]["priority"] == 1000
     await world.wait_for_phase("Running", "high")
-    assert await queue.schedule() is None, "a lower priority must not preempt a higher one"
+    assert await queue.schedule() is None, "a Job of lower priority must not preempt a Job of higher priority"
 
     await world.kubelet.succeed(running)
     await world.wait_for_phase("Succeeded", "high")

@@ -1,4 +1,4 @@
-"""Secrets and keys of an attempt: later releases derive the same values, and values for different purposes differ."""
+"""Secrets and keys of an attempt: every release derives the same values as the releases before it, and values for different purposes differ."""
 
 from __future__ import annotations
 

@@ -51,7 +51,9 @@ def test_the_upper_bound_of_the_memory_covers_the_highest_measured_peak(entry: A
 
 
 def make_job(uid: str = "u1", **changes: Any) -> dict[str, Any]:
-    """Return a job that stopped after half of its steps. These steps took 1.5 times their planned time, and the job used 0.9 times its planned memory."""
+    """Return a job that stopped after half of its steps. The completed steps took 1.5 times the time planned for them, and the job used 0.9 times its planned
+    memory.
+    """
     plan = {
         "work": WORK.to_wire(), "time": {"expectedSeconds": 1, "lowerSeconds": 1, "upperSeconds": 1},
         "memory": {"expectedBytes": 1000, "upperBytes": 1100}, "measured": {"memoryBytes": 900, "seconds": 750, "steps": 50},
@@ -80,7 +82,7 @@ def test_jobs_without_measured_values_are_left_out(changes: dict[str, Any]) -> N
 
 
 def write_table(folder: Path, *jobs: dict[str, Any]) -> dict[str, Any]:
-    """Run the program on a list of jobs, and return the global variables of the Python module that it writes."""
+    """Run `benchmarks/recalibrate.py` on a list of jobs. Return the global variables of the Python module that the program writes."""
     (folder / "jobs.json").write_text(json.dumps({"kind": "List", "items": [*jobs, {"kind": "Pod"}]}))
     options = ["--runs", str(folder / "runs.jsonl"), "--table", str(folder / "table.py")]
     assert recalibrate.main([str(folder / "jobs.json"), *options]) == 0
@@ -94,7 +96,7 @@ def test_the_program_collects_runs_and_writes_the_table(tmp_path: Path, capsys: 
     first = write_table(tmp_path, make_job(), slow, make_job("u3", phase="Failed"))
     assert first["TIME"] == {("h100-80gb", False): (2, 1.75, 1.5, 2.0)}
     assert first["MEMORY"] == {("h100-80gb", False): (1, 0.9, 0.9, 0.9)}
-    # The second call adds new runs to those of the first call. A run that is already recorded is not counted twice.
+    # The second call adds its runs to the runs of the first call. A run that the first call has already recorded is not counted twice.
     second = write_table(tmp_path, slow, make_job("u4", plan={"measured": {"seconds": 1000, "steps": 100}}))
     assert second["TIME"] == {("h100-80gb", False): (3, 1.5, 1.0, 2.0)}
     assert plan_time(WORK, H100, 1, second["TIME"]).calibration_runs == 3

@@ -26,7 +26,7 @@ MICRO, ACCUMULATION, CHECKPOINTING = "training.batchSizePerDevice", "training.gr
 
 
 def resolve(**groups: dict[str, Any]) -> ResolvedSpec:
-    """Return the resolved spec of a small job with these groups."""
+    """Return the resolved spec of a small job that has these spec groups."""
     spec: dict[str, Any] = {"model": {"source": "org/m"}, "dataset": {"train": "s3://data/t.jsonl"}} | groups
     parsed = FineTuneJobSpec.model_validate(spec)
     assert check_spec(parsed) == []
@@ -34,12 +34,12 @@ def resolve(**groups: dict[str, Any]) -> ResolvedSpec:
 
 
 def pool(gibibytes: float | None, name: str = "a", **fields: Any) -> GpuPool:
-    """Return a pool whose GPUs have this much memory. The job uses pool `a` if the plan chooses none."""
+    """Return a pool whose GPUs have this much memory. If the plan chooses no pool, the job uses pool `a`."""
     return GpuPool(name=name, memory_bytes=None if gibibytes is None else int(gibibytes * GIB), **{"is_current": name == "a", **fields})
 
 
 def decide(*pools: GpuPool, shape: ModelShape = SMALL, longest_row: int | None = None, **groups: dict[str, Any]) -> Decision:
-    """Return the plan's decision for a job that may use these pools. `longest_row`: tokens of the longest row."""
+    """Return the plan's decision for a job that may use these pools. `longest_row` is the number of tokens in the longest row."""
     return choose_values(resolve(**groups), shape, pools, RunFacts(longest_tokens=longest_row))
 
 
@@ -126,7 +126,7 @@ def test_a_pool_is_chosen_with_a_reason(pools: tuple[GpuPool, ...], groups: dict
 
 
 def test_a_job_with_a_reference_model_of_unknown_size_is_not_refused() -> None:
-    """The plan assumes that the reference model is as large as the model, but it may be smaller."""
+    """The plan assumes that the reference model is as large as the trained model, but the reference model may be smaller."""
     trainer = {"type": "dpo"}
     assert decide(pool(1), **PAIRS, trainer=trainer).refusal is not None
     assert decide(pool(1), **PAIRS, trainer=trainer | {"dpo": {"referenceModel": "org/small"}}).refusal is None
@@ -192,7 +192,7 @@ KTO: dict[str, Any] = {"trainer": {"type": "kto"}, "dataset": {"train": "s3://da
     ],
 )  # fmt: skip
 def test_values_are_chosen_for_preference_objectives(gibibytes: float, groups: dict[str, Any], expected: dict[str, Any]) -> None:
-    """The micro-batch is not larger than the default: the rows are padded, and the plan does not know how much padding more rows have."""
+    """The plan does not choose a larger micro-batch than the default, because it does not know how much padding a larger micro-batch would contain."""
     assert chosen_values(decide(pool(gibibytes), **PAIRS | groups)) == {POOL: "a", GPUS: 1, **expected}
 
 
@@ -234,7 +234,9 @@ def test_ranks_that_share_each_sequence_count_as_one_in_the_effective_batch() ->
 
 
 def test_a_job_whose_ranks_share_each_sequence_is_not_refused_by_the_plan() -> None:
-    """The plan cannot compute the memory of a part of a sequence, so it must not refuse a job that fits only because ranks share each sequence."""
+    """The plan cannot compute the memory that a rank needs for its part of a sequence, so it must not refuse a job that fits only because ranks share each
+    sequence.
+    """
     with pytest.raises(ConfigError, match="contextParallelSize is 2") as error:
         decide(pool(1), **CONTEXT_PARALLEL)
     assert error.value.code == "MethodNotPlanned"

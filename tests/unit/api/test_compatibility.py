@@ -20,7 +20,9 @@ from pydantic import ValidationError
 MINIMAL_SPEC: dict[str, Any] = {"model": {"source": "org/name"}, "dataset": {"train": "s3://bucket/train.jsonl"}}
 GRPO_SPEC = {"trainer": {"type": "grpo", "rewards": [{"builtin": "thinkFormat"}]}}
 RELEASE_0_1_0 = json.loads((Path(__file__).parent / "data/run_config_0_1_0.json").read_text())
-"""All fields of `run.json` that trainer 0.1.0 knows, as nested objects. A field without inner fields is None, or lists the values of its enumeration."""
+"""All fields of `run.json` that trainer 0.1.0 knows, as nested objects. The value of a field that has no inner fields is None or, for an enumeration, the
+list of its values.
+"""
 
 
 def run_config(**changes: Any) -> RunConfig:
@@ -44,7 +46,7 @@ def set_at_path(nested_values: Any, path: str, new_value: Any) -> None:
 
 
 def run_json_of_newer_operator(path: str, value: Any, *added_defaults: str, **changes: Any) -> bytes:
-    """Return the run.json of a newer operator: with `value` at `path`, and with further entries in the list `defaults`."""
+    """Return the run.json that a newer operator would write: it has `value` at `path`, and the `added_defaults` in its list `defaults`."""
     raw = json.loads(run_config(**changes).to_bytes())
     set_at_path(raw, path, value)
     raw["defaults"] += added_defaults
@@ -53,7 +55,7 @@ def run_json_of_newer_operator(path: str, value: Any, *added_defaults: str, **ch
 
 IGNORED = None
 NEWER_OPERATOR_CASES = [
-    # path in run.json, value at this path, further entries of `defaults`, expected part of the error message (IGNORED: no error)
+    # each case: path in run.json, value at this path, added entries of `defaults`, expected part of the error message (IGNORED: no error is expected)
     ("spec.training.fieldOfALaterRelease", 64, ["training.fieldOfALaterRelease"], IGNORED),
     ("spec.training.fieldOfALaterRelease", 64, [], "spec.training.fieldOfALaterRelease"),
     ("spec.training.fieldOfALaterRelease", 64, ["training.fieldOfALaterRelease", "#plan training.fieldOfALaterRelease"], "fieldOfALaterRelease"),
@@ -123,7 +125,9 @@ def test_trainer_reads_run_config_of_operator_0_1_0() -> None:
 
 
 def refused_by_0_1_0(value: Any, known: Any, path: str = "") -> list[str]:
-    """Return the paths in a run.json that trainer 0.1.0 refuses. `known`: the known fields of `value`, as in RELEASE_0_1_0."""
+    """Return the paths of the fields in a run.json that trainer 0.1.0 refuses. `known` holds the fields of `value` that trainer 0.1.0 knows, as in
+    RELEASE_0_1_0.
+    """
     if isinstance(value, list):
         return [refused for item in value for refused in refused_by_0_1_0(item, known, f"{path}[]")]
     if isinstance(value, dict) and isinstance(known, dict):

@@ -75,7 +75,7 @@ def test_resolving_a_resolved_spec_changes_nothing() -> None:
 
 @pytest.mark.parametrize("method", MethodType)
 def test_only_the_options_of_the_jobs_own_method_get_defaults(method: MethodType) -> None:
-    """A rule refuses groups of other methods, and trainers of earlier releases refuse groups that they do not know."""
+    """If other methods' groups got defaults, a rule would refuse the spec, and trainers of earlier releases would refuse groups that they do not know."""
     change = {"type": method, **({"adapter": {"source": "org/adapter"}} if method is MethodType.ADAPTER else {})}
     options = resolve_spec({"method": change}).spec.method
     groups = {name for name, info in Method.model_fields.items() if find_nested_group(info.annotation)}
@@ -118,7 +118,9 @@ def test_configured_region_and_credentials_are_not_used_for_an_endpoint_of_the_j
     ],
 )
 def test_liger_kernels_have_a_default_only_with_backend_unsloth(change: dict[str, Any], expected: bool | None, is_default: bool) -> None:
-    """Trainers of earlier releases read an absent value as false. With backend unsloth, they need true, the default of these releases."""
+    """If `model.ligerKernels` is absent, trainers of earlier releases read it as false. With backend unsloth, these trainers need the value true, which was
+    their default.
+    """
     resolution = resolve_spec(change)
     assert (resolution.spec.model.liger_kernels, "model.ligerKernels" in resolution.defaults) == (expected, is_default)
 

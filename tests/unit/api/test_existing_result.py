@@ -25,7 +25,9 @@ INPUTS = {"training data": "11", "model.source": "sha256:22"}
 
 
 def settings(*changes: dict[str, Any], platform_defaults: PlatformDefaults | None = None, user_values: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Return the compared settings of a job with SPEC and these changes. `user_values`: values of fields that the operator changed after a failure."""
+    """Return the settings of a job with SPEC and these changes that are compared with an earlier result. If the operator changed fields after a failure,
+    `user_values` holds the values that the user had set.
+    """
     raw_spec = dict(SPEC)
     for change in changes:
         for group, fields in change.items():

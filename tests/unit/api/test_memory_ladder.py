@@ -34,7 +34,7 @@ def advised_values(advice: MemoryAdvice) -> tuple[int | None, str | None, bool]:
 
 
 def test_the_largest_micro_batch_that_fits_is_advised_instead_of_half() -> None:
-    """Planned peaks are not corrected, because the refused allocation is within the planned peak."""
+    """The attempt needed no more memory than its planned peak, so the planned peaks of smaller micro-batches are used unchanged."""
     spec = spec_with_micro_batch(24, **DISABLED)
     limit = upper_bytes(spec, batchSizePerDevice=4)
     advice = advise_smaller_values(spec, MODEL, RunFacts(), RefusedAllocation(limit + 1, limit))
@@ -69,7 +69,7 @@ def test_recomputation_of_all_layers_is_advised_first_if_the_trainer_kept_activa
 
 
 def test_recomputation_is_advised_first_if_the_plan_chose_to_keep_activations() -> None:
-    """If the plan (and not the user) disabled recomputation, the advice is the same micro-batch with recomputation."""
+    """If recomputation was disabled by the plan and not by the user, the advice is to keep the micro-batch and to enable recomputation."""
     spec, chosen_paths = spec_with_micro_batch(8, **DISABLED), ["training.gradientCheckpointing"]
     limit = upper_bytes(spec, gradientCheckpointing="enabled")
     advice = advise_smaller_values(spec, MODEL, RunFacts(recomputed_layer_count=0), RefusedAllocation(limit, limit), chosen_paths)
@@ -86,7 +86,7 @@ def test_prefix_tuning_gets_a_smaller_micro_batch_and_no_recomputation() -> None
 
 
 def test_no_advised_change_exceeds_the_limit_of_accumulation_steps() -> None:
-    """An optimizer step has 65536 x 65536 rows. With a smaller micro-batch, it would need more accumulation steps than the CRD allows."""
+    """An optimizer step of this job has 65536 x 65536 rows. With a smaller micro-batch, the step would need more accumulation steps than the CRD allows."""
     spec = spec_with_micro_batch(65536, gradientAccumulationSteps=65536, gradientCheckpointing="enabled")
     limit = upper_bytes(spec) - 1
     advice = advise_smaller_values(spec, MODEL, RunFacts(), RefusedAllocation(limit, limit))
@@ -110,7 +110,7 @@ def test_up_to_three_changes_that_fit_are_advised_if_no_smaller_values_are_left(
     advice = advise_smaller_values(spec, MODEL, RunFacts(), RefusedAllocation(limit, limit))
     assert advised_values(advice) == (None, None, False)
     assert advice.changes == ["method.type: qlora", "dataset.maxSequenceLength: 2048", "a GPU with 11 GB of memory, such as t4-16gb"]
-    # The attempt needed twice its planned peak. With all planned peaks doubled, the advice names a larger GPU.
+    # The attempt needed twice its planned peak. So the planned peaks of all other settings are doubled too, and the advice names a larger GPU.
     advice_with_doubled_peaks = advise_smaller_values(spec, MODEL, RunFacts(), RefusedAllocation(2 * advice.planned_bytes, limit))
     assert advice_with_doubled_peaks.changes is not None and advice_with_doubled_peaks.changes[-1] == "a GPU with 21 GB of memory, such as a10-24gb"
 

@@ -1,4 +1,4 @@
-"""The memory plan: what it counts, how well it agrees with measured and published peaks, and which runs it refuses."""
+"""The memory plan: which memory it counts, how well it agrees with measured and published peaks, and which runs it refuses."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_tensor_counts_until_its_last_reference_is_deleted() -> None:
     output = tape.record([hidden, weight], tape.tensor((2, 4), 4), [Gradient(16, 4), Gradient(32, 4)], [hidden.storage])
     assert meter.total_bytes == 128 + 64 + 32
     del hidden, output
-    assert meter.total_bytes == 128 + 64  # the recorded operation keeps its input for the backward pass
+    assert meter.total_bytes == 128 + 64  # the tape keeps the operation's input for the backward pass
     tape.backward()
     assert (meter.total_bytes, meter.bytes_by_part[MemoryPart.GRADIENTS], meter.bytes_by_part[MemoryPart.ACTIVATIONS]) == (256, 128, 0)
     assert weight.gradient is not None
@@ -122,8 +122,9 @@ def test_estimates_agree_with_measured_peaks_on_a_cpu() -> None:
 
 
 def test_estimates_agree_with_published_peaks() -> None:
-    """The argument 720, a number of tokens, was fitted to these runs and is the same for all methods. benchmarks/results/memory_published.json contains the
-    errors of runs that were left out of the fit."""
+    """The argument 720, a number of tokens, was fitted to these runs, and all methods use the same number. benchmarks/results/memory_published.json contains
+    the errors for runs to which the number was not fitted.
+    """
     errors = {run.name: replay(run.as_step(720)).total_bytes * (1 + FRAGMENTATION) / run.reserved_bytes - 1 for run in PUBLISHED_RUNS}
     assert max(map(abs, errors.values())) <= 0.06
     assert sorted(map(abs, errors.values()))[len(errors) // 2] <= 0.015
@@ -189,7 +190,7 @@ def test_a_plan_that_was_not_compared_with_measured_peaks_has_a_wider_margin() -
 
 
 def test_a_model_that_supports_only_eager_attention_is_planned_with_it() -> None:
-    """transformers runs Gemma 2 only with eager attention, which needs memory for the score of each pair of tokens."""
+    """transformers runs Gemma 2 only with eager attention, which stores a score for each pair of tokens."""
     gemma = parse_model_shape(TINY | {"model_type": "gemma2", "head_dim": 64})
     spec = resolve().spec
     assert plan_memory(spec, gemma).memory == plan_memory(spec, gemma, RunFacts(attention="eager")).memory

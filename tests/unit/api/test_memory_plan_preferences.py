@@ -1,4 +1,4 @@
-"""The memory plan of dpo, orpo, kto and reward: what it counts, and how well it agrees with measured peaks."""
+"""The memory plan of dpo, orpo, kto and reward: which memory it counts, and how well it agrees with measured peaks."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_an_adapter_is_compared_with_a_frozen_copy_of_itself(objective: str) -> 
 
 
 def test_the_forward_pass_of_the_reference_model_keeps_no_activations() -> None:
-    """While the reference model runs, it needs less memory than the backward pass. So only its weights add to the peak."""
+    """The forward pass of the reference model needs less memory than the later backward pass. So only the weights of the reference model add to the peak."""
     weights = TrainedWeights(4, 4, trains_base_weights=False, lora_rank=4, target_layers=frozenset({"q_proj"}))
     step = Step(SHAPE, weights, Batch(2, 256), SGD, loss_head=LossHead.SCORE)
     weight_bytes = 4 * count_parameters(SHAPE)
@@ -136,7 +136,7 @@ def test_orpo_holds_the_logits_of_both_answers_in_32_bits(precision: str) -> Non
     shape = parse_model_shape(TINY | {"vocab_size": 32000})
     logits = plan_memory(spec, shape).memory.parts.logits
     all_logits = 8 * 512 * 32000 * 4
-    assert 3.4 * all_logits < logits <= 3.51 * all_logits  # logits (1), half of them for the cross entropy (0.5), two gradients (2)
+    assert 3.4 * all_logits < logits <= 3.51 * all_logits  # logits (1), a copy of half of them (0.5), two gradients of the logits (2)
 
 
 def test_on_a_gpu_the_fused_head_skips_prompt_tokens() -> None:

@@ -1,4 +1,4 @@
-"""The table OBJECTIVES is complete, and rules and defaults agree with it."""
+"""The table OBJECTIVES is complete, and the rules and defaults of the spec agree with this table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The run configuration that pods get, and the termination message that they return."""
+"""The run configuration that the operator gives to pods, and the termination message that the pods return to it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Secrets are recognised by their form, wherever they are in a text, and ordinary text does not change."""
+"""Redaction recognises secrets by their form, at any position in a text, and does not change ordinary text."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def pem(label: str, body: str) -> str:
 
 
 def token(template: str, alphabet: str, length: int) -> st.SearchStrategy[tuple[str, str]]:
-    """Draw (text, secret): a random secret of this length, and the template with the secret in place of `{}`."""
+    """Draw a pair (text, secret): the secret is random and has this length, and the text is the template with the secret in place of `{}`."""
     return st.text(alphabet, min_size=length, max_size=length).map(lambda secret: (template.format(secret), secret))
 
 
@@ -115,7 +115,9 @@ def test_redacting_a_redacted_text_changes_nothing(text: str) -> None:
 
 
 def test_no_pattern_repeats_a_group() -> None:
-    """With a repeated group, a search in 4 KiB of `a_a_a_...` took 0.7 seconds, so a pod could block the operator's event loop with such a text."""
+    """When a pattern repeated a group, a search in 4 KiB of `a_a_a_...` took 0.7 seconds. A pod that reported such a text could block the operator's event
+    loop.
+    """
     for pattern in (*TOKEN_PATTERNS, ASSIGNMENT_PATTERN):
         assert not re.search(r"\)[*+]", pattern.pattern)
 
@@ -128,7 +130,9 @@ SLOW_TEXTS = [
 
 @pytest.mark.parametrize("repeated_text", SLOW_TEXTS)
 def test_the_time_of_redaction_grows_only_linearly(repeated_text: str) -> None:
-    """For 8 times the text, a linear pattern takes 8 times as long, and a quadratic one 64 times. Other programs do not affect CPU time."""
+    """If a text is 8 times as long, a linear pattern takes 8 times as long, and a quadratic pattern 64 times as long. CPU time is measured, because other
+    programs do not affect it.
+    """
 
     def seconds(length: int) -> float:
         text, fastest_seconds = (repeated_text * length)[:length], float("inf")

@@ -1,4 +1,4 @@
-"""Specs that break each cross-field rule, with the field that the problem names, and specs without problems."""
+"""For each rule that compares fields: specs that break the rule, and the field that the reported problem names. Also specs that break no rule."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MINIMAL_SPEC: dict[str, Any] = {"model": {"source": "org/name"}, "dataset": {"tr
 
 
 def merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
-    """Return `base` with the values of `change`. Nested dicts are merged, too."""
+    """Return a copy of `base` with the values of `change`. Nested dicts are merged instead of replaced."""
     result = dict(base)
     for key, value in change.items():
         old = result.get(key)
@@ -60,7 +60,7 @@ GENERATION_FIELDS = frozenset({"image", "gpus", "gpuMemoryUtilization", "cpu", "
 
 
 def generation_spec(*, backend: str | None = "vllm", **values: Any) -> dict[str, Any]:
-    """Return a grpo spec. `values`: options of `trainer.grpo.generation`, and other groups."""
+    """Return a grpo spec. `values` are options of `trainer.grpo.generation` and further groups of the spec."""
     options = {name: value for name, value in values.items() if name in GENERATION_FIELDS} | ({"backend": backend} if backend else {})
     groups = {name: value for name, value in values.items() if name not in GENERATION_FIELDS}
     return grpo_spec({"builtin": "thinkFormat"}, trainer={"grpo": {"generation": options}}, **groups)

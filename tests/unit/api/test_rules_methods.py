@@ -1,4 +1,4 @@
-"""Rules about options of methods: adapter initialisations that change the base weights, and options that the method does not read."""
+"""Rules about options of fine-tuning methods: adapter initialisations that change the base weights, and options that the chosen method does not read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TWO_GPUS: dict[str, Any] = {"gpusPerNode": 2}
 
 
 def problems(lora: dict[str, Any], **groups: Any) -> list[Problem]:
-    """Return the problems of a spec with these options of `method.lora` and these other groups."""
+    """Return the problems of a spec in which `method.lora` has the options `lora`, and the other groups are `groups`."""
     groups["model"] = {"source": "org/name", **groups.get("model", {})}
     groups["method"] = {**groups.get("method", {}), "lora": lora}
     return check_spec(FineTuneJobSpec.model_validate({"dataset": {"train": "s3://bucket/train.jsonl"}, **groups}))

@@ -1,4 +1,4 @@
-"""For each rule and each option with a known set of values: the values that the rule refuses. The rule must accept all other values."""
+"""Each case names a rule and a field. The rule must refuse the listed values of the field, and must accept all other values."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ ONE_ROW = {"training.batchSizePerDevice": 1, "training.gradientAccumulationSteps
 BEST = {"checkpoint.loadBestAtEnd": True, "dataset.validation": "a/b"}
 LABELS = {"trainer.type": "dpo", "trainer.dpo.labelSmoothing": 0.1}
 CASES: list[tuple[str, str, dict[str, Any], str, str]] = [
-    # code of the rule, path of the problem, fields of the spec, field whose values are tried, refused values (or `not` and the accepted values)
+    # rule code, path of the problem, fields of the spec, field for which all values are tried, the refused values (or `not` and the accepted values)
     ("QloraNeedsFourBits", "model.quantization.bits", {"model.quantization.bits": 8}, "method.type", "qlora"),
     ("QloraNeedsFourBits", "model.quantization.bits", {"method.type": "qlora"}, "model.quantization.bits", "8"),
     ("FullNeedsWholeWeights", "model.quantization.bits", {"model.quantization.bits": 8}, "method.type", "full spectrum"),
@@ -194,7 +194,7 @@ CASES: list[tuple[str, str, dict[str, Any], str, str]] = [
 
 
 def problems(fields: dict[str, Any], target: ExecutionTarget = ExecutionTarget.CLUSTER) -> list[Problem]:
-    """Return the problems of a minimal spec with these fields. `fields`: values by spec path."""
+    """Return the problems of a minimal spec with these fields. `fields` has the value of each field by its path in the spec."""
     spec: dict[str, Any] = {}
     for path, value in (REQUIRED_FIELDS | fields).items():
         *groups, name = path.split(".")
@@ -202,7 +202,7 @@ def problems(fields: dict[str, Any], target: ExecutionTarget = ExecutionTarget.C
         for key in groups:
             group = group.setdefault(key, {})
         group[name] = dict(value) if isinstance(value, dict) else value
-    parsed = json.loads(json.dumps(spec))  # makes new string objects, so that a comparison of strings with `is` fails
+    parsed = json.loads(json.dumps(spec))  # creates new string objects, so that rules that compare strings with `is` by mistake fail
     return check_spec(FineTuneJobSpec.model_validate(parsed), target=target)
 
 

@@ -58,7 +58,9 @@ def test_the_schema_sets_defaults_only_for_suspend_cancel_policy_and_placement()
 
 
 def test_the_committed_crd_is_up_to_date_and_small_enough_for_kubectl_apply() -> None:
-    """`kubectl apply` stores the whole object as JSON in an annotation. All annotations of an object together may have 262,144 bytes."""
+    """`kubectl apply` stores the whole object as JSON in an annotation, and the API server allows at most 262,144 bytes for all annotations of an object
+    together.
+    """
     path = ROOT / "crds" / "finetunejobs.yaml"
     text = path.read_text()
     assert text.startswith(GENERATED_HEADER)

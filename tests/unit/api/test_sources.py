@@ -1,4 +1,4 @@
-"""Notations of sources (URIs and Hub names), and the short name of a model."""
+"""The notations in which a spec may write a source (URIs and Hub names), and the short name that is derived from a model's source."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ STATUS: dict[str, Any] = {
 
 
 def prompt_fields(**changes: Any) -> dict[str, Any]:
-    """Return the fields of a status with these changes that the operator writes at once."""
+    """Apply these changes to STATUS, and return the fields of the result whose changes the operator writes at once."""
     return status_module.select_immediate_fields(FineTuneJobStatus.model_validate(STATUS | changes).to_wire())
 
 
@@ -109,7 +109,7 @@ LONGEST_VALUES = {
     "Result": len("perplexity 12.34"),
     "Duration": len("12h34m"),
 }
-"""Length of the longest usual text in each printer column."""
+"""For each printer column, the length of the longest text that usually appears in it."""
 
 
 def test_the_lines_of_the_wide_table_have_fewer_than_200_characters() -> None:

@@ -122,8 +122,9 @@ MEASURED_RUNS: tuple[tuple[str, str, ModelShape, str, float, int, float], ...] =
         ("full", LLAMA_1B, "packed", 53737), ("full", LLAMA_1B, "chat", 46827),
     )),
 )  # fmt: skip
-"""Measured runs: published ones on an L40S (PEFT's comparison of methods, commit 5d602fd), and those of this trainer on an H200
-(benchmarks/results/gpu_cells.json)."""
+"""Measured runs: published runs on an L40S (PEFT's comparison of methods, commit 5d602fd), and runs of this trainer on an H200
+(benchmarks/results/gpu_cells.json).
+"""
 
 
 def plan_work_of_run(method: str, model: ModelShape, tokens: float, steps: int) -> WorkPlan:

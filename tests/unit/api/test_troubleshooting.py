@@ -24,22 +24,24 @@ COMPUTED_CODES: dict[tuple[str, str], set[str]] = {
     ("base.py", "code"): set(),  # codes of rules
     ("base.py", "entry.code"): set(),  # codes of rules
     ("user_config.py", "problem.code"): set(),  # codes of rules
-    ("detect.py", "error.code"): set(),  # codes of RowError, which the scan finds
+    ("detect.py", "error.code"): set(),  # only codes of RowError, which the scan finds as literals
     ("read.py", "error.code"): set(),
     ("encode.py", "row.code"): set(),
     ("engine.py", "code"): {"LossNotFinite", "GradientNotFinite"},
     ("fetch.py", "f'{kind.error_code_prefix}Gated'"): {"ModelGated", "DatasetGated", "BenchmarkGated"},
     ("fetch.py", "f'{kind.error_code_prefix}NotFound'"): {"ModelNotFound", "DatasetNotFound", "BenchmarkNotFound"},
-    ("existing_model.py", "code"): set(),  # arguments of `_not_found_error`, which the scan finds
+    ("existing_model.py", "code"): set(),  # only codes that the scan finds as arguments of `_not_found_error`
     ("model.py", "code"): set(),
     ("child_main.py", "failure.code"): set(),
     ("failure.py", "code"): set(),
-    ("train.py", "type(error).__name__"): set(),  # names of Python exceptions; the page says so
+    ("train.py", "type(error).__name__"): set(),  # names of Python exceptions; the page explains that such codes exist
     ("tree.py", "UPLOAD_INCOMPLETE_CODE"): {"UploadIncomplete"},
 }
-"""The possible codes of each call whose code is not a literal, by (file, expression). Codes that the scan of the source text finds elsewhere are left out."""
+"""For each call that computes its code by an expression, the codes that can result, by (file, expression). Codes that the scan of the source text also finds
+as literals are left out.
+"""
 OTHER_CODES = {"OOMKilled", "Evicted", Reason.DEADLINE_EXCEEDED.value, Reason.BUDGET_EXCEEDED.value, "StagingDiskFull", "RankFailed"}
-"""Codes that the scan of the source text cannot find, because the operator takes them from constants or from Kubernetes, or reports them in another way."""
+"""Codes that the scan of the source text cannot find, for example because the operator takes them from constants or from Kubernetes."""
 
 
 def find_all_failure_codes() -> set[str]:

@@ -1,4 +1,4 @@
-"""Fields of a spec with which a preparation would run code that the platform has not approved."""
+"""Fields of a spec that would make a preparation pod run code that the platform has not approved."""
 
 from __future__ import annotations
 

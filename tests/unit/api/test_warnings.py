@@ -1,4 +1,4 @@
-"""Warnings about a valid spec. Warnings are part of `status.resolved.notes`."""
+"""Warnings about a valid spec. The operator writes the warnings into `status.resolved.notes`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The import cases: every required sample, and every configuration block on the documentation pages of five tools.
 
-`python -m tests.unit.cli.cases` writes the expected results again. Review their changes before you commit them.
+`python -m tests.unit.cli.cases` overwrites the expected results with the current results. Review the changes of these files before you commit them.
 """
 
 from __future__ import annotations
@@ -81,12 +81,13 @@ CASES_WITH_COMMANDS: dict[str, tuple[tuple[str, ...], str, str]] = {
 
 
 BLOCKS_BY_PAGE: dict[str, tuple[int, int]] = {"env": (2, 8), "toml": (17, 0), "yaml": (4, 3), "hydra": (0, 1), "guide": (2, 0)}
-"""For each tool's documentation page: its number of configuration files and of command lines. All other code blocks there are data or code."""
+"""For each tool: how many configuration files and how many command lines its documentation page contains. All other code blocks of the page are data or code.
+"""
 REQUIRED_SAMPLES: dict[str, tuple[str, str]] = {
     "env": ("A B C", "R1 R2 R3 R4"), "toml": ("A B C", "R1 R2 R3 R4"), "yaml": ("A B C D", "R1 R2 R3 R4"),
     "hydra": ("A B C D", "R1 R2 R3 R4"), "guide": ("A B", "R1 R2"),
 }  # fmt: skip
-"""For each tool: the names of the required samples that are accepted, and of those that are refused."""
+"""For each tool: the names of the required samples that the importer must accept, and the names of those that it must refuse."""
 CASE_BY_COMMAND_SAMPLE = {
     "env-C": "env-command-line-over-file", "yaml-C": "yaml-overrides", "yaml-D": "yaml-deepspeed-beside", "yaml-R4": "yaml-overrides-refused",
     "hydra-C": "hydra-overrides", "hydra-D": "hydra-flags", "hydra-R3": "hydra-unknown-key", "hydra-R4": "hydra-sweep",
@@ -95,7 +96,9 @@ CASE_BY_COMMAND_SAMPLE = {
 
 
 def list_import_cases() -> dict[str, tuple[tuple[Path, ...], str | None, str]]:
-    """Return the cases by name: the files, the importer's name or None to recognise the tool by content, and the other tool's command line."""
+    """Return the cases by name. A case has the files, the importer's name (None if the files' content decides the importer), and the command line of the
+    other tool.
+    """
     cases_by_name: dict[str, tuple[tuple[Path, ...], str | None, str]] = {}
     for folder in ("samples", "blocks"):
         for path in sorted((CASES_FOLDER / folder).iterdir()):
@@ -118,7 +121,7 @@ def list_accepted_cases() -> list[str]:
 
 
 def run_import_case(name: str) -> dict[str, Any]:
-    """Import a case, and return its outcome in the form of the files in `expected/`."""
+    """Import a case, and return the outcome in the same form as the files in `expected/`."""
     from tests.unit.cli.import_command import import_files
 
     files, source, words = list_import_cases()[name]

@@ -1,4 +1,4 @@
-"""Helpers for the tests of `finetune import`: they run an import in this process and return its outcome."""
+"""Helpers for the tests of `finetune import`. The helpers run an import in the process of the test and return the import's outcome."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Usual mistakes in manifests, and the messages of `finetune validate`: one row for each mistake, in `mistakes.txt`.
+"""Usual mistakes in manifests, and the messages of `finetune validate` about them. The file `mistakes.txt` has one row for each mistake.
 
-A row begins with a part of a spec in one line. The indented lines after it are the expected messages. `python -m tests.unit.cli.mistakes`
-writes the messages again; review them.
+The first line of a row is a part of a spec with the mistake. The indented lines after this line are the expected messages. `python -m
+tests.unit.cli.mistakes` overwrites the expected messages with the current messages; review the changes.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from finetune_cli.yaml_reader import read_trees
 
 FILE = Path(__file__).with_name("mistakes.txt")
 SPEC: dict[str, Any] = {"model": {"source": "org/name"}, "dataset": {"train": "s3://bucket/train.jsonl"}}
-"""The mistakes are merged into this spec. The value null removes a field."""
+"""A row's part of a spec is merged into this spec. If the part has the value null for a field, the field is removed."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A part of a spec, and the messages about it. A warning begins with `warning: `."""
+    """A part of a spec, and the messages about this part. If a message is a warning, its text begins with `warning: `."""
 
     text: str
     messages: list[str]
@@ -40,7 +40,7 @@ def read_rows() -> list[Row]:
 
 
 def messages_about(text: str) -> list[str]:
-    """Return the errors and warnings about the spec with the part `text`."""
+    """Return the errors and warnings about SPEC after the part `text` was merged into it."""
     spec = _merge(SPEC, read_trees(text)[0].value)
     value = {"apiVersion": "finetune-operator.io/v1alpha1", "kind": "FineTuneJob", "metadata": {"name": "bot"}, "spec": spec}
     findings = check_manifest(Manifest("", 0, value, {}))[1]

@@ -1,4 +1,4 @@
-"""The bounds of numbers in the converters of the importers."""
+"""The converters of the importers check the bounds of numbers."""
 
 from __future__ import annotations
 

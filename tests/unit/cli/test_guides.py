@@ -106,7 +106,7 @@ def test_table_of_secrets_lists_every_secret(write_file: WriteFile) -> None:
 
 
 def secret_references(value: Any, path: str = "") -> dict[str, str]:
-    """Return the Secret keys to which a spec refers, with the field of each reference."""
+    """Return the Secret keys to which a spec refers, each with the path of the field that refers to it."""
     if isinstance(value, list):
         return (
             {key: path for variable in value for key in secret_references(variable["secretKeyRef"])}

@@ -1,4 +1,4 @@
-"""The importer `env`: syntax, precedence, and options that interact."""
+"""The importer `env`: the syntax of .env files, which of several values of an option wins, and options that depend on each other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The importer `hydra`: composition, overrides, the older dashed flags, and accelerate files."""
+"""The importer `hydra`: composition of configurations, overrides, the command-line flags with dashes of older versions, and accelerate files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ training_config:
 
 @pytest.fixture
 def import_hydra(write_file: WriteFile) -> Any:
-    """Return a function that imports an already composed Hydra configuration with overrides."""
+    """Return a function that imports one file, which contains the composed Hydra configuration, together with overrides."""
 
     def run(words: str = "", base_text: str = BASE_CONFIG, **request_fields: Any) -> ImportOutcome:
         return import_files(write_file("job.yaml", base_text), words=words, source="hydra", **request_fields)
@@ -34,7 +34,7 @@ def import_hydra(write_file: WriteFile) -> Any:
 
 @pytest.fixture
 def folder(write_file: WriteFile, tmp_path: Path) -> Path:
-    """Return a folder of Hydra groups with a primary file."""
+    """Return a folder that contains Hydra config groups and a primary configuration file."""
     write_file("configs/config.yaml", "defaults:\n  - dataset: default\n  - training: ddp\n  - _self_\n")
     write_file("configs/dataset/default.yaml", "path: org/data\nformat: standard\n")
     write_file("configs/dataset/pairs.yaml", "path: org/pairs\nformat: preference\n")

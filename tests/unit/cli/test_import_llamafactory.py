@@ -1,4 +1,4 @@
-"""The importer `llamafactory`, and the training arguments of transformers that it shares with other importers."""
+"""The importer `llamafactory`, and the training arguments of transformers that this importer and others accept."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ BASE_SETTINGS: dict[str, Any] = {
 
 @pytest.fixture
 def import_settings(write_file: WriteFile) -> Any:
-    """Return a function that imports `BASE_SETTINGS` with changes as a LLaMA-Factory file. A change to None removes the key."""
+    """Return a function that imports `BASE_SETTINGS` with changes as a LLaMA-Factory file. If the changed value of a key is None, the file does not contain
+    the key.
+    """
 
     def run(changes: dict[str, Any] | None = None, *files: Path, **options: Any) -> ImportOutcome:
         settings = {key: value for key, value in (BASE_SETTINGS | (changes or {})).items() if value is not None}

@@ -50,7 +50,7 @@ SETTINGS = {"trl": TRL, "unsloth": UNSLOTH, "together": TOGETHER, "torchtune": T
 
 
 def with_changes(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings with changes at paths such as `group/key`. A change to None removes the key."""
+    """Return the settings with changes at paths such as `group/key`. If the changed value of a key is None, the key is removed."""
     result = json.loads(json.dumps(settings))
     for path, value in changes.items():
         group = result
@@ -66,7 +66,7 @@ def with_changes(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str,
 
 @pytest.fixture
 def import_settings(write_file: WriteFile) -> Any:
-    """Return a function that imports the settings of a tool with changes, with the importer that recognises them."""
+    """Return a function that changes a tool's settings and imports them. The importer is the one that recognises the settings."""
 
     def run(tool: str, changes: dict[str, Any] | None = None, **options: Any) -> ImportOutcome:
         return import_files(
@@ -230,7 +230,7 @@ def test_spec_fields_for_tools_without_importer_exist() -> None:
 
 
 def list_field_paths(model: Any, prefix: str = "") -> Iterator[str]:
-    """Yield the dotted paths of all fields of a model."""
+    """Yield the dotted paths of all fields of a Pydantic model."""
     for name, info in model.model_fields.items():
         path = f"{prefix}{info.alias or name}"
         yield path

@@ -1,4 +1,6 @@
-"""Imports of all required samples, and of all code blocks on the tools' documentation pages, have the reviewed results in `expected/`."""
+"""The imports of all required samples, and of all configurations on the tools' documentation pages, have the results that were reviewed and stored in
+`expected/`.
+"""
 
 from __future__ import annotations
 

@@ -40,13 +40,15 @@ def commit_folder(
 
 
 def download_commit(storage: JobStorage, committed: CommittedFolder, folder: Path) -> int:
-    """Download a commit into a folder, and return the bytes of its files."""
+    """Download a committed folder of the storage into a local folder, and return the total size of its files in bytes."""
     return sum(file.size for file in download(make_committed_source(storage, committed), folder, SilentProgress()))
 
 
 @pytest.fixture
 def storage(tmp_path: Path) -> JobStorage:
-    """Return the storage of a job with the model and three checkpoints: step 10 is healthy, 20 is committed, 30 is not committed."""
+    """Return the storage of a job with the model and three checkpoints. Step 10 is committed and marked as healthy, step 20 is committed, step 30 is not
+    committed.
+    """
     root = tmp_path / "tree"
     commit_folder(root, "checkpoints/step-00000010", {"a.bin": b"one"})
     (root / "checkpoints/step-00000010/_HEALTHY").write_text("")

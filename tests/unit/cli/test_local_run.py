@@ -1,4 +1,4 @@
-"""`finetune run --local`: attempt numbers, kept defaults and the last progress report."""
+"""`finetune run --local`: numbers of attempts, defaults that later attempts keep, and the last progress report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The program `finetune`: usage, help, exit codes, completion, bug reports, colours, unusual locales and outputs."""
+"""The program `finetune`: usage, help, exit codes, completion, bug reports, colours, unusual locales, and outputs that cannot be written."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_help_shows_the_program_name_as_the_user_typed_it(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["/usr/local/bin/kubectl-finetune"])
     assert run_command("--help")[1].startswith("Usage: kubectl finetune [OPTIONS]")
-    # Without this variable Typer looks for a shell among the parent processes, and CI may have no shell.
+    # Unless this variable is set, Typer looks for a shell among the parent processes, and in CI there may be none.
     monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
     monkeypatch.setattr(sys, "argv", ["/usr/local/bin/kubectl-finetune", "--show-completion", "bash"])
     assert "_FINETUNE_COMPLETE=complete_bash" in run_command("--show-completion", "bash")[1]

@@ -1,4 +1,4 @@
-"""Each usual mistake gets a message that says what was given, why it cannot be, and what to write."""
+"""Each usual mistake gets a message that says what was given, why this is refused, and what to write instead."""
 
 from __future__ import annotations
 
@@ -20,6 +20,6 @@ def test_no_mistake_passes_without_a_word() -> None:
 
 
 def test_every_message_says_what_to_write() -> None:
-    """A message without hint must list the allowed values itself."""
+    """If a message has no hint about what to write, the message itself must list the allowed values."""
     silent = [message for row in ROWS for message in row.messages if "; " not in message and "should be '" not in message]
     assert silent == []

@@ -1,4 +1,4 @@
-"""The OCI layouts that `finetune export` writes: digests, contents, and skopeo's own reading of them."""
+"""The OCI layouts that `finetune export` writes: digests, contents, and what skopeo reads from these layouts."""
 
 from __future__ import annotations
 

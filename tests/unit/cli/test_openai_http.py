@@ -31,7 +31,7 @@ MULTIPART_HEADERS = {**HEADERS, "Content-Type": "multipart/form-data; boundary=a
 
 
 class ServiceWithoutStorage(FineTuningService):
-    """A service without storage. `chunks` yields the content of each file, and may raise an exception."""
+    """A service that has no storage: it takes the content of each file from `chunks`, which may raise an exception."""
 
     chunks: Iterator[bytes] = iter(())
 
@@ -65,7 +65,7 @@ async def server(service: ServiceWithoutStorage, tmp_path: Path, caplog: pytest.
 
 
 async def send(server: tuple[str, int], method: str, path: str, headers: dict[str, str], body: bytes | None = None) -> tuple[int, Any]:
-    """Send a request, and return the status and the JSON of the response."""
+    """Send a request, and return the response's status code and its body, parsed as JSON."""
     async with aiohttp.ClientSession() as session, session.request(method, f"http://{server[0]}:{server[1]}{path}", headers=headers, data=body) as response:
         return response.status, await response.json()
 

@@ -1,4 +1,6 @@
-"""The OpenAI server without a cluster: requests become FineTuneJobs, FineTuneJobs become objects of the API, and its keys, files and failures."""
+"""The OpenAI server without a cluster: how it converts requests to FineTuneJobs and FineTuneJobs to objects of the OpenAI API, and its keys, files and
+failures.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,7 @@ JOB_ID = "ftjob-0123456789abcdef01234567"
 
 
 def build_config(**spec: Any) -> ServerConfig:
-    """Return a configuration with one model. `spec`: further fields of the model's spec."""
+    """Return a server configuration with one model. `spec` has further fields for the spec of this model."""
     return ServerConfig.model_validate({
         "storage": {"uri": "s3://models/jobs", "endpoint": "http://s3.example.com"},
         "models": {"gpt-4o-mini": {"spec": {"model": {"source": "org/small"}, **spec}}},
@@ -49,7 +51,9 @@ def build_config(**spec: Any) -> ServerConfig:
 
 
 def build_finetunejob(request: Any, rows: str = MESSAGES_ROW, **spec: Any) -> dict[str, Any]:
-    """Return the FineTuneJob that the server creates for a request. `rows`: the first rows of the file. `spec`: fields of the model's spec."""
+    """Return the FineTuneJob that the server creates for a request. `rows` are the first rows of the training file. `spec` has further fields for the spec of
+    the configured model.
+    """
     return build_job(
         request, build_config(**spec), JOB_ID, find_file=lambda file_id: FILE if file_id == FILE.id else None,
         read_first_lines=lambda file: [rows], make_file_uri=lambda file: f"s3://models/jobs/{file.key}",

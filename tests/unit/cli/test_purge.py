@@ -1,4 +1,4 @@
-"""`finetune purge`, and what `finetune delete` says about the files that stay."""
+"""`finetune purge`, and what `finetune delete` prints about the files that stay in storage."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_cluster_without_the_crd_keeps_the_data(
 
 
 def store_rows(folder: Path, digest: str, until: str | None) -> None:
-    """Store prepared rows, with a marker `_USED` if `until` is given."""
+    """Store prepared rows. If `until` is given, also store the marker `_USED`, which contains it."""
     for name in ("_COMMITTED", "a1-12345678/manifest.json", "a1-12345678/train/00000.arrow"):
         (folder / digest / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / digest / name).write_text("{}", encoding="utf-8")

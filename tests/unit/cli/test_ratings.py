@@ -1,4 +1,5 @@
-"""`finetune ratings`: sheets that people filled in, and statistics against published and independent figures."""
+"""`finetune ratings`: reading the sheets that people filled in, and computing statistics that agree with published figures and with independent computations.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +44,9 @@ def test_alpha_equals_the_published_example() -> None:
 
 
 def alpha_by_ranks(units: list[list[int]]) -> float:
-    """Compute ordinal alpha in another way: distances are differences of mid-ranks, and disagreements are means over all pairs of values."""
+    """Compute ordinal alpha by another formula than the program: distances are differences of mid-ranks, and disagreements are means over all pairs of
+    values.
+    """
     paired = [unit for unit in units if len(unit) > 1]
     values = [value for unit in paired for value in unit]
     counts = Counter(values)
@@ -66,7 +69,7 @@ def test_alpha_of_extreme_cases(units: list[list[int]], alpha: float | None) -> 
 
 
 def test_wilson_interval_equals_published_figures() -> None:
-    """Figures of Newcombe 1998, "Two-sided confidence intervals for the single proportion", table I, method 3."""
+    """The expected figures are from Newcombe 1998, "Two-sided confidence intervals for the single proportion", table I, method 3."""
     for successes, count, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)):
         assert compute_wilson_interval(successes / count, count) == pytest.approx((low, high), abs=5e-5)
 
@@ -148,7 +151,7 @@ def test_every_invalid_score_is_named_with_file_line_and_column(tmp_path: Path) 
         f"relevance: '6' is not a score; {hint}", f"accuracy: 'good' is not a score; {hint}", f"coherence: '2.5' is not a score; {hint}",
         f"overall: '0' is not a score; {hint}", "id: the cell is empty; restore the number of the row",
     ]  # fmt: skip
-    # The first row has two lines, because its answer has two.
+    # The first row takes two lines of the file, because its answer has two lines.
     assert [text.partition(": ")[0] for text in mistakes([path])] == [f"{path}:2"] * 4 + [f"{path}:4"]
 
 

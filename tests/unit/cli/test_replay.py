@@ -1,4 +1,4 @@
-"""`finetune replay`: the repeated spec, the refusals, and the reasons why weights may differ."""
+"""`finetune replay`: the spec of the repeated run, runs that it refuses to repeat, and the reasons why the weights of the two runs may differ."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def statement(tmp_path_factory: pytest.TempPathFactory) -> Statement:
 
 
 def changed(statement: Statement, path: str, value: Any) -> Statement:
-    """A copy with another value at a dotted path of the JSON."""
+    """Return a copy of the statement that has `value` at this dotted path of its JSON."""
     data = statement.to_wire()
     *groups, name = path.split(".")
     target: Any = data

@@ -1,4 +1,4 @@
-"""What is the same for the imports of all tools: unreadable input, secrets, two spellings of an option, and recognition of the tool."""
+"""Behaviour that all importers share: how they handle unreadable input, secrets and two spellings of an option, and how the tool is recognised."""
 
 from __future__ import annotations
 

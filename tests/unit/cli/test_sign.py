@@ -1,4 +1,4 @@
-"""`finetune sign`: keys, refusals, and envelopes that another implementation of DSSE accepts."""
+"""`finetune sign`: keys, cases in which it refuses to sign, and envelopes that another implementation of DSSE accepts."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_unusable_keys_are_refused(root: Path, key: Path, tmp_path: Path, run_co
 
 
 def use_job(monkeypatch: pytest.MonkeyPatch, root: Path, status: dict[str, Any]) -> None:
-    """Let `open_target` return the storage of a job with this status."""
+    """Replace `open_target`, so that it returns the storage of a job with this status."""
     from finetune_api.spec.cluster import StorageRoot
     from finetune_cli.job_storage import JobStorage
 

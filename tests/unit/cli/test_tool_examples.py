@@ -1,4 +1,4 @@
-"""Imports of the published examples of other tools. These tests are skipped if the examples, which are not in the repository, are missing."""
+"""Imports of the published examples of other tools. The examples are not in this repository. If they are missing on this machine, these tests are skipped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`finetune verify` finds every tampering of a stored model, its statement and its signature, and names it with a code."""
+"""`finetune verify` finds every change that an attacker makes to a stored model, its statement or its signature, and reports each change with a code."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.unit.cli.conftest import RunCommand
 
 @dataclass(frozen=True)
 class SignedRun:
-    """A signed run: its folder, the key that signed it, a second key, and another signed run."""
+    """A signed run. It consists of its folder, the key that signed it, a second key that did not, and the folder of another signed run."""
 
     root: Path
     key: Path
@@ -64,13 +64,13 @@ def run(original: Path, tmp_path: Path) -> SignedRun:
 
 
 def findings(run: SignedRun, key: Path | None = None) -> list[str]:
-    """The codes of all findings, with the signer's key or another one."""
+    """Return the codes of all findings when the run is verified with `key`, by default with the key that signed it."""
     public_key = read_public_key(Path(f"{key or run.key}.pub"))
     return [str(finding.code) for finding in Verifier(JobStorage(f"file://{run.root}", StorageRoot())).verify(public_key).findings]
 
 
 def unsigned_findings(run: SignedRun) -> list[str]:
-    """Return the codes after the signature was removed, as an attacker who cannot sign would do."""
+    """Remove the signature, as an attacker who cannot sign would do, and return the codes of all findings."""
     run.envelope.unlink()
     return [str(finding.code) for finding in Verifier(JobStorage(f"file://{run.root}", StorageRoot())).verify().findings]
 
@@ -140,7 +140,7 @@ def edit_manifest_and_marker(run: SignedRun) -> None:
 
 
 def list_path(path: str) -> Callable[[SignedRun], None]:
-    """List one more file in the manifest, and adapt the commit marker and the statement's subjects to it."""
+    """List one more file in the manifest, and adapt the commit marker and the statement's subjects to the changed manifest."""
 
     def edit(manifest: Any) -> None:
         manifest["files"].append({**manifest["files"][0], "path": path})
@@ -185,7 +185,7 @@ def take_signature_of_other_statement(run: SignedRun) -> None:
 
 
 def sign_other_payload(run: SignedRun) -> None:
-    """A valid signature of the trusted key, but over the statement of another run."""
+    """Replace the signature by another one of the trusted key, which is valid only for the statement of another run."""
     shutil.copy(run.other_root / "lineage" / "statement.dsse.json", run.envelope)
 
 
@@ -201,7 +201,7 @@ def remove(path: str) -> Callable[[SignedRun], None]:
     return lambda run: (run.root / path).unlink()
 
 
-# Each row: the tampering, the codes with the trusted key, the codes if the signature is removed, too.
+# Each row: the change, the expected codes when the trusted key is used, the expected codes when the signature is removed as well.
 TAMPERINGS: dict[str, tuple[Callable[[SignedRun], object], list[str], list[str]]] = {
     "a byte of the weights is flipped": (flip_byte, ["FileChanged"], ["FileChanged"]),
     "the weights are truncated": (truncate, ["FileChanged"], ["FileChanged"]),

@@ -1,4 +1,4 @@
-"""The written YAML has the same value in YAML 1.1 and 1.2."""
+"""A reader of YAML 1.1 and a reader of YAML 1.2 get the same value from the YAML that the program writes."""
 
 from __future__ import annotations
 

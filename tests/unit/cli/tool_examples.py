@@ -1,7 +1,7 @@
 """Imports the published examples of other tools and counts the outcomes.
 
-`python -m tests.unit.cli.tool_examples [FOLDER]` prints a report. The examples are not in the repository. Their folder is `shared/tool-examples`
-next to the checkout, or the value of the environment variable TOOL_EXAMPLES. It has one JSONL file per tool. Each line has `example` (a path),
+`python -m tests.unit.cli.tool_examples [FOLDER]` prints a report. The examples are not in the repository. Their folder is `shared/tool-examples` next to the
+checkout, or the value of the environment variable TOOL_EXAMPLES. The folder has one JSONL file for each tool. Each line of a file has `example` (a path),
 `kind` (`text` or `multimodal`) and `config` (the parsed settings).
 """
 
@@ -28,7 +28,7 @@ from finetune_cli.mistakes import InvalidInput, Mistake
 
 EXAMPLES_FOLDER = Path(os.environ.get("TOOL_EXAMPLES") or Path(__file__).parents[3].parent / "shared" / "tool-examples")
 FILE_BY_TOOL = {"axolotl": "axolotl.jsonl", "llamafactory": "llama-factory.jsonl"}
-"""The file with the examples of each importer."""
+"""For each importer, the name of the file that contains its examples."""
 
 
 @dataclass
@@ -41,7 +41,7 @@ class ExampleOutcome:
     """What `finetune validate` reports for the manifest."""
     mistakes: list[Mistake] = field(default_factory=list)
     unmentioned_keys: list[str] = field(default_factory=list)
-    """Keys of the example that set no field and that no warning or note mentions."""
+    """Keys of the example that the import silently ignored: they set no field, and no warning or note mentions them."""
 
     @property
     def is_valid(self) -> bool:
@@ -60,7 +60,7 @@ def read_examples(tool: str, folder: Path = EXAMPLES_FOLDER) -> list[dict[str, A
 
 
 def import_settings(settings: dict[str, Any], folder: Path, **request_fields: Any) -> Any:
-    """Write settings to a YAML file, and import it with the importer that recognises it. Raise InvalidInput if it is refused."""
+    """Write settings to a YAML file, and import this file with the importer that recognises it. Raise InvalidInput if the importer refuses the file."""
     file = folder / "settings.yaml"
     file.write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
     return run_import(Request((file,), **request_fields), IMPORTERS)
@@ -81,7 +81,7 @@ def import_example(example: dict[str, Any], folder: Path) -> ExampleOutcome:
 
 
 def unmentioned_keys(settings: dict[str, Any], imported: Any) -> Iterator[str]:
-    """Yield the keys that set no field, and that no warning or note mentions."""
+    """Yield the keys that the import silently ignored: they set no field, and no warning or note mentions them."""
     mentioned_keys = {assigned.key for assigned in imported.assigned_values.values()} | set(imported.reasons)
     text = " ".join([*imported.warnings, *imported.notes]).replace(",", " ").replace(":", " ").split()
     for key in settings:

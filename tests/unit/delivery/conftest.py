@@ -20,7 +20,7 @@ RunFinetune = Callable[[list[str]], Result]
 
 @pytest.fixture(scope="session")
 def run_finetune() -> RunFinetune:
-    """Return a function that runs `finetune` in this process. Its result has the exit code and the output."""
+    """Return a function that runs `finetune` in the process of the test. The function returns the exit code and the output of the program."""
     return lambda arguments: CliRunner().invoke(app, arguments)
 
 
@@ -32,6 +32,6 @@ def root() -> Path:
 
 @pytest.fixture(scope="session")
 def helm(root: Path) -> Path:
-    """Build Helm unless it is in the cache. Returns its path."""
+    """Build Helm unless the cache already contains the program. Returns the path of the program."""
     out = subprocess.run([sys.executable, root / "scripts/tools.py"], check=True, capture_output=True, text=True)
     return Path(out.stdout.strip())

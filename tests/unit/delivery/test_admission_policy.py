@@ -29,7 +29,7 @@ def helm_template(helm: Path, root: Path) -> Any:
 
 
 def encode_rules(rules: PolicyRules, storage: str) -> dict[str, list[str]]:
-    """Return the rules in the form that the variable `rules` of the ValidatingAdmissionPolicy has: a list of texts for each rule."""
+    """Return the rules in the same form as the variable `rules` of the ValidatingAdmissionPolicy, which has a list of texts for each rule."""
     result: dict[str, list[str]] = {}
     for rule, value in rules.model_dump(mode="json", by_alias=True).items():
         if isinstance(value, list):

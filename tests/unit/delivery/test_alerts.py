@@ -1,4 +1,6 @@
-"""The chart's alerts and dashboard use only metrics that the operator has, and each alert fires only in the situations for which it is meant."""
+"""The chart's alerts and dashboard use only metrics that the operator has, and each alert fires in the situations that it must report, and in no other
+situation.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +79,7 @@ def test_alerts_and_dashboard_use_only_metrics_and_labels_that_the_operator_has(
 
 
 def test_finished_jobs_are_counted_from_zero() -> None:
-    """Prometheus' increase() misses the first value of a series, so an alert would miss the first failures."""
+    """`increase()` of Prometheus does not count the first value of a series. If the series did not start at zero, an alert would miss the first failures."""
     (family,) = Metrics().jobs_finished.collect()
     samples = {sample.labels["outcome"]: sample.value for sample in family.samples if sample.name.endswith("_total")}
     assert samples == {outcome.value: 0 for outcome in Outcome}
@@ -136,7 +138,7 @@ def series(name: str, values: str, **labels: str) -> dict[str, str]:
 
 ONE_LEADER = [series("leader", "1x1000", pod="a"), series("leader", "0x1000", pod="b")]
 CASES: list[tuple[str, list[dict[str, str]], str, list[str]]] = [
-    # (situation, series with a value each minute, time, alerts that fire)
+    # (situation, series with one value per minute, time at which the alerts are read, alerts that must fire then)
     ("a healthy operator", ONE_LEADER, "60m", []),
     ("no metrics for 9 minutes", [], "9m", []),
     ("no metrics for 10 minutes", [], "10m", ["FineTuneOperatorAbsent"]),

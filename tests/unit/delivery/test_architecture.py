@@ -1,4 +1,4 @@
-"""All files and identifiers in `docs/architecture.md` exist."""
+"""All files and identifiers that `docs/architecture.md` names exist."""
 
 from __future__ import annotations
 

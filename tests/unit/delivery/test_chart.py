@@ -134,7 +134,7 @@ def test_crd_values_install_and_annotate_the_crd(render: Render, crds: dict[str,
 
 
 def collect_verbs_by_resource(rules: list[dict[str, Any]]) -> dict[str, list[str]]:
-    """Return the allowed verbs by `group/resource`."""
+    """Return the verbs that the rules allow, by `group/resource`."""
     return {
         f"{group or 'core'}/{resource}": sorted(rule["verbs"])
         for rule in rules
@@ -144,7 +144,7 @@ def collect_verbs_by_resource(rules: list[dict[str, Any]]) -> dict[str, list[str
 
 
 def test_operator_has_exactly_the_expected_permissions(render: Render) -> None:
-    """The operator has no wildcard permission. It cannot read Secrets except its own key, and cannot change a spec or a Job."""
+    """The operator has no wildcard permission. Its own key is the only Secret that it can read, and it can change neither a spec nor a Job."""
     objects = render(rbac={"aggregate": False})
     assert collect_verbs_by_resource(select_only_object(objects, "ClusterRole")["rules"]) == {
         "finetune-operator.io/finetunejobs": ["get", "list", "watch"],
@@ -201,7 +201,7 @@ def test_isolation_values_reach_the_configuration_and_the_permissions(render: Re
     assert (off.secret, off.network_policy) == (False, False)
     assert {"core/secrets", "networking.k8s.io/networkpolicies"} & set(collect_verbs_by_resource(select_only_object(objects, "ClusterRole")["rules"])) == set()
     roles = {item["metadata"]["name"]: collect_verbs_by_resource(item["rules"]) for item in objects if item["kind"] == "Role"}
-    # The pods of attempts that started with a Secret still require a token. So the operator still needs the permission to read its key.
+    # Pods of attempts that started while isolation.secret was true still require a token. So the operator still needs the permission to read its key.
     assert (set(roles), roles["rel-finetune-operator-attempt-key"]) == (
         {"rel-finetune-operator-lease", "rel-finetune-operator-attempt-key"}, {"core/secrets": ["get"]},
     )  # fmt: skip
@@ -340,7 +340,9 @@ WRONG_PLATFORM_VALUES = {
 
 
 def test_wrong_platform_values_are_refused_by_helm_with_their_keys(template: Any) -> None:
-    """The chart's schema contains Kubernetes' rules for these values. tests/unit/operator/test_settings.py tests the operator's rules."""
+    """The chart's schema repeats the rules of Kubernetes for these values. tests/unit/operator/test_settings.py tests that the operator applies these rules
+    too.
+    """
     done = template(WRONG_PLATFORM_VALUES)
     assert done.returncode != 0
     for error in [
@@ -385,7 +387,7 @@ def test_wrong_chart_values_are_refused_by_helm_with_their_keys(template: Any) -
 
 
 def test_correct_platform_values_are_accepted(render: Render) -> None:
-    """The values of WRONG_PLATFORM_VALUES are accepted in their correct form."""
+    """Helm accepts the fields that have wrong values in WRONG_PLATFORM_VALUES, if they have correct values."""
     tolerations = [
         {"operator": "Exists"},
         {"key": "gpu", "value": ""},

@@ -1,4 +1,4 @@
-"""checkov finds only the exceptions in this file, in the rendered chart and in a training Job. Each exception states its reason."""
+"""In the rendered chart and in a training Job, checkov finds nothing except the exceptions that this file lists. Each exception states its reason."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ VALUES = {
 OPENAI_SERVER = "Deployment.ops.rel-finetune-operator-openai"
 OPERATOR, TEST_POD, TRAINING_JOB = "Deployment.ops.rel-finetune-operator", "Pod.ops.rel-finetune-operator-test", "Job.team.run-1"
 NO_CPU_LIMIT = "a CPU limit throttles a process even if the node has free CPUs; the CPU request guarantees the share"
-NO_DIGEST = "the digest depends on the user's build; image.digest and trainer.image.digest set it"
-PULL_POLICY = "tags of releases do not change, so nodes need not ask the registry at each start; image.pullPolicy sets it"
+NO_DIGEST = "the digest depends on the user's build; users can set it with image.digest and trainer.image.digest"
+PULL_POLICY = "the tag of a release is never moved to another image, so nodes need not ask the registry at each start; users can set image.pullPolicy"
 EXCEPTIONS = {
     ("CKV_K8S_11", OPERATOR): NO_CPU_LIMIT,
     ("CKV_K8S_43", OPERATOR): NO_DIGEST,

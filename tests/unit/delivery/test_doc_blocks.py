@@ -1,4 +1,4 @@
-"""Every block of code in the documentation is run, applied or checked. Blocks that need a cloud are marked, and their syntax is checked."""
+"""Every block of code in the documentation is run, applied or checked. If a block needs a cloud, it is marked, and only its syntax is checked."""
 
 from __future__ import annotations
 
@@ -27,9 +27,11 @@ LANGUAGES = {"", "sh", "console", "yaml", "json", "python", "ini", "toml"}
 OFFLINE_COMMANDS = ("validate", "import", "init", "explain")
 """Commands of `finetune` that need no cluster. The tests run them."""
 OTHER_YAML = {"docs/guides/benchmarks.md": {"task"}, "docs/guides/openai.md": {"keys", "models"}}
-"""Pages with YAML for other programs, and the keys of this YAML: a task of the lm-evaluation-harness, and files of `finetune serve-openai`."""
+"""Pages that contain YAML for other programs than kubectl and Helm, and the keys of this YAML: a task of the lm-evaluation-harness, and files of `finetune
+serve-openai`.
+"""
 INCOMPLETE_FRAGMENTS = {"docs/guides/checkpoints.md": {"encryption"}}
-"""Keys of YAML fragments that show only a group inside the spec. The text before the fragment names the group."""
+"""Keys of YAML fragments that show only one nested group of a spec. On the page, the text before the fragment says where the group belongs."""
 
 
 def list_blocks_with_language(*languages: str) -> list[Block]:
@@ -64,7 +66,7 @@ def test_shell_is_valid() -> None:
 
 @pytest.mark.parametrize("block", [block for block in list_blocks_with_language("sh") if block.is_run], ids=make_block_name)
 def test_blocks_without_a_mark_contain_only_commands_that_tests_run(block: Block) -> None:
-    """The integration tests run the kubectl commands, and `.ci/run` the make commands."""
+    """The integration tests run the kubectl commands, and `.ci/run` runs the make commands."""
     targets = re.findall(r"^\.PHONY: (\S+)$", (ROOT / "Makefile").read_text("utf-8"), re.M)
     for words in block.words():
         assert words[0] == "kubectl" or (words[0] == "make" and words[1] in targets) or (words[0] == "finetune" and words[1] in OFFLINE_COMMANDS), (
@@ -89,7 +91,7 @@ def test_offline_commands_of_a_page_succeed(page: Path, tmp_path: Path, monkeypa
 
 
 def list_finetune_lines() -> list[tuple[str, str]]:
-    """Return the command lines of `finetune` in all blocks, with the name of the block."""
+    """Return all command lines of `finetune` in the blocks, each with the name of its block."""
     blocks = list_blocks_with_language("", "sh", "console")
     return [(block.name, command) for block in blocks for command in block.commands() if command.startswith("finetune ")]
 

@@ -11,7 +11,7 @@ LOADED = re.compile(r"<(?:script|link|img|iframe|source)\b[^>]*?(?:src|href)=[\"
 CSS_URL = re.compile(r"url\([\"']?((?:https?:)?//[^)\"']+)")
 
 
-@pytest.mark.slow  # The first run installs the packages of the site.
+@pytest.mark.slow  # The first run of this test installs the packages that build the site.
 @pytest.mark.timeout(300)
 def test_site_has_no_dead_links_and_loads_nothing_from_other_servers(tmp_path: Path) -> None:
     import docs_site

@@ -1,4 +1,4 @@
-"""The examples pass all checks, and the repository contains their data."""
+"""The example manifests pass all checks, and the repository contains the data that they use."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.unit.delivery.conftest import RunFinetune
 
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
 TOPIC_FOLDERS = ("methods", "sources", "cluster", "results")
-"""Folders with further examples. The e2e tests run only the examples in `examples/` itself."""
+"""Folders with further examples. The e2e tests run the examples that are directly in `examples/`, but not those in these folders."""
 EXAMPLE_FILES = sorted([*EXAMPLES.glob("*.yaml"), *(path for topic in TOPIC_FOLDERS for path in (EXAMPLES / topic).glob("*.yaml"))])
 OPERATOR_CONFIG = {
     "trainer": {"image": "registry.example.com/trainer:1"},

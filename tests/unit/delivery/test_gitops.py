@@ -53,7 +53,7 @@ def make_facts_in_stage(stage: str, step: int) -> Facts:
 
 @dataclass(frozen=True)
 class Situation:
-    """What the operator observes, the phase that it reports, and the verdicts of kstatus and Argo CD."""
+    """A situation of a job: what the operator observes, the phase that the operator then reports, and the verdicts that kstatus and Argo CD must give."""
 
     facts: Facts
     phase: Phase
@@ -94,7 +94,7 @@ SITUATIONS = {
 
 
 def make_job_in_situation(situation: Situation) -> dict[str, Any]:
-    """Return the FineTuneJob with the status that the operator writes in a situation."""
+    """Return a FineTuneJob with the status that the operator writes in this situation."""
     observed = situation.facts
     new_status = compute_status(observed, decide(observed), situation.result)
     body = {"apiVersion": API_VERSION, "kind": KIND, "metadata": {"name": "run", "namespace": "team", "generation": observed.job.generation}}
@@ -102,7 +102,7 @@ def make_job_in_situation(situation: Situation) -> dict[str, Any]:
 
 
 def judge(*objects: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Return for each object the status of kstatus, and the status and message of the health script."""
+    """For each object, return the status that kstatus reports, and the status and message that the health script reports."""
     if shutil.which("go") is None:
         pytest.skip("needs Go")
     lines = "".join(json.dumps(item) + "\n" for item in objects)
@@ -119,7 +119,7 @@ def test_there_is_a_situation_for_each_phase() -> None:
 
 
 def derive_verdict_from_conditions(body: dict[str, Any]) -> tuple[str, str]:
-    """Return the verdicts that follow from the conditions of a job, as `kubectl wait --for=condition=...` reads them."""
+    """Compute the verdicts of kstatus and Argo CD from only the conditions of a job, which `kubectl wait --for=condition=...` also reads."""
     found = {condition["type"]: (condition["status"], condition["reason"]) for condition in body["status"]["conditions"]}
     if found["Suspended"][0] == "True":
         return "Current", "Suspended"
@@ -159,7 +159,7 @@ def test_status_that_the_operator_has_not_written_is_in_progress() -> None:
     assert (by_default[:2], after_change[:2]) == (IN_PROGRESS, IN_PROGRESS)
     assert while_deleting[0] == "Terminating"
     (without_status,) = judge(new)
-    assert without_status[1] == "Progressing", "kstatus calls such an object Current, so the CRD has a default status"
+    assert without_status[1] == "Progressing", "kstatus reports an object without status as Current, so the CRD has a default status"
 
 
 def test_the_config_map_of_argo_cd_contains_the_script() -> None:

@@ -1,4 +1,4 @@
-"""The images install the packages of lock files, which contain no download addresses. The operator's image does not contain torch."""
+"""The images install the packages of lock files, and the lock files contain no download addresses. The operator's image does not contain torch."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_images_and_test_environment_have_the_same_package_versions(root: Path, 
 
 
 def test_every_package_that_the_trainer_requires_is_known_as_part_of_the_image(root: Path) -> None:
-    """If such a package is missing in an image, the job ends at once; see `failure.TRAINER_IMAGE_PACKAGES`."""
+    """If a package that the trainer requires is missing in an image, the job ends at once; see `failure.TRAINER_IMAGE_PACKAGES`."""
     requirements = (root / "requirements/trainer.in").read_text("utf-8")
     distributions = re.findall(r"^([a-zA-Z][\w.-]*)", requirements, re.M)
     modules_by_distribution: dict[str, set[str]] = {}
@@ -96,7 +96,7 @@ def test_dockerfile_copies_only_lock_and_packages(root: Path, dockerfile: str, l
 
 
 def test_all_images_have_the_same_base_pinned_by_digest(root: Path) -> None:
-    """The local cluster also uses this base image if it can pull it."""
+    """The images of the local cluster have the same base image if this machine can pull it."""
     bases = {re.findall(r"^ARG BASE=(\S+)$", (root / path).read_text("utf-8"), re.M)[0] for path in DOCKERFILES}
     (base,) = bases
     name, digest = re.fullmatch(r"(python):3\.11-slim-bookworm@(sha256:[0-9a-f]{64})", base).groups()
@@ -104,7 +104,7 @@ def test_all_images_have_the_same_base_pinned_by_digest(root: Path) -> None:
 
 
 def test_dockerfiles_fetch_the_locked_uv(root: Path) -> None:
-    """All Dockerfiles have the same stage for uv, and no stage uses files that come neither from another stage nor from the checkout."""
+    """All Dockerfiles have the same stage for uv, and each stage uses only files that come from another stage or from the checkout."""
     stages = {(root / path).read_text("utf-8").partition(" AS uv\n")[2].partition("FROM ")[0] for path in DOCKERFILES}
     assert len(stages) == 1
     assert "--require-hashes --target /opt/uv -r /tmp/requirements.lock" in stages.pop()

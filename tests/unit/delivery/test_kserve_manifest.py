@@ -21,7 +21,7 @@ URI = "s3://models/ft/team-a/support-bot/UID/model/a1-1f3c9a2b"
 
 @pytest.fixture(scope="module")
 def schema(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The schema of InferenceService v1beta1, changed so that it refuses unknown fields, as kubectl does."""
+    """The schema of InferenceService v1beta1, changed so that validation refuses unknown fields, as kubectl does."""
     if shutil.which("go") is None:
         pytest.skip("needs Go")
     answer = subprocess.run(
@@ -35,7 +35,9 @@ def schema(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def _forbid_unknown_fields(schema: Any) -> Any:
-    """Add `additionalProperties: false` to all objects with known fields. An int-or-string of Kubernetes accepts any value here."""
+    """Add `additionalProperties: false` to all objects whose fields are listed. In the result, a field of the Kubernetes type int-or-string accepts any
+    value.
+    """
     if isinstance(schema, list):
         return [_forbid_unknown_fields(item) for item in schema]
     if not isinstance(schema, dict):

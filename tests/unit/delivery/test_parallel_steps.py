@@ -1,4 +1,4 @@
-"""Steps run in the right order and in parallel, and all processes are stopped when a step fails."""
+"""A step runs after the steps that it needs and in parallel with the others, and all processes are stopped when a step fails."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_no_command_starts_after_stop_all_was_called(tmp_path: Path) -> None:
 
 
 def test_interrupted_steps_leave_no_process(tmp_path: Path, root: Path) -> None:
-    """After Ctrl-C, run_all stops the programs of running steps before it returns."""
+    """After Ctrl-C, run_all stops the programs of the running steps, and only then returns."""
     fifo = tmp_path / "pid"
     os.mkfifo(fifo)
     script = (

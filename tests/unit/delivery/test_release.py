@@ -1,4 +1,4 @@
-"""`make release` builds equal bytes for equal commits and usable archives, and refuses wrong options. The CI workflow calls only make targets."""
+"""`make release` builds usable archives, whose bytes are equal if the commit is equal, and refuses wrong options. The CI workflow calls only make targets."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ chmod +x "$4/bin/pip" "$4/bin/kubectl-finetune"
 
 
 def test_the_plugin_installs_its_packages_once(release: Path, tmp_path: Path) -> None:
-    """krew unpacks the archive and links the program. Python and pip are replaced, because tests need no package index."""
+    """The test unpacks the archive and links the program as krew does. Fake programs replace Python and pip, so that the test needs no package index."""
     with tarfile.open(release / "kubectl-finetune-0.2.0.tar.gz") as archive:
         archive.extractall(tmp_path / "store", filter="data")
     (tmp_path / "python3").write_text(FAKE_PYTHON)

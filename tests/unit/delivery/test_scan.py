@@ -1,4 +1,4 @@
-"""The vulnerability scan compares locked versions with OSV reports correctly. The bills of materials and the description of licences are complete."""
+"""The vulnerability scan compares locked versions with OSV reports correctly. The bills of materials and the documented licences are complete."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ OTHER_LICENCES = {
     "certifi": "MPL-2.0", "tqdm": "MPL-2.0 AND MIT", "chardet": "LGPL-2.1-or-later",
     "cuda-toolkit": "no files: a package that only names the packages of NVIDIA's toolkit",
 }
-"""Packages whose licence is not in FREE_LICENCES, with this licence. docs/operations/licences.md describes these licences and NVIDIA's terms."""
+"""The licence of each package whose licence is not in FREE_LICENCES. docs/operations/licences.md describes these licences and NVIDIA's terms."""
 NVIDIA = "LicenseRef-NVIDIA-Proprietary"
 
 

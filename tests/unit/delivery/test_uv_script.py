@@ -1,4 +1,4 @@
-"""scripts/uv.sh installs the version of uv that the lock file names, and only once. Small programs replace pip and uv."""
+"""scripts/uv.sh installs the version of uv that the lock file names, and does not install it again. In these tests, small programs replace pip and uv."""
 
 from __future__ import annotations
 

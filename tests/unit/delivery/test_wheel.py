@@ -21,13 +21,13 @@ HEAVY_PACKAGES = ("torch", "transformers", "kopf")
 
 @dataclass(frozen=True)
 class Installed:
-    """An environment with the installed wheel. `folder`: working folder and home folder of its programs."""
+    """A Python environment in which the wheel is installed. `folder` is the working folder and the home folder of the programs that run in it."""
 
     environment: Path
     folder: Path
 
     def run(self, program: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        """Run a program of the environment. It gets only `variables`, PATH and HOME as environment variables."""
+        """Run a program of the Python environment. Its environment variables are only `variables`, PATH and HOME."""
         env = {"PATH": f"{self.environment / 'bin'}:/usr/bin:/bin", "HOME": str(self.folder), **variables}
         return subprocess.run([self.environment / "bin" / program, *arguments], env=env, cwd=self.folder, capture_output=True, text=True, check=False)
 
@@ -56,7 +56,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
 
 
 def link_locked_packages(site_packages: Path) -> None:
-    """Link the packages of requirements/cli.lock from the environment of this test run, so that no network is needed."""
+    """Link the packages of requirements/cli.lock from the Python environment of the tests into `site_packages`, so that no network is needed."""
     for name in read_locked_names():
         found = distribution(name)
         top_names = {file.parts[0] for file in found.files or [] if ".." not in file.parts and file.parts[0] != "__pycache__"}
@@ -94,7 +94,9 @@ def test_programs_of_the_wheel_work(installed: Installed) -> None:
 
 
 def test_openai_server_has_all_its_packages(installed: Installed) -> None:
-    """The image of the command line contains the same packages. The server imports all of them before it connects to the cluster."""
+    """The image of the command line contains the same packages as this environment. The server imports all packages that it needs before it connects to the
+    cluster.
+    """
     text = (ROOT / "docs/guides/openai.md").read_text("utf-8")
     for name, content in re.findall(r"```yaml title=\"(.*?)\"\n(.*?)```", text, re.DOTALL):
         (installed.folder / name).write_text(content, "utf-8")

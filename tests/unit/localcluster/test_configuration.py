@@ -1,4 +1,4 @@
-"""The local cluster's addresses, command lines, configurations and small images, and its messages about missing requirements."""
+"""What the local cluster computes: addresses, command lines, configuration files, small images, and messages about missing requirements."""
 
 from __future__ import annotations
 

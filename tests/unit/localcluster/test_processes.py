@@ -1,4 +1,4 @@
-"""Processes are found by their owner. Processes are killed when their parent ends, or on request."""
+"""The local cluster finds its processes by their owner. It kills them when their parent ends, or when it is asked to stop them."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_process_that_stays_in_execve_does_not_stop_the_search_from_ending(tmp
 
 
 def test_a_process_that_replaces_its_program_all_the_time_is_found(tmp_path: Path) -> None:
-    """A search that reads the environment inside `execve` must not take the process for one without an environment."""
+    """During `execve`, the environment of a process is read as empty. A search at this moment must not conclude that the process has no environment."""
     script = tmp_path / "again.sh"
     script.write_text("exec sh \"$0\"\n")
     started = processes.spawn("x", ["sh", script], owner=tmp_path, log=tmp_path / "log", lifetime=Lifetime.UNTIL_STOPPED)

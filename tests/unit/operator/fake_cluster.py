@@ -1,4 +1,4 @@
-"""A minimal fake API server, and an operator process that uses it."""
+"""A minimal fake API server, and an operator process that is connected to this server."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ class FakeApiServer:
     rejects_status: Callable[[Object], bool] = lambda status: False
     rejection_message: str = "status.progress.step: Invalid value"
     pruned_fields: frozenset[str] = frozenset()
-    """Fields of the status that the CRD does not know. The server removes them from each write."""
+    """Status fields that the simulated CRD does not have. The server removes these fields whenever a status is written."""
     warnings: tuple[str, ...] = ()
-    """Warnings that each response to a create request contains."""
+    """Warnings that the server returns in its response to each create request."""
 
     def _receive(self, verb: str, kind: Kind) -> None:
         self.requests.append((verb, kind.plural))
@@ -71,7 +71,7 @@ class FakeApiServer:
         return self.objects[kind.plural, name]
 
     async def list(self, kind: Kind, namespace: str | None = None, *, label_selector: str = "", field_selector: str = "") -> ObjectList:
-        """Return the pods with these labels. For other kinds, return an empty list."""
+        """If `kind` is the pod kind, return the pods with these labels. For all other kinds, return an empty list."""
         self._receive("list", kind)
         selected_labels = {term.partition("=")[0]: term.partition("=")[2] for term in label_selector.split(",")}
         pods = [body for (plural, _), body in self.objects.items() if plural == POD.plural == kind.plural]
@@ -128,7 +128,7 @@ class FakeApiServer:
         return next(entry for entry in self.finetunejob["status"]["conditions"] if entry["type"] == condition_type)
 
     def event_counts(self) -> dict[str, int]:
-        """Return how often events were emitted, by reason."""
+        """For each reason, return how often an event with this reason was emitted."""
         event_bodies = [body for (plural, _), body in self.objects.items() if plural == EVENT.plural]
         return {body["reason"]: (body.get("series") or {}).get("count", 1) for body in event_bodies}
 
@@ -175,7 +175,7 @@ class OperatorProcess:
         working.cancel()
 
     async def start_burst_of_new_jobs(self) -> None:
-        """Start a burst of new jobs: take BURST_COUNT new jobs from the queue."""
+        """Make the operator detect a burst of new jobs: BURST_COUNT new jobs are taken from the queue."""
         others = [JobKey("team", f"other{number}") for number in range(BURST_COUNT)]
         for key in others:
             self.queue.add_high_priority(key)
@@ -188,18 +188,18 @@ class OperatorProcess:
             self.reconciler._writer._throttle._transitions.record(asyncio.get_running_loop().time())
 
     def start_burst_of_updates(self) -> None:
-        """Start a burst: BURST_COUNT Jobs and pods of other jobs change."""
+        """Make the operator detect a burst of updates: BURST_COUNT updates of other jobs' Jobs and pods are recorded."""
         for _ in range(BURST_COUNT):
             self.queue._update_burst.record(asyncio.get_running_loop().time())
 
     def finish_pod_and_job(self, job: JobView) -> None:
-        """Let the pod of the Job succeed and the Job complete."""
+        """Mark the pod of the Job as succeeded, and the Job as completed."""
         self.cache.put_pod(end_pod(pod(version=6, created_at=job.created_at), 0))
         self.cache.put_job(replace(job, version=10**6, completed_at=job.created_at))
 
 
 async def start_attempt(server: FakeApiServer) -> tuple[OperatorProcess, JobView]:
-    """Reconcile until the first attempt has a Job and the status is written. Return the process and the Job."""
+    """Reconcile until the first attempt has a Job and the status is written. Return the operator process and this Job."""
     process = OperatorProcess(server)
     for _ in range(2):
         await process.reconcile()

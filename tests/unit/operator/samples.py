@@ -1,4 +1,4 @@
-"""Functions that create views, statuses and facts for tests. Each field that a test does not set has a default."""
+"""Functions that create views, statuses and facts for tests. If a test does not set a field, the functions use a default value."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def condition(kind: Condition, value: str, reason: str, seconds: float) -> dict[
 
 
 def spec(**groups: Any) -> Object:
-    """Return a copy of SPEC. Each keyword argument is merged into the group of the spec that has its name."""
+    """Return a copy of SPEC. The fields in a keyword argument replace or extend the fields of the spec group of the same name."""
     value = dict(SPEC)
     for name, group in groups.items():
         value[name] = {**value.get(name, {}), **group} if isinstance(group, dict) else group
@@ -96,7 +96,7 @@ def pod(attempt: int = 1, index: int = 0, **fields: Any) -> PodView:
 
 
 def end_pod(running_pod: PodView, code: int, termination_message: TerminationMessage | None = None, *, reason: str = "", message: str = "") -> PodView:
-    """Return the pod after its container has ended with exit code `code`."""
+    """Return a copy of the pod in which its container has ended with exit code `code`."""
     text = message or (termination_message.to_json() if termination_message else "")
     phase = "Succeeded" if code == 0 else "Failed"
     return replace(running_pod, phase=phase, is_ready=False, terminated=TerminatedState(code, reason, text, at(60)))
@@ -121,13 +121,15 @@ def facts(
 
 
 def report(**fields: Any) -> ProgressReport:
-    """Return a progress report of rank 0's pod. The keyword arguments are the JSON names of the fields."""
+    """Return a progress report, as the pod of rank 0 sends it. The keyword arguments are the JSON names of the fields."""
     return ProgressReport.model_validate({"uid": UID, "attempt": 1, "stage": "training", **fields})
 
 
 def parse_pod(phase: str, trainer: dict[str, Any], *, injected: dict[str, Any] | None = None, init: dict[str, Any] | None = None,
          conditions: list[dict[str, Any]] | None = None, gates: list[str] | None = None) -> PodView:  # fmt: skip
-    """Return the view of a pod. `trainer`, `injected` and `init`: states of the trainer, of a sidecar that is listed before it, and of an init container."""
+    """Return the view of a pod. `trainer` is the state of the trainer container, `injected` that of a sidecar that the pod lists before the trainer, and
+    `init` that of an init container.
+    """
     labels = {Label.MANAGED_BY: MANAGER_NAME, Label.JOB_NAME: "run", Label.JOB_UID: UID, Label.ATTEMPT: "1"}
     states = [{"name": "istio-proxy", "imageID": "proxy", "state": injected}] if injected else []
     states.append({"name": TRAINER_CONTAINER, "imageID": "trainer", "state": trainer})

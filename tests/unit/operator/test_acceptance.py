@@ -1,4 +1,4 @@
-"""Which specs the operator accepts or refuses, and which defaults an accepted job keeps."""
+"""Which specs the operator accepts or refuses, and which defaults a job keeps after its spec was accepted."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_unusable_defaults_of_the_first_attempt_are_ignored(kept: dict[str, Any]
 
 
 def test_running_attempt_keeps_its_resolved_spec_when_its_pool_is_removed() -> None:
-    """If the attempt then runs out of memory, the adaptation needs the attempt's batch size, which an empty spec would lack."""
+    """The resolved spec must be kept, because the operator reads the attempt's batch size from it if the attempt runs out of memory later."""
     raw_spec = spec(resources={"nodePool": "gone", "gpusPerNode": 1}, policy={"onOutOfMemory": "Adapt"})
     begun = {"number": 1, "startTime": "2026-11-21T12:00:00Z"}
     adaptation = {
@@ -114,7 +114,7 @@ def test_running_attempt_keeps_its_resolved_spec_when_its_pool_is_removed() -> N
 
 
 def test_the_size_limit_of_a_spec_counts_bytes_and_not_characters() -> None:
-    """A Chinese character has three bytes in UTF-8."""
+    """A value of Chinese characters exceeds the limit, and a value of equally many letters does not, because a Chinese character has three bytes in UTF-8."""
     for letter, fits in (("m", True), ("\u6a21", False)):
         env = [{"name": f"V{n}", "value": letter * 4000} for n in range(6)]
         assert isinstance(accept(spec(placement={"env": env}), CONFIG), AcceptedSpec) is fits
@@ -214,7 +214,7 @@ def test_spec_with_defaults_may_have_exactly_56_kib(first_attempt: FirstAttempt 
     other_bytes = int(refusal.message.split("has ")[1].split(" bytes")[0]) - 57344
     longest = accept_with_value(57344 - other_bytes)
     assert isinstance(longest, AcceptedSpec)
-    assert len(json.dumps(longest.spec.to_wire(), separators=(",", ":"))) == pytest.approx(57344, abs=2)  # the same number may be written as 1e-8 or 1e-08
+    assert len(json.dumps(longest.spec.to_wire(), separators=(",", ":"))) == pytest.approx(57344, abs=2)  # +- 2, because 1e-8 may be written as 1e-08
     assert isinstance(accept_with_value(57345 - other_bytes), RefusedSpec)
 
 
@@ -247,7 +247,7 @@ def test_resources_of_the_pool_take_precedence_over_the_operators_configuration(
 
 
 def test_default_storage_that_cannot_be_parsed_waits_for_the_platform_team() -> None:
-    """The job does not fail, because the user cannot correct the operator's configuration."""
+    """The job waits and does not fail, because its user cannot correct the operator's configuration."""
     config = parse_config({"trainer": {"image": "t"}, "storage": {"uri": "pvc://claim/../x"}}, "test")
     raw_spec = {name: group for name, group in spec().items() if name != "storage"}
     acceptance = accept(raw_spec, config)

@@ -1,4 +1,4 @@
-"""Carrying out a plan: the check against the API server before an attempt, existing objects, and rejected Jobs."""
+"""How the operator carries out a plan: it compares its cache with the API server before an attempt, and handles existing objects and rejected Jobs."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ SECOND_ATTEMPT_STATUS = status(attempt=2, attempts=[SUSPENDED_ATTEMPT])
 
 
 def as_response(body: Object) -> Object:
-    """Return a copy of the object, encoded and decoded as in a response, so that no Python object is shared."""
+    """Return a copy of the object that was encoded as JSON and decoded, like a response. The copy shares no Python object with the original."""
     return cast("Object", json.loads(json.dumps(body)))
 
 
 @pytest.fixture
 def server() -> FakeApiServer:
-    """A server whose FineTuneJob is about to start its second attempt."""
+    """A server with a FineTuneJob whose second attempt must be created next."""
     found = new_server()
     found.put(FINETUNEJOB, as_response({**found.finetunejob, "status": SECOND_ATTEMPT_STATUS.to_wire()}))
     return found
@@ -59,7 +59,7 @@ async def carry_out(server: FakeApiServer, observed: Facts, plan: Plan) -> Actio
 
 @dataclass
 class RecordingServer(FakeApiServer):
-    """A server that records deletions: name, uid and grace period."""
+    """A server that records the name, uid and grace period of each deletion."""
 
     deletions: list[tuple[str, str, int | None]] = field(default_factory=list)
 
@@ -118,7 +118,7 @@ async def test_second_attempt_is_created_if_the_facts_match_the_server(server: F
     ids=["other uid", "lower uid", "newer spec", "older spec", "deleting", "suspended", "cancelled", "later attempt", "earlier attempt"],
 )
 async def test_second_attempt_is_not_created_if_the_facts_differ_from_the_server(server: FakeApiServer, changed_parts: dict[str, Object]) -> None:
-    """The API server has stored a change that the cache lacks, because the watch has not delivered it yet."""
+    """The API server has stored a change that is not in the operator's cache, because the watch has not delivered the change yet."""
     body = server.finetunejob
     server.put(FINETUNEJOB, {**body, **{part: {**body[part], **values} for part, values in changed_parts.items()}})
     with pytest.raises(StaleFacts):
@@ -134,7 +134,7 @@ def make_pod_body(phase: str, uid: str = UID, attempt: int = 1) -> Object:
 
 @pytest.mark.parametrize("phase", ["Pending", "Running"])
 async def test_second_attempt_waits_for_a_pod_that_the_cache_lacks(server: FakeApiServer, phase: str) -> None:
-    """The pod's Job was deleted, so the operator can find the pod only by its label."""
+    """The Job that created the pod was deleted, so the operator can find the pod only by its label."""
     server.put(POD, make_pod_body(phase))
     with pytest.raises(StaleFacts, match="run-1-0-x"):
         await carry_out(server, *make_second_attempt())
@@ -161,7 +161,7 @@ def make_first_attempt(raw_spec: Object | None = None) -> tuple[Facts, Plan]:
 
 
 async def put_existing_job(server: FakeApiServer, uid: str) -> None:
-    """Store a Job with the first attempt's name whose controller has this uid."""
+    """Store a Job that has the name of the first attempt's Job and whose owner has this uid."""
     result = await carry_out(server, *make_first_attempt())
     assert result.created_job is not None
     body = server.objects[JOB.plural, "run-1"]
@@ -170,7 +170,7 @@ async def put_existing_job(server: FakeApiServer, uid: str) -> None:
 
 
 async def test_existing_own_job_is_adopted(server: FakeApiServer) -> None:
-    """The response to the first create request was lost, so the operator sends the request again."""
+    """The Job exists because the response to the first create request was lost, and the operator sends the request again."""
     await put_existing_job(server, UID)
     result = await carry_out(server, *make_first_attempt())
     assert result.created_job is not None and result.blocking_condition is None
@@ -220,13 +220,13 @@ async def test_only_a_running_job_with_several_pods_gets_a_service(server: FakeA
 
 @pytest.mark.parametrize("nodes", [1, 2, 3])
 async def test_first_attempt_is_created_at_once_with_a_service_for_several_pods(server: FakeApiServer, nodes: int) -> None:
-    """Only later attempts need the check against the API server."""
+    """The operator compares its cache with the API server only before later attempts."""
     await carry_out(server, *make_first_attempt(spec(resources={"nodes": nodes, "gpusPerNode": 0})))
     assert server.requests == [("create", JOB.plural), ("create", SERVICE.plural)][: 1 + (nodes > 1)]
 
 
 def test_service_is_checked_again_after_the_resync_interval() -> None:
-    """The operator remembers separately for each Job when it last found its Service."""
+    """For each Job, the operator records separately when it last found the Service of this Job."""
 
     async def check() -> None:
         server, counts = new_server(), []
@@ -259,7 +259,7 @@ async def test_refused_service_is_a_blocking_condition_and_is_created_later(serv
 
 
 def refuse(verb: str, kind: Kind, error: type[KubeError], message: str, code: int = 403) -> Any:
-    """Return a function that makes all requests with this verb and kind fail."""
+    """Return a function that raises `error` for all requests with this verb and kind."""
 
     def before(request_verb: str, request_kind: Kind) -> None:
         if (request_verb, request_kind) == (verb, kind):
@@ -273,7 +273,7 @@ ADMISSION_MESSAGE = 'admission webhook "policy" denied the request: spec.templat
 
 @pytest.mark.parametrize("error", [Forbidden, Invalid, OutcomeUnknown])
 async def test_refusal_of_a_job_by_an_admission_policy_is_a_blocking_condition(server: FakeApiServer, error: type[KubeError]) -> None:
-    """The policy's message looks like an error about the user's label, but the label is not the cause."""
+    """The message of the policy has the form of an API error about the user's label, but the label is not the cause of the refusal."""
     server.before_request = refuse("create", JOB, error, ADMISSION_MESSAGE)
     found, plan = make_first_attempt()
     result = await carry_out(server, accept_earlier(SPEC_WITH_INVALID_LABEL, found), plan)
@@ -299,7 +299,7 @@ SPEC_WITH_INVALID_LABEL = spec(placement={"labels": {"color": "red green"}})
 
 
 def accept_earlier(raw_spec: Object, observed: Facts) -> Facts:
-    """Return the facts with a spec that was accepted earlier, although the acceptance check would refuse it now."""
+    """Return the facts with this spec as an already accepted spec, although the operator would refuse a new job with this spec."""
     return replace(observed, job=finetunejob(raw_spec, observed.job.status))
 
 
@@ -327,7 +327,7 @@ async def test_spec_is_rejected_if_the_users_value_makes_the_first_job_invalid(s
 
 
 async def test_finetunejob_waits_if_a_later_job_is_invalid(server: FakeApiServer) -> None:
-    """The API server accepted the Job of the first attempt with the same spec, so the spec is not the cause."""
+    """The Job of the first attempt had the same spec, and the API server accepted it. So the spec is not the cause of the refusal."""
     server.before_request = refuse("create", JOB, Invalid, USER_ERROR, 422)
     found, plan = make_second_attempt()
     result = await carry_out(server, accept_earlier(SPEC_WITH_INVALID_LABEL, found), plan)

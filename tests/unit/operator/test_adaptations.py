@@ -32,7 +32,7 @@ ROLLED_BACK = Adaptation(
 
 
 def list_all_changes(**groups: Any) -> list[str]:
-    """Return all changes in order, until no further adaptation is possible."""
+    """Adapt the spec again and again until no further adaptation is possible, and return the changes in order."""
     current, changes = accept_spec(spec(**groups)).spec, []
     while isinstance(change := adapt_to_out_of_memory(current, T0), Adaptation):
         changes.append(change.change)
@@ -104,7 +104,7 @@ def test_divergence_replays_once_then_rolls_back_twice_with_half_the_learning_ra
 
 
 def test_unhealthy_checkpoints_are_not_rollback_targets() -> None:
-    """The loss after an unhealthy checkpoint was not finite. The weights in this checkpoint may be the cause."""
+    """A checkpoint is unhealthy if the loss after it was not finite. Its weights may be the cause, so a rollback must not resume from it."""
     base = accept_spec().spec
     checkpoints = [
         Checkpoint(step=step, uri=f"u{step}", healthy=healthy)
@@ -134,7 +134,7 @@ def test_unhealthy_checkpoints_are_not_rollback_targets() -> None:
 def test_rollback_excludes_checkpoints_of_older_attempts_only(
     committed: list[tuple[int, int]], start: int | None
 ) -> None:
-    """`committed`: (step, attempt) of each checkpoint. Attempt 0 stands for a URI that names no attempt."""
+    """`committed` has (step, attempt) of each checkpoint. If the attempt is 0, the checkpoint's URI names no attempt."""
     uris = {
         attempt: f"s3://b/checkpoints/step/a{attempt}-0123abcd" if attempt else "s3://b/step" for _, attempt in committed
     }
@@ -154,7 +154,7 @@ NEEDED = {"needed_bytes": 81 * GB, "available_bytes": 80 * GB, "planned_bytes": 
 
 
 def adapt_with_advice(advice: dict[str, Any], earlier: list[Adaptation] | None = None, **groups: Any) -> Adaptation | AdaptationsExhausted:
-    """Return the next adaptation of a job with micro-batches of 12 rows, after this advice of the memory plan."""
+    """Return the adaptation that follows when the memory plan gives this advice for a job with micro-batches of 12 rows."""
     training = {"batchSizePerDevice": 12, "gradientAccumulationSteps": 5, **groups.pop("training", {})}
     current = apply_adaptations(accept_spec(spec(training=training, **groups)).spec, earlier or [])
     return adapt_to_out_of_memory(current, T0, MemoryAdvice(**NEEDED | advice), earlier or [])
@@ -168,7 +168,7 @@ def adapt_with_advice(advice: dict[str, Any], earlier: list[Adaptation] | None =
         ({"batch_size_per_device": 12, "gradient_checkpointing": "enabled"}, "gradientCheckpointing enabled for all layers"),
         ({"batch_size_per_device": 6, "gradient_checkpointing": "enabled"},
          "gradientCheckpointing enabled for all layers, batchSizePerDevice 12 -> 6, gradientAccumulationSteps 5 -> 10"),
-        # Wrong advice is ignored, and the micro-batch is halved.
+        # This advice is wrong, so the operator ignores it and halves the micro-batch.
         ({"batch_size_per_device": 5}, "batchSizePerDevice 12 -> 6, gradientAccumulationSteps 5 -> 10"),
         ({"batch_size_per_device": 24}, "batchSizePerDevice 12 -> 6, gradientAccumulationSteps 5 -> 10"),
         ({"batch_size_per_device": 0}, "batchSizePerDevice 12 -> 6, gradientAccumulationSteps 5 -> 10"),
@@ -264,7 +264,7 @@ def test_second_rollback_uses_a_checkpoint_that_was_not_removed() -> None:
 
 
 def describe_next_change(**groups: Any) -> str:
-    """Return as text how a spec without defaults is changed after memory ran out."""
+    """Return a text that says how a spec without defaults is changed after an attempt ran out of memory."""
     change = adapt_to_out_of_memory(FineTuneJobSpec.model_validate(spec(**groups)), T0)
     return change.change if isinstance(change, Adaptation) else change.message
 

@@ -87,7 +87,7 @@ def test_blocking_condition_names_the_scheduling_gate() -> None:
 
 def test_most_important_condition_of_all_pods_is_shown() -> None:
     pods = [
-        replace(pod(), phase="".join(["Run", "ning"]), terminated=TerminatedState(0)),  # a new string object, as if read from a response
+        replace(pod(), phase="".join(["Run", "ning"]), terminated=TerminatedState(0)),  # a new string object, as when the phase is read from a response
         replace(pod(), phase="Pending", unschedulable_message="0/1 nodes"),
         replace(pod(), phase="Pending", waiting_reason="ErrImagePull"),
         replace(pod(), phase="Pending", waiting_reason="CreateContainerConfigError"),

@@ -1,4 +1,4 @@
-"""The operator reads events about missing or stuck pods, and a rate limiter limits these reads."""
+"""The operator reads events about missing or stuck pods, and a rate limiter limits how often it reads them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def server() -> FakeApiServer:
 
 
 async def process_with_stuck_pod(server: FakeApiServer, scheduled: int) -> OperatorProcess:
-    """Return a new process with a Pending pod, which was created an hour ago and scheduled `scheduled` seconds ago."""
+    """Return a new operator process with a Pending pod that was created an hour ago and was bound to a node `scheduled` seconds ago."""
     _, job = await start_attempt(server)
     process, now = OperatorProcess(server), server.clock.now()
     process.cache.put_job(job)
@@ -32,14 +32,14 @@ async def process_with_stuck_pod(server: FakeApiServer, scheduled: int) -> Opera
 
 @pytest.mark.parametrize(("scheduled", "reads"), [(1, 0), (60, 1)])
 async def test_time_without_a_node_does_not_count_for_a_stuck_pod(server: FakeApiServer, scheduled: int, reads: int) -> None:
-    """A pod that waited an hour for a node still has the usual time to mount its volumes."""
+    """Even if a pod waited an hour for a node, it has the usual time to mount its volumes after it was bound to the node."""
     process = await process_with_stuck_pod(server, scheduled)
     await process.reconcile()
     assert server.count("list", CORE_EVENT) == reads
 
 
 async def test_reads_of_many_jobs_are_rate_limited(server: FakeApiServer) -> None:
-    """Each read is expensive, because the API server scans all events of the namespace."""
+    """Reading the events of a pod is expensive, because the API server scans all events of the namespace."""
     process = await process_with_stuck_pod(server, 60)
     limiter, now = process.reconciler._blocking_reader._limiter, asyncio.get_running_loop().time()
     limiter.record_read(now - 0.2, now)

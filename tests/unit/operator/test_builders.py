@@ -1,6 +1,6 @@
 """The Job, the Service and run.json of an attempt, compared with golden files.
 
-After an intended change: `GOLDEN=write pytest tests/unit/operator/test_builders.py`, then review the diff.
+After an intended change of these objects, run `GOLDEN=write pytest tests/unit/operator/test_builders.py` and review the diff of the golden files.
 """
 
 from __future__ import annotations
@@ -91,7 +91,9 @@ def test_run_config_matches_its_golden_file() -> None:
 
 
 def test_run_config_lists_the_checkpoint_manifests_of_the_status_as_marks() -> None:
-    """Trainer 0.1.0 ignores marks. Checkpoints without a sha256 and checkpoints with a URI in an unknown format are left out."""
+    """Marks are entries of `defaults` that begin with `#`; trainer 0.1.0 ignores them. Checkpoints without a sha256 and checkpoints with a URI in an unknown
+    format are left out.
+    """
     sha256 = "ab" * 32
     root = "s3://models/test/team/run/uid/checkpoints"
     checkpoints = [
@@ -123,7 +125,7 @@ def test_job_contains_its_run_configuration_and_its_hash() -> None:
 
 
 def test_platform_chooses_the_user_if_fixed_user_is_false() -> None:
-    """OpenShift's security context constraint `restricted-v2` rejects pods that name a user or group outside the namespace's range."""
+    """OpenShift's security context constraint `restricted-v2` rejects pods whose user id or group id is outside the range of the namespace."""
     found = accept_spec(spec())
     run = build_run_config(finetunejob(spec()), found.spec, 1, defaults=found.defaults, committed_step=0, max_step=None)
     config = CONFIG.model_copy(update={"trainer": CONFIG.trainer.model_copy(update={"fixed_user": False})})
@@ -138,7 +140,7 @@ def test_builders_are_deterministic() -> None:
 
 
 def test_labels_and_annotations_of_placement_reach_the_job_and_its_pods() -> None:
-    """For example, Kueue reads the name of the WorkloadPriorityClass from a label of the Job."""
+    """Other controllers may read these labels: for example, Kueue reads the name of the WorkloadPriorityClass from a label of the Job."""
     labels, annotations = {"kueue.x-k8s.io/priority-class": "high"}, {"note": "x"}
     _, body = build_config_and_job(spec(placement={"labels": labels, "annotations": annotations}))
     for metadata in (body["metadata"], body["spec"]["template"]["metadata"]):

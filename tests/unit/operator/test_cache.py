@@ -1,4 +1,4 @@
-"""The cache: versions of objects, deleted pods, removal of objects after full lists, and which updates count as changes."""
+"""The cache: newer and older versions of objects, deleted pods, removal of objects that a full list lacks, and which updates count as changes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ RUN = JobKey("team", "run")
 
 
 def make_full_list(*finetunejobs: str, version: int, namespaces: frozenset[str] = frozenset()) -> FullList:
-    """Return a full list with these FineTuneJobs, without Jobs and pods."""
+    """Return a full list that contains these FineTuneJobs, but no Jobs and no pods."""
     return FullList(frozenset(finetunejobs), frozenset(), frozenset(), version, namespaces)
 
 

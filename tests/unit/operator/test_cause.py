@@ -177,7 +177,7 @@ def test_pod_evicted_because_of_its_own_disk_usage_counts_as_a_retry(code: int) 
 
 
 def build_failed_pod(seconds: float | None, index: int = 0, **fields: Any) -> PodView:
-    """A pod that failed with exit code 70. `fields`: fields of its termination message. Without fields, the pod has no such message."""
+    """Return a pod that failed with exit code 70. `fields` are the fields of its termination message; if there are none, the pod has no termination message."""
     text = TerminationMessage(code="E", message="m", **fields).to_json() if fields else ""
     finished_at = None if seconds is None else at(seconds)
     return replace(pod(index=index), phase="Failed", terminated=TerminatedState(70, "", text, finished_at), node=f"n{index}")

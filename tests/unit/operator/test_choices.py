@@ -1,4 +1,6 @@
-"""The operator and the choices of a job's plan: from which pools the preparation may choose, which choices are accepted, and how attempts get them."""
+"""How the operator uses the choices of a job's plan: from which pools a preparation may choose, which choices the operator accepts, and how attempts get
+them.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,7 @@ def accept_with_choices(raw_spec: Object, used: OperatorConfig, **choices: Any) 
 
 
 def make_open_spec(**groups: Any) -> Object:
-    """Return a spec without the fields that the plan may choose."""
+    """Return a spec that does not set the fields whose values the plan may choose."""
     return {name: group for name, group in spec(**groups).items() if name != "resources"} | {name: groups[name] for name in groups if name == "resources"}
 
 
@@ -148,7 +150,7 @@ def test_a_chosen_pool_that_no_longer_exists_lets_the_job_wait() -> None:
 
 
 def end_preparation_with_plan(plan: RunPlan | None, raw_spec: Object | None = None, **status_fields: Any) -> tuple[samples.Facts, FineTuneJobStatus]:
-    """Return the facts at the end of a preparation that reported this plan, and the status that the operator then writes."""
+    """End a preparation that has reported this plan. Return the facts at its end, and the status that the operator then writes."""
     job = samples.job(0, name="run-prepare1", uid="prepare-1", completed_at=at(50))
     reporting = end_pod(pod(0, name="run-prepare1-0-x", uid="p", job_uid="prepare-1"), 0, TerminationMessage(exit_code=0, plan=plan))
     old = status(preparation={"number": 1, "startTime": iso_time(0)}, **status_fields)
@@ -222,7 +224,7 @@ def list_gpu_requests(server: Any) -> list[str]:
 
 
 async def end_preparation(server: Any, message: TerminationMessage) -> OperatorProcess:
-    """Let the preparation of the job `run` end, and return a restarted operator that has recorded the end."""
+    """End the preparation of the job `run`. Return a restarted operator that has recorded this end in the status."""
     body = server.objects[JOB.plural, "run-prepare1"]
     is_ok = message.exit_code == 0
     ended = {"type": "Complete" if is_ok else "Failed", "status": "True", "lastTransitionTime": iso_time(50)}

@@ -87,7 +87,7 @@ def test_start_timeout_sets_the_condition_stalled_but_does_not_finish_the_job() 
 
 
 def test_start_timeout_restarts_when_pods_stop_being_ready() -> None:
-    """A status write causes no watch event. The reconcile that records the unready pods must therefore schedule the next reconcile."""
+    """The operator's own status writes do not cause another reconcile. So the reconcile that records the unready pods must schedule the next one."""
     raw_spec = spec(policy={"startTimeoutSeconds": 60})
     ready = compute_status_of(facts(spec=raw_spec, status=status(**RUNNING_STATUS), jobs=[job()], pods=[pod()], now=at(10)))
     lost = facts(spec=raw_spec, status=ready, jobs=[job()], pods=[pod(is_ready=False)], now=at(500))

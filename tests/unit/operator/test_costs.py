@@ -44,7 +44,7 @@ def make_ended_pods(ended: float, code: int = 74, **fields: Any) -> list[Any]:
 
 
 def make_running_facts(now: float, *, old: FineTuneJobStatus = RUNNING, max_cost: float | None = None, config: OperatorConfig = CONFIG, **fields: Any) -> Facts:
-    """Return facts about a job with two nodes of two GPUs. Each GPU costs 0.001 EUR per second."""
+    """Return facts about a running job on two nodes, with two GPUs on each node. Each GPU costs 0.001 EUR per second."""
     policy = {} if max_cost is None else {"maxCost": max_cost}
     given = {"pods": make_gpu_pods(), "last_report": report(), "reported_at": at(now), **fields}
     return facts(spec=make_gpu_spec(**policy), status=old, jobs=[job(pod_count=2)], now=at(now), config=config, **given)

@@ -1,4 +1,4 @@
-"""The start timeout and the stall timeout of a job, also after a restart of the operator."""
+"""The start timeout and the stall timeout of a job, with and without a restart of the operator."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_pod_without_any_report_does_not_stall(old_status: FineTuneJobStatus, re
 
 
 def test_new_pod_of_a_readmitted_job_gets_the_whole_stall_timeout() -> None:
-    """The queue suspended the Job at 120 s and admitted it again at 7200 s. The readmitted Job has a new pod."""
+    """The queue suspended the Job at 120 s and admitted it again at 7200 s. After the second admission, the Job has a new pod."""
     old_status = status(
         attempt=1, attempts=[{**STARTED_ATTEMPT, "lastStep": 50}], progress={"step": 50, "updateTime": iso_time(100)},
         conditions=[
@@ -157,7 +157,7 @@ def test_queued_time_does_not_count_towards_the_stall_timeout() -> None:
 
 
 def test_pod_of_a_lost_node_does_not_count_as_stalled() -> None:
-    """The pod is evicted at 340 s and counts as lost at 700 s (grace period 300 s, margin 60 s). The stall timeout passes earlier."""
+    """The pod is evicted at 340 s and counts as lost at 700 s (grace period 300 s, margin 60 s). The stall timeout of the job passes before 700 s."""
     old_status = status(
         attempt=1, attempts=[STARTED_ATTEMPT], conditions=[condition(Condition.PODS_READY, "False", "Progressing", 40)]
     )
@@ -174,7 +174,7 @@ def test_single_failed_readiness_probe_of_an_unreachable_pod_is_not_a_stall() ->
 
     """For an hour, a network policy has prevented the operator from reading reports, while the pod was ready.
 
-    One failed readiness probe is then not a stall.
+    In this situation, one failed readiness probe must not count as a stall.
     """
     received = report(stage="training", health={"secondsSinceStep": 1.0})
     flapping = pod(is_ready=False)

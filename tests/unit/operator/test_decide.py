@@ -1,4 +1,4 @@
-"""Decisions for suspend, cancellation, finished jobs and ended attempts, in every state of a job."""
+"""What the operator decides when a user suspends or cancels a job, when a job has finished and when an attempt has ended, in every state of a job."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ STATES = {
     "running": (RUNNING_STATUS, [job()], [pod()]),
     "recovering": (RECOVERING_STATUS, [job(failed_at=at(60), failed_reason="BackoffLimitExceeded")], [end_pod(pod(), 70)]),
 }
-"""The status, the Jobs and the pods of a job in each of its states."""
+"""For each state of a FineTuneJob: its status, its Jobs and its pods."""
 
 
 def decide_in_state(state: str, **stop_request: bool) -> Plan:
@@ -119,7 +119,7 @@ PASSED_LIMITS = {
         status=RECOVERING_STATUS, pods=[pod(deletion_timestamp=at(0), job_uid="gone")], now=at(3600)
     ),
 }  # fmt: skip
-"""Facts in which a time limit has passed, but the operator need not do anything."""
+"""Facts in which a time limit has passed, although the operator has nothing to do."""
 
 
 @pytest.mark.parametrize("case", PASSED_LIMITS)
@@ -132,7 +132,7 @@ def test_time_limit_in_the_past_causes_no_busy_loop(case: str) -> None:
 
 
 def test_checkpoints_of_earlier_attempts_are_no_progress_of_the_current_one() -> None:
-    """A pod lists all existing checkpoints, including those of attempts that the status no longer lists."""
+    """A pod's report lists all existing checkpoints, including the checkpoints of attempts that the status no longer lists."""
     old = {"step": 500, "uri": "s3://b/checkpoints/step-00000500/a1-0123abcd"}
     idle = [{"number": n, "startTime": START_TIME, "endTime": START_TIME, "reason": "NodeLost", "counted": False} for n in range(2, 12)]
     old_status = status(attempt=12, attempts=[*idle, {"number": 12, "startTime": START_TIME}], checkpoints=[old], retriesUsed=3)
@@ -178,7 +178,7 @@ def test_gang_whose_job_was_deleted_succeeded_only_if_every_rank_exited_with_0(c
 
 @pytest.mark.parametrize("reason", [Reason.SUSPENDED, Reason.STALLED, Reason.NODE_LOST, Reason.PREEMPTED])
 def test_fatal_exit_during_a_termination_fails_the_job(reason: Reason) -> None:
-    """A data error ends the job, because the next attempt would have the same error."""
+    """Exit code 65 is a data error. It ends the job, because the next attempt would have the same error."""
     old_status = status(attempt=1, attempts=[{**STARTED_ATTEMPT, "reason": reason}])
     over = replace(end_pod(pod(), 65), is_deleted=True)
     plan = decide(facts(spec=spec(suspend=reason is Reason.SUSPENDED), status=old_status, pods=[over], now=at(90)))
@@ -187,7 +187,7 @@ def test_fatal_exit_during_a_termination_fails_the_job(reason: Reason) -> None:
 
 
 def test_job_that_fails_while_it_is_terminated_is_still_deleted() -> None:
-    """A failure that the operator's own termination causes must not replace the recorded reason `Suspended`."""
+    """If the attempt fails because the operator terminates it, this failure must not replace the recorded reason `Suspended`."""
     old_status = status(attempt=1, attempts=[{**STARTED_ATTEMPT, "reason": "Suspended"}])
     failed = job(failed_at=at(60), failed_reason="BackoffLimitExceeded")
     plan = decide(facts(spec=spec(suspend=True), status=old_status, jobs=[failed], pods=[end_pod(pod(), 75)], now=at(61)))
@@ -208,7 +208,7 @@ def test_job_that_completes_while_it_is_terminated_succeeds() -> None:
     ("now", "situation"), [(-3600, Situation.STARTING), (59, Situation.STARTING), (60, Situation.BACKING_OFF)]
 )
 def test_backoff_is_over_if_the_clock_was_set_back(now: float, situation: Situation) -> None:
-    """The attempt ended at 60 s, and its backoff takes 10 s. A clock that is set back by an hour must not add an hour to the backoff."""
+    """The attempt ended at 60 s, and its backoff takes 10 s. If the operator's clock is set back by an hour, the backoff must not become an hour longer."""
     old_status, jobs, pods = STATES["recovering"]
     assert decide(facts(status=old_status, jobs=jobs, pods=pods, now=at(now))).situation is situation
 
@@ -229,7 +229,7 @@ def test_unfinished_job_of_an_earlier_attempt_is_deleted_while_the_pool_is_missi
     assert [job.name for job in plan.jobs_to_delete] == ["run-1"]
 
 
-# Which Jobs and pods are deleted. The name of each Job and pod says its state.
+# Which Jobs and pods are deleted. The key of each Job and pod describes its state.
 
 JOBS = {
     "runs": job(1),
@@ -248,7 +248,7 @@ PODS = {
 
 
 def get_names(objects: Sequence[JobView | PodView]) -> list[str]:
-    """Return the names that these objects have in JOBS and PODS."""
+    """Return the names under which these objects are in JOBS and PODS."""
     return [name for wanted_object in objects for name, known_object in [*JOBS.items(), *PODS.items()] if known_object is wanted_object]
 
 
@@ -283,7 +283,7 @@ def test_job_that_is_being_deleted_needs_no_action() -> None:
 def plan_next_attempt(
     jobs: Sequence[str] = (), pods: Sequence[str] = (), *, added_pods: Sequence[PodView] = (), now: float = 100, **stop_request: bool
 ) -> Plan:
-    """Return the plan before attempt 6 if these Jobs and pods of earlier attempts exist."""
+    """Return the operator's plan when attempt 6 must be created and these Jobs and pods of earlier attempts exist."""
     old_status = status(attempt=6, conditions=[NOT_READY_CONDITION])
     found = [*(PODS[name] for name in pods), *added_pods]
     return decide(facts(spec=spec(**stop_request), status=old_status, jobs=[JOBS[name] for name in jobs], pods=found, now=at(now)))
@@ -334,10 +334,10 @@ def test_pods_of_earlier_attempts_are_force_deleted_60_s_after_their_grace_perio
     ],
 )
 def test_running_attempt_keeps_only_the_newest_job_of_earlier_attempts(names_of_jobs: list[str], superseded: list[str]) -> None:
-    """Users can still read the logs of the last attempt. Jobs that still run or are already being deleted are left alone."""
+    """The newest earlier Job is kept, so that users can still read its logs. The operator does not delete Jobs that still run or are already being deleted."""
     jobs = [job(500, failed_at=at(60)) if name == "last" else JOBS[name] for name in names_of_jobs]
     old_status = status(attempt=1000, attempts=[{**STARTED_ATTEMPT, "number": 1000}])
-    running = facts(status=old_status, jobs=[job(int("1000")), *jobs], now=at(61))  # an int object that is not shared with the facts
+    running = facts(status=old_status, jobs=[job(int("1000")), *jobs], now=at(61))  # a new int object, so that comparing it with `is` would fail
     assert get_names(decide(running).jobs_to_delete) == superseded
     if all(one.is_finished and not one.is_deleting for one in jobs):
         plan = decide(facts(status=status(attempt=1000), jobs=jobs, now=at(61)))
@@ -369,7 +369,7 @@ def test_final_refusal_fails_the_job_and_temporary_refusal_lets_it_wait(hint: st
 
 @pytest.mark.parametrize(("owner", "text"), [(UID, f"uid {UID}"), ("other", "uid other"), ("", "uid unknown")])
 def test_job_of_another_owner_blocks_the_attempt_only_if_it_has_its_name(owner: str, text: str) -> None:
-    """The Jobs have the labels of the attempts, but no owner reference to the FineTuneJob."""
+    """The Jobs have the labels of the FineTuneJob's attempts, but no owner reference to the FineTuneJob."""
     found = [job(attempt, is_owned=False, owner_uid=owner) for attempt in (1, 2, 3)]
     old_status = status(attempt=2, conditions=[NOT_READY_CONDITION])
     blocking_condition = BlockingCondition(Reason.CHILDREN_CONFLICT, f"Job run-2 belongs to another object ({text})")

@@ -1,4 +1,4 @@
-"""Server-side encryption: run.json contains the type of encryption. The customer's key is only in an environment variable."""
+"""Server-side encryption: run.json contains the type of encryption, but not the customer's key, which the trainer reads from an environment variable."""
 
 from __future__ import annotations
 

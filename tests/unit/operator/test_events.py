@@ -21,7 +21,7 @@ RUNNING_STATUS = {
 
 
 def compute_next_status(old_status: FineTuneJobStatus, result: ActionResult | None = None, **observed: Any) -> tuple[FineTuneJobStatus, list[str]]:
-    """Return the next status, and the reasons of the events that this change of the status emits."""
+    """Return the next status, and the reasons of the events that the operator emits about this change of the status."""
     found = facts(status=old_status, **observed)
     new_status = compute_status(found, decide(found), result or ActionResult())
     return new_status, [note.reason.value for note in draft_events(old_status, new_status)]

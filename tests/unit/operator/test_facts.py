@@ -1,4 +1,4 @@
-"""Facts about the running time and the checkpoints of a job, also if the operator was down or a queue replaced the pods."""
+"""Facts about the running time and the checkpoints of a job. They must also be right after the operator was down, or after a queue replaced the pods."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_attempt_missing_in_status_runs_since_its_queue_admitted_it() -> None:
 
 
 def test_queued_job_with_an_unreadable_spec_does_not_run() -> None:
-    """The deadline of the job must not pass while the job waits in the queue."""
+    """The time that a job waits in the queue must not count towards the job's deadline."""
     unreadable = {**QUEUED_SPEC, "training": ["a newer form"]}
     waiting = facts(spec=unreadable, jobs=[job(queue="q", is_suspended=True, started_at=None)], now=at(10**6))
     assert (waiting.is_spec_readable, waiting.running_since) == (False, None)
@@ -92,7 +92,9 @@ def test_time_for_which_a_queue_suspends_the_job_is_not_running_time() -> None:
 
 
 def test_only_certain_running_time_counts_if_the_queue_suspended_the_job_unnoticed() -> None:
-    """While the operator was stopped, the queue may have suspended and resumed the Job several times. Only time in which the job certainly ran is counted."""
+    """While the operator was stopped, the queue may have suspended and resumed the Job several times. So the operator counts only time in which the job
+    certainly ran.
+    """
     old_status = status(
         attempt=1, attempts=[STARTED_ATTEMPT], progress={"step": 5, "updateTime": at(400).isoformat()},
         conditions=[condition(Condition.QUOTA_RESERVED, "True", "Progressing", 100)],
@@ -118,7 +120,7 @@ def test_quota_reservation_begins_again_if_the_job_was_readmitted_while_the_oper
 
 
 def test_job_deleted_while_the_operator_was_down_ran_until_its_last_report() -> None:
-    """The hours for which a suspended job waited for the stopped operator do not count towards its deadline."""
+    """The operator was suspending the job when it stopped. The hours until the operator started again do not count towards the job's deadline."""
     begun = {**STARTED_ATTEMPT, "reason": "Suspended", "message": "spec.suspend is true"}
     old_status = status(attempt=1, attempts=[begun], progress={"step": 7, "updateTime": at(500).isoformat()})
     raw_spec = spec(suspend=True, policy={"activeDeadlineSeconds": 1800})
@@ -144,7 +146,7 @@ def test_deleted_job_ran_until_its_pods_ended() -> None:
 
 
 def test_checkpoints_of_a_pod_that_a_queue_replaced_are_recorded() -> None:
-    """The operator was restarted before it read a report with step 20. Only the preempted pod's termination message lists checkpoint 20."""
+    """The operator was restarted before it read a report with step 20. So it can learn of checkpoint 20 only from the preempted pod's termination message."""
     uri = "s3://models/test/checkpoints/step-{0:08d}/a1-00000000"
     listed = [{"step": step, "uri": uri.format(step)} for step in (10, 20)]
     message = TerminationMessage.model_validate({"step": 29, "resumedFromStep": 0, "checkpoints": listed})

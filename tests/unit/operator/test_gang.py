@@ -1,4 +1,4 @@
-"""If some pods of a gang find no node, the other pods must not occupy their nodes forever. Gangs in a queue keep waiting."""
+"""If some pods of a gang find no node, the other pods must not occupy their nodes forever. A gang that waits in a queue keeps waiting."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ GANG_SPEC = spec(resources={"nodes": 3}, policy={"startTimeoutSeconds": 600})
 
 
 def make_waiting_gang(placed_count: int, *, nodes: int = 3, created_count: int = 3, now_seconds: float = 600, **job_fields: Any) -> Facts:
-    """A gang of `nodes` pods: `created_count` pods exist, and `placed_count` of them have a node."""
+    """Return facts about a gang that needs `nodes` pods: `created_count` pods exist, and `placed_count` of the existing pods have a node."""
     pods = [
         pod(index=index, phase="Pending", is_ready=False, node="node-1" if index < placed_count else "")
         for index in range(created_count)
@@ -35,7 +35,7 @@ def make_waiting_gang(placed_count: int, *, nodes: int = 3, created_count: int =
 
 @pytest.mark.parametrize(("nodes", "placed", "created"), [(2, 1, 2), (2, 1, 1), (3, 1, 3), (3, 2, 3), (3, 1, 1), (3, 2, 2)])
 def test_incomplete_gang_is_ended_at_the_start_timeout(nodes: int, placed: int, created: int) -> None:
-    """Pods without a node may be unschedulable. Pods that do not exist may exceed a quota."""
+    """Pods that have no node may be unschedulable, and missing pods may not exist because they would exceed a quota."""
     for now_seconds in (600, 601):
         plan = decide(make_waiting_gang(placed, nodes=nodes, created_count=created, now_seconds=now_seconds))
         assert plan.termination is not None
@@ -46,7 +46,7 @@ def test_incomplete_gang_is_ended_at_the_start_timeout(nodes: int, placed: int, 
 
 @pytest.mark.parametrize(("placed", "created"), [(0, 3), (3, 3), (0, 0)])
 def test_gang_keeps_waiting_if_none_or_all_of_its_pods_have_a_node(placed: int, created: int) -> None:
-    """While no pod has a node, an autoscaler may be adding nodes. When all pods have a node, they may be pulling the image."""
+    """If no pod has a node, an autoscaler may still be adding nodes. If all pods have a node, they may still be pulling the image."""
     plan = decide(make_waiting_gang(placed, created_count=created))
     assert (plan.situation, plan.termination) == (Situation.ACTIVE, None)
 
@@ -56,7 +56,7 @@ def test_gang_in_a_queue_keeps_waiting() -> None:
 
 
 def test_gang_with_an_unreadable_spec_keeps_waiting() -> None:
-    """The unreadable spec may contain a longer start timeout, and the operator could not start another attempt from it."""
+    """The operator cannot read the spec, which may set a longer start timeout. If it ended this attempt, it could not start another one from this spec."""
     observed = make_waiting_gang(1, now_seconds=1e6)
     unreadable = replace(observed.job, spec={**GANG_SPEC, "newer": {"field": 1}})
     plan = decide(replace(observed, job=unreadable, acceptance=accept(unreadable.spec, CONFIG)))

@@ -1,4 +1,4 @@
-"""Jobs whose completions come from a vLLM server: the server's container, GPUs and image, and the messages about the server."""
+"""Jobs in which a vLLM server generates the completions: the container, GPUs and image of the server, and the messages about the server."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def test_server_image_that_cannot_be_pulled_is_a_blocking_condition() -> None:
 
 
 def test_trainers_message_is_the_cause_if_the_vllm_server_ends() -> None:
-    """The state of the server's container must not hide the trainer's termination message."""
+    """The operator must report the trainer's termination message as the cause, not the state of the server's container."""
     message = TerminationMessage(class_=FailureClass.INFRASTRUCTURE, code="GenerationServerEnded", message="the vLLM server ended: exit code 1")
     failed = replace(end_pod(pod(), 74, message), init_failure_message="init container generation ended with exit code 1")
     cause = find_pod_cause(failed)

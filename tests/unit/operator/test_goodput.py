@@ -1,4 +1,4 @@
-"""Goodput: the parts of the time of each attempt, lost steps, and the sum over all attempts."""
+"""Goodput: into which parts the time of each attempt is split, the time of lost steps, and the sums over all attempts."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_steps_that_a_later_attempt_repeats_are_lost() -> None:
     records = [Attempt(number=1, last_step=100), Attempt(number=2, resumed_from_step=75, last_step=175), Attempt(number=3, resumed_from_step=50, last_step=60)]
     settled = split_lost_steps([make_entry(1, steps=200, loading=9), make_entry(2, steps=100), make_entry(3, steps=5)], records)
     assert [one.parts for one in settled] == [{"steps": 100, "lostSteps": 100, "loading": 9}, {"lostSteps": 100}, {"steps": 5}]
-    assert split_lost_steps(settled, records) == settled, "the split does not depend on the earlier split"
+    assert split_lost_steps(settled, records) == settled, "a second call must not split the time again"
     later = [*records[:2], Attempt(number=3, resumed_from_step=150, last_step=160)]
     assert [one.parts.get("lostSteps", 0) for one in split_lost_steps(settled, later)] == [50, 25, 0], "the first repetition counts"
     assert split_lost_steps([make_entry(1, steps=10), make_entry(2)], [Attempt(number=1, last_step=5), Attempt(number=2)])[0].parts == {"steps": 10}

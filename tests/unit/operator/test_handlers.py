@@ -60,7 +60,7 @@ def make_queue_in_burst() -> WorkQueue:
     ],
 )
 async def test_only_the_end_of_a_job_or_pod_is_reconciled_at_once_during_a_burst(plural: str, event_type: str, body: Object, is_delayed: bool) -> None:
-    """Only a Job that is being deleted shows that another client ends the attempt. After the deletion, nothing shows that another client ended the attempt."""
+    """If another client ends an attempt, the operator can see this only while the Job is being deleted. After the deletion, the reason is lost."""
     queue = make_queue_in_burst()
     create_handlers(JobCache(), queue)[plural](event_type, body)
     assert (len(queue), queue.seconds_until_due()) == ((0, UPDATE_DELAY_SECONDS) if is_delayed else (1, None))

@@ -1,4 +1,4 @@
-"""Responses of `/healthz` and `/readyz` for a process that runs but makes no progress."""
+"""What `/healthz` and `/readyz` respond if the operator process runs but makes no progress."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ KEY = JobKey("team", "run")
 
 
 class Process:
-    """The objects of an operator process that the health checks read."""
+    """Those objects of an operator process that the health checks read."""
 
     def __init__(self) -> None:
         self.monitor = WatchMonitor([kind.path(None) for kind in (FINETUNEJOB, JOB, POD)], lambda *_: None)
@@ -55,7 +55,7 @@ def test_one_stalled_watch_makes_the_process_unhealthy() -> None:
     async def scenario() -> list[str]:
         process = Process()
         await asyncio.sleep(5000)
-        problems = [process.health.find_liveness_problem()]  # kopf has not started its watches, because the first lists can take long
+        problems = [process.health.find_liveness_problem()]  # this is no problem yet: kopf starts its watches after the first lists, which can take long
         process.monitor.start()
         for _ in range(20):  # kopf sends a new watch request each minute, even if no events arrive
             await asyncio.sleep(60)

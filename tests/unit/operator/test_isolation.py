@@ -192,7 +192,7 @@ async def test_existing_secret_of_an_attempt_is_not_read() -> None:
 
 
 async def test_attempt_does_not_start_without_its_network_policy() -> None:
-    """The pods wait for the Secret, which is created after the policy."""
+    """Pods cannot start before the Secret of the attempt exists, and the operator creates the NetworkPolicy before the Secret."""
     server = new_server()
 
     def refuse(verb: str, kind: Kind) -> None:
@@ -258,7 +258,7 @@ async def test_a_damaged_key_is_refused_without_showing_it(data: Object | None) 
 
 
 async def test_deleted_key_is_restored_while_the_operator_runs() -> None:
-    """After a restart with another key, the operator could not read the progress of running attempts."""
+    """If the operator restarted with another key, it could not read the progress of running attempts."""
     server = new_server()
     secrets = await load(server)
     original = server.objects.pop((SECRET.plural, ISOLATION.key_secret_name))
@@ -271,7 +271,7 @@ async def test_deleted_key_is_restored_while_the_operator_runs() -> None:
 
 
 async def test_only_the_leader_creates_a_key_and_a_leader_keeps_its_key() -> None:
-    """A standby replica may start after the key was deleted and before the leader restores it. It must not create another key."""
+    """A standby replica may start after the key was deleted and before the leader restores it. The standby replica must not create another key."""
     server, new_standby = new_server(), AttemptSecrets(ISOLATION)
     old_standby = await load(server)
     original = server.objects.pop((SECRET.plural, ISOLATION.key_secret_name))

@@ -1,4 +1,4 @@
-"""The workarounds for kopf's behaviour. If a test fails after an upgrade of kopf, the workaround may no longer be necessary."""
+"""The operator's workarounds for the behaviour of kopf. If a test fails after an upgrade of kopf, the tested workaround may no longer be necessary."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ def test_settings_use_the_endless_backoff_and_the_label_selector() -> None:
 
 
 def test_inactivity_timeout_is_disabled() -> None:
-    """If this timeout cancelled the task of a watch while the task handles an event, the watch would end without an error."""
+    """kopf's inactivity timeout could cancel the task of a watch while the task handles an event, and the watch would end without an error."""
     watching = build_kopf_settings(CONFIG).watching
     assert watching.inactivity_timeout > 365 * 86400
     assert (watching.server_timeout, watching.client_timeout) == (60, 75)
 
 
 def test_idle_task_of_an_object_ends_soon_because_it_holds_the_last_event() -> None:
-    """With a timeout of zero, the task would end before it reads its first event."""
+    """The timeout must not be zero, because the task would then end before it reads its first event."""
     assert 0 < build_kopf_settings(CONFIG).queueing.idle_timeout <= 1
 
 
@@ -69,13 +69,13 @@ def test_storages_neither_copy_nor_change_objects() -> None:
 
 
 def test_equal_credentials_make_equal_sessions() -> None:
-    """If equal credentials made unequal sessions, kopf would retry rejected credentials without end."""
+    """If the session objects for equal credentials were not equal, kopf would retry rejected credentials without end."""
     assert make_session("a") == make_session("a") != make_session("b")
     assert hash(make_session("a")) == hash(make_session("a"))
 
 
 async def test_each_context_of_kopf_gets_its_own_session() -> None:
-    """When kopf closes the session of one context, the watches of the other contexts continue until the process ends."""
+    """kopf may close the session of one context. The watches of the other contexts must continue until the process ends."""
     credentials = make_session("a")
     first, second = credentials.aiohttp_session, credentials.aiohttp_session
     await first.close()
@@ -112,7 +112,7 @@ async def test_requests_are_observed_and_a_rejected_watch_counts_as_stalled() ->
 
 @pytest.mark.parametrize("is_closed", [True, False])
 def test_watch_streams_are_closed_one_after_another(is_closed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without `WatchStreams`, about a third of the event loops report an error. If none does, kopf or Python has fixed the problem."""
+    """Without `WatchStreams`, about a third of the event loops report an error. If no event loop reports one, kopf or Python has fixed the problem."""
 
     async def continuous_watch(**_: object) -> AsyncIterator[dict[str, str]]:
         yield {"type": "ADDED"}

@@ -1,4 +1,4 @@
-"""The API client with a small HTTP server: which requests are retried, and which error class belongs to each status."""
+"""The client of the Kubernetes API, tested with a small HTTP server: which requests it retries, and which error it raises for each status code."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ JOB_BODY: Object = {"metadata": {"name": "run-1", "namespace": "team", "resource
 
 @dataclass
 class FakeHttpServer:
-    """Sends the given responses in order, and repeats the last one. If a response is None, the server closes the connection instead."""
+    """Sends the responses in `answers` in order, and repeats the last one. If an entry is None, the server closes the connection without a response."""
 
     answers: list[tuple[int, Object, dict[str, str]] | None] = field(default_factory=list)
     requests: list[tuple[str, str, Any]] = field(default_factory=list)

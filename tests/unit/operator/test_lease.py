@@ -19,7 +19,7 @@ SETTINGS = LeaderElection(enabled=True, lease_duration_seconds=15, renew_deadlin
 
 
 class FakeLeaseServer:
-    """An API server with one Lease. While `is_down` is true, each request fails. Responses to writes are delayed by `answer_delay_seconds`."""
+    """An API server that stores one Lease. While `is_down` is true, each request fails. The server delays its responses to writes by `answer_delay_seconds`."""
 
     def __init__(self) -> None:
         self.lease: Object | None = None
@@ -27,7 +27,7 @@ class FakeLeaseServer:
         self.is_down = False
         self.answer_delay_seconds = 0.0
         self.conflicts = 0
-        """Number of replacements that fail because another client has changed the Lease."""
+        """Number of update requests for the Lease that fail with a conflict, as if another client had changed the Lease."""
 
     async def get(self, kind: Kind, namespace: str, name: str) -> Object:
         self._check("get", kind, name)
@@ -69,7 +69,7 @@ class FakeLeaseServer:
 
 
 def _copy(value: Object) -> Object:
-    """Return a copy with new string objects, as if read from a response."""
+    """Return a copy of the object in which all strings are new objects, as in an object that is read from a response."""
     return cast(Object, json.loads(json.dumps(value)))
 
 
@@ -188,7 +188,7 @@ def test_released_lease_can_be_acquired_at_once() -> None:
 
 
 def test_renewal_time_is_the_start_of_the_request() -> None:
-    """The API server stores the renewed Lease before the response arrives, so other replicas can see it earlier than this replica."""
+    """The API server stores the renewed Lease before its response arrives, so the other replicas count the Lease's duration from an earlier time."""
 
     async def scenario() -> None:
         server = FakeLeaseServer()
@@ -251,7 +251,7 @@ def test_conflicting_renewal_is_retried() -> None:
 
 
 def test_lease_is_renewed_during_a_long_first_resync() -> None:
-    """The resync takes 11 s, and the renew deadline is 10 s."""
+    """The first resync takes 11 s, which is longer than the renew deadline of 10 s."""
 
     async def scenario() -> list[str]:
         server = FakeLeaseServer()
@@ -424,7 +424,7 @@ def test_every_change_of_the_lease_counts_as_a_renewal() -> None:
         await acquiring
         return loop_seconds()
 
-    assert run(scenario()) == 28  # the change is observed after 12 s
+    assert run(scenario()) == 28  # the other replica observes the change of the Lease after 12 s
 
 
 def test_conflict_does_not_make_a_replica_the_leader() -> None:

@@ -1,4 +1,4 @@
-"""`model.cache`: the init container and the volumes of a pod, the default of the platform, and who may use the cache on the nodes."""
+"""`model.cache`: the init container and the volumes of a pod, the platform's default cache, and which namespaces may use the cache on the nodes."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_cache_in_the_root_of_a_claim_has_its_own_folder() -> None:
 
 
 def test_variables_in_the_path_of_a_claim_are_not_replaced() -> None:
-    """The kubelet would replace $(HF_TOKEN) in arguments. The token would then be in the name of a folder and in messages about this folder."""
+    """If `$` were not doubled, the kubelet would replace $(HF_TOKEN) in the arguments, and the token would appear in a folder's name and in messages."""
     (init,) = get_pod(build_job_body(spec(model={"cache": "pvc://models/$(HF_TOKEN)/$x"}))[1])["initContainers"]
     assert init["args"][2] == "/mnt/model-cache/$$(HF_TOKEN)/$$x/finetune-models"
 
@@ -99,7 +99,7 @@ def test_the_trainer_container_can_only_read_the_models_of_its_namespace_on_the_
 
 
 def test_no_code_of_the_user_runs_in_the_init_container() -> None:
-    """The init container has neither the user's image nor mounts nor variables that load code. It keeps credentials and variables that name servers."""
+    """The init container does not use the user's image, the user's mounts or variables that load code. It keeps credentials and variables that name servers."""
     raw_spec = spec(
         model={"cache": "node", "tokenSecretRef": {"name": "hub", "key": "token"}},
         placement={
@@ -152,14 +152,15 @@ def build_preparation_pod(cache: str, **groups: Any) -> Object:
 
 @pytest.mark.parametrize("cache", ["node", "none"])
 def test_a_preparation_pod_does_not_mount_the_cache_of_a_node(cache: str) -> None:
-    """A preparation pod may run on another node than the training pods. So it does not fill the cache of its node, and downloads no weights."""
+    """A preparation pod may run on another node than the training pods. So the preparation pod does not fill the cache of its node, and downloads no weights.
+    """
     pod = build_preparation_pod(cache, placement={"nodeSelector": {"zone": "a"}})
     assert "initContainers" not in pod and get_volumes(pod) == [] and "nodeSelector" not in pod
     assert "FINETUNE_CLAIM_CACHE" not in {variable["name"] for variable in pod["containers"][0]["env"]}
 
 
 def test_a_preparation_fills_the_cache_in_a_claim() -> None:
-    """The preparation runs on the nodes of the training pods, because its pod may be the first that mounts the claim."""
+    """The preparation pod may be the first pod that mounts the claim, so it must run on nodes on which the training pods can run."""
     pod = build_preparation_pod("pvc://models/$(HF_TOKEN)", placement={"nodeSelector": {"zone": "a"}})
     (container,) = pod["containers"]
     assert "initContainers" not in pod and pod["nodeSelector"] == {"zone": "a"}

@@ -1,4 +1,4 @@
-"""What the operator observes about a job: cached objects, objects that it reads from the API server, and its own state."""
+"""What the operator knows about a job: objects in its cache, objects that it reads from the API server, and state that it keeps in memory."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ async def test_spec_is_checked_once_per_generation(server: FakeApiServer, monkey
 
 
 async def test_spec_is_checked_again_if_a_crd_removed_a_field_of_it(server: FakeApiServer) -> None:
-    """The API server removes the field from the spec, but does not change the generation."""
+    """If a CRD no longer has a field, the API server removes the field from the spec, but does not change the object's generation."""
     server.put(FINETUNEJOB, {**server.finetunejob, "spec": {**SPEC, "training": {"seed": 7}}})
     process = OperatorProcess(server)
     await process.reconcile()
@@ -98,7 +98,7 @@ async def test_job_deleted_during_a_live_read_is_not_written(server: FakeApiServ
 
 @pytest.mark.parametrize("known_at", ["at first", "later"])
 async def test_rules_for_new_jobs_do_not_apply_after_the_first_attempt_has_a_job(server: FakeApiServer, known_at: str) -> None:
-    """An older operator created the Job and stopped before it wrote the status."""
+    """An older release of the operator created the Job, and stopped before it wrote the status."""
     _, job = await start_attempt(server)
     refused_today = {**SPEC, "resources": {"gpusPerNode": 0, "memory": 4}}
     server.put(FINETUNEJOB, {**server.finetunejob, "spec": refused_today, "status": {}})

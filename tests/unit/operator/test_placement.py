@@ -96,7 +96,7 @@ def test_accepted_spec_names_its_pool() -> None:
 
 
 def make_spec(**groups: Any) -> FineTuneJobSpec:
-    """Return a spec without defaults that has only the required groups and those in `groups`."""
+    """Return a spec that has only the required groups and the groups in `groups`. Defaults are not filled in."""
     return FineTuneJobSpec.model_validate({"model": SPEC["model"], "dataset": SPEC["dataset"], **groups})
 
 

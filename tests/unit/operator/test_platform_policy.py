@@ -1,4 +1,4 @@
-"""The operator and the platform's `policy`: it refuses new jobs and limits their running time, but does not affect accepted jobs."""
+"""How the operator applies the platform's `policy`: the policy can refuse new jobs and limit their running time, but does not affect accepted jobs."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_limit_is_recorded_when_the_job_is_accepted() -> None:
     ],
 )  # fmt: skip
 def test_job_ends_at_the_lower_of_its_deadline_and_the_recorded_limit(limit: int | None, deadline: int | None, termination: str | None) -> None:
-    """A user may raise the deadline of a running job, but not above the recorded limit."""
+    """A user may raise the deadline of a running job, but the job never runs longer than the limit that the operator has recorded."""
     policy = {} if deadline is None else {"activeDeadlineSeconds": deadline}
     plan = decide(facts(spec=spec(policy=policy), status=make_started_status(limit), jobs=[job()], pods=[pod()], now=at(100)))
     assert plan.termination == (None if termination is None else Termination(Reason.DEADLINE_EXCEEDED, termination))

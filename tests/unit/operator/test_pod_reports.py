@@ -31,7 +31,7 @@ def read_report(value: Any) -> ProgressReport | None:
 
 
 def change_report(path: str, value: Any) -> dict[str, Any]:
-    """Return a copy of GOOD with `value` at a dotted path."""
+    """Return a copy of GOOD_REPORT that has `value` at this dotted path."""
     result = json.loads(json.dumps(GOOD_REPORT))
     *parents, name = [int(part) if part.isdigit() else part for part in path.split(".")]
     inner = result
@@ -109,7 +109,7 @@ def test_value_out_of_bounds_is_dropped_or_cleaned(path: str, value: Any, kept: 
 
 @pytest.mark.parametrize("key", ["\x00updateTime", "updateTime ", "update_time", "\u202eupdate_time"], ids=ascii)
 def test_time_is_bounded_in_camel_case_and_snake_case_fields(key: str) -> None:
-    """The API server would reject a time in the year 1."""
+    """The API server would reject a status with a time in the year 1, so the operator drops such times."""
     parsed = read_report(GOOD_REPORT | {"progress": {"step": 3, key: "0001-01-01T00:00:00Z"}})
     assert parsed is not None
     assert (parsed.progress.step, parsed.progress.update_time) == (3, None)

@@ -1,4 +1,4 @@
-"""Pods with GPUs get CPU, memory and shared memory by their number of GPUs. Configured values take precedence."""
+"""Pods with GPUs get CPU, memory and shared memory according to their number of GPUs. Configured values replace these amounts."""
 
 from __future__ import annotations
 

@@ -146,13 +146,13 @@ def test_the_job_of_a_preparation_has_no_gpu_and_no_placement_of_the_training_po
     assert "tolerations" not in pod_spec and "subdomain" not in pod_spec and "suspend" not in body["spec"]
     assert body["metadata"]["labels"]["cost"] == "x" and "kueue.x-k8s.io/queue-name" not in body["metadata"]["labels"]
     assert {"name": "A", "value": "b"} in container["env"]
-    assert run.world.nodes == 2 and "prepare" not in run.to_wire()["spec"], "run.json is that of the first attempt, for every trainer release"
+    assert run.world.nodes == 2 and "prepare" not in run.to_wire()["spec"], "run.json is that of the first attempt, so every trainer release can read it"
     view = read_job(body | {"metadata": body["metadata"] | {"uid": "u", "creationTimestamp": iso_time(0)}})
     assert view is not None and view.attempt == 0
 
 
 def test_a_preparation_with_a_claim_runs_where_the_training_pods_run() -> None:
-    """The first pod that mounts a new claim decides in which zone or on which node the volume is."""
+    """The first pod that mounts a new claim decides in which zone or on which node the volume is created."""
     raw_spec = make_gpu_spec(dataset={"train": "pvc://data/train.jsonl"}, placement={"nodeSelector": {"zone": "a"}})
     accepted = accept_spec(raw_spec, CONFIG_WITH_PREPARATION)
     run = build_run_config(finetunejob(raw_spec), accepted.spec, 1, defaults=accepted.defaults, committed_step=0, max_step=None)
@@ -172,7 +172,7 @@ def test_a_preparation_job_that_lost_its_labels_is_found_by_its_owner() -> None:
 @given(name=st.from_regex(names.NAME_PATTERN, fullmatch=True), suffix=st.sampled_from(["", "-prepare", "-1", "-prepare1"]), number=st.integers(1, 99))
 def test_no_preparation_has_the_name_of_an_attempt_or_of_another_preparation(name: str, suffix: str, number: int) -> None:
     job_name = names.preparation_job_name(name, number)
-    assert re.fullmatch(r".*-\d+", job_name) is None, "the name of every attempt ends with a hyphen and a number"
+    assert re.fullmatch(r".*-\d+", job_name) is None, "only the Jobs of attempts have names that end with a hyphen and a number"
     assert names.parse_preparation_number(job_name, name) == number
     assert (names.parse_preparation_number(job_name, name + suffix) is None) is bool(suffix)
     assert names.parse_preparation_number(names.attempt_job_name(name + suffix, number), name) is None
@@ -348,7 +348,7 @@ CREDENTIALS = {"storage": {"credentialsSecretRef": {"name": "keys"}}}
     ],
 )
 def test_only_a_failure_that_training_pods_would_share_ends_the_job(code: str, exit_code: int, groups: dict[str, Any], is_final: bool) -> None:
-    """Training pods may have the role of another node, more disk, and a GPU for the user's reward code."""
+    """Failures for other reasons do not end the job: training pods may have another node's role, more disk, or a GPU for the user's reward code."""
     reported = TerminationMessage(class_=FailureClass.USER, code=code, message="no", exit_code=exit_code)
     plan = decide(make_facts(RECORD, *make_failed_preparation(reported, exit_code), **groups))
     assert (plan.job_end is not None) is is_final
@@ -465,7 +465,7 @@ def test_number_of_a_preparation_comes_from_job_names_if_the_status_is_lost() ->
 async def test_a_preparation_fills_the_cache_in_a_claim_if_the_plan_cannot_choose_another_pool(
     pools: tuple[str, ...], resources: dict[str, Any], fills_cache: bool
 ) -> None:
-    """The first pod that mounts the claim can bind it to a zone without the nodes of another pool."""
+    """The first pod that mounts the claim may bind it to a zone in which another pool has no nodes."""
     node_pools = [{"name": name, "default": name == "a", "gpusPerNode": 8, "gpuType": "h100-80gb"} for name in pools]
     config = parse_config({"trainer": {"image": "r.example.com/t:1"}, "nodePools": node_pools, "prepare": {"strategy": "always"}}, "test")
     server = new_server()
@@ -485,7 +485,7 @@ async def test_a_reconcile_creates_the_job_once_and_then_the_first_attempt() -> 
     await process.reconcile()
     assert [name for plural, name in server.objects if plural == JOB.plural] == ["run-prepare1"]
     assert server.event_counts() == {Reason.PREPARING: 1}
-    await OperatorProcess(server, config).reconcile()  # a restarted operator whose cache lacks the Job
+    await OperatorProcess(server, config).reconcile()  # a restarted operator, in whose cache the Job is missing
     assert [name for plural, name in server.objects if plural == JOB.plural] == ["run-prepare1"]
     body = server.objects[JOB.plural, "run-prepare1"]
     completed = {"type": "Complete", "status": "True", "lastTransitionTime": iso_time(50)}

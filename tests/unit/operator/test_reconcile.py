@@ -1,4 +1,4 @@
-"""Complete reconciles: errors of the API server, and which actions the operator repeats."""
+"""Complete reconciles: how the operator handles errors of the API server, and which actions it repeats."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ WEBHOOK_DOWN_MESSAGE = 'Internal error occurred: failed calling webhook "validat
 async def test_job_refused_by_admission_waits_and_quotes_the_policy(
     server: FakeApiServer, error: type[KubeError], code: int, message: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """An admission policy may answer with any status code. The job waits, because the spec itself is valid."""
+    """An admission policy may refuse a Job with any status code. The job waits and does not fail, because its spec is valid."""
 
     def refuse(verb: str, kind: Kind) -> None:
         if (verb, kind) == ("create", JOB):
@@ -128,7 +128,7 @@ async def test_job_refused_by_admission_waits_and_quotes_the_policy(
 async def test_missing_service_of_a_gang_is_a_blocking_condition(
     server: FakeApiServer, name_taken: bool, reason: Reason, message: str
 ) -> None:
-    """The pods need the Service to resolve each other's names. The attempt is recorded although the Service is missing."""
+    """Pods cannot resolve each other's names without the Service. Nevertheless the operator records the attempt if the Service cannot be created."""
 
     def refuse(verb: str, kind: Kind) -> None:
         if (verb, kind) == ("create", SERVICE):
@@ -158,7 +158,9 @@ def make_config(image: str, **storage: Any) -> OperatorConfig:
 
 
 async def test_later_attempts_keep_the_store_and_the_defaults_of_the_first_attempt(server: FakeApiServer) -> None:
-    """The operator's configuration may change between two attempts. Only the new image and the new storage credentials are used."""
+    """The operator's configuration may change between two attempts. Of the changed values, later attempts use only the new image and the new storage
+    credentials.
+    """
     server.finetunejob["spec"] = {name: group for name, group in SPEC.items() if name != "storage"}
     secret = {"credentialsSecretRef": {"name": "old"}}
     first = OperatorProcess(server, make_config("trainer:1", uri="s3://one/models", endpoint="https://a.example.com", **secret))

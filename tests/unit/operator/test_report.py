@@ -1,4 +1,4 @@
-"""The status that the operator computes from the facts and a plan."""
+"""The status that the operator computes from the facts about a job and from the plan for it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def compute_status_of(observed: Facts, result: ActionResult | None = None) -> Fi
 
 
 def compute_running_status(old_status: FineTuneJobStatus | None = None, **reported: Any) -> FineTuneJobStatus:
-    """The status of a job whose pod reports these values."""
+    """Return the status of a running job whose pod reports these values."""
     observed = facts(status=old_status or status(**RUNNING_STATUS), jobs=[job()], pods=[pod()], last_report=report(**reported))
     return compute_status_of(observed)
 
@@ -109,7 +109,9 @@ def test_step_of_an_unlisted_latest_checkpoint_comes_from_its_uri(uri: str, step
 def compute_first_attempt_after_resume(
     known_step: int | None, resumed_from: int, *, committed_by: int | None = None, second: dict[str, Any] | None = None
 ) -> Attempt:
-    """Return the record of attempt 1 after attempt 2 has reported `resumed_from`. `second`: fields of attempt 2 that were already recorded."""
+    """Return the record of attempt 1 after attempt 2 has reported that it resumed from step `resumed_from`. The fields in `second` were already recorded for
+    attempt 2.
+    """
     first = {"number": 1, "startTime": "2026-11-21T12:00:00Z", "endTime": "2026-11-21T12:05:00Z", "reason": "Preempted", "lastStep": known_step}
     attempts = [first, {"number": 2, "startTime": "2026-11-21T12:06:00Z", **(second or {})}]
     uri = f"s3://b/checkpoints/step-{resumed_from:08d}/a{committed_by}-1f3c9a2b" if committed_by else "s3://b/x"
@@ -122,7 +124,7 @@ def compute_first_attempt_after_resume(
 
 @pytest.mark.parametrize("committed_by", [None, 1], ids=["unknown attempt", "attempt 1"])
 def test_last_step_of_an_unobserved_attempt_is_the_step_from_which_the_next_attempt_resumed(committed_by: int | None) -> None:
-    """While the operator was stopped, attempt 1 trained from step 80 to step 190."""
+    """While the operator was stopped, attempt 1 trained from step 80 to step 190 and ended."""
     first = compute_first_attempt_after_resume(80, 190, committed_by=committed_by)
     assert (first.last_step, first.committed_step, first.steps_lost) == (190, 190, 0)
 
@@ -153,7 +155,7 @@ def test_steps_after_the_last_checkpoint_are_counted_as_lost() -> None:
 def test_resume_from_an_own_checkpoint_does_not_change_the_previous_attempt(
     committed_by: int | None, second: dict[str, Any]
 ) -> None:
-    """A queue may replace the pods of attempt 2. The new pods then resume from a checkpoint of attempt 2."""
+    """A queue may replace the pods of attempt 2. The new pods resume from a checkpoint of attempt 2, which says nothing about attempt 1."""
     first = compute_first_attempt_after_resume(80, 290, committed_by=committed_by, second=second)
     assert (first.last_step, first.committed_step) == (80, None)
 
@@ -321,7 +323,7 @@ def test_steps_of_another_job_do_not_count_as_measured_steps() -> None:
 
 
 def list_times(value: Any) -> list[str]:
-    """Return every time in a status, in the format of Kubernetes."""
+    """Return all times that a status contains, in the format of Kubernetes."""
     if isinstance(value, dict):
         return [time for inner in value.values() for time in list_times(inner)]
     if isinstance(value, list):
@@ -333,8 +335,8 @@ def list_times(value: Any) -> list[str]:
 def test_no_time_in_the_status_is_later_than_the_completion(exit_code: int) -> None:
     """The times in the status come from several clocks.
 
-    After the start of the job, the container ended at 90 s, PodsReady changed at 92 s, and the operator saw the end at 95 s. A clock that
-    is ahead reported 3000 s and 4000 s.
+    After the start of the job, the container ended at 90 s, PodsReady changed at 92 s, and the operator saw the end at 95 s. The trainer's clock is ahead, so
+    its reports contain the times 3000 s and 4000 s.
     """
     old_status = status(**RUNNING_STATUS, conditions=[condition(Condition.PODS_READY, "False", "PodsNotReady", 92)])
     checkpoints = [{"step": 400, "uri": "s3://b/step-00000400/x", "time": at(91).isoformat()}, {"step": 500, "uri": "s3://b/500", "time": at(4000).isoformat()}]

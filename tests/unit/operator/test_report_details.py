@@ -24,7 +24,9 @@ CHECKPOINTS = [
 
 
 def compute_steps_in_status(reported_steps: list[int], known_steps: list[int]) -> list[int]:
-    """Return the steps of the status's checkpoints after a pod reported `reported_steps`. Before, the status contained `known_steps`."""
+    """Return the steps of the checkpoints in the new status, if the old status contains checkpoints of `known_steps` and a pod reports those of
+    `reported_steps`.
+    """
     old_status = status(attempt=1, attempts=[STARTED_ATTEMPT], checkpoints=[checkpoint for checkpoint in CHECKPOINTS if checkpoint["step"] in known_steps])
     received = report(checkpoints=[checkpoint for checkpoint in CHECKPOINTS if checkpoint["step"] in reported_steps], progress={"step": 510})
     observed = facts(status=old_status, jobs=[job()], pods=[pod()], last_report=received)

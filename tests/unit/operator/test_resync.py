@@ -1,4 +1,4 @@
-"""Full lists: removal of deleted objects from the cache, restarted lists, and API servers that were restored from a backup."""
+"""Full lists of all objects: how they remove deleted objects from the cache, lists that must be restarted, and API servers that were restored from a backup."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.unit.operator.virtual import run
 
 
 class ListServer:
-    """An API server that lists FineTuneJobs in the given pages. Lists of other kinds are empty and have the same version."""
+    """An API server whose list of FineTuneJobs consists of the given pages. Its lists of other kinds are empty and have the same resourceVersion."""
 
     def __init__(self, *pages: ObjectList) -> None:
         self.pages_of_finetunejobs = pages
@@ -86,9 +86,9 @@ def test_all_pages_of_a_list_count_as_listed() -> None:
 
 def test_server_that_was_restored_from_a_backup_ends_the_process() -> None:
 
-    """After a restore, new resourceVersions are lower than the cached ones, so the cache would ignore new events.
+    """After a restore, the resourceVersions of new events are lower than the cached resourceVersions, so the cache would ignore these events.
 
-    The process ends and must start with an empty cache.
+    So the operator process ends, and the restarted process begins with an empty cache.
     """
 
     async def scenario() -> None:

@@ -142,7 +142,7 @@ def test_stage_that_fails_in_every_attempt_is_the_reason_of_the_jobs_failure() -
 @pytest.mark.parametrize("made_progress", [True, False])
 @pytest.mark.parametrize("policy", [RetryPolicy.NOT_COUNTED, RetryPolicy.WAIT, RetryPolicy.COUNTED, RetryPolicy.ROLL_BACK])
 def test_uncounted_retry_needs_no_budget(policy: RetryPolicy, made_progress: bool) -> None:
-    """While the operator cannot read the spec, no failure that permits another attempt counts."""
+    """While the operator cannot read the spec, failures after which another attempt is permitted do not count as retries."""
     is_spec_readable = policy in (RetryPolicy.NOT_COUNTED, RetryPolicy.WAIT)
     decision = retry_or_give_up(
         make_cause(policy), accept_spec(spec(policy={"retries": 0})).spec, FineTuneJobStatus(retries_used=9),

@@ -1,4 +1,6 @@
-"""The watches of the test rig in tests/integration/operator/rig.py. If a watch ended without a restart, the operator would seem to do nothing."""
+"""The watches of the test rig in tests/integration/operator/rig.py. If the rig did not restart a watch that ended, tests would see no further changes, as if
+the operator did nothing.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Progress reports over HTTP: accepted and rejected reports, read intervals, and dropped reports."""
+"""How the operator reads progress reports over HTTP: which reports it accepts, at which intervals it reads, and when it drops reports."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ REPORT = {"uid": UID, "attempt": 1, "stage": "training", "progress": {"step": 3,
 
 
 class FakeProgressServer:
-    """The HTTP server of a pod. It counts requests and responds with `body` or with a redirect."""
+    """The HTTP server of a pod. The server counts requests and responds with `body` or with a redirect."""
 
     def __init__(self) -> None:
         self.body: str | None = json.dumps(REPORT)
@@ -70,7 +70,7 @@ async def pod() -> AsyncIterator[FakeProgressServer]:
 
 
 class ReportRecorder:
-    """The scraper's callback `on_report`. It records the keys of the jobs with a new report."""
+    """The scraper's callback `on_report`. The callback records the keys of the jobs that have a new report."""
 
     def __init__(self) -> None:
         self.keys: list[JobKey] = []
@@ -155,7 +155,7 @@ async def test_stopped_target_keeps_its_report_until_it_is_dropped(scraper: Prog
 
 
 async def test_unresponsive_pod_does_not_delay_reads_of_other_pods(scraper: ProgressScraper, reports: ReportRecorder, pod: FakeProgressServer) -> None:
-    """The first request stays open for the whole test. A scraper that reads one pod at a time would never read the second pod."""
+    """The first pod does not respond during the whole test. If the scraper read only one pod at a time, it would never read the second pod."""
     async with serve(FakeProgressServer()) as blocked_server:
         blocked_server.may_answer.clear()
         scraper.watch(JobKey("team", "silent"), make_target(blocked_server))
@@ -181,7 +181,7 @@ async def test_number_of_concurrent_reads_is_limited(scraper: ProgressScraper, r
 
 
 async def test_target_that_is_stopped_and_watched_again_is_read_by_one_subscription(scraper: ProgressScraper, pod: FakeProgressServer) -> None:
-    """A flapping readiness probe must not double the number of requests."""
+    """If the pod's readiness probe alternately fails and succeeds, the operator must not send more requests than to a pod that stays ready."""
     for _ in range(20):
         scraper.watch(KEY, make_target(pod))
         scraper.stop(KEY)

@@ -16,7 +16,9 @@ from tests.unit.operator.test_builders import build_config_and_job
 
 
 def build_secret_variables(**groups: Any) -> dict[str, Any]:
-    """Return the container's environment variables by name. `groups` are set after `accept`, because `accept` refuses unsupported fields."""
+    """Return the container's environment variables by name. `groups` are added after the spec was accepted, because the operator would refuse a spec with
+    fields that are not supported yet.
+    """
     run, _ = build_config_and_job(spec())
     raw_spec = FineTuneJobSpec.model_validate({**run.spec.to_wire(), **groups})
     run = RunConfig.model_validate(run.model_dump(by_alias=True) | {"spec": raw_spec.to_wire()})

@@ -1,4 +1,4 @@
-"""The operator's configuration file: refused files and their error messages."""
+"""The operator's configuration file: which files the operator refuses, and with which error messages."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def make_config_with_pool(**fields: Any) -> dict[str, Any]:
 def test_wrong_platform_value_is_reported_in_one_line_with_its_key(
     config: dict[str, Any], key: str, problem: str
 ) -> None:
-    """Helm refuses the same values: see tests/unit/delivery/test_chart.py."""
+    """The operator refuses these values. Helm refuses them too, as tests/unit/delivery/test_chart.py checks."""
     with pytest.raises(SettingsError) as caught:
         parse_config(config, "config.yaml")
     (line,) = str(caught.value).splitlines()

@@ -1,4 +1,4 @@
-"""Random sequences of events for one job. The user, the pods, the cluster, a queue and a crashing operator cause the events.
+"""Random sequences of events for one job. Events are caused by the user, the pods, the cluster, a queue, and crashes of the operator.
 
 The pure functions `decide` and `compute_status` run on a simulated cluster (`world.py`). The invariants are checked after every event. After the
 last event, the job must reach a stable state.
@@ -29,11 +29,11 @@ EXIT_CODES = st.sampled_from([0, 1, 64, 65, 69, 70, 71, 71, 72, 72, 73, 74, 75, 
 PAUSE_SECONDS = st.sampled_from([0, 30, 650])
 DEADLINE_SECONDS, TTL_SECONDS = 3000, 600
 ROUNDING_SECONDS = 1.0
-"""Tolerance in seconds for the running time of an attempt, because the status contains whole seconds."""
+"""Tolerance in seconds when running times of an attempt are compared, because the times in the status are rounded to whole seconds."""
 
 
 class JobEvents(RuleBasedStateMachine):
-    """One job, and all events that may happen to it."""
+    """One job with one pod, and all events that may happen to this job."""
 
     pod_count = 1
 
@@ -103,7 +103,7 @@ class JobEvents(RuleBasedStateMachine):
         assert plan.termination is not None or between(job.started_at, facts.now) < DEADLINE_SECONDS
 
     def _check_new_attempt(self, facts: Facts) -> None:
-        """Check that a new attempt keeps the effective batch and continues from the known checkpoints."""
+        """Check that a new attempt has the same effective batch as the first one and continues from the checkpoints that the operator knows."""
         assert not facts.is_finished
         first: FineTuneJobSpec = accept_spec(self.world.user_spec()).spec
         assert effective_batch(facts.spec) == effective_batch(first)
@@ -128,7 +128,7 @@ class JobEvents(RuleBasedStateMachine):
 
     @rule(is_cancelled=st.sampled_from([False, False, False, True]))
     def cancel(self, is_cancelled: bool) -> None:
-        """Cancel rarely, because a cancelled job ends the sequence of events early."""
+        """Cancel the job in few of the sequences, because a cancellation ends the sequence of events early."""
         self.world.cancel = self.world.cancel or is_cancelled
         self.world.generation += 1
 
@@ -172,7 +172,7 @@ class JobEvents(RuleBasedStateMachine):
 
     @rule(steps=st.integers(1, 30), code=st.sampled_from([None, None, None, 71, 72]))
     def job_trains(self, steps: int, code: int | None) -> None:
-        """Start the job and train some steps, because random events alone would rarely lead to training."""
+        """Start the job and train some steps. Without this event, random sequences would rarely get as far as training."""
         self.world.jobs.pop(FOREIGN_JOB.uid, None)
         self.suspend(False)
         for _ in range(4):
@@ -265,7 +265,7 @@ class JobEvents(RuleBasedStateMachine):
 
     @invariant()
     def finished_job_starts_no_attempt(self) -> None:
-        """No event starts another attempt of a finished job."""
+        """After a job has finished, no event makes the operator start another attempt."""
         if self.final is None:
             self.attempts = len(self.world.created_attempts)
         assert len(self.world.created_attempts) == self.attempts
@@ -309,7 +309,7 @@ class JobEvents(RuleBasedStateMachine):
         assert len(diverged) <= MAX_ROLLBACKS + 1
 
     def teardown(self) -> None:
-        """Reconcile until the job is suspended or finished, as requested. Check that another reconcile changes nothing."""
+        """Reconcile until the job has finished or, if the user has suspended it, is suspended. Check that another reconcile changes nothing."""
         world = self.world
         world.jobs.pop(FOREIGN_JOB.uid, None)
         if world.suspend or world.cancel:
@@ -354,7 +354,7 @@ class JobEvents(RuleBasedStateMachine):
 
 
 class GangEvents(JobEvents):
-    """One job with three pods in a gang, and all events that may happen to it."""
+    """One job with a gang of three pods, and all events that may happen to this job."""
 
     pod_count = 3
 

@@ -1,4 +1,4 @@
-"""The hash of a spec's immutable fields. The status records it, so it must be equal in all versions of the operator."""
+"""The hash of a spec's immutable fields. The operator records this hash in the status, so all versions of the operator must compute the same hash."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def server() -> FakeApiServer:
 
 
 class ProcessDied(BaseException):
-    """Raised to simulate the death of the process."""
+    """Raised to simulate that the operator process is killed."""
 
 
 # Events
@@ -151,7 +151,7 @@ async def test_spec_change_during_a_burst_is_handled_at_once(server: FakeApiServ
 
 
 async def test_start_timeout_is_scheduled_with_the_first_status(server: FakeApiServer) -> None:
-    """The status write causes no watch event. The reconcile that writes the status must therefore schedule the timeout."""
+    """The operator's own status writes do not cause another reconcile. So the reconcile that writes the first status must schedule the start timeout."""
     server.finetunejob["spec"] = {**SPEC, "policy": {"startTimeoutSeconds": 60}}
     process = OperatorProcess(server)
     await process.start_burst_of_new_jobs()
@@ -169,7 +169,8 @@ async def test_start_timeout_is_scheduled_with_the_first_status(server: FakeApiS
 
 
 async def test_end_of_pods_and_end_of_their_job_are_one_write(server: FakeApiServer) -> None:
-    """A Job reports its end shortly after its pods have ended. Until then, the operator must not read events about missing pods."""
+    """A Job reports its own end shortly after its pods have ended. Before the Job has reported its end, the operator must not read events about missing pods.
+    """
     process, job = await start_attempt(server)
     process.cache.put_pod(pod(version=5, created_at=job.created_at))
     await process.reconcile()
@@ -272,7 +273,7 @@ async def test_progress_before_the_first_step_is_deferred_during_a_burst(
 async def test_progress_interval_starts_when_the_report_was_received(
     server: FakeApiServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If the interval started at the write and not at the report, one late write would delay all later writes."""
+    """The interval between writes of progress starts when the report arrived. If it started at the write, one late write would delay all later writes."""
     process, job = await start_attempt(server)
     process.cache.put_pod(pod(version=5, created_at=job.created_at))
     received = ReceivedReport(report(progress={"step": 7, "totalSteps": 9}), server.clock.now() - timedelta(seconds=4), "pod-1-0")
@@ -402,7 +403,7 @@ async def test_stored_values_that_a_newer_crd_rejects_are_left_out(server: FakeA
 
 
 async def test_status_that_another_writer_changed_is_written_again(server: FakeApiServer) -> None:
-    """The operator keeps the JSON of the last status that it wrote. It must not use this JSON for another version of the job."""
+    """The operator keeps the JSON of the last status that it wrote. The operator must not use this JSON if another client has changed the job since then."""
     process = OperatorProcess(server)
     await process.work()
     write_count = server.finetunejob["status"]

@@ -20,7 +20,7 @@ from finetune_operator.throttle import (
 
 
 def start_burst(throttle: StatusThrottle, now: float) -> None:
-    """Start a burst: record BURST_COUNT transitions of other jobs, whose statuses are written."""
+    """Make the throttle detect a burst: BURST_COUNT phase transitions of other jobs are recorded, and their statuses are written."""
     for _ in range(BURST_COUNT):
         other = PendingChanges()
         throttle.compute_transition_delay(other, pods_ended=False, now=now)
@@ -140,7 +140,7 @@ def test_limit_of_a_deferral_grows_with_the_number_of_deferred_jobs(job_count: i
     assert throttle.compute_first_status_due_at(jobs[0]) == 50.0 + limit_seconds
     for pending in jobs[1:]:
         throttle.record_write(pending, 60.0)
-    assert throttle.compute_first_status_due_at(jobs[0]) == 50.0 + limit_seconds  # the limit of a deferral does not fall when fewer jobs are deferred
+    assert throttle.compute_first_status_due_at(jobs[0]) == 50.0 + limit_seconds  # for a deferred job, the limit stays when fewer jobs are deferred
     throttle.defer_first_status(jobs[-1], 70.0)
     assert throttle.compute_first_status_due_at(jobs[-1]) == 70.0 + MIN_DEFER_LIMIT_SECONDS
 

@@ -1,4 +1,4 @@
-"""The deadline, the stall timeout and the time of the next reconcile."""
+"""The deadline and the stall timeout of a job, and the time for which the next reconcile is scheduled."""
 
 from __future__ import annotations
 

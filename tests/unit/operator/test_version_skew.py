@@ -1,4 +1,4 @@
-"""If the CRD is newer than the operator, or an older CRD has removed a field, the job waits and does not fail."""
+"""A job waits and does not fail if the CRD is newer than the operator, or if the API server has removed a field because an older CRD lacks it."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def make_running_facts(raw_spec: Object, now: float = 60, **fields: Any) -> Fact
 
 @pytest.mark.parametrize("lost", ["resources", "training"])
 def test_running_gang_keeps_its_number_of_pods(lost: str) -> None:
-    """The operator reads the number of pods from the Job, because it may be unable to read `resources`."""
+    """The operator reads the number of pods from the Job, because it may be unable to read the group `resources` of the spec."""
     observed = make_running_facts({**spec(resources={"nodes": 4}), lost: {"newer": 1, "nodes": "four"}})
     plan = decide(observed)
     assert (plan.situation, plan.termination, plan.jobs_to_delete) == (Situation.ACTIVE, None, ())
@@ -113,7 +113,7 @@ def test_failure_with_an_unreadable_spec_is_not_counted_and_adapts_nothing(code:
 
 
 def make_started_status(raw_spec: Object) -> FineTuneJobStatus:
-    """The status after the operator has created the first Job from this spec."""
+    """Return the status that the operator writes after it has created the first Job from this spec."""
     observed = facts(spec=raw_spec)
     new = compute_status(observed, decide(observed), ActionResult(created_job=job()))
     assert new.resolved is not None and new.resolved.spec_sha256 == compute_spec_sha256(raw_spec)
@@ -145,5 +145,5 @@ def test_changes_that_the_api_allows_keep_the_hash(changed: Object) -> None:
 
 
 def test_job_without_a_recorded_hash_continues() -> None:
-    """Version 0.1.0 of the operator recorded no hash."""
+    """Version 0.1.0 of the operator did not record a hash of the spec."""
     assert isinstance(accept(spec(), CONFIG, FirstAttempt({"training.epochs": 3})), AcceptedSpec)

@@ -1,4 +1,4 @@
-"""Changes in kopf's watch streams are handled before kopf reads them."""
+"""The operator handles the changes in kopf's watch streams itself, before kopf reads the streams."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def make_bookmark(version: int) -> dict[str, Any]:
 
 
 class Content:
-    """The content of a response with the given chunks."""
+    """The content of a response, which is received in the given chunks."""
 
     def __init__(self, *chunks: bytes):
         self._chunks = chunks
@@ -71,7 +71,7 @@ LINES = b"".join(json.dumps(event).encode() + b"\n" for event in EVENTS)
 
 @pytest.mark.parametrize("size", [1, 7, 60, len(LINES)])
 async def test_kopf_reads_bookmarks_instead_of_handled_changes(size: int) -> None:
-    """kopf must read deletions, errors, and changes whose handler failed."""
+    """Some events are still passed on to kopf: deletions, errors, and changes whose handler failed."""
     handler = Handler()
     forwarded = await read_lines([LINES[start : start + size] for start in range(0, len(LINES), size)], handler)
     assert handler.changes == [("ADDED", "1"), ("MODIFIED", "2")]
@@ -87,7 +87,7 @@ async def test_lines_that_are_not_events_go_to_kopf(line: bytes) -> None:
 
 @pytest.mark.parametrize("cut", [1, 40])
 async def test_event_that_the_connection_cut_off_is_read_again_by_the_next_watch(cut: int) -> None:
-    """kopf gets no part of the event, so it continues after the bookmark."""
+    """kopf gets no part of an incomplete event, so its next watch continues after the last bookmark."""
     handler = Handler()
     lines = b"".join(json.dumps(make_event("MODIFIED", version)).encode() + b"\n" for version in (1, 2))
     assert await read_lines([lines[:-cut]], handler) == [make_bookmark(1)]
@@ -110,7 +110,9 @@ def test_connection_errors_come_from_the_original_content() -> None:
     ],
 )
 async def test_only_successful_watches_of_known_collections_are_handled(url: str, status: int, handled: int) -> None:
-    """The test reads the response with kopf's own function. If an upgraded kopf reads in another way, it would get all changes itself."""
+    """The test reads the response with kopf's own function. If a later version of kopf read responses in another way, kopf itself would get all changes, and
+    this test would fail.
+    """
 
     async def respond(_: web.Request) -> web.Response:
         return web.Response(body=LINES, status=status)
@@ -127,7 +129,7 @@ async def test_only_successful_watches_of_known_collections_are_handled(url: str
 
 
 async def test_kopf_continues_at_the_last_handled_change_and_lists_again_after_410() -> None:
-    """With a wrong version in kopf's requests, a watch would repeat or lose changes."""
+    """If kopf sent a wrong resourceVersion in its watch requests, the watch would repeat or lose changes."""
     error = {"type": "ERROR", "object": {"code": 410}}
     watches = iter([
         [make_event("ADDED", 11), make_event("MODIFIED", 12)], [make_event("MODIFIED", 13), error], [make_event("DELETED", 24), make_event("ADDED", 25)],

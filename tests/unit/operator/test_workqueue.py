@@ -1,4 +1,4 @@
-"""The work queue: only one worker handles a key, priorities, delays and backoff."""
+"""The work queue: a key is handled by at most one worker at a time, and keys have priorities, delays and backoff."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ async def test_high_priority_keys_come_first_but_do_not_starve_normal_keys(clock
 
 
 async def take_until(queue: WorkQueue, key: JobKey) -> int:
-    """Take keys until `key`, and return how many keys were taken before it."""
+    """Take keys from the queue until it returns `key`. Return the number of keys that were taken before `key`."""
     for count in range(100_000):
         taken, _ = await queue.take()
         queue.done(taken)
@@ -84,7 +84,9 @@ async def test_namespaces_take_turns(clock: Clock) -> None:
 
 @pytest.mark.parametrize("priorities", ["normal", "high", "both"])
 async def test_namespace_with_thousands_of_jobs_does_not_delay_another_namespace(clock: Clock, priorities: str) -> None:
-    """Workers take at most one key of each other namespace before a key. Before a key with normal priority, they also take up to seven high-priority keys."""
+    """Before a key, workers take at most one key of each other namespace. Before a key with normal priority, they may also take up to seven high-priority
+    keys.
+    """
     queue, other = WorkQueue(clock), JobKey("other", "job")
     for number in range(5000):
         if priorities in ("normal", "both"):
@@ -99,7 +101,7 @@ async def test_namespace_with_thousands_of_jobs_does_not_delay_another_namespace
 
 
 async def test_namespace_that_returns_to_the_queue_at_once_does_not_take_all_turns(clock: Clock) -> None:
-    """A job that is queued again during each of its reconciles takes turns with the jobs of another namespace."""
+    """If a job is queued again during each of its reconciles, workers take it and the jobs of another namespace alternately."""
     queue = WorkQueue(clock)
     queue.add(A)
     for number in range(3):
@@ -190,7 +192,7 @@ async def test_take_returns_when_a_delay_ends() -> None:
 
 
 async def test_added_key_wakes_one_idle_worker_and_no_key_is_left_behind() -> None:
-    """If every idle worker woke for each key, a burst of updates would mostly wake workers that find an empty queue."""
+    """If each added key woke all idle workers, most of the workers that a burst of updates wakes would find an empty queue."""
     queue = WorkQueue()
     checks = 0
     queue_due_keys = queue._queue_due_keys

@@ -9,7 +9,7 @@ from typing import Any
 
 
 class _VirtualSelector(selectors.SelectSelector):
-    """A selector that adds the timeout to the virtual time instead of waiting."""
+    """A selector that does not wait for its timeout, but adds the timeout to the virtual time."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
 """A cluster that is simulated in memory: a Job controller, a garbage collector, a kubelet, a queue, nodes and a trainer.
 
-Each simulated component changes the objects that the operator observes in the same way as the real component. The simulation also
+The operator observes objects in this cluster. Each simulated component changes these objects as the real component would. The simulation also
 records facts that the operator cannot observe: the running time of the job (`running_seconds`), the checkpoints in storage, and the
 attempts that may count against the retries.
 """
@@ -27,7 +27,7 @@ from tests.unit.operator.samples import pod as make_pod
 FOREIGN_JOB = make_job(1, name="run-1", uid="foreign", owner_uid="somebody", is_owned=False)
 GRACE_PERIOD = timedelta(seconds=300)
 EVICTION_DELAY = timedelta(seconds=340)
-"""Time from the last heartbeat of a node to the eviction of its pods: the node is not ready after 40 s, and its pods tolerate this for 300 s."""
+"""Time from the last heartbeat of a node to the eviction of its pods: after 40 s, the node becomes not ready, and its pods tolerate this state for 300 s."""
 CHECKPOINT_EVERY_STEPS = 10
 """Steps between two checkpoints."""
 
@@ -52,21 +52,23 @@ class SimulatedCluster:
     last_serial_number: int = 0
     created_attempts: list[int] = field(default_factory=list)
     lost_since_by_pod: dict[str, datetime] = field(default_factory=dict)
-    """Time of the loss of the node, by the uid of the pod on this node."""
+    """For each pod on a lost node, by the pod's uid: the time at which the node was lost."""
     ended_by_suspension: set[str] = field(default_factory=set)
-    """uids of pods that ended because their Job was suspended. The Job controller does not count such pods as failed."""
+    """uids of pods that ended because their Job was suspended. The Job controller does not count these pods as failed."""
     attempt_of_step: dict[int, int] = field(default_factory=dict)
-    """The attempt that committed the checkpoint, by step."""
+    """For the step of each checkpoint: the attempt that committed this checkpoint."""
     start_limits: dict[str, tuple[int | None, int | None]] = field(default_factory=dict)
-    """For the uid of each Job: the newest step from which its attempt may start, and the first attempt to whose checkpoints this limit does not apply."""
+    """For the uid of each Job: the newest step from which its attempt may start, and the number of an attempt. Checkpoints of this or a later attempt are
+    allowed at any step.
+    """
     start_steps_by_pod: dict[str, int] = field(default_factory=dict)
-    """Step from which each pod started, by uid."""
+    """The step from which each pod started, by the pod's uid."""
     steps_by_pod: dict[str, int] = field(default_factory=dict)
-    """Step that each pod has reached, by uid."""
+    """The step that each pod has reached, by the pod's uid."""
     reported_checkpoints: set[tuple[int, int]] = field(default_factory=set)
     """(step, attempt) of each checkpoint that was reported to the operator."""
     running_seconds: float = 0.0
-    """Seconds during which an attempt was admitted and had not ended."""
+    """Number of seconds in which an attempt was admitted and had not ended."""
     attempts_that_may_count: set[int] = field(default_factory=set)
     """Attempts that may count against the retries."""
 
@@ -98,7 +100,7 @@ class SimulatedCluster:
         return [pod_view for pod_view in self.pods.values() if pod_view.job_uid == job.uid and not pod_view.is_deleted]
 
     def create_job(self, attempt: int, max_step: int | None, rolled_back_attempt: int | None) -> JobView | None:
-        """Create and return the Job, as the API server does. If another owner's Job has its name, return None."""
+        """Create the Job of an attempt and return it, as the API server does. If a Job of another owner already has this name, return None."""
         name = attempt_job_name("run", attempt)
         existing = next((job for job in self.jobs.values() if job.name == name), None)
         if existing is not None:
@@ -114,7 +116,7 @@ class SimulatedCluster:
     # Job controller, garbage collector, kubelet
 
     def run_controllers(self) -> None:
-        """Let the Job controller and the garbage collector handle each Job once."""
+        """Simulate one pass of the Job controller and of the garbage collector over all Jobs."""
         for job in list(self.jobs.values()):
             pods = self.list_pods_of(job)
             if job.is_deleting:
@@ -197,13 +199,13 @@ class SimulatedCluster:
     # Nodes
 
     def lose_node(self, pod_view: PodView) -> None:
-        """Lose the pod's node. Before, the operator reads the pod's last report, because it reads reports every few seconds."""
+        """Simulate that the pod's node is lost. The operator reads the pod's last report before the loss, because it reads reports every few seconds."""
         self.report_progress()
         self.lost_since_by_pod[pod_view.uid] = self.now
         self.pods[pod_view.uid] = replace(pod_view, is_ready=False)
 
     def evict_pods(self) -> None:
-        """Disrupt and delete the pods whose nodes have been lost for EVICTION_DELAY, as the taint manager does."""
+        """If a node has been lost for EVICTION_DELAY, mark its pods as disrupted and delete them, as the taint manager does."""
         for uid, since in self.lost_since_by_pod.items():
             pod_view = self.pods.get(uid)
             if pod_view is not None and not pod_view.is_finished and not pod_view.disruption_reason and self.now >= since + EVICTION_DELAY:
@@ -236,7 +238,7 @@ class SimulatedCluster:
     # The trainer
 
     def train_gangs(self, steps: int) -> None:
-        """Advance each complete gang by `steps`, and commit its checkpoints."""
+        """Let each gang whose pods all run train `steps` more steps, and commit its checkpoints."""
         for job in self.owned_jobs():
             gang = [pod_view for pod_view in self.running_pods() if pod_view.job_uid == job.uid and pod_view.deletion_timestamp is None]
             if job.is_finished or job.is_suspended or len({pod_view.completion_index for pod_view in gang}) < self.nodes:
@@ -249,13 +251,13 @@ class SimulatedCluster:
                     self._commit(step, job.attempt)
 
     def _commit(self, step: int, attempt: int) -> None:
-        """Commit a checkpoint, and apply the retention policy to checkpoints up to this step. Newer ones, which a rollback skipped, are kept."""
+        """Commit a checkpoint, and apply the retention policy to checkpoints up to this step. Newer checkpoints, which a rollback has skipped, are kept."""
         self.attempt_of_step[step] = attempt
         for old in sorted(other for other in self.attempt_of_step if other <= step)[: -self.kept_checkpoints]:
             del self.attempt_of_step[old]
 
     def _start(self, leader: PodView) -> int:
-        """Return the start step of a rank 0 pod: the newest committed step that its run configuration allows."""
+        """Record and return the step from which the pod of rank 0 starts: the newest committed step that its run configuration allows."""
         self.start_steps_by_pod[leader.uid] = self.allowed_start_step(*self.start_limits[leader.job_uid])
         return self.start_steps_by_pod[leader.uid]
 
@@ -299,7 +301,7 @@ class SimulatedCluster:
     # Time
 
     def pass_time(self, seconds: int) -> None:
-        """Advance the time. It counts as running time if an attempt is admitted or has pods."""
+        """Advance the clock. The passed time counts as running time of the job if an attempt is admitted or still has running pods."""
         admitted = [job for job in self.owned_jobs() if not job.is_suspended and not job.is_finished]
         if admitted or not all(pod_view.is_finished for pod_view in self.pods.values()):
             self.running_seconds += seconds

@@ -35,7 +35,7 @@ JOBS = "/apis/batch/v1/namespaces/ns/jobs"
 
 
 class Server:
-    """A server that records the names of created objects and sends the lines of the queue `watch` as watch events."""
+    """A server that records the names of created objects. It answers a watch with the lines from the queue `watch`."""
 
     def __init__(self) -> None:
         self.created: list[str] = []

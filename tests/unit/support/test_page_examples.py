@@ -1,4 +1,4 @@
-"""The e2e tests run every example that the importers accept."""
+"""The e2e tests run every published example that the importers accept."""
 
 from __future__ import annotations
 

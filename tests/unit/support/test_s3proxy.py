@@ -60,7 +60,7 @@ def proxy(running_proxy: S3Proxy) -> S3Proxy:
 
 @pytest.fixture
 def client(proxy: S3Proxy, server: S3Endpoint) -> Iterator[Any]:
-    """A client that connects through the proxy and does not retry."""
+    """An S3 client that connects through the proxy and does not retry failed requests."""
     client = proxy.endpoint_through(server).client(retries=NO_RETRIES, read_timeout=5)
     yield client
     client.close()
