@@ -1,9 +1,9 @@
 """Starts vLLM in the container next to the trainer, and reports to the trainer when vLLM has ended.
 
 The trainer writes the model and then `server.json` to the shared volume. This program waits for `server.json`, starts `vllm serve`, and writes
-`ended.json` when vLLM has ended. A server that has ended is not started again: the trainer fails when it finds `ended.json`, and the next attempt
-gets a new pod. This program only uses the standard library, because vLLM pins the versions of most other packages. The trainer's side is
-`finetune_trainer/generation_server.py`.
+`ended.json` when vLLM has ended. When vLLM has ended, this program does not start it again: the trainer fails when it finds `ended.json`, and the
+next attempt of the job gets a new pod. This program imports nothing but the standard library, because vLLM pins the versions of most other packages.
+The trainer's part of this protocol is in `finetune_trainer/generation_server.py`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ POLL_SECONDS = 0.2
 LAST_LINES = 3
 """Number of lines that are copied from the end of vLLM's log into `ended.json`."""
 KILLED = "its container was killed, probably because it used more memory than trainer.grpo.generation.memory"
-"""The message in `ended.json` if this program was killed together with vLLM. The restarted container writes it."""
+"""The message in `ended.json` if the vLLM container was killed. The restarted container writes `ended.json`."""
 FOLDER_VARIABLE, DEFAULT_FOLDER = "FINETUNE_GENERATION_DIR", "/work/generation"
 
 
@@ -35,13 +35,13 @@ def build_server_command(folder: Path, options: dict[str, Any]) -> list[str]:
         "vllm", "serve", str(folder / "model"), "--host", "127.0.0.1", "--port", str(options["port"]),
         "--tensor-parallel-size", str(max(1, options["gpus"])), "--gpu-memory-utilization", str(options["gpuMemoryUtilization"]),
         "--dtype", options["dtype"], "--max-model-len", str(options["maxLength"]), "--seed", str(options["seed"]),
-        # The trainer sends all sampling options, and corrects the differences between its own probabilities and those of the server.
+        # The trainer sends all sampling options, and corrects for the differences between its own token probabilities and those of vLLM.
         "--generation-config", "vllm", "--logprobs-mode", "processed_logprobs",
     ]  # fmt: skip
 
 
 def build_server_environment() -> dict[str, str]:
-    """Return the environment of vLLM. In development mode, vLLM accepts requests to reload weights. Only the pod itself can reach its port."""
+    """Return the environment of vLLM. In development mode, vLLM accepts requests to reload weights. Only processes in the same pod can reach vLLM's port."""
     return {**os.environ, "VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
 
 
@@ -54,7 +54,7 @@ def wait_for_options(file: Path) -> dict[str, Any]:
 
 
 def run_server(command: list[str]) -> str:
-    """Run vLLM, print its log lines, and return why it ended."""
+    """Run vLLM until it ends, print its log lines, and return why it ended."""
     lines: deque[str] = deque(maxlen=LAST_LINES)
     try:
         process = subprocess.Popen(command, env=build_server_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
@@ -80,14 +80,17 @@ def report_end(file: Path, message: str) -> None:
 
 
 def main() -> int:
-    """Wait for the options, run the server, and report its end. Returns exit code 1, because a server that ends before the trainer is a failure."""
+    """Wait for `server.json`, run vLLM, and write `ended.json` when vLLM has ended.
+
+    Returns exit code 1, because it is a failure if vLLM ends before the trainer.
+    """
     folder = Path(os.environ.get(FOLDER_VARIABLE, DEFAULT_FOLDER))
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
     end_file, start_file = folder / "ended.json", folder / "started.mark"
     if start_file.exists() and not end_file.exists():
         report_end(end_file, KILLED)
-    if end_file.exists():  # The kubelet has started the container again. The trainer ends the attempt when it reads the file.
-        print("the server has already ended, and is not started again in this attempt", file=sys.stderr, flush=True)
+    if end_file.exists():  # The kubelet has restarted this container. The trainer ends the attempt when it reads `ended.json`.
+        print("vLLM has already ended, and is not started again in this attempt", file=sys.stderr, flush=True)
         return 1
     options = wait_for_options(folder / "server.json")
     start_file.touch()

@@ -63,7 +63,7 @@ def check_manifest(
         if not error.is_unknown and not any(is_within(error.path, field.path) for field in unknown_fields)
     ]
     if spec is not None:
-        # A field does not count as missing if the user wrote it under an unknown name.
+        # If the user misspelled the name of a field, the error about the unknown name is enough: the field is not reported as missing too.
         misnamed_paths = {field.suggested_path for field in unknown_fields}
         findings += [
             _make_finding(manifest, problem.path, problem.message, problem.hint, problem.code)
@@ -79,17 +79,20 @@ def check_manifest(
 
 
 def _is_caused_by(problem: Problem, error: FieldError) -> bool:
-    """Whether a rule is broken only because the invalid value of `error` was removed.
+    """Return whether the rule in `problem` is broken only because the invalid value in `error` was removed from the spec.
 
-    This is assumed if the rule is about the field of the error, about a group that contains it, or about a field inside it. It is also assumed if the
-    rule reports that the model or the data is missing, and the error is in that group.
+    The result is true if the rule is about the invalid field, about a group that contains this field, or about a field inside it. The result is also
+    true if the rule reports that the model or the data is missing, and the invalid field is in `model` or `dataset`.
     """
     is_missing_source = problem.code in ("ModelMissing", "DatasetMissing") and is_within(error.path, problem.path.partition(".")[0])
     return is_missing_source or is_within(problem.path, error.path) or is_within(error.path, problem.path)
 
 
 def _find_broken_rules(spec: FineTuneJobSpec, raw_spec: dict[str, Any], target: ExecutionTarget) -> list[Problem]:
-    """Return the rules that a spec breaks, and the fields that this release does not implement. A local run may use paths of this machine as sources."""
+    """Return the rules that a spec breaks, and its fields that this release does not implement.
+
+    In a local run, a source may also be a path on this machine.
+    """
     unsupported_problems = find_unsupported_fields(spec)
     problems = [problem for problem in check_spec(spec, target=target) if not _is_about_unsupported_field(problem, unsupported_problems)]
     is_local = target is ExecutionTarget.LOCAL
@@ -104,7 +107,7 @@ def _make_finding(manifest: Manifest, path: str, message: str, hint: str, code: 
 
 
 def remove_nulls(mapping: dict[str, Any]) -> dict[str, Any]:
-    """Return a copy without null values, because the API server removes them."""
+    """Return a copy of the mapping without null values, because the API server removes null values too."""
     return {
         key: remove_nulls(inner) if isinstance(inner, dict) else inner
         for key, inner in mapping.items()
@@ -153,7 +156,7 @@ METADATA_KEYS = (
 
 
 def _check_metadata(manifest: Manifest) -> Iterator[Finding]:
-    """Yield a finding for each problem of a manifest outside its spec."""
+    """Yield a finding for each problem in the parts of a manifest other than `spec`."""
     for key, expected, code in (("apiVersion", API_VERSION, "ApiVersion"), ("kind", KIND, "Kind")):
         value = manifest.value.get(key)
         if value != expected:
@@ -173,7 +176,7 @@ def _check_metadata(manifest: Manifest) -> Iterator[Finding]:
 
 
 def _make_name_hint(name: str, metadata: Any) -> str:
-    """Return what to write instead of a missing or invalid name: the corrected name, or the rule for names."""
+    """Return a hint for a missing or invalid name: the rule for names, and a corrected name if one can be derived."""
     rule = f"write at most {MAX_NAME_LENGTH} characters a-z, 0-9 and -, beginning with a letter"
     if not name and isinstance(metadata, dict) and metadata.get("generateName"):
         return f"only `kubectl create` uses generateName, so {rule}"

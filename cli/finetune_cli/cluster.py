@@ -1,4 +1,4 @@
-"""Sends requests to the API server with kubectl's configuration. Kubernetes objects are plain dicts."""
+"""Sends requests to the API server, and connects with the same kubeconfig as kubectl. Kubernetes objects are plain dicts."""
 
 from __future__ import annotations
 
@@ -34,7 +34,10 @@ KubeObject = dict[str, Any]
 
 
 class ClusterError(CommandError):
-    """The API server refused a request or cannot be reached. `code` is the HTTP status, or 0 without a response."""
+    """The API server refused a request or cannot be reached.
+
+    `code` is the HTTP status of the response, or 0 if no response arrived or the CRD is not installed.
+    """
 
     def __init__(self, message: str, code: int = 0):
         super().__init__(message)
@@ -57,7 +60,7 @@ class Cluster:
         return self.call_api("GET", self._make_job_path(name))
 
     def create_object(self, body: KubeObject, *, dry_run: bool = False) -> KubeObject:
-        """Create an object. The server refuses unknown fields."""
+        """Create an object. The API server refuses the object if it has unknown fields."""
         query = {"fieldManager": FIELD_MANAGER, "fieldValidation": "Strict", **({"dryRun": "All"} if dry_run else {})}
         return self.call_api("POST", self._make_collection_path(body), query, body)
 
@@ -88,7 +91,7 @@ class Cluster:
         )
 
     def get_table(self, name: str | None, *, all_namespaces: bool) -> KubeObject:
-        """Return one FineTuneJob or all of them as a Table, whose columns the API server chooses as for `kubectl get`."""
+        """Return one FineTuneJob or all of them as a Table. The API server chooses its columns, as it does for `kubectl get`."""
         return self.call_api(
             "GET", self._make_job_path(name) if name else self._make_jobs_path(all_namespaces), accept_type=TABLE_CONTENT_TYPE
         )
@@ -102,7 +105,7 @@ class Cluster:
     def wait_until_created(self, name: str, deadline: float | None) -> bool:
         """Wait until a FineTuneJob exists. Return False if it does not exist at the deadline (in seconds of `time.monotonic`). Raises ClusterError."""
         while True:
-            # Without a resource version, the watch begins with the existing objects.
+            # Without a resource version, a watch first returns the objects that already exist.
             query = {"fieldSelector": f"metadata.name={parse_job_name(name)}"}
             for event in self._watch(f"{JOBS_API_PATH}/{self._make_namespaced_path(PLURAL)}", query, deadline):
                 if event.get("type") in ("ADDED", "MODIFIED"):
@@ -294,7 +297,7 @@ class Cluster:
         return f"{JOBS_API_PATH}/{PLURAL}" if all_namespaces else f"{JOBS_API_PATH}/{self._make_namespaced_path(PLURAL)}"
 
     def _make_namespaced_path(self, plural_kind: str, name: str | None = None, namespace: str | None = None) -> str:
-        """Return the URL path of a collection or of one object. Names are URL-quoted, so that a name like `../x` cannot refer to another collection."""
+        """Return the URL path of a collection or of one object. Names are percent-encoded, so that a name like `../x` cannot refer to another collection."""
         path = f"namespaces/{quote(namespace or self.namespace, safe='')}/{plural_kind}"
         return path if name is None else f"{path}/{quote(name, safe='')}"
 
@@ -369,7 +372,7 @@ def _load_kubeconfig(configuration: Any, context: str | None, path: str | None) 
 
 @contextlib.contextmanager
 def _capture_log_errors() -> Iterator[list[str]]:
-    """Yield a list to which each logged error is added. The kubernetes library raises no exception if a credential plugin fails, but only logs an error."""
+    """Yield a list to which each logged error is added. If a credential plugin fails, the kubernetes library raises no exception, but logs an error."""
     error_messages: list[str] = []
 
     class ErrorCollector(logging.Handler):
@@ -388,7 +391,7 @@ POD_NAMESPACE_FILE = "/var/run/secrets/kubernetes.io/serviceaccount/namespace"
 
 
 def find_innermost_cause(error: Exception) -> str:
-    """Return the innermost cause of a network error. The text of such an error lists nested errors; the innermost cause comes last."""
+    """Return the innermost cause of a network error. The text of a network error lists the nested errors, with the innermost cause last."""
     text = str(error)
     return text.rpartition(": ")[2].strip("()<> '\"") or type(error).__name__
 
@@ -423,7 +426,7 @@ def _get_job_name(pod: KubeObject) -> str:
 
 
 def get_attempt(pod: KubeObject) -> int:
-    """Return the attempt number of a pod from its label, or 0 without the label."""
+    """Return the attempt number from the label of a pod, or 0 if the pod does not have this label."""
     return int((pod["metadata"].get("labels") or {}).get(Label.ATTEMPT, 0))
 
 

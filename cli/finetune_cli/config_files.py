@@ -1,4 +1,7 @@
-"""Reads YAML files that hold one mapping: the chart's values file and the OpenAI server's configuration. Each mistake names its file and line."""
+"""Reads YAML files that hold one mapping: the chart's values file and the OpenAI server's configuration.
+
+Each reported mistake names the file and the line.
+"""
 
 from __future__ import annotations
 

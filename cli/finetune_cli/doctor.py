@@ -1,4 +1,4 @@
-"""The checks of `finetune doctor`: cluster, CRD, operator, rights, node pools, image and storage. Each result says what to do about a problem."""
+"""The checks of `finetune doctor`: cluster, CRD, operator, rights, node pools, image and storage. If a check finds a problem, its result says what to do."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ REQUIRED_RIGHTS = (
     *((f"{PLURAL}.{GROUP}", verb) for verb in ("get", "list", "watch", "create", "patch", "delete")),
     ("pods", "list"), ("pods/log", "get"), ("pods/proxy", "get"), ("events.events.k8s.io", "list"),
 )  # fmt: skip
-"""Rights of the role in the command line's guide, as resource and verb."""
+"""Rights that the commands need, as (resource, verb). The role in the guide for the command line has the same rights."""
 
 
 class CheckName(StrEnum):
@@ -64,7 +64,7 @@ class CheckState(StrEnum):
 
 @dataclass(frozen=True)
 class CheckResult:
-    """The outcome of one check: what was found, and what to do about it."""
+    """The outcome of one check: what the check found and, after a problem, what to do (`cure`)."""
 
     check: CheckName
     state: CheckState
@@ -74,7 +74,7 @@ class CheckResult:
 
 @dataclass
 class Doctor:
-    """Runs the checks. If `spec` is given, they use the image, pool and storage of this job instead of the operator's defaults."""
+    """Runs the checks. If `spec` is given, the checks use the image, the node pool and the storage of this job instead of the operator's defaults."""
 
     cluster: Cluster
     operator_namespace: str | None = None
@@ -82,7 +82,7 @@ class Doctor:
     timeout_seconds: float = 300
     skipped: frozenset[CheckName] = frozenset()
     installation_problem: str = field(default="", init=False)
-    """Why the operator's configuration cannot be read. Empty: it was read, or not needed yet."""
+    """The reason why the operator's configuration cannot be read. Empty if the configuration was read, or if no check has needed it yet."""
 
     def run(self) -> Iterator[CheckResult]:
         """Yield the result of each check that is not skipped. If the check of the cluster fails, no other check runs."""
@@ -101,7 +101,7 @@ class Doctor:
             yield from (result for result in self._check_pod() if result.check not in self.skipped)
 
     def _run_check(self, name: CheckName, check: Callable[[], CheckResult]) -> CheckResult:
-        """Run a check. If the API server forbids a request, the result is UNKNOWN. After any other ClusterError, it is FAILED."""
+        """Run a check. If the API server forbids a request, the result is UNKNOWN. After any other ClusterError, the result is FAILED."""
         try:
             return check()
         except ClusterError as error:
@@ -140,7 +140,7 @@ class Doctor:
         return CheckResult(CheckName.CRD, CheckState.OK, f"{PLURAL}.{GROUP} has all fields of {RELEASE}")
 
     def _read_served_fields(self) -> set[str]:
-        """Return the paths of all spec fields in the API server's OpenAPI document, which every user may read."""
+        """Return the paths of all spec fields from the API server's OpenAPI document. Every user may read this document."""
         document = self.cluster.call_api("GET", f"/openapi/v3/apis/{API_VERSION}")
         schemas = (document.get("components") or {}).get("schemas") or {}
         for schema in schemas.values():
@@ -170,7 +170,7 @@ class Doctor:
 
     @cached_property
     def installation(self) -> Installation | None:
-        """The configuration of the operator, read at the first use. None if it cannot be read."""
+        """The configuration of the operator, or None if it cannot be read. It is read from the cluster at the first use of this property."""
         try:
             return find_installation(self.cluster, self.operator_namespace)
         except (ClusterError, InstallationMissing) as error:
@@ -206,7 +206,7 @@ class Doctor:
     # --- the pod
 
     def _check_pod(self) -> Iterator[CheckResult]:
-        """Yield the results of the image check and the storage check, which share one pod."""
+        """Start one pod for both the image check and the storage check, and yield the results of the two checks."""
         settings = self._make_probe_settings()
         if settings is None:
             yield from (self._report_unreadable_configuration(check) for check in (CheckName.IMAGE, CheckName.STORAGE))
@@ -223,7 +223,10 @@ class Doctor:
         yield to_storage_result(settings, result)
 
     def _make_probe_settings(self) -> ProbeSettings | None:
-        """Return the settings of the pod: values of the job, otherwise those of the operator's configuration. None if no trainer image is known."""
+        """Return the settings of the pod that checks image and storage.
+
+        A value of the job overrides the value in the operator's configuration. Returns None if neither names a trainer image.
+        """
         config = self.installation.config if self.installation else None
         placement = self.spec.placement if self.spec else None
         trainer = config.trainer if config else TrainerImage()
@@ -238,7 +241,7 @@ class Doctor:
         return ProbeSettings(trainer, selector, tolerations, self._resolve_storage(config.storage if config else StorageRoot()))
 
     def _select_pool(self, pools: list[Pool]) -> Pool | None:
-        """Return the node pool of the job: the pool that it names, or the default pool. None if it trains on CPUs."""
+        """Return the node pool in which the job runs: the pool that the job names, or the default pool. Return None if the job trains on CPUs."""
         resources = self.spec.resources if self.spec else None
         if resources is not None and resources.node_pool:
             return next((pool for pool in pools if pool.name == resources.node_pool), None)
@@ -297,7 +300,10 @@ def to_storage_result(settings: ProbeSettings, result: ProbeResult) -> CheckResu
 
 
 def _list_first(paths: list[str]) -> str:
-    """Return a text with the first three paths and the number of further paths. Fields inside a listed field do not count."""
+    """Return a text with the first three paths and the number of further paths.
+
+    If a field is in `paths`, the fields inside it are neither listed nor counted.
+    """
     outermost = [path for path in paths if not any(path.startswith((f"{other}.", f"{other}[")) for other in paths)]
     return ", ".join(outermost[:3]) + (f" and {len(outermost) - 3} more fields" if len(outermost) > 3 else "")
 

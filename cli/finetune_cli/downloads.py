@@ -49,7 +49,7 @@ _MD5 = re.compile(r"^[0-9a-f]{32}$")
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """An object to download: its key, its path below the target folder, its size, and its sha256 (from a manifest) or ETag."""
+    """An object to download: its key in storage, its path below the local target folder, its size, and either its sha256 (from a manifest) or its ETag."""
 
     key: str
     path: str
@@ -59,7 +59,7 @@ class RemoteFile:
 
     @property
     def version(self) -> str:
-        """A short hash of the sha256 or, without a sha256, of ETag and size. It changes if the content of the object changes."""
+        """A short hash that changes if the content of the object changes: a hash of the sha256 or, without a sha256, of the ETag and the size."""
         return hashlib.sha256((self.sha256 or f"{self.etag} {self.size}").encode()).hexdigest()[:12]
 
 
@@ -101,9 +101,9 @@ def make_plain_source(storage: JobStorage, key: str) -> Source:
 
 
 def download(source: Source, folder: Path, progress: Progress, *, overwrite: bool = False) -> list[TransferredFile]:
-    """Download all files of a source into a folder; the manifest is written last. Raises StorageError, OSError.
+    """Download all files of a source into a folder, and write the manifest after all other files. Raises StorageError, OSError.
 
-    A local file with other content is replaced only with `overwrite`.
+    If a local file exists already and has other content, it is replaced if `overwrite` is true. Otherwise the download fails.
     """
     _require_disk_space(source, folder)
     pool = ThreadPoolExecutor(PARALLEL_TRANSFERS)
@@ -134,7 +134,7 @@ class _Comparison(NamedTuple):
     check: Check
     """What was compared: sha256, ETag, or only the size."""
     sha256: str
-    """The sha256 of the local file. It is empty if the target file and the object differ in size, because no caller reads it then."""
+    """The sha256 of the local file. It is empty if the target file and the object differ in size, because the sha256 is not needed in this case."""
     is_equal: bool
     """Whether the check found no difference."""
 
@@ -147,7 +147,7 @@ class Download:
         self._part = _make_part_file_path(target, file)
 
     def run(self, progress: Progress, overwrite: bool) -> TransferredFile:
-        """Download the file, unless the target file already has its content. Raises StorageError, OSError."""
+        """Download the object to the target file, unless the target file already has the content of the object. Raises StorageError, OSError."""
         report_bytes = progress.begin_file(self._file.path, self._file.size)
         if self._target.exists():
             comparison = self._compare(self._target)
@@ -176,7 +176,7 @@ class Download:
         return TransferredFile(self._target, self._storage.make_object_uri(self._file.key), self._file.size, sha256, state, check)
 
     def _fetch(self, report_bytes: Callable[[int], None]) -> None:
-        """Append the missing bytes to the part file. If the connection is lost, request the bytes that are still missing."""
+        """Append the missing bytes to the part file. After a lost connection, the download continues with the next missing byte."""
         with self._part.open("ab") as file:
             if file.tell() > self._file.size:
                 file.seek(0)
@@ -211,9 +211,11 @@ class Download:
         return _Comparison(Check.ETAG, digest.sha256, digest.etag == self._file.etag)
 
     def _find_part_bytes(self) -> int | None:
-        """Return the part size in bytes with which the object was uploaded. The MD5 digests in the ETag are those of the parts.
+        """Return the size of the parts in bytes in which the object was uploaded.
 
-        None: the ETag contains no digest of the content, or the part size is unknown.
+        The ETag of an object that was uploaded in parts is computed from the MD5 digests of the parts.
+
+        Return None if the ETag contains no digest of the content, or if the part size is unknown.
         """
         if _MD5.match(self._file.etag):
             return max(1, self._file.size)

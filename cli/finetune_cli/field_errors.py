@@ -23,14 +23,14 @@ class FieldError:
 
 
 def is_within(path: str, group_path: str) -> bool:
-    """Whether `path` equals `group_path`, or names a field or list item inside this group."""
+    """Return whether `path` equals `group_path`, or names a field or list item inside this group."""
     return path == group_path or path.startswith((f"{group_path}.", f"{group_path}["))
 
 
 def iterate_field_errors(error: ValidationError, known_errors: Iterable[FieldError] = ()) -> Iterator[FieldError]:
     """Yield every error that pydantic found.
 
-    The values with `known_errors` were removed before this validation. A field that is missing only because of such a removal is not reported.
+    The caller removed the values with `known_errors` from the spec before the validation. If a field is missing because of this removal, it is not reported.
     """
     earlier_errors = list(known_errors)
     for details in error.errors():

@@ -15,7 +15,7 @@ from finetune_api.schema import build_crd
 
 @dataclass(frozen=True)
 class Field:
-    """One field. `path` starts with `spec` or `status`; `[]` marks the items of a list."""
+    """A field of a FineTuneJob. `path` starts with `spec` or `status`, and has `[]` after the name of a list."""
 
     path: str
     type_text: str
@@ -27,7 +27,7 @@ class Field:
 
 @functools.cache
 def fields() -> tuple[Field, ...]:
-    """Return every field of spec and status, each group before its fields."""
+    """Return every field of spec and status. A group comes before the fields inside it."""
     root = build_crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]
     return tuple(field for name in ("spec", "status") for field in iterate_fields_below(name, root[name]))
 
@@ -77,7 +77,7 @@ def find_field(path: str) -> Field | None:
 
 
 def find_example(path: str) -> str:
-    """Return the example in the description of a field below spec, or an empty string without an example."""
+    """Return the example in the description of a field below spec, or an empty string if the description has no example."""
     field = find_field(path)
     match = re.search(r"Example: `(.*?)`\.?(?: Values:|$)", field.description) if field else None
     return match.group(1) if match else ""
@@ -135,7 +135,7 @@ def with_values(spec: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
 
 
 def flatten(spec: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """Return every value of a nested spec as JSON, by dotted path. Empty groups are left out."""
+    """Return a dict from the dotted path of every value in a nested spec to the value as JSON. Empty groups are left out."""
     result: dict[str, str] = {}
     for key, inner in spec.items():
         path = f"{prefix}{key}"

@@ -10,7 +10,7 @@ from finetune_cli.output import CommandError
 
 STDIN_PATH = "-"
 MAX_BYTES = 4 << 20
-"""Maximum size of a file that is not a JSONL data file. No API server accepts a larger manifest."""
+"""Maximum size in bytes of a file, except for a JSONL data file. An API server refuses a larger manifest."""
 DATA_SUFFIX = ".jsonl"
 
 
@@ -51,7 +51,10 @@ def read_text(path: Path) -> str:
 
 
 def _read_bytes(path: Path) -> bytes:
-    """Read a whole data file, or at most MAX_BYTES + 1 bytes of another file: the additional byte shows that the file is too large."""
+    """Read a data file completely, or at most MAX_BYTES + 1 bytes of any other file.
+
+    If MAX_BYTES + 1 bytes were read, the caller knows that the file is too large.
+    """
     if str(path) == STDIN_PATH:
         return sys.stdin.buffer.read(MAX_BYTES + 1)
     with path.open("rb") as file:

@@ -17,7 +17,7 @@ from finetune_cli.cluster import CORE_API_PATH, Cluster, ClusterError, KubeObjec
 from finetune_cli.output import CommandError
 
 DEFAULT_NAMESPACE = "finetune-operator"
-"""The namespace that the installation guide uses. Only this namespace is searched if the user may not list objects in all namespaces."""
+"""The namespace that the installation guide uses. If the user may not list objects in all namespaces, no other namespace is searched for the operator."""
 SELECTOR = "app.kubernetes.io/part-of=finetune-operator"
 """Label of every object of the chart."""
 CONFIG_KEY = "config.yaml"
@@ -87,13 +87,13 @@ class PoolUsage:
     gpus: int
     free_gpus: int
     free_nodes: int
-    """Number of nodes that have enough free GPUs for a pod that uses all GPUs of a node."""
+    """Number of nodes on which a pod that needs all GPUs of a node has enough free GPUs."""
 
 
 def list_chart_objects(cluster: Cluster, plural: str, api_path: str, namespace: str | None) -> list[KubeObject]:
-    """Return the chart's objects of one kind in `namespace`, or in all namespaces if it is None.
+    """Return the chart's objects of one kind in `namespace`.
 
-    If the user may not list objects in all namespaces, only DEFAULT_NAMESPACE is searched. Raises ClusterError.
+    If `namespace` is None, search all namespaces, or DEFAULT_NAMESPACE if the user may not list objects in all namespaces. Raises ClusterError.
     """
     query = {"labelSelector": SELECTOR}
     if namespace is None:
@@ -106,9 +106,9 @@ def list_chart_objects(cluster: Cluster, plural: str, api_path: str, namespace: 
 
 
 def find_installation(cluster: Cluster, namespace: str | None = None) -> Installation:
-    """Read the operator's configuration from its ConfigMap. Raises InstallationMissing, or ClusterError without the permission to read it."""
+    """Read the operator's configuration from its ConfigMap. Raises InstallationMissing, or ClusterError if the user may not read the ConfigMap."""
     config_maps = [one for one in list_chart_objects(cluster, "configmaps", CORE_API_PATH, namespace) if CONFIG_KEY in (one.get("data") or {})]
-    # An operator that manages only some namespaces has precedence in its namespaces.
+    # If one operator manages all namespaces and another manages only some, the second has precedence in the namespaces that it manages.
     found = [Installation(one["metadata"]["namespace"], one["metadata"]["name"], _parse_config(one)) for one in config_maps]
     suitable = [one for one in found if one.config.namespaces is None or cluster.namespace in one.config.namespaces]
     if not suitable:
@@ -144,7 +144,7 @@ def list_nodes(cluster: Cluster) -> list[KubeObject]:
 
 
 def list_active_pods(cluster: Cluster) -> list[KubeObject]:
-    """Return the pods of all namespaces that use or will use a node's resources. Raises ClusterError."""
+    """Return the pods of all namespaces that have not ended, because these pods use or will use the resources of a node. Raises ClusterError."""
     query = {"fieldSelector": "status.phase!=Succeeded,status.phase!=Failed"}
     return list(cluster.call_api("GET", f"{CORE_API_PATH}/pods", query).get("items") or [])
 

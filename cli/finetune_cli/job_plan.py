@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from finetune_cli.manifests import Manifest
 
 STORED_SIZE_TOLERANCE = 0.02
-"""The plan adds a note if the size of the weight files differs from the planned size by more than this fraction of the planned size."""
+"""If the size of the weight files differs from the planned size by more than this fraction of the planned size, a note says so."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,10 @@ def read_gpu(gpu: str | None, gpu_memory: str | None, gpus_per_node: int | None 
 
 
 def plan_job(resolved: ResolvedSpec, shape: ModelShape, pool: GpuPool | None, facts: RunFacts, data: DataSize | None = None) -> MethodPlan:
-    """Plan a job. If `pool` is given, fields that the spec leaves out get the values that the job's preparation would choose on this pool.
+    """Plan a job.
 
-    No node pool is chosen, because only the operator knows all pools. Raises the errors of `describe_step`.
+    If `pool` is given, fields that the spec leaves out get the values that the job's preparation in the cluster would choose for this pool. The plan
+    does not choose a node pool, because this program does not know all node pools of the operator. Raises the errors of `describe_step`.
     """
     from finetune_api.errors import ConfigError
     from finetune_api.memory.choices import choose_values
@@ -93,13 +94,13 @@ def plan_job(resolved: ResolvedSpec, shape: ModelShape, pool: GpuPool | None, fa
 
 
 def find_model(spec: FineTuneJobSpec, folder: Path | None) -> Path | None:
-    """Return the folder with the model's configuration: `folder`, or `model.source` if it is a folder. None if neither is a folder."""
+    """Return the folder with the model's configuration: `folder`, or `model.source` if it is a folder. Return None if neither is a folder."""
     source = (spec.model.source or "").removeprefix("file://")
     return folder or (Path(source) if source and Path(source).is_dir() else None)
 
 
 def read_model(spec: FineTuneJobSpec, folder: Path | None) -> tuple[ModelShape, list[str]]:
-    """Read the model's configuration. Returns its sizes, and a note if the index of its weight files contradicts them."""
+    """Read the model's configuration. Returns the sizes of the model, and a note if the index of the weight files contradicts these sizes."""
     from finetune_api.memory.architecture import read_model_shape, read_stored_bytes
     from finetune_api.memory.plan import count_parameters, format_gigabytes
 
@@ -119,7 +120,7 @@ def read_model(spec: FineTuneJobSpec, folder: Path | None) -> tuple[ModelShape, 
 
 
 def find_memory_findings(manifest: Manifest, spec: FineTuneJobSpec, *, pool: GpuPool, folder: Path | None) -> Iterator[Finding]:
-    """Yield an error if the job does not fit on the GPUs of `pool`, or a warning if it possibly does not fit or cannot be planned."""
+    """Yield an error if the job does not fit on the GPUs of `pool`. Yield a warning if the job possibly does not fit, or if its memory cannot be planned."""
     from finetune_api.defaults import resolve_defaults
     from finetune_api.errors import FineTuneError
     from finetune_api.memory.architecture import read_model_shape

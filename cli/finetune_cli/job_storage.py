@@ -1,6 +1,6 @@
 """Lists, verifies, downloads and deletes the checkpoints and models of a job, from the user's machine.
 
-Credentials come from the AWS_ variables, or with `--use-secret` from the Secret in the job's spec.
+The credentials come from the AWS_ environment variables. With `--use-secret`, they come from the Secret that the job's spec names.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from finetune_cli.output import CommandError
 from finetune_cli.transfers import write_whole_file
 
 ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
-"""Variables with the address of the S3 server, which boto3 reads."""
+"""Environment variables from which boto3 reads the address of the S3 server."""
 CREDENTIALS_HINT = "export AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
 
 
@@ -34,12 +34,12 @@ class StorageError(CommandError):
 
 
 class ConnectionLost(StorageError):
-    """The connection to storage failed after all retries of the S3 client. The same transfer can be continued later."""
+    """The connection to storage failed after all retries of the S3 client. The transfer can be continued later from the point where it ended."""
 
 
 @dataclass(frozen=True)
 class StoredObject:
-    """One object: the key relative to the URI of the storage, the size in bytes, and the store's ETag (empty for local files)."""
+    """An object in storage: its key relative to the URI of the storage, its size in bytes, and its ETag (empty for local files)."""
 
     key: str
     size: int
@@ -59,7 +59,7 @@ class JobStorage:
         self.client: Any = None if self.local else _make_s3_client(storage_root, credentials)
 
     def open_folder(self, uri: str) -> JobStorage:
-        """Return the JobStorage of another URI in the same bucket or file system. Both share one S3 client."""
+        """Return the JobStorage of another URI in the same bucket or file system. It uses the same S3 client as this JobStorage."""
         opened = copy.copy(self)
         parts = urlsplit(uri)
         opened.uri, opened.prefix = uri.rstrip("/"), parts.path.strip("/")
@@ -115,7 +115,10 @@ class JobStorage:
             self.client.put_object(Bucket=self.bucket, Key=self.make_full_key(key), Body=content)
 
     def list_links(self, folder_path: str) -> list[str]:
-        """Return the keys of the symbolic links in a folder, or of the folder itself if it is a link. Object storage has no links."""
+        """Return the keys of the symbolic links in a folder.
+
+        If the folder itself is a link, return its key. The result is empty for object storage, which has no links.
+        """
         if self.local is None:
             return []
         root = self.local / folder_path
@@ -135,13 +138,14 @@ class JobStorage:
             except ClientError as error:
                 if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") == HTTPStatus.NOT_FOUND:
                     return None
-                # A HEAD response has no body. The GET response says whether the credentials are wrong or a permission is missing.
+                # The response to a HEAD request has no body. A GET request follows, because its response says whether the credentials are wrong or a
+                # permission is missing.
                 self.client.get_object(Bucket=self.bucket, Key=self.make_full_key(key), Range="bytes=0-0")
                 raise
             return StoredObject(key, int(response["ContentLength"]), str(response.get("ETag", "")).strip('"'))
 
     def read_chunks(self, key: str, start: int = 0, etag: str = "") -> Iterator[bytes]:
-        """Yield the content of an object in chunks, from the byte `start`. With `etag`, the object must still have this ETag. Raises StorageError."""
+        """Yield the content of an object in chunks, from the byte `start`. If `etag` is given, the object must still have this ETag. Raises StorageError."""
         if self.local is not None:
             with (self.local / key).open("rb") as file:
                 file.seek(start)
@@ -232,7 +236,7 @@ class StorageErrors:
 
 
 def to_job_folder_uri(uri: str) -> str:
-    """Return the URI of a job's folder. `uri` is this folder, or a model, checkpoint or lineage statement inside it."""
+    """Return the URI of a job's folder in storage. `uri` is the URI of this folder, or of a model, checkpoint or lineage statement inside it."""
     folder = uri.rstrip("/")
     if parse_attempt_of_uri(folder) is not None:
         folder = folder.rpartition("/")[0]
@@ -245,7 +249,7 @@ _INNER_PATH = re.compile(rf"(?<=[^/:])/({Storage.MODEL}|{Storage.MERGED}|{Storag
 def locate_job_folder(job: dict[str, Any]) -> tuple[str, StorageRoot]:
     """Return the URI of a job's folder in storage and the connection settings, from spec and status. Raises StorageError.
 
-    If the job adopted the result of an earlier job of the same name, the folder is that of the earlier job.
+    If the job adopted the result of an earlier job with the same name, the URI is the folder of the earlier job.
     """
     metadata = job["metadata"]
     connection = StorageRoot.model_validate((job.get("spec") or {}).get("storage") or {})
@@ -283,7 +287,7 @@ class CommittedFolder:
     """Name of the folder inside `folder` that holds the files."""
     manifest_sha256: str
     is_healthy: bool
-    """Whether the folder contains the marker of a healthy checkpoint. Only `list_committed_folders` looks for this marker."""
+    """Whether the folder contains the marker of a healthy checkpoint. This is always false if the object does not come from `list_committed_folders`."""
 
 
 def list_committed_folders(storage: JobStorage) -> list[CommittedFolder]:
@@ -319,12 +323,12 @@ def is_folder_name(value: object) -> bool:
 
 
 def read_manifest(storage: JobStorage, committed_folder: CommittedFolder) -> dict[str, Any]:
-    """Return the manifest of a checkpoint or model. Raises StorageError if its sha256 is not the one in the commit marker."""
+    """Return the manifest of a checkpoint or model. Raises StorageError if the sha256 of the manifest differs from the sha256 in the commit marker."""
     return parse_manifest(read_manifest_bytes(storage, committed_folder))
 
 
 def read_manifest_bytes(storage: JobStorage, committed_folder: CommittedFolder) -> bytes:
-    """Return the manifest's bytes as they are stored. Raises StorageError if their sha256 is not the one in the commit marker."""
+    """Return the manifest's bytes as they are stored. Raises StorageError if the sha256 of these bytes differs from the sha256 in the commit marker."""
     key = f"{committed_folder.folder}/{committed_folder.path}/{Storage.MANIFEST}"
     data = storage.read_object(key)
     if hashlib.sha256(data).hexdigest() != committed_folder.manifest_sha256:

@@ -23,7 +23,10 @@ class InvalidJsonPath(CommandError):
 
 @dataclass(frozen=True)
 class JsonPath:
-    """A parsed expression. Each step is a field's name after a dot, an index, `*`, or a filter (the path and the value that it must have)."""
+    """A parsed expression.
+
+    It consists of steps. A step is the name of a field, an index, `*`, or a filter, which is a path and the value that must be at this path.
+    """
 
     text: str
     steps: tuple[str | int | tuple[JsonPath, str], ...]

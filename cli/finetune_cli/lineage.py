@@ -1,7 +1,7 @@
 """Checks a stored model against its commit marker, its manifest, its lineage statement and the statement's signature.
 
-Each check adds findings, each with a code. A user who can write to storage could change all compared files so that they still agree. Only a
-signature by a trusted key shows that nothing was changed after signing.
+Each check adds findings, each with a code. A user who can write to storage could change all compared files so that they still agree. Therefore,
+nothing but a signature by a trusted key proves that the files were not changed after signing.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ MODEL_CHECKS = (CheckName.MARKER, CheckName.MANIFEST, CheckName.FILES)
 
 
 class Code(StrEnum):
-    """The problem that a check has found. Codes do not change between releases."""
+    """The problem that a check has found. The code of a finding stays the same in all releases."""
 
     LINK = "FileIsLink"
     """A file or folder is a symbolic link, so its content can change outside this storage."""
@@ -62,7 +62,7 @@ class Code(StrEnum):
     MARKER_INVALID = "MarkerInvalid"
     MANIFEST_MISSING = "ManifestMissing"
     MANIFEST_CHANGED = "ManifestChanged"
-    """The manifest's sha256 is not the one in the commit marker."""
+    """The sha256 of the manifest differs from the sha256 in the commit marker."""
     MANIFEST_INVALID = "ManifestInvalid"
     PATH_INVALID = "ManifestPathInvalid"
     """The manifest lists a path outside the model's folder."""
@@ -112,7 +112,7 @@ class Finding:
 
 @dataclass
 class CheckResults:
-    """The result of all checks. `notes` contains one text for each completed check."""
+    """The result of all checks. `notes` contains a text for each completed check, which says what was checked."""
 
     findings: list[Finding] = field(default_factory=list)
     notes: dict[CheckName, str] = field(default_factory=dict)
@@ -138,7 +138,7 @@ class Verifier:
         self._result = CheckResults()
 
     def verify(self, key: Ed25519PublicKey | None = None, require_signature: bool = False) -> CheckResults:
-        """Run all checks. `key`: the trusted public key; with it, or with `require_signature`, a missing signature is a finding."""
+        """Run all checks. `key`: the trusted public key. A missing signature is a finding if `key` is given or `require_signature` is true."""
         self._check_links()
         marker = self._check_marker()
         if marker is not None:
@@ -282,7 +282,7 @@ class Verifier:
     def _check_checkpoints(self) -> None:
         """Compare each stored checkpoint with the statement.
 
-        It is no finding if a checkpoint of the statement is no longer stored: retention or a user may have deleted it.
+        If a checkpoint of the statement is no longer stored, this is not a finding, because retention or a user may have deleted the checkpoint.
         """
         if self._result.statement is None or self._result.select_findings(CheckName.STATEMENT):
             return
@@ -341,7 +341,7 @@ class Verifier:
 
 
 def find_contradictions(statement: Statement, manifest: dict[str, Any]) -> Iterator[str]:
-    """Yield the names of the facts in a statement that differ from the manifest."""
+    """Yield the names of the facts whose value in the statement differs from the value in the manifest."""
     facts = manifest["facts"]
     for name in sorted({*facts, *statement.run.facts}):
         if facts.get(name) != statement.run.facts.get(name):
@@ -364,9 +364,9 @@ def find_contradictions(statement: Statement, manifest: dict[str, Any]) -> Itera
 
 
 def _has_digest(statement: Statement, digest: Any, name_prefixes: tuple[str, ...]) -> bool:
-    """Whether the statement has this combined digest for the sources whose names begin with one of `name_prefixes`.
+    """Return whether the statement has this combined digest for the sources whose names begin with one of `name_prefixes`.
 
-    If the statement also has the digests of single files of these sources, the hash of those digests must equal the combined digest.
+    If the statement also has digests of single files of these sources, the hash of these single digests must be equal to the combined digest.
     """
     resources = [one for one in statement.predicate.build_definition.resolved_dependencies if (one.name or "").startswith(name_prefixes)]
     combined = [one.annotations["combinedDigest"] for one in resources if "combinedDigest" in one.annotations]
@@ -385,7 +385,7 @@ def read_envelope(storage: JobStorage) -> Envelope | None:
 
 
 def require_statement(verification: CheckResults) -> Statement:
-    """Return the statement. Raises StorageError with the finding's message if it is missing or invalid."""
+    """Return the lineage statement. If it is missing or invalid, raises StorageError with the message of the finding."""
     if verification.statement is None:
         raise StorageError(verification.select_findings(CheckName.STATEMENT)[0].message)
     return verification.statement
@@ -410,7 +410,7 @@ def _is_file_entry(entry: Any) -> bool:
 
 
 def _is_inside(path: str) -> bool:
-    """Whether a path of a manifest is relative and stays inside the folder."""
+    """Return whether a path in a manifest is relative and leads to a file inside the model's folder."""
     return "\\" not in path and "\0" not in path and all(part not in ("", ".", "..") for part in path.split("/"))
 
 

@@ -64,7 +64,7 @@ class LocalRun:
     log: Path
     notes: tuple[str, ...]
     config_maps: Path
-    """Folder with one folder for each ConfigMap."""
+    """Folder that contains one folder for each ConfigMap."""
 
 
 def prepare_run(
@@ -72,7 +72,7 @@ def prepare_run(
 ) -> LocalRun:  # fmt: skip
     """Read a manifest, adapt the spec to this machine and write the run configuration.
 
-    `recorded_defaults`: defaults of an earlier run, by spec path, that replace those of this release.
+    `recorded_defaults`: the defaults of an earlier run, by spec path. They replace the defaults of this release.
 
     Raises InvalidInput, CommandError, or Exit after printing the errors of the manifest.
     """
@@ -106,7 +106,7 @@ def _check_spec(
 ) -> FineTuneJobSpec:
     """Check a manifest with `spec` as its spec, and return the validated spec. Raises Exit.
 
-    With `only_code`, report only the errors with this code. An error in a value of `--set` names the option.
+    If `only_code` is given, errors with another code are not reported. If an invalid value comes from `--set`, the error names this option.
     """
     changed_manifest = Manifest(manifest.file, manifest.document_number, {**manifest.value, "spec": spec}, manifest.lines)
     checked_spec, findings = check_manifest(changed_manifest, ExecutionTarget.LOCAL)
@@ -128,7 +128,8 @@ def _write_run(name: str, resolution: ResolvedSpec, root: Path, notes: list[str]
     resolution = _continue_job(state_folder / names.RUN_FILE_NAME, resolution, job_folder, name)
     counter = state_folder / "attempt"
     counted = int(counter.read_text(encoding="utf-8")) if counter.is_file() else 0
-    # The attempts in storage count too: users delete the counter's folder to free disk space, because it also contains downloads.
+    # The attempts in storage are counted too, because the user may have deleted the folder of the attempt counter. This folder also contains
+    # downloads, so users delete it to free disk space.
     attempt = max(counted, find_last_attempt(job_folder)) + 1
     counter.write_text(str(attempt), encoding="utf-8")
     spec, defaults = resolution.spec, resolution.defaults
@@ -172,7 +173,9 @@ def find_last_attempt(job_folder: Path) -> int:
 
 
 def _continue_job(run_file: Path, resolution: ResolvedSpec, job_folder: Path, name: str) -> ResolvedSpec:
-    """Return the resolved spec with the defaults of the job's earlier attempts, which an earlier release may have started.
+    """Return the resolved spec.
+
+    The defaults are those of the job's earlier attempts, because an earlier release with other defaults may have started the job.
 
     Raise LocalRunError if the folder holds checkpoints of a job with another spec.
     """
@@ -259,7 +262,7 @@ def find_free_port() -> int:
 
 @contextmanager
 def _treat_termination_as_interrupt() -> Iterator[None]:
-    """Treat SIGTERM and SIGHUP as Ctrl-C. Otherwise, they would end this program and leave the trainer running."""
+    """Treat SIGTERM and SIGHUP as Ctrl-C. Without this handler, these signals would end this program, but the trainer would run on."""
     previous = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
@@ -292,7 +295,7 @@ def _wait_for_trainer(process: subprocess.Popen[bytes], port: int, termination_f
 
 
 def _poll_trainer(process: subprocess.Popen[bytes], port: int, show_report: Callable[[ProgressReport | None], None]) -> int | None:
-    """Return the exit code of the process. If the process still runs after POLL_SECONDS, show the progress and return None."""
+    """Wait for the process at most POLL_SECONDS, and return its exit code. If the process still runs, show the progress and return None."""
     try:
         return process.wait(POLL_SECONDS)
     except subprocess.TimeoutExpired:
@@ -307,7 +310,7 @@ def fetch_progress(port: int) -> ProgressReport | None:
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}{names.HttpPath.PROGRESS}", timeout=5) as response:
             return ProgressReport.model_validate_json(response.read())
-    except (OSError, http.client.HTTPException, ValueError):  # it has not started yet, or ends in the middle of its response
+    except (OSError, http.client.HTTPException, ValueError):  # the trainer has not started yet, or ends in the middle of its response
         return None
 
 
@@ -350,7 +353,7 @@ def format_report_line(report: ProgressReport) -> str:
 
 
 def _print_result(code: int, termination_file: Path, run: LocalRun) -> int:
-    """Print the result of the run and return the exit code of the command."""
+    """Print the result of the run, and return the exit code of `finetune run`."""
     message = _read_termination_message(termination_file)
     if code == ExitCode.OK:
         uri = message.output.uri if message and message.output else run.config.storage.uri
@@ -379,7 +382,7 @@ def _find_report_file(run: LocalRun) -> Path | None:
 
 
 def read_last_report(path: Path) -> ProgressReport | None:
-    """Convert the termination message to a progress report. Return None if the message contains no step."""
+    """Convert the trainer's termination message to a progress report. Return None if the message contains no step."""
     message = _read_termination_message(path)
     if message is None or message.progress is None or message.progress.step is None:
         return None

@@ -60,7 +60,7 @@ def count_gpus() -> int:
 
 
 def adapt_spec(spec: dict[str, Any], machine: LocalMachine) -> list[str]:
-    """Change a spec in place so that it runs on this machine. Returns a note on each change. Raises LocalRunError."""
+    """Change a spec in place so that the job runs on this machine. Returns a note about each change. Raises LocalRunError."""
     notes: list[str] = []
     storage = get_value(spec, "storage.uri")
     if storage:
@@ -81,7 +81,7 @@ def adapt_spec(spec: dict[str, Any], machine: LocalMachine) -> list[str]:
 
 
 def _find_sources_in_lists(spec: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str]]:
-    """Yield the path of each source in a list of the spec, the list item, and the key of the source in this item."""
+    """For each source inside a list of the spec, yield the path of the source, the list item, and the key of the source in this item."""
     for path, key in (("dataset.mixture", "source"), ("evaluation.benchmarks", "folder"), ("output.combineAdapters", "source")):
         for i, item in enumerate(get_value(spec, path) or []):
             if isinstance(item, dict) and isinstance(item.get(key), str):
@@ -130,7 +130,7 @@ def _find_path_in_folder(folders: dict[str, Path], name: str, inner_path: str, p
 
 
 def require_s3_credentials(spec: dict[str, Any]) -> None:
-    """Raise LocalRunError if a source is in S3 and this machine has no credentials. Without this check the trainer would fail after its start."""
+    """Raise LocalRunError if a source is in S3 and this machine has no credentials. This check reports the error before the trainer is started."""
     sources = {path: get_value(spec, path) for path in SOURCE_FIELDS}
     sources |= {path: item[key] for path, item, key in _find_sources_in_lists(spec)}
     s3_sources = {path: text for path, text in sources.items() if isinstance(text, str) and text.startswith("s3://")}
@@ -146,7 +146,7 @@ def require_s3_credentials(spec: dict[str, Any]) -> None:
 def _inline_config_maps(spec: dict[str, Any], machine: LocalMachine) -> None:
     """Replace the ConfigMap reference of a chat template by the template's text, and check that the file with the comparison prompts exists.
 
-    Raises LocalRunError for references that only a pod can read.
+    Raises LocalRunError if a reference can be read in a pod, but not on this machine.
     """
     reference = get_value(spec, "dataset.chatTemplate.configMapRef")
     if isinstance(reference, dict):

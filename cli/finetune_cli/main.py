@@ -117,15 +117,15 @@ for _name, _command in COMMANDS.items():
 TRACE_VARIABLE = "FINETUNE_TRACE"
 PROGRAM = "finetune"
 NO_FILE_COMPLETION = 4
-"""kubectl's directive for a completion without file names (cobra's ShellCompDirectiveNoFileComp)."""
+"""Number that tells kubectl not to complete file names (cobra's ShellCompDirectiveNoFileComp)."""
 CLICK_USAGE_ERROR = 2
-"""Exit code of the option parser for wrong usage."""
+"""Exit code that the option parser returns for wrong usage."""
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the program and exit. With `import`, everything after the first `--` is the other tool's command line."""
+    """Run the program and exit. In a `finetune import` command, everything after the first `--` is the other tool's command line."""
     for stream in (sys.stdout, sys.stderr):
-        # YAML and JSON are UTF-8 in every locale, as in kubectl.
+        # The output is always UTF-8, as in kubectl, because YAML and JSON are UTF-8 in every locale.
         getattr(stream, "reconfigure", lambda **_: None)(encoding="utf-8", errors="backslashreplace")
     words = list(sys.argv[1:] if arguments is None else arguments)
     tool_arguments: list[str] = []
@@ -136,7 +136,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _flush_stdout(code: int) -> int:
-    """Flush stdout and return the exit code. A write error (full disk) is reported here, because Python ignores write errors at exit."""
+    """Flush stdout and return the exit code. This function reports a write error (full disk), because Python ignores write errors when it exits."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -151,7 +151,7 @@ def _flush_stdout(code: int) -> int:
 
 
 def run(arguments: list[str], tool_arguments: list[str]) -> int:
-    """Run one command and return its exit code. Wrong usage gives 1, as in kubectl, because 2 means that the job failed."""
+    """Run one command and return its exit code. The exit code for wrong usage is 1, as in kubectl, because 2 means that the job failed."""
     from finetune_cli import output
 
     try:
@@ -166,7 +166,7 @@ def run(arguments: list[str], tool_arguments: list[str]) -> int:
 
 
 def _print_failure(error: Exception) -> int:
-    """Print the message of an error and return the exit code. Bugs get a traceback only if FINETUNE_TRACE is set."""
+    """Print the message of an error and return the exit code. If the error is a bug of this program and FINETUNE_TRACE is set, the traceback is printed too."""
     from finetune_api.errors import FineTuneError
 
     from finetune_cli import output
@@ -201,7 +201,7 @@ def _print_bug(error: Exception) -> None:
 
 
 def kubectl_complete() -> None:
-    """Print the completion candidates for kubectl, one per line, then kubectl's directive."""
+    """Print the completion candidates for kubectl, one per line, and then the number that tells kubectl not to complete file names."""
     import shlex
 
     words = sys.argv[1:]
@@ -216,7 +216,7 @@ def kubectl_complete() -> None:
 def _get_program_name() -> str:
     """Return the program's name as the user typed it.
 
-    Options that install shell completion always get `finetune`, because kubectl has its own completion for plugins.
+    For the options that install shell completion, the name is always `finetune`, because kubectl has its own completion for plugins.
     """
     if any(word.startswith(("--install-completion", "--show-completion")) for word in sys.argv):
         return PROGRAM

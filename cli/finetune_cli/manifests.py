@@ -34,7 +34,7 @@ class Manifest:
 
     @property
     def is_job(self) -> bool:
-        """Whether this is a FineTuneJob, possibly with a misspelled kind or version."""
+        """Whether the object has the kind FineTuneJob or an apiVersion of its API group. One of the two is enough: the other may be misspelled."""
         kind, version = str(self.value.get("kind")), str(self.value.get("apiVersion"))
         return kind.lower() == KIND.lower() or version.startswith(f"{GROUP}/")
 
@@ -102,7 +102,7 @@ def parse_manifests(text: str, file: str) -> Iterator[Manifest]:
 
 
 def _iterate_list_items(file: str, document_number: int, list_document: Tree) -> Iterator[Manifest]:
-    """Yield the objects of a `List`, the document in which `kubectl get -o yaml` prints several objects."""
+    """Yield the objects of a `List`. `kubectl get -o yaml` prints several objects as such a document."""
     for i, item in enumerate(list_document.value["items"]):
         start = f"items[{i}]"
         if not isinstance(item, dict):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 class Mistake:
     """One mistake in the user's files or options: where it is, the key as written, the problem, and how to correct it.
 
-    `feature` is only set if a FineTuneJob cannot do what the input asks for; it names this feature.
+    `feature`: the name of the feature if the input asks for a feature that a FineTuneJob does not have, otherwise empty.
     """
 
     location: str

@@ -3,8 +3,9 @@
 There are two forms. A ModelPack artefact stores each file unchanged, for tools that support ModelPack. An image stores each file in a tar layer
 below `/models`, so that Kubernetes can mount it as an image volume, and KServe can use it as a modelcar.
 
-A model does not depend on the processor, but an image manifest must name an architecture, and containerd refuses an image for another architecture
-than the node's. Therefore an index lists one manifest for each architecture, and all manifests have the same layers.
+A model does not depend on the processor architecture. But an image manifest must name an architecture, and containerd refuses an image whose
+architecture differs from the node's architecture. Therefore, the layout has an index with one manifest for each architecture, and all these manifests
+have the same layers.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ class WrittenLayout:
 
 
 def write_layout(storage: JobStorage, target: Path, form: LayoutForm, tag: str, report_file: Callable[[str, int], None]) -> WrittenLayout:
-    """Download the merged model, or the final model if there is none, and write the layout to a new folder.
+    """Download the merged model (or the final model if there is no merged model), and write the layout to a new folder.
 
     `tag`: the name of the artefact in the layout. `report_file` is called with the path and size of each file before its download.
     Raises StorageError if there is no committed model, or a file is damaged.
@@ -158,7 +159,7 @@ def _pack_image(layout_folder: Path, files: list[ModelFile]) -> dict[str, Any]:
 
 
 def _pack_layer(layout_folder: Path, file: ModelFile) -> dict[str, Any]:
-    """Write the tar layer of a file. Returns the layer's descriptor."""
+    """Write a tar layer that holds a file. Returns the descriptor of the layer."""
     source, packed = layout_folder / BLOBS / file.sha256, layout_folder / f"{file.sha256}.tar"
     with packed.open("wb") as raw:
         writer = _HashingWriter(raw)

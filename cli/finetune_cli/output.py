@@ -43,7 +43,7 @@ def error_console() -> Console:
 
 
 def write(text: str) -> None:
-    """Write a result to stdout unchanged. Raises CommandError if stdout is closed or cannot be written."""
+    """Write a result to stdout without any change. Raises CommandError if stdout is closed or cannot be written."""
     if sys.stdout is None:
         raise CommandError("standard output is closed, so the result cannot be written")
     try:

@@ -44,7 +44,10 @@ def parse_overrides(set_texts: Iterable[str], options: Mapping[str, Any] | None 
 
 
 def attribute_to_option(mistake: Mistake, overrides: Mapping[str, AssignedValue]) -> Mistake:
-    """If an option has set the field with the mistake, return a mistake whose location is this option. Otherwise return the mistake unchanged."""
+    """If an option of the command line has set the field of the mistake, return a mistake whose location is this option.
+
+    Otherwise return the mistake unchanged.
+    """
     path = mistake.key.removeprefix("spec.")
     assigned = next((value for known, value in overrides.items() if is_within(path, known)), None)
     if assigned is None:
@@ -108,7 +111,7 @@ def _parse_set(text: str, fields_by_path: dict[str, Field], mistakes: list[Mista
 
 
 def _hint_for_unknown(path: str, by_path: dict[str, Field]) -> str:
-    """Return what to write instead of an unknown path. Lists and maps can only be set as a whole."""
+    """Return a hint what to write instead of an unknown path. An option cannot set a part of a list or map, but only the whole list or map."""
     parent = path
     while parent and parent not in by_path:
         parent = parent[: parent.rfind("[")] if parent.endswith("]") else parent.rpartition(".")[0]

@@ -18,7 +18,7 @@ from finetune_cli.mistakes import InvalidInput, Mistake
 
 FINDING_CODE = "ForbiddenByPolicy"
 CHART_ONLY_KEY = "validatingAdmissionPolicy"
-"""Key of `policy` that only the chart uses, so `validate` ignores it."""
+"""Key of `policy` that `validate` ignores, because only the chart uses this key."""
 
 
 class _Pool(BaseModel):

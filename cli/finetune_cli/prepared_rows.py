@@ -17,7 +17,7 @@ class UnusedRows:
 
     storage: JobStorage
     groups_by_digest: dict[str, list[list[StoredObject]]]
-    """For each digest of prepared rows, groups of objects in the order in which they must be deleted. The first group is the commit marker."""
+    """For each digest of prepared rows: groups of objects, in the order in which the groups must be deleted. The first group is the commit marker."""
 
     @property
     def objects(self) -> list[StoredObject]:
@@ -49,7 +49,7 @@ class UnusedRows:
 def find_unused_rows(job_storage: JobStorage, now: datetime) -> UnusedRows:
     """Return the unused rows in the namespace of a job. Raises StorageError.
 
-    Rows without a readable marker `_USED` do not count as unused: the next preparation pod writes the marker.
+    If rows have no readable marker `_USED`, they are not returned, because the next preparation pod writes this marker.
     """
     storage = job_storage.open_folder(prepared_root(job_storage.uri))
     by_digest: dict[str, dict[str, StoredObject]] = {}

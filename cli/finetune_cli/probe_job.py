@@ -23,7 +23,7 @@ from finetune_cli.installation import TrainerImage
 
 PULL_PROBLEMS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError")
 CONFIG_PROBLEMS = ("CreateContainerConfigError",)
-"""Reasons that Kubernetes gives for a container that waits for a missing Secret or ConfigMap. The image of the container is already pulled."""
+"""Reasons that Kubernetes gives if a container waits for a missing Secret or ConfigMap. At this time, the image of the container is already pulled."""
 TTL_SECONDS = 60
 LABELS = {"app.kubernetes.io/name": "finetune-doctor"}
 NO_STORAGE_URI = "file:///tmp"
@@ -191,7 +191,7 @@ def _parse_message(message: str) -> StorageCheckResult | None:
 
 
 def _make_waiting_message(pod: KubeObject) -> str:
-    """Return why a pod waits: the scheduler's message, or that the image is being pulled."""
+    """Return the reason why a pod waits: the message of the scheduler, or a text that the image is being pulled."""
     status = pod.get("status") or {}
     scheduled: Callable[[KubeObject], bool] = lambda one: one["type"] == "PodScheduled" and one["status"] == "False"  # noqa: E731
     message = next((str(one.get("message") or "") for one in filter(scheduled, status.get("conditions") or [])), "")
@@ -201,6 +201,6 @@ def _make_waiting_message(pod: KubeObject) -> str:
 
 
 def _find_newest_warning(cluster: Cluster, job: KubeObject) -> str:
-    """Return the text of the newest warning event about the Job, for example that a quota refuses the pod. Empty: there is no warning."""
+    """Return the text of the newest warning event about the Job, or an empty string without a warning. An example is a quota that refuses the pod."""
     warnings = [event for event in cluster.list_events({job["metadata"]["uid"]}) if event.get("type") == "Warning"]
     return str(warnings[-1].get("note") or "") if warnings else ""

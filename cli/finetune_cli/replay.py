@@ -1,6 +1,6 @@
 """Repeats a run from its lineage statement on this machine, and compares the weights.
 
-Before the training starts, the trainer checks that the downloaded base model and data are those that the statement names.
+Before the training starts, the trainer checks that the downloaded base model and data have the digests in the lineage statement.
 """
 
 from __future__ import annotations
@@ -29,9 +29,12 @@ from finetune_cli.local_spec import SOURCE_FIELDS, LocalRunError
 from finetune_cli.transfers import SilentProgress
 
 UNUSED_GROUPS = ("output", "phases", "placement", "policy", "storage")
-"""Groups of the spec that do not influence the weights. A replay removes them, so that it publishes nothing and runs no stage after training."""
+"""Groups of the spec that do not influence the weights. A replay removes these groups, so that it publishes nothing and runs no stage after training."""
 USED_FIELDS = {"evaluation": ("strategy", "steps", "batchSizePerDevice"), "tracking": ("loggingSteps", "logFirstStep")}
-"""For some groups, the fields that influence the training. A replay removes their other fields, so that it reports to no tracker and computes no metrics."""
+"""For some groups of the spec: the fields that influence the training.
+
+A replay removes the other fields of these groups, so that it reports to no tracker and computes no metrics.
+"""
 CPU = "cpu"
 
 
@@ -109,7 +112,7 @@ def replay(storage: JobStorage, folder: Path, options: ReplayOptions) -> ReplayR
 
 
 def _collect_expected_inputs(statement: Statement) -> dict[str, Any]:
-    """Return the facts about base model and data that the trainer must find before it trains.
+    """Return the facts about base model and data that the trainer compares with the downloaded files before it trains.
 
     The digest of ConfigMaps is left out, because only pods mount ConfigMaps.
     """

@@ -129,7 +129,7 @@ def compute_key_id(public_key: Any) -> str:
 
 
 def sign(payload: bytes, private_key: Ed25519PrivateKey, other_signatures: list[Signature]) -> Envelope:
-    """Sign a statement. `other_signatures`: signatures of the same payload, which the envelope keeps, except those with the ID of this key."""
+    """Sign a statement. `other_signatures`: earlier signatures of the same payload. The envelope keeps them, except signatures with the ID of this key."""
     own = Signature(keyid=compute_key_id(private_key.public_key()), sig=base64.b64encode(private_key.sign(encode_signed_bytes(PAYLOAD_TYPE, payload))).decode())
     signatures = [*(one for one in other_signatures if one.keyid != own.keyid), own]
     return Envelope(payload_type=PAYLOAD_TYPE, payload=base64.b64encode(payload).decode(), signatures=signatures)
@@ -149,7 +149,7 @@ def _decode_base64(text: str) -> bytes:
 
 
 def is_signed_by(envelope: Envelope, public_key: Ed25519PublicKey) -> bool:
-    """Whether one of the signatures was made with this key. Every signature is tried, because key IDs are only hints."""
+    """Return whether one of the signatures was made with this key. Every signature is tried, because key IDs are only hints."""
     from cryptography.exceptions import InvalidSignature
 
     payload = decode_payload(envelope)

@@ -14,7 +14,7 @@ from finetune_cli.cluster import get_event_time
 BAR_WIDTH = 30
 SPARK_BLOCKS = "▁▂▃▄▅▆▇█"
 SMALLEST_TIME_SHARE = 0.01
-"""A part of the job's time is not shown if its share of the whole time is below this number."""
+"""Smallest share of the job's time that is shown. A stage with a smaller share of the whole time is left out."""
 STAGE_PHASES = (
     (Phase.PENDING, Phase.PREPARING, Phase.VALIDATING, Phase.QUEUED), (Phase.STARTING,), (Phase.RUNNING, Phase.RECOVERING), (Phase.EVALUATING,),
     (Phase.UPLOADING,), (Phase.SUCCEEDED,),
@@ -119,7 +119,7 @@ def describe_job(job: dict[str, Any], losses: list[float] | None = None, now: da
 
 
 def _find_reason(status: FineTuneJobStatus) -> str:
-    """Return the reason why the job waits or ended, or an empty string without a reason."""
+    """Return the reason why the job waits or has ended, or an empty string if the status has no reason."""
     for kind in (ConditionType.STALLED, ConditionType.RECONCILING, ConditionType.ACCEPTED, ConditionType.FINISHED):
         entry = status.condition(kind)
         expected_status = "False" if kind == ConditionType.ACCEPTED else "True"

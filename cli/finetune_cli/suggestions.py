@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from finetune_api.aliases import find_field_for_alias, normalise
 
 COMMON_NAMES = ("name", "key", "type", "value", "values", "source", "format", "columns", "weight", "operator")
-"""Names of fields in several unrelated groups. Such a name alone does not show which field the user means."""
+"""Field names that several unrelated groups have in common. The name alone does not show which of these fields the user means."""
 
 
 def suggest_field(path: str, known_paths: Iterable[str]) -> str:
@@ -31,7 +31,7 @@ def suggest_field(path: str, known_paths: Iterable[str]) -> str:
 def _find_field_elsewhere(path: str, candidates: list[str]) -> str:
     """Return the least nested field with the same name in another group, or an empty string if several fields are equally nested.
 
-    Fields below the group of `path` have precedence. A name in COMMON_NAMES is searched only there.
+    Fields below the group of `path` have precedence. If the name is in COMMON_NAMES, no other fields are considered.
     """
     group, _, name = path.rpartition(".")
     same_name = [field for field in candidates if normalise(field.rpartition(".")[2]) == normalise(name)]

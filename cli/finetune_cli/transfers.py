@@ -37,9 +37,9 @@ class Check(StrEnum):
     SHA256 = "sha256"
     """The file has the sha256 of the manifest."""
     ETAG = "etag"
-    """The file has the MD5 digests in the store's ETag."""
+    """The MD5 digests of the file agree with the store's ETag."""
     SIZE = "size"
-    """Only the size could be compared, because the store's ETag contains no MD5 digest."""
+    """The content could not be compared, because the store's ETag contains no MD5 digest. The size of the file is correct."""
 
 
 @dataclass(frozen=True)
@@ -80,19 +80,28 @@ class LocalDigest:
 
     @property
     def etag(self) -> str:
-        """The ETag that the store gives to an object that is uploaded in these parts. It has another ETag if the store encrypts it with KMS keys."""
+        """The ETag that the store gives to an object that is uploaded in these parts.
+
+        If the store encrypts the object with KMS keys, the object has another ETag.
+        """
         if self.size <= self.part_bytes:
             return self.part_md5s[0].hex()
         return f"{hashlib.md5(b''.join(self.part_md5s), usedforsecurity=False).hexdigest()}-{len(self.part_md5s)}"
 
 
 def choose_part_bytes(size: int) -> int:
-    """Return the part size in bytes for the upload of a file. It depends only on the file's size, so that a later run can reuse uploaded parts."""
+    """Return the part size in bytes for the upload of a file.
+
+    The part size depends on nothing but the file's size, so that a later run can reuse uploaded parts.
+    """
     return max(PART_BYTES, -(-size // MAX_PARTS // MIB) * MIB)
 
 
 def compute_sha256_of_file(path: Path) -> str:
-    """Return the sha256 (hex) of a local file. Faster than `digest_file`, which also computes the MD5 of each part. Raises OSError."""
+    """Return the sha256 (hex) of a local file.
+
+    This function is faster than `digest_file`, which also computes the MD5 digest of each part. Raises OSError.
+    """
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

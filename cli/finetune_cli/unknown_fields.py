@@ -1,4 +1,4 @@
-"""Finds fields of a spec that the schema does not have, and suggests a field of the schema for each."""
+"""Finds fields of a spec that the schema does not have. For each unknown field, suggests the most similar field of the schema."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HINT_BY_FIELD_PATH = {
     "resources.requests": POD_RESOURCES_HINT,
     "storage.credentialsSecretRef.key": "remove it: the Secret has the keys AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
 }
-"""For fields of other tools that a FineTuneJob expresses in another way: what to write instead, by spec path."""
+"""For the path of each field that other tools have and a FineTuneJob expresses in another way: a hint what to write instead."""
 MAX_LISTED_FIELDS = 12
 """A hint lists the fields of a group only if the group has at most this number of fields."""
 

@@ -2,8 +2,8 @@
 
 An object becomes visible only when it is complete: a small file is uploaded with one request, and S3 shows a multipart upload of a large file only
 after its completion. Each part is sent with its MD5 digest, so that the store refuses a damaged part. After an interruption, the uploaded parts stay
-in the store, and the next run uploads only the missing parts. If a folder is a checkpoint or model, its files are compared with its manifest, and
-the commit marker is written after all files.
+in the store, and the next run uploads only the missing parts. If the local folder is a checkpoint or model, its files are compared with its manifest,
+and the commit marker is uploaded after all files.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from finetune_cli.transfers import (
 )
 
 FILES_UPLOADED_LAST = ("config.json", "adapter_config.json")
-"""Files that every program needs to load a model. They are uploaded last, so that no program loads an incomplete model."""
+"""Files without which no program can load a model. They are uploaded after all other files, so that no program loads an incomplete model."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,10 @@ class Uploader:
         return upload.run(report_bytes)
 
     def _find_stored(self, file: LocalFile) -> StoredObject | None:
-        """Return the stored object of a file, or None if there is none or the credentials may not read it. Wrong credentials make the upload itself fail."""
+        """Return the stored object of a file, or None if the object does not exist or the credentials may not read it.
+
+        Wrong credentials make the upload itself fail.
+        """
         try:
             return self._storage.find_object(file.key)
         except ConnectionLost:
@@ -224,9 +227,12 @@ class MultipartUpload:
         return min(self._digest.part_bytes, self._digest.size - (part_number - 1) * self._digest.part_bytes)
 
     def _find_unfinished(self) -> tuple[str | None, dict[int, str]]:
-        """Return the ID and the part ETags of the unfinished upload that has the most parts. Without such an upload, return None and no ETags.
+        """Return the ID of the unfinished upload that has the most parts, and the ETags of its parts.
 
-        An upload counts only if all its parts match the file. Without the permission to list uploads, none is found and the whole file is uploaded.
+        If there is no unfinished upload, return None and no ETags.
+
+        An upload is ignored if one of its parts differs from the file. If the user may not list uploads, no unfinished upload is found, and the whole
+        file is uploaded.
         """
         from botocore.exceptions import ClientError
 
@@ -254,7 +260,7 @@ class MultipartUpload:
 
 
 def _copy_file(storage: JobStorage, file: LocalFile, digest: LocalDigest, report_bytes: Callable[[int], None]) -> FileState:
-    """Copy a file into a local storage folder, unless it is there already. The copy gets its final name when it is complete. Raises OSError."""
+    """Copy a file into a local storage folder, unless the folder already has this file. The copy gets its final name when it is complete. Raises OSError."""
     assert storage.local is not None
     target = storage.local / file.key
     is_equal = target.is_file() and target.stat().st_size == digest.size and compute_sha256_of_file(target) == digest.sha256

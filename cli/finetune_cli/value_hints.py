@@ -23,11 +23,11 @@ FIELD_OF_GROUP = {
     "model": "source", "dataset": "train", "method": "type", "trainer": "type", "storage": "uri", "distributed": "strategy",
     "output.hub": "repository", "method.adapter": "source", "dataset.mixture[]": "source", "output.combineAdapters[]": "source",
 }  # fmt: skip
-"""The field of a group that users mean if they write a text instead of the group."""
+"""For each group: the field that users mean if they write a text instead of the group."""
 FIELD_OF_GROUP_FOR_NUMBER = {"dataset.split": "validation", "training.earlyStopping": "patience", "model.quantization": "bits"}
-"""The field of a group that users mean if they write a number instead of the group."""
+"""For each group: the field that users mean if they write a number instead of the group."""
 FIELDS_WITH_OPTIONAL_LIMIT = ("training.maxSteps", "policy.activeDeadlineSeconds")
-"""Fields with a limit. In other tools, 0 or -1 means that there is no limit."""
+"""Fields in which other tools allow 0 or -1, meaning that there is no limit."""
 PLAIN_TEXT = re.compile(r"[\w./@-]+")
 ZERO_STAGE = re.compile(r"(?:deepspeed)?(?:zero|stage|zerostage)(\d)")
 
@@ -38,7 +38,7 @@ def to_yaml_text(value: Any) -> str:
 
 
 def make_field_example_hint(path: str) -> str:
-    """Return a hint with an example of the field in YAML, or an empty string without an example."""
+    """Return a hint with an example of the field in YAML, or an empty string if the field has no example."""
     example = find_example(path)
     return f"for example {path.rpartition('.')[2]}: {example}" if example else ""
 
@@ -50,7 +50,10 @@ def make_group_example_hint(path: str) -> str:
 
 
 def hint_for_value(error_type: str, value: Any, path: str, context: Mapping[str, Any]) -> str:
-    """Return what to write instead of an invalid value. `error_type` and `context` come from pydantic's error; `path` is relative to spec."""
+    """Return a hint that says what to write instead of an invalid value.
+
+    `error_type` and `context` come from pydantic's error; `path` is relative to spec.
+    """
     if error_type in ("model_type", "model_attributes_type", "dict_type"):
         return _hint_for_group(value, path)
     if error_type == "string_pattern_mismatch":
@@ -186,7 +189,10 @@ def _find_known_word(text: str, path: str) -> str:
 
 
 def _find_field_with_word(text: str) -> str:
-    """Return a field that allows the word `text`, or an empty string. The user has probably written a value of this field into another field."""
+    """Return a field that allows the word `text`, or an empty string if no field allows it.
+
+    The user has probably written a value of this field into another field.
+    """
     for path in ("method.type", "trainer.type", "distributed.strategy", "training.scheduler", "dataset.format"):
         field = find_field(path)
         if field is not None and text.lower() in (word.lower() for word in field.enum_values):

@@ -17,7 +17,7 @@ from finetune_cli.status_text import has_succeeded, parse_status
 RUNNING = "running"
 GOAL_EXAMPLES = f"condition=Finished, condition=Suspended=False, jsonpath='{EXAMPLE}'=Running, create, delete"
 OPTIONAL_CONDITIONS = (Condition.SUSPENDED, Condition.RECONCILING, Condition.STALLED)
-"""Conditions that a job can succeed without. Every successful job reaches all other conditions."""
+"""Conditions that a job need not reach to succeed. Every successful job reaches all other conditions."""
 _DURATION = re.compile(r"^(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?$")
 WEEK_SECONDS = 7 * 24 * 3600
 
@@ -37,7 +37,7 @@ class Existence(StrEnum):
 
 @dataclass(frozen=True)
 class ConditionGoal:
-    """The job has a condition with a certain status."""
+    """The goal that the job has a condition with a certain status."""
 
     condition: Condition
     status: str = "True"
@@ -50,17 +50,17 @@ class ConditionGoal:
         return entry is not None and entry.status == self.status
 
     def accepts_failed_job(self) -> bool:
-        """Whether the wait succeeds if the job has reached the goal, although the job itself has failed."""
+        """Return whether the wait succeeds if the job has failed, but has reached the goal."""
         return (self.condition, self.status) in ((Condition.SUCCEEDED, "False"), (Condition.STALLED, "True"))
 
     def is_reached_without_observation(self, status: FineTuneJobStatus) -> bool:
-        """Whether an ended job counts as having reached the goal although no status with this condition was seen."""
+        """Return whether a job that has ended counts as having reached the goal, even if this program never saw a status that reached it."""
         return self.status == "True" and self.condition not in OPTIONAL_CONDITIONS and has_succeeded(status)
 
 
 @dataclass(frozen=True)
 class RunningGoal:
-    """The model is being trained or evaluated, or the job has succeeded."""
+    """The goal that the model is being trained or evaluated, or the job has succeeded."""
 
     ends_with_job: ClassVar[bool] = True
 
@@ -79,7 +79,7 @@ class RunningGoal:
 
 @dataclass(frozen=True)
 class JsonPathGoal:
-    """The job has a value at a path. If `value` is None, any value reaches the goal."""
+    """The goal that the job has a certain value at a JSONPath. If `value` is None, any value at this path reaches the goal."""
 
     path: JsonPath
     value: str | None = None
@@ -96,15 +96,15 @@ class JsonPathGoal:
 
     @property
     def ends_with_job(self) -> bool:
-        """Whether the path is in the status, which does not change after the end of the job."""
+        """Whether the path is in the status of the job. After the end of the job, the status does not change any more."""
         return self.path.steps[0] == ".status"
 
     def accepts_failed_job(self) -> bool:
-        """Return True: the user has chosen the value, so it may be that of a failed job."""
+        """Return True, because the user may have chosen a value that only a failed job has."""
         return True
 
     def is_reached_without_observation(self, status: FineTuneJobStatus) -> bool:
-        """Return False: only the value itself reaches the goal."""
+        """Return False, because the goal is reached only when this program sees the value."""
         return False
 
 

@@ -1,7 +1,7 @@
 """Reads YAML with line numbers by the rules of YAML 1.1, as kubectl and most other tools do. Duplicate keys are refused.
 
-`2e-4` is read as a number, although YAML 1.1 requires a dot, because users who write it mean a number. As in YAML 1.1, `1_000` is a number, and an
-unquoted `no` is read as false. Importers that expect a word convert false back to `no`.
+YAML 1.1 requires a dot in a number with an exponent. Nevertheless, `2e-4` is read as a number, because users who write `2e-4` mean a number. As in
+YAML 1.1, `1_000` is a number, and an unquoted `no` is read as false. If an importer expects a word, it converts false back to `no`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Tree:
     line: int = 1
 
     def leaves(self, opaque_paths: frozenset[str] = frozenset()) -> Iterator[tuple[str, Any]]:
-        """Yield the dotted path and the value of everything that is not a mapping. A mapping in `opaque_paths` counts as a value."""
+        """Yield the dotted path and the value of everything that is not a mapping. A mapping at one of `opaque_paths` is yielded as one value."""
         yield from _iterate_leaves(self.value, "", opaque_paths)
 
 
@@ -83,7 +83,10 @@ def read_trees(text: str) -> list[Tree]:
 
 
 def _quote_line(text: str, error_position: Any) -> str:
-    """Return a text for the end of an error message that quotes the invalid line. It is empty if the line is unknown or empty, or may hold a secret."""
+    """Return a text that quotes the invalid line, for the end of an error message.
+
+    The text is empty if the line is unknown or empty, or may hold a secret.
+    """
     lines = text.splitlines()
     line = lines[error_position.line].strip() if error_position and error_position.line < len(lines) else ""
     if SECRET_NAME_PATTERN.search(line):
@@ -122,7 +125,7 @@ class _NodeReader:
         self.tree = tree
         self.value_count = 0
         self.unfinished: set[int] = set()
-        """Python ids of the nodes that enclose the current node. An alias to one of them would recurse without end."""
+        """Python ids of the nodes that enclose the current node. An alias to an enclosing node would cause an endless recursion."""
 
     def read(self, node: Any, path: str) -> Any:
         line = node.start_mark.line + 1
@@ -153,7 +156,7 @@ class _NodeReader:
         return [self.read(item, f"{path}[{i}]") for i, item in enumerate(node.value)]
 
     def _read_mapping(self, node: Any, prefix: str) -> dict[str, Any]:
-        """Read a mapping. Its own keys override keys of merged mappings (`<<`), and an earlier merged mapping overrides a later one."""
+        """Read a mapping. The mapping's own keys override the keys of merged mappings (`<<`), and an earlier merged mapping overrides a later one."""
         result: dict[str, Any] = {}
         for merged in reversed(list(self._find_merged_mappings(node))):
             result |= self.read(merged, prefix) or {}

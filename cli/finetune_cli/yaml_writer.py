@@ -1,7 +1,7 @@
 """Writes YAML that has the same meaning in YAML 1.1 and 1.2.
 
-kubectl follows YAML 1.1 and reads an unquoted `no` as false and `010` as eight. Other readers require a dot in a number with an exponent.
-Therefore strings that a reader could parse as another type are quoted, and numbers with an exponent get a dot.
+kubectl follows YAML 1.1 and reads an unquoted `no` as false and `010` as eight. Some other readers do not read a number with an exponent as a number
+if it has no dot. Therefore strings that a reader could parse as another type are quoted, and numbers with an exponent get a dot.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def needs_quotes(text: str) -> bool:
 
 
 def format_number(number: float) -> str:
-    """Format a float. If it has an exponent, the mantissa gets a dot."""
+    """Format a float. If the number has an exponent, a dot is added to the mantissa."""
     text = repr(number)
     mantissa, exponent, power = text.partition("e")
     return f"{mantissa}.0e{power}" if exponent and "." not in mantissa else text
@@ -33,7 +33,7 @@ def make_writer() -> Any:
     from ruamel.yaml.representer import RoundTripRepresenter
 
     class ManifestRepresenter(RoundTripRepresenter):
-        """Holds the representers of this module, so that they do not change the library's own class."""
+        """A subclass that holds the representers of this module. They would otherwise be added to the library's own class, and change it for all callers."""
 
     def represent_text(representer: Any, value: str) -> Any:
         style = '"' if needs_quotes(value) else "|" if "\n" in value.strip("\n") else '"' if "\n" in value else None

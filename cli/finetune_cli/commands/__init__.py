@@ -1,1 +1,1 @@
-"""One module per command. The command's function imports other modules when it is called, so that `--help` stays fast."""
+"""One module per command. The function of a command imports other modules inside its body, so that `--help` does not load them."""

@@ -107,7 +107,7 @@ def _download_checkpoints(storage: JobStorage, step_or_model: str, folder_path: 
 
 
 def find_folder_to_download(step_or_model: str) -> str:
-    """Return the key of the folder for a step number or `model`. Raises StorageError for any other text."""
+    """Return the key of the folder in storage that belongs to a step number or to `model`. Raises StorageError for any other text."""
     from finetune_api.names import Storage, checkpoint_folder
 
     from finetune_cli.job_storage import StorageError

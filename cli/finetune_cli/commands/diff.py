@@ -12,7 +12,7 @@ from finetune_cli.commands.shared import ContextOption, KubeconfigOption, Namesp
 
 
 def diff(
-    first: Annotated[str, typer.Argument(metavar="A", help="A manifest, or the name of a job in the cluster.")],
+    first: Annotated[str, typer.Argument(metavar="A", help="The manifest of a job, or the name of a job in the cluster.")],
     second: Annotated[str, typer.Argument(metavar="B", help="Another manifest or job.")],
     namespace: NamespaceOption = None,
     context: ContextOption = None,

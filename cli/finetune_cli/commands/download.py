@@ -93,13 +93,16 @@ def download(
 def _find_source_of_job(target: str, part_name: str, options: StorageOptions) -> tuple[Source, str]:
     """Return the files to download from the part `part_name` of a job, and the name of the local folder."""
     storage, job = open_target(target, options)
-    assert job is not None  # the target is the name of a job
+    assert job is not None  # the target is not a URI here, so it is the name of a job
     folder = _find_folder_of_part(job, part_name)
     return find_source_of_folder(storage, folder), f"{job['metadata']['name']}-{folder.rpartition('/')[2]}"
 
 
 def _find_folder_of_part(job: dict[str, Any], part_name: str) -> str:
-    """Return the key of the folder with the part `part_name` of a job. Raises CommandExit for an unknown part, or for `latest` without a checkpoint."""
+    """Return the key of the folder in storage that holds the part `part_name` of a job.
+
+    Raises CommandExit for an unknown part, or for `latest` without a checkpoint.
+    """
     from finetune_api.names import Storage, checkpoint_folder
 
     if part_name in (Storage.MODEL.value, *RESULT_FOLDERS):
@@ -113,7 +116,7 @@ def _find_folder_of_part(job: dict[str, Any], part_name: str) -> str:
 
 
 def find_source_of_folder(storage: JobStorage, folder: str) -> Source:
-    """Return the files of a committed folder or a result folder. Raises StorageError, which lists the committed folders, if `folder` is neither."""
+    """Return the files of a committed folder or a result folder. If `folder` is neither, raises StorageError, whose message lists the committed folders."""
     from finetune_cli.downloads import make_committed_source, make_plain_source
     from finetune_cli.job_storage import StorageError, find_committed_folder, list_committed_folders
 
@@ -138,7 +141,7 @@ def _find_source_of_uri(uri: str, options: StorageOptions) -> tuple[Source, str]
     address = uri.rstrip("/")
     outer = address.rpartition("/")[0] if parse_attempt_of_uri(address) is not None else address
     parent, _, name = outer.rpartition("/")
-    if parent.endswith(("/", ":")):  # s3://bucket without a key
+    if parent.endswith(("/", ":")):  # the URI is s3://bucket, without a key
         return make_plain_source(open_uri(outer, options), ""), name
     storage = open_uri(parent, options)
     committed = find_committed_folder(storage, name)

@@ -61,7 +61,7 @@ def explain(
 
 
 def _find_fields_containing(word: str, all_fields: tuple[Field, ...]) -> list[Field]:
-    """Return the fields whose path or description contains a word. Upper and lower case are equal."""
+    """Return the fields whose path or description contains a word. The search ignores upper and lower case."""
     return [
         field for field in all_fields if word.lower() in field.path.lower() or word.lower() in field.description.lower()
     ]
@@ -85,7 +85,7 @@ def _format_entry(field: Field, all_fields: tuple[Field, ...]) -> str:
 
 
 def _describe_field(field: Field) -> str:
-    """Return the description of a field. A mark in front of it says whether this release does not support the field or some of its values."""
+    """Return the description of a field. If this release does not support the field or some of its values, a mark in front of the description says so."""
     from finetune_api.support import UNSUPPORTED_FIELDS, to_wire_path
 
     for row in UNSUPPORTED_FIELDS:

@@ -38,7 +38,7 @@ def export(
     context: ContextOption = None,
     kubeconfig: KubeconfigOption = None,
 ) -> None:
-    """Write the final model as an OCI image layout, for a container registry. If there is a merged model, the command writes this model.
+    """Write the final model as an OCI image layout, for a container registry. If storage has a merged model, the command writes the merged model.
 
     Then copy the layout to a registry, for example with `skopeo copy --all oci:./layout:latest docker://registry.example.com/support-bot:1`.
 

@@ -108,7 +108,7 @@ def _format_cost_cells(job: dict[str, Any], *, with_namespace: bool) -> list[str
 
 
 def _format_table(columns: list[dict[str, Any]], rows: list[dict[str, Any]], *, is_wide: bool, with_namespaces: bool) -> str:
-    """Format the API server's table of jobs. Columns with a priority above 0 are shown only with `-o wide`."""
+    """Format the API server's table of jobs. A column with a priority above 0 is left out, except with `-o wide`."""
     shown_column_indexes = [i for i, column in enumerate(columns) if is_wide or not column.get("priority")]
     header_cells = (["NAMESPACE"] if with_namespaces else []) + [str(columns[i]["name"]).upper() for i in shown_column_indexes]
     lines = [header_cells]

@@ -90,7 +90,7 @@ def import_(
 ) -> None:
     """Turn the configuration of another tool into a FineTuneJob.
 
-    The manifest goes to stdout, notes and warnings go to stderr. Everything after -- is the other tool's own command line.
+    The manifest goes to stdout, notes and warnings go to stderr. Write the other tool's own command line after `--`.
 
     Example: finetune import train.env --data s3://data/train.jsonl --storage s3://models/tuned | kubectl apply -f -
 
@@ -151,7 +151,7 @@ def parse_pairs(option: str, pair_texts: list[str]) -> dict[str, str]:
 
 
 def format_options_table(import_result: ImportResult) -> str:
-    """Return a table with one line for each option: the key in the file, the spec field, the value, and the origin."""
+    """Return a table with one line for each option: its key in the file of the other tool, the spec field, the value, and the origin of the value."""
     from io import StringIO
 
     from rich.console import Console

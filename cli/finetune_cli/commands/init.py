@@ -101,12 +101,15 @@ def _ask_for_valid_manifest(values: dict[str, Any], is_interactive: bool) -> str
 
 
 def _make_option_name(value_name: str) -> str:
-    """Return the option or field that a message about this value must name."""
+    """Return the name of the option or field that messages use for this value."""
     return "metadata.name" if value_name == "name" else f"--{value_name}"
 
 
 def _ask(value_name: str) -> Any:
-    """Ask on stderr until the user gives a value or, for `gpus`, a number. Only the manifest goes to stdout. Raises Abort at the end of the input."""
+    """Ask on stderr until the user gives a value or, for `gpus`, a number.
+
+    The question is not on stdout, because stdout is for the manifest. Raises Abort at the end of the input.
+    """
     import sys
 
     while True:
@@ -122,7 +125,7 @@ def _ask(value_name: str) -> Any:
 
 
 def _find_unknown_words(values: dict[str, Any]) -> list[Mistake]:
-    """Return a mistake for each option whose value is not one of its allowed words."""
+    """Return a mistake for each option whose value is not one of the allowed words for this option."""
     from finetune_cli.mistakes import Mistake
 
     return [
@@ -133,7 +136,10 @@ def _find_unknown_words(values: dict[str, Any]) -> list[Mistake]:
 
 
 def _find_mistakes(manifest_text: str, values: dict[str, Any]) -> list[Mistake]:
-    """Return the errors of the manifest; each names the option that set the value. Errors about unsupported fields are left to `finetune validate`."""
+    """Return the errors of the manifest.
+
+    Each error names the option that set the invalid value. `finetune validate` reports the errors about unsupported fields.
+    """
     import dataclasses
 
     from finetune_api.names import Reason
@@ -152,7 +158,7 @@ def _find_mistakes(manifest_text: str, values: dict[str, Any]) -> list[Mistake]:
 def build_manifest_text(
     name: str, model: str, data: str, validation: str | None, storage: str | None, method: str, trainer: str, gpus: int
 ) -> str:
-    """Return the text of the manifest with comments. Each line that is commented out is valid when uncommented."""
+    """Return the text of the manifest with comments. The manifest stays valid if the user removes the `#` from any commented-out line."""
     import json
 
     from finetune_api.names import API_VERSION, KIND

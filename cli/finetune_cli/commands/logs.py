@@ -82,7 +82,7 @@ def count_ranks_per_pod(job: dict[str, Any]) -> int:
 def merge_log_lines(
     cluster: Cluster, pods: list[dict[str, Any]], *, follow: bool, tail: int | None
 ) -> Iterator[tuple[str, str]]:
-    """Yield the log lines of several pods as (origin, line): with `follow` in the order in which they arrive, otherwise pod by pod."""
+    """Yield (origin, line) for each log line of several pods. With `follow`, the lines have the order of their arrival, otherwise they are sorted by pod."""
     from finetune_cli.cluster import ClusterError, get_attempt, get_pod_index
 
     lines: queue.Queue[tuple[str, str | None]] = queue.Queue(maxsize=1000)

@@ -125,7 +125,7 @@ def plan(
 
 
 def _make_time_notes(times: Times) -> list[str]:
-    """Return notes that say what the planned time includes, and whether the bounds of this time are calibrated with runs on this type of GPU."""
+    """Return notes about the planned time: what it includes, and whether its bounds are calibrated with measured runs on this type of GPU."""
     runs = {time.calibration_runs if time.calibrated else None for time, _ in times.values()}
     texts = (f"are calibrated with {count} runs on this type of GPU" if count is not None else "are not calibrated for this GPU" for count in runs)
     return [f"{TIME_CONTENT_NOTE}; its bounds {text}" for text in texts]
@@ -174,7 +174,7 @@ def _plan_methods(
 
 
 def _plan_times(shape: ModelShape, plans: dict[str, MethodPlan], pool: GpuPool | None, data: DataSize | None, price: float | None) -> Times:
-    """Return the planned time and cost by method. Empty if the GPU type or the data size is unknown."""
+    """Return the planned time and cost by method. If the GPU type or the data size is unknown, the result is empty."""
     from finetune_api.errors import ConfigError
     from finetune_api.gpus import GPU_TYPES
     from finetune_api.rules import world_size
@@ -228,7 +228,7 @@ def _propose_changes(job: MethodPlan, shape: ModelShape, pool: GpuPool, facts: R
 
 
 def _format_choice_lines(plans: dict[str, MethodPlan]) -> list[str]:
-    """Return one line for each value that the plan chooses, with path and reason. A comparison of methods does not show these values."""
+    """Return one line for each value that the plan chooses, with field path and reason. If several methods are compared, the result is empty."""
     choices = next(iter(plans.values())).choices if len(plans) == 1 else ()
     lines = [f"  {choice.field}: {choice.value}  # {choice.reason}" for choice in choices]
     return ["", "values that the plan chooses:", *lines] if lines else []

@@ -74,9 +74,9 @@ def purge(
 
 
 def _get_finished_job(cluster: Cluster, name: str, uid: str | None) -> dict[str, Any]:
-    """Return the job whose storage is purged. For a deleted job, the result has only name, namespace and uid.
+    """Return the job whose storage is purged. If the job itself is already deleted, the result contains nothing but name, namespace and uid.
 
-    Raises ClusterError if the job exists and has not finished.
+    Raises ClusterError if the job still exists and has not finished.
     """
     from finetune_cli.cluster import ClusterError
     from finetune_cli.status_text import has_finished, parse_status
@@ -96,7 +96,10 @@ def _get_finished_job(cluster: Cluster, name: str, uid: str | None) -> dict[str,
 
 
 def _sort_markers_first(objects: list[StoredObject]) -> list[StoredObject]:
-    """Sort the objects so that markers are deleted first. An interrupted purge then leaves no commit marker whose files are deleted."""
+    """Sort the objects so that markers are deleted first.
+
+    If the purge is interrupted, no commit marker is left in a folder whose files are already deleted.
+    """
     from finetune_api.names import Storage
 
     return sorted(objects, key=lambda stored: not stored.key.endswith((Storage.COMMITTED, Storage.HEALTHY)))

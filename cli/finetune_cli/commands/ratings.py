@@ -14,7 +14,7 @@ from finetune_cli.commands.shared import DataFormatOption, require_format, write
 def ratings(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Filled-in rating sheets, as CSV or JSON: one file per rater.")],
     key: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The file human_rating_key.json, which names the model of each row. Required to compare two models.")
+        Path | None, typer.Option(metavar="FILE", help="The file human_rating_key.json, which names the model for each row. Required to compare two models.")
     ] = None,
     output_format: DataFormatOption = None,
 ) -> None:

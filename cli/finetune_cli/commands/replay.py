@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from finetune_cli.replay import ReplayResult
 
 WEIGHTS_DIFFER_EXIT_CODE = 2
-"""Exit code if the weights differ. A failed training has the same exit code."""
+"""Exit code if the weights differ, or if the repeated training failed."""
 
 
 def replay(

@@ -71,10 +71,12 @@ def rerun(
 
 
 def find_chosen_values(job: dict[str, Any], changed_values: dict[str, Any]) -> dict[str, Any]:
-    """Return the values that the old job's plan has chosen. A new job that resumes from a checkpoint of the old job needs them: no values are chosen for it.
+    """Return the values that the old job's plan has chosen.
 
-    A changed batch or number of ranks replaces the chosen batch. A changed `resources.processesPerNode` replaces the chosen number of GPUs. If the
-    new job has only one rank, the chosen strategy is left out, because it needs several ranks.
+    A new job that resumes from a checkpoint of the old job needs these values, because the operator does not choose values for a resumed job.
+
+    If the user changes the batch size or the number of ranks, the chosen batch size is left out. If the user changes `resources.processesPerNode`,
+    the chosen number of GPUs is left out. If the new job has a single rank, the chosen strategy is left out, because it needs several ranks.
     """
     from finetune_api.memory.choices import PROCESSES_PATH
     from finetune_api.memory.plan import BATCH_PATHS, GPUS_PATH, STRATEGY_PATH
@@ -97,7 +99,7 @@ def find_chosen_values(job: dict[str, Any], changed_values: dict[str, Any]) -> d
 
 
 def _find_strategy(job: dict[str, Any], changed_values: dict[str, Any]) -> Any:
-    """Return the distributed strategy of the new job, or None if the spec names none."""
+    """Return the distributed strategy of the new job, or None if its spec does not set a strategy."""
     distributed = (job.get("spec") or {}).get("distributed") or {}
     return changed_values.get("distributed.strategy", distributed.get("strategy"))
 
@@ -123,7 +125,7 @@ def _find_checkpoint_uri(job: dict[str, Any], step: int) -> str:
 
 
 def find_free_name(name: str, taken_names: set[str]) -> str:
-    """Return the first unused name with the next number: `bot-2` for `bot`, `bot-3` for `bot-2`.
+    """Return the name with the next number that no job uses: `bot-2` for `bot`, `bot-3` for `bot-2`.
 
     If the new name would be too long, the part before the number is shortened.
     """
@@ -137,7 +139,10 @@ def find_free_name(name: str, taken_names: set[str]) -> str:
 
 
 def build_rerun(old_job: dict[str, Any], name: str, changed_values: dict[str, Any], step: int | None) -> dict[str, Any]:
-    """Return the manifest of the new job: the old spec with the changed values, without `suspend` and `cancel`. An annotation names the old job."""
+    """Return the manifest of the new job: the old job's spec with the changed values, but without the fields `suspend` and `cancel`.
+
+    An annotation names the old job.
+    """
     from finetune_api.names import API_VERSION, KIND, Annotation
 
     from finetune_cli.fields import with_values

@@ -34,7 +34,9 @@ def run_command(
         ),
     ] = None,
 ) -> None:
-    """Train on this machine and show the progress. The results have the same layout as in S3. Run the command again to resume.
+    """Train a job on this machine and show the progress.
+
+    The folder of results has the same layout as the results of a cluster job in S3. Run the command again to resume.
 
     Exit code 2 if the job failed.
 

@@ -21,7 +21,8 @@ def serve_openai(
 ) -> None:
     """Serve `/v1/files` and `/v1/fine_tuning/jobs` of the OpenAI API with FineTuneJobs and S3, until Ctrl-C.
 
-    Clients need another base URL and API key, but no other change. The server reads its S3 credentials from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.
+    A client of the OpenAI API works with this server if you change its base URL and API key. The server reads its S3 credentials from
+    AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.
 
     Example: finetune serve-openai --config server.yaml --keys keys.yaml --port 8080
     """

@@ -1,4 +1,4 @@
-"""Options and small functions that several commands share. The options have the same names as in kubectl."""
+"""Options and small functions that several commands share. If kubectl has the same option, the option has the same name as in kubectl."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from finetune_cli import output
 
 
 def complete_job(ctx: typer.Context, incomplete: str) -> list[str]:
-    """Return the names of FineTuneJobs that complete the typed text. Without a connection to the cluster, return no names."""
+    """Return the names of FineTuneJobs that begin with the typed text. If the cluster cannot be reached, return no names."""
     from finetune_cli.cluster import connect
 
     given = ctx.params
@@ -32,7 +32,7 @@ def parse_job_argument(value: str | None) -> str | None:
 
 
 def complete_path(incomplete: str) -> list[str]:
-    """Return the paths of fields that complete the typed text."""
+    """Return the paths of fields that begin with the typed text."""
     from finetune_cli.fields import fields
 
     known = (field.path.removeprefix("spec.").replace("[]", "") for field in fields())
@@ -40,7 +40,7 @@ def complete_path(incomplete: str) -> list[str]:
 
 
 def complete_set(incomplete: str) -> list[str]:
-    """Return the values of `--set` that complete the typed text: paths of spec fields, each followed by `=`."""
+    """Return the values for `--set` that begin with the typed text: paths of spec fields, each followed by `=`."""
     return [f"{path}=" for path in complete_path(incomplete) if not path.startswith("status")]
 
 

@@ -41,7 +41,7 @@ def sign(
     context: ContextOption = None,
     kubeconfig: KubeconfigOption = None,
 ) -> None:
-    """Sign the lineage statement of a final model. Sign after the run and outside the cluster, because no pod may have the private key.
+    """Sign the lineage statement of a final model. Run this command after the job has ended and outside the cluster, because no pod may have the private key.
 
     Example: finetune sign --new-key team.pem
 
@@ -89,7 +89,10 @@ def _verify_statement(storage: JobStorage, job: dict[str, Any] | None) -> bytes:
 
 
 def _compare_with_status(verification: CheckResults, job: dict[str, Any]) -> None:
-    """Raise StorageError if the job's status has another sha256 of the manifest. The status has the sha256 from the pod that committed the model."""
+    """Raise StorageError if the sha256 of the stored manifest differs from the sha256 in the job's status.
+
+    The pod that committed the model reported this sha256.
+    """
     from finetune_cli.job_storage import StorageError
     from finetune_cli.status_text import parse_status
 

@@ -79,11 +79,11 @@ class StorageOptions:
     context: str | None = None
     kubeconfig: Path | None = None
     secret_name: str | None = None
-    """Name of the Secret with the S3 credentials for a URI. None: the AWS_ variables."""
+    """Name of the Secret that has the S3 credentials for a URI. None: the AWS_ environment variables have the credentials."""
 
 
 def open_target(target: str, options: StorageOptions) -> tuple[JobStorage, dict[str, Any] | None]:
-    """Open the storage of a job. `target` is the job's name or a URI inside the job's folder. Also returns the job, or None for a URI.
+    """Open the storage of a job. `target` is the job's name or a URI inside the job's folder. The second result is the job, or None if `target` is a URI.
 
     Raises StorageError or ClusterError.
     """
@@ -100,7 +100,7 @@ def open_target(target: str, options: StorageOptions) -> tuple[JobStorage, dict[
 
 
 def open_uri(uri: str, options: StorageOptions) -> JobStorage:
-    """Open storage at a URI, with the credentials of a Secret or of the AWS_ variables. Raises StorageError or ClusterError."""
+    """Open the storage at a URI. The credentials come from a Secret or from the AWS_ environment variables. Raises StorageError or ClusterError."""
     from finetune_api.spec.cluster import StorageRoot
     from pydantic import ValidationError
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from finetune_cli.cluster import Cluster
 
 LOG_LINES = 2000
-"""Number of the last log lines of each pod in the archive."""
+"""Number of log lines that the archive contains from the end of each pod's log."""
 SECRET_NAME_PATTERN = re.compile(r"(token|secret(?!keyref|ref|name)|passw|api_?key|credential(?!ssecretref))", re.IGNORECASE)
 SECRET_TEXT_PATTERN = re.compile(
     r"\b(hf_[A-Za-z0-9]{6,}|sk-[A-Za-z0-9_-]{8,}|AKIA[0-9A-Z]{12,}|eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_.-]+)|(?<=://)[^/@\s]+:[^/@\s]+(?=@)"
@@ -70,7 +70,7 @@ def _write_archive(path: Path, name: str, files: dict[str, str]) -> None:
 
 
 def collect_files(cluster: Cluster, job: dict[str, Any]) -> dict[str, str]:
-    """Return the redacted text files of the archive by name. If an object cannot be read, its file contains the error."""
+    """Return the redacted text files of the archive by name. If an object of the cluster cannot be read, the file for this object contains the error."""
     from finetune_api.names import TRAINER_CONTAINER
 
     from finetune_cli.cluster import ClusterError
@@ -102,7 +102,7 @@ def collect_files(cluster: Cluster, job: dict[str, Any]) -> dict[str, str]:
 
 
 def redact_for_others(text: str) -> str:
-    """Redact secrets in a text. The patterns are broader than those of other commands, because the user sends the archive to other people."""
+    """Redact secrets in a text. This command redacts more text than other commands do, because the user sends the archive to other people."""
     from finetune_cli.redaction import redact_text
 
     return redact_text(SECRET_TEXT_PATTERN.sub(REDACTED_VALUE, text), REDACTED_VALUE)

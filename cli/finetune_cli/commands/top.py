@@ -32,7 +32,7 @@ FORBIDDEN_NOTE = "GPUs and memory are unknown: you may not get pods/proxy in thi
 BLOCKED_NOTE = (
     "the API server cannot reach the pod: if a NetworkPolicy blocks it, list the addresses of the API server in isolation.metricsFrom of the chart's values"
 )
-"""This note is added to the error of a request that the API server could not forward, or that timed out.
+"""This note is added to the error message if the API server could not forward a request to a pod, or if the request timed out.
 
 A NetworkPolicy can be the cause, because it drops packets without an answer.
 """
@@ -41,7 +41,7 @@ OLD_IMAGE_NOTE = "GPUs and memory of some pods are unknown: their trainer image 
 
 @dataclass(frozen=True)
 class PodRow:
-    """A running pod, its job, and the usage that the pod reports. If there is no report, `usage` is None, and `problem` says why."""
+    """A running pod, its job, and the usage that the pod reports. If the usage cannot be read from the pod, `usage` is None, and `problem` says why."""
 
     job: dict[str, Any]
     pod: dict[str, Any]
@@ -61,7 +61,7 @@ def top(
 ) -> None:
     """Show throughput, GPUs and memory of each pod of the running jobs, from the reports of the pods.
 
-    GPU% is the mean utilisation of the pod's GPUs. GPU MEMORY is the memory of the GPU that uses most. `-o json` shows every GPU.
+    GPU% is the mean utilisation of the pod's GPUs. GPU MEMORY is the memory use of the fullest GPU of the pod. `-o json` shows every GPU.
 
     Example: finetune top
 
@@ -86,7 +86,7 @@ def top(
 
 
 def _read_rows(cluster: Cluster, jobs: list[dict[str, Any]], all_namespaces: bool) -> list[PodRow]:
-    """Return the running pods of each job with their usage. Of each job, only pods of the newest attempt with running pods are returned."""
+    """Return the running pods of each job with their usage. If pods of several attempts of a job are running, those of the older attempts are left out."""
     from concurrent.futures import ThreadPoolExecutor
 
     from finetune_api.names import Label
@@ -145,7 +145,7 @@ def _format_cells(row: PodRow, with_namespace: bool) -> list[str]:
 
 
 def to_dict(row: PodRow) -> dict[str, Any]:
-    """Return a row as a dict, for `-o json` and `-o yaml`. The usage is null if the pod sent no report."""
+    """Return a row as a dict, for `-o json` and `-o yaml`. The usage is null if it could not be read from the pod."""
     metadata, status = row.job["metadata"], row.job.get("status") or {}
     return {
         "namespace": metadata["namespace"], "job": metadata["name"], "phase": status.get("phase"), "progress": status.get("progress"),

@@ -37,7 +37,8 @@ def upload(
 ) -> None:
     """Upload data, a model or a checkpoint to storage. To continue an interrupted upload, run the command again.
 
-    If `finetune download` has written the folder, its files are compared with its manifest, and it is stored as a checkpoint or model below the URI.
+    If `finetune download` has written the folder, this command compares the files with the manifest in the folder, and stores them as a checkpoint or
+    model below the URI.
 
     Example: finetune upload train.jsonl s3://data/support/
 
@@ -76,7 +77,7 @@ def _upload_source(source: Path, target: str, options: StorageOptions, progress:
         files = Uploader(storage, progress).upload_files(list_plain_files(source))
         return storage.uri, files, f"write `dataset.train: {storage.uri}` for data, `model.source: {storage.uri}` for a model"
     folder, _, name = target.rpartition("/")
-    if folder.endswith(("/", ":")):  # s3://bucket without a key
+    if folder.endswith(("/", ":")):  # the URI is s3://bucket, without a key
         folder, name = target, ""
     storage = open_uri(folder, options)
     files = Uploader(storage, progress).upload_files([LocalFile(source, name or source.name)])

@@ -88,7 +88,7 @@ def validate(
 
 
 def _make_policy_check(file: Path, namespace: str | None) -> SpecCheck:
-    """Return a function that yields a finding for each value that the rules in the file refuse."""
+    """Return a function that yields a finding for each value that the policy rules in the values file refuse."""
     from finetune_cli.mistakes import InvalidInput
     from finetune_cli.platform_policy import read_chart_policy
 

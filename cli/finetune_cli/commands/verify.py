@@ -48,7 +48,7 @@ def verify(
     context: ContextOption = None,
     kubeconfig: KubeconfigOption = None,
 ) -> None:
-    """Read every file of a final model again, and check marker, manifest, lineage statement and signature.
+    """Read every file of a final model, and check the files, the commit marker, the manifest, the lineage statement and its signature.
 
     Exit code 0: no check failed. 1: storage, the job or the key cannot be read. 2: a check failed.
 

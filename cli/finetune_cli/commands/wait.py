@@ -64,7 +64,7 @@ def wait(
 
 
 def _wait_for_existence(cluster: Cluster, name: str, goal: Existence, deadline: float | None) -> str | None:
-    """Wait for the goal and return `created` or `deleted`, or None if the time is up."""
+    """Wait until the job is created or deleted, and return `created` or `deleted`. Return None if the time is up before."""
     from finetune_cli.cluster import ClusterError
     from finetune_cli.wait_goals import Existence
 
@@ -83,7 +83,10 @@ def _wait_for_existence(cluster: Cluster, name: str, goal: Existence, deadline: 
 def _wait_for_goal(
     cluster: Cluster, name: str, goal_text: str, goal: ConditionGoal | RunningGoal | JsonPathGoal, deadline: float | None
 ) -> str | None:
-    """Wait for the goal and return the job's phase, or None if the time is up. Raises CommandExit if the job has ended without reaching the goal."""
+    """Wait until the job reaches the goal, and return the phase of the job.
+
+    Return None if the time is up before. Raises CommandExit if the job has ended without reaching the goal.
+    """
     from finetune_cli.status_text import has_finished, has_succeeded, parse_status
 
     for job in cluster.watch_job(name, deadline):

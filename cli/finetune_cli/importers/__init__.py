@@ -7,4 +7,4 @@ To add a tool, write a module with `IMPORTER = Importer(...)` (see `draft.py`) a
 """
 
 IMPORTER_NAMES = ("env", "toml", "yaml", "hydra", "guide", "openai", "axolotl", "llamafactory", "trl", "unsloth", "together", "torchtune", "kubeflow")
-"""The values of `--from`, in the order of help texts and messages. Each is also the name of a module, which `registry.py` imports."""
+"""The values of `--from`, in the order of help texts and messages. For each name, `registry.py` imports the module with the same name."""

@@ -39,7 +39,7 @@ IGNORED_KEYS = (
     "tpu_use_cluster",
     "tpu_use_sudo",
 )
-"""Keys of an accelerate configuration that a FineTuneJob ignores, with a warning."""
+"""Keys of an accelerate configuration that have no effect on the FineTuneJob. The importer warns about them."""
 DEEPSPEED_KEYS = (
     "zero_stage", "offload_optimizer_device", "offload_param_device", "gradient_accumulation_steps", "gradient_clipping", "deepspeed_config_file",
 )  # fmt: skip

@@ -74,7 +74,7 @@ ATTENTION_REASON = (
 
 
 def to_learning_rate(value: Any) -> float | int:
-    """Convert a learning rate, which may be text such as `5e-5`."""
+    """Convert a learning rate to a number. The learning rate may also be a text such as `5e-5`."""
     converted: float | int = to_number(exclusive_low=0)(value)
     return converted
 
@@ -282,7 +282,7 @@ RECOGNISED_KEYS = (
 
 
 def recognises_input(documents: tuple[InputDocument, ...], command_words: tuple[str, ...]) -> bool:
-    """Return whether a document has a text at `base_model` and at least two other keys of Axolotl."""
+    """Return whether a document is a configuration of Axolotl: it has a text at `base_model`, and at least two other keys of Axolotl."""
     for document in documents:
         content = peek_mapping(document)
         if isinstance(content.get("base_model"), str) and sum(key in content for key in RECOGNISED_KEYS) >= 2:
@@ -376,7 +376,7 @@ def _set_attention(draft: JobDraft) -> None:
 
 
 def _set_tokens(draft: JobDraft) -> None:
-    """Set the pad token and the new tokens. Older Axolotl files give special tokens as a mapping in `tokens`."""
+    """Set the pad token and the tokens to add to the tokenizer. In older Axolotl files, the option `tokens` is a mapping with the special tokens."""
     tokens = draft.get("tokens")
     names = list(tokens) if isinstance(tokens, list) else []
     if isinstance(tokens, dict):
@@ -528,7 +528,10 @@ def _set_target_modules(draft: JobDraft) -> None:
 
 
 def _set_trainer(draft: JobDraft) -> str | None:
-    """Set the objective and its options. Return the value of `trainer.type`, or None if a FineTuneJob does not have the objective."""
+    """Set the training objective (`trainer.type`) and its options.
+
+    Return the value of `trainer.type`, or None if a FineTuneJob does not have the objective.
+    """
     objective = draft.get("rl")
     if objective in UNSUPPORTED_TRAINERS:
         draft.refuse_feature("rl", UNSUPPORTED_TRAINERS[objective], is_droppable=False)
@@ -597,7 +600,10 @@ def _set_grpo_options(draft: JobDraft, trainer: str) -> None:
 
 
 def _set_row_options(draft: JobDraft, trainer: str) -> None:
-    """Set packing and the loss on answers only. Refuse a default system prompt for rows that have none, and a fixed order of the rows."""
+    """Set packing, and whether the loss counts only the tokens of answers.
+
+    Refuse two options: a system prompt only for rows without one, and a fixed order of the rows.
+    """
     if "sample_packing" in draft.given_options:
         if trainer == "sft" or not draft.get("sample_packing"):
             draft.assign("dataset.packing", draft.get("sample_packing"), "sample_packing")
@@ -731,7 +737,7 @@ def _set_schedule(draft: JobDraft) -> None:
 
 
 def _set_accumulation(draft: JobDraft) -> None:
-    """Set the accumulation steps from `batch_size`: the number of rows that one rank trains on in an optimizer step."""
+    """Set the accumulation steps from Axolotl's option `batch_size`, which is the number of rows that one rank trains on in an optimizer step."""
     if "batch_size" not in draft.given_options:
         return
     rows, micro_batch = draft.get("batch_size"), draft.get("micro_batch_size", 1)
@@ -836,7 +842,7 @@ def _set_intervals(draft: JobDraft) -> None:
 
 
 def _set_interval(draft: JobDraft, spec_group: str, keys: tuple[str, str, str]) -> None:
-    """Set `strategy` and `steps` of `spec_group`, which is `checkpoint` or `evaluation`.
+    """Set the fields `strategy` and `steps` in the group `spec_group` of the spec, which is `checkpoint` or `evaluation`.
 
     `keys`: the options with the strategy, the number of steps, and the number of times per epoch.
     """

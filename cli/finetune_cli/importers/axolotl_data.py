@@ -27,8 +27,8 @@ SEPARATE_FILE_HINT = "store the rows that you need in a separate file"
 class PromptStrategy:
     """A prompt strategy of Axolotl: the format of the rows, their columns, and the text around question and answer.
 
-    `template`: a name in `MARKERS`, `chat` for the chat template of the file or tokenizer, `jinja:TEXT` for the Jinja template TEXT, or an empty
-    text for rows that are one text. `missing_feature`: the feature of the strategy that a FineTuneJob does not have, or an empty text.
+    `template`: a name in `MARKERS`, or `chat` for the chat template of the Axolotl file or the tokenizer, or `jinja:TEXT` for the Jinja template
+    TEXT. It is empty if the rows are plain text. `missing_feature`: the feature of the strategy that a FineTuneJob does not have, or an empty text.
     """
 
     format: str = ""
@@ -74,14 +74,17 @@ PROMPT_STRATEGY_BY_TYPE: Mapping[str, PromptStrategy] = {
     "stepwise_supervised": _refused_strategy("training of a process reward model"), "_synthetic": _refused_strategy("synthetic rows"),
     "ebft": _refused_strategy("energy-based fine-tuning"),
 }  # fmt: skip
-"""Prompt strategies of supervised training, by the name in the option `type`. The text after a colon, as in `alpaca:chat`, is a key of `TEMPLATE_BY_STYLE`."""
+"""Axolotl's prompt strategies for supervised training, by the name in the option `type`.
+
+In `alpaca:chat`, the name is `alpaca`, and `chat` is a key of `TEMPLATE_BY_STYLE`.
+"""
 TEMPLATE_BY_STYLE = {"chat": "vicuna", "instruct": "alpaca", "chatml": "chatml", "phi": "phi3"}
-"""For each style of a prompt: the name of its template in `MARKERS`."""
+"""The name of a template in `MARKERS` for each prompt style, which is the text after the colon in the option `type`."""
 PREFERENCE_COLUMNS: Mapping[str, Mapping[str, str]] = {
     "default": {}, "argilla_chat": {}, "argilla": {}, "icr": {"question": "input"}, "intel": {"question": "question"}, "prompt_pairs": {"question": "prompt"},
     "ultra": {}, "load": {"question": "input", "system": "system"}, "chat_template": {"question": "input", "system": "system"}, "": {},
 }  # fmt: skip
-"""Columns of the prompt strategies for DPO, ORPO and reward models, by the name after the dot, such as `intel` in `chatml.intel`."""
+"""Columns of the prompt strategies for DPO, ORPO and reward models. The key is the last part of the strategy's name, such as `intel` in `chatml.intel`."""
 KTO_COLUMNS: Mapping[str, Mapping[str, str]] = {
     "argilla": {"question": "instruction"}, "argilla_chat": {"question": "completion"}, "intel": {"question": "question"},
     "prompt_pairs": {"question": "prompt"}, "ultra": {"question": "prompt"}, "default": {}, "": {},
@@ -131,7 +134,7 @@ def set_data(draft: JobDraft, trainer: str) -> None:
 
 
 def set_test_data(draft: JobDraft, trainer: str) -> None:
-    """Set the validation data from `test_datasets`. Refuse several sources."""
+    """Set the validation data from `test_datasets`. Refuse `test_datasets` if it lists several sources."""
     entries = draft.get("test_datasets")
     if not entries:
         return
@@ -151,7 +154,7 @@ def set_test_data(draft: JobDraft, trainer: str) -> None:
 
 
 def _read_dataset(draft: JobDraft, option_key: str, entry_path: str, entry: Any, trainer: str, templates: list[str]) -> DataSource | None:
-    """Return the data source of one entry, or None if the entry is refused. Append the name of its template to `templates`."""
+    """Return the data source of an entry in `datasets`, or None if the entry is refused. Append the name of the entry's template to `templates`."""
     if isinstance(entry, str):
         entry = {"path": entry}
     if not isinstance(entry, dict):
@@ -243,7 +246,7 @@ def _choose_strategy(entry: dict[str, Any], trainer: str, option_key: str) -> Pr
 
 
 def _read_user_defined_strategy(draft: JobDraft, location: str, entry_path: str, prompt_options: dict[str, Any]) -> PromptStrategy:
-    """Return the prompt strategy of a data set whose option `type` is a group with the names of columns and a prompt format."""
+    """Return the prompt strategy of a data set whose option `type` is a group. This group holds the names of columns and a prompt format."""
     known_names = (
         "system_prompt", "system_format", "field_system", "field_instruction", "field_input", "field_output", "format", "no_input_format",
         "field_prompt", "field_chosen", "field_rejected", "field_completion", "field_label", "prompt_format", "chosen_format", "rejected_format",
@@ -286,12 +289,12 @@ def _read_user_defined_strategy(draft: JobDraft, location: str, entry_path: str,
 
 
 def _map_columns(options: Mapping[str, Any], **fields: str) -> dict[str, str]:
-    """Return the column of each field of `dataset.columns`. `fields`: for each field, the option that names its column."""
+    """Return the name of the column in the data for each field of `dataset.columns`. `fields`: for each field, the option that names its column."""
     return {field_name: str(options[option]) for field_name, option in fields.items() if options.get(option)}
 
 
 def _find_source_uri(draft: JobDraft, option_key: str, entry_path: str, location: str, entry: dict[str, Any]) -> str | None:
-    """Return the source URI of a data set, or None if it is refused."""
+    """Return the source URI of a data set, or None if the data set is refused."""
     path, files = str(entry.get("path") or ""), entry.get("data_files")
     files = [files] if isinstance(files, str) else list(files or [])
     if entry.get("name") not in (None, "", "default"):

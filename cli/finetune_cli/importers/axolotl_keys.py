@@ -1,4 +1,4 @@
-"""The options of an Axolotl file that set no field of a FineTuneJob: ignored options and refused options.
+"""The options of an Axolotl file that set no field of a FineTuneJob. The import ignores some of them, and refuses the others.
 
 The names come from Axolotl's schema (`src/axolotl/utils/schemas` and the arguments of its integrations) and from its older releases.
 """
@@ -185,4 +185,7 @@ PLUGINS = {
     "axolotl.integrations.llm_compressor.LLMCompressorPlugin": "quantisation after training",
     "axolotl.integrations.lm_eval.LMEvalPlugin": "benchmarks without a folder with their data",
 }  # fmt: skip
-"""For each of Axolotl's own plugins: the feature that a FineTuneJob does not have, or an empty text if the import reads the plugin's options."""
+"""For each plugin that is part of Axolotl: the feature that a FineTuneJob does not have.
+
+The text is empty if the import reads the options of the plugin.
+"""

@@ -13,12 +13,15 @@ CHAT_MODEL_PATTERN = re.compile(
     r"instruct|chat|-it\b|\bit-|thinking|think|[-_]sft|safeguard|gpt-oss|guanaco|alpaca|vicuna|reasoning|magistral",
     re.IGNORECASE,
 )
-"""Matches the names of models that were trained on conversations. The tokenizers of these models have a chat template."""
+"""Matches the names of models that were trained on conversations. The tokenizer of a model with a matching name has a chat template."""
 
 
 @dataclass(frozen=True)
 class TurnMarkers:
-    """The texts before and after the turns of each role. `{eos}` stands for the end-of-sequence token. `start`: a Jinja variable before the first turn."""
+    """For each role, the text before and the text after each turn of this role.
+
+    `{eos}` stands for the end-of-sequence token. `start`: the name of a Jinja variable whose value is written before the first turn.
+    """
 
     system: tuple[str, str]
     user: tuple[str, str]
@@ -26,7 +29,7 @@ class TurnMarkers:
     start: str = ""
 
     def to_jinja(self) -> str:
-        """Return the chat template for these markers. Its `generation` blocks mark the answers with their end tokens."""
+        """Return the chat template for these markers. In the template, a `generation` block encloses each answer together with its end token."""
         answer = f"{{{{ {_to_jinja_expression(self.assistant[0])} }}}}{{% generation %}}"
         answer += f"{{{{ message['content'] + {_to_jinja_expression(self.assistant[1])} }}}}{{% endgeneration %}}"
         system = f"{{{{ {_to_jinja_expression(self.system[0])} + message['content'] + {_to_jinja_expression(self.system[1])} }}}}"
@@ -45,7 +48,7 @@ def _to_jinja_expression(text: str) -> str:
 
 
 def _build_markers(start: str, end: str, close: str) -> TurnMarkers:
-    """Return markers that begin each turn with `start`, the role's name and `end`. `close` ends the turn."""
+    """Return markers for turns that begin with `start`, the role's name and `end`. The text `close` ends each turn."""
     return TurnMarkers((f"{start}system{end}", close), (f"{start}user{end}", close), (f"{start}assistant{end}", close))
 
 
@@ -66,7 +69,7 @@ MARKERS: Mapping[str, TurnMarkers] = {
     "zephyr": _build_markers("<|", "|>\n", "{eos}\n"),
     "human": TurnMarkers(("", "\n"), ("Human: ", "\n"), ("Assistant: ", "{eos}\n")),
 }  # fmt: skip
-"""The markers around the turns of each role in simple chat templates, by the name of the template."""
+"""For the name of each simple chat template: the texts before and after the turns of each role."""
 
 FAMILIES: Mapping[str, tuple[str, str]] = {
     "alpaca": ("", "alpaca"), "chatml": ("", "chatml"), "default": ("", "human"), "vicuna": ("vicuna", "vicuna"), "metharme": ("", "metharme"),
@@ -96,12 +99,15 @@ FAMILIES: Mapping[str, tuple[str, str]] = {
 }  # fmt: skip
 """For each template name: a pattern for the names of models whose tokenizer has this template, and the name in `MARKERS` for all other models."""
 FAMILIES_WITH_BASE_TEMPLATE = ("qwen", "phi", "jamba", "falcon_h1", "gpt_oss")
-"""A template whose name begins with one of these words is also the template of base models, not only of chat models."""
+"""If the name of a template begins with one of these words, base models of its family have the template too, not only chat models."""
 MULTIMODAL_TEMPLATE_PATTERN = "llava|pixtral|_vl|vision|qwen2_audio|_omni|paligemma|minicpm|mllama|glm4v|glm4_5v|glm_ocr|dots_ocr|moss_vl|video|intern_vl"
 
 
 def assign_chat_template(draft: JobDraft, option_key: str, name: str) -> None:
-    """Set the chat template that an option names, or keep the tokenizer's. Refuse a name if neither the tokenizer nor `MARKERS` has the template."""
+    """Set the chat template that an option names, or keep the chat template of the tokenizer.
+
+    Refuse a name if neither the tokenizer nor `MARKERS` has the template.
+    """
     model = str(draft.value("model.source", ""))
     plain_name = name.removesuffix("_nothink")
     if plain_name not in FAMILIES:

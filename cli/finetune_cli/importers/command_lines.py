@@ -1,4 +1,4 @@
-"""Parses the other tool's command line, which is the arguments after `--`: skips the launcher and splits the flags from their values."""
+"""Parses the command line of the other tool, which the user gives after `--`: skips the launcher, and separates each flag from its value."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NEGATIVE_NUMBER_PATTERN = re.compile(r"^-(\d|\.\d)")
 
 
 def strip_launcher(command_words: tuple[str, ...]) -> list[str]:
-    """Return the words without line continuations and without a launcher at the beginning, such as `python train.py` or `accelerate launch x.py`."""
+    """Return the words of a command line without line continuations, and without a launcher such as `python train.py` or `accelerate launch x.py`."""
     remaining = [word for word in command_words if word.strip() not in ("\\", "")]
     while remaining and (remaining[0] in LAUNCHERS or remaining[0].endswith(".py")):
         launcher = remaining.pop(0)
@@ -30,7 +30,8 @@ def strip_launcher(command_words: tuple[str, ...]) -> list[str]:
 class ParsedFlags:
     """A parsed command line.
 
-    `name_value_pairs`: each flag with its dashes, and its value or None, in order. `stray_words`: the words that belong to no flag.
+    `name_value_pairs`: the name of each flag with its dashes, and the value of the flag or None, in the order of the command line. `stray_words`: the
+    words that belong to no flag.
     """
 
     name_value_pairs: list[tuple[str, str | None]] = field(default_factory=list)
@@ -57,7 +58,7 @@ def parse_flags(command_words: list[str], takes_value: Callable[[str], bool]) ->
 
 
 def build_flag_entry(name: str, value: object) -> OptionEntry:
-    """Return the option entry of a flag, with the command line as its location."""
+    """Return the option entry of a flag. The location of the entry is the command line."""
     return OptionEntry(name, value, ValueOrigin("command line"))
 
 
@@ -68,7 +69,10 @@ def add_stray_mistakes(draft: JobDraft, flags: ParsedFlags) -> None:
 
 
 def add_config_file(draft: JobDraft, path: str) -> InputDocument | None:
-    """Add the file of the tool's `--config` flag to the documents and return it. Return None if it is already a document or cannot be read."""
+    """Add the file of the tool's `--config` flag to the documents and return it.
+
+    Return None if the file is already one of the documents, or cannot be read.
+    """
     try:
         document = InputDocument(Path(path), read_text(Path(path)))
     except UnreadableFile as error:

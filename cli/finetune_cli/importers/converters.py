@@ -1,7 +1,8 @@
 """Converters: functions that turn a value from another tool's file into a value of the spec.
 
-A converter takes the parsed value. For an invalid value, it raises a `ConversionError` with the allowed values and, if these are words, the most
-similar word. Converters are strict: a boolean is never a number, and of all strings only `true` and `false` are booleans.
+The argument of a converter is the value that the YAML or JSON parser returned. If the value is invalid, the converter raises a `ConversionError` with
+the allowed values. If the allowed values are words, the error also has the most similar word. Converters are strict: they never accept a boolean as a
+number, and they accept no string as a boolean except `true` and `false`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from finetune_cli.suggestions import find_closest_name
 NUMBER_PATTERN = re.compile(r"^[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?$")
 INTEGER_PATTERN = re.compile(r"^[+-]?\d+$")
 MAX_DIGITS = 400
-"""A string with more characters is not read as a number."""
+"""Maximum length of a string that is read as a number."""
 RUN_NAME_PATTERN = re.compile(r"^[^$#@&*!]*$")
 
 
@@ -45,7 +46,7 @@ def _parse_number(value: Any) -> float | int | None:
 def to_number(
     low: float = -math.inf, high: float = math.inf, *, exclusive_low: float | None = None, exclusive_high: float | None = None
 ) -> Converter:
-    """Return a converter for a number from `low` to `high`, above `exclusive_low` and below `exclusive_high`."""
+    """Return a converter that accepts numbers in a range. The range includes the bounds `low` and `high`, but not `exclusive_low` and `exclusive_high`."""
     allowed_text = _describe_range("a number", low, high, exclusive_low, exclusive_high)
 
     def convert(value: Any) -> float | int:
@@ -101,7 +102,7 @@ def _format_bound(value: float) -> str:
 
 
 def to_boolean(value: Any) -> bool:
-    """Convert true or false in any letter case. `yes`, `1` and `on` are refused, because tools disagree on their meaning."""
+    """Convert `true` or `false`, in upper or lower case, to a boolean. `yes`, `1` and `on` are refused, because tools disagree on their meaning."""
     if isinstance(value, bool):
         return value
     if isinstance(value, str) and value.strip().lower() in ("true", "false"):
@@ -156,7 +157,7 @@ def to_name_list(value: Any) -> list[str]:
 
 
 def to_module_names(value: Any) -> list[str] | None:
-    """Convert a list of module names. `auto` becomes None: the trainer then chooses the modules."""
+    """Convert a list of module names. `auto` becomes None, which means that the trainer chooses the modules."""
     if isinstance(value, str) and value.strip().lower() == "auto":
         return None
     return to_name_list(value)
@@ -181,8 +182,8 @@ def to_mapping(value: Any) -> dict[str, Any]:
 def to_template_variables(value: Any) -> dict[str, str]:
     """Convert the arguments of a chat template to texts.
 
-    An argument that is no text is written as JSON. A text that is valid JSON, such as `3`, is written in quotes. On command lines, all arguments
-    are one text with a JSON object.
+    An argument that is not a string becomes its JSON text. A string that is itself valid JSON, such as `3`, is put into quotes. On a command line,
+    one JSON object contains all arguments.
     """
     if isinstance(value, str):
         with contextlib.suppress(ValueError):
@@ -201,12 +202,14 @@ def _variable_to_text(value: Any) -> str:
 
 
 def keep_value(value: Any) -> Any:
-    """Return the value unchanged. This is the converter of options without effect, and of options whose value an importer reads itself."""
+    """Return the value unchanged. An option has this converter if it has no effect, or if the code of an importer converts its value."""
     return value
 
 
 def to_choice(allowed_values: Mapping[str, Any] | Iterable[str], *, ignore_case: bool = True) -> Converter:
-    """Return a converter that accepts only the words in `allowed_values`. If it is a mapping, the converter returns the value of the word.
+    """Return a converter that accepts only the words in `allowed_values`.
+
+    If `allowed_values` is a mapping, the converter returns the value to which the mapping maps the word.
 
     YAML reads an unquoted `no` or `off` as false. If `no` is an allowed word, the converter therefore reads false as `no`.
     """
@@ -242,7 +245,7 @@ def to_list_of(convert_item: Converter) -> Converter:
 
 
 def try_converters(*converters: Converter) -> Converter:
-    """Return a converter that tries converters in order, and returns the result of the first that accepts the value."""
+    """Return a converter that tries several converters in order, and returns the result of the first converter that accepts the value."""
 
     def convert(value: Any) -> Any:
         errors: list[ConversionError] = []

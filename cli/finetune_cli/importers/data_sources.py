@@ -12,20 +12,20 @@ from finetune_cli.importers.draft import JobDraft
 READABLE_FILE = re.compile(r"\.(jsonl?|csv|tsv|txt|parquet)(\.gz)?$", re.IGNORECASE)
 PERCENT_SPLIT_PATTERN = re.compile(r"^train\[:(\d+(?:\.\d+)?)%\]$")
 ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value", "text")
-"""Keys under which the trainer finds the role of a message, and keys under which it finds the text."""
+"""Names of the keys of a message that the trainer reads: first the keys with the role of the message, then the keys with its text."""
 ROLE_NAMES = {
     "system": ("system", "developer"), "user": ("user", "human", "prompter"), "assistant": ("assistant", "gpt", "bot", "model", "chatgpt"),
     "tool": ("tool", "function", "observation", "ipython"),
 }  # fmt: skip
-"""For each role in chat templates: the names in the data that the trainer reads as this role."""
+"""For each role in chat templates: all names in the data that the trainer reads as this role."""
 
 
 @dataclass(frozen=True)
 class DataSource:
     """One source of training data.
 
-    `row_count`: the number of rows, or None if it is unknown. `fraction`: the fraction of the rows that the file selects, from 0 to 1.
-    `weight`: the weight in a mixture, or None if the file gives no weight.
+    `row_count`: the number of rows, or None if it is unknown. `fraction`: the fraction of the rows that the other tool's file selects for training,
+    from 0 to 1. `weight`: the weight in a mixture, or None if the file gives no weight.
     """
 
     source: str
@@ -50,7 +50,7 @@ def parse_split_fraction(split: str) -> float | None:
 
 
 def assign_data_sources(draft: JobDraft, option_key: str, data_sources: list[DataSource]) -> None:
-    """Set the training data. Several sources become a mixture, weighted by their weights or, without weights, by their numbers of rows."""
+    """Set the training data. Several sources become a mixture. If no source has a weight, the numbers of rows become the weights."""
     if not data_sources:
         return
     formats = {data_source.format for data_source in data_sources}
@@ -99,9 +99,10 @@ def _build_mixture(
 
 
 def _assign_split_fractions(draft: JobDraft, option_key: str, data_sources: list[DataSource]) -> None:
-    """Set `dataset.split` so that the job trains on the fraction of the rows that the file selects.
+    """Set `dataset.split` so that the job trains on the same fraction of the rows that the other tool's file selects.
 
-    The other rows become test rows if the job has validation rows. Otherwise they become validation rows, and the job does not evaluate.
+    If the job has validation rows, the rows that are not selected become test rows. Otherwise these rows become validation rows, and evaluation is
+    turned off.
     """
     fractions = {data_source.fraction for data_source in data_sources}
     if fractions == {1.0}:
@@ -135,7 +136,7 @@ def _assign_split_fractions(draft: JobDraft, option_key: str, data_sources: list
 
 
 def set_validation_split(draft: JobDraft, size_key: str, data_key: str) -> None:
-    """Set the fraction of validation rows from the option `size_key`. Record a mistake if the option `data_key` names validation data too."""
+    """Set the fraction of validation rows from the option `size_key`. Record a mistake if there is also an option `data_key` that names validation data."""
     size = draft.get(size_key)
     if size is None:
         return

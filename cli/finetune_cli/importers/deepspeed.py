@@ -27,9 +27,9 @@ def is_deepspeed(document: InputDocument) -> bool:
 
 
 def read_deepspeed(draft: JobDraft, document: InputDocument) -> None:
-    """Set each field for which the file has an option, and store the whole file in a ConfigMap.
+    """Set the fields that correspond to options in the DeepSpeed file, and store the whole file in a ConfigMap.
 
-    If an option and another file give different values, record a mistake.
+    If the DeepSpeed file and another input file give different values for a field, record a mistake.
     """
     content = parse_json(document)
     origin = ValueOrigin(document.name)

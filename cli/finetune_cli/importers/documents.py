@@ -44,7 +44,7 @@ def _locate_line(document: InputDocument, line: int) -> str:
 
 
 def iterate_entries(document: InputDocument, parsed_document: Tree, opaque_paths: frozenset[str] = frozenset()) -> Iterator[OptionEntry]:
-    """Yield one entry, with file and line, for each value that is not a mapping. Mappings at `opaque_paths` count as values."""
+    """Yield one entry, with file and line, for each value that is not a mapping. A mapping at one of `opaque_paths` is not searched: it is one value."""
     for path, value in parsed_document.leaves(opaque_paths):
         line = parsed_document.lines.get(path)
         yield OptionEntry(path, value, ValueOrigin(f"{document.name}:{line}" if line else document.name))
@@ -77,7 +77,7 @@ def peek_json(document: InputDocument) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=16)
 def peek_mapping(document: InputDocument) -> dict[str, Any]:
-    """Return the mapping in a YAML or JSON file, or guessed keys if the file is invalid.
+    """Return the mapping in a YAML or JSON file. If the syntax of the file is invalid, return the keys that a simple scan of its lines finds.
 
     Importers call this function to recognise their files. It reports no mistakes.
     """
@@ -90,7 +90,10 @@ def peek_mapping(document: InputDocument) -> dict[str, Any]:
 
 
 def _guess_keys(text: str) -> dict[str, Any]:
-    """Guess the keys in a file that is not valid YAML. The keys select the importer, which then reports the syntax error."""
+    """Return the keys that a simple scan finds in a file that is not valid YAML.
+
+    They are enough to select the importer, and the importer reports the syntax error.
+    """
     guessed_mapping: dict[str, Any] = {}
     section: dict[str, Any] = {}
     for line in text.splitlines():

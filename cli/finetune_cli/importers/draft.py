@@ -1,4 +1,4 @@
-"""The types of an import: the options of a file, the option table of a tool, and the draft of the FineTuneJob."""
+"""The types that all importers use: the options of a file, the option table of a tool, and the draft of the FineTuneJob."""
 
 from __future__ import annotations
 
@@ -27,14 +27,12 @@ class OptionEntry:
 class OptionRow:
     """A row of a tool's option table: the `key` of an option, the `path` of its field in the spec, and the converter of its value.
 
-    `aliases`: other spellings of the key.
-    `is_required`: whether a file without the option is refused.
-    `is_set_by_combine`: whether the tool's function `combine_options` sets the field. `path` then only names the field in messages.
-    `is_secret`: whether the value is a secret, which is never printed and only stored in a Secret.
-    `no_effect`: why the import ignores the option, for the warning about it; empty for an option that the import uses.
-    `empty_is_absent`: whether an empty or null value counts as no value.
-    `missing_feature`: the feature that the option requests and a FineTuneJob does not have. The option is refused unless its value is in
-    `NEUTRAL_VALUES` or `neutral_values`, which turn the feature off. `hint` says what to write instead.
+    `aliases`: other spellings of the key. `is_required`: whether the import refuses a file that does not have the option. `is_set_by_combine`:
+    whether the tool's function `combine_options` sets the field. `path` then only names the field in messages. `is_secret`: whether the value is a
+    secret. The import stores a secret in a Kubernetes Secret, and never prints it. `no_effect`: the reason why the import ignores the option, which
+    the user reads in a warning. It is empty if the import uses the option. `empty_is_absent`: whether an empty or null value counts as no value.
+    `missing_feature`: the feature that the option requests and a FineTuneJob does not have. The option is refused unless its value turns the feature
+    off: a value in `NEUTRAL_VALUES` or `neutral_values`. `hint` says what to write instead.
     """
 
     key: str
@@ -52,7 +50,7 @@ class OptionRow:
 
 
 NEUTRAL_VALUES: tuple[Any, ...] = (None, False, 0, "", "false", "False", "none", "None", [], {})
-"""Values that turn off the feature of any option."""
+"""Values that turn an option's feature off, whichever option has the value."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ class ToolDefault:
     origin: str = "default of the tool"
     is_applicable: Callable[[JobDraft], bool] = lambda draft: True
     needs_gpu: bool = False
-    """Whether the value works only on a GPU. A job without GPUs then gets the default of FineTuneJob instead."""
+    """Whether the value needs a GPU. If it does, a job without GPUs gets the default of FineTuneJob instead of this value."""
 
 
 @dataclass(frozen=True)
@@ -86,19 +84,22 @@ class Request:
     tool_arguments: tuple[str, ...] = ()
     """The other tool's command line: the arguments after `--`."""
     source: str | None = None
-    """The name of the importer, from `--from`. None: the importer that recognises the files."""
+    """The name of the importer, from `--from`. If it is None, the importer that recognises the files is used."""
     name: str | None = None
     namespace: str | None = None
     overrides: Mapping[str, AssignedValue] = field(default_factory=dict)
-    """Fields set by options of `finetune import`, by spec path. They override every file."""
+    """Values of the fields that options of `finetune import` set, by spec path. They override the values in every file."""
     drop_unsupported: bool = False
-    """Whether options whose feature a FineTuneJob does not have are left out instead of refused."""
+    """Whether an option is left out with a warning, instead of refused, if a FineTuneJob does not have its feature."""
     benchmarks: str | None = None
     """URI of the folder with the data of the tool's benchmarks."""
     model_map: Mapping[str, str] = field(default_factory=dict)
-    """For models of an API: the name of the open model that replaces each of them."""
+    """For the name of each model of the OpenAI API: the name of the open model that replaces it."""
     base_learning_rate: float | None = None
-    """For openai: the learning rate that `learning_rate_multiplier` multiplies. None: the default learning rate of the objective."""
+    """For the importer `openai`: the learning rate that is multiplied by `learning_rate_multiplier`.
+
+    None means the default learning rate of the objective.
+    """
     has_command_line: bool = True
     """Whether hints may name options of `finetune import`. The clients of the OpenAI server have no command line."""
     allowed_variables: frozenset[str] = frozenset()
@@ -147,7 +148,7 @@ class JobDraft:
     """The content of each ConfigMap that the import creates, by the name of the ConfigMap."""
     annotations: dict[str, str] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
-    """For each key of the user that sets no field of its own: the reason."""
+    """For each key of the user that sets no field: the reason why it sets none."""
 
     @property
     def secret_name(self) -> str:
@@ -164,7 +165,7 @@ class JobDraft:
         return default if option is None else option.value
 
     def has_key(self, option_key: str) -> bool:
-        """Return whether the user wrote this option, even with an invalid value."""
+        """Return whether the user wrote this option, with a valid or an invalid value."""
         return option_key in self.given_options or option_key in self.paths_of_invalid_keys
 
     def has_value(self, spec_path: str) -> bool:
@@ -186,12 +187,18 @@ class JobDraft:
             self.values[spec_path] = AssignedValue(value, source)
 
     def assign_default(self, spec_path: str, value: Any, reason: str = "default of the tool") -> None:
-        """Set a field that has no value yet, unless defaults are ignored for it. `reason` says where the value comes from."""
+        """Set a field to a default if it has no value yet, unless the tool's defaults are ignored for this field.
+
+        `reason` says where the default comes from.
+        """
         if not self.has_value(spec_path) and spec_path not in self.paths_without_default:
             self.values[spec_path] = AssignedValue(value, ValueOrigin(reason, written_by_user=False))
 
     def remove(self, prefix: str, reason: str) -> None:
-        """Remove a field or group that would have no effect, and ignore the tool's defaults for it. Warn about each option of the user that set it."""
+        """Remove a field or group that would have no effect, and ignore the tool's defaults for it.
+
+        Warn about each option of the user that had set a removed value.
+        """
         self.paths_without_default.add(prefix)
         for path in [path for path in self.values if path == prefix or path.startswith(prefix + ".")]:
             assigned = self.values.pop(path)
@@ -214,7 +221,7 @@ class JobDraft:
         self.mistakes.append(Mistake(locations or self.location, spellings, message, hint))
 
     def add_warning(self, message: str) -> None:
-        """Record a message after which the user should act or check something. Repeated messages are recorded once."""
+        """Record a message that asks the user to do or check something. The same message is recorded only once."""
         if message not in self.warnings:
             self.warnings.append(message)
 
@@ -224,9 +231,9 @@ class JobDraft:
         self.reasons[given_option.key if given_option else option_key] = reason
 
     def refuse_feature(self, keys: str | tuple[str, ...], feature: str, hint: str = "", *, is_droppable: bool = True) -> None:
-        """Record a mistake about options that request a feature that a FineTuneJob does not have.
+        """Record a mistake about options whose feature a FineTuneJob does not have.
 
-        With `--drop-unsupported` and `is_droppable`, record a warning that the options are left out instead.
+        If the user gave `--drop-unsupported` and `is_droppable` is true, leave the options out, and record a warning instead of the mistake.
         """
         keys = (keys,) if isinstance(keys, str) else keys
         options = [self.given_options[key] for key in keys if key in self.given_options]
@@ -235,7 +242,7 @@ class JobDraft:
         self.refuse_feature_at(locations, spellings, feature, hint, is_droppable=is_droppable)
 
     def refuse_feature_at(self, location: str, option_key: str, feature: str, hint: str = "", *, is_droppable: bool = True) -> None:
-        """Record a mistake, or with `--drop-unsupported` a warning, about a key that requests a feature that a FineTuneJob does not have."""
+        """Record a mistake about a key whose feature a FineTuneJob does not have. With `--drop-unsupported`, record a warning instead."""
         message = f"a FineTuneJob does not support {feature}"
         if is_droppable and self.request.drop_unsupported:
             for name in option_key.split(", "):
@@ -254,7 +261,7 @@ class JobDraft:
         self.add_warning(f"{given_option.origin.location}: {given_option.key} has no effect: {reason}")
 
     def add_note(self, message: str) -> None:
-        """Record a message that requires no action. Repeated messages are recorded once."""
+        """Record a message that requires no action of the user. The same message is recorded only once."""
         if message not in self.notes:
             self.notes.append(message)
 
@@ -279,7 +286,10 @@ class JobDraft:
 
 @dataclass(frozen=True)
 class Importer:
-    """What the import knows about one tool: options, defaults, and functions that recognise its files, read them and combine their options."""
+    """The import of one tool's files.
+
+    It has the options and defaults of the tool, and the functions that recognise its files, read them and combine their options.
+    """
 
     name: str
     title: str
@@ -294,8 +304,11 @@ class Importer:
     normalise_key: Callable[[str], str] = lambda key: key
     """Returns a key in the spelling of the option table, so that the key's row can be found."""
     ignores_unknown_keys: bool = False
-    """Whether the tool ignores unknown keys. The import then warns about an unknown key, and only refuses one that resembles a known key."""
+    """Whether the tool ignores unknown keys.
+
+    If it does, the import refuses an unknown key that resembles a known key, and warns about every other unknown key.
+    """
     choose_variant: Callable[[tuple[InputDocument, ...]], Importer] | None = None
-    """Returns the importer with the option table for these documents. None for a tool with a single option table."""
+    """A function that returns the importer with the option table for these documents. It is None if the tool has a single option table."""
     reports_every_key: bool = False
-    """Whether notes list all keys that set no field, including keys without a value. Otherwise each key without effect gets a warning."""
+    """Whether the notes list all keys that set no field, including keys without a value. If false, the import prints a warning for each key without effect."""

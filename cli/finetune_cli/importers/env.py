@@ -1,6 +1,6 @@
 """`env`: the importer for a trainer that is configured with a `.env` file and command line flags.
 
-Keys of the file and flags of the command line are two spellings of the same options. Flags override the file. The tool ignores some
+A key of the file and a flag of the command line are two spellings of the same option. A flag overrides the value in the file. The tool ignores some
 of its documented options (ratios, accumulation, result folder), but the importer applies them as documented.
 """
 
@@ -168,7 +168,7 @@ RECOGNISED_FLAGS = ("--data_path", "--dataset_type", "--technique", "--model_nam
 
 
 def recognises_input(documents: tuple[InputDocument, ...], command_words: tuple[str, ...]) -> bool:
-    """Return whether a file is a `.env` file or has keys of the tool or, without files, whether the command line has a flag of the tool."""
+    """Return whether a file is a `.env` file or has keys of the tool. If no file is given, return whether the command line has a flag of the tool."""
     if documents:
         return any(d.path.suffix == ".env" or d.path.name == ".env" or TOOL_KEY_PATTERN.search(d.text) for d in documents)
     return any(value.partition("=")[0] in RECOGNISED_FLAGS for value in command_words)
@@ -209,12 +209,12 @@ def _read_file(document: InputDocument, draft: JobDraft) -> Iterator[OptionEntry
 
 
 def _count_leading_lines(text: str) -> int:
-    """Return the number of blank lines before a key. The parser of python-dotenv counts them as a part of the key's binding."""
+    """Return the number of blank lines before a key. The parser of python-dotenv counts these lines as a part of the key's binding."""
     return len(text) - len(text.lstrip("\r\n")) if text.strip() else 0
 
 
 def _shorten_line(line: str) -> str:
-    """Shorten an invalid line for a message. Of a single long word, which may be a secret, keep only the first two characters."""
+    """Shorten an invalid line for a message. If the line is a single long word, keep only its first two characters, because the word may be a secret."""
     if " " not in line and len(line) > MAX_SHOWN_CHARACTERS:
         return line[:2] + "..."
     return line if len(line) <= 40 else line[:37] + "..."
@@ -258,7 +258,10 @@ def _read_flags(draft: JobDraft) -> Iterator[OptionEntry]:
 
 
 def _expand_abbreviation(name: str, known_flags: list[str]) -> str:
-    """Return the full name of an abbreviated flag, as the tool's parser does. Return a full name or an ambiguous abbreviation unchanged."""
+    """Return the full name of an abbreviated flag.
+
+    The parser of the tool accepts such abbreviations. Return a full name or an ambiguous abbreviation unchanged.
+    """
     if name in known_flags or name in ("--config", "-config"):
         return name
     matches = [flag for flag in (*known_flags, "--config") if name.startswith("--") and flag.startswith(name)]
@@ -356,9 +359,9 @@ def _set_split(draft: JobDraft) -> None:
 
 
 def _complete_ratios(given_ratios: dict[str, float]) -> dict[str, float]:
-    """Return all three ratios, which add up to 1.
+    """Return the ratios of the training, validation and test rows, which add up to 1.
 
-    If two ratios are given, the third is the rest. If only the training ratio is given, validation and test each get half of the rest. If only
+    If two ratios are given, the third is the rest. If the training ratio is the only given ratio, validation and test each get half of the rest. If only
     the validation ratio is given, the test ratio is 0.1 (or all that is left, if that is less), and training gets the rest. If only the test ratio is given,
     the validation ratio follows in the same way.
     """

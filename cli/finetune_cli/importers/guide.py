@@ -1,4 +1,4 @@
-"""`guide`: the importer for the configuration that a fine-tuning guide describes: a flat or nested YAML file, and the flags of the guide's script."""
+"""`guide`: the importer for the configuration of one fine-tuning guide's script: a flat or nested YAML file, and the flags of the script."""
 
 from __future__ import annotations
 
@@ -285,7 +285,7 @@ def _find_loading_key(draft: JobDraft, name: str) -> str | None:
 def _set_target_modules(draft: JobDraft) -> None:
     """Set the target modules from a list, or from a mapping of model families to lists.
 
-    From a mapping, the list of the family that occurs in the model's name is used or, without such a family, the list at `default` or `auto`.
+    If the option is a mapping, use the list of the family that occurs in the model's name. If no family occurs in it, use the list at `default` or `auto`.
     """
     given_option = draft.given_options.get("target_modules")
     if given_option is None:

@@ -1,6 +1,7 @@
 """`hydra`: the importer for a Hydra configuration: a composed file, a folder of groups, or an older command line with dashed flags.
 
-Method, adapter sizes and warm-up are hard-coded in the tool. The importer writes these values into the spec, so that the job trains in the same way.
+The tool's code has fixed values for method, adapter sizes and warm-up. The importer writes these values into the spec, so that the job trains in the
+same way.
 """
 
 from __future__ import annotations
@@ -39,7 +40,10 @@ COLUMNS_BY_FORMAT: dict[str, dict[str, str]] = {
     "messages": {"question": "Question", "answer": "Response"},
     "plainText": {"text": "text"},
 }
-"""Column names that are hard-coded in the tool. For other formats, the trainer finds the columns by their usual names, in any letter case."""
+"""For each format of the rows: the column names that are fixed in the tool's code.
+
+In rows of any other format, the trainer finds columns by their usual names, in upper or lower case.
+"""
 SYSTEM_PROMPT = "You are a personal assistant."
 
 
@@ -172,7 +176,7 @@ def read_options(draft: JobDraft) -> Iterator[OptionEntry]:
 
 
 def _read_entries(draft: JobDraft) -> Iterator[OptionEntry]:
-    """Yield the options that Hydra composes from files and overrides, then the older dashed flags."""
+    """Yield the options that Hydra composes from files and overrides, and then the dashed flags, which belong to older releases of the tool."""
     command_words, config_name = split_hydra_flags(draft, strip_launcher(draft.request.tool_arguments))
     base_documents = [document for document in draft.documents if not is_accelerate(document)]
     uses_dashed_flags = has_dashed_flags(command_words)
@@ -253,7 +257,10 @@ def _set_learning_rate(draft: JobDraft) -> None:
 
 
 def _read_accelerate_file(draft: JobDraft, document: InputDocument) -> None:
-    """Read an accelerate file. Set the strategy of the main file first, so that a different strategy in the accelerate file is reported as a mistake."""
+    """Read an accelerate file.
+
+    Before that, set the strategy that the main file names, so that a different strategy in the accelerate file is reported as a mistake.
+    """
     given_option = draft.given_options.get("training_config.distributed_training")
     if given_option is not None:
         draft.assign(
@@ -314,7 +321,7 @@ def _set_objective(draft: JobDraft) -> None:
 def _set_completion_length(draft: JobDraft) -> None:
     """Set the maximum completion length.
 
-    If it leaves no tokens of the sequence for the prompt, set it to half of the sequence length.
+    If completions of this length leave no tokens of the sequence for the prompt, set half of the sequence length instead.
     """
     path, key = "trainer.maxCompletionLength", "training_config.max_completion_length"
     completion_length, sequence_length = draft.get(key, 2048), draft.get("training_config.max_seq_length", 2048)

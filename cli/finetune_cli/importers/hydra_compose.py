@@ -1,6 +1,6 @@
 """Composes Hydra configurations and applies overrides, with the Hydra library.
 
-Hydra itself needs a primary file, does not tell the line of a value, and stops at the first mistake. This module also composes folders
+Hydra itself needs a primary file, does not report the line of a value, and stops at the first mistake. This module also composes folders
 without a primary file, finds the line of each value, and reports all mistakes.
 """
 
@@ -38,9 +38,9 @@ CONFIG_FOLDER_FLAGS = ("--config-path", "-cp", "--config-dir", "-cd")
 
 
 def split_hydra_flags(draft: JobDraft, command_words: list[str]) -> tuple[list[str], str]:
-    """Return the words without Hydra's own flags, and the name of the primary file (default: `config`).
+    """Return two values: the words of the command line without Hydra's own flags, and the name of the primary file (default: `config`).
 
-    Ignore the flags that name the folder, because the folder is an argument of `finetune import`.
+    The flags for the configuration folder are ignored, because the user gives this folder as an argument of `finetune import`.
     """
     remaining, overrides, name = list(command_words), [], "config"
     while remaining:
@@ -59,19 +59,19 @@ def split_hydra_flags(draft: JobDraft, command_words: list[str]) -> tuple[list[s
 
 
 def has_dashed_flags(command_words: Iterable[str]) -> bool:
-    """Return whether the words are an older command line of the tool, which has dashed flags that are not Hydra's."""
+    """Return whether the command line is for an older release of the tool: it then has dashed flags that do not belong to Hydra."""
     names = (word.partition("=")[0] for word in command_words)
     return any(name.startswith("--") and name not in (*CONFIG_NAME_FLAGS, *CONFIG_FOLDER_FLAGS) for name in names)
 
 
 def find_config_file(folder: Path, name: str = "config") -> Path | None:
-    """Return the primary file of a folder, or None if the folder has none with this name."""
+    """Return the primary file of a folder, or None if the folder has no file with this name."""
     folders = (folder, folder / "configs", folder / "conf", folder / ".hydra")
     return next((candidate / f"{name}.yaml" for candidate in folders if (candidate / f"{name}.yaml").is_file()), None)
 
 
 def list_group_options(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """Yield each Hydra group of a folder, with the names of its group options, which are the names of its files."""
+    """Yield the name of each Hydra group in a folder, and the names of its options. Each option of a group is a file with this name."""
     for base in (folder, folder / "configs", folder / "conf"):
         for group in ("dataset", *TRAINING_GROUP_NAMES):
             names = sorted(path.stem for path in (base / group).glob("*.yaml"))
@@ -80,7 +80,7 @@ def list_group_options(folder: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def read_default_options(draft: JobDraft, command_words: list[str], values: dict[str, Any]) -> Iterator[OptionEntry]:
-    """Yield the options of the configuration that the tool ships, with the overrides applied. `values`: the shipped values, by dotted key."""
+    """Apply the overrides to the configuration that the tool ships, and yield its options. `values`: the shipped values, by dotted key."""
     draft.add_note("no file is given, so the overrides apply to the tool's own configuration")
     shipped_config: dict[str, Any] = {"dataset": {}, "training_config": {}}
     for key, value in values.items():
@@ -95,7 +95,7 @@ def read_default_options(draft: JobDraft, command_words: list[str], values: dict
 
 
 def read_composed(draft: JobDraft, document: InputDocument, command_words: list[str], config_name: str) -> Iterator[OptionEntry]:
-    """Yield the options of one file or folder after Hydra has composed it and the overrides are applied."""
+    """Compose one file or folder with Hydra, apply the overrides, and yield the resulting options."""
     from omegaconf.errors import OmegaConfBaseException
 
     path = find_config_file(document.path, config_name) if document.is_folder else document.path
@@ -122,7 +122,7 @@ def read_composed(draft: JobDraft, document: InputDocument, command_words: list[
 
 
 def _list_line_locations(name: str, parsed_file: Tree, group: str = "") -> dict[str, str]:
-    """Return the location `file:line` of each key in a file. The keys of a file without groups belong to the training group."""
+    """Return the location `file:line` of each key in a file. If the file has no groups, its keys belong to the training group."""
     is_flat = not group and not any(isinstance(value, dict) for value in parsed_file.value.values())
     prefix = f"{group or 'training_config'}." if group or is_flat else ""
     return {f"{prefix}{path}": f"{name}:{line}" for path, line in parsed_file.lines.items() if path}
@@ -151,7 +151,10 @@ def _read_group_folder(draft: JobDraft, document: InputDocument, command_words: 
 
 
 def _read_primary_file(draft: JobDraft, document: InputDocument, parsed_file: Tree, command_words: list[str], locations: dict[str, str]) -> Any:
-    """Load a primary file and apply the overrides. A file with a `defaults` list is composed with its folder; any other file is already complete."""
+    """Load a primary file and apply the overrides.
+
+    If the file has a `defaults` list, it is composed with the other files of its folder. Otherwise the file is complete on its own.
+    """
     from omegaconf import OmegaConf
 
     defaults = parsed_file.value.get("defaults")
@@ -228,9 +231,10 @@ def _parse_overrides(draft: JobDraft, command_words: list[str]) -> list[Any]:
 
 
 def _select_valid_overrides(draft: JobDraft, command_words: list[str], present_keys: frozenset[str], groups: frozenset[str]) -> list[str]:
-    """Return the overrides that can be applied, and record a mistake for each of the others.
+    """Return the overrides that can be applied, and record a mistake for each override that cannot.
 
-    The tool must know the key. `+` is needed for a key that the file lacks, and not allowed for a key in the file.
+    An override can be applied if the tool knows its key. If the file does not have the key, the override must begin with `+`. If the file has the
+    key, `+` is not allowed.
     """
     valid_overrides: list[str] = []
     known_keys = {normalise_key(option_row.key) for option_row in draft.option_table}
@@ -270,7 +274,7 @@ def _select_valid_overrides(draft: JobDraft, command_words: list[str], present_k
 
 
 def _apply_overrides(composed_config: Any, command_words: list[str]) -> Any:
-    """Apply overrides to a configuration that needs no composing, and return it."""
+    """Apply overrides to a configuration that is already composed, and return it."""
     from hydra._internal.config_loader_impl import ConfigLoaderImpl
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
@@ -325,7 +329,7 @@ def _to_mapping(composed_config: Any) -> dict[str, Any]:
 
 
 def _list_override_locations(command_words: list[str]) -> dict[str, str]:
-    """Return the location of each overridden key: its override on the command line."""
+    """Return the location for each overridden key, which names the override on the command line."""
     return {word.lstrip("+~").partition("=")[0]: f"command line {word.partition('=')[0]}" for word in command_words}
 
 
@@ -333,7 +337,7 @@ RESOLVER_PATTERN = re.compile(r"\$\{\s*([A-Za-z_][\w.]*)\s*:\s*([^,}\s]+)")
 
 
 def _iterate_entries(draft: JobDraft, composed_config: Any, default_location: str, locations: dict[str, str]) -> Iterator[OptionEntry]:
-    """Yield each option after its interpolations are resolved. Only the environment variables in `--allow-env` are read."""
+    """Resolve the interpolations in each option, and yield the options. An environment variable is read only if `--allow-env` names it."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -360,7 +364,7 @@ def _iterate_entries(draft: JobDraft, composed_config: Any, default_location: st
 
 
 def _check_resolvers(draft: JobDraft, option_key: str, raw_value: str, origin: ValueOrigin) -> bool:
-    """Return whether all resolvers in a value may be resolved. Record a mistake for each one that may not."""
+    """Return whether the import may run all resolvers in a value. Record a mistake for each resolver that it may not run."""
     are_all_allowed = True
     for resolver, name in RESOLVER_PATTERN.findall(raw_value):
         if resolver != "oc.env":

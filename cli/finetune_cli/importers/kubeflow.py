@@ -51,7 +51,7 @@ MODEL_BY_RUNTIME = {
     "llama3.2-3b": "meta-llama/Llama-3.2-3B-Instruct",
     "qwen2.5-1.5b": "Qwen/Qwen2.5-1.5B-Instruct",
 }
-"""The models of Kubeflow's runtimes `torchtune-NAME`, by NAME. The data set of all these runtimes is tatsu-lab/alpaca."""
+"""The model of each Kubeflow runtime `torchtune-NAME`, by NAME. All these runtimes train on the data set tatsu-lab/alpaca."""
 
 
 def recognises_input(documents: tuple[InputDocument, ...], command_words: tuple[str, ...]) -> bool:
@@ -103,7 +103,7 @@ TITLE = "Kubeflow's TrainJob"
 
 
 def _make_optional(option_rows: tuple[OptionRow, ...]) -> Iterator[OptionRow]:
-    """Yield the option rows with no option marked as required, because the TrainJob itself may name the model."""
+    """Yield copies of the option rows in which no option is required, because the TrainJob itself may name the model."""
     return (replace(option_row, is_required=False) for option_row in option_rows)
 
 
@@ -129,12 +129,12 @@ def _read_command(draft: JobDraft, job: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _mapping_or_empty(value: Any) -> dict[str, Any]:
-    """Return a mapping unchanged, and an empty dict for any other value. The option table refuses the other values."""
+    """Return a mapping unchanged, and an empty dict for any other value. A value that is not a mapping is refused elsewhere, by the option table."""
     return value if isinstance(value, dict) else {}
 
 
 def _list_or_empty(value: Any) -> list[Any]:
-    """Return a list unchanged, and an empty list for any other value. The option table refuses the other values."""
+    """Return a list unchanged, and an empty list for any other value. A value that is not a list is refused elsewhere, by the option table."""
     return value if isinstance(value, list) else []
 
 
@@ -179,7 +179,10 @@ def combine_torchtune_options(draft: JobDraft) -> None:
 
 
 def _set_row_options(draft: JobDraft) -> None:
-    """Set packing and the loss on answers only from the overrides of `dataset`. Ignore a data source there, because the initializer loads the data."""
+    """Set two fields from the overrides of `dataset`: packing, and whether the loss counts only answers.
+
+    Ignore a data source in these overrides, because the initializer loads the data.
+    """
     options = draft.get("dataset")
     if isinstance(options, dict) and "train_on_input" in options:
         draft.assign("dataset.responseOnly.enabled", options["train_on_input"] is False, "dataset")

@@ -132,7 +132,7 @@ RECOGNISED_KEYS = ("stage", "finetuning_type", "cutoff_len", "lora_target", "tem
 
 
 def recognises_input(documents: tuple[InputDocument, ...], command_words: tuple[str, ...]) -> bool:
-    """Return whether a document has the key `model_name_or_path` and another key by which the tool is recognised."""
+    """Return whether a document has the key `model_name_or_path` and at least one other key that is typical of LLaMA-Factory."""
     for document in documents:
         content = peek_mapping(document)
         if "model_name_or_path" in content and any(key in content for key in RECOGNISED_KEYS):
@@ -284,7 +284,10 @@ def _set_method(draft: JobDraft) -> None:
 
 
 def _set_trainer(draft: JobDraft) -> str | None:
-    """Set the objective and its options. Return the value of `trainer.type`, or None if a FineTuneJob does not have the objective."""
+    """Set the training objective (`trainer.type`) and its options.
+
+    Return the value of `trainer.type`, or None if a FineTuneJob does not have the objective.
+    """
     trainer, loss = str(draft.get("stage", "sft")), draft.get("pref_loss", "sigmoid")
     if trainer == "ppo":
         draft.refuse_feature("stage", "PPO", "use GRPO with rewards", is_droppable=False)

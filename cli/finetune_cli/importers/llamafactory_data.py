@@ -220,7 +220,10 @@ def _to_data_source(
     *,
     is_pretraining: bool,
 ) -> DataSource | None:
-    """Return the data source of an entry. Refuse features that a FineTuneJob does not have, and return None if the rows cannot be used without them."""
+    """Return the data source of an entry.
+
+    Refuse features of the entry that a FineTuneJob does not have. If the rows cannot be used without such a feature, return None.
+    """
     columns = entry.get("columns") or {}
     for option in ("images", "videos", "audios"):
         if columns.get(option):
@@ -303,7 +306,7 @@ def _check_tags(draft: JobDraft, option_key: str, dataset_name: str, tags: Mappi
 
 
 def _assign_weighted_sources(draft: JobDraft, data_sources: list[DataSource]) -> None:
-    """Set the training data, with the weights in `interleave_probs`. Refuse `max_samples` unless no data set can have more rows."""
+    """Set the training data, with the weights in `interleave_probs`. Refuse `max_samples` if a data set may have more rows than this limit."""
     weights = draft.get("interleave_probs")
     mix_strategy = str(draft.get("mix_strategy") or "concat")
     if "mix_strategy" in draft.given_options:

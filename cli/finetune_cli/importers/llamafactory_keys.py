@@ -1,4 +1,4 @@
-"""The options of a LLaMA-Factory file that set no field of a FineTuneJob: ignored options and refused options.
+"""The options of a LLaMA-Factory file that set no field of a FineTuneJob. The import ignores some of them, and refuses the others.
 
 The names come from the tool's argument classes (`src/llamafactory/hparams`) and from the Megatron adapters that it can use.
 """

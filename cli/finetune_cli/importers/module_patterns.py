@@ -7,22 +7,22 @@ from typing import Any
 
 MAX_NAMES = 256
 CHECKPOINT_WRAPPER = "_checkpoint_wrapped_module."
-"""Some tools wrap modules to recompute their activations. The names of wrapped modules then contain this text.
+"""Some tools wrap modules to recompute their activations, which adds this text to the names of the modules.
 
-It is removed, because the trainer of a FineTuneJob wraps no modules.
+The importer removes this text from the names, because the trainer of a FineTuneJob wraps no modules.
 """
 PLAIN_NAME_PATTERN = re.compile(r"^[\w.-]+$")
 
 
 class UnsupportedPattern(Exception):
-    """The regular expression matches no finite list of names, or too many names. The message says why."""
+    """The regular expression cannot be turned into a short list of names. The message says why."""
 
 
 def expand_pattern(pattern: str) -> list[str]:
-    """Return the ends of all module names that a regular expression matches, such as `mlp.up_proj`. Return a plain name unchanged.
+    """Return the endings of all module names that a regular expression matches, such as `mlp.up_proj`. If `pattern` is a plain name, return this name.
 
-    A name in the list selects all modules whose names end with it. Therefore, the part of the expression up to its last repetition, such as
-    `model.layers.[0-9]+`, is ignored.
+    In a FineTuneJob, a name in the list selects all modules whose names end with this name. Therefore, the start of the expression up to its last
+    repetition, such as `model.layers.[0-9]+`, is ignored.
 
     Raise UnsupportedPattern if the expression matches no short list of names.
     """

@@ -89,7 +89,10 @@ NO_EFFECT_RULES: tuple[tuple[tuple[str, ...], Callable[[JobDraft], bool], str], 
     ),
     (("output.layout",), lambda draft: not draft.has_value("output.dir"), "output.dir is not set"),
 )
-"""Each rule: spec paths, a function that returns whether fields at these paths would have no effect, and the reason."""
+"""The rules for fields without effect.
+
+Each rule has spec paths, a function that returns whether fields at these paths would have no effect, and the reason.
+"""
 
 
 def remove_options_without_effect(draft: JobDraft) -> None:

@@ -74,7 +74,7 @@ DEFAULTS: tuple[ToolDefault, ...] = (
 )
 OPAQUE_PATHS = frozenset({"metadata", "integrations", "error"})
 BASE_LEARNING_RATE_BY_TRAINER = {"sft": 2e-4, "dpo": 5e-6}
-"""For each objective: the default learning rate for adapters, which the learning rate multiplier multiplies."""
+"""For each objective: the default learning rate for adapters. It is multiplied by `learning_rate_multiplier`."""
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
@@ -86,7 +86,7 @@ def recognises_input(documents: tuple[InputDocument, ...], command_words: tuple[
 
 
 def _has_flat_hyperparameters(document: InputDocument) -> bool:
-    """Return whether the hyperparameters are at the top level, as in Together's API."""
+    """Return whether the hyperparameters are at the top level of the file, where Together's API has them."""
     return any(key in peek_json(document) for key in ("n_epochs", "learning_rate", "training_type", "training_method", "n_checkpoints", "lora", "batch_size"))
 
 
@@ -175,7 +175,7 @@ def assign_api_model(draft: JobDraft) -> None:
 def assign_api_data(draft: JobDraft, trainer: str, *, has_only_messages: bool = True) -> None:
     """Set the data of an API's job, and check the rows of given data files.
 
-    `has_only_messages`: whether the API accepts only messages as rows for sft.
+    `has_only_messages`: whether the API accepts no rows for sft except rows with messages.
     """
     data_documents = [document for document in draft.documents if document.path.suffix == ".jsonl"]
     for key, path, document in (
@@ -218,7 +218,7 @@ def _set_data_source(draft: JobDraft, option_key: str, spec_path: str, document:
 
 
 def _check_rows(draft: JobDraft, document: InputDocument, trainer: str) -> None:
-    """Check the keys of the rows, so that data for another method is refused before the job gets a GPU."""
+    """Check the keys of the rows, so that data in the format of another method is refused at the import, and not after the job has started on a GPU."""
     # splitlines() would also split at Unicode line separators, which JSON strings may contain.
     mistake = find_row_mistake(document.name, document.text.split("\n"), trainer)
     if mistake is not None:
@@ -277,7 +277,10 @@ def assign_batch_sizes(draft: JobDraft, option_key: str, rows_per_step: int) -> 
 
 
 def _count_ranks(draft: JobDraft) -> int:
-    """Return the number of ranks that the options of `finetune import` set, or 1. The files of the API do not contain the number."""
+    """Return the number of ranks that follows from the options of `finetune import`, or 1 without these options.
+
+    The files of the API do not contain this number.
+    """
     integer_options = {
         path: assigned.value for path, assigned in draft.request.overrides.items() if isinstance(assigned.value, int)
     }

@@ -36,7 +36,10 @@ def make_refused_options(feature: str, keys: str, hint: str = "", *neutral_value
 
 
 def make_option_groups(keys: str) -> tuple[OptionRow, ...]:
-    """Return option rows for keys that name a group of options. A single value at such a key is refused, unless it is empty or false."""
+    """Return option rows for keys that name a group of options.
+
+    If such a key has a single value instead of a group, the value is refused, unless it is empty or false.
+    """
     return tuple(OptionRow(key, convert=_convert_empty_group, is_set_by_combine=True) for key in keys.split())
 
 
@@ -47,7 +50,7 @@ def _convert_empty_group(value: Any) -> Any:
 
 
 def to_steps_or_fraction(value: Any) -> Any:
-    """Convert a number of steps, or a fraction of all steps, which is below 1."""
+    """Convert a number of steps. A number below 1 means a fraction of all steps."""
     converted = to_number(0)(value)
     if converted >= 1 and converted != int(converted):
         raise ConversionError("is neither a fraction nor a whole number of steps", "a number below 1, or an integer")
@@ -108,7 +111,7 @@ def assign_hub_push(draft: JobDraft, repository_key: str) -> None:
 
 
 def assign_default_gpus(draft: JobDraft) -> None:
-    """Set two GPUs if the strategy needs several ranks, and add a note that the tool's files do not contain the number of GPUs."""
+    """Set two GPUs if the strategy is FSDP on one node, because FSDP needs several GPUs. Add a note that the tool's files do not contain the number."""
     if "resources.gpusPerNode" in draft.request.overrides or draft.has_value("resources.gpusPerNode"):
         return
     gpus = 2 if draft.value("distributed.strategy") == "fsdp" and not draft.value("resources.nodes", 1) > 1 else 1
@@ -120,7 +123,11 @@ def assign_default_gpus(draft: JobDraft) -> None:
 
 
 def assign_optimizer(draft: JobDraft, option_key: str) -> None:
-    """Set the optimizer. With FSDP, replace an AdamW whose state is quantised or paged by AdamW, because FSDP cannot shard such a state."""
+    """Set the optimizer.
+
+    If the job uses FSDP, replace an AdamW optimizer with quantised or paged state by the standard AdamW, because FSDP cannot shard quantised or paged
+    state.
+    """
     option = draft.given_options[option_key]
     name = OTHER_OPTIMIZER_NAMES.get(str(option.value), str(option.value))
     if draft.value("distributed.strategy") == "fsdp" and name in ADAMW_THAT_FSDP_CANNOT_SHARD:
@@ -134,7 +141,7 @@ def assign_optimizer(draft: JobDraft, option_key: str) -> None:
 
 
 def double_kto_batch(draft: JobDraft, option_key: str) -> None:
-    """For KTO, double a batch size of 1 and halve the accumulation steps, because KTO compares the rows of one batch."""
+    """If a KTO job has a batch size of 1, set 2 and halve the accumulation steps, because KTO compares the rows of one batch with each other."""
     accumulation_steps = draft.value("training.gradientAccumulationSteps", 1)
     if (
         draft.value("trainer.type") == "kto"
@@ -155,7 +162,7 @@ OTHER_OPTIMIZER_NAMES = {
     "adamw_hf": "adamw_torch", "adamw_apex_fused": "adamw_torch_fused", "paged_adamw": "paged_adamw_32bit", "lion": "lion_32bit",
     "paged_lion": "paged_lion_32bit", "ao_adamw_8bit": "adamw_torch_8bit", "ao_adamw_4bit": "adamw_torch_4bit",
 }  # fmt: skip
-"""For each optimizer that a tool names differently: its name in a FineTuneJob."""
+"""The FineTuneJob's name of each optimizer that other tools name differently, by the other tool's name."""
 ADAMW_THAT_FSDP_CANNOT_SHARD = (
     "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "paged_adamw", "adamw_torch_8bit", "adamw_torch_4bit",
 )  # fmt: skip

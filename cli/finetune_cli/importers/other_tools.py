@@ -11,7 +11,11 @@ from finetune_cli.importers.draft import InputDocument
 
 @dataclass(frozen=True)
 class OtherTool:
-    """A tool without an importer. All `required_keys` are at the top level of its files. `field_by_key`: for its most frequent keys, the spec field."""
+    """A tool without an importer.
+
+    A file belongs to the tool if all `required_keys` are at the top level of the file. `field_by_key`: the spec field for each of the tool's most
+    frequent keys.
+    """
 
     title: str
     required_keys: tuple[str, ...]

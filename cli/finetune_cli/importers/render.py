@@ -42,7 +42,7 @@ def _build_metadata(import_result: ImportResult, name: str) -> dict[str, Any]:
 
 
 def _sort_fields(spec_values: dict[str, Any], model: Any) -> dict[str, Any]:
-    """Return the values of a spec or group, sorted as the fields of `model`, which is their order in the API reference."""
+    """Return the values of a spec or group, sorted in the order of the fields of `model`. This is also their order in the API reference."""
     sorted_values: dict[str, Any] = {}
     for name, field in model.model_fields.items():
         name_in_api = field.alias or name

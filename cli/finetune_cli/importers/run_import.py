@@ -1,7 +1,7 @@
 """Runs an import: precedence, conversion, defaults, checks, and the report of all mistakes at once.
 
-Precedence, from lowest to highest: the tool's defaults, its files in their order, its command line, the options of `finetune import`.
-The rules of the FineTuneJob API check the result. Each problem is reported with the key and location in the user's own file.
+Precedence, from lowest to highest: the tool's defaults, its files in their order, its command line, the options of `finetune import`. The rules of
+the FineTuneJob API check the result. A problem is reported with the key and location in the user's own file, instead of the field of the FineTuneJob.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class ImportResult:
     warnings: list[str]
     notes: list[str]
     reasons: dict[str, str]
-    """For each key of the user that sets no field of its own: the reason."""
+    """For each key of the user that sets no field: the reason why it sets none."""
 
 
 def run_import(request: Request, importers: dict[str, Importer]) -> ImportResult:
@@ -159,7 +159,7 @@ def _apply_overrides(draft: JobDraft) -> None:
 
 
 def _refuse_secrets(draft: JobDraft) -> None:
-    """Record a mistake for each value that looks like a secret, because all users who may read the job can see its spec."""
+    """Record a mistake for each value that looks like a secret, because everyone who may read the job can see its spec."""
     hint = "remove it; refer to a Secret with model.tokenSecretRef, or in placement.env with secretKeyRef"
     reported_keys = {mistake.key for mistake in draft.mistakes}
     for path, assigned in draft.values.items():
@@ -208,7 +208,10 @@ def load_documents(files: Iterable[Path]) -> tuple[InputDocument, ...]:
 
 
 def choose_importer(documents: tuple[InputDocument, ...], request: Request, importers: dict[str, Importer]) -> Importer:
-    """Return the importer that `--from` names, or the only importer that recognises the files. Raise InvalidInput if there is none or more than one."""
+    """Return the importer that `--from` names, or the only importer that recognises the files.
+
+    Raise InvalidInput if no importer or more than one importer recognises them.
+    """
     known_importers = ", ".join(importers)
     if request.source is not None:
         if request.source not in importers:
@@ -261,7 +264,7 @@ def choose_importer(documents: tuple[InputDocument, ...], request: Request, impo
 
 
 def _check_syntax(documents: tuple[InputDocument, ...]) -> None:
-    """Raise InvalidInput if one of the files, which no importer recognises, is invalid YAML or JSON, or already a FineTuneJob."""
+    """Explain why no importer recognises the files: raise InvalidInput if a file is invalid YAML or JSON, or is already a FineTuneJob."""
     for document in documents:
         if document.path.suffix.lower() in (".yaml", ".yml"):
             tree = parse_document(document)
@@ -303,7 +306,7 @@ def to_job_name(text: str) -> str:
 
 
 COMMAND_LINE_LOCATION = "command line"
-"""The location of each flag begins with this text."""
+"""If an option comes from a flag of the command line, its location begins with this text."""
 
 
 def _read_options(importer: Importer, draft: JobDraft) -> None:
@@ -328,7 +331,7 @@ def _read_options(importer: Importer, draft: JobDraft) -> None:
 
 
 def _overrides_earlier(draft: JobDraft, option_row: OptionRow, first_entry: OptionEntry, second_entry: OptionEntry) -> bool:
-    """Return whether the second entry of an option overrides the first.
+    """Return whether the later of two entries for the same option overrides the earlier entry.
 
     Record a mistake if one file has two spellings of the option with different values, because the order in a file has no meaning.
     """
@@ -361,7 +364,7 @@ def _get_file_name(entry: OptionEntry) -> str:
 
 
 def _is_unset(value: Any) -> bool:
-    """Return whether a value is absent or `auto`. Another spelling of the option may then give the value."""
+    """Return whether a value is absent or `auto`. In this case, the value of another spelling of the option is used."""
     return is_absent(value) or value == "auto"
 
 
@@ -372,7 +375,7 @@ TYPING_ERROR_SIMILARITY = 0.86
 def _report_unknown_option(importer: Importer, draft: JobDraft, entry: OptionEntry) -> None:
     """Record a mistake about an unknown key, or a warning if the tool ignores unknown keys.
 
-    The message says if the user wrote a group of options as a single value, or a single value as a group.
+    If the key names a group of options but has a single value, or the reverse, the message says so.
     """
     if SECRET_NAME_PATTERN.search(entry.key):
         draft.redact_in_messages(entry.value)
@@ -483,7 +486,7 @@ def nest_values(values: dict[str, AssignedValue]) -> dict[str, Any]:
 def _check_spec(draft: JobDraft, *, counts_problems_as_features: bool = False) -> dict[str, Any]:
     """Check the values of the draft with the API's models and rules, and return them as a nested spec.
 
-    The tool may accept values that break a rule of the API. `counts_problems_as_features`: whether such a problem is reported as a feature that a
+    The tool may accept values that break a rule of the API. `counts_problems_as_features`: whether a broken rule is reported as a feature that a
     FineTuneJob does not have.
     """
     values = dict(draft.values)
@@ -523,7 +526,7 @@ def _check_spec(draft: JobDraft, *, counts_problems_as_features: bool = False) -
 
 
 def _drop_field(draft: JobDraft, problem: Problem) -> None:
-    """Leave out a field that this release does not implement. If only one item of a list is not implemented, leave out this item."""
+    """Leave out a field that this release does not implement. If the field is a list and one of its items is not implemented, leave out this item."""
     assigned = draft.values.get(problem.path)
     list_item = problem.message.removeprefix("contains ").partition(",")[0]
     if assigned is not None and isinstance(assigned.value, list) and list_item in assigned.value and len(assigned.value) > 1:
@@ -541,14 +544,17 @@ DISCRIMINATOR_VALUES: dict[str, tuple[str, ...]] = {
     "dataset.format": tuple(DatasetFormat),
     "distributed.strategy": tuple(StrategyType),
 }
-"""For each field that decides which other fields are allowed: the allowed values of this field.
+"""The allowed values of each field that decides which other fields are allowed.
 
-If the user's value of such a field is invalid, only problems that would occur with every allowed value are reported.
+If the user's value of such a field is invalid, a problem in the other fields is reported only if it would occur with every allowed value.
 """
 
 
 def _find_problems(spec: FineTuneJobSpec, draft: JobDraft) -> list[Problem]:
-    """Return the problems that the rules find. A problem is left out if its only cause is an invalid value that is already reported."""
+    """Return the problems that the rules find.
+
+    If the only cause of a problem is an invalid value, and the invalid value is already reported, the problem is left out.
+    """
     unreadable_paths = [path for path in draft.paths_of_invalid_keys.values() if path]
     problems = check_spec(spec)
     for path in unreadable_paths:
@@ -610,7 +616,7 @@ CONFLICT_BY_PROBLEM: dict[tuple[str, str], tuple[tuple[str, str], str]] = {
         "the first is not a multiple of the second, but the best checkpoint can only be found if every checkpoint is evaluated",
     ),
 }
-"""For each problem, given by its error code and field: the two fields that contradict each other, and a text about the contradiction."""
+"""For each error code and field of a problem: the two fields that contradict each other, and a text about the contradiction."""
 
 
 def _to_conflict_mistake(draft: JobDraft, problem: Problem) -> Mistake | None:
@@ -650,7 +656,10 @@ def _to_mistake(draft: JobDraft, problem: Problem) -> Mistake:
 
 
 def _find_values_around(draft: JobDraft, spec_path: str) -> list[AssignedValue]:
-    """Return the values of the field or group at a path, of the fields below it, and of the groups that contain it."""
+    """Return the assigned values that belong to a path.
+
+    These are the value at the path, the values of the fields below it, and the values of the groups that contain it.
+    """
     return [
         assigned
         for value_path, assigned in draft.values.items()
@@ -659,7 +668,7 @@ def _find_values_around(draft: JobDraft, spec_path: str) -> list[AssignedValue]:
 
 
 def _quote_user_spelling(draft: JobDraft, assigned_value: AssignedValue) -> str:
-    """Return `"VALUE" is ` with the value as the user wrote it if the spec spells it differently, and an empty string otherwise."""
+    """If the spec spells a value differently from the user's file, return `"VALUE" is ` with the spelling of the user. Otherwise return an empty string."""
     given_option = next((option for option in draft.given_options.values() if option.key == assigned_value.key), None)
     if given_option is None or not isinstance(given_option.raw_value,
         str) or given_option.option_row.is_secret or given_option.raw_value == str(assigned_value.value):

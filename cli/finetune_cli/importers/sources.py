@@ -29,7 +29,10 @@ def is_local(name_or_path: str) -> bool:
 
 
 def assign_source(draft: JobDraft, option_key: str, spec_path: str, *, always_local: bool = False) -> None:
-    """Set a source field from an option, unless an override sets the field. With `always_local`, any value that is no URI is a path."""
+    """Set a source field from an option, unless an override sets the field.
+
+    If `always_local` is true, a value that is not a URI is always treated as a path.
+    """
     if option_key not in draft.given_options or spec_path in draft.request.overrides:
         return
     given_option = draft.given_options[option_key]
@@ -46,7 +49,7 @@ def assign_source(draft: JobDraft, option_key: str, spec_path: str, *, always_lo
 
 
 def assign_tokenizer(draft: JobDraft, option_key: str, model_key: str) -> None:
-    """Set the tokenizer, unless the file names the model itself as tokenizer and an override replaces the model."""
+    """Set the tokenizer. If the file names its model as the tokenizer, and an override replaces the model, do not set it."""
     if "model.source" in draft.request.overrides and option_key in draft.given_options and draft.get(option_key) == draft.get(model_key):
         draft.add_note(
             f"{draft.given_options[option_key].key} is the name of the model itself, so the job uses the tokenizer of --model"
@@ -77,7 +80,10 @@ def assign_config_map(draft: JobDraft, option_key: str, spec_path: str, name_suf
 
 
 def assign_output_folder(draft: JobDraft, option_key: str) -> None:
-    """Set the folder for results. It is relative to the storage root; a warning says so for an absolute path."""
+    """Set the folder for results, which is below the storage root.
+
+    If the file gives an absolute path, add a warning that the folder is below the storage root.
+    """
     given_option = draft.given_options[option_key]
     given_folder = str(given_option.value).replace("\\", "/")
     relative_path = re.sub(r"^(\./)+", "", given_folder).lstrip("/")

@@ -30,7 +30,7 @@ RECOGNISED_KEYS = (
     "n_epochs", "training_type", "training_method", "n_checkpoints", "n_evals", "lora", "lora_r", "train_on_inputs", "batch_size", "warmup_ratio",
     "learning_rate", "wandb_api_key", "wandb_project_name",
 )  # fmt: skip
-"""Keys at the top level of a job of Together's API. A job of OpenAI's API has none of them there."""
+"""Keys at the top level of a job of Together's API. None of these keys is at the top level of a job of OpenAI's API."""
 
 
 def accept_word(word: str, convert: Any) -> Any:
@@ -150,7 +150,7 @@ def combine_options(draft: JobDraft) -> None:
 
 
 def _use_hub_name(draft: JobDraft) -> None:
-    """Remove `-Reference` from the model's name, because the API adds it to the name of the model on the hub."""
+    """Remove `-Reference` from the model's name. The API adds this ending to the name that the model has on the hub."""
     option = draft.given_options.get("model")
     if option is not None and str(option.value).endswith("-Reference"):
         draft.given_options["model"] = replace(option, value=str(option.value).removesuffix("-Reference"))

@@ -1,7 +1,7 @@
 """`toml`: the importer for a TOML file with sections for training, inference, evaluation, the pipeline and a tracker.
 
-The tool has no defaults, so a missing option gets the value that it has in the tool's main example. Two kinds of options get no value:
-`push_to_hub`, because the example publishes the model, and the options that name a data set, server or run of the example's author.
+The tool has no defaults, so a missing option gets the value that it has in the tool's main example. Some options do not get the value of the example:
+`push_to_hub`, because the example publishes the model, and options that name a data set, server or run of the example's author.
 """
 
 from __future__ import annotations
@@ -311,7 +311,10 @@ def _list_variables(value: Any) -> list[str]:
 
 
 def _resolve_value(value: Any, draft: JobDraft) -> Any:
-    """Return None for the string `"null"`, and the value of the environment variable for a string `"${NAME}"`. Do the same for the items of a list."""
+    """Return None for the string `"null"`, and the value of the environment variable for a string `"${NAME}"`.
+
+    In a list, each item is replaced in the same way.
+    """
     if isinstance(value, list):
         return [item for item in (_resolve_value(item, draft) for item in value) if item is not None]
     if value == "null":
@@ -323,7 +326,7 @@ def _resolve_value(value: Any, draft: JobDraft) -> Any:
 def scan_lines(document: InputDocument) -> dict[str, int]:
     """Return the line of each section and key.
 
-    Raise InvalidInput for errors for which the message of the TOML parser would contain neither the key nor a hint.
+    Raise InvalidInput for errors that the TOML parser reports without the key and without a hint.
     """
     line_of_key: dict[str, int] = {}
     mistakes: list[Mistake] = []
@@ -361,7 +364,7 @@ def _record_line(
 
 
 def _find_closing_quotes(value: str) -> str:
-    """Return the quotes that end a multi-line string if `value` begins one, and an empty string otherwise."""
+    """If `value` begins a multi-line string, return the quotes that end this string. Otherwise return an empty string."""
     for quotes in ('"""', "'''"):
         if value.startswith(quotes) and value.count(quotes) == 1:
             return quotes
@@ -411,7 +414,7 @@ def combine_options(draft: JobDraft) -> None:
 
 
 def _note_system_column(draft: JobDraft) -> None:
-    """Add a note if the file turns the system column off, because the trainer nevertheless reads a column named `system`."""
+    """Add a note if the file turns the system column off, because the trainer reads a column named `system` even so."""
     key = "fine_tuner.system_prompt_column"
     if key in draft.given_options and draft.get(key) is None and "fine_tuner.system_prompt_override_text" not in draft.given_options:
         draft.add_note(
@@ -608,7 +611,7 @@ def _set_judge(draft: JobDraft) -> None:
 
 
 def _set_phases(draft: JobDraft) -> None:
-    """Turn off the phases that `stop_after_*` and `--skip-*` options end or skip. These options override the `enable_*` options."""
+    """Turn off the phases of the tool's pipeline that a `stop_after_*` or `--skip-*` option turns off. These options override the `enable_*` options."""
     for key, skipped_phases in (
         ("pipeline.stop_after_finetuning", ("phases.infer", "phases.evaluate")),
         ("pipeline.stop_after_inference", ("phases.evaluate",)),

@@ -59,7 +59,7 @@ DATASET_BY_BUILDER: dict[str, tuple[str, str, dict[str, str], bool]] = {
     "hh_rlhf_helpful_dataset": ("RLHFlow/HH-RLHF-Helpful-standard", "preference", {}, False),
     "cnn_dailymail_articles_dataset": ("ccdv/cnn_dailymail", "plainText", {"text": "article"}, True),
 }  # fmt: skip
-"""For each of torchtune's data sets: source, format, columns, and whether its default is to train on all tokens."""
+"""For each of torchtune's data sets: source, format, columns, and whether torchtune trains on all tokens of the data set by default."""
 COLUMN_FIELD_BY_NAME = {
     "input": "question",
     "output": "answer",
@@ -197,7 +197,7 @@ def read_options(draft: JobDraft) -> Iterator[OptionEntry]:
 
 
 def resolve_references(value: Any, top_level_values: dict[str, Any]) -> Any:
-    """Return a value in which each `${name}` is replaced by the top-level value of this key, as OmegaConf does."""
+    """Return a value in which each `${name}` is replaced by the value of the top-level key `name`, as OmegaConf does."""
     if isinstance(value, str):
         single_reference = re.match(r"^\$\{(\w+)\}$", value)
         if single_reference:
@@ -209,8 +209,7 @@ def resolve_references(value: Any, top_level_values: dict[str, Any]) -> Any:
 def read_overrides(draft: JobDraft, command_words: list[str], dataset_options: dict[str, dict[str, Any]]) -> Iterator[OptionEntry]:
     """Yield the options of `key=value` overrides. Skip the recipe's name and the launcher's options.
 
-    `dataset_options`: the options of `dataset` and `dataset_val` in the file. This function adds the overrides of these options
-    to the mapping.
+    `dataset_options`: the options of `dataset` and `dataset_val` in the file. Overrides of these options are added to this mapping.
     """
     skip_next = False
     changed_keys: list[str] = []
@@ -356,7 +355,10 @@ def _set_data(draft: JobDraft) -> None:
 
 
 def _read_dataset(draft: JobDraft, option_key: str, dataset_entry: Any) -> DataSource | None:
-    """Return the data source of one data set, or None if it is refused. For `dataset`, set packing, the loss on answers only and the system prompt."""
+    """Return the data source of one data set, or None if it is refused.
+
+    If the option is `dataset`, also set packing, the system prompt, and whether the loss counts only answers.
+    """
     dataset_entry = dataset_entry if isinstance(dataset_entry, dict) else {"_component_": dataset_entry}
     component = str(dataset_entry.get("_component_", "")).rpartition(".")[2]
     if component not in DATASET_BY_BUILDER:

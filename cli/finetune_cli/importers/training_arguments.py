@@ -58,7 +58,7 @@ def to_strategy(value: Any) -> str:
 
 
 def to_flag_or_path(value: Any) -> Any:
-    """Convert true or false to a boolean, and any other value to a path."""
+    """Convert `true` or `false` to a boolean, and any other value to a path."""
     return to_boolean(value) if isinstance(value, bool) or str(value).lower() in ("true", "false") else to_text(value)
 
 
@@ -165,13 +165,16 @@ DEFAULTS: tuple[ToolDefault, ...] = (
     ToolDefault("tracking.loggingSteps", 500),
     ToolDefault("output.layout", "flat", is_applicable=lambda draft: draft.has_value("output.dir")),
 )  # fmt: skip
-"""Defaults of transformers. If a tool has other defaults, its importer lists them before these, because the first default of a field is used."""
+"""Defaults of transformers.
+
+If a tool has other defaults, its importer lists these defaults before the defaults of transformers, because the first default of a field is used.
+"""
 
 
 def set_training_arguments(draft: JobDraft, *, default_precision: str = "no") -> None:
     """Set the fields that depend on several training arguments.
 
-    `default_precision`: the mixed precision for a file without `bf16` and `fp16`. If it is empty, the defaults of the tool set the precision.
+    `default_precision`: the mixed precision if the file sets neither `bf16` nor `fp16`. If it is empty, the defaults of the tool set the mixed precision.
     """
     set_precision(draft, default_precision)
     set_distribution(draft)
@@ -182,7 +185,7 @@ def set_training_arguments(draft: JobDraft, *, default_precision: str = "no") ->
 
 
 def set_precision(draft: JobDraft, default_precision: str) -> None:
-    """Set the mixed precision from `bf16`, `fp16` or, for a file without both, from `default_precision`."""
+    """Set the mixed precision from `bf16` or `fp16`. If the file sets neither, set it from `default_precision`."""
     if draft.get("bf16") and draft.get("fp16"):
         draft.add_mistake(
             ("bf16", "fp16"),
@@ -271,7 +274,10 @@ def set_distribution(draft: JobDraft) -> None:
 
 
 def set_deepspeed(draft: JobDraft) -> None:
-    """Set DeepSpeed from a given DeepSpeed JSON file and from the option `deepspeed`, which is the name of such a file or its content."""
+    """Set DeepSpeed from a DeepSpeed JSON file of the user and from the option `deepspeed`.
+
+    The value of this option is the name or the content of a DeepSpeed JSON file.
+    """
     for document in draft.documents:
         if is_deepspeed(document):
             read_deepspeed(draft, document)
@@ -353,7 +359,10 @@ def set_fsdp(draft: JobDraft) -> None:
 
 
 def set_state_dict(draft: JobDraft, option_key: str, state_dict_type: Any) -> None:
-    """Set the form of FSDP's checkpoints from `state_dict_type`, the value of the option `option_key`. Refuse a form that FSDP version 2 does not have."""
+    """Set the form of FSDP's checkpoints from `state_dict_type`, which is the value of the option `option_key`.
+
+    Refuse a form that FSDP version 2 does not support.
+    """
     state_dict_form = str(state_dict_type or "").upper().removesuffix("_STATE_DICT")
     if state_dict_form in ("FULL", "SHARDED"):
         draft.assign("distributed.fsdp.stateDict", state_dict_form.lower(), option_key)

@@ -48,7 +48,7 @@ KEYS_BY_TRAINER = {
     "grpo": ("num_generations", "reward_funcs", "epsilon", "scale_rewards"), "kto": ("desirable_weight", "undesirable_weight"),
     "dpo": ("precompute_ref_log_probs", "f_divergence_type", "label_smoothing", "beta"), "reward": ("center_rewards_coefficient",),
 }  # fmt: skip
-"""Keys that only the files of one trainer have. The importer infers the trainer from them if no command names it."""
+"""For each trainer: keys that files of other trainers do not have. If no command names the trainer, the importer infers it from these keys."""
 
 
 def recognises_input(documents: tuple[InputDocument, ...], command_words: tuple[str, ...]) -> bool:
@@ -114,7 +114,7 @@ def _join_lists(command_words: list[str]) -> list[str]:
 
 
 def find_trainer(draft: JobDraft, command: tuple[str, ...]) -> tuple[str, bool]:
-    """Return the name of the trainer, and whether the command names it. If it does not, infer the trainer from the keys of the file."""
+    """Return the name of the trainer, and whether the command names it. If the command does not name it, infer the trainer from the keys of the file."""
     for word in command:
         name = re.sub(r"^.*/|\.py$", "", word)
         if name in TRAINERS:

@@ -169,7 +169,7 @@ DEFAULTS: tuple[ToolDefault, ...] = (
 def set_trl_options(draft: JobDraft, trainer: str, *, uses_adapter: bool | None = None) -> None:
     """Set the fields whose value depends on several options.
 
-    `trainer`: a value of `trainer.type`. `uses_adapter`: whether the job trains an adapter; None takes the value of the option `use_peft`.
+    `trainer`: a value of `trainer.type`. `uses_adapter`: whether the job trains an adapter. If it is None, the option `use_peft` decides this.
     """
     revision = draft.get("model_revision")
     assign_source_uri(

@@ -1,6 +1,7 @@
 """`unsloth`: the importer for the arguments of Unsloth's functions, written as YAML or JSON, and for the flags of its script.
 
-The functions are `FastLanguageModel.from_pretrained`, `get_peft_model` and `SFTConfig`. Their arguments may be in one group or in several.
+The functions are `FastLanguageModel.from_pretrained`, `get_peft_model` and `SFTConfig`. The file may have the arguments of all functions in one
+group, or in several groups.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ TRL_NAME_BY_NAME = {
     "modules_to_save": "lora_modules_to_save", "target_parameters": "lora_target_parameters", "use_gradient_checkpointing": "gradient_checkpointing",
     "dataset": "dataset_name", "random_state": "seed", "hub_path": "hub_model_id", "push_model": "push_to_hub",
 }  # fmt: skip
-"""For each option that Unsloth names differently: its name in TRL."""
+"""For each option that has different names in Unsloth and TRL: the name in TRL."""
 GROUP_NAMES = (
     "model", "from_pretrained", "model_args", "lora", "peft", "get_peft_model", "peft_args", "lora_args", "training", "training_args", "training_arguments",
     "args", "sft_config", "trainer", "data", "data_args", "save", "logging",
 )  # fmt: skip
-"""Names of groups that a file may have. They are ignored, because an option has the same meaning in every group."""
+"""Names of groups that a file may have. The importer ignores these names, because an option has the same meaning in every group."""
 OWN_OPTION_ROWS: tuple[OptionRow, ...] = (
     OptionRow("full_finetuning", "method.type", to_boolean, is_set_by_combine=True),
     OptionRow("bias", "method.lora.bias", to_choice({"none": "none", "all": "all", "lora_only": "loraOnly"})),

@@ -200,7 +200,7 @@ RECOGNISED_FLAG_PREFIXES = ("--model.", "--fine_tuning.", "--training.", "--data
 
 
 def recognises_input(documents: tuple[InputDocument, ...], command_words: tuple[str, ...]) -> bool:
-    """Return whether a document has `model.base_model` or a section `fine_tuning` or, without documents, whether a word is a flag of the tool."""
+    """Return whether a document has `model.base_model` or a section `fine_tuning`. If there are no documents, return whether a word is a flag of the tool."""
     if not documents:
         return any(word.startswith(RECOGNISED_FLAG_PREFIXES) for word in command_words)
     for document in documents:
@@ -212,7 +212,7 @@ def recognises_input(documents: tuple[InputDocument, ...], command_words: tuple[
 
 
 def read_options(draft: JobDraft) -> Iterator[OptionEntry]:
-    """Yield the options of the files in order, then the overrides. `combine_options` reads a DeepSpeed JSON file later."""
+    """Yield the options of the files in order, then the overrides. A DeepSpeed JSON file is left out, because `combine_options` reads it."""
     overrides = list(_read_overrides(draft))
     for document in draft.documents:
         if not is_deepspeed(document):
@@ -422,7 +422,7 @@ def _set_distributed(draft: JobDraft) -> None:
 
 
 def assume_two_gpus(draft: JobDraft, strategy: str) -> None:
-    """Set two GPUs per node if nothing sets the number of ranks, because `strategy` needs several.
+    """If nothing sets the number of ranks, set two GPUs per node, because `strategy` needs several ranks.
 
     Files of other tools do not contain the number of GPUs, because their launcher sets it.
     """
@@ -539,7 +539,7 @@ def _build_benchmark(name: str, folder: str | None) -> dict[str, Any]:
 
 
 def _set_eval_steps(draft: JobDraft, steps_key: str, is_enabled: bool) -> None:
-    """Set the evaluation interval from the section `evaluation` or, without it there, from the section `output`."""
+    """Set the evaluation interval from the section `evaluation`. If this section has no interval, set it from the section `output`."""
     other_key = "output.eval_steps"
     if steps_key in draft.given_options and other_key in draft.given_options and draft.get(steps_key) != draft.get(other_key):
         given_option = draft.given_options[other_key]

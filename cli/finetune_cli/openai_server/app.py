@@ -34,7 +34,7 @@ MAX_BODY_BYTES = 1 << 20
 MAX_FIELD_BYTES = 1 << 10
 HEALTH_PATH = "/healthz"
 CLIENT_CLOSED_REQUEST = 499
-"""The HTTP status in the log of a request whose client disconnected. No client receives this status."""
+"""The HTTP status that the log shows for a request whose client disconnected. The status is never sent."""
 MAX_UPLOADS = 4
 """Largest number of uploads at the same time. The chart gives the pod enough disk space for this number of files."""
 UPLOAD_HINT = "send multipart/form-data with the fields purpose and file"
@@ -65,7 +65,7 @@ def create_app(service: FineTuningService, keys: KeyTable) -> web.Application:
 
 
 class Handlers:
-    """The functions that handle the requests, and the limit on uploads at the same time."""
+    """The functions that handle the requests, and the limit on the number of simultaneous uploads."""
 
     def __init__(self, service: FineTuningService):
         self._service = service
@@ -88,7 +88,7 @@ class Handlers:
         return handle
 
     def change_job(self, spec_changes: dict[str, bool]) -> Handler:
-        """Return a handler that sets these fields in the spec of the job in the path."""
+        """Return a handler that sets these fields in the spec of the job that the path of the request names."""
         return self.call_with_id(lambda account, job_id: self._service.change_job(account, job_id, spec_changes))
 
     async def create_job(self, request: web.Request) -> web.Response:
@@ -149,7 +149,7 @@ class Handlers:
 
     async def read_file(self, request: web.Request) -> web.StreamResponse:
         content = await asyncio.to_thread(self._service.read_file, request[ACCOUNT], request.match_info["id"])
-        # The first chunk is read before the status is sent, so that an error of S3 still becomes an error response.
+        # The first chunk is read before the status is sent. If S3 fails at the first chunk, the client can therefore still get an error response.
         chunk = await asyncio.to_thread(next, content.chunks, b"")
         disposition = f"attachment; filename*=UTF-8''{quote(content.name, safe='')}"
         response = web.StreamResponse(headers={"Content-Type": "application/octet-stream", "Content-Disposition": disposition})
@@ -239,7 +239,7 @@ def _answer_damaged_body(request: web.Request) -> web.Response:
     message = "the body of the request is damaged: its encoding, or the header of a part, cannot be read"
     response = _build_error_response(bad_request(message, None, "invalid_body"))
     if request.content.exception() is not None:
-        # Otherwise, aiohttp would read the rest of the body, fail again, and log a traceback.
+        # Without this, aiohttp would read the rest of the request body, fail again, and log a traceback.
         request.content.feed_eof()
         response.force_close()
     return response

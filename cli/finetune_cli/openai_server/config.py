@@ -29,7 +29,10 @@ UNUSED_STORAGE_FIELDS = {
     "encryption": "remove it, and set the default encryption of the bucket",
     "caBundleRef": "remove it, and write an endpoint whose certificate a public CA has signed",
 }
-"""For each field of `storage` that is refused: what to write instead. The server's own requests to S3 would ignore these fields."""
+"""For each field that is refused in `storage`: a hint what to write instead.
+
+These fields are refused, because the server's own requests to S3 would ignore them.
+"""
 
 
 class ServedModel(WireModel):
@@ -42,7 +45,7 @@ class ServerConfig(WireModel):
     """The content of the server's configuration file."""
 
     storage: StorageRoot
-    """Where the server stores the clients' files, and where each job stores its results. Only the pods of the jobs use `credentialsSecretRef`."""
+    """The storage for the clients' files and for the results of the jobs. The pods of the jobs use `credentialsSecretRef`, but the server itself does not."""
     models: dict[str, ServedModel] = Field(min_length=1)
     """The models, by the names that clients write."""
     max_file_bytes: Annotated[int, Field(ge=1)] = 512 << 20
@@ -95,7 +98,7 @@ def _find_spec_problems(spec: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def flatten_fields(values: dict[str, Any], model: Any = FineTuneJobSpec, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the dotted path and the value of each field of a spec. A map such as a node selector is one value, because its keys may contain dots."""
+    """Yield the dotted path and the value of each field of a spec. A map such as a node selector is yielded as one value, because its keys may contain dots."""
     for name, field in model.model_fields.items():
         key = field.alias or name
         if key not in values:

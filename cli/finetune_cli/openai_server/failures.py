@@ -38,7 +38,7 @@ def not_found(object_type: str, object_id: str, param: str) -> RequestFailure:
 
 
 def convert_cluster_error(error: ClusterError, user: str) -> RequestFailure:
-    """Return the failure for an error of the Kubernetes API. `user`: the ServiceAccount in whose name the server sent the request."""
+    """Return the failure for an error of the Kubernetes API. `user`: the ServiceAccount that the server impersonated in the request."""
     if error.code == HTTPStatus.FORBIDDEN and "impersonate" in str(error):
         message = f"this server may not act as {user}: its administrator must grant it the verb `impersonate` on this ServiceAccount"
         return RequestFailure(HTTPStatus.INTERNAL_SERVER_ERROR, message, code="impersonation_forbidden")

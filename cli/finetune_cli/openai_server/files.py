@@ -19,12 +19,15 @@ from finetune_cli.transfers import SilentProgress
 from finetune_cli.uploads import LocalFile, Uploader
 
 FILES_FOLDER = "_files"
-"""The folder for files in each namespace. No job writes there: jobs write below their name, which never begins with an underscore."""
+"""The folder for files in each namespace.
+
+No job writes to this folder, because a job writes to a folder with its own name, and this name never begins with an underscore.
+"""
 ROWS_FILE_NAME = "rows.jsonl"
 MAX_ENCODED_NAME_LENGTH = 512
 """Largest number of characters in an encoded file name. An S3 key has at most 1024 bytes."""
 MAX_LINE_BYTES = 2 << 20
-"""Largest size of a row, in bytes. Its Python objects can take thirty times as much memory."""
+"""Largest size of a row, in bytes. The Python objects of a parsed row can take thirty times as much memory as the row."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,10 @@ class FileStore:
         return self._storage.read_chunks(file.key)
 
     def read_first_lines(self, file: ClientFile) -> list[str]:
-        """Return the lines in the first chunk of a file, without a last line that is cut off. Raise StorageError if S3 fails."""
+        """Return the lines in the first chunk of a file.
+
+        If the end of the chunk cuts off the last line, leave this line out. Raise StorageError if S3 fails.
+        """
         chunk = next(self.read_chunks(file), b"")
         complete_lines = chunk if len(chunk) >= file.size else chunk[: chunk.rfind(b"\n") + 1]
         # splitlines() would also split at Unicode line separators, which JSON strings may contain.

@@ -1,4 +1,4 @@
-"""Builds the objects of the OpenAI API for a FineTuneJob: the job, its events and its checkpoints, only from the Kubernetes objects."""
+"""Builds the objects of the OpenAI API for a FineTuneJob: the job, its events and its checkpoints. The Kubernetes objects are the only source."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ API_STATUS_BY_PHASE = {
     None: "validating_files", Phase.PREPARING: "validating_files", Phase.VALIDATING: "validating_files",
     Phase.PENDING: "queued", Phase.QUEUED: "queued", Phase.STARTING: "queued", Phase.SUSPENDED: "paused",
 }  # fmt: skip
-"""For each phase of a job that is not running and has not ended: the value of the API's field `status`."""
+"""The value of the API's field `status` for each phase in which a job is not running and has not ended."""
 LEVEL_BY_EVENT_TYPE = {"Normal": "info", "Warning": "warn"}
 
 
@@ -41,7 +41,7 @@ def _mapping_or_empty(value: Any) -> dict[str, Any]:
 
 
 def get_api_status(job: dict[str, Any], status: FineTuneJobStatus) -> str:
-    """Return the value of the API's field `status`. It is `cancelled` as soon as a user cancels the job, because no user can undo that."""
+    """Return the value of the API's field `status`. The status is `cancelled` as soon as a user cancels the job, because a cancellation cannot be undone."""
     if has_succeeded(status):
         return "succeeded"
     if has_finished(status):
@@ -81,7 +81,10 @@ def build_api_job(job: dict[str, Any], result_files: list[str]) -> dict[str, Any
 
 
 def _find_hyperparameters(job: dict[str, Any], request: dict[str, Any], status: FineTuneJobStatus, method: str) -> dict[str, Any]:
-    """Return the hyperparameters that the job uses. A hyperparameter that is not known yet has the value of the request or, without one, `auto`."""
+    """Return the hyperparameters that the job uses.
+
+    If the value of a hyperparameter is not known yet, return the value from the request. If the request has no value, return `auto`.
+    """
     requested_values = {
         **request.get("hyperparameters", {}),
         **{key: value for key, value in _mapping_or_empty(get_value(request, f"method.{method}.hyperparameters")).items() if value not in (None, "auto")},

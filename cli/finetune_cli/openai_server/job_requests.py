@@ -1,8 +1,8 @@
 """Turns a client's request for a fine-tuning job into a FineTuneJob.
 
-The importer of `finetune import --from openai` reads the hyperparameters, methods and integrations, so that they mean the same in a request and in
-an imported file. The configuration of the server lists spec fields for each model, and a job gets the fields of the model that it names. A value
-of the client replaces such a field, but not the fields below `resources`.
+The importer of `finetune import --from openai` reads the hyperparameters, methods and integrations. Therefore they have the same meaning in a request
+as in an imported file. The configuration of the server lists spec fields for each model, and a job gets the fields of the model that it names. A
+value from the client's request replaces the value in the configuration, except for the fields below `resources`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ GRADERS_HINT = (
 )
 
 FindFile = Callable[[str], ClientFile | None]
-"""Returns the file with this id in the namespace of the client, or None."""
+"""A function that returns the file with this id in the namespace of the client, or None if there is no such file."""
 
 
 def build_job(
@@ -71,9 +71,11 @@ def build_job(
 
 
 def check_models(config: ServerConfig) -> list[Mistake]:
-    """Build a job for each model from a request without options, to find mistakes that only a complete job shows. Return these mistakes.
+    """Build a job for each model from a request without options, and return the mistakes of these jobs.
 
-    DPO is checked only for models whose configuration sets fields below `trainer.dpo`. The other models may be meant for supervised fine-tuning only.
+    Some mistakes in the configuration cannot be found without a complete job.
+
+    A DPO job is built only if the configuration of the model sets fields below `trainer.dpo`. Other models may be meant only for supervised fine-tuning.
     """
     mistakes = []
     for name, served_model in config.models.items():
@@ -104,7 +106,8 @@ def import_request(request: dict[str, Any], config: ServerConfig, served_model: 
     except InvalidInput as error:
         raise _to_failure(error.mistakes) from None
     for warning in result.warnings:
-        # Clients of the API do not get warnings. A request for which the importer warns is therefore refused, for example about an option without effect.
+        # Clients of the API do not get warnings. Therefore, if the importer has a warning, for example about an option without effect, the request is
+        # refused.
         location, _, message = warning.partition(": ")
         key = message.partition(": ")[0].partition(" has no effect")[0]
         raise bad_request(f"{message}: remove it" if "no effect" in message else message or location, key if key in request else None)
@@ -112,7 +115,10 @@ def import_request(request: dict[str, Any], config: ServerConfig, served_model: 
 
 
 def _build_importer(fields: dict[str, Any]) -> Importer:
-    """Return the importer of the API. The fields in the server's configuration become defaults, which have precedence over the importer's own defaults."""
+    """Return the importer of the API.
+
+    The fields in the server's configuration are added as defaults, and have precedence over the importer's own defaults.
+    """
 
     def to_default(path: str, value: Any) -> ToolDefault:
         if path.startswith("trainer.dpo."):
@@ -165,7 +171,7 @@ def _check_method(request: dict[str, Any]) -> None:
 
 
 def _check_texts(request: dict[str, Any]) -> None:
-    """Refuse a suffix or metadata beyond the limits of the API, and free texts that contain a secret."""
+    """Refuse a suffix or metadata that is larger than the API allows, and a suffix or metadata that contains a secret."""
     suffix = request.get("suffix")
     if suffix is not None and (not isinstance(suffix, str) or not 0 < len(suffix) <= MAX_SUFFIX):
         raise bad_request(f"suffix must be a text of 1 to {MAX_SUFFIX} characters", "suffix")

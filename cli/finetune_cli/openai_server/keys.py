@@ -1,4 +1,4 @@
-"""The table of API keys: the ServiceAccount that each key stands for. The table contains the digests of the keys, but not the keys."""
+"""The table of API keys, with the ServiceAccount to which each key belongs. The table contains the digests of the keys, but not the keys."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ KEYS_HINT = "write `keys:` with entries {sha256: <sha256 of the key>, namespace:
 
 @dataclass(frozen=True)
 class Account:
-    """The ServiceAccount that an API key stands for."""
+    """The ServiceAccount to which an API key belongs."""
 
     namespace: str
     service_account: str
@@ -38,7 +38,7 @@ class Account:
 
 
 class KeyEntry(WireModel):
-    """One entry of the table: the SHA-256 digest of a key in hexadecimal digits, and the ServiceAccount that the key stands for."""
+    """One entry of the table: the SHA-256 digest of a key in hexadecimal digits, and the ServiceAccount to which the key belongs."""
 
     sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
     namespace: ObjectName
@@ -61,7 +61,10 @@ class KeyFile(WireModel):
 
 
 class KeyTable:
-    """The table of API keys in a file. It reads a changed file again, so that a removed key stops working without a restart of the server."""
+    """The table of API keys in a file.
+
+    If the file changes, the server reads it again. Therefore a removed key stops working without a restart of the server.
+    """
 
     def __init__(self, path: Path):
         """Read the file. Raise UnreadableFile, or InvalidInput with all mistakes."""
@@ -73,14 +76,14 @@ class KeyTable:
     def find_account(self, api_key: str) -> Account | None:
         """Return the account of a key, or None for an unknown key. Raise RequestFailure if the file has changed and is not valid.
 
-        Every entry is compared, each in constant time, so that the duration of the comparison tells nothing about the keys.
+        The key is compared with every entry, each time in constant time, so that the duration of the comparison reveals nothing about the valid keys.
         """
         try:
             with self._lock:
                 self._reload()
                 entries = self._entries
         except (UnreadableFile, InvalidInput) as error:
-            # The old table is not used, because it may contain a key that was just removed.
+            # The table that was read before the change is not used, because it may contain a key that was just removed.
             problems = error.mistakes if isinstance(error, InvalidInput) else [error]
             logger.error("the table of API keys is not valid, so all requests are refused: %s", "; ".join(map(str, problems)))
             message = "the table of API keys of this server is not valid: ask its administrator to correct the table; the server's log names the mistake"

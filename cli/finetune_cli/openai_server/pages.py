@@ -13,7 +13,10 @@ MAX_LIMIT = 10_000
 
 @dataclass(frozen=True)
 class PageRequest:
-    """The page that a client requests: at most `limit` objects, after the object with the id `after` or from the beginning."""
+    """The page that a client requests.
+
+    It has at most `limit` objects, and begins after the object with the id `after` or, without `after`, with the first object.
+    """
 
     limit: int
     after: str | None = None

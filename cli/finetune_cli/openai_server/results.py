@@ -14,19 +14,22 @@ from finetune_cli.job_storage import JobStorage
 from finetune_cli.openai_server.failures import bad_request
 
 NAME_BY_METRIC = {"loss": "train_loss", "eval_loss": "valid_loss"}
-"""For each metric that the API names differently than the trainer: its name in the API."""
+"""For each metric that has different names in the API and in the trainer: the name in the API."""
 ATTEMPT_FILE_PATTERN = re.compile(r"/a(\d+)-[^/]*\.jsonl$")
 """Matches the S3 key of the metrics file of one attempt, such as `a2-1f3c9a2b.jsonl`. Other files in the folder contain no metrics."""
 MAX_METRICS_BYTES = 16 << 20
-"""Largest total size of a job's metrics files, in bytes, enough for about 50,000 logged steps. Their Python objects take several times as much memory."""
+"""Largest total size of a job's metrics files, in bytes, which is enough for about 50,000 logged steps.
+
+The parsed metrics take several times as much memory.
+"""
 FIRST_COLUMNS = ("step", "train_loss", "valid_loss")
 
 
 def build_metrics_csv(storage: JobStorage, job_folder: str) -> bytes:
     """Return the metrics of a job as CSV, with one row for each logged step. `job_folder` is relative to the storage.
 
-    A step that a later attempt repeated has the values of the later attempt. Raise RequestFailure if the metrics are too large, and StorageError if
-    S3 fails.
+    If a later attempt repeated a step, the row of the step has the values of the later attempt. Raise RequestFailure if the metrics are too large,
+    and StorageError if S3 fails.
     """
     folder = f"{job_folder}/{Storage.METRICS}"
     size_by_key = {stored.key: stored.size for stored in storage.list_objects(folder) if ATTEMPT_FILE_PATTERN.search(stored.key)}

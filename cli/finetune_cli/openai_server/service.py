@@ -1,4 +1,7 @@
-"""The work behind the paths of the API, without HTTP: reads and writes FineTuneJobs as the client's ServiceAccount, and files in S3."""
+"""The operations of the API without the HTTP part.
+
+Each operation reads and writes FineTuneJobs with the rights of the client's ServiceAccount, and files in S3.
+"""
 
 from __future__ import annotations
 
@@ -50,13 +53,13 @@ class FileContent:
 
 
 class FineTuningService:
-    """The operations on jobs and files that clients may request. Each acts with the rights of the client's account."""
+    """The operations on jobs and files that clients may request. Each operation has the rights of the client's ServiceAccount."""
 
     def __init__(self, config: ServerConfig, cluster: Cluster):
         """`cluster`: the connection with the credentials of the server itself, which need only the right `impersonate`."""
         self._config, self._cluster = config, cluster
         self._row_check_lock = threading.Lock()
-        """With this lock, only one file is checked at a time, because the check of one row can take much memory."""
+        """This lock makes sure that only one file is checked at a time, because the check of one row can need much memory."""
 
     @functools.cached_property
     def _storage(self) -> JobStorage:
@@ -124,7 +127,7 @@ class FineTuningService:
     # --- files
 
     def check_upload(self, account: Account) -> None:
-        """Check that the client may upload files. The server calls this before it reads the upload."""
+        """Check that the client may upload files. The server calls this function before it reads the uploaded file."""
         self._require_right(account, "create")
 
     def add_file(self, account: Account, name: str, path: Path) -> KubeObject:
@@ -134,7 +137,10 @@ class FineTuningService:
         return _to_api_file(self._files.add(account.namespace, name, path))
 
     def list_files(self, account: Account, query: Query) -> KubeObject:
-        """Return a page of the uploaded files in the client's namespace. Result files are not listed, only named in the objects of their jobs."""
+        """Return a page of the uploaded files in the client's namespace.
+
+        The page does not contain result files. A client finds the id of a result file in the object of its job.
+        """
         refuse_unknown_parameters(query, "limit", "after", "order", "purpose")
         page, order = read_page_request(query, FILES_PER_PAGE), query.get("order", "desc")
         if order not in ("asc", "desc"):
@@ -176,7 +182,7 @@ class FineTuningService:
     # --- helpers
 
     def _connect_as(self, account: Account) -> Cluster:
-        """Return a connection to the cluster that acts in the name of the client's ServiceAccount."""
+        """Return a connection to the cluster that impersonates the client's ServiceAccount."""
         return replace(self._cluster, namespace=account.namespace, impersonated_user=account.user)
 
     def _require_right(self, account: Account, verb: str) -> None:
@@ -216,10 +222,10 @@ class FineTuningService:
         return job_objects.build_api_job(finetunejob, result_files)
 
     def _find_job_folder(self, job: KubeObject) -> str | None:
-        """Return the job's folder relative to the storage of the server, or None for a job that stores its results elsewhere.
+        """Return the job's folder relative to the storage of the server, or None if the job stores its results in another storage.
 
-        The server reads with its own S3 credentials. A FineTuneJob that a user wrote with kubectl must not make the server read from
-        another storage or namespace.
+        The server reads this folder with its own S3 credentials. Therefore, a FineTuneJob that a user wrote with kubectl must not make the server
+        read from another storage or namespace.
         """
         try:
             root, _ = locate_job_folder(job)
