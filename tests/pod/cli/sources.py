@@ -74,7 +74,10 @@ def make_rows(row_format: str) -> str:
 
 
 def import_options(name: str, model: str, data: str) -> list[str]:
-    """Return the options of `finetune import` for a local model, local data and a CPU. The options also remove spec groups that need a server."""
+    """Return the options of `finetune import` for a local model, local data and a CPU.
+
+    The options also remove `output` and `tracking.reportTo` from the spec, because these need a server.
+    """
     return [
         "--from", name, "--name", name, "--model", model, "--data", data, "--gpus", "0", "--set", "output=null",
         "--set", "tracking.reportTo=null",
