@@ -72,7 +72,7 @@ class DocumentKernel:
             k, v = k.repeat_interleave(groups, 0), v.repeat_interleave(groups, 0)
             distances = torch.arange(end - start)[:, None] - torch.arange(end - start)[None, :]
             visible = (distances >= 0) & ((distances <= before) | (before < 0))
-            # This uses sums, because oneDNN's matrix products in 16 bits need instructions that some CPUs lack.
+            # The products are computed as sums, because oneDNN's matrix products in 16 bits need instructions that some CPUs lack.
             scores = (q[:, :, None] * k[:, None]).sum(-1) * (real_kernel.get("scale") or q.shape[-1] ** -0.5)
             weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
             results.append((weights[..., None] * v[:, None]).sum(2).transpose(0, 1))
