@@ -1,4 +1,4 @@
-"""Metrics from a judge model, with a local endpoint that stands in for it."""
+"""Metrics from a judge model. In these tests, a local endpoint replaces the judge model."""
 
 from __future__ import annotations
 
@@ -270,7 +270,7 @@ def test_a_closed_port_leaves_the_row_unjudged() -> None:
 def test_a_permanent_error_ends_the_evaluation_after_one_request(
     endpoint: StubJudge, connect: Callable[..., Judge], caplog: pytest.LogCaptureFixture, status: int, error_type: type[Any], code: str, parallel: int
 ) -> None:
-    """The endpoint's text may contain the API key, but neither the error nor the log may contain it."""
+    """The endpoint's error text contains the API key. Neither the raised error nor the log may contain this key."""
     caplog.set_level(logging.DEBUG)
     endpoint.answer = lambda path, body: error_reply(status, f"Incorrect API key provided: {KEY}")
     with pytest.raises(error_type) as caught:
