@@ -69,7 +69,7 @@ def make_resume_case(
 ) -> Any:
     """Return one case of a parametrized test. `make test` runs only the quick cases.
 
-    The other resumes that `make test` runs are in tests/e2e/jobs/test_resume.py (pods with two ranks) and in tests/pod/strategies (ranks without a pod).
+    `make test` also resumes pods with two ranks in tests/e2e/jobs/test_resume.py, and ranks without a pod in tests/pod/strategies.
     """
     marks = [] if is_quick else [pytest.mark.faults]
     return pytest.param(

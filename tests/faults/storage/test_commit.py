@@ -151,7 +151,7 @@ def test_an_orphaned_multipart_upload_is_swept(storage: ProxiedTree) -> None:
 def test_a_committed_step_is_complete_at_every_instant(
     storage: ProxiedTree, proxy: S3Proxy, checkpoint: Path, tmp_path: Path
 ) -> None:
-    """While checkpoints are committed and removed under faults, a thread checks again and again that every committed checkpoint has a manifest."""
+    """A thread checks continuously that every committed checkpoint has a manifest, while checkpoints are committed and removed under faults."""
     proxy.fault(Status(503, "SlowDown"), probability=0.2)
     proxy.fault(LostResponse(), operation="PutObject", probability=0.2)
     is_done, read_count, incomplete_checkpoints = threading.Event(), [0], []

@@ -20,7 +20,7 @@ ROW_TEMPLATES = {
 
 @dataclass(frozen=True)
 class Source:
-    """A configuration file of another tool, the format of its rows, and the number of steps and the adapter rank that its job must have."""
+    """A configuration file of another tool, the format of the rows that it expects, and the steps and the adapter rank that the imported job must have."""
 
     file: str
     text: str

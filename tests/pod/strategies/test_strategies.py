@@ -161,8 +161,10 @@ QUICK_CELLS = {
     equal_cell("full", "ddp, accumulated"), equal_cell("lora", "fsdp"), equal_cell("full", "zero2, accumulated"),
     "ddp full, stored in 16 bits", "fsdp full, stored in 16 bits",
 }  # fmt: skip
-"""The cells of the test matrix that `make test` runs, each also with a run that resumes from a checkpoint. They cover every strategy, and ZeRO stages
-2 and 3. `make test-faults` runs all cells."""
+"""The cells of the test matrix that `make test` runs. For each of them, `make test` also runs a cell that resumes from a checkpoint.
+
+These cells cover every strategy, and ZeRO stages 2 and 3. `make test-faults` runs all cells.
+"""
 
 
 def mark_slow_cells(names: Iterable[str]) -> list[Any]:

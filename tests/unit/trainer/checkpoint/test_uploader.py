@@ -111,7 +111,7 @@ def test_the_checkpoint_of_a_stop_is_never_dropped(bench: UploaderBench) -> None
     assert bench.run_state.counters["checkpoints_skipped"] == 2
     assert not (bench.folder / "staged-4").exists()
     assert bench.part_keys() == [], "a run with one pod does not report parts"
-    assert bench.steps_before_commit == [], "no time is lost before the commit of a stop"
+    assert bench.steps_before_commit == [], "the action before a commit does not delay the commit of a stop"
 
 
 def test_a_fenced_commit_ends_the_attempt(bench: UploaderBench) -> None:

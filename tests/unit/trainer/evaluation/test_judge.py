@@ -68,7 +68,10 @@ def read_texts(body: dict[str, Any]) -> dict[str, str]:
 
 
 def claims_reply(supported: int, unsupported: int, found: int, missed: int) -> Reply:
-    """Return a reply with this many supported and unsupported claims of the answer, and found and missed claims of the correct answer."""
+    """Return a reply of the judge with these numbers of claims.
+
+    `supported` and `unsupported` count the claims of the answer. `found` and `missed` count the claims of the correct answer.
+    """
     answer = [{"claim": "c", "supported": True}] * supported + [{"claim": "c", "supported": False}] * unsupported
     reference = [{"claim": "c", "supported": True}] * found + [{"claim": "c", "supported": False}] * missed
     return chat_reply(json.dumps({"answer_claims": answer, "reference_claims": reference}))

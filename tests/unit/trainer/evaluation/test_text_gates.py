@@ -1,8 +1,8 @@
 """Error rate and power of gates for BLEU and ROUGE, with texts that are measured as the stages measure them.
 
 Each population has 1500 rows. A row has a correct answer, and the answers of a base model and of a trained model. The measurements of the whole population are
-the true values of the metrics. A comparison draws rows of the population with replacement. If the margin equals the true
-difference, the model is exactly at the margin.
+the true values of the metrics. A comparison draws rows of the population with replacement. A model is exactly at the
+margin of a gate if its true value is worse than that of the base model by the margin.
 """
 
 from __future__ import annotations
