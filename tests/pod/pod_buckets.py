@@ -49,7 +49,7 @@ class Bucket:
         return bytes(answer["Body"].read())
 
     def put(self, key: str, data: bytes) -> None:
-        """Write an object. Unlike in `read`, `key` is the complete key in the bucket."""
+        """Write an object. `key` is the complete key in the bucket, not a key relative to the job's folder."""
         self.client.put_object(Bucket=self.name, Key=key, Body=data)
 
 

@@ -21,7 +21,7 @@ STEPS, CHECKPOINT_STEPS = 40, 8
 TIMED_SUFFIXES = ("_per_second", "runtime", "data_wait_share", "peak_memory_gb", "mfu", "unix_time", "training_seconds", "step_time")
 """Name suffixes of the logged values that measure time or memory. These values differ even between two equal runs."""
 Lines = dict[tuple[int, str], dict[str, Any]]
-"""The values of each log line, by step and by the loss that the line contains (`loss` or `eval_loss`)."""
+"""The values of each log line. The key of a line is its step and the name of the loss in it (`loss` or `eval_loss`)."""
 Rows = dict[tuple[int, int], list[list[str]]]
 """The hashes of the rows of each micro-batch, by (step, rank)."""
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -60,7 +60,7 @@ class RecordedRun:
 
 
 def make_spec(model: Path, rows: Path, method: str, variant: str = "plain") -> dict[str, Any]:
-    """Return a spec with shuffled rows and gradient accumulation. Most of its checkpoints lie within an epoch and a logging window."""
+    """Return a spec with shuffled rows and gradient accumulation. Most checkpoints of the run are saved in the middle of an epoch and of a logging window."""
     spec = {
         "model": {"source": f"file://{model}"},
         "method": {"type": method, **({"lora": {"dropout": 0.1}} if method == "lora" else {})},

@@ -1,4 +1,4 @@
-"""Run a job of 200 steps that writes a report. Its first attempt is killed; the second one resumes and evaluates the model."""
+"""Run a job of 200 steps that writes a report. The job's first attempt is killed; the second attempt resumes and evaluates the model."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def spec(model: Path, rows: Path) -> dict[str, Any]:
 
 
 def check_failure(termination: TerminationMessage, exit_code: int, code: str, failure_class: FailureClass, *expected_texts: str) -> None:
-    """Check the failure of a pod. Its message or its hint must contain each of `expected_texts`."""
+    """Check the failure of a pod. The failure's message or hint must contain each of `expected_texts`."""
     assert (termination.exit_code, termination.code, termination.class_) == (exit_code, code, failure_class), termination
     for expected_text in expected_texts:
         assert expected_text in f"{termination.message} {termination.hint}"

@@ -89,7 +89,7 @@ def test_a_pod_runs_benchmarks_of_its_model_and_of_the_base_model(model: Path, t
     assert [name for name, _ in found] == ["likelihood", "sums", "written_sums", "hellaswag", "hellaswag", *["sums"] * 7]
     likelihood = found["likelihood", "perplexity"]
     assert likelihood["base"] == pytest.approx(perplexity_of_answers(model), rel=1e-4)
-    assert likelihood["value"] < likelihood["base"]  # the training rows contain such sums
+    assert likelihood["value"] < likelihood["base"]  # the training rows contain sums like those of the task
     sums = found["sums", "acc"]
     assert sums["samples"] == 4 and sums["value"] in (0, 0.25, 0.5, 0.75, 1) and sums["base"] in (0, 0.25, 0.5, 0.75, 1)
     assert sums["difference"] == sums["value"] - sums["base"]
@@ -127,7 +127,7 @@ def test_a_benchmark_runs_code_only_if_its_spec_allows_it(model: Path, tmp_path:
     (tasks / "utils.py").write_text("def first_row(rows):\n    return rows.select([0, 1, 2])\n")
     code.mkdir()
     problem = {"prompt": "def one():\n    return 1\n", "test": "def check(candidate):\n    assert candidate() == 1", "entry_point": "one"}
-    # The first prompt is already a correct function. So it passes its test unless the model adds a syntax error before a stop text.
+    # The first prompt is already a correct function. Its completion passes the test unless the model adds a syntax error before a stop text.
     (code / "rows.jsonl").write_text(json.dumps(problem) + "\n" + json.dumps(problem | {"test": "def check(candidate):\n    assert False"}))
     folders = [
         {"name": "lm-eval", "folder": f"file://{tasks}", "tasks": ["coded"], "fewShot": 1, "applyChatTemplate": True},

@@ -24,7 +24,10 @@ DISK_BYTES = 4 * DISK_RESERVE_BYTES
 
 @pytest.fixture(params=["file system", "limit"])
 def small_disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[tuple[Path, dict[str, str]]]:
-    """The work folder, and environment variables for the pod. The folder is a small file system, or the variables set a disk limit."""
+    """The work folder, and environment variables for the pod.
+
+    Depending on the parameter, the work folder is a small file system, or the environment variables set a disk limit.
+    """
     if request.param == "limit":
         work = tmp_path / "one" / "work"
         work.mkdir(parents=True)
@@ -47,7 +50,10 @@ def test_training_continues_without_checkpoints_while_the_disk_is_full(
     s3_server: S3Endpoint, bucket: Bucket, model: Path, rows: Path, small_disk: tuple[Path, dict[str, str]], tmp_path: Path,
     tmp_path_factory: pytest.TempPathFactory, processes: int,
 ) -> None:  # fmt: skip
-    """Two checkpoints are skipped. Once the disk has space, the next checkpoint is committed. The resumed run equals an uninterrupted run."""
+    """While the disk is full, two checkpoints are skipped. Once the disk has space, the next checkpoint is committed.
+
+    The run that resumes from this checkpoint equals an uninterrupted run.
+    """
     expected_run = run_uninterrupted(s3_server, tmp_path_factory.getbasetemp(), model, rows, "lora", processes, "windows")
     spec = make_spec(model, rows, "lora", "windows")
     work, limit = small_disk

@@ -51,7 +51,7 @@ def test_a_pod_evaluates_a_model_without_adapter_and_writes_its_answers(model: P
     values = {name: metric.value for name, metric in (message.evaluation.metrics or {}).items()}
     assert message.evaluation.rows == TEST_ROWS
     assert values.keys() == {"loss", "perplexity", "accuracy", "precision", "recall", "f1", "exactMatch", "bleu", "rouge1", "rouge2", "rougeL"}
-    # The trainer has measured the same rows at the end of the training, in its own process.
+    # The trainer process has already measured the same rows at the end of the training.
     assert values["loss"] == pytest.approx(message.output.evaluation["testLoss"], abs=1e-4)
     assert values["accuracy"] == pytest.approx(message.output.evaluation["testTokenAccuracy"], abs=1e-4)
     assert values["recall"] == values["accuracy"] and math.isclose(values["perplexity"] or 0, math.exp(values["loss"] or 0), rel_tol=1e-3)

@@ -35,7 +35,7 @@ def hub_environment(hub: Hub) -> dict[str, str]:
 
 
 def make_cache_pod(run: RunConfig, folder: Path, cache: Path, arguments: tuple[str, ...], env: dict[str, str]) -> Pod:
-    """Create the init container that fills the cache. It shares `folder` with the trainer container of its pod."""
+    """Create the init container that fills the cache. The init container shares `folder` with the trainer container of the pod."""
     return Pod(run, folder, env, command="fill-cache", arguments=("--folder", str(cache), *arguments))
 
 
@@ -66,7 +66,7 @@ def train(run: RunConfig, folder: Path, bucket: Bucket, hub: Hub) -> tuple[Pod, 
     return pod, pod.termination_message()
 
 
-@pytest.mark.slow  # `make test` starts such pods only one after another, in test_a_model_in_s3_is_downloaded_once
+@pytest.mark.slow  # `make test` starts pods with a model cache only one after another, in test_a_model_in_s3_is_downloaded_once
 def test_eight_pods_of_a_node_download_the_model_once(s3_server: S3Endpoint, hub: Hub, model: Path, rows: Path, tmp_path: Path) -> None:
     """One pod trains with the model in the node's cache, another with a copy from a claim. Both runs equal a run without a cache, bit for bit."""
     spec = merge(make_spec(model, rows, "full"), {"model": {"source": "org/tiny"}})
@@ -101,7 +101,7 @@ def test_eight_pods_of_a_node_download_the_model_once(s3_server: S3Endpoint, hub
 
 
 def test_a_preparation_fills_the_cache_in_a_claim(s3_server: S3Endpoint, hub: Hub, model: Path, rows: Path, tmp_path: Path) -> None:
-    """The training pod then downloads nothing. If the preparation cannot write to the claim, it succeeds all the same."""
+    """If the cache in the claim is filled, the training pod downloads nothing. A preparation that cannot write to the claim succeeds nevertheless."""
     bucket = new_bucket(s3_server)
     run = run_config(merge(make_spec(model, rows, "lora"), {"model": {"source": "org/tiny"}, "training": {"maxSteps": 2}}), bucket.target())
     variables = hub_environment(hub)
@@ -137,7 +137,7 @@ def test_a_pod_whose_cache_fails_trains_and_adds_a_note(s3_server: S3Endpoint, h
 
 
 def test_a_model_in_s3_is_downloaded_once(s3_server: S3Endpoint, bucket: Bucket, model: Path, rows: Path, tmp_path: Path) -> None:
-    """One object was uploaded in parts. The store's hash reveals a file that was changed in the claim."""
+    """One object of the model was uploaded in parts. A file that was changed in the claim is detected by the hash that the store keeps of the object."""
     for name in MODEL_FILES:
         bucket.put(f"{bucket.root}/base/{name}", (model / name).read_bytes())
     blob = os.urandom(17 * 1024 * 1024)

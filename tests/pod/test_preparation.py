@@ -1,4 +1,4 @@
-"""A preparation pod checks storage, model and data without a GPU. It refuses a bad job with the location of the error and a hint.
+"""A preparation pod checks storage, model and data without a GPU. It refuses a bad job, and reports where the error is and a hint.
 
 `tests/unit/operator/test_preparation.py` and `tests/e2e/jobs/test_bad_jobs.py` test that no GPU pod of a refused job is created.
 """

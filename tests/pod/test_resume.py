@@ -33,9 +33,9 @@ SLOW_DISK_NOTE = "checkpoints are due faster than the pod writes them to its dis
 WAITING_POINTS = {
     "epochs": ("forward:16", 8), "boundary": ("forward:18", 9), "end": (f"end:{STEPS}", STEPS), "early-end": ("end:24", 24),
 }  # fmt: skip
-"""For each variant: the point at which the run pauses (the end of an epoch or of the run), and the newest checkpoint that is committed then."""
+"""For each variant: the point at which the run pauses (the end of an epoch or of the run), and the newest committed checkpoint at this point."""
 SPEC_OF_VARIANT = {"end": "plain", "early-end": "early"}
-"""The variants that pause at another point, and the variant whose spec they use."""
+"""For each variant that only pauses at another point: the variant whose spec it uses."""
 DEFAULT_WAITING_POINT = ("accumulation:19", 16)
 """The default point lies within an epoch, a logging window and an effective batch, and between two checkpoints."""
 
@@ -53,7 +53,7 @@ def kill_agent(pod: Pod) -> tuple[int, int]:
 
 
 def kill_pod(pod: Pod) -> tuple[int, int]:
-    """Send SIGKILL to the supervisor and all its descendants. Returns the exit code and the expected exit code, which are equal."""
+    """Send SIGKILL to the supervisor and all its descendants. Returns -SIGKILL as the exit code and as the expected exit code."""
     pod.kill()
     return -signal.SIGKILL, -signal.SIGKILL
 
@@ -69,7 +69,7 @@ def make_resume_case(
 ) -> Any:
     """Return one case of a parametrized test. `make test` runs only the quick cases.
 
-    The other resumes that `make test` runs are in tests/e2e/jobs/test_resume.py (pods with two ranks) and in tests/pod/strategies (ranks without a pod).
+    `make test` also resumes pods with two ranks in tests/e2e/jobs/test_resume.py, and ranks without a pod in tests/pod/strategies.
     """
     marks = [] if is_quick else [pytest.mark.faults]
     return pytest.param(
@@ -163,7 +163,10 @@ def test_a_kill_before_a_checkpoint_is_complete_resumes_from_the_previous_one(
 def test_a_stop_waits_until_a_checkpoint_is_written_in_the_background(
     s3_server: S3Endpoint, bucket: Bucket, model: Path, rows: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:  # fmt: skip
-    """The checkpoint of step 16 is still being written when the checkpoint of step 24 is due. Training waits, and a stop saves both checkpoints and its own."""
+    """The checkpoint of step 16 is still being written when the checkpoint of step 24 is due.
+
+    Training waits until the write is complete. After the stop request, both checkpoints and the checkpoint of the stop are saved.
+    """
     expected_run = run_uninterrupted(s3_server, tmp_path_factory.getbasetemp(), model, rows, "full", 1, "plain")
     spec = make_spec(model, rows, "full", "plain")
     with make_traced_pod(run_config(spec, bucket.target()), tmp_path / "one", bucket, hold_point="write:16") as first:

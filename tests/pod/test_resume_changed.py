@@ -36,7 +36,7 @@ from tests.support.slices import quick_slice
 
 pytestmark = pytest.mark.faults
 RELATIVE_TOLERANCES = {"loss": 1e-6, "grad_norm": 1e-5}
-"""The largest allowed relative difference from the expected run. Such differences arise because sums in another order round differently."""
+"""The largest allowed relative difference from the expected run. Runs differ because a sum that is computed in another order is rounded differently."""
 
 
 @pytest.mark.parametrize(("step", "logged"), quick_slice([(23, "between two log lines"), (20, "at a log line")], [(23, "between two log lines")]))
@@ -88,7 +88,7 @@ def test_a_halved_learning_rate_applies_after_a_rollback(
 def test_a_smaller_micro_batch_gives_close_losses(
     s3_server: S3Endpoint, bucket: Bucket, model: Path, rows: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:  # fmt: skip
-    """A micro-batch of 2 rows runs out of memory. The next attempt uses 1 row and twice the accumulation steps, and its losses are nearly equal."""
+    """A micro-batch of 2 rows runs out of memory. The next attempt uses 1 row and twice the accumulation steps, and its losses nearly equal those of 2 rows."""
     expected_run = run_uninterrupted(s3_server, tmp_path_factory.getbasetemp(), model, rows, "full", 1, "plain")
     spec = make_spec(model, rows, "full")
     with make_traced_pod(run_config(spec, bucket.target()), tmp_path / "one", bucket, failure_point="memory:19") as first:
@@ -153,7 +153,10 @@ def make_next_attempt(run: RunConfig, adaptation: Adaptation, expected_step: int
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_another_number_of_ranks_trains_the_same_rows(bucket: Bucket, model: Path, rows: Path, tmp_path: Path, strategy: str) -> None:
-    """Row 25 of docs/guides/checkpoints.md: attempts with 4, 2 and 1 ranks train the same rows at each step. One rank refuses a checkpoint of fsdp."""
+    """Row 25 of docs/guides/checkpoints.md: attempts with 4, 2 and 1 ranks train the same rows at each step.
+
+    With fsdp, the attempt on one rank is refused, because it cannot load a checkpoint that was made by fsdp.
+    """
     spec = merge(make_spec(model, rows, "full"), {"training": {"batchSizePerDevice": 1}})
     whole_bucket = Bucket(bucket.name, bucket.endpoint, bucket.root + "-whole")
     with make_resized_pod(1, spec, "none", whole_bucket, tmp_path / "whole") as pod:

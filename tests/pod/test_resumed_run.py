@@ -188,7 +188,7 @@ def test_the_report_covers_all_steps_and_attempts(run: ResumedRun) -> None:
 
 
 def split_observed_time(times: tuple[datetime, datetime], reported: TimeUse | None, last_part: str) -> dict[str, float]:
-    """Return the seconds of each part of an attempt's time. The attempt's pod is scheduled without a delay."""
+    """Return how many seconds an attempt spent on each of its parts, such as training. The attempt's pod is scheduled without a delay."""
     assert reported is not None
     begins_at, ends_at = times
     pod = PodTimes(begins_at, begins_at, begins_at, ends_at, reported.seconds(), last_part)

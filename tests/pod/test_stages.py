@@ -74,7 +74,7 @@ def test_the_model_is_measured_and_its_answers_are_stored(run: EndedRun) -> None
     values = {name: metric.value for name, metric in (run.evaluation.metrics or {}).items()}
     assert run.evaluation.rows == TEST_ROWS and run.output.evaluation is not None
     assert values.keys() == {"loss", "perplexity", "accuracy", "precision", "recall", "f1", "exactMatch", "bleu", "rouge1", "rouge2", "rougeL"}
-    # The trainer has measured the same rows at the end of the training, in its own process.
+    # The trainer process has already measured the same rows at the end of the training.
     assert values["loss"] == pytest.approx(run.output.evaluation["testLoss"], abs=1e-4)
     assert values["accuracy"] == pytest.approx(run.output.evaluation["testTokenAccuracy"], abs=1e-4)
     assert values["recall"] == values["accuracy"] and math.isclose(values["perplexity"] or 0, math.exp(values["loss"] or 0), rel_tol=1e-3)
@@ -108,7 +108,7 @@ def test_the_model_is_compared_with_the_base_model_and_promoted(run: EndedRun) -
 def test_the_stored_adapter_computes_what_was_trained(run: EndedRun) -> None:
     found = run.output.verification
     assert found is not None and (found.result, found.rows) == (VerificationOutcome.VERIFIED, TEST_ROWS)
-    # The reference values contain rows of the user's data. They are stored next to the model folder, because that folder is published.
+    # The reference values contain rows of the user's data. As the model folder is published, they are stored outside it.
     (reference,) = (run.store / "run").glob("reference-values-*.json")
     assert found.tokens == sum(len(row["values"]) for row in json.loads(reference.read_text())["rows"])
     assert not list((run.store / "model").rglob("reference-values*"))

@@ -1,6 +1,7 @@
 """SIGTERM after training, while a storage request hangs: the pod ends with exit code 75, and the next attempt continues the work.
 
-Without a stop, a hanging request fails only after about nine minutes, because the client sends it nine times. The tests wait a shorter time.
+Without a stop, a hanging request fails only after about nine minutes, because the client sends it nine times. The tests wait a shorter
+time for the pod to end.
 """
 
 from __future__ import annotations

@@ -127,7 +127,10 @@ def replace_commit(bucket: Bucket, data: DataReport) -> None:
 
 
 def write_other_layout(bucket: Bucket, data: DataReport) -> None:
-    """Store a manifest without the summary of the rows, as another version could write it. Sets `data.prepared_sha256` to its hash."""
+    """Store a manifest without the summary of the rows, as another version could write it.
+
+    Sets `data.prepared_sha256` to the hash of this manifest.
+    """
     import hashlib
 
     marker = json.loads(read_object(bucket, f"{data.digest}/_COMMITTED"))
@@ -167,7 +170,10 @@ def test_a_training_pod_notes_damaged_rows_and_tokenises_the_data_itself(
 
 @pytest.mark.slow
 def test_data_that_have_changed_are_prepared_again(bucket: Bucket, model: Path, tmp_path: Path) -> None:
-    """A data file changes. A later preparation stores rows with another digest, and a training pod does not use the rows of the old file."""
+    """A data file changes after the first preparation.
+
+    A second preparation stores rows with another digest, and a training pod does not use the rows of the old file.
+    """
     rows = write_rows(tmp_path / "rows.jsonl")
     spec = merge(make_spec(model, rows, "full"), {"training": {"maxSteps": 2}})
     old = require_data_report(prepare(bucket, tmp_path / "old", spec))

@@ -37,7 +37,7 @@ class TwoPods:
         ]
 
     def stop_one_pod(self, first_pods: list[Pod], signalled_pod: int) -> list[TerminationMessage]:
-        """Send SIGTERM to one pod, as a kubelet does. Both pods must then stop after the same step. Returns both termination messages."""
+        """Send SIGTERM to one pod, as a kubelet does, and check that both pods stop after the same step. Returns both termination messages."""
         first_pods[signalled_pod].terminate()
         assert [pod.end() for pod in first_pods] == [75, 75], first_pods[0].text[-3000:] + first_pods[1].text[-3000:]
         termination = [pod.termination_message() for pod in first_pods]

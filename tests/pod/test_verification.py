@@ -56,7 +56,7 @@ def read_files(folder: Path) -> dict[str, bytes]:
 
 
 def write_start_module(folder: Path, text: str) -> dict[str, str]:
-    """Write a `sitecustomize` module with this text. Returns the environment with which every Python process of a pod runs it first."""
+    """Write a `sitecustomize` module with this text. Returns environment variables with which every Python process of a pod runs it first."""
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(text)
     return {"PYTHONPATH": f"{folder}{os.pathsep}{PYTHONPATH}"}
@@ -79,7 +79,7 @@ if "train" in sys.argv:  # only the ranks, which save the model
 
     train._name_base_by_source = name_base_and_damage
 """
-"""A `sitecustomize` module that multiplies the saved B matrices by 1.5. No check of file hashes can detect this."""
+"""A `sitecustomize` module that multiplies the saved B matrices by 1.5. No check of file hashes can detect this change."""
 
 
 def test_a_stored_model_that_differs_from_the_trained_model_fails_the_job_and_is_not_published(model: Path, tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_a_stored_model_that_differs_from_the_trained_model_fails_the_job_and_is
     assert found.artefacts[0].difference is not None and found.artefacts[0].difference > 1e-2
     assert message.output.uri is not None and Path(message.output.uri.removeprefix("file://")).exists()
     assert message.output.published_uri is None and not (tmp_path / "store" / "results").exists()
-    # A failed verification is final: another attempt repeats neither the training nor the verification.
+    # A failed verification is final: another attempt fails at once, without repeating the training or the verification.
     with make_verifying_pod(tmp_path, model, spec, attempt=2) as again:
         assert again.end() == ExitCode.VERIFICATION_FAILED, again.text[-6000:]
     assert again.termination_message().code == "ValuesDiffer"
@@ -144,7 +144,7 @@ def unverified(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
 
 
 def repetition_spec(uri: str, **changes: Any) -> dict[str, Any]:
-    """Return the spec of a job that only verifies the stored model of another job again. Such a job needs no data."""
+    """Return the spec of a job that only verifies the stored model of another job again. A job without training needs no data."""
     return merge({"phases": {"train": False, "from": uri}, "dataset": {"train": None, "split": None}}, changes)
 
 
@@ -167,7 +167,7 @@ def test_a_job_without_training_repeats_the_verification_of_another_job(unverifi
 def test_a_changed_model_of_another_job_fails_and_a_model_without_reference_values_is_not_verified(
     unverified: tuple[Path, str], model: Path, tmp_path: Path
 ) -> None:
-    """The second job also merges the adapter, and its merged model fails the verification, too."""
+    """The job that verifies the changed adapter also merges it, and the merged model fails the verification, too."""
     folder, uri = unverified
     shutil.copytree(stored_path(folder, "", OTHER_JOB_UID), stored_path(tmp_path, "", OTHER_JOB_UID))
     uri = uri.replace(str(folder), str(tmp_path))

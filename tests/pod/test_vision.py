@@ -28,7 +28,10 @@ def vision_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_data(folder: Path, bucket: Bucket) -> Path:
-    """Write rows and images. The images are in a local folder and in the bucket. Every second row refers to its image by an S3 address, the others by name."""
+    """Write rows and images. The images are in a local folder and in the bucket.
+
+    Every second row refers to its image by an S3 address. The other rows refer to their images by file name.
+    """
     (folder / "images").mkdir()
     rows = []
     for number, (name, colour) in enumerate(COLOURS.items()):
@@ -101,7 +104,7 @@ def test_resume_and_lineage_detect_a_swapped_image_of_equal_size(vision_model: P
     lines = sorted(f"{name}.png\0{hashlib.sha256(make_png(colour)).hexdigest()}" for name, colour in COLOURS.items())
     digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
     assert dependencies["training image set"]["annotations"] == {"combinedDigest": digest}
-    (root / "model" / "_COMMITTED").unlink()  # as if the job had stopped before it committed its model
+    (root / "model" / "_COMMITTED").unlink()  # simulates a job that stopped before it committed its model
 
     content = (tmp_path / "red.png").read_bytes()
     swapped = make_png((20, 20, 222))

@@ -8,8 +8,8 @@ TRACE_HOLD is `<phase>:<step>`. The rank pauses at this point until all ranks ha
 other micro-batches), `save` (before the checkpoint), `copy` (between two copies of the state to host memory), `write` (after a file of the
 checkpoint is written in the background), `evaluation` (in the evaluation after the step) and `end` (after the last step).
 
-TRACE_BREAK simulates a failure. With `memory:<step>`, the step runs out of memory. With `nan:<step>`, its loss is not finite. With
-`memory-limit:<step>:<rank>:<rows>`, this rank has memory for at most `rows` rows in a micro-batch, from this step on.
+TRACE_BREAK simulates a failure. With `memory:<step>`, the step runs out of memory. With `nan:<step>`, the loss of this step is not finite.
+With `memory-limit:<step>:<rank>:<rows>`, this rank has memory for at most `rows` rows in a micro-batch, from this step on.
 """
 
 from __future__ import annotations

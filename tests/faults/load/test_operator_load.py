@@ -1,4 +1,7 @@
-"""Runs the operator's load benchmark with few jobs, to check that the benchmark works. The published figures come from full runs."""
+"""Runs the operator's load benchmark with few jobs, to check that the benchmark works.
+
+The published figures come from runs of the benchmark with all of its jobs.
+"""
 
 from __future__ import annotations
 

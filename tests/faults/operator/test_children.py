@@ -43,7 +43,10 @@ def test_a_deleted_service_is_created_again(rig: Rig) -> None:
 @pytest.mark.row(23)
 @pytest.mark.parametrize("label", ["app.kubernetes.io/managed-by", "finetune-operator.io/attempt"])
 def test_a_job_that_loses_its_label_causes_no_second_job(rig: Rig, label: str) -> None:
-    """The operator's watch does not deliver a Job that has lost its label. That Job still runs, so the operator must not create a second one."""
+    """The operator's watch does not deliver a Job that has lost its label.
+
+    A Job without the label still runs, so the operator must not create a second Job for the same attempt.
+    """
     proxy = rig.start_proxy()
     rig.start_operator(proxy=proxy, config={"resyncSeconds": 1})
     rig.submit()

@@ -100,7 +100,9 @@ def make_lease_config(rig: Rig) -> dict[str, Any]:
 
 
 UNUSED_BY_DESIGN = {
-    ("finetunejobs/finalizers", "update"): "the admission plugin OwnerReferencesPermissionEnforcement requires it, but the operator never sends this request",
+    ("finetunejobs/finalizers", "update"): (
+        "the admission plugin OwnerReferencesPermissionEnforcement requires this permission, but the operator never updates finalizers"
+    ),
 }
 """Permissions that the operator never uses, with the reason why the chart grants them."""
 
@@ -122,11 +124,11 @@ def test_the_chart_grants_exactly_the_permissions_that_the_operator_uses(rig: Ri
     unused_permissions = list_granted_permissions(documents) - {r.permission for r in requests} - set(UNUSED_BY_DESIGN)
     assert sorted(unused_permissions) == [], "the chart grants permissions that the operator never uses"
     writes = {r.permission for r in requests if r.resource.startswith("finetunejobs") and r.verb in WRITE_VERBS}
-    assert writes == {("finetunejobs/status", "update")}, "GitOps tools would see changes of anything but the status as drift"
+    assert writes == {("finetunejobs/status", "update")}, "GitOps tools would report a change of any field outside the status as drift"
 
 
 def use_all_permissions(rig: Rig, proxy: ApiProxy) -> None:
-    """Let the operator send every kind of request that it ever sends."""
+    """Make the operator send at least one request of every kind that it can send."""
     rig.submit("two", resources={"nodes": 2})
     for pod in rig.kubelet.wait_running(rig.namespace, "two", count=2):
         rig.kubelet.end_pod(pod, success_exit())
@@ -170,7 +172,7 @@ def test_the_rbac_rules_have_no_wildcards_and_allow_reading_only_the_operators_s
         pairs = list_granted_permissions(render_chart("system", **values))
         assert pairs
         assert not [pair for pair in pairs if "*" in pair]
-        # The operator may read only one Secret, the one with its own key.
+        # The operator has permission to read a single Secret: the one that contains the operator's own key.
         assert {pair for pair in pairs if pair[0].startswith("secrets")} == {("secrets", "create"), ("secrets", "get")}
 
 

@@ -70,7 +70,7 @@ SCENARIO_STEPS: dict[str, tuple[Callable[[Rig], None], Callable[[Rig], None], tu
     "resume": (create_suspended_job, resume_job, CREATION_POINTS),
     "cancel": (start_job, cancel_job, DELETION_POINTS),
 }
-"""For each scenario: a function that prepares the job, a function that changes it, and the kill points after this change."""
+"""For each scenario: a function that prepares the job, a function that changes the job, and the kill points that the operator reaches afterwards."""
 EXPECTED_ATTEMPTS: dict[str, list[tuple[int, str]]] = {
     "create": [(1, Reason.SUCCEEDED)],
     "create two": [(1, Reason.SUCCEEDED)],

@@ -15,7 +15,7 @@ from tests.support.rig import FINETUNEJOBS, Rig
 pytestmark = pytest.mark.faults
 DEFAULT_COLUMNS = ["Name", "Status", "Progress", "Loss", "Eta", "Workers", "Restarts", "Reason", "Age"]
 MAY_BE_EMPTY = {"Loss", "Checkpoint", "Result", "Duration"}
-"""Columns that are empty while the job does not have their value."""
+"""Columns that are empty until the job has a value for them."""
 WIDE_COLUMNS = ["Model", "Checkpoint", "Result", "Duration"]
 
 

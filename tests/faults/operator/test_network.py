@@ -36,7 +36,7 @@ def test_the_retry_after_header_of_a_429_response_limits_the_requests(rig: Rig) 
         start = time.monotonic()
         proxy.wait_for(lambda e: e.started_at > start + 20, timeout_seconds=60)
         refused_count = len(proxy.exchanges)
-    # Each of the 10 jobs and 3 watches retries at most once per 3 s. A further 3 requests may already have been in flight.
+    # Each of the 10 jobs and 3 watches retries at most once per 3 s. Up to 3 further requests of each can be in flight when the count starts.
     assert refused_count <= 13 * (20 / 3 + 3)
     for number in range(10):
         assert attempt_reasons(rig.wait_finished(f"job-{number}", timeout=60)) == [(1, Reason.SUCCEEDED)]
@@ -44,7 +44,7 @@ def test_the_retry_after_header_of_a_429_response_limits_the_requests(rig: Rig) 
 
 @pytest.mark.row(10)
 def test_the_operator_survives_an_unavailable_server(rig: Rig) -> None:
-    """By default, kopf gives up after 54 s without an API server. The operator must not."""
+    """By default, kopf gives up after 54 s without an API server. The operator must continue to retry instead."""
     rig.allowed_log_lines.append("503")
     proxy = rig.start_proxy()
     operator = rig.start_operator(proxy=proxy, config={"stuckSeconds": 3600})
@@ -249,7 +249,7 @@ def test_the_operator_survives_the_removal_and_reinstallation_of_the_crd(own_clu
 
 
 def test_a_job_runs_normally_through_a_proxy_without_faults(rig: Rig) -> None:
-    """The proxy itself does not change the operator's behaviour."""
+    """The operator behaves the same through a proxy without faults as without a proxy."""
     proxy = rig.start_proxy()
     rig.start_operator(proxy=proxy)
     rig.submit()

@@ -104,7 +104,8 @@ def test_work_continues_after_the_lease_is_deleted_or_taken_over(rig: Rig) -> No
             start_replica(rig)
         return leases[0]["spec"].get("holderIdentity") not in ("", "somebody-else")
 
-    # Both replicas may exit after the last change of the Lease. A watch would not call the function again after that, but repeated lists do.
+    # Both replicas may exit after the last change of the Lease. A watch on the Lease would then not call `is_held_by_replica` again, so the
+    # test lists the Leases repeatedly.
     rig.api.wait_list("leases", rig.namespace, is_held_by_replica, timeout=60)
     rig.submit("three")
     rig.wait_attempt(1, "three", timeout=40)
@@ -137,7 +138,7 @@ def neighbour(rig: Rig) -> Iterator[Rig]:
 
 
 def test_two_operators_with_different_namespaces_share_a_cluster(rig: Rig, neighbour: Rig) -> None:
-    """Each operator has its own namespace and configuration, and does not affect the jobs of the other."""
+    """Each operator has its own namespace and configuration, and does not affect the other operator's jobs."""
     sides = []
     for side, root in ((rig, "s3://here/runs"), (neighbour, "s3://there/runs")):
         proxy = side.start_proxy()

@@ -21,7 +21,10 @@ POD_TESTS_FOLDER = Path(__file__).parents[2] / "pod"
 
 @dataclass
 class ProxiedTree:
-    """The storage of one job. `proxied_tree` reaches it through the fault proxy, as the pod does; `direct_tree` reaches it directly."""
+    """The storage of one job.
+
+    `proxied_tree` reads and writes this storage through the fault proxy, as the pod does; `direct_tree` does so without the proxy.
+    """
 
     proxied_tree: CheckpointTree
     direct_tree: CheckpointTree

@@ -89,7 +89,7 @@ def test_only_one_of_two_incarnations_keeps_its_marker(storage: ProxiedTree, che
 
 @dataclass(frozen=True)
 class IgnoreConditions:
-    """A fault that simulates a store that ignores the condition of a write, so that a later write overwrites an earlier one."""
+    """A fault that makes the store behave as if it ignored the condition `If-None-Match` of a write: a later write overwrites an earlier one."""
 
     storage: ProxiedTree
 
@@ -128,7 +128,7 @@ def test_a_checkpoint_with_a_missing_object_is_not_committed(storage: ProxiedTre
 def test_a_store_that_fails_during_a_commit_leaves_nothing_visible(
     storage: ProxiedTree, proxy: S3Proxy, checkpoint: Path, tmp_path: Path, key: str, s3_server: object
 ) -> None:
-    """The objects of a failed commit remain in the store, as after a SIGKILL during a commit. The next sweep removes them."""
+    """The objects of a failed commit remain in the store, as after a SIGKILL during a commit. The next sweep removes these objects."""
     storage.commit(5, checkpoint)
     store_without_retries = s3.S3Store(storage.proxied_tree.store.target.model_copy(), max_tries=1)  # type: ignore[attr-defined] # an S3Store
     storage.proxied_tree.store = store_without_retries
@@ -140,7 +140,7 @@ def test_a_store_that_fails_during_a_commit_leaves_nothing_visible(
     assert storage.verify_all(tmp_path / "check2") == [5]
 
 
-@pytest.mark.skipif(read_result_of_chosen_store(UNFINISHED_UPLOADS) != YES, reason="this store lists unfinished uploads by their whole key only")
+@pytest.mark.skipif(read_result_of_chosen_store(UNFINISHED_UPLOADS) != YES, reason="this store lists an unfinished upload only for its whole key")
 def test_an_orphaned_multipart_upload_is_swept(storage: ProxiedTree) -> None:
     key = storage.direct_tree.store.full_key("checkpoints/step-00000005/a1-00000000/model.safetensors")  # type: ignore[attr-defined] # an S3Store
     storage.client.create_multipart_upload(Bucket=storage.bucket, Key=key)
@@ -151,7 +151,7 @@ def test_an_orphaned_multipart_upload_is_swept(storage: ProxiedTree) -> None:
 def test_a_committed_step_is_complete_at_every_instant(
     storage: ProxiedTree, proxy: S3Proxy, checkpoint: Path, tmp_path: Path
 ) -> None:
-    """While checkpoints are committed and removed under faults, a thread checks again and again that every committed checkpoint has a manifest."""
+    """A thread checks continuously that every committed checkpoint has a manifest, while checkpoints are committed and removed under faults."""
     proxy.fault(Status(503, "SlowDown"), probability=0.2)
     proxy.fault(LostResponse(), operation="PutObject", probability=0.2)
     is_done, read_count, incomplete_checkpoints = threading.Event(), [0], []
@@ -230,7 +230,10 @@ class RefuseConditions:
 def test_an_existing_marker_stays_in_a_store_that_refuses_conditions(
     storage: ProxiedTree, proxy: S3Proxy, checkpoint: Path, tmp_path: Path, status: int, code: str
 ) -> None:
-    """The trainer checks whether a marker exists before it writes one. This is enough, because the operator prevents simultaneous writers."""
+    """The trainer checks whether a marker exists before it writes one.
+
+    A store without conditional writes needs no other protection, because the operator prevents simultaneous writers.
+    """
     proxy.fault(RefuseConditions(status, code), operation="PutObject")
     target = storage.proxied_tree.store.target  # type: ignore[attr-defined] # an S3Store
     assert preflight(target).has_conditional_writes is False

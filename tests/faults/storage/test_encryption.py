@@ -24,7 +24,10 @@ needs_customer_key_encryption = pytest.mark.skipif(read_result_of_chosen_store(S
 
 @pytest.fixture
 def target(storage: ProxiedTree, monkeypatch: pytest.MonkeyPatch) -> StoreTarget:
-    """A storage target with a customer key. The API forbids customer keys with an http:// endpoint, but the tests do not use the API."""
+    """A storage target with a customer key.
+
+    The API forbids customer keys with an http:// endpoint. The tests can use such an endpoint, because they create the target without the API.
+    """
     monkeypatch.setenv("AWS_SSE_CUSTOMER_KEY", base64.b64encode(bytes(range(32))).decode())
     plain_target: StoreTarget = storage.direct_tree.store.target  # type: ignore[attr-defined] # an S3Store
     return plain_target.model_copy(update={"encryption": EncryptionType.CUSTOMER_KEY})
@@ -64,7 +67,7 @@ def test_an_object_cannot_be_read_without_its_key(
 
 @pytest.mark.parametrize(("kind", "feature"), [(EncryptionType.S3, SSE_S3), (EncryptionType.KMS, SSE_KMS), (EncryptionType.CUSTOMER_KEY, SSE_C)])
 def test_encryption_that_the_store_lacks_is_refused(target: StoreTarget, kind: EncryptionType, feature: str) -> None:
-    """SeaweedFS without keys answers an encrypted write with status 500. Other stores accept the write, but do not encrypt the object."""
+    """SeaweedFS without keys answers an encrypted write with status 500. Other stores accept it, but store the object unencrypted."""
     seen = read_result_of_chosen_store(feature)
     if seen == YES:
         assert preflight(target.model_copy(update={"encryption": kind})).can_delete

@@ -58,7 +58,10 @@ class KillScenario:
     server: S3Endpoint
 
     def kill_first_attempt_at(self, point: str, is_executed: bool) -> tuple[list[int], int]:
-        """Kill the first attempt at a point of a commit. Returns the steps that were committed before (newest first) and the interrupted step."""
+        """Kill the first attempt at the given point of a commit.
+
+        Returns the steps that were committed before the kill (newest first), and the step whose commit was interrupted.
+        """
         operation, key = REQUEST_BY_KILL_POINT[point]
         held_request = HoldRequest(is_executed)
         with make_toy_pod(self.folder / "one", self.spec, self.storage, self.server, TOY_SCRIPT | {"steps": 100_000}) as pod:
@@ -84,7 +87,7 @@ class KillScenario:
     def resume_from(self, step: int) -> None:
         """Run the second attempt until it ends, and check that its logs and its result equal those of an uninterrupted run.
 
-        Also check that it has removed unfinished uploads, unless the store cannot list them below a prefix.
+        Also check that the second attempt has removed unfinished uploads, unless the store cannot list unfinished uploads by a key prefix.
         """
         uploads_before = self.count_unfinished_uploads()
         last_step = step + 3 * STEPS_PER_CHECKPOINT
@@ -115,7 +118,10 @@ def scenario(tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: 
     ],
 )  # fmt: skip
 def test_a_step_is_not_committed_if_the_pod_is_killed_before_the_marker(scenario: KillScenario, point: str, stored: bool) -> None:
-    """Row 12: the step is not visible. The next attempt removes its objects and uploads, and has the same result as an uninterrupted run."""
+    """Row 12: the interrupted step does not count as committed.
+
+    The next attempt removes the objects and unfinished uploads of this step, and has the same result as an uninterrupted run.
+    """
     committed_steps, interrupted_step = scenario.kill_first_attempt_at(point, stored)
     assert scenario.storage.verify_all(scenario.folder / "between") == committed_steps and interrupted_step not in committed_steps
     leftover_keys = scenario.list_keys(interrupted_step)

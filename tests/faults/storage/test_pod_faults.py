@@ -103,7 +103,7 @@ def test_a_pod_whose_store_stays_unavailable_exits_with_69(
 def test_training_ends_when_no_checkpoint_can_be_stored_for_too_long(
     tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: S3Proxy, s3_server: S3Endpoint
 ) -> None:
-    """Without this timeout, a run could train for days and lose all its steps."""
+    """Without the limit `FINETUNE_UNSAVED_TIMEOUT_SECONDS`, a run could train for days and lose all its steps."""
     pod = make_toy_pod(tmp_path, spec, storage, s3_server, {"steps": 10_000_000, "every": 10})
     pod.env["FINETUNE_UNSAVED_TIMEOUT_SECONDS"] = "1"
     spec_with_short_timeout = pod.run.spec.model_copy(update={"policy": pod.run.spec.policy.model_copy(update={"stall_timeout_seconds": 2})})
@@ -145,7 +145,10 @@ def test_a_checkpoint_is_not_visible_if_the_pod_is_killed_during_its_upload(
 def test_many_store_errors_do_not_delay_training(
     tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: S3Proxy, s3_server: S3Endpoint
 ) -> None:
-    """30 % of the requests fail with SlowDown, 10 % fail with status 500, and 10 % of the connections are reset. Commits are late, but training is not."""
+    """30 % of the requests fail with SlowDown, 10 % fail with status 500, and 10 % of the connections are reset.
+
+    Checkpoints are committed late, but training is not delayed.
+    """
     with make_toy_pod(tmp_path, spec, storage, s3_server, {"steps": 300, "every": 50, "pause": 0.02}) as pod:
         pod.wait_committed(50)
         rules = [
@@ -199,7 +202,10 @@ def test_a_pod_whose_grace_period_is_too_short_for_the_last_save_exits_with_76(
 def test_a_stale_incarnation_ends_at_its_first_fenced_commit(
     tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, s3_server: S3Endpoint
 ) -> None:
-    """The pod of a lost node still runs after the next attempt has finished. Its next commit is fenced: it changes nothing, and the pod ends."""
+    """The pod of a lost node still runs after the next attempt has finished.
+
+    The next commit of the stale pod is fenced: it changes nothing in the store, and the pod ends.
+    """
     endless, script = {"steps": 10_000_000, "every": 10}, {"steps": 300, "every": 10}
     with make_toy_pod(tmp_path / "one", spec, storage, s3_server, endless) as stale:
         stale.wait_committed(10)
@@ -277,7 +283,7 @@ def test_a_store_that_is_busy_at_the_start_is_retried(
 def test_a_stop_during_the_upload_of_the_final_model_keeps_the_deadline(
     tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: S3Proxy, s3_server: S3Endpoint, saved: bool
 ) -> None:
-    """The ranks have already ended when the stop arrives. The pod ends within its grace period, and reports whether all steps are saved."""
+    """The ranks have already ended when the pod receives SIGTERM. The pod ends within its grace period, and reports whether all steps are saved."""
     proxy.fault(Latency(3600), operation="PutObject", key="/model/")
     script = {"steps": 20, "every": 5 if saved else 15}
     with make_toy_pod(tmp_path, spec, storage, s3_server, script, grace=3) as pod:

@@ -114,7 +114,7 @@ def test_a_byte_flipped_in_transit_is_detected(two_checkpoints: ProxiedTree, pro
 
 @dataclass(frozen=True)
 class RemoveStepBeforeRead:
-    """A fault that removes a whole step just before one of its objects is read, as the retention of another process could do."""
+    """A fault that removes all objects of a checkpoint just before one of them is read, as another process that deletes old checkpoints could do."""
 
     storage: ProxiedTree
     step: int

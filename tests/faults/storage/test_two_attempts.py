@@ -1,5 +1,7 @@
-"""Row 13 of docs/guides/checkpoints.md: the pods of two attempts of one job train and commit at the same time. This happens if a node is lost but its
-pod still runs. Only the markers in storage then decide which checkpoints are valid: the checkpoints of the later attempt.
+"""Row 13 of docs/guides/checkpoints.md: the pods of two attempts of one job train and commit at the same time.
+
+Two attempts run at the same time if a node is lost but its pod still runs. The checkpoints of the later attempt are valid, and only the
+markers in storage tell which ones these are.
 """
 
 from __future__ import annotations
@@ -58,7 +60,7 @@ class TwoAttempts:
     proxies: tuple[S3Proxy, S3Proxy]
     server: S3Endpoint
     markers_seen: dict[int, list[str]] = field(default_factory=dict)
-    """The incarnations that the marker of each step has named, oldest first."""
+    """For each step: the incarnations that the step's marker has named during the test, oldest first."""
     start_step: int = 0
     """Step from which the second attempt resumes."""
 
@@ -67,7 +69,10 @@ class TwoAttempts:
         return make_toy_pod(self.folder / "one", self.spec, self.storage, self.server, TOY_SCRIPT | {"steps": 100_000})
 
     def make_later_pod(self) -> Pod:
-        """Create the pod of the second attempt while the first attempt runs. It resumes, and ends after twelve more checkpoints."""
+        """Create the pod of the second attempt while the first attempt runs.
+
+        The second attempt resumes from the newest committed checkpoint, and ends after twelve more checkpoints.
+        """
         self.start_step = max(one.step or 0 for one in self.storage.direct_tree.list_committed())
         script, resume = TOY_SCRIPT | {"further": 12 * STEPS_PER_CHECKPOINT}, ResumeConfig(mode="auto", expect_step=self.start_step)
         return make_toy_pod(self.folder / "two", self.spec, self.second_storage, self.server, script, attempt=2, resume=resume)
@@ -150,7 +155,7 @@ class MarkerRace:
     step: int
     marker_gates: tuple[RequestGate, RequestGate]
     final_check_gate: RequestGate
-    """Holds the request with which the first attempt checks its data, after it has written its marker."""
+    """Holds the request with which the first attempt checks its data. The attempt sends this request after it has written its marker."""
 
     def release_marker(self, attempt: int) -> None:
         """Release the request with which an attempt writes its marker, and wait until the marker is stored."""

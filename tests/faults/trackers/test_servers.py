@@ -55,12 +55,15 @@ def server_spec(mlflow: TrackerServer, experiment: str, trackers: list[str]) -> 
 
 
 def find_differences(stored: list[tuple[int, float]], expected: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Return the values that are missing, wrong or stored too often. An assertion that compares the long lists themselves would take minutes."""
+    """Return the values that are missing, wrong or stored too often.
+
+    The tests assert on these few values, because a failed assertion that compares the whole lists would take minutes.
+    """
     return sorted((Counter(stored) - Counter(expected)) + (Counter(expected) - Counter(stored)))
 
 
 def count_stored_losses(runs: MlflowRuns) -> int:
-    """Return the number of losses on the server; 0 before the run exists."""
+    """Return how many loss values the server has stored for the run; 0 before the run exists."""
     return len(runs.history("job_finetuning", "loss")) if "job_finetuning" in runs.names() else 0
 
 

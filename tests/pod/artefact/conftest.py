@@ -1,4 +1,7 @@
-"""The model of these tests is pre-trained on ChatML. As in many base models, its end token is `<|endoftext|>`, not the end token of ChatML."""
+"""The model of these tests is pre-trained on ChatML.
+
+As in many base models, the end token of the test model is `<|endoftext|>`, not the end token of ChatML.
+"""
 
 from __future__ import annotations
 

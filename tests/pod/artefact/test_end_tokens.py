@@ -14,7 +14,10 @@ QUESTION = [TEN_ROWS[0]["messages"][0]]
 
 
 def generate_first_answer(model: Any, folder: Path, **options: Any) -> tuple[str, int]:
-    """Answer the first question. Returns the answer with its special tokens, and its number of tokens."""
+    """Let the model answer the first question of its training data.
+
+    Returns the text of the answer including special tokens, and the answer's number of tokens.
+    """
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -20,7 +20,7 @@ ROW_TEMPLATES = {
 
 @dataclass(frozen=True)
 class Source:
-    """A configuration file of another tool, the format of its rows, and the number of steps and the adapter rank that its job must have."""
+    """A configuration file of another tool, the format of the rows that it expects, and the steps and the adapter rank that the imported job must have."""
 
     file: str
     text: str
@@ -74,7 +74,10 @@ def make_rows(row_format: str) -> str:
 
 
 def import_options(name: str, model: str, data: str) -> list[str]:
-    """Return the options of `finetune import` for a local model, local data and a CPU. The options also remove spec groups that need a server."""
+    """Return the options of `finetune import` for a local model, local data and a CPU.
+
+    The options also remove `output` and `tracking.reportTo` from the spec, because these need a server.
+    """
     return [
         "--from", name, "--name", name, "--model", model, "--data", data, "--gpus", "0", "--set", "output=null",
         "--set", "tracking.reportTo=null",

@@ -48,7 +48,7 @@ def test_log_probabilities_equal_those_of_one_pass_per_token(loaded: tuple[Any, 
 
 
 def test_the_tokenizer_merges_a_letter_with_the_end_of_the_prompt(loaded: tuple[Any, Any]) -> None:
-    """Check what the last case of the previous test assumes: the prompt's last space and the following word become one token."""
+    """The tokenizer makes one token of the prompt's last space and the following word, as the last case of the previous test assumes."""
     tokenizer = loaded[1]
     prompt, text = "Question: (a) or (b)?\nAnswer: ", "Question: (a) or (b)?\nAnswer: Paris"
     prompt_tokens, tokens = (tokenizer(one, add_special_tokens=False)["input_ids"] for one in (prompt, text))
@@ -72,7 +72,7 @@ def make_scores(letter: str) -> dict[str, float]:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_metrics_equal_those_of_scikit_learn(seed: int) -> None:
-    """E is never correct and D is never chosen. The averages cover only the letters that occur."""
+    """In the rows of this test, E is never correct and D is never chosen. The averages cover only letters that are correct or chosen in some row."""
     random_generator = random.Random(seed)
     correct = [random_generator.choice("ABCD") for _ in range(60)]
     chosen = [letter if letter != "D" and random_generator.random() < 0.5 else random_generator.choice("ABCE") for letter in correct]

@@ -78,7 +78,10 @@ def test_a_tokenizer_without_a_length_limit_is_supported(encoder: Path) -> None:
 
 
 def test_a_recommended_layer_that_the_model_lacks_is_replaced_by_its_last_layer(encoder: Path, tmp_path: Path) -> None:
-    """bert-score recommends layer 9 of bert-base-uncased. A model of this name with three layers uses layer 3; layer 2 gives another result."""
+    """bert-score recommends layer 9 of bert-base-uncased.
+
+    For a model that has this name but only three layers, layer 3 is used. Layer 2 would give another result.
+    """
     known = tmp_path / "bert-base-uncased"
     shutil.copytree(encoder, known)
     last, second = (bertscore(PREDICTIONS[:1], encoder, field="x", layer=layer)["f1"].value for layer in (3, 2))
@@ -99,7 +102,10 @@ def test_embeddings_that_are_not_finite_leave_no_value(encoder: Path, tmp_path: 
 
 @pytest.mark.parametrize("pooling", [None, "cls"])
 def test_sentence_embeddings_are_pooled_token_embeddings(encoder: Path, tmp_path: Path, pooling: str | None) -> None:
-    """Without a sentence-transformers configuration, the mean of the token embeddings is used. Otherwise, the configuration sets the pooling."""
+    """Without a sentence-transformers configuration, the mean of the token embeddings is used.
+
+    If the model has a sentence-transformers configuration, this configuration sets the pooling.
+    """
     folder = encoder
     if pooling is not None:
         folder = tmp_path / "sentences"

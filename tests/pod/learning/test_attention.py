@@ -72,7 +72,7 @@ class DocumentKernel:
             k, v = k.repeat_interleave(groups, 0), v.repeat_interleave(groups, 0)
             distances = torch.arange(end - start)[:, None] - torch.arange(end - start)[None, :]
             visible = (distances >= 0) & ((distances <= before) | (before < 0))
-            # This uses sums, because oneDNN's matrix products in 16 bits need instructions that some CPUs lack.
+            # The products are computed as sums, because oneDNN's matrix products in 16 bits need instructions that some CPUs lack.
             scores = (q[:, :, None] * k[:, None]).sum(-1) * (real_kernel.get("scale") or q.shape[-1] ** -0.5)
             weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
             results.append((weights[..., None] * v[:, None]).sum(2).transpose(0, 1))
@@ -276,7 +276,7 @@ def random_heads(dtype: torch.dtype) -> list[torch.Tensor]:
 def test_the_attention_function_creates_a_missing_mask(
     described_by: str, window: int | None, kernel: DocumentKernel
 ) -> None:
-    """The kernel does not support 64-bit inputs, so torch's attention runs instead. It needs a mask, which the function creates."""
+    """The kernel does not support 64-bit inputs, so torch's attention runs instead. `compute_varlen_attention` creates the mask for torch's attention."""
     query, key, value = random_heads(torch.float64)
     batch = collate(DOCUMENTS)
     options = {"boundaries": ("cu_seq_lens_q", "max_length_q"), "positions": ("position_ids",)}[described_by]
@@ -584,7 +584,7 @@ def test_a_kernel_that_mixes_documents_ends_the_run(
 
 
 def make_conversations(*lengths: int) -> list[dict[str, Any]]:
-    """Return one conversation for each length. The length is the number of words of the answer."""
+    """Return one conversation for each of `lengths`, whose answer has this number of words."""
     return [
         {"messages": [TEN_ROWS[i]["messages"][0], {"role": "assistant", "content": "red " * length}]}
         for i, length in enumerate(lengths)

@@ -28,7 +28,7 @@ def train(folder: Path, name: str, method: dict[str, Any], spec: dict[str, Any] 
 
 
 def logit_differences(folder: Path, outcome: Any) -> tuple[float, float]:
-    """Compare the trained model's logits with two models, and return the largest difference of each.
+    """Return the largest difference of the trained model's logits from the logits of two other models.
 
     The first model is the adapter as plain PEFT loads it. The second model is the base model.
     """

@@ -1,4 +1,4 @@
-"""A run does not train on its test set. After the training, it measures the test metrics once, on the weights that it publishes."""
+"""A run does not train on its test set. After the training, the run measures the test metrics once, on the weights that it publishes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_test_set_that_is_split_off_the_training_data_is_measured_at_the_end(m
 
 
 def compute_loss(folder: Path | None, model: Path, rows: list[Any]) -> float:
-    """Compute the mean loss over all answer tokens with plain transformers and PEFT. Without a folder, the base model is used."""
+    """Compute the mean loss over all answer tokens with plain transformers and PEFT. `folder` contains the adapter of the base model `model`."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

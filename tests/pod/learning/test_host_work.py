@@ -1,4 +1,7 @@
-"""A micro-batch neither walks over all modules nor copies a tensor from the GPU to read it. Its results equal those of the libraries' own methods."""
+"""A micro-batch neither walks over all modules nor copies a tensor from the GPU to read it.
+
+The results of a run are the same as with the libraries' own code, which does both.
+"""
 
 from __future__ import annotations
 
@@ -94,7 +97,7 @@ def test_only_the_padding_mask_is_read_between_log_lines(
 
 
 def test_dpo_reads_tensors_only_for_the_metrics_of_trl(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """TRL reads each metric in each micro-batch. The trainer of this project adds no further reads."""
+    """TRL reads the tensor of each metric in each micro-batch. The trainer of this project reads no further tensors."""
     steps = train_and_count_work(tmp_path, model, merge_specs(FOUR_STEPS, LORA_SPEC, DPO_SPEC), PREFERENCE_PAIRS * 4, monkeypatch)
     readers = {caller for step in steps for caller in step.tensor_reads}
     assert readers <= {"transformers/masking_utils.py:_ignore_causal_mask_sdpa", "trainer/dpo_trainer.py:_compute_loss"}
@@ -112,7 +115,7 @@ def use_library_methods(patch: pytest.MonkeyPatch) -> None:
 
 
 def collect_results(outcome: RunOutcome) -> tuple[Any, ...]:
-    """Return the results of a run that two equal runs must share."""
+    """Return those results of a run that must be the same in two equal runs."""
     times = ("_runtime", "_per_second", "_share", "_time", "_seconds")
     lines = [{key: value for key, value in line.items() if not key.endswith(times)} for line in outcome.logs]
     return [{key: value for key, value in line.items() if key != "train_runtime"} for line in lines], outcome.model.state_dict()

@@ -1,4 +1,4 @@
-"""When a run uses Liger's kernels. `tests/gpu/test_kernels.py` tests the kernels themselves, which need a GPU."""
+"""The decision whether a run uses Liger's kernels. `tests/gpu/test_kernels.py` tests the kernels themselves, which need a GPU."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_requested_kernels_that_the_run_cannot_use_are_refused(name: str, tmp_pa
 
 @pytest.mark.parametrize("missing", ["package", "compiler", "library"])
 def test_kernels_that_cannot_run_are_refused_or_turned_off(missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the case `compiler`, Triton fails because this machine has no GPU. On a GPU machine, it fails without a C compiler."""
+    """The case `compiler` stands for a GPU machine without a C compiler, on which Triton fails. In this test, Triton fails because there is no GPU."""
     import torch
     from finetune_trainer import kernels
 
@@ -199,7 +199,7 @@ print("compared")
 
 @pytest.mark.slow
 def test_liger_replaces_layers_of_every_chosen_type_but_not_its_forward_pass_and_loss() -> None:
-    """Liger must not replace the forward pass, because a reward model has no language-model head."""
+    """Liger must not replace the model's forward pass: Liger's forward pass needs a language-model head, which a reward model lacks."""
     pytest.importorskip("liger_kernel", reason="liger-kernel is only published for x86-64")
     root = Path(__file__).parents[3]
     result = subprocess.run([sys.executable, "-c", MODEL_SCRIPT], cwd=root, capture_output=True, text=True, check=False)

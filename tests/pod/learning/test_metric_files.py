@@ -17,7 +17,7 @@ pytestmark = pytest.mark.pod
 
 
 def test_metric_files_of_a_real_run(model: Path, tmp_path: Path) -> None:
-    """The run has two epochs of four steps (eight rows, two rows per step). It evaluates at steps 3, 6 and 8."""
+    """The run has two epochs of four steps (eight rows, two rows per step). The validation set is evaluated at steps 3, 6 and 8."""
     started_at = datetime.now(UTC)
     spec = {
         "training": {"maxSteps": 8}, "dataset": {"split": {"validation": 0.1, "test": 0.1}},

@@ -16,7 +16,7 @@ OPTIMIZERS_WITHOUT_PACKAGE = (
     "schedule_free_sgd",
     "schedule_free_radam",
 )
-"""The optimizers whose packages are missing from the trainer image."""
+"""The optimizers that need a package that the trainer image does not contain."""
 
 
 @pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name not in OPTIMIZERS_WITHOUT_PACKAGE])

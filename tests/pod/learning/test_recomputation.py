@@ -31,7 +31,10 @@ TOKEN_LIMITS = {"all recompute": 0, "some recompute": 120, "none recompute": 10*
 
 
 class ForwardCounter:
-    """Counts the forward passes of the first layer in each optimizer step: one for each micro-batch, and a second one if the layer recomputes."""
+    """Counts the forward passes of the first layer in each optimizer step.
+
+    Each micro-batch needs one forward pass of the layer, and a second one if the layer recomputes its activations.
+    """
 
     def __init__(self, kept_layer_tokens: int | None) -> None:
         self._kept_layer_tokens = kept_layer_tokens

@@ -156,7 +156,7 @@ def test_the_accuracy_of_multiple_choice_answers_is_measured(model: Path, tmp_pa
         for i, row in enumerate(TEN_ROWS)
     ]
     spec = {
-        # With five times this learning rate, the losses of one kind of processor soon differ from those of another kind.
+        # If this learning rate were five times as high, the losses on different types of processors would soon differ.
         "training": {"maxSteps": 80, "batchSizePerDevice": 10, "scheduler": "constant", "learningRate": 1e-3}, "method": {"type": "full"},
         "evaluation": {"strategy": "steps", "steps": 20},
     }  # fmt: skip

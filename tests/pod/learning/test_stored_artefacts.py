@@ -79,7 +79,7 @@ def train_and_verify(folder: Path, model: Path, spec: dict[str, Any], rows: list
 
 
 def verify(run: RunConfig, folder: Path, inputs: Inputs, reference: ReferenceValues, outcome: RunOutcome) -> ArtefactVerification:
-    """Verify the artefact of a run with the settings of the job `run`, which need not be the job that trained it."""
+    """Verify the artefact of `outcome` with the settings of the job `run`. Another job than `run` may have trained the artefact."""
     assert outcome.folder is not None and outcome.kind is not None
     verifier = Verifier(run, Channel.create_recording(folder / "work"), inputs, reference)
     (result,) = verifier.verify([Artefact(outcome.kind, outcome.folder, OutputKind(outcome.kind))])
@@ -88,7 +88,7 @@ def verify(run: RunConfig, folder: Path, inputs: Inputs, reference: ReferenceVal
 
 @pytest.mark.parametrize("name", ["qlora", "new tokens"])
 def test_a_job_without_the_training_settings_verifies_the_artefact_as_it_was_trained(name: str, model: Path, tmp_path: Path) -> None:
-    """The reference values record how the model must be loaded, so a job without training needs no training settings."""
+    """The reference values record how the model must be loaded, so a job that only verifies an artefact needs no training settings."""
     run, inputs = make_run(tmp_path, model, merge_mappings(BASE_SPEC, METHODS[name]), list(TEN_ROWS))
     outcome = train_here(run, inputs)
     reference = ReferenceValues.model_validate_json((inputs.output_dir / FILE_NAME).read_text())

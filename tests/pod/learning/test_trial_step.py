@@ -1,4 +1,7 @@
-"""A preparation trains one step with a small copy of the model. It refuses jobs with certain faults, and only notes other problems."""
+"""A preparation trains one step with a small copy of the model.
+
+If this step fails because of a fault of the model's code, the preparation refuses the job. Other problems only cause a note.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +61,7 @@ MODEL_CLASS_BODIES = {
 
 
 def check_notes(folder: Path, model: Path, spec: dict[str, Any], rows: list[dict[str, Any]] | None = None) -> list[str]:
-    """Run the check of a preparation in this process. Returns the notes that mention the small copy."""
+    """Check the job in this process, as a preparation pod does. Returns the notes that mention the small copy."""
     run, inputs = make_run(folder, model, spec, **({"rows": rows} if rows else {}))
     channel = Channel.create_recording(folder)
     check_run.check(run, channel, inputs)

@@ -49,7 +49,7 @@ def results(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 @pytest.fixture(scope="module")
 def one_rank(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunOutcome]:
-    """The runs of METHODS_AND_STRATEGIES on one rank, with the same effective batch."""
+    """The runs of METHODS_AND_STRATEGIES on one rank, with the effective batch of the runs on two ranks."""
     batch = {"training": {"batchSizePerDevice": 4}}
     return {
         name: run_training(tmp_path_factory.mktemp(name), model, merge_mappings(merge_mappings(BASE_SPEC, method), batch), ROWS)
@@ -74,6 +74,6 @@ def test_two_ranks_have_the_losses_and_test_metrics_of_one_rank(
     assert two_ranks.resolved["worldSize"] == 2
     assert two_ranks.losses == pytest.approx(single.losses, abs=1e-4)
     assert parse_test_loss(two_ranks.notes) == pytest.approx(parse_test_loss(single.notes), abs=2e-4)
-    if not name.startswith("fsdp"):  # with fsdp, no rank has the whole head
+    if not name.startswith("fsdp"):  # with fsdp, no rank has the whole language-model head
         single_rank = next(line for line in single.logs if "test_f1" in line)
         assert two_ranks.eval["test_f1"] == pytest.approx(single_rank["test_f1"], abs=1e-6)

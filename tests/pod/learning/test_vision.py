@@ -1,4 +1,4 @@
-"""Vision-language models learn from rows with images. Plain transformers computes from the stored artefact what the trainer computed."""
+"""Vision-language models learn from rows with images. Plain transformers computes the same losses from the stored artefact as the trainer."""
 
 from __future__ import annotations
 

@@ -109,7 +109,10 @@ def test_the_loss_is_that_of_trls_trainer_for_rows_with_images(name: str, method
 
 
 def test_the_images_change_the_loss(tmp_path: Path) -> None:
-    """Two rows have the same question, but other images, and their answers are exchanged. So text alone cannot lower the loss."""
+    """A model that ignored the images could not lower the loss.
+
+    The two rows have the same question and different images, and the chosen answer of each row is the rejected answer of the other row.
+    """
     first, second = make_image_pairs(("red", "no"))
     second = {**second, "chosen": first["rejected"], "rejected": first["chosen"]}
     spec = {
@@ -121,7 +124,7 @@ def test_the_images_change_the_loss(tmp_path: Path) -> None:
 
 
 def train_on_column_row(folder: Path, **columns: Any) -> RunOutcome:
-    """Train on one row with these columns. Its image is a file in the folder of the data file."""
+    """Train on one row with these columns. The row's image is a file in the folder of the data file."""
     folder.mkdir(exist_ok=True)
     (folder / "red.png").write_bytes(make_png(COLOURS["red"]))
     row = {"prompt": "question", "chosen": "red", "rejected": "is it no", **columns}

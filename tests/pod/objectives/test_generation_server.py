@@ -1,8 +1,8 @@
 """grpo with a vLLM server: the server generates the completions of each step with the weights of that step.
 
-`tests.support.generation_server` replaces vLLM. The program that starts the server and the trainer's client are the real ones.
-`tests/unit/trainer/test_generation_server.py` tests failures of the server, and `tests/pod/test_generation_resume.py` tests the attempt after
-such a failure.
+`tests.support.generation_server` replaces vLLM. The trainer's client and the program that starts the server are the real ones.
+`tests/unit/trainer/test_generation_server.py` tests failures of the server. `tests/pod/test_generation_resume.py` tests the attempt that follows
+a failure of the server.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ STEPS = 3
 
 
 class SnapshotHooks(RecordingHooks):
-    """Also records the weights at the beginning of each step. An adapter is merged into them."""
+    """Hooks that also record the weights at the beginning of each step. In a run with an adapter, the adapter is merged into the recorded weights."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -413,7 +413,7 @@ def test_an_adapter_for_text_generation_is_refused_for_a_reward_model(model: Pat
 
 
 def test_a_base_model_with_missing_weights_is_refused_for_a_reward_model(model: Path, tmp_path: Path) -> None:
-    """Only the weights of the head may be missing, because transformers would initialise missing weights at random."""
+    """All weights except those of the head must exist in the base model, because transformers would initialise missing weights at random."""
     from safetensors.torch import load_file, save_file
 
     folder = tmp_path / "part"

@@ -1,4 +1,7 @@
-"""A run keeps activations instead of recomputing them only if they fit by a safe estimate, and if a retry after a failure can use less memory."""
+"""When a run keeps its activations instead of recomputing them.
+
+A run keeps them only if they fit into GPU memory according to a cautious estimate, and if a retry after a lack of memory could use less memory.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,7 @@ def make_gpu(dtype: torch.dtype = torch.bfloat16) -> Hardware:
 def choose_activations(
     folder: Path, spec: dict[str, Any], config: Any = MODEL_8B, *, gpu_bytes: int = H200_BYTES, batch_tokens: int = 2 * 4096, **changes: Any
 ) -> ActivationChoice | None:
-    """Return the trainer's choice for a run on a GPU. None means that all activations are recomputed."""
+    """Return which activations the trainer keeps in a run on a GPU. None means that all activations are recomputed."""
     run, _ = make_run(folder, Path("/models/tiny"), merge_mappings(GPU_SPEC, spec))
     hardware = changes.pop("hardware", make_gpu())
     strategy = changes.pop("strategy", "single")
@@ -120,7 +123,7 @@ def test_sixteen_conversations_of_500_tokens_keep_their_activations_on_an_h200(t
 
 @pytest.mark.parametrize(("rows", "kept"), [(3, 22), (4, 16), (8, 7)])
 def test_some_layers_keep_the_activations_of_packed_micro_batches_that_do_not_fit(rows: int, kept: int, tmp_path: Path) -> None:
-    """The run trains an 8B model with LoRA on packed data and one H100."""
+    """The run trains an 8B model with LoRA on one H100. Its data are packed."""
     choice = choose_activations(tmp_path, {"training": {"batchSizePerDevice": rows}}, gpu_bytes=H100_BYTES, batch_tokens=rows * 4096)
     assert choice is not None and choice.kept_layer_tokens is not None
     assert count_kept_layers(32, rows * 4096, choice.kept_layer_tokens) == kept
@@ -147,7 +150,7 @@ def test_no_activations_are_kept_if_the_weights_do_not_fit(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("model_type", sorted(ESTIMATED_MODEL_TYPES))
 def test_the_layers_of_estimated_models_read_the_flag_in_each_forward_pass(model_type: str) -> None:
-    """The layers must read the flag each time, because `RecomputationPerBatch` changes it between two micro-batches."""
+    """The layers must read the flag `gradient_checkpointing` in each forward pass: `RecomputationPerBatch` changes it between two micro-batches."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.modeling_layers import GradientCheckpointingLayer
 

@@ -1,4 +1,4 @@
-"""The agent starts a single rank directly and several ranks with torchelastic. The supervisor learns how each rank ended."""
+"""The agent starts a single rank directly and several ranks with torchelastic. In both cases, the supervisor learns how each rank ended."""
 
 from __future__ import annotations
 

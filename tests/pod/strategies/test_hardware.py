@@ -1,4 +1,4 @@
-"""The trainer chooses device, dtypes and attention from the spec and the hardware. It refuses specs that the hardware cannot run, with a hint."""
+"""The trainer chooses device, dtypes and attention from the spec and the hardware. The trainer refuses specs that the hardware cannot run, and gives a hint."""
 
 from __future__ import annotations
 

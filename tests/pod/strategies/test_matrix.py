@@ -1,6 +1,7 @@
-"""docs/reference/matrix.md shows which methods and objectives work together on one rank. Every refused combination has a message.
+"""docs/reference/matrix.md shows which methods and objectives work together on one rank.
 
-`tests/image/test_matrix.py` compares the page with runs of all strategies in the trainer image. The test of this file needs no image.
+The page gives a message for every combination that is refused.
+`tests/image/test_matrix.py` compares the page with runs of all strategies in the trainer image. The test in this file needs no image.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ SPEC: dict[str, Any] = {
     "training": {"batchSizePerDevice": 3, "gradientAccumulationSteps": 2, "maxSteps": 3, "learningRate": 1e-3},
     "evaluation": {"strategy": "steps", "steps": 3},
 }
-"""Batches of three rows on two ranks. An evaluation of ten rows repeats two rows in its last batches."""
+"""The runs have batches of three rows on two ranks. An evaluation of ten rows repeats two rows, to fill the last batches."""
 RUNS: dict[str, dict[str, Any]] = {
     "ddp": {"method": {"lora": {"dropout": 0}}, "distributed": {"strategy": "ddp"}},
     "fsdp": {"method": {"type": "full"}, "distributed": {"strategy": "fsdp"}, "training": {"learningRate": 1e-4}},

@@ -161,8 +161,10 @@ QUICK_CELLS = {
     equal_cell("full", "ddp, accumulated"), equal_cell("lora", "fsdp"), equal_cell("full", "zero2, accumulated"),
     "ddp full, stored in 16 bits", "fsdp full, stored in 16 bits",
 }  # fmt: skip
-"""The cells of the test matrix that `make test` runs, each also with a run that resumes from a checkpoint. They cover every strategy, and ZeRO stages
-2 and 3. `make test-faults` runs all cells."""
+"""The cells of the test matrix that `make test` runs. For each of them, `make test` also runs a cell that resumes from a checkpoint.
+
+These cells cover every strategy, and ZeRO stages 2 and 3. `make test-faults` runs all cells.
+"""
 
 
 def mark_slow_cells(names: Iterable[str]) -> list[Any]:
@@ -177,7 +179,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Results(dict[str, Result]):
-    """The results by cell name. Reading the first result of a quick cell runs all quick cells; the other cells run in the same way."""
+    """The results by cell name.
+
+    When a test reads the result of a quick cell for the first time, all quick cells run. In the same way, the first read of a slow cell runs all
+    slow cells.
+    """
 
     def __init__(self, model: Path, folder: Path) -> None:
         super().__init__()
@@ -251,7 +257,7 @@ def load_final_tensors(result: Result) -> dict[str, torch.Tensor]:
 
 
 def test_ranks_that_share_converted_weights_train_the_same(results: dict[str, Result]) -> None:
-    """With FSDP, one rank converts the 16-bit files to 32 bits for all ranks. With ddp, every rank converts them."""
+    """With FSDP, one rank converts the 16-bit files to 32 bits for all ranks. With ddp, every rank converts the files for itself."""
     shared, private = results["fsdp full, stored in 16 bits"], results["ddp full, stored in 16 bits"]
     assert shared.error is None and shared.losses == private.losses != results["ddp full"].losses
     assert not list((Path(shared.folder).parent / "work").glob("float32-weights*"))

@@ -72,7 +72,7 @@ def test_the_strategy_of_one_rank_is_single(tmp_path: Path, monkeypatch: pytest.
 def test_deepspeed_with_a_wrong_stage_or_rank_count_or_without_sharding_is_refused(
     stage: int, ranks: int, tmp_path: Path
 ) -> None:
-    """In the last case, the stage and the number of ranks are correct, but the parameters are not sharded."""
+    """In the last of the three cases, the stage and the number of ranks are correct, but the parameters are not sharded."""
     engine = SimpleNamespace(zero_optimization_stage=lambda: stage, world_size=ranks)
     with pytest.raises(FineTuneError) as caught:
         make_strategy("zero", tmp_path, 2).verify_active(make_trainer(engine))

@@ -24,7 +24,7 @@ NAMES = {
 
 @pytest.fixture(autouse=True)
 def name_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replace the resolver: it knows only the names in `NAMES`. Numbers are parsed as usual, so no request leaves the machine."""
+    """Replace the resolver: it knows only the names in `NAMES`. Numeric addresses are parsed as usual, so no request leaves the machine."""
     resolve = socket.getaddrinfo
 
     def look_up(host: str, port: Any, *args: Any, **options: Any) -> list[Any]:

@@ -22,7 +22,7 @@ from finetune_trainer.best import BEST_FOLDER, BEST_PREFIX, KeepBest
 def test_best_weights_are_restored_if_a_checkpoint_holds_them(
     tmp_path: Path, best_step: int, files: dict[str, str], restored: str | None
 ) -> None:
-    """Weights between two checkpoints are not saved. If the best loss was measured between two checkpoints, nothing is restored."""
+    """The weights of steps between two checkpoints are not saved. If the best loss was measured at such a step, nothing is restored."""
     resumed = tmp_path / "checkpoint-20"
     resumed.mkdir()
     for name, text in files.items():

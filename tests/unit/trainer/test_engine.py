@@ -54,7 +54,7 @@ def test_resuming_at_the_last_step_does_not_train(tmp_path: Path) -> None:
 
 
 def test_transformers_without_the_guard_trains_one_step_too_many(tmp_path: Path) -> None:
-    """If this test fails, transformers checks for the last step before it trains, and `GuardedTrainer.run_epoch` can be removed."""
+    """If this test fails, transformers itself stops at the last step, and `GuardedTrainer.run_epoch` can be removed."""
     run_training(Trainer, tmp_path)
     step, _ = run_training(Trainer, tmp_path / "again", tmp_path / f"checkpoint-{LAST_STEP}")
     assert step == LAST_STEP + 1
@@ -114,7 +114,7 @@ FETCH_SECONDS, COUNT_SECONDS, COMPUTE_SECONDS, TOKENS_PER_STEP = 0.25, 3.0, 1.75
 
 
 class ClockedTrainer(PlainGuardedTrainer):
-    """Advances a virtual clock for each count of the tokens of all ranks, and for each computed step. `SlowRows` advances it for each row."""
+    """Advances a virtual clock when the tokens of all ranks are counted, and when a step is computed. `SlowRows` advances this clock for each row."""
 
     now = 100.0
 
@@ -138,7 +138,7 @@ class SlowRows(torch.utils.data.Dataset):  # type: ignore[name-defined]  # impor
 
 
 def use_virtual_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replace the clocks of the trainer by `ClockedTrainer.now`. The wall clock is 1.7e9 seconds ahead of it."""
+    """Replace the clocks of the trainer by `ClockedTrainer.now`. The wall clock is 1.7e9 seconds ahead of `now`."""
     clock = SimpleNamespace(perf_counter=lambda: ClockedTrainer.now, time=lambda: 1.7e9 + ClockedTrainer.now)
     monkeypatch.setattr(engine, "time", clock)
     monkeypatch.setattr(speed, "time", clock)

@@ -35,7 +35,10 @@ def test_bitsandbytes_stays_visible_for_a_base_model_that_another_job_quantised(
 
 
 def test_a_rank_imports_only_the_packages_that_its_job_needs(tmp_path: Path) -> None:
-    """TRL imports wandb and mlflow if they are installed, which takes 0.6 s and 2 s. A rank needs neither: another process sends values to trackers."""
+    """TRL imports wandb and mlflow if they are installed, which takes 0.6 s and 2 s.
+
+    A rank needs neither wandb nor mlflow, because another process sends values to trackers.
+    """
     tracking = {"reportTo": ["mlflow"], "mlflow": {"trackingUri": "http://mlflow.mlops:5000"}}
     run, _ = make_run(tmp_path, tmp_path / "model", {"tracking": tracking, "dataset": {"numProc": 3}})
     done = subprocess.run([sys.executable, "-c", PRELOAD], input=run.model_dump_json(by_alias=True), capture_output=True, text=True)
@@ -83,7 +86,7 @@ def test_a_job_with_a_quantised_base_model_needs_bitsandbytes(tmp_path: Path) ->
 
 
 def test_transformers_reads_its_model_files_once() -> None:
-    """Without `reuse_list_of_models`, transformers would read the files twice. The reused list equals the list that transformers would make."""
+    """Without `reuse_list_of_models`, transformers would read the files of its models twice. The reused list equals the list that transformers would make."""
     program = (
         "import transformers; from transformers.utils import import_utils as lists; from finetune_trainer import imports; "
         "imports.reuse_list_of_models(); models = transformers.models; print(lists.define_import_structure.cache_info().misses); "
@@ -96,7 +99,7 @@ def test_transformers_reads_its_model_files_once() -> None:
 
 
 def test_rouge_imports_nltk_without_scipy_and_scikit_learn() -> None:
-    """nltk would import both packages for functions that no metric uses, which takes two seconds. Both can still be imported later."""
+    """nltk would import scipy and scikit-learn for functions that no metric uses, which takes two seconds. Later code can import both packages."""
     program = (
         "import sys; from finetune_trainer.evaluation import text_metrics as metrics; from finetune_trainer.evaluation.predictions import Prediction; "
         "answer = Prediction(system_prompt=None, user_prompt='2 + 2?', assistant_response='It is running', ground_truth='It runs'); "

@@ -80,7 +80,7 @@ def test_a_training_run_calls_the_hooks_that_belong_to_it(tmp_path: Path) -> Non
         tmp_path, load_best_model_at_end=True, eval_strategy="steps", eval_steps=1, label_names=["x"]
     )
     trainer.train()
-    # The run saves two checkpoints. Loading the best weights checks the loaded keys once.
+    # The run saves two checkpoints. The keys are checked once, when the best weights are loaded.
     assert trainer.calls == {
         "run_epoch": 2, "load_checkpoint_weights": 0, "check_loaded_keys": 1, "load_optimizer_and_scheduler": 0,
         "save_optimizer_and_scheduler": 2, "save_checkpoint": 2, "load_best_model": 1, "save_files": 2, "clip_gradients": 2, "gradient_norm": 2,
@@ -281,7 +281,7 @@ def test_trl_generates_completions_through_the_overridden_method() -> None:
 
 
 def test_trl_still_has_the_methods_that_are_replaced_for_a_vllm_server() -> None:
-    """`tests/pod/objectives/test_generation_server.py` runs the methods. This test shows which of them an upgrade of TRL has changed."""
+    """If an upgrade of TRL has changed one of these methods, this test shows which one. `tests/pod/objectives/test_generation_server.py` runs the methods."""
     from trl.generation.vllm_client import VLLMClient
     from trl.generation.vllm_generation import VLLMGeneration
     from trl.trainer import grpo_trainer

@@ -123,7 +123,7 @@ def test_advice_follows_from_the_facts_of_the_run() -> None:
     plan = plan_memory_of_run(run, config, facts)
     assert plan is not None
     advice = advise_after_out_of_memory(run, config, facts, RefusedAllocation(plan.expected_bytes + 2, plan.expected_bytes + 1))
-    # All layers kept their activations. The same micro-batch fits if the layers recompute them.
+    # All layers kept their activations. The same micro-batch fits if the layers recompute their activations.
     assert (advice.planned_bytes, advice.batch_size_per_device, advice.gradient_checkpointing, advice.fits) == (plan.expected_bytes, 4, "enabled", True)
 
 

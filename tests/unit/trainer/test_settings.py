@@ -68,6 +68,6 @@ def test_the_error_of_a_missing_run_file_names_the_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["FINETUNE_FINAL_UPLOAD_TIMEOUT_SECONDS", "FINETUNE_FINAL_PATIENCE_SECONDS"])
 def test_the_final_upload_timeout_is_also_read_under_its_old_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Version 0.1.0 documented the old name, and jobs may set it in `placement.env`."""
+    """Version 0.1.0 documented the old name of the variable, so existing jobs may set it in `placement.env`."""
     monkeypatch.setenv(name, "7")
     assert Settings.from_env().final_upload_timeout_seconds == 7.0

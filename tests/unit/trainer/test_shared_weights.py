@@ -64,7 +64,7 @@ def test_all_ranks_load_from_a_folder_that_exists_only_while_the_model_is_loaded
         assert (folder / "config.json").read_text() == "{}"
         mapped = load_file(folder / "a.safetensors")
     assert not folder.exists() and list(work.iterdir()) == []
-    assert waits == [True] * 2, "the ranks wait before the files are removed"
+    assert waits == [True] * 2, "before the files are removed, the ranks wait for each other"
     assert mapped["half"].tolist() == [1.5, -2.0], "mapped weights outlive the removal of their file"
     assert load_file(model / "a.safetensors")["matrix"].dtype is torch.bfloat16
 

@@ -32,7 +32,7 @@ def test_published_throughputs_give_the_published_utilisation() -> None:
     # Published for a LoRA run of an 8B model with 4096 tokens and causal attention: 12,473 tokens/s, 402 TFLOP/s.
     lora = 12_473 * flops_per_token(LLAMA_3_8B, 4096, frozen_base=True)
     assert lora / 1e12 == pytest.approx(402, rel=0.05)
-    # Published for full training with 8192 tokens: 5,762 tokens/s, 33.7 % of 989 TFLOP/s. Attention is counted as not causal.
+    # Published for full training with 8192 tokens: 5,762 tokens/s, 33.7 % of 989 TFLOP/s. This figure ignores that attention is causal.
     full = 5_762 * flops_per_token(LLAMA_3_8B, 8192, frozen_base=False, is_causal=False)
     assert full / 989e12 == pytest.approx(0.337, abs=0.003)
 

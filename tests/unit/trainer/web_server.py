@@ -38,7 +38,7 @@ class WebServer:
     serves_ranges: bool = True
     """Whether the server supports range requests."""
     requests: list[str] = field(default_factory=list)
-    """Each request as `METHOD /path?query RANGE`."""
+    """The requests that the server has received, each as `METHOD /path?query RANGE`."""
 
 
 class _Server(ThreadingHTTPServer):

@@ -38,7 +38,8 @@ print(json.dumps([sum(report.tokens for report in data.reports.values()), peak])
 def test_memory_does_not_depend_on_the_number_of_tokens(tmp_path: Path) -> None:
     """Packed training rows and unpacked validation rows together need less than one more byte for each additional token.
 
-    `tracemalloc` counts the memory of Python and numpy, and Arrow's pool that of Arrow. If rows were kept as Python objects, a token would take 125 bytes.
+    `tracemalloc` counts the memory of Python and numpy, and Arrow's pool counts the memory of Arrow.
+    If rows were kept as Python objects, a token would take 125 bytes.
     """
 
     def measure(rows: int) -> tuple[int, int]:

@@ -43,7 +43,7 @@ def sequence_limit(folder: Path, spec: dict[str, Any], model_limit: int | None, 
 def test_virtual_tokens_reduce_the_sequence_length(method: dict[str, Any], virtual_token_count: int, tmp_path: Path) -> None:
     assert sequence_limit(tmp_path, {"method": method}, 512) == 512 - virtual_token_count
     assert sequence_limit(tmp_path, {"method": method}, None, tokenizer_limit=256) == 256 - virtual_token_count
-    assert sequence_limit(tmp_path, {"method": method}, 4096) == 2048, "the default is the largest length that fits"
+    assert sequence_limit(tmp_path, {"method": method}, 4096) == 2048, "the default is the largest length that fits, but at most 2048"
     assert sequence_limit(tmp_path, {"method": method, "dataset": {"maxSequenceLength": 512 - virtual_token_count}}, 512) == 512 - virtual_token_count
     with pytest.raises(ConfigError, match=f"write {512 - virtual_token_count} or less") as caught:
         sequence_limit(tmp_path, {"method": method, "dataset": {"maxSequenceLength": 513 - virtual_token_count}}, 512)

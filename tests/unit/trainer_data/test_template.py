@@ -268,7 +268,7 @@ def test_a_template_that_does_not_end_is_refused(tmp_path: Path, monkeypatch: py
 
 
 def test_the_time_limit_restores_the_timer_of_the_program() -> None:
-    """Another thread has no time limit, because Python delivers no signals to it."""
+    """A thread other than the main thread has no time limit, because Python delivers signals only to the main thread."""
     before = signal.setitimer(signal.ITIMER_REAL, 600)
     try:
         with time_limit(60):

@@ -1,4 +1,4 @@
-"""Before the first step, the reference model equals the trained model. So the first loss is known."""
+"""Before the first step, the reference model equals the trained model, so the first loss is known."""
 
 from __future__ import annotations
 

@@ -231,7 +231,7 @@ def test_a_function_with_a_timeout_runs_in_one_process_of_its_own(tmp_path: Path
     reward = build_user_reward(tmp_path, STATEFUL, timeoutSeconds=60)
     answers = [reward(**CALL, log_metric=lambda *call: logged.append(call), log_extra=None, trainer_state=None) for _ in range(2)]
     assert answers[0] == answers[1] and answers[0][1:] == [2, 3] and answers[0][0] != os.getpid()
-    assert logged == [("calls", 1), ("calls", 2)], "the process keeps its state, and its metrics are logged here"
+    assert logged == [("calls", 1), ("calls", 2)], "the reward process keeps its state between calls, and the trainer logs its metrics"
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def write_files(tokenizer: Any, tmp_path: Path, base: dict[str, Any], end_ids: l
 
 def test_trained_tokens_come_before_those_of_the_base_model(tokenizer: Any, tmp_path: Path) -> None:
     end, base_end = token_ids(tokenizer, "<|im_end|><|endoftext|>")
-    # Sampling settings without sampling are contradictory, but published models have them.
+    # Some published models set a temperature but turn sampling off, although these settings contradict each other.
     values, is_saved = write_files(tokenizer, tmp_path, {"eos_token_id": [base_end, 9], "temperature": 0.6, "do_sample": False}, [end])
     assert (values["eos_token_id"], values["temperature"], is_saved) == ([end, base_end, 9], 0.6, True)
     assert json.loads((tmp_path / "final" / "tokenizer_config.json").read_text())["eos_token"] == "<|im_end|>"

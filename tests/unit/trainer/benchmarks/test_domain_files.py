@@ -1,4 +1,4 @@
-"""Domain files of all documented shapes are read, and the errors of other files name the question."""
+"""Domain files in all documented formats are read, and an error in a domain file names the question that is wrong."""
 
 from __future__ import annotations
 

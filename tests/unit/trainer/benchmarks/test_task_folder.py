@@ -1,4 +1,4 @@
-"""Task folders with code or missing data are refused before training, and the tables of task names fit the installed harness."""
+"""Task folders with code or missing data are refused before training, and the project's tables of task names agree with the installed harness."""
 
 from __future__ import annotations
 
@@ -170,7 +170,10 @@ def test_the_error_of_an_invalid_file_names_the_file(text: str, message: str, tm
 
 
 def test_the_sandbox_for_templates_is_still_needed_and_works() -> None:
-    """Without the sandbox, the harness lets templates access Python's classes. If the first assertion fails, the sandbox can be removed."""
+    """Without the sandbox, the harness lets templates access Python's classes.
+
+    If the first assertion fails, the harness itself denies this access, and the sandbox can be removed.
+    """
     from finetune_trainer.benchmarks.harness import _sandboxed_templates
     from jinja2.exceptions import SecurityError
     from lm_eval import utils

@@ -24,7 +24,7 @@ def writer() -> BackgroundWriter:
 
 
 def save_state(writer: BackgroundWriter, file: Path, weight: Any) -> None:
-    """Begin a checkpoint and save one file of it. The test finishes the checkpoint."""
+    """Begin a checkpoint and save one of its files. The caller finishes the checkpoint."""
     with writer.begin_checkpoint():
         torch.save({"weight": weight, "step": [1]}, file)
 
@@ -80,7 +80,7 @@ def test_tasks_run_in_order_after_the_files(writer: BackgroundWriter, tmp_path: 
 
 
 def test_without_a_checkpoint_a_task_runs_at_once(writer: BackgroundWriter, tmp_path: Path) -> None:
-    """The final model is saved after training, outside a checkpoint."""
+    """For example, the final model is saved after training, when no checkpoint is being written."""
     seen: list[str] = []
     writer.run_after_files(lambda: seen.append("before"))
     save_state(writer, tmp_path / "a.pt", torch.ones(1))

@@ -76,7 +76,7 @@ def load_deepspeed(file: Path) -> None:
 
 
 class Job:
-    """A job's folder in storage with a genuine checkpoint of step 5. `forge` writes into it without the signing key."""
+    """A job's folder in storage with a genuine checkpoint of step 5. `forge` writes a forged checkpoint into this folder without the signing key."""
 
     def __init__(self, folder: Path, strategy: str, key: str | None) -> None:
         self.folder, self.facts = folder, RunFacts(strategy=strategy)
@@ -89,7 +89,10 @@ class Job:
         self.genuine = self.tree.commit(checkpoint_folder_key(5), Manifest(step=5, incarnation=INCARNATION, files=files, facts=self.facts)).manifest_sha256
 
     def forge(self, step: int, incarnation: str, write_files: Forge) -> tuple[Path, Path]:
-        """Write a complete checkpoint with valid hashes, as the trainer does, but without the key. Returns the pickle and the proof of its code."""
+        """Write a complete checkpoint with valid hashes, as the trainer does, but without the signing key.
+
+        Returns the forged pickle, and the path of the file that the pickle creates when it is loaded.
+        """
         proof, forged = self.folder / "code-ran", self.folder / "forged"
         pickled = write_files(forged, proof)
         manifest = Manifest(step=step, incarnation=incarnation, files=list_file_entries(forged), facts=self.facts)
@@ -134,7 +137,7 @@ def test_a_forged_newer_checkpoint_is_refused_by_name(tmp_path: Path, strategy: 
 def test_a_replaced_checkpoint_that_the_status_knows_is_refused(
     tmp_path: Path, strategy: str, write_files: Forge, load: Callable[[Path], None], has_key: bool
 ) -> None:
-    """This also holds if the operator gives attempts no Secret."""
+    """The replaced checkpoint is refused even if the operator gives attempts no Secret, and so no signing key."""
     job = Job(tmp_path, strategy, KEY if has_key else None)
     _, proof = job.forge(5, INCARNATION, write_files)
     with pytest.raises(NoCheckpointError) as error:
@@ -160,7 +163,7 @@ def test_a_signed_checkpoint_that_the_status_does_not_know_is_used(tmp_path: Pat
 
 
 def test_a_checkpoint_without_code_needs_no_signature(tmp_path: Path) -> None:
-    """An older operator gives attempts no key, and their progress must not be lost."""
+    """An older operator gives its attempts no key. After an upgrade, their checkpoints must be usable, so that no progress is lost."""
     job = Job(tmp_path, "ddp", None)
     job.tree = CheckpointTree(job.store, KEY)
     assert job.restore().step == 5

@@ -158,7 +158,7 @@ def test_a_training_state_with_non_finite_values_is_never_saved(run: FakeTrainin
 
 
 def test_weights_are_checked_at_a_step_with_a_log_line_too(run: FakeTrainingLoop) -> None:
-    """The last update may have made weights non-finite, although the logged loss before this update was finite."""
+    """The last update may have made weights non-finite, although the logged loss, which was computed before this update, was finite."""
     run.stager.on_trainer_created(make_fake_trainer(run, torch.tensor(1.0), {"tokens": torch.tensor(7)}))
     run.step(save=True, log=True)
     assert run.saved == [1] and "tokens" not in run.sent("staged")[0], (
@@ -171,7 +171,10 @@ def test_weights_are_checked_at_a_step_with_a_log_line_too(run: FakeTrainingLoop
 
 
 def test_a_checkpoint_at_the_end_of_an_epoch_is_saved_after_the_evaluation(tmp_path: Path) -> None:
-    """A run that resumed from an earlier checkpoint would skip the evaluation, and early stopping could decide differently."""
+    """If the checkpoint were saved before the evaluation, a run that resumed from it would skip the evaluation.
+
+    Early stopping could then decide differently than in an uninterrupted run.
+    """
     run = FakeTrainingLoop(tmp_path, steps_per_epoch=2, eval_strategy="epoch")
     run.step(save=True)
     run.step(save=True)
@@ -188,7 +191,10 @@ def test_a_stop_is_not_caught_by_except_exception(run: FakeTrainingLoop) -> None
 
 
 def test_a_stop_at_the_end_of_an_epoch_waits_for_the_evaluation(tmp_path: Path) -> None:
-    """A resumed run starts with the next epoch. Without the wait, the validation loss of the ended epoch would never be measured."""
+    """A run that resumes at the end of an epoch starts with the next epoch.
+
+    If the stop did not wait for the evaluation, the validation loss of the ended epoch would never be measured.
+    """
     run = FakeTrainingLoop(tmp_path, steps_per_epoch=2, eval_strategy="epoch")
     run.step()
     run.request_stop()
@@ -287,7 +293,7 @@ def test_without_memory_for_a_copy_training_waits_for_each_checkpoint(run: FakeT
 
 @pytest.mark.parametrize("is_stop", [True, False])
 def test_the_last_checkpoint_is_written_at_once(run: FakeTrainingLoop, is_stop: bool) -> None:
-    """No step follows the last checkpoint. So a copy, which lets training continue during the write, would save no time."""
+    """No training step follows the last checkpoint, so it would save no time to write this checkpoint in the background."""
     run.stager.on_trainer_created(make_fake_trainer(run, torch.tensor(1.0), {}))
     run.step(save=True)
     assert run.stager._writer.writes_in_background is True
@@ -356,7 +362,7 @@ def test_a_row_that_several_ranks_share_is_counted_once(ranks_per_sequence: int,
     run = FakeTrainingLoop(tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=2)
     run.channel.world_size = 4
     run.stager = subject.CheckpointStager(run.channel, run.agreement, "a1-00000000", ranks_per_sequence=ranks_per_sequence)
-    run.channel.world_size = 1  # the other ranks do not run
+    run.channel.world_size = 1  # this test runs one of the four ranks
     run.step(save=True)
     (checkpoint,) = run.sent("staged")
     assert checkpoint["samples"] == samples

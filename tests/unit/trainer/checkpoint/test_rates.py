@@ -65,7 +65,7 @@ def test_new_settings_apply_to_the_loaded_state(tmp_path: Path) -> None:
 
 
 def test_a_scheduler_without_base_rates_keeps_the_loaded_rates() -> None:
-    """A scheduler such as ReduceLROnPlateau has no base rates, so the rate of this attempt cannot be set back."""
+    """A scheduler such as ReduceLROnPlateau has no base rates, so the rate of this attempt cannot replace the loaded rate."""
     optimizer, _ = make_optimizer(1e-3)
     scheduler = SimpleNamespace(factor=0.5)
 

@@ -74,7 +74,7 @@ def test_a_checkpoint_is_restored_by_its_uri(two_checkpoints: CheckpointTree, ot
 
 
 def test_a_checkpoint_is_restored_from_a_web_server(two_checkpoints: CheckpointTree, tmp_path: Path, server: WebServer) -> None:
-    """The request uses the CA bundle of the job's own storage. Error messages do not contain the query of the URL."""
+    """The request to the web server uses the CA bundle of the job's own storage. Error messages do not contain the query of the URL."""
     (tmp_path / "root/team").rename(server.folder / "team")
     store = FolderStore(tmp_path / "own", "file:///own")
     store.target = StoreTarget(uri="s3://bucket/root", ca_bundle=server.ca)  # type: ignore[attr-defined] # as S3Store has it
@@ -94,7 +94,7 @@ def test_a_checkpoint_is_restored_from_a_web_server(two_checkpoints: CheckpointT
 def test_the_jobs_own_checkpoints_take_precedence_over_checkpoint_resume(
     two_checkpoints: CheckpointTree, other_job: CheckpointTree, tmp_path: Path, mode: str
 ) -> None:
-    """If a queue restarts the same attempt, or if the operator missed a commit, the job has newer checkpoints than `run.json` says."""
+    """If a queue restarts the same attempt, or if the operator missed a commit, the job's storage contains newer checkpoints than `run.json` names."""
     folder = tmp_path / "staged"
     files = other_job.upload(checkpoint_folder_key(150), "a1-00000000", folder)
     other_job.commit(checkpoint_folder_key(150), Manifest(step=150, incarnation="a1-00000000", files=files, facts=FACTS))

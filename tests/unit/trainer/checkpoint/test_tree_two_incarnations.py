@@ -1,4 +1,7 @@
-"""Two incarnations write to the folder of one job at the same time. In every order of their requests, the files of each marker exist."""
+"""Two incarnations write to the folder of one job at the same time.
+
+In whatever order their requests are served, all files that a marker refers to exist.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +73,10 @@ def commit_checkpoint(tree: CheckpointTree, staged_folder: Path, step: int, atte
 
 
 def test_a_marker_created_between_listing_and_delete_of_a_sweep_is_removed(store: SlowStore, tmp_path: Path) -> None:
-    """The old attempt passes its last check, the sweep deletes the files, and the old attempt creates its marker. The sweep removes the marker."""
+    """The old attempt passes its last check, the sweep deletes the files, and the old attempt creates its marker.
+
+    The sweep must remove this marker.
+    """
     tree, key = CheckpointTree(store), f"{checkpoint_folder_key(10)}/_COMMITTED"
     commit_checkpoint(tree, tmp_path / "staged", 10, 1)
     marker = store.get(key)
@@ -97,7 +103,7 @@ def test_a_sweep_during_a_commit_leaves_no_marker(store: SlowStore, tmp_path: Pa
 
 
 def test_a_commit_fails_if_a_sweep_removed_its_data_before_the_manifest(store: SlowStore, tmp_path: Path) -> None:
-    """A queue starts the same attempt again. The sweep of the new pods lists the objects before the old pods have written the manifest."""
+    """A queue starts an attempt again while its old pods still run. The sweep of the new pods lists the objects before the old pods write the manifest."""
     tree = CheckpointTree(store)
 
     def start_sweep() -> None:
@@ -141,7 +147,7 @@ def test_another_incarnation_resumes_from_the_attempts_own_steps_after_a_rollbac
     assert (found.step, [one.step for one in found.skipped_checkpoints]) == (20, [30])
     assert restore(tree, rolled_back, FACTS, tmp_path / "fourth", attempt=4).step == 10
     with_known_attempt = rolled_back.model_copy(update={"rolled_back_attempt": 3})
-    assert restore(tree, with_known_attempt, FACTS, tmp_path / "fifth", attempt=4).step == 20, "also if the operator did not see this checkpoint"
+    assert restore(tree, with_known_attempt, FACTS, tmp_path / "fifth", attempt=4).step == 20, "step 20 is used although the operator did not see it"
 
 
 def test_an_attempt_is_fenced_before_training_if_a_later_one_has_begun(store: SlowStore) -> None:

@@ -111,7 +111,7 @@ def test_the_checkpoint_of_a_stop_is_never_dropped(bench: UploaderBench) -> None
     assert bench.run_state.counters["checkpoints_skipped"] == 2
     assert not (bench.folder / "staged-4").exists()
     assert bench.part_keys() == [], "a run with one pod does not report parts"
-    assert bench.steps_before_commit == [], "no time is lost before the commit of a stop"
+    assert bench.steps_before_commit == [], "the action before a commit does not delay the commit of a stop"
 
 
 def test_a_fenced_commit_ends_the_attempt(bench: UploaderBench) -> None:
@@ -277,7 +277,7 @@ def test_closing_the_uploader_ends_the_retries_of_the_checkpoint_of_a_stop(tmp_p
 
 
 def test_skipped_checkpoints_are_replaced_or_removed_and_do_not_count_as_progress(tmp_path: Path) -> None:
-    """Another attempt committed steps 10 to 30. This attempt resumes from 10 and repeats the later steps."""
+    """An earlier attempt committed checkpoints of steps 10 to 30. This attempt resumes from step 10 and repeats the later steps."""
     folder = tmp_path / "staged"
     folder.mkdir()
     (folder / "weights").write_text("old")
@@ -403,7 +403,7 @@ def test_part_files_that_cannot_be_removed_do_not_undo_a_commit(tmp_path: Path) 
 
 
 def test_a_part_that_cannot_be_stored_is_reported_at_once(tmp_path: Path) -> None:
-    """Without the report, rank 0's pod would wait half an hour for this part, and would commit no checkpoint during this time."""
+    """If the pod did not report that its part is missing, rank 0's pod would wait half an hour for this part, and would commit nothing meanwhile."""
     store, run_state = GatedStore(tmp_path / "root"), RunState()
     pods = [
         Uploader(CheckpointTree(store), run_state, RunFacts(), KeepPolicy(), job_id="n/j/u", attempt=1, node_rank=node, node_count=2)
@@ -427,7 +427,10 @@ def test_a_part_that_cannot_be_stored_is_reported_at_once(tmp_path: Path) -> Non
 
 
 def test_a_slow_store_does_not_block_enqueue(tmp_path: Path) -> None:
-    """The thread that handles the ranks' messages must not wait for the store, so a separate thread reports the skipped part."""
+    """The thread that handles the ranks' messages must not wait for the store.
+
+    A separate thread therefore reports that the pod skips its part of a checkpoint.
+    """
     store = GatedStore(tmp_path / "root")
     reported = threading.Event()
     put = store.put
@@ -593,7 +596,7 @@ def test_only_the_last_upload_of_a_run_is_retried(
     step: int | None, graceful: bool, error: Exception, seconds: float, tries: int, problem: str | None, bench: UploaderBench,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Each try takes some seconds. The final model is retried for 60 seconds."""
+    """Each try of an upload takes `seconds` seconds. The upload of the final model is retried for 60 seconds."""
     clock = FakeClock(monkeypatch)
     monkeypatch.setattr("finetune_trainer.checkpoint.uploader.RETRY_PAUSE_SECONDS", 0.001)
     keys: list[str] = []
@@ -707,7 +710,7 @@ def test_the_manifest_of_the_final_model_holds_the_last_step(reported: dict[str,
 
 
 def test_a_checkpoint_of_the_restored_step_is_not_healthy_yet(tmp_path: Path) -> None:
-    """A run that resumes at step 10 may save step 10 again. Nothing is known about the losses after that step."""
+    """A run that resumes at step 10 may save step 10 again. Whether the losses after step 10 are finite is not known yet."""
     bench = UploaderBench(tmp_path, keep_count=0)
     marks: list[int] = []
     mark = bench.tree.mark_healthy

@@ -34,7 +34,7 @@ def test_the_sums_are_restored_bit_by_bit(tmp_path: Path) -> None:
 
 
 def test_windows_are_exchanged_with_version_0_1_0_in_both_directions(tmp_path: Path) -> None:
-    """Both versions must restore both sums of the token accuracy, whose quotient is wrong if they cover different steps."""
+    """Both versions must restore the numbers of correct and of trained tokens: their quotient is wrong if the two numbers cover different steps."""
     sums = {"correct": 3, "trained": 4, "positions": 9, "tokens": 8, "letters": 2, "correct_letters": 1}
     stored = {"correct": 3, "learned": 4, "places": 9, "tokens": 8, "letters": 2, "right": 1}
     LoggingWindow(make_trainer(_sums={"train": dict(sums)}), 0, 1).write(tmp_path)

@@ -1,4 +1,4 @@
-"""Local rank 0 of each node works before the other ranks, without a time limit."""
+"""While local rank 0 of each node works, the other ranks wait for it without a time limit."""
 
 from __future__ import annotations
 
@@ -34,7 +34,10 @@ class Clock:
 
 
 class Store(SingleRankStore):
-    """A store to which rank 0 writes heartbeats while it works. Its last heartbeat is at the time `last_heartbeat`, and it is done at the time `done_at`."""
+    """A store to which rank 0 writes heartbeats while it works.
+
+    Rank 0 writes its last heartbeat at the time `last_heartbeat`, and its work is done at the time `done_at`.
+    """
 
     def __init__(self, clock: Clock, last_heartbeat: float, done_at: float) -> None:
         super().__init__()
@@ -138,6 +141,6 @@ def run_rank(rank: int, port: int) -> None:
 
 
 def test_a_rank_may_wait_longer_than_the_timeout_of_the_process_group() -> None:
-    """In a collective, such as accelerate's `local_main_process_first`, the waiting rank would fail."""
+    """If ranks waited in a collective, such as accelerate's `local_main_process_first`, the waiting rank would fail after this timeout."""
     with agent_store() as port:
         torch.multiprocessing.spawn(run_rank, (port,), nprocs=2)

@@ -170,7 +170,7 @@ def test_the_micro_batch_of_a_file_is_reduced_without_breaking_a_rule(
     spec: dict[str, Any], old_batch: tuple[int, int], new_batch: tuple[int, int], batch_of_file: tuple[int | None, int | None],
     expected: tuple[int, int], note: str, tmp_path: Path,
 ) -> None:  # fmt: skip
-    """The adaptation keeps the effective batch of the file, and the adapted values satisfy the rules of the API."""
+    """When the operator reduces the micro-batch, the effective batch that the file sets does not change. The new values satisfy the rules of the API."""
     paths = ("training.batchSizePerDevice", "training.gradientAccumulationSteps")
     training = dict(zip(("batchSizePerDevice", "gradientAccumulationSteps"), new_batch, strict=True))
     options_in_spec = {"strategy": "deepspeed", "deepspeed": {"configRef": {"name": "mine", "key": "ds.json"}}}

@@ -65,7 +65,7 @@ def test_resamples_have_the_distribution_of_all_possible_resamples() -> None:
 @pytest.mark.parametrize("wins", range(6))
 @pytest.mark.parametrize("losses", range(6))
 def test_the_interval_of_fractions_contains_exactly_the_differences_that_the_score_test_accepts(wins: int, losses: int) -> None:
-    """The reference finds the maximum likelihood under each hypothesis on a grid, instead of solving an equation."""
+    """The reference in this test finds the maximum likelihood under each hypothesis by a search on a grid. The tested code solves an equation."""
     rows, confidence = 12, 0.9
     base = np.array([0.0] * wins + [1.0] * losses + [1.0] * (rows - wins - losses))
     trained = np.array([1.0] * wins + [0.0] * losses + [1.0] * (rows - wins - losses))

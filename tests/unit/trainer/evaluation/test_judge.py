@@ -1,4 +1,4 @@
-"""Metrics from a judge model, with a local endpoint that stands in for it."""
+"""Metrics from a judge model. In these tests, a local endpoint replaces the judge model."""
 
 from __future__ import annotations
 
@@ -68,7 +68,10 @@ def read_texts(body: dict[str, Any]) -> dict[str, str]:
 
 
 def claims_reply(supported: int, unsupported: int, found: int, missed: int) -> Reply:
-    """Return a reply with this many supported and unsupported claims of the answer, and found and missed claims of the correct answer."""
+    """Return a reply of the judge with these numbers of claims.
+
+    `supported` and `unsupported` count the claims of the answer. `found` and `missed` count the claims of the correct answer.
+    """
     answer = [{"claim": "c", "supported": True}] * supported + [{"claim": "c", "supported": False}] * unsupported
     reference = [{"claim": "c", "supported": True}] * found + [{"claim": "c", "supported": False}] * missed
     return chat_reply(json.dumps({"answer_claims": answer, "reference_claims": reference}))
@@ -270,7 +273,7 @@ def test_a_closed_port_leaves_the_row_unjudged() -> None:
 def test_a_permanent_error_ends_the_evaluation_after_one_request(
     endpoint: StubJudge, connect: Callable[..., Judge], caplog: pytest.LogCaptureFixture, status: int, error_type: type[Any], code: str, parallel: int
 ) -> None:
-    """The endpoint's text may contain the API key, but neither the error nor the log may contain it."""
+    """The endpoint's error text contains the API key. Neither the raised error nor the log may contain this key."""
     caplog.set_level(logging.DEBUG)
     endpoint.answer = lambda path, body: error_reply(status, f"Incorrect API key provided: {KEY}")
     with pytest.raises(error_type) as caught:

@@ -151,7 +151,7 @@ GATED = ("loss", "perplexity", "accuracy", "precision", "f1")
 
 
 def count_promoted(margins: dict[str, float], count: int, lost_skill: float) -> dict[str, int]:
-    """Return, by metric, how many of `COMPARISONS` models pass the gate."""
+    """For each metric, return how many of `COMPARISONS` models pass the gate."""
     gates = [Gate.model_validate({"metric": metric, "notWorseThanBase": {"margin": margin}}) for metric, margin in margins.items()]
     generator, promoted = np.random.default_rng(20_260_301 + count), Counter[str]()
     for _ in range(COMPARISONS):
@@ -175,6 +175,6 @@ def test_a_model_exactly_at_the_margin_is_promoted_in_about_5_percent(count: int
 
 @pytest.mark.slow  # `make test` runs a fast variant in test_gates.py, which draws scores instead of measuring tokens
 def test_an_equal_model_is_promoted_if_the_margin_has_99_percent_power() -> None:
-    """With each margin, the gate promotes an equal model with a probability of about 99 % if it sees 100 rows."""
+    """With each of these margins and 100 rows, the gate promotes a model that is as good as the base model with a probability of about 99 %."""
     promoted = count_promoted({"loss": 0.261, "perplexity": 1.25, "accuracy": 0.0906, "precision": 0.0915, "f1": 0.0909}, 100, 0.0)
     assert min(promoted.values()) >= 190, promoted

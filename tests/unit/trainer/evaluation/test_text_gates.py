@@ -1,8 +1,8 @@
 """Error rate and power of gates for BLEU and ROUGE, with texts that are measured as the stages measure them.
 
 Each population has 1500 rows. A row has a correct answer, and the answers of a base model and of a trained model. The measurements of the whole population are
-the true values of the metrics. A comparison draws rows of the population with replacement. If the margin equals the true
-difference, the model is exactly at the margin.
+the true values of the metrics. A comparison draws rows of the population with replacement. A model is exactly at the
+margin of a gate if its true value is worse than that of the base model by the margin.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Answers:
 
 
 def draw_answers(generator: np.random.Generator, correct: list[FloatArray], difficulty: FloatArray, skill: float) -> Answers:
-    """Draw the answers of a model. With more skill, it knows more words. Some answers are cut."""
+    """Draw the answers of a model. A model with more `skill` knows more words. Some answers are cut."""
     predictions = []
     for wanted, difficult in zip(correct, difficulty, strict=True):
         is_known = generator.random(len(wanted)) < skill - difficult
@@ -74,7 +74,7 @@ def models() -> dict[str, Answers]:
 
 
 def count_promoted(base: Answers, trained: Answers, margins: dict[str, float], count: int) -> dict[str, int]:
-    """Return, by metric, how many of `COMPARISONS` models pass the gate."""
+    """For each metric, return how many of `COMPARISONS` models pass the gate."""
     gates = [Gate.model_validate({"metric": metric, "notWorseThanBase": {"margin": margin}}) for metric, margin in margins.items()]
     generator, promoted = np.random.default_rng(20_260_301 + count), Counter[str]()
     for _ in range(COMPARISONS):
@@ -105,12 +105,12 @@ def test_a_model_exactly_at_the_margin_is_promoted_in_about_5_percent(count: int
 
 
 EFFECTS = {"bleu": 12.8, "rouge": 0.089}
-"""Distances from the margin that the gate detects with a probability of about 99 % if it sees 100 rows."""
+"""For each metric: the distance from the margin that the gate detects with a probability of about 99 % if it sees 100 rows."""
 
 
 @pytest.mark.slow
 def test_an_effect_with_99_percent_power_is_promoted(models: dict[str, Answers]) -> None:
-    """Both models have the same skill, and the margin lies this distance below their true difference."""
+    """Both models have the same skill, and the margin lies below their true difference by the distance in EFFECTS."""
     base, equal = models["base"], models["equal"]
     margins = {name: EFFECTS[name] - (equal.true_values[name] - value) for name, value in base.true_values.items()}
     promoted = count_promoted(base, equal, margins, 100)

@@ -1,4 +1,4 @@
-"""Text metrics. Expected values are computed here, independently of the libraries."""
+"""Text metrics. The tests compute the expected values without the libraries that the trainer uses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PAIRS = [
     ("the the the dog ran to the old man", "the dog ran to the old man at six"),
     ("a big fox can see the sun set in the sky", "the fox can see the sun go up in the sky"),
 ]
-"""Answers with their correct answers. Stemming changes none of the words, and each pair shares a sequence of four words."""
+"""Pairs of a model's answer and the correct answer. Stemming changes none of the words, and each pair shares a sequence of four words."""
 
 
 def as_predictions(pairs: Sequence[tuple[str, str | None]]) -> list[Prediction]:

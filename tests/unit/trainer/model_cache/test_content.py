@@ -1,4 +1,4 @@
-"""Files are compared with the hashes of the hub and of S3, and copies contain exactly the compared bytes."""
+"""Files are compared with the hashes of the hub and of S3, and a copy contains exactly the bytes whose hash was compared."""
 
 from __future__ import annotations
 

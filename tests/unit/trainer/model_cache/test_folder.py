@@ -43,13 +43,16 @@ def store_model(cache: CacheFolder, text: str, key: str | None = None) -> tuple[
 
 
 def list_stored(top: Path, tenant: str = "team") -> list[str]:
-    """Return the keys of the complete models, and the names of leftovers of downloads."""
+    """Return the keys of the complete models, and the names of the files that unfinished downloads have left."""
     names = [path.name for path in (top / tenant).iterdir() if not path.name.startswith(".")]
     return sorted(names + [f".partial/{path.name}" for path in (top / tenant / ".partial").iterdir()])
 
 
 def release(entry: CacheEntry, used_at: float = LONG_AGO) -> None:
-    """Release this process's lock on a model, and set the time of its last use. (Otherwise, the lock ends with the process.)"""
+    """Release this process's lock on a model, and set the time of its last use.
+
+    Without this call, the process would keep its lock until it ends.
+    """
     for descriptor in list(Path("/proc/self/fd").iterdir()):
         try:
             target = descriptor.readlink()
@@ -167,7 +170,7 @@ def test_a_pod_stops_waiting_for_a_download_without_progress(tmp_path: Path) -> 
 
 
 def test_a_download_with_progress_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The clock passes the limit several times in ten polls, but the file grows between any two polls."""
+    """The ten polls take several times as long as the limit. The download counts as active, because its file grows between any two polls."""
     (tmp_path / "cache").mkdir()
     first = start_process(tmp_path)
     assert read_line(first) == "started"
@@ -217,7 +220,7 @@ def test_a_changed_model_is_found_and_removed(tmp_path: Path) -> None:
 
 
 def test_a_damaged_model_that_another_pod_has_replaced_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two pods find the damage. The slower pod must not remove the model that the faster pod has downloaded again."""
+    """Two pods find the damage of the same model. The slower pod must not remove the model that the faster pod has downloaded again."""
     slow, fast = CacheFolder(tmp_path, "team", LIMITS), CacheFolder(tmp_path, "team", LIMITS)
     entry, _ = store_model(slow, "weights", "k")
     (entry.files / "model.safetensors").write_text("waights")
@@ -292,7 +295,10 @@ def test_a_model_in_use_is_never_removed(tmp_path: Path) -> None:
 
 
 def test_a_trainer_container_keeps_its_model(tmp_path: Path) -> None:
-    """The init container of the pod has ended, so its lock is gone. The trainer container takes its own lock, which needs no write access."""
+    """The pod's init container has ended, so its lock on the model is gone.
+
+    The trainer container takes its own lock. It needs no write access to the file for this lock.
+    """
     cache = limited_cache(tmp_path, 20)
     entry, _ = store_model(cache, "a" * 12)
     release(entry)
@@ -360,7 +366,10 @@ def test_the_wait_for_the_space_lock_ends_if_another_process_keeps_it(tmp_path: 
 
 
 def test_a_folder_that_cannot_be_read_is_not_part_of_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A disk that is mounted at the folder of the cache has `lost+found`, which only root can read. The test also runs as root."""
+    """A disk that is mounted at the folder of the cache has `lost+found`, which only root can read.
+
+    The test simulates the missing permission, because the test may run as root.
+    """
     (tmp_path / "lost+found").mkdir()
     scandir, stat = os.scandir, os.stat
 

@@ -58,7 +58,7 @@ def test_the_page_loads_nothing_and_fits_the_window(browser: Browser, address: s
 
 @pytest.mark.slow
 def test_the_browser_reports_requests_and_errors(browser: Browser, tmp_path: Path) -> None:
-    """Shows that the test above can fail, because `Browser` reports requests, errors and a page that is too wide."""
+    """Shows that the tests of the page can fail: `Browser` reports requests, errors and a page that is too wide."""
     path = tmp_path / "page.html"
     path.write_text("<img src='missing.png'><script>throw Error('broken')</script><div style='width: 999px'>x</div>", encoding="utf-8")
     visit = browser.show(path.as_uri(), width=360)

@@ -116,7 +116,8 @@ def test_the_time_of_the_pods_is_shown_by_part() -> None:
     killed = attempt_record(3, ended_at=None, exit_code=None, last_step=None, start_step=10)
     attempts = (attempt_record(1, last_step=8, time_use=first), attempt_record(2, start_step=6, last_step=10, time_use=second), killed)
     parsed = page(attempts=attempts, last_lines={"a3-00000000": training_line(20)})
-    # Attempt 2 repeated two of the eight steps of attempt 1, so a quarter of the 40 seconds is lost. Attempt 3 logged its last line after 20 s.
+    # Attempt 2 repeated two of the eight steps of attempt 1, so a quarter of the 40 seconds of these steps is lost.
+    # Attempt 3 logged its last line after 20 s.
     assert read_table(parsed, "What the time was used for")[1:] == [
         ["loading the model or a checkpoint", "40.0 s", "22.2%"], ["first step of each pod", "10.0 s", "5.6%"],
         ["optimizer steps that count", "1 min 50 s", "61.1%"], ["optimizer steps that a later attempt repeated", "10.0 s", "5.6%"],

@@ -107,7 +107,7 @@ def test_all_files_of_a_run_have_exactly_the_expected_contents() -> None:
                 {"step": 2, "gpu_memory_gb": 1.5, "loss": 4.0}, {"step": 4, "gpu_memory_gb": 1.75, "loss": 2.0},
                 {"step": 6, "gpu_memory_gb": None, "loss": None}, {"step": 8, "gpu_memory_gb": None, "loss": 1.0},
             ],
-            # Two steps take 10 seconds. The evaluation of two seconds before step 6 is subtracted.
+            # Two steps take 10 seconds. The two seconds of the evaluation before step 6 do not count as time of a step.
             "step_times": [5.0, 5.0, 5.0, 5.0],
         },
         "performance_summary.json": {
@@ -201,7 +201,7 @@ def test_rounded_epochs_belong_to_the_epoch_that_they_end() -> None:
 
 def test_a_resumed_run_has_each_step_once() -> None:
     first_attempt = entries(train(2, 0.5, 4.0, 10.0), train(4, 1.0, 3.0, 20.0), evaluate(4, 1.0, 2.5, 22.0), train(6, 1.5, 2.0, 30.0))
-    # The second attempt resumes from the checkpoint of step 4. It starts with the seconds of training in the checkpoint's last log line.
+    # The second attempt resumes from the checkpoint of step 4. It continues to count its training seconds from the checkpoint's last log line.
     second = entries(train(6, 1.5, 2.0, 40.0), train(8, 2.0, 1.0, 50.0), evaluate(8, 2.0, 2.0, 52.0))
     log = join_attempts([first_attempt, second])
     assert [(one.step, one.loss) for one in compute_step_metrics(log)] == [(2, 4.0), (4, 3.0), (6, 2.0), (8, 1.0)]

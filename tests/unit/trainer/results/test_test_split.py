@@ -29,7 +29,7 @@ def lines_of(folder: Path, dataset: dict[str, Any], **data: Any) -> list[Any]:
 
 
 def test_split_rows_equal_the_source_rows(tmp_path: Path) -> None:
-    """Columns that training does not read are kept, and so is the text before templates and system prompts are applied."""
+    """The file also contains the columns that training does not read. Templates and system prompts are not applied to the text."""
     written = lines_of(tmp_path, {"systemPrompt": "Answer.", "format": "qa"}, rows=ROWS)
     assert len(written) == 6 and all(row in ROWS for row in written)
     assert [ROWS.index(row) for row in written] == sorted(ROWS.index(row) for row in written)

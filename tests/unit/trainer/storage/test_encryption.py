@@ -41,7 +41,7 @@ class Body(io.BytesIO):
 class StubbedStore:
     """An S3 store with stub responses. `sent_headers` contains the encryption headers of the requests, by operation.
 
-    It returns the object of the newest PUT, without encryption. `head_response`: the status and the additional headers of its answers to HEAD.
+    The store returns the object of the newest PUT, without encryption. `head_response`: the status and the additional headers of each response to HEAD.
     """
 
     def __init__(self, **target: Any) -> None:
@@ -115,7 +115,7 @@ def test_encryption_by_the_store_is_requested_when_an_object_is_created(
     stubbed.send_all_operations(tmp_path)
     for operation in ("PutObject", "CreateMultipartUpload"):
         assert stubbed.sent_headers.pop(operation) == headers
-    assert not any(stubbed.sent_headers.values()), "S3 refuses these headers on parts and on reads"
+    assert not any(stubbed.sent_headers.values()), "S3 refuses these headers in requests that upload a part or read an object"
 
 
 def test_a_customer_key_is_sent_with_every_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

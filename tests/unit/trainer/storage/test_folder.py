@@ -1,4 +1,4 @@
-"""A folder as a store. The file system may be full, read-only, without hard links, or unreadable for this user."""
+"""A folder as a store, on file systems that are full, read-only, without hard links, or unreadable for this user."""
 
 from __future__ import annotations
 

@@ -155,7 +155,7 @@ def test_check_storage_writes_no_secret_and_at_most_4096_bytes(
     monkeypatch.setattr(check, "preflight", fail)
     assert trainer_main(["check-storage", StoreTarget(uri="s3://bucket/root").model_dump_json(by_alias=True)]) == 69
     written, printed = (tmp_path / "message").read_bytes(), capsys.readouterr().out.splitlines()[-1]
-    assert written.decode() == printed, "the doctor reads the log if there is no termination message"
+    assert written.decode() == printed, "`finetune doctor` reads the log if there is no termination message"
     result = StorageCheckResult.model_validate_json(written)
     assert result.message.startswith("https://[redacted]@host/ \N{SNOWMAN}") and result.message.endswith("\N{SNOWMAN} ...")
     assert (result.ok, result.code, result.hint) == (False, "StorageFailed", "password=[redacted]")

@@ -103,7 +103,7 @@ SECRET = "?signature=hidden/word"
 
 @pytest.fixture
 def run_on_web_server(server: WebServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
-    """Return a function that runs a command with an https URL of the storage and returns the exit code and the output."""
+    """Return a function that runs a command with an https URL of the storage. The function returns the command's exit code and output."""
     commit_checkpoints_and_model(tmp_path, server.folder / "root")
 
     def run(command: str, path: str, *more: str) -> tuple[int, str]:

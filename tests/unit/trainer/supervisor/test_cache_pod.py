@@ -153,7 +153,7 @@ def test_access_to_a_private_model_is_checked_for_each_job(provide: Provide, hub
 
 
 def test_a_model_without_access_causes_no_stack_trace(provide: Provide, hub: Hub, model: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The trainer container reports the missing access, with the spec field."""
+    """The init container needs no error report, because the trainer container reports the missing access together with the spec field."""
     hub.serve_model("org/model", model, is_private=True)
     assert provide().models == {}
     (line,) = [record for record in caplog.records if record.name == cache_pod.__name__]
@@ -223,7 +223,7 @@ def test_without_the_hub_a_model_that_is_no_longer_public_is_not_used(provide: P
 
 @pytest.mark.parametrize("use", ModelUse)
 def test_the_folder_of_the_namespace_on_a_node_exists_after_every_failure(provide: Provide, hub: Hub, tmp_path: Path, use: ModelUse) -> None:
-    """The trainer container mounts the folder. If it did not exist, the kubelet would create it for root."""
+    """The trainer container mounts the namespace's folder. The kubelet would create a missing folder as root, so the init container creates it."""
     hub.failures["/api/models/"] = [(503, "down")] * 100
     assert provide(use=use).models == {}
     assert (tmp_path / "cache/team").is_dir() is (use is ModelUse.IN_PLACE)

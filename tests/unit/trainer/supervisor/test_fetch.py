@@ -1,4 +1,7 @@
-"""Sources are fetched as a whole or by name, every failure has a code, and no message contains the signature of a URL. Web sources come from a real server."""
+"""A fetch downloads all files of a source or only named ones, every failure has a code, and no message contains the signature of a URL.
+
+The tests download web sources from a real server.
+"""
 
 from __future__ import annotations
 

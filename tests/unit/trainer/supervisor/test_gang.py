@@ -151,7 +151,7 @@ def test_idle_connections_do_not_keep_the_pods_of_the_gang_out(gate: Gate, monke
     with forwarder(gate.port) as own, connect(own.port) as connection:
         connection.sendall(b"hello")
         assert receive(connection, 5) == b"HELLO"
-        assert all(len(receive(stranger, 33)) == 32 for stranger in strangers[: 2 * subject.MAX_UNPROVEN_CONNECTIONS])  # each receives a challenge
+        assert all(len(receive(stranger, 33)) == 32 for stranger in strangers[: 2 * subject.MAX_UNPROVEN_CONNECTIONS])  # each stranger receives a challenge
         assert len(gate._unproven_connections) <= subject.MAX_UNPROVEN_CONNECTIONS
     for stranger in strangers:
         stranger.close()

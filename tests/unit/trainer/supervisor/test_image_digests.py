@@ -1,4 +1,4 @@
-"""The digest of the images that the rows name: it changes if an image is swapped, but not with other files."""
+"""The digest of the images that the rows name: it changes if one of these images changes, but not if another file changes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ def make_row(image: str) -> dict[str, Any]:
 
 
 class Job:
-    """A job whose images are in a mounted folder. `root`: whether `dataset.images.root` names it; otherwise the images are next to the data file."""
+    """A job whose images are in a mounted folder.
+
+    `root`: whether `dataset.images.root` names the folder of the images. If not, the images are in the folder of the data file.
+    """
 
     def __init__(self, folder: Path, *, root: bool = True, rows: tuple[str, ...] = ("a.png", "deep/a.png"), test: tuple[str, ...] = ()) -> None:
         self.folder = folder

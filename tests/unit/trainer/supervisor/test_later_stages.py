@@ -146,7 +146,10 @@ def test_a_process_without_a_result_is_a_failure(tmp_path: Path, output: Output,
 
 
 def stop_after_a_part(attempt: Attempt) -> list[dict[str, str]]:
-    """Let the attempt finish one part of its stage, then stop it. Returns a list to which each run of the stage adds the parts with which it began."""
+    """Let the attempt finish one part of its stage, then stop the attempt.
+
+    Returns a list. At its start, each run of the stage adds the finished parts that it has found to this list.
+    """
     found: list[dict[str, str]] = []
 
     def run(folder: Path) -> None:
@@ -171,7 +174,7 @@ def test_the_next_attempt_gets_the_finished_parts_of_a_stopped_stage(tmp_path: P
     assert stored == {"task-1.json", "task-2.json"}
     found = stop_after_a_part(other)
     other.end(output.model_copy(update={"sha256": "0" * 64}))
-    assert found == [{}]  # Parts of another model are not used.
+    assert found == [{}]  # Finished parts of another model are not used.
 
 
 def test_a_part_that_cannot_be_stored_adds_a_note(tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,7 +272,7 @@ def test_a_failed_gate_is_the_failure_even_if_a_later_stage_fails(tmp_path: Path
 
 
 def test_a_superseded_attempt_ends_at_once_also_after_a_failed_gate(tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Otherwise the attempt would run its other stages at the same time as the later attempt, and end with GateFailed."""
+    """If a superseded attempt continued, it would run its remaining stages at the same time as the later attempt, and end with GateFailed."""
     fenced = FencedOutError("FencedOut", "a later attempt has begun")
     later, attempt = gate_attempt(tmp_path, 1, {Stage.EVALUATING: make_gate_result([FAILED]), Stage.COMPARING: fenced}, monkeypatch)
     report = later.run(output)
@@ -339,7 +342,7 @@ def test_damaged_measurements_are_measured_again_by_the_next_attempt(
         first.tree.store.put("evaluation/measurements.json", content)
     report = Attempt(tmp_path, 2, spec=COMPARED).end(output)
     assert report.failure is not None and (report.failure.stage, report.failure.error.code) == (Stage.COMPARING, "EvaluationDamaged")
-    assert report.failure.error.exit_code == 69  # This exit code is retried.
+    assert report.failure.error.exit_code == 69  # The job is retried after this exit code.
     third = Attempt(tmp_path, 3, spec=COMPARED)
     assert third.end(output).failure is None and [task.stage for task in third.stages.calls] == [Stage.EVALUATING, Stage.COMPARING]
 
@@ -368,7 +371,7 @@ def test_a_committed_merged_model_of_the_same_adapter_is_not_made_again(adapter:
     monkeypatch.setattr(FakeStages, "behaviour", staticmethod(write_merged_model))
     first = Attempt(tmp_path, 1, spec=MERGED)
     first.end(output)
-    first.tree.store.delete(["run/stages/merging.json"])  # As if the attempt had ended before it stored the record.
+    first.tree.store.delete(["run/stages/merging.json"])  # This simulates an attempt that ended before it stored the record.
     later = Attempt(tmp_path, 2, spec=MERGED)
     merged = output if adapter == "same" else output.model_copy(update={"sha256": "0" * 64})
     report = later.end(merged)

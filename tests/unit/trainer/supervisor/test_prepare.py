@@ -35,7 +35,7 @@ from finetune_trainer.supervisor.run_state import RunState
 
 @pytest.fixture
 def inputs(tmp_path: Path) -> Inputs:
-    """Return inputs with all fields. The ConfigMap has the folders and links that a kubelet creates."""
+    """Return inputs in which every field is set. The ConfigMap has the folders and links that a kubelet creates."""
     for name, text in (
         ("tokenizer/tokenizer.json", "{}"), ("reference/config.json", "{}"), ("valid.jsonl", "{}"), ("adapter/adapter_config.json", "{}"),
         ("test.jsonl", "{}"), ("maps/mine/..2026/ds.json", "{}"),

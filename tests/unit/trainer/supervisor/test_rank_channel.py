@@ -44,7 +44,7 @@ def rank_channel(recorder: ChannelRecorder, work: Path) -> Channel:
 
 
 def test_a_message_larger_than_a_datagram_arrives(recorder: ChannelRecorder, tmp_path: Path) -> None:
-    """The report about the final model may be larger than a datagram."""
+    """The message about the final model can be larger than a datagram."""
     report = {"notes": [f"row {number}: too long" for number in range(10_000)]}
     rank_channel(recorder, tmp_path).report_output(tmp_path / "final", OutputKind.ADAPTER, report)
     recorder.channel.close()

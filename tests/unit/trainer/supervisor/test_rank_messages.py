@@ -1,4 +1,4 @@
-"""What each type of message from a rank changes. If one field cannot be read, the other fields are still used."""
+"""What each type of message from a rank changes in the supervisor. If one field of a message cannot be read, the other fields are used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The reference values of a model are copied from the folder of the job that trained it. If there are none, the reason is returned."""
+"""The reference values of a model are copied from the folder of the job that trained it.
+
+If this job has stored no reference values, the reason is returned.
+"""
 
 from __future__ import annotations
 

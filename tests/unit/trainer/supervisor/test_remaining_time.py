@@ -17,7 +17,7 @@ from finetune_trainer.supervisor.run_state import RunState
 from tests.unit.trainer.supervisor.conftest import FakeClock
 
 PUBLISHED_RUNS = json.loads((Path(__file__).parent / "data" / "published_step_seconds.json").read_text())["runs"]
-"""63 published runs of 5,000 steps: the seconds of each 250 steps, and of the evaluation after them."""
+"""For each of 63 published runs of 5,000 steps: the seconds of every 250 steps, and of the evaluation that follows these steps."""
 WINDOW, TOTAL = 250, 5000
 
 
@@ -43,7 +43,10 @@ def test_the_training_time_of_published_runs_is_estimated_after_five_percent_of_
 
 
 def test_the_training_time_with_evaluations_of_published_runs_is_estimated() -> None:
-    """These evaluations generate answers. Trained models generate shorter answers, so the first evaluation takes longer than the later ones."""
+    """The evaluations of the published runs generate answers.
+
+    Trained models generate shorter answers, so the first evaluation takes longer than the later ones.
+    """
     errors = []
     for run in PUBLISHED_RUNS.values():
         actual = sum(run["steps"][1:]) + sum(run["evaluations"][1:])

@@ -1,4 +1,7 @@
-"""A run without heartbeats has stalled, but only in stages in which ranks send heartbeats. Loading ranks are measured instead."""
+"""A run without heartbeats has stalled, but only in stages in which ranks send heartbeats.
+
+While ranks load the model and the data, the supervisor measures instead whether they compute or read.
+"""
 
 from __future__ import annotations
 
@@ -128,7 +131,7 @@ def test_ranks_that_only_poll_while_they_load_stall_after_the_timeout(clock: Fak
     state.enter_stage(Stage.TRAINING)
     assert watch.stall_error() is None
     state.enter_stage(Stage.LOADING)
-    assert watch.stall_error() is None, "the time before another stage does not count"
+    assert watch.stall_error() is None, "the time before the stage was entered does not count"
 
 
 @pytest.mark.parametrize(("blocked", "is_stalled"), [((True, True, True), True), ((True, False, True), False), ((False, False, False), False)])

@@ -47,7 +47,8 @@ def output(tmp_path: Path) -> Output:
 def hang(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[str]]]:
     """Return a function that makes the first call of a method with a matching argument hang until the end of the test.
 
-    The call first runs `before`, for example to request a stop. The function returns a list that the matching argument is added to.
+    The call first runs `before`, for example to request a stop. The function returns a list. When the call hangs, the matching
+    argument is added to this list.
     """
     may_end = threading.Event()
 
@@ -135,7 +136,7 @@ def test_a_stop_ends_the_upload_of_finished_parts(tmp_path: Path, output: Output
     def run(folder: Path) -> None:
         (folder / "parts" / "task-1.json").write_text("{}")
         stall_watch = StallWatch(RunState(), None)
-        while True:  # This process does not end by itself.
+        while True:  # The simulated process does not end by itself.
             attempt.stages._watch_process(0, stall_watch)
 
     attempt.stages.behaviour = run  # type: ignore[method-assign]
@@ -163,7 +164,7 @@ def test_a_stop_ends_a_transfer_that_makes_progress(tmp_path: Path, output: Outp
             byte_counter(1)
         except StoppedError:
             received.append(key)
-            raise StorageError("StorageFailed", "the transfer was ended") from None  # The client of a store may raise an error of its own.
+            raise StorageError("StorageFailed", "the transfer was ended") from None  # The client of a store may raise its own error instead of StoppedError.
         return "sha256"
 
     monkeypatch.setattr(FolderStore, "download", download)
@@ -202,7 +203,7 @@ def test_an_interrupted_copy_is_continued(tmp_path: Path, output: Output, monkey
 
 def test_a_file_of_the_copy_that_has_changed_is_copied_again(tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
     copy_until(1, tmp_path, output, monkeypatch, files=2)
-    (tmp_path / "copies" / "results" / "a.safetensors").write_text("A.safetensors")  # as if another job had replaced this file
+    (tmp_path / "copies" / "results" / "a.safetensors").write_text("A.safetensors")  # simulates another job that has replaced this file
     assert copy_until(2, tmp_path, output, monkeypatch, files=9) == ["a.safetensors", "c.safetensors"]
 
 

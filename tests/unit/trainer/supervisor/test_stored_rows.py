@@ -212,7 +212,7 @@ def test_rows_that_are_removed_during_their_download_are_not_used(scene: Scene, 
     removed: list[str] = []
 
     def remove_first(self: FolderStore, *arguments: Any, **options: Any) -> str | None:
-        with lock:  # several threads download
+        with lock:  # several threads download files at the same time
             if not removed:
                 scene.mark_used("2026-01-01T00:00:00Z")
                 removed.extend(scene.row_store().remove_expired())

@@ -1,4 +1,4 @@
-"""Each damage of an adapter or model is found with its own code. An undamaged adapter or model passes."""
+"""Each type of damage of an adapter or model is reported with a different code. An undamaged adapter or model passes."""
 
 from __future__ import annotations
 

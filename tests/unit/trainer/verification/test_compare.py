@@ -103,7 +103,10 @@ def test_a_merge_into_an_unquantised_base_is_not_verified_if_training_used_a_qua
 def test_a_difference_between_device_types_is_not_verified_instead_of_failed(
     reference_values: ReferenceValues, device: str, difference: float, result: str, code: str
 ) -> None:
-    """Training changed the values by 1 nat. On another type of device, rounding can explain a difference of at most half of this change, except in 32 bits."""
+    """Training changed the values by 1 nat.
+
+    On another type of device, rounding can explain a difference of up to half of the change by training, except if the values are in 32 bits.
+    """
     values = shifted(difference)
     found = judge_artefact("adapter", values, [value + 1 for value in values], reference_values.model_copy(update={"device": "cuda"}), device=device)
     assert (found.result, found.code, found.difference) == (result, code, difference)
@@ -125,7 +128,10 @@ def test_a_training_without_effect_is_verified_and_named() -> None:
 
 
 def test_an_adapter_that_changes_values_only_by_rounding_is_not_failed_if_its_effect_was_not_measured() -> None:
-    """The trainer does not measure a sharded model without its adapter. So it is unknown whether training changed the values by more than rounding."""
+    """The trainer does not measure a sharded model without its adapter.
+
+    For a sharded model, it is therefore unknown whether training changed the values by more than rounding.
+    """
     stored = shifted(0.0005)
     unmeasured, lost = (judge_artefact("adapter", stored, stored, reference(changes_output=effect)) for effect in (None, True))
     assert (unmeasured.result, unmeasured.code) == (VerificationOutcome.NOT_VERIFIED, "RoundingUnclear")
