@@ -76,7 +76,7 @@ class AttemptSecrets:
             return await kube.get(SECRET, namespace, name)
 
     async def restore_key(self, kube: KubeClient, namespace: str) -> None:
-        """Create the Secret with the operator's key again if it was deleted. If it contains another key, log a warning. Errors: KubeError."""
+        """Create the Secret with the operator's key again if it was deleted. If the Secret contains another key, log a warning. Errors: KubeError."""
         if not self.is_enabled:
             return
         name = self._settings.key_secret_name

@@ -32,7 +32,10 @@ With a low price, the computed end could otherwise be later than the latest date
 
 
 def compute_cost(facts: Facts, attempt_end: AttemptEnd | None) -> JobCost | None:
-    """Return the cost until the end of the current attempt, or until its newest report. If neither exists, return the cost in the status."""
+    """Return the cost until the end of the current attempt, or until its newest report.
+
+    If the attempt has neither an end nor a report, return the cost in the status.
+    """
     old_cost, price = facts.job.status.cost, _find_price(facts)
     if price is None:
         return old_cost

@@ -1,6 +1,6 @@
 """The handlers of watch events: each event updates the cache, and a relevant change adds the job to the work queue.
 
-kopf calls the handlers for the objects in its lists and for deletions. `watch_stream.py` calls them for changes.
+kopf calls the handlers for the objects in its lists and for deletions. `watch_stream.py` calls the handlers for changes of objects.
 The operator uses only kopf's `on.login` and `on.event`, so kopf writes nothing to the objects: no finalizer and no annotation.
 """
 

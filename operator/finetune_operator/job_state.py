@@ -1,4 +1,4 @@
-"""State of a job that only the operator process keeps. After a restart it is empty, so correct decisions must not depend on it."""
+"""State of a job that only the operator process keeps. This state is empty after a restart, so correct decisions must not depend on it."""
 
 from __future__ import annotations
 

@@ -155,7 +155,8 @@ class LeaderTasks:
     def create_coroutines(self) -> dict[str, Coroutine[Any, Any, None]]:
         """Return two coroutines by name: one holds the Lease, the other works as the leader. Both run until the process ends.
 
-        They are separate because with thousands of objects, `on_elected` takes longer than the renew deadline. Errors: LeaseLost, errors of `on_elected`.
+        There are two coroutines, because `on_elected` takes longer than the renew deadline if the cluster has thousands of objects. Errors: LeaseLost,
+        errors of `on_elected`.
         """
         return {"lease": self._hold_lease(), "leader": self._work_as_leader()}
 

@@ -40,10 +40,10 @@ class Resyncer:
         self._last_version = 0
         self._lock = asyncio.Lock()
         self.cache_filled = asyncio.Event()
-        """Set after all objects were listed for the first time."""
+        """This event is set after all objects were listed for the first time."""
 
     async def run_periodically(self, period_seconds: float) -> None:
-        """List all objects periodically until cancelled. This begins one period after the cache was filled at startup."""
+        """List all objects periodically until cancelled. The first of these lists begins one period after the cache was filled at startup."""
         await self.cache_filled.wait()
         while True:
             await asyncio.sleep(period_seconds)

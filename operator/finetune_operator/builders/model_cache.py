@@ -32,7 +32,7 @@ COPIED_VARIABLES = frozenset({
     "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", "HF_ENDPOINT",
     "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy",
 })  # fmt: skip
-"""Environment variables that the init container copies from the trainer container. They decide what is downloaded and how.
+"""Environment variables that the init container copies from the trainer container. These variables decide what is downloaded and how.
 
 Other variables of the user are not copied, because they could load code into the init container."""
 
@@ -77,12 +77,12 @@ def _find_claim_folder(cache: str) -> tuple[Object, str]:
     assert isinstance(source, PvcSource)
     folder = "/".join(part for part in (names.MODEL_CACHE_MOUNT, source.path, CLAIM_FOLDER) if part)
     # In arguments and variables, Kubernetes replaces $(NAME) with the value of the variable NAME, so a token could become part of the
-    # folder's name. `$$` stands for $ and prevents this.
+    # folder's name. Kubernetes writes `$$` as $ and does not replace the text after it.
     return {"persistentVolumeClaim": {"claimName": source.claim}}, folder.replace("$", "$$")
 
 
 def _add_pull_secrets(pod: Object, config: OperatorConfig) -> None:
-    """Add the pull Secrets of the platform's trainer image. They are missing if the job sets `placement.imagePullSecrets`."""
+    """Add the pull Secrets of the platform's trainer image. Without this call, a pod whose job sets `placement.imagePullSecrets` lacks them."""
     secrets = pod.get("imagePullSecrets", [])
     missing = [{"name": name} for name in config.trainer.image_pull_secrets if {"name": name} not in secrets]
     if missing:
