@@ -144,8 +144,8 @@ def compute_goodput(
 ) -> Goodput | None:
     """Return the goodput until the end of the current attempt, or until its newest report.
 
-    If the attempt has neither an end nor a report, return the old goodput. `attempts`: the new records of the attempts. `current_job`: the Job of the current attempt. `kept_attempt_count`: the number of attempts that are
-    listed separately.
+    If the attempt has neither an end nor a report, return the old goodput. `attempts`: the new records of the attempts. `current_job`: the Job of
+    the current attempt. `kept_attempt_count`: the number of attempts that are listed separately.
     """
     if attempt_end is None and facts.live_report is None:
         return old_goodput

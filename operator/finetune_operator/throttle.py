@@ -94,7 +94,8 @@ class StatusThrottle:
     ) -> float:
         """Return the seconds until a status with new progress, but without a transition, may be written.
 
-        If the result is 0 or negative, the status may be written now. During a burst, the write of a job that has not done a step yet (`has_steps` is false) can be deferred beyond the normal interval.
+        If the result is 0 or negative, the status may be written now. During a burst, the write of a job that has not done a step yet
+        (`has_steps` is false) can be deferred beyond the normal interval.
         `is_update_burst`: many Jobs and pods change now.
         """
         pending.transition_at, pending.pods_ended_at = None, None
