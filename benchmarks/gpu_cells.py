@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES_FOLDER = Path("/opt/gpu-kit/site-packages")
 """Folder of the kit's packages.
 
-Its name must be `site-packages`, because dill treats only modules in a folder of this name as installed, and the hashes of datasets depend on it.
+The folder must be named `site-packages`: dill treats only modules in such a folder as installed, and this changes the hashes of the package datasets.
 """
 PYTHONPATH = os.pathsep.join(str(ROOT / part) for part in ("crds", "operator", "trainer-image", "benchmarks", "."))
 RECORDED_PACKAGES = ("torch", "triton", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "deepspeed", "liger-kernel", "pyarrow")

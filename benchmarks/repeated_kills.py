@@ -40,7 +40,7 @@ POLL_SECONDS = 0.01
 
 
 class RunRecord(BaseModel):
-    """Counters of a benchmark run. They are stored on disk, so that the same command can continue an interrupted run."""
+    """Counters of a benchmark run. The counters are stored on disk, so that the same command can continue an interrupted run."""
 
     attempt: int = 0
     kill_count: int = 0

@@ -66,7 +66,7 @@ def make_timing_callback(measurements: RunMeasurements) -> Any:
 
 
 class MeasuringHooks:
-    """The hooks of a rank that runs without a supervisor. They add the callback that measures the run."""
+    """The hooks of a rank that runs without a supervisor. These hooks add the callback that measures the run."""
 
     def __init__(self, callback: Any) -> None:
         self._callback = callback

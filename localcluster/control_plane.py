@@ -1,7 +1,7 @@
 """Run a Kubernetes API server with etcd and the controllers, but without nodes: for tests that write pod statuses as a kubelet does.
 
-The control plane consists of three processes on the loopback interface and needs neither root nor Linux namespaces. It is ready in about three
-seconds. Several control planes can run at the same time (each needs 600 MB of memory).
+The control plane consists of three processes on the loopback interface and needs neither root nor Linux namespaces. The control plane is ready in about
+three seconds. Several control planes can run at the same time (each needs 600 MB of memory).
 """
 
 from __future__ import annotations
@@ -160,7 +160,10 @@ def write_credentials(folder: Path, kube_program: Path, addresses: ControlPlaneA
 
 
 def wait_for_api(folder: Path, addresses: ControlPlaneAddresses, token: str, servers: list[Server]) -> Endpoint:
-    """Wait until the API server has a certificate and is ready. Then add the certificate to the kubeconfig, so that clients verify the server."""
+    """Wait until the API server has a certificate and is ready.
+
+    After that, add the API server's certificate to the kubeconfig, so that clients verify the server.
+    """
     certificate = folder / "certs" / "apiserver.crt"
     processes.wait_until("the API server's certificate", certificate.exists, servers=servers, timeout=60)
     endpoint = Endpoint(folder / "kubeconfig", addresses.server, token, folder / "ca.crt")
@@ -175,7 +178,7 @@ def wait_for_api(folder: Path, addresses: ControlPlaneAddresses, token: str, ser
 
 
 def write_state(folder: Path, mode: str, endpoint: Endpoint, **extra_fields: object) -> None:
-    """Write the state file of a running cluster. This is the last step of a start: the file exists only if the start has succeeded."""
+    """Write the state file of a running cluster. This file is written as the last step of a start, so it exists only if the start has succeeded."""
     unfinished_file = folder / f".{STATE_FILE}"
     unfinished_file.touch(mode=0o600)
     unfinished_file.write_text(json.dumps({"mode": mode, "server": endpoint.server, "token": endpoint.token, **extra_fields}))

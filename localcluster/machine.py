@@ -78,7 +78,7 @@ class Machine:
             raise StartFailed(str(error)) from None
 
     def start_component(self, name: str, node: Node, argv: list[str]) -> None:
-        """Start a component on a node. Its output goes to the cluster's log folder."""
+        """Start a component on a node. The component's output goes to the cluster's log folder."""
         log = self.folder / "logs" / f"{name}.log"
         self.request("start", name=name, node=node.name, argv=argv, log=str(log))
 

@@ -1,4 +1,4 @@
-"""Run a complete Kubernetes cluster, for the demo and the e2e tests. Its nodes run real containers, and an S3 server runs in a pod.
+"""Run a complete Kubernetes cluster, for the demo and the e2e tests. The cluster's nodes run real containers, and an S3 server runs in a pod.
 
 The cluster runs in its own Linux namespaces. When the first process of the PID namespace ends, the kernel kills all other processes in this namespace.
 """

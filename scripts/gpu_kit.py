@@ -2,7 +2,7 @@
 
     python scripts/gpu_kit.py            # writes build/gpu-kit/site.tar.xz
 
-The kit is for a machine with Python 3.12, torch for CUDA 13.0, numpy, scipy and pandas. It contains further packages of
+The kit is for a machine with Python 3.12, torch for CUDA 13.0, numpy, scipy and pandas. The kit contains further packages of
 `requirements/trainer.lock` in their locked versions, for Python 3.12. `benchmarks/gpu_cells.py` says how to use the kit. The kit and all tracked
 files together are smaller than 60 MiB, so that they can be copied quickly.
 """

@@ -143,7 +143,7 @@ class PlanExecutor:
             return build_job(facts.job, run, accepted_spec.pool, self._config, secret_name, model_cache=cache)
 
     def _build_preparation(self, facts: Facts, preparation_number: int) -> Object:
-        """Build the Job of a preparation. Its pod gets the run configuration of the first attempt. Errors: SpecRejected as for an attempt."""
+        """Build the Job of a preparation. The preparation pod gets the run configuration of the first attempt. Errors: SpecRejected as for an attempt."""
         accepted_spec, uid = _get_accepted_spec(facts), facts.job.uid
         with _spec_rejected_on_error(facts, 1):
             name = preparation_job_name(facts.job.name, preparation_number)

@@ -128,7 +128,7 @@ def _find_planned_gpus(plan: RunPlan | None, facts: Facts) -> tuple[int, NodePoo
 
 
 def _find_price(facts: Facts, chosen_pool: NodePool | None = None) -> float | None:
-    """Return the price of a GPU-hour at the start of the job or, before the start, the pool's current price. None if there is no price."""
+    """Return the price of a GPU-hour at the start of the job or, before the start, the pool's current price. Return None if there is no price."""
     recorded, pool = facts.job.status.cost, chosen_pool or _get_pool(facts)
     if recorded is not None:
         return recorded.price_per_gpu_hour

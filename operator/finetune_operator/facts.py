@@ -120,7 +120,7 @@ class Facts:
     def is_spec_readable(self) -> bool:
         """Whether the operator can use the stored spec.
 
-        It cannot use a spec that was refused with OperatorTooOld (unknown field or value) or SpecChanged (an older CRD may have removed a field).
+        The operator cannot use a spec that was refused with OperatorTooOld (unknown field or value) or SpecChanged (an older CRD may have removed a field).
         """
         refusal_reason = self.acceptance.reason if isinstance(self.acceptance, RefusedSpec) else None
         return refusal_reason not in (Reason.OPERATOR_TOO_OLD, Reason.SPEC_CHANGED)
@@ -205,7 +205,7 @@ class Facts:
 
     @cached_property
     def rank0_pod(self) -> PodView | None:
-        """The active pod of rank 0. This pod serves the attempt's progress over HTTP."""
+        """The active pod of rank 0, which serves the attempt's progress over HTTP."""
         return next((pod for pod in self.active_pods if pod.completion_index == 0), None)
 
     # Reports
@@ -320,7 +320,7 @@ class Facts:
 
     @property
     def last_seen_at(self) -> datetime:
-        """The last time at which the current attempt is known to have run. It is used as the attempt's end if the attempt's Job was deleted.
+        """The last time at which the current attempt is known to have run. This time is used as the attempt's end if the attempt's Job was deleted.
 
         Usually this is the current time. If the Job was deleted while the operator was stopped, the pods or the status show an earlier time.
         """

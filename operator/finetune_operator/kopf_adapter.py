@@ -43,9 +43,9 @@ from finetune_operator.watch_stream import ChangeHandler, build_response_class
 LOGIN_PERIOD = timedelta(minutes=10)
 """After this time, kopf asks for new credentials, because tokens of ServiceAccounts rotate."""
 WATCH_SECONDS = 60
-"""Duration of one watch request (`timeoutSeconds`). Then kopf sends the next watch request, which continues after the last resourceVersion."""
+"""Duration of one watch request (`timeoutSeconds`). After this time, kopf sends the next watch request, which continues after the last resourceVersion."""
 WATCH_TIMEOUT_SECONDS = 75
-"""Client-side timeout of one watch request. It is longer than `WATCH_SECONDS`, so this timeout ends only dead connections."""
+"""Client-side timeout of one watch request. The client-side timeout is longer than `WATCH_SECONDS`, so it ends only dead connections."""
 TEN_YEARS_SECONDS = 10 * 365 * 86400.0
 SHUTDOWN_SECONDS = 25
 """Time limit for kopf's shutdown. The pod's termination grace period is 30 seconds."""

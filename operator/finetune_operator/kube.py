@@ -155,7 +155,7 @@ class KubeClient:
         self._timeout = settings.timeout_seconds
         self._observer = observer or (lambda verb, plural, code, seconds: None)
         self.ensure_may_write: Callable[[], None] = lambda: None
-        """Function that is called before each write, except writes of Leases. It raises an error if this replica may no longer write."""
+        """Function that is called before each write, except writes of Leases. The function raises an error if this replica may no longer write."""
 
     @classmethod
     async def connect(

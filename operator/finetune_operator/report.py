@@ -599,7 +599,7 @@ def _compute_headline(spec: FineTuneJobSpec, evaluation: EvaluationResult) -> st
 
 
 def _compute_loss_headline(metrics: Metrics) -> str | None:
-    """Return the last validation loss as text or, without a validation loss, the last training loss. None if nothing was trained."""
+    """Return the last validation loss as text or, without a validation loss, the last training loss. Return None if nothing was trained."""
     if metrics.eval_loss is not None:
         return f"validation loss {metrics.eval_loss:.4g}"
     return None if metrics.train_loss is None else f"training loss {metrics.train_loss:.4g}"

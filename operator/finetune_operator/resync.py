@@ -1,7 +1,7 @@
 """Lists all objects: at startup to fill the cache, and later to remove deleted objects whose deletion the watches did not report.
 
 kopf 1.45 does not report a deletion that happens between the end of a watch and the next list. Without the lists of this module, the deleted object
-would stay in the cache forever. This was observed with a pod that was deleted before its watch ended with 410.
+would stay in the cache forever. This problem was observed with a pod that was deleted before the watch of pods ended with status 410.
 """
 
 from __future__ import annotations

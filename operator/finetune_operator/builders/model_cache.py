@@ -1,6 +1,6 @@
 """Adds the cache of base models to a pod: an init container that fills the cache, and the volume.
 
-Only the init container can write to the cache. It runs the platform's trainer image without the user's mounts and variables, so no code of the
+Only the init container can write to the cache. The init container runs the platform's trainer image without the user's mounts and variables, so no code of the
 job can change the models of other jobs. The trainer container reads a node's cache through a read-only mount. If the cache is in a volume claim, the init
 container copies the model to the pod's disk instead. In a preparation pod, the trainer container itself fills the cache in a claim, because every pod of the
 namespace can change a claim anyway.
@@ -90,7 +90,7 @@ def _add_pull_secrets(pod: Object, config: OperatorConfig) -> None:
 
 
 def _build_init_container(trainer: Object, arguments: list[str], config: OperatorConfig) -> Object:
-    """Return the init container. Its requests are at most those of the trainer container, so the pod's requests do not grow."""
+    """Return the init container. The requests of the init container are at most those of the trainer container, so the pod's requests do not grow."""
     mounts = [mount for mount in trainer["volumeMounts"] if mount["name"] in COPIED_MOUNTS]
     return {
         "name": names.MODEL_CACHE_CONTAINER,
