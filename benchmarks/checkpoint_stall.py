@@ -33,7 +33,7 @@ LORA_MODEL_SHAPE = {"hidden": 512, "layers": 8}
 SLOW_BYTES_PER_SECOND = 1e6
 STEPS_PER_CHECKPOINT = 10
 STEPS_BETWEEN_STALLS = {"lora": 10, "full": 15}
-"""Number of steps between checkpoints when stalls are measured, by method."""
+"""Number of steps from one checkpoint to the next in the runs that measure stalls, by method."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class TimedTraining:
     steps: list[float]
     """Durations of the steps that do not follow a checkpoint."""
     stalls: list[float]
-    """Stalls of all checkpoints except that of the last step, whose files are not copied."""
+    """Stalls of all checkpoints except the checkpoint of the last step, because the files of the last checkpoint are not copied."""
     checkpoint_bytes: int
     """Size of the largest checkpoint."""
     total: float

@@ -31,7 +31,7 @@ ENV_FILE_TEXT = "MODEL_NAME=org/m\nTRAIN_DATA_PATH=s3://data/t.jsonl\nDATASET_TY
 
 
 def measure_commands(commands: dict[str, list[str]], run_count: int) -> dict[str, dict[str, float]]:
-    """Run each command `run_count` times. Returns its median and worst duration and its median CPU time, in seconds."""
+    """Run each command `run_count` times. Returns the median and worst duration and the median CPU time of each command, in seconds."""
     seconds_by_command: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
     for round_number in range(run_count + 1):
         for name, arguments in commands.items():

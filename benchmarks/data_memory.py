@@ -45,7 +45,7 @@ def make_tokenizer() -> Any:
 
 
 def make_chat_row(row_number: int) -> dict[str, Any]:
-    """Return a row with a question and its answer. Its `WORDS_PER_ROW` words depend on the row's number."""
+    """Return a row with a question and its answer. The row has `WORDS_PER_ROW` words, which depend on the row's number."""
     words = [f"w{(row_number * 7919 + index * 31) % WORDS}" for index in range(WORDS_PER_ROW)]
     half = WORDS_PER_ROW // 2
     return {"messages": [{"role": "user", "content": " ".join(words[:half])}, {"role": "assistant", "content": " ".join(words[half:])}]}

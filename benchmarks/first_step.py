@@ -144,7 +144,7 @@ class Run:
 
 
 def compute_median_stage_seconds(runs: list[dict[str, float]]) -> dict[str, float]:
-    """Return the median duration of each stage in seconds. Runs without the stage are ignored."""
+    """Return the median duration of each stage in seconds. The median of a stage ignores runs that did not measure this stage."""
     stages = dict.fromkeys(name for run in runs for name in run)
     return {name: round(statistics.median([run[name] for run in runs if name in run]), 2) for name in stages}
 

@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES_FOLDER = Path("/opt/gpu-kit/site-packages")
 """Folder of the kit's packages.
 
-Its name must be `site-packages`, because dill treats only modules in a folder of this name as installed, and the hashes of datasets depend on it.
+The folder must be named `site-packages`: dill treats only modules in such a folder as installed, and this changes the hashes of the package datasets.
 """
 PYTHONPATH = os.pathsep.join(str(ROOT / part) for part in ("crds", "operator", "trainer-image", "benchmarks", "."))
 RECORDED_PACKAGES = ("torch", "triton", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "deepspeed", "liger-kernel", "pyarrow")
@@ -98,7 +98,7 @@ CELLS = (
 
 
 def choose_model_folder() -> Path:
-    """Return the folder of the generated models: in memory if 30 GiB are free there, because it is faster than the disk."""
+    """Return the folder of the generated models: in memory if 30 GiB of memory are free, because memory is faster than the disk."""
     memory = Path("/dev/shm")  # noqa: S108  models are no secrets
     if memory.exists() and os.statvfs(memory).f_bavail * os.statvfs(memory).f_frsize > 30 * 2**30:
         return memory / "gpu-kit-models"
@@ -106,7 +106,7 @@ def choose_model_folder() -> Path:
 
 
 def install(archive: Path) -> None:
-    """Unpack the kit, so that its packages take precedence over those of the machine's Python."""
+    """Unpack the kit, so that the kit's packages take precedence over the packages of the machine's Python."""
     PACKAGES_FOLDER.mkdir(parents=True, exist_ok=True)
     with tarfile.open(archive) as tar:
         tar.extractall(PACKAGES_FOLDER, filter="data")
@@ -149,7 +149,10 @@ def _measure_seconds(action: Callable[[], Any]) -> float:
 
 
 def run_cell(cell: Cell, folder: Path, seconds: float, *, is_rehearsal: bool) -> dict[str, Any]:
-    """Run one cell for at most `seconds`. Returns its result. If the cell runs out of time, the result contains the figures that it has written so far."""
+    """Run one cell for at most `seconds`.
+
+    Returns its result. If the cell runs out of time, the result contains the figures that the cell has written so far.
+    """
     output, log = folder / f"{cell.name}.json", folder / f"{cell.name}.log"
     environment = os.environ | {
         "PYTHONPATH": PYTHONPATH, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1",
@@ -231,7 +234,7 @@ def run_cells(options: argparse.Namespace) -> int:
 
 
 def merge_results(files: Sequence[Path]) -> dict[str, Any]:
-    """Merge the cells of several calls. A later result of a cell replaces an earlier one, unless it has no figures."""
+    """Merge the cells of several calls. A later result of a cell replaces an earlier result, unless the later result has no figures."""
     merged: dict[str, Any] = {}
     for file in files:
         for name, cell in json.loads(file.read_text())["cells"].items():
@@ -246,7 +249,7 @@ def write_results(name: str, files: Sequence[Path]) -> Path:
     for test in (test for cell in cells.values() for test in cell["figures"].values() if isinstance(test, dict) and "text" in test):
         test["text"] = "\n".join(line for line in test["text"].splitlines() if line.startswith("E ") and "Error" in line)[-500:]
     if "environment" not in cells:
-        raise SystemExit("the results lack the cell environment, which describes the machine: run it with --only environment, and add its file")
+        raise SystemExit("the results lack the cell environment, which describes the machine: run this cell with --only environment, and add its result file")
     machine = cells.pop("environment")["figures"]
     method = record.extract_method(__doc__).replace("\n", " ")
     return record.write_result(name, cells, method=method, machine=machine, versions=machine.pop("versions"))

@@ -95,7 +95,7 @@ class TrlArm:
     packs: bool = False
     """Whether the arm also packs chat data."""
     dropout: float | None = None
-    """LoRA's dropout. None: the same as in `ours`."""
+    """LoRA's dropout. None: the same dropout as in the arm `ours`."""
 
 
 OUR_ARMS: dict[str, dict[str, Any]] = {
@@ -348,7 +348,7 @@ def run_trl_arm(
 
 
 def run_arm(workload: Workload, name: str, folder: Path, model: Path, prepared: PreparedTokens) -> ArmResult:
-    """Run one arm once. If it fails, the result contains the first line of the error."""
+    """Run one arm once. If the arm fails, the result contains the first line of the error."""
     import torch
     from accelerate.state import AcceleratorState, GradientState
 
@@ -368,7 +368,7 @@ def run_arm(workload: Workload, name: str, folder: Path, model: Path, prepared: 
         result.error = f"{type(error).__name__}: {str(error).splitlines()[0][:300] if str(error) else ''}"
         if not isinstance(error, torch.OutOfMemoryError):
             traceback.print_exc()
-        traceback.clear_frames(error.__traceback__)  # otherwise the frames would keep tensors in memory
+        traceback.clear_frames(error.__traceback__)  # otherwise the stack frames of the error would keep tensors in memory
     if workload.is_gpu:
         result.peak_memory_gb = round(torch.cuda.max_memory_allocated() / 1e9, 2)
     result.seconds = round(time.perf_counter() - started_at, 1)

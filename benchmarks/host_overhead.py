@@ -47,14 +47,14 @@ class StepTimes:
     modules: int = 0
 
     def after_warmup(self) -> StepTimes:
-        """Remove the warm-up steps, and return this object."""
+        """Remove the times of the warm-up steps, and return this object."""
         for values in (self.total, self.computation, self.data):
             del values[:WARMUP_STEPS]
         return self
 
 
 class StepTimer:
-    """Measures the duration of each part of a step. It implements the hooks of a rank and creates the callback that measures."""
+    """Measures the duration of each part of a step. The timer implements the hooks of a rank, and creates the callback that measures."""
 
     def __init__(self) -> None:
         self.times = StepTimes()

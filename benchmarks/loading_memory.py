@@ -77,7 +77,7 @@ def measure_strategy(workspace: Workspace, model: Path, strategy: str, round_cou
 
 
 def summarize_increases(increases: list[int]) -> dict[str, float]:
-    """Return the median and the maximum of increases in bytes, in megabytes."""
+    """Return the median and the maximum of `increases` in megabytes; `increases` are in bytes."""
     return {"median": round(statistics.median(increases) / 1e6, 1), "most": round(max(increases) / 1e6, 1)}
 
 

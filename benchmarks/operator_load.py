@@ -87,7 +87,7 @@ def make_bare_job(name: str) -> Object:
 
 
 def make_same_pod_variant(job: Object) -> BurstVariant:
-    """Return a variant whose objects are copies of the operator's Job `job`. Their label managed-by differs, so that the operator ignores them."""
+    """Return a variant whose objects are copies of the operator's Job `job`. The copies have another label managed-by, so that the operator ignores them."""
     labels = {names.Label.MANAGED_BY.value: "hand"}
     return BurstVariant(
         "same-pod", BARE_JOB_VARIANT.api_path, BARE_JOB_VARIANT.plural, lambda name: finished_jobs.copy_job(job, name, labels), BARE_JOB_VARIANT.is_finished

@@ -91,7 +91,7 @@ def read_run_of_job(job: dict[str, Any]) -> Run | None:
 
 
 def summarise(runs: Iterable[Run], ratio_name: str) -> dict[tuple[str, bool], tuple[int, float, float, float]]:
-    """Return the number of runs and the median, lowest and highest of a ratio, by type of GPU and by whether the run had several GPUs.
+    """Return the number of runs and the median, lowest and highest ratio. The key is the type of GPU, and whether the runs had several GPUs.
 
     `ratio_name`: `time_ratio` or `memory_ratio`."""
     values: dict[tuple[str, bool], list[float]] = defaultdict(list)

@@ -32,7 +32,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def read_package_versions(packages: Iterable[str] = RECORDED_PACKAGES) -> dict[str, str]:
-    """Return the version of Python and the versions of `packages`, without packages that are not installed."""
+    """Return the version of Python and the versions of those `packages` that are installed."""
     version_by_package = {"python": platform.python_version()}
     for name in packages:
         try:

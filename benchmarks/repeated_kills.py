@@ -40,7 +40,7 @@ POLL_SECONDS = 0.01
 
 
 class RunRecord(BaseModel):
-    """Counters of a benchmark run. They are stored on disk, so that the same command can continue an interrupted run."""
+    """Counters of a benchmark run. The counters are stored on disk, so that the same command can continue an interrupted run."""
 
     attempt: int = 0
     kill_count: int = 0
@@ -86,9 +86,9 @@ def compute_expected_states(steps: int) -> list[str]:
 
 
 def compare_states(checkpoint_tree: CheckpointTree, steps: int) -> int:
-    """Compare each logged state with that of an uninterrupted run. Returns the number of logged states.
+    """Compare each logged state with the state of an uninterrupted run after the same step. Returns the number of logged states.
 
-    Errors: AssertionError if the log has another state for a step than the uninterrupted run, or none."""
+    Errors: AssertionError if the log has no state for a step, or another state than the uninterrupted run."""
     states, compared_count = compute_expected_states(steps), 0
     logged_steps: set[int] = set()
     for stat in checkpoint_tree.store.list("metrics/"):

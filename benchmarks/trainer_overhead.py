@@ -40,7 +40,7 @@ class RunMeasurements:
     loop_seconds: float = 0.0
     run_seconds: float = 0.0
     losses: dict[int, float] = field(default_factory=dict)
-    """Losses by step. Only this trainer also logs the loss of the last step."""
+    """Losses by step. This trainer logs the loss of the last step, which the plain TRL script does not log."""
     data_wait_shares: list[float] = field(default_factory=list)
     began_at: float = 0.0
 
@@ -66,7 +66,7 @@ def make_timing_callback(measurements: RunMeasurements) -> Any:
 
 
 class MeasuringHooks:
-    """The hooks of a rank that runs without a supervisor. They add the callback that measures the run."""
+    """The hooks of a rank that runs without a supervisor. These hooks add the callback that measures the run."""
 
     def __init__(self, callback: Any) -> None:
         self._callback = callback

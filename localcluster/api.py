@@ -1,4 +1,4 @@
-"""A minimal Kubernetes API client for starting a cluster. It imports faster than the official client library."""
+"""A minimal Kubernetes API client for starting a cluster. This module imports faster than the official client library."""
 
 from __future__ import annotations
 

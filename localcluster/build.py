@@ -26,10 +26,10 @@ MIN_GO_VERSION = (1, 26)
 
 @dataclass(frozen=True)
 class Program:
-    """One Go program. Its version is that of the Go module `version_module`. `first_build_duration` is shown to the user before a build.
+    """One Go program. The program's version is the version of the Go module `version_module`. Before a build, the user sees `first_build_duration`.
 
-    `package` is the Go package to build: the package in the program's folder (`.`), or a package of a module that go.mod lists as a tool.
-    `localcluster build` skips programs with `is_optional`. A test that needs such a program builds it.
+    `package` is the Go package to build: either `.`, the package in the program's folder, or a package of another module that go.mod lists as a tool.
+    `localcluster build` skips programs with `is_optional`. Tests that need an optional program build it.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Program:
 
     @property
     def binary_path(self) -> Path:
-        """Path of the built program. It contains the version and a hash of the sources and build flags."""
+        """Path of the built program. The path contains the version and a hash of the sources and build flags."""
         digest = hashlib.sha256()
         for path in sorted(self.folder.iterdir()):
             if path.name in ("go.mod", "go.sum") or path.suffix == ".go":

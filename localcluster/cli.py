@@ -40,7 +40,7 @@ StateOption = Annotated[Path | None, typer.Option(help="Folder for the cluster's
 
 
 def state_folder(name: str, given_folder: Path | None) -> Path:
-    """Return the state folder: `given_folder`, or the default folder of the cluster `name` if it is None."""
+    """Return the state folder: `given_folder`, or the default folder of the cluster `name` if `given_folder` is None."""
     return (given_folder or paths.default_state_folder(name)).absolute()
 
 

@@ -15,8 +15,8 @@ SERVICE_CIDR = "10.96.0.0/16"
 DNS_DOMAIN = "cluster.local"
 AUDIT_POLICY_FILE = "audit-policy.json"
 AUDIT_LOG = "logs/audit.log"
-"""The API server's audit log in the state folder: all created pods, who wrote which FineTuneJob, and all requests of ServiceAccounts. One JSON object
-per line."""
+"""Path of the API server's audit log in the state folder. The log records each created pod, each write to a FineTuneJob and its user, and all requests of
+ServiceAccounts, as one JSON object per line."""
 WRITING_VERBS = ["create", "update", "patch", "delete", "deletecollection"]
 
 
@@ -83,8 +83,8 @@ def make_api_server_command(kube_program: Path, folder: Path, addresses: Control
 def make_audit_policy(api_group: str) -> str:
     """Return an audit policy that records created pods, writes to objects of one API group, and all requests of ServiceAccounts.
 
-    The log contains the whole manifest of each created pod. Tests compare the requests of each ServiceAccount with its permissions. The log stays
-    small, because the cluster's components do not use ServiceAccounts.
+    The log contains the whole manifest of each created pod. Tests compare the requests of each ServiceAccount with its permissions. The audit log stays
+    small, because the cluster's own components do not use ServiceAccounts.
     """
     rules = [
         {"level": "Request", "verbs": ["create"], "resources": [{"group": "", "resources": ["pods"]}]},
@@ -139,7 +139,7 @@ def make_kubelet_configuration(folder: Path, *, containerd_socket: str, dns_addr
             "resolvConf": "",
             "clusterDNS": [dns_address],
             "clusterDomain": DNS_DOMAIN,
-            # Anonymous access is safe: the kubelet can be reached only from this cluster's network namespace.
+            # Anonymous access to the kubelet is safe, because the kubelet can be reached only from this cluster's network namespace.
             "authentication": {"anonymous": {"enabled": True}, "webhook": {"enabled": False}},
             "authorization": {"mode": "AlwaysAllow"},
             "evictionHard": {"memory.available": "100Mi", "nodefs.available": "1%", "imagefs.available": "1%"},
@@ -166,7 +166,10 @@ def make_kube_proxy_command(kube_program: Path, kubeconfig: Path, *, node_name: 
 
 
 def make_kubeconfig(server: str, token: str, ca: bytes | None) -> str:
-    """Return a kubeconfig as JSON, which is valid YAML. If `ca` is None, clients do not verify the server; only the cluster's components do without `ca`."""
+    """Return a kubeconfig as JSON, which is valid YAML.
+
+    Clients with this kubeconfig verify the server only if `ca` is not None; the cluster's own components do not verify it.
+    """
     cluster: dict[str, str | bool] = {"server": server}
     if ca is None:
         cluster["insecure-skip-tls-verify"] = True

@@ -1,7 +1,7 @@
 """Run a Kubernetes API server with etcd and the controllers, but without nodes: for tests that write pod statuses as a kubelet does.
 
-The control plane consists of three processes on the loopback interface and needs neither root nor Linux namespaces. It is ready in about three
-seconds. Several control planes can run at the same time (each needs 600 MB of memory).
+The control plane consists of three processes on the loopback interface and needs neither root nor Linux namespaces. The control plane is ready in about
+three seconds. Several control planes can run at the same time (each needs 600 MB of memory).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from localcluster.processes import Lifetime, Server
 from localcluster.steps import Step, silent_step
 
 AUDITED_GROUP = "finetune-operator.io"
-"""API group whose writes the audit log records."""
+"""API group; the audit log records all writes to objects of this group."""
 MAX_STARTS = 4
 """Maximum number of start attempts. Each attempt uses new ports, because another program may bind a chosen port first."""
 PROCESS_NAMES = ("etcd", "kube-apiserver", "kube-controller-manager")
@@ -34,13 +34,13 @@ NODE_MODE = "node"
 PLAN_FILE = "plan.json"
 """File in the state folder of a cluster with nodes. This file is written before any process starts."""
 DEFAULT_SERVICE_ACCOUNT = "/api/v1/namespaces/default/serviceaccounts/default"
-"""URL path of a ServiceAccount that the controllers create. Its existence shows that the controllers work."""
+"""URL path of a ServiceAccount that the controllers create. If this ServiceAccount exists, the controllers work."""
 
 
 class ControlPlane:
     """Runs etcd, kube-apiserver and kube-controller-manager, with their files in `state_dir`. `scheduler=True` adds kube-scheduler.
 
-    Use it as a context manager, or call `up()` and `down()`. With the default lifetime, the kernel kills the processes when the thread that
+    Use a ControlPlane as a context manager, or call `up()` and `down()`. With the default lifetime, the kernel kills the processes when the thread that
     started them ends, even if `kill -9` ends it. If an earlier cluster has left processes or files in `state_dir`, they are removed first. Errors:
     StartFailed, MissingRequirement (the programs are not built, and Go is missing), ClusterDiffers (a cluster with nodes is running in this
     folder).
@@ -160,13 +160,16 @@ def write_credentials(folder: Path, kube_program: Path, addresses: ControlPlaneA
 
 
 def wait_for_api(folder: Path, addresses: ControlPlaneAddresses, token: str, servers: list[Server]) -> Endpoint:
-    """Wait until the API server has a certificate and is ready. Then add the certificate to the kubeconfig, so that clients verify the server."""
+    """Wait until the API server has a certificate and is ready.
+
+    After that, add the API server's certificate to the kubeconfig, so that clients verify the server.
+    """
     certificate = folder / "certs" / "apiserver.crt"
     processes.wait_until("the API server's certificate", certificate.exists, servers=servers, timeout=60)
     endpoint = Endpoint(folder / "kubeconfig", addresses.server, token, folder / "ca.crt")
 
     def is_ready() -> bool:
-        shutil.copy(certificate, endpoint.ca)  # copy at each call: the API server creates the file before it writes the content
+        shutil.copy(certificate, endpoint.ca)  # Copy at each call: the API server creates the certificate's file before it writes the content.
         return endpoint.is_ready()
 
     processes.wait_until("the API server", is_ready, servers=servers, timeout=60)
@@ -175,7 +178,7 @@ def wait_for_api(folder: Path, addresses: ControlPlaneAddresses, token: str, ser
 
 
 def write_state(folder: Path, mode: str, endpoint: Endpoint, **extra_fields: object) -> None:
-    """Write the state file of a running cluster. This is the last step of a start: the file exists only if the start has succeeded."""
+    """Write the state file of a running cluster. This file is written as the last step of a start, so it exists only if the start has succeeded."""
     unfinished_file = folder / f".{STATE_FILE}"
     unfinished_file.touch(mode=0o600)
     unfinished_file.write_text(json.dumps({"mode": mode, "server": endpoint.server, "token": endpoint.token, **extra_fields}))

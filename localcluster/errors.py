@@ -14,7 +14,7 @@ class LocalClusterError(Exception):
 
 
 class MissingRequirement(LocalClusterError):
-    """Root rights, a kernel feature, a Debian package or Go is missing. Raised before any process starts."""
+    """Root rights, a kernel feature, a Debian package or Go is missing. This error is raised before any process starts."""
 
     code = "MissingRequirement"
 

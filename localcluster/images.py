@@ -1,7 +1,7 @@
 """Build the project's images from its Dockerfiles, as OCI layouts that a node imports with hard links.
 
-buildah builds the images and keeps its layer cache outside the checkout. skopeo exports the images as uncompressed OCI layouts. A node unpacks only
-new layers, so that it reads megabytes instead of gigabytes after a code change.
+buildah builds the images and keeps its layer cache outside the checkout. skopeo exports the images as uncompressed OCI layouts. A node unpacks only new
+layers: after a code change, it reads megabytes instead of gigabytes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ LOCAL_BASE = "localhost/finetune-base:bookworm-1"
 CA_FILE_VARIABLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 DEBIAN_CA_FILE = Path("/etc/ssl/certs/ca-certificates.crt")
 MIN_FREE_GB = 40
-"""If less disk space than this is free after a build, unused layers are removed."""
+"""Disk space in GB: if less is free after a build, unused layers are removed."""
 _UNUSED_FOLDERS = ("var/cache/apt", "var/lib/apt/lists", "usr/share/doc", "usr/share/man", "usr/share/locale", "var/log")
 """Folders that are emptied in the base image from debootstrap."""
 
@@ -50,7 +50,10 @@ class ImageName(StrEnum):
 
 @dataclass(frozen=True)
 class ImageRecipe:
-    """How to build one image of the project. `needed_disk_gb` is the disk space for its first build, including the layout and the node's copy."""
+    """How to build one image of the project.
+
+    `needed_disk_gb` is the disk space for the image's first build, including its OCI layout and its copy on a node.
+    """
 
     name: str
     dockerfile: str
@@ -171,7 +174,7 @@ def _run_command(command: list[str], description: str, timeout: float | None = N
 
 
 def ensure_base(step: Step = silent_step) -> str:
-    """Return the name of the base image: PUBLIC_BASE if it can be pulled, else LOCAL_BASE. Pull or create the image if it does not exist."""
+    """Return the name of the base image: PUBLIC_BASE if it can be pulled, else LOCAL_BASE. Pull or create the base image if it does not exist."""
     images = json.loads(run_buildah("images", "--json") or "[]") or []
     existing_names = {name for image in images for name in image.get("names") or []}
     for name in (PUBLIC_BASE, LOCAL_BASE):
@@ -180,7 +183,7 @@ def ensure_base(step: Step = silent_step) -> str:
     with contextlib.suppress(BuildFailed), step(f"pull {PUBLIC_BASE}"):
         run_buildah("pull", "--quiet", PUBLIC_BASE, timeout=300)
         return PUBLIC_BASE
-    with step("create a base image with debootstrap (the public one cannot be pulled)"):
+    with step("create a base image with debootstrap (the public base image cannot be pulled)"):
         _create_local_base()
     return LOCAL_BASE
 
@@ -217,7 +220,10 @@ def _run_build(recipe: ImageRecipe, context: Path, base_image: str) -> None:
 
 
 def _make_ca_secret_options() -> list[str]:
-    """Return the buildah options that pass this machine's CA certificates as a build secret. Downloads need them if a proxy re-signs TLS connections."""
+    """Return the buildah options that pass this machine's CA certificates as a build secret.
+
+    Downloads in a build need these certificates if a proxy re-signs TLS connections.
+    """
     configured_files = [Path(os.environ[name]) for name in CA_FILE_VARIABLES if os.environ.get(name)]
     for path in [*configured_files, DEBIAN_CA_FILE]:
         if path.is_file():
@@ -233,7 +239,7 @@ def _make_uv_cache_options() -> list[str]:
 
 
 def _export_layout(recipe: ImageRecipe) -> None:
-    """Export the image to its OCI layout. skopeo skips existing blobs. Afterwards, remove the blobs of older images."""
+    """Export the image to its OCI layout. skopeo skips blobs that the layout already has. After the export, remove the blobs of older images."""
     recipe.layout_folder.parent.mkdir(parents=True, exist_ok=True)
     (recipe.layout_folder / "index.json").unlink(missing_ok=True)
     source = f"containers-storage:[overlay@{get_layer_folder() / 'root'}+{get_layer_folder() / 'run'}]{recipe.tag}"

@@ -16,7 +16,7 @@ from localcluster.errors import MissingRequirement
 HOST_LINK = "ftlc0"
 """Name of the veth device on this machine. The peer of this device is attached to the cluster's bridge."""
 PARENT_CGROUP = "finetune-localcluster"
-"""Parent cgroup of all containers. The name is fixed, because only one cluster with nodes can run per machine."""
+"""Parent cgroup of all containers. The name is the same for all clusters, so only one cluster with nodes can run per machine."""
 API_PORT = 6443
 S3_NODE_PORT = 30333
 ADDRESS_BLOCKS = [f"10.{n}" for n in range(201, 240)] + [f"172.{n}" for n in range(20, 32)] + ["198.18", "198.19"]
@@ -102,7 +102,7 @@ def get_image_root_folder() -> Path:
 
 
 def find_free_block() -> str:
-    """Return the first two numbers of the first /16 block to which this machine has no route. Default routes are ignored."""
+    """Return the first two numbers of a /16 block: the first of ADDRESS_BLOCKS to which this machine has no route. Default routes are ignored."""
     command = ["ip", "-j", "-4", "route", "show", "table", "all"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     routed_networks = [

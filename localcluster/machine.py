@@ -1,6 +1,6 @@
-"""Create, use and remove the Linux namespaces of a cluster with nodes, from outside.
+"""Create, use and remove the Linux namespaces of a cluster with nodes, from outside these namespaces.
 
-Only one such cluster can run per machine, because its cgroups and its veth pair have fixed names. A file lock protects the cgroups and the
+Only one cluster with nodes can run per machine, because its cgroups and its veth pair have fixed names. A file lock protects the cgroups and the
 veth pair. The cluster's processes hold the lock; when the last process ends, the kernel releases the lock. While the lock is free, all
 existing cgroups and links are leftovers and can be removed.
 """
@@ -33,7 +33,7 @@ class Machine:
         self.folder = folder
 
     def start(self, plan: Plan, lifetime: Lifetime) -> Server:
-        """Create the Linux namespaces, the nodes' networks and the veth pair to this machine. Components are not started yet."""
+        """Create the Linux namespaces, the nodes' networks and the veth pair to this machine. This method starts no components."""
         lock = take_lock(self.folder)
         with lock:
             clean_machine()
@@ -66,7 +66,10 @@ class Machine:
         return True
 
     def request(self, method: str, **arguments: Any) -> Any:
-        """Send a request to the first process inside the Linux namespaces. Errors: NotRunning if there is no such process, StartFailed if the request fails."""
+        """Send a request to the first process inside the Linux namespaces.
+
+        Errors: NotRunning if this process does not exist, StartFailed if the request fails.
+        """
         try:
             return namespace_init.send_request(self.folder, method, **arguments)
         except OSError:
@@ -75,7 +78,7 @@ class Machine:
             raise StartFailed(str(error)) from None
 
     def start_component(self, name: str, node: Node, argv: list[str]) -> None:
-        """Start a component on a node. Its output goes to the cluster's log folder."""
+        """Start a component on a node. The component's output goes to the cluster's log folder."""
         log = self.folder / "logs" / f"{name}.log"
         self.request("start", name=name, node=node.name, argv=argv, log=str(log))
 
@@ -127,7 +130,7 @@ def make_not_running_error(folder: Path) -> NotRunning:
 
 
 def read_pid_in_namespace(pid: int) -> int | None:
-    """Return the pid of a process inside its PID namespace; None if it is in the same PID namespace as this program, or has ended."""
+    """Return the pid of a process inside its PID namespace; None if the process has ended, or is in the same PID namespace as this program."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
@@ -183,7 +186,7 @@ def clean_machine() -> None:
 
 
 def run(*argv: str) -> None:
-    """Run a command. Errors: StartFailed with the command's error output."""
+    """Run a command. Errors: StartFailed with the error output of the command, if the command fails."""
     result = subprocess.run(argv, capture_output=True, text=True)
     if result.returncode != 0:
         raise StartFailed(f"`{' '.join(argv)}` failed: {result.stderr.strip()}")

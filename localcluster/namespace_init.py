@@ -1,7 +1,7 @@
 """Run as the first process (PID 1) inside a cluster's PID, mount and network namespaces.
 
-This process sets up the nodes' networks and gives each node a private /run and /var/lib/kubelet. It accepts requests to start and signal
-components over a socket, and reaps orphans. When it ends, the kernel kills all processes of the PID namespace and removes their mounts and
+This process sets up the nodes' networks and gives each node a private /run and /var/lib/kubelet. Over a socket, it accepts requests to start components and
+to send signals to them. It also reaps orphans. When this process ends, the kernel kills all processes of the PID namespace and removes their mounts and
 links.
 """
 
@@ -30,7 +30,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 PRIVATE_FOLDERS = ("/run", "/var/log", "/var/lib/cni", "/var/lib/kubelet")
 """Folders whose paths are hard-coded in the components. On each node, a private tmpfs is mounted over each of these folders."""
 PROTECTED_SYSCTLS = {"vm/overcommit_memory": "1", "kernel/panic": "10", "kernel/panic_on_oops": "1"}
-"""Sysctls that the kubelet would change for the whole machine. Regular files are mounted over them, so that the machine's values do not change.
+"""Sysctls that the kubelet would change for the whole machine. Regular files are mounted over these sysctls, so that the machine's values do not change.
 """
 
 
@@ -78,7 +78,7 @@ def enable_forwarding(device: str) -> None:
     """Enable IP forwarding, and route service addresses to `device`, so that the node's own processes can reach services."""
     run_setup_command("ip", "route", "add", SERVICE_CIDR, "dev", device)
     write_sysctl("net/ipv4/ip_forward", "1")
-    with contextlib.suppress(FileNotFoundError):  # a kernel without bridge filtering: a pod cannot reach a service backend on its own node
+    with contextlib.suppress(FileNotFoundError):  # the kernel has no bridge filtering: pods cannot use a service whose backend is on their own node
         write_sysctl("net/bridge/bridge-nf-call-iptables", "1")
 
 
@@ -149,7 +149,7 @@ class Component:
 
 @dataclass
 class ComponentManager:
-    """Runs the method that each request asks for. A request can ask for every public method except `reap` and `handle_request`."""
+    """Runs the method that each request asks for. A request can ask for any public method except `reap` and `handle_request`."""
 
     plan: Plan
     holder_pid_by_node: dict[str, int]

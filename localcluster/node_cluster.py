@@ -1,4 +1,4 @@
-"""Run a complete Kubernetes cluster, for the demo and the e2e tests. Its nodes run real containers, and an S3 server runs in a pod.
+"""Run a complete Kubernetes cluster, for the demo and the e2e tests. The cluster's nodes run real containers, and an S3 server runs in a pod.
 
 The cluster runs in its own Linux namespaces. When the first process of the PID namespace ends, the kernel kills all other processes in this namespace.
 """
@@ -56,7 +56,7 @@ class NodeClusterOptions:
 class NodeCluster:
     """Runs an API server, controllers, scheduler, DNS, S3, and `nodes` nodes with containerd. The state is stored in `state_dir`.
 
-    Use it as a context manager, or call `up()` and `down()`. If the cluster was already running, the context manager does not stop it. With
+    Use a NodeCluster as a context manager, or call `up()` and `down()`. If the cluster was already running, the context manager does not stop it. With
     the default lifetime, the kernel kills the cluster when the thread that started it ends, even if `kill -9` ends this thread. Errors:
     MissingRequirement (root, packages, kernel, Go), ClusterBusy (another cluster is running on this machine), ClusterDiffers (this
     cluster is running with another number of nodes), StartFailed.
@@ -243,7 +243,7 @@ class NodeCluster:
 
     @property
     def kubeconfig(self) -> Path:
-        """A kubeconfig with administrator rights for this machine."""
+        """Path of a kubeconfig with administrator rights in the cluster, for programs on this machine."""
         return self.endpoint.kubeconfig
 
     @property

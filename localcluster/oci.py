@@ -58,7 +58,7 @@ def write_layout(folder: Path, image: Image) -> Path:
 
 
 def find_index_entry(layout_folder: Path, tag: str | None = None) -> tuple[str, dict[str, Any]]:
-    """Return the tag and the index entry of the image `tag` in a layout. If `tag` is None, return those of the newest image.
+    """Return the tag and the index entry of the image `tag` in a layout. If `tag` is None, return the tag and the index entry of the newest image.
 
     Errors: ImageNotFound if the folder is not a layout or does not contain the image.
     """

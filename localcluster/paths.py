@@ -9,7 +9,7 @@ CHECKOUT_FOLDER = Path(__file__).resolve().parent.parent
 
 
 def cache_folder() -> Path:
-    """Return the folder of files that can be created again: binaries, image layers, clusters."""
+    """Return the project's cache folder, which contains only files that can be created again: binaries, image layers, clusters."""
     user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return user_cache / "finetune-operator"
 

@@ -22,7 +22,7 @@ OWNER_VARIABLE = "FINETUNE_LOCALCLUSTER"
 _PR_SET_PDEATHSIG = 1
 _KERNEL_THREAD_FLAG = 0x00200000
 ENVIRONMENT_READS = 5
-"""A process without an environment is read this often, because it may have been inside `execve` at some of the reads."""
+"""Number of times that an empty environment of a process is read, because a process inside `execve` has no environment for a moment."""
 EXEC_SECONDS = 1.0
 """How long `end_all` waits for processes inside `execve`, most of which belong to other programs."""
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -35,7 +35,7 @@ class Lifetime(Enum):
     UNTIL_PARENT_ENDS = "parent"
     """The kernel kills the server when the thread that started it ends, even if `kill -9` ends this thread. Tests and programs use this lifetime."""
     UNTIL_STOPPED = "detached"
-    """The server keeps running. `localcluster up` uses this lifetime."""
+    """The server keeps running after the thread that started it has ended. `localcluster up` uses this lifetime."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def spawn(
     name: str, argv: Sequence[str | Path], *, owner: Path, log: Path, lifetime: Lifetime,
     env: Mapping[str, str] | None = None, working_folder: Path | None = None, pass_fds: Sequence[int] = (),
 ) -> Server:
-    """Start `argv` in a new session. Append its output to `log`. The environment is `env` (default: the environment of this process) plus
+    """Start `argv` in a new session. Append the output of the process to `log`. The environment is `env` (default: the environment of this process) plus
     a variable that names `owner`.
     """
     parent_pid = os.getpid()
@@ -119,7 +119,7 @@ def find_processes(owner: Path) -> FoundProcesses:
 
 
 def read_environment(pid: int) -> list[bytes] | None:
-    """Return the environment of a process, or None inside `execve`. Errors: OSError if the process has ended or belongs to another user."""
+    """Return the environment of a process, or None if the process is inside `execve`. Errors: OSError if the process has ended or belongs to another user."""
     for _ in range(ENVIRONMENT_READS):
         if environment := Path(f"/proc/{pid}/environ").read_bytes():
             return environment.split(b"\0")
@@ -146,15 +146,15 @@ def start_time(pid: int) -> str | None:
 
 
 def _read_stat(pid: int) -> list[str]:
-    """Return the fields of `/proc/PID/stat` from the third one, the state. Errors: OSError if the process has ended."""
+    """Return the fields of `/proc/PID/stat`, beginning with the third field (the state). Errors: OSError if the process has ended."""
     return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].decode().split()
 
 
 def end_all(owner: Path, timeout_seconds: float = 20.0) -> int:
     """Kill all processes of `owner` and wait until they have ended. Returns the number of killed processes.
 
-    Processes in PID namespaces have then ended, too: the first process of a PID namespace ends only after all others. The search is repeated,
-    because a process may have started another one meanwhile. For at most `EXEC_SECONDS`, this function also waits for processes inside `execve`.
+    If a killed process is the first process of a PID namespace, all other processes in this namespace have ended before it. The search is repeated,
+    because a process may have started another process before it was killed. For at most `EXEC_SECONDS`, this function also waits for processes inside `execve`.
     """
     start_time_by_pid: dict[int, str] = {}
     deadline, exec_deadline = time.monotonic() + timeout_seconds, time.monotonic() + EXEC_SECONDS

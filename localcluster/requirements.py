@@ -21,7 +21,7 @@ IMAGE_PACKAGES = {"buildah": "buildah", "skopeo": "skopeo", "debootstrap": "debo
 
 
 TEST_PACKAGES = {"nft": "nftables"}
-"""Programs of the tests that enforce NetworkPolicies, and the Debian package of each. A cluster works without them."""
+"""Programs that only tests use, to enforce NetworkPolicies, and the Debian package of each. A cluster works without these programs."""
 
 
 def find_executable(program: str) -> str | None:

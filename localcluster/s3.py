@@ -112,7 +112,7 @@ def make_server_arguments(ports: list[int], *, data_folder: str, config_file: st
 class S3Process:
     """SeaweedFS as a local process on a free loopback port, with its data below `directory`.
 
-    Use it as a context manager, or call `start()` and `stop()`. When the thread that called `start()` ends, the kernel kills the server.
+    Use the server object as a context manager, or call `start()` and `stop()`. When the thread that called `start()` ends, the kernel kills the server.
     """
 
     def __init__(self, directory: Path, *, access_key: str | None = None, secret_key: str | None = None) -> None:
@@ -195,13 +195,13 @@ class S3Process:
 
 
 def remove_sockets(ports: list[int]) -> None:
-    """Remove the sockets that a killed server leaves in /tmp. Their names contain the server's ports."""
+    """Remove the sockets that a killed server leaves in /tmp. The names of these sockets contain the server's ports."""
     for name, port in zip(("s3", "master", "volume", "filer"), ports[1::2], strict=True):
         Path(f"/tmp/seaweedfs-{name}-grpc-{port}.sock").unlink(missing_ok=True)  # noqa: S108 - SeaweedFS's own path
 
 
 def is_ready(endpoint: S3Endpoint) -> bool:
-    """Whether a signed object can be written, read back and removed."""
+    """Whether an object can be written, read back and removed with signed requests."""
     from botocore.exceptions import BotoCoreError, ClientError
 
     client = endpoint.client(connect_timeout=1, read_timeout=2, retries={"total_max_attempts": 1})

@@ -93,7 +93,7 @@ class Containerd:
         try:
             os.link(source, target)
         except FileExistsError:
-            pass  # a removed image has left this file; its content is the same, because its name is the hash of the content
+            pass  # a removed image has left this file; the content is the same, because the file's name is the hash of the content
         except OSError:
             return False
         size = str(source.stat().st_size)

@@ -23,7 +23,7 @@ def generate_answer(model: Any, tokenizer: Any, question: str) -> str:
 
 
 def compare_answers(base_folder: str, adapter_folder: str, questions: list[str]) -> list[dict[str, str]]:
-    """Ask both models each question. Returns one dict per question, with the question and both answers."""
+    """Ask the base model and the fine-tuned model each question. Returns one dict per question, with the question and both answers."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer

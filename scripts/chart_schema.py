@@ -25,7 +25,7 @@ VALUES_FILE = Path(__file__).resolve().parent.parent / "helm/finetune-operator/v
 FIELDS_SET_BY_CHART = (
     "namespaces", "trainer", "storage", "resources", "prepare", "modelCache", "nodePools", "policy", "leaderElection", "isolation", "log", "http",
 )  # fmt: skip
-"""Fields of the operator's configuration that users cannot set below `settings`: the chart sets them to constants or from other values."""
+"""Fields of the operator's configuration that users cannot set below the chart value `settings`, because the chart itself sets them."""
 
 
 def make_closed_object_schema(properties: dict[str, Schema], required: tuple[str, ...] = ()) -> Schema:
@@ -120,13 +120,17 @@ def _remove_null_type(schema: Schema) -> Schema:
 
 
 def make_trainer_schema(settings: SettingsSchema) -> Schema:
-    """Return the schema of `trainer`. Unlike the operator's section, it splits the image into keys, allows `resources`, and lacks `fixedUser`."""
+    """Return the schema of the chart value `trainer`.
+
+    Differences to the section `trainer` of the operator's configuration: `image` is split into several keys, `resources` is added, and `fixedUser` is
+    missing.
+    """
     fields = dict(settings.resolve_field_schema("trainer")["properties"])
     fields.pop("imagePullPolicy")
     fields.pop("fixedUser")
     fields["image"] = make_image_schema()
     for name in ("serviceAccountName", "priorityClassName"):
-        # The empty string is also allowed: it is the chart's default, and the chart then does not set the field.
+        # The empty string, which is the chart's default, is also allowed: for an empty string, the chart does not set the field.
         pattern = "^$|" + fields[name].pop("pattern")
         fields[name] |= {"pattern": pattern}
     fields["resources"] = settings.resolve_field_schema("resources")
@@ -134,7 +138,10 @@ def make_trainer_schema(settings: SettingsSchema) -> Schema:
 
 
 def make_model_cache_schema(settings: SettingsSchema) -> Schema:
-    """Return the schema of `modelCache`. Other than in the operator's section, a field may be empty: the chart then does not set the field."""
+    """Return the schema of the chart value `modelCache`.
+
+    `default` and `node.path` may be empty: the chart then leaves them out of the operator's configuration.
+    """
     schema = settings.resolve_field_schema("modelCache")
     fields = schema["properties"]
     for parent_fields, name in ((fields, "default"), (fields["node"]["properties"], "path")):
@@ -156,7 +163,7 @@ def make_isolation_schema(settings: SettingsSchema) -> Schema:
 
 
 def make_policy_schema(settings: SettingsSchema) -> Schema:
-    """Return the schema of `policy`: the operator's `policy` section, and whether the chart creates a ValidatingAdmissionPolicy."""
+    """Return the schema of the chart value `policy`: the fields of the operator's section `policy`, and the switch `validatingAdmissionPolicy`."""
     schema = settings.resolve_field_schema("policy")
     is_checked_at_apply = {"type": "boolean", "description": "Whether the API server also checks the rules, with a ValidatingAdmissionPolicy."}
     return schema | {"properties": {"validatingAdmissionPolicy": is_checked_at_apply, **schema["properties"]}}
@@ -174,7 +181,7 @@ def make_env_schema() -> Schema:
 
 
 def make_named_object_schema(*required: str) -> Schema:
-    """Return the schema of an object with required string fields and any other fields."""
+    """Return the schema of an object that must contain the string fields `required`, and may contain any other fields."""
     return {"type": "object", "properties": {name: make_string_schema(minLength=1) for name in required}, "required": [*required]}
 
 

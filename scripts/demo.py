@@ -95,7 +95,7 @@ def make_helm_values(cluster: DemoCluster) -> dict[str, Any]:
             "addressingStyle": "path",
             "credentialsSecretRef": {"name": SECRET_NAME},
         },
-        # The training pod uses all cores. Without this request, the operator would get too little CPU time.
+        # The training pod uses all cores. Without its own CPU request, the operator would get too little CPU time.
         "resources": {"requests": {"cpu": "250m", "memory": "128Mi"}, "limits": {"memory": "512Mi"}},
         "settings": {"progressSeconds": 1, "scrape": {"intervalSeconds": 1, "startingIntervalSeconds": 1}},
     }
@@ -219,7 +219,10 @@ def clean_up(cluster: DemoCluster) -> None:
 
 
 def uninstall_objects(cluster: DemoCluster) -> None:
-    """Remove the demo's objects from a user's cluster. The namespace RELEASE_NAME is removed last: its label shows that the demo created the objects."""
+    """Remove the demo's objects from a user's cluster.
+
+    The namespace RELEASE_NAME is removed last, because its label tells a later demo that the remaining objects belong to a demo.
+    """
     with contextlib.suppress(subprocess.CalledProcessError):
         cluster.kubectl("delete", "namespace", NAMESPACE, "--ignore-not-found")
     with contextlib.suppress(DemoFailed):

@@ -87,7 +87,7 @@ class DemoCluster(ABC):
 
 
 class LocalDemoCluster(DemoCluster):
-    """The cluster of `localcluster`, which needs Linux and root. If it is already running, the demo uses it and does not stop it."""
+    """The cluster of `localcluster`, which needs Linux and root. If this cluster is already running, the demo uses the cluster and does not stop it."""
 
     name = "local"
 
@@ -97,7 +97,7 @@ class LocalDemoCluster(DemoCluster):
 
     def steps(self) -> list[Step]:
         if not self._is_running():
-            take_lock(self._cluster.state_dir).close()  # if another cluster is running, this call fails before the slow steps begin
+            take_lock(self._cluster.state_dir).close()  # fails before the slow steps begin if another cluster is running
         return make_local_steps()
 
     def up(self) -> None:
@@ -234,7 +234,7 @@ def _write_s3_archive(folder: Path) -> Path:
 
 
 class CurrentCluster(KubectlCluster):
-    """The cluster of the user's kubeconfig. It pulls the images from a registry, and the demo uses an existing S3 server."""
+    """The cluster of the user's kubeconfig. Its nodes pull the images from a registry, and the demo uses an S3 server that already exists."""
 
     name = "current"
     required_variables = ("OPERATOR_IMAGE", "TRAINER_IMAGE", "S3_ENDPOINT", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
@@ -269,8 +269,8 @@ class CurrentCluster(KubectlCluster):
             foreign_objects.append(f"the CustomResourceDefinition {CRD_NAME}")
         if foreign_objects:
             raise NoCluster(
-                f"the cluster of {self.kubeconfig} already has {' and '.join(foreign_objects)}. The demo would replace and remove them: "
-                "use a cluster without the operator, or apply examples/quickstart.yaml there"
+                f"the cluster of {self.kubeconfig} already has {' and '.join(foreign_objects)}. The demo would replace these objects, and remove "
+                "them at its end: use a cluster without the operator, or apply examples/quickstart.yaml to this cluster yourself"
             )
         for name, object_labels in labels.items():
             if object_labels is None:

@@ -137,7 +137,7 @@ def _follow_as_lines(job: JobReader, console: Console, timeout_seconds: float) -
 
 
 def _make_milestone_lines(snapshot: Snapshot) -> list[str]:
-    """Return the line `N % of the steps done` for the last milestone (20, 40, 60, 80 or 100 %), or no line before 20 %."""
+    """Return the line `N % of the steps done` for the last milestone that the job has reached (20, 40, 60, 80 or 100 %), or no line below 20 %."""
     progress = snapshot.status.progress if snapshot.status else None
     percent = (progress.percent or 0) // 20 * 20 if progress else 0
     return [f"{percent} % of the steps done"] if percent else []

@@ -16,7 +16,7 @@ LOCK = ROOT / "requirements/docs.lock"
 
 
 def ensure_mkdocs() -> Path:
-    """Install the packages of docs.lock unless they are installed. Returns the Python interpreter of their environment."""
+    """Install the packages of docs.lock unless they are installed. Returns the path of the Python interpreter that can import these packages."""
     digest = hashlib.sha256(LOCK.read_bytes()).hexdigest()[:12]
     folder = cache_folder() / f"docs-{sys.version_info[0]}.{sys.version_info[1]}-{digest}"
     python, ready = folder / "bin" / "python", folder / ".ready"
@@ -35,7 +35,7 @@ def build_site(folder: Path) -> subprocess.CompletedProcess[str]:
     """Write the site into a folder. The result's exit code is not 0 if a link is dead or a page is missing in the navigation."""
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     env |= {"NO_MKDOCS_2_WARNING": "1"}  # The theme would otherwise print an advertisement for another program.
-    # With --quiet, mkdocs would not count warnings, so that --strict would have no effect.
+    # mkdocs must not run with --quiet: it would not count warnings, so --strict would have no effect.
     command: list[str | Path] = [ensure_mkdocs(), "-m", "mkdocs", "build", "--strict", "--site-dir", folder]
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
 

@@ -45,9 +45,9 @@ def generate_files() -> dict[Path, str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write the files, or check them (--check). Returns 1 if --check finds a difference, else 0."""
+    """Write the files, or check them (--check). Returns 1 if --check finds a file that is not up to date, else 0."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a file differs")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with code 1 if a file is not up to date")
     arguments = parser.parse_args(argv)
     outdated_files = [path for path, text in generate_files().items() if not path.exists() or path.read_text("utf-8") != text]
     for path in outdated_files:

@@ -2,7 +2,7 @@
 
     python scripts/gpu_kit.py            # writes build/gpu-kit/site.tar.xz
 
-The kit is for a machine with Python 3.12, torch for CUDA 13.0, numpy, scipy and pandas. It contains further packages of
+The kit is for a machine with Python 3.12, torch for CUDA 13.0, numpy, scipy and pandas. The kit contains further packages of
 `requirements/trainer.lock` in their locked versions, for Python 3.12. `benchmarks/gpu_cells.py` says how to use the kit. The kit and all tracked
 files together are smaller than 60 MiB, so that they can be copied quickly.
 """
@@ -25,20 +25,20 @@ ARCHIVE = ROOT / "build" / "gpu-kit" / "site.tar.xz"
 PYTHON_VERSION = "3.12"
 PLATFORM = "x86_64-manylinux_2_28"
 CUDA_LIBRARY = "libbitsandbytes_cuda130.so"
-"""The library of bitsandbytes for the machine's CUDA version. The wheel contains a library for each version of CUDA and ROCm, 125 MB in all."""
+"""The library of bitsandbytes for the GPU machine's version of CUDA. The wheel has one library for each version of CUDA and ROCm, 125 MB in all."""
 PACKED_PACKAGES = (
     "accelerate", "annotated-types", "bitsandbytes", "datasets", "deepspeed", "dill", "et-xmlfile", "fsspec", "hjson", "httpcore2", "httpx2", "huggingface-hub",
     "jsonschema", "jsonschema-specifications", "liger-kernel", "multiprocess", "openpyxl", "peft", "py-cpuinfo", "pyarrow", "pydantic", "pydantic-core",
     "referencing", "rpds-py", "safetensors", "tokenizers", "transformers", "trl", "truststore", "typing-extensions", "typing-inspection",
 )  # fmt: skip
-"""Locked packages that are missing on the machine, or have another version there."""
+"""Packages that the GPU machine lacks, or has in another version than the lock file."""
 PACKAGES_WITHOUT_WHEEL = ("deepspeed",)
-"""Packages that are published without a wheel. They are pure Python, so the kit contains their installed files."""
+"""Packages that are published without a wheel. These packages are pure Python, so the kit contains the files that are installed in this environment."""
 UNNEEDED_FILE_PATTERN = re.compile(
     r"(^|/)(__pycache__|tests?|include|src|examples)/|\.(pyi|pyx|pxd|h|hpp|a)$|libbitsandbytes_(?!cuda130|cpu)|^bin/"
     r"|^pyarrow/(_|lib(arrow_)?(python_)?)(flight|gcsfs|azurefs|s3fs|s3)\.|^pyarrow/lib\w+\.so(\.\d+\.\d+\.\d+)?$"
 )
-"""Pattern for the files that no cell needs, as paths in the packages' folder."""
+"""Pattern for the files that no benchmark cell needs. It is applied to paths relative to the folder of the packages."""
 SIZE_LIMIT_MIB = 60
 
 
@@ -66,7 +66,7 @@ def install_packages(folder: Path) -> None:
 
 
 def _find_shared_script_folders() -> Iterator[Path]:
-    """Yield the script folders of all environments on `sys.path`, because the checkout's environment uses the packages of a shared environment."""
+    """Yield the `bin` folder of each environment on `sys.path`: the checkout's own environment, and a shared environment whose packages it uses."""
     yield from (Path(entry).parents[2] / "bin" for entry in sys.path if entry.endswith("site-packages"))
 
 

@@ -1,4 +1,4 @@
-"""Hooks of mkdocs that add files outside of `docs/` to the documentation site, below `source/`, if pages link to them.
+"""Hooks of mkdocs: if a page links to a file outside of `docs/`, they add this file to the documentation site, below `source/`.
 
 Each link therefore works in the repository and on the site, and the site needs no URL of a repository.
 """
@@ -15,7 +15,7 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 LINK_PATTERN = re.compile(r"(\]\()([^)\s#:]+)((?:#[^)\s]*)?\))")
-"""A relative link in Markdown. Groups: `](`, the target, and an optional anchor with the closing parenthesis."""
+"""A relative link in Markdown. The pattern's groups are `](`, the target, and the closing parenthesis, with the anchor before it if the link has one."""
 PROJECT_PAGES = ("CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "examples/README.md")
 
 

@@ -40,7 +40,7 @@ def make_models_page() -> str:
 
 
 def _format_table(strategy: str, families: dict[str, dict[str, str]], reasons: list[str]) -> str:
-    """Return the heading and table of one strategy. Appends new refusal messages to `reasons`."""
+    """Return the heading and table of one strategy. Appends the refusal messages that `reasons` does not contain yet."""
     lines = [f"## {strategy}", "", f"| type | {' | '.join(COLUMNS)} |", f"|---|{'---|' * len(COLUMNS)}"]
     for family, verdicts in families.items():
         unknown = verdicts.keys() - set(COLUMNS)

@@ -1,7 +1,7 @@
 """`make mutants`: change a module in many small ways, one at a time, and report the changes that no test notices.
 
 cosmic-ray runs in a separate environment (requirements/mutants.lock), and in copies of the checkout, because it changes source files in place.
-Its documentation explains the mutation operators. MODULES="lease decide" selects modules. A surviving mutant is either equivalent to the
+The documentation of cosmic-ray explains the mutation operators. MODULES="lease decide" selects modules. A surviving mutant is either equivalent to the
 original code, or shows that a test is missing.
 
 Testing all mutants takes hours. With SAMPLE=150, 150 mutants of each module are tested, drawn at random with a fixed seed.
@@ -35,7 +35,7 @@ LOCK = ROOT / "requirements/mutants.lock"
 OPERATOR, TRAINER = "operator/finetune_operator", "trainer-image/finetune_trainer"
 OPERATOR_TESTS, TRAINER_TESTS = "tests/unit/operator", "tests/unit/trainer"
 PRELOADED_LIBRARIES = ("hypothesis", "aiohttp", "kopf", "kubernetes.aio", "boto3", "torch", "transformers", "ruamel.yaml")
-"""Libraries that the test server imports once and all tests use."""
+"""Libraries that the test server imports once, so that the tests need not import them again."""
 BATCH_SIZE = 20
 """Number of mutants that one worker tests in a row."""
 MODULES = {
@@ -48,7 +48,7 @@ MODULES = {
     "template": (f"{TRAINER}/data/template.py", "tests/unit/trainer_data"),
     "rules": ("crds/finetune_api/rules", "tests/unit/api"),
 }
-"""Modules with critical logic, by name. Each entry has the module's path and the tests that should fail for each mutant."""
+"""Modules with critical logic, by name. Each entry has the module's path and its tests; for each mutant, at least one of these tests should fail."""
 CONFIG_TEMPLATE = """\
 [cosmic-ray]
 module-path = {module!r}
@@ -77,7 +77,7 @@ class Mutant:
 
 
 def install_cosmic_ray() -> Path:
-    """Install cosmic-ray if necessary. Returns the folder of its programs."""
+    """Install cosmic-ray if necessary. Returns the folder that contains the programs of cosmic-ray."""
     folder = cache_folder() / f"mutants-{hashlib.sha256(LOCK.read_bytes()).hexdigest()[:12]}"
     if not (folder / "bin/cosmic-ray").exists():
         uv = next(iter(cache_folder().glob("uv-*/bin/uv")))
@@ -118,7 +118,7 @@ class MutationRun:
             while not self._socket.exists():
                 if server.poll() is not None:
                     raise RuntimeError(f"the test server ended with exit code {server.returncode} before it was ready")
-                time.sleep(0.1)  # The server is still importing the libraries.
+                time.sleep(0.1)  # The test server is still importing the libraries.
             yield
         finally:
             server.kill()
@@ -167,7 +167,10 @@ class MutationRun:
 
     @contextlib.contextmanager
     def _open_session(self, module: str, *tests: str) -> Iterator[tuple[Path, Path]]:
-        """Yield a checkout and the file of a cosmic-ray session with all mutants of `module`. For each mutant, the groups of tests run until one fails."""
+        """Yield a checkout, and the path of a session file of cosmic-ray that lists all mutants of `module`.
+
+        For each mutant, cosmic-ray runs the groups of tests until one group fails.
+        """
         client = [sys.executable, "-I", "-S", str(ROOT / "scripts/mutants_server.py"), "run", str(self._socket)]
         command = shlex.join([*client, *tests])
         checkout = self._checkouts.get()

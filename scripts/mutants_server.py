@@ -3,7 +3,7 @@
     mutants_server.py serve SOCKET MODULE...        import the libraries, then answer requests
     mutants_server.py run SOCKET TESTS [TESTS...]   run groups of tests in the working directory until one group fails
 
-`run` does not import pytest, so that it starts in milliseconds. If cosmic-ray kills it after a timeout, the server kills the tests.
+`run` does not import pytest, so that it starts in milliseconds. If cosmic-ray kills `run` after a timeout, the server kills the tests that `run` requested.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def run_tests(folder: str, test_groups: list[str]) -> int:
     silent = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(silent, stream)
-    sys.dont_write_bytecode = True  # Otherwise Python would run the compiled code of an earlier mutant whose file has the same size and time.
+    sys.dont_write_bytecode = True  # Python could otherwise run the cached bytecode of an earlier mutant whose file has the same size and time.
     import pytest
 
     for group in test_groups:

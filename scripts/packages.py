@@ -1,6 +1,7 @@
 """Reads the Python packages of the images and the command line: versions from the lock files, and metadata from the environment of `make setup`.
 
-All lock files contain the versions of `dev.lock`, so the installed packages have the same metadata as those in the images. A test compares the versions.
+`make setup` installs the versions of `dev.lock`. A test checks that all other lock files have the same versions. Therefore the packages that are installed
+here have the same metadata as the packages in the images.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ SPDX_BY_LICENCE_TEXT = {
     "bsd 2-clause license": "BSD-2-Clause", "3-clause bsd license": "BSD-3-Clause", "bsd 3-clause license": "BSD-3-Clause",
     "psfl": "PSF-2.0", "python software foundation license": "PSF-2.0", "dual license": "",
 }  # fmt: skip
-"""SPDX identifiers by the licence texts in package metadata. An empty value: the text names no licence. `BSD`: the text does not say how many clauses."""
+"""SPDX identifiers by the licence texts in package metadata. The value is empty if the text names no licence, and `BSD` if the text does not say which BSD
+licence it means."""
 LICENCE_BY_PACKAGE = {
     "cuda-toolkit": "no files: a package that only names the packages of NVIDIA's toolkit",
     "antlr4-python3-runtime": "BSD-3-Clause",
@@ -34,7 +36,8 @@ LICENCE_BY_PACKAGE = {
     "nvidia-nccl-cu13": "BSD-3-Clause",
     "nvidia-nvtx": "Apache-2.0 WITH LLVM-exception",
 }
-"""Licences of packages whose metadata name no licence, or another licence than the package's licence file. Source: the packages' licence files."""
+"""Licences of packages whose metadata name no licence, or name a licence that differs from the package's licence file. The values are taken from the
+licence files."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Package:
     licence: str
     """The licence: an SPDX expression if one is known, otherwise the text in the metadata."""
     dependencies: tuple[str, ...]
-    """Names of the packages in the same lock file that this package requires."""
+    """Names of the packages that this package requires, if they are in the same lock file."""
 
 
 class MissingPackage(Exception):
@@ -60,7 +63,7 @@ def read_locked_versions(lock: Path) -> dict[str, str]:
 
 
 def read_packages(program: str) -> list[Package]:
-    """Return the packages of a program, by name. Errors: MissingPackage."""
+    """Return the packages of a program, sorted by name. Errors: MissingPackage."""
     versions = read_locked_versions(ROOT / f"requirements/{program}.lock")
     return [_read_package(name, version, versions) for name, version in sorted(versions.items())]
 
@@ -76,7 +79,7 @@ def _read_package(name: str, version: str, versions: dict[str, str]) -> Package:
 
 
 def _list_required_names(name: str) -> Iterator[str]:
-    """Yield the names of all requirements. Requirements of optional features are included, because a package uses them if they are installed."""
+    """Yield the names of all packages that a package requires. Packages for optional features are included, because they are used if they are installed."""
     for text in requires(name) or []:
         yield canonicalize_name(Requirement(text).name)
 
@@ -85,7 +88,7 @@ def _find_licence(name: str, package_metadata: PackageMetadata) -> str:
     expression = package_metadata.get("License-Expression")
     if name in LICENCE_BY_PACKAGE or expression:
         return LICENCE_BY_PACKAGE.get(name) or str(expression)
-    # Some packages write the whole licence text into this field; its first line is the name of the licence.
+    # Some packages write the whole licence text into the field `License`; the first line of the text is the name of the licence.
     first_line = (package_metadata.get("License") or "").strip().partition("\n")[0].strip()
     named = _to_spdx(first_line)
     classifiers = [_to_spdx(line.split(" :: ")[-1]) for line in package_metadata.get_all("Classifier") or [] if line.startswith("License ::")]

@@ -1,6 +1,6 @@
 """Run slow steps in parallel, and show how long each step takes.
 
-A step is a function that runs commands. It starts when the steps that it requires have ended. The first failure stops all other steps, and
+A step is a function that runs commands. A step starts when the steps that it requires have ended. The first failure stops all other steps, and
 only this failure is reported. `run_all` stops all started programs before it returns, even after Ctrl-C.
 """
 
@@ -27,12 +27,12 @@ TERMINATION_GRACE_SECONDS = 10
 
 
 class StepFailed(Exception):
-    """A step failed. The message contains the last lines of its output."""
+    """A step failed. The message contains the last lines of the step's output."""
 
 
 @dataclass
 class Step:
-    """A slow step. `run` starts programs with a Commands object. The step starts when the steps in `required_steps` have ended."""
+    """A slow step. The function `run` gets a Commands object, with which it starts programs. The step starts when the steps in `required_steps` have ended."""
 
     name: str
     run: Callable[[Commands], None]

@@ -54,7 +54,7 @@ class ReleaseFile:
 
 
 def build_release(folder: Path, url: str | None, images: Iterable[str]) -> list[Path]:
-    """Replace `folder` by a folder with all files of the release. Returns their paths. Errors: ReleaseError, MissingPackage."""
+    """Write all files of the release to `folder`, and remove what it contained before. Returns the paths of the files. Errors: ReleaseError, MissingPackage."""
     given_images = sorted(images)
     if wrong := [image for image in given_images if not IMAGE_PATTERN.fullmatch(image)]:
         raise ReleaseError(f"--image {wrong[0]}: write name@sha256:digest, with the digest that the registry printed")
@@ -82,7 +82,7 @@ def build_release(folder: Path, url: str | None, images: Iterable[str]) -> list[
 
 
 def read_source_date_epoch() -> int:
-    """Return the time for all files in seconds since 1970: SOURCE_DATE_EPOCH, or the time of the last commit."""
+    """Return the time that all files of a release get, in seconds since 1970: SOURCE_DATE_EPOCH, or the time of the last commit."""
     text = os.environ.get("SOURCE_DATE_EPOCH") or run_git("log", "-1", "--format=%ct").decode().strip()
     if not text.isdecimal():
         raise ReleaseError(f"SOURCE_DATE_EPOCH is {text}: write the seconds since 1970 as a number")
@@ -105,7 +105,7 @@ def export_commit(folder: Path) -> None:
 
 
 def build_wheel(source: Path, folder: Path, epoch: int) -> Path:
-    """Build the wheel, and copy its files into a wheel in `folder` with fixed times, permissions and order. Returns its path."""
+    """Build the wheel, and repack it into `folder`, so that the times, permissions and order of its files are fixed. Returns its path."""
     program = "import sys, setuptools.build_meta as backend; backend.build_wheel(sys.argv[1])"
     built = source.parent / "wheel"
     built.mkdir()
@@ -129,7 +129,7 @@ def read_chart_files(chart: Path) -> list[ReleaseFile]:
     ignored = [*(chart / ".helmignore").read_text("utf-8").split(), ".helmignore"]
     names = sorted(path.relative_to(chart).as_posix() for path in chart.rglob("*") if path.is_file())
     kept = [name for name in names if not any(fnmatch.fnmatch(Path(name).name, pattern.rstrip("/")) for pattern in ignored)]
-    # Helm expects Chart.yaml first.
+    # Helm expects Chart.yaml to be the first file of the archive.
     ordered = sorted(kept, key=lambda name: (name != "Chart.yaml", name))
     return [ReleaseFile(f"{chart.name}/{name}", (chart / name).read_bytes()) for name in ordered]
 
@@ -182,7 +182,7 @@ def write_checksums(folder: Path) -> Path:
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="release", description="Build the files of a release from the last commit.")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--url", help="https:// address from which users download the files. Without it, no krew manifest is written.")
+    parser.add_argument("--url", help="https:// address from which users download the files. Without --url, no krew manifest is written.")
     parser.add_argument("--image", action="append", default=[], help="pushed image: name@sha256:digest; may be repeated")
     options = parser.parse_args(arguments)
     try:

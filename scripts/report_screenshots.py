@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 IMAGES_FOLDER = ROOT / "docs/guides/images"
 MAX_BYTES = 150_000
 SCREENSHOTS = (("report-desktop.png", 1180, 1560, False), ("report-phone.png", 360, 1500, True))
-"""File, width and height in CSS pixels, and whether the theme is dark."""
+"""One entry for each screenshot: file, width and height in CSS pixels, and whether the theme is dark."""
 HOW_TO_INSTALL = "no browser is installed: install Chromium, on Debian with `apt-get install chromium-headless-shell`"
 COLOURS = 256
 """Number of colours in a saved picture. More colours make the files larger, but not visibly better."""
@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def _find_or_install_browser() -> str | None:
-    """Return the path of the browser, or None without one. If it is missing and this user is root on Debian, apt-get installs it first."""
+    """Return the path of the browser, or None if there is no browser. If this user is root on Debian, apt-get first installs a missing browser."""
     from localcluster.requirements import install_packages
     from tests.support.browser import PACKAGE, find_browser
 

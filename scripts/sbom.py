@@ -2,8 +2,8 @@
 
     python scripts/sbom.py dist
 
-The files contain no time and no random number, so that equal lock files give equal files. They list only Python packages; the base image has its
-own bill of materials.
+The files contain no time and no random number, so that equal lock files give equal files. The bills of materials list only Python packages; the base image
+has its own bill of materials.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from packaging.licenses import InvalidLicenseExpression, canonicalize_license_ex
 
 APPLICATION_NAMES = {"operator": "finetune-operator", "trainer": "finetune-trainer", "cli": "finetune-cli"}
 NAMESPACE = uuid.UUID("6f0f4c5e-6e1b-5b0e-9d0a-2f7f4a5a9c11")
-"""UUID namespace of the serial numbers, which are computed from the content."""
+"""UUID namespace for serial numbers. The serial number of a bill of materials is a UUID that is computed from its content."""
 
 
 def build_sbom(program: str, packages: Iterable[Package]) -> dict[str, Any]:

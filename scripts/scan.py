@@ -21,7 +21,7 @@ from packaging.version import InvalidVersion, Version
 
 ECOSYSTEM = "PyPI"
 FIRST_VERSION = "0"
-"""Value of `introduced` in the OSV format for a vulnerability that every version has from the beginning."""
+"""Value of `introduced` in an OSV report if the first version of the package already has the vulnerability."""
 
 
 class UnusableDatabase(Exception):
@@ -38,7 +38,7 @@ class Finding:
     report: str
     summary: str
     fixed_in: str
-    """The next version without the vulnerability, or an empty text if the report names none."""
+    """The next version without the vulnerability, or an empty text if the report names no such version."""
 
     def __str__(self) -> str:
         remedy = f"fixed in {self.fixed_in}" if self.fixed_in else "no fixed version is known"
@@ -98,12 +98,15 @@ def _read_package_name(affected: dict[str, Any]) -> str | None:
 
 
 def _is_listed(version: str, listed_versions: list[str]) -> bool:
-    """Whether a list contains the version. By the rules for Python versions, 1.0 equals 1.0.0."""
+    """Whether a list contains the version. Versions are compared by the rules for Python versions: 1.0 equals 1.0.0."""
     return any(Version(version) == found for other in listed_versions if (found := _parse_version(other)) is not None)
 
 
 def _find_range_end(events: list[dict[str, str]], version: str) -> str | None:
-    """Return the fixed version that ends the affected range, an empty text if none ends it, or None if no range contains `version`."""
+    """Return the version that fixes the vulnerability: the end of the affected range that contains `version`.
+
+    Returns an empty text if this range has no end, and None if no affected range contains `version`.
+    """
     scanned_version, is_inside = Version(version), False
     for event in sorted(events, key=_make_event_sort_key):
         kind, text = next(iter(event.items()))
@@ -119,7 +122,7 @@ def _find_range_end(events: list[dict[str, str]], version: str) -> str | None:
 
 
 def _make_event_sort_key(event: dict[str, str]) -> tuple[Version, bool]:
-    """Return the sort key of an event: its version; of two events with the same version, `introduced` comes first."""
+    """Return a key that sorts events by version; of two events with the same version, the event `introduced` comes first."""
     kind, text = next(iter(event.items()))
     return _parse_version(text) or Version("0.dev0"), kind != "introduced"
 

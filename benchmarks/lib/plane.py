@@ -71,7 +71,7 @@ def read_cpu_seconds(pid: int) -> float:
 
 
 def read_memory_bytes(pid: int, field: str = "VmRSS") -> int:
-    """Return the resident memory of a process in bytes, or its maximum since the start of the process with the field `VmHWM`."""
+    """Return the resident memory of a process in bytes. With the field `VmHWM`, return its maximum since the start of the process."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024

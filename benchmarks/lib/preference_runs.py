@@ -29,7 +29,7 @@ class PreferenceRun:
 
     objective: TrainerType
     run: SmallRun
-    """Model, method, precision and batch. `run.rows` counts pairs, for kto answers."""
+    """Model, method, precision and batch. `run.rows` is the number of pairs, or for kto the number of answers."""
     has_reference_model: bool
     """Whether an adapter is compared with a separate reference model (`trainer.dpo.referenceModel`)."""
 

@@ -77,7 +77,7 @@ def _parse_options(arguments: list[str] | None) -> argparse.Namespace:
 def _load_config(path: Path | None) -> settings.OperatorConfig:
     """Return the configuration. `path` is the argument of `--config`.
 
-    Without it, read the file that the environment variable names, or else the mounted file. If neither exists, use the defaults.
+    If `path` is None, read the file that the environment variable names, or else the file that the chart mounts. If neither exists, use the defaults.
     """
     if path is not None:
         return settings.load_config(path)

@@ -143,7 +143,7 @@ class PlanExecutor:
             return build_job(facts.job, run, accepted_spec.pool, self._config, secret_name, model_cache=cache)
 
     def _build_preparation(self, facts: Facts, preparation_number: int) -> Object:
-        """Build the Job of a preparation. Its pod gets the run configuration of the first attempt. Errors: SpecRejected as for an attempt."""
+        """Build the Job of a preparation. The preparation pod gets the run configuration of the first attempt. Errors: SpecRejected as for an attempt."""
         accepted_spec, uid = _get_accepted_spec(facts), facts.job.uid
         with _spec_rejected_on_error(facts, 1):
             name = preparation_job_name(facts.job.name, preparation_number)
@@ -163,7 +163,7 @@ class PlanExecutor:
     async def _ensure_children(self, job: JobView) -> BlockingCondition | None:
         """Create the objects of the Job that are missing. Return a blocking condition if one of them cannot be created.
 
-        The operator does not watch these objects, so it checks once per resync interval that they exist. The pods cannot start without the
+        The operator does not watch the objects that belong to a Job, so it checks once per resync interval that they exist. The pods cannot start without the
         Secret, so the Secret is created after the NetworkPolicy: no pod starts before the policy exists.
         """
         now = asyncio.get_running_loop().time()
@@ -194,7 +194,8 @@ class PlanExecutor:
             await self._kube.create(kind, job.namespace, body)
             kill_if_requested(KillPoint.AFTER_CHILD_CREATE)
         except AlreadyExists:
-            if kind is SECRET:  # The operator may not read it. The digits in its name come from the operator's key, so it is the right Secret.
+            if kind is SECRET:
+                # The operator may not read this Secret. The digits in its name come from the operator's key, so it is the right Secret.
                 return None
             existing_object = await self._kube.get(kind, job.namespace, name)
             owners = existing_object["metadata"].get("ownerReferences") or []
@@ -220,7 +221,7 @@ def _build_run(facts: Facts, accepted_spec: AcceptedSpec, attempt: int) -> RunCo
 
 @contextmanager
 def _spec_rejected_on_error(facts: Facts, attempt: int) -> Iterator[None]:
-    """Convert a FineTuneError to SpecRejected. The refusal is final if it concerns the first attempt."""
+    """Convert a FineTuneError to SpecRejected. The refusal is final if `attempt` is 1."""
     try:
         yield
     except FineTuneError as error:

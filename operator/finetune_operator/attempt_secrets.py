@@ -1,8 +1,8 @@
 """The operator's key, and the secrets of attempts that the operator derives from it.
 
-The operator may create Secrets, but may not read the Secrets of users. It reads only its own key, at startup and when it becomes the leader. If the Secret
-with the key is deleted while the operator runs, the leader creates it again with the same key. If the Secret is deleted while no operator runs, the next
-leader creates another key. Attempts that started with the old key continue to run, but the operator cannot read their progress with the new key.
+The operator may create Secrets, but may not read the Secrets of users. The operator reads only its own key, at startup and when it becomes the leader. If
+the Secret with the key is deleted while the operator runs, the leader creates it again with the same key. If the Secret is deleted while no operator runs,
+the next leader creates another key. Attempts that started with the old key continue to run, but the operator cannot read their progress with the new key.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class AttemptSecrets:
             return await kube.get(SECRET, namespace, name)
 
     async def restore_key(self, kube: KubeClient, namespace: str) -> None:
-        """Create the Secret with the operator's key again if it was deleted. If it contains another key, log a warning. Errors: KubeError."""
+        """Create the Secret with the operator's key again if it was deleted. If the Secret contains another key, log a warning. Errors: KubeError."""
         if not self.is_enabled:
             return
         name = self._settings.key_secret_name

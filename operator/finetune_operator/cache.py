@@ -1,9 +1,8 @@
 """Cache of FineTuneJobs, their Jobs and their pods, filled by watch events and lists. The cached state can be older than the cluster's state.
 
-An older version of an object never replaces a newer version, so it does no harm if events arrive twice or out of order. An update without a
-relevant change causes no reconcile. Such updates are frequent: the watch also reports the operator's own writes, and each pod changes its Job's
-counters.
-A deleted pod stays in the cache, marked as deleted, until the end of its attempt is recorded. The pod's exit code and termination message are
+An older version of an object never replaces a newer version, so it does no harm if events arrive twice or out of order. An update without a relevant change
+causes no reconcile. Updates without a relevant change are frequent: the watch also reports the operator's own writes, and each pod changes its Job's
+counters. A deleted pod stays in the cache, marked as deleted, until the end of its attempt is recorded. The pod's exit code and termination message are
 often the only evidence of how the attempt ended.
 """
 
@@ -110,8 +109,8 @@ class JobCache:
     def drop_job(self, view: JobView) -> JobKey:
         """Remove a deleted Job. Returns the key of its FineTuneJob.
 
-        If a Job loses the label that the watch selects, and gets it back, the watch reports a deletion and an addition. The addition may be
-        handled first, so a newer cached version is kept.
+        If a Job loses the label that the watch selects, and gets it back, the watch reports a deletion and an addition. The operator may handle the
+        addition before the deletion, so it keeps a cached Job that is newer than the deleted version.
         """
         key = JobKey(view.namespace, view.finetunejob_name)
         jobs = self._get_or_create_entry(key).jobs

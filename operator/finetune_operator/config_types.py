@@ -121,7 +121,7 @@ DnsName = Annotated[str, StringConstraints(pattern=rf"^{DNS_SUBDOMAIN}$", max_le
 """Name of a Kubernetes object, such as a Secret."""
 NamespaceName = Annotated[str, StringConstraints(pattern=rf"^{DNS_LABEL}$", max_length=63)]
 HostPath = Annotated[str, StringConstraints(pattern=r"^(/([^/\s:.]|\.[^/\s:.])[^/\s:]*){2,}$", max_length=253)]
-"""Absolute path of a folder on a node, at least two levels deep. It contains no `:`, which Kubernetes forbids in the paths of volumes."""
+"""Absolute path of a folder on a node, at least two levels deep. The path contains no `:`, which Kubernetes forbids in the paths of volumes."""
 Cidr = Annotated[str, AfterValidator(_check_cidr), WithJsonSchema({"type": "string", "pattern": "^[0-9a-fA-F:.]+/[0-9]{1,3}$"})]
 PlatformQuantity = Annotated[str | int, BeforeValidator(_check_quantity), WithJsonSchema(QUANTITY_SCHEMA)]
 NodeLabels = Annotated[dict[str, str], AfterValidator(_check_labels), WithJsonSchema(LABELS_SCHEMA)]

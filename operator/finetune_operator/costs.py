@@ -32,7 +32,10 @@ With a low price, the computed end could otherwise be later than the latest date
 
 
 def compute_cost(facts: Facts, attempt_end: AttemptEnd | None) -> JobCost | None:
-    """Return the cost until the end of the current attempt, or until its newest report. If neither exists, return the cost in the status."""
+    """Return the cost until the end of the current attempt, or until its newest report.
+
+    If the attempt has neither an end nor a report, return the cost in the status.
+    """
     old_cost, price = facts.job.status.cost, _find_price(facts)
     if price is None:
         return old_cost
@@ -125,7 +128,7 @@ def _find_planned_gpus(plan: RunPlan | None, facts: Facts) -> tuple[int, NodePoo
 
 
 def _find_price(facts: Facts, chosen_pool: NodePool | None = None) -> float | None:
-    """Return the price of a GPU-hour at the start of the job or, before the start, the pool's current price. None if there is no price."""
+    """Return the price of a GPU-hour at the start of the job or, before the start, the pool's current price. Return None if there is no price."""
     recorded, pool = facts.job.status.cost, chosen_pool or _get_pool(facts)
     if recorded is not None:
         return recorded.price_per_gpu_hour

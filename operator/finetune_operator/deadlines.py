@@ -87,7 +87,7 @@ def _find_last_report(facts: Facts) -> tuple[ProgressReport | None, datetime | N
 
 
 def _read_last_report_time(facts: Facts) -> datetime | None:
-    """Return the time of the active pods' last report according to the status. Used after a restart of the operator.
+    """Return the time of the active pods' last report according to the status. The operator uses this time after a restart.
 
     Return None if the pods are ready, do not run, or have never trained. If a queue replaced rank 0's pod within the attempt, the result is not
     earlier than the start of the new pod. The time of a report comes from the clock of the pod's node. If this clock is ahead of the API server's

@@ -3,7 +3,7 @@
 `decide` checks in this order: Is the job finished? Does the current attempt have a Job, and must the attempt be ended? Has the attempt
 ended, and does another attempt follow? Must the job be prepared? May the next attempt start? Each reconcile makes one of these decisions.
 Three decisions are written to the status before they are carried out: why an attempt is ended (`termination`), the number of the next
-attempt (`attempt_end`), and the end of a preparation (`preparation`). A restarted operator reads them from the status and continues.
+attempt (`attempt_end`), and the end of a preparation (`preparation`). A restarted operator reads these three decisions from the status and carries them out.
 """
 
 from __future__ import annotations

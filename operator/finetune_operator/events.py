@@ -1,11 +1,10 @@
 """Emits Kubernetes events about changes of the status, for `kubectl describe`.
 
-`draft_events` is a pure function that compares two statuses. `EventRecorder` posts events and counts repeated events in a series. If it
-cannot post an event, the reconcile continues. The API server does not allow changes of an event's message, so the event's name contains a hash
-of the message.
+`draft_events` is a pure function that compares two statuses. `EventRecorder` posts events and counts repeated events in a series. If the recorder cannot
+post an event, the reconcile continues. The API server does not allow changes of an event's message, so the event's name contains a hash of the message.
 
-`kubectl get events` and `kubectl describe` sort events by a field that only the older events API (`v1`) has. They sort events without
-this field by name. The names of the operator's events therefore begin with the job's resourceVersion and the number of the event.
+`kubectl get events` and `kubectl describe` sort events by a field that only the older events API (`v1`) has. Both commands sort events without this field
+by name. The names of the operator's events therefore begin with the job's resourceVersion and the number of the event.
 
 Events are emitted before the status is written. If the operator restarts before the status write, it detects the same transition and
 emits an event with the same name again. So no event is lost, and no new event is duplicated. Only a repeated event may be counted twice.

@@ -65,8 +65,8 @@ class Facts:
     blocking_condition: BlockingCondition | None = None
     """The blocking condition found in events about the current Job or its pods."""
     crd_has_preparation_field: bool = True
-    """Whether the installed CRD keeps `status.preparation`. An old CRD removes it, so the operator would forget the end of a preparation.
-    Jobs are then not prepared."""
+    """Whether the installed CRD keeps `status.preparation`. An old CRD removes this field, so the operator would forget that a preparation has ended. With
+    an old CRD, jobs are therefore not prepared."""
     spec: FineTuneJobSpec = field(init=False)
     """The resolved and adapted spec. If the spec was refused, only the fields that the operator could read are set."""
 
@@ -120,7 +120,7 @@ class Facts:
     def is_spec_readable(self) -> bool:
         """Whether the operator can use the stored spec.
 
-        It cannot use a spec that was refused with OperatorTooOld (unknown field or value) or SpecChanged (an older CRD may have removed a field).
+        The operator cannot use a spec that was refused with OperatorTooOld (unknown field or value) or SpecChanged (an older CRD may have removed a field).
         """
         refusal_reason = self.acceptance.reason if isinstance(self.acceptance, RefusedSpec) else None
         return refusal_reason not in (Reason.OPERATOR_TOO_OLD, Reason.SPEC_CHANGED)
@@ -163,7 +163,7 @@ class Facts:
 
     @cached_property
     def preparation_number(self) -> int:
-        """Number of the newest preparation: from the status or, if the status lacks it, from the names of the Jobs. 1 before the first preparation."""
+        """Number of the newest preparation: from the status or, if the status lacks it, from the names of the Jobs. It is 1 before the first preparation."""
         record = self.job.status.preparation
         numbers = [parse_preparation_number(job.name, self.job.name) or 1 for job in self.owned_jobs]
         return record.number if record is not None else max(numbers, default=1)
@@ -205,7 +205,7 @@ class Facts:
 
     @cached_property
     def rank0_pod(self) -> PodView | None:
-        """The active pod of rank 0. This pod serves the attempt's progress over HTTP."""
+        """The active pod of rank 0, which serves the attempt's progress over HTTP."""
         return next((pod for pod in self.active_pods if pod.completion_index == 0), None)
 
     # Reports
@@ -232,7 +232,7 @@ class Facts:
         """The lists of checkpoints that rank 0's pods of the current attempt have reported, oldest first.
 
         If a queue replaces a pod within the attempt, only the pod's termination message may list the last checkpoints that the pod committed.
-        Once the status lists these checkpoints, the message is ignored, because the retention policy may have removed some of them.
+        Once the status lists these checkpoints, the termination message is ignored, because the retention policy may have removed some of them.
         """
         pods = sorted((pod for pod in self.attempt_pods if pod.completion_index == 0), key=lambda pod: pod.created_at)
         last_report = self.last_report
@@ -248,7 +248,7 @@ class Facts:
         return tuple(ReportedCheckpoints(tuple(source.checkpoints), source.resumed_from_step) for source in sources)
 
     def _lists_newer_checkpoints(self, message: TerminationMessage) -> bool:
-        """Whether the message lists a newer step of the current attempt than the status does."""
+        """Whether the termination message lists a newer step of the current attempt than the status does."""
         listed_steps = self.list_steps_of_this_attempt(message.checkpoints, message.resumed_from_step)
         return max(listed_steps, default=0) > max(self.list_steps_of_this_attempt(self.job.status.checkpoints, None), default=0)
 
@@ -310,7 +310,7 @@ class Facts:
         return float(self.job.status.active_seconds or 0)
 
     def compute_running_seconds(self, end_time: datetime) -> float:
-        """Return the running time of all attempts until `end_time`, in seconds. If a queue suspended the Job, the time after that does not count."""
+        """Return the running time of all attempts until `end_time`, in seconds. If a queue suspended the Job, the time after the suspension does not count."""
         suspended_since = self.current_job.suspended_since if self.current_job else None
         if suspended_since is None:
             return self.earlier_running_seconds + seconds_between(self.running_since, end_time)
@@ -320,7 +320,7 @@ class Facts:
 
     @property
     def last_seen_at(self) -> datetime:
-        """The last time at which the current attempt is known to have run. It is used as the attempt's end if the attempt's Job was deleted.
+        """The last time at which the current attempt is known to have run. This time is used as the attempt's end if the attempt's Job was deleted.
 
         Usually this is the current time. If the Job was deleted while the operator was stopped, the pods or the status show an earlier time.
         """
@@ -349,8 +349,8 @@ class Facts:
     def list_steps_of_this_attempt(self, checkpoints: Iterable[Checkpoint], start: int | None) -> list[int]:
         """Return the steps of the given checkpoints that the current attempt committed.
 
-        A checkpoint's URI usually names its attempt. If it does not, the checkpoint counts if its step is after `start`, the step from which
-        the current attempt started.
+        A checkpoint's URI usually names its attempt. A checkpoint whose URI names no attempt counts if its step is after `start`, the step from which the
+        current attempt started.
         """
         steps = [(checkpoint.step, parse_attempt_of_uri(checkpoint.uri)) for checkpoint in checkpoints]
         return [step for step, attempt in steps if (step > (start or 0) if attempt is None else attempt == self.attempt)]

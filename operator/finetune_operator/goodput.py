@@ -33,9 +33,10 @@ class PodTimes:
     started_at: datetime | None = None
     ended_at: datetime | None = None
     reported: Mapping[str, float] | None = None
-    """Seconds in each part of the container's time, from the termination message or, if there is none, from the newest progress report."""
+    """How many seconds the container spent in each part of its time, such as `training`, according to the pod's termination message or else its newest
+    report."""
     last_part: str = "starting"
-    """The part for the time after the newest report, if the container ended without a termination message."""
+    """The part to which the time after the newest report is added if the container ended without a termination message."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,12 @@ class _Timeline:
         self._now, self._end = begins_at, max(begins_at, ends_at)
 
     def add_until(self, moment: datetime | None, part: str) -> None:
-        """Count the time between the previous moment and `moment` for the part `part`. None stands for the end of the attempt."""
+        """Count the time between the previous moment and `moment` for the part `part`. If `moment` is None, count until the end of the attempt."""
         self.add(self.seconds_until(moment), part)
         self._now = max(self._now, self._end if moment is None else min(moment, self._end))
 
     def seconds_until(self, moment: datetime | None) -> float:
-        """Return the seconds from the previous moment to `moment`. None stands for the end of the attempt."""
+        """Return the seconds from the previous moment to `moment`, or to the end of the attempt if `moment` is None."""
         until = self._end if moment is None else min(moment, self._end)
         return max(0.0, (until - self._now).total_seconds())
 
@@ -141,10 +142,10 @@ def _split_steps(entry: AttemptTime, start_step: int, last_step: int, first_repe
 def compute_goodput(
     facts: Facts, old_goodput: Goodput | None, attempts: Sequence[Attempt], attempt_end: AttemptEnd | None, current_job: JobView | None, kept_attempt_count: int
 ) -> Goodput | None:
-    """Return the goodput until the end of the current attempt, or until its newest report. If neither exists, return the old goodput.
+    """Return the goodput until the end of the current attempt, or until its newest report.
 
-    `attempts`: the new records of the attempts. `current_job`: the Job of the current attempt. `kept_attempt_count`: the number of attempts that are
-    listed separately.
+    If the attempt has neither an end nor a report, return the old goodput. `attempts`: the new records of the attempts. `current_job`: the Job of
+    the current attempt. `kept_attempt_count`: the number of attempts that are listed separately.
     """
     if attempt_end is None and facts.live_report is None:
         return old_goodput
@@ -164,7 +165,7 @@ def compute_goodput(
 
 
 def _keep_known_parts(known_entry: AttemptTime, wall_seconds: float) -> SecondsByPart:
-    """Return the last known parts of an attempt whose pods were removed while the operator was stopped. Time after these parts counts as `other`."""
+    """Return the last known parts of an attempt whose pods were removed while the operator was stopped. The rest of the attempt's time counts as `other`."""
     unknown_seconds = wall_seconds - known_entry.wall_seconds
     return add_parts([known_entry.parts, {"other": unknown_seconds}]) if unknown_seconds >= 0 else known_entry.parts
 

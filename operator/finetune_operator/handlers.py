@@ -1,6 +1,6 @@
 """The handlers of watch events: each event updates the cache, and a relevant change adds the job to the work queue.
 
-kopf calls the handlers for the objects in its lists and for deletions. `watch_stream.py` calls them for changes.
+kopf calls the handlers for the objects in its lists and for deletions. `watch_stream.py` calls the handlers for changes of objects.
 The operator uses only kopf's `on.login` and `on.event`, so kopf writes nothing to the objects: no finalizer and no annotation.
 """
 
@@ -41,7 +41,7 @@ def create_registry(kube: KubeClient, cache: JobCache, queue: WorkQueue, monitor
 
 
 def create_handlers(cache: JobCache, queue: WorkQueue) -> dict[str, Callable[[str | None, Object], None]]:
-    """Return the event handler of each kind, by plural. Its arguments are the event's type (None for an object from a list) and the object."""
+    """Return the event handler of each kind, by plural. The arguments of a handler are the event's type (None for an object from a list) and the object."""
 
     def enqueue(update: CacheUpdate) -> None:
         if not update.has_changed:
@@ -69,7 +69,7 @@ def create_handlers(cache: JobCache, queue: WorkQueue) -> dict[str, Callable[[st
 def is_ending(event_type: str | None, body: Object) -> bool:
     """Whether a Job or pod was deleted, is being deleted, or is suspended.
 
-    Such a change is reconciled without delay, because later changes may hide why the attempt ends.
+    Deletions and suspensions are reconciled without delay, because later changes may hide why the attempt ends.
     """
     is_suspended = (body.get("spec") or {}).get("suspend") is True
     return event_type == DELETED_EVENT_TYPE or "deletionTimestamp" in body["metadata"] or is_suspended

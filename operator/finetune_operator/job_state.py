@@ -1,4 +1,4 @@
-"""State of a job that only the operator process keeps. After a restart it is empty, so correct decisions must not depend on it."""
+"""State of a job that only the operator process keeps. This state is empty after a restart, so correct decisions must not depend on it."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class JobState:
     status_rejection: str = ""
     """The API server's last error message about a rejected status of this job. The same message is logged only once."""
     stored_status: StoredStatus | None = None
-    """The stored status at the time of the last comparison with a new status. None for a finished job."""
+    """The stored status at the time of the last comparison with a new status. It is None for a finished job."""
     pruned_status_write: tuple[str, Object] | None = None
     """The last status write from which an older CRD removed new fields: the resulting resourceVersion, and the status that was sent.
     While the object has this resourceVersion, sending the same status again would change nothing."""

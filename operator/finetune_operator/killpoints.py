@@ -1,7 +1,8 @@
-"""Points in the code at which a test can kill the operator, to prove that it recovers from a crash there.
+"""Points in the code at which a test can kill the operator, to prove that the operator recovers from a crash at this point.
 
-The points are active only if the environment variable `FINETUNE_TEST_KILL_FILE` names a file when the process starts. The file contains the name of
-a point. When the process reaches this point, it removes the file and kills itself with SIGKILL. Without the variable, a point costs one comparison.
+The points are active only if the environment variable `FINETUNE_TEST_KILL_FILE` names a file when the process starts. The file contains the name of a
+point. When the process reaches this point, it removes the file and kills itself with SIGKILL. Without the variable, the operator does one comparison at
+each point.
 """
 
 from __future__ import annotations

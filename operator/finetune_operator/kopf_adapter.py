@@ -43,9 +43,9 @@ from finetune_operator.watch_stream import ChangeHandler, build_response_class
 LOGIN_PERIOD = timedelta(minutes=10)
 """After this time, kopf asks for new credentials, because tokens of ServiceAccounts rotate."""
 WATCH_SECONDS = 60
-"""Duration of one watch request (`timeoutSeconds`). Then kopf sends the next watch request, which continues after the last resourceVersion."""
+"""Duration of one watch request (`timeoutSeconds`). After this time, kopf sends the next watch request, which continues after the last resourceVersion."""
 WATCH_TIMEOUT_SECONDS = 75
-"""Client-side timeout of one watch request. It is longer than `WATCH_SECONDS`, so this timeout ends only dead connections."""
+"""Client-side timeout of one watch request. The client-side timeout is longer than `WATCH_SECONDS`, so it ends only dead connections."""
 TEN_YEARS_SECONDS = 10 * 365 * 86400.0
 SHUTDOWN_SECONDS = 25
 """Time limit for kopf's shutdown. The pod's termination grace period is 30 seconds."""
@@ -74,7 +74,7 @@ class EndlessBackoff:
 class NoDiffBaseStorage(kopf.DiffBaseStorage):
     """Stores nothing. kopf's default storage keeps the last-handled state of each object.
 
-    For this, kopf makes a deep copy of the object at each event and computes the difference, which `on.event` handlers do not use. Each Job contains
+    To keep this state, kopf makes a deep copy of the object at each event and computes the difference, which `on.event` handlers do not use. Each Job contains
     a run configuration of several kilobytes, so the copy took half of the time of an event.
     """
 
@@ -182,7 +182,7 @@ class WatchStreams:
             await stream.aclose()
 
     def _on_first_iteration(self, generator: AsyncGenerator[Any, Any]) -> None:
-        """Record the generator if it is a watch stream, then call the event loop's own hook. Python calls this for each new async generator."""
+        """Record the generator if it is a watch stream, then call the event loop's own hook. Python calls this hook for each new async generator."""
         if getattr(generator, "__name__", "") == self.GENERATOR_NAME:
             self._streams.add(generator)
         if self._hooks.firstiter is not None:
@@ -267,7 +267,7 @@ class WatchMonitor:
         self._last_started = dict.fromkeys(self._paths, asyncio.get_running_loop().time())
 
     def describe_stalled_watch(self, limit_seconds: float) -> str:
-        """Return a message about the watch without a request for longer than `limit_seconds`, or an empty string if there is none."""
+        """Return a message that names a watch whose last request began more than `limit_seconds` ago, or an empty string if no watch is stalled."""
         now = asyncio.get_running_loop().time()
         path, started_at = min(self._last_started.items(), key=lambda item: item[1], default=("", now))
         age_seconds = now - started_at

@@ -3,8 +3,8 @@
 The asyncio part of the official client handles kubeconfig, rotating tokens, TLS and proxies. The client's generated models are not used,
 because these models drop fields that a newer server sends.
 
-Only this module retries requests: reads, writes that contain a resourceVersion, and deletes that contain a uid. A create is not retried. If its
-outcome is unknown, the caller reads the object by name.
+Only this module retries requests: reads, writes that contain a resourceVersion, and deletes that contain a uid. A create is not retried. If the outcome of
+a create is unknown, the caller reads the object by name.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.1, 5.0
 MAX_MESSAGE_CHARACTERS = 2048
 """Maximum length of an error message. Longer messages are cut, because a message about a rejected Job contains the whole Job."""
 PAGE_SIZE = 200
-"""Objects per page of a list. Such a page has a few megabytes. Parsing a larger page would block the event loop longer."""
+"""Objects per page of a list. A page of this size has a few megabytes. Parsing a larger page would block the event loop longer."""
 CLOCK_PERIOD_SECONDS = 10.0
 """Shortest time in seconds between two comparisons of the local clock with the server's clock."""
 CLOCK_TOLERANCE_SECONDS = 2.0
-"""Smaller differences between the local clock and the server's clock are ignored, because the `Date` header has whole seconds."""
+"""Differences between the local clock and the server's clock are ignored up to this size, because the `Date` header has whole seconds."""
 
 
 class KubeError(Exception):
@@ -146,7 +146,7 @@ class KubeClient:
     def __init__(self, configuration: Configuration, settings: ApiSettings, observer: RequestObserver | None = None):
         configuration.connection_pool_maxsize = settings.connections
         configuration.retries = None
-        # The proxy variables are read only once, here. With `trust_env`, the client would read them and ~/.netrc for each request.
+        # The proxy variables are read only once, here. With `trust_env`, the client would read these variables and ~/.netrc for each request.
         configuration.client_session_kwargs = {"trust_env": False}
         configuration.proxy = configuration.proxy or _find_proxy(configuration.host)
         self.configuration = configuration
@@ -155,7 +155,7 @@ class KubeClient:
         self._timeout = settings.timeout_seconds
         self._observer = observer or (lambda verb, plural, code, seconds: None)
         self.ensure_may_write: Callable[[], None] = lambda: None
-        """Function that is called before each write, except writes of Leases. It raises an error if this replica may no longer write."""
+        """Function that is called before each write, except writes of Leases. The function raises an error if this replica may no longer write."""
 
     @classmethod
     async def connect(
@@ -211,8 +211,8 @@ class KubeClient:
     ) -> AsyncIterator[ObjectList]:
         """Yield all objects page by page, so that the caller need not hold them all. All pages have the same resourceVersion.
 
-        The server compacts its history every five minutes, so a continue token can expire between two pages. The list then starts again, with
-        a single page that contains all objects, as in client-go's pager. A single page needs no token, so no token can expire again.
+        The server compacts its history every five minutes, so a continue token can expire between two pages. If a token has expired, the list starts again,
+        as one page that contains all objects, like in client-go's pager. A single page needs no token, so no token can expire again.
         """
         query = {"limit": str(PAGE_SIZE)} | ({"labelSelector": label_selector} if label_selector else {})
         query |= {"fieldSelector": field_selector} if field_selector else {}

@@ -1,6 +1,6 @@
 """Leader election with a Lease, by the rules of client-go: at most one replica is active.
 
-A replica measures with its own clock how long ago it observed the leader's last renewal. It never compares its clock with the times in the Lease, so
+A replica measures with its own clock how long ago it observed the leader's last renewal. A replica never compares its clock with the times in the Lease, so
 the clocks of the replicas may differ. If the leader cannot renew the Lease in time, it stops writing, and its process ends.
 """
 
@@ -153,9 +153,10 @@ class LeaderTasks:
         self._is_acquired = asyncio.Event()
 
     def create_coroutines(self) -> dict[str, Coroutine[Any, Any, None]]:
-        """Return two coroutines by name: one holds the Lease, the other works as the leader. Both run until the process ends.
+        """Return two coroutines by name: one holds the Lease, the other works as the leader. Both coroutines run until the process ends.
 
-        They are separate because with thousands of objects, `on_elected` takes longer than the renew deadline. Errors: LeaseLost, errors of `on_elected`.
+        There are two coroutines, because `on_elected` takes longer than the renew deadline if the cluster has thousands of objects. Errors: LeaseLost,
+        errors of `on_elected`.
         """
         return {"lease": self._hold_lease(), "leader": self._work_as_leader()}
 

@@ -21,7 +21,10 @@ class Kind:
     plural: str
 
     def path(self, namespace: str | None, name: str | None = None, subresource: str | None = None) -> str:
-        """Return the URL path of one object or, without `name`, of the collection. Without `namespace`, the collection of the whole cluster."""
+        """Return the URL path of one object or, without `name`, of the collection.
+
+        Without `namespace`, the path is that of the collection in the whole cluster.
+        """
         root = "/api/v1" if self.api_version == "v1" else f"/apis/{self.api_version}"
         parts = [root]
         if namespace:

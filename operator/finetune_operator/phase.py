@@ -1,4 +1,4 @@
-"""Computes `status.phase` and `status.reason`. Both are single words for people. Programs read the conditions instead."""
+"""Computes `status.phase` and `status.reason`. The phase and the reason are single words for people. Programs read the conditions instead."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ class Situation(StrEnum):
     TERMINATING = "terminating"
     """The Job of the attempt is being deleted."""
     ENDED = "ended"
-    """The attempt has ended. This reconcile records its end, and whether the next attempt starts or the job ends."""
+    """The attempt has ended. This reconcile records the end of the attempt, and whether the next attempt starts or the job ends."""
     FINISHED = "finished"
     """The job is finished and starts no further attempt."""
 

@@ -32,7 +32,7 @@ MAX_ITEMS = 100
 MAX_DEPTH = 6
 EARLIEST_TIME, LATEST_TIME = datetime(2000, 1, 1, tzinfo=UTC), datetime(2200, 1, 1, tzinfo=UTC)
 MAX_CLOCK_SKEW = timedelta(days=1)
-"""A node's clock may be ahead of the operator's clock by at most this much."""
+"""A time in a report is accepted if it is at most this much later than the operator's clock, because the node's clock can be ahead."""
 TIME_FIELDS = frozenset({"time", "updateTime"})
 SIGNED_FIELDS = frozenset({"trainLoss", "evalLoss", "bestEvalLoss", "evaluation"})
 """Fields whose numbers may be negative. In all other fields, negative numbers are dropped."""

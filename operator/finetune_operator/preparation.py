@@ -122,7 +122,7 @@ def _plan_running(facts: Facts, record: Preparation, job: JobView, pods: tuple[P
 
 
 def _find_pod_to_read(facts: Facts, pods: tuple[PodView, ...]) -> PodView | None:
-    """Return the running pod whose progress the operator reads. None if `isolation.secret` is false: the pod then refuses all requests."""
+    """Return the running pod whose progress the operator reads. Return None if `isolation.secret` is false, because the pod then refuses all requests."""
     running = (pod for pod in pods if pod.phase == "Running" and pod.ip and not pod.is_deleted)
     return next(running, None) if facts.config.isolation.secret else None
 

@@ -135,7 +135,7 @@ class Reconciler:
         self._schedule_next(key, facts, plan, result)
 
     def _record_created(self, key: JobKey, result: ActionResult) -> bool:
-        """Put the created Job into the cache. Returns whether the first status is deferred, because other FineTuneJobs wait for their Jobs."""
+        """Put the created Job into the cache. Returns whether the job's first status is deferred because other FineTuneJobs still wait for their Jobs."""
         assert result.created_job is not None  # noqa: S101 -- the caller checks
         self._cache_created(result.created_job, result)
         return self._writer.defer_first_status(key, self._observer.states[key])

@@ -326,8 +326,8 @@ def _complete_previous_attempt(previous_record: Attempt, current_record: Attempt
 def _has_committed(attempt: Attempt, step: int, inputs: StatusInput) -> bool:
     """Whether `attempt` committed the checkpoint of `step`.
 
-    A checkpoint's URI usually names its attempt. If no URI names an attempt, the answer is True only for the first report of the current attempt:
-    later, a queue may have replaced the current attempt's pods, and the new pods resume from checkpoints of the current attempt itself.
+    A checkpoint's URI usually names its attempt. If no URI names an attempt, the answer is True only for the first report of the current attempt. Before a
+    later report, a queue may have replaced the pods, and the new pods resume from checkpoints of the current attempt itself.
     """
     reported_checkpoints = [checkpoint for source in inputs.facts.reported_checkpoints for checkpoint in source.checkpoints]
     attempts = {parse_attempt_of_uri(c.uri) for c in [*inputs.old_status.checkpoints, *reported_checkpoints] if c.step == step} - {None}
@@ -360,7 +360,10 @@ def _compute_preparation(inputs: StatusInput) -> Preparation | None:
 
 
 def _compute_progress(inputs: StatusInput) -> Progress:
-    """Return the progress from the last report and, after the end, from the termination message. Fields that both lack keep their old values."""
+    """Return the progress from the last report and, after the end, from the termination message.
+
+    Fields that both of them lack keep the values in the old status.
+    """
     last_report, message = inputs.last_report, inputs.termination_message
     merged_progress = merge_fields(
         inputs.old_status.progress or Progress(), last_report.progress if last_report else None, message.progress if message else None
@@ -478,7 +481,7 @@ def _compute_resolved(inputs: StatusInput) -> ResolvedConfig:
     late_defaults = [trainer_value.defaults for trainer_value in trainer_values if trainer_value is not None and trainer_value.defaults]
     if not late_defaults:
         return resolved
-    # A default that the operator filled in is never replaced by one of the trainer, because the next attempt uses it.
+    # A default that the operator filled in is never replaced by a default of the trainer, because the next attempt uses the operator's default.
     return resolved.model_copy(update={"defaults": late_defaults[-1] | own_defaults})
 
 
@@ -596,7 +599,7 @@ def _compute_headline(spec: FineTuneJobSpec, evaluation: EvaluationResult) -> st
 
 
 def _compute_loss_headline(metrics: Metrics) -> str | None:
-    """Return the last validation loss as text or, without a validation loss, the last training loss. None if nothing was trained."""
+    """Return the last validation loss as text or, without a validation loss, the last training loss. Return None if nothing was trained."""
     if metrics.eval_loss is not None:
         return f"validation loss {metrics.eval_loss:.4g}"
     return None if metrics.train_loss is None else f"training loss {metrics.train_loss:.4g}"

@@ -1,7 +1,7 @@
 """Lists all objects: at startup to fill the cache, and later to remove deleted objects whose deletion the watches did not report.
 
 kopf 1.45 does not report a deletion that happens between the end of a watch and the next list. Without the lists of this module, the deleted object
-would stay in the cache forever. This was observed with a pod that was deleted before its watch ended with 410.
+would stay in the cache forever. This problem was observed with a pod that was deleted before the watch of pods ended with status 410.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ class Resyncer:
         self._last_version = 0
         self._lock = asyncio.Lock()
         self.cache_filled = asyncio.Event()
-        """Set after all objects were listed for the first time."""
+        """This event is set after all objects were listed for the first time."""
 
     async def run_periodically(self, period_seconds: float) -> None:
-        """List all objects periodically until cancelled. This begins one period after the cache was filled at startup."""
+        """List all objects periodically until cancelled. The first of these lists begins one period after the cache was filled at startup."""
         await self.cache_filled.wait()
         while True:
             await asyncio.sleep(period_seconds)

@@ -1,6 +1,6 @@
 """Runs the concurrent tasks of the operator process, and stops them.
 
-Each replica watches, so the cache of a standby replica is up to date, but only the leader reconciles. If one task ends, the process ends.
+Each replica watches the objects, so the cache of a standby replica is up to date; only the leader reconciles. If one task ends, the process ends.
 Otherwise the operator would look healthy although a part of its work is not done.
 """
 

@@ -71,7 +71,8 @@ class ProgressScraper:
         self._subscriptions: dict[JobKey, PodSubscription] = {}
         self._reports: dict[JobKey, tuple[ScrapeTarget, ReceivedReport]] = {}
         self._heap: list[tuple[float, int, PodSubscription]] = []
-        """Due time, number and subscription. Stopped and replaced subscriptions stay in the heap, but are skipped."""
+        """Each entry has the time of the next read, a unique number, and the subscription. Stopped and replaced subscriptions stay in the heap, but are
+        skipped."""
         self._numbers = itertools.count()
         self._changed = asyncio.Event()
 

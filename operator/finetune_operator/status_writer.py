@@ -35,7 +35,7 @@ START_EVENTS = (Reason.ACCEPTED, Reason.ATTEMPT_STARTED)
 
 
 class StatusWriter:
-    """Writes the statuses of all jobs. They share one instance, because a burst consists of changes of several jobs."""
+    """Writes the statuses of all jobs. All jobs share one instance, because a burst consists of changes of several jobs."""
 
     def __init__(
         self, *, kube: KubeClient, cache: JobCache, queue: WorkQueue, recorder: EventRecorder, metrics: Metrics, progress_seconds: float
@@ -185,7 +185,10 @@ class StatusWriter:
 
 
 def _get_stored_status(job: FineTuneJobView, state: JobState) -> Object:
-    """Return the job's stored status as JSON objects. Its text is created only once per version of the job, because several reconciles see a version."""
+    """Return the job's stored status as JSON objects.
+
+    The JSON text of the status is created once per version of the job, because several reconciles can see the same version.
+    """
     if state.stored_status is None or state.stored_status.resource_version != job.resource_version:
         state.stored_status = StoredStatus.store(job.resource_version, job.status.to_wire())
     return state.stored_status.read()

@@ -92,9 +92,10 @@ class StatusThrottle:
     def compute_progress_delay(
         self, pending: PendingChanges, now: float, *, has_steps: bool = True, is_update_burst: bool = False
     ) -> float:
-        """Return the seconds until a status with new progress, but without a transition, may be written. If 0 or negative, it may be written now.
+        """Return the seconds until a status with new progress, but without a transition, may be written.
 
-        During a burst, the write of a job that has not done a step yet (`has_steps` is false) can be deferred beyond the normal interval.
+        If the result is 0 or negative, the status may be written now. During a burst, the write of a job that has not done a step yet
+        (`has_steps` is false) can be deferred beyond the normal interval.
         `is_update_burst`: many Jobs and pods change now.
         """
         pending.transition_at, pending.pods_ended_at = None, None
@@ -105,7 +106,7 @@ class StatusThrottle:
         return min(RECHECK_SECONDS, due_at - now + self._update_defer_limit(pending))
 
     def compute_transition_delay(self, pending: PendingChanges, *, pods_ended: bool, now: float, is_update_burst: bool = False) -> float:
-        """Return for how many seconds a status with a transition may still be deferred. If 0, it must be written now.
+        """Return for how many seconds a status with a transition may still be deferred. If the result is 0, the status must be written now.
 
         Call this only if all changes of the status may be written late. `is_update_burst`: many Jobs and pods change now, so the end of this job may
         follow soon.
@@ -161,6 +162,6 @@ class ReadTimeLimiter:
         self._reserved.discard(caller)
 
     def record_read(self, started_at: float, now: float) -> None:
-        """Record the start and the end of a read. The pause before the next read depends on its duration."""
+        """Record the start and the end of a read. The pause before the next read depends on the duration of this read."""
         self._pause_seconds = min(READ_TIME_DIVISOR * (now - started_at), MAX_READ_PAUSE_SECONDS)
         self._next_free_at = now + self._pause_seconds

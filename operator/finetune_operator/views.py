@@ -73,7 +73,7 @@ class JobView:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the Job controller reports that the Job succeeded or failed. It does so after the last pod has ended."""
+        """Whether the Job controller reports that the Job succeeded or failed. The Job controller reports this only after the last pod has ended."""
         return self.completed_at is not None or self.failed_at is not None
 
 
@@ -301,7 +301,7 @@ def read_pod(body: Object) -> PodView | None:
 
 
 def _find_trainer_status(status: Object) -> Object:
-    """Return the status of the trainer container. It is found by name, because admission webhooks may add other containers."""
+    """Return the status of the trainer container. The container is found by its name, because admission webhooks may add other containers."""
     containers: list[Object] = status.get("containerStatuses") or [{}]
     return next((container for container in containers if container.get("name") == TRAINER_CONTAINER), containers[0])
 

@@ -35,7 +35,7 @@ class WatchResponse(aiohttp.ClientResponse):
     """Handlers by the plural of their resource."""
 
     async def start(self, connection: Any) -> aiohttp.ClientResponse:
-        """Read the headers and, if the response is a watch, replace its content by a `WatchStream`. aiohttp calls this once."""
+        """Read the headers and, if the response is a watch, replace its content by a `WatchStream`. aiohttp calls this method once for each response."""
         await super().start(connection)
         handler = self.handlers.get(self.url.name)
         if handler is not None and self.status == 200 and self.url.query.get("watch") == "true":

@@ -86,7 +86,7 @@ class WorkQueue:
         self._waiters: deque[asyncio.Future[None]] = deque()
         """One future for each idle worker, in the order in which the workers became idle."""
         self._timer: asyncio.TimerHandle | None = None
-        """Fires when the earliest delayed key is due, at `_timer_due_at`."""
+        """Timer that fires at `_timer_due_at`, when the earliest delayed key is due."""
         self._timer_due_at: float | None = None
 
     def add(self, key: JobKey) -> None:
@@ -212,7 +212,7 @@ class WorkQueue:
         self._waiting_since = dict.fromkeys(self._waiting_since, now)
 
     def oldest_key_age_seconds(self) -> float:
-        """Return the longest time in seconds for which a key has been queued or a worker has been handling one. 0 if there is no key."""
+        """Return the longest time in seconds for which a key has been queued or a worker has been handling a key. The result is 0 if there is no key."""
         now = self._clock()
         start_times = [*self._waiting_since.values(), *self._working_since.values()]
         return now - min(start_times) if start_times else 0.0

@@ -1,4 +1,5 @@
-"""Builds the objects that protect an attempt from other pods: its Secret and its NetworkPolicy. The Job owns both, so they are deleted with it."""
+"""Builds the objects that protect an attempt from other pods: its Secret and its NetworkPolicy. The Job owns the Secret and the NetworkPolicy, so they are
+deleted with the Job."""
 
 from __future__ import annotations
 

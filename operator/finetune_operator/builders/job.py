@@ -1,4 +1,4 @@
-"""Builds the Indexed Job of one attempt and its Service. `isolation.py` builds its Secret and its NetworkPolicy.
+"""Builds the Indexed Job of one attempt and its Service. `isolation.py` builds the attempt's Secret and NetworkPolicy.
 
 The Job contains the run configuration, so one write creates an attempt. The pods meet Pod Security `restricted`. The FineTuneJob's
 labels and annotations are not copied to the Job. Otherwise a tool such as Argo CD would treat the Job as its own object and prune it.
@@ -30,7 +30,7 @@ HOST_LABEL = "kubernetes.io/hostname"
 MAX_PREPARATION_SECONDS = 6 * 3600
 """Maximum running time of a preparation. The Job controller ends a preparation that takes longer, because its pod probably hangs."""
 PREPARATION_GRACE_SECONDS = 30
-"""Grace period of a preparation pod. It is short, because the pod has nothing to save."""
+"""Grace period of a preparation pod. This grace period is short, because a preparation pod has nothing to save."""
 
 
 def build_job(
@@ -369,7 +369,10 @@ def _build_env(run: RunConfig, run_sha256: str, config: OperatorConfig) -> list[
 
 
 def _build_client_credentials(spec: FineTuneJobSpec) -> list[Object]:
-    """Return the environment variables with the credentials for experiment trackers, the model hub and the judge. Client libraries read them."""
+    """Return the environment variables with the credentials for experiment trackers, the model hub and the judge.
+
+    The client libraries of these services read the variables.
+    """
     wandb, mongodb, hub, judge = spec.tracking.wandb, spec.tracking.mongodb, spec.output.hub, spec.evaluation.judge
     secret_references = (
         (names.WANDB_KEY, wandb.api_key_secret_ref if wandb else None),

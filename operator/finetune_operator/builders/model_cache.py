@@ -1,6 +1,6 @@
 """Adds the cache of base models to a pod: an init container that fills the cache, and the volume.
 
-Only the init container can write to the cache. It runs the platform's trainer image without the user's mounts and variables, so no code of the
+Only the init container can write to the cache. The init container runs the platform's trainer image without the user's mounts and variables, so no code of the
 job can change the models of other jobs. The trainer container reads a node's cache through a read-only mount. If the cache is in a volume claim, the init
 container copies the model to the pod's disk instead. In a preparation pod, the trainer container itself fills the cache in a claim, because every pod of the
 namespace can change a claim anyway.
@@ -32,7 +32,7 @@ COPIED_VARIABLES = frozenset({
     "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", "HF_ENDPOINT",
     "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy",
 })  # fmt: skip
-"""Environment variables that the init container copies from the trainer container. They decide what is downloaded and how.
+"""Environment variables that the init container copies from the trainer container. These variables decide what is downloaded and how.
 
 Other variables of the user are not copied, because they could load code into the init container."""
 
@@ -77,12 +77,12 @@ def _find_claim_folder(cache: str) -> tuple[Object, str]:
     assert isinstance(source, PvcSource)
     folder = "/".join(part for part in (names.MODEL_CACHE_MOUNT, source.path, CLAIM_FOLDER) if part)
     # In arguments and variables, Kubernetes replaces $(NAME) with the value of the variable NAME, so a token could become part of the
-    # folder's name. `$$` stands for $ and prevents this.
+    # folder's name. Kubernetes writes `$$` as $ and does not replace the text after it.
     return {"persistentVolumeClaim": {"claimName": source.claim}}, folder.replace("$", "$$")
 
 
 def _add_pull_secrets(pod: Object, config: OperatorConfig) -> None:
-    """Add the pull Secrets of the platform's trainer image. They are missing if the job sets `placement.imagePullSecrets`."""
+    """Add the pull Secrets of the platform's trainer image. Without this call, a pod whose job sets `placement.imagePullSecrets` lacks them."""
     secrets = pod.get("imagePullSecrets", [])
     missing = [{"name": name} for name in config.trainer.image_pull_secrets if {"name": name} not in secrets]
     if missing:
@@ -90,7 +90,7 @@ def _add_pull_secrets(pod: Object, config: OperatorConfig) -> None:
 
 
 def _build_init_container(trainer: Object, arguments: list[str], config: OperatorConfig) -> Object:
-    """Return the init container. Its requests are at most those of the trainer container, so the pod's requests do not grow."""
+    """Return the init container. The requests of the init container are at most those of the trainer container, so the pod's requests do not grow."""
     mounts = [mount for mount in trainer["volumeMounts"] if mount["name"] in COPIED_MOUNTS]
     return {
         "name": names.MODEL_CACHE_CONTAINER,

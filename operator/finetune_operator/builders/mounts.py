@@ -61,7 +61,7 @@ def _find_config_maps(spec: FineTuneJobSpec) -> set[str]:
 
 
 def _find_claims(spec: FineTuneJobSpec) -> dict[str, bool]:
-    """Return, by name of each volume claim in the spec, whether the job writes to the claim's volume."""
+    """Return the names of all volume claims in the spec, and for each name whether the job writes to the claim's volume."""
     result: dict[str, bool] = {}
     for source, writable in _yield_sources(spec):
         if isinstance(source, PvcSource):

@@ -34,7 +34,7 @@ ON_EXISTING_RESULT_FIELD = "policy.onExistingResult"
 MODEL_CACHE_FIELD = "model.cache"
 SAVES_PER_GRACE_PERIOD = 3
 """The grace period is at least this multiple of the duration of the newest save. When a pod is stopped, it first finishes a running upload, then
-saves once more. The third save duration is a margin in case the store has become slower."""
+saves once more. This can take as long as two saves; the third is a margin in case the store has become slower."""
 
 
 def build_run_config(

@@ -1,10 +1,10 @@
 """Chooses the changes for the next attempt after memory ran out or the loss diverged.
 
-Out of memory: the failed pod may have sent advice from the memory plan (`finetune_api.memory.ladder`). Then the advised micro-batch and
-recomputation are used. Without advice, the new micro-batch is the largest divisor of the old micro-batch that is at most half of the old micro-batch and
-at least the objective's minimum. If the micro-batch cannot be reduced further, activation checkpointing is enabled. Gradient accumulation grows by the factor
-by which the micro-batch shrinks, so the effective batch never changes. The evaluation batch is reduced to at most the training batch. A change
-that violates a rule of the spec is skipped. If no change is left, the job fails, and the failure message contains the final values.
+Out of memory: the failed pod may have sent advice from the memory plan (`finetune_api.memory.ladder`). If it has, the next attempt uses the advised
+micro-batch and recomputation. Without advice, the new micro-batch is the largest divisor of the old micro-batch that is at most half of the old micro-batch
+and at least the objective's minimum. If the micro-batch cannot be reduced further, activation checkpointing is enabled. Gradient accumulation grows by the
+factor by which the micro-batch shrinks, so the effective batch never changes. The evaluation batch is reduced to at most the training batch. A change that
+violates a rule of the spec is skipped. If no change is left, the job fails, and the failure message contains the final values.
 
 Divergence: the next attempt replays the run unchanged from the newest healthy checkpoint, because a hardware fault probably does not
 repeat. If the loss diverges again, each of the next two attempts starts from an earlier healthy checkpoint with half the learning rate.
@@ -68,7 +68,7 @@ def apply_adaptations(spec: FineTuneJobSpec, adaptations: Iterable[Adaptation]) 
 
 
 def get_original_values(spec: FineTuneJobSpec, adaptations: Iterable[Adaptation]) -> dict[str, Any]:
-    """Return the original values of the adapted fields, by path. `spec` is resolved, without adaptations."""
+    """Return the original values of the adapted fields, by path. `spec` is the resolved spec before any adaptation was applied."""
     return {path: spec.value(path) for path in _merge_adapted_spec_values(adaptations)}
 
 
@@ -231,7 +231,7 @@ def find_max_start_step(adaptations: Iterable[Adaptation], checkpoints: Iterable
     """Return the newest step that the next attempt may start from, or None if there is no limit.
 
     After a rollback, an attempt must not continue from a checkpoint of an attempt before the rollback if the checkpoint's step is after the limit.
-    It may continue from all checkpoints of attempts after the rollback. If one of these later checkpoints has the newest step of all, the limit is
+    An attempt may continue from all checkpoints of attempts after the rollback. If one of these later checkpoints has the newest step of all, the limit is
     no longer needed.
     """
     values = merge_adapted_values(adaptations)

@@ -23,7 +23,7 @@ MOUNT_REASONS = ("FailedMount", "FailedAttachVolume")
 
 @dataclass(frozen=True)
 class BlockingCondition:
-    """Why pods cannot run now. They run once the cluster, the platform team or the user has resolved the problem."""
+    """Why pods cannot run now. The pods run once the cluster, the platform team or the user has resolved the problem."""
 
     reason: Reason
     message: str

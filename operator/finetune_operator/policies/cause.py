@@ -29,7 +29,7 @@ NODE_LOST_REASONS = ("DeletionByTaintManager", "DeletionByPodGC")
 OOM_KILLED_REASON = "OOMKilled"
 EVICTED_REASON = "Evicted"
 UNKNOWN_TIME_NS = 2**63
-"""The time in nanoseconds of a failure whose time is unknown. It is so late that the failure is sorted last."""
+"""The time in nanoseconds of a failure whose time is unknown. This time is so late that a failure without a known time is sorted last."""
 
 
 def find_cause(job: JobView | None, pods: Iterable[PodView], *, is_model_committed: bool = False, stage: Stage | None = None) -> FailureCause:
@@ -63,8 +63,8 @@ def find_pod_cause(pod: PodView, *, is_model_committed: bool = False, stage: Sta
         if failed_stage is not None or is_model_committed:
             return _explain_memory_limit_after_training(pod, failed_stage or stage)
         return _explain_memory_limit(pod)
-    # An evicted pod can exit with an unknown code, because of a stop request, or because of a lost peer. Then the eviction is the cause. In the same
-    # way, a disruption can lead to a stop request or a lost peer.
+    # An evicted pod can exit with an unknown code, because of a stop request, or because of a lost peer. In all three cases, the eviction is the cause. In
+    # the same way, a disruption can lead to a stop request or a lost peer.
     if pod.reason == EVICTED_REASON and not pod.disruption_reason and (exit_policy is None or exit_policy.precedence >= FailurePrecedence.UNKNOWN_CAUSE):
         return _explain_eviction(pod)
     if exit_policy is not None and not (pod.disruption_reason and exit_policy.precedence >= FailurePrecedence.PEER_FAILURE):

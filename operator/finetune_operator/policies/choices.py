@@ -1,6 +1,6 @@
 """Lists the node pools from which the preparation of a job may choose, and checks the values that the preparation has chosen.
 
-The preparation makes the choices (`finetune_api.memory.choices`), because only its pod has the model and the data. Its report may contain any
+The preparation makes the choices (`finetune_api.memory.choices`), because only its pod has the model and the data. A preparation's report may contain any
 value. So the operator accepts only choices for fields that the user left out, and only values that it would accept from the user.
 """
 

@@ -44,7 +44,7 @@ USER_FIELDS_BY_PATTERN = tuple(
 
 
 def find_rejected_user_fields(message: str, raw_spec: Object) -> list[str]:
-    """Return the fields of the user's spec because of which the API server rejected the Job. `message`: the text of its 422 response."""
+    """Return the fields of the user's spec because of which the API server rejected the Job. `message`: the text of the API server's 422 response."""
     field_paths: list[str] = []
     for error in FIELD_ERROR_PATTERN.finditer(message):
         for pattern, fields in USER_FIELDS_BY_PATTERN:

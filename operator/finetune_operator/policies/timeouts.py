@@ -55,10 +55,10 @@ def describe_stall(
 ) -> str:  # fmt: skip
     """Return why the run counts as stalled, or an empty string if the run is not stalled.
 
-    A run is stalled if its pod reports no heartbeat for too long during training. This limit does not apply to other stages, because they have
-    no steps. A run is also stalled if its pods have sent no report for too long and their readiness probes fail. The probes are considered
-    because a healthy run must continue if a network policy blocks the operator's requests to its pods. A pod that is being deleted does not
-    count as stalled, because `find_pods_of_lost_nodes` handles such pods.
+    A run is stalled if its pod reports no heartbeat for too long during training. The limit for heartbeats does not apply to stages before and after
+    training, because these stages have no steps. A run is also stalled if its pods have sent no report for too long and their readiness probes fail. The
+    probes are considered because a healthy run must continue if a network policy blocks the operator's requests to its pods. A pod that is being deleted
+    does not count as stalled, because `find_pods_of_lost_nodes` handles such pods.
 
     `reported_at` is the time of the last report. After a restart of the operator, `report` is None and `reported_at` comes from the
     status. `unready_since` is the time at which the pods became unready.

@@ -40,4 +40,4 @@ class RefusedSpec:
     is_final: bool = True
     """Whether the job fails. Otherwise it waits, and the operator checks the spec again."""
     spec: FineTuneJobSpec | None = None
-    """The fields of the spec that the operator could read, with defaults. A running attempt continues with them."""
+    """The fields of the spec that the operator could read, with defaults. A running attempt continues with these fields."""
