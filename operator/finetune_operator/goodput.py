@@ -114,26 +114,26 @@ def split_lost_steps(entries: Sequence[AttemptTime], attempts: Sequence[Attempt]
 
     The time is split in proportion to the numbers of steps.
     """
-    split_entries, first_repeated_step = [], None
+    split_entries, last_kept_step = [], None
     records = {attempt.number: attempt for attempt in attempts}
     for entry in reversed(entries):
         record = records.get(entry.number)
         start_step = (record.resumed_from_step or 0) if record is not None else 0
-        if record is not None and first_repeated_step is not None:
-            entry = _split_steps(entry, start_step, record.last_step or start_step, first_repeated_step)
+        if record is not None and last_kept_step is not None:
+            entry = _split_steps(entry, start_step, record.last_step or start_step, last_kept_step)
         split_entries.append(entry)
         if record is not None and (record.resumed_from_step is not None or record.last_step):
-            first_repeated_step = start_step if first_repeated_step is None else min(start_step, first_repeated_step)
+            last_kept_step = start_step if last_kept_step is None else min(start_step, last_kept_step)
     return split_entries[::-1]
 
 
-def _split_steps(entry: AttemptTime, start_step: int, last_step: int, first_repeated_step: int) -> AttemptTime:
+def _split_steps(entry: AttemptTime, start_step: int, last_step: int, last_kept_step: int) -> AttemptTime:
     """Split the seconds of an attempt's steps between `steps` and `lostSteps`.
 
-    The attempt did the steps after `start_step`, up to `last_step`. Of these, the steps after `first_repeated_step` are lost.
+    The attempt did the steps after `start_step`, up to `last_step`. Of these, the steps after `last_kept_step` are lost.
     """
     seconds = entry.parts.get("steps", 0.0) + entry.parts.get("lostSteps", 0.0)
-    kept_share = min(max(first_repeated_step - start_step, 0) / (last_step - start_step), 1.0) if last_step > start_step else 0.0
+    kept_share = min(max(last_kept_step - start_step, 0) / (last_step - start_step), 1.0) if last_step > start_step else 0.0
     kept_seconds = round(seconds * kept_share, 3)
     parts = {**entry.parts, "steps": kept_seconds, "lostSteps": round(seconds - kept_seconds, 3)}
     return entry.model_copy(update={"parts": {part: value for part, value in parts.items() if value}})
