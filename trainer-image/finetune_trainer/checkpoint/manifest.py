@@ -47,8 +47,8 @@ class RunFacts(LenientModel):
     )
     source_versions: dict[str, str] = Field(
         default_factory=dict,
-        description="Version of each model at its source, by spec path. The version can be computed without the weights. A resuming run does not
-        compare these versions.",
+        description="Version of each model at its source, by spec path. The version can be computed without the weights. "
+        "A resuming run does not compare these versions.",
     )
     config_sha256: str = ""
     versions: dict[str, str] = Field(default_factory=dict)

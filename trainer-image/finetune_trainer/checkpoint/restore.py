@@ -104,8 +104,8 @@ def restore(
         reached_step = resume_config.expect_step or max([*(one.step or 0 for one in candidates), *unreadable_steps])
         raise NoCheckpointError(
             "NoLoadableCheckpoint", f"the job had reached step {reached_step}, and no checkpoint can be loaded: {reasons}",
-            hint="restore the objects in storage, or create a new FineTuneJob, which continues from the checkpoint that its checkpoint.resume names
-            (name one that you trust); " "without checkpoint.resume, the new job starts at step 0",
+            hint="restore the objects in storage, or create a new FineTuneJob, which continues from the checkpoint that its checkpoint.resume names "
+            "(name one that you trust); without checkpoint.resume, the new job starts at step 0",
         )  # fmt: skip
     return result
 
