@@ -297,7 +297,7 @@ def _error_of_signal(rank: int, signal_number: int, signal_name: str, is_host_ou
 
 def choose_root_cause(failures: Iterable[RankFailure]) -> RankFailure | None:
     """Choose the failure that the pod reports; None if there is no failure. Failures with `is_origin` take precedence. Between failures with the same
-    `is_origin`, these criteria decide in turn: the precedence of the exit code, whether the rank reported the failure, and the earlier time.
+    `is_origin`, these criteria decide in turn: the precedence of the exit code, whether the rank reported the failure, and which failure was earlier.
     """
     ordered = sorted(
         failures,

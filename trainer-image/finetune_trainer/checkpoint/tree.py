@@ -1,8 +1,8 @@
 """Reads and commits the checkpoints and the final model of a job in storage.
 
 An incarnation is one start of an attempt (`a2-1f3c9a2b`: attempt 2, begun in pod 1f3c9a2b). Each incarnation writes to its own folder, so that
-the files of two incarnations never mix. A commit writes the data and then the manifest, and checks that every object exists with the right size. At
-last, it creates the marker, on condition that no marker exists. If the existing marker names this incarnation's manifest, an earlier request of this
+the files of two incarnations never mix. A commit writes the data and then the manifest, and checks that every object exists with the right size. Then,
+it creates the marker, on condition that no marker exists. If the existing marker names this incarnation's manifest, an earlier request of this
 incarnation created it, but the response was lost. If the existing marker names another manifest, this incarnation is fenced out and must end.
 """
 
