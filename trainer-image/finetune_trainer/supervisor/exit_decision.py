@@ -1,7 +1,7 @@
 """Decides the exit code of a pod. The decision depends only on recorded facts; this module does not access processes, storage or the clock.
 
-After the final artefact is committed, only the stages after training can fail. After a requested stop, the pod exits with 75 or 76. In all
-other cases the root cause of the failures decides.
+After the final artefact is committed, only the stages after training can fail. After a requested stop, the pod exits with 75 or 76. In all other
+cases, the root cause of the failures determines the exit code.
 """
 
 from __future__ import annotations
