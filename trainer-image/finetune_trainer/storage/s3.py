@@ -281,7 +281,7 @@ class S3Store:
         }[self.target.encryption]  # fmt: skip
 
     def _error_with_reason(self, error: Exception, key: str) -> Exception:
-        """Send a GET request after a refused HEAD request, and return its error, because only the response to GET has a body with the reason."""
+        """Repeat a refused HEAD request as a GET request and return the error of GET, because only a response to GET has a body with the reason."""
         if get_status_and_code(error)[0] != HTTP_FORBIDDEN:
             return error
         try:

@@ -53,7 +53,7 @@ def count_threads_per_rank(run: RunConfig) -> int:
 
 
 def build_rank_environment(run: RunConfig, settings: Settings, channel_address: str) -> dict[str, str]:
-    """Return the environment of the agent and its ranks, without credentials for storage, trackers and the hub push, which ranks do not access."""
+    """Return the environment of the agent and its ranks, without the credentials for storage, trackers and the push to the hub."""
     inherited = {name: value for name, value in os.environ.items() if not name.endswith((*CREDENTIAL_VARIABLES, *TRACKER_CREDENTIAL_VARIABLES))}
     return {
         "OMP_NUM_THREADS": str(count_threads_per_rank(run)),
