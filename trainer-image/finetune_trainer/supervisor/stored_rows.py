@@ -2,9 +2,9 @@
 
 A preparation commits its rows like a checkpoint: files, manifest, and the marker `_COMMITTED` last. If two preparations store the same rows at
 the same time, both use the first commit. With `isolation.secret`, a preparation uses stored rows only if a preparation of its namespace has signed
-them, so that write access to the store is not enough to choose the rows of later jobs. The status of a job records the sha256 of the manifest.
-Training pods accept only this manifest and files with its hashes. The marker `_USED` says until when the rows are kept. If rows are removed while a
-pod reads them, the pod prepares the data itself.
+them, so that a program that can only write to the store cannot choose the rows of later jobs. The status of a job records the sha256 of the manifest
+of its rows. Training pods accept only this manifest and files with its hashes. The marker `_USED` says until when the rows are kept. If rows are
+removed while a pod reads them, the pod prepares the data itself.
 """
 
 from __future__ import annotations
