@@ -24,7 +24,9 @@ class DataRecord(LenientModel):
     rows: dict[str, int] = Field(default_factory=dict, description="Number of usable rows, by split.")
     bad_rows: int = Field(default=0, description="Number of rows that were left out because they cannot be used.")
     duplicates: int | None = Field(default=None, description="Number of duplicate rows that were left out.")
-    personal_data: dict[str, int] | None = Field(default=None, description="Number of rows that may contain personal data, by kind of data.")
+    personal_data: dict[str, int] | None = Field(
+        default=None, description="Number of rows that may contain personal data, by kind of data."
+    )
     share_of_top_answer: float | None = Field(default=None, description="Share of the most frequent answer.")
 
 

@@ -48,7 +48,9 @@ class RankChannel:
             if message is not None:
                 try:
                     self._on_message(message)
-                except Exception:  # An invalid message must not end the thread, because later messages must still be received.
+                except (
+                    Exception
+                ):  # An invalid message must not end the thread, because later messages must still be received.
                     log.exception("a rank's message could not be applied: %s", message.get("kind"))
 
     def _parse_message(self, data: bytes) -> dict[str, Any] | None:
