@@ -1,8 +1,9 @@
 """The channel between a rank and its supervisor: small JSON messages over a local datagram socket, and two files.
 
 A rank sends stages, progress, metrics, staged checkpoints and failures. While the supervisor is busy, heartbeats, progress and metrics are
-dropped, so that they do not delay training. Failures, staged checkpoints and the final model are retried for `SEND_TIMEOUT_SECONDS`. The
-supervisor writes two files for its ranks: `inputs.json` (all inputs are downloaded) and `stop` (save a checkpoint and end).
+dropped, so that they do not delay training. A message about a failure, a staged checkpoint or the final model is sent again until the supervisor
+receives it, for at most `SEND_TIMEOUT_SECONDS`. The supervisor writes two files for its ranks: `inputs.json` when all inputs are downloaded, and
+`stop` when the ranks must save a checkpoint and end.
 
 Example of a rank (`finetune_trainer.rank` calls `train.preload()` if it exists, then `train.main`):
 
@@ -39,17 +40,18 @@ from finetune_api.status import MemoryAdvice, Metrics, Progress, ResolvedConfig,
 from finetune_trainer.inputs import Inputs
 
 SOCKET_VARIABLE = "FINETUNE_CHANNEL"
-"""Environment variable with the path of the supervisor's socket. Only supervisor and ranks use it."""
+"""Environment variable with the path of the supervisor's socket. Only the supervisor and its ranks use this variable."""
 STOP_FILE = "stop"
-"""The supervisor creates this file in the work folder when the pod must stop. The file holds the time (seconds since 1970) by which a
-checkpoint must be saved."""
+"""The supervisor creates this file in the work folder when the pod must stop. The stop file holds the time (seconds since 1970) by which a checkpoint
+must be saved."""
 POLL_SECONDS = 0.05
 SEND_TIMEOUT_SECONDS = 20.0
-"""How long the rank retries to send a failure, a staged checkpoint or the final model while the supervisor is busy. Then it drops the message."""
+"""How long the rank retries to send a failure, a staged checkpoint or the final model while the supervisor is busy. After this time, the rank drops
+the message."""
 MAX_MESSAGE_BYTES = 60_000
 SPILL_SUFFIX = ".json"
 Sender = Callable[[dict[str, Any], float], bool]
-"""A function that sends a message and waits at most the given number of seconds. It returns False if it dropped the message."""
+"""A function that sends a message and waits at most the given number of seconds. The function returns False if it dropped the message."""
 
 
 class Channel:
@@ -62,7 +64,7 @@ class Channel:
         self.work_folder = work_folder
         self.rank, self.local_rank, self.world_size, self.node_rank = rank, local_rank, world_size, node_rank
         self.sent: list[dict[str, Any]] = []
-        """All messages so far. Only a channel of `create_recording` fills this list."""
+        """All messages so far. This list stays empty unless `create_recording` created the channel."""
 
     @classmethod
     def from_env(cls) -> Channel:
@@ -90,7 +92,7 @@ class Channel:
     def wait_inputs(self, timeout_seconds: float | None = None) -> Inputs:
         """Wait until the supervisor has downloaded all inputs.
 
-        Errors: InternalError `InputsTimeout` after `timeout_seconds` seconds. Without a timeout the rank waits until the supervisor kills it.
+        Errors: InternalError `InputsTimeout` after `timeout_seconds` seconds. If `timeout_seconds` is None, the rank waits until the supervisor kills it.
         """
         deadline = math.inf if timeout_seconds is None else time.monotonic() + timeout_seconds
         while (inputs := Inputs.read(self.work_folder)) is None:
@@ -118,19 +120,19 @@ class Channel:
         self._send_if_possible("stage", stage=stage.value, detail=detail)
 
     def report_progress(self, progress: Progress) -> None:
-        """Report progress. The supervisor merges it into earlier reports."""
+        """Report progress. The supervisor merges the fields into the progress reported earlier."""
         self._send_if_possible("progress", value=progress.to_wire())
 
     def report_metrics(self, metrics: Metrics) -> None:
-        """Report the newest metrics. The supervisor merges them into earlier reports. The caller leaves out non-finite values."""
+        """Report the newest metrics. The supervisor merges them into the metrics reported earlier. The caller must leave out values that are not finite."""
         self._send_if_possible("metrics", value=metrics.to_wire())
 
     def report_resolved(self, resolved: ResolvedConfig) -> None:
-        """Report the effective configuration of the run. The supervisor merges it into earlier reports."""
+        """Report the effective configuration of the run. The supervisor merges its fields into the configuration reported earlier."""
         self._send_reliably("resolved", value=resolved.to_wire())
 
     def report_plan(self, plan: RunPlan) -> None:
-        """Report the planned memory and work of the run, or the measured peak of memory. The supervisor merges it into earlier reports."""
+        """Report the planned memory and work of the run, or the measured peak of memory. The supervisor merges the fields into the plan reported earlier."""
         self._send_reliably("plan", value=plan.to_wire())
 
     def report_note(self, text: str) -> None:
@@ -146,21 +148,27 @@ class Channel:
         self._send_if_possible("pause", part=activity, seconds=round(seconds, 4))
 
     def send_heartbeat(self) -> None:
-        """Send a heartbeat within a long step or an evaluation."""
+        """Send a heartbeat during a long step or an evaluation."""
         self._send_if_possible("alive")
 
     def report_log_line(self, step: int, values: dict[str, Any]) -> None:
-        """Send the values of one log call, for `metrics/` in storage. Non-finite numbers are sent as strings."""
+        """Send the values of one log call. The supervisor stores them below `metrics/`. Non-finite numbers are sent as strings."""
         self._send_reliably("log", step=step, values=values)
 
     # ---- messages that are retried while the supervisor is busy ----
 
     def report_out_of_memory(self, advice: MemoryAdvice) -> None:
-        """Report the memory plan's advice for the next attempt, after the GPU of this rank had no memory left. Each rank may report it."""
+        """Report the memory plan's advice for the next attempt, after the GPU of this rank had no memory left.
+
+        Every rank whose GPU had no memory left reports its own advice.
+        """
         self._send_reliably("outOfMemory", value=advice.to_wire())
 
     def report_failure(self, error: FineTuneError, *, step: int | None = None, is_origin: bool = True) -> None:
-        """Report a failure. The caller then exits with `error.exit_code`. `is_origin`: False if this rank only failed because another rank failed."""
+        """Report a failure.
+
+        After this call, the caller must exit with `error.exit_code`. `is_origin`: False if this rank only failed because another rank failed.
+        """
         message = error.message if len(error.message) < 8000 else error.message[:8000] + " ..."
         self._send_reliably(
             "failed", code=error.code, message=message, hint=error.hint, failureClass=error.failure_class.value,
@@ -176,7 +184,7 @@ class Channel:
         self._send_reliably("finished", folder=str(folder), outputKind=kind.value, extra=extra)
 
     def send_message(self, message_kind: str, **fields: Any) -> None:
-        """Send a message of any kind. Retry while the supervisor is busy. Use this only for kinds of messages without a method in this class."""
+        """Send a message of any kind, and retry while the supervisor is busy. Use this only for kinds of messages without a method in this class."""
         self._send_reliably(message_kind, **fields)
 
     def _send_if_possible(self, kind: str, **fields: Any) -> None:
@@ -210,7 +218,7 @@ def _discard_message(_message: dict[str, Any], _timeout: float) -> bool:
 def create_socket_sender(address: str) -> Sender:
     """Create a sender for the datagram socket at `address`.
 
-    If the supervisor has ended, the sender drops all messages. The rank ends then as well.
+    If the supervisor has ended, the sender drops all messages, because the rank will end too.
     """
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     connection.setblocking(False)
@@ -238,7 +246,7 @@ def create_socket_sender(address: str) -> Sender:
 
 
 def _write_spill_file(data: bytes, folder: Path) -> bytes:
-    """Write a message that is too large for a datagram to a file next to the socket. Return a message that names the file."""
+    """Write a message that is too large for a datagram to a file next to the socket. Return a short message that names this file."""
     name = f"{uuid.uuid4().hex}{SPILL_SUFFIX}"
     (folder / f".{name}").write_bytes(data)
     (folder / f".{name}").rename(folder / name)

@@ -51,9 +51,9 @@ class RankFailure:
 
 
 DISK_FULL_MESSAGES = ("No space left on device", "PytorchStreamWriter failed writing file")
-"""Messages of libraries that cannot write weights because the disk is full. The exceptions of these libraries have no errno."""
+"""Texts in the exceptions of libraries that cannot write weights because the disk is full. These exceptions have no errno."""
 SHARED_MEMORY_PATHS = ("</torch_", "/dev/shm")  # noqa: S108 -- names in messages
-"""Paths by which an error message about full shared memory is distinguished from one about a full disk."""
+"""Paths in error messages about full shared memory. Error messages about a full disk do not contain these paths."""
 
 BUILD_TOOLS = ("c++", "g++", "gcc", "cc", "clang", "clang++", "nvcc", "ninja")
 TRAINER_IMAGE_PACKAGES = (
@@ -64,7 +64,7 @@ TRAINER_IMAGE_PACKAGES = (
 )  # fmt: skip
 """Packages that the trainer image installs. If one of them is missing, the image is broken. Any other missing module belongs to code of the user."""
 HIDDEN_PACKAGE_MESSAGE = "None in sys.modules"
-"""Text in the message of an import that fails only because `imports.preload` has hidden the package. The image contains the package."""
+"""Text in the message of a failed import of a package that the image contains, but `imports.preload` has hidden."""
 MISSING_PART_PATTERNS = (
     (re.compile(r"(?:^|[\s:/])(c\+\+|g\+\+|gcc|cc|clang|clang\+\+|nvcc|ninja): (?:command )?not found", re.MULTILINE), "the program {}"),
     (re.compile(r"Failed to find (C(?:\+\+)?) compiler"), "a {} compiler"),
@@ -77,7 +77,8 @@ MISSING_PART_PATTERNS = (
     (re.compile(r"packages that were not found in your environment: ([\w.,\- ]*[\w\-])"), "the Python package {}"),
     (re.compile(r"requires the (.+) library,? but it was not found in your environment"), "the Python package {}"),
 )
-"""Messages of libraries about a part that the image lacks, and the name of the missing part. The patterns fit the versions in the lock file."""
+"""Patterns of the messages with which libraries say that a part is missing in the image, each with a name for the missing part. The patterns fit the
+versions in the lock file."""
 INSTALL_ADVICE_PATTERN = re.compile(r"pip install (?:-U |--upgrade )?[\"']?([A-Za-z][\w.-]*)")
 """Matches the advice to install a missing package in a library's ImportError."""
 GPU_DRIVER_MISSING_PATTERN = re.compile(r"(?i)found no NVIDIA driver|lib(?:cuda|nvidia-[\w-]+)\.so[.\d]*: cannot open shared object file")
@@ -196,7 +197,7 @@ def node_driver_error(reason: str) -> PeerError:
 
 
 def _is_build_tool(path: str) -> bool:
-    """Whether `path` names a build tool. A path in another folder than `bin` does not, because a data set may also be named `cc`."""
+    """Whether `path` names a build tool. A path with a folder must be in a folder `bin`, because a data set may also be named `cc`."""
     folder, _, name = path.rpartition("/")
     return name in BUILD_TOOLS and folder.rpartition("/")[2] in ("", "bin")
 
@@ -215,7 +216,7 @@ def _memory_exhausted_error(error: BaseException) -> MemoryExhaustedError:
 def _shared_memory_full_error() -> PeerError:
     """Return the failure for full shared memory, with exit code 74, as for SIGBUS.
 
-    After exit code 71 (out of memory), the operator would lower the batch size, which does not help.
+    After exit code 71 (out of memory), the operator would lower the batch size, which does not free shared memory.
     """
     return PeerError(
         "SharedMemoryFull", "the pod's shared memory, /dev/shm, is full", hint="raise resources.sharedMemory"
@@ -257,7 +258,7 @@ def _to_int_or(value: Any, default: Default) -> int | Default:
 
 
 def replace_unpaired_surrogates(text: str) -> str:
-    """Replace unpaired surrogates, which UTF-8 cannot encode. Messages of libraries may contain them."""
+    """Replace unpaired surrogates, which UTF-8 cannot encode. Messages of libraries may contain unpaired surrogates."""
     return text.encode(errors="replace").decode()
 
 
@@ -295,8 +296,8 @@ def _error_of_signal(rank: int, signal_number: int, signal_name: str, is_host_ou
 
 
 def choose_root_cause(failures: Iterable[RankFailure]) -> RankFailure | None:
-    """Choose the failure that the pod reports; None if there is no failure. Failures with `is_origin` take precedence. Among them, these decide in turn: the
-    precedence of the exit code, whether the rank reported the failure, and the earliest time.
+    """Choose the failure that the pod reports; None if there is no failure. Failures with `is_origin` take precedence. Between failures with the same
+    `is_origin`, these criteria decide in turn: the precedence of the exit code, whether the rank reported the failure, and which failure was earlier.
     """
     ordered = sorted(
         failures,

@@ -1,1 +1,1 @@
-"""Writes the files next to the weights of the final model or adapter: generation settings with the trained end tokens, and the model card."""
+"""Writes the model card, and the generation settings with the trained end tokens. Both are stored next to the weights of the final model or adapter."""

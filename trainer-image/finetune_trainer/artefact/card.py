@@ -1,6 +1,6 @@
 """Writes the model card `README.md`: metadata for the hub, and how the model was trained.
 
-Of the spec, only the fields in `SHOWN_FIELDS` are on the card. Sources are shown without secrets, and every value is escaped, so that no text
+The card shows only those fields of the spec that `SHOWN_FIELDS` lists. Sources are shown without secrets, and every value is escaped, so that no text
 of a user can change the structure of the card.
 """
 
@@ -39,7 +39,7 @@ VISION_TASK = "image-text-to-text"
 VISION_MODEL_CLASS = "transformers.AutoModelForImageTextToText"
 """The class that loads vision-language models and their adapters.
 
-For an adapter, it also loads the base model. PEFT has no class of its own for adapters of vision-language models.
+If a folder holds an adapter, the class loads the base model too. PEFT has no class of its own for adapters of vision-language models.
 """
 MARKDOWN_SPECIAL_CHARACTERS = re.compile(r"([\\`*_{}\[\]<>|#!~$&])")
 MAX_VALUE_LENGTH = 300
@@ -67,7 +67,7 @@ def build_model_card(run: RunConfig, inputs: Inputs, kind: OutputKind, facts: Tr
 
 
 def build_merged_card(adapter_card: str) -> str:
-    """Return the card of the merged model. `adapter_card`: the adapter's card. A text without metadata is returned unchanged."""
+    """Return the card of the merged model. `adapter_card`: the adapter's card. An adapter's card without metadata is returned unchanged."""
     metadata, body = split_card(adapter_card)
     if not metadata:
         return adapter_card
@@ -94,7 +94,7 @@ def split_card(card_text: str) -> tuple[dict[str, Any], str]:
 
 
 def _card_metadata(run: RunConfig, inputs: Inputs, kind: OutputKind) -> dict[str, Any]:
-    """Return the metadata for the hub. A base model or data set that is not on the hub is left out, because the hub refuses it."""
+    """Return the metadata for the hub. The metadata names a base model or data set only if it is on the hub, because the hub refuses other names."""
     is_adapter, is_reward = kind is OutputKind.ADAPTER, trainer_type_of(run.spec) is TrainerType.REWARD
     task = "text-classification" if is_reward else VISION_TASK if is_vision_language(run.spec) else "text-generation"
     base, data = _hub_repository(run.spec.model.source), _hub_repository(run.spec.dataset.train)
@@ -148,7 +148,7 @@ def _loading_section(kind: OutputKind, model_class: str) -> str:
     module, _, name = model_class.rpartition(".")
     note = "`generation_config.json` contains the end tokens that the model learned in training."
     if kind is OutputKind.ADAPTER:
-        note += " Pass these settings to `generate`. Otherwise, libraries use the settings of the base model."
+        note += " Pass the settings in this file to `generate`, because libraries otherwise use the settings of the base model."
     elif "Sequence" in name:
         note = "The model returns one score."
     return f'## Loading\n\n```python\nfrom {module} import {name}\n\nmodel = {name}.from_pretrained("this/folder")\n```\n\n{note}\n'

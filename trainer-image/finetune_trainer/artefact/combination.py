@@ -1,6 +1,6 @@
-"""Checks the files of adapters that are combined (`output.combineAdapters`), and loads them with their weights.
+"""Checks the files of the adapters in `output.combineAdapters`, and loads each adapter scaled by its `weight`.
 
-The merged model is exact: each layer's weight becomes `W + sum(weight * scaling * B A)` over all adapters that adapt the layer. PEFT's own
+The merged model is exact: the matrix `W` of each layer becomes `W + sum(weight * scaling * B A)`. The sum is over all adapters that adapt the layer. PEFT's own
 functions combine adapters into one new adapter, which has a larger rank (`cat`) or only approximates the sum (`linear`, `svd`).
 """
 
@@ -27,7 +27,7 @@ def combined_adapter_name(adapter_index: int) -> str:
 
 
 def require_combinable(folder: Path, base: Path, field: str, source: str) -> None:
-    """Check the files of an adapter that will be combined with the trained adapter. Does not import torch.
+    """Check the files of an adapter that will be combined with the trained adapter. This function does not import torch.
 
     Errors: ConfigError `AdapterNotCombinable`.
     """
@@ -52,7 +52,7 @@ def require_combinable(folder: Path, base: Path, field: str, source: str) -> Non
 
 
 def load_combined_adapters(peft_model: Any, run: RunConfig, folders: Sequence[Path]) -> list[str]:
-    """Load the adapters of `output.combineAdapters` into a PEFT model, and multiply the scaling of each adapter by the adapter's weight.
+    """Load the adapters of `output.combineAdapters` into a PEFT model, and multiply the scaling of each adapter by its `weight`.
 
     Returns PEFT's names of all adapters, with the trained adapter first.
     """

@@ -14,7 +14,8 @@ from typing import Any
 from finetune_trainer.data.rows import IGNORED_LABEL
 
 MIN_SHARE = 0.01
-"""A token is an end token only if it ends at least this share of the answers. Without this limit, the last token of a truncated answer would count as one."""
+"""A token is an end token only if it ends at least this share of the answers. Without this limit, the last token of a truncated answer would count as
+an end token."""
 MAX_ROWS = 2000
 """Largest number of training rows that are read."""
 
@@ -47,7 +48,7 @@ def split_into_answers(labels: Sequence[int]) -> Iterator[list[int]]:
 
 
 def read_trained_answers(rows: Any) -> Iterator[Sequence[int]]:
-    """Yield the token ids of the answers in a data set of any objective. A data set without answers (prompts of grpo) yields nothing.
+    """Yield the token ids of the answers in a data set of any objective. For a data set without answers (prompts of grpo), this function yields nothing.
 
     At most `MAX_ROWS` rows are read, evenly spaced over the data set.
     """

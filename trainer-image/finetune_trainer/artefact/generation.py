@@ -1,4 +1,4 @@
-"""Writes the trained end tokens to the files of the artefact that transformers and servers read."""
+"""Writes the trained end tokens to those files of the artefact from which transformers and inference servers read end tokens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def write_generation_files(folder: Path, base: Path, model_config: Any, tokenize
     """Write `generation_config.json`, and save the tokenizer again if its end token is not one of the trained end tokens.
 
     `base`: folder of the base model. `model_config`: the model's configuration, which is used if `base` has no generation settings.
-    `end_ids`: ids of the trained end tokens, the most frequent first. If there are none, the base model's end tokens stay.
+    `end_ids`: ids of the trained end tokens, the most frequent first. If `end_ids` is empty, the base model's end tokens stay.
     """
     from transformers import GenerationConfig
 
@@ -30,7 +30,7 @@ def write_generation_files(folder: Path, base: Path, model_config: Any, tokenize
     settings.eos_token_id = ids[0] if len(ids) == 1 else ids or None
     if settings.pad_token_id is None:
         settings.pad_token_id = tokenizer.pad_token_id
-    # Some published models have settings that contradict each other. `save_pretrained` would refuse to write such settings.
+    # Some published models have settings that contradict each other, and `save_pretrained` would refuse to write them.
     settings.to_json_file(folder / GENERATION_FILE)
     copy_end_tokens_to_model_config(folder)
     if end_ids and tokenizer.eos_token_id not in end_ids and "eos_token" not in str(tokenizer.chat_template or ""):
@@ -43,7 +43,7 @@ def write_generation_files(folder: Path, base: Path, model_config: Any, tokenize
 def copy_processor_files(base: Path, folder: Path) -> None:
     """Copy the settings of the base model's processors for images and videos.
 
-    The files are not loaded and saved, because the trainer image cannot load processors for videos.
+    The files are copied unread, because the trainer image cannot load processors for videos.
     """
     for name in PROCESSOR_FILES:
         if (base / name).exists():
@@ -53,8 +53,8 @@ def copy_processor_files(base: Path, folder: Path) -> None:
 def copy_end_tokens_to_model_config(folder: Path) -> None:
     """Write the end tokens of `generation_config.json` to `config.json` too, because some servers and converters read only this file.
 
-    If `config.json` has a single number, it stays a single number: the first end token. A folder without these files, or without the field
-    `eos_token_id`, is not changed.
+    If `config.json` has a single number, it stays a single number: the first end token. If one of the two files is missing or has no field
+    `eos_token_id`, nothing is changed.
     """
     config_file, settings_file = folder / "config.json", folder / GENERATION_FILE
     if not config_file.exists() or not settings_file.exists():

@@ -24,7 +24,7 @@ class JobAddress:
     """What a URI names: a job, one of its checkpoints or its final model."""
 
     job_uri: str
-    """URI of the job's folder, with the query of a web address."""
+    """URI of the job's folder. A web address keeps its query."""
     step: int | None = None
     """The step of the checkpoint that the URI names; None if it names none."""
     is_model: bool = False
@@ -37,7 +37,7 @@ class JobAddress:
 
 
 def parse_address(uri: str) -> JobAddress:
-    """Parse a URI from a job's status. Its last part may be the folder of an incarnation."""
+    """Parse a URI from a job's status. The last part of the URI may be the folder of an incarnation."""
     address, query = split_query(uri)
     parts = address.rstrip("/").split("/")
     for index in range(len(parts) - 1, 2, -1):
@@ -76,9 +76,9 @@ def download_committed(
     tree: CheckpointTree, checkpoint: CommittedCheckpoint, target_folder: Path, *, byte_counter: ByteCounter | None = None,
     check_space: ByteCounter | None = None, is_needed: Callable[[str], bool] = lambda path: True,
 ) -> str | None:  # fmt: skip
-    """Download the needed files and compare them with the manifest. Return the first problem, or None.
+    """Download the needed files and compare them with the manifest. Return the first problem, or None if there is none.
 
-    Before the download, `check_space` is called with the size of these files in bytes. `is_needed` gets the path of a file, and returns
+    Before the download, `check_space` is called with the total size of the needed files in bytes. `is_needed` gets the path of a file, and returns
     whether the file is needed.
     """
     manifest = tree.read_manifest(checkpoint)

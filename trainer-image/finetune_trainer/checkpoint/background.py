@@ -1,10 +1,10 @@
 """Writes checkpoints in the background: training waits only while its state is copied to host memory.
 
-transformers, PEFT, accelerate and DeepSpeed write the files of a checkpoint with four functions. While a checkpoint is saved,
-these functions copy their tensors to host memory and return. A thread of the rank then writes the copies to the disk, and reports
-the checkpoint when its files are complete. All copies are made between the same two training steps, so they are consistent.
+transformers, PEFT, accelerate and DeepSpeed write the files of a checkpoint with four functions. While a checkpoint is saved, these four functions are
+replaced: they only copy the tensors to host memory and return. A thread of the rank then writes the copies to the disk, and reports the checkpoint
+when its files are complete. All copies are made between the same two training steps, so they are consistent.
 
-One checkpoint is written at a time. The next checkpoint waits, because its copies use the same host memory.
+One checkpoint is written at a time. The next checkpoint waits until it is written, because the copies of both use the same host memory.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class BackgroundWriter:
 
     def __init__(self) -> None:
         self.writes_in_background = False
-        """Whether the next checkpoint is written in the background. The value must be the same in all ranks, because all ranks write sharded files together."""
+        """Whether the next checkpoint is written in the background. All ranks must have the same value, because they write sharded files together."""
         self._is_saving = False
         """Whether a checkpoint is being saved: True from `begin_checkpoint` to `finish_checkpoint`."""
         self._tasks: list[Callable[[], object]] = []
@@ -45,7 +45,10 @@ class BackgroundWriter:
 
     @contextmanager
     def begin_checkpoint(self) -> Iterator[None]:
-        """Begin a checkpoint. If it is written in the background, the libraries' functions copy tensors to host memory within the context."""
+        """Begin a checkpoint.
+
+        If the checkpoint is written in the background, the libraries' save functions only copy tensors to host memory within the context.
+        """
         self._tasks, self._is_saving = [], True
         if not self.writes_in_background:
             yield
@@ -73,7 +76,7 @@ class BackgroundWriter:
         self._thread.start()
 
     def release_copies(self) -> None:
-        """Free the host memory of the copies. Called before files are written while training waits, because writing them needs memory too."""
+        """Free the host memory of the copies. Called before a checkpoint that is not written in the background, because writing its files needs memory too."""
         if self._stager is not None:
             self._stager.close()
             self._stager = None
@@ -84,7 +87,7 @@ class BackgroundWriter:
             raise self._failure
 
     def wait(self, timeout: float | None = None) -> None:
-        """Wait until the checkpoint in the background is complete, at most `timeout` seconds. Errors: as `raise_failure`."""
+        """Wait at most `timeout` seconds until the checkpoint that is written in the background is complete. Errors: those of `raise_failure`."""
         if self._thread is not None:
             self._thread.join(timeout)
         self.raise_failure()
@@ -103,7 +106,7 @@ class BackgroundWriter:
         self._tasks.append(lambda: save(copies, **options))
 
     def _open_stager(self) -> DefaultStager:
-        """Return torch's stager, which copies tensors to host memory. It keeps this memory for the next checkpoints, and pins it if there is a GPU."""
+        """Return torch's stager, which copies tensors to host memory. The stager keeps this memory for later checkpoints, and pins it if there is a GPU."""
         if self._stager is None:
             has_gpu = torch.cuda.is_available()
             self._stager = DefaultStager(
@@ -112,7 +115,7 @@ class BackgroundWriter:
         return self._stager
 
     def _open_process_group(self) -> Any:
-        """Return a process group for the background thread, because two threads must not use the same group. A collective: every rank must call it."""
+        """Return a process group for the background thread, because two threads must not use the same group. A collective: every rank must call this method."""
         if self._process_group is None:
             self._process_group = torch.distributed.new_group(backend="gloo")
         return self._process_group

@@ -47,7 +47,8 @@ class RunFacts(LenientModel):
     )
     source_versions: dict[str, str] = Field(
         default_factory=dict,
-        description="Version of each model at its source, by spec path. It can be computed without the weights. Not compared when a run resumes.",
+        description="Version of each model at its source, by spec path. The version can be computed without the weights. "
+        "A resuming run does not compare these versions.",
     )
     config_sha256: str = ""
     versions: dict[str, str] = Field(default_factory=dict)
@@ -85,7 +86,7 @@ class CommitMarker(WireModel):
     """The content of an object `_COMMITTED`. A checkpoint exists if and only if it has a valid marker."""
 
     attempt: int
-    path: str = Field(description="The incarnation's folder, next to the marker.")
+    path: str = Field(description="Name of the incarnation's folder, which is next to the marker.")
     manifest_sha256: str
 
     def to_bytes(self) -> bytes:
@@ -108,7 +109,7 @@ class UploadedPart(LenientModel):
 
     node: int
     dropped: bool = Field(
-        default=False, description="Whether this pod skipped the checkpoint. If so, the checkpoint cannot be committed."
+        default=False, description="Whether this pod skipped the checkpoint. A skipped checkpoint cannot be committed."
     )
     files: list[FileEntry] = Field(default_factory=list)
 
@@ -128,7 +129,7 @@ def list_file_entries(folder: Path) -> list[FileEntry]:
 
 
 def parse_step(folder: str) -> int | None:
-    """Return the step in the name of a folder, such as 100 for `step-00000100`; None if it is not the folder of a checkpoint."""
+    """Return the step in the name of a folder, such as 100 for `step-00000100`; None if the name is not that of a checkpoint's folder."""
     match = _STEP_FOLDER_PATTERN.match(folder)
     return int(match[1]) if match else None
 

@@ -1,4 +1,4 @@
-"""The callbacks of the HF Trainer in each rank. They report progress, stage checkpoints and stop the run at the step on which all ranks agreed.
+"""The callbacks of the HF Trainer in each rank. The callbacks report progress, stage checkpoints and stop the run at the step on which all ranks agreed.
 
 The Trainer must call these callbacks after all other callbacks. A checkpoint includes the sums of the current logging window (`window`),
 so that a resumed run logs the same values as an uninterrupted run. If a loss or weight is not finite, the run ends before the
@@ -30,9 +30,9 @@ from finetune_trainer.inputs import Inputs
 
 INCARNATION_KEY = "incarnation"
 START_TIMEOUT_SECONDS = 1800.0
-"""Maximum wait for other pods that are still downloading their inputs."""
+"""Longest time that a rank waits for pods that are still downloading their inputs."""
 MIN_HEARTBEAT_SECONDS = 1.0
-"""Minimum time between two heartbeats within a step or an evaluation."""
+"""Minimum time between two heartbeats during a step or an evaluation."""
 GIGABYTE = 1e9
 SLOW_DISK_NOTE = "checkpoints are due faster than the pod writes them to its disk: training waits for each of them"
 
@@ -62,7 +62,7 @@ def report_final_artefact(run: RunConfig, channel: Channel, model_folder: Path, 
 
 
 def _agree_on_incarnation(channel: Channel, gang_store: GangStore) -> str:
-    """Return the name of this incarnation. All ranks use the name of rank 0's pod."""
+    """Return the name of this incarnation. All ranks use the incarnation name of rank 0's pod."""
     own = os.environ.get(Env.INCARNATION_FOLDER, "a1-00000000")
     if channel.rank == 0:
         gang_store.set(INCARNATION_KEY, own)
@@ -83,7 +83,7 @@ def require_same_start(channel: Channel, gang_store: GangStore, step: int) -> No
 
 
 class ProgressReporter(TrainerCallback):
-    """Reports the progress of a rank to the supervisor. Every rank reports its steps; losses and throughput come from local rank 0."""
+    """Reports the progress of a rank to the supervisor. Every rank reports its steps; only local rank 0 reports losses and throughput."""
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
@@ -176,7 +176,7 @@ class CheckpointStager(TrainerCallback):
         """Size in bytes of the last checkpoint on this pod's disk; 0 before the first checkpoint."""
         self._save_start_time = 0.0
         self.wait_seconds = 0.0
-        """Seconds for which the last due checkpoint waited until the checkpoint before it was written."""
+        """Seconds for which the last due checkpoint waited because the previous checkpoint was still being written."""
 
     def on_trainer_created(self, trainer: Any) -> None:
         """Keep a reference to the Trainer, because transformers does not pass its running sums to callbacks. Give the Trainer the writer of checkpoints."""
@@ -231,7 +231,7 @@ class CheckpointStager(TrainerCallback):
             tokens = self._window.require_finite(model, state.global_step)
             self._unlogged_token_count = 0 if control.should_log else tokens  # the log line at this step adds the tokens to the state
         is_last = self._is_stopping or state.global_step >= state.max_steps
-        self._writer.writes_in_background = not is_last and self._copies_fit_in_memory()  # After the last step, no training continues while files are written.
+        self._writer.writes_in_background = not is_last and self._copies_fit_in_memory()  # After the last step, there is no training to continue.
         if is_last:
             self._writer.release_copies()
 
@@ -241,7 +241,10 @@ class CheckpointStager(TrainerCallback):
         self._writer.wait()
 
     def _copies_fit_in_memory(self) -> bool:
-        """Whether host memory can hold the copies of the training state. Decided once, at the first checkpoint, because later copies use the same memory."""
+        """Whether host memory can hold the copies of the training state.
+
+        Decided once, at the first checkpoint, because later checkpoints reuse the memory of its copies.
+        """
         if self._trainer is None:
             return False
         if self._memory_suffices is None:
@@ -272,14 +275,14 @@ class CheckpointStager(TrainerCallback):
             raise TrainingStopped(step)
 
     def _report_files(self, step: int, folder: Path, checkpoint_facts: dict[str, Any]) -> None:
-        """Report that the files of this rank are complete. Called in the background thread if that thread has written them."""
+        """Report that the files of this rank are complete. If the background thread wrote the files, it also calls this method."""
         if self._channel.local_rank == 0:
             self._last_size_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         self._channel.report_staged_files(step, folder, **checkpoint_facts)
 
 
 class PauseReporter(TrainerCallback):
-    """Reports for how long training waited for evaluations and checkpoints. The Trainer must call it after `CheckpointStager`."""
+    """Reports for how long training waited for evaluations and checkpoints. The Trainer must call this callback after `CheckpointStager`."""
 
     def __init__(self, channel: Channel, stager: CheckpointStager) -> None:
         self._channel, self._stager = channel, stager
@@ -300,7 +303,7 @@ class PauseReporter(TrainerCallback):
         self._stager.wait_seconds = 0.0
 
     def _report(self, pause_name: str, earlier_seconds: float) -> None:
-        """Report a pause that ends now. `earlier_seconds`: seconds of the pause before `_last_event_time`."""
+        """Report a pause that ends now. `earlier_seconds`: duration of the part of the pause before `_last_event_time`."""
         now = time.monotonic()
         if self._channel.local_rank == 0:
             self._channel.report_pause(pause_name, now - self._last_event_time + earlier_seconds)

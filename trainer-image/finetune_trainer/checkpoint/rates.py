@@ -16,7 +16,7 @@ KEPT_SETTINGS = ("betas", "eps", "weight_decay")
 def load_states_keeping_settings(optimizer: Any, scheduler: Any, load_states: Callable[[], None]) -> None:
     """Run `load_states`, which loads state and settings of the optimizer and the scheduler, and then restore the settings that were in effect before.
 
-    If the scheduler has no base rates (such as ReduceLROnPlateau), the loaded learning rate stays.
+    A scheduler without base rates, such as ReduceLROnPlateau, keeps the learning rate of the checkpoint.
     """
     base_rates = list(getattr(scheduler, "base_lrs", ()))
     settings = [{name: group[name] for name in KEPT_SETTINGS if name in group} for group in _parameter_groups(optimizer)]
@@ -34,7 +34,7 @@ def _parameter_groups(optimizer: Any) -> list[dict[str, Any]]:
 
 
 def _scale_rates(parameter_group: dict[str, Any], scheduler: Any, index: int, base_rate: float, factor: float) -> None:
-    """Set the base rate of the parameter group with this index, and multiply its current rate by `factor`."""
+    """Set the base learning rate of the parameter group with this index, and multiply the group's current learning rate by `factor`."""
     scheduler.base_lrs[index] = base_rate
     scheduler._last_lr[index] *= factor
     parameter_group["initial_lr"] = base_rate

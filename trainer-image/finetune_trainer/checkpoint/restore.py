@@ -53,7 +53,7 @@ class RestoreResult:
     ancestor_checkpoints: list[CommittedCheckpoint] = field(default_factory=list)
     """The job's own checkpoints up to the restored step."""
     skipped_checkpoints: list[CommittedCheckpoint] = field(default_factory=list)
-    """The job's own checkpoints after the restored step: damaged, or later than the step of a rollback."""
+    """The job's own checkpoints after the restored step. Each of them is damaged or not trusted, or it is later than the step of a rollback."""
 
     @property
     def step(self) -> int:
@@ -68,19 +68,19 @@ def restore(
     """Find, check and download the checkpoint to resume from.
 
     `is_wanted` selects by path the files that this pod needs; `attempt` is the number of this pod's attempt. A URI in `checkpoint.resume`
-    is used only while the job has no checkpoints of its own. This function lists the job's own checkpoints, because the operator may not
-    know the newest: if a queue reclaims the quota of a running job, the same attempt starts again later.
+    is used only while the job has no checkpoints of its own. This function lists the job's own checkpoints in storage, because the operator may not
+    know the newest checkpoint. For example, a queue may reclaim the quota of a running job and start the same attempt again later.
 
     Errors: NoCheckpointError with code `NoLoadableCheckpoint` if the job has made progress and no checkpoint can be loaded. ConfigError
-    with code `CheckpointIncompatible` if the newest undamaged checkpoint belongs to a different run; its message names the difference.
+    with code `CheckpointIncompatible` if the newest undamaged checkpoint belongs to a different run; the error's message names the difference.
     """
     own_checkpoints, unreadable_steps = tree.list_committed_and_damaged()
     result = RestoreResult(skipped_checkpoints=own_checkpoints)
     if resume_config.max_step is None:
         candidates = own_checkpoints
     else:
-        # Checkpoints of the attempts after the rollback remain candidates. If `run.json` does not name the first of these attempts,
-        # only the current attempt is known to be one of them.
+        # Checkpoints of attempts that began after the rollback remain candidates. If `run.json` does not name the first of these attempts, only the
+        # current attempt is known to have begun after the rollback.
         first_attempt = resume_config.rolled_back_attempt or attempt
         candidates = [
             one for one in own_checkpoints
@@ -104,8 +104,8 @@ def restore(
         reached_step = resume_config.expect_step or max([*(one.step or 0 for one in candidates), *unreadable_steps])
         raise NoCheckpointError(
             "NoLoadableCheckpoint", f"the job had reached step {reached_step}, and no checkpoint can be loaded: {reasons}",
-            hint="restore the objects, or create a new FineTuneJob: it continues from the checkpoint that checkpoint.resume names (name one that you trust); "
-            "without checkpoint.resume, it starts again",
+            hint="restore the objects in storage, or create a new FineTuneJob, which continues from the checkpoint that its checkpoint.resume names "
+            "(name one that you trust); without checkpoint.resume, the new job starts at step 0",
         )  # fmt: skip
     return result
 
@@ -114,8 +114,8 @@ def find_reason_for_distrust(tree: CheckpointTree, candidate: CommittedCheckpoin
     """Return why a checkpoint in the job's own folder may be forged, or None if it is trusted. Only trusted checkpoints are downloaded.
 
     `known_checkpoints` has the sha256 of the manifest of each checkpoint in the job's status. A checkpoint that is not in the status is trusted if it is
-    signed with the job's key. Without a key, or if the strategy's checkpoints cannot contain code, such a checkpoint is trusted
-    too, so that no progress is lost.
+    signed with the job's key. Without a key, or if the strategy's checkpoints cannot contain code, a checkpoint that is not in the status is always
+    trusted, so that no progress is lost.
     """
     address, sha256 = tree.uri(candidate.folder), candidate.marker.manifest_sha256
     known_sha256 = resume_config.known_checkpoints.get("/".join(candidate.folder.split("/")[-2:]))
@@ -132,7 +132,7 @@ def _try_to_restore(
     tree: CheckpointTree, candidate: CommittedCheckpoint, run_facts: RunFacts, checkpoints_folder: Path, result: RestoreResult,
     is_wanted: Callable[[str], bool], byte_counter: ByteCounter | None,
 ) -> str | None:  # fmt: skip
-    """Download one checkpoint and fill in `result`. Return why the checkpoint cannot be used, or None."""
+    """Download one checkpoint and fill in `result`. Return why the checkpoint cannot be used, or None if it was restored."""
     manifest = tree.read_manifest(candidate)
     if manifest is None:
         return (
@@ -181,7 +181,7 @@ def _restore_from_uri(
 
 
 def _parse_checkpoint_uri(uri: str) -> tuple[str, str, int]:
-    """Return the root (with the query of a web address), the incarnation's folder (empty if the URI does not name it) and the step."""
+    """Return the root (a web address keeps its query), the incarnation's folder (empty if the URI does not name an incarnation) and the step."""
     address, query = split_query(uri)
     parts = address.rstrip("/").split("/")
     for index in range(len(parts) - 1, 0, -1):
@@ -202,7 +202,7 @@ def fetch_verified(
     is_wanted: Callable[[str], bool],
     byte_counter: ByteCounter | None = None,
 ) -> str | None:
-    """Download the wanted files and compare them with the manifest. Return the first problem, or None.
+    """Download the wanted files and compare them with the manifest. Return the first problem, or None if there is none.
 
     A file that differs from the manifest is removed from the disk.
     """
@@ -232,7 +232,7 @@ def fetch_verified(
 
 
 def is_path_inside_checkpoint(path: str) -> bool:
-    """Whether a path of a manifest stays inside the checkpoint's folder."""
+    """Whether a path in a manifest names a file inside the checkpoint's folder."""
     parts = path.split("/")
     return bool(path) and not path.startswith("/") and not any(part in ("", ".", "..") for part in parts)
 
@@ -265,7 +265,7 @@ def check_compatible(saved_facts: RunFacts, run_facts: RunFacts, uri: str) -> No
         saved_value, run_value = saved_facts.other_inputs.get(word), run_facts.other_inputs.get(word)
         if saved_value and run_value and saved_value != run_value:
             raise ConfigError(
-                "CheckpointIncompatible", f"{uri} was made with another {word}: the contents of its source have changed since",
+                "CheckpointIncompatible", f"{uri} was made with another {word}: the contents of its source have changed since the checkpoint",
                 hint="restore the earlier contents, or write checkpoint.resume: never to start again",
             )  # fmt: skip
     uses_deepspeed = StrategyType.DEEPSPEED in (saved_facts.strategy, run_facts.strategy)
@@ -295,7 +295,7 @@ def find_inexact_reason(saved_facts: RunFacts, run_facts: RunFacts) -> str | Non
         ranks = f"{saved_facts.world_size} ranks made the checkpoint, and {run_facts.world_size} ranks resume"
         return f"{ranks}: the data and batches are the same, but the random numbers differ"
     if saved_facts.micro_batch != run_facts.micro_batch:
-        return "the batch is split differently: the data is the same, but sums are computed in another order"
+        return "the batch is split into micro-batches of another size: the data is the same, but sums are computed in another order"
     if saved_facts.learning_rate is not None and saved_facts.learning_rate != run_facts.learning_rate:
         return (
             f"learningRate was {saved_facts.learning_rate:g} until the checkpoint and is {run_facts.learning_rate:g} from there on"

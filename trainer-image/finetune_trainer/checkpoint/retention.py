@@ -23,7 +23,7 @@ class RetentionCandidate:
 
 
 def find_best_step(checkpoints: Iterable[RetentionCandidate]) -> int | None:
-    """Return the step with the lowest validation loss, the earliest if several are equal; None if no checkpoint has a loss."""
+    """Return the step with the lowest validation loss (the earliest of several equal ones), or None if no checkpoint has a validation loss."""
     evaluated = [(kept.eval_loss, kept.step) for kept in checkpoints if kept.eval_loss is not None]
     return min(evaluated)[1] if evaluated else None
 
@@ -31,9 +31,9 @@ def find_best_step(checkpoints: Iterable[RetentionCandidate]) -> int | None:
 def choose_steps_to_remove(
     checkpoints: Sequence[RetentionCandidate], keep_count: int, *, pinned_steps: Iterable[int] = (), is_run_finished: bool = False
 ) -> list[int]:
-    """Return the steps whose checkpoints are removed, oldest first. `keep_count` is the number of newest checkpoints to keep; 0 keeps all.
+    """Return the steps whose checkpoints must be removed, oldest first. `keep_count` is the number of newest checkpoints to keep; 0 keeps all.
 
-    If `is_run_finished`, the two newest healthy checkpoints may also be removed.
+    If `is_run_finished`, the two newest healthy checkpoints are not protected.
     """
     if keep_count == 0:
         return []

@@ -1,7 +1,6 @@
 """Computes the space that a checkpoint needs on the pod's disk, and in host memory while it is written in the background.
 
-The size of the first checkpoint is estimated. All ranks get the same answer, because either all of them or none must
-save a checkpoint.
+The size of the first checkpoint is estimated. All ranks get the same result, because either all ranks or none must save a checkpoint.
 """
 
 from __future__ import annotations
@@ -22,16 +21,16 @@ MEMORY_RESERVE_BYTES = 256 * 1024 * 1024
 OPTIMIZER_BYTES_PER_PARAMETER = 8
 """Bytes of optimizer state for each trained parameter (Adam's two moments), to estimate the size of the first checkpoint."""
 SHARDED_MEMORY_FACTOR = 2
-"""Host memory that sharded training needs, divided by the size of the copied state: FSDP gathers weights and optimizer state in host memory before
-they are copied. DeepSpeed also copies the optimizer state, and saves its own 32-bit weights."""
+"""Host memory that a checkpoint of sharded training needs, divided by the size of the copied state. With FSDP, weights and optimizer state are
+gathered in host memory before they are copied. With DeepSpeed, the optimizer state is copied too, and DeepSpeed's own 32-bit weights are saved."""
 
 
 @dataclass(frozen=True)
 class CopySpace:
-    """Needed and available host memory in bytes, in the pod with the least memory to spare."""
+    """Needed and available host memory in bytes, in the pod that would have the least memory left after copying."""
 
     needed_bytes: int
-    """Bytes of the copies of all ranks of the pod."""
+    """Bytes that the copies of all ranks of the pod need together."""
     available_bytes: int
 
     @property
@@ -41,7 +40,10 @@ class CopySpace:
 
 
 def has_disk_space(training_arguments: Any, world_size: int, last_size_bytes: int, model: Any) -> bool:
-    """Whether the disks of all ranks can hold another checkpoint. All ranks get the same result. `last_size_bytes`: bytes of the last checkpoint, or 0."""
+    """Whether the disks of all ranks can hold another checkpoint.
+
+    All ranks get the same result. `last_size_bytes`: size of the last checkpoint, or 0 before the first.
+    """
     has_space = free_bytes(Path(str(training_arguments.output_dir)).parent) > (last_size_bytes or estimate_first_checkpoint_bytes(model)) + DISK_RESERVE_BYTES
     return min(_gather_from_ranks(int(has_space), world_size, training_arguments.device)) == 1
 
@@ -56,7 +58,7 @@ def measure_copy_space(trainer: Any, world_size: int) -> CopySpace:
 
 
 def count_copied_bytes(trainer: Any) -> int:
-    """Return the bytes that this rank copies for a checkpoint: the weights if it writes them, and the part of the optimizer's state that it writes."""
+    """Return how many bytes this rank copies for a checkpoint: the weights if this rank writes them, and the part of the optimizer's state that it writes."""
     is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     weights = sum(_count_bytes(weight) for weight in _written_weights(trainer.model)) if trainer.args.should_save else 0
     moments = 0
@@ -72,7 +74,7 @@ def estimate_first_checkpoint_bytes(model: Any) -> int:
 
 
 def _written_weights(model: Any) -> list[Any]:
-    """Return the weights in a checkpoint: those of the adapter, or all weights of a model without an adapter."""
+    """Return the weights that a checkpoint contains: the trained weights of a model with an adapter, or all weights of a model without an adapter."""
     if model is None:
         return []
     has_adapter = hasattr(model, "peft_config") or hasattr(getattr(model, "module", None), "peft_config")
@@ -86,12 +88,12 @@ def _state_tensors(optimizer: Any) -> Iterator[Any]:
 
 
 def _count_bytes(tensor: Any) -> int:
-    """Return the bytes of a tensor, or of the whole tensor of which it is a shard."""
+    """Return the size of a tensor in bytes. For a shard of DeepSpeed, return the size of the whole tensor."""
     return int(getattr(tensor, "ds_numel", None) or tensor.numel()) * int(tensor.element_size())
 
 
 def _gather_from_ranks(own_value: int, world_size: int, device: Any) -> list[int]:
-    """Return the values of all ranks, in the order of the ranks. A collective: every rank must call it."""
+    """Return the values of all ranks, in the order of the ranks. A collective: every rank must call this function."""
     if world_size == 1:
         return [own_value]
     values = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world_size)]

@@ -1,9 +1,8 @@
 """Makes all ranks of a gang stop at the same step, even if only one pod receives the signal.
 
 A thread in each rank watches the local stop file and a key in the gang's TCPStore. When a stop is requested, each rank
-publishes its current step; all ranks stop one step after the highest published step. After publishing, a rank waits at the end
-of its current step until the agreed step is known, so that no rank runs past the agreed step. Until a stop is requested, the training
-loop only compares two variables per step.
+publishes its current step; all ranks stop one step after the highest published step. A rank that has published its step waits at the end of this step
+until the agreed step is known, so that no rank runs past the agreed step. Until a stop is requested, the training loop only compares two variables per step.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ class GangStore(Protocol):
         """Whether all keys exist, without waiting."""
 
     def get_all(self, keys: Iterable[str], timeout_seconds: float) -> list[str]:
-        """Return the values of all keys. Wait for missing keys, and raise an error after `timeout_seconds`."""
+        """Return the values of all keys. If a key is missing, wait for it, and raise an error after `timeout_seconds`."""
 
 
 class SingleRankStore:
@@ -111,7 +110,7 @@ class StopAgreement:
         """
         if not self._has_published_step and self._stop_step is None:
             self._current_step = step
-            if not self._has_published_step:  # Check again: either this thread sees the flag, or the watching thread sees the new step.
+            if not self._has_published_step:  # Check again, so that this thread sees the flag or the watching thread sees the new step.
                 return False
         with self._agreement_changed:
             self._agreement_changed.wait_for(lambda: self._stop_step is not None or self._failure is not None)
@@ -139,7 +138,7 @@ class StopAgreement:
                 self._agreement_changed.notify_all()
 
     def _agree_on_step(self) -> None:
-        # Set the flag before reading the step. If a step ends between the two, this thread publishes its number, or the rank waits in `must_stop`.
+        # Set the flag before reading the step. If a step ends in between, this thread publishes that step, or the training thread waits in `must_stop`.
         self._has_published_step = True
         self._gang_store.set(f"at-{self._channel.rank}", str(self._current_step))
         keys = [f"at-{rank}" for rank in range(self._channel.world_size)]

@@ -1,10 +1,9 @@
 """Reads and commits the checkpoints and the final model of a job in storage.
 
 An incarnation is one start of an attempt (`a2-1f3c9a2b`: attempt 2, begun in pod 1f3c9a2b). Each incarnation writes to its own folder, so that
-the files of two incarnations never mix. A commit writes the data and then
-the manifest, checks that every object exists with the right size, and creates the marker last, on condition that no marker
-exists. If the existing marker names this incarnation's manifest, an earlier request of this incarnation created it, but the response was lost.
-If the existing marker names another manifest, this incarnation is fenced out and must end.
+the files of two incarnations never mix. A commit writes the data and then the manifest, and checks that every object exists with the right size. Then,
+it creates the marker, on condition that no marker exists. If the existing marker names this incarnation's manifest, an earlier request of this
+incarnation created it, but the response was lost. If the existing marker names another manifest, this incarnation is fenced out and must end.
 """
 
 from __future__ import annotations
@@ -37,12 +36,12 @@ PARTS_FOLDER = ".parts"
 UPLOAD_INCOMPLETE_CODE = "UploadIncomplete"
 PART_POLL_SECONDS = 0.2
 MAX_MARKER_TRIES = 10
-"""How often to try to create or read a marker: in some stores, a new object can be read only after a delay."""
+"""Maximum number of tries to create or read a marker. Several tries are needed because, in some stores, a new object can be read only after a delay."""
 
 
 @dataclass(frozen=True)
 class CommittedFolder:
-    """A committed folder outside the folders of jobs, for example prepared rows."""
+    """A committed folder outside the folders of jobs, for example a folder with prepared rows."""
 
     marker_folder: str
     """Key of the folder that holds the marker."""
@@ -72,7 +71,7 @@ class CommittedCheckpoint:
 
 @dataclass(frozen=True)
 class SweepResult:
-    """The number of objects and unfinished uploads that a sweep removed, and its first error."""
+    """The number of objects and unfinished uploads that a sweep removed, and the first error of the sweep."""
 
     removed_count: int
     first_error: FineTuneError | None = None
@@ -130,14 +129,14 @@ class CheckpointTree:
         return self._signing_key is not None
 
     def is_signed(self, checkpoint: CommittedCheckpoint | CommittedFolder) -> bool:
-        """Whether the manifest that the marker names is signed with this tree's key. Write access to the store is not enough to sign."""
+        """Whether the manifest that the marker names is signed with this tree's key. A pod that can write to the store but has no key cannot sign."""
         if self._signing_key is None:
             return False
         expected_signature = sign_manifest(self._signing_key, checkpoint.folder, checkpoint.marker.manifest_sha256)
         return hmac.compare_digest(self.store.get(join_key(checkpoint.folder, Storage.SIGNATURE)) or b"", expected_signature.encode())
 
     def get_committed(self, step: int | None, is_healthy: bool = False) -> CommittedCheckpoint | None:
-        """Return the committed checkpoint of a step, or the final model if `step` is None. Return None if nothing is committed there."""
+        """Return the committed checkpoint of a step, or the final model if `step` is None. Return None if it is not committed."""
         marker = self._read_marker(checkpoint_folder_key(step))
         return CommittedCheckpoint(step, marker, is_healthy) if marker else None
 
@@ -156,7 +155,7 @@ class CheckpointTree:
         return CommitMarker.parse(data) if data is not None else None
 
     def read_manifest(self, checkpoint: CommittedCheckpoint | CommittedFolder) -> Manifest | None:
-        """Return the manifest that the marker names, or None if it is missing or has another sha256."""
+        """Return the manifest that the marker names, or None if the manifest is missing or its sha256 differs from the one in the marker."""
         data = self.store.get(join_key(checkpoint.folder, Storage.MANIFEST))
         if data is None or sha256_bytes(data) != checkpoint.marker.manifest_sha256:
             return None
@@ -166,7 +165,7 @@ class CheckpointTree:
             return None
 
     def is_complete(self, checkpoint: CommittedCheckpoint) -> bool:
-        """Whether the manifest that the marker names exists, and every object that it lists exists with the right size. No object is downloaded."""
+        """Whether the manifest that the marker names exists, and every file in the manifest exists with the right size. No file is downloaded."""
         manifest = self.read_manifest(checkpoint)
         return manifest is not None and not self._is_swept(checkpoint.folder, manifest)
 
@@ -180,7 +179,7 @@ class CheckpointTree:
         return entries
 
     def report_part(self, folder_key: str, incarnation: str, node_rank: int, entries: list[FileEntry] | None) -> None:
-        """Report to rank 0's pod which files this pod has uploaded. If `entries` is None, this pod skips the checkpoint."""
+        """Report to rank 0's pod which files this pod has uploaded. If `entries` is None, report that this pod skips the checkpoint."""
         part = UploadedPart(node=node_rank, files=entries or [], dropped=entries is None)
         self.store.put(
             join_key(folder_key, incarnation, PARTS_FOLDER, f"node-{node_rank}.json"), part.model_dump_json(by_alias=True).encode()
@@ -189,7 +188,7 @@ class CheckpointTree:
     def wait_for_parts(
         self, folder_key: str, incarnation: str, node_count: int, timeout_seconds: float, must_give_up: Callable[[], bool]
     ) -> list[FileEntry]:
-        """Wait until the other pods (1 .. nodes-1) have uploaded their files. Returns the manifest entries of these files.
+        """Wait until all pods except rank 0's pod have uploaded their files. Returns the manifest entries of these files.
 
         Errors: PeerError `PartMissing` if a pod skips the checkpoint or does not report within `timeout_seconds` seconds, or if
         `must_give_up` returns True.
@@ -212,7 +211,10 @@ class CheckpointTree:
 
     @staticmethod
     def merge_parts(folder_key: str, own_entries: list[FileEntry], other_entries: list[FileEntry]) -> list[FileEntry]:
-        """Return the entries of all pods, each path once. Errors: StorageError `PartsDiffer` if two pods wrote different contents of one file."""
+        """Return the manifest entries of all pods, with one entry for each path.
+
+        Errors: StorageError `PartsDiffer` if two pods wrote different contents to one path.
+        """
         entries_by_path: dict[str, FileEntry] = {}
         for entry in (*own_entries, *other_entries):
             first_entry = entries_by_path.setdefault(entry.path, entry)
@@ -223,7 +225,7 @@ class CheckpointTree:
     def commit(self, folder_key: str, manifest: Manifest, *, replaceable_marker: CommitMarker | None = None) -> CommitMarker:
         """Write the manifest, check that every object exists, and create the marker.
 
-        An existing marker is replaced if it equals `replaceable_marker` (a checkpoint that this attempt skipped at its start), if it is not
+        An existing marker is replaced if it equals `replaceable_marker` (the marker of a checkpoint that this attempt skipped at its start), if it is not
         valid, or if an earlier attempt created it. (An earlier attempt may still run on a node that the operator cannot reach.)
         Errors: StorageError `UploadIncomplete` if an object is missing or has another size; FencedOutError if a later attempt has
         begun, or if another incarnation of this attempt has committed the step.
@@ -251,11 +253,11 @@ class CheckpointTree:
         return marker
 
     def begin_attempt(self, attempt: int, run_json: bytes) -> None:
-        """Store the attempt's run configuration (`run.json`). Afterwards, earlier attempts can no longer commit."""
+        """Store the attempt's run configuration (`run.json`). After this call, earlier attempts can no longer commit."""
         self.store.put(join_key(Storage.RUN, attempt_folder(attempt), RUN_FILE_NAME), run_json)
 
     def require_newest_attempt(self, attempt: int) -> None:
-        """Check that no later attempt has begun. Errors: FencedOutError if one has begun."""
+        """Check that no later attempt has begun. Errors: FencedOutError if a later attempt has begun."""
         if self.is_superseded(attempt):
             raise FencedOutError("FencedOut", f"a later attempt has begun; this attempt, {attempt}, must end")
 
@@ -265,7 +267,7 @@ class CheckpointTree:
         return any(number is not None and number > attempt for number in begun_attempts)
 
     def _remove_marker(self, folder_key: str, marker: CommitMarker) -> None:
-        """Remove a marker because its files were removed, unless another marker has replaced it."""
+        """Remove the marker of a checkpoint or model whose files were removed, unless another marker has replaced it."""
         if self._read_marker(folder_key) == marker:
             self.store.delete([join_key(folder_key, Storage.COMMITTED)])
 
@@ -308,7 +310,7 @@ class CheckpointTree:
                 raise StorageError(UPLOAD_INCOMPLETE_CODE, f"{self.uri(join_key(folder, entry.path))} {problem} after its upload")
 
     def _is_swept(self, folder: str, manifest: Manifest) -> bool:
-        """Whether an object of this checkpoint is missing, because the sweep of another incarnation removed it."""
+        """Whether the sweep of another incarnation removed an object of this checkpoint, so that the object is missing."""
         if self.store.stat(join_key(folder, Storage.MANIFEST)) is None:
             return True
         try:
@@ -334,7 +336,7 @@ class CheckpointTree:
         self.store.delete([key for key in keys if key not in manifests])
 
     def sweep(self) -> SweepResult:
-        """Remove the leftovers of killed incarnations: files that no marker names, and unfinished uploads.
+        """Remove the leftovers of killed incarnations: files that do not belong to a committed checkpoint or model, and unfinished uploads.
 
         Call this only while no other incarnation can commit. Errors are returned instead of raised, because leftovers only cost space.
         """
@@ -361,10 +363,10 @@ class CheckpointTree:
         return sum(map(len, unreferenced.values()))
 
     def _remove_marker_of_swept_files(self, folder_key: str, swept_keys: list[str]) -> None:
-        """Remove a marker that a fenced incarnation created while this sweep removed its files.
+        """Remove the marker that a fenced incarnation created while this sweep removed the files of the incarnation.
 
         The fenced incarnation checks its files after it has created the marker. This sweep checks the marker after it has deleted the files.
-        So at least one of the two detects the conflict.
+        So at least the incarnation or the sweep detects the conflict.
         """
         marker = self._read_marker(folder_key)
         if marker is not None and any(key.startswith(join_key(folder_key, marker.path) + "/") for key in swept_keys):

@@ -1,8 +1,8 @@
 """Uploads and commits staged checkpoints while training continues.
 
 One upload runs at a time, and at most one checkpoint is queued. A newer checkpoint replaces the queued checkpoint, and a note
-in the status reports the replacement. The checkpoint of a graceful stop is never dropped. A commit marks the previous checkpoints as
-healthy and removes old checkpoints.
+in the status reports the replacement. The checkpoint of a graceful stop is never dropped. After each commit, the uploader marks the previous
+checkpoints as healthy and removes old checkpoints.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class StagedCheckpoint:
     folder: Path
     incarnation: str
     is_graceful_stop: bool = False
-    """Whether the checkpoint was saved because of a stop request. No later checkpoint follows."""
+    """Whether the checkpoint was saved because of a stop request. After such a checkpoint, the attempt saves no other."""
     rank0_report: dict[str, Any] = field(default_factory=dict)
     """Fields of rank 0's report: epoch, samples, tokens, evalLoss, outputKind, extra."""
 
@@ -79,7 +79,7 @@ class KeepPolicy:
 
 
 class Uploader:
-    """The uploader of one pod. Rank 0's pod commits; the other pods upload their files and report them."""
+    """The uploader of one pod. Rank 0's pod commits. Each other pod uploads its files and reports to rank 0's pod which files it uploaded."""
 
     def __init__(
         self, tree: CheckpointTree, reporter: CheckpointReporter, run_facts: RunFacts, keep_policy: KeepPolicy, *, job_id: str, attempt: int,
@@ -98,7 +98,7 @@ class Uploader:
         self._is_closing = False
         self._candidate_by_step: dict[int, RetentionCandidate] = {}
         self._skipped_marker_by_step: dict[int | None, CommitMarker] = {}
-        """Markers of the checkpoints after the restored step, by step. If this attempt repeats such a step, its new checkpoint replaces the old one."""
+        """Markers of the checkpoints after the restored step, by step. If this attempt repeats one of these steps, its new checkpoint replaces the old one."""
         self._newest_own_step = 0
         """Newest step that this incarnation has committed."""
         self._unsaved_since: float | None = None
@@ -110,7 +110,7 @@ class Uploader:
         self._counted_retries = tree.store.retries
         self.output: Output | None = None
         self.uploaded_step = 0
-        """Newest step whose files this pod has uploaded. Not set in rank 0's pod, which commits."""
+        """Newest step whose checkpoint files this pod has uploaded. Stays 0 in rank 0's pod."""
         self._thread = threading.Thread(target=self._run_uploads, name="uploader", daemon=True)
         self._thread.start()
 
@@ -118,7 +118,10 @@ class Uploader:
 
     @property
     def failure(self) -> FineTuneError | None:
-        """Why the uploader has stopped uploading: this incarnation is fenced out, or the final model could not be stored. None if it has not stopped."""
+        """Why the uploader has stopped uploading: this incarnation is fenced out, or the final model could not be stored.
+
+        None if the uploader has not stopped.
+        """
         return self._failure
 
     @property
@@ -133,15 +136,15 @@ class Uploader:
             self._reporter.add_checkpoint(checkpoint)
 
     def add_skipped(self, committed: Iterable[CommittedCheckpoint]) -> None:
-        """Add the committed checkpoints after the restored step. They are damaged, or later than the step of a rollback.
+        """Add the committed checkpoints after the restored step. Each of them is damaged or not trusted, or it is later than the step of a rollback.
 
-        They do not count as progress, and a later commit does not mark them healthy. A skipped checkpoint is replaced when this
+        These checkpoints do not count as progress, and a later commit does not mark them healthy. A skipped checkpoint is replaced when this
         attempt commits the same step, or removed when this attempt commits a later step.
         """
         self._skipped_marker_by_step |= {one.step: one.marker for one in committed}
 
     def enqueue(self, staged: StagedCheckpoint) -> None:
-        """Queue a staged checkpoint or the final model. The uploader removes its folder after the upload."""
+        """Queue a staged checkpoint or the final model. The uploader removes the local folder after the upload."""
         dropped_checkpoint = None
         if staged.step is not None:
             self.record_unsaved()
@@ -158,7 +161,7 @@ class Uploader:
             self._drop_staged(dropped_checkpoint, staged.step)
 
     def record_unsaved(self) -> None:
-        """Record that a checkpoint is due now. It counts as unsaved until the next commit."""
+        """Record that a checkpoint is due now. The checkpoint counts as unsaved until the next commit."""
         with self._state_changed:
             now = time.monotonic()
             self._interval_seconds = now - self._last_due_time if self._last_due_time else 0.0
@@ -198,7 +201,7 @@ class Uploader:
             ).start()
 
     def _report_skipped_part(self, skipped_checkpoint: StagedCheckpoint) -> None:
-        """Report to rank 0's pod that this pod skips the checkpoint, so that rank 0's pod does not wait for its files."""
+        """Report to rank 0's pod that this pod skips the checkpoint, so that rank 0's pod does not wait for this pod's files."""
         with contextlib.suppress(FineTuneError):
             self.tree.report_part(checkpoint_folder_key(skipped_checkpoint.step), skipped_checkpoint.incarnation, self._node_rank, None)
 
@@ -279,7 +282,10 @@ class Uploader:
             self._state_changed.wait_for(lambda: self._is_closing, RETRY_PAUSE_SECONDS)
 
     def _record_failure(self, staged: StagedCheckpoint, error: FineTuneError) -> None:
-        """Record that an upload failed. If it was a checkpoint, the status reports it; if it was the final model, the attempt ends."""
+        """Record that an upload failed.
+
+        A failed upload of a checkpoint is reported in the job's status; a failed upload of the final model ends the attempt.
+        """
         log.error("step %s could not be stored: %s", staged.step, error)
         self._reporter.increment_counter("checkpoint_failures")
         if staged.step is None:
@@ -327,7 +333,7 @@ class Uploader:
         return self._queued_checkpoint is not None and self._queued_checkpoint.is_graceful_stop
 
     def _record_saved(self) -> None:
-        """Record that a checkpoint is saved. If another checkpoint is queued, that one still counts as unsaved."""
+        """Record that a checkpoint is saved. If another checkpoint is queued, the queued checkpoint still counts as unsaved."""
         with self._state_changed:
             self._unsaved_since = self._queued_since if self._queued_checkpoint is not None else None
 
@@ -361,7 +367,7 @@ class Uploader:
                     self._reporter.mark_checkpoint_healthy(step)
 
     def apply_retention(self, *, is_run_finished: bool = False) -> None:
-        """Remove the checkpoints that the policy does not keep. If storage refuses a removal, the checkpoint stays and a note is added."""
+        """Remove the checkpoints that the keep policy does not protect. If storage refuses a removal, the checkpoint stays and a note is added."""
         steps = choose_steps_to_remove(
             list(self._candidate_by_step.values()), self._keep_policy.keep_count, pinned_steps=self._keep_policy.pinned_steps, is_run_finished=is_run_finished
         )

@@ -1,9 +1,8 @@
 """Saves the sums of the current logging window in the checkpoint.
 
-A logged loss is a mean over `tracking.loggingSteps` steps (the logging window), and a checkpoint may be saved within such a window. When
-transformers resumes, it starts a new sum, so that a resumed run would log a mean over fewer steps than an uninterrupted run. Each rank
-therefore writes its sums to the checkpoint and restores them, so that both runs log the same values. Before a checkpoint is saved,
-the sums also show whether the loss is finite.
+A logged loss is a mean over `tracking.loggingSteps` steps (the logging window), and a checkpoint may be saved within such a window. When transformers
+resumes, it starts a new sum. A resumed run would then log a mean over fewer steps than an uninterrupted run. Each rank therefore writes its sums to
+the checkpoint and restores them, so that both runs log the same values. Before a checkpoint is saved, the sums also show whether the loss is finite.
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ from finetune_trainer.library_internals import (
 WINDOW_FILE = "window-{rank}.json"
 TRAIN_MODE = "train"
 STORED_SUM_NAMES = {"trained": "learned", "positions": "places", "correct_letters": "right"}
-"""The stored name of each sum that was renamed after version 0.1.0. Checkpoints keep the old names, so that both older and newer
-versions can read them."""
+"""The stored name of each sum that was renamed after version 0.1.0. Checkpoints keep the old names, so that older and newer versions of the trainer
+can read them."""
 CURRENT_SUM_NAMES = {stored: name for name, stored in STORED_SUM_NAMES.items()}
 
 
@@ -51,7 +50,7 @@ class WindowSums(LenientModel):
 
 
 class LoggingWindow:
-    """The sums of one rank's current logging window. transformers and TRL keep them in attributes of the trainer."""
+    """The sums of one rank's current logging window. transformers and TRL keep these sums in attributes of the trainer."""
 
     def __init__(self, trainer: Any, rank: int, world_size: int) -> None:
         self._trainer, self._rank, self._world_size = trainer, rank, world_size
@@ -96,9 +95,9 @@ class LoggingWindow:
         return metric_lists(self._trainer)
 
     def require_finite(self, model: Any, step: int) -> int:
-        """Check that the loss and the weights of all ranks are finite. Returns the tokens of the current window over all ranks.
+        """Check that the loss and the weights of all ranks are finite. Returns the number of tokens of all ranks in the current window.
 
-        A collective: every rank must call it. Errors: DivergedError `LossNotFinite`, `WeightsNotFinite`.
+        A collective: every rank must call this method. Errors: DivergedError `LossNotFinite`, `WeightsNotFinite`.
         """
         loss, weights = loss_sum(self._trainer), _local_weight_norm(model)
         tokens = _to_number(self._own_sums().get("tokens", 0))
@@ -118,7 +117,10 @@ class LoggingWindow:
 
 
 def _redistribute_sums(all_sums: list[WindowSums], *, is_first_rank: bool) -> WindowSums:
-    """Return the sums of one rank after the number of ranks has changed. Each rank gets the mean loss; the first rank gets the totals of all other sums."""
+    """Return the sums of one rank after the number of ranks has changed.
+
+    Each rank gets the mean of the ranks' loss sums; the first rank also gets the totals of this package's other sums.
+    """
     names = {name for one in all_sums for name in one.ours} if is_first_rank else set()
     return WindowSums(
         since=all_sums[0].since, loss=sum(one.loss for one in all_sums) / len(all_sums),

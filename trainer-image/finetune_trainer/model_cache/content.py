@@ -1,11 +1,11 @@
-"""Compares files with the hashes that their source names. Each file is read once, in blocks.
+"""Compares files with the hashes that the source of the files states. Each file is read once, in blocks.
 
 An expected hash has one of these forms:
 
 * `sha256:<hex>`: large files of the hub.
 * `git-blob:<hex>`: small files of the hub. The hash is git's object id.
 * `md5:<hex>`: the ETag of an S3 object.
-* `md5-parts:<hex>-<n>`: the ETag of an S3 object that was uploaded in n parts. It is the MD5 of the MD5s of the parts (S3 user guide, "Checking
+* `md5-parts:<hex>-<n>`: the ETag of an S3 object that was uploaded in n parts. The hash is the MD5 of the MD5s of the parts (S3 user guide, "Checking
   object integrity"). The ETag does not contain the part size, so all usual part sizes are tried.
 """
 
@@ -154,7 +154,7 @@ def check_files(
 
 
 def _check_file(folder: Path, file: SourceFile, copy_to: Path | None, count_bytes: Callable[[int], None] | None) -> CheckedFile:
-    """Compare one file with its expected hash. If the file cannot be read, the result has a problem. Errors: OSError while writing the copy."""
+    """Compare one file with its expected hash. If the file cannot be read, the result has a problem. Errors: OSError if the copy cannot be written."""
     try:
         stream = open_regular_file(folder / file.name)
     except OSError as error:

@@ -12,7 +12,7 @@ at the source and of the files' hashes.
 <top>/.locks/space               a process that reserves space for a download holds a lock on this file
 ```
 
-All locks are `flock` locks. The kernel releases them when their process ends, so a killed download leaves no lock behind.
+All locks are `flock` locks. The kernel releases the locks of a process when the process ends, so a killed download leaves no lock behind.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from finetune_trainer.model_cache.record import lock_shared
 log = logging.getLogger(__name__)
 
 RECENT_SECONDS = 900.0
-"""A model is removed only if no pod has used it for this time. A pod that needs the model holds no lock between the end of its init container and
-the start of its trainer container."""
+"""A model is removed only if no pod has used it for this time. The pause is needed because a pod that needs the model holds no lock between the end of
+its init container and the start of its trainer container."""
 STALLED_SECONDS = 300.0
 """How long a pod waits for another pod's download that makes no progress."""
 LONGEST_WAIT_SECONDS = 3 * 3600.0
@@ -72,12 +72,12 @@ class EntryRecord(LenientModel):
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """A complete model in the cache. A shared lock keeps it in the cache until this process ends."""
+    """A complete model in the cache. A shared lock keeps the model in the cache until this process ends."""
 
     folder: Path
     record: EntryRecord
     lock: int
-    """Descriptor of the file with the shared lock. It stays open until this process ends."""
+    """Descriptor of the file with the shared lock. The descriptor stays open until this process ends."""
 
     @property
     def files(self) -> Path:
@@ -105,7 +105,8 @@ class CacheLimits:
 class CacheFolder:
     """The cached models of one namespace.
 
-    `top`: the folder whose size is limited. On a node, it contains the folders of all namespaces. `tenant`: name of the namespace's folder.
+    `top`: the folder whose size is limited. If the cache is on a node's disk, `top` contains the folders of all namespaces. `tenant`: name of the
+    namespace's folder.
     """
 
     def __init__(self, top: Path, tenant: str, limits: CacheLimits) -> None:
@@ -136,9 +137,9 @@ class CacheFolder:
         return entry
 
     def remove(self, entry: CacheEntry) -> None:
-        """Remove a damaged model, unless another pod has already replaced it. If this fails, the failure is only logged.
+        """Remove a damaged model, unless another pod has already replaced it. If the removal fails, the failure is only logged.
 
-        Processes that are reading the model can still read its open files.
+        A process that is reading the model can still read the files that it has opened.
         """
         try:
             with contextlib.suppress(FileNotFoundError):
@@ -154,8 +155,8 @@ class CacheFolder:
     ) -> tuple[CacheEntry, bool]:
         """Return the model, and whether the cache had it. If several pods need the same model, one of them downloads it, and the others wait.
 
-        `download` writes the files to the given folder. If it raises an error, the incomplete download is removed first.
-        `log_progress`: receives the bytes that another pod has downloaded so far. Errors: CacheProblem, OSError; errors of `download`.
+        `download` writes the files to the given folder. If `download` raises an error, the incomplete files are removed before the error is raised again.
+        `log_progress`: receives the number of bytes that another pod has downloaded so far. Errors: CacheProblem, OSError; errors of `download`.
         """
         entry = self.find(model_key, files)
         if entry is not None:
@@ -192,7 +193,7 @@ class CacheFolder:
         (partial / ENTRY).write_text(record.model_dump_json(by_alias=True))
         (partial / IN_USE).touch()
         with contextlib.suppress(FileNotFoundError):
-            _discard(self._entries / model_key, self._entries / PARTIAL)  # If this folder exists, it has no valid record.
+            _discard(self._entries / model_key, self._entries / PARTIAL)  # If this folder exists, its record is not valid.
         partial.rename(self._entries / model_key)
 
     @contextlib.contextmanager
@@ -232,7 +233,7 @@ class CacheFolder:
         return partial
 
     def _wait_for_space_lock(self, descriptor: int) -> None:
-        """Wait for the lock. Errors: CacheProblem if another process does not release it, for example because the volume hangs on its node."""
+        """Wait for the lock. Errors: CacheProblem if another process does not release the lock, for example because the volume hangs on its node."""
         started = time.monotonic()
         while not _try_lock(descriptor):
             if time.monotonic() - started > self._limits.stalled_seconds:
@@ -240,7 +241,10 @@ class CacheFolder:
             time.sleep(self._limits.poll_seconds)
 
     def _missing_bytes(self, size: int) -> int:
-        """Return by how many bytes another `size` bytes would exceed the volume or the cache's limit. Running downloads count as complete."""
+        """Return by how many bytes a further download of `size` bytes would exceed the free space of the volume or the cache's limit.
+
+        Running downloads count as complete.
+        """
         pending_size, unwritten = self._measure_running_downloads()
         usage = shutil.disk_usage(self._top)
         missing = size + unwritten - (usage.free - int(usage.total * self._limits.free_share))
@@ -272,7 +276,7 @@ class CacheFolder:
         return [(folder, record) for folder in folders if (record := _read_record(folder)) is not None]
 
     def _evict(self, missing: int, size: int) -> None:
-        """Remove the least recently used models until `missing` bytes are free. Errors: CacheProblem if that is impossible; then none is removed."""
+        """Remove the least recently used models until `missing` bytes are free. Errors: CacheProblem, before any model is removed, if this is impossible."""
         with contextlib.ExitStack() as locks:
             chosen: list[Path] = []
             freed = 0
@@ -341,7 +345,7 @@ def _is_readable(folder: Path) -> bool:
 
 
 def _discard(folder: Path, partial: Path) -> None:
-    """Remove a folder. It is first moved into the folder `partial`, so that no process finds an incomplete model. Errors: OSError."""
+    """Remove a folder. The folder is first moved into the folder `partial`, so that no process finds an incomplete model. Errors: OSError."""
     partial.mkdir(exist_ok=True)
     removed = partial / f".removed-{folder.name}-{os.urandom(4).hex()}"
     folder.rename(removed)
@@ -388,7 +392,7 @@ def _read_last_use_time(folder: Path) -> float:
 
 
 def _measure_progress(folder: Path) -> tuple[int, int]:
-    """Return the bytes of all files below a folder, and the newest modification time of these files, in ns."""
+    """Return the total size of all files below a folder in bytes, and the newest modification time of these files in ns."""
     size = newest = 0
     for parent, _, names in os.walk(folder):
         for name in names:

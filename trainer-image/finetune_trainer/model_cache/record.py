@@ -13,7 +13,7 @@ FILE_NAME = "model-cache.json"
 
 
 def lock_shared(file: Path) -> int | None:
-    """Take a shared lock on a file, and return the file's descriptor. None if the file was removed or is being removed."""
+    """Take a shared lock on a file, and return the file's descriptor. Return None if the file was removed or is being removed."""
     try:
         descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
@@ -29,11 +29,11 @@ def lock_shared(file: Path) -> int | None:
 
 
 class CachedModel(LenientModel):
-    """A verified model: a copy on this pod's disk, or the cached folder, which the trainer container can only read."""
+    """A verified model: either a copy on this pod's disk, or the folder in the cache, to which the trainer container has read-only access."""
 
     source: str = Field(description="Source of the model, as the spec names it.")
     path: Path = Field(description="Folder of the model.")
-    from_cache: bool = Field(description="Whether the cache already had the model. Otherwise, this pod has downloaded it into the cache.")
+    from_cache: bool = Field(description="Whether the cache already had the model. If False, this pod has downloaded the model into the cache.")
     size: int = Field(description="Total size of all files in bytes.")
     hub_revision: str | None = Field(default=None, description="Commit of a hub repository.")
     listing_version: str | None = Field(default=None, description="Version of the files of an S3 source.")
@@ -41,9 +41,9 @@ class CachedModel(LenientModel):
     in_use_file: Path | None = Field(default=None, description="File whose shared lock keeps the model in the cache. None for a copy.")
 
     def hold(self) -> bool:
-        """Lock the model, so that it stays in the cache until this process ends. Returns False if the model was removed before.
+        """Lock the model, so that it stays in the cache until this process ends. Returns False if the model was already removed.
 
-        The locked file is never closed: the kernel releases the lock when the process ends, also if it is killed.
+        The locked file is never closed: the kernel releases the lock when the process ends or is killed.
         """
         if self.in_use_file is None:
             return self.path.is_dir()

@@ -21,7 +21,7 @@ def find_end_time(attempt: AttemptRecord, report: RunReport) -> tuple[datetime |
 
 
 def sum_pod_seconds(report: RunReport) -> tuple[float, bool]:
-    """Return the seconds of all attempts together, and whether this sum is only a lower bound."""
+    """Return the total duration of all attempts in seconds, and whether this sum is only a lower bound."""
     return _weighted_seconds(report, lambda _: 1)
 
 

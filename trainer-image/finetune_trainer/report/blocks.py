@@ -17,13 +17,13 @@ class Cell:
 
 
 def missing_cell(reason: str, label: str = "not measured") -> Cell:
-    """Return the cell of a value that is missing. `label`: the first words of its text."""
+    """Return the cell of a value that is missing. `label`: the first words of the cell's text."""
     return Cell(f"{label}: {reason}", "missing")
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table of the page. The first column names the row."""
+    """A table of the page. The first cell of each row names the row."""
 
     caption: str
     columns: Sequence[str]
@@ -32,13 +32,13 @@ class Table:
     is_narrow: bool = False
     """Whether the table fits beside another narrow table."""
     is_folded: bool = False
-    """Whether only the caption of the table is visible until the reader clicks on it."""
+    """Whether the table is closed, so that only its caption is visible until the reader clicks on the caption."""
     kind: str = field(default="table", init=False)
 
 
 @dataclass(frozen=True)
 class ChartGrid:
-    """Charts side by side. Instead of a chart without values, its title and the reason are shown."""
+    """Charts side by side. For a chart without values, only its title and the reason why it has none are shown."""
 
     drawings: Sequence[Drawing]
     absent: Sequence[tuple[str, str]]

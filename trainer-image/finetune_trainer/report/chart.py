@@ -1,4 +1,4 @@
-"""Computes the positions of lines, ticks and labels of line charts from series of values. The template draws them as SVG."""
+"""Computes the positions of lines, ticks and labels of line charts from series of values. The template draws the charts as SVG."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from finetune_trainer.report.scale import Point, compute_ticks, format_number, r
 
 WIDTH, HEIGHT = 420.0, 236.0
 LEFT, RIGHT, TOP, BOTTOM = 52.0, 14.0, 22.0, 30.0
-"""Margins of the plot in pixels: tick labels are on the left and below, labels of attempts above."""
+"""Margins of the plot in pixels: tick labels are in the left and bottom margins, labels of attempts in the top margin."""
 MAX_POINTS = 400
 """Maximum number of points of a line. More points than pixels would not be visible."""
 MAX_TABLE_ROWS = 40
@@ -26,7 +26,7 @@ class Series:
     name: str
     points: Sequence[tuple[float, float | None]]
     is_dashed: bool = False
-    """Whether the line is dashed and has visible points: for few values, such as evaluations."""
+    """Whether the line is dashed and its points are visible. Used for series with few values, such as evaluations."""
 
     @property
     def measured(self) -> list[Point]:
@@ -44,7 +44,7 @@ class AttemptLine:
 
 @dataclass(frozen=True)
 class ChartData:
-    """The series that a chart shows, with its title and unit. If there are no values, `reason` is shown instead."""
+    """The series that a chart shows, with the chart's title and unit. If no series has a value, `reason` is shown instead of the chart."""
 
     title: str
     unit: str
@@ -132,7 +132,7 @@ def draw_chart(chart: ChartData) -> Drawing | None:
 
 
 def _axis_range(values: Sequence[float], free_space: float) -> tuple[float, float]:
-    """Return the range of an axis, with free space on both sides. If the lowest value is 0, there is no free space below it."""
+    """Return the range of an axis, with free space on both sides. If the lowest value is 0, the range begins at 0."""
     low, high = min(values), max(values)
     if low == high:
         space = (abs(low) * 0.1 or 1.0) if free_space else 1.0
@@ -178,7 +178,8 @@ def _describe_series(series: Series) -> str:
 def _build_table(all_series: Sequence[Series]) -> tuple[list[list[str]], bool]:
     """Return the rows of the table of values, and whether rows are left out. Each row has the values of all series at one step.
 
-    A long table is divided into parts. It keeps the first and the last value, and the lowest and highest value of each part.
+    A long series is divided into parts of equal length. The table keeps the first and the last value of the series, and the lowest and highest value
+    of each part.
     """
     share = MAX_TABLE_ROWS // len(all_series)
     kept = {x for series in all_series for x, _ in reduce_points(series.measured, share)}

@@ -13,7 +13,7 @@ HIDDEN_TEXT = "(hidden)"
 SECRET_NAME = re.compile(r"(token|secret|passw|api_?key|access_?key|credential|_key$|_uri$)", re.IGNORECASE)
 """Names of environment variables that usually hold secrets."""
 MIN_SECRET_LENGTH = 6
-"""Minimum number of characters of a hidden value. Shorter values also occur in ordinary texts."""
+"""Shortest value of a variable that is hidden, in characters. Shorter values are not hidden, because they also occur in ordinary texts."""
 _URL_CREDENTIALS_PATTERN = re.compile(r"(?<=://)[^/@\s]+@")
 
 
@@ -36,7 +36,10 @@ def hide_secrets(text: str, secrets: Iterable[str]) -> str:
 
 
 def flatten_values(value: Any, path: str = "") -> list[tuple[str, str]]:
-    """Return pairs of the dotted path and the text of each value in nested objects. Secrets and values of environment variables are hidden."""
+    """Return pairs of the dotted path and the text of each value in nested objects.
+
+    Secrets and the values of environment variables are replaced by `HIDDEN_TEXT`.
+    """
     if isinstance(value, dict) and value:
         if path.endswith("env[]") and "value" in value:
             value = {**value, "value": HIDDEN_TEXT}

@@ -1,4 +1,4 @@
-"""The data in the report of a run. The supervisor reads them from storage."""
+"""The data in the report of a run. The supervisor reads these data from storage."""
 
 from __future__ import annotations
 
@@ -21,10 +21,12 @@ class DataRecord(LenientModel):
     """`run/data.json` in storage: what the supervisor counted when it checked the rows. A field is None if its check was not requested."""
 
     formats: list[str] = Field(default_factory=list, description="Formats of all sources.")
-    rows: dict[str, int] = Field(default_factory=dict, description="Usable rows by split.")
-    bad_rows: int = Field(default=0, description="Rows that cannot be used and were left out.")
-    duplicates: int | None = Field(default=None, description="Duplicate rows that were left out.")
-    personal_data: dict[str, int] | None = Field(default=None, description="Rows that may hold personal data, by kind.")
+    rows: dict[str, int] = Field(default_factory=dict, description="Number of usable rows, by split.")
+    bad_rows: int = Field(default=0, description="Number of rows that were left out because they cannot be used.")
+    duplicates: int | None = Field(default=None, description="Number of duplicate rows that were left out.")
+    personal_data: dict[str, int] | None = Field(
+        default=None, description="Number of rows that may contain personal data, by kind of data."
+    )
     share_of_top_answer: float | None = Field(default=None, description="Share of the most frequent answer.")
 
 
@@ -71,7 +73,7 @@ class RunReport:
     attempts: tuple[AttemptRecord, ...] = ()
     """The attempts, oldest first. The last one is the attempt that writes the report."""
     log: tuple[LogEntry, ...] = ()
-    """The log entries of the whole run. If an attempt repeated steps of an earlier attempt, only its own entries of these steps are included."""
+    """The log entries of the whole run. If an attempt repeated steps of an earlier attempt, only the later attempt's entries of these steps are included."""
     last_lines: dict[str, LogEntry] = field(default_factory=dict)
     """The last stored log entry of each attempt, by incarnation (attempt number and pod UID)."""
     output: Output | None = None

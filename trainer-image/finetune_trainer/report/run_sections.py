@@ -44,12 +44,12 @@ STAGE_NAMES = (
 )  # fmt: skip
 """The stages of a run, in the order in which the report lists them."""
 SHORTEST_STAGE_SECONDS = 0.05
-"""Stages that took less time are not shown."""
+"""Stages that took less time than this are not shown."""
 KILLED_BEFORE_LOG_LINE = "the pod was killed before it stored a log line"
 
 
 def spec_section(report: RunReport) -> Section:
-    """Return the section about the spec: the values that the user set, the values that were filled in, and the operator's changes."""
+    """Return the section about the spec: values that the user set, values that the user left out and the platform filled in, and changes by the operator."""
     run = report.run
     values = [(path, text) for path, text in flatten_values(run.spec.to_wire()) if path not in JOB_SWITCHES]
     given = [(path, text) for path, text in values if run.origin(_field_path(path)) is Origin.USER and not _is_filled_in(path, run.defaults)]
@@ -260,5 +260,5 @@ def notes_section(report: RunReport) -> Section:
 
 
 def _value_cell(value: object, reason: str, format_spec: str = "") -> Cell:
-    """Return the cell of a value. If the value is None, the cell shows `reason`. `format_spec`: Python's format of the value."""
+    """Return the cell of a value. If the value is None, the cell shows `reason`. `format_spec`: format of the value, as for Python's `format`."""
     return missing_cell(reason) if value is None else Cell(format(value, format_spec), "number")

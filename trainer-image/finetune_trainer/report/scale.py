@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from itertools import groupby
 
 NICE_STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)
-"""Allowed distances between two ticks, up to a power of ten."""
+"""Allowed distances between two ticks. A distance may be multiplied by any power of ten."""
 Point = tuple[float, float]
 
 
 def compute_ticks(low: float, high: float, *, count: int = 6, whole_numbers_only: bool = False) -> list[float]:
-    """Return at most `count` round numbers between `low` and `high`, as ticks of an axis. `whole_numbers_only`: whether they must be whole numbers."""
+    """Return at most `count` round numbers between `low` and `high`, as ticks of an axis. `whole_numbers_only`: whether all ticks must be whole numbers."""
     if not high > low:
         raise ValueError(f"the range from {low} to {high} is empty")
     rough = (high - low) / max(1, count - 1)
@@ -25,7 +25,7 @@ def compute_ticks(low: float, high: float, *, count: int = 6, whole_numbers_only
 
 
 def format_number(value: float) -> str:
-    """Return a number with at most four significant digits: `0.0312`, `1.25k`, `2e-04`."""
+    """Return a number with at most four significant digits, for example `0.0312`, `12.5k` or `2e-05`."""
     size = abs(value)
     if value == 0:
         return "0"
@@ -44,7 +44,7 @@ def segments(points: Sequence[tuple[float, float | None]]) -> list[list[Point]]:
 
 
 def reduce_points(points: Sequence[Point], limit: int) -> list[Point]:
-    """Return about `limit` points or fewer: the first, the last, and the lowest and highest point of each of several equal parts."""
+    """Return about `limit` points or fewer: the first and the last point, and the lowest and highest point of each part. The parts have equal length."""
     if len(points) <= limit:
         return list(points)
     parts = max(1, (limit - 2) // 2)

@@ -1,4 +1,4 @@
-"""Builds the table of how the run's pods used their time. A pod writes the report, and cannot know how long it waited before its container started."""
+"""Builds the table of how the run's pods used their time. A pod writes the report, and a pod cannot know how long it waited before its container started."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ PART_LABELS = {
 KILLED_LABEL = "attempts that did not record how they used their time"
 OPERATOR_PARTS = "backoff, suspension, queue, preparation, scheduling, start of the container"
 SHORTEST_PART_SECONDS = 0.05
-"""Parts that took less time are not shown."""
+"""Parts that took less time than this are not shown."""
 
 
 def build_time_table(report: RunReport) -> Table | None:
-    """Return the table, or None if no attempt has recorded its time."""
+    """Return the table, or None if no attempt has recorded how it used its time."""
     if all(one.time_use is None for one in report.attempts):
         return None
     seconds: dict[str, float] = {}
@@ -46,7 +46,7 @@ def build_time_table(report: RunReport) -> Table | None:
 
 
 def _split_time(attempt: AttemptRecord, next_attempt: AttemptRecord | None, report: RunReport) -> dict[str, float]:
-    """Return the seconds of each part of an attempt. Seconds of steps that the next attempt repeated are the separate part `lostSteps`."""
+    """Return how many seconds each part of an attempt took. The time of steps that the next attempt repeated is the separate part `lostSteps`."""
     if attempt.time_use is None:
         end, _ = find_end_time(attempt, report)
         return {KILLED_LABEL: max(0.0, ((end or attempt.started_at) - attempt.started_at).total_seconds())}

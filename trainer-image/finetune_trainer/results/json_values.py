@@ -7,7 +7,7 @@ from typing import Any
 
 
 def replace_non_finite_numbers(value: Any) -> Any:
-    """Return a value in which None replaces every number that is not finite, also within lists and dictionaries."""
+    """Return a copy of a JSON value in which None replaces every number that is not finite, including numbers in lists and dictionaries."""
     match value:
         case float():
             return value if math.isfinite(value) else None

@@ -44,7 +44,7 @@ class CopyFolder:
 
 
 def find_copy_folder(output: Output, *, namespace: str, model_source: str, started_at: datetime) -> CopyFolder | None:
-    """Return the folder of the additional copy; None without `output.dir`.
+    """Return the folder of the additional copy, or None if `output.dir` is not set.
 
     `started_at` must be the same in all attempts of a run. Errors: ConfigError OutputPathInvalid, SourceInvalid.
     """
@@ -63,8 +63,8 @@ def find_copy_folder(output: Output, *, namespace: str, model_source: str, start
 def model_folder_name(source: str) -> str:
     """Return the folder name of a base model, such as `meta-llama_Llama-2-7b-hf`.
 
-    It is the name of a hub repository with its owner, the name of the job that produced the base model, or the last folder of any other
-    source. Characters other than letters, digits, `.`, `_` and `-` become `_`. Errors: ConfigError SourceInvalid.
+    For a model from a hub, the folder is named after the repository and its owner; for a model of another job, after that job; for any other source,
+    after the last folder of the source. Characters other than letters, digits, `.`, `_` and `-` become `_`. Errors: ConfigError SourceInvalid.
     """
     model = parse_source(source)
     name = model.repo if isinstance(model, HubSource) else last_folder(source)

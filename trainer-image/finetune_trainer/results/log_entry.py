@@ -1,7 +1,7 @@
 """The log entries of a run, from which all metric files and the file `log.jsonl` are computed.
 
 transformers logs four kinds of lines: training lines (`loss`), evaluations of the validation set (`eval_...`), the evaluation of the
-test set (`test_...`; the metrics of TRL are `eval_...` there too) and one summary at the end (`train_runtime`).
+test set (`test_...`; the metrics of TRL are `eval_...` in this line too) and one summary at the end (`train_runtime`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from finetune_trainer.results.json_values import replace_non_finite_numbers
 
 NOT_FINITE_TEXTS = frozenset({"nan", "inf", "-inf"})
-"""The texts as which a rank sends numbers that are not finite, because JSON has no such numbers."""
+"""The texts that a rank sends instead of numbers that are not finite, because JSON cannot represent these numbers."""
 
 
 class LineKind(StrEnum):
@@ -30,7 +30,7 @@ class LineKind(StrEnum):
 
 
 class LogEntry(BaseModel):
-    """One logged line. Values without a field here are kept under their logged names. Numbers that are not finite become None."""
+    """One logged line. Logged values for which this class has no field are kept under their logged names. Numbers that are not finite become None."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
@@ -90,9 +90,9 @@ def log_to_jsonl(entries: Iterable[LogEntry]) -> str:
 def join_attempts(attempts: Iterable[Sequence[LogEntry]]) -> list[LogEntry]:
     """Join the log entries of consecutive attempts (oldest first) to the log of the whole run.
 
-    An attempt resumes from a checkpoint and repeats the steps after it. Of each repeated step, only the entries of the later attempt are
-    kept. There is one exception, because an attempt does not repeat the evaluation at the step of its checkpoint. At the first step that the later
-    attempt logs, an entry of the earlier attempt is kept too if the later attempt logged no entry of the same kind there.
+    An attempt resumes from a checkpoint and repeats the steps after it. Of each repeated step, only the entries of the later attempt are kept, with
+    one exception: an attempt does not repeat the evaluation at the step of its checkpoint. So, at the first step that the later attempt logs, an entry
+    of the earlier attempt is kept too if the later attempt logged no entry of the same kind at this step.
     """
     joined: list[LogEntry] = []
     for attempt in attempts:
@@ -115,5 +115,5 @@ def select_training_lines(entries: Iterable[LogEntry]) -> Iterator[LogEntry]:
 
 
 def _read_value(value: Any) -> Any:
-    """Return a logged value, with None instead of numbers that are not finite, even if they were sent as text."""
+    """Return a logged value with None instead of every number that is not finite, even if the number was sent as text."""
     return None if isinstance(value, str) and value in NOT_FINITE_TEXTS else replace_non_finite_numbers(value)

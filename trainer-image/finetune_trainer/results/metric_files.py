@@ -2,7 +2,7 @@
 
 `step_metrics.json`, `epoch_metrics.json` and `final_metrics.json` have the same keys as the files of ATMECS-IT/finetuning;
 `training_metrics.json` and `performance_summary.json` have the same keys as those of Danielmark001/llm-finetuning-lora-spectrum. Each value
-belongs to the step at which it was measured. A value that was not measured, or is not finite, is null. Times are UTC.
+belongs to the step at which it was measured. A value that was not measured or is not finite is written as null. Times are UTC.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class FileModel(BaseModel):
 
 
 class RunDescription(BaseModel):
-    """The facts about a run that the metric files contain and that are not in its log entries."""
+    """The facts about a run that the metric files contain, but its log entries do not."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
@@ -45,15 +45,15 @@ class RunDescription(BaseModel):
     batch_size: str | None = Field(default=None, description="Rows of one micro-batch of a rank.")
     epochs: str | None = Field(default=None, description="Number of epochs. None if the run has a maximum number of steps instead.")
     lora_r: str | None = Field(default=None, description="Rank of the adapter. None for methods without a rank.")
-    lora_alpha: str | None = Field(default=None, description="Scaling of the adapter. None for methods without it.")
+    lora_alpha: str | None = Field(default=None, description="Scaling of the adapter. None for methods without scaling.")
     dataset_type: str | None = Field(default=None, description="Format of the data set, such as `mcq`.")
     metrics_directory: str = Field(
-        default="", description="Folder of the metric files, relative to `storage.uri`. Empty: the folder `storage.uri` itself."
+        default="", description="Folder of the metric files, relative to `storage.uri`. If empty, the folder is `storage.uri` itself."
     )
     started_at: datetime = Field(description="Time at which the first attempt of the run started.")
     completed_at: datetime = Field(description="Time at which the last attempt had saved the final model.")
     training_seconds: float | None = Field(
-        default=None, ge=0, description="Seconds of training over all attempts. None: the log entries contain this value."
+        default=None, ge=0, description="Seconds of training over all attempts. None if the log entries contain this value."
     )
     trainable_parameters: int | None = Field(default=None, ge=0, description="Number of trained parameters.")
     total_parameters: int | None = Field(default=None, ge=0, description="Number of all parameters, including adapters.")
@@ -74,10 +74,10 @@ class EpochMetrics(FileModel):
 
     epoch: int = Field(description="Number of the epoch; the first is 1.")
     epoch_time: float | None = Field(
-        description="Seconds of the epoch, including its evaluations. Interpolated if no line was logged at the end of the epoch."
+        description="Duration of the epoch in seconds, including its evaluations. Interpolated if no line was logged at the end of the epoch."
     )
     train_loss: float | None = Field(
-        description="Mean training loss over the steps of the epoch. A line whose steps belong to two epochs counts for each in proportion to its steps there."
+        description="Mean training loss over the steps of the epoch. The loss of a line over two epochs counts in both, in proportion to the steps."
     )
     eval_loss: float | None = Field(description="Validation loss of the last evaluation within the epoch.")
     timestamp: str | None = Field(description="Time of the last line within the epoch, ISO 8601.")
@@ -90,8 +90,8 @@ class EpochMetrics(FileModel):
 class TrainingSummary(FileModel):
     """`training_summary` of `final_metrics.json`.
 
-    A `final_...` value comes from the last epoch that has such a value. A `best_...` value is the lowest loss, or the highest value of another metric,
-    over all epochs.
+    A `final_...` value is that of the last epoch in which the metric was measured. A `best_...` value is the best of all epochs: the lowest loss, or
+    the highest value of any other metric.
     """
 
     total_steps: int = Field(description="Optimizer steps of the run.")
@@ -159,7 +159,7 @@ class ResourceUsage(FileModel):
 
 
 class TrainingMetrics(FileModel):
-    """The contents of `training_metrics.json`. Each of the three lists has one entry for each training line."""
+    """The contents of `training_metrics.json`. Each of the three lists in the file has one entry for each training line."""
 
     loss_history: list[float | None] = Field(description="Training losses.")
     resource_usage: list[ResourceUsage]
@@ -202,7 +202,7 @@ def compute_step_metrics(entries: Iterable[LogEntry]) -> list[StepMetrics]:
 
 
 def compute_epoch_metrics(entries: Sequence[LogEntry]) -> list[EpochMetrics]:
-    """Compute `epoch_metrics.json`. Entries of the test set, the summary, and entries without an epoch are ignored."""
+    """Compute `epoch_metrics.json`. Log entries of the test set, the summary, and log entries without an epoch are ignored."""
     lines = [line for line in entries if line.epoch is not None and line.kind in (LineKind.TRAINING, LineKind.EVALUATION)]
     lines_by_epoch: dict[int, list[LogEntry]] = defaultdict(list)
     for line in lines:
@@ -284,8 +284,8 @@ def compute_performance_summary(entries: Sequence[LogEntry], run: RunDescription
 def _mean_loss_by_epoch(lines: Iterable[LogEntry]) -> dict[int, float]:
     """Return the mean training loss of each epoch, by the epoch's number.
 
-    The loss in a line is a mean over the steps since the previous training line. For each epoch, it is weighted with the part of these steps that
-    lies in the epoch.
+    The loss in a training line is a mean over the steps since the previous training line. In the mean of an epoch, the weight of a line is the share
+    of these steps that lies in the epoch.
     """
     weighted_sums: dict[int, float] = defaultdict(float)
     weights: dict[int, float] = defaultdict(float)
@@ -302,7 +302,7 @@ def _mean_loss_by_epoch(lines: Iterable[LogEntry]) -> dict[int, float]:
 
 
 class _TimeCurve:
-    """The seconds of training as a function of the epoch. Between two logged lines, they are interpolated linearly."""
+    """The seconds of training as a function of the epoch. Between two logged lines, the seconds are interpolated linearly."""
 
     def __init__(self, lines: Iterable[LogEntry]) -> None:
         points = [(line.epoch or 0.0, line.training_seconds) for line in lines if line.training_seconds is not None]
@@ -310,13 +310,13 @@ class _TimeCurve:
         self._seconds = [0.0, *(seconds for _, seconds in points)]
 
     def seconds_of_epoch(self, number: int) -> float | None:
-        """Return the seconds of the epoch with this number, up to the last logged line. None if no seconds were logged."""
+        """Return the duration in seconds of the epoch with this number. The last epoch ends at the last logged line. None if no seconds were logged."""
         return self._seconds_at(number) - self._seconds_at(number - 1) if len(self._epochs) > 1 else None
 
     def _seconds_at(self, epoch: float) -> float:
         """Return the seconds of training until `epoch`.
 
-        If several lines have this epoch, the last one is used, because an evaluation at the end of an epoch belongs to the epoch.
+        If several lines have this epoch, the last line is used, because the evaluation at the end of an epoch counts as part of the epoch.
         """
         after = bisect_right(self._epochs, epoch + EPOCH_TOLERANCE)
         before = after - 1
@@ -351,7 +351,7 @@ def _total_seconds(entries: Sequence[LogEntry], run: RunDescription) -> float | 
 
 
 def _epoch_number(line: LogEntry) -> int:
-    """Return the number of the epoch that a line belongs to: the line at the end of epoch 1 has epoch 1.0, and belongs to epoch 1."""
+    """Return the number of the epoch that a line belongs to. The line at the end of epoch 1 was logged with epoch 1.0 and belongs to epoch 1."""
     return math.ceil((line.epoch or 0.0) - EPOCH_TOLERANCE)
 
 

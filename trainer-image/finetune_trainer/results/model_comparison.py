@@ -1,6 +1,6 @@
 """Defines `model_comparison.json`, the answers of the base model and of the trained model to the same prompts, and reads the prompts.
 
-The keys are those of ATMECS-IT/finetuning. In addition, there may be `response_length_diff`, `label` and further generation options.
+The file has the keys of ATMECS-IT/finetuning. It may also have `response_length_diff`, `label` and further generation options.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class GenerationParams(_ComparisonModel):
 
     max_new_tokens: int = Field(ge=1, description="Maximum length of an answer in tokens.")
     temperature: float = Field(ge=0, description="Sampling temperature.")
-    top_p: float = Field(gt=0, le=1, description="Total probability of the tokens among which an answer is sampled.")
-    do_sample: bool = Field(description="Whether tokens were sampled. If false, each token is the most likely one.")
-    top_k: int | None = Field(default=None, ge=0, description="Number of the most likely tokens among which an answer is sampled.")
+    top_p: float = Field(gt=0, le=1, description="Each token of an answer is sampled from the most likely tokens that together have this probability.")
+    do_sample: bool = Field(description="Whether the tokens of an answer were sampled. If false, each token is the most likely token.")
+    top_k: int | None = Field(default=None, ge=0, description="Each token of an answer is sampled from this number of most likely tokens.")
     min_p: float | None = Field(
-        default=None, ge=0, le=1, description="Minimum probability of a token, as a fraction of the most likely token's probability."
+        default=None, ge=0, le=1, description="Minimum probability of a sampled token, as a fraction of the most likely token's probability."
     )
     repetition_penalty: float | None = Field(default=None, gt=0, description="Penalty on repeated tokens.")
 
@@ -57,9 +57,9 @@ class ComparedAnswers(_ComparisonModel):
     prompt_preview: str = Field(description="The first 100 characters of the prompt.")
     base_model_response: str = Field(description="Answer of the base model.")
     finetuned_model_response: str = Field(description="Answer of the trained model.")
-    timestamp: str = Field(description="Time of the second answer, ISO 8601, UTC.")
+    timestamp: str = Field(description="Time at which the second of the two answers was complete, ISO 8601, UTC.")
     response_length_diff: int | None = Field(
-        default=None, description="Characters of the trained model's answer minus characters of the base model's answer."
+        default=None, description="Number of characters in the trained model's answer minus number of characters in the base model's answer."
     )
     label: str | None = Field(default=None, description="Expected answer or other label of the prompt.")
 
@@ -82,7 +82,7 @@ class ModelComparison(_ComparisonModel):
     comparisons: list[ComparedAnswers]
 
     def to_json(self) -> str:
-        """Return the contents of the file. Optional keys without a value are left out."""
+        """Return the contents of the file. Keys whose value is None are left out."""
         return self.model_dump_json(indent=2, exclude_none=True) + "\n"
 
 
@@ -109,10 +109,10 @@ def read_prompts(ref: ConfigMapKeyRef | None, config_maps: Path) -> list[str]:
 
 
 def parse_prompts(content: bytes, *, name: str) -> list[str]:
-    """Return the prompts in a UTF-8 text file, without leading and trailing white space. `name`: name of the file for messages.
+    """Return the prompts in a UTF-8 text file, without leading and trailing white space. `name`: name of the file in error messages.
 
-    If the file has blank lines between lines with text, they separate prompts, which may have several lines. Otherwise, each line is a prompt.
-    Errors: DataError PromptsNotUtf8, PromptsEmpty.
+    If the file has blank lines between lines with text, the blank lines separate the prompts, and a prompt may have several lines. Otherwise, each
+    line is a prompt. Errors: DataError PromptsNotUtf8, PromptsEmpty.
     """
     try:
         text = content.decode("utf-8-sig")

@@ -14,9 +14,9 @@ MAX_SLUG_LENGTH = 63
 
 
 def build_run_name(option: RunName | None, *, job_name: str, started_at: datetime) -> str:
-    """Return the name of a run: prefix + base + suffix of `output.runName`, without separators.
+    """Return the name of a run: prefix, base and suffix of `output.runName`, joined without separators.
 
-    The base is `output.runName.name` or, if that is not set, the start of the run as YYYYMMDD-HHMMSS (UTC). If `output.runName` is not set,
+    The base is `output.runName.name`. If this field is not set, the base is the start of the run as YYYYMMDD-HHMMSS (UTC). If `output.runName` is not set,
     the run has the FineTuneJob's name.
     """
     if option is None:
@@ -28,8 +28,8 @@ def build_run_name(option: RunName | None, *, job_name: str, started_at: datetim
 def make_slug(name: str) -> str:
     """Convert a run's name to a text that is valid as a Kubernetes object name, as a label value and as the name of a file or folder.
 
-    The slug has at most 63 lower-case letters, digits, dots and dashes, and begins and ends with a letter or digit. Several names can
-    have the same slug. A name without any usable character becomes `run-` and eight digits of its sha256.
+    The slug has at most 63 lower-case letters, digits, dots and dashes, and begins and ends with a letter or digit. Different names can have the same
+    slug. A name without any usable character becomes `run-` and eight digits of its sha256.
     """
     letters = unicodedata.normalize("NFKD", name).lower()
     letters = "".join(letter for letter in letters if not unicodedata.combining(letter))

@@ -1,6 +1,6 @@
-"""Builds manifests for servers of the final model: an InferenceService of KServe, and a Deployment of vLLM.
+"""Builds the manifests of servers that serve the final model: an InferenceService of KServe, and a Deployment of vLLM.
 
-The manifests contain no credentials. They name the Secret `<job>-model-storage`, which the user creates in the namespace of the server.
+The manifests contain no credentials. Instead, they name the Secret `<job>-model-storage`, which the user creates in the namespace of the server.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.enums import OutputKind, ServingTarget
 
 STORAGE_INITIALIZER = "kserve/storage-initializer:v0.15.2"
-"""Image that downloads folders from storage. Its arguments are pairs: a URI, then the local folder."""
+"""Image that downloads folders from storage. The arguments of its command are pairs of a URI and a local folder."""
 VLLM_IMAGE = "vllm/vllm-openai:v0.11.0"
 MODEL_FOLDER, ADAPTER_FOLDER = "/mnt/models", "/mnt/adapter"
 PORT = 8000
@@ -39,7 +39,7 @@ class ServedModel:
 
     @staticmethod
     def of(run: RunConfig, uri: str, kind: OutputKind, folder: Path, merged_uri: str | None) -> ServedModel:
-        """Return the facts about a run's model. If there is a merged model, it is served instead of the adapter."""
+        """Return the facts about a run's model. If the run has a merged model, the merged model is served instead of the adapter."""
         rank = None
         config = folder / "adapter_config.json"
         if kind is OutputKind.ADAPTER and merged_uri is None and config.exists():
@@ -98,7 +98,7 @@ def _kserve_manifests(model: ServedModel) -> list[dict[str, Any]]:
 
 
 def _vllm_manifests(model: ServedModel) -> list[dict[str, Any]]:
-    """Return a Deployment of vLLM and its Service. An init container downloads the adapter and models that are not on a hub."""
+    """Return a Deployment of vLLM and its Service. An init container downloads the adapter, and the base or complete model if it is not on a hub."""
     downloads: dict[str, str] = {}
     if model.lora_rank is None:
         downloads[model.uri], served = MODEL_FOLDER, MODEL_FOLDER

@@ -13,7 +13,7 @@ from finetune_trainer.results.json_values import replace_non_finite_numbers
 def jsonl_lines(rows: Iterable[RawRow]) -> Iterator[str]:
     """Yield the lines of `test_split.jsonl`: each row with the columns and values of its source, before any template is applied.
 
-    Numbers that are not finite become null. Values of Parquet files that JSON does not have, such as dates, become text.
+    Numbers that are not finite become null. Values of Parquet files that JSON cannot represent, such as dates, become text.
     """
     for row in rows:
         yield json.dumps(replace_non_finite_numbers(dict(row.value)), ensure_ascii=False, allow_nan=False, default=_to_text) + "\n"

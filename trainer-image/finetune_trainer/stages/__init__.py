@@ -1,1 +1,1 @@
-"""Runs the stages after training. Each stage runs in a process of its own, after the model is committed."""
+"""Runs the stages after training. After the final model is committed, each stage runs in a process of its own."""

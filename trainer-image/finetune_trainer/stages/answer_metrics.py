@@ -1,4 +1,4 @@
-"""Computes the metrics of generated answers: from their texts, with local models, and with a judge model."""
+"""Computes the metrics of generated answers. Some metrics compare only the texts; others need a local model or a judge model."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def measure_answers(
 
 
 def _measure_bertscore(run: RunConfig, folder: Path | None, predictions: Sequence[Prediction]) -> dict[str, MetricValue]:
-    """Measure BERTScore. Returns its F1 as `bertscore`, and also its precision and recall."""
+    """Measure BERTScore. Returns the F1 score as `bertscore`, and also precision and recall."""
     models = run.spec.evaluation.metric_models
     name = (models.bertscore if models else None) or ""
     values = text_metrics.bertscore(predictions, folder, field=BERTSCORE_FIELD, model_name=name.rpartition("/")[2] or None)
@@ -57,7 +57,7 @@ def _measure_with_judge(
     run: RunConfig, channel: Channel, inputs: Inputs, metrics: Sequence[EvaluationMetric], predictions: Sequence[Prediction],
     report: Callable[[str], None],
 ) -> dict[str, MetricValue]:  # fmt: skip
-    """Measure the semantic similarity and the metrics of the judge, and report a note with the number of requests and their cost."""
+    """Measure the semantic similarity and the metrics that need the judge. Report a note with the number and the cost of the requests to the judge."""
     judge = _connect_judge(run.spec.evaluation.judge)
     values: dict[str, MetricValue] = {}
     for metric in metrics:
@@ -94,7 +94,7 @@ def _measure_similarity(folder: Path | None, judge: Judge | None, predictions: S
 
 
 def _connect_judge(spec: JudgeSpec | None) -> Judge | None:
-    """Return the judge that the spec requests, or None. The API key comes from the environment, and no message contains it."""
+    """Return a client of the judge that the spec names, or None if it names none. The API key comes from the environment, and no message contains it."""
     if spec is None or (spec.model is None and spec.embedding is None):
         return None
     settings = JudgeSettings(

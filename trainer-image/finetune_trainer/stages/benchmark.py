@@ -55,11 +55,11 @@ from finetune_trainer.stages.questions import Question
 log = logging.getLogger(__name__)
 HEARTBEAT_SECONDS = 5.0
 ROWS_WITH_END_TOKENS = 20
-"""Number of rows that are read to find the tokens that end trained answers."""
+"""Number of data rows that are read to find the tokens with which the model learned to end its answers."""
 
 
 def run_stage(run: RunConfig, channel: Channel, inputs: Inputs, task: StageTask, folder: Path) -> StageResult:
-    """Run all tasks that are not finished yet, and write the results. Errors: the failure of the first task that failed."""
+    """Run all tasks that are not finished yet, and write the results. Errors: if tasks failed, the error of the first failed task."""
     harness.use_local_caches(channel.work_folder.resolve())
     train.preload(run)
     tasks, finished = plan_tasks(run, inputs.benchmarks), FinishedTasks(folder / PARTS_FOLDER)
@@ -72,7 +72,7 @@ def run_stage(run: RunConfig, channel: Channel, inputs: Inputs, task: StageTask,
         if record is None:
             try:
                 record = runner.run_task(one)
-            except ConfigError as error:  # The error is raised after all other tasks have run, so that a repeated stage runs only this task.
+            except ConfigError as error:  # Raised after all other tasks have run, so that a repeated stage repeats only failed tasks.
                 log.error("%s: %s", error.code, error.message)
                 failures.append(error)
                 continue
@@ -139,14 +139,14 @@ class _TaskRunner:
         device = hardware.detect_hardware(self.run, 0)
         tokenizer = load_tokenizer(self.run, self.inputs, self.task)
         model = load_base_model(self.run, self.inputs, device) if uses_base else load_final_model(self.run, self.inputs, self.task, device, tokenizer)
-        if uses_base and model.get_input_embeddings().weight.shape[0] < len(tokenizer):  # The job added tokens to the vocabulary.
+        if uses_base and model.get_input_embeddings().weight.shape[0] < len(tokenizer):  # The training added tokens to the vocabulary.
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         model.register_forward_pre_hook(self._send_heartbeat)
         spec = self.run.spec
         return LoadedModel(model, tokenizer, spec.evaluation.batch_size_per_device or spec.training.batch_size_per_device or 1, _seed(self.run))
 
     def _send_heartbeat(self, *_: Any) -> None:
-        """Send a heartbeat, at most every `HEARTBEAT_SECONDS`. Called before each forward pass, so that a long task is not taken for a stall."""
+        """Send a heartbeat, at most every `HEARTBEAT_SECONDS`. Called before each forward pass, so that a long task does not count as stalled."""
         if time.monotonic() - self._last_heartbeat > HEARTBEAT_SECONDS:
             self._last_heartbeat = time.monotonic()
             self.channel.send_heartbeat()
@@ -154,7 +154,7 @@ class _TaskRunner:
     # ---- questions ----
 
     def _render_questions(self, loaded: LoadedModel, rows: Sequence[tuple[RawRow, Example]]) -> list[Question]:
-        """Convert examples to questions, rendered as in training."""
+        """Convert examples to questions, and render the questions as in training."""
         from finetune_trainer.stages.questions import read_questions
 
         return read_questions(rows, *self._build_text_options(loaded.tokenizer))
@@ -169,7 +169,7 @@ class _TaskRunner:
 
     @cached_property
     def _held_out_data(self) -> LoadedData:
-        """The held-out rows of the run, and its first `ROWS_WITH_END_TOKENS` training rows."""
+        """The held-out rows of the run, and the first `ROWS_WITH_END_TOKENS` training rows."""
         return load(self.run, self.inputs, training_rows=ROWS_WITH_END_TOKENS)
 
     def _find_end_token_ids(self, loaded: LoadedModel) -> list[int]:
@@ -186,7 +186,7 @@ class _TaskRunner:
     def _generate_answers(self, loaded: LoadedModel, prompts: Sequence[Sequence[int]], *, max_new_tokens: int | None = None) -> list[str]:
         """Generate an answer to each prompt.
 
-        If `max_new_tokens` is set, the answers are generated greedily. Otherwise, the options of `evaluation.comparison.generation` apply.
+        If `max_new_tokens` is set, the answers are generated greedily. If `max_new_tokens` is None, the options of `evaluation.comparison.generation` apply.
         """
         from finetune_trainer.stages.generate import generate_answers, generation_options
 
@@ -217,7 +217,7 @@ class _TaskRunner:
         )
 
     def _run_domain(self, loaded: LoadedModel, task: BenchmarkTask) -> TaskRecord:
-        """Ask the questions of a domain, and compare the answers with the expected texts.
+        """Let the model answer the questions of a domain, and compare its answers with the expected texts.
 
         For a multiple-choice question, no answer is generated: the model's choice is the letter with the highest probability.
         """
@@ -250,7 +250,7 @@ class _TaskRunner:
         return values | ({"keywordRecall": mean_of_rows(recalls, {})} if recalls else {})
 
     def _run_code(self, loaded: LoadedModel, task: BenchmarkTask) -> TaskRecord:
-        """Complete each function greedily, and run its tests. The metric `pass@1` is the share of functions that pass their tests."""
+        """Let the model complete each function greedily, and run the function's tests. The metric `pass@1` is the share of functions that pass their tests."""
         assert task.folder is not None
         problems = generated_code.read_problems(task.folder, f"{task.field}.folder")[: task.benchmark.limit]
         prompts = [loaded.tokenizer(problem.prompt)["input_ids"] for problem in problems]

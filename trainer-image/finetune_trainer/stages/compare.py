@@ -40,7 +40,7 @@ from finetune_trainer.stages.measure import HeldOutEvaluation, load_held_out, me
 
 BASE_FILE, COMPARISON_FILE = "base_measurements.json", "model_comparison.json"
 CONFIDENCE_LEVEL = 0.95
-"""Two-sided confidence level of the intervals in the status."""
+"""Two-sided confidence level of the confidence intervals in the job's status."""
 
 
 def run_stage(run: RunConfig, channel: Channel, inputs: Inputs, task: StageTask, folder: Path) -> StageResult:
@@ -67,9 +67,9 @@ def _read_trained_measurements(task: StageTask) -> Measurements:
 
 
 def load_base_for_comparison(run: RunConfig, inputs: Inputs, task: StageTask, hardware: Hardware, tokenizer: Any) -> Any:
-    """Load the base model in the precision in which the trained model was evaluated: quantised only if the trained model is an adapter.
+    """Load the base model in the precision in which the trained model was evaluated. It is quantised only if the trained model is an adapter.
 
-    Embedding rows of new tokens get the values with which training began.
+    The embedding rows of new tokens get the values that they had at the start of training.
     """
     from finetune_trainer import vocabulary
 

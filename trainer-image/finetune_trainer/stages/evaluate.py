@@ -1,4 +1,4 @@
-"""Runs the stage `evaluating`: measures the final model on the held-out rows, and stores its answers to their questions."""
+"""Runs the stage `evaluating`: measures the final model on the held-out rows, and stores its answers to the questions in these rows."""
 
 from __future__ import annotations
 

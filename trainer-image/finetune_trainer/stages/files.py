@@ -13,22 +13,23 @@ TASK_FILE = "task.json"
 RESULT_FILE = "result.json"
 OUTPUT_FOLDER = "files"
 PARTS_FOLDER = "parts"
-"""Folder for the results of finished parts of a stage. The supervisor uploads each result at once, so that a repeated stage skips its part."""
+"""Folder for the results of finished parts of a stage. The supervisor uploads each result as soon as its part is finished, so that a repeated stage
+skips this part."""
 MEASUREMENTS_FILE = "measurements.json"
 """Measurements of the trained model, for the stage `comparing`."""
 
 
 class StageTask(WireModel):
-    """`task.json`: the input of the process of a stage. The supervisor writes it to the stage's folder."""
+    """`task.json`: the input of the process of a stage. The supervisor writes this file to the stage's folder."""
 
     stage: Stage = Field(description="The stage.")
     model: Path = Field(description="Folder with the committed model or adapter.")
     kind: OutputKind = Field(description="Whether `model` is an adapter or a complete model.")
     uri: str = Field(description="Address of the committed model in storage.")
-    evaluated: Path | None = Field(default=None, description="Folder with the files of the stage `evaluating`, for the stage `comparing`.")
-    merged: Path | None = Field(default=None, description="Folder with the merged model; None without output.mergeAdapter.")
+    evaluated: Path | None = Field(default=None, description="Folder with the files that the stage `evaluating` wrote. The stage `comparing` reads them.")
+    merged: Path | None = Field(default=None, description="Folder with the merged model. None if output.mergeAdapter is not set.")
     merged_uri: str | None = Field(default=None, description="Address of the merged model in storage.")
-    reference_problem: str | None = Field(default=None, description="Why the stage's folder has no reference values, for the stage `verifying`.")
+    reference_problem: str | None = Field(default=None, description="For the stage `verifying`: why its folder contains no reference values.")
 
     @staticmethod
     def read(folder: Path) -> StageTask:
@@ -56,7 +57,7 @@ class StoredFile(LenientModel):
 
 
 class StageRecord(LenientModel):
-    """`run/stages/<stage>.json` in storage: the record of a completed stage. Later attempts skip the stage if they have the same model."""
+    """`run/stages/<stage>.json` in storage: the record of a completed stage. A later attempt skips the stage if its committed model is the same."""
 
     stage: Stage
     model_sha256: str = Field(description="sha256 (hex) of the manifest of the model that the stage read.")

@@ -44,7 +44,7 @@ def load_final_model(run: RunConfig, inputs: Inputs, task: StageTask, hardware: 
 
 
 def load_base_model(run: RunConfig, inputs: Inputs, hardware: Hardware, *, quantizes: bool = True) -> Any:
-    """Load a model in evaluation mode, on the device of `hardware`, or on all GPUs of the pod if the model does not fit on one."""
+    """Load a model in evaluation mode on the device of `hardware`. If the model does not fit on one GPU, load it on all GPUs of the pod."""
     from finetune_trainer.attention import require_supported_attention
 
     padded = hardware.attention if hardware.attention in ATTENTION_FOR_PADDED_BATCHES else "sdpa"
@@ -58,7 +58,7 @@ def load_base_model(run: RunConfig, inputs: Inputs, hardware: Hardware, *, quant
 
 
 def _bytes_per_value(hardware: Hardware) -> int:
-    """Return the bytes of one weight in memory. If the model keeps the format of its files (`auto`), return the largest possible value: 4."""
+    """Return how many bytes one weight needs in memory. If the model keeps the format of its files (`auto`), return the largest possible value: 4."""
     import torch
 
     dtype = hardware.dtype if isinstance(hardware.dtype, torch.dtype) else getattr(torch, str(hardware.dtype), torch.float32)

@@ -32,8 +32,8 @@ def generate_answers(
 ) -> list[str]:  # fmt: skip
     """Return the answer to each prompt, without special tokens. `prompts`: token ids of each prompt. `end_ids`: tokens that end an answer.
 
-    Prompts of similar length share a batch. If a batch does not fit into memory, the batch size is halved. `on_progress` receives the number
-    of answers so far.
+    Prompts of similar length share a batch. If a batch does not fit into memory, the batch size is halved. `on_progress` receives the number of
+    answers generated so far.
     """
     import torch
     from transformers import set_seed

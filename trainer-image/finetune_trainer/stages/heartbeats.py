@@ -12,7 +12,7 @@ HEARTBEAT_SECONDS = 5.0
 
 
 def heartbeats_while_computing(channel: Channel) -> AbstractContextManager[None]:
-    """Within the context, send heartbeats while this process uses CPU time, because loading and writing a model take minutes."""
+    """Send heartbeats within the context as long as this process uses CPU time. Loading and writing a model take minutes without any report of progress."""
     used = time.process_time()
 
     def send() -> None:

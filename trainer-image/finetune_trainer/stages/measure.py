@@ -54,7 +54,7 @@ class HeldOutEvaluation:
     tokens: TokenRows
     """All held-out rows, each with its answer."""
     questions: list[Question]
-    """The questions that the model answers: those of all held-out rows, or of `evaluation.maxRows` rows."""
+    """The questions that the model answers: the questions in all held-out rows, or in `evaluation.maxRows` of these rows."""
     batch_size: int
     end_token_ids: list[int]
     """Ids of the tokens that end an answer."""
@@ -68,11 +68,11 @@ class ModelResults:
 
     measurements: Measurements
     predictions: list[Prediction]
-    """The answers to the held-out questions. Empty if no metric and no file needs them."""
+    """The answers to the held-out questions. Empty if neither a metric nor a result file needs answers."""
 
 
 def measure_model(run: RunConfig, channel: Channel, inputs: Inputs, held_out: HeldOutEvaluation) -> ModelResults:
-    """Compute `evaluation.metrics`, and answer the questions and prompts that the job compares or stores."""
+    """Compute the metrics in `evaluation.metrics`, and let the model answer the questions and prompts whose answers the job compares or stores."""
     metrics, values = metrics_after_training(run.spec), dict[str, MetricValue]()
     token_sums: list[list[float]] = []
     if any(metric in TOKEN_METRICS for metric in metrics):
@@ -94,7 +94,7 @@ def measure_model(run: RunConfig, channel: Channel, inputs: Inputs, held_out: He
 
 
 def _needs_answers(run: RunConfig, stage: Stage) -> bool:
-    """Whether the model must answer the held-out questions, for a metric, for the comparison, or (trained model only) for the predictions."""
+    """Whether a metric, the comparison or (trained model only) the file of predictions needs the model's answers to the held-out questions."""
     has_text_metric = any(metric not in TOKEN_METRICS for metric in metrics_after_training(run.spec))
     return has_text_metric or _compares_questions(run) or (stage is Stage.EVALUATING and writes_predictions(run.spec))
 
@@ -104,9 +104,8 @@ def _compares_questions(run: RunConfig) -> bool:
 
 
 def _collect_compared_answers(run: RunConfig, held_out: HeldOutEvaluation, predictions: Sequence[Prediction], channel: Channel) -> list[str] | None:
-    """Return the answers for `model_comparison.json`: to the prompts, or to the held-out questions if the spec has no prompts.
-
-    None if the job compares no answers.
+    """Return the answers for `model_comparison.json`: those to the prompts, or those to the held-out questions if the spec has no prompts. Return None
+    if the job compares no answers.
     """
     if held_out.prompts:
         return answer_questions(run, held_out, held_out.prompts, channel)
@@ -174,7 +173,7 @@ def _sample_questions(questions: list[Question], run: RunConfig) -> list[Questio
 
 
 def _measure_tokens(held_out: HeldOutEvaluation, metrics: Sequence[EvaluationMetric], channel: Channel) -> tuple[dict[str, MetricValue], list[list[float]]]:
-    """Return the requested metrics over the tokens of all answers, and the sums of each row, which the comparison with the base model needs."""
+    """Return the requested metrics over the tokens of all answers, and the sums for each row. The comparison with the base model needs these sums."""
     from finetune_trainer.evaluation.token_metrics import OutputHead, RowCounts, TokenCounts
 
     head, rows = OutputHead.of(held_out.model), RowCounts()
@@ -220,8 +219,8 @@ def _add_batch(held_out: HeldOutEvaluation, head: Any, batch: Sequence[TokenRow]
 def _predict_labelled_positions(held_out: HeldOutEvaluation, head: Any, batch: Sequence[TokenRow]) -> Any:
     """Return the predictions at the labelled positions.
 
-    To save memory, the head computes only the last position during the model's forward pass. Afterwards, this function applies the head to the
-    labelled positions.
+    To save memory, the output head computes only the last position during the model's forward pass. After the forward pass, this function applies the
+    head to the labelled positions.
     """
     import torch
 

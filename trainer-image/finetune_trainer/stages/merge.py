@@ -1,9 +1,8 @@
 """Runs the stage `merging`: merges the adapter into the base model, and writes a complete model.
 
 The base model is loaded without quantisation, in the number format of its files, into the host's memory. GPUs are not used, because merging
-needs little computation, and a model that was trained on several GPUs may not fit on one. An adapter that was trained on a quantised base
-model (QLoRA) is also merged into the unquantised model. The merged model then differs slightly from the model in training, by the
-quantisation error.
+needs little computation, and a model that was trained on several GPUs may not fit on one. An adapter that was trained on a quantised base model
+(QLoRA) is merged into the unquantised base model too. Because of the quantisation error, the merged model then differs slightly from the model in training.
 """
 
 from __future__ import annotations
@@ -72,15 +71,15 @@ def merge_adapter(run: RunConfig, channel: Channel, inputs: Inputs, task: StageT
             model = peft_model.merge_and_unload()
     except ValueError as error:  # PEFT raises this error if the merged weights of a layer are not finite.
         raise DivergedError("WeightsNotFinite", f"the adapter cannot be merged: {error}", hint="lower training.learningRate") from error
-    for name, parameter in model.named_parameters():  # PEFT keeps the copies of modules that were trained in full in 32 bits.
+    for name, parameter in model.named_parameters():  # PEFT keeps modules that were trained in full as copies in 32 bits.
         parameter.data = parameter.data.to(dtypes.get(name, model.dtype))
     return model
 
 
 def _merge_layer(layer: Any, adapters: list[str] | None) -> None:
-    """Merge the adapters of one layer into its weights. The merged weights are computed in 32 bits, so that weights in 16 bits are rounded only once.
+    """Merge the adapters of one layer into the layer's weights. The merged weights are computed in 32 bits, so that weights in 16 bits are rounded only once.
 
-    `adapters`: names of the merged adapters. None: only the trained adapter is merged.
+    `adapters`: names of the adapters to merge. If it is None, only the trained adapter is merged.
     """
     import torch
 
@@ -124,11 +123,12 @@ def _require_disk_space(model: Any, work_folder: Path) -> None:
 
 
 def _write_merged_model(model: Any, run: RunConfig, inputs: Inputs, task: StageTask, target_folder: Path) -> None:
-    """Write the model in shards, with the tokenizer, the generation settings and the card of the adapter."""
+    """Write the model in shards. Copy the tokenizer and the generation settings from the adapter's folder, and adapt the adapter's card."""
     from transformers import GenerationConfig
 
     if (task.model / GENERATION_FILE).exists():
-        # A placeholder, which the adapter's file replaces below. transformers refuses to save the generation settings of some base models.
+        # These empty settings are a placeholder, because transformers refuses to save the generation settings of some base models. The adapter's file
+        # replaces the placeholder below.
         model.generation_config = GenerationConfig()
     model.save_pretrained(target_folder, max_shard_size=SHARD_SIZE)
     files = [path for path in task.model.iterdir() if path.is_file() and not any(path.match(pattern) for pattern in ADAPTER_FILES)]

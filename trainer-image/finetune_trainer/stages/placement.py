@@ -7,11 +7,11 @@ from pathlib import Path
 from finetune_trainer.verification.weight_files import BYTES_BY_FORMAT, DamagedFileError, read_folder
 
 MEMORY_FACTOR = 1.2
-"""Memory that a model needs for short rows, divided by the size of its weights."""
+"""Memory that a model needs to compute short rows, divided by the size of its weights."""
 
 
 def estimate_needed_bytes(folder: Path, bytes_per_value: int) -> int | None:
-    """Return the bytes of memory that the model in a folder needs. None if its files cannot be read. `bytes_per_value`: bytes of one weight."""
+    """Return how many bytes of memory the model in a folder needs. None if its files cannot be read. `bytes_per_value`: bytes of one weight."""
     try:
         tensors = read_folder(folder)
     except (DamagedFileError, OSError):
@@ -27,7 +27,7 @@ def must_be_spread(folder: Path, bytes_per_value: int, free_bytes: list[int]) ->
 
 
 def free_gpu_bytes() -> list[int]:
-    """Return the bytes of free memory of each GPU of the pod."""
+    """Return the free memory of each GPU of the pod in bytes."""
     import torch
 
     return [torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())]

@@ -24,12 +24,12 @@ STAGE_MODULES: Mapping[Stage, str] = {
     Stage.VERIFYING: "finetune_trainer.stages.verify",
     Stage.BENCHMARKING: "finetune_trainer.stages.benchmark",
 }
-"""The module that runs each stage. Its function `run_stage` returns the stage's result."""
+"""The name of the module that runs each stage. The module's function `run_stage` returns the stage's result."""
 
 
 def main(arguments: list[str]) -> NoReturn:
     """Run the stage whose folder is the first argument, report a failure, and end the process."""
-    # The hint for training (a smaller training batch) would not help a stage.
+    # After exhausted memory, the hint for training (a smaller training batch) would not help a stage.
     run_child_main("stage", lambda channel: run_stage(Path(arguments[0]), channel), memory_hint="lower evaluation.batchSizePerDevice")
 
 

@@ -31,7 +31,7 @@ from finetune_trainer.data.template import Rendered, RenderOptions, render
 from finetune_trainer.data.tokenise import TokeniseOptions, encode, fit_row, no_row_left_error
 
 ANSWER_PLACEHOLDER = "?"
-"""Stands for a missing answer while a question is rendered, because chat templates may require an answer."""
+"""The text that replaces a missing answer while a question is rendered, because some chat templates require an answer."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Question:
     text: str
     """The rendered text before the answer."""
     is_templated: bool
-    """Whether a chat template rendered the text. Such a text already contains its special tokens."""
+    """Whether a chat template rendered the text. A rendered text already contains its special tokens."""
     token_ids: list[int]
     letters: tuple[str, ...] = ()
     """Letters of the options of a multiple-choice question."""
@@ -59,7 +59,7 @@ def select_held_out_rows(loaded: LoadedData) -> list[tuple[RawRow, Example]]:
 def to_answered_example(example: Example) -> Conversation | Completion | Text | TokenSequence | None:
     """Convert an example to a text or conversation that ends with its answer. None if the example contains no answer.
 
-    The answer of a preference pair is the preferred one.
+    The answer of a preference pair is the preferred answer.
     """
     match example:
         case Conversation() | Completion() | Text() | TokenSequence():
@@ -78,7 +78,7 @@ def to_answered_example(example: Example) -> Conversation | Completion | Text | 
 def read_questions(rows: Iterable[tuple[RawRow, Example]], render_options: RenderOptions, options: TokeniseOptions) -> list[Question]:
     """Return the question of each example that contains one. Plain text contains no question.
 
-    Of a question that is longer than `options.max_length` tokens, only the last tokens are kept.
+    If a question has more than `options.max_length` tokens, only the last `options.max_length` tokens are kept.
     """
     asked = [found for _, example in rows if (found := _render_question(example, render_options)) is not None]
     texts = ((str(number), rendered) for number, (_, rendered) in enumerate(asked))
@@ -89,7 +89,7 @@ def read_questions(rows: Iterable[tuple[RawRow, Example]], render_options: Rende
 
 
 def prompts_to_examples(prompts: Iterable[str], sample: Example, system_prompt: str | None) -> list[tuple[RawRow, Example]]:
-    """Convert prompts to examples. `sample`: an example of the job's data. If it has messages, the prompts become messages, else plain text."""
+    """Convert prompts to examples. `sample`: an example of the job's data. If the sample has messages, the prompts become messages, otherwise plain text."""
     is_chat = isinstance(sample, Conversation) or isinstance(getattr(sample, "prompt", None), tuple)
     role_names = sample.role_names if isinstance(sample, Conversation) else Conversation(()).role_names
     asked: list[tuple[RawRow, Example]] = []

@@ -1,6 +1,6 @@
 """Runs the stage `verifying`: checks that the stored artefacts compute what the trained model computed, and writes manifests for servers.
 
-An artefact is loaded as a user would load it: with transformers and PEFT, only from its own folder and the base model. The trainer's own
+An artefact is loaded as a user would load it: with transformers and PEFT, and only from the artefact's own folder and the base model. The trainer's own
 loaders are not used, because they could hide a fault of the files.
 """
 
@@ -41,7 +41,7 @@ from finetune_trainer.verification.weight_files import has_16_bit_weights
 log = logging.getLogger(__name__)
 PORTABLE_ATTENTION = ("sdpa", "eager")
 TRANSFORMERS_ATTENTION = (*PORTABLE_ATTENTION, "flash_attention_2")
-"""Attention implementations that transformers itself has. Instead of any other implementation, the stage uses sdpa."""
+"""Attention implementations that transformers itself contains. If the training used another implementation, this stage uses sdpa."""
 
 
 class UnfitArtefactError(Exception):
@@ -71,7 +71,7 @@ class Artefact:
 
 @dataclass(frozen=True)
 class ArtefactValues:
-    """The values that an artefact computes and, if the base model is loaded with it (adapters), the values of the base model."""
+    """The values that an artefact computes. For an adapter, also the values of the base model, which is loaded with the adapter."""
 
     values: list[float]
     base_values: list[float] | None = None
@@ -150,7 +150,7 @@ class Verifier:
     def _compute_expected_values(self, artefact: Artefact, trained: Path, reference: ReferenceValues) -> ReferenceValues:
         """Return the values that the artefact must compute: the reference values of the training.
 
-        A merged model with combined adapters must compute the same values as the base model with the unmerged adapters. They are computed here.
+        A merged model with combined adapters must compute the same values as the base model with the unmerged adapters. This function computes these values.
         """
         if artefact.name != MERGED_MODEL_NAME or not self._run.spec.output.combine_adapters:
             return reference
@@ -183,9 +183,9 @@ class Verifier:
         return measured
 
     def _compute_base_values(self, measured: ArtefactValues, reference: ReferenceValues) -> list[float] | None:
-        """Return the values of the base model. None for models with a score head.
+        """Return the values of the base model, or None if the model has a score head.
 
-        The base model is loaded only if its values were not computed already, together with those of an adapter.
+        If the values of the base model were already computed together with those of an adapter, the base model is not loaded again.
         """
         if measured.base_values is not None:
             self._base_values = measured.base_values
@@ -196,7 +196,7 @@ class Verifier:
                     model = self._load_model(self._inputs.model, reference, quantizes=True)
                     self._fit_vocabulary(model, reference)
                     self._base_values = self._compute_values(model, reference)
-            except UnfitArtefactError as error:  # A base model that cannot be loaded says nothing about the artefact.
+            except UnfitArtefactError as error:  # The artefact may be correct even if the base model cannot be loaded.
                 raise NotComparableError("BaseModelUnreadable", str(error)) from error
             del model
             _release_memory()
@@ -218,7 +218,7 @@ class Verifier:
         return [value for row in rows for value in row]
 
     def _load_model(self, folder: Path, reference: ReferenceValues, *, quantizes: bool) -> Any:
-        """Load a model in the number format of the training. Errors: NotComparableError if it does not fit on the pod's GPUs."""
+        """Load a model in the number format of the training. Errors: NotComparableError if the model does not fit on the pod's GPUs."""
         import torch
         from transformers import (
             AutoModelForCausalLM,
@@ -268,7 +268,7 @@ def choose_device_map(folder: Path, bytes_per_value: int, device: str, free_byte
 
 
 def _is_quantized(reference: ReferenceValues) -> bool:
-    """Whether the training quantised the base model with bitsandbytes."""
+    """Whether the base model was quantised with bitsandbytes during training."""
     return (reference.quantization or {}).get("quant_method") == "bitsandbytes"
 
 
@@ -297,7 +297,7 @@ def _load_tokenizer(folder: Path, reference: ReferenceValues, *, trusts_code: bo
 
 
 def _add_adapter(base: Any, folder: Path, reference: ReferenceValues) -> Any:
-    """Load the adapter on the base model. Before that, add embedding rows to the base model if the adapter has new tokens, as PEFT requires."""
+    """Load the adapter on the base model. If the adapter has new tokens, first add embedding rows for them to the base model, as PEFT requires."""
     from peft import PeftModel
 
     config = _read_adapter_config(folder)
@@ -309,7 +309,7 @@ def _add_adapter(base: Any, folder: Path, reference: ReferenceValues) -> Any:
 
 
 def _has_biases(folder: Path) -> bool:
-    """Whether the adapter changes biases. If so, the base model cannot be measured by disabling the adapter, because PEFT keeps the changed biases."""
+    """Whether the adapter changes biases. If it does, disabling the adapter does not restore the base model, because PEFT keeps the changed biases."""
     return (_read_adapter_config(folder).get("bias") or "none") != "none"
 
 
@@ -324,7 +324,7 @@ def _token_indices(config: dict[str, Any]) -> dict[str, list[int]]:
 
 @contextmanager
 def _convert_to_verification_errors(name: str, base: Path) -> Iterator[None]:
-    """Convert exceptions within the context: exhausted memory to NotComparableError, an unreadable artefact to UnfitArtefactError.
+    """Convert exceptions raised within the context: for exhausted memory to NotComparableError, for an unreadable artefact to UnfitArtefactError.
 
     Failures of the node keep their type, so that the attempt is repeated.
     """
@@ -339,7 +339,7 @@ def _convert_to_verification_errors(name: str, base: Path) -> Iterator[None]:
         failure, _ = classify_error(error)
         if isinstance(failure, MemoryExhaustedError):
             raise NotComparableError("OutOfMemory", f"the memory of this pod is too small to load the {name}") from error
-        if not isinstance(failure, InternalError):  # A fault of the node or of its disk says nothing about the artefact.
+        if not isinstance(failure, InternalError):  # After a fault of the node or of its disk, the artefact may still be correct.
             raise failure from error
         log.exception("the %s cannot be loaded", name)
         first = re.sub(r"\s+", " ", str(error)).replace(str(base), "the base model").strip()[:300]

@@ -1,9 +1,9 @@
 """`python -m finetune_trainer.storage list|verify|download <uri>`: list, verify or download the checkpoints and the model of a job.
 
 The URI names a job (`s3://bucket/root/<namespace>/<name>/<uid>`), one checkpoint (`.../checkpoints/step-00000100`) or the final
-model (`.../model`). Credentials come from the usual AWS_ variables. AWS_SSE_CUSTOMER_KEY holds the customer's key if objects are
-encrypted with one. Endpoint and region come from options or from AWS_ variables. An `https://` URI must name one checkpoint or
-the model; its query, such as a signature, is sent with every request.
+model (`.../model`). Credentials come from the usual AWS_ variables. If objects are encrypted with a customer's key, AWS_SSE_CUSTOMER_KEY holds this
+key. Endpoint and region come from options or from AWS_ variables. An `https://` URI must name one checkpoint or the model; its query, such as a
+signature, is sent with every request.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ def verify(tree: CheckpointTree, address: JobAddress) -> None:
 
 
 def download(tree: CheckpointTree, address: JobAddress, target_folder: Path) -> None:
-    """Download the checkpoint or model that the address names. If it names a job, download the model, or the newest checkpoint if there is no model.
+    """Download the checkpoint or model that the address names. If the address names a job, download the model, or the newest checkpoint if the job has
+    no model.
 
     Errors: DataError `CheckpointDamaged`.
     """

@@ -1,4 +1,4 @@
-"""The interface of a store: whole objects, conditional creation, listings.
+"""The interface of a store, with methods that read and write whole objects, create an object only if it does not exist, and list objects.
 
 Keys are relative to the store's root, with `/` between parts. A store raises only FineTuneErrors, whose exit codes show who can fix the
 failure (`storage.errors`). If an object is missing, methods return None instead of raising an error.
@@ -27,7 +27,7 @@ class ObjectStat:
     size: int
     """Size in bytes."""
     tag: str = ""
-    """A text that changes when the object is replaced: its ETag, or the modification time of its file. Empty if the store reports none."""
+    """A text that changes when the object is replaced: its ETag, or the modification time of its file. Empty if the store reports neither."""
     modified_at: datetime | None = field(default=None, compare=False)
     """When the object was written; None if the store does not report it."""
 
@@ -44,7 +44,7 @@ class Store(Protocol):
 
     uri: str
     retries: int
-    """Number of retries since the store was opened."""
+    """Number of requests that were retried since the store was opened."""
 
     def put_file(self, source_file: Path, key: str, *, byte_counter: ByteCounter | None = None) -> None:
         """Upload a file atomically: a reader gets either the old object or the complete new object."""
@@ -53,7 +53,7 @@ class Store(Protocol):
         """Write a small object, replacing an existing one."""
 
     def create(self, key: str, data: bytes) -> CreateResult:
-        """Write a small object unless it exists. On stores without conditional writes, check and write are separate requests (`preflight.StoreAbilities`)."""
+        """Write a small object unless it exists. A store without conditional writes checks and writes in separate requests (`preflight.StoreAbilities`)."""
 
     def get(self, key: str) -> bytes | None:
         """Return the bytes of a small object, or None if it does not exist."""
@@ -74,7 +74,7 @@ class Store(Protocol):
         """Remove objects. Missing objects are ignored."""
 
     def sweep(self, key_prefix: str) -> int:
-        """Remove unfinished uploads below the prefix; returns their number."""
+        """Remove unfinished uploads of objects whose key starts with the prefix. Returns the number of removed uploads."""
 
     def close(self) -> None:
         """Close the connections to the store."""

@@ -1,7 +1,7 @@
 """`finetune-trainer check-storage <StoreTarget as JSON>`: check that this pod can write, read and list objects in a store.
 
-`finetune doctor` runs the command in a pod. The result is the termination message and the last line of the log. The check deletes the objects that it
-writes.
+`finetune doctor` runs the command in a pod. The command writes its result as JSON to the termination message and to the last line of the log. It
+deletes the objects that it writes to the store.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Converts exceptions of botocore to errors with a code. Each error says who can fix the failure, and how.
 
-The failed operation shows which permission is missing, and the connection shows which spec field must be corrected. No message contains a
-credential: S3's own messages are never copied, because some repeat the signed request.
+The failed S3 operation determines which permission the error names, and the connection determines which spec field the error names. No message contains a
+credential: S3's own messages are never copied, because some of them repeat the signed request.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ class BucketConnection:
     region: str
     addressing_style: str
     credentials_prefix: str = ""
-    """Prefix of the environment variables with the credentials: empty, `MODEL_` or `DATASET_`."""
+    """Prefix of the environment variables that hold the credentials: empty, `MODEL_` or `DATASET_`."""
     encryption: str | None = None
-    """The encryption at rest that write requests ask for; None if they ask for none."""
+    """The encryption at rest that write requests ask for, or None if they do not ask for encryption."""
 
     @property
     def host(self) -> str:
@@ -56,7 +56,7 @@ class BucketConnection:
 def convert_error(error: Exception, connection: BucketConnection, *, operation: str = "", key: str = "") -> FineTuneError:
     """Convert an exception of botocore, boto3 or s3transfer to an error with a code. A FineTuneError is returned unchanged.
 
-    `operation`: the S3 operation that failed. `key`: the key of its object.
+    `operation`: the S3 operation that failed. `key`: key of the object that the operation was for.
     """
     from botocore import exceptions as boto
 
@@ -94,7 +94,7 @@ def convert_error(error: Exception, connection: BucketConnection, *, operation: 
 
 
 LOCAL_DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
-"""Errno values of local file errors. Network errors never have these values."""
+"""Values of `errno` that only errors of local files have. Network errors never have these values."""
 
 
 def local_disk_error(error: OSError) -> StorageError:
@@ -159,7 +159,10 @@ def _response_error(error: Exception, connection: BucketConnection, operation: s
 def _to_encryption_error(
     error_code: str, http_status: int, server_message: str, connection: BucketConnection, location: str, operation: str
 ) -> FineTuneError | None:
-    """Return the error for a response about encryption: a missing permission, a wrong key or an unsupported type. Return None for other responses."""
+    """Return the error for a response about encryption: a missing permission, a wrong key or an unsupported type.
+
+    Return None if the response is not about encryption.
+    """
     if http_status == 403 and (permission := _KMS_PERMISSION_PATTERN.search(server_message)):
         return CredentialsError(
             "PermissionDenied", f"{location} refuses {permission[0]}: the key service does not allow these credentials to use the key",

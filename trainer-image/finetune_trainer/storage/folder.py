@@ -1,4 +1,4 @@
-"""A folder as a store: `file:///path` on a laptop, `pvc://claim/path` in a pod.
+"""A store in a folder: `file:///path` on a laptop, `pvc://claim/path` in a pod.
 
 An object is written to a hidden file in its folder, flushed to disk and renamed. Conditional creation uses a hard link:
 if two writers create the same object at once, only one succeeds.
@@ -22,7 +22,7 @@ from finetune_trainer.storage.errors import local_disk_error
 
 PARTIAL_FILE_PREFIX = ".partial-"
 HARD_LINK_REFUSED_ERRNOS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)
-"""Errno values with which file systems refuse a hard link (SMB, many FUSE file systems)."""
+"""Values of `errno` with which file systems without hard links (SMB, many FUSE file systems) refuse a hard link."""
 
 
 class FolderStore:
@@ -138,7 +138,7 @@ class FolderStore:
 
     @contextlib.contextmanager
     def _partial_file(self, key: str) -> Iterator[Path]:
-        """Yield the path of a hidden file in the folder of `key`. At the end, remove that file unless it was renamed."""
+        """Yield the path of a hidden file in the folder of `key`. At the end of the context, remove the hidden file unless it was renamed."""
         target = self.root / key
         partial_file = target.parent / f"{PARTIAL_FILE_PREFIX}{uuid.uuid4().hex[:12]}"
         with self._translate_os_errors(f"write {key}"):
@@ -175,7 +175,7 @@ class FolderStore:
 
 
 def _walk_files(base: Path) -> Iterator[Path]:
-    """Yield the files below a folder. Folders that another process removes are skipped.
+    """Yield the files below a folder. Folders that another process removes in the meantime are skipped.
 
     Errors: OSError if a folder cannot be read, because such a folder must not look empty.
     """
@@ -189,7 +189,7 @@ def _walk_files(base: Path) -> Iterator[Path]:
 
 
 def _create_in_place(target: Path, data: bytes) -> CreateResult:
-    """Create a file unless it exists, on a file system without hard links. Until its content is written, a reader may see an empty file."""
+    """Create a file unless it exists, on a file system without hard links. Until the content is written, another process can read an empty file."""
     try:
         handle = os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
     except FileExistsError:

@@ -1,4 +1,4 @@
-"""Checks within seconds, before any download, that the job can write, read and list in its store.
+"""Checks within seconds, before any download, that the job can write, read and list objects in its store.
 
 Each cause has its own error: a wrong bucket, region, addressing style, TLS setting, credential, permission or clock (`storage.errors`).
 Conditional writes and deletion are tested and reported, but the store need not support them.
@@ -26,7 +26,7 @@ PREFLIGHT_OPTIONS = {"max_tries": 2, "connect_timeout": 2.0, "read_timeout": 3.0
 
 @dataclass(frozen=True)
 class StoreAbilities:
-    """Features that a store supports, for `status.resolved.storage`."""
+    """Features that a store supports, as shown in `status.resolved.storage`."""
 
     store_kind: str
     """`s3` or `folder`."""
@@ -39,7 +39,7 @@ class StoreAbilities:
 
 
 def preflight(target: StoreTarget, *, needs_write: bool = True) -> StoreAbilities:
-    """Try every type of request that checkpoints need, with a small object. If `needs_write` is False, only list the store.
+    """Try every type of request that checkpoints need, with a small object. If `needs_write` is False, only list objects.
 
     Errors and exit codes: StorageSetupError (67); CredentialsError (77), whose message names the permission; StorageError
     `EndpointUnreachable` (69); ConfigError `StorageUriInvalid` (64) for a web server, because it is read-only.
@@ -67,7 +67,7 @@ def _try_all_requests(store: Store, needs_write: bool) -> StoreAbilities:
     if not needs_write:
         return StoreAbilities(kind, False)
     key = join_key(PROBE_FOLDER, uuid.uuid4().hex)
-    store.create(key, b"first")  # EXISTS means that an earlier try succeeded, but its response was lost.
+    store.create(key, b"first")  # The result EXISTS means that an earlier try succeeded, but its response was lost.
     if store.get(key) != b"first":
         raise StorageError("StorageInconsistent", f"{store.uri}: an object that was just written cannot be read")
     second_creation = store.create(key, b"second")
@@ -97,8 +97,8 @@ def _ignored_encryption_error(store: Store) -> StorageSetupError:
 def _find_cause(error: StorageError, store: Store) -> FineTuneError:
     """Return an error that names the cause of `error`, or `error` itself if the cause is unknown.
 
-    The result is AddressingWrong if the endpoint responds but the host name with the bucket does not, and EncryptionRefused if the store
-    accepts objects only without the requested encryption.
+    The code of the result is AddressingWrong if the endpoint accepts connections, but the host name that contains the bucket does not. The code is
+    EncryptionRefused if the store accepts objects only without the requested encryption.
     """
     if error.code == "StorageFailed" and isinstance(store, S3Store) and _only_encryption_fails(store):
         return StorageSetupError(
@@ -121,14 +121,17 @@ def _find_cause(error: StorageError, store: Store) -> FineTuneError:
 
 
 def _only_encryption_fails(store: S3Store) -> bool:
-    """Whether encryption was requested and the store accepts an object without it. Many stores without keys answer requests for encryption with status 500."""
+    """Whether encryption was requested and the store accepts an object without encryption.
+
+    Many stores that have no encryption keys answer requests for encryption with status 500.
+    """
     if store.target.encryption is None:
         return False
     unencrypted_store = S3Store(store.target.model_copy(update={"encryption": None}), max_tries=2, connect_timeout=2, read_timeout=3)
     key = join_key(PROBE_FOLDER, uuid.uuid4().hex)
     try:
         unencrypted_store.put(key, b"")
-        with contextlib.suppress(CredentialsError):  # The preflight reports a missing permission to delete.
+        with contextlib.suppress(CredentialsError):  # The preflight check itself reports that the permission to delete is missing.
             unencrypted_store.delete([key])
     except FineTuneError:
         return False

@@ -1,9 +1,9 @@
 """Accesses S3 and compatible stores through boto3 with its classic transfer client.
 
 boto3's CRT client is not used, because it ignores a custom endpoint. boto3's default checksums are turned off, because some compatible
-stores refuse them. Requests are retried more often than botocore's default, because a lost checkpoint costs more than a delay. Conditional
-creation uses If-None-Match. If the response to a creation is lost, the retry finds that the object exists, so the caller must compare the
-object with its own data.
+stores refuse them. Requests are retried more often than botocore's default, because a lost checkpoint costs more than a delay. To create an object
+only if it does not exist, the header If-None-Match is used. If the response to this request is lost, the retry finds that the object exists. The
+caller must therefore compare the existing object with its own data.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ HTTP_FORBIDDEN = 403
 RANGE_BYTES = 8 * MIB
 MAX_UPLOAD_PARTS = 9000
 MAX_PARALLEL_TRANSFERS = 10
-"""Number of parts or ranges that are transferred in parallel. A download keeps these ranges and one more in memory: at most 88 MiB."""
+"""Number of parts of an upload, or ranges of a download, that are transferred in parallel. A download keeps these ranges and one more in memory: at
+most 88 MiB."""
 MAX_TRIES = 9
 DEFAULT_REGION = "us-east-1"
 CUSTOMER_KEY_BYTES = 32
@@ -50,7 +51,8 @@ MAX_DELETE_KEYS = 1000
 CONFLICT_PAUSE_SECONDS = 0.2
 """Pause before a creation is retried because another writer was creating the same object."""
 CONDITIONAL_WRITE_REFUSED_CODES = ("NotImplemented", "InvalidArgument", "InvalidRequest")
-"""Error codes with which stores refuse a PUT with `If-None-Match`. The PUT is repeated without this header, and fails again if the code had another cause."""
+"""Error codes with which stores refuse a PUT with `If-None-Match`. The PUT is repeated without this header. If the header was not the cause, the
+repeated PUT fails too."""
 BATCH_DELETION_REFUSED_CODES = (
     "NotImplemented",
     "MethodNotAllowed",
@@ -77,9 +79,9 @@ class S3Store:
         self.connection = describe_connection(target, self.bucket)
         self.retries = 0
         self.supports_conditional_writes = True
-        """Whether the store supports conditional writes. True until a conditional write is refused."""
+        """Whether the store supports conditional writes. The value is True until the store refuses a conditional write."""
         self._supports_batch_deletion = True
-        """Whether the store supports DeleteObjects. True until such a request is refused."""
+        """Whether the store supports DeleteObjects. The value is True until the store refuses a DeleteObjects request."""
         self._lock = threading.Lock()
         self._encryption = build_encryption_arguments(target, self.connection)
         self._client = _create_client(target, self.connection, max_tries, connect_timeout, read_timeout)
@@ -96,7 +98,7 @@ class S3Store:
         return self._client
 
     def full_key(self, key: str) -> str:
-        """Return the key in the bucket: the store's prefix and the given key."""
+        """Return the key in the bucket: the store's prefix, followed by the given key."""
         return join_key(self.prefix, key)
 
     # ---- writing ----
@@ -182,7 +184,7 @@ class S3Store:
                 raise convert_error(error, self.connection, operation="DeleteObject", key=full_key) from error
 
     def sweep(self, key_prefix: str) -> int:
-        """Abort unfinished multipart uploads below the prefix, which killed processes have left. Returns their number."""
+        """Abort the unfinished multipart uploads that killed processes have left below the prefix. Returns the number of aborted uploads."""
         swept = 0
         try:
             pages = self._client.get_paginator("list_multipart_uploads").paginate(
@@ -210,7 +212,7 @@ class S3Store:
         raise AssertionError("unreachable")
 
     def download(self, key: str, target_file: Path, *, byte_counter: ByteCounter | None = None) -> str | None:
-        """Download byte ranges in parallel and hash them in order, so that the file need not be read again for its hash."""
+        """Download byte ranges in parallel and hash them in order, so that the file need not be read again to compute its hash."""
         try:
             target_file.parent.mkdir(parents=True, exist_ok=True)
             stat = self.stat(key)
@@ -262,9 +264,10 @@ class S3Store:
         return ObjectStat(key, int(response["ContentLength"]), str(response.get("ETag", "")).strip('"'))
 
     def has_requested_encryption(self, key: str) -> bool:
-        """Whether an object is encrypted as requested. Some stores accept requests for encryption, but store the object without it.
+        """Whether an object is encrypted as requested. Some stores accept requests for encryption, but store the object without encryption.
 
-        An object encrypted with a customer's key must not be readable without the key. For the other types, the store must report the encryption.
+        An object encrypted with a customer's key must not be readable without the key. For the other types of encryption, the store must report that
+        the object is encrypted.
         """
         try:
             response = self._client.head_object(Bucket=self.bucket, Key=self.full_key(key))
@@ -278,7 +281,7 @@ class S3Store:
         }[self.target.encryption]  # fmt: skip
 
     def _error_with_reason(self, error: Exception, key: str) -> Exception:
-        """Return the error of a GET request if a HEAD request was refused: only the response to GET has a body with the reason."""
+        """Repeat a refused HEAD request as a GET request and return the error of GET, because only a response to GET has a body with the reason."""
         if get_status_and_code(error)[0] != HTTP_FORBIDDEN:
             return error
         try:
@@ -328,7 +331,7 @@ def describe_connection(target: StoreTarget, bucket: str) -> BucketConnection:
 
 @dataclass(frozen=True)
 class EncryptionArguments:
-    """Additional arguments of write and read requests. Read requests need them only for a customer's key."""
+    """Additional arguments of write and read requests for encryption. Read requests need arguments only for a customer's key."""
 
     write_arguments: dict[str, Any]
     read_arguments: dict[str, Any]

@@ -1,4 +1,4 @@
-"""An HTTP session of the requests library with additional CA certificates. It does not retry, and refuses redirects from https to http.
+"""An HTTP session of the requests library with additional CA certificates. The session does not retry, and it refuses redirects from https to http.
 
 This is a separate module, so that only jobs that read from a web server import the requests library.
 """
@@ -18,7 +18,7 @@ from finetune_trainer.addresses import refuse_metadata_address
 
 
 class CaTrustingAdapter(HTTPAdapter):
-    """A connection pool, direct or through a proxy, that trusts the CA certificates of `context` and of the requests library."""
+    """A pool of direct or proxied connections that trusts the CA certificates of `context` and of the requests library."""
 
     def __init__(self, context: ssl.SSLContext) -> None:
         self._context = context
@@ -44,7 +44,7 @@ class Session(requests.Session):
     """A session that follows redirects only to https, because a response without TLS could be modified in transit."""
 
     def get_redirect_target(self, resp: requests.Response) -> str | None:
-        """Return the target of a redirect. Errors: StorageSetupError `RedirectRefused` if it has no TLS; ConfigError `AddressForbidden`."""
+        """Return the target of a redirect. Errors: StorageSetupError `RedirectRefused` if the target has no TLS; ConfigError `AddressForbidden`."""
         target = super().get_redirect_target(resp)
         parts = urlsplit(target or "")
         if parts.scheme not in ("", "https"):
@@ -59,7 +59,7 @@ class Session(requests.Session):
 
 
 def create_session(http_adapter: CaTrustingAdapter) -> Session:
-    """Create a session for one request. It has its own cookies, but shares the connections of `http_adapter`."""
+    """Create a session for one request. The session has its own cookies, but shares the connections of `http_adapter`."""
     session = Session()
     session.mount("https://", http_adapter)
     return session

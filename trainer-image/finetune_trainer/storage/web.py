@@ -1,9 +1,8 @@
-"""A web server as a read-only store: `https://host/path`, accessed with the requests library.
+"""A read-only store on a web server: `https://host/path`, accessed with the requests library.
 
 A web server has no listing, so only a checkpoint or model with a known address can be read.
-This module retries requests itself, so that one limit covers failed connections, busy servers and interrupted bodies. Retries of the
-requests library would also log the query of a URL, which may contain a signature. The query of the store's URI is sent with every request
-and never appears in a message.
+This module retries requests itself, so that one limit covers failed connections, busy servers and interrupted bodies. If the requests library retried,
+it would also log the query of the URL, which may contain a signature. The query of the store's URI is sent with every request and never appears in a message.
 """
 
 from __future__ import annotations
@@ -44,15 +43,15 @@ URL_HINT = "write https://host/path"
 WRITE_HINT = "write s3://bucket/prefix, pvc://claim/path or file:///path for a store that is written to"
 MAX_TRIES = 5
 TIMEOUT_SECONDS = 30.0
-"""Time limit for connecting, and between two chunks of a response."""
+"""Time limit for opening a connection, and for the pause between two chunks of a response."""
 FIRST_PAUSE_SECONDS = 1.0
 """Pause before the first retry. The pause doubles with each further retry."""
 MAX_PAUSE_SECONDS = 60.0
-"""Maximum pause, even if the server's Retry-After is longer."""
+"""Maximum pause before a retry, even if the server's Retry-After asks for a longer pause."""
 READ_BYTES = 256 * 1024
 RETRIED_STATUS_CODES = (429, 500, 502, 503, 504)
 HEAD_REFUSED_STATUS_CODES = (403, 405, 501)
-"""Statuses with which HEAD may fail although GET succeeds, for example because a signed URL is valid only for GET."""
+"""HTTP statuses with which HEAD may fail although GET succeeds, for example because a signed URL is valid only for GET."""
 
 
 class WebStore:
@@ -87,7 +86,7 @@ class WebStore:
     ) -> str | None:
         """Download an object. The key "" names the object at the store's URI itself.
 
-        Before the first write, `check_space` is called with the size in bytes (0 if the server does not report the size).
+        Before the first write, `check_space` is called with the object's size in bytes (0 if the server does not report the size).
         """
         try:
             target_file.parent.mkdir(parents=True, exist_ok=True)
@@ -95,7 +94,7 @@ class WebStore:
                 digest = self._download(key, _Download(writer, byte_counter, check_space))
             if digest is None:
                 target_file.unlink()
-        except OSError as error:  # It is an error of the local file: errors of the connection are FineTuneErrors.
+        except OSError as error:  # The error concerns the local file, because errors of the connection are FineTuneErrors.
             raise local_disk_error(error) from error
         return digest
 
@@ -206,7 +205,10 @@ class WebStore:
         return _RetryableError(StorageError("DownloadBroken", f"{self._uri_without_query(key)} {problem}"))
 
     def _is_missing(self, key: str, response: requests.Response) -> bool:
-        """Whether the object does not exist. Errors: `_RetryableError` for a busy server, a FineTuneError for other refusals."""
+        """Whether the response says that the object does not exist.
+
+        Errors: `_RetryableError` if the server is busy, a FineTuneError if it refuses the request.
+        """
         status = response.status_code
         message = f"{self._uri_without_query(key)} answers {status}"
         if status in RETRIED_STATUS_CODES:
@@ -224,7 +226,7 @@ class WebStore:
     def _with_retries(self, key: str, send_request: Callable[[], Any], count_received_bytes: Callable[[], int] = lambda: 0) -> Any:
         """Send a request, and retry while the server is busy or the connection breaks.
 
-        `count_received_bytes` returns the number of received bytes. After each `CHUNK_BYTES` received, the tries are counted from 1 again.
+        `count_received_bytes` returns the number of received bytes. After every `CHUNK_BYTES` that were received, the count of tries starts again at 1.
         """
         try_count, reached_bytes = 0, 0
         while True:
@@ -242,7 +244,10 @@ class WebStore:
             time.sleep(pause_seconds)
 
     def _translate_errors(self, key: str, send_request: Callable[[], Any]) -> Any:
-        """Convert exceptions of the requests library to FineTuneErrors. `from None` hides their texts, which contain the URL with its query."""
+        """Convert exceptions of the requests library to FineTuneErrors.
+
+        `from None` hides the texts of these exceptions, because the texts contain the URL with its query.
+        """
         from requests import exceptions as web
         from urllib3.exceptions import LocationParseError
 
@@ -270,7 +275,7 @@ class WebStore:
 
 
 class _RetryableError(Exception):
-    """A failure that a retry may fix. `error`: raised after the last try. `pause`: the server's Retry-After in seconds."""
+    """A failure that a retry may fix. `error`: the error that is raised after the last try. `pause`: the server's Retry-After in seconds."""
 
     def __init__(self, error: FineTuneError, pause_seconds: float = 0) -> None:
         super().__init__(str(error))
@@ -395,7 +400,7 @@ def _strong_etag(response: requests.Response) -> str:
 
 
 def _retry_after(response: requests.Response) -> float:
-    """Return the seconds to wait that the Retry-After header asks for; 0 if the header is missing or invalid."""
+    """Return how many seconds the Retry-After header asks the client to wait, or 0 if the header is missing or invalid."""
     from urllib3 import exceptions as pool
     from urllib3.util.retry import Retry
 

@@ -1,4 +1,4 @@
-"""The supervisor: PID 1 of a trainer pod. It does not import torch, so it answers HTTP within a second and needs little memory.
+"""The supervisor: PID 1 of a trainer pod. The supervisor does not import torch, so it answers HTTP requests within a second and needs little memory.
 
 `supervise` runs the steps from pod start to exit code. `prepare` and `fetch` download and check the inputs. `agent_process`
 starts the ranks, `rank_channel` receives the ranks' messages and `rank_messages` handles them. `staging` hands checkpoints to

@@ -20,8 +20,8 @@ TRACKER_CREDENTIAL_VARIABLES = (WANDB_KEY, MONGODB_URI, *MLFLOW_CREDENTIALS)
 def start_agent(run: RunConfig, settings: Settings, channel_address: str, store_address: StoreAddress | None = None) -> ChildProcess:
     """Start `finetune-trainer agent`.
 
-    `channel_address`: path of the socket to which ranks report. `store_address`: where this pod reaches the TCPStore of its gang. If it is
-    None, the agents of a gang use the master address, and the agent of a single pod uses the loopback interface.
+    `channel_address`: path of the socket to which ranks report. `store_address`: the address at which this pod reaches the TCPStore of its gang. If
+    `store_address` is None, the agents of several pods use the master address, and the agent of a single pod uses the loopback interface.
     """
     world = run.world
     address, port = "127.0.0.1", 0
@@ -53,7 +53,7 @@ def count_threads_per_rank(run: RunConfig) -> int:
 
 
 def build_rank_environment(run: RunConfig, settings: Settings, channel_address: str) -> dict[str, str]:
-    """Return the environment of the agent and its ranks, without credentials for storage, trackers and the hub push, which ranks do not access."""
+    """Return the environment of the agent and its ranks, without the credentials for storage, trackers and the push to the hub."""
     inherited = {name: value for name, value in os.environ.items() if not name.endswith((*CREDENTIAL_VARIABLES, *TRACKER_CREDENTIAL_VARIABLES))}
     return {
         "OMP_NUM_THREADS": str(count_threads_per_rank(run)),

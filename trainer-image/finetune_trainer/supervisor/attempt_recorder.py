@@ -1,6 +1,6 @@
 """Stores a record of each incarnation below `run/records/`. The report and the lineage statement are made from these records.
 
-The records are not stored in `run/attempt-<n>/`, because an object there fences out earlier attempts.
+The records are not stored in `run/attempt-<n>/`, because an object in this folder fences out earlier attempts.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ RECORDS_FOLDER = f"{Storage.RUN}/records"
 
 
 class AttemptRecorder:
-    """Stores the record of one incarnation. Only rank 0's pod stores it. Errors of all methods: those of storage."""
+    """Stores the record of one incarnation. Only rank 0's pod stores the record. Errors of all methods: those of storage."""
 
     def __init__(self, run: RunConfig, tree: CheckpointTree, *, incarnation: str, config_sha256: str, started_at: datetime) -> None:
         """`started_at`: when the pod started."""

@@ -4,7 +4,7 @@ This program downloads a model into the cache once for all pods that share the v
 of the node, the trainer container reads the model there, through a mount that it cannot write to. If the cache is in a PersistentVolumeClaim, this program
 copies the model to the pod's disk and verifies the copy, because every pod of the namespace can mount the claim and change its files at any time.
 
-The program always exits with code 0. If its record is missing or lacks a model, the trainer container downloads that model itself.
+The program always exits with code 0. If the program's record is missing or does not contain a model, the trainer container downloads the model itself.
 
 A preparation uses the same code to put the models into the cache of a PersistentVolumeClaim before any pod holds GPUs (`fill_claim`).
 """
@@ -41,16 +41,16 @@ log = logging.getLogger(__name__)
 MODEL_COPIES_FOLDER = "from-cache"
 SOURCE_RECORDS_FOLDER = ".sources"
 MAX_TRIES = 2
-"""How often to try to provide a model from the cache. After the first try, a damaged model is removed and downloaded again."""
+"""Number of tries to provide a model from the cache. If the first try finds a damaged model, the model is removed and downloaded again."""
 
 
 class ModelUse(Enum):
     """Where the pod reads a model that the cache provides."""
 
     IN_PLACE = "in place"
-    """In the cache, which is on the disk of the node."""
+    """The pod reads the model in the cache, which is on the disk of the node."""
     COPY = "copy"
-    """On the pod's disk, to which the model is copied, because the cache is in a PersistentVolumeClaim."""
+    """The model is copied to the pod's disk and read there, because the cache is in a PersistentVolumeClaim."""
     NONE = "none"
     """The pod does not read the model: a preparation only fills the cache in a PersistentVolumeClaim."""
 
@@ -71,7 +71,7 @@ class CacheOptions:
 
 
 class SourceRecord(LenientModel):
-    """The newest known revision of a public hub repository, and its files. It is used while the hub does not answer."""
+    """The newest known revision of a public hub repository, and its files. This record is used while the hub does not answer."""
 
     revision: str
     files: list[tuple[str, int, str]]
@@ -103,7 +103,7 @@ class CachePod:
         return CacheRecord(models=models, notes=self._notes)
 
     def _create_folder_of_namespace(self) -> None:
-        """Create the namespace's folder in a cache on the node. If it is missing, the kubelet creates it for root, and no later pod can write to it."""
+        """Create the namespace's folder in a cache on the node. If the folder is missing, the kubelet creates it for root, and no later pod can write to it."""
         if self._options.is_on_node:
             with suppress(OSError):  # The first write to the cache reports this error.
                 (self._options.cache_folder / self._options.tenant).mkdir(parents=True, exist_ok=True)
@@ -136,7 +136,7 @@ class CachePod:
         raise AssertionError
 
     def _make_available(self, entry: CacheEntry, listing: ModelListing, source: str, is_from_cache: bool, fetcher: Fetcher) -> CachedModel:
-        """Return the model that the trainer container reads: the one in the cache, or a verified copy. Errors: DamagedModel, FineTuneError."""
+        """Return the model that the trainer container reads: the model in the cache, or a verified copy of it. Errors: DamagedModel, FineTuneError."""
         model = CachedModel(
             source=source, path=entry.files, from_cache=is_from_cache, size=listing.total_bytes, hub_revision=listing.hub_revision,
             listing_version=listing.listing_version, sha256={name: file.sha256 for name, file in entry.record.files.items()}, in_use_file=entry.in_use_file,
@@ -177,8 +177,8 @@ class CachePod:
     def _provide_offline(self, fetcher: Fetcher, source: str, error: HubDown) -> CachedModel:
         """Provide the newest known revision of a public model while the hub does not answer. Errors: CacheProblem.
 
-        The cache must be on the node, where no other program writes: in a claim, another pod could have written the recorded hashes. The model must
-        be public, because without the hub, access to other models cannot be checked.
+        The cache must be on the node, where no other program writes. In a claim, another pod could have changed the recorded hashes. The model must be
+        public, because only the hub can check whether this job may read a model that is not public.
         """
         hub_source = parse_source(source)
         assert isinstance(hub_source, HubSource)

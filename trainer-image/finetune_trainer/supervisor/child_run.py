@@ -26,15 +26,16 @@ class ChildResult:
 
     exit_code: int
     failure: FineTuneError | None
-    """The failure that the process reported or, if it reported none, that its exit code shows. None after exit code 0."""
+    """The failure that the process reported. If it reported none, the failure that follows from its exit code. None after exit code 0."""
 
 
 def run_child(
     arguments: list[str], run: RunConfig, settings: Settings, *, handle_message: Callable[[dict[str, Any]], None], while_running: Callable[[int], None]
 ) -> ChildResult:
-    """Run `finetune-trainer <arguments>` and wait for its end. Afterwards, all descendants of the calling process are killed.
+    """Run `finetune-trainer <arguments>` and wait for its end. After the end, all descendants of the calling process are killed.
 
-    `handle_message` receives each message. `while_running` is called repeatedly with the child's pid; if it raises an exception, the child is killed.
+    `handle_message` receives each message of the child. `while_running` is called repeatedly with the child's pid; if it raises an exception, the
+    child is killed.
     """
     failures: list[FineTuneError] = []
 

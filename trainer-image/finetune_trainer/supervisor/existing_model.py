@@ -29,7 +29,8 @@ from finetune_trainer.storage.web import split_query
 SPEC_FIELD = "phases.from"
 RECORD_KEY = f"{Storage.RUN}/given_model.json"
 TRAINING_STATE_NAME_ENDINGS = (".pt", ".pth", "training_args.bin")
-"""Endings of the names of files in a checkpoint that are needed only to resume training. Files in subfolders are also needed only for this."""
+"""Endings of the names of checkpoint files that are needed only to resume training. Files in the subfolders of a checkpoint are also needed only to
+resume training."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def _find_output_kind(manifest: Manifest) -> OutputKind | None:
 
 
 def require_same_base(existing: ExistingModel, inputs: Inputs) -> str | None:
-    """Check that the model was trained from this job's base model. Returns a note if the two base models cannot be compared, else None.
+    """Check that the model was trained from this job's base model. Returns a note if the two base models cannot be compared, otherwise None.
 
     Errors: ConfigError `ExistingModelOfOtherBase`.
     """

@@ -1,7 +1,7 @@
 """Stores the result of a successful run, and finds the result of an earlier job of the same name, for `policy.onExistingResult`.
 
-A job's folder in storage ends with its uid: `<storage.uri>/<namespace>/<name>/<uid>`. The folders of earlier jobs of the same name are next to
-it. This module only reads them. `finetune_api.existing_result` compares the results.
+A job's folder in storage ends with its uid: `<storage.uri>/<namespace>/<name>/<uid>`. The folders of earlier jobs of the same name are next to this
+folder. This module only reads the folders of earlier jobs. `finetune_api.existing_result` compares the results.
 """
 
 from __future__ import annotations
@@ -32,13 +32,17 @@ from finetune_trainer.supervisor.run_state import RunState
 
 log = logging.getLogger(__name__)
 REFERENCE_MODEL = "reference model"
-"""Key of the reference model in `RunFacts.other_inputs`. Its digest cannot be computed without the weights, so its version is compared instead."""
+"""Key of the reference model in `RunFacts.other_inputs`. The digest of the reference model cannot be computed without its weights, so the version of
+the model is compared instead."""
 MAX_SHOWN_DIFFERENCES = 10
 
 
 @dataclass(frozen=True)
 class EarlierRun:
-    """A final model that an earlier job of this name has committed. `result` is None if the run did not succeed, or if its trainer did not store a result."""
+    """A final model that an earlier job of the same name has committed.
+
+    `result` is None if the run did not succeed, or if its trainer did not store a result.
+    """
 
     job_uid: str
     uri: str
@@ -61,17 +65,17 @@ def store_result(run: RunConfig, tree: CheckpointTree, output: Output, report: P
 
 
 def collect_compared_inputs(facts: RunFacts) -> dict[str, str]:
-    """Return the digest or version of each input. A pod that has not downloaded the weights can compute all of them."""
+    """Return the digest or version of each input. A pod can compute all these values before it downloads any weights."""
     others = {name: digest for name, digest in facts.other_inputs.items() if name != REFERENCE_MODEL}
     return {"training data": facts.dataset_digest, **others, **facts.source_versions}
 
 
 def find_result_to_adopt(run: RunConfig, facts: RunFacts, state: RunState) -> RunResult | None:
-    """Return the result of an earlier job with the same spec and inputs; None if the job must train.
+    """Return the result of an earlier job with the same spec and inputs, or None if this job must train.
 
     Errors: ConfigError `ExistingResultFound` with `policy.onExistingResult: fail`. Storage errors if the user set this field to
-    `adopt` or `fail`. If the user did not set the field, a storage error only adds a note, because some stores do not permit the job to list the folder
-    above its own.
+    `adopt` or `fail`. If the user did not set the field, a storage error only adds a note, because some stores do not permit a job to list the folder
+    above the job's own folder.
     """
     mode = run.spec.policy.on_existing_result
     if mode is OnExistingResult.TRAIN:
@@ -101,9 +105,10 @@ def find_result_to_adopt(run: RunConfig, facts: RunFacts, state: RunState) -> Ru
 
 
 def list_earlier_runs(run: RunConfig) -> tuple[list[EarlierRun], dict[str, FineTuneError]]:
-    """Return the complete final models of earlier jobs of the same name, and the errors of the runs that could not be read, by uid.
+    """Return the complete final models of earlier jobs of the same name and, by uid, the errors of the jobs whose results could not be read.
 
-    Runs with a result come first, sorted from newest to oldest. Errors: storage errors if the folder cannot be listed, or if no earlier run can be read.
+    Models of jobs with a stored result come first, sorted from newest to oldest. Errors: storage errors if the folder cannot be listed, or if no
+    earlier run can be read.
     """
     root, _, own_uid = run.storage.uri.rstrip("/").rpartition("/")
     folder = open_store(run.storage.model_copy(update={"uri": root}))
@@ -125,7 +130,7 @@ def list_earlier_runs(run: RunConfig) -> tuple[list[EarlierRun], dict[str, FineT
 
 
 def _read_run(run: RunConfig, uri: str, uid: str) -> EarlierRun | None:
-    """Return the run in a job's folder, or None if no complete model is committed there."""
+    """Return the run in the folder of an earlier job, or None if no complete model is committed in the folder."""
     tree = CheckpointTree(open_store(run.storage.model_copy(update={"uri": uri})))
     try:
         committed = tree.get_committed(None)

@@ -1,7 +1,7 @@
 """Decides the exit code of a pod. The decision depends only on recorded facts; this module does not access processes, storage or the clock.
 
-After the final artefact is committed, only the stages after training can fail. After a requested stop, the pod exits with 75 or 76. In all
-other cases the root cause of the failures decides.
+After the final artefact is committed, only the stages after training can fail. After a requested stop, the pod exits with 75 or 76. In all other
+cases, the root cause of the failures determines the exit code.
 """
 
 from __future__ import annotations
@@ -47,19 +47,19 @@ class AttemptFacts:
     rank_failures: list[RankFailure] = field(default_factory=list)
     """Failures that ranks reported."""
     stop_requested_at: float | None = None
-    """Monotonic time at which this pod received SIGTERM, or was informed that another pod of the gang received SIGTERM."""
+    """Monotonic time at which this pod received SIGTERM, or learned that another pod of the gang received SIGTERM."""
     is_ended_by_user: bool = False
-    """Whether the stop was requested with Ctrl-C. If so, no other attempt follows."""
+    """Whether the stop was requested with Ctrl-C. After Ctrl-C, no other attempt follows."""
     stopped_ranks: set[int] = field(default_factory=set)
     is_output_written: bool = False
     """Whether rank 0 has written the final artefact to the pod's disk."""
     is_deadline_passed: bool = False
-    """Whether the grace period has ended, or is too short for another checkpoint."""
+    """Whether the grace period has ended, or the rest of it is too short for another checkpoint."""
     agent_exit_code: int | None = None
     output: Output | None = None
     """The committed final artefact."""
     stage_report: StageReport | None = None
-    """The results of the stages after training. None if they have not begun in this pod, or if another pod runs them."""
+    """The results of the stages after training. None if the stages have not begun in this pod, or if another pod runs the stages."""
     start_step: int = 0
     """Step that this incarnation started from."""
 
@@ -75,7 +75,7 @@ class ExitDecision:
 
 
 def decide_exit(facts: AttemptFacts, exit_code_failures: list[RankFailure], *, is_saved: bool, node_rank: int) -> ExitDecision:
-    """Decide how this pod exits. `exit_code_failures`: failures that only exit codes show; `is_saved`: the result of `is_state_saved`."""
+    """Decide how this pod exits. `exit_code_failures`: failures that are known only from exit codes; `is_saved`: the result of `is_state_saved`."""
     if facts.output is not None:
         return _exit_after_commit(facts, node_rank)
     if facts.supervisor_error is None and facts.stop_requested_at is not None:
@@ -99,7 +99,10 @@ def _exit_after_commit(facts: AttemptFacts, node_rank: int) -> ExitDecision:
 
 
 def _exit_after_stop(facts: AttemptFacts, is_saved: bool) -> ExitDecision:
-    """Return the exit after a stop request: a failure that began in a rank; otherwise 75 if the trained steps are saved, else 76."""
+    """Return the exit after a stop request.
+
+    If a failure began in a rank, its exit code is returned; otherwise 75 if the trained steps are saved, or 76 if they are not.
+    """
     rank_failure = choose_root_cause(failure for failure in facts.rank_failures if failure.is_origin)
     if rank_failure is not None:
         return ExitDecision(int(rank_failure.error.exit_code), rank_failure)
@@ -136,8 +139,8 @@ def _agent_error(agent_code: int | None) -> FineTuneError:
 def is_state_saved(facts: AttemptFacts, *, step: int, committed_step: int, uploaded_step: int, node_rank: int) -> bool:
     """Whether every step up to `step` is saved when the pod stops.
 
-    Rank 0's pod commits (`committed_step`); the other pods only upload their files (`uploaded_step`), and their ranks must
-    have reached the agreed step.
+    In rank 0's pod, which commits, `committed_step` decides. In the other pods, which only upload their files, `uploaded_step` decides, and their
+    ranks must have reached the agreed step.
     """
     if step <= facts.start_step:
         return True

@@ -79,7 +79,7 @@ WEIGHT_INDEX_FILE = "model.safetensors.index.json"
 MODEL_SOURCE = SourceKind("model", "Model", FailureClass.MODEL, MODEL_FILE_PATTERNS, "model")
 DATA_SOURCE = SourceKind("data set", "Dataset", FailureClass.DATA, DATA_FILE_PATTERNS, "dataset")
 MODEL_WITHOUT_WEIGHTS = replace(MODEL_SOURCE, skipped_endings=WEIGHT_ENDINGS)
-"""A model of which only configuration and tokenizer are needed."""
+"""The type of a model source of which only the configuration and the tokenizer are needed."""
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 """File extensions of images. A folder with data files may also contain images."""
 IMAGE_FILE_PATTERNS = tuple(f"*{suffix}" for ending in IMAGE_SUFFIXES for suffix in (ending, ending.upper()))
@@ -98,11 +98,12 @@ class FetchedSource:
     skipped_names: frozenset[str] = frozenset()
     """Files of the source that were not downloaded, relative to `path`."""
     listing_version: str | None = None
-    """Digest over the names, sizes and version tags of all files of the source, downloaded or not. None for local sources and the hub."""
+    """Digest over the names, sizes and version tags of all files of the source, including files that were not downloaded. None for local sources and
+    the hub."""
 
     @property
     def source_version(self) -> str:
-        """The version of the source. For a model, it is the same whether its weights were downloaded or not."""
+        """The version of the source. The version of a model does not depend on whether its weights were downloaded."""
         return self.hub_revision or self.listing_version or compute_fingerprint(self.path)
 
 
@@ -121,7 +122,7 @@ class S3Listing:
         return [stat.key for stat in self.needed_objects] == [self.source.key]
 
     def relative_name(self, stat: ObjectStat) -> str:
-        """Return the name of an object's file, relative to the folder of the source."""
+        """Return the path of the file to which an object is downloaded, relative to the folder of the source."""
         return _relative_path(stat.key, self.source.key.rpartition("/")[0] if self.is_single_object else self.source.key)
 
     @property
@@ -137,7 +138,8 @@ class Fetcher:
         self, run: RunConfig, work_folder: Path, *, byte_counter: ByteCounter | None = None, digests: FileDigests | None = None,
         model_kind: SourceKind = MODEL_SOURCE, cached_models: Mapping[str, CachedModel] | None = None,
     ) -> None:  # fmt: skip
-        """`digests` receives the sha256 of each file that is downloaded from a store. (The hub's client does not compute a sha256.)
+        """`digests` receives the sha256 of each file that is downloaded from a store. Files from the hub are not included, because the hub's client
+        does not compute a sha256.
 
         `cached_models`: the models that the pod's init container provides, by the path of their spec field.
 
@@ -187,7 +189,7 @@ class Fetcher:
         return fetched
 
     def _find_cached(self, source_text: str, spec_path: str) -> FetchedSource | None:
-        """Return the model that the init container provides, and keep it in the cache until this process ends. None if it must be downloaded."""
+        """Return the model that the init container provides, and keep it in the cache until this process ends. Return None if the model must be downloaded."""
         cached = self._cached.get(spec_path)
         if cached is None or cached.source != source_text or not cached.hold():
             return None
@@ -209,7 +211,7 @@ class Fetcher:
         return self._fetch_whole_folder(source_text, spec_path, folder_name, BENCHMARK_SOURCE)
 
     def fetch_image_folder(self, source_text: str, spec_path: str, folder_name: str) -> Path:
-        """Fetch the folder with the images of the rows. Errors: NotFoundError ImagesNotFound (66); storage errors."""
+        """Fetch the folder with the images that the rows of the data name. Errors: NotFoundError ImagesNotFound (66); storage errors."""
         return self._fetch_whole_folder(source_text, spec_path, folder_name, IMAGE_SOURCE)
 
     def _fetch_whole_folder(self, source_text: str, spec_path: str, folder_name: str, kind: SourceKind) -> Path:
@@ -219,7 +221,7 @@ class Fetcher:
                 f"{kind.error_code_prefix}NotFound", f"{spec_path} is {redact_source(source_text)}, which is a file, but a folder is needed",
                 hint=f"set {spec_path} to the folder that holds the file", failure_class=FailureClass.DATA,
             )  # fmt: skip
-        if kind is BENCHMARK_SOURCE:  # The contents of images are compared, so their source needs no version.
+        if kind is BENCHMARK_SOURCE:  # An image folder needs no version, because the contents of the images are compared.
             self.source_versions[spec_path] = fetched.source_version
         return fetched.path
 
@@ -296,7 +298,7 @@ class Fetcher:
         return files
 
     def _list_with_short_timeouts(self, source: S3Source, kind: SourceKind) -> list[ObjectStat]:
-        """List the source with short timeouts, so that wrong settings fail within seconds. Downloads have longer timeouts."""
+        """List the source with short timeouts, so that wrong settings are reported within seconds. Downloads have longer timeouts."""
         store = self._open_store(source.bucket, kind, **PREFLIGHT_OPTIONS)
         try:
             return self._list_objects(store, source.key)
@@ -344,7 +346,7 @@ class Fetcher:
         return FetchedSource(file, [file])
 
     def _fetch_committed_model(self, source: HttpsSource, spec_path: str, target: Path, kind: SourceKind) -> FetchedSource:
-        """Download a model or checkpoint that a job committed. Its manifest lists the files, because a web server has no listing."""
+        """Download a model or checkpoint that a job committed. The file names come from its manifest, because a web server cannot list files."""
         if not source.is_job_result:
             raise NotFoundError(
                 "ModelInvalid", f"{spec_path} is {redact_source(source.url)}: a web server has no listing, so only models and checkpoints of a job can be read",
@@ -365,7 +367,7 @@ class Fetcher:
                 manifest = tree.read_manifest(committed) if problem is None else None
                 for entry in manifest.files if manifest is not None else ():
                     if not kind.skips_file(entry.path):
-                        self.digests.add_download(target / entry.path, entry.sha256)  # `download_committed` has compared the file with this hash.
+                        self.digests.add_download(target / entry.path, entry.sha256)  # `download_committed` has verified this hash.
         finally:
             store.close()
         if committed is None:
@@ -380,7 +382,7 @@ class Fetcher:
         return FetchedSource(target, _data_files(target), skipped_names=skipped_names, listing_version=version)
 
     def _open_web_store(self, uri: str, kind: SourceKind) -> WebStore:
-        """Open a web server as a store, with the CA bundle of the connection that the spec configures for this type of source."""
+        """Open a web server as a store. The CA bundle is that of the connection that the spec configures for this type of source."""
         store = (self.run.model_store if kind.is_model else self.run.dataset_store) or self.run.storage
         return WebStore(StoreTarget(uri=uri, ca_bundle=store.ca_bundle))
 
@@ -457,15 +459,15 @@ def _relative_path(key: str, root_key: str) -> str:
 
 
 def _require_weights(fetched: FetchedSource, spec_path: str, shown_source: str) -> None:
-    """Check the names of a model's files: all weights must exist. Errors: NotFoundError ModelIncomplete."""
+    """Check from the file names that no weights of a model are missing. Errors: NotFoundError ModelIncomplete."""
     present = fetched.skipped_names | {file.relative_to(fetched.path).as_posix() for file in fetched.path.rglob("*") if file.is_file()}
-    if SINGLE_WEIGHT_FILE in present:  # If this file exists, transformers ignores the index.
+    if SINGLE_WEIGHT_FILE in present:  # If a single weight file exists, transformers ignores the index.
         return
     index = fetched.path / WEIGHT_INDEX_FILE
     try:
         needed = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else set()
     except (ValueError, KeyError, AttributeError):
-        needed = set()  # The process `check` or the training pod reports the damaged index.
+        needed = set()  # The process `check` or the training pod will report the damaged index.
     missing = sorted(needed - present)
     if not missing and any(name.endswith(LOADABLE_WEIGHT_ENDINGS) for name in present):
         return
@@ -487,7 +489,7 @@ def _compute_listing_version(files: Iterable[tuple[str, int, str]]) -> str:
 
 
 def compute_fingerprint(model_folder: Path) -> str:
-    """Return a sha256 that identifies a model. It covers the small files, and the size, beginning and end of the large files."""
+    """Return a sha256 that identifies a model. The hash covers the whole content of small files, and the size, beginning and end of large files."""
     digest = hashlib.sha256()
     for path in sorted(file for file in model_folder.rglob("*") if file.is_file()):
         size = path.stat().st_size

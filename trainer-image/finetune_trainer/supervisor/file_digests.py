@@ -1,4 +1,4 @@
-"""Remembers the sha256 of downloaded files, so that large files need not be read again to hash them."""
+"""Remembers the sha256 of downloaded files, so that large files need not be read a second time for their hash."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from finetune_trainer.file_entry import sha256_file
 
 
 class FileDigests:
-    """Returns the sha256 (hex) of local files. It remembers the digest of a downloaded file until the file changes."""
+    """Returns the sha256 (hex) of local files. The digest of a downloaded file is remembered until the file changes."""
 
     def __init__(self) -> None:
         self._known_digests: dict[Path, tuple[tuple[int, ...], str]] = {}
@@ -18,7 +18,7 @@ class FileDigests:
         self._known_digests[path] = (_read_file_state(path), sha256)
 
     def get_known_sha256(self, path: Path) -> str | None:
-        """Return the digest of a downloaded file; None if the file was not downloaded or has changed since. Errors: OSError."""
+        """Return the digest of a downloaded file; None if the file was not downloaded or has changed since its download. Errors: OSError."""
         recorded = self._known_digests.get(path)
         return recorded[1] if recorded is not None and recorded[0] == _read_file_state(path) else None
 
@@ -28,6 +28,9 @@ class FileDigests:
 
 
 def _read_file_state(path: Path) -> tuple[int, ...]:
-    """Return values that change when the content of a file changes. They include ctime, which, unlike the modification time, programs cannot set."""
+    """Return values that change when the content of a file changes.
+
+    One of the values is ctime, because programs can set the modification time of a file, but not its ctime.
+    """
     stat = path.stat()
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns

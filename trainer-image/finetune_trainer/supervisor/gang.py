@@ -1,12 +1,12 @@
 """Connects the ranks of a gang to the TCPStore on the pod of rank 0, so that only pods of the gang can use the store.
 
 torch's TCPStore accepts every connection. A program that can connect can read and change all keys, and stop all ranks. Therefore the store
-listens on the loopback interface of rank 0's pod only. The supervisor of that pod listens on the rendezvous port (`Gate`). It passes a connection
-on to the store only if the other side proves that it knows the secret of the attempt. The supervisor of each other pod listens on its own
+listens on the loopback interface of rank 0's pod only. The supervisor of that pod listens on the rendezvous port (`Gate`). The gate passes a
+connection on to the store only if the other side proves that it knows the secret of the attempt. The supervisor of each other pod listens on its own
 loopback interface, and passes the connections of its ranks on to the gate (`Forwarder`).
 
-The proof is a challenge and a response in both directions (HMAC-SHA256), so the secret does not cross the network, and an old proof cannot be
-used again. The connection is not encrypted: an attacker who can change packets between two nodes can still take it over.
+The proof is a challenge and a response in both directions (HMAC-SHA256), so the secret does not cross the network, and an old proof cannot be used
+again. The connection is not encrypted: an attacker who can change packets between two nodes can still take over the connection.
 
 Each supervisor runs one asyncio loop in a thread. A gang of 64 pods with 8 ranks each has about 1,500 connections.
 """
@@ -33,10 +33,11 @@ NONCE_BYTES = 32
 PROOF_BYTES = 32
 PROOF_TIMEOUT_SECONDS = 10.0
 MAX_UNPROVEN_CONNECTIONS = 64
-"""Maximum number of connections without a proof. If there are more, the oldest is closed, so that idle connections do not keep pods of the gang out."""
+"""Maximum number of connections whose other side has not yet sent a proof. If this number is exceeded, the oldest is closed, so that idle connections
+do not keep pods of the gang out."""
 CONNECT_PAUSE_SECONDS = 0.5
 CONNECT_TIMEOUT_SECONDS = 1800.0
-"""How long a forwarder tries to reach the gate. It is long, because the pod of rank 0 may start much later."""
+"""How long a forwarder tries to reach the gate. The time is long, because the pod of rank 0 may start much later than the forwarder's pod."""
 CHUNK_BYTES = 64 * 1024
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
@@ -47,7 +48,7 @@ class NotProvenError(Exception):
 
 @dataclass(frozen=True)
 class StoreAddress:
-    """Where the ranks of this pod reach the TCPStore: a port of the loopback interface."""
+    """The address at which the ranks of this pod reach the TCPStore: a port of the loopback interface."""
 
     port: int
     listener: socket.socket | None = None
@@ -55,7 +56,7 @@ class StoreAddress:
 
 
 def connect_gang(world: World, node_rank: int, attempt_secret: str) -> tuple[Gate | Forwarder, StoreAddress]:
-    """Start the gate (on the pod of rank 0) or the forwarder of this pod. Errors: InternalError `PortInUse`."""
+    """Start the gate if this is rank 0's pod, otherwise the forwarder of this pod. Errors: InternalError `PortInUse`."""
     key = derive_gang_key(attempt_secret)
     if node_rank > 0:
         forwarder = Forwarder(key, world.master_address, world.master_port)
@@ -110,7 +111,7 @@ class _Relay:
 
     def close(self) -> None:
         """Close all connections and end the thread."""
-        with contextlib.suppress(RuntimeError):  # The loop has ended already.
+        with contextlib.suppress(RuntimeError):  # The event loop has already ended.
             self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join(timeout=5)
 
@@ -140,7 +141,7 @@ class Gate(_Relay):
 
 
 class Forwarder(_Relay):
-    """Listens on the loopback interface of a pod without rank 0, and passes connections of its ranks on to the gate."""
+    """Listens on the loopback interface of a pod without rank 0, and passes the connections of the pod's ranks on to the gate."""
 
     def __init__(self, gang_key: bytes, gate_host: str, gate_port: int) -> None:
         self._key, self._host, self._port = gang_key, gate_host, gate_port
@@ -200,7 +201,10 @@ async def prove_membership(reader: asyncio.StreamReader, writer: asyncio.StreamW
 
 
 def _compute_proof(gang_key: bytes, side: bytes, gate_nonce: bytes, member_nonce: bytes) -> bytes:
-    """Return the proof that one side sends to show that it knows the key. `side` is part of it, so that no side can send back a received proof."""
+    """Return the proof that one side sends to show that it knows the key.
+
+    `side` is part of the proof, so that a side cannot send a proof that it received back as its own.
+    """
     return hmac.digest(gang_key, side + gate_nonce + member_nonce, "sha256")
 
 

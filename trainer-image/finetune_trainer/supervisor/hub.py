@@ -1,6 +1,6 @@
 """Pushes the final model to the hub repository of `output.hub`.
 
-A push can be repeated, because files that the repository already has are neither uploaded nor committed again. If the response to a push is lost,
+A push can be repeated, because a file that the repository already has is neither uploaded nor committed again. If the response to a push is lost,
 the repeated push creates no second commit. No message contains the token.
 """
 
@@ -23,7 +23,7 @@ REPOSITORY_FIELD, TOKEN_FIELD = "output.hub.repository", "output.hub.tokenSecret
 FIRST_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 1.0, 60.0
 MAX_SERVER_TEXT_LENGTH = 200
 CONFLICT_STATUS_CODES = (409, 412)
-"""Status codes with which the hub refuses a push because of another commit to the repository at the same time."""
+"""HTTP status codes with which the hub refuses a push because another commit to the repository was made at the same time."""
 
 
 def push_to_hub(run: RunConfig, folder: Path, *, retry_seconds: float) -> str:
@@ -50,7 +50,7 @@ def push_to_hub(run: RunConfig, folder: Path, *, retry_seconds: float) -> str:
 
 
 def require_push_token() -> str:
-    """Return the token for the push: the token of `output.hub.tokenSecretRef` or, if there is none, of `model.tokenSecretRef`.
+    """Return the token for the push: the token of `output.hub.tokenSecretRef` or, if this field is not set, the token of `model.tokenSecretRef`.
 
     Errors: CredentialsError HubTokenMissing.
     """
@@ -71,7 +71,7 @@ def _get_configured_repository(run: RunConfig) -> str:
 def _push_once(run: RunConfig, folder: Path, token: str) -> str:
     from huggingface_hub import CommitOperationAdd, HfApi, constants
 
-    # The Xet protocol needs a second server, which mirrors and proxies of the hub lack.
+    # The Xet protocol needs a second server, and mirrors and proxies of the hub do not have one.
     constants.HF_HUB_DISABLE_XET = True
     hub, endpoint = run.spec.output.hub, (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
     is_private = hub is None or hub.private is not False
@@ -139,6 +139,6 @@ def _unreachable_error(repository: str, reason: str) -> StorageError:
 
 
 def _first_line(server_text: object, token: str) -> str:
-    """Return the first line of a server's text after `: `, without the token; an empty string if there is no text."""
+    """Return the first line of a server's text after `: `, without the token; an empty string if the server sent no text."""
     lines = str(server_text or "").strip().replace(token, "***").splitlines()
     return f": {lines[0][:MAX_SERVER_TEXT_LENGTH]}" if lines else ""

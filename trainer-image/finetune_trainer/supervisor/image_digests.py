@@ -1,7 +1,7 @@
 """Computes the digest of the images that the rows of a data set name.
 
-The digest covers the contents of exactly these images. Other files in the same folders do not change it. Images inside the data files (data URIs, bytes) are
-covered by the digest of the data.
+The digest covers the contents of exactly these images. Other files in the same folders do not change the digest. Images inside the data files (data
+URIs, bytes) are covered by the digest of the data.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ IMAGES_PER_REPORT = 500
 def compute_image_set_digest(images: Mapping[Path, str], digests: FileDigests, report_progress: Callable[[str], None]) -> str:
     """Return a sha256 over the name and the sha256 of each image. `images` maps each file to its name, relative to the folder of the images.
 
-    `digests` knows the sha256 of the files that were downloaded from a store. Other files are read.
+    `digests` contains the sha256 of files that were downloaded from a store. All other files are read and hashed.
     """
     paths, lines = sorted(images), list[str]()
     with ThreadPoolExecutor(HASH_THREADS) as pool:

@@ -1,4 +1,4 @@
-"""Runs an action in a thread, so that the supervisor can end while a request of the action waits for a server that does not respond."""
+"""Runs an action in a thread, so that the supervisor can end even while the action waits for a server that does not respond."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class StoppedError(Exception):
 def run_until(must_end: Callable[[], bool], action: Callable[[], T]) -> T:
     """Run the action in a thread and return its result. Errors: those of the action; StoppedError as soon as `must_end` returns True.
 
-    After a stop, the thread continues until the action ends or the process exits. So the next attempt must be able to repeat the action.
+    After a stop, the thread continues until the action ends or the process exits. The next attempt must therefore be able to repeat the action.
     """
     done: Future[T] = Future()
 

@@ -1,7 +1,7 @@
 """Runs the stages after training, one process at a time, and stores their files and records.
 
-The model is committed before the first stage. A stage with a record in storage is not repeated, so the attempt after a stop starts with the
-first unfinished stage. The files of a stage are uploaded before its record.
+The model is committed before the first stage. A stage that has a record in storage is not repeated, so the attempt after a stop begins with the first
+unfinished stage. The files of a stage are uploaded before the record of the stage.
 """
 
 from __future__ import annotations
@@ -88,10 +88,10 @@ class LaterStages:
         results: RunResults, fetch_inputs: Callable[[], Inputs], is_stop_requested: Callable[[], bool], is_save_deadline_passed: Callable[[], bool],
         existing_model: ExistingModel | None = None,
     ) -> None:  # fmt: skip
-        """`results` copies files to `output.dir`. `fetch_inputs` downloads the inputs of a pod that has not trained.
+        """`results` copies files to `output.dir`. `fetch_inputs` downloads the inputs if this pod has not trained.
 
         `existing_model`: the model of `phases.from`; None if the job trains.
-        `is_stop_requested`: whether the pod must end. `is_save_deadline_passed`: whether it is too late, after a stop request, to store the
+        `is_stop_requested`: whether the pod must end. `is_save_deadline_passed`: whether, after a stop request, too little time is left to store the
         result of a finished stage.
         """
         self._run, self._settings, self._tree, self._state = run, settings, tree, run_state
@@ -106,7 +106,7 @@ class LaterStages:
     def run(self, output: Output) -> StageReport:
         """Run all unfinished stages in order, promote the model or report the failed gate, and publish the model.
 
-        A failure or a stop request ends the loop.
+        After a failure or a stop request, no further stage runs.
         """
         stages = list_planned_stages(self._run)
         report = StageReport(open_stages=stages, output=output)
@@ -124,7 +124,7 @@ class LaterStages:
         return report
 
     def _finish_stage(self, stage: Stage, report: StageReport, output: Output) -> bool:
-        """Run the stage unless it is already done, and add its result to the report. Returns whether the next stage may run."""
+        """Run the stage unless it has a record, and add its result to the report. Returns whether the next stage may run."""
         record = self._record_by_stage.get(stage)
         if record is None and self._is_stop_requested():
             return False
@@ -171,9 +171,9 @@ class LaterStages:
         return [gate for gate in (evaluation.gates if evaluation else None) or [] if not gate.passed]
 
     def _finish_gates(self, report: StageReport, output: Output) -> bool:
-        """Promote the model if it has passed all gates, else report the failed gates. Returns whether the model may be published.
+        """Promote the model if it has passed all gates, otherwise report the failed gates. Returns whether the model may be published.
 
-        The results of the gates are read from the records, so every attempt makes the same decision.
+        The results of the gates are read from the stored records of the stages, so every attempt makes the same decision.
         """
         stage, failed = self._find_gate_stage(), self._find_failed_gates()
         if stage is None:
@@ -207,7 +207,7 @@ class LaterStages:
         self._tree.store.put(join_key(Storage.MODEL, Storage.PROMOTED), json.dumps(promotion, indent=1).encode())
 
     def _apply_result(self, result: StageResult, output: Output) -> Output:
-        """Add the result of a stage to the pod's report. Returns the output with the fields that the result sets."""
+        """Add the result of a stage to the pod's report. Returns a copy of `output` with the fields that the result sets."""
         if result.evaluation is not None:
             self._state.merge_evaluation(result.evaluation)
         names = ("merged_uri", "published_uri", "hub_uri", "oci_digest", "verification")
@@ -242,7 +242,7 @@ class LaterStages:
         if Inputs.read(self._settings.work_folder) is None:
             self._fetch_inputs().write(self._settings.work_folder)
             self._state.enter_stage(stage)
-        if stage is Stage.VERIFYING:  # This stage must read the files in storage, not the trainer's files on the pod's disk.
+        if stage is Stage.VERIFYING:  # The stage verifying must read the files in storage, not the files that the trainer left on the pod's disk.
             shutil.rmtree(self._trained_model_folder(), ignore_errors=True)
             shutil.rmtree(self._folder / Stage.MERGING.value / OUTPUT_FOLDER, ignore_errors=True)
         task = StageTask(
@@ -255,13 +255,16 @@ class LaterStages:
         return None
 
     def _store_result(self, stage: Stage, output: Output, folder: Path) -> StageRecord:
-        """Store the files of a stage that is done, then its record. Errors: InternalError `NoStageResult`; FencedOutError; those of storage."""
+        """Store the files of a stage that has ended, and then the record of the stage.
+
+        Errors: InternalError `NoStageResult`; FencedOutError; those of storage.
+        """
         result = _read_result(folder)
         self._tree.require_newest_attempt(self._run.attempt)
         return self._write_record(stage, output, result, self._upload_files(stage, folder / OUTPUT_FOLDER))
 
     def _write_record(self, stage: Stage, output: Output, result: StageResult, files: list[StoredFile]) -> StageRecord:
-        """Write the record of a stage that is done. Errors: FencedOutError; those of storage."""
+        """Write the record of a stage that has ended. Errors: FencedOutError; those of storage."""
         self._tree.require_newest_attempt(self._run.attempt)
         record = StageRecord(
             stage=stage, model_sha256=output.sha256 or "", attempt=self._run.attempt, time=datetime.now(UTC).isoformat(), result=result, files=files
@@ -292,7 +295,8 @@ class LaterStages:
     def _fetch_evaluation(self) -> Path:
         """Download and verify the measurements of the trained model. Returns the folder that holds them.
 
-        Errors: StorageError `EvaluationDamaged`. The record is then removed, so that the next attempt evaluates the model again.
+        Errors: StorageError `EvaluationDamaged`. In this case, the record of the stage `evaluating` is removed, so that the next attempt evaluates the
+        model again.
         """
         record, folder = self._record_by_stage[Stage.EVALUATING], self._folder / "evaluated"
         key = join_key(STORAGE_FOLDER_BY_STAGE[Stage.EVALUATING], MEASUREMENTS_FILE)
@@ -303,7 +307,7 @@ class LaterStages:
         return folder
 
     def provide_merged_model(self, output: Output) -> Path | None:
-        """Return the folder of the merged model on this pod's disk; None if the job merges no model. A pod that has not merged the model downloads it."""
+        """Return the folder of the merged model on this pod's disk; None if the job merges no model. If another pod merged the model, it is downloaded."""
         if output.merged_uri is None:
             return None
         merged_here = self._folder / Stage.MERGING.value / OUTPUT_FOLDER
@@ -327,7 +331,7 @@ class LaterStages:
         return StageResult(merged_uri=uri)
 
     def _publish(self, output: Output) -> StageResult:
-        """Write the OCI artefact, copy model and results to `output.dir`, and push the model to the hub, as far as the spec requests these steps."""
+        """Write the OCI artefact, copy model and results to `output.dir`, and push the model to the hub, if the spec requests these steps."""
         published_uri = hub_uri = oci_digest = None
         if exports_oci(self._run.spec):
             oci_digest = store_oci_artefact(self._tree, self._run.name, is_merged=output.merged_uri is not None)
@@ -342,7 +346,7 @@ class LaterStages:
         return StageResult(published_uri=published_uri, hub_uri=hub_uri, oci_digest=oci_digest)
 
     def _copy_reference_values(self, folder: Path) -> str | None:
-        """Copy the reference values of the model to the folder of a stage. Returns None or, if there are none that can be used, the reason."""
+        """Copy the reference values of the model to the folder of a stage. Returns None, or the reason if no usable reference values exist."""
         if self._existing_model is not None:
             return copy_reference_values(self._existing_model.tree, self._existing_model.committed, folder)
         return copy_reference_values(self._tree, self._tree.get_committed(None), folder)
@@ -350,8 +354,8 @@ class LaterStages:
     # ---- the process of a stage ----
 
     def _run_process(self, folder: Path) -> None:
-        """Run the process of a stage and wait for its end. Errors: the failure that it reports; StoppedError."""
-        self._state.record_heartbeat()  # The time of uploads and downloads before the process starts does not count as time without a heartbeat.
+        """Run the process of a stage and wait for its end. Errors: the failure that the process reports; StoppedError."""
+        self._state.record_heartbeat()  # Uploads and downloads before the process started must not count as time without a heartbeat.
         stall_watch = StallWatch(self._state, self._run.spec.policy.stall_timeout_seconds)
         end = run_child(
             ["stage", str(folder)], self._run, self._settings,
@@ -363,7 +367,7 @@ class LaterStages:
             raise end.failure
 
     def _watch_process(self, pid: int, stall_watch: StallWatch) -> None:
-        """Store new parts, and end a process that must stop or has stalled. Errors: StoppedError; PeerError `Stalled`."""
+        """Store new parts of the stage, and end its process by an error if it must stop or has stalled. Errors: StoppedError; PeerError `Stalled`."""
         if self._list_new_parts():
             self._run_until_stop(self._store_parts)
         if self._is_stop_requested():
@@ -379,11 +383,11 @@ class LaterStages:
     # ---- stops ----
 
     def _run_until_stop(self, action: Callable[[], T]) -> T:
-        """Run an action, but end it at a stop request. The next attempt then repeats the action. Errors: StoppedError; those of the action."""
+        """Run an action, but stop waiting for it at a stop request. The next attempt then repeats the action. Errors: StoppedError; those of the action."""
         return run_until(self._is_stop_requested, action)
 
     def _run_until_save_deadline(self, action: Callable[[], T]) -> T:
-        """Run an action that stores the result of a finished stage. After a stop request, it may use a part of the grace period.
+        """Run an action that stores the result of a finished stage. After a stop request, the action may use a part of the grace period.
 
         Errors: StoppedError; those of the action.
         """
@@ -400,7 +404,7 @@ class LaterStages:
         return {stage: record for stage in stages if (record := self._read_record(stage, output)) is not None}
 
     def _read_record(self, stage: Stage, output: Output) -> StageRecord | None:
-        """Return the record of a stage if it was made for this model, else None."""
+        """Return the record of a stage if the record was made for this model, otherwise None."""
         data = self._tree.store.get(_record_key(stage))
         if data is None:
             return None
@@ -412,7 +416,7 @@ class LaterStages:
         return record if record.model_sha256 == output.sha256 else None
 
     def _upload_files(self, stage: Stage, folder: Path) -> list[StoredFile]:
-        """Upload the files of a stage. They replace the files of an earlier, unfinished run of the stage."""
+        """Upload the files of a stage. These files replace the files of an earlier, unfinished run of the stage."""
         stored = []
         for path in sorted(file for file in folder.rglob("*") if file.is_file()):
             key = join_key(STORAGE_FOLDER_BY_STAGE[stage], path.relative_to(folder).as_posix())
@@ -451,7 +455,7 @@ class LaterStages:
 
 
 def verification_error(verification: Verification, output: Output) -> VerificationFailedError:
-    """Return the error for a stored model that differs from the trained model. It names the first artefact that differs."""
+    """Return the error for a stored model that differs from the trained model. The error names the first artefact that differs."""
     failed = next(artefact for artefact in verification.artefacts if artefact.result is VerificationOutcome.FAILED)
     return VerificationFailedError(
         failed.code or "VerificationFailed", f"the stored {failed.artefact} differs from the trained model or is damaged: {failed.reason}",

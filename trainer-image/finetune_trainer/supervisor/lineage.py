@@ -1,7 +1,7 @@
-"""Writes the lineage statement of the final model. `docs/guides/lineage.md` describes the statement, and what its signature proves.
+"""Writes the lineage statement of the final model. `docs/guides/lineage.md` describes the statement and what the statement's signature proves.
 
-The statement is written after the model's commit. Facts that a later attempt cannot know, such as the device and the step from which
-an attempt resumed, are in the record of each attempt (`attempt_recorder`).
+The statement is written after the model's commit, perhaps by a later attempt. Facts that a later attempt cannot know, such as the device and the step
+from which an earlier attempt resumed, are read from the record of each attempt (`attempt_recorder`).
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ from finetune_trainer.supervisor.run_results import START_TIME_KEY
 from finetune_trainer.supervisor.run_state import RunState
 
 MAX_HASHED_MODEL_BYTES = 8 << 30
-"""Maximum number of bytes that are read to compute digests of the base model's files, because the GPUs wait while files are read.
+"""Maximum number of bytes that are read to compute digests of the base model's files, because the GPUs are idle while files are read.
 
-If more bytes would have to be read, the statement contains the revision of the model, but no digests of its files.
+If the files have more bytes, the statement contains the revision of the model, but no digests of its files.
 """
 GIT_COMMIT_DIGITS = 40
 
@@ -63,7 +63,7 @@ class Lineage:
     def write_statement(self, inputs: Inputs | None) -> str | None:
         """Store the statement unless it is already stored. Returns its URI, or None if no model is committed or a later attempt has begun.
 
-        `inputs`: the local inputs of a pod that has trained. Without them, the statement contains no digests of single files. Errors: those
+        `inputs`: the local inputs, if this pod has trained. If `inputs` is None, the statement contains no digests of single files. Errors: those
         of storage.
         """
         committed = self._tree.get_committed(None)
@@ -77,7 +77,7 @@ class Lineage:
         return uri
 
     def _is_statement_stored_for(self, committed: CommittedCheckpoint) -> bool:
-        """Whether the stored statement names the manifest of the committed model. Such a statement may already be signed."""
+        """Whether the stored statement names the manifest of the committed model. If it does, it may already be signed and must not be replaced."""
         data = self._tree.store.get(STATEMENT_KEY)
         try:
             return data is not None and Statement.model_validate_json(data).subject[0] == _manifest_subject(committed)
@@ -126,7 +126,7 @@ def _manifest_subject(committed: CommittedCheckpoint) -> Resource:
 def _builder_versions(facts: RunFacts) -> dict[str, str]:
     try:
         own_version = {"finetune-operator": version("finetune-operator")}
-    except PackageNotFoundError:  # The code runs from a checkout that is not installed.
+    except PackageNotFoundError:  # The code runs from a checkout, and the package is not installed.
         own_version = {}
     return {**own_version, "python": platform.python_version(), **facts.versions}
 
@@ -135,7 +135,7 @@ def _builder_versions(facts: RunFacts) -> dict[str, str]:
 
 
 def list_dependencies(run: RunConfig, facts: RunFacts, inputs: Inputs | None, digests: FileDigests) -> list[Resource]:
-    """Return the base model, the other models, the data and the trainer image. Each source is followed by its files, if their digests are known."""
+    """Return the base model, the other models, the data and the trainer image. Each source is followed by those of its files whose digests are known."""
     return [*_model_resources(run, facts, inputs, digests), *_data_resources(run, facts, inputs, digests), *_image_resource(run)]
 
 

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 def find_merged_model_uri(tree: CheckpointTree, output: Output) -> str | None:
-    """Return the URI of the committed merged model if it was made from the adapter `output`, else None."""
+    """Return the URI of the committed merged model if it was made from the adapter `output`, otherwise None."""
     committed = tree.get_merged()
     manifest = tree.read_manifest(committed) if committed is not None else None
     if committed is None or manifest is None or manifest.extra.get(ADAPTER_SHA256) != output.sha256:

@@ -16,7 +16,7 @@ class MetricLog:
     """Collects the log lines of one incarnation and uploads them."""
 
     def __init__(self, run_state: RunState, incarnation: str, *, on_line: Callable[[int, dict[str, Any]], None] | None = None) -> None:
-        """`on_line` also receives the step and the values of each line."""
+        """`on_line` is called with the step and the values of each line."""
         self._state = run_state
         self._key = join_key(Storage.METRICS, f"{incarnation}.jsonl")
         self._on_line = on_line
@@ -29,7 +29,7 @@ class MetricLog:
             self._on_line(step, values)
 
     def upload(self, store: Store) -> None:
-        """Upload all lines so far, replacing the stored object. A failure adds a note, because metrics must not end a run."""
+        """Upload all lines so far, and replace the stored object. A failure only adds a note, because a failed upload of metrics must not end a run."""
         if not self._lines:
             return
         store_quietly(self._state, "log lines", lambda: store.put(self._key, ("\n".join(self._lines) + "\n").encode()))

@@ -29,7 +29,7 @@ class ModelListing:
     """The files of one version of a model."""
 
     location: str
-    """Address of the server, and repository or folder on it. It is part of `key`, so the cache never mixes models of two servers."""
+    """Address of the server, and the repository or folder on the server. The location is part of `key`, so the cache never mixes models of two servers."""
     files: tuple[SourceFile, ...]
     hub_revision: str | None = None
     listing_version: str | None = None
@@ -55,7 +55,7 @@ class HubDown(Exception):
 def list_model(fetcher: Fetcher, source: Source) -> tuple[ModelListing, Callable[[Path], None]]:
     """Return the listing of a model, and a function that downloads its files to a folder.
 
-    Errors: CacheProblem if the source has no hashes; HubDown; other errors of the source, which a download without the cache also reports.
+    Errors: CacheProblem if the source reports no hashes; HubDown; other errors of the source, which also occur in a download without the cache.
     """
     match source:
         case HubSource():
@@ -66,7 +66,7 @@ def list_model(fetcher: Fetcher, source: Source) -> tuple[ModelListing, Callable
 
 
 def build_hub_location(source: HubSource) -> str:
-    """Return the URL of a repository on the hub that the environment configures."""
+    """Return the URL of a repository on the hub whose address the environment variables configure."""
     return f"{_hub_endpoint()}/{source.repo}"
 
 
@@ -103,7 +103,7 @@ def _list_hub(source: HubSource) -> tuple[ModelListing, Callable[[Path], None]]:
             source.repo, revision=revision, local_dir=folder, endpoint=_hub_endpoint(), token=token, allow_patterns=list(MODEL_SOURCE.file_patterns),
             max_workers=DOWNLOAD_THREADS,
         )  # fmt: skip
-        shutil.rmtree(folder / ".cache", ignore_errors=True)  # The client has written metadata about its download there.
+        shutil.rmtree(folder / ".cache", ignore_errors=True)  # The client has written metadata about the download to this folder.
 
     is_public = not info.gated and not info.private
     return ModelListing(build_hub_location(source), _check_and_sort(files), hub_revision=revision, is_public=is_public), download

@@ -1,4 +1,5 @@
-"""Stores the config and the manifest of the model's OCI artefact next to the model. Its layers are the model's files, which storage already has."""
+"""Stores the config and the manifest of the model's OCI artefact next to the model. The layers of the artefact are the model's files, which are
+already in storage."""
 
 from __future__ import annotations
 

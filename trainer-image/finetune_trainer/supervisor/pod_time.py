@@ -8,10 +8,10 @@ from finetune_api.status import TIME_USE_OF_STAGE, TimeUse
 
 
 def compute_time_use(stage_seconds: Mapping[str, float], pauses: Mapping[str, float], first_step_seconds: float | None) -> TimeUse:
-    """Return the seconds of each part. The parts add up to the seconds of all stages.
+    """Return the seconds of each part of `TimeUse`. The sum of the parts is the duration of all stages.
 
-    `stage_seconds`: by name of the stage; other names are ignored. `pauses`: seconds of the pauses in training, by part. `first_step_seconds`: None
-    before the end of the first step. As long as it is None, all training time counts as the first step.
+    `stage_seconds`: seconds by name of the stage; names that are not stages are ignored. `pauses`: seconds of the pauses in training, by part.
+    `first_step_seconds`: None before the end of the first step; until then, all training time counts as the first step.
     """
     parts: dict[str, float] = {}
     for stage, part in TIME_USE_OF_STAGE.items():

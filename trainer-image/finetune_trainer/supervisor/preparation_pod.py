@@ -1,8 +1,9 @@
 """Runs the pod of a preparation: checks storage, model and data before a pod with GPUs starts.
 
-The pod downloads the data, and the configuration and tokenizer of the model without its weights. It reports each problem with the same error
-code as a training pod. At the end, it stores the tokenised rows, which the training pods download. If the job has a cache of base models in a
-PersistentVolumeClaim, the pod also puts the model there, so that no GPU waits for the download. A stopped preparation is started again.
+The pod downloads the data. Of the model, it downloads the configuration and the tokenizer, but not the weights. It reports each problem with the same error
+code as a training pod. At the end, it stores the tokenised rows in storage, from which the training pods download them. If the job has a cache of base
+models in a PersistentVolumeClaim, the pod also puts the model into the cache, so that no GPU is idle during the download. A stopped preparation is
+started again.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 MAX_FILL_SECONDS = 3600.0
-"""Maximum time to fill the cache of base models. The preparation reports its result only afterwards, and its Job has a deadline of six hours."""
+"""Maximum time to fill the cache of base models. The limit is needed because the preparation reports its result only after the cache is filled, and
+its Kubernetes Job has a deadline of six hours."""
 
 
 class CheckResult(ReportModel):
@@ -71,7 +73,7 @@ class PreparationPod:
             self._stop_requested.set()
         self._check_result: CheckResult | None = None
         self._row_store: RowStore | None = None
-        """The prepared rows in storage; None if this preparation neither stores nor uses any."""
+        """The prepared rows in storage; None if this preparation neither stores nor uses prepared rows."""
         self._stored_rows: StoredRows | None = None
         """The rows of an earlier preparation, if this pod uses them."""
         self._adopted_result: RunResult | None = None
@@ -84,7 +86,7 @@ class PreparationPod:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda _number, _frame: self._stop_requested.set())
         processes.adopt_orphans()
-        # Without a secret from the operator, a random one makes the server refuse every request for the report.
+        # If the operator has given no secret, the random secret makes the server refuse every request for the report.
         server = Server(self._state, self._settings.port, attempt_secret=self._settings.attempt_secret or secrets.token_hex(32))
         log.info("listening on port %d", server.port)
         data = DataReport()
@@ -92,7 +94,7 @@ class PreparationPod:
             data = self._check()
             decision = ExitDecision(ExitCode.OK)
         except StoppedError:
-            decision = ExitDecision(ExitCode.PREEMPTED_SAVED)  # A preparation has no state to save: the next one starts again.
+            decision = ExitDecision(ExitCode.PREEMPTED_SAVED)  # A stopped preparation has no state to save, because the next preparation starts again.
         except Exception as error:
             failure = as_failure(error, "PreparationFailed")
             decision = ExitDecision(int(failure.exit_code), RankFailure(failure))
@@ -139,7 +141,7 @@ class PreparationPod:
                 return DataReport()
             if checked is not None and self._row_store is not None:
                 address = run_until(self._stop_requested.is_set, lambda: self._store_rows(row_store, run, checked.data.digest, facts, summary))
-            with suppress(StoppedError):  # The preparation is complete. A later preparation removes unused rows, and training pods fill the cache.
+            with suppress(StoppedError):  # If the pod is stopped here, a later preparation removes unused rows, and training pods fill the cache.
                 run_until(self._stop_requested.is_set, lambda: _remove_unused_rows(row_store))
                 if self._adopted_result is None:
                     fill_until = time.monotonic() + MAX_FILL_SECONDS
@@ -153,7 +155,7 @@ class PreparationPod:
     def _may_share_rows(self, run: RunConfig) -> bool:
         """Whether this preparation stores and uses shared rows.
 
-        A preparation that runs the user's code must not do so, because the code could change the rows of other jobs.
+        A preparation that runs the user's code must not store or use shared rows, because the code could change the rows of other jobs.
         """
         fields = find_user_code_in_preparation(run.spec)
         if fields:
@@ -164,7 +166,7 @@ class PreparationPod:
         return not fields
 
     def _run_process(self, run: RunConfig) -> None:
-        """Run the process `check`, which does the checks that need large libraries. Errors: the failure that it reports; StoppedError."""
+        """Run the process `check`, which does the checks that need large libraries. Errors: the failure that the process reports; StoppedError."""
 
         def watch(_pid: int) -> None:
             if self._stop_requested.is_set():
@@ -175,7 +177,7 @@ class PreparationPod:
             raise end.failure
 
     def _answer_request(self, digest: Any) -> None:
-        """Search for the stored rows that the process `check` requests. If the request is repeated, show that the search continues, or answer again."""
+        """Search for the stored rows that the process `check` requests. If `check` repeats the request, show it that the search continues, or answer again."""
         if not rows_request.is_digest(digest) or self._requested_digest not in (None, digest):
             log.warning("a request for prepared rows is not valid")
             return
@@ -189,7 +191,7 @@ class PreparationPod:
             _touch(rows_request.answer_file(self._settings.work_folder, digest))
 
     def _provide_rows(self, digest: str) -> None:
-        """Download rows that an earlier preparation has stored, and let the process `check` continue. Runs in a thread of its own."""
+        """Download rows that an earlier preparation has stored, and let the process `check` continue. This method runs in a thread of its own."""
         work = self._settings.work_folder
         try:
             if self._row_store is not None:
@@ -223,7 +225,10 @@ class PreparationPod:
         return {"prepared_uri": row_store.uri(digest), "prepared_sha256": sha256}
 
     def _fill_cache(self, run: RunConfig) -> None:
-        """Put the models of the run into a cache in a PersistentVolumeClaim. A failure only adds a note, because the training pods try again."""
+        """Put the models of the run into a cache in a PersistentVolumeClaim.
+
+        A failure only adds a note, because the training pods try again to fill the cache.
+        """
         if self._settings.claim_cache is None:
             return
         self._state.enter_stage(Stage.DOWNLOADING, "model.cache")
@@ -246,7 +251,7 @@ class PreparationPod:
 
 
 def _with_adopted_result(message: TerminationMessage, result: RunResult) -> TerminationMessage:
-    """Return the message with the result of the earlier run, as if this job had trained it."""
+    """Return the termination message with the result of the earlier run, as if this job had trained the model."""
     own_notes = message.resolved.notes if message.resolved is not None else None
     resolved = (result.resolved or ResolvedConfig()).model_copy(update={"notes": own_notes})
     return message.model_copy(update={
@@ -256,7 +261,10 @@ def _with_adopted_result(message: TerminationMessage, result: RunResult) -> Term
 
 
 def _touch(file: Path) -> None:
-    """Create or touch a file. A failure is only logged: the process `check` repeats its request, and without an answer it tokenises the data itself."""
+    """Create or touch a file.
+
+    A failure is only logged, because the process `check` repeats its request, and it tokenises the data itself if it gets no answer.
+    """
     try:
         file.touch()
     except OSError as error:

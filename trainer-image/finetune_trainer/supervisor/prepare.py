@@ -1,4 +1,4 @@
-"""Runs the steps between the pod's start and training: check storage, fetch the inputs, check them, restore the checkpoint.
+"""Runs the steps between the pod's start and training: check storage, download the inputs, check the inputs, restore the checkpoint.
 
 These steps run while the ranks import their libraries. A failure ends the pod before training. The exit code shows who must act: the user, the
 storage administrator or the cluster administrator.
@@ -64,7 +64,7 @@ COMPARED_SPEC_FIELDS = ("model", "method", "trainer", "dataset", "training", "ev
 FIELDS_NOT_HASHED = (
     "batchSizePerDevice", "gradientAccumulationSteps", "effectiveBatchSize", "learningRate", "gradientCheckpointing", "storage", "tokenSecretRef",
 )  # fmt: skip
-"""Fields that are left out of the hashes: some are compared separately, the others only describe how to access a source."""
+"""Fields that are left out of the hashes, because they are compared separately or only describe how to access a source."""
 RECORDED_PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "bitsandbytes")
 
 
@@ -84,7 +84,7 @@ class Preparation:
         """The result of the check of the rows; None before the check."""
 
     def check_hub_token(self) -> None:
-        """Check that the token for the hub exists if the job pushes its model. Errors: CredentialsError HubTokenMissing."""
+        """If the job pushes its model to the hub, check that the token for the push exists. Errors: CredentialsError HubTokenMissing."""
         if pushes_to_hub(self._run.spec) and self._node_rank == 0:
             require_push_token()
 
@@ -100,7 +100,7 @@ class Preparation:
                 self._state.add_note("storage: s3:DeleteObject is not granted; old checkpoints are not removed")
 
     def _retry_while_busy(self, send_request: Callable[[], T]) -> T:
-        """Retry a request while the store reports that it is busy. Wrong settings and unreachable stores fail at once."""
+        """Check the store, and retry while the store reports that it is busy. Wrong settings and unreachable stores are reported at once."""
         for pause in BUSY_PAUSES_SECONDS:
             try:
                 return send_request()
@@ -140,7 +140,7 @@ class Preparation:
     def fetch(self, *, uses_stored_rows: bool = False) -> tuple[Inputs, RunFacts]:
         """Download all inputs to the local disk and check the rows. Errors: exit codes 64, 65, 66, 67, 69, 77.
 
-        `uses_stored_rows`: download the rows of the job's preparation, if there are any. These rows are not checked again.
+        `uses_stored_rows`: whether to download the rows that the job's preparation stored, if they exist. These rows are not checked again.
         """
         self._state.enter_stage(Stage.DOWNLOADING)
         inputs = self._run_timed("fetch", self._fetch)
@@ -156,7 +156,7 @@ class Preparation:
         return inputs.model_copy(update={"image_digests": image_digests, "stored_rows": stored.digest if stored is not None else None}), facts
 
     def _fetch_stored_rows(self, facts: RunFacts) -> StoredRows | None:
-        """Download the rows of the job's preparation. If they cannot be used, add a note. Return None without usable rows."""
+        """Download the rows that the job's preparation stored. If these rows cannot be used, add a note. Return None if there are no usable rows."""
         if self._run.prepared is None or not self._run.prepared.digest:
             return None
         try:
@@ -183,8 +183,8 @@ class Preparation:
     def claim_storage(self, tree: CheckpointTree) -> None:
         """Fence out earlier attempts, then remove the leftovers of killed incarnations. Called only in rank 0's pod.
 
-        The order matters: after `begin_attempt`, no earlier attempt can commit. Otherwise the sweep could remove data that an
-        earlier attempt is about to commit. Errors: FencedOutError if a later attempt has begun.
+        The order matters: after `begin_attempt`, no earlier attempt can commit. With the reverse order, the sweep could remove data that an earlier
+        attempt is about to commit. Errors: FencedOutError if a later attempt has begun.
         """
         if self._node_rank > 0:
             return
@@ -203,7 +203,7 @@ class Preparation:
         )
         for sentence in restore_result.damage_messages:
             self._state.record_checkpoint_problem(Reason.CHECKPOINT_DAMAGED, sentence)
-            self._state.add_note(f"skipped: {sentence}")  # The next commit clears the problem, but not the note.
+            self._state.add_note(f"skipped: {sentence}")  # The note stays when the next commit clears the reported problem.
         if restore_result.manifest is not None:
             self._state.resumed_from_step = restore_result.step
             self._state.merge_resolved(ResolvedConfig(resume_exact=restore_result.is_exact, resume_note=restore_result.inexact_reason))
@@ -275,7 +275,7 @@ class Preparation:
         )
 
     def _fetch_benchmarks(self, fetcher: Fetcher) -> list[Path | None]:
-        """Fetch the folders of the benchmarks in rank 0's pod, which runs them. None stands for a benchmark without a folder."""
+        """Fetch the folders of the benchmarks, but only in rank 0's pod, which runs the benchmarks. None stands for a benchmark without a folder."""
         benchmarks = benchmarks_after_training(self._run.spec) if self._node_rank == 0 else []
         return [
             fetcher.fetch_folder(benchmark.folder, f"evaluation.benchmarks[{number}].folder", f"benchmark-{number}") if benchmark.folder else None
@@ -337,7 +337,7 @@ def sweep_leftovers(tree: CheckpointTree, run_state: RunState) -> None:
 
 
 def add_restored_checkpoint(inputs: Inputs, restore_result: RestoreResult) -> Inputs:
-    """Add the checkpoint to resume from, if there is one, to the inputs."""
+    """Return the inputs, and add the checkpoint to resume from if there is one."""
     if restore_result.manifest is None or restore_result.local_folder is None:
         return inputs
     checkpoint = RestoredCheckpoint(
@@ -366,7 +366,7 @@ def require_expected_inputs(facts: RunFacts, *, unknown_inputs: Sequence[str] = 
 
 
 def collect_run_facts(run: RunConfig, config_sha256: str, inputs: Inputs, hash_file: Callable[[Path], str] = sha256_file) -> RunFacts:
-    """Return the facts that this run stores in its checkpoints. A run that resumes from a checkpoint compares the facts in the checkpoint with its own.
+    """Return the facts that this run stores in its checkpoints. A run that resumes from a checkpoint compares the facts in the checkpoint with its own facts.
 
     `hash_file` is a function that returns the digest of a file.
     """
@@ -393,7 +393,7 @@ def collect_run_facts(run: RunConfig, config_sha256: str, inputs: Inputs, hash_f
 
 
 def hash_settings(run: RunConfig) -> dict[str, str]:
-    """Return a short hash of each top-level field in `COMPARED_SPEC_FIELDS`, by its name."""
+    """Return a short hash of each top-level spec field in `COMPARED_SPEC_FIELDS`, by the name of the field."""
     spec = run.spec.to_wire()
     spec["distributed"] = _drop_unused_options(spec.get("distributed") or {})
     hashes = {}
@@ -404,14 +404,14 @@ def hash_settings(run: RunConfig) -> dict[str, str]:
 
 
 def _drop_unused_options(distributed: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of `spec.distributed` that influence the computed numbers and are not the default."""
+    """Return the options of `spec.distributed` that influence the computed numbers and differ from their defaults."""
     fsdp = {name: value for name, value in (distributed.get("fsdp") or {}).items() if name != "stateDict"}
     options = {**distributed, "fsdp": fsdp, "contextParallelSize": (distributed.get("contextParallelSize") or 1) - 1}
     return {name: value for name, value in options.items() if value}
 
 
 def hash_other_inputs(inputs: Inputs, hash_file: Callable[[Path], str]) -> dict[str, str]:
-    """Return a hash of each input besides the base model and the training data, by the input's name in messages."""
+    """Return a hash of each input except the base model and the training data, by the name of the input in messages."""
     models = {"tokenizer": inputs.tokenizer, "reference model": inputs.reference, "adapter": inputs.adapter}
     models |= {combined_adapter_name(number): folder for number, folder in enumerate(inputs.combined_adapters)}
     hashes = {name: compute_fingerprint(folder) for name, folder in models.items() if folder is not None}

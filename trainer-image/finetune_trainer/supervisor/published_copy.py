@@ -1,6 +1,6 @@
 """Copies the final model and the result files to the folder of `output.dir`.
 
-After each file, the list of copied files is stored in the job's own folder. An attempt that continues an interrupted copy reads the list
+After each copied file, the list of all copied files is stored in the job's own folder. An attempt that continues an interrupted copy reads the list
 and skips the listed files that have not changed since they were copied.
 """
 
@@ -27,13 +27,13 @@ class CopiedFile(LenientModel):
     """A file that was copied."""
 
     source: str
-    """What was copied: a committed model and the path of one of its files, or an object of the job and its version tag."""
+    """What was copied: the identity of a committed model and the path of one of its files, or the key of one of the job's objects and its version tag."""
     tag: str
-    """The version tag of the copy. If another job has replaced the copy, the tag in storage differs from this one."""
+    """The version tag of the copy. If another job has replaced the copy, the tag in storage differs from this recorded tag."""
 
 
 CopiedFiles = TypeAdapter(dict[str, CopiedFile])
-"""The list of copied files, as it is stored: each `CopiedFile` by the key of its copy below `storage.uri`."""
+"""The list of copied files in its stored form: each `CopiedFile` by the key of its copy, relative to `storage.uri`."""
 
 
 class PublishedCopy:
@@ -57,7 +57,7 @@ class PublishedCopy:
             self._add_file(path, join_key(self._folder.key, Storage.MERGED, name), f"{identity}/{name}")
 
     def add_result(self, name: ResultFile, data: bytes) -> None:
-        """Write a result file. It is small, so each attempt writes it again."""
+        """Write a result file. Result files are small, so each attempt writes them again."""
         self._store.put(self._folder.key_of_result(name), data)
 
     def add_stored_files(self, prefix: str) -> None:
@@ -76,7 +76,7 @@ class PublishedCopy:
         self._copy_once(key, source, path.stat().st_size, lambda: self._store.put_file(path, key, byte_counter=self._byte_counter))
 
     def _copy_once(self, key: str, source: str, size: int, copy: Callable[[], None]) -> None:
-        """Copy a file of `size` bytes and record it, unless it was already copied and neither the source nor the copy has changed since."""
+        """Copy a file of `size` bytes and record it, unless it was copied earlier and neither the source nor the copy has changed since then."""
         earlier = self._copied_files.get(key)
         if earlier is not None and earlier.source == source:
             stored = self._store.stat(key)

@@ -22,7 +22,7 @@ class RankChannel:
     """Receives the messages of ranks in a thread, and calls `on_message` with each message in the order of arrival."""
 
     def __init__(self, on_message: Callable[[dict[str, Any]], None]) -> None:
-        # The work folder cannot hold the socket: its path may be longer than the 107 characters that a Unix socket allows.
+        # The socket cannot be in the work folder, because the path of the work folder may be too long: a Unix socket allows 107 characters.
         self._folder = Path(tempfile.mkdtemp(prefix="finetune-"))
         self.address = str(self._folder / "socket")
         self._on_message = on_message
@@ -48,7 +48,9 @@ class RankChannel:
             if message is not None:
                 try:
                     self._on_message(message)
-                except Exception:  # An invalid message must not end the thread, which must receive further messages.
+                except (
+                    Exception
+                ):  # An invalid message must not end the thread, because later messages must still be received.
                     log.exception("a rank's message could not be applied: %s", message.get("kind"))
 
     def _parse_message(self, data: bytes) -> dict[str, Any] | None:

@@ -21,7 +21,7 @@ HEARTBEAT_MESSAGE_KINDS = ("heartbeat", "alive", "stage", "staged", "log")
 
 
 class RankMessages:
-    """Handles the messages of one pod's ranks. Only local rank 0 reports progress; every rank reports failures and files."""
+    """Handles the messages of one pod's ranks. Only local rank 0 reports progress; every rank reports its failures and its files of checkpoints."""
 
     def __init__(
         self, run_state: RunState, facts: AttemptFacts, staging: Staging, metric_log: MetricLog, incarnation: str
@@ -48,7 +48,7 @@ class RankMessages:
             case "failed":
                 self._facts.rank_failures.append(failure_from_message(message))
             case "stopping":
-                if self._facts.stop_requested_at is None:  # Another pod of the gang received the signal.
+                if self._facts.stop_requested_at is None:  # The signal was sent to another pod of the gang.
                     self._facts.stop_requested_at = time.monotonic()
                 self._state.enter_stage(Stage.STOPPING, f"at step {message['step']}")
             case "stopped":
@@ -81,7 +81,7 @@ class RankMessages:
 def apply_report(run_state: RunState, message: dict[str, Any]) -> None:
     """Apply a report that every process of a pod may send: its stage, a note or a plan. Messages of other kinds are ignored.
 
-    If the stage is unknown, for example because a later release has sent it, the current stage stays.
+    If this version does not know the reported stage, for example because a later release sent it, the current stage stays.
     """
     match message.get("kind"):
         case "stage":

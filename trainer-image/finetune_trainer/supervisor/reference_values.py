@@ -1,6 +1,6 @@
 """Reads the reference values of a committed model from storage, for the stage `verifying`.
 
-A job that does not train reads them from the folder of the job that trained the model.
+A job that does not train reads the values from the folder of the job that trained the model.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from finetune_trainer.verification.reference import FILE_NAME, MANIFEST_KEY, Ref
 
 
 def copy_reference_values(tree: CheckpointTree, committed: CommittedCheckpoint | None, folder: Path) -> str | None:
-    """Copy the reference values of a committed model to `folder`. Returns None or, if there are none that can be used, the reason.
+    """Copy the reference values of a committed model to `folder`. Returns None, or the reason if no usable reference values exist.
 
     Errors: those of storage.
     """

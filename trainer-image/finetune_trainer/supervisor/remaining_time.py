@@ -1,4 +1,5 @@
-"""Estimates the time to the end of training from the steps and pauses of this attempt. Until enough steps are measured, it uses earlier attempts."""
+"""Estimates the time to the end of training from the steps and pauses of this attempt. Until this attempt has measured enough steps, the step duration
+of earlier attempts is used."""
 
 from __future__ import annotations
 
@@ -13,14 +14,14 @@ RECENT_STEPS = 1000
 MIN_MEASURED_STEPS = 5
 """After this many measured steps, the step duration of earlier attempts is no longer used."""
 MAX_STEP_IN_MEDIANS = 5.0
-"""The duration of a step counts at most as this multiple of the median, so that one slow step hardly changes the estimate."""
+"""The duration of a step is limited to this multiple of the median duration, so that one slow step hardly changes the estimate."""
 RECENT_PAUSE_COUNT = 20
 
 
 class RemainingTime:
-    """Estimates the remaining time: the steps left times the mean duration of recent steps, plus the expected pauses for evaluations and checkpoints.
+    """Estimates the remaining time: number of remaining steps times mean duration of recent steps, plus the expected pauses for evaluations and checkpoints.
 
-    The mean is used because the remaining time is a sum: with rows of different lengths, the median differs from the mean.
+    The mean is used, not the median, because the remaining time is a sum of step durations. With rows of different lengths, the median differs from the mean.
     """
 
     def __init__(self) -> None:
@@ -32,7 +33,7 @@ class RemainingTime:
         self._pauses: dict[str, deque[tuple[int, float]]] = {}
 
     def record_step(self, step: int, now: float) -> None:
-        """Record the end of a step at the monotonic time `now`. The first step is not measured, because kernels are compiled in it."""
+        """Record the end of a step at the monotonic time `now`. The first step is not measured, because it also compiles kernels."""
         if self._last_step is not None and step == self._last_step[0] + 1:
             self._step_seconds.append(max(0.0, now - self._last_step[1] - self._paused_since_step))
         self._last_step, self._paused_since_step = (step, now), 0.0
@@ -43,7 +44,7 @@ class RemainingTime:
         self._pauses.setdefault(time_use_part, deque(maxlen=RECENT_PAUSE_COUNT)).append((step, seconds))
 
     def estimate(self, step: int, total_steps: int) -> float | None:
-        """Return the seconds to the end of training, or None if the duration of a step is not known."""
+        """Return the expected seconds to the end of training, or None if the duration of a step is not known."""
         steps_left = max(0, total_steps - step)
         if self.expected_step_seconds is not None and len(self._step_seconds) < MIN_MEASURED_STEPS:
             return steps_left * self.expected_step_seconds
@@ -55,7 +56,7 @@ class RemainingTime:
 
     @staticmethod
     def _estimate_pause_seconds(pauses: list[tuple[int, float]], step: int, total: int) -> float:
-        """Return the seconds of the remaining pauses of one part.
+        """Return the total duration in seconds of the pauses that remain in one part of `TimeUse`.
 
         The remaining pauses are assumed to have the mean interval (in steps) and the median duration of the recorded pauses.
         """
@@ -68,9 +69,9 @@ class RemainingTime:
 
 
 def estimate_step_seconds(entries: Sequence[LogEntry], saved_facts: RunFacts, current_facts: RunFacts) -> float | None:
-    """Return the expected seconds of a step of a resumed run, with its pauses; None if the log of the earlier attempts has no durations.
+    """Return the expected duration in seconds of a step of a resumed run, including pauses; None if the log of the earlier attempts has no durations.
 
-    The duration is scaled with the number of rows that each rank processes in a step, which changes with the batch size and the number of ranks.
+    The duration is scaled with the number of rows that each rank processes in a step. This number changes with the batch size and the number of ranks.
     `saved_facts`: the facts of the checkpoint.
     """
     lines = [(entry.step, entry.training_seconds) for entry in entries if entry.step and entry.training_seconds]

@@ -1,6 +1,6 @@
-"""Writes the report of a run, and stores the counts of the data check, which the report shows.
+"""Writes the report of a run, and stores the counts of the data check for the report.
 
-At the end of each attempt, the report is made only from data in storage, including the records of all attempts (`attempt_recorder`). It
+At the end of each attempt, the report is made only from data in storage, including the records of all attempts (`attempt_recorder`). The new report
 replaces the report of the previous attempt.
 """
 
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 DATA_KEY = f"{Storage.RUN}/data.json"
 MAX_SHOWN_CHECKPOINTS = 30
-"""Maximum number of checkpoints in the report. Each checkpoint costs one request."""
+"""Maximum number of checkpoints in the report. The number is limited because each checkpoint needs one request to storage."""
 TABLE_FIELDS_BY_RESULT = {"evaluation": ("benchmarks",), "output": ("verification",)}
 """Fields of `status.evaluation` and `status.output` that the report shows in separate tables."""
 ModelT = TypeVar("ModelT", bound=BaseModel)
@@ -62,7 +62,7 @@ class ReportWriter:
         self._run, self._tree, self._results, self._recorder, self._config_sha256 = run, tree, results, recorder, config_sha256
 
     def record_data(self, summary: DataSummary) -> None:
-        """Store the counts from the check of the data, such as rows and duplicates, for the report."""
+        """Store the counts that the check of the data found, such as rows and duplicates, for the report."""
         findings = summary.findings
         record = DataRecord(
             formats=[str(one) for one in summary.formats], rows=summary.rows, bad_rows=summary.bad_rows, duplicates=findings.duplicate_count,
@@ -71,9 +71,9 @@ class ReportWriter:
         self._tree.store.put(DATA_KEY, record.model_dump_json(by_alias=True, exclude_none=True).encode())
 
     def write(self, message: TerminationMessage, progress: ProgressReport) -> str | None:
-        """Record the end of this incarnation and store the report. Returns its URI; None if a later attempt has begun.
+        """Record the end of this incarnation and store the report. Returns the report's URI; None if a later attempt has begun.
 
-        If the run has a published copy, the report is also stored next to the copy.
+        If the results are copied to `output.dir`, the report is stored in this folder too.
         """
         if self._tree.is_superseded(self._run.attempt):
             return None
@@ -131,7 +131,7 @@ class ReportWriter:
             )  # fmt: skip
 
     def _read(self, key: str, model_class: type[ModelT]) -> ModelT | None:
-        """Read an object. Return None if it does not exist, or if this version cannot read it."""
+        """Read an object. Return None if the object does not exist, or if this version of the trainer cannot read it."""
         data = self._tree.store.get(key)
         try:
             return model_class.model_validate_json(data) if data is not None else None

@@ -58,7 +58,7 @@ class RunResults:
             self._tree.store.put_file(values, reference.reference_values_key(sha256_file(values)))
 
     def store_metric_files(self) -> None:
-        """Store the metric files, unless a later attempt has begun. The log is already stored. Errors: those of storage."""
+        """Store the metric files, unless a later attempt has begun. The file `log.jsonl` is already stored. Errors: those of storage."""
         if self._tree.is_superseded(self._run.attempt):
             return
         for name, text in self._metric_files.items():
@@ -67,7 +67,7 @@ class RunResults:
 
     @cached_property
     def _metric_files(self) -> dict[ResultFile, str]:
-        """Return the contents of the metric files by file name. Empty if an older trainer stored no log of the run."""
+        """Return the contents of the metric files by file name. Empty if the run has no stored log, because an older trainer did not store it."""
         data = self._read(ResultFile.LOG)
         if data is None:
             return {}
@@ -79,7 +79,7 @@ class RunResults:
     ) -> str:
         """Copy the model, the metric files and the files below `stage_folders` in storage to the folder of `output.dir`. Returns the folder's URI.
 
-        `merged_folder`: folder of the merged model. `byte_counter` may raise an exception to end the copy; the next attempt continues it.
+        `merged_folder`: folder of the merged model. `byte_counter` may raise an exception to end the copy; the next attempt continues the copy.
         Errors: those of storage; ConfigError `OutputPathInvalid`.
         """
         folder = self.find_copy_folder()
@@ -101,7 +101,7 @@ class RunResults:
         return f"{self.root}/{folder.key}".rstrip("/")
 
     def find_copy_folder(self) -> CopyFolder | None:
-        """Return the folder of the copy, or None without `output.dir`. Errors: ConfigError `OutputPathInvalid`."""
+        """Return the folder of the copy, or None if `output.dir` is not set. Errors: ConfigError `OutputPathInvalid`."""
         spec = self._run.spec
         return find_copy_folder(spec.output, namespace=self._run.namespace, model_source=spec.model.source or "", started_at=self.read_start_time())
 

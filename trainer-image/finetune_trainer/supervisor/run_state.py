@@ -1,7 +1,7 @@
 """The state of one pod's run, updated from the messages of its ranks and from the uploader.
 
-`/progress`, `/metrics` and the termination message show this state. `RunState` is thread-safe. It also computes the percentage, the
-remaining time and the display texts from the ranks' reports.
+`/progress`, `/metrics` and the termination message show this state. `RunState` is thread-safe. `RunState` also computes the percentage, the remaining
+time and the texts for display from the ranks' reports.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class RunState:
     # ---- updates ----
 
     def enter_stage(self, stage: Stage, detail: str | None = None) -> None:
-        """Enter a stage, or replace the detail of the current stage. The time in the previous stage is added to the timings."""
+        """Enter a stage, or replace the detail text of the current stage. The time in the previous stage is added to the timings."""
         with self._lock:
             if stage != self._stage:
                 now = time.monotonic()
@@ -100,7 +100,7 @@ class RunState:
                 self._remaining_time.record_pause(time_use_part, self.step, seconds)
 
     def set_expected_step_seconds(self, seconds: float | None) -> None:
-        """Set the duration of a step in earlier attempts. It is used until enough steps of this attempt are measured."""
+        """Set the duration of a step in earlier attempts. This duration is used until enough steps of this attempt are measured."""
         with self._lock:
             self._remaining_time.expected_step_seconds = seconds
 
@@ -115,7 +115,7 @@ class RunState:
             self._heartbeat_time = time.monotonic()
 
     def record_step(self, step: int) -> None:
-        """Record that an optimizer step is done. Late messages about earlier steps do not lower the step."""
+        """Record that an optimizer step is done. A late message about an earlier step does not change the recorded step."""
         now = time.monotonic()
         with self._lock:
             step_before = self._progress.step or 0
@@ -158,7 +158,7 @@ class RunState:
             self._data = data
 
     def add_note(self, text: str) -> None:
-        """Add a sentence to `status.resolved.notes` if it is not there yet."""
+        """Add a sentence to `status.resolved.notes` if the notes do not contain it yet."""
         with self._lock:
             if text not in self._notes:
                 self._notes.append(text)
@@ -181,7 +181,7 @@ class RunState:
             self._health = self._health.model_copy(update={"tracker_problem": problem})
 
     def add_checkpoint(self, checkpoint: Checkpoint, upload_seconds: float | None = None) -> None:
-        """Add a committed checkpoint. `upload_seconds`: how long its upload took."""
+        """Add a committed checkpoint. `upload_seconds`: duration of the checkpoint's upload."""
         with self._lock:
             self._checkpoints[checkpoint.step] = checkpoint
             if upload_seconds is not None:
@@ -282,7 +282,7 @@ class RunState:
             )
 
     def _stage_seconds(self) -> dict[str, float]:
-        """Return the timings. The timing of the current stage includes the time until now."""
+        """Return the timings. The timing of the current stage includes the time up to this call."""
         return self._timings | {self._stage.value: self._timings.get(self._stage.value, 0.0) + time.monotonic() - self._stage_since}
 
     def _health_with_ages(self) -> HealthReport:
@@ -312,7 +312,7 @@ class RunState:
 
 
 def store_quietly(run_state: RunState, content_name: str, action: Callable[[], None]) -> None:
-    """Run an action that stores data whose loss must not end the run. A failure adds a note with `content_name`, such as `log lines`."""
+    """Run an action that stores data whose loss must not end the run. A failure only adds a note that names the data: `content_name`, such as `log lines`."""
     try:
         action()
     except FineTuneError as error:

@@ -2,9 +2,8 @@
 
 `/progress` requires the token of the attempt, because its report names the job, its storage and its failures. `/metrics` has only numbers.
 
-On the loopback interface, the server also accepts the Kubeflow progress protocol (`POST .../status`), so that a user's own script
-with a recent transformers reports progress without extra code. Only the standard library is used, because the server must
-respond within a second of the pod's start.
+On the loopback interface, the server also accepts the Kubeflow progress protocol (`POST .../status`). A user's own script that uses a recent version
+of transformers then reports progress without extra code. Only the standard library is used, because the server must respond within a second of the pod's start.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ MAX_BODY_BYTES = 64 * 1024
 MAX_CONNECTIONS = 64
 """Maximum number of open connections, each of which has a thread. The operator, the kubelet and a few Prometheus servers need fewer than ten."""
 CLOSED_CONNECTIONS_COUNTER = "closed_connections"
-"""Name of the counter of connections that were closed because there were more than `MAX_CONNECTIONS`."""
+"""Name of the counter of connections that were closed because more than `MAX_CONNECTIONS` were open."""
 METRIC_PREFIX = "finetune_trainer"
 KUBEFLOW_METRICS = {
     "loss": "trainLoss",
@@ -43,9 +42,9 @@ KUBEFLOW_METRICS = {
 
 
 class Server:
-    """Serves the state of the run until `close()`. With port 0, it chooses a free port. The attribute `port` holds the port in use.
+    """Serves the state of the run until `close()`. If the port is 0, the server chooses a free port. The attribute `port` is the port in use.
 
-    Without `attempt_secret`, `/progress` requires no token. This is for local runs, and for an operator that is too old to send a token.
+    If `attempt_secret` is None, `/progress` requires no token. This is needed for local runs, and for an operator that is too old to send a token.
     """
 
     def __init__(self, run_state: RunState, port: int, *, host: str = "", attempt_secret: str | None = None) -> None:
@@ -76,14 +75,14 @@ class _HttpServer(ThreadingHTTPServer):
         super().__init__(address, _RequestHandler)
 
     def server_bind(self) -> None:
-        """Bind the socket. http.server would also look up the host name, and a slow name server would then delay the pod's start."""
+        """Bind the socket. The method of http.server would also look up the host name, so a slow name server would delay the pod's start."""
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Serve a connection in its own thread. If there are too many connections, close the oldest: it is probably idle."""
+        """Serve a connection in its own thread. If too many connections are open, close the oldest connection, which is probably idle."""
         with self._connections_lock:
             oldest = next(iter(self._connections)) if len(self._connections) >= MAX_CONNECTIONS else None
             if oldest is not None:
@@ -92,11 +91,11 @@ class _HttpServer(ThreadingHTTPServer):
         if oldest is not None:
             self.run_state.increment_counter(CLOSED_CONNECTIONS_COUNTER)
             with contextlib.suppress(OSError):
-                oldest.shutdown(socket.SHUT_RDWR)  # This ends the read in the connection's thread.
+                oldest.shutdown(socket.SHUT_RDWR)  # The shutdown ends the read in the connection's thread.
         super().process_request(request, client_address)
 
     def shutdown_request(self, request: Any) -> None:
-        """Close a connection and remove it from the open connections. Called in the connection's thread at its end."""
+        """Close a connection and remove it from the open connections. The connection's thread calls this method when it ends."""
         with self._connections_lock:
             self._connections.pop(request, None)
         super().shutdown_request(request)
@@ -206,7 +205,7 @@ def format_metrics(run_state: RunState) -> str:
         "seconds_since_step": ("Seconds since the newest step.", report.health.seconds_since_step),
         "checkpoint_seconds": ("Seconds from the start of the last checkpoint's upload to its commit.", report.health.last_save_seconds),
         "healthy": (
-            "0 if the last checkpoint was skipped, is damaged or could not be stored, else 1.",
+            "0 if the last checkpoint was skipped, is damaged or could not be stored, otherwise 1.",
             float(report.health.healthy),
         ),
         "checkpoint_step": (

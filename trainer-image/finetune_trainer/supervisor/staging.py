@@ -1,7 +1,7 @@
 """Passes complete checkpoints of this pod's ranks, and the final artefact, to the uploader.
 
-A rank reports a folder when its files are complete. The files are hard-linked below `<work>/staged`, so that the Trainer may
-remove its own folder while the upload still runs.
+A rank reports a folder when its files are complete. The files are then hard-linked below `<work>/staged`, so that the Trainer can remove its own
+folder while the upload still runs.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from finetune_trainer.supervisor.run_state import RunState
 
 
 class Staging:
-    """The staging folder of one pod. While `uploader` is None, because the pod is still being prepared, no checkpoint is staged."""
+    """The staging folder of one pod. During the preparation of the pod, `uploader` is None and no checkpoint is staged."""
 
     def __init__(self, work_folder: Path, run_state: RunState, *, rank_count: int) -> None:
         self._folder = work_folder / "staged"
         self._state = run_state
         self._rank_count = rank_count
         self._reports_by_step: dict[int, dict[int, dict[str, Any]]] = {}
-        """The messages of the ranks about checkpoints that other ranks have not completed yet, by step and local rank."""
+        """The messages of ranks about their files of checkpoints that are not complete yet, by step and local rank."""
         self.uploader: Uploader | None = None
 
     def add_rank_files(self, message: dict[str, Any]) -> None:
@@ -46,7 +46,7 @@ class Staging:
         except OSError as error:
             self.skip_checkpoint("StagingFailed", f"step {step}: {error.strerror or error}")
             return
-        finally:  # The Trainer no longer needs this folder, because the module `best` keeps the best weights.
+        finally:  # The Trainer does not read this folder again, because the module `best` keeps the best weights.
             shutil.rmtree(source, ignore_errors=True)
         rank0_report = reported.get(0, message)
         self.uploader.enqueue(

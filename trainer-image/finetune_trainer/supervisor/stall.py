@@ -5,9 +5,9 @@ stall timeout. The timeout is `policy.stallTimeoutSeconds`. The default is twent
 minutes; it applies from the first measured step.
 
 Loading and tokenising take an unknown time and send no heartbeats. In the stage `loading`, the run counts as stalled if the processes of the ranks
-neither compute nor read for the stall timeout (`work.WorkWatch`). In a job of several pods, a pod can also be idle because it waits for another pod. Such a run
-counts as stalled only if a thread is blocked in the kernel, for example by a dead file server. While the ranks wait for the start of a vLLM server,
-they neither compute nor read, so the time limit of that start is added to the stall timeout.
+neither compute nor read for the stall timeout (`work.WorkWatch`). In a job of several pods, a pod can also be idle because it waits for another pod. A
+run of several pods therefore counts as stalled only if a thread is blocked in the kernel, for example by a dead file server. While the ranks wait for
+the start of a vLLM server, they neither compute nor read, so the time limit for the start of the server is added to the stall timeout.
 
 Before a stalled attempt ends, every rank writes the stacks of its threads to the log.
 """
@@ -30,7 +30,7 @@ MIN_TIMEOUT_SECONDS = 600.0
 TIMEOUT_IN_MEDIAN_STEPS = 20.0
 STACK_DUMP_SECONDS = 1.0
 WINDOWS_PER_TIMEOUT = 4
-"""How often the work of the ranks is measured during a stall timeout."""
+"""Number of measurements of the ranks' work within one stall timeout."""
 RANK_COMMANDS = {b"train", b"stage"}
 """Commands of `finetune-trainer` whose processes write their stacks on a signal: ranks and stages after training."""
 WATCHED_STAGES = (
@@ -44,7 +44,8 @@ class StallWatch:
     def __init__(
         self, run_state: RunState, timeout_seconds: float | None, *, pod_count: int = 1, longest_wait_seconds: float = 0.0, work_watch: WorkWatch | None = None
     ) -> None:
-        """`pod_count`: number of pods of the job. `longest_wait_seconds`: how long ranks may wait without work while they load.
+        """`pod_count`: number of pods of the job. `longest_wait_seconds`: longest time that ranks wait without work while they load, for example for a
+        vLLM server.
 
         `work_watch`: measures the work of the ranks.
         """
@@ -60,7 +61,7 @@ class StallWatch:
         return max(MIN_TIMEOUT_SECONDS, TIMEOUT_IN_MEDIAN_STEPS * (self._state.median_step_seconds() or 0.0))
 
     def stall_error(self) -> PeerError | None:
-        """Return an error if the run has stalled, else None."""
+        """Return an error if the run has stalled, otherwise None."""
         if self._state.current_stage is Stage.LOADING:
             return self._loading_error()
         self._work_watch.restart()
@@ -77,7 +78,7 @@ class StallWatch:
         )  # fmt: skip
 
     def _loading_error(self) -> PeerError | None:
-        """Return an error if the loading ranks have not worked for the stall timeout, else None."""
+        """Return an error if ranks that load have neither computed nor read for the stall timeout, otherwise None."""
         timeout = self.timeout_seconds() + self._longest_wait_seconds
         idle_seconds = self._work_watch.measure_idle_seconds(timeout / WINDOWS_PER_TIMEOUT)
         if idle_seconds <= timeout or (self._pod_count > 1 and not self._work_watch.was_blocked):

@@ -2,9 +2,9 @@
 
 A preparation commits its rows like a checkpoint: files, manifest, and the marker `_COMMITTED` last. If two preparations store the same rows at
 the same time, both use the first commit. With `isolation.secret`, a preparation uses stored rows only if a preparation of its namespace has signed
-them, so that write access to the store is not enough to choose the rows of later jobs. The status of a job records the sha256 of the manifest.
-Training pods accept only this manifest and files with its hashes. The marker `_USED` says until when the rows are kept. If rows are removed while a
-pod reads them, the pod prepares the data itself.
+them, so that a program that can only write to the store cannot choose the rows of later jobs. The status of a job records the sha256 of the manifest
+of its rows. Training pods accept only this manifest, and only files whose hashes the manifest contains. The marker `_USED` says until when the rows
+are kept. If rows are removed while a pod reads them, the pod prepares the data itself.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ DATA_INPUTS = ("validation data", "test data")
 """The inputs in `RunFacts.other_inputs` from which rows are made."""
 
 LEFTOVER_AGE = timedelta(days=1)
-"""Uncommitted files of this age are removed. Their preparation has ended by then, because a preparation takes at most six hours."""
+"""Uncommitted files of this age are removed. The preparation that wrote them has already ended, because a preparation takes at most six hours."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class StoredRows:
     manifest_sha256: str
     manifest: Manifest
     summary: DataSummary
-    """The result of the check of the rows, which training pods need not repeat."""
+    """The result of the check of the rows. Training pods need not repeat the check."""
     row_count: int = 0
     """Number of rows of all splits; 0 before the download. A packed sequence counts as one row."""
 
@@ -65,14 +65,14 @@ class RowStore:
         self._tree, self._run = tree, run
         self._options = run.prepared or PreparedRows()
         self._damaged_markers: dict[str, CommitMarker] = {}
-        """Markers of commits that cannot be used, by digest. A new commit replaces them."""
+        """Markers of commits that cannot be used, by digest. A new commit of the same digest replaces the marker."""
 
     @staticmethod
     @contextmanager
     def open(run: RunConfig, signing_key: str | None = None) -> Iterator[RowStore]:
         """Open the store of a run, and close it at the end.
 
-        `signing_key`: the key with which the preparations of the namespace sign rows. None in training pods, and without `isolation.secret`.
+        `signing_key`: the key with which the preparations of the namespace sign rows. None in training pods, and if `isolation.secret` is not set.
         """
         store = open_store(run.storage.model_copy(update={"uri": prepared_root(run.storage.uri)}))
         try:
@@ -95,7 +95,7 @@ class RowStore:
         if renews_marker:
             try:
                 self._renew_used_marker(digest)
-            except FineTuneError as error:  # The credentials may permit only reading.
+            except FineTuneError as error:  # Perhaps the credentials permit only reading.
                 log.warning("the time until which the prepared rows are kept was not extended: %s", error)
         stored, committed = self._find_commit(digest, expected)
         if _data_digests(stored.manifest.facts) != _data_digests(facts):
@@ -103,7 +103,7 @@ class RowStore:
         return self._download_rows(stored, committed, work_folder, byte_counter)
 
     def fetch_for_preparation(self, digest: str, work_folder: Path, *, byte_counter: ByteCounter | None = None) -> StoredRows | None:
-        """Download and verify the rows that an earlier preparation has committed. Return None if there are none that can be used."""
+        """Download and verify the rows that an earlier preparation has committed. Return None if no usable rows are committed."""
         try:
             self._renew_used_marker(digest)
             stored, committed = self._find_commit(digest, None)
@@ -113,7 +113,10 @@ class RowStore:
             return None
 
     def _find_commit(self, digest: str, expected_sha256: str | None) -> tuple[StoredRows, CommittedFolder]:
-        """Read marker and manifest. Without `expected_sha256`, the rows must be signed if this store has a key. Errors: see `fetch_for_training`."""
+        """Read the marker and the manifest.
+
+        If `expected_sha256` is None and this store has a key, the rows must be signed. Errors: see `fetch_for_training`.
+        """
         committed = self._tree.get_committed_folder(digest)
         if committed is None:
             raise _missing_error(f"nothing is committed at {self.uri(digest)}")
@@ -160,10 +163,10 @@ class RowStore:
     def commit(self, digest: str, folder: Path, *, incarnation: str, facts: RunFacts, summary: DataSummary) -> str:
         """Upload and commit the rows in `folder`, and return the sha256 of the committed manifest.
 
-        If another preparation has committed equal rows before, its commit is used. Errors: StorageError PreparedDataDiffers if the rows of that
+        If another preparation has already committed equal rows, that commit is used. Errors: StorageError PreparedDataDiffers if the rows of that
         commit are not equal; errors of the store.
         """
-        self._renew_used_marker(digest)  # Renew before the upload, so that the files of a killed preparation are removed after `prepare.ttlDays`.
+        self._renew_used_marker(digest)  # The marker is written before the upload, so that the files of a killed preparation are removed later.
         entries = self._tree.upload(digest, incarnation, folder)
         manifest = Manifest(
             job=f"{self._run.namespace}/{self._run.name}/{self._run.uid}", attempt=self._run.attempt, incarnation=incarnation, step=0,
@@ -185,10 +188,11 @@ class RowStore:
         store.put(key, renew_marker(UsedMarker.parse(store.get(key)), datetime.now(UTC), self._options.ttl_days).to_bytes())
 
     def remove_expired(self, get_now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> list[str]:
-        """Remove all rows of the namespace that no job has used for `prepare.ttlDays`. Returns their digests. Errors: those of listing the store.
+        """Remove all rows of the namespace that no job has used for `prepare.ttlDays`. Returns the digests of the removed rows. Errors: those of
+        listing the store.
 
-        If the marker `_USED` of a folder is missing or cannot be read, it is written, so that the folder is removed later. Rows for which a request
-        fails are kept.
+        If the marker `_USED` of a folder is missing or cannot be read, a new marker is written, so that the folder is removed later. If a request to
+        the store fails for some rows, these rows are kept.
         """
         store = self._tree.store
         stats_by_digest: dict[str, list[ObjectStat]] = {}
@@ -219,13 +223,16 @@ class RowStore:
             store.delete(group)
         try:
             store.sweep(f"{digest}/")
-        except FineTuneError as error:  # The credentials may not permit to list unfinished uploads.
+        except FineTuneError as error:  # Perhaps the credentials do not permit listing unfinished uploads.
             log.warning("unfinished uploads of removed rows were kept: %s", error)
         return True
 
 
     def _remove_leftovers(self, digest: str, stats: list[ObjectStat], now: datetime) -> None:
-        """Remove old folders of preparations, except the folder of the committed rows. If no rows are committed, remove none. Errors: those of the store."""
+        """Remove old folders of preparations, except the folder of the committed rows.
+
+        If no rows are committed, remove no folder. Errors: those of the store.
+        """
         committed = self._tree.get_committed_folder(digest)
         if committed is None:
             return

@@ -73,7 +73,7 @@ POLL_SECONDS = 0.05
 UPLOAD_AFTER_FAILURE_SECONDS = 120.0
 """Maximum wait for uploads at the end of an attempt that has written no final artefact."""
 PARTS_AFTER_FAILURE_SECONDS = 5.0
-"""Maximum wait, after the gang has failed, for the files that other pods upload for a checkpoint."""
+"""Maximum wait for the files that other pods upload for a checkpoint, after a rank of the gang has failed."""
 FINAL_UPLOAD_SECONDS = 6 * 3600.0
 """Maximum wait for the upload of the final artefact."""
 UPLOAD_POLL_SECONDS = 0.2
@@ -93,7 +93,7 @@ RESULT_RECORDS = "records of the result"
 class Supervisor:
     """Supervises one pod. `run()` returns its exit code.
 
-    Besides the main thread, it has threads for the HTTP server, the preparation, the ranks' messages and the uploads.
+    Besides the main thread, the supervisor has threads for the HTTP server, the preparation, the ranks' messages and the uploads.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -127,19 +127,19 @@ class Supervisor:
         with self._record_failures("SupervisorFailed"):
             # 1. Start the HTTP server, within a second of the pod's start.
             self._server = self._start_server()
-            # 2. Read the run configuration, and remove the files of an earlier container of this pod.
+            # 2. Read the run configuration, and remove the files that an earlier container of this pod left behind.
             run, sha256 = self._read_run_config()
             self._clean_work_folder()
-            # 3. Receive messages of ranks.
+            # 3. Start to receive messages of ranks.
             self._channel = self._open_channel(run)
-            # 4. While the ranks import their libraries, a thread checks storage, fetches and checks the inputs and restores the checkpoint.
+            # 4. Check storage, download and check the inputs, and restore the checkpoint in a thread, while the ranks import their libraries.
             threading.Thread(target=self._prepare_pod, args=(run, sha256), name="prepare", daemon=True).start()
             # 5. Start the ranks and watch them until they end or the attempt must end. A job without training has no ranks.
             if run.spec.phases.train is False:
                 self._wait_for_preparation()
             else:
                 self._watch_agent(run, start_agent(run, self._settings, self._channel.address, self._connect_gang(run)))
-        # 6. Kill all child processes that still run, and apply the messages that they have sent.
+        # 6. Kill all child processes that still run, and handle the messages that they sent before.
         processes.kill_all_descendants()
         if self._channel is not None:
             self._channel.close()
@@ -214,7 +214,7 @@ class Supervisor:
         return RankChannel(handle_message)
 
     def _connect_gang(self, run: RunConfig) -> StoreAddress | None:
-        """Protect the rendezvous of several pods with the secret of the attempt. Return None for one pod, or if the operator gave no secret."""
+        """Protect the rendezvous of several pods with the secret of the attempt. Return None if the job has one pod, or if the operator gave no secret."""
         secret = self._settings.attempt_secret
         if run.world.nodes == 1 or secret is None:
             return None
@@ -274,14 +274,14 @@ class Supervisor:
         self._must_end.set()
 
     def _start_tracking(self, past_entries: list[LogEntry], facts: RunFacts | None = None) -> None:
-        """Start sending the run to trackers. `facts`: the facts of the run; None if this attempt does not train."""
+        """Start to send the events of the run to trackers. `facts`: the facts of the run; None if this attempt does not train."""
         assert self._tracking is not None and self._results is not None
         self._tracking.start(self._results.read_start_time(), past_entries, resumed_from_step=self._facts.start_step if facts else None)
         if facts is not None:
             self._tracking.record_training(facts)
 
     def _record_start(self, data_summary: DataSummary | None) -> None:
-        """Record the start of training for the report and the lineage statement, because a pod that is killed later cannot record it."""
+        """Record the start of training for the report and the lineage statement now, because a killed pod cannot record it at its end."""
         recorder, writer = self._recorder, self._report_writer
         if recorder is None or writer is None or self._settings.node_rank > 0:
             return
@@ -299,7 +299,7 @@ class Supervisor:
         )  # fmt: skip
         if self._settings.node_rank == 0:
             uploader.adopt_committed(to_status_checkpoints(tree, restore_result.ancestor_checkpoints))
-            # If a final model is already committed, its manifest cannot be read: otherwise `_prepare_pod` would have ended the attempt.
+            # If a final model is committed at this point, its manifest is not readable, because `_prepare_pod` does not train if the model can be read.
             unreadable_model = tree.get_committed(None)
             uploader.add_skipped([*restore_result.skipped_checkpoints, *([unreadable_model] if unreadable_model else [])])
         self._uploader = uploader
@@ -307,7 +307,10 @@ class Supervisor:
         self._staging.uploader = uploader
 
     def _upload_metric_log(self) -> None:
-        """Upload the log lines so far. Called before each commit, because an attempt that resumes from the checkpoint does not log them again."""
+        """Upload all log lines so far.
+
+        This is called before each commit, because an attempt that resumes from the checkpoint does not log these lines again.
+        """
         if self._settings.node_rank > 0:
             return
         if self._tree is not None and self._metric_log is not None:
@@ -369,7 +372,7 @@ class Supervisor:
         )
 
     def _end_with_error(self, error: FineTuneError) -> None:
-        """End the attempt with an error. If it already has one, the first error is kept."""
+        """End the attempt with an error. If the attempt already has an error, the first error is kept."""
         with self._failure_lock:
             if self._facts.supervisor_error is None:
                 self._facts.supervisor_error = error
@@ -377,14 +380,14 @@ class Supervisor:
 
     @contextlib.contextmanager
     def _record_failures(self, code: str) -> Iterator[None]:
-        """If the context raises an exception, end the attempt with it. `code`: the error code if the exception has none."""
+        """If the code within the context raises an exception, end the attempt with this exception. `code`: the error code if the exception has no code."""
         try:
             yield
         except Exception as error:
             self._end_with_error(as_failure(error, code))
 
     def _stop_deadline(self) -> float | None:
-        """Return the monotonic time by which a stopped pod must end, or None without a stop request."""
+        """Return the monotonic time by which a stopped pod must end, or None if no stop was requested."""
         if self._facts.stop_requested_at is None or self._run is None:
             return None
         return stop_deadline(self._facts.stop_requested_at, self._run.grace_seconds)
@@ -393,12 +396,12 @@ class Supervisor:
         return time.monotonic() > self._time_after_grace_share(1.0)
 
     def _time_after_grace_share(self, share: float) -> float:
-        """Return the monotonic time at which `share` of the time from the stop request to the deadline has passed; infinite without a stop request."""
+        """Return the monotonic time at which `share` of the time from the stop request to the deadline has passed; infinite if no stop was requested."""
         stopped_at, deadline = self._facts.stop_requested_at, self._stop_deadline()
         return math.inf if stopped_at is None or deadline is None else stopped_at + share * (deadline - stopped_at)
 
     def _can_save_steps(self, run: RunConfig) -> bool:
-        """Whether there are steps to save, and enough time to save them."""
+        """Whether this pod has unsaved steps and enough time to save them."""
         is_training = self._state.current_stage is Stage.TRAINING
         if self._state.step <= self._facts.start_step and not self._facts.is_output_written and not is_training:
             return False
@@ -449,7 +452,7 @@ class Supervisor:
         return uploader.wait_until_idle(0)
 
     def _clean_up(self, task: Callable[[], None]) -> None:
-        """Run an optional task in a thread. The wait for it ends while there is still time to write the termination message."""
+        """Run an optional task in a thread. The wait for the task ends early enough to write the termination message."""
         started = time.monotonic()
         thread = threading.Thread(target=task, name="clean-up", daemon=True)
         thread.start()
@@ -465,7 +468,7 @@ class Supervisor:
         return min(max(started, stopped_at) + CLEANUP_AFTER_STOP_SECONDS, self._time_after_grace_share(1.0))
 
     def _sweep_unless_superseded(self) -> None:
-        """Remove dropped and failed uploads, unless a later attempt has begun. (If the operator cannot reach this pod, it starts another attempt.)"""
+        """Remove dropped and failed uploads, unless a later attempt has begun. The operator starts a later attempt if it cannot reach this pod."""
         if self._tree is not None and self._run is not None and not self._tree.is_superseded(self._run.attempt):
             sweep_leftovers(self._tree, self._state)
 
@@ -489,7 +492,7 @@ class Supervisor:
             self._facts.stage_report = stages.run(output)
         except Exception as error:
             self._facts.stage_report = StageReport(failure=StageFailure(self._state.current_stage, as_failure(error, "StageFailed")))
-        # If large files must be hashed, the lineage statement is written while the stages run.
+        # If large files must be hashed, a thread writes the lineage statement while the stages run.
         self._facts.output = (self._facts.stage_report.output or output).model_copy(update={"lineage_uri": self._lineage_uri})
         if self._tracking is not None:
             self._tracking.record_evaluation(self._state.report().evaluation, started)
@@ -506,7 +509,7 @@ class Supervisor:
             self._state.add_note(f"the lineage statement was not written: {code}")
 
     def _fetch_for_stages(self, run: RunConfig) -> Inputs:
-        """Download the inputs for the stages. Called in a pod that has not trained, because an earlier attempt committed the model."""
+        """Download the inputs for the stages. This is called in a pod that has not trained, because an earlier attempt has already committed the model."""
         assert self._tree is not None
         preparation = Preparation(run, self._state.config_sha256, self._settings, self._state, self._digests)
         preparation.claim_storage(self._tree)
@@ -579,7 +582,7 @@ class Supervisor:
 
 
 def find_committed_output(tree: CheckpointTree) -> Output | None:
-    """Return the final artefact if an earlier incarnation has committed it (and ended before it reported the commit), else None."""
+    """Return the final artefact if an earlier incarnation committed it and ended before it could report the commit. Otherwise return None."""
     committed = tree.get_committed(None)
     manifest = tree.read_manifest(committed) if committed else None
     if committed is None or manifest is None:
@@ -592,7 +595,7 @@ def find_committed_output(tree: CheckpointTree) -> Output | None:
 
 
 def read_exit_code_failures(work_folder: Path) -> list[RankFailure]:
-    """Read the exit codes of this pod's ranks, and return the failures that they show."""
+    """Read the exit codes of this pod's ranks, and return the failures that these codes show."""
     out_of_memory = processes.has_oom_kill()
     codes = read_exit_codes(work_folder) or {}
     return [failure_from_exit_code(rank, code, is_host_out_of_memory=out_of_memory) for rank, code in codes.items()]

@@ -1,7 +1,7 @@
 """Starts the tracker process, passes the events of the run to it, and reports its problems.
 
-The tracker process sends the run to experiment trackers. It never delays or ends a run. If it crashes, it is started again up to `MAX_RESTARTS`
-times. Only rank 0's pod tracks the run.
+The tracker process sends the run to experiment trackers. Its problems never delay or end a run. If the tracker process crashes, it is started again,
+at most `MAX_RESTARTS` times. Only rank 0's pod tracks the run.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ END_TIMEOUT_SECONDS = 120.0
 PROBLEM_TIMEOUT_SECONDS = 30.0
 """Maximum wait for trackers at the end of an attempt if a tracker has a problem."""
 STOP_TIMEOUT_SECONDS = 5.0
-"""Maximum wait for trackers after a stop request. It is short, because the next attempt sends the remaining values, or a user waits at the terminal."""
+"""Maximum wait for trackers after a stop request. The wait is short, because the next attempt sends the remaining values, or because a user waits at
+the terminal after Ctrl-C."""
 UNTRACKED_SPEC_FIELDS = ("placement", "storage", "policy")
 """Top-level fields of the spec that are not sent as parameters of the run, for example because `placement.env` may contain secrets."""
 UNNEEDED_CREDENTIAL_VARIABLES = (JUDGE_KEY, HUB_TOKEN, Env.HF_TOKEN)
@@ -73,7 +74,7 @@ TRACKER_ENVIRONMENT = {
     "MLFLOW_ENABLE_ASYNC_LOGGING": "false", "WANDB_ERROR_REPORTING": "false", "WANDB_SILENT": "true", "DO_NOT_TRACK": "true",
 }  # fmt: skip
 WRITABLE_FOLDERS = ("HOME", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR", "MPLCONFIGDIR", "XDG_CACHE_HOME")
-"""Environment variables that name the folders to which libraries write. They are set because the pod's root file system is read-only."""
+"""Environment variables that name the folders to which libraries write. These variables are set because the pod's root file system is read-only."""
 
 
 def is_tracked(run: RunConfig, node_rank: int) -> bool:
@@ -164,10 +165,10 @@ class RunTracking:
     # ---- end ----
 
     def finish(self, decision: ExitDecision, *, is_ended_by_user: bool, get_latest_end: Callable[[], float]) -> None:
-        """Pass the end of the attempt to the tracker process, and wait until everything is sent. If values were not sent, add a note.
+        """Pass the end of the attempt to the tracker process, and wait until it has sent all events. If values were not sent, add a note.
 
-        `get_latest_end`: returns the monotonic time at which the wait must end. It is called repeatedly, because the pod may be stopped during
-        the wait.
+        `get_latest_end`: returns the monotonic time at which the wait must end. This function is called repeatedly, because the pod can be stopped
+        during the wait.
         """
         if self._process is None:
             return
@@ -207,7 +208,7 @@ class RunTracking:
     def _build_environment(self) -> dict[str, str]:
         """Return the environment of the tracker process.
 
-        It contains the credentials of trackers and storage, and makes libraries write only below the folder `tracking`.
+        The environment contains the credentials of trackers and storage, and makes libraries write only below the folder `tracking`.
         """
         inherited = {name: value for name, value in os.environ.items() if name not in UNNEEDED_CREDENTIAL_VARIABLES}
         home = str(self._folder / "home")
@@ -294,7 +295,7 @@ def list_data_sources(run: RunConfig, facts: RunFacts) -> tuple[DataSource, ...]
 
 
 def read_checkpoint_log(restored: RestoreResult) -> list[LogEntry]:
-    """Return the log lines of all attempts up to the restored checkpoint, which contains them in the Trainer's state."""
+    """Return the log lines of all attempts up to the restored checkpoint. The Trainer's state in the checkpoint contains these lines."""
     if restored.local_folder is None:
         return []
     try:

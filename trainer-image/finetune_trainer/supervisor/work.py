@@ -1,7 +1,7 @@
 """Measures from outside whether the processes of the ranks work, because a rank that hangs in a system call or in a library cannot report it.
 
-A rank sends no heartbeats while it loads a model, and the duration of loading is unknown. But a process that loads computes, reads files, or
-waits for pages of mapped files. A process that waits for a dead file server does none of these.
+A rank sends no heartbeats while it loads a model, and the duration of loading is unknown. But a process that loads a model either computes, reads
+files, or waits for pages of mapped files. A process that waits for a dead file server does none of these three things.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from finetune_trainer import processes
 
 MIN_CPU_SHARE = 0.05
-"""A rank counts as working if it uses more than this share of a core. The polling threads of a waiting rank use about 0.01."""
+"""A rank counts as working if it uses more than this share of a CPU core. The polling threads of a rank that only waits use about 0.01 of a core."""
 MIN_BYTES_PER_SECOND = 16_384
 MIN_FAULTS_PER_SECOND = 1.0
 MAX_WINDOW_SECONDS = 30.0
@@ -25,7 +25,7 @@ TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 
 @dataclass(frozen=True)
 class Work:
-    """What one or more processes have done since their start."""
+    """The CPU time used, bytes transferred and pages read by one or more processes since their start."""
 
     cpu_seconds: float = 0.0
     bytes_moved: int = 0
@@ -51,7 +51,7 @@ class Work:
 
 
 def measure_work(pid: int) -> Work:
-    """Return the work of a process, including its threads and its ended children. If the process has ended, return no work."""
+    """Return the work of a process, including its threads and its ended children. If the process has ended, return an object without any work."""
     folder, moved, is_blocked = Path(f"/proc/{pid}"), 0, False
     with contextlib.suppress(OSError, ValueError, IndexError):
         fields = (folder / "stat").read_text().rpartition(")")[2].split()
@@ -83,11 +83,11 @@ class WorkWatch:
         self._was_always_blocked = False
 
     def restart(self) -> None:
-        """Discard the earlier measurements, and begin again at the next call of `measure_idle_seconds`."""
+        """Discard the earlier measurements, and begin to measure again at the next call of `measure_idle_seconds`."""
         self._last_measurement = None
 
     def measure_idle_seconds(self, window_seconds: float) -> float:
-        """Return the seconds since the ranks last worked. It measures once in each window of `window_seconds`, or of 30 s if that is shorter."""
+        """Return the seconds since the ranks last worked. The work is measured once in each window of `window_seconds` or 30 s, whichever is shorter."""
         now = time.monotonic()
         if self._last_measurement is None:
             self._last_measurement, self._worked_at, self._was_always_blocked = (now, self._measure()), now, True

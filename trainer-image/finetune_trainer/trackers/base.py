@@ -1,8 +1,8 @@
 """Defines the interface of a tracker, the facts about the run that each tracker gets, and the errors of trackers.
 
-Events are sent again after an error and in a new attempt, so a tracker must accept events that it already has. To recognise them, a tracker asks its server
-for the newest step of each value, writes its records under fixed keys, or rewrites its files. The number of sent events is not stored, because a process may
-be killed after it sends events and before it stores their number.
+Events are sent again after an error and in a new attempt, so a tracker must handle events that it has already received. To avoid duplicates, a tracker
+asks its server for the newest step of each value, writes its records under fixed keys, or writes its files anew. The number of sent events is not
+stored, because a process may be killed after it sends events and before it stores their number.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from finetune_trainer.results.log_entry import LogEntry
 from finetune_trainer.trackers.events import Event
 
 NOT_SENT_FIELDS = frozenset({"step", "unix_time"})
-"""Fields of a log entry that are not sent as values: they say to which step and time the other fields belong."""
+"""Fields of a log entry that are not sent as values, because they only give the step and the time of the other fields."""
 
 
 class TrackerError(Exception):
     """A tracker did not accept events.
 
-    The message contains neither credentials nor texts from the server, which may repeat credentials.
+    The message contains neither credentials nor texts from the server, because these texts may repeat credentials.
     """
 
     def __init__(self, reason: Reason, message: str) -> None:
@@ -61,7 +61,7 @@ class TrackedRun(BaseModel):
 
 
 class FileStorage(Protocol):
-    """The storage in which trackers that write files store them."""
+    """The storage for the files of those trackers that write files."""
 
     def put_file(self, path: Path, key: str) -> None:
         """Store a file, unless a later attempt has begun. `key`: relative to the job's folder."""
@@ -73,20 +73,20 @@ class Tracker(Protocol):
     name: str
 
     def open(self) -> None:
-        """Connect, and create or continue the run in the tracker. Called again after each error."""
+        """Connect, and create or continue the run in the tracker. This method is called again after each error."""
 
     def send(self, events: Sequence[Event]) -> None:
         """Send events. An event that the tracker already has is skipped or replaced."""
 
     def flush(self) -> None:
-        """Send or store everything that `send` has only buffered. Called at intervals, and after the last event."""
+        """Send or store everything that `send` has only buffered. This method is called at intervals, and after the last event."""
 
     def explain(self, error: Exception) -> TrackerError:
         """Return the TrackerError for an exception of the tracker's library."""
 
     @property
     def run_address(self) -> str | None:
-        """Address or id of the run in the tracker. None until it is known."""
+        """Address or id of the run in the tracker. None until the address or id is known."""
 
 
 def logged_values(entry: LogEntry) -> dict[str, float]:
@@ -105,7 +105,10 @@ def strip_to_server(address: str) -> str:
 
 
 def connection_error(tracker: str, address: str, error: Exception) -> TrackerError:
-    """Return the error for a server that does not answer. The exception's text only selects one of three reasons; the message does not contain it."""
+    """Return the error for a server that does not answer.
+
+    The text of the exception only decides which of three reasons the message gives; the message does not contain the text.
+    """
     text = str(error).lower()
     if "refused" in text:
         reason = "the connection was refused"

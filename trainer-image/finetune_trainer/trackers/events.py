@@ -1,4 +1,4 @@
-"""Defines the events of a run that trackers receive, and the file in which events wait.
+"""Defines the events of a run that trackers receive, and the file in which events wait until they are sent.
 
 The supervisor appends events to the file, one JSON object per line. Each tracker reads the file from its own position, so a tracker that
 is down loses no events and does not delay other trackers. A new attempt writes a new file, which begins with the log entries of the run up
@@ -34,7 +34,7 @@ class RunEnd(StrEnum):
     FINISHED = "finished"
     """All phases are done."""
     FAILED = "failed"
-    """The attempt failed. If the operator starts another attempt, the new attempt sets the run to running again."""
+    """The attempt failed. If the operator starts another attempt, the new attempt sets the status of the run to running again."""
     INTERRUPTED = "interrupted"
     """The pod was stopped, for example by a preemption. Another attempt continues the run."""
     KILLED = "killed"
@@ -80,7 +80,7 @@ class PhaseEvent(_Event):
 
 
 class ArtifactEvent(_Event):
-    """A file or folder that the run has stored. Trackers get its address, not its contents."""
+    """A file or folder that the run has stored. Trackers get the address of the file or folder, not its contents."""
 
     kind: Literal["artifact"] = "artifact"
     name: str

@@ -1,8 +1,8 @@
 """Sends a run to an MLflow server: a parent run for the job, and a child run for each phase.
 
-Another attempt continues the same runs, because it finds them by the tag with the FineTuneJob's uid, even if the server's answer to the create
-request was lost. MLflow keeps every value that it receives. So the tracker first asks the server for the newest step of each metric, and sends
-only values of later steps. If a resumed attempt repeats a step, MLflow keeps the value of the earlier attempt.
+Another attempt finds these runs by the tag with the FineTuneJob's uid, and continues them. It finds them even if the server's answer to the create
+request was lost. MLflow keeps every value that it receives, even a second value of the same step. The tracker therefore first asks the server for the
+newest step of each metric, and sends only values of later steps. If a resumed attempt repeats a step, MLflow keeps the value of the earlier attempt.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ class Mlflow:
             self._send_metrics(metrics)
 
     def _find_started_phases(self) -> None:
-        """Find the child runs on the server that this process does not know yet."""
+        """Search the server for child runs that this process does not know yet."""
         condition = f"tags.`finetune.uid` = '{self._run.uid}'"
         for run in self._client.search_runs([self._experiment_id], filter_string=condition, max_results=10):
             self._runs.setdefault(run.data.tags.get("finetune.part", PARENT_RUN_PART), _RemoteRun(run))
@@ -210,7 +210,7 @@ class Mlflow:
             self._client.log_batch(remote.id, tags=[RunTag(key, value) for key, value in tags.items()])
 
     def _add_new_metrics(self, metrics: dict[str, list[Any]], part: str, values: dict[str, float], step: int, unix_time: float | None) -> None:
-        """Add those values to `metrics` that the server does not have yet."""
+        """Append to `metrics` those values that the server does not have yet."""
         from mlflow.entities import Metric
 
         remote = self._runs[PARENT_RUN_PART] if part == PARENT_RUN_PART else self._phase_run(TrackedPhase(part))

@@ -1,7 +1,8 @@
 """Writes a run to MongoDB: one document per job to `training_runs`, one per log entry to `step_metrics`, one per phase to `final_metrics`.
 
-The id of each document is computed from what it describes, so a document that is sent again replaces its first copy. When an attempt begins, the
-documents of the steps that it will repeat are removed. Log entries are sent in order, so entries before the newest stored one are skipped.
+The id of each document is computed from the job, step or phase that it describes, so a document that is sent again replaces its first copy. When an
+attempt begins, the documents of the steps that the attempt will repeat are removed. Log entries are sent in order, so entries up to the newest stored
+entry are skipped.
 """
 
 from __future__ import annotations

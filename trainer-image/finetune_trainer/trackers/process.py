@@ -1,8 +1,8 @@
 """The process that sends a run to its trackers: `finetune-trainer track FOLDER`.
 
 The supervisor of rank 0's pod starts this process. The process reads `task.json` and the events in the folder, and writes the state of each
-tracker to `state.json`. It ends after all trackers have received the end event. Only this process imports the libraries of trackers, so that
-they cannot slow down or break a rank.
+tracker to `state.json`. The process ends after all trackers have received the end event. Only this process imports the libraries of trackers, so that
+these libraries cannot slow down or break a rank.
 """
 
 from __future__ import annotations
@@ -39,14 +39,15 @@ SYSTEM_METRICS_FILE = "system_metrics.jsonl"
 STATE_KEY = f"{Storage.RUN}/trackers.json"
 """Key of the stored copy of `state.json`, relative to the job's folder."""
 TICK_SECONDS = 0.2
-"""How often the process checks for the end of the attempt, and writes `state.json`."""
+"""Pause between two checks for the end of the attempt. At each check, `state.json` is written if it has changed."""
 PARENT_POLL_SECONDS = 1.0
 SAMPLE_SECONDS = 15.0
 UPLOAD_SECONDS = 60.0
 UPLOAD_BYTES = 4 * 1024 * 1024
-"""The file with the samples is always uploaded as a whole. So the time between two uploads grows by `UPLOAD_SECONDS` per `UPLOAD_BYTES` of the file."""
+"""The file with the samples is always uploaded as a whole. The time between two uploads therefore grows by `UPLOAD_SECONDS` for each `UPLOAD_BYTES` of
+the file."""
 NICENESS = 10
-"""Added to the niceness of this process, so that the ranks have priority on the CPU."""
+"""This number is added to the niceness of this process, so that the ranks have priority on the CPU."""
 
 
 class TrackerState(WireModel):
@@ -56,11 +57,11 @@ class TrackerState(WireModel):
     sent: int = Field(default=0, description="Number of events that this attempt has sent.")
     has_ended: bool = Field(default=False, description="Whether all events were sent, including the end of the attempt.")
     reason: Reason | None = Field(default=None, description="Kind of the current problem. None if events can be sent.")
-    problem: str | None = Field(default=None, description="Why events cannot be sent at present. None if they can be sent.")
+    problem: str | None = Field(default=None, description="Why events cannot be sent at present. None if events can be sent.")
 
 
 class TrackingState(WireModel):
-    """The contents of `state.json`, and of its copy `run/trackers.json` in storage."""
+    """The contents of `state.json` and of `run/trackers.json`, its copy in storage."""
 
     trackers: dict[str, TrackerState] = {}
 
@@ -90,7 +91,7 @@ class SystemMetrics:
             path.write_bytes(storage.store.get(self._key) or b"")
 
     def sample_and_upload_if_due(self) -> None:
-        """Take a sample if `SAMPLE_SECONDS` have passed, and upload the file if its next upload is due."""
+        """Take a sample if `SAMPLE_SECONDS` have passed, and upload the file of samples if its next upload is due."""
         now = time.monotonic()
         if now >= self._next_sample:
             self._next_sample = now + SAMPLE_SECONDS
@@ -113,7 +114,7 @@ class SystemMetrics:
 
 
 def build_trackers(config: RunConfig, run: TrackedRun, folder: Path, storage: RunStorage) -> list[Tracker]:
-    """Return the trackers of `tracking.reportTo`. Their libraries are imported when they are opened."""
+    """Return the trackers of `tracking.reportTo`. The library of a tracker is imported when the tracker is opened."""
     from finetune_trainer.trackers.mlflow import Mlflow
     from finetune_trainer.trackers.mongodb import Mongodb
     from finetune_trainer.trackers.tensorboard import TensorBoard
@@ -169,7 +170,7 @@ def _end_with_supervisor(supervisor: int) -> None:
 
 
 def _send_all(senders: list[Sender], samples: SystemMetrics | None, folder: Path, storage: RunStorage) -> None:
-    """Run the senders until each of them has sent the end event. Until the attempt ends, also take samples of the system."""
+    """Run the senders until each of them has sent the end event. Until the attempt ends, take samples of the pod's CPU, memory and GPU usage too."""
     is_ending = threading.Event()
     threads = [threading.Thread(target=sender.run, args=(is_ending,), name=sender.tracker.name, daemon=True) for sender in senders]
     for thread in threads:

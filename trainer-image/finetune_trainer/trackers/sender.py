@@ -20,13 +20,13 @@ MAX_PAUSE_SECONDS = 60.0
 
 
 class Sender:
-    """Reads the files with events, and sends new events to one tracker. After an error, it tries again, with growing pauses.
+    """Reads the files with events, and sends new events to one tracker. After an error, the sender tries again, with growing pauses.
 
-    An error never ends a sender. While a tracker is down, events wait in the files, not in memory.
+    An error never ends a sender. While a tracker cannot be reached, events wait in the files, not in memory.
     """
 
     def __init__(self, tracker: Tracker, files: Sequence[Path], *, clock: Callable[[], float] = time.monotonic) -> None:
-        """`files`: the file with the events of the run, which ends with the end event, and optionally a file with samples of the system."""
+        """`files`: the file with the events of the run, whose last event is the end event, and optionally a file with samples of CPU, memory and GPU usage."""
         self.tracker = tracker
         self.problem: TrackerError | None = None
         self.sent = 0
@@ -38,14 +38,14 @@ class Sender:
         self._next_try = self._next_flush = clock()
 
     def run(self, is_ending: threading.Event) -> None:
-        """Send events until the end event is sent and stored. `is_ending`: is set when the end event has been written."""
+        """Send events until the tracker has received and stored the end event. `is_ending`: is set when the supervisor has written the end event."""
         while not self.has_ended:
             self.send_waiting_events(is_ending=is_ending.is_set())
             if not self.has_ended:
                 threading.Event().wait(POLL_SECONDS)
 
     def send_waiting_events(self, *, is_ending: bool = False) -> None:
-        """Send the waiting events, except during a pause after an error. `is_ending`: whether the attempt ends, which ends a pause at once."""
+        """Send the waiting events, except during a pause after an error. `is_ending`: whether the attempt ends. If it ends, a pause is cut short."""
         if is_ending and not self._is_ending:
             self._is_ending, self._failures, self._next_try = True, 0, self._clock()
         if self._clock() < self._next_try:
@@ -61,7 +61,7 @@ class Sender:
         if not self._is_open:
             self.tracker.open()
             self._is_open = True
-        # Samples of the system are sent first, because no event may follow the end event.
+        # Samples of CPU, memory and GPU usage are sent first, because no event may follow the end event.
         for reader in reversed(self._readers):
             while events := reader.read():
                 self.tracker.send(events)
@@ -74,7 +74,7 @@ class Sender:
         self.has_ended = self._is_end_sent
 
     def _record_problem(self, error: Exception) -> None:
-        """Record a problem and the time of the next try. The tracker must be opened again, to learn which events its server already has."""
+        """Record a problem and the time of the next try. The tracker will be opened again, because it must find out which events its server already has."""
         self.problem = error if isinstance(error, TrackerError) else self.tracker.explain(error)
         log.warning("%s: %s", self.tracker.name, self.problem.message)
         self._is_open = False

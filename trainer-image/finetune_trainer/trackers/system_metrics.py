@@ -10,14 +10,14 @@ MEGABYTE = 1e6
 
 
 class SystemSampler:
-    """Reads the current usage. Without NVML, a library of the GPU driver, there are no GPU values."""
+    """Reads the current usage. If NVML, a library of the GPU driver, is missing, no GPU values are read."""
 
     def __init__(self) -> None:
         self._nvml = open_nvml()
         psutil.cpu_percent(None)  # the first call only starts the measurement
 
     def sample(self) -> dict[str, float]:
-        """Return the current usage by name. CPU usage is the mean since the last call."""
+        """Return the current usage by the name of the metric. CPU usage is the mean since the last call."""
         used, total = read_container_memory()
         values = {
             "system/cpu_utilization_percentage": psutil.cpu_percent(None),

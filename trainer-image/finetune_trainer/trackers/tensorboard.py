@@ -1,7 +1,8 @@
 """Writes TensorBoard event files and stores them below `tracking/tensorboard/` in the job's folder.
 
-Each attempt writes the files of the whole run again: first the log entries up to its checkpoint, then its own. The stored files therefore
-contain each step once, even if an attempt repeats steps. A file that has reached `MAX_FILE_BYTES` is closed and not uploaded again.
+Each attempt writes the files of the whole run again: first the log entries up to the checkpoint that it resumes from, then its own log entries. The
+stored files therefore contain each step once, even if an attempt repeats steps. A file that has reached `MAX_FILE_BYTES` is closed, uploaded and then
+not uploaded again.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class TensorBoard:
         return f"{self._run.storage_uri}/{self._key_folder}"
 
     def open(self) -> None:
-        """Start the first file. After an error, this function is called again: it then does nothing, and the writer appends to its existing files."""
+        """Start the first file. After an error, this method is called again, but it then does nothing, and the existing files are continued."""
         if self._is_open:
             return
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -102,7 +103,10 @@ class TensorBoard:
             self._not_uploaded.append(path)
 
     def _current_file(self) -> Path:
-        """Return the file to write to: a new file if the last one is full. New files get later names, because TensorBoard reads files in the order of names."""
+        """Return the file to write to: a new file if the last one is full.
+
+        The name of a new file sorts after the earlier names, because TensorBoard reads files in the order of names.
+        """
         path = self._file_path(self._file_number)
         if path.exists() and path.stat().st_size >= MAX_FILE_BYTES:
             self._file_number += 1

@@ -1,8 +1,8 @@
 """Sends a run to Weights & Biases, or writes its files below `tracking/wandb/` if `WANDB_MODE` is offline.
 
-The id of the run is the FineTuneJob's uid, so another attempt continues the run. W&B accepts steps only in increasing order, and joins all
-values of a step to one row. Online, the server returns the step from which a resumed run continues. Offline, each attempt writes the whole run
-again, and the user uploads the files with `wandb sync`.
+The id of the run is the FineTuneJob's uid, so another attempt continues the run. W&B accepts steps only in increasing order, and joins all values of
+one step into one row. With a server, the server returns the step from which a resumed run continues. Without a server (offline), each attempt writes
+the whole run again, and the user uploads the files with `wandb sync`.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ STORAGE_FOLDER = "tracking/wandb"
 OFFLINE_MODES = ("offline", "dryrun")
 CONNECT_SECONDS = 60
 GROWTH_BEFORE_UPLOAD = 1.5
-"""A file is stored again only after it has grown by this factor, because it is always stored as a whole."""
+"""A file is stored again only after it has grown by this factor, because each upload contains the whole file."""
 DEFAULT_URL = "https://api.wandb.ai"
 
 
 def is_offline(environment: Mapping[str, str]) -> bool:
-    """Whether `WANDB_MODE` selects files instead of a server. `environment`: the variables of `placement.env`."""
+    """Whether `WANDB_MODE` says that W&B writes files instead of sending values to a server. `environment`: the variables of `placement.env`."""
     return environment.get("WANDB_MODE") in OFFLINE_MODES
 
 
@@ -61,7 +61,7 @@ class Wandb:
         return getattr(self._remote, "url", None)
 
     def open(self) -> None:
-        """Create or continue the run. Later calls do nothing, because W&B's library repeats failed requests by itself."""
+        """Create or continue the run. Only the first call does this, because W&B's library repeats failed requests by itself."""
         import wandb
 
         if self._remote is not None:
@@ -106,7 +106,7 @@ class Wandb:
         self._is_finished = True
 
     def flush(self) -> None:
-        """Store the file of an offline run, at its end or if it has grown by half. The name of the file is the same in all attempts."""
+        """Store the file of an offline run at the end of the run, or if the file has grown by half. The name of the file is the same in all attempts."""
         if not self._is_offline:
             return
         for path in self._folder.glob("wandb/offline-run-*/run-*.wandb"):
