@@ -206,7 +206,7 @@ class Uploader:
             self.tree.report_part(checkpoint_folder_key(skipped_checkpoint.step), skipped_checkpoint.incarnation, self._node_rank, None)
 
     def limit_part_wait(self, seconds: float) -> None:
-        """Wait at most `seconds` from now for the files of other pods. Called after the gang has failed."""
+        """Let the uploader wait for the files of other pods for at most `seconds` from now. Called after the gang has failed."""
         self._part_wait_end = time.monotonic() + seconds
 
     def wait_until_idle(self, timeout_seconds: float) -> bool:

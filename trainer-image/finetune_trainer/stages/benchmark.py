@@ -200,7 +200,7 @@ class _TaskRunner:
     # ---- kinds of tasks ----
 
     def _answer_held_out_questions(self, loaded: LoadedModel, task: BenchmarkTask) -> TaskRecord:
-        """Answer a random sample of the test rows, for a rating sheet."""
+        """Generate answers to a random sample of the held-out rows, for a sheet on which people rate the answers."""
         from finetune_trainer.stages.questions import select_held_out_rows
 
         questions = self._render_questions(loaded, select_held_out_rows(self._held_out_data))

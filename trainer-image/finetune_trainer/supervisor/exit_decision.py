@@ -139,8 +139,8 @@ def _agent_error(agent_code: int | None) -> FineTuneError:
 def is_state_saved(facts: AttemptFacts, *, step: int, committed_step: int, uploaded_step: int, node_rank: int) -> bool:
     """Whether every step up to `step` is saved when the pod stops.
 
-    In rank 0's pod, which commits, `committed_step` decides. In the other pods, which only upload their files, `uploaded_step` decides, and their
-    ranks must have reached the agreed step.
+    In rank 0's pod, and after the deadline in every pod, the step is saved if `committed_step` has reached it. The other pods only upload their
+    files. There, the step is saved if `uploaded_step` has reached it and the ranks have stopped.
     """
     if step <= facts.start_step:
         return True
