@@ -67,7 +67,7 @@ def adapt_spec(spec: dict[str, Any], machine: LocalMachine) -> list[str]:
         notes.append(f"results are written to {machine.output_folder} instead of {storage}")
     spec["storage"] = {"uri": f"file://{machine.output_folder}"}
     if (mode := get_value(spec, "policy.onExistingResult")) is not None:
-        notes.append(f"policy.onExistingResult {mode} has no effect in a local run: each run trains into a new folder")
+        notes.append(f"policy.onExistingResult {mode} has no effect in a local run: a local run never adopts the stored result of another job")
         del spec["policy"]["onExistingResult"]
     for path in SOURCE_FIELDS:
         text = get_value(spec, path)

@@ -65,7 +65,7 @@ def plan(
     compare: Annotated[
         str | None,
         typer.Option(
-            "--compare", metavar="COMPARABLE_METHODS", help="Plan the job with each of these methods, such as lora,qlora,full.",
+            "--compare", metavar="METHOD,METHOD", help="Plan the job with each of these methods, such as lora,qlora,full.",
             autocompletion=complete_words(*COMPARABLE_METHODS)
         ),
     ] = None,

@@ -88,7 +88,7 @@ FormatOption = Annotated[
         "--output",
         metavar="yaml|json|wide|cost|name",
         help="Output format.",
-        autocompletion=complete_words("yaml", "json", "wide", "name"),
+        autocompletion=complete_words("yaml", "json", "wide", "cost", "name"),
     ),
 ]
 DataFormatOption = Annotated[

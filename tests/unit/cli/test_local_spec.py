@@ -112,4 +112,4 @@ def test_relative_data_file_is_a_local_source(tmp_path: Path) -> None:
 def test_a_local_run_does_not_adopt_results(tmp_path: Path) -> None:
     adapted, notes = adapt({"policy": {"onExistingResult": "fail", "retries": 1}}, tmp_path)
     assert adapted["policy"] == {"retries": 1}
-    assert "policy.onExistingResult fail has no effect in a local run: each run trains into a new folder" in notes
+    assert "policy.onExistingResult fail has no effect in a local run: a local run never adopts the stored result of another job" in notes
