@@ -72,7 +72,7 @@ def test_run_requires_local(run_command: RunCommand, write_file: WriteFile) -> N
         ("explain training.learn", {"training.learningRate"}),
         ("import --from h", {"hydra"}),
         ("rerun x --set method.lora.ra", {"method.lora.rank=", "method.lora.rankStabilized="}),
-        ("get -o ", {"yaml", "json", "wide", "name"}),
+        ("get -o ", {"yaml", "json", "wide", "cost", "name"}),
     ],
 )
 def test_shell_completion_lists_candidates(typed: str, candidates: set[str]) -> None:
