@@ -113,7 +113,10 @@ def compute_status(facts: Facts, plan: Plan, result: ActionResult) -> FineTuneJo
 
 
 def _set_generation(status: FineTuneJobStatus, generation: int) -> FineTuneJobStatus:
-    """Return the status of a finished job with the spec's new generation. An edit of the spec has no other effect on a finished job."""
+    """Return the finished job's status, with the generation of the edited spec as `observedGeneration`.
+
+    An edit of the spec has no other effect on a finished job.
+    """
     observed_generations = (status.observed_generation, *(condition.observed_generation for condition in status.conditions))
     if all(observed == generation for observed in observed_generations):
         return status

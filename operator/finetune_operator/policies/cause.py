@@ -107,7 +107,7 @@ def _explain_memory_limit(pod: PodView) -> FailureCause:
 
 
 def _explain_memory_limit_after_training(pod: PodView, stage: Stage | None) -> FailureCause:
-    """Return the cause if the memory limit was reached after the model was committed. Values of the training are not adapted any more."""
+    """Return the cause if the memory limit was reached after the model was committed. The next attempt keeps all values of `spec.training`."""
     cause = _explain_memory_limit(pod)
     reason = REASON_OF_STAGE.get(stage, cause.reason) if stage is not None else cause.reason
     failure = cause.failure.model_copy(update={"hint": "raise resources.memory"})

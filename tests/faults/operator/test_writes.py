@@ -1,4 +1,4 @@
-"""Writes of the operator: none while it is idle, throttled progress, series of events, and messages without secrets."""
+"""What the operator writes: nothing while it is idle, progress only at intervals, repeated events as a series, and messages without secrets."""
 
 from __future__ import annotations
 
