@@ -21,8 +21,10 @@ from localcluster.errors import StartFailed
 OWNER_VARIABLE = "FINETUNE_LOCALCLUSTER"
 _PR_SET_PDEATHSIG = 1
 _KERNEL_THREAD_FLAG = 0x00200000
+STACK_START_FIELD = 25
+"""Index of the start address of the stack in the result of `_read_stat`. The address is 0 inside `execve`."""
 ENVIRONMENT_READS = 5
-"""Number of times that an empty environment of a process is read, because a process inside `execve` has no environment for a moment."""
+"""Number of times that an empty environment of a process is read, because the process can begin an `execve` between two reads."""
 EXEC_SECONDS = 1.0
 """How long `end_all` waits for processes inside `execve`, most of which belong to other programs."""
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -119,11 +121,16 @@ def find_processes(owner: Path) -> FoundProcesses:
 
 
 def read_environment(pid: int) -> list[bytes] | None:
-    """Return the environment of a process, or None if the process is inside `execve`. Errors: OSError if the process has ended or belongs to another user."""
+    """Return the environment of a process, or None if the process is inside `execve`. Errors: OSError if the process has ended or belongs to another user.
+
+    Inside `execve`, the kernel first sets up the arguments, then the environment, and then the start of the stack (`create_elf_tables` and
+    `load_elf_binary` in the kernel's sources). Until the end, the process can be interrupted for any time.
+    """
     for _ in range(ENVIRONMENT_READS):
+        stack_start = _read_stat(pid)[STACK_START_FIELD]
         if environment := Path(f"/proc/{pid}/environ").read_bytes():
             return environment.split(b"\0")
-        if not Path(f"/proc/{pid}/cmdline").read_bytes():
+        if stack_start == "0":
             return None
     return []
 

@@ -47,6 +47,21 @@ def test_a_process_in_execve_is_searched_again(tmp_path: Path, monkeypatch: pyte
     assert processes.start_time(started.process.pid) is None
 
 
+@pytest.mark.parametrize(("stack_start", "expected"), [("140000000000000", []), ("0", None)], ids=["program without environment", "inside execve"])
+def test_an_empty_environment_is_complete_only_after_execve(
+    stack_start: str, expected: list[bytes] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inside `execve`, a process can already have arguments but not yet an environment."""
+    with subprocess.Popen(["sleep", "600"], env={}) as process:
+        read_stat = processes._read_stat
+        _wait_until(lambda: processes.read_environment(process.pid) == [])
+        monkeypatch.setattr(
+            processes, "_read_stat", lambda pid: [stack_start if index == 25 else text for index, text in enumerate(read_stat(pid))]
+        )
+        assert processes.read_environment(process.pid) == expected
+        process.kill()
+
+
 def test_a_process_that_stays_in_execve_does_not_stop_the_search_from_ending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "find_processes", lambda owner: processes.FoundProcesses([], [1]))
     monkeypatch.setattr(processes, "EXEC_SECONDS", 0.0)
