@@ -103,21 +103,21 @@ class Metrics:
         self.api_requests.labels(verb, resource, str(code)).inc()
         self.api_seconds.labels(verb).observe(seconds)
 
-    def record_attempt_time(self, old_goodput: Goodput | None, new_goodput: Goodput | None, ended_attempt: int | None) -> None:
+    def record_attempt_time(self, old_goodput: Goodput | None, new_goodput: Goodput | None, ended_attempt_number: int | None) -> None:
         """Count each part of an ended attempt's time. Also count the additional `lostSteps` seconds of earlier attempts."""
         known_lost_seconds = {entry.number: entry.parts.get("lostSteps", 0.0) for entry in (old_goodput.attempts if old_goodput else [])}
         for entry in new_goodput.attempts if new_goodput else []:
-            if entry.number == ended_attempt:
+            if entry.number == ended_attempt_number:
                 for part, seconds in entry.parts.items():
                     self.attempt_seconds.labels(part).inc(seconds)
             elif entry.number in known_lost_seconds:
                 self.attempt_seconds.labels("lostSteps").inc(max(0.0, entry.parts.get("lostSteps", 0.0) - known_lost_seconds[entry.number]))
 
-    def record_model_fetch(self, resolved: ResolvedConfig) -> None:
+    def record_model_fetch(self, resolved_config: ResolvedConfig) -> None:
         """Count whether an ended attempt got its base model from the cache or by a download."""
-        if resolved.model_source is not None:
-            self.model_fetches.labels(resolved.model_source.value).inc()
-            self.model_bytes_saved.inc(resolved.model_bytes_saved or 0)
+        if resolved_config.model_source is not None:
+            self.model_fetches.labels(resolved_config.model_source.value).inc()
+            self.model_bytes_saved.inc(resolved_config.model_bytes_saved or 0)
 
     def set_phase_counts(self, job_counts: dict[str, int]) -> None:
         """Set the number of jobs in each phase."""

@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 DRAIN_SECONDS = 10.0
 """Seconds that running reconciles have to finish when the process is asked to stop."""
-LAG_PERIOD_SECONDS = 1.0
+LOOP_LAG_PERIOD_SECONDS = 1.0
 
 
 class OperatorRuntime:
@@ -183,8 +183,8 @@ class OperatorRuntime:
         loop = asyncio.get_running_loop()
         while True:
             started_at = loop.time()
-            await asyncio.sleep(LAG_PERIOD_SECONDS)
-            self._metrics.loop_lag.set(max(0.0, loop.time() - started_at - LAG_PERIOD_SECONDS))
+            await asyncio.sleep(LOOP_LAG_PERIOD_SECONDS)
+            self._metrics.loop_lag.set(max(0.0, loop.time() - started_at - LOOP_LAG_PERIOD_SECONDS))
 
     def _refresh_metrics(self) -> None:
         phase_counts = Counter(str(job.status.phase or "Pending") for job in self._cache.list_finetunejobs())

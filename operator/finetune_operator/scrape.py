@@ -76,11 +76,11 @@ class ProgressScraper:
         self._numbers = itertools.count()
         self._changed = asyncio.Event()
 
-    def build_progress_url(self, namespace: str, pod: str, ip: str) -> str:
+    def build_progress_url(self, namespace: str, pod_name: str, ip: str) -> str:
         """Return the URL of a pod's progress report."""
         host = f"[{ip}]" if ":" in ip else ip
         return self._settings.url.format(
-            ip=host, port=PROGRESS_PORT, path=HttpPath.PROGRESS.value, namespace=namespace, pod=pod
+            ip=host, port=PROGRESS_PORT, path=HttpPath.PROGRESS.value, namespace=namespace, pod=pod_name
         )
 
     def watch(self, key: JobKey, target: ScrapeTarget) -> None:
