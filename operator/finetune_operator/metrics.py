@@ -6,8 +6,8 @@ from finetune_api.names import Phase
 from finetune_api.status import Goodput, ResolvedConfig
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-SECONDS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
-MINUTES_BUCKETS = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1800, 3600, 7200)
+SHORT_DURATION_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+LONG_DURATION_BUCKETS = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1800, 3600, 7200)
 PREFIX = "finetune_operator"
 
 
@@ -26,20 +26,20 @@ class Metrics:
             f"{PREFIX}_api_request_seconds",
             "Duration of requests to the API server.",
             ["verb"],
-            buckets=SECONDS_BUCKETS,
+            buckets=SHORT_DURATION_BUCKETS,
             registry=self.registry,
         )
         self.reconcile_seconds = Histogram(
             f"{PREFIX}_reconcile_seconds",
             "Duration of one reconciliation of a job.",
             ["result"],
-            buckets=SECONDS_BUCKETS,
+            buckets=SHORT_DURATION_BUCKETS,
             registry=self.registry,
         )
         self.queue_wait = Histogram(
             f"{PREFIX}_queue_wait_seconds",
             "Time that a job waited for a worker.",
-            buckets=SECONDS_BUCKETS,
+            buckets=SHORT_DURATION_BUCKETS,
             registry=self.registry,
         )
         self.queue_depth = Gauge(f"{PREFIX}_queue_depth", "Jobs that wait for a worker.", registry=self.registry)
@@ -59,13 +59,13 @@ class Metrics:
         self.time_to_running = Histogram(
             f"{PREFIX}_time_to_running_seconds",
             "Time from the creation of a job to its first step.",
-            buckets=MINUTES_BUCKETS,
+            buckets=LONG_DURATION_BUCKETS,
             registry=self.registry,
         )
         self.quota_wait = Histogram(
             f"{PREFIX}_quota_wait_seconds",
             "Time that an attempt waited for quota in a queue.",
-            buckets=MINUTES_BUCKETS,
+            buckets=LONG_DURATION_BUCKETS,
             registry=self.registry,
         )
         self.steps_done = Counter(

@@ -26,10 +26,10 @@ class JobObserver:
     """Collects facts, and keeps the in-process state of all jobs."""
 
     def __init__(
-        self, *, kube: KubeClient, cache: JobCache, scraper: ProgressScraper, blocking_reader: BlockingConditionReader, config: OperatorConfig
+        self, *, kube: KubeClient, cache: JobCache, scraper: ProgressScraper, blocking_condition_reader: BlockingConditionReader, config: OperatorConfig
     ):
         self._kube, self._cache, self._scraper = kube, cache, scraper
-        self._blocking_reader, self._config = blocking_reader, config
+        self._blocking_reader, self._config = blocking_condition_reader, config
         self.states: dict[JobKey, JobState] = {}
 
     async def observe(self, key: JobKey) -> Facts | None:

@@ -51,11 +51,11 @@ class StatusWriter:
         """
         old_status, new_status = facts.job.status, compute_status(facts, plan, result)
         if new_status is old_status:
-            self._throttle.record_reverted(state.pending_changes)
+            self._throttle.record_reverted_change(state.pending_changes)
             return
         old_status_json, new_status_json = _get_stored_status(facts.job, state), new_status.to_wire()
         if old_status_json == new_status_json or state.pruned_status_write == (facts.job.resource_version, new_status_json):
-            self._throttle.record_reverted(state.pending_changes)
+            self._throttle.record_reverted_change(state.pending_changes)
             return
         drafts = draft_events(old_status, new_status)
         is_transition = select_immediate_fields(old_status_json) != select_immediate_fields(new_status_json)
