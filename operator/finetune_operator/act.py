@@ -148,13 +148,13 @@ class PlanExecutor:
         with _spec_rejected_on_error(facts, 1):
             name = preparation_job_name(facts.job.name, preparation_number)
             secret_name = self._secrets.derive_secret_name(name, uid, PREPARATION_ATTEMPT) if self._secrets.is_enabled else ""
-            user_value = None if ON_EXISTING_RESULT_FIELD in accepted_spec.defaults else facts.spec.policy.on_existing_result
+            user_on_existing_result = None if ON_EXISTING_RESULT_FIELD in accepted_spec.defaults else facts.spec.policy.on_existing_result
             user_spec = read_spec(facts.job.spec)[0]
             pools = list_pools_to_choose(user_spec, accepted_spec, self._config, facts.job.namespace)
             # The first pod that mounts a volume claim can bind the claim to the zone of this pod. So the preparation pod mounts the claim only if
             # the plan cannot choose another pool.
             has_one_pool = len(pools) <= 1 or user_spec.resources.node_pool is not None
-            run = convert_to_preparation_run(_build_run(facts, accepted_spec, 1), user_value, pools)
+            run = convert_to_preparation_run(_build_run(facts, accepted_spec, 1), user_on_existing_result, pools)
             return build_preparation_job(
                 facts.job, run, preparation_number, facts.spec.prepare.resources, accepted_spec.pool, self._config, secret_name,
                 model_cache=accepted_spec.spec.model.cache if has_one_pool else None,

@@ -54,30 +54,30 @@ def _finish_or_retry(facts: Facts, cause: FailureCause, made_progress: bool, end
     """Return how the job finishes, or the decision to start another attempt."""
     if facts.is_cancel_requested or cause.reason is Reason.CANCELLED:
         return JobEnd(Outcome.CANCELLED, Reason.CANCELLED)
-    limit = facts.active_deadline_seconds
-    deadline_exceeded = JobEnd(Outcome.FAILED, Reason.DEADLINE_EXCEEDED, build_deadline_failure(limit or 0, facts.deadline_source))
+    limit_seconds = facts.active_deadline_seconds
+    deadline_end = JobEnd(Outcome.FAILED, Reason.DEADLINE_EXCEEDED, build_deadline_failure(limit_seconds or 0, facts.deadline_source))
     if cause.reason is Reason.DEADLINE_EXCEEDED:
-        return deadline_exceeded
+        return deadline_end
     spent_message = describe_spent_budget(facts, ended_at)
-    budget_exceeded = JobEnd(Outcome.FAILED, Reason.BUDGET_EXCEEDED, build_budget_failure(spent_message or cause.failure.message))
+    budget_end = JobEnd(Outcome.FAILED, Reason.BUDGET_EXCEEDED, build_budget_failure(spent_message or cause.failure.message))
     if cause.reason is Reason.BUDGET_EXCEEDED:
-        return budget_exceeded
+        return budget_end
     decision = retry_or_give_up(
         cause, facts.spec, facts.job.status, made_progress=made_progress, now=facts.now, attempt=facts.attempt,
         is_spec_readable=facts.is_spec_readable,
     )  # fmt: skip
     if isinstance(decision, GiveUp):
         return JobEnd(Outcome.FAILED, decision.reason, decision.failure)
-    if limit is not None and facts.compute_running_seconds(ended_at) >= limit:
+    if limit_seconds is not None and facts.compute_running_seconds(ended_at) >= limit_seconds:
         # The deadline passed while the operator did not run, so the next attempt would have no time left.
-        return deadline_exceeded
-    return budget_exceeded if spent_message else decision
+        return deadline_end
+    return budget_end if spent_message else decision
 
 
 def all_ranks_succeeded(facts: Facts) -> bool:
     """Whether the newest pod of every rank exited with 0. Pods exit with 0 only after the final artefact is committed."""
-    codes = [pod.terminated.exit_code if pod.terminated else None for pod in facts.newest_pods]
-    return len(codes) == facts.pod_count and all(code == ExitCode.OK for code in codes)
+    exit_codes = [pod.terminated.exit_code if pod.terminated else None for pod in facts.newest_pods]
+    return len(exit_codes) == facts.pod_count and all(code == ExitCode.OK for code in exit_codes)
 
 
 def find_cause_without_job(facts: Facts) -> FailureCause:

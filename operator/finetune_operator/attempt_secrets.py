@@ -28,7 +28,7 @@ from finetune_operator.settings import IsolationSettings, StartError
 logger = logging.getLogger(__name__)
 
 KEY_ENTRY_NAME = "key"
-KEY_BYTES = 32
+KEY_LENGTH_BYTES = 32
 
 
 class AttemptSecrets:
@@ -70,7 +70,7 @@ class AttemptSecrets:
 
     async def _create_key(self, kube: KubeClient, namespace: str, name: str) -> Object:
         try:
-            key = self._operator_key or os.urandom(KEY_BYTES)
+            key = self._operator_key or os.urandom(KEY_LENGTH_BYTES)
             return (await kube.create(SECRET, namespace, _build_key_secret(name, namespace, key))).body
         except AlreadyExists:  # another replica was faster
             return await kube.get(SECRET, namespace, name)
@@ -136,8 +136,8 @@ def _read_key(body: Object, name: str) -> bytes:
         key = base64.b64decode((body.get("data") or {}).get(KEY_ENTRY_NAME, ""), validate=True)
     except (binascii.Error, ValueError):
         key = b""
-    if len(key) < KEY_BYTES:
+    if len(key) < KEY_LENGTH_BYTES:
         raise StartError(
-            f"Secret {name} has no key {KEY_ENTRY_NAME!r} of at least {KEY_BYTES} bytes: delete the Secret, and the operator creates a new one"
+            f"Secret {name} has no key {KEY_ENTRY_NAME!r} of at least {KEY_LENGTH_BYTES} bytes: delete the Secret, and the operator creates a new one"
         )
     return key

@@ -50,8 +50,8 @@ class FullList:
 
     def proves_deleted(self, view: FineTuneJobView | JobView | PodView, listed_uids: frozenset[str]) -> bool:
         """Whether the cached object `view` was deleted: the full list is newer, but `listed_uids` does not contain the object."""
-        was_listed = not self.namespaces or view.namespace in self.namespaces
-        return was_listed and view.version <= self.version and view.uid not in listed_uids
+        is_namespace_listed = not self.namespaces or view.namespace in self.namespaces
+        return is_namespace_listed and view.version <= self.version and view.uid not in listed_uids
 
 
 class JobCache:

@@ -25,9 +25,9 @@ REASON_OF_OUTCOME = {
     Outcome.FAILED: Reason.FAILED,
     Outcome.CANCELLED: Reason.CANCELLED,
 }
-CHECKPOINT_PROBLEMS = {reason.value: reason for reason in (Reason.STAGING_DISK_FULL, Reason.CHECKPOINT_DAMAGED)}
+CHECKPOINT_PROBLEM_REASONS = {reason.value: reason for reason in (Reason.STAGING_DISK_FULL, Reason.CHECKPOINT_DAMAGED)}
 """Checkpoint problems that have their own reason. For all other problems in the trainer's report, the reason is CheckpointNotStored."""
-TRACKER_PROBLEMS = {reason.value: reason for reason in (Reason.TRACKER_UNAVAILABLE, Reason.TRACKER_CREDENTIALS_REJECTED)}
+TRACKER_PROBLEM_REASONS = {reason.value: reason for reason in (Reason.TRACKER_UNAVAILABLE, Reason.TRACKER_CREDENTIALS_REJECTED)}
 """Tracker problems that have their own reason. For all other problems, the reason is TrackerFailed."""
 
 
@@ -39,9 +39,9 @@ def compute_conditions(inputs: StatusInput, latest_checkpoint: str | None, *, tr
         _compute_trackers_reachable_condition(inputs), _compute_succeeded_condition(inputs), _compute_finished_condition(inputs),
         _compute_reconciling_condition(inputs), _compute_stalled_condition(inputs),
     ]  # fmt: skip
-    old_by_type = {condition.type: condition for condition in inputs.old_status.conditions}
+    old_conditions_by_type = {condition.type: condition for condition in inputs.old_status.conditions}
     return [
-        _set_transition_time(condition, old_by_type.get(condition.type), transition_time, inputs.facts.job.generation)
+        _set_transition_time(condition, old_conditions_by_type.get(condition.type), transition_time, inputs.facts.job.generation)
         for condition in new_conditions if condition is not None
     ]  # fmt: skip
 
@@ -105,15 +105,15 @@ def _compute_quota_reserved_condition(inputs: StatusInput) -> Condition | None:
     name = inputs.facts.spec.placement.queue_name
     if not name and not inputs.is_queued and inputs.facts.condition(ConditionType.QUOTA_RESERVED) is None:
         return None
-    queue = f"queue {name}" if name else "the queue"
+    queue_text = f"queue {name}" if name else "the queue"
     job = inputs.current_job
     if job is None:
         return _make_condition(ConditionType.QUOTA_RESERVED, "False", Reason.PROGRESSING, "no Job exists, so no quota is requested")
     if job.is_finished:
         return _make_condition(ConditionType.QUOTA_RESERVED, "False", Reason.PROGRESSING, "the attempt ended and released its quota")
     if inputs.is_queued:
-        return _make_condition(ConditionType.QUOTA_RESERVED, "False", Reason.QUEUED, f"waiting for quota in {queue}")
-    message, admitted_at = f"{queue} admitted attempt {job.attempt}", inputs.facts.admitted_at
+        return _make_condition(ConditionType.QUOTA_RESERVED, "False", Reason.QUEUED, f"waiting for quota in {queue_text}")
+    message, admitted_at = f"{queue_text} admitted attempt {job.attempt}", inputs.facts.admitted_at
     return _make_condition(ConditionType.QUOTA_RESERVED, "True", Reason.PROGRESSING, message, admitted_at)
 
 
@@ -134,8 +134,8 @@ def _compute_pods_ready_condition(inputs: StatusInput) -> Condition:
 def _compute_suspended_condition(inputs: StatusInput) -> Condition:
     if inputs.is_suspended:
         step = inputs.facts.next_start_step
-        start = f"the next attempt continues from step {step}" if step else "no checkpoint is committed yet"
-        return _make_condition(ConditionType.SUSPENDED, "True", Reason.SUSPENDED, f"spec.suspend is true and no pod is left; {start}")
+        start_text = f"the next attempt continues from step {step}" if step else "no checkpoint is committed yet"
+        return _make_condition(ConditionType.SUSPENDED, "True", Reason.SUSPENDED, f"spec.suspend is true and no pod is left; {start_text}")
     if inputs.facts.is_suspend_requested and inputs.plan.job_end is None:
         return _make_condition(ConditionType.SUSPENDED, "False", Reason.SUSPENDING, "spec.suspend is true; the pods save and stop")
     if inputs.facts.is_true(ConditionType.SUSPENDED):
@@ -146,7 +146,7 @@ def _compute_suspended_condition(inputs: StatusInput) -> Condition:
 def _compute_checkpoints_healthy_condition(inputs: StatusInput, latest_checkpoint: str | None) -> Condition:
     problem = inputs.last_report.health.checkpoint_problem if inputs.last_report else None
     if problem:
-        reason = CHECKPOINT_PROBLEMS.get(problem.split(":")[0].strip(), Reason.CHECKPOINT_NOT_STORED)
+        reason = CHECKPOINT_PROBLEM_REASONS.get(problem.split(":")[0].strip(), Reason.CHECKPOINT_NOT_STORED)
         return _make_condition(ConditionType.CHECKPOINTS_HEALTHY, "False", reason, problem)
     if latest_checkpoint:
         message = f"newest checkpoint: {latest_checkpoint}"
@@ -161,7 +161,7 @@ def _compute_trackers_reachable_condition(inputs: StatusInput) -> Condition | No
     problem = inputs.last_report.health.tracker_problem
     if problem is None:
         return _make_condition(ConditionType.TRACKERS_REACHABLE, "True", Reason.TRACKERS_REACHABLE, "the trackers accept the values of the run")
-    reason = TRACKER_PROBLEMS.get(problem.split(":")[0].strip(), Reason.TRACKER_FAILED)
+    reason = TRACKER_PROBLEM_REASONS.get(problem.split(":")[0].strip(), Reason.TRACKER_FAILED)
     return _make_condition(ConditionType.TRACKERS_REACHABLE, "False", reason, problem)
 
 
@@ -177,8 +177,8 @@ def _compute_succeeded_condition(inputs: StatusInput) -> Condition:
 
 
 def _describe_adopted_result(inputs: StatusInput) -> str:
-    adopted = inputs.termination_message.output if inputs.termination_message is not None else None
-    uid, uri = (adopted.adopted_uid, adopted.uri) if adopted is not None else (None, None)
+    adopted_output = inputs.termination_message.output if inputs.termination_message is not None else None
+    uid, uri = (adopted_output.adopted_uid, adopted_output.uri) if adopted_output is not None else (None, None)
     return f"nothing was trained: the FineTuneJob of the same name with uid {uid} had the same spec and inputs, and its result is {uri}"
 
 
@@ -223,8 +223,8 @@ def _describe_activity(inputs: StatusInput) -> tuple[Reason, str]:
         explanation = failure.message if failure else plan.attempt_end.reason
         return Reason.RETRYING, f"attempt {facts.attempt} ended: {explanation}"
     if plan.situation is Situation.BACKING_OFF:
-        start = plan.reconcile_at.strftime("%H:%M:%SZ") if plan.reconcile_at else "soon"
-        return Reason.RETRYING, f"attempt {facts.attempt} starts at {start}"
+        start_text = plan.reconcile_at.strftime("%H:%M:%SZ") if plan.reconcile_at else "soon"
+        return Reason.RETRYING, f"attempt {facts.attempt} starts at {start_text}"
     if inputs.blocking_condition is not None:
         return inputs.blocking_condition.reason, inputs.blocking_condition.message
     if inputs.is_queued:
@@ -247,14 +247,14 @@ def _compute_stalled_condition(inputs: StatusInput) -> Condition | None:
         if plan.job_end.outcome is not Outcome.FAILED:
             return None
         return _make_condition(ConditionType.STALLED, "True", plan.job_end.reason, _describe_unsuccessful_end(plan.job_end))
-    waits_since = find_waiting_start(facts)
-    limit = get_start_timeout_seconds(facts)
-    if waits_since is None or seconds_between(waits_since, facts.now) < limit:
+    waiting_since = find_waiting_start(facts)
+    timeout_seconds = get_start_timeout_seconds(facts)
+    if waiting_since is None or seconds_between(waiting_since, facts.now) < timeout_seconds:
         return None
     is_blocked_start = plan.situation in (Situation.PREPARING, Situation.STARTING, Situation.BLOCKED) and inputs.blocking_condition is not None
     is_running = plan.situation is Situation.ACTIVE and plan.termination is None and not inputs.is_queued
     if not (plan.refusal is not None or is_blocked_start or (is_running and inputs.ready_pods < facts.pod_count)):
         return None
     explanation = plan.refusal.message if plan.refusal else inputs.blocking_condition.message if inputs.blocking_condition else "the pods are not ready"
-    message = f"policy.startTimeoutSeconds {limit} passed: {explanation}"
+    message = f"policy.startTimeoutSeconds {timeout_seconds} passed: {explanation}"
     return _make_condition(ConditionType.STALLED, "True", Reason.START_TIMEOUT, message)

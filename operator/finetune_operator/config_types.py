@@ -17,11 +17,11 @@ from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, 
 
 Schema = dict[str, Any]
 
-DNS_LABEL = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?"
-DNS_SUBDOMAIN = rf"{DNS_LABEL}(\.{DNS_LABEL})*"
-LABEL_NAME = r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?"
-LABEL_KEY_PATTERN = rf"^({DNS_SUBDOMAIN}/)?{LABEL_NAME}$"
-LABEL_VALUE_PATTERN = rf"^({LABEL_NAME})?$"
+DNS_LABEL_PATTERN = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?"
+DNS_SUBDOMAIN = rf"{DNS_LABEL_PATTERN}(\.{DNS_LABEL_PATTERN})*"
+LABEL_NAME_PATTERN = r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?"
+LABEL_KEY_PATTERN = rf"^({DNS_SUBDOMAIN}/)?{LABEL_NAME_PATTERN}$"
+LABEL_VALUE_PATTERN = rf"^({LABEL_NAME_PATTERN})?$"
 ENV_NAME_PATTERN = r"^[A-Za-z_][A-Za-z0-9_]*$"
 QUANTITY_PATTERN = r"^([0-9]+(\.[0-9]*)?|\.[0-9]+)([numkMGTPE]|[KMGTPE]i|[eE][-+]?[0-9]+)?$"
 RESERVED_KEY_PATTERN = rf"^({GROUP}/|{Label.MANAGED_BY}$|batch\.kubernetes\.io/)".replace("-operator.", r"-operator\.")
@@ -119,7 +119,7 @@ TOLERATION_RULES: list[Schema] = [
 
 DnsName = Annotated[str, StringConstraints(pattern=rf"^{DNS_SUBDOMAIN}$", max_length=253)]
 """Name of a Kubernetes object, such as a Secret."""
-NamespaceName = Annotated[str, StringConstraints(pattern=rf"^{DNS_LABEL}$", max_length=63)]
+NamespaceName = Annotated[str, StringConstraints(pattern=rf"^{DNS_LABEL_PATTERN}$", max_length=63)]
 HostPath = Annotated[str, StringConstraints(pattern=r"^(/([^/\s:.]|\.[^/\s:.])[^/\s:]*){2,}$", max_length=253)]
 """Absolute path of a folder on a node, at least two levels deep. The path contains no `:`, which Kubernetes forbids in the paths of volumes."""
 Cidr = Annotated[str, AfterValidator(_check_cidr), WithJsonSchema({"type": "string", "pattern": "^[0-9a-fA-F:.]+/[0-9]{1,3}$"})]

@@ -41,10 +41,10 @@ def compute_cost(facts: Facts, attempt_end: AttemptEnd | None) -> JobCost | None
         return old_cost
     if attempt_end is None and facts.live_report is None:
         return old_cost or (_build_job_cost(price, facts.config.currency, 0.0, 0.0) if facts.current_job is not None else None)
-    until = attempt_end.ended_at if attempt_end is not None else facts.live_report.received_at if facts.live_report else facts.now
-    seconds = _sum_gpu_seconds(facts, until)
-    ended_seconds = seconds if attempt_end is not None else _get_ended_gpu_seconds(facts)
-    return _build_job_cost(price, old_cost.currency if old_cost else facts.config.currency, seconds, ended_seconds)
+    end_time = attempt_end.ended_at if attempt_end is not None else facts.live_report.received_at if facts.live_report else facts.now
+    gpu_seconds = _sum_gpu_seconds(facts, end_time)
+    ended_gpu_seconds = gpu_seconds if attempt_end is not None else _get_ended_gpu_seconds(facts)
+    return _build_job_cost(price, old_cost.currency if old_cost else facts.config.currency, gpu_seconds, ended_gpu_seconds)
 
 
 def _build_job_cost(price: float, currency: str, gpu_seconds: float, ended_gpu_seconds: float) -> JobCost:
@@ -56,15 +56,15 @@ def _build_job_cost(price: float, currency: str, gpu_seconds: float, ended_gpu_s
     )  # fmt: skip
 
 
-def add_planned_cost(plan: RunPlan | None, facts: Facts, device: str | None) -> RunPlan | None:
-    """Add the planned time and cost to a plan that contains the planned work. `device`: the GPU's name in the trainer's report."""
-    gpus, pool = _find_planned_gpus(plan, facts)
-    gpu = GPU_TYPES[pool.gpu_type] if pool is not None and pool.gpu_type is not None else find_gpu_type(device or "")
-    if plan is None or plan.work is None or gpu is None or gpus == 0:
+def add_planned_cost(plan: RunPlan | None, facts: Facts, device_name: str | None) -> RunPlan | None:
+    """Add the planned time and cost to a plan that contains the planned work. `device_name`: the GPU's name in the trainer's report."""
+    gpu_count, pool = _find_planned_gpus(plan, facts)
+    gpu_type = GPU_TYPES[pool.gpu_type] if pool is not None and pool.gpu_type is not None else find_gpu_type(device_name or "")
+    if plan is None or plan.work is None or gpu_type is None or gpu_count == 0:
         return plan
-    time, price, old_cost = plan_time(plan.work, gpu, gpus), _find_price(facts, pool), facts.job.status.cost
-    server_gpus = (gpus_per_pod(facts.spec) - gpus_per_node(facts.spec)) * (facts.spec.resources.nodes or 1)
-    cost = plan_cost(time, gpus + server_gpus, price, old_cost.currency if old_cost else facts.config.currency) if price is not None else plan.cost
+    time, price, old_cost = plan_time(plan.work, gpu_type, gpu_count), _find_price(facts, pool), facts.job.status.cost
+    server_gpu_count = (gpus_per_pod(facts.spec) - gpus_per_node(facts.spec)) * (facts.spec.resources.nodes or 1)
+    cost = plan_cost(time, gpu_count + server_gpu_count, price, old_cost.currency if old_cost else facts.config.currency) if price is not None else plan.cost
     return plan.model_copy(update={"time": time, "cost": cost})
 
 
@@ -80,11 +80,11 @@ def predict_budget_end(facts: Facts) -> datetime | None:
     """Return when `policy.maxCost` will be spent. Return None if there is no limit, or if no pod causes costs now."""
     limit, price = facts.max_cost, _find_price(facts)
     pods_with_node = [pod for pod in facts.attempt_pods if pod.scheduled_at is not None and _find_end(pod) is None]
-    rate = len(pods_with_node) * gpus_per_pod(facts.spec) * (price or 0.0) / SECONDS_PER_HOUR
-    if limit is None or price is None or rate <= 0:
+    cost_per_second = len(pods_with_node) * gpus_per_pod(facts.spec) * (price or 0.0) / SECONDS_PER_HOUR
+    if limit is None or price is None or cost_per_second <= 0:
         return None
-    spent = _sum_gpu_seconds(facts, facts.now) / SECONDS_PER_HOUR * price
-    return facts.now + timedelta(seconds=min(max(0.0, (limit - spent) / rate), MAX_BUDGET_SECONDS))
+    spent_amount = _sum_gpu_seconds(facts, facts.now) / SECONDS_PER_HOUR * price
+    return facts.now + timedelta(seconds=min(max(0.0, (limit - spent_amount) / cost_per_second), MAX_BUDGET_SECONDS))
 
 
 def describe_excessive_cost(facts: Facts) -> str:
@@ -122,16 +122,16 @@ def _get_pool(facts: Facts) -> NodePool | None:
 
 def _find_planned_gpus(plan: RunPlan | None, facts: Facts) -> tuple[int, NodePool | None]:
     """Return the number of GPUs and the pool of a plan. The plan's choices take precedence, because the accepted spec may not contain them yet."""
-    chosen = get_chosen_values(plan)
-    pool = facts.config.find_pool(str(chosen[POOL_PATH])) if POOL_PATH in chosen else None
-    return int(chosen.get(GPUS_PATH, gpus_per_node(facts.spec))) * (facts.spec.resources.nodes or 1), pool or _get_pool(facts)
+    chosen_values = get_chosen_values(plan)
+    pool = facts.config.find_pool(str(chosen_values[POOL_PATH])) if POOL_PATH in chosen_values else None
+    return int(chosen_values.get(GPUS_PATH, gpus_per_node(facts.spec))) * (facts.spec.resources.nodes or 1), pool or _get_pool(facts)
 
 
 def _find_price(facts: Facts, chosen_pool: NodePool | None = None) -> float | None:
     """Return the price of a GPU-hour at the start of the job or, before the start, the pool's current price. Return None if there is no price."""
-    recorded, pool = facts.job.status.cost, chosen_pool or _get_pool(facts)
-    if recorded is not None:
-        return recorded.price_per_gpu_hour
+    recorded_cost, pool = facts.job.status.cost, chosen_pool or _get_pool(facts)
+    if recorded_cost is not None:
+        return recorded_cost.price_per_gpu_hour
     return pool.price_per_gpu_hour if pool is not None and _count_gpus(facts) else None
 
 
@@ -140,15 +140,15 @@ def _count_gpus(facts: Facts) -> int:
 
 
 def _get_ended_gpu_seconds(facts: Facts) -> float:
-    recorded = facts.job.status.cost
-    return recorded.ended_gpu_seconds if recorded is not None else 0.0
+    recorded_cost = facts.job.status.cost
+    return recorded_cost.ended_gpu_seconds if recorded_cost is not None else 0.0
 
 
-def _sum_gpu_seconds(facts: Facts, until: datetime) -> float:
+def _sum_gpu_seconds(facts: Facts, end_time: datetime) -> float:
     """Return the GPU-seconds of all attempts, but at least the value in `status.cost`, because pods can be removed while the operator is stopped."""
-    recorded = facts.job.status.cost
-    current_seconds = sum(seconds_between(pod.scheduled_at, min(until, _find_end(pod) or until)) for pod in facts.attempt_pods)
-    known_seconds = recorded.gpu_hours * SECONDS_PER_HOUR if recorded is not None else 0.0
+    recorded_cost = facts.job.status.cost
+    current_seconds = sum(seconds_between(pod.scheduled_at, min(end_time, _find_end(pod) or end_time)) for pod in facts.attempt_pods)
+    known_seconds = recorded_cost.gpu_hours * SECONDS_PER_HOUR if recorded_cost is not None else 0.0
     return max(known_seconds, _get_ended_gpu_seconds(facts) + current_seconds * gpus_per_pod(facts.spec))
 
 

@@ -15,7 +15,7 @@ from finetune_operator.views import PodView
 
 DEFAULT_START_TIMEOUT_SECONDS = 1800
 """Default of `policy.startTimeoutSeconds`, for a spec in which the defaults are not filled in yet."""
-REPEAT_FORCE_DELETE_SECONDS = 30.0
+FORCE_DELETE_REPEAT_SECONDS = 30.0
 """Seconds between two forced deletions of a pod. A finalizer can keep the pod after a forced deletion."""
 
 
@@ -26,8 +26,8 @@ def get_start_timeout_seconds(facts: Facts) -> int:
 
 def compute_start_timeout(facts: Facts) -> datetime | None:
     """Return when a job that waits for its pods starts to count as stalled, or None if the job does not wait for pods."""
-    waits_since = find_waiting_start(facts)
-    return add_seconds(waits_since, get_start_timeout_seconds(facts)) if waits_since else None
+    waiting_since = find_waiting_start(facts)
+    return add_seconds(waiting_since, get_start_timeout_seconds(facts)) if waiting_since else None
 
 
 def find_waiting_start(facts: Facts) -> datetime | None:
@@ -35,24 +35,24 @@ def find_waiting_start(facts: Facts) -> datetime | None:
 
     Return None if the job does not wait, because it is queued or suspended.
     """
-    pods_ready = facts.condition(Condition.PODS_READY)
+    ready_condition = facts.condition(Condition.PODS_READY)
     if facts.running_since is not None:
         # If the status still shows the pods as ready, they became unready just now.
-        unready_since = facts.now if pods_ready and pods_ready.status == "True" else pods_ready.last_transition_time if pods_ready else None
+        unready_since = facts.now if ready_condition and ready_condition.status == "True" else ready_condition.last_transition_time if ready_condition else None
         return max(facts.running_since, unready_since) if unready_since else facts.running_since
     accepted_condition = facts.condition(Condition.ACCEPTED)
     if isinstance(facts.acceptance, RefusedSpec) and accepted_condition is not None and accepted_condition.status == "False":
         return accepted_condition.last_transition_time
-    if facts.current_job is not None or pods_ready is None or pods_ready.status == "True" or pods_ready.last_transition_time is None:
+    if facts.current_job is not None or ready_condition is None or ready_condition.status == "True" or ready_condition.last_transition_time is None:
         return None
     if facts.is_true(Condition.SUSPENDED):
         return None  # this reconcile resumes the job, and the time of the suspension does not count as waiting
     suspended_condition, (_, backoff_end) = facts.condition(Condition.SUSPENDED), compute_backoff_interval(facts)
     preparation = facts.job.status.preparation
-    other_starts = [
+    earliest_starts = [
         suspended_condition.last_transition_time if suspended_condition else None, backoff_end, preparation.end_time if preparation else None
     ]  # fmt: skip
-    return max([pods_ready.last_transition_time, *(start for start in other_starts if start is not None)])
+    return max([ready_condition.last_transition_time, *(start for start in earliest_starts if start is not None)])
 
 
 def compute_backoff_interval(facts: Facts) -> tuple[datetime | None, datetime | None]:
@@ -72,9 +72,9 @@ def compute_stall_check_time(facts: Facts) -> datetime | None:
     """Return the time at which the attempt counts as stalled unless a new report arrives or a pod becomes ready."""
     report, reported_at = _find_last_report(facts)
     unready_since = _find_unready_since(facts)
-    silent_since = [time for time in (reported_at, unready_since) if time is not None and time <= facts.now]
-    limit = timeouts.compute_stall_limit_seconds(facts.spec, report)
-    return add_seconds(max(silent_since), limit + 1) if reported_at and silent_since else None
+    silence_starts = [time for time in (reported_at, unready_since) if time is not None and time <= facts.now]
+    limit_seconds = timeouts.compute_stall_limit_seconds(facts.spec, report)
+    return add_seconds(max(silence_starts), limit_seconds + 1) if reported_at and silence_starts else None
 
 
 def _find_last_report(facts: Facts) -> tuple[ProgressReport | None, datetime | None]:
@@ -105,18 +105,18 @@ def _read_last_report_time(facts: Facts) -> datetime | None:
 
 def _find_unready_since(facts: Facts) -> datetime | None:
     """Return when the pods became unready according to the status. If the status shows the pods as ready, return the current time."""
-    pods_ready = facts.condition(Condition.PODS_READY)
-    return facts.now if pods_ready is not None and pods_ready.status == "True" else pods_ready.last_transition_time if pods_ready else None
+    ready_condition = facts.condition(Condition.PODS_READY)
+    return facts.now if ready_condition is not None and ready_condition.status == "True" else ready_condition.last_transition_time if ready_condition else None
 
 
 def compute_force_delete_time(facts: Facts, pods: tuple[PodView, ...]) -> datetime | None:
     """Return when the next pod must be force-deleted, because its deletion takes so long that its node counts as lost.
 
-    If a pod has already reached this time, this reconcile force-deletes it, and the result is `REPEAT_FORCE_DELETE_SECONDS` from now.
+    If a pod has already reached this time, this reconcile force-deletes it, and the result is `FORCE_DELETE_REPEAT_SECONDS` from now.
     """
     deletion_times = [pod.deletion_timestamp for pod in pods if pod.deletion_timestamp and not pod.is_deleted]
     if timeouts.find_pods_of_lost_nodes(pods, facts.config.lost_node_seconds, facts.now):
-        return add_seconds(facts.now, REPEAT_FORCE_DELETE_SECONDS)
+        return add_seconds(facts.now, FORCE_DELETE_REPEAT_SECONDS)
     return add_seconds(min(deletion_times), facts.config.lost_node_seconds + 1) if deletion_times else None
 
 

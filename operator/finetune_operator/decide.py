@@ -55,16 +55,16 @@ def _plan_clean_up(facts: Facts) -> Plan:
     """Return the plan that deletes the running Jobs and pods of a finished job and, after the TTL, also its finished Jobs and pods."""
     expires_at = timeouts.compute_ttl_end(facts.ttl_seconds_after_finished, facts.job.status.completion_time)
     is_expired = expires_at is not None and facts.now >= expires_at
-    jobs = tuple(job for job in facts.owned_jobs if not job.is_deleting and (is_expired or not job.is_finished))
+    jobs_to_delete = tuple(job for job in facts.owned_jobs if not job.is_deleting and (is_expired or not job.is_finished))
     # The deletion of a Job also deletes its pods. Orphaned pods have no Job, so each of them is deleted separately.
     orphaned_pods = [pod for pod in _find_orphaned_pods(facts) if not (pod.is_deleted or pod.deletion_timestamp)]
-    pods = tuple(pod for pod in orphaned_pods if is_expired or not pod.is_finished)
+    pods_to_delete = tuple(pod for pod in orphaned_pods if is_expired or not pod.is_finished)
     return Plan(
         Situation.FINISHED,
-        jobs_to_delete=jobs,
-        pods_to_delete=pods,
+        jobs_to_delete=jobs_to_delete,
+        pods_to_delete=pods_to_delete,
         reconcile_at=None if is_expired else timeouts.compute_next_reconcile(facts.now, expires_at),
-        is_cleaned_up=not (jobs or pods),
+        is_cleaned_up=not (jobs_to_delete or pods_to_delete),
     )
 
 
@@ -86,14 +86,14 @@ def _plan_before_attempt(facts: Facts) -> Plan:
         return ending_plan
     if facts.is_suspend_requested:
         return Plan(Situation.SUSPENDED)
-    timeout = timeouts.compute_next_reconcile(facts.now, compute_start_timeout(facts))
+    timeout_at = timeouts.compute_next_reconcile(facts.now, compute_start_timeout(facts))
     if refusal is not None:
-        return Plan(Situation.REFUSED, refusal=refusal, reconcile_at=timeout)
+        return Plan(Situation.REFUSED, refusal=refusal, reconcile_at=timeout_at)
     foreign_job = next((job for job in facts.jobs if job.name == attempt_job_name(facts.job.name, facts.attempt)), None)
     if foreign_job is not None:
         message = f"Job {foreign_job.name} belongs to another object (uid {foreign_job.owner_uid or 'unknown'})"
         blocking_condition = BlockingCondition(Reason.CHILDREN_CONFLICT, message)
-        return Plan(Situation.BLOCKED, blocking_condition=blocking_condition, reconcile_at=timeout)
+        return Plan(Situation.BLOCKED, blocking_condition=blocking_condition, reconcile_at=timeout_at)
     backoff_start, backoff_end = compute_backoff_interval(facts)
     # If the clock was set back, `now` is before `backoff_start` and the backoff would last too long. The backoff then ends at once.
     if backoff_start is not None and backoff_end is not None and backoff_start <= facts.now < backoff_end:
@@ -108,14 +108,14 @@ def _plan_refusal(refusal: RefusedSpec) -> Plan:
 
 def _plan_end_of_earlier_attempts(facts: Facts) -> Plan | None:
     """Return the plan that deletes unfinished Jobs and pods of earlier attempts, because only one attempt may run. Return None if none exist."""
-    jobs = tuple(job for job in facts.owned_jobs if not job.is_finished or job.is_deleting)
-    pods = tuple(pod for pod in _find_orphaned_pods(facts) if not pod.is_finished)
-    if not jobs and not pods:
+    earlier_jobs = tuple(job for job in facts.owned_jobs if not job.is_finished or job.is_deleting)
+    earlier_pods = tuple(pod for pod in _find_orphaned_pods(facts) if not pod.is_finished)
+    if not earlier_jobs and not earlier_pods:
         return None
     return Plan(
         Situation.BLOCKED,
-        jobs_to_delete=tuple(job for job in jobs if not job.is_deleting),
-        pods_to_delete=tuple(pod for pod in pods if not pod.deletion_timestamp),
+        jobs_to_delete=tuple(job for job in earlier_jobs if not job.is_deleting),
+        pods_to_delete=tuple(pod for pod in earlier_pods if not pod.deletion_timestamp),
         pods_to_force_delete=_find_pods_of_lost_nodes(facts, facts.owned_pods),
         blocking_condition=BlockingCondition(Reason.PROGRESSING, "waiting for the pods of the last attempt to end"),
         reconcile_at=timeouts.compute_next_reconcile(facts.now, compute_force_delete_time(facts, facts.owned_pods), compute_start_timeout(facts)),
@@ -136,18 +136,18 @@ def _plan_attempt_with_job(facts: Facts, current_job: JobView) -> Plan:
         return Plan(Situation.ACTIVE, termination=termination)
     pods = facts.active_pods
     rank0_pod = facts.rank0_pod
-    all_ready = sum(pod.is_ready for pod in pods) >= facts.pod_count
+    all_pods_ready = sum(pod.is_ready for pod in pods) >= facts.pod_count
     deadline = timeouts.compute_deadline(facts.active_deadline_seconds, facts.earlier_running_seconds, facts.running_since)
     time_limits = [
         None if current_job.is_suspended else deadline,
         predict_budget_end(facts),
         compute_force_delete_time(facts, pods),
         compute_stall_check_time(facts),
-        None if all_ready else compute_start_timeout(facts),
+        None if all_pods_ready else compute_start_timeout(facts),
     ]
     return Plan(
         Situation.ACTIVE,
-        blocking_condition=None if all_ready or current_job.is_suspended else (find_blocking_condition_in_pods(pods) or facts.blocking_condition),
+        blocking_condition=None if all_pods_ready or current_job.is_suspended else (find_blocking_condition_in_pods(pods) or facts.blocking_condition),
         pod_to_scrape=rank0_pod if rank0_pod is not None and rank0_pod.phase == "Running" and rank0_pod.ip else None,
         reconcile_at=timeouts.compute_next_reconcile(facts.now, *time_limits),
         jobs_to_delete=_find_superseded_jobs(facts),
@@ -160,9 +160,9 @@ def _find_termination(facts: Facts, current_job: JobView) -> Termination | None:
         return Termination(Reason.CANCELLED, "spec.cancel is true")
     if facts.is_suspend_requested:
         return Termination(Reason.SUSPENDED, "spec.suspend is true")
-    limit = facts.active_deadline_seconds
-    if limit is not None and facts.running_since is not None and facts.compute_running_seconds(facts.now) >= limit:
-        return Termination(Reason.DEADLINE_EXCEEDED, f"{facts.deadline_source} {limit} passed")
+    limit_seconds = facts.active_deadline_seconds
+    if limit_seconds is not None and facts.running_since is not None and facts.compute_running_seconds(facts.now) >= limit_seconds:
+        return Termination(Reason.DEADLINE_EXCEEDED, f"{facts.deadline_source} {limit_seconds} passed")
     spent_message = describe_spent_budget(facts, facts.now)
     if spent_message:
         return Termination(Reason.BUDGET_EXCEEDED, spent_message)
@@ -192,8 +192,11 @@ def _describe_incomplete_gang(facts: Facts, current_job: JobView) -> str:
     placed_count = sum(bool(pod.node) for pod in facts.active_pods)
     if placed_count in (0, facts.pod_count) or len(facts.newest_pods) > len(facts.active_pods):
         return ""
-    limit = get_start_timeout_seconds(facts)
-    return f"{placed_count} of {facts.pod_count} pods have a node, but the other pods got no node within {limit} s: the nodes are freed for other jobs"
+    timeout_seconds = get_start_timeout_seconds(facts)
+    return (
+        f"{placed_count} of {facts.pod_count} pods have a node, but the other pods got no node within {timeout_seconds} s: "
+        "the nodes are freed for other jobs"
+    )
 
 
 def _plan_termination(facts: Facts, current_job: JobView) -> Plan:

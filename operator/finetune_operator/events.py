@@ -64,8 +64,10 @@ class EventDraft:
 
 def draft_events(old_status: FineTuneJobStatus, new_status: FineTuneJobStatus) -> list[EventDraft]:
     """Return the events for the change from `old_status` to `new_status`, in the order in which a run causes them: for example acceptance before training."""
-    steps = (_draft_acceptance_events, _draft_preparation_events, _draft_attempt_events, _draft_waiting_events, _draft_training_events, _draft_end_events)
-    return [draft for events_of_step in steps for draft in events_of_step(old_status, new_status)]
+    draft_functions = (
+        _draft_acceptance_events, _draft_preparation_events, _draft_attempt_events, _draft_waiting_events, _draft_training_events, _draft_end_events,
+    )  # fmt: skip
+    return [draft for draft_function in draft_functions for draft in draft_function(old_status, new_status)]
 
 
 @dataclass(frozen=True)
@@ -151,8 +153,8 @@ def _draft_waiting_events(old_status: FineTuneJobStatus, new_status: FineTuneJob
 
 def _draft_training_events(old_status: FineTuneJobStatus, new_status: FineTuneJobStatus) -> Iterator[EventDraft]:
     if not old_status.steps_done and new_status.steps_done and not _is_finished(new_status):
-        total = new_status.progress.total_steps if new_status.progress else None
-        note = f"completed the first of {total} steps" if total else "completed the first step"
+        total_steps = new_status.progress.total_steps if new_status.progress else None
+        note = f"completed the first of {total_steps} steps" if total_steps else "completed the first step"
         yield EventDraft(Reason.TRAINING_STARTED, note, action="Train")
     if new_status.latest_checkpoint and not old_status.latest_checkpoint:
         yield EventDraft(Reason.FIRST_CHECKPOINT_COMMITTED, f"committed {new_status.latest_checkpoint}", action="Checkpoint")
@@ -179,9 +181,9 @@ def _draft_end_events(old_status: FineTuneJobStatus, new_status: FineTuneJobStat
         yield EventDraft(Reason.CANCELLED, _read_condition_state(new_status, ConditionType.SUCCEEDED).message, action=FINISH_ACTION)
     else:
         failure = new_status.failure
-        text = f"{failure.class_} {failure.code}: {failure.message}" if failure else "unknown"
+        failure_text = f"{failure.class_} {failure.code}: {failure.message}" if failure else "unknown"
         hint = f"; {failure.hint}" if failure and failure.hint else ""
-        yield EventDraft(Reason.FAILED, text + hint, "Warning", FINISH_ACTION)
+        yield EventDraft(Reason.FAILED, failure_text + hint, "Warning", FINISH_ACTION)
 
 
 def _is_finished(status: FineTuneJobStatus) -> bool:

@@ -89,15 +89,15 @@ class Facts:
     @property
     def active_deadline_seconds(self) -> int | None:
         """`policy.activeDeadlineSeconds`, or the platform's limit at the time of acceptance if that is lower. None if there is no limit."""
-        resolved = self.job.status.resolved
-        limits = (self._policy_seconds("activeDeadlineSeconds"), resolved.max_duration_seconds if resolved else None)
+        resolved_config = self.job.status.resolved
+        limits = (self._policy_seconds("activeDeadlineSeconds"), resolved_config.max_duration_seconds if resolved_config else None)
         return min((limit for limit in limits if limit is not None), default=None)
 
     @property
     def deadline_source(self) -> str:
         """The name of the setting from which `active_deadline_seconds` comes, for messages."""
-        is_of_job = self.active_deadline_seconds == self._policy_seconds("activeDeadlineSeconds")
-        return "policy.activeDeadlineSeconds" if is_of_job else "the platform's rule policy.maxDurationSeconds"
+        is_limit_of_job = self.active_deadline_seconds == self._policy_seconds("activeDeadlineSeconds")
+        return "policy.activeDeadlineSeconds" if is_limit_of_job else "the platform's rule policy.maxDurationSeconds"
 
     @property
     def max_cost(self) -> float | None:
@@ -315,8 +315,8 @@ class Facts:
         if suspended_since is None:
             return self.earlier_running_seconds + seconds_between(self.running_since, end_time)
         # While the operator was stopped, the queue may have suspended and resumed the Job. So only the time since the newest pods were created counts.
-        counted_from = max([time for time in (self.running_since, *(pod.created_at for pod in self.newest_pods)) if time], default=None)
-        return self.earlier_running_seconds + seconds_between(counted_from, min(end_time, suspended_since, self.last_seen_at))
+        count_start = max([time for time in (self.running_since, *(pod.created_at for pod in self.newest_pods)) if time], default=None)
+        return self.earlier_running_seconds + seconds_between(count_start, min(end_time, suspended_since, self.last_seen_at))
 
     @property
     def last_seen_at(self) -> datetime:

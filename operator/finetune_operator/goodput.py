@@ -67,8 +67,8 @@ class _Timeline:
 
     def seconds_until(self, moment: datetime | None) -> float:
         """Return the seconds from the previous moment to `moment`, or to the end of the attempt if `moment` is None."""
-        until = self._end if moment is None else min(moment, self._end)
-        return max(0.0, (until - self._now).total_seconds())
+        end = self._end if moment is None else min(moment, self._end)
+        return max(0.0, (end - self._now).total_seconds())
 
     def add(self, seconds: float, part: str) -> None:
         """Add seconds to a part."""
@@ -152,16 +152,16 @@ def compute_goodput(
     ends_at = attempt_end.ended_at if attempt_end is not None else facts.live_report.received_at if facts.live_report else facts.now
     known_entries = {entry.number: entry for entry in old_goodput.attempts} if old_goodput else {}
     earlier_entries = [entry for number, entry in known_entries.items() if number < facts.attempt]
-    earlier: SecondsByPart = dict(old_goodput.earlier or {}) if old_goodput else {}
-    begins_at = facts.job.created_at + timedelta(seconds=sum(earlier.values()) + sum(entry.wall_seconds for entry in earlier_entries))
+    earlier_parts: SecondsByPart = dict(old_goodput.earlier or {}) if old_goodput else {}
+    begins_at = facts.job.created_at + timedelta(seconds=sum(earlier_parts.values()) + sum(entry.wall_seconds for entry in earlier_entries))
     times = _collect_attempt_times(facts, attempts, current_job, begins_at, ends_at)
     parts = {part: round(seconds, 3) for part, seconds in split_attempt_time(times).items()}
     if facts.attempt in known_entries and not times.pods:
         parts = _keep_known_parts(known_entries[facts.attempt], sum_parts(parts))
     entries = split_lost_steps([*earlier_entries, AttemptTime(number=facts.attempt, wall_seconds=sum_parts(parts), parts=parts)], attempts)
     for entry in entries[:-kept_attempt_count]:
-        earlier = add_parts([earlier, entry.parts])
-    return build_goodput(entries[-kept_attempt_count:], earlier)
+        earlier_parts = add_parts([earlier_parts, entry.parts])
+    return build_goodput(entries[-kept_attempt_count:], earlier_parts)
 
 
 def _keep_known_parts(known_entry: AttemptTime, wall_seconds: float) -> SecondsByPart:
@@ -170,14 +170,14 @@ def _keep_known_parts(known_entry: AttemptTime, wall_seconds: float) -> SecondsB
     return add_parts([known_entry.parts, {"other": unknown_seconds}]) if unknown_seconds >= 0 else known_entry.parts
 
 
-def build_goodput(entries: Sequence[AttemptTime], earlier: SecondsByPart) -> Goodput:
-    """Return the goodput of all attempts. `earlier`: parts of attempts that are not in `entries`."""
-    parts = add_parts([earlier, *(entry.parts for entry in entries)])
+def build_goodput(entries: Sequence[AttemptTime], earlier_parts: SecondsByPart) -> Goodput:
+    """Return the goodput of all attempts. `earlier_parts`: parts of attempts that are not in `entries`."""
+    parts = add_parts([earlier_parts, *(entry.parts for entry in entries)])
     seconds_on_nodes = sum(seconds for part, seconds in parts.items() if part not in PARTS_WITHOUT_NODE)
     useful_seconds = parts.get("firstStep", 0.0) + parts.get("steps", 0.0)
     return Goodput(
         wall_seconds=sum_parts(parts), percent=round(100 * useful_seconds / seconds_on_nodes, 1) if seconds_on_nodes else None,
-        parts=TimeUse.model_validate(parts), attempts=list(entries), earlier=earlier or None,
+        parts=TimeUse.model_validate(parts), attempts=list(entries), earlier=earlier_parts or None,
     )  # fmt: skip
 
 
@@ -201,10 +201,10 @@ def _collect_attempt_times(
     records = {attempt.number: attempt for attempt in attempts}
     record, previous = records.get(facts.attempt), records.get(facts.attempt - 1)
     preparation = facts.job.status.preparation
-    prepared = (preparation.start_time, preparation.end_time) if preparation is not None else (None, None)
+    preparation_start, preparation_end = (preparation.start_time, preparation.end_time) if preparation is not None else (None, None)
     start_time = current_job.created_at if current_job is not None else record.start_time if record is not None else None
     return AttemptTimes(
-        begins_at=begins_at, ends_at=ends_at, prepared=(prepared[0], prepared[1]) if prepared[0] and prepared[1] else None,
+        begins_at=begins_at, ends_at=ends_at, prepared=(preparation_start, preparation_end) if preparation_start and preparation_end else None,
         job_created_at=start_time, has_queue=bool(facts.spec.placement.queue_name or (current_job is not None and current_job.queue)),
         follows_suspension=previous is not None and previous.reason == Reason.SUSPENDED,
         pods=[_collect_pod_times(facts, pod) for pod in facts.attempt_pods if pod.completion_index == 0],

@@ -31,9 +31,9 @@ class HealthChecks:
 
     def find_liveness_problem(self) -> str:
         """Return why the process should be restarted: a stalled watch, or a job that has waited too long for a worker."""
-        describe_stalled_watch = self._monitor.describe_stalled_watch(self._stalled_watch_seconds)
-        if describe_stalled_watch or not self._is_working:
-            return describe_stalled_watch
+        stalled_watch_problem = self._monitor.describe_stalled_watch(self._stalled_watch_seconds)
+        if stalled_watch_problem or not self._is_working:
+            return stalled_watch_problem
         oldest_age_seconds = self._queue.oldest_key_age_seconds()
         return f"a job has waited {oldest_age_seconds:.0f} s for a worker" if oldest_age_seconds > self._stuck_seconds else ""
 

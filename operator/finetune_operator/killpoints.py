@@ -31,14 +31,14 @@ class KillPoint(StrEnum):
     AFTER_POD_DELETE = "after_pod_delete"
 
 
-_kill_file = os.environ.get(KILL_FILE_VARIABLE)
+_kill_file_path = os.environ.get(KILL_FILE_VARIABLE)
 
 
 def kill_if_requested(point: KillPoint) -> None:
     """Kill the process if the file with the kill point names this point."""
-    if _kill_file is None:
+    if _kill_file_path is None:
         return
-    file = Path(_kill_file)
+    file = Path(_kill_file_path)
     try:
         if file.read_text().strip() != point:
             return

@@ -109,27 +109,27 @@ class NoProgressStorage(kopf.ProgressStorage):
 
 def build_kopf_settings(config: OperatorConfig) -> kopf.OperatorSettings:
     """Return settings with which kopf lists and watches Jobs and pods by label and writes nothing to the cluster."""
-    result = kopf.OperatorSettings()
-    result.persistence.diffbase_storage = NoDiffBaseStorage()
-    result.persistence.progress_storage = NoProgressStorage()
-    result.posting.enabled = False
-    result.peering.standalone = True
-    result.scanning.disabled = True
-    result.networking.request_timeout = config.api.timeout_seconds
-    result.networking.connect_timeout = 5
-    result.networking.error_backoffs = EndlessBackoff()
-    result.networking.enforce_retry_after = True
-    result.process.ultimate_exiting_timeout = SHUTDOWN_SECONDS
-    result.queueing.idle_timeout = IDLE_WORKER_SECONDS
-    result.watching.chunk_size = PAGE_SIZE
-    result.watching.server_timeout = WATCH_SECONDS
-    result.watching.client_timeout = WATCH_TIMEOUT_SECONDS
+    kopf_settings = kopf.OperatorSettings()
+    kopf_settings.persistence.diffbase_storage = NoDiffBaseStorage()
+    kopf_settings.persistence.progress_storage = NoProgressStorage()
+    kopf_settings.posting.enabled = False
+    kopf_settings.peering.standalone = True
+    kopf_settings.scanning.disabled = True
+    kopf_settings.networking.request_timeout = config.api.timeout_seconds
+    kopf_settings.networking.connect_timeout = 5
+    kopf_settings.networking.error_backoffs = EndlessBackoff()
+    kopf_settings.networking.enforce_retry_after = True
+    kopf_settings.process.ultimate_exiting_timeout = SHUTDOWN_SECONDS
+    kopf_settings.queueing.idle_timeout = IDLE_WORKER_SECONDS
+    kopf_settings.watching.chunk_size = PAGE_SIZE
+    kopf_settings.watching.server_timeout = WATCH_SECONDS
+    kopf_settings.watching.client_timeout = WATCH_TIMEOUT_SECONDS
     # The inactivity timeout can cancel the watching task at any await. If the task is just handing over an event, the watch ends
     # permanently and without an error. `client_timeout` ends dead connections instead.
-    result.watching.inactivity_timeout = TEN_YEARS_SECONDS
-    result.watching.label_selectors["batch", "v1", "jobs"] = MANAGED_BY_SELECTOR
-    result.watching.label_selectors["", "v1", "pods"] = MANAGED_BY_SELECTOR
-    return result
+    kopf_settings.watching.inactivity_timeout = TEN_YEARS_SECONDS
+    kopf_settings.watching.label_selectors["batch", "v1", "jobs"] = MANAGED_BY_SELECTOR
+    kopf_settings.watching.label_selectors["", "v1", "pods"] = MANAGED_BY_SELECTOR
+    return kopf_settings
 
 
 async def run(
@@ -276,11 +276,11 @@ class WatchMonitor:
     def record_request(self, path: str, status: int, seconds: float, *, is_watch: bool) -> None:
         """Record one request. `status` is the HTTP status, or 0 without an answer. `seconds` is the time until the response's headers arrived."""
         # The API server's URL may contain a path prefix (as with Rancher), so only the end of the path is compared.
-        collection = next((known_path for known_path in self._paths if path.endswith(known_path)), "")
-        verb = "get" if not collection else "watch" if is_watch else "list"
-        self._observer(verb, collection.rpartition("/")[2] or OTHER_RESOURCE_LABEL, status, seconds)
-        if is_watch and status == 200 and collection in self._last_started:
-            self._last_started[collection] = asyncio.get_running_loop().time()
+        collection_path = next((known_path for known_path in self._paths if path.endswith(known_path)), "")
+        verb = "get" if not collection_path else "watch" if is_watch else "list"
+        self._observer(verb, collection_path.rpartition("/")[2] or OTHER_RESOURCE_LABEL, status, seconds)
+        if is_watch and status == 200 and collection_path in self._last_started:
+            self._last_started[collection_path] = asyncio.get_running_loop().time()
 
     def build_trace_config(self) -> aiohttp.TraceConfig:
         """Return tracing hooks for an aiohttp session. The hooks call `record_request` for each request."""

@@ -171,8 +171,8 @@ class KubeClient:
                 raise kube_config.ConfigException("the caller named a kubeconfig")
             kube_config.load_incluster_config(client_configuration=configuration)  # type: ignore[no-untyped-call] # untyped upstream
         except kube_config.ConfigException:
-            file = str(kubeconfig) if kubeconfig else None
-            await kube_config.load_kube_config(config_file=file, client_configuration=configuration)  # type: ignore[no-untyped-call] # untyped upstream
+            kubeconfig_path = str(kubeconfig) if kubeconfig else None
+            await kube_config.load_kube_config(config_file=kubeconfig_path, client_configuration=configuration)  # type: ignore[no-untyped-call] # untyped upstream
         return cls(configuration, settings, observer)
 
     async def close(self) -> None:
@@ -181,9 +181,9 @@ class KubeClient:
 
     async def is_served(self, kind: Kind) -> bool:
         """Whether the discovery document lists this kind. A new CRD is listed shortly after its objects can be read."""
-        group = kind.api_version.partition("/")[0]
+        api_group = kind.api_version.partition("/")[0]
         groups = (await self._send_with_retries("get", kind, "", "GET", "/apis")).body.get("groups") or []
-        if group not in [served.get("name") for served in groups]:
+        if api_group not in [served.get("name") for served in groups]:
             return False
         try:
             resources = (await self._send_with_retries("get", kind, "", "GET", f"/apis/{kind.api_version}")).body.get(
@@ -200,11 +200,11 @@ class KubeClient:
     async def list(self, kind: Kind, namespace: str | None = None, *, label_selector: str = "", field_selector: str = "") -> ObjectList:
         """Return all objects of a kind in one namespace or in the whole cluster."""
         items: list[Object] = []
-        version = 0
+        resource_version = 0
         async for page in self.list_pages(kind, namespace, label_selector=label_selector, field_selector=field_selector):
             items = page.items if page.is_first_page else items + page.items
-            version = page.version
-        return ObjectList(items, version)
+            resource_version = page.version
+        return ObjectList(items, resource_version)
 
     async def list_pages(
         self, kind: Kind, namespace: str | None = None, *, label_selector: str = "", field_selector: str = ""
@@ -301,24 +301,24 @@ class KubeClient:
             self.ensure_may_write()
         url = self.configuration.host + path + (f"?{urlencode(query)}" if query else "")
         loop = asyncio.get_running_loop()
-        started_at, code = loop.time(), 0
+        started_at, status_code = loop.time(), 0
         try:
             async with asyncio.timeout(self._timeout):
                 response = await self._rest.request(  # type: ignore[no-untyped-call] # untyped upstream
                     method, url, headers=await self._build_headers(method), body=body,
                     _request_timeout=aiohttp.ClientTimeout(total=self._timeout),
                 )  # fmt: skip
-                code = response.status
+                status_code = response.status
                 response_body = await response.read()
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
             raise _build_error_without_answer(verb, kind, name, error) from error
         finally:
-            self._observer(verb, kind.plural, code, loop.time() - started_at)
+            self._observer(verb, kind.plural, status_code, loop.time() - started_at)
         self.clock.update_offset(response.headers.get("Date"), loop.time())
-        value = _parse_json(response_body)
-        if code >= 400:
-            raise _build_error_from_status(verb, kind, name, code, value, response.headers)
-        return ApiResponse(value, tuple(_extract_warning_text(text) for text in response.headers.getall("Warning", ())))
+        parsed_body = _parse_json(response_body)
+        if status_code >= 400:
+            raise _build_error_from_status(verb, kind, name, status_code, parsed_body, response.headers)
+        return ApiResponse(parsed_body, tuple(_extract_warning_text(text) for text in response.headers.getall("Warning", ())))
 
     async def _build_headers(self, method: str) -> dict[str, str]:
         headers = {"Accept": "application/json", "User-Agent": USER_AGENT}

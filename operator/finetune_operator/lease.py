@@ -85,11 +85,11 @@ class LeaderElector:
         return is_held
 
     async def _acquire_or_renew(self) -> bool:
-        name = self._settings.lease_name
+        lease_name = self._settings.lease_name
         try:
-            lease = await self._kube.get(LEASE, self._namespace, name)
+            lease = await self._kube.get(LEASE, self._namespace, lease_name)
         except NotFound:
-            return await self._create_lease(name)
+            return await self._create_lease(lease_name)
         spec = lease.get("spec") or {}
         holder = str(spec.get("holderIdentity") or "")
         self._record_renewal(holder, str(spec.get("renewTime") or ""))

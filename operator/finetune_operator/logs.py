@@ -32,7 +32,7 @@ class JsonFormatter(logging.Formatter):
     """Formats each record as one line of JSON."""
 
     def format(self, record: logging.LogRecord) -> str:
-        value = {
+        entry = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "logger": record.name,
@@ -40,8 +40,8 @@ class JsonFormatter(logging.Formatter):
             **get_context_fields(),
         }
         if record.exc_info:
-            value["exception"] = redact_all(self.formatException(record.exc_info), REDACTED_TEXT)
-        return json.dumps(value, ensure_ascii=False)
+            entry["exception"] = redact_all(self.formatException(record.exc_info), REDACTED_TEXT)
+        return json.dumps(entry, ensure_ascii=False)
 
 
 class TextFormatter(RedactingFormatter):
@@ -60,7 +60,7 @@ def configure_logging(settings: LogSettings) -> None:
     """Set up logging for the whole process."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if settings.format is LogFormat.JSON else TextFormatter())
-    root = logging.getLogger()
-    root.handlers[:] = [handler]
-    root.setLevel(settings.level.upper())
+    root_logger = logging.getLogger()
+    root_logger.handlers[:] = [handler]
+    root_logger.setLevel(settings.level.upper())
     logging.getLogger("aiohttp.access").setLevel(logging.WARNING)

@@ -6,8 +6,8 @@ from finetune_api.names import Phase
 from finetune_api.status import Goodput, ResolvedConfig
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-SECONDS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
-MINUTES_BUCKETS = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1800, 3600, 7200)
+SHORT_DURATION_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+LONG_DURATION_BUCKETS = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1800, 3600, 7200)
 PREFIX = "finetune_operator"
 
 
@@ -26,20 +26,20 @@ class Metrics:
             f"{PREFIX}_api_request_seconds",
             "Duration of requests to the API server.",
             ["verb"],
-            buckets=SECONDS_BUCKETS,
+            buckets=SHORT_DURATION_BUCKETS,
             registry=self.registry,
         )
         self.reconcile_seconds = Histogram(
             f"{PREFIX}_reconcile_seconds",
             "Duration of one reconciliation of a job.",
             ["result"],
-            buckets=SECONDS_BUCKETS,
+            buckets=SHORT_DURATION_BUCKETS,
             registry=self.registry,
         )
         self.queue_wait = Histogram(
             f"{PREFIX}_queue_wait_seconds",
             "Time that a job waited for a worker.",
-            buckets=SECONDS_BUCKETS,
+            buckets=SHORT_DURATION_BUCKETS,
             registry=self.registry,
         )
         self.queue_depth = Gauge(f"{PREFIX}_queue_depth", "Jobs that wait for a worker.", registry=self.registry)
@@ -59,13 +59,13 @@ class Metrics:
         self.time_to_running = Histogram(
             f"{PREFIX}_time_to_running_seconds",
             "Time from the creation of a job to its first step.",
-            buckets=MINUTES_BUCKETS,
+            buckets=LONG_DURATION_BUCKETS,
             registry=self.registry,
         )
         self.quota_wait = Histogram(
             f"{PREFIX}_quota_wait_seconds",
             "Time that an attempt waited for quota in a queue.",
-            buckets=MINUTES_BUCKETS,
+            buckets=LONG_DURATION_BUCKETS,
             registry=self.registry,
         )
         self.steps_done = Counter(
@@ -103,21 +103,21 @@ class Metrics:
         self.api_requests.labels(verb, resource, str(code)).inc()
         self.api_seconds.labels(verb).observe(seconds)
 
-    def record_attempt_time(self, old_goodput: Goodput | None, new_goodput: Goodput | None, ended_attempt: int | None) -> None:
+    def record_attempt_time(self, old_goodput: Goodput | None, new_goodput: Goodput | None, ended_attempt_number: int | None) -> None:
         """Count each part of an ended attempt's time. Also count the additional `lostSteps` seconds of earlier attempts."""
         known_lost_seconds = {entry.number: entry.parts.get("lostSteps", 0.0) for entry in (old_goodput.attempts if old_goodput else [])}
         for entry in new_goodput.attempts if new_goodput else []:
-            if entry.number == ended_attempt:
+            if entry.number == ended_attempt_number:
                 for part, seconds in entry.parts.items():
                     self.attempt_seconds.labels(part).inc(seconds)
             elif entry.number in known_lost_seconds:
                 self.attempt_seconds.labels("lostSteps").inc(max(0.0, entry.parts.get("lostSteps", 0.0) - known_lost_seconds[entry.number]))
 
-    def record_model_fetch(self, resolved: ResolvedConfig) -> None:
+    def record_model_fetch(self, resolved_config: ResolvedConfig) -> None:
         """Count whether an ended attempt got its base model from the cache or by a download."""
-        if resolved.model_source is not None:
-            self.model_fetches.labels(resolved.model_source.value).inc()
-            self.model_bytes_saved.inc(resolved.model_bytes_saved or 0)
+        if resolved_config.model_source is not None:
+            self.model_fetches.labels(resolved_config.model_source.value).inc()
+            self.model_bytes_saved.inc(resolved_config.model_bytes_saved or 0)
 
     def set_phase_counts(self, job_counts: dict[str, int]) -> None:
         """Set the number of jobs in each phase."""

@@ -25,8 +25,8 @@ class Kind:
 
         Without `namespace`, the path is that of the collection in the whole cluster.
         """
-        root = "/api/v1" if self.api_version == "v1" else f"/apis/{self.api_version}"
-        parts = [root]
+        root_path = "/api/v1" if self.api_version == "v1" else f"/apis/{self.api_version}"
+        parts = [root_path]
         if namespace:
             parts += ["namespaces", quote(namespace, safe="")]
         parts.append(self.plural)

@@ -26,10 +26,10 @@ class JobObserver:
     """Collects facts, and keeps the in-process state of all jobs."""
 
     def __init__(
-        self, *, kube: KubeClient, cache: JobCache, scraper: ProgressScraper, blocking_reader: BlockingConditionReader, config: OperatorConfig
+        self, *, kube: KubeClient, cache: JobCache, scraper: ProgressScraper, blocking_condition_reader: BlockingConditionReader, config: OperatorConfig
     ):
         self._kube, self._cache, self._scraper = kube, cache, scraper
-        self._blocking_reader, self._config = blocking_reader, config
+        self._blocking_reader, self._config = blocking_condition_reader, config
         self.states: dict[JobKey, JobState] = {}
 
     async def observe(self, key: JobKey) -> Facts | None:
@@ -74,12 +74,12 @@ class JobObserver:
         state.generation, state.spec, state.choices = job.generation, job.spec, choices
         # If the operator stopped just after it created the first Job, the status lacks the attempt. The job has started nevertheless, so
         # the rules for new jobs do not apply.
-        first_record = read_first_attempt(job.status) or (FirstAttempt() if has_job else None)
-        refused_as_new = isinstance(state.acceptance, RefusedSpec) and state.acceptance.is_final and first_record is not None
+        first_attempt = read_first_attempt(job.status) or (FirstAttempt() if has_job else None)
+        was_refused_as_new = isinstance(state.acceptance, RefusedSpec) and state.acceptance.is_final and first_attempt is not None
         # If a user emptied the status of a finished job, the job starts again, and its spec is needed again.
-        if spec_changed or ((refused_as_new or state.acceptance is SPEC_NOT_NEEDED) and not is_finished):
+        if spec_changed or ((was_refused_as_new or state.acceptance is SPEC_NOT_NEEDED) and not is_finished):
             state.acceptance = SPEC_NOT_NEEDED if is_finished else accept(
-                job.spec, self._config, first_record, namespace=job.namespace, was_accepted=job.status.is_true(ConditionType.ACCEPTED), choices=choices
+                job.spec, self._config, first_attempt, namespace=job.namespace, was_accepted=job.status.is_true(ConditionType.ACCEPTED), choices=choices
             )  # fmt: skip
         return state
 

@@ -61,9 +61,9 @@ def _parse_model(model: type[Model], raw_json: bytes, latest_time: datetime) -> 
     if not isinstance(value, dict):
         return None
     bounded_fields = _limit_value(value, latest_time)
-    resolved = bounded_fields.get("resolved")
-    if isinstance(resolved, dict):
-        kept_fields = {name: entry for name, entry in resolved.items() if to_camel(name) not in OPERATOR_FIELDS}
+    resolved_fields = bounded_fields.get("resolved")
+    if isinstance(resolved_fields, dict):
+        kept_fields = {name: entry for name, entry in resolved_fields.items() if to_camel(name) not in OPERATOR_FIELDS}
         late_defaults = keep_valid_late_defaults(kept_fields.pop("defaults", None))
         bounded_fields["resolved"] = kept_fields | ({"defaults": late_defaults} if late_defaults else {})
     try:

@@ -73,22 +73,22 @@ def _needs_preparation(facts: Facts) -> bool:
 
 def _plan_start(facts: Facts, record: Preparation) -> Plan:
     """Return the plan that creates the preparation's Job, that waits until the pause after a failure ends, or that skips the preparation."""
-    start = _compute_start_time(facts, record)
-    if start > facts.now:
-        return Plan(Situation.PREPARING, reconcile_at=timeouts.compute_next_reconcile(facts.now, start))
-    if _may_start_unprepared(facts) and facts.now >= add_seconds(start, PLACEMENT_SECONDS):
+    start_time = _compute_start_time(facts, record)
+    if start_time > facts.now:
+        return Plan(Situation.PREPARING, reconcile_at=timeouts.compute_next_reconcile(facts.now, start_time))
+    if _may_start_unprepared(facts) and facts.now >= add_seconds(start_time, PLACEMENT_SECONDS):
         return _plan_skip(record, facts.now, f"no Job could be created for {PLACEMENT_SECONDS:.0f} s")
     is_new = facts.job.status.preparation is None
     return Plan(
         Situation.PREPARING, preparation_to_create=record.number, preparation=record if is_new else None, jobs_to_delete=_find_superseded_jobs(facts, record),
-        reconcile_at=timeouts.compute_next_reconcile(facts.now, add_seconds(start, PLACEMENT_SECONDS)),
+        reconcile_at=timeouts.compute_next_reconcile(facts.now, add_seconds(start_time, PLACEMENT_SECONDS)),
     )  # fmt: skip
 
 
 def _find_superseded_jobs(facts: Facts, record: Preparation) -> tuple[JobView, ...]:
     """Return the finished Jobs of earlier preparations, except the newest, which is kept so that users can read its pod's logs."""
-    newest = preparation_job_name(facts.job.name, record.number - 1)
-    return tuple(job for job in facts.owned_jobs if job.name != newest and job.is_finished and not job.is_deleting)
+    newest_job_name = preparation_job_name(facts.job.name, record.number - 1)
+    return tuple(job for job in facts.owned_jobs if job.name != newest_job_name and job.is_finished and not job.is_deleting)
 
 
 def _compute_start_time(facts: Facts, record: Preparation) -> datetime:
@@ -96,16 +96,16 @@ def _compute_start_time(facts: Facts, record: Preparation) -> datetime:
     suspended_condition, ended_at = facts.condition(Condition.SUSPENDED), record.end_time
     failed_count = record.number - 1
     pause_seconds = compute_pause_seconds(failed_count, facts.config.retry) if failed_count else 0.0
-    times = [record.start_time, add_seconds(ended_at, pause_seconds) if ended_at else None]
+    earliest_starts = [record.start_time, add_seconds(ended_at, pause_seconds) if ended_at else None]
     if suspended_condition is not None:
-        times.append(facts.now if suspended_condition.status == "True" else suspended_condition.last_transition_time)
-    return max(time for time in times if time is not None)
+        earliest_starts.append(facts.now if suspended_condition.status == "True" else suspended_condition.last_transition_time)
+    return max(time for time in earliest_starts if time is not None)
 
 
 def _plan_running(facts: Facts, record: Preparation, job: JobView, pods: tuple[PodView, ...]) -> Plan:
     if timeouts.find_pods_of_lost_nodes(pods, facts.config.lost_node_seconds, facts.now):
-        repeated = record.model_copy(update={"number": record.number + 1, "end_time": facts.now, "message": "the node of the pod is lost"})
-        return Plan(Situation.PREPARING, jobs_to_delete=(job,), preparation=repeated)
+        next_preparation = record.model_copy(update={"number": record.number + 1, "end_time": facts.now, "message": "the node of the pod is lost"})
+        return Plan(Situation.PREPARING, jobs_to_delete=(job,), preparation=next_preparation)
     # If the pod's status does not show why the pod does not start, events may show it: a missing ConfigMap, a volume or a quota.
     blocking_condition = find_blocking_condition_in_pods(pods) or facts.blocking_condition
     is_waiting = blocking_condition is not None or not any(pod.node for pod in pods)
@@ -114,27 +114,27 @@ def _plan_running(facts: Facts, record: Preparation, job: JobView, pods: tuple[P
         problem = blocking_condition.message if blocking_condition else "no node could take the pod"
         return _plan_skip(record, facts.now, f"the pod of the preparation did not start within {PLACEMENT_SECONDS:.0f} s: {problem}")
     deletion_times = [pod.deletion_timestamp for pod in pods if pod.deletion_timestamp]
-    lost_at = add_seconds(min(deletion_times), facts.config.lost_node_seconds + 1) if deletion_times else None
+    node_lost_at = add_seconds(min(deletion_times), facts.config.lost_node_seconds + 1) if deletion_times else None
     return Plan(
         Situation.PREPARING, blocking_condition=blocking_condition, pod_to_scrape=_find_pod_to_read(facts, pods),
-        reconcile_at=timeouts.compute_next_reconcile(facts.now, placement_deadline if is_waiting else None, lost_at),
+        reconcile_at=timeouts.compute_next_reconcile(facts.now, placement_deadline if is_waiting else None, node_lost_at),
     )  # fmt: skip
 
 
 def _find_pod_to_read(facts: Facts, pods: tuple[PodView, ...]) -> PodView | None:
     """Return the running pod whose progress the operator reads. Return None if `isolation.secret` is false, because the pod then refuses all requests."""
-    running = (pod for pod in pods if pod.phase == "Running" and pod.ip and not pod.is_deleted)
-    return next(running, None) if facts.config.isolation.secret else None
+    running_pods = (pod for pod in pods if pod.phase == "Running" and pod.ip and not pod.is_deleted)
+    return next(running_pods, None) if facts.config.isolation.secret else None
 
 
 def _plan_success(facts: Facts, record: Preparation, ended_at: datetime) -> Plan:
     message = next((message for pod in facts.preparation_pods if (message := pod.termination_message) is not None), None)
     if message is not None and message.output is not None and message.output.adopted_uid and facts.spec.policy.on_existing_result is OnExistingResult.ADOPT:
         reason = Reason.EXISTING_RESULT_ADOPTED
-        ended = record.model_copy(update={"end_time": ended_at, "reason": reason.value, "message": None})
-        return Plan(Situation.PREPARING, preparation=ended, preparation_message=message, job_end=JobEnd(Outcome.SUCCEEDED, reason))
-    ended = record.model_copy(update={"end_time": ended_at, "reason": Reason.PREPARED.value, "message": None})
-    return Plan(Situation.PREPARING, preparation=ended, preparation_message=message)
+        ended_preparation = record.model_copy(update={"end_time": ended_at, "reason": reason.value, "message": None})
+        return Plan(Situation.PREPARING, preparation=ended_preparation, preparation_message=message, job_end=JobEnd(Outcome.SUCCEEDED, reason))
+    ended_preparation = record.model_copy(update={"end_time": ended_at, "reason": Reason.PREPARED.value, "message": None})
+    return Plan(Situation.PREPARING, preparation=ended_preparation, preparation_message=message)
 
 
 def _plan_failure(facts: Facts, record: Preparation, job: JobView, pods: tuple[PodView, ...]) -> Plan:
@@ -143,16 +143,16 @@ def _plan_failure(facts: Facts, record: Preparation, job: JobView, pods: tuple[P
     cause = _find_cause_of_preparation(job, pods)
     is_final = _is_users_mistake(facts, job, cause, pods)
     if not is_final and _may_repeat(facts, record, job, cause):
-        failures = record.failures + (cause.retry_policy is RetryPolicy.COUNTED)
-        repeated = Preparation(
-            number=record.number + 1, failures=failures, start_time=record.start_time, end_time=job.failed_at, message=clean(cause.failure.message)
+        failure_count = record.failures + (cause.retry_policy is RetryPolicy.COUNTED)
+        next_preparation = Preparation(
+            number=record.number + 1, failures=failure_count, start_time=record.start_time, end_time=job.failed_at, message=clean(cause.failure.message)
         )
-        return Plan(Situation.PREPARING, preparation=repeated)
+        return Plan(Situation.PREPARING, preparation=next_preparation)
     if _may_start_unprepared(facts) and not is_final:
         return _plan_skip(record, job.failed_at, f"the preparation failed: {cause.failure.message}")
     reason = Reason.RETRIES_EXHAUSTED if cause.retry_policy is RetryPolicy.COUNTED else cause.reason
-    ended = record.model_copy(update={"end_time": job.failed_at, "reason": reason.value, "message": clean(cause.failure.message)})
-    return Plan(Situation.PREPARING, preparation=ended, job_end=JobEnd(Outcome.FAILED, reason, cause.failure))
+    ended_preparation = record.model_copy(update={"end_time": job.failed_at, "reason": reason.value, "message": clean(cause.failure.message)})
+    return Plan(Situation.PREPARING, preparation=ended_preparation, job_end=JobEnd(Outcome.FAILED, reason, cause.failure))
 
 
 def _find_cause_of_preparation(job: JobView, pods: tuple[PodView, ...]) -> FailureCause:
@@ -193,16 +193,16 @@ def _may_repeat(facts: Facts, record: Preparation, job: JobView, cause: FailureC
         case RetryPolicy.WAIT:
             return not _may_start_unprepared(facts)
         case RetryPolicy.COUNTED:
-            retries = facts.spec.policy.retries if facts.spec.policy.retries is not None else DEFAULT_RETRIES
-            return record.failures < retries
+            allowed_retries = facts.spec.policy.retries if facts.spec.policy.retries is not None else DEFAULT_RETRIES
+            return record.failures < allowed_retries
         case _:
             return False
 
 
 def _plan_skip(record: Preparation, ended_at: datetime, problem: str) -> Plan:
     message = clean(f"{problem}; the training pods check storage, model and data instead")
-    skipped = record.model_copy(update={"end_time": ended_at, "reason": Reason.PREPARATION_SKIPPED.value, "message": message})
-    return Plan(Situation.PREPARING, preparation=skipped)
+    skipped_preparation = record.model_copy(update={"end_time": ended_at, "reason": Reason.PREPARATION_SKIPPED.value, "message": message})
+    return Plan(Situation.PREPARING, preparation=skipped_preparation)
 
 
 def _may_start_unprepared(facts: Facts) -> bool:

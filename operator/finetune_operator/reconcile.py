@@ -50,7 +50,7 @@ class Reconciler:
     ):  # fmt: skip
         self._cache, self._queue, self._scraper, self._metrics = cache, queue, scraper, metrics
         self._blocking_reader = BlockingConditionReader(kube)
-        self._observer = JobObserver(kube=kube, cache=cache, scraper=scraper, blocking_reader=self._blocking_reader, config=config)
+        self._observer = JobObserver(kube=kube, cache=cache, scraper=scraper, blocking_condition_reader=self._blocking_reader, config=config)
         self._secrets = secrets or AttemptSecrets(config.isolation)
         self._executor = PlanExecutor(kube, config, self._secrets)
         self._writer = StatusWriter(

@@ -176,17 +176,17 @@ def remove_rejected_fields(status: FineTuneJobStatus, message: str) -> FineTuneJ
 
     `message`: the API server's error message.
     """
-    value = status.to_wire()
+    status_json = status.to_wire()
     for field, index in sorted(set(REJECTED_FIELD_PATTERN.findall(message)), key=lambda match: int(match[1] or -1), reverse=True):
         if not index:
-            value.pop(field, None)
-        elif int(index) < len(value.get(field, [])):
-            del value[field][int(index)]
-    return FineTuneJobStatus.model_validate(value)
+            status_json.pop(field, None)
+        elif int(index) < len(status_json.get(field, [])):
+            del status_json[field][int(index)]
+    return FineTuneJobStatus.model_validate(status_json)
 
 
 def _reduce_attempts(new_attempts: list[Attempt], stored_attempts: list[Attempt]) -> list[Attempt]:
-    stored_by_number = {attempt.number: attempt for attempt in stored_attempts}
+    stored_attempts_by_number = {attempt.number: attempt for attempt in stored_attempts}
     return [
         Attempt(
             number=attempt.number, start_time=attempt.start_time, end_time=attempt.end_time, reason=attempt.reason, message=attempt.message,
@@ -195,7 +195,7 @@ def _reduce_attempts(new_attempts: list[Attempt], stored_attempts: list[Attempt]
             committed_step=stored_attempt.committed_step if stored_attempt else None, steps_lost=stored_attempt.steps_lost if stored_attempt else None,
         )
         for attempt in new_attempts
-        for stored_attempt in [stored_by_number.get(attempt.number)]
+        for stored_attempt in [stored_attempts_by_number.get(attempt.number)]
     ]  # fmt: skip
 
 
@@ -257,9 +257,9 @@ def _compute_active_seconds(inputs: StatusInput) -> int | None:
 
 def _compute_attempts(inputs: StatusInput) -> list[Attempt]:
     """Return the records of the newest attempts, with an updated record of the current attempt."""
-    attempts = {attempt.number: attempt for attempt in inputs.old_status.attempts}
+    attempts_by_number = {attempt.number: attempt for attempt in inputs.old_status.attempts}
     number, job, plan = inputs.facts.attempt, inputs.current_job, inputs.plan
-    old_record = attempts.get(number)
+    old_record = attempts_by_number.get(number)
     if old_record is None:
         if job is None:
             return list(inputs.old_status.attempts)
@@ -271,11 +271,11 @@ def _compute_attempts(inputs: StatusInput) -> list[Attempt]:
         )
     if plan.attempt_end is not None:
         current_record = merge_fields(current_record, _build_ended_attempt(plan.attempt_end, number))
-    attempts[number] = current_record
-    previous_record = attempts.get(number - 1)
+    attempts_by_number[number] = current_record
+    previous_record = attempts_by_number.get(number - 1)
     if previous_record is not None and (inputs.last_report is not None or plan.attempt_end is not None):
-        attempts[number - 1] = _complete_previous_attempt(previous_record, current_record, inputs)
-    return [attempts[number] for number in sorted(attempts)][-KEPT_ATTEMPT_COUNT:]
+        attempts_by_number[number - 1] = _complete_previous_attempt(previous_record, current_record, inputs)
+    return [attempts_by_number[number] for number in sorted(attempts_by_number)][-KEPT_ATTEMPT_COUNT:]
 
 
 def _build_reported_attempt(inputs: StatusInput, old_record: Attempt) -> Attempt | None:
@@ -333,17 +333,17 @@ def _has_committed(attempt: Attempt, step: int, inputs: StatusInput) -> bool:
     later report, a queue may have replaced the pods, and the new pods resume from checkpoints of the current attempt itself.
     """
     reported_checkpoints = [checkpoint for source in inputs.facts.reported_checkpoints for checkpoint in source.checkpoints]
-    attempts = {parse_attempt_of_uri(c.uri) for c in [*inputs.old_status.checkpoints, *reported_checkpoints] if c.step == step} - {None}
-    if attempts:
-        return attempt.number in attempts
+    attempt_numbers = {parse_attempt_of_uri(c.uri) for c in [*inputs.old_status.checkpoints, *reported_checkpoints] if c.step == step} - {None}
+    if attempt_numbers:
+        return attempt.number in attempt_numbers
     record = inputs.facts.attempt_record
     return record is None or record.last_step is None
 
 
 def _compute_workers(inputs: StatusInput) -> Workers:
-    total = inputs.facts.pod_count
+    pod_count = inputs.facts.pod_count
     ready_count = inputs.ready_pods if inputs.plan.job_end is None else 0
-    return Workers(ready=ready_count, total=total, display=f"{ready_count}/{total}")
+    return Workers(ready=ready_count, total=pod_count, display=f"{ready_count}/{pod_count}")
 
 
 def _compute_preparation(inputs: StatusInput) -> Preparation | None:
@@ -413,11 +413,13 @@ class StatusCheckpoints:
 
 def _compute_checkpoints(inputs: StatusInput) -> StatusCheckpoints:
     # The key is the step: an attempt after a rollback commits the same step again, and its checkpoint replaces the earlier one of this step.
-    by_step = {checkpoint.step: checkpoint for checkpoint in inputs.old_status.checkpoints}
+    checkpoints_by_step = {checkpoint.step: checkpoint for checkpoint in inputs.old_status.checkpoints}
     for source in inputs.facts.reported_checkpoints:
-        by_step = {step: known_checkpoint for step, known_checkpoint in by_step.items() if not _is_removed(known_checkpoint, source.checkpoints)}
-        by_step |= {new.step: _merge_checkpoint(by_step.get(new.step), new, inputs.facts.now) for new in source.checkpoints}
-    ordered_checkpoints = sorted(by_step.values(), key=lambda checkpoint: checkpoint.step)
+        checkpoints_by_step = {
+            step: known_checkpoint for step, known_checkpoint in checkpoints_by_step.items() if not _is_removed(known_checkpoint, source.checkpoints)
+        }
+        checkpoints_by_step |= {new.step: _merge_checkpoint(checkpoints_by_step.get(new.step), new, inputs.facts.now) for new in source.checkpoints}
+    ordered_checkpoints = sorted(checkpoints_by_step.values(), key=lambda checkpoint: checkpoint.step)
     kept_checkpoints = ordered_checkpoints[-KEPT_CHECKPOINT_COUNT:]
     evaluated_checkpoints = [checkpoint for checkpoint in ordered_checkpoints if checkpoint.eval_loss is not None]
     best_checkpoint = min(evaluated_checkpoints, key=lambda checkpoint: checkpoint.eval_loss or 0.0, default=None)
@@ -446,8 +448,8 @@ def _is_removed(checkpoint: Checkpoint, listed_checkpoints: Sequence[Checkpoint]
 
     A checkpoint that is newer than all listed checkpoints still exists: a rollback skipped it.
     """
-    steps = {listed.step for listed in listed_checkpoints}
-    return bool(steps) and checkpoint.step not in steps and checkpoint.step < max(steps)
+    listed_steps = {listed.step for listed in listed_checkpoints}
+    return bool(listed_steps) and checkpoint.step not in listed_steps and checkpoint.step < max(listed_steps)
 
 
 def _find_latest_uri(inputs: StatusInput, kept_checkpoints: list[Checkpoint]) -> str | None:
@@ -471,7 +473,7 @@ def _compute_resolved(inputs: StatusInput) -> ResolvedConfig:
     facts, last_report, message = inputs.facts, inputs.last_report, inputs.termination_message
     # A running attempt keeps the values with which it started, even if the operator's configuration changes.
     is_running = facts.current_job is not None and facts.attempt_record is not None
-    from_spec = _resolve_from_spec(inputs, facts.acceptance) if isinstance(facts.acceptance, AcceptedSpec) and not is_running else None
+    spec_values = _resolve_from_spec(inputs, facts.acceptance) if isinstance(facts.acceptance, AcceptedSpec) and not is_running else None
     job = inputs.current_job
     observed_values = ResolvedConfig(
         config_sha256=(job.config_sha256 if job else None) or None,
@@ -479,13 +481,13 @@ def _compute_resolved(inputs: StatusInput) -> ResolvedConfig:
     )
     prepared_values = inputs.plan.preparation_message.resolved if inputs.plan.preparation_message else None
     trainer_values = [prepared_values, last_report.resolved if last_report else None, message.resolved if message else None]
-    resolved = merge_fields(inputs.old_status.resolved or ResolvedConfig(), from_spec, observed_values, *trainer_values)
-    own_defaults = (from_spec or inputs.old_status.resolved or ResolvedConfig()).defaults or {}
+    resolved = merge_fields(inputs.old_status.resolved or ResolvedConfig(), spec_values, observed_values, *trainer_values)
+    operator_defaults = (spec_values or inputs.old_status.resolved or ResolvedConfig()).defaults or {}
     late_defaults = [trainer_value.defaults for trainer_value in trainer_values if trainer_value is not None and trainer_value.defaults]
     if not late_defaults:
         return resolved
     # A default that the operator filled in is never replaced by a default of the trainer, because the next attempt uses the operator's default.
-    return resolved.model_copy(update={"defaults": late_defaults[-1] | own_defaults})
+    return resolved.model_copy(update={"defaults": late_defaults[-1] | operator_defaults})
 
 
 def _resolve_from_spec(inputs: StatusInput, acceptance: AcceptedSpec) -> ResolvedConfig:
@@ -517,9 +519,9 @@ def _add_measured_time(
         start = next((attempt.resumed_from_step or 0 for attempt in attempts if attempt.number == 1), progress.step or 0)
     if (progress.step or 0) <= start:
         return plan
-    seconds = round((goodput.parts.first_step or 0.0) + goodput.parts.steps, 3)
-    measured = (plan.measured or MeasuredRun()).model_copy(update={"seconds": seconds, "steps": (progress.step or 0) - start})
-    return plan.model_copy(update={"measured": measured})
+    training_seconds = round((goodput.parts.first_step or 0.0) + goodput.parts.steps, 3)
+    measured_run = (plan.measured or MeasuredRun()).model_copy(update={"seconds": training_seconds, "steps": (progress.step or 0) - start})
+    return plan.model_copy(update={"measured": measured_run})
 
 
 # The end
@@ -592,12 +594,12 @@ def _compute_headline(spec: FineTuneJobSpec, evaluation: EvaluationResult) -> st
     """
     if evaluation.metrics is None:
         return None
-    failed = [gate.metric for gate in evaluation.gates or [] if not gate.passed]
-    requested = [*failed, *(gate.metric for gate in spec.evaluation.gates or []), *(spec.evaluation.metrics or [])]
-    for name in (HEADLINE_METRIC_NAMES.get(metric_name, str(metric_name)) for metric_name in requested):
+    failed_metrics = [gate.metric for gate in evaluation.gates or [] if not gate.passed]
+    requested_metrics = [*failed_metrics, *(gate.metric for gate in spec.evaluation.gates or []), *(spec.evaluation.metrics or [])]
+    for name in (HEADLINE_METRIC_NAMES.get(metric_name, str(metric_name)) for metric_name in requested_metrics):
         metric = evaluation.metrics.get(name)
         if metric is not None and metric.value is not None:
-            return f"{name} {metric.value:.4g}" + (" (gate failed)" if failed else "")
+            return f"{name} {metric.value:.4g}" + (" (gate failed)" if failed_metrics else "")
     return None
 
 

@@ -81,7 +81,7 @@ class Resyncer:
             self._queue.add(key)
         self.cache_filled.set()
 
-    async def _list_kind(self, kind: Kind, label_selector: str, store: Callable[[JobCache, None, Object], Any]) -> _KindList:
+    async def _list_kind(self, kind: Kind, label_selector: str, cache_object: Callable[[JobCache, None, Object], Any]) -> _KindList:
         """Store all objects of a kind in the cache, in small steps, so that thousands of objects do not block the event loop."""
         uids: set[str] = set()
         versions: list[int] = []
@@ -92,7 +92,7 @@ class Resyncer:
                     if page.is_first_page:
                         uids_of_namespace.clear()
                     for number, body in enumerate(page.items, start=1):
-                        store(self._cache, None, body)
+                        cache_object(self._cache, None, body)
                         uids_of_namespace.add(body["metadata"]["uid"])
                         if number % OBJECTS_PER_STEP == 0:
                             await asyncio.sleep(0)

@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 DRAIN_SECONDS = 10.0
 """Seconds that running reconciles have to finish when the process is asked to stop."""
-LAG_PERIOD_SECONDS = 1.0
+LOOP_LAG_PERIOD_SECONDS = 1.0
 
 
 class OperatorRuntime:
@@ -86,7 +86,7 @@ class OperatorRuntime:
 
     async def _fill_cache(self) -> int | None:
         """Read the operator's key and fill the cache before all other tasks start. Returns None, or an exit code if this fails or a stop is requested."""
-        load_task = asyncio.create_task(self._load())
+        load_task = asyncio.create_task(self._load_key_and_objects())
         stop_task = asyncio.create_task(self._stop_requested.wait())
         await asyncio.wait([load_task, stop_task], return_when=asyncio.FIRST_COMPLETED)
         stop_task.cancel()
@@ -98,7 +98,7 @@ class OperatorRuntime:
             _log_failure("start", error)
         return None if error is None else 1
 
-    async def _load(self) -> None:
+    async def _load_key_and_objects(self) -> None:
         await self._secrets.load_key(self._kube, self._key_namespace, may_create=not self._config.leader_election.enabled)
         await self._resyncer.run_once()
 
@@ -110,7 +110,7 @@ class OperatorRuntime:
     def _key_namespace(self) -> str:
         return self._config.isolation.operator_namespace or _find_own_namespace()
 
-    async def _keep_key(self) -> None:
+    async def _restore_key_periodically(self) -> None:
         """While this replica is the leader, check once per resync interval whether the Secret that contains the operator's key still exists, and restore it."""
         await self._is_working.wait()
         while True:
@@ -128,7 +128,7 @@ class OperatorRuntime:
         coroutines |= {
             "resync": self._resyncer.run_periodically(self._config.resync_seconds),
             "scraper": self._scraper.run(),
-            "attempt-key": self._keep_key(),
+            "attempt-key": self._restore_key_periodically(),
             "event-loop-lag": self._measure_lag(),
         }
         coroutines |= {f"worker-{number}": self._work() for number in range(self._config.workers)}
@@ -143,11 +143,11 @@ class OperatorRuntime:
                 _log_failure(name, error)
         # If the Lease is lost, another replica may already write, so running reconciles must not continue.
         if not any(isinstance(error, LeaseLost) for error in errors.values()):
-            await self._drain()
+            await self._wait_for_running_reconciles()
         await self._stop_tasks([watch_task, *tasks])
         return 0 if watch_task in done_tasks and watch_task.exception() is None else 1
 
-    async def _drain(self) -> None:
+    async def _wait_for_running_reconciles(self) -> None:
         """Let running reconciles finish, but start no further reconcile."""
         self._health.on_stopping()
         self._is_working.clear()
@@ -183,8 +183,8 @@ class OperatorRuntime:
         loop = asyncio.get_running_loop()
         while True:
             started_at = loop.time()
-            await asyncio.sleep(LAG_PERIOD_SECONDS)
-            self._metrics.loop_lag.set(max(0.0, loop.time() - started_at - LAG_PERIOD_SECONDS))
+            await asyncio.sleep(LOOP_LAG_PERIOD_SECONDS)
+            self._metrics.loop_lag.set(max(0.0, loop.time() - started_at - LOOP_LAG_PERIOD_SECONDS))
 
     def _refresh_metrics(self) -> None:
         phase_counts = Counter(str(job.status.phase or "Pending") for job in self._cache.list_finetunejobs())

@@ -76,11 +76,11 @@ class ProgressScraper:
         self._numbers = itertools.count()
         self._changed = asyncio.Event()
 
-    def build_progress_url(self, namespace: str, pod: str, ip: str) -> str:
+    def build_progress_url(self, namespace: str, pod_name: str, ip: str) -> str:
         """Return the URL of a pod's progress report."""
         host = f"[{ip}]" if ":" in ip else ip
         return self._settings.url.format(
-            ip=host, port=PROGRESS_PORT, path=HttpPath.PROGRESS.value, namespace=namespace, pod=pod
+            ip=host, port=PROGRESS_PORT, path=HttpPath.PROGRESS.value, namespace=namespace, pod=pod_name
         )
 
     def watch(self, key: JobKey, target: ScrapeTarget) -> None:
@@ -89,7 +89,7 @@ class ProgressScraper:
         if current_subscription is not None and current_subscription.target == target:
             return
         self._subscriptions[key] = subscription = PodSubscription(next(self._numbers), key, target)
-        self._read_after(0, subscription)
+        self._schedule_read(0, subscription)
 
     def stop(self, key: JobKey) -> None:
         """Stop reading the job's pod, but keep the last report."""
@@ -137,7 +137,7 @@ class ProgressScraper:
     def _is_current(self, subscription: PodSubscription) -> bool:
         return self._subscriptions.get(subscription.key) is subscription
 
-    def _read_after(self, seconds: float, subscription: PodSubscription) -> None:
+    def _schedule_read(self, seconds: float, subscription: PodSubscription) -> None:
         heapq.heappush(self._heap, (asyncio.get_running_loop().time() + seconds, subscription.number, subscription))
         self._changed.set()
 
@@ -146,7 +146,7 @@ class ProgressScraper:
         if not self._is_current(subscription):
             return
         subscription.failure_count = 0 if report is not None else subscription.failure_count + 1
-        self._read_after(self._compute_interval_seconds(report, subscription.failure_count), subscription)
+        self._schedule_read(self._compute_interval_seconds(report, subscription.failure_count), subscription)
         if report is not None:
             received_report = ReceivedReport(report, self._now(), subscription.target.pod_uid)
             self._reports[subscription.key] = (subscription.target, received_report)

@@ -356,13 +356,13 @@ class OperatorConfig(WireModel):
 
     @model_validator(mode="after")
     def _check_pools(self) -> OperatorConfig:
-        names = [pool.name for pool in self.node_pools]
-        duplicates = sorted({name for name in names if names.count(name) > 1})
-        if duplicates:
-            raise ValueError(f"nodePools contains {', '.join(duplicates)} more than once: use different names")
-        defaults = [pool.name for pool in self.node_pools if pool.default]
-        if len(defaults) > 1:
-            raise ValueError(f"nodePools marks {' and '.join(defaults)} as default: mark only one pool")
+        pool_names = [pool.name for pool in self.node_pools]
+        duplicate_names = sorted({name for name in pool_names if pool_names.count(name) > 1})
+        if duplicate_names:
+            raise ValueError(f"nodePools contains {', '.join(duplicate_names)} more than once: use different names")
+        default_pool_names = [pool.name for pool in self.node_pools if pool.default]
+        if len(default_pool_names) > 1:
+            raise ValueError(f"nodePools marks {' and '.join(default_pool_names)} as default: mark only one pool")
         return self
 
     def find_pool(self, name: str) -> NodePool | None:

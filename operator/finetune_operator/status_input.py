@@ -41,8 +41,8 @@ class StatusInput:
     @property
     def is_suspended(self) -> bool:
         """Whether the user suspended the job and all pods have ended."""
-        between_attempts = self.plan.situation is Situation.ENDED and self.plan.job_end is None
-        return self.facts.is_suspend_requested and (self.plan.situation is Situation.SUSPENDED or between_attempts)
+        is_between_attempts = self.plan.situation is Situation.ENDED and self.plan.job_end is None
+        return self.facts.is_suspend_requested and (self.plan.situation is Situation.SUSPENDED or is_between_attempts)
 
     @property
     def ready_pods(self) -> int:

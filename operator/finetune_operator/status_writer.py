@@ -51,14 +51,14 @@ class StatusWriter:
         """
         old_status, new_status = facts.job.status, compute_status(facts, plan, result)
         if new_status is old_status:
-            self._throttle.record_reverted(state.pending_changes)
+            self._throttle.record_reverted_change(state.pending_changes)
             return
-        old_wire, new_status_json = _get_stored_status(facts.job, state), new_status.to_wire()
-        if old_wire == new_status_json or state.pruned_status_write == (facts.job.resource_version, new_status_json):
-            self._throttle.record_reverted(state.pending_changes)
+        old_status_json, new_status_json = _get_stored_status(facts.job, state), new_status.to_wire()
+        if old_status_json == new_status_json or state.pruned_status_write == (facts.job.resource_version, new_status_json):
+            self._throttle.record_reverted_change(state.pending_changes)
             return
         drafts = draft_events(old_status, new_status)
-        is_transition = select_immediate_fields(old_wire) != select_immediate_fields(new_status_json)
+        is_transition = select_immediate_fields(old_status_json) != select_immediate_fields(new_status_json)
         delay_seconds = self._compute_delay_seconds(facts, plan, new_status, drafts, state, is_transition=is_transition)
         if delay_seconds > 0:
             self._queue.add_after(key, delay_seconds)
@@ -70,8 +70,8 @@ class StatusWriter:
         kill_if_requested(KillPoint.AFTER_STATUS_WRITE)
         # The interval until the next write starts when the progress was received. If the interval started at the write, one late write would delay
         # all later writes.
-        received_ago = seconds_between(facts.last_report.received_at, facts.now) if facts.last_report else 0.0
-        self._throttle.record_write(state.pending_changes, now - received_ago)
+        report_age_seconds = seconds_between(facts.last_report.received_at, facts.now) if facts.last_report else 0.0
+        self._throttle.record_write(state.pending_changes, now - report_age_seconds)
         self._cache.put_finetunejob(written_job)
         self._recorder.record_status_write(facts.job.uid)
         self._record_metrics(facts, old_status, new_status, plan)
@@ -91,11 +91,11 @@ class StatusWriter:
             state.pruned_status_write = (written_job.resource_version, new_status_json) if is_pruned else None
             state.stored_status = None if is_pruned else StoredStatus.store(written_job.resource_version, new_status_json)
             return written_job
-        wire_without_reports = reduce_status(new_status, job.status).to_wire()
-        if wire_without_reports == job.status.to_wire():
+        status_json_without_reports = reduce_status(new_status, job.status).to_wire()
+        if status_json_without_reports == job.status.to_wire():
             return job
         try:
-            return read_finetunejob(await self._send_status(job, wire_without_reports))
+            return read_finetunejob(await self._send_status(job, status_json_without_reports))
         except Invalid as error:
             # A newer CRD may reject values that were stored under an older CRD.
             logger.warning("the API server also rejects the values of the stored status: %s", error)
@@ -114,8 +114,8 @@ class StatusWriter:
             return
         state.status_rejection = error.message
         logger.warning("the API server rejects the status; the operator writes it without the values from the pods: %s", error)
-        text = f"the API server rejects the status; the operator writes it without the values from the pods: {error.message}"
-        await self._recorder.emit(job, [EventDraft(Reason.STATUS_REJECTED, text, "Warning", "Report")])
+        message = f"the API server rejects the status; the operator writes it without the values from the pods: {error.message}"
+        await self._recorder.emit(job, [EventDraft(Reason.STATUS_REJECTED, message, "Warning", "Report")])
 
     def _compute_delay_seconds(
         self, facts: Facts, plan: Plan, new_status: FineTuneJobStatus, drafts: list[EventDraft], state: JobState, *, is_transition: bool

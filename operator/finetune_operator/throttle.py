@@ -21,7 +21,7 @@ least `MIN_DEFER_LIMIT_SECONDS` and at most `MAX_DEFER_LIMIT_SECONDS`. A burst o
 """
 RECHECK_SECONDS = 10.0
 """During a burst: time between two checks whether the burst continues."""
-JOB_END_SECONDS = 5.0
+JOB_END_DELAY_SECONDS = 5.0
 """If all pods have ended but their Job is not finished yet, the status shows the pods as not ready only after this many seconds."""
 
 READ_TIME_DIVISOR, MAX_READ_PAUSE_SECONDS = 20, 10.0
@@ -70,27 +70,27 @@ class StatusThrottle:
         self._transitions = BurstDetector()
         self._deferred: WeakSet[PendingChanges] = WeakSet()
 
-    def defer_first_status(self, pending: PendingChanges, now: float) -> None:
+    def defer_first_status(self, pending_changes: PendingChanges, now: float) -> None:
         """Record that the first status of a new job is deferred."""
-        pending.created_at = now
-        self._update_defer_limit(pending)
+        pending_changes.created_at = now
+        self._update_defer_limit(pending_changes)
 
-    def compute_first_status_due_at(self, pending: PendingChanges) -> float:
+    def compute_first_status_due_at(self, pending_changes: PendingChanges) -> float:
         """Return when the deferred first status of a job must be written, even if the burst continues."""
-        assert pending.created_at is not None  # noqa: S101 -- the caller deferred the status
-        return pending.created_at + self._update_defer_limit(pending)
+        assert pending_changes.created_at is not None  # noqa: S101 -- the caller deferred the status
+        return pending_changes.created_at + self._update_defer_limit(pending_changes)
 
-    def _update_defer_limit(self, pending: PendingChanges) -> float:
+    def _update_defer_limit(self, pending_changes: PendingChanges) -> float:
         """Count the job as deferred, and return the maximum delay of its status write in seconds. While the write is deferred, the maximum delay never
         decreases: when few deferred jobs are left, the burst ends soon anyway.
         """
-        self._deferred.add(pending)
+        self._deferred.add(pending_changes)
         limit_seconds = min(MAX_DEFER_LIMIT_SECONDS, max(MIN_DEFER_LIMIT_SECONDS, DEFER_LIMIT_SECONDS_PER_JOB * len(self._deferred)))
-        pending.defer_limit_seconds = max(pending.defer_limit_seconds, limit_seconds)
-        return pending.defer_limit_seconds
+        pending_changes.defer_limit_seconds = max(pending_changes.defer_limit_seconds, limit_seconds)
+        return pending_changes.defer_limit_seconds
 
     def compute_progress_delay(
-        self, pending: PendingChanges, now: float, *, has_steps: bool = True, is_update_burst: bool = False
+        self, pending_changes: PendingChanges, now: float, *, has_steps: bool = True, is_update_burst: bool = False
     ) -> float:
         """Return the seconds until a status with new progress, but without a transition, may be written.
 
@@ -98,45 +98,45 @@ class StatusThrottle:
         (`has_steps` is false) can be deferred beyond the normal interval.
         `is_update_burst`: many Jobs and pods change now.
         """
-        pending.transition_at, pending.pods_ended_at = None, None
-        due_at = pending.progress_at + self._progress_seconds
+        pending_changes.transition_at, pending_changes.pods_ended_at = None, None
+        due_at = pending_changes.progress_at + self._progress_seconds
         if now < due_at or has_steps or not (is_update_burst or self._transitions.is_active(now)):
-            self._stop_deferring(pending)
+            self._stop_deferring(pending_changes)
             return due_at - now
-        return min(RECHECK_SECONDS, due_at - now + self._update_defer_limit(pending))
+        return min(RECHECK_SECONDS, due_at - now + self._update_defer_limit(pending_changes))
 
-    def compute_transition_delay(self, pending: PendingChanges, *, pods_ended: bool, now: float, is_update_burst: bool = False) -> float:
+    def compute_transition_delay(self, pending_changes: PendingChanges, *, pods_ended: bool, now: float, is_update_burst: bool = False) -> float:
         """Return for how many seconds a status with a transition may still be deferred. If the result is 0, the status must be written now.
 
         Call this only if all changes of the status may be written late. `is_update_burst`: many Jobs and pods change now, so the end of this job may
         follow soon.
         """
-        if pending.transition_at is None:
-            pending.transition_at = now if pending.created_at is None else pending.created_at
+        if pending_changes.transition_at is None:
+            pending_changes.transition_at = now if pending_changes.created_at is None else pending_changes.created_at
             self._transitions.record(now)
         is_burst = is_update_burst or self._transitions.is_active(now)
-        defer_limit_seconds = self._update_defer_limit(pending) if is_burst else 0.0
-        delay_seconds = max(0.0, min(RECHECK_SECONDS, pending.transition_at + defer_limit_seconds - now))
+        defer_limit_seconds = self._update_defer_limit(pending_changes) if is_burst else 0.0
+        delay_seconds = max(0.0, min(RECHECK_SECONDS, pending_changes.transition_at + defer_limit_seconds - now))
         if not pods_ended:
-            pending.pods_ended_at = None
+            pending_changes.pods_ended_at = None
             return delay_seconds
-        pending.pods_ended_at = now if pending.pods_ended_at is None else pending.pods_ended_at
-        return max(delay_seconds, pending.pods_ended_at + JOB_END_SECONDS - now)
+        pending_changes.pods_ended_at = now if pending_changes.pods_ended_at is None else pending_changes.pods_ended_at
+        return max(delay_seconds, pending_changes.pods_ended_at + JOB_END_DELAY_SECONDS - now)
 
-    def record_reverted(self, pending: PendingChanges) -> None:
+    def record_reverted_change(self, pending_changes: PendingChanges) -> None:
         """Clear the pending changes of a job whose stored status is up to date again."""
-        pending.transition_at = None
-        self._stop_deferring(pending)
+        pending_changes.transition_at = None
+        self._stop_deferring(pending_changes)
 
-    def record_write(self, pending: PendingChanges, progress_at: float) -> None:
+    def record_write(self, pending_changes: PendingChanges, progress_at: float) -> None:
         """Clear the pending changes after a status write. `progress_at`: when the operator received the progress that was written."""
-        self._stop_deferring(pending)
-        pending.created_at, pending.transition_at, pending.pods_ended_at = None, None, None
-        pending.progress_at = progress_at
+        self._stop_deferring(pending_changes)
+        pending_changes.created_at, pending_changes.transition_at, pending_changes.pods_ended_at = None, None, None
+        pending_changes.progress_at = progress_at
 
-    def _stop_deferring(self, pending: PendingChanges) -> None:
-        self._deferred.discard(pending)
-        pending.defer_limit_seconds = 0.0
+    def _stop_deferring(self, pending_changes: PendingChanges) -> None:
+        self._deferred.discard(pending_changes)
+        pending_changes.defer_limit_seconds = 0.0
 
 
 class ReadTimeLimiter:

@@ -247,11 +247,11 @@ def _read_identity_from_owner(metadata: Object) -> tuple[str, int] | None:
     This is needed for a Job that has lost its labels: the operator would otherwise create a second Job for the same attempt.
     """
     owners = metadata.get("ownerReferences") or []
-    owner = next((str(o.get("name")) for o in owners if o.get("kind") == KIND and o.get("controller")), "")
-    if owner and parse_preparation_number(str(metadata["name"]), owner) is not None:
-        return owner, 0
+    owner_name = next((str(o.get("name")) for o in owners if o.get("kind") == KIND and o.get("controller")), "")
+    if owner_name and parse_preparation_number(str(metadata["name"]), owner_name) is not None:
+        return owner_name, 0
     name, _, number = str(metadata["name"]).rpartition("-")
-    return (owner, int(number)) if owner and name == owner and number.isdigit() else None
+    return (owner_name, int(number)) if owner_name and name == owner_name and number.isdigit() else None
 
 
 def read_pod(body: Object) -> PodView | None:
@@ -339,15 +339,15 @@ def mark_deleted(pod: PodView) -> PodView:
     return replace(pod, is_deleted=True, is_ready=False, removed_at=pod.removed_at or datetime.now(UTC))
 
 
-def _read_terminated_state(value: Object | None) -> TerminatedState | None:
-    if not value:
+def _read_terminated_state(terminated_state: Object | None) -> TerminatedState | None:
+    if not terminated_state:
         return None
     return TerminatedState(
-        exit_code=_parse_number(value.get("exitCode")) or 0,
-        reason=str(value.get("reason", "")),
-        message=str(value.get("message", "")),
-        finished_at=parse_time(value.get("finishedAt")),
-        started_at=parse_time(value.get("startedAt")),
+        exit_code=_parse_number(terminated_state.get("exitCode")) or 0,
+        reason=str(terminated_state.get("reason", "")),
+        message=str(terminated_state.get("message", "")),
+        finished_at=parse_time(terminated_state.get("finishedAt")),
+        started_at=parse_time(terminated_state.get("startedAt")),
     )
 
 

@@ -53,6 +53,6 @@ def _build_resources(server: Generation, spec: FineTuneJobSpec) -> Object:
     memory, gpus = str(value_or_default(server, "memory")), int(value_or_default(server, "gpus"))
     requests, limits = {"cpu": str(value_or_default(server, "cpu")), "memory": memory}, {"memory": memory}
     if gpus:
-        resource = spec.resources.gpu_resource or "nvidia.com/gpu"
-        requests[resource] = limits[resource] = str(gpus)
+        gpu_resource_name = spec.resources.gpu_resource or "nvidia.com/gpu"
+        requests[gpu_resource_name] = limits[gpu_resource_name] = str(gpus)
     return {"requests": requests, "limits": limits}

@@ -17,14 +17,14 @@ from finetune_operator.views import JOB_NAME_LABEL, JobView
 
 def build_attempt_secret(job: JobView, secret: str, checkpoint_key: str) -> Object:
     """Return the Secret that the pods of the Job mount."""
-    values = {ATTEMPT_SECRET_KEY: secret, CHECKPOINT_KEY: checkpoint_key}
+    secret_values = {ATTEMPT_SECRET_KEY: secret, CHECKPOINT_KEY: checkpoint_key}
     return {
         "apiVersion": SECRET.api_version,
         "kind": SECRET.kind,
         "metadata": _build_metadata(job, job.attempt_secret_name),
         "type": "Opaque",
         "immutable": True,
-        "data": {name: base64.b64encode(value.encode()).decode() for name, value in values.items()},
+        "data": {name: base64.b64encode(value.encode()).decode() for name, value in secret_values.items()},
     }
 
 
@@ -34,17 +34,17 @@ def build_network_policy(job: JobView, settings: IsolationSettings) -> Object:
     All ports are open between the pods of a gang, because Gloo and NCCL choose ports at random. The kubelet's probes need no rule, because a
     NetworkPolicy does not block traffic from the pod's own node. Outgoing traffic is limited only if the configuration names addresses to block.
     """
-    own_pods = {"matchLabels": {JOB_NAME_LABEL: job.name}}
-    operator_pods = {
+    job_pod_selector = {"matchLabels": {JOB_NAME_LABEL: job.name}}
+    operator_pod_selector = {
         "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": settings.operator_namespace}},
         "podSelector": {"matchLabels": dict(settings.operator_labels)},
     }
     spec: dict[str, Any] = {
-        "podSelector": own_pods,
+        "podSelector": job_pod_selector,
         "policyTypes": ["Ingress"],
         "ingress": [
-            {"from": [{"podSelector": own_pods}]},
-            {"from": [operator_pods, *settings.metrics_from], "ports": [{"protocol": "TCP", "port": PROGRESS_PORT}]},
+            {"from": [{"podSelector": job_pod_selector}]},
+            {"from": [operator_pod_selector, *settings.metrics_from], "ports": [{"protocol": "TCP", "port": PROGRESS_PORT}]},
         ],
     }
     if settings.all_blocked_cidrs:

@@ -253,8 +253,8 @@ def _build_pod_spec(
     pull_secrets = placement.image_pull_secrets or list(config.trainer.image_pull_secrets)
     if pull_secrets:
         pod["imagePullSecrets"] = [{"name": secret} for secret in pull_secrets]
-    service_account = placement.service_account_name or config.trainer.service_account_name
-    return pod | ({"serviceAccountName": service_account} if service_account else {})
+    service_account_name = placement.service_account_name or config.trainer.service_account_name
+    return pod | ({"serviceAccountName": service_account_name} if service_account_name else {})
 
 
 def _build_pod_security(has_fixed_user: bool) -> Object:
@@ -298,24 +298,24 @@ def _build_operator_volumes(spec: FineTuneJobSpec, secret_name: str) -> list[Obj
     resources = spec.resources
     return [
         _build_run_volume(secret_name),
-        {"name": "work", "emptyDir": _set_size_limit({}, resources.ephemeral_storage)},
-        {"name": "shm", "emptyDir": _set_size_limit({"medium": "Memory"}, resources.shared_memory)},
+        {"name": "work", "emptyDir": _add_size_limit({}, resources.ephemeral_storage)},
+        {"name": "shm", "emptyDir": _add_size_limit({"medium": "Memory"}, resources.shared_memory)},
         # The pod's disk limit applies to the sum of all volumes.
-        {"name": "tmp", "emptyDir": _set_size_limit({}, resources.ephemeral_storage)},
+        {"name": "tmp", "emptyDir": _add_size_limit({}, resources.ephemeral_storage)},
     ]
 
 
 def _build_run_volume(secret_name: str, keys: tuple[str, ...] = (names.ATTEMPT_SECRET_KEY, names.CHECKPOINT_KEY)) -> Object:
     """Return the volume with `run.json` and, if the attempt has a Secret, one file for each of the Secret's keys in `keys`."""
-    item = {"path": names.RUN_FILE_NAME, "fieldRef": {"fieldPath": f"metadata.annotations['{Annotation.RUN_CONFIG}']"}}
-    run_config = {"downwardAPI": {"items": [item]}}
+    run_file_item = {"path": names.RUN_FILE_NAME, "fieldRef": {"fieldPath": f"metadata.annotations['{Annotation.RUN_CONFIG}']"}}
+    run_config_source = {"downwardAPI": {"items": [run_file_item]}}
     if not secret_name:
-        return {"name": "run", **run_config}
-    items = [{"key": key, "path": key} for key in keys]
-    return {"name": "run", "projected": {"sources": [run_config, {"secret": {"name": secret_name, "items": items}}]}}
+        return {"name": "run", **run_config_source}
+    key_items = [{"key": key, "path": key} for key in keys]
+    return {"name": "run", "projected": {"sources": [run_config_source, {"secret": {"name": secret_name, "items": key_items}}]}}
 
 
-def _set_size_limit(volume: Object, size: str | int | None) -> Object:
+def _add_size_limit(volume: Object, size: str | int | None) -> Object:
     return volume | ({"sizeLimit": str(size)} if size is not None else {})
 
 
@@ -331,8 +331,8 @@ def _build_resources(spec: FineTuneJobSpec) -> Object:
         if amount is not None:
             requests[name] = limits[name] = str(amount)
     if resources.gpus_per_node:
-        resource = resources.gpu_resource or "nvidia.com/gpu"
-        requests[resource] = limits[resource] = str(resources.gpus_per_node)
+        gpu_resource_name = resources.gpu_resource or "nvidia.com/gpu"
+        requests[gpu_resource_name] = limits[gpu_resource_name] = str(resources.gpus_per_node)
     return {"requests": requests, "limits": limits}
 
 
@@ -441,15 +441,15 @@ def _build_scheduling_fields(spec: FineTuneJobSpec, pool: NodePool | None, confi
         affinity["nodeAffinity"] = {"requiredDuringSchedulingIgnoredDuringExecution": required_terms}
     if gang_name:
         gang_selector = {"labelSelector": {"matchLabels": {JOB_NAME_LABEL: gang_name}}}
-        same_zone = {"weight": 100, "podAffinityTerm": {**gang_selector, "topologyKey": ZONE_LABEL}}
-        affinity["podAffinity"] = {"preferredDuringSchedulingIgnoredDuringExecution": [same_zone]}
+        same_zone_preference = {"weight": 100, "podAffinityTerm": {**gang_selector, "topologyKey": ZONE_LABEL}}
+        affinity["podAffinity"] = {"preferredDuringSchedulingIgnoredDuringExecution": [same_zone_preference]}
         spread_constraint = {"maxSkew": 1, "topologyKey": HOST_LABEL, "whenUnsatisfiable": "ScheduleAnyway", **gang_selector}
         result["topologySpreadConstraints"] = [spread_constraint]
     if affinity:
         result["affinity"] = affinity
-    priority_class = placement.priority_class_name or config.trainer.priority_class_name
-    if priority_class:
-        result["priorityClassName"] = priority_class
+    priority_class_name = placement.priority_class_name or config.trainer.priority_class_name
+    if priority_class_name:
+        result["priorityClassName"] = priority_class_name
     if placement.scheduler_name:
         result["schedulerName"] = placement.scheduler_name
     return result

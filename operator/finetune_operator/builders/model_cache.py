@@ -23,9 +23,9 @@ CLAIM_FOLDER = "finetune-models"
 """Folder of the cache on a volume claim. The cache has a folder of its own, so that it touches no other files of the volume."""
 NODE_FREE_DISK_SHARE = "0.15"
 """Fraction of a node's disk that the cache leaves free. With less free space, the kubelet usually evicts pods."""
-COPIED_MOUNTS = ("run", "work", "tmp", "ca")
+COPIED_MOUNT_NAMES = ("run", "work", "tmp", "ca")
 """Volumes of the trainer container that the init container also mounts."""
-COPIED_VARIABLES = frozenset({
+COPIED_VARIABLE_NAMES = frozenset({
     *(name.value for name in (Env.RUN_SHA256, Env.NODE_RANK, Env.POD_NAME, Env.POD_UID, Env.NODE_NAME, Env.DISK_LIMIT, Env.HF_TOKEN)),
     *(prefix + name.value for prefix in ("", names.MODEL_CREDENTIALS_PREFIX)
       for name in (Env.STORAGE_ACCESS_KEY, Env.STORAGE_SECRET_KEY, Env.STORAGE_SESSION_TOKEN, Env.STORAGE_CUSTOMER_KEY)),
@@ -84,14 +84,14 @@ def _find_claim_folder(cache: str) -> tuple[Object, str]:
 def _add_pull_secrets(pod: Object, config: OperatorConfig) -> None:
     """Add the pull Secrets of the platform's trainer image. Without this call, a pod whose job sets `placement.imagePullSecrets` lacks them."""
     secrets = pod.get("imagePullSecrets", [])
-    missing = [{"name": name} for name in config.trainer.image_pull_secrets if {"name": name} not in secrets]
-    if missing:
-        pod["imagePullSecrets"] = [*secrets, *missing]
+    missing_secrets = [{"name": name} for name in config.trainer.image_pull_secrets if {"name": name} not in secrets]
+    if missing_secrets:
+        pod["imagePullSecrets"] = [*secrets, *missing_secrets]
 
 
 def _build_init_container(trainer: Object, arguments: list[str], config: OperatorConfig) -> Object:
     """Return the init container. The requests of the init container are at most those of the trainer container, so the pod's requests do not grow."""
-    mounts = [mount for mount in trainer["volumeMounts"] if mount["name"] in COPIED_MOUNTS]
+    mounts = [mount for mount in trainer["volumeMounts"] if mount["name"] in COPIED_MOUNT_NAMES]
     return {
         "name": names.MODEL_CACHE_CONTAINER,
         "image": config.trainer.image,
@@ -106,9 +106,9 @@ def _build_init_container(trainer: Object, arguments: list[str], config: Operato
 
 
 def _build_env(variables: list[Object], platform_variables: dict[str, str]) -> list[Object]:
-    copied = [variable for variable in variables if variable["name"] in COPIED_VARIABLES]
-    copied_names = {variable["name"] for variable in copied}
-    return [*copied, *({"name": name, "value": value} for name, value in sorted(platform_variables.items()) if name not in copied_names)]
+    copied_variables = [variable for variable in variables if variable["name"] in COPIED_VARIABLE_NAMES]
+    copied_names = {variable["name"] for variable in copied_variables}
+    return [*copied_variables, *({"name": name, "value": value} for name, value in sorted(platform_variables.items()) if name not in copied_names)]
 
 
 def _remove_device_resources(amounts: dict[str, Any]) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def _find_claims(spec: FineTuneJobSpec) -> dict[str, bool]:
 
 def _yield_sources(spec: FineTuneJobSpec) -> Iterator[tuple[Any, bool]]:
     """Yield each source of the spec and whether the job writes to that source."""
-    adapter = spec.method.adapter.source if spec.method.adapter else None
+    adapter_source = spec.method.adapter.source if spec.method.adapter else None
     reference_model = spec.trainer.dpo.reference_model if spec.trainer.dpo else None
     metric_models = spec.evaluation.metric_models
     dataset = spec.dataset
@@ -79,7 +79,7 @@ def _yield_sources(spec: FineTuneJobSpec) -> Iterator[tuple[Any, bool]]:
     read_sources = [
         spec.model.source,
         spec.model.tokenizer,
-        adapter,
+        adapter_source,
         reference_model,
         dataset.train,
         dataset.validation,

@@ -53,14 +53,14 @@ def build_run_config(
     and later attempts, because the operator may not know the newest of these checkpoints. `before_adaptation`: the original values of
     adapted fields, by path. `choices`: paths of the values that the plan chose; these values are also in `defaults`.
     """
-    prepared = _find_prepared_rows(job, spec)
+    prepared_rows = _find_prepared_rows(job, spec)
     policy = spec.policy.model_copy(update={"max_cost": None, "on_existing_result": None})
     model = spec.model.model_copy(update={"cache": None})
     spec = spec.model_copy(update={"prepare": Prepare(), "policy": policy, "model": model})
-    omitted = (ON_EXISTING_RESULT_FIELD, MODEL_CACHE_FIELD)
-    defaults = {path: value for path, value in defaults.items() if not path.startswith("prepare.") and path not in omitted}
-    root = f"{(spec.storage.uri or '').rstrip('/')}"
-    publish_uri = f"{root}/{spec.output.dir.strip('/')}" if spec.output.dir else None
+    omitted_fields = (ON_EXISTING_RESULT_FIELD, MODEL_CACHE_FIELD)
+    defaults = {path: value for path, value in defaults.items() if not path.startswith("prepare.") and path not in omitted_fields}
+    storage_root_uri = f"{(spec.storage.uri or '').rstrip('/')}"
+    publish_uri = f"{storage_root_uri}/{spec.output.dir.strip('/')}" if spec.output.dir else None
     return RunConfig(
         name=job.name,
         namespace=job.namespace,
@@ -71,12 +71,12 @@ def build_run_config(
         origins=find_origins(defaults, choices),
         before_adaptation=dict(before_adaptation) if before_adaptation else None,
         world=_build_world(job, spec, attempt),
-        storage=_build_store_target(f"{root}/{job.namespace}/{job.name}/{job.uid}", spec.storage, "storage", ""),
+        storage=_build_store_target(f"{storage_root_uri}/{job.namespace}/{job.name}/{job.uid}", spec.storage, "storage", ""),
         publish=publish_uri,
         model_store=_build_source_store(spec, spec.model.storage, "model", MODEL_CREDENTIALS_PREFIX),
         dataset_store=_build_source_store(spec, spec.dataset.storage, "dataset", DATASET_CREDENTIALS_PREFIX),
         resume=_build_resume(job, spec, attempt, committed_step, max_step, rolled_back_attempt),
-        prepared=prepared,
+        prepared=prepared_rows,
         generation_url=f"http://{LOOPBACK_ADDRESS}:{GENERATION_PORT}" if generation_server(spec) is not None else None,
         grace_seconds=_compute_grace_seconds(job, spec, defaults),
     )
@@ -87,10 +87,10 @@ def _find_prepared_rows(job: FineTuneJobView, spec: FineTuneJobSpec) -> Prepared
     if spec.prepare.strategy in (None, PrepareStrategy.NEVER):
         return None
     rows = PreparedRows() if spec.prepare.ttl_days is None else PreparedRows(ttl_days=spec.prepare.ttl_days)
-    data = job.status.data
-    if data is None or not (_is_sha256(data.digest) and _is_sha256(data.prepared_sha256)):
+    data_status = job.status.data
+    if data_status is None or not (_is_sha256(data_status.digest) and _is_sha256(data_status.prepared_sha256)):
         return rows
-    return rows.model_copy(update={"digest": data.digest, "manifest_sha256": data.prepared_sha256})
+    return rows.model_copy(update={"digest": data_status.digest, "manifest_sha256": data_status.prepared_sha256})
 
 
 def _is_sha256(text: str | None) -> bool:
@@ -115,15 +115,15 @@ def convert_to_preparation_run(run: RunConfig, on_existing_result: OnExistingRes
 
 
 def _build_world(job: FineTuneJobView, spec: FineTuneJobSpec, attempt: int) -> World:
-    nodes = spec.resources.nodes or 1
-    name = attempt_job_name(job.name, attempt)
-    gpus = spec.resources.gpus_per_node if spec.resources.gpus_per_node is not None else 1
+    node_count = spec.resources.nodes or 1
+    job_name = attempt_job_name(job.name, attempt)
+    gpu_count = spec.resources.gpus_per_node if spec.resources.gpus_per_node is not None else 1
     return World(
-        nodes=nodes,
-        processes_per_node=spec.resources.processes_per_node or max(gpus, 1),
-        gpus_per_node=gpus,
-        master_address=f"{name}-0.{name}" if nodes > 1 else LOOPBACK_ADDRESS,
-        master_port=RENDEZVOUS_PORT if nodes > 1 else 0,
+        nodes=node_count,
+        processes_per_node=spec.resources.processes_per_node or max(gpu_count, 1),
+        gpus_per_node=gpu_count,
+        master_address=f"{job_name}-0.{job_name}" if node_count > 1 else LOOPBACK_ADDRESS,
+        master_port=RENDEZVOUS_PORT if node_count > 1 else 0,
         rendezvous_id=f"{job.uid}-{attempt}",
     )
 

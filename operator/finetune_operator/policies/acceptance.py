@@ -80,19 +80,19 @@ def accept(
     if rule_problems and first_attempt is None:
         reason = Reason.REJECTED if problems else Reason.NOT_SUPPORTED_YET
         return RefusedSpec(reason, clean("; ".join(rule_problems)), hint=[*problems, *unsupported_problems][0].hint, spec=spec)
-    spec_digest, recorded = compute_spec_sha256(raw_spec), first_attempt or FirstAttempt()
+    spec_digest, first_attempt_or_empty = compute_spec_sha256(raw_spec), first_attempt or FirstAttempt()
     choices, chosen_spec = _apply_choices(spec, choices or {})
     pool = choose_pool(chosen_spec, config)
-    platform_defaults = _build_platform_defaults(chosen_spec, config, None if isinstance(pool, RefusedSpec) else pool, recorded, namespace)
-    resolved_spec = _resolve_spec(spec, platform_defaults, recorded, choices)
+    platform_defaults = _build_platform_defaults(chosen_spec, config, None if isinstance(pool, RefusedSpec) else pool, first_attempt_or_empty, namespace)
+    resolved_spec = _resolve_spec(spec, platform_defaults, first_attempt_or_empty, choices)
     version_refusal = _refuse_other_version(unknown_fields, spec_digest, first_attempt)
     if version_refusal is not None:
         return replace(version_refusal, spec=resolved_spec.spec)
     platform_rules = config.policy.rules_for(namespace)
-    forbidden_values = check_policy(spec, platform_rules, config.build_platform(namespace))
+    policy_problems = check_policy(spec, platform_rules, config.build_platform(namespace))
     is_new = first_attempt is None and not was_accepted
-    if forbidden_values and is_new:
-        return replace(_refuse_forbidden(forbidden_values), spec=resolved_spec.spec)
+    if policy_problems and is_new:
+        return replace(_refuse_forbidden(policy_problems), spec=resolved_spec.spec)
     if isinstance(pool, RefusedSpec):
         return replace(pool, spec=resolved_spec.spec)
     placement_conflicts = [*find_placement_problems(chosen_spec, pool, config), *find_model_cache_problems(spec, namespace, config)]
@@ -106,19 +106,19 @@ def accept(
     if refusal is not None:
         return replace(refusal, spec=resolved_spec.spec)
     # If an older operator started the job, new rules of this operator must not end the job, because the user cannot change the spec.
-    newer_problems = [*rule_problems, *forbidden_values, *placement_conflicts]
+    new_job_problems = [*rule_problems, *policy_problems, *placement_conflicts]
     if unpriced := _refuse_unknown_price(spec, pool):  # for a started job, this is only a note: its GPUs may have had a price when it started
-        newer_problems.append(unpriced.message)
-    newer_rules = [clean(f"a new job would be refused: {problem}") for problem in newer_problems]
-    notes, max_duration_seconds = (*resolved_spec.notes, *newer_rules), platform_rules.max_duration_seconds if is_new else None
+        new_job_problems.append(unpriced.message)
+    new_job_notes = [clean(f"a new job would be refused: {problem}") for problem in new_job_problems]
+    notes, max_duration_seconds = (*resolved_spec.notes, *new_job_notes), platform_rules.max_duration_seconds if is_new else None
     return AcceptedSpec(resolved_spec.spec, resolved_spec.defaults, choices, notes, pool, spec_digest, max_duration_seconds)
 
 
 def _apply_choices(spec: FineTuneJobSpec, choices: Mapping[str, Any]) -> tuple[dict[str, Any], FineTuneJobSpec]:
     """Return the choices for fields that the user left out, and the spec with these choices filled in."""
-    applied = {path: value for path, value in choices.items() if spec.value(path) is None}
+    applied_choices = {path: value for path, value in choices.items() if spec.value(path) is None}
     try:
-        return applied, spec.with_values(applied)
+        return applied_choices, spec.with_values(applied_choices)
     except ValidationError as error:
         # Only a manual edit of the status can cause this error. The job continues with the defaults.
         logger.warning("the choices in status cannot be applied and are ignored: %s", error)
@@ -195,10 +195,10 @@ def _refuse_missing_image(resolved_spec: ResolvedSpec) -> RefusedSpec | None:
 
 
 def _refuse_size(resolved_spec: ResolvedSpec, first_attempt: FirstAttempt | None) -> RefusedSpec | None:
-    size = len(resolved_spec.spec.model_dump_json(by_alias=True, exclude_none=True).encode())
-    if size <= MAX_SPEC_BYTES:
+    size_bytes = len(resolved_spec.spec.model_dump_json(by_alias=True, exclude_none=True).encode())
+    if size_bytes <= MAX_SPEC_BYTES:
         return None
-    message = f"the spec with its defaults has {size} bytes, but at most {MAX_SPEC_BYTES} bytes fit into a pod's annotation"
+    message = f"the spec with its defaults has {size_bytes} bytes, but at most {MAX_SPEC_BYTES} bytes fit into a pod's annotation"
     hint = "put templates and long lists into ConfigMaps, and refer to the ConfigMaps in the spec"
     return RefusedSpec(Reason.REJECTED, message, hint, is_final=first_attempt is None)
 
@@ -210,9 +210,9 @@ def _resolve_spec(
     resolved_spec, recorded_defaults = resolve_defaults(spec, platform_defaults=platform_defaults, choices=choices), first_attempt.defaults
     store_differs = any(resolved_spec.defaults.get(path) != recorded_defaults.get(path) for path in STORE_IDENTITY_FIELDS)
     if store_differs and any(path in recorded_defaults for path in STORE_IDENTITY_FIELDS):
-        storage = {path.partition(".")[2]: value for path, value in recorded_defaults.items() if path.startswith("storage.")}
+        recorded_storage = {path.partition(".")[2]: value for path, value in recorded_defaults.items() if path.startswith("storage.")}
         try:
-            platform_defaults = replace(platform_defaults, storage=StorageRoot.model_validate(storage))
+            platform_defaults = replace(platform_defaults, storage=StorageRoot.model_validate(recorded_storage))
             resolved_spec = resolve_defaults(spec, platform_defaults=platform_defaults, choices=choices)
         except ValidationError as error:
             logger.warning("the default storage of the job's first attempt cannot be parsed; using the current default: %s", error)

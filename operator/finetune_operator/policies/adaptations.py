@@ -95,18 +95,18 @@ def adapt_to_out_of_memory(
     `spec` is the resolved spec after `earlier_adaptations` were applied. `advice`: the memory plan's advice from the failed pod, or None if the pod
     sent no advice.
     """
-    batch = spec.training.batch_size_per_device or 1
-    accumulation = spec.training.gradient_accumulation_steps or 1
+    micro_batch_size = spec.training.batch_size_per_device or 1
+    accumulation_steps = spec.training.gradient_accumulation_steps or 1
     if spec.policy.on_out_of_memory is OnOutOfMemory.FAIL:
         return AdaptationsExhausted("policy.onOutOfMemory is Fail", "write policy.onOutOfMemory: Adapt, or lower the batch")
-    for values in _yield_advised_changes(spec, batch, accumulation, advice, earlier_adaptations):
+    for values in _yield_advised_changes(spec, micro_batch_size, accumulation_steps, advice, earlier_adaptations):
         if not new_problems(spec, spec.with_values(values)):
             return _build_memory_adaptation(spec, values, now, advice)
-    for values in _yield_possible_changes(spec, batch, accumulation):
+    for values in _yield_possible_changes(spec, micro_batch_size, accumulation_steps):
         if not new_problems(spec, spec.with_values(values)):
             return _build_memory_adaptation(spec, values, now)
     return AdaptationsExhausted(
-        f"memory ran out with batchSizePerDevice {batch}, gradientAccumulationSteps {accumulation} and activation "
+        f"memory ran out with batchSizePerDevice {micro_batch_size}, gradientAccumulationSteps {accumulation_steps} and activation "
         f"checkpointing {spec.training.gradient_checkpointing or 'unknown'}: no further reduction is possible",
         _choose_hint(advice),
     )
@@ -122,25 +122,27 @@ def _build_memory_adaptation(spec: FineTuneJobSpec, values: dict[str, Any], now:
 
 
 def _yield_advised_changes(
-    spec: FineTuneJobSpec, micro_batch_before: int, accumulation: int, advice: MemoryAdvice | None, earlier_adaptations: Iterable[Adaptation]
+    spec: FineTuneJobSpec, micro_batch_before: int, accumulation_steps: int, advice: MemoryAdvice | None, earlier_adaptations: Iterable[Adaptation]
 ) -> Iterator[dict[str, Any]]:
     """Yield the advised change if it reduces the memory: first with, then without a smaller evaluation batch.
 
     A pod's advice may be wrong, so it can neither change the effective batch nor be repeated forever.
     """
-    micro_batch = advice.batch_size_per_device if advice is not None else None
-    if advice is None or micro_batch is None or not min_batch_size_per_device(spec) <= micro_batch <= micro_batch_before or micro_batch_before % micro_batch:
+    micro_batch_size = advice.batch_size_per_device if advice is not None else None
+    if advice is None or micro_batch_size is None:
+        return
+    if not min_batch_size_per_device(spec) <= micro_batch_size <= micro_batch_before or micro_batch_before % micro_batch_size:
         return
     values: dict[str, Any] = {}
     if advice.gradient_checkpointing == GradientCheckpointing.ENABLED and GRADIENT_CHECKPOINTING_FIELD not in merge_adapted_values(earlier_adaptations):
         values[GRADIENT_CHECKPOINTING_FIELD] = GradientCheckpointing.ENABLED.value
-    new_accumulation = accumulation * (micro_batch_before // micro_batch)
-    if micro_batch < micro_batch_before and new_accumulation <= MAX_ACCUMULATION:
-        values |= {BATCH_FIELD: micro_batch, ACCUMULATION_FIELD: new_accumulation}
+    new_accumulation_steps = accumulation_steps * (micro_batch_before // micro_batch_size)
+    if micro_batch_size < micro_batch_before and new_accumulation_steps <= MAX_ACCUMULATION:
+        values |= {BATCH_FIELD: micro_batch_size, ACCUMULATION_FIELD: new_accumulation_steps}
     if not values:
         return
-    if _find_evaluation_batch(spec) > micro_batch:
-        yield values | {EVALUATION_BATCH_FIELD: micro_batch}
+    if _find_evaluation_batch(spec) > micro_batch_size:
+        yield values | {EVALUATION_BATCH_FIELD: micro_batch_size}
     yield values
 
 
@@ -150,11 +152,11 @@ def _explain_advice(advice: MemoryAdvice) -> str:
         f"{(count or 0) / 1e9:.1f} GB"
         for count in (advice.needed_bytes, advice.available_bytes, advice.planned_bytes, advice.expected_bytes, advice.upper_bytes)
     )
-    corrected = " corrected by these numbers," if advice.needed_bytes > advice.planned_bytes else ""
-    smallest = "" if advice.fits else "; this may not fit, but no values need less"
+    correction_text = " corrected by these numbers," if advice.needed_bytes > advice.planned_bytes else ""
+    doubt_text = "" if advice.fits else "; this may not fit, but no values need less"
     return (
-        f"the attempt needed at least {needed} of GPU memory, {available} were available, and the plan expected {planned};{corrected} the new "
-        f"values need {expected}, at most {upper}{smallest}"
+        f"the attempt needed at least {needed} of GPU memory, {available} were available, and the plan expected {planned};{correction_text} the new "
+        f"values need {expected}, at most {upper}{doubt_text}"
     )
 
 
@@ -170,17 +172,18 @@ def _find_evaluation_batch(spec: FineTuneJobSpec) -> int:
     return (spec.evaluation.batch_size_per_device or 0) if runs_evaluation else 0
 
 
-def _yield_possible_changes(spec: FineTuneJobSpec, micro_batch_before: int, accumulation: int) -> Iterator[dict[str, Any]]:
+def _yield_possible_changes(spec: FineTuneJobSpec, micro_batch_before: int, accumulation_steps: int) -> Iterator[dict[str, Any]]:
     """Yield the changes that are possible without advice, the most effective change first."""
-    evaluation_batch = _find_evaluation_batch(spec)
-    micro_batch = next((divisor for divisor in range(micro_batch_before // 2, min_batch_size_per_device(spec) - 1, -1) if micro_batch_before % divisor == 0), 0)
-    new_accumulation = accumulation * (micro_batch_before // micro_batch) if micro_batch else 0
-    if 0 < new_accumulation <= MAX_ACCUMULATION:
-        values: dict[str, Any] = {BATCH_FIELD: micro_batch, ACCUMULATION_FIELD: new_accumulation}
-        if evaluation_batch > micro_batch:
-            yield values | {EVALUATION_BATCH_FIELD: micro_batch}
+    evaluation_batch_size = _find_evaluation_batch(spec)
+    smaller_sizes = range(micro_batch_before // 2, min_batch_size_per_device(spec) - 1, -1)
+    micro_batch_size = next((size for size in smaller_sizes if micro_batch_before % size == 0), 0)
+    new_accumulation_steps = accumulation_steps * (micro_batch_before // micro_batch_size) if micro_batch_size else 0
+    if 0 < new_accumulation_steps <= MAX_ACCUMULATION:
+        values: dict[str, Any] = {BATCH_FIELD: micro_batch_size, ACCUMULATION_FIELD: new_accumulation_steps}
+        if evaluation_batch_size > micro_batch_size:
+            yield values | {EVALUATION_BATCH_FIELD: micro_batch_size}
         yield values
-    if evaluation_batch > micro_batch_before:
+    if evaluation_batch_size > micro_batch_before:
         yield {EVALUATION_BATCH_FIELD: micro_batch_before}
     if spec.training.gradient_checkpointing is GradientCheckpointing.DISABLED:
         yield {GRADIENT_CHECKPOINTING_FIELD: GradientCheckpointing.ENABLED.value}
@@ -202,10 +205,10 @@ def adapt_to_divergence(
     if spec.policy.on_divergence is OnDivergence.FAIL:
         return AdaptationsExhausted("policy.onDivergence is Fail", "lower training.learningRate or training.maxGradNorm")
     earlier_divergences = [adaptation for adaptation in adaptations if adaptation.reason == Reason.DIVERGED]
-    steps = sorted((c.step for c in checkpoints if c.healthy is not False), reverse=True)
+    usable_steps = sorted((c.step for c in checkpoints if c.healthy is not False), reverse=True)
     if not earlier_divergences:
-        start = f"step {steps[0]}" if steps else "the start"
-        return Adaptation(time=now, reason=Reason.DIVERGED, change=f"replay from {start}, nothing changed", set={})
+        start_text = f"step {usable_steps[0]}" if usable_steps else "the start"
+        return Adaptation(time=now, reason=Reason.DIVERGED, change=f"replay from {start_text}, nothing changed", set={})
     if len(earlier_divergences) > MAX_ROLLBACKS:
         return AdaptationsExhausted(
             f"the loss was not finite again after one replay and {MAX_ROLLBACKS} rollbacks, "
@@ -213,11 +216,11 @@ def adapt_to_divergence(
             "check the dataset rows that were used around the failed step; lower training.learningRate or training.maxGradNorm",
         )
     # The run and its replay diverged after the newest healthy checkpoint. So the first rollback skips one checkpoint, and the second skips two.
-    rollback_step = steps[min(len(earlier_divergences), len(steps) - 1)] if len(steps) > 1 else 0
-    rate = spec.training.learning_rate or 0.0
-    lower_rate = rate * LEARNING_RATE_FACTOR
-    change_text = f"rolled back to {f'step {rollback_step}' if rollback_step else 'the start'}, learningRate {rate:g} -> {lower_rate:g}"
-    changed_values = {LEARNING_RATE_FIELD: lower_rate, MAX_STEP_KEY: rollback_step, FIRST_ATTEMPT_KEY: attempt + 1}
+    rollback_step = usable_steps[min(len(earlier_divergences), len(usable_steps) - 1)] if len(usable_steps) > 1 else 0
+    learning_rate = spec.training.learning_rate or 0.0
+    lower_learning_rate = learning_rate * LEARNING_RATE_FACTOR
+    change_text = f"rolled back to {f'step {rollback_step}' if rollback_step else 'the start'}, learningRate {learning_rate:g} -> {lower_learning_rate:g}"
+    changed_values = {LEARNING_RATE_FIELD: lower_learning_rate, MAX_STEP_KEY: rollback_step, FIRST_ATTEMPT_KEY: attempt + 1}
     return Adaptation(time=now, reason=Reason.DIVERGED, change=change_text, set=changed_values)
 
 
@@ -240,6 +243,6 @@ def find_max_start_step(adaptations: Iterable[Adaptation], checkpoints: Iterable
         return max_step if isinstance(max_step, int) else None
     steps_before, steps_after = [0], [0]
     for checkpoint in checkpoints:
-        is_after = (parse_attempt_of_uri(checkpoint.uri) or 0) >= first_attempt
-        (steps_after if is_after else steps_before).append(checkpoint.step)
+        is_after_rollback = (parse_attempt_of_uri(checkpoint.uri) or 0) >= first_attempt
+        (steps_after if is_after_rollback else steps_before).append(checkpoint.step)
     return None if max(steps_after) > max(steps_before) else max(max_step, *steps_after)

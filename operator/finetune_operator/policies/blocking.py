@@ -57,8 +57,8 @@ def _find_blocking_condition_in_pod(pod: PodView) -> BlockingCondition | None:
 
 def find_blocking_condition_in_events(events: Sequence[Object]) -> BlockingCondition | None:
     """Return the newest blocking condition in Warning events: a quota or a policy refuses pods, or the kubelet cannot mount a volume."""
-    newest_first = sorted(events, key=_get_event_time, reverse=True)
-    for event in newest_first:
+    events_newest_first = sorted(events, key=_get_event_time, reverse=True)
+    for event in events_newest_first:
         reason, note = str(event.get("reason", "")), clean(str(event.get("message") or event.get("note") or ""))
         if reason == "FailedCreate":
             return BlockingCondition(choose_refusal_reason(note), note)

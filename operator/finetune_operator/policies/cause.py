@@ -122,21 +122,21 @@ def _explain_eviction(pod: PodView) -> FailureCause:
 
 
 def _explain_disruption(pod: PodView) -> FailureCause:
-    node_lost = pod.disruption_reason in NODE_LOST_REASONS
-    message = pod.disruption_message or ("the node is lost" if node_lost else "the cluster removed the pod")
+    is_node_lost = pod.disruption_reason in NODE_LOST_REASONS
+    message = pod.disruption_message or ("the node is lost" if is_node_lost else "the cluster removed the pod")
     failure = _build_failure(pod, FailureClass.PREEMPTED, pod.disruption_reason, message)
-    return _build_cause(Reason.NODE_LOST if node_lost else Reason.PREEMPTED, failure, PodEnd.DISRUPTED)
+    return _build_cause(Reason.NODE_LOST if is_node_lost else Reason.PREEMPTED, failure, PodEnd.DISRUPTED)
 
 
-def _explain_unknown_exit(pod: PodView, code: int) -> FailureCause:
-    if code in (ExitCode.SIGTERM, ExitCode.SIGKILL) and pod.deletion_timestamp is not None:
+def _explain_unknown_exit(pod: PodView, exit_code: int) -> FailureCause:
+    if exit_code in (ExitCode.SIGTERM, ExitCode.SIGKILL) and pod.deletion_timestamp is not None:
         message = "the pod was deleted, and the trainer was killed before it had saved a checkpoint"
         failure = _build_failure(pod, FailureClass.PREEMPTED, "PreemptedNotSaved", message)
         return _build_cause(Reason.PREEMPTED, failure, PodEnd.DELETED_UNSAVED)
     reported_end = pod.termination_message or TerminationMessage()
     failure_class = reported_end.class_ or FailureClass.INTERNAL
-    message = reported_end.message or _find_last_log_line(pod) or f"the trainer ended with exit code {code}"
-    failure = _build_failure(pod, failure_class, reported_end.code or f"ExitCode{code}", message)
+    message = reported_end.message or _find_last_log_line(pod) or f"the trainer ended with exit code {exit_code}"
+    failure = _build_failure(pod, failure_class, reported_end.code or f"ExitCode{exit_code}", message)
     return _build_cause(REASON_OF_FAILURE_CLASS[failure_class], failure, PodEnd.UNKNOWN_EXIT)
 
 

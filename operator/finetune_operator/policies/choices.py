@@ -69,23 +69,23 @@ def _find_memory_bytes(pool: NodePool) -> int | None:
 
 def _compute_max_gpus(spec: FineTuneJobSpec, pool: NodePool, config: OperatorConfig, namespace: str) -> int:
     max_gpus = config.policy.rules_for(namespace).max_gpus
-    allowed_gpus = pool.gpus_per_node if max_gpus is None else min(pool.gpus_per_node, max_gpus // (spec.resources.nodes or 1))
-    server_gpus = gpus_per_pod(spec) - gpus_per_node(spec)
-    return max(allowed_gpus - server_gpus, gpus_per_node(spec))
+    allowed_gpu_count = pool.gpus_per_node if max_gpus is None else min(pool.gpus_per_node, max_gpus // (spec.resources.nodes or 1))
+    server_gpu_count = gpus_per_pod(spec) - gpus_per_node(spec)
+    return max(allowed_gpu_count - server_gpu_count, gpus_per_node(spec))
 
 
 def accept_choices(
-    reported: Sequence[Choice] | None, spec: FineTuneJobSpec, accepted_spec: AcceptedSpec, config: OperatorConfig, namespace: str
+    reported_choices: Sequence[Choice] | None, spec: FineTuneJobSpec, accepted_spec: AcceptedSpec, config: OperatorConfig, namespace: str
 ) -> list[Choice] | None:
     """Return the reported choices of a preparation, or None if one of them cannot be used. `spec`: as the user wrote it."""
-    if not reported:
+    if not reported_choices:
         return None
-    values = {choice.field: choice.value for choice in reported}
+    values = {choice.field: choice.value for choice in reported_choices}
     problem = _find_problem(values, spec, accepted_spec, config, namespace)
     if problem:
         logger.warning("the choices of the preparation are ignored: %s", problem)
         return None
-    return list(reported)
+    return list(reported_choices)
 
 
 def _find_problem(values: Mapping[str, Any], spec: FineTuneJobSpec, accepted_spec: AcceptedSpec, config: OperatorConfig, namespace: str) -> str:

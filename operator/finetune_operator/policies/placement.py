@@ -36,22 +36,22 @@ def choose_pool(spec: FineTuneJobSpec, config: OperatorConfig) -> NodePool | Ref
         hint = "remove gpuResource, or name a pool with this resource"
         return RefusedSpec(Reason.POOL_LACKS_RESOURCE, f"{message}; {_describe_pools(config)}", hint, is_final=False)
     if gpus_per_pod(spec) > pool.gpus_per_node:
-        of_server = f" and the vLLM server needs {gpus_per_pod(spec) - gpus_per_node_of_job}" if gpus_per_pod(spec) > gpus_per_node_of_job else ""
-        message = f"spec.resources.gpusPerNode is {gpus_per_node_of_job}{of_server}, but a node of pool {pool.name} has {pool.gpus_per_node}"
+        server_part = f" and the vLLM server needs {gpus_per_pod(spec) - gpus_per_node_of_job}" if gpus_per_pod(spec) > gpus_per_node_of_job else ""
+        message = f"spec.resources.gpusPerNode is {gpus_per_node_of_job}{server_part}, but a node of pool {pool.name} has {pool.gpus_per_node}"
         hint = "lower gpusPerNode, and raise resources.nodes if the job needs more GPUs"
         return RefusedSpec(Reason.POOL_TOO_SMALL, f"{message}; {_describe_pools(config)}", hint, is_final=False)
-    nodes = resources.nodes or 1
-    if pool.max_nodes is not None and nodes > pool.max_nodes:
-        message = f"spec.resources.nodes is {nodes}, but pool {pool.name} has at most {pool.max_nodes} nodes"
+    node_count = resources.nodes or 1
+    if pool.max_nodes is not None and node_count > pool.max_nodes:
+        message = f"spec.resources.nodes is {node_count}, but pool {pool.name} has at most {pool.max_nodes} nodes"
         return RefusedSpec(Reason.POOL_TOO_SMALL, f"{message}; {_describe_pools(config)}", "lower resources.nodes", is_final=False)
     return pool
 
 
 def _find_pool_with_resource(config: OperatorConfig, gpu_resource: str | None) -> NodePool | None:
     """Return the default pool or, if the job names a GPU resource that this pool lacks, the first pool with the resource."""
-    default = config.default_pool
-    if gpu_resource is None or (default and default.gpu_resource == gpu_resource):
-        return default
+    default_pool = config.default_pool
+    if gpu_resource is None or (default_pool and default_pool.gpu_resource == gpu_resource):
+        return default_pool
     return next((pool for pool in config.node_pools if pool.gpu_resource == gpu_resource), None)
 
 
@@ -83,8 +83,8 @@ def find_placement_problems(spec: FineTuneJobSpec, pool: NodePool | None, config
 def find_model_cache_problems(spec: FineTuneJobSpec, namespace: str, config: OperatorConfig) -> Iterator[str]:
     """Yield a message if the job uses a model cache on the nodes, but the platform has no such cache or forbids it in this namespace."""
     if spec.model.cache == NODE_CACHE and not config.model_cache.node.is_enabled_in(namespace):
-        missing = "no such cache" if config.model_cache.node.path is None else f"no such cache for namespace {namespace}"
-        yield f"spec.model.cache is node, but the operator's configuration has {missing}: write pvc://claim/path, or remove model.cache"
+        problem_text = "no such cache" if config.model_cache.node.path is None else f"no such cache for namespace {namespace}"
+        yield f"spec.model.cache is node, but the operator's configuration has {problem_text}: write pvc://claim/path, or remove model.cache"
 
 
 def _find_selector_problems(node_selector: Mapping[str, str], pool: NodePool | None) -> Iterator[str]:
@@ -107,5 +107,5 @@ def _find_metadata_problems(
 
 def _tolerations_conflict(job_toleration: Toleration, platform_toleration: Toleration) -> bool:
     """Whether both tolerations match the same taint but differ in other fields."""
-    same_effect = job_toleration.effect is None or platform_toleration.effect is None or job_toleration.effect == platform_toleration.effect
-    return job_toleration.key == platform_toleration.key and same_effect and job_toleration != platform_toleration
+    has_same_effect = job_toleration.effect is None or platform_toleration.effect is None or job_toleration.effect == platform_toleration.effect
+    return job_toleration.key == platform_toleration.key and has_same_effect and job_toleration != platform_toleration

@@ -22,11 +22,11 @@ def compute_default_resources(
     `recorded_defaults`: the defaults of the job's first attempt, by spec path.
     """
     pool_quantities = _read_quantities(pool.resources) if pool else {}
-    configured = ConfiguredResources(pool_quantities, _read_quantities(config.resources.per_gpu), _read_quantities(config.resources))
+    configured_resources = ConfiguredResources(pool_quantities, _read_quantities(config.resources.per_gpu), _read_quantities(config.resources))
     gpu_resource = spec.resources.gpu_resource or (pool.gpu_resource if pool else "")
-    gpus = count_whole_gpus(gpu_resource, gpus_per_node(spec))
+    gpu_count = count_whole_gpus(gpu_resource, gpus_per_node(spec))
     return choose_pod_resources(
-        gpus, pool.gpu_memory if pool else None, configured, has_former_defaults=_has_former_defaults(recorded_defaults)
+        gpu_count, pool.gpu_memory if pool else None, configured_resources, has_former_defaults=_has_former_defaults(recorded_defaults)
     )
 
 

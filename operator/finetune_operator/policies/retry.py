@@ -171,8 +171,8 @@ def compute_backoff_seconds(attempts: Sequence[Attempt], settings: RetrySettings
 
 def compute_pause_seconds(failure_count: int, settings: RetrySettings) -> float:
     """Return the pause in seconds after this many failures in a row (at least 1). The pause doubles with each failure, up to `settings.max_seconds`."""
-    doubled = settings.base_seconds * 2.0 ** min(failure_count - 1, 20)
-    return min(doubled, settings.max_seconds)
+    doubled_seconds = settings.base_seconds * 2.0 ** min(failure_count - 1, 20)
+    return min(doubled_seconds, settings.max_seconds)
 
 
 def _has_made_progress(attempt: Attempt) -> bool:

@@ -22,6 +22,6 @@ def compute_spec_sha256(raw_spec: Mapping[str, Any]) -> str:
 def _select_immutable_fields(value: Any, path: str) -> Any:
     if not isinstance(value, Mapping):
         return value
-    children = {name: (f"{path}.{name}" if path else name) for name in value}
-    kept_fields = {name: _select_immutable_fields(value[name], child) for name, child in children.items() if child not in MUTABLE_FIELDS}
+    child_paths = {name: (f"{path}.{name}" if path else name) for name in value}
+    kept_fields = {name: _select_immutable_fields(value[name], child) for name, child in child_paths.items() if child not in MUTABLE_FIELDS}
     return {name: child for name, child in kept_fields.items() if child != {}}

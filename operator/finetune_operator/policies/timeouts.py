@@ -13,7 +13,7 @@ from finetune_operator.views import PodView
 
 SHORTEST_STALL_SECONDS = 600.0
 """Minimum of the default stall timeout, which depends on the step time of the run."""
-STALL_STEPS = 20
+STALL_STEP_COUNT = 20
 """The default stall timeout is this many times the median step time."""
 REPORT_VALID_SECONDS = 120.0
 """A progress report that is older than this is ignored: only the readiness of the pods then shows whether the run is stalled."""
@@ -46,7 +46,7 @@ def compute_stall_limit_seconds(spec: FineTuneJobSpec, report: ProgressReport | 
     if spec.policy.stall_timeout_seconds is not None:
         return float(spec.policy.stall_timeout_seconds)
     median_step_seconds = (report.health.median_step_seconds if report else None) or 0.0
-    return max(SHORTEST_STALL_SECONDS, STALL_STEPS * median_step_seconds)
+    return max(SHORTEST_STALL_SECONDS, STALL_STEP_COUNT * median_step_seconds)
 
 
 def describe_stall(
@@ -65,19 +65,20 @@ def describe_stall(
     """
     if reported_at is None:
         return ""
-    limit = compute_stall_limit_seconds(spec, report)
-    report_age = seconds_between(reported_at, now)
-    seconds_without_heartbeat = _seconds_without_heartbeat(report) if report is not None and report.stage is Stage.TRAINING else None
-    if seconds_without_heartbeat is not None and report_age < min(limit, REPORT_VALID_SECONDS) and seconds_without_heartbeat + report_age > limit:
-        return f"no step for {seconds_without_heartbeat + report_age:.0f} s; the stall timeout is {limit:.0f} s"
+    limit_seconds = compute_stall_limit_seconds(spec, report)
+    report_age_seconds = seconds_between(reported_at, now)
+    seconds_without_heartbeat = _compute_seconds_without_heartbeat(report) if report is not None and report.stage is Stage.TRAINING else None
+    is_report_valid = report_age_seconds < min(limit_seconds, REPORT_VALID_SECONDS)
+    if seconds_without_heartbeat is not None and is_report_valid and seconds_without_heartbeat + report_age_seconds > limit_seconds:
+        return f"no step for {seconds_without_heartbeat + report_age_seconds:.0f} s; the stall timeout is {limit_seconds:.0f} s"
     running_pods = [pod for pod in pods if not pod.is_finished]
     seconds_without_answer = seconds_between(max(reported_at, unready_since) if unready_since else reported_at, now)
-    if seconds_without_answer > limit and running_pods and not any(pod.is_ready or pod.deletion_timestamp for pod in running_pods):
-        return f"the pods have not answered for {seconds_without_answer:.0f} s and are not ready; the stall timeout is {limit:.0f} s"
+    if seconds_without_answer > limit_seconds and running_pods and not any(pod.is_ready or pod.deletion_timestamp for pod in running_pods):
+        return f"the pods have not answered for {seconds_without_answer:.0f} s and are not ready; the stall timeout is {limit_seconds:.0f} s"
     return ""
 
 
-def _seconds_without_heartbeat(report: ProgressReport) -> float | None:
+def _compute_seconds_without_heartbeat(report: ProgressReport) -> float | None:
     """Return the seconds from the last heartbeat to the report, or None before the first step."""
     health = report.health
     return health.seconds_since_step if health.seconds_since_heartbeat is None else health.seconds_since_heartbeat

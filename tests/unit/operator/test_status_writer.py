@@ -188,7 +188,7 @@ async def test_end_of_pods_and_end_of_their_job_are_one_write(server: FakeApiSer
 async def test_end_of_pods_is_written_if_their_job_does_not_report_its_end(
     server: FakeApiServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(throttle, "JOB_END_SECONDS", 0.0)
+    monkeypatch.setattr(throttle, "JOB_END_DELAY_SECONDS", 0.0)
     process, job = await start_attempt(server)
     process.cache.put_pod(pod(version=5, created_at=job.created_at))
     await process.reconcile()

@@ -6,7 +6,7 @@ import pytest
 from finetune_operator.throttle import (
     BURST_COUNT,
     BURST_SECONDS,
-    JOB_END_SECONDS,
+    JOB_END_DELAY_SECONDS,
     MAX_READ_DELAY_SECONDS,
     MAX_READ_PAUSE_SECONDS,
     MIN_DEFER_LIMIT_SECONDS,
@@ -61,7 +61,7 @@ def test_deferred_transition_is_written_when_the_burst_ends() -> None:
         (MIN_DEFER_LIMIT_SECONDS - RECHECK_SECONDS - 1, False, RECHECK_SECONDS),
         (MIN_DEFER_LIMIT_SECONDS - 2, False, 2.0),
         (MIN_DEFER_LIMIT_SECONDS, False, 0.0),
-        (MIN_DEFER_LIMIT_SECONDS - 2, True, JOB_END_SECONDS),
+        (MIN_DEFER_LIMIT_SECONDS - 2, True, JOB_END_DELAY_SECONDS),
     ],
     ids=["well before the limit", "just before the limit", "at the limit", "pods ended: the longer of both delays"],
 )
@@ -75,8 +75,8 @@ def test_long_burst_defers_a_transition_up_to_a_limit(passed: float, pods_ended:
 
 def test_ended_pods_wait_for_the_end_of_their_job() -> None:
     throttle, pending = StatusThrottle(15.0), PendingChanges()
-    assert throttle.compute_transition_delay(pending, pods_ended=True, now=50.0) == JOB_END_SECONDS
-    assert throttle.compute_transition_delay(pending, pods_ended=True, now=50.0 + JOB_END_SECONDS) == 0.0
+    assert throttle.compute_transition_delay(pending, pods_ended=True, now=50.0) == JOB_END_DELAY_SECONDS
+    assert throttle.compute_transition_delay(pending, pods_ended=True, now=50.0 + JOB_END_DELAY_SECONDS) == 0.0
 
 
 def test_progress_is_written_once_per_interval_and_does_not_start_a_burst() -> None:
@@ -110,7 +110,7 @@ def test_reverted_transition_is_no_longer_pending() -> None:
     start_burst(throttle, 69.0)
     assert throttle.compute_transition_delay(pending, pods_ended=False, now=69.0) == RECHECK_SECONDS
     throttle.compute_progress_delay(pending, 80.0)
-    assert throttle.compute_transition_delay(pending, pods_ended=True, now=81.0) == JOB_END_SECONDS
+    assert throttle.compute_transition_delay(pending, pods_ended=True, now=81.0) == JOB_END_DELAY_SECONDS
 
 
 def test_write_resets_all_pending_changes() -> None:
@@ -149,7 +149,7 @@ def test_jobs_whose_status_is_up_to_date_again_do_not_count_as_deferred() -> Non
     throttle, jobs, pending = StatusThrottle(15.0), [PendingChanges() for _ in range(1000)], PendingChanges()
     for reverted in jobs:
         throttle.defer_first_status(reverted, 50.0)
-        throttle.record_reverted(reverted)
+        throttle.record_reverted_change(reverted)
     throttle.defer_first_status(pending, 50.0)
     assert throttle.compute_first_status_due_at(pending) == 50.0 + MIN_DEFER_LIMIT_SECONDS
 
