@@ -40,7 +40,7 @@ def iterate_field_errors(error: ValidationError, known_errors: Iterable[FieldErr
         ):
             continue
         hint = hint_for_value(details["type"], details["input"], path, details.get("ctx", {}))
-        yield FieldError(path, _message(details), hint, details["type"] == "extra_forbidden")
+        yield FieldError(path, _make_message(details), hint, details["type"] == "extra_forbidden")
 
 
 def find_locations_to_remove(error: ValidationError) -> Iterator[tuple[Any, ...]]:
@@ -59,7 +59,7 @@ def to_dotted_path(location: tuple[Any, ...]) -> str:
     return path
 
 
-def _message(details: Any) -> str:
+def _make_message(details: Any) -> str:
     if details["type"] == "missing":
         return "this required field is missing"
     value = details["input"]

@@ -28,8 +28,8 @@ FIELD_OF_GROUP_FOR_NUMBER = {"dataset.split": "validation", "training.earlyStopp
 """For each group: the field that users mean if they write a number instead of the group."""
 FIELDS_WITH_OPTIONAL_LIMIT = ("training.maxSteps", "policy.activeDeadlineSeconds")
 """Fields in which other tools allow 0 or -1, meaning that there is no limit."""
-PLAIN_TEXT = re.compile(r"[\w./@-]+")
-ZERO_STAGE = re.compile(r"(?:deepspeed)?(?:zero|stage|zerostage)(\d)")
+PLAIN_TEXT_PATTERN = re.compile(r"[\w./@-]+")
+ZERO_STAGE_PATTERN = re.compile(r"(?:deepspeed)?(?:zero|stage|zerostage)(\d)")
 
 
 def to_yaml_text(value: Any) -> str:
@@ -81,7 +81,7 @@ def _make_field_name(path: str) -> str:
 
 def _to_yaml(value: Any) -> str:
     """Return a value in YAML's flow style."""
-    return value if isinstance(value, str) and PLAIN_TEXT.fullmatch(value) else json.dumps(value, ensure_ascii=False)
+    return value if isinstance(value, str) and PLAIN_TEXT_PATTERN.fullmatch(value) else json.dumps(value, ensure_ascii=False)
 
 
 def _hint_to_remove(path: str) -> str:
@@ -123,7 +123,7 @@ def _hint_for_map(value: Any, path: str) -> str:
     """Return a hint with the map to write instead of texts such as `gpu=a100`."""
     texts = value if isinstance(value, list) else str(value).split(",")
     pairs = [str(text).strip().partition("=") for text in texts]
-    if all(separator and PLAIN_TEXT.fullmatch(key) for key, separator, _ in pairs) and not contains_secret(value):
+    if all(separator and PLAIN_TEXT_PATTERN.fullmatch(key) for key, separator, _ in pairs) and not contains_secret(value):
         return f"write {_make_field_name(path)}: {{{', '.join(f'{key}: {_to_yaml(inner)}' for key, _, inner in pairs)}}}"
     return make_field_example_hint(path)
 
@@ -155,9 +155,9 @@ def _hint_for_list(value: Any, path: str) -> str:
 def _hint_for_word(value: Any, path: str) -> str:
     """Return a hint with the allowed word that the user probably means, or with the field that allows the given word."""
     text = to_yaml_text(value).strip("'")
-    stage = ZERO_STAGE.fullmatch(normalise(text))
-    if path == "distributed.strategy" and stage:
-        return f"write `strategy: deepspeed` and `deepspeed: {{zeroStage: {stage[1]}}}`"
+    stage_match = ZERO_STAGE_PATTERN.fullmatch(normalise(text))
+    if path == "distributed.strategy" and stage_match:
+        return f"write `strategy: deepspeed` and `deepspeed: {{zeroStage: {stage_match[1]}}}`"
     word = _find_known_word(text, path)
     if word in ("no", "on", "off") and isinstance(value, bool):
         return f'write "{word}" in quotes, because YAML reads {word} without quotes as {text}'
@@ -165,12 +165,12 @@ def _hint_for_word(value: Any, path: str) -> str:
         return f"write {word}"
     if path.endswith("]") and text.lower() in WORDS_FOR_NO_VALUE:
         return f"remove {_make_field_name(path).partition('[')[0]}"
-    other = _find_field_with_word(text)
-    if other:
-        return f"{text} is a value of {other}"
-    words = {normalise(known): known for known in _list_allowed_words(path)}
-    similar = difflib.get_close_matches(normalise(text), words, 1, 0.75)
-    return f"did you mean {words[similar[0]]}?" if similar else ""
+    other_field = _find_field_with_word(text)
+    if other_field:
+        return f"{text} is a value of {other_field}"
+    word_by_spelling = {normalise(known): known for known in _list_allowed_words(path)}
+    similar_words = difflib.get_close_matches(normalise(text), word_by_spelling, 1, 0.75)
+    return f"did you mean {word_by_spelling[similar_words[0]]}?" if similar_words else ""
 
 
 def _list_allowed_words(path: str) -> tuple[str, ...]:
@@ -183,9 +183,9 @@ def _find_known_word(text: str, path: str) -> str:
     """Return the allowed word that `text` means, in another spelling or as a name from other tools. Return an empty string for an unknown text."""
     pattern = remove_indexes(path).removesuffix("[]")
     spelling = normalise(text).removeprefix("torch.")
-    by_spelling = {normalise(word): word for word in _list_allowed_words(path)}
+    word_by_spelling = {normalise(word): word for word in _list_allowed_words(path)}
     aliases = next((words for field, words in VALUE_ALIASES.items() if pattern.endswith(field)), {})
-    return by_spelling.get(spelling) or aliases.get(spelling, "")
+    return word_by_spelling.get(spelling) or aliases.get(spelling, "")
 
 
 def _find_field_with_word(text: str) -> str:
@@ -215,9 +215,9 @@ def _hint_for_string(value: Any, path: str) -> str:
     if isinstance(value, list) and path == "dataset.train" and all(isinstance(item, str) for item in value):
         return f"write mixture: [{', '.join(f'{{source: {item}}}' for item in value)}]" if len(value) > 1 else f"write train: {''.join(value)}"
     if isinstance(value, dict):
-        inner = next((value[key] for key in ("name", "claimName", "secretName", "source", "path", "uri") if isinstance(value.get(key), str)), None)
-        if inner is not None and not contains_secret(inner):
-            return f"write {inner}" if path.endswith("]") else f"write {_make_field_name(path)}: {_to_yaml(inner)}"
+        inner_value = next((value[key] for key in ("name", "claimName", "secretName", "source", "path", "uri") if isinstance(value.get(key), str)), None)
+        if inner_value is not None and not contains_secret(inner_value):
+            return f"write {inner_value}" if path.endswith("]") else f"write {_make_field_name(path)}: {_to_yaml(inner_value)}"
     return make_field_example_hint(path)
 
 
@@ -243,8 +243,8 @@ def _hint_for_pattern(value: str, path: str) -> str:
     if path == "output.dir" and value.startswith("/") and not re.search(r"\s", value.strip("/")):
         return f"write {value.strip('/')}" if value.strip("/") else ""
     if name == "name" or name.endswith(("Name", "Claim", "Map")) or name == "secret":
-        corrected = re.sub(r"[^a-z0-9.-]+", "-", value.lower()).strip("-.")
-        return f"write {corrected}" if corrected and path != "output.runName.name" and not path.startswith("placement.env") else ""
+        corrected_name = re.sub(r"[^a-z0-9.-]+", "-", value.lower()).strip("-.")
+        return f"write {corrected_name}" if corrected_name and path != "output.runName.name" and not path.startswith("placement.env") else ""
     return ""
 
 

@@ -63,10 +63,10 @@ def init(
     from finetune_cli.files import write_text
 
     is_interactive = sys.stdin.isatty()
-    given = {
+    given_values = {
         "name": name, "model": model, "data": data, "validation": validation, "storage": storage, "method": method, "trainer": trainer, "gpus": gpus,
     }  # fmt: skip
-    text = _ask_for_valid_manifest(given, is_interactive)
+    text = _ask_for_valid_manifest(given_values, is_interactive)
     while file is not None and file.exists():
         if not is_interactive:
             raise output.fail(f"{file} already exists; choose another file")
@@ -163,7 +163,7 @@ def build_manifest_text(
 
     from finetune_api.names import API_VERSION, KIND
 
-    def quoted(value: Any) -> str:
+    def quote_value(value: Any) -> str:
         return json.dumps(str(value), ensure_ascii=False)
 
     dataset_format = FORMAT_OF_TRAINER.get(trainer)
@@ -171,10 +171,10 @@ def build_manifest_text(
         f"apiVersion: {API_VERSION}",
         f"kind: {KIND}",
         "metadata:",
-        f"  name: {quoted(name)}",
+        f"  name: {quote_value(name)}",
         "spec:",
         "  model:",
-        f"    source: {quoted(model)}",
+        f"    source: {quote_value(model)}",
         "    # tokenSecretRef: {name: hub, key: token}   # for gated models",
         "  method:",
         f"    type: {method}   # {', '.join(METHOD_TYPES)}",
@@ -184,14 +184,14 @@ def build_manifest_text(
     lines += ["  trainer:", f"    type: {trainer}   # {', '.join(TRAINER_TYPES)}"]
     if trainer == "grpo":
         lines += ["    rewards:", "      - builtin: regex", "        parameters: {pattern: '^Answer: '}"]
-    lines += ["  dataset:", f"    train: {quoted(data)}"]
+    lines += ["  dataset:", f"    train: {quote_value(data)}"]
     lines += (
         [f"    format: {dataset_format}"]
         if dataset_format
         else ["    # format: messages   # default: detected from the rows"]
     )
     lines += (
-        [f"    validation: {quoted(validation)}"]
+        [f"    validation: {quote_value(validation)}"]
         if validation
         else ["    # split: {validation: 0.1}   # or validation: URI"]
     )
@@ -205,7 +205,7 @@ def build_manifest_text(
         "    # nodes: 1",
     ]
     lines += (
-        ["  storage:", f"    uri: {quoted(storage)}"]
+        ["  storage:", f"    uri: {quote_value(storage)}"]
         if storage
         else ["  # storage: {uri: 's3://bucket/prefix'}   # default: the operator's storage"]
     )

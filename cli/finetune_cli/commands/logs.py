@@ -64,8 +64,8 @@ def select_pods(
         selected_attempt = attempt if attempt is not None else attempts[-1]
         pods = [pod for pod in pods if get_attempt(pod) == selected_attempt]
     if rank is not None:
-        index = rank // count_ranks_per_pod(job)
-        matching_pods = [pod for pod in pods if get_pod_index(pod) == index]
+        pod_index = rank // count_ranks_per_pod(job)
+        matching_pods = [pod for pod in pods if get_pod_index(pod) == pod_index]
         if not matching_pods:
             raise ClusterError(
                 f"{name} has no pod with rank {rank}: the job has {len(pods)} pods with {count_ranks_per_pod(job)} ranks each"
@@ -107,11 +107,11 @@ def merge_log_lines(
         return
     for pod in pods:
         threading.Thread(target=queue_log_lines, args=(pod,), daemon=True).start()
-    running = len(pods)
-    while running:
+    running_stream_count = len(pods)
+    while running_stream_count:
         origin, line = lines.get()
         if line is None:
-            running -= 1
+            running_stream_count -= 1
         else:
             yield origin, line
 

@@ -112,8 +112,8 @@ def plan(
     if output_format is not None:
         write_data(_to_dict(name, plans, times, memory_bytes, proposals), output_format)
     else:
-        summary = _describe_model(name, next(iter(plans.values())).spec, shape)
-        lines = [*summary, "", *_format_table(plans, times, memory_bytes, gpu), *_format_choice_lines(plans)]
+        summary_lines = _describe_model(name, next(iter(plans.values())).spec, shape)
+        lines = [*summary_lines, "", *_format_table(plans, times, memory_bytes, gpu), *_format_choice_lines(plans)]
         output.write("\n".join([*lines, *(["", *proposals] if proposals else [])]))
     notes = [*notes, *(note for method_plan in plans.values() for note in method_plan.notes), *_make_time_notes(times)]
     output.print_notes(dict.fromkeys([*notes, *(sentence for method_plan in plans.values() for sentence in method_plan.plan.assumptions)]))
@@ -126,8 +126,8 @@ def plan(
 
 def _make_time_notes(times: Times) -> list[str]:
     """Return notes about the planned time: what it includes, and whether its bounds are calibrated with measured runs on this type of GPU."""
-    runs = {time.calibration_runs if time.calibrated else None for time, _ in times.values()}
-    texts = (f"are calibrated with {count} runs on this type of GPU" if count is not None else "are not calibrated for this GPU" for count in runs)
+    run_counts = {time.calibration_runs if time.calibrated else None for time, _ in times.values()}
+    texts = (f"are calibrated with {count} runs on this type of GPU" if count is not None else "are not calibrated for this GPU" for count in run_counts)
     return [f"{TIME_CONTENT_NOTE}; its bounds {text}" for text in texts]
 
 
@@ -184,12 +184,12 @@ def _plan_times(shape: ModelShape, plans: dict[str, MethodPlan], pool: GpuPool |
         return {}
     times = {}
     for method, method_plan in plans.items():
-        work = plan_work(method_plan.spec, shape, data, method_plan.plan.recomputed_layer_count / max(method_plan.plan.layer_count, 1))
-        if work is None:
+        training_work = plan_work(method_plan.spec, shape, data, method_plan.plan.recomputed_layer_count / max(method_plan.plan.layer_count, 1))
+        if training_work is None:
             raise ConfigError("TimeNotPlanned", "the time of this objective cannot be planned", hint="remove --rows, --mean-row and --price")
-        gpus = world_size(method_plan.spec)
-        time = plan_time(work, GPU_TYPES[pool.gpu_type], gpus)
-        times[method] = (time, plan_cost(time, gpus, price, "") if price is not None else None)
+        gpu_count = world_size(method_plan.spec)
+        time = plan_time(training_work, GPU_TYPES[pool.gpu_type], gpu_count)
+        times[method] = (time, plan_cost(time, gpu_count, price, "") if price is not None else None)
     return times
 
 
@@ -209,22 +209,22 @@ def _read_spec(file: Path) -> tuple[ResolvedSpec, str]:
 
 def _parse_methods(compare: str | None) -> list[str]:
     methods = [] if compare is None else [method.strip() for method in compare.split(",") if method.strip()]
-    unknown = [method for method in methods if method not in COMPARABLE_METHODS]
-    if unknown or (compare is not None and not methods):
+    unknown_methods = [method for method in methods if method not in COMPARABLE_METHODS]
+    if unknown_methods or (compare is not None and not methods):
         raise output.fail(f"--compare {compare}: write one or more of {', '.join(COMPARABLE_METHODS)}, separated by commas")
     return methods
 
 
-def _propose_changes(job: MethodPlan, shape: ModelShape, pool: GpuPool, facts: RunFacts) -> list[str]:
+def _propose_changes(job_plan: MethodPlan, shape: ModelShape, pool: GpuPool, facts: RunFacts) -> list[str]:
     """Return the largest micro-batch if the job fits, otherwise the changes that make it fit, as lines of text."""
     from finetune_api.memory.changes import NO_CHANGE_HINT, format_change
     from finetune_api.memory.plan import find_largest_micro_batch
 
     memory_bytes = pool.memory_bytes or 0
-    if job.plan.fits(memory_bytes):
-        rows = find_largest_micro_batch(job.spec, shape, memory_bytes, facts)
-        return [f"largest micro-batch that fits: training.batchSizePerDevice: {rows}"]
-    return ["changes that make the job fit:", *(f"  {format_change(change)}" for change in job.changes)] if job.changes else [NO_CHANGE_HINT]
+    if job_plan.plan.fits(memory_bytes):
+        micro_batch_rows = find_largest_micro_batch(job_plan.spec, shape, memory_bytes, facts)
+        return [f"largest micro-batch that fits: training.batchSizePerDevice: {micro_batch_rows}"]
+    return ["changes that make the job fit:", *(f"  {format_change(change)}" for change in job_plan.changes)] if job_plan.changes else [NO_CHANGE_HINT]
 
 
 def _format_choice_lines(plans: dict[str, MethodPlan]) -> list[str]:
@@ -241,10 +241,10 @@ def _describe_model(name: str, spec: FineTuneJobSpec, shape: ModelShape) -> list
 
     rows, ranks = spec.training.batch_size_per_device or 4, world_size(spec)
     sequences_per_row = OBJECTIVES[trainer_type_of(spec)].sequences_per_row
-    batch = f"{rows}" if sequences_per_row == 1 else f"{rows} pairs ({sequences_per_row * rows} sequences)"
+    batch_text = f"{rows}" if sequences_per_row == 1 else f"{rows} pairs ({sequences_per_row * rows} sequences)"
     return [
         f"{name or 'job'}: {shape.model_type} with {count_parameters(shape) / 1e9:.2f} billion parameters, {ranks} {'rank' if ranks == 1 else 'ranks'}, "
-        f"micro-batches of {batch} x {spec.dataset.max_sequence_length or 2048} tokens"
+        f"micro-batches of {batch_text} x {spec.dataset.max_sequence_length or 2048} tokens"
     ]
 
 

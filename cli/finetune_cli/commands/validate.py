@@ -125,10 +125,10 @@ def _find_duplicate_names(jobs: list[Manifest]) -> list[str]:
     errors = []
     for job in jobs:
         metadata = job.value.get("metadata")
-        full_name = (str(metadata.get("namespace", "")) if isinstance(metadata, dict) else "", job.name)
-        if job.name and full_name in seen:
+        namespace_and_name = (str(metadata.get("namespace", "")) if isinstance(metadata, dict) else "", job.name)
+        if job.name and namespace_and_name in seen:
             errors.append(
-                f"{job.location('metadata.name')}: metadata.name: {job.name} is used twice, first in {seen[full_name].location('metadata.name')}"
+                f"{job.location('metadata.name')}: metadata.name: {job.name} is used twice, first in {seen[namespace_and_name].location('metadata.name')}"
             )
-        seen.setdefault(full_name, job)
+        seen.setdefault(namespace_and_name, job)
     return errors

@@ -58,13 +58,13 @@ def read_accelerate(draft: JobDraft, document: InputDocument) -> None:
     parsed_file = parse_document(document)
     for key in parsed_file.value:
         if key not in ACCELERATE_KEYS:
-            closest = find_closest_name(key, ACCELERATE_KEYS)
+            closest_key = find_closest_name(key, ACCELERATE_KEYS)
             draft.mistakes.append(
                 Mistake(
                     _locate_option(document, parsed_file, key),
                     key,
                     "unknown key",
-                    f"did you mean {closest}?" if closest else "remove it",
+                    f"did you mean {closest_key}?" if closest_key else "remove it",
                 )
             )
     distributed_type = str(parsed_file.value.get("distributed_type", "NO")).upper()
@@ -142,9 +142,9 @@ def _set_sizes(draft: JobDraft, document: InputDocument, parsed_file: Tree) -> N
         )
         return
     processes_per_machine = processes // machines
-    on_cpu = parsed_file.value.get("use_cpu") is True
-    draft.values["resources.gpusPerNode"] = AssignedValue(0 if on_cpu else processes_per_machine, origin, "num_processes")
-    if on_cpu:
+    uses_cpu = parsed_file.value.get("use_cpu") is True
+    draft.values["resources.gpusPerNode"] = AssignedValue(0 if uses_cpu else processes_per_machine, origin, "num_processes")
+    if uses_cpu:
         draft.values["resources.processesPerNode"] = AssignedValue(processes_per_machine, origin, "num_processes")
 
 

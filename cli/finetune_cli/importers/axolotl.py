@@ -358,14 +358,14 @@ def _set_model(draft: JobDraft) -> None:
 
 
 def _set_attention(draft: JobDraft) -> None:
-    old = [key for key in OLD_ATTENTION_KEYS if draft.get(key)]
+    old_keys = [key for key in OLD_ATTENTION_KEYS if draft.get(key)]
     for old_key in OLD_ATTENTION_KEYS:
         if draft.get(old_key) is False:
             draft.add_reason(old_key, "no effect: this attention implementation is turned off")
-    key = "attn_implementation" if "attn_implementation" in draft.given_options else old[0] if old else None
+    key = "attn_implementation" if "attn_implementation" in draft.given_options else old_keys[0] if old_keys else None
     if key is None:
         return
-    for other in old:
+    for other in old_keys:
         if other != key:
             draft.add_reason(other, f"no effect: {key} is used instead")
     name = str(draft.get(key)) if key == "attn_implementation" else OLD_ATTENTION_KEYS[key]
@@ -754,14 +754,14 @@ def _set_accumulation(draft: JobDraft) -> None:
 
 def _set_distribution(draft: JobDraft) -> None:
     shards, replicas = draft.get("dp_shard_size", 1), draft.get("dp_replicate_size", 1)
-    sizes = [key for key in ("dp_shard_size", "dp_replicate_size") if key in draft.given_options]
-    for key in sizes:
+    size_keys = [key for key in ("dp_shard_size", "dp_replicate_size") if key in draft.given_options]
+    for key in size_keys:
         draft.add_reason(
             key,
             "included in resources.gpusPerNode" if shards * replicas > 1 else "no effect: 1 does not set the number of GPUs",
         )
     if shards * replicas > 1:
-        draft.assign("resources.gpusPerNode", shards * replicas, sizes[0])
+        draft.assign("resources.gpusPerNode", shards * replicas, size_keys[0])
         if replicas > 1 and shards > 1:
             draft.add_warning(
                 "dp_replicate_size: the job shards over all GPUs instead of replicating shards: the results are the same"
@@ -789,8 +789,8 @@ def _set_fsdp(draft: JobDraft) -> None:
     sharding = str(
         draft.get("fsdp_config.sharding_strategy") or next((word for word in fsdp_words if "shard" in word), "full_shard")
     ).upper()
-    reshard = draft.get("fsdp_config.reshard_after_forward")
-    if sharding in ("SHARD_GRAD_OP", "HYBRID_SHARD_ZERO2") or reshard is False:
+    reshard_value = draft.get("fsdp_config.reshard_after_forward")
+    if sharding in ("SHARD_GRAD_OP", "HYBRID_SHARD_ZERO2") or reshard_value is False:
         draft.assign("distributed.fsdp.sharding", "shardGradOp", source_key)
     elif sharding == "NO_SHARD":
         draft.assign("distributed.fsdp.sharding", "noShard", source_key)

@@ -317,8 +317,8 @@ def _set_dataset_format(draft: JobDraft) -> None:
 
 
 def _set_split(draft: JobDraft) -> None:
-    ratios = ("TRAIN_RATIO", "VAL_RATIO", "TEST_RATIO")
-    given_ratios = {key: float(draft.get(key)) for key in ratios if key in draft.given_options}
+    ratio_keys = ("TRAIN_RATIO", "VAL_RATIO", "TEST_RATIO")
+    given_ratios = {key: float(draft.get(key)) for key in ratio_keys if key in draft.given_options}
     if draft.has_value("dataset.validation") or draft.has_value("dataset.test"):
         for key in (*given_ratios, *(["SPLIT_SEED"] if "SPLIT_SEED" in draft.given_options else [])):
             option = draft.given_options[key]
@@ -326,19 +326,19 @@ def _set_split(draft: JobDraft) -> None:
                 f"{option.origin.location}: {option.key} has no effect: the training data is not split, because a validation or test file is given"
             )
         return
-    if any(key in draft.paths_of_invalid_keys for key in ratios):
+    if any(key in draft.paths_of_invalid_keys for key in ratio_keys):
         return
     total = sum(given_ratios.values())
-    names = "+".join(given_ratios)
+    key_names = "+".join(given_ratios)
     if len(given_ratios) == 3 and abs(total - 1) > 1e-6:
         draft.add_mistake(
             tuple(given_ratios),
-            f"{names} = {total:g}, but must be 1",
+            f"{key_names} = {total:g}, but must be 1",
             "change a ratio, or remove one, which the import then sets to the rest",
         )
         return
     if total > 1 + 1e-6:
-        draft.add_mistake(tuple(given_ratios), f"{names} = {total:g}, but must be at most 1", "reduce the ratios")
+        draft.add_mistake(tuple(given_ratios), f"{key_names} = {total:g}, but must be at most 1", "reduce the ratios")
         return
     ratios_by_key = _complete_ratios(given_ratios)
     if ratios_by_key["TRAIN_RATIO"] <= 0:

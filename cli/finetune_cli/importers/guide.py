@@ -258,12 +258,12 @@ def _set_method(draft: JobDraft) -> None:
                 )
             )
         return
-    source = key_4bit or (adapter_keys[0] if adapter_keys else key_8bit)
-    if source is None:
+    source_key = key_4bit or (adapter_keys[0] if adapter_keys else key_8bit)
+    if source_key is None:
         return
-    draft.assign("method.type", "qlora" if key_4bit else "lora", source)
+    draft.assign("method.type", "qlora" if key_4bit else "lora", source_key)
     if key_4bit or key_8bit:
-        draft.assign("model.quantization.bits", 4 if key_4bit else 8, key_4bit or key_8bit or source)
+        draft.assign("model.quantization.bits", 4 if key_4bit else 8, key_4bit or key_8bit or source_key)
 
 
 def _find_loading_key(draft: JobDraft, name: str) -> str | None:

@@ -206,9 +206,9 @@ def _read_flags(draft: JobDraft, command_words: list[str]) -> Iterator[OptionEnt
     known_flags = sorted({f"--{key.partition('.')[2].replace('_', '-')}" for key in KNOWN_KEYS} | {"--dataset", "--format"})
     for name, value in flags.name_value_pairs:
         if normalise_key(name) not in KNOWN_KEYS:
-            closest = find_closest_name(name, known_flags)
+            closest_flag = find_closest_name(name, known_flags)
             draft.mistakes.append(
-                Mistake("command line", name, "unknown option", f"did you mean {closest}?" if closest else "remove it")
+                Mistake("command line", name, "unknown option", f"did you mean {closest_flag}?" if closest_flag else "remove it")
             )
         elif value is None:
             draft.mistakes.append(Mistake("command line", name, "the value is missing", f"write {name} VALUE"))
@@ -358,12 +358,12 @@ def _set_grpo(draft: JobDraft) -> None:
     draft.add_note(
         "GRPO uses the reward citationFormat, which is hard-coded in the tool; set other rewards in trainer.rewards"
     )
-    completions = int(draft.get("training_config.per_device_train_batch_size", 2)) * int(
+    completion_count = int(draft.get("training_config.per_device_train_batch_size", 2)) * int(
         draft.get("training_config.gradient_acc_steps", 4)
     )
     num_generations = int(draft.get("training_config.num_generations", 8))
-    if completions % num_generations and "training_config.num_generations" not in draft.given_options:
-        divisor = next((n for n in range(min(num_generations, completions), 1, -1) if completions % n == 0), None)
+    if completion_count % num_generations and "training_config.num_generations" not in draft.given_options:
+        divisor = next((n for n in range(min(num_generations, completion_count), 1, -1) if completion_count % n == 0), None)
         if divisor is None:
             draft.assign_default(
                 "training.gradientAccumulationSteps",
@@ -377,7 +377,7 @@ def _set_grpo(draft: JobDraft) -> None:
                 "chosen by the importer, because the number of completions in a step must be a multiple of numGenerations",
             )
             draft.add_note(
-                f"GRPO samples {divisor} completions per prompt, because the {completions} completions of a step are not a multiple of {num_generations}"
+                f"GRPO samples {divisor} completions per prompt, because the {completion_count} completions of a step are not a multiple of {num_generations}"
             )
 
 

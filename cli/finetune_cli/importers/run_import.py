@@ -230,11 +230,11 @@ def choose_importer(documents: tuple[InputDocument, ...], request: Request, impo
                 )
             ]
         )
-    matching = [importer for importer in importers.values() if importer.recognises_input(documents, request.tool_arguments)]
-    if len(matching) == 1:
-        return matching[0]
+    matching_importers = [importer for importer in importers.values() if importer.recognises_input(documents, request.tool_arguments)]
+    if len(matching_importers) == 1:
+        return matching_importers[0]
     file_names = ", ".join(document.name for document in documents) or "command line"
-    if not matching:
+    if not matching_importers:
         _check_syntax(documents)
         other_tool = find_other_tool(documents)
         if other_tool is not None:
@@ -250,14 +250,14 @@ def choose_importer(documents: tuple[InputDocument, ...], request: Request, impo
                 )
             ]
         )
-    importer_names = ", ".join(importer.name for importer in matching)
+    importer_names = ", ".join(importer.name for importer in matching_importers)
     raise InvalidInput(
         [
             Mistake(
                 file_names,
                 "",
                 f"several importers recognise this configuration: {importer_names}",
-                f"choose one with --from {'|'.join(importer.name for importer in matching)}",
+                f"choose one with --from {'|'.join(importer.name for importer in matching_importers)}",
             )
         ]
     )
@@ -397,9 +397,9 @@ def _report_unknown_option(importer: Importer, draft: JobDraft, entry: OptionEnt
     elif enclosing_option is not None:
         message, hint = "unknown key", f"{enclosing_option} takes a single value and is not a group"
     else:
-        closest = find_closest_name(entry.key, known_keys)
+        closest_key = find_closest_name(entry.key, known_keys)
         message = "unknown key"
-        hint = f"did you mean {closest}?" if closest else f"it is not an option of {importer.title}; remove it"
+        hint = f"did you mean {closest_key}?" if closest_key else f"it is not an option of {importer.title}; remove it"
     draft.mistakes.append(Mistake(entry.origin.location, entry.key, message, hint))
 
 
@@ -534,8 +534,8 @@ def _drop_field(draft: JobDraft, problem: Problem) -> None:
         draft.add_warning(f"{assigned.origin.location}: {assigned.key or problem.path}: {list_item} is left out: {problem.message}")
         return
     for path in [path for path in draft.values if is_within(path, problem.path)]:
-        removed = draft.values.pop(path)
-        draft.add_warning(f"{removed.origin.location}: {removed.key or path} is left out: spec.{problem.path} {problem.message}")
+        removed_value = draft.values.pop(path)
+        draft.add_warning(f"{removed_value.origin.location}: {removed_value.key or path} is left out: spec.{problem.path} {problem.message}")
 
 
 DISCRIMINATOR_VALUES: dict[str, tuple[str, ...]] = {

@@ -513,7 +513,7 @@ def _set_loftq(draft: JobDraft, loftq_options: dict[str, Any], is_quantized: boo
 
 def _set_trackers(draft: JobDraft) -> None:
     given_option = draft.given_options.get("fine_tuner.report_to")
-    uri = draft.given_options.get("mlflow.tracking_uri")
+    uri_option = draft.given_options.get("mlflow.tracking_uri")
     if given_option is not None:
         draft.assign("tracking.reportTo", given_option.value, "fine_tuner.report_to")
         if (
@@ -527,16 +527,16 @@ def _set_trackers(draft: JobDraft) -> None:
                 "write [mlflow] tracking_uri",
                 explained_path="tracking.mlflow",
             )
-    elif uri is not None or draft.has_key("mlflow.tracking_uri"):
+    elif uri_option is not None or draft.has_key("mlflow.tracking_uri"):
         draft.assign_default("tracking.reportTo", ["mlflow"], EXAMPLE_ORIGIN)
     elif "fine_tuner.report_to" not in draft.paths_of_invalid_keys:
         draft.assign_default("tracking.reportTo", [], "no [mlflow] tracking_uri is given")
         draft.add_note("no tracking_uri is given, so metrics are not sent to mlflow (the tool's example sends them)")
-    if uri is None:
+    if uri_option is None:
         if draft.has_key("mlflow.tracking_uri"):
             draft.paths_of_invalid_keys["tracking.mlflow"] = "tracking.mlflow"
         return
-    address = str(uri.value)
+    address = str(uri_option.value)
     userinfo = USERINFO_PATTERN.search(address)
     if userinfo:
         user, _, password = userinfo.group(0).rstrip("@").partition(":")
@@ -544,7 +544,7 @@ def _set_trackers(draft: JobDraft) -> None:
             draft, "mlflow.tracking_uri", {"MLFLOW_TRACKING_USERNAME": user, "MLFLOW_TRACKING_PASSWORD": password}
         )
         address = USERINFO_PATTERN.sub("", address)
-        draft.add_warning(f"{uri.origin.location}: {uri.key}: user and password are moved into the Secret")
+        draft.add_warning(f"{uri_option.origin.location}: {uri_option.key}: user and password are moved into the Secret")
     draft.assign("tracking.mlflow.trackingUri", address, "mlflow.tracking_uri")
 
 

@@ -337,11 +337,11 @@ def _set_method(draft: JobDraft) -> None:
             explained_path="model.quantization",
         )
     elif bits:
-        source = next(
+        source_key = next(
             (key for key in (KEY_4BIT, KEY_8BIT) if draft.get(key)), KEY_BITS if KEY_BITS in draft.given_options else KEY_METHOD
         )
-        if source in draft.given_options:
-            draft.assign("model.quantization.bits", bits, source)
+        if source_key in draft.given_options:
+            draft.assign("model.quantization.bits", bits, source_key)
         else:
             draft.assign_default("model.quantization.bits", bits)
 
@@ -540,13 +540,13 @@ def _build_benchmark(name: str, folder: str | None) -> dict[str, Any]:
 
 def _set_eval_steps(draft: JobDraft, steps_key: str, is_enabled: bool) -> None:
     """Set the evaluation interval from the section `evaluation`. If this section has no interval, set it from the section `output`."""
-    other_key = "output.eval_steps"
-    if steps_key in draft.given_options and other_key in draft.given_options and draft.get(steps_key) != draft.get(other_key):
-        given_option = draft.given_options[other_key]
+    output_key = "output.eval_steps"
+    if steps_key in draft.given_options and output_key in draft.given_options and draft.get(steps_key) != draft.get(output_key):
+        given_option = draft.given_options[output_key]
         draft.add_warning(
             f"{given_option.origin.location}: {given_option.key} has no effect: evaluation.eval_steps ({draft.get(steps_key)}) overrides it"
         )
-    key = steps_key if steps_key in draft.given_options else other_key if other_key in draft.given_options else None
+    key = steps_key if steps_key in draft.given_options else output_key if output_key in draft.given_options else None
     if key and is_enabled:
         draft.assign("evaluation.steps", draft.get(key), key)
     elif key:

@@ -90,10 +90,10 @@ def check_models(config: ServerConfig) -> list[Mistake]:
 
 def import_request(request: dict[str, Any], config: ServerConfig, served_model: ServedModel, job_id: str) -> ImportResult:
     """Import a request whose files are S3 URIs. Raise RequestFailure with all mistakes that the importer finds."""
-    text = json.dumps(request)
+    request_text = json.dumps(request)
     fields = dict(flatten_fields({**served_model.spec, "storage": config.storage.to_wire()}))
     origin = ValueOrigin("configuration of the server")
-    options = Request(
+    importer_request = Request(
         files=(),
         name=job_id,
         overrides={path: AssignedValue(value, origin) for path, value in fields.items() if path.startswith("resources.")},
@@ -102,7 +102,7 @@ def import_request(request: dict[str, Any], config: ServerConfig, served_model: 
         has_command_line=False,
     )
     try:
-        result = import_documents(options, (InputDocument(Path(REQUEST_NAME), text),), _build_importer(fields))
+        result = import_documents(importer_request, (InputDocument(Path(REQUEST_NAME), request_text),), _build_importer(fields))
     except InvalidInput as error:
         raise _to_failure(error.mistakes) from None
     for warning in result.warnings:
