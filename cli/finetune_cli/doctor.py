@@ -180,7 +180,8 @@ class Doctor:
     def _check_rights(self) -> CheckResult:
         missing_rights = [f"{verb} {resource}" for resource, verb in REQUIRED_RIGHTS if not self.cluster.is_allowed_to(verb, resource)]
         if missing_rights:
-            return CheckResult(CheckName.RIGHTS, CheckState.FAILED, f"in namespace {self.cluster.namespace} you may not: {', '.join(missing_rights)}", ROLE_CURE)
+            message = f"in namespace {self.cluster.namespace} you may not: {', '.join(missing_rights)}"
+            return CheckResult(CheckName.RIGHTS, CheckState.FAILED, message, ROLE_CURE)
         return CheckResult(CheckName.RIGHTS, CheckState.OK, f"all rights of this program in namespace {self.cluster.namespace}")
 
     # --- nodes

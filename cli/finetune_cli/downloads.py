@@ -121,7 +121,9 @@ def _require_disk_space(source: Source, folder: Path) -> None:
     needed_bytes = sum(file.size for file in source.files if not (folder / file.path).exists() and not _make_part_file_path(folder / file.path, file).exists())
     free_bytes = shutil.disk_usage(existing_folder).free
     if needed_bytes > free_bytes:
-        raise StorageError(f"{existing_folder} has {free_bytes / 1e9:.1f} GB free, but the download needs {needed_bytes / 1e9:.1f} GB; choose another folder with --to")
+        raise StorageError(
+            f"{existing_folder} has {free_bytes / 1e9:.1f} GB free, but the download needs {needed_bytes / 1e9:.1f} GB; choose another folder with --to"
+        )
 
 
 def _make_part_file_path(target: Path, file: RemoteFile) -> Path:

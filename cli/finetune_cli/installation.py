@@ -157,14 +157,14 @@ def select_nodes_of_pool(pool: Pool, nodes: Iterable[KubeObject]) -> list[KubeOb
 def compute_pool_usage(pool: Pool, nodes: list[KubeObject], pods: list[KubeObject]) -> PoolUsage:
     """Return how many nodes and GPUs of a pool exist, are usable and are free. `is_usable` says which nodes are usable."""
     pool_nodes = select_nodes_of_pool(pool, nodes)
-    usable_gpus_by_node = {node_name["metadata"]["name"]: count_gpus_of_node(node_name, pool.gpu_resource) for node_name in pool_nodes if is_usable(node_name, pool)}
+    usable_gpus_by_node = {node["metadata"]["name"]: count_gpus_of_node(node, pool.gpu_resource) for node in pool_nodes if is_usable(node, pool)}
     used_gpus_by_node = dict.fromkeys(usable_gpus_by_node, 0)
     for pod in pods:
         node_name = (pod.get("spec") or {}).get("nodeName")
         if node_name in used_gpus_by_node:
             used_gpus_by_node[node_name] += count_requested_gpus(pod, pool.gpu_resource)
     free_gpus_by_node = {name: max(0, usable_gpus_by_node[name] - used_gpus_by_node[name]) for name in usable_gpus_by_node}
-    free_nodes = sum(1 for name in free_gpus_by_node if free_gpus_by_node[name] >= max(1, pool.gpus_per_node)) if pool.gpus_per_node else len(usable_gpus_by_node)
+    free_nodes = sum(1 for gpus in free_gpus_by_node.values() if gpus >= max(1, pool.gpus_per_node)) if pool.gpus_per_node else len(usable_gpus_by_node)
     return PoolUsage(len(pool_nodes), len(usable_gpus_by_node), sum(usable_gpus_by_node.values()), sum(free_gpus_by_node.values()), free_nodes)
 
 

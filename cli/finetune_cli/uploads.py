@@ -110,7 +110,9 @@ def read_committed_upload(source: Path) -> CommittedUpload | None:
     )
     missing_paths = [str(file.path) for file in files if not file.path.is_file()]
     if missing_paths:
-        raise StorageError(f"{missing_paths[0]} is missing, but {path} lists it ({len(missing_paths)} of {len(files)} files are missing); download the folder again")
+        raise StorageError(
+            f"{missing_paths[0]} is missing, but {path} lists it ({len(missing_paths)} of {len(files)} files are missing); download the folder again"
+        )
     return CommittedUpload(folder, incarnation, int(manifest.get("attempt") or 1), manifest_bytes, files)
 
 

@@ -85,11 +85,11 @@ def _is_intact(storage: JobStorage, committed_folder: CommittedFolder) -> bool:
     from finetune_cli.status_text import format_bytes
 
     try:
-        file_count = verify_files(storage, committed_folder)
+        verified_bytes = verify_files(storage, committed_folder)
     except StorageError as error:
         output.print_errors([f"{committed_folder.folder}: {error}"])
         return False
-    output.write(f"{committed_folder.folder}: ok, {format_bytes(file_count)}" + (", healthy" if committed_folder.is_healthy else ""))
+    output.write(f"{committed_folder.folder}: ok, {format_bytes(verified_bytes)}" + (", healthy" if committed_folder.is_healthy else ""))
     return True
 
 

@@ -53,8 +53,8 @@ def describe_remaining_files(job: dict[str, Any]) -> list[str]:
     except StorageError:
         purge = f"finetune purge {metadata['name']} -n {metadata['namespace']} --uid {metadata['uid']} --storage URI"
         return [f"files that the job has stored stay in the operator's default storage; to remove them, run `{purge}` with the URI of this storage"]
-    file_kinds = [f"{len(status.checkpoints)} checkpoints ({format_bytes(sum(one.bytes or 0 for one in status.checkpoints))})"] if status.checkpoints else []
-    file_kinds += [f"the {status.output.kind or 'model'}"] if status.output and status.output.uri else []
+    file_texts = [f"{len(status.checkpoints)} checkpoints ({format_bytes(sum(one.bytes or 0 for one in status.checkpoints))})"] if status.checkpoints else []
+    file_texts += [f"the {status.output.kind or 'model'}"] if status.output and status.output.uri else []
     copy_uris = [str(one) for one in (status.output.published_uri, status.output.hub_uri) if one] if status.output else []
     root, *_, uid = uri.rsplit("/", 3)
     if not uri.startswith(("s3://", "file://")):
@@ -63,5 +63,5 @@ def describe_remaining_files(job: dict[str, Any]) -> list[str]:
         purge_command = ["finetune", "purge", metadata["name"], "-n", metadata["namespace"], "--uid", uid, "--storage", root]
         purge_command += ["--endpoint", connection.endpoint] if connection.endpoint else []
         removal_hint = f"to remove them, run `{shlex.join(purge_command)}`"
-    notes = [f"{' and '.join(file_kinds) or 'files that the job has stored'} stay in {uri}; {removal_hint}"]
+    notes = [f"{' and '.join(file_texts) or 'files that the job has stored'} stay in {uri}; {removal_hint}"]
     return [*notes, f"copies stay in {' and '.join(copy_uris)}"] if copy_uris else notes

@@ -125,8 +125,8 @@ def find_source_of_folder(storage: JobStorage, folder: str) -> Source:
         return make_committed_source(storage, committed_folder)
     if folder in RESULT_FOLDERS and folder != "merged":
         return make_plain_source(storage, folder)
-    available_folders = ", ".join(one.folder for one in list_committed_folders(storage)) or "nothing"
-    raise StorageError(f"{folder} is not committed below {storage.uri}; available: {available_folders}")
+    available_text = ", ".join(one.folder for one in list_committed_folders(storage)) or "nothing"
+    raise StorageError(f"{folder} is not committed below {storage.uri}; available: {available_text}")
 
 
 def _find_source_of_uri(uri: str, options: StorageOptions) -> tuple[Source, str]:

@@ -50,7 +50,8 @@ def format_summary(summary: dict[str, Any]) -> list[str]:
     if win_rate_entry["rate"] is None:
         text = f"- ({win_rate_entry['reason']})"
     else:
-        text = f"{win_rate_entry['rate']:.2f}, 95 % interval {win_rate_entry['low']:.2f} to {win_rate_entry['high']:.2f}, on {win_rate_entry['questions']} questions"
+        text = f"{win_rate_entry['rate']:.2f}, 95 % interval {win_rate_entry['low']:.2f} to {win_rate_entry['high']:.2f}"
+        text += f", on {win_rate_entry['questions']} questions"
         text += f" ({win_rate_entry['wins']} wins, {win_rate_entry['ties']} ties, {win_rate_entry['losses']} losses)"
     return [*lines, "", f"win rate of the trained model: {text}"]
 

@@ -118,7 +118,9 @@ def _add_image_digest(statement: bytes, job: dict[str, Any]) -> bytes:
         return statement
     statement_object = json.loads(statement)
     build_definition = statement_object["predicate"]["buildDefinition"]
-    image_dependency = Resource(name=TRAINER_IMAGE_DEPENDENCY, uri=image.rstrip("@") or resolved.image, digest={"sha256": digest}, annotations={"observedBy": "operator"})
+    image_dependency = Resource(
+        name=TRAINER_IMAGE_DEPENDENCY, uri=image.rstrip("@") or resolved.image, digest={"sha256": digest}, annotations={"observedBy": "operator"}
+    )
     other_dependencies = [one for one in build_definition["resolvedDependencies"] if one.get("name") != TRAINER_IMAGE_DEPENDENCY]
     build_definition["resolvedDependencies"] = [*other_dependencies, image_dependency.to_wire()]
     return json.dumps(statement_object, indent=1, sort_keys=True, ensure_ascii=False).encode()

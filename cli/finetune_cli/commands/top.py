@@ -101,7 +101,9 @@ def _read_rows(cluster: Cluster, jobs: list[dict[str, Any]], all_namespaces: boo
         if (pod.get("status") or {}).get("phase") == "Running" and (pod["metadata"].get("labels") or {}).get(Label.JOB_UID) in jobs_by_uid
     ]
     jobs_and_pods = [(jobs_by_uid[pod["metadata"]["labels"][Label.JOB_UID]], pod) for pod in running_pods]
-    current_jobs_and_pods = [(job, pod) for job, pod in jobs_and_pods if get_attempt(pod) == max(get_attempt(other) for owner, other in jobs_and_pods if owner is job)]
+    current_jobs_and_pods = [
+        (job, pod) for job, pod in jobs_and_pods if get_attempt(pod) == max(get_attempt(other) for owner, other in jobs_and_pods if owner is job)
+    ]
     with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
         return list(pool.map(lambda pair: _read_row(cluster, *pair), current_jobs_and_pods))
 
@@ -136,7 +138,8 @@ def _format_cells(row: PodRow, with_namespace: bool) -> list[str]:
     tokens_per_second = progress.tokens_per_second if progress else None
     return [
         *([metadata["namespace"]] if with_namespace else []),
-        metadata["name"], str(status.phase or "-"), (progress.display if progress else None) or "-", f"{tokens_per_second:,.0f}" if tokens_per_second is not None else "-",
+        metadata["name"], str(status.phase or "-"), (progress.display if progress else None) or "-",
+        f"{tokens_per_second:,.0f}" if tokens_per_second is not None else "-",
         (progress.eta if progress else None) or "-", row.pod["metadata"]["name"], (row.pod.get("spec") or {}).get("nodeName") or "-",
         str(len(gpus)) if row.usage else "-", f"{sum(utilizations) / len(utilizations):.0f}" if utilizations else "-",
         f"{format_bytes(fullest_gpu.memory_used_bytes)} of {format_bytes(fullest_gpu.memory_total_bytes)}" if fullest_gpu else "-",

@@ -70,7 +70,8 @@ PROMPT_STRATEGY_BY_TYPE: Mapping[str, PromptStrategy] = {
     "reflection": _make_refused_strategy("the prompt strategy reflection, which puts two answers into a row"),
     "explainchoice": _make_refused_strategy("the prompt strategy explainchoice"), "concisechoice": _make_refused_strategy("the prompt strategy concisechoice"),
     "jeopardy": _make_refused_strategy("the prompt strategy jeopardy"), "creative_acr": _make_refused_strategy("the prompt strategy creative_acr"),
-    "pygmalion": _make_refused_strategy("the prompt strategy pygmalion"), "input_output": _make_refused_strategy("a label for each segment of a row (input_output)"),
+    "pygmalion": _make_refused_strategy("the prompt strategy pygmalion"),
+    "input_output": _make_refused_strategy("a label for each segment of a row (input_output)"),
     "stepwise_supervised": _make_refused_strategy("training of a process reward model"), "_synthetic": _make_refused_strategy("synthetic rows"),
     "ebft": _make_refused_strategy("energy-based fine-tuning"),
 }  # fmt: skip

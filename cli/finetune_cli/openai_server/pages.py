@@ -34,8 +34,8 @@ def refuse_unknown_parameters(query: Mapping[str, str], *known_parameters: str) 
     """Raise RequestFailure if the query has a parameter that is not in `known_parameters`."""
     for name in query:
         if name not in known_parameters:
-            parameter_names = ", ".join(known_parameters) or "no parameters"
-            raise bad_request(f"the parameter {name} is not known here: this request takes {parameter_names}", name, "unknown_parameter")
+            known_names_text = ", ".join(known_parameters) or "no parameters"
+            raise bad_request(f"the parameter {name} is not known here: this request takes {known_names_text}", name, "unknown_parameter")
 
 
 def build_page(items: list[dict[str, Any]], request: PageRequest) -> dict[str, Any]:
