@@ -224,13 +224,13 @@ def _load_spec(raw_spec: dict[str, Any]) -> tuple[FineTuneJobSpec | None, list[F
     Invalid values are removed, so that the rules can check all other fields.
     """
     errors: list[FieldError] = []
-    value = raw_spec
+    valid_values = raw_spec
     for _ in range(3):
         try:
-            return load_spec(value), errors
+            return load_spec(valid_values), errors
         except ValidationError as error:
             errors += list(iterate_field_errors(error, errors))
-            value = _remove_locations(value, list(find_locations_to_remove(error)))
+            valid_values = _remove_locations(valid_values, list(find_locations_to_remove(error)))
     return None, errors
 
 

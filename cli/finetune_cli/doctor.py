@@ -193,10 +193,10 @@ class Doctor:
         if not pools:
             gpu_count = sum(count_gpus_of_node(node, DEFAULT_GPU_RESOURCE) for node in nodes)
             return CheckResult(CheckName.POOLS, CheckState.OK, f"no node pools are configured; the nodes have {gpu_count} {DEFAULT_GPU_RESOURCE}")
-        problems = [problem for pool in pools if (problem := find_pool_problem(pool, nodes))]
-        if problems:
+        pool_problems = [problem for pool in pools if (problem := find_pool_problem(pool, nodes))]
+        if pool_problems:
             cure = "correct nodePools in the chart's values, or install the device plugin; for nodes that an autoscaler adds, use --skip pools"
-            return CheckResult(CheckName.POOLS, CheckState.FAILED, "; ".join(problems), cure)
+            return CheckResult(CheckName.POOLS, CheckState.FAILED, "; ".join(pool_problems), cure)
         node_counts_text = ", ".join(f"{pool.name} ({len(select_nodes_of_pool(pool, nodes))} nodes)" for pool in pools)
         return CheckResult(CheckName.POOLS, CheckState.OK, node_counts_text)
 

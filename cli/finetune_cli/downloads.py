@@ -209,8 +209,8 @@ class Download:
         part_bytes = self._find_part_bytes()
         if part_bytes is None:
             return _Comparison(Check.SIZE, compute_sha256_of_file(path), True)
-        digest = digest_file(path, part_bytes)
-        return _Comparison(Check.ETAG, digest.sha256, digest.etag == self._file.etag)
+        local_digest = digest_file(path, part_bytes)
+        return _Comparison(Check.ETAG, local_digest.sha256, local_digest.etag == self._file.etag)
 
     def _find_part_bytes(self) -> int | None:
         """Return the size of the parts in bytes in which the object was uploaded.

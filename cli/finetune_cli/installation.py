@@ -18,7 +18,7 @@ from finetune_cli.output import CommandError
 
 DEFAULT_NAMESPACE = "finetune-operator"
 """The namespace that the installation guide uses. If the user may not list objects in all namespaces, no other namespace is searched for the operator."""
-SELECTOR = "app.kubernetes.io/part-of=finetune-operator"
+CHART_SELECTOR = "app.kubernetes.io/part-of=finetune-operator"
 """Label of every object of the chart."""
 CONFIG_KEY = "config.yaml"
 DEFAULT_GPU_RESOURCE = "nvidia.com/gpu"
@@ -95,7 +95,7 @@ def list_chart_objects(cluster: Cluster, plural: str, api_path: str, namespace: 
 
     If `namespace` is None, search all namespaces, or DEFAULT_NAMESPACE if the user may not list objects in all namespaces. Raises ClusterError.
     """
-    query = {"labelSelector": SELECTOR}
+    query = {"labelSelector": CHART_SELECTOR}
     if namespace is None:
         try:
             return list(cluster.call_api("GET", f"{api_path}/{plural}", query).get("items") or [])

@@ -64,10 +64,10 @@ def read_gpu(gpu: str | None, gpu_memory: str | None, gpus_per_node: int | None 
     problem = find_quantity_problem(gpu_memory, SIZE_KIND)
     if problem is not None:
         raise output.fail(f"--gpu-memory: {'; '.join(problem)}")
-    amount = int(parse_amount(gpu_memory))
-    if amount < 1:
+    given_memory_bytes = int(parse_amount(gpu_memory))
+    if given_memory_bytes < 1:
         raise output.fail(f"--gpu-memory {gpu_memory}: the size must be above 0; write for example 80Gi")
-    return GpuPool(name="the GPU", memory_bytes=amount, gpus_per_node=gpu_count, is_current=True)
+    return GpuPool(name="the GPU", memory_bytes=given_memory_bytes, gpus_per_node=gpu_count, is_current=True)
 
 
 def plan_job(resolved: ResolvedSpec, shape: ModelShape, pool: GpuPool | None, facts: RunFacts, data: DataSize | None = None) -> MethodPlan:
@@ -111,11 +111,12 @@ def read_model(spec: FineTuneJobSpec, folder: Path | None) -> tuple[ModelShape, 
             f"model.source is {source or 'missing'}, which is no folder on this machine: add --model-config FOLDER with the config.json of this model"
         )
     shape = read_model_shape(model_folder)
-    stored, expected = read_stored_bytes(model_folder), count_parameters(shape) * shape.stored_value_bytes
-    if stored is None or abs(stored / expected - 1) <= STORED_SIZE_TOLERANCE:
+    stored_bytes, expected_bytes = read_stored_bytes(model_folder), count_parameters(shape) * shape.stored_value_bytes
+    if stored_bytes is None or abs(stored_bytes / expected_bytes - 1) <= STORED_SIZE_TOLERANCE:
         return shape, []
     return shape, [
-        f"the weight files have {format_gigabytes(stored)}, but the plan assumes {format_gigabytes(int(expected))}: the plan may be wrong by this difference"
+        f"the weight files have {format_gigabytes(stored_bytes)}, but the plan assumes {format_gigabytes(int(expected_bytes))}: "
+        f"the plan may be wrong by this difference"
     ]
 
 
@@ -134,14 +135,14 @@ def find_memory_findings(manifest: Manifest, spec: FineTuneJobSpec, *, pool: Gpu
 
     if gpus_per_node(spec) == 0 or check_spec(spec):
         return
-    model = find_model(spec, folder)
+    model_folder = find_model(spec, folder)
     path, location = "spec", manifest.location("spec")
-    if model is None:
+    if model_folder is None:
         message = f"the memory of the job is not planned, because model.source {spec.model.source} is no folder on this machine"
         yield Finding(Mistake(location, path, message, "add --model-config FOLDER with the config.json of this model"), "NotPlanned", is_error=False)
         return
     try:
-        method_plan = plan_job(resolve_defaults(spec), read_model_shape(model), pool, RunFacts())
+        method_plan = plan_job(resolve_defaults(spec), read_model_shape(model_folder), pool, RunFacts())
     except FineTuneError as error:
         yield Finding(Mistake(location, path, f"the memory of the job is not planned: {error.message}", error.hint or ""), "NotPlanned", is_error=False)
         return

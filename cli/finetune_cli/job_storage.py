@@ -357,7 +357,7 @@ def read_file_list(location: str, manifest: dict[str, Any]) -> list[dict[str, An
 
 def verify_files(storage: JobStorage, committed_folder: CommittedFolder) -> int:
     """Read every file of a checkpoint or model and compare it with the manifest. Returns the number of bytes read. Raises StorageError."""
-    total = 0
+    total_bytes = 0
     for entry in read_file_list(storage.uri, read_manifest(storage, committed_folder)):
         key = f"{committed_folder.folder}/{committed_folder.path}/{entry['path']}"
         sha256, byte_count = hash_object(storage, key)
@@ -366,8 +366,8 @@ def verify_files(storage: JobStorage, committed_folder: CommittedFolder) -> int:
                 f"{storage.uri}/{key} is damaged: the file has {byte_count} bytes and sha256 {sha256[:12]}..., "
                 f"but the manifest lists {entry['size']} bytes and {entry['sha256'][:12]}..."
             )
-        total += byte_count
-    return total
+        total_bytes += byte_count
+    return total_bytes
 
 
 def hash_object(storage: JobStorage, object_key: str) -> tuple[str, int]:

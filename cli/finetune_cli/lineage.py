@@ -354,12 +354,12 @@ def find_contradictions(statement: Statement, manifest: dict[str, Any]) -> Itera
         yield "the revision of the base model"
     if not _has_digest(statement, facts.get("datasetDigest"), ("dataset.train", "dataset.mixture[")):
         yield "the digest of the training data"
-    beside = facts.get("beside") or {}
+    digest_by_name = facts.get("beside") or {}
     for path, name in (("dataset.validation", "validation data"), ("dataset.test", "test data")):
-        if name in beside and not _has_digest(statement, beside[name], (path,)):
+        if name in digest_by_name and not _has_digest(statement, digest_by_name[name], (path,)):
             yield f"the digest of the {name}"
     for name in IMAGE_SETS:
-        if name in beside and not _has_digest(statement, beside[name], (name,)):
+        if name in digest_by_name and not _has_digest(statement, digest_by_name[name], (name,)):
             yield f"the digest of the {name}"
 
 

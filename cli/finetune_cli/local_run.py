@@ -187,10 +187,10 @@ def _continue_job(run_file: Path, resolution: ResolvedSpec, job_folder: Path, na
         resolution = keep_recorded_defaults(resolution, {path: value for path, value in recorded_defaults.items() if value is not None})
     except ValidationError as error:
         raise LocalRunError(f"this release cannot use the defaults recorded in {run_file}: choose another folder with -o") from error
-    old, new = flatten(earlier_run.spec.to_wire()), flatten(resolution.spec.to_wire())
-    changed_paths = sorted(path for path in {*old, *new} if old.get(path) != new.get(path))
+    old_values, new_values = flatten(earlier_run.spec.to_wire()), flatten(resolution.spec.to_wire())
+    changed_paths = sorted(path for path in {*old_values, *new_values} if old_values.get(path) != new_values.get(path))
     if changed_paths:
-        differences = "; ".join(f"{path} {old.get(path, '-')} -> {new.get(path, '-')}" for path in changed_paths[:3])
+        differences = "; ".join(f"{path} {old_values.get(path, '-')} -> {new_values.get(path, '-')}" for path in changed_paths[:3])
         raise LocalRunError(
             f"{job_folder} holds results of a job {name} with another spec ({differences}): choose another folder with -o, or delete this folder"
         )

@@ -193,8 +193,8 @@ def _parse_message(message: str) -> StorageCheckResult | None:
 def _make_waiting_message(pod: KubeObject) -> str:
     """Return the reason why a pod waits: the message of the scheduler, or a text that the image is being pulled."""
     status = pod.get("status") or {}
-    scheduled: Callable[[KubeObject], bool] = lambda one: one["type"] == "PodScheduled" and one["status"] == "False"  # noqa: E731
-    message = next((str(one.get("message") or "") for one in filter(scheduled, status.get("conditions") or [])), "")
+    is_unscheduled: Callable[[KubeObject], bool] = lambda one: one["type"] == "PodScheduled" and one["status"] == "False"  # noqa: E731
+    message = next((str(one.get("message") or "") for one in filter(is_unscheduled, status.get("conditions") or [])), "")
     if message:
         return f"the pod fits on no node: {message}"
     return "the image is still being pulled" if (pod.get("spec") or {}).get("nodeName") else ""

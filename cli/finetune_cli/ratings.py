@@ -165,15 +165,15 @@ def describe_values(values: Sequence[int]) -> dict[str, float | int | None]:
     }  # fmt: skip
 
 
-def _compute_agreement(ratings: Iterable[Rating], score: str) -> dict[str, Any]:
-    by_answer: dict[str, list[int]] = defaultdict(list)
+def _compute_agreement(ratings: Iterable[Rating], score_name: str) -> dict[str, Any]:
+    scores_by_answer: dict[str, list[int]] = defaultdict(list)
     for rating in ratings:
-        if score in rating.scores:
-            by_answer[rating.answer].append(rating.scores[score])
-    alpha = compute_krippendorff_alpha(list(by_answer.values()))
+        if score_name in rating.scores:
+            scores_by_answer[rating.answer].append(rating.scores[score_name])
+    alpha = compute_krippendorff_alpha(list(scores_by_answer.values()))
     if alpha is not None:
         return {"alpha": alpha}
-    is_rated_twice = any(len(values) > 1 for values in by_answer.values())
+    is_rated_twice = any(len(values) > 1 for values in scores_by_answer.values())
     return {"alpha": None, "reason": "all scores are equal" if is_rated_twice else "no answer has scores by two raters"}
 
 
@@ -191,7 +191,7 @@ def compute_krippendorff_alpha(units: Sequence[Sequence[int]]) -> float | None:
     for unit in paired_units:
         for value in unit:
             counts[value] += 1
-    total = sum(counts.values())
+    value_count = sum(counts.values())
 
     def compute_distance(first_score: int, second_score: int) -> float:
         low, high = min(first_score, second_score), max(first_score, second_score)
@@ -202,7 +202,7 @@ def compute_krippendorff_alpha(units: Sequence[Sequence[int]]) -> float | None:
     if expected_disagreement == 0:
         return None
     observed_disagreement = sum(compute_distance(one, other) / (len(unit) - 1) for unit in paired_units for one, other in product(unit, repeat=2))
-    return 1 - (total - 1) * observed_disagreement / expected_disagreement
+    return 1 - (value_count - 1) * observed_disagreement / expected_disagreement
 
 
 def compute_win_rate(ratings: Iterable[Rating]) -> dict[str, Any]:
@@ -215,19 +215,19 @@ def compute_win_rate(ratings: Iterable[Rating]) -> dict[str, Any]:
     for rating in ratings:
         if "overall" in rating.scores:
             pairs[rating.question, rating.rater][rating.model] = rating.scores["overall"]
-    by_question: dict[str, list[float]] = defaultdict(list)
+    outcomes_by_question: dict[str, list[float]] = defaultdict(list)
     win_count = tie_count = loss_count = 0
     for (question, _), scores in pairs.items():
         if TRAINED_MODEL not in scores or BASE_MODEL not in scores:
             continue
         difference = scores[TRAINED_MODEL] - scores[BASE_MODEL]
         win_count, tie_count, loss_count = win_count + (difference > 0), tie_count + (difference == 0), loss_count + (difference < 0)
-        by_question[question].append(0.5 if difference == 0 else float(difference > 0))
-    if not by_question:
+        outcomes_by_question[question].append(0.5 if difference == 0 else float(difference > 0))
+    if not outcomes_by_question:
         return {"rate": None, "reason": "no rater has given both answers to a question an `overall` score, or --key is missing"}
-    win_rate = statistics.fmean(statistics.fmean(values) for values in by_question.values())
-    low, high = compute_wilson_interval(win_rate, len(by_question))
-    return {"rate": win_rate, "low": low, "high": high, "questions": len(by_question), "wins": win_count, "ties": tie_count, "losses": loss_count}
+    win_rate = statistics.fmean(statistics.fmean(values) for values in outcomes_by_question.values())
+    low, high = compute_wilson_interval(win_rate, len(outcomes_by_question))
+    return {"rate": win_rate, "low": low, "high": high, "questions": len(outcomes_by_question), "wins": win_count, "ties": tie_count, "losses": loss_count}
 
 
 def compute_wilson_interval(rate: float, question_count: int) -> tuple[float, float]:

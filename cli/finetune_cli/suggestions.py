@@ -44,22 +44,22 @@ def _find_field_elsewhere(path: str, candidates: list[str]) -> str:
 def find_closest_name(word: str, known_names: Iterable[str]) -> str:
     """Return the known name that is most similar to a word, or an empty string. For a dotted word, names of the same group have precedence."""
     candidates = list(dict.fromkeys(known_names))
-    head, dot, tail = word.rpartition(".")
+    head, dot, last_part = word.rpartition(".")
     siblings = {
         candidate.rpartition(".")[2]: candidate for candidate in candidates if candidate.rpartition(".")[0] == head
     }
     sibling_by_initials = {_get_initials(name): candidate for name, candidate in reversed(siblings.items())}
-    if len(tail.strip("-")) <= 3 and tail.strip("-").lower() in sibling_by_initials:
-        return sibling_by_initials[tail.strip("-").lower()]
-    similar_name = _find_most_similar(tail, siblings, 0.55)
+    if len(last_part.strip("-")) <= 3 and last_part.strip("-").lower() in sibling_by_initials:
+        return sibling_by_initials[last_part.strip("-").lower()]
+    similar_name = _find_most_similar(last_part, siblings, 0.55)
     if similar_name:
         return siblings[similar_name]
     same_prefix_name = next(
-        (candidate for name, candidate in siblings.items() if tail.startswith(name) or name.startswith(tail)), ""
+        (candidate for name, candidate in siblings.items() if last_part.startswith(name) or name.startswith(last_part)), ""
     )
     if not dot:
-        return same_prefix_name if len(tail) > 1 else ""
-    names_in_other_groups = (candidate for candidate in candidates if candidate.rpartition(".")[2] == tail and tail not in COMMON_NAMES)
+        return same_prefix_name if len(last_part) > 1 else ""
+    names_in_other_groups = (candidate for candidate in candidates if candidate.rpartition(".")[2] == last_part and last_part not in COMMON_NAMES)
     name_in_other_group = next(names_in_other_groups, "")
     return same_prefix_name or name_in_other_group or ("" if siblings else _find_most_similar(word, candidates, 0.8))
 

@@ -153,7 +153,7 @@ class Uploader:
         return TransferredFile(file.path, self._storage.make_object_uri(file.key), digest.size, digest.sha256, state, check)
 
     def _upload_to_s3(self, file: LocalFile, digest: LocalDigest, report_bytes: Callable[[int], None]) -> FileState:
-        stored_object = self._find_stored(file)
+        stored_object = self._find_stored_object(file)
         if stored_object is not None and (stored_object.size, stored_object.etag) == (digest.size, digest.etag):
             report_bytes(digest.size)
             return FileState.UNCHANGED
@@ -167,7 +167,7 @@ class Uploader:
         upload = MultipartUpload(self._storage, file, digest)
         return upload.run(report_bytes)
 
-    def _find_stored(self, file: LocalFile) -> StoredObject | None:
+    def _find_stored_object(self, file: LocalFile) -> StoredObject | None:
         """Return the stored object of a file, or None if the object does not exist or the credentials may not read it.
 
         Wrong credentials make the upload itself fail.
@@ -195,15 +195,15 @@ class MultipartUpload:
     def run(self, report_bytes: Callable[[int], None]) -> FileState:
         """Upload the missing parts and complete the upload. Raises StorageError. After an interruption, the uploaded parts stay in the store."""
         with StorageErrors(self._uri):
-            upload_id, etags = self._find_unfinished()
+            upload_id, etags = self._find_unfinished_upload()
             state = FileState.RESUMED if etags else FileState.TRANSFERRED
             if upload_id is None:
                 upload_id = str(self._client.create_multipart_upload(**self._location)["UploadId"])
-            report_bytes(sum(self._compute_part_bytes(number) for number in etags))
-            missing_part_numbers = [number for number in range(1, len(self._digest.part_md5s) + 1) if number not in etags]
-            for number, etag in self._upload_parts(upload_id, missing_part_numbers, report_bytes):
-                etags[number] = etag
-            parts = [{"PartNumber": number, "ETag": etags[number]} for number in sorted(etags)]
+            report_bytes(sum(self._compute_part_bytes(part_number) for part_number in etags))
+            missing_part_numbers = [part_number for part_number in range(1, len(self._digest.part_md5s) + 1) if part_number not in etags]
+            for part_number, etag in self._upload_parts(upload_id, missing_part_numbers, report_bytes):
+                etags[part_number] = etag
+            parts = [{"PartNumber": part_number, "ETag": etags[part_number]} for part_number in sorted(etags)]
             self._client.complete_multipart_upload(**self._location, UploadId=upload_id, MultipartUpload={"Parts": parts})
         return state
 
@@ -228,7 +228,7 @@ class MultipartUpload:
     def _compute_part_bytes(self, part_number: int) -> int:
         return min(self._digest.part_bytes, self._digest.size - (part_number - 1) * self._digest.part_bytes)
 
-    def _find_unfinished(self) -> tuple[str | None, dict[int, str]]:
+    def _find_unfinished_upload(self) -> tuple[str | None, dict[int, str]]:
         """Return the ID of the unfinished upload that has the most parts, and the ETags of its parts.
 
         If there is no unfinished upload, return None and no ETags.

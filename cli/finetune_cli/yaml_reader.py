@@ -128,22 +128,22 @@ class _NodeReader:
         """Python ids of the nodes that enclose the current node. An alias to an enclosing node would cause an endless recursion."""
 
     def read(self, node: Any, path: str) -> Any:
-        line = node.start_mark.line + 1
+        line_number = node.start_mark.line + 1
         self.value_count += 1
         if self.value_count > MAX_NODES:
-            raise InvalidYaml(f"the file holds more than {MAX_NODES} values after aliases are expanded", line)
-        self.tree.lines.setdefault(path, line)
+            raise InvalidYaml(f"the file holds more than {MAX_NODES} values after aliases are expanded", line_number)
+        self.tree.lines.setdefault(path, line_number)
         tag_name = str(node.tag).rpartition(":")[2]
         if node.id == "scalar":
             return (
                 read_scalar(node)
                 if tag_name in SCALAR_TAGS
-                else self._add_problem(line, path, f"the tag {node.tag} is not supported")
+                else self._add_problem(line_number, path, f"the tag {node.tag} is not supported")
             )
         if id(node) in self.unfinished:
-            return self._add_problem(line, path, "the alias refers to a value that contains it")
+            return self._add_problem(line_number, path, "the alias refers to a value that contains it")
         if tag_name not in ("map", "seq"):
-            return self._add_problem(line, path, f"the tag {node.tag} is not supported")
+            return self._add_problem(line_number, path, f"the tag {node.tag} is not supported")
         self.unfinished.add(id(node))
         value = self._read_mapping(node, path) if node.id == "mapping" else self._read_sequence(node, path)
         self.unfinished.discard(id(node))

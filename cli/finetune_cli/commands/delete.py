@@ -51,16 +51,16 @@ def describe_remaining_files(job: dict[str, Any]) -> list[str]:
     try:
         uri, connection = locate_job_folder(job)
     except StorageError:
-        purge = f"finetune purge {metadata['name']} -n {metadata['namespace']} --uid {metadata['uid']} --storage URI"
-        return [f"files that the job has stored stay in the operator's default storage; to remove them, run `{purge}` with the URI of this storage"]
+        purge_text = f"finetune purge {metadata['name']} -n {metadata['namespace']} --uid {metadata['uid']} --storage URI"
+        return [f"files that the job has stored stay in the operator's default storage; to remove them, run `{purge_text}` with the URI of this storage"]
     file_texts = [f"{len(status.checkpoints)} checkpoints ({format_bytes(sum(one.bytes or 0 for one in status.checkpoints))})"] if status.checkpoints else []
     file_texts += [f"the {status.output.kind or 'model'}"] if status.output and status.output.uri else []
     copy_uris = [str(one) for one in (status.output.published_uri, status.output.hub_uri) if one] if status.output else []
-    root, *_, uid = uri.rsplit("/", 3)
+    storage_root_uri, *_, uid = uri.rsplit("/", 3)
     if not uri.startswith(("s3://", "file://")):
         removal_hint = f"to remove them, delete the folder {uri}"
     else:
-        purge_command = ["finetune", "purge", metadata["name"], "-n", metadata["namespace"], "--uid", uid, "--storage", root]
+        purge_command = ["finetune", "purge", metadata["name"], "-n", metadata["namespace"], "--uid", uid, "--storage", storage_root_uri]
         purge_command += ["--endpoint", connection.endpoint] if connection.endpoint else []
         removal_hint = f"to remove them, run `{shlex.join(purge_command)}`"
     notes = [f"{' and '.join(file_texts) or 'files that the job has stored'} stay in {uri}; {removal_hint}"]

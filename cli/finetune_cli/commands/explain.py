@@ -76,10 +76,10 @@ def _format_entry(field: Field, all_fields: tuple[Field, ...]) -> str:
     prefix = field.path + ("[]." if field.type_text.startswith("list of") else ".")
     children = [child for child in all_fields if child.path.startswith(prefix) and "." not in child.path[len(prefix) :]]
     if children:
-        width = max(len(child.path) - len(prefix) for child in children)
+        name_width = max(len(child.path) - len(prefix) for child in children)
         lines += [
             "",
-            *(f"  {child.path[len(prefix) :]:<{width}}  <{child.type_text}>  {_describe_field(child)}" for child in children),
+            *(f"  {child.path[len(prefix) :]:<{name_width}}  <{child.type_text}>  {_describe_field(child)}" for child in children),
         ]
     return "\n".join(lines)
 

@@ -71,7 +71,7 @@ def init(
         if not is_interactive:
             raise output.fail(f"{file} already exists; choose another file")
         output.print_errors([f"{file} already exists"])
-        file = Path(_ask("file"))
+        file = Path(_ask_for_value("file"))
     if file is None:
         output.write(text)
     else:
@@ -86,7 +86,7 @@ def _ask_for_valid_manifest(values: dict[str, Any], is_interactive: bool) -> str
             if not is_interactive:
                 missing_argument = "NAME" if key == "name" else _make_option_name(key)
                 raise output.fail(f"{missing_argument} is missing; `finetune init` asks for missing values only on a terminal")
-            values[key] = _ask(key)
+            values[key] = _ask_for_value(key)
     while True:
         text = build_manifest_text(**values)
         mistakes = _find_unknown_words(values) or _find_mistakes(text, values)
@@ -97,7 +97,7 @@ def _ask_for_valid_manifest(values: dict[str, Any], is_interactive: bool) -> str
             raise output.fail(*mistakes)
         output.print_errors(mistakes)
         for key in wrong_keys:
-            values[key] = _ask(key)
+            values[key] = _ask_for_value(key)
 
 
 def _make_option_name(value_name: str) -> str:
@@ -105,7 +105,7 @@ def _make_option_name(value_name: str) -> str:
     return "metadata.name" if value_name == "name" else f"--{value_name}"
 
 
-def _ask(value_name: str) -> Any:
+def _ask_for_value(value_name: str) -> Any:
     """Ask on stderr until the user gives a value or, for `gpus`, a number.
 
     The question is not on stdout, because stdout is for the manifest. Raises Abort at the end of the input.

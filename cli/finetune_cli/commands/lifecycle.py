@@ -69,8 +69,8 @@ def _patch_spec(
         raise ClusterError(f"{name} has already ended: {status.phase}")
     old_spec = job.get("spec") or {}
     if all(bool(old_spec.get(key)) == value for key, value in spec.items()):
-        values = ", ".join(f"{key} is already {str(value).lower()}" for key, value in spec.items())
-        output.print_notes([f"{name}: nothing to change, {values}"])
+        unchanged_text = ", ".join(f"{key} is already {str(value).lower()}" for key, value in spec.items())
+        output.print_notes([f"{name}: nothing to change, {unchanged_text}"])
         return
     cluster.patch_spec(name, spec)
     output.write(f"{name}: {effect}")

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from finetune_cli.job_plan import MethodPlan
 
-    Times = dict[str, tuple[TimePlan, CostPlan | None]]
+    TimeAndCostPlans = dict[str, tuple[TimePlan, CostPlan | None]]
 
 COMPARABLE_METHODS = ("lora", "qlora", "dora", "ia3", "promptTuning", "prefixTuning", "full")
 TIME_CONTENT_NOTE = "the time is only that of the optimizer steps; it does not contain start, evaluation, checkpoints and upload"
@@ -102,10 +102,10 @@ def plan(
     resolved, name = _read_spec(file)
     try:
         shape, notes = read_model(resolved.spec, model_config)
-        facts, data = RunFacts(longest_tokens=longest_row), _to_data_size(resolved.spec, rows, mean_row)
-        plans = _plan_methods(resolved, shape, _parse_methods(compare), pool, facts, data)
+        facts, data_size = RunFacts(longest_tokens=longest_row), _to_data_size(resolved.spec, rows, mean_row)
+        plans = _plan_methods(resolved, shape, _parse_methods(compare), pool, facts, data_size)
         proposals = _propose_changes(next(iter(plans.values())), shape, pool, facts) if fit and pool is not None else []
-        times = _plan_times(shape, plans, pool, data, price)
+        times = _plan_times(shape, plans, pool, data_size, price)
     except FineTuneError as error:
         raise output.fail(f"{error.message}; {error.hint}" if error.hint else error.message) from error
     memory_bytes = pool.memory_bytes if pool is not None else None
@@ -124,7 +124,7 @@ def plan(
         raise output.CommandExit(output.ERROR)
 
 
-def _make_time_notes(times: Times) -> list[str]:
+def _make_time_notes(times: TimeAndCostPlans) -> list[str]:
     """Return notes about the planned time: what it includes, and whether its bounds are calibrated with measured runs on this type of GPU."""
     run_counts = {time.calibration_runs if time.calibrated else None for time, _ in times.values()}
     texts = (f"are calibrated with {count} runs on this type of GPU" if count is not None else "are not calibrated for this GPU" for count in run_counts)
@@ -160,7 +160,7 @@ def _to_data_size(spec: FineTuneJobSpec, row_count: int | None, mean_row_tokens:
 
 
 def _plan_methods(
-    resolved: ResolvedSpec, shape: ModelShape, methods: list[str], pool: GpuPool | None, facts: RunFacts, data: DataSize | None
+    resolved: ResolvedSpec, shape: ModelShape, methods: list[str], pool: GpuPool | None, facts: RunFacts, data_size: DataSize | None
 ) -> dict[str, MethodPlan]:
     """Plan the job with each of `methods`, or with its own method if the list is empty. Returns the plans by method."""
     from dataclasses import replace
@@ -170,27 +170,27 @@ def _plan_methods(
     from finetune_cli.job_plan import plan_job
 
     specs = {method: change_spec(resolved.spec, {"method.type": method}) for method in methods} or {str(resolved.spec.method.type): resolved.spec}
-    return {method: plan_job(replace(resolved, spec=spec), shape, pool, facts, data) for method, spec in specs.items()}
+    return {method: plan_job(replace(resolved, spec=spec), shape, pool, facts, data_size) for method, spec in specs.items()}
 
 
-def _plan_times(shape: ModelShape, plans: dict[str, MethodPlan], pool: GpuPool | None, data: DataSize | None, price: float | None) -> Times:
+def _plan_times(shape: ModelShape, plans: dict[str, MethodPlan], pool: GpuPool | None, data_size: DataSize | None, price: float | None) -> TimeAndCostPlans:
     """Return the planned time and cost by method. If the GPU type or the data size is unknown, the result is empty."""
     from finetune_api.errors import ConfigError
     from finetune_api.gpus import GPU_TYPES
     from finetune_api.rules import world_size
     from finetune_api.time_plan import plan_cost, plan_time, plan_work
 
-    if pool is None or pool.gpu_type is None or data is None:
+    if pool is None or pool.gpu_type is None or data_size is None:
         return {}
-    times = {}
+    plans_by_method = {}
     for method, method_plan in plans.items():
-        training_work = plan_work(method_plan.spec, shape, data, method_plan.plan.recomputed_layer_count / max(method_plan.plan.layer_count, 1))
+        training_work = plan_work(method_plan.spec, shape, data_size, method_plan.plan.recomputed_layer_count / max(method_plan.plan.layer_count, 1))
         if training_work is None:
             raise ConfigError("TimeNotPlanned", "the time of this objective cannot be planned", hint="remove --rows, --mean-row and --price")
         gpu_count = world_size(method_plan.spec)
-        time = plan_time(training_work, GPU_TYPES[pool.gpu_type], gpu_count)
-        times[method] = (time, plan_cost(time, gpu_count, price, "") if price is not None else None)
-    return times
+        time_plan = plan_time(training_work, GPU_TYPES[pool.gpu_type], gpu_count)
+        plans_by_method[method] = (time_plan, plan_cost(time_plan, gpu_count, price, "") if price is not None else None)
+    return plans_by_method
 
 
 def _read_spec(file: Path) -> tuple[ResolvedSpec, str]:
@@ -248,7 +248,7 @@ def _describe_model(name: str, spec: FineTuneJobSpec, shape: ModelShape) -> list
     ]
 
 
-def _format_table(plans: dict[str, MethodPlan], times: Times, memory_bytes: int | None, gpu: str | None) -> list[str]:
+def _format_table(plans: dict[str, MethodPlan], times: TimeAndCostPlans, memory_bytes: int | None, gpu: str | None) -> list[str]:
     """Return a table with one column for each plan: the memory of each rank (parts, expected peak, upper bound), time and cost."""
     from finetune_api.memory.plan import format_gigabytes
 
@@ -269,7 +269,7 @@ def _format_table(plans: dict[str, MethodPlan], times: Times, memory_bytes: int 
     return [f"{label:<{width}}  {'  '.join(f'{cell:>{columns}}' for cell in cells)}".rstrip() for label, cells in rows]
 
 
-def _format_time_rows(times: Times) -> list[tuple[str, list[str]]]:
+def _format_time_rows(times: TimeAndCostPlans) -> list[tuple[str, list[str]]]:
     if not times:
         return []
     durations, costs = [time for time, _ in times.values()], [cost for _, cost in times.values() if cost is not None]
@@ -289,7 +289,7 @@ def format_hours(seconds: int) -> str:
     return f"{minutes // 60}h{minutes % 60:02}m"
 
 
-def _to_dict(name: str, plans: dict[str, MethodPlan], times: Times, memory_bytes: int | None, proposals: list[str]) -> dict[str, Any]:
+def _to_dict(name: str, plans: dict[str, MethodPlan], times: TimeAndCostPlans, memory_bytes: int | None, proposals: list[str]) -> dict[str, Any]:
     data: dict[str, Any] = {"name": name, "plans": []}
     for method, method_plan in plans.items():
         entry: dict[str, Any] = {

@@ -78,27 +78,27 @@ def collect_files(cluster: Cluster, job: dict[str, Any]) -> dict[str, str]:
 
     name = job["metadata"]["name"]
     job["metadata"].pop("managedFields", None)
-    files = {"job.yaml": to_yaml(redact_value(job)), "status.txt": describe_job(job)}
+    text_by_file_name = {"job.yaml": to_yaml(redact_value(job)), "status.txt": describe_job(job)}
     pods: list[dict[str, Any]] = []
     try:
         pods = cluster.list_pods(name)
         for pod in pods:
             pod["metadata"].pop("managedFields", None)
-        files["pods.yaml"] = to_yaml(redact_value(pods))
+        text_by_file_name["pods.yaml"] = to_yaml(redact_value(pods))
         object_uids = {job["metadata"]["uid"], *(pod["metadata"]["uid"] for pod in pods)}
-        files["events.txt"] = "\n".join(map(format_event_line, cluster.list_events(object_uids)))
-        files["versions.json"] = json.dumps(
+        text_by_file_name["events.txt"] = "\n".join(map(format_event_line, cluster.list_events(object_uids)))
+        text_by_file_name["versions.json"] = json.dumps(
             {"kubernetes": cluster.get_version(), "python": platform.python_version()}, indent=1
         )
     except ClusterError as error:
-        files["errors.txt"] = str(error)
+        text_by_file_name["errors.txt"] = str(error)
     for pod in pods:
         pod_name = pod["metadata"]["name"]
         try:
-            files[f"logs/{pod_name}.txt"] = "\n".join(cluster.stream_log(pod_name, TRAINER_CONTAINER, follow=False, tail_lines=LOG_LINE_COUNT))
+            text_by_file_name[f"logs/{pod_name}.txt"] = "\n".join(cluster.stream_log(pod_name, TRAINER_CONTAINER, follow=False, tail_lines=LOG_LINE_COUNT))
         except ClusterError as error:
-            files[f"logs/{pod_name}.txt"] = f"({error})"
-    return {file_name: redact_for_others(text) for file_name, text in files.items()}
+            text_by_file_name[f"logs/{pod_name}.txt"] = f"({error})"
+    return {file_name: redact_for_others(text) for file_name, text in text_by_file_name.items()}
 
 
 def redact_for_others(text: str) -> str:

@@ -11,7 +11,7 @@ from finetune_cli.importers.axolotl_keys import (
     FSDP_NAMES,
     GRPO_IGNORED_OPTION_ROWS,
     IGNORED_OPTION_ROWS,
-    ONLY_TRACKERS,
+    ONLY_TRACKERS_REASON,
     OPTION_GROUP_ROWS,
     PLUGINS,
     REFUSED_OPTION_ROWS,
@@ -55,7 +55,7 @@ TRAINERS = {
 }  # fmt: skip
 UNSUPPORTED_TRAINERS = {"gdpo": "GDPO", "simpo": "SimPO", "ebft": "energy-based fine-tuning"}
 ATTENTION_BY_NAME = {"eager": "eager", "sdpa": "sdpa", "flash_attention_2": "flashAttention2", "auto": "auto"}
-OLD_ATTENTION_KEYS = {
+ATTENTION_BY_OLD_KEY = {
     "flash_attention": "flash_attention_2", "sdp_attention": "sdpa", "eager_attention": "eager", "xformers_attention": "xformers",
     "sage_attention": "sage", "flex_attention": "flex_attention",
 }  # fmt: skip
@@ -111,7 +111,7 @@ OPTION_TABLE: tuple[OptionRow, ...] = (
     OptionRow("model_quantization_config", is_set_by_combine=True),
     OptionRow("model_quantization_config_kwargs.dequantize", convert=to_boolean, is_set_by_combine=True),
     OptionRow("attn_implementation", "model.attention", is_set_by_combine=True),
-    *(OptionRow(key, "model.attention", to_boolean, is_set_by_combine=True) for key in OLD_ATTENTION_KEYS if key != "xformers_attention"),
+    *(OptionRow(key, "model.attention", to_boolean, is_set_by_combine=True) for key in ATTENTION_BY_OLD_KEY if key != "xformers_attention"),
     OptionRow("special_tokens.pad_token", "model.padToken"),
     OptionRow("special_tokens.additional_special_tokens", "model.newTokens", to_name_list, is_set_by_combine=True),
     *(OptionRow(f"special_tokens.{name}_token", is_set_by_combine=True) for name in ("bos", "eos", "unk", "mask", "sep", "cls")),
@@ -223,9 +223,9 @@ OPTION_TABLE: tuple[OptionRow, ...] = (
     OptionRow("mlflow_experiment_name", "tracking.mlflow.experimentName", is_set_by_combine=True),
     OptionRow("mlflow_run_name", "output.runName.name", is_set_by_combine=True),
     OptionRow("use_tensorboard", "tracking.reportTo", to_boolean, is_set_by_combine=True),
-    OptionRow("comet_api_key", no_effect=ONLY_TRACKERS, is_secret=True),
-    OptionRow("swanlab_api_key", no_effect=ONLY_TRACKERS, is_secret=True),
-    OptionRow("swanlab_lark_secret", no_effect=ONLY_TRACKERS, is_secret=True),
+    OptionRow("comet_api_key", no_effect=ONLY_TRACKERS_REASON, is_secret=True),
+    OptionRow("swanlab_api_key", no_effect=ONLY_TRACKERS_REASON, is_secret=True),
+    OptionRow("swanlab_lark_secret", no_effect=ONLY_TRACKERS_REASON, is_secret=True),
     # distribution
     OptionRow("deepspeed", "distributed.deepspeed", try_converters(to_text, to_mapping), is_set_by_combine=True),
     OptionRow("fsdp", "distributed.fsdp.sharding", try_converters(to_list_of(to_text)), is_set_by_combine=True),
@@ -358,8 +358,8 @@ def _set_model(draft: JobDraft) -> None:
 
 
 def _set_attention(draft: JobDraft) -> None:
-    old_keys = [key for key in OLD_ATTENTION_KEYS if draft.get(key)]
-    for old_key in OLD_ATTENTION_KEYS:
+    old_keys = [key for key in ATTENTION_BY_OLD_KEY if draft.get(key)]
+    for old_key in ATTENTION_BY_OLD_KEY:
         if draft.get(old_key) is False:
             draft.add_reason(old_key, "no effect: this attention implementation is turned off")
     key = "attn_implementation" if "attn_implementation" in draft.given_options else old_keys[0] if old_keys else None
@@ -368,7 +368,7 @@ def _set_attention(draft: JobDraft) -> None:
     for other in old_keys:
         if other != key:
             draft.add_reason(other, f"no effect: {key} is used instead")
-    name = str(draft.get(key)) if key == "attn_implementation" else OLD_ATTENTION_KEYS[key]
+    name = str(draft.get(key)) if key == "attn_implementation" else ATTENTION_BY_OLD_KEY[key]
     if name in ATTENTION_BY_NAME:
         draft.assign("model.attention", ATTENTION_BY_NAME[name], key)
     else:

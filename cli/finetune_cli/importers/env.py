@@ -224,8 +224,8 @@ def _expand_variables(value: str, values: dict[str, str], draft: JobDraft, locat
     from dotenv.variables import parse_variables
 
     variables = {**draft.request.environment, **values}
-    ratios_by_key = list(parse_variables(value))
-    for part in ratios_by_key:
+    parts = list(parse_variables(value))
+    for part in parts:
         name = getattr(part, "name", None)
         if name is not None and name not in variables and getattr(part, "default", None) is None:
             draft.mistakes.append(
@@ -236,7 +236,7 @@ def _expand_variables(value: str, values: dict[str, str], draft: JobDraft, locat
                     "set the variable above this line, or write its value here",
                 )
             )
-    return "".join(part.resolve(variables) for part in ratios_by_key)
+    return "".join(part.resolve(variables) for part in parts)
 
 
 def _read_flags(draft: JobDraft) -> Iterator[OptionEntry]:
@@ -365,17 +365,17 @@ def _complete_ratios(given_ratios: dict[str, float]) -> dict[str, float]:
     the validation ratio is given, the test ratio is 0.1 (or all that is left, if that is less), and training gets the rest. If only the test ratio is given,
     the validation ratio follows in the same way.
     """
-    ratios = {"TRAIN_RATIO": 0.8, "VAL_RATIO": 0.1, "TEST_RATIO": 0.1}
+    default_ratios = {"TRAIN_RATIO": 0.8, "VAL_RATIO": 0.1, "TEST_RATIO": 0.1}
     if not given_ratios:
-        return ratios
+        return default_ratios
     remaining_ratio = round(1 - sum(given_ratios.values()), 10)
     if len(given_ratios) == 1 and "TRAIN_RATIO" in given_ratios:
         return {**given_ratios, "VAL_RATIO": round(remaining_ratio / 2, 10), "TEST_RATIO": round(remaining_ratio / 2, 10)}
     if len(given_ratios) == 1:
-        other_key = "TEST_RATIO" if "VAL_RATIO" in given_ratios else "VAL_RATIO"
-        other_ratio = min(ratios[other_key], remaining_ratio)
-        return {**given_ratios, other_key: other_ratio, "TRAIN_RATIO": round(remaining_ratio - other_ratio, 10)}
-    missing_key = next((key for key in ratios if key not in given_ratios), None)
+        second_key = "TEST_RATIO" if "VAL_RATIO" in given_ratios else "VAL_RATIO"
+        second_ratio = min(default_ratios[second_key], remaining_ratio)
+        return {**given_ratios, second_key: second_ratio, "TRAIN_RATIO": round(remaining_ratio - second_ratio, 10)}
+    missing_key = next((key for key in default_ratios if key not in given_ratios), None)
     return given_ratios if missing_key is None else {**given_ratios, missing_key: max(remaining_ratio, 0.0)}
 
 

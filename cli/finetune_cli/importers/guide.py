@@ -136,7 +136,7 @@ OPTION_TABLE: tuple[OptionRow, ...] = (
     OptionRow("templates", "dataset.template", to_mapping, is_set_by_combine=True),
     OptionRow("requirements", convert=keep_value, no_effect="the group only documents memory requirements"),
 )  # fmt: skip
-HARD_CODED = "hard-coded in the tool"
+HARD_CODED_REASON = "hard-coded in the tool"
 
 
 def _is_qlora(draft: JobDraft) -> bool:
@@ -146,11 +146,11 @@ def _is_qlora(draft: JobDraft) -> bool:
 DEFAULTS: tuple[ToolDefault, ...] = (
     ToolDefault("method.lora.rank", 16),
     ToolDefault("method.lora.alpha", 32),
-    ToolDefault("method.lora.dropout", 0.05, HARD_CODED),
-    ToolDefault("method.lora.bias", "none", HARD_CODED),
-    ToolDefault("model.quantization.type", "nf4", HARD_CODED, _is_qlora),
-    ToolDefault("model.quantization.computeDtype", "bfloat16", HARD_CODED, _is_qlora),
-    ToolDefault("model.quantization.doubleQuant", True, HARD_CODED, _is_qlora),
+    ToolDefault("method.lora.dropout", 0.05, HARD_CODED_REASON),
+    ToolDefault("method.lora.bias", "none", HARD_CODED_REASON),
+    ToolDefault("model.quantization.type", "nf4", HARD_CODED_REASON, _is_qlora),
+    ToolDefault("model.quantization.computeDtype", "bfloat16", HARD_CODED_REASON, _is_qlora),
+    ToolDefault("model.quantization.doubleQuant", True, HARD_CODED_REASON, _is_qlora),
     ToolDefault("training.epochs", 3),
     ToolDefault("training.batchSizePerDevice", 4),
     ToolDefault("training.gradientAccumulationSteps", 4),
@@ -160,13 +160,13 @@ DEFAULTS: tuple[ToolDefault, ...] = (
     ToolDefault("training.optimizer", "adamw_torch"),
     ToolDefault("training.weightDecay", 0),
     ToolDefault("training.maxGradNorm", 1),
-    ToolDefault("training.mixedPrecision", "bf16", HARD_CODED, needs_gpu=True),
+    ToolDefault("training.mixedPrecision", "bf16", HARD_CODED_REASON, needs_gpu=True),
     ToolDefault("dataset.maxSequenceLength", 512),
     ToolDefault("checkpoint.strategy", "steps"),
     ToolDefault("checkpoint.steps", 100),
     ToolDefault("checkpoint.keep", 3),
-    ToolDefault("output.dir", "output", HARD_CODED),
-    ToolDefault("output.layout", "flat", HARD_CODED),
+    ToolDefault("output.dir", "output", HARD_CODED_REASON),
+    ToolDefault("output.layout", "flat", HARD_CODED_REASON),
     ToolDefault("tracking.reportTo", ["tensorboard"]),
     ToolDefault("tracking.loggingSteps", 10),
 )  # fmt: skip

@@ -40,10 +40,10 @@ MAX_UPLOADS = 4
 UPLOAD_HINT = "send multipart/form-data with the fields purpose and file"
 
 
-def create_app(service: FineTuningService, keys: KeyTable) -> web.Application:
+def create_app(service: FineTuningService, key_table: KeyTable) -> web.Application:
     """Return the web application with all paths of the server."""
     handlers = Handlers(service)
-    app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[_answer_failures, _require_key(keys)])
+    app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[_answer_failures, _require_key(key_table)])
     job_path = "/v1/fine_tuning/jobs/{id}"
     app.add_routes([
         web.get(HEALTH_PATH, _get_health),
@@ -189,7 +189,7 @@ async def _get_health(_: web.Request) -> web.Response:
     return web.Response(text="ok\n")
 
 
-def _require_key(keys: KeyTable) -> Any:
+def _require_key(key_table: KeyTable) -> Any:
     """Return a middleware that adds to each request the account of its API key, and refuses a request without a valid key."""
 
     @web.middleware
@@ -197,7 +197,7 @@ def _require_key(keys: KeyTable) -> Any:
         if request.path == HEALTH_PATH:
             return await handler(request)
         scheme, _, key = request.headers.get("Authorization", "").partition(" ")
-        account = await asyncio.to_thread(keys.find_account, key.strip()) if scheme.lower() == "bearer" and key.strip() else None
+        account = await asyncio.to_thread(key_table.find_account, key.strip()) if scheme.lower() == "bearer" and key.strip() else None
         if account is None:
             message = "the API key is missing or not valid: send a key of this server as bearer token in the header Authorization"
             raise RequestFailure(HTTPStatus.UNAUTHORIZED, message, code="invalid_api_key")

@@ -117,9 +117,9 @@ def build_api_events(job: dict[str, Any], events: list[dict[str, Any]]) -> list[
     api_events = [_to_api_event(event) for event in events]
     metadata = job["metadata"]
     api_events.append(_build_event(f"ftevent-{metadata['uid']}-created", metadata["creationTimestamp"], "info", "Created fine-tuning job", "message"))
-    metrics = _build_metrics_event(job)
-    if metrics is not None:
-        api_events.append(metrics)
+    metrics_event = _build_metrics_event(job)
+    if metrics_event is not None:
+        api_events.append(metrics_event)
     return sorted(api_events, key=lambda event: (event["created_at"], event["id"]), reverse=True)
 
 
