@@ -224,13 +224,13 @@ def _load_spec(raw_spec: dict[str, Any]) -> tuple[FineTuneJobSpec | None, list[F
     Invalid values are removed, so that the rules can check all other fields.
     """
     errors: list[FieldError] = []
-    valid_values = raw_spec
+    remaining_values = raw_spec
     for _ in range(3):
         try:
-            return load_spec(valid_values), errors
+            return load_spec(remaining_values), errors
         except ValidationError as error:
             errors += list(iterate_field_errors(error, errors))
-            valid_values = _remove_locations(valid_values, list(find_locations_to_remove(error)))
+            remaining_values = _remove_locations(remaining_values, list(find_locations_to_remove(error)))
     return None, errors
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from finetune_api.patterns import MISMATCH_TEXTS
 from pydantic import ValidationError
 
-from finetune_cli.value_hints import hint_for_value, to_yaml_text
+from finetune_cli.value_hints import make_hint_for_value, to_yaml_text
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def iterate_field_errors(error: ValidationError, known_errors: Iterable[FieldErr
             is_within(other.path, path.rpartition(".")[0] or path) for other in earlier_errors
         ):
             continue
-        hint = hint_for_value(details["type"], details["input"], path, details.get("ctx", {}))
+        hint = make_hint_for_value(details["type"], details["input"], path, details.get("ctx", {}))
         yield FieldError(path, _make_message(details), hint, details["type"] == "extra_forbidden")
 
 

@@ -46,7 +46,7 @@ from finetune_cli.overrides import attribute_to_option, parse_overrides
 from finetune_cli.provenance import AssignedValue
 from finetune_cli.status_text import draw_progress_bar
 
-NAMESPACE = "local"
+LOCAL_NAMESPACE = "local"
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 300
 CONFIG_MAPS_FOLDER = "config-maps"
@@ -124,7 +124,7 @@ def _write_run(name: str, resolution: ResolvedSpec, root: Path, notes: list[str]
     uid = str(uuid.uuid5(uuid.NAMESPACE_URL, f"file://{root}/{name}"))
     state_folder = root / ".finetune" / name
     state_folder.mkdir(parents=True, exist_ok=True)
-    job_folder = root / NAMESPACE / name / uid
+    job_folder = root / LOCAL_NAMESPACE / name / uid
     resolution = _continue_job(state_folder / names.RUN_FILE_NAME, resolution, job_folder, name)
     counter_file = state_folder / "attempt"
     counted_attempts = int(counter_file.read_text(encoding="utf-8")) if counter_file.is_file() else 0
@@ -136,7 +136,7 @@ def _write_run(name: str, resolution: ResolvedSpec, root: Path, notes: list[str]
     gpu_count = spec.resources.gpus_per_node or 0
     run = RunConfig(
         name=name,
-        namespace=NAMESPACE,
+        namespace=LOCAL_NAMESPACE,
         uid=uid,
         attempt=attempt,
         spec=spec,
@@ -322,7 +322,7 @@ def make_progress_printer() -> Callable[[ProgressReport | None], None]:
     is_terminal = output.error_console().is_terminal
     last: list[tuple[Any, Any]] = [(None, None)]
 
-    def show(report: ProgressReport | None) -> None:
+    def show_report(report: ProgressReport | None) -> None:
         if report is None:
             if is_terminal:
                 sys.stderr.write("\n")
@@ -335,7 +335,7 @@ def make_progress_printer() -> Callable[[ProgressReport | None], None]:
             output.error_console().print(format_report_line(report))
         last[0] = shown_state
 
-    return show
+    return show_report
 
 
 def format_report_line(report: ProgressReport) -> str:

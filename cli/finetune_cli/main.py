@@ -102,7 +102,7 @@ def _print_version(is_requested: bool) -> None:
 
 
 @app.callback()
-def _root(
+def _handle_root_options(
     version: Annotated[
         bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
     ] = False,

@@ -54,10 +54,10 @@ def attribute_to_option(mistake: Mistake, overrides: Mapping[str, AssignedValue]
         return mistake
     option = assigned.origin.location
     key = path if option == "--set" else option
-    return Mistake(option, key, mistake.message, hint_for_option(mistake.hint, option, path))
+    return Mistake(option, key, mistake.message, make_hint_for_option(mistake.hint, option, path))
 
 
-def hint_for_option(hint: str, option: str, path: str) -> str:
+def make_hint_for_option(hint: str, option: str, path: str) -> str:
     """Return the hint for the value of an option. A YAML example becomes an example of the option.
 
     An option can only set a whole list, so the example for a list item becomes a list.
@@ -92,7 +92,7 @@ def _parse_set(text: str, fields_by_path: dict[str, Field], mistakes: list[Mista
     path = written_path.removeprefix("spec.")
     field = fields_by_path.get(path)
     if field is None:
-        mistakes.append(Mistake("--set", written_path, "unknown field", _hint_for_unknown(path, fields_by_path)))
+        mistakes.append(Mistake("--set", written_path, "unknown field", _make_hint_for_unknown(path, fields_by_path)))
     elif not equals or value == "":
         mistakes.append(
             Mistake(
@@ -110,7 +110,7 @@ def _parse_set(text: str, fields_by_path: dict[str, Field], mistakes: list[Mista
     return {}
 
 
-def _hint_for_unknown(path: str, fields_by_path: dict[str, Field]) -> str:
+def _make_hint_for_unknown(path: str, fields_by_path: dict[str, Field]) -> str:
     """Return a hint what to write instead of an unknown path. An option cannot set a part of a list or map, but only the whole list or map."""
     parent = path
     while parent and parent not in fields_by_path:

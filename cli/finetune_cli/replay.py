@@ -181,8 +181,12 @@ def find_reasons_to_differ(original_statement: Statement, repeated_statement: St
         devices = {device for one in run.run.attempts if (device := one.resolved.device) and not device.lower().startswith(CPU)}
         if devices:
             yield f"{name} used {', '.join(sorted(devices))}; equal weights are only expected on CPUs"
-    before, now = (run.predicate.run_details.builder.version for run in (original_statement, repeated_statement))
-    changed = [f"{name} {before.get(name, '-')} -> {now.get(name, '-')}" for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+    original_versions, repeated_versions = (run.predicate.run_details.builder.version for run in (original_statement, repeated_statement))
+    changed = [
+        f"{name} {original_versions.get(name, '-')} -> {repeated_versions.get(name, '-')}"
+        for name in sorted(original_versions.keys() | repeated_versions.keys())
+        if original_versions.get(name) != repeated_versions.get(name)
+    ]
     if changed:
         yield f"library versions differ: {', '.join(changed)}"
     if original_statement.predicate.build_definition.internal_parameters.get("originalValues"):

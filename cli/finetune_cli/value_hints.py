@@ -49,29 +49,29 @@ def make_group_example_hint(path: str) -> str:
     return f"write for example {example}" if example else ""
 
 
-def hint_for_value(error_type: str, value: Any, path: str, context: Mapping[str, Any]) -> str:
+def make_hint_for_value(error_type: str, value: Any, path: str, context: Mapping[str, Any]) -> str:
     """Return a hint that says what to write instead of an invalid value.
 
     `error_type` and `context` come from pydantic's error; `path` is relative to spec.
     """
     if error_type in ("model_type", "model_attributes_type", "dict_type"):
-        return _hint_for_group(value, path)
+        return _make_hint_for_group(value, path)
     if error_type == "string_pattern_mismatch":
-        return _hint_for_pattern(str(value), path) or make_field_example_hint(path)
+        return _make_hint_for_pattern(str(value), path) or make_field_example_hint(path)
     if error_type in ("enum", "literal_error"):
-        return _hint_for_word(value, path)
+        return _make_hint_for_word(value, path)
     if error_type == "list_type":
-        return _hint_for_list(value, path)
+        return _make_hint_for_list(value, path)
     if error_type == "bool_type":
-        return _hint_for_bool(value)
+        return _make_hint_for_bool(value)
     if error_type == "string_type":
-        return _hint_for_string(value, path)
+        return _make_hint_for_string(value, path)
     if error_type in ("missing", "string_too_short"):
         return make_field_example_hint(path)
     if error_type in ("less_than", "less_than_equal", "greater_than", "greater_than_equal"):
-        return _hint_for_bound(value, path, context)
+        return _make_hint_for_bound(value, path, context)
     if error_type in ("int_type", "float_type", "int_from_float", "int_parsing", "float_parsing", "finite_number"):
-        return _hint_for_number(value, path)
+        return _make_hint_for_number(value, path)
     return make_field_example_hint(path) if error_type == "value_error" else ""
 
 
@@ -84,7 +84,7 @@ def _to_yaml(value: Any) -> str:
     return value if isinstance(value, str) and PLAIN_TEXT_PATTERN.fullmatch(value) else json.dumps(value, ensure_ascii=False)
 
 
-def _hint_to_remove(path: str) -> str:
+def _make_hint_to_remove(path: str) -> str:
     """Return a hint to remove a field. The hint names the field's default if it has one."""
     field = find_field(path)
     match = re.search(r"Default: (.*?)\.(?: Example|$)", field.description) if field else None
@@ -95,12 +95,12 @@ def _hint_to_remove(path: str) -> str:
 # --- groups and lists -----------------------------------------------------------------------------------------------
 
 
-def _hint_for_group(value: Any, path: str) -> str:
+def _make_hint_for_group(value: Any, path: str) -> str:
     """Return a hint with the group to write instead of a scalar: `storage: {uri: s3://bucket/x}` for `storage: s3://bucket/x`."""
     name, example, pattern = _make_field_name(path), make_group_example_hint(path), remove_indexes(path)
     field = find_field(path)
     if field is not None and field.type_text.startswith("map of"):
-        return _hint_for_map(value, path)
+        return _make_hint_for_map(value, path)
     if isinstance(value, bool) and find_field(f"{path}.enabled") is not None:
         return f"write {name}: {{enabled: {to_yaml_text(value)}}}"
     if isinstance(value, int | float) and not isinstance(value, bool) and pattern in FIELD_OF_GROUP_FOR_NUMBER:
@@ -119,7 +119,7 @@ def _hint_for_group(value: Any, path: str) -> str:
     return f"write {{{field_name}: {word}}}" if path.endswith("]") else f"write {name}: {{{field_name}: {word}}}"
 
 
-def _hint_for_map(value: Any, path: str) -> str:
+def _make_hint_for_map(value: Any, path: str) -> str:
     """Return a hint with the map to write instead of texts such as `gpu=a100`."""
     texts = value if isinstance(value, list) else str(value).split(",")
     pairs = [str(text).strip().partition("=") for text in texts]
@@ -128,7 +128,7 @@ def _hint_for_map(value: Any, path: str) -> str:
     return make_field_example_hint(path)
 
 
-def _hint_for_list(value: Any, path: str) -> str:
+def _make_hint_for_list(value: Any, path: str) -> str:
     """Return a hint with the list to write instead of a single value: `targetModules: [q_proj, v_proj]` for `q_proj,v_proj`."""
     name, field = _make_field_name(path), find_field(path)
     type_text = field.type_text if field else ""
@@ -152,7 +152,7 @@ def _hint_for_list(value: Any, path: str) -> str:
 # --- words, booleans and texts --------------------------------------------------------------------------------------
 
 
-def _hint_for_word(value: Any, path: str) -> str:
+def _make_hint_for_word(value: Any, path: str) -> str:
     """Return a hint with the allowed word that the user probably means, or with the field that allows the given word."""
     text = to_yaml_text(value).strip("'")
     stage_match = ZERO_STAGE_PATTERN.fullmatch(normalise(text))
@@ -200,13 +200,13 @@ def _find_field_with_word(text: str) -> str:
     return ""
 
 
-def _hint_for_bool(value: Any) -> str:
+def _make_hint_for_bool(value: Any) -> str:
     text = str(value).strip().lower()
     word = "true" if text in TRUE_WORDS else "false" if text in FALSE_WORDS else ""
     return f"write {word} without quotes" if word and isinstance(value, str) else f"write {word}" if word else "write true or false"
 
 
-def _hint_for_string(value: Any, path: str) -> str:
+def _make_hint_for_string(value: Any, path: str) -> str:
     """Return a hint with the text to write instead of a number, boolean, list or mapping."""
     if path == "checkpoint.resume" and isinstance(value, bool):
         return f"write {'auto' if value else 'never'}"
@@ -221,7 +221,7 @@ def _hint_for_string(value: Any, path: str) -> str:
     return make_field_example_hint(path)
 
 
-def _hint_for_pattern(value: str, path: str) -> str:
+def _make_hint_for_pattern(value: str, path: str) -> str:
     """Return a hint with the corrected text of a field that requires a pattern, or an empty string."""
     name = _make_field_name(path)
     if contains_secret(value):
@@ -251,11 +251,11 @@ def _hint_for_pattern(value: str, path: str) -> str:
 # --- numbers --------------------------------------------------------------------------------------------------------
 
 
-def _hint_for_number(value: Any, path: str) -> str:
+def _make_hint_for_number(value: Any, path: str) -> str:
     name, field = _make_field_name(path), find_field(path)
     is_integer = field is not None and field.type_text.startswith("integer")
     if isinstance(value, float):
-        return _hint_for_fraction(value, path)
+        return _make_hint_for_fraction(value, path)
     if not isinstance(value, str) or contains_secret(value):
         return make_field_example_hint(path)
     text = value.strip().lower().replace("_", "")
@@ -266,7 +266,7 @@ def _hint_for_number(value: Any, path: str) -> str:
     if match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*k", text):
         return f"write {round(float(match[1]) * (1024 if 'Length' in name else 1000))}"
     if text in WORDS_FOR_NO_VALUE:
-        return _hint_to_remove(path)
+        return _make_hint_to_remove(path)
     if match := re.fullmatch(r"(\d+)\s*-?bits?", text):
         return f"write {match[1]}"
     if not is_integer and re.fullmatch(r"\d+,\d+", text) and not re.fullmatch(r"[1-9]\d{0,2},\d{3}", text):
@@ -276,7 +276,7 @@ def _hint_for_number(value: Any, path: str) -> str:
     return make_field_example_hint(path)
 
 
-def _hint_for_fraction(value: float, path: str) -> str:
+def _make_hint_for_fraction(value: float, path: str) -> str:
     """Return the hint for a fraction in a field that takes whole numbers."""
     if path == "training.warmupSteps" and 0 < value < 1:
         return f"write warmupRatio: {value:g}, or a whole number of steps"
@@ -287,14 +287,14 @@ def _hint_for_fraction(value: float, path: str) -> str:
     return make_field_example_hint(path)
 
 
-def _hint_for_bound(value: Any, path: str, context: Mapping[str, Any]) -> str:
+def _make_hint_for_bound(value: Any, path: str, context: Mapping[str, Any]) -> str:
     """Return the hint for a number that is too small or too large."""
     limit = context.get("le", context.get("lt"))
     if limit is not None and limit <= 1 < value <= 100:
         steps_field = f", or {_make_field_name(path).replace('Ratio', 'Steps')}: {value:g}" if path == "training.warmupRatio" else ""
         return f"write {value / 100:g} for {value:g} percent{steps_field}"
     if limit is None and path in FIELDS_WITH_OPTIONAL_LIMIT:
-        return _hint_to_remove(path)
+        return _make_hint_to_remove(path)
     if limit is None and path == "checkpoint.keep":
         return "write 0 to keep all checkpoints"
     return make_field_example_hint(path)

@@ -105,17 +105,17 @@ def plan(
         facts, data_size = RunFacts(longest_tokens=longest_row), _to_data_size(resolved.spec, rows, mean_row)
         plans = _plan_methods(resolved, shape, _parse_methods(compare), pool, facts, data_size)
         proposals = _propose_changes(next(iter(plans.values())), shape, pool, facts) if fit and pool is not None else []
-        times = _plan_times(shape, plans, pool, data_size, price)
+        time_plans = _plan_times(shape, plans, pool, data_size, price)
     except FineTuneError as error:
         raise output.fail(f"{error.message}; {error.hint}" if error.hint else error.message) from error
     memory_bytes = pool.memory_bytes if pool is not None else None
     if output_format is not None:
-        write_data(_to_dict(name, plans, times, memory_bytes, proposals), output_format)
+        write_data(_to_dict(name, plans, time_plans, memory_bytes, proposals), output_format)
     else:
         summary_lines = _describe_model(name, next(iter(plans.values())).spec, shape)
-        lines = [*summary_lines, "", *_format_table(plans, times, memory_bytes, gpu), *_format_choice_lines(plans)]
+        lines = [*summary_lines, "", *_format_table(plans, time_plans, memory_bytes, gpu), *_format_choice_lines(plans)]
         output.write("\n".join([*lines, *(["", *proposals] if proposals else [])]))
-    notes = [*notes, *(note for method_plan in plans.values() for note in method_plan.notes), *_make_time_notes(times)]
+    notes = [*notes, *(note for method_plan in plans.values() for note in method_plan.notes), *_make_time_notes(time_plans)]
     output.print_notes(dict.fromkeys([*notes, *(sentence for method_plan in plans.values() for sentence in method_plan.plan.assumptions)]))
     refusals = [method_plan.refusal for method_plan in plans.values() if method_plan.refusal is not None]
     if refusals and len(refusals) == len(plans):
@@ -124,9 +124,9 @@ def plan(
         raise output.CommandExit(output.ERROR)
 
 
-def _make_time_notes(times: TimeAndCostPlans) -> list[str]:
+def _make_time_notes(time_plans: TimeAndCostPlans) -> list[str]:
     """Return notes about the planned time: what it includes, and whether its bounds are calibrated with measured runs on this type of GPU."""
-    run_counts = {time.calibration_runs if time.calibrated else None for time, _ in times.values()}
+    run_counts = {time.calibration_runs if time.calibrated else None for time, _ in time_plans.values()}
     texts = (f"are calibrated with {count} runs on this type of GPU" if count is not None else "are not calibrated for this GPU" for count in run_counts)
     return [f"{TIME_CONTENT_NOTE}; its bounds {text}" for text in texts]
 
@@ -248,7 +248,7 @@ def _describe_model(name: str, spec: FineTuneJobSpec, shape: ModelShape) -> list
     ]
 
 
-def _format_table(plans: dict[str, MethodPlan], times: TimeAndCostPlans, memory_bytes: int | None, gpu: str | None) -> list[str]:
+def _format_table(plans: dict[str, MethodPlan], time_plans: TimeAndCostPlans, memory_bytes: int | None, gpu: str | None) -> list[str]:
     """Return a table with one column for each plan: the memory of each rank (parts, expected peak, upper bound), time and cost."""
     from finetune_api.memory.plan import format_gigabytes
 
@@ -264,15 +264,15 @@ def _format_table(plans: dict[str, MethodPlan], times: TimeAndCostPlans, memory_
         rows.append((f"memory of {gpu or 'the GPU'}", [format_gigabytes(memory_bytes)] * len(plans)))
         rows.append(("fits", ["yes" if method_plan.plan.fits(memory_bytes) else "no" for method_plan in plans.values()]))
     rows.append(("recomputed layers", [f"{method_plan.plan.recomputed_layer_count} of {method_plan.plan.layer_count}" for method_plan in plans.values()]))
-    rows += _format_time_rows(times)
+    rows += _format_time_rows(time_plans)
     width, columns = max(len(label) for label, _ in rows), max(len(cell) for _, cells in rows for cell in cells)
     return [f"{label:<{width}}  {'  '.join(f'{cell:>{columns}}' for cell in cells)}".rstrip() for label, cells in rows]
 
 
-def _format_time_rows(times: TimeAndCostPlans) -> list[tuple[str, list[str]]]:
-    if not times:
+def _format_time_rows(time_plans: TimeAndCostPlans) -> list[tuple[str, list[str]]]:
+    if not time_plans:
         return []
-    durations, costs = [time for time, _ in times.values()], [cost for _, cost in times.values() if cost is not None]
+    durations, costs = [time for time, _ in time_plans.values()], [cost for _, cost in time_plans.values() if cost is not None]
     rows = [
         ("expected time", [format_hours(time_plan.expected_seconds) for time_plan in durations]),
         ("time, bounds", [f"{format_hours(time_plan.lower_seconds)} - {format_hours(time_plan.upper_seconds)}" for time_plan in durations]),
@@ -289,7 +289,7 @@ def format_hours(seconds: int) -> str:
     return f"{minutes // 60}h{minutes % 60:02}m"
 
 
-def _to_dict(name: str, plans: dict[str, MethodPlan], times: TimeAndCostPlans, memory_bytes: int | None, proposals: list[str]) -> dict[str, Any]:
+def _to_dict(name: str, plans: dict[str, MethodPlan], time_plans: TimeAndCostPlans, memory_bytes: int | None, proposals: list[str]) -> dict[str, Any]:
     data: dict[str, Any] = {"name": name, "plans": []}
     for method, method_plan in plans.items():
         entry: dict[str, Any] = {
@@ -298,8 +298,8 @@ def _to_dict(name: str, plans: dict[str, MethodPlan], times: TimeAndCostPlans, m
         }  # fmt: skip
         if memory_bytes is not None:
             entry |= {"gpuBytes": memory_bytes, "fits": method_plan.plan.fits(memory_bytes), "choices": [choice.to_wire() for choice in method_plan.choices]}
-        if method in times:
-            time, cost = times[method]
+        if method in time_plans:
+            time, cost = time_plans[method]
             entry |= {"time": time.to_wire()} | ({"cost": cost.to_wire()} if cost is not None else {})
         data["plans"].append(entry)
     return data | ({"proposals": proposals} if proposals else {})

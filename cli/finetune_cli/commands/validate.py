@@ -121,14 +121,15 @@ def _find_errors(manifest: Manifest, execution_target: object, strict: bool, ext
 
 
 def _find_duplicate_names(jobs: list[Manifest]) -> list[str]:
-    seen: dict[tuple[str, str], Manifest] = {}
+    first_job_by_name: dict[tuple[str, str], Manifest] = {}
     errors = []
     for job in jobs:
         metadata = job.value.get("metadata")
         namespace_and_name = (str(metadata.get("namespace", "")) if isinstance(metadata, dict) else "", job.name)
-        if job.name and namespace_and_name in seen:
+        if job.name and namespace_and_name in first_job_by_name:
             errors.append(
-                f"{job.location('metadata.name')}: metadata.name: {job.name} is used twice, first in {seen[namespace_and_name].location('metadata.name')}"
+                f"{job.location('metadata.name')}: metadata.name: {job.name} is used twice, "
+                f"first in {first_job_by_name[namespace_and_name].location('metadata.name')}"
             )
-        seen.setdefault(namespace_and_name, job)
+        first_job_by_name.setdefault(namespace_and_name, job)
     return errors

@@ -8,12 +8,12 @@ from typing import Any
 
 from finetune_cli.importers.axolotl_data import set_data, set_test_data
 from finetune_cli.importers.axolotl_keys import (
+    FEATURE_BY_PLUGIN,
     FSDP_NAMES,
     GRPO_IGNORED_OPTION_ROWS,
     IGNORED_OPTION_ROWS,
     ONLY_TRACKERS_REASON,
     OPTION_GROUP_ROWS,
-    PLUGINS,
     REFUSED_OPTION_ROWS,
 )
 from finetune_cli.importers.converters import (
@@ -50,7 +50,7 @@ from finetune_cli.importers.sources import assign_output_folder
 from finetune_cli.importers.training_arguments import has_validation, set_deepspeed, set_state_dict, to_flag_or_path
 from finetune_cli.mistakes import Mistake
 
-TRAINERS = {
+TRAINER_BY_OBJECTIVE = {
     "dpo": "dpo", "ipo": "dpo", "kto": "kto", "orpo": "orpo", "grpo": "grpo", "gdpo": "gdpo", "simpo": "simpo", "ebft": "ebft",
 }  # fmt: skip
 UNSUPPORTED_TRAINERS = {"gdpo": "GDPO", "simpo": "SimPO", "ebft": "energy-based fine-tuning"}
@@ -63,8 +63,8 @@ INIT_BY_NAME = {
     "true": "default", "gaussian": "gaussian", "pissa": "pissa", "olora": "olora", "eva": "eva", "loftq": "loftq",
 }  # fmt: skip
 TEMPLATE_VARIABLES_PATH = "dataset.templateVariables"
-MODEL_CLASSES = re.compile(r"^(AutoModel\w*|\w+ForCausalLM|\w+LMHeadModel|\w+ForConditionalGeneration)$")
-CLASSES_WITHOUT_SUPPORT = {
+MODEL_CLASS_PATTERN = re.compile(r"^(AutoModel\w*|\w+ForCausalLM|\w+LMHeadModel|\w+ForConditionalGeneration)$")
+FEATURE_BY_UNSUPPORTED_CLASS = {
     "MambaLMHeadModel": "a model of the package mamba_ssm",
     "AutoModelForTokenClassification": "token classification",
 }
@@ -139,7 +139,7 @@ OPTION_TABLE: tuple[OptionRow, ...] = (
     OptionRow("spectrum_model_name", is_set_by_combine=True),
     OptionRow("plugins", convert=to_list_of(to_text), is_set_by_combine=True),
     # objective
-    OptionRow("rl", "trainer.type", to_choice(TRAINERS), is_set_by_combine=True),
+    OptionRow("rl", "trainer.type", to_choice(TRAINER_BY_OBJECTIVE), is_set_by_combine=True),
     OptionRow("reward_model", "trainer.type", to_boolean, is_set_by_combine=True),
     OptionRow("num_labels", convert=to_integer(1), is_set_by_combine=True),
     OptionRow("rl_beta", "trainer.dpo.beta", to_number(exclusive_low=0), ("dpo_beta",), is_set_by_combine=True),
@@ -333,10 +333,10 @@ def _set_model(draft: JobDraft) -> None:
     name = draft.get("model_type")
     if (
         name
-        and (name in CLASSES_WITHOUT_SUPPORT or not MODEL_CLASSES.match(name))
+        and (name in FEATURE_BY_UNSUPPORTED_CLASS or not MODEL_CLASS_PATTERN.match(name))
         and name != "AutoModelForSequenceClassification"
     ):
-        draft.refuse_feature("model_type", CLASSES_WITHOUT_SUPPORT.get(name, f"the model class {name}"))
+        draft.refuse_feature("model_type", FEATURE_BY_UNSUPPORTED_CLASS.get(name, f"the model class {name}"))
     elif name:
         draft.add_reason("model_type", "no effect: the trainer reads the class from the model's own configuration")
     if draft.get("cls_model_config"):
@@ -409,7 +409,7 @@ def _describe_kept_token(draft: JobDraft, option_key: str, token: str) -> str:
 def _set_method(draft: JobDraft) -> None:
     adapter, in_4bit, in_8bit = draft.get("adapter"), draft.get("load_in_4bit"), draft.get("load_in_8bit")
     for plugin in draft.get("plugins") or []:
-        feature = PLUGINS.get(plugin, f"the plugin {plugin}")
+        feature = FEATURE_BY_PLUGIN.get(plugin, f"the plugin {plugin}")
         if feature:
             draft.refuse_feature("plugins", feature)
     if "plugins" in draft.given_options:

@@ -174,7 +174,7 @@ FSDP_NAMES = (
     "reshard_after_forward", "mixed_precision_policy", "limit_all_gathers", "sharding_strategy", "backward_prefetch", "forward_prefetch",
 )  # fmt: skip
 """Keys of `fsdp_config`. Older files write each key with the prefix `fsdp_`."""
-PLUGINS = {
+FEATURE_BY_PLUGIN = {
     "axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin": "", "axolotl.integrations.liger.LigerPlugin": "",
     "axolotl.integrations.kernels.KernelsPlugin": "", "axolotl.integrations.swanlab.SwanLabPlugin": "",
     "axolotl.integrations.spectrum.SpectrumPlugin": "", "axolotl.integrations.expert_parallel.ExpertParallelPlugin": "expert parallelism",

@@ -33,11 +33,11 @@ from finetune_cli.mistakes import Mistake
 from finetune_cli.provenance import ValueOrigin
 from finetune_cli.suggestions import find_closest_name
 
-DATASET_FORMATS = {
+DATASET_FORMAT_BY_NAME = {
     "plain_text": "plainText", "mcq_jsonl": "mcq", "instruction_jsonl": "instruction", "instruction": "instruction", "qa": "qa", "text": "text",
     "conversation": "messages",
 }  # fmt: skip
-METRIC_NAMES = {
+METRIC_BY_NAME = {
     "accuracy": "accuracy", "f1": "f1", "precision": "precision", "recall": "recall", "perplexity": "perplexity", "bleu": "bleu", "rouge": "rouge",
     "rougeL": "rouge", "bertscore": "bertscore",
 }  # fmt: skip
@@ -57,7 +57,9 @@ OPTION_TABLE: tuple[OptionRow, ...] = (
     OptionRow("CACHE_DIR", "model.cache", is_set_by_combine=True),
     OptionRow("PAD_TOKEN", "model.padToken"),
     OptionRow("TRAIN_DATA_PATH", "dataset.train", aliases=("--data_path", "-data", "--data"), is_required=True, is_set_by_combine=True),
-    OptionRow("DATASET_TYPE", "dataset.format", to_choice(DATASET_FORMATS), ("--dataset_type", "-dataset_type"), is_required=True, is_set_by_combine=True),
+    OptionRow(
+        "DATASET_TYPE", "dataset.format", to_choice(DATASET_FORMAT_BY_NAME), ("--dataset_type", "-dataset_type"), is_required=True, is_set_by_combine=True
+    ),
     OptionRow("DATA_FORMAT", "dataset.fileFormat", to_choice(["jsonl", "json", "csv", "auto", "txt"])),
     OptionRow("VAL_DATA_PATH", "dataset.validation", aliases=("--val_path",), is_set_by_combine=True),
     OptionRow("TEST_DATA_PATH", "dataset.test", aliases=("--test_path",), is_set_by_combine=True),
@@ -94,7 +96,7 @@ OPTION_TABLE: tuple[OptionRow, ...] = (
     OptionRow("COMPARISON_DO_SAMPLE", "evaluation.comparison.generation.doSample", to_boolean),
     OptionRow("COMPARISON_OUTPUT", no_effect=FIXED_FILES_REASON),
     OptionRow("TRACK_METRICS", "evaluation.metrics", is_set_by_combine=True),
-    OptionRow("METRICS", "evaluation.metrics", to_list_of(to_choice(METRIC_NAMES)), is_set_by_combine=True),
+    OptionRow("METRICS", "evaluation.metrics", to_list_of(to_choice(METRIC_BY_NAME)), is_set_by_combine=True),
     OptionRow("METRICS_PATH", no_effect=FIXED_FILES_REASON),
     OptionRow("REPORT_PATH", no_effect=FIXED_FILES_REASON),
     OptionRow("LOG_INTERVAL", "tracking.loggingSteps", to_integer(1)),
@@ -493,13 +495,13 @@ def _set_metrics(draft: JobDraft) -> None:
     track_option = draft.given_options.get("TRACK_METRICS")
     if track_option is not None and str(track_option.value).lower() not in ("true", "false"):
         for value in str(track_option.value).strip("[]").split(","):
-            name = METRIC_NAMES.get(value.strip())
+            name = METRIC_BY_NAME.get(value.strip())
             if name is None:
-                closest = find_closest_name(value.strip(), METRIC_NAMES)
+                closest = find_closest_name(value.strip(), METRIC_BY_NAME)
                 draft.add_mistake(
                     "TRACK_METRICS",
                     f'"{value.strip()}" is not a supported metric',
-                    f"write one of {', '.join(METRIC_NAMES)}" + (f"; did you mean {closest}?" if closest else ""),
+                    f"write one of {', '.join(METRIC_BY_NAME)}" + (f"; did you mean {closest}?" if closest else ""),
                 )
             else:
                 metrics.append(name)

@@ -29,12 +29,12 @@ from finetune_cli.importers.converters import (
 from finetune_cli.importers.documents import iterate_entries, parse_document, peek_mapping
 from finetune_cli.importers.draft import Importer, InputDocument, JobDraft, OptionEntry, OptionRow, ToolDefault
 from finetune_cli.importers.sources import assign_output_folder, assign_source, is_local
-from finetune_cli.importers.toml import BIAS_BY_NAME, DTYPES_BY_NAME, SCHEDULERS_BY_NAME
+from finetune_cli.importers.toml import BIAS_BY_NAME, DTYPE_BY_NAME, SCHEDULER_BY_NAME
 from finetune_cli.mistakes import Mistake
 
 GENERATION_PATH = "evaluation.comparison.generation"
 TRACKERS_BY_NAME = {"wandb": ["wandb"], "tensorboard": ["tensorboard"], "mlflow": ["mlflow"], "none": []}
-DATASET_FORMATS = {"alpaca": "alpaca", "sharegpt": "sharegpt", "completion": "promptCompletion", "custom": "custom"}
+DATASET_FORMAT_BY_NAME = {"alpaca": "alpaca", "sharegpt": "sharegpt", "completion": "promptCompletion", "custom": "custom"}
 DEVICE_MAP_REASON = "the trainer assigns the model to devices"
 
 
@@ -62,7 +62,7 @@ def to_positive_number(value: Any) -> float | int:
 
 OPTION_TABLE: tuple[OptionRow, ...] = (
     OptionRow("model", "model.source", aliases=("base_model.name", "--model"), is_required=True, is_set_by_combine=True),
-    OptionRow("base_model.dtype", "model.dtype", to_choice(DTYPES_BY_NAME)),
+    OptionRow("base_model.dtype", "model.dtype", to_choice(DTYPE_BY_NAME)),
     OptionRow("base_model.device_map", no_effect=DEVICE_MAP_REASON),
     OptionRow("base_model.trust_remote_code", "model.trustRemoteCode", to_boolean),
     OptionRow("lora_r", "method.lora.rank", to_integer(1), ("lora.r", "--lora-r")),
@@ -84,7 +84,7 @@ OPTION_TABLE: tuple[OptionRow, ...] = (
     OptionRow("epochs", "training.epochs", to_number(exclusive_low=0), ("training.num_train_epochs", "--epochs")),
     OptionRow("training.max_steps", "training.maxSteps", to_steps_or_none),
     OptionRow("learning_rate", "training.learningRate", to_number(exclusive_low=0), ("training.learning_rate",)),
-    OptionRow("training.lr_scheduler_type", "training.scheduler", to_choice(SCHEDULERS_BY_NAME)),
+    OptionRow("training.lr_scheduler_type", "training.scheduler", to_choice(SCHEDULER_BY_NAME)),
     OptionRow("training.warmup_ratio", "training.warmupRatio", to_number(0, exclusive_high=1)),
     OptionRow("training.warmup_steps", "training.warmupSteps", to_integer(0)),
     OptionRow("training.optim", "training.optimizer"),
@@ -107,7 +107,7 @@ OPTION_TABLE: tuple[OptionRow, ...] = (
     OptionRow("training.report_to", "tracking.reportTo", to_choice(TRACKERS_BY_NAME), is_set_by_combine=True, empty_is_absent=False),
     OptionRow("training.seed", "training.seed", to_integer(0, 4294967295)),
     OptionRow("--data", "dataset.train", is_set_by_combine=True),
-    OptionRow("dataset.format", "dataset.format", to_choice(DATASET_FORMATS)),
+    OptionRow("dataset.format", "dataset.format", to_choice(DATASET_FORMAT_BY_NAME)),
     OptionRow("dataset.instruction_column", "dataset.columns.question"),
     OptionRow("dataset.input_column", "dataset.columns.input"),
     OptionRow("dataset.output_column", "dataset.columns.answer"),

@@ -27,13 +27,13 @@ from finetune_cli.importers.hydra_compose import (
     split_hydra_flags,
 )
 from finetune_cli.importers.sources import assign_source, is_local
-from finetune_cli.importers.toml import DEFAULT_PROJECTIONS, SCHEDULERS_BY_NAME
+from finetune_cli.importers.toml import DEFAULT_PROJECTIONS, SCHEDULER_BY_NAME
 from finetune_cli.importers.yaml import assume_two_gpus
 from finetune_cli.mistakes import Mistake
 from finetune_cli.suggestions import find_closest_name
 
 TRACKERS_BY_NAME = {"wandb": ["wandb"], "tensorboard": ["tensorboard"], "mlflow": ["mlflow"], "none": []}
-DATASET_FORMATS = {
+DATASET_FORMAT_BY_NAME = {
     "standard": "promptCompletion", "conversational": "messages", "preference": "preference", "no": "plainText", "simple": "plainText",
 }  # fmt: skip
 COLUMNS_BY_FORMAT: dict[str, dict[str, str]] = {
@@ -55,7 +55,7 @@ def make_training_option(option_key: str, *args: Any, **kwargs: Any) -> OptionRo
 OPTION_TABLE: tuple[OptionRow, ...] = (
     make_training_option("model", "model.source", is_required=True, is_set_by_combine=True),
     OptionRow("dataset.path", "dataset.train", is_set_by_combine=True, aliases=("--dataset",)),
-    OptionRow("dataset.format", "dataset.format", to_choice(DATASET_FORMATS), is_set_by_combine=True, aliases=("--format",)),
+    OptionRow("dataset.format", "dataset.format", to_choice(DATASET_FORMAT_BY_NAME), is_set_by_combine=True, aliases=("--format",)),
     make_training_option("trainer", "trainer.type", to_choice({"SFT": "sft", "DPO": "dpo", "GRPO": "grpo"})),
     make_training_option("distributed_training", "distributed.strategy", to_choice({"DDP": "ddp", "FSDP": "fsdp", "Unsloth": "unsloth"}),
         is_set_by_combine=True),
@@ -64,7 +64,7 @@ OPTION_TABLE: tuple[OptionRow, ...] = (
     make_training_option("optim", "training.optimizer"),
     make_training_option("learning_rate", "training.learningRate", to_number(exclusive_low=0)),
     make_training_option("num_train_epochs", "training.epochs", to_integer(1)),
-    make_training_option("lr_scheduler_type", "training.scheduler", to_choice(SCHEDULERS_BY_NAME)),
+    make_training_option("lr_scheduler_type", "training.scheduler", to_choice(SCHEDULER_BY_NAME)),
     make_training_option("save_steps", "checkpoint.steps", to_integer(1)),
     make_training_option("max_completion_length", "trainer.maxCompletionLength", to_integer(1)),
     make_training_option("max_seq_length", "dataset.maxSequenceLength", to_integer(1)),

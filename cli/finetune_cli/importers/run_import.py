@@ -45,7 +45,7 @@ from finetune_cli.importers.no_effect import remove_options_without_effect
 from finetune_cli.importers.options import assign_secret_reference
 from finetune_cli.importers.other_tools import describe_fields, find_other_tool
 from finetune_cli.mistakes import InvalidInput, Mistake
-from finetune_cli.overrides import hint_for_option
+from finetune_cli.overrides import make_hint_for_option
 from finetune_cli.provenance import AssignedValue
 from finetune_cli.redaction import REDACTED_TEXT, SECRET_NAME_PATTERN, contains_secret
 from finetune_cli.suggestions import find_closest_name
@@ -650,7 +650,7 @@ def _to_mistake(draft: JobDraft, problem: Problem) -> Mistake:
     keys = ", ".join(dict.fromkeys(value.key or f"spec.{problem.path}" for value in written_values))
     locations = ", ".join(dict.fromkeys(value.origin.location for value in written_values))
     override = draft.request.overrides.get(problem.path.partition("[")[0])
-    hint = hint_for_option(problem.hint, override.origin.location, problem.path) if override else problem.hint
+    hint = make_hint_for_option(problem.hint, override.origin.location, problem.path) if override else problem.hint
     message = _quote_user_spelling(draft, written_values[0]) + problem.message
     return Mistake(locations, keys, message, f"{hint} (spec.{problem.path})" if hint else "")
 

@@ -38,7 +38,7 @@ from finetune_cli.importers.sources import (
     assign_tokenizer,
     is_local,
 )
-from finetune_cli.importers.toml import BIAS_BY_NAME, DEFAULT_PROJECTIONS, SCHEDULERS_BY_NAME
+from finetune_cli.importers.toml import BIAS_BY_NAME, DEFAULT_PROJECTIONS, SCHEDULER_BY_NAME
 from finetune_cli.mistakes import Mistake
 from finetune_cli.provenance import ValueOrigin
 from finetune_cli.yaml_reader import parse_value
@@ -100,7 +100,7 @@ OPTION_TABLE: tuple[OptionRow, ...] = (
     OptionRow("training.micro_batch_size", "training.batchSizePerDevice", to_integer(1)),
     OptionRow("training.gradient_accumulation_steps", "training.gradientAccumulationSteps", to_integer(1)),
     OptionRow("training.learning_rate", "training.learningRate", to_number(exclusive_low=0)),
-    OptionRow("training.lr_scheduler_type", "training.scheduler", to_choice(SCHEDULERS_BY_NAME)),
+    OptionRow("training.lr_scheduler_type", "training.scheduler", to_choice(SCHEDULER_BY_NAME)),
     OptionRow("training.warmup_ratio", "training.warmupRatio", to_number(0, exclusive_high=1)),
     OptionRow("training.warmup_steps", "training.warmupSteps", to_integer(0)),
     OptionRow("training.max_grad_norm", "training.maxGradNorm", to_number(0)),
